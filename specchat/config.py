@@ -1,0 +1,221 @@
+"""The records that floors hand to each other: plain data, no torch, printable."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+Dtype = Literal["bf16", "fp16", "fp32"]
+FinishReason = Literal["stop", "length", "context", "interrupt"]
+
+DTYPE_BYTES: dict[Dtype, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn from the target's scores; the values transformers gives the same names.
+
+    Attributes:
+        temperature: 0 is greedy: the processors that only apply to sampling are then left out, as in transformers.
+        top_k: 0 keeps every token.
+        top_p: 1.0 keeps every token.
+        min_p: 0.0 keeps every token.
+        repetition_penalty: 1.0 is none.
+        seed: keys the draws, together with token position and token id.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the best token is taken instead of a draw."""
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model's files are.
+
+    Attributes:
+        name: what the user typed.
+        path: a local folder with config.json and safetensors files.
+        revision: the hub commit, or None for local folders.
+        is_toy: True for the embedded demo pair, which every output must say.
+    """
+
+    name: str
+    path: Path
+    revision: str | None = None
+    is_toy: bool = False
+
+
+@dataclass(frozen=True)
+class KvShape:
+    """What one layer stores per token: `heads` keys of `key_dim` and values of `value_dim` numbers."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def numbers_per_row(self) -> int:
+        """Numbers, not bytes, stored for one token."""
+        return self.heads * (self.key_dim + self.value_dim)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What config.json alone says about a model's size.
+
+    Attributes:
+        name: what the user typed, for messages.
+        architecture: transformers' class name.
+        vocab_size, hidden_size, num_layers: V, hidden width, L.
+        mlp_size: width of the MLP's inner activation for one row, all active experts together.
+        num_heads: query heads, H.
+        max_positions: the longest context that the position encoding serves without switching its scaling.
+        dtype: what the checkpoint says its weights are.
+        layer_params: for each decoder layer, the number of elements of each of its parameters, in module order.
+        other_params: elements of the parameters outside the layers (embeddings, head, final norm), tied ones once.
+        buffer_bytes: persistent buffers, which always stay in device memory.
+        kv_shapes: one per layer.
+    """
+
+    name: str
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    mlp_size: int
+    num_heads: int
+    max_positions: int
+    dtype: Dtype
+    layer_params: tuple[tuple[int, ...], ...]
+    other_params: tuple[int, ...]
+    buffer_bytes: int
+    kv_shapes: tuple[KvShape, ...]
+
+    @property
+    def kv_numbers_per_row(self) -> int:
+        """Numbers that all layers together store for one token."""
+        return sum(shape.numbers_per_row for shape in self.kv_shapes)
+
+
+@dataclass(frozen=True)
+class LedgerItem:
+    """One line of the memory account."""
+
+    item: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything the engine needs to know before it moves a byte; the whole contract between planner and engine.
+
+    Attributes:
+        target, draft: names; draft is None for plain decoding.
+        quant: "none" until quantizers exist.
+        device: "cpu" or "cuda:0".
+        ctx: committed tokens that the caches hold.
+        tree_budget: draft nodes per tree, root excluded; 0 without a draft.
+        draft_rows: rows that one growing tree may take in the draft's cache; 0 without a draft.
+        slots: staging buffers for streamed layers; 0 when nothing streams.
+        resident: indices of the layers that stay in device memory, ascending.
+        num_layers: L of the target.
+        chunk_rows: rows that one layer computes at a time.
+        ledger: device memory, item by item.
+        device_budget_bytes: what the ledger had to stay within.
+        host_bytes: memory outside the device budget (pinned layer copies); 0 on the CPU, where both are the same.
+        streamed_bytes_per_step: bytes over the link for one pass.
+    """
+
+    target: str
+    draft: str | None
+    quant: Literal["none"]
+    device: str
+    dtype: Dtype
+    ctx: int
+    tree_budget: int
+    draft_rows: int
+    slots: int
+    resident: tuple[int, ...]
+    num_layers: int
+    chunk_rows: int
+    ledger: tuple[LedgerItem, ...]
+    device_budget_bytes: int
+    host_bytes: int
+    streamed_bytes_per_step: int
+
+    @property
+    def device_bytes(self) -> int:
+        """Sum of the ledger."""
+        return sum(item.bytes for item in self.ledger)
+
+    @property
+    def streamed(self) -> tuple[int, ...]:
+        """Indices of the layers that are streamed for every pass, ascending."""
+        resident = set(self.resident)
+        return tuple(i for i in range(self.num_layers) if i not in resident)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One target pass and what came of it: the engine's only output.
+
+    Attributes:
+        token_ids: tokens emitted by this pass, in order; empty only for an interrupted pass.
+        finish_reason: None while the answer goes on.
+        new_rows: committed tokens the pass had to compute (the prompt in the first step, then 1 or more).
+        cached_rows: committed tokens it found in the cache.
+        tree_nodes: draft nodes verified, root excluded.
+        accepted: draft nodes among `token_ids`.
+        depth: depth of the tree that was offered.
+        pass_s: wall time of the whole step.
+        draft_s: time spent drafting that the pass did not hide.
+        verify_s: time of the target pass.
+        sample_s: time of head, processors and walk.
+        stream_wait_s: time within verify_s spent waiting for layers.
+        streamed_bytes: bytes moved over the link.
+    """
+
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None
+    new_rows: int
+    cached_rows: int
+    tree_nodes: int
+    accepted: int
+    depth: int
+    pass_s: float
+    draft_s: float
+    verify_s: float
+    sample_s: float
+    stream_wait_s: float
+    streamed_bytes: int
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """What the engine holds, beside what the ledger promised; bytes."""
+
+    device_budget_bytes: int
+    device_peak_bytes: int
+    predicted_device_bytes: int
+    host_peak_bytes: int
+    runtime_bytes: int
+    resident_layers: int
+    streamed_layers: int
+    streamed_bytes_per_step: int
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a chat, in the words of chat templates."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+    reasoning: str | None = field(default=None)

@@ -1,0 +1,259 @@
+"""Growing the tree of guesses.
+
+Best first, as in SpecExec (arXiv 2406.02532, algorithm 1): the tree is the `budget` likeliest paths, found by expanding
+the best unexpanded nodes in wide batches until no child could enter any more. Two things differ. Growth is not level by
+level, so a sure continuation goes deep while the rest stays shallow. And when the target will sample, paths are ranked
+by the race that the target will run: with the noise added to the draft's scores, a path's weight is how likely it is
+to be drawn with this noise, not how likely it is in general.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from specchat.engine.attention import RowLayout
+from specchat.engine.model import TreeModel
+from specchat.engine.sampling import Sampler
+from specchat.engine.tree import ROOT, TokenTree, common_prefix
+
+# Measured on the demo pair (tests/engine/test_acceptance.py): how far the noise is trusted over the draft's own scores.
+# With noise, candidates differ by the draft's error alone, and a softmax sharper than 1 tells them apart better.
+NOISE_TEMPERATURE = 0.7
+GREEDY_TEMPERATURE = 1.0
+
+
+class Drafter(Protocol):
+    """Guesses what the target will write; may be wrong about everything, only speed depends on it."""
+
+    @property
+    def models(self) -> Sequence[TreeModel]:
+        """The models it holds in memory."""
+
+    def grow(
+        self, context: Sequence[int], budget: int, max_depth: int, sampler: Sampler, cancel: threading.Event | None
+    ) -> TokenTree:
+        """A tree of at most `budget` nodes and `max_depth` levels below the last token of `context`."""
+
+    def commit(self, path: Sequence[int]) -> None:
+        """The nodes of the last tree that the target accepted, root to leaf."""
+
+    def close(self) -> None:
+        """Lets go of memory and threads."""
+
+
+class NoDrafter:
+    """Plain decoding: one token per pass."""
+
+    models: Sequence[TreeModel] = ()
+
+    def grow(
+        self, context: Sequence[int], budget: int, max_depth: int, sampler: Sampler, cancel: threading.Event | None
+    ) -> TokenTree:
+        """No guesses."""
+        return TokenTree()
+
+    def commit(self, path: Sequence[int]) -> None:
+        """Nothing was guessed."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+@dataclass
+class _Candidates:
+    """The best paths found so far, best first; all tensors [M] on the CPU, M <= budget.
+
+    `row` is the node's row among this tree's rows in the draft's cache, -1 until it is expanded.
+    """
+
+    score: Tensor  # float64: sum of log weights along the path
+    token: Tensor
+    parent: Tensor  # index into these tensors, or ROOT
+    depth: Tensor
+    row: Tensor
+
+    @classmethod
+    def empty(cls) -> _Candidates:
+        """No paths."""
+        ints = torch.zeros(0, dtype=torch.int64)
+        return cls(torch.zeros(0, dtype=torch.float64), ints, ints, ints, ints)
+
+    def __len__(self) -> int:
+        return self.score.shape[0]
+
+    def frontier(self, width: int, budget: int, max_depth: int) -> Tensor:
+        """The best unexpanded nodes whose children could still enter: indices [<= width]."""
+        open_ = (self.row < 0) & (self.depth < max_depth)
+        if len(self) >= budget:
+            open_ &= self.score > self.score[-1]
+        return open_.nonzero()[:width, 0]
+
+    def with_children(self, parents: Tensor, scores: Tensor, tokens: Tensor, budget: int) -> _Candidates:
+        """Adds children and keeps the best `budget` of all.
+
+        Args:
+            parents: [n] indices, or ROOT.
+            scores: log weights [n, branch], float64.
+            tokens: [n, branch].
+            budget: paths to keep.
+        """
+        branch = tokens.shape[1]
+        parent = parents.repeat_interleave(branch)
+        is_root = parent == ROOT
+        if len(self):
+            base = torch.where(is_root, 0.0, self.score[parent.clamp(min=0)])
+            depth = torch.where(is_root, 1, self.depth[parent.clamp(min=0)] + 1)
+        else:
+            base, depth = torch.zeros(parent.shape, dtype=torch.float64), torch.ones_like(parent)
+        # strictly below the parent, so that a sort can never put a child before it
+        score = base + scores.flatten().clamp(max=-1e-9)
+        merged = _Candidates(
+            torch.cat([self.score, score]),
+            torch.cat([self.token, tokens.flatten()]),
+            torch.cat([self.parent, parent]),
+            torch.cat([self.depth, depth]),
+            torch.cat([self.row, torch.full_like(parent, -1)]),
+        )
+        return merged._best(budget)
+
+    def _best(self, budget: int) -> _Candidates:
+        order = self.score.argsort(descending=True, stable=True)[:budget]
+        new_index = torch.full((len(self) + 1,), ROOT, dtype=torch.int64)  # last entry: where ROOT = -1 points
+        new_index[order] = torch.arange(order.shape[0])
+        parent = new_index[self.parent[order]]
+        return _Candidates(self.score[order], self.token[order], parent, self.depth[order], self.row[order])
+
+
+class ModelDrafter:
+    """A small model with its own cache grows the tree.
+
+    Args:
+        model: the draft.
+        width: nodes expanded per pass of the draft.
+        branch: children considered per node.
+        max_rows: rows the draft may spend on one tree (expanded nodes that later drop out included).
+        max_context: committed tokens beyond which the draft's positions end, and with them its guesses.
+        shared_noise: rank by the sampler's own noise; off only to measure what it brings.
+    """
+
+    def __init__(
+        self,
+        model: TreeModel,
+        *,
+        max_rows: int,
+        max_context: int,
+        width: int = 32,
+        branch: int = 16,
+        shared_noise: bool = True,
+    ) -> None:
+        self.models: Sequence[TreeModel] = (model,)
+        self._model = model
+        self._width = width
+        self._branch = branch
+        self._max_rows = max_rows
+        self._max_context = max_context
+        self._shared_noise = shared_noise
+        self._tokens: list[int] = []  # what the draft's cache holds
+        self._rows: list[int] = []  # of the last tree: node -> row behind the prefix, or -1
+        self._tree = TokenTree()
+
+    def grow(
+        self, context: Sequence[int], budget: int, max_depth: int, sampler: Sampler, cancel: threading.Event | None
+    ) -> TokenTree:
+        """The best `budget` paths; ends early when no unexpanded node could still change them."""
+        self._tree, self._rows = TokenTree(), []
+        if budget <= 0 or max_depth <= 0 or len(context) + max_depth > self._max_context:
+            return self._tree
+        root_logits = self._catch_up(context, cancel)
+        paths = self._children(_Candidates.empty(), torch.tensor([ROOT]), root_logits, len(context), sampler, budget)
+        rows = _TreeRows(self._max_rows, len(context), self._model.device)
+        while True:
+            nodes = paths.frontier(min(self._width, rows.free), budget, max_depth)
+            if not len(nodes):
+                break
+            parents = paths.parent[nodes]
+            parent_rows = torch.where(parents == ROOT, ROOT, paths.row[parents.clamp(min=0)])
+            paths.row[nodes] = rows.add(parent_rows, paths.depth[nodes])
+            hidden = self._model.forward(paths.token[nodes].tolist(), rows.layout(len(nodes)), cancel)
+            paths = self._children(paths, nodes, self._model.logits(hidden), len(context), sampler, budget)
+        self._tree = TokenTree(tuple(paths.token.tolist()), tuple(paths.parent.tolist()))
+        self._rows = paths.row.tolist()
+        return self._tree
+
+    def commit(self, path: Sequence[int]) -> None:
+        """Keeps the rows of accepted nodes that were expanded; the others are computed with the next context."""
+        known = [node for node in path if self._rows[node] >= 0]
+        prefix = len(self._tokens)
+        self._model.cache.keep(prefix, [prefix + self._rows[node] for node in known])
+        self._tokens += [self._tree.tokens[node] for node in known]
+        self._tree, self._rows = TokenTree(), []
+
+    def close(self) -> None:
+        """Stops the draft's streaming, if it streams."""
+        self._model.close()
+
+    def _catch_up(self, context: Sequence[int], cancel: threading.Event | None) -> Tensor:
+        """Computes what the cache lacks of `context`; the draft's scores behind its last token: [1, V]."""
+        shared = min(common_prefix(self._tokens, list(context)), len(context) - 1)
+        self._model.cache.truncate(shared)
+        self._tokens = list(context[:shared])
+        hidden = self._model.append(context[shared:], cancel)
+        self._tokens = list(context)
+        return self._model.logits(hidden[-1:])
+
+    def _children(
+        self, paths: _Candidates, parents: Tensor, logits: Tensor, length: int, sampler: Sampler, budget: int
+    ) -> _Candidates:
+        """Adds the best children of expanded nodes: parents [n], logits [n, V] behind them."""
+        depths = torch.where(parents == ROOT, 0, paths.depth[parents.clamp(min=0)]) if len(paths) else parents + 1
+        weights = self._weights(logits, [length + int(depth) for depth in depths], sampler)
+        scores, tokens = weights.topk(min(self._branch, budget, weights.shape[-1]), dim=-1)
+        return paths.with_children(parents, scores.double().cpu(), tokens.cpu(), budget)
+
+    def _weights(self, logits: Tensor, positions: Sequence[int], sampler: Sampler) -> Tensor:
+        """How likely each token is to be the target's, given what the draft knows: log weights [n, V]."""
+        if sampler.noise is None:
+            return torch.log_softmax(logits / GREEDY_TEMPERATURE, dim=-1)
+        scores = logits / sampler.sampling.temperature
+        if not self._shared_noise:
+            return torch.log_softmax(scores, dim=-1)
+        noise = torch.stack([sampler.noise.row(position) for position in positions])
+        size = min(scores.shape[-1], noise.shape[-1])  # padded vocabularies may differ in length
+        return torch.log_softmax((scores[:, :size] + noise[:, :size]) / NOISE_TEMPERATURE, dim=-1)
+
+
+class _TreeRows:
+    """The rows of one growing tree in the draft's cache, in the order of expansion."""
+
+    def __init__(self, max_rows: int, prefix: int, device: torch.device) -> None:
+        self._seen = torch.zeros(max_rows, max_rows, dtype=torch.bool)
+        self._positions = torch.zeros(max_rows, dtype=torch.int64)
+        self._prefix = prefix
+        self._device = device
+        self._end = 0
+
+    @property
+    def free(self) -> int:
+        """Rows left."""
+        return self._seen.shape[0] - self._end
+
+    def add(self, parent_rows: Tensor, depths: Tensor) -> Tensor:
+        """New rows below the given ones (ROOT for none); their indices [n]."""
+        rows = torch.arange(self._end, self._end + len(parent_rows))
+        below = parent_rows >= 0
+        self._seen[rows[below]] = self._seen[parent_rows[below]]
+        self._seen[rows, rows] = True
+        self._positions[rows] = self._prefix - 1 + depths
+        self._end += len(parent_rows)
+        return rows
+
+    def layout(self, num_new: int) -> RowLayout:
+        """The layout of a pass over the last `num_new` rows."""
+        ancestors = self._seen[self._end - num_new : self._end, : self._end].to(self._device)
+        return RowLayout(self._prefix, 0, ancestors, self._positions[: self._end].to(self._device))

@@ -1,0 +1,258 @@
+"""Token ids in, token ids out: draft a tree, verify it in one pass over the target, keep what the target would write."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from specchat.config import FinishReason, MemoryReport, ModelSource, Plan, Sampling, Step
+from specchat.engine import stats
+from specchat.engine.attention import RowLayout
+from specchat.engine.drafter import Drafter, ModelDrafter, NoDrafter
+from specchat.engine.model import PassCancelledError, TreeModel, load_model
+from specchat.engine.sampling import Sampler
+from specchat.engine.selfcheck import check_architecture
+from specchat.engine.tree import ROOT, TokenTree, common_prefix
+from specchat.errors import PromptTooLongError
+from specchat.models.geometry import TORCH_DTYPE
+from specchat.models.pairing import check_pair
+
+# Visited nodes are few; scoring a node's likeliest descendants along with it costs the head's weights only once.
+HEAD_BLOCK_ROWS = 8
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What one call of `generate` was asked for."""
+
+    sampler: Sampler
+    stop_ids: frozenset[int]
+    max_length: int
+    length_reason: FinishReason
+    cancel: threading.Event | None
+
+
+class Engine:
+    """A target, its drafter, and the tokens committed so far.
+
+    Args:
+        plan: sizes and places, settled beforehand.
+        target: the model whose text comes out.
+        drafter: guesses for it.
+        runtime_bytes: what the process held before any weight was read.
+    """
+
+    def __init__(self, plan: Plan, target: TreeModel, drafter: Drafter, runtime_bytes: int = 0) -> None:
+        self.plan = plan
+        self.load_s = 0.0
+        self._target = target
+        self._drafter = drafter
+        self._cached: list[int] = []  # the tokens whose rows the target's cache holds
+        self._meter = stats.MemoryMeter(plan, [target, *drafter.models], runtime_bytes)
+
+    @classmethod
+    def load(cls, plan: Plan, target: ModelSource, draft: ModelSource | None) -> Engine:
+        """Reads both models into memory as planned.
+
+        Raises:
+            VocabularyMismatchError: the draft's token ids do not mean the target's.
+            UnsupportedModelError: trees on this architecture do not give what plain decoding gives.
+            CorruptCheckpointError: the files cannot be what was saved.
+        """
+        begin = time.perf_counter()
+        runtime_bytes = stats.resident_set_bytes()
+        device, dtype = torch.device(plan.device), TORCH_DTYPE[plan.dtype]
+        if draft is not None:
+            check_pair(target, draft)
+            check_architecture(draft)
+        check_architecture(target)
+        target_model = load_model(
+            target,
+            dtype=dtype,
+            device=device,
+            resident=plan.resident,
+            num_slots=plan.slots,
+            cache_rows=plan.ctx + plan.tree_budget,
+            chunk_rows=plan.chunk_rows,
+        )
+        engine = cls(plan, target_model, _load_drafter(plan, draft, dtype, device), runtime_bytes)
+        engine.load_s = time.perf_counter() - begin
+        return engine
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends threads and lets go of files."""
+        self._target.close()
+        self._drafter.close()
+
+    def generate(
+        self,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        *,
+        stop_ids: frozenset[int],
+        max_tokens: int | None = None,
+        cancel: threading.Event | None = None,
+    ) -> Iterator[Step]:
+        """What the target alone would write after `prompt_ids`, a pass at a time.
+
+        The caches' longest common prefix with the prompt is reused. Closing the iterator early leaves them consistent.
+
+        Args:
+            prompt_ids: all tokens so far, at least one.
+            sampling: how tokens are drawn.
+            stop_ids: tokens that end the answer and are its last.
+            max_tokens: longest answer, None for no limit but the context.
+            cancel: when set, the pass under way stops between two layers and its work is forgotten.
+
+        Yields:
+            Steps; the last has a finish_reason. An interrupted one has no tokens.
+
+        Raises:
+            PromptTooLongError: no room for even one token.
+        """
+        context = list(prompt_ids)
+        assert context, "the chat layer refuses empty prompts"
+        if len(context) >= self.plan.ctx:
+            raise PromptTooLongError(
+                f"the prompt has {len(context)} tokens, the context holds {self.plan.ctx} with the answer",
+                hint="shorten the prompt, start a new chat, or give a larger --ctx if the model allows it",
+            )
+        self._reuse_prefix(context)
+        limit = len(context) + (max_tokens if max_tokens is not None else self.plan.ctx)
+        answer = _Answer(
+            sampler=Sampler(sampling, self._target.vocab_size, self._target.device),
+            stop_ids=stop_ids,
+            max_length=min(limit, self.plan.ctx),
+            length_reason="length" if limit <= self.plan.ctx else "context",
+            cancel=cancel,
+        )
+        while True:
+            step = self._step(context, answer)
+            context += step.token_ids
+            yield step
+            if step.finish_reason is not None:
+                return
+
+    def truncate(self, length: int) -> None:
+        """Forgets committed tokens beyond `length`, prompt and answers counted together."""
+        if length < len(self._cached):
+            del self._cached[length:]
+            self._target.cache.truncate(length)
+
+    def memory(self) -> MemoryReport:
+        """What is held, beside what the plan's ledger promised."""
+        return self._meter.report()
+
+    def _step(self, context: list[int], answer: _Answer) -> Step:
+        """One tree, one pass, the accepted path; on cancellation nothing but an empty step."""
+        clock = stats.StepClock(self._target.streamer)
+        num_cached = len(self._cached)
+        pending = context[num_cached:]
+        try:
+            with clock.drafting():
+                max_depth = answer.max_length - len(context) - 1
+                tree = self._drafter.grow(context, self.plan.tree_budget, max_depth, answer.sampler, answer.cancel)
+            with clock.verifying():
+                rows = self._rows_for(context, len(pending), tree)
+                hidden = self._target.forward([*pending, *tree.tokens], rows, answer.cancel)
+        except PassCancelledError:
+            self._target.cache.truncate(num_cached)
+            return clock.step((), "interrupt", 0, num_cached, tree_nodes=0, depth=0)
+        with clock.sampling():
+            tokens, path = self._walk(context, tree, hidden[len(pending) - 1 :], answer)
+        first = num_cached + len(pending)
+        self._target.cache.keep(first, [first + node for node in path])
+        self._cached = context + [tree.tokens[node] for node in path]
+        self._drafter.commit(path)
+        self._meter.saw_pass(hidden)
+        reason = self._finish_reason(len(context) + len(tokens), tokens[-1], answer)
+        return clock.step(tokens, reason, len(pending), num_cached, len(tree), max(tree.depths, default=0))
+
+    def _walk(
+        self, context: list[int], tree: TokenTree, hidden: Tensor, answer: _Answer
+    ) -> tuple[tuple[int, ...], list[int]]:
+        """Draws the target's tokens from the root down, for as long as they are in the tree.
+
+        Args:
+            context: committed tokens; the last is the root.
+            tree: N nodes.
+            hidden: [1 + N, hidden], the root's first.
+            answer: sampler and limits.
+
+        Returns:
+            The tokens drawn, and the nodes among them: all but the last token.
+        """
+        scores = _LazyScores(self._target, tree, hidden)
+        text, path, node = list(context), list[int](), ROOT
+        while True:
+            token = answer.sampler.draw(scores.of(node), text)
+            text.append(token)
+            child = tree.children.get((node, token))
+            if child is None or token in answer.stop_ids or len(text) >= answer.max_length:
+                return tuple(text[len(context) :]), path
+            path.append(child)
+            node = child
+
+    def _rows_for(self, context: list[int], num_pending: int, tree: TokenTree) -> RowLayout:
+        """Pending tokens in sequence (the root is the last), then the tree."""
+        device = self._target.device
+        begin, root = len(context) - num_pending, len(context) - 1
+        positions = [*range(begin, len(context)), *(root + depth for depth in tree.depths)]
+        return RowLayout(begin, num_pending, tree.ancestors.to(device), torch.tensor(positions, device=device))
+
+    def _reuse_prefix(self, context: list[int]) -> None:
+        """Keeps what the cache and the new prompt have in common; the last token is always computed anew."""
+        self.truncate(min(common_prefix(self._cached, context), len(context) - 1))
+
+    @staticmethod
+    def _finish_reason(length: int, last_token: int, answer: _Answer) -> FinishReason | None:
+        if last_token in answer.stop_ids:
+            return "stop"
+        return answer.length_reason if length >= answer.max_length else None
+
+
+class _LazyScores:
+    """The target's scores of visited nodes, computed in small blocks of a node and its likeliest descendants."""
+
+    def __init__(self, target: TreeModel, tree: TokenTree, hidden: Tensor) -> None:
+        self._target = target
+        self._tree = tree
+        self._hidden = hidden
+        self._rows: dict[int, Tensor] = {}
+
+    def of(self, node: int) -> Tensor:
+        """Scores float32 [V] behind `node`."""
+        if node not in self._rows:
+            block = [node, *self._tree.likely_descendants(node, HEAD_BLOCK_ROWS - 1)]
+            index = torch.tensor(block, device=self._hidden.device) + 1  # row 0 is the root's
+            self._rows.update(zip(block, self._target.logits(self._hidden[index]), strict=True))
+        return self._rows[node]
+
+
+def _load_drafter(plan: Plan, draft: ModelSource | None, dtype: torch.dtype, device: torch.device) -> Drafter:
+    if draft is None:
+        return NoDrafter()
+    model = load_model(
+        draft,
+        dtype=dtype,
+        device=device,
+        resident=None,
+        num_slots=0,
+        cache_rows=plan.ctx + plan.draft_rows,
+        chunk_rows=plan.chunk_rows,
+    )
+    return ModelDrafter(model, max_rows=plan.draft_rows, max_context=model.max_positions)

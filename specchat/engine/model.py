@@ -1,0 +1,214 @@
+"""A causal LM whose rows may form a tree: one pass in, hidden states out. Target and draft are both this.
+
+transformers' modules run unmodified; what is ours is the attention they call, the cache they fill, and a wrapper around
+each decoder layer that hands its weights over, stops between layers when asked, and cuts long passes into row chunks.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specchat.config import ModelSource
+from specchat.engine.attention import RowLayout, RowMask, tree_attention
+from specchat.engine.kv_cache import TreeCache
+from specchat.engine.streamer import CudaStreamer, LayerStreamer, NoStreamer, ThreadStreamer
+from specchat.models import hf_compat
+from specchat.models.checkpoint import open_checkpoint
+from specchat.models.weights import LayerLayout, WeightReader, bind
+
+hf_compat.use_attention(tree_attention)
+
+
+class PassCancelledError(Exception):
+    """The pass was asked to stop and did, between two layers; a signal within the engine, never shown."""
+
+
+class TreeModel:
+    """One model, its cache, and the way its layers come into memory.
+
+    Args:
+        skeleton: modules whose parameters are bound to memory (or will be, layer by layer, by the streamer).
+        cache: rows kept between passes.
+        streamer: hands over the layers that are not resident.
+        streamed: their indices.
+        chunk_rows: rows that one layer computes at a time.
+        device: where passes run.
+    """
+
+    def __init__(
+        self,
+        skeleton: hf_compat.Skeleton,
+        cache: TreeCache,
+        streamer: LayerStreamer,
+        streamed: Sequence[int],
+        chunk_rows: int,
+        device: torch.device,
+    ) -> None:
+        self.skeleton = skeleton
+        self.cache = cache
+        self.streamer = streamer
+        self.device = device
+        self.vocab_size: int = skeleton.config.vocab_size
+        self._hf_cache = hf_compat.cache_for(cache.layers)
+        self._chunk_rows = chunk_rows
+        self._layout: RowLayout | None = None
+        self._cancel: threading.Event | None = None
+        streamed_set = set(streamed)
+        for index, layer in enumerate(skeleton.layers):
+            layer.forward = partial(self._run_layer, index, index in streamed_set, layer.forward)
+
+    @property
+    def max_positions(self) -> int:
+        """The longest context that the model's positions serve."""
+        return hf_compat.max_positions(self.skeleton.config)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights, slots, buffers and cache, each storage counted once."""
+        tensors = [*self.skeleton.model.parameters(), *self.skeleton.model.buffers()]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_meta}
+        return sum(storages.values()) + self.cache.nbytes
+
+    @torch.inference_mode()
+    def forward(self, token_ids: Sequence[int], layout: RowLayout, cancel: threading.Event | None = None) -> Tensor:
+        """Final hidden states of new rows; the cache then holds them too.
+
+        Args:
+            token_ids: one per new row.
+            layout: who sees whom.
+            cancel: checked before every layer.
+
+        Returns:
+            [rows, hidden] in the model's dtype, on its device.
+
+        Raises:
+            PassCancelledError: `cancel` was set; the cache is as before.
+        """
+        assert len(token_ids) == layout.num_rows
+        length = self.cache.length
+        self._layout, self._cancel = layout, cancel
+        ids = torch.tensor(token_ids, dtype=torch.int64, device=self.device)
+        try:
+            with hf_compat.row_scope(partial(RowMask, layout)):
+                return self.skeleton.hidden(ids, layout.positions[layout.num_earlier :], self._hf_cache)
+        except BaseException:
+            self.cache.truncate(length)
+            self.streamer.restart()
+            raise
+        finally:
+            self._layout = self._cancel = None
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores float32 [n, V] of hidden states [n, hidden]."""
+        return self.skeleton.head(hidden).float()
+
+    def append(self, token_ids: Sequence[int], cancel: threading.Event | None = None) -> Tensor:
+        """`forward` for committed tokens in sequence, behind what the cache holds."""
+        prefix = self.cache.length
+        positions = torch.arange(prefix, prefix + len(token_ids), device=self.device)
+        nothing = torch.zeros(0, 0, dtype=torch.bool, device=self.device)
+        return self.forward(token_ids, RowLayout(prefix, len(token_ids), nothing, positions), cancel)
+
+    def close(self) -> None:
+        """Stops streaming."""
+        self.streamer.close()
+
+    def _run_layer(self, index: int, streamed: bool, forward: Callable[..., Any], hidden: Tensor, *a: Any, **kw: Any) -> Tensor:
+        if self._cancel is not None and self._cancel.is_set():
+            raise PassCancelledError
+        if not streamed:
+            return self._run_chunks(forward, hidden, a, kw)
+        self.streamer.acquire(index)
+        out = self._run_chunks(forward, hidden, a, kw)
+        self.streamer.release(index)
+        return out
+
+    def _run_chunks(self, forward: Callable[..., Any], hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """One layer over all rows [1, S, hidden], a chunk at a time, each attending to the chunks before it."""
+        assert self._layout is not None
+        num_rows = hidden.shape[1]
+        if num_rows <= self._chunk_rows:
+            self._layout.chunk = (0, num_rows)
+            return _first(forward(hidden, *args, **kwargs))
+        out = torch.empty_like(hidden)
+        for begin in range(0, num_rows, self._chunk_rows):
+            end = min(begin + self._chunk_rows, num_rows)
+            self._layout.chunk = (begin, end)
+            rows = partial(_rows, num_rows=num_rows, begin=begin, end=end)
+            cut_kwargs = {name: rows(value) for name, value in kwargs.items()}
+            out[:, begin:end] = _first(forward(hidden[:, begin:end], *map(rows, args), **cut_kwargs))
+        return out
+
+
+def _first(output: Any) -> Tensor:
+    """Some architectures' layers return a tuple whose first element is the hidden states."""
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+def _rows(value: Any, num_rows: int, begin: int, end: int) -> Any:
+    """The chunk's share of whatever a layer is given per row: rotary tables, positions, per-layer inputs."""
+    if isinstance(value, tuple):
+        return tuple(_rows(v, num_rows, begin, end) for v in value)
+    if isinstance(value, Tensor) and value.ndim >= 2 and value.shape[1] == num_rows:
+        return value[:, begin:end]
+    return value
+
+
+def load_model(
+    source: ModelSource,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    resident: Sequence[int] | None,
+    num_slots: int,
+    cache_rows: int,
+    chunk_rows: int,
+) -> TreeModel:
+    """Reads a model into memory: resident layers and everything outside the layers now, the rest as passes need it.
+
+    Args:
+        source: local files.
+        dtype: of weights, activations and cache.
+        device: where passes run.
+        resident: indices of layers that stay; None for all.
+        num_slots: staging buffers for the others.
+        cache_rows: rows that the cache must hold.
+        chunk_rows: rows that one layer computes at a time.
+    """
+    skeleton = hf_compat.build_skeleton(hf_compat.load_config(source.path), dtype)
+    reader = WeightReader(skeleton, open_checkpoint(source.path))
+    reader.read_rest(device)
+    stays = set(range(len(skeleton.layers)) if resident is None else resident)
+    for index in sorted(stays):
+        _load_resident(skeleton.layers[index], index, reader, device)
+    streamed = [index for index in range(len(skeleton.layers)) if index not in stays]
+    streamer = _make_streamer(skeleton.layers, streamed, num_slots, reader, device)
+    cache = TreeCache(hf_compat.kv_shapes(skeleton.config), cache_rows, dtype, device)
+    return TreeModel(skeleton, cache, streamer, streamed, chunk_rows, device)
+
+
+def _load_resident(layer: Any, index: int, reader: WeightReader, device: torch.device) -> None:
+    layout = LayerLayout.of(layer)
+    blob = torch.zeros(layout.nbytes, dtype=torch.uint8)
+    reader.read_layer(index, layout.views(blob))
+    bind(layer, layout.views(blob.to(device)))
+
+
+def _make_streamer(
+    layers: Sequence[Any], streamed: Sequence[int], num_slots: int, reader: WeightReader, device: torch.device
+) -> LayerStreamer:
+    """The reader stays open for as long as layers are read from disk."""
+    if streamed and device.type == "cpu":
+        return ThreadStreamer(layers, streamed, num_slots, reader.read_layer, reader.close)
+    try:
+        return CudaStreamer(layers, streamed, num_slots, reader.read_layer, device) if streamed else NoStreamer()
+    finally:
+        reader.close()

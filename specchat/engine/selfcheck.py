@@ -1,0 +1,87 @@
+"""Before weights are read: does a tree over this architecture give what the architecture itself gives?
+
+A tiny random model of the same configuration runs a small tree through our attention and cache, and every path of the
+tree through its own eager attention without a cache. What transformers changes, or an architecture does differently,
+shows up here as a refusal instead of wrong text.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from specchat.config import ModelSource
+from specchat.engine.attention import RowLayout
+from specchat.engine.kv_cache import TreeCache
+from specchat.engine.model import TreeModel
+from specchat.engine.streamer import NoStreamer
+from specchat.engine.tree import ROOT, TokenTree
+from specchat.errors import UnsupportedModelError
+from specchat.models import hf_compat
+
+_PROMPT_ROWS = 20  # more than the tiny model's window, so that windows matter
+_CHUNK_ROWS = 7
+_TOLERANCE = 2e-3  # float32 rounding is near 1e-6 of the largest score; a wrong mask is near 1
+_TREE = TokenTree(tokens=(5, 9, 11, 7, 5, 13), parents=(ROOT, ROOT, 0, 0, 2, 4))
+
+
+def check_architecture(source: ModelSource) -> None:
+    """Runs the check on the model's configuration; a few tenths of a second.
+
+    Raises:
+        UnsupportedModelError: the scores differ, the cache has another shape, or the modules cannot run so.
+    """
+    _check(source.path.resolve())
+
+
+@lru_cache(maxsize=16)
+def _check(folder: Path) -> None:
+    config = hf_compat.load_config(folder)
+    refusal = f"'{config.model_type}' does not compute trees as it computes text, so specchat would change its answers"
+    try:
+        error = _largest_error(hf_compat.tiny_config(config))
+    except Exception as cause:
+        raise UnsupportedModelError(
+            f"'{config.model_type}' cannot run with tree attention ({type(cause).__name__}: {cause})"
+        ) from cause
+    if not error <= _TOLERANCE:
+        raise UnsupportedModelError(f"{refusal} (error {error:.1e} in the load-time check)")
+
+
+@torch.inference_mode()
+def _largest_error(config: object) -> float:
+    """The largest difference between tree and plain scores, relative to the largest score."""
+    generator = torch.Generator().manual_seed(0)
+    skeleton, plain = hf_compat.build_random(config, generator)
+    prompt = torch.randint(0, skeleton.config.vocab_size, (_PROMPT_ROWS,), generator=generator).tolist()
+    paths = [_path(node) for node in (1, 3, len(_TREE) - 1)]
+    expected = [plain(torch.tensor(prompt + [_TREE.tokens[n] for n in path]))[_PROMPT_ROWS - 1 :] for path in paths]
+    ours = _tree_scores(skeleton, prompt)
+    error, scale = 0.0, 1.0
+    for path, theirs in zip(paths, expected, strict=True):
+        difference = (ours[[0, *(n + 1 for n in path)]] - theirs).abs().max()
+        error, scale = max(error, float(difference)), max(scale, float(theirs.abs().max()))
+    return error / scale
+
+
+def _tree_scores(skeleton: hf_compat.Skeleton, prompt: list[int]) -> Tensor:
+    """Scores of root and nodes, [1 + N, V], by one pass in chunks."""
+    num_rows = len(prompt) + len(_TREE)
+    cpu = torch.device("cpu")
+    cache = TreeCache(hf_compat.kv_shapes(skeleton.config), num_rows, torch.float32, cpu)
+    model = TreeModel(skeleton, cache, NoStreamer(), (), _CHUNK_ROWS, cpu)
+    positions = [*range(len(prompt)), *(len(prompt) - 1 + depth for depth in _TREE.depths)]
+    layout = RowLayout(0, len(prompt), _TREE.ancestors, torch.tensor(positions))
+    hidden = model.forward([*prompt, *_TREE.tokens], layout)
+    return model.logits(hidden[len(prompt) - 1 :])
+
+
+def _path(node: int) -> list[int]:
+    path = []
+    while node != ROOT:
+        path.append(node)
+        node = _TREE.parents[node]
+    return path[::-1]

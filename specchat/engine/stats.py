@@ -1,0 +1,136 @@
+"""What a step cost and what the engine holds: clocks and counters, no decisions."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import psutil
+import torch
+from torch import Tensor
+
+from specchat.config import FinishReason, MemoryReport, Plan, Step
+from specchat.engine.model import TreeModel
+from specchat.engine.streamer import LayerStreamer
+
+
+def resident_set_bytes() -> int:
+    """Memory that this process holds now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_resident_set_bytes() -> int:
+    """The most memory that this process ever held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+class StepClock:
+    """Splits one step's wall time.
+
+    Args:
+        streamer: the target's; its counters say what of the pass was waiting.
+    """
+
+    def __init__(self, streamer: LayerStreamer) -> None:
+        self._streamer = streamer
+        self._at_start = streamer.counters()
+        self._begin = time.perf_counter()
+        self._draft_s = self._verify_s = self._sample_s = 0.0
+
+    @contextmanager
+    def drafting(self) -> Iterator[None]:
+        """Times the growth of the tree."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._draft_s += time.perf_counter() - begin
+
+    @contextmanager
+    def verifying(self) -> Iterator[None]:
+        """Times the pass over the target, to the end of its last kernel."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            if torch.cuda.is_initialized():
+                torch.cuda.current_stream().synchronize()
+            self._verify_s += time.perf_counter() - begin
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Times head, processors and walk."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._sample_s += time.perf_counter() - begin
+
+    def step(
+        self,
+        tokens: tuple[int, ...],
+        reason: FinishReason | None,
+        new_rows: int,
+        cached_rows: int,
+        tree_nodes: int,
+        depth: int,
+    ) -> Step:
+        """The record of the step that ends now."""
+        counters = self._streamer.counters()
+        return Step(
+            token_ids=tokens,
+            finish_reason=reason,
+            new_rows=new_rows,
+            cached_rows=cached_rows,
+            tree_nodes=tree_nodes,
+            accepted=max(len(tokens) - 1, 0),
+            depth=depth,
+            pass_s=time.perf_counter() - self._begin,
+            draft_s=self._draft_s,
+            verify_s=self._verify_s,
+            sample_s=self._sample_s,
+            stream_wait_s=counters.wait_s - self._at_start.wait_s,
+            streamed_bytes=counters.num_bytes - self._at_start.num_bytes,
+        )
+
+
+class MemoryMeter:
+    """Counts what the engine holds.
+
+    Args:
+        plan: what was promised.
+        models: target and drafts.
+        runtime_bytes: what the process held before.
+    """
+
+    def __init__(self, plan: Plan, models: Sequence[TreeModel], runtime_bytes: int) -> None:
+        self._plan = plan
+        self._models = models
+        self._runtime_bytes = runtime_bytes
+        self._largest_pass_bytes = 0
+
+    def saw_pass(self, hidden: Tensor) -> None:
+        """Notes the hidden rows of a pass: two copies live at once, before and after a layer."""
+        self._largest_pass_bytes = max(self._largest_pass_bytes, 2 * hidden.nbytes)
+
+    def report(self) -> MemoryReport:
+        """Totals so far. On the CPU the device's peak is what was counted: weights, slots, caches, hidden rows."""
+        plan = self._plan
+        if plan.device == "cpu":
+            device_peak = sum(model.nbytes for model in self._models) + self._largest_pass_bytes
+        else:
+            device_peak = torch.cuda.max_memory_allocated(plan.device)
+        return MemoryReport(
+            device_budget_bytes=plan.device_budget_bytes,
+            device_peak_bytes=device_peak,
+            predicted_device_bytes=plan.device_bytes,
+            host_peak_bytes=peak_resident_set_bytes(),
+            runtime_bytes=self._runtime_bytes,
+            resident_layers=len(plan.resident),
+            streamed_layers=len(plan.streamed),
+            streamed_bytes_per_step=plan.streamed_bytes_per_step,
+        )

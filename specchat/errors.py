@@ -1,0 +1,78 @@
+"""Everything a user can get wrong, or a machine can refuse, as named errors with a hint.
+
+Only `specchat.cli.exit_status` turns these into exit codes. A broken invariant of our own is an `assert`, not one of these.
+"""
+
+
+class SpecchatError(Exception):
+    """Base of every error shown to a user.
+
+    Args:
+        message: What happened and why, one line, no full stop.
+        hint: What to do about it, one line, or None.
+    """
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(SpecchatError):
+    """Asked wrongly: a flag, a size, an empty prompt, something that cannot be combined."""
+
+
+class InvalidSizeError(UsageError):
+    """A SIZE that is not of the form 900MiB, 8GiB, 8GB."""
+
+
+class EmptyPromptError(UsageError):
+    """There is nothing to answer."""
+
+
+class UnsupportedModelError(UsageError):
+    """An architecture that the engine cannot verify trees on."""
+
+
+class VocabularyMismatchError(UsageError):
+    """A draft whose token ids do not mean what the target's mean."""
+
+
+class NotAvailableError(UsageError):
+    """A capability that this version does not have."""
+
+
+class ModelError(SpecchatError):
+    """The model cannot be had or cannot be read."""
+
+
+class ModelNotFoundError(ModelError):
+    """No such folder, repository or revision."""
+
+
+class ModelGatedError(ModelError):
+    """The hub wants a login or an accepted licence first."""
+
+
+class ModelNotCachedError(ModelError):
+    """Offline, and the files are not in the local cache."""
+
+
+class CorruptCheckpointError(ModelError):
+    """A header, index or shard that cannot be what was saved."""
+
+
+class PickledCheckpointError(ModelError):
+    """Weights only as pickles, which may run code when opened: never read."""
+
+
+class DoesNotFitError(SpecchatError):
+    """Memory, disk or context is too small for what was asked."""
+
+
+class PromptTooLongError(DoesNotFitError):
+    """The prompt leaves no room for an answer in the context."""
+
+
+class DeviceUnusableError(SpecchatError):
+    """A device that was asked for by name cannot be used."""

@@ -1,0 +1,550 @@
+"""Every call whose behaviour depends on the version of transformers; nothing else imports it.
+
+Written against transformers 5.17 to 5.23. What is leaned on and not promised by its makers: the attention and mask
+registries, the cache layer protocol, the weight conversion mapping, the order of logits processors.
+"""
+
+import copy
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specchat.config import KvShape, Message, Sampling
+from specchat.errors import CorruptCheckpointError, UnsupportedModelError, UsageError
+from specchat.models.checkpoint import read_json
+
+# --- tokenizer ---------------------------------------------------------------------------------------------------
+
+
+class Tokenizer:
+    """A model's tokenizer and chat template, as far as specchat needs them."""
+
+    def __init__(self, hf: Any) -> None:
+        self._hf = hf
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the model was made for chats (base models were not)."""
+        return bool(self._hf.chat_template)
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The end-of-sequence id, if the tokenizer names one."""
+        token_id = self._hf.eos_token_id
+        return None if token_id is None else int(token_id)
+
+    @property
+    def backend(self) -> Any | None:
+        """The `tokenizers.Tokenizer` underneath, or None for a tokenizer written in Python."""
+        return getattr(self._hf, "backend_tokenizer", None)
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The chat as the model's template writes it, up to where the next answer starts.
+
+        Raises:
+            UsageError: the template refuses these messages (a system prompt it has no place for, say).
+        """
+        import jinja2
+
+        turns = [{"role": m.role, "content": m.content} for m in messages]
+        try:
+            text = self._hf.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        except jinja2.TemplateError as error:
+            raise UsageError(f"the model's chat template refuses this chat: {error}") from error
+        assert isinstance(text, str)
+        return text
+
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of `text`; special tokens written out in it are recognised, none is added unless asked."""
+        ids = self._hf(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        return [int(i) for i in ids]
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of `token_ids`, exactly as the tokenizer joins it (no clean-up of spaces)."""
+        text = self._hf.decode(
+            list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+        assert isinstance(text, str)
+        return text
+
+    def vocabulary(self) -> Mapping[str, int]:
+        """Every token and its id."""
+        vocabulary: dict[str, int] = self._hf.get_vocab()
+        return vocabulary
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer in a model's folder; never remote code, never the network.
+
+    Raises:
+        CorruptCheckpointError: the files are missing or cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return Tokenizer(AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CorruptCheckpointError(
+            f"the tokenizer in {folder} cannot be read: {reason}", hint="download or copy the model's folder again"
+        ) from error
+
+
+# --- generation_config.json ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """What the model's makers recommend; None where their file is silent (transformers' own defaults are not applied)."""
+
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    stop_ids: frozenset[int] = frozenset()
+
+
+def load_generation_defaults(folder: Path) -> GenerationDefaults:
+    """The sampling values and stop tokens in generation_config.json, the stop tokens else from config.json."""
+    path = folder / "generation_config.json"
+    values = read_json(path) if path.is_file() else {}
+    eos = values.get("eos_token_id")
+    if eos is None:
+        eos = read_json(folder / "config.json").get("eos_token_id")
+    stop_ids = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    names = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    return GenerationDefaults(stop_ids=stop_ids, **{name: values.get(name) for name in names})
+
+
+def logits_processors(sampling: Sampling) -> Any:
+    """transformers' own processors in its own order: penalty, then (only when sampling) temperature, top-k, top-p, min-p.
+
+    Returns:
+        A callable (input_ids int64 [B, S], scores float32 [B, V]) -> scores float32 [B, V].
+
+    Source: transformers' GenerationMixin._get_logits_processor; a test compares the two.
+    """
+    import transformers as hf
+
+    processors = hf.LogitsProcessorList()
+    if sampling.repetition_penalty != 1.0:
+        processors.append(hf.RepetitionPenaltyLogitsProcessor(penalty=sampling.repetition_penalty))
+    if sampling.greedy:
+        return processors
+    if sampling.temperature != 1.0:
+        processors.append(hf.TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k:
+        processors.append(hf.TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1.0:
+        processors.append(hf.TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        processors.append(hf.MinPLogitsWarper(sampling.min_p))
+    return processors
+
+
+# --- configuration ------------------------------------------------------------------------------------------------
+
+_ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
+_REFUSED = "it needs every layer to be attention over a cache of keys and values, with positions by rotation"
+
+
+def load_config(folder: Path) -> Any:
+    """The model's configuration, checked against what the engine can verify trees on.
+
+    Raises:
+        CorruptCheckpointError: config.json is not a configuration.
+        UnsupportedModelError: remote code, several modalities, recurrent layers, ALiBi, or an unknown architecture.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    values = read_json(folder / "config.json")
+    kind = values.get("model_type", "unknown")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if "model_type" in values and kind not in _known_model_types():
+            raise UnsupportedModelError(
+                f"model type '{kind}' is not supported", hint="specchat runs no code from model folders"
+            ) from error
+        raise CorruptCheckpointError(f"{folder / 'config.json'} is not a model's configuration: {error}") from error
+    if "text_config" in values:
+        raise UnsupportedModelError(f"'{kind}' is a multimodal model: only text models are supported yet")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModelError(f"'{kind}' is not a model that writes text")
+    if "quantization_config" in values:
+        raise UnsupportedModelError(f"{folder.name} is quantized: quantized checkpoints are not supported yet")
+    _check_layer_kinds(config, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+    return config
+
+
+def _known_model_types() -> Mapping[str, Any]:
+    from transformers import CONFIG_MAPPING
+
+    known: Mapping[str, Any] = CONFIG_MAPPING
+    return known
+
+
+def _check_layer_kinds(config: Any, model_class: Any) -> None:
+    kind = config.model_type
+    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if layer_types - _ATTENTION_KINDS or getattr(model_class, "_is_stateful", False):
+        names = ", ".join(sorted(layer_types - _ATTENTION_KINDS)) or "recurrent"
+        raise UnsupportedModelError(f"'{kind}' has {names} layers, which specchat cannot verify trees on yet: {_REFUSED}")
+    if kind in {"bloom", "mpt"} or getattr(config, "alibi", False):
+        raise UnsupportedModelError(f"'{kind}' encodes positions by ALiBi, which specchat cannot verify trees on: {_REFUSED}")
+
+
+def max_positions(config: Any) -> int:
+    """The longest context, cut below the length at which longrope or dynamic scaling would change old positions."""
+    longest = int(config.max_position_embeddings)
+    scaling = getattr(config, "rope_parameters", None) or {}
+    variants = scaling.values() if all(isinstance(v, dict) for v in scaling.values()) else [scaling]
+    for rope in variants:
+        if rope and rope.get("rope_type") in {"longrope", "dynamic"}:
+            original = rope.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", longest
+            )
+            longest = min(longest, int(original))
+    return longest
+
+
+def kv_shapes(config: Any) -> tuple[KvShape, ...]:
+    """What each layer stores per token. The load-time self-check holds this against the modules themselves."""
+    heads = config.num_attention_heads
+    if getattr(config, "kv_lora_rank", None) and hasattr(config, "qk_nope_head_dim"):  # multi-head latent attention
+        shape = KvShape(heads, config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim)
+    else:
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        shape = KvShape(getattr(config, "num_key_value_heads", None) or heads, head_dim, head_dim)
+    return (shape,) * config.num_hidden_layers
+
+
+def mlp_size(config: Any) -> int:
+    """Width of the MLP's inner activation for one row, all active experts together (an upper bound for the ledger)."""
+    dense = int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+    expert = getattr(config, "moe_intermediate_size", None) or dense
+    active = getattr(config, "num_experts_per_tok", None) or 1
+    return max(dense, int(expert) * int(active))
+
+
+# --- modules without weights ---------------------------------------------------------------------------------------
+
+ATTENTION = "tree"
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A causal LM whose parameters are still on torch's meta device.
+
+    Attributes:
+        config: its configuration.
+        model: the whole module.
+        decoder: input ids to final hidden states.
+        layers: the decoder layers, in order.
+        layers_name: their path in `model`, such as "model.layers".
+    """
+
+    config: Any
+    model: Any
+    decoder: Any
+    layers: Any
+    layers_name: str
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Scores [n, V] of hidden states [n, D], with whatever the architecture does between the two."""
+        logits: torch.Tensor = _head_only(self.model, self.decoder)(inputs_embeds=hidden[None], use_cache=False).logits[0]
+        return logits
+
+    def hidden(self, token_ids: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
+        """Final hidden states [S, D] of token ids [S] at logical positions [S] (both int64), appended to the cache."""
+        out = self.decoder(
+            input_ids=token_ids[None], position_ids=positions[None], past_key_values=cache, use_cache=True
+        )
+        hidden: torch.Tensor = out.last_hidden_state[0]
+        return hidden
+
+
+def build_skeleton(config: Any, dtype: torch.dtype) -> Skeleton:
+    """The modules of `config` with tree attention; parameters on meta, buffers (rotary tables ...) real."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    _register_attention()
+    if getattr(config, "output_router_logits", False):
+        config.output_router_logits = False
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
+    model.tie_weights()  # making parameters empty has untied them
+    return skeleton_of(model.eval())
+
+
+def skeleton_of(model: Any) -> Skeleton:
+    """Finds decoder and layers in a causal LM.
+
+    Raises:
+        UnsupportedModelError: there is no list of decoder layers where one is expected.
+    """
+    decoder = model.get_decoder()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == model.config.num_hidden_layers:
+            if any(child is module for child in decoder.modules()):
+                return Skeleton(model.config, model, decoder, module, name)
+    raise UnsupportedModelError(f"'{model.config.model_type}' has no plain list of decoder layers")
+
+
+class _GivenHidden(torch.nn.Module):
+    """Stands in the decoder's place and returns the hidden states it is given."""
+
+    def forward(self, inputs_embeds: torch.Tensor, **_: Any) -> Any:
+        from transformers.modeling_outputs import MoeModelOutputWithPast
+
+        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
+
+
+def _head_only(model: Any, decoder: Any) -> Any:
+    """A shallow copy of `model`, sharing all weights, whose decoder is skipped."""
+    head = getattr(model, "_specchat_head", None)
+    if head is None:
+        head = copy.copy(model)
+        head._modules = dict(model._modules)
+        name = next(name for name, child in model.named_children() if child is decoder)
+        head._modules[name] = _GivenHidden()
+        object.__setattr__(model, "_specchat_head", head)  # not a submodule: it would be walked twice
+    return head
+
+
+# --- attention, masks, cache ---------------------------------------------------------------------------------------
+
+_row_layout: ContextVar[Any] = ContextVar("row_layout")
+
+
+@contextmanager
+def row_scope(make_mask: Callable[[Any], Any]) -> Iterator[None]:
+    """While it lasts, masks are made by `make_mask(mask_function)`, once per kind of layer and pass.
+
+    The mask function is transformers' own rule for the kind (causal, sliding, chunked): (batch, head, query position,
+    key position) -> bool, broadcast over tensors.
+    """
+    token = _row_layout.set(make_mask)
+    try:
+        yield
+    finally:
+        _row_layout.reset(token)
+
+
+def use_attention(function: Callable[..., Any]) -> None:
+    """Names the attention that skeletons are built with; called once, by the engine."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, function)
+
+
+def _register_attention() -> None:
+    from transformers import AttentionMaskInterface
+
+    def make_mask(*, mask_function: Any, **_: Any) -> Any:
+        return _row_layout.get()(mask_function)
+
+    AttentionMaskInterface.register(ATTENTION, make_mask)
+
+
+def cache_for(layers: Sequence[Any]) -> Any:
+    """Presents key-value buffers (with `length`, `capacity` and `append`) as a transformers cache."""
+    from transformers.cache_utils import Cache, CacheLayerMixin
+
+    class Layer(CacheLayerMixin):  # type: ignore[misc]
+        is_sliding = False
+
+        def __init__(self, kv: Any) -> None:
+            super().__init__()
+            self.kv = kv
+            self.is_initialized = True
+
+        def lazy_initialization(self, key_states: Any, value_states: Any) -> None:
+            raise AssertionError("buffers are made before the first pass")
+
+        def update(self, key_states: Any, value_states: Any, *_: Any, **__: Any) -> tuple[Any, Any]:
+            keys, values = self.kv.append(key_states, value_states)
+            return keys, values
+
+        def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+            return self.kv.length + query_length, 0
+
+        def get_seq_length(self) -> int:
+            return int(self.kv.length)
+
+        def get_max_length(self) -> int:
+            return int(self.kv.capacity)
+
+    return Cache(layers=[Layer(kv) for kv in layers])
+
+
+# --- weights -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WeightPlan:
+    """Which checkpoint tensors fill which parameters.
+
+    Attributes:
+        direct: per layer, parameter or buffer name within the layer -> checkpoint key, where a copy is enough.
+        converted: per layer, the checkpoint keys that transformers merges into other tensors (fused experts).
+        rest: checkpoint keys of everything outside the layers.
+    """
+
+    direct: tuple[Mapping[str, str], ...]
+    converted: tuple[tuple[str, ...], ...]
+    rest: tuple[str, ...]
+
+
+def plan_weights(skeleton: Skeleton, keys: Iterable[str]) -> WeightPlan:
+    """Sorts checkpoint keys by the renaming and conversion rules that transformers has for this architecture."""
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = _weight_mapping(skeleton)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    known = skeleton.model.state_dict()
+    prefix = skeleton.model.base_model_prefix
+    direct: list[dict[str, str]] = [{} for _ in skeleton.layers]
+    converted: list[list[str]] = [[] for _ in skeleton.layers]
+    rest: list[str] = []
+    in_layer = re.compile(re.escape(skeleton.layers_name) + r"\.(\d+)\.(.+)")
+    for key in keys:
+        name, pattern = rename_source_key(key, renamings, converters, prefix, known)
+        if name not in known:
+            name, pattern = rename_source_key(key, [], [], prefix, known)
+        if name not in known:
+            continue  # rotary tables of old checkpoints, heads of other tasks, extra prediction layers
+        match = in_layer.fullmatch(name)
+        if match is None:
+            rest.append(key)
+        elif pattern is None:
+            direct[int(match[1])][match[2]] = key
+        else:
+            converted[int(match[1])].append(key)
+    return WeightPlan(tuple(direct), tuple(map(tuple, converted)), tuple(rest))
+
+
+def _weight_mapping(skeleton: Skeleton) -> list[Any]:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    mapping: list[Any] = get_model_conversion_mapping(skeleton.model)
+    return mapping
+
+
+def load_converted(skeleton: Skeleton, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """Loads checkpoint tensors into the skeleton's parameters through transformers' conversions.
+
+    Raises:
+        CorruptCheckpointError: a shape does not fit, or tensors that belong together are not all there.
+    """
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    settings = LoadStateDictConfig(dtype=dtype, weight_mapping=_weight_mapping(skeleton), device_map={"": "cpu"})
+    with _quiet():
+        info, _ = convert_and_load_state_dict_in_model(skeleton.model, dict(tensors), settings)
+    problems = [str(p) for p in (*info.mismatched_keys, *info.conversion_errors, *info.error_msgs)]
+    if problems:
+        raise CorruptCheckpointError(f"tensors do not fit the configuration: {', '.join(sorted(problems)[:3])}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars of transformers on stderr."""
+    from transformers.utils import logging
+
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
+
+
+# --- a small sibling, for the load-time check ----------------------------------------------------------------------
+
+
+def tiny_config(config: Any) -> Any:
+    """A configuration of the same architecture, small enough to run at every load.
+
+    Head dims and layer kinds stay; heads, widths, experts and vocabulary shrink; windows shrink so that they matter.
+    """
+    tiny = copy.deepcopy(config)
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    tiny_kv = min(kv_heads, 2)
+    tiny_heads = tiny_kv * min(heads // kv_heads, 4)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kinds = list(getattr(config, "layer_types", None) or [])
+    num_layers = max(2, 1 + max((kinds.index(kind) for kind in set(kinds)), default=0))
+    values: dict[str, Any] = {
+        "num_attention_heads": tiny_heads,
+        "num_key_value_heads": tiny_heads if heads == kv_heads else tiny_kv,
+        "hidden_size": tiny_heads * head_dim,
+        "head_dim": head_dim,
+        "num_hidden_layers": min(num_layers, config.num_hidden_layers),
+        "layer_types": kinds[:num_layers] or None,
+        "vocab_size": 64,
+        "intermediate_size": 64,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        "num_local_experts": 4,
+        "num_experts": 4,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "sliding_window": 8 if getattr(config, "sliding_window", None) else None,
+        "attention_chunk_size": 8,
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    if heads == kv_heads:
+        values["num_attention_heads"] = values["num_key_value_heads"] = min(heads, 2)
+        values["hidden_size"] = min(heads, 2) * head_dim
+    for name, value in values.items():
+        if getattr(config, name, None) is not None:
+            setattr(tiny, name, value)
+    return tiny
+
+
+def build_random(config: Any, generator: torch.Generator) -> tuple[Skeleton, Callable[[torch.Tensor], torch.Tensor]]:
+    """A float32 model of `config` with random weights, and its plain forward.
+
+    Returns:
+        The skeleton (with real weights here) for tree attention, and a function from token ids [S] to logits [S, V]
+        by the architecture's own eager attention; to be called before the layers are wrapped for trees.
+    """
+    from transformers import AutoModelForCausalLM
+
+    _register_attention()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=ATTENTION).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2:
+                std = 1.0 if "embed" in name else parameter.shape[-1] ** -0.5
+                parameter.normal_(0.0, std, generator=generator)
+            elif "sinks" in name:
+                parameter.normal_(0.0, 1.0, generator=generator)
+
+    def plain(token_ids: torch.Tensor) -> torch.Tensor:
+        model.set_attn_implementation("eager")
+        logits: torch.Tensor = model(token_ids[None], use_cache=False).logits[0]
+        model.set_attn_implementation(ATTENTION)
+        return logits
+
+    return skeleton_of(model), plain

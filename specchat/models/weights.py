@@ -1,0 +1,142 @@
+"""Moving weights from a checkpoint into memory that the caller owns: one contiguous blob per decoder layer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specchat.errors import CorruptCheckpointError
+from specchat.models import hf_compat
+from specchat.models.checkpoint import Checkpoint, TensorReader
+from specchat.models.geometry import blob_offsets
+
+
+@dataclass(frozen=True)
+class LayerLayout:
+    """Names, shapes and byte offsets of one layer's parameters within its blob."""
+
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+    offsets: tuple[int, ...]
+    dtype: torch.dtype
+    nbytes: int
+
+    @classmethod
+    def of(cls, layer: Any) -> "LayerLayout":
+        """The layout of a decoder layer; all its parameters have one dtype."""
+        named = list(layer.named_parameters())
+        dtype: torch.dtype = named[0][1].dtype
+        assert all(p.dtype == dtype for _, p in named)
+        offsets, nbytes = blob_offsets([p.numel() for _, p in named], dtype.itemsize)
+        return cls(tuple(n for n, _ in named), tuple(p.shape for _, p in named), tuple(offsets), dtype, nbytes)
+
+    def views(self, blob: Tensor) -> dict[str, Tensor]:
+        """The parameters as views of a blob: uint8 [>= nbytes]."""
+        return {
+            name: blob[offset : offset + shape.numel() * self.dtype.itemsize].view(self.dtype).view(shape)
+            for name, shape, offset in zip(self.names, self.shapes, self.offsets, strict=True)
+        }
+
+
+def bind(layer: Any, views: Mapping[str, Tensor]) -> None:
+    """Makes a layer's parameters views of memory that others fill; done once, afterwards only bytes move."""
+    for name, view in views.items():
+        path, _, leaf = name.rpartition(".")
+        layer.get_submodule(path)._parameters[leaf] = torch.nn.Parameter(view, requires_grad=False)
+
+
+class WeightReader:
+    """Reads one model's weights, layer by layer.
+
+    Args:
+        skeleton: the modules to be filled; defines names, shapes and dtype.
+        checkpoint: where the bytes are.
+
+    Raises:
+        CorruptCheckpointError: a parameter has no tensor, or one of another shape.
+    """
+
+    def __init__(self, skeleton: hf_compat.Skeleton, checkpoint: Checkpoint) -> None:
+        self._skeleton = skeleton
+        self._checkpoint = checkpoint
+        self._dtype: torch.dtype = next(skeleton.model.parameters()).dtype
+        self._plan = hf_compat.plan_weights(skeleton, checkpoint.tensors)
+        self._reader = TensorReader(checkpoint)
+        self._scratch: hf_compat.Skeleton | None = None
+        self._check_layers()
+
+    def __enter__(self) -> "WeightReader":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._reader.close()
+
+    def read_layer(self, layer: int, views: Mapping[str, Tensor]) -> None:
+        """Fills the views of one layer's parameters (CPU tensors), casting where the checkpoint has another dtype."""
+        for name, key in self._plan.direct[layer].items():
+            if name in views:
+                self._reader.read_into(key, views[name])
+        if self._plan.converted[layer]:
+            self._read_converted(layer, views)
+
+    def read_rest(self, device: torch.device) -> None:
+        """Fills everything that is not a decoder layer's parameter: embeddings, norms, head, and all buffers."""
+        model = self._skeleton.model
+        tensors = {key: self._reader.read(key) for key in self._plan.rest}
+        hf_compat.load_converted(self._skeleton, tensors, self._dtype)
+        model.tie_weights()
+        for layer, names in zip(self._skeleton.layers, self._plan.direct, strict=True):
+            for name, buffer in layer.named_buffers():
+                if name in names:
+                    buffer.copy_(self._reader.read(names[name]))
+        layer_parameters = {id(p) for layer in self._skeleton.layers for p in layer.parameters()}
+        for name, parameter in model.named_parameters():
+            if id(parameter) in layer_parameters:
+                continue
+            if parameter.is_meta:
+                raise CorruptCheckpointError(f"tensor '{name}' is missing from {self._checkpoint.folder}")
+            parameter.data = parameter.data.to(device=device, dtype=self._dtype)
+            parameter.requires_grad_(False)
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(device)
+
+    def _read_converted(self, layer: int, views: Mapping[str, Tensor]) -> None:
+        """Merges tensors (fused experts) on a second skeleton, since conversion replaces the parameters it fills."""
+        if self._scratch is None:
+            self._scratch = hf_compat.build_skeleton(self._skeleton.config, self._dtype)
+        scratch = self._scratch.layers[layer]
+        tensors = {key: self._reader.read(key) for key in self._plan.converted[layer]}
+        hf_compat.load_converted(self._scratch, tensors, self._dtype)
+        for name, parameter in scratch.named_parameters():
+            if not parameter.is_meta:
+                views[name].copy_(parameter.data)
+                path, _, leaf = name.rpartition(".")
+                empty = torch.empty_like(parameter, device="meta")
+                scratch.get_submodule(path)._parameters[leaf] = torch.nn.Parameter(empty, requires_grad=False)
+
+    def _check_layers(self) -> None:
+        for index, layer in enumerate(self._skeleton.layers):
+            direct = self._plan.direct[index]
+            for name, parameter in layer.named_parameters():
+                if name not in direct:
+                    if not self._plan.converted[index]:
+                        full = f"{self._skeleton.layers_name}.{index}.{name}"
+                        raise CorruptCheckpointError(f"tensor '{full}' is missing from {self._checkpoint.folder}")
+                    continue
+                info = self._checkpoint.tensors[direct[name]]
+                if tuple(info.shape) != tuple(parameter.shape):
+                    raise CorruptCheckpointError(
+                        f"tensor '{info.key}' has shape {tuple(info.shape)}, the configuration says "
+                        f"{tuple(parameter.shape)}"
+                    )

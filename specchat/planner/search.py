@@ -1,0 +1,146 @@
+"""Choosing a plan: what stays in device memory, what streams, how large context and tree are."""
+
+from dataclasses import dataclass, replace
+
+from specchat.config import Dtype, ModelSource, ModelSpec, Plan
+from specchat.errors import DoesNotFitError, UsageError
+from specchat.hardware.machine import Machine
+from specchat.hardware.probe import find_machine
+from specchat.models.geometry import describe, layer_bytes
+from specchat.planner.memory import Workload, build_ledger
+from specchat.units import GIB, format_bytes
+
+DEFAULT_CTX = 8192
+DEFAULT_TREE_BUDGET = 64
+CHUNK_ROWS = 512
+NUM_SLOTS = 2
+# An expanded node may drop out of the tree again, so the draft may spend more rows than the tree has nodes.
+DRAFT_ROWS_PER_NODE = 2
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What the user asked for; None and "auto" leave the choice open.
+
+    Attributes:
+        target, draft: local models; draft None is plain decoding.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        dtype: "auto" or a Dtype.
+        vram_bytes: device memory budget (RAM on the CPU).
+        ctx: committed tokens that the caches hold.
+        tree_budget: draft nodes per tree.
+    """
+
+    target: ModelSource
+    draft: ModelSource | None
+    device: str = "auto"
+    dtype: str = "auto"
+    vram_bytes: int | None = None
+    ctx: int | None = None
+    tree_budget: int | None = None
+
+
+def make_plan(request: PlanRequest) -> Plan:
+    """The plan for this machine and these models; nothing but configurations is read.
+
+    Raises:
+        DoesNotFitError: no plan stays within the budget.
+        UsageError: a context the model has no positions for.
+        DeviceUnusableError: the device asked for by name cannot be used.
+    """
+    machine = find_machine(request.device)
+    draft = describe(request.draft) if request.draft is not None else None
+    return plan_for(request, machine, describe(request.target), draft)
+
+
+def plan_for(request: PlanRequest, machine: Machine, target: ModelSpec, draft: ModelSpec | None) -> Plan:
+    """`make_plan` once everything is known; a pure function."""
+    budget = request.vram_bytes if request.vram_bytes is not None else _default_budget(machine)
+    work = _workload(request, machine, target, draft)
+    resident, work = _fit(target, draft, work, budget, ctx_is_free=request.ctx is None)
+    streamed_bytes = sum(layer_bytes(target, i, work.dtype) for i in range(target.num_layers) if i not in resident)
+    return Plan(
+        target=target.name,
+        draft=None if draft is None else draft.name,
+        quant="none",
+        device=machine.device,
+        dtype=work.dtype,
+        ctx=work.ctx,
+        tree_budget=work.tree_budget,
+        draft_rows=work.draft_rows,
+        slots=work.slots,
+        resident=resident,
+        num_layers=target.num_layers,
+        chunk_rows=work.chunk_rows,
+        ledger=build_ledger(target, draft, work, resident),
+        device_budget_bytes=budget,
+        host_bytes=0 if machine.device == "cpu" else streamed_bytes,
+        streamed_bytes_per_step=streamed_bytes,
+    )
+
+
+def _default_budget(machine: Machine) -> int:
+    """Free memory less a reserve for everything else on the machine."""
+    free = machine.device_free_bytes
+    reserve = max(4 * GIB, free // 10) if machine.device == "cpu" else GIB
+    return max(free - reserve, 0)
+
+
+def _workload(request: PlanRequest, machine: Machine, target: ModelSpec, draft: ModelSpec | None) -> Workload:
+    if request.ctx is not None and request.ctx > target.max_positions:
+        raise UsageError(
+            f"--ctx {request.ctx:,} is beyond the {target.max_positions:,} positions of {target.name}",
+            hint=f"use --ctx {target.max_positions} or less",
+        )
+    tree_budget = 0 if draft is None else DEFAULT_TREE_BUDGET if request.tree_budget is None else request.tree_budget
+    return Workload(
+        dtype=_dtype(request, machine, target),
+        ctx=request.ctx if request.ctx is not None else min(target.max_positions, DEFAULT_CTX),
+        tree_budget=tree_budget,
+        draft_rows=DRAFT_ROWS_PER_NODE * tree_budget,
+        chunk_rows=CHUNK_ROWS,
+        slots=NUM_SLOTS,
+    )
+
+
+def _dtype(request: PlanRequest, machine: Machine, target: ModelSpec) -> Dtype:
+    match request.dtype:
+        case "bf16" | "fp16" | "fp32":
+            return request.dtype
+    if request.target.is_toy:
+        return "fp32"  # small enough, and exact to the token
+    if machine.device == "cpu":
+        return "bf16" if target.dtype == "bf16" and machine.fast_bf16 else "fp32"
+    if target.dtype == "fp16" or not machine.fast_bf16:
+        return "fp16"
+    return "bf16"
+
+
+def _fit(
+    target: ModelSpec, draft: ModelSpec | None, work: Workload, budget: int, *, ctx_is_free: bool
+) -> tuple[tuple[int, ...], Workload]:
+    """The most resident layers that the budget allows; a default context is halved before giving up."""
+    while True:
+        for num_resident in range(target.num_layers, -1, -1):
+            resident = interleaved(num_resident, target.num_layers)
+            num_streamed = target.num_layers - num_resident
+            if 0 < num_streamed <= work.slots:
+                continue  # as many slots as layers: they might as well stay
+            candidate = replace(work, slots=work.slots if num_streamed else 0)
+            needed = sum(item.bytes for item in build_ledger(target, draft, candidate, resident))
+            if needed <= budget:
+                return resident, candidate
+        if not ctx_is_free or work.ctx <= 512:
+            raise DoesNotFitError(
+                f"{target.name} needs at least {format_bytes(needed)} with --ctx {work.ctx:,}, "
+                f"the budget is {format_bytes(budget)}",
+                hint="raise --vram, or lower --ctx or --tree-budget",
+            )
+        work = replace(work, ctx=max(work.ctx // 2, 512))
+
+
+def interleaved(num_resident: int, num_layers: int) -> tuple[int, ...]:
+    """Resident layers spread evenly among streamed ones, so that the link never idles while they compute."""
+    return tuple(
+        i for i in range(num_layers) if (i + 1) * num_resident // num_layers > i * num_resident // num_layers
+    )
