@@ -24,7 +24,7 @@ FillLayer = Callable[[int, Mapping[str, Tensor]], None]
 
 @dataclass(frozen=True)
 class StreamCounters:
-    """What moved, and how long computing waited for it, since the engine was loaded."""
+    """Bytes of streamed layers that passes used, and how long they waited for them, since the engine was loaded."""
 
     num_bytes: int
     wait_s: float
@@ -135,6 +135,7 @@ class ThreadStreamer(LayerStreamer):
             self._wait_s += time.perf_counter() - begin
             if self._error is not None:
                 raise self._error
+            self._num_bytes += self._layouts[j].nbytes
 
     def release(self, index: int) -> None:
         """Frees the slot for the next layer that lives there."""
@@ -151,7 +152,7 @@ class ThreadStreamer(LayerStreamer):
             self._changed.notify_all()
 
     def counters(self) -> StreamCounters:
-        """Bytes put into slots and seconds that `acquire` waited."""
+        """Bytes handed to passes and seconds that `acquire` waited."""
         with self._changed:
             return StreamCounters(self._num_bytes, self._wait_s)
 
@@ -183,7 +184,6 @@ class ThreadStreamer(LayerStreamer):
 
     def _hand_over(self, j: int, slot: int, epoch: int) -> None:
         with self._changed:
-            self._num_bytes += self._layouts[j].nbytes
             if epoch == self._epoch:
                 self._holds[slot] = j
                 self._next = (j + 1) % len(self._streamed)
@@ -234,6 +234,7 @@ class CudaStreamer(LayerStreamer):
         compute.wait_event(self._filled[j])
         after.record(compute)
         self._waits.append((before, after))
+        self._num_bytes += self._layouts[j].nbytes
 
     def release(self, index: int) -> None:
         """Queues the copy of the next layer that lives in this slot, behind the computing just queued."""
@@ -279,7 +280,6 @@ class CudaStreamer(LayerStreamer):
         with torch.cuda.stream(self._copies):
             self._slots[slot][:nbytes].copy_(self._host.blob(j), non_blocking=True)
             self._filled[j].record(self._copies)
-        self._num_bytes += nbytes
 
 
 class HostStore:

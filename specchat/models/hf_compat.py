@@ -6,6 +6,7 @@ registries, the cache layer protocol, the weight conversion mapping, the order o
 
 import copy
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -220,8 +221,8 @@ def max_positions(config: Any) -> int:
 def kv_shapes(config: Any) -> tuple[KvShape, ...]:
     """What each layer stores per token. The load-time self-check holds this against the modules themselves."""
     heads = config.num_attention_heads
-    if getattr(config, "kv_lora_rank", None) and hasattr(config, "qk_nope_head_dim"):  # multi-head latent attention
-        shape = KvShape(heads, config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim)
+    if getattr(config, "kv_lora_rank", None) and hasattr(config, "qk_rope_head_dim"):
+        shape = KvShape(1, config.kv_lora_rank, config.qk_rope_head_dim)  # latent attention: cached before expansion
     else:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         shape = KvShape(getattr(config, "num_key_value_heads", None) or heads, head_dim, head_dim)
@@ -239,6 +240,10 @@ def mlp_size(config: Any) -> int:
 # --- modules without weights ---------------------------------------------------------------------------------------
 
 ATTENTION = "tree"
+
+# Making a model on meta patches torch's Module for the whole process while it lasts, so a thread that sets parameters
+# meanwhile would lose them.
+_modules_lock = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -281,7 +286,7 @@ def build_skeleton(config: Any, dtype: torch.dtype) -> Skeleton:
     _register_attention()
     if getattr(config, "output_router_logits", False):
         config.output_router_logits = False
-    with init_empty_weights(include_buffers=False):
+    with _modules_lock, init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
     model.tie_weights()  # making parameters empty has untied them
     return skeleton_of(model.eval())
@@ -452,7 +457,7 @@ def load_converted(skeleton: Skeleton, tensors: Mapping[str, torch.Tensor], dtyp
     from transformers.modeling_utils import LoadStateDictConfig
 
     settings = LoadStateDictConfig(dtype=dtype, weight_mapping=_weight_mapping(skeleton), device_map={"": "cpu"})
-    with _quiet():
+    with _modules_lock, _quiet():
         info, _ = convert_and_load_state_dict_in_model(skeleton.model, dict(tensors), settings)
     problems = [str(p) for p in (*info.mismatched_keys, *info.conversion_errors, *info.error_msgs)]
     if problems:

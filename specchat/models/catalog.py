@@ -1,0 +1,115 @@
+"""What a MODEL argument means, and which models are known to go together. Looks at names only, never at the network."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from specchat.config import ModelSource
+from specchat.errors import ModelNotFoundError, NotAvailableError
+
+DEMO = "demo"
+
+# The hub's own rules for names; revisions are branches, tags or commits.
+_HUB_ID = re.compile(r"(?P<repo>\w[\w.-]{0,95}/\w[\w.-]{0,95})(?:@(?P<revision>.+))?", re.ASCII)
+_REVISION = re.compile(r"\w[\w./+-]*", re.ASCII)
+_HUB_URL = re.compile(r"https?://(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+)")
+_FORMS = "MODEL is demo, a folder such as ./x, or a hub id such as org/name"
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A MODEL argument, understood but not looked up.
+
+    Attributes:
+        text: what the user typed.
+        kind: which of the other attributes count.
+        path: the folder, `~` expanded; only for "folder".
+        repo_id: org/name; only for "hub".
+        revision: branch, tag or commit; None is the default branch; only for "hub".
+    """
+
+    text: str
+    kind: Literal["demo", "folder", "hub", "shape"]
+    path: Path | None = None
+    repo_id: str | None = None
+    revision: str | None = None
+
+
+def parse_model(text: str) -> ModelRef:
+    """What `text` refers to; whether it exists is found out later.
+
+    Raises:
+        ModelNotFoundError: none of the forms, with the nearest one as a hint.
+        NotAvailableError: a form that this version does not have.
+    """
+    if text == DEMO:
+        return ModelRef(text, "demo")
+    if text in (".", "..") or text.startswith(("./", "../", "/", "~")):
+        return ModelRef(text, "folder", path=_expand(text))
+    if text.startswith("shape:"):
+        raise NotAvailableError(
+            f"synthetic models ('{text}') come with a later version", hint="try demo, a folder or a hub id"
+        )
+    match = _HUB_ID.fullmatch(text)
+    if match and _is_repo_id(match["repo"]):
+        return ModelRef(text, "hub", repo_id=match["repo"], revision=_check_revision(text, match["revision"]))
+    raise ModelNotFoundError(f"'{text}' is not a model", hint=_guess(text))
+
+
+def demo_source(role: Literal["target", "draft"]) -> ModelSource:
+    """One of the embedded pair, which every output must call a toy.
+
+    Raises:
+        ModelNotFoundError: the package data are missing from this installation.
+    """
+    path = Path(__file__).parents[1] / "demo" / role
+    if not (path / "config.json").is_file():
+        raise ModelNotFoundError(f"the demo's files are missing from {path}", hint="install specchat again")
+    return ModelSource(name=DEMO if role == "target" else "demo draft", path=path, is_toy=True)
+
+
+def known_draft(ref: ModelRef) -> ModelSource | None:
+    """The draft that is known to suit `ref` and is at hand, or None."""
+    return demo_source("draft") if ref.kind == "demo" else None
+
+
+def _expand(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as exc:
+        raise ModelNotFoundError(f"'{text}' names no home folder here", hint="write the folder out: /home/...") from exc
+
+
+def _is_repo_id(repo_id: str) -> bool:
+    """What the name pattern cannot say: no part ends in a dot or dash, and none has two in a row."""
+    parts = repo_id.split("/")
+    return not any(part.endswith((".", "-", ".git")) or "--" in part or ".." in part for part in parts)
+
+
+def _check_revision(text: str, revision: str | None) -> str | None:
+    """`revision` if git could have such a ref; it becomes a path in the cache, so it must not climb."""
+    if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision or "//" in revision):
+        raise ModelNotFoundError(
+            f"'{text}' asks for the revision '{revision}', which is no branch, tag or commit",
+            hint="write org/name@main, org/name@v1.0 or org/name@<commit>",
+        )
+    return revision
+
+
+def _guess(text: str) -> str:
+    """The likeliest meaning of a MODEL that is none."""
+    if text.strip().lower() == DEMO:
+        return f"did you mean {DEMO}?"
+    if url := _HUB_URL.match(text):
+        return f"did you mean {url[1]}?"
+    if text and _is_folder(Path(text)):
+        return f"did you mean ./{text}?"
+    return f"{_FORMS}; demo always works"
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # a name too long for a file, or with a NUL in it
+        return False

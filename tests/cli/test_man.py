@@ -1,0 +1,69 @@
+"""The man page names every option, exit code, command and JSON key that exists."""
+
+import re
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+import typer
+
+from specchat.chat.result import delta_object, done_object, plan_object
+from specchat.chat.session import Delta, Turn
+from specchat.cli.app import app
+from specchat.cli.exit_status import EXIT_CODES
+from specchat.config import LedgerItem, Plan
+from specchat.ui.repl import COMMANDS
+
+PAGE = (Path(__file__).parents[2] / "man" / "specchat.1").read_text()
+# Without the markup of roff: fonts, escapes, requests.
+TEXT = re.sub(r"\\f.|^\.[A-Za-z]+ ?", "", PAGE, flags=re.MULTILINE).replace("\\-", "-").replace('"', " ")
+
+
+def options():
+    group = typer.main.get_command(app)
+    commands = [group, *group.commands.values()]
+    return sorted({name for c in commands for p in c.params for name in p.opts if name.startswith("-")})
+
+
+def keys_of(record):
+    """Names of a record's fields, and of the records in it."""
+    names = set()
+    for field in fields(record):
+        names.add(field.name)
+        kind = get_type_hints(record)[field.name]
+        if is_dataclass(kind):
+            names |= keys_of(kind)
+    return names
+
+
+def json_keys():
+    plan = Plan(**{field.name: () for field in fields(Plan)} | {"num_layers": 0})
+    keys = keys_of(Turn) | set(plan_object(plan)) | keys_of(LedgerItem) | set(done_object({}))
+    return sorted(keys | set(delta_object(Delta("", ()))) | {"schema_version", "model", "revision", "seed"})
+
+
+@pytest.mark.parametrize("option", [*options(), "--help"])
+def test_every_option_is_there(option):
+    assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", TEXT)
+
+
+@pytest.mark.parametrize("code", EXIT_CODES)
+def test_every_exit_code_is_there(code):
+    section = TEXT[TEXT.index("EXIT STATUS") : TEXT.index("ENVIRONMENT")]
+    assert re.search(rf"^{code}$", section, re.MULTILINE)
+
+
+@pytest.mark.parametrize("key", json_keys())
+def test_every_json_key_is_there(key):
+    section = TEXT[TEXT.index("JSON OUTPUT\n") : TEXT.index("EXIT STATUS")]
+    assert re.search(rf"\b{key}\b", section)
+
+
+@pytest.mark.parametrize("name", [name for command in COMMANDS for name in command.names])
+def test_every_chat_command_is_there(name):
+    assert f"/{name}" in TEXT
+
+
+def test_no_option_is_there_that_does_not_exist():
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT)) <= {*options(), "--help"}

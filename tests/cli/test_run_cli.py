@@ -1,0 +1,395 @@
+"""`specchat run` for scripts: what goes where, what it exits with, and how it says what went wrong."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from support import fake_cli
+
+from specchat.cli.app import run_command_line
+from specchat.cli.exit_status import EXIT_CODES, code_of
+from specchat.cli.options import SamplingFlags, resolve_sampling
+from specchat.config import Sampling
+from specchat.errors import SpecchatError
+
+DEMO = Path(__file__).parents[2] / "specchat" / "demo" / "target"
+TESTS = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def specchat(monkeypatch, capfd):
+    """The command line, in this process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+
+    def call(*arguments, stdin=b""):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        capfd.readouterr()
+        code = run_command_line(arguments)
+        out, err = capfd.readouterr()
+        assert code in EXIT_CODES
+        return SimpleNamespace(code=code, out=out, err=err)
+
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def fake(specchat, monkeypatch):
+    """The same without a model."""
+    for name in ("specchat.engine.engine", "specchat.models.hf_compat"):
+        monkeypatch.setitem(sys.modules, name, sys.modules.get(name))
+    monkeypatch.setattr("specchat.cli.run._make_plan", None)
+    fake_cli.install()
+    return specchat
+
+
+def fails(result, code, *words):
+    assert result.code == code, result.err
+    assert result.out == ""
+    complaint = [line for line in result.err.splitlines() if not line.startswith(("specchat ", "RAM ", "VRAM "))]
+    assert 1 <= len(complaint) <= 3, result.err
+    assert complaint[0].startswith("error: ")
+    assert all(line.startswith("hint: ") for line in complaint[1:])
+    for word in words:
+        assert word in result.err
+
+
+# --- asked wrongly -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--nope"], ["--nope"]),
+        (["run", "demo", "hi", "--nope"], ["--nope", "specchat run --help"]),
+        (["run", "demo", "hi", "--seed"], ["--seed"]),
+        (["run", "demo", "hi", "there"], ["there"]),
+        (["rum"], ["rum", "run"]),
+        (["probe"], ["probe"]),
+        (["run"], ["demo", "specchat run demo"]),
+        (["run", "demo", "hi", "--vram", "12"], ["--vram", "'12'", "8GiB"]),
+        (["run", "demo", "hi", "--ctx", "0"], ["--ctx"]),
+        (["run", "demo", "hi", "--ctx", "many"], ["--ctx", "many"]),
+        (["run", "demo", "hi", "--tree-budget", "0"], ["--tree-budget", "--draft none"]),
+        (["run", "demo", "hi", "--tree-budget", "x"], ["--tree-budget"]),
+        (["run", "demo", "hi", "--max-tokens", "0"], ["--max-tokens"]),
+        (["run", "demo", "hi", "--seed", "-1"], ["--seed"]),
+        (["run", "demo", "hi", "--seed", str(2**63)], ["--seed"]),
+        (["run", "demo", "hi", "--dtype", "int3"], ["--dtype", "bf16"]),
+        (["run", "demo", "hi", "--device", "gpu"], ["--device", "cuda:N"]),
+        (["run", "demo", "hi", "--device", "cuda:x"], ["--device"]),
+        (["run", "demo", "hi", "--temperature", "-0.1"], ["--temperature"]),
+        (["run", "demo", "hi", "--temperature", "nan"], ["--temperature"]),
+        (["run", "demo", "hi", "--temperature", "inf"], ["--temperature"]),
+        (["run", "demo", "hi", "--top-p", "0"], ["--top-p"]),
+        (["run", "demo", "hi", "--top-p", "1.01"], ["--top-p"]),
+        (["run", "demo", "hi", "--top-k", "-1"], ["--top-k"]),
+        (["run", "demo", "hi", "--top-k", "1.5"], ["--top-k"]),
+        (["run", "demo", "hi", "--min-p", "2"], ["--min-p"]),
+        (["run", "demo", "hi", "--repetition-penalty", "0"], ["--repetition-penalty"]),
+        (["run", "demo", "hi", "--stop", ""], ["--stop"]),
+        (["run", "demo", "hi", "--system", "@/no/such/file"], ["--system", "/no/such/file"]),
+        (["run", "demo", "hi", "--system", "x", "--base"], ["--base", "--system"]),
+        (["run", "demo", "hi", "--json", "--json-stream"], ["--json-stream"]),
+        (["run", "demo", "hi", "--plan", "--json-stream"], ["--plan"]),
+        (["run", "demo", "hi", "-q", "-v"], ["--quiet", "--verbose"]),
+        (["run", "demo", "hi", "--draft", "self"], ["self", "not in this version"]),
+        (["run", "demo", "hi", "--draft", "retrieval"], ["retrieval"]),
+        (["run", "demo"], ["empty"]),
+        (["run", "demo", ""], ["empty"]),
+        (["run", "demo", " \n"], ["empty"]),
+    ],
+    ids=" ".join,
+)
+def test_asked_wrongly(specchat, arguments, words):
+    fails(specchat(*arguments), 2, *words)
+
+
+def test_stdin_that_is_not_text(specchat):
+    fails(specchat("run", "demo", stdin=b"\xff\xfe"), 2, "UTF-8")
+
+
+@pytest.mark.parametrize("draft", [[], ["--draft", "./no/such/folder"]], ids=["target", "draft"])
+def test_no_such_folder(specchat, draft):
+    fails(specchat("run", "demo" if draft else "./no/such/folder", "hi", *draft), 3, "no/such/folder")
+
+
+def test_not_cached_while_offline(specchat):
+    fails(specchat("run", "specchat-tests/no-such-model", "hi", "--offline"), 3, "cache")
+
+
+def test_every_error_has_an_exit_code_of_the_list():
+    def kinds(kind):
+        yield kind
+        for child in kind.__subclasses__():
+            yield from kinds(child)
+
+    assert all(code_of(kind("x")) in EXIT_CODES for kind in kinds(SpecchatError))
+
+
+def test_an_error_of_ours_is_one_line_and_a_traceback_on_request(fake, monkeypatch):
+    fails(fake("run", "demo", "crash"), 1, "internal error: RuntimeError: the first line", "SPECCHAT_DEBUG=1")
+    monkeypatch.setenv("SPECCHAT_DEBUG", "1")
+    assert "Traceback" in fake("run", "demo", "crash").err
+
+
+# --- what can only be seen with a model --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """A copy of the demo target, to be spoilt."""
+    folder = tmp_path / "model"
+    shutil.copytree(DEMO, folder)
+    return folder
+
+
+def ask(specchat, folder, *arguments):
+    return specchat("run", str(folder), "hi", "--max-tokens", "1", *arguments)
+
+
+def test_a_corrupt_header(specchat, broken):
+    weights = broken / "model.safetensors"
+    weights.write_bytes(b"\xff" * 64 + weights.read_bytes()[64:])
+    fails(ask(specchat, broken), 3)
+
+
+def test_a_truncated_shard(specchat, broken):
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    fails(ask(specchat, broken), 3)
+
+
+def test_a_pickled_checkpoint(specchat, broken):
+    (broken / "model.safetensors").rename(broken / "pytorch_model.bin")
+    fails(ask(specchat, broken), 3, "pickle")
+
+
+def test_an_unreadable_tokenizer(specchat, broken):
+    (broken / "tokenizer.json").write_text("{")
+    fails(ask(specchat, broken), 3, "tokenizer")
+
+
+def test_an_unsupported_architecture(specchat, broken):
+    config = json.loads((broken / "config.json").read_text())
+    config |= {"architectures": ["MambaForCausalLM"], "model_type": "mamba"}
+    (broken / "config.json").write_text(json.dumps(config))
+    fails(ask(specchat, broken), 2)
+
+
+def test_no_chat_template(specchat, broken):
+    (broken / "chat_template.jinja").unlink()
+    config = json.loads((broken / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    (broken / "tokenizer_config.json").write_text(json.dumps(config))
+    fails(ask(specchat, broken), 2, "--base")
+    assert ask(specchat, broken, "--base", "-q").code == 0
+
+
+def test_a_draft_with_another_vocabulary(specchat, broken):
+    tokenizer = json.loads((broken / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    a, b = [token for token, i in vocabulary.items() if i in (1000, 1001)]
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    (broken / "tokenizer.json").write_text(json.dumps(tokenizer))
+    fails(specchat("run", "demo", "hi", "--draft", str(broken)), 2, "vocabular")
+
+
+def test_a_prompt_longer_than_the_context(specchat):
+    fails(specchat("run", "demo", "fox " * 200, "--ctx", "64"), 4, "64")
+
+
+def test_a_budget_too_small(specchat):
+    fails(specchat("run", "demo", "hi", "--vram", "1MiB"), 4, "MiB")
+
+
+def test_a_context_beyond_the_model(specchat):
+    fails(specchat("run", "demo", "hi", "--ctx", "4096"), 2, "--ctx")
+
+
+def test_a_device_that_is_not_there(specchat):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    fails(specchat("run", "demo", "hi", "--device", "cuda"), 5, "CUDA", "--device cpu")
+
+
+def test_the_plan(specchat):
+    plan = json.loads(specchat("run", "demo", "--plan", "--json").out)
+    assert (plan["target"], plan["device"], plan["ctx"], plan["predicted_tok_per_s"]) == ("demo", "cpu", 1024, None)
+    assert plan["device_bytes"] == sum(item["bytes"] for item in plan["ledger"])
+    table = specchat("run", "demo", "--plan", "--draft", "none").out
+    assert "a toy model for exercising the software" in table
+    assert "no draft" in table
+
+
+# --- the demo, as a process --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def answer():
+    command = [sys.executable, "-m", "specchat", "run", "demo", "Tell me a story about a fox."]
+    settings = ["--seed", "1", "--max-tokens", "12", "--json"]
+    return subprocess.run([*command, *settings], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
+
+
+def test_json(answer):
+    result = json.loads(answer.stdout)
+    assert (result["model"], result["draft"], result["device"], result["seed"]) == ("demo", "demo draft", "cpu", 1)
+    assert (result["finish_reason"], len(result["token_ids"])) == ("length", 12)
+    assert result["usage"]["completion_tokens"] == 12
+    assert result["message"]["content"]
+    assert result["speculation"]["tokens_per_step"] == 12 / result["speculation"]["steps"]
+    assert result["memory"]["resident_layers"] + result["memory"]["streamed_layers"] == 8
+
+
+def test_stderr_has_the_banner_and_nothing_of_the_libraries(answer):
+    first, second = answer.stderr.splitlines()
+    assert first.startswith("specchat ")
+    assert "a toy model for exercising the software" in first
+    assert second.startswith("RAM ")
+
+
+def test_text_and_json_stream_say_the_same(answer, specchat):
+    expected = json.loads(answer.stdout)
+    question = ("run", "demo", "Tell me a story about a fox.", "--seed", "1", "--max-tokens", "12")
+    text = specchat(*question)
+    assert text.out == expected["message"]["content"] + "\n"
+    assert "tok/pass" in text.err
+    quiet = specchat(*question, "--draft", "none", "-q", "--json-stream")
+    assert quiet.err == ""
+    *deltas, done = [json.loads(line) for line in quiet.out.splitlines()]
+    assert {delta["type"] for delta in deltas} == {"delta"}
+    assert "".join(delta["text"] for delta in deltas) == done["message"]["content"] == expected["message"]["content"]
+    assert [i for delta in deltas for i in delta["token_ids"]] == done["token_ids"] == expected["token_ids"]
+    assert (done["type"], done["draft"]) == ("done", None)
+
+
+# --- streams and signals, without a model ------------------------------------------------------------------------
+
+
+def test_the_answer_is_byte_exact_off_a_terminal(fake):
+    assert fake("run", "demo", "escape").out.encode() == "a\x1b[31mb\x07c\r\nd\x9b2J\n".encode()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "stdin", "asked"),
+    [
+        (["q"], b"", "q"),
+        ([], b"from a pipe\n", "from a pipe"),
+        (["q"], b"a\nfile\n\n", "a\nfile\n\nq"),
+        (["q"], "日本🦊".encode(), "日本🦊\n\nq"),
+        ([""], b"piped", "piped"),
+    ],
+)
+def test_where_the_prompt_comes_from(fake, prompt, stdin, asked):
+    assert fake("run", "demo", *prompt, stdin=stdin).out.strip() == f"You said: {asked}"
+
+
+def test_stop_and_max_tokens(fake):
+    stopped = json.loads(fake("run", "demo", "hi. there", "--stop", "zzz", "--stop", ". t", "--json").out)
+    assert (stopped["message"]["content"], stopped["finish_reason"]) == ("You said: hi", "stop")
+    cut = json.loads(fake("run", "demo", "hi", "--max-tokens", "3", "--json").out)
+    assert (cut["message"]["content"], cut["finish_reason"]) == ("You", "length")
+
+
+def test_quiet_and_verbose(fake):
+    assert fake("run", "demo", "hi", "-q").err == ""
+    assert "step 2: 3 tok · tree 64 nodes" in fake("run", "demo", "hi", "-v").err
+
+
+def test_a_flag_without_effect_is_said(fake):
+    result = fake("run", "demo", "hi", "--top-p", "0.5")
+    assert (result.code, "warning: --top-p has no effect" in result.err) == (0, True)
+    assert "warning" not in fake("run", "demo", "hi", "--top-p", "0.5", "--temperature", "1").err
+
+
+def test_a_random_seed_is_told(fake):
+    seeds = {json.loads(fake("run", "demo", "hi", "--json").out)["seed"] for _ in range(3)}
+    assert len(seeds) == 3
+
+
+def start(*arguments, **pipes):
+    environment = os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}", "FAKE_PAUSE_S": "0.05"}
+    command = [sys.executable, "-m", "support.fake_cli", "run", "demo", *arguments]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **pipes}
+    return subprocess.Popen(command, env=environment, **pipes)
+
+
+def start_and_wait_for_step_3():
+    process = start("long", "--json", "-v")
+    while b"step 3" not in process.stderr.readline():
+        assert process.poll() is None
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals(number):
+    process = start("long", "-q")
+    begun = process.stdout.read(5)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (128 + number, b"")
+    assert (begun + out).startswith(b"word0")
+    assert b"word59" not in out
+
+
+def test_an_interrupted_json_run_prints_its_object():
+    process = start_and_wait_for_step_3()
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=30)
+    result = json.loads(out)
+    assert (process.returncode, result["finish_reason"]) == (130, "interrupt")
+    assert 0 < len(result["token_ids"]) < 100
+
+
+def test_a_closed_pipe_is_silent():
+    process = start("long", "-q")
+    process.stdout.read(5)
+    process.stdout.close()
+    assert process.wait(timeout=30) == 141
+    assert process.stderr.read() == b""
+
+
+def test_two_interrupts_leave_at_once():
+    process = start_and_wait_for_step_3()
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+
+
+# --- sampling ----------------------------------------------------------------------------------------------------
+
+
+def defaults(**values):
+    names = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    return SimpleNamespace(**dict.fromkeys(names) | values)
+
+
+@pytest.mark.parametrize(
+    ("flags", "config", "expected"),
+    [
+        ({}, {}, Sampling()),
+        ({}, {"temperature": 0.7, "top_p": 0.9}, Sampling()),
+        ({}, {"do_sample": True}, Sampling(temperature=1.0)),
+        ({}, {"do_sample": True, "temperature": 0.7, "top_p": 0.9}, Sampling(temperature=0.7, top_p=0.9)),
+        ({"top_p": 1.0}, {"do_sample": True, "temperature": 0.7, "top_p": 0.9}, Sampling(temperature=0.7)),
+        ({"temperature": 0.0}, {"do_sample": True, "top_k": 20}, Sampling()),
+        ({"temperature": 0.5}, {"top_p": 0.9, "top_k": 20}, Sampling(temperature=0.5)),
+        ({}, {"do_sample": True, "top_k": 20, "min_p": 0.1}, Sampling(temperature=1.0, top_k=20, min_p=0.1)),
+        ({}, {"repetition_penalty": 1.1}, Sampling(repetition_penalty=1.1)),
+        ({"repetition_penalty": 1.0}, {"repetition_penalty": 1.1}, Sampling()),
+    ],
+)
+def test_a_flag_comes_before_the_model_and_that_before_greedy(flags, config, expected):
+    assert resolve_sampling(SamplingFlags(**flags), defaults(**config), 0) == (expected, [])

@@ -1,0 +1,148 @@
+"""The chat as a person has it: real keys, a pty, a screen. One chat is with `demo`, the rest without a model."""
+
+import re
+import signal
+
+import pytest
+from support.terminal import Terminal
+
+SLOW = {"FAKE_PAUSE_S": "0.05"}
+CTRL_C, CTRL_D, CTRL_J, ENTER = "\x03", "\x04", "\n", "\r"
+# What styles look like: colours, dim, bold. Moving the cursor is something else.
+STYLE = re.compile(rb"\x1b\[[0-9;]*[1-9][0-9;]*m")
+
+
+def chat(*arguments, **settings):
+    terminal = Terminal("support.fake_cli", "run", "demo", *arguments, **settings)
+    terminal.wait_for_prompt()
+    return terminal
+
+
+def test_two_turns_with_the_demo():
+    with Terminal("specchat", "run", "demo", "--seed", "1", "--max-tokens", "40", columns=120) as terminal:
+        terminal.wait_for_prompt()
+        assert "a toy model for exercising the software" in terminal.screen
+        assert re.search(r"RAM .* \(resident .*, draft .*, KV .* @1,024, work .*\) · nothing streamed", terminal.screen)
+        terminal.send("Tell me a story about a fox." + ENTER)
+        terminal.wait_for("+ 0 cached")
+        terminal.wait_for_prompt()
+        assert re.search(r"\d+ tok · [\d.]+ tok/s · [\d.]+ tok/pass · TTFT [\d.]+ s · prompt \d+ new", terminal.screen)
+        terminal.send("What happened next?" + ENTER)
+        terminal.wait_for(lambda t: re.search(r"prompt \d+ new \+ [1-9]\d* cached · ctx \d+/1,024 · RAM", t.screen))
+        terminal.wait_for_prompt()
+        terminal.send(CTRL_D)
+        assert terminal.exit_code() == 0
+        assert b"Traceback" not in terminal.raw
+
+
+def test_ctrl_c_keeps_what_is_there():
+    with chat(environment=SLOW) as terminal:
+        terminal.send("long" + ENTER)
+        terminal.wait_for("word3")
+        terminal.send(CTRL_C)
+        terminal.wait_for(lambda t: re.search(r"^\^C stopped · \d+ tok · [\d.]+ tok/s$", t.screen, re.MULTILINE))
+        assert "word59" not in terminal.screen
+        terminal.wait_for_prompt()
+        terminal.send("again" + ENTER)
+        terminal.wait_for("You said: again")
+        terminal.wait_for(lambda t: re.search(r"prompt \d+ new \+ [1-9]\d* cached", t.screen))
+
+
+def test_ctrl_c_before_the_first_token_gives_the_message_back():
+    with chat(environment={"FAKE_FIRST_PAUSE_S": "1"}) as terminal:
+        terminal.send("hello" + ENTER)
+        terminal.wait_for("> hello")
+        terminal._read()
+        terminal.send(CTRL_C)
+        terminal.wait_for("^C stopped before the first token")
+        terminal.wait_for(lambda t: t.cursor_line == "> hello")
+        terminal.send("!" + ENTER)
+        terminal.wait_for("You said: hello!")
+
+
+def test_ctrl_c_at_the_prompt_drops_the_line_and_twice_leaves():
+    with chat() as terminal:
+        terminal.send("half a mess")
+        terminal.wait_for("half a mess")
+        terminal.send(CTRL_C)
+        terminal.wait_for_prompt()
+        terminal.send(CTRL_C)
+        assert terminal.exit_code() == 130
+        assert b"Traceback" not in terminal.raw
+
+
+def test_commands():
+    with chat() as terminal:
+        terminal.send("/help" + ENTER)
+        terminal.wait_for("/clear")
+        terminal.send("/hlep" + ENTER)
+        terminal.wait_for("did you mean /help?")
+        terminal.send("//literal" + ENTER)
+        terminal.wait_for("You said: /literal")
+        terminal.wait_for_prompt()
+        terminal.send("/clear" + ENTER)
+        terminal.wait_for("the chat is empty again")
+        terminal.wait_for_prompt()
+        terminal.send("fresh" + ENTER)
+        terminal.wait_for("You said: fresh")
+        assert "hlep" not in terminal.screen.split("You said: fresh")[1]
+        terminal.wait_for_prompt()
+        terminal.send("/bye" + ENTER)
+        assert terminal.exit_code() == 0
+
+
+def test_a_message_of_several_lines_and_the_history():
+    with chat() as terminal:
+        terminal.send("one" + CTRL_J + "two\x1b" + ENTER + "three" + ENTER)
+        terminal.wait_for("You said: one\ntwo\nthree")
+        terminal.wait_for_prompt()
+        terminal.send("\x1b[A")
+        terminal.wait_for(lambda t: t.screen.count("> one") == 2)
+
+
+def test_what_a_model_writes_cannot_command_the_terminal():
+    with chat() as terminal:
+        terminal.send("escape" + ENTER)
+        terminal.wait_for("a␛[31mb␇c")
+        assert b"\x1b[31m" not in terminal.raw
+        assert b"\x9b2J" not in terminal.raw
+
+
+def test_40_columns():
+    with chat(columns=40) as terminal:
+        terminal.send("hello" + ENTER)
+        terminal.wait_for("You said: hello")
+        terminal.wait_for_prompt()
+        assert "exercising the software" in " ".join(terminal.screen.split())  # broken between words
+        assert re.search(r"TTFT\s+[\d.]+ s", terminal.screen)
+
+
+@pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}], ids=["NO_COLOR", "dumb"])
+def test_no_styles_where_they_are_not_wanted(environment):
+    with chat(environment=environment) as terminal:
+        terminal.send("hello" + ENTER)
+        terminal.wait_for("You said: hello")
+        terminal.wait_for_prompt()
+        terminal.send("/nothing" + ENTER)
+        terminal.wait_for("there is no command")
+        terminal.send(CTRL_D)
+        assert terminal.exit_code() == 0
+        assert not STYLE.findall(terminal.raw)
+
+
+def test_styles_where_they_are():
+    with chat() as terminal:
+        assert STYLE.findall(terminal.raw)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("at", ["prompt", "answer"])
+def test_signals_end_the_chat_in_order(number, at):
+    with chat(environment=SLOW | {"FAKE_SAYS_CLOSED": "1"}) as terminal:
+        if at == "answer":
+            terminal.send("long" + ENTER)
+            terminal.wait_for("word3")
+        terminal.kill(number)
+        assert terminal.exit_code() == 128 + number
+        assert "engine closed" in terminal.screen
+        assert b"Traceback" not in terminal.raw

@@ -1,0 +1,17 @@
+"""Settings for the whole suite."""
+
+import os
+
+# Set before any library reads them: tests never reach the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    """Tiny matrices are slower on several threads, and much slower where the cores are shared."""
+    import torch
+
+    torch.set_num_threads(1)

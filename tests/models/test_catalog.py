@@ -1,0 +1,112 @@
+"""The forms of MODEL, and the hints for what is none of them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specchat.errors import ModelNotFoundError, NotAvailableError, SpecchatError
+from specchat.models.catalog import ModelRef, demo_source, known_draft, parse_model
+from specchat.models.checkpoint import open_checkpoint
+
+
+def test_demo():
+    assert parse_model("demo") == ModelRef("demo", "demo")
+
+
+@pytest.mark.parametrize("text", [".", "..", "./x", "../x/y", "/x", "./org/name@v1"])
+def test_folders(text):
+    assert parse_model(text) == ModelRef(text, "folder", path=Path(text))
+
+
+def test_home_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert parse_model("~/models/x").path == Path("/somewhere/models/x")
+    assert parse_model("~").path == Path("/somewhere")
+    with pytest.raises(ModelNotFoundError):
+        parse_model("~no-such-user-here/x")
+
+
+@pytest.mark.parametrize(
+    ("text", "repo_id", "revision"),
+    [
+        ("org/name", "org/name", None),
+        ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B", None),
+        ("org/name@main", "org/name", "main"),
+        ("org/name@refs/pr/12", "org/name", "refs/pr/12"),
+        ("org/name@v1.0", "org/name", "v1.0"),
+        ("org/name@" + "0a" * 20, "org/name", "0a" * 20),
+    ],
+)
+def test_hub_ids(text, repo_id, revision):
+    assert parse_model(text) == ModelRef(text, "hub", repo_id=repo_id, revision=revision)
+
+
+@pytest.mark.parametrize("revision", ["", "..", "../../x", "a/../b", "/etc/x", "-x", "a b", "a//b"])
+def test_revisions_that_git_would_not_have(revision):
+    with pytest.raises(ModelNotFoundError):
+        parse_model(f"org/name@{revision}")
+
+
+@pytest.mark.parametrize("text", ["shape:llama-70b", "shape:hidden=64,layers=2", "shape:"])
+def test_shapes_come_later(text):
+    with pytest.raises(NotAvailableError, match="later version"):
+        parse_model(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", " ", "llama", "a/b/c", "org/", "/".join("ab") + "/", "org/na me", "org/na--me", "org/x..y", "org/x.git"],
+)
+def test_anything_else(text):
+    with pytest.raises(ModelNotFoundError) as caught:
+        parse_model(text)
+    assert "demo" in caught.value.hint
+    assert "org/name" in caught.value.hint
+
+
+def test_hints(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "llama").mkdir()
+    for text, hint in {
+        "llama": "./llama",
+        "DEMO": "demo?",
+        "https://huggingface.co/org/name/tree/main": "org/name?",
+    }.items():
+        with pytest.raises(ModelNotFoundError) as caught:
+            parse_model(text)
+        assert hint in caught.value.hint
+
+
+@given(st.text(max_size=300))
+def test_any_text_is_understood_or_refused_by_name(text):
+    try:
+        ref = parse_model(text)
+    except SpecchatError as error:
+        assert error.hint
+        return
+    assert ref.text == text
+    assert (ref.path is not None) == (ref.kind == "folder")
+    assert (ref.repo_id is not None) == (ref.kind == "hub")
+
+
+@pytest.mark.parametrize("role", ["target", "draft"])
+def test_demo_pair_is_there_and_sound(role):
+    source = demo_source(role)
+    assert source.is_toy
+    assert source.revision is None
+    assert open_checkpoint(source.path).tensors
+
+
+def test_known_drafts():
+    assert known_draft(parse_model("demo")) == demo_source("draft")
+    assert known_draft(parse_model("org/name")) is None
+    assert known_draft(parse_model("./x")) is None
+
+
+def test_imports_nothing_heavy():
+    code = "import sys, specchat.models.hub; assert not {'torch', 'huggingface_hub'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

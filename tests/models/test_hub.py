@@ -1,0 +1,588 @@
+"""Against a loopback server that speaks just enough of the hub's protocol; the real network is never touched."""
+
+import hashlib
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import unquote, urlsplit
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
+from huggingface_hub.utils import close_session
+
+from specchat.errors import (
+    DoesNotFitError,
+    ModelError,
+    ModelGatedError,
+    ModelNotCachedError,
+    ModelNotFoundError,
+    PickledCheckpointError,
+    UsageError,
+)
+from specchat.models import hub as hub_module
+from specchat.models.catalog import parse_model
+from specchat.models.checkpoint import open_checkpoint
+from specchat.models.hub import Download, cached_models, locate
+
+TOKEN = "hf_secret"
+
+
+def shard(num_bytes: int, key: str = "w") -> bytes:
+    header = json.dumps({key: {"dtype": "U8", "shape": [num_bytes], "data_offsets": [0, num_bytes]}}).encode()
+    return struct.pack("<Q", len(header)) + header + bytes(num_bytes)
+
+
+MODEL = {
+    "config.json": b'{"model_type": "llama"}',
+    "tokenizer.json": b"{}",
+    "tokenizer_config.json": b"{}",
+    "chat_template.jinja": b"hello",
+    "model.safetensors": shard(5000),
+    "pytorch_model.bin": b"never fetched",
+    "README.md": b"never fetched",
+    "notes.txt": b"never fetched",
+    "original/consolidated.00.pth": b"never fetched",
+    "onnx/config.json": b"never fetched",
+    "consolidated.safetensors": shard(6000),
+}
+WANTED = {"config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "model.safetensors"}
+WANTED_BYTES = sum(len(MODEL[name]) for name in WANTED)
+
+
+@dataclass
+class FakeHub:
+    """What the server serves, and what it was asked for."""
+
+    url: str = ""
+    repos: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)  # id -> commit -> files
+    refs: dict[tuple[str, str], str] = field(default_factory=dict)  # (id, branch) -> commit
+    gated: set[str] = field(default_factory=set)
+    private: set[str] = field(default_factory=set)
+    status: int | None = None  # every answer fails with it
+    body: bytes | None = None  # every answer is this
+    requests: list[str] = field(default_factory=list)
+
+    def publish(self, repo_id: str, files: dict[str, bytes], branch: str = "main") -> str:
+        commit = hashlib.sha1(repr((repo_id, sorted(files.items()))).encode()).hexdigest()
+        self.repos.setdefault(repo_id, {})[commit] = files
+        self.refs[repo_id, branch] = commit
+        return commit
+
+    def commit(self, repo_id: str, revision: str) -> str | None:
+        return revision if revision in self.repos[repo_id] else self.refs.get((repo_id, revision))
+
+    def num_downloads(self) -> int:
+        return sum(line.startswith("GET") and ("/resolve/" in line or "/cdn/" in line) for line in self.requests)
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: FakeHub
+
+    def log_message(self, *args) -> None:
+        pass
+
+    def reply(self, status: int, body: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        self.hub.requests.append(f"{self.command} {self.path}")
+        parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
+        if self.hub.status is not None:
+            self.reply(self.hub.status)
+        elif self.hub.body is not None:
+            self.reply(200, self.hub.body)
+        elif parts[:2] == ["api", "models"]:
+            self.serve_api("/".join(parts[2:4]), parts[4:])
+        elif parts[0] == "cdn":
+            assert "Authorization" not in self.headers  # the token is the hub's alone
+            self.reply(200, next(body for body in self.all_files() if hashlib.sha256(body).hexdigest() == parts[1]))
+        elif parts[2:3] == ["resolve"]:
+            self.serve_file("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
+        else:
+            self.reply(404)
+
+    def all_files(self) -> Iterator[bytes]:
+        for commits in self.hub.repos.values():
+            for files in commits.values():
+                yield from files.values()
+
+    def allowed(self) -> bool:
+        return self.headers.get("Authorization") == f"Bearer {TOKEN}"
+
+    def find(self, repo_id: str, revision: str) -> str | None:
+        """The commit, or None after an error has been sent."""
+        if repo_id not in self.hub.repos or (repo_id in self.hub.private and not self.allowed()):
+            self.reply(401 if not self.allowed() else 404, X_Error_Code="RepoNotFound")
+            return None
+        commit = self.hub.commit(repo_id, revision)
+        if commit is None:
+            self.reply(404, X_Error_Code="RevisionNotFound")
+        return commit
+
+    def serve_api(self, repo_id: str, rest: list[str]) -> None:
+        commit = self.find(repo_id, rest[1] if len(rest) > 1 else "main")
+        if commit is None:
+            return
+        files = self.hub.repos[repo_id][commit]
+        if rest[:1] == ["tree"]:
+            answer: object = [
+                {"type": "file", "path": name, "size": len(body), "oid": hashlib.sha1(body).hexdigest()}
+                for name, body in files.items()
+            ]
+        else:  # public even for gated repositories, as on the hub
+            answer = {"id": repo_id, "sha": commit, "siblings": [{"rfilename": name} for name in files]}
+        self.reply(200, json.dumps(answer).encode(), Content_Type="application/json")
+
+    def serve_file(self, repo_id: str, revision: str, name: str) -> None:
+        commit = self.find(repo_id, revision)
+        if commit is None:
+            return
+        if repo_id in self.hub.gated and not self.allowed():
+            self.reply(403, X_Error_Code="GatedRepo")
+            return
+        body = self.hub.repos[repo_id][commit].get(name)
+        if body is None:
+            self.reply(404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
+        elif name.endswith(".safetensors"):  # as for large files: a redirect to the content's own address
+            digest = hashlib.sha256(body).hexdigest()
+            self.reply(
+                302,
+                X_Repo_Commit=commit,
+                X_Linked_Etag=f'"{digest}"',
+                X_Linked_Size=str(len(body)),
+                Location=f"{self.hub.url.replace('127.0.0.1', 'localhost')}/cdn/{digest}",  # another host
+            )
+        else:
+            self.reply(200, body, X_Repo_Commit=commit, ETag=f'"{hashlib.sha1(body).hexdigest()}"')
+
+
+@pytest.fixture
+def server():
+    hub = FakeHub()
+    handler = type("BoundHandler", (Handler,), {"hub": hub})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        httpd.daemon_threads = True
+        hub.url = f"http://127.0.0.1:{httpd.server_address[1]}"
+        thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        thread.start()
+        yield hub
+        httpd.shutdown()
+
+
+def point_to(monkeypatch, url: str, cache: Path) -> None:
+    """huggingface_hub reads its environment at import, so its constants are set instead."""
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache.parent / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    close_session()
+
+
+@pytest.fixture
+def hub(server, tmp_path, monkeypatch):
+    point_to(monkeypatch, server.url, tmp_path / "hub")
+    yield server
+    close_session()
+
+
+@pytest.fixture
+def dead_url():
+    """An address that refuses connections."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as httpd:
+        port = httpd.server_address[1]
+    return f"http://127.0.0.1:{port}"
+
+
+def ask(text: str, **options):
+    """`locate`, agreeing to everything; a warning fails unless the test takes it."""
+    options = {"offline": False, "confirm": lambda download: True, "warn": pytest.fail} | options
+    return locate(parse_model(text), **options)
+
+
+def refuse(download: Download) -> bool:
+    pytest.fail(f"asked for {download}")
+
+
+def files_in(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+
+
+# ---------------------------------------------------------------- folders and the demo
+
+
+def test_folder(tmp_path):
+    with pytest.raises(ModelNotFoundError, match="no folder"):
+        ask(str(tmp_path / "none"))
+    with pytest.raises(ModelNotFoundError, match=r"no config\.json"):
+        ask(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    source = ask(str(tmp_path), offline=True, confirm=refuse)
+    assert (source.name, source.path, source.revision, source.is_toy) == (str(tmp_path), tmp_path, None, False)
+
+
+def test_demo_needs_no_network(monkeypatch, dead_url, tmp_path):
+    point_to(monkeypatch, dead_url, tmp_path)
+    assert ask("demo", confirm=refuse).is_toy
+
+
+# ---------------------------------------------------------------- downloads
+
+
+def test_downloads_what_is_needed_and_no_more(hub, tmp_path):
+    commit = hub.publish("org/name", MODEL)
+    asked, told = [], []
+
+    def confirm(download: Download) -> bool:
+        assert hub.num_downloads() == 0
+        asked.append(download)
+        return True
+
+    source = ask("org/name", confirm=confirm, progress=lambda done, total: told.append((done, total)))
+    assert (source.name, source.revision, source.is_toy) == ("org/name", commit, False)
+    assert files_in(source.path) == WANTED
+    assert set(open_checkpoint(source.path).tensors) == {"w"}
+    (download,) = asked
+    assert (download.name, download.revision, download.folder) == ("org/name", commit, tmp_path / "hub")
+    assert (download.num_bytes, download.cached_bytes, download.missing_bytes) == (WANTED_BYTES, 0, WANTED_BYTES)
+    assert download.free_disk_bytes > 0
+    assert told == sorted(told)
+    assert told[-1] == (WANTED_BYTES, WANTED_BYTES)
+    assert cached_models() == ["org/name"]
+
+
+def test_a_second_run_asks_the_hub_once_and_the_user_never(hub):
+    hub.publish("org/name", MODEL)
+    first = ask("org/name")
+    hub.requests.clear()
+    assert ask("org/name", confirm=refuse) == first
+    assert len(hub.requests) == 1
+
+
+def test_offline_uses_the_cache_without_a_request(hub, monkeypatch):
+    hub.publish("org/name", MODEL)
+    first = ask("org/name")
+    hub.requests.clear()
+    assert ask("org/name", offline=True, confirm=refuse) == first
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert ask("org/name", confirm=refuse) == first
+    assert not hub.requests
+
+
+def test_a_cached_commit_needs_no_request(hub):
+    commit = hub.publish("org/name", MODEL)
+    first = ask(f"org/name@{commit}")
+    assert cached_models() == [f"org/name@{commit}"]
+    hub.requests.clear()
+    assert ask(f"org/name@{commit}", confirm=refuse) == first
+    assert not hub.requests
+
+
+def test_a_revision(hub):
+    hub.publish("org/name", MODEL)
+    commit = hub.publish("org/name", MODEL | {"config.json": b'{"new": 1}'}, branch="refs/pr/1")
+    source = ask("org/name@refs/pr/1")
+    assert source.revision == commit
+    assert (source.path / "config.json").read_bytes() == b'{"new": 1}'
+    assert ask("org/name@refs/pr/1", offline=True) == source
+    assert cached_models() == ["org/name@refs/pr/1"]
+
+
+def test_an_update_fetches_only_what_changed(hub):
+    hub.publish("org/name", MODEL)
+    ask("org/name")
+    commit = hub.publish("org/name", MODEL | {"config.json": b'{"new": 1}'})
+    asked = []
+    source = ask("org/name", confirm=lambda download: bool(asked.append(download)) or True)
+    assert source.revision == commit
+    assert asked[0].missing_bytes == len(b'{"new": 1}')
+    assert ask("org/name", offline=True) == source
+
+
+def test_not_agreed_downloads_nothing_and_keeps_the_older_copy(hub):
+    hub.publish("org/name", MODEL)
+    with pytest.raises(UsageError, match="not confirmed") as caught:
+        ask("org/name", confirm=lambda download: False)
+    assert "--yes" in caught.value.hint
+    assert hub.num_downloads() == 0
+    old = ask("org/name")
+    hub.publish("org/name", MODEL | {"config.json": b'{"new": 1}'})
+    with pytest.raises(UsageError) as caught:
+        ask("org/name", confirm=lambda download: False)
+    assert "--offline" in caught.value.hint
+    assert ask("org/name", offline=True) == old
+
+
+def test_a_failed_update_keeps_the_older_copy(hub, monkeypatch):
+    hub.publish("org/name", MODEL)
+    old = ask("org/name")
+    hub.publish("org/name", MODEL | {"model.safetensors": shard(9000)})
+    real = huggingface_hub.snapshot_download
+
+    def fails(*args, **options):
+        if options.get("dry_run") or options.get("local_files_only"):
+            return real(*args, **options)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
+    with pytest.raises(DoesNotFitError, match="full"):
+        ask("org/name")
+    monkeypatch.undo()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(old.path.parents[2]))
+    assert ask("org/name", offline=True) == old
+
+
+def test_a_partial_cache_is_completed(hub):
+    commit = hub.publish("org/name", MODEL)
+    huggingface_hub.hf_hub_download("org/name", "config.json")
+    assert cached_models() == []
+    with pytest.raises(ModelNotCachedError) as caught:
+        ask("org/name", offline=True)
+    assert "hf download org/name" in caught.value.hint
+    asked = []
+    source = ask("org/name", confirm=lambda download: bool(asked.append(download)) or True)
+    assert source.revision == commit
+    assert asked[0].cached_bytes == len(MODEL["config.json"])
+
+
+def test_a_shard_missing_from_the_cache(hub):
+    index = json.dumps({"weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}).encode()
+    files = MODEL | {
+        "model.safetensors.index.json": index,
+        "a.safetensors": shard(10, "a"),
+        "b.safetensors": shard(10, "b"),
+    }
+    del files["model.safetensors"]
+    hub.publish("org/name", files)
+    source = ask("org/name")
+    assert set(open_checkpoint(source.path).tensors) == {"a", "b"}
+    (source.path / "b.safetensors").unlink()
+    with pytest.raises(ModelNotCachedError):
+        ask("org/name", offline=True)
+    assert ask("org/name") == source
+
+
+def test_too_little_disk_is_said_before_the_question(hub, monkeypatch):
+    hub.publish("org/name", MODEL)
+    monkeypatch.setattr(hub_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
+    with pytest.raises(DoesNotFitError, match="100 B are free"):
+        ask("org/name", confirm=refuse)
+    assert hub.num_downloads() == 0
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def error_of(kind: type[Exception], text: str = "org/name", **options) -> str:
+    """Message and hint of the error, which must be one line each."""
+    with pytest.raises(kind) as caught:
+        ask(text, confirm=refuse, **options)
+    assert type(caught.value) is kind
+    assert "\n" not in caught.value.message + caught.value.hint
+    return f"{caught.value.message} | {caught.value.hint}"
+
+
+def test_unknown_repository(hub, tmp_path, monkeypatch):
+    assert "hf auth login" in error_of(ModelNotFoundError)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    assert "did you mean ./org/name?" in error_of(ModelNotFoundError)
+
+
+def test_unknown_revision(hub):
+    hub.publish("org/name", MODEL)
+    assert "no revision 'v9'" in error_of(ModelNotFoundError, "org/name@v9")
+
+
+def test_gated_shows_before_the_question_and_a_token_opens_it(hub, monkeypatch):
+    hub.publish("org/name", MODEL)
+    hub.gated.add("org/name")
+    text = error_of(ModelGatedError)
+    assert f"{hub.url}/org/name" in text
+    assert "hf auth login" in text
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert ask("org/name").revision
+
+
+def test_private(hub, monkeypatch):
+    hub.publish("org/name", MODEL)
+    hub.private.add("org/name")
+    error_of(ModelNotFoundError)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert ask("org/name").revision
+
+
+@pytest.mark.parametrize(
+    ("files", "kind", "words"),
+    [
+        ({"config.json": b"{}", "pytorch_model.bin": b"x"}, PickledCheckpointError, "pickles"),
+        ({"config.json": b"{}", "x.Q4_K_M.gguf": b"x"}, ModelNotFoundError, "no weights"),
+        ({"params.json": b"{}", "consolidated.safetensors": b"x"}, ModelNotFoundError, "no weights"),
+        ({"model.safetensors": b"x"}, ModelNotFoundError, "config.json"),
+        ({}, ModelNotFoundError, "no weights"),
+    ],
+)
+def test_repositories_without_usable_weights(hub, files, kind, words):
+    hub.publish("org/name", files)
+    assert words in error_of(kind)
+    assert hub.num_downloads() == 0
+
+
+def test_not_cached_offline(hub):
+    hub.publish("org/name", MODEL)
+    assert "hf download org/name --revision v1" in error_of(ModelNotCachedError, "org/name@v1", offline=True)
+    assert not hub.requests
+    assert cached_models() == []
+
+
+@pytest.mark.parametrize(("status", "kind"), [(500, ModelError), (429, ModelError), (403, ModelGatedError)])
+def test_failing_hub(hub, status, kind):
+    hub.status = status
+    assert str(status) in error_of(kind)
+
+
+@pytest.mark.parametrize("body", [b"<html>please log in</html>", b"{}"])
+def test_something_else_answers(hub, body):
+    hub.body = body
+    assert "does not answer like a hub" in error_of(ModelError)
+
+
+def test_unreachable(monkeypatch, dead_url, tmp_path):
+    point_to(monkeypatch, dead_url, tmp_path)
+    assert f"cannot reach {dead_url}" in error_of(ModelError)
+
+
+def test_unwritable_cache(hub, tmp_path):
+    hub.publish("org/name", MODEL)
+    (tmp_path / "hub").write_text("a file where the folder should be")
+    with pytest.raises(ModelError) as caught:
+        ask("org/name")
+    assert "HF_HOME" in caught.value.hint
+
+
+@pytest.mark.parametrize("trouble", ["unreachable", "failing", "gated", "gone"])
+def test_the_cached_copy_serves_when_the_hub_does_not(hub, monkeypatch, dead_url, trouble):
+    hub.publish("org/name", MODEL)
+    first = ask("org/name")
+    if trouble == "unreachable":
+        point_to(monkeypatch, dead_url, Path(constants.HF_HUB_CACHE))
+    elif trouble == "failing":
+        hub.status = 503
+    elif trouble == "gated":
+        hub.publish("org/name", MODEL | {"config.json": b'{"new": 1}'})
+        hub.gated.add("org/name")
+    else:
+        hub.repos.clear()
+    warnings = []
+    assert ask("org/name", confirm=refuse, warn=warnings.append) == first
+    assert len(warnings) == 1
+    assert "cached copy of org/name" in warnings[0]
+    assert "\n" not in warnings[0]
+
+
+# ---------------------------------------------------------------- the environment, and Ctrl-C
+
+CLIENT = """
+import signal, sys
+from specchat.errors import SpecchatError
+from specchat.models.catalog import parse_model
+from specchat.models.hub import cached_models, locate
+signal.signal(signal.SIGINT, signal.default_int_handler)
+def progress(done, total):
+    print("progress", done, flush=True)
+try:
+    source = locate(parse_model(sys.argv[1]), offline=False, confirm=lambda download: True, progress=progress)
+    print("path", source.path, *cached_models())
+except SpecchatError as error:
+    print(type(error).__name__)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def environment(server: FakeHub, home: Path, **extra: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    return kept | {"HF_ENDPOINT": server.url, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1,localhost"} | extra
+
+
+def client(server: FakeHub, home: Path, **extra: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", CLIENT, "org/name"],
+        env=environment(server, home, **extra),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+
+
+def test_environment_is_respected(server, tmp_path):
+    server.publish("org/name", MODEL)
+    server.gated.add("org/name")
+    assert client(server, tmp_path / "a").stdout == "ModelGatedError\n"
+    result = client(server, tmp_path / "a", HF_TOKEN=TOKEN)
+    assert f"path {tmp_path}/a/hub/models--org--name/snapshots/" in result.stdout
+    assert result.stdout.endswith(" org/name\n")
+    assert result.stderr == ""  # no bars of huggingface_hub's own
+    server.requests.clear()
+    assert "path" in client(server, tmp_path / "a", HF_HUB_OFFLINE="1").stdout
+    assert client(server, tmp_path / "b", HF_HUB_OFFLINE="1").stdout == "ModelNotCachedError\n"
+    assert not server.requests
+
+
+def test_ctrl_c_ends_a_download_at_its_next_chunk(server, tmp_path, monkeypatch):
+    # huggingface_hub reports every 10 MB: five chunks, 0.7 s apart.
+    server.publish("org/name", MODEL | {"model.safetensors": shard(50_000_000)})
+    real = Handler.reply
+
+    def reply(self, status, body=b"", **headers):
+        if self.command == "GET" and len(body) > 1_000_000:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            with suppress(ConnectionError):  # the client leaves early
+                for start in range(0, len(body), 10_000_000):
+                    self.wfile.write(body[start : start + 10_000_000])
+                    time.sleep(0.7)
+        else:
+            real(self, status, body, **headers)
+
+    monkeypatch.setattr(Handler, "reply", reply)
+    process = subprocess.Popen(
+        [sys.executable, "-c", CLIENT, "org/name"], env=environment(server, tmp_path), stdout=subprocess.PIPE, text=True
+    )
+    lines = iter(process.stdout.readline, "")
+    for line in lines:
+        if line.startswith("progress") and int(line.split()[1]) > 9_000_000:
+            break
+    start = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert "interrupted\n" in list(lines)
+    process.wait(timeout=10)
+    assert time.monotonic() - start < 2.5
+    assert not list(tmp_path.rglob("snapshots/*/model.safetensors"))

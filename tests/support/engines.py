@@ -1,0 +1,55 @@
+"""Engines over tiny models, planned by hand so that a test says what streams."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from specchat.config import ModelSource, Plan, Sampling, Step
+from specchat.engine.engine import Engine
+
+NOTHING: frozenset[int] = frozenset()
+
+
+def make_plan(
+    target: ModelSource,
+    draft: ModelSource | None,
+    *,
+    num_layers: int,
+    resident: Iterable[int] | None = None,
+    ctx: int = 256,
+    tree_budget: int = 16,
+    slots: int = 2,
+    chunk_rows: int = 512,
+) -> Plan:
+    stays = tuple(range(num_layers) if resident is None else resident)
+    return Plan(
+        target=target.name,
+        draft=draft.name if draft else None,
+        quant="none",
+        device="cpu",
+        dtype="fp32",
+        ctx=ctx,
+        tree_budget=tree_budget if draft else 0,
+        draft_rows=2 * tree_budget if draft else 0,
+        slots=slots if len(stays) < num_layers else 0,
+        resident=stays,
+        num_layers=num_layers,
+        chunk_rows=chunk_rows,
+        ledger=(),
+        device_budget_bytes=0,
+        host_bytes=0,
+        streamed_bytes_per_step=0,
+    )
+
+
+def write(
+    engine: Engine, prompt: list[int], sampling: Sampling, num_tokens: int, stop_ids: frozenset[int] = NOTHING
+) -> tuple[list[int], list[Step]]:
+    steps = list(engine.generate(prompt, sampling, stop_ids=stop_ids, max_tokens=num_tokens))
+    return [token for step in steps for token in step.token_ids], steps
+
+
+def random_prompt(length: int, vocab: int, seed: int = 11) -> list[int]:
+    return torch.randint(3, vocab, (length,), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -1,0 +1,113 @@
+"""An engine that says what it is told to, and a tokenizer of bytes: chats without a model."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from specchat.config import LedgerItem, MemoryReport, Plan, Step
+from specchat.errors import PromptTooLongError
+
+EOS = 256
+PLAN = Plan(
+    target="demo",
+    draft="demo draft",
+    quant="none",
+    device="cpu",
+    dtype="fp32",
+    ctx=400,
+    tree_budget=64,
+    draft_rows=128,
+    slots=2,
+    resident=(0, 2),
+    num_layers=4,
+    chunk_rows=256,
+    ledger=(LedgerItem("resident layers", 100 << 20), LedgerItem("KV cache", 50 << 20)),
+    device_budget_bytes=12 << 30,
+    host_bytes=0,
+    streamed_bytes_per_step=60 << 20,
+)
+MEMORY = MemoryReport(12 << 30, 140 << 20, 150 << 20, 140 << 20, 7, 2, 2, 60 << 20)
+
+
+class ByteTokenizer:
+    """One token for each byte, EOS, and a template of one line for each message."""
+
+    def __init__(self, has_chat_template=True):
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        vocabulary = {character: i for i, character in enumerate(alphabet)}
+        self.backend = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+        self.backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        self.backend.decoder = decoders.ByteLevel()
+        self.backend.add_special_tokens(["<eos>"])
+        self.has_chat_template = has_chat_template
+        self.eos_token_id = EOS
+
+    def render(self, messages):
+        return "".join(f"[{m.role}]{m.content}\n" for m in messages) + "[assistant]"
+
+    def encode(self, text, *, add_special_tokens=False):
+        return [EOS] * add_special_tokens + self.backend.encode(text).ids
+
+    def decode(self, token_ids, *, skip_special_tokens=True):
+        return self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+
+TOKENIZER = ByteTokenizer()
+
+
+@dataclass
+class FakeEngine:
+    """Answers with `answers`, in order, some tokens a step; counts like the real one."""
+
+    answers: list
+    tokens_per_step: int = 3
+    cancel_after: int | None = None
+    plan: Plan = PLAN
+    load_s: float = 1.5
+    prompts: list = field(default_factory=list)
+    committed: list = field(default_factory=list)
+    closed: int = 0
+    pause: Callable[[], None] = lambda: None
+
+    def generate(self, prompt_ids, sampling, *, stop_ids, max_tokens=None, cancel=None):
+        if len(prompt_ids) >= self.plan.ctx:
+            raise PromptTooLongError("too long")
+        self.prompts.append(list(prompt_ids))
+        answer = self.answers.pop(0)
+        ids = (TOKENIZER.encode(answer) if isinstance(answer, str) else list(answer))[:max_tokens]
+        cached = self._common(prompt_ids)
+        self.committed = list(prompt_ids)
+        try:
+            self.pause()
+            for number, start in enumerate(range(0, len(ids), self.tokens_per_step)):
+                if cancel is not None and number == self.cancel_after:
+                    cancel.set()
+                if cancel is not None and cancel.is_set():
+                    yield self._step((), "interrupt", 0, len(self.committed))
+                    return
+                tokens = tuple(ids[start : start + self.tokens_per_step])
+                reason = None
+                if start + self.tokens_per_step >= len(ids):
+                    reason = "stop" if tokens[-1] in stop_ids else "length"
+                new = len(prompt_ids) - cached if number == 0 else 1
+                self.committed += tokens
+                yield self._step(tokens, reason, new, cached)
+                self.pause()
+        finally:
+            self.closed += 1
+
+    def truncate(self, length):
+        del self.committed[length:]
+
+    def memory(self):
+        return MEMORY
+
+    def _common(self, ids):
+        pairs = zip(self.committed, ids, strict=False)
+        return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(self.committed), len(ids)))
+
+    def _step(self, tokens, reason, new, cached):
+        accepted = max(len(tokens) - 1, 0)
+        return Step(tokens, reason, new, cached, 64, accepted, 5, 0.5, 0.1, 0.3, 0.1, 0.05, 60 << 20)

@@ -1,0 +1,94 @@
+"""A real terminal around a program: a pty, and a screen that understands what is written to it."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import pexpect
+import pyte
+
+TESTS = Path(__file__).parents[1]
+
+
+class Terminal:
+    """Runs a Python module; `screen` is what a person would see.
+
+    Args:
+        module: run with -m.
+        arguments: its command line.
+        columns, rows: size.
+        environment: added to this process's own.
+    """
+
+    def __init__(self, module, *arguments, columns=100, rows=30, environment=None):
+        environment = {
+            **{k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "PROMPT_TOOLKIT_NO_CPR")},
+            "TERM": "xterm-256color",
+            "PYTHONPATH": f"{TESTS}:{TESTS.parent}",
+            **(environment or {}),
+        }
+        self._process = pexpect.spawn(
+            sys.executable, ["-m", module, *arguments], dimensions=(rows, columns), env=environment
+        )
+        self._process.delaybeforesend = None
+        self._screen = pyte.HistoryScreen(columns, rows, history=1000)
+        self._screen.write_process_input = self._process.send  # answers to the program's questions
+        self._stream = pyte.ByteStream(self._screen)
+        self.raw = b""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._process.close(force=True)
+
+    @property
+    def lines(self):
+        return [line.rstrip() for line in self._screen.display]
+
+    @property
+    def screen(self):
+        return "\n".join(self.lines).rstrip()
+
+    @property
+    def cursor_line(self):
+        return self.lines[self._screen.cursor.y]
+
+    def send(self, keys):
+        self._process.send(keys)
+
+    def kill(self, signal):
+        self._process.kill(signal)
+
+    def wait_for(self, condition, timeout_s=60):
+        """Until `condition`, a text or a function of this terminal, is on the screen."""
+        holds = condition if callable(condition) else lambda terminal: condition in terminal.screen
+        end = time.monotonic() + timeout_s
+        while not holds(self):
+            assert time.monotonic() < end, f"waited in vain for {condition!r} on:\n{self.screen}"
+            self._read()
+
+    def wait_for_prompt(self):
+        """Until the cursor stands behind an empty prompt, and nothing more comes."""
+        self.wait_for(lambda terminal: terminal.cursor_line == ">")
+        self._read()
+
+    def exit_code(self, timeout_s=60):
+        end = time.monotonic() + timeout_s
+        while self._read():
+            assert time.monotonic() < end, f"does not end:\n{self.screen}"
+        self._process.wait()
+        return self._process.exitstatus if self._process.signalstatus is None else -self._process.signalstatus
+
+    def _read(self):
+        """Takes what there is; False once there will be nothing more."""
+        try:
+            data = self._process.read_nonblocking(65536, timeout=0.1)
+        except pexpect.TIMEOUT:
+            return True
+        except pexpect.EOF:
+            return False
+        self.raw += data
+        self._stream.feed(data)
+        return True

@@ -1,0 +1,127 @@
+"""Tiny random models of many architectures, saved as real checkpoints: built from configs, nothing downloaded."""
+
+from __future__ import annotations
+
+import copy
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+
+from specchat.config import ModelSource
+
+VOCAB = 211
+WINDOW = 12
+
+_BASE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_EXPERTS = {"num_experts_per_tok": 2, "head_dim": 16}
+_SLIDING_THEN_FULL = ["sliding_attention", "sliding_attention", "full_attention", "full_attention"]
+
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "llama_tied": ("LlamaConfig", {"tie_word_embeddings": True, "num_hidden_layers": 5, "head_dim": 32}),
+    "mistral": ("MistralConfig", {"sliding_window": WINDOW, "head_dim": 16}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {"head_dim": 16}),
+    "gemma2": ("Gemma2Config", {"head_dim": 16, "sliding_window": WINDOW, "query_pre_attn_scalar": 16}),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {"head_dim": 16, "sliding_window": WINDOW, "query_pre_attn_scalar": 16, "layer_types": _SLIDING_THEN_FULL},
+    ),
+    "phi3": ("Phi3Config", {}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, **_EXPERTS}),
+    "qwen3_moe": ("Qwen3MoeConfig", {"num_experts": 4, "moe_intermediate_size": 32, **_EXPERTS}),
+    "gpt_oss": ("GptOssConfig", {"num_local_experts": 4, "sliding_window": WINDOW, **_EXPERTS}),
+    "olmo2": ("Olmo2Config", {}),
+    "olmo3": ("Olmo3Config", {"sliding_window": WINDOW, "layer_types": _SLIDING_THEN_FULL}),
+    "cohere2": ("Cohere2Config", {"sliding_window": WINDOW, "layer_types": _SLIDING_THEN_FULL}),
+    "granite": ("GraniteConfig", {}),
+    "smollm3": ("SmolLM3Config", {}),
+    "glm4": ("Glm4Config", {"head_dim": 16}),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        {
+            "num_key_value_heads": 4,
+            "q_lora_rank": 24,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 16,
+            "n_routed_experts": 4,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "first_k_dense_replace": 1,
+        },
+    ),
+}
+REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "mamba": ("MambaConfig", {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
+    "qwen3_next": ("Qwen3NextConfig", {**_BASE, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2}),
+    "bloom": ("BloomConfig", {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 2}),
+    "mpt": ("MptConfig", {"vocab_size": VOCAB, "d_model": 32, "n_layers": 2, "n_heads": 2}),
+    "jamba": ("JambaConfig", {**_BASE, "num_experts": 2}),
+}
+
+
+def make_config(architecture: str) -> Any:
+    name, extra = ARCHITECTURES[architecture]
+    return getattr(hf, name)(**{**_BASE, **extra})
+
+
+def random_model(config: Any, seed: int = 0) -> Any:
+    """A float32 model with weights large enough that its texts differ and its scores are far apart."""
+    generator = torch.Generator().manual_seed(seed)
+    model = hf.AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(0.0, 1.0 if "embed" in name else 0.15, generator=generator)
+            elif "norm" not in name:
+                parameter.normal_(0.0, 0.1, generator=generator)
+    return model
+
+
+def perturbed(model: Any, relative: float, seed: int = 3) -> Any:
+    """A copy of `model` with noise on its matrices: a draft that is often right."""
+    generator = torch.Generator().manual_seed(seed)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            if parameter.ndim >= 2:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(noise * parameter.std() * relative)
+    return twin
+
+
+def save(model: Any, folder: Path, **kwargs: Any) -> ModelSource:
+    """A checkpoint as transformers writes it, with a tokenizer that all tiny models share."""
+    model.save_pretrained(folder, **kwargs)
+    _tokenizer().save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    return ModelSource(folder.name, folder)
+
+
+@cache
+def _tokenizer() -> Tokenizer:
+    tokenizer = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    return tokenizer
