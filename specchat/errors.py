@@ -1,6 +1,6 @@
 """Everything a user can get wrong, or a machine can refuse, as named errors with a hint.
 
-Only `specchat.cli.exit_status` turns these into exit codes. A broken invariant of our own is an `assert`, not one of these.
+Only `specchat.cli.exit_status` turns these into exit codes. A broken invariant of our own is an `assert` instead.
 """
 
 

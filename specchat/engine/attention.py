@@ -25,7 +25,7 @@ class RowLayout:
     Attributes:
         prefix: cache rows that every row of this pass sees.
         num_linear: new rows in sequence, each seeing the ones before it; 0 when tree rows are in the cache already.
-        ancestors: bool [n, r + n], for n new tree rows after r earlier ones: which tree rows each sees, itself included.
+        ancestors: bool [n, r + n], for n new tree rows after r earlier ones: the tree rows each sees, itself included.
         positions: int64 [num_linear + r + n], logical positions of the rows after the prefix.
         chunk: the new rows that are being computed now, [begin, end).
     """
@@ -169,4 +169,5 @@ def _explicit_attention(
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)
     if sinks is not None:
         weights = weights[..., :-1]
-    return torch.matmul(weights.flatten(1, 2), v).unflatten(1, q.shape[1:3])
+    mixed: Tensor = torch.matmul(weights.flatten(1, 2), v).unflatten(1, q.shape[1:3])
+    return mixed

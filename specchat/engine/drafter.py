@@ -22,10 +22,17 @@ from specchat.engine.model import TreeModel
 from specchat.engine.sampling import Sampler
 from specchat.engine.tree import ROOT, TokenTree, common_prefix
 
-# Measured on the demo pair (tests/engine/test_acceptance.py): how far the noise is trusted over the draft's own scores.
-# With noise, candidates differ by the draft's error alone, and a softmax sharper than 1 tells them apart better.
+# The softmax that turns a draft's scores into weights of paths. A draft's own probabilities say how likely a token is
+# in general; here they must say how likely it is the one the target takes, which is surer: sharper than 1 tells better.
+# Measured on the demo pair, budget 64, 90 held-out chats that no test uses; tokens per step at 1.0, 0.85, 0.7, 0.5:
+# greedy 4.24, -, 5.1 (0.6), 5.67 (0.35: 5.40); with noise at t=0.7 4.72, 5.07, 5.11, 5.0 (0.55).
 NOISE_TEMPERATURE = 0.7
-GREEDY_TEMPERATURE = 1.0
+GREEDY_TEMPERATURE = 0.5
+
+# Nodes expanded per pass of the draft, as a share of the budget: an early guess at what stays wastes rows and passes.
+# Same measurement, t=0.7: 32 of 64 4.77, 16 of 64 5.11, 8 of 64 5.16 tokens per step.
+WIDTH_PER_BUDGET = 1 / 8
+MIN_WIDTH = 8
 
 
 class Drafter(Protocol):
@@ -135,7 +142,6 @@ class ModelDrafter:
 
     Args:
         model: the draft.
-        width: nodes expanded per pass of the draft.
         branch: children considered per node.
         max_rows: rows the draft may spend on one tree (expanded nodes that later drop out included).
         max_context: committed tokens beyond which the draft's positions end, and with them its guesses.
@@ -148,13 +154,11 @@ class ModelDrafter:
         *,
         max_rows: int,
         max_context: int,
-        width: int = 32,
         branch: int = 16,
         shared_noise: bool = True,
     ) -> None:
         self.models: Sequence[TreeModel] = (model,)
         self._model = model
-        self._width = width
         self._branch = branch
         self._max_rows = max_rows
         self._max_context = max_context
@@ -173,8 +177,9 @@ class ModelDrafter:
         root_logits = self._catch_up(context, cancel)
         paths = self._children(_Candidates.empty(), torch.tensor([ROOT]), root_logits, len(context), sampler, budget)
         rows = _TreeRows(self._max_rows, len(context), self._model.device)
+        width = max(MIN_WIDTH, int(budget * WIDTH_PER_BUDGET))
         while True:
-            nodes = paths.frontier(min(self._width, rows.free), budget, max_depth)
+            nodes = paths.frontier(min(width, rows.free), budget, max_depth)
             if not len(nodes):
                 break
             parents = paths.parent[nodes]

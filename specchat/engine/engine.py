@@ -1,4 +1,4 @@
-"""Token ids in, token ids out: draft a tree, verify it in one pass over the target, keep what the target would write."""
+"""Token ids in, token ids out: draft a tree, verify it in one pass, keep what the target alone would have written."""
 
 from __future__ import annotations
 

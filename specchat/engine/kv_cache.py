@@ -54,7 +54,7 @@ class LayerKv:
         return self.keys[:, :, :padded], self.values[:, :, :padded]
 
     def keep(self, base: int, rows: Tensor) -> None:
-        """Moves the given rows to `base`, in order, and forgets everything behind them; rows: int64 [n], all >= base."""
+        """Moves the given rows (int64 [n], all >= base) to `base`, in order, and forgets everything behind them."""
         end = base + rows.shape[0]
         if rows.shape[0]:
             self.keys[:, :, base:end] = self.keys.index_select(2, rows)

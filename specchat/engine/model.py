@@ -72,7 +72,9 @@ class TreeModel:
     def nbytes(self) -> int:
         """Bytes of weights, slots, buffers and cache, each storage counted once."""
         tensors = [*self.skeleton.model.parameters(), *self.skeleton.model.buffers()]
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_meta}
+        storages: dict[int, int] = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_meta
+        }
         return sum(storages.values()) + self.cache.nbytes
 
     @torch.inference_mode()
@@ -120,17 +122,21 @@ class TreeModel:
         """Stops streaming."""
         self.streamer.close()
 
-    def _run_layer(self, index: int, streamed: bool, forward: Callable[..., Any], hidden: Tensor, *a: Any, **kw: Any) -> Tensor:
+    def _run_layer(
+        self, index: int, streamed: bool, forward: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
         if self._cancel is not None and self._cancel.is_set():
             raise PassCancelledError
         if not streamed:
-            return self._run_chunks(forward, hidden, a, kw)
+            return self._run_chunks(forward, hidden, args, kwargs)
         self.streamer.acquire(index)
-        out = self._run_chunks(forward, hidden, a, kw)
+        out = self._run_chunks(forward, hidden, args, kwargs)
         self.streamer.release(index)
         return out
 
-    def _run_chunks(self, forward: Callable[..., Any], hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _run_chunks(
+        self, forward: Callable[..., Any], hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
         """One layer over all rows [1, S, hidden], a chunk at a time, each attending to the chunks before it."""
         assert self._layout is not None
         num_rows = hidden.shape[1]

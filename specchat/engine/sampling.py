@@ -25,7 +25,10 @@ def _signed(value: int) -> int:
 
 
 def _mix(value: int) -> int:
-    """SplitMix64's finaliser on one 64-bit number (Steele, Lea, Flood 2014: Fast splittable pseudorandom generators)."""
+    """SplitMix64's finaliser on one 64-bit number.
+
+    Source: Steele, Lea, Flood 2014, Fast splittable pseudorandom number generators.
+    """
     value = ((value ^ (value >> 30)) * _MIX_1) & _MASK64
     value = ((value ^ (value >> 27)) * _MIX_2) & _MASK64
     return value ^ (value >> 31)

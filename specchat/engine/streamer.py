@@ -1,8 +1,8 @@
 """Streamed layers: each has a fixed slot, its parameters are views of that slot, and only bytes move.
 
-The j-th streamed layer lives in slot j mod N for ever. A slot is handed over by itself: filled, used, free again; the
+The j-th streamed layer lives in slot j mod N for ever. A slot is handed over by itself: filled, used, free again. The
 queue of fills runs on across layers and passes, so the next pass's first slots fill while the draft grows its tree.
-Two ways to fill: a reader thread (compute device CPU, bytes from disk) and a copy stream (CUDA, bytes from host memory).
+Two ways to fill: a reader thread (compute device CPU, bytes from disk), a copy stream (CUDA, bytes from host memory).
 """
 
 from __future__ import annotations

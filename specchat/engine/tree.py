@@ -38,7 +38,7 @@ class TokenTree:
     @cached_property
     def children(self) -> dict[tuple[int, int], int]:
         """(parent, token) -> node."""
-        return {(parent, token): node for node, (parent, token) in enumerate(zip(self.parents, self.tokens, strict=True))}
+        return {edge: node for node, edge in enumerate(zip(self.parents, self.tokens, strict=True))}
 
     @cached_property
     def ancestors(self) -> Tensor:

@@ -102,7 +102,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """What the model's makers recommend; None where their file is silent (transformers' own defaults are not applied)."""
+    """What the model's makers recommend; None where they are silent (transformers' own defaults are not applied)."""
 
     do_sample: bool | None = None
     temperature: float | None = None
@@ -126,7 +126,7 @@ def load_generation_defaults(folder: Path) -> GenerationDefaults:
 
 
 def logits_processors(sampling: Sampling) -> Any:
-    """transformers' own processors in its own order: penalty, then (only when sampling) temperature, top-k, top-p, min-p.
+    """The processors of transformers in its order: penalty, then (if sampling) temperature, top-k, top-p, min-p.
 
     Returns:
         A callable (input_ids int64 [B, S], scores float32 [B, V]) -> scores float32 [B, V].
@@ -154,7 +154,7 @@ def logits_processors(sampling: Sampling) -> Any:
 # --- configuration ------------------------------------------------------------------------------------------------
 
 _ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
-_REFUSED = "it needs every layer to be attention over a cache of keys and values, with positions by rotation"
+_REFUSED = "use a model whose layers are all attention with rotary positions, such as Llama, Qwen3 or Gemma"
 
 
 def load_config(folder: Path) -> Any:
@@ -199,9 +199,9 @@ def _check_layer_kinds(config: Any, model_class: Any) -> None:
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     if layer_types - _ATTENTION_KINDS or getattr(model_class, "_is_stateful", False):
         names = ", ".join(sorted(layer_types - _ATTENTION_KINDS)) or "recurrent"
-        raise UnsupportedModelError(f"'{kind}' has {names} layers, which specchat cannot verify trees on yet: {_REFUSED}")
+        raise UnsupportedModelError(f"'{kind}' has {names} layers, on which specchat cannot verify trees yet", _REFUSED)
     if kind in {"bloom", "mpt"} or getattr(config, "alibi", False):
-        raise UnsupportedModelError(f"'{kind}' encodes positions by ALiBi, which specchat cannot verify trees on: {_REFUSED}")
+        raise UnsupportedModelError(f"'{kind}' has ALiBi positions, on which specchat cannot verify trees", _REFUSED)
 
 
 def max_positions(config: Any) -> int:
@@ -211,9 +211,8 @@ def max_positions(config: Any) -> int:
     variants = scaling.values() if all(isinstance(v, dict) for v in scaling.values()) else [scaling]
     for rope in variants:
         if rope and rope.get("rope_type") in {"longrope", "dynamic"}:
-            original = rope.get("original_max_position_embeddings") or getattr(
-                config, "original_max_position_embeddings", longest
-            )
+            original = rope.get("original_max_position_embeddings")
+            original = original or getattr(config, "original_max_position_embeddings", None) or longest
             longest = min(longest, int(original))
     return longest
 
@@ -266,7 +265,8 @@ class Skeleton:
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Scores [n, V] of hidden states [n, D], with whatever the architecture does between the two."""
-        logits: torch.Tensor = _head_only(self.model, self.decoder)(inputs_embeds=hidden[None], use_cache=False).logits[0]
+        head = _head_only(self.model, self.decoder)
+        logits: torch.Tensor = head(inputs_embeds=hidden[None], use_cache=False).logits[0]
         return logits
 
     def hidden(self, token_ids: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
@@ -299,10 +299,11 @@ def skeleton_of(model: Any) -> Skeleton:
         UnsupportedModelError: there is no list of decoder layers where one is expected.
     """
     decoder = model.get_decoder()
+    in_decoder = {id(module) for module in decoder.modules()}
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == model.config.num_hidden_layers:
-            if any(child is module for child in decoder.modules()):
-                return Skeleton(model.config, model, decoder, module, name)
+        is_list = isinstance(module, torch.nn.ModuleList) and len(module) == model.config.num_hidden_layers
+        if is_list and id(module) in in_decoder:
+            return Skeleton(model.config, model, decoder, module, name)
     raise UnsupportedModelError(f"'{model.config.model_type}' has no plain list of decoder layers")
 
 
@@ -366,7 +367,7 @@ def cache_for(layers: Sequence[Any]) -> Any:
     """Presents key-value buffers (with `length`, `capacity` and `append`) as a transformers cache."""
     from transformers.cache_utils import Cache, CacheLayerMixin
 
-    class Layer(CacheLayerMixin):  # type: ignore[misc]
+    class Layer(CacheLayerMixin):
         is_sliding = False
 
         def __init__(self, kv: Any) -> None:

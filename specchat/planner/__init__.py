@@ -1,0 +1,1 @@
+"""Deciding what goes where before any byte moves."""

@@ -36,7 +36,8 @@ def build_ledger(
     """Every item that lives in device memory while chatting.
 
     Args:
-        target, draft: sizes.
+        target: sizes of the target.
+        draft: sizes of the draft, if there is one.
         work: the choices.
         resident: indices of the target's layers that stay.
 

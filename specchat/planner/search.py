@@ -141,6 +141,4 @@ def _fit(
 
 def interleaved(num_resident: int, num_layers: int) -> tuple[int, ...]:
     """Resident layers spread evenly among streamed ones, so that the link never idles while they compute."""
-    return tuple(
-        i for i in range(num_layers) if (i + 1) * num_resident // num_layers > i * num_resident // num_layers
-    )
+    return tuple(i for i in range(num_layers) if (i + 1) * num_resident // num_layers > i * num_resident // num_layers)

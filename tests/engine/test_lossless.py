@@ -109,11 +109,9 @@ def check(zoo: Zoo, case: Case) -> None:
     if difference is not None:
         assert expected.is_near_tie(difference), f"token {difference} differs: {ours} is not {expected.tokens}"
         zoo.excused.append(f"{case} token {difference} margin {expected.margins[difference]:.1e}")
-    elif draft_kind == "identical":
-        # an identical draft is believed to the end of its tree; penalties are not known to it
-        if SAMPLINGS[sampling].repetition_penalty == 1.0:
-            assert all(step.accepted == min(step.depth, len(step.token_ids) - 1) for step in steps)
-            assert len(steps) < NUM_TOKENS or budget == 1
+    elif draft_kind == "identical" and sampling == "greedy":
+        # every guess of an identical draft is right: two tokens a step from one node, more from more
+        assert len(steps) == NUM_TOKENS // 2 if budget == 1 else len(steps) < NUM_TOKENS // 2
     assert (steps[0].streamed_bytes > 0) == (streaming != "none")
 
 

@@ -1,13 +1,14 @@
 """`python -m support.fake_cli ARGUMENTS`: the real command line, screen and keys around an engine without a model.
 
-FAKE_PAUSE_S is the time of a step, FAKE_FIRST_PAUSE_S that before the first of the chat. The answer repeats the question,
-which may ask for something special in it.
+FAKE_PAUSE_S is the time of a step, FAKE_FIRST_PAUSE_S that before the first of a chat. The answer repeats the
+question, which may ask for something special in it.
 """
 
 import itertools
 import os
 import sys
 import time
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
 from specchat.cli import run
@@ -40,11 +41,17 @@ class Echo(FakeEngine):
 
     def generate(self, prompt_ids, *arguments, **named):
         question = TOKENIZER.decode(prompt_ids).split("[user]")[-1].split("\n[assistant]")[0]
+        if question == "begin":
+            print("begun", file=sys.stderr)  # from here on Ctrl-C means the answer
         if question == "crash":
             raise RuntimeError("the first line\nthe second line")
         text = {"long": WORDS, "escape": "a\x1b[31mb\x07c\r\nd\x9b2J"}.get(question, f"You said: {question}")
         self.answers = [[*TOKENIZER.encode(text), EOS]]
         return super().generate(prompt_ids, *arguments, **named)
+
+
+def _plan(_options, models):
+    return replace(PLAN, target=models.target.name, draft=models.draft.name if models.draft else None)
 
 
 def install():
@@ -56,7 +63,7 @@ def install():
         do_sample=None, temperature=None, repetition_penalty=None, stop_ids=frozenset({EOS})
     )
     sys.modules |= {"specchat.engine.engine": engine, "specchat.models.hf_compat": compat}
-    run._make_plan = lambda _options, _models: PLAN
+    run._make_plan = _plan
 
 
 if __name__ == "__main__":

@@ -1,0 +1,75 @@
+"""How many tokens a pass yields on the demo pair, over prompts that neither model was trained on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from specchat.config import Message, ModelSource, Sampling
+from specchat.engine.drafter import Drafter, ModelDrafter
+from specchat.engine.engine import Engine
+from specchat.engine.model import TreeModel, load_model
+from specchat.models.catalog import demo_source
+from specchat.models.hf_compat import load_tokenizer
+from support.engines import make_plan
+
+CTX = 1024
+STOP_IDS = frozenset({3})
+PROMPTS = Path(__file__).parents[1] / "data" / "acceptance_prompts.jsonl"
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    num_tokens: int
+    num_steps: int
+    num_skipped: int
+
+    @property
+    def tokens_per_step(self) -> float:
+        return self.num_tokens / self.num_steps
+
+
+def load_demo(role: str, rows: int) -> TreeModel:
+    source: ModelSource = demo_source(role)  # type: ignore[arg-type]
+    return load_model(
+        source,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        resident=None,
+        num_slots=0,
+        cache_rows=rows,
+        chunk_rows=512,
+    )
+
+
+def model_drafter(budget: int, **kwargs: object) -> ModelDrafter:
+    rows = int(kwargs.pop("rows", 2 * budget))  # type: ignore[call-overload]
+    model = load_demo("draft", CTX + rows)
+    return ModelDrafter(model, max_rows=rows, max_context=CTX, **kwargs)  # type: ignore[arg-type]
+
+
+def prompts() -> list[list[int]]:
+    tokenizer = load_tokenizer(demo_source("target").path)
+    lines = map(json.loads, PROMPTS.read_text().splitlines())
+    return [tokenizer.encode(tokenizer.render([Message(**m) for m in line["messages"]])) for line in lines]
+
+
+def measure(
+    drafter: Drafter, budget: int, sampling: Sampling, token_lists: list[list[int]], max_tokens: int = 64
+) -> Acceptance:
+    """Total tokens and steps of answers of at most `max_tokens`; prompts beyond the context are skipped."""
+    target, draft = demo_source("target"), demo_source("draft")
+    plan = make_plan(target, draft, num_layers=8, ctx=CTX, tree_budget=budget)
+    engine = Engine(plan, load_demo("target", CTX + budget), drafter)
+    tokens = steps = skipped = 0
+    for ids in token_lists:
+        if len(ids) + max_tokens > CTX:
+            skipped += 1
+            continue
+        for step in engine.generate(ids, sampling, stop_ids=STOP_IDS, max_tokens=max_tokens):
+            tokens += len(step.token_ids)
+            steps += 1
+    return Acceptance(tokens, steps, skipped)
