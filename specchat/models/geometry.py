@@ -41,7 +41,7 @@ def describe(source: ModelSource) -> ModelSpec:
         CorruptCheckpointError, UnsupportedModelError: as `hf_compat.load_config`.
     """
     config = hf_compat.load_config(source.path)
-    skeleton = hf_compat.build_skeleton(config, torch.float32)
+    skeleton = hf_compat.build_skeleton(config, torch.float32, attention="eager")
     in_layers = {id(p) for layer in skeleton.layers for p in layer.parameters()}
     other = tuple(p.numel() for p in skeleton.model.parameters() if id(p) not in in_layers)
     return ModelSpec(

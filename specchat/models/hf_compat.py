@@ -278,8 +278,8 @@ class Skeleton:
         return hidden
 
 
-def build_skeleton(config: Any, dtype: torch.dtype) -> Skeleton:
-    """The modules of `config` with tree attention; parameters on meta, buffers (rotary tables ...) real."""
+def build_skeleton(config: Any, dtype: torch.dtype, attention: str = ATTENTION) -> Skeleton:
+    """The modules of `config` (with tree attention, unless only sizes matter); parameters on meta, buffers real."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
@@ -287,7 +287,7 @@ def build_skeleton(config: Any, dtype: torch.dtype) -> Skeleton:
     if getattr(config, "output_router_logits", False):
         config.output_router_logits = False
     with _modules_lock, init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     model.tie_weights()  # making parameters empty has untied them
     return skeleton_of(model.eval())
 

@@ -107,6 +107,11 @@ def test_an_empty_prompt_is_refused(text):
         list(session_of(FakeEngine([])).ask(text))
 
 
+def test_bytes_that_are_no_characters_are_refused():
+    with pytest.raises(UsageError, match="UTF-8"):
+        list(session_of(FakeEngine([])).ask("a\udcff"))
+
+
 def test_a_base_model_continues_the_text():
     engine = FakeEngine([said(" upon a time"), said("!")])
     with pytest.raises(UsageError, match="no chat template") as refusal:

@@ -16,8 +16,9 @@ from support import fake_cli
 from specchat.cli.app import run_command_line
 from specchat.cli.exit_status import EXIT_CODES, code_of
 from specchat.cli.options import SamplingFlags, resolve_sampling
-from specchat.config import Sampling
+from specchat.config import ModelSource, Sampling
 from specchat.errors import SpecchatError
+from specchat.models.hub import Download
 
 DEMO = Path(__file__).parents[2] / "specchat" / "demo" / "target"
 TESTS = Path(__file__).parents[1]
@@ -274,6 +275,17 @@ def test_text_and_json_stream_say_the_same(answer, specchat):
     assert (done["type"], done["draft"]) == ("done", None)
 
 
+def test_a_small_budget_streams_and_changes_nothing(answer, specchat):
+    expected = json.loads(answer.stdout)
+    question = ("run", "demo", "Tell me a story about a fox.", "--seed", "1", "--max-tokens", "12")
+    small = json.loads(specchat(*question, "--vram", "40MiB", "--json").out)
+    assert small["token_ids"] == expected["token_ids"]
+    memory = small["memory"]
+    assert memory["streamed_layers"] >= 6
+    assert memory["streamed_bytes_per_step"] > 0
+    assert memory["device_peak_bytes"] <= memory["device_budget_bytes"] == 40 << 20
+
+
 # --- streams and signals, without a model ------------------------------------------------------------------------
 
 
@@ -311,6 +323,33 @@ def test_a_flag_without_effect_is_said(fake):
     result = fake("run", "demo", "hi", "--top-p", "0.5")
     assert (result.code, "warning: --top-p has no effect" in result.err) == (0, True)
     assert "warning" not in fake("run", "demo", "hi", "--top-p", "0.5", "--temperature", "1").err
+
+
+def test_a_budget_without_a_draft_is_said(fake):
+    result = fake("run", "demo", "hi", "--draft", "none", "--tree-budget", "8")
+    assert (result.code, "--tree-budget has no effect" in result.err, "no draft" in result.err) == (0, True, True)
+
+
+def test_a_download_is_agreed_to(fake, monkeypatch):
+    asked = []
+
+    def locate(ref, *, offline, confirm, progress, warn):
+        asked.append((ref.text, offline, confirm(Download(ref.text, "abc", 10, 4, 100, Path("cache")))))
+        return ModelSource(ref.text, DEMO)
+
+    monkeypatch.setattr("specchat.models.hub.locate", locate)
+    assert "no draft known for this model" in fake("run", "org/name", "hi").err
+    fake("run", "org/name", "hi", "--yes", "--draft", "org/small", "--offline")
+    assert asked == [("org/name", False, False), ("org/name", True, True), ("org/small", True, True)]
+
+
+def test_no_standard_output_at_all():
+    command = f"{sys.executable} -m support.fake_cli run demo hi -q >&-"
+    environment = os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
+    done = subprocess.run(
+        command, shell=True, check=False, env=environment, stdin=subprocess.DEVNULL, capture_output=True
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_a_random_seed_is_told(fake):

@@ -1,0 +1,72 @@
+"""The JSON that scripts read: built here, documented in the man page, pinned by tests. Bytes, seconds, raw numbers."""
+
+from dataclasses import asdict
+from typing import Any
+
+from specchat.chat.session import Delta, Turn
+from specchat.config import ModelSource, Plan
+
+SCHEMA_VERSION = 1
+
+
+def run_object(turn: Turn, *, target: ModelSource, plan: Plan, seed: int) -> dict[str, Any]:
+    """The object that `run --json` prints.
+
+    Args:
+        turn: the answer.
+        target: the model that gave it.
+        plan: what it ran under.
+        seed: what keyed its draws.
+    """
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model": target.name,
+        "revision": target.revision,
+        "draft": plan.draft,
+        "quant": plan.quant,
+        "device": plan.device,
+        "seed": seed,
+        "message": asdict(turn.message),
+        "token_ids": list(turn.token_ids),
+        "finish_reason": turn.finish_reason,
+        "usage": asdict(turn.usage),
+        "timings": asdict(turn.timings),
+        "speculation": asdict(turn.speculation),
+        "memory": asdict(turn.memory),
+    }
+
+
+def delta_object(delta: Delta) -> dict[str, Any]:
+    """One line of `run --json-stream`."""
+    return {"type": "delta", "text": delta.text, "token_ids": list(delta.token_ids)}
+
+
+def done_object(run: dict[str, Any]) -> dict[str, Any]:
+    """The last line of `run --json-stream`: the run object, marked."""
+    return {"type": "done", **run}
+
+
+def plan_object(plan: Plan) -> dict[str, Any]:
+    """The plan that `run --plan --json` prints; what nothing has predicted is null."""
+    return {
+        "target": plan.target,
+        "draft": plan.draft,
+        "quant": plan.quant,
+        "device": plan.device,
+        "dtype": plan.dtype,
+        "ctx": plan.ctx,
+        "tree_budget": plan.tree_budget,
+        "slots": plan.slots,
+        "resident_layers": len(plan.resident),
+        "streamed_layers": len(plan.streamed),
+        "ledger": [asdict(item) for item in plan.ledger],
+        "device_bytes": plan.device_bytes,
+        "device_budget_bytes": plan.device_budget_bytes,
+        "host_bytes": plan.host_bytes,
+        "streamed_bytes_per_step": plan.streamed_bytes_per_step,
+        "predicted_pass_s": None,
+        "predicted_tokens_per_step": None,
+        "predicted_tok_per_s": None,
+        "basis": "none",
+        "alternatives": [],
+    }

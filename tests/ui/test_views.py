@@ -1,0 +1,149 @@
+"""The lines that people read, and what a terminal is kept from obeying."""
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support.fake_engine import MEMORY, PLAN
+
+from specchat.chat.session import Speculation, Timings, Turn, Usage
+from specchat.config import LedgerItem, Message, ModelSource, Step
+from specchat.ui.chat_view import banner_lines, plan_line, plan_table, stats_line, step_line, stopped_line
+from specchat.ui.console import AnswerStream, Talk, neutral
+
+GIB = 1 << 30
+GPU_PLAN = replace(
+    PLAN,
+    device="cuda:0",
+    ctx=8192,
+    ledger=(
+        LedgerItem("resident layers", 5 * GIB),
+        LedgerItem("slots", GIB // 2),
+        LedgerItem("embeddings and head", GIB),
+        LedgerItem("KV cache", GIB),
+        LedgerItem("draft", GIB),
+        LedgerItem("draft KV cache", GIB // 2),
+        LedgerItem("workspace", GIB // 2),
+    ),
+    device_budget_bytes=12 * GIB,
+    streamed_bytes_per_step=38 * GIB,
+)
+TURN = Turn(
+    message=Message("assistant", "x"),
+    token_ids=(1,) * 212,
+    finish_reason="stop",
+    usage=Usage(1942, 1904, 212),
+    timings=Timings(3.0, 2.3, 26.3, 1.0, 20.0, 5.0, 7.4),
+    speculation=Speculation(15, 0, 14.1, 13.1, 500.0, 512),
+    memory=replace(MEMORY, device_peak_bytes=int(9.9 * GIB), host_peak_bytes=42 * GIB),
+)
+
+
+def test_the_plan_line():
+    assert plan_line(GPU_PLAN) == (
+        "VRAM 9.5/12.0 GiB (resident 6.0, draft 1.0, KV 1.5 @8192, work 1.0) · streamed 38.0 GiB/pass"
+    )
+    small = plan_line(replace(PLAN, resident=(0, 1, 2, 3)))
+    assert small == "RAM 150.0 MiB of 12.0 GiB (resident 100.0, KV 50.0 @400) · nothing streamed"
+
+
+def test_the_stats_line():
+    assert stats_line(TURN, GPU_PLAN) == (
+        "212 tok · 7.4 tok/s · 14.1 tok/pass · TTFT 2.3 s · prompt 38 new + 1,904 cached · ctx 2,154/8,192 · "
+        "VRAM 9.9 · RAM 42.0"
+    )
+    assert stats_line(TURN, PLAN).endswith("· RAM 9.9")
+    assert stopped_line(TURN) == "^C stopped · 212 tok · 7.4 tok/s"
+
+
+def test_the_banner_says_toy_and_names_the_draft():
+    toy = banner_lines(ModelSource("demo", Path("x"), is_toy=True), PLAN, "")[0]
+    assert "demo (a toy model for exercising the software) · draft demo draft · fp32 on cpu" in toy
+    plain = banner_lines(ModelSource("org/x", Path("x")), replace(PLAN, draft=None), "plain decoding")[0]
+    assert "org/x · plain decoding · fp32 on cpu" in plain
+
+
+def test_the_step_line_and_the_table():
+    step = Step((1, 2, 3), None, 1, 20, 64, 2, 7, 0.5, 0.1, 0.3, 0.1, 0.05, 60 << 20)
+    assert step_line(4, step).startswith("step 4: 3 tok · tree 64 nodes, depth 7, 2 accepted · 1 new + 20 cached rows")
+    table = plan_table(ModelSource("demo", Path("x"), is_toy=True), GPU_PLAN, "")
+    assert "a toy model" in table
+    assert "9.5 GiB of 12.0 GiB" in table
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\x1b[31mb", "a␛[31mb"),
+        ("\x07\x08\x00\x7f", "␇␈␀␡"),
+        ("\x9b2J\x85", "\ufffd2J\ufffd"),
+        ("one\r\ntwo\rthree\ttab\n", "one\ntwothree\ttab\n"),
+        ("日本🦊é", "日本🦊é"),
+    ],
+)
+def test_control_characters_are_shown_and_not_obeyed(text, shown):
+    assert neutral(text) == shown
+
+
+class Pipe(io.TextIOWrapper):
+    """A stream, or a terminal, of some encoding."""
+
+    def __init__(self, encoding="utf-8", terminal=False):
+        super().__init__(io.BytesIO(), encoding=encoding)
+        self._terminal = terminal
+
+    def isatty(self):
+        return self._terminal
+
+    def written(self):
+        self.flush()
+        return self.buffer.getvalue()
+
+
+def test_an_answer_is_byte_exact_in_a_pipe_and_safe_on_a_terminal():
+    pipe = Pipe("ascii")
+    stream = AnswerStream(pipe)
+    stream.write("é\x1b\r\n")
+    stream.end_line()
+    assert pipe.written() == "é\x1b\r\n".encode()
+    terminal = Pipe("latin-1", terminal=True)
+    stream = AnswerStream(terminal)
+    stream.write("é日\x1b")
+    stream.end_line()
+    assert terminal.written() == b"\xe9??\n"
+
+
+@pytest.mark.parametrize(
+    ("terminal", "environment", "styled"),
+    [
+        (True, {}, True),
+        (False, {}, False),
+        (False, {"FORCE_COLOR": "1"}, False),
+        (True, {"NO_COLOR": "1"}, False),
+        (True, {"NO_COLOR": ""}, True),
+        (True, {"TERM": "dumb"}, False),
+    ],
+)
+def test_where_styles_are_used(monkeypatch, terminal, environment, styled):
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "COLORTERM"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    stream = Pipe(terminal=terminal)
+    Talk(stream).error("no [bold]markup[/] \x1b[31m", "none")
+    written = stream.written().decode()
+    assert ("\x1b[" in written) == styled
+    assert "no [bold]markup[/] ␛[31m" in written
+    assert written.count("\n") == 2
+
+
+def test_quiet_silences_talk_but_neither_errors_nor_replies():
+    stream = Pipe()
+    talk = Talk(stream, quiet=True)
+    talk.say("a")
+    talk.warn("b")
+    talk.tell("c")
+    talk.error("d\ne", None)
+    assert stream.written() == b"c\nerror: d e\n"
