@@ -172,7 +172,8 @@ class ModelDrafter:
     ) -> TokenTree:
         """The best `budget` paths; ends early when no unexpanded node could still change them."""
         self._tree, self._rows = TokenTree(), []
-        if budget <= 0 or max_depth <= 0 or len(context) + max_depth > self._max_context:
+        max_depth = min(max_depth, self._max_context - len(context))
+        if budget <= 0 or max_depth <= 0:
             return self._tree
         root_logits = self._catch_up(context, cancel)
         paths = self._children(_Candidates.empty(), torch.tensor([ROOT]), root_logits, len(context), sampler, budget)

@@ -149,9 +149,8 @@ class Engine:
 
     def truncate(self, length: int) -> None:
         """Forgets committed tokens beyond `length`, prompt and answers counted together."""
-        if length < len(self._cached):
-            del self._cached[length:]
-            self._target.cache.truncate(length)
+        del self._cached[length:]
+        self._target.cache.truncate(len(self._cached))  # also rows of a pass that an exception left uncommitted
 
     def memory(self) -> MemoryReport:
         """What is held, beside what the plan's ledger promised."""

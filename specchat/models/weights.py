@@ -1,6 +1,6 @@
 """Moving weights from a checkpoint into memory that the caller owns: one contiguous blob per decoder layer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -81,12 +81,16 @@ class WeightReader:
         self._reader.close()
 
     def read_layer(self, layer: int, views: Mapping[str, Tensor]) -> None:
-        """Fills the views of one layer's parameters (CPU tensors), casting where the checkpoint has another dtype."""
-        for name, key in self._plan.direct[layer].items():
-            if name in views:
-                self._reader.read_into(key, views[name])
-        if self._plan.converted[layer]:
-            self._read_converted(layer, views)
+        """Fills the views of one layer's parameters (CPU tensors), casting where the checkpoint has another dtype.
+
+        Raises:
+            CorruptCheckpointError: tensors to be merged into a parameter are missing, or do not fit together.
+        """
+        direct = {name: key for name, key in self._plan.direct[layer].items() if name in views}
+        for name, key in direct.items():
+            self._reader.read_into(key, views[name])
+        converted = self._read_converted(layer, views) if self._plan.converted[layer] else set()
+        self._check_complete(layer, views.keys() - direct.keys() - converted)
 
     def read_rest(self, device: torch.device) -> None:
         """Fills everything that is not a decoder layer's parameter: embeddings, norms, head, and all buffers."""
@@ -111,8 +115,20 @@ class WeightReader:
                 if buffer is not None:
                     module._buffers[name] = buffer.to(device)
 
-    def _read_converted(self, layer: int, views: Mapping[str, Tensor]) -> None:
-        """Merges tensors (fused experts) on a second skeleton, since conversion replaces the parameters it fills."""
+    def _check_complete(self, layer: int, missing: Set[str]) -> None:
+        if missing:
+            name = f"{self._skeleton.layers_name}.{layer}.{min(missing)}"
+            raise CorruptCheckpointError(
+                f"tensor '{name}' is missing from {self._checkpoint.folder}", hint="download or copy the folder again"
+            )
+
+    def _read_converted(self, layer: int, views: Mapping[str, Tensor]) -> set[str]:
+        """Merges tensors (fused experts) on a second skeleton, since conversion replaces the parameters it fills.
+
+        Returns:
+            The parameters that were filled.
+        """
+        filled = set()
         if self._scratch is None:
             self._scratch = hf_compat.build_skeleton(self._skeleton.config, self._dtype)
         scratch = self._scratch.layers[layer]
@@ -120,19 +136,21 @@ class WeightReader:
         hf_compat.load_converted(self._scratch, tensors, self._dtype)
         for name, parameter in scratch.named_parameters():
             if not parameter.is_meta:
+                filled.add(name)
                 views[name].copy_(parameter.data)
                 path, _, leaf = name.rpartition(".")
                 empty = torch.empty_like(parameter, device="meta")
                 scratch.get_submodule(path)._parameters[leaf] = torch.nn.Parameter(empty, requires_grad=False)
+        return filled
 
     def _check_layers(self) -> None:
         for index, layer in enumerate(self._skeleton.layers):
             direct = self._plan.direct[index]
-            for name, parameter in layer.named_parameters():
+            parameters = dict(layer.named_parameters())
+            if not self._plan.converted[index]:  # what conversion fills is only known afterwards
+                self._check_complete(index, parameters.keys() - direct.keys())
+            for name, parameter in parameters.items():
                 if name not in direct:
-                    if not self._plan.converted[index]:
-                        full = f"{self._skeleton.layers_name}.{index}.{name}"
-                        raise CorruptCheckpointError(f"tensor '{full}' is missing from {self._checkpoint.folder}")
                     continue
                 info = self._checkpoint.tensors[direct[name]]
                 if tuple(info.shape) != tuple(parameter.shape):

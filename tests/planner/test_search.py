@@ -1,0 +1,337 @@
+"""Plans stay within their budget, on paper for any model and in memory for the demo pair."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass, replace
+from functools import cache
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.engines import write
+
+from specchat.config import KvShape, Message, ModelSource, ModelSpec, Plan, Sampling
+from specchat.engine.engine import Engine
+from specchat.errors import DoesNotFitError, UsageError
+from specchat.hardware.machine import Machine
+from specchat.models.catalog import demo_source
+from specchat.models.geometry import describe, layer_bytes
+from specchat.models.hf_compat import load_tokenizer
+from specchat.planner.memory import Workload, build_ledger
+from specchat.planner.search import NUM_SLOTS, PlanRequest, interleaved, make_plan, plan_for
+from specchat.units import GIB, format_bytes
+
+MACHINE = Machine("cpu", 64 * GIB, 64 * GIB, fast_bf16=False)
+TARGET, DRAFT = demo_source("target"), demo_source("draft")
+
+# --- which layers stay -----------------------------------------------------------------------------------------------
+
+
+@given(num_layers=st.integers(1, 100), data=st.data())
+@settings(deadline=None, max_examples=100)
+def test_interleaved_is_as_even_as_can_be(num_layers: int, data: st.DataObject):
+    """Any stretch of layers has its share of resident ones, rounded up or down."""
+    num_resident = data.draw(st.integers(0, num_layers))
+    resident = interleaved(num_resident, num_layers)
+    assert len(resident) == num_resident and list(resident) == sorted(set(resident))
+    assert all(0 <= layer < num_layers for layer in resident)
+    begin = data.draw(st.integers(0, num_layers))
+    end = data.draw(st.integers(begin, num_layers))
+    share = (end - begin) * num_resident / num_layers
+    assert abs(sum(begin <= layer < end for layer in resident) - share) < 1
+
+
+def test_interleaved_by_hand():
+    assert interleaved(0, 4) == () and interleaved(4, 4) == (0, 1, 2, 3)
+    assert interleaved(2, 6) == (2, 5) and interleaved(3, 4) == (1, 2, 3)
+
+
+# --- any model, on paper ---------------------------------------------------------------------------------------------
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> ModelSpec:
+    """Shapes of models that need not exist; layers may differ in size."""
+    num_layers = draw(st.integers(1, 12))
+    sizes = draw(st.lists(st.integers(10, 100_000), min_size=1, max_size=3))
+    return ModelSpec(
+        name="any",
+        architecture="AnyForCausalLM",
+        vocab_size=draw(st.integers(10, 5000)),
+        hidden_size=64,
+        num_layers=num_layers,
+        mlp_size=128,
+        num_heads=4,
+        max_positions=draw(st.sampled_from([512, 1024, 4096, 100_000])),
+        dtype="fp32",
+        layer_params=tuple((sizes[i % len(sizes)], 64) for i in range(num_layers)),
+        other_params=(draw(st.integers(10, 10**6)),),
+        buffer_bytes=draw(st.integers(0, 100)),
+        kv_shapes=(KvShape(2, 16, 16),) * num_layers,
+    )
+
+
+def request(vram_bytes: int | None, **kwargs: object) -> PlanRequest:
+    return PlanRequest(target=ModelSource("any", TARGET.path), draft=None, vram_bytes=vram_bytes, **kwargs)  # type: ignore[arg-type]
+
+
+def try_plan(spec: ModelSpec, draft: ModelSpec | None, vram_bytes: int, **kwargs: object) -> Plan | None:
+    try:
+        return plan_for(request(vram_bytes, **kwargs), MACHINE, spec, draft)
+    except DoesNotFitError:
+        return None
+
+
+def ledger_bytes(spec: ModelSpec, draft: ModelSpec | None, plan: Plan, num_resident: int) -> int:
+    streams = num_resident < spec.num_layers
+    work = Workload(
+        plan.dtype, plan.ctx, plan.tree_budget, plan.draft_rows, plan.chunk_rows, NUM_SLOTS if streams else 0
+    )
+    return sum(item.bytes for item in build_ledger(spec, draft, work, interleaved(num_resident, spec.num_layers)))
+
+
+def check_plan(plan: Plan, spec: ModelSpec, draft: ModelSpec | None, budget: int) -> None:
+    assert sum(item.bytes for item in plan.ledger) == plan.device_bytes <= budget == plan.device_budget_bytes
+    assert all(item.bytes >= 0 for item in plan.ledger)
+    assert plan.device_bytes == ledger_bytes(spec, draft, plan, len(plan.resident))
+    assert plan.resident == interleaved(len(plan.resident), spec.num_layers)
+    assert plan.streamed_bytes_per_step == sum(layer_bytes(spec, i, plan.dtype) for i in plan.streamed)
+    assert plan.slots == (NUM_SLOTS if plan.streamed else 0)
+    assert not 0 < len(plan.streamed) <= plan.slots, "slots for layers that could stay in them"
+    assert plan.ctx <= spec.max_positions
+    more = range(len(plan.resident) + 1, spec.num_layers + 1)
+    feasible = [n for n in more if not 0 < spec.num_layers - n <= NUM_SLOTS]
+    assert all(ledger_bytes(spec, draft, plan, n) > budget for n in feasible), "more layers could stay"
+
+
+BUDGETS = st.integers(1, 30_000_000)
+
+
+@given(spec=specs(), draft=st.none() | specs(), budgets=st.tuples(BUDGETS, BUDGETS), ctx=st.sampled_from([512, 300]))
+@settings(deadline=None, max_examples=100)
+def test_more_budget_never_keeps_fewer_layers(
+    spec: ModelSpec, draft: ModelSpec | None, budgets: tuple[int, int], ctx: int
+):
+    plans = [try_plan(spec, draft, budget, ctx=ctx) for budget in sorted(budgets)]
+    for plan, budget in zip(plans, sorted(budgets), strict=True):
+        if plan is not None:
+            check_plan(plan, spec, draft, budget)
+            assert plan.ctx == ctx
+    little, much = plans
+    if little is not None:
+        assert much is not None and len(much.resident) >= len(little.resident)
+
+
+@given(spec=specs(), draft=st.none() | specs(), budgets=st.tuples(BUDGETS, BUDGETS))
+@settings(deadline=None, max_examples=100)
+def test_more_budget_never_shortens_the_context(spec: ModelSpec, draft: ModelSpec | None, budgets: tuple[int, int]):
+    """A context left open is halved before giving up, and only then; at equal context, no fewer layers stay."""
+    little, much = (try_plan(spec, draft, budget) for budget in sorted(budgets))
+    for plan, budget in zip((little, much), sorted(budgets), strict=True):
+        if plan is not None:
+            check_plan(plan, spec, draft, budget)
+            assert (
+                plan.ctx == min(spec.max_positions, 8192)
+                or ledger_bytes(spec, draft, doubled(plan), 0 if spec.num_layers > NUM_SLOTS else spec.num_layers)
+                > budget
+            )
+    if little is not None:
+        assert much is not None and (much.ctx, len(much.resident)) >= (little.ctx, len(little.resident))
+
+
+def doubled(plan: Plan) -> Plan:
+    return replace(plan, ctx=2 * plan.ctx)
+
+
+@given(spec=specs(), draft=st.none() | specs())
+@settings(deadline=None, max_examples=50)
+def test_the_least_that_a_refusal_names_is_enough(spec: ModelSpec, draft: ModelSpec | None):
+    with pytest.raises(DoesNotFitError) as caught:
+        plan_for(request(1, ctx=512), MACHINE, spec, draft)
+    everything = plan_for(request(10**12, ctx=512), MACHINE, spec, draft)
+    assert everything.resident == tuple(range(spec.num_layers)) and everything.streamed_bytes_per_step == 0
+    least = ledger_bytes(spec, draft, everything, 0 if spec.num_layers > NUM_SLOTS else spec.num_layers)
+    assert f"at least {format_bytes(least)} " in caught.value.message
+    assert "--vram" in (caught.value.hint or "")
+    assert try_plan(spec, draft, least, ctx=512) is not None
+    assert try_plan(spec, draft, least - 1, ctx=512) is None or everything.device_bytes < least
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "checkpoint", "fast_bf16", "expected"),
+    [
+        ("auto", "cpu", "bf16", False, "fp32"),
+        ("auto", "cpu", "bf16", True, "bf16"),
+        ("auto", "cpu", "fp16", True, "fp32"),
+        ("auto", "cuda:0", "bf16", True, "bf16"),
+        ("auto", "cuda:0", "fp32", True, "bf16"),
+        ("auto", "cuda:0", "fp16", True, "fp16"),
+        ("auto", "cuda:0", "bf16", False, "fp16"),
+        ("fp32", "cuda:0", "fp16", True, "fp32"),
+        ("bf16", "cpu", "fp32", False, "bf16"),
+    ],
+)
+def test_dtype(asked: str, device: str, checkpoint: str, fast_bf16: bool, expected: str):
+    spec = replace(demo_specs()[0], dtype=checkpoint)  # type: ignore[arg-type]
+    machine = Machine(device, 8 * GIB, 64 * GIB, fast_bf16)
+    plan = plan_for(request(None, dtype=asked), machine, spec, None)
+    assert plan.dtype == expected and plan.device == device
+    toy = PlanRequest(TARGET, None, dtype=asked)
+    assert plan_for(toy, machine, spec, None).dtype == ("fp32" if asked == "auto" else expected)
+
+
+def test_default_budget_leaves_room_for_the_rest_of_the_machine():
+    spec = demo_specs()[0]
+    for device, free, budget in (("cpu", 20, 16), ("cpu", 100, 90), ("cuda:0", 8, 7)):
+        machine = Machine(device, free * GIB, 100 * GIB, fast_bf16=False)
+        assert plan_for(request(None), machine, spec, None).device_budget_bytes == budget * GIB
+    with pytest.raises(DoesNotFitError):
+        plan_for(request(None), Machine("cpu", 3 * GIB, 3 * GIB, fast_bf16=False), spec, None)
+
+
+# --- the demo pair, in memory ----------------------------------------------------------------------------------------
+
+CTX = 512
+QUESTIONS = ("Tell me a story about a fox.", "Why is the sky blue?")
+SAMPLINGS = (Sampling(), Sampling(temperature=0.7, top_p=0.95, seed=3))
+WEIGHTS = ("resident layers", "slots", "embeddings and head", "KV cache", "draft", "draft KV cache")
+
+
+@cache
+def demo_specs() -> tuple[ModelSpec, ModelSpec]:
+    return describe(TARGET), describe(DRAFT)
+
+
+def demo_plan(vram_bytes: int | None, ctx: int | None = CTX) -> Plan:
+    return make_plan(PlanRequest(TARGET, DRAFT, device="cpu", vram_bytes=vram_bytes, ctx=ctx, tree_budget=32))
+
+
+@dataclass
+class Answers:
+    tokens: list[int]
+    num_steps: int
+
+
+def answer(engine: Engine) -> Answers:
+    """All questions with all samplings, the memory looked at after every step."""
+    tokenizer = load_tokenizer(TARGET.path)
+    tokens, num_steps = list[int](), 0
+    for question in QUESTIONS:
+        prompt = tokenizer.encode(tokenizer.render([Message("user", question)]))
+        for sampling in SAMPLINGS:
+            for step in engine.generate(prompt, sampling, stop_ids=frozenset({3}), max_tokens=40):
+                tokens += step.token_ids
+                num_steps += 1
+                check_memory(engine)
+    return Answers(tokens, num_steps)
+
+
+def check_memory(engine: Engine) -> None:
+    memory, plan = engine.memory(), engine.plan
+    assert memory.device_peak_bytes <= memory.predicted_device_bytes == plan.device_bytes <= plan.device_budget_bytes
+    assert memory.device_budget_bytes == plan.device_budget_bytes
+    assert (memory.resident_layers, memory.streamed_layers) == (len(plan.resident), len(plan.streamed))
+
+
+@pytest.fixture(scope="module")
+def unlimited() -> Answers:
+    plan = demo_plan(10 * GIB)
+    assert not plan.streamed
+    with Engine.load(plan, TARGET, DRAFT) as engine:
+        return answer(engine)
+
+
+def budget_for(num_resident: int) -> int:
+    """Bytes that just allow so many resident layers."""
+    return ledger_bytes(*demo_specs(), demo_plan(10 * GIB), num_resident)
+
+
+@pytest.mark.parametrize("num_resident", [0, 1, 2])
+def test_demo_within_a_budget_that_streams_most_layers(unlimited: Answers, num_resident: int):
+    plan = demo_plan(budget_for(num_resident))
+    assert len(plan.resident) == num_resident and len(plan.streamed) >= 0.75 * plan.num_layers
+    ledger = {item.item: item.bytes for item in plan.ledger}
+    assert set(ledger) == {*WEIGHTS, "workspace"}
+    with Engine.load(plan, TARGET, DRAFT) as engine:
+        # before the first pass: what is held is what was promised, to the byte
+        assert engine.memory().device_peak_bytes == sum(ledger[item] for item in WEIGHTS)
+        answers = answer(engine)
+        assert engine.memory().device_peak_bytes > sum(ledger[item] for item in WEIGHTS)
+    assert answers == unlimited
+    assert answers.num_steps < len(answers.tokens) / 2  # several tokens a step
+
+
+def test_ledger_equals_what_the_checkpoint_says(unlimited: Answers):
+    """Counted from the file's header, without the planner's own arithmetic."""
+    plan = demo_plan(budget_for(2))
+    ledger = {item.item: item.bytes for item in plan.ledger}
+    layers, rest = checkpoint_numbers(TARGET)
+    draft_layers, draft_rest = checkpoint_numbers(DRAFT)
+    padding = 8192  # per layer: tensors start at multiples of 256, layers at pages
+    assert 0 <= ledger["resident layers"] - 4 * sum(layers[i] for i in plan.resident) < 2 * padding
+    assert 0 <= ledger["slots"] - 4 * 2 * max(layers) < 2 * padding
+    assert 0 <= ledger["embeddings and head"] - 4 * rest < 1024  # and rotary tables
+    assert 0 <= ledger["draft"] - 4 * (sum(draft_layers) + draft_rest) < len(draft_layers) * padding
+    config, draft_config = (json.loads((source.path / "config.json").read_text()) for source in (TARGET, DRAFT))
+    assert ledger["KV cache"] == (CTX + 32) * kv_row_bytes(config)
+    assert ledger["draft KV cache"] == (CTX + 64) * kv_row_bytes(draft_config)
+
+
+def checkpoint_numbers(source: ModelSource) -> tuple[list[int], int]:
+    """Elements of each layer's tensors together, and of all others."""
+    with (source.path / "model.safetensors").open("rb") as file:
+        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    layers: dict[int, int] = {}
+    rest = 0
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        count = 1
+        for size in entry["shape"]:
+            count *= size
+        if name.startswith("model.layers."):
+            index = int(name.split(".")[2])
+            layers[index] = layers.get(index, 0) + count
+        else:
+            rest += count
+    return [layers[i] for i in sorted(layers)], rest
+
+
+def kv_row_bytes(config: dict[str, int]) -> int:
+    return 4 * 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
+
+
+def test_budget_too_small():
+    with pytest.raises(DoesNotFitError) as caught:
+        demo_plan(budget_for(0) - 1)
+    assert format_bytes(budget_for(0)) in caught.value.message and "\n" not in caught.value.message
+    with pytest.raises(DoesNotFitError):
+        demo_plan(1000, ctx=None)
+
+
+def test_context_beyond_the_model():
+    assert demo_plan(GIB, ctx=1024).ctx == demo_plan(GIB, ctx=None).ctx == 1024
+    with pytest.raises(UsageError, match=r"1,025.*1,024") as caught:
+        demo_plan(GIB, ctx=1025)
+    assert not isinstance(caught.value, DoesNotFitError) and "\n" not in caught.value.message
+
+
+def test_a_small_budget_shortens_an_open_context():
+    least = budget_for(0)  # at 512
+    plan = demo_plan(least, ctx=None)
+    assert plan.ctx == 512 and not plan.resident
+    with pytest.raises(DoesNotFitError):
+        demo_plan(least, ctx=1024)
+
+
+def test_text_of_one_budget_is_written_by_another(unlimited: Answers):
+    """Engines with other memory may take over a chat: nothing in the text depends on what streams."""
+    tokenizer = load_tokenizer(TARGET.path)
+    prompt = tokenizer.encode(tokenizer.render([Message("user", QUESTIONS[0])]))
+    with Engine.load(demo_plan(10 * GIB), TARGET, DRAFT) as engine:
+        whole, _ = write(engine, prompt, SAMPLINGS[1], 24)
+    with Engine.load(demo_plan(budget_for(0)), TARGET, DRAFT) as engine:
+        rest, steps = write(engine, [*prompt, *whole[:9]], SAMPLINGS[1], 15)
+    assert rest == whole[9:] and steps[0].streamed_bytes == engine.plan.streamed_bytes_per_step
