@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import Literal
 
 from specchat.config import ModelSource
-from specchat.errors import ModelNotFoundError, NotAvailableError
+from specchat.errors import ModelNotFoundError
+from specchat.models.shape_spec import Shape, parse_shape
 
 DEMO = "demo"
+SHAPE_PREFIX = "shape:"
 
 # The hub's own rules for names; revisions are branches, tags or commits.
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]{0,95}/\w[\w.-]{0,95})(?:@(?P<revision>.+))?", re.ASCII)
 _REVISION = re.compile(r"\w[\w./+-]*", re.ASCII)
 _HUB_URL = re.compile(r"https?://(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+)")
-_FORMS = "MODEL is demo, a folder such as ./x, or a hub id such as org/name"
+_FORMS = "MODEL is demo, a folder such as ./x, a hub id such as org/name, or a shape such as shape:llama-8b"
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class ModelRef:
         path: the folder, `~` expanded; only for "folder".
         repo_id: org/name; only for "hub".
         revision: branch, tag or commit; None is the default branch; only for "hub".
+        shape: of the synthetic model; only for "shape".
     """
 
     text: str
@@ -34,6 +37,7 @@ class ModelRef:
     path: Path | None = None
     repo_id: str | None = None
     revision: str | None = None
+    shape: Shape | None = None
 
 
 def parse_model(text: str) -> ModelRef:
@@ -41,16 +45,14 @@ def parse_model(text: str) -> ModelRef:
 
     Raises:
         ModelNotFoundError: none of the forms, with the nearest one as a hint.
-        NotAvailableError: a form that this version does not have.
+        UsageError: a shape that there is not, or that cannot hold the demo target.
     """
     if text == DEMO:
         return ModelRef(text, "demo")
     if text in (".", "..") or text.startswith(("./", "../", "/", "~")):
         return ModelRef(text, "folder", path=_expand(text))
-    if text.startswith("shape:"):
-        raise NotAvailableError(
-            f"synthetic models ('{text}') come with a later version", hint="try demo, a folder or a hub id"
-        )
+    if text.startswith(SHAPE_PREFIX):
+        return ModelRef(text, "shape", shape=parse_shape(text.removeprefix(SHAPE_PREFIX)))
     match = _HUB_ID.fullmatch(text)
     if match and _is_repo_id(match["repo"]):
         return ModelRef(text, "hub", repo_id=match["repo"], revision=_check_revision(text, match["revision"]))
@@ -70,8 +72,8 @@ def demo_source(role: Literal["target", "draft"]) -> ModelSource:
 
 
 def known_draft(ref: ModelRef) -> ModelSource | None:
-    """The draft that is known to suit `ref` and is at hand, or None."""
-    return demo_source("draft") if ref.kind == "demo" else None
+    """The draft that is known to suit `ref` and is at hand, or None; shapes write what the demo target writes."""
+    return demo_source("draft") if ref.kind in ("demo", "shape") else None
 
 
 def _expand(text: str) -> Path:

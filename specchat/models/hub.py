@@ -86,14 +86,14 @@ def locate(
     progress: Callable[[int, int], None] | None = None,
     warn: Callable[[str], None] = _LOG.warning,
 ) -> ModelSource:
-    """The folder of `ref`, downloaded first where necessary and agreed to.
+    """The folder of `ref`, downloaded first where necessary and agreed to; a shape's is made.
 
     Args:
         ref: from `parse_model`.
         offline: the network is not touched (HF_HUB_OFFLINE=1 has the same effect).
         confirm: asked once before anything is downloaded; False stops.
-        progress: told (bytes done, bytes to download), from other threads, one at a time.
-        warn: told in one line when the hub cannot be asked and a cached copy is used.
+        progress: told (bytes done, bytes to download or to write), maybe from other threads, one at a time.
+        warn: told in one line when the hub cannot be asked and a cached copy is used, and what is written for a shape.
 
     Raises:
         ModelNotFoundError: no such folder, repository or revision, or no weights in it.
@@ -108,7 +108,8 @@ def locate(
         return demo_source("target")
     if ref.kind == "folder":
         return _locate_folder(ref)
-    assert ref.kind == "hub", "parse_model refuses the other forms"
+    if ref.kind == "shape":
+        return _make_shape(ref, progress, warn)
     from huggingface_hub import constants
 
     if offline or constants.HF_HUB_OFFLINE:
@@ -142,6 +143,13 @@ def _locate_folder(ref: ModelRef) -> ModelSource:
     if not (ref.path / "config.json").is_file():
         raise ModelNotFoundError(f"{ref.path} has no config.json", hint="give the folder that holds config.json")
     return ModelSource(name=ref.text, path=ref.path)
+
+
+def _make_shape(ref: ModelRef, progress: Callable[[int, int], None] | None, warn: Callable[[str], None]) -> ModelSource:
+    from specchat.models.shapes import materialise  # with torch
+
+    assert ref.shape is not None
+    return materialise(ref.shape, progress=progress, warn=warn)
 
 
 def _locate_cached(ref: ModelRef) -> ModelSource:

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specchat.errors import ModelNotFoundError, NotAvailableError, SpecchatError
+from specchat.errors import ModelNotFoundError, SpecchatError, UsageError
 from specchat.models.catalog import ModelRef, demo_source, known_draft, parse_model
 from specchat.models.checkpoint import open_checkpoint
+from specchat.models.shape_spec import parse_shape
 
 
 def test_demo():
@@ -51,9 +52,14 @@ def test_revisions_that_git_would_not_have(revision):
         parse_model(f"org/name@{revision}")
 
 
-@pytest.mark.parametrize("text", ["shape:llama-70b", "shape:hidden=64,layers=2", "shape:"])
-def test_shapes_come_later(text):
-    with pytest.raises(NotAvailableError, match="later version"):
+@pytest.mark.parametrize("text", ["shape:llama-70b", "shape:llama-70b,layers=8", "shape:hidden=2048,layers=16"])
+def test_shapes(text):
+    assert parse_model(text) == ModelRef(text, "shape", shape=parse_shape(text.removeprefix("shape:")))
+
+
+@pytest.mark.parametrize("text", ["shape:llama-71b", "shape:hidden=64,layers=2", "shape:"])
+def test_shapes_that_there_are_not(text):
+    with pytest.raises(UsageError):
         parse_model(text)
 
 
@@ -91,6 +97,7 @@ def test_any_text_is_understood_or_refused_by_name(text):
     assert ref.text == text
     assert (ref.path is not None) == (ref.kind == "folder")
     assert (ref.repo_id is not None) == (ref.kind == "hub")
+    assert (ref.shape is not None) == (ref.kind == "shape")
 
 
 @pytest.mark.parametrize("role", ["target", "draft"])
@@ -103,6 +110,7 @@ def test_demo_pair_is_there_and_sound(role):
 
 def test_known_drafts():
     assert known_draft(parse_model("demo")) == demo_source("draft")
+    assert known_draft(parse_model("shape:llama-8b")) == demo_source("draft")
     assert known_draft(parse_model("org/name")) is None
     assert known_draft(parse_model("./x")) is None
 

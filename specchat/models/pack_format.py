@@ -1,0 +1,326 @@
+"""What a pack's files look like, byte by byte, and how they come onto the disk so that no torn one passes for good.
+
+A data file is standard safetensors. Its header is padded with spaces so that the data begin at a multiple of a page;
+each tensor begins at a multiple of 256 from there; since the format allows no holes, the gaps are tensors of zeros
+named `__pad__.<file>.<n>`. The data's length is a multiple of a page too, so a layer is read or mapped as one block.
+"""
+
+import errno
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from io import RawIOBase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specchat.errors import DoesNotFitError, ModelError
+from specchat.models.geometry import LAYER_ALIGNMENT, TENSOR_ALIGNMENT, aligned
+from specchat.units import MIB
+
+LAYOUT_VERSION = 1  # of the data files
+QUANTIZER = "none"  # and its version, once there is one
+CHUNK_BYTES = 16 * MIB  # of data per checksum
+PAD_PREFIX = "__pad__."
+TEMPORARY_SUFFIX = ".tmp"
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+DTYPE_NAMES: dict[torch.dtype, str] = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+PACK_HINT = (
+    "check permissions and the disk, or set SPECCHAT_CACHE_DIR to another folder; packs may be deleted at any time"
+)
+
+
+@contextmanager
+def disk_errors(path: Path, verb: str, hint: str = PACK_HINT) -> Iterator[None]:
+    """Turns what the operating system refuses about `path` into our errors; `verb` as in "cannot write x"."""
+    try:
+        yield
+    except OSError as exc:
+        message = f"cannot {verb} {path}: {exc.strerror or exc}"
+        if exc.errno in _FULL:
+            hint = "free some space, or set SPECCHAT_CACHE_DIR to a folder on a larger disk; what is packed is kept"
+            raise DoesNotFitError(message, hint) from exc
+        raise ModelError(message, hint) from exc
+
+
+@dataclass(frozen=True)
+class PlacedTensor:
+    """One tensor of a data file; `offset` counts bytes from the start of the data."""
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class FileLayout:
+    """Where everything is in a data file.
+
+    Attributes:
+        name: of the file.
+        tensors: by ascending offset.
+        nbytes: length of the data, the header not counted.
+    """
+
+    name: str
+    tensors: tuple[PlacedTensor, ...]
+    nbytes: int
+
+    @classmethod
+    def of(cls, name: str, tensors: Mapping[str, Tensor]) -> "FileLayout":
+        """The layout of a file for these tensors (meta ones will do), in the order given: as `LayerLayout` has it."""
+        placed, end = [], 0
+        for key, tensor in tensors.items():
+            begin = aligned(end, TENSOR_ALIGNMENT)
+            placed.append(PlacedTensor(key, tensor.dtype, tuple(tensor.shape), begin, tensor.nbytes))
+            end = begin + tensor.nbytes
+        return cls(name, tuple(placed), aligned(end, LAYER_ALIGNMENT))
+
+    def header(self) -> bytes:
+        """The file up to its data: length, JSON, spaces; a multiple of a page long."""
+        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without it
+        for tensor in self.tensors:
+            span = [tensor.offset, tensor.offset + tensor.nbytes]
+            entries[tensor.key] = _entry(DTYPE_NAMES[tensor.dtype], tensor.shape, span)
+        for number, (begin, end) in enumerate(self._gaps()):
+            entries[f"{PAD_PREFIX}{Path(self.name).stem}.{number}"] = _entry("U8", (end - begin,), [begin, end])
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        length = aligned(8 + len(text), LAYER_ALIGNMENT) - 8
+        return length.to_bytes(8, "little") + text.ljust(length)
+
+    def _gaps(self) -> Iterator[tuple[int, int]]:
+        """Begin and end of the bytes that no tensor has."""
+        end = 0
+        for tensor in self.tensors:
+            if end < tensor.offset:
+                yield end, tensor.offset
+            end = tensor.offset + tensor.nbytes
+        if end < self.nbytes:
+            yield end, self.nbytes
+
+
+def _entry(dtype: str, shape: Sequence[int], span: list[int]) -> dict[str, object]:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": span}
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a pack remembers about one of its files.
+
+    Attributes:
+        name: of the file, within the pack's folder.
+        data_offset: bytes before the data (the header).
+        nbytes: bytes of data.
+        header_crc32: checksum of the bytes before the data.
+        crc32s: checksums of the data, one per CHUNK_BYTES.
+    """
+
+    name: str
+    data_offset: int
+    nbytes: int
+    header_crc32: int
+    crc32s: tuple[int, ...]
+
+    @property
+    def file_nbytes(self) -> int:
+        """Length of the whole file."""
+        return self.data_offset + self.nbytes
+
+    def fault(self, folder: Path) -> str | None:
+        """What is wrong with the file by its size and header, or None; the data are not read.
+
+        Raises:
+            ModelError: the file is there and cannot be read.
+        """
+        path = folder / self.name
+        with disk_errors(path, "read"):
+            try:
+                with path.open("rb") as stream:
+                    nbytes = os.fstat(stream.fileno()).st_size
+                    header = stream.read(self.data_offset)
+            except FileNotFoundError:
+                return f"{path} is missing"
+        if nbytes != self.file_nbytes:
+            return f"{path} has {nbytes} bytes instead of {self.file_nbytes}"
+        return None if zlib.crc32(header) == self.header_crc32 else f"{path} has another header"
+
+    def good_chunks(self, folder: Path, *, from_disk: bool = False) -> Iterator[bool]:
+        """For each chunk of the file's data, whether it is as it was written.
+
+        Args:
+            folder: the pack's.
+            from_disk: past the page cache, which may hold good bytes over a bad disk.
+
+        Raises:
+            ModelError: the file cannot be read.
+        """
+        path = folder / self.name
+        with disk_errors(path, "read"), path.open("rb", buffering=0) as stream:
+            if from_disk and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            stream.seek(self.data_offset)
+            buffer = memoryview(bytearray(min(self.nbytes, CHUNK_BYTES)))
+            for index, crc32 in enumerate(self.crc32s):
+                begin, end = chunk_span(self.nbytes, index)
+                yield _read_into(stream, buffer[: end - begin]) and zlib.crc32(buffer[: end - begin]) == crc32
+
+    def describes(self, layout: FileLayout) -> bool:
+        """Whether a file of this record has exactly this layout."""
+        header = layout.header()
+        found = (self.name, self.data_offset, self.nbytes, self.header_crc32)
+        return found == (layout.name, len(header), layout.nbytes, zlib.crc32(header))
+
+
+def _read_into(stream: RawIOBase, buffer: memoryview) -> bool:
+    """Fills the buffer; False if the file ends before."""
+    filled = 0
+    while filled < len(buffer) and (count := stream.readinto(buffer[filled:])):
+        filled += count
+    return filled == len(buffer)
+
+
+def chunk_span(nbytes: int, index: int) -> tuple[int, int]:
+    """Begin and end of the index-th chunk of `nbytes` of data."""
+    return index * CHUNK_BYTES, min((index + 1) * CHUNK_BYTES, nbytes)
+
+
+def write_tensors(
+    folder: Path, layout: FileLayout, tensors: Mapping[str, Tensor], wrote: Callable[[int], None]
+) -> FileRecord:
+    """Writes one data file: durable under its name when this returns, nothing under its name before.
+
+    Args:
+        folder: the pack's.
+        layout: names, dtypes and shapes of `tensors`; they are asked for one at a time, in this order.
+        tensors: CPU tensors by key.
+        wrote: told the bytes of data that went out, piece by piece.
+
+    Raises:
+        DoesNotFitError: the disk is full; the file under its name is as before.
+        ModelError: the file cannot be written; likewise.
+    """
+    header = layout.header()
+    with _new_file(folder / layout.name) as fd:
+        write_all(fd, header, folder / layout.name)
+        writer = _ChunkWriter(fd, folder / layout.name, wrote)
+        for piece in _pieces(layout, tensors):
+            writer.write(piece)
+        writer.flush()
+    return FileRecord(layout.name, len(header), layout.nbytes, zlib.crc32(header), tuple(writer.crc32s))
+
+
+def write_small(folder: Path, name: str, data: bytes) -> FileRecord:
+    """Writes a small file atomically and durably; errors as in `write_tensors`."""
+    with _new_file(folder / name) as fd:
+        write_all(fd, data, folder / name)
+    sums = tuple(zlib.crc32(data[i : i + CHUNK_BYTES]) for i in range(0, len(data), CHUNK_BYTES))
+    return FileRecord(name, 0, len(data), zlib.crc32(b""), sums)
+
+
+def _pieces(layout: FileLayout, tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
+    """The data of a file, front to back."""
+    end = 0
+    for placed in layout.tensors:
+        yield memoryview(bytes(placed.offset - end))
+        tensor = tensors[placed.key]
+        assert (tensor.dtype, tuple(tensor.shape)) == (placed.dtype, placed.shape), placed.key
+        yield bytes_of(tensor)
+        end = placed.offset + placed.nbytes
+    yield memoryview(bytes(layout.nbytes - end))
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The numbers of a CPU tensor in row-major order, as bytes; not copied if they lie so."""
+    array: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()  # numpy's types hide the protocol
+    return memoryview(array)
+
+
+class _ChunkWriter:
+    """Writes bytes one after the other, keeping a checksum per chunk. `crc32s` is complete after `flush`."""
+
+    def __init__(self, fd: int, path: Path, wrote: Callable[[int], None]) -> None:
+        self.crc32s: list[int] = []
+        self._fd = fd
+        self._path = path
+        self._wrote = wrote
+        self._crc32 = 0
+        self._filled = 0
+
+    def write(self, data: memoryview) -> None:
+        while data:
+            part = data[: CHUNK_BYTES - self._filled]
+            write_all(self._fd, part, self._path)
+            self._crc32 = zlib.crc32(part, self._crc32)
+            self._filled += len(part)
+            data = data[len(part) :]
+            if self._filled == CHUNK_BYTES:
+                self.flush()
+
+    def flush(self) -> None:
+        if self._filled:
+            self.crc32s.append(self._crc32)
+            self._wrote(self._filled)
+            self._crc32 = self._filled = 0
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[int]:
+    """A file that gets its name, and is on the disk, only when the block ends well; else nothing of it remains."""
+    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    with disk_errors(path, "write"):
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            yield fd
+            with disk_errors(path, "write"):
+                os.fsync(fd)
+        finally:
+            os.close(fd)
+        with disk_errors(path, "write"):
+            temporary.replace(path)
+            sync_folder(path.parent)
+    except BaseException:
+        with suppress(OSError):  # what went wrong first is what counts; the next build clears the folder
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_all(fd: int, data: bytes | memoryview, path: Path) -> None:
+    """Writes all of `data`; errors name `path`."""
+    view = memoryview(data)
+    with disk_errors(path, "write"):
+        while view:  # one call moves at most 2 GiB on Linux
+            view = view[os.write(fd, view) :]
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes names within `folder` durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

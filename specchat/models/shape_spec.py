@@ -1,0 +1,251 @@
+"""What `shape:` asks for: the figures of a Llama-like model. No weights here, and no torch."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from specchat.config import DTYPE_BYTES, Dtype
+from specchat.errors import UsageError
+from specchat.units import format_bytes
+
+VOCAB_SIZE = 4096  # the demo's, whatever the shape: its tokenizer and its embeddings serve every shape
+
+_NUMBERS = ("hidden", "layers", "heads", "kv_heads", "head_dim", "mlp")
+_NUMBER = re.compile(r"[0-9]{1,7}")
+# Matrix kernels want rows of a multiple of this; no model has others.
+_WIDTH_STEP = 64
+_WRITE = "write shape:NAME, shape:hidden=2048,layers=16 or shape:NAME,layers=8"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The figures of a Llama-like decoder, as config.json would have them, beside the demo's vocabulary.
+
+    Attributes:
+        hidden: width of the residual stream.
+        layers: decoder layers.
+        heads, kv_heads: query heads, and key-value heads that they share in equal groups.
+        head_dim: numbers per head.
+        mlp: width of the MLP's inner activation.
+        dtype: how the weights are stored.
+        name: what the user typed; plays no part in comparisons.
+    """
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    dtype: Dtype = "bf16"
+    name: str = field(default="", compare=False)
+
+    @property
+    def label(self) -> str:
+        """What follows `shape:` in a MODEL argument that means this shape."""
+        return self.name or ",".join(f"{key}={getattr(self, key)}" for key in (*_NUMBERS, "dtype"))
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key-value head."""
+        return self.heads // self.kv_heads
+
+    def layer_tensors(self) -> Mapping[str, tuple[int, ...]]:
+        """Name -> shape of one decoder layer's parameters, in the module order of transformers' LlamaDecoderLayer."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "self_attn.q_proj.weight": (q, self.hidden),
+            "self_attn.k_proj.weight": (kv, self.hidden),
+            "self_attn.v_proj.weight": (kv, self.hidden),
+            "self_attn.o_proj.weight": (self.hidden, q),
+            "mlp.gate_proj.weight": (self.mlp, self.hidden),
+            "mlp.up_proj.weight": (self.mlp, self.hidden),
+            "mlp.down_proj.weight": (self.hidden, self.mlp),
+            "input_layernorm.weight": (self.hidden,),
+            "post_attention_layernorm.weight": (self.hidden,),
+        }
+
+    def rest_tensors(self) -> Mapping[str, tuple[int, ...]]:
+        """Name -> shape of the parameters outside the layers; the head is the embedding."""
+        return {"model.embed_tokens.weight": (VOCAB_SIZE, self.hidden), "model.norm.weight": (self.hidden,)}
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of one decoder layer's weights, without any alignment."""
+        return self._num_bytes(self.layer_tensors())
+
+    @property
+    def rest_bytes(self) -> int:
+        """Bytes of the weights outside the layers."""
+        return self._num_bytes(self.rest_tensors())
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all weights."""
+        return self.layers * self.layer_bytes + self.rest_bytes
+
+    def describe(self) -> str:
+        """What the model is, in one line that leaves no doubt that it is synthetic."""
+        return (
+            f"synthetic model of shape {self.label} (hidden {self.hidden:,}, {self.layers} layers, "
+            f"{self.heads} heads and {self.kv_heads} key-value heads of {self.head_dim}, MLP {self.mlp:,}, "
+            f"{self.dtype}, {format_bytes(self.num_bytes)}) computing the demo target; "
+            f"vocabulary {VOCAB_SIZE:,} of the demo"
+        )
+
+    def _num_bytes(self, tensors: Mapping[str, tuple[int, ...]]) -> int:
+        return sum(math.prod(shape) for shape in tensors.values()) * DTYPE_BYTES[self.dtype]
+
+
+# What every shape must be able to hold.
+DEMO_TARGET = Shape(hidden=256, layers=8, heads=4, kv_heads=2, head_dim=64, mlp=704, name="demo target")
+
+# From the config.json of the model named beside each; all are stored in 16 bits.
+KNOWN_SHAPES: Mapping[str, Shape] = {
+    "llama-1b": Shape(2048, 16, 32, 8, 64, 8192),  # meta-llama/Llama-3.2-1B
+    "llama-3b": Shape(3072, 28, 24, 8, 128, 8192),  # meta-llama/Llama-3.2-3B
+    "llama-8b": Shape(4096, 32, 32, 8, 128, 14336),  # meta-llama/Llama-3.1-8B
+    "llama-13b": Shape(5120, 40, 40, 40, 128, 13824),  # meta-llama/Llama-2-13b-hf
+    "llama-70b": Shape(8192, 80, 64, 8, 128, 28672),  # meta-llama/Llama-3.1-70B
+    "llama-405b": Shape(16384, 126, 128, 8, 128, 53248),  # meta-llama/Llama-3.1-405B
+    "mistral-7b": Shape(4096, 32, 32, 8, 128, 14336),  # mistralai/Mistral-7B-v0.3
+    "mistral-24b": Shape(5120, 40, 32, 8, 128, 32768),  # mistralai/Mistral-Small-24B-Base-2501
+    "mistral-123b": Shape(12288, 88, 96, 8, 128, 28672),  # mistralai/Mistral-Large-Instruct-2407
+    "qwen-4b": Shape(2560, 36, 32, 8, 128, 9728),  # Qwen/Qwen3-4B
+    "qwen-8b": Shape(4096, 36, 32, 8, 128, 12288),  # Qwen/Qwen3-8B
+    "qwen-14b": Shape(5120, 40, 40, 8, 128, 17408),  # Qwen/Qwen3-14B
+    "qwen-32b": Shape(5120, 64, 64, 8, 128, 25600),  # Qwen/Qwen3-32B
+    "qwen-72b": Shape(8192, 80, 64, 8, 128, 29568),  # Qwen/Qwen2.5-72B
+}
+
+
+def parse_shape(text: str) -> Shape:
+    """The shape meant by what follows `shape:` in a MODEL argument.
+
+    Args:
+        text: the name of a known shape, or figures as key=value, or a name and then figures that replace its own.
+            hidden and layers are needed; the rest has the proportions of today's models where it is left out.
+
+    Raises:
+        UsageError: an unknown name or key, a figure that is no number, or a shape that cannot hold the demo target.
+    """
+    name, values = _split(text)
+    dtype = _parse_dtype(values.pop("dtype", "bf16"))
+    numbers = {key: _parse_number(key, value) for key, value in values.items()}
+    base = _known(name) if name is not None else _complete(numbers)
+    shape = replace(base, **numbers, dtype=dtype, name=text)
+    _check(shape)
+    return shape
+
+
+def _split(text: str) -> tuple[str | None, dict[str, str]]:
+    """The name, if there is one, and the values by key, all as typed."""
+    items = text.split(",")
+    name = items.pop(0) if "=" not in items[0] else None
+    values: dict[str, str] = {}
+    for item in items:
+        key, _, value = item.partition("=")
+        if key not in (*_NUMBERS, "dtype"):
+            raise UsageError(
+                f"'{key}' in shape:{text} is no figure of a shape", hint=f"use {', '.join(_NUMBERS)}, dtype"
+            )
+        if key in values:
+            raise UsageError(f"shape:{text} gives {key} twice", hint=_WRITE)
+        values[key] = value
+    return name, values
+
+
+def _known(name: str) -> Shape:
+    if name not in KNOWN_SHAPES:
+        raise UsageError(f"there is no shape '{name}'", hint=f"known: {', '.join(KNOWN_SHAPES)}; or {_WRITE}")
+    return KNOWN_SHAPES[name]
+
+
+def _parse_dtype(text: str) -> Dtype:
+    match text:
+        case "bf16" | "fp16" | "fp32":
+            return text
+    raise UsageError(f"a shape cannot be stored as '{text}'", hint="use dtype=bf16, dtype=fp16 or dtype=fp32")
+
+
+def _parse_number(key: str, text: str) -> int:
+    number = int(text) if _NUMBER.fullmatch(text) else 0
+    if number == 0:
+        raise UsageError(f"{key}={text} is not a whole number from 1 to 9999999", hint=_WRITE)
+    return number
+
+
+def _complete(numbers: Mapping[str, int]) -> Shape:
+    """The figures given, and for the others the proportions of today's models."""
+    missing = [key for key in ("hidden", "layers") if key not in numbers]
+    if missing:
+        raise UsageError(f"a shape needs {' and '.join(missing)}", hint=_WRITE)
+    hidden = numbers["hidden"]
+    head_dim = numbers.get("head_dim") or _default_head_dim(hidden, numbers.get("heads"))
+    heads = numbers.get("heads") or _default_heads(hidden, head_dim)
+    kv_heads = numbers.get("kv_heads") or _default_kv_heads(heads)
+    mlp = numbers.get("mlp") or -(-7 * hidden // 512) * 256  # 3.5 times the width, as Llama 3's
+    return Shape(hidden, numbers["layers"], heads, kv_heads, head_dim, mlp)
+
+
+def _default_head_dim(hidden: int, heads: int | None) -> int:
+    """What the heads share out if that is a size that heads have, else 128, or 64 in small models."""
+    if heads is not None and hidden // heads in (64, 128, 256):
+        return hidden // heads
+    return 128 if hidden >= 3072 and hidden % 128 == 0 else 64
+
+
+def _default_heads(hidden: int, head_dim: int) -> int:
+    """As many as together are at most as wide as the residual stream, and divide it."""
+    least = DEMO_TARGET.heads
+    most = max(hidden // max(head_dim, DEMO_TARGET.head_dim), least)
+    return next((heads for heads in range(most, least, -1) if hidden % heads == 0), least)
+
+
+def _default_kv_heads(heads: int) -> int:
+    """Groups of 4, or smaller ones where 4 does not go in or would leave too few key-value heads."""
+    group = next((g for g in (4, 2) if heads % g == 0 and heads // g >= DEMO_TARGET.kv_heads), 1)
+    return heads // group
+
+
+def _check(shape: Shape) -> None:
+    """Whether the demo target fits in, and kernels can compute the shape.
+
+    Raises:
+        UsageError: no.
+    """
+    for key in ("hidden", "layers", "heads", "mlp"):
+        least = getattr(DEMO_TARGET, key)
+        if getattr(shape, key) < least:
+            raise UsageError(
+                f"{key}={getattr(shape, key)} is less than the {least} of the demo target, which every shape computes",
+                hint=f"use {key}={least} or more",
+            )
+    for key in ("hidden", "mlp", "head_dim"):
+        if getattr(shape, key) % _WIDTH_STEP:
+            raise UsageError(f"{key}={getattr(shape, key)} is no multiple of {_WIDTH_STEP}", hint=_WRITE)
+    _check_heads(shape)
+
+
+def _check_heads(shape: Shape) -> None:
+    if shape.hidden % shape.heads:  # whatever head_dim is, transformers refuses such configurations
+        raise UsageError(
+            f"hidden={shape.hidden} is no multiple of the {shape.heads} heads", hint="heads must divide hidden"
+        )
+    if shape.heads % shape.kv_heads:
+        raise UsageError(
+            f"{shape.heads} heads cannot share {shape.kv_heads} key-value heads equally",
+            hint="kv_heads must divide heads",
+        )
+    least = num_live_kv_heads(shape)
+    if shape.kv_heads < least:
+        raise UsageError(
+            f"kv_heads={shape.kv_heads} cannot hold the demo target's {DEMO_TARGET.kv_heads} key-value heads",
+            hint=f"use kv_heads={least} or more",
+        )
+
+
+def num_live_kv_heads(shape: Shape) -> int:
+    """Key-value heads that the demo's take up: twice as many as it has where heads do not share any."""
+    return DEMO_TARGET.heads // min(shape.group, DEMO_TARGET.group)

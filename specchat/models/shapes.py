@@ -1,0 +1,491 @@
+"""Models of any Llama-like shape that compute exactly the demo target's function: real bytes, real compute, known text.
+
+How a small model hides in a large one (d, h0: the demo's width and head dim; D, hd: the shape's; live: the demo's own):
+
+- The residual stream holds the demo's as many times as it goes in, so the mean of its squares, and with it every norm,
+  is the demo's. A remainder (D % d) stays zero; the norms' weights and eps make up for it.
+- The norms' weights are zero beyond the first copy. The matrices read zeros there, so those columns may be anything.
+- A live head's rotary dim i goes to dim i * hd / h0, which turns at the same speed. The queries are larger by
+  sqrt(hd / h0), as attention divides by sqrt(hd). That is rarely a power of two: what rounding takes from them goes
+  into a second matrix that reads the second copy, so 16-bit weights lose nothing worth mentioning.
+- Idle heads and neurons cost what live ones do and add exactly zero: where v_proj and up_proj have no live row they
+  have zeros in the live columns. o_proj is zero where an idle query head reads live values.
+- In idle layers the norms' weights are zero, and everything else is free.
+
+All that is free is random: uniform bits but for the exponent's highest, so that weights stay below 4, none is
+subnormal (slow on CPUs), and zlib saves 1.5 % of an idle layer, 3 to 6 % of a live one (of Gaussian weights: 21 %).
+
+Measured, relative to the demo target's logits in float32: 5e-7 for bf16 weights computed in float32, so greedy texts
+are the same but at near-ties; 4.2e-3 computed in bf16, where the demo target itself loses 4.1e-3. Where nothing can
+carry what rounding takes (no second copy, or a remainder) it is 1.3e-3 for bf16 weights.
+"""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specchat.config import Dtype, ModelSource
+from specchat.errors import DoesNotFitError, ModelError
+from specchat.models.catalog import demo_source
+from specchat.models.checkpoint import INDEX_FILE, TensorReader, open_checkpoint, read_json
+from specchat.models.geometry import TORCH_DTYPE
+from specchat.models.pack_format import bytes_of, sync_folder
+from specchat.models.shape_spec import DEMO_TARGET, Shape, num_live_kv_heads, parse_shape
+from specchat.units import MIB, format_bytes
+
+__all__ = ["Shape", "ShapeLayers", "materialise", "parse_shape", "shape_files", "write_checkpoint"]
+
+LAYOUT_VERSION = 1  # of the bytes that a shape and a seed lead to; part of the cache's key
+
+_COPIED_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+_CONFIG_DTYPE: dict[Dtype, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_SAFETENSORS_DTYPE: dict[Dtype, str] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+# Random bits become numbers by clearing the exponent's highest bit and then adding one to the exponent: 1 .. half of
+# what it can be, so neither subnormal nor infinite nor large. (mask, addend, bytes) of one number.
+_RANDOM_NUMBERS: dict[Dtype, tuple[int, int, int]] = {
+    "bf16": (0xBFFF, 0x0080, 2),
+    "fp16": (0xBFFF, 0x0400, 2),
+    "fp32": (0xBFFF_FFFF, 0x0080_0000, 4),
+}
+_RANDOM_CHUNK = 1 << 15  # words of 8 bytes: the three rounds over them stay in the processor's cache
+_RANDOM_BLOCK = 1 << 22  # words with one seed, filled by one thread; so that the bytes do not depend on their number
+_NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
+_WRITE_CHUNK = 32 * MIB
+_SPARE_DISK_BYTES = 64 * MIB  # for headers, tokenizer and the file system's own records
+
+Progress = Callable[[int, int], None]
+
+
+class ShapeLayers:
+    """The weights of a shape, made layer by layer: a `pack.LayerSource`. The same ones for the same shape and seed.
+
+    Holds the demo target's weights in float32 (28 MB) and the memory of one layer, which the next one is made in.
+
+    Args:
+        shape: from `parse_shape`.
+        seed: of the random weights; the function computed does not depend on it.
+
+    Raises:
+        ModelNotFoundError: the demo's files are missing from this installation.
+    """
+
+    def __init__(self, shape: Shape, seed: int = 0) -> None:
+        self.shape = shape
+        self._seed = seed
+        self._dtype = TORCH_DTYPE[shape.dtype]
+        self._demo = _read_demo()
+        self._copies = shape.hidden // DEMO_TARGET.hidden
+        self._norm_factor = math.sqrt(self._copies * DEMO_TARGET.hidden / shape.hidden)
+        self._query_factor = math.sqrt(shape.head_dim / DEMO_TARGET.head_dim)
+        carries = self._copies > 1 and not self._query_factor.is_integer()
+        self._query_columns = DEMO_TARGET.hidden * (2 if carries else 1)
+        self._spread = _spread_rotary(shape.head_dim)
+        self._memory: dict[str, Tensor] = {}
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return self.shape.layers
+
+    @property
+    def layers_name(self) -> str:
+        """The layers' path in the model."""
+        return "model.layers"
+
+    def layer_meta(self, layer: int) -> dict[str, Tensor]:
+        """Meta tensors of what `read_layer` returns."""
+        assert 0 <= layer < self.num_layers
+        return self._empty(self.shape.layer_tensors(), "meta")
+
+    def read_layer(self, layer: int) -> dict[str, Tensor]:
+        """One decoder layer's weights, valid until the next call.
+
+        Args:
+            layer: 0 .. num_layers - 1.
+
+        Returns:
+            By name within the layer, in module order, in the shape's dtype on the CPU.
+        """
+        assert 0 <= layer < self.num_layers
+        if not self._memory:
+            self._memory = self._empty(self.shape.layer_tensors(), "cpu")
+        weights = dict(self._memory)
+        matrices = [weight for weight in weights.values() if weight.ndim == 2]
+        _fill_random(matrices, self.shape.dtype, f"specchat shape {LAYOUT_VERSION} {self._seed} {layer}")
+        for name in _NORMS:
+            weights[name].zero_()
+        if layer < DEMO_TARGET.layers:
+            self._place_attention(layer, weights)
+            self._place_mlp(layer, weights)
+        return weights
+
+    def rest_meta(self) -> dict[str, Tensor]:
+        """Meta tensors of what `rest` returns."""
+        return self._empty(self.shape.rest_tensors(), "meta")
+
+    def rest(self) -> dict[str, Tensor]:
+        """The weights outside the layers, by their full names; the head is the embedding, as in the demo."""
+        embedding = self._demo["model.embed_tokens.weight"]
+        norm = torch.zeros(self.shape.hidden, dtype=self._dtype)
+        norm[: DEMO_TARGET.hidden] = self._demo["model.norm.weight"] * self._norm_factor
+        return {"model.embed_tokens.weight": self._stack(embedding.T).T.contiguous(), "model.norm.weight": norm}
+
+    def _empty(self, sizes: Mapping[str, tuple[int, ...]], device: str) -> dict[str, Tensor]:
+        return {name: torch.empty(size, dtype=self._dtype, device=device) for name, size in sizes.items()}
+
+    def _live(self, layer: int, name: str) -> Tensor:
+        return self._demo[f"model.layers.{layer}.{name}"]
+
+    def _stack(self, weight: Tensor) -> Tensor:
+        """Rows that write the residual stream: once per copy of the demo's, then zeros; [d, N] -> [D, N]."""
+        stacked = torch.zeros(self.shape.hidden, weight.shape[1], dtype=self._dtype)
+        stacked[: self._copies * DEMO_TARGET.hidden] = weight.repeat(self._copies, 1)
+        return stacked
+
+    def _place_attention(self, layer: int, weights: Mapping[str, Tensor]) -> None:
+        """Writes the demo's attention over the random weights, and zeros over what would disturb it."""
+        width = DEMO_TARGET.hidden
+        norm = self._live(layer, "input_layernorm.weight") * self._norm_factor
+        weights["input_layernorm.weight"][: self._query_columns] = norm.repeat(self._query_columns // width)
+        weights["self_attn.v_proj.weight"][:, : self._query_columns] = 0
+        for kv_head in range(num_live_kv_heads(self.shape)):
+            self._place_keys_and_values(layer, kv_head, weights)
+        for head in range(DEMO_TARGET.heads):
+            self._place_queries(layer, head, weights["self_attn.q_proj.weight"])
+            self._place_outputs(layer, head, weights["self_attn.o_proj.weight"])
+
+    def _place_keys_and_values(self, layer: int, kv_head: int, weights: Mapping[str, Tensor]) -> None:
+        """Gives the shape's `kv_head` the demo's keys and values; nobody reads its other value dims."""
+        width, small, large = DEMO_TARGET.hidden, DEMO_TARGET.head_dim, self.shape.head_dim
+        source = kv_head * DEMO_TARGET.kv_heads // num_live_kv_heads(self.shape)
+        rows = slice(source * small, (source + 1) * small)
+        keys = weights["self_attn.k_proj.weight"][kv_head * large : (kv_head + 1) * large]
+        # Zero keys in the dims that the demo lacks: whatever the queries hold there, the products are zero.
+        keys[:, : self._query_columns] = 0
+        keys[self._spread, :width] = self._live(layer, "self_attn.k_proj.weight")[rows].to(self._dtype)
+        values = weights["self_attn.v_proj.weight"][kv_head * large : kv_head * large + small]
+        values[:, :width] = self._live(layer, "self_attn.v_proj.weight")[rows]
+        first = kv_head * self.shape.group
+        for head in range(first, first + self.shape.group):
+            weights["self_attn.o_proj.weight"][:, head * large : head * large + small] = 0
+
+    def _place_queries(self, layer: int, head: int, queries: Tensor) -> None:
+        """Gives one of the shape's heads the queries of the demo's `head`, larger, in two parts where they round."""
+        width, small = DEMO_TARGET.hidden, DEMO_TARGET.head_dim
+        live = self._live(layer, "self_attn.q_proj.weight")[head * small : (head + 1) * small]
+        exact = live.double() * self._query_factor
+        rounded = exact.to(self._dtype)
+        rows = self._head_of(head) * self.shape.head_dim + self._spread
+        queries[rows, :width] = rounded
+        if self._query_columns > width:
+            queries[rows, width : 2 * width] = (exact - rounded.double()).to(self._dtype)
+
+    def _place_outputs(self, layer: int, head: int, outputs: Tensor) -> None:
+        """Lets the demo's `head` write into every copy of the residual stream."""
+        small = DEMO_TARGET.head_dim
+        live = self._live(layer, "self_attn.o_proj.weight")[:, head * small : (head + 1) * small]
+        start = self._head_of(head) * self.shape.head_dim
+        outputs[:, start : start + small] = self._stack(live)
+
+    def _head_of(self, head: int) -> int:
+        """The shape's query head that computes the demo's `head`: the first ones of the live groups."""
+        taken = min(self.shape.group, DEMO_TARGET.group)
+        return head // taken * self.shape.group + head % taken
+
+    def _place_mlp(self, layer: int, weights: Mapping[str, Tensor]) -> None:
+        """Writes the demo's MLP over the random weights, and zeros over what would disturb it."""
+        width, neurons = DEMO_TARGET.hidden, DEMO_TARGET.mlp
+        norm = self._live(layer, "post_attention_layernorm.weight")
+        weights["post_attention_layernorm.weight"][:width] = norm * self._norm_factor
+        weights["mlp.gate_proj.weight"][:neurons, :width] = self._live(layer, "mlp.gate_proj.weight")
+        weights["mlp.up_proj.weight"][:, :width] = 0
+        weights["mlp.up_proj.weight"][:neurons, :width] = self._live(layer, "mlp.up_proj.weight")
+        weights["mlp.down_proj.weight"][:, :neurons] = self._stack(self._live(layer, "mlp.down_proj.weight"))
+
+
+def _read_demo() -> dict[str, Tensor]:
+    """The demo target's weights, in float32."""
+    checkpoint = open_checkpoint(demo_source("target").path)
+    with TensorReader(checkpoint) as reader:
+        return {key: reader.read(key).float() for key in checkpoint.tensors}
+
+
+def _spread_rotary(head_dim: int) -> Tensor:
+    """Where the demo's head dims go in a head of `head_dim`, so that each turns at its own speed; int64 [64].
+
+    Dims i and i + half turn together, by theta ** (-2 i / head_dim) a position.
+    """
+    half = DEMO_TARGET.head_dim // 2
+    low = torch.arange(half) * (head_dim // DEMO_TARGET.head_dim)
+    return torch.cat([low, low + head_dim // 2])
+
+
+def _fill_random(matrices: Iterable[Tensor], dtype: Dtype, label: str) -> None:
+    """Fills contiguous matrices of a multiple of 8 bytes with incompressible numbers that `label` determines."""
+    words = (matrix.view(-1).view(torch.int64) for matrix in matrices)
+    blocks = [block for part in words for block in part.split(_RANDOM_BLOCK)]
+    # crc32 mixes 32 bits well, and torch's CPU generator uses no more.
+    seeds = [zlib.crc32(f"{label} {number}".encode()) for number in range(len(blocks))]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(_fill_block, blocks, seeds, repeat(_RANDOM_NUMBERS[dtype])))
+
+
+def _fill_block(block: Tensor, seed: int, number: tuple[int, int, int]) -> None:
+    """Fills int64 words with random numbers of (mask, addend, bytes)."""
+    mask, addend, width = number
+    clear, add = _repeated(mask, width), _repeated(addend, width)
+    generator = torch.Generator().manual_seed(seed)
+    for words in block.split(_RANDOM_CHUNK):
+        words.random_(-(2**63), None, generator=generator)
+        words.bitwise_and_(clear).add_(add)  # the sums do not carry from one number into the next
+
+
+def _repeated(pattern: int, width: int) -> int:
+    """`pattern` of `width` bytes as often as it goes into a signed word of 8 bytes."""
+    return int.from_bytes(pattern.to_bytes(width, "little") * (8 // width), "little", signed=True)
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def shape_files(shape: Shape) -> dict[str, bytes]:
+    """What lies beside the weights, by file name: config.json of the shape, and the demo's tokenizer and defaults.
+
+    Raises:
+        ModelNotFoundError: the demo's files are missing from this installation.
+    """
+    folder = demo_source("target").path
+    files = {name: (folder / name).read_bytes() for name in _COPIED_FILES}
+    files["config.json"] = json.dumps(_config(shape, read_json(folder / "config.json")), indent=2).encode()
+    files["README.md"] = (
+        f"Made by specchat: a {shape.describe()}.\n"
+        "Its weights are mostly random, for measuring speed. It may be deleted. Sources of the demo: specchat/demo.\n"
+    ).encode()
+    return files
+
+
+def _config(shape: Shape, demo: Mapping[str, Any]) -> dict[str, Any]:
+    """The demo's LlamaConfig with the shape's figures."""
+    used = shape.hidden // DEMO_TARGET.hidden * DEMO_TARGET.hidden
+    return {
+        **demo,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.mlp,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "rms_norm_eps": demo["rms_norm_eps"] * used / shape.hidden,
+        "torch_dtype": _CONFIG_DTYPE[shape.dtype],
+        "specchat_synthetic": True,
+    }
+
+
+def write_checkpoint(shape: Shape, folder: Path, seed: int = 0, progress: Progress | None = None) -> None:
+    """Writes an ordinary model folder: a safetensors file per layer, one for the rest, their index, the small files.
+
+    Takes about one layer's memory. The index comes last and makes the folder complete; all is on the disk then.
+
+    Args:
+        shape: from `parse_shape`.
+        folder: made if it does not exist; files of the same names are overwritten.
+        seed: as for `ShapeLayers`.
+        progress: told (bytes of weights written, all of them).
+
+    Raises:
+        OSError: a file cannot be written.
+        ModelNotFoundError: the demo's files are missing from this installation.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / INDEX_FILE).unlink(missing_ok=True)
+    layers = ShapeLayers(shape, seed)
+    weight_map: dict[str, str] = {}
+    done = 0
+    for index in range(layers.num_layers + 1):
+        name = f"model-{index + 1:05}-of-{layers.num_layers + 1:05}.safetensors"
+        tensors = _with_prefix(layers, index) if index < layers.num_layers else layers.rest()
+        for written in _write_safetensors(folder / name, tensors, shape.dtype):
+            done += written
+            if progress is not None:
+                progress(done, shape.num_bytes)
+        weight_map |= dict.fromkeys(tensors, name)
+    for name, data in shape_files(shape).items():
+        _write_file(folder / name, data)
+    index_data = {"metadata": {"total_size": shape.num_bytes}, "weight_map": weight_map}
+    _write_file(folder / INDEX_FILE, json.dumps(index_data, indent=2).encode())
+    sync_folder(folder)
+
+
+def _with_prefix(layers: ShapeLayers, layer: int) -> dict[str, Tensor]:
+    return {f"model.layers.{layer}.{name}": tensor for name, tensor in layers.read_layer(layer).items()}
+
+
+def _write_safetensors(file: Path, tensors: Mapping[str, Tensor], dtype: Dtype) -> Iterator[int]:
+    """Writes one file piece by piece, without a second copy of the tensors; yields each piece's length in bytes."""
+    entries: dict[str, Any] = {}
+    end = 0
+    for key, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        entries[key] = {
+            "dtype": _SAFETENSORS_DTYPE[dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    header = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
+    header += b" " * (-len(header) % 8)  # the data start at a multiple of 8
+    with file.open("wb") as stream:
+        stream.write(len(header).to_bytes(8, "little") + header)
+        for tensor in tensors.values():
+            for piece in tensor.view(-1).view(torch.uint8).split(_WRITE_CHUNK):
+                stream.write(bytes_of(piece))
+                yield piece.numel()
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _write_file(file: Path, data: bytes) -> None:
+    with file.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+# --- the cache ---------------------------------------------------------------------------------------------------
+
+
+def materialise(
+    shape: Shape, *, seed: int = 0, progress: Progress | None = None, warn: Callable[[str], None] = lambda _: None
+) -> ModelSource:
+    """The shape as a model folder in the user's cache, written first unless it is there; safe to delete at any time.
+
+    Args:
+        shape: from `parse_shape`.
+        seed: as for `ShapeLayers`.
+        progress: told (bytes of weights written, all of them).
+        warn: told in one line what is written where, and of a wait for another process that writes the same.
+
+    Raises:
+        DoesNotFitError: the disk is too small.
+        ModelError: the cache cannot be written to, or the demo's files are missing.
+    """
+    folder = shapes_dir() / _key(shape, seed)
+    source = ModelSource(name=f"shape:{shape.label}", path=folder, is_toy=True)
+    with _disk_errors(shape):
+        if _is_complete(folder, shape):
+            return source
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _only_writer(folder, warn):
+            if not _is_complete(folder, shape):
+                _write_atomically(shape, folder, seed, progress, warn)
+    return source
+
+
+def shapes_dir() -> Path:
+    """Where synthetic models are kept: in $SPECCHAT_CACHE_DIR, or the user's cache folder."""
+    import platformdirs
+
+    root = os.environ.get("SPECCHAT_CACHE_DIR") or platformdirs.user_cache_dir("specchat", appauthor=False)
+    return Path(root).expanduser() / "shapes"
+
+
+def _key(shape: Shape, seed: int) -> str:
+    """A folder name that says what is in it, and changes with everything that its bytes depend on."""
+    digest = hashlib.sha256(f"{LAYOUT_VERSION}".encode())
+    folder = demo_source("target").path
+    for name in ("config.json", "model.safetensors", *_COPIED_FILES):
+        digest.update((folder / name).read_bytes())
+    figures = f"h{shape.hidden}-l{shape.layers}-q{shape.heads}-kv{shape.kv_heads}-d{shape.head_dim}-m{shape.mlp}"
+    return f"{figures}-{shape.dtype}-seed{seed}-{digest.hexdigest()[:12]}"
+
+
+def _is_complete(folder: Path, shape: Shape) -> bool:
+    """Whether the headers and the files' sizes are what was written; damage makes it be written again."""
+    try:
+        tensors = open_checkpoint(folder).tensors
+    except ModelError:
+        return False
+    has_all = all((folder / name).is_file() for name in ("config.json", INDEX_FILE, *_COPIED_FILES))
+    return has_all and sum(info.nbytes for info in tensors.values()) == shape.num_bytes
+
+
+def _write_atomically(
+    shape: Shape, folder: Path, seed: int, progress: Progress | None, warn: Callable[[str], None]
+) -> None:
+    """Writes beside `folder` and renames, so that the name only ever stands for a complete model."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    for leftover in (partial, folder):  # of a killed process, and a damaged one
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    _check_disk(shape, folder.parent)
+    size = format_bytes(shape.num_bytes)
+    warn(f"writing the synthetic model shape:{shape.label} ({size}) to {folder}, which may be deleted afterwards")
+    try:
+        write_checkpoint(shape, partial, seed, progress)
+        partial.rename(folder)
+        sync_folder(folder.parent)
+    except BaseException:  # Ctrl-C too: nobody could use what is there
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _check_disk(shape: Shape, folder: Path) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < shape.num_bytes + _SPARE_DISK_BYTES:
+        raise DoesNotFitError(
+            f"shape:{shape.label} takes {format_bytes(shape.num_bytes)} on the disk of {folder}, "
+            f"{format_bytes(free)} are free",
+            hint="use a smaller shape or fewer layers, or set SPECCHAT_CACHE_DIR to a folder on a larger disk",
+        )
+
+
+@contextmanager
+def _only_writer(folder: Path, warn: Callable[[str], None]) -> Iterator[None]:
+    """Holds the lock on `folder`, which dies with the process."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(f"{folder}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        warn(f"waiting for another process that writes {folder}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _disk_errors(shape: Shape) -> Iterator[None]:
+    """Turns what the file system says into our errors."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DoesNotFitError(
+                f"the disk of {shapes_dir()} became full while shape:{shape.label} was written",
+                hint="free some space, or set SPECCHAT_CACHE_DIR to a folder on a larger disk",
+            ) from exc
+        raise ModelError(
+            f"cannot write shape:{shape.label} to {shapes_dir()}: {exc.strerror or exc}",
+            hint="check its permissions, or set SPECCHAT_CACHE_DIR to another folder",
+        ) from exc
