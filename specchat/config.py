@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 Dtype = Literal["bf16", "fp16", "fp32"]
+# Where the bytes of streamed layers are between passes: host memory (pinned, or the page cache) or the disk.
+Tier = Literal["ram", "disk"]
 FinishReason = Literal["stop", "length", "context", "interrupt"]
 
 DTYPE_BYTES: dict[Dtype, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -44,13 +46,18 @@ class ModelSource:
         name: what the user typed.
         path: a local folder with config.json and safetensors files.
         revision: the hub commit, or None for local folders.
-        is_toy: True for the embedded demo pair, which every output must say.
+        label: what every output must say of a model that is not what its size or name suggests (the demo, shapes).
     """
 
     name: str
     path: Path
     revision: str | None = None
-    is_toy: bool = False
+    label: str = ""
+
+    @property
+    def is_toy(self) -> bool:
+        """Whether the model exists to exercise the software."""
+        return bool(self.label)
 
 
 @dataclass(frozen=True)
@@ -132,6 +139,7 @@ class Plan:
         device_budget_bytes: what the ledger had to stay within.
         host_bytes: memory outside the device budget (pinned layer copies); 0 on the CPU, where both are the same.
         streamed_bytes_per_step: bytes over the link for one pass.
+        tier: where the streamed layers' bytes are between passes.
     """
 
     target: str
@@ -150,6 +158,7 @@ class Plan:
     device_budget_bytes: int
     host_bytes: int
     streamed_bytes_per_step: int
+    tier: Tier = "disk"
 
     @property
     def device_bytes(self) -> int:

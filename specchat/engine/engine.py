@@ -21,6 +21,7 @@ from specchat.engine.selfcheck import check_architecture
 from specchat.engine.tree import ROOT, TokenTree, common_prefix
 from specchat.errors import PromptTooLongError
 from specchat.models.geometry import TORCH_DTYPE
+from specchat.models.pack import Pack
 from specchat.models.pairing import check_pair
 
 # Visited nodes are few; scoring a node's likeliest descendants along with it costs the head's weights only once.
@@ -57,8 +58,14 @@ class Engine:
         self._meter = stats.MemoryMeter(plan, [target, *drafter.models], runtime_bytes)
 
     @classmethod
-    def load(cls, plan: Plan, target: ModelSource, draft: ModelSource | None) -> Engine:
+    def load(cls, plan: Plan, target: ModelSource, draft: ModelSource | None, pack: Pack | None = None) -> Engine:
         """Reads both models into memory as planned.
+
+        Args:
+            plan: sizes and places.
+            target: the model whose text comes out.
+            draft: the model that guesses, or None.
+            pack: the target's weights repacked (`models.prepare`), or None to read them from its own files.
 
         Raises:
             VocabularyMismatchError: the draft's token ids do not mean the target's.
@@ -78,6 +85,8 @@ class Engine:
             device=device,
             resident=plan.resident,
             num_slots=plan.slots,
+            tier=plan.tier,
+            pack=pack,
             cache_rows=plan.ctx + plan.tree_budget,
             chunk_rows=plan.chunk_rows,
         )
@@ -249,8 +258,6 @@ def _load_drafter(plan: Plan, draft: ModelSource | None, dtype: torch.dtype, dev
         draft,
         dtype=dtype,
         device=device,
-        resident=None,
-        num_slots=0,
         cache_rows=plan.ctx + plan.draft_rows,
         chunk_rows=plan.chunk_rows,
     )

@@ -14,12 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specchat.config import ModelSource
+from specchat.config import ModelSource, Tier
 from specchat.engine.attention import RowLayout, RowMask, tree_attention
+from specchat.engine.disk import CheckpointFiller, MappedStreamer, PackFiller, ThreadStreamer
 from specchat.engine.kv_cache import TreeCache
-from specchat.engine.streamer import CudaStreamer, LayerStreamer, NoStreamer, ThreadStreamer
+from specchat.engine.streamer import CudaStreamer, LayerStreamer, NoStreamer
 from specchat.models import hf_compat
 from specchat.models.checkpoint import open_checkpoint
+from specchat.models.pack import Pack
+from specchat.models.pack_format import bytes_of
+from specchat.models.pack_verify import ChunkVerifier
 from specchat.models.weights import LayerLayout, WeightReader, bind
 
 hf_compat.use_attention(tree_attention)
@@ -173,10 +177,12 @@ def load_model(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    resident: Sequence[int] | None,
-    num_slots: int,
     cache_rows: int,
     chunk_rows: int,
+    resident: Sequence[int] | None = None,
+    num_slots: int = 0,
+    tier: Tier = "disk",
+    pack: Pack | None = None,
 ) -> TreeModel:
     """Reads a model into memory: resident layers and everything outside the layers now, the rest as passes need it.
 
@@ -184,37 +190,60 @@ def load_model(
         source: local files.
         dtype: of weights, activations and cache.
         device: where passes run.
-        resident: indices of layers that stay; None for all.
-        num_slots: staging buffers for the others.
         cache_rows: rows that the cache must hold.
         chunk_rows: rows that one layer computes at a time.
+        resident: indices of layers that stay; None for all.
+        num_slots: staging buffers for the others.
+        tier: where the others' bytes are between passes.
+        pack: the weights repacked, if they have been; else they are read from `source`.
     """
     skeleton = hf_compat.build_skeleton(hf_compat.load_config(source.path), dtype)
-    reader = WeightReader(skeleton, open_checkpoint(source.path))
+    if pack is not None:
+        pack.rest_checkpoint()  # checks what is read next
+    reader = WeightReader(skeleton, open_checkpoint(source.path) if pack is None else pack.checkpoint())
     reader.read_rest(device)
     stays = set(range(len(skeleton.layers)) if resident is None else resident)
+    verifier = None if pack is None else ChunkVerifier(pack)
     for index in sorted(stays):
-        _load_resident(skeleton.layers[index], index, reader, device)
+        _load_resident(skeleton.layers[index], index, reader, verifier, device)
     streamed = [index for index in range(len(skeleton.layers)) if index not in stays]
-    streamer = _make_streamer(skeleton.layers, streamed, num_slots, reader, device)
+    streamer = _make_streamer(skeleton.layers, streamed, num_slots, reader, device, tier, pack)
     cache = TreeCache(hf_compat.kv_shapes(skeleton.config), cache_rows, dtype, device)
     return TreeModel(skeleton, cache, streamer, streamed, chunk_rows, device)
 
 
-def _load_resident(layer: Any, index: int, reader: WeightReader, device: torch.device) -> None:
+def _load_resident(
+    layer: Any, index: int, reader: WeightReader, verifier: ChunkVerifier | None, device: torch.device
+) -> None:
     layout = LayerLayout.of(layer)
     blob = torch.zeros(layout.nbytes, dtype=torch.uint8)
     reader.read_layer(index, layout.views(blob))
+    if verifier is not None:
+        verifier.verify_layer(index, bytes_of(blob))
     bind(layer, layout.views(blob.to(device)))
 
 
 def _make_streamer(
-    layers: Sequence[Any], streamed: Sequence[int], num_slots: int, reader: WeightReader, device: torch.device
+    layers: Sequence[Any],
+    streamed: Sequence[int],
+    num_slots: int,
+    reader: WeightReader,
+    device: torch.device,
+    tier: Tier,
+    pack: Pack | None,
 ) -> LayerStreamer:
-    """The reader stays open for as long as layers are read from disk."""
-    if streamed and device.type == "cpu":
-        return ThreadStreamer(layers, streamed, num_slots, reader.read_layer, reader.close)
+    """The way from `tier` to `device`; the reader stays open only for layers that come through it."""
+    if streamed and device.type == "cpu" and pack is None:
+        layouts = {index: LayerLayout.of(layers[index]) for index in streamed}
+        return ThreadStreamer(layers, streamed, num_slots, CheckpointFiller(reader, layouts))
     try:
-        return CudaStreamer(layers, streamed, num_slots, reader.read_layer, device) if streamed else NoStreamer()
+        if not streamed:
+            return NoStreamer()
+        if device.type == "cuda":
+            return CudaStreamer(layers, streamed, num_slots, reader.read_layer, device)
+        assert pack is not None
+        if tier == "ram":
+            return MappedStreamer(layers, streamed, pack)
+        return ThreadStreamer(layers, streamed, num_slots, PackFiller(pack))
     finally:
         reader.close()

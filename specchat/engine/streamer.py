@@ -2,13 +2,12 @@
 
 The j-th streamed layer lives in slot j mod N for ever. A slot is handed over by itself: filled, used, free again. The
 queue of fills runs on across layers and passes, so the next pass's first slots fill while the draft grows its tree.
-Two ways to fill: a reader thread (compute device CPU, bytes from disk), a copy stream (CUDA, bytes from host memory).
+Here: what all streamers promise, and the one for CUDA, which copies from host memory on a stream of its own. The ones
+for a machine without a GPU are in disk.py.
 """
 
 from __future__ import annotations
 
-import threading
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -77,119 +76,6 @@ class NoStreamer(LayerStreamer):
         """Nothing is held."""
 
 
-def _bind_slots(
-    layers: Sequence[Any], streamed: Sequence[int], num_slots: int, device: torch.device
-) -> tuple[list[Tensor], list[LayerLayout]]:
-    """Makes the slots and binds every streamed layer to its own."""
-    layouts = [LayerLayout.of(layers[index]) for index in streamed]
-    slot_bytes = max(layout.nbytes for layout in layouts)
-    slots = [torch.zeros(slot_bytes, dtype=torch.uint8, device=device) for _ in range(num_slots)]
-    for j, (index, layout) in enumerate(zip(streamed, layouts, strict=True)):
-        bind(layers[index], layout.views(slots[j % num_slots]))
-    return slots, layouts
-
-
-class ThreadStreamer(LayerStreamer):
-    """Fills slots in host memory from a reader thread.
-
-    Args:
-        layers: the decoder layers; the streamed ones' parameters become views of slots.
-        streamed: their indices, ascending.
-        num_slots: slots to make.
-        fill: reads one layer's parameters into given views; called from the thread only.
-        close_source: called once, when nothing will be read any more.
-    """
-
-    def __init__(
-        self,
-        layers: Sequence[Any],
-        streamed: Sequence[int],
-        num_slots: int,
-        fill: FillLayer,
-        close_source: Callable[[], None] = lambda: None,
-    ) -> None:
-        self._streamed = list(streamed)
-        self._position = {index: j for j, index in enumerate(streamed)}
-        self._slots, self._layouts = _bind_slots(layers, streamed, num_slots, torch.device("cpu"))
-        self._fill = fill
-        self._close_source = close_source
-        self._changed = threading.Condition()
-        # All below is guarded by the condition. `_holds[s]` is the streamed layer whose bytes slot s has, None if free.
-        self._holds: list[int | None] = [None] * num_slots
-        self._next = 0
-        self._epoch = 0
-        self._closed = False
-        self._error: BaseException | None = None
-        self._num_bytes = 0
-        self._wait_s = 0.0
-        self._thread = threading.Thread(target=self._run, name="specchat-streamer", daemon=True)
-        self._thread.start()
-
-    def acquire(self, index: int) -> None:
-        """Waits until the layer is in its slot; errors of the reader thread come out here."""
-        j = self._position[index]
-        slot = j % len(self._slots)
-        begin = time.perf_counter()
-        with self._changed:
-            self._changed.wait_for(lambda: self._holds[slot] == j or self._error is not None)
-            self._wait_s += time.perf_counter() - begin
-            if self._error is not None:
-                raise self._error
-            self._num_bytes += self._layouts[j].nbytes
-
-    def release(self, index: int) -> None:
-        """Frees the slot for the next layer that lives there."""
-        with self._changed:
-            self._holds[self._position[index] % len(self._slots)] = None
-            self._changed.notify_all()
-
-    def restart(self) -> None:
-        """Forgets what the slots hold; a fill that is under way ends first and is then forgotten too."""
-        with self._changed:
-            self._epoch += 1
-            self._next = 0
-            self._holds = [None] * len(self._slots)
-            self._changed.notify_all()
-
-    def counters(self) -> StreamCounters:
-        """Bytes handed to passes and seconds that `acquire` waited."""
-        with self._changed:
-            return StreamCounters(self._num_bytes, self._wait_s)
-
-    def close(self) -> None:
-        """Ends the thread and waits for it."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        self._thread.join()
-        self._close_source()
-
-    def _run(self) -> None:
-        try:
-            while (fill := self._wait_for_free_slot()) is not None:
-                j, epoch = fill
-                slot = j % len(self._slots)
-                self._fill(self._streamed[j], self._layouts[j].views(self._slots[slot]))
-                self._hand_over(j, slot, epoch)
-        except BaseException as error:  # noqa: BLE001 - carried to the computing thread, which raises it
-            with self._changed:
-                self._error = error
-                self._changed.notify_all()
-
-    def _wait_for_free_slot(self) -> tuple[int, int] | None:
-        """The next streamed layer to fill and the epoch it belongs to; None when closing."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._holds[self._next % len(self._slots)] is None)
-            return None if self._closed else (self._next, self._epoch)
-
-    def _hand_over(self, j: int, slot: int, epoch: int) -> None:
-        with self._changed:
-            if epoch == self._epoch:
-                self._holds[slot] = j
-                self._next = (j + 1) % len(self._streamed)
-                self._changed.notify_all()
-
-
 class CudaStreamer(LayerStreamer):
     """Fills slots in device memory from host memory, on a stream of its own. Unmeasured: no GPU was at hand yet.
 
@@ -205,7 +91,11 @@ class CudaStreamer(LayerStreamer):
         self, layers: Sequence[Any], streamed: Sequence[int], num_slots: int, fill: FillLayer, device: torch.device
     ) -> None:
         self._position = {index: j for j, index in enumerate(streamed)}
-        self._slots, self._layouts = _bind_slots(layers, streamed, num_slots, device)
+        self._layouts = [LayerLayout.of(layers[index]) for index in streamed]
+        slot_bytes = max(layout.nbytes for layout in self._layouts)
+        self._slots = [torch.zeros(slot_bytes, dtype=torch.uint8, device=device) for _ in range(num_slots)]
+        for j, index in enumerate(streamed):
+            bind(layers[index], self._layouts[j].views(self._slots[j % num_slots]))
         self._host = HostStore(self._layouts)
         for j, index in enumerate(streamed):
             fill(index, self._layouts[j].views(self._host.blob(j)))

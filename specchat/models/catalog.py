@@ -10,6 +10,7 @@ from specchat.errors import ModelNotFoundError
 from specchat.models.shape_spec import Shape, parse_shape
 
 DEMO = "demo"
+TOY_LABEL = "a toy model for exercising the software"
 SHAPE_PREFIX = "shape:"
 
 # The hub's own rules for names; revisions are branches, tags or commits.
@@ -68,7 +69,7 @@ def demo_source(role: Literal["target", "draft"]) -> ModelSource:
     path = Path(__file__).parents[1] / "demo" / role
     if not (path / "config.json").is_file():
         raise ModelNotFoundError(f"the demo's files are missing from {path}", hint="install specchat again")
-    return ModelSource(name=DEMO if role == "target" else "demo draft", path=path, is_toy=True)
+    return ModelSource(name=DEMO if role == "target" else "demo draft", path=path, label=TOY_LABEL)
 
 
 def known_draft(ref: ModelRef) -> ModelSource | None:

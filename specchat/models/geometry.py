@@ -34,6 +34,11 @@ def layer_bytes(spec: ModelSpec, layer: int, dtype: Dtype) -> int:
     return blob_offsets(spec.layer_params[layer], DTYPE_BYTES[dtype])[1]
 
 
+def num_params(spec: ModelSpec) -> int:
+    """Parameters of the whole model, tied ones once."""
+    return sum(map(sum, spec.layer_params)) + sum(spec.other_params)
+
+
 def describe(source: ModelSource) -> ModelSpec:
     """The sizes of a model.
 
@@ -41,6 +46,7 @@ def describe(source: ModelSource) -> ModelSpec:
         CorruptCheckpointError, UnsupportedModelError: as `hf_compat.load_config`.
     """
     config = hf_compat.load_config(source.path)
+    dtype = _checkpoint_dtype(config)  # building modules overwrites it
     skeleton = hf_compat.build_skeleton(config, torch.float32, attention="eager")
     in_layers = {id(p) for layer in skeleton.layers for p in layer.parameters()}
     other = tuple(p.numel() for p in skeleton.model.parameters() if id(p) not in in_layers)
@@ -53,7 +59,7 @@ def describe(source: ModelSource) -> ModelSpec:
         mlp_size=hf_compat.mlp_size(config),
         num_heads=config.num_attention_heads,
         max_positions=hf_compat.max_positions(config),
-        dtype=_checkpoint_dtype(config),
+        dtype=dtype,
         layer_params=tuple(tuple(p.numel() for p in layer.parameters()) for layer in skeleton.layers),
         other_params=other,
         buffer_bytes=sum(b.nbytes for b in skeleton.model.buffers()),

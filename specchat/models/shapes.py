@@ -20,34 +20,29 @@ are the same but at near-ties; 4.2e-3 computed in bf16, where the demo target it
 carry what rounding takes (no second copy, or a remainder) it is 1.3e-3 for bf16 weights.
 """
 
-import errno
 import hashlib
 import json
 import math
-import os
-import shutil
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import repeat
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from specchat.config import Dtype, ModelSource
-from specchat.errors import DoesNotFitError, ModelError
-from specchat.models.catalog import demo_source
-from specchat.models.checkpoint import INDEX_FILE, TensorReader, open_checkpoint, read_json
+from specchat.models.catalog import SHAPE_PREFIX, demo_source
+from specchat.models.checkpoint import TensorReader, open_checkpoint, read_json
 from specchat.models.geometry import TORCH_DTYPE
-from specchat.models.pack_format import bytes_of, sync_folder
+from specchat.models.pack import PackProgress, build_pack, open_pack, packs_folder
 from specchat.models.shape_spec import DEMO_TARGET, Shape, num_live_kv_heads, parse_shape
-from specchat.units import MIB, format_bytes
+from specchat.units import format_bytes
 
-__all__ = ["Shape", "ShapeLayers", "materialise", "parse_shape", "shape_files", "write_checkpoint"]
+__all__ = ["Shape", "ShapeLayers", "materialise", "parse_shape", "shape_files"]
 
+LABEL = "synthetic: computes what the demo does, in its vocabulary of 4,096"
 LAYOUT_VERSION = 1  # of the bytes that a shape and a seed lead to; part of the cache's key
 
 _COPIED_FILES = (
@@ -58,7 +53,6 @@ _COPIED_FILES = (
     "chat_template.jinja",
 )
 _CONFIG_DTYPE: dict[Dtype, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-_SAFETENSORS_DTYPE: dict[Dtype, str] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 # Random bits become numbers by clearing the exponent's highest bit and then adding one to the exponent: 1 .. half of
 # what it can be, so neither subnormal nor infinite nor large. (mask, addend, bytes) of one number.
 _RANDOM_NUMBERS: dict[Dtype, tuple[int, int, int]] = {
@@ -69,8 +63,6 @@ _RANDOM_NUMBERS: dict[Dtype, tuple[int, int, int]] = {
 _RANDOM_CHUNK = 1 << 15  # words of 8 bytes: the three rounds over them stay in the processor's cache
 _RANDOM_BLOCK = 1 << 22  # words with one seed, filled by one thread; so that the bytes do not depend on their number
 _NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
-_WRITE_CHUNK = 32 * MIB
-_SPARE_DISK_BYTES = 64 * MIB  # for headers, tokenizer and the file system's own records
 
 Progress = Callable[[int, int], None]
 
@@ -300,111 +292,37 @@ def _config(shape: Shape, demo: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_checkpoint(shape: Shape, folder: Path, seed: int = 0, progress: Progress | None = None) -> None:
-    """Writes an ordinary model folder: a safetensors file per layer, one for the rest, their index, the small files.
-
-    Takes about one layer's memory. The index comes last and makes the folder complete; all is on the disk then.
-
-    Args:
-        shape: from `parse_shape`.
-        folder: made if it does not exist; files of the same names are overwritten.
-        seed: as for `ShapeLayers`.
-        progress: told (bytes of weights written, all of them).
-
-    Raises:
-        OSError: a file cannot be written.
-        ModelNotFoundError: the demo's files are missing from this installation.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / INDEX_FILE).unlink(missing_ok=True)
-    layers = ShapeLayers(shape, seed)
-    weight_map: dict[str, str] = {}
-    done = 0
-    for index in range(layers.num_layers + 1):
-        name = f"model-{index + 1:05}-of-{layers.num_layers + 1:05}.safetensors"
-        tensors = _with_prefix(layers, index) if index < layers.num_layers else layers.rest()
-        for written in _write_safetensors(folder / name, tensors, shape.dtype):
-            done += written
-            if progress is not None:
-                progress(done, shape.num_bytes)
-        weight_map |= dict.fromkeys(tensors, name)
-    for name, data in shape_files(shape).items():
-        _write_file(folder / name, data)
-    index_data = {"metadata": {"total_size": shape.num_bytes}, "weight_map": weight_map}
-    _write_file(folder / INDEX_FILE, json.dumps(index_data, indent=2).encode())
-    sync_folder(folder)
-
-
-def _with_prefix(layers: ShapeLayers, layer: int) -> dict[str, Tensor]:
-    return {f"model.layers.{layer}.{name}": tensor for name, tensor in layers.read_layer(layer).items()}
-
-
-def _write_safetensors(file: Path, tensors: Mapping[str, Tensor], dtype: Dtype) -> Iterator[int]:
-    """Writes one file piece by piece, without a second copy of the tensors; yields each piece's length in bytes."""
-    entries: dict[str, Any] = {}
-    end = 0
-    for key, tensor in tensors.items():
-        begin, end = end, end + tensor.nbytes
-        entries[key] = {
-            "dtype": _SAFETENSORS_DTYPE[dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
-    header = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
-    header += b" " * (-len(header) % 8)  # the data start at a multiple of 8
-    with file.open("wb") as stream:
-        stream.write(len(header).to_bytes(8, "little") + header)
-        for tensor in tensors.values():
-            for piece in tensor.view(-1).view(torch.uint8).split(_WRITE_CHUNK):
-                stream.write(bytes_of(piece))
-                yield piece.numel()
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _write_file(file: Path, data: bytes) -> None:
-    with file.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
 # --- the cache ---------------------------------------------------------------------------------------------------
 
 
 def materialise(
     shape: Shape, *, seed: int = 0, progress: Progress | None = None, warn: Callable[[str], None] = lambda _: None
 ) -> ModelSource:
-    """The shape as a model folder in the user's cache, written first unless it is there; safe to delete at any time.
+    """The shape as a pack in the user's cache, made first unless it is there; safe to delete at any time.
 
     Args:
         shape: from `parse_shape`.
         seed: as for `ShapeLayers`.
-        progress: told (bytes of weights written, all of them).
+        progress: told (bytes written, all of them).
         warn: told in one line what is written where, and of a wait for another process that writes the same.
 
     Raises:
         DoesNotFitError: the disk is too small.
         ModelError: the cache cannot be written to, or the demo's files are missing.
     """
-    folder = shapes_dir() / _key(shape, seed)
-    source = ModelSource(name=f"shape:{shape.label}", path=folder, is_toy=True)
-    with _disk_errors(shape):
-        if _is_complete(folder, shape):
-            return source
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _only_writer(folder, warn):
-            if not _is_complete(folder, shape):
-                _write_atomically(shape, folder, seed, progress, warn)
-    return source
+    key, layers = _key(shape, seed), ShapeLayers(shape, seed)
+    name = f"{SHAPE_PREFIX}{shape.label}"
+    pack = open_pack(key, warn)
+    if pack is None or not pack.fits(layers):
+        size = format_bytes(shape.num_bytes)
+        warn(f"writing the synthetic model {name} ({size}) to {packs_folder() / key}, which may be deleted afterwards")
 
+        def tell(report: PackProgress) -> None:
+            if progress is not None:
+                progress(report.bytes_done, report.bytes_total)
 
-def shapes_dir() -> Path:
-    """Where synthetic models are kept: in $SPECCHAT_CACHE_DIR, or the user's cache folder."""
-    import platformdirs
-
-    root = os.environ.get("SPECCHAT_CACHE_DIR") or platformdirs.user_cache_dir("specchat", appauthor=False)
-    return Path(root).expanduser() / "shapes"
+        pack = build_pack(key, layers, name=name, files=shape_files(shape), progress=tell, warn=warn)
+    return ModelSource(name=name, path=pack.folder, label=LABEL)
 
 
 def _key(shape: Shape, seed: int) -> str:
@@ -414,78 +332,4 @@ def _key(shape: Shape, seed: int) -> str:
     for name in ("config.json", "model.safetensors", *_COPIED_FILES):
         digest.update((folder / name).read_bytes())
     figures = f"h{shape.hidden}-l{shape.layers}-q{shape.heads}-kv{shape.kv_heads}-d{shape.head_dim}-m{shape.mlp}"
-    return f"{figures}-{shape.dtype}-seed{seed}-{digest.hexdigest()[:12]}"
-
-
-def _is_complete(folder: Path, shape: Shape) -> bool:
-    """Whether the headers and the files' sizes are what was written; damage makes it be written again."""
-    try:
-        tensors = open_checkpoint(folder).tensors
-    except ModelError:
-        return False
-    has_all = all((folder / name).is_file() for name in ("config.json", INDEX_FILE, *_COPIED_FILES))
-    return has_all and sum(info.nbytes for info in tensors.values()) == shape.num_bytes
-
-
-def _write_atomically(
-    shape: Shape, folder: Path, seed: int, progress: Progress | None, warn: Callable[[str], None]
-) -> None:
-    """Writes beside `folder` and renames, so that the name only ever stands for a complete model."""
-    partial = folder.with_name(f"{folder.name}.partial")
-    for leftover in (partial, folder):  # of a killed process, and a damaged one
-        if leftover.exists():
-            shutil.rmtree(leftover)
-    _check_disk(shape, folder.parent)
-    size = format_bytes(shape.num_bytes)
-    warn(f"writing the synthetic model shape:{shape.label} ({size}) to {folder}, which may be deleted afterwards")
-    try:
-        write_checkpoint(shape, partial, seed, progress)
-        partial.rename(folder)
-        sync_folder(folder.parent)
-    except BaseException:  # Ctrl-C too: nobody could use what is there
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _check_disk(shape: Shape, folder: Path) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < shape.num_bytes + _SPARE_DISK_BYTES:
-        raise DoesNotFitError(
-            f"shape:{shape.label} takes {format_bytes(shape.num_bytes)} on the disk of {folder}, "
-            f"{format_bytes(free)} are free",
-            hint="use a smaller shape or fewer layers, or set SPECCHAT_CACHE_DIR to a folder on a larger disk",
-        )
-
-
-@contextmanager
-def _only_writer(folder: Path, warn: Callable[[str], None]) -> Iterator[None]:
-    """Holds the lock on `folder`, which dies with the process."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(f"{folder}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        warn(f"waiting for another process that writes {folder}")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextmanager
-def _disk_errors(shape: Shape) -> Iterator[None]:
-    """Turns what the file system says into our errors."""
-    try:
-        yield
-    except OSError as exc:
-        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DoesNotFitError(
-                f"the disk of {shapes_dir()} became full while shape:{shape.label} was written",
-                hint="free some space, or set SPECCHAT_CACHE_DIR to a folder on a larger disk",
-            ) from exc
-        raise ModelError(
-            f"cannot write shape:{shape.label} to {shapes_dir()}: {exc.strerror or exc}",
-            hint="check its permissions, or set SPECCHAT_CACHE_DIR to another folder",
-        ) from exc
+    return f"shape-{figures}-{shape.dtype}-seed{seed}-{digest.hexdigest()[:12]}"

@@ -13,6 +13,8 @@ from specchat.models import hf_compat
 from specchat.models.checkpoint import Checkpoint, TensorReader
 from specchat.models.geometry import blob_offsets
 
+_SAFETENSORS_NAME = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
 
 @dataclass(frozen=True)
 class LayerLayout:
@@ -79,6 +81,13 @@ class WeightReader:
     def close(self) -> None:
         """Closes the files."""
         self._reader.close()
+
+    @property
+    def serves(self) -> bool:
+        """Whether every layer can be read as it lies: nothing to merge, nothing to cast."""
+        keys = [key for layer in self._plan.direct for key in layer.values()]
+        same = all(self._checkpoint.tensors[key].dtype == _SAFETENSORS_NAME[self._dtype] for key in keys)
+        return same and not any(self._plan.converted)
 
     def read_layer(self, layer: int, views: Mapping[str, Tensor]) -> None:
         """Fills the views of one layer's parameters (CPU tensors), casting where the checkpoint has another dtype.

@@ -2,17 +2,19 @@
 
 from dataclasses import dataclass, replace
 
-from specchat.config import Dtype, ModelSource, ModelSpec, Plan
+from specchat.config import DTYPE_BYTES, Dtype, ModelSource, ModelSpec, Plan, Tier
 from specchat.errors import DoesNotFitError, UsageError
 from specchat.hardware.machine import Machine
 from specchat.hardware.probe import find_machine
-from specchat.models.geometry import describe, layer_bytes
+from specchat.models.geometry import describe, layer_bytes, num_params
 from specchat.planner.memory import Workload, build_ledger
-from specchat.units import GIB, format_bytes
+from specchat.units import GIB, MIB, format_bytes
 
 DEFAULT_CTX = 8192
 DEFAULT_TREE_BUDGET = 64
 CHUNK_ROWS = 512
+# Up to this size full precision costs nothing that a user would notice, and is exact to the token.
+EXACT_BYTES = 64 * MIB
 NUM_SLOTS = 2
 # An expanded node may drop out of the tree again, so the draft may spend more rows than the tree has nodes.
 DRAFT_ROWS_PER_NODE = 2
@@ -29,6 +31,7 @@ class PlanRequest:
         vram_bytes: device memory budget (RAM on the CPU).
         ctx: committed tokens that the caches hold.
         tree_budget: draft nodes per tree.
+        ram_bytes: cap on host memory.
     """
 
     target: ModelSource
@@ -38,6 +41,7 @@ class PlanRequest:
     vram_bytes: int | None = None
     ctx: int | None = None
     tree_budget: int | None = None
+    ram_bytes: int | None = None
 
 
 def make_plan(request: PlanRequest) -> Plan:
@@ -76,14 +80,27 @@ def plan_for(request: PlanRequest, machine: Machine, target: ModelSpec, draft: M
         device_budget_bytes=budget,
         host_bytes=0 if machine.device == "cpu" else streamed_bytes,
         streamed_bytes_per_step=streamed_bytes,
+        tier=_tier(request, machine, streamed_bytes, taken=budget if machine.device == "cpu" else 0),
     )
 
 
 def _default_budget(machine: Machine) -> int:
     """Free memory less a reserve for everything else on the machine."""
     free = machine.device_free_bytes
-    reserve = max(4 * GIB, free // 10) if machine.device == "cpu" else GIB
-    return max(free - reserve, 0)
+    return _usable_ram(free) if machine.device == "cpu" else max(free - GIB, 0)
+
+
+def _usable_ram(free: int) -> int:
+    """What may be taken of the host's free memory without the rest of the system feeling it."""
+    return max(free - max(4 * GIB, free // 10), 0)
+
+
+def _tier(request: PlanRequest, machine: Machine, streamed_bytes: int, *, taken: int) -> Tier:
+    """Whether the streamed layers stay in host memory between passes; `taken` is spoken for already."""
+    ram = _usable_ram(machine.ram_available_bytes)
+    if request.ram_bytes is not None:
+        ram = min(ram, request.ram_bytes)
+    return "ram" if streamed_bytes + taken <= ram else "disk"
 
 
 def _workload(request: PlanRequest, machine: Machine, target: ModelSpec, draft: ModelSpec | None) -> Workload:
@@ -107,8 +124,8 @@ def _dtype(request: PlanRequest, machine: Machine, target: ModelSpec) -> Dtype:
     match request.dtype:
         case "bf16" | "fp16" | "fp32":
             return request.dtype
-    if request.target.is_toy:
-        return "fp32"  # small enough, and exact to the token
+    if num_params(target) * DTYPE_BYTES["fp32"] <= EXACT_BYTES:
+        return "fp32"
     if machine.device == "cpu":
         return "bf16" if target.dtype == "bf16" and machine.fast_bf16 else "fp32"
     if target.dtype == "fp16" or not machine.fast_bf16:

@@ -8,8 +8,6 @@ from specchat.config import LedgerItem, MemoryReport, ModelSource, Plan, Step
 from specchat.ui.console import AnswerStream, Talk
 from specchat.units import GIB, MIB, format_bytes
 
-TOY_LABEL = "a toy model for exercising the software"
-
 
 class ChatView:
     """Shows one chat.
@@ -67,7 +65,7 @@ class ChatView:
 
 def banner_lines(target: ModelSource, plan: Plan, draft_note: str) -> list[str]:
     """What will answer, with which helper, and where it all goes."""
-    model = f"{target.name} ({TOY_LABEL})" if target.is_toy else target.name
+    model = f"{target.name} ({target.label})" if target.label else target.name
     draft = f"draft {plan.draft}" if plan.draft else draft_note
     return [f"specchat {__version__} · {model} · {draft} · {plan.dtype} on {plan.device}", plan_line(plan)]
 
@@ -125,7 +123,7 @@ def step_line(number: int, step: Step) -> str:
 def plan_table(target: ModelSource, plan: Plan, draft_note: str) -> str:
     """The plan in full, as `--plan` prints it."""
     facts = [
-        ("model", f"{target.name} ({TOY_LABEL})" if target.is_toy else target.name),
+        ("model", f"{target.name} ({target.label})" if target.label else target.name),
         ("draft", plan.draft or draft_note),
         ("device", f"{plan.device}, {plan.dtype}, quant {plan.quant}"),
         ("context", f"{plan.ctx:,} tokens"),

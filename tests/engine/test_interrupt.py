@@ -6,9 +6,10 @@ import itertools
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import pytest
 import torch
@@ -18,8 +19,8 @@ from support.engines import NOTHING, make_plan, random_prompt, write
 from support.tiny_models import VOCAB, make_config, perturbed, random_model, save
 
 from specchat.config import ModelSource, Sampling, Step
+from specchat.engine.disk import ThreadStreamer
 from specchat.engine.engine import Engine
-from specchat.engine.streamer import ThreadStreamer
 
 NUM_TOKENS = 24
 PROMPT = random_prompt(40, VOCAB)
@@ -261,7 +262,7 @@ def test_seeds_do_not_leak_between_answers(pair: Pair):
     assert texts[1] == pair.fresh_text(PROMPT, two) != texts[0]
 
 
-# --- the reader thread -----------------------------------------------------------------------------------------------
+# --- the reader threads ----------------------------------------------------------------------------------------------
 
 NUM_LAYERS = 7
 
@@ -272,21 +273,23 @@ def make_layers() -> list[torch.nn.Module]:
 
 
 class Disk:
-    """Writes a layer's index everywhere, in two halves with pauses, and notices when two fills overlap."""
+    """Writes a layer's index into every byte, piece by piece with pauses, on one thread or several."""
 
-    def __init__(self, seed: int, pause_s: float = 4e-4) -> None:
+    def __init__(self, seed: int, pause_s: float = 4e-4, num_workers: int = 1) -> None:
         self._random = random.Random(seed)
         self._pause_s = pause_s
+        self.num_workers = num_workers
         self.closed = 0
 
-    def fill(self, index: int, views: Mapping[str, torch.Tensor]) -> None:
-        assert threading.current_thread().name == "specchat-streamer"
-        for view in views.values():
-            flat = view.flatten()
-            half = len(flat) // 2
-            view.view(-1)[:half] = index
-            self._pause()
-            view.view(-1)[half:] = index
+    def chunks(self, index: int, slot: torch.Tensor) -> list[Callable[[], None]]:
+        return [partial(self.fill, index, piece) for piece in slot.chunk(3)]
+
+    def fill(self, index: int, piece: torch.Tensor) -> None:
+        assert threading.current_thread().name.startswith("specchat-streamer")
+        half = len(piece) // 2
+        piece[:half] = index
+        self._pause()
+        piece[half:] = index
 
     def close(self) -> None:
         self.closed += 1
@@ -297,7 +300,7 @@ class Disk:
 
 
 def holds(layer: torch.nn.Module, index: int) -> bool:
-    return all(bool((p == index).all()) for p in layer.parameters())
+    return all(bool((p.data.view(torch.uint8) == index).all()) for p in layer.parameters())
 
 
 @contextmanager
@@ -305,7 +308,7 @@ def streaming(
     disk: Disk, streamed: list[int], num_slots: int
 ) -> Iterator[tuple[ThreadStreamer, list[torch.nn.Module]]]:
     layers = make_layers()
-    streamer = ThreadStreamer(layers, streamed, num_slots, disk.fill, disk.close)
+    streamer = ThreadStreamer(layers, streamed, num_slots, disk)
     try:
         yield streamer, layers
     finally:
@@ -316,13 +319,14 @@ def streaming(
     streamed=st.sets(st.integers(0, NUM_LAYERS - 1), min_size=1).map(sorted),
     num_slots=st.integers(1, 4),
     passes=st.lists(st.tuples(st.integers(0, NUM_LAYERS), st.booleans(), st.booleans()), min_size=1, max_size=10),
+    num_workers=st.integers(1, 3),
     seed=st.integers(0, 1000),
 )
 @settings(deadline=None, max_examples=40)
-def test_slots_never_hold_wrong_bytes(streamed: list[int], num_slots: int, passes: list, seed: int):
+def test_slots_never_hold_wrong_bytes(streamed: list[int], num_slots: int, passes: list, num_workers: int, seed: int):
     """Passes that run through, stop before some layer, or stop while one is in use; a slow and jittery disk."""
     pauses = random.Random(seed)
-    with streaming(Disk(seed), streamed, num_slots) as (streamer, layers):
+    with streaming(Disk(seed, num_workers=num_workers), streamed, num_slots) as (streamer, layers):
         for stop_at, while_in_use, waits in passes:
             for j, index in enumerate(streamed):
                 if j == stop_at and not while_in_use:
@@ -373,14 +377,14 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 class BrokenDisk(Disk):
-    """Fails at one layer, from the second time on."""
+    """Fails at a piece of one layer, the second time it is read."""
 
     reads = 0
 
-    def fill(self, index: int, views: Mapping[str, torch.Tensor]) -> None:
-        super().fill(index, views)
+    def fill(self, index: int, piece: torch.Tensor) -> None:
+        super().fill(index, piece)
         self.reads += index == 3
-        if self.reads == 2:
+        if self.reads == 4:
             raise OSError("the disk is gone")
 
 
@@ -407,7 +411,7 @@ def test_closing_ends_the_thread(moment: str):
     before = set(threading.enumerate())
     disk = Disk(1)
     layers = make_layers()
-    streamer = ThreadStreamer(layers, [0, 1, 2], 2, disk.fill, disk.close)
+    streamer = ThreadStreamer(layers, [0, 1, 2], 2, disk)
     assert set(threading.enumerate()) - before
     if moment == "all slots full":
         wait_until(lambda: holds(layers[1], 1))

@@ -20,7 +20,7 @@ from specchat.models.catalog import demo_source
 from specchat.models.geometry import describe, layer_bytes
 from specchat.models.hf_compat import load_tokenizer
 from specchat.planner.memory import Workload, build_ledger
-from specchat.planner.search import NUM_SLOTS, PlanRequest, interleaved, make_plan, plan_for
+from specchat.planner.search import EXACT_BYTES, NUM_SLOTS, PlanRequest, interleaved, make_plan, plan_for
 from specchat.units import GIB, format_bytes
 
 MACHINE = Machine("cpu", 64 * GIB, 64 * GIB, fast_bf16=False)
@@ -174,12 +174,12 @@ def test_the_least_that_a_refusal_names_is_enough(spec: ModelSpec, draft: ModelS
     ],
 )
 def test_dtype(asked: str, device: str, checkpoint: str, fast_bf16: bool, expected: str):
-    spec = replace(demo_specs()[0], dtype=checkpoint)  # type: ignore[arg-type]
+    small = replace(demo_specs()[0], dtype=checkpoint)  # type: ignore[arg-type]
+    large = replace(small, other_params=(EXACT_BYTES,))
     machine = Machine(device, 8 * GIB, 64 * GIB, fast_bf16)
-    plan = plan_for(request(None, dtype=asked), machine, spec, None)
+    plan = plan_for(request(None, dtype=asked), machine, large, None)
     assert plan.dtype == expected and plan.device == device
-    toy = PlanRequest(TARGET, None, dtype=asked)
-    assert plan_for(toy, machine, spec, None).dtype == ("fp32" if asked == "auto" else expected)
+    assert plan_for(request(None, dtype=asked), machine, small, None).dtype == ("fp32" if asked == "auto" else expected)
 
 
 def test_default_budget_leaves_room_for_the_rest_of_the_machine():

@@ -58,7 +58,7 @@ def test_the_stats_line():
 
 
 def test_the_banner_says_toy_and_names_the_draft():
-    toy = banner_lines(ModelSource("demo", Path("x"), is_toy=True), PLAN, "")[0]
+    toy = banner_lines(ModelSource("demo", Path("x"), label="a toy model for exercising the software"), PLAN, "")[0]
     assert "demo (a toy model for exercising the software) · draft demo draft · fp32 on cpu" in toy
     plain = banner_lines(ModelSource("org/x", Path("x")), replace(PLAN, draft=None), "plain decoding")[0]
     assert "org/x · plain decoding · fp32 on cpu" in plain
@@ -67,7 +67,7 @@ def test_the_banner_says_toy_and_names_the_draft():
 def test_the_step_line_and_the_table():
     step = Step((1, 2, 3), None, 1, 20, 64, 2, 7, 0.5, 0.1, 0.3, 0.1, 0.05, 60 << 20)
     assert step_line(4, step).startswith("step 4: 3 tok · tree 64 nodes, depth 7, 2 accepted · 1 new + 20 cached rows")
-    table = plan_table(ModelSource("demo", Path("x"), is_toy=True), GPU_PLAN, "")
+    table = plan_table(ModelSource("demo", Path("x"), label="a toy model for exercising the software"), GPU_PLAN, "")
     assert "a toy model" in table
     assert "9.5 GiB of 12.0 GiB" in table
 

@@ -1,0 +1,185 @@
+"""Layers read past the page cache, computed on it, or read from the checkpoint give the same bits; faults are found."""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from support.engines import make_plan, random_prompt, write
+from support.tiny_models import VOCAB, make_config, random_model, save
+
+from specchat.config import ModelSource, Plan, Sampling, Tier
+from specchat.engine.disk import MappedStreamer, PackFiller, ThreadStreamer, _open_unbuffered
+from specchat.engine.engine import Engine
+from specchat.engine.model import TreeModel, load_model
+from specchat.errors import CorruptCheckpointError
+from specchat.models.pack import Pack
+from specchat.models.prepare import prepare
+
+ARCHITECTURES = ("llama_tied", "mixtral", "gpt_oss")
+NUM_PASSES = 30
+
+
+def silent(_: object) -> None:
+    pass
+
+
+@pytest.fixture(autouse=True)
+def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SPECCHAT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("specchat.models.prepare.SMALL_BYTES", 0)
+
+
+def make_source(architecture: str, folder: Path) -> ModelSource:
+    """In bf16, so that float32 needs a pack."""
+    return save(random_model(make_config(architecture)).to(torch.bfloat16), folder)
+
+
+def make_pack(source: ModelSource) -> Pack:
+    pack = prepare(source, "fp32", progress=silent, warn=silent)
+    assert pack is not None
+    return pack
+
+
+def load(
+    source: ModelSource, pack: Pack | None, *, resident: tuple[int, ...] | None, slots: int, tier: Tier
+) -> TreeModel:
+    return load_model(
+        source,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        resident=resident,
+        num_slots=slots,
+        cache_rows=64,
+        chunk_rows=16,
+        tier=tier,
+        pack=pack,
+    )
+
+
+def hidden(model: TreeModel, prompt: list[int]) -> torch.Tensor:
+    model.cache.truncate(0)
+    return model.append(prompt)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_tier_gives_the_same_bits(architecture: str, tmp_path: Path):
+    source, prompt = make_source(architecture, tmp_path / "model"), random_prompt(20, VOCAB)
+    pack = make_pack(source)
+    expected = hidden(load(source, None, resident=None, slots=0, tier="disk"), prompt)
+    assert torch.equal(hidden(load(source, pack, resident=None, slots=0, tier="disk"), prompt), expected)
+    for tier, streamer in (("disk", ThreadStreamer), ("ram", MappedStreamer)):
+        for slots, resident in ((1, ()), (2, (1,)), (3, ()), (4, (0, 2))):
+            model = load(source, pack, resident=resident, slots=slots, tier=tier)
+            assert isinstance(model.streamer, streamer)
+            for _ in range(NUM_PASSES):
+                assert torch.equal(hidden(model, prompt), expected)
+            model.close()
+
+
+def test_cancelled_passes_leave_nothing_behind(tmp_path: Path):
+    source, prompt = make_source("llama_tied", tmp_path / "model"), random_prompt(20, VOCAB)
+    model = load(source, make_pack(source), resident=(), slots=2, tier="disk")
+    expected, rng = hidden(model, prompt), random.Random(3)
+    for _ in range(NUM_PASSES):
+        model.cache.truncate(0)
+        for index in range(rng.randrange(5)):
+            model.streamer.acquire(index)
+            model.streamer.release(index)
+        model.streamer.restart()
+        assert torch.equal(hidden(model, prompt), expected)
+    model.close()
+
+
+def test_a_checkpoint_that_serves_needs_no_pack(tmp_path: Path):
+    source = save(random_model(make_config("llama")), tmp_path / "model")
+    assert prepare(source, "fp32", progress=silent, warn=silent) is None
+    assert prepare(source, "bf16", progress=silent, warn=silent) is not None
+
+
+def test_small_models_are_not_worth_a_pack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("specchat.models.prepare.SMALL_BYTES", 64 << 20)
+    assert prepare(make_source("mixtral", tmp_path / "model"), "fp32", progress=silent, warn=silent) is None
+
+
+def test_a_pack_is_found_again(tmp_path: Path):
+    source = make_source("mixtral", tmp_path / "model")
+    first = make_pack(source)
+    written = {path: path.stat().st_mtime_ns for path in first.folder.iterdir()}
+    assert make_pack(source).folder == first.folder
+    assert {path: path.stat().st_mtime_ns for path in first.folder.iterdir()} == written
+
+
+def streaming_plan(source: ModelSource, tier: Tier) -> Plan:
+    return replace(make_plan(source, None, num_layers=5, resident=(1,)), tier=tier)
+
+
+@pytest.mark.parametrize("tier", ["disk", "ram"])
+def test_text_from_a_pack(tier: Tier, tmp_path: Path):
+    source, prompt = make_source("llama_tied", tmp_path / "model"), random_prompt(20, VOCAB)
+    with Engine.load(make_plan(source, None, num_layers=5), source, None) as engine:
+        expected, _ = write(engine, prompt, Sampling(), 12)
+    with Engine.load(streaming_plan(source, tier), source, None, make_pack(source)) as engine:
+        ours, steps = write(engine, prompt, Sampling(), 12)
+    assert ours == expected
+    assert all(step.streamed_bytes == steps[0].streamed_bytes > 0 for step in steps)
+
+
+@pytest.mark.parametrize("tier", ["disk", "ram"])
+@pytest.mark.parametrize("layer", [1, 3], ids=["resident", "streamed"])
+def test_a_flipped_byte_is_found_when_it_is_read(tier: Tier, layer: int, tmp_path: Path):
+    source = make_source("llama_tied", tmp_path / "model")
+    pack = make_pack(source)
+    packed = pack.layers[layer]
+    with packed.path.open("r+b") as file:
+        file.seek(packed.data_offset + packed.nbytes // 2)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 0x10]))
+    with (
+        pytest.raises(CorruptCheckpointError, match=packed.path.name),
+        Engine.load(streaming_plan(source, tier), source, None, pack) as engine,
+    ):
+        write(engine, random_prompt(20, VOCAB), Sampling(), 4)
+
+
+def test_a_file_that_shrinks_while_streaming(tmp_path: Path):
+    source, prompt = make_source("llama_tied", tmp_path / "model"), random_prompt(20, VOCAB)
+    pack = make_pack(source)
+    with Engine.load(streaming_plan(source, "disk"), source, None, pack) as engine:
+        write(engine, prompt, Sampling(), 2)
+        os.truncate(pack.layers[3].path, pack.layers[3].data_offset)
+        with pytest.raises(CorruptCheckpointError, match="lost its end"):
+            write(engine, prompt, Sampling(), 8)
+
+
+def test_reads_fall_back_where_the_page_cache_cannot_be_bypassed(tmp_path: Path):
+    if not Path("/dev/shm").is_dir():
+        pytest.skip("no tmpfs here")
+    file = Path("/dev/shm") / f"specchat-test-{os.getpid()}"
+    file.write_bytes(b"x" * 8192)
+    try:
+        descriptor = _open_unbuffered(file)
+        assert os.pread(descriptor, 3, 5) == b"xxx"  # unaligned: only a buffered descriptor takes it
+        os.close(descriptor)
+    finally:
+        file.unlink()
+
+
+def num_open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_closing_a_filler_closes_its_files(tmp_path: Path):
+    pack = make_pack(make_source("llama_tied", tmp_path / "model"))
+    before = num_open_files()
+    filler = PackFiller(pack)
+    for index, layer in enumerate(pack.layers):
+        filler.chunks(index, torch.zeros(layer.nbytes, dtype=torch.uint8))
+    assert num_open_files() == before + len(pack.layers)
+    filler.close()
+    assert num_open_files() == before
