@@ -39,6 +39,7 @@ class RunOptions:
         prompt: PROMPT, or None.
         draft: a model, or one of auto, none, self, retrieval.
         vram_bytes: --vram in bytes, or None for what is free.
+        ram_bytes: --ram in bytes, or None for what is free.
         tree_budget: None is auto.
         seed: None is a random one.
         system: the text itself, read from its file if it was one.
@@ -49,6 +50,7 @@ class RunOptions:
     draft: str = "auto"
     device: str = "auto"
     vram_bytes: int | None = None
+    ram_bytes: int | None = None
     ctx: int | None = None
     tree_budget: int | None = None
     dtype: Literal["auto"] | Dtype = "auto"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from specchat.models.catalog import ModelRef
     from specchat.models.hf_compat import GenerationDefaults, Tokenizer
     from specchat.models.hub import Download
+    from specchat.models.pack import Pack
     from specchat.ui.chat_view import ChatView
     from specchat.ui.console import Talk
 
@@ -138,9 +139,10 @@ def _locate_models(options: RunOptions, refs: _Refs, say: "Talk") -> _Models:
 
 def _locate(ref: "ModelRef", options: RunOptions, say: "Talk") -> ModelSource:
     from specchat.models.hub import locate
-    from specchat.ui.progress import DownloadLine
+    from specchat.ui.progress import ProgressLine
 
-    with DownloadLine(say, ref.text) as line:
+    what = "writing" if ref.kind == "shape" else "downloading"
+    with ProgressLine(say, f"{what} {ref.text}") as line:
         return locate(
             ref,
             offline=options.offline,
@@ -198,6 +200,7 @@ def _make_plan(options: RunOptions, models: _Models) -> Plan:
             vram_bytes=options.vram_bytes,
             ctx=options.ctx,
             tree_budget=options.tree_budget,
+            ram_bytes=options.ram_bytes,
         )
     )
 
@@ -207,6 +210,22 @@ def _print_plan(options: RunOptions, models: _Models, plan: Plan) -> None:
     from specchat.ui.chat_view import plan_table
 
     _print(_json(plan_object(plan)) if options.json else plan_table(models.target, plan, models.draft_note))
+
+
+def _pack(target: ModelSource, plan: Plan, say: "Talk") -> "Pack | None":
+    """The weights as they will be streamed, if they have to be repacked for that."""
+    from specchat.models.prepare import prepare
+    from specchat.ui.progress import ProgressLine
+
+    if not plan.streamed:
+        return None
+    with ProgressLine(say, f"repacking {target.name}") as line:
+        return prepare(
+            target,
+            plan.dtype,
+            progress=lambda report: line.update(report.bytes_done, report.bytes_total),
+            warn=say.warn,
+        )
 
 
 # --- the answer --------------------------------------------------------------------------------------------------
@@ -225,7 +244,7 @@ def _chat(options: RunOptions, models: _Models, plan: Plan, prompt: str | None, 
     view.banner(models.target, plan, models.draft_note)
     tokenizer = load_tokenizer(models.target.path)
     check_has_template(tokenizer, base=options.base)
-    with Engine.load(plan, models.target, models.draft) as engine:
+    with Engine.load(plan, models.target, models.draft, _pack(models.target, plan, say)) as engine:
         session = ChatSession(
             engine,
             tokenizer,

@@ -130,6 +130,9 @@ def plan_table(target: ModelSource, plan: Plan, draft_note: str) -> str:
         ("tree budget", f"{plan.tree_budget:,} draft nodes"),
         ("layers", _layers(plan)),
     ]
+    if plan.streamed:
+        place = "host memory" if plan.tier == "ram" else "the disk"
+        facts.append(("streamed from", f"{place}, {format_bytes(plan.streamed_bytes_per_step)} a pass"))
     if plan.host_bytes:
         facts.append(("host memory", format_bytes(plan.host_bytes)))
     memory = _memory_name(plan.device)
