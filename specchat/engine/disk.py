@@ -6,11 +6,10 @@ import mmap
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 import torch
@@ -24,8 +23,6 @@ from specchat.models.pack_verify import ChunkVerifier
 from specchat.models.weights import LayerLayout, WeightReader, bind
 
 _PAGE = 4096
-_FILLING = -1
-
 # Two requests in flight keep an NVMe drive busy; more gain nothing and take processor time from computing.
 # Measured, cold, 16 MB each: 1.9-2.8 GB/s at 0.05 processor seconds per GB.
 _NUM_READERS = 2
@@ -48,20 +45,12 @@ class LayerFiller(Protocol):
         """Called once, when nothing will be read any more."""
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """A piece of the j-th streamed layer; a restart makes older epochs void."""
-
-    j: int
-    epoch: int
-    run: Callable[[], None]
-
-
 class ThreadStreamer(LayerStreamer):
     """Fills slots in host memory from worker threads.
 
-    The workers share one queue of chunks that runs on across layers and passes: while the last chunks of one layer are
-    read, the first of the next are under way, so the disk never waits between layers.
+    Releasing a slot queues the chunks of the layer that lives there next, and the workers take chunks in that order.
+    So the queue runs on across layers and passes: while the last chunks of one layer are read, the first of the next
+    are under way, and the disk never waits at a layer's end.
 
     Args:
         layers: the decoder layers; the streamed ones' parameters become views of slots.
@@ -71,27 +60,27 @@ class ThreadStreamer(LayerStreamer):
     """
 
     def __init__(self, layers: Sequence[Any], streamed: Sequence[int], num_slots: int, filler: LayerFiller) -> None:
-        self._streamed = list(streamed)
         self._position = {index: j for j, index in enumerate(streamed)}
         layouts = [LayerLayout.of(layers[index]) for index in streamed]
         self._nbytes = [layout.nbytes for layout in layouts]
-        self._slots = [_page_aligned(max(self._nbytes)) for _ in range(num_slots)]
+        slots = [_page_aligned(max(self._nbytes)) for _ in range(num_slots)]
         for j, index in enumerate(streamed):
-            bind(layers[index], layouts[j].views(self._slots[j % num_slots]))
+            bind(layers[index], layouts[j].views(slots[j % num_slots]))
+        # A layer never changes its slot, so what fills it never changes either.
+        self._works = [filler.chunks(index, slots[j % num_slots]) for j, index in enumerate(streamed)]
         self._filler = filler
+        self._queue: SimpleQueue[tuple[int, int, Callable[[], None]] | None] = SimpleQueue()  # (epoch, j, work)
         self._changed = threading.Condition()
-        # All below is guarded by the condition. `_holds[s]`: the streamed layer whose bytes slot s has, None if free.
-        self._holds: list[int | None] = [None] * num_slots
-        self._next = 0
-        self._epoch = 0
-        self._queue: deque[_Chunk] = deque()
-        self._unread = [0] * len(streamed)
-        self._num_running = 0
-        self._num_void = 0
-        self._closed = False
-        self._error: BaseException | None = None
+        # Below, only the computing thread writes the first group; the condition guards the second. `_holds[s]` is the
+        # streamed layer whose bytes slot s has, None while it is free or being filled; reading it needs no lock.
         self._num_bytes = 0
         self._wait_s = 0.0
+        self._holds: list[int | None] = [None] * num_slots
+        self._unread = [0] * len(streamed)
+        self._epoch = 0
+        self._num_running = 0
+        self._error: BaseException | None = None
+        self._fill_first_slots()
         self._threads = [
             threading.Thread(target=self._work, name=f"specchat-streamer-{i}", daemon=True)
             for i in range(filler.num_workers)
@@ -102,88 +91,79 @@ class ThreadStreamer(LayerStreamer):
     def acquire(self, index: int) -> None:
         """Waits until the layer is in its slot; errors of the workers come out here."""
         j = self._position[index]
-        slot = j % len(self._slots)
-        begin = time.perf_counter()
-        with self._changed:
-            self._changed.wait_for(lambda: self._holds[slot] == j or self._error is not None)
-            self._wait_s += time.perf_counter() - begin
-            if self._error is not None:
-                raise self._error
-            self._num_bytes += self._nbytes[j]
+        slot = j % len(self._holds)
+        if self._holds[slot] != j:
+            self._wait_for(slot, j)
+        self._num_bytes += self._nbytes[j]
 
     def release(self, index: int) -> None:
-        """Frees the slot for the next layer that lives there."""
-        with self._changed:
-            self._holds[self._position[index] % len(self._slots)] = None
-            self._changed.notify_all()
+        """Queues the next layer that lives in this slot: N further on, or the slot's own first in the next pass."""
+        j = self._position[index]
+        slot = j % len(self._holds)
+        self._holds[slot] = None
+        following = j + len(self._holds)
+        self._fill(following if following < len(self._works) else slot)
 
     def restart(self) -> None:
-        """Forgets what the slots hold; chunks under way end before any slot is filled anew."""
+        """Begins again with the first layers, once the chunks under way have ended."""
         with self._changed:
-            self._epoch += 1
-            self._next = 0
-            self._queue.clear()
-            self._num_void = self._num_running
-            self._holds = [None] * len(self._slots)
-            self._changed.notify_all()
+            self._epoch += 1  # makes what is queued void
+            self._changed.wait_for(lambda: self._num_running == 0)
+            self._holds = [None] * len(self._holds)
+        self._fill_first_slots()
 
     def counters(self) -> StreamCounters:
         """Bytes handed to passes and seconds that `acquire` waited."""
-        with self._changed:
-            return StreamCounters(self._num_bytes, self._wait_s)
+        return StreamCounters(self._num_bytes, self._wait_s)
 
     def close(self) -> None:
         """Ends the workers, waits for them, and closes what they read from."""
         with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+            self._epoch += 1
+        for _ in self._threads:
+            self._queue.put(None)
         for thread in self._threads:
             thread.join()
         self._filler.close()
 
-    def _work(self) -> None:
-        try:
-            while (chunk := self._take()) is not None:
-                chunk.run()
-                self._finish(chunk)
-        except BaseException as error:  # noqa: BLE001 - carried to the computing thread, which raises it
-            with self._changed:
-                self._error = error
-                self._changed.notify_all()
+    def _fill_first_slots(self) -> None:
+        for j in range(min(len(self._holds), len(self._works))):
+            self._fill(j)
 
-    def _take(self) -> _Chunk | None:
-        """The next chunk in order, waiting for a free slot if need be; None when it is over."""
+    def _fill(self, j: int) -> None:
+        self._unread[j] = len(self._works[j])
+        for work in self._works[j]:
+            self._queue.put((self._epoch, j, work))
+
+    def _wait_for(self, slot: int, j: int) -> None:
+        begin = time.perf_counter()
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._error is not None or self._has_work())
-            if self._closed or self._error is not None:
-                return None
-            if not self._queue:
-                self._begin_layer()
-            self._num_running += 1
-            return self._queue.popleft()
+            self._changed.wait_for(lambda: self._holds[slot] == j or self._error is not None)
+        self._wait_s += time.perf_counter() - begin
+        if self._holds[slot] != j:
+            assert self._error is not None
+            raise self._error
 
-    def _has_work(self) -> bool:
-        return bool(self._queue) or (self._num_void == 0 and self._holds[self._next % len(self._slots)] is None)
+    def _work(self) -> None:
+        while (chunk := self._queue.get()) is not None:
+            epoch, j, work = chunk
+            with self._changed:
+                if epoch != self._epoch or self._error is not None:
+                    continue
+                self._num_running += 1
+            try:
+                work()
+            except BaseException as error:  # noqa: BLE001 - carried to the computing thread, which raises it
+                self._error = error
+            self._end(epoch, j)
 
-    def _begin_layer(self) -> None:
-        j = self._next
-        slot = j % len(self._slots)
-        works = self._filler.chunks(self._streamed[j], self._slots[slot])
-        self._queue.extend(_Chunk(j, self._epoch, work) for work in works)
-        self._unread[j] = len(works)
-        self._holds[slot] = _FILLING
-        self._next = (j + 1) % len(self._streamed)
-        self._changed.notify_all()
-
-    def _finish(self, chunk: _Chunk) -> None:
+    def _end(self, epoch: int, j: int) -> None:
         with self._changed:
             self._num_running -= 1
-            if chunk.epoch != self._epoch:
-                self._num_void -= 1
-            else:
-                self._unread[chunk.j] -= 1
-                if self._unread[chunk.j] == 0:
-                    self._holds[chunk.j % len(self._slots)] = chunk.j
+            if epoch == self._epoch:
+                self._unread[j] -= 1
+                if self._unread[j] == 0:
+                    self._holds[j % len(self._holds)] = j
             self._changed.notify_all()
 
 

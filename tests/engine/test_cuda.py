@@ -1,0 +1,117 @@
+"""The copy stream: the same bits as resident layers, the same text, and how near it comes to the link. Needs a GPU."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from support.engines import NOTHING, make_plan, random_prompt, write
+from support.tiny_models import VOCAB, make_config, perturbed, random_model, save
+
+from specchat.config import ModelSource, Sampling
+from specchat.engine.engine import Engine
+from specchat.engine.model import TreeModel, load_model
+from specchat.models.shape_spec import parse_shape
+from specchat.models.shapes import materialise
+
+pytestmark = pytest.mark.gpu
+
+NUM_PASSES = 30
+
+
+@pytest.fixture(autouse=True)
+def _needs_cuda():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
+def load(source: ModelSource, dtype: torch.dtype, resident: tuple[int, ...] | None, num_slots: int) -> TreeModel:
+    return load_model(
+        source,
+        dtype=dtype,
+        device=torch.device("cuda:0"),
+        resident=resident,
+        num_slots=num_slots,
+        cache_rows=1024,
+        chunk_rows=512,
+    )
+
+
+@pytest.mark.parametrize("num_slots", [1, 2, 3, 4])
+@pytest.mark.parametrize("resident", [(), (0, 2)], ids=["all", "half"])
+def test_streamed_states_are_resident_states_bit_for_bit(num_slots: int, resident: tuple[int, ...], tmp_path: Path):
+    source, prompt = save(random_model(make_config("llama_tied")), tmp_path / "m"), random_prompt(40, VOCAB)
+    everything = load(source, torch.bfloat16, None, 0)
+    expected = everything.append(prompt)
+    model = load(source, torch.bfloat16, resident, num_slots)
+    for _ in range(NUM_PASSES):
+        model.cache.truncate(0)
+        assert torch.equal(model.append(prompt), expected)
+    model.close()
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8, seed=5)], ids=["greedy", "sampled"])
+def test_text_does_not_depend_on_draft_or_streaming(sampling: Sampling, tmp_path: Path):
+    target = random_model(make_config("llama_tied"))
+    sources = save(target, tmp_path / "target"), save(perturbed(target, 0.03), tmp_path / "draft")
+    prompt, texts = random_prompt(30, VOCAB), []
+    for draft, resident in ((None, None), (sources[1], (1,)), (sources[1], ())):
+        plan = replace(make_plan(sources[0], draft, num_layers=5, resident=resident), device="cuda:0")
+        with Engine.load(plan, sources[0], draft) as engine:
+            texts.append(write(engine, prompt, sampling, 40)[0])
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_cancelling_and_going_on(tmp_path: Path):
+    source, prompt = save(random_model(make_config("llama_tied")), tmp_path / "m"), random_prompt(30, VOCAB)
+    plan = replace(make_plan(source, None, num_layers=5, resident=()), device="cuda:0")
+    with Engine.load(plan, source, None) as engine:
+        expected, _ = write(engine, prompt, Sampling(), 30)
+        cancel = threading.Event()
+        steps = engine.generate(prompt, Sampling(), stop_ids=NOTHING, max_tokens=30, cancel=cancel)
+        tokens = [t for _ in range(5) for t in next(steps).token_ids]
+        cancel.set()
+        assert next(steps).finish_reason == "interrupt"
+        rest, _ = write(engine, [*prompt, *tokens], Sampling(), 30 - len(tokens))
+        assert tokens + rest == expected
+
+
+def pinned_rate(num_bytes: int = 512 << 20) -> float:
+    """Host to device, pinned, bytes per second: 4 warm-ups, then 16 copies between events, median of 3."""
+    host = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+    device = torch.empty(num_bytes, dtype=torch.uint8, device="cuda:0")
+    rates = []
+    for _ in range(3):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        for _ in range(4):
+            device.copy_(host, non_blocking=True)
+        begin.record()
+        for _ in range(16):
+            device.copy_(host, non_blocking=True)
+        end.record()
+        end.synchronize()
+        rates.append(16 * num_bytes / (begin.elapsed_time(end) / 1e3))
+    return sorted(rates)[1]
+
+
+@pytest.mark.parametrize("num_rows", [1, 64, 512])
+def test_utilisation_of_the_link(num_rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Layers of a 70B's shape, as many as are quickly made; printed, and held against what users pay for."""
+    monkeypatch.setenv("SPECCHAT_CACHE_DIR", str(tmp_path))
+    model = load(materialise(parse_shape("llama-70b,layers=10")), torch.bfloat16, (), 2)
+    prompt = random_prompt(num_rows, 4096)
+    rates = []
+    for _ in range(6):
+        model.cache.truncate(0)
+        before, begin = model.streamer.counters().num_bytes, time.perf_counter()
+        model.append(prompt)
+        torch.cuda.current_stream().synchronize()
+        rates.append((model.streamer.counters().num_bytes - before) / (time.perf_counter() - begin))
+    model.close()
+    achieved, link = sorted(rates[1:])[2], pinned_rate()
+    print(f"\n{num_rows} rows: {achieved / 1e9:.1f} of {link / 1e9:.1f} GB/s")
+    assert achieved >= 0.95 * link

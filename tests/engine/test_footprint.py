@@ -1,0 +1,61 @@
+"""What streaming costs in memory, measured from outside: all that the process holds beside torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from specchat.units import MIB
+
+_WATCHED = """
+import re, sys, threading, time
+import torch, transformers, transformers.models.llama.modeling_llama
+for dtype in (torch.float32, torch.bfloat16):
+    (torch.randn(512, 512).to(dtype) @ torch.randn(512, 512).to(dtype)).sum()
+
+def anonymous():
+    status = open("/proc/self/status").read()
+    return sum(int(re.search(name + r":\\s+(\\d+)", status)[1]) for name in ("RssAnon", "RssShmem")) * 1024
+
+base, peak = anonymous(), 0
+def watch():
+    global peak
+    while True:
+        peak = max(peak, anonymous())
+        time.sleep(0.002)
+threading.Thread(target=watch, daemon=True).start()
+
+from specchat.config import Sampling
+from specchat.models.catalog import known_draft, parse_model
+from specchat.models.hub import locate
+from specchat.models.prepare import prepare
+from specchat.planner.search import PlanRequest, make_plan
+ref = parse_model(sys.argv[1])
+target, draft = locate(ref, offline=True, confirm=lambda _: False, warn=lambda _: None), known_draft(ref)
+plan = make_plan(PlanRequest(target, draft, "cpu", vram_bytes=int(sys.argv[2]), ram_bytes=int(sys.argv[3])))
+pack = prepare(target, plan.dtype, progress=lambda _: None, warn=lambda _: None)
+base_of_packing, peak = peak, base
+with Engine.load(plan, target, draft, pack) as engine:
+    for _ in engine.generate(range(5, 300), Sampling(), stop_ids=frozenset(), max_tokens=24):
+        pass
+print(plan.tier, plan.streamed_bytes_per_step + plan.device_bytes, peak - base)
+"""
+# Layers of 100 MiB, 1.6 GiB in all: four times the budget.
+_SHAPE = "shape:hidden=2048,layers=16,heads=16,kv_heads=4,head_dim=128,mlp=7168"
+_BUDGET = 410 * MIB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tier", ["disk", "ram"])
+def test_the_process_stays_within_its_budget(tier: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch):
+    folder = tmp_path_factory.getbasetemp() / "footprint"
+    monkeypatch.setenv("SPECCHAT_CACHE_DIR", str(folder))
+    ram = 0 if tier == "disk" else 1 << 60
+    arguments = [_SHAPE, str(_BUDGET), str(ram)]
+    out = subprocess.run([sys.executable, "-c", _WATCHED, *arguments], capture_output=True, text=True, check=True)
+    found, model_bytes, peak = out.stdout.split()
+    print(f"\n{tier}: {int(peak) / MIB:.0f} MiB beside torch, budget {_BUDGET / MIB:.0f} MiB")
+    assert found == tier and int(model_bytes) >= 4 * _BUDGET
+    assert int(peak) <= 1.05 * _BUDGET + 64 * MIB
