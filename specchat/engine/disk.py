@@ -160,7 +160,7 @@ class ThreadStreamer(LayerStreamer):
     def _end(self, epoch: int, j: int) -> None:
         with self._changed:
             self._num_running -= 1
-            if epoch == self._epoch:
+            if epoch == self._epoch and self._error is None:  # a piece that failed must not complete its layer
                 self._unread[j] -= 1
                 if self._unread[j] == 0:
                     self._holds[j % len(self._holds)] = j

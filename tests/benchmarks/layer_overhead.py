@@ -1,4 +1,6 @@
-"""Python's time per streamed layer, over a plain forward of the same layers: `python tests/benchmarks/layer_overhead.py`.
+"""Python time per streamed layer, over a plain forward of the same layers.
+
+    python tests/benchmarks/layer_overhead.py
 
 A tiny model on one thread, the passes interleaved; prints medians and minima in microseconds. Not a test: run it on a
 quiet machine, where the two agree.

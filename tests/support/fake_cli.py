@@ -30,7 +30,7 @@ class Echo(FakeEngine):
         time.sleep(next(self._pauses))
 
     @classmethod
-    def load(cls, _plan, _target, _draft):
+    def load(cls, _plan, _target, _draft, _pack):
         return cls()
 
     def __enter__(self):
@@ -64,6 +64,7 @@ def install():
     )
     sys.modules |= {"specchat.engine.engine": engine, "specchat.models.hf_compat": compat}
     run._make_plan = _plan
+    run._pack = lambda *_: None
 
 
 if __name__ == "__main__":

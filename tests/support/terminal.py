@@ -65,9 +65,10 @@ class Terminal:
         """Until `condition`, a text or a function of this terminal, is on the screen."""
         holds = condition if callable(condition) else lambda terminal: condition in terminal.screen
         end = time.monotonic() + timeout_s
+        runs = True
         while not holds(self):
-            assert time.monotonic() < end, f"waited in vain for {condition!r} on:\n{self.screen}"
-            self._read()
+            assert runs and time.monotonic() < end, f"waited in vain for {condition!r} on:\n{self.screen}"
+            runs = self._read()
 
     def wait_for_prompt(self):
         """Until the cursor stands behind an empty prompt, and nothing more comes."""
