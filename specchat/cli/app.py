@@ -3,12 +3,13 @@
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
 from specchat import __version__
-from specchat.cli import options
+from specchat.cli import bench_options, options
 from specchat.cli.exit_status import guarded, leave
 from specchat.errors import UsageError
 
@@ -64,6 +65,10 @@ def _run(
         str | None,
         typer.Option(metavar="SIZE", help="Memory budget on the device, such as 900MiB or 8GiB; RAM on the CPU."),
     ] = None,
+    ram: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Host memory for streamed layers; what does not fit is read from disk."),
+    ] = None,
     ctx: Annotated[str | None, typer.Option(metavar="N", help="Context: tokens of chat and answer together.")] = None,
     tree_budget: Annotated[str, typer.Option(metavar="N", help="Draft tokens checked in one pass, or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(metavar="TYPE", help="auto, bf16, fp16 or fp32.")] = "auto",
@@ -108,6 +113,7 @@ def _run(
         draft=draft,
         device=options.device(device),
         vram_bytes=options.size("--vram", vram),
+        ram_bytes=options.size("--ram", ram),
         ctx=options.whole("--ctx", ctx, 1),
         tree_budget=options.tree_budget(tree_budget),
         dtype=options.dtype(dtype),
@@ -130,6 +136,91 @@ def _run(
     return partial(run, options.check_combination(checked))
 
 
+@app.command("bench")
+def _bench(
+    *,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="demo, a folder (./x, /x, ~/x), or a hub id (org/name).")
+    ] = None,
+    draft: Annotated[
+        str,
+        typer.Option(metavar="MODEL", help="Small model that drafts ahead: a MODEL, auto, or none."),
+    ] = "auto",
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    vram: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Memory budget on the device, such as 900MiB or 8GiB; RAM on the CPU."),
+    ] = None,
+    ctx: Annotated[str | None, typer.Option(metavar="N", help="Context: tokens of chat and answer together.")] = None,
+    tree_budget: Annotated[str, typer.Option(metavar="N", help="Draft tokens checked in one pass, or auto.")] = "auto",
+    dtype: Annotated[str, typer.Option(metavar="TYPE", help="auto, bf16, fp16 or fp32.")] = "auto",
+    prompts: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Questions in MT-Bench's JSONL, instead of the built-in ones.")
+    ] = None,
+    limit: Annotated[
+        str | None, typer.Option(metavar="N", help="Ask N questions, however long; else for about two minutes.")
+    ] = None,
+    repeats: Annotated[str | None, typer.Option("--repeats", "-r", metavar="N", help="Measure N times (3).")] = None,
+    max_tokens: Annotated[str | None, typer.Option(metavar="N", help="Longest answer (64).")] = None,
+    seed: Annotated[str | None, typer.Option(metavar="N", help="Of all draws (0).")] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="Compare with plain, accelerate, assisted, or none (plain)."),
+    ] = None,
+    cold: Annotated[
+        bool, typer.Option("--cold", help="Empty the page cache of the model's files before every pass.")
+    ] = False,
+    passes: Annotated[
+        bool, typer.Option("--passes", help="Time passes by themselves, too, beside raw reads of the files.")
+    ] = False,
+    sweep: Annotated[
+        str | None,
+        typer.Option(metavar="OPTION=A,B,C", help="Measure once for each value of tree-budget, vram, ctx or draft."),
+    ] = None,
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="A.json B.json", help="Measure nothing; say how report B differs from report A."),
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="FORM", help="table, md, json, jsonl or csv.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="The same as -o json.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Download without asking.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the report, and errors.")] = False,
+) -> _Action:
+    """Measure MODEL: how fast it is here, why, against what, and whether the text stays the target's own."""
+    from specchat.cli.bench import bench
+
+    checked = bench_options.BenchOptions(
+        model=options.RunOptions(
+            model=model,
+            draft=draft,
+            device=options.device(device),
+            vram_bytes=options.size("--vram", vram),
+            ctx=options.whole("--ctx", ctx, 1),
+            tree_budget=options.tree_budget(tree_budget),
+            dtype=options.dtype(dtype),
+            seed=options.seed(seed),
+            max_tokens=options.whole("--max-tokens", max_tokens, 1),
+            offline=offline,
+            yes=yes,
+            quiet=quiet,
+        ),
+        prompts=None if prompts is None else Path(prompts).expanduser(),
+        limit=options.whole("--limit", limit, 1),
+        baselines=bench_options.baselines(baseline),
+        repeats=options.whole("--repeats", repeats, 1),
+        cold=cold,
+        passes=passes,
+        sweep=bench_options.sweep(sweep),
+        compare=bench_options.compared(compare),
+        output=bench_options.output(output, json=json),
+        command=tuple(sys.argv[1:]),
+    )
+    return partial(bench, bench_options.check_combination(checked))
+
+
 def _parse(arguments: Sequence[str]) -> int | _Action | None:
     """What was asked for, or the exit code of something that is done already, such as --help.
 
@@ -146,7 +237,7 @@ def _parse(arguments: Sequence[str]) -> int | _Action | None:
 
 def _as_usage_error(error: Exception, arguments: Sequence[str]) -> UsageError:
     message = " ".join(str(getattr(error, "format_message", error.__str__)()).split()).rstrip(".")
-    command = "specchat run" if arguments and arguments[0] == "run" else "specchat"
+    command = f"specchat {arguments[0]}" if arguments and arguments[0] in ("run", "bench") else "specchat"
     return UsageError(message[:1].lower() + message[1:], hint=f"{command} --help lists what there is")
 
 

@@ -1,7 +1,9 @@
 """The man page names every option, exit code, command and JSON key that exists."""
 
+import json
 import re
 from dataclasses import fields, is_dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import get_type_hints
 
@@ -18,6 +20,9 @@ from specchat.ui.repl import COMMANDS
 PAGE = (Path(__file__).parents[2] / "man" / "specchat.1").read_text()
 # Without the markup of roff: fonts, escapes, requests.
 TEXT = re.sub(r"\\f.|^\.[A-Za-z]+ ?", "", PAGE, flags=re.MULTILINE).replace("\\-", "-").replace('"', " ")
+
+# Of `bench --compare --json`, which has no schema of its own.
+COMPARISON_KEYS = {"a", "b", "common_answers", "same_output", "figures", "significant"}
 
 
 def options():
@@ -43,6 +48,16 @@ def json_keys():
     return sorted(keys | set(delta_object(Delta("", ()))) | {"schema_version", "model", "revision", "seed"})
 
 
+def bench_keys(schema):
+    """Names of all properties in a JSON schema."""
+    if isinstance(schema, list):
+        return set().union(*map(bench_keys, schema))
+    if not isinstance(schema, dict):
+        return set()
+    names = set(schema["properties"]) if isinstance(schema.get("properties"), dict) else set()
+    return names.union(*map(bench_keys, schema.values()))
+
+
 @pytest.mark.parametrize("option", [*options(), "--help"])
 def test_every_option_is_there(option):
     assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", TEXT)
@@ -56,6 +71,15 @@ def test_every_exit_code_is_there(code):
 
 @pytest.mark.parametrize("key", json_keys())
 def test_every_json_key_is_there(key):
+    section = TEXT[TEXT.index("JSON OUTPUT\n") : TEXT.index("EXIT STATUS")]
+    assert re.search(rf"\b{key}\b", section)
+
+
+SCHEMA = json.loads(files("specchat.bench").joinpath("schema.json").read_text())
+
+
+@pytest.mark.parametrize("key", sorted(bench_keys(SCHEMA) | COMPARISON_KEYS))
+def test_every_key_of_the_bench_is_there(key):
     section = TEXT[TEXT.index("JSON OUTPUT\n") : TEXT.index("EXIT STATUS")]
     assert re.search(rf"\b{key}\b", section)
 

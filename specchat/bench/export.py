@@ -1,0 +1,84 @@
+"""A report in forms for other programs and pages: Markdown, JSON lines, CSV."""
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from specchat.bench.tables import Table, notes, report_tables, share_lines
+
+_COLUMNS = (
+    "system",
+    "question_id",
+    "category",
+    "turn",
+    "repeat",
+    "temperature",
+    "tokens",
+    "finish_reason",
+    "steps",
+    "tokens_per_step",
+    "ttft_s",
+    "decode_s",
+    "tok_per_s",
+    "distinct_4gram",
+    "counted",
+)
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """All tables, what to know about them, and what to pass on with them."""
+    parts = [f"**{note}**" for note in notes(report)]
+    parts += [markdown_table(table) for table in report_tables(report)]
+    parts.append("\n".join(f"- {name}: {_code(name, value)}" for name, value in share_lines(report)))
+    return "\n\n".join(parts)
+
+
+def markdown_table(table: Table) -> str:
+    """One table with its title and note."""
+    lines = [f"**{table.title}**", "", _row(table.header), _row(["---"] * len(table.header)), *map(_row, table.rows)]
+    return "\n".join([*lines, "", table.note] if table.note else lines)
+
+
+def json_lines(report: Mapping[str, Any]) -> str:
+    """One line for each answer of each system, and the rest of the report as the last."""
+    lines = [{"type": "run", "system": name, **run} for name, run in _all_runs(report)]
+    rest = {key: value for key, value in report.items() if key != "runs"}
+    rest["baselines"] = [{k: v for k, v in each.items() if k != "runs"} for each in report["baselines"]]
+    lines.append({"type": "report", **rest})
+    return "\n".join(json.dumps(line, ensure_ascii=False, allow_nan=False) for line in lines)
+
+
+def comma_separated(report: Mapping[str, Any]) -> str:
+    """One row for each answer of each system."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    for name, run in _all_runs(report):
+        values = _flat(run) | {"system": name}
+        writer.writerow([values[column] for column in _COLUMNS])
+    return out.getvalue().rstrip("\n")
+
+
+def _all_runs(report: Mapping[str, Any]) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    yield from (("specchat", run) for run in report["runs"])
+    for baseline in report["baselines"]:
+        yield from ((baseline["name"], run) for run in baseline["runs"])
+
+
+def _flat(run: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's figures in one dict: ours have them in groups, as `run --json` prints them."""
+    flat = {**run, **run.get("timings", {})}
+    flat["steps"] = run["speculation"]["steps"] if "speculation" in run else run["steps"]
+    flat["tokens"] = len(run["token_ids"])
+    flat["tokens_per_step"] = flat["tokens"] / flat["steps"]
+    return flat
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _code(name: str, value: str) -> str:
+    return f"`{value}`" if name == "command" else value

@@ -1,0 +1,158 @@
+"""One plan measured from loading to figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING
+
+from specchat.bench import identity, setup
+from specchat.bench.cold import Files, PassRounds, measure_rounds
+from specchat.bench.disk import evict, read_raw
+from specchat.bench.prompts import Question
+from specchat.bench.records import OWN, Measurement, Settings
+from specchat.bench.report import Baseline, Outcome
+from specchat.bench.runner import Progress, Runner
+from specchat.bench.systems import System
+from specchat.config import ModelSource, Plan
+from specchat.errors import PromptTooLongError
+from specchat.units import GIB
+
+if TYPE_CHECKING:
+    from specchat.models.hf_compat import Tokenizer
+    from specchat.models.pack import Pack
+
+# Rows of a pass by itself when there is no tree to take the number from.
+_DEFAULT_ROWS = 64
+# Enough to know a disk's rate by; a large model's files take minutes to read.
+_LINK_BYTES = 2 * GIB
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be measured.
+
+    Attributes:
+        plan: of the engine.
+        target, draft: the models.
+        tokenizer: the target's.
+        stop_ids: tokens that end an answer.
+        questions: to be asked.
+        settings: how.
+        baselines: names.
+        cold: every pass starts from an empty page cache.
+        passes: passes by themselves are measured, too.
+        pack: the weights repacked, or None.
+        files: what passes read.
+    """
+
+    plan: Plan
+    target: ModelSource
+    draft: ModelSource | None
+    tokenizer: Tokenizer
+    stop_ids: frozenset[int]
+    questions: Sequence[Question]
+    settings: Settings
+    baselines: Sequence[str]
+    cold: bool
+    passes: bool
+    pack: Pack | None
+    files: Files
+
+    @property
+    def reads_past_cache(self) -> bool:
+        """Whether our own passes read the disk itself."""
+        return self.plan.tier == "disk" and self.pack is not None
+
+
+def measure(job: Job, cancel: Event, report: Callable[[Progress], None]) -> Outcome:
+    """Loads everything, asks everything, compares, and lets go of everything."""
+
+    def say(what: str) -> None:
+        report(Progress(0, 0, None, what))
+
+    def make_runner(systems: Sequence[System]) -> Runner:
+        return Runner(
+            systems,
+            job.tokenizer,
+            stop_ids=job.stop_ids,
+            ctx=job.plan.ctx,
+            settings=job.settings,
+            cancel=cancel,
+            report=report,
+        )
+
+    def warm_up(system: System) -> None:
+        make_runner([system]).warm_up(job.questions[0])
+
+    evicts = partial(_evict, job.files.every) if job.cold else None
+    with setup.load(
+        job.plan, job.target, job.draft, job.pack, job.baselines, warm_up=warm_up, evict=evicts, say=say
+    ) as loaded:
+        runner = make_runner(loaded.systems)
+        runner.warm_up(job.questions[0])
+        measurement = runner.run(job.questions)
+        _check_not_empty(measurement, job)
+        baselines = tuple(_compared(loaded, system, measurement, job.plan) for system in loaded.systems[1:])
+        passes = _passes(job, loaded, cancel, say) if job.passes else None
+        return Outcome(
+            plan=job.plan,
+            load_s=loaded.engine.load_s,
+            measurement=measurement,
+            baselines=baselines,
+            memory=loaded.memory(),
+            link_bytes_per_s=passes.raw.bytes_per_s if passes is not None else _link(job),
+            disk_passes=passes,
+        )
+
+
+def _check_not_empty(measurement: Measurement, job: Job) -> None:
+    if not measurement.runs and not measurement.partial:
+        raise PromptTooLongError(
+            f"none of the {len(job.questions)} questions fits into the context of {job.plan.ctx} tokens "
+            f"with an answer of {job.settings.max_tokens}",
+            hint="a larger --ctx, a smaller --max-tokens, or other --prompts",
+        )
+
+
+def _evict(files: Sequence[Path]) -> None:
+    evict(files)
+
+
+def _link(job: Job) -> float | None:
+    """What merely reading some of the weights gives, where files are the link: on the CPU, if layers stream."""
+    if job.plan.device != "cpu" or not job.plan.streamed:
+        return None
+    some: list[Path] = []
+    for file in job.files.own:
+        if not some or sum(each.stat().st_size for each in some) < _LINK_BYTES:
+            some.append(file)
+    return read_raw(some, direct=job.reads_past_cache).bytes_per_s
+
+
+def _compared(loaded: setup.Loaded, system: System, measurement: Measurement, plan: Plan) -> Baseline:
+    found = identity.compare(
+        measurement.of(OWN),
+        measurement.of(system.name),
+        keyed=system.is_keyed,
+        dtype=plan.dtype,
+        margin=loaded.margin,
+    )
+    return Baseline(system.name, found)
+
+
+def _passes(job: Job, loaded: setup.Loaded, cancel: Event, say: Callable[[str], None]) -> PassRounds | None:
+    """Rounds of passes; None when interrupted."""
+    rows = job.plan.tree_budget or _DEFAULT_ROWS
+    return measure_rounds(
+        job.files,
+        loaded.pass_timers(rows),
+        rows=rows,
+        cold=job.cold,
+        direct=job.cold or job.reads_past_cache,
+        cancel=cancel,
+        report=say,
+    )

@@ -1,0 +1,262 @@
+"""The JSON of `bench --json`, built from a measurement. Bytes, seconds, raw numbers; `schema.json` describes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from specchat.bench import summary
+from specchat.bench.cold import PassRounds
+from specchat.bench.identity import Identity
+from specchat.bench.records import OWN, Measurement, Run, Settings
+from specchat.chat.result import SCHEMA_VERSION, plan_object, run_object
+from specchat.chat.session import Speculation, Timings, Turn, Usage
+from specchat.config import MemoryReport, Message, ModelSource, Plan
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A baseline's name, and how its texts compare with ours."""
+
+    name: str
+    identity: Identity
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Everything that one plan's measurement led to.
+
+    Attributes:
+        plan: it ran under.
+        load_s: loading the models.
+        measurement: the answers.
+        baselines: in the order they ran.
+        memory: our own, without the baselines'.
+        link_bytes_per_s: what the link gives when nothing else is done, or None if that was not measured.
+        disk_passes: passes by themselves, or None if they were not measured.
+    """
+
+    plan: Plan
+    load_s: float
+    measurement: Measurement
+    baselines: tuple[Baseline, ...]
+    memory: MemoryReport
+    link_bytes_per_s: float | None
+    disk_passes: PassRounds | None = None
+
+
+def outcome_object(outcome: Outcome, target: ModelSource) -> dict[str, Any]:
+    """The part of the report that belongs to one plan: plan, runs, summary, baselines, speedup."""
+    measurement = outcome.measurement
+    ours = measurement.of(OWN)
+    return {
+        "plan": plan_object(outcome.plan),
+        "runs": [_own_run(run, outcome, target) for run in ours],
+        "summary": _summary(ours, outcome),
+        "baselines": [_baseline(each, measurement) for each in outcome.baselines],
+        "speedup": {each.name: _ratio(summary.speedup(ours, measurement.of(each.name))) for each in outcome.baselines},
+    }
+
+
+def counts_object(measurement: Measurement) -> dict[str, int]:
+    """Questions asked, and what was left out."""
+    return {
+        "asked": measurement.num_questions,
+        "turns_too_long": measurement.too_long,
+        "not_begun": measurement.not_begun,
+    }
+
+
+def settings_object(settings: Settings, *, prompts: str, limit: int | None) -> dict[str, Any]:
+    """How it was measured."""
+    return {
+        "prompts": prompts,
+        "limit": limit,
+        "temperatures": list(settings.temperatures),
+        "max_tokens": settings.max_tokens,
+        "repeats": settings.repeats,
+        "seed": settings.seed,
+        "time_box_s": settings.time_box_s,
+    }
+
+
+def report_object(head: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
+    """The whole report, its version first."""
+    return {"schema_version": SCHEMA_VERSION, **head, **rest}
+
+
+def figures_object(runs: Iterable[Run]) -> dict[str, Any]:
+    """The figures of some runs of one system."""
+    figures = summary.figures(runs)
+    return {
+        "answers": figures.answers,
+        "counted_answers": figures.counted,
+        "tok_per_s": asdict(figures.tok_per_s),
+        "decode_tok_per_s": asdict(figures.decode_tok_per_s),
+        "ttft_s": asdict(figures.ttft_s),
+        "prompt_tok_per_s": asdict(figures.prompt_tok_per_s),
+        "tokens_per_step": asdict(figures.tokens_per_step),
+        "distinct_4gram": asdict(figures.distinct_4gram),
+        "pass_s": figures.pass_s,
+        "draft_share": figures.draft_share,
+        "pass_split": None if figures.split is None else asdict(figures.split),
+        "accept_by_depth": list(figures.accept_by_depth),
+    }
+
+
+def _summary(ours: Sequence[Run], outcome: Outcome) -> dict[str, Any]:
+    achieved = summary.figures(ours).achieved_bytes_per_s
+    link = outcome.link_bytes_per_s
+    memory = outcome.memory
+    return {
+        "load_s": outcome.load_s,
+        **figures_object(ours),
+        "run_spread": summary.run_spread(ours),
+        "stream": {
+            "achieved_bytes_per_s": achieved,
+            "link_bytes_per_s": link,
+            "utilisation": achieved / link if achieved is not None and link is not None else None,
+        },
+        "device_peak_bytes": memory.device_peak_bytes,
+        "host_peak_bytes": memory.host_peak_bytes,
+        "predicted_device_bytes": memory.predicted_device_bytes,
+        "predicted_tok_per_s": None,
+        "by_temperature": _by_temperature(ours),
+    }
+
+
+def _by_temperature(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    temperatures = sorted({run.temperature for run in runs})
+    return [{"temperature": t, **figures_object(run for run in runs if run.temperature == t)} for t in temperatures]
+
+
+def _baseline(baseline: Baseline, measurement: Measurement) -> dict[str, Any]:
+    theirs = measurement.of(baseline.name)
+    identity = baseline.identity
+    every = summary.figures(theirs)
+    differences = [asdict(difference) for difference in identity.differences]
+    return {
+        "name": baseline.name,
+        "tok_per_s": asdict(every.tok_per_s),
+        "ttft_s": asdict(every.ttft_s),
+        "tokens_per_step": asdict(every.tokens_per_step),
+        "identical_output": identity.identical,
+        "compared_answers": identity.answers,
+        "compared_tokens": identity.tokens,
+        "differing_answers": len(differences),
+        "near_ties": sum(difference.near_tie for difference in identity.differences),
+        "first_difference": differences[0] if differences else None,
+        "by_temperature": [_baseline_at(t, measurement, theirs) for t in sorted({run.temperature for run in theirs})],
+        "runs": [_other_run(run) for run in theirs],
+    }
+
+
+def _baseline_at(temperature: float, measurement: Measurement, theirs: Sequence[Run]) -> dict[str, Any]:
+    runs = [run for run in theirs if run.temperature == temperature]
+    ours = [run for run in measurement.of(OWN) if run.temperature == temperature]
+    figures = summary.figures(runs)
+    return {
+        "temperature": temperature,
+        "answers": figures.answers,
+        "counted_answers": figures.counted,
+        "tok_per_s": asdict(figures.tok_per_s),
+        "ttft_s": asdict(figures.ttft_s),
+        "tokens_per_step": asdict(figures.tokens_per_step),
+        "distinct_4gram": asdict(figures.distinct_4gram),
+        "speedup": _ratio(summary.speedup(ours, runs)),
+    }
+
+
+def disk_passes_object(rounds: PassRounds | None) -> dict[str, Any] | None:
+    """Passes by themselves beside raw reads."""
+    if rounds is None:
+        return None
+    raw, ours = rounds.raw, rounds.systems[OWN]
+    return {
+        "rows": rounds.rows,
+        "cold": rounds.cold,
+        "rounds": len(raw.seconds),
+        "resident_share": rounds.resident_share,
+        "raw": {
+            "bytes": raw.streamed_bytes,
+            "seconds": list(raw.seconds),
+            "bytes_per_s": raw.bytes_per_s,
+            "direct": rounds.raw_direct,
+        },
+        "systems": [
+            {
+                "name": name,
+                "seconds": list(series.seconds),
+                "pass_s": series.pass_s,
+                "streamed_bytes": series.streamed_bytes,
+                "achieved_bytes_per_s": series.bytes_per_s if series.streamed_bytes else None,
+                "utilisation": series.bytes_per_s / raw.bytes_per_s if series.streamed_bytes else None,
+                "relative_pass_s": series.pass_s / ours.pass_s,
+            }
+            for name, series in rounds.systems.items()
+        ],
+    }
+
+
+def _ratio(ratio: summary.Ratio | None) -> dict[str, Any] | None:
+    return None if ratio is None else asdict(ratio)
+
+
+def _place(run: Run) -> dict[str, Any]:
+    return {
+        "question_id": run.question.question_id,
+        "category": run.question.category,
+        "turn": run.turn,
+        "repeat": run.repeat,
+        "temperature": run.temperature,
+        "distinct_4gram": run.distinct_4gram,
+        "counted": run.counted,
+    }
+
+
+def _own_run(run: Run, outcome: Outcome, target: ModelSource) -> dict[str, Any]:
+    """An object as `run --json` prints it, and where it belongs in the measurement."""
+    turn = _turn(run, outcome)
+    return _place(run) | run_object(turn, target=target, plan=outcome.plan, seed=run.sampling.seed)
+
+
+def _other_run(run: Run) -> dict[str, Any]:
+    answer = run.answer
+    return _place(run) | {
+        "token_ids": list(answer.token_ids),
+        "finish_reason": answer.finish_reason,
+        "steps": answer.num_passes,
+        "ttft_s": answer.ttft_s,
+        "decode_s": answer.decode_s,
+        "tok_per_s": answer.tok_per_s,
+    }
+
+
+def _turn(run: Run, outcome: Outcome) -> Turn:
+    answer, steps = run.answer, run.answer.steps
+    per_step = 1 / answer.num_passes
+    return Turn(
+        message=Message("assistant", run.text),
+        token_ids=answer.token_ids,
+        finish_reason=answer.finish_reason,
+        usage=Usage(len(run.prompt_ids), answer.cached_tokens, len(answer.token_ids)),
+        timings=Timings(
+            load_s=outcome.load_s,
+            ttft_s=answer.ttft_s,
+            decode_s=answer.decode_s,
+            draft_s=sum(step.draft_s for step in steps),
+            verify_s=sum(step.verify_s for step in steps),
+            stream_wait_s=sum(step.stream_wait_s for step in steps),
+            tok_per_s=answer.tok_per_s,
+        ),
+        speculation=Speculation(
+            steps=answer.num_passes,
+            prefill_passes=len(steps) - answer.num_passes,
+            tokens_per_step=answer.tokens_per_step,
+            accepted_per_step=sum(step.accepted for step in steps) * per_step,
+            mean_tree_nodes=sum(step.tree_nodes for step in steps) * per_step,
+            tree_budget=outcome.plan.tree_budget,
+        ),
+        memory=outcome.memory,
+    )

@@ -1,0 +1,153 @@
+"""From a plan to the systems that are measured: everything loaded, each baseline on the same layers as we are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import TYPE_CHECKING
+
+from specchat.bench.cold import TimePass
+from specchat.bench.identity import Margin
+from specchat.bench.records import OWN
+from specchat.bench.systems import EngineSystem, OffloadedSystem, System
+from specchat.config import MemoryReport, ModelSource, Plan, Sampling
+from specchat.errors import UsageError
+
+if TYPE_CHECKING:
+    from specchat.engine.engine import Engine
+    from specchat.models.hf_baselines import OffloadedModel
+    from specchat.models.pack import Pack
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a measurement works with.
+
+    Attributes:
+        engine: ours.
+        systems: ours first, then the baselines.
+        offloaded: the baselines' models, by name.
+        margin: of the target's best token over the second, after a text.
+        memory_before: what was held when our system was warm and no baseline loaded.
+    """
+
+    engine: Engine
+    systems: tuple[System, ...]
+    offloaded: dict[str, OffloadedModel]
+    margin: Margin
+    memory_before: MemoryReport
+
+    def memory(self) -> MemoryReport:
+        """What our system holds, without the baselines: they live in the same process, and its peaks are theirs, too.
+
+        On the CPU the device's peak is counted item by item and stays ours; all other peaks are taken from before.
+        """
+        now = self.engine.memory()
+        if not self.offloaded:
+            return now
+        device_peak = (
+            now.device_peak_bytes if self.engine.plan.device == "cpu" else self.memory_before.device_peak_bytes
+        )
+        return replace(self.memory_before, device_peak_bytes=device_peak)
+
+    def pass_timers(self, rows: int) -> dict[str, TimePass]:
+        """What times one pass of `rows` rows, for every system that has passes of its own: ours first."""
+        from specchat.engine.measuring import measure_pass
+
+        def own() -> tuple[float, int | None]:
+            timed = measure_pass(self.engine, rows)
+            return timed.pass_s, timed.streamed_bytes
+
+        def other(model: OffloadedModel) -> tuple[float, int | None]:
+            return model.measure_pass(rows), None
+
+        timers: dict[str, TimePass] = {OWN: own}
+        if "accelerate" in self.offloaded:
+            timers["accelerate"] = partial(other, self.offloaded["accelerate"])
+        return timers
+
+
+def check_baselines(names: Sequence[str], draft: ModelSource | None) -> None:
+    """Refuses a baseline that lacks what it needs.
+
+    Raises:
+        UsageError: assisted generation without a draft.
+    """
+    if "assisted" in names and draft is None:
+        raise UsageError("the baseline 'assisted' needs a draft", hint="give one with --draft")
+
+
+@contextmanager
+def load(
+    plan: Plan,
+    target: ModelSource,
+    draft: ModelSource | None,
+    pack: Pack | None,
+    baselines: Sequence[str],
+    *,
+    warm_up: Callable[[EngineSystem], None],
+    evict: Callable[[], None] | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Iterator[Loaded]:
+    """Loads the engine and the baselines, and closes them.
+
+    Args:
+        plan: of the engine; the baselines keep the same layers on the device.
+        target: the model.
+        draft: its draft, or None.
+        pack: its weights repacked, or None.
+        baselines: plain, accelerate, assisted.
+        warm_up: run with our own system before any baseline is there, so that our memory is ours.
+        evict: takes the weights out of the page cache; then run before every pass of every system.
+        say: told what is being loaded.
+    """
+    from specchat.engine import measuring
+    from specchat.engine.engine import Engine
+
+    with ExitStack() as stack:
+        say(f"loading {target.name}")
+        engine = stack.enter_context(Engine.load(plan, target, draft, pack))
+        own = _own_system(OWN, engine, evict)
+        warm_up(own)
+        memory_before = engine.memory()
+        systems: list[System] = [own]
+        offloaded: dict[str, OffloadedModel] = {}
+        for name in baselines:
+            if name == "plain":
+                systems.append(_own_system(name, engine, evict))
+                continue
+            say(f"loading {target.name} for {name}")
+            offloaded[name] = stack.enter_context(_offloaded(plan, target, draft if name == "assisted" else None))
+            systems.append(OffloadedSystem(name, offloaded[name], evict))
+
+        @cache
+        def margin(context: tuple[int, ...], sampling: Sampling) -> tuple[float, float]:
+            found = measuring.margin_after(engine, context, sampling)
+            return found.margin, found.scale
+
+        yield Loaded(engine, tuple(systems), offloaded, margin, memory_before)
+
+
+def _own_system(name: str, engine: Engine, evict: Callable[[], None] | None) -> EngineSystem:
+    from specchat.engine import measuring
+
+    def between_passes() -> None:
+        if evict is not None:
+            evict()
+            measuring.drop_prefetched(engine)
+
+    return EngineSystem(
+        name,
+        engine,
+        forget=partial(measuring.forget, engine),
+        scope=nullcontext if name == OWN else partial(measuring.without_draft, engine),
+        between_passes=between_passes,
+    )
+
+
+def _offloaded(plan: Plan, target: ModelSource, draft: ModelSource | None) -> OffloadedModel:
+    from specchat.models.hf_baselines import OffloadedModel
+
+    return OffloadedModel(target, dtype=plan.dtype, device=plan.device, resident=plan.resident, draft=draft)

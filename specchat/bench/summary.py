@@ -1,0 +1,227 @@
+"""From runs to figures: means, spreads, speedups with their uncertainty. Pure arithmetic over records."""
+
+import math
+import random
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from specchat.bench.records import Run
+from specchat.config import Step
+
+# Resampling with a fixed seed: the same runs give the same interval.
+_RESAMPLES = 2000
+_CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and standard deviation over answers; None where there are too few for it."""
+
+    mean: float | None
+    sd: float | None
+
+
+@dataclass(frozen=True)
+class PassSplit:
+    """Where the time of a mean pass goes; seconds, and together `pass_s`.
+
+    Attributes:
+        link_wait_s: the target waited for layers.
+        compute_s: the target computed.
+        draft_s: drafting that the pass did not hide.
+        head_s: head, processors, the walk.
+        host_s: the rest: caches, bookkeeping.
+    """
+
+    link_wait_s: float
+    compute_s: float
+    draft_s: float
+    head_s: float
+    host_s: float
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a set of answers of one system comes to; means over the answers that count.
+
+    Attributes:
+        answers: of which there were so many.
+        counted: those that do not repeat themselves.
+        tok_per_s: prefill included.
+        decode_tok_per_s: after the first pass.
+        ttft_s: time to the first token.
+        prompt_tok_per_s: new prompt tokens per second of it.
+        tokens_per_step: tokens per pass of the target.
+        distinct_4gram: over all answers, also those that do not count.
+        pass_s: mean time of a pass, drafting included; None without records of passes, as all below.
+        draft_share: drafting's share of it.
+        split: where it goes.
+        achieved_bytes_per_s: streamed bytes per second of whole passes; None if nothing streams.
+        accept_by_depth: of the trees that went so deep, how many had their d-th guess accepted; from depth 1.
+    """
+
+    answers: int
+    counted: int
+    tok_per_s: Spread
+    decode_tok_per_s: Spread
+    ttft_s: Spread
+    prompt_tok_per_s: Spread
+    tokens_per_step: Spread
+    distinct_4gram: Spread
+    pass_s: float | None
+    draft_share: float | None
+    split: PassSplit | None
+    achieved_bytes_per_s: float | None
+    accept_by_depth: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How much more one system does than another, over pairs of answers to the same prompt.
+
+    Attributes:
+        ratio: geometric mean over the pairs.
+        low, high: 95% interval by resampling questions; None with one question only.
+        pairs: answers compared.
+        p_value: how often chance alone would give so unequal pairs; None with one question only.
+    """
+
+    ratio: float
+    low: float | None
+    high: float | None
+    pairs: int
+    p_value: float | None
+
+
+def figures(runs: Iterable[Run]) -> Figures:
+    """The figures of one system's runs."""
+    every = list(runs)
+    counted = [run for run in every if run.counted]
+    steps = [step for run in counted for step in run.answer.steps]
+    pass_s = sum(step.pass_s for step in steps)
+    streamed = sum(step.streamed_bytes for step in steps)
+    return Figures(
+        answers=len(every),
+        counted=len(counted),
+        tok_per_s=spread(run.answer.tok_per_s for run in counted),
+        decode_tok_per_s=spread(run.answer.decode_tok_per_s for run in counted),
+        ttft_s=spread(run.answer.ttft_s for run in counted),
+        prompt_tok_per_s=spread(_prompt_tok_per_s(run) for run in counted),
+        tokens_per_step=spread(run.answer.tokens_per_step for run in counted),
+        distinct_4gram=spread(run.distinct_4gram for run in every),
+        pass_s=pass_s / len(steps) if steps else None,
+        draft_share=sum(step.draft_s for step in steps) / pass_s if steps else None,
+        split=_split(steps),
+        achieved_bytes_per_s=streamed / pass_s if streamed else None,
+        accept_by_depth=_accept_by_depth(steps),
+    )
+
+
+def spread(values: Iterable[float | None]) -> Spread:
+    """Mean and standard deviation of the values that are there."""
+    known = [value for value in values if value is not None]
+    return Spread(
+        statistics.fmean(known) if known else None,
+        statistics.stdev(known) if len(known) > 1 else None,
+    )
+
+
+def run_spread(runs: Iterable[Run]) -> float | None:
+    """How much the mean tok/s differs from repeat to repeat: standard deviation / mean; None with one repeat."""
+    by_repeat: dict[int, list[float]] = {}
+    for run in runs:
+        if run.counted:
+            by_repeat.setdefault(run.repeat, []).append(run.answer.tok_per_s)
+    means = [statistics.fmean(values) for values in by_repeat.values()]
+    return statistics.stdev(means) / statistics.fmean(means) if len(means) > 1 else None
+
+
+def speedup(ours: Iterable[Run], theirs: Iterable[Run]) -> Ratio | None:
+    """Our tok/s over theirs, paired by prompt and repeat; None if no pair counts."""
+    base = {(run.prompt, run.repeat): run for run in theirs if run.counted}
+    logs: dict[str, list[float]] = {}
+    for run in ours:
+        other = base.get((run.prompt, run.repeat))
+        if other is not None and run.counted:
+            logs.setdefault(run.question.question_id, []).append(
+                math.log(run.answer.tok_per_s / other.answer.tok_per_s)
+            )
+    return ratio_of(logs)
+
+
+def ratio_of(logs_by_question: dict[str, list[float]]) -> Ratio | None:
+    """A ratio and its uncertainty from the logarithms of paired ratios.
+
+    Answers to one question (turns, temperatures, repeats) go together: they are not independent of each other.
+    """
+    groups = [logs for logs in logs_by_question.values() if logs]
+    if not groups:
+        return None
+    every = [log for logs in groups for log in logs]
+    low, high = _interval(groups)
+    return Ratio(math.exp(statistics.fmean(every)), low, high, len(every), _p_value(groups))
+
+
+def _interval(groups: Sequence[Sequence[float]]) -> tuple[float | None, float | None]:
+    """The percentile bootstrap over groups."""
+    if len(groups) < 2:
+        return None, None
+    generator = random.Random(0)
+    means = []
+    for _ in range(_RESAMPLES):
+        chosen = [log for _ in groups for log in generator.choice(groups)]
+        means.append(statistics.fmean(chosen))
+    means.sort()
+    tail = round(_RESAMPLES * (1 - _CONFIDENCE) / 2)
+    return math.exp(means[tail]), math.exp(means[-1 - tail])
+
+
+def _p_value(groups: Sequence[Sequence[float]]) -> float | None:
+    """The sign-flip test on the groups' means: were there no difference, each might as well have the other sign."""
+    if len(groups) < 2:
+        return None
+    means = [statistics.fmean(logs) for logs in groups]
+    observed = abs(sum(means)) * (1 - 1e-12)
+    if len(means) <= 12:
+        flips = [_signs(number, len(means)) for number in range(1 << len(means))]
+        return sum(_flipped(means, signs) >= observed for signs in flips) / len(flips)
+    generator = random.Random(0)
+    hits = sum(
+        _flipped(means, _signs(generator.getrandbits(len(means)), len(means))) >= observed for _ in range(_RESAMPLES)
+    )
+    return (hits + 1) / (_RESAMPLES + 1)
+
+
+def _signs(bits: int, count: int) -> list[int]:
+    return [1 if bits >> i & 1 else -1 for i in range(count)]
+
+
+def _flipped(means: Sequence[float], signs: Sequence[int]) -> float:
+    return abs(sum(mean * sign for mean, sign in zip(means, signs, strict=True)))
+
+
+def _prompt_tok_per_s(run: Run) -> float:
+    return (len(run.prompt_ids) - run.answer.cached_tokens) / run.answer.ttft_s
+
+
+def _split(steps: Sequence[Step]) -> PassSplit | None:
+    if not steps:
+        return None
+    mean: Callable[[Callable[[Step], float]], float] = lambda part: statistics.fmean(map(part, steps))  # noqa: E731
+    return PassSplit(
+        link_wait_s=mean(lambda step: step.stream_wait_s),
+        compute_s=mean(lambda step: step.verify_s - step.stream_wait_s),
+        draft_s=mean(lambda step: step.draft_s),
+        head_s=mean(lambda step: step.sample_s),
+        host_s=mean(lambda step: step.pass_s - step.verify_s - step.draft_s - step.sample_s),
+    )
+
+
+def _accept_by_depth(steps: Sequence[Step]) -> tuple[float, ...]:
+    deepest = max((step.depth for step in steps), default=0)
+    shares = []
+    for depth in range(1, deepest + 1):
+        offered = [step for step in steps if step.depth >= depth]
+        shares.append(sum(step.accepted >= depth for step in offered) / len(offered))
+    return tuple(shares)

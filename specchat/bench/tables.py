@@ -1,0 +1,270 @@
+"""A report as tables of text, for whatever shows them: the terminal, Markdown. Made from the JSON, also an old one."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from specchat.units import format_bytes, format_rate
+
+_NOTHING = "-"
+_MAX_DEPTHS = 12
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under a title.
+
+    Attributes:
+        title: what it shows.
+        header: names of the columns.
+        rows: as many cells each.
+        note: what one must know to read it, or nothing.
+    """
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+
+def report_tables(report: Mapping[str, Any]) -> list[Table]:
+    """Everything that a report of `bench --json` has to say."""
+    if report.get("sweep"):
+        return [_sweep(report["sweep"])]
+    tables = [_systems(report)]
+    if report["baselines"]:
+        tables.append(_identity(report))
+    tables += _passes(report["summary"])
+    tables.append(_memory(report["summary"], report["plan"]))
+    if report["disk_passes"]:
+        tables.append(_disk_passes(report["disk_passes"]))
+    left_out = _left_out(report["runs"])
+    return [*tables, left_out] if left_out.rows else tables
+
+
+def share_lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What belongs beside any figure that is passed on: (name, value)."""
+    machine, plan, settings = report["machine"], report["plan"], report["settings"]
+    gpus = ", ".join(gpu["name"] for gpu in machine["gpus"])
+    ram = format_bytes(machine["ram"]["total_bytes"])
+    hardware = f"{machine['cpu']['name']}, {machine['cpu']['cores']} cores, {ram} RAM"
+    layers = f"{plan['resident_layers']} layers resident, {plan['streamed_layers']} streamed"
+    budget = f"{format_bytes(plan['device_bytes'])} of {format_bytes(plan['device_budget_bytes'])}"
+    return [
+        ("model", report["model"] + _label(report)),
+        ("draft", f"{plan['draft'] or 'none'}, tree budget {plan['tree_budget']}"),
+        ("plan", f"{plan['device']}, {plan['dtype']}, quant {plan['quant']}, ctx {plan['ctx']}, {layers}, {budget}"),
+        ("machine", f"{gpus}; {hardware}" if gpus else hardware),
+        ("versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items())),
+        (
+            "asked",
+            f"{report['questions']['asked']} questions ({settings['prompts']}), {settings['repeats']} times, "
+            f"at most {settings['max_tokens']} tokens, seed {settings['seed']}",
+        ),
+        ("command", report["command"]),
+        ("date", report["created"]),
+    ]
+
+
+def notes(report: Mapping[str, Any]) -> list[str]:
+    """What a reader must not miss."""
+    found = []
+    if report["partial"]:
+        found.append("PARTIAL: the measurement was interrupted; these are the answers that were complete by then")
+    if report["label"]:
+        found.append(f"{report['model']}: {report['label']}")
+    questions = report["questions"]
+    if questions["turns_too_long"]:
+        found.append(f"{questions['turns_too_long']} turns left out: the context has no room for them")
+    if questions["not_begun"]:
+        found.append(f"{questions['not_begun']} questions left out for time; --limit N asks N of them, however long")
+    return found
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number to so many significant digits, without exponent."""
+    if value is None:
+        return _NOTHING
+    if value == 0:
+        return "0"
+    magnitude = len(str(int(abs(value)))) if abs(value) >= 1 else 0
+    return f"{value:,.{max(digits - magnitude, 0)}f}" if abs(value) >= 0.01 else f"{value:.{digits - 1}g}"
+
+
+def spread(figure: Mapping[str, Any]) -> str:
+    """Mean and standard deviation."""
+    return number(figure["mean"]) + (f" ± {number(figure['sd'])}" if figure["sd"] is not None else "")
+
+
+def ratio(figure: Mapping[str, Any] | None) -> str:
+    """A ratio and its interval."""
+    if figure is None:
+        return _NOTHING
+    interval = "" if figure["low"] is None else f" [{number(figure['low'])}, {number(figure['high'])}]"
+    return f"{number(figure['ratio'])}x{interval}"
+
+
+def milliseconds(seconds: float | None) -> str:
+    """A short time."""
+    return _NOTHING if seconds is None else f"{number(seconds * 1e3)} ms"
+
+
+def share(value: float | None) -> str:
+    """A share of a whole."""
+    return _NOTHING if value is None else f"{value:.0%}" if value >= 0.1 else f"{value:.1%}"
+
+
+def _rate(bytes_per_s: float | None) -> str:
+    return _NOTHING if bytes_per_s is None else format_rate(bytes_per_s)
+
+
+def _label(report: Mapping[str, Any]) -> str:
+    return f" ({report['label']})" if report["label"] else ""
+
+
+def _temperature(value: float) -> str:
+    return "greedy" if value == 0 else f"t={value:g}"
+
+
+def _systems(report: Mapping[str, Any]) -> Table:
+    rows = [("specchat", entry, None) for entry in report["summary"]["by_temperature"]]
+    for baseline in report["baselines"]:
+        rows += [(baseline["name"], entry, entry["speedup"]) for entry in baseline["by_temperature"]]
+    rows.sort(key=lambda row: row[1]["temperature"])
+    run_spread = report["summary"]["run_spread"]
+    note = "means ± standard deviation over answers, prefill and first step included; [95% interval]"
+    if run_spread is not None:
+        note += f"; from repeat to repeat {share(run_spread)}"
+    return Table(
+        "speed",
+        ("system", "", "tok/s", "TTFT s", "tok/pass", "distinct 4-grams", "answers", "specchat is faster by"),
+        tuple(
+            (
+                name,
+                _temperature(entry["temperature"]),
+                spread(entry["tok_per_s"]),
+                spread(entry["ttft_s"]),
+                number(entry["tokens_per_step"]["mean"]),
+                number(entry["distinct_4gram"]["mean"]),
+                f"{entry['counted_answers']} of {entry['answers']}",
+                "" if name == "specchat" else ratio(speedup),
+            )
+            for name, entry, speedup in rows
+        ),
+        note,
+    )
+
+
+def _identity(report: Mapping[str, Any]) -> Table:
+    rows = [
+        (
+            baseline["name"],
+            {True: "identical", False: "DIFFERENT", None: _NOTHING}[baseline["identical_output"]],
+            f"{baseline['compared_answers']} answers, {baseline['compared_tokens']:,} tokens",
+            _difference(baseline),
+        )
+        for baseline in report["baselines"]
+    ]
+    note = "accelerate and assisted draw with transformers' own random numbers: only their greedy texts are compared"
+    return Table("same output?", ("against", "", "compared", "first difference"), tuple(rows), note)
+
+
+def _difference(baseline: Mapping[str, Any]) -> str:
+    first = baseline["first_difference"]
+    if first is None:
+        return _NOTHING
+    where = f"{first['question_id']} turn {first['turn']}, {_temperature(first['temperature'])}, token {first['index']}"
+    kind = "a near-tie" if first["near_tie"] else "NOT a near-tie"
+    count = f"{baseline['differing_answers']} answers differ, {baseline['near_ties']} of them by near-ties"
+    return f"{where}: {kind} (margin {number(first['margin'])}); {count}"
+
+
+def _passes(summary: Mapping[str, Any]) -> Iterator[Table]:
+    split = summary["pass_split"]
+    if split is not None:
+        names = {
+            "link_wait_s": "waiting for layers",
+            "compute_s": "computing",
+            "draft_s": "drafting, not hidden",
+            "head_s": "head and sampling",
+            "host_s": "host",
+        }
+        rows = [(text, milliseconds(split[key]), share(split[key] / summary["pass_s"])) for key, text in names.items()]
+        yield Table("a mean pass", ("", "time", "share"), (*rows, ("all", milliseconds(summary["pass_s"]), "")))
+    depths = summary["accept_by_depth"][:_MAX_DEPTHS]
+    if depths:
+        header = ("depth", *(str(depth) for depth in range(1, len(depths) + 1)))
+        yield Table("guesses accepted, by depth", header, (("share", *map(share, depths)),))
+
+
+def _memory(summary: Mapping[str, Any], plan: Mapping[str, Any]) -> Table:
+    stream = summary["stream"]
+    rows = [
+        ("device memory, peak", format_bytes(summary["device_peak_bytes"])),
+        ("device memory, planned", format_bytes(summary["predicted_device_bytes"])),
+        ("host memory, peak", format_bytes(summary["host_peak_bytes"])),
+        ("streamed by a pass", format_bytes(plan["streamed_bytes_per_step"])),
+    ]
+    if stream["achieved_bytes_per_s"] is not None:
+        rows.append(("link, achieved over whole passes", format_rate(stream["achieved_bytes_per_s"])))
+    if stream["link_bytes_per_s"] is not None:
+        rows.append(("link, alone", format_rate(stream["link_bytes_per_s"])))
+    rows.append(("loading", f"{number(summary['load_s'])} s"))
+    return Table("memory and link", ("", ""), tuple(rows))
+
+
+def _disk_passes(passes: Mapping[str, Any]) -> Table:
+    raw = passes["raw"]
+    rows = [("raw reads", _NOTHING, format_rate(raw["bytes_per_s"]), _NOTHING, _NOTHING)]
+    rows += [
+        (
+            system["name"],
+            milliseconds(system["pass_s"]),
+            _rate(system["achieved_bytes_per_s"]),
+            share(system["utilisation"]),
+            f"{number(system['relative_pass_s'])}x",
+        )
+        for system in passes["systems"]
+    ]
+    how = "past the page cache" if raw["direct"] else "through the page cache"
+    note = (
+        f"medians of {passes['rounds']} rounds in turn; {share(passes['resident_share'])} of the files' pages were "
+        f"in the page cache before a pass; raw reads {how}"
+    )
+    kind = "cold " if passes["cold"] else ""
+    header = ("", "pass", "rate", "of raw", "specchat's time")
+    return Table(f"{kind}passes of {passes['rows']} rows", header, tuple(rows), note)
+
+
+def _sweep(sweep: Mapping[str, Any]) -> Table:
+    rows = []
+    for point in sweep["points"]:
+        summary, plan = point["summary"], point["plan"]
+        rows.append(
+            (
+                point["value"],
+                spread(summary["tok_per_s"]),
+                number(summary["tokens_per_step"]["mean"]),
+                milliseconds(summary["pass_s"]),
+                share(summary["draft_share"]),
+                f"{plan['resident_layers']} + {plan['streamed_layers']}",
+                format_bytes(summary["device_peak_bytes"]),
+                ", ".join(f"{name} {ratio(figure)}" for name, figure in point["speedup"].items()) or _NOTHING,
+            )
+        )
+    header = ("tok/s", "tok/pass", "pass", "drafting", "resident + streamed", "device memory", "faster than")
+    return Table(f"by {sweep['option']}", (sweep["option"], *header), tuple(rows))
+
+
+def _left_out(runs: Sequence[Mapping[str, Any]]) -> Table:
+    rows = {
+        (
+            f"{run['question_id']} turn {run['turn']}",
+            _temperature(run["temperature"]),
+            number(run["distinct_4gram"]),
+        )
+        for run in runs
+        if not run["counted"]
+    }
+    header = ("answer", "", "distinct 4-grams")
+    return Table("answers that repeat themselves, left out of means", header, tuple(sorted(rows)))

@@ -1,0 +1,246 @@
+"""`specchat bench`: from checked options to a report."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING, Any
+
+from specchat.cli import options as parse
+from specchat.cli import run as shared
+from specchat.cli.bench_options import BenchOptions
+from specchat.cli.options import RunOptions
+from specchat.config import ModelSource, Plan
+from specchat.errors import UsageError
+
+if TYPE_CHECKING:
+    from specchat.bench.cold import Files
+    from specchat.bench.measure import Job
+    from specchat.bench.prompts import Question
+    from specchat.bench.records import Settings
+    from specchat.bench.report import Outcome
+    from specchat.models.pack import Pack
+    from specchat.ui.bench_view import ReportView
+    from specchat.ui.console import Talk
+
+_INTERRUPTED = 130
+_DEFAULT_REPEATS = 3
+_DEFAULT_MAX_TOKENS = 64
+_DEFAULT_SEED = 0
+_TIME_BOX_S = 110.0
+
+
+def bench(options: BenchOptions) -> int:
+    """Does what `specchat bench` was asked to; returns the exit code."""
+    return _measure(options) if options.compare is None else _compare(options, *options.compare)
+
+
+# --- comparing ---------------------------------------------------------------------------------------------------
+
+
+def _compare(options: BenchOptions, a: Path, b: Path) -> int:
+    from specchat.bench.compare import comparison_object, comparison_table, read_report
+    from specchat.bench.export import markdown_table
+
+    comparison = comparison_object(read_report(a), read_report(b))
+    if options.output == "table":
+        _view().table(comparison_table(comparison))
+    else:
+        is_markdown = options.output == "md"
+        shared._print(markdown_table(comparison_table(comparison)) if is_markdown else shared._json(comparison))
+    return 0
+
+
+# --- measuring ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Point:
+    """One plan to be measured: all there is, or one value of a sweep."""
+
+    value: str
+    options: RunOptions
+    models: "shared._Models"
+
+
+def _measure(options: BenchOptions) -> int:
+    from specchat.bench.measure import measure
+    from specchat.ui.bench_view import BenchLine
+    from specchat.ui.console import talk
+    from specchat.ui.interrupts import Interrupts
+
+    say = talk(quiet=options.model.quiet)
+    questions = _questions(options)
+    points = _points(options, say)
+    cancel, outcomes = Event(), []
+    with BenchLine(say) as progress, Interrupts().setting(cancel):
+        jobs = [_job(options, point, questions, len(points), say) for point in points]
+        for point, job in zip(points, jobs, strict=True):
+            if not cancel.is_set():
+                progress.part = f"{options.sweep[0]}={point.value}" if options.sweep else ""
+                outcomes.append((point, job, measure(job, cancel, progress.update)))
+    _print_report(options, _report(options, outcomes))
+    return _INTERRUPTED if cancel.is_set() else 0
+
+
+def _questions(options: BenchOptions) -> "tuple[Question, ...]":
+    from specchat.bench.prompts import BUILT_IN, read_questions
+
+    questions = BUILT_IN if options.prompts is None else read_questions(options.prompts)
+    return questions[: options.limit]
+
+
+def _points(options: BenchOptions, say: "Talk") -> list[_Point]:
+    """What is to be measured, every model located."""
+    if options.sweep is None:
+        # What is to come from the disk must not be planned to stay in the page cache.
+        chosen = replace(options.model, ram_bytes=0) if options.cold else options.model
+        return [_located("", chosen, say)]
+    name, values = options.sweep
+    return [_located(value, _with(options.model, name, value), say) for value in values]
+
+
+def _located(value: str, options: RunOptions, say: "Talk") -> _Point:
+    refs = shared._parse_models(options)
+    shared._prepare_libraries()
+    return _Point(value, options, shared._locate_models(options, refs, say))
+
+
+def _with(options: RunOptions, name: str, value: str) -> RunOptions:
+    """The options with one of them replaced by a sweep's value."""
+    match name:
+        case "tree-budget":
+            return replace(options, tree_budget=parse.tree_budget(value))
+        case "vram":
+            return replace(options, vram_bytes=parse.size("--vram", value))
+        case "ctx":
+            return replace(options, ctx=parse.whole("--ctx", value, 1))
+    return replace(options, draft=value)
+
+
+def _job(
+    options: BenchOptions, point: _Point, questions: "tuple[Question, ...]", num_points: int, say: "Talk"
+) -> "Job":
+    from specchat.bench.measure import Job
+    from specchat.bench.setup import check_baselines
+    from specchat.models.hf_compat import load_generation_defaults, load_tokenizer
+
+    target, draft = point.models.target, point.models.draft
+    default = () if options.sweep else ("plain",)
+    baselines = default if options.baselines is None else options.baselines
+    check_baselines(baselines, draft)
+    plan = shared._make_plan(point.options, point.models)
+    _check_cold(options, plan)
+    pack = shared._pack(target, plan, say)
+    tokenizer = load_tokenizer(target.path)
+    return Job(
+        plan=plan,
+        target=target,
+        draft=draft,
+        tokenizer=tokenizer,
+        stop_ids=shared._stop_ids(load_generation_defaults(target.path), tokenizer),
+        questions=questions,
+        settings=_settings(options, num_points),
+        baselines=baselines,
+        cold=options.cold,
+        passes=options.passes or options.cold,
+        pack=pack,
+        files=_files(target, plan, pack),
+    )
+
+
+def _files(target: ModelSource, plan: Plan, pack: "Pack | None") -> "Files":
+    """What our passes read, and what the baselines' do."""
+    from specchat.bench.cold import Files
+    from specchat.models.checkpoint import weight_files
+
+    theirs = weight_files(target.path)
+    own = theirs if pack is None else [pack.layers[index].path for index in plan.streamed]
+    return Files(own, sorted({*own, *theirs}))
+
+
+def _settings(options: BenchOptions, num_points: int) -> "Settings":
+    from specchat.bench.records import Settings
+
+    return Settings(
+        max_tokens=options.model.max_tokens or _DEFAULT_MAX_TOKENS,
+        repeats=options.repeats or _DEFAULT_REPEATS,
+        seed=_DEFAULT_SEED if options.model.seed is None else options.model.seed,
+        time_box_s=_TIME_BOX_S / num_points if options.limit is None else None,
+    )
+
+
+def _check_cold(options: BenchOptions, plan: Plan) -> None:
+    if options.cold and plan.device != "cpu":
+        raise UsageError(f"--cold measures streaming from disk, but {plan.device} streams from RAM", "--device cpu")
+    if options.cold and not plan.streamed:
+        raise UsageError("--cold measures streaming from disk, but every layer stays in memory", "a smaller --vram")
+
+
+# --- the report --------------------------------------------------------------------------------------------------
+
+
+def _report(options: BenchOptions, measured: "Sequence[tuple[_Point, Job, Outcome]]") -> dict[str, Any]:
+    """The report; in a sweep, the fastest point's plan and answers stand at the top."""
+    from specchat.bench import report
+
+    objects = [report.outcome_object(outcome, job.target) for _, job, outcome in measured]
+    speeds = [each["summary"]["tok_per_s"]["mean"] or 0.0 for each in objects]
+    best = speeds.index(max(speeds))
+    point, job, outcome = measured[best]
+    sweep = None
+    if options.sweep is not None:
+        points = [{"value": each.value, **made} for (each, _, _), made in zip(measured, objects, strict=True)]
+        sweep = {"option": options.sweep[0], "best": point.value, "points": points}
+    return report.report_object(
+        _head(options, job, outcome, partial=any(each.measurement.partial for _, _, each in measured)),
+        {
+            **objects[best],
+            "disk_passes": report.disk_passes_object(outcome.disk_passes),
+            "sweep": sweep,
+        },
+    )
+
+
+def _head(options: BenchOptions, job: "Job", outcome: "Outcome", *, partial: bool) -> dict[str, Any]:
+    from specchat.bench import report
+    from specchat.bench.machine import machine_object, versions_object
+
+    prompts = "built-in" if options.prompts is None else options.prompts.name
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(("specchat", *options.command)),
+        "partial": partial,
+        "model": job.target.name,
+        "revision": job.target.revision,
+        "label": job.target.label,
+        "machine": machine_object(outcome.plan.device),
+        "versions": versions_object(),
+        "settings": report.settings_object(job.settings, prompts=prompts, limit=options.limit),
+        "questions": report.counts_object(outcome.measurement),
+    }
+
+
+def _print_report(options: BenchOptions, report: dict[str, Any]) -> None:
+    from specchat.bench import export
+
+    match options.output:
+        case "table":
+            _view().report(report)
+        case "md":
+            shared._print(export.markdown(report))
+        case "json":
+            shared._print(shared._json(report))
+        case "jsonl":
+            shared._print(export.json_lines(report))
+        case "csv":
+            shared._print(export.comma_separated(report))
+
+
+def _view() -> "ReportView":
+    from specchat.ui.bench_view import ReportView
+
+    return ReportView(sys.stdout)

@@ -1,0 +1,130 @@
+"""A measurement on the screen: how far it is, and what came of it."""
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from specchat.bench.runner import Progress
+from specchat.bench.tables import Table, notes, number, report_tables, share_lines
+from specchat.ui.console import Talk, neutral, wants_styles
+
+_LOG_EVERY_S = 30.0
+_WIDTH_OFF_TERMINAL = 200
+_CHART_COLUMNS = 50
+
+
+class BenchLine:
+    """Shows how far a measurement is: in place on terminals that can, else a line now and then.
+
+    Args:
+        talk: where to.
+
+    Attributes:
+        part: of a sweep, the value that is measured now.
+    """
+
+    def __init__(self, talk: Talk) -> None:
+        self._talk = talk
+        self._begin = time.monotonic()
+        self._logged_at = float("-inf")
+        self.part = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def update(self, progress: Progress) -> None:
+        """Something else is being done now."""
+        line = progress_line(progress, time.monotonic() - self._begin, self.part)
+        if self._talk.console.is_terminal:
+            self._talk.overwrite(line)
+        elif time.monotonic() - self._logged_at >= _LOG_EVERY_S:
+            self._logged_at = time.monotonic()
+            self._talk.say(line)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._talk.overwrite("")
+
+
+def progress_line(progress: Progress, spent_s: float, part: str = "") -> str:
+    """One line: what, how much of it, for how long, for how much longer."""
+    parts = [*([part] if part else []), progress.what, _minutes(spent_s)]
+    if progress.total:
+        parts.insert(0, f"{progress.done}/{progress.total}")
+    if progress.left_s is not None:
+        parts.append(f"about {_minutes(progress.left_s)} left")
+    return "bench: " + " · ".join(parts)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+
+
+class ReportView:
+    """Prints tables on stdout: drawn on a terminal, plain text elsewhere.
+
+    Args:
+        stream: stdout.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        styled = wants_styles(stream)
+        self._console = Console(
+            file=stream,
+            force_terminal=styled,
+            color_system="auto" if styled else None,
+            highlight=False,
+            markup=False,
+            emoji=False,
+            width=None if stream.isatty() else _WIDTH_OFF_TERMINAL,
+        )
+
+    def report(self, report: Mapping[str, Any]) -> None:
+        """A whole report."""
+        for note in notes(report):
+            self._console.print(Text(neutral(note), "yellow"))
+        for table in report_tables(report):
+            self.table(table)
+        if report["sweep"]:
+            self.chart(report["sweep"])
+        self._console.print(Text("share this", "bold"))
+        for name, value in share_lines(report):
+            self._console.print(Text.assemble((f"  {name:<9}", "dim"), neutral(value)), soft_wrap=True)
+
+    def table(self, table: Table) -> None:
+        """One table."""
+        drawn = RichTable(box=box.SIMPLE_HEAD, title=Text(neutral(table.title), "bold"), title_justify="left")
+        for i, name in enumerate(table.header):
+            drawn.add_column(Text(neutral(name)), justify="left" if i == 0 else "right", overflow="fold")
+        for row in table.rows:
+            drawn.add_row(*(Text(neutral(cell)) for cell in row))
+        self._console.print(drawn)
+        if table.note:
+            self._console.print(Text(neutral(table.note), "dim"))
+        self._console.print()
+
+    def chart(self, sweep: Mapping[str, Any]) -> None:
+        """Speed over the swept option, a bar for each value."""
+        for line in chart_lines(sweep):
+            self._console.print(Text(neutral(line)))
+        self._console.print()
+
+
+def chart_lines(sweep: Mapping[str, Any]) -> list[str]:
+    """Bars of mean tok/s, to eighths of a column."""
+    speeds = [point["summary"]["tok_per_s"]["mean"] or 0.0 for point in sweep["points"]]
+    longest = max(speeds, default=0.0) or 1.0
+    width = max(len(point["value"]) for point in sweep["points"])
+    lines = [f"tok/s by {sweep['option']}"]
+    for point, speed in zip(sweep["points"], speeds, strict=True):
+        eighths = round(speed / longest * _CHART_COLUMNS * 8)
+        bar = "█" * (eighths // 8) + (" ▏▎▍▌▋▊▉"[eighths % 8] if eighths % 8 else "")
+        lines.append(f"  {point['value']:>{width}} {bar} {number(speed)}")
+    return lines

@@ -1,0 +1,226 @@
+"""`specchat bench` itself: a real run on the demo, comparisons, sweeps, interrupts, and what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from importlib.resources import files
+from pathlib import Path
+from types import SimpleNamespace
+
+import jsonschema
+import pytest
+
+from specchat.bench.readme import BEGIN, END, main, with_measured
+from specchat.cli.app import run_command_line
+from specchat.errors import UsageError
+
+SCHEMA = json.loads(files("specchat.bench").joinpath("schema.json").read_text())
+ROOT = Path(__file__).parents[2]
+SMALL = ("--limit", "1", "--max-tokens", "8", "-r", "1", "--vram", "34MiB", "--ctx", "512", "--tree-budget", "16")
+
+
+@pytest.fixture
+def specchat(capfd):
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+
+    def call(*arguments):
+        capfd.readouterr()
+        code = run_command_line(arguments)
+        out, err = capfd.readouterr()
+        return SimpleNamespace(code=code, out=out, err=err)
+
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """Two files of the same measurement, made by the command."""
+    folder = tmp_path_factory.mktemp("reports")
+    made = []
+    for name, extra in (("a", ("--baseline", "plain,accelerate,assisted")), ("b", ("--baseline", "none"))):
+        path = folder / f"{name}.json"
+        with path.open("w") as out, redirect_stdout(out):
+            assert run_command_line(["bench", "demo", *SMALL, *extra, "--json", "-q"]) == 0
+        made.append(path)
+    return made
+
+
+def test_demo_against_every_baseline(reports):
+    report = json.loads(reports[0].read_text())
+    jsonschema.validate(report, SCHEMA)
+    assert report["plan"]["dtype"] == "fp32"
+    assert report["plan"]["streamed_layers"] > 0
+    assert [each["name"] for each in report["baselines"]] == ["plain", "accelerate", "assisted"]
+    for baseline in report["baselines"]:
+        near_ties_only = baseline["near_ties"] == baseline["differing_answers"]
+        assert baseline["identical_output"] or near_ties_only, baseline["first_difference"]
+        assert baseline["compared_answers"] == (4 if baseline["name"] == "plain" else 2)
+        assert report["speedup"][baseline["name"]]["ratio"] > 0
+    plain, accelerate, assisted = report["baselines"]
+    assert plain["tokens_per_step"]["mean"] == accelerate["tokens_per_step"]["mean"] == 1
+    assert assisted["tokens_per_step"]["mean"] > 1
+    assert report["summary"]["stream"]["achieved_bytes_per_s"] > 0
+    split = report["summary"]["pass_split"]
+    assert sum(split.values()) == pytest.approx(report["summary"]["pass_s"])
+    assert {run["temperature"] for run in report["runs"]} == {0.0, 0.7}
+
+
+def test_the_same_seed_writes_the_same(reports):
+    a, b = (json.loads(path.read_text()) for path in reports)
+    assert [run["token_ids"] for run in a["runs"]] == [run["token_ids"] for run in b["runs"]]
+    assert b["baselines"] == []
+    assert b["speedup"] == {}
+
+
+def test_compare(specchat, reports):
+    result = specchat("bench", "--compare", *map(str, reports), "--json")
+    assert result.code == 0, result.err
+    comparison = json.loads(result.out)
+    assert comparison["common_answers"] == comparison["same_output"] == 4
+    figure = comparison["figures"]["tokens_per_step"]
+    assert figure["ratio"] == pytest.approx(1)
+    assert figure["significant"] is None  # one question tells nothing
+    shown = specchat("bench", "--compare", *map(str, reports))
+    assert "tok_per_s" in shown.out
+    assert "fewer than 6 questions" in shown.out
+    assert specchat("bench", "--compare", *map(str, reports), "-o", "md").out.startswith("**B against A**")
+
+
+def test_compare_tells_a_real_difference(specchat, tmp_path, reports):
+    report = json.loads(reports[0].read_text())
+    run = report["runs"][0] | {"counted": True, "distinct_4gram": 1.0}
+    runs = [run | {"question_id": f"q{i}"} for i in range(8)]
+    (tmp_path / "a.json").write_text(json.dumps(report | {"runs": runs}))
+    faster = [each | {"timings": each["timings"] | {"tok_per_s": 2 * run["timings"]["tok_per_s"]}} for each in runs]
+    (tmp_path / "b.json").write_text(json.dumps(report | {"runs": faster}))
+    result = specchat("bench", "--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json"), "--json")
+    figures = json.loads(result.out)["figures"]
+    assert figures["tok_per_s"]["ratio"] == pytest.approx(2)
+    assert figures["tok_per_s"]["significant"] is True
+    assert figures["ttft_s"]["significant"] is False
+
+
+def test_sweep(specchat):
+    result = specchat("bench", "demo", *SMALL, "--sweep", "tree-budget=4,16")
+    assert result.code == 0, result.err
+    assert "tok/s by tree-budget" in result.out
+    assert "█" in result.out
+    assert "\x1b" not in result.out
+
+
+def test_sweep_as_json(specchat):
+    result = specchat("bench", "demo", *SMALL, "--vram", "200MiB", "--sweep", "draft=demo,none", "--json", "-q")
+    assert result.code == 0, result.err
+    report = json.loads(result.out)
+    jsonschema.validate(report, SCHEMA)
+    own, none = report["sweep"]["points"]
+    assert (own["value"], none["value"]) == ("demo", "none")
+    # a target that drafts for itself is always right
+    assert own["summary"]["tokens_per_step"]["mean"] > none["summary"]["tokens_per_step"]["mean"] == 1
+
+
+def test_cold_passes(specchat):
+    result = specchat("bench", "demo", *SMALL, "--max-tokens", "4", "--cold", "--baseline", "accelerate", "--json")
+    if "page cache" in result.err and result.code == 1:
+        pytest.skip("the package is installed on a file system that cannot be evicted")
+    assert result.code == 0, result.err
+    report = json.loads(result.out)
+    jsonschema.validate(report, SCHEMA)
+    passes = report["disk_passes"]
+    assert (passes["rows"], passes["cold"]) == (16, True)
+    assert passes["rounds"] >= 5
+    assert passes["resident_share"] < 0.01
+    assert [system["name"] for system in passes["systems"]] == ["specchat", "accelerate"]
+    assert report["plan"]["streamed_layers"] > 0
+    assert report["summary"]["stream"]["link_bytes_per_s"] == passes["raw"]["bytes_per_s"]
+
+
+def test_passes_from_the_page_cache(specchat):
+    result = specchat("bench", "demo", *SMALL, "--passes", "--baseline", "none")
+    assert result.code == 0, result.err
+    assert "passes of 16 rows" in result.out
+    assert "through the page cache" in result.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["demo", "--baseline", "vllm"], "'vllm' is not a baseline"),
+        (["demo", "--baseline", "assisted", "--draft", "none"], "needs a draft"),
+        (["demo", "-o", "yaml"], "--output must be"),
+        (["demo", "-o", "md", "--json"], "cannot be combined"),
+        (["demo", "--sweep", "quant=int8,int4"], "--sweep cannot vary"),
+        (["demo", "--sweep", "ctx="], "--sweep cannot vary"),
+        (["demo", "--sweep", "vram=12"], "'12' is not a size"),
+        (["demo", "--sweep", "ctx=256", "--cold"], "cannot be combined"),
+        (["demo", "--cold"], "every layer stays in memory"),
+        (["demo", "--sweep", "ctx=256", "--passes"], "cannot be combined"),
+        (["demo", "--limit", "0"], "--limit"),
+        (["demo", "-r", "0"], "--repeats"),
+        (["demo", "--prompts", "/nowhere"], "--prompts cannot read"),
+        (["--compare", "/nowhere", "/nowhere"], "cannot read"),
+        (["demo", "--compare", "a", "b"], "takes no MODEL"),
+        (["--compare", "a", "b", "-o", "csv"], "cannot be printed as csv"),
+        ([], "which MODEL?"),
+        (["demo", "--nope"], "specchat bench --help"),
+    ],
+)
+def test_asked_wrongly(specchat, arguments, words):
+    result = specchat("bench", *arguments)
+    assert result.code == 2, result.err
+    assert words in result.err
+    assert result.out == ""
+
+
+def test_nothing_fits(specchat):
+    result = specchat("bench", "demo", *SMALL[:-2], "--max-tokens", "508", "--draft", "none", "--baseline", "none")
+    assert result.code == 4, result.err
+    assert "none of the 1 questions fits" in result.err
+
+
+def test_files_that_are_no_reports(specchat, tmp_path):
+    other = tmp_path / "other.json"
+    other.write_text("{}")
+    result = specchat("bench", "--compare", str(other), str(other))
+    assert result.code == 2
+    assert "not a report" in result.err
+
+
+def test_interrupted_prints_what_there_is():
+    command = [sys.executable, "-m", "specchat", "bench", "demo", "--baseline", "none", "--json", "-r", "9"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # -q is not given: off a terminal the first line of progress says that loading has begun
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True
+    ) as process:
+        assert process.stderr.readline().startswith("bench: ")
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    report = json.loads(out)
+    jsonschema.validate(report, SCHEMA)
+    assert report["partial"]
+
+
+def test_the_readme_is_written_by_a_command(tmp_path, reports):
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n\n{BEGIN}\n\nold\n\n{END}\n\nafter\n")
+    main([str(page), str(reports[0])])
+    text = page.read_text()
+    assert "old" not in text
+    assert text.startswith(f"before\n\n{BEGIN}\n\n**")
+    assert text.endswith(f"{END}\n\nafter\n")
+    main([str(page), str(reports[0])])
+    assert page.read_text() == text
+    with pytest.raises(UsageError):
+        with_measured("no marks", ["x"])
+
+
+def test_the_readme_has_the_marks():
+    page = (ROOT / "README.md").read_text()
+    assert with_measured(page, ["x"]) != page

@@ -1,0 +1,112 @@
+"""Emptying the page cache, proof of it, raw reads, and the rounds made of them."""
+
+import os
+from pathlib import Path
+from threading import Event
+
+import pytest
+
+from specchat.bench import disk
+from specchat.bench.cold import Files, measure_rounds
+from specchat.errors import SpecchatError
+
+SIZE = 24 << 20
+TMPFS = Path("/dev/shm")
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(os.urandom(SIZE + 1000))  # the last page and the last chunk are partial
+    if _kind(tmp_path) == "tmpfs":
+        pytest.skip("the temporary folder is in memory")
+    return path
+
+
+def _kind(folder):
+    mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines()]
+    inside = [(point, kind) for point, kind in mounts if str(folder).startswith(point)]
+    return max(inside, key=lambda mount: len(mount[0]))[1]
+
+
+def test_evict_empties_the_cache_and_says_so(file):
+    file.read_bytes()
+    assert disk.resident_share([file]) > 0.99
+    assert disk.evict([file]) < disk.MAX_RESIDENT_SHARE
+    assert disk.resident_share([file]) < disk.MAX_RESIDENT_SHARE
+
+
+def test_what_cannot_be_evicted_is_an_error(monkeypatch):
+    if not TMPFS.is_dir() or _kind(TMPFS) != "tmpfs":
+        pytest.skip("no tmpfs here")
+    monkeypatch.setattr(disk, "_PATIENCE_S", 0.2)
+    path = TMPFS / f"specchat-test-{os.getpid()}"
+    path.write_bytes(bytes(1 << 20))
+    try:
+        with pytest.raises(SpecchatError, match="page cache"):
+            disk.evict([path])
+    finally:
+        path.unlink()
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_raw_reads(file, direct):
+    disk.evict([file])
+    read = disk.read_raw([file], direct=direct)
+    assert read.num_bytes == SIZE + 1000
+    assert read.bytes_per_s == read.num_bytes / read.seconds
+    if direct and read.direct:
+        assert disk.resident_share([file]) < 0.1  # O_DIRECT went past the cache
+    if not direct:
+        assert disk.resident_share([file]) > 0.99
+
+
+def test_direct_reads_fall_back_where_they_are_refused(tmp_path, monkeypatch):
+    path = tmp_path / "f"
+    path.write_bytes(bytes(5000))
+    real = os.open
+
+    def refuse(name, flags, *rest):
+        if flags & os.O_DIRECT:
+            raise OSError(22, "Invalid argument")
+        return real(name, flags, *rest)
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert disk.read_raw([path], direct=True).direct is False
+
+
+def test_rounds_take_turns_and_leave_the_first_out(file):
+    order = []
+
+    def system(name, num_bytes):
+        def time_pass():
+            order.append((name, disk.resident_share([file]) < 0.01))
+            return float(len(order)), num_bytes
+
+        return time_pass
+
+    systems = {"specchat": system("specchat", 1000), "accelerate": system("accelerate", None)}
+    rounds = measure_rounds(
+        Files([file], [file]),
+        systems,
+        rows=64,
+        cold=True,
+        direct=True,
+        cancel=Event(),
+        report=lambda _: None,
+        num_rounds=3,
+    )
+    assert order == [("specchat", True), ("accelerate", True)] * 4
+    assert rounds.systems["specchat"].seconds == (3.0, 5.0, 7.0)
+    assert rounds.systems["specchat"].pass_s == 5.0
+    assert rounds.systems["accelerate"].bytes_per_s == 1000 / 6.0
+    assert len(rounds.raw.seconds) == 3
+    assert rounds.raw.streamed_bytes == SIZE + 1000
+    assert rounds.resident_share < disk.MAX_RESIDENT_SHARE
+
+
+def test_interrupted_rounds_are_none(file):
+    cancel = Event()
+    cancel.set()
+    files = Files([file], [file])
+    assert measure_rounds(files, {}, rows=1, cold=True, direct=True, cancel=cancel, report=lambda _: None) is None
