@@ -79,6 +79,7 @@ class Engine:
             check_pair(target, draft)
             check_architecture(draft)
         check_architecture(target)
+        drafter = _load_drafter(plan, draft, dtype, device)  # first: it has no threads that an error would leave behind
         target_model = load_model(
             target,
             dtype=dtype,
@@ -90,7 +91,7 @@ class Engine:
             cache_rows=plan.ctx + plan.tree_budget,
             chunk_rows=plan.chunk_rows,
         )
-        engine = cls(plan, target_model, _load_drafter(plan, draft, dtype, device), runtime_bytes)
+        engine = cls(plan, target_model, drafter, runtime_bytes)
         engine.load_s = time.perf_counter() - begin
         return engine
 

@@ -250,7 +250,7 @@ def test_refused_architectures(models: Models, tmp_path: Path, architecture: str
     with pytest.raises(UnsupportedModelError) as caught:
         Engine.load(plan, source, None)
     check_one_line(caught.value)
-    assert architecture in caught.value.message
+    assert architecture in caught.value.message and "specchat cannot verify trees" in caught.value.message
 
 
 # --- checkpoints that lack something ---------------------------------------------------------------------------------
@@ -265,9 +265,11 @@ def damaged(architecture: str, folder: Path, damage: Callable[[dict[str, torch.T
     return source
 
 
-def check_refused(source: ModelSource, tensor: str, resident: tuple[int, ...] | None) -> None:
+def check_refused(source: ModelSource, tensor: str, resident: tuple[int, ...] | None, *, at_load: bool = True) -> None:
+    """Streamed layers whose experts are merged may be found incomplete when they are first read."""
     plan = make_plan(source, None, num_layers=4, resident=resident)
     with pytest.raises(CorruptCheckpointError) as caught, Engine.load(plan, source, None) as engine:
+        assert not at_load, "found too late, or never"
         write(engine, PROMPT, GREEDY, 2)
     check_one_line(caught.value)
     assert tensor in caught.value.message
@@ -287,7 +289,8 @@ def check_refused(source: ModelSource, tensor: str, resident: tuple[int, ...] | 
     ],
 )
 def test_missing_tensor(tmp_path: Path, architecture: str, tensor: str, resident: tuple[int, ...] | None):
-    check_refused(damaged(architecture, tmp_path, lambda tensors: tensors.pop(tensor)), tensor, resident)
+    source = damaged(architecture, tmp_path, lambda tensors: tensors.pop(tensor))
+    check_refused(source, tensor, resident, at_load=architecture != "mixtral" or resident is None)
 
 
 @pytest.mark.parametrize("resident", [None, ()], ids=["resident", "streamed"])
@@ -311,7 +314,7 @@ def test_missing_expert(tmp_path: Path, resident: tuple[int, ...] | None):
         (gone,) = (key for key in tensors if "layers.1." in key and "experts.2.w3" in key)
         del tensors[gone]
 
-    check_refused(damaged("mixtral", tmp_path, drop), name, resident)
+    check_refused(damaged("mixtral", tmp_path, drop), name, resident, at_load=resident is None)
 
 
 @pytest.mark.parametrize("resident", [None, ()], ids=["resident", "streamed"])
@@ -322,4 +325,4 @@ def test_missing_experts(tmp_path: Path, resident: tuple[int, ...] | None):
         for key in [key for key in tensors if "layers.1." in key and key.endswith("w2.weight")]:
             del tensors[key]
 
-    check_refused(damaged("mixtral", tmp_path, drop), "model.layers.1.mlp.experts", resident)
+    check_refused(damaged("mixtral", tmp_path, drop), "model.layers.1.mlp.experts", resident, at_load=resident is None)

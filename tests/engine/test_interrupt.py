@@ -13,7 +13,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from support.engines import NOTHING, make_plan, random_prompt, write
 from support.tiny_models import VOCAB, make_config, perturbed, random_model, save
@@ -21,6 +21,7 @@ from support.tiny_models import VOCAB, make_config, perturbed, random_model, sav
 from specchat.config import ModelSource, Sampling, Step
 from specchat.engine.disk import ThreadStreamer
 from specchat.engine.engine import Engine
+from specchat.engine.model import PassCancelledError, load_model
 
 NUM_TOKENS = 24
 PROMPT = random_prompt(40, VOCAB)
@@ -114,7 +115,7 @@ def test_cancelling_at_every_look_of_the_first_steps(pair: Pair, name: str):
     expected = pair.fresh_text(PROMPT, sampling)
     steps = pair.engine.generate(PROMPT, sampling, stop_ids=NOTHING, max_tokens=NUM_TOKENS, cancel=cancel)
     next(steps), next(steps)
-    for n in range(1, cancel.looks + 2, 1 if sampling.greedy else 5):
+    for n in range(1, cancel.looks + 2, 1 if sampling.greedy else 9):
         pair.engine.truncate(0)
         assert write_interrupted(pair.engine, sampling, [n]) == expected, n
     assert cancel.looks > 20
@@ -174,6 +175,30 @@ def test_closing_the_iterator_early_and_going_on(pair: Pair, name: str, num_step
     assert context[len(PROMPT) :] == pair.fresh_text(PROMPT, SAMPLINGS[name])
 
 
+def test_a_cancelled_pass_leaves_the_cache_as_it_was(pair: Pair):
+    """One level down: whoever called the model need not clean up behind it."""
+    model = load_model(
+        pair.target,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        resident=(2,),
+        num_slots=2,
+        cache_rows=96,
+        chunk_rows=16,
+    )
+    try:
+        model.append(PROMPT[:25])
+        expected = model.append(PROMPT[25:])
+        for layer in range(4):
+            model.cache.truncate(25)
+            with pytest.raises(PassCancelledError):
+                model.append(random_prompt(30, VOCAB, seed=9), CancelAt(layer + 1))
+            assert [kv.length for kv in model.cache.layers] == [25] * 4
+            assert torch.equal(model.append(PROMPT[25:]), expected)
+    finally:
+        model.close()
+
+
 class RaisingIds(frozenset[int]):
     """Stop tokens at whose n-th lookup, which is in the middle of the walk, something goes wrong."""
 
@@ -187,7 +212,7 @@ class RaisingIds(frozenset[int]):
 
 
 @pytest.mark.parametrize("goes_on", [True, False])
-@pytest.mark.parametrize("lookup", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("lookup", [1, 2, 3, 5])
 def test_an_exception_between_pass_and_commit(pair: Pair, lookup: int, goes_on: bool):
     """A second Ctrl-C, say: rows of a pass whose outcome nobody learnt must not be taken for committed ones."""
     sampling = SAMPLINGS["greedy"]
@@ -207,7 +232,7 @@ def test_an_exception_between_pass_and_commit(pair: Pair, lookup: int, goes_on: 
 
 
 @pytest.mark.parametrize("name", SAMPLINGS)
-@pytest.mark.parametrize("length", [0, 1, 25, 39, 40, 41, 52, 1000])
+@pytest.mark.parametrize("length", [0, 25, 39, 40, 52, 1000])
 def test_truncating_and_going_on(pair: Pair, name: str, length: int):
     """Cut within the prompt, at its end, within the answer, or not at all."""
     sampling = SAMPLINGS[name]
@@ -269,7 +294,7 @@ NUM_LAYERS = 7
 
 def make_layers() -> list[torch.nn.Module]:
     """Layers of different sizes, as the last slot bytes of a small one are another's."""
-    return [torch.nn.Linear(3 + index % 3, 40) for index in range(NUM_LAYERS)]
+    return [torch.nn.Linear(17 + index % 3, 50 * (1 + index % 2)) for index in range(NUM_LAYERS)]
 
 
 class Disk:
@@ -286,10 +311,9 @@ class Disk:
 
     def fill(self, index: int, piece: torch.Tensor) -> None:
         assert threading.current_thread().name.startswith("specchat-streamer")
-        half = len(piece) // 2
-        piece[:half] = index
+        piece.fill_(255)  # what is under way must never be looked at
         self._pause()
-        piece[half:] = index
+        piece.fill_(index)
 
     def close(self) -> None:
         self.closed += 1
@@ -309,10 +333,21 @@ def streaming(
 ) -> Iterator[tuple[ThreadStreamer, list[torch.nn.Module]]]:
     layers = make_layers()
     streamer = ThreadStreamer(layers, streamed, num_slots, disk)
+    watchdog = threading.Timer(10, give_up, [streamer])
+    watchdog.start()
     try:
         yield streamer, layers
     finally:
+        watchdog.cancel()
+        watchdog.join()
         streamer.close()
+
+
+def give_up(streamer: ThreadStreamer) -> None:
+    """A layer that never comes fails the test instead of hanging it."""
+    with streamer._changed:
+        streamer._error = TimeoutError("a layer was not filled in 10 s")
+        streamer._changed.notify_all()
 
 
 @given(
@@ -322,7 +357,7 @@ def streaming(
     num_workers=st.integers(1, 3),
     seed=st.integers(0, 1000),
 )
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=40, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # too slow to shrink
 def test_slots_never_hold_wrong_bytes(streamed: list[int], num_slots: int, passes: list, num_workers: int, seed: int):
     """Passes that run through, stop before some layer, or stop while one is in use; a slow and jittery disk."""
     pauses = random.Random(seed)
@@ -377,28 +412,40 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 class BrokenDisk(Disk):
-    """Fails at a piece of one layer, the second time it is read."""
+    """Cannot read one piece of one layer the second time it is asked for it."""
 
-    reads = 0
+    def __init__(self, broken_layer: int, broken_piece: int) -> None:
+        super().__init__(0)
+        self._broken = broken_layer, broken_piece
+        self._reads = 0
 
-    def fill(self, index: int, piece: torch.Tensor) -> None:
-        super().fill(index, piece)
-        self.reads += index == 3
-        if self.reads == 4:
+    def chunks(self, index: int, slot: torch.Tensor) -> list[Callable[[], None]]:
+        pieces = enumerate(slot.chunk(3))
+        return [partial(self.fill_or_fail, index, piece, (index, i) == self._broken) for i, piece in pieces]
+
+    def fill_or_fail(self, index: int, piece: torch.Tensor, broken: bool) -> None:
+        self._reads += broken
+        if broken and self._reads == 2:
+            piece.fill_(255)
             raise OSError("the disk is gone")
+        self.fill(index, piece)
 
 
+@pytest.mark.parametrize("broken_piece", [0, 1, 2])
+@pytest.mark.parametrize("broken_layer", [1, 3, 5])
 @pytest.mark.parametrize("num_slots", [1, 2, 3])
-def test_errors_of_the_disk_come_out_where_bytes_are_awaited(num_slots: int):
+def test_errors_of_the_disk_come_out_where_bytes_are_awaited(num_slots: int, broken_layer: int, broken_piece: int):
+    """At the broken layer, or before it if the error is known by then; never after it was handed out."""
     num_threads = threading.active_count()
-    disk = BrokenDisk(0)
-    with streaming(disk, [1, 3, 4, 6], num_slots) as (streamer, _):
-        for index in (1, 3, 4, 6):
+    disk = BrokenDisk(broken_layer, broken_piece)
+    with streaming(disk, [1, 3, 4, 5], num_slots) as (streamer, layers):
+        for index in (1, 3, 4, 5):
             streamer.acquire(index)
             streamer.release(index)
         with pytest.raises(OSError, match="the disk is gone"):
-            for index in (1, 3):
+            for index in (1, 3, 4, 5):
                 streamer.acquire(index)
+                assert holds(layers[index], index)
                 streamer.release(index)
         streamer.restart()
         with pytest.raises(OSError, match="the disk is gone"):

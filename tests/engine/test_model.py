@@ -145,12 +145,11 @@ def check_bit_for_bit(source: ModelSource, num_slots: int, resident: tuple[int, 
 
 @pytest.mark.parametrize("num_slots", [1, 2, 3, 4])
 def test_streamed_scores_are_resident_scores_bit_for_bit(checkpoints: Checkpoints, num_slots: int):
-    """Every set of resident layers out of 4 but all of them."""
+    """Streamed layers next to each other, apart, first, last; fewer and more of them than slots."""
     _, source = checkpoints.get("llama")
     expected = passes(load(source))
-    for num_resident in range(4):
-        for resident in itertools.combinations(range(4), num_resident):
-            check_bit_for_bit(source, num_slots, resident, expected)
+    for resident in ((), (0,), (3,), (0, 2), (1, 2), (0, 1, 3)):
+        check_bit_for_bit(source, num_slots, resident, expected)
 
 
 @pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe", "gpt_oss", "gemma3", "phi3", "deepseek_v3"])
@@ -158,7 +157,7 @@ def test_streamed_scores_are_resident_scores_on_other_architectures(checkpoints:
     """Experts are merged from several tensors on their way; layers may differ in size."""
     _, source = checkpoints.get(architecture)
     expected = passes(load(source))
-    for num_slots, resident in ((1, ()), (2, (1, 3)), (3, (0,))):
+    for num_slots, resident in ((2, ()), (3, (1,))):
         check_bit_for_bit(source, num_slots, resident, expected)
 
 

@@ -204,7 +204,7 @@ def test_greedy_takes_the_best_after_the_penalty():
 
 VOCAB = 8
 PROMPT = [5, 3, 6, 4, 7]
-NUM_SEEDS = 400
+NUM_SEEDS = 300
 NUM_DRAWN = 3
 SAMPLINGS = {"plain": Sampling(temperature=1.0), "combined": Sampling(temperature=0.9, top_k=6, top_p=0.95, min_p=0.05)}
 Texts = list[tuple[int, ...]]

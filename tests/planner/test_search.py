@@ -221,7 +221,7 @@ def answer(engine: Engine) -> Answers:
     for question in QUESTIONS:
         prompt = tokenizer.encode(tokenizer.render([Message("user", question)]))
         for sampling in SAMPLINGS:
-            for step in engine.generate(prompt, sampling, stop_ids=frozenset({3}), max_tokens=40):
+            for step in engine.generate(prompt, sampling, stop_ids=frozenset({3}), max_tokens=24):
                 tokens += step.token_ids
                 num_steps += 1
                 check_memory(engine)

@@ -91,10 +91,12 @@ def random_model(config: Any, seed: int = 0) -> Any:
     """A float32 model with weights large enough that its texts differ and its scores are far apart."""
     generator = torch.Generator().manual_seed(seed)
     model = hf.AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32).eval()
+    # a tied head with large rows would score the token just read highest, for ever
+    embedding_std = 0.02 if config.tie_word_embeddings else 1.0
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim >= 2:
-                parameter.normal_(0.0, 1.0 if "embed" in name else 0.15, generator=generator)
+                parameter.normal_(0.0, embedding_std if "embed" in name else 0.15, generator=generator)
             elif "norm" not in name:
                 parameter.normal_(0.0, 0.1, generator=generator)
     return model
