@@ -9,6 +9,7 @@ import pexpect
 import pyte
 
 TESTS = Path(__file__).parents[1]
+_ABOUT_OTHER_TERMINALS = {"NO_COLOR", "PROMPT_TOOLKIT_NO_CPR", "COLUMNS", "LINES"}
 
 
 class Terminal:
@@ -23,7 +24,7 @@ class Terminal:
 
     def __init__(self, module, *arguments, columns=100, rows=30, environment=None):
         environment = {
-            **{k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "PROMPT_TOOLKIT_NO_CPR")},
+            **{k: v for k, v in os.environ.items() if k not in _ABOUT_OTHER_TERMINALS},
             "TERM": "xterm-256color",
             "PYTHONPATH": f"{TESTS}:{TESTS.parent}",
             **(environment or {}),
