@@ -111,8 +111,9 @@ def check(zoo: Zoo, case: Case) -> None:
         assert expected.is_near_tie(difference), f"token {difference} differs: {ours} is not {expected.tokens}"
         zoo.excused.append(f"{case} token {difference} margin {expected.margins[difference]:.1e}")
     elif draft_kind == "identical" and sampling == "greedy":
-        # every guess of an identical draft is right: two tokens a step from one node, more from more
-        assert len(steps) == NUM_TOKENS // 2 if budget == 1 else len(steps) < NUM_TOKENS // 2
+        # an identical draft's best guess is right: two tokens a step from one node, and never fewer from more (where
+        # the scores are flat, a larger tree is broad and no deeper)
+        assert len(steps) == NUM_TOKENS // 2 if budget == 1 else len(steps) <= NUM_TOKENS // 2
     assert (steps[0].streamed_bytes > 0) == (streaming != "none")
 
 
