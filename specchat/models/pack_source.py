@@ -7,7 +7,6 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from specchat.errors import CorruptCheckpointError
 from specchat.models import hf_compat
 from specchat.models.checkpoint import Checkpoint, TensorInfo, TensorReader
 from specchat.models.pack_format import DTYPE_NAMES
@@ -27,7 +26,6 @@ class CheckpointLayers:
 
     def __init__(self, skeleton: hf_compat.Skeleton, checkpoint: Checkpoint) -> None:
         self._skeleton = skeleton
-        self._folder = checkpoint.folder
         self._weights = WeightReader(skeleton, checkpoint)
         self._tensors = TensorReader(checkpoint)
         self._rest = {key: checkpoint.tensors[key] for key in _rest_keys(skeleton, checkpoint)}
@@ -71,14 +69,8 @@ class CheckpointLayers:
         layout = LayerLayout.of(self._skeleton.layers[layer])
         if self._blob.numel() < layout.nbytes:
             self._blob = torch.empty(layout.nbytes, dtype=torch.uint8)
-        views = _TouchedViews(layout.views(self._blob))
+        views = layout.views(self._blob)
         self._weights.read_layer(layer, views)
-        if missing := sorted(views.keys() - views.touched):
-            # Never into a pack: it would outlive the checkpoint's repair.
-            raise CorruptCheckpointError(
-                f"tensors for '{self.layers_name}.{layer}.{missing[0]}' are missing from {self._folder}",
-                hint="the download may be incomplete: repeat it",
-            )
         return views
 
     def rest_meta(self) -> Mapping[str, Tensor]:
@@ -88,18 +80,6 @@ class CheckpointLayers:
     def rest(self) -> Mapping[str, Tensor]:
         """The same, each read when asked for: all together they may be larger than two layers."""
         return _ReadWhenAsked(self._tensors, tuple(self._rest))
-
-
-class _TouchedViews(dict[str, Tensor]):
-    """Views that remember which of them were asked for, which is to be filled."""
-
-    def __init__(self, views: Mapping[str, Tensor]) -> None:
-        super().__init__(views)
-        self.touched: set[str] = set()
-
-    def __getitem__(self, name: str) -> Tensor:
-        self.touched.add(name)
-        return super().__getitem__(name)
 
 
 @dataclass(frozen=True)
