@@ -29,6 +29,57 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+# Options that several commands have, each declared once.
+_Model = Annotated[
+    str | None, typer.Argument(metavar="MODEL", help="demo, a folder (./x, /x, ~/x), or a hub id (org/name).")
+]
+_Draft = Annotated[str, typer.Option(metavar="MODEL", help="Small model that drafts ahead: a MODEL, auto, or none.")]
+_Device = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")]
+_Vram = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Memory budget on the device, such as 900MiB or 8GiB; RAM on the CPU."),
+]
+_Ram = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Host memory for streamed layers; what does not fit is read from disk."),
+]
+_Ctx = Annotated[str | None, typer.Option(metavar="N", help="Context: tokens of chat and answer together.")]
+_TreeBudget = Annotated[str, typer.Option(metavar="N", help="Draft tokens checked in one pass, or auto.")]
+_Dtype = Annotated[str, typer.Option(metavar="TYPE", help="auto, bf16, fp16 or fp32.")]
+_Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
+_Yes = Annotated[bool, typer.Option("--yes", help="Download without asking.")]
+
+
+def _model_options(
+    *,
+    model: str | None,
+    draft: str,
+    device: str,
+    vram: str | None,
+    ram: str | None,
+    ctx: str | None,
+    tree_budget: str,
+    dtype: str,
+    seed: str | None,
+    offline: bool,
+    yes: bool,
+    quiet: bool,
+) -> options.ModelOptions:
+    return options.ModelOptions(
+        model=model,
+        draft=draft,
+        device=options.device(device),
+        vram_bytes=options.size("--vram", vram),
+        ram_bytes=options.size("--ram", ram),
+        ctx=options.whole("--ctx", ctx, 1),
+        tree_budget=options.tree_budget(tree_budget),
+        dtype=options.dtype(dtype),
+        seed=options.seed(seed),
+        offline=offline,
+        yes=yes,
+        quiet=quiet,
+    )
+
 
 def _print_version(asked: bool) -> None:
     if asked:
@@ -50,28 +101,17 @@ def _specchat(
 @app.command("run")
 def _run(
     *,
-    model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="demo, a folder (./x, /x, ~/x), or a hub id (org/name).")
-    ] = None,
+    model: _Model = None,
     prompt: Annotated[
         str | None, typer.Argument(metavar="PROMPT", help="Answer this and exit; without it, chat.")
     ] = None,
-    draft: Annotated[
-        str,
-        typer.Option(metavar="MODEL", help="Small model that drafts ahead: a MODEL, auto, or none."),
-    ] = "auto",
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")] = "auto",
-    vram: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE", help="Memory budget on the device, such as 900MiB or 8GiB; RAM on the CPU."),
-    ] = None,
-    ram: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE", help="Host memory for streamed layers; what does not fit is read from disk."),
-    ] = None,
-    ctx: Annotated[str | None, typer.Option(metavar="N", help="Context: tokens of chat and answer together.")] = None,
-    tree_budget: Annotated[str, typer.Option(metavar="N", help="Draft tokens checked in one pass, or auto.")] = "auto",
-    dtype: Annotated[str, typer.Option(metavar="TYPE", help="auto, bf16, fp16 or fp32.")] = "auto",
+    draft: _Draft = "auto",
+    device: _Device = "auto",
+    vram: _Vram = None,
+    ram: _Ram = None,
+    ctx: _Ctx = None,
+    tree_budget: _TreeBudget = "auto",
+    dtype: _Dtype = "auto",
     temperature: Annotated[str | None, typer.Option(metavar="T", help="0 is greedy.")] = None,
     top_p: Annotated[str | None, typer.Option(metavar="P", help="Keep the likeliest tokens up to this mass.")] = None,
     top_k: Annotated[str | None, typer.Option(metavar="K", help="Keep the K likeliest tokens; 0 keeps all.")] = None,
@@ -99,8 +139,8 @@ def _run(
         bool, typer.Option("--json-stream", help="Print JSON objects, one a line, as the answer comes.")
     ] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Print where everything would go, and load nothing.")] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Download without asking.")] = False,
+    offline: _Offline = False,
+    yes: _Yes = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the answer, and errors.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="A line on stderr for each pass.")] = False,
 ) -> _Action:
@@ -108,16 +148,21 @@ def _run(
     from specchat.cli.run import run
 
     checked = options.RunOptions(
-        model=model,
+        models=_model_options(
+            model=model,
+            draft=draft,
+            device=device,
+            vram=vram,
+            ram=ram,
+            ctx=ctx,
+            tree_budget=tree_budget,
+            dtype=dtype,
+            seed=seed,
+            offline=offline,
+            yes=yes,
+            quiet=quiet,
+        ),
         prompt=prompt,
-        draft=draft,
-        device=options.device(device),
-        vram_bytes=options.size("--vram", vram),
-        ram_bytes=options.size("--ram", ram),
-        ctx=options.whole("--ctx", ctx, 1),
-        tree_budget=options.tree_budget(tree_budget),
-        dtype=options.dtype(dtype),
-        seed=options.seed(seed),
         sampling=options.sampling_flags(
             temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty
         ),
@@ -128,9 +173,6 @@ def _run(
         json=json,
         json_stream=json_stream,
         plan=plan,
-        offline=offline,
-        yes=yes,
-        quiet=quiet,
         verbose=verbose,
     )
     return partial(run, options.check_combination(checked))
@@ -139,21 +181,14 @@ def _run(
 @app.command("bench")
 def _bench(
     *,
-    model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="demo, a folder (./x, /x, ~/x), or a hub id (org/name).")
-    ] = None,
-    draft: Annotated[
-        str,
-        typer.Option(metavar="MODEL", help="Small model that drafts ahead: a MODEL, auto, or none."),
-    ] = "auto",
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")] = "auto",
-    vram: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE", help="Memory budget on the device, such as 900MiB or 8GiB; RAM on the CPU."),
-    ] = None,
-    ctx: Annotated[str | None, typer.Option(metavar="N", help="Context: tokens of chat and answer together.")] = None,
-    tree_budget: Annotated[str, typer.Option(metavar="N", help="Draft tokens checked in one pass, or auto.")] = "auto",
-    dtype: Annotated[str, typer.Option(metavar="TYPE", help="auto, bf16, fp16 or fp32.")] = "auto",
+    model: _Model = None,
+    draft: _Draft = "auto",
+    device: _Device = "auto",
+    vram: _Vram = None,
+    ram: _Ram = None,
+    ctx: _Ctx = None,
+    tree_budget: _TreeBudget = "auto",
+    dtype: _Dtype = "auto",
     prompts: Annotated[
         str | None, typer.Option(metavar="FILE", help="Questions in MT-Bench's JSONL, instead of the built-in ones.")
     ] = None,
@@ -185,28 +220,29 @@ def _bench(
         str | None, typer.Option("--output", "-o", metavar="FORM", help="table, md, json, jsonl or csv.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="The same as -o json.")] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Download without asking.")] = False,
+    offline: _Offline = False,
+    yes: _Yes = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the report, and errors.")] = False,
 ) -> _Action:
     """Measure MODEL: how fast it is here, why, against what, and whether the text stays the target's own."""
     from specchat.cli.bench import bench
 
     checked = bench_options.BenchOptions(
-        model=options.RunOptions(
+        models=_model_options(
             model=model,
             draft=draft,
-            device=options.device(device),
-            vram_bytes=options.size("--vram", vram),
-            ctx=options.whole("--ctx", ctx, 1),
-            tree_budget=options.tree_budget(tree_budget),
-            dtype=options.dtype(dtype),
-            seed=options.seed(seed),
-            max_tokens=options.whole("--max-tokens", max_tokens, 1),
+            device=device,
+            vram=vram,
+            ram=ram,
+            ctx=ctx,
+            tree_budget=tree_budget,
+            dtype=dtype,
+            seed=seed,
             offline=offline,
             yes=yes,
             quiet=quiet,
         ),
+        max_tokens=options.whole("--max-tokens", max_tokens, 1),
         prompts=None if prompts is None else Path(prompts).expanduser(),
         limit=options.whole("--limit", limit, 1),
         baselines=bench_options.baselines(baseline),

@@ -9,10 +9,11 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
+from specchat.cli import models as shared
 from specchat.cli import options as parse
-from specchat.cli import run as shared
 from specchat.cli.bench_options import BenchOptions
-from specchat.cli.options import RunOptions
+from specchat.cli.options import ModelOptions
+from specchat.cli.output import print_line, to_json
 from specchat.config import ModelSource, Plan
 from specchat.errors import UsageError
 
@@ -50,7 +51,7 @@ def _compare(options: BenchOptions, a: Path, b: Path) -> int:
         _view().table(comparison_table(comparison))
     else:
         is_markdown = options.output == "md"
-        shared._print(markdown_table(comparison_table(comparison)) if is_markdown else shared._json(comparison))
+        print_line(markdown_table(comparison_table(comparison)) if is_markdown else to_json(comparison))
     return 0
 
 
@@ -62,8 +63,8 @@ class _Point:
     """One plan to be measured: all there is, or one value of a sweep."""
 
     value: str
-    options: RunOptions
-    models: "shared._Models"
+    options: ModelOptions
+    models: "shared.Models"
 
 
 def _measure(options: BenchOptions) -> int:
@@ -72,7 +73,7 @@ def _measure(options: BenchOptions) -> int:
     from specchat.ui.console import talk
     from specchat.ui.interrupts import Interrupts
 
-    say = talk(quiet=options.model.quiet)
+    say = talk(quiet=options.models.quiet)
     questions = _questions(options)
     points = _points(options, say)
     cancel, outcomes = Event(), []
@@ -97,19 +98,19 @@ def _points(options: BenchOptions, say: "Talk") -> list[_Point]:
     """What is to be measured, every model located."""
     if options.sweep is None:
         # What is to come from the disk must not be planned to stay in the page cache.
-        chosen = replace(options.model, ram_bytes=0) if options.cold else options.model
+        chosen = replace(options.models, ram_bytes=0) if options.cold else options.models
         return [_located("", chosen, say)]
     name, values = options.sweep
-    return [_located(value, _with(options.model, name, value), say) for value in values]
+    return [_located(value, _with(options.models, name, value), say) for value in values]
 
 
-def _located(value: str, options: RunOptions, say: "Talk") -> _Point:
-    refs = shared._parse_models(options)
-    shared._prepare_libraries()
-    return _Point(value, options, shared._locate_models(options, refs, say))
+def _located(value: str, options: ModelOptions, say: "Talk") -> _Point:
+    refs = shared.parse_models(options)
+    shared.prepare_libraries()
+    return _Point(value, options, shared.locate_models(options, refs, say))
 
 
-def _with(options: RunOptions, name: str, value: str) -> RunOptions:
+def _with(options: ModelOptions, name: str, value: str) -> ModelOptions:
     """The options with one of them replaced by a sweep's value."""
     match name:
         case "tree-budget":
@@ -132,16 +133,16 @@ def _job(
     default = () if options.sweep else ("plain",)
     baselines = default if options.baselines is None else options.baselines
     check_baselines(baselines, draft)
-    plan = shared._make_plan(point.options, point.models)
+    plan = shared.make_plan(point.options, point.models)
     _check_cold(options, plan)
-    pack = shared._pack(target, plan, say)
+    pack = shared.make_pack(target, plan, say)
     tokenizer = load_tokenizer(target.path)
     return Job(
         plan=plan,
         target=target,
         draft=draft,
         tokenizer=tokenizer,
-        stop_ids=shared._stop_ids(load_generation_defaults(target.path), tokenizer),
+        stop_ids=shared.stop_ids(load_generation_defaults(target.path), tokenizer),
         questions=questions,
         settings=_settings(options, num_points),
         baselines=baselines,
@@ -166,9 +167,9 @@ def _settings(options: BenchOptions, num_points: int) -> "Settings":
     from specchat.bench.records import Settings
 
     return Settings(
-        max_tokens=options.model.max_tokens or _DEFAULT_MAX_TOKENS,
+        max_tokens=options.max_tokens or _DEFAULT_MAX_TOKENS,
         repeats=options.repeats or _DEFAULT_REPEATS,
-        seed=_DEFAULT_SEED if options.model.seed is None else options.model.seed,
+        seed=_DEFAULT_SEED if options.models.seed is None else options.models.seed,
         time_box_s=_TIME_BOX_S / num_points if options.limit is None else None,
     )
 
@@ -231,13 +232,13 @@ def _print_report(options: BenchOptions, report: dict[str, Any]) -> None:
         case "table":
             _view().report(report)
         case "md":
-            shared._print(export.markdown(report))
+            print_line(export.markdown(report))
         case "json":
-            shared._print(shared._json(report))
+            print_line(to_json(report))
         case "jsonl":
-            shared._print(export.json_lines(report))
+            print_line(export.json_lines(report))
         case "csv":
-            shared._print(export.comma_separated(report))
+            print_line(export.comma_separated(report))
 
 
 def _view() -> "ReportView":

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from specchat.cli.options import RunOptions
+from specchat.cli.options import ModelOptions
 from specchat.errors import UsageError
 
 Format = Literal["table", "md", "json", "jsonl", "csv"]
@@ -18,7 +18,8 @@ class BenchOptions:
     """Everything `specchat bench` can be told, checked.
 
     Attributes:
-        model: models, memory and the like, as for `run`; its `max_tokens` and `seed` hold here, too.
+        models: which models, memory and the like, as for `run`.
+        max_tokens: longest answer; None is 64.
         prompts: a file of questions, or None for the built-in ones.
         limit: questions asked; None for as many as there is time for.
         baselines: names; None is `plain`, or nothing in a sweep.
@@ -31,7 +32,8 @@ class BenchOptions:
         command: as typed, without the program's name.
     """
 
-    model: RunOptions
+    models: ModelOptions
+    max_tokens: int | None = None
     prompts: Path | None = None
     limit: int | None = None
     baselines: tuple[str, ...] | None = None
@@ -52,7 +54,7 @@ def check_combination(options: BenchOptions) -> BenchOptions:
     """
     if options.compare is not None and options.output in ("jsonl", "csv"):
         raise UsageError(f"--compare cannot be printed as {options.output}", hint="use -o table, md or json")
-    if options.compare is not None and options.model.model is not None:
+    if options.compare is not None and options.models.model is not None:
         raise UsageError("--compare measures nothing, so it takes no MODEL", hint="leave MODEL out")
     for flag, given in (("--cold", options.cold), ("--passes", options.passes)):
         if options.sweep is not None and given:

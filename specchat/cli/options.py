@@ -1,4 +1,4 @@
-"""What `specchat run` was asked for: every flag checked, before anything slow begins."""
+"""What was asked for: every flag checked, before anything slow begins."""
 
 import math
 import secrets
@@ -31,22 +31,19 @@ class SamplingFlags:
 
 
 @dataclass(frozen=True)
-class RunOptions:
-    """Everything `specchat run` can be told, checked.
+class ModelOptions:
+    """What every command can be told of models, memory and device, checked.
 
     Attributes:
-        model: MODEL, or None for a bare `specchat run`.
-        prompt: PROMPT, or None.
+        model: MODEL, or None if it was left out.
         draft: a model, or one of auto, none, self, retrieval.
         vram_bytes: --vram in bytes, or None for what is free.
         ram_bytes: --ram in bytes, or None for what is free.
         tree_budget: None is auto.
-        seed: None is a random one.
-        system: the text itself, read from its file if it was one.
+        seed: None is the command's own choice.
     """
 
     model: str | None = None
-    prompt: str | None = None
     draft: str = "auto"
     device: str = "auto"
     vram_bytes: int | None = None
@@ -55,6 +52,23 @@ class RunOptions:
     tree_budget: int | None = None
     dtype: Literal["auto"] | Dtype = "auto"
     seed: int | None = None
+    offline: bool = False
+    yes: bool = False
+    quiet: bool = False
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Everything `specchat run` can be told, checked.
+
+    Attributes:
+        models: which models, and what they may take.
+        prompt: PROMPT, or None.
+        system: the text itself, read from its file if it was one.
+    """
+
+    models: ModelOptions
+    prompt: str | None = None
     sampling: SamplingFlags = SamplingFlags()
     stops: tuple[str, ...] = ()
     max_tokens: int | None = None
@@ -63,9 +77,6 @@ class RunOptions:
     json: bool = False
     json_stream: bool = False
     plan: bool = False
-    offline: bool = False
-    yes: bool = False
-    quiet: bool = False
     verbose: bool = False
 
 
@@ -78,7 +89,7 @@ def check_combination(options: RunOptions) -> RunOptions:
     pairs = (
         ("--json", options.json, "--json-stream", options.json_stream),
         ("--plan", options.plan, "--json-stream", options.json_stream),
-        ("--quiet", options.quiet, "--verbose", options.verbose),
+        ("--quiet", options.models.quiet, "--verbose", options.verbose),
         ("--base", options.base, "--system", options.system is not None),
     )
     for first, is_first, second, is_second in pairs:

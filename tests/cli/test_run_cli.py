@@ -47,7 +47,8 @@ def fake(specchat, monkeypatch):
     """The same without a model."""
     for name in ("specchat.engine.engine", "specchat.models.hf_compat"):
         monkeypatch.setitem(sys.modules, name, sys.modules.get(name))
-    monkeypatch.setattr("specchat.cli.run._make_plan", None)
+    for name in ("make_plan", "make_pack"):
+        monkeypatch.setattr(f"specchat.cli.models.{name}", None)  # puts back what is replaced next
     fake_cli.install()
     return specchat
 

@@ -11,7 +11,7 @@ import time
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
-from specchat.cli import run
+from specchat.cli import models
 from specchat.cli.app import main
 from support.fake_engine import EOS, PLAN, TOKENIZER, FakeEngine
 
@@ -50,8 +50,8 @@ class Echo(FakeEngine):
         return super().generate(prompt_ids, *arguments, **named)
 
 
-def _plan(_options, models):
-    return replace(PLAN, target=models.target.name, draft=models.draft.name if models.draft else None)
+def _plan(_options, found):
+    return replace(PLAN, target=found.target.name, draft=found.draft.name if found.draft else None)
 
 
 def install():
@@ -63,8 +63,8 @@ def install():
         do_sample=None, temperature=None, repetition_penalty=None, stop_ids=frozenset({EOS})
     )
     sys.modules |= {"specchat.engine.engine": engine, "specchat.models.hf_compat": compat}
-    run._make_plan = _plan
-    run._pack = lambda *_: None
+    models.make_plan = _plan
+    models.make_pack = lambda *_: None
 
 
 if __name__ == "__main__":
