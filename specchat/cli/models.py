@@ -3,6 +3,7 @@
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
@@ -12,8 +13,9 @@ from specchat.errors import NotAvailableError, UsageError
 
 if TYPE_CHECKING:
     from specchat.models.catalog import ModelRef
+    from specchat.models.drafts import DraftChoice
     from specchat.models.hf_compat import GenerationDefaults, Tokenizer
-    from specchat.models.hub import Download
+    from specchat.models.hub import Download, Missing
     from specchat.models.pack import Pack
     from specchat.ui.console import Talk
 
@@ -85,47 +87,87 @@ def parse_models(options: ModelOptions) -> Refs:
 
 
 def locate_models(options: ModelOptions, refs: Refs, say: "Talk") -> Models:
-    """Finds the models' files, downloading or writing what is missing.
+    """Finds the models' files; downloads or writes what is missing, once agreed to.
 
     Raises:
         ModelError: a model is not to be had.
+        UsageError: a download was not agreed to.
+        UnsupportedModelError: the target is known not to run.
     """
-    from specchat.models.catalog import known_draft
+    from specchat.models.hub import Download, agree, look_up
 
-    target = _locate(refs.target, options, say)
+    _refuse_unsupported(refs.target)
+    found = look_up(refs.target, offline=options.offline, warn=say.warn)
+    choice = _choose_draft(options, refs, say)
+    both = (found, choice.found)
+    agree(
+        [each for each in both if isinstance(each, Download)],
+        lambda downloads: options.yes or _agreed(downloads, found),
+    )
+    target = _obtain(found, say)
+    if choice.found is not None:
+        return _paired(options, target, _obtain(choice.found, say))
+    relative = _relative(target) if options.draft == "auto" and refs.target.kind in ("hub", "folder") else None
+    return Models(target, relative, choice.note)
+
+
+def _refuse_unsupported(target: "ModelRef") -> None:
+    from specchat.errors import UnsupportedModelError
+    from specchat.models.families import known_families
+
+    why = known_families().why_unsupported(target.text)
+    if why is not None:
+        raise UnsupportedModelError(f"{target.text} is not supported: {why}")
+
+
+def _choose_draft(options: ModelOptions, refs: Refs, say: "Talk") -> "DraftChoice":
+    from specchat.models.drafts import DraftChoice, choose_draft
+    from specchat.models.hub import look_up
+
     if refs.draft is not None:
-        return Models(target, _locate(refs.draft, options, say), "")
+        return DraftChoice(look_up(refs.draft, offline=options.offline, warn=say.warn))
     if options.draft == "none":
-        return Models(target, None, "no draft")
-    return Models(target, known_draft(refs.target), "plain decoding: no draft known for this model")
+        return DraftChoice(None, "no draft")
+    return choose_draft(refs.target, offline=options.offline, warn=say.warn)
 
 
-def _locate(ref: "ModelRef", options: ModelOptions, say: "Talk") -> ModelSource:
-    from specchat.models.hub import locate
+def _paired(options: ModelOptions, target: ModelSource, draft: ModelSource) -> Models:
+    """Both; a draft that nobody asked for must fit."""
+    from specchat.models.drafts import fits
+
+    if options.draft == "auto" and not fits(target, draft):
+        return Models(target, None, f"plain decoding: {draft.name} has another vocabulary")
+    return Models(target, draft, "")
+
+
+def _relative(target: ModelSource) -> ModelSource | None:
+    from specchat.models.drafts import relative_in_cache
+
+    return relative_in_cache(target)
+
+
+def _obtain(found: "ModelSource | Missing", say: "Talk") -> ModelSource:
+    from specchat.models.hub import Download, obtain
     from specchat.ui.progress import ProgressLine
 
-    what = "writing" if ref.kind == "shape" else "downloading"
-    with ProgressLine(say, f"{what} {ref.text}") as line:
-        return locate(
-            ref,
-            offline=options.offline,
-            confirm=lambda download: options.yes or _agreed(download),
-            progress=line.update,
-            warn=say.warn,
-        )
+    if isinstance(found, ModelSource):
+        return found
+    what = f"downloading {found.name}" if isinstance(found, Download) else f"writing {found.label}"
+    with ProgressLine(say, what) as line:
+        return obtain(found, progress=line.update, warn=say.warn)
 
 
-def _agreed(download: "Download") -> bool:
+def _agreed(downloads: "Sequence[Download]", target: "ModelSource | Missing") -> bool:
     """Asks before a download; where nobody can be asked, the answer is no."""
     from specchat.units import format_bytes
 
     if sys.stdin is None or not (sys.stdin.isatty() and sys.stderr.isatty()):
         return False
-    question = (
-        f"download {download.name}: {format_bytes(download.missing_bytes)} to {download.folder} "
-        f"({format_bytes(download.free_disk_bytes)} free)? [y/N] "
-    )
-    sys.stderr.write(question)
+    what = " and ".join(f"{each.name} ({format_bytes(each.missing_bytes)})" for each in downloads)
+    question = f"download {what} to {downloads[0].folder} ({format_bytes(downloads[0].free_disk_bytes)} free)?"
+    if downloads[0] is target:  # of which a repacked copy may be needed
+        question += f"\nstreaming may need a copy of up to {format_bytes(downloads[0].num_bytes)} beside it"
+    sys.stderr.write(f"{question} [y/N] ")
     sys.stderr.flush()
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 

@@ -209,15 +209,20 @@ class ModelDrafter:
         shared = min(common_prefix(self._tokens, list(context)), len(context) - 1)
         self._model.cache.truncate(shared)
         self._tokens = list(context[:shared])
-        hidden = self._model.append(context[shared:], cancel)
+        hidden = self._model.append(self._known(context[shared:]), cancel)
         self._tokens = list(context)
         return self._model.logits(hidden[-1:])
+
+    def _known(self, token_ids: Sequence[int]) -> list[int]:
+        """The tokens as the draft can read them: the target may have more, which stand for nothing here."""
+        return [min(token_id, self._model.vocab_size - 1) for token_id in token_ids]
 
     def _children(
         self, paths: _Candidates, parents: Tensor, logits: Tensor, length: int, sampler: Sampler, budget: int
     ) -> _Candidates:
         """Adds the best children of expanded nodes: parents [n], logits [n, V] behind them."""
         depths = torch.where(parents == ROOT, 0, paths.depth[parents.clamp(min=0)]) if len(paths) else parents + 1
+        logits = logits[:, : sampler.vocab_size]  # padded vocabularies may differ in length
         weights = self._weights(logits, [length + int(depth) for depth in depths], sampler)
         scores, tokens = weights.topk(min(self._branch, budget, weights.shape[-1]), dim=-1)
         return paths.with_children(parents, scores.double().cpu(), tokens.cpu(), budget)
@@ -230,8 +235,7 @@ class ModelDrafter:
         if not self._shared_noise:
             return torch.log_softmax(scores, dim=-1)
         noise = torch.stack([sampler.noise.row(position) for position in positions])
-        size = min(scores.shape[-1], noise.shape[-1])  # padded vocabularies may differ in length
-        return torch.log_softmax((scores[:, :size] + noise[:, :size]) / NOISE_TEMPERATURE, dim=-1)
+        return torch.log_softmax((scores + noise[:, : scores.shape[-1]]) / NOISE_TEMPERATURE, dim=-1)
 
 
 class _TreeRows:

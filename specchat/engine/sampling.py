@@ -84,6 +84,7 @@ class Sampler:
 
     def __init__(self, sampling: Sampling, vocab_size: int, device: torch.device) -> None:
         self.sampling = sampling
+        self.vocab_size = vocab_size
         self.noise = None if sampling.greedy else Noise(sampling.seed, vocab_size, device)
         self._processors = hf_compat.logits_processors(sampling)
         self._needs_context = sampling.repetition_penalty != 1.0

@@ -7,6 +7,7 @@ from typing import Literal
 
 from specchat.config import ModelSource
 from specchat.errors import ModelNotFoundError
+from specchat.models.families import known_families
 from specchat.models.shape_spec import Shape, parse_shape
 
 DEMO = "demo"
@@ -73,8 +74,19 @@ def demo_source(role: Literal["target", "draft"]) -> ModelSource:
 
 
 def known_draft(ref: ModelRef) -> ModelSource | None:
-    """The draft that is known to suit `ref` and is at hand, or None; shapes write what the demo target writes."""
+    """The embedded draft where it suits: shapes write what the demo target writes."""
     return demo_source("draft") if ref.kind in ("demo", "shape") else None
+
+
+def draft_candidates(ref: ModelRef) -> list[ModelRef]:
+    """Drafts on the hub that are known to suit `ref`, the one to prefer first.
+
+    The target's own publisher's come before other copies of the same; of a folder, the name counts.
+    """
+    family = known_families().family_of(str(ref.path) if ref.kind == "folder" else ref.text)
+    drafts = () if family is None else family.drafts
+    publisher = None if ref.repo_id is None else ref.repo_id.partition("/")[0]
+    return [parse_model(draft) for draft in sorted(drafts, key=lambda draft: draft.partition("/")[0] != publisher)]
 
 
 def _expand(text: str) -> Path:

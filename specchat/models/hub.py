@@ -8,7 +8,7 @@ import errno
 import logging
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +30,7 @@ from specchat.errors import (
 )
 from specchat.models.catalog import ModelRef, demo_source
 from specchat.models.checkpoint import MISTRAL_PREFIX, PICKLE_SUFFIXES, weight_files
+from specchat.models.shape_spec import Shape
 from specchat.units import format_bytes
 
 if TYPE_CHECKING:
@@ -57,20 +58,27 @@ class Download:
     """What would be downloaded, to be agreed to.
 
     Attributes:
-        name: what the user typed.
+        ref: what the user asked for.
         revision: the commit.
         num_bytes: all files of the model.
         cached_bytes: those of them that are in the cache already.
         free_disk_bytes: free space where the cache is.
         folder: the cache.
+        has_older: whether an older copy is complete in the cache.
     """
 
-    name: str
+    ref: ModelRef
     revision: str
     num_bytes: int
     cached_bytes: int
     free_disk_bytes: int
     folder: Path
+    has_older: bool = False
+
+    @property
+    def name(self) -> str:
+        """What the user typed."""
+        return self.ref.text
 
     @property
     def missing_bytes(self) -> int:
@@ -78,22 +86,17 @@ class Download:
         return self.num_bytes - self.cached_bytes
 
 
-def locate(
-    ref: ModelRef,
-    *,
-    offline: bool,
-    confirm: Callable[[Download], bool],
-    progress: Callable[[int, int], None] | None = None,
-    warn: Callable[[str], None] = _LOG.warning,
-) -> ModelSource:
-    """The folder of `ref`, downloaded first where necessary and agreed to; a shape's is made.
+# What a model needs before it can be used: a download, or to be made.
+Missing = Download | Shape
+
+
+def look_up(ref: ModelRef, *, offline: bool, warn: Callable[[str], None] = _LOG.warning) -> ModelSource | Missing:
+    """Where the files of `ref` are, or what it takes to have them; nothing is downloaded or made.
 
     Args:
         ref: from `parse_model`.
         offline: the network is not touched (HF_HUB_OFFLINE=1 has the same effect).
-        confirm: asked once before anything is downloaded; False stops.
-        progress: told (bytes done, bytes to download or to write), maybe from other threads, one at a time.
-        warn: told in one line when the hub cannot be asked and a cached copy is used, and what is written for a shape.
+        warn: told in one line when the hub cannot be asked and a cached copy is used.
 
     Raises:
         ModelNotFoundError: no such folder, repository or revision, or no weights in it.
@@ -101,20 +104,90 @@ def locate(
         ModelNotCachedError: offline, and not completely in the cache.
         PickledCheckpointError: weights only as pickles.
         ModelError: the hub cannot be reached or failed.
-        DoesNotFitError: the disk is too small.
-        UsageError: the download was not agreed to.
     """
     if ref.kind == "demo":
         return demo_source("target")
     if ref.kind == "folder":
-        return _locate_folder(ref)
+        return _look_up_folder(ref)
     if ref.kind == "shape":
-        return _make_shape(ref, progress, warn)
+        assert ref.shape is not None
+        return ref.shape
     from huggingface_hub import constants
 
     if offline or constants.HF_HUB_OFFLINE:
-        return _locate_cached(ref)
-    return _locate_online(ref, confirm, progress, warn)
+        return _look_up_cached(ref)
+    return _look_up_online(ref, warn)
+
+
+def agree(downloads: Sequence[Download], confirm: Callable[[Sequence[Download]], bool]) -> None:
+    """Asks before anything is downloaded, once for all of it.
+
+    Args:
+        downloads: what is missing; nothing is asked if no byte is.
+        confirm: asked once at most.
+
+    Raises:
+        DoesNotFitError: the disk is too small.
+        UsageError: no.
+    """
+    downloads = [each for each in downloads if each.missing_bytes]
+    if not downloads:
+        return
+    names = " and ".join(download.name for download in downloads)
+    missing, free = sum(each.missing_bytes for each in downloads), downloads[0].free_disk_bytes
+    or_cached = ", or --offline to use the older copy in the cache" * any(each.has_older for each in downloads)
+    if missing > free:
+        raise DoesNotFitError(
+            f"{names} needs {format_bytes(missing)} on the disk of {downloads[0].folder}, "
+            f"where {format_bytes(free)} are free",
+            hint=f"free some space, or set HF_HOME to a folder on a larger disk{or_cached}",
+        )
+    if not confirm(downloads):
+        raise UsageError(
+            f"the download of {names} ({format_bytes(missing)}) was not confirmed",
+            hint=f"add --yes to download without being asked{or_cached}",
+        )
+
+
+def obtain(
+    missing: Missing,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    warn: Callable[[str], None] = _LOG.warning,
+) -> ModelSource:
+    """Downloads or makes what `look_up` found missing, once the user has agreed.
+
+    Args:
+        missing: from `look_up`.
+        progress: told (bytes done, bytes to download or to write), maybe from other threads, one at a time.
+        warn: told in one line what is written for a shape.
+
+    Raises:
+        ModelError: the hub cannot be reached or failed.
+        DoesNotFitError: the disk is too small.
+    """
+    if isinstance(missing, Download):
+        return _snapshot_source(missing.ref, _fetch(missing, progress))
+    from specchat.models.shapes import materialise  # with torch
+
+    return materialise(missing, progress=progress, warn=warn)
+
+
+def locate(
+    ref: ModelRef,
+    *,
+    offline: bool,
+    confirm: Callable[[Sequence[Download]], bool],
+    progress: Callable[[int, int], None] | None = None,
+    warn: Callable[[str], None] = _LOG.warning,
+) -> ModelSource:
+    """`look_up`, `agree` and `obtain` for a single model."""
+    found = look_up(ref, offline=offline, warn=warn)
+    if isinstance(found, ModelSource):
+        return found
+    if isinstance(found, Download):
+        agree([found], confirm)
+    return obtain(found, progress=progress, warn=warn)
 
 
 def cached_models() -> list[str]:
@@ -136,7 +209,7 @@ def cached_models() -> list[str]:
     return sorted(names)
 
 
-def _locate_folder(ref: ModelRef) -> ModelSource:
+def _look_up_folder(ref: ModelRef) -> ModelSource:
     assert ref.path is not None
     if not ref.path.is_dir():
         raise ModelNotFoundError(f"there is no folder {ref.path}", hint="a hub id has the form org/name, without ./")
@@ -145,14 +218,7 @@ def _locate_folder(ref: ModelRef) -> ModelSource:
     return ModelSource(name=ref.text, path=ref.path)
 
 
-def _make_shape(ref: ModelRef, progress: Callable[[int, int], None] | None, warn: Callable[[str], None]) -> ModelSource:
-    from specchat.models.shapes import materialise  # with torch
-
-    assert ref.shape is not None
-    return materialise(ref.shape, progress=progress, warn=warn)
-
-
-def _locate_cached(ref: ModelRef) -> ModelSource:
+def _look_up_cached(ref: ModelRef) -> ModelSource:
     from huggingface_hub import constants
 
     snapshot = _find_snapshot(ref)
@@ -165,12 +231,7 @@ def _locate_cached(ref: ModelRef) -> ModelSource:
     return _snapshot_source(ref, snapshot)
 
 
-def _locate_online(
-    ref: ModelRef,
-    confirm: Callable[[Download], bool],
-    progress: Callable[[int, int], None] | None,
-    warn: Callable[[str], None],
-) -> ModelSource:
+def _look_up_online(ref: ModelRef, warn: Callable[[str], None]) -> ModelSource | Download:
     snapshot = _find_snapshot(ref)
     if snapshot is not None and snapshot.name == ref.revision:  # a commit never changes
         return _snapshot_source(ref, snapshot)
@@ -178,15 +239,12 @@ def _locate_online(
         commit = _resolve(ref)
         if snapshot is not None and snapshot.name == commit:
             return _snapshot_source(ref, snapshot)
-        download = _measure(ref, commit)
+        return _measure(ref, commit, has_older=snapshot is not None)
     except ModelError as exc:
         if snapshot is None:
             raise
         warn(f"using the cached copy of {ref.text}: {exc.message}")
         return _snapshot_source(ref, snapshot)
-    if download.missing_bytes:
-        _agree(download, confirm, snapshot)
-    return _snapshot_source(ref, _fetch(ref, download, progress))
 
 
 def _snapshot_source(ref: ModelRef, snapshot: Path) -> ModelSource:
@@ -262,7 +320,7 @@ def _matches(name: str, patterns: list[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _measure(ref: ModelRef, commit: str) -> Download:
+def _measure(ref: ModelRef, commit: str, *, has_older: bool) -> Download:
     """Sizes of the files; asks for each one, so a gated repository shows here and not after the user's yes."""
     from huggingface_hub import constants, snapshot_download
 
@@ -278,12 +336,13 @@ def _measure(ref: ModelRef, commit: str) -> Download:
         )
     folder = Path(constants.HF_HUB_CACHE)
     return Download(
-        name=ref.text,
+        ref=ref,
         revision=commit,
         num_bytes=sum(file.file_size or 0 for file in files),
         cached_bytes=sum(file.file_size or 0 for file in files if file.is_cached),
         free_disk_bytes=_free_disk_bytes(folder),
         folder=folder,
+        has_older=has_older,
     )
 
 
@@ -295,26 +354,12 @@ def _free_disk_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def _agree(download: Download, confirm: Callable[[Download], bool], snapshot: Path | None) -> None:
-    or_cached = "" if snapshot is None else ", or --offline to use the older copy in the cache"
-    if download.missing_bytes > download.free_disk_bytes:
-        raise DoesNotFitError(
-            f"{download.name} needs {format_bytes(download.missing_bytes)} on the disk of {download.folder}, "
-            f"where {format_bytes(download.free_disk_bytes)} are free",
-            hint=f"free some space, or set HF_HOME to a folder on a larger disk{or_cached}",
-        )
-    if not confirm(download):
-        raise UsageError(
-            f"the download of {download.name} ({format_bytes(download.missing_bytes)}) was not confirmed",
-            hint=f"add --yes to download without being asked{or_cached}",
-        )
-
-
-def _fetch(ref: ModelRef, download: Download, progress: Callable[[int, int], None] | None) -> Path:
+def _fetch(download: Download, progress: Callable[[int, int], None] | None) -> Path:
     """Downloads the agreed commit and lets the cache's name for the revision point to it."""
     from huggingface_hub import snapshot_download
 
-    repo_id, stop = ref.repo_id, threading.Event()
+    ref, stop = download.ref, threading.Event()
+    repo_id = ref.repo_id
     assert repo_id is not None
 
     def report(done: int) -> None:

@@ -199,8 +199,7 @@ def test_no_chat_template(specchat, broken):
 def test_a_draft_with_another_vocabulary(specchat, broken):
     tokenizer = json.loads((broken / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
-    a, b = [token for token, i in vocabulary.items() if i in (1000, 1001)]
-    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    tokenizer["model"]["vocab"] = {token: i ^ 1 if i >= 512 else i for token, i in vocabulary.items()}
     (broken / "tokenizer.json").write_text(json.dumps(tokenizer))
     fails(specchat("run", "demo", "hi", "--draft", str(broken)), 2, "vocabular")
 
@@ -332,16 +331,27 @@ def test_a_budget_without_a_draft_is_said(fake):
 
 
 def test_a_download_is_agreed_to(fake, monkeypatch):
+    """Once, for both models."""
     asked = []
 
-    def locate(ref, *, offline, confirm, progress, warn):
-        asked.append((ref.text, offline, confirm(Download(ref.text, "abc", 10, 4, 100, Path("cache")))))
-        return ModelSource(ref.text, DEMO)
+    def look_up(ref, *, offline, warn=None):
+        return Download(ref, "abc", 10, 4, 100, Path("cache"))
 
-    monkeypatch.setattr("specchat.models.hub.locate", locate)
+    def agree(downloads, confirm):
+        asked.append(([each.name for each in downloads], confirm(downloads)))
+
+    monkeypatch.setattr("specchat.models.hub.look_up", look_up)
+    monkeypatch.setattr("specchat.models.hub.agree", agree)
+    monkeypatch.setattr("specchat.models.hub.obtain", lambda download, **_: ModelSource(download.name, DEMO))
+    monkeypatch.setattr("specchat.models.drafts.relative_in_cache", lambda _: None)
     assert "no draft known for this model" in fake("run", "org/name", "hi").err
     fake("run", "org/name", "hi", "--yes", "--draft", "org/small", "--offline")
-    assert asked == [("org/name", False, False), ("org/name", True, True), ("org/small", True, True)]
+    assert asked == [(["org/name"], False), (["org/name", "org/small"], True)]
+
+
+def test_a_model_that_is_known_not_to_run_is_refused_before_any_download(fake):
+    result = fake("run", "Qwen/Qwen3-Next-80B-A3B-Instruct", "hi")
+    assert (result.code, "recurrent layers" in result.err) == (2, True)
 
 
 def test_no_standard_output_at_all():

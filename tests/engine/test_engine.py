@@ -241,6 +241,20 @@ def test_tokenizer_files_may_differ_in_form(models: Models, tmp_path: Path):
     models.load(draft).close()
 
 
+@pytest.mark.parametrize("sampling", [GREEDY, WARM])
+@pytest.mark.parametrize("size", [VOCAB - 60, VOCAB + 60])
+def test_embeddings_of_another_length(models: Models, tmp_path: Path, size: int, sampling: Sampling):
+    """Families pad their vocabularies to different lengths: what only one of the two has is never guessed right."""
+    config = make_config("llama")
+    config.vocab_size = size
+    draft = save(random_model(config), tmp_path / "padded")
+    with models.load(draft) as engine, models.load(None) as plain:
+        text, steps = write(engine, PROMPT, sampling, 40)
+        assert text == write(plain, PROMPT, sampling, 40)[0]
+    assert max(text) >= size or size > VOCAB  # the draft has to read what it does not know
+    assert all(step.tree_nodes for step in steps[:-1])
+
+
 @pytest.mark.parametrize("architecture", REFUSED)
 def test_refused_architectures(models: Models, tmp_path: Path, architecture: str):
     name, values = REFUSED[architecture]

@@ -1,0 +1,86 @@
+"""Finding a draft for a target when none was named: one that the catalog knows, or a small relative in the cache."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from specchat.config import ModelSource
+from specchat.errors import ModelError, VocabularyMismatchError
+from specchat.models.catalog import ModelRef, draft_candidates, known_draft, parse_model
+from specchat.models.checkpoint import weight_files
+from specchat.models.hub import Missing, cached_models, look_up
+from specchat.models.pairing import check_pair
+
+# A draft reads all its weights several times for each pass of the target.
+_LARGEST_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class DraftChoice:
+    """A draft, or why there is none.
+
+    Attributes:
+        found: the draft, or what it takes to have it; None for plain decoding.
+        note: what to say in the draft's place.
+    """
+
+    found: ModelSource | Missing | None
+    note: str = ""
+
+
+def choose_draft(ref: ModelRef, *, offline: bool, warn: Callable[[str], None]) -> DraftChoice:
+    """The draft that the catalog knows for a target: one in the cache before one that must be downloaded.
+
+    Args:
+        ref: the target.
+        offline: the network is not touched.
+        warn: told in one line of a cached copy that cannot be checked for updates.
+    """
+    embedded = known_draft(ref)
+    candidates = draft_candidates(ref)
+    if embedded is not None or not candidates:
+        return DraftChoice(embedded, "plain decoding: no draft known for this model")
+    for candidate in candidates:
+        try:
+            return DraftChoice(look_up(candidate, offline=True))
+        except ModelError:
+            continue
+    reason = f"{candidates[0].text} is not in the cache"
+    for candidate in [] if offline else candidates:
+        try:
+            return DraftChoice(look_up(candidate, offline=False, warn=warn))
+        except ModelError as error:
+            reason = error.message
+    return DraftChoice(None, f"plain decoding: {reason}")
+
+
+def relative_in_cache(target: ModelSource) -> ModelSource | None:
+    """The smallest cached model of the target's kind and vocabulary that is small enough to draft for it."""
+    largest_bytes = _LARGEST_SHARE * _num_bytes(target)
+    sources = [look_up(parse_model(name), offline=True) for name in cached_models()]
+    small = [
+        source
+        for source in sources
+        if isinstance(source, ModelSource)
+        and _model_type(source) == _model_type(target)
+        and _num_bytes(source) <= largest_bytes
+    ]
+    return next((source for source in sorted(small, key=_num_bytes) if fits(target, source)), None)
+
+
+def fits(target: ModelSource, draft: ModelSource) -> bool:
+    """Whether the two have one vocabulary, and its files can be read."""
+    try:
+        check_pair(target, draft)
+    except (VocabularyMismatchError, ModelError):
+        return False
+    return True
+
+
+def _num_bytes(source: ModelSource) -> int:
+    return sum(file.stat().st_size for file in weight_files(source.path))
+
+
+def _model_type(source: ModelSource) -> object:
+    config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
+    return config.get("model_type") if isinstance(config, dict) else None

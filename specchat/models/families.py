@@ -1,0 +1,73 @@
+"""Families of models that share a vocabulary: what is known by name alone, before anything is downloaded."""
+
+import re
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+_FILE = Path(__file__).with_name("families.toml")
+
+
+@dataclass(frozen=True)
+class Family:
+    """Targets, and the drafts that read and write the same tokens.
+
+    Attributes:
+        name: for people.
+        targets: match the last part of a model's name.
+        drafts: hub ids, the one to prefer first.
+    """
+
+    name: str
+    targets: tuple[re.Pattern[str], ...]
+    drafts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """Models that are known not to run.
+
+    Attributes:
+        models: match the last part of a model's name.
+        why: follows "NAME is not supported: ".
+    """
+
+    models: tuple[re.Pattern[str], ...]
+    why: str
+
+
+@dataclass(frozen=True)
+class Families:
+    """All of families.toml."""
+
+    families: tuple[Family, ...]
+    unsupported: tuple[Unsupported, ...]
+
+    def family_of(self, model: str) -> Family | None:
+        """The family of a target, by its name: org/name, a folder, or the name alone."""
+        return next((family for family in self.families if _matches(family.targets, model)), None)
+
+    def why_unsupported(self, model: str) -> str | None:
+        """Why a model cannot run, if that is known."""
+        return next((each.why for each in self.unsupported if _matches(each.models, model)), None)
+
+
+@cache
+def known_families() -> Families:
+    """What is shipped."""
+    table: dict[str, Any] = tomllib.loads(_FILE.read_text(encoding="utf-8"))
+    return Families(
+        tuple(Family(each["name"], _patterns(each["targets"]), tuple(each["drafts"])) for each in table["family"]),
+        tuple(Unsupported(_patterns(each["models"]), each["why"]) for each in table["unsupported"]),
+    )
+
+
+def _patterns(texts: list[str]) -> tuple[re.Pattern[str], ...]:
+    return tuple(re.compile(text, re.IGNORECASE) for text in texts)
+
+
+def _matches(patterns: tuple[re.Pattern[str], ...], model: str) -> bool:
+    name = model.rstrip("/").rpartition("/")[2].partition("@")[0]
+    return any(pattern.fullmatch(name) for pattern in patterns)
