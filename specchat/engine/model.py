@@ -18,6 +18,7 @@ from specchat.config import ModelSource, Tier
 from specchat.engine.attention import RowLayout, RowMask, tree_attention
 from specchat.engine.disk import CheckpointFiller, MappedStreamer, PackFiller, ThreadStreamer
 from specchat.engine.kv_cache import TreeCache
+from specchat.engine.linear import use_fast_products
 from specchat.engine.streamer import CudaStreamer, LayerStreamer, NoStreamer
 from specchat.models import hf_compat
 from specchat.models.checkpoint import open_checkpoint
@@ -208,6 +209,8 @@ def load_model(
         _load_resident(skeleton.layers[index], index, reader, verifier, device)
     streamed = [index for index in range(len(skeleton.layers)) if index not in stays]
     streamer = _make_streamer(skeleton.layers, streamed, num_slots, reader, device, tier, pack)
+    if device.type == "cpu":
+        use_fast_products(skeleton.model)
     cache = TreeCache(hf_compat.kv_shapes(skeleton.config), cache_rows, dtype, device)
     return TreeModel(skeleton, cache, streamer, streamed, chunk_rows, device)
 
