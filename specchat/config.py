@@ -173,6 +173,21 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Guesses:
+    """What one drafter put into a tree.
+
+    Attributes:
+        source: the drafter's name.
+        offered: its nodes.
+        accepted: those of them that the target took.
+    """
+
+    source: str
+    offered: int
+    accepted: int
+
+
+@dataclass(frozen=True)
 class Step:
     """One target pass and what came of it: the engine's only output.
 
@@ -190,6 +205,7 @@ class Step:
         sample_s: time of head, processors and walk.
         stream_wait_s: time within verify_s spent waiting for layers.
         streamed_bytes: bytes moved over the link.
+        guesses: the tree's nodes by the drafter they came from; empty without a tree.
     """
 
     token_ids: tuple[int, ...]
@@ -205,6 +221,7 @@ class Step:
     sample_s: float
     stream_wait_s: float
     streamed_bytes: int
+    guesses: tuple[Guesses, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,6 @@ def _own_system(name: str, engine: Engine, evict: Callable[[], None] | None) -> 
     return EngineSystem(
         name,
         engine,
-        forget=partial(measuring.forget, engine),
         scope=nullcontext if name == OWN else partial(measuring.without_draft, engine),
         between_passes=between_passes,
     )

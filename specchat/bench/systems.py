@@ -52,6 +52,8 @@ class Generator(Protocol):
         cancel: Event | None = None,
     ) -> Iterator[Step]: ...
 
+    def forget(self) -> None: ...  # noqa: D102
+
 
 class EngineSystem:
     """The engine, with its draft or without.
@@ -59,7 +61,6 @@ class EngineSystem:
     Args:
         name: as in the report.
         engine: is measured.
-        forget: empties its caches.
         scope: holds while it answers (used to leave the draft out).
         between_passes: done before every pass, and not part of its time.
         clock: seconds.
@@ -72,21 +73,19 @@ class EngineSystem:
         name: str,
         engine: Generator,
         *,
-        forget: Callable[[], None],
         scope: Callable[[], AbstractContextManager[None]] = nullcontext,
         between_passes: Callable[[], None] = _nothing,
         clock: Clock = time.perf_counter,
     ) -> None:
         self.name = name
         self._engine = engine
-        self._forget = forget
         self._scope = scope
         self._between_passes = between_passes
         self._clock = clock
 
     def begin(self) -> None:
         """Empties the caches."""
-        self._forget()
+        self._engine.forget()
 
     def answer(self, request: Request, cancel: Event) -> Answer | None:
         """Runs the engine to the end of the answer."""

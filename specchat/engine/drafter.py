@@ -29,6 +29,9 @@ from specchat.engine.tree import ROOT, TokenTree, common_prefix
 NOISE_TEMPERATURE = 0.7
 GREEDY_TEMPERATURE = 0.5
 
+# Its name among those whose guesses a tree may hold.
+SOURCE = "model"
+
 # Nodes expanded per pass of the draft, as a share of the budget: an early guess at what stays wastes rows and passes.
 # Same measurement, t=0.7: 32 of 64 4.77, 16 of 64 5.11, 8 of 64 5.16 tokens per step.
 WIDTH_PER_BUDGET = 1 / 8
@@ -50,6 +53,9 @@ class Drafter(Protocol):
     def commit(self, path: Sequence[int]) -> None:
         """The nodes of the last tree that the target accepted, root to leaf."""
 
+    def reset(self) -> None:
+        """Forgets every context."""
+
     def close(self) -> None:
         """Lets go of memory and threads."""
 
@@ -67,6 +73,9 @@ class NoDrafter:
 
     def commit(self, path: Sequence[int]) -> None:
         """Nothing was guessed."""
+
+    def reset(self) -> None:
+        """Nothing is remembered."""
 
     def close(self) -> None:
         """Nothing is held."""
@@ -188,7 +197,7 @@ class ModelDrafter:
             paths.row[nodes] = rows.add(parent_rows, paths.depth[nodes])
             hidden = self._model.forward(paths.token[nodes].tolist(), rows.layout(len(nodes)), cancel)
             paths = self._children(paths, nodes, self._model.logits(hidden), len(context), sampler, budget)
-        self._tree = TokenTree(tuple(paths.token.tolist()), tuple(paths.parent.tolist()))
+        self._tree = TokenTree(tuple(paths.token.tolist()), tuple(paths.parent.tolist()), (SOURCE,) * len(paths))
         self._rows = paths.row.tolist()
         return self._tree
 
@@ -199,6 +208,11 @@ class ModelDrafter:
         self._model.cache.keep(prefix, [prefix + self._rows[node] for node in known])
         self._tokens += [self._tree.tokens[node] for node in known]
         self._tree, self._rows = TokenTree(), []
+
+    def reset(self) -> None:
+        """Empties the draft's cache."""
+        self._model.cache.truncate(0)
+        self._tokens, self._rows, self._tree = [], [], TokenTree()
 
     def close(self) -> None:
         """Stops the draft's streaming, if it streams."""

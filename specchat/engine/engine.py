@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -162,6 +163,25 @@ class Engine:
         del self._cached[length:]
         self._target.cache.truncate(len(self._cached))  # also rows of a pass that an exception left uncommitted
 
+    def forget(self) -> None:
+        """Empties all caches: the next prompt is computed from its first token on, by the drafter, too."""
+        self.truncate(0)
+        self._drafter.reset()
+
+    @property
+    def target(self) -> TreeModel:
+        """The model whose text comes out; who computes with it by itself calls `forget` before and after."""
+        return self._target
+
+    @contextmanager
+    def drafting_with(self, drafter: Drafter) -> Iterator[None]:
+        """Another drafter while it lasts; closing it is the caller's."""
+        own, self._drafter = self._drafter, drafter
+        try:
+            yield
+        finally:
+            self._drafter = own
+
     def memory(self) -> MemoryReport:
         """What is held, beside what the plan's ledger promised."""
         return self._meter.report()
@@ -189,7 +209,8 @@ class Engine:
         self._drafter.commit(path)
         self._meter.saw_pass(hidden)
         reason = self._finish_reason(len(context) + len(tokens), tokens[-1], answer)
-        return clock.step(tokens, reason, len(pending), num_cached, len(tree), max(tree.depths, default=0))
+        depth = max(tree.depths, default=0)
+        return clock.step(tokens, reason, len(pending), num_cached, len(tree), depth, tree.by_source(path))
 
     def _walk(
         self, context: list[int], tree: TokenTree, hidden: Tensor, answer: _Answer

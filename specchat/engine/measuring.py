@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -32,28 +32,14 @@ class PassTime:
     streamed_bytes: int
 
 
-def forget(engine: Engine) -> None:
-    """Empties both caches, so that the next prompt is computed from its first token on."""
-    engine.truncate(0)
-    # A drafter keeps what its context and the last one share; with a context of one token that is nothing.
-    sampler = Sampler(Sampling(), engine._target.vocab_size, engine._target.device)
-    engine._drafter.grow([0], 1, 1, sampler, None)
-    engine._drafter.commit([])
-
-
-@contextmanager
-def without_draft(engine: Engine) -> Iterator[None]:
+def without_draft(engine: Engine) -> AbstractContextManager[None]:
     """Plain decoding while it lasts, on the same weights in the same places."""
-    drafter, engine._drafter = engine._drafter, NoDrafter()
-    try:
-        yield
-    finally:
-        engine._drafter = drafter
+    return engine.drafting_with(NoDrafter())
 
 
 def drop_prefetched(engine: Engine) -> None:
     """Throws away the layers that were fetched ahead for the next pass, which begins to fetch them again at once."""
-    engine._target.streamer.restart()
+    engine.target.streamer.restart()
 
 
 def measure_pass(engine: Engine, num_rows: int, seed: int = 0) -> PassTime:
@@ -64,8 +50,8 @@ def measure_pass(engine: Engine, num_rows: int, seed: int = 0) -> PassTime:
         num_rows: rows of the pass, root included.
         seed: of the tokens.
     """
-    forget(engine)
-    target = engine._target
+    engine.forget()
+    target = engine.target
     tokens = torch.randint(0, target.vocab_size, (num_rows,), generator=torch.Generator().manual_seed(seed)).tolist()
     tree = TokenTree(tuple(tokens[1:]), tuple(ROOT if i < 2 else i // 2 - 1 for i in range(num_rows - 1)))
     layout = RowLayout(0, 1, tree.ancestors.to(target.device), torch.tensor((0, *tree.depths), device=target.device))
@@ -77,7 +63,7 @@ def measure_pass(engine: Engine, num_rows: int, seed: int = 0) -> PassTime:
         torch.cuda.current_stream(target.device).synchronize()
     pass_s = time.perf_counter() - begin
     after = target.streamer.counters()
-    engine.truncate(0)
+    engine.forget()
     return PassTime(pass_s, after.wait_s - before.wait_s, after.num_bytes - before.num_bytes)
 
 
@@ -92,10 +78,10 @@ class Margin:
 @torch.inference_mode()
 def margin_after(engine: Engine, context: Sequence[int], sampling: Sampling) -> Margin:
     """The margin by which the target's next token wins; with sampling, the race's margin, noise included."""
-    forget(engine)
-    target = engine._target
+    engine.forget()
+    target = engine.target
     logits = target.logits(target.append(list(context))[-1:])[0]
-    engine.truncate(0)
+    engine.forget()
     sampler = Sampler(sampling, target.vocab_size, target.device)
     best = sampler.scores(logits, context).topk(2).values
     return Margin(float(best[0] - best[1]), float(logits.abs().max()))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from specchat.config import Guesses
 
 ROOT = -1
 
@@ -19,10 +22,12 @@ class TokenTree:
     Attributes:
         tokens: one per node, best guess first.
         parents: node index, or ROOT; always smaller than the node's own index.
+        sources: which drafter guessed each node; empty where nobody asks.
     """
 
     tokens: tuple[int, ...] = ()
     parents: tuple[int, ...] = ()
+    sources: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -51,6 +56,12 @@ class TokenTree:
                 seen[nodes] = seen[parents[nodes]]
             seen[nodes, nodes] = True
         return seen
+
+    def by_source(self, path: Sequence[int]) -> tuple[Guesses, ...]:
+        """What each drafter offered, and how much of it is on `path`."""
+        offered = Counter(self.sources)
+        accepted = Counter(self.sources[node] for node in path) if self.sources else Counter[str]()
+        return tuple(Guesses(source, offered[source], accepted[source]) for source in sorted(offered))
 
     def likely_descendants(self, node: int, limit: int) -> list[int]:
         """Up to `limit` nodes below `node` (ROOT for all), best guesses first."""

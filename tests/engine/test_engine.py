@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from support.engines import NOTHING, make_plan, random_prompt, write
 from support.tiny_models import REFUSED, VOCAB, make_config, perturbed, random_model, save
 
-from specchat.config import ModelSource, Sampling
+from specchat.config import Guesses, ModelSource, Sampling
 from specchat.engine.drafter import ModelDrafter
 from specchat.engine.engine import Engine
 from specchat.engine.model import load_model
@@ -148,6 +148,7 @@ def test_steps_add_up(engine: Engine, sampling: Sampling):
     for step in steps:
         assert step.cached_rows + step.new_rows == length
         assert step.accepted == len(step.token_ids) - 1 <= step.depth <= step.tree_nodes <= BUDGET
+        assert step.guesses == ((Guesses("model", step.tree_nodes, step.accepted),) if step.tree_nodes else ())
         assert 0 <= step.draft_s + step.verify_s + step.sample_s <= step.pass_s
         assert step.streamed_bytes == 0 and step.stream_wait_s == 0
         length += len(step.token_ids)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from support.engines import random_prompt
 from support.tiny_models import VOCAB, make_config, random_model, save
 
-from specchat.config import ModelSource, Sampling
+from specchat.config import Guesses, ModelSource, Sampling
 from specchat.engine.drafter import GREEDY_TEMPERATURE, NOISE_TEMPERATURE, ModelDrafter, _Candidates
 from specchat.engine.model import TreeModel, load_model
 from specchat.engine.sampling import Noise, Sampler
@@ -282,3 +282,10 @@ def test_nothing_to_grow(draft: Draft):
         assert len(drafter.grow([3, 4], budget, max_depth, Sampler(GREEDY, VOCAB, CPU), None)) == 0
         drafter.commit([])
     assert len(drafter.grow([3, 4], 5, 5, Sampler(GREEDY, VOCAB, CPU), None)) == 5
+
+
+def test_guesses_are_counted_by_who_made_them():
+    tree = TokenTree((5, 6, 7, 8), (ROOT, 0, ROOT, 2), ("model", "context", "context", "context"))
+    assert tree.by_source([0, 1]) == (Guesses("context", 3, 1), Guesses("model", 1, 1))
+    assert tree.by_source([]) == (Guesses("context", 3, 0), Guesses("model", 1, 0))
+    assert TokenTree((5,), (ROOT,)).by_source([0]) == TokenTree().by_source([]) == ()

@@ -42,7 +42,7 @@ class Endless(list):
 def own_system(clock, text=TEXT, name=OWN, cancel_after=None, between_passes=lambda: None):
     answers = Endless([[*TOKENIZER.encode(text), EOS]])
     engine = FakeEngine(answers, pause=lambda: clock.take(STEP_S), cancel_after=cancel_after, plan=PLAN)
-    return EngineSystem(name, engine, forget=lambda: engine.truncate(0), between_passes=between_passes, clock=clock)
+    return EngineSystem(name, engine, between_passes=between_passes, clock=clock)
 
 
 @dataclass

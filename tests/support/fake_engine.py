@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from specchat.config import LedgerItem, MemoryReport, Plan, Step
+from specchat.config import Guesses, LedgerItem, MemoryReport, Plan, Step
 from specchat.errors import PromptTooLongError
 
 EOS = 256
@@ -101,6 +101,9 @@ class FakeEngine:
     def truncate(self, length):
         del self.committed[length:]
 
+    def forget(self):
+        self.truncate(0)
+
     def memory(self):
         return MEMORY
 
@@ -110,4 +113,5 @@ class FakeEngine:
 
     def _step(self, tokens, reason, new, cached):
         accepted = max(len(tokens) - 1, 0)
-        return Step(tokens, reason, new, cached, 64, accepted, 5, 0.5, 0.1, 0.3, 0.1, 0.05, 60 << 20)
+        guesses = (Guesses("model", 60, accepted), Guesses("other", 4, 0))
+        return Step(tokens, reason, new, cached, 64, accepted, 5, 0.5, 0.1, 0.3, 0.1, 0.05, 60 << 20, guesses)
