@@ -15,6 +15,10 @@ from specchat.chat.session import Speculation, Timings, Turn, Usage
 from specchat.config import MemoryReport, Message, ModelSource, Plan
 
 
+# What `summary.predict` goes by.
+PREDICTION_BASIS = "this run's link rate, computing time and tokens per pass: the slower of the first two, then the rest"
+
+
 @dataclass(frozen=True)
 class Baseline:
     """A baseline's name, and how its texts compare with ours."""
@@ -55,7 +59,7 @@ def outcome_object(outcome: Outcome, target: ModelSource) -> dict[str, Any]:
         "runs": [_own_run(run, outcome, target) for run in ours],
         "summary": _summary(ours, outcome),
         "baselines": [_baseline(each, measurement) for each in outcome.baselines],
-        "speedup": {each.name: _ratio(summary.speedup(ours, measurement.of(each.name))) for each in outcome.baselines},
+        "speedup": {each.name: _speedup(ours, measurement.of(each.name)) for each in outcome.baselines},
     }
 
 
@@ -102,6 +106,7 @@ def figures_object(runs: Iterable[Run]) -> dict[str, Any]:
         "draft_share": figures.draft_share,
         "pass_split": None if figures.split is None else asdict(figures.split),
         "accept_by_depth": list(figures.accept_by_depth),
+        "accept_by_source": [asdict(share) for share in figures.accept_by_source],
     }
 
 
@@ -109,6 +114,7 @@ def _summary(ours: Sequence[Run], outcome: Outcome) -> dict[str, Any]:
     achieved = summary.figures(ours).achieved_bytes_per_s
     link = outcome.link_bytes_per_s
     memory = outcome.memory
+    prediction = summary.predict(ours, outcome.plan.streamed_bytes_per_step, link)
     return {
         "load_s": outcome.load_s,
         **figures_object(ours),
@@ -120,10 +126,21 @@ def _summary(ours: Sequence[Run], outcome: Outcome) -> dict[str, Any]:
         },
         "device_peak_bytes": memory.device_peak_bytes,
         "host_peak_bytes": memory.host_peak_bytes,
+        "runtime_bytes": memory.runtime_bytes,
         "predicted_device_bytes": memory.predicted_device_bytes,
-        "predicted_tok_per_s": None,
+        "predicted_host_bytes": _predicted_host_bytes(outcome),
+        "predicted_pass_s": None if prediction is None else prediction.pass_s,
+        "predicted_tok_per_s": None if prediction is None else prediction.tok_per_s,
+        "prediction_basis": "none" if prediction is None else PREDICTION_BASIS,
         "by_temperature": _by_temperature(ours),
     }
+
+
+def _predicted_host_bytes(outcome: Outcome) -> int:
+    """What the process should hold at most: libraries, host copies of layers, and on the CPU the ledger, too."""
+    plan, memory = outcome.plan, outcome.memory
+    ledger = memory.predicted_device_bytes if plan.device == "cpu" else 0
+    return memory.runtime_bytes + plan.host_bytes + ledger
 
 
 def _by_temperature(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -164,7 +181,7 @@ def _baseline_at(temperature: float, measurement: Measurement, theirs: Sequence[
         "ttft_s": asdict(figures.ttft_s),
         "tokens_per_step": asdict(figures.tokens_per_step),
         "distinct_4gram": asdict(figures.distinct_4gram),
-        "speedup": _ratio(summary.speedup(ours, runs)),
+        "speedup": _speedup(ours, runs),
     }
 
 
@@ -199,8 +216,10 @@ def disk_passes_object(rounds: PassRounds | None) -> dict[str, Any] | None:
     }
 
 
-def _ratio(ratio: summary.Ratio | None) -> dict[str, Any] | None:
-    return None if ratio is None else asdict(ratio)
+def _speedup(ours: Sequence[Run], theirs: Sequence[Run]) -> dict[str, Any] | None:
+    """How much faster we are, and how much faster our passes are."""
+    found, per_pass = summary.speedup(ours, theirs), summary.pass_speedup(ours, theirs)
+    return None if found is None or per_pass is None else {**asdict(found), "per_pass": asdict(per_pass)}
 
 
 def _place(run: Run) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import math
 import random
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -42,6 +43,23 @@ class PassSplit:
 
 
 @dataclass(frozen=True)
+class SourceShare:
+    """What one drafter's guesses were worth.
+
+    Attributes:
+        source: the drafter's name.
+        offered_per_step: its nodes in a mean tree.
+        accepted_per_step: those of them that the target took.
+        share: of its nodes, how many were taken.
+    """
+
+    source: str
+    offered_per_step: float
+    accepted_per_step: float
+    share: float
+
+
+@dataclass(frozen=True)
 class Figures:
     """What a set of answers of one system comes to; means over the answers that count.
 
@@ -59,6 +77,7 @@ class Figures:
         split: where it goes.
         achieved_bytes_per_s: streamed bytes per second of whole passes; None if nothing streams.
         accept_by_depth: of the trees that went so deep, how many had their d-th guess accepted; from depth 1.
+        accept_by_source: what each drafter's guesses were worth, by name.
     """
 
     answers: int
@@ -74,6 +93,7 @@ class Figures:
     split: PassSplit | None
     achieved_bytes_per_s: float | None
     accept_by_depth: tuple[float, ...]
+    accept_by_source: tuple[SourceShare, ...]
 
 
 @dataclass(frozen=True)
@@ -115,6 +135,7 @@ def figures(runs: Iterable[Run]) -> Figures:
         split=_split(steps),
         achieved_bytes_per_s=streamed / pass_s if streamed else None,
         accept_by_depth=_accept_by_depth(steps),
+        accept_by_source=_accept_by_source(steps),
     )
 
 
@@ -139,15 +160,59 @@ def run_spread(runs: Iterable[Run]) -> float | None:
 
 def speedup(ours: Iterable[Run], theirs: Iterable[Run]) -> Ratio | None:
     """Our tok/s over theirs, paired by prompt and repeat; None if no pair counts."""
+    return _paired(ours, theirs, lambda run: run.answer.tok_per_s)
+
+
+def pass_speedup(ours: Iterable[Run], theirs: Iterable[Run]) -> Ratio | None:
+    """Our passes per second over theirs: the speedup were both to bring as many tokens in a pass.
+
+    Below 1 it is the share of the tokens per pass that arrives as speed.
+    """
+    return _paired(ours, theirs, lambda run: run.answer.num_passes / run.answer.total_s)
+
+
+def _paired(ours: Iterable[Run], theirs: Iterable[Run], rate: Callable[[Run], float]) -> Ratio | None:
     base = {(run.prompt, run.repeat): run for run in theirs if run.counted}
     logs: dict[str, list[float]] = {}
     for run in ours:
         other = base.get((run.prompt, run.repeat))
         if other is not None and run.counted:
-            logs.setdefault(run.question.question_id, []).append(
-                math.log(run.answer.tok_per_s / other.answer.tok_per_s)
-            )
+            logs.setdefault(run.question.question_id, []).append(math.log(rate(run) / rate(other)))
     return ratio_of(logs)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the link, and the parts of a pass that no link can hide, would let a pass take.
+
+    Attributes:
+        pass_s: of a mean pass.
+        tok_per_s: at the tokens per pass that were measured.
+    """
+
+    pass_s: float
+    tok_per_s: float
+
+
+def predict(runs: Iterable[Run], streamed_bytes_per_step: int, link_bytes_per_s: float | None) -> Prediction | None:
+    """The slower of link and computing, which go on at the same time, and what goes on beside neither.
+
+    Args:
+        runs: ours.
+        streamed_bytes_per_step: by the plan.
+        link_bytes_per_s: what the link gives when nothing else is done.
+
+    Returns:
+        None if nothing streams, or there is nothing to predict from.
+    """
+    answers = [run.answer for run in runs if run.counted]
+    split = _split([step for answer in answers for step in answer.steps])
+    if split is None or link_bytes_per_s is None or not streamed_bytes_per_step:
+        return None
+    pass_s = max(streamed_bytes_per_step / link_bytes_per_s, split.compute_s)
+    pass_s += split.draft_s + split.head_s + split.host_s
+    num_tokens = sum(len(answer.token_ids) for answer in answers)
+    return Prediction(pass_s, num_tokens / sum(answer.num_passes for answer in answers) / pass_s)
 
 
 def ratio_of(logs_by_question: dict[str, list[float]]) -> Ratio | None:
@@ -225,3 +290,15 @@ def _accept_by_depth(steps: Sequence[Step]) -> tuple[float, ...]:
         offered = [step for step in steps if step.depth >= depth]
         shares.append(sum(step.accepted >= depth for step in offered) / len(offered))
     return tuple(shares)
+
+
+def _accept_by_source(steps: Sequence[Step]) -> tuple[SourceShare, ...]:
+    offered, accepted = Counter[str](), Counter[str]()
+    for step in steps:
+        for guesses in step.guesses:
+            offered[guesses.source] += guesses.offered
+            accepted[guesses.source] += guesses.accepted
+    return tuple(
+        SourceShare(name, offered[name] / len(steps), accepted[name] / len(steps), accepted[name] / offered[name])
+        for name in sorted(offered)
+    )

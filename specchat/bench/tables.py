@@ -132,12 +132,15 @@ def _systems(report: Mapping[str, Any]) -> Table:
         rows += [(baseline["name"], entry, entry["speedup"]) for entry in baseline["by_temperature"]]
     rows.sort(key=lambda row: row[1]["temperature"])
     run_spread = report["summary"]["run_spread"]
-    note = "means ± standard deviation over answers, prefill and first step included; [95% interval]"
+    note = (
+        "means ± standard deviation over answers, prefill and first step included; [95% interval]; "
+        "per pass: were both to bring as many tokens in a pass"
+    )
     if run_spread is not None:
         note += f"; from repeat to repeat {share(run_spread)}"
     return Table(
         "speed",
-        ("system", "", "tok/s", "TTFT s", "tok/pass", "distinct 4-grams", "answers", "specchat is faster by"),
+        ("system", "", "tok/s", "TTFT s", "tok/pass", "distinct 4-grams", "answers", "specchat is faster by", "per pass"),
         tuple(
             (
                 name,
@@ -147,7 +150,7 @@ def _systems(report: Mapping[str, Any]) -> Table:
                 number(entry["tokens_per_step"]["mean"]),
                 number(entry["distinct_4gram"]["mean"]),
                 f"{entry['counted_answers']} of {entry['answers']}",
-                "" if name == "specchat" else ratio(speedup),
+                *(("", "") if name == "specchat" else (ratio(speedup), ratio(speedup and speedup["per_pass"]))),
             )
             for name, entry, speedup in rows
         ),
@@ -190,11 +193,22 @@ def _passes(summary: Mapping[str, Any]) -> Iterator[Table]:
             "host_s": "host",
         }
         rows = [(text, milliseconds(split[key]), share(split[key] / summary["pass_s"])) for key, text in names.items()]
-        yield Table("a mean pass", ("", "time", "share"), (*rows, ("all", milliseconds(summary["pass_s"]), "")))
+        rows.append(("all", milliseconds(summary["pass_s"]), ""))
+        predicted = summary["predicted_pass_s"]
+        if predicted is not None:
+            rows.append(("predicted", milliseconds(predicted), share(predicted / summary["pass_s"])))
+        note = "" if predicted is None else f"predicted: {summary['prediction_basis']}"
+        yield Table("a mean pass", ("", "time", "share"), tuple(rows), note)
     depths = summary["accept_by_depth"][:_MAX_DEPTHS]
     if depths:
         header = ("depth", *(str(depth) for depth in range(1, len(depths) + 1)))
         yield Table("guesses accepted, by depth", header, (("share", *map(share, depths)),))
+    if summary["accept_by_source"]:
+        rows = [
+            (each["source"], number(each["offered_per_step"]), number(each["accepted_per_step"]), share(each["share"]))
+            for each in summary["accept_by_source"]
+        ]
+        yield Table("guesses accepted, by who made them", ("", "a pass", "accepted", "share"), tuple(rows))
 
 
 def _memory(summary: Mapping[str, Any], plan: Mapping[str, Any]) -> Table:
@@ -203,6 +217,7 @@ def _memory(summary: Mapping[str, Any], plan: Mapping[str, Any]) -> Table:
         ("device memory, peak", format_bytes(summary["device_peak_bytes"])),
         ("device memory, planned", format_bytes(summary["predicted_device_bytes"])),
         ("host memory, peak", format_bytes(summary["host_peak_bytes"])),
+        ("host memory, planned", format_bytes(summary["predicted_host_bytes"])),
         ("streamed by a pass", format_bytes(plan["streamed_bytes_per_step"])),
     ]
     if stream["achieved_bytes_per_s"] is not None:

@@ -87,6 +87,11 @@ def test_figures_are_exact():
     assert figures.split == summary.PassSplit(*map(pytest.approx, (0.05, 0.25, 0.1, 0.1, 0.0)))
     assert figures.achieved_bytes_per_s == pytest.approx((60 << 20) / 0.5)
     assert figures.accept_by_depth == (1.0, 1.0, 0.0, 0.0, 0.0)
+    assert figures.accept_by_source == (
+        summary.SourceShare("model", 60, 2, pytest.approx(2 / 60)),
+        summary.SourceShare("other", 4, 0, 0),
+    )
+    assert figures.distinct_4gram.mean == 1
 
 
 def test_a_later_turn_computes_only_what_is_new():
@@ -116,6 +121,32 @@ def test_speedup_is_exact():
     # 9 tokens in 1.5 s against 9 tokens in 9 s
     assert (ratio.ratio, ratio.low, ratio.high) == pytest.approx((6, 6, 6))
     assert ratio.pairs == 12
+
+
+def test_speedup_per_pass_is_exact():
+    measurement = measured()
+    ratio = summary.pass_speedup(measurement.of("specchat"), measurement.of("accelerate"))
+    # a pass of 0.5 s against one of 1 s, whatever they bring
+    assert (ratio.ratio, ratio.low, ratio.high) == pytest.approx((2, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("streamed_bytes", "link", "pass_s"),
+    [
+        (10, 1000.0, 0.25 + 0.1 + 0.1),  # computing takes longer than 10 ms of streaming
+        (600, 1000.0, 0.6 + 0.1 + 0.1),
+        (0, 1000.0, None),
+        (600, None, None),
+    ],
+)
+def test_prediction_is_exact(streamed_bytes, link, pass_s):
+    found = summary.predict(measured().of("specchat"), streamed_bytes, link)
+    if pass_s is None:
+        assert found is None
+    else:
+        assert found.pass_s == pytest.approx(pass_s)
+        assert found.tok_per_s == pytest.approx(3 / pass_s)  # three tokens a pass
+    assert summary.predict((), streamed_bytes, link) is None
 
 
 def test_one_question_gives_no_interval():
@@ -211,7 +242,20 @@ def test_progress_foretells_the_rest():
 def test_report_fits_the_schema():
     made = reported(measured(), link=1e9)
     jsonschema.validate(made, SCHEMA)
-    assert made["summary"]["stream"]["utilisation"] == pytest.approx((60 << 20) / 0.5 / 1e9)
+    found = made["summary"]
+    assert found["stream"]["utilisation"] == pytest.approx((60 << 20) / 0.5 / 1e9)
+    assert found["load_s"] == 1.5
+    assert found["predicted_pass_s"] == pytest.approx(0.25 + 0.1 + 0.1)
+    assert found["predicted_tok_per_s"] == pytest.approx(3 / 0.45)
+    assert (found["device_peak_bytes"], found["host_peak_bytes"]) == (140 << 20, 140 << 20)
+    assert found["predicted_device_bytes"] == 150 << 20
+    assert found["predicted_host_bytes"] == (150 << 20) + 7
+    assert [each["tok_per_s"]["mean"] for each in found["by_temperature"]] == pytest.approx([6, 6])
+    own, other = made["runs"][0], made["baselines"][0]["runs"][0]
+    assert (own["timings"]["ttft_s"], own["timings"]["decode_s"]) == pytest.approx((0.5, 1))
+    assert (own["timings"]["draft_s"], own["timings"]["verify_s"]) == pytest.approx((0.3, 0.9))
+    assert (other["ttft_s"], other["decode_s"], other["tok_per_s"]) == pytest.approx((1, 8, 1))
+    assert made["speedup"]["accelerate"]["per_pass"]["ratio"] == pytest.approx(2)
     assert made["baselines"][0]["identical_output"] is True
     json.dumps(made, allow_nan=False)
 
