@@ -14,9 +14,10 @@ from specchat.chat.result import SCHEMA_VERSION, plan_object, run_object
 from specchat.chat.session import Speculation, Timings, Turn, Usage
 from specchat.config import MemoryReport, Message, ModelSource, Plan
 
-
 # What `summary.predict` goes by.
-PREDICTION_BASIS = "this run's link rate, computing time and tokens per pass: the slower of the first two, then the rest"
+PREDICTION_BASIS = (
+    "this run's link rate, computing time and tokens per pass: the slower of the first two, then the rest"
+)
 
 
 @dataclass(frozen=True)

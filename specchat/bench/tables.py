@@ -114,16 +114,17 @@ def share(value: float | None) -> str:
     return _NOTHING if value is None else f"{value:.0%}" if value >= 0.1 else f"{value:.1%}"
 
 
+def temperature_label(value: float) -> str:
+    """How answers at a temperature are called."""
+    return "greedy" if value == 0 else f"t={value:g}"
+
+
 def _rate(bytes_per_s: float | None) -> str:
     return _NOTHING if bytes_per_s is None else format_rate(bytes_per_s)
 
 
 def _label(report: Mapping[str, Any]) -> str:
     return f" ({report['label']})" if report["label"] else ""
-
-
-def _temperature(value: float) -> str:
-    return "greedy" if value == 0 else f"t={value:g}"
 
 
 def _systems(report: Mapping[str, Any]) -> Table:
@@ -140,22 +141,36 @@ def _systems(report: Mapping[str, Any]) -> Table:
         note += f"; from repeat to repeat {share(run_spread)}"
     return Table(
         "speed",
-        ("system", "", "tok/s", "TTFT s", "tok/pass", "distinct 4-grams", "answers", "specchat is faster by", "per pass"),
+        (
+            "system",
+            "",
+            "tok/s",
+            "TTFT s",
+            "tok/pass",
+            "distinct 4-grams",
+            "answers",
+            "specchat is faster by",
+            "per pass",
+        ),
         tuple(
             (
                 name,
-                _temperature(entry["temperature"]),
+                temperature_label(entry["temperature"]),
                 spread(entry["tok_per_s"]),
                 spread(entry["ttft_s"]),
                 number(entry["tokens_per_step"]["mean"]),
                 number(entry["distinct_4gram"]["mean"]),
                 f"{entry['counted_answers']} of {entry['answers']}",
-                *(("", "") if name == "specchat" else (ratio(speedup), ratio(speedup and speedup["per_pass"]))),
+                *(("", "") if name == "specchat" else _gains(speedup)),
             )
             for name, entry, speedup in rows
         ),
         note,
     )
+
+
+def _gains(speedup: Mapping[str, Any] | None) -> tuple[str, str]:
+    return (_NOTHING, _NOTHING) if speedup is None else (ratio(speedup), ratio(speedup["per_pass"]))
 
 
 def _identity(report: Mapping[str, Any]) -> Table:
@@ -176,7 +191,8 @@ def _difference(baseline: Mapping[str, Any]) -> str:
     first = baseline["first_difference"]
     if first is None:
         return _NOTHING
-    where = f"{first['question_id']} turn {first['turn']}, {_temperature(first['temperature'])}, token {first['index']}"
+    temperature = temperature_label(first["temperature"])
+    where = f"{first['question_id']} turn {first['turn']}, {temperature}, token {first['index']}"
     kind = "a near-tie" if first["near_tie"] else "NOT a near-tie"
     count = f"{baseline['differing_answers']} answers differ, {baseline['near_ties']} of them by near-ties"
     return f"{where}: {kind} (margin {number(first['margin'])}); {count}"
@@ -204,11 +220,11 @@ def _passes(summary: Mapping[str, Any]) -> Iterator[Table]:
         header = ("depth", *(str(depth) for depth in range(1, len(depths) + 1)))
         yield Table("guesses accepted, by depth", header, (("share", *map(share, depths)),))
     if summary["accept_by_source"]:
-        rows = [
+        sources = [
             (each["source"], number(each["offered_per_step"]), number(each["accepted_per_step"]), share(each["share"]))
             for each in summary["accept_by_source"]
         ]
-        yield Table("guesses accepted, by who made them", ("", "a pass", "accepted", "share"), tuple(rows))
+        yield Table("guesses accepted, by who made them", ("", "a pass", "accepted", "share"), tuple(sources))
 
 
 def _memory(summary: Mapping[str, Any], plan: Mapping[str, Any]) -> Table:
@@ -275,7 +291,7 @@ def _left_out(runs: Sequence[Mapping[str, Any]]) -> Table:
     rows = {
         (
             f"{run['question_id']} turn {run['turn']}",
-            _temperature(run["temperature"]),
+            temperature_label(run["temperature"]),
             number(run["distinct_4gram"]),
         )
         for run in runs

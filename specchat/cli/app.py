@@ -210,8 +210,11 @@ def _bench(
     ] = False,
     sweep: Annotated[
         str | None,
-        typer.Option(metavar="OPTION=A,B,C", help="Measure once for each value of tree-budget, vram, ctx or draft."),
+        typer.Option(
+            metavar="OPTION=A,B,C", help="Measure once for each value of tree-budget, vram, ctx, draft or slots."
+        ),
     ] = None,
+    plot: Annotated[str | None, typer.Option(metavar="FILE", help="Draw the sweep into an .svg or .png file.")] = None,
     compare: Annotated[
         tuple[str, str] | None,
         typer.Option(metavar="A.json B.json", help="Measure nothing; say how report B differs from report A."),
@@ -250,6 +253,7 @@ def _bench(
         cold=cold,
         passes=passes,
         sweep=bench_options.sweep(sweep),
+        plot=None if plot is None else Path(plot).expanduser(),
         compare=bench_options.compared(compare),
         output=bench_options.output(output, json=json),
         command=tuple(sys.argv[1:]),

@@ -69,11 +69,14 @@ class _Point:
 
 def _measure(options: BenchOptions) -> int:
     from specchat.bench.measure import measure
+    from specchat.bench.plot import check_plot, plot_sweep
     from specchat.ui.bench_view import BenchLine
     from specchat.ui.console import talk
     from specchat.ui.interrupts import Interrupts
 
     say = talk(quiet=options.models.quiet)
+    if options.plot is not None:
+        check_plot(options.plot)
     questions = _questions(options)
     points = _points(options, say)
     cancel, outcomes = Event(), []
@@ -83,7 +86,14 @@ def _measure(options: BenchOptions) -> int:
             if not cancel.is_set():
                 progress.part = f"{options.sweep[0]}={point.value}" if options.sweep else ""
                 outcomes.append((point, job, measure(job, cancel, progress.update)))
-    _print_report(options, _report(options, outcomes))
+    if not outcomes:
+        say.warn("interrupted before anything was measured")
+        return _INTERRUPTED
+    report = _report(options, outcomes, partial=cancel.is_set())
+    _print_report(options, report)
+    if options.plot is not None:
+        plot_sweep(report, options.plot)
+        say.say(f"drawn: {options.plot}")
     return _INTERRUPTED if cancel.is_set() else 0
 
 
@@ -119,6 +129,8 @@ def _with(options: ModelOptions, name: str, value: str) -> ModelOptions:
             return replace(options, vram_bytes=parse.size("--vram", value))
         case "ctx":
             return replace(options, ctx=parse.whole("--ctx", value, 1))
+        case "slots":
+            return replace(options, slots=parse.whole("--sweep slots", value, 1))
     return replace(options, draft=value)
 
 
@@ -184,7 +196,9 @@ def _check_cold(options: BenchOptions, plan: Plan) -> None:
 # --- the report --------------------------------------------------------------------------------------------------
 
 
-def _report(options: BenchOptions, measured: "Sequence[tuple[_Point, Job, Outcome]]") -> dict[str, Any]:
+def _report(
+    options: BenchOptions, measured: "Sequence[tuple[_Point, Job, Outcome]]", *, partial: bool
+) -> dict[str, Any]:
     """The report; in a sweep, the fastest point's plan and answers stand at the top."""
     from specchat.bench import report
 
@@ -197,7 +211,7 @@ def _report(options: BenchOptions, measured: "Sequence[tuple[_Point, Job, Outcom
         points = [{"value": each.value, **made} for (each, _, _), made in zip(measured, objects, strict=True)]
         sweep = {"option": options.sweep[0], "best": point.value, "points": points}
     return report.report_object(
-        _head(options, job, outcome, partial=any(each.measurement.partial for _, _, each in measured)),
+        _head(options, job, outcome, partial=partial),
         {
             **objects[best],
             "disk_passes": report.disk_passes_object(outcome.disk_passes),

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Literal
 
 from specchat.cli.options import ModelOptions
-from specchat.errors import UsageError
+from specchat.errors import NotAvailableError, UsageError
 
 Format = Literal["table", "md", "json", "jsonl", "csv"]
 FORMATS: tuple[Format, ...] = ("table", "md", "json", "jsonl", "csv")
 BASELINES = ("plain", "accelerate", "assisted")
-SWEEPS = ("tree-budget", "vram", "ctx", "draft")
+SWEEPS = ("tree-budget", "vram", "ctx", "draft", "slots")
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class BenchOptions:
         cold: measure from an empty page cache.
         passes: time passes by themselves, too; `cold` does so anyway.
         sweep: the option that is varied, and its values; None for no sweep.
+        plot: a picture to draw of the sweep, or None.
         compare: two reports to compare, in place of a measurement.
         output: form of the report.
         command: as typed, without the program's name.
@@ -41,6 +42,7 @@ class BenchOptions:
     cold: bool = False
     passes: bool = False
     sweep: tuple[str, tuple[str, ...]] | None = None
+    plot: Path | None = None
     compare: tuple[Path, Path] | None = None
     output: Format = "table"
     command: tuple[str, ...] = ()
@@ -59,6 +61,8 @@ def check_combination(options: BenchOptions) -> BenchOptions:
     for flag, given in (("--cold", options.cold), ("--passes", options.passes)):
         if options.sweep is not None and given:
             raise UsageError(f"{flag} and --sweep cannot be combined", hint=f"leave {flag} or --sweep out")
+    if options.plot is not None and options.sweep is None:
+        raise UsageError("--plot draws a sweep", hint="add --sweep OPTION=A,B,C")
     return options
 
 
@@ -80,6 +84,11 @@ def baselines(text: str | None) -> tuple[str, ...] | None:
         return None if text is None else ()
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
     for name in names:
+        if name == "llama.cpp":
+            raise NotAvailableError(
+                "the baseline 'llama.cpp' runs GGUF models, which this version does not read",
+                hint=f"--baseline takes {', '.join(BASELINES)} or none",
+            )
         if name not in BASELINES:
             raise UsageError(f"'{name}' is not a baseline", hint=f"--baseline takes {', '.join(BASELINES)} or none")
     return names

@@ -190,6 +190,7 @@ def make_plan(options: ModelOptions, models: Models) -> Plan:
             ctx=options.ctx,
             tree_budget=options.tree_budget,
             ram_bytes=options.ram_bytes,
+            slots=options.slots,
         )
     )
 

@@ -39,6 +39,7 @@ class ModelOptions:
         draft: a model, or one of auto, none, self, retrieval.
         vram_bytes: --vram in bytes, or None for what is free.
         ram_bytes: --ram in bytes, or None for what is free.
+        slots: buffers for streamed layers, or None; only a sweep of `bench` sets it.
         tree_budget: None is auto.
         seed: None is the command's own choice.
     """
@@ -48,6 +49,7 @@ class ModelOptions:
     device: str = "auto"
     vram_bytes: int | None = None
     ram_bytes: int | None = None
+    slots: int | None = None
     ctx: int | None = None
     tree_budget: int | None = None
     dtype: Literal["auto"] | Dtype = "auto"

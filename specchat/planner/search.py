@@ -32,6 +32,7 @@ class PlanRequest:
         ctx: committed tokens that the caches hold.
         tree_budget: draft nodes per tree.
         ram_bytes: cap on host memory.
+        slots: staging buffers for streamed layers.
     """
 
     target: ModelSource
@@ -42,6 +43,7 @@ class PlanRequest:
     ctx: int | None = None
     tree_budget: int | None = None
     ram_bytes: int | None = None
+    slots: int | None = None
 
 
 def make_plan(request: PlanRequest) -> Plan:
@@ -116,7 +118,7 @@ def _workload(request: PlanRequest, machine: Machine, target: ModelSpec, draft: 
         tree_budget=tree_budget,
         draft_rows=DRAFT_ROWS_PER_NODE * tree_budget,
         chunk_rows=CHUNK_ROWS,
-        slots=NUM_SLOTS,
+        slots=NUM_SLOTS if request.slots is None else request.slots,
     )
 
 

@@ -105,12 +105,25 @@ def test_compare_tells_a_real_difference(specchat, tmp_path, reports):
     assert figures["ttft_s"]["significant"] is False
 
 
-def test_sweep(specchat):
-    result = specchat("bench", "demo", *SMALL, "--sweep", "tree-budget=4,16")
+def test_sweep(specchat, tmp_path):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "picture.svg"
+    result = specchat("bench", "demo", *SMALL, "--sweep", "tree-budget=4,16", "--plot", str(picture))
     assert result.code == 0, result.err
+    assert f"drawn: {picture}" in result.err
+    assert "tree budget (nodes)" in picture.read_text()
     assert "tok/s by tree-budget" in result.out
     assert "█" in result.out
     assert "\x1b" not in result.out
+
+
+def test_slots_are_swept(specchat):
+    result = specchat("bench", "demo", *SMALL, "--vram", "36MiB", "--sweep", "slots=1,3", "--json", "-q")
+    assert result.code == 0, result.err
+    points = json.loads(result.out)["sweep"]["points"]
+    assert [point["plan"]["slots"] for point in points] == [1, 3]
+    texts = [[run["token_ids"] for run in point["runs"]] for point in points]
+    assert texts[0] == texts[1]
 
 
 def test_sweep_as_json(specchat):
@@ -152,6 +165,10 @@ def test_passes_from_the_page_cache(specchat):
     [
         (["demo", "--baseline", "vllm"], "'vllm' is not a baseline"),
         (["demo", "--baseline", "assisted", "--draft", "none"], "needs a draft"),
+        (["demo", "--baseline", "llama.cpp"], "runs GGUF models"),
+        (["demo", "--plot", "a.svg"], "--plot draws a sweep"),
+        (["demo", "--sweep", "ctx=256", "--plot", "a.pdf"], "--plot draws .svg or .png"),
+        (["demo", "--sweep", "slots=0"], "--sweep slots must be at least 1"),
         (["demo", "-o", "yaml"], "--output must be"),
         (["demo", "-o", "md", "--json"], "cannot be combined"),
         (["demo", "--sweep", "quant=int8,int4"], "--sweep cannot vary"),

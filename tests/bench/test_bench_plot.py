@@ -1,0 +1,75 @@
+"""The picture of a sweep: drawn from a report, refused before anything is measured when it cannot be."""
+
+from importlib.util import find_spec
+
+import pytest
+
+from specchat.bench import plot
+from specchat.errors import NotAvailableError, SpecchatError, UsageError
+
+
+def point(value, speed, budget=1 << 30):
+    entries = [
+        {
+            "temperature": temperature,
+            "tok_per_s": {"mean": speed, "sd": 0.5},
+            "tokens_per_step": {"mean": 3.0, "sd": None},
+            "pass_s": 0.5,
+        }
+        for temperature in (0.0, 0.7)
+    ]
+    plan = {"tree_budget": 64 if value == "auto" else 16, "device_budget_bytes": budget, "dtype": "fp32"}
+    return {"value": value, "plan": plan, "summary": {"by_temperature": entries}}
+
+
+def report(option, points):
+    return {
+        "model": "demo",
+        "plan": points[0]["plan"],
+        "machine": {"gpus": [], "cpu": {"name": "a cpu"}},
+        "sweep": {"option": option, "points": points},
+    }
+
+
+@pytest.mark.parametrize(
+    ("option", "values", "label"),
+    [
+        ("tree-budget", ("16", "auto"), "tree budget (nodes)"),
+        ("vram", ("1GiB", "2GiB"), "device memory budget"),
+        ("ctx", ("512", "1024"), "context (tokens)"),
+        ("slots", ("1", "2"), "slots (layers)"),
+        ("draft", ("none", "demo"), "draft"),
+        ("quant", ("none", "int4"), "weights"),
+    ],
+)
+def test_pictures_name_what_they_show(tmp_path, option, values, label):
+    pytest.importorskip("matplotlib")
+    points = [point(value, 2.0 + i, (1 + i) << 30) for i, value in enumerate(values)]
+    plot.plot_sweep(report(option, points), tmp_path / "a.svg")
+    text = (tmp_path / "a.svg").read_text()
+    for words in (label, *values, "tok/s", "tokens per pass", "seconds per pass", "greedy", "t=0.7", "a cpu", "demo"):
+        assert f">{words}" in text or f"{words}<" in text, words
+
+
+def test_points_without_a_figure_are_left_out(tmp_path):
+    pytest.importorskip("matplotlib")
+    plot.plot_sweep(report("ctx", [point("512", 2.0), point("1024", None)]), tmp_path / "a.PNG")
+    assert (tmp_path / "a.PNG").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_that_cannot_be_written(tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "a.svg").mkdir()
+    with pytest.raises(SpecchatError, match="cannot write"):
+        plot.plot_sweep(report("ctx", [point("512", 2.0)]), tmp_path / "a.svg")
+
+
+def test_what_cannot_be_drawn_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(UsageError, match=r"\.svg or \.png"):
+        plot.check_plot(tmp_path / "a.pdf")
+    with pytest.raises(UsageError, match="no folder"):
+        plot.check_plot(tmp_path / "none" / "a.svg")
+    monkeypatch.setattr(plot, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
+    with pytest.raises(NotAvailableError, match="matplotlib") as caught:
+        plot.check_plot(tmp_path / "a.svg")
+    assert "specchat[plot]" in caught.value.hint
