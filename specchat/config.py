@@ -129,7 +129,8 @@ class Plan:
         quant: "none" until quantizers exist.
         device: "cpu" or "cuda:0".
         ctx: committed tokens that the caches hold.
-        tree_budget: draft nodes per tree, root excluded; 0 without a draft.
+        tree_budget: the most draft nodes per tree, root excluded; 0 without a draft.
+        adaptive: whether trees are kept smaller where the last nodes would not pay for their time.
         draft_rows: rows that one growing tree may take in the draft's cache; 0 without a draft.
         slots: staging buffers for streamed layers; 0 when nothing streams.
         resident: indices of the layers that stay in device memory, ascending.
@@ -159,6 +160,7 @@ class Plan:
     host_bytes: int
     streamed_bytes_per_step: int
     tier: Tier = "disk"
+    adaptive: bool = False
 
     @property
     def device_bytes(self) -> int:

@@ -10,6 +10,7 @@ to be drawn with this noise, not how likely it is in general.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from specchat.engine.attention import RowLayout
+from specchat.engine.growth import Growth
 from specchat.engine.model import TreeModel
 from specchat.engine.sampling import Sampler
 from specchat.engine.tree import ROOT, TokenTree, common_prefix
@@ -46,9 +48,9 @@ class Drafter(Protocol):
         """The models it holds in memory."""
 
     def grow(
-        self, context: Sequence[int], budget: int, max_depth: int, sampler: Sampler, cancel: threading.Event | None
+        self, context: Sequence[int], growth: Growth, max_depth: int, sampler: Sampler, cancel: threading.Event | None
     ) -> TokenTree:
-        """A tree of at most `budget` nodes and `max_depth` levels below the last token of `context`."""
+        """A tree as large as `growth` says, of at most `max_depth` levels below the last token of `context`."""
 
     def commit(self, path: Sequence[int]) -> None:
         """The nodes of the last tree that the target accepted, root to leaf."""
@@ -66,7 +68,7 @@ class NoDrafter:
     models: Sequence[TreeModel] = ()
 
     def grow(
-        self, context: Sequence[int], budget: int, max_depth: int, sampler: Sampler, cancel: threading.Event | None
+        self, context: Sequence[int], growth: Growth, max_depth: int, sampler: Sampler, cancel: threading.Event | None
     ) -> TokenTree:
         """No guesses."""
         return TokenTree()
@@ -138,6 +140,11 @@ class _Candidates:
         )
         return merged._best(budget)
 
+    def first(self, count: int) -> _Candidates:
+        """The best `count` paths, whole: a parent always stands before its children."""
+        columns = (self.score, self.token, self.parent, self.depth, self.row)
+        return _Candidates(*(column[:count] for column in columns))
+
     def _best(self, budget: int) -> _Candidates:
         order = self.score.argsort(descending=True, stable=True)[:budget]
         new_index = torch.full((len(self) + 1,), ROOT, dtype=torch.int64)  # last entry: where ROOT = -1 points
@@ -177,19 +184,22 @@ class ModelDrafter:
         self._tree = TokenTree()
 
     def grow(
-        self, context: Sequence[int], budget: int, max_depth: int, sampler: Sampler, cancel: threading.Event | None
+        self, context: Sequence[int], growth: Growth, max_depth: int, sampler: Sampler, cancel: threading.Event | None
     ) -> TokenTree:
-        """The best `budget` paths; ends early when no unexpanded node could still change them."""
+        """The best paths; ends when no unexpanded node could still change them, or would pay for itself."""
         self._tree, self._rows = TokenTree(), []
+        budget = growth.max_nodes
         max_depth = min(max_depth, self._max_context - len(context))
-        if budget <= 0 or max_depth <= 0:
+        if max_depth <= 0 or not growth.begins():
             return self._tree
-        root_logits = self._catch_up(context, cancel)
+        root_logits = self._catch_up(context, growth, cancel)
         paths = self._children(_Candidates.empty(), torch.tensor([ROOT]), root_logits, len(context), sampler, budget)
         rows = _TreeRows(self._max_rows, len(context), self._model.device)
         width = max(MIN_WIDTH, int(budget * WIDTH_PER_BUDGET))
         while True:
+            begin = time.perf_counter()
             nodes = paths.frontier(min(width, rows.free), budget, max_depth)
+            nodes = nodes[: growth.expand(nodes.tolist(), paths.score[nodes].tolist())]
             if not len(nodes):
                 break
             parents = paths.parent[nodes]
@@ -197,7 +207,10 @@ class ModelDrafter:
             paths.row[nodes] = rows.add(parent_rows, paths.depth[nodes])
             hidden = self._model.forward(paths.token[nodes].tolist(), rows.layout(len(nodes)), cancel)
             paths = self._children(paths, nodes, self._model.logits(hidden), len(context), sampler, budget)
-        self._tree = TokenTree(tuple(paths.token.tolist()), tuple(paths.parent.tolist()), (SOURCE,) * len(paths))
+            growth.drafted(len(nodes), time.perf_counter() - begin)
+        paths = paths.first(growth.cut(paths.score.tolist()))
+        tokens, parents, weights = (tuple(each.tolist()) for each in (paths.token, paths.parent, paths.score))
+        self._tree = TokenTree(tokens, parents, (SOURCE,) * len(paths), weights)
         self._rows = paths.row.tolist()
         return self._tree
 
@@ -218,14 +231,17 @@ class ModelDrafter:
         """Stops the draft's streaming, if it streams."""
         self._model.close()
 
-    def _catch_up(self, context: Sequence[int], cancel: threading.Event | None) -> Tensor:
+    def _catch_up(self, context: Sequence[int], growth: Growth, cancel: threading.Event | None) -> Tensor:
         """Computes what the cache lacks of `context`; the draft's scores behind its last token: [1, V]."""
+        begin = time.perf_counter()
         shared = min(common_prefix(self._tokens, list(context)), len(context) - 1)
         self._model.cache.truncate(shared)
         self._tokens = list(context[:shared])
         hidden = self._model.append(self._known(context[shared:]), cancel)
         self._tokens = list(context)
-        return self._model.logits(hidden[-1:])
+        logits = self._model.logits(hidden[-1:])
+        growth.drafted(len(context) - shared, time.perf_counter() - begin)
+        return logits
 
     def _known(self, token_ids: Sequence[int]) -> list[int]:
         """The tokens as the draft can read them: the target may have more, which stand for nothing here."""

@@ -16,6 +16,7 @@ from specchat.config import FinishReason, MemoryReport, ModelSource, Plan, Sampl
 from specchat.engine import stats
 from specchat.engine.attention import RowLayout
 from specchat.engine.drafter import Drafter, ModelDrafter, NoDrafter
+from specchat.engine.growth import FixedGrowth, Growth, PayingGrowth
 from specchat.engine.model import PassCancelledError, TreeModel, load_model
 from specchat.engine.sampling import Sampler
 from specchat.engine.selfcheck import check_architecture
@@ -55,6 +56,7 @@ class Engine:
         self.load_s = 0.0
         self._target = target
         self._drafter = drafter
+        self._growth: Growth = PayingGrowth(plan.tree_budget) if plan.adaptive else FixedGrowth(plan.tree_budget)
         self._cached: list[int] = []  # the tokens whose rows the target's cache holds
         self._meter = stats.MemoryMeter(plan, [target, *drafter.models], runtime_bytes)
 
@@ -175,12 +177,13 @@ class Engine:
 
     @contextmanager
     def drafting_with(self, drafter: Drafter) -> Iterator[None]:
-        """Another drafter while it lasts; closing it is the caller's."""
-        own, self._drafter = self._drafter, drafter
+        """Another drafter while it lasts, with trees as large as planned; closing it is the caller's."""
+        own, self._drafter = (self._drafter, self._growth), drafter
+        self._growth = FixedGrowth(self.plan.tree_budget)
         try:
             yield
         finally:
-            self._drafter = own
+            self._drafter, self._growth = own
 
     def memory(self) -> MemoryReport:
         """What is held, beside what the plan's ledger promised."""
@@ -194,7 +197,7 @@ class Engine:
         try:
             with clock.drafting():
                 max_depth = answer.max_length - len(context) - 1
-                tree = self._drafter.grow(context, self.plan.tree_budget, max_depth, answer.sampler, answer.cancel)
+                tree = self._drafter.grow(context, self._growth, max_depth, answer.sampler, answer.cancel)
             with clock.verifying():
                 rows = self._rows_for(context, len(pending), tree)
                 hidden = self._target.forward([*pending, *tree.tokens], rows, answer.cancel)
@@ -210,7 +213,9 @@ class Engine:
         self._meter.saw_pass(hidden)
         reason = self._finish_reason(len(context) + len(tokens), tokens[-1], answer)
         depth = max(tree.depths, default=0)
-        return clock.step(tokens, reason, len(pending), num_cached, len(tree), depth, tree.by_source(path))
+        step = clock.step(tokens, reason, len(pending), num_cached, len(tree), depth, tree.by_source(path))
+        self._growth.verified(step, tree, path)
+        return step
 
     def _walk(
         self, context: list[int], tree: TokenTree, hidden: Tensor, answer: _Answer

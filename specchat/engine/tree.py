@@ -23,11 +23,13 @@ class TokenTree:
         tokens: one per node, best guess first.
         parents: node index, or ROOT; always smaller than the node's own index.
         sources: which drafter guessed each node; empty where nobody asks.
+        weights: the drafter's log weights of the paths that end at each node, descending; empty if it gives none.
     """
 
     tokens: tuple[int, ...] = ()
     parents: tuple[int, ...] = ()
     sources: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
 
     def __len__(self) -> int:
         return len(self.tokens)

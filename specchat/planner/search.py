@@ -11,7 +11,9 @@ from specchat.planner.memory import Workload, build_ledger
 from specchat.units import GIB, MIB, format_bytes
 
 DEFAULT_CTX = 8192
-DEFAULT_TREE_BUDGET = 64
+# The most nodes of a tree whose size follows what its nodes pay (engine/growth.py). A GPU computes hundreds of rows
+# while a layer is on its way; on two CPU cores 128 rows take longer than the disk.
+AUTO_TREE_BUDGET = {"cpu": 128, "cuda": 256}
 CHUNK_ROWS = 512
 # Up to this size full precision costs nothing that a user would notice, and is exact to the token.
 EXACT_BYTES = 64 * MIB
@@ -82,6 +84,7 @@ def plan_for(request: PlanRequest, machine: Machine, target: ModelSpec, draft: M
         device_budget_bytes=budget,
         host_bytes=0 if machine.device == "cpu" else streamed_bytes,
         streamed_bytes_per_step=streamed_bytes,
+        adaptive=request.tree_budget is None,
         tier=_tier(request, machine, streamed_bytes, taken=budget if machine.device == "cpu" else 0),
     )
 
@@ -111,7 +114,8 @@ def _workload(request: PlanRequest, machine: Machine, target: ModelSpec, draft: 
             f"--ctx {request.ctx:,} is beyond the {target.max_positions:,} positions of {target.name}",
             hint=f"use --ctx {target.max_positions} or less",
         )
-    tree_budget = 0 if draft is None else DEFAULT_TREE_BUDGET if request.tree_budget is None else request.tree_budget
+    auto = AUTO_TREE_BUDGET["cpu" if machine.device == "cpu" else "cuda"]
+    tree_budget = 0 if draft is None else request.tree_budget or auto
     return Workload(
         dtype=_dtype(request, machine, target),
         ctx=request.ctx if request.ctx is not None else min(target.max_positions, DEFAULT_CTX),
