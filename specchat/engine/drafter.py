@@ -209,8 +209,9 @@ class ModelDrafter:
             paths = self._children(paths, nodes, self._model.logits(hidden), len(context), sampler, budget)
             growth.drafted(len(nodes), time.perf_counter() - begin)
         paths = paths.first(growth.cut(paths.score.tolist()))
-        tokens, parents, weights = (tuple(each.tolist()) for each in (paths.token, paths.parent, paths.score))
-        self._tree = TokenTree(tokens, parents, (SOURCE,) * len(paths), weights)
+        columns = (paths.token, paths.parent, paths.score)
+        token, parent, weight = (tuple(column.tolist()) for column in columns)
+        self._tree = TokenTree(token, parent, (SOURCE,) * len(paths), weight)
         self._rows = paths.row.tolist()
         return self._tree
 
