@@ -1,0 +1,156 @@
+"""What a number format of quantized matrices is: how its bytes lie, and how they are multiplied with.
+
+A matrix W [rows, cols] is stored as a few *segments*, tensors of any dtype. They are parameters of a module
+(`models.quantized`), so they lie in a layer's blob, in packs and in slots like any other parameter. Fused experts are
+one matrix each. A format is a frozen dataclass: two that are equal store alike.
+
+A new format is one file: a subclass of `WeightFormat`, and, where checkpoints come in it, a `CheckpointScheme`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from specchat.models.checkpoint import TensorInfo
+from specchat.units import MIB
+
+Segments = Mapping[str, Tensor]
+
+# Rows that are dequantized at a time. On a CPU the piece stays in the cache until the product has read it, and below
+# 32 MB the allocator reuses memory (fresh memory costs 22 ms of page faults per 90 MB); a GPU wants large products.
+_CHUNK_ROWS = 1024
+_CHUNK_BYTES = {"cpu": 24 * MIB, "cuda": 128 * MIB}
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One tensor of a stored matrix; `name` is an identifier, the same for every matrix of a format."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class WeightFormat(ABC):
+    """A way to store matrices.
+
+    Attributes:
+        name: short, for people: "int8", "nf4", "affine4".
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def segments(self, rows: int, cols: int) -> tuple[Segment, ...]:
+        """What a matrix [rows, cols] is stored in, in the order of the blob."""
+
+    @abstractmethod
+    def dequantize(self, segments: Segments, begin: int, end: int, out: Tensor) -> Tensor:
+        """The rows begin .. end - 1 as numbers; every row range gives the same numbers for a row.
+
+        Args:
+            segments: of the whole matrix.
+            begin, end: any rows; large matrices come in ranges of `chunk_rows`.
+            out: contiguous memory [end - begin, cols] of the dtype and on the device that are wanted.
+
+        Returns:
+            [end - begin, cols] as `out`: `out` itself, filled, or other memory where a kernel insists on its own.
+        """
+
+    def linear(
+        self, x: Tensor, segments: Segments, shape: tuple[int, int], scratch: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        """x W^T + bias, a few rows of W at a time; formats with a fused kernel override this for few rows of x.
+
+        Args:
+            x: [..., cols] in the compute dtype.
+            segments: of W.
+            shape: of W, (rows, cols).
+            scratch: uint8 [>= scratch_bytes(shape, x.dtype, x.device)], written over.
+            bias: [rows] or None.
+
+        Returns:
+            [..., rows] in the dtype of x.
+        """
+        rows, cols = shape
+        step = chunk_rows(rows, cols, x.dtype, x.device)
+        y = x.new_empty(*x.shape[:-1], rows) if step < rows else None
+        for begin in range(0, rows, step):
+            end = min(begin + step, rows)
+            weight = self.dequantize(segments, begin, end, view_scratch(scratch, end - begin, cols, x.dtype))
+            part = F.linear(x, weight, None if bias is None else bias[begin:end])
+            if y is None:
+                return part
+            y[..., begin:end] = part
+        assert y is not None
+        return y
+
+
+class Quantizer(Protocol):
+    """What we make of full-precision matrices ourselves."""
+
+    @property
+    def format(self) -> WeightFormat:
+        """What it produces."""
+
+    @property
+    def identity(self) -> str:
+        """Name, version and whatever else its bytes depend on: part of a pack's key."""
+
+    def quantize(self, weight: Tensor, segments: Segments) -> None:
+        """Fills the segments (CPU) from a matrix [rows, cols] of any float dtype (CPU), a few rows at a time."""
+
+
+class CheckpointScheme(Protocol):
+    """How one kind of pre-quantized checkpoint stores its matrices; made from config.json's quantization_config.
+
+    `module` is the matrix's path in the checkpoint ("model.layers.0.mlp.up_proj", and for experts
+    "model.layers.0.mlp.experts.3.up_proj"); its tensors are given by what follows the path and a dot ("qweight",
+    "weight.absmax"). A tensor named "bias" is none of the scheme's business.
+    """
+
+    @property
+    def name(self) -> str:
+        """What banner and plan say, such as "gptq int4"."""
+
+    def format_of(
+        self, module: str, shape: tuple[int, int], tensors: Mapping[str, TensorInfo]
+    ) -> WeightFormat | None:
+        """The format of one matrix [rows, cols] from headers alone; None where it is a plain `weight` (skipped).
+
+        Raises:
+            CorruptCheckpointError: tensors are missing or have shapes that cannot be; the tensor is named.
+            UnsupportedModelError: a variant that specchat does not read.
+        """
+
+    def transcode(
+        self, module: str, shape: tuple[int, int], tensors: Mapping[str, Tensor], segments: Segments
+    ) -> None:
+        """Fills the segments (CPU, as `format_of` says) from the checkpoint's tensors (CPU, as saved).
+
+        Raises:
+            CorruptCheckpointError: the tensors' contents cannot be what was saved.
+        """
+
+
+def chunk_rows(rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Rows of a matrix that are dequantized at a time."""
+    limit = max(_CHUNK_BYTES[device.type] // (cols * dtype.itemsize), 1)
+    wanted = _CHUNK_ROWS if device.type == "cpu" else limit
+    return min(rows, wanted, limit)
+
+
+def scratch_bytes(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> int:
+    """Scratch memory that `linear` needs for a matrix (rows, cols)."""
+    return chunk_rows(*shape, dtype, device) * shape[1] * dtype.itemsize
+
+
+def view_scratch(scratch: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+    """The beginning of uint8 memory as a matrix [rows, cols]."""
+    return scratch[: rows * cols * dtype.itemsize].view(dtype).view(rows, cols)
