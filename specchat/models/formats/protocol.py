@@ -56,7 +56,8 @@ class WeightFormat(ABC):
 
         Args:
             segments: of the whole matrix.
-            begin, end: any rows; large matrices come in ranges of `chunk_rows`.
+            begin: the first row.
+            end: behind the last; large matrices come in ranges of `chunk_rows`.
             out: contiguous memory [end - begin, cols] of the dtype and on the device that are wanted.
 
         Returns:
@@ -119,9 +120,7 @@ class CheckpointScheme(Protocol):
     def name(self) -> str:
         """What banner and plan say, such as "gptq int4"."""
 
-    def format_of(
-        self, module: str, shape: tuple[int, int], tensors: Mapping[str, TensorInfo]
-    ) -> WeightFormat | None:
+    def format_of(self, module: str, shape: tuple[int, int], tensors: Mapping[str, TensorInfo]) -> WeightFormat | None:
         """The format of one matrix [rows, cols] from headers alone; None where it is a plain `weight` (skipped).
 
         Raises:
@@ -129,9 +128,7 @@ class CheckpointScheme(Protocol):
             UnsupportedModelError: a variant that specchat does not read.
         """
 
-    def transcode(
-        self, module: str, shape: tuple[int, int], tensors: Mapping[str, Tensor], segments: Segments
-    ) -> None:
+    def transcode(self, module: str, shape: tuple[int, int], tensors: Mapping[str, Tensor], segments: Segments) -> None:
         """Fills the segments (CPU, as `format_of` says) from the checkpoint's tensors (CPU, as saved).
 
         Raises:
