@@ -7,6 +7,8 @@ from typing import Literal
 Dtype = Literal["bf16", "fp16", "fp32"]
 # Where the bytes of streamed layers are between passes: host memory (pinned, or the page cache) or the disk.
 Tier = Literal["ram", "disk"]
+# What specchat makes of full-precision weights. Checkpoints that come quantized have names of their own ("gptq int4").
+Quant = Literal["none", "int8", "int4"]
 FinishReason = Literal["stop", "length", "context", "interrupt"]
 
 DTYPE_BYTES: dict[Dtype, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -75,8 +77,20 @@ class KvShape:
 
 
 @dataclass(frozen=True)
+class ParamSize:
+    """How large one parameter is: `count` numbers of `item_bytes` each, None where those are of the compute dtype."""
+
+    count: int
+    item_bytes: int | None = None
+
+    def nbytes(self, dtype: Dtype) -> int:
+        """Its bytes in a model that computes in `dtype`."""
+        return self.count * (DTYPE_BYTES[dtype] if self.item_bytes is None else self.item_bytes)
+
+
+@dataclass(frozen=True)
 class ModelSpec:
-    """What config.json alone says about a model's size.
+    """What a model's config.json and headers alone say about its size.
 
     Attributes:
         name: what the user typed, for messages.
@@ -86,10 +100,13 @@ class ModelSpec:
         num_heads: query heads, H.
         max_positions: the longest context that the position encoding serves without switching its scaling.
         dtype: what the checkpoint says its weights are.
-        layer_params: for each decoder layer, the number of elements of each of its parameters, in module order.
-        other_params: elements of the parameters outside the layers (embeddings, head, final norm), tied ones once.
+        num_params: weights of the whole model, tied ones once, whatever they are stored in.
+        layer_params: for each decoder layer, its parameters in module order.
+        other_params: the parameters outside the layers (embeddings, head, final norm), tied ones once.
         buffer_bytes: persistent buffers, which always stay in device memory.
         kv_shapes: one per layer.
+        quant: how its matrices are stored: "none", what we make ("int8"), or what it came as ("gptq int4").
+        quant_shapes: (rows, cols) of the quantized matrices, each once.
     """
 
     name: str
@@ -101,10 +118,13 @@ class ModelSpec:
     num_heads: int
     max_positions: int
     dtype: Dtype
-    layer_params: tuple[tuple[int, ...], ...]
-    other_params: tuple[int, ...]
+    num_params: int
+    layer_params: tuple[tuple[ParamSize, ...], ...]
+    other_params: tuple[ParamSize, ...]
     buffer_bytes: int
     kv_shapes: tuple[KvShape, ...]
+    quant: str = "none"
+    quant_shapes: tuple[tuple[int, int], ...] = ()
 
     @property
     def kv_numbers_per_row(self) -> int:
@@ -126,7 +146,7 @@ class Plan:
 
     Attributes:
         target, draft: names; draft is None for plain decoding.
-        quant: "none" until quantizers exist.
+        quant: how the target's weights are stored, as in `ModelSpec`.
         device: "cpu" or "cuda:0".
         ctx: committed tokens that the caches hold.
         tree_budget: the most draft nodes per tree, root excluded; 0 without a draft.
@@ -141,11 +161,12 @@ class Plan:
         host_bytes: memory outside the device budget (pinned layer copies); 0 on the CPU, where both are the same.
         streamed_bytes_per_step: bytes over the link for one pass.
         tier: where the streamed layers' bytes are between passes.
+        draft_quant: how the draft's weights are stored; "none" without a draft.
     """
 
     target: str
     draft: str | None
-    quant: Literal["none"]
+    quant: str
     device: str
     dtype: Dtype
     ctx: int
@@ -161,6 +182,7 @@ class Plan:
     streamed_bytes_per_step: int
     tier: Tier = "disk"
     adaptive: bool = False
+    draft_quant: str = "none"
 
     @property
     def device_bytes(self) -> int:

@@ -91,6 +91,7 @@ class Engine:
             num_slots=plan.slots,
             tier=plan.tier,
             pack=pack,
+            quant=plan.quant,
             cache_rows=plan.ctx + plan.tree_budget,
             chunk_rows=plan.chunk_rows,
         )
@@ -285,6 +286,7 @@ def _load_drafter(plan: Plan, draft: ModelSource | None, dtype: torch.dtype, dev
         draft,
         dtype=dtype,
         device=device,
+        quant=plan.draft_quant,
         cache_rows=plan.ctx + plan.draft_rows,
         chunk_rows=plan.chunk_rows,
     )

@@ -25,6 +25,8 @@ from specchat.models.checkpoint import open_checkpoint
 from specchat.models.pack import Pack
 from specchat.models.pack_format import bytes_of
 from specchat.models.pack_verify import ChunkVerifier
+from specchat.models.quant_reader import open_reader
+from specchat.models.quantization import apply_recipe, recipe_for
 from specchat.models.weights import LayerLayout, WeightReader, bind
 
 hf_compat.use_attention(tree_attention)
@@ -184,6 +186,7 @@ def load_model(
     num_slots: int = 0,
     tier: Tier = "disk",
     pack: Pack | None = None,
+    quant: str = "none",
 ) -> TreeModel:
     """Reads a model into memory: resident layers and everything outside the layers now, the rest as passes need it.
 
@@ -197,11 +200,10 @@ def load_model(
         num_slots: staging buffers for the others.
         tier: where the others' bytes are between passes.
         pack: the weights repacked, if they have been; else they are read from `source`.
+        quant: what the matrices are stored in; those read from `source` are quantized here.
     """
     skeleton = hf_compat.build_skeleton(hf_compat.load_config(source.path), dtype)
-    if pack is not None:
-        pack.rest_checkpoint()  # checks what is read next
-    reader = WeightReader(skeleton, open_checkpoint(source.path) if pack is None else pack.checkpoint())
+    reader = _open_reader(skeleton, source, pack, quant)
     reader.read_rest(device)
     stays = set(range(len(skeleton.layers)) if resident is None else resident)
     verifier = None if pack is None else ChunkVerifier(pack)
@@ -213,6 +215,17 @@ def load_model(
         use_fast_products(skeleton.model)
     cache = TreeCache(hf_compat.kv_shapes(skeleton.config), cache_rows, dtype, device)
     return TreeModel(skeleton, cache, streamer, streamed, chunk_rows, device)
+
+
+def _open_reader(skeleton: hf_compat.Skeleton, source: ModelSource, pack: Pack | None, quant: str) -> WeightReader:
+    """Replaces the modules of quantized matrices, and finds what fills them."""
+    recipe = recipe_for(quant)
+    if pack is None:
+        return open_reader(skeleton, open_checkpoint(source.path), recipe)
+    if recipe is not None:
+        apply_recipe(skeleton, recipe)
+    pack.rest_checkpoint()  # checks what is read next
+    return WeightReader(skeleton, pack.checkpoint())
 
 
 def _load_resident(

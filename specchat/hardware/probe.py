@@ -17,6 +17,14 @@ def available_ram_bytes() -> int:
     return available if left is None else min(available, left)
 
 
+def total_ram_bytes() -> int:
+    """The least of what is built in and what the control group may ever take."""
+    total = int(psutil.virtual_memory().total)
+    limits = (_CGROUP / "memory.max", _CGROUP / "memory/memory.limit_in_bytes")
+    texts = [path.read_text().strip() for path in limits if path.is_file()]
+    return min([total, *(int(text) for text in texts if text.isdigit())])
+
+
 def cgroup_left_bytes(root: Path) -> int | None:
     """Memory that the control group (v2, else v1) still allows; None where it sets no limit. psutil does not see it."""
     for limit_file, usage_file in (
@@ -62,13 +70,14 @@ def find_machine(device: str) -> Machine:
             f"there is no {device}: this machine has {torch.cuda.device_count()} CUDA device(s)",
             hint="devices count from cuda:0",
         )
-    free, _ = torch.cuda.mem_get_info(index)
+    free, total = torch.cuda.mem_get_info(index)
     major, _ = torch.cuda.get_device_capability(index)
-    return Machine(f"cuda:{index}", int(free), ram, fast_bf16=major >= 8)
+    return Machine(f"cuda:{index}", int(free), ram, fast_bf16=major >= 8, total_bytes=int(total) + total_ram_bytes())
 
 
 def _cpu(ram: int) -> Machine:
-    return Machine("cpu", ram, ram, fast_bf16=cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"} != set())
+    fast_bf16 = cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"} != set()
+    return Machine("cpu", ram, ram, fast_bf16, total_bytes=total_ram_bytes())
 
 
 def cpu_flags() -> set[str]:

@@ -1,12 +1,15 @@
 """How large a model is, from its configuration alone: bytes per layer and per token, before any weight is read."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from specchat.config import DTYPE_BYTES, Dtype, ModelSource, ModelSpec
+from specchat.config import Dtype, ModelSource, ModelSpec, ParamSize, Quant
 from specchat.models import hf_compat
+from specchat.models.formats.protocol import scratch_bytes
+from specchat.models.quantization import apply_recipe, recipe_for
+from specchat.models.quantized import quant_linears, segment_names
 
 # Tensors start at multiples of this within a layer's blob, as matrix kernels like it; layers at multiples of a page.
 TENSOR_ALIGNMENT = 256
@@ -20,27 +23,38 @@ def aligned(num_bytes: int, alignment: int) -> int:
     return -(-num_bytes // alignment) * alignment
 
 
-def blob_offsets(num_elements: Sequence[int], element_bytes: int) -> tuple[list[int], int]:
+def blob_offsets(tensor_bytes: Iterable[int]) -> tuple[list[int], int]:
     """Where each tensor starts in a layer's contiguous blob, and the blob's length, in bytes."""
     offsets, end = [], 0
-    for count in num_elements:
+    for nbytes in tensor_bytes:
         offsets.append(aligned(end, TENSOR_ALIGNMENT))
-        end = offsets[-1] + count * element_bytes
+        end = offsets[-1] + nbytes
     return offsets, aligned(end, LAYER_ALIGNMENT)
 
 
 def layer_bytes(spec: ModelSpec, layer: int, dtype: Dtype) -> int:
     """Bytes of one decoder layer's blob, which is what it takes in device memory, in a slot and over the link."""
-    return blob_offsets(spec.layer_params[layer], DTYPE_BYTES[dtype])[1]
+    return blob_offsets(size.nbytes(dtype) for size in spec.layer_params[layer])[1]
 
 
-def num_params(spec: ModelSpec) -> int:
-    """Parameters of the whole model, tied ones once."""
-    return sum(map(sum, spec.layer_params)) + sum(spec.other_params)
+def weight_bytes(spec: ModelSpec, dtype: Dtype) -> int:
+    """Bytes of all layers, and of everything beside them."""
+    rest = sum(size.nbytes(dtype) for size in spec.other_params) + spec.buffer_bytes
+    return rest + sum(layer_bytes(spec, layer, dtype) for layer in range(spec.num_layers))
 
 
-def describe(source: ModelSource) -> ModelSpec:
+def dequantize_bytes(spec: ModelSpec, dtype: Dtype, device: str) -> int:
+    """Memory that one quantized matrix after the other is dequantized into."""
+    place = torch.device(device)
+    return max((scratch_bytes(shape, TORCH_DTYPE[dtype], place) for shape in spec.quant_shapes), default=0)
+
+
+def describe(source: ModelSource, quant: Quant = "none") -> ModelSpec:
     """The sizes of a model.
+
+    Args:
+        source: local files.
+        quant: what its matrices are to be stored in.
 
     Raises:
         CorruptCheckpointError, UnsupportedModelError: as `hf_compat.load_config`.
@@ -48,8 +62,11 @@ def describe(source: ModelSource) -> ModelSpec:
     config = hf_compat.load_config(source.path)
     dtype = _checkpoint_dtype(config)  # building modules overwrites it
     skeleton = hf_compat.build_skeleton(config, torch.float32, attention="eager")
-    in_layers = {id(p) for layer in skeleton.layers for p in layer.parameters()}
-    other = tuple(p.numel() for p in skeleton.model.parameters() if id(p) not in in_layers)
+    num_params = sum(p.numel() for p in skeleton.model.parameters())
+    if (recipe := recipe_for(quant)) is not None:
+        apply_recipe(skeleton, recipe)
+    segments = segment_names(skeleton.model)
+    layers_prefix = f"{skeleton.layers_name}."
     return ModelSpec(
         name=source.name,
         architecture=type(skeleton.model).__name__,
@@ -60,11 +77,27 @@ def describe(source: ModelSource) -> ModelSpec:
         num_heads=config.num_attention_heads,
         max_positions=hf_compat.max_positions(config),
         dtype=dtype,
-        layer_params=tuple(tuple(p.numel() for p in layer.parameters()) for layer in skeleton.layers),
-        other_params=other,
+        num_params=num_params,
+        layer_params=tuple(_param_sizes(layer) for layer in skeleton.layers),
+        other_params=tuple(
+            _param_size(parameter, name in segments)
+            for name, parameter in skeleton.model.named_parameters()
+            if not name.startswith(layers_prefix)
+        ),
         buffer_bytes=sum(b.nbytes for b in skeleton.model.buffers()),
         kv_shapes=hf_compat.kv_shapes(config),
+        quant=quant,
+        quant_shapes=tuple(sorted({linear.shape for _, linear in quant_linears(skeleton.model)})),
     )
+
+
+def _param_sizes(module: Any) -> tuple[ParamSize, ...]:
+    segments = segment_names(module)
+    return tuple(_param_size(parameter, name in segments) for name, parameter in module.named_parameters())
+
+
+def _param_size(parameter: torch.Tensor, is_segment: bool) -> ParamSize:
+    return ParamSize(parameter.numel(), parameter.dtype.itemsize if is_segment else None)
 
 
 def _checkpoint_dtype(config: Any) -> Dtype:

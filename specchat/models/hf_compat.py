@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from specchat.config import KvShape, Message, Sampling
 from specchat.errors import CorruptCheckpointError, UnsupportedModelError, UsageError
 from specchat.models.checkpoint import read_json
+from specchat.models.quantized import Matrix, experts_forward
 
 # --- tokenizer ---------------------------------------------------------------------------------------------------
 
@@ -307,6 +309,61 @@ def skeleton_of(model: Any) -> Skeleton:
     raise UnsupportedModelError(f"'{model.config.model_type}' has no plain list of decoder layers")
 
 
+# Which experts a row goes to is decided by small differences, and so is how much of a shared expert it gets.
+_ROUTERS = frozenset({"gate", "router", "shared_expert_gate", "wg"})
+
+
+def find_matrices(skeleton: Skeleton) -> list[Matrix]:
+    """Where a matrix may be stored in a number format: linears and fused experts of the layers, and the head.
+
+    Routers and whatever is more than a plain nn.Linear are left out.
+    """
+    matrices = []
+    for index, layer in enumerate(skeleton.layers):
+        for path, module in layer.named_modules(prefix=f"{skeleton.layers_name}.{index}"):
+            if type(module) is torch.nn.Linear and path.rpartition(".")[2] not in _ROUTERS:
+                matrices.append(Matrix(path, index, (module.out_features, module.in_features)))
+            elif _fuses_experts(module):
+                matrices += _expert_matrices(path, index, module)
+    head = skeleton.model.get_output_embeddings()
+    if type(head) is torch.nn.Linear:
+        matrices.append(Matrix(path_of(skeleton.model, head), None, (head.out_features, head.in_features)))
+    return matrices
+
+
+def path_of(model: Any, part: Any) -> str:
+    """Where a module is within another."""
+    return next(path for path, module in model.named_modules() if module is part)
+
+
+def _fuses_experts(module: Any) -> bool:
+    """Whether transformers would let another implementation compute the module's experts."""
+    return hasattr(module, "has_gate") and hasattr(module, "is_transposed") and not module.has_post_expert_norm
+
+
+def _expert_matrices(path: str, layer: int, module: Any) -> Iterator[Matrix]:
+    for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
+        num_experts, *shape = getattr(module, name).shape
+        rows, cols = reversed(shape) if module.is_transposed else shape
+        yield Matrix(f"{path}.{name}", layer, (rows, cols), num_experts, module.is_transposed)
+
+
+def use_quantized_experts(skeleton: Skeleton) -> None:
+    """Lets modules whose fused experts have been quantized compute with them."""
+    for module in skeleton.layers.modules():
+        if _fuses_experts(module) and isinstance(module.down_proj, torch.nn.ModuleList):
+            module.forward = partial(experts_forward, module)
+
+
+def head_names(skeleton: Skeleton) -> tuple[str, ...]:
+    """The parameters that the head's matrix may be read from, the right one first if a checkpoint has several."""
+    model = skeleton.model
+    head, embedding = (
+        f"{path_of(model, module)}.weight" for module in (model.get_output_embeddings(), model.get_input_embeddings())
+    )
+    return (embedding, head) if getattr(skeleton.config, "tie_word_embeddings", False) else (head, embedding)
+
+
 class _GivenHidden(torch.nn.Module):
     """Stands in the decoder's place and returns the hidden states it is given."""
 
@@ -404,12 +461,12 @@ class WeightPlan:
     Attributes:
         direct: per layer, parameter or buffer name within the layer -> checkpoint key, where a copy is enough.
         converted: per layer, the checkpoint keys that transformers merges into other tensors (fused experts).
-        rest: checkpoint keys of everything outside the layers.
+        rest: checkpoint keys of everything outside the layers -> parameter or buffer.
     """
 
     direct: tuple[Mapping[str, str], ...]
     converted: tuple[tuple[str, ...], ...]
-    rest: tuple[str, ...]
+    rest: Mapping[str, str]
 
 
 def plan_weights(skeleton: Skeleton, keys: Iterable[str]) -> WeightPlan:
@@ -423,7 +480,7 @@ def plan_weights(skeleton: Skeleton, keys: Iterable[str]) -> WeightPlan:
     prefix = skeleton.model.base_model_prefix
     direct: list[dict[str, str]] = [{} for _ in skeleton.layers]
     converted: list[list[str]] = [[] for _ in skeleton.layers]
-    rest: list[str] = []
+    rest: dict[str, str] = {}
     in_layer = re.compile(re.escape(skeleton.layers_name) + r"\.(\d+)\.(.+)")
     for key in keys:
         name, pattern = rename_source_key(key, renamings, converters, prefix, known)
@@ -433,12 +490,12 @@ def plan_weights(skeleton: Skeleton, keys: Iterable[str]) -> WeightPlan:
             continue  # rotary tables of old checkpoints, heads of other tasks, extra prediction layers
         match = in_layer.fullmatch(name)
         if match is None:
-            rest.append(key)
+            rest[key] = name
         elif pattern is None:
             direct[int(match[1])][match[2]] = key
         else:
             converted[int(match[1])].append(key)
-    return WeightPlan(tuple(direct), tuple(map(tuple, converted)), tuple(rest))
+    return WeightPlan(tuple(direct), tuple(map(tuple, converted)), rest)
 
 
 def _weight_mapping(skeleton: Skeleton) -> list[Any]:

@@ -26,8 +26,8 @@ from specchat.models.checkpoint import Checkpoint, open_checkpoint
 from specchat.models.geometry import TORCH_DTYPE
 from specchat.models.pack_format import (
     LAYOUT_VERSION,
+    NOT_QUANTIZED,
     PAD_PREFIX,
-    QUANTIZER,
     TEMPORARY_SUFFIX,
     FileLayout,
     FileRecord,
@@ -70,7 +70,7 @@ class PackKey:
         config_sha256: of config.json.
         dtype: of the packed layers.
         layout_version: of the packed files.
-        quantizer: and its version, or "none".
+        quantizer: what makes the matrices, and its version.
     """
 
     revision: str | None
@@ -78,20 +78,21 @@ class PackKey:
     config_sha256: str
     dtype: Dtype
     layout_version: int = LAYOUT_VERSION
-    quantizer: str = QUANTIZER
+    quantizer: str = NOT_QUANTIZED
 
     def digest(self) -> str:
         """The key as a folder's name: 32 hexadecimal digits."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:32]
 
 
-def key_for(source: ModelSource, checkpoint: Checkpoint, dtype: Dtype) -> str:
+def key_for(source: ModelSource, checkpoint: Checkpoint, dtype: Dtype, quantizer: str = NOT_QUANTIZED) -> str:
     """The name of the pack of a model, the same for as long as its files stay the same.
 
     Args:
         source: has config.json.
         checkpoint: of `source`.
         dtype: of the packed layers.
+        quantizer: what makes the matrices, and its version.
 
     Raises:
         ModelError: a file cannot be read.
@@ -103,7 +104,7 @@ def key_for(source: ModelSource, checkpoint: Checkpoint, dtype: Dtype) -> str:
     for info in checkpoint.tensors.values():
         data_starts[info.file] = min(info.offset, data_starts.get(info.file, info.offset))
     files = [_identity(source, file, start) for file, start in sorted(data_starts.items())]
-    return PackKey(source.revision, tuple(files), config_sha256, dtype).digest()
+    return PackKey(source.revision, tuple(files), config_sha256, dtype, quantizer=quantizer).digest()
 
 
 def _identity(source: ModelSource, file: Path, data_start: int) -> tuple[str | int, ...]:
@@ -198,6 +199,11 @@ class Pack:
     def dtype(self) -> Dtype:
         """Of the layers."""
         return self.manifest.dtype
+
+    @property
+    def quantizer(self) -> str:
+        """What made the layers' matrices, and its version; "none" where they are numbers of `dtype`."""
+        return self.manifest.quantizer
 
     @property
     def nbytes(self) -> int:
@@ -330,6 +336,8 @@ def build_pack(
     *,
     name: str,
     files: Mapping[str, bytes] | None = None,
+    dtype: Dtype | None = None,
+    quantizer: str = NOT_QUANTIZED,
     progress: Callable[[PackProgress], None] = lambda _: None,
     warn: Callable[[str], None] = _LOG.warning,
 ) -> Pack:
@@ -342,6 +350,8 @@ def build_pack(
         source: the tensors.
         name: the MODEL, for listings.
         files: small files to lie beside the weights (config.json, tokenizer), by plain name; no weights, no index.
+        dtype: of the layers' numbers; None for that of their first tensor.
+        quantizer: what makes the layers' matrices, and its version; part of `key`.
         progress: told at the start and as data are written.
         warn: told in one line when another process has to be waited for.
 
@@ -357,7 +367,7 @@ def build_pack(
     with _locked(folder, warn):
         pack = open_pack(key, warn=lambda _: None)  # another process may just have finished it
         if pack is None or not pack.fits(source):
-            _Builder(folder, source, files, progress).build(name)
+            _Builder(folder, source, files, progress).build(name, dtype, quantizer)
             pack = open_pack(key)
     if pack is None:
         raise ModelError(
@@ -404,8 +414,8 @@ class _Builder:
         self._bytes_total = sum(layout.nbytes for layout in self._layouts)
         self._bytes_done = 0
 
-    def build(self, name: str) -> None:
-        """Writes what is missing, the manifest last."""
+    def build(self, name: str, dtype: Dtype | None, quantizer: str) -> None:
+        """Writes what is missing, then the small files, and last the manifest, which makes the pack."""
         records = self._complete_files()
         stale = self._stale_files(records)
         self._check_disk(records, stale)
@@ -417,7 +427,11 @@ class _Builder:
             if layout.name not in records:
                 records[layout.name] = self._write(index, layout)
                 journal.add(records[layout.name])
-        self._finish(name, records)
+        dtypes = {value: short for short, value in TORCH_DTYPE.items()}
+        dtype = dtype or dtypes[self._layouts[0].tensors[0].dtype]
+        small = tuple(write_small(self._folder, file, data) for file, data in sorted(self._files.items()))
+        *layers, rest = (records[layout.name] for layout in self._layouts)
+        Manifest(self._folder.name, name, dtype, rest, tuple(layers), small, quantizer).write(self._folder)
 
     def _complete_files(self) -> dict[str, FileRecord]:
         """Data files of an earlier attempt that are on record, of the right layout and, by size and header, whole."""
@@ -476,14 +490,6 @@ class _Builder:
 
     def _report(self, index: int) -> None:
         self._progress(PackProgress(index, self._source.num_layers, self._bytes_done, self._bytes_total))
-
-    def _finish(self, name: str, records: Mapping[str, FileRecord]) -> None:
-        """Writes the small files and the manifest, which makes the pack."""
-        small = tuple(write_small(self._folder, file, data) for file, data in sorted(self._files.items()))
-        *layers, rest = (records[layout.name] for layout in self._layouts)
-        dtypes = {dtype: short for short, dtype in TORCH_DTYPE.items()}
-        dtype = dtypes[self._layouts[0].tensors[0].dtype]
-        Manifest(self._folder.name, name, dtype, rest, tuple(layers), small).write(self._folder)
 
 
 def _layer_file(layer: int) -> str:

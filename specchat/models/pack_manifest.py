@@ -12,7 +12,7 @@ from specchat.config import DTYPE_BYTES, Dtype
 from specchat.models.pack_format import (
     CHUNK_BYTES,
     LAYOUT_VERSION,
-    QUANTIZER,
+    NOT_QUANTIZED,
     FileRecord,
     disk_errors,
     write_all,
@@ -23,7 +23,7 @@ FORMAT_VERSION = 1  # of manifest and journal
 MANIFEST = "manifest.json"
 JOURNAL = "journal.jsonl"
 
-_VERSIONS = {"format": FORMAT_VERSION, "layout": LAYOUT_VERSION, "quantizer": QUANTIZER}
+_VERSIONS = {"format": FORMAT_VERSION, "layout": LAYOUT_VERSION}
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,11 @@ class Manifest:
     Attributes:
         key: of the pack.
         name: the MODEL that it was first made for, for listings.
-        dtype: of the layers.
+        dtype: of the layers' numbers that are not quantized.
         rest: everything outside the layers.
         layers: one file each.
         files: small files that came along (config.json, tokenizer).
+        quantizer: what made the layers' matrices, and its version.
     """
 
     key: str
@@ -45,6 +46,7 @@ class Manifest:
     rest: FileRecord
     layers: tuple[FileRecord, ...]
     files: tuple[FileRecord, ...]
+    quantizer: str = NOT_QUANTIZED
 
     @property
     def records(self) -> tuple[FileRecord, ...]:
@@ -63,6 +65,7 @@ class Manifest:
             "key": self.key,
             "name": self.name,
             "dtype": self.dtype,
+            "quantizer": self.quantizer,
             "chunk_bytes": CHUNK_BYTES,
             "rest": _to_json(self.rest),
             "layers": [_to_json(record) for record in self.layers],
@@ -90,8 +93,9 @@ def read_manifest(folder: Path) -> Manifest | None:
         dtype: Dtype = body["dtype"]
         if dtype not in DTYPE_BYTES:
             raise ValueError("unknown dtype")
-        layers, files = map(_from_json, body["layers"]), map(_from_json, body["files"])
-        return Manifest(body["key"], body["name"], dtype, _from_json(body["rest"]), tuple(layers), tuple(files))
+        layers, files = tuple(map(_from_json, body["layers"])), tuple(map(_from_json, body["files"]))
+        rest, quantizer = _from_json(body["rest"]), str(body["quantizer"])
+        return Manifest(body["key"], body["name"], dtype, rest, layers, files, quantizer)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
         raise ValueError(f"{folder / MANIFEST} is not a pack's manifest") from exc
 

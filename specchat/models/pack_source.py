@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from types import TracebackType
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from specchat.models import hf_compat
 from specchat.models.checkpoint import Checkpoint, TensorInfo, TensorReader
 from specchat.models.pack_format import DTYPE_NAMES
+from specchat.models.quant_reader import open_reader
+from specchat.models.quantization import OwnRecipe
 from specchat.models.weights import LayerLayout, WeightReader
 
 
@@ -17,18 +20,21 @@ class CheckpointLayers:
     """A checkpoint as a `pack.LayerSource`: layers under the model's own names and in its dtype, the rest as saved.
 
     Args:
-        skeleton: the modules, which say what a layer is; left as it is.
+        skeleton: the modules, which say what a layer is; left as it is but for what `recipe` replaces.
         checkpoint: where the bytes are.
+        recipe: what becomes of the matrices; None leaves them as they are.
 
     Raises:
         CorruptCheckpointError: a parameter has no tensor, or one of another shape.
     """
 
-    def __init__(self, skeleton: hf_compat.Skeleton, checkpoint: Checkpoint) -> None:
+    def __init__(self, skeleton: hf_compat.Skeleton, checkpoint: Checkpoint, recipe: OwnRecipe | None = None) -> None:
         self._skeleton = skeleton
-        self._weights = WeightReader(skeleton, checkpoint)
+        self._weights = open_reader(skeleton, checkpoint, recipe)
         self._tensors = TensorReader(checkpoint)
-        self._rest = {key: checkpoint.tensors[key] for key in _rest_keys(skeleton, checkpoint)}
+        self._rest = {
+            key: checkpoint.tensors[key] for key in (*self._weights.rest_keys(), *self._weights.buffer_keys())
+        }
         self._blob = torch.empty(0, dtype=torch.uint8)
 
     def __enter__(self) -> "CheckpointLayers":
@@ -44,6 +50,11 @@ class CheckpointLayers:
         self._weights.close()
         self._tensors.close()
         self._blob = torch.empty(0, dtype=torch.uint8)
+
+    @property
+    def serve(self) -> bool:
+        """Whether the checkpoint's own files are as good as a pack: `WeightReader.serves`."""
+        return self._weights.serves
 
     @property
     def num_layers(self) -> int:
@@ -74,39 +85,36 @@ class CheckpointLayers:
         return views
 
     def rest_meta(self) -> Mapping[str, Tensor]:
-        """Embeddings, head, norms and persistent buffers, under the checkpoint's names and in its dtypes."""
-        return {key: torch.empty(info.shape, dtype=_dtype_of(info), device="meta") for key, info in self._rest.items()}
+        """Embeddings, head, norms and persistent buffers, under the checkpoint's names and in its dtypes.
+
+        A quantized head is there as its segments, under the model's names.
+        """
+        saved = {key: torch.empty(info.shape, dtype=_dtype_of(info), device="meta") for key, info in self._rest.items()}
+        return saved | self._weights.head_meta()
 
     def rest(self) -> Mapping[str, Tensor]:
         """The same, each read when asked for: all together they may be larger than two layers."""
-        return _ReadWhenAsked(self._tensors, tuple(self._rest))
+        return _ReadWhenAsked(self._tensors, tuple(self._rest), self._weights)
 
 
 @dataclass(frozen=True)
 class _ReadWhenAsked(Mapping[str, Tensor]):
     reader: TensorReader
-    names: tuple[str, ...]
+    saved: tuple[str, ...]
+    weights: WeightReader
 
     def __getitem__(self, key: str) -> Tensor:
-        return self.reader.read(key)
+        return self.reader.read(key) if key in self.saved else self._head[key]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
+        return iter((*self.saved, *self.weights.head_meta()))
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.saved) + len(self.weights.head_meta())
 
-
-def _rest_keys(skeleton: hf_compat.Skeleton, checkpoint: Checkpoint) -> list[str]:
-    """Checkpoint keys of all that is no layer's parameter."""
-    plan = hf_compat.plan_weights(skeleton, checkpoint.tensors)
-    buffers = [
-        direct[name]
-        for layer, direct in zip(skeleton.layers, plan.direct, strict=True)
-        for name, _ in layer.named_buffers()
-        if name in direct
-    ]
-    return [*plan.rest, *buffers]
+    @cached_property
+    def _head(self) -> Mapping[str, Tensor]:
+        return self.weights.read_head()
 
 
 def _dtype_of(info: TensorInfo) -> torch.dtype:

@@ -7,8 +7,9 @@ from specchat.models import hf_compat
 from specchat.models.checkpoint import open_checkpoint
 from specchat.models.geometry import TORCH_DTYPE
 from specchat.models.pack import Pack, PackProgress, build_pack, key_for, open_pack, packs_folder
+from specchat.models.pack_format import NOT_QUANTIZED
 from specchat.models.pack_source import CheckpointLayers
-from specchat.models.weights import WeightReader
+from specchat.models.quantization import recipe_for
 from specchat.units import MIB, format_bytes
 
 # Smaller models are read and cast for every pass faster than anyone would notice, and leave nothing on the disk.
@@ -18,17 +19,19 @@ SMALL_BYTES = 64 * MIB
 def prepare(
     source: ModelSource,
     dtype: Dtype,
+    quant: str = NOT_QUANTIZED,
     *,
     progress: Callable[[PackProgress], None],
     warn: Callable[[str], None],
 ) -> Pack | None:
     """The pack that `source` is to be streamed from; None if its own files serve, layer by layer, as they are.
 
-    Casting or merging tensors would otherwise be done again for every pass.
+    Casting, merging or quantizing tensors would otherwise be done again for every pass.
 
     Args:
         source: local files.
         dtype: that passes compute in.
+        quant: what the matrices are to be stored in.
         progress: told while a pack is made.
         warn: told in one line what is written where, about a damaged pack, or a wait for another process.
 
@@ -36,20 +39,22 @@ def prepare(
         DoesNotFitError: no room on the disk for the pack.
         ModelError: the files cannot be read.
     """
+    recipe = recipe_for(quant)
+    quantizer = NOT_QUANTIZED if recipe is None else recipe.identity
     if source.path.parent == packs_folder():  # a synthetic model, made as a pack
         pack = open_pack(source.path.name, warn)
-        if pack is not None and pack.dtype == dtype:
+        if pack is not None and (pack.dtype, pack.quantizer) == (dtype, quantizer):
             return pack
     checkpoint = open_checkpoint(source.path)
     skeleton = hf_compat.build_skeleton(hf_compat.load_config(source.path), TORCH_DTYPE[dtype], attention="eager")
-    with WeightReader(skeleton, checkpoint) as reader:
-        if reader.serves or sum(info.nbytes for info in checkpoint.tensors.values()) <= SMALL_BYTES:
+    with CheckpointLayers(skeleton, checkpoint, recipe) as layers:
+        if layers.serve or sum(info.nbytes for info in checkpoint.tensors.values()) <= SMALL_BYTES:
             return None
-    key = key_for(source, checkpoint, dtype)
-    with CheckpointLayers(skeleton, checkpoint) as layers:
+        key = key_for(source, checkpoint, dtype, quantizer)
         pack = open_pack(key, warn)
         if pack is not None and pack.fits(layers):
             return pack
-        size = format_bytes(sum(p.numel() for p in skeleton.model.parameters()) * TORCH_DTYPE[dtype].itemsize)
-        warn(f"repacking {source.name} as {dtype} ({size}) in {packs_folder() / key}, which may be deleted afterwards")
-        return build_pack(key, layers, name=source.name, progress=progress, warn=warn)
+        size = format_bytes(sum(p.nbytes for p in skeleton.model.parameters()))
+        what = dtype if recipe is None else recipe.name
+        warn(f"repacking {source.name} as {what} ({size}) in {packs_folder() / key}, which may be deleted afterwards")
+        return build_pack(key, layers, name=source.name, dtype=dtype, quantizer=quantizer, progress=progress, warn=warn)

@@ -1,6 +1,6 @@
 """Moving weights from a checkpoint into memory that the caller owns: one contiguous blob per decoder layer."""
 
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -12,34 +12,34 @@ from specchat.errors import CorruptCheckpointError
 from specchat.models import hf_compat
 from specchat.models.checkpoint import Checkpoint, TensorReader
 from specchat.models.geometry import blob_offsets
+from specchat.models.quantized import QuantLinear, segment_names
 
 _SAFETENSORS_NAME = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 @dataclass(frozen=True)
 class LayerLayout:
-    """Names, shapes and byte offsets of one layer's parameters within its blob."""
+    """Names, shapes, dtypes and byte offsets of one layer's parameters within its blob."""
 
     names: tuple[str, ...]
     shapes: tuple[torch.Size, ...]
+    dtypes: tuple[torch.dtype, ...]
     offsets: tuple[int, ...]
-    dtype: torch.dtype
     nbytes: int
 
     @classmethod
     def of(cls, layer: Any) -> "LayerLayout":
-        """The layout of a decoder layer; all its parameters have one dtype."""
-        named = list(layer.named_parameters())
-        dtype: torch.dtype = named[0][1].dtype
-        assert all(p.dtype == dtype for _, p in named)
-        offsets, nbytes = blob_offsets([p.numel() for _, p in named], dtype.itemsize)
-        return cls(tuple(n for n, _ in named), tuple(p.shape for _, p in named), tuple(offsets), dtype, nbytes)
+        """The layout of a decoder layer."""
+        named = dict(layer.named_parameters())
+        offsets, nbytes = blob_offsets(p.nbytes for p in named.values())
+        shapes, dtypes = tuple(p.shape for p in named.values()), tuple(p.dtype for p in named.values())
+        return cls(tuple(named), shapes, dtypes, tuple(offsets), nbytes)
 
     def views(self, blob: Tensor) -> dict[str, Tensor]:
         """The parameters as views of a blob: uint8 [>= nbytes]."""
         return {
-            name: blob[offset : offset + shape.numel() * self.dtype.itemsize].view(self.dtype).view(shape)
-            for name, shape, offset in zip(self.names, self.shapes, self.offsets, strict=True)
+            name: blob[offset : offset + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+            for name, shape, dtype, offset in zip(self.names, self.shapes, self.dtypes, self.offsets, strict=True)
         }
 
 
@@ -104,9 +104,13 @@ class WeightReader:
     def read_rest(self, device: torch.device) -> None:
         """Fills everything that is not a decoder layer's parameter: embeddings, norms, head, and all buffers."""
         model = self._skeleton.model
-        tensors = {key: self._reader.read(key) for key in self._plan.rest}
+        segments = segment_names(model)
+        tensors = {key: self._reader.read(key) for key in self.rest_keys() if self._plan.rest[key] not in segments}
         hf_compat.load_converted(self._skeleton, tensors, self._dtype)
-        model.tie_weights()
+        if self.head_meta():
+            bind(model, self.read_head())
+        else:
+            model.tie_weights()
         for layer, names in zip(self._skeleton.layers, self._plan.direct, strict=True):
             for name, buffer in layer.named_buffers():
                 if name in names:
@@ -117,12 +121,34 @@ class WeightReader:
                 continue
             if parameter.is_meta:
                 raise CorruptCheckpointError(f"tensor '{name}' is missing from {self._checkpoint.folder}")
-            parameter.data = parameter.data.to(device=device, dtype=self._dtype)
+            parameter.data = parameter.data.to(device=device, dtype=None if name in segments else self._dtype)
             parameter.requires_grad_(False)
         for module in model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = buffer.to(device)
+
+    def rest_keys(self) -> Iterable[str]:
+        """The checkpoint keys outside the layers that are read as they are."""
+        return self._plan.rest
+
+    def buffer_keys(self) -> Iterable[str]:
+        """The checkpoint keys of buffers within the layers."""
+        for layer, names in zip(self._skeleton.layers, self._plan.direct, strict=True):
+            yield from (names[name] for name, _ in layer.named_buffers() if name in names)
+
+    def head_meta(self) -> dict[str, Tensor]:
+        """The segments of a quantized head by full name, as meta tensors or whatever they are bound to; else none."""
+        head = self._skeleton.model.get_output_embeddings()
+        if not isinstance(head, QuantLinear):
+            return {}
+        path = hf_compat.path_of(self._skeleton.model, head)
+        return {f"{path}.{name}": segment for name, segment in head.segments.items()}
+
+    def read_head(self) -> dict[str, Tensor]:
+        """The same, as CPU tensors."""
+        keys = {name: key for key, name in self._plan.rest.items()}
+        return {name: self._reader.read(keys[name]) for name in self.head_meta() if name in keys}
 
     def _check_complete(self, layer: int, missing: Set[str]) -> None:
         if missing:
@@ -146,7 +172,8 @@ class WeightReader:
         for name, parameter in scratch.named_parameters():
             if not parameter.is_meta:
                 filled.add(name)
-                views[name].copy_(parameter.data)
+                if name in views:
+                    views[name].copy_(parameter.data)
                 path, _, leaf = name.rpartition(".")
                 empty = torch.empty_like(parameter, device="meta")
                 scratch.get_submodule(path)._parameters[leaf] = torch.nn.Parameter(empty, requires_grad=False)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from specchat.config import DTYPE_BYTES, Dtype, LedgerItem, ModelSpec
-from specchat.models.geometry import layer_bytes
+from specchat.models.geometry import dequantize_bytes, layer_bytes
 
 _ROW_ALIGNMENT = 16
 
@@ -20,6 +20,7 @@ class Workload:
         draft_rows: rows that one growing tree may take in the draft's cache.
         chunk_rows: rows that one layer computes at a time.
         slots: staging buffers.
+        device: where passes run.
     """
 
     dtype: Dtype
@@ -28,6 +29,7 @@ class Workload:
     draft_rows: int
     chunk_rows: int
     slots: int
+    device: str = "cpu"
 
 
 def build_ledger(
@@ -56,12 +58,15 @@ def build_ledger(
         layers = sum(layer_bytes(draft, i, work.dtype) for i in range(draft.num_layers))
         items.append(LedgerItem("draft", layers + _other_bytes(draft, work.dtype)))
         items.append(LedgerItem("draft KV cache", _kv_bytes(draft, work.dtype, work.ctx + work.draft_rows)))
+    models = [target] if draft is None else [target, draft]
+    if dequantized := sum(dequantize_bytes(spec, work.dtype, work.device) for spec in models):
+        items.append(LedgerItem("dequantized pieces", dequantized))
     items.append(LedgerItem("workspace", _workspace_bytes(target, work)))
     return tuple(items)
 
 
 def _other_bytes(spec: ModelSpec, dtype: Dtype) -> int:
-    return sum(spec.other_params) * DTYPE_BYTES[dtype] + spec.buffer_bytes
+    return sum(size.nbytes(dtype) for size in spec.other_params) + spec.buffer_bytes
 
 
 def _kv_bytes(spec: ModelSpec, dtype: Dtype, rows: int) -> int:

@@ -1,15 +1,17 @@
 """Choosing a plan: what stays in device memory, what streams, how large context and tree are."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
-from specchat.config import DTYPE_BYTES, Dtype, ModelSource, ModelSpec, Plan, Tier
+from specchat.config import DTYPE_BYTES, Dtype, ModelSource, ModelSpec, Plan, Quant, Tier
 from specchat.errors import DoesNotFitError, UsageError
 from specchat.hardware.machine import Machine
 from specchat.hardware.probe import find_machine
-from specchat.models.geometry import describe, layer_bytes, num_params
+from specchat.models.geometry import describe, layer_bytes, weight_bytes
 from specchat.planner.memory import Workload, build_ledger
 from specchat.units import GIB, MIB, format_bytes
 
+_LOWER: tuple[Quant, ...] = ("int8", "int4")
 DEFAULT_CTX = 8192
 # The most nodes of a tree whose size follows what its nodes pay (engine/growth.py). A GPU computes hundreds of rows
 # while a layer is on its way; on two CPU cores 128 rows take longer than the disk.
@@ -35,6 +37,8 @@ class PlanRequest:
         tree_budget: draft nodes per tree.
         ram_bytes: cap on host memory.
         slots: staging buffers for streamed layers.
+        quant: "auto" or a Quant: what the target's matrices are stored in.
+        draft_quant: likewise for the draft, by a Quant.
     """
 
     target: ModelSource
@@ -46,6 +50,8 @@ class PlanRequest:
     tree_budget: int | None = None
     ram_bytes: int | None = None
     slots: int | None = None
+    quant: Literal["auto"] | Quant = "auto"
+    draft_quant: Quant = "none"
 
 
 def make_plan(request: PlanRequest) -> Plan:
@@ -57,8 +63,25 @@ def make_plan(request: PlanRequest) -> Plan:
         DeviceUnusableError: the device asked for by name cannot be used.
     """
     machine = find_machine(request.device)
-    draft = describe(request.draft) if request.draft is not None else None
-    return plan_for(request, machine, describe(request.target), draft)
+    draft = describe(request.draft, request.draft_quant) if request.draft is not None else None
+    target = _described(request, machine)
+    return plan_for(request, machine, target, draft)
+
+
+def _described(request: PlanRequest, machine: Machine) -> ModelSpec:
+    """The target in the precision asked for.
+
+    auto lowers it only where all the machine's memory together could never hold the weights, and then no further than
+    necessary: so the same command gives the same text on the same machine, whatever else runs there.
+    """
+    if request.quant != "auto":
+        return describe(request.target, request.quant)
+    spec = describe(request.target)
+    for quant in _LOWER:
+        if weight_bytes(spec, _dtype(request, machine, spec)) <= machine.total_bytes:
+            break
+        spec = describe(request.target, quant)
+    return spec
 
 
 def plan_for(request: PlanRequest, machine: Machine, target: ModelSpec, draft: ModelSpec | None) -> Plan:
@@ -70,7 +93,7 @@ def plan_for(request: PlanRequest, machine: Machine, target: ModelSpec, draft: M
     return Plan(
         target=target.name,
         draft=None if draft is None else draft.name,
-        quant="none",
+        quant=target.quant,
         device=machine.device,
         dtype=work.dtype,
         ctx=work.ctx,
@@ -86,6 +109,7 @@ def plan_for(request: PlanRequest, machine: Machine, target: ModelSpec, draft: M
         streamed_bytes_per_step=streamed_bytes,
         adaptive=request.tree_budget is None,
         tier=_tier(request, machine, streamed_bytes, taken=budget if machine.device == "cpu" else 0),
+        draft_quant="none" if draft is None else draft.quant,
     )
 
 
@@ -123,6 +147,7 @@ def _workload(request: PlanRequest, machine: Machine, target: ModelSpec, draft: 
         draft_rows=DRAFT_ROWS_PER_NODE * tree_budget,
         chunk_rows=CHUNK_ROWS,
         slots=NUM_SLOTS if request.slots is None else request.slots,
+        device=machine.device,
     )
 
 
@@ -130,7 +155,7 @@ def _dtype(request: PlanRequest, machine: Machine, target: ModelSpec) -> Dtype:
     match request.dtype:
         case "bf16" | "fp16" | "fp32":
             return request.dtype
-    if num_params(target) * DTYPE_BYTES["fp32"] <= EXACT_BYTES:
+    if target.num_params * DTYPE_BYTES["fp32"] <= EXACT_BYTES:
         return "fp32"
     if machine.device == "cpu":
         return "bf16" if target.dtype == "bf16" and machine.fast_bf16 else "fp32"

@@ -376,8 +376,8 @@ def test_geometry_is_told(cache_dir):
     shape = parse_shape(SMALLEST)
     spec = describe(materialise(shape))
     assert spec.num_layers == shape.layers
-    assert {2 * sum(params) for params in spec.layer_params} == {shape.layer_bytes}
-    assert 2 * sum(spec.other_params) == shape.rest_bytes
+    assert {sum(size.nbytes("bf16") for size in sizes) for sizes in spec.layer_params} == {shape.layer_bytes}
+    assert sum(size.nbytes("bf16") for size in spec.other_params) == shape.rest_bytes
 
 
 def test_made_once(cache_dir):

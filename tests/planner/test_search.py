@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.engines import write
 
-from specchat.config import KvShape, Message, ModelSource, ModelSpec, Plan, Sampling
+from specchat.config import KvShape, Message, ModelSource, ModelSpec, ParamSize, Plan, Sampling
 from specchat.engine.engine import Engine
 from specchat.errors import DoesNotFitError, UsageError
 from specchat.hardware.machine import Machine
@@ -56,6 +56,7 @@ def specs(draw: st.DrawFn) -> ModelSpec:
     """Shapes of models that need not exist; layers may differ in size."""
     num_layers = draw(st.integers(1, 12))
     sizes = draw(st.lists(st.integers(10, 100_000), min_size=1, max_size=3))
+    item_bytes = draw(st.sampled_from([None, 1]))
     return ModelSpec(
         name="any",
         architecture="AnyForCausalLM",
@@ -66,8 +67,9 @@ def specs(draw: st.DrawFn) -> ModelSpec:
         num_heads=4,
         max_positions=draw(st.sampled_from([512, 1024, 4096, 100_000])),
         dtype="fp32",
-        layer_params=tuple((sizes[i % len(sizes)], 64) for i in range(num_layers)),
-        other_params=(draw(st.integers(10, 10**6)),),
+        num_params=draw(st.integers(10, 10**9)),
+        layer_params=tuple((ParamSize(sizes[i % len(sizes)], item_bytes), ParamSize(64)) for i in range(num_layers)),
+        other_params=(ParamSize(draw(st.integers(10, 10**6))),),
         buffer_bytes=draw(st.integers(0, 100)),
         kv_shapes=(KvShape(2, 16, 16),) * num_layers,
     )
@@ -175,7 +177,7 @@ def test_the_least_that_a_refusal_names_is_enough(spec: ModelSpec, draft: ModelS
 )
 def test_dtype(asked: str, device: str, checkpoint: str, fast_bf16: bool, expected: str):
     small = replace(demo_specs()[0], dtype=checkpoint)  # type: ignore[arg-type]
-    large = replace(small, other_params=(EXACT_BYTES,))
+    large = replace(small, num_params=EXACT_BYTES)
     machine = Machine(device, 8 * GIB, 64 * GIB, fast_bf16)
     plan = plan_for(request(None, dtype=asked), machine, large, None)
     assert plan.dtype == expected and plan.device == device

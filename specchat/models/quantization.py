@@ -1,0 +1,86 @@
+"""Which matrices of a model are stored how, and how those that we quantize ourselves are filled."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from specchat.config import Quant
+from specchat.models import hf_compat
+from specchat.models.formats.bnb4 import Nf4Quantizer
+from specchat.models.formats.int8 import Int8Quantizer
+from specchat.models.formats.protocol import Quantizer
+from specchat.models.quantized import Matrix, Part, Scratch, replace_experts, replace_linear
+
+QUANTIZERS: Mapping[Quant, Quantizer] = {"int4": Nf4Quantizer(), "int8": Int8Quantizer()}
+# Every emitted token is drawn from the head's scores, and it is not streamed: 8 bits there cost little and save much.
+HEAD_QUANTIZER: Quantizer = QUANTIZERS["int8"]
+
+
+class Recipe(Protocol):
+    """What becomes of a model's matrices."""
+
+    @property
+    def name(self) -> str:
+        """What banner and plan say."""
+
+    def parts(self, matrix: Matrix, expert: int) -> tuple[Part, ...] | None:
+        """How one matrix is stored, from its first row to its last; None where it stays as it is.
+
+        Args:
+            matrix: where.
+            expert: which of the fused ones; 0 for others.
+        """
+
+
+class OwnRecipe:
+    """Everything by one quantizer, but for the head, which gets 8 bits.
+
+    Args:
+        quant: "int8" or "int4".
+    """
+
+    def __init__(self, quant: Quant) -> None:
+        self.name: str = quant
+
+    def quantizer(self, matrix: Matrix) -> Quantizer:
+        """What fills a matrix."""
+        return HEAD_QUANTIZER if matrix.layer is None else QUANTIZERS[self.name]  # type: ignore[index]
+
+    @property
+    def identity(self) -> str:
+        """What a pack's bytes depend on beside the weights."""
+        return f"{QUANTIZERS[self.name].identity}; head {HEAD_QUANTIZER.identity}"  # type: ignore[index]
+
+    def parts(self, matrix: Matrix, expert: int) -> tuple[Part, ...]:
+        """The whole matrix in one piece."""
+        return (Part(matrix.shape[0], self.quantizer(matrix).format),)
+
+
+def recipe_for(quant: str) -> OwnRecipe | None:
+    """What `--quant` asks for; None where the matrices stay as they are."""
+    match quant:
+        case "int8" | "int4":
+            return OwnRecipe(quant)
+        case _:
+            return None
+
+
+def apply_recipe(skeleton: hf_compat.Skeleton, recipe: Recipe) -> tuple[Matrix, ...]:
+    """Replaces the modules of a skeleton, in place; its norms, routers and embeddings stay.
+
+    Returns:
+        The matrices that are stored in a format from now on.
+    """
+    scratch = Scratch()
+    replaced = []
+    for matrix in hf_compat.find_matrices(skeleton):
+        experts = [recipe.parts(matrix, expert) for expert in range(max(matrix.num_experts, 1))]
+        if any(parts is None for parts in experts):
+            continue
+        chosen = [parts for parts in experts if parts is not None]
+        if matrix.num_experts:
+            replace_experts(skeleton.model, matrix, chosen, scratch)
+        else:
+            replace_linear(skeleton.model, matrix, chosen[0][0], scratch)
+        replaced.append(matrix)
+    hf_compat.use_quantized_experts(skeleton)
+    return tuple(replaced)
