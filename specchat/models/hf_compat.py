@@ -155,6 +155,7 @@ def logits_processors(sampling: Sampling) -> Any:
 
 # --- configuration ------------------------------------------------------------------------------------------------
 
+_QUANTIZATION = ("quantization_config", "compression_config")
 _ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 _REFUSED = "use a model whose layers are all attention with rotary positions, such as Llama, Qwen3 or Gemma"
 
@@ -183,8 +184,8 @@ def load_config(folder: Path) -> Any:
         raise UnsupportedModelError(f"'{kind}' is a multimodal model: only text models are supported yet")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedModelError(f"'{kind}' is not a model that writes text")
-    if "quantization_config" in values:
-        raise UnsupportedModelError(f"{folder.name} is quantized: quantized checkpoints are not supported yet")
+    for name in _QUANTIZATION:  # ours to read; transformers would look for quantizers of its own
+        vars(config).pop(name, None)
     _check_layer_kinds(config, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
     return config
 
@@ -496,6 +497,62 @@ def plan_weights(skeleton: Skeleton, keys: Iterable[str]) -> WeightPlan:
         else:
             converted[int(match[1])].append(key)
     return WeightPlan(tuple(direct), tuple(map(tuple, converted)), rest)
+
+
+@dataclass(frozen=True)
+class ModulePlace:
+    """Where in the model a matrix of the checkpoint belongs.
+
+    Attributes:
+        path: of a module with a `weight`, or of the parameter that fuses the matrices of experts.
+        expert: which of them; 0 for others.
+        part: which of the parts that are put together, from the first row to the last.
+        num_parts: how many there are, of equal size.
+    """
+
+    path: str
+    expert: int = 0
+    part: int = 0
+    num_parts: int = 1
+
+
+def locate_modules(skeleton: Skeleton, modules: Iterable[str]) -> dict[str, ModulePlace]:
+    """Finds the places of a checkpoint's modules that have a `weight`, by the rules of `plan_weights`.
+
+    Args:
+        skeleton: nothing in it has been replaced.
+        modules: their paths in the checkpoint.
+
+    Returns:
+        By module; those that the model does not have, or merges in ways unknown here, are left out.
+    """
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = _weight_mapping(skeleton)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    stacking = {pattern: entry for entry in converters if _stacks(entry) for pattern in entry.source_patterns}
+    known = skeleton.model.state_dict()
+    places = {}
+    for module in modules:
+        key = f"{module}.weight"
+        name, pattern = rename_source_key(key, renamings, converters, skeleton.model.base_model_prefix, known)
+        if name not in known:
+            continue
+        if pattern is None:
+            places[module] = ModulePlace(name.removesuffix(".weight"))
+        elif pattern in stacking:
+            patterns = stacking[pattern].source_patterns
+            expert = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), key)
+            assert expert is not None
+            places[module] = ModulePlace(name, int(expert[1]), patterns.index(pattern), len(patterns))
+    return places
+
+
+def _stacks(converter: Any) -> bool:
+    """Whether tensors of experts are stacked, after those of one expert were put one above the other."""
+    operations = [(type(op).__name__, getattr(op, "dim", None)) for op in converter.operations]
+    return operations in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
 
 
 def _weight_mapping(skeleton: Skeleton) -> list[Any]:

@@ -19,7 +19,6 @@ from specchat.models.formats.affine import Affine, pack_nibbles, unpack_nibbles
 from specchat.models.formats.fp8 import widen
 from specchat.models.formats.protocol import Segments, WeightFormat, scratch_bytes
 from specchat.models.formats.scheme import scheme_of
-from specchat.models.formats.stacked import Stacked
 
 MODULE = "model.layers.3.mlp.up_proj"
 CPU = torch.device("cpu")
@@ -154,29 +153,6 @@ def test_products_are_those_of_the_matrix(kind: Kind, shape: tuple[int, int], dt
     ours = form.linear(x[None], segments, shape, scratch, bias)[0]
     tolerance = {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.1}
     torch.testing.assert_close(ours, torch.nn.functional.linear(x, weight, bias), **tolerance)
-
-
-@pytest.mark.parametrize("kind", [gptq(act_order=True), block_fp8((32, 32)), bnb4(), awq()], ids=lambda k: k.name)
-def test_matrices_quantized_apart_are_one(kind: Kind):
-    shape = (40, 96)
-    form, expected, parts = None, [], []
-    for seed in range(3):
-        tensors = kind.pack(random_matrix(shape, seed), seed)
-        expected.append(kind.unpack(tensors, shape).float())
-        form, segments = read(kind, shape, tensors)
-        parts.append(segments)
-    assert form is not None
-    whole, stacked = (120, 96), Stacked(form, 3, 40)
-    together = empty_segments(stacked, whole)
-    for name, tensor in together.items():
-        for index, segments in enumerate(parts):
-            tensor[index] = segments[name]
-    numbers = dequantize(form, parts[0], shape, torch.float32)
-    all_numbers = torch.cat([numbers, *(dequantize(form, part, shape, torch.float32) for part in parts[1:])])
-    torch.testing.assert_close(all_numbers, torch.cat(expected), rtol=2.0**-8, atol=0)
-    for begin, end in ((0, 120), (30, 90), (39, 41), (80, 120)):
-        out = torch.empty(end - begin, 96)
-        assert torch.equal(stacked.dequantize(together, begin, end, out), all_numbers[begin:end])
 
 
 @given(rows=st.integers(1, 5), cols=st.integers(1, 40), seed=st.integers(0, 99))

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from specchat.models.checkpoint import TensorInfo
 from specchat.models.formats.affine import Affine, num_groups, pack_nibbles, unpack_nibbles
-from specchat.models.formats.checks import FLOATS, Settings, expect, fill, is_plain, refuse, words
-from specchat.models.formats.gptq import DTYPES
+from specchat.models.formats.checks import DTYPES, FLOATS, Settings, expect, fill, is_plain, refuse, words
 from specchat.models.formats.protocol import Segments, WeightFormat
 
 _BITS = 4

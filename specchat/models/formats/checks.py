@@ -4,12 +4,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
 from specchat.errors import CorruptCheckpointError, UnsupportedModelError
 from specchat.models.checkpoint import TensorInfo
 
-FLOATS = ("F16", "BF16", "F32")
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+FLOATS = ("F16", "BF16", "F32")  # of scales
 _HINT = "config.json and the weights do not belong together, or are incomplete: download both again"
 
 
@@ -151,7 +153,7 @@ def is_plain(module: str, shape: tuple[int, int], tensors: Mapping[str, TensorIn
         CorruptCheckpointError: it has another shape.
     """
     info = tensors.get("weight")
-    if info is None or info.dtype not in (*FLOATS, "F64"):
+    if info is None or info.dtype not in DTYPES:
         return False
     if info.shape != shape:
         expect(module, tensors, "weight", (info.dtype,), shape)

@@ -15,9 +15,19 @@ from torch import Tensor
 
 from specchat.models.checkpoint import TensorInfo
 from specchat.models.formats.affine import MIDDLE, Affine, num_groups, unpack_nibbles
-from specchat.models.formats.checks import FLOATS, Settings, expect, fail_contents, fill, is_plain, refuse, words
+from specchat.models.formats.checks import (
+    DTYPES,
+    FLOATS,
+    Settings,
+    expect,
+    fail_contents,
+    fill,
+    is_plain,
+    refuse,
+    words,
+)
 from specchat.models.formats.fp8 import Fp8, check_numbers
-from specchat.models.formats.gptq import DTYPES, copy_codes, group_order, signed
+from specchat.models.formats.gptq import copy_codes, group_order, signed
 from specchat.models.formats.protocol import Segments, WeightFormat
 
 _ROWS = 1024  # transcoded at a time

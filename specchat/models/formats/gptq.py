@@ -15,7 +15,17 @@ from torch import Tensor
 
 from specchat.models.checkpoint import TensorInfo
 from specchat.models.formats.affine import MIDDLE, Affine, num_groups, pack_nibbles, unpack_nibbles
-from specchat.models.formats.checks import FLOATS, Settings, expect, fail_contents, fill, is_plain, refuse, words
+from specchat.models.formats.checks import (
+    DTYPES,
+    FLOATS,
+    Settings,
+    expect,
+    fail_contents,
+    fill,
+    is_plain,
+    refuse,
+    words,
+)
 from specchat.models.formats.protocol import Segments, WeightFormat
 
 _ROWS = 1024  # transcoded at a time
@@ -122,9 +132,6 @@ class GptqScheme:
         if not self._reorders and not torch.equal(order, torch.arange(len(order))):
             fail_contents(module, "g_idx", "is out of order, but desc_act is false", _SETTING_HINT)
         return order
-
-
-DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
 def group_order(module: str, name: str, groups: Tensor, group: int | None) -> Tensor:

@@ -1,0 +1,239 @@
+"""Checkpoints that come quantized: what each matrix of the model is stored as, and how its segments are filled."""
+
+import re
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from specchat.errors import CorruptCheckpointError, UnsupportedModelError
+from specchat.models import hf_compat
+from specchat.models.checkpoint import Checkpoint, TensorInfo, TensorReader
+from specchat.models.formats.checks import DTYPES
+from specchat.models.formats.plain import Plain
+from specchat.models.formats.protocol import CheckpointScheme, Segments, WeightFormat
+from specchat.models.quantization import apply_recipe
+from specchat.models.quantized import Matrix, Part, segment_names
+from specchat.models.weights import WeightReader
+
+_VERSION = 1  # of what transcoding makes
+# A module's path, and the names of what quantizers store for its matrix. "weight" alone may be a norm's, too.
+_TENSOR = re.compile(r"(.+)\.(qweight|qzeros|scales|g_idx|SCB|(?:weight|(?:in|out)put_|activation_)(?:[._]?.*))")
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A matrix in the checkpoint.
+
+    Attributes:
+        module: its path there.
+        shape: (rows, cols).
+        tensors: by what follows the path.
+        format: None where it is plain.
+    """
+
+    module: str
+    shape: tuple[int, int]
+    tensors: Mapping[str, TensorInfo]
+    format: WeightFormat | None
+
+    @property
+    def part(self) -> Part:
+        """How it is stored as some rows of a matrix whose other rows may be quantized."""
+        own = self.format or Plain(DTYPES[self.tensors["weight"].dtype])
+        return Part(self.shape[0], own)
+
+
+class CheckpointRecipe:
+    """The `quantization.Recipe` of a checkpoint that comes quantized: every matrix as it is stored there.
+
+    Args:
+        scheme: from config.json.
+        skeleton: of the model, before anything is replaced.
+        checkpoint: whose headers say how each matrix is stored.
+
+    Raises:
+        CorruptCheckpointError: tensors of a matrix are missing or have shapes that cannot be.
+        UnsupportedModelError: something is quantized that can only be read plain.
+    """
+
+    def __init__(self, scheme: CheckpointScheme, skeleton: hf_compat.Skeleton, checkpoint: Checkpoint) -> None:
+        self.scheme = scheme
+        self.name = scheme.name
+        self._folder = checkpoint.folder
+        # path of the matrix -> (expert, part) -> where it is
+        self._stored: dict[str, dict[tuple[int, int], _Stored]] = {}
+        tensors = _by_module(checkpoint)
+        matrices = {matrix.path: matrix for matrix in hf_compat.find_matrices(skeleton)}
+        shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.model.state_dict().items()}
+        for module, place in hf_compat.locate_modules(skeleton, tensors).items():
+            matrix = matrices.get(place.path)
+            shape = matrix.shape if matrix else shapes.get(f"{place.path}.weight", ())
+            if len(shape) == 2:
+                own_shape = (shape[0] // place.num_parts, shape[1])
+                own = scheme.format_of(module, own_shape, tensors[module])
+                stored = self._stored.setdefault(place.path, {})
+                stored[place.expert, place.part] = _Stored(module, own_shape, tensors[module], own)
+        # where numbers are needed: routers, which quantizers do not always leave alone
+        self._unpacked = [path for path in self._stored if path not in matrices and self._is_quantized(path)]
+        self._check_unpacked(skeleton)
+
+    @property
+    def identity(self) -> str:
+        """What a pack's bytes depend on beside the checkpoint."""
+        return f"{self.name} {_VERSION}"
+
+    def parts(self, matrix: Matrix, expert: int) -> tuple[Part, ...] | None:
+        """How one matrix is stored; None where it is plain, and so are those it is fused with.
+
+        Raises:
+            CorruptCheckpointError: it is nowhere, though others that it is fused with are quantized.
+        """
+        if not self._is_quantized(matrix.path):
+            return None
+        return tuple(stored.part for stored in self._parts_of(matrix.path, expert))
+
+    def without_quantized(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The checkpoint's tensors that are parameters as they are."""
+        paths = [path for path in self._stored if self._is_quantized(path)]
+        parts = [stored for path in paths for stored in self._stored[path].values()]
+        used = {info.key for stored in parts for info in stored.tensors.values()}
+        plain = {key: info for key, info in checkpoint.tensors.items() if key not in used}
+        return Checkpoint(checkpoint.folder, MappingProxyType(plain))
+
+    def fill(self, reader: TensorReader, matrix: Matrix, name: str, views: Segments) -> None:
+        """Reads a matrix, or all that a parameter fuses, into segments.
+
+        Args:
+            reader: of the whole checkpoint.
+            matrix: one that is stored in a format.
+            name: its name in `views`.
+            views: the segments' memory (CPU) by full name.
+        """
+        for expert in range(max(matrix.num_experts, 1)):
+            path = f"{name}.{expert}" if matrix.num_experts else name
+            parts = self._parts_of(matrix.path, expert)
+            for index, stored in enumerate(parts):
+                own_path = f"{path}.{index}" if len(parts) > 1 else path
+                names = [segment.name for segment in stored.part.format.segments(*stored.shape)]
+                self._fill_part(reader, stored, {each: views[f"{own_path}.{each}"] for each in names})
+
+    def unpacked(self, prefix: str) -> list[str]:
+        """The parameters below a path that are numbers in the model but quantized in the checkpoint."""
+        return [f"{path.removeprefix(prefix)}.weight" for path in self._unpacked if path.startswith(prefix)]
+
+    def read_numbers(self, reader: TensorReader, parameter: str, out: Tensor) -> None:
+        """Reads a quantized matrix as numbers, into `out` [rows, cols] (CPU) in its dtype."""
+        (stored,) = self._stored[parameter.removesuffix(".weight")].values()
+        assert stored.format is not None
+        segments = {
+            segment.name: torch.empty(segment.shape, dtype=segment.dtype)
+            for segment in stored.format.segments(*stored.shape)
+        }
+        self._fill_part(reader, stored, segments)
+        out.copy_(stored.format.dequantize(segments, 0, stored.shape[0], torch.empty_like(out)))
+
+    def _fill_part(self, reader: TensorReader, stored: _Stored, segments: Segments) -> None:
+        tensors = {name: reader.read(info.key) for name, info in stored.tensors.items()}
+        if stored.format is None:
+            segments["weight"].copy_(tensors["weight"])
+        else:
+            self.scheme.transcode(stored.module, stored.shape, tensors, segments)
+
+    def _is_quantized(self, path: str) -> bool:
+        return any(stored.format is not None for stored in self._stored.get(path, {}).values())
+
+    def _parts_of(self, path: str, expert: int) -> list[_Stored]:
+        """The matrices that make one, from its first row to its last."""
+        stored = self._stored[path]
+        num_parts = 1 + max(part for _, part in stored)
+        if missing := {(expert, part) for part in range(num_parts)} - stored.keys():
+            example = next(iter(stored.values())).module
+            raise CorruptCheckpointError(
+                f"expert {expert} of '{path}' is missing part {min(missing)[1]}: {self._folder} has '{example}', say",
+                hint="the download may be incomplete: repeat it",
+            )
+        return [stored[expert, part] for part in range(num_parts)]
+
+    def _check_unpacked(self, skeleton: hf_compat.Skeleton) -> None:
+        for path in self._unpacked:
+            if not path.startswith(f"{skeleton.layers_name}."):
+                raise UnsupportedModelError(f"'{path}' is quantized, which specchat does not read outside the layers")
+
+
+def _by_module(checkpoint: Checkpoint) -> dict[str, dict[str, TensorInfo]]:
+    """What may be a matrix's tensors: by module, then by what follows its path."""
+    modules: dict[str, dict[str, TensorInfo]] = {}
+    for key, info in checkpoint.tensors.items():
+        if match := _TENSOR.fullmatch(key):
+            modules.setdefault(match[1], {})[match[2]] = info
+    return modules
+
+
+class PrequantizedReader(WeightReader):
+    """Reads a checkpoint that comes quantized.
+
+    Args:
+        skeleton: of the model; its matrices are replaced here.
+        checkpoint: where the bytes are.
+        recipe: how the matrices are stored.
+
+    Raises:
+        CorruptCheckpointError: a parameter has no tensor, or one of another shape.
+    """
+
+    def __init__(self, skeleton: hf_compat.Skeleton, checkpoint: Checkpoint, recipe: CheckpointRecipe) -> None:
+        self._recipe = recipe
+        self._layer_matrices: list[dict[str, Matrix]] = [{} for _ in skeleton.layers]
+        self._head: Matrix | None = None
+        for matrix in apply_recipe(skeleton, recipe):
+            if matrix.layer is None:
+                self._head = matrix
+            else:
+                self._layer_matrices[matrix.layer][matrix.path.removeprefix(_prefix(skeleton, matrix.layer))] = matrix
+        self._quantized = TensorReader(checkpoint)
+        super().__init__(skeleton, recipe.without_quantized(checkpoint))
+
+    @property
+    def serves(self) -> bool:
+        """Never: the checkpoint's order of numbers is another, and is changed while packing."""
+        return False
+
+    def close(self) -> None:
+        """Closes the files."""
+        super().close()
+        self._quantized.close()
+
+    def read_layer(self, layer: int, views: Mapping[str, Tensor]) -> None:
+        """Fills the views of one layer's parameters (CPU tensors).
+
+        Raises:
+            CorruptCheckpointError: contents that cannot be; otherwise as in `WeightReader.read_layer`.
+        """
+        elsewhere = self._filled_here(layer)
+        super().read_layer(layer, {name: view for name, view in views.items() if name not in elsewhere})
+        for name, matrix in self._layer_matrices[layer].items():
+            self._recipe.fill(self._quantized, matrix, name, views)
+        prefix = _prefix(self._skeleton, layer)
+        for name in self._recipe.unpacked(prefix):
+            self._recipe.read_numbers(self._quantized, prefix + name, views[name])
+
+    def read_head(self) -> dict[str, Tensor]:
+        """The segments of a quantized head by full name: CPU tensors."""
+        segments = {name: torch.empty_like(segment, device="cpu") for name, segment in self.head_meta().items()}
+        if self._head is not None:
+            self._recipe.fill(self._quantized, self._head, self._head.path, segments)
+        return segments
+
+    def _check_complete(self, layer: int, missing: Set[str]) -> None:
+        super()._check_complete(layer, missing - self._filled_here(layer))
+
+    def _filled_here(self, layer: int) -> Set[str]:
+        """Parameters of a layer that are no tensors of the checkpoint."""
+        return segment_names(self._skeleton.layers[layer]) | set(self._recipe.unpacked(_prefix(self._skeleton, layer)))
+
+
+def _prefix(skeleton: hf_compat.Skeleton, layer: int) -> str:
+    return f"{skeleton.layers_name}.{layer}."
