@@ -48,7 +48,8 @@ def prepare(
     checkpoint = open_checkpoint(source.path)
     skeleton = hf_compat.build_skeleton(hf_compat.load_config(source.path), TORCH_DTYPE[dtype], attention="eager")
     with CheckpointLayers(skeleton, checkpoint, recipe) as layers:
-        if layers.serve or sum(info.nbytes for info in checkpoint.tensors.values()) <= SMALL_BYTES:
+        small = recipe is None and sum(info.nbytes for info in checkpoint.tensors.values()) <= SMALL_BYTES
+        if small or layers.serve:
             return None
         key = key_for(source, checkpoint, dtype, quantizer)
         pack = open_pack(key, warn)

@@ -48,7 +48,7 @@ class QuantLinear(nn.Module):
         self.format = weight_format
         self.shape = shape
         self.out_features, self.in_features = shape
-        self._scratch = scratch
+        self.scratch = scratch
         self._names = []
         for segment in weight_format.segments(*shape):
             self.register_parameter(segment.name, _empty(segment))
@@ -63,7 +63,7 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x W^T + bias: [..., cols] -> [..., rows]."""
-        scratch = self._scratch.of(self.shape, x.dtype, x.device)
+        scratch = self.scratch.of(self.shape, x.dtype, x.device)
         return self.format.linear(x, self.segments, self.shape, scratch, self._parameters["bias"])
 
 

@@ -71,7 +71,7 @@ class Int8Quantizer:
         rows, cols = weight.shape
         step = max(_QUANTIZE_ROWS_BYTES // (4 * cols), 1)
         for begin in range(0, rows, step):
-            piece = weight[begin : begin + step].float()
+            piece = weight[begin : begin + step].to(torch.float32, copy=True)
             scales = segments["scales"][begin : begin + step]
             for numbers, scale in self.format._groups(piece, scales):
                 scale.copy_(numbers.abs().amax(-1, keepdim=True) / _LARGEST)

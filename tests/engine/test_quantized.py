@@ -1,0 +1,200 @@
+"""Quantized models in the engine: transformers' numbers with the same weights, streamed or not, guessed or plain."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.engines import make_plan, random_prompt, write
+from support.tiny_models import ARCHITECTURES, VOCAB, make_config, perturbed, random_model, save
+
+from specchat.config import ModelSource, Plan, Sampling
+from specchat.engine.engine import Engine
+from specchat.engine.model import TreeModel, load_model
+from specchat.models import hf_compat
+from specchat.models.geometry import dequantize_bytes, describe, layer_bytes, weight_bytes
+from specchat.models.pack import Pack
+from specchat.models.prepare import prepare
+from specchat.models.quantization import OwnRecipe, apply_recipe
+from specchat.models.quantized import Matrix, QuantLinear, quant_linears
+from specchat.models.weights import LayerLayout
+
+CPU = torch.device("cpu")
+QUANTS = ("int8", "int4")
+DEFAULT = ("llama", "llama_tied", "qwen2", "mixtral", "gpt_oss")
+PROMPT = random_prompt(30, VOCAB)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    made: dict[str, tuple[Any, ModelSource, ModelSource]] = {}
+    root = tmp_path_factory.mktemp("quantized")
+
+    def get(architecture: str) -> tuple[Any, ModelSource, ModelSource]:
+        if architecture not in made:
+            model = random_model(make_config(architecture))
+            draft = save(perturbed(model, 0.03), root / f"{architecture}-draft")
+            made[architecture] = (model, save(model, root / architecture), draft)
+        return made[architecture]
+
+    return get
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SPECCHAT_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def load(source: ModelSource, quant: str, **kwargs: Any) -> TreeModel:
+    return load_model(
+        source, dtype=torch.float32, device=CPU, cache_rows=256, chunk_rows=512, quant=quant, num_slots=2, **kwargs
+    )
+
+
+def pack_of(source: ModelSource, quant: str) -> Pack:
+    pack = prepare(source, "fp32", quant, progress=lambda _: None, warn=lambda _: None)
+    assert pack is not None and pack.quantizer.startswith({"int8": "int8", "int4": "nf4"}[quant])
+    return pack
+
+
+def quantize_in_place(model: Any, quant: str) -> None:
+    """Gives transformers' own model the numbers that the quantized one computes with: the slow, obvious way."""
+    recipe = OwnRecipe(quant)  # type: ignore[arg-type]
+    skeleton = hf_compat.skeleton_of(model)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for matrix in hf_compat.find_matrices(skeleton):
+        weight = parameters[matrix.path if matrix.num_experts else f"{matrix.path}.weight"]
+        if matrix.layer is None:  # the embeddings of a tied head stay as they are
+            head = model.get_output_embeddings()
+            head.weight = torch.nn.Parameter(rounded(weight.detach(), recipe, matrix))
+            continue
+        with torch.no_grad():
+            for each in weight if matrix.num_experts else weight[None]:
+                dense = each.T.contiguous() if matrix.transposed else each
+                each.copy_(rounded(dense, recipe, matrix).T if matrix.transposed else rounded(dense, recipe, matrix))
+
+
+def rounded(weight: torch.Tensor, recipe: OwnRecipe, matrix: Matrix) -> torch.Tensor:
+    quantizer = recipe.quantizer(matrix)
+    segments = {s.name: torch.empty(s.shape, dtype=s.dtype) for s in quantizer.format.segments(*matrix.shape)}
+    quantizer.quantize(weight, segments)
+    return quantizer.format.dequantize(segments, 0, len(weight), torch.empty(weight.shape)).clone()
+
+
+def logits(model: TreeModel) -> torch.Tensor:
+    return model.logits(model.append(PROMPT))
+
+
+def check_numbers(architecture: str, quant: str, models: Any) -> None:
+    model, source, _ = models(architecture)
+    twin = random_model(make_config(architecture))  # the same numbers
+    quantize_in_place(twin, quant)
+    twin.set_attn_implementation("eager")
+    with torch.inference_mode():
+        expected = twin(torch.tensor([PROMPT])).logits[0]
+        original = model(torch.tensor([PROMPT])).logits[0]
+    found = logits(load(source, quant))
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-4)
+    assert (found - original).abs().max() > 10 * (found - expected).abs().max(), "nothing was quantized"
+
+
+def check_streaming(architecture: str, quant: str, models: Any) -> None:
+    """Bit for bit: from slots that a checkpoint or a pack fills, or on mapped pages, or resident."""
+    _, source, _ = models(architecture)
+    expected = logits(load(source, quant))
+    pack = pack_of(source, quant)
+    for kwargs in (
+        {"pack": pack},
+        {"resident": ()},
+        {"resident": (), "pack": pack},
+        {"resident": (1,), "pack": pack, "tier": "ram"},
+    ):
+        model = load(source, quant, **kwargs)
+        assert torch.equal(logits(model), expected), kwargs
+        model.close()
+
+
+def check_speculation(architecture: str, quant: str, models: Any) -> None:
+    """The same text with a draft as without, greedy and sampled, the draft quantized or not."""
+    _, source, draft = models(architecture)
+    num_layers = make_config(architecture).num_hidden_layers
+
+    def text(plan: Plan, sampling: Sampling) -> tuple[list[int], float]:
+        with Engine.load(plan, source, draft if plan.draft else None) as engine:
+            tokens, steps = write(engine, PROMPT, sampling, 24)
+        return tokens, len(tokens) / len(steps)
+
+    for sampling in (Sampling(), Sampling(temperature=0.8, top_p=0.9, seed=5)):
+        plain = dataclasses.replace(make_plan(source, None, num_layers=num_layers), quant=quant)
+        tree = dataclasses.replace(make_plan(source, draft, num_layers=num_layers, resident=(0,)), quant=quant)
+        expected, _ = text(plain, sampling)
+        for draft_quant in ("none", quant):
+            found, tokens_per_step = text(dataclasses.replace(tree, draft_quant=draft_quant), sampling)
+            assert found == expected
+            assert tokens_per_step > 1.2
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("architecture", DEFAULT)
+def test_the_numbers_are_those_of_the_rounded_weights(architecture, quant, models):
+    check_numbers(architecture, quant, models)
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("architecture", ["llama_tied", "mixtral"])
+def test_streamed_equals_resident(architecture, quant, models, cache):
+    check_streaming(architecture, quant, models)
+
+
+@pytest.mark.parametrize(("architecture", "quant"), [("llama", "int8"), ("llama_tied", "int4"), ("mixtral", "int4")])
+def test_speculation_is_lossless(architecture, quant, models):
+    check_speculation(architecture, quant, models)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture(architecture, quant, models, cache):
+    check_numbers(architecture, quant, models)
+    check_streaming(architecture, quant, models)
+    check_speculation(architecture, quant, models)
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+def test_sizes_are_known_beforehand(quant, models):
+    for architecture in ("llama_tied", "gpt_oss"):
+        _, source, _ = models(architecture)
+        spec, model = describe(source, quant), load(source, quant)
+        logits(model)
+        layers = model.skeleton.layers
+        assert [layer_bytes(spec, i, "fp32") for i in range(len(layers))] == [
+            LayerLayout.of(layer).nbytes for layer in layers
+        ]
+        assert weight_bytes(spec, "fp32") == model.nbytes - model.cache.nbytes
+        scratches = {id(linear.scratch): linear.scratch for _, linear in quant_linears(model.skeleton.model)}
+        assert [scratch.memory.numel() for scratch in scratches.values()] == [dequantize_bytes(spec, "fp32", "cpu")]
+        assert spec.num_params == describe(source).num_params
+
+
+def test_what_is_quantized():
+    """All large matrices, but no embedding, norm or router."""
+    skeleton = hf_compat.build_skeleton(make_config("qwen3_moe"), torch.float32)
+    dense = {name for name, _ in skeleton.model.named_parameters()}
+    apply_recipe(skeleton, OwnRecipe("int4"))
+    left = {name for name, _ in skeleton.model.named_parameters()} & dense
+    assert {name.rpartition("layers.")[2].lstrip("0123456789.") for name in left} == {
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "input_layernorm.weight",
+        "post_attention_layernorm.weight",
+        "self_attn.q_norm.weight",
+        "self_attn.k_norm.weight",
+        "mlp.gate.weight",
+    }
+    head = skeleton.model.get_output_embeddings()
+    assert isinstance(head, QuantLinear) and head.format.name == "int8"
