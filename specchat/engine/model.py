@@ -26,7 +26,8 @@ from specchat.models.pack import Pack
 from specchat.models.pack_format import bytes_of
 from specchat.models.pack_verify import ChunkVerifier
 from specchat.models.quant_reader import open_reader
-from specchat.models.quantization import apply_recipe, recipe_for
+from specchat.models.quantization import apply_recipe
+from specchat.models.recipes import choose_recipe
 from specchat.models.weights import LayerLayout, WeightReader, bind
 
 hf_compat.use_attention(tree_attention)
@@ -219,7 +220,7 @@ def load_model(
 
 def _open_reader(skeleton: hf_compat.Skeleton, source: ModelSource, pack: Pack | None, quant: str) -> WeightReader:
     """Replaces the modules of quantized matrices, and finds what fills them."""
-    recipe = recipe_for(quant)
+    recipe = choose_recipe(source, skeleton, quant)
     if pack is None:
         return open_reader(skeleton, open_checkpoint(source.path), recipe)
     if recipe is not None:

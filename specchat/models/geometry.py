@@ -8,8 +8,9 @@ import torch
 from specchat.config import Dtype, ModelSource, ModelSpec, ParamSize, Quant
 from specchat.models import hf_compat
 from specchat.models.formats.protocol import scratch_bytes
-from specchat.models.quantization import apply_recipe, recipe_for
+from specchat.models.quantization import apply_recipe
 from specchat.models.quantized import quant_linears, segment_names
+from specchat.models.recipes import choose_recipe
 
 # Tensors start at multiples of this within a layer's blob, as matrix kernels like it; layers at multiples of a page.
 TENSOR_ALIGNMENT = 256
@@ -57,13 +58,13 @@ def describe(source: ModelSource, quant: Quant = "none") -> ModelSpec:
         quant: what its matrices are to be stored in.
 
     Raises:
-        CorruptCheckpointError, UnsupportedModelError: as `hf_compat.load_config`.
+        CorruptCheckpointError, UnsupportedModelError: as `hf_compat.load_config`; UsageError: as `choose_recipe`.
     """
     config = hf_compat.load_config(source.path)
     dtype = _checkpoint_dtype(config)  # building modules overwrites it
     skeleton = hf_compat.build_skeleton(config, torch.float32, attention="eager")
     num_params = sum(p.numel() for p in skeleton.model.parameters())
-    if (recipe := recipe_for(quant)) is not None:
+    if (recipe := choose_recipe(source, skeleton, quant)) is not None:
         apply_recipe(skeleton, recipe)
     segments = segment_names(skeleton.model)
     layers_prefix = f"{skeleton.layers_name}."
@@ -86,7 +87,7 @@ def describe(source: ModelSource, quant: Quant = "none") -> ModelSpec:
         ),
         buffer_bytes=sum(b.nbytes for b in skeleton.model.buffers()),
         kv_shapes=hf_compat.kv_shapes(config),
-        quant=quant,
+        quant=quant if recipe is None else recipe.name,
         quant_shapes=tuple(sorted({linear.shape for _, linear in quant_linears(skeleton.model)})),
     )
 

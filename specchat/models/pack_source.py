@@ -11,6 +11,7 @@ from torch import Tensor
 from specchat.models import hf_compat
 from specchat.models.checkpoint import Checkpoint, TensorInfo, TensorReader
 from specchat.models.pack_format import DTYPE_NAMES
+from specchat.models.prequantized import CheckpointRecipe
 from specchat.models.quant_reader import open_reader
 from specchat.models.quantization import OwnRecipe
 from specchat.models.weights import LayerLayout, WeightReader
@@ -28,7 +29,12 @@ class CheckpointLayers:
         CorruptCheckpointError: a parameter has no tensor, or one of another shape.
     """
 
-    def __init__(self, skeleton: hf_compat.Skeleton, checkpoint: Checkpoint, recipe: OwnRecipe | None = None) -> None:
+    def __init__(
+        self,
+        skeleton: hf_compat.Skeleton,
+        checkpoint: Checkpoint,
+        recipe: OwnRecipe | CheckpointRecipe | None = None,
+    ) -> None:
         self._skeleton = skeleton
         self._weights = open_reader(skeleton, checkpoint, recipe)
         self._tensors = TensorReader(checkpoint)

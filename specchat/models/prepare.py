@@ -9,7 +9,7 @@ from specchat.models.geometry import TORCH_DTYPE
 from specchat.models.pack import Pack, PackProgress, build_pack, key_for, open_pack, packs_folder
 from specchat.models.pack_format import NOT_QUANTIZED
 from specchat.models.pack_source import CheckpointLayers
-from specchat.models.quantization import recipe_for
+from specchat.models.recipes import choose_recipe
 from specchat.units import MIB, format_bytes
 
 # Smaller models are read and cast for every pass faster than anyone would notice, and leave nothing on the disk.
@@ -39,14 +39,14 @@ def prepare(
         DoesNotFitError: no room on the disk for the pack.
         ModelError: the files cannot be read.
     """
-    recipe = recipe_for(quant)
+    skeleton = hf_compat.build_skeleton(hf_compat.load_config(source.path), TORCH_DTYPE[dtype], attention="eager")
+    recipe = choose_recipe(source, skeleton, quant)
     quantizer = NOT_QUANTIZED if recipe is None else recipe.identity
     if source.path.parent == packs_folder():  # a synthetic model, made as a pack
         pack = open_pack(source.path.name, warn)
         if pack is not None and (pack.dtype, pack.quantizer) == (dtype, quantizer):
             return pack
     checkpoint = open_checkpoint(source.path)
-    skeleton = hf_compat.build_skeleton(hf_compat.load_config(source.path), TORCH_DTYPE[dtype], attention="eager")
     with CheckpointLayers(skeleton, checkpoint, recipe) as layers:
         small = recipe is None and sum(info.nbytes for info in checkpoint.tensors.values()) <= SMALL_BYTES
         if small or layers.serve:

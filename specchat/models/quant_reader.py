@@ -7,18 +7,28 @@ from torch import Tensor
 
 from specchat.models import hf_compat
 from specchat.models.checkpoint import Checkpoint
+from specchat.models.prequantized import CheckpointRecipe
+from specchat.models.prequantized_reader import PrequantizedReader
 from specchat.models.quantization import OwnRecipe, apply_recipe
 from specchat.models.quantized import Matrix, segment_names
 from specchat.models.weights import WeightReader
 
 
-def open_reader(skeleton: hf_compat.Skeleton, checkpoint: Checkpoint, recipe: OwnRecipe | None = None) -> WeightReader:
+def open_reader(
+    skeleton: hf_compat.Skeleton, checkpoint: Checkpoint, recipe: OwnRecipe | CheckpointRecipe | None = None
+) -> WeightReader:
     """The reader of a checkpoint; with a recipe, the skeleton's matrices are replaced as it says.
 
     Raises:
         CorruptCheckpointError: a parameter has no tensor, or one of another shape.
     """
-    return WeightReader(skeleton, checkpoint) if recipe is None else QuantizingReader(skeleton, checkpoint, recipe)
+    match recipe:
+        case OwnRecipe():
+            return QuantizingReader(skeleton, checkpoint, recipe)
+        case CheckpointRecipe():
+            return PrequantizedReader(skeleton, checkpoint, recipe)
+        case None:
+            return WeightReader(skeleton, checkpoint)
 
 
 class QuantizingReader(WeightReader):

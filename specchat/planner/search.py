@@ -77,6 +77,8 @@ def _described(request: PlanRequest, machine: Machine) -> ModelSpec:
     if request.quant != "auto":
         return describe(request.target, request.quant)
     spec = describe(request.target)
+    if spec.quant != "none":
+        return spec  # it comes quantized
     for quant in _LOWER:
         if weight_bytes(spec, _dtype(request, machine, spec)) <= machine.total_bytes:
             break

@@ -393,8 +393,11 @@ def block_fp8(
 
 # --- whole checkpoints -----------------------------------------------------------------------------------------------
 
-# Matrices that quantizers leave alone: embeddings, routers.
-_KEPT = re.compile(r"(.*\.)?(embed_tokens|gate|router)\.weight")
+# What most quantizers leave alone.
+EMBEDDINGS = r"embed_tokens$"
+ROUTERS = r"\.(gate|router)$"
+HEAD = r"^lm_head$"
+USUAL = f"{EMBEDDINGS}|{ROUTERS}|{HEAD}"
 
 
 @dataclass(frozen=True)
@@ -406,7 +409,7 @@ class Pair:
 
 
 def save_quantized(
-    model: Any, folder: Path, kind: Kind, *, skip: str = "lm_head", others: dict[str, Kind] | None = None
+    model: Any, folder: Path, kind: Kind, *, skip: str = USUAL, others: dict[str, Kind] | None = None
 ) -> Pair:
     """Saves a float32 model in both ways.
 
@@ -422,8 +425,7 @@ def save_quantized(
     stored, meant = {}, {}
     for number, (key, tensor) in enumerate(load_file(file).items()):
         module = key.removesuffix(".weight")
-        is_matrix = tensor.dim() == 2 and key.endswith(".weight") and not _KEPT.fullmatch(key)
-        if not is_matrix or (skip and re.search(skip, module)):
+        if tensor.dim() != 2 or re.search(skip, module):
             stored[key] = tensor.to(torch.bfloat16) if tensor.dim() == 2 else tensor
             meant[key] = stored[key].float()
             continue

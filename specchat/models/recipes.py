@@ -1,0 +1,34 @@
+"""What becomes of a model's matrices: what its checkpoint has them in, or else what was asked for."""
+
+from specchat.config import ModelSource
+from specchat.errors import UsageError
+from specchat.models import hf_compat
+from specchat.models.checkpoint import open_checkpoint, read_json
+from specchat.models.formats.scheme import scheme_of
+from specchat.models.prequantized import CheckpointRecipe
+from specchat.models.quantization import OwnRecipe, recipe_for
+
+_AS_STORED = "none"
+
+
+def choose_recipe(source: ModelSource, skeleton: hf_compat.Skeleton, quant: str) -> OwnRecipe | CheckpointRecipe | None:
+    """The recipe for a model; None where its matrices stay numbers of the compute dtype.
+
+    Args:
+        source: local files; if they are quantized, the weights' headers are read too.
+        skeleton: of the model, before anything is replaced.
+        quant: what was asked for, or what a plan says of a model that comes quantized.
+
+    Raises:
+        UsageError: the model comes quantized, and was to be quantized otherwise.
+        UnsupportedModelError: it is quantized in a way that specchat does not read.
+        CorruptCheckpointError: what is quantized cannot be as it is described.
+    """
+    scheme = scheme_of(read_json(source.path / "config.json"))
+    if scheme is None:
+        return recipe_for(quant)
+    if quant not in {_AS_STORED, scheme.name}:
+        raise UsageError(
+            f"{source.name} comes quantized ({scheme.name}) and cannot be quantized again", hint="leave out --quant"
+        )
+    return CheckpointRecipe(scheme, skeleton, open_checkpoint(source.path))
