@@ -40,15 +40,16 @@ class OwnRecipe:
 
     def __init__(self, quant: Quant) -> None:
         self.name: str = quant
+        self.layer_quantizer = QUANTIZERS[quant]
 
     def quantizer(self, matrix: Matrix) -> Quantizer:
         """What fills a matrix."""
-        return HEAD_QUANTIZER if matrix.layer is None else QUANTIZERS[self.name]  # type: ignore[index]
+        return HEAD_QUANTIZER if matrix.layer is None else self.layer_quantizer
 
     @property
     def identity(self) -> str:
         """What a pack's bytes depend on beside the weights."""
-        return f"{QUANTIZERS[self.name].identity}; head {HEAD_QUANTIZER.identity}"  # type: ignore[index]
+        return f"{self.layer_quantizer.identity}; head {HEAD_QUANTIZER.identity}"
 
     def parts(self, matrix: Matrix, expert: int) -> tuple[Part, ...]:
         """The whole matrix in one piece."""

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from specchat.config import DTYPE_BYTES, Dtype
+from specchat.config import DTYPE_BYTES, Dtype, Quant
 from specchat.errors import UsageError
 from specchat.units import format_bytes
 
@@ -28,7 +28,8 @@ class Shape:
         heads, kv_heads: query heads, and key-value heads that they share in equal groups.
         head_dim: numbers per head.
         mlp: width of the MLP's inner activation.
-        dtype: how the weights are stored.
+        dtype: of the weights.
+        quant: what the matrices are stored in.
         name: what the user typed; plays no part in comparisons.
     """
 
@@ -39,6 +40,7 @@ class Shape:
     head_dim: int
     mlp: int
     dtype: Dtype = "bf16"
+    quant: Quant = "none"
     name: str = field(default="", compare=False)
 
     @property
@@ -72,7 +74,7 @@ class Shape:
 
     @property
     def layer_bytes(self) -> int:
-        """Bytes of one decoder layer's weights, without any alignment."""
+        """Bytes of one decoder layer's weights in full precision, without any alignment."""
         return self._num_bytes(self.layer_tensors())
 
     @property
@@ -82,7 +84,7 @@ class Shape:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all weights."""
+        """Bytes of all weights in full precision."""
         return self.layers * self.layer_bytes + self.rest_bytes
 
     def describe(self) -> str:
@@ -134,7 +136,7 @@ def parse_shape(text: str) -> Shape:
     dtype = _parse_dtype(values.pop("dtype", "bf16"))
     numbers = {key: _parse_number(key, value) for key, value in values.items()}
     base = _known(name) if name is not None else _complete(numbers)
-    shape = replace(base, **numbers, dtype=dtype, name=text)
+    shape = replace(base, **numbers, dtype=dtype, name=text)  # type: ignore[arg-type]  # numbers are of numbers
     _check(shape)
     return shape
 

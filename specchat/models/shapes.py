@@ -36,7 +36,10 @@ from specchat.config import Dtype, ModelSource
 from specchat.models.catalog import SHAPE_PREFIX, demo_source
 from specchat.models.checkpoint import TensorReader, open_checkpoint, read_json
 from specchat.models.geometry import TORCH_DTYPE
-from specchat.models.pack import PackProgress, build_pack, open_pack, packs_folder
+from specchat.models.pack import LayerSource, PackProgress, build_pack, open_pack, packs_folder
+from specchat.models.pack_format import NOT_QUANTIZED
+from specchat.models.quantization import recipe_for
+from specchat.models.quantized_layers import QuantizedLayers
 from specchat.models.shape_spec import DEMO_TARGET, Shape, num_live_kv_heads, parse_shape
 from specchat.units import format_bytes
 
@@ -310,26 +313,55 @@ def materialise(
         DoesNotFitError: the disk is too small.
         ModelError: the cache cannot be written to, or the demo's files are missing.
     """
-    key, layers = _key(shape, seed), ShapeLayers(shape, seed)
+    key, layers = _key(shape, seed), _layers(shape, seed)
     name = f"{SHAPE_PREFIX}{shape.label}"
     pack = open_pack(key, warn)
     if pack is None or not pack.fits(layers):
-        size = format_bytes(shape.num_bytes)
+        size = format_bytes(_num_bytes(layers))
         warn(f"writing the synthetic model {name} ({size}) to {packs_folder() / key}, which may be deleted afterwards")
 
         def tell(report: PackProgress) -> None:
             if progress is not None:
                 progress(report.bytes_done, report.bytes_total)
 
-        pack = build_pack(key, layers, name=name, files=shape_files(shape), progress=tell, warn=warn)
+        pack = build_pack(
+            key,
+            layers,
+            name=name,
+            files=shape_files(shape),
+            dtype=shape.dtype,
+            quantizer=_quantizer(shape),
+            progress=tell,
+            warn=warn,
+        )
     return ModelSource(name=name, path=pack.folder, label=LABEL)
+
+
+def _layers(shape: Shape, seed: int) -> LayerSource:
+    """The layers as they are stored."""
+    recipe = recipe_for(shape.quant)
+    layers = ShapeLayers(shape, seed)
+    return layers if recipe is None else QuantizedLayers(layers, recipe, head="model.embed_tokens.weight")
+
+
+def _quantizer(shape: Shape) -> str:
+    recipe = recipe_for(shape.quant)
+    return NOT_QUANTIZED if recipe is None else recipe.identity
+
+
+def _num_bytes(layers: LayerSource) -> int:
+    tensors = [*layers.layer_meta(0).values()] * layers.num_layers + [*layers.rest_meta().values()]
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _key(shape: Shape, seed: int) -> str:
     """A folder name that says what is in it, and changes with everything that its bytes depend on."""
     digest = hashlib.sha256(f"{LAYOUT_VERSION}".encode())
+    if shape.quant != "none":
+        digest.update(_quantizer(shape).encode())
     folder = demo_source("target").path
     for name in ("config.json", "model.safetensors", *_COPIED_FILES):
         digest.update((folder / name).read_bytes())
     figures = f"h{shape.hidden}-l{shape.layers}-q{shape.heads}-kv{shape.kv_heads}-d{shape.head_dim}-m{shape.mlp}"
-    return f"shape-{figures}-{shape.dtype}-seed{seed}-{digest.hexdigest()[:12]}"
+    stored = shape.dtype if shape.quant == "none" else f"{shape.dtype}-{shape.quant}"
+    return f"shape-{figures}-{stored}-seed{seed}-{digest.hexdigest()[:12]}"

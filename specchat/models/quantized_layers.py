@@ -1,0 +1,89 @@
+"""A source of full-precision layers, as the source of the quantized ones that are made of them."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from specchat.models.formats.protocol import Quantizer
+from specchat.models.pack import LayerSource
+from specchat.models.quantization import HEAD_QUANTIZER, OwnRecipe
+
+_WEIGHT = ".weight"
+
+
+class QuantizedLayers:
+    """A `pack.LayerSource` of a Llama-like model without fused tensors: its matrices quantized, the rest as it is.
+
+    Args:
+        source: the layers in full precision; two-dimensional tensors are matrices.
+        recipe: what becomes of them.
+        head: full name of the tensor that the head multiplies with; it stays, beside the head's segments.
+    """
+
+    def __init__(self, source: LayerSource, recipe: OwnRecipe, head: str) -> None:
+        self._source = source
+        self._quantizer = recipe.layer_quantizer
+        self._head = head
+        self._memory: dict[str, dict[str, Tensor]] = {}
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return self._source.num_layers
+
+    @property
+    def layers_name(self) -> str:
+        """The layers' path in the model."""
+        return self._source.layers_name
+
+    def layer_meta(self, layer: int) -> dict[str, Tensor]:
+        """Meta tensors of what `read_layer` returns, in module order."""
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in self._source.layer_meta(layer).items():
+            tensors |= _empty(name, tensor, self._quantizer, "meta") if tensor.ndim == 2 else {name: tensor}
+        return tensors
+
+    def read_layer(self, layer: int) -> dict[str, Tensor]:
+        """One layer's segments and its other tensors, valid until the next call."""
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in self._source.read_layer(layer).items():
+            if tensor.ndim == 2:
+                segments = self._segments(name, tensor)
+                _quantize(name, tensor, self._quantizer, segments)
+                tensors |= segments
+            else:
+                tensors[name] = tensor
+        return tensors
+
+    def rest_meta(self) -> dict[str, Tensor]:
+        """Meta tensors of what `rest` returns."""
+        rest = dict(self._source.rest_meta())
+        return rest | _empty("lm_head.weight", rest[self._head], HEAD_QUANTIZER, "meta")
+
+    def rest(self) -> dict[str, Tensor]:
+        """What is outside the layers, and the head's segments."""
+        rest = dict(self._source.rest())
+        segments = _empty("lm_head.weight", rest[self._head], HEAD_QUANTIZER, "cpu")
+        _quantize("lm_head.weight", rest[self._head], HEAD_QUANTIZER, segments)
+        return rest | segments
+
+    def _segments(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """Memory for one matrix, the same in every layer."""
+        if name not in self._memory:
+            self._memory[name] = _empty(name, tensor, self._quantizer, "cpu")
+        return self._memory[name]
+
+
+def _empty(name: str, matrix: Tensor, quantizer: Quantizer, device: str) -> dict[str, Tensor]:
+    """Segments of a matrix, contents undefined: by its module's path and their own names."""
+    rows, cols = matrix.shape
+    return {
+        f"{name.removesuffix(_WEIGHT)}.{segment.name}": torch.empty(segment.shape, dtype=segment.dtype, device=device)
+        for segment in quantizer.format.segments(rows, cols)
+    }
+
+
+def _quantize(name: str, matrix: Tensor, quantizer: Quantizer, segments: Mapping[str, Tensor]) -> None:
+    prefix = f"{name.removesuffix(_WEIGHT)}."
+    quantizer.quantize(matrix, {key.removeprefix(prefix): tensor for key, tensor in segments.items()})
