@@ -162,6 +162,7 @@ class Plan:
         streamed_bytes_per_step: bytes over the link for one pass.
         tier: where the streamed layers' bytes are between passes.
         draft_quant: how the draft's weights are stored; "none" without a draft.
+        lowered_from: the precision that the user gets less than without having asked for it; None in most plans.
     """
 
     target: str
@@ -183,6 +184,7 @@ class Plan:
     tier: Tier = "disk"
     adaptive: bool = False
     draft_quant: str = "none"
+    lowered_from: Dtype | None = None
 
     @property
     def device_bytes(self) -> int:

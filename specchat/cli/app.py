@@ -46,6 +46,10 @@ _Ram = Annotated[
 _Ctx = Annotated[str | None, typer.Option(metavar="N", help="Context: tokens of chat and answer together.")]
 _TreeBudget = Annotated[str, typer.Option(metavar="N", help="Draft tokens checked in one pass, or auto.")]
 _Dtype = Annotated[str, typer.Option(metavar="TYPE", help="auto, bf16, fp16 or fp32.")]
+_Quant = Annotated[
+    str, typer.Option(metavar="TYPE", help="Store the model's matrices as none (as they are), int8 or int4; or auto.")
+]
+_DraftQuant = Annotated[str, typer.Option(metavar="TYPE", help="The same for the draft: none, int8 or int4.")]
 _Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
 _Yes = Annotated[bool, typer.Option("--yes", help="Download without asking.")]
 
@@ -60,6 +64,8 @@ def _model_options(
     ctx: str | None,
     tree_budget: str,
     dtype: str,
+    quant: str,
+    draft_quant: str,
     seed: str | None,
     offline: bool,
     yes: bool,
@@ -74,6 +80,8 @@ def _model_options(
         ctx=options.whole("--ctx", ctx, 1),
         tree_budget=options.tree_budget(tree_budget),
         dtype=options.dtype(dtype),
+        quant=options.quant(quant),
+        draft_quant=options.draft_quant(draft_quant),
         seed=options.seed(seed),
         offline=offline,
         yes=yes,
@@ -112,6 +120,8 @@ def _run(
     ctx: _Ctx = None,
     tree_budget: _TreeBudget = "auto",
     dtype: _Dtype = "auto",
+    quant: _Quant = "auto",
+    draft_quant: _DraftQuant = "none",
     temperature: Annotated[str | None, typer.Option(metavar="T", help="0 is greedy.")] = None,
     top_p: Annotated[str | None, typer.Option(metavar="P", help="Keep the likeliest tokens up to this mass.")] = None,
     top_k: Annotated[str | None, typer.Option(metavar="K", help="Keep the K likeliest tokens; 0 keeps all.")] = None,
@@ -157,6 +167,8 @@ def _run(
             ctx=ctx,
             tree_budget=tree_budget,
             dtype=dtype,
+            quant=quant,
+            draft_quant=draft_quant,
             seed=seed,
             offline=offline,
             yes=yes,
@@ -189,6 +201,8 @@ def _bench(
     ctx: _Ctx = None,
     tree_budget: _TreeBudget = "auto",
     dtype: _Dtype = "auto",
+    quant: _Quant = "auto",
+    draft_quant: _DraftQuant = "none",
     prompts: Annotated[
         str | None, typer.Option(metavar="FILE", help="Questions in MT-Bench's JSONL, instead of the built-in ones.")
     ] = None,
@@ -240,6 +254,8 @@ def _bench(
             ctx=ctx,
             tree_budget=tree_budget,
             dtype=dtype,
+            quant=quant,
+            draft_quant=draft_quant,
             seed=seed,
             offline=offline,
             yes=yes,

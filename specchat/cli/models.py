@@ -4,11 +4,11 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, NoReturn
 
-from specchat.cli.options import ModelOptions
-from specchat.config import ModelSource, Plan
+from specchat.cli.options import QUANTIZED, ModelOptions
+from specchat.config import ModelSource, Plan, Quant
 from specchat.errors import NotAvailableError, UsageError
 
 if TYPE_CHECKING:
@@ -83,7 +83,13 @@ def parse_models(options: ModelOptions) -> Refs:
             f"--draft {options.draft} is not in this version", hint="use --draft MODEL, auto or none"
         )
     draft = None if options.draft in ("auto", "none") else parse_model(options.draft)
-    return Refs(parse_model(options.model), draft)
+    target = _stored(parse_model(options.model), options.quant)
+    return Refs(target, None if draft is None else _stored(draft, options.draft_quant))
+
+
+def _stored(ref: "ModelRef", quant: 'Literal["auto"] | Quant') -> "ModelRef":
+    """Shapes are made as they are to be stored; auto makes them in full precision."""
+    return ref if ref.shape is None or quant == "auto" else replace(ref, shape=replace(ref.shape, quant=quant))
 
 
 def locate_models(options: ModelOptions, refs: Refs, say: "Talk") -> Models:
@@ -191,21 +197,31 @@ def make_plan(options: ModelOptions, models: Models) -> Plan:
             tree_budget=options.tree_budget,
             ram_bytes=options.ram_bytes,
             slots=options.slots,
+            quant=options.quant,
+            draft_quant=options.draft_quant,
         )
     )
 
 
 def make_pack(target: ModelSource, plan: Plan, say: "Talk") -> "Pack | None":
-    """The weights as they will be streamed, if they have to be repacked for that."""
+    """The target's weights as they will be used, if they have to be repacked for that."""
+    return _packed(target, plan, plan.quant, say) if plan.streamed or plan.quant in QUANTIZED else None
+
+
+def make_draft_pack(draft: ModelSource | None, plan: Plan, say: "Talk") -> "Pack | None":
+    """The draft's weights, if they are to be quantized."""
+    return _packed(draft, plan, plan.draft_quant, say) if draft and plan.draft_quant in QUANTIZED else None
+
+
+def _packed(source: ModelSource, plan: Plan, quant: str, say: "Talk") -> "Pack | None":
     from specchat.models.prepare import prepare
     from specchat.ui.progress import ProgressLine
 
-    if not plan.streamed:
-        return None
-    with ProgressLine(say, f"repacking {target.name}") as line:
+    with ProgressLine(say, f"{'quantizing' if quant in QUANTIZED else 'repacking'} {source.name}") as line:
         return prepare(
-            target,
+            source,
             plan.dtype,
+            quant,
             progress=lambda report: line.update(report.bytes_done, report.bytes_total),
             warn=say.warn,
         )

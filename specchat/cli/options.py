@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from specchat.config import Dtype, Sampling
+from specchat.config import Dtype, Quant, Sampling
 from specchat.errors import InvalidSizeError, UsageError
 from specchat.units import parse_size
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 _MAX_SEED = 2**63 - 1
 
+QUANTIZED: tuple[Quant, ...] = ("int8", "int4")
+QUANTS: tuple[Quant, ...] = ("none", *QUANTIZED)
 DTYPES: tuple[Literal["auto"] | Dtype, ...] = ("auto", "bf16", "fp16", "fp32")
 
 
@@ -41,6 +43,8 @@ class ModelOptions:
         ram_bytes: --ram in bytes, or None for what is free.
         slots: buffers for streamed layers, or None; only a sweep of `bench` sets it.
         tree_budget: None is auto.
+        quant: what the target's matrices are stored in.
+        draft_quant: likewise for the draft.
         seed: None is the command's own choice.
     """
 
@@ -53,6 +57,8 @@ class ModelOptions:
     ctx: int | None = None
     tree_budget: int | None = None
     dtype: Literal["auto"] | Dtype = "auto"
+    quant: Literal["auto"] | Quant = "auto"
+    draft_quant: Quant = "none"
     seed: int | None = None
     offline: bool = False
     yes: bool = False
@@ -191,6 +197,23 @@ def dtype(text: str) -> Literal["auto"] | Dtype:
         if text == name:
             return name
     raise UsageError(f"--dtype must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, not '{text}'")
+
+
+def quant(text: str) -> Literal["auto"] | Quant:
+    """What the target's matrices are to be stored in."""
+    return "auto" if text == "auto" else _quant("--quant", "auto, ", text)
+
+
+def draft_quant(text: str) -> Quant:
+    """What the draft's matrices are to be stored in."""
+    return _quant("--draft-quant", "", text)
+
+
+def _quant(flag: str, others: str, text: str) -> Quant:
+    for name in QUANTS:
+        if text == name:
+            return name
+    raise UsageError(f"{flag} must be {others}{', '.join(QUANTS[:-1])} or {QUANTS[-1]}, not '{text}'")
 
 
 def device(text: str) -> str:

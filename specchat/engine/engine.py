@@ -61,7 +61,14 @@ class Engine:
         self._meter = stats.MemoryMeter(plan, [target, *drafter.models], runtime_bytes)
 
     @classmethod
-    def load(cls, plan: Plan, target: ModelSource, draft: ModelSource | None, pack: Pack | None = None) -> Engine:
+    def load(
+        cls,
+        plan: Plan,
+        target: ModelSource,
+        draft: ModelSource | None,
+        pack: Pack | None = None,
+        draft_pack: Pack | None = None,
+    ) -> Engine:
         """Reads both models into memory as planned.
 
         Args:
@@ -69,6 +76,7 @@ class Engine:
             target: the model whose text comes out.
             draft: the model that guesses, or None.
             pack: the target's weights repacked (`models.prepare`), or None to read them from its own files.
+            draft_pack: likewise for the draft.
 
         Raises:
             VocabularyMismatchError: the draft's token ids do not mean the target's.
@@ -82,7 +90,9 @@ class Engine:
             check_pair(target, draft)
             check_architecture(draft)
         check_architecture(target)
-        drafter = _load_drafter(plan, draft, dtype, device)  # first: it has no threads that an error would leave behind
+        drafter = _load_drafter(
+            plan, draft, draft_pack, dtype, device
+        )  # first: it has no threads that an error would leave behind
         target_model = load_model(
             target,
             dtype=dtype,
@@ -279,13 +289,16 @@ class _LazyScores:
         return self._rows[node]
 
 
-def _load_drafter(plan: Plan, draft: ModelSource | None, dtype: torch.dtype, device: torch.device) -> Drafter:
+def _load_drafter(
+    plan: Plan, draft: ModelSource | None, pack: Pack | None, dtype: torch.dtype, device: torch.device
+) -> Drafter:
     if draft is None:
         return NoDrafter()
     model = load_model(
         draft,
         dtype=dtype,
         device=device,
+        pack=pack,
         quant=plan.draft_quant,
         cache_rows=plan.ctx + plan.draft_rows,
         chunk_rows=plan.chunk_rows,

@@ -56,6 +56,6 @@ def prepare(
         if pack is not None and pack.fits(layers):
             return pack
         size = format_bytes(sum(p.nbytes for p in skeleton.model.parameters()))
-        what = dtype if recipe is None else recipe.name
-        warn(f"repacking {source.name} as {what} ({size}) in {packs_folder() / key}, which may be deleted afterwards")
+        what = f"repacking {source.name} as {dtype}" if recipe is None else f"packing {source.name} as {recipe.name}"
+        warn(f"{what} ({size}) in {packs_folder() / key}, which may be deleted afterwards")
         return build_pack(key, layers, name=source.name, dtype=dtype, quantizer=quantizer, progress=progress, warn=warn)

@@ -23,12 +23,20 @@ def open_reader(
         CorruptCheckpointError: a parameter has no tensor, or one of another shape.
     """
     match recipe:
+        case OwnRecipe() if _is_quantized(checkpoint):
+            apply_recipe(skeleton, recipe)
+            return WeightReader(skeleton, checkpoint)
         case OwnRecipe():
             return QuantizingReader(skeleton, checkpoint, recipe)
         case CheckpointRecipe():
             return PrequantizedReader(skeleton, checkpoint, recipe)
         case None:
             return WeightReader(skeleton, checkpoint)
+
+
+def _is_quantized(checkpoint: Checkpoint) -> bool:
+    """Whether the files have segments in the place of matrices: a synthetic model, made so straight away."""
+    return any(key.endswith(".codes") for key in checkpoint.tensors)
 
 
 class QuantizingReader(WeightReader):

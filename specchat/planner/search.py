@@ -112,6 +112,7 @@ def plan_for(request: PlanRequest, machine: Machine, target: ModelSpec, draft: M
         adaptive=request.tree_budget is None,
         tier=_tier(request, machine, streamed_bytes, taken=budget if machine.device == "cpu" else 0),
         draft_quant="none" if draft is None else draft.quant,
+        lowered_from=target.dtype if request.quant == "auto" and target.quant in _LOWER else None,
     )
 
 

@@ -66,8 +66,21 @@ class ChatView:
 def banner_lines(target: ModelSource, plan: Plan, draft_note: str) -> list[str]:
     """What will answer, with which helper, and where it all goes."""
     model = f"{target.name} ({target.label})" if target.label else target.name
-    draft = f"draft {plan.draft}" if plan.draft else draft_note
-    return [f"specchat {__version__} · {model} · {draft} · {plan.dtype} on {plan.device}", plan_line(plan)]
+    facts = [model, _draft(plan) if plan.draft else draft_note, f"{plan.dtype} on {plan.device}"]
+    if plan.quant != "none":
+        facts.append(_weights(plan))
+    return [" · ".join([f"specchat {__version__}", *facts]), plan_line(plan)]
+
+
+def _weights(plan: Plan) -> str:
+    """What the weights are that are answering, and how to have others if nobody asked for these."""
+    if plan.lowered_from is None:
+        return f"weights {plan.quant}"
+    return f"weights {plan.quant}, not the original {plan.lowered_from}: --quant none"
+
+
+def _draft(plan: Plan) -> str:
+    return f"draft {plan.draft}" + (f" ({plan.draft_quant})" if plan.draft_quant != "none" else "")
 
 
 def plan_line(plan: Plan) -> str:
@@ -124,7 +137,7 @@ def plan_table(target: ModelSource, plan: Plan, draft_note: str) -> str:
     """The plan in full, as `--plan` prints it."""
     facts = [
         ("model", f"{target.name} ({target.label})" if target.label else target.name),
-        ("draft", plan.draft or draft_note),
+        ("draft", _draft(plan).removeprefix("draft ") if plan.draft else draft_note),
         ("device", f"{plan.device}, {plan.dtype}, quant {plan.quant}"),
         ("context", f"{plan.ctx:,} tokens"),
         ("tree budget", f"{plan.tree_budget:,} draft nodes"),

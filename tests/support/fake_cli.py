@@ -30,7 +30,7 @@ class Echo(FakeEngine):
         time.sleep(next(self._pauses))
 
     @classmethod
-    def load(cls, _plan, _target, _draft, _pack):
+    def load(cls, _plan, _target, _draft, _pack, _draft_pack):
         return cls()
 
     def __enter__(self):
