@@ -165,14 +165,11 @@ def test_half_bytes_come_back(rows: int, cols: int, seed: int):
     assert torch.equal(unpack_nibbles(packed, cols).view(torch.uint8), numbers)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_all_8_bit_floats_are_widened_exactly(dtype: torch.dtype):
+def test_all_8_bit_floats_are_widened_exactly():
     codes = torch.arange(256, dtype=torch.uint8)
     codes = codes[(codes & 0x7F) != 0x7F].view(torch.float8_e4m3fn)
-    out = torch.empty(len(codes), dtype=dtype)
-    widen(codes, out)
-    assert torch.equal(out, codes.to(dtype))
-    assert torch.equal(out.signbit(), codes.float().signbit())  # minus zero too
+    assert torch.equal(widen(codes), codes.float())
+    assert torch.equal(widen(codes).signbit(), codes.float().signbit())  # minus zero too
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

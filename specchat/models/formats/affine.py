@@ -1,9 +1,10 @@
 """Whole numbers of 4 or 8 bits with a scale, and perhaps a zero point, for every few columns of a row.
 
-W = (q - zero) * scale, computed in the dtype of the scale and then cast. That is how the libraries compute it that
+W = (q - zero) * scale, rounded to the dtype of the scale and then cast. That is how the libraries compute it that
 checkpoints of this kind come from (GPTQ, AWQ, compressed-tensors), so the numbers are theirs, bit for bit.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -14,6 +15,9 @@ from specchat.models.formats.protocol import Segment, Segments, WeightFormat
 
 # What a stored number of 0 .. 15 stands for without a zero point: 8 less. Bytes are signed and stand for themselves.
 MIDDLE = 8
+# Numbers that are dequantized between two looks at memory: few enough for a CPU's cache; on a GPU, for its memory, of
+# which they take some ten bytes each.
+_PIECE_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 22}
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class Affine(WeightFormat):
     Attributes:
         bits: 4 or 8.
         group: stored columns per scale, the last group may be smaller; None: one scale for a whole row.
-        scale_dtype: of the scales, and of the arithmetic.
+        scale_dtype: of the scales, to which the products are rounded.
         zeros: whether there are zero points; else W = (q - 8) * scale (4 bits) or q * scale (8 bits).
         reordered: whether the columns are stored in another order (GPTQ's act-order).
     """
@@ -55,24 +59,26 @@ class Affine(WeightFormat):
 
     def dequantize(self, segments: Segments, begin: int, end: int, out: Tensor) -> Tensor:
         """Rows of W, its columns in their own order."""
-        scale = segments["scales"][begin:end]
-        in_place = out.dtype == self.scale_dtype and not self.reordered
-        work = out if in_place else torch.empty_like(out, dtype=self.scale_dtype)
-        zero = segments["zeros"][begin:end] if self.zeros else None
-        q = segments["codes"][begin:end]
-        if self.bits == 4:
-            q = unpack_nibbles(q, out.shape[1])
-            _subtract_from(q, zero, self.group)
-            work.copy_(q)
-        else:
-            work.copy_(q)
-            if zero is not None:  # differences of two bytes need nine bits: exact in every dtype of scales
-                for part, per_group in by_group(work, zero.to(self.scale_dtype), self.group):
-                    part.sub_(per_group)
-        scale_groups(work, scale, self.group)
-        if in_place:
-            return out
-        return out.index_copy_(1, segments["order"].long(), work.to(out.dtype)) if self.reordered else out.copy_(work)
+        for piece in row_pieces(out):
+            rows = slice(begin + piece.start, begin + piece.stop)
+            numbers = self._steps(segments, rows, out.shape[1])
+            scale_groups(numbers, segments["scales"][rows].float(), self.group)
+            numbers = rounded(numbers, self.scale_dtype, out.dtype)
+            if self.reordered:
+                out[piece].index_copy_(1, segments["order"].long(), numbers.to(out.dtype))
+            else:
+                out[piece] = numbers
+        return out
+
+    def _steps(self, segments: Segments, rows: slice, cols: int) -> Tensor:
+        """q - zero as float32 [rows, cols], in the order of stored columns."""
+        codes = segments["codes"][rows]
+        zeros = segments["zeros"][rows] if self.zeros else None
+        if self.bits == 8:
+            numbers = codes.float()  # differences of two bytes need nine bits
+            return numbers if zeros is None else _subtract(numbers, zeros.float(), self.group)
+        q = unpack_nibbles(codes, cols)
+        return (q.sub_(MIDDLE) if zeros is None else _subtract(q, zeros, self.group)).float()
 
     def linear(
         self, x: Tensor, segments: Segments, shape: tuple[int, int], scratch: Tensor, bias: Tensor | None = None
@@ -118,13 +124,28 @@ def scale_groups(matrix: Tensor, scale: Tensor, group: int | None) -> None:
         part.mul_(per_group)
 
 
-def _subtract_from(q: Tensor, zero: Tensor | None, group: int | None) -> None:
-    """Makes numbers of 0 .. 15 signed, in place."""
-    if zero is None:
-        q.sub_(MIDDLE)
-        return
-    for part, per_group in by_group(q, zero, group):
+def _subtract(matrix: Tensor, zeros: Tensor, group: int | None) -> Tensor:
+    """`matrix` [rows, cols], less zero points [rows, groups] of its dtype, in place."""
+    for part, per_group in by_group(matrix, zeros, group):
         part.sub_(per_group)
+    return matrix
+
+
+def rounded(numbers: Tensor, dtype: torch.dtype, wanted: torch.dtype) -> Tensor:
+    """float32 products as arithmetic in `dtype` would have given them, about to be cast to `wanted`.
+
+    Products of a few bits by a scale are exact in float32, so rounding them once is what `dtype` would do. The casts
+    go by way of float32, since torch has no fast ones between float16 and integers or bfloat16 on a CPU.
+    """
+    return numbers if dtype in {torch.float32, wanted} else numbers.to(dtype).float()
+
+
+def row_pieces(out: Tensor) -> Iterator[slice]:
+    """Rows of a matrix that are dequantized at a time."""
+    rows, cols = out.shape
+    step = max(_PIECE_NUMBERS[out.device.type] // cols, 1)
+    for begin in range(0, rows, step):
+        yield slice(begin, min(begin + step, rows))
 
 
 def unpack_nibbles(packed: Tensor, cols: int) -> Tensor:

@@ -6,33 +6,26 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from specchat.models.formats.affine import num_groups, scale_groups
+from specchat.models.formats.affine import num_groups, rounded, row_pieces, scale_groups
 from specchat.models.formats.checks import fail_contents
 from specchat.models.formats.protocol import Segment, Segments, WeightFormat
 
-# e4m3 numbers as bits of a wider dtype, exponent and mantissa moved up against its own: smaller by a power of two that
-# follows from the two exponents' biases, which multiplication makes good exactly (subnormal numbers included). torch
-# converts number by number and takes six times as long.
-_WIDER: dict[torch.dtype, tuple[torch.dtype, int, int, float]] = {
-    # integers of that width, places to move, mask of the bits that stay after the sign was extended, factor
-    torch.bfloat16: (torch.int16, 4, 0x87F0, 2.0**120),
-    torch.float16: (torch.int16, 7, 0xBF80, 2.0**8),
-    torch.float32: (torch.int32, 20, 0x87F00000, 2.0**120),
-}
-
+_PLACES = 23 - 3  # from the mantissa of an e4m3 number to that of a float32
+_MASK = ~0x78000000  # the bits that are the sign's copies after that
+_FACTOR = 2.0 ** (127 - 7)
 _CHECKED_ROWS = 1024  # at a time
 
 
 @dataclass(frozen=True)
 class Fp8(WeightFormat):
-    """W = q * scale, computed in the dtype of the scale and then cast.
+    """W = q * scale, rounded to the dtype of the scale and then cast.
 
     Segments: `codes`, float8_e4m3fn [rows, cols]; `scales` [rows / block_rows, cols / block_cols], rounded up.
 
     Attributes:
         block_rows: rows per scale, the last block may be smaller; None for all.
         block_cols: columns per scale, likewise.
-        scale_dtype: of the scales, and of the arithmetic.
+        scale_dtype: of the scales, to which the products are rounded.
     """
 
     name: ClassVar[str] = "fp8"
@@ -48,25 +41,31 @@ class Fp8(WeightFormat):
 
     def dequantize(self, segments: Segments, begin: int, end: int, out: Tensor) -> Tensor:
         """Rows of W."""
-        work = out if out.dtype == self.scale_dtype else torch.empty_like(out, dtype=self.scale_dtype)
-        widen(segments["codes"][begin:end], work)
-        scale_groups(work, self._row_scales(segments["scales"], begin, end), self.block_cols)
-        return out if work is out else out.copy_(work)
+        for piece in row_pieces(out):
+            first, last = begin + piece.start, begin + piece.stop
+            numbers = widen(segments["codes"][first:last])
+            scale_groups(numbers, self._row_scales(segments["scales"], first, last), self.block_cols)
+            out[piece] = rounded(numbers, self.scale_dtype, out.dtype)
+        return out
 
     def _row_scales(self, scale: Tensor, begin: int, end: int) -> Tensor:
-        """The scales of each row: [end - begin, groups of columns]."""
+        """The scales of each row: float32 [end - begin, groups of columns]."""
         if self.block_rows is None:
-            return scale.expand(end - begin, -1)
+            return scale.float().expand(end - begin, -1)
         blocks = torch.arange(begin, end, device=scale.device) // self.block_rows
-        return scale.index_select(0, blocks)
+        return scale.index_select(0, blocks).float()
 
 
-def widen(q: Tensor, out: Tensor) -> None:
-    """Writes float8_e4m3fn numbers [rows, cols], none of them NaN, into `out` of a wider dtype."""
-    integer, places, mask, factor = _WIDER[out.dtype]
-    bits = q.view(torch.int8).to(integer)
-    bits.bitwise_left_shift_(places).bitwise_and_(mask - (1 << 8 * integer.itemsize))
-    torch.mul(bits.view(out.dtype), factor, out=out)
+def widen(codes: Tensor) -> Tensor:
+    """float32 of float8_e4m3fn numbers, none of them NaN.
+
+    Their exponent and mantissa are moved to where a float32 has them. That is smaller than they are by the difference
+    of the two exponents' biases, for subnormal numbers too, which multiplying makes good. torch's own conversion goes
+    number by number and takes ten times as long.
+    """
+    bits = codes.view(torch.int8).to(torch.int32)
+    bits.bitwise_left_shift_(_PLACES).bitwise_and_(_MASK)
+    return bits.view(torch.float32).mul_(_FACTOR)
 
 
 def check_numbers(module: str, codes: Tensor) -> None:
