@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from support.quantized import (
     bnb8,
     compressed,
     gptq,
+    hide_tensors,
     save_quantized,
 )
 from support.tiny_models import VOCAB, make_config, perturbed, random_model, save
@@ -224,28 +224,6 @@ def test_what_comes_quantized_is_not_quantized_again(tmp_path: Path):
 # --- what is wrong with a file is named -------------------------------------------------------------------------------
 
 
-def rewrite_header(file: Path, change: Any) -> None:
-    """Changes the JSON header of a safetensors file, whose data then begin where they should."""
-    data = file.read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + length])
-    change(header)
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
-
-
-def without(*suffixes: str) -> Any:
-    """Hides tensors: under other names their bytes still count."""
-
-    def change(header: dict[str, Any]) -> None:
-        for number, key in enumerate(list(header)):
-            if key.endswith(suffixes):
-                header[f"unused.{number}"] = header.pop(key)
-
-    return change
-
-
 @pytest.mark.parametrize(
     ("case", "hidden", "named"),
     [
@@ -260,7 +238,7 @@ def without(*suffixes: str) -> Any:
 )
 def test_missing_tensors_are_named(case: Case, hidden: tuple[str, ...], named: str, tmp_path: Path):
     _, pair = make_pair(case, tmp_path)
-    rewrite_header(pair.quantized.path / "model.safetensors", without(*hidden))
+    hide_tensors(pair.quantized, *hidden)
     with pytest.raises(CorruptCheckpointError, match=named) as caught:
         load(pair.quantized, None, resident=None)
     assert caught.value.hint

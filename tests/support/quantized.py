@@ -440,3 +440,17 @@ def save_quantized(
     config = json.loads((quantized / "config.json").read_text())
     (quantized / "config.json").write_text(json.dumps({**config, "quantization_config": kind.config}))
     return Pair(ModelSource("quantized", quantized), dense)
+
+
+def hide_tensors(source: ModelSource, *suffixes: str) -> None:
+    """Gives tensors of a checkpoint names that mean nothing."""
+    file = source.path / "model.safetensors"
+    data = file.read_bytes()
+    begin = 8 + int.from_bytes(data[:8], "little")
+    entries = json.loads(data[8:begin])
+    renamed = {
+        f"unused.{i}" if key.endswith(suffixes) else key: value for i, (key, value) in enumerate(entries.items())
+    }
+    assert renamed.keys() != entries.keys()
+    text = json.dumps(renamed).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[begin:])

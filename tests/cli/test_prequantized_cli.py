@@ -1,0 +1,71 @@
+"""`specchat run` on a checkpoint that comes quantized: what it says, and what it exits with when it cannot."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.quantized import Kind, awq, gptq, hide_tensors, save_quantized
+from support.tiny_models import make_config, random_model
+
+from specchat.cli.app import run_command_line
+from specchat.config import ModelSource
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path):
+    """`specchat run SOURCE ...` in this process: exit code, standard output and standard error."""
+    monkeypatch.setenv("SPECCHAT_CACHE_DIR", str(tmp_path / "cache"))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+
+    def call(source: ModelSource, *options: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+        capfd.readouterr()
+        arguments = ("run", str(source.path), "w5 w6 w7", "--base", "--draft", "none", "--dtype", "fp32", *options)
+        code = run_command_line(arguments)
+        return code, *capfd.readouterr()
+
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def quantized(kind: Kind, folder: Path) -> ModelSource:
+    config = make_config("llama")
+    config.num_hidden_layers = 1
+    return save_quantized(random_model(config), folder, kind).quantized
+
+
+def test_it_answers_and_says_what_the_weights_are(run: Call, tmp_path: Path):
+    source = quantized(gptq(act_order=True), tmp_path)
+    code, out, err = run(source, "--json", "--max-tokens", "4")
+    assert code == 0, err
+    assert json.loads(out)["quant"] == "gptq int4"
+    assert len(json.loads(out)["token_ids"]) == 4
+    assert "gptq int4" in err
+
+
+def test_what_cannot_be_is_told_by_exit_code_and_hint(run: Call, tmp_path: Path):
+    source = quantized(awq(), tmp_path)
+    code, out, err = run(source, "--quant", "int4")
+    assert (code, out) == (2, "")
+    assert "comes quantized (awq int4)" in err
+    assert "hint: " in err
+    hide_tensors(source, "q_proj.scales")
+    code, out, err = run(source)
+    assert (code, out) == (3, "")
+    assert "q_proj.scales" in err
+    assert "hint: " in err
+    file = source.path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": {"quant_method": "quip"}}))
+    code, out, err = run(source)
+    assert (code, out) == (2, "")
+    assert "quip" in err
+    assert "hint: " in err
