@@ -58,7 +58,7 @@ class Machine:
         while accepted < len(weights) and self.rng.random() < self.hit:
             accepted += 1
         verify_s, wait_s = self.time_of(1 + len(weights))
-        tree = TokenTree(tuple(range(len(weights))), tuple(range(-1, len(weights) - 1)), tuple(weights))
+        tree = TokenTree(tuple(range(len(weights))), tuple(range(-1, len(weights) - 1)), weights=tuple(weights))
         step = replace(
             EMPTY,
             token_ids=tuple(range(accepted + 1)),
