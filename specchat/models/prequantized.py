@@ -18,7 +18,7 @@ from specchat.models.quantized import Matrix, Part
 
 _VERSION = 1  # of what transcoding makes
 # A module's path, and the names of what quantizers store for its matrix. "weight" alone may be a norm's, too.
-_TENSOR = re.compile(r"(.+)\.(qweight|qzeros|scales|g_idx|SCB|(?:weight|(?:in|out)put_|activation_)(?:[._]?.*))")
+_TENSOR = re.compile(r"(.+)\.(qweight|qzeros|scales|g_idx|SCB|weight(?:[._].*)?|(?:input|output|activation)_\w+)")
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class CheckpointRecipe:
         self._folder = checkpoint.folder
         # path of the matrix -> (expert, part) -> where it is
         self._stored: dict[str, dict[tuple[int, int], _Stored]] = {}
+        self._num_parts: dict[str, int] = {}
         tensors = _by_module(checkpoint)
         matrices = {matrix.path: matrix for matrix in hf_compat.find_matrices(skeleton)}
         shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.model.state_dict().items()}
@@ -74,8 +75,12 @@ class CheckpointRecipe:
                 own = scheme.format_of(module, own_shape, tensors[module])
                 stored = self._stored.setdefault(place.path, {})
                 stored[place.expert, place.part] = _Stored(module, own_shape, tensors[module], own)
+                self._num_parts[place.path] = place.num_parts
+        self._quantized = {
+            path for path, stored in self._stored.items() if any(each.format is not None for each in stored.values())
+        }
         # where numbers are needed: routers, which quantizers do not always leave alone
-        self._unpacked = [path for path in self._stored if path not in matrices and self._is_quantized(path)]
+        self._unpacked = sorted(self._quantized - matrices.keys())
         self._check_unpacked(skeleton)
 
     @property
@@ -89,14 +94,13 @@ class CheckpointRecipe:
         Raises:
             CorruptCheckpointError: it is nowhere, though others that it is fused with are quantized.
         """
-        if not self._is_quantized(matrix.path):
+        if matrix.path not in self._quantized:
             return None
         return tuple(stored.part for stored in self._parts_of(matrix.path, expert))
 
     def without_quantized(self, checkpoint: Checkpoint) -> Checkpoint:
         """The checkpoint's tensors that are parameters as they are."""
-        paths = [path for path in self._stored if self._is_quantized(path)]
-        parts = [stored for path in paths for stored in self._stored[path].values()]
+        parts = [stored for path in self._quantized for stored in self._stored[path].values()]
         used = {info.key for stored in parts for info in stored.tensors.values()}
         plain = {key: info for key, info in checkpoint.tensors.items() if key not in used}
         return Checkpoint(checkpoint.folder, MappingProxyType(plain))
@@ -140,20 +144,18 @@ class CheckpointRecipe:
         else:
             self.scheme.transcode(stored.module, stored.shape, tensors, segments)
 
-    def _is_quantized(self, path: str) -> bool:
-        return any(stored.format is not None for stored in self._stored.get(path, {}).values())
-
     def _parts_of(self, path: str, expert: int) -> list[_Stored]:
         """The matrices that make one, from its first row to its last."""
         stored = self._stored[path]
-        num_parts = 1 + max(part for _, part in stored)
-        if missing := {(expert, part) for part in range(num_parts)} - stored.keys():
-            example = next(iter(stored.values())).module
-            raise CorruptCheckpointError(
-                f"expert {expert} of '{path}' is missing part {min(missing)[1]}: {self._folder} has '{example}', say",
-                hint="the download may be incomplete: repeat it",
-            )
-        return [stored[expert, part] for part in range(num_parts)]
+        places = [(expert, part) for part in range(self._num_parts[path])]
+        for place in places:
+            if place not in stored:
+                example = next(iter(stored.values())).module
+                raise CorruptCheckpointError(
+                    f"expert {expert} of '{path}' is missing from {self._folder}, which has '{example}', say",
+                    hint="the download may be incomplete: repeat it",
+                )
+        return [stored[place] for place in places]
 
     def _check_unpacked(self, skeleton: hf_compat.Skeleton) -> None:
         for path in self._unpacked:

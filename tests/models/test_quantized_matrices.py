@@ -158,6 +158,19 @@ def test_products_are_those_of_the_matrix(kind: Kind, shape: tuple[int, int], dt
     torch.testing.assert_close(ours, torch.nn.functional.linear(x, weight, bias), **tolerance)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_zero_points_may_come_unpacked(bits: int):
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    kind, shape = compressed("pack-quantized", bits=bits, group=32, sym=False), (24, 64)
+    tensors = kind.pack(random_matrix(shape), 5)
+    _, segments = read(kind, shape, tensors)
+    zeros = unpack_from_int32(tensors["weight_zero_point"], bits, torch.Size((24, 2)), packed_dim=0)
+    assert zeros.dtype == torch.int8
+    _, others = read(kind, shape, {**tensors, "weight_zero_point": zeros})
+    assert torch.equal(others["zeros"], segments["zeros"])
+
+
 @given(rows=st.integers(1, 5), cols=st.integers(1, 40), seed=st.integers(0, 99))
 @settings(max_examples=40, deadline=None)
 def test_half_bytes_come_back(rows: int, cols: int, seed: int):
@@ -225,6 +238,8 @@ def test_unknown_kinds_are_refused(config: dict[str, Any], word: str):
         (changed(gptq(), group_size=0), "group_size"),
         (changed(gptq(), sym="yes"), "sym"),
         (changed(gptq(), dynamic=[]), "dynamic"),
+        (changed(gptq(), dynamic={"+:(": {"bits": 8}}), "regular expression"),
+        (changed(CT, config_groups={"a": {"targets": ["re:("], "weights": {"group_size": 32}}}), "regular expression"),
         (changed(bnb4(), load_in_4bit=False), "load_in_4bit"),
         (changed(CT, config_groups={}), "config_groups"),
         (weights_changed(CT, group_size=None), "group_size"),

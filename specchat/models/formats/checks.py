@@ -1,6 +1,7 @@
 """What all kinds of quantized checkpoints are checked for: values of config.json, and shapes and dtypes of tensors."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -85,6 +86,14 @@ class Settings:
         if value is not None and not isinstance(value, dict):
             self.fail(name, value, "an object")
         return None if value is None else Settings(value, f"{self._where}.{name}")
+
+    def check_pattern(self, name: str, pattern: str) -> str:
+        """The pattern, a part of a value, if it is a regular expression."""
+        try:
+            re.compile(pattern)
+        except re.error:
+            self.fail(name, pattern, "a regular expression")
+        return pattern
 
     def group_size(self) -> int | None:
         """`group_size`: columns that share a scale; None where the file has -1, which is a whole row."""

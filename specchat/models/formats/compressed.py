@@ -124,7 +124,7 @@ class CompressedScheme:
                 refuse(f"compressed-tensors in {group.text('format', '')} packing")
             if weights is not None:
                 numbers = _Numbers.of(weights)
-                found += [(target, numbers) for target in group.strings("targets")]
+                found += [(group.check_pattern("targets", target), numbers) for target in group.strings("targets")]
         if not found:
             settings.fail("config_groups", None, "groups of modules and their weights")
         # Names before regular expressions before classes, as the library has it. All our matrices are "Linear".

@@ -68,8 +68,12 @@ class GptqScheme:
         base = cls(_bits(settings), settings.group_size(), settings.flag("sym", True), False, less)
         base = replace(base, act_order=settings.flag("desc_act", False))
         # "-:" leaves modules unquantized, which their tensors say too
-        dynamic = [(name, own) for name, own in settings.objects("dynamic").items() if not name.startswith("-:")]
-        return replace(base, overrides=tuple((name.removeprefix("+:"), base._changed(own)) for name, own in dynamic))
+        overrides = tuple(
+            (settings.check_pattern("dynamic", name.removeprefix("+:")), base._changed(own))
+            for name, own in settings.objects("dynamic").items()
+            if not name.startswith("-:")
+        )
+        return replace(base, overrides=overrides)
 
     def _changed(self, own: Settings) -> "GptqScheme":
         return replace(
