@@ -11,7 +11,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__ma
 FLOORS = [
     {"__init__"},
     {"errors"},
-    {"units", "config"},
+    {"units", "config", "closing"},
     {"hardware", "models"},
     {"planner", "engine"},
     {"chat"},

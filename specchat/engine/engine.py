@@ -7,11 +7,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 
 import torch
 from torch import Tensor
 
+from specchat.closing import Closing
 from specchat.config import FinishReason, MemoryReport, ModelSource, Plan, Sampling, Step
 from specchat.engine import stats
 from specchat.engine.attention import RowLayout
@@ -41,7 +41,7 @@ class _Answer:
     cancel: threading.Event | None
 
 
-class Engine:
+class Engine(Closing):
     """A target, its drafter, and the tokens committed so far.
 
     Args:
@@ -108,14 +108,6 @@ class Engine:
         engine = cls(plan, target_model, drafter, runtime_bytes)
         engine.load_s = time.perf_counter() - begin
         return engine
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Ends threads and lets go of files."""

@@ -10,9 +10,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from specchat.closing import Closing
 from specchat.errors import (
     CorruptCheckpointError,
     ModelError,
@@ -139,7 +140,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return _parse_object(data, str(path))
 
 
-class TensorReader:
+class TensorReader(Closing):
     """Reads tensors of a checkpoint from disk, with a bounded amount of memory beside the destination.
 
     One thread at a time per reader: the staging buffer is shared by its calls. Files are opened on first use.
@@ -159,14 +160,6 @@ class TensorReader:
         self._staging: torch.Tensor | None = None
         self._fds: dict[Path, int] = {}
         self._closed = False
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Closes the files and gives the staging buffer back; a second call does nothing."""

@@ -14,12 +14,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import TracebackType
 from typing import Any
 
 import torch
 import transformers as hf
 
+from specchat.closing import Closing
 from specchat.config import Dtype, ModelSource, Sampling
 from specchat.models import hf_compat
 from specchat.models.checkpoint import INDEX_FILE, SINGLE_FILE, open_checkpoint
@@ -79,7 +79,7 @@ class _Watch:
         return torch.full((input_ids.shape[0],), self.should_stop(), device=input_ids.device)
 
 
-class OffloadedModel:
+class OffloadedModel(Closing):
     """A model whose layers accelerate fetches for every pass: from disk when it computes on the CPU, else from RAM.
 
     Args:
@@ -100,14 +100,6 @@ class OffloadedModel:
             self._draft = None if draft is None else _load_whole(draft, TORCH_DTYPE[dtype], device)
         self._device = torch.device(device)
         self._vocab_size: int = self._model.config.vocab_size
-
-    def __enter__(self) -> OffloadedModel:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Lets go of the weights."""

@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from types import TracebackType
 
 import torch
 from torch import Tensor
 
+from specchat.closing import Closing
 from specchat.models import hf_compat
 from specchat.models.checkpoint import Checkpoint, TensorInfo, TensorReader
 from specchat.models.pack_format import DTYPE_NAMES
@@ -17,7 +17,7 @@ from specchat.models.quantization import OwnRecipe
 from specchat.models.weights import LayerLayout, WeightReader
 
 
-class CheckpointLayers:
+class CheckpointLayers(Closing):
     """A checkpoint as a `pack.LayerSource`: layers under the model's own names and in its dtype, the rest as saved.
 
     Args:
@@ -42,14 +42,6 @@ class CheckpointLayers:
             key: checkpoint.tensors[key] for key in (*self._weights.rest_keys(), *self._weights.buffer_keys())
         }
         self._blob = torch.empty(0, dtype=torch.uint8)
-
-    def __enter__(self) -> "CheckpointLayers":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Closes the files and lets the memory go."""

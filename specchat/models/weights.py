@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from specchat.closing import Closing
 from specchat.errors import CorruptCheckpointError
 from specchat.models import hf_compat
 from specchat.models.checkpoint import Checkpoint, TensorReader
@@ -50,7 +50,7 @@ def bind(layer: Any, views: Mapping[str, Tensor]) -> None:
         layer.get_submodule(path)._parameters[leaf] = torch.nn.Parameter(view, requires_grad=False)
 
 
-class WeightReader:
+class WeightReader(Closing):
     """Reads one model's weights, layer by layer.
 
     Args:
@@ -69,14 +69,6 @@ class WeightReader:
         self._reader = TensorReader(checkpoint)
         self._scratch: hf_compat.Skeleton | None = None
         self._check_layers()
-
-    def __enter__(self) -> "WeightReader":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Closes the files."""
