@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from threading import Event
 from typing import TYPE_CHECKING
@@ -141,28 +141,36 @@ class Runner:
 
     def _converse(self, session: _Session) -> Iterator[Run]:
         """Our own conversation, then each baseline's on the same history."""
-        own = self._systems[0]
-        own.begin()
-        prompts: list[tuple[int, ...]] = []
+        own, *others = self._systems
         history: list[Message] = []
-        for turn, text in enumerate(session.question.turns, start=1):
-            history.append(Message("user", text))
-            prompts.append(self._encode(history))
-            if len(prompts[-1]) + self._settings.max_tokens > self._ctx:
-                self._skip_from(session.question, turn)
-                break
-            run = self._ask(own, session, turn, prompts[-1])
-            if run is None:
-                return
+        prompts: list[tuple[int, ...]] = []
+        for run in self._answers(own, session, self._prompts(session.question, history, prompts)):
             history.append(Message("assistant", run.text))
             yield run
-        for system in self._systems[1:]:
-            system.begin()
-            for turn in range(1, len(history) // 2 + 1):
-                run = self._ask(system, session, turn, prompts[turn - 1])
-                if run is None:
-                    return
-                yield run
+        for system in others:
+            yield from self._answers(system, session, prompts)
+
+    def _prompts(
+        self, question: Question, history: list[Message], prompts: list[tuple[int, ...]]
+    ) -> Iterator[tuple[int, ...]]:
+        """Each turn behind what `history` holds by then, as long as it fits; noted in `prompts`, too."""
+        for turn, text in enumerate(question.turns, start=1):
+            history.append(Message("user", text))
+            prompt_ids = self._encode(history)
+            if len(prompt_ids) + self._settings.max_tokens > self._ctx:
+                self._skip_from(question, turn)
+                return
+            prompts.append(prompt_ids)
+            yield prompt_ids
+
+    def _answers(self, system: System, session: _Session, prompts: Iterable[tuple[int, ...]]) -> Iterator[Run]:
+        """One system's answers, turn by turn, until one is interrupted."""
+        system.begin()
+        for turn, prompt_ids in enumerate(prompts, start=1):
+            run = self._ask(system, session, turn, prompt_ids)
+            if run is None:
+                return
+            yield run
 
     def _skip_from(self, question: Question, turn: int) -> None:
         """Counts a turn that the context has no room for, and those that would have followed it."""

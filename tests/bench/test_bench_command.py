@@ -2,9 +2,8 @@
 
 import json
 import os
+import re
 import signal
-import subprocess
-import sys
 from contextlib import redirect_stdout
 from importlib.resources import files
 from pathlib import Path
@@ -12,8 +11,11 @@ from types import SimpleNamespace
 
 import jsonschema
 import pytest
+from support.terminal import Terminal
 
+from specchat.bench import measure
 from specchat.bench.readme import BEGIN, END, main, with_measured
+from specchat.cli import models
 from specchat.cli.app import run_command_line
 from specchat.errors import UsageError
 
@@ -209,19 +211,46 @@ def test_files_that_are_no_reports(specchat, tmp_path):
 
 
 def test_interrupted_prints_what_there_is():
-    command = [sys.executable, "-m", "specchat", "bench", "demo", "--baseline", "none", "--json", "-r", "9"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    # -q is not given: off a terminal the first line of progress says that loading has begun
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True
-    ) as process:
-        assert process.stderr.readline().startswith("bench: ")
-        process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
-    report = json.loads(out)
+    with Terminal("specchat", "bench", "demo", "--baseline", "none", "-r", "9", columns=120, rows=50) as terminal:
+        terminal.wait_for(lambda t: re.search(r"bench: [1-9]\d*/288 · specchat, .* · about \d+:\d\d left", t.screen))
+        assert terminal.screen.count("bench: ") == 1  # in place
+        terminal.send("\x03")
+        terminal.wait_for("share this")
+        assert terminal.exit_code() == 130
+        text = re.sub(rb"\x1b\[[0-9;?]*[a-zA-Z]", b"", terminal.raw)
+        assert b"PARTIAL: the measurement was interrupted" in text
+        assert b"tok/pass" in text
+        assert b"Traceback" not in text
+
+
+def test_an_interrupted_sweep_has_the_points_that_were_measured(specchat, monkeypatch):
+    real = measure.measure
+
+    def then_interrupted(job, cancel, report):
+        outcome = real(job, cancel, report)
+        cancel.set()
+        return outcome
+
+    monkeypatch.setattr(measure, "measure", then_interrupted)
+    result = specchat("bench", "demo", *SMALL, "--sweep", "ctx=256,512", "--json", "-q")
+    assert result.code == 130
+    report = json.loads(result.out)
     jsonschema.validate(report, SCHEMA)
     assert report["partial"]
+    assert [point["value"] for point in report["sweep"]["points"]] == ["256"]
+
+
+def test_interrupted_before_anything_is_measured(specchat, monkeypatch):
+    real = models.make_pack
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments)
+
+    monkeypatch.setattr(models, "make_pack", interrupted)
+    result = specchat("bench", "demo", *SMALL)
+    assert (result.code, result.out) == (130, "")
+    assert "interrupted before anything was measured" in result.err
 
 
 def test_the_readme_is_written_by_a_command(tmp_path, reports):
