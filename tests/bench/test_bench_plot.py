@@ -39,7 +39,6 @@ def report(option, points):
         ("ctx", ("512", "1024"), "context (tokens)"),
         ("slots", ("1", "2"), "slots (layers)"),
         ("draft", ("none", "demo"), "draft"),
-        ("quant", ("none", "int4"), "weights"),
     ],
 )
 def test_pictures_name_what_they_show(tmp_path, option, values, label):
