@@ -225,7 +225,8 @@ def _bench(
     sweep: Annotated[
         str | None,
         typer.Option(
-            metavar="OPTION=A,B,C", help="Measure once for each value of tree-budget, vram, ctx, draft or slots."
+            metavar="OPTION=A,B,C",
+            help="Measure once for each value of tree-budget, vram, ctx, draft, quant or slots.",
         ),
     ] = None,
     plot: Annotated[str | None, typer.Option(metavar="FILE", help="Draw the sweep into an .svg or .png file.")] = None,

@@ -131,6 +131,8 @@ def _with(options: ModelOptions, name: str, value: str) -> ModelOptions:
             return replace(options, ctx=parse.whole("--ctx", value, 1))
         case "slots":
             return replace(options, slots=parse.whole("--sweep slots", value, 1))
+        case "quant":
+            return replace(options, quant=parse.quant(value))
     return replace(options, draft=value)
 
 

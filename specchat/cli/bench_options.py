@@ -10,7 +10,7 @@ from specchat.errors import NotAvailableError, UsageError
 Format = Literal["table", "md", "json", "jsonl", "csv"]
 FORMATS: tuple[Format, ...] = ("table", "md", "json", "jsonl", "csv")
 BASELINES = ("plain", "accelerate", "assisted")
-SWEEPS = ("tree-budget", "vram", "ctx", "draft", "slots")
+SWEEPS = ("tree-budget", "vram", "ctx", "draft", "quant", "slots")
 
 
 @dataclass(frozen=True)

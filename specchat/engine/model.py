@@ -27,6 +27,7 @@ from specchat.models.pack_format import bytes_of
 from specchat.models.pack_verify import ChunkVerifier
 from specchat.models.quant_reader import open_reader
 from specchat.models.quantization import apply_recipe
+from specchat.models.quantized import quant_linears
 from specchat.models.recipes import choose_recipe
 from specchat.models.weights import LayerLayout, WeightReader, bind
 
@@ -78,12 +79,13 @@ class TreeModel:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of weights, slots, buffers and cache, each storage counted once."""
+        """Bytes of weights, slots, buffers, cache and what is dequantized at a time, each storage counted once."""
         tensors = [*self.skeleton.model.parameters(), *self.skeleton.model.buffers()]
         storages: dict[int, int] = {
             t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_meta
         }
-        return sum(storages.values()) + self.cache.nbytes
+        scratches = {linear.scratch for _, linear in quant_linears(self.skeleton.model)}
+        return sum(storages.values()) + self.cache.nbytes + sum(scratch.memory.nbytes for scratch in scratches)
 
     @torch.inference_mode()
     def forward(self, token_ids: Sequence[int], layout: RowLayout, cancel: threading.Event | None = None) -> Tensor:

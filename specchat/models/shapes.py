@@ -63,6 +63,7 @@ _RANDOM_NUMBERS: dict[Dtype, tuple[int, int, int]] = {
     "fp16": (0xBFFF, 0x0400, 2),
     "fp32": (0xBFFF_FFFF, 0x0080_0000, 4),
 }
+_SMALLER = 2**-6
 _RANDOM_CHUNK = 1 << 15  # words of 8 bytes: the three rounds over them stay in the processor's cache
 _RANDOM_BLOCK = 1 << 22  # words with one seed, filled by one thread; so that the bytes do not depend on their number
 _NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
@@ -126,6 +127,9 @@ class ShapeLayers:
         weights = dict(self._memory)
         matrices = [weight for weight in weights.values() if weight.ndim == 2]
         _fill_random(matrices, self.shape.dtype, f"specchat shape {LAYOUT_VERSION} {self._seed} {layer}")
+        if self.shape.quant != "none":  # numbers that share a scale with live ones must not be larger than those
+            for matrix in matrices:
+                matrix.mul_(_SMALLER)
         for name in _NORMS:
             weights[name].zero_()
         if layer < DEMO_TARGET.layers:

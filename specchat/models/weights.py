@@ -97,7 +97,7 @@ class WeightReader(Closing):
         """Fills everything that is not a decoder layer's parameter: embeddings, norms, head, and all buffers."""
         model = self._skeleton.model
         segments = segment_names(model)
-        tensors = {key: self._reader.read(key) for key in self.rest_keys() if self._plan.rest[key] not in segments}
+        tensors = {key: self._reader.read(key) for key in self.rest_keys()}
         hf_compat.load_converted(self._skeleton, tensors, self._dtype)
         if self.head_meta():
             bind(model, self.read_head())
@@ -122,7 +122,8 @@ class WeightReader(Closing):
 
     def rest_keys(self) -> Iterable[str]:
         """The checkpoint keys outside the layers that are read as they are."""
-        return self._plan.rest
+        quantized = self.head_meta()
+        return [key for key, name in self._plan.rest.items() if name not in quantized]
 
     def buffer_keys(self) -> Iterable[str]:
         """The checkpoint keys of buffers within the layers."""

@@ -175,9 +175,10 @@ def test_sizes_are_known_beforehand(quant, models):
         assert [layer_bytes(spec, i, "fp32") for i in range(len(layers))] == [
             LayerLayout.of(layer).nbytes for layer in layers
         ]
-        assert weight_bytes(spec, "fp32") == model.nbytes - model.cache.nbytes
+        pieces = dequantize_bytes(spec, "fp32", "cpu")
+        assert weight_bytes(spec, "fp32") + pieces == model.nbytes - model.cache.nbytes
         scratches = {id(linear.scratch): linear.scratch for _, linear in quant_linears(model.skeleton.model)}
-        assert [scratch.memory.numel() for scratch in scratches.values()] == [dequantize_bytes(spec, "fp32", "cpu")]
+        assert [scratch.memory.numel() for scratch in scratches.values()] == [pieces]
         assert spec.num_params == describe(source).num_params
 
 

@@ -125,6 +125,18 @@ def test_products(quantizer, shape):
     torch.testing.assert_close(without, y - bias, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda q: q.format.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_reads_the_same_numbers(quantizer, dtype):
+    weight = matrix((300, 256))
+    segments = {name: segment.cuda() for name, segment in quantized(quantizer, weight).items()}
+    for begin, end in ((0, 300), (7, 9)):
+        out = torch.empty(end - begin, 256, dtype=dtype, device="cuda")
+        found = quantizer.format.dequantize(segments, begin, end, out).cpu()
+        assert torch.equal(found, numbers(quantizer, weight, dtype)[begin:end])
+
+
 @given(st.integers(1, 10**5), st.integers(1, 10**5), dtypes)
 def test_pieces_are_small(rows, cols, dtype):
     num_rows = chunk_rows(rows, cols, dtype, CPU)

@@ -17,7 +17,7 @@ from specchat.models.formats.bnb_ops import bnb, bnb_version, dynamic_map
 from specchat.models.formats.protocol import Segment, Segments, WeightFormat
 
 NESTED_BLOCK = 256  # absmax values that share one scale
-_QUANTIZE_NUMBERS = 1 << 22  # at a time; a multiple of every block
+_QUANTIZE_NUMBERS = 1 << 20  # at a time, for which bitsandbytes takes some 30 bytes each; a multiple of every block
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,110 @@
+"""What quantized matrices cost in time and memory: products, quantizing, packing.
+
+    PYTHONPATH=. python tests/benchmarks/quant_speed.py [SHAPE]
+
+Products of an 11008 x 4096 matrix beside bf16's, on as many threads as there are cores; quantizing it, in GB/s of bf16
+input; and the most memory that packing a synthetic checkpoint (SHAPE, some GB) takes beyond what the process had, in
+layers of that checkpoint. Its packs are left in SPECCHAT_CACHE_DIR.
+"""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from specchat.config import Quant
+from specchat.models.formats.protocol import Quantizer, scratch_bytes
+from specchat.models.prepare import prepare
+from specchat.models.quantization import QUANTIZERS
+from specchat.models.shape_spec import parse_shape
+from specchat.models.shapes import materialise
+
+ROWS, COLS = 11008, 4096
+SHAPE = "hidden=2048,layers=30,heads=16,kv_heads=4,head_dim=128,mlp=7168"
+
+
+def best_s(act: Callable[[], object], repeats: int = 9) -> float:
+    """The second best of some runs."""
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        act()
+        times.append(time.perf_counter() - begin)
+    return sorted(times)[1]
+
+
+def segments_of(quantizer: Quantizer, rows: int, cols: int) -> dict[str, Tensor]:
+    return {s.name: torch.zeros(s.shape, dtype=s.dtype) for s in quantizer.format.segments(rows, cols)}
+
+
+def measure_matrix() -> None:
+    weight = torch.randn(ROWS, COLS).bfloat16()
+    scratch = torch.zeros(scratch_bytes((ROWS, COLS), weight.dtype, weight.device), dtype=torch.uint8)
+    for name, quantizer in QUANTIZERS.items():
+        segments = segments_of(quantizer, ROWS, COLS)
+        took_s = best_s(partial(quantizer.quantize, weight, segments), 3)
+        print(f"quantizing to {name}: {weight.nbytes / 1e9 / took_s:.3f} GB/s of bf16")
+        for rows in (1, 64, 256, 1024):
+            x = torch.randn(rows, COLS).bfloat16()
+            dense = best_s(partial(F.linear, x, weight))
+            ours = best_s(partial(quantizer.format.linear, x, segments, (ROWS, COLS), scratch))
+            print(f"  M={rows}: bf16 {dense * 1e3:.1f} ms, {name} {ours * 1e3:.1f} ms, {ours / dense:.2f}x")
+
+
+class PeakMemory:
+    """The most anonymous memory of this process while it lasts, polled."""
+
+    def __enter__(self) -> "PeakMemory":
+        self.before = self.peak = _anonymous_bytes()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._poll)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _poll(self) -> None:
+        while not self._done.wait(0.005):
+            self.peak = max(self.peak, _anonymous_bytes())
+
+
+def _anonymous_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+
+def measure_packing(text: str) -> None:
+    shape = parse_shape(text)
+    source = materialise(shape)
+    quants: tuple[Quant, ...] = ("int8", "int4")
+    for quant in quants:
+        prepare(materialise(parse_shape("hidden=512,layers=8")), "bf16", quant, progress=_quiet, warn=_quiet)  # imports
+        begin = time.perf_counter()
+        with PeakMemory() as memory:
+            pack = prepare(source, "bf16", quant, progress=_quiet, warn=_quiet)
+        took_s = time.perf_counter() - begin
+        assert pack is not None
+        extra = (memory.peak - memory.before) / shape.layer_bytes
+        print(
+            f"packing {shape.num_bytes / 1e9:.2f} GB as {quant}: {shape.num_bytes / 1e9 / took_s:.3f} GB/s, "
+            f"{pack.nbytes / shape.num_bytes:.3f} of the bytes, {extra:.2f} layers of memory"
+        )
+
+
+def _quiet(_: object) -> None:
+    """Nobody waits."""
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(os.cpu_count() or 1)
+    measure_matrix()
+    measure_packing(sys.argv[1] if len(sys.argv) > 1 else SHAPE)

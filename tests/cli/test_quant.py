@@ -1,0 +1,194 @@
+"""`--quant`: what is asked wrongly, what is stored once, and what every output says of it."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.tiny_models import make_config, random_model, save
+
+from specchat.cli.app import run_command_line
+from specchat.config import Plan, Sampling
+from specchat.engine.engine import Engine
+from specchat.hardware.machine import Machine
+from specchat.models import hf_compat
+from specchat.models.catalog import demo_source
+from specchat.models.checkpoint import open_checkpoint
+from specchat.models.geometry import describe, weight_bytes
+from specchat.models.pack import list_packs
+from specchat.models.prepare import prepare
+from specchat.models.quant_reader import QuantizingReader
+from specchat.models.quantization import OwnRecipe
+from specchat.models.shape_spec import parse_shape
+from specchat.models.shapes import materialise
+from specchat.models.weights import LayerLayout
+from specchat.planner import search
+from specchat.planner.search import PlanRequest
+from specchat.ui.chat_view import banner_lines, plan_table
+
+GIB = 1 << 30
+SHAPE = "hidden=512,layers=9,heads=8,kv_heads=2,head_dim=64,mlp=1408"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPECCHAT_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def specchat(monkeypatch, capfd):
+    def call(*arguments):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+        capfd.readouterr()
+        code = run_command_line(arguments)
+        out, err = capfd.readouterr()
+        return SimpleNamespace(code=code, out=out, err=err)
+
+    return call
+
+
+def quiet(_: object) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--quant", "int3"], ["--quant", "auto, none, int8 or int4", "'int3'"]),
+        (["--draft-quant", "auto"], ["--draft-quant", "none, int8 or int4"]),
+    ],
+)
+def test_asked_wrongly(specchat, arguments, words):
+    result = specchat("run", "demo", "hi", *arguments)
+    assert result.code == 2 and result.out == ""
+    assert all(word in result.err for word in words)
+
+
+def test_an_answer_says_what_the_weights_are(specchat):
+    arguments = (
+        "run",
+        "demo",
+        "hi",
+        "--quant",
+        "int8",
+        "--draft-quant",
+        "int4",
+        "--max-tokens",
+        "3",
+        "--json",
+        "--seed",
+        "1",
+    )
+    first, second = specchat(*arguments), specchat(*arguments)
+    assert first.code == second.code == 0, first.err
+    assert json.loads(first.out)["quant"] == "int8"
+    assert json.loads(first.out)["token_ids"] == json.loads(second.out)["token_ids"]
+    banner = first.err.splitlines()[0]
+    assert "draft demo draft (int4)" in banner and banner.endswith("weights int8")
+    assert "packing demo as int8" in first.err and "packing demo draft as int4" in first.err
+    assert "packing" not in second.err, "quantized again"
+    assert {pack.quantizer.split()[0] for pack in list_packs()} == {"int8-g128", "nf4-g64-nested"}
+
+
+def test_the_plan_is_smaller(specchat):
+    plans = {
+        quant: json.loads(specchat("run", "demo", "--plan", "--json", "--quant", quant, "--vram", "40MiB").out)
+        for quant in ("none", "int8", "int4")
+    }
+    assert [plan["quant"] for plan in plans.values()] == list(plans)
+    sizes = [plan["streamed_bytes_per_step"] for plan in plans.values()]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3
+    assert not list_packs(), "a plan writes nothing"
+
+
+# --- auto --------------------------------------------------------------------------------------------------------
+
+
+def auto_plan(monkeypatch: pytest.MonkeyPatch, total_bytes: int, quant: str = "auto") -> Plan:
+    machine = Machine("cpu", 8 * GIB, 8 * GIB, fast_bf16=True, total_bytes=total_bytes)
+    monkeypatch.setattr(search, "find_machine", lambda _: machine)
+    source = demo_source("target")
+    return search.make_plan(PlanRequest(source, None, dtype="fp32", quant=quant))  # type: ignore[arg-type]
+
+
+def test_auto_lowers_no_further_than_memory_demands(monkeypatch):
+    source = demo_source("target")
+    full, int8 = (weight_bytes(describe(source, quant), "fp32") for quant in ("none", "int8"))
+    for total_bytes, quant, lowered_from in [
+        (full, "none", None),
+        (full - 1, "int8", "bf16"),
+        (int8, "int8", "bf16"),
+        (int8 - 1, "int4", "bf16"),
+        (1, "int4", "bf16"),
+    ]:
+        plan = auto_plan(monkeypatch, total_bytes)
+        assert (plan.quant, plan.lowered_from) == (quant, lowered_from)
+    asked = auto_plan(monkeypatch, 1, quant="int4")
+    assert asked.lowered_from is None, "the user asked for it"
+    assert auto_plan(monkeypatch, 1, quant="none").quant == "none"
+
+
+def test_the_banner_says_what_auto_did(monkeypatch):
+    source = demo_source("target")
+    lowered = auto_plan(monkeypatch, 1)
+    assert "weights int4, not the original bf16: --quant none" in banner_lines(source, lowered, "no draft")[0]
+    asked = replace(lowered, lowered_from=None)
+    assert banner_lines(source, asked, "no draft")[0].endswith("weights int4")
+    assert "weights" not in banner_lines(source, replace(asked, quant="none"), "no draft")[0]
+    assert "quant int4" in plan_table(source, asked, "no draft")
+
+
+# --- shapes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+def test_shapes_are_made_quantized(quant):
+    """The same layers as a checkpoint's, in module order, and at once: nothing in full precision is written."""
+    shape = replace(parse_shape(SHAPE), quant=quant)
+    source = materialise(shape)
+    (pack,) = list_packs()
+    assert pack.quantizer == OwnRecipe(quant).identity and pack.dtype == "bf16"
+    assert prepare(source, "bf16", quant, progress=quiet, warn=quiet) == pack
+    skeleton = hf_compat.build_skeleton(hf_compat.load_config(source.path), torch.bfloat16)
+    QuantizingReader(skeleton, open_checkpoint(materialise(replace(shape, quant="none")).path), OwnRecipe(quant))
+    for layer, packed in zip(skeleton.layers, pack.layers, strict=True):
+        layout = LayerLayout.of(layer)
+        assert packed.nbytes == layout.nbytes
+        infos = [info for info in open_checkpoint(pack.folder).tensors.values() if info.file == packed.path]
+        offsets = [info.offset - packed.data_offset for info in infos if not info.key.startswith("__pad__")]
+        assert offsets == list(layout.offsets)
+
+
+def test_a_quantized_shape_still_computes_the_demo(specchat):
+    """In another compute dtype, too: its norms are then cast into a second pack."""
+    for quant, dtype in (("int8", "bf16"), ("int4", "fp32")):
+        arguments = ("run", f"shape:{SHAPE}", "Tell me a story.", "--quant", quant, "--dtype", dtype, "--ctx", "128")
+        plan = json.loads(specchat(*arguments, "--plan", "--json").out)
+        layers_bytes = next(item["bytes"] for item in plan["ledger"] if item["item"] == "resident layers")
+        vram = f"{(plan['device_bytes'] - layers_bytes * 4 // 10) / 2**20:.2f}MiB"
+        result = specchat(*arguments, "--max-tokens", "24", "--json", "--vram", vram, "--ram", "1MiB")
+        assert result.code == 0, result.err
+        answer = json.loads(result.out)
+        assert answer["quant"] == quant
+        assert 3 <= answer["memory"]["streamed_layers"] < 9
+        assert answer["speculation"]["tokens_per_step"] > 2, "the demo draft guesses what it computes"
+
+
+def test_a_model_that_is_quantized_says_so_in_its_size(tmp_path):
+    source = save(random_model(make_config("llama")), tmp_path / "model")
+    specs = {quant: describe(source, quant) for quant in ("none", "int8", "int4")}
+    assert [spec.quant for spec in specs.values()] == list(specs)
+    plan = search.plan_for(PlanRequest(source, None), Machine("cpu", 8 * GIB, 8 * GIB, False), specs["int4"], None)
+    assert plan.quant == "int4"
+    items = {item.item for item in plan.ledger}
+    assert "dequantized pieces" in items
+    with Engine.load(replace(plan, ctx=64), source, None) as engine:
+        steps = list(engine.generate([3, 4, 5], Sampling(), stop_ids=frozenset(), max_tokens=4))
+        assert len(steps) == 4
+        assert engine.memory().device_peak_bytes <= plan.device_bytes
