@@ -223,8 +223,17 @@ class MemoryReport:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a chat, in the words of chat templates."""
+    """One turn of a chat, in the words of chat templates; `reasoning` is the thinking before an answer."""
 
     role: Literal["system", "user", "assistant"]
     content: str
     reasoning: str | None = field(default=None)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting that holds, as it is shown, and where it came from: a flag, a file, the model, a default."""
+
+    name: str
+    value: str
+    source: str

@@ -9,6 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from specchat import __version__
+from specchat.chat.settings import whole
 from specchat.cli import bench_options, options
 from specchat.cli.exit_status import guarded, leave
 from specchat.errors import UsageError
@@ -71,7 +72,7 @@ def _model_options(
         device=options.device(device),
         vram_bytes=options.size("--vram", vram),
         ram_bytes=options.size("--ram", ram),
-        ctx=options.whole("--ctx", ctx, 1),
+        ctx=whole("--ctx", ctx, 1),
         tree_budget=options.tree_budget(tree_budget),
         dtype=options.dtype(dtype),
         seed=options.seed(seed),
@@ -167,7 +168,7 @@ def _run(
             temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty
         ),
         stops=options.stop_strings(stop),
-        max_tokens=options.whole("--max-tokens", max_tokens, 1),
+        max_tokens=whole("--max-tokens", max_tokens, 1),
         system=options.system_prompt(system),
         base=base,
         json=json,
@@ -242,11 +243,11 @@ def _bench(
             yes=yes,
             quiet=quiet,
         ),
-        max_tokens=options.whole("--max-tokens", max_tokens, 1),
+        max_tokens=whole("--max-tokens", max_tokens, 1),
         prompts=None if prompts is None else Path(prompts).expanduser(),
-        limit=options.whole("--limit", limit, 1),
+        limit=whole("--limit", limit, 1),
         baselines=bench_options.baselines(baseline),
-        repeats=options.whole("--repeats", repeats, 1),
+        repeats=whole("--repeats", repeats, 1),
         cold=cold,
         passes=passes,
         sweep=bench_options.sweep(sweep),

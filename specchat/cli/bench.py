@@ -9,6 +9,7 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
+from specchat.chat.settings import whole
 from specchat.cli import models as shared
 from specchat.cli import options as parse
 from specchat.cli.bench_options import BenchOptions
@@ -118,7 +119,7 @@ def _with(options: ModelOptions, name: str, value: str) -> ModelOptions:
         case "vram":
             return replace(options, vram_bytes=parse.size("--vram", value))
         case "ctx":
-            return replace(options, ctx=parse.whole("--ctx", value, 1))
+            return replace(options, ctx=whole("--ctx", value, 1))
     return replace(options, draft=value)
 
 

@@ -1,20 +1,17 @@
 """What was asked for: every flag checked, before anything slow begins."""
 
-import math
 import secrets
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from specchat.chat.settings import MAX_SEED, number, whole
 from specchat.config import Dtype, Sampling
 from specchat.errors import InvalidSizeError, UsageError
 from specchat.units import parse_size
 
 if TYPE_CHECKING:
     from specchat.models.hf_compat import GenerationDefaults
-
-_MAX_SEED = 2**63 - 1
 
 DTYPES: tuple[Literal["auto"] | Dtype, ...] = ("auto", "bf16", "fp16", "fp32")
 
@@ -101,41 +98,6 @@ def check_combination(options: RunOptions) -> RunOptions:
 # --- single flags ------------------------------------------------------------------------------------------------
 
 
-def whole(flag: str, text: str | None, minimum: int, maximum: int | None = None) -> int | None:
-    """A whole number within limits.
-
-    Raises:
-        UsageError: it is none, or outside them.
-    """
-    if text is None:
-        return None
-    limits = f"at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
-    try:
-        value = int(text)
-    except ValueError:
-        raise UsageError(f"{flag} must be a whole number, {limits}, not '{text}'") from None
-    if value < minimum or (maximum is not None and value > maximum):
-        raise UsageError(f"{flag} must be {limits}, not {value}")
-    return value
-
-
-def number(flag: str, text: str | None, is_allowed: Callable[[float], bool], limits: str) -> float | None:
-    """A number within limits; infinities and NaN never are.
-
-    Raises:
-        UsageError: it is none, or outside them.
-    """
-    if text is None:
-        return None
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and is_allowed(value)):
-        raise UsageError(f"{flag} must be a number {limits}, not '{text}'")
-    return value
-
-
 def sampling_flags(
     *,
     temperature: str | None,
@@ -156,7 +118,7 @@ def sampling_flags(
 
 def seed(text: str | None) -> int | None:
     """A seed that fits the generator's key."""
-    return whole("--seed", text, 0, _MAX_SEED)
+    return whole("--seed", text, 0, MAX_SEED)
 
 
 def random_seed() -> int:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 
 from specchat import __version__
-from specchat.chat.session import Delta, Turn
+from specchat.chat.session import Delta, Dropped, Turn
 from specchat.config import LedgerItem, MemoryReport, ModelSource, Plan, Step
 from specchat.ui.console import AnswerStream, Talk
 from specchat.units import GIB, MIB, format_bytes
@@ -29,10 +29,13 @@ class ChatView:
             self.talk.say(line, "dim")
 
     def write(self, delta: Delta) -> None:
-        """The next piece of an answer."""
-        self.out.write(delta.text)
+        """The next piece of an answer; thinking goes where everything else goes."""
+        if delta.part == "answer":
+            self.out.write(delta.text)
+        else:
+            self.talk.say(delta.text, "dim")
 
-    def show(self, records: Iterable[Delta | Turn], write: Callable[[Delta], None]) -> Turn:
+    def show(self, records: Iterable[Delta | Dropped | Turn], write: Callable[[Delta], None]) -> Turn:
         """Follows an answer to its end.
 
         Args:
@@ -43,6 +46,9 @@ class ChatView:
         for record in records:
             if isinstance(record, Turn):
                 return record
+            if isinstance(record, Dropped):
+                self.talk.warn("the context is full: the oldest turn is left out from here on")
+                continue
             write(record)
             if self._verbose and record.step is not None:
                 num_steps += 1

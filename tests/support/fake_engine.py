@@ -44,8 +44,16 @@ class ByteTokenizer:
         self.has_chat_template = has_chat_template
         self.eos_token_id = EOS
 
-    def render(self, messages):
-        return "".join(f"[{m.role}]{m.content}\n" for m in messages) + "[assistant]"
+    thinking_switch = "thinking"
+
+    def render(self, messages, *, ending="answer", thinking=None):
+        text = "".join(f"[{m.role}]{m.content}\n" for m in messages)
+        if ending == "continue":
+            return text[:-1]
+        return text + ("[assistant]" if ending == "answer" else "") + ("<think>" if thinking else "")
+
+    def response_parser(self, prompt):
+        return None
 
     def encode(self, text, *, add_special_tokens=False):
         return [EOS] * add_special_tokens + self.backend.encode(text).ids
