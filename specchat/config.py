@@ -7,6 +7,8 @@ from typing import Literal
 Dtype = Literal["bf16", "fp16", "fp32"]
 # Where the bytes of streamed layers are between passes: host memory (pinned, or the page cache) or the disk.
 Tier = Literal["ram", "disk"]
+# What an engine is at; "prefill" is a pass that reads more than one committed token.
+Phase = Literal["idle", "drafting", "prefill", "verifying"]
 FinishReason = Literal["stop", "length", "context", "interrupt"]
 
 DTYPE_BYTES: dict[Dtype, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -173,6 +175,36 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class DraftTree:
+    """The guesses that a step verified.
+
+    Attributes:
+        tokens: one per node, likeliest first.
+        parents: index of each node's parent, -1 for those that follow the committed text; always smaller than its own.
+        accepted: the nodes that the target took, root to leaf.
+    """
+
+    tokens: tuple[int, ...]
+    parents: tuple[int, ...]
+    accepted: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Activity:
+    """What the engine is at.
+
+    Attributes:
+        phase: the part of a step.
+        layers_done: of the pass under way.
+        num_layers: of the target.
+    """
+
+    phase: Phase
+    layers_done: int
+    num_layers: int
+
+
+@dataclass(frozen=True)
 class Step:
     """One target pass and what came of it: the engine's only output.
 
@@ -190,6 +222,7 @@ class Step:
         sample_s: time of head, processors and walk.
         stream_wait_s: time within verify_s spent waiting for layers.
         streamed_bytes: bytes moved over the link.
+        tree: the guesses themselves; None if there were none, or the step was interrupted.
     """
 
     token_ids: tuple[int, ...]
@@ -205,6 +238,7 @@ class Step:
     sample_s: float
     stream_wait_s: float
     streamed_bytes: int
+    tree: DraftTree | None = None
 
 
 @dataclass(frozen=True)

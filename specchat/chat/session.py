@@ -33,7 +33,7 @@ from specchat.chat.state import (
     state_of,
 )
 from specchat.chat.text import Detokenizer, StopStrings
-from specchat.config import MemoryReport, Message, Plan, Sampling, Setting, Step
+from specchat.config import Activity, MemoryReport, Message, Plan, Sampling, Setting, Step
 from specchat.errors import EmptyPromptError, UsageError
 
 if TYPE_CHECKING:
@@ -58,6 +58,9 @@ class Generator(Protocol):
     @property
     def load_s(self) -> float: ...
 
+    @property
+    def activity(self) -> Activity: ...
+
     def generate(
         self,
         prompt_ids: Sequence[int],
@@ -71,6 +74,8 @@ class Generator(Protocol):
     def truncate(self, length: int) -> None: ...
 
     def memory(self) -> MemoryReport: ...
+
+    def close(self) -> None: ...
 
 
 def check_has_template(tokenizer: Tokenizer, *, base: bool) -> None:
@@ -218,6 +223,10 @@ class ChatSession:
             "overflow": self.overflow,
         }
         return [Setting(name, value, self._sources.get(name, "default")) for name, value in shown.items()]
+
+    def token_text(self, token_id: int) -> str:
+        """What a token looks like by itself."""
+        return self._tokenizer.decode([token_id], skip_special_tokens=False)
 
     # --- answers -------------------------------------------------------------------------------------------------
 

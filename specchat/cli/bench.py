@@ -129,6 +129,7 @@ def _job(
     from specchat.bench.measure import Job
     from specchat.bench.setup import check_baselines
     from specchat.models.hf_compat import load_generation_defaults, load_tokenizer
+    from specchat.ui.progress import TalkReporter
 
     target, draft = point.models.target, point.models.draft
     default = () if options.sweep else ("plain",)
@@ -136,7 +137,7 @@ def _job(
     check_baselines(baselines, draft)
     plan = shared.make_plan(point.options, point.models)
     _check_cold(options, plan)
-    pack = shared.make_pack(target, plan, say)
+    pack = shared.make_pack(target, plan, TalkReporter(say))
     tokenizer = load_tokenizer(target.path)
     return Job(
         plan=plan,

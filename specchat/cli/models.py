@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from specchat.models.hub import Download, Missing
     from specchat.models.pack import Pack
     from specchat.ui.console import Talk
+    from specchat.ui.progress import Reporter
 
 
 @dataclass(frozen=True)
@@ -194,19 +195,18 @@ def make_plan(options: ModelOptions, models: Models) -> Plan:
     )
 
 
-def make_pack(target: ModelSource, plan: Plan, say: "Talk") -> "Pack | None":
+def make_pack(target: ModelSource, plan: Plan, reporter: "Reporter") -> "Pack | None":
     """The weights as they will be streamed, if they have to be repacked for that."""
     from specchat.models.prepare import prepare
-    from specchat.ui.progress import ProgressLine
 
     if not plan.streamed:
         return None
-    with ProgressLine(say, f"repacking {target.name}") as line:
+    with reporter.moving(f"repacking {target.name}") as update:
         return prepare(
             target,
             plan.dtype,
-            progress=lambda report: line.update(report.bytes_done, report.bytes_total),
-            warn=say.warn,
+            progress=lambda report: update(report.bytes_done, report.bytes_total),
+            warn=reporter.warn,
         )
 
 

@@ -1,6 +1,8 @@
 """`specchat run`: from checked options to an answer, or to a chat."""
 
 import sys
+from collections.abc import Callable
+from contextlib import closing
 from threading import Event
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from specchat.models.hf_compat import GenerationDefaults
     from specchat.ui.chat_view import ChatView
     from specchat.ui.console import Talk
+    from specchat.ui.progress import Reporter
 
 _INTERRUPTED = 130
 
@@ -96,16 +99,18 @@ def _chat(options: RunOptions, models: Models, plan: Plan, prompt: str | None, s
     from specchat.models.hf_compat import load_generation_defaults, load_tokenizer
     from specchat.ui.chat_view import ChatView
     from specchat.ui.console import answer_stream
+    from specchat.ui.progress import TalkReporter
 
     defaults = load_generation_defaults(models.target.path)
     sampling = _sampling(options, defaults, plan, say)
     view = ChatView(answer_stream(), say, verbose=options.verbose)
     view.banner(models.target, plan, models.draft_note)
-    tokenizer = load_tokenizer(models.target.path)
-    check_has_template(tokenizer, base=options.base)
-    with Engine.load(plan, models.target, models.draft, shared.make_pack(models.target, plan, say)) as engine:
-        session = ChatSession(
-            engine,
+
+    def load(reporter: "Reporter") -> ChatSession:
+        tokenizer = load_tokenizer(models.target.path)
+        check_has_template(tokenizer, base=options.base)
+        return ChatSession(
+            Engine.load(plan, models.target, models.draft, shared.make_pack(models.target, plan, reporter)),
             tokenizer,
             sampling=sampling,
             stop_ids=shared.stop_ids(defaults, tokenizer),
@@ -114,7 +119,12 @@ def _chat(options: RunOptions, models: Models, plan: Plan, prompt: str | None, s
             system=options.system,
             base=options.base,
         )
-        return _converse(options, models, session, view, prompt)
+
+    if prompt is None:
+        return _interactive(load, view)
+    session = load(TalkReporter(say))
+    with closing(session.engine):
+        return _answer(options, models, session, view, prompt)
 
 
 def _sampling(options: RunOptions, defaults: "GenerationDefaults", plan: Plan, say: "Talk") -> Sampling:
@@ -127,20 +137,23 @@ def _sampling(options: RunOptions, defaults: "GenerationDefaults", plan: Plan, s
     return sampling
 
 
-def _converse(options: RunOptions, models: Models, session: "ChatSession", view: "ChatView", prompt: str | None) -> int:
-    if prompt is None:
-        return _interactive(session, view)
+def _answer(options: RunOptions, models: Models, session: "ChatSession", view: "ChatView", prompt: str) -> int:
     if options.json or options.json_stream:
         return _answer_as_json(options, models, session, view, prompt)
     return _answer_as_text(session, view, prompt)
 
 
-def _interactive(session: "ChatSession", view: "ChatView") -> int:
-    from specchat.ui.console import wants_styles
-    from specchat.ui.prompt import PromptLine
-    from specchat.ui.repl import Repl
+def _interactive(load: "Callable[[Reporter], ChatSession]", view: "ChatView") -> int:
+    from specchat.chat.session import ChatSession
+    from specchat.chat.transcript import Transcript
+    from specchat.ui.loading import BackgroundLoad
+    from specchat.ui.repl import Chat, open_chat
 
-    Repl(session, view, PromptLine(styled=wants_styles(sys.stdout))).run()
+    loading = BackgroundLoad(load)
+    try:
+        open_chat(Chat(loading, Transcript(None), ChatSession.settings), view, history_file=None)
+    finally:
+        loading.close(lambda session: session.engine.close())
     return 0
 
 
@@ -149,7 +162,7 @@ def _answer_as_text(session: "ChatSession", view: "ChatView", prompt: str) -> in
 
     cancel = Event()
     with Interrupts().setting(cancel):
-        turn = view.show(session.ask(prompt, cancel), view.write)
+        turn = view.follow(session, session.ask(prompt, cancel), cancel)
     view.end(turn, session.engine.plan)
     return _code(turn)
 
@@ -161,7 +174,7 @@ def _answer_as_json(options: RunOptions, models: Models, session: "ChatSession",
     cancel = Event()
     show = _print_delta if options.json_stream else _ignore
     with Interrupts().setting(cancel):
-        turn = view.show(session.ask(prompt, cancel), show)
+        turn = view.follow(session, session.ask(prompt, cancel), cancel, show)
     result = run_object(turn, target=models.target, plan=session.engine.plan, seed=session.sampling.seed)
     print_line(to_json(done_object(result) if options.json_stream else result))
     return _code(turn)

@@ -11,7 +11,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from specchat.config import FinishReason, MemoryReport, ModelSource, Plan, Sampling, Step
+from specchat.config import Activity, DraftTree, FinishReason, MemoryReport, ModelSource, Phase, Plan, Sampling, Step
 from specchat.engine import stats
 from specchat.engine.attention import RowLayout
 from specchat.engine.drafter import Drafter, ModelDrafter, NoDrafter
@@ -55,6 +55,7 @@ class Engine:
         self._target = target
         self._drafter = drafter
         self._cached: list[int] = []  # the tokens whose rows the target's cache holds
+        self._phase: Phase = "idle"
         self._meter = stats.MemoryMeter(plan, [target, *drafter.models], runtime_bytes)
 
     @classmethod
@@ -151,7 +152,10 @@ class Engine:
             cancel=cancel,
         )
         while True:
-            step = self._step(context, answer)
+            try:
+                step = self._step(context, answer)
+            finally:
+                self._phase = "idle"
             context += step.token_ids
             yield step
             if step.finish_reason is not None:
@@ -166,15 +170,24 @@ class Engine:
         """What is held, beside what the plan's ledger promised."""
         return self._meter.report()
 
+    @property
+    def activity(self) -> Activity:
+        """What it is at; may be asked from any thread."""
+        phase = self._phase
+        passing = phase in ("prefill", "verifying")
+        return Activity(phase, self._target.layers_done if passing else 0, self.plan.num_layers)
+
     def _step(self, context: list[int], answer: _Answer) -> Step:
         """One tree, one pass, the accepted path; on cancellation nothing but an empty step."""
         clock = stats.StepClock(self._target.streamer)
         num_cached = len(self._cached)
         pending = context[num_cached:]
         try:
+            self._phase = "drafting"
             with clock.drafting():
                 max_depth = answer.max_length - len(context) - 1
                 tree = self._drafter.grow(context, self.plan.tree_budget, max_depth, answer.sampler, answer.cancel)
+            self._phase = "prefill" if len(pending) > 1 else "verifying"
             with clock.verifying():
                 rows = self._rows_for(context, len(pending), tree)
                 hidden = self._target.forward([*pending, *tree.tokens], rows, answer.cancel)
@@ -189,7 +202,8 @@ class Engine:
         self._drafter.commit(path)
         self._meter.saw_pass(hidden)
         reason = self._finish_reason(len(context) + len(tokens), tokens[-1], answer)
-        return clock.step(tokens, reason, len(pending), num_cached, len(tree), max(tree.depths, default=0))
+        guesses = DraftTree(tree.tokens, tree.parents, tuple(path)) if len(tree) else None
+        return clock.step(tokens, reason, len(pending), num_cached, len(tree), max(tree.depths, default=0), guesses)
 
     def _walk(
         self, context: list[int], tree: TokenTree, hidden: Tensor, answer: _Answer

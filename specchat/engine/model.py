@@ -43,6 +43,9 @@ class TreeModel:
         streamed: their indices.
         chunk_rows: rows that one layer computes at a time.
         device: where passes run.
+
+    Attributes:
+        layers_done: of the pass under way or the last one; for onlookers in other threads.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class TreeModel:
         self._chunk_rows = chunk_rows
         self._layout: RowLayout | None = None
         self._cancel: threading.Event | None = None
+        self.layers_done = 0
         streamed_set = set(streamed)
         for index, layer in enumerate(skeleton.layers):
             layer.forward = partial(self._run_layer, index, index in streamed_set, layer.forward)
@@ -131,6 +135,7 @@ class TreeModel:
     ) -> Tensor:
         if self._cancel is not None and self._cancel.is_set():
             raise PassCancelledError
+        self.layers_done = index
         if not streamed:
             return self._run_chunks(forward, hidden, args, kwargs)
         self.streamer.acquire(index)

@@ -12,7 +12,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from specchat.config import FinishReason, MemoryReport, Plan, Step
+from specchat.config import DraftTree, FinishReason, MemoryReport, Plan, Step
 from specchat.engine.model import TreeModel
 from specchat.engine.streamer import LayerStreamer
 
@@ -78,6 +78,7 @@ class StepClock:
         cached_rows: int,
         tree_nodes: int,
         depth: int,
+        tree: DraftTree | None = None,
     ) -> Step:
         """The record of the step that ends now."""
         counters = self._streamer.counters()
@@ -95,6 +96,7 @@ class StepClock:
             sample_s=self._sample_s,
             stream_wait_s=counters.wait_s - self._at_start.wait_s,
             streamed_bytes=counters.num_bytes - self._at_start.num_bytes,
+            tree=tree,
         )
 
 

@@ -33,10 +33,7 @@ class Echo(FakeEngine):
     def load(cls, _plan, _target, _draft, _pack):
         return cls()
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
+    def close(self):
         print("engine closed", file=sys.stderr) if os.environ.get("FAKE_SAYS_CLOSED") else None
 
     def generate(self, prompt_ids, *arguments, **named):

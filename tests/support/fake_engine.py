@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from specchat.config import LedgerItem, MemoryReport, Plan, Step
+from specchat.config import Activity, LedgerItem, MemoryReport, Plan, Step
 from specchat.errors import PromptTooLongError
 
 EOS = 256
@@ -111,6 +111,13 @@ class FakeEngine:
 
     def memory(self):
         return MEMORY
+
+    @property
+    def activity(self):
+        return Activity("verifying", 2, 4)
+
+    def close(self):
+        pass
 
     def _common(self, ids):
         pairs = zip(self.committed, ids, strict=False)
