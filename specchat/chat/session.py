@@ -225,7 +225,7 @@ class ChatSession:
         return [Setting(name, value, self._sources.get(name, "default")) for name, value in shown.items()]
 
     def token_text(self, token_id: int) -> str:
-        """What a token looks like by itself."""
+        """A token by itself, as far as it is text; special tokens are shown, too."""
         return self._tokenizer.decode([token_id], skip_special_tokens=False)
 
     # --- answers -------------------------------------------------------------------------------------------------

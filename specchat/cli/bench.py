@@ -115,7 +115,7 @@ def _with(options: ModelOptions, name: str, value: str) -> ModelOptions:
     """The options with one of them replaced by a sweep's value."""
     match name:
         case "tree-budget":
-            return replace(options, tree_budget=parse.tree_budget(value))
+            return replace(options, tree_budget=parse.tree_budget("--tree-budget", value))
         case "vram":
             return replace(options, vram_bytes=parse.size("--vram", value))
         case "ctx":

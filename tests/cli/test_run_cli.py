@@ -434,7 +434,7 @@ def defaults(**values):
         ({}, {"do_sample": True}, Sampling(temperature=1.0)),
         ({}, {"do_sample": True, "temperature": 0.7, "top_p": 0.9}, Sampling(temperature=0.7, top_p=0.9)),
         ({"top_p": 1.0}, {"do_sample": True, "temperature": 0.7, "top_p": 0.9}, Sampling(temperature=0.7)),
-        ({"temperature": 0.0}, {"do_sample": True, "top_k": 20}, Sampling()),
+        ({"temperature": 0.0}, {"do_sample": True, "top_k": 20}, Sampling(top_k=20)),
         ({"temperature": 0.5}, {"top_p": 0.9, "top_k": 20}, Sampling(temperature=0.5)),
         ({}, {"do_sample": True, "top_k": 20, "min_p": 0.1}, Sampling(temperature=1.0, top_k=20, min_p=0.1)),
         ({}, {"repetition_penalty": 1.1}, Sampling(repetition_penalty=1.1)),
@@ -442,4 +442,4 @@ def defaults(**values):
     ],
 )
 def test_a_flag_comes_before_the_model_and_that_before_greedy(flags, config, expected):
-    assert resolve_sampling(SamplingFlags(**flags), defaults(**config), 0) == (expected, [])
+    assert resolve_sampling(SamplingFlags(**flags), defaults(**config), 0) == expected
