@@ -109,7 +109,7 @@ def _chat(options: RunOptions, models: Models, plan: Plan, prompt: str | None, s
     seed = random_seed() if options.models.seed is None else options.models.seed
     sampling = resolve_sampling(options.sampling, defaults, seed)
     sources = sampling_sources(options.sources, defaults)
-    view = ChatView(answer_stream(), say, verbose=options.verbose)
+    view = ChatView(answer_stream(), say, verbose=options.verbose, raw=options.raw)
     view.banner(models.target, plan, models.draft_note)
     for notice in [*without_effect(sampling, sources), *_notices(options, plan, models)]:
         say.warn(notice)

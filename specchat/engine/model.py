@@ -102,7 +102,7 @@ class TreeModel:
         """
         assert len(token_ids) == layout.num_rows
         length = self.cache.length
-        self._layout, self._cancel = layout, cancel
+        self._layout, self._cancel, self.layers_done = layout, cancel, 0
         ids = torch.tensor(token_ids, dtype=torch.int64, device=self.device)
         try:
             with hf_compat.row_scope(partial(RowMask, layout)):
@@ -133,9 +133,9 @@ class TreeModel:
     def _run_layer(
         self, index: int, streamed: bool, forward: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
+        self.layers_done = index
         if self._cancel is not None and self._cancel.is_set():
             raise PassCancelledError
-        self.layers_done = index
         if not streamed:
             return self._run_chunks(forward, hidden, args, kwargs)
         self.streamer.acquire(index)

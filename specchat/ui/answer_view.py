@@ -63,7 +63,7 @@ class AnswerView:
         """Until `draw` has something to do, unless something new comes before."""
         if self._region is None:
             return _TICK_S
-        return max(self._due_at - time.monotonic(), 0.0)
+        return min(max(self._due_at - time.monotonic(), 0.0), _TICK_S)
 
     def write(self, text: str) -> None:
         """The next piece of the answer."""
@@ -105,6 +105,8 @@ class AnswerView:
         """Lets something else be printed where the answer has come to."""
         if self._region is not None:
             self._region.update([], [row.shown for row in self._text.finished(self._width())])
+        elif self._out.is_terminal:
+            self._out.end_line()
         say()
         self._due_at = self._not_before
 

@@ -65,7 +65,7 @@ class ChatView:
             KeyboardInterrupt: Ctrl-C, twice.
         """
         engine = session.engine
-        status = AnswerStatus(Watched(engine.plan, lambda: engine.activity, engine.memory))
+        status = AnswerStatus(Watched(engine.plan, lambda: engine.activity, engine.memory), cancel)
         shown = AnswerView(
             self.out,
             self.talk,

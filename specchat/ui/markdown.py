@@ -14,6 +14,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Protocol
 
 from markdown_it import MarkdownIt
+from markdown_it.token import Token
 from markdown_it.tree import SyntaxTreeNode
 from rich import box
 from rich.cells import chop_cells
@@ -28,7 +29,7 @@ from specchat.ui.console import neutral
 from specchat.ui.live import Row
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import JustifyMethod, RenderableType
 
 _Line = list[Segment]
 
@@ -231,7 +232,23 @@ _PARSER = _parser()
 
 
 def _parse(text: str) -> list[SyntaxTreeNode]:
-    return SyntaxTreeNode(_PARSER.parse(text)).children
+    return SyntaxTreeNode(_with_whole_tables(_PARSER.parse(text), text.split("\n"))).children
+
+
+def _with_whole_tables(tokens: list[Token], lines: Sequence[str]) -> list[Token]:
+    """Shows tables as they were written where text would be lost: cells beyond those of the first row."""
+    kept: list[Token] = []
+    for token in tokens:
+        kept.append(token)
+        if token.type != "table_close":
+            continue
+        begin = max(i for i, each in enumerate(kept) if each.type == "table_open")
+        first, end = kept[begin].map or (0, 0)
+        source = "\n".join(lines[first:end])
+        cells = "".join(each.content for each in kept[begin:])
+        if sum(map(str.isalnum, source)) != sum(map(str.isalnum, cells)):
+            kept[begin:] = [Token("code_block", "code", 0, content=source, map=[first, end], block=True)]
+    return kept
 
 
 def _has_ended(node: SyntaxTreeNode, end: int, num_lines: int) -> bool:
@@ -372,7 +389,8 @@ def _table(node: SyntaxTreeNode) -> Table:
     rows = [row.children for part in node.children for row in part.children]
     for cell in rows[0]:
         style = str(cell.attrs.get("style", ""))
-        table.add_column(_inline(cell, _STYLES["strong"]), justify="right" if "right" in style else "left")
+        justify: JustifyMethod = "right" if "right" in style else "left"
+        table.add_column(_inline(cell, _STYLES["strong"]), justify=justify, overflow="fold")
     for row in rows[1:]:
         table.add_row(*(_inline(cell, Style.null()) for cell in row))
     return table
@@ -391,7 +409,7 @@ def _pieces(node: SyntaxTreeNode, style: Style) -> Iterator[tuple[str, Style]]:
     match node.type:
         case "text" | "code_inline" | "html_inline":
             yield node.content, style
-        case "softbreak" | "hardbreak":  # models break lines where they mean to: in verse, addresses, lists of their own
+        case "softbreak" | "hardbreak":  # models break lines where they mean to, in verse and addresses
             yield "\n", style
         case "image":
             yield f"[{node.content}]", style

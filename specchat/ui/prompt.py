@@ -59,7 +59,6 @@ class PromptLine:
             completer=completer,
             complete_while_typing=False,
             complete_style=CompleteStyle.READLINE_LIKE,  # a menu would keep lines free below the prompt at all times
-            enable_open_in_editor=True,
             tempfile_suffix=".md",
             enable_suspend=True,
         )
@@ -129,11 +128,11 @@ class PromptLine:
                 signal.signal(number, handler)
 
 
-def unquoted(text: str) -> str:
-    """A message without the triple quotes around it, if there are any; within them Enter breaks the line."""
+def unquoted(text: str) -> str | None:
+    """What stands between triple quotes, in which Enter breaks the line; None if there are none around the text."""
     stripped = text.strip()
     if not stripped.startswith(_QUOTES):
-        return text
+        return None
     return stripped.removeprefix(_QUOTES).removesuffix(_QUOTES).strip("\n")
 
 
@@ -186,6 +185,12 @@ def _keys() -> KeyBindings:
     def _send_found(event: KeyPressEvent) -> None:
         accept_search()
         event.current_buffer.validate_and_handle()
+
+    @keys.add("c-x", "c-e", filter=~is_searching)
+    def _edit(event: KeyPressEvent) -> None:
+        event.current_buffer.open_in_editor(
+            validate_and_handle=False
+        )  # who leaves the editor has not sent anything yet
 
     @keys.add("enter", filter=in_block & ~is_searching)
     @keys.add("escape", "enter", filter=~is_searching)

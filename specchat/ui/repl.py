@@ -91,7 +91,8 @@ class Repl:
             if note:
                 self._talk.warn(note)
         self._talk.say("/help lists the commands, Ctrl-D leaves", "dim")
-        with typing_ahead(sys.stdin):
+        # Between answer and prompt Ctrl-C has nothing to stop, and must not end the chat by itself.
+        with typing_ahead(sys.stdin), self._interrupts.setting(Event()):
             while self._take_turn():
                 self._talk.say("")
 
@@ -101,6 +102,8 @@ class Repl:
         """Reads one message and does what it asks for; False when the chat is over."""
         load = self._chat.load
         restored, self._restored = self._restored, ""
+        if load.is_done:
+            load.result()  # raises if it failed while a command ran
         try:
             text = self._line.read(restored, waiting=load, note=load.reporter.line)
         except EOFError:
@@ -114,18 +117,23 @@ class Repl:
 
     def _handle(self, typed: str) -> bool:
         """Answers or obeys; False when the chat is over."""
-        text = unquoted(typed).strip()
-        is_quoted = text != typed.strip()
-        if not text:
+        text, block = typed.strip(), unquoted(typed)
+        if not (text if block is None else block.strip()):
             return True
-        if text.startswith("/") and not text.startswith("//") and not is_quoted:
+        if block is not None:
+            self._send(block, typed)
+        elif text.startswith("//"):
+            self._send(text[1:], typed)
+        elif text.startswith("/"):
             return self._obey(text)
-        self._send(text[1:] if text.startswith("//") and not is_quoted else text, typed)
+        else:
+            self._send(text, typed)
         return True
 
     def _obey(self, text: str) -> bool:
-        name, _, argument = text[1:].partition(" ")
-        command, argument = BY_NAME.get(name), argument.strip()
+        name, argument = (*text[1:].split(maxsplit=1), "", "")[:2]
+        command = BY_NAME.get(name)
+        self._is_editing &= name == "read"
         if command is None:
             self._talk.tell(unknown(name))
         elif command.names[0] == "exit" and not argument:
@@ -178,7 +186,8 @@ class Repl:
             self._talk.error(error.message, _FULL_HINT if isinstance(error, PromptTooLongError) else error.hint)
             return False
         self._view.end(turn, session.engine.plan)
-        self._turns.append(turn)
+        if turn.token_ids:
+            self._turns.append(turn)
         self._warn_of_context(session, turn)
         return bool(turn.token_ids)
 
@@ -260,7 +269,7 @@ class Repl:
         """Shows or changes the system prompt."""
         session = self._session()
         if text:
-            session.set_system(None if text == "none" else unquoted(text))
+            session.set_system(None if text == "none" else unquoted(text) or text)
         self._talk.tell(f"system prompt: {session.system or 'none'}")
 
     def set(self, assignment: str) -> None:

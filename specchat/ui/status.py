@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from threading import Event
 
 from specchat.config import Activity, MemoryReport, Plan, Step
 from specchat.units import GIB, format_bytes, format_rate
@@ -31,11 +32,13 @@ class AnswerStatus:
 
     Args:
         engine: what writes the answer.
+        cancel: whether it was asked to stop.
         clock: seconds.
     """
 
-    def __init__(self, engine: Watched, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, engine: Watched, cancel: Event, clock: Callable[[], float] = time.monotonic) -> None:
         self._engine = engine
+        self._cancel = cancel
         self._clock = clock
         self._begin = clock()
         self._num_tokens = 0
@@ -73,7 +76,7 @@ class AnswerStatus:
 
     def _parts(self) -> list[str]:
         activity, elapsed_s = self._engine.activity(), self.elapsed_s
-        parts = [phase_text(activity)]
+        parts = ["stopping" if self._cancel.is_set() else phase_text(activity)]
         if self._num_tokens:
             parts += [f"{self._num_tokens:,} tok", f"{self._num_tokens / max(elapsed_s, 1e-3):.1f} tok/s"]
             parts.append(f"{self._num_tokens / max(self._num_steps, 1):.1f} tok/pass")

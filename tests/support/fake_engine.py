@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from specchat.config import Activity, LedgerItem, MemoryReport, Plan, Step
+from specchat.config import Activity, DraftTree, LedgerItem, MemoryReport, Plan, Step
 from specchat.errors import PromptTooLongError
 
 EOS = 256
@@ -125,4 +125,13 @@ class FakeEngine:
 
     def _step(self, tokens, reason, new, cached):
         accepted = max(len(tokens) - 1, 0)
-        return Step(tokens, reason, new, cached, 64, accepted, 5, 0.5, 0.1, 0.3, 0.1, 0.05, 60 << 20)
+        tree = tree_of(tokens) if tokens else None
+        return Step(tokens, reason, new, cached, 64, accepted, 5, 0.5, 0.1, 0.3, 0.1, 0.05, 60 << 20, tree)
+
+
+def tree_of(tokens):
+    """A tree in which all tokens but the last were guessed, each beside one that is wrong."""
+    *path, _ = tokens
+    guesses = [guess for token in path for guess in (token, token + 1)]
+    parents = [-1 if i < 2 else i // 2 * 2 - 2 for i in range(len(guesses))]
+    return DraftTree(tuple(guesses), tuple(parents), tuple(range(0, len(guesses), 2)))
