@@ -394,7 +394,7 @@ class ChatSession:
         turn = self._turn(answer, prompt)
         if turn.token_ids:
             exchange = Exchange(question, turn.message, attempt)
-            facts = {**asdict(turn.usage), **asdict(turn.timings)}
+            facts = {**asdict(turn.usage), **asdict(turn.timings), **asdict(turn.speculation)}
             self._record(Answered(how, exchange, sampling.seed, turn.token_ids, turn.finish_reason, facts))
         yield turn
 

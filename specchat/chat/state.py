@@ -98,7 +98,7 @@ class Answered:
         exchange: as it stands now; with "continue", the answer as a whole.
         seed: what keyed its draws.
         token_ids: tokens emitted; with "continue", those that were added.
-        facts: usage and timings.
+        facts: usage, timings and what drafting brought.
     """
 
     how: How
