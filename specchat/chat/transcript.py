@@ -95,7 +95,12 @@ def path_of(session_id: str) -> Path:
 
 def last_session() -> Path | None:
     """The session that was written to last, or None."""
-    return max(filter(has_begun, sessions_folder().glob(f"*{SUFFIX}")), key=_written_at, default=None)
+    return next(filter(has_begun, all_sessions()), None)
+
+
+def all_sessions() -> list[Path]:
+    """The files of all sessions, the one that was written to last first."""
+    return sorted(sessions_folder().glob(f"*{SUFFIX}"), key=_written_at, reverse=True)
 
 
 def has_begun(path: Path) -> bool:

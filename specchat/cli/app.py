@@ -10,7 +10,7 @@ import typer
 
 from specchat import __version__
 from specchat.chat.settings import whole
-from specchat.cli import bench_options, options, settings
+from specchat.cli import bench_options, completion, options, settings
 from specchat.cli.exit_status import guarded, leave
 from specchat.cli.settings import Settings
 from specchat.errors import UsageError
@@ -25,7 +25,6 @@ _ParserError: type[Exception] = typer.BadParameter.__bases__[0]
 app = typer.Typer(
     name="specchat",
     help="Chat, on your own GPU or none, with a language model that does not fit in its memory.",
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -33,13 +32,27 @@ app = typer.Typer(
 
 # Options that several commands have, each declared once.
 _Model = Annotated[
-    str | None, typer.Argument(metavar="MODEL", help="demo, a folder (./x, /x, ~/x), or a hub id (org/name).")
+    str | None,
+    typer.Argument(
+        metavar="MODEL", autocompletion=completion.models, help="demo, a folder (./x, /x, ~/x), or a hub id (org/name)."
+    ),
 ]
 _Draft = Annotated[
     str | None,
-    typer.Option(metavar="MODEL", help="Small model that drafts ahead: a MODEL, auto (the default), or none."),
+    typer.Option(
+        metavar="MODEL",
+        autocompletion=completion.drafts,
+        help="Small model that drafts ahead: a MODEL, auto (the default), or none.",
+    ),
 ]
-_Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="auto (the default), cpu, cuda or cuda:N.")]
+_Device = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DEVICE",
+        autocompletion=completion.words("auto", "cpu", "cuda"),
+        help="auto (the default), cpu, cuda or cuda:N.",
+    ),
+]
 _Vram = Annotated[
     str | None,
     typer.Option(metavar="SIZE", help="Memory budget on the device, such as 900MiB or 8GiB; RAM on the CPU."),
@@ -52,7 +65,12 @@ _Ctx = Annotated[str | None, typer.Option(metavar="N", help="Context: tokens of 
 _TreeBudget = Annotated[
     str | None, typer.Option(metavar="N", help="Draft tokens checked in one pass, or auto (the default).")
 ]
-_Dtype = Annotated[str | None, typer.Option(metavar="TYPE", help="auto (the default), bf16, fp16 or fp32.")]
+_Dtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TYPE", autocompletion=completion.words(*options.DTYPES), help="auto (the default), bf16, fp16 or fp32."
+    ),
+]
 _Config = Annotated[
     str | None, typer.Option(metavar="FILE", help="Settings from FILE in place of the usual config.toml.")
 ]
@@ -133,14 +151,22 @@ def _run(
         bool | None, typer.Option("--think/--no-think", help="Let the model think first, if its template has a switch.")
     ] = None,
     overflow: Annotated[
-        str | None, typer.Option(metavar="HOW", help="When the context is full: stop (the default) or drop-oldest.")
+        str | None,
+        typer.Option(
+            metavar="HOW",
+            autocompletion=completion.words(*options.OVERFLOWS),
+            help="When the context is full: stop (the default) or drop-oldest.",
+        ),
     ] = None,
     base: Annotated[
         bool, typer.Option("--base", help="Continue the prompt as it stands, without a chat template.")
     ] = False,
     continue_: Annotated[bool, typer.Option("--continue", "-c", help="Go on with the last saved chat.")] = False,
     session: Annotated[
-        str | None, typer.Option(metavar="ID", help="Go on with the chat of that name, or begin one.")
+        str | None,
+        typer.Option(
+            metavar="ID", autocompletion=completion.sessions, help="Go on with the chat of that name, or begin one."
+        ),
     ] = None,
     save: Annotated[bool | None, typer.Option("--save/--no-save", help="Whether to save the chat (it is).")] = None,
     raw: Annotated[bool | None, typer.Option("--raw/--no-raw", help="Show answers as they are written.")] = None,

@@ -1,0 +1,63 @@
+"""What a shell offers when Tab is pressed; quick, and silent about anything that is wrong."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from specchat.chat import transcript
+from specchat.errors import SpecchatError
+
+_PATH_STARTS = ("./", "../", "/", "~")
+
+
+def models(incomplete: str) -> list[str]:
+    """MODEL: the demo, aliases, what the hub's cache holds, and folders for what begins like one."""
+    if incomplete.startswith(_PATH_STARTS):
+        return _folders(incomplete)
+    return _matching(["demo", *_aliases(), *_cached()], incomplete)
+
+
+def drafts(incomplete: str) -> list[str]:
+    """What can draft."""
+    return _matching(["auto", "none"], incomplete) + models(incomplete)
+
+
+def sessions(incomplete: str) -> list[str]:
+    """The IDs of saved chats, the last one first."""
+    return _matching([path.stem for path in transcript.all_sessions()], incomplete)
+
+
+def words(*known: str) -> Callable[[str], list[str]]:
+    """A fixed list."""
+
+    def complete(incomplete: str) -> list[str]:
+        return _matching([*known], incomplete)
+
+    return complete
+
+
+def _matching(candidates: list[str], incomplete: str) -> list[str]:
+    return [candidate for candidate in candidates if candidate.startswith(incomplete)]
+
+
+def _aliases() -> list[str]:
+    from specchat.cli.settings import config_file
+
+    try:
+        return list(config_file(None)[1])
+    except SpecchatError:  # said when a command is run
+        return []
+
+
+def _cached() -> list[str]:
+    from specchat.models.hub import cached_models
+
+    return cached_models()
+
+
+def _folders(incomplete: str) -> list[str]:
+    parent, _, name = incomplete.rpartition("/")
+    try:
+        found = sorted(path.name for path in Path(f"{parent}/").expanduser().iterdir() if path.is_dir())
+    except (OSError, RuntimeError):
+        return []
+    return [f"{parent}/{each}/" for each in found if each.startswith(name)]
