@@ -10,6 +10,10 @@ Tier = Literal["ram", "disk"]
 # What an engine is at; "prefill" is a pass that reads more than one committed token.
 Phase = Literal["idle", "drafting", "prefill", "verifying"]
 FinishReason = Literal["stop", "length", "context", "interrupt"]
+# The parts of what a model writes: the answer, and the thinking before it.
+Part = Literal["answer", "reasoning"]
+# What becomes of a chat that fills its context: refuse the next message, or leave out the oldest turns.
+Overflow = Literal["stop", "drop-oldest"]
 
 DTYPE_BYTES: dict[Dtype, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
 

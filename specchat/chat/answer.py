@@ -6,9 +6,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from specchat.chat.reasoning import Part, Parts, Piece
+from specchat.chat.reasoning import Parts, Piece
 from specchat.chat.text import Detokenizer, StopStrings
-from specchat.config import FinishReason, MemoryReport, Message, Step
+from specchat.config import FinishReason, MemoryReport, Message, Part, Step
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ class Turn:
         message: the answer without special tokens and stop string, and the thinking before it; an answer that was
             continued, as a whole.
         token_ids: every emitted id, the stop token included.
+        unsaved: why the turn is not in the session's file, if it should be and could not be written.
     """
 
     message: Message
@@ -101,6 +102,7 @@ class Turn:
     timings: Timings
     speculation: Speculation
     memory: MemoryReport
+    unsaved: str | None = None
 
 
 @dataclass

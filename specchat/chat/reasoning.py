@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Protocol
 
-Part = Literal["answer", "reasoning"]
+from specchat.config import Part
+
 Piece = tuple[Part, str]
 
 _OPEN, _CLOSE = "<think>", "</think>"

@@ -9,13 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from threading import Event
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from specchat.chat.answer import Answer, Delta, Speculation, Timings, Turn, Usage
 from specchat.chat.reasoning import Parts, PlainText, ThinkTags
-from specchat.chat.settings import KINDS, Value, parse_value
+from specchat.chat.settings import Value, parse_value
 from specchat.chat.state import (
     Answered,
     ChatRecord,
@@ -33,15 +33,13 @@ from specchat.chat.state import (
     state_of,
 )
 from specchat.chat.text import Detokenizer, StopStrings
-from specchat.config import Activity, MemoryReport, Message, Plan, Sampling, Setting, Step
-from specchat.errors import EmptyPromptError, UsageError
+from specchat.config import Activity, MemoryReport, Message, Overflow, Plan, Sampling, Setting, Step
+from specchat.errors import EmptyPromptError, SessionError, UsageError
 
 if TYPE_CHECKING:
     from specchat.models.hf_compat import Tokenizer
 
-__all__ = ["ChatSession", "Delta", "Dropped", "Overflow", "Speculation", "Timings", "Turn", "Usage"]
-
-Overflow = Literal["stop", "drop-oldest"]
+__all__ = ["ChatSession", "Delta", "Dropped", "Speculation", "Timings", "Turn", "Usage"]
 
 # The share of the context from which on a user should know that it fills up.
 CONTEXT_WARNING = 0.8
@@ -213,10 +211,9 @@ class ChatSession:
 
     def settings(self) -> list[Setting]:
         """What answers are made with, and where each setting came from."""
-        values = {key: getattr(self._state.sampling, key, self._state.max_tokens) for key in KINDS}
+        values = {**asdict(self._state.sampling), "max_tokens": self._state.max_tokens}
         shown = {
-            **{key: "none" if value is None else f"{value:g}" for key, value in values.items() if key != "seed"},
-            "seed": str(self._state.sampling.seed),
+            **{key: "none" if value is None else str(value) for key, value in values.items()},
             "stop": " ".join(map(repr, self._stop_texts)) or "none",
             "system": self._state.system or "none",
             "think": {True: "on", False: "off", None: "as the template has it"}[self._state.thinking],
@@ -395,7 +392,10 @@ class ChatSession:
         if turn.token_ids:
             exchange = Exchange(question, turn.message, attempt)
             facts = {**asdict(turn.usage), **asdict(turn.timings), **asdict(turn.speculation)}
-            self._record(Answered(how, exchange, sampling.seed, turn.token_ids, turn.finish_reason, facts))
+            try:
+                self._record(Answered(how, exchange, sampling.seed, turn.token_ids, turn.finish_reason, facts))
+            except SessionError as error:  # the answer is there all the same
+                turn = replace(turn, unsaved=error.message)
         yield turn
 
     def _must_drop(self, num_prompt_tokens: int) -> bool:

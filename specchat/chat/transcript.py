@@ -262,15 +262,16 @@ class Transcript:
             SessionError: it cannot be written; the chat itself goes on.
         """
         self._records.append(record)
-        self._unwritten.append(_line(record, is_first=len(self._records) == 1))
+        now = datetime.now().astimezone()
+        self._unwritten.append(_line(record, is_first=len(self._records) == 1, at=now))
         if self.path is None or (self._file is None and not isinstance(record, Answered)):
             return
         try:
             self._write()
         except OSError as error:
             raise SessionError(
-                f"the chat cannot be saved to {self.path}: {error.strerror}",
-                hint="it goes on unsaved, and the next turn tries again; /save FILE writes a copy elsewhere",
+                f"the chat cannot be saved to {self.path}: {error.strerror}; the next turn tries again",
+                hint="/save FILE writes a copy elsewhere",
             ) from error
 
     def close(self) -> None:
@@ -313,9 +314,10 @@ class Transcript:
         return file
 
 
-def _line(record: ChatRecord, *, is_first: bool) -> bytes:
+def _line(record: ChatRecord, *, is_first: bool, at: datetime | None = None) -> bytes:
     head = {"type": _NAMES[type(record)], **({"version": VERSION} if is_first else {})}
-    values = head | {"at": datetime.now().astimezone().isoformat(timespec="seconds")} | asdict(record)
+    when = {} if at is None else {"at": at.isoformat(timespec="seconds")}
+    values = head | when | asdict(record)
     return json.dumps(values, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
@@ -349,7 +351,7 @@ def export(records: Sequence[ChatRecord], path: Path) -> None:
 
 
 def as_json_lines(records: Iterable[ChatRecord]) -> str:
-    """The session's file."""
+    """The session's file, without the times."""
     return b"".join(_line(record, is_first=i == 0) for i, record in enumerate(records)).decode()
 
 

@@ -25,6 +25,7 @@ _ParserError: type[Exception] = typer.BadParameter.__bases__[0]
 app = typer.Typer(
     name="specchat",
     help="Chat, on your own GPU or none, with a language model that does not fit in its memory.",
+    add_completion=False,  # typer's own options guess the shell, and write to its start-up files
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -103,12 +104,28 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit
 
 
+def _print_completion(shell: str | None) -> None:
+    if shell is not None:
+        typer.echo(completion.script(shell))
+        raise typer.Exit
+
+
 @app.callback(invoke_without_command=True)
 def _specchat(
     context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
+    show_completion: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHELL",
+            help="Print what bash, zsh or fish need to complete specchat's words, and exit.",
+            autocompletion=completion.words(*completion.SHELLS),
+            callback=_print_completion,
+            is_eager=True,
+        ),
+    ] = None,
 ) -> None:
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
@@ -211,7 +228,12 @@ def _run(
         "raw": raw,
     }
     file, aliases = settings.config_file(config)
-    layers = [settings.flags(given), *sessions.layers(resumed, model), settings.environment(), file]
+    layers = [
+        settings.flags(given),
+        *sessions.layers(resumed, model and aliases.get(model, model)),
+        settings.environment(),
+        file,
+    ]
     chosen = settings.resolve(settings.RUN_KEYS, layers, aliases)
     checked = options.RunOptions(
         models=_model_options(chosen, model=chosen.model("model"), seed=chosen.get("seed"), yes=yes, quiet=quiet),
@@ -329,6 +351,7 @@ def _parse(arguments: Sequence[str]) -> int | _Action | None:
     Raises:
         UsageError: typer's parser makes no sense of it.
     """
+    completion.prepare()
     command = typer.main.get_command(app)
     try:
         result: int | _Action | None = command.main(list(arguments), prog_name="specchat", standalone_mode=False)

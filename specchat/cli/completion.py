@@ -1,12 +1,35 @@
 """What a shell offers when Tab is pressed; quick, and silent about anything that is wrong."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
-from specchat.chat import transcript
-from specchat.errors import SpecchatError
+from typer import completion as typer_completion
 
+from specchat.chat import transcript
+from specchat.errors import SpecchatError, UsageError
+
+SHELLS = ("bash", "zsh", "fish")
+# Tells specchat, called by a shell, that it is to complete a command line and not to run it.
+_VARIABLE = "_SPECCHAT_COMPLETE"
 _PATH_STARTS = ("./", "../", "/", "~")
+
+
+def prepare() -> None:
+    """Lets typer answer a shell that asks for completions."""
+    if _VARIABLE in os.environ:
+        typer_completion.completion_init()
+
+
+def script(shell: str) -> str:
+    """What a shell has to read to complete specchat's words.
+
+    Raises:
+        UsageError: a shell that there is no script for.
+    """
+    if shell not in SHELLS:
+        raise UsageError(f"--show-completion must be {', '.join(SHELLS[:-1])} or {SHELLS[-1]}, not '{shell}'")
+    return typer_completion.get_completion_script(prog_name="specchat", complete_var=_VARIABLE, shell=shell)
 
 
 def models(incomplete: str) -> list[str]:

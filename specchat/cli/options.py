@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from specchat.chat.settings import MAX_SEED, whole
-from specchat.config import Dtype, Sampling
+from specchat.config import Dtype, Overflow, Sampling
 from specchat.errors import InvalidSizeError, UsageError
 from specchat.units import parse_size
 
 if TYPE_CHECKING:
-    from specchat.chat.session import Overflow
     from specchat.chat.transcript import Saved
     from specchat.models.hf_compat import GenerationDefaults
 
 DTYPES: tuple[Literal["auto"] | Dtype, ...] = ("auto", "bf16", "fp16", "fp32")
-OVERFLOWS: "tuple[Overflow, ...]" = ("stop", "drop-oldest")
+OVERFLOWS: tuple[Overflow, ...] = ("stop", "drop-oldest")
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class RunOptions:
     max_tokens: int | None = None
     system: str | None = None
     think: bool | None = None
-    overflow: "Overflow" = "stop"
+    overflow: Overflow = "stop"
     base: bool = False
     json: bool = False
     json_stream: bool = False
@@ -166,7 +165,7 @@ def device(name: str, text: str) -> str:
     raise UsageError(f"{name} must be auto, cpu, cuda or cuda:N, not '{text}'")
 
 
-def overflow(name: str, text: str) -> "Overflow":
+def overflow(name: str, text: str) -> Overflow:
     """What becomes of a chat that fills its context."""
     for known in OVERFLOWS:
         if text == known:

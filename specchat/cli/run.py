@@ -12,7 +12,7 @@ from specchat.cli import models as shared
 from specchat.cli.models import Models
 from specchat.cli.options import RunOptions, random_seed, resolve_sampling, sampling_sources, without_effect
 from specchat.cli.output import print_line, to_json
-from specchat.cli.sessions import path_for
+from specchat.cli.sessions import lasting, model_of, path_for, was_with
 from specchat.config import Plan, Sampling, Setting
 from specchat.errors import EmptyPromptError, UsageError
 from specchat.units import format_bytes
@@ -186,7 +186,7 @@ class _Parts:
         target, plan, options = self.models.target, self.plan, self.options
         return {
             "specchat": __version__,
-            "model": target.name,
+            "model": lasting(target.name),
             "revision": target.revision,
             "draft": options.models.draft,
             "quant": plan.quant,
@@ -243,8 +243,8 @@ def _notices(options: RunOptions, plan: Plan, models: Models) -> list[str]:
         notices.append("--tree-budget has no effect: there is no draft")
     if options.base and options.system is not None:
         notices.append("the system prompt has no effect: --base leaves the chat template out")
-    if options.resume is not None and options.resume.opened.setup["model"] != models.target.name:
-        notices.append(f"this chat was with {options.resume.opened.setup['model']} so far")
+    if options.resume is not None and not was_with(options.resume, models.target):
+        notices.append(f"this chat was with {model_of(options.resume)} so far")
     return notices
 
 
@@ -286,6 +286,8 @@ def _answer_as_json(options: RunOptions, models: Models, session: "ChatSession",
     show = _print_delta if options.json_stream else _ignore
     with Interrupts().setting(cancel):
         turn = view.follow(session, session.ask(prompt, cancel), cancel, show)
+    if turn.unsaved is not None:
+        view.talk.error(turn.unsaved, None)
     result = run_object(turn, target=models.target, plan=session.engine.plan, seed=session.sampling.seed)
     print_line(to_json(done_object(result) if options.json_stream else result))
     return _code(turn)

@@ -8,10 +8,11 @@ from specchat.chat import transcript
 from specchat.chat.transcript import Saved
 from specchat.cli.options import RunOptions
 from specchat.cli.settings import Layer
+from specchat.config import ModelSource
 from specchat.errors import UsageError
 
 # What a session says of its model; with another model it would mean something else.
-_OF_THE_MODEL = ("draft", "dtype", "ctx")
+_OF_THE_MODEL = ("draft", "quant", "dtype", "ctx")
 
 
 def resumed(session_id: str | None, *, continues: bool) -> Saved | None:
@@ -52,16 +53,30 @@ def layers(saved: Saved | None, model: str | None) -> list[Layer]:
         "stop": tuple(setup["stop"]),
         "overflow": setup["overflow"],
     }
-    if model in (None, setup["model"]):
-        values |= {"model": _exactly(setup), **{key: setup[key] for key in _OF_THE_MODEL if setup[key] is not None}}
+    if model is None or lasting(model) in (setup["model"], model_of(saved)):
+        values |= {"model": model_of(saved), **{key: setup[key] for key in _OF_THE_MODEL if setup[key] is not None}}
     name = f"session {saved.session_id}"
     return [Layer(values, lambda _key: name, is_parsed=True)]
 
 
-def _exactly(setup: dict[str, Any]) -> str:
-    """The model with its revision, for the hub may have another one by now."""
-    model, revision = str(setup["model"]), setup["revision"]
-    return model if revision is None or "@" in model else f"{model}@{revision}"
+def lasting(model: str) -> str:
+    """A MODEL that means the same in every folder."""
+    is_folder = model.startswith((".", "/", "~"))
+    return str(Path(model).expanduser().resolve()) if is_folder else model
+
+
+def model_of(saved: Saved) -> str:
+    """The model that a chat was with last, and its revision, for the hub may have another one by now."""
+    setup = saved.opened.setup
+    name = str(setup["model"]).partition("@")[0]
+    return str(setup["model"]) if setup["revision"] is None else f"{name}@{setup['revision']}"
+
+
+def was_with(saved: Saved, target: ModelSource) -> bool:
+    """Whether a chat was with this very model."""
+    setup = saved.opened.setup
+    same_name = str(setup["model"]).partition("@")[0] == lasting(target.name).partition("@")[0]
+    return same_name and setup["revision"] == target.revision
 
 
 def path_for(options: RunOptions, *, interactive: bool) -> Path | None:

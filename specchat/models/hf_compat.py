@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from specchat.config import KvShape, Message, Sampling
+from specchat.config import KvShape, Message, Part, Sampling
 from specchat.errors import CorruptCheckpointError, UnsupportedModelError, UsageError
 from specchat.models.checkpoint import read_json
 
@@ -190,14 +190,14 @@ class ResponseParser:
     def __init__(self, hf: Any, template: Mapping[str, Any], prompt: str) -> None:
         self._parser = hf.get_response_parser(template, prefix=prompt)
         self._special_tokens = tuple(hf.all_special_tokens)
-        self.part: Literal["answer", "reasoning"] = "answer"
+        self.part: Part = "answer"
         self._pieces(self._parser.initial_events)
 
-    def feed(self, text: str) -> list[tuple[Literal["answer", "reasoning"], str]]:
+    def feed(self, text: str) -> list[tuple[Part, str]]:
         """The pieces that are certain after `text`; an empty one says that a part begins."""
         return self._pieces(self._parser.feed(text))
 
-    def finish(self) -> list[tuple[Literal["answer", "reasoning"], str]]:
+    def finish(self) -> list[tuple[Part, str]]:
         """What was held back, at the end of the text."""
         try:
             _, events = self._parser.finalize()
@@ -205,10 +205,10 @@ class ResponseParser:
             return []
         return self._pieces(events)
 
-    def _pieces(self, events: Iterable[Mapping[str, Any]]) -> list[tuple[Literal["answer", "reasoning"], str]]:
-        pieces: list[tuple[Literal["answer", "reasoning"], str]] = []
+    def _pieces(self, events: Iterable[Mapping[str, Any]]) -> list[tuple[Part, str]]:
+        pieces: list[tuple[Part, str]] = []
         for event in events:
-            part: Literal["answer", "reasoning"] = "reasoning" if event["field"] in _REASONING_FIELDS else "answer"
+            part: Part = "reasoning" if event["field"] in _REASONING_FIELDS else "answer"
             self.part = "answer" if event["type"] == "region_close" else part
             if event["type"] != "region_close":
                 pieces.append((part, self._without_special_tokens(event.get("text", ""))))

@@ -58,7 +58,7 @@ class ChatView:
             session: that answers.
             records: from one of its methods.
             cancel: the event that those were given.
-            write: shows a piece of the answer in another way, and nothing of the thinking.
+            write: shows a piece of the answer, or of the thinking, in another way.
 
         Raises:
             SpecchatError: whatever ended the answer.
@@ -101,6 +101,8 @@ class ChatView:
         """The line under an answer."""
         self.out.end_line()
         self.talk.say(stopped_line(turn) if turn.finish_reason == "interrupt" else stats_line(turn, plan), "dim")
+        if turn.unsaved is not None:
+            self.talk.error(turn.unsaved, None)
         if turn.finish_reason == "context":
             self.talk.warn(
                 f"the context of {plan.ctx:,} tokens is full, so the answer ends here; "
@@ -160,10 +162,10 @@ class _Follower:
 
     def _take(self, delta: Delta) -> None:
         self._status.saw(len(delta.token_ids), delta.step)
-        if delta.part == "reasoning":
-            self._take_thinking(delta)
-        elif self._write is not None:
+        if self._write is not None:
             self._shown.elsewhere(partial(self._write, delta))
+        elif delta.part == "reasoning":
+            self._take_thinking(delta)
         else:
             if delta.text:
                 self._end_thinking()
@@ -173,8 +175,6 @@ class _Follower:
             self._shown.interlude(partial(self._show_step, self._num_steps, delta.step))
 
     def _take_thinking(self, delta: Delta) -> None:
-        if self._write is not None:
-            return
         if delta.text.strip() and self._began_thinking_s is None:
             self._began_thinking_s = self._status.elapsed_s
         self._num_thought_tokens += len(delta.token_ids)

@@ -205,9 +205,10 @@ def test_what_could_not_be_written_comes_with_the_next_turn(path, monkeypatch):
     finish(session.ask("one"))
     real = os.fsync
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(SessionError, match="No space left"):
-        finish(session.ask("two"))
+    assert "No space left" in finish(session.ask("two")).unsaved
     assert len(session.state.exchanges) == 2
+    with pytest.raises(SessionError, match="No space left"):
+        session.set_system("x")
     monkeypatch.setattr(os, "fsync", real)
     finish(session.ask("three"))
     assert transcript.read(path).state == session.state

@@ -44,7 +44,7 @@ def keys_of(record):
 
 def json_keys():
     plan = Plan(**{field.name: () for field in fields(Plan)} | {"num_layers": 0})
-    keys = keys_of(Turn) | set(plan_object(plan)) | keys_of(LedgerItem) | set(done_object({}))
+    keys = keys_of(Turn) - {"unsaved"} | set(plan_object(plan)) | keys_of(LedgerItem) | set(done_object({}))
     return sorted(keys | set(delta_object(Delta("", ()))) | {"schema_version", "model", "revision", "seed"})
 
 

@@ -5,8 +5,11 @@ import json
 import pytest
 
 from specchat.chat import transcript
-from specchat.cli import settings
+from specchat.chat.state import Opened
+from specchat.chat.transcript import Saved
+from specchat.cli import sessions, settings
 from specchat.cli.settings import RUN_KEYS, Layer, resolve
+from specchat.config import ModelSource, Sampling
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +82,7 @@ def test_every_kind_of_value(config):
         ("stop = ''", ["stop in", "empty"]),
         ("overflow = 'burst'", ["overflow in", "drop-oldest"]),
         ("system = '@/no/such/file'", ["system in", "/no/such/file"]),
-        ("model = ", ["not TOML", "line 1"]),
+        ("model = ", ["not TOML"]),
         ("aliases = 3", ["aliases"]),
         ("[aliases]\ndemo = 'org/x'", ["demo"]),
         ("[aliases]\n'a/b' = 'org/x'", ["a/b"]),
@@ -122,7 +125,7 @@ def test_a_file_of_ones_choice(fake, config, tmp_path, monkeypatch):
 def test_bare_run_takes_the_models_of_the_file(fake, config):
     config('model = "toy"\ndraft = "none"\nmax_tokens = 3\n[aliases]\ntoy = "demo"\n')
     result = json.loads(fake("run", "--json", stdin=b"hello").out)
-    assert (result["model"], result["draft"], result["finish_reason"]) == ("demo", None, "length")
+    assert (result["model"], result["finish_reason"]) == ("demo", "length")
     config('model = "toy"\n[aliases]\ntoy = "./no/such/folder"\n')
     assert fake("run", stdin=b"hello").code == 3
 
@@ -211,6 +214,19 @@ def test_another_model_is_said(fake):
     assert json.loads(fake("run", "-c", "--json", stdin=b"x").out)["model"] == folder
 
 
+def test_a_model_from_the_hub_goes_on_at_its_revision(monkeypatch, tmp_path):
+    setup = {"model": "org/name", "revision": "abc", "stop": [], "overflow": "stop", "dtype": "bf16", "ctx": 512}
+    record = Opened({**setup, "draft": "auto", "quant": "none"}, None, Sampling(), None, None)
+    saved = Saved(tmp_path / "fox.jsonl", (record,), 0)
+    (layer,) = sessions.layers(saved, None)
+    assert (layer.values["model"], layer.values["dtype"], layer.values["ctx"]) == ("org/name@abc", "bf16", 512)
+    assert sessions.layers(saved, "org/name")[0].values["model"] == "org/name@abc"
+    assert "dtype" not in sessions.layers(saved, "org/other")[0].values
+    assert sessions.was_with(saved, ModelSource("org/name@abc", tmp_path, "abc"))
+    assert not sessions.was_with(saved, ModelSource("org/name", tmp_path, "abd"))
+    assert not sessions.was_with(saved, ModelSource("org/other", tmp_path, "abc"))
+
+
 # --- thinking and a full context ---------------------------------------------------------------------------------
 
 
@@ -228,10 +244,10 @@ def test_thinking_goes_to_stderr(fake):
 
 
 def test_the_oldest_turns_make_room(fake):
-    for i in range(4):
+    for i in range(6):
         result = fake("run", "demo", f"{i}" * 30, "--session", "fox", "--overflow", "drop-oldest", "--max-tokens", "40")
         assert result.code == 0
     assert "oldest" in result.err
-    assert [q[0] for q in questions("fox")] != ["0", "1", "2", "3"]
+    assert [q[0] for q in questions("fox")] == ["3", "4", "5"]
     result = fake("run", "demo", "x" * 250, "--session", "fox", "--overflow", "stop")
     assert result.code == 4
