@@ -11,6 +11,8 @@ from specchat.cli import sessions, settings
 from specchat.cli.settings import RUN_KEYS, Layer, resolve
 from specchat.config import ModelSource, Sampling
 
+THOUGHT = "First this.\nThen that."  # what the fake model thinks, see support.fake_cli
+
 
 @pytest.fixture(autouse=True)
 def folders(tmp_path, monkeypatch):
@@ -232,14 +234,14 @@ def test_a_model_from_the_hub_goes_on_at_its_revision(monkeypatch, tmp_path):
 
 def test_thinking_goes_to_stderr(fake):
     result = fake("run", "demo", "think")
-    assert result.out == "Yes.\n"
-    assert "Hm, a fox." in result.err
+    assert result.out == "So it is.\n"
+    assert all(line in result.err for line in THOUGHT.splitlines())
     done = json.loads(fake("run", "demo", "think", "--json").out)
-    assert done["message"] == {"role": "assistant", "content": "Yes.", "reasoning": "Hm, a fox."}
+    assert done["message"] == {"role": "assistant", "content": "So it is.", "reasoning": THOUGHT}
     assert done["usage"]["reasoning_tokens"] > 10
     lines = [json.loads(line) for line in fake("run", "demo", "think", "--json-stream").out.splitlines()]
-    assert "".join(line["text"] for line in lines[:-1]) == "Yes."
-    assert "".join(line.get("reasoning", "") for line in lines[:-1]) == "Hm, a fox."
+    assert "".join(line["text"] for line in lines[:-1]) == "So it is."
+    assert "".join(line.get("reasoning", "") for line in lines[:-1]) == THOUGHT
     assert [i for line in lines[:-1] for i in line["token_ids"]] == lines[-1]["token_ids"]
 
 
