@@ -4,7 +4,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from typer import completion as typer_completion
+# Typer's own options for completion guess the shell and write to its start-up files; what is behind them is not public.
+from typer._completion_classes import completion_init
+from typer._completion_shared import get_completion_script
 
 from specchat.chat import transcript
 from specchat.errors import SpecchatError, UsageError
@@ -18,7 +20,7 @@ _PATH_STARTS = ("./", "../", "/", "~")
 def prepare() -> None:
     """Lets typer answer a shell that asks for completions."""
     if _VARIABLE in os.environ:
-        typer_completion.completion_init()
+        completion_init()
 
 
 def script(shell: str) -> str:
@@ -29,7 +31,7 @@ def script(shell: str) -> str:
     """
     if shell not in SHELLS:
         raise UsageError(f"--show-completion must be {', '.join(SHELLS[:-1])} or {SHELLS[-1]}, not '{shell}'")
-    return typer_completion.get_completion_script(prog_name="specchat", complete_var=_VARIABLE, shell=shell)
+    return get_completion_script(prog_name="specchat", complete_var=_VARIABLE, shell=shell)
 
 
 def models(incomplete: str) -> list[str]:
