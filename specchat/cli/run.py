@@ -141,25 +141,33 @@ class _Parts:
             UsageError: the target was not made for chats.
         """
         from specchat.chat.session import check_has_template
-        from specchat.chat.state import Opened
         from specchat.engine.engine import Engine
         from specchat.models.hf_compat import load_tokenizer
 
-        options = self.options
         tokenizer = load_tokenizer(self.models.target.path)
-        check_has_template(tokenizer, base=options.base)
+        check_has_template(tokenizer, base=self.options.base)
         pack = shared.make_pack(self.models.target, self.plan, reporter)
         engine = Engine.load(self.plan, self.models.target, self.models.draft, pack)
-        session = self._session(engine, tokenizer)
+        try:
+            return self._opened(self._session(engine, tokenizer), reporter)
+        except BaseException:
+            engine.close()
+            raise
+
+    def settings(self, session: "ChatSession") -> list[Setting]:
+        """Everything that was or could have been chosen, and where it came from; for /info."""
+        return [*_model_settings(self.options, self.plan), *session.settings()]
+
+    def _opened(self, session: "ChatSession", reporter: "Reporter") -> "ChatSession":
+        """The chat, with what it runs on written down."""
+        from specchat.chat.state import Opened
+
+        options = self.options
         if self.sources.get("think", "").startswith("--") and not session.can_switch_thinking:
             flag = self.sources["think"]
             reporter.warn(f"{flag} has no effect: this model's chat template has no switch for thinking")
         self.transcript(Opened(self._setup(), session.system, self.sampling, options.max_tokens, options.think))
         return session
-
-    def settings(self, session: "ChatSession") -> list[Setting]:
-        """Everything that was or could have been chosen, and where it came from; for /info."""
-        return [*_model_settings(self.options, self.plan), *session.settings()]
 
     def _session(self, engine: "Engine", tokenizer: "Tokenizer") -> "ChatSession":
         from specchat.chat.session import ChatSession
@@ -240,7 +248,7 @@ def _notices(options: RunOptions, plan: Plan, models: Models) -> list[str]:
     """What will not go as it was asked for."""
     notices = []
     if options.models.tree_budget is not None and plan.draft is None:
-        notices.append("--tree-budget has no effect: there is no draft")
+        notices.append(f"{options.sources['tree_budget']} has no effect: there is no draft")
     if options.base and options.system is not None:
         notices.append("the system prompt has no effect: --base leaves the chat template out")
     if options.resume is not None and not was_with(options.resume, models.target):
