@@ -15,7 +15,7 @@ from specchat.chat.session import Delta, Turn
 from specchat.cli.app import app
 from specchat.cli.exit_status import EXIT_CODES
 from specchat.config import LedgerItem, Plan
-from specchat.ui.repl import COMMANDS
+from specchat.ui.commands import COMMANDS
 
 PAGE = (Path(__file__).parents[2] / "man" / "specchat.1").read_text()
 # Without the markup of roff: fonts, escapes, requests.
