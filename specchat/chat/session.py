@@ -213,7 +213,7 @@ class ChatSession:
         """What answers are made with, and where each setting came from."""
         values = {**asdict(self._state.sampling), "max_tokens": self._state.max_tokens}
         shown = {
-            **{key: "none" if value is None else str(value) for key, value in values.items()},
+            **{key: _shown(value) for key, value in values.items()},
             "stop": " ".join(map(repr, self._stop_texts)) or "none",
             "system": self._state.system or "none",
             "think": {True: "on", False: "off", None: "as the template has it"}[self._state.thinking],
@@ -449,6 +449,10 @@ def _think_tags(prompt: _Prompt) -> ThinkTags:
         is_thinking = not prompt.so_far.content and bool(prompt.so_far.reasoning)
         return ThinkTags(opened=is_thinking, begun=not is_thinking)
     return ThinkTags(opened=prompt.text.rstrip().endswith("<think>"))
+
+
+def _shown(value: Value | None) -> str:
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _check_text(text: str) -> None:

@@ -28,7 +28,9 @@ COMPARISON_KEYS = {"a", "b", "common_answers", "same_output", "figures", "signif
 def options():
     group = typer.main.get_command(app)
     commands = [group, *group.commands.values()]
-    return sorted({name for c in commands for p in c.params for name in p.opts if name.startswith("-")})
+    return sorted(
+        {name for c in commands for p in c.params for name in (*p.opts, *p.secondary_opts) if name.startswith("-")}
+    )
 
 
 def keys_of(record):

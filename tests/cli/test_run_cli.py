@@ -258,7 +258,7 @@ def test_a_small_budget_streams_and_changes_nothing(answer, specchat):
 
 
 def test_the_answer_is_byte_exact_off_a_terminal(fake):
-    assert fake("run", "demo", "escape").out.encode() == "a\x1b[31mb\x07c\r\nd\x9b2J\n".encode()
+    assert fake("run", "demo", "escape").out.encode() == "a\x1b[31mb\x07c\r\nd\x9b2J &#x202e;\n".encode()
 
 
 @pytest.mark.parametrize(

@@ -250,6 +250,6 @@ def test_the_oldest_turns_make_room(fake):
         result = fake("run", "demo", f"{i}" * 30, "--session", "fox", "--overflow", "drop-oldest", "--max-tokens", "40")
         assert result.code == 0
     assert "oldest" in result.err
-    assert [q[0] for q in questions("fox")] == ["3", "4", "5"]
+    assert [q[0] for q in questions("fox")] == ["2", "3", "4", "5"]
     result = fake("run", "demo", "x" * 250, "--session", "fox", "--overflow", "stop")
     assert result.code == 4
