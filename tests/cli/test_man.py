@@ -27,10 +27,8 @@ COMPARISON_KEYS = {"a", "b", "common_answers", "same_output", "figures", "signif
 
 def options():
     group = typer.main.get_command(app)
-    commands = [group, *group.commands.values()]
-    return sorted(
-        {name for c in commands for p in c.params for name in (*p.opts, *p.secondary_opts) if name.startswith("-")}
-    )
+    parameters = [p for command in (group, *group.commands.values()) for p in command.params]
+    return sorted({name for p in parameters for name in (*p.opts, *p.secondary_opts) if name.startswith("-")})
 
 
 def keys_of(record):
