@@ -27,7 +27,7 @@ def saved(state):
 def chat_and_die(state, number, rng):
     """Some turns, then one that is killed somewhere; the questions that had their stats line on the screen."""
     questions = [f"q{number}-{i}" for i in range(rng.randint(0, 2))]
-    arguments = () if number == 0 else ("-c",)
+    arguments = ("--overflow", "drop-oldest") if number == 0 else ("-c",)  # the fake's context is a small one
     with start(state, *arguments) as terminal:
         for question in questions:
             terminal.send(question + ENTER)
