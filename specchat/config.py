@@ -9,7 +9,13 @@ Dtype = Literal["bf16", "fp16", "fp32"]
 Tier = Literal["ram", "disk"]
 # What specchat makes of full-precision weights. Checkpoints that come quantized have names of their own ("gptq int4").
 Quant = Literal["none", "int8", "int4"]
+# What an engine is at; "prefill" is a pass that reads more than one committed token.
+Phase = Literal["idle", "drafting", "prefill", "verifying"]
 FinishReason = Literal["stop", "length", "context", "interrupt"]
+# The parts of what a model writes: the answer, and the thinking before it.
+Part = Literal["answer", "reasoning"]
+# What becomes of a chat that fills its context: refuse the next message, or leave out the oldest turns.
+Overflow = Literal["stop", "drop-oldest"]
 
 DTYPE_BYTES: dict[Dtype, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
 
@@ -214,6 +220,36 @@ class Guesses:
 
 
 @dataclass(frozen=True)
+class DraftTree:
+    """The guesses that a step verified.
+
+    Attributes:
+        tokens: one per node, likeliest first.
+        parents: index of each node's parent, -1 for those that follow the committed text; always smaller than its own.
+        accepted: the nodes that the target took, root to leaf.
+    """
+
+    tokens: tuple[int, ...]
+    parents: tuple[int, ...]
+    accepted: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Activity:
+    """What the engine is at.
+
+    Attributes:
+        phase: the part of a step.
+        layers_done: of the pass under way.
+        num_layers: of the target.
+    """
+
+    phase: Phase
+    layers_done: int
+    num_layers: int
+
+
+@dataclass(frozen=True)
 class Step:
     """One target pass and what came of it: the engine's only output.
 
@@ -232,6 +268,7 @@ class Step:
         stream_wait_s: time within verify_s spent waiting for layers.
         streamed_bytes: bytes moved over the link.
         guesses: the tree's nodes by the drafter they came from; empty without a tree.
+        tree: the guesses themselves; None if there were none, or the step was interrupted.
     """
 
     token_ids: tuple[int, ...]
@@ -248,6 +285,7 @@ class Step:
     stream_wait_s: float
     streamed_bytes: int
     guesses: tuple[Guesses, ...] = ()
+    tree: DraftTree | None = None
 
 
 @dataclass(frozen=True)
@@ -266,8 +304,17 @@ class MemoryReport:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a chat, in the words of chat templates."""
+    """One turn of a chat, in the words of chat templates; `reasoning` is the thinking before an answer."""
 
     role: Literal["system", "user", "assistant"]
     content: str
     reasoning: str | None = field(default=None)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting that holds, as it is shown, and where it came from: a flag, a file, the model, a default."""
+
+    name: str
+    value: str
+    source: str

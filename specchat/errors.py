@@ -74,5 +74,9 @@ class PromptTooLongError(DoesNotFitError):
     """The prompt leaves no room for an answer in the context."""
 
 
+class SessionError(SpecchatError):
+    """A saved chat that cannot be read or written."""
+
+
 class DeviceUnusableError(SpecchatError):
     """A device that was asked for by name cannot be used."""

@@ -1,13 +1,21 @@
 """Settings for the whole suite."""
 
 import os
+import shutil
 import signal
+import tempfile
 
 # Set before any library reads them: tests never reach the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+
+# Nobody's own chats and settings are read or written; programs under test inherit this.
+for variable in [name for name in os.environ if name.startswith("SPECCHAT_") and name != "SPECCHAT_CACHE_DIR"]:
+    del os.environ[variable]
+_HOME = tempfile.mkdtemp(prefix="specchat-tests-")
+os.environ |= {"XDG_STATE_HOME": f"{_HOME}/state", "XDG_CONFIG_HOME": f"{_HOME}/config"}
 
 # Whoever starts the suite may ignore hang-ups (nohup does), and the programs under test would inherit that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -19,3 +27,7 @@ def _one_thread():
     import torch
 
     torch.set_num_threads(1)
+
+
+def pytest_unconfigure():
+    shutil.rmtree(_HOME, ignore_errors=True)

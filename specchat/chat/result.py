@@ -37,7 +37,9 @@ def run_object(turn: Turn, *, target: ModelSource, plan: Plan, seed: int) -> dic
 
 
 def delta_object(delta: Delta) -> dict[str, Any]:
-    """One line of `run --json-stream`."""
+    """One line of `run --json-stream`; thinking has a key of its own, so that the texts, joined, are the answer."""
+    if delta.part == "reasoning":
+        return {"type": "delta", "text": "", "reasoning": delta.text, "token_ids": list(delta.token_ids)}
     return {"type": "delta", "text": delta.text, "token_ids": list(delta.token_ids)}
 
 

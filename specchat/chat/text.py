@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,15 +18,18 @@ class Detokenizer:
 
     Args:
         tokenizer: whose ids these are.
+        skip_special_tokens: leave them out of the text; parsers of answers need to see them.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+        self._decode = partial(tokenizer.decode, skip_special_tokens=skip_special_tokens)
         self._token_ids: list[int] = []
         self._num_shown_ids = 0
         self._shown: list[str] = []
         self._stream: _RustStream | _WindowStream = (
-            _WindowStream(tokenizer) if tokenizer.backend is None else _RustStream(tokenizer.backend)
+            _WindowStream(self._decode)
+            if tokenizer.backend is None
+            else _RustStream(tokenizer.backend, skip_special_tokens=skip_special_tokens)
         )
 
     def feed(self, token_id: int) -> str:
@@ -36,7 +40,7 @@ class Detokenizer:
         except _WindowLostError:
             # The decoder took back text it had given (byte runs turning invalid do that): what was shown stays, and
             # the tokens after it are decoded on their own.
-            self._stream = _WindowStream(self._tokenizer)
+            self._stream = _WindowStream(self._decode)
             delta = "".join(self._stream.step(pending) for pending in self._token_ids[self._num_shown_ids :])
         if delta:
             self._num_shown_ids = len(self._token_ids)
@@ -50,11 +54,9 @@ class Detokenizer:
             complete: the answer ended by itself. One that was cut off ends at its last whole character instead.
         """
         shown = "".join(self._shown)
-        full = self._tokenizer.decode(self._token_ids)
-        if full.startswith(shown):
-            rest = full[len(shown) :]
-        else:
-            rest = self._tokenizer.decode(self._token_ids[self._num_shown_ids :])
+        full = self._decode(self._token_ids)
+        is_prefix = full.startswith(shown)
+        rest = full[len(shown) :] if is_prefix else self._decode(self._token_ids[self._num_shown_ids :])
         return rest if complete else rest.rstrip(_REPLACEMENT)
 
 
@@ -65,11 +67,11 @@ class _WindowLostError(Exception):
 class _RustStream:
     """The incremental decoder of `tokenizers`."""
 
-    def __init__(self, backend: Any) -> None:
+    def __init__(self, backend: Any, *, skip_special_tokens: bool) -> None:
         from tokenizers.decoders import DecodeStream
 
         self._backend = backend
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
 
     def step(self, token_id: int) -> str:
         try:
@@ -85,15 +87,15 @@ class _WindowStream:
     before it (a space at the start of a word, say).
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self._decode = decode
         self._context: list[int] = []
         self._pending: list[int] = []
 
     def step(self, token_id: int) -> str:
         self._pending.append(token_id)
-        shown = self._tokenizer.decode(self._context)
-        text = self._tokenizer.decode(self._context + self._pending)
+        shown = self._decode(self._context)
+        text = self._decode(self._context + self._pending)
         if text.endswith(_REPLACEMENT) or len(text) <= len(shown):
             return ""
         if not text.startswith(shown):

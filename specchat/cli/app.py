@@ -9,8 +9,10 @@ from typing import Annotated, NoReturn
 import typer
 
 from specchat import __version__
-from specchat.cli import bench_options, options
+from specchat.chat.settings import whole
+from specchat.cli import bench_options, completion, options, settings
 from specchat.cli.exit_status import guarded, leave
+from specchat.cli.settings import Settings
 from specchat.errors import UsageError
 
 # What a command returns: the work itself, done after typer is out of the way, for typer has ideas of its own about
@@ -23,7 +25,7 @@ _ParserError: type[Exception] = typer.BadParameter.__bases__[0]
 app = typer.Typer(
     name="specchat",
     help="Chat, on your own GPU or none, with a language model that does not fit in its memory.",
-    add_completion=False,
+    add_completion=False,  # see completion.py
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -31,10 +33,27 @@ app = typer.Typer(
 
 # Options that several commands have, each declared once.
 _Model = Annotated[
-    str | None, typer.Argument(metavar="MODEL", help="demo, a folder (./x, /x, ~/x), or a hub id (org/name).")
+    str | None,
+    typer.Argument(
+        metavar="MODEL", autocompletion=completion.models, help="demo, a folder (./x, /x, ~/x), or a hub id (org/name)."
+    ),
 ]
-_Draft = Annotated[str, typer.Option(metavar="MODEL", help="Small model that drafts ahead: a MODEL, auto, or none.")]
-_Device = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")]
+_Draft = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        autocompletion=completion.drafts,
+        help="Small model that drafts ahead: a MODEL, auto (the default), or none.",
+    ),
+]
+_Device = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DEVICE",
+        autocompletion=completion.words("auto", "cpu", "cuda"),
+        help="auto (the default), cpu, cuda or cuda:N.",
+    ),
+]
 _Vram = Annotated[
     str | None,
     typer.Option(metavar="SIZE", help="Memory budget on the device, such as 900MiB or 8GiB; RAM on the CPU."),
@@ -44,46 +63,54 @@ _Ram = Annotated[
     typer.Option(metavar="SIZE", help="Host memory for streamed layers; what does not fit is read from disk."),
 ]
 _Ctx = Annotated[str | None, typer.Option(metavar="N", help="Context: tokens of chat and answer together.")]
-_TreeBudget = Annotated[str, typer.Option(metavar="N", help="Draft tokens checked in one pass, or auto.")]
-_Dtype = Annotated[str, typer.Option(metavar="TYPE", help="auto, bf16, fp16 or fp32.")]
-_Quant = Annotated[
-    str, typer.Option(metavar="TYPE", help="Store the model's matrices as none (as they are), int8 or int4; or auto.")
+_TreeBudget = Annotated[
+    str | None, typer.Option(metavar="N", help="Draft tokens checked in one pass, or auto (the default).")
 ]
-_DraftQuant = Annotated[str, typer.Option(metavar="TYPE", help="The same for the draft: none, int8 or int4.")]
-_Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
+_Dtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TYPE", autocompletion=completion.words(*options.DTYPES), help="auto (the default), bf16, fp16 or fp32."
+    ),
+]
+_Quant = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TYPE",
+        autocompletion=completion.words("auto", *options.QUANTS),
+        help="Store the model's matrices as none (as they are), int8 or int4; or auto (the default).",
+    ),
+]
+_DraftQuant = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TYPE",
+        autocompletion=completion.words(*options.QUANTS),
+        help="The same for the draft: none (the default), int8 or int4.",
+    ),
+]
+_Config = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Settings from FILE in place of the usual config.toml.")
+]
+_Offline = Annotated[bool | None, typer.Option("--offline", help="Never use the network.")]
 _Yes = Annotated[bool, typer.Option("--yes", help="Download without asking.")]
 
 
 def _model_options(
-    *,
-    model: str | None,
-    draft: str,
-    device: str,
-    vram: str | None,
-    ram: str | None,
-    ctx: str | None,
-    tree_budget: str,
-    dtype: str,
-    quant: str,
-    draft_quant: str,
-    seed: str | None,
-    offline: bool,
-    yes: bool,
-    quiet: bool,
+    chosen: Settings, *, model: str | None, seed: int | None, yes: bool, quiet: bool
 ) -> options.ModelOptions:
     return options.ModelOptions(
-        model=model,
-        draft=draft,
-        device=options.device(device),
-        vram_bytes=options.size("--vram", vram),
-        ram_bytes=options.size("--ram", ram),
-        ctx=options.whole("--ctx", ctx, 1),
-        tree_budget=options.tree_budget(tree_budget),
-        dtype=options.dtype(dtype),
-        quant=options.quant(quant),
-        draft_quant=options.draft_quant(draft_quant),
-        seed=options.seed(seed),
-        offline=offline,
+        model=model if model is None else chosen.aliases.get(model, model),
+        draft=chosen.model("draft") or "auto",
+        device=chosen.get("device", "auto"),
+        vram_bytes=chosen.get("vram"),
+        ram_bytes=chosen.get("ram"),
+        ctx=chosen.get("ctx"),
+        tree_budget=chosen.get("tree_budget"),
+        dtype=chosen.get("dtype", "auto"),
+        quant=chosen.get("quant", "auto"),
+        draft_quant=chosen.get("draft_quant", "none"),
+        seed=seed,
+        offline=chosen.get("offline", False),
         yes=yes,
         quiet=quiet,
     )
@@ -95,12 +122,28 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit
 
 
+def _print_completion(shell: str | None) -> None:
+    if shell is not None:
+        typer.echo(completion.script(shell))
+        raise typer.Exit
+
+
 @app.callback(invoke_without_command=True)
 def _specchat(
     context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
+    show_completion: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHELL",
+            help="Print what bash, zsh or fish need to complete specchat's words, and exit.",
+            autocompletion=completion.words(*completion.SHELLS),
+            callback=_print_completion,
+            is_eager=True,
+        ),
+    ] = None,
 ) -> None:
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
@@ -113,15 +156,15 @@ def _run(
     prompt: Annotated[
         str | None, typer.Argument(metavar="PROMPT", help="Answer this and exit; without it, chat.")
     ] = None,
-    draft: _Draft = "auto",
-    device: _Device = "auto",
+    draft: _Draft = None,
+    device: _Device = None,
     vram: _Vram = None,
     ram: _Ram = None,
     ctx: _Ctx = None,
-    tree_budget: _TreeBudget = "auto",
-    dtype: _Dtype = "auto",
-    quant: _Quant = "auto",
-    draft_quant: _DraftQuant = "none",
+    tree_budget: _TreeBudget = None,
+    dtype: _Dtype = None,
+    quant: _Quant = None,
+    draft_quant: _DraftQuant = None,
     temperature: Annotated[str | None, typer.Option(metavar="T", help="0 is greedy.")] = None,
     top_p: Annotated[str | None, typer.Option(metavar="P", help="Keep the likeliest tokens up to this mass.")] = None,
     top_k: Annotated[str | None, typer.Option(metavar="K", help="Keep the K likeliest tokens; 0 keeps all.")] = None,
@@ -141,51 +184,105 @@ def _run(
     system: Annotated[
         str | None, typer.Option(metavar="TEXT|@FILE", help="System prompt, or the file that holds it.")
     ] = None,
+    think: Annotated[
+        bool | None, typer.Option("--think/--no-think", help="Let the model think first, if its template has a switch.")
+    ] = None,
+    overflow: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOW",
+            autocompletion=completion.words(*options.OVERFLOWS),
+            help="When the context is full: stop (the default) or drop-oldest.",
+        ),
+    ] = None,
     base: Annotated[
         bool, typer.Option("--base", help="Continue the prompt as it stands, without a chat template.")
     ] = False,
+    continue_: Annotated[bool, typer.Option("--continue", "-c", help="Go on with the last saved chat.")] = False,
+    session: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID", autocompletion=completion.sessions, help="Go on with the chat of that name, or begin one."
+        ),
+    ] = None,
+    save: Annotated[bool | None, typer.Option("--save/--no-save", help="Whether to save the chat (it is).")] = None,
+    raw: Annotated[bool | None, typer.Option("--raw/--no-raw", help="Show answers as they are written.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object in place of the answer.")] = False,
     json_stream: Annotated[
         bool, typer.Option("--json-stream", help="Print JSON objects, one a line, as the answer comes.")
     ] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Print where everything would go, and load nothing.")] = False,
-    offline: _Offline = False,
+    config: _Config = None,
+    offline: _Offline = None,
     yes: _Yes = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the answer, and errors.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="A line on stderr for each pass.")] = False,
 ) -> _Action:
     """Chat with MODEL, or answer one PROMPT (or stdin) and exit."""
+    from specchat.cli import sessions
     from specchat.cli.run import run
 
+    resumed = sessions.resumed(session, continues=continue_)
+    given: dict[str, settings.Raw | list[str] | None] = {
+        "model": model,
+        "draft": draft,
+        "device": device,
+        "vram": vram,
+        "ram": ram,
+        "ctx": ctx,
+        "tree_budget": tree_budget,
+        "dtype": dtype,
+        "quant": quant,
+        "draft_quant": draft_quant,
+        "offline": offline,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "max_tokens": max_tokens,
+        "stop": stop,
+        "system": system,
+        "think": think,
+        "overflow": overflow,
+        "save": save,
+        "raw": raw,
+    }
+    file, aliases = settings.config_file(config)
+    layers = [
+        settings.flags(given),
+        *sessions.layers(resumed, model and aliases.get(model, model)),
+        settings.environment(),
+        file,
+    ]
+    chosen = settings.resolve(settings.RUN_KEYS, layers, aliases)
     checked = options.RunOptions(
-        models=_model_options(
-            model=model,
-            draft=draft,
-            device=device,
-            vram=vram,
-            ram=ram,
-            ctx=ctx,
-            tree_budget=tree_budget,
-            dtype=dtype,
-            quant=quant,
-            draft_quant=draft_quant,
-            seed=seed,
-            offline=offline,
-            yes=yes,
-            quiet=quiet,
-        ),
+        models=_model_options(chosen, model=chosen.model("model"), seed=chosen.get("seed"), yes=yes, quiet=quiet),
         prompt=prompt,
-        sampling=options.sampling_flags(
-            temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty
+        sampling=options.SamplingFlags(
+            temperature=chosen.get("temperature"),
+            top_p=chosen.get("top_p"),
+            top_k=chosen.get("top_k"),
+            min_p=chosen.get("min_p"),
+            repetition_penalty=chosen.get("repetition_penalty"),
         ),
-        stops=options.stop_strings(stop),
-        max_tokens=options.whole("--max-tokens", max_tokens, 1),
-        system=options.system_prompt(system),
-        base=base,
+        stops=chosen.get("stop", ()),
+        max_tokens=chosen.get("max_tokens"),
+        system=chosen.get("system"),
+        think=chosen.get("think"),
+        overflow=chosen.get("overflow", "stop"),
+        base=base or (resumed is not None and bool(resumed.opened.setup["base"])),
         json=json,
         json_stream=json_stream,
         plan=plan,
         verbose=verbose,
+        raw=chosen.get("raw", False),
+        resume=resumed,
+        session_id=session,
+        saves=chosen.get("save", True),
+        keeps_history=chosen.get("history", True) and chosen.get("save", True),
+        sources=chosen.sources,
     )
     return partial(run, options.check_combination(checked))
 
@@ -194,15 +291,15 @@ def _run(
 def _bench(
     *,
     model: _Model = None,
-    draft: _Draft = "auto",
-    device: _Device = "auto",
+    draft: _Draft = None,
+    device: _Device = None,
     vram: _Vram = None,
     ram: _Ram = None,
     ctx: _Ctx = None,
-    tree_budget: _TreeBudget = "auto",
-    dtype: _Dtype = "auto",
-    quant: _Quant = "auto",
-    draft_quant: _DraftQuant = "none",
+    tree_budget: _TreeBudget = None,
+    dtype: _Dtype = None,
+    quant: _Quant = None,
+    draft_quant: _DraftQuant = None,
     prompts: Annotated[
         str | None, typer.Option(metavar="FILE", help="Questions in MT-Bench's JSONL, instead of the built-in ones.")
     ] = None,
@@ -238,35 +335,36 @@ def _bench(
         str | None, typer.Option("--output", "-o", metavar="FORM", help="table, md, json, jsonl or csv.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="The same as -o json.")] = False,
-    offline: _Offline = False,
+    config: _Config = None,
+    offline: _Offline = None,
     yes: _Yes = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the report, and errors.")] = False,
 ) -> _Action:
     """Measure MODEL: how fast it is here, why, against what, and whether the text stays the target's own."""
     from specchat.cli.bench import bench
 
+    given: dict[str, settings.Raw | list[str] | None] = {
+        "draft": draft,
+        "device": device,
+        "vram": vram,
+        "ram": ram,
+        "ctx": ctx,
+        "tree_budget": tree_budget,
+        "dtype": dtype,
+        "quant": quant,
+        "draft_quant": draft_quant,
+        "offline": offline,
+    }
+    file, aliases = settings.config_file(config)
+    layers = [settings.flags(given), settings.environment(), file]
+    chosen = settings.resolve(settings.SHARED_KEYS, layers, aliases)
     checked = bench_options.BenchOptions(
-        models=_model_options(
-            model=model,
-            draft=draft,
-            device=device,
-            vram=vram,
-            ram=ram,
-            ctx=ctx,
-            tree_budget=tree_budget,
-            dtype=dtype,
-            quant=quant,
-            draft_quant=draft_quant,
-            seed=seed,
-            offline=offline,
-            yes=yes,
-            quiet=quiet,
-        ),
-        max_tokens=options.whole("--max-tokens", max_tokens, 1),
+        models=_model_options(chosen, model=model, seed=options.seed(seed), yes=yes, quiet=quiet),
+        max_tokens=whole("--max-tokens", max_tokens, 1),
         prompts=None if prompts is None else Path(prompts).expanduser(),
-        limit=options.whole("--limit", limit, 1),
+        limit=whole("--limit", limit, 1),
         baselines=bench_options.baselines(baseline),
-        repeats=options.whole("--repeats", repeats, 1),
+        repeats=whole("--repeats", repeats, 1),
         cold=cold,
         passes=passes,
         sweep=bench_options.sweep(sweep),
@@ -284,6 +382,7 @@ def _parse(arguments: Sequence[str]) -> int | _Action | None:
     Raises:
         UsageError: typer's parser makes no sense of it.
     """
+    completion.prepare()
     command = typer.main.get_command(app)
     try:
         result: int | _Action | None = command.main(list(arguments), prog_name="specchat", standalone_mode=False)

@@ -9,6 +9,7 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
+from specchat.chat.settings import whole
 from specchat.cli import models as shared
 from specchat.cli import options as parse
 from specchat.cli.bench_options import BenchOptions
@@ -124,15 +125,15 @@ def _with(options: ModelOptions, name: str, value: str) -> ModelOptions:
     """The options with one of them replaced by a sweep's value."""
     match name:
         case "tree-budget":
-            return replace(options, tree_budget=parse.tree_budget(value))
+            return replace(options, tree_budget=parse.tree_budget("--tree-budget", value))
         case "vram":
             return replace(options, vram_bytes=parse.size("--vram", value))
         case "ctx":
-            return replace(options, ctx=parse.whole("--ctx", value, 1))
+            return replace(options, ctx=whole("--ctx", value, 1))
         case "slots":
-            return replace(options, slots=parse.whole("--sweep slots", value, 1))
+            return replace(options, slots=whole("--sweep slots", value, 1))
         case "quant":
-            return replace(options, quant=parse.quant(value))
+            return replace(options, quant=parse.quant("--sweep quant", value))
     return replace(options, draft=value)
 
 
@@ -142,6 +143,7 @@ def _job(
     from specchat.bench.measure import Job
     from specchat.bench.setup import check_baselines
     from specchat.models.hf_compat import load_generation_defaults, load_tokenizer
+    from specchat.ui.progress import TalkReporter
 
     target, draft = point.models.target, point.models.draft
     default = () if options.sweep else ("plain",)
@@ -149,7 +151,7 @@ def _job(
     check_baselines(baselines, draft)
     plan = shared.make_plan(point.options, point.models)
     _check_cold(options, plan)
-    pack = shared.make_pack(target, plan, say)
+    pack = shared.make_pack(target, plan, TalkReporter(say))
     tokenizer = load_tokenizer(target.path)
     return Job(
         plan=plan,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from specchat.models.hub import Download, Missing
     from specchat.models.pack import Pack
     from specchat.ui.console import Talk
+    from specchat.ui.progress import Reporter
 
 
 @dataclass(frozen=True)
@@ -203,27 +204,26 @@ def make_plan(options: ModelOptions, models: Models) -> Plan:
     )
 
 
-def make_pack(target: ModelSource, plan: Plan, say: "Talk") -> "Pack | None":
+def make_pack(target: ModelSource, plan: Plan, reporter: "Reporter") -> "Pack | None":
     """The target's weights as they will be used, if they have to be repacked for that."""
-    return _packed(target, plan, plan.quant, say) if plan.streamed or plan.quant in QUANTIZED else None
+    return _packed(target, plan, plan.quant, reporter) if plan.streamed or plan.quant in QUANTIZED else None
 
 
-def make_draft_pack(draft: ModelSource | None, plan: Plan, say: "Talk") -> "Pack | None":
+def make_draft_pack(draft: ModelSource | None, plan: Plan, reporter: "Reporter") -> "Pack | None":
     """The draft's weights, if they are to be quantized."""
-    return _packed(draft, plan, plan.draft_quant, say) if draft and plan.draft_quant in QUANTIZED else None
+    return _packed(draft, plan, plan.draft_quant, reporter) if draft and plan.draft_quant in QUANTIZED else None
 
 
-def _packed(source: ModelSource, plan: Plan, quant: str, say: "Talk") -> "Pack | None":
+def _packed(source: ModelSource, plan: Plan, quant: str, reporter: "Reporter") -> "Pack | None":
     from specchat.models.prepare import prepare
-    from specchat.ui.progress import ProgressLine
 
-    with ProgressLine(say, f"{'quantizing' if quant in QUANTIZED else 'repacking'} {source.name}") as line:
+    with reporter.moving(f"{'quantizing' if quant in QUANTIZED else 'repacking'} {source.name}") as update:
         return prepare(
             source,
             plan.dtype,
             quant,
-            progress=lambda report: line.update(report.bytes_done, report.bytes_total),
-            warn=say.warn,
+            progress=lambda report: update(report.bytes_done, report.bytes_total),
+            warn=reporter.warn,
         )
 
 

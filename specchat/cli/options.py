@@ -1,29 +1,29 @@
 """What was asked for: every flag checked, before anything slow begins."""
 
-import math
 import secrets
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from specchat.config import Dtype, Quant, Sampling
+from specchat.chat.settings import MAX_SEED, whole
+from specchat.config import Dtype, Overflow, Quant, Sampling
 from specchat.errors import InvalidSizeError, UsageError
 from specchat.units import parse_size
 
 if TYPE_CHECKING:
+    from specchat.chat.transcript import Saved
     from specchat.models.hf_compat import GenerationDefaults
-
-_MAX_SEED = 2**63 - 1
 
 QUANTIZED: tuple[Quant, ...] = ("int8", "int4")
 QUANTS: tuple[Quant, ...] = ("none", *QUANTIZED)
 DTYPES: tuple[Literal["auto"] | Dtype, ...] = ("auto", "bf16", "fp16", "fp32")
+OVERFLOWS: tuple[Overflow, ...] = ("stop", "drop-oldest")
 
 
 @dataclass(frozen=True)
 class SamplingFlags:
-    """The sampling flags as given; None where the model's own setting holds."""
+    """Settings of sampling as chosen; None where the model's own holds."""
 
     temperature: float | None = None
     top_p: float | None = None
@@ -73,6 +73,13 @@ class RunOptions:
         models: which models, and what they may take.
         prompt: PROMPT, or None.
         system: the text itself, read from its file if it was one.
+        think: switch of the template's thinking, or None to leave it alone.
+        resume: the session that goes on, or None for a new one.
+        session_id: the name of the session, or None to find one if the chat is to be saved.
+        saves: whether chats are saved.
+        keeps_history: whether typed lines are remembered.
+        raw: show answers as they are, without Markdown.
+        sources: where settings come from, by their names in config.toml.
     """
 
     models: ModelOptions
@@ -81,11 +88,19 @@ class RunOptions:
     stops: tuple[str, ...] = ()
     max_tokens: int | None = None
     system: str | None = None
+    think: bool | None = None
+    overflow: Overflow = "stop"
     base: bool = False
     json: bool = False
     json_stream: bool = False
     plan: bool = False
     verbose: bool = False
+    raw: bool = False
+    resume: "Saved | None" = None
+    session_id: str | None = None
+    saves: bool = True
+    keeps_history: bool = False
+    sources: Mapping[str, str] = field(default_factory=dict)
 
 
 def check_combination(options: RunOptions) -> RunOptions:
@@ -94,11 +109,12 @@ def check_combination(options: RunOptions) -> RunOptions:
     Raises:
         UsageError: two of them do.
     """
+    has_system = options.system is not None and options.sources.get("system", "--system").startswith("--")
     pairs = (
         ("--json", options.json, "--json-stream", options.json_stream),
         ("--plan", options.plan, "--json-stream", options.json_stream),
         ("--quiet", options.models.quiet, "--verbose", options.verbose),
-        ("--base", options.base, "--system", options.system is not None),
+        ("--base", options.base, "--system", has_system),
     )
     for first, is_first, second, is_second in pairs:
         if is_first and is_second:
@@ -109,62 +125,9 @@ def check_combination(options: RunOptions) -> RunOptions:
 # --- single flags ------------------------------------------------------------------------------------------------
 
 
-def whole(flag: str, text: str | None, minimum: int, maximum: int | None = None) -> int | None:
-    """A whole number within limits.
-
-    Raises:
-        UsageError: it is none, or outside them.
-    """
-    if text is None:
-        return None
-    limits = f"at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
-    try:
-        value = int(text)
-    except ValueError:
-        raise UsageError(f"{flag} must be a whole number, {limits}, not '{text}'") from None
-    if value < minimum or (maximum is not None and value > maximum):
-        raise UsageError(f"{flag} must be {limits}, not {value}")
-    return value
-
-
-def number(flag: str, text: str | None, is_allowed: Callable[[float], bool], limits: str) -> float | None:
-    """A number within limits; infinities and NaN never are.
-
-    Raises:
-        UsageError: it is none, or outside them.
-    """
-    if text is None:
-        return None
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and is_allowed(value)):
-        raise UsageError(f"{flag} must be a number {limits}, not '{text}'")
-    return value
-
-
-def sampling_flags(
-    *,
-    temperature: str | None,
-    top_p: str | None,
-    top_k: str | None,
-    min_p: str | None,
-    repetition_penalty: str | None,
-) -> SamplingFlags:
-    """The sampling flags, in the ranges where they mean something."""
-    return SamplingFlags(
-        temperature=number("--temperature", temperature, lambda t: t >= 0, "from 0 (greedy) up"),
-        top_p=number("--top-p", top_p, lambda p: 0 < p <= 1, "above 0 and at most 1"),
-        top_k=whole("--top-k", top_k, 0),
-        min_p=number("--min-p", min_p, lambda p: 0 <= p <= 1, "from 0 to 1"),
-        repetition_penalty=number("--repetition-penalty", repetition_penalty, lambda r: r > 0, "above 0"),
-    )
-
-
 def seed(text: str | None) -> int | None:
     """A seed that fits the generator's key."""
-    return whole("--seed", text, 0, _MAX_SEED)
+    return whole("--seed", text, 0, MAX_SEED)
 
 
 def random_seed() -> int:
@@ -172,118 +135,133 @@ def random_seed() -> int:
     return secrets.randbits(32)
 
 
-def size(flag: str, text: str | None) -> int | None:
+def size(name: str, text: str) -> int:
     """A SIZE in bytes."""
-    if text is None:
-        return None
     try:
         return parse_size(text)
     except InvalidSizeError as error:
-        raise InvalidSizeError(f"{flag}: {error.message}", error.hint) from error
+        raise InvalidSizeError(f"{name}: {error.message}", error.hint) from error
 
 
-def tree_budget(text: str) -> int | None:
+def context(name: str, text: str) -> int | None:
+    """Tokens of the context."""
+    return whole(name, text, 1)
+
+
+def tree_budget(name: str, text: str) -> int | None:
     """Draft nodes per tree, or None for auto."""
     if text == "auto":
         return None
     if text == "0":
-        raise UsageError("--tree-budget must be auto or at least 1, not 0", hint="--draft none drafts nothing")
-    return whole("--tree-budget", text, 1)
+        raise UsageError(f"{name} must be auto or at least 1, not 0", hint="--draft none drafts nothing")
+    return whole(name, text, 1)
 
 
-def dtype(text: str) -> Literal["auto"] | Dtype:
+def dtype(name: str, text: str) -> Literal["auto"] | Dtype:
     """A dtype's name."""
-    for name in DTYPES:
-        if text == name:
-            return name
-    raise UsageError(f"--dtype must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, not '{text}'")
+    for known in DTYPES:
+        if text == known:
+            return known
+    raise UsageError(f"{name} must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, not '{text}'")
 
 
-def quant(text: str) -> Literal["auto"] | Quant:
+def quant(name: str, text: str) -> Literal["auto"] | Quant:
     """What the target's matrices are to be stored in."""
-    return "auto" if text == "auto" else _quant("--quant", "auto, ", text)
+    return "auto" if text == "auto" else _quant(name, "auto, ", text)
 
 
-def draft_quant(text: str) -> Quant:
+def draft_quant(name: str, text: str) -> Quant:
     """What the draft's matrices are to be stored in."""
-    return _quant("--draft-quant", "", text)
+    return _quant(name, "", text)
 
 
-def _quant(flag: str, others: str, text: str) -> Quant:
-    for name in QUANTS:
-        if text == name:
-            return name
-    raise UsageError(f"{flag} must be {others}{', '.join(QUANTS[:-1])} or {QUANTS[-1]}, not '{text}'")
+def _quant(name: str, others: str, text: str) -> Quant:
+    for known in QUANTS:
+        if text == known:
+            return known
+    raise UsageError(f"{name} must be {others}{', '.join(QUANTS[:-1])} or {QUANTS[-1]}, not '{text}'")
 
 
-def device(text: str) -> str:
+def device(name: str, text: str) -> str:
     """A device's name; whether it is there is found out later."""
     kind, colon, index = text.partition(":")
     if text in ("auto", "cpu", "cuda") or (kind == "cuda" and colon and index.isdecimal() and index.isascii()):
         return text
-    raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, not '{text}'")
+    raise UsageError(f"{name} must be auto, cpu, cuda or cuda:N, not '{text}'")
 
 
-def system_prompt(text: str | None) -> str | None:
+def overflow(name: str, text: str) -> Overflow:
+    """What becomes of a chat that fills its context."""
+    for known in OVERFLOWS:
+        if text == known:
+            return known
+    raise UsageError(f"{name} must be {' or '.join(OVERFLOWS)}, not '{text}'")
+
+
+def system_prompt(name: str, text: str) -> str:
     """The system prompt, from a file when it starts with @."""
-    if text is None or not text.startswith("@"):
+    if not text.startswith("@"):
         return text
     try:
         return Path(text[1:]).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UsageError(f"--system cannot read {text[1:] or 'a file without a name'}: {reason}") from error
+        raise UsageError(f"{name} cannot read {text[1:] or 'a file without a name'}: {reason}") from error
 
 
-def stop_strings(texts: list[str] | None) -> tuple[str, ...]:
+def stop_strings(name: str, texts: Sequence[str]) -> tuple[str, ...]:
     """The stop strings; an empty one would stop everywhere."""
-    if texts and not all(texts):
-        raise UsageError("--stop must not be empty")
-    return tuple(texts or ())
+    if not all(texts):
+        raise UsageError(f"{name} must not be empty")
+    return tuple(texts)
 
 
 # --- what holds in the end ---------------------------------------------------------------------------------------
 
 
-def resolve_sampling(flags: SamplingFlags, defaults: "GenerationDefaults", seed: int) -> tuple[Sampling, list[str]]:
-    """What the answer is drawn with, and what the user should know about it.
+def resolve_sampling(flags: SamplingFlags, defaults: "GenerationDefaults", seed: int) -> Sampling:
+    """What the answer is drawn with.
 
-    A flag comes before the model's own generation_config, and that before greedy. A model whose config does not ask for
-    sampling is greedy, whatever else it says there; the repetition penalty holds either way, as in transformers.
+    A choice of the user's comes before the model's own generation_config, and that before greedy. A model whose config
+    does not ask for sampling is greedy, whatever else it says there; the repetition penalty holds either way, as in
+    transformers.
 
     Args:
-        flags: as given.
+        flags: as chosen.
         defaults: the model's.
         seed: keys the draws.
     """
     samples = bool(defaults.do_sample)
-    penalty = _first(flags.repetition_penalty, defaults.repetition_penalty, 1.0)
-    temperature = _first(flags.temperature, _first(defaults.temperature, None, 1.0) if samples else None, 0.0)
-    if temperature == 0:
-        return Sampling(repetition_penalty=penalty, seed=seed), _without_effect(flags)
-    return (
-        Sampling(
-            temperature=temperature,
-            top_k=int(_first(flags.top_k, defaults.top_k if samples else None, 0)),
-            top_p=_first(flags.top_p, defaults.top_p if samples else None, 1.0),
-            min_p=_first(flags.min_p, defaults.min_p if samples else None, 0.0),
-            repetition_penalty=penalty,
-            seed=seed,
-        ),
-        [],
+    return Sampling(
+        temperature=_first(flags.temperature, _first(defaults.temperature, None, 1.0) if samples else None, 0.0),
+        top_k=int(_first(flags.top_k, defaults.top_k if samples else None, 0)),
+        top_p=_first(flags.top_p, defaults.top_p if samples else None, 1.0),
+        min_p=_first(flags.min_p, defaults.min_p if samples else None, 0.0),
+        repetition_penalty=_first(flags.repetition_penalty, defaults.repetition_penalty, 1.0),
+        seed=seed,
     )
+
+
+def sampling_sources(sources: Mapping[str, str], defaults: "GenerationDefaults") -> dict[str, str]:
+    """Where each setting of answers comes from, the model's own included; what is missing is a default."""
+    if "seed" not in sources:
+        sources = {**sources, "seed": "random"}
+    names = ("top_k", "top_p", "min_p") if defaults.do_sample else ()
+    found = {name for name in (*names, "repetition_penalty") if getattr(defaults, name) is not None}
+    if defaults.do_sample:
+        found.add("temperature")
+    return {**dict.fromkeys(found, "the model's generation_config.json"), **sources}
+
+
+def without_effect(sampling: Sampling, sources: Mapping[str, str]) -> list[str]:
+    """What to say of flags that change nothing."""
+    if not sampling.greedy:
+        return []
+    flags = [sources[name] for name in ("top_p", "top_k", "min_p") if sources.get(name, "").startswith("--")]
+    return [f"{flag} has no effect: the temperature is 0 (greedy); --temperature T above 0 samples" for flag in flags]
 
 
 def _first(flag: float | None, default: float | None, fallback: float) -> float:
     if flag is not None:
         return flag
     return fallback if default is None else default
-
-
-def _without_effect(flags: SamplingFlags) -> list[str]:
-    given = (("--top-p", flags.top_p), ("--top-k", flags.top_k), ("--min-p", flags.min_p))
-    return [
-        f"{name} has no effect: the temperature is 0 (greedy); --temperature T above 0 samples"
-        for name, value in given
-        if value is not None
-    ]

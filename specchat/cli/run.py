@@ -1,21 +1,30 @@
 """`specchat run`: from checked options to an answer, or to a chat."""
 
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from threading import Event
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from specchat import __version__
 from specchat.cli import models as shared
 from specchat.cli.models import Models
-from specchat.cli.options import RunOptions, random_seed, resolve_sampling
+from specchat.cli.options import RunOptions, random_seed, resolve_sampling, sampling_sources, without_effect
 from specchat.cli.output import print_line, to_json
-from specchat.config import Plan, Sampling
+from specchat.cli.sessions import lasting, model_of, path_for, was_with
+from specchat.config import Plan, Sampling, Setting
 from specchat.errors import EmptyPromptError, UsageError
+from specchat.units import format_bytes
 
 if TYPE_CHECKING:
     from specchat.chat.session import ChatSession, Delta, Turn
-    from specchat.models.hf_compat import GenerationDefaults
+    from specchat.chat.transcript import Saved, Transcript
+    from specchat.engine.engine import Engine
+    from specchat.models.hf_compat import GenerationDefaults, Tokenizer
     from specchat.ui.chat_view import ChatView
     from specchat.ui.console import Talk
+    from specchat.ui.progress import Reporter
 
 _INTERRUPTED = 130
 
@@ -87,61 +96,184 @@ def _print_plan(options: RunOptions, models: Models, plan: Plan) -> None:
     print_line(to_json(plan_object(plan)) if options.json else plan_table(models.target, plan, models.draft_note))
 
 
-# --- the answer --------------------------------------------------------------------------------------------------
+# --- the chat ----------------------------------------------------------------------------------------------------
 
 
 def _chat(options: RunOptions, models: Models, plan: Plan, prompt: str | None, say: "Talk") -> int:
-    from specchat.chat.session import ChatSession, check_has_template
-    from specchat.engine.engine import Engine
-    from specchat.models.hf_compat import load_generation_defaults, load_tokenizer
+    from specchat.models.hf_compat import load_generation_defaults
     from specchat.ui.chat_view import ChatView
     from specchat.ui.console import answer_stream
+    from specchat.ui.progress import TalkReporter
 
     defaults = load_generation_defaults(models.target.path)
-    sampling = _sampling(options, defaults, plan, say)
-    view = ChatView(answer_stream(), say, verbose=options.verbose)
+    seed = random_seed() if options.models.seed is None else options.models.seed
+    sampling = resolve_sampling(options.sampling, defaults, seed)
+    sources = sampling_sources(options.sources, defaults)
+    view = ChatView(answer_stream(), say, verbose=options.verbose, raw=options.raw)
     view.banner(models.target, plan, models.draft_note)
-    tokenizer = load_tokenizer(models.target.path)
-    check_has_template(tokenizer, base=options.base)
-    packs = shared.make_pack(models.target, plan, say), shared.make_draft_pack(models.draft, plan, say)
-    with Engine.load(plan, models.target, models.draft, *packs) as engine:
-        session = ChatSession(
+    for notice in [*without_effect(sampling, sources), *_notices(options, plan, models)]:
+        say.warn(notice)
+    with _transcript(options, say, interactive=prompt is None) as transcript:
+        parts = _Parts(options, models, plan, sampling, sources, defaults, transcript)
+        if prompt is None:
+            return _interactive(parts, view)
+        session = parts.load(TalkReporter(say))
+        with closing(session.engine):
+            return _answer(options, models, session, view, prompt)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Everything a chat is made from."""
+
+    options: RunOptions
+    models: Models
+    plan: Plan
+    sampling: Sampling
+    sources: Mapping[str, str]
+    defaults: "GenerationDefaults"
+    transcript: "Transcript"
+
+    def load(self, reporter: "Reporter") -> "ChatSession":
+        """The chat, new or where it was left, with its models loaded.
+
+        Raises:
+            UsageError: the target was not made for chats.
+        """
+        from specchat.chat.session import check_has_template
+        from specchat.engine.engine import Engine
+        from specchat.models.hf_compat import load_tokenizer
+
+        tokenizer = load_tokenizer(self.models.target.path)
+        check_has_template(tokenizer, base=self.options.base)
+        target, draft = self.models.target, self.models.draft
+        packs = shared.make_pack(target, self.plan, reporter), shared.make_draft_pack(draft, self.plan, reporter)
+        engine = Engine.load(self.plan, target, draft, *packs)
+        try:
+            return self._opened(self._session(engine, tokenizer), reporter)
+        except BaseException:
+            engine.close()
+            raise
+
+    def settings(self, session: "ChatSession") -> list[Setting]:
+        """Everything that was or could have been chosen, and where it came from; for /info."""
+        return [*_model_settings(self.options, self.plan), *session.settings()]
+
+    def _opened(self, session: "ChatSession", reporter: "Reporter") -> "ChatSession":
+        """The chat, with what it runs on written down."""
+        from specchat.chat.state import Opened
+
+        options = self.options
+        if self.sources.get("think", "").startswith("--") and not session.can_switch_thinking:
+            flag = self.sources["think"]
+            reporter.warn(f"{flag} has no effect: this model's chat template has no switch for thinking")
+        self.transcript(Opened(self._setup(), session.system, self.sampling, options.max_tokens, options.think))
+        return session
+
+    def _session(self, engine: "Engine", tokenizer: "Tokenizer") -> "ChatSession":
+        from specchat.chat.session import ChatSession
+
+        options = self.options
+        return ChatSession(
             engine,
             tokenizer,
-            sampling=sampling,
-            stop_ids=shared.stop_ids(defaults, tokenizer),
+            sampling=self.sampling,
+            stop_ids=shared.stop_ids(self.defaults, tokenizer),
             stop_texts=options.stops,
             max_tokens=options.max_tokens,
-            system=options.system,
+            system=None if options.base else options.system,
             base=options.base,
+            thinking=options.think,
+            overflow=options.overflow,
+            exchanges=options.resume.state.exchanges if options.resume else (),
+            sources=self.sources,
+            journal=self.transcript,
         )
-        return _converse(options, models, session, view, prompt)
+
+    def _setup(self) -> dict[str, Any]:
+        """What a chat has to run on to go on as it would have gone on here."""
+        target, plan, options = self.models.target, self.plan, self.options
+        return {
+            "specchat": __version__,
+            "model": lasting(target.name),
+            "revision": target.revision,
+            "draft": options.models.draft,
+            "quant": plan.quant,
+            "dtype": plan.dtype,
+            "device": plan.device,
+            "ctx": options.models.ctx,
+            "stop": list(options.stops),
+            "overflow": options.overflow,
+            "base": options.base,
+        }
 
 
-def _sampling(options: RunOptions, defaults: "GenerationDefaults", plan: Plan, say: "Talk") -> Sampling:
-    seed = random_seed() if options.models.seed is None else options.models.seed
-    sampling, notices = resolve_sampling(options.sampling, defaults, seed)
+def _model_settings(options: RunOptions, plan: Plan) -> list[Setting]:
+    """What the models run under."""
+    values = {
+        "model": plan.target,
+        "draft": plan.draft or "none",
+        "quant": plan.quant,
+        "device": plan.device,
+        "dtype": plan.dtype,
+        "ctx": f"{plan.ctx:,}",
+        "tree_budget": f"{plan.tree_budget:,}",
+        "vram": format_bytes(plan.device_budget_bytes),
+    }
+    return [Setting(name, value, options.sources.get(name, "default")) for name, value in values.items()]
+
+
+@contextmanager
+def _transcript(options: RunOptions, say: "Talk", *, interactive: bool) -> "Iterator[Transcript]":
+    """The file that the chat is appended to; nobody else appends to it meanwhile."""
+    from specchat.chat.transcript import Transcript
+
+    saved = options.resume
+    if saved is not None:
+        say.say(f"session {saved.session_id}: {_turns(saved)} so far", "dim")
+        if saved.repair is not None:
+            say.warn(saved.repair)
+    transcript = Transcript(path_for(options, interactive=interactive), saved)
+    try:
+        yield transcript
+    finally:
+        transcript.close()
+
+
+def _turns(saved: "Saved") -> str:
+    num_turns = len(saved.state.exchanges)
+    return "1 turn" if num_turns == 1 else f"{num_turns} turns"
+
+
+def _notices(options: RunOptions, plan: Plan, models: Models) -> list[str]:
+    """What will not go as it was asked for."""
+    notices = []
     if options.models.tree_budget is not None and plan.draft is None:
-        notices.append("--tree-budget has no effect: there is no draft")
-    for notice in notices:
-        say.warn(notice)
-    return sampling
+        notices.append(f"{options.sources['tree_budget']} has no effect: there is no draft")
+    if options.base and options.system is not None:
+        notices.append("the system prompt has no effect: --base leaves the chat template out")
+    if options.resume is not None and not was_with(options.resume, models.target):
+        notices.append(f"this chat was with {model_of(options.resume)} so far")
+    return notices
 
 
-def _converse(options: RunOptions, models: Models, session: "ChatSession", view: "ChatView", prompt: str | None) -> int:
-    if prompt is None:
-        return _interactive(session, view)
+def _answer(options: RunOptions, models: Models, session: "ChatSession", view: "ChatView", prompt: str) -> int:
     if options.json or options.json_stream:
         return _answer_as_json(options, models, session, view, prompt)
     return _answer_as_text(session, view, prompt)
 
 
-def _interactive(session: "ChatSession", view: "ChatView") -> int:
-    from specchat.ui.console import wants_styles
-    from specchat.ui.prompt import PromptLine
-    from specchat.ui.repl import Repl
+def _interactive(parts: _Parts, view: "ChatView") -> int:
+    from specchat.chat.transcript import history_file
+    from specchat.ui.loading import BackgroundLoad
+    from specchat.ui.repl import Chat, open_chat
 
-    Repl(session, view, PromptLine(styled=wants_styles(sys.stdout))).run()
+    history = history_file() if parts.options.keeps_history else None
+    loading = BackgroundLoad(parts.load)
+    try:
+        open_chat(Chat(loading, parts.transcript, parts.settings), view, history_file=history)
+    finally:
+        loading.close(lambda session: session.engine.close())
     return 0
 
 
@@ -150,7 +282,7 @@ def _answer_as_text(session: "ChatSession", view: "ChatView", prompt: str) -> in
 
     cancel = Event()
     with Interrupts().setting(cancel):
-        turn = view.show(session.ask(prompt, cancel), view.write)
+        turn = view.follow(session, session.ask(prompt, cancel), cancel)
     view.end(turn, session.engine.plan)
     return _code(turn)
 
@@ -162,7 +294,9 @@ def _answer_as_json(options: RunOptions, models: Models, session: "ChatSession",
     cancel = Event()
     show = _print_delta if options.json_stream else _ignore
     with Interrupts().setting(cancel):
-        turn = view.show(session.ask(prompt, cancel), show)
+        turn = view.follow(session, session.ask(prompt, cancel), cancel, show)
+    if turn.unsaved is not None:
+        view.talk.error(turn.unsaved, None)
     result = run_object(turn, target=models.target, plan=session.engine.plan, seed=session.sampling.seed)
     print_line(to_json(done_object(result) if options.json_stream else result))
     return _code(turn)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from specchat.closing import Closing
-from specchat.config import FinishReason, MemoryReport, ModelSource, Plan, Sampling, Step
+from specchat.config import Activity, DraftTree, FinishReason, MemoryReport, ModelSource, Phase, Plan, Sampling, Step
 from specchat.engine import stats
 from specchat.engine.attention import RowLayout
 from specchat.engine.drafter import Drafter, ModelDrafter, NoDrafter
@@ -58,6 +58,7 @@ class Engine(Closing):
         self._drafter = drafter
         self._growth: Growth = PayingGrowth(plan.tree_budget) if plan.adaptive else FixedGrowth(plan.tree_budget)
         self._cached: list[int] = []  # the tokens whose rows the target's cache holds
+        self._phase: Phase = "idle"
         self._meter = stats.MemoryMeter(plan, [target, *drafter.models], runtime_bytes)
 
     @classmethod
@@ -157,7 +158,10 @@ class Engine(Closing):
             cancel=cancel,
         )
         while True:
-            step = self._step(context, answer)
+            try:
+                step = self._step(context, answer)
+            finally:
+                self._phase = "idle"
             context += step.token_ids
             yield step
             if step.finish_reason is not None:
@@ -192,15 +196,24 @@ class Engine(Closing):
         """What is held, beside what the plan's ledger promised."""
         return self._meter.report()
 
+    @property
+    def activity(self) -> Activity:
+        """What it is at; may be asked from any thread."""
+        phase = self._phase
+        passing = phase in ("prefill", "verifying")
+        return Activity(phase, self._target.layers_done if passing else 0, self.plan.num_layers)
+
     def _step(self, context: list[int], answer: _Answer) -> Step:
         """One tree, one pass, the accepted path; on cancellation nothing but an empty step."""
         clock = stats.StepClock(self._target.streamer)
         num_cached = len(self._cached)
         pending = context[num_cached:]
         try:
+            self._phase = "drafting"
             with clock.drafting():
                 max_depth = answer.max_length - len(context) - 1
                 tree = self._drafter.grow(context, self._growth, max_depth, answer.sampler, answer.cancel)
+            self._phase = "prefill" if len(pending) > 1 else "verifying"
             with clock.verifying():
                 rows = self._rows_for(context, len(pending), tree)
                 hidden = self._target.forward([*pending, *tree.tokens], rows, answer.cancel)
@@ -215,8 +228,10 @@ class Engine(Closing):
         self._drafter.commit(path)
         self._meter.saw_pass(hidden)
         reason = self._finish_reason(len(context) + len(tokens), tokens[-1], answer)
+        offered = DraftTree(tree.tokens, tree.parents, tuple(path)) if len(tree) else None
         depth = max(tree.depths, default=0)
-        step = clock.step(tokens, reason, len(pending), num_cached, len(tree), depth, tree.by_source(path))
+        guesses = tree.by_source(path)
+        step = clock.step(tokens, reason, len(pending), num_cached, len(tree), depth, guesses, offered)
         self._growth.verified(step, tree, path)
         return step
 

@@ -48,6 +48,9 @@ class TreeModel:
         streamed: their indices.
         chunk_rows: rows that one layer computes at a time.
         device: where passes run.
+
+    Attributes:
+        layers_done: of the pass under way or the last one; for onlookers in other threads.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class TreeModel:
         self._chunk_rows = chunk_rows
         self._layout: RowLayout | None = None
         self._cancel: threading.Event | None = None
+        self.layers_done = 0
         streamed_set = set(streamed)
         for index, layer in enumerate(skeleton.layers):
             layer.forward = partial(self._run_layer, index, index in streamed_set, layer.forward)
@@ -104,7 +108,7 @@ class TreeModel:
         """
         assert len(token_ids) == layout.num_rows
         length = self.cache.length
-        self._layout, self._cancel = layout, cancel
+        self._layout, self._cancel, self.layers_done = layout, cancel, 0
         ids = torch.tensor(token_ids, dtype=torch.int64, device=self.device)
         try:
             with hf_compat.row_scope(partial(RowMask, layout)):
@@ -135,6 +139,7 @@ class TreeModel:
     def _run_layer(
         self, index: int, streamed: bool, forward: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
+        self.layers_done = index
         if self._cancel is not None and self._cancel.is_set():
             raise PassCancelledError
         if not streamed:

@@ -12,7 +12,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from specchat.config import FinishReason, Guesses, MemoryReport, Plan, Step
+from specchat.config import DraftTree, FinishReason, Guesses, MemoryReport, Plan, Step
 from specchat.engine.model import TreeModel
 from specchat.engine.streamer import LayerStreamer
 
@@ -79,6 +79,7 @@ class StepClock:
         tree_nodes: int,
         depth: int,
         guesses: tuple[Guesses, ...] = (),
+        tree: DraftTree | None = None,
     ) -> Step:
         """The record of the step that ends now."""
         counters = self._streamer.counters()
@@ -97,6 +98,7 @@ class StepClock:
             stream_wait_s=counters.wait_s - self._at_start.wait_s,
             streamed_bytes=counters.num_bytes - self._at_start.num_bytes,
             guesses=guesses,
+            tree=tree,
         )
 
 

@@ -1,12 +1,23 @@
 """What a person sees of a run: banner, plan, the streaming answer, its statistics."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from threading import Event
 
 from specchat import __version__
-from specchat.chat.session import Delta, Turn
-from specchat.config import LedgerItem, MemoryReport, ModelSource, Plan, Step
+from specchat.chat.session import ChatSession, Delta, Dropped, Turn
+from specchat.config import LedgerItem, ModelSource, Plan, Setting, Step
+from specchat.ui.answer_view import AnswerView
 from specchat.ui.console import AnswerStream, Talk
+from specchat.ui.live import LiveRegion, can_redraw
+from specchat.ui.loading import BackgroundLoad
+from specchat.ui.markdown import tail_rows
+from specchat.ui.status import AnswerStatus, Watched, memory_text
+from specchat.ui.tree_view import tree_lines
+from specchat.ui.worker import Worker
 from specchat.units import GIB, MIB, format_bytes
+
+_POLL_S = 0.2
 
 
 class ChatView:
@@ -15,49 +26,167 @@ class ChatView:
     Args:
         out: where answers go.
         talk: where everything else goes.
+        raw: answers without Markdown.
+
+    Attributes:
         verbose: also show each step.
+        shows_thinking: leave thinking on the screen; else it is folded away when it is done.
     """
 
-    def __init__(self, out: AnswerStream, talk: Talk, *, verbose: bool = False) -> None:
+    def __init__(self, out: AnswerStream, talk: Talk, *, verbose: bool = False, raw: bool = False) -> None:
         self.out = out
         self.talk = talk
-        self._verbose = verbose
+        self.verbose = verbose
+        self.shows_thinking = False
+        self._raw = raw
 
     def banner(self, target: ModelSource, plan: Plan, draft_note: str) -> None:
         """Model, draft and plan, before anything is loaded."""
         for line in banner_lines(target, plan, draft_note):
             self.talk.say(line, "dim")
 
-    def write(self, delta: Delta) -> None:
-        """The next piece of an answer."""
-        self.out.write(delta.text)
-
-    def show(self, records: Iterable[Delta | Turn], write: Callable[[Delta], None]) -> Turn:
-        """Follows an answer to its end.
+    def follow(
+        self,
+        session: ChatSession,
+        records: Iterator[Delta | Dropped | Turn],
+        cancel: Event,
+        write: Callable[[Delta], None] | None = None,
+    ) -> Turn:
+        """Follows an answer to its end. It is made in a thread of its own meanwhile.
 
         Args:
-            records: from `ChatSession.ask`.
-            write: shows a piece of the answer.
+            session: that answers.
+            records: from one of its methods.
+            cancel: the event that those were given.
+            write: shows a piece of the answer, or of the thinking, in another way.
+
+        Raises:
+            SpecchatError: whatever ended the answer.
+            KeyboardInterrupt: Ctrl-C, twice.
         """
-        num_steps = 0
-        for record in records:
-            if isinstance(record, Turn):
-                return record
-            write(record)
-            if self._verbose and record.step is not None:
-                num_steps += 1
-                self.talk.say(step_line(num_steps, record.step), "dim")
-        raise AssertionError("the last record of an answer is its turn")
+        engine = session.engine
+        status = AnswerStatus(Watched(engine.plan, lambda: engine.activity, engine.memory), cancel)
+        shown = AnswerView(
+            self.out,
+            self.talk,
+            raw=self._raw,
+            folds_thinking=not self.shows_thinking,
+            status=status.line,
+            owns_text=write is None,
+        )
+        follower = _Follower(shown, status, write, self.talk, self._steps_shown(session))
+        try:
+            with Worker(records, cancel) as worker:
+                return follower.follow(worker)
+        finally:
+            follower.end()
+
+    def wait_for(self, load: BackgroundLoad[ChatSession], cancel: Event) -> None:
+        """Until the model is loaded, or the user gives up; says meanwhile what is going on."""
+        if load.is_done:
+            return
+        if self.talk.quiet or not can_redraw(self.talk.stream):
+            self.talk.say("loading the model", "dim")
+            while not load.wait(_POLL_S) and not cancel.is_set():
+                pass
+            return
+        region = LiveRegion(self.talk.stream)
+        try:
+            while not load.wait(_POLL_S) and not cancel.is_set():
+                region.update(tail_rows(load.reporter.line(), region.size()[0], 1, "dim"))
+        finally:
+            region.clear()
 
     def end(self, turn: Turn, plan: Plan) -> None:
         """The line under an answer."""
         self.out.end_line()
         self.talk.say(stopped_line(turn) if turn.finish_reason == "interrupt" else stats_line(turn, plan), "dim")
+        if turn.unsaved is not None:
+            self.talk.error(turn.unsaved, None)
         if turn.finish_reason == "context":
             self.talk.warn(
                 f"the context of {plan.ctx:,} tokens is full, so the answer ends here; "
-                "/clear starts a chat over, --ctx makes room where the model allows"
+                "/clear starts over, /drop N forgets the oldest turns, --ctx makes room where the model allows"
             )
+
+    def _steps_shown(self, session: ChatSession) -> Callable[[int, Step], None] | None:
+        if not self.verbose:
+            return None
+
+        def show(number: int, step: Step) -> None:
+            self.talk.say(step_line(number, step), "dim")
+            if step.tree is not None:
+                for line in tree_lines(step.tree, step.token_ids, session.token_text, self.talk.console.width - 1):
+                    self.talk.say_styled(line)
+
+        return show
+
+
+class _Follower:
+    """Hands an answer's records to what shows them."""
+
+    def __init__(
+        self,
+        shown: AnswerView,
+        status: AnswerStatus,
+        write: Callable[[Delta], None] | None,
+        talk: Talk,
+        show_step: Callable[[int, Step], None] | None,
+    ) -> None:
+        self._shown = shown
+        self._status = status
+        self._write = write
+        self._talk = talk
+        self._show_step = show_step
+        self._num_steps = 0
+        self._num_thought_tokens = 0
+        self._began_thinking_s: float | None = None
+
+    def follow(self, worker: Worker[Delta | Dropped | Turn]) -> Turn:
+        """Until its turn is there."""
+        while True:
+            self._shown.draw()
+            record = worker.next(self._shown.next_draw_in_s())
+            match record:
+                case Turn():
+                    return record
+                case Delta():
+                    self._take(record)
+                case Dropped():
+                    self._shown.interlude(partial(self._talk.warn, dropped_line(record)))
+
+    def end(self) -> None:
+        """Leaves nothing unfinished on the screen."""
+        self._end_thinking()
+        self._shown.end()
+
+    def _take(self, delta: Delta) -> None:
+        self._status.saw(len(delta.token_ids), delta.step)
+        if self._write is not None:
+            self._shown.elsewhere(partial(self._write, delta))
+        elif delta.part == "reasoning":
+            self._take_thinking(delta)
+        else:
+            if delta.text:
+                self._end_thinking()
+            self._shown.write(delta.text)
+        if delta.step is not None and self._show_step is not None:
+            self._num_steps += 1
+            self._shown.interlude(partial(self._show_step, self._num_steps, delta.step))
+
+    def _take_thinking(self, delta: Delta) -> None:
+        if delta.text.strip() and self._began_thinking_s is None:
+            self._began_thinking_s = self._status.elapsed_s
+        self._num_thought_tokens += len(delta.token_ids)
+        if self._began_thinking_s is not None:
+            self._shown.think(delta.text)
+
+    def _end_thinking(self) -> None:
+        if self._began_thinking_s is None:
+            return
+        seconds = self._status.elapsed_s - self._began_thinking_s
+        self._began_thinking_s = None
+        self._shown.end_thinking(f"thought {seconds:.0f} s, {self._num_thought_tokens:,} tok")
 
 
 # --- lines -------------------------------------------------------------------------------------------------------
@@ -107,9 +236,36 @@ def stats_line(turn: Turn, plan: Plan) -> str:
             f"TTFT {timings.ttft_s:.1f} s",
             f"prompt {new:,} new + {usage.cached_tokens:,} cached",
             f"ctx {used:,}/{plan.ctx:,}",
-            _memory_in_use(turn.memory, plan.device),
+            memory_text(turn.memory, plan.device),
         ]
     )
+
+
+def totals_lines(turns: Sequence[Turn], plan: Plan) -> list[str]:
+    """What all answers took together, and the last one by itself."""
+    num_tokens = sum(turn.usage.completion_tokens for turn in turns)
+    num_steps = sum(turn.speculation.steps for turn in turns)
+    ttft_s = sum(turn.timings.ttft_s for turn in turns)
+    decode_s = sum(turn.timings.decode_s for turn in turns)
+    draft_s, verify_s, wait_s = (
+        sum(getattr(turn.timings, name) for turn in turns) for name in ("draft_s", "verify_s", "stream_wait_s")
+    )
+    answers = "1 answer" if len(turns) == 1 else f"{len(turns)} answers"
+    return [
+        f"{answers} · {num_tokens:,} tok · {num_tokens / max(ttft_s + decode_s, 1e-9):.1f} tok/s · "
+        f"{num_tokens / max(num_steps, 1):.1f} tok/pass",
+        f"{ttft_s:.1f} s to first tokens, {decode_s:.1f} s after them",
+        f"{verify_s:.1f} s in passes, {wait_s:.1f} s of that waiting for layers; {draft_s:.1f} s drafting",
+        f"the last one: {stats_line(turns[-1], plan)}",
+    ]
+
+
+def info_lines(settings: Sequence[Setting]) -> list[str]:
+    """Settings, their values, and where they come from."""
+    names = max((len(setting.name) for setting in settings), default=0)
+    values = [_short(setting.value, 60) for setting in settings]
+    width = max(map(len, values), default=0)
+    return [f"{s.name:<{names}}  {value:<{width}}  {s.source}" for s, value in zip(settings, values, strict=True)]
 
 
 def stopped_line(turn: Turn) -> str:
@@ -117,6 +273,18 @@ def stopped_line(turn: Turn) -> str:
     if not turn.token_ids:
         return "^C stopped before the first token · nothing was kept"
     return f"^C stopped · {turn.usage.completion_tokens:,} tok · {turn.timings.tok_per_s:.1f} tok/s"
+
+
+def dropped_line(dropped: Dropped) -> str:
+    """What was left out to make room."""
+    turns = "turn" if dropped.num_exchanges == 1 else f"{dropped.num_exchanges} turns"
+    quoted = "; ".join(f'"{_short(question)}"' for question in dropped.questions)
+    return f"the context is full: the oldest {turns} left out" + (f" ({quoted})" if quoted else "")
+
+
+def _short(text: str, max_chars: int = 40) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= max_chars else f"{line[: max_chars - 1]}…"
 
 
 def step_line(number: int, step: Step) -> str:
@@ -184,17 +352,6 @@ def _share(item: LedgerItem) -> str:
     if "draft" in name:
         return "draft"
     return "resident" if "resident" in name or "embedding" in name or "head" in name else "work"
-
-
-def _memory_in_use(memory: MemoryReport, device: str) -> str:
-    if device == "cpu":
-        return f"RAM {_gib(memory.device_peak_bytes)}"
-    return f"VRAM {_gib(memory.device_peak_bytes)} · RAM {_gib(memory.host_peak_bytes)}"
-
-
-def _gib(num_bytes: int) -> str:
-    """GiB without the unit, as on the stats line; less than one says its unit."""
-    return f"{num_bytes / GIB:.1f}" if num_bytes >= GIB else format_bytes(num_bytes)
 
 
 def _memory_name(device: str) -> str:

@@ -15,11 +15,20 @@ def wants_styles(stream: TextIO) -> bool:
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
 
 
+# Overrides and isolates of writing direction, which make a text read as another one, and separators that some terminals
+# take for line ends. The marks that right-to-left scripts do need (LRM, RLM) only hint and stay.
+_REORDERING = (*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x2028, 0x2029)
+
+
 def _controls() -> dict[int, str | None]:
     """What a terminal would obey instead of show, and the sign to show for it."""
     table: dict[int, str | None] = {code: chr(0x2400 + code) for code in range(0x20)}
-    table |= dict.fromkeys(range(128, 160), "�")
+    table |= dict.fromkeys(range(128, 160), "\N{REPLACEMENT CHARACTER}")
     table |= {0x7F: "\N{SYMBOL FOR DELETE}", 0x0D: None}  # a carriage return could write over what stands there
+    table |= dict.fromkeys(_REORDERING, "\N{REPLACEMENT CHARACTER}")
+    table |= dict.fromkeys(
+        range(0xD800, 0xE000), "\N{REPLACEMENT CHARACTER}"
+    )  # halves of characters, which UTF-8 has not
     del table[0x0A], table[0x09]
     return table
 
@@ -33,26 +42,31 @@ def neutral(text: str) -> str:
 
 
 class AnswerStream:
-    """stdout: shown safely on a terminal, byte for byte as it is anywhere else."""
+    """stdout: shown safely on a terminal, byte for byte as it is anywhere else.
+
+    Attributes:
+        stream: where it all goes.
+        is_terminal: whether somebody looks at it directly.
+    """
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._is_terminal = stream.isatty()
+        self.stream = stream
+        self.is_terminal = stream.isatty()
         self._at_line_start = True
 
     def write(self, text: str) -> None:
         """Shows `text` at once."""
         if not text:
             return
-        if self._is_terminal:
+        if self.is_terminal:
             text = neutral(text)
-            encoding = self._stream.encoding or "utf-8"
-            self._stream.write(text.encode(encoding, "replace").decode(encoding))
-            self._stream.flush()
+            encoding = self.stream.encoding or "utf-8"
+            self.stream.write(text.encode(encoding, "replace").decode(encoding))
+            self.stream.flush()
         else:
-            self._stream.flush()
-            self._stream.buffer.write(text.encode())
-            self._stream.buffer.flush()
+            self.stream.flush()
+            self.stream.buffer.write(text.encode())
+            self.stream.buffer.flush()
         self._at_line_start = text.endswith("\n")
 
     def end_line(self) -> None:
@@ -62,11 +76,18 @@ class AnswerStream:
 
 
 class Talk:
-    """stderr: everything that is not the answer."""
+    """stderr: everything that is not the answer.
+
+    Attributes:
+        stream: where it all goes.
+        quiet: whether notices are wanted at all.
+    """
 
     def __init__(self, stream: TextIO, *, quiet: bool = False) -> None:
         styled = wants_styles(stream)
+        self.stream = stream
         self.quiet = quiet
+        self._at_line_start = True
         self._is_terminal = stream.isatty()
         self.console = Console(
             file=stream,
@@ -82,6 +103,22 @@ class Talk:
         """One notice; --quiet silences it."""
         if not self.quiet:
             self.console.print(Text(neutral(text), style))
+
+    def say_styled(self, text: Text) -> None:
+        """One notice that has styles of its own and nothing in it that a terminal would obey."""
+        if not self.quiet:
+            self.console.print(text)
+
+    def write(self, text: str) -> None:
+        """The next piece of a text that comes in pieces; --quiet silences it."""
+        if text and not self.quiet:
+            self.console.print(Text(neutral(text), "dim"), end="", soft_wrap=True)
+            self._at_line_start = text.endswith("\n")
+
+    def end_line(self) -> None:
+        """Makes sure that what comes next starts on a line of its own."""
+        if not self._at_line_start:
+            self.write("\n")
 
     def tell(self, text: str) -> None:
         """The answer to a command; always shown."""

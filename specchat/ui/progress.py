@@ -1,8 +1,10 @@
-"""One line that follows bytes on their way: a download, a pack being written."""
+"""Bytes on their way, for people: a download, a pack being written."""
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from specchat.ui.console import Talk
 from specchat.units import format_bytes, format_rate
@@ -11,19 +13,73 @@ _REDRAW_S = 0.2
 _RATE_AFTER_S = 1.0  # before that, a rate says more about caches than about the disk or the line
 
 
+class Pace:
+    """Says how far something is, how fast it goes and how long it will take.
+
+    Args:
+        what: what is happening, such as "downloading org/name".
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._start: tuple[float, int] | None = None
+
+    def text(self, done: int, total: int) -> str:
+        """As of now.
+
+        Args:
+            done: bytes so far.
+            total: bytes altogether.
+        """
+        now = time.monotonic()
+        self._start = self._start or (now, done)
+        elapsed, moved = now - self._start[0], done - self._start[1]
+        text = f"{self._what}: {format_bytes(done)} of {format_bytes(total)}"
+        if elapsed < _RATE_AFTER_S or moved <= 0:
+            return text
+        rate = moved / elapsed
+        return f"{text} · {format_rate(rate)} · {(total - done) / rate:.0f} s left"
+
+
+class Reporter(Protocol):
+    """Is told what happens to bytes, by code that does not know who is watching."""
+
+    def moving(self, what: str) -> AbstractContextManager[Callable[[int, int], None]]:
+        """While bytes move; the function takes bytes so far and bytes altogether."""
+
+    def warn(self, text: str) -> None:
+        """Something did not go as asked."""
+
+
+class TalkReporter:
+    """Reports at once, on stderr."""
+
+    def __init__(self, talk: Talk) -> None:
+        self._talk = talk
+
+    @contextmanager
+    def moving(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """A line that is drawn over."""
+        with ProgressLine(self._talk, what) as line:
+            yield line.update
+
+    def warn(self, text: str) -> None:
+        """A line."""
+        self._talk.warn(text)
+
+
 class ProgressLine:
-    """Shows how far it is, how fast and how long it will take, in place, on terminals that can; else says nothing.
+    """Shows a pace in place, on terminals that can; else says nothing.
 
     Args:
         talk: where to.
-        what: what is happening, such as "downloading org/name".
+        what: what is happening.
     """
 
     def __init__(self, talk: Talk, what: str) -> None:
         self._talk = talk
-        self._what = what
+        self._pace = Pace(what)
         self._drawn_at = float("-inf")
-        self._start: tuple[float, int] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -31,20 +87,11 @@ class ProgressLine:
     def update(self, done: int, total: int) -> None:
         """Bytes so far, and bytes altogether."""
         now = time.monotonic()
-        self._start = self._start or (now, done)
+        text = self._pace.text(done, total)
         if now - self._drawn_at < _REDRAW_S and done < total:
             return
         self._drawn_at = now
-        line = f"{self._what}: {format_bytes(done)} of {format_bytes(total)}"
-        self._talk.overwrite(line + self._pace(now, done, total))
-
-    def _pace(self, now: float, done: int, total: int) -> str:
-        assert self._start is not None
-        elapsed, moved = now - self._start[0], done - self._start[1]
-        if elapsed < _RATE_AFTER_S or moved <= 0:
-            return ""
-        rate = moved / elapsed
-        return f" · {format_rate(rate)} · {(total - done) / rate:.0f} s left"
+        self._talk.overwrite(text)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

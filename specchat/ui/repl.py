@@ -1,42 +1,83 @@
 """The interactive chat: read a message, show the answer, and never lose either to a Ctrl-C."""
 
-import difflib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Event
 
-from specchat.chat.session import ChatSession
-from specchat.errors import PromptTooLongError, SpecchatError
-from specchat.ui.chat_view import ChatView
-from specchat.ui.console import typing_ahead
+from specchat.chat import transcript as transcripts
+from specchat.chat.session import ChatSession, Delta, Dropped, Turn
+from specchat.chat.transcript import Transcript
+from specchat.config import Setting
+from specchat.errors import PromptTooLongError, SessionError, SpecchatError, UsageError
+from specchat.ui import clipboard
+from specchat.ui.chat_view import ChatView, info_lines, plan_line, totals_lines
+from specchat.ui.commands import BY_NAME, help_lines, unknown
+from specchat.ui.completion import CommandCompleter
+from specchat.ui.console import typing_ahead, wants_styles
 from specchat.ui.interrupts import Interrupts
-from specchat.ui.prompt import PromptLine
+from specchat.ui.loading import BackgroundLoad
+from specchat.ui.prompt import PromptLine, unquoted
+
+Records = Iterator[Delta | Dropped | Turn]
+
+_FULL_HINT = "/clear starts over, /drop N forgets the oldest turns, --ctx makes room where the model allows"
 
 
 @dataclass(frozen=True)
-class Command:
-    """A slash command: its names, what /help says about it, and what it does (None: leave the chat)."""
+class Chat:
+    """What an interactive chat is made of, besides the screen.
 
-    names: tuple[str, ...]
-    help: str
-    act: Callable[["Repl"], None] | None
+    Attributes:
+        load: brings the session, maybe only after a while.
+        transcript: records what happens.
+        settings: everything that was set, and where.
+        notes: what is to be said at the start.
+    """
+
+    load: BackgroundLoad[ChatSession]
+    transcript: Transcript
+    settings: Callable[[ChatSession], Sequence[Setting]]
+    notes: Sequence[str] = ()
+
+
+def open_chat(chat: Chat, view: ChatView, history_file: Path | None) -> None:
+    """Chats on this terminal until the user leaves.
+
+    Args:
+        chat: session and transcript.
+        view: shows answers.
+        history_file: where typed lines are kept; None keeps them in memory.
+
+    Raises:
+        KeyboardInterrupt: two Ctrl-C in quick succession.
+        SpecchatError: the model could not be loaded.
+    """
+    completer = CommandCompleter({name: command.words for name, command in BY_NAME.items()})
+    line = PromptLine(styled=wants_styles(sys.stdout), history_file=history_file, completer=completer)
+    Repl(chat, view, line).run()
 
 
 class Repl:
     """A chat on a terminal.
 
     Args:
-        session: holds the messages, and answers.
-        view: shows the answers.
-        line: reads the messages.
+        chat: session and transcript.
+        view: shows answers.
+        line: reads messages.
     """
 
-    def __init__(self, session: ChatSession, view: ChatView, line: PromptLine) -> None:
-        self._session = session
+    def __init__(self, chat: Chat, view: ChatView, line: PromptLine) -> None:
+        self._chat = chat
         self._view = view
         self._line = line
+        self._talk = view.talk
         self._restored = ""
+        self._attached: list[str] = []
+        self._is_editing = False
+        self._warned_of_context = False
+        self._turns: list[Turn] = []
         self._interrupts = Interrupts()
 
     def run(self) -> None:
@@ -44,100 +85,328 @@ class Repl:
 
         Raises:
             KeyboardInterrupt: two Ctrl-C in quick succession.
+            SpecchatError: the model could not be loaded.
         """
-        self._view.talk.say("/help lists the commands, Ctrl-D leaves", "dim")
-        with typing_ahead(sys.stdin):
+        for note in (*self._chat.notes, self._line.trouble):
+            if note:
+                self._talk.warn(note)
+        self._talk.say("/help lists the commands, Ctrl-D leaves", "dim")
+        # Between answer and prompt Ctrl-C has nothing to stop, and must not end the chat by itself.
+        with typing_ahead(sys.stdin), self._interrupts.setting(Event()):
             while self._take_turn():
-                self._view.talk.say("")
+                self._talk.say("")
+
+    # --- reading -------------------------------------------------------------------------------------------------
 
     def _take_turn(self) -> bool:
         """Reads one message and does what it asks for; False when the chat is over."""
+        load = self._chat.load
+        restored, self._restored = self._restored, ""
+        if load.is_done:
+            load.result()  # raises if it failed while a command ran
         try:
-            text = self._line.read(self._take_restored())
+            text = self._line.read(restored, waiting=load, note=load.reporter.line)
         except EOFError:
             return False
         except KeyboardInterrupt:
+            self._is_editing = False
             self._interrupts.note()
             return True
+        self._show_load_warnings()
         return self._handle(text)
+
+    def _handle(self, typed: str) -> bool:
+        """Answers or obeys; False when the chat is over."""
+        text, block = typed.strip(), unquoted(typed)
+        if not (text if block is None else block.strip()):
+            return True
+        if block is not None:
+            self._send(block, typed)
+        elif text.startswith("//"):
+            self._send(text[1:], typed)
+        elif text.startswith("/"):
+            return self._obey(text)
+        else:
+            self._send(text, typed)
+        return True
+
+    def _obey(self, text: str) -> bool:
+        name, argument = (*text[1:].split(maxsplit=1), "", "")[:2]
+        command = BY_NAME.get(name)
+        self._is_editing &= name == "read"
+        if command is None:
+            self._talk.tell(unknown(name))
+        elif command.names[0] == "exit" and not argument:
+            return False
+        elif argument and not command.argument:
+            self._talk.tell(f"/{name} takes no argument")
+        elif not argument and command.argument and not command.argument.startswith("["):
+            self._talk.tell(f"it goes like this: /{name} {command.argument}")
+        else:
+            self._run_command(command.names[0], argument)
+        return True
+
+    def _run_command(self, name: str, argument: str) -> None:
+        try:
+            _ACTIONS[name](self, *([argument] if BY_NAME[name].argument else []))
+        except SpecchatError as error:
+            self._talk.error(error.message, error.hint)
+
+    # --- answering -----------------------------------------------------------------------------------------------
+
+    def _send(self, text: str, typed: str) -> None:
+        """Sends a message, with the files that go with it; what comes to nothing is back at the prompt."""
+        is_edit, self._is_editing = self._is_editing, False
+        attached, self._attached = self._attached, []
+        message = "\n\n".join([*attached, text])
+
+        def ask(session: ChatSession, cancel: Event) -> Records:
+            return session.edit(message, cancel) if is_edit else session.ask(message, cancel)
+
+        if not self._answer(ask):
+            self._restored, self._attached, self._is_editing = typed, attached, is_edit
+
+    def _answer(self, ask: Callable[[ChatSession, Event], Records]) -> bool:
+        """Shows an answer and what it took; False if there was none."""
+        cancel = Event()
+        try:
+            with self._interrupts.setting(cancel):
+                session = self._loaded(cancel)
+                if session is None:
+                    self._talk.say("^C stopped before the model was loaded", "dim")
+                    return False
+                turn = self._view.follow(session, ask(session, cancel), cancel)
+        except SessionError as error:  # the answer is in the chat all the same
+            self._talk.error(error.message, error.hint)
+            return True
+        except SpecchatError as error:
+            if self._chat.load.error is error:
+                raise
+            self._view.out.end_line()
+            self._talk.error(error.message, _FULL_HINT if isinstance(error, PromptTooLongError) else error.hint)
+            return False
+        self._view.end(turn, session.engine.plan)
+        if turn.token_ids:
+            self._turns.append(turn)
+        self._warn_of_context(session, turn)
+        return bool(turn.token_ids)
+
+    def _loaded(self, cancel: Event) -> ChatSession | None:
+        """The session, as soon as there is one; None if the user would not wait."""
+        self._view.wait_for(self._chat.load, cancel)
+        self._show_load_warnings()
+        return self._chat.load.result() if self._chat.load.is_done else None
+
+    def _session(self) -> ChatSession:
+        """The session, for a command that needs it.
+
+        Raises:
+            UsageError: the user would not wait for it.
+        """
+        cancel = Event()
+        with self._interrupts.setting(cancel):
+            session = self._loaded(cancel)
+        if session is None:
+            raise UsageError("the model is not loaded yet")
+        return session
+
+    def _show_load_warnings(self) -> None:
+        for warning in self._chat.load.reporter.take_warnings():
+            self._talk.warn(warning)
+
+    def _warn_of_context(self, session: ChatSession, turn: Turn) -> None:
+        """Says once that the context fills up, as long as there is time to do something about it."""
+        is_low = session.context_is_low
+        if is_low and not self._warned_of_context and turn.finish_reason != "context":
+            self._talk.warn(f"{session.context_used:,} of {session.ctx:,} tokens of context are in use: {_FULL_HINT}")
+        self._warned_of_context = is_low
+
+    # --- commands: answers ---------------------------------------------------------------------------------------
+
+    def retry(self) -> None:
+        """Answers the last message again."""
+        session = self._session()
+        if session.sampling.greedy and session.history:
+            self._talk.say("greedy answers come out the same again: /set temperature=0.7 draws others", "dim")
+        self._answer(lambda session, cancel: session.retry(cancel))
+
+    def edit(self) -> None:
+        """Puts the last message back at the prompt; its answer stays until another one has begun."""
+        exchanges = self._session().state.exchanges
+        if not exchanges:
+            raise UsageError("there is no message to edit")
+        self._restored, self._is_editing = exchanges[-1].question, True
+
+    def continue_last(self) -> None:
+        """Lets the last answer go on."""
+        self._answer(lambda session, cancel: session.continue_last(cancel))
+
+    def undo(self) -> None:
+        """Takes back the last message and its answer; the message is back at the prompt."""
+        self._restored = self._session().undo()
+        self._talk.tell("taken back")
+
+    def drop(self, number: str) -> None:
+        """Forgets the oldest turns."""
+        if not number.isdecimal():
+            raise UsageError(f"/drop takes a number of turns, not '{number}'")
+        session = self._session()
+        dropped = session.drop(int(number))
+        turns = "turn" if dropped.num_exchanges == 1 else "turns"
+        self._talk.tell(
+            f"{dropped.num_exchanges} {turns} dropped, {session.context_used:,} of {session.ctx:,} tokens in use"
+        )
 
     def clear(self) -> None:
         """Starts the chat over."""
-        self._session.clear()
-        self._view.talk.tell("the chat is empty again")
+        self._session().clear()
+        self._attached = []
+        self._talk.tell("the chat is empty again")
+
+    # --- commands: settings --------------------------------------------------------------------------------------
+
+    def system(self, text: str) -> None:
+        """Shows or changes the system prompt."""
+        session = self._session()
+        if text:
+            session.set_system(None if text == "none" else unquoted(text) or text)
+        self._talk.tell(f"system prompt: {session.system or 'none'}")
+
+    def set(self, assignment: str) -> None:
+        """Shows or changes how answers are drawn."""
+        session = self._session()
+        if not assignment:
+            self._tell_settings(session.settings())
+            return
+        key, sign, value = assignment.partition("=")
+        if not sign:
+            key, _, value = assignment.partition(" ")
+        if not value.strip():
+            raise UsageError("/set takes KEY=VALUE", hint="/set alone lists the keys")
+        parsed = session.set_sampling(key.strip(), value.strip())
+        self._talk.tell(f"{key.strip()} = {'none' if parsed is None else parsed}")
+
+    def think(self, word: str) -> None:
+        """Lets the model think or not; shows its thinking or folds it."""
+        session = self._session()
+        match word:
+            case "on" | "off":
+                session.set_thinking(word == "on")
+                self._talk.tell(f"thinking is {word} from the next answer on")
+            case "show":
+                self._view.shows_thinking = True
+                self._show_last_thinking(session)
+            case "hide":
+                self._view.shows_thinking = False
+                self._talk.tell("thinking is folded away when it is done")
+            case "":
+                switch = {True: "on", False: "off", None: "as the model has it"}[session.thinking]
+                self._talk.tell(f"thinking: {switch}, {'shown' if self._view.shows_thinking else 'folded'}")
+            case _:
+                raise UsageError(f"/think takes on, off, show or hide, not '{word}'")
+
+    def _show_last_thinking(self, session: ChatSession) -> None:
+        reasoning = session.state.exchanges[-1].answer.reasoning if session.state.exchanges else None
+        self._talk.say(reasoning.strip() if reasoning else "thinking will be shown", "dim")
+
+    # --- commands: files -----------------------------------------------------------------------------------------
+
+    def read(self, file: str) -> None:
+        """Takes a file's text along with the next message."""
+        path = Path(file).expanduser()
+        try:
+            text = path.read_bytes().decode()
+        except UnicodeDecodeError:
+            raise UsageError(f"{path} is not UTF-8 text") from None
+        except OSError as error:
+            raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+        if not text.strip():
+            raise UsageError(f"{path} is empty")
+        self._attached.append(text.rstrip("\n"))
+        self._talk.tell(f"{path.name} ({len(text):,} characters) goes along with the next message")
+
+    def save(self, file: str) -> None:
+        """Writes a copy of the chat, or says where it is kept."""
+        if file:
+            self._session()
+            path = Path(file).expanduser()
+            transcripts.export(self._chat.transcript.records, path)
+            self._talk.tell(f"saved to {path}")
+        elif self._chat.transcript.path is None:
+            raise UsageError("this chat is not kept (--no-save)", hint="/save FILE writes a copy")
+        else:
+            self._talk.tell(
+                f"every turn is in {self._chat.transcript.path}: "
+                f"specchat run MODEL --session {self._chat.transcript.session_id} goes on with it"
+            )
+
+    def load(self, file: str) -> None:
+        """Takes over the chat in a file."""
+        session, path = self._session(), Path(file).expanduser()
+        saved = transcripts.read(path)
+        session.load(saved.records, str(path))
+        if saved.repair:
+            self._talk.warn(saved.repair)
+        turns = len(session.state.exchanges)
+        self._talk.tell(f"{turns} turn{'' if turns == 1 else 's'} from {path}")
+
+    def copy(self) -> None:
+        """Puts the last answer on the clipboard."""
+        exchanges = self._session().state.exchanges
+        if not exchanges:
+            raise UsageError("there is no answer to copy")
+        text = exchanges[-1].answer.content
+        how = clipboard.copy(text, self._view.out.stream)
+        self._talk.tell(f"{len(text):,} characters copied {how}")
+
+    # --- commands: what there is ---------------------------------------------------------------------------------
 
     def help(self) -> None:
         """Lists commands and keys."""
         for line in help_lines():
-            self._view.talk.tell(line)
+            self._talk.tell(line)
 
-    def _take_restored(self) -> str:
-        restored, self._restored = self._restored, ""
-        return restored
+    def stats(self) -> None:
+        """What the answers of this chat took."""
+        if not self._turns:
+            raise UsageError("there is no answer yet")
+        for line in totals_lines(self._turns, self._session().engine.plan):
+            self._talk.tell(line)
 
-    def _handle(self, text: str) -> bool:
-        """Answers or obeys; False when the chat is over."""
-        text = text.strip()
-        if not text:
-            return True
-        if text.startswith("//"):
-            self._answer(text[1:], typed=text)
-            return True
-        if text.startswith("/"):
-            return self._obey(text)
-        self._answer(text, typed=text)
-        return True
+    def info(self) -> None:
+        """Model, plan, settings and where they come from."""
+        session = self._session()
+        self._talk.tell(plan_line(session.engine.plan))
+        self._talk.tell(f"context: {session.context_used:,} of {session.ctx:,} tokens in use")
+        self._tell_settings(self._chat.settings(session))
 
-    def _obey(self, text: str) -> bool:
-        name, _, rest = text[1:].partition(" ")
-        command = _BY_NAME.get(name)
-        if command is None:
-            self._view.talk.tell(_unknown(name))
-        elif rest.strip():
-            self._view.talk.tell(f"/{name} takes no argument")
-        elif command.act is None:
-            return False
-        else:
-            command.act(self)
-        return True
+    def verbose(self) -> None:
+        """Shows each pass from now on, or no longer."""
+        self._view.verbose = not self._view.verbose
+        self._talk.tell("each pass is shown" if self._view.verbose else "passes are no longer shown")
 
-    def _answer(self, text: str, *, typed: str) -> None:
-        """Sends `text`; what was typed comes back to the prompt if nothing comes of it."""
-        cancel = Event()
-        try:
-            with self._interrupts.setting(cancel):
-                turn = self._view.show(self._session.ask(text, cancel), self._view.write)
-        except SpecchatError as error:
-            self._view.out.end_line()
-            too_long = isinstance(error, PromptTooLongError)
-            self._view.talk.error(error.message, "/clear starts the chat over" if too_long else error.hint)
-            self._restored = typed
-            return
-        self._view.end(turn, self._session.engine.plan)
-        if not turn.token_ids:
-            self._restored = typed
+    def _tell_settings(self, settings: Sequence[Setting]) -> None:
+        for line in info_lines(settings):
+            self._talk.tell(line)
 
 
-COMMANDS = (
-    Command(("help",), "this list", Repl.help),
-    Command(("clear",), "start over; the system prompt stays", Repl.clear),
-    Command(("exit", "bye", "quit"), "leave; Ctrl-D on an empty line does, too", None),
-)
-_BY_NAME = {name: command for command in COMMANDS for name in command.names}
-
-
-def help_lines() -> list[str]:
-    """What /help prints."""
-    commands = [("/" + ", /".join(command.names), command.help) for command in COMMANDS]
-    keys = [
-        ("//...", "send a message that starts with a slash"),
-        ("Enter", "send; Alt-Enter or Ctrl-J breaks the line"),
-        ("Ctrl-C", "stop the answer, or clear the line; twice leaves"),
-    ]
-    return [f"{name:<18} {text}" for name, text in commands + keys]
-
-
-def _unknown(name: str) -> str:
-    close = difflib.get_close_matches(name, _BY_NAME, n=1)
-    suggestion = f"did you mean /{close[0]}?" if close else "/help lists the commands"
-    return f"there is no command /{name}: {suggestion} (// sends a slash)"
+# What each command does, by its first name; it is given the argument if it can have one. /exit ends the loop itself.
+_ACTIONS: dict[str, Callable[..., None]] = {
+    "help": Repl.help,
+    "retry": Repl.retry,
+    "edit": Repl.edit,
+    "continue": Repl.continue_last,
+    "undo": Repl.undo,
+    "drop": Repl.drop,
+    "clear": Repl.clear,
+    "system": Repl.system,
+    "set": Repl.set,
+    "think": Repl.think,
+    "read": Repl.read,
+    "save": Repl.save,
+    "load": Repl.load,
+    "copy": Repl.copy,
+    "stats": Repl.stats,
+    "info": Repl.info,
+    "verbose": Repl.verbose,
+}

@@ -75,7 +75,61 @@ def word_piece():
     return tokenizer
 
 
-KINDS = {make.__name__: make() for make in (byte_level, sentencepiece_bpe, metaspace_unigram, word_piece)}
+def metaspace_bpe():
+    """As in Llama 2's newer files and Mistral's: a metaspace only before the first word, bytes for what is unknown."""
+    backend = sentencepiece_bpe()
+    backend.normalizer = None
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
+    return backend
+
+
+def spaces_as_they_are():
+    """As in Gemma: spaces become ▁ and back, and none is added or taken off."""
+    backend = sentencepiece_bpe()
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return backend
+
+
+def tekken():
+    """As in Tekken, Llama 3 and GPT-4: bytes, cut by a pattern first."""
+    tokenizer = tokenizers.Tokenizer(models.BPE(ignore_merges=True))
+    pattern = tokenizers.Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(pattern, behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS * 2, trainer)
+    return tokenizer
+
+
+def whole_words():
+    """No decoder at all: tokens are joined with spaces."""
+    words = sorted({word for line in CORPUS for word in line.split()})
+    tokenizer = tokenizers.Tokenizer(models.WordLevel({w: i for i, w in enumerate([*SPECIAL, "?", *words])}, "?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    return tokenizer
+
+
+MAKERS = (
+    byte_level,
+    sentencepiece_bpe,
+    metaspace_unigram,
+    word_piece,
+    metaspace_bpe,
+    spaces_as_they_are,
+    tekken,
+    whole_words,
+)
+KINDS = {make.__name__: make() for make in MAKERS}
 
 
 class Wrapped:
@@ -109,6 +163,23 @@ def test_the_deltas_are_the_full_decode(kind, rust, text, special_at):
     ids.insert(min(special_at, len(ids)), KINDS[kind].token_to_id("<eos>"))
     deltas, rest = stream(tokenizer, ids, complete=True)
     assert "".join(deltas) + rest == tokenizer.decode(ids)
+
+
+@every_kind
+@every_backend
+@settings(deadline=None, max_examples=40)
+@given(text=text_strategy.filter(lambda text: "\ufffd" not in text))
+def test_nothing_is_shown_that_is_taken_back(kind, rust, text):
+    """No replacement character on the way, and after each token a beginning of what stands there in the end."""
+    tokenizer = Wrapped(KINDS[kind], rust)
+    ids = KINDS[kind].encode(text, add_special_tokens=False).ids
+    deltas, rest = stream(tokenizer, ids, complete=True)
+    assert not any("\ufffd" in delta for delta in [*deltas, rest])
+    full = tokenizer.decode(ids)
+    shown = ""
+    for delta in deltas:
+        shown += delta
+        assert full.startswith(shown)
 
 
 @every_kind

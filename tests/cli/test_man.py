@@ -15,7 +15,7 @@ from specchat.chat.session import Delta, Turn
 from specchat.cli.app import app
 from specchat.cli.exit_status import EXIT_CODES
 from specchat.config import LedgerItem, Plan
-from specchat.ui.repl import COMMANDS
+from specchat.ui.commands import COMMANDS
 
 PAGE = (Path(__file__).parents[2] / "man" / "specchat.1").read_text()
 # Without the markup of roff: fonts, escapes, requests.
@@ -27,8 +27,8 @@ COMPARISON_KEYS = {"a", "b", "common_answers", "same_output", "figures", "signif
 
 def options():
     group = typer.main.get_command(app)
-    commands = [group, *group.commands.values()]
-    return sorted({name for c in commands for p in c.params for name in p.opts if name.startswith("-")})
+    parameters = [p for command in (group, *group.commands.values()) for p in command.params]
+    return sorted({name for p in parameters for name in (*p.opts, *p.secondary_opts) if name.startswith("-")})
 
 
 def keys_of(record):
@@ -44,7 +44,7 @@ def keys_of(record):
 
 def json_keys():
     plan = Plan(**{field.name: () for field in fields(Plan)} | {"num_layers": 0})
-    keys = keys_of(Turn) | set(plan_object(plan)) | keys_of(LedgerItem) | set(done_object({}))
+    keys = keys_of(Turn) - {"unsaved"} | set(plan_object(plan)) | keys_of(LedgerItem) | set(done_object({}))
     return sorted(keys | set(delta_object(Delta("", ()))) | {"schema_version", "model", "revision", "seed"})
 
 

@@ -1,6 +1,5 @@
 """`specchat run` for scripts: what goes where, what it exits with, and how it says what went wrong."""
 
-import io
 import json
 import os
 import shutil
@@ -11,9 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from support import fake_cli
 
-from specchat.cli.app import run_command_line
 from specchat.cli.exit_status import EXIT_CODES, code_of
 from specchat.cli.options import SamplingFlags, resolve_sampling
 from specchat.config import ModelSource, Sampling
@@ -22,35 +19,6 @@ from specchat.models.hub import Download
 
 DEMO = Path(__file__).parents[2] / "specchat" / "demo" / "target"
 TESTS = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def specchat(monkeypatch, capfd):
-    """The command line, in this process."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
-
-    def call(*arguments, stdin=b""):
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        capfd.readouterr()
-        code = run_command_line(arguments)
-        out, err = capfd.readouterr()
-        assert code in EXIT_CODES
-        return SimpleNamespace(code=code, out=out, err=err)
-
-    yield call
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture
-def fake(specchat, monkeypatch):
-    """The same without a model."""
-    for name in ("specchat.engine.engine", "specchat.models.hf_compat"):
-        monkeypatch.setitem(sys.modules, name, sys.modules.get(name))
-    for name in ("make_plan", "make_pack"):
-        monkeypatch.setattr(f"specchat.cli.models.{name}", None)  # puts back what is replaced next
-    fake_cli.install()
-    return specchat
 
 
 def fails(result, code, *words):
@@ -290,7 +258,7 @@ def test_a_small_budget_streams_and_changes_nothing(answer, specchat):
 
 
 def test_the_answer_is_byte_exact_off_a_terminal(fake):
-    assert fake("run", "demo", "escape").out.encode() == "a\x1b[31mb\x07c\r\nd\x9b2J\n".encode()
+    assert fake("run", "demo", "escape").out.encode() == "a\x1b[31mb\x07c\r\nd\x9b2J &#x202e;\n".encode()
 
 
 @pytest.mark.parametrize(
@@ -434,7 +402,7 @@ def defaults(**values):
         ({}, {"do_sample": True}, Sampling(temperature=1.0)),
         ({}, {"do_sample": True, "temperature": 0.7, "top_p": 0.9}, Sampling(temperature=0.7, top_p=0.9)),
         ({"top_p": 1.0}, {"do_sample": True, "temperature": 0.7, "top_p": 0.9}, Sampling(temperature=0.7)),
-        ({"temperature": 0.0}, {"do_sample": True, "top_k": 20}, Sampling()),
+        ({"temperature": 0.0}, {"do_sample": True, "top_k": 20}, Sampling(top_k=20)),
         ({"temperature": 0.5}, {"top_p": 0.9, "top_k": 20}, Sampling(temperature=0.5)),
         ({}, {"do_sample": True, "top_k": 20, "min_p": 0.1}, Sampling(temperature=1.0, top_k=20, min_p=0.1)),
         ({}, {"repetition_penalty": 1.1}, Sampling(repetition_penalty=1.1)),
@@ -442,4 +410,4 @@ def defaults(**values):
     ],
 )
 def test_a_flag_comes_before_the_model_and_that_before_greedy(flags, config, expected):
-    assert resolve_sampling(SamplingFlags(**flags), defaults(**config), 0) == (expected, [])
+    assert resolve_sampling(SamplingFlags(**flags), defaults(**config), 0) == expected

@@ -51,7 +51,7 @@ def test_ctrl_c_keeps_what_is_there():
 def test_ctrl_c_before_the_first_token_gives_the_message_back():
     with chat(environment={"FAKE_FIRST_PAUSE_S": "1"}) as terminal:
         terminal.send("begin" + ENTER)
-        terminal.wait_for("begun")
+        terminal.wait_for("verifying 2 of 4")
         terminal.send(CTRL_C)
         terminal.wait_for("^C stopped before the first token")
         terminal.wait_for(lambda t: t.cursor_line == "> begin")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from support.engines import NOTHING, make_plan, random_prompt, write
 from support.tiny_models import REFUSED, VOCAB, make_config, perturbed, random_model, save
 
-from specchat.config import Guesses, ModelSource, Sampling
+from specchat.config import Activity, Guesses, ModelSource, Sampling
 from specchat.engine.drafter import ModelDrafter
 from specchat.engine.engine import Engine
 from specchat.engine.model import load_model
@@ -155,6 +156,38 @@ def test_steps_add_up(engine: Engine, sampling: Sampling):
     assert length == len(PROMPT) + len(tokens) == len(PROMPT) + 30
     assert len(steps) < 20  # the draft is often right
     assert all(step.depth < 30 for step in steps)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "sampled"])
+def test_steps_show_their_tree_and_the_path_taken(engine: Engine, sampling: Sampling):
+    _, steps = write(engine, PROMPT, sampling, 30)
+    assert any(step.accepted for step in steps)
+    for step in steps:
+        if step.tree is None:
+            assert step.tree_nodes == 0
+            continue
+        assert len(step.tree.tokens) == len(step.tree.parents) == step.tree_nodes
+        assert all(parent < node for node, parent in enumerate(step.tree.parents))
+        assert tuple(step.tree.tokens[node] for node in step.tree.accepted) == step.token_ids[: step.accepted]
+        assert [step.tree.parents[node] for node in step.tree.accepted] == [ROOT, *step.tree.accepted][: step.accepted]
+
+
+def test_what_it_is_at_can_be_watched(engine: Engine):
+    """Asked wherever it looks whether to stop, which is before every layer."""
+    seen: list[Activity] = []
+
+    class Watch(threading.Event):
+        def is_set(self) -> bool:
+            seen.append(engine.activity)
+            return False
+
+    engine.truncate(0)
+    assert engine.activity == Activity("idle", 0, 4)
+    steps = list(engine.generate(PROMPT, GREEDY, stop_ids=NOTHING, max_tokens=12, cancel=Watch()))
+    assert {activity.phase for activity in seen} == {"drafting", "prefill", "verifying"}
+    assert [a.layers_done for a in seen if a.phase == "prefill"] == [0, 1, 2, 3]
+    assert [a.layers_done for a in seen if a.phase == "verifying"] == [0, 1, 2, 3] * (len(steps) - 1)
+    assert engine.activity == Activity("idle", 0, 4)
 
 
 # --- an identical draft ----------------------------------------------------------------------------------------------

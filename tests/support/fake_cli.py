@@ -1,7 +1,8 @@
 """`python -m support.fake_cli ARGUMENTS`: the real command line, screen and keys around an engine without a model.
 
-FAKE_PAUSE_S is the time of a step, FAKE_FIRST_PAUSE_S that before the first of a chat. The answer repeats the
-question, which may ask for something special in it.
+FAKE_PAUSE_S is the time of a step, FAKE_FIRST_PAUSE_S that before the first of a chat, FAKE_LOAD_S that of loading;
+FAKE_LOAD_FAILS makes that fail. The answer repeats the question, which may ask for something special (`TEXTS`) and with
+"gated" stops half way until the file FAKE_GATE exists.
 """
 
 import itertools
@@ -9,14 +10,41 @@ import os
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 from specchat.cli import models
 from specchat.cli.app import main
+from specchat.errors import DoesNotFitError
 from support.fake_engine import EOS, PLAN, TOKENIZER, FakeEngine
 
 PAUSE_S = float(os.environ.get("FAKE_PAUSE_S", "0"))
+GATE = Path(os.environ.get("FAKE_GATE", "/nonexistent"))
 WORDS = " ".join(f"word{i}" for i in range(60))
+MARKDOWN = """# A title
+
+Some **bold** words and `code`, which go on for long enough to be wrapped on a narrow screen.
+
+1. first
+2. second
+
+```python
+def f(x):
+    return x  # done
+```
+
+| name | size |
+|------|-----:|
+| a    |    1 |
+
+The end."""
+TEXTS = {
+    "long": WORDS,
+    "escape": "a\x1b[31mb\x07c\r\nd\x9b2J &#x202e;",
+    "markdown": MARKDOWN,
+    "lines": "\n".join(f"line {i}" for i in range(70)),
+    "think": "<think>First this.\nThen that.</think>So it is.",
+}
 
 
 class Echo(FakeEngine):
@@ -31,23 +59,28 @@ class Echo(FakeEngine):
 
     @classmethod
     def load(cls, _plan, _target, _draft, _pack, _draft_pack):
+        time.sleep(float(os.environ.get("FAKE_LOAD_S", "0")))
+        if os.environ.get("FAKE_LOAD_FAILS"):
+            raise DoesNotFitError("the model is too large", hint="try --vram 8GiB")
         return cls()
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
+    def close(self):
         print("engine closed", file=sys.stderr) if os.environ.get("FAKE_SAYS_CLOSED") else None
 
     def generate(self, prompt_ids, *arguments, **named):
         question = TOKENIZER.decode(prompt_ids).split("[user]")[-1].split("\n[assistant]")[0]
-        if question == "begin":
-            print("begun", file=sys.stderr)  # from here on Ctrl-C means the answer
         if question == "crash":
             raise RuntimeError("the first line\nthe second line")
-        text = {"long": WORDS, "escape": "a\x1b[31mb\x07c\r\nd\x9b2J"}.get(question, f"You said: {question}")
+        text = TEXTS.get(question.removeprefix("gated "), f"You said: {question}")
         self.answers = [[*TOKENIZER.encode(text), EOS]]
-        return super().generate(prompt_ids, *arguments, **named)
+        steps = super().generate(prompt_ids, *arguments, **named)
+        return self._gated(steps, len(text) // 6, named["cancel"]) if question.startswith("gated") else steps
+
+    def _gated(self, steps, num_before, cancel):
+        for number, step in enumerate(steps):
+            yield step
+            while number == num_before and not GATE.exists() and not cancel.is_set():
+                time.sleep(0.005)
 
 
 def _plan(_options, found):

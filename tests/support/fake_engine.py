@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from specchat.config import Guesses, LedgerItem, MemoryReport, Plan, Step
+from specchat.config import Activity, DraftTree, Guesses, LedgerItem, MemoryReport, Plan, Step
 from specchat.errors import PromptTooLongError
 
 EOS = 256
@@ -44,8 +44,16 @@ class ByteTokenizer:
         self.has_chat_template = has_chat_template
         self.eos_token_id = EOS
 
-    def render(self, messages):
-        return "".join(f"[{m.role}]{m.content}\n" for m in messages) + "[assistant]"
+    thinking_switch = "thinking"
+
+    def render(self, messages, *, ending="answer", thinking=None):
+        text = "".join(f"[{m.role}]{m.content}\n" for m in messages)
+        if ending == "continue":
+            return text[:-1]
+        return text + ("[assistant]" if ending == "answer" else "") + ("<think>" if thinking else "")
+
+    def response_parser(self, prompt):
+        return None
 
     def encode(self, text, *, add_special_tokens=False):
         return [EOS] * add_special_tokens + self.backend.encode(text).ids
@@ -107,6 +115,13 @@ class FakeEngine:
     def memory(self):
         return MEMORY
 
+    @property
+    def activity(self):
+        return Activity("verifying", 2, 4)
+
+    def close(self):
+        pass
+
     def _common(self, ids):
         pairs = zip(self.committed, ids, strict=False)
         return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(self.committed), len(ids)))
@@ -114,4 +129,13 @@ class FakeEngine:
     def _step(self, tokens, reason, new, cached):
         accepted = max(len(tokens) - 1, 0)
         guesses = (Guesses("model", 60, accepted), Guesses("other", 4, 0))
-        return Step(tokens, reason, new, cached, 64, accepted, 5, 0.5, 0.1, 0.3, 0.1, 0.05, 60 << 20, guesses)
+        tree = tree_of(tokens) if tokens else None
+        return Step(tokens, reason, new, cached, 64, accepted, 5, 0.5, 0.1, 0.3, 0.1, 0.05, 60 << 20, guesses, tree)
+
+
+def tree_of(tokens):
+    """A tree in which all tokens but the last were guessed, each beside one that is wrong."""
+    *path, _ = tokens
+    guesses = [guess for token in path for guess in (token, token + 1)]
+    parents = [-1 if i < 2 else i // 2 * 2 - 2 for i in range(len(guesses))]
+    return DraftTree(tuple(guesses), tuple(parents), tuple(range(0, len(guesses), 2)))

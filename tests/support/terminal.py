@@ -56,13 +56,33 @@ class Terminal:
     def cursor_line(self):
         return self.lines[self._screen.cursor.y]
 
+    @property
+    def scrollback(self):
+        """Everything that was ever on the screen and is final, from the first line on."""
+        above = [
+            "".join(line[x].data for x in range(self._screen.columns)).rstrip() for line in self._screen.history.top
+        ]
+        return "\n".join([*above, self.screen])
+
+    @property
+    def columns(self):
+        return self._screen.columns
+
+    def cells(self, row):
+        """The characters of a row of the screen, with their colours."""
+        return [self._screen.buffer[row][column] for column in range(self._screen.columns)]
+
+    def resize(self, columns, rows):
+        self._screen.resize(rows, columns)
+        self._process.setwinsize(rows, columns)
+
     def send(self, keys):
         self._process.send(keys)
 
     def kill(self, signal):
         self._process.kill(signal)
 
-    def wait_for(self, condition, timeout_s=60):
+    def wait_for(self, condition, timeout_s=8):
         """Until `condition`, a text or a function of this terminal, is on the screen."""
         holds = condition if callable(condition) else lambda terminal: condition in terminal.screen
         end = time.monotonic() + timeout_s
@@ -76,7 +96,7 @@ class Terminal:
         self.wait_for(lambda terminal: terminal.cursor_line == ">")
         self._read()
 
-    def exit_code(self, timeout_s=60):
+    def exit_code(self, timeout_s=8):
         end = time.monotonic() + timeout_s
         while self._read():
             assert time.monotonic() < end, f"does not end:\n{self.screen}"
@@ -92,5 +112,9 @@ class Terminal:
         except pexpect.EOF:
             return False
         self.raw += data
-        self._stream.feed(data)
+        self.feed(data)
         return True
+
+    def feed(self, data):
+        """Shows what the program wrote."""
+        self._stream.feed(data)

@@ -1,0 +1,88 @@
+"""What a shell offers when Tab is pressed; quick, and silent about anything that is wrong."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+# Typer's own options for completion guess the shell and write to its start-up files; what is behind them is not public.
+from typer._completion_classes import completion_init
+from typer._completion_shared import get_completion_script
+
+from specchat.chat import transcript
+from specchat.errors import SpecchatError, UsageError
+
+SHELLS = ("bash", "zsh", "fish")
+# Tells specchat, called by a shell, that it is to complete a command line and not to run it.
+_VARIABLE = "_SPECCHAT_COMPLETE"
+_PATH_STARTS = ("./", "../", "/", "~")
+
+
+def prepare() -> None:
+    """Lets typer answer a shell that asks for completions."""
+    if _VARIABLE in os.environ:
+        completion_init()
+
+
+def script(shell: str) -> str:
+    """What a shell has to read to complete specchat's words.
+
+    Raises:
+        UsageError: a shell that there is no script for.
+    """
+    if shell not in SHELLS:
+        raise UsageError(f"--show-completion must be {', '.join(SHELLS[:-1])} or {SHELLS[-1]}, not '{shell}'")
+    return get_completion_script(prog_name="specchat", complete_var=_VARIABLE, shell=shell)
+
+
+def models(incomplete: str) -> list[str]:
+    """MODEL: the demo, aliases, what the hub's cache holds, and folders for what begins like one."""
+    if incomplete.startswith(_PATH_STARTS):
+        return _folders(incomplete)
+    return _matching(["demo", *_aliases(), *_cached()], incomplete)
+
+
+def drafts(incomplete: str) -> list[str]:
+    """What can draft."""
+    return _matching(["auto", "none"], incomplete) + models(incomplete)
+
+
+def sessions(incomplete: str) -> list[str]:
+    """The IDs of saved chats, the last one first."""
+    return _matching([path.stem for path in transcript.all_sessions()], incomplete)
+
+
+def words(*known: str) -> Callable[[str], list[str]]:
+    """A fixed list."""
+
+    def complete(incomplete: str) -> list[str]:
+        return _matching([*known], incomplete)
+
+    return complete
+
+
+def _matching(candidates: list[str], incomplete: str) -> list[str]:
+    return [candidate for candidate in candidates if candidate.startswith(incomplete)]
+
+
+def _aliases() -> list[str]:
+    from specchat.cli.settings import config_file
+
+    try:
+        return list(config_file(None)[1])
+    except SpecchatError:  # said when a command is run
+        return []
+
+
+def _cached() -> list[str]:
+    from specchat.models.hub import cached_models
+
+    return cached_models()
+
+
+def _folders(incomplete: str) -> list[str]:
+    parent, _, name = incomplete.rpartition("/")
+    try:
+        found = sorted(path.name for path in Path(f"{parent}/").expanduser().iterdir() if path.is_dir())
+    except (OSError, RuntimeError):
+        return []
+    return [f"{parent}/{each}/" for each in found if each.startswith(name)]

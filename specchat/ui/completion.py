@@ -1,0 +1,41 @@
+"""What Tab offers: commands, and what can stand behind them."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+from prompt_toolkit.document import Document
+
+# Offers words, or None for the names of files.
+Words = Callable[[], Iterable[str]] | None
+
+
+class CommandCompleter(Completer):
+    """Completes slash commands; ordinary messages are left alone.
+
+    Args:
+        arguments: for every name, without its slash: the words that may follow, or None for a file. Commands that take
+            nothing have no words.
+    """
+
+    def __init__(self, arguments: Mapping[str, Words]) -> None:
+        self._arguments = arguments
+        self._paths = PathCompleter(expanduser=True)
+
+    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
+        """What could stand where the cursor is."""
+        text = document.text_before_cursor
+        if not text.startswith("/") or text.startswith("//") or "\n" in text:
+            return
+        name, space, argument = text[1:].partition(" ")
+        if not space:
+            yield from _words(self._arguments, name)
+        elif name in self._arguments:
+            words = self._arguments[name]
+            if words is None:
+                yield from self._paths.get_completions(Document(argument), complete_event)
+            else:
+                yield from _words(words(), argument)
+
+
+def _words(words: Iterable[str], begun: str) -> Iterable[Completion]:
+    return (Completion(word, start_position=-len(begun)) for word in sorted(words) if word.startswith(begun))

@@ -1,0 +1,225 @@
+"""Whatever was done to a chat, the next answer is the one a fresh run gives on the same history, token for token.
+
+The chat under test drafts, streams and keeps its caches; the fresh run has no draft and starts from empty caches. A
+chat read back from its file must give that answer, too: what is saved is enough to go on.
+"""
+
+import random
+from contextlib import ExitStack
+from dataclasses import replace
+from threading import Event
+
+import pytest
+import transformers as hf
+from support import tiny_models
+from support.engines import make_plan
+from support.fake_engine import EOS, TOKENIZER
+
+from specchat.chat import transcript
+from specchat.chat.session import ChatSession, Delta, Turn
+from specchat.chat.state import Opened, apply, state_of
+from specchat.chat.transcript import Transcript
+from specchat.config import Sampling
+from specchat.engine.engine import Engine
+from specchat.errors import PromptTooLongError
+
+CTX = 300
+LAYERS = 3
+SETTINGS = [("temperature", "0"), ("temperature", "1.2"), ("top_k", "9"), ("seed", "4")]
+QUESTIONS = ["Hi", "Why? 🦊", "And then", "日本", "tell me more\nplease"]
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory):
+    """One that drafts and streams, and a plain one."""
+    folder = tmp_path_factory.mktemp("models")
+    config = hf.LlamaConfig(
+        vocab_size=EOS + 1,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+    )
+    model = tiny_models.random_model(config, seed=5)
+    target = tiny_models.save(model, folder / "target")
+    draft = tiny_models.save(tiny_models.perturbed(model, 0.2), folder / "draft")
+    sizes = {"num_layers": LAYERS, "ctx": CTX, "tree_budget": 8}
+    with ExitStack() as stack:
+        streamed = make_plan(target, draft, resident=[0], **sizes)
+        plain = make_plan(target, None, **sizes)
+        yield (
+            stack.enter_context(Engine.load(streamed, target, draft)),
+            stack.enter_context(Engine.load(plain, target, None)),
+        )
+
+
+def session_of(engine, state, journal=None):
+    return ChatSession(
+        engine,
+        TOKENIZER,
+        sampling=state.sampling,
+        max_tokens=state.max_tokens,
+        system=state.system,
+        thinking=state.thinking,
+        exchanges=state.exchanges,
+        stop_ids=frozenset({EOS}),
+        overflow="drop-oldest",
+        journal=journal,
+    )
+
+
+def follow(records, cancel, after):
+    """The turn; interrupted after so many deltas, if that many come."""
+    if after == 0:
+        cancel.set()
+    for number, record in enumerate(records, 1):
+        if isinstance(record, Turn):
+            return record
+        if isinstance(record, Delta) and number == after:
+            cancel.set()
+    raise AssertionError("no turn")
+
+
+def abandon(records, num_deltas):
+    """What becomes of an answer whose reader gives up."""
+    for number, _ in enumerate(records, 1):
+        if number >= num_deltas:
+            break
+    records.close()
+
+
+def change(session, rng):
+    """One random thing that a user may do; a new question if the chat is empty."""
+    num_turns = len(session.state.exchanges)
+    kinds = ["ask", "ask", "interrupt", "abandon"]
+    if num_turns:
+        kinds += ["retry", "retry interrupted", "edit", "continue", "continue interrupted", "undo", "drop", "system"]
+        kinds += ["set"]
+    kind = rng.choice(kinds)
+    question, cancel, after = rng.choice(QUESTIONS), Event(), rng.randrange(3)
+    match kind:
+        case "ask":
+            follow(session.ask(question), cancel, None)
+        case "interrupt":
+            follow(session.ask(question, cancel), cancel, after)
+        case "abandon":
+            before = session.state
+            abandon(session.ask(question), 1)
+            assert len(session.state.exchanges) <= len(before.exchanges)
+        case "retry":
+            follow(session.retry(), cancel, None)
+        case "retry interrupted":
+            follow(session.retry(cancel), cancel, after)
+        case "edit":
+            follow(session.edit(question), cancel, None)
+        case "continue":
+            follow(session.continue_last(), cancel, None)
+        case "continue interrupted":
+            follow(session.continue_last(cancel), cancel, after)
+        case "undo":
+            session.undo()
+        case "drop":
+            session.drop(rng.randint(1, num_turns))
+        case "system":
+            session.set_system(rng.choice([None, "Be brief.", "Be long."]))
+        case "set":
+            session.set_sampling(
+                *rng.choice([("temperature", "0"), ("temperature", "1.2"), ("top_k", "9"), ("seed", "4")])
+            )
+    return kind
+
+
+def play(engines, path, number):
+    """A random chat; what was done, and the next answer three times: in the chat, fresh, and read back."""
+    engine, plain = engines
+    rng = random.Random(number)
+    opened = Opened({"model": "tiny"}, None, Sampling(temperature=0.8, seed=number), 5, None)
+    journal = Transcript(path)
+    session = session_of(engine, state_of([opened]), journal)
+    journal(opened)
+    done = []
+    for _ in range(rng.randint(2, 6)):
+        try:
+            done.append(change(session, rng))
+        except PromptTooLongError:  # an answer that was continued again and again
+            session.clear()
+            done.append("clear")
+    if not session.state.exchanges:
+        follow(session.ask("Hi"), Event(), None)
+    journal.close()
+    state, saved = session.state, transcript.read(path).state
+    assert saved == state, done
+    session.overflow = "stop"
+    answers = []
+    for chat in (session, session_of(plain, state), session_of(plain, saved)):
+        if chat is not session:
+            plain.truncate(0)
+        turn = follow(chat.ask("What next?"), Event(), None)
+        answers.append((turn.token_ids, turn.message, turn.usage.prompt_tokens))
+    return done, answers
+
+
+def check(engines, folder, numbers):
+    for number in numbers:
+        done, (chat, fresh, read) = play(engines, folder / f"{number}.jsonl", number)
+        assert chat == fresh == read, f"sequence {number}: {done}"
+
+
+def test_the_next_answer_is_that_of_a_fresh_run(engines, tmp_path):
+    check(engines, tmp_path, range(12))
+
+
+@pytest.mark.slow
+def test_the_next_answer_is_that_of_a_fresh_run_for_220_sequences(engines, tmp_path):
+    check(engines, tmp_path, range(100, 320))
+
+
+def test_attempts_differ_and_can_be_repeated(engines):
+    engine, plain = engines
+    state = state_of([Opened({}, None, Sampling(temperature=1.0, seed=1), 8, None)])
+    session = session_of(engine, state)
+    attempts = [follow(session.ask("Hi"), Event(), None)]
+    attempts += [follow(session.retry(), Event(), None) for _ in range(3)]
+    assert len({turn.token_ids for turn in attempts}) == 4
+    assert [turn.usage.cached_tokens for turn in attempts[1:]] == [attempts[0].usage.prompt_tokens - 1] * 3
+    again = session_of(plain, replace(state, sampling=replace(state.sampling)))
+    repeated = [follow(again.ask("Hi"), Event(), None)] + [follow(again.retry(), Event(), None) for _ in range(3)]
+    assert [turn.token_ids for turn in attempts] == [turn.token_ids for turn in repeated]
+    assert session.state.exchanges[-1].attempt == 3
+    assert len(session.history) == 2
+
+
+def begin_again(session, record):
+    match record.how:
+        case "ask":
+            return session.ask(record.exchange.question)
+        case "edit":
+            return session.edit(record.exchange.question)
+        case "retry":
+            return session.retry()
+    return session.continue_last()
+
+
+def test_a_saved_chat_replays_token_for_token(engines, tmp_path):
+    engine, plain = engines
+    opened = Opened({"model": "tiny"}, "Be brief.", Sampling(temperature=0.9, seed=7), 6, None)
+    journal = Transcript(tmp_path / "x.jsonl")
+    session = session_of(engine, state_of([opened]), journal)
+    journal(opened)
+    cancel = Event()
+    follow(session.ask("Hi"), cancel, None)
+    follow(session.retry(), cancel, None)
+    follow(session.ask("Why?", cancel), cancel, 1)
+    follow(session.edit("How?"), cancel, None)
+    follow(session.continue_last(), cancel, None)
+    journal.close()
+    state, replayed = state_of([opened]), 0
+    for record in transcript.read(tmp_path / "x.jsonl").records[1:]:
+        twin = session_of(plain, replace(state, max_tokens=len(record.token_ids)))
+        turn = follow(begin_again(twin, record), Event(), None)
+        assert (turn.token_ids, turn.message) == (record.token_ids, record.exchange.answer)
+        state = apply(state, record)
+        replayed += 1
+    assert replayed == 5

@@ -1,0 +1,179 @@
+"""Chat templates as model families write them: who may speak, how thinking is switched, where an answer goes on.
+
+The templates are short ones of our own that do what those of the families do.
+"""
+
+import json
+
+import pytest
+import tokenizers
+from support.fake_engine import EOS, FakeEngine
+from tokenizers import decoders, models, pre_tokenizers
+
+from specchat.chat.session import ChatSession, Turn
+from specchat.config import Message, Sampling
+from specchat.errors import UsageError
+from specchat.models.hf_compat import load_tokenizer
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+    "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] + '\n\n' %}"
+    "{% set loop_messages = messages[1:] %}{% else %}{% set system = '' %}{% set loop_messages = messages %}{% endif %}"
+    "{% for m in loop_messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% if m['role'] == 'user' %}[INST] {{ (system if loop.first else '') + m['content'] }} [/INST]"
+    "{% else %} {{ m['content'] | trim }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+GEMMA = (
+    "{{ bos_token }}"
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+    "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+QWEN3 = (
+    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
+    "{% endif %}{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and m.reasoning_content and loop.index0 > ns.last %}"
+    "<think>\n{{ m.reasoning_content.strip('\n') }}\n</think>\n\n{{ m.content.lstrip('\n') }}"
+    "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+GRANITE = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}A: {{ m.content }}{% endgeneration %}"
+    "{% else %}{{ m.role }}: {{ m.content }}{% endif %}\n{% if loop.last %}{% break %}{% endif %}{% endfor %}"
+    "{% if thinking %}Think. {% endif %}{% if add_generation_prompt %}A: {% endif %}"
+)
+HARMONY = (
+    "{% for m in messages %}<|start|>{{ m.role }}{% if m.role == 'assistant' and m.thinking and loop.last %}"
+    "<|channel|>analysis<|message|>{{ m.thinking }}<|end|><|start|>assistant{% endif %}"
+    "{% if m.role == 'assistant' %}<|channel|>final{% endif %}<|message|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+TEMPLATES = {
+    "chatml": CHATML,
+    "llama3": LLAMA3,
+    "mistral": MISTRAL,
+    "gemma": GEMMA,
+    "qwen3": QWEN3,
+    "granite": GRANITE,
+    "harmony": HARMONY,
+}
+CHAT = [Message("user", "Hi"), Message("assistant", "Hello there", "Be nice."), Message("user", "Bye")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<eos>", "<bos>"])
+    backend.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture
+def tokenizer(folder):
+    def load(name):
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>", "eos_token": "<eos>"}
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps({**config, "chat_template": TEMPLATES.get(name, name)})
+        )
+        return load_tokenizer(folder)
+
+    return load
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_chat_ends_where_the_answer_begins(tokenizer, name):
+    tokenizer = tokenizer(name)
+    rendered = tokenizer.render(CHAT)
+    assert rendered.startswith(tokenizer.render(CHAT[:1], ending="none").removesuffix("\n").removesuffix("Hi")[:4])
+    assert rendered.index("Hi") < rendered.index("Hello there") < rendered.index("Bye")
+    assert len(rendered) >= len(tokenizer.render(CHAT, ending="none"))
+    assert tokenizer.encode(rendered).count(EOS + 1) == rendered.count("<bos>") <= 1
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("text", ["Hello", "Hello ", "Hello\n", "Hel"])
+def test_an_answer_goes_on_where_it_left_off(tokenizer, name, text):
+    tokenizer = tokenizer(name)
+    begun = tokenizer.render([CHAT[0], Message("assistant", text)], ending="continue")
+    whole = tokenizer.render([CHAT[0], Message("assistant", f"{text}!")], ending="none")
+    assert whole.startswith(f"{begun}!")
+    assert begun.endswith(text)
+
+
+@pytest.mark.parametrize(("name", "opening"), [("qwen3", "<think>\nHm, "), ("harmony", "<|message|>Hm, ")])
+def test_thinking_goes_on_where_it_left_off(tokenizer, name, opening):
+    begun = tokenizer(name).render([CHAT[0], Message("assistant", "", "Hm, ")], ending="continue")
+    assert begun.endswith(opening)
+
+
+def test_what_a_template_cannot_show_cannot_be_continued(tokenizer):
+    with pytest.raises(UsageError, match="cannot be continued"):
+        tokenizer("chatml").render([CHAT[0], Message("assistant", "", "Hm, ")], ending="continue")
+
+
+@pytest.mark.parametrize(
+    ("name", "switch"), [("qwen3", "enable_thinking"), ("granite", "thinking"), ("harmony", None), ("llama3", None)]
+)
+def test_the_switch_for_thinking_is_found(tokenizer, name, switch):
+    tokenizer = tokenizer(name)
+    assert tokenizer.thinking_switch == switch
+    texts = [tokenizer.render(CHAT, thinking=thinking) for thinking in (None, True, False)]
+    assert len(set(texts)) == (1 if switch is None else 2)
+
+
+def test_earlier_thinking_is_the_templates_business(tokenizer):
+    assert "Be nice." not in tokenizer("qwen3").render(CHAT)
+    assert "<think>\nBe nice.\n</think>\n\nHello there" in tokenizer("qwen3").render(CHAT[:2], ending="none")
+
+
+@pytest.mark.parametrize(
+    ("name", "messages", "word"),
+    [
+        ("gemma", [Message("system", "Be brief."), CHAT[0]], "System role not supported"),
+        ("mistral", [CHAT[0], CHAT[0]], "alternate"),
+        ("{% for %}", CHAT, "template"),
+    ],
+    ids=["system", "order", "syntax"],
+)
+def test_a_template_that_refuses_is_an_error_with_its_reason(tokenizer, name, messages, word):
+    with pytest.raises(UsageError, match=word):
+        tokenizer(name).render(messages)
+
+
+def test_no_template(tokenizer):
+    tokenizer = tokenizer("")
+    assert not tokenizer.has_chat_template
+    assert tokenizer.thinking_switch is None
+
+
+def test_a_chat_with_a_switch(tokenizer):
+    tokenizer = tokenizer("qwen3")
+    answers = [[*tokenizer.encode(text), EOS] for text in ("<think>\nHm.\n</think>\n\nYes", "No", " and no")]
+    session = ChatSession(FakeEngine(answers), tokenizer, sampling=Sampling(), stop_ids=frozenset({EOS}))
+    *_, turn = session.ask("One?")
+    assert isinstance(turn, Turn)
+    assert turn.message == Message("assistant", "Yes", "Hm.")
+    session.set_thinking(False)
+    *_, turn = session.ask("Two?")
+    prompt = tokenizer.decode(session.engine.prompts[1])
+    assert prompt.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert "Hm." not in prompt
+    *_, turn = session.continue_last()
+    assert turn.message.content == "No and no"
+    assert tokenizer.decode(session.engine.prompts[2]).endswith("<|im_start|>assistant\nNo")
+    assert session.context_used == len(tokenizer.encode(tokenizer.render(session.history, ending="none")))

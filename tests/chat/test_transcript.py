@@ -1,0 +1,272 @@
+"""Saved chats: what was answered is on the disk, and what is on the disk is the chat."""
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+from support.fake_engine import EOS, TOKENIZER, FakeEngine
+
+from specchat.chat import transcript
+from specchat.chat.session import ChatSession
+from specchat.chat.state import Opened
+from specchat.chat.transcript import Transcript
+from specchat.config import Message, Sampling
+from specchat.errors import SessionError, UsageError
+
+OPENED = Opened({"model": "demo"}, "Be brief.", Sampling(seed=3, temperature=0.5), None, None)
+
+
+@pytest.fixture
+def path(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPECCHAT_STATE_DIR", str(tmp_path / "state"))
+    return transcript.path_of("fox")
+
+
+def chat(path, answers, saved=None):
+    """A session that writes to `path`, going on from `saved`."""
+    journal = Transcript(path, saved)
+    engine = FakeEngine([[*TOKENIZER.encode(text), EOS] for text in answers])
+    state = saved.state if saved else None
+    session = ChatSession(
+        engine,
+        TOKENIZER,
+        sampling=state.sampling if state else OPENED.sampling,
+        system=state.system if state else OPENED.system,
+        exchanges=state.exchanges if state else (),
+        thinking=state.thinking if state else None,
+        max_tokens=state.max_tokens if state else None,
+        stop_ids=frozenset({EOS}),
+        journal=journal,
+    )
+    if saved is None:
+        journal(OPENED)
+    return session, journal
+
+
+def finish(records):
+    return list(records)[-1]
+
+
+def everything_that_can_happen(session):
+    finish(session.ask("one"))
+    finish(session.ask("two 🦊"))
+    finish(session.retry())
+    finish(session.edit("zwei"))
+    finish(session.continue_last())
+    session.undo()
+    finish(session.ask("three"))
+    finish(session.ask("four"))
+    session.drop(1)
+    session.set_system("Be long.")
+    session.set_sampling("top-k", "5")
+    session.set_sampling("max_tokens", "50")
+    session.set_thinking(True)
+
+
+ANSWERS = ["1", "2", "2 again", "zwei", " und mehr", "3", "4"]
+
+
+def test_what_is_read_back_is_the_chat_that_was_left(path):
+    session, journal = chat(path, ANSWERS)
+    everything_that_can_happen(session)
+    journal.close()
+    saved = transcript.read(path)
+    assert saved.state == session.state
+    assert [m.content for m in session.history] == ["three", "3", "four", "4"]
+    assert saved.records == tuple(journal.records)
+    assert (saved.repair, saved.session_id, saved.good_bytes) == (None, "fox", path.stat().st_size)
+    assert saved.opened == OPENED
+
+
+def test_clear_and_load(path, tmp_path):
+    session, journal = chat(path, ANSWERS)
+    everything_that_can_happen(session)
+    copy = tmp_path / "copy.jsonl"
+    transcript.export(journal.records, copy)
+    before = session.state
+    session.clear()
+    session.set_system(None)
+    assert transcript.read(path).state == session.state
+    session.load(transcript.read(copy).records, str(copy))
+    assert session.state == before
+    assert transcript.read(path).state == before
+
+
+def test_a_resumed_chat_goes_on_in_the_same_file(path):
+    session, journal = chat(path, ["1"])
+    finish(session.ask("one"))
+    journal.close()
+    session, journal = chat(path, ["2"], transcript.read(path))
+    finish(session.ask("two"))
+    assert [m.content for m in transcript.read(path).state.messages] == ["one", "1", "two", "2"]
+    assert "[user]one\n[assistant]1\n[user]two" in TOKENIZER.decode(session.engine.prompts[0])
+
+
+def test_only_the_owner_can_read_it(path):
+    old = os.umask(0)
+    try:
+        session, _ = chat(path, ["1"])
+        finish(session.ask("one"))
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+
+def test_there_is_no_file_before_the_first_answer(path):
+    session, _ = chat(path, ["1"])
+    session.set_system("x")
+    assert not path.exists()
+    finish(session.ask("one"))
+    assert [json.loads(line)["type"] for line in path.read_text().splitlines()] == ["open", "system", "answer"]
+
+
+def test_every_turn_is_synced_before_the_caller_sees_it(path, monkeypatch):
+    synced = []
+    real = os.fsync
+
+    def fsync(descriptor):
+        synced.append(os.fstat(descriptor).st_size)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    session, _ = chat(path, ["1", "2"])
+    for question in ("one", "two"):
+        records = session.ask(question)
+        while not hasattr(record := next(records), "finish_reason"):
+            pass
+        assert record.message.content
+        assert path.stat().st_size in synced
+
+
+@pytest.mark.parametrize("num_bytes", [1, 7, 200])
+def test_a_torn_last_line_is_left_out_and_said(path, num_bytes):
+    session, journal = chat(path, ["1", "2"])
+    finish(session.ask("one"))
+    size = path.stat().st_size
+    finish(session.ask("two"))
+    journal.close()
+    os.truncate(path, path.stat().st_size - num_bytes)
+    saved = transcript.read(path)
+    assert [m.content for m in saved.state.messages] == ["one", "1"]
+    assert saved.good_bytes == size
+    assert str(path) in saved.repair
+    session, journal = chat(path, ["zwei"], saved)
+    finish(session.ask("two"))
+    saved = transcript.read(path)
+    assert [m.content for m in saved.state.messages] == ["one", "1", "two", "zwei"]
+    assert saved.repair is None
+
+
+def test_a_line_that_never_arrived_is_left_out(path):
+    session, journal = chat(path, ["1"])
+    finish(session.ask("one"))
+    journal.close()
+    with path.open("ab") as file:
+        file.write(b"\0" * 50 + b"\n")  # what a file system may leave after a power cut
+    saved = transcript.read(path)
+    assert saved.repair
+    assert len(saved.state.exchanges) == 1
+
+
+@pytest.mark.parametrize(
+    ("spoil", "word"),
+    [
+        (lambda lines: [lines[0], b"{nonsense}", *lines[1:]], "line 2"),
+        (lambda lines: lines[1:], "not a session"),
+        (lambda lines: [lines[0].replace(b'"version": 1', b'"version": 2'), *lines[1:]], "later version"),
+        (lambda lines: [lines[0], lines[1].replace(b'"answer", "at"', b'"anser", "at"'), lines[0]], "line 2"),
+    ],
+    ids=["nonsense", "headless", "future", "unknown"],
+)
+def test_damage_elsewhere_is_an_error(path, spoil, word):
+    session, journal = chat(path, ["1"])
+    finish(session.ask("one"))
+    journal.close()
+    path.write_bytes(b"\n".join(spoil(path.read_bytes().splitlines())) + b"\n")
+    with pytest.raises(SessionError, match=word):
+        transcript.read(path)
+
+
+def test_two_cannot_write_to_the_same_session(path):
+    session, journal = chat(path, ["1"])
+    finish(session.ask("one"))
+    saved = transcript.read(path)
+    with pytest.raises(SessionError, match="another specchat"):
+        Transcript(path, saved)
+    journal.close()
+    Transcript(path, saved).close()
+
+
+def test_what_could_not_be_written_comes_with_the_next_turn(path, monkeypatch):
+    session, _ = chat(path, ["1", "2", "3"])
+    finish(session.ask("one"))
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert "No space left" in finish(session.ask("two")).unsaved
+    assert len(session.state.exchanges) == 2
+    with pytest.raises(SessionError, match="No space left"):
+        session.set_system("x")
+    monkeypatch.setattr(os, "fsync", real)
+    finish(session.ask("three"))
+    assert transcript.read(path).state == session.state
+
+
+def test_the_last_session_is_the_one_written_last(path):
+    assert transcript.last_session() is None
+    for name, when in (("a", 300), ("b", 200), ("c", 400)):
+        other = transcript.path_of(name)
+        session, journal = chat(other, ["1"])
+        finish(session.ask("one"))
+        journal.close()
+        os.utime(other, (when, when))
+    (path.parent / "empty.jsonl").touch()
+    assert transcript.last_session() == transcript.path_of("c")
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "x" * 200, "ü"])
+def test_names_that_no_session_has(path, name):
+    with pytest.raises(UsageError):
+        transcript.path_of(name)
+    assert transcript.path_of(transcript.new_id())
+
+
+def test_nothing_is_written_without_a_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPECCHAT_STATE_DIR", str(tmp_path / "state"))
+    session, journal = chat(None, ["1"])
+    finish(session.ask("one"))
+    assert list(tmp_path.iterdir()) == []
+    transcript.export(journal.records, tmp_path / "x.jsonl")
+    assert transcript.read(tmp_path / "x.jsonl").state == session.state
+
+
+def test_markdown(path, tmp_path):
+    session, journal = chat(path, ["Hello!\n\n```\ncode\n```", "Bye."])
+    finish(session.ask("Hi"))
+    finish(session.ask("Go"))
+    out = tmp_path / "chat.md"
+    transcript.export(journal.records, out)
+    assert out.read_text() == (
+        "**System**\n\nBe brief.\n\n**You**\n\nHi\n\n**demo**\n\nHello!\n\n```\ncode\n```\n\n"
+        "**You**\n\nGo\n\n**demo**\n\nBye.\n"
+    )
+    with pytest.raises(UsageError, match="exists"):
+        transcript.export(journal.records, out)
+    with pytest.raises(UsageError, match="no session"):
+        transcript.read(tmp_path / "nothing.jsonl")
+
+
+def test_thinking_is_saved(path):
+    session, _ = chat(path, ["<think>\nhm\n</think>\n\nYes."])
+    finish(session.ask("one"))
+    assert transcript.read(path).state.messages[-1] == Message("assistant", "Yes.", "hm")
+
+
+def test_the_folders(monkeypatch, tmp_path):
+    monkeypatch.delenv("SPECCHAT_STATE_DIR", raising=False)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert transcript.sessions_folder() == tmp_path / "specchat" / "sessions"
+    monkeypatch.setenv("SPECCHAT_STATE_DIR", str(tmp_path / "x"))
+    assert transcript.history_file() == Path(tmp_path / "x" / "history")

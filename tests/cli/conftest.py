@@ -1,0 +1,41 @@
+"""The command line in this process, with and without a model."""
+
+import io
+import signal
+import sys
+from types import SimpleNamespace
+
+import pytest
+from support import fake_cli
+
+from specchat.cli.app import run_command_line
+from specchat.cli.exit_status import EXIT_CODES
+
+
+@pytest.fixture
+def specchat(monkeypatch, capfd):
+    """The command line, in this process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+
+    def call(*arguments, stdin=b""):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        capfd.readouterr()
+        code = run_command_line(arguments)
+        out, err = capfd.readouterr()
+        assert code in EXIT_CODES
+        return SimpleNamespace(code=code, out=out, err=err)
+
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def fake(specchat, monkeypatch):
+    """The same without a model."""
+    for name in ("specchat.engine.engine", "specchat.models.hf_compat"):
+        monkeypatch.setitem(sys.modules, name, sys.modules.get(name))
+    for name in ("make_plan", "make_pack"):
+        monkeypatch.setattr(f"specchat.cli.models.{name}", None)  # puts back what is replaced next
+    fake_cli.install()
+    return specchat

@@ -1,0 +1,98 @@
+"""Tab in a shell: real shells where they are installed, with the script that `--show-completion` prints."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CASES = [
+    ("specchat ", {"run", "bench"}),
+    ("specchat run d", {"demo"}),
+    ("specchat run b", {"big"}),
+    ("specchat run demo --sess", {"--session"}),
+    ("specchat run demo --session ", {"fox", "bear"}),
+    ("specchat run demo --dtype b", {"bf16"}),
+    ("specchat run demo --overflow ", {"stop", "drop-oldest"}),
+    (f"specchat run {ROOT}/spec", {f"{ROOT}/specchat/"}),
+]
+# What each shell runs to say what it would offer for the command line in $1.
+ASK = {
+    "bash": 'COMP_WORDS=($1); [ "${1% }" = "$1" ] || COMP_WORDS+=(""); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); '
+    '_specchat_completion specchat; printf "%s\\n" "${COMPREPLY[@]}"',
+    "fish": "complete -C $argv[1]",
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A `specchat` on the path, an alias, two sessions."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "config" / "specchat").mkdir(parents=True)
+    (home / "config" / "specchat" / "config.toml").write_text('[aliases]\nbig = "org/name"\n')
+    (home / "state" / "sessions").mkdir(parents=True)
+    for name in ("fox", "bear"):
+        (home / "state" / "sessions" / f"{name}.jsonl").touch()
+    command = home / "specchat"
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m specchat "$@"\n')
+    command.chmod(0o755)
+    return home
+
+
+def environment(home):
+    return os.environ | {
+        "PATH": f"{home}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "XDG_CONFIG_HOME": str(home / "config"),
+        "SPECCHAT_STATE_DIR": str(home / "state"),
+    }
+
+
+def output(home, *command):
+    done = subprocess.run(command, env=environment(home), capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stderr == ""
+    return done.stdout
+
+
+@pytest.mark.parametrize("shell", ["bash", "fish"])
+def test_what_a_shell_offers(home, shell):
+    if shutil.which(shell) is None:
+        pytest.skip(f"there is no {shell} here")
+    script = home / f"completion.{shell}"
+    script.write_text(output(home, "specchat", "--show-completion", shell))
+    for line, expected in CASES:
+        out = output(home, shell, "-c", f"source {script}; {ASK[shell]}", *(["bash"] if shell == "bash" else []), line)
+        offered = {each.split("\t")[0] for each in out.splitlines()}
+        assert expected <= offered, line
+        assert line != "specchat run d" or offered == {"demo"}
+
+
+def test_the_script_for_zsh(home):
+    script = home / "completion.zsh"
+    script.write_text(output(home, "specchat", "--show-completion", "zsh"))
+    assert script.read_text().lstrip().startswith("#compdef specchat")
+    if shutil.which("zsh"):
+        output(home, "zsh", "-n", str(script))
+    asked = environment(home) | {
+        "_SPECCHAT_COMPLETE": "complete_zsh",
+        "_TYPER_COMPLETE_ARGS": "specchat run demo --session f",
+    }
+    done = subprocess.run(["specchat"], env=asked, capture_output=True, text=True, check=True)
+    assert '"fox"' in done.stdout
+
+
+def test_a_broken_configuration_is_silent_here(home, tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text("nonsense")
+    asked = environment(home) | {
+        "_SPECCHAT_COMPLETE": "complete_bash",
+        "COMP_WORDS": "specchat run d",
+        "COMP_CWORD": "2",
+    }
+    done = subprocess.run(
+        ["specchat"], env=asked | {"SPECCHAT_CONFIG": str(path)}, capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == ("demo\n", "")

@@ -1,0 +1,255 @@
+"""Settings from everywhere: which one holds, where it came from, and what is said of those that make no sense."""
+
+import json
+
+import pytest
+
+from specchat.chat import transcript
+from specchat.chat.state import Opened
+from specchat.chat.transcript import Saved
+from specchat.cli import sessions, settings
+from specchat.cli.settings import RUN_KEYS, Layer, resolve
+from specchat.config import ModelSource, Sampling
+
+THOUGHT = "First this.\nThen that."  # what the fake model thinks, see support.fake_cli
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path, monkeypatch):
+    """A home of its own for each test."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("SPECCHAT_STATE_DIR", str(tmp_path / "state"))
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(text, path=None):
+        path = path or tmp_path / "config" / "specchat" / "config.toml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def chosen(given=None, session=None):
+    file, aliases = settings.config_file(None)
+    return resolve(RUN_KEYS, [settings.flags(given or {}), *(session or []), settings.environment(), file], aliases)
+
+
+def test_a_flag_before_the_session_before_the_environment_before_the_file(config, monkeypatch):
+    path = config("temperature = 0.1\ntop-p = 0.2\ntop_k = 3\nmin_p = 0.4\ndraft = 'none'\n")
+    monkeypatch.setenv("SPECCHAT_TEMPERATURE", "0.5")
+    monkeypatch.setenv("SPECCHAT_TOP_P", "0.6")
+    monkeypatch.setenv("SPECCHAT_TOP_K", "7")
+    session = [Layer({"temperature": 0.8, "top_p": 0.9}, lambda _: "session fox", is_parsed=True)]
+    result = chosen({"temperature": "1.1"}, session)
+    keys = ("temperature", "top_p", "top_k", "min_p", "draft")
+    assert [result.get(key) for key in keys] == [1.1, 0.9, 7, 0.4, "none"]
+    assert [result.sources[key] for key in ("temperature", "top_p", "top_k", "min_p")] == [
+        "--temperature",
+        "session fox",
+        "SPECCHAT_TOP_K",
+        f"min_p in {path}",
+    ]
+    assert result.get("seed") is None
+    assert "seed" not in result.sources
+
+
+def test_every_kind_of_value(config):
+    config(
+        'model = "big"\nvram = "8GiB"\nctx = 2048\ntree_budget = "auto"\noffline = true\nthink = false\nsave = false\n'
+        'stop = ["a", "b"]\nsystem = "Be brief."\noverflow = "drop-oldest"\nseed = 7\nmax_tokens = 50\nraw = true\n'
+        '[aliases]\nbig = "org/name@main"\n'
+    )
+    result = chosen()
+    assert result.model("model") == "org/name@main"
+    assert result.get("vram") == 8 << 30
+    assert [result.get(key) for key in ("ctx", "tree_budget", "seed", "max_tokens")] == [2048, None, 7, 50]
+    assert [result.get(key) for key in ("offline", "think", "save", "raw")] == [True, False, False, True]
+    assert [result.get(key) for key in ("stop", "system", "overflow")] == [("a", "b"), "Be brief.", "drop-oldest"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("temprature = 1", ["temprature", "did you mean temperature?"]),
+        ("xyzzy = 1", ["xyzzy", "there are"]),
+        ("temperature = 'hot'", ["temperature in", "hot"]),
+        ("temperature = -1", ["temperature in", "from 0"]),
+        ("temperature = true", ["temperature in"]),
+        ("top_p = [1]", ["top_p in"]),
+        ("vram = 12", ["vram in", "8GiB"]),
+        ("offline = 'perhaps'", ["offline in", "perhaps"]),
+        ("stop = ''", ["stop in", "empty"]),
+        ("overflow = 'burst'", ["overflow in", "drop-oldest"]),
+        ("system = '@/no/such/file'", ["system in", "/no/such/file"]),
+        ("model = ", ["not TOML"]),
+        ("aliases = 3", ["aliases"]),
+        ("[aliases]\ndemo = 'org/x'", ["demo"]),
+        ("[aliases]\n'a/b' = 'org/x'", ["a/b"]),
+    ],
+)
+def test_what_makes_no_sense_is_named(fake, config, text, words):
+    path = config(text)
+    result = fake("run", "demo", "hi")
+    assert (result.code, result.out) == (2, "")
+    for word in [*words, str(path)]:
+        assert word in result.err
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("SPECCHAT_TEMPRATURE", "1", ["SPECCHAT_TEMPRATURE", "did you mean SPECCHAT_TEMPERATURE?"]),
+        ("SPECCHAT_TEMPERATURE", "hot", ["SPECCHAT_TEMPERATURE", "hot"]),
+        ("SPECCHAT_THINK", "perhaps", ["SPECCHAT_THINK"]),
+        ("SPECCHAT_CONFIG", "/no/such/file", ["/no/such/file"]),
+    ],
+)
+def test_variables_that_make_no_sense_are_named(fake, monkeypatch, name, value, words):
+    monkeypatch.setenv(name, value)
+    result = fake("run", "demo", "hi")
+    assert result.code == 2
+    assert all(word in result.err for word in words)
+
+
+def test_a_file_of_ones_choice(fake, config, tmp_path, monkeypatch):
+    config("nonsense = 1")
+    mine = config("seed = 5", tmp_path / "mine.toml")
+    assert json.loads(fake("run", "demo", "hi", "--json", "--config", str(mine)).out)["seed"] == 5
+    monkeypatch.setenv("SPECCHAT_CONFIG", str(mine))
+    assert json.loads(fake("run", "demo", "hi", "--json").out)["seed"] == 5
+    assert json.loads(fake("run", "demo", "hi", "--json", "--seed", "6").out)["seed"] == 6
+    assert fake("run", "demo", "hi", "--config", "/no/such/file").code == 2
+
+
+def test_bare_run_takes_the_models_of_the_file(fake, config):
+    config('model = "toy"\ndraft = "none"\nmax_tokens = 3\n[aliases]\ntoy = "demo"\n')
+    result = json.loads(fake("run", "--json", stdin=b"hello").out)
+    assert (result["model"], result["finish_reason"]) == ("demo", "length")
+    config('model = "toy"\n[aliases]\ntoy = "./no/such/folder"\n')
+    assert fake("run", stdin=b"hello").code == 3
+
+
+def test_bench_and_run_share_their_settings(fake, config):
+    path = config('vram = "12"\n')
+    assert str(path) in fake("bench", "demo").err
+    config("temperature = 1\nmodel = 'demo'\n")
+    assert "which MODEL" in fake("bench").err
+
+
+# --- sessions ----------------------------------------------------------------------------------------------------
+
+
+def questions(name):
+    return [e.question for e in transcript.read(transcript.path_of(name)).state.exchanges]
+
+
+def test_single_answers_are_kept_only_when_asked(fake):
+    fake("run", "demo", "hi")
+    assert not transcript.sessions_folder().exists()
+    assert fake("run", "demo", "hi", "--session", "fox", "--no-save").code == 0
+    assert not transcript.sessions_folder().exists()
+    fake("run", "demo", "hi", "--session", "fox")
+    fake("run", "demo", "ho", "--session", "fox")
+    assert questions("fox") == ["hi", "ho"]
+
+
+def test_the_last_chat_goes_on(fake, monkeypatch):
+    fake("run", "demo", "hi", "--session", "fox", "--seed", "9", "--temperature", "0.4", "--system", "Be brief.")
+    monkeypatch.setenv("SPECCHAT_SEED", "10")
+    result = fake("run", "-c", "--json", stdin=b"ho")
+    assert json.loads(result.out)["seed"] == 9
+    assert "session fox: 1 turn so far" in result.err
+    result = fake("run", "demo", "ha", "-c", "--json", "--seed", "11")
+    assert json.loads(result.out)["seed"] == 11
+    saved = transcript.read(transcript.path_of("fox"))
+    assert questions("fox") == ["hi", "ho", "ha"]
+    assert (saved.state.sampling.temperature, saved.state.sampling.seed, saved.state.system) == (0.4, 11, "Be brief.")
+
+
+def test_a_chat_goes_on_unsaved(fake):
+    fake("run", "demo", "hi", "--session", "fox")
+    result = json.loads(fake("run", "-c", "--no-save", "--json", stdin=b"ho").out)
+    assert result["usage"]["prompt_tokens"] > len("[user]hi\n[assistant]You said: hi\n[user]ho")
+    assert questions("fox") == ["hi"]
+
+
+def test_a_repair_is_said(fake):
+    fake("run", "demo", "hi", "--session", "fox")
+    fake("run", "demo", "ho", "--session", "fox")
+    path = transcript.path_of("fox")
+    path.write_bytes(path.read_bytes()[:-5])
+    result = fake("run", "-c", stdin=b"ha")
+    assert (result.code, "torn" in result.err) == (0, True)
+    assert questions("fox") == ["hi", "ha"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "word"),
+    [
+        (["-c"], 2, "no saved chat"),
+        (["-c", "--session", "x"], 2, "--session"),
+        (["demo", "hi", "--session", "../x"], 2, "../x"),
+        (["demo", "hi", "--overflow", "burst"], 2, "--overflow"),
+    ],
+)
+def test_sessions_asked_for_wrongly(fake, arguments, code, word):
+    result = fake("run", *arguments, stdin=b"hi")
+    assert (result.code, word in result.err) == (code, True)
+
+
+def test_a_damaged_session(fake):
+    fake("run", "demo", "hi", "--session", "fox")
+    path = transcript.path_of("fox")
+    path.write_bytes(b"{}\n" + path.read_bytes())
+    result = fake("run", "-c", stdin=b"ha")
+    assert (result.code, "line 1" in result.err) == (1, True)
+
+
+def test_another_model_is_said(fake):
+    fake("run", "demo", "hi", "--session", "fox", "--draft", "none")
+    folder = str(__import__("pathlib").Path(__file__).parents[2] / "specchat" / "demo" / "target")
+    result = fake("run", folder, "hi", "-c", "--json")
+    assert "this chat was with demo so far" in result.err
+    assert json.loads(fake("run", "-c", "--json", stdin=b"x").out)["model"] == folder
+
+
+def test_a_model_from_the_hub_goes_on_at_its_revision(monkeypatch, tmp_path):
+    setup = {"model": "org/name", "revision": "abc", "stop": [], "overflow": "stop", "dtype": "bf16", "ctx": 512}
+    record = Opened({**setup, "draft": "auto", "quant": "none"}, None, Sampling(), None, None)
+    saved = Saved(tmp_path / "fox.jsonl", (record,), 0)
+    (layer,) = sessions.layers(saved, None)
+    assert (layer.values["model"], layer.values["dtype"], layer.values["ctx"]) == ("org/name@abc", "bf16", 512)
+    assert sessions.layers(saved, "org/name")[0].values["model"] == "org/name@abc"
+    assert "dtype" not in sessions.layers(saved, "org/other")[0].values
+    assert sessions.was_with(saved, ModelSource("org/name@abc", tmp_path, "abc"))
+    assert not sessions.was_with(saved, ModelSource("org/name", tmp_path, "abd"))
+    assert not sessions.was_with(saved, ModelSource("org/other", tmp_path, "abc"))
+
+
+# --- thinking and a full context ---------------------------------------------------------------------------------
+
+
+def test_thinking_goes_to_stderr(fake):
+    result = fake("run", "demo", "think")
+    assert result.out == "So it is.\n"
+    assert all(line in result.err for line in THOUGHT.splitlines())
+    done = json.loads(fake("run", "demo", "think", "--json").out)
+    assert done["message"] == {"role": "assistant", "content": "So it is.", "reasoning": THOUGHT}
+    assert done["usage"]["reasoning_tokens"] > 10
+    lines = [json.loads(line) for line in fake("run", "demo", "think", "--json-stream").out.splitlines()]
+    assert "".join(line["text"] for line in lines[:-1]) == "So it is."
+    assert "".join(line.get("reasoning", "") for line in lines[:-1]) == THOUGHT
+    assert [i for line in lines[:-1] for i in line["token_ids"]] == lines[-1]["token_ids"]
+
+
+def test_the_oldest_turns_make_room(fake):
+    for i in range(6):
+        result = fake("run", "demo", f"{i}" * 30, "--session", "fox", "--overflow", "drop-oldest", "--max-tokens", "40")
+        assert result.code == 0
+    assert "oldest" in result.err
+    assert [q[0] for q in questions("fox")] == ["2", "3", "4", "5"]
+    result = fake("run", "demo", "x" * 250, "--session", "fox", "--overflow", "stop")
+    assert result.code == 4

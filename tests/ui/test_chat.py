@@ -1,0 +1,383 @@
+"""Everything the interactive chat promises, with real keys on a pty and a screen; the engine behind it has no model."""
+
+import base64
+import os
+import re
+import stat
+
+import pytest
+from support.terminal import Terminal
+
+SLOW = {"FAKE_PAUSE_S": "0.05"}
+CTRL_C, CTRL_D, CTRL_E, CTRL_L, CTRL_R, CTRL_X = "\x03", "\x04", "\x05", "\x0c", "\x12", "\x18"
+ENTER, TAB, UP = "\r", "\t", "\x1b[A"
+PASTE, PASTE_END = "\x1b[200~", "\x1b[201~"
+STATUS = re.compile(r"^(verifying 2 of 4|waiting) ·", re.MULTILINE)
+
+
+def chat(*arguments, ready=True, **settings):
+    terminal = Terminal("support.fake_cli", "run", "demo", *arguments, **settings)
+    if ready:
+        terminal.wait_for_prompt()
+    return terminal
+
+
+def say(terminal, text, shows):
+    """Sends a message or a command, waits for what it must bring, and for the next prompt."""
+    terminal.send(text + ENTER)
+    terminal.wait_for(shows if callable(shows) else lambda t: re.search(shows, t.screen))
+    terminal.wait_for_prompt()
+
+
+# --- typing ------------------------------------------------------------------------------------------------------
+
+
+def test_a_paste_of_several_lines_is_one_message():
+    with chat() as terminal:
+        terminal.send(f"{PASTE}first\rsecond\r\rfourth{PASTE_END}")
+        terminal.wait_for(lambda t: t.cursor_line == "· fourth")
+        assert "You said" not in terminal.screen
+        say(terminal, " more", r"You said: first\nsecond\n\nfourth more\n")
+
+
+def test_a_block_in_triple_quotes():
+    with chat() as terminal:
+        terminal.send('"""one' + ENTER)
+        terminal.wait_for(lambda t: t.cursor_line == "·")
+        say(terminal, '/two"""', r"You said: one\n/two\n")
+        say(terminal, '"""/help"""', r"You said: /help\n")
+
+
+def test_history_is_searched_and_survives(tmp_path):
+    environment = {"SPECCHAT_STATE_DIR": str(tmp_path)}
+    with chat(environment=environment) as terminal:
+        say(terminal, "a first question", "You said: a first question")
+        say(terminal, "another one", "You said: another one")
+        terminal.send(CTRL_R + "fir")
+        terminal.wait_for("a first question")
+        terminal.wait_for(lambda t: "fir" in t.cursor_line)
+        say(terminal, "", lambda t: t.screen.count("You said: a first question") == 2)
+        terminal.send(CTRL_D)
+        assert terminal.exit_code() == 0
+    assert stat.S_IMODE((tmp_path / "history").stat().st_mode) == 0o600
+    with chat(environment=environment) as terminal:
+        terminal.send(UP + UP)
+        terminal.wait_for(lambda t: t.cursor_line == "> another one")
+    with chat("--no-save", environment=environment) as terminal:
+        say(terminal, "a secret", "You said: a secret")
+        terminal.send(UP)
+        terminal.wait_for(lambda t: t.cursor_line == "> a secret")
+    assert "secret" not in (tmp_path / "history").read_text()
+
+
+def test_the_editor(tmp_path):
+    editor = tmp_path / "editor"
+    editor.write_text('#!/bin/sh\nprintf "edited\\nlines" >> "$1"\n')
+    editor.chmod(0o700)
+    with chat(environment={"EDITOR": str(editor), "VISUAL": ""}) as terminal:
+        terminal.send("to be ")
+        terminal.wait_for("> to be")
+        terminal.send(CTRL_X + CTRL_E)
+        terminal.wait_for(lambda t: t.cursor_line == "· lines")
+        say(terminal, "", r"You said: to be edited\nlines")
+
+
+def test_the_screen_can_be_cleared_and_a_line_is_kept():
+    with chat() as terminal:
+        say(terminal, "hello", "You said: hello")
+        terminal.send("half")
+        terminal.wait_for("> half")
+        terminal.send(CTRL_L)
+        terminal.wait_for(lambda t: t.screen == "> half")
+        terminal.send("\x01" + CTRL_D)  # at the start of a line that is not empty it deletes
+        terminal.wait_for(lambda t: t.cursor_line == "> alf")
+
+
+def test_tab_completes_commands_keys_and_files(tmp_path):
+    (tmp_path / "notes.txt").write_text("the notes")
+    with chat() as terminal:
+        terminal.send("/verb" + TAB)
+        terminal.wait_for(lambda t: t.cursor_line == "> /verbose")
+        say(terminal, "", "each pass is shown")
+        terminal.send("/set temp" + TAB)
+        terminal.wait_for(lambda t: t.cursor_line == "> /set temperature=")
+        say(terminal, "0.5", "temperature = 0.5")
+        terminal.send(f"/read {tmp_path}/no" + TAB)
+        terminal.wait_for("notes.txt")
+        say(terminal, "", r"notes.txt \(9 characters\)")
+        terminal.send("/ret" + TAB)
+        terminal.wait_for(lambda t: t.cursor_line == "> /retry")
+
+
+# --- loading -----------------------------------------------------------------------------------------------------
+
+
+def test_typing_while_the_model_loads():
+    with chat(ready=False, environment={"FAKE_LOAD_S": "0.8"}) as terminal:
+        terminal.wait_for("loading the model")
+        assert terminal.screen.index("RAM") < terminal.screen.index("loading the model")  # the plan comes first
+        terminal.send("already ")
+        terminal.wait_for(lambda t: t.cursor_line == "> already" and "loading the model" in t.screen)
+        terminal.send("here" + ENTER)
+        terminal.wait_for("You said: already here")
+        terminal.wait_for_prompt()
+        assert "loading" not in terminal.screen
+
+
+def test_what_loading_tells_vanishes_while_a_line_is_typed():
+    with chat(ready=False, environment={"FAKE_LOAD_S": "0.5"}) as terminal:
+        terminal.wait_for("loading the model")
+        terminal.send("half")
+        terminal.wait_for(lambda t: t.cursor_line == "> half" and "loading" not in t.screen)
+
+
+def test_not_waiting_for_the_model():
+    with chat(ready=False, environment={"FAKE_LOAD_S": "30"}) as terminal:
+        terminal.wait_for("loading the model")
+        terminal.send("too slow" + ENTER)
+        terminal.wait_for(lambda t: t.cursor_line.startswith("loading the model"))
+        terminal.send(CTRL_C)
+        terminal.wait_for("^C stopped before the model was loaded")
+        terminal.wait_for(lambda t: t.cursor_line == "> too slow")
+        terminal.send("\x15" + CTRL_D)
+        assert terminal.exit_code() == 0
+
+
+@pytest.mark.parametrize("typed", ["", "half a message", "a whole one\r"], ids=["nothing", "half", "sent"])
+def test_loading_that_fails_is_explained(tmp_path, typed):
+    environment = {"FAKE_LOAD_S": "0.6", "FAKE_LOAD_FAILS": "1", "SPECCHAT_STATE_DIR": str(tmp_path)}
+    with chat(ready=False, environment=environment) as terminal:
+        terminal.wait_for("loading the model")
+        terminal.send(typed)
+        assert terminal.exit_code() == 4
+        assert "error: the model is too large\nhint: try --vram 8GiB" in terminal.screen
+        assert b"Traceback" not in terminal.raw
+    if typed:
+        assert typed.strip() in (tmp_path / "history").read_text()
+
+
+# --- the answer --------------------------------------------------------------------------------------------------
+
+
+def test_the_status_line_comes_and_goes():
+    with chat(environment={"FAKE_FIRST_PAUSE_S": "0.3", "FAKE_PAUSE_S": "0.02"}) as terminal:
+        terminal.send("long" + ENTER)
+        terminal.wait_for(lambda t: re.search(r"^verifying 2 of 4 · 0 s · RAM 140", t.screen, re.MULTILINE))
+        terminal.wait_for(lambda t: re.search(r"word3.*\n(.*\n)?verifying 2 of 4 · [\d]+ tok · [\d.]+ tok/s", t.screen))
+        assert re.search(r"3.0 tok/pass · \d s · 210 MB/s", terminal.screen)
+        terminal.wait_for("word59")
+        terminal.wait_for_prompt()
+        assert not STATUS.search(terminal.scrollback)
+        assert " ".join(f"word{i}" for i in range(60)) in " ".join(terminal.scrollback.split())
+
+
+def test_no_status_when_quiet():
+    with chat("-q", environment=SLOW) as terminal:
+        terminal.send("long" + ENTER)
+        terminal.wait_for("word9")
+        assert not STATUS.search(terminal.screen)
+
+
+EXPECTED = """A title
+
+Some bold words and code, which go on
+for long enough to be wrapped on a
+narrow screen.
+
+1. first
+2. second
+
+```python
+def f(x):
+    return x  # done
+```
+
+name   size
+───────────
+a         1
+
+The end."""
+
+
+def test_markdown_is_laid_out():
+    with chat(columns=40, environment={"FAKE_PAUSE_S": "0.01"}) as terminal:
+        terminal.send("markdown" + ENTER)
+        terminal.wait_for("The end.")
+        terminal.wait_for_prompt()
+        assert EXPECTED in terminal.scrollback
+        assert b"\x1b[1mbold" in terminal.raw
+
+
+def test_raw_shows_it_as_it_is():
+    with chat("--raw", columns=60) as terminal:
+        terminal.send("markdown" + ENTER)
+        terminal.wait_for("The end.")
+        terminal.wait_for_prompt()
+        assert "# A title\n\nSome **bold** words and `code`, which go on for long enough" in terminal.scrollback
+        assert "```python\ndef f(x):" in terminal.scrollback
+
+
+@pytest.mark.parametrize("size", [(40, 30), (100, 12), (140, 40)], ids=str)
+def test_the_window_changes_while_an_answer_is_written(tmp_path, size):
+    gate = tmp_path / "gate"
+    with chat(environment={"FAKE_GATE": str(gate)}) as terminal:
+        terminal.send("gated long" + ENTER)
+        terminal.wait_for(lambda t: "word20" in t.screen and STATUS.search(t.screen))
+        terminal.resize(*size)
+        gate.touch()
+        terminal.wait_for("word59")
+        terminal.wait_for_prompt()
+        numbers = [int(n) for n in re.findall(r"word(\d+)", terminal.scrollback.split("> gated long")[-1])]
+        assert numbers == list(range(numbers[0], 60))  # pyte forgets the rows that a lower window leaves out
+        assert numbers[0] == 0 or size[1] < 30
+        assert not STATUS.search(terminal.scrollback)
+
+
+def test_an_answer_longer_than_the_screen():
+    with chat(rows=12, environment={"FAKE_PAUSE_S": "0.002"}) as terminal:
+        terminal.send("lines" + ENTER)
+        terminal.wait_for("line 69")
+        terminal.wait_for_prompt()
+        assert [int(n) for n in re.findall(r"^line (\d+)$", terminal.scrollback, re.MULTILINE)] == list(range(70))
+
+
+def test_ctrl_c_twice_in_an_answer_leaves():
+    with chat(environment={"FAKE_PAUSE_S": "0.8", "FAKE_SAYS_CLOSED": "1"}) as terminal:
+        terminal.send("long" + ENTER)
+        terminal.wait_for("verifying")
+        terminal.send(CTRL_C)
+        terminal.wait_for("stopping ·")
+        terminal.send(CTRL_C)
+        assert terminal.exit_code() == 130
+        assert "engine closed" in terminal.screen
+        assert b"Traceback" not in terminal.raw
+
+
+def test_what_is_typed_during_an_answer_waits_for_the_prompt(tmp_path):
+    gate = tmp_path / "gate"
+    with chat(environment={"FAKE_GATE": str(gate)}) as terminal:
+        terminal.send("gated hello" + ENTER)
+        terminal.wait_for("You said: ")
+        terminal.send("next" + ENTER)
+        gate.touch()
+        terminal.wait_for("You said: next")
+        assert terminal.screen.index("You said: gated hello\n") < terminal.screen.index("> next\n")
+
+
+def test_thinking_is_folded_shown_and_hidden():
+    with chat(environment={"FAKE_PAUSE_S": "0.03"}) as terminal:
+        terminal.send("think" + ENTER)
+        terminal.wait_for("Then that.")
+        terminal.wait_for("So it is.")
+        terminal.wait_for_prompt()
+        assert "First this." not in terminal.scrollback
+        assert re.search(r"^thought \d s, \d+ tok\nSo it is.", terminal.scrollback, re.MULTILINE)
+        say(terminal, "/think show", r"First this.\nThen that.\n")
+        say(terminal, "think", lambda t: t.screen.count("So it is.") == 2)
+        assert terminal.screen.count("First this.\nThen that.\n") == 2
+        say(terminal, "/think hide", "folded away")
+        say(terminal, "think", lambda t: t.screen.count("So it is.") == 3)
+        assert terminal.screen.count("First this.") == 2
+
+
+# --- commands ----------------------------------------------------------------------------------------------------
+
+
+def test_commands_that_change_the_chat():
+    with chat(rows=50) as terminal:
+        say(terminal, "/retry", "there is no answer to try again")
+        say(terminal, "one", "You said: one")
+        say(terminal, "/retry", lambda t: t.screen.count("You said: one") == 2)
+        assert "greedy answers come out the same" in terminal.screen
+        terminal.send("/edit" + ENTER)
+        terminal.wait_for(lambda t: t.cursor_line == "> one")
+        say(terminal, " and more", "You said: one and more")
+        say(terminal, "two", "You said: two")
+        say(terminal, "/drop 3", "error: there are 2 turns to drop")
+        say(terminal, "/drop 1", r"1 turn dropped, \d+ of 400 tokens in use")
+        say(terminal, "/drop", "it goes like this: /drop N")
+        terminal.send("/undo" + ENTER)
+        terminal.wait_for(lambda t: "taken back" in t.screen and t.cursor_line == "> two")
+        say(terminal, "!", "You said: two!")
+        say(terminal, "/clear", "the chat is empty again")
+        say(terminal, "/clear now", "/clear takes no argument")
+        say(terminal, "/undo", "error: there is nothing to undo")
+
+
+def test_an_edit_that_is_given_up_is_an_ordinary_message():
+    with chat() as terminal:
+        say(terminal, "one", "You said: one")
+        terminal.send("/edit" + ENTER)
+        terminal.wait_for(lambda t: t.cursor_line == "> one")
+        terminal.send(CTRL_C)
+        terminal.wait_for_prompt()
+        say(terminal, "two", "You said: two")
+        say(terminal, "/drop 2", "2 turns dropped")
+
+
+def test_commands_about_settings(tmp_path):
+    with chat(rows=60, environment={"SPECCHAT_STATE_DIR": str(tmp_path)}) as terminal:
+        say(terminal, "/system", "system prompt: none")
+        say(terminal, "/system Be brief.", "system prompt: Be brief.")
+        say(terminal, "/system none", lambda t: t.screen.count("system prompt: none") == 2)
+        say(terminal, "/set temperatur=1", "error: .*temperatur")
+        say(terminal, "/set temperature=1", "temperature = 1")
+        say(terminal, "/set", r"temperature +1 +/set")
+        say(terminal, "/think maybe", "/think takes on, off, show or hide")
+        say(terminal, "/think", "thinking: as the model has it, folded")
+        say(terminal, "/info", r"temperature +1 +/set")
+        assert "0 of 400 tokens in use" in terminal.screen
+        say(terminal, "/stats", "there is no answer yet")
+        say(terminal, "hello", "You said: hello")
+        say(terminal, "/stats", r"1 answer · 16 tok")
+
+
+def test_verbose_draws_the_tree():
+    with chat("--verbose", rows=60) as terminal:
+        say(terminal, "hi", "You said: hi")
+        assert re.search(r"^step 1: 3 tok · tree 64 nodes, depth 5, 2 accepted", terminal.screen, re.MULTILINE)
+        assert re.search(r'^ +1 ● "Y"  ○ "Z"\n +2 ● "o"  ○ "p"\n +→ "u"$', terminal.screen, re.MULTILINE)
+
+
+def test_files(tmp_path):
+    (tmp_path / "notes.txt").write_text("the notes\n")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    with chat(rows=60, columns=150) as terminal:
+        say(terminal, f"/read {tmp_path}/notes.txt", "goes along with the next message")
+        say(terminal, "what about it", r"You said: the notes\n\nwhat about it\n")
+        say(terminal, f"/read {tmp_path}/binary", "is not UTF-8 text")
+        say(terminal, f"/read {tmp_path}/missing", "cannot be read: No such file")
+        say(terminal, f"/save {tmp_path}/chat.md", f"saved to {tmp_path}/chat.md")
+        say(terminal, f"/save {tmp_path}/chat.jsonl", f"saved to {tmp_path}/chat.jsonl")
+        say(terminal, f"/save {tmp_path}/chat.md", "exists already")
+        say(terminal, "/clear", "empty again")
+        say(terminal, f"/load {tmp_path}/chat.jsonl", "1 turn from")
+        say(terminal, "/retry", lambda t: t.screen.count("You said: the notes") == 2)
+    assert "You said: the notes" in (tmp_path / "chat.md").read_text()
+
+
+def test_copying(tmp_path):
+    tool = tmp_path / "wl-copy"
+    tool.write_text(f'#!/bin/sh\ncat > "{tmp_path}/copied"\n')
+    tool.chmod(0o700)
+    plain = {"PATH": "/usr/bin:/bin", "WAYLAND_DISPLAY": "", "DISPLAY": "", "SSH_CONNECTION": "here"}
+    with chat(environment=plain) as terminal:
+        say(terminal, "/copy", "there is no answer to copy")
+        say(terminal, "**this**", "You said: this")
+        say(terminal, "/copy", "18 characters copied by asking the terminal")
+        assert b"\x1b]52;c;" + base64.b64encode(b"You said: **this**") + b"\x07" in terminal.raw
+    desktop = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "WAYLAND_DISPLAY": "wayland-0"}
+    with chat(environment=desktop) as terminal:
+        say(terminal, "**this**", "You said: this")
+        say(terminal, "/copy", "18 characters copied with wl-copy")
+    assert (tmp_path / "copied").read_text() == "You said: **this**"
+
+
+def test_a_context_that_fills_up():
+    with chat(rows=60) as terminal:
+        say(terminal, "x" * 155, r"warning: \d+ of 400 tokens of context are in use: /clear .* /drop N .*\n?.*--ctx")
+        terminal.send("x" * 155 + ENTER)
+        terminal.wait_for(lambda t: re.search(r"error: too long\nhint: /clear .* /drop N .* --ctx", t.screen))
+        terminal.wait_for(lambda t: t.cursor_line.endswith("xxx"))  # the message is back
+        assert terminal.screen.count("warning:") == 1
+        terminal.send(CTRL_C)

@@ -1,0 +1,206 @@
+"""Markdown that arrives in pieces: laid out the same as at once, losing nothing, obeying nothing."""
+
+import re
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from rich.cells import cell_len
+
+from specchat.ui.markdown import MarkdownStream, PlainStream
+
+SGR = re.compile(r"\x1b\[[0-9;]*m")
+# Parts that documents are made of, with the seams at which one kind of block could be taken for another.
+PARTS = [
+    "A paragraph with **bold**, *slanted* and `code`.",
+    "Another line",
+    "\n",
+    "\n\n",
+    "# Title\n",
+    "## Sub **bold**\n",
+    "- one\n",
+    "- two\n  still two\n",
+    "   - nested\n",
+    "* other\n",
+    "1. first\n",
+    "1. second\n",
+    "3) other\n",
+    "10. tenth\n\n    a paragraph in it\n",
+    "> quoted\n",
+    "> - list in it\n",
+    "```python\ndef f():\n    '''doc\n",
+    "```\n",
+    "~~~\n",
+    "````md\n",
+    "    indented\n",
+    "---\n",
+    "===\n",
+    "| a | b |\n|---|--:|\n",
+    "| c | d |\n",
+    "[link](http://x.y/z)",
+    "[ref]: http://x.y\n",
+    "<div>html</div>\n",
+    "&amp; &#27; ~~gone~~\n",
+    "日本語のテキスト 🦊 é\n",
+    "\t tab\n",
+    "-",
+    "#",
+    "`",
+]
+DOCUMENT = st.lists(st.sampled_from(PARTS), max_size=14).map("".join)
+
+
+def plain(rows):
+    return [SGR.sub("", row.shown) for row in rows]
+
+
+def whole(text, width=40):
+    stream = MarkdownStream()
+    stream.feed(text)
+    return [row.shown for row in stream.finished(width, last=True)]
+
+
+def streamed(stream, text, cuts, width=40):
+    rows, begin = [], 0
+    for end in [*sorted(min(cut, len(text)) for cut in cuts), len(text)]:
+        stream.feed(text[begin:end])
+        rows += stream.finished(width)
+        stream.unfinished(width)
+        begin = end
+    return [row.shown for row in rows + stream.finished(width, last=True)]
+
+
+@given(DOCUMENT, st.lists(st.integers(0, 400), max_size=20))
+@example("- a\n- b\n-x\n", [8, 9])
+@example("para\n#", [6])
+@example("1. a\n1. b\n1. c\n", [5, 10])
+@example("```\na\n\n\nb\n```\nend", [6, 7, 8])
+def test_it_looks_the_same_however_it_arrives(text, cuts):
+    pieces, at_once = streamed(MarkdownStream(), text, cuts), whole(text)
+    if "```" in text or "~~~" in text:  # the colours of code may depend on lines to come
+        pieces, at_once = ([SGR.sub("", line) for line in lines] for lines in (pieces, at_once))
+    assert pieces == at_once
+
+
+@given(DOCUMENT, st.integers(8, 60))
+def test_every_word_can_be_read(text, width):
+    shown = "".join(SGR.sub("", "".join(whole(text, width))).split())
+    position = 0
+    for character in re.sub(r"&[#\w]+;|[^\w]|[\d_]", "", text):  # numbers of lists are counted anew
+        position = shown.find(character, position) + 1
+        assert position, f"{character!r} of {text!r} is missing in {shown!r}"
+
+
+@given(DOCUMENT, st.integers(20, 60))
+def test_prose_keeps_within_the_width(text, width):
+    stream = MarkdownStream()
+    in_code = "```" in text or "~~~" in text or "    " in text  # which is never broken
+    stream.feed(text)
+    for row in stream.finished(width, last=True):
+        assert row.num_cells == cell_len(SGR.sub("", row.shown))
+        assert in_code or row.num_cells <= width
+
+
+# What could move the cursor, set titles, ask questions or turn text around, bare and in Markdown's disguises.
+SEQUENCES = ["\x1b[31m", "\x1b]0;title\x07", "\x1bP1$r\x1b\\", "\x9b2J", "\x9d0;t\x9c", "\x7f", "\x08", "\x00", "\r"]
+TURNS = ["\u202e", "\u2066", "\u2028", "\ud800", "&#x202e;", "&#155;", "&#x1b;"]
+DISGUISES = ["<http://x.y/%1b[31m>", "[a](<x\x1b[1m>)", "![\x9b](y)", "```\x1b[1m\n", "`\x1b[2m`", "| \x1bc |\n|---|\n"]
+NASTY = st.lists(st.sampled_from([*SEQUENCES, *TURNS, *DISGUISES, "> ", "- ", "text ", "\n", "**"]), max_size=12).map(
+    "".join
+)
+
+
+@given(NASTY, st.lists(st.integers(0, 80), max_size=6), st.booleans())
+def test_nothing_in_a_text_can_command_a_terminal(text, cuts, markdown):
+    stream = MarkdownStream() if markdown else PlainStream("dim")
+    live, begin = [], 0
+    for end in [*sorted(min(cut, len(text)) for cut in cuts), len(text)]:
+        stream.feed(text[begin:end])
+        live += [*stream.finished(30), *stream.unfinished(30)]
+        begin = end
+    for row in [*live, *stream.finished(30, last=True)]:
+        left = SGR.sub("", row.shown)
+        assert not re.search(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u2028\u2029\ud800-\udfff]", left)
+
+
+def test_how_things_look():
+    text = """# Title
+
+Words with **bold**, *slanted*, `code` and a [link](http://x.y).
+
+1. one
+2. two
+   - nested
+
+> quoted
+
+```python
+def f(x):
+
+\treturn x
+```
+
+| a | b |
+|---|--:|
+| 1 | 22 |
+
+<b>html</b>"""
+    stream = MarkdownStream()
+    stream.feed(text)
+    assert plain(stream.finished(60, last=True)) == [
+        "Title",
+        "",
+        "Words with bold, slanted, code and a link (http://x.y).",
+        "",
+        "1. one",
+        "2. two",
+        "   • nested",
+        "",
+        "│ quoted",
+        "",
+        "```python",
+        "def f(x):",
+        "",
+        "    return x",
+        "```",
+        "",
+        "a    b",
+        "──────",
+        "1   22",
+        "",
+        "<b>html</b>",
+    ]
+
+
+def test_code_is_coloured_and_never_broken():
+    line = f"x = '{'y' * 60}'  # comment"
+    rows = whole(f"```python\n{line}\n```\n", width=20)
+    assert len(rows) == 3
+    assert SGR.sub("", rows[1]) == line
+    assert len(SGR.findall(rows[1])) > 4
+    assert SGR.sub("", "\n".join(whole("```nolanguage\n<a>\n```"))) == "```nolanguage\n<a>\n```"
+
+
+@pytest.mark.parametrize(
+    ("text", "num_rows"),
+    [
+        ("A paragraph that\nmay go on\n", 0),
+        ("It has ended.\n\nNext", 1),
+        ("# At once\n", 1),
+        ("- one\n- two\n- thr", 1),
+        ("```py\none = 1\ntwo = 2\nthr", 3),
+        ("| a |\n|---|\n| 1 |\n", 0),
+        ("| a |\n|---|\n| 1 |\n\n", 3),
+    ],
+)
+def test_what_is_complete_is_final(text, num_rows):
+    stream = MarkdownStream()
+    stream.feed(text)
+    assert len(stream.finished(40)) == num_rows
+
+
+def test_plain_text_leaves_line_by_line_and_whole():
+    stream = PlainStream()
+    assert streamed(stream, "a **b**\n" + "x" * 90 + "\n\nend", [3, 20, 50]) == ["a **b**", "x" * 90, "", "end"]
+    stream.feed("y" * 25)
+    assert [row.num_cells for row in stream.unfinished(10)] == [10, 10, 5]
