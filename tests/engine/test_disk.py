@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,6 +80,29 @@ def test_every_tier_gives_the_same_bits(architecture: str, tmp_path: Path):
             for _ in range(NUM_PASSES):
                 assert torch.equal(hidden(model, prompt), expected)
             model.close()
+
+
+@pytest.mark.parametrize("small", ["all", "some"])
+def test_small_layers_are_read_where_they_are_computed(small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """All of them without a thread; or among larger ones that threads read ahead, in the same slots."""
+    source, prompt = make_source("deepseek_v3", tmp_path / "model"), random_prompt(20, VOCAB)
+    pack = make_pack(source)
+    expected = hidden(load(source, pack, resident=None, slots=0, tier="disk"), prompt)
+    sizes = [layer.nbytes for layer in pack.layers]
+    limit = max(sizes) if small == "all" else min(sizes)
+    assert sum(size <= limit for size in sizes) == (4 if small == "all" else 1)
+    monkeypatch.setattr("specchat.engine.disk.SMALL_LAYER_BYTES", limit)
+    for slots in (1, 2, 3):
+        model = load(source, pack, resident=(), slots=slots, tier="disk")
+        has_readers = any(thread.name.startswith("specchat-streamer") for thread in threading.enumerate())
+        assert has_readers == (small == "some")
+        for index in range(3):
+            assert torch.equal(hidden(model, prompt), expected)
+            for layer in range(index):  # as far as a cancelled pass got
+                model.streamer.acquire(layer)
+                model.streamer.release(layer)
+            model.streamer.restart()
+        model.close()
 
 
 def test_cancelled_passes_leave_nothing_behind(tmp_path: Path):
