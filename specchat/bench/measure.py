@@ -65,7 +65,7 @@ class Job:
     @property
     def reads_past_cache(self) -> bool:
         """Whether our own passes read the disk itself."""
-        return self.plan.tier == "disk" and self.pack is not None
+        return "disk" in self.plan.tiers and self.pack is not None
 
 
 def measure(job: Job, cancel: Event, report: Callable[[Progress], None]) -> Outcome:

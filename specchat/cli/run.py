@@ -103,7 +103,8 @@ def _chat(options: RunOptions, models: Models, plan: Plan, prompt: str | None, s
     view.banner(models.target, plan, models.draft_note)
     tokenizer = load_tokenizer(models.target.path)
     check_has_template(tokenizer, base=options.base)
-    with Engine.load(plan, models.target, models.draft, shared.make_pack(models.target, plan, say)) as engine:
+    pack = shared.make_pack(models.target, plan, say)
+    with Engine.load(plan, models.target, models.draft, pack, say.warn) as engine:
         session = ChatSession(
             engine,
             tokenizer,

@@ -224,3 +224,38 @@ def _map(layer: PackedLayer) -> Tensor:
     """The layer's blob in the page cache: uint8 [nbytes], private, so that writing to it never reaches the file."""
     whole = torch.from_file(str(layer.path), shared=False, size=layer.path.stat().st_size, dtype=torch.uint8)
     return whole[layer.data_offset : layer.data_offset + layer.nbytes]
+
+
+class MixedStreamer(LayerStreamer):
+    """Layers that come by different ways, each way keeping its own order: some mapped, the others through slots.
+
+    Args:
+        ways: the streamer of every streamed layer, by the layer's index.
+    """
+
+    def __init__(self, ways: Mapping[int, LayerStreamer]) -> None:
+        self._ways = ways
+        self._streamers = tuple(dict.fromkeys(ways.values()))
+
+    def acquire(self, index: int) -> None:
+        """Waits for the layer, whichever way it comes."""
+        self._ways[index].acquire(index)
+
+    def release(self, index: int) -> None:
+        """Hands the layer back."""
+        self._ways[index].release(index)
+
+    def restart(self) -> None:
+        """Begins again on every way."""
+        for streamer in self._streamers:
+            streamer.restart()
+
+    def counters(self) -> StreamCounters:
+        """Totals of all ways."""
+        totals = [streamer.counters() for streamer in self._streamers]
+        return StreamCounters(sum(each.num_bytes for each in totals), sum(each.wait_s for each in totals))
+
+    def close(self) -> None:
+        """Closes all ways."""
+        for streamer in self._streamers:
+            streamer.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -58,7 +58,14 @@ class Engine:
         self._meter = stats.MemoryMeter(plan, [target, *drafter.models], runtime_bytes)
 
     @classmethod
-    def load(cls, plan: Plan, target: ModelSource, draft: ModelSource | None, pack: Pack | None = None) -> Engine:
+    def load(
+        cls,
+        plan: Plan,
+        target: ModelSource,
+        draft: ModelSource | None,
+        pack: Pack | None = None,
+        warn: Callable[[str], None] = lambda _: None,
+    ) -> Engine:
         """Reads both models into memory as planned.
 
         Args:
@@ -66,6 +73,7 @@ class Engine:
             target: the model whose text comes out.
             draft: the model that guesses, or None.
             pack: the target's weights repacked (`models.prepare`), or None to read them from its own files.
+            warn: told in one line of what the system refused and what that costs.
 
         Raises:
             VocabularyMismatchError: the draft's token ids do not mean the target's.
@@ -86,8 +94,9 @@ class Engine:
             device=device,
             resident=plan.resident,
             num_slots=plan.slots,
-            tier=plan.tier,
+            in_ram=plan.in_ram,
             pack=pack,
+            warn=warn,
             cache_rows=plan.ctx + plan.tree_budget,
             chunk_rows=plan.chunk_rows,
         )

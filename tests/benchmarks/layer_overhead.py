@@ -79,18 +79,19 @@ def with_bare_reads(model: TreeModel, pack: Pack) -> TreeModel:
 def load_systems(folder: Path) -> dict[str, TreeModel]:
     source, pack = make_pack(folder)
     load = partial(load_model, source, dtype=torch.float32, device=CPU, cache_rows=64, chunk_rows=64, pack=pack)
+    every_layer = range(len(pack.layers))
     wrapped = unwrapped(load())
-    wrapped = TreeModel(wrapped.skeleton, wrapped.cache, NoStreamer(), range(len(pack.layers)), 64, CPU)
+    wrapped = TreeModel(wrapped.skeleton, wrapped.cache, NoStreamer(), every_layer, 64, CPU)
     stream = partial(load, resident=(), num_slots=NUM_SLOTS)
     systems = {
         "plain": unwrapped(load()),
         "wrapped": wrapped,
         "bare reads": with_bare_reads(load(), pack),
-        "slots": stream(tier="disk"),
-        "mapped": stream(tier="ram"),
+        "slots": stream(),
+        "mapped": stream(in_ram=every_layer),
     }
     disk.SMALL_LAYER_BYTES = 0
-    systems["threads"] = stream(tier="disk")
+    systems["threads"] = stream()
     return systems
 
 
