@@ -150,6 +150,7 @@ def _job(
         passes=options.passes or options.cold,
         pack=pack,
         files=_files(target, plan, pack),
+        warn=say.warn,
     )
 
 
@@ -200,7 +201,7 @@ def _report(options: BenchOptions, measured: "Sequence[tuple[_Point, Job, Outcom
         _head(options, job, outcome, partial=any(each.measurement.partial for _, _, each in measured)),
         {
             **objects[best],
-            "disk_passes": report.disk_passes_object(outcome.disk_passes),
+            "disk_passes": report.disk_passes_object(outcome.disk_passes, outcome.page_cache_passes),
             "sweep": sweep,
         },
     )
