@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 # Up to this size a layer is read by the thread that computes, when it gets there, and through the page cache (which
-# holds all of a model's such layers in a few MiB). Reading ahead costs the computing thread 50 to 300 us a layer,
+# holds all of a model's such layers in a few MiB). Reading ahead costs the computing thread 90 to 230 us a layer,
 # however small: a reader needs the interpreter's lock on its way into every read and out of it, and while it has it the
-# other one sleeps and has to be woken. Copying 256 KiB out of the page cache takes 25 us.
+# other one sleeps and has to be woken. Copying 256 KiB out of the page cache takes 30 us.
 SMALL_LAYER_BYTES = 256 * 1024
 
 

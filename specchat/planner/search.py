@@ -19,7 +19,7 @@ EXACT_BYTES = 64 * MIB
 NUM_SLOTS = 2
 # A third slot takes a resident layer's place. While one layer is computed and the next one waits, its fill goes on, so
 # that a pass whose reading and computing take about as long stays as fast as its reads alone: measured on a disk with
-# 27 streamed layers 0.95-1.04 of raw reads, and 0.78-0.93 with two slots. It pays while one layer more to stream is
+# 27 streamed layers 0.95-1.04 of raw reads, and 0.76-0.93 with two slots. It pays while one layer more to stream is
 # little, and where computing is slow; on a GPU it takes a fraction of the time of the copy.
 NUM_SLOTS_OF_MANY = 3
 MANY_STREAMED = 10

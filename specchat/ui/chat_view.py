@@ -151,11 +151,9 @@ def _layers(plan: Plan) -> str:
 
 def _places(plan: Plan) -> str:
     """Where streamed layers are between passes."""
-    num_in_ram = len(plan.in_ram)
-    num_on_disk = len(plan.streamed) - num_in_ram
-    if num_in_ram and num_on_disk:
-        return f"host memory ({num_in_ram} layers) and the disk ({num_on_disk})"
-    return "host memory" if num_in_ram else "the disk"
+    if "disk" not in plan.tiers:
+        return "host memory"
+    return f"host memory ({len(plan.in_ram)} of them) and the disk" if plan.in_ram else "the disk"
 
 
 def _columns(rows: Sequence[tuple[str, str]], indent: str = "") -> list[str]:
