@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 Dtype = Literal["bf16", "fp16", "fp32"]
-# Where the bytes of streamed layers are between passes: host memory (pinned, or the page cache) or the disk.
-Tier = Literal["ram", "disk"]
+# Where a layer's bytes are between passes: with the device, in host memory (pinned, or the page cache), on the disk.
+Tier = Literal["device", "ram", "disk"]
 # What specchat makes of full-precision weights. Checkpoints that come quantized have names of their own ("gptq int4").
 Quant = Literal["none", "int8", "int4"]
 # What an engine is at; "prefill" is a pass that reads more than one committed token.
@@ -166,9 +166,10 @@ class Plan:
         device_budget_bytes: what the ledger had to stay within.
         host_bytes: memory outside the device budget (pinned layer copies); 0 on the CPU, where both are the same.
         streamed_bytes_per_step: bytes over the link for one pass.
-        tier: where the streamed layers' bytes are between passes.
         draft_quant: how the draft's weights are stored; "none" without a draft.
         lowered_from: the precision that the user gets less than without having asked for it; None in most plans.
+        in_ram: indices of the streamed layers whose bytes stay in host memory between passes, ascending; the other
+            streamed layers are read from the disk for every pass.
     """
 
     target: str
@@ -187,10 +188,10 @@ class Plan:
     device_budget_bytes: int
     host_bytes: int
     streamed_bytes_per_step: int
-    tier: Tier = "disk"
     adaptive: bool = False
     draft_quant: str = "none"
     lowered_from: Dtype | None = None
+    in_ram: tuple[int, ...] = ()
 
     @property
     def device_bytes(self) -> int:
@@ -202,6 +203,12 @@ class Plan:
         """Indices of the layers that are streamed for every pass, ascending."""
         resident = set(self.resident)
         return tuple(i for i in range(self.num_layers) if i not in resident)
+
+    @property
+    def tiers(self) -> tuple[Tier, ...]:
+        """Of every layer, in order."""
+        resident, in_ram = set(self.resident), set(self.in_ram)
+        return tuple("device" if i in resident else "ram" if i in in_ram else "disk" for i in range(self.num_layers))
 
 
 @dataclass(frozen=True)

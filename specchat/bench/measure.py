@@ -19,6 +19,7 @@ from specchat.bench.runner import Progress, Runner
 from specchat.bench.systems import System
 from specchat.config import ModelSource, Plan
 from specchat.errors import PromptTooLongError
+from specchat.hardware.probe import available_ram_bytes
 from specchat.units import GIB
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 _DEFAULT_ROWS = 64
 # Enough to know a disk's rate by; a large model's files take minutes to read.
 _LINK_BYTES = 2 * GIB
+_SPARE_RAM_BYTES = 4 * GIB
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,9 @@ class Job:
         cold: every pass starts from an empty page cache.
         passes: passes by themselves are measured, too.
         pack: the weights repacked, or None.
+        draft_pack: the draft's, or None.
         files: what passes read.
+        warn: told what the system refused.
     """
 
     plan: Plan
@@ -60,12 +64,14 @@ class Job:
     cold: bool
     passes: bool
     pack: Pack | None
+    draft_pack: Pack | None
     files: Files
+    warn: Callable[[str], None]
 
     @property
     def reads_past_cache(self) -> bool:
         """Whether our own passes read the disk itself."""
-        return self.plan.tier == "disk" and self.pack is not None
+        return "disk" in self.plan.tiers and self.pack is not None
 
 
 def measure(job: Job, cancel: Event, report: Callable[[Progress], None]) -> Outcome:
@@ -90,7 +96,16 @@ def measure(job: Job, cancel: Event, report: Callable[[Progress], None]) -> Outc
 
     evicts = partial(_evict, job.files.every) if job.cold else None
     with setup.load(
-        job.plan, job.target, job.draft, job.pack, job.baselines, warm_up=warm_up, evict=evicts, say=say
+        job.plan,
+        job.target,
+        job.draft,
+        job.pack,
+        job.draft_pack,
+        job.baselines,
+        warm_up=warm_up,
+        evict=evicts,
+        say=say,
+        warn=job.warn,
     ) as loaded:
         runner = make_runner(loaded.systems)
         runner.warm_up(job.questions[0])
@@ -106,6 +121,7 @@ def measure(job: Job, cancel: Event, report: Callable[[Progress], None]) -> Outc
             memory=loaded.memory(),
             link_bytes_per_s=passes.raw.bytes_per_s if passes is not None else _link(job),
             disk_passes=passes,
+            page_cache_passes=_page_cache_passes(job, loaded, cancel, say) if passes is not None else None,
         )
 
 
@@ -156,3 +172,21 @@ def _passes(job: Job, loaded: setup.Loaded, cancel: Event, say: Callable[[str], 
         cancel=cancel,
         report=say,
     )
+
+
+def _page_cache_passes(job: Job, loaded: setup.Loaded, cancel: Event, say: Callable[[str], None]) -> PassRounds | None:
+    """The same passes while the page cache has the files, beside passes with every layer in memory.
+
+    None without --cold (the passes are such already), where memory has no room for both, or when interrupted.
+    """
+    if not job.cold or job.pack is None or not _has_room(job.pack):
+        return None
+    rows = job.plan.tree_budget or _DEFAULT_ROWS
+    say(f"loading {job.target.name} into memory")
+    with setup.page_cache_timers(job.plan, job.target, job.pack, loaded.pass_timers(rows), rows) as timers:
+        return measure_rounds(job.files, timers, rows=rows, cold=False, direct=False, cancel=cancel, report=say)
+
+
+def _has_room(pack: Pack) -> bool:
+    """Whether memory holds the weights twice, in the page cache and beside it, and a reserve for everything else."""
+    return 2 * pack.nbytes + _SPARE_RAM_BYTES <= available_ram_bytes()

@@ -40,6 +40,7 @@ class Outcome:
         memory: our own, without the baselines'.
         link_bytes_per_s: what the link gives when nothing else is done, or None if that was not measured.
         disk_passes: passes by themselves, or None if they were not measured.
+        page_cache_passes: after cold ones, the same from the page cache, or None.
     """
 
     plan: Plan
@@ -49,6 +50,7 @@ class Outcome:
     memory: MemoryReport
     link_bytes_per_s: float | None
     disk_passes: PassRounds | None = None
+    page_cache_passes: PassRounds | None = None
 
 
 def outcome_object(outcome: Outcome, target: ModelSource) -> dict[str, Any]:
@@ -186,16 +188,21 @@ def _baseline_at(temperature: float, measurement: Measurement, theirs: Sequence[
     }
 
 
-def disk_passes_object(rounds: PassRounds | None) -> dict[str, Any] | None:
-    """Passes by themselves beside raw reads."""
+def disk_passes_object(rounds: PassRounds | None, page_cache: PassRounds | None = None) -> dict[str, Any] | None:
+    """Passes by themselves beside raw reads; cold ones, and where they were measured those from the page cache."""
     if rounds is None:
         return None
+    return _rounds(rounds) | {"page_cache": None if page_cache is None else _rounds(page_cache)}
+
+
+def _rounds(rounds: PassRounds) -> dict[str, Any]:
     raw, ours = rounds.raw, rounds.systems[OWN]
     return {
         "rows": rounds.rows,
         "cold": rounds.cold,
         "rounds": len(raw.seconds),
         "resident_share": rounds.resident_share,
+        "own_over_resident": rounds.own_over_resident,
         "raw": {
             "bytes": raw.streamed_bytes,
             "seconds": list(raw.seconds),

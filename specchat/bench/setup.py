@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING
 
-from specchat.bench.cold import TimePass
+from specchat.bench.cold import RESIDENT, TimePass
 from specchat.bench.identity import Margin
 from specchat.bench.records import OWN
 from specchat.bench.systems import EngineSystem, OffloadedSystem, System
@@ -54,19 +54,49 @@ class Loaded:
 
     def pass_timers(self, rows: int) -> dict[str, TimePass]:
         """What times one pass of `rows` rows, for every system that has passes of its own: ours first."""
-        from specchat.engine.measuring import measure_pass
-
-        def own() -> tuple[float, int | None]:
-            timed = measure_pass(self.engine, rows)
-            return timed.pass_s, timed.streamed_bytes
 
         def other(model: OffloadedModel) -> tuple[float, int | None]:
             return model.measure_pass(rows), None
 
-        timers: dict[str, TimePass] = {OWN: own}
+        timers: dict[str, TimePass] = {OWN: partial(_own_pass, self.engine, rows)}
         if "accelerate" in self.offloaded:
             timers["accelerate"] = partial(other, self.offloaded["accelerate"])
         return timers
+
+
+@contextmanager
+def page_cache_timers(
+    plan: Plan, target: ModelSource, pack: Pack, others: Mapping[str, TimePass], rows: int
+) -> Iterator[dict[str, TimePass]]:
+    """What times passes while the page cache has the files, ours first: streamed from it, then all layers resident.
+
+    Args:
+        plan: of the engine that was measured cold; the same layers stream here.
+        target: the model.
+        pack: its weights.
+        others: baselines, which read from the page cache what it has.
+        rows: of a pass.
+    """
+    from specchat.engine.engine import Engine
+
+    plans = {
+        OWN: replace(plan, in_ram=plan.streamed),
+        RESIDENT: replace(plan, resident=tuple(range(plan.num_layers)), in_ram=(), slots=0),
+    }
+    with ExitStack() as stack:
+        engines = {
+            name: stack.enter_context(Engine.load(replace(each, draft=None, draft_rows=0), target, None, pack))
+            for name, each in plans.items()
+        }
+        own = {name: partial(_own_pass, engine, rows) for name, engine in engines.items()}
+        yield {**own, **{name: timer for name, timer in others.items() if name != OWN}}
+
+
+def _own_pass(engine: Engine, rows: int) -> tuple[float, int | None]:
+    from specchat.engine.measuring import measure_pass
+
+    timed = measure_pass(engine, rows)
+    return timed.pass_s, timed.streamed_bytes or None
 
 
 def check_baselines(names: Sequence[str], draft: ModelSource | None) -> None:
@@ -85,11 +115,13 @@ def load(
     target: ModelSource,
     draft: ModelSource | None,
     pack: Pack | None,
+    draft_pack: Pack | None,
     baselines: Sequence[str],
     *,
     warm_up: Callable[[EngineSystem], None],
     evict: Callable[[], None] | None = None,
     say: Callable[[str], None] = lambda _: None,
+    warn: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Loaded]:
     """Loads the engine and the baselines, and closes them.
 
@@ -98,17 +130,19 @@ def load(
         target: the model.
         draft: its draft, or None.
         pack: its weights repacked, or None.
+        draft_pack: the draft's, or None.
         baselines: plain, accelerate, assisted.
         warm_up: run with our own system before any baseline is there, so that our memory is ours.
         evict: takes the weights out of the page cache; then run before every pass of every system.
         say: told what is being loaded.
+        warn: told what the system refused.
     """
     from specchat.engine import measuring
     from specchat.engine.engine import Engine
 
     with ExitStack() as stack:
         say(f"loading {target.name}")
-        engine = stack.enter_context(Engine.load(plan, target, draft, pack))
+        engine = stack.enter_context(Engine.load(plan, target, draft, pack, draft_pack, warn))
         own = _own_system(OWN, engine, evict)
         warm_up(own)
         memory_before = engine.memory()

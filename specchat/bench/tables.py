@@ -38,6 +38,8 @@ def report_tables(report: Mapping[str, Any]) -> list[Table]:
     tables.append(_memory(report["summary"], report["plan"]))
     if report["disk_passes"]:
         tables.append(_disk_passes(report["disk_passes"]))
+        if report["disk_passes"].get("page_cache"):
+            tables.append(_disk_passes(report["disk_passes"]["page_cache"]))
     left_out = _left_out(report["runs"])
     return [*tables, left_out] if left_out.rows else tables
 
@@ -262,9 +264,12 @@ def _disk_passes(passes: Mapping[str, Any]) -> Table:
         f"medians of {passes['rounds']} rounds in turn; {share(passes['resident_share'])} of the files' pages were "
         f"in the page cache before a pass; raw reads {how}"
     )
+    if passes.get("own_over_resident") is not None:
+        note += f"; specchat takes {number(passes['own_over_resident'])}x of a pass with every layer in memory"
     kind = "cold " if passes["cold"] else ""
+    where = "" if passes["cold"] else ", files in the page cache"
     header = ("", "pass", "rate", "of raw", "specchat's time")
-    return Table(f"{kind}passes of {passes['rows']} rows", header, tuple(rows), note)
+    return Table(f"{kind}passes of {passes['rows']} rows{where}", header, tuple(rows), note)
 
 
 def _sweep(sweep: Mapping[str, Any]) -> Table:

@@ -61,6 +61,7 @@ def plan_object(plan: Plan) -> dict[str, Any]:
         "slots": plan.slots,
         "resident_layers": len(plan.resident),
         "streamed_layers": len(plan.streamed),
+        "disk_layers": plan.tiers.count("disk"),
         "ledger": [asdict(item) for item in plan.ledger],
         "device_bytes": plan.device_bytes,
         "device_budget_bytes": plan.device_budget_bytes,

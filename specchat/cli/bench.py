@@ -152,6 +152,7 @@ def _job(
     plan = shared.make_plan(point.options, point.models)
     _check_cold(options, plan)
     pack = shared.make_pack(target, plan, TalkReporter(say))
+    draft_pack = shared.make_draft_pack(draft, plan, TalkReporter(say))
     tokenizer = load_tokenizer(target.path)
     return Job(
         plan=plan,
@@ -165,7 +166,9 @@ def _job(
         cold=options.cold,
         passes=options.passes or options.cold,
         pack=pack,
+        draft_pack=draft_pack,
         files=_files(target, plan, pack),
+        warn=say.warn,
     )
 
 
@@ -218,7 +221,7 @@ def _report(
         _head(options, job, outcome, partial=partial),
         {
             **objects[best],
-            "disk_passes": report.disk_passes_object(outcome.disk_passes),
+            "disk_passes": report.disk_passes_object(outcome.disk_passes, outcome.page_cache_passes),
             "sweep": sweep,
         },
     )

@@ -148,7 +148,7 @@ class _Parts:
         check_has_template(tokenizer, base=self.options.base)
         target, draft = self.models.target, self.models.draft
         packs = shared.make_pack(target, self.plan, reporter), shared.make_draft_pack(draft, self.plan, reporter)
-        engine = Engine.load(self.plan, target, draft, *packs)
+        engine = Engine.load(self.plan, target, draft, *packs, warn=reporter.warn)
         try:
             return self._opened(self._session(engine, tokenizer), reporter)
         except BaseException:

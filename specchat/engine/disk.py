@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import mmap
 import os
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from specchat.engine.slots import SMALL_LAYER_BYTES, SlotQueue, page_aligned
 from specchat.engine.streamer import LayerStreamer, StreamCounters
 from specchat.errors import CorruptCheckpointError
 from specchat.models.pack import Pack, PackedLayer
@@ -47,11 +43,7 @@ class LayerFiller(Protocol):
 
 
 class ThreadStreamer(LayerStreamer):
-    """Fills slots in host memory from worker threads.
-
-    Releasing a slot queues the chunks of the layer that lives there next, and the workers take chunks in that order.
-    So the queue runs on across layers and passes: while the last chunks of one layer are read, the first of the next
-    are under way, and the disk never waits at a layer's end.
+    """Reads layers into slots in host memory, ahead of the pass.
 
     Args:
         layers: the decoder layers; the streamed ones' parameters become views of slots.
@@ -64,118 +56,38 @@ class ThreadStreamer(LayerStreamer):
         self._position = {index: j for j, index in enumerate(streamed)}
         layouts = [LayerLayout.of(layers[index]) for index in streamed]
         self._nbytes = [layout.nbytes for layout in layouts]
-        slots = [_page_aligned(max(self._nbytes)) for _ in range(num_slots)]
+        slots = [page_aligned(max(self._nbytes)) for _ in range(num_slots)]
         for j, index in enumerate(streamed):
             bind(layers[index], layouts[j].views(slots[j % num_slots]))
         # A layer never changes its slot, so what fills it never changes either.
-        self._works = [filler.chunks(index, slots[j % num_slots]) for j, index in enumerate(streamed)]
+        works = [filler.chunks(index, slots[j % num_slots]) for j, index in enumerate(streamed)]
+        small = [nbytes <= SMALL_LAYER_BYTES for nbytes in self._nbytes]
         self._filler = filler
-        self._queue: SimpleQueue[tuple[int, int, Callable[[], None]] | None] = SimpleQueue()  # (epoch, j, work)
-        self._changed = threading.Condition()
-        # Below, only the computing thread writes the first group; the condition guards the second. `_holds[s]` is the
-        # streamed layer whose bytes slot s has, None while it is free or being filled; reading it needs no lock.
         self._num_bytes = 0
-        self._wait_s = 0.0
-        self._holds: list[int | None] = [None] * num_slots
-        self._unread = [0] * len(streamed)
-        self._epoch = 0
-        self._num_running = 0
-        self._error: BaseException | None = None
-        self._fill_first_slots()
-        self._threads = [
-            threading.Thread(target=self._work, name=f"specchat-streamer-{i}", daemon=True)
-            for i in range(filler.num_workers)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._queue = SlotQueue(works, small, num_slots, filler.num_workers)
 
     def acquire(self, index: int) -> None:
-        """Waits until the layer is in its slot; errors of the workers come out here."""
+        """Waits until the layer is in its slot; errors of reading come out here."""
         j = self._position[index]
-        slot = j % len(self._holds)
-        if self._holds[slot] != j:
-            self._wait_for(slot, j)
+        self._queue.take(j)
         self._num_bytes += self._nbytes[j]
 
     def release(self, index: int) -> None:
-        """Queues the next layer that lives in this slot: N further on, or the slot's own first in the next pass."""
-        j = self._position[index]
-        slot = j % len(self._holds)
-        self._holds[slot] = None
-        following = j + len(self._holds)
-        self._fill(following if following < len(self._works) else slot)
+        """Lets the next layer that lives in this slot be read."""
+        self._queue.give_back(self._position[index])
 
     def restart(self) -> None:
-        """Begins again with the first layers, once the chunks under way have ended."""
-        with self._changed:
-            self._epoch += 1  # makes what is queued void
-            self._changed.wait_for(lambda: self._num_running == 0)
-            self._holds = [None] * len(self._holds)
-        self._fill_first_slots()
+        """Begins again with the first layers, once the reads under way have ended."""
+        self._queue.restart()
 
     def counters(self) -> StreamCounters:
         """Bytes handed to passes and seconds that `acquire` waited."""
-        return StreamCounters(self._num_bytes, self._wait_s)
+        return StreamCounters(self._num_bytes, self._queue.wait_s)
 
     def close(self) -> None:
-        """Ends the workers, waits for them, and closes what they read from."""
-        with self._changed:
-            self._epoch += 1
-        for _ in self._threads:
-            self._queue.put(None)
-        for thread in self._threads:
-            thread.join()
+        """Ends reading and closes what was read from."""
+        self._queue.close()
         self._filler.close()
-
-    def _fill_first_slots(self) -> None:
-        for j in range(min(len(self._holds), len(self._works))):
-            self._fill(j)
-
-    def _fill(self, j: int) -> None:
-        self._unread[j] = len(self._works[j])
-        for work in self._works[j]:
-            self._queue.put((self._epoch, j, work))
-
-    def _wait_for(self, slot: int, j: int) -> None:
-        begin = time.perf_counter()
-        with self._changed:
-            self._changed.wait_for(lambda: self._holds[slot] == j or self._error is not None)
-        self._wait_s += time.perf_counter() - begin
-        if self._holds[slot] != j:
-            assert self._error is not None
-            raise self._error
-
-    def _work(self) -> None:
-        while (chunk := self._queue.get()) is not None:
-            epoch, j, work = chunk
-            with self._changed:
-                if epoch != self._epoch or self._error is not None:
-                    continue
-                self._num_running += 1
-            try:
-                work()
-            except BaseException as error:  # noqa: BLE001 - carried to the computing thread, which raises it
-                self._error = error
-            self._end(epoch, j)
-
-    def _end(self, epoch: int, j: int) -> None:
-        with self._changed:
-            self._num_running -= 1
-            if epoch == self._epoch and self._error is None:  # a piece that failed must not complete its layer
-                self._unread[j] -= 1
-                if self._unread[j] == 0:
-                    self._holds[j % len(self._holds)] = j
-            self._changed.notify_all()
-
-
-def _page_aligned(num_bytes: int) -> Tensor:
-    """Zeroed uint8 memory that starts at a page, as unbuffered reads require."""
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        # Unbuffered reads pin the pages they write to one by one: 2.1-2.4 GB/s into huge pages, 0.8-1.6 into small.
-        with suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)  # keeps the mapping for as long as it is used
 
 
 class CheckpointFiller:
@@ -202,7 +114,7 @@ class CheckpointFiller:
 
 
 class PackFiller:
-    """Reads packed layers in large aligned chunks, past the page cache where the file system allows it.
+    """Reads packed layers in large aligned chunks, past the page cache where that can be; small ones through it.
 
     Args:
         pack: one file per layer, its data page-aligned.
@@ -219,7 +131,8 @@ class PackFiller:
         """One piece of work for each of the layer's chunks, in file order."""
         layer = self._layers[index]
         if index not in self._files:
-            self._files[index] = _open_unbuffered(layer.path)
+            small = layer.nbytes <= SMALL_LAYER_BYTES
+            self._files[index] = os.open(layer.path, os.O_RDONLY) if small else _open_unbuffered(layer.path)
         memory = bytes_of(slot)
         spans = [layer.chunk(chunk) for chunk in range(layer.num_chunks)]
         return [partial(self._read, index, chunk, memory[slice(*span)]) for chunk, span in enumerate(spans)]
@@ -248,7 +161,7 @@ def _open_unbuffered(path: Path) -> int:
     except OSError:
         return os.open(path, os.O_RDONLY)
     try:
-        os.preadv(file, [bytes_of(_page_aligned(_PAGE))], 0)  # some refuse only now
+        os.preadv(file, [bytes_of(page_aligned(_PAGE))], 0)  # some refuse only now
     except OSError:
         os.close(file)
         return os.open(path, os.O_RDONLY)
@@ -311,3 +224,38 @@ def _map(layer: PackedLayer) -> Tensor:
     """The layer's blob in the page cache: uint8 [nbytes], private, so that writing to it never reaches the file."""
     whole = torch.from_file(str(layer.path), shared=False, size=layer.path.stat().st_size, dtype=torch.uint8)
     return whole[layer.data_offset : layer.data_offset + layer.nbytes]
+
+
+class MixedStreamer(LayerStreamer):
+    """Layers that come by different ways, each way keeping its own order: some mapped, the others through slots.
+
+    Args:
+        ways: the streamer of every streamed layer, by the layer's index.
+    """
+
+    def __init__(self, ways: Mapping[int, LayerStreamer]) -> None:
+        self._ways = ways
+        self._streamers = tuple(dict.fromkeys(ways.values()))
+
+    def acquire(self, index: int) -> None:
+        """Waits for the layer, whichever way it comes."""
+        self._ways[index].acquire(index)
+
+    def release(self, index: int) -> None:
+        """Hands the layer back."""
+        self._ways[index].release(index)
+
+    def restart(self) -> None:
+        """Begins again on every way."""
+        for streamer in self._streamers:
+            streamer.restart()
+
+    def counters(self) -> StreamCounters:
+        """Totals of all ways."""
+        totals = [streamer.counters() for streamer in self._streamers]
+        return StreamCounters(sum(each.num_bytes for each in totals), sum(each.wait_s for each in totals))
+
+    def close(self) -> None:
+        """Closes all ways."""
+        for streamer in self._streamers:
+            streamer.close()

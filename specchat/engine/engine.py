@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -69,6 +69,7 @@ class Engine(Closing):
         draft: ModelSource | None,
         pack: Pack | None = None,
         draft_pack: Pack | None = None,
+        warn: Callable[[str], None] = lambda _: None,
     ) -> Engine:
         """Reads both models into memory as planned.
 
@@ -78,6 +79,7 @@ class Engine(Closing):
             draft: the model that guesses, or None.
             pack: the target's weights repacked (`models.prepare`), or None to read them from its own files.
             draft_pack: likewise for the draft.
+            warn: told in one line of what the system refused and what that costs.
 
         Raises:
             VocabularyMismatchError: the draft's token ids do not mean the target's.
@@ -100,9 +102,10 @@ class Engine(Closing):
             device=device,
             resident=plan.resident,
             num_slots=plan.slots,
-            tier=plan.tier,
+            in_ram=plan.in_ram,
             pack=pack,
             quant=plan.quant,
+            warn=warn,
             cache_rows=plan.ctx + plan.tree_budget,
             chunk_rows=plan.chunk_rows,
         )

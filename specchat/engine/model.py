@@ -14,12 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specchat.config import ModelSource, Tier
+from specchat.config import ModelSource
 from specchat.engine.attention import RowLayout, RowMask, tree_attention
-from specchat.engine.disk import CheckpointFiller, MappedStreamer, PackFiller, ThreadStreamer
+from specchat.engine.cuda import CudaStreamer, HostLayers, pinner
+from specchat.engine.disk import (
+    CheckpointFiller,
+    LayerFiller,
+    MappedStreamer,
+    MixedStreamer,
+    PackFiller,
+    ThreadStreamer,
+)
 from specchat.engine.kv_cache import TreeCache
 from specchat.engine.linear import use_fast_products
-from specchat.engine.streamer import CudaStreamer, LayerStreamer, NoStreamer
+from specchat.engine.streamer import LayerStreamer, NoStreamer
 from specchat.models import hf_compat
 from specchat.models.checkpoint import open_checkpoint
 from specchat.models.pack import Pack
@@ -192,9 +200,10 @@ def load_model(
     chunk_rows: int,
     resident: Sequence[int] | None = None,
     num_slots: int = 0,
-    tier: Tier = "disk",
+    in_ram: Sequence[int] = (),
     pack: Pack | None = None,
     quant: str = "none",
+    warn: Callable[[str], None] = lambda _: None,
 ) -> TreeModel:
     """Reads a model into memory: resident layers and everything outside the layers now, the rest as passes need it.
 
@@ -206,19 +215,33 @@ def load_model(
         chunk_rows: rows that one layer computes at a time.
         resident: indices of layers that stay; None for all.
         num_slots: staging buffers for the others.
-        tier: where the others' bytes are between passes.
+        in_ram: indices of the others whose bytes stay in host memory between passes.
         pack: the weights repacked, if they have been; else they are read from `source`.
         quant: what the matrices are stored in; those read from `source` are quantized here.
+        warn: told in one line of what the system refused and what that costs.
     """
     skeleton = hf_compat.build_skeleton(hf_compat.load_config(source.path), dtype)
     reader = _open_reader(skeleton, source, pack, quant)
     reader.read_rest(device)
     stays = set(range(len(skeleton.layers)) if resident is None else resident)
     verifier = None if pack is None else ChunkVerifier(pack)
+    read_layer = partial(_read_layer, reader, verifier)
     for index in sorted(stays):
-        _load_resident(skeleton.layers[index], index, reader, verifier, device)
+        layout = LayerLayout.of(skeleton.layers[index])
+        blob = torch.zeros(layout.nbytes, dtype=torch.uint8)
+        read_layer(index, layout, blob)
+        bind(skeleton.layers[index], layout.views(blob.to(device)))
     streamed = [index for index in range(len(skeleton.layers)) if index not in stays]
-    streamer = _make_streamer(skeleton.layers, streamed, num_slots, reader, device, tier, pack)
+    kept = [index for index in streamed if index in set(in_ram)]
+    if not streamed:
+        reader.close()
+        streamer: LayerStreamer = NoStreamer()
+    elif device.type == "cuda":
+        filler = _filler(skeleton.layers, streamed, reader, pack)
+        host = HostLayers(skeleton.layers, streamed, kept, num_slots, read_layer, filler, pinner(device, warn))
+        streamer = CudaStreamer(skeleton.layers, streamed, num_slots, host, device)
+    else:
+        streamer = _cpu_streamer(skeleton.layers, streamed, kept, num_slots, reader, pack)
     if device.type == "cpu":
         use_fast_products(skeleton.model)
     cache = TreeCache(hf_compat.kv_shapes(skeleton.config), cache_rows, dtype, device)
@@ -236,38 +259,38 @@ def _open_reader(skeleton: hf_compat.Skeleton, source: ModelSource, pack: Pack |
     return WeightReader(skeleton, pack.checkpoint())
 
 
-def _load_resident(
-    layer: Any, index: int, reader: WeightReader, verifier: ChunkVerifier | None, device: torch.device
+def _read_layer(
+    reader: WeightReader, verifier: ChunkVerifier | None, index: int, layout: LayerLayout, blob: Tensor
 ) -> None:
-    layout = LayerLayout.of(layer)
-    blob = torch.zeros(layout.nbytes, dtype=torch.uint8)
+    """Fills a blob with a layer, checked if there are checksums."""
     reader.read_layer(index, layout.views(blob))
     if verifier is not None:
-        verifier.verify_layer(index, bytes_of(blob))
-    bind(layer, layout.views(blob.to(device)))
+        verifier.verify_layer(index, bytes_of(blob[: layout.nbytes]))
 
 
-def _make_streamer(
+def _filler(layers: Sequence[Any], streamed: Sequence[int], reader: WeightReader, pack: Pack | None) -> LayerFiller:
+    """What reads layers for every pass; it closes what it reads from."""
+    if pack is not None:
+        return PackFiller(pack)
+    return CheckpointFiller(reader, {index: LayerLayout.of(layers[index]) for index in streamed})
+
+
+def _cpu_streamer(
     layers: Sequence[Any],
     streamed: Sequence[int],
+    in_ram: Sequence[int],
     num_slots: int,
     reader: WeightReader,
-    device: torch.device,
-    tier: Tier,
     pack: Pack | None,
 ) -> LayerStreamer:
-    """The way from `tier` to `device`; the reader stays open only for layers that come through it."""
-    if streamed and device.type == "cpu" and pack is None:
-        layouts = {index: LayerLayout.of(layers[index]) for index in streamed}
-        return ThreadStreamer(layers, streamed, num_slots, CheckpointFiller(reader, layouts))
-    try:
-        if not streamed:
-            return NoStreamer()
-        if device.type == "cuda":
-            return CudaStreamer(layers, streamed, num_slots, reader.read_layer, device)
-        assert pack is not None
-        if tier == "ram":
-            return MappedStreamer(layers, streamed, pack)
-        return ThreadStreamer(layers, streamed, num_slots, PackFiller(pack))
-    finally:
-        reader.close()
+    """Packed layers that fit in memory are computed in the page cache; all others are read into slots."""
+    if pack is None:
+        return ThreadStreamer(layers, streamed, num_slots, _filler(layers, streamed, reader, pack))
+    reader.close()
+    mapped, read = in_ram, [index for index in streamed if index not in set(in_ram)]
+    ways: dict[int, LayerStreamer] = {}
+    if mapped:
+        ways |= dict.fromkeys(mapped, MappedStreamer(layers, mapped, pack))
+    if read:
+        ways |= dict.fromkeys(read, ThreadStreamer(layers, read, min(num_slots, len(read)), PackFiller(pack)))
+    return MixedStreamer(ways) if mapped and read else ways[streamed[0]]

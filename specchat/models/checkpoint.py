@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,7 +144,8 @@ def read_json(path: Path) -> dict[str, Any]:
 class TensorReader(Closing):
     """Reads tensors of a checkpoint from disk, with a bounded amount of memory beside the destination.
 
-    One thread at a time per reader: the staging buffer is shared by its calls. Files are opened on first use.
+    Any number of threads may `read`; `read_into` is for one at a time, for its calls share the staging buffer. Files
+    are opened on first use.
     """
 
     def __init__(self, checkpoint: Checkpoint, staging_bytes: int = 8 * MIB) -> None:
@@ -159,6 +161,7 @@ class TensorReader(Closing):
         self._staging_bytes = staging_bytes
         self._staging: torch.Tensor | None = None
         self._fds: dict[Path, int] = {}
+        self._opening = threading.Lock()  # transformers' conversions read from several threads
         self._closed = False
 
     def close(self) -> None:
@@ -252,12 +255,13 @@ class TensorReader(Closing):
 
     def _fd(self, file: Path) -> int:
         assert not self._closed, "read from a closed TensorReader"
-        if file not in self._fds:
-            try:
-                self._fds[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as exc:
-                _fail_to_read(file, exc)
-        return self._fds[file]
+        with self._opening:
+            if file not in self._fds:
+                try:
+                    self._fds[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as exc:
+                    _fail_to_read(file, exc)
+            return self._fds[file]
 
 
 def _torch_dtype(info: TensorInfo) -> "torch.dtype":

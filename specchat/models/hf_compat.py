@@ -600,12 +600,13 @@ class WeightPlan:
 
     Attributes:
         direct: per layer, parameter or buffer name within the layer -> checkpoint key, where a copy is enough.
-        converted: per layer, the checkpoint keys that transformers merges into other tensors (fused experts).
+        converted: per layer, the parameters that transformers merges from several tensors (fused experts), by name
+            within the layer (the first one, where one conversion fills several), and the checkpoint keys of each.
         rest: checkpoint keys of everything outside the layers -> parameter or buffer.
     """
 
     direct: tuple[Mapping[str, str], ...]
-    converted: tuple[tuple[str, ...], ...]
+    converted: tuple[Mapping[str, Sequence[str]], ...]
     rest: Mapping[str, str]
 
 
@@ -619,7 +620,7 @@ def plan_weights(skeleton: Skeleton, keys: Iterable[str]) -> WeightPlan:
     known = skeleton.model.state_dict()
     prefix = skeleton.model.base_model_prefix
     direct: list[dict[str, str]] = [{} for _ in skeleton.layers]
-    converted: list[list[str]] = [[] for _ in skeleton.layers]
+    converted: list[dict[str, list[str]]] = [{} for _ in skeleton.layers]
     rest: dict[str, str] = {}
     in_layer = re.compile(re.escape(skeleton.layers_name) + r"\.(\d+)\.(.+)")
     for key in keys:
@@ -634,8 +635,8 @@ def plan_weights(skeleton: Skeleton, keys: Iterable[str]) -> WeightPlan:
         elif pattern is None:
             direct[int(match[1])][match[2]] = key
         else:
-            converted[int(match[1])].append(key)
-    return WeightPlan(tuple(direct), tuple(map(tuple, converted)), rest)
+            converted[int(match[1])].setdefault(match[2], []).append(key)
+    return WeightPlan(tuple(direct), tuple(converted), rest)
 
 
 @dataclass(frozen=True)
@@ -701,7 +702,23 @@ def _weight_mapping(skeleton: Skeleton) -> list[Any]:
     return mapping
 
 
-def load_converted(skeleton: Skeleton, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+class TensorWhenAsked:
+    """A tensor that is read when a conversion gets to it, and forgotten by whoever holds only this.
+
+    Args:
+        read: returns it.
+    """
+
+    def __init__(self, read: Callable[[], torch.Tensor]) -> None:
+        self._read = read
+
+    def __getitem__(self, _: Any) -> torch.Tensor:
+        return self._read()
+
+
+def load_converted(
+    skeleton: Skeleton, tensors: Mapping[str, torch.Tensor | TensorWhenAsked], dtype: torch.dtype
+) -> None:
     """Loads checkpoint tensors into the skeleton's parameters through transformers' conversions.
 
     Raises:

@@ -1,7 +1,9 @@
 """Moving weights from a checkpoint into memory that the caller owns: one contiguous blob per decoder layer."""
 
-from collections.abc import Iterable, Mapping, Set
+import re
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from specchat.models.checkpoint import Checkpoint, TensorReader
 from specchat.models.geometry import blob_offsets
 from specchat.models.quantized import QuantLinear, segment_names
 
+_NUMBERED = re.compile(r"(.*\.|)(\d+)(\..*)")  # experts.3.w1.weight
 _SAFETENSORS_NAME = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -160,16 +163,12 @@ class WeightReader(Closing):
         if self._scratch is None:
             self._scratch = hf_compat.build_skeleton(self._skeleton.config, self._dtype)
         scratch = self._scratch.layers[layer]
-        tensors = {key: self._reader.read(key) for key in self._plan.converted[layer]}
-        hf_compat.load_converted(self._scratch, tensors, self._dtype)
-        for name, parameter in scratch.named_parameters():
-            if not parameter.is_meta:
-                filled.add(name)
-                if name in views:
-                    views[name].copy_(parameter.data)
-                path, _, leaf = name.rpartition(".")
-                empty = torch.empty_like(parameter, device="meta")
-                scratch.get_submodule(path)._parameters[leaf] = torch.nn.Parameter(empty, requires_grad=False)
+        # One parameter at a time: beside all of the layer's memory that takes twice the parameter's, and tensors are
+        # read when it is their turn.
+        for keys in self._plan.converted[layer].values():
+            tensors = {key: hf_compat.TensorWhenAsked(partial(self._reader.read, key)) for key in keys}
+            hf_compat.load_converted(self._scratch, tensors, self._dtype)
+            filled |= _move_filled(scratch, views)
         return filled
 
     def _check_layers(self) -> None:
@@ -187,3 +186,49 @@ class WeightReader(Closing):
                         f"tensor '{info.key}' has shape {tuple(info.shape)}, the configuration says "
                         f"{tuple(parameter.shape)}"
                     )
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        """Refuses merged parameters that lack tensors: parts are numbered, and layers of one shape have the same."""
+        parts = [_parts(layer, converted) for layer, converted in enumerate(self._plan.converted)]
+        shapes = [
+            {name: p.shape for name, p in layer.named_parameters() if name not in direct}
+            for layer, direct in zip(self._skeleton.layers, self._plan.direct, strict=True)
+        ]
+        for layer, own in enumerate(parts):
+            alike = [other for other, shape in zip(parts, shapes, strict=True) if shape == shapes[layer]]
+            expected = _complete(set().union(*alike)) if own else set()
+            self._check_complete(layer, expected - own)
+
+
+def _parts(layer: int, converted: Mapping[str, Sequence[str]]) -> set[str]:
+    """The checkpoint's names of all tensors to be merged, within the layer."""
+    return {key.split(f".{layer}.", 1)[-1] for keys in converted.values() for key in keys}
+
+
+def _complete(parts: set[str]) -> set[str]:
+    """Numbered parts with those that are missing among them: every number has what one of them has."""
+    numbers: dict[str, int] = {}
+    suffixes: dict[str, set[str]] = {}
+    for match in filter(None, map(_NUMBERED.fullmatch, parts)):
+        numbers[match[1]] = max(int(match[2]), numbers.get(match[1], 0))
+        suffixes.setdefault(match[1], set()).add(match[3])
+    missing = {
+        f"{prefix}{number}{suffix}"
+        for prefix, last in numbers.items()
+        for number in range(last + 1)
+        for suffix in suffixes[prefix]
+    }
+    return parts | missing
+
+
+def _move_filled(scratch: Any, views: Mapping[str, Tensor]) -> set[str]:
+    """Moves a scratch layer's parameters that have been filled into `views`; returns their names."""
+    filled = [(name, parameter.data) for name, parameter in scratch.named_parameters() if not parameter.is_meta]
+    for name, data in filled:
+        if name in views:
+            views[name].copy_(data)
+        path, _, leaf = name.rpartition(".")
+        empty = torch.empty_like(data, device="meta")
+        scratch.get_submodule(path)._parameters[leaf] = torch.nn.Parameter(empty, requires_grad=False)
+    return {name for name, _ in filled}

@@ -312,8 +312,7 @@ def plan_table(target: ModelSource, plan: Plan, draft_note: str) -> str:
         ("layers", _layers(plan)),
     ]
     if plan.streamed:
-        place = "host memory" if plan.tier == "ram" else "the disk"
-        facts.append(("streamed from", f"{place}, {format_bytes(plan.streamed_bytes_per_step)} a pass"))
+        facts.append(("streamed from", f"{_places(plan)}, {format_bytes(plan.streamed_bytes_per_step)} a pass"))
     if plan.host_bytes:
         facts.append(("host memory", format_bytes(plan.host_bytes)))
     memory = _memory_name(plan.device)
@@ -329,6 +328,13 @@ def _layers(plan: Plan) -> str:
         return f"{plan.num_layers}, all resident"
     size = format_bytes(plan.streamed_bytes_per_step)
     return f"{len(plan.resident)} resident, {len(plan.streamed)} streamed through {plan.slots} slots, {size} each pass"
+
+
+def _places(plan: Plan) -> str:
+    """Where streamed layers are between passes."""
+    if "disk" not in plan.tiers:
+        return "host memory"
+    return f"host memory ({len(plan.in_ram)} of them) and the disk" if plan.in_ram else "the disk"
 
 
 def _columns(rows: Sequence[tuple[str, str]], indent: str = "") -> list[str]:

@@ -1,13 +1,16 @@
 """Emptying the page cache, proof of it, raw reads, and the rounds made of them."""
 
+import json
 import os
 from pathlib import Path
 from threading import Event
 
+import jsonschema
 import pytest
 
-from specchat.bench import disk
-from specchat.bench.cold import Files, measure_rounds
+from specchat.bench import disk, report, tables
+from specchat.bench.cold import RESIDENT, Files, PassRounds, PassSeries, measure_rounds
+from specchat.bench.records import OWN
 from specchat.errors import SpecchatError
 
 SIZE = 24 << 20
@@ -110,3 +113,23 @@ def test_interrupted_rounds_are_none(file):
     cancel.set()
     files = Files([file], [file])
     assert measure_rounds(files, {}, rows=1, cold=True, direct=True, cancel=cancel, report=lambda _: None) is None
+
+
+def test_cold_passes_and_those_from_the_page_cache_in_one_object():
+    raw = PassSeries((1.0, 2.0, 4.0), 300)
+    cold = PassRounds(64, True, raw, True, {OWN: PassSeries((2.5, 2.0, 9.0), 300)}, 0.0)
+    systems = {OWN: PassSeries((1.0, 1.1, 1.2), 300), RESIDENT: PassSeries((1.0,), 0), "accelerate": raw}
+    warm = PassRounds(64, False, raw, False, systems, 1.0)
+    schema = json.loads((Path(report.__file__).parent / "schema.json").read_text())
+    schema |= {"$ref": "#/$defs/rounds"}
+    for name in ("properties", "required", "additionalProperties", "type"):
+        schema.pop(name, None)
+    alone, both = report.disk_passes_object(cold), report.disk_passes_object(cold, warm)
+    for found in (alone, both):
+        jsonschema.validate(found, schema)
+    assert alone["page_cache"] is None and alone["own_over_resident"] is None
+    assert both["systems"][0]["utilisation"] == 0.8
+    assert both["page_cache"]["own_over_resident"] == 1.1
+    resident = both["page_cache"]["systems"][1]
+    assert (resident["name"], resident["utilisation"]) == (RESIDENT, None)  # it streams nothing
+    assert "1.10x of a pass with every layer in memory" in tables._disk_passes(both["page_cache"]).note

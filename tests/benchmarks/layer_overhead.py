@@ -1,17 +1,21 @@
 """Python time per streamed layer, over a plain forward of the same layers.
 
-    python tests/benchmarks/layer_overhead.py
+    PYTHONPATH=. python tests/benchmarks/layer_overhead.py
 
-A tiny model on one thread, the passes interleaved; prints medians and minima in microseconds. Not a test: run it on a
-quiet machine, where the two agree.
+A tiny packed model on one thread, the passes of all systems in turn; prints microseconds: the median over rounds of
+the difference of two systems' passes, and the difference of their fastest ones. Reading has its own baseline: a plain
+forward with one bare `preadv` of the layer's bytes into a slot before each layer. So "Python" is all else:
+our wrapper, slots, counters. Not a test: run it on a quiet machine, where medians and minima agree.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,40 +23,76 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support.tiny_models import make_config, random_model, save
 
+from specchat.engine import disk
 from specchat.engine.attention import RowLayout
-from specchat.engine.disk import ThreadStreamer
 from specchat.engine.model import TreeModel, load_model
 from specchat.engine.streamer import NoStreamer
+from specchat.models import prepare
+from specchat.models.pack import Pack
+from specchat.models.pack_format import bytes_of
 
 NUM_PASSES = 2000
+NUM_SLOTS = 2
+PAUSE_S = 0.001  # in which threads end what they read ahead for their next pass: it is not to disturb the next system
 CPU = torch.device("cpu")
+# (what it shows, system, what is taken off)
+FIGURES = (
+    ("wrapper alone", "wrapped", "plain"),
+    ("computing on the page cache: Python", "mapped", "plain"),
+    ("slots, small layers: reading itself", "bare reads", "plain"),
+    ("slots, small layers: Python", "slots", "bare reads"),
+    ("slots, small layers: both", "slots", "plain"),
+    ("slots filled by threads: everything", "threads", "plain"),
+)
 
 
-class Instant:
-    """A disk that has every layer at once."""
-
-    num_workers = 1
-
-    def chunks(self, index: int, slot: torch.Tensor) -> list:
-        return [lambda: None]
-
-    def close(self) -> None:
-        pass
+def make_pack(folder: Path):
+    os.environ["SPECCHAT_CACHE_DIR"] = str(folder / "cache")
+    prepare.SMALL_BYTES = 0  # so that tiny models are packed, too
+    source = save(random_model(make_config("llama")).to(torch.bfloat16), folder / "model")
+    return source, prepare.prepare(source, "fp32", progress=lambda _: None, warn=lambda _: None)
 
 
-def load(folder: Path, streaming: str) -> TreeModel:
-    model = load_model(
-        save(random_model(make_config("llama")), folder), dtype=torch.float32, device=CPU, cache_rows=64, chunk_rows=64
-    )
-    layers = model.skeleton.layers
-    for layer in layers:  # as if nothing of ours were around it
+def unwrapped(model: TreeModel) -> TreeModel:
+    """As if nothing of ours were around the layers."""
+    for layer in model.skeleton.layers:
         del layer.forward
-    if streaming == "plain":
-        return model
-    model = TreeModel(model.skeleton, model.cache, NoStreamer(), range(len(layers)), 64, CPU)
-    if streaming == "slots":
-        model.streamer = ThreadStreamer(layers, range(len(layers)), len(layers), Instant())
     return model
+
+
+def with_bare_reads(model: TreeModel, pack: Pack) -> TreeModel:
+    """Reads every layer's bytes into a slot before it is computed, and does nothing else."""
+    slots = [torch.zeros(pack.layers[0].nbytes, dtype=torch.uint8) for _ in range(NUM_SLOTS)]
+
+    def read_and_run(read, forward, *args, **kwargs):
+        read()
+        return forward(*args, **kwargs)
+
+    for index, layer in enumerate(unwrapped(model).skeleton.layers):
+        packed = pack.layers[index]
+        descriptor = os.open(packed.path, os.O_RDONLY)
+        read = partial(os.preadv, descriptor, [bytes_of(slots[index % NUM_SLOTS])], packed.data_offset)
+        layer.forward = partial(read_and_run, read, layer.forward)
+    return model
+
+
+def load_systems(folder: Path) -> dict[str, TreeModel]:
+    source, pack = make_pack(folder)
+    load = partial(load_model, source, dtype=torch.float32, device=CPU, cache_rows=64, chunk_rows=64, pack=pack)
+    every_layer = range(len(pack.layers))
+    wrapped = unwrapped(load())
+    wrapped = TreeModel(wrapped.skeleton, wrapped.cache, NoStreamer(), every_layer, 64, CPU)
+    stream = partial(load, resident=(), num_slots=NUM_SLOTS)
+    systems = {
+        "plain": unwrapped(load()),
+        "wrapped": wrapped,
+        "bare reads": with_bare_reads(load(), pack),
+        "slots": stream(),
+        "mapped": stream(in_ram=every_layer),
+    }
+    disk.SMALL_LAYER_BYTES = 0
+    systems["threads"] = stream()
+    return systems
 
 
 def time_layer(model: TreeModel) -> float:
@@ -66,14 +106,18 @@ def time_layer(model: TreeModel) -> float:
 def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        models = {name: load(Path(folder) / name, name) for name in ("plain", "wrapped", "slots")}
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(NUM_PASSES):
-        for name, model in models.items():
-            times[name].append(time_layer(model) * 1e6)
-    for name in ("wrapped", "slots"):
-        median = statistics.median(times[name]) - statistics.median(times["plain"])
-        print(f"{name}: {median:+.1f} us per layer (median), {min(times[name]) - min(times['plain']):+.1f} (minimum)")
+        systems = load_systems(Path(folder))
+        times: dict[str, list[float]] = {name: [] for name in systems}
+        for _ in range(NUM_PASSES):
+            for name, model in systems.items():
+                times[name].append(time_layer(model) * 1e6)
+                time.sleep(PAUSE_S)
+        for model in systems.values():
+            model.close()
+    print(f"plain forward: {statistics.median(times['plain']):.1f} us per layer")
+    for what, name, other in FIGURES:
+        median = statistics.median(a - b for a, b in zip(times[name], times[other], strict=True))
+        print(f"{what}: {median:+.1f} us per layer (median), {min(times[name]) - min(times[other]):+.1f} (minimum)")
 
 
 if __name__ == "__main__":

@@ -157,8 +157,8 @@ RUN_KEYS = {
     "resident_layers streamed_layers streamed_bytes_per_step",
 }
 PLAN_KEYS = (
-    "target draft quant device dtype ctx tree_budget slots resident_layers streamed_layers ledger device_bytes "
-    "device_budget_bytes host_bytes streamed_bytes_per_step predicted_pass_s predicted_tokens_per_step "
+    "target draft quant device dtype ctx tree_budget slots resident_layers streamed_layers disk_layers ledger "
+    "device_bytes device_budget_bytes host_bytes streamed_bytes_per_step predicted_pass_s predicted_tokens_per_step "
     "predicted_tok_per_s basis alternatives"
 )
 
@@ -183,6 +183,6 @@ def test_the_stream_object():
 def test_the_plan_object_has_the_promised_keys():
     result = plan_object(PLAN)
     assert list(result) == PLAN_KEYS.split()
-    assert (result["resident_layers"], result["streamed_layers"]) == (2, 2)
+    assert (result["resident_layers"], result["streamed_layers"], result["disk_layers"]) == (2, 2, 2)
     assert result["ledger"][0] == {"item": "resident layers", "bytes": 100 << 20}
     assert (result["predicted_tok_per_s"], result["basis"]) == (None, "none")

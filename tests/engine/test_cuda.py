@@ -29,13 +29,23 @@ def _needs_cuda():
         pytest.skip("no CUDA device")
 
 
-def load(source: ModelSource, dtype: torch.dtype, resident: tuple[int, ...] | None, num_slots: int) -> TreeModel:
+EVERY_LAYER = tuple(range(99))
+
+
+def load(
+    source: ModelSource,
+    dtype: torch.dtype,
+    resident: tuple[int, ...] | None,
+    num_slots: int,
+    in_ram: tuple[int, ...] = EVERY_LAYER,
+) -> TreeModel:
     return load_model(
         source,
         dtype=dtype,
         device=torch.device("cuda:0"),
         resident=resident,
         num_slots=num_slots,
+        in_ram=in_ram,
         cache_rows=1024,
         chunk_rows=512,
     )
@@ -43,11 +53,14 @@ def load(source: ModelSource, dtype: torch.dtype, resident: tuple[int, ...] | No
 
 @pytest.mark.parametrize("num_slots", [1, 2, 3, 4])
 @pytest.mark.parametrize("resident", [(), (0, 2)], ids=["all", "half"])
-def test_streamed_states_are_resident_states_bit_for_bit(num_slots: int, resident: tuple[int, ...], tmp_path: Path):
+@pytest.mark.parametrize("in_ram", [EVERY_LAYER, (1, 3), ()], ids=["ram", "mixed", "disk"])
+def test_streamed_states_are_resident_states_bit_for_bit(
+    num_slots: int, resident: tuple[int, ...], in_ram: tuple[int, ...], tmp_path: Path
+):
     source, prompt = save(random_model(make_config("llama_tied")), tmp_path / "m"), random_prompt(40, VOCAB)
     everything = load(source, torch.bfloat16, None, 0)
     expected = everything.append(prompt)
-    model = load(source, torch.bfloat16, resident, num_slots)
+    model = load(source, torch.bfloat16, resident, num_slots, in_ram)
     for _ in range(NUM_PASSES):
         model.cache.truncate(0)
         assert torch.equal(model.append(prompt), expected)
@@ -60,7 +73,8 @@ def test_text_does_not_depend_on_draft_or_streaming(sampling: Sampling, tmp_path
     sources = save(target, tmp_path / "target"), save(perturbed(target, 0.03), tmp_path / "draft")
     prompt, texts = random_prompt(30, VOCAB), []
     for draft, resident in ((None, None), (sources[1], (1,)), (sources[1], ())):
-        plan = replace(make_plan(sources[0], draft, num_layers=5, resident=resident), device="cuda:0")
+        plan = make_plan(sources[0], draft, num_layers=5, resident=resident)
+        plan = replace(plan, device="cuda:0", in_ram=plan.streamed)
         with Engine.load(plan, sources[0], draft) as engine:
             texts.append(write(engine, prompt, sampling, 40)[0])
     assert texts[0] == texts[1] == texts[2]
@@ -68,7 +82,7 @@ def test_text_does_not_depend_on_draft_or_streaming(sampling: Sampling, tmp_path
 
 def test_cancelling_and_going_on(tmp_path: Path):
     source, prompt = save(random_model(make_config("llama_tied")), tmp_path / "m"), random_prompt(30, VOCAB)
-    plan = replace(make_plan(source, None, num_layers=5, resident=()), device="cuda:0")
+    plan = replace(make_plan(source, None, num_layers=5, resident=()), device="cuda:0", in_ram=(0, 2, 4))
     with Engine.load(plan, source, None) as engine:
         expected, _ = write(engine, prompt, Sampling(), 30)
         cancel = threading.Event()

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import os
 import random
-from dataclasses import replace
+import threading
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.engines import make_plan, random_prompt, write
 from support.tiny_models import VOCAB, make_config, random_model, save
 
-from specchat.config import ModelSource, Plan, Sampling, Tier
-from specchat.engine.disk import MappedStreamer, PackFiller, ThreadStreamer, _open_unbuffered
+from specchat.config import ModelSource, Plan, Sampling
+from specchat.engine.disk import MappedStreamer, MixedStreamer, PackFiller, ThreadStreamer, _open_unbuffered
 from specchat.engine.engine import Engine
 from specchat.engine.model import TreeModel, load_model
 from specchat.errors import CorruptCheckpointError
 from specchat.models.pack import Pack
 from specchat.models.prepare import prepare
 
+Tier = Literal["ram", "disk"]
 ARCHITECTURES = ("llama_tied", "mixtral", "gpt_oss")
 NUM_PASSES = 30
 
@@ -46,7 +52,7 @@ def make_pack(source: ModelSource) -> Pack:
 
 
 def load(
-    source: ModelSource, pack: Pack | None, *, resident: tuple[int, ...] | None, slots: int, tier: Tier
+    source: ModelSource, pack: Pack | None, *, resident: Sequence[int] | None, slots: int, tier: Tier | Collection[int]
 ) -> TreeModel:
     return load_model(
         source,
@@ -56,7 +62,7 @@ def load(
         num_slots=slots,
         cache_rows=64,
         chunk_rows=16,
-        tier=tier,
+        in_ram=range(99) if tier == "ram" else () if tier == "disk" else tier,
         pack=pack,
     )
 
@@ -79,6 +85,76 @@ def test_every_tier_gives_the_same_bits(architecture: str, tmp_path: Path):
             for _ in range(NUM_PASSES):
                 assert torch.equal(hidden(model, prompt), expected)
             model.close()
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A packed model of five layers and the states that it leads to."""
+
+    source: ModelSource
+    pack: Pack
+    prompt: list[int]
+    states: torch.Tensor
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Packed]:
+    folder = tmp_path_factory.mktemp("packed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPECCHAT_CACHE_DIR", str(folder / "cache"))
+        patch.setattr("specchat.models.prepare.SMALL_BYTES", 0)
+        source, prompt = make_source("llama_tied", folder / "model"), random_prompt(20, VOCAB)
+        pack = make_pack(source)
+    yield Packed(source, pack, prompt, hidden(load(source, None, resident=None, slots=0, tier="disk"), prompt))
+
+
+@given(
+    tiers=st.lists(st.sampled_from(["device", "ram", "disk", "disk"]), min_size=5, max_size=5),
+    slots=st.integers(1, 4),
+    cuts=st.lists(st.integers(0, 4), max_size=4),
+)
+@settings(deadline=None, max_examples=25)
+def test_any_mixture_of_tiers_gives_the_same_bits(packed: Packed, tiers: list[str], slots: int, cuts: list[int]):
+    """Whole passes, and between them passes that were cut off before a layer."""
+    resident = [i for i, tier in enumerate(tiers) if tier == "device"]
+    in_ram = [i for i, tier in enumerate(tiers) if tier == "ram"]
+    model = load(packed.source, packed.pack, resident=resident, slots=slots, tier=in_ram)
+    try:
+        assert isinstance(model.streamer, MixedStreamer) == ({"ram", "disk"} <= set(tiers))
+        for cut in [*cuts, 0]:
+            before = model.streamer.counters().num_bytes
+            assert torch.equal(hidden(model, packed.prompt), packed.states)
+            streamed = sum(layer.nbytes for i, layer in enumerate(packed.pack.layers) if i not in resident)
+            assert model.streamer.counters().num_bytes - before == streamed
+            for index in set(range(cut)) - set(resident):
+                model.streamer.acquire(index)
+                model.streamer.release(index)
+            model.streamer.restart()
+    finally:
+        model.close()
+
+
+@pytest.mark.parametrize("small", ["all", "some"])
+def test_small_layers_are_read_where_they_are_computed(small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """All of them without a thread; or among larger ones that threads read ahead, in the same slots."""
+    source, prompt = make_source("deepseek_v3", tmp_path / "model"), random_prompt(20, VOCAB)
+    pack = make_pack(source)
+    expected = hidden(load(source, pack, resident=None, slots=0, tier="disk"), prompt)
+    sizes = [layer.nbytes for layer in pack.layers]
+    limit = max(sizes) if small == "all" else min(sizes)
+    assert sum(size <= limit for size in sizes) == (4 if small == "all" else 1)
+    monkeypatch.setattr("specchat.engine.disk.SMALL_LAYER_BYTES", limit)
+    for slots in (1, 2, 3):
+        model = load(source, pack, resident=(), slots=slots, tier="disk")
+        has_readers = any(thread.name.startswith("specchat-streamer") for thread in threading.enumerate())
+        assert has_readers == (small == "some")
+        for index in range(3):
+            assert torch.equal(hidden(model, prompt), expected)
+            for layer in range(index):  # as far as a cancelled pass got
+                model.streamer.acquire(layer)
+                model.streamer.release(layer)
+            model.streamer.restart()
+        model.close()
 
 
 def test_cancelled_passes_leave_nothing_behind(tmp_path: Path):
@@ -115,7 +191,7 @@ def test_a_pack_is_found_again(tmp_path: Path):
 
 
 def streaming_plan(source: ModelSource, tier: Tier) -> Plan:
-    return replace(make_plan(source, None, num_layers=5, resident=(1,)), tier=tier)
+    return replace(make_plan(source, None, num_layers=5, resident=(1,)), in_ram=(0, 2, 3, 4) if tier == "ram" else ())
 
 
 @pytest.mark.parametrize("tier", ["disk", "ram"])

@@ -40,7 +40,8 @@ base_of_packing, peak = peak, base
 with Engine.load(plan, target, draft, pack) as engine:
     for _ in engine.generate(range(5, 300), Sampling(), stop_ids=frozenset(), max_tokens=24):
         pass
-print(plan.tier, plan.streamed_bytes_per_step + plan.device_bytes, peak - base)
+tiers = set(plan.tiers) - {"device"}
+print(*tiers, plan.streamed_bytes_per_step + plan.device_bytes, peak - base)
 """
 # Layers of 100 MiB, 1.6 GiB in all: four times the budget.
 _SHAPE = "shape:hidden=2048,layers=16,heads=16,kv_heads=4,head_dim=128,mlp=7168"

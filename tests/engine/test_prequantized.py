@@ -137,7 +137,7 @@ def load(source: ModelSource, pack: Pack | None, *, resident: tuple[int, ...] | 
         num_slots=1,
         cache_rows=64,
         chunk_rows=16,
-        tier=tier,
+        in_ram=range(99) if tier == "ram" else (),
         pack=pack,
     )
 

@@ -20,8 +20,8 @@ from specchat.models.catalog import demo_source
 from specchat.models.geometry import describe, layer_bytes
 from specchat.models.hf_compat import load_tokenizer
 from specchat.planner.memory import Workload, build_ledger
-from specchat.planner.search import EXACT_BYTES, NUM_SLOTS, PlanRequest, interleaved, make_plan, plan_for
-from specchat.units import GIB, format_bytes
+from specchat.planner.search import EXACT_BYTES, NUM_SLOTS, PlanRequest, interleaved, make_plan, plan_for, usable_ram
+from specchat.units import GIB, MIB, format_bytes
 
 MACHINE = Machine("cpu", 64 * GIB, 64 * GIB, fast_bf16=False)
 TARGET, DRAFT = demo_source("target"), demo_source("draft")
@@ -45,7 +45,7 @@ def test_interleaved_is_as_even_as_can_be(num_layers: int, data: st.DataObject):
 
 def test_interleaved_by_hand():
     assert interleaved(0, 4) == () and interleaved(4, 4) == (0, 1, 2, 3)
-    assert interleaved(2, 6) == (2, 5) and interleaved(3, 4) == (1, 2, 3)
+    assert interleaved(2, 6) == (1, 4) and interleaved(3, 4) == (0, 1, 3) and interleaved(3, 30) == (4, 14, 24)
 
 
 # --- any model, on paper ---------------------------------------------------------------------------------------------
@@ -86,21 +86,26 @@ def try_plan(spec: ModelSpec, draft: ModelSpec | None, vram_bytes: int, **kwargs
         return None
 
 
-def ledger_bytes(spec: ModelSpec, draft: ModelSpec | None, plan: Plan, num_resident: int) -> int:
-    streams = num_resident < spec.num_layers
-    work = Workload(
-        plan.dtype, plan.ctx, plan.tree_budget, plan.draft_rows, plan.chunk_rows, NUM_SLOTS if streams else 0
-    )
+def num_slots(num_streamed: int, device: str = "cpu") -> int:
+    return 0 if not num_streamed else 3 if num_streamed > 10 and device == "cpu" else 2
+
+
+def ledger_bytes(
+    spec: ModelSpec, draft: ModelSpec | None, plan: Plan, num_resident: int, slots: int | None = None
+) -> int:
+    slots = num_slots(spec.num_layers - num_resident) if slots is None else slots
+    work = Workload(plan.dtype, plan.ctx, plan.tree_budget, plan.draft_rows, plan.chunk_rows, slots)
     return sum(item.bytes for item in build_ledger(spec, draft, work, interleaved(num_resident, spec.num_layers)))
 
 
 def check_plan(plan: Plan, spec: ModelSpec, draft: ModelSpec | None, budget: int) -> None:
     assert sum(item.bytes for item in plan.ledger) == plan.device_bytes <= budget == plan.device_budget_bytes
     assert all(item.bytes >= 0 for item in plan.ledger)
-    assert plan.device_bytes == ledger_bytes(spec, draft, plan, len(plan.resident))
+    assert plan.device_bytes == ledger_bytes(spec, draft, plan, len(plan.resident), plan.slots)
     assert plan.resident == interleaved(len(plan.resident), spec.num_layers)
     assert plan.streamed_bytes_per_step == sum(layer_bytes(spec, i, plan.dtype) for i in plan.streamed)
-    assert plan.slots == (NUM_SLOTS if plan.streamed else 0)
+    if plan.slots != num_slots(len(plan.streamed)):
+        assert plan.slots == NUM_SLOTS and not plan.resident and ledger_bytes(spec, draft, plan, 0) > budget
     assert not 0 < len(plan.streamed) <= plan.slots, "slots for layers that could stay in them"
     assert plan.ctx <= spec.max_positions
     more = range(len(plan.resident) + 1, spec.num_layers + 1)
@@ -134,13 +139,16 @@ def test_more_budget_never_shortens_the_context(spec: ModelSpec, draft: ModelSpe
     for plan, budget in zip((little, much), sorted(budgets), strict=True):
         if plan is not None:
             check_plan(plan, spec, draft, budget)
-            assert (
-                plan.ctx == min(spec.max_positions, 8192)
-                or ledger_bytes(spec, draft, doubled(plan), 0 if spec.num_layers > NUM_SLOTS else spec.num_layers)
-                > budget
-            )
+            assert plan.ctx == min(spec.max_positions, 8192) or least_bytes(spec, draft, doubled(plan)) > budget
     if little is not None:
         assert much is not None and (much.ctx, len(much.resident)) >= (little.ctx, len(little.resident))
+
+
+def least_bytes(spec: ModelSpec, draft: ModelSpec | None, plan: Plan) -> int:
+    """What it takes at the plan's context with as much streamed as can be, through the fewest slots."""
+    if spec.num_layers <= NUM_SLOTS:
+        return ledger_bytes(spec, draft, plan, spec.num_layers)
+    return ledger_bytes(spec, draft, plan, 0, NUM_SLOTS)
 
 
 def doubled(plan: Plan) -> Plan:
@@ -154,7 +162,7 @@ def test_the_least_that_a_refusal_names_is_enough(spec: ModelSpec, draft: ModelS
         plan_for(request(1, ctx=512), MACHINE, spec, draft)
     everything = plan_for(request(10**12, ctx=512), MACHINE, spec, draft)
     assert everything.resident == tuple(range(spec.num_layers)) and everything.streamed_bytes_per_step == 0
-    least = ledger_bytes(spec, draft, everything, 0 if spec.num_layers > NUM_SLOTS else spec.num_layers)
+    least = least_bytes(spec, draft, everything)
     assert f"at least {format_bytes(least)} " in caught.value.message
     assert "--vram" in (caught.value.hint or "")
     assert try_plan(spec, draft, least, ctx=512) is not None
@@ -191,6 +199,55 @@ def test_default_budget_leaves_room_for_the_rest_of_the_machine():
         assert plan_for(request(None), machine, spec, None).device_budget_bytes == budget * GIB
     with pytest.raises(DoesNotFitError):
         plan_for(request(None), Machine("cpu", 3 * GIB, 3 * GIB, fast_bf16=False), spec, None)
+
+
+# --- where streamed layers are between passes ------------------------------------------------------------------------
+
+
+@given(spec=specs(), budget=BUDGETS, ram=st.integers(0, 2_000_000), device=st.sampled_from(["cpu", "cuda:0"]))
+@settings(deadline=None, max_examples=100)
+def test_as_many_layers_stay_in_host_memory_as_fit(spec: ModelSpec, budget: int, ram: int, device: str):
+    try:
+        asked = request(budget, ctx=512, ram_bytes=ram)
+        plan = plan_for(asked, Machine(device, 64 * GIB, 64 * GIB, fast_bf16=False), spec, None)
+    except DoesNotFitError:
+        return
+    sizes = [layer_bytes(spec, i, plan.dtype) for i in range(spec.num_layers)]
+    on_disk = [i for i, tier in enumerate(plan.tiers) if tier == "disk"]
+    assert set(plan.in_ram) <= set(plan.streamed)
+    assert [tier == "device" for tier in plan.tiers] == [i in plan.resident for i in range(spec.num_layers)]
+    kept_bytes = sum(sizes[i] for i in plan.in_ram)
+    assert kept_bytes <= ram
+    more = [plan.streamed[j] for j in interleaved(len(plan.in_ram) + 1, len(plan.streamed))] if on_disk else []
+    assert not on_disk or sum(sizes[i] for i in more) > ram
+    slots_bytes = min(plan.slots, len(on_disk)) * max((sizes[i] for i in on_disk), default=0)
+    assert plan.host_bytes == (0 if device == "cpu" else kept_bytes + slots_bytes)
+
+
+def test_host_memory_leaves_room_for_the_rest_of_the_machine():
+    """The larger of 4 GiB and a tenth of what is available; on the CPU also what the budget already takes."""
+    assert [usable_ram(free * GIB) // GIB for free in (2, 4, 20, 100)] == [0, 0, 16, 90]
+    spec = demo_specs()[0]
+    layer, budget = layer_bytes(spec, 0, "fp32"), 100 * MIB
+    large = replace(spec, layer_params=spec.layer_params * 40, num_layers=320, kv_shapes=spec.kv_shapes[:1] * 320)
+    for device, free in (("cpu", 4 * GIB + budget + 3 * layer), ("cuda:0", 4 * GIB + 3 * layer)):
+        plan = plan_for(
+            request(budget, ctx=16, dtype="fp32"), Machine(device, free, free, fast_bf16=False), large, None
+        )
+        assert len(plan.in_ram) == 3
+
+
+def test_a_third_slot_on_a_cpu_that_streams_many_layers():
+    spec = demo_specs()[0]
+    many = replace(spec, layer_params=spec.layer_params * 4, num_layers=32, kv_shapes=spec.kv_shapes * 4)
+    layer = layer_bytes(many, 0, "fp32")
+    for device, expected in (("cpu", 3), ("cuda:0", 2)):
+        machine = Machine(device, 64 * GIB, 64 * GIB, fast_bf16=False)
+        plan = plan_for(request(60 * MIB, ctx=16, dtype="fp32"), machine, many, None)
+        assert plan.slots == expected and len(plan.streamed) > 10
+    rest = plan.device_bytes - (len(plan.resident) + 2) * layer
+    least = plan_for(request(rest + 2 * layer, ctx=16, dtype="fp32"), MACHINE, many, None)
+    assert (least.slots, least.resident) == (2, ())
 
 
 # --- the demo pair, in memory ----------------------------------------------------------------------------------------

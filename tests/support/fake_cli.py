@@ -58,7 +58,7 @@ class Echo(FakeEngine):
         time.sleep(next(self._pauses))
 
     @classmethod
-    def load(cls, _plan, _target, _draft, _pack, _draft_pack):
+    def load(cls, _plan, _target, _draft, _pack, _draft_pack, warn):
         time.sleep(float(os.environ.get("FAKE_LOAD_S", "0")))
         if os.environ.get("FAKE_LOAD_FAILS"):
             raise DoesNotFitError("the model is too large", hint="try --vram 8GiB")

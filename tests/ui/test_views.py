@@ -73,6 +73,15 @@ def test_the_step_line_and_the_table():
 
 
 @pytest.mark.parametrize(
+    ("in_ram", "place"),
+    [((), "the disk, "), ((3,), "host memory (1 of them) and the disk, "), ((1, 3), "host memory, ")],
+)
+def test_the_table_says_where_streamed_layers_are(in_ram, place):
+    table = plan_table(ModelSource("demo", Path("x")), replace(PLAN, in_ram=in_ram), "")
+    assert f"streamed from  {place}60.0 MiB a pass" in table
+
+
+@pytest.mark.parametrize(
     ("text", "shown"),
     [
         ("a\x1b[31mb", "a␛[31mb"),

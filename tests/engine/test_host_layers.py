@@ -1,0 +1,150 @@
+"""Streamed layers in host memory, as a GPU copies them: right bytes in any order of work, and pinning that may fail.
+
+The copies themselves need a GPU (test_cuda.py); here only what is between disk and host memory is real.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.tiny_models import make_config, random_model, save
+
+from specchat.engine.cuda import HostLayers, Pinner
+from specchat.engine.disk import CheckpointFiller, PackFiller
+from specchat.engine.slots import page_aligned
+from specchat.models import hf_compat
+from specchat.models.checkpoint import open_checkpoint
+from specchat.models.pack import Pack
+from specchat.models.prepare import prepare
+from specchat.models.weights import LayerLayout, WeightReader
+
+NUM_LAYERS = 5
+
+
+class Runtime:
+    """CUDA's pinning calls, as far as they are promised: an error code, and nothing pinned twice or left behind."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.pinned: dict[int, int] = {}
+        self.refusals = 0
+
+    def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> int:
+        assert address % 4096 == 0 and flags == 0 and address not in self.pinned
+        if sum(self.pinned.values()) + num_bytes > self.room:
+            self.refusals += 1
+            return 2  # cudaErrorMemoryAllocation
+        self.pinned[address] = num_bytes
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.pinned[address]
+        return 0
+
+
+@pytest.mark.parametrize(("room", "num_pinned"), [(1 << 40, 4), (3 << 20, 1), ((5 << 20) - 1, 2), (100, 0)])
+def test_pinning_stops_at_the_first_refusal_and_says_what_it_costs(room: int, num_pinned: int):
+    runtime, said, forgotten = Runtime(room), list[str](), list[bool]()
+    pin = Pinner(runtime, lambda: forgotten.append(True), said.append)
+    blobs = [page_aligned(size << 20) for size in (2, 2, 2, 1)]
+    pin(blobs)
+    assert list(runtime.pinned) == [blob.data_ptr() for blob in blobs[:num_pinned]]
+    if num_pinned == 4:
+        assert not said and not forgotten
+    else:
+        left = sum(blob.nbytes for blob in blobs[num_pinned:]) >> 20
+        assert len(said) == 1 and f"{left}.0 MiB of the 7.0 MiB" in said[0] and "half its rate" in said[0]
+        assert runtime.refusals == len(forgotten) == 1  # nothing more is asked for, no error left behind
+    pin.close()
+    assert not runtime.pinned
+
+
+def test_nothing_to_pin_asks_for_nothing():
+    runtime = Runtime(0)
+    Pinner(runtime, lambda: None, lambda _: None)([])
+    assert runtime.refusals == 0
+
+
+class Model:
+    """A tiny packed model and the bytes of its layers."""
+
+    def __init__(self, folder: Path) -> None:
+        source = save(random_model(make_config("llama_tied")).to(torch.bfloat16), folder / "model")
+        pack = prepare(source, "fp32", progress=lambda _: None, warn=lambda _: None)
+        assert pack is not None
+        self.pack: Pack = pack
+        self.source = source
+        config = hf_compat.load_config(source.path)
+        self.skeleton = hf_compat.build_skeleton(config, torch.float32, attention="eager")
+        self.layouts = [LayerLayout.of(layer) for layer in self.skeleton.layers]
+        self.blobs = [torch.zeros(layout.nbytes, dtype=torch.uint8) for layout in self.layouts]
+        with self.reader() as reader:
+            for index, (layout, blob) in enumerate(zip(self.layouts, self.blobs, strict=True)):
+                reader.read_layer(index, layout.views(blob))
+
+    def reader(self) -> WeightReader:
+        return WeightReader(self.skeleton, open_checkpoint(self.source.path))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory):
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("host")
+        patch.setenv("SPECCHAT_CACHE_DIR", str(folder / "cache"))
+        patch.setattr("specchat.models.prepare.SMALL_BYTES", 0)
+        yield Model(folder)
+
+
+@given(
+    tiers=st.lists(st.sampled_from(["device", "ram", "disk"]), min_size=NUM_LAYERS, max_size=NUM_LAYERS),
+    slots=st.integers(1, 3),
+    packed=st.booleans(),
+    passes=st.lists(st.integers(0, NUM_LAYERS), min_size=1, max_size=5),
+)
+@settings(deadline=None, max_examples=40)
+def test_every_layer_is_there_when_it_is_taken(
+    model: Model, tiers: list[str], slots: int, packed: bool, passes: list[int]
+):
+    """Passes of so many layers, a copy still under way when the next layer is asked for, restarts between."""
+    streamed = [i for i, tier in enumerate(tiers) if tier != "device"]
+    in_ram = [i for i, tier in enumerate(tiers) if tier == "ram"]
+    runtime = Runtime(1 << 40)
+
+    def read_layer(index: int, layout: LayerLayout, blob: torch.Tensor) -> None:
+        with model.reader() as reader:
+            reader.read_layer(index, layout.views(blob))
+
+    layouts = dict(enumerate(model.layouts))
+    filler = PackFiller(model.pack) if packed else CheckpointFiller(model.reader(), layouts)
+    pin = Pinner(runtime, lambda: None, lambda _: None)
+    host = HostLayers(model.skeleton.layers, streamed, in_ram, slots, read_layer, filler, pin)
+    assert len(runtime.pinned) == len(in_ram) + min(slots, len(streamed) - len(in_ram))
+    under_way = list[
+        Callable[[], None]
+    ]()  # copies out of slots; each must be waited for before the next layer is taken
+    for length in [*passes, NUM_LAYERS]:
+        for j, index in enumerate(streamed[:length]):
+            blob = host.take(j)
+            assert host.keeps(j) == (index in in_ram)
+            assert host.keeps(j) or not under_way
+            seen = blob.clone()
+            assert torch.equal(seen, model.blobs[index])
+
+            def copied(blob: torch.Tensor = blob, seen: torch.Tensor = seen) -> None:
+                assert torch.equal(blob, seen), "overwritten before it was copied"
+                under_way.clear()
+
+            if not host.keeps(j):
+                under_way.append(copied)
+            host.give_back(j, copied)
+        host.restart()
+        assert not under_way
+    host.close()
+    assert not runtime.pinned
+    assert not any(thread.name.startswith("specchat-streamer") for thread in threading.enumerate())
