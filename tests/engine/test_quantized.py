@@ -112,7 +112,7 @@ def check_streaming(architecture: str, quant: str, models: Any) -> None:
         {"pack": pack},
         {"resident": ()},
         {"resident": (), "pack": pack},
-        {"resident": (1,), "pack": pack, "tier": "ram"},
+        {"resident": (1,), "pack": pack, "in_ram": range(99)},
     ):
         model = load(source, quant, **kwargs)
         assert torch.equal(logits(model), expected), kwargs
