@@ -1,6 +1,7 @@
 """Settings from everywhere: which one holds, where it came from, and what is said of those that make no sense."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -210,8 +211,8 @@ def test_a_damaged_session(fake):
 
 def test_another_model_is_said(fake):
     fake("run", "demo", "hi", "--session", "fox", "--draft", "none")
-    folder = str(__import__("pathlib").Path(__file__).parents[2] / "specchat" / "demo" / "target")
-    result = fake("run", folder, "hi", "-c", "--json")
+    folder = str(Path(__file__).parents[2] / "specchat" / "demo" / "target")
+    result = fake("run", folder, "hi", "-c", "--json", "--draft", "none")
     assert "this chat was with demo so far" in result.err
     assert json.loads(fake("run", "-c", "--json", stdin=b"x").out)["model"] == folder
 
