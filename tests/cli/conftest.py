@@ -1,5 +1,6 @@
 """The command line in this process, with and without a model."""
 
+import importlib
 import io
 import signal
 import sys
@@ -33,6 +34,7 @@ def specchat(monkeypatch, capfd):
 @pytest.fixture
 def fake(specchat, monkeypatch):
     """The same without a model."""
+    importlib.import_module("specchat.models.pairing")  # now, so that it does not remember what is put in place next
     for name in ("specchat.engine.engine", "specchat.models.hf_compat"):
         monkeypatch.setitem(sys.modules, name, sys.modules.get(name))
     for name in ("make_plan", "make_pack"):
