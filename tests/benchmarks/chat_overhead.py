@@ -15,18 +15,20 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 from pathlib import Path
 
-ROUNDS, MAX_TOKENS, IDLE_S = 9, 160, 30
-DEFAULT = ("demo", "--vram", "45MiB", "--ctx", "512")
+ROUNDS, MAX_TOKENS, IDLE_S, LOADING_S = 7, 60, 20, 15
+DEFAULT = ("demo", "--vram", "40MiB", "--ctx", "512")
 WAYS = ("shown", "quiet", "none")
 
 
 def on_pty(command: list[str], environment: dict[str, str]) -> tuple[subprocess.Popen, list[bytes]]:
     """Starts a program on a terminal that shows nothing; what it wrote is collected."""
     ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (30, 100))
     process = subprocess.Popen(
         command, stdin=theirs, stdout=theirs, stderr=theirs, env=os.environ | environment, start_new_session=True
     )
@@ -54,9 +56,9 @@ def idle_share(model: tuple[str, ...]) -> float:
     process, written = on_pty(
         [sys.executable, "-m", "specchat", "run", *model, "--no-save"], {"TERM": "xterm-256color"}
     )
-    while b"> " not in b"".join(written):
+    while b"/help lists the commands" not in b"".join(written):
         time.sleep(0.1)
-    time.sleep(10)
+    time.sleep(LOADING_S)
     before, begin = cpu_s(process.pid), time.monotonic()
     time.sleep(IDLE_S)
     share = (cpu_s(process.pid) - before) / (time.monotonic() - begin)
@@ -124,5 +126,5 @@ if __name__ == "__main__":
         answers(Path(os.environ["CHAT_OVERHEAD_REPORT"]))
     else:
         chosen = tuple(sys.argv[1:]) or DEFAULT
-        print(f"idle at the prompt: {idle_share(chosen):.2%} of a core")
+        print(f"idle at the prompt: {idle_share(chosen):.2%} of a core", flush=True)
         overhead(chosen)

@@ -49,7 +49,7 @@ class Picture:
 
 
 def _chat(terminal: Terminal) -> None:
-    for message in ("Tell me a story about a fox.", "/verbose", "What happened next?", "/stats"):
+    for message in ("Tell me a story about a fox.", "/verbose", "What happened next?"):
         terminal.wait_for_prompt()
         terminal.send(message + "\r")
         terminal.wait_for(lambda t: not t.cursor_line.startswith(">"))
@@ -61,7 +61,9 @@ def _until_the_end(terminal: Terminal) -> None:
 
 
 PICTURES = {
-    "chat": Picture("specchat run demo", ("run", "demo", "--seed", "7", "--max-tokens", "40", "--no-save"), _chat),
+    "chat": Picture(
+        "specchat run demo", ("run", "demo", "--seed", "7", "--max-tokens", "30", "--no-save"), _chat, rows=48
+    ),
     "bench": Picture(
         "specchat bench demo --limit 2",
         ("bench", "demo", "--limit", "2", "-r", "1"),
