@@ -189,16 +189,15 @@ class WeightReader(Closing):
         self._check_parts()
 
     def _check_parts(self) -> None:
-        """Refuses merged parameters that lack tensors: parts are numbered, and layers of one shape have the same."""
-        parts = [_parts(layer, converted) for layer, converted in enumerate(self._plan.converted)]
-        shapes = [
-            {name: p.shape for name, p in layer.named_parameters() if name not in direct}
-            for layer, direct in zip(self._skeleton.layers, self._plan.direct, strict=True)
-        ]
-        for layer, own in enumerate(parts):
-            alike = [other for other, shape in zip(parts, shapes, strict=True) if shape == shapes[layer]]
-            expected = _complete(set().union(*alike)) if own else set()
-            self._check_complete(layer, expected - own)
+        """Refuses layers that lack what others of the same shape have, or a part that its number calls for."""
+        direct, parts = self._plan.direct, [_parts(*each) for each in enumerate(self._plan.converted)]
+        shapes = [{name: p.shape for name, p in layer.named_parameters()} for layer in self._skeleton.layers]
+        for layer, shape in enumerate(shapes):
+            if parts[layer]:
+                alike = [other for other, another in enumerate(shapes) if another == shape and parts[other]]
+                names = set().union(*(direct[other].keys() & shape.keys() for other in alike))
+                expected = _complete(set().union(*(parts[other] for other in alike)))
+                self._check_complete(layer, (names - direct[layer].keys()) | (expected - parts[layer]))
 
 
 def _parts(layer: int, converted: Mapping[str, Sequence[str]]) -> set[str]:
