@@ -25,9 +25,10 @@ _AXES = {
     "ctx": "context (tokens)",
     "slots": "slots (layers)",
     "draft": "draft",
+    "quant": "weights stored as",
 }
 _DOUBLING = ("tree-budget", "ctx")  # shown so that each doubling is as wide
-_KINDS = ("draft",)  # have no order, so no line leads from one to the next
+_KINDS = ("draft", "quant")  # have no order, so no line leads from one to the next
 _MARKS = ("o", "s", "^", "d")
 _LINES = ("-", "--", ":", "-.")
 _APART = 0.06  # of two temperatures at the same kind

@@ -23,7 +23,7 @@ def tree_lines(tree: DraftTree, drawn: tuple[int, ...], token_text: Callable[[in
         width: columns.
 
     Returns:
-        Lines such as `1 ● " the"  ○ " a"  ○ " his"  +5`.
+        Lines such as `1 ● " the" ○ " a" ○ " his" +5`.
     """
     children: dict[int, list[int]] = {}
     for node, parent in enumerate(tree.parents):

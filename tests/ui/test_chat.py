@@ -336,7 +336,7 @@ def test_verbose_draws_the_tree():
     with chat("--verbose", rows=60) as terminal:
         say(terminal, "hi", "You said: hi")
         assert re.search(r"^step 1: 3 tok · tree 64 nodes, depth 5, 2 accepted", terminal.screen, re.MULTILINE)
-        assert re.search(r'^ +1 ● "Y"  ○ "Z"\n +2 ● "o"  ○ "p"\n +→ "u"$', terminal.screen, re.MULTILINE)
+        assert re.search(r'^ +1 ● "Y" +○ "Z"\n +2 ● "o" +○ "p"\n +→ "u"$', terminal.screen, re.MULTILINE)
 
 
 def test_files(tmp_path):
