@@ -1,5 +1,6 @@
-"""The records that floors hand to each other: plain data, no torch, printable."""
+"""The records that floors hand to each other: plain data, no torch, printable. And where we keep what can be remade."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -10,6 +11,14 @@ Tier = Literal["ram", "disk"]
 FinishReason = Literal["stop", "length", "context", "interrupt"]
 
 DTYPE_BYTES: dict[Dtype, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+def cache_folder() -> Path:
+    """Where packs and measured rates lie; SPECCHAT_CACHE_DIR overrides the platform's folder. It need not exist yet."""
+    import platformdirs
+
+    cache = os.environ.get("SPECCHAT_CACHE_DIR") or platformdirs.user_cache_dir("specchat", appauthor=False)
+    return Path(cache).expanduser()
 
 
 @dataclass(frozen=True)

@@ -257,6 +257,53 @@ def _bench(
     return partial(bench, bench_options.check_combination(checked))
 
 
+@app.command("probe")
+def _probe(
+    *,
+    model: _Model = None,
+    draft: _Draft = "auto",
+    device: _Device = "auto",
+    vram: _Vram = None,
+    ram: _Ram = None,
+    ctx: _Ctx = None,
+    tree_budget: _TreeBudget = "auto",
+    dtype: _Dtype = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a table for a bug report.")] = False,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Measure again what was measured before.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read every pack and check it; exit code 3 if one is damaged.")
+    ] = False,
+    offline: _Offline = False,
+    yes: _Yes = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the report, and errors.")] = False,
+) -> _Action:
+    """Report what this machine has and how fast it is, and the plan that MODEL would get here."""
+    from specchat.cli.probe import ProbeOptions, check_combination, probe
+
+    checked = ProbeOptions(
+        models=_model_options(
+            model=model,
+            draft=draft,
+            device=device,
+            vram=vram,
+            ram=ram,
+            ctx=ctx,
+            tree_budget=tree_budget,
+            dtype=dtype,
+            seed=None,
+            offline=offline,
+            yes=yes,
+            quiet=quiet,
+        ),
+        json=json,
+        markdown=markdown,
+        refresh=refresh,
+        verify=verify,
+    )
+    return partial(probe, check_combination(checked))
+
+
 def _parse(arguments: Sequence[str]) -> int | _Action | None:
     """What was asked for, or the exit code of something that is done already, such as --help.
 
@@ -273,7 +320,7 @@ def _parse(arguments: Sequence[str]) -> int | _Action | None:
 
 def _as_usage_error(error: Exception, arguments: Sequence[str]) -> UsageError:
     message = " ".join(str(getattr(error, "format_message", error.__str__)()).split()).rstrip(".")
-    command = f"specchat {arguments[0]}" if arguments and arguments[0] in ("run", "bench") else "specchat"
+    command = f"specchat {arguments[0]}" if arguments and arguments[0] in ("run", "bench", "probe") else "specchat"
     return UsageError(message[:1].lower() + message[1:], hint=f"{command} --help lists what there is")
 
 

@@ -6,9 +6,9 @@ from threading import Event
 
 import pytest
 
-from specchat.bench import disk
 from specchat.bench.cold import Files, measure_rounds
 from specchat.errors import SpecchatError
+from specchat.hardware import disk
 
 SIZE = 24 << 20
 TMPFS = Path("/dev/shm")
