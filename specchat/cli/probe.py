@@ -2,6 +2,8 @@
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from specchat.cli import models as shared
@@ -63,8 +65,9 @@ def probe(options: ProbeOptions) -> int:
         report = hardware.probe(cache_folder(), options.models.device, refresh=options.refresh, progress=line.update)
     finally:
         line.end()
-    found = None if refs is None else shared.locate_models(options.models, refs, say)
-    plan = None if found is None else shared.make_plan(options.models, found)
+    with TemporaryDirectory(prefix="specchat-") as folder:
+        found = None if refs is None else shared.sketch_models(options.models, refs, say, Path(folder))
+        plan = None if found is None else shared.make_plan(options.models, found)
     packs = _verify(say) if options.verify else ()
     _print(options, report, (*report.verdicts, *packs), found, plan)
     return _DAMAGED if any(verdict.level == "error" for verdict in packs) else 0

@@ -1,6 +1,8 @@
 """`specchat run`: from checked options to an answer, or to a chat."""
 
 import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Event
 from typing import TYPE_CHECKING
 
@@ -28,12 +30,13 @@ def run(options: RunOptions) -> int:
     refs = shared.parse_models(options.models)
     prompt = None if options.plan else _prompt(options, say)
     shared.prepare_libraries()
-    models = shared.locate_models(options.models, refs, say)
-    plan = shared.make_plan(options.models, models)
     if options.plan:
-        _print_plan(options, models, plan)
+        with TemporaryDirectory(prefix="specchat-") as folder:
+            models = shared.sketch_models(options.models, refs, say, Path(folder))
+            _print_plan(options, models, shared.make_plan(options.models, models))
         return 0
-    return _chat(options, models, plan, prompt, say)
+    models = shared.locate_models(options.models, refs, say)
+    return _chat(options, models, shared.make_plan(options.models, models), prompt, say)
 
 
 # --- the prompt --------------------------------------------------------------------------------------------------
@@ -92,7 +95,6 @@ def _print_plan(options: RunOptions, models: Models, plan: Plan) -> None:
 
 def _chat(options: RunOptions, models: Models, plan: Plan, prompt: str | None, say: "Talk") -> int:
     from specchat.chat.session import ChatSession, check_has_template
-    from specchat.engine.engine import Engine
     from specchat.models.hf_compat import load_generation_defaults, load_tokenizer
     from specchat.ui.chat_view import ChatView
     from specchat.ui.console import answer_stream
@@ -103,7 +105,7 @@ def _chat(options: RunOptions, models: Models, plan: Plan, prompt: str | None, s
     view.banner(models.target, plan, models.draft_note)
     tokenizer = load_tokenizer(models.target.path)
     check_has_template(tokenizer, base=options.base)
-    with Engine.load(plan, models.target, models.draft, shared.make_pack(models.target, plan, say)) as engine:
+    with shared.load_engine(options.models, models, plan, say) as engine:
         session = ChatSession(
             engine,
             tokenizer,

@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from specchat.config import draft_width
 from specchat.engine.attention import RowLayout
 from specchat.engine.model import TreeModel
 from specchat.engine.sampling import Sampler
@@ -28,11 +29,6 @@ from specchat.engine.tree import ROOT, TokenTree, common_prefix
 # greedy 4.24, -, 5.1 (0.6), 5.67 (0.35: 5.40); with noise at t=0.7 4.72, 5.07, 5.11, 5.0 (0.55).
 NOISE_TEMPERATURE = 0.7
 GREEDY_TEMPERATURE = 0.5
-
-# Nodes expanded per pass of the draft, as a share of the budget: an early guess at what stays wastes rows and passes.
-# Same measurement, t=0.7: 32 of 64 4.77, 16 of 64 5.11, 8 of 64 5.16 tokens per step.
-WIDTH_PER_BUDGET = 1 / 8
-MIN_WIDTH = 8
 
 
 class Drafter(Protocol):
@@ -178,7 +174,7 @@ class ModelDrafter:
         root_logits = self._catch_up(context, cancel)
         paths = self._children(_Candidates.empty(), torch.tensor([ROOT]), root_logits, len(context), sampler, budget)
         rows = _TreeRows(self._max_rows, len(context), self._model.device)
-        width = max(MIN_WIDTH, int(budget * WIDTH_PER_BUDGET))
+        width = draft_width(budget)
         while True:
             nodes = paths.frontier(min(width, rows.free), budget, max_depth)
             if not len(nodes):

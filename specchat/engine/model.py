@@ -207,8 +207,8 @@ def load_model(
     for index in sorted(stays):
         _load_resident(skeleton.layers[index], index, reader, verifier, device)
     streamed = [index for index in range(len(skeleton.layers)) if index not in stays]
-    streamer = _make_streamer(skeleton.layers, streamed, num_slots, reader, device, tier, pack)
     cache = TreeCache(hf_compat.kv_shapes(skeleton.config), cache_rows, dtype, device)
+    streamer = _make_streamer(skeleton.layers, streamed, num_slots, reader, device, tier, pack)  # last: it has threads
     return TreeModel(skeleton, cache, streamer, streamed, chunk_rows, device)
 
 

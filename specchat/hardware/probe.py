@@ -62,10 +62,11 @@ def find_machine(device: str) -> Machine:
 
 
 def _unusable(device: str) -> DeviceUnusableError:
-    trouble = why_no_cuda(survey_gpus(), read_torch())
-    why = "torch finds no CUDA device" if trouble is None else trouble.text
-    hint = "`nvidia-smi` shows what the driver sees" if trouble is None or trouble.hint is None else trouble.hint
-    return DeviceUnusableError(f"{device} cannot be used: {why}", hint=f"{hint}; or use --device cpu")
+    survey = survey_gpus()
+    trouble = why_no_cuda(survey, read_torch())
+    why = "" if trouble is None else f": {trouble.text}"
+    hint = trouble.hint if trouble is not None and trouble.hint and survey.gpus else "`nvidia-smi` shows what is there"
+    return DeviceUnusableError(f"{device} cannot be used, torch finds no CUDA device{why}", f"{hint}; or --device cpu")
 
 
 def _cpu(ram: int) -> Machine:

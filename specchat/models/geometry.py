@@ -1,12 +1,13 @@
 """How large a model is, from its configuration alone: bytes per layer and per token, before any weight is read."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from specchat.config import DTYPE_BYTES, Dtype, ModelSource, ModelSpec
-from specchat.models import hf_compat
+from specchat.config import DTYPE_BYTES, Activations, Dtype, ModelSource, ModelSpec
+from specchat.models import activations, hf_compat
 
 # Tensors start at multiples of this within a layer's blob, as matrix kernels like it; layers at multiples of a page.
 TENSOR_ALIGNMENT = 256
@@ -47,10 +48,10 @@ def describe(source: ModelSource) -> ModelSpec:
     """
     config = hf_compat.load_config(source.path)
     dtype = _checkpoint_dtype(config)  # building modules overwrites it
-    skeleton = hf_compat.build_skeleton(config, torch.float32, attention="eager")
+    skeleton = activations.rehearsal_skeleton(config)
     in_layers = {id(p) for layer in skeleton.layers for p in layer.parameters()}
     other = tuple(p.numel() for p in skeleton.model.parameters() if id(p) not in in_layers)
-    return ModelSpec(
+    spec = ModelSpec(
         name=source.name,
         architecture=type(skeleton.model).__name__,
         vocab_size=config.vocab_size,
@@ -65,6 +66,23 @@ def describe(source: ModelSource) -> ModelSpec:
         buffer_bytes=sum(b.nbytes for b in skeleton.model.buffers()),
         kv_shapes=hf_compat.kv_shapes(config),
     )
+    return replace(spec, narrowed_bytes=_narrowed_bytes(config), activations=_rehearsed(skeleton))
+
+
+def _narrowed_bytes(config: Any) -> int:
+    """What is saved by buffers that follow the dtype of the model; told by a small one, for building takes its time."""
+    tiny = hf_compat.tiny_config(config)
+    wide, narrow = (
+        hf_compat.build_skeleton(tiny, dtype, attention="eager") for dtype in (torch.float32, torch.bfloat16)
+    )
+    layers = {id(b) for skeleton in (wide, narrow) for layer in skeleton.layers for b in layer.buffers()}
+    sums = [sum(b.nbytes for b in skeleton.model.buffers() if id(b) not in layers) for skeleton in (wide, narrow)]
+    return int(sums[0] - sums[1])
+
+
+def _rehearsed(skeleton: hf_compat.Skeleton) -> dict[int, Activations]:
+    found = {dtype.itemsize: activations.rehearse(skeleton, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    return {itemsize: costs for itemsize, costs in found.items() if costs is not None}
 
 
 def _checkpoint_dtype(config: Any) -> Dtype:

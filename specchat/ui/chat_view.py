@@ -139,6 +139,7 @@ def plan_table(target: ModelSource, plan: Plan, draft_note: str) -> str:
     ledger = [
         *((item.item, format_bytes(item.bytes)) for item in plan.ledger),
         ("sum", f"{format_bytes(plan.device_bytes)} of {format_bytes(plan.device_budget_bytes)}"),
+        ("without weights", f"{format_bytes(plan.generation_bytes)}, the memory that generating takes"),
     ]
     return "\n".join([*_columns(facts), "", f"{memory}:", *_columns(ledger, indent="  ")])
 
@@ -168,9 +169,9 @@ def _share(item: LedgerItem) -> str:
     name = item.item.lower()
     if "kv" in name:
         return "KV"
-    if "draft" in name:
+    if name == "draft":
         return "draft"
-    return "resident" if "resident" in name or "embedding" in name or "head" in name else "work"
+    return "resident" if "resident" in name or "embedding" in name else "work"
 
 
 def _memory_in_use(memory: MemoryReport, device: str) -> str:
