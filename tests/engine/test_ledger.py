@@ -113,6 +113,27 @@ def test_ledger_and_memory(case: Case, tmp_path: Path):
     assert living.peak <= promised <= 1.25 * living.peak
 
 
+@pytest.mark.slow
+def test_two_hundred_turns_stay_within_the_ledger(tmp_path: Path):
+    """A chat that drops its oldest tokens when the context is full; nothing grows."""
+    case = Case("llama", 96, 8, "fp32")
+    target, draft = pair(case, tmp_path)
+    plan = planned(case, target, draft)
+    text, living, peaks = list[int](), Living(), []
+    sampling = Sampling(temperature=0.8, seed=5)
+    with Engine.load(plan, target, draft) as engine, living:
+        for turn in range(200):
+            text += random_prompt(9, VOCAB, seed=turn)
+            del text[: max(len(text) - (case.ctx - 16), 0)]
+            living.peak = living.now
+            for step in engine.generate(text, sampling, stop_ids=NOTHING, max_tokens=3):
+                text += step.token_ids
+            peaks.append(living.peak)
+            assert engine.memory().device_peak_bytes <= plan.device_bytes
+    assert max(peaks) <= total(plan.ledger, weights=False)
+    assert max(peaks[100:]) <= max(peaks[:100])
+
+
 def test_memory_that_cannot_be_had_is_said_and_nothing_stays_behind(tmp_path: Path):
     case = Case("llama", 64, 8, "fp32", num_resident=0)
     target, draft = pair(case, tmp_path)
