@@ -356,7 +356,7 @@ def test_tensor_of_another_shape(tmp_path: Path, tensor: str, resident: tuple[in
 @pytest.mark.parametrize("resident", [None, ()], ids=["resident", "streamed"])
 def test_missing_expert(tmp_path: Path, resident: tuple[int, ...] | None):
     """One of the tensors that are merged into one parameter."""
-    name = "model.layers.1.mlp.experts"
+    name = "model.layers.1.block_sparse_moe.experts"
 
     def drop(tensors: dict[str, torch.Tensor]) -> None:
         (gone,) = (key for key in tensors if "layers.1." in key and "experts.2.w3" in key)
@@ -373,4 +373,9 @@ def test_missing_experts(tmp_path: Path, resident: tuple[int, ...] | None):
         for key in [key for key in tensors if "layers.1." in key and key.endswith("w2.weight")]:
             del tensors[key]
 
-    check_refused(damaged("mixtral", tmp_path, drop), "model.layers.1.mlp.experts", resident, at_load=resident is None)
+    check_refused(
+        damaged("mixtral", tmp_path, drop),
+        "model.layers.1.block_sparse_moe.experts",
+        resident,
+        at_load=resident is None,
+    )
