@@ -70,6 +70,10 @@ class DoesNotFitError(SpecchatError):
     """Memory, disk or context is too small for what was asked."""
 
 
+class AllocationError(DoesNotFitError):
+    """Memory that a plan counted on could not be had when it was taken."""
+
+
 class PromptTooLongError(DoesNotFitError):
     """The prompt leaves no room for an answer in the context."""
 

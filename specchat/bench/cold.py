@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 
-from specchat.bench.disk import evict, read_raw, resident_share
+from specchat.hardware.disk import evict, read_raw, resident_share
 
 # One pass: seconds, and bytes that it streamed where that is known (for transformers it is what ours streams).
 TimePass = Callable[[], tuple[float, int | None]]

@@ -1,31 +1,27 @@
 """Where a measurement was made: hardware and versions, as far as they bear on speed."""
 
-import os
-import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
-import psutil
-
 from specchat import __version__
+from specchat.config import cache_folder
+from specchat.hardware import report
+from specchat.hardware.probe import find_hardware
 
 _PACKAGES = ("torch", "transformers", "accelerate", "safetensors")
 
 
 def machine_object(device: str) -> dict[str, Any]:
-    """The machine, in the words of `probe --json`.
+    """The machine as `probe --json` has it, without GPUs that were not used, and without the name of a user's folder.
 
     Args:
         device: "cpu" or "cuda:N", where passes run.
     """
-    return {
-        "device": device,
-        "gpus": _gpus(device),
-        "cpu": {"name": _cpu_name(), "cores": len(os.sched_getaffinity(0)) if _has_affinity() else os.cpu_count()},
-        "ram": {"total_bytes": psutil.virtual_memory().total},
-        "platform": {"system": platform.system(), "release": platform.release(), "python": platform.python_version()},
-    }
+    machine = report.machine_object(find_hardware(cache_folder()))
+    del machine["disk"]
+    if device == "cpu":
+        machine["gpus"] = []
+    return {"device": device, **machine}
 
 
 def versions_object() -> dict[str, str]:
@@ -37,33 +33,3 @@ def versions_object() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def _has_affinity() -> bool:
-    return hasattr(os, "sched_getaffinity")
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
-
-
-def _gpus(device: str) -> list[dict[str, Any]]:
-    """The GPU that passes run on, as the driver describes it."""
-    if not device.startswith("cuda"):
-        return []
-    import pynvml
-
-    pynvml.nvmlInit()
-    try:
-        handle = pynvml.nvmlDeviceGetHandleByIndex(int(device.partition(":")[2] or 0))
-        name = pynvml.nvmlDeviceGetName(handle)
-        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-        driver = pynvml.nvmlSystemGetDriverVersion()
-    finally:
-        pynvml.nvmlShutdown()
-    return [{"name": str(name), "vram_total_bytes": int(memory.total), "driver": str(driver)}]

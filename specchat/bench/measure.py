@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from specchat.bench import identity, setup
 from specchat.bench.cold import Files, PassRounds, measure_rounds
-from specchat.bench.disk import evict, read_raw
 from specchat.bench.prompts import Question
 from specchat.bench.records import OWN, Measurement, Settings
 from specchat.bench.report import Baseline, Outcome
@@ -19,7 +18,8 @@ from specchat.bench.runner import Progress, Runner
 from specchat.bench.systems import System
 from specchat.config import ModelSource, Plan
 from specchat.errors import PromptTooLongError
-from specchat.hardware.probe import available_ram_bytes
+from specchat.hardware.disk import evict, read_raw
+from specchat.hardware.system import available_ram_bytes
 from specchat.units import GIB
 
 if TYPE_CHECKING:

@@ -64,6 +64,7 @@ def plan_object(plan: Plan) -> dict[str, Any]:
         "disk_layers": plan.tiers.count("disk"),
         "ledger": [asdict(item) for item in plan.ledger],
         "device_bytes": plan.device_bytes,
+        "generation_bytes": plan.generation_bytes,
         "device_budget_bytes": plan.device_budget_bytes,
         "host_bytes": plan.host_bytes,
         "streamed_bytes_per_step": plan.streamed_bytes_per_step,

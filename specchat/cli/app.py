@@ -376,6 +376,57 @@ def _bench(
     return partial(bench, bench_options.check_combination(checked))
 
 
+@app.command("probe")
+def _probe(
+    *,
+    model: _Model = None,
+    draft: _Draft = None,
+    device: _Device = None,
+    vram: _Vram = None,
+    ram: _Ram = None,
+    ctx: _Ctx = None,
+    tree_budget: _TreeBudget = None,
+    dtype: _Dtype = None,
+    quant: _Quant = None,
+    draft_quant: _DraftQuant = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a table for a bug report.")] = False,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Measure again what was measured before.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read every pack and check it; exit code 3 if one is damaged.")
+    ] = False,
+    config: _Config = None,
+    offline: _Offline = None,
+    yes: _Yes = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the report, and errors.")] = False,
+) -> _Action:
+    """Report what this machine has and how fast it is, and the plan that MODEL would get here."""
+    from specchat.cli.probe import ProbeOptions, check_combination, probe
+
+    given: dict[str, settings.Raw | list[str] | None] = {
+        "draft": draft,
+        "device": device,
+        "vram": vram,
+        "ram": ram,
+        "ctx": ctx,
+        "tree_budget": tree_budget,
+        "dtype": dtype,
+        "quant": quant,
+        "draft_quant": draft_quant,
+        "offline": offline,
+    }
+    file, aliases = settings.config_file(config)
+    chosen = settings.resolve(settings.SHARED_KEYS, [settings.flags(given), settings.environment(), file], aliases)
+    checked = ProbeOptions(
+        models=_model_options(chosen, model=model, seed=None, yes=yes, quiet=quiet),
+        json=json,
+        markdown=markdown,
+        refresh=refresh,
+        verify=verify,
+    )
+    return partial(probe, check_combination(checked))
+
+
 def _parse(arguments: Sequence[str]) -> int | _Action | None:
     """What was asked for, or the exit code of something that is done already, such as --help.
 
@@ -393,7 +444,7 @@ def _parse(arguments: Sequence[str]) -> int | _Action | None:
 
 def _as_usage_error(error: Exception, arguments: Sequence[str]) -> UsageError:
     message = " ".join(str(getattr(error, "format_message", error.__str__)()).split()).rstrip(".")
-    command = f"specchat {arguments[0]}" if arguments and arguments[0] in ("run", "bench") else "specchat"
+    command = f"specchat {arguments[0]}" if arguments and arguments[0] in ("run", "bench", "probe") else "specchat"
     return UsageError(message[:1].lower() + message[1:], hint=f"{command} --help lists what there is")
 
 

@@ -5,18 +5,21 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 from specchat.cli.options import QUANTIZED, ModelOptions
 from specchat.config import ModelSource, Plan, Quant
-from specchat.errors import NotAvailableError, UsageError
+from specchat.errors import AllocationError, NotAvailableError, UsageError
 
 if TYPE_CHECKING:
+    from specchat.engine.engine import Engine
     from specchat.models.catalog import ModelRef
     from specchat.models.drafts import DraftChoice
     from specchat.models.hf_compat import GenerationDefaults, Tokenizer
     from specchat.models.hub import Download, Missing
     from specchat.models.pack import Pack
+    from specchat.planner.search import PlanRequest
     from specchat.ui.console import Talk
     from specchat.ui.progress import Reporter
 
@@ -118,6 +121,52 @@ def locate_models(options: ModelOptions, refs: Refs, say: "Talk") -> Models:
     return Models(target, relative, choice.note)
 
 
+def sketch_models(options: ModelOptions, refs: Refs, say: "Talk", folder: Path) -> Models:
+    """The models as far as a plan needs them: of those that are not at hand only the configuration is fetched.
+
+    Checkpoints that come quantized are needed whole: only their headers tell how large their matrices are.
+
+    Args:
+        options: what was asked for.
+        refs: the models that it means.
+        say: told of cached copies that cannot be checked.
+        folder: an existing one, for configurations that have to be written.
+
+    Raises:
+        ModelError: a model is not to be had.
+        UsageError: a download was not agreed to.
+        UnsupportedModelError: the target is known not to run.
+    """
+    from specchat.models.hub import look_up
+
+    _refuse_unsupported(refs.target)
+    found = look_up(refs.target, offline=options.offline, warn=say.warn)
+    choice = _choose_draft(options, refs, say)
+    target = _sketched(found, folder)
+    draft = None if choice.found is None else _sketched(choice.found, folder)
+    if target is None or (draft is None and choice.found is not None):
+        return locate_models(options, refs, say)
+    if draft is not choice.found:
+        return Models(target, draft, "")
+    if not isinstance(found, ModelSource):  # no vocabulary to compare yet
+        return Models(target, choice.found, choice.note)
+    if choice.found is not None:
+        return _paired(options, target, choice.found)
+    relative = _relative(target) if options.draft == "auto" and refs.target.kind in ("hub", "folder") else None
+    return Models(target, relative, choice.note)
+
+
+def _sketched(found: "ModelSource | Missing", folder: Path) -> ModelSource | None:
+    """What a plan can be made from; None for what would have to be downloaded whole."""
+    from specchat.models.hub import sketch
+    from specchat.models.recipes import comes_quantized
+
+    if isinstance(found, ModelSource):
+        return found
+    sketched = sketch(found, folder)
+    return None if comes_quantized(sketched) else sketched
+
+
 def _refuse_unsupported(target: "ModelRef") -> None:
     from specchat.errors import UnsupportedModelError
     from specchat.models.families import known_families
@@ -187,21 +236,49 @@ def make_plan(options: ModelOptions, models: Models) -> Plan:
     """
     from specchat.planner import search
 
-    return search.make_plan(
-        search.PlanRequest(
-            target=models.target,
-            draft=models.draft,
-            device=options.device,
-            dtype=options.dtype,
-            vram_bytes=options.vram_bytes,
-            ctx=options.ctx,
-            tree_budget=options.tree_budget,
-            ram_bytes=options.ram_bytes,
-            slots=options.slots,
-            quant=options.quant,
-            draft_quant=options.draft_quant,
-        )
+    return search.make_plan(_plan_request(options, models))
+
+
+def _plan_request(options: ModelOptions, models: Models) -> "PlanRequest":
+    from specchat.planner.search import PlanRequest
+
+    return PlanRequest(
+        target=models.target,
+        draft=models.draft,
+        device=options.device,
+        dtype=options.dtype,
+        vram_bytes=options.vram_bytes,
+        ctx=options.ctx,
+        tree_budget=options.tree_budget,
+        ram_bytes=options.ram_bytes,
+        slots=options.slots,
+        quant=options.quant,
+        draft_quant=options.draft_quant,
     )
+
+
+def load_engine(options: ModelOptions, models: Models, plan: Plan, reporter: "Reporter") -> "Engine":
+    """The engine as planned; where memory that was free has gone meanwhile, one step smaller, and said so.
+
+    Raises:
+        DoesNotFitError: nothing smaller is left to try.
+    """
+    from specchat.engine.engine import Engine
+
+    while True:
+        packs = make_pack(models.target, plan, reporter), make_draft_pack(models.draft, plan, reporter)
+        try:
+            return Engine.load(plan, models.target, models.draft, *packs, warn=reporter.warn)
+        except AllocationError as error:
+            from specchat.planner.search import smaller_plan
+
+            plan = smaller_plan(_plan_request(options, models), plan)
+            reporter.warn(f"{error.message}; trying again with {_size_of(plan)}")
+
+
+def _size_of(plan: Plan) -> str:
+    layers = f"{len(plan.resident)} of {plan.num_layers} layers resident"
+    return f"{layers} and a tree of {plan.tree_budget}" if plan.tree_budget else layers
 
 
 def make_pack(target: ModelSource, plan: Plan, reporter: "Reporter") -> "Pack | None":

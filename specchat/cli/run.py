@@ -4,6 +4,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
@@ -37,12 +39,13 @@ def run(options: RunOptions) -> int:
     refs = shared.parse_models(options.models)
     prompt = None if options.plan else _prompt(options, say)
     shared.prepare_libraries()
-    models = shared.locate_models(options.models, refs, say)
-    plan = shared.make_plan(options.models, models)
     if options.plan:
-        _print_plan(options, models, plan)
+        with TemporaryDirectory(prefix="specchat-") as folder:
+            models = shared.sketch_models(options.models, refs, say, Path(folder))
+            _print_plan(options, models, shared.make_plan(options.models, models))
         return 0
-    return _chat(options, models, plan, prompt, say)
+    models = shared.locate_models(options.models, refs, say)
+    return _chat(options, models, shared.make_plan(options.models, models), prompt, say)
 
 
 # --- the prompt --------------------------------------------------------------------------------------------------
@@ -141,14 +144,11 @@ class _Parts:
             UsageError: the target was not made for chats.
         """
         from specchat.chat.session import check_has_template
-        from specchat.engine.engine import Engine
         from specchat.models.hf_compat import load_tokenizer
 
         tokenizer = load_tokenizer(self.models.target.path)
         check_has_template(tokenizer, base=self.options.base)
-        target, draft = self.models.target, self.models.draft
-        packs = shared.make_pack(target, self.plan, reporter), shared.make_draft_pack(draft, self.plan, reporter)
-        engine = Engine.load(self.plan, target, draft, *packs, warn=reporter.warn)
+        engine = shared.load_engine(self.options.models, self.models, self.plan, reporter)
         try:
             return self._opened(self._session(engine, tokenizer), reporter)
         except BaseException:
@@ -157,7 +157,7 @@ class _Parts:
 
     def settings(self, session: "ChatSession") -> list[Setting]:
         """Everything that was or could have been chosen, and where it came from; for /info."""
-        return [*_model_settings(self.options, self.plan), *session.settings()]
+        return [*_model_settings(self.options, session.engine.plan), *session.settings()]
 
     def _opened(self, session: "ChatSession", reporter: "Reporter") -> "ChatSession":
         """The chat, with what it runs on written down."""

@@ -98,6 +98,7 @@ class RowMask:
         """0 where a row may look and -inf elsewhere: [1, 1, rows, kv_length]."""
         key = (*self._layout.chunk, kv_length, dtype)
         if self._tensor is None or key != self._key:
+            self._tensor = None  # the last chunk's makes room
             self._key, self._tensor = key, self._build(kv_length, dtype)
         return self._tensor
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,18 @@ import torch
 from torch import Tensor
 
 from specchat.closing import Closing
-from specchat.config import Activity, DraftTree, FinishReason, MemoryReport, ModelSource, Phase, Plan, Sampling, Step
+from specchat.config import (
+    HEAD_BLOCK_ROWS,
+    Activity,
+    DraftTree,
+    FinishReason,
+    MemoryReport,
+    ModelSource,
+    Phase,
+    Plan,
+    Sampling,
+    Step,
+)
 from specchat.engine import stats
 from specchat.engine.attention import RowLayout
 from specchat.engine.drafter import Drafter, ModelDrafter, NoDrafter
@@ -21,13 +33,11 @@ from specchat.engine.model import PassCancelledError, TreeModel, load_model
 from specchat.engine.sampling import Sampler
 from specchat.engine.selfcheck import check_architecture
 from specchat.engine.tree import ROOT, TokenTree, common_prefix
-from specchat.errors import PromptTooLongError
+from specchat.errors import AllocationError, PromptTooLongError
 from specchat.models.geometry import TORCH_DTYPE
 from specchat.models.pack import Pack
 from specchat.models.pairing import check_pair
-
-# Visited nodes are few; scoring a node's likeliest descendants along with it costs the head's weights only once.
-HEAD_BLOCK_ROWS = 8
+from specchat.units import format_bytes
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,7 @@ class Engine(Closing):
             VocabularyMismatchError: the draft's token ids do not mean the target's.
             UnsupportedModelError: trees on this architecture do not give what plain decoding gives.
             CorruptCheckpointError: the files cannot be what was saved.
+            AllocationError: memory that the plan counts on cannot be had.
         """
         begin = time.perf_counter()
         runtime_bytes = stats.resident_set_bytes()
@@ -93,22 +104,22 @@ class Engine(Closing):
             check_pair(target, draft)
             check_architecture(draft)
         check_architecture(target)
-        drafter = _load_drafter(
-            plan, draft, draft_pack, dtype, device
-        )  # first: it has no threads that an error would leave behind
-        target_model = load_model(
-            target,
-            dtype=dtype,
-            device=device,
-            resident=plan.resident,
-            num_slots=plan.slots,
-            in_ram=plan.in_ram,
-            pack=pack,
-            quant=plan.quant,
-            warn=warn,
-            cache_rows=plan.ctx + plan.tree_budget,
-            chunk_rows=plan.chunk_rows,
-        )
+        with _allocating(plan):
+            # first, for it has no threads that an error would leave behind
+            drafter = _load_drafter(plan, draft, draft_pack, dtype, device)
+            target_model = load_model(
+                target,
+                dtype=dtype,
+                device=device,
+                resident=plan.resident,
+                num_slots=plan.slots,
+                in_ram=plan.in_ram,
+                pack=pack,
+                quant=plan.quant,
+                warn=warn,
+                cache_rows=plan.ctx + plan.tree_budget,
+                chunk_rows=plan.chunk_rows,
+            )
         engine = cls(plan, target_model, drafter, runtime_bytes)
         engine.load_s = time.perf_counter() - begin
         return engine
@@ -293,10 +304,35 @@ class _LazyScores:
     def of(self, node: int) -> Tensor:
         """Scores float32 [V] behind `node`."""
         if node not in self._rows:
+            self._rows.clear()  # a walk never goes back, and one block is all that the ledger has room for
             block = [node, *self._tree.likely_descendants(node, HEAD_BLOCK_ROWS - 1)]
             index = torch.tensor(block, device=self._hidden.device) + 1  # row 0 is the root's
             self._rows.update(zip(block, self._target.logits(self._hidden[index]), strict=True))
         return self._rows[node]
+
+
+@contextmanager
+def _allocating(plan: Plan) -> Iterator[None]:
+    """Turns what libraries say about memory that cannot be had into our own error."""
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError) as error:
+        if not _is_lack_of_memory(error):
+            raise
+    else:
+        return
+    # outside of the handler: the error's frames hold on to what was allocated until then
+    raise AllocationError(
+        f"{plan.device} does not give the {format_bytes(plan.device_bytes)} that were planned",
+        hint="close other programs, or give a smaller --vram or --ctx",
+    )
+
+
+def _is_lack_of_memory(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    # for memory of the CPU torch has no error of its own
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def _load_drafter(

@@ -233,6 +233,10 @@ def load_model(
         bind(skeleton.layers[index], layout.views(blob.to(device)))
     streamed = [index for index in range(len(skeleton.layers)) if index not in stays]
     kept = [index for index in streamed if index in set(in_ram)]
+    cache = TreeCache(hf_compat.kv_shapes(skeleton.config), cache_rows, dtype, device)
+    if device.type == "cpu":
+        use_fast_products(skeleton.model)
+    # The streamer is last, for it has threads that an error would leave behind.
     if not streamed:
         reader.close()
         streamer: LayerStreamer = NoStreamer()
@@ -242,9 +246,6 @@ def load_model(
         streamer = CudaStreamer(skeleton.layers, streamed, num_slots, host, device)
     else:
         streamer = _cpu_streamer(skeleton.layers, streamed, kept, num_slots, reader, pack)
-    if device.type == "cpu":
-        use_fast_products(skeleton.model)
-    cache = TreeCache(hf_compat.kv_shapes(skeleton.config), cache_rows, dtype, device)
     return TreeModel(skeleton, cache, streamer, streamed, chunk_rows, device)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from specchat.config import Sampling
+from specchat.config import NOISE_ROWS, Sampling
 from specchat.models import hf_compat
 
 _MASK64 = (1 << 64) - 1
@@ -48,10 +48,10 @@ class Noise:
         seed: any integer.
         vocab_size: V.
         device: where the rows live.
-        max_rows: rows kept at once; the drafter and the walk look at the same few positions ahead.
+        max_rows: rows kept at once.
     """
 
-    def __init__(self, seed: int, vocab_size: int, device: torch.device, max_rows: int = 64) -> None:
+    def __init__(self, seed: int, vocab_size: int, device: torch.device, max_rows: int = NOISE_ROWS) -> None:
         self._seed_key = _mix(seed & _MASK64)
         self._steps = torch.arange(1, vocab_size + 1, device=device) * _signed(_GAMMA)
         self._max_rows = max_rows

@@ -1,43 +1,33 @@
-"""Finding out what the machine has."""
+"""Finding out what the machine has: at once for the planner, in full and measured for a report."""
 
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-
-import psutil
+from typing import TYPE_CHECKING, Literal
 
 from specchat.errors import DeviceUnusableError, UsageError
-from specchat.hardware.machine import Machine
+from specchat.hardware import links, store
+from specchat.hardware.machine import Hardware, Links, Machine, MatmulRate, Measured
+from specchat.hardware.nvml import survey_gpus
+from specchat.hardware.system import (
+    available_ram_bytes,
+    cpu_flags,
+    read_cpu,
+    read_disk,
+    read_platform,
+    read_ram,
+    read_torch,
+    total_ram_bytes,
+)
+from specchat.hardware.verdicts import Verdict, judge, why_no_cuda
 
-_CGROUP = Path("/sys/fs/cgroup")
+if TYPE_CHECKING:
+    from specchat.hardware.cuda import CudaLinks
 
-
-def available_ram_bytes() -> int:
-    """The least of what the system reports available and what the control group still allows."""
-    available = int(psutil.virtual_memory().available)
-    left = cgroup_left_bytes(_CGROUP)
-    return available if left is None else min(available, left)
-
-
-def total_ram_bytes() -> int:
-    """The least of what is built in and what the control group may ever take."""
-    total = int(psutil.virtual_memory().total)
-    limits = (_CGROUP / "memory.max", _CGROUP / "memory/memory.limit_in_bytes")
-    texts = [path.read_text().strip() for path in limits if path.is_file()]
-    return min([total, *(int(text) for text in texts if text.isdigit())])
-
-
-def cgroup_left_bytes(root: Path) -> int | None:
-    """Memory that the control group (v2, else v1) still allows; None where it sets no limit. psutil does not see it."""
-    for limit_file, usage_file in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            limit, usage = ((root / name).read_text().strip() for name in (limit_file, usage_file))
-        except OSError:
-            continue
-        if limit.isdigit() and int(limit) < 1 << 60:  # v1 writes "no limit" as a huge number
-            return max(int(limit) - int(usage), 0)
-    return None
+# Told what is being measured, and which of how many that is.
+Progress = Callable[[str, int, int], None]
 
 
 def find_machine(device: str) -> Machine:
@@ -60,10 +50,7 @@ def find_machine(device: str) -> Machine:
     if not torch.cuda.is_available():
         if device == "auto":
             return _cpu(ram)
-        raise DeviceUnusableError(
-            f"no CUDA device can be used (torch {torch.__version__} built for CUDA {torch.version.cuda or 'none'})",
-            hint="check `nvidia-smi` and the driver, or use --device cpu",
-        )
+        raise _unusable(device)
     index = int(device.partition(":")[2] or 0)
     if index >= torch.cuda.device_count():
         raise DeviceUnusableError(
@@ -75,19 +62,134 @@ def find_machine(device: str) -> Machine:
     return Machine(f"cuda:{index}", int(free), ram, fast_bf16=major >= 8, total_bytes=int(total) + total_ram_bytes())
 
 
+def _unusable(device: str) -> DeviceUnusableError:
+    survey = survey_gpus()
+    trouble = why_no_cuda(survey, read_torch())
+    why = "" if trouble is None else f": {trouble.text}"
+    hint = trouble.hint if trouble is not None and trouble.hint and survey.gpus else "`nvidia-smi` shows what is there"
+    return DeviceUnusableError(f"{device} cannot be used, torch finds no CUDA device{why}", f"{hint}; or --device cpu")
+
+
 def _cpu(ram: int) -> Machine:
     fast_bf16 = cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"} != set()
     return Machine("cpu", ram, ram, fast_bf16, total_bytes=total_ram_bytes())
 
 
-def cpu_flags() -> set[str]:
-    """Instruction sets that Linux names for the first processor; empty elsewhere."""
+def find_hardware(folder: Path) -> Hardware:
+    """Everything that can be known without measuring; takes some milliseconds.
+
+    Args:
+        folder: where models and packs lie, or will.
+    """
+    return Hardware(
+        survey=survey_gpus(),
+        cpu=read_cpu(),
+        ram=read_ram(),
+        disk=read_disk(folder),
+        platform=read_platform(),
+        torch=read_torch(),
+    )
+
+
+@dataclass(frozen=True)
+class Report:
+    """A machine, its rates, and what to make of them."""
+
+    hardware: Hardware
+    measured: Measured
+    verdicts: tuple[Verdict, ...]
+
+
+def probe(
+    folder: Path, device: str = "auto", *, refresh: bool = False, progress: Progress = lambda what, step, steps: None
+) -> Report:
+    """The report on this machine; rates come from the last one unless something has changed since.
+
+    Args:
+        folder: where models and packs lie, or will; also where rates are kept.
+        device: as for `find_machine`.
+        refresh: measure again.
+        progress: told what is being measured.
+
+    Raises:
+        DeviceUnusableError: a CUDA device was asked for by name and cannot be used.
+    """
+    hardware = find_hardware(folder)
+    key = store.key_of(hardware, device)
+    measured = None if refresh else store.load(folder, key)
+    if measured is None:
+        measured = _measure(hardware, device, progress)
+        if measured.gpu_trouble is None:  # what failed once may work the next time
+            _keep(folder, key, measured)
+        hardware = find_hardware(folder)  # memory and disk as they are now
+    return Report(hardware, measured, judge(hardware, measured))
+
+
+def _keep(folder: Path, key: str, measured: Measured) -> None:
+    # Where nothing can be written the disk's rate is missing too, and the report says why.
+    with suppress(OSError):
+        store.save(folder, key, measured)
+
+
+def _measure(hardware: Hardware, device: str, progress: Progress) -> Measured:
+    progress("device", 1, 4)
+    machine = find_machine(device)
+    progress("disk", 2, 4)
+    disk = _disk_rate(hardware.disk.path)
+    progress("RAM", 3, 4)
+    ram_copy = links.measure_ram_copy(hardware.ram.available_bytes)
+    progress("matrix products", 4, 4)
+    on_device = _measure_device(machine)
+    copies = on_device.copies
+    return Measured(
+        device=machine.device,
+        links=Links(
+            h2d_pinned_bytes_per_s=None if copies is None else copies.h2d_pinned_bytes_per_s,
+            h2d_pageable_bytes_per_s=None if copies is None else copies.h2d_pageable_bytes_per_s,
+            d2h_bytes_per_s=None if copies is None else copies.d2h_bytes_per_s,
+            ram_copy_bytes_per_s=ram_copy,
+            disk_read_bytes_per_s=None if disk is None else disk.bytes_per_s,
+        ),
+        matmul=on_device.matmul,
+        matmul_dtype=_matmul_dtype(machine),
+        gpu_uuid=None if copies is None else copies.uuid,
+        pcie_under_load=None if copies is None else copies.pcie,
+        disk_is_cold=disk is not None and disk.is_cold,
+        pinning_works=None if copies is None else copies.h2d_pinned_bytes_per_s is not None,
+        gpu_trouble=on_device.trouble,
+        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+@dataclass(frozen=True)
+class _OnDevice:
+    """What the device itself was asked; `trouble` is what stopped it."""
+
+    copies: "CudaLinks | None" = None
+    matmul: tuple[MatmulRate, ...] = ()
+    trouble: str | None = None
+
+
+def _measure_device(machine: Machine) -> _OnDevice:
+    import torch
+
+    device = torch.device(machine.device)
+    if device.type == "cpu":
+        return _OnDevice(matmul=links.measure_matmul(device, _matmul_dtype(machine)))
+    from specchat.hardware.cuda import measure_cuda_links
+
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    for line in lines:
-        name, _, value = line.partition(":")
-        if name.strip() in ("flags", "Features"):
-            return set(value.split())
-    return set()
+        return _OnDevice(measure_cuda_links(device.index), links.measure_matmul(device, _matmul_dtype(machine)))
+    except RuntimeError as error:  # out of memory, a lost device, a library that does not match
+        return _OnDevice(trouble=str(error).strip().splitlines()[0])
+
+
+def _matmul_dtype(machine: Machine) -> Literal["bf16", "fp32"]:
+    return "bf16" if machine.fast_bf16 else "fp32"
+
+
+def _disk_rate(folder: Path) -> links.DiskRate | None:
+    try:
+        return links.measure_disk_read(folder)
+    except OSError:  # no permission, a full or failing disk: the report says that nothing could be measured
+        return None

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from specchat.config import Dtype, ModelSource, ModelSpec, ParamSize, Quant
-from specchat.models import hf_compat
+from specchat.config import Activations, Dtype, ModelSource, ModelSpec, ParamSize, Quant
+from specchat.models import activations, hf_compat
 from specchat.models.formats.protocol import scratch_bytes
 from specchat.models.quantization import apply_recipe
 from specchat.models.quantized import quant_linears, segment_names
@@ -62,8 +62,10 @@ def describe(source: ModelSource, quant: Quant = "none") -> ModelSpec:
     """
     config = hf_compat.load_config(source.path)
     dtype = _checkpoint_dtype(config)  # building modules overwrites it
-    skeleton = hf_compat.build_skeleton(config, torch.float32, attention="eager")
+    skeleton = activations.rehearsal_skeleton(config)
     num_params = sum(p.numel() for p in skeleton.model.parameters())
+    buffer_bytes = sum(b.nbytes for b in skeleton.model.buffers())
+    rehearsed = _rehearsed(skeleton)  # before modules are replaced: their own workspace is `dequantize_bytes`
     if (recipe := choose_recipe(source, skeleton, quant)) is not None:
         apply_recipe(skeleton, recipe)
     segments = segment_names(skeleton.model)
@@ -85,11 +87,29 @@ def describe(source: ModelSource, quant: Quant = "none") -> ModelSpec:
             for name, parameter in skeleton.model.named_parameters()
             if not name.startswith(layers_prefix)
         ),
-        buffer_bytes=sum(b.nbytes for b in skeleton.model.buffers()),
+        buffer_bytes=buffer_bytes,
         kv_shapes=hf_compat.kv_shapes(config),
         quant=quant if recipe is None else recipe.name,
         quant_shapes=tuple(sorted({linear.shape for _, linear in quant_linears(skeleton.model)})),
+        narrowed_bytes=_narrowed_bytes(config),
+        activations=rehearsed,
     )
+
+
+def _narrowed_bytes(config: Any) -> int:
+    """What is saved by buffers that follow the dtype of the model; told by a small one, for building takes its time."""
+    tiny = hf_compat.tiny_config(config)
+    wide, narrow = (
+        hf_compat.build_skeleton(tiny, dtype, attention="eager") for dtype in (torch.float32, torch.bfloat16)
+    )
+    layers = {id(b) for skeleton in (wide, narrow) for layer in skeleton.layers for b in layer.buffers()}
+    sums = [sum(b.nbytes for b in skeleton.model.buffers() if id(b) not in layers) for skeleton in (wide, narrow)]
+    return int(sums[0] - sums[1])
+
+
+def _rehearsed(skeleton: hf_compat.Skeleton) -> dict[int, Activations]:
+    found = {dtype.itemsize: activations.rehearse(skeleton, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    return {itemsize: costs for itemsize, costs in found.items() if costs is not None}
 
 
 def _param_sizes(module: Any) -> tuple[ParamSize, ...]:

@@ -425,7 +425,7 @@ def build_skeleton(config: Any, dtype: torch.dtype, attention: str = ATTENTION) 
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    _register_attention()
+    _register_masks(ATTENTION)
     if getattr(config, "output_router_logits", False):
         config.output_router_logits = False
     with _modules_lock, init_empty_weights(include_buffers=False):
@@ -551,13 +551,21 @@ def use_attention(function: Callable[..., Any]) -> None:
     AttentionInterface.register(ATTENTION, function)
 
 
-def _register_attention() -> None:
+def register_attention(name: str, function: Callable[..., Any]) -> None:
+    """Another attention that skeletons can be built with; its masks are made by `row_scope`, too."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(name, function)
+    _register_masks(name)
+
+
+def _register_masks(name: str) -> None:
     from transformers import AttentionMaskInterface
 
     def make_mask(*, mask_function: Any, **_: Any) -> Any:
         return _row_layout.get()(mask_function)
 
-    AttentionMaskInterface.register(ATTENTION, make_mask)
+    AttentionMaskInterface.register(name, make_mask)
 
 
 def cache_for(layers: Sequence[Any]) -> Any:
@@ -807,7 +815,7 @@ def build_random(config: Any, generator: torch.Generator) -> tuple[Skeleton, Cal
     """
     from transformers import AutoModelForCausalLM
 
-    _register_attention()
+    _register_masks(ATTENTION)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=ATTENTION).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

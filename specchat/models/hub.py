@@ -28,7 +28,7 @@ from specchat.errors import (
     SpecchatError,
     UsageError,
 )
-from specchat.models.catalog import ModelRef, demo_source
+from specchat.models.catalog import SHAPE_PREFIX, ModelRef, demo_source
 from specchat.models.checkpoint import MISTRAL_PREFIX, PICKLE_SUFFIXES, weight_files
 from specchat.models.shape_spec import Shape
 from specchat.units import format_bytes
@@ -188,6 +188,32 @@ def locate(
     if isinstance(found, Download):
         agree([found], confirm)
     return obtain(found, progress=progress, warn=warn)
+
+
+def sketch(missing: Missing, folder: Path) -> ModelSource:
+    """The configuration of what `look_up` found missing: enough to plan for it, at the cost of one small file.
+
+    Args:
+        missing: from `look_up`.
+        folder: an existing one, for the configuration of a shape.
+
+    Raises:
+        ModelError: the hub cannot be reached or failed.
+    """
+    if isinstance(missing, Download):
+        from huggingface_hub import hf_hub_download
+
+        ref = missing.ref
+        assert ref.repo_id is not None
+        with _hub_errors(ref):
+            config = hf_hub_download(ref.repo_id, "config.json", revision=missing.revision)
+        return _snapshot_source(ref, Path(config).parent)
+    from specchat.models.shapes import LABEL, shape_files  # with torch
+
+    path = folder / missing.label.replace("/", "-")
+    path.mkdir()
+    (path / "config.json").write_bytes(shape_files(missing)["config.json"])
+    return ModelSource(name=f"{SHAPE_PREFIX}{missing.label}", path=path, label=LABEL)
 
 
 def cached_models() -> list[str]:

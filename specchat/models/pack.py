@@ -8,7 +8,6 @@ file by file: `build_pack` writes what is missing. How the files look is `pack_f
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +19,7 @@ from typing import NoReturn, Protocol
 
 from torch import Tensor
 
-from specchat.config import Dtype, ModelSource
+from specchat.config import Dtype, ModelSource, cache_folder
 from specchat.errors import CorruptCheckpointError, DoesNotFitError, ModelError
 from specchat.models.checkpoint import Checkpoint, open_checkpoint
 from specchat.models.geometry import TORCH_DTYPE
@@ -49,11 +48,8 @@ _SPARE_DISK_BYTES = 64 << 20  # for manifest, journal and whatever else writes m
 
 
 def packs_folder() -> Path:
-    """Where packs lie; SPECCHAT_CACHE_DIR overrides the platform's cache folder. It need not exist yet."""
-    import platformdirs
-
-    cache = os.environ.get("SPECCHAT_CACHE_DIR") or platformdirs.user_cache_dir("specchat", appauthor=False)
-    return Path(cache).expanduser() / "packs"
+    """Where packs lie. It need not exist yet."""
+    return cache_folder() / "packs"
 
 
 # --- what identifies a pack ----------------------------------------------------------------------------------------

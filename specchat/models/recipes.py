@@ -11,6 +11,16 @@ from specchat.models.quantization import OwnRecipe, recipe_for
 _AS_STORED = "none"
 
 
+def comes_quantized(source: ModelSource) -> bool:
+    """Whether a checkpoint's own matrices are quantized; only config.json is read.
+
+    Raises:
+        UnsupportedModelError: in a way that specchat does not read.
+        CorruptCheckpointError: the configuration contradicts itself.
+    """
+    return scheme_of(read_json(source.path / "config.json")) is not None
+
+
 def choose_recipe(source: ModelSource, skeleton: hf_compat.Skeleton, quant: str) -> OwnRecipe | CheckpointRecipe | None:
     """The recipe for a model; None where its matrices stay numbers of the compute dtype.
 

@@ -1,12 +1,37 @@
-"""The ledger: device memory of a configuration, item by item, before any of it is taken."""
+"""The ledger: device memory of a configuration, item by item, before any of it is taken.
 
-from collections.abc import Sequence
+Weights and caches are exact. A pass, the walk down the tree and the growth of the next tree take turns in the same
+memory, so workspaces are listed as a pass needs them, and the others with what they need beyond that.
+"""
+
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from specchat.config import DTYPE_BYTES, Dtype, LedgerItem, ModelSpec
+from specchat.config import (
+    DTYPE_BYTES,
+    HEAD_BLOCK_ROWS,
+    NOISE_ROWS,
+    Activations,
+    Dtype,
+    LedgerItem,
+    ModelSpec,
+    RowCost,
+    draft_width,
+)
 from specchat.models.geometry import dequantize_bytes, layer_bytes
 
 _ROW_ALIGNMENT = 16
+_INDEX_BYTES = 8  # token ids and positions are int64
+_FLOAT_BYTES = 4  # scores are float32, whatever the model computes in
+
+# One row of scores on its way through the processors: sorted with its indices, softmax, sums, masks; at most.
+_PROCESSING_BYTES = 48
+# Making one row of noise: 64-bit integers and doubles, a few at a time.
+_DRAWING_BYTES = 48
+# The draft's scores turn into weights of paths: scaled, noise, sum, scaled, log-softmax; scores themselves apart.
+_WEIGHING_COPIES = 4
+# Paths of a growing tree: five numbers each, while the best are chosen among old ones and new children.
+_PATH_BYTES, _BRANCH = 120, 16
 
 
 @dataclass(frozen=True)
@@ -21,6 +46,7 @@ class Workload:
         chunk_rows: rows that one layer computes at a time.
         slots: staging buffers.
         device: where passes run.
+        reserve_bytes: kept for libraries and for what the allocator rounds up.
     """
 
     dtype: Dtype
@@ -30,6 +56,7 @@ class Workload:
     chunk_rows: int
     slots: int
     device: str = "cpu"
+    reserve_bytes: int = 0
 
 
 def build_ledger(
@@ -44,7 +71,8 @@ def build_ledger(
         resident: indices of the target's layers that stay.
 
     Returns:
-        Items in the order a person would ask for them. Weights, slots and caches are exact; activations are a bound.
+        Items in the order a person would ask for them. Weights, slots and caches are exact; workspaces are the most
+        that a conversation of `ctx` tokens can need.
     """
     streamed = set(range(target.num_layers)) - set(resident)
     slot_bytes = max((layer_bytes(target, i, work.dtype) for i in streamed), default=0)
@@ -61,28 +89,124 @@ def build_ledger(
     models = [target] if draft is None else [target, draft]
     if dequantized := sum(dequantize_bytes(spec, work.dtype, work.device) for spec in models):
         items.append(LedgerItem("dequantized pieces", dequantized))
-    items.append(LedgerItem("workspace", _workspace_bytes(target, work)))
+    items += _workspaces(target, draft, work)
+    if work.reserve_bytes:
+        items.append(LedgerItem("library reserve", work.reserve_bytes))
     return tuple(items)
 
 
 def _other_bytes(spec: ModelSpec, dtype: Dtype) -> int:
-    return sum(size.nbytes(dtype) for size in spec.other_params) + spec.buffer_bytes
+    narrowed = spec.narrowed_bytes if DTYPE_BYTES[dtype] == 2 else 0
+    return sum(size.nbytes(dtype) for size in spec.other_params) + spec.buffer_bytes - narrowed
 
 
 def _kv_bytes(spec: ModelSpec, dtype: Dtype, rows: int) -> int:
-    padded = -(-rows // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
-    return padded * spec.kv_numbers_per_row * DTYPE_BYTES[dtype]
+    return _padded(rows) * spec.kv_numbers_per_row * DTYPE_BYTES[dtype]
 
 
-def _workspace_bytes(spec: ModelSpec, work: Workload) -> int:
-    """Hidden rows of the longest pass (before and after a layer), one chunk's activations and mask, head and noise."""
-    rows = work.ctx + work.tree_budget
-    element = DTYPE_BYTES[work.dtype]
-    hidden = 2 * rows * spec.hidden_size
-    attention_width = spec.num_heads * max(shape.key_dim for shape in spec.kv_shapes)
-    chunk = work.chunk_rows * (4 * spec.hidden_size + 4 * attention_width + 3 * spec.mlp_size)
-    masks = 2 * work.chunk_rows * rows
-    head = 16 * spec.vocab_size * 4
-    noise = 64 * spec.vocab_size * 4
-    ancestors = work.tree_budget**2 + work.draft_rows**2
-    return (hidden + chunk + masks) * element + head + noise + ancestors
+def _padded(rows: int) -> int:
+    return -(-rows // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+
+
+# --- workspaces --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Bytes of one pass: `hidden` outlives it, `masks` live as long as it does, `rest` at its fullest moment."""
+
+    hidden: int
+    masks: int
+    rest: int
+
+    @property
+    def total(self) -> int:
+        return self.hidden + self.masks + self.rest
+
+
+def _workspaces(target: ModelSpec, draft: ModelSpec | None, work: Workload) -> list[LedgerItem]:
+    rows = work.ctx + work.tree_budget  # the longest pass: a prompt that fills the context, and a tree
+    first = _pass(target, work, rows, rows)
+    # Only a prompt's first step is so long, and there the noise has no more rows than the tree is deep.
+    later = _pass(target, work, 1 + work.tree_budget, rows)
+    ancestors = 2 * work.tree_budget**2
+    walking = _walking_bytes(target, work) + ancestors
+    passing = first.total + ancestors
+    drafting = 0 if draft is None else _drafting_bytes(draft, work, reading=work.ctx)
+    growing = 0 if draft is None else _drafting_bytes(draft, work, reading=1 + work.tree_budget)
+    most = max(passing, first.hidden + walking, drafting)
+    most_later = max(later.total + ancestors, later.hidden + walking, growing)
+    noise = _noise_bytes(target, min(NOISE_ROWS, 1 + work.tree_budget))
+    return [
+        LedgerItem("hidden rows", first.hidden),
+        LedgerItem("tree mask", first.masks + ancestors),
+        LedgerItem("activations", first.rest),
+        LedgerItem("head blocks", max(first.hidden + walking - passing, 0)),
+        LedgerItem("drafting", max(drafting - max(passing, first.hidden + walking), 0)),
+        LedgerItem("sampling noise", max(noise, _noise_bytes(target, NOISE_ROWS) - (most - most_later))),
+    ]
+
+
+def _pass(spec: ModelSpec, work: Workload, rows: int, keys: int) -> _Pass:
+    """A pass of so many new rows, at the end of which the cache has so many keys."""
+    element, costs = DTYPE_BYTES[work.dtype], _activations(spec, work.dtype)
+    chunk, keys = min(rows, work.chunk_rows), _padded(keys)
+    hidden = rows * spec.hidden_size * element
+    masks = costs.num_masks * chunk * keys * element
+    indices = 2 * _INDEX_BYTES * rows
+    in_layer = _most(costs.entry, rows, keys) + _most(costs.layer, chunk, keys)
+    if rows > chunk:
+        in_layer += hidden  # chunks are gathered in the layer's output
+    return _Pass(hidden, masks, max(max(in_layer, _most(costs.outside, rows, keys)) + indices - hidden, 0))
+
+
+def _head_bytes(spec: ModelSpec, work: Workload, rows: int) -> int:
+    """Scores of so many rows in float32, and what computing them takes."""
+    hidden = rows * spec.hidden_size * DTYPE_BYTES[work.dtype]
+    return hidden + _most(_activations(spec, work.dtype).head, rows, 0)
+
+
+def _walking_bytes(target: ModelSpec, work: Workload) -> int:
+    """One block of scores, and one row of them on its way through the processors."""
+    processing = _PROCESSING_BYTES * target.vocab_size + 2 * _INDEX_BYTES * work.ctx
+    return _head_bytes(target, work, HEAD_BLOCK_ROWS) + processing
+
+
+def _drafting_bytes(draft: ModelSpec, work: Workload, *, reading: int) -> int:
+    """The draft reads so many rows that are new in the context, then grows a tree a batch of nodes at a time."""
+    width = draft_width(work.tree_budget)
+    read = _pass(draft, work, reading, work.ctx).total + _head_bytes(draft, work, 1)
+    keys = work.ctx + work.draft_rows
+    scoring = _head_bytes(draft, work, width) + _WEIGHING_COPIES * width * draft.vocab_size * _FLOAT_BYTES
+    grown = max(_pass(draft, work, width, keys).total, scoring)
+    paths = _PATH_BYTES * (work.tree_budget + width * _BRANCH)
+    return max(read, grown + paths + work.draft_rows * (2 * width + work.draft_rows + 2 * _INDEX_BYTES))
+
+
+def _noise_bytes(target: ModelSpec, rows: int) -> int:
+    return target.vocab_size * (rows * _FLOAT_BYTES + _INDEX_BYTES + _DRAWING_BYTES)
+
+
+def _most(costs: Iterable[RowCost], rows: int, keys: int) -> int:
+    return max(cost.at(rows, keys) for cost in costs)
+
+
+def _activations(spec: ModelSpec, dtype: Dtype) -> Activations:
+    """As rehearsed, or else as the widest architectures have them."""
+    return spec.activations.get(DTYPE_BYTES[dtype]) or _assumed(spec, DTYPE_BYTES[dtype])
+
+
+def _assumed(spec: ModelSpec, element: int) -> Activations:
+    """For models that could not be rehearsed: textbook attention that keeps all scores, and no operation in place."""
+    attention = spec.num_heads * max(shape.key_dim for shape in spec.kv_shapes)
+    rows = 4 * spec.hidden_size + 6 * attention + 4 * spec.mlp_size
+    scores = spec.num_heads * (2 * element + _FLOAT_BYTES)
+    head = spec.vocab_size * (3 * element + _FLOAT_BYTES)
+    norm = 3 * spec.hidden_size * _FLOAT_BYTES
+    return Activations(
+        outside=(RowCost(per_row=3 * spec.hidden_size * element + norm),),
+        entry=(RowCost(per_row=2 * spec.hidden_size * element + norm),),
+        layer=(RowCost(per_row=rows * element, per_row_key=scores),),
+        head=(RowCost(per_row=head),),
+        num_masks=2,
+    )

@@ -27,6 +27,9 @@ NUM_SLOTS = 2
 # little, and where computing is slow; on a GPU it takes a fraction of the time of the copy.
 NUM_SLOTS_OF_MANY = 3
 MANY_STREAMED = 10
+_LEAST_CTX = 512
+# What cuBLAS keeps for itself and what the allocator of CUDA memory rounds up; not measured on a GPU yet.
+CUDA_RESERVE_BYTES = 96 * MIB
 # An expanded node may drop out of the tree again, so the draft may spend more rows than the tree has nodes.
 DRAFT_ROWS_PER_NODE = 2
 
@@ -180,6 +183,7 @@ def _workload(request: PlanRequest, machine: Machine, target: ModelSpec, draft: 
         chunk_rows=CHUNK_ROWS,
         slots=NUM_SLOTS,
         device=machine.device,
+        reserve_bytes=0 if machine.device == "cpu" else CUDA_RESERVE_BYTES,
     )
 
 
@@ -196,6 +200,25 @@ def _dtype(request: PlanRequest, machine: Machine, target: ModelSpec) -> Dtype:
     return "bf16"
 
 
+def smaller_plan(request: PlanRequest, plan: Plan) -> Plan:
+    """The next plan to try after `plan` could not have its memory: fewer resident layers, then a smaller tree.
+
+    Raises:
+        DoesNotFitError: there is nothing left to give up.
+    """
+    less = replace(request, vram_bytes=plan.device_bytes - 1, ctx=plan.ctx, tree_budget=plan.tree_budget or None)
+    try:
+        return replace(make_plan(less), adaptive=plan.adaptive)
+    except DoesNotFitError:
+        if plan.tree_budget > 1:
+            smaller = make_plan(replace(less, tree_budget=plan.tree_budget // 2))
+            return replace(smaller, adaptive=plan.adaptive)
+    raise DoesNotFitError(
+        f"{plan.target} needs {format_bytes(plan.device_bytes)} with --ctx {plan.ctx:,}, which cannot be had",
+        hint="close other programs, or lower --ctx",
+    )
+
+
 def _fit(
     target: ModelSpec,
     draft: ModelSpec | None,
@@ -207,19 +230,44 @@ def _fit(
 ) -> tuple[tuple[int, ...], Workload]:
     """The first of the divisions that the budget allows; a default context is halved before giving up."""
     while True:
-        for num_resident, slots in divisions:
-            resident = interleaved(num_resident, target.num_layers)
-            candidate = replace(work, slots=slots)
-            needed = sum(item.bytes for item in build_ledger(target, draft, candidate, resident))
-            if needed <= budget:
-                return resident, candidate
-        if not ctx_is_free or work.ctx <= 512:
+        placed, needed = _most_resident(target, draft, work, budget, divisions)
+        if placed is not None:
+            return placed
+        if not ctx_is_free or work.ctx <= _LEAST_CTX:
             raise DoesNotFitError(
                 f"{target.name} needs at least {format_bytes(needed)} with --ctx {work.ctx:,}, "
                 f"the budget is {format_bytes(budget)}",
-                hint="raise --vram, or lower --ctx or --tree-budget",
+                hint=_what_would_fit(target, draft, work, budget, divisions),
             )
-        work = replace(work, ctx=max(work.ctx // 2, 512))
+        work = replace(work, ctx=max(work.ctx // 2, _LEAST_CTX))
+
+
+def _most_resident(
+    target: ModelSpec, draft: ModelSpec | None, work: Workload, budget: int, divisions: Sequence[tuple[int, int]]
+) -> tuple[tuple[tuple[int, ...], Workload] | None, int]:
+    """The first of the divisions that the budget allows, if there is one, and the bytes last looked at."""
+    needed = 0
+    for num_resident, slots in divisions:
+        resident = interleaved(num_resident, target.num_layers)
+        candidate = replace(work, slots=slots)
+        needed = sum(item.bytes for item in build_ledger(target, draft, candidate, resident))
+        if needed <= budget:
+            return (resident, candidate), needed
+    return None, needed
+
+
+def _what_would_fit(
+    target: ModelSpec, draft: ModelSpec | None, work: Workload, budget: int, divisions: Sequence[tuple[int, int]]
+) -> str:
+    """A hint that names the longest context that the budget allows."""
+    fits, too_long = 0, work.ctx
+    while too_long - fits > 1:
+        middle = (fits + too_long) // 2
+        placed, _ = _most_resident(target, draft, replace(work, ctx=middle), budget, divisions)
+        fits, too_long = (middle, too_long) if placed is not None else (fits, middle)
+    if fits:
+        return f"--ctx {fits} would fit; else raise --vram, or lower --tree-budget"
+    return "raise --vram, or lower --tree-budget"
 
 
 def _divisions(num_layers: int, slots: int | None, *, many_slots: bool) -> Iterator[tuple[int, int]]:

@@ -319,6 +319,7 @@ def plan_table(target: ModelSource, plan: Plan, draft_note: str) -> str:
     ledger = [
         *((item.item, format_bytes(item.bytes)) for item in plan.ledger),
         ("sum", f"{format_bytes(plan.device_bytes)} of {format_bytes(plan.device_budget_bytes)}"),
+        ("without weights", f"{format_bytes(plan.generation_bytes)}, the memory that generating takes"),
     ]
     return "\n".join([*_columns(facts), "", f"{memory}:", *_columns(ledger, indent="  ")])
 
@@ -355,9 +356,9 @@ def _share(item: LedgerItem) -> str:
     name = item.item.lower()
     if "kv" in name:
         return "KV"
-    if "draft" in name:
+    if name == "draft":
         return "draft"
-    return "resident" if "resident" in name or "embedding" in name or "head" in name else "work"
+    return "resident" if "resident" in name or "embedding" in name else "work"
 
 
 def _memory_name(device: str) -> str:

@@ -52,13 +52,13 @@ def _level(
     if taken is not None:
         line.append(f" ● {_shown(token_text(tree.tokens[taken]))}", _ACCEPTED)
     for node in others:
-        guess = f" ○ {_shown(token_text(tree.tokens[node]))}"
-        if line.cell_len + len(guess) + len(f" +{num_left}") > width:
+        guess = f"  ○ {_shown(token_text(tree.tokens[node]))}"
+        if line.cell_len + len(guess) + len(f"  +{num_left}") > width:
             break
         line.append(guess, _REFUSED)
         num_left -= 1
     if num_left:
-        line.append(f" +{num_left}", _REFUSED)
+        line.append(f"  +{num_left}", _REFUSED)
     return line
 
 

@@ -8,10 +8,11 @@ from threading import Event
 import jsonschema
 import pytest
 
-from specchat.bench import disk, report, tables
+from specchat.bench import report, tables
 from specchat.bench.cold import RESIDENT, Files, PassRounds, PassSeries, measure_rounds
 from specchat.bench.records import OWN
 from specchat.errors import SpecchatError
+from specchat.hardware import disk
 
 SIZE = 24 << 20
 TMPFS = Path("/dev/shm")

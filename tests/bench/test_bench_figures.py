@@ -39,9 +39,15 @@ def reported(measurement, **kwargs):
         "machine": {
             "device": "cpu",
             "gpus": [],
-            "cpu": {"name": "a cpu", "cores": 2},
-            "ram": {"total_bytes": 1 << 34},
-            "platform": {"system": "Linux", "release": "6", "python": "3.11"},
+            "cpu": {"name": "a cpu", "cores": 2, "isa": ["avx2"]},
+            "ram": {
+                "total_bytes": 1 << 34,
+                "available_bytes": 1 << 33,
+                "cgroup_limit_bytes": None,
+                "swap_bytes": 0,
+                "pin_limit_bytes": None,
+            },
+            "platform": {"system": "Linux", "release": "6", "python": "3.11", "wsl": False},
         },
         "versions": {"specchat": "0"},
         "settings": report.settings_object(SETTINGS, prompts="built-in", limit=None),

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 CASES = [
-    ("specchat ", {"run", "bench"}),
+    ("specchat ", {"run", "bench", "probe"}),
     ("specchat run d", {"demo"}),
     ("specchat run b", {"big"}),
     ("specchat run demo --sess", {"--session"}),

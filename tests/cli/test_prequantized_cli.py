@@ -15,6 +15,7 @@ from support.tiny_models import make_config, random_model
 
 from specchat.cli.app import run_command_line
 from specchat.config import ModelSource
+from specchat.models import hub
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -69,3 +70,21 @@ def test_what_cannot_be_is_told_by_exit_code_and_hint(run: Call, tmp_path: Path)
     assert (code, out) == (2, "")
     assert "quip" in err
     assert "hint: " in err
+
+
+def test_a_plan_for_what_is_not_here_takes_the_whole_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+):
+    """Its configuration alone does not say how large its matrices are: it is downloaded first, once agreed to."""
+    whole = quantized(gptq(act_order=False), tmp_path / "whole")
+    (tmp_path / "sketch").mkdir()
+    (tmp_path / "sketch" / "config.json").write_bytes((whole.path / "config.json").read_bytes())
+    monkeypatch.setattr(hub, "look_up", lambda ref, **_: hub.Download(ref, "abc", 10, 4, 1000, tmp_path))
+    monkeypatch.setattr(hub, "sketch", lambda *_: ModelSource("org/name", tmp_path / "sketch"))
+    monkeypatch.setattr(hub, "obtain", lambda *_, **__: whole)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    arguments = ("run", "org/name", "--plan", "--json", "--draft", "none", "--dtype", "fp32")
+    assert run_command_line(arguments) == 2
+    capfd.readouterr()
+    assert run_command_line((*arguments, "--yes")) == 0
+    assert json.loads(capfd.readouterr().out)["quant"] == "gptq int4"

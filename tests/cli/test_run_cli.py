@@ -14,7 +14,7 @@ import pytest
 from specchat.cli.exit_status import EXIT_CODES, code_of
 from specchat.cli.options import SamplingFlags, resolve_sampling
 from specchat.config import ModelSource, Sampling
-from specchat.errors import SpecchatError
+from specchat.errors import AllocationError, SpecchatError
 from specchat.models.hub import Download
 
 DEMO = Path(__file__).parents[2] / "specchat" / "demo" / "target"
@@ -43,7 +43,7 @@ def fails(result, code, *words):
         (["run", "demo", "hi", "--seed"], ["--seed"]),
         (["run", "demo", "hi", "there"], ["there"]),
         (["rum"], ["rum", "run"]),
-        (["probe"], ["probe"]),
+        (["prove"], ["prove"]),
         (["run"], ["demo", "specchat run demo"]),
         (["run", "demo", "hi", "--vram", "12"], ["--vram", "'12'", "8GiB"]),
         (["run", "demo", "hi", "--ctx", "0"], ["--ctx"]),
@@ -320,6 +320,32 @@ def test_a_download_is_agreed_to(fake, monkeypatch):
 def test_a_model_that_is_known_not_to_run_is_refused_before_any_download(fake):
     result = fake("run", "Qwen/Qwen3-Next-80B-A3B-Instruct", "hi")
     assert (result.code, "recurrent layers" in result.err) == (2, True)
+
+
+def test_memory_that_is_gone_makes_the_plan_smaller(specchat, monkeypatch):
+    """Announced, and the answer comes; nothing smaller is exit code 4."""
+    from specchat.engine.engine import Engine
+
+    load, plans = Engine.load, []
+
+    def fail_first(plan, *others, **named):
+        plans.append(plan)
+        if len(plans) == 1:
+            raise AllocationError("cpu does not give the 9 GiB that were planned")
+        return load(plan, *others, **named)
+
+    monkeypatch.setattr(Engine, "load", fail_first)
+    result = specchat("run", "demo", "hi", "--max-tokens", "4", "--device", "cpu")
+    assert result.code == 0 and "9 GiB" in result.err and "trying again with" in result.err
+    assert plans[1].device_bytes < plans[0].device_bytes and len(plans[1].resident) < len(plans[0].resident)
+
+    def fail(plan, *_, **__):
+        raise AllocationError("cpu does not give it")
+
+    monkeypatch.setattr(Engine, "load", fail)
+    fails(
+        specchat("run", "demo", "hi", "--device", "cpu", "-q", "--ctx", "64", "--tree-budget", "2"), 4, "cannot be had"
+    )
 
 
 def test_no_standard_output_at_all():

@@ -29,7 +29,7 @@ from specchat.errors import (
 from specchat.models import hub as hub_module
 from specchat.models.catalog import parse_model
 from specchat.models.checkpoint import open_checkpoint
-from specchat.models.hub import Download, cached_models, locate
+from specchat.models.hub import Download, cached_models, locate, look_up, sketch
 
 
 def shard(num_bytes: int, key: str = "w") -> bytes:
@@ -430,3 +430,26 @@ def test_ctrl_c_ends_a_download_at_its_next_chunk(server, tmp_path, monkeypatch)
     process.wait(timeout=10)
     assert time.monotonic() - start < 2.5
     assert not list(tmp_path.rglob("snapshots/*/model.safetensors"))
+
+
+# ---------------------------------------------------------------- plans before downloads
+
+
+def test_a_plan_costs_one_small_file(hub):
+    hub.publish("org/name", MODEL)
+    missing = look_up(parse_model("org/name"), offline=False, warn=pytest.fail)
+    assert isinstance(missing, Download)
+    source = sketch(missing, Path("/nonexistent"))
+    assert (source.path / "config.json").read_bytes() == MODEL["config.json"]
+    assert files_in(source.path) == {"config.json"} and source.revision == missing.revision
+    # what was fetched for a plan does not pass for a model
+    with pytest.raises(ModelNotCachedError):
+        look_up(parse_model("org/name"), offline=True)
+    assert files_in(ask("org/name").path) == WANTED
+
+
+def test_a_shape_is_planned_from_figures(tmp_path):
+    ref = parse_model("shape:llama-70b")
+    source = sketch(look_up(ref, offline=True), tmp_path)
+    assert json.loads((source.path / "config.json").read_text())["num_hidden_layers"] == 80
+    assert source.name == "shape:llama-70b" and source.is_toy

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import struct
 from dataclasses import dataclass, replace
 from functools import cache
@@ -20,7 +22,17 @@ from specchat.models.catalog import demo_source
 from specchat.models.geometry import describe, layer_bytes
 from specchat.models.hf_compat import load_tokenizer
 from specchat.planner.memory import Workload, build_ledger
-from specchat.planner.search import EXACT_BYTES, NUM_SLOTS, PlanRequest, interleaved, make_plan, plan_for, usable_ram
+from specchat.planner.search import (
+    CUDA_RESERVE_BYTES,
+    EXACT_BYTES,
+    NUM_SLOTS,
+    PlanRequest,
+    interleaved,
+    make_plan,
+    plan_for,
+    smaller_plan,
+    usable_ram,
+)
 from specchat.units import GIB, MIB, format_bytes
 
 MACHINE = Machine("cpu", 64 * GIB, 64 * GIB, fast_bf16=False)
@@ -84,6 +96,10 @@ def try_plan(spec: ModelSpec, draft: ModelSpec | None, vram_bytes: int, **kwargs
         return plan_for(request(vram_bytes, **kwargs), MACHINE, spec, draft)
     except DoesNotFitError:
         return None
+
+
+def reserve(device: str) -> int:
+    return 0 if device == "cpu" else CUDA_RESERVE_BYTES
 
 
 def num_slots(num_streamed: int, device: str = "cpu") -> int:
@@ -208,7 +224,7 @@ def test_default_budget_leaves_room_for_the_rest_of_the_machine():
 @settings(deadline=None, max_examples=100)
 def test_as_many_layers_stay_in_host_memory_as_fit(spec: ModelSpec, budget: int, ram: int, device: str):
     try:
-        asked = request(budget, ctx=512, ram_bytes=ram)
+        asked = request(budget + reserve(device), ctx=512, ram_bytes=ram)
         plan = plan_for(asked, Machine(device, 64 * GIB, 64 * GIB, fast_bf16=False), spec, None)
     except DoesNotFitError:
         return
@@ -232,7 +248,10 @@ def test_host_memory_leaves_room_for_the_rest_of_the_machine():
     large = replace(spec, layer_params=spec.layer_params * 40, num_layers=320, kv_shapes=spec.kv_shapes[:1] * 320)
     for device, free in (("cpu", 4 * GIB + budget + 3 * layer), ("cuda:0", 4 * GIB + 3 * layer)):
         plan = plan_for(
-            request(budget, ctx=16, dtype="fp32"), Machine(device, free, free, fast_bf16=False), large, None
+            request(budget + reserve(device), ctx=16, dtype="fp32"),
+            Machine(device, free, free, fast_bf16=False),
+            large,
+            None,
         )
         assert len(plan.in_ram) == 3
 
@@ -243,11 +262,44 @@ def test_a_third_slot_on_a_cpu_that_streams_many_layers():
     layer = layer_bytes(many, 0, "fp32")
     for device, expected in (("cpu", 3), ("cuda:0", 2)):
         machine = Machine(device, 64 * GIB, 64 * GIB, fast_bf16=False)
-        plan = plan_for(request(60 * MIB, ctx=16, dtype="fp32"), machine, many, None)
+        plan = plan_for(request(60 * MIB + reserve(device), ctx=16, dtype="fp32"), machine, many, None)
         assert plan.slots == expected and len(plan.streamed) > 10
-    rest = plan.device_bytes - (len(plan.resident) + 2) * layer
+    rest = plan.device_bytes - reserve("cuda:0") - (len(plan.resident) + 2) * layer
     least = plan_for(request(rest + 2 * layer, ctx=16, dtype="fp32"), MACHINE, many, None)
     assert (least.slots, least.resident) == (2, ())
+
+
+@given(spec=specs(), draft=st.none() | specs(), budget=st.integers(100_000, 3_000_000))
+@settings(deadline=None, max_examples=50)
+def test_a_refusal_names_the_longest_context_that_fits(spec: ModelSpec, draft: ModelSpec | None, budget: int):
+    """The hint's --ctx is accepted, and one more token is not."""
+    asked = spec.max_positions
+    with contextlib.suppress(DoesNotFitError):
+        plan_for(request(budget, ctx=asked), MACHINE, spec, draft)
+        return
+    with pytest.raises(DoesNotFitError) as caught:
+        plan_for(request(budget, ctx=asked), MACHINE, spec, draft)
+    named = re.search(r"--ctx (\d+) would fit", caught.value.hint or "")
+    longest = int(named[1]) if named else 0
+    assert longest < asked and try_plan(spec, draft, budget, ctx=longest + 1) is None
+    assert not longest or try_plan(spec, draft, budget, ctx=longest) is not None
+
+
+def test_smaller_plans_give_up_layers_and_then_the_tree():
+    spec, draft = demo_specs()
+    asked = PlanRequest(TARGET, DRAFT, device="cpu", vram_bytes=GIB, ctx=CTX, tree_budget=32)
+    plan = make_plan(asked)
+    seen = [plan]
+    with pytest.raises(DoesNotFitError, match="cannot be had"):
+        while True:
+            seen.append(smaller_plan(asked, seen[-1]))
+    sizes = [each.device_bytes for each in seen]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes)
+    trees = [each.tree_budget for each in seen]
+    assert trees == sorted(trees, reverse=True) and trees[0] == 32 and trees[-1] == 1
+    whole = [each for each in seen if each.tree_budget == 32]
+    assert {len(each.resident) for each in whole} == {*range(spec.num_layers - NUM_SLOTS), spec.num_layers}
+    assert all(each.ctx == CTX and each.draft == draft.name for each in seen)
 
 
 # --- the demo pair, in memory ----------------------------------------------------------------------------------------
@@ -256,6 +308,7 @@ CTX = 512
 QUESTIONS = ("Tell me a story about a fox.", "Why is the sky blue?")
 SAMPLINGS = (Sampling(), Sampling(temperature=0.7, top_p=0.95, seed=3))
 WEIGHTS = ("resident layers", "slots", "embeddings and head", "KV cache", "draft", "draft KV cache")
+WORKSPACES = ("hidden rows", "tree mask", "activations", "head blocks", "drafting", "sampling noise")
 
 
 @cache
@@ -312,7 +365,8 @@ def test_demo_within_a_budget_that_streams_most_layers(unlimited: Answers, num_r
     plan = demo_plan(budget_for(num_resident))
     assert len(plan.resident) == num_resident and len(plan.streamed) >= 0.75 * plan.num_layers
     ledger = {item.item: item.bytes for item in plan.ledger}
-    assert set(ledger) == {*WEIGHTS, "workspace"}
+    assert set(ledger) == {*WEIGHTS, *WORKSPACES}
+    assert plan.generation_bytes == sum(ledger[item] for item in ("KV cache", "draft KV cache", *WORKSPACES))
     with Engine.load(plan, TARGET, DRAFT) as engine:
         # before the first pass: what is held is what was promised, to the byte
         assert engine.memory().device_peak_bytes == sum(ledger[item] for item in WEIGHTS)

@@ -1,0 +1,87 @@
+"""A GPU's links and its state in torch's eyes. Written with care and not yet measured: no GPU was at hand."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specchat.hardware.nvml import read_pcie
+from specchat.units import MIB
+
+_BYTES = 512 * MIB
+_WARM_UPS, _COPIES, _SERIES = 4, 16, 3
+_FREE_SHARE = 4  # the buffer takes at most this fraction of the free device memory
+
+
+@dataclass(frozen=True)
+class CudaLinks:
+    """One GPU's links.
+
+    Attributes:
+        h2d_pinned_bytes_per_s, d2h_bytes_per_s: None where no host memory could be pinned.
+        uuid: the GPU's, as NVML writes it.
+        pcie: generation and width while copies ran; None where the driver does not say.
+    """
+
+    uuid: str
+    h2d_pinned_bytes_per_s: float | None
+    h2d_pageable_bytes_per_s: float
+    d2h_bytes_per_s: float | None
+    pcie: tuple[int, int] | None
+
+
+def measure_cuda_links(index: int) -> CudaLinks:
+    """Copies between host and GPU `index`, timed by events on the device."""
+    device = torch.device("cuda", index)
+    free, _ = torch.cuda.mem_get_info(device)
+    size = min(_BYTES, free // _FREE_SHARE)
+    on_device = torch.empty(size, dtype=torch.uint8, device=device)
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    pageable = torch.zeros(size, dtype=torch.uint8)
+    with closing(_PinnedCopy(pageable)) as host:
+        pinned, pcie = _rate(on_device, host.memory, host.is_pinned, lambda: read_pcie(uuid))
+        back, _ = _rate(host.memory, on_device, host.is_pinned, None)
+    slow, _ = _rate(on_device, pageable, True, None)
+    assert slow is not None
+    return CudaLinks(uuid, pinned, slow, back, pcie)
+
+
+class _PinnedCopy:
+    """Host memory registered by hand, as the engine does it: a failed attempt must not stay behind in torch."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.memory = torch.zeros_like(like)
+        error = torch.cuda.cudart().cudaHostRegister(self.memory.data_ptr(), self.memory.nbytes, 0)
+        self.is_pinned = int(error) == 0
+
+    def close(self) -> None:
+        """Unpins it."""
+        if self.is_pinned:
+            torch.cuda.cudart().cudaHostUnregister(self.memory.data_ptr())
+
+
+def _rate(
+    to: Tensor, source: Tensor, possible: bool, during: Callable[[], tuple[int, int] | None] | None
+) -> tuple[float | None, tuple[int, int] | None]:
+    """Bytes per second, the median of three series; and what `during` says while the copies are under way."""
+    if not possible:
+        return None, None
+    seen, seconds = None, []
+    for _ in range(_SERIES):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        for _ in range(_WARM_UPS):
+            to.copy_(source, non_blocking=True)
+        begin.record()
+        for _ in range(_COPIES):
+            to.copy_(source, non_blocking=True)
+        end.record()
+        if during is not None:
+            seen = during() or seen
+        end.synchronize()
+        seconds.append(begin.elapsed_time(end) / 1e3)
+    return _COPIES * to.nbytes / statistics.median(seconds), seen

@@ -1,0 +1,170 @@
+"""Rates that are measured, not looked up: memory, disk, matrix products. A GPU's links are in cuda.py."""
+
+import ctypes
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from specchat.errors import SpecchatError
+from specchat.hardware.disk import evict, read_raw, total_bytes
+from specchat.hardware.machine import MatmulRate
+from specchat.units import MIB
+
+if TYPE_CHECKING:
+    import torch
+
+_RAM_BYTES = 256 * MIB  # several times any processor's cache
+_MIN_RAM_BYTES = 64 * MIB
+_RAM_THREADS = 8  # no consumer machine's memory needs more to be busy
+_RAM_COPIES, _RAM_SERIES = 4, 5
+
+_DISK_BYTES = 512 * MIB
+_MIN_DISK_BYTES = 64 * MIB
+_DISK_SHARE = 8  # at most this fraction of the free space is written, for a moment
+_DISK_READS = 3
+
+# A layer's matrix of a 7B model; trees have as many rows as this.
+_MATRIX = 4096
+_TREE_ROWS = (1, 16, 64, 256, 512)
+_MATMUL_S = 0.2  # for each number of rows
+
+
+def measure_ram_copy(available_bytes: int) -> float | None:
+    """Bytes copied per second by all processors together, between buffers that no cache holds.
+
+    Args:
+        available_bytes: free memory; the buffers take a small part of it.
+
+    Returns:
+        The median of several series; None where there is too little memory to tell.
+    """
+    size = min(_RAM_BYTES, available_bytes // 8)
+    if size < _MIN_RAM_BYTES:
+        return None
+    num_threads = min(_RAM_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+    source, target = (ctypes.create_string_buffer(size) for _ in range(2))
+    addresses = ctypes.addressof(source), ctypes.addressof(target)
+    part = size // num_threads
+
+    def copy(index: int) -> None:
+        for _ in range(_RAM_COPIES):
+            ctypes.memmove(addresses[1] + index * part, addresses[0] + index * part, part)
+
+    def seconds() -> float:
+        begin = time.perf_counter()
+        list(pool.map(copy, range(num_threads)))
+        return time.perf_counter() - begin
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        seconds()  # touches all pages
+        spent = statistics.median(seconds() for _ in range(_RAM_SERIES))
+    return _RAM_COPIES * part * num_threads / spent
+
+
+@dataclass(frozen=True)
+class DiskRate:
+    """How fast files come from a disk.
+
+    Attributes:
+        is_cold: they came from the disk itself, past the page cache or after it was emptied.
+    """
+
+    bytes_per_s: float
+    is_cold: bool
+
+
+def measure_disk_read(folder: Path) -> DiskRate | None:
+    """Reads files in `folder` as layers are read: large chunks, two at a time, past the page cache.
+
+    Weight files that are there serve; else one is written and removed again.
+
+    Returns:
+        The median of three reads; None where there is no room for a file to read, or no permission.
+    """
+    with _files_to_read(folder) as files:
+        if not files:
+            return None
+        reads = [_read_cold(files) for _ in range(_DISK_READS)]
+    return DiskRate(statistics.median(rate for rate, _ in reads), all(cold for _, cold in reads))
+
+
+def _read_cold(files: list[Path]) -> tuple[float, bool]:
+    """Bytes per second, and whether nothing cached was in it."""
+    try:
+        evict(files)
+        evicted = True
+    except SpecchatError:  # a file system in memory, or one with a cache of its own: direct reads may still be possible
+        evicted = False
+    read = read_raw(files, direct=True)
+    return read.bytes_per_s, evicted
+
+
+@contextmanager
+def _files_to_read(folder: Path) -> Iterator[list[Path]]:
+    """Files of enough bytes; empty if there are none and none can be written."""
+    there: list[Path] = []
+    for file in sorted(folder.rglob("*.safetensors")):
+        if file.stat().st_size >= MIB and total_bytes(there) < _DISK_BYTES:
+            there.append(file)
+    if total_bytes(there) >= _DISK_BYTES:
+        yield there
+        return
+    with tempfile.TemporaryDirectory(prefix="probe-", dir=_made(folder)) as temporary:
+        yield _written(Path(temporary) / "read-me")
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _written(file: Path) -> list[Path]:
+    """A file of random bytes, which no file system compresses, on the disk itself."""
+    size = min(_DISK_BYTES, shutil.disk_usage(file.parent).free // _DISK_SHARE)
+    if size < _MIN_DISK_BYTES:
+        return []
+    block = os.urandom(16 * MIB)
+    with file.open("wb") as stream:
+        for _ in range(size // len(block)):
+            stream.write(block)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return [file]
+
+
+def measure_matmul(device: "torch.device", dtype: Literal["bf16", "fp32"]) -> tuple[MatmulRate, ...]:
+    """Products of tree-sized activations with a matrix as large as a layer's."""
+    import torch
+
+    kind = torch.bfloat16 if dtype == "bf16" else torch.float32
+    weight = torch.ones(_MATRIX, _MATRIX, dtype=kind, device=device)
+    rates = []
+    for rows in _TREE_ROWS:
+        x = torch.ones(rows, _MATRIX, dtype=kind, device=device)
+
+        def product(x: "torch.Tensor" = x) -> None:
+            torch.nn.functional.linear(x, weight)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+        rates.append(MatmulRate(rows, 2 * rows * _MATRIX**2 / _median_seconds(product)))
+    return tuple(rates)
+
+
+def _median_seconds(work: Callable[[], None]) -> float:
+    work()  # the first one sets things up
+    spent: list[float] = []
+    begin = time.perf_counter()
+    while len(spent) < 3 or time.perf_counter() - begin < _MATMUL_S:
+        start = time.perf_counter()
+        work()
+        spent.append(time.perf_counter() - start)
+    return statistics.median(spent)

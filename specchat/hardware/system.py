@@ -1,0 +1,175 @@
+"""What the operating system says of processor, memory, disk and itself."""
+
+import os
+import platform
+import resource
+import shutil
+from pathlib import Path
+
+import psutil
+
+from specchat.hardware.machine import Cpu, Disk, Platform, Ram, TorchBuild
+
+_CPUINFO = Path("/proc/cpuinfo")
+_OS_RELEASE = Path("/proc/sys/kernel/osrelease")
+_MOUNTS = Path("/proc/self/mounts")
+_CGROUP, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_NO_LIMIT = 1 << 60  # v1 writes "no limit" as a huge number
+# What decides between the kernels that matrix products have, x86 and ARM.
+_ISA = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "sve", "i8mm", "bf16")
+
+
+# --- processor ---------------------------------------------------------------------------------------------------
+
+
+def read_cpu(cpuinfo: Path = _CPUINFO) -> Cpu:
+    """Name, usable cores and instruction sets."""
+    flags = cpu_flags(cpuinfo)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    name = _field(cpuinfo, "model name") or platform.processor() or platform.machine()
+    return Cpu(name, cores, tuple(name for name in _ISA if name in flags))
+
+
+def cpu_flags(cpuinfo: Path = _CPUINFO) -> set[str]:
+    """Instruction sets that Linux names for the first processor; empty elsewhere."""
+    return set((_field(cpuinfo, "flags") or _field(cpuinfo, "Features")).split())
+
+
+def _field(cpuinfo: Path, wanted: str) -> str:
+    """The first processor's entry of that name; "" if there is none."""
+    for line in (_text(cpuinfo) or "").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == wanted:
+            return value.strip()
+    return ""
+
+
+# --- memory ------------------------------------------------------------------------------------------------------
+
+
+def read_ram() -> Ram:
+    """Host memory, and every limit to it."""
+    limit = cgroup_memory()
+    pin_limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    return Ram(
+        total_bytes=int(psutil.virtual_memory().total),
+        available_bytes=available_ram_bytes(),
+        cgroup_limit_bytes=None if limit is None else limit[0],
+        swap_bytes=int(psutil.swap_memory().total),
+        pin_limit_bytes=None if pin_limit == resource.RLIM_INFINITY else pin_limit,
+    )
+
+
+def available_ram_bytes() -> int:
+    """The least of what the system reports available and what the control group still allows."""
+    available = int(psutil.virtual_memory().available)
+    limit = cgroup_memory()
+    return available if limit is None else min(available, limit[1])
+
+
+def total_ram_bytes() -> int:
+    """The least of what is built in and what the control group may ever take."""
+    total = int(psutil.virtual_memory().total)
+    limit = cgroup_memory()
+    return total if limit is None else min(total, limit[0])
+
+
+def cgroup_memory(root: Path = _CGROUP, own: Path = _OWN_CGROUP) -> tuple[int, int] | None:
+    """The tightest memory limit of this process's control groups (v2 or v1), and the least that one still allows.
+
+    A group's parents limit it, too. psutil sees none of it. File pages that the system would drop count as free.
+
+    Returns:
+        (limit, left) in bytes; None where there is no limit.
+    """
+    v2, v1 = _own_groups(own)
+    found = [
+        *_limits(root, v2, "memory.max", "memory.current", "inactive_file"),
+        *_limits(root / "memory", v1, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ]
+    return (min(limit for limit, _ in found), min(left for _, left in found)) if found else None
+
+
+def _own_groups(own: Path) -> tuple[str, str]:
+    """Paths of this process's groups below the mount points of v2 and of v1's memory controller."""
+    v2 = v1 = "/"
+    for line in (_text(own) or "").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            v2 = path
+        elif "memory" in controllers.split(","):
+            v1 = path
+    return v2, v1
+
+
+def _limits(root: Path, group: str, limit_file: str, usage_file: str, droppable: str) -> list[tuple[int, int]]:
+    """Limit and what it still allows, for the group and its parents; inside a container they are not all to be seen."""
+    parts = [part for part in group.split("/") if part not in ("", "..")]
+    found = []
+    for depth in range(len(parts) + 1):
+        folder = root.joinpath(*parts[:depth])
+        limit, usage = _text(folder / limit_file), _text(folder / usage_file)
+        if limit is None or usage is None or not limit.strip().isdigit() or int(limit) >= _NO_LIMIT:
+            continue
+        dropped = next(
+            (int(line.split()[1]) for line in (_text(folder / "memory.stat") or "").splitlines()
+             if line.split()[0] == droppable),
+            0,
+        )  # fmt: skip
+        found.append((int(limit), max(int(limit) - max(int(usage) - dropped, 0), 0)))
+    return found
+
+
+# --- disk and system ---------------------------------------------------------------------------------------------
+
+
+def read_disk(folder: Path, mounts: Path = _MOUNTS) -> Disk:
+    """The disk where `folder` is or would be made."""
+    existing = folder.expanduser().absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    usage = shutil.disk_usage(existing)
+    return Disk(folder, usage.free, usage.total, _filesystem(existing.resolve(), mounts))
+
+
+def _filesystem(folder: Path, mounts: Path) -> str:
+    """The type of the file system that is mounted deepest above `folder`."""
+    best, kind = -1, ""
+    for line in (_text(mounts) or "").splitlines():
+        fields = line.split()
+        point = Path(fields[1].replace("\\040", " "))
+        if len(fields) > 2 and folder.is_relative_to(point) and len(point.parts) >= best:
+            best, kind = len(point.parts), fields[2]
+    return kind
+
+
+def read_platform(os_release: Path = _OS_RELEASE) -> Platform:
+    """The system, and whether it is Linux inside Windows."""
+    is_wsl = "microsoft" in (_text(os_release) or "").lower()
+    return Platform(platform.system(), platform.release(), platform.python_version(), is_wsl)
+
+
+def read_torch() -> TorchBuild | None:
+    """What the installed torch was built for; read from its version file, since importing it takes a second."""
+    import runpy
+    from importlib.util import find_spec
+
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    try:
+        values = runpy.run_path(str(Path(spec.origin).parent / "version.py"))
+    except OSError:
+        return None
+    cuda = values.get("cuda")
+    numbers = [int(part) for part in str(cuda).split(".")[:2]] if cuda else []
+    return TorchBuild(
+        str(values["__version__"]), (numbers[0], numbers[1]) if len(numbers) == 2 else None, bool(values.get("hip"))
+    )
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError):
+        return None

@@ -1,0 +1,288 @@
+"""What a pass holds besides weights and caches, found by a rehearsal: the model's own modules, run without any memory.
+
+Modules run on torch's meta device, which computes shapes and nothing else, while every allocation is counted. A step's
+bytes are `a + b rows + c keys + d rows keys`, so rehearsals at four sizes give the formula for any other. So the ledger
+follows what an architecture does (grouped heads, latent attention, windows, experts), in a later transformers as well.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from specchat.config import Activations, RowCost
+from specchat.models import hf_compat
+
+_ATTENTION = "rehearsal"
+
+# Multiples of the caches' alignment, far enough apart to tell the terms.
+_SIZES = ((16, 128), (48, 128), (16, 320), (48, 320))  # rows, keys
+# While a mask is built, truth values live beside it, so many bytes for each row and key more than the finished mask
+# has, and positions of the keys, three 64-bit numbers each.
+_FLAG_BYTES, _POSITION_BYTES = 2, 24
+
+_Place = Literal["outside", "entry", "layer"]
+
+
+def rehearsal_skeleton(config: Any) -> hf_compat.Skeleton:
+    """The modules of `config` as `rehearse` wants them, in float32."""
+    hf_compat.register_attention(_ATTENTION, _attention)
+    return hf_compat.build_skeleton(config, torch.float32, attention=_ATTENTION)
+
+
+def rehearse(skeleton: hf_compat.Skeleton, dtype: torch.dtype) -> Activations | None:
+    """What passes over a model allocate.
+
+    Args:
+        skeleton: from `rehearsal_skeleton`; ends up on the meta device, in `dtype`.
+        dtype: of weights and activations.
+
+    Returns:
+        Formulas; None for a model that cannot run without real numbers, because its control flow depends on them.
+    """
+    skeleton.model.to(device="meta", dtype=dtype)
+    try:
+        with _few_layers(skeleton), torch.inference_mode():
+            logs = [_pass(skeleton, rows, keys, dtype) for rows, keys in _SIZES]
+            heads = [_head(skeleton, rows, dtype) for rows, _ in _SIZES]
+    except Exception:  # noqa: BLE001  whatever a model does with numbers that it has not got; the ledger then assumes
+        return None
+    if len({tuple(log.places) for log in logs}) > 1 or len({len(head.places) for head in heads}) > 1:
+        return None  # another number of steps for another size: no formula would hold
+    return Activations(
+        outside=_formulas(logs, "outside"),
+        entry=_formulas(logs, "entry"),
+        layer=_formulas(logs, "layer"),
+        head=_formulas(heads, "outside"),
+        num_masks=logs[0].num_masks,
+    )
+
+
+class _Log(TorchDispatchMode):
+    """Counts the bytes of living tensors that operations have made, after each operation.
+
+    Attributes:
+        live: bytes now.
+        places: for each note, whether it was taken outside of layers, on entering one, or inside.
+        values: and its bytes; inside a layer, those above what there was on entering it.
+        num_masks: kinds of masks that were asked for.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = 0
+        self.places: list[_Place] = []
+        self.values: list[int] = []
+        self.num_masks = 0
+        self._at_entry: int | None = None
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        # meta has this one in 16 bits only, and makes its result in either case
+        is_grouped = func is torch.ops.aten._grouped_mm.default
+        out = args[0].new_empty(args[0].shape[0], args[1].shape[-1]) if is_grouped else func(*args, **kwargs)
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._count(tensor, given)
+        self.note()
+        return out
+
+    def note(self, more: int = 0) -> None:
+        """Takes down what lives now, and `more`."""
+        inside = self._at_entry is not None
+        self.places.append("layer" if inside else "outside")
+        self.values.append(self.live + more - (self._at_entry or 0))
+
+    @contextmanager
+    def in_layer(self) -> Iterator[None]:
+        """What is made meanwhile belongs to a layer."""
+        self.places.append("entry")
+        self.values.append(self.live)
+        self._at_entry = self.live
+        try:
+            yield
+        finally:
+            self._at_entry = None
+
+    def _count(self, tensor: Tensor, given: set[int]) -> None:
+        storage = tensor.untyped_storage()
+        key, nbytes = storage._cdata, storage.nbytes()
+        if key in given or key in self._seen:
+            return
+        self._seen.add(key)
+        self.live += nbytes
+        weakref.finalize(storage, self._forget, key, nbytes)
+
+    def _forget(self, key: int, nbytes: int) -> None:
+        self._seen.discard(key)
+        self.live -= nbytes
+
+
+class _Rows:
+    """Stands where models expect a mask: knows the sizes of the pass that it would mask."""
+
+    def __init__(self, log: _Log, _mask_function: Any) -> None:
+        self.log = log
+        log.num_masks += 1
+
+
+class _Kv:
+    """A layer's cache that holds nothing: whatever is appended, there are so many keys and values."""
+
+    def __init__(self, rows: int, keys: int) -> None:
+        self.length, self.capacity = keys - rows, keys
+        self._stored: tuple[Tensor, Tensor] | None = None
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the whole cache; the real one is accounted for elsewhere."""
+        with _uncounted():
+            return tuple(x.new_empty(1, x.shape[1], self.capacity, x.shape[3]) for x in (keys, values))  # type: ignore[return-value]
+
+
+def _uncounted() -> Any:
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
+
+
+def _pass(skeleton: hf_compat.Skeleton, rows: int, keys: int, dtype: torch.dtype) -> _Log:
+    """A pass of so many new rows, at the end of which the cache has so many keys."""
+    num_layers = len(skeleton.layers)
+    cache = hf_compat.cache_for([_Kv(rows, keys) for _ in range(num_layers)])
+    ids, positions = (torch.empty(rows, dtype=torch.int64, device="meta") for _ in range(2))
+    log = _Log()
+    forwards = [layer.forward for layer in skeleton.layers]
+    try:
+        for layer, forward in zip(skeleton.layers, forwards, strict=True):
+            layer.forward = partial(_logged, log, forward)
+        with hf_compat.row_scope(partial(_Rows, log)), log:
+            hidden = skeleton.hidden(ids, positions, cache)
+        del hidden
+    finally:
+        for layer, forward in zip(skeleton.layers, forwards, strict=True):
+            layer.forward = forward
+    return log
+
+
+def _logged(log: _Log, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with log.in_layer():
+        return forward(*args, **kwargs)
+
+
+def _head(skeleton: hf_compat.Skeleton, rows: int, dtype: torch.dtype) -> _Log:
+    """Scores of so many hidden states, in float32."""
+    hidden = torch.empty(rows, skeleton.config.hidden_size, dtype=dtype, device="meta")
+    log = _Log()
+    with log:
+        scores = skeleton.head(hidden).float()
+    del scores
+    return log
+
+
+@contextmanager
+def _few_layers(skeleton: hf_compat.Skeleton) -> Iterator[None]:
+    """Lets only the first two layers of each kind run: the others would allocate what those did."""
+    kinds = getattr(skeleton.config, "layer_types", None) or [""] * len(skeleton.layers)
+    counts: dict[Any, int] = {}
+    skipped = []
+    for layer, kind in zip(skeleton.layers, kinds, strict=True):
+        key = (kind, tuple(tuple(p.shape) for p in layer.parameters()))
+        counts[key] = counts.get(key, 0) + 1
+        if counts[key] > 2:
+            skipped.append(layer)
+    forwards = [layer.forward for layer in skipped]
+    try:
+        for layer in skipped:
+            layer.forward = _unchanged
+        yield
+    finally:
+        for layer, forward in zip(skipped, forwards, strict=True):
+            layer.forward = forward
+
+
+def _unchanged(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+    return hidden
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: _Rows,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Allocates what the engine's tree attention does; a test holds the two against each other."""
+    num_heads, num_kv_heads, rows = query.shape[1], key.shape[1], query.shape[2]
+    attention_mask.log.note((_FLAG_BYTES * rows + _POSITION_BYTES) * key.shape[2])
+    q = query[0].unflatten(0, (num_kv_heads, num_heads // num_kv_heads))  # [H_kv, G, rows, D]
+    if softcap is None and s_aux is None:
+        if key.shape[-1] == value.shape[-1]:
+            out = q.new_empty(*q.shape[:3], value.shape[-1])  # fused: scores never lie in memory
+        else:
+            k, v = (x[0][:, None].expand(-1, q.shape[1], -1, -1) for x in (key, value))
+            mask = q.new_empty(1, 1, 1, 1).expand(*q.shape[:3], key.shape[2])
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+    else:
+        out = _explicit(q, key[0], value[0], softcap, s_aux)
+    return out.flatten(0, 1).transpose(0, 1)[None].contiguous(), None
+
+
+def _explicit(q: Tensor, k: Tensor, v: Tensor, softcap: float | None, s_aux: Tensor | None) -> Tensor:
+    """The textbook product with all its temporaries; shapes as in the engine."""
+    scores = torch.matmul(q.flatten(1, 2), k.transpose(1, 2)).unflatten(1, q.shape[1:3]) * 1.0
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores + scores.new_empty(1, 1, 1, 1)
+    if s_aux is not None:
+        sinks = s_aux.reshape(q.shape[0], -1, 1, 1).expand(-1, -1, q.shape[2], 1)
+        scores = torch.cat([scores, sinks.to(scores.dtype)], dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)
+    if s_aux is not None:
+        weights = weights[..., :-1]
+    mixed: Tensor = torch.matmul(weights.flatten(1, 2), v).unflatten(1, q.shape[1:3])
+    return mixed
+
+
+# --- from notes to formulas --------------------------------------------------------------------------------------
+
+
+def _formulas(logs: Sequence[_Log], place: _Place) -> tuple[RowCost, ...]:
+    """The formulas of all notes taken at a place, without those that another one is never below."""
+    at = [i for i, found in enumerate(logs[0].places) if found == place]
+    found = sorted({_formula([log.values[i] for log in logs]) for i in at}, key=_terms, reverse=True)
+    kept: list[RowCost] = []
+    for cost in found:
+        if not any(all(a >= b for a, b in zip(_terms(other), _terms(cost), strict=True)) for other in kept):
+            kept.append(cost)
+    return tuple(kept)
+
+
+def _formula(values: Sequence[int]) -> RowCost:
+    """`a + b rows + c keys + d rows keys` through four points."""
+    (r0, k0), (r1, _), (_, k1), _ = _SIZES
+    few, many, few_far, many_far = values  # rows differ first, then keys
+    slope = (many - few) / (r1 - r0)
+    slope_far = (many_far - few_far) / (r1 - r0)
+    both = (slope_far - slope) / (k1 - k0)
+    per_row = slope - both * k0
+    per_key = (few_far - few) / (k1 - k0) - both * r0
+    return RowCost(few - per_row * r0 - per_key * k0 - both * r0 * k0, per_row, per_key, both)
+
+
+def _terms(cost: RowCost) -> tuple[float, float, float, float]:
+    return cost.per_row_key, cost.per_row, cost.per_key, cost.fixed

@@ -1,0 +1,148 @@
+"""The hardware report: on the screen with bars, as plain text, and as Markdown for bug reports."""
+
+from collections.abc import Sequence
+from typing import TextIO
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from specchat import __version__
+from specchat.hardware.probe import Report
+from specchat.hardware.verdicts import Level, Verdict
+from specchat.ui.console import Talk, neutral, wants_styles
+
+_STYLES: dict[Level, str] = {"ok": "green", "warn": "yellow", "error": "bold red"}
+_WIDTH_OFF_TERMINAL = 120
+_NARROW = 60
+_BAR_COLUMNS = 16
+_EIGHTHS = " ▏▎▍▌▋▊▉"
+
+
+class ProbeView:
+    """Prints a report on stdout: drawn on a terminal, plain text elsewhere.
+
+    Args:
+        stream: stdout.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        styled = wants_styles(stream)
+        self._console = Console(
+            file=stream,
+            force_terminal=styled,
+            color_system="auto" if styled else None,
+            highlight=False,
+            markup=False,
+            emoji=False,
+            width=None if stream.isatty() else _WIDTH_OFF_TERMINAL,
+        )
+
+    def report(self, report: Report, verdicts: Sequence[Verdict], plan: str | None) -> None:
+        """A whole report.
+
+        Args:
+            report: of this machine.
+            verdicts: its own, and whatever else was looked into.
+            plan: a model's plan in full, or None.
+        """
+        with self._console.capture() as captured:
+            self._console.print(Text(neutral(headline(report)), "bold"))
+            self._console.print()
+            if self._console.width < _NARROW:
+                self._stacked(verdicts)
+            else:
+                self._side_by_side(verdicts)
+            self._console.print()
+            self._console.print(Text(f"rates measured {report.measured.measured_at}; --refresh repeats it", "dim"))
+            if plan is not None:
+                self._console.print()
+                self._console.print(Text(neutral(plan)))
+        for line in captured.get().splitlines():
+            self._console.file.write(f"{line.rstrip()}\n")  # a grid fills its lines with spaces
+
+    def _side_by_side(self, verdicts: Sequence[Verdict]) -> None:
+        grid = Table.grid(padding=(0, 1))
+        for _ in range(2):
+            grid.add_column(no_wrap=True)
+        grid.add_column(overflow="fold")
+        for verdict in verdicts:
+            grid.add_row(_level(verdict), Text(neutral(verdict.topic), "bold"), _body(verdict))
+        self._console.print(grid)
+
+    def _stacked(self, verdicts: Sequence[Verdict]) -> None:
+        for verdict in verdicts:
+            self._console.print(Text.assemble(_level(verdict), " ", (neutral(verdict.topic), "bold")))
+            self._console.print(Padding(_body(verdict), (0, 0, 0, 2)))
+
+
+def headline(report: Report) -> str:
+    """Versions and system in one line."""
+    hardware = report.hardware
+    torch = "no torch" if hardware.torch is None else f"torch {hardware.torch.version}"
+    system = f"{hardware.platform.system} {hardware.platform.release}" + (" (WSL)" if hardware.platform.wsl else "")
+    return f"specchat {__version__} · {system} · Python {hardware.platform.python} · {torch}"
+
+
+def markdown(report: Report, verdicts: Sequence[Verdict], plan: str | None) -> str:
+    """The report as a table to be pasted into a bug report."""
+    rows = [
+        f"| {verdict.level} | {_cell(verdict.topic)} | {_cell(verdict.text)} | {_cell(verdict.hint or '')} |"
+        for verdict in verdicts
+    ]
+    lines = [f"**{headline(report)}**", "", "| | what | found | hint |", "|---|---|---|---|", *rows]
+    lines += ["", f"Rates measured {report.measured.measured_at}."]
+    if plan is not None:
+        lines += ["", "```", plan, "```"]
+    return "\n".join(lines)
+
+
+def bar(share: float, columns: int = _BAR_COLUMNS) -> str:
+    """A bar of fixed width, to eighths of a column."""
+    eighths = round(min(max(share, 0.0), 1.0) * columns * 8)
+    drawn = "█" * (eighths // 8) + (_EIGHTHS[eighths % 8] if eighths % 8 else "")
+    return drawn + "·" * (columns - len(drawn))
+
+
+class ProbeLine:
+    """Shows what is being measured, in place; where that cannot be done, once.
+
+    Args:
+        talk: where to.
+    """
+
+    def __init__(self, talk: Talk) -> None:
+        self._talk = talk
+        self._was_told = False
+
+    def update(self, what: str, step: int, steps: int) -> None:
+        """Something else is being measured now."""
+        if self._talk.console.is_terminal:
+            self._talk.overwrite(f"probe: measuring {what} ({step} of {steps}) ...")
+        elif not self._was_told:
+            self._talk.say("probe: measuring this machine, some seconds; the next time is quick")
+        self._was_told = True
+
+    def end(self) -> None:
+        """Clears the line."""
+        if self._was_told:
+            self._talk.overwrite("")
+
+
+def _level(verdict: Verdict) -> Text:
+    return Text(f"{verdict.level:<5}", _STYLES[verdict.level])
+
+
+def _body(verdict: Verdict) -> Text:
+    parts: list[str | tuple[str, str]] = []
+    if verdict.share is not None:
+        parts += [(bar(verdict.share), "cyan"), "  "]
+    parts.append(neutral(verdict.text))
+    if verdict.hint:
+        parts.append((f"\n→ {neutral(verdict.hint)}", _STYLES[verdict.level]))
+    return Text.assemble(*parts)
+
+
+def _cell(text: str) -> str:
+    return neutral(text).replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,172 @@
+"""`specchat probe`: the contract's JSON, exit codes, and nothing measured twice. Rates are given here, not measured."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from support import fake_nvml
+from support.fake_nvml import Card, Driver
+from support.machines import MEASURED
+
+from specchat.cli.app import run_command_line
+from specchat.hardware import probe as probing
+from specchat.hardware import store
+from specchat.hardware.machine import Links
+
+ON_CPU = replace(
+    MEASURED,
+    device="cpu",
+    links=Links(None, None, None, 8e9, 2e9),
+    gpu_uuid=None,
+    pcie_under_load=None,
+    pinning_works=None,
+)
+
+
+@pytest.fixture
+def probe(tmp_path, monkeypatch, capfd):
+    """The command line over a cache where this machine's rates are known."""
+    monkeypatch.setenv("SPECCHAT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(probing, "_measure", None)  # would fail if it were called
+
+    def call(*arguments, measured=ON_CPU):
+        for device in ("auto", "cpu"):
+            store.save(tmp_path, store.key_of(probing.find_hardware(tmp_path), device), measured)
+        capfd.readouterr()
+        code = run_command_line(("probe", *arguments))
+        return code, *capfd.readouterr()
+
+    return call
+
+
+def test_the_object_of_the_contract(probe):
+    code, out, err = probe("--json")
+    report = json.loads(out)
+    assert code == 0 and err == "" and report["schema_version"] == 1 and report["plan"] is None
+    assert set(report["machine"]) == {"gpus", "cpu", "ram", "disk", "platform"}
+    assert set(report["machine"]["cpu"]) == {"name", "cores", "isa"}
+    assert set(report["machine"]["disk"]) == {"path", "free_bytes"}
+    assert set(report["machine"]["ram"]) == {
+        "total_bytes",
+        "available_bytes",
+        "cgroup_limit_bytes",
+        "swap_bytes",
+        "pin_limit_bytes",
+    }
+    assert report["machine"]["platform"]["wsl"] is False
+    assert report["links"] == {
+        "h2d_pinned_bytes_per_s": None,
+        "h2d_pageable_bytes_per_s": None,
+        "d2h_bytes_per_s": None,
+        "ram_copy_bytes_per_s": 8e9,
+        "disk_read_bytes_per_s": 2e9,
+    }
+    assert all(set(each) == {"level", "text", "hint"} for each in report["verdicts"])
+    assert {each["level"] for each in report["verdicts"]} <= {"ok", "warn", "error"}
+
+
+def test_a_gpu_in_the_object(probe, monkeypatch):
+    fake_nvml.install(monkeypatch, Driver([Card(width=8)]))
+    code, out, _ = probe("--json", measured=replace(MEASURED, pcie_under_load=(4, 8)))
+    (gpu,) = json.loads(out)["machine"]["gpus"]
+    assert code == 0 and gpu["pcie"] == {"gen": 4, "width": 8, "max_gen": 4, "max_width": 16}
+    assert set(gpu) == {
+        "name",
+        "uuid",
+        "vram_total_bytes",
+        "vram_free_bytes",
+        "compute_capability",
+        "driver",
+        "pcie",
+    }
+
+
+def test_without_a_gpu_it_is_a_warning_and_no_failure(probe, monkeypatch):
+    fake_nvml.install(monkeypatch, Driver(init_error="NVML Shared Library Not Found"))
+    code, out, _ = probe()
+    assert code == 0 and "warn" in out and "GPU" in out and "\x1b" not in out
+    assert all(line == line.rstrip() for line in out.splitlines())
+
+
+def test_a_device_asked_for_by_name(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("SPECCHAT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    fake_nvml.install(monkeypatch, Driver([Card()], version="535.1", cuda=12020))
+    assert run_command_line(("probe", "--device", "cuda:0")) == 5
+    assert "cuda:0 cannot be used" in capfd.readouterr().err
+
+
+def test_the_plan_of_a_model(probe):
+    code, out, _ = probe("demo", "--json", "--vram", "35MiB", "--ram", "1MiB")
+    plan = json.loads(out)["plan"]
+    assert code == 0 and plan["target"] == "demo" and plan["streamed_layers"] > 0
+    assert sum(item["bytes"] for item in plan["ledger"]) == plan["device_bytes"] <= plan["device_budget_bytes"]
+    assert plan["predicted_pass_s"] == pytest.approx(plan["streamed_bytes_per_step"] / 2e9)
+    assert plan["basis"].startswith("bound") and plan["predicted_tok_per_s"] is None
+    code, out, _ = probe("demo")
+    assert code == 0 and "resident layers" in out
+
+
+def test_the_plan_of_a_shape_writes_no_model(probe, tmp_path):
+    code, out, _ = probe("shape:llama-70b", "--json", "--vram", "12GiB", "--device", "cpu", "--quant", "none")
+    plan = json.loads(out)["plan"]
+    assert code == 0 and plan["target"] == "shape:llama-70b" and plan["streamed_layers"] > 60
+    assert all(path.suffix == ".json" for path in tmp_path.iterdir())
+
+
+def test_a_budget_too_small_for_anything(probe):
+    code, out, err = probe("demo", "--vram", "1MiB")
+    assert code == 4 and out == "" and "hint:" in err
+
+
+def test_markdown_for_a_bug_report(probe):
+    code, out, _ = probe("--markdown")
+    lines = out.splitlines()
+    assert code == 0 and lines[0].startswith("**specchat ") and "| ok | RAM copy | 8.0 GB/s |  |" in lines
+    assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
+    assert probe("--markdown", "--json")[0] == 2
+
+
+def test_packs_are_checked(probe, tmp_path):
+    from specchat.models.shape_spec import parse_shape
+    from specchat.models.shapes import materialise
+
+    code, out, _ = probe("--verify")
+    assert code == 0 and "there are none" in out
+    source = materialise(
+        parse_shape("hidden=256,layers=8,heads=4,kv_heads=2,head_dim=64,mlp=704,dtype=fp32"), warn=lambda _: None
+    )
+    code, out, _ = probe("--verify", "--json")
+    assert code == 0 and any("good" in each["text"] for each in json.loads(out)["verdicts"])
+    layer = source.path / "layer-00001.safetensors"
+    with layer.open("r+b") as stream:
+        stream.seek(-4096, 2)
+        stream.write(b"\xff" * 64)
+    code, out, _ = probe("--verify", "--json")
+    (verdict,) = [each for each in json.loads(out)["verdicts"] if each["level"] == "error"]
+    assert code == 3 and "layer-00001.safetensors" in verdict["text"] and "checksum" in verdict["text"]
+    (source.path / "layer-00000.safetensors").unlink()
+    code, out, _ = probe("--verify")
+    assert code == 3 and "layer-00000" in out
+
+
+def test_what_is_remembered_needs_no_torch(tmp_path):
+    program = (
+        "import sys; from pathlib import Path; from support.machines import MEASURED;"
+        "from specchat.hardware import probe, store; folder = Path(sys.argv[1]);"
+        "store.save(folder, store.key_of(probe.find_hardware(folder), 'auto'), MEASURED);"
+        "from specchat.cli.app import run_command_line; code = run_command_line(['probe']);"
+        "print(code, 'torch' in sys.modules, file=sys.stderr)"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"SPECCHAT_CACHE_DIR": str(tmp_path), "PYTHONPATH": ":".join(sys.path), "PATH": ""},
+    )
+    assert out.stderr.strip() == "0 False"

@@ -1,0 +1,145 @@
+"""What the planner promises against what the engine takes, counted tensor by tensor."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from support.engines import NOTHING, make_plan, random_prompt
+from support.tiny_models import VOCAB, make_config, perturbed, random_model, save
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from specchat.config import Dtype, LedgerItem, ModelSource, Plan, Sampling
+from specchat.engine.engine import Engine
+from specchat.errors import AllocationError
+from specchat.models.geometry import describe
+from specchat.planner.memory import Workload, build_ledger
+
+WEIGHTS = {"resident layers", "slots", "embeddings and head", "KV cache", "draft", "draft KV cache"}
+CHUNK_ROWS = 128
+
+
+class Living(TorchDispatchMode):
+    """Bytes of storages that operations have made and that still live; the most at any time in `peak`."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        old = {id(t.untyped_storage()) for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)}
+        for tensor in tree_flatten(out)[0]:
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and id(storage) not in old and not hasattr(storage, "is_counted"):
+                storage.is_counted = True
+                self._add(storage.nbytes())
+                weakref.finalize(storage, self._add, -storage.nbytes())
+        return out
+
+    def _add(self, num_bytes):
+        self.now += num_bytes
+        self.peak = max(self.peak, self.now)
+
+
+@dataclass(frozen=True)
+class Case:
+    architecture: str
+    ctx: int
+    tree_budget: int
+    dtype: Dtype
+    num_resident: int = 1
+
+
+# Context and tree together are full chunks, so that the pass that the ledger counts with can come about.
+CASES = [
+    Case("llama", 368, 16, "fp32"),
+    Case("llama_tied", 448, 64, "bf16", num_resident=0),
+    Case("gemma2", 352, 32, "fp32"),
+    Case("gemma3", 480, 32, "bf16"),
+    Case("phi3", 240, 16, "bf16", num_resident=4),
+    Case("mixtral", 336, 48, "fp32"),
+    Case("qwen3_moe", 480, 32, "bf16"),
+    Case("gpt_oss", 224, 32, "fp32"),
+    Case("deepseek_v3", 352, 32, "fp32"),
+    Case("cohere2", 384, 128, "fp32"),
+]
+
+
+def pair(case: Case, folder: Path) -> tuple[ModelSource, ModelSource]:
+    target = random_model(make_config(case.architecture))
+    return save(target, folder / "target"), save(perturbed(target, 0.05), folder / "draft")
+
+
+def planned(case: Case, target: ModelSource, draft: ModelSource) -> Plan:
+    spec, draft_spec = describe(target), describe(draft)
+    resident = tuple(range(case.num_resident))
+    plan = make_plan(
+        target,
+        draft,
+        num_layers=spec.num_layers,
+        resident=resident,
+        ctx=case.ctx,
+        tree_budget=case.tree_budget,
+        chunk_rows=CHUNK_ROWS,
+    )
+    work = Workload(case.dtype, case.ctx, case.tree_budget, plan.draft_rows, CHUNK_ROWS, plan.slots)
+    return replace(plan, dtype=case.dtype, ledger=build_ledger(spec, draft_spec, work, resident))
+
+
+def total(items: tuple[LedgerItem, ...], *, weights: bool) -> int:
+    return sum(item.bytes for item in items if (item.item in WEIGHTS) == weights)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.architecture}-{case.dtype}")
+def test_ledger_and_memory(case: Case, tmp_path: Path):
+    target, draft = pair(case, tmp_path)
+    plan = planned(case, target, draft)
+    with Engine.load(plan, target, draft) as engine:
+        assert engine.memory().device_peak_bytes == total(plan.ledger, weights=True)
+        living = Living()
+        with living:
+            for left in (72, 9):  # one fills the noise, one has the longest pass
+                prompt = random_prompt(case.ctx - left, VOCAB, seed=left)
+                for _ in engine.generate(prompt, Sampling(temperature=0.8, top_p=0.9, seed=1), stop_ids=NOTHING):
+                    pass
+    promised = total(plan.ledger, weights=False)
+    print(f"{case}: measured {living.peak:,}, promised {promised:,}, {promised / living.peak:.3f}")
+    assert living.peak <= promised <= 1.25 * living.peak
+
+
+@pytest.mark.slow
+def test_two_hundred_turns_stay_within_the_ledger(tmp_path: Path):
+    """A chat that drops its oldest tokens when the context is full; nothing grows."""
+    case = Case("llama", 96, 8, "fp32")
+    target, draft = pair(case, tmp_path)
+    plan = planned(case, target, draft)
+    text, living, peaks = list[int](), Living(), []
+    sampling = Sampling(temperature=0.8, seed=5)
+    with Engine.load(plan, target, draft) as engine, living:
+        for turn in range(200):
+            text += random_prompt(9, VOCAB, seed=turn)
+            del text[: max(len(text) - (case.ctx - 16), 0)]
+            living.peak = living.now
+            for step in engine.generate(text, sampling, stop_ids=NOTHING, max_tokens=3):
+                text += step.token_ids
+            peaks.append(living.peak)
+            assert engine.memory().device_peak_bytes <= plan.device_bytes
+    assert max(peaks) <= total(plan.ledger, weights=False)
+    assert max(peaks[100:]) <= max(peaks[:100])
+
+
+def test_memory_that_cannot_be_had_is_said_and_nothing_stays_behind(tmp_path: Path):
+    case = Case("llama", 64, 8, "fp32", num_resident=0)
+    target, draft = pair(case, tmp_path)
+    plan = replace(planned(case, target, draft), ctx=10**12)
+    for guesses in (draft, None):  # the draft's cache comes first, then the target's
+        with pytest.raises(AllocationError, match="does not give"):
+            Engine.load(plan, target, guesses)
+    # transformers leaves threads of its own behind for a moment
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("specchat")]

@@ -1,0 +1,44 @@
+"""The report on screens wide and narrow."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from support.machines import MEASURED, hardware
+
+from specchat.hardware.machine import GpuSurvey
+from specchat.hardware.probe import Report
+from specchat.hardware.verdicts import Verdict, judge
+from specchat.ui import probe_view
+from specchat.ui.probe_view import ProbeView, bar
+
+HARDWARE = hardware(GpuSurvey())
+REPORT = Report(HARDWARE, MEASURED, judge(HARDWARE, MEASURED, {}))
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_nothing_is_cut_and_nothing_is_too_wide(width, monkeypatch):
+    monkeypatch.setattr(probe_view, "_WIDTH_OFF_TERMINAL", width)
+    stream = io.StringIO()
+    ProbeView(stream).report(REPORT, REPORT.verdicts, None)
+    lines = stream.getvalue().splitlines()
+    assert all(len(line) <= width for line in lines)
+    words = " ".join(lines).split()
+    for verdict in REPORT.verdicts:
+        assert all(
+            word in words for word in f"{verdict.level} {verdict.topic} {verdict.text} {verdict.hint or ''}".split()
+        )
+
+
+@pytest.mark.parametrize(
+    ("share", "drawn"), [(0, "····"), (1, "████"), (0.5, "██··"), (0.03125, "▏···"), (2, "████"), (-1, "····")]
+)
+def test_bars(share, drawn):
+    assert bar(share, 4) == drawn
+
+
+def test_control_characters_are_shown_and_not_obeyed():
+    stream = io.StringIO()
+    ProbeView(stream).report(REPORT, [Verdict("warn", "GPU", "a\x1b[31mb", "c\rd")], None)
+    assert "\x1b" not in stream.getvalue() and "\r" not in stream.getvalue()
