@@ -96,7 +96,15 @@ def total(items: tuple[LedgerItem, ...], *, weights: bool) -> int:
     return sum(item.bytes for item in items if (item.item in WEIGHTS) == weights)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.architecture}-{case.dtype}")
+# Each takes seconds: by default a dense model, sliding windows in 16 bit, a latent cache; the others when asked for.
+QUICK = ("llama", "gemma3", "deepseek_v3")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=() if case.architecture in QUICK else pytest.mark.slow) for case in CASES],
+    ids=lambda case: f"{case.architecture}-{case.dtype}",
+)
 def test_ledger_and_memory(case: Case, tmp_path: Path):
     target, draft = pair(case, tmp_path)
     plan = planned(case, target, draft)

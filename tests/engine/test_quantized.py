@@ -151,7 +151,7 @@ def test_streamed_equals_resident(architecture, quant, models, cache):
     check_streaming(architecture, quant, models)
 
 
-@pytest.mark.parametrize(("architecture", "quant"), [("llama", "int8"), ("llama_tied", "int4"), ("mixtral", "int4")])
+@pytest.mark.parametrize(("architecture", "quant"), [("llama_tied", "int8"), ("mixtral", "int4")])
 def test_speculation_is_lossless(architecture, quant, models):
     check_speculation(architecture, quant, models)
 
