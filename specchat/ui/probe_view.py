@@ -81,7 +81,8 @@ def headline(report: Report) -> str:
     """Versions and system in one line."""
     hardware = report.hardware
     torch = "no torch" if hardware.torch is None else f"torch {hardware.torch.version}"
-    system = f"{hardware.platform.system} {hardware.platform.release}" + (" (WSL)" if hardware.platform.wsl else "")
+    release = hardware.platform.release.partition("-")[0]  # what a distribution adds is in the JSON
+    system = f"{hardware.platform.system} {release}" + (" (WSL)" if hardware.platform.wsl else "")
     return f"specchat {__version__} · {system} · Python {hardware.platform.python} · {torch}"
 
 

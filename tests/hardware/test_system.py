@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from support.machines import MEASURED, hardware
 
+from specchat.hardware import verdicts
 from specchat.hardware.machine import Disk, GpuSurvey, Platform, Ram
 from specchat.hardware.system import cgroup_memory, read_cpu, read_disk, read_platform, read_ram, read_torch
 from specchat.hardware.verdicts import judge
@@ -101,3 +102,10 @@ def test_a_containers_limit_is_what_there_is():
     ram = Ram(64 * GIB, 10 * GIB, 16 * GIB, 0, None)
     (verdict,) = [each for each in judge(hardware(GpuSurvey(), ram=ram), MEASURED, {}) if each.topic == "RAM"]
     assert "10.0 GiB of 16.0 GiB" in verdict.text and "64.0 GiB" in verdict.text
+
+
+def test_a_users_name_is_not_in_the_report(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert verdicts._from_home(tmp_path / ".cache" / "specchat") == "~/.cache/specchat"
+    assert verdicts._from_home(tmp_path) == str(tmp_path)
+    assert verdicts._from_home(tmp_path.parent / "other") == str(tmp_path.parent / "other")
