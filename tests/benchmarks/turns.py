@@ -18,7 +18,8 @@ from support.terminal import Terminal
 ENTER, CTRL_D = "\r", "\x04"
 TURNS = 10
 LIMIT = 1.2
-COMMAND = ("run", "demo", "--vram", "40MiB", "--max-tokens", "32", "--session", "turns")
+# Trees of one size, or a cheaper later tree could hide a dearer history.
+COMMAND = ("run", "demo", "--vram", "40MiB", "--tree-budget", "64", "--max-tokens", "32", "--session", "turns")
 
 
 def chat(seed):
@@ -26,7 +27,7 @@ def chat(seed):
     with tempfile.TemporaryDirectory() as state:
         environment = {"SPECCHAT_STATE_DIR": state}
         with Terminal("specchat", *COMMAND, "--seed", str(seed), columns=120, environment=environment) as terminal:
-            terminal.wait_for_prompt()
+            terminal.wait_for(lambda t: t.cursor_line == ">", timeout_s=60)  # imports take their time
             file = Path(state, "sessions", "turns.jsonl")
             for number in range(1, TURNS + 1):
                 terminal.send("What did the fox do then?" + ENTER)
