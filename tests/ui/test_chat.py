@@ -381,3 +381,26 @@ def test_a_context_that_fills_up():
         terminal.wait_for(lambda t: t.cursor_line.endswith("xxx"))  # the message is back
         assert terminal.screen.count("warning:") == 1
         terminal.send(CTRL_C)
+
+
+def test_an_answer_that_was_stopped_goes_on(tmp_path):
+    gate = tmp_path / "gate"
+    with chat(environment={"FAKE_GATE": str(gate)}) as terminal:
+        say(terminal, "/continue", "there is no answer")
+        terminal.send("gated hello" + ENTER)
+        terminal.wait_for("You said")
+        terminal.send(CTRL_C)
+        terminal.wait_for("^C stopped")
+        terminal.wait_for_prompt()
+        gate.touch()
+        say(terminal, "/continue", r"You said: gated hello\n")
+        say(terminal, "/stats", r"\d+ answers? ·")
+        terminal.send("/undo" + ENTER)
+        terminal.wait_for(lambda t: "taken back" in t.screen and t.cursor_line == "> gated hello")
+
+
+@pytest.mark.parametrize("word", ["/exit", "/bye", "/quit"])
+def test_leaving_in_words(word):
+    with chat() as terminal:
+        terminal.send(word + ENTER)
+        assert terminal.exit_code() == 0
