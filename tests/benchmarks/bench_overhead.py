@@ -35,7 +35,7 @@ class NoClock:
     def __init__(self, _streamer: object) -> None:
         self.drafting = self.verifying = self.sampling = nullcontext
 
-    def step(self, tokens, reason, new_rows, cached_rows, tree_nodes, depth, guesses=()) -> Step:
+    def step(self, tokens, reason, new_rows, cached_rows, tree_nodes, depth, guesses=(), tree=None) -> Step:
         return Step(tokens, reason, new_rows, cached_rows, tree_nodes, 0, depth, 0, 0, 0, 0, 0, 0)
 
 
@@ -64,7 +64,7 @@ def main() -> None:
     tokenizer = load_tokenizer(target.path)
     prompts = [tuple(tokenizer.encode(tokenizer.render([Message("user", question.turns[0])]))) for question in BUILT_IN]
     logs: dict[str, list[float]] = {}
-    plan = make_plan(PlanRequest(target, draft, device="cpu", ctx=512))
+    plan = make_plan(PlanRequest(target, draft, device="cpu", ctx=512, tree_budget=64))  # adaptive trees look at clocks
     with Engine.load(plan, target, draft) as engine:
         for number in range(-4, num_pairs):  # the first four warm up
             request = Request(prompts[number % len(prompts)], Sampling(), frozenset(), MAX_TOKENS)
