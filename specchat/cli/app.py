@@ -95,6 +95,13 @@ _Offline = Annotated[bool | None, typer.Option("--offline", help="Never use the 
 _Yes = Annotated[bool, typer.Option("--yes", help="Download without asking.")]
 
 
+def _shared_settings(config: str | None, **given: settings.Raw | list[str] | None) -> Settings:
+    """What holds of the settings that every command has: flags before the environment before config.toml."""
+    file, aliases = settings.config_file(config)
+    layers = [settings.flags(given), settings.environment(), file]
+    return settings.resolve(settings.SHARED_KEYS, layers, aliases)
+
+
 def _model_options(
     chosen: Settings, *, model: str | None, seed: int | None, yes: bool, quiet: bool
 ) -> options.ModelOptions:
@@ -343,21 +350,19 @@ def _bench(
     """Measure MODEL: how fast it is here, why, against what, and whether the text stays the target's own."""
     from specchat.cli.bench import bench
 
-    given: dict[str, settings.Raw | list[str] | None] = {
-        "draft": draft,
-        "device": device,
-        "vram": vram,
-        "ram": ram,
-        "ctx": ctx,
-        "tree_budget": tree_budget,
-        "dtype": dtype,
-        "quant": quant,
-        "draft_quant": draft_quant,
-        "offline": offline,
-    }
-    file, aliases = settings.config_file(config)
-    layers = [settings.flags(given), settings.environment(), file]
-    chosen = settings.resolve(settings.SHARED_KEYS, layers, aliases)
+    chosen = _shared_settings(
+        config,
+        draft=draft,
+        device=device,
+        vram=vram,
+        ram=ram,
+        ctx=ctx,
+        tree_budget=tree_budget,
+        dtype=dtype,
+        quant=quant,
+        draft_quant=draft_quant,
+        offline=offline,
+    )
     checked = bench_options.BenchOptions(
         models=_model_options(chosen, model=model, seed=options.seed(seed), yes=yes, quiet=quiet),
         max_tokens=whole("--max-tokens", max_tokens, 1),
@@ -403,20 +408,19 @@ def _probe(
     """Report what this machine has and how fast it is, and the plan that MODEL would get here."""
     from specchat.cli.probe import ProbeOptions, check_combination, probe
 
-    given: dict[str, settings.Raw | list[str] | None] = {
-        "draft": draft,
-        "device": device,
-        "vram": vram,
-        "ram": ram,
-        "ctx": ctx,
-        "tree_budget": tree_budget,
-        "dtype": dtype,
-        "quant": quant,
-        "draft_quant": draft_quant,
-        "offline": offline,
-    }
-    file, aliases = settings.config_file(config)
-    chosen = settings.resolve(settings.SHARED_KEYS, [settings.flags(given), settings.environment(), file], aliases)
+    chosen = _shared_settings(
+        config,
+        draft=draft,
+        device=device,
+        vram=vram,
+        ram=ram,
+        ctx=ctx,
+        tree_budget=tree_budget,
+        dtype=dtype,
+        quant=quant,
+        draft_quant=draft_quant,
+        offline=offline,
+    )
     checked = ProbeOptions(
         models=_model_options(chosen, model=model, seed=None, yes=yes, quiet=quiet),
         json=json,

@@ -6,15 +6,15 @@ from types import TracebackType
 from typing import Any, Self, TextIO
 
 from rich import box
-from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
 from specchat.bench.runner import Progress
 from specchat.bench.tables import Table, notes, number, report_tables, share_lines
-from specchat.ui.console import Talk, neutral, wants_styles
+from specchat.ui.console import Talk, neutral, report_console
 
 _LOG_EVERY_S = 30.0
+_WIDTH_OFF_TERMINAL = 200
 _WIDTH_OFF_TERMINAL = 200
 _CHART_COLUMNS = 50
 
@@ -75,16 +75,7 @@ class ReportView:
     """
 
     def __init__(self, stream: TextIO) -> None:
-        styled = wants_styles(stream)
-        self._console = Console(
-            file=stream,
-            force_terminal=styled,
-            color_system="auto" if styled else None,
-            highlight=False,
-            markup=False,
-            emoji=False,
-            width=None if stream.isatty() else _WIDTH_OFF_TERMINAL,
-        )
+        self._console = report_console(stream, _WIDTH_OFF_TERMINAL)
 
     def report(self, report: Mapping[str, Any]) -> None:
         """A whole report."""

@@ -146,6 +146,20 @@ class Talk:
         self.console.print(Text.assemble((f"{label}: ", style), neutral(" ".join(text.split("\n")))))
 
 
+def report_console(stream: TextIO, columns_off_terminal: int) -> Console:
+    """For tables on stdout: drawn on a terminal, plain text of a fixed width elsewhere."""
+    styled = wants_styles(stream)
+    return Console(
+        file=stream,
+        force_terminal=styled,
+        color_system="auto" if styled else None,
+        highlight=False,
+        markup=False,
+        emoji=False,
+        width=None if stream.isatty() else columns_off_terminal,
+    )
+
+
 def answer_stream() -> AnswerStream:
     """Stdout as it is now."""
     return AnswerStream(sys.stdout)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import TextIO
 
-from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -11,7 +10,7 @@ from rich.text import Text
 from specchat import __version__
 from specchat.hardware.probe import Report
 from specchat.hardware.verdicts import Level, Verdict
-from specchat.ui.console import Talk, neutral, wants_styles
+from specchat.ui.console import Talk, neutral, report_console
 
 _STYLES: dict[Level, str] = {"ok": "green", "warn": "yellow", "error": "bold red"}
 _WIDTH_OFF_TERMINAL = 120
@@ -28,16 +27,7 @@ class ProbeView:
     """
 
     def __init__(self, stream: TextIO) -> None:
-        styled = wants_styles(stream)
-        self._console = Console(
-            file=stream,
-            force_terminal=styled,
-            color_system="auto" if styled else None,
-            highlight=False,
-            markup=False,
-            emoji=False,
-            width=None if stream.isatty() else _WIDTH_OFF_TERMINAL,
-        )
+        self._console = report_console(stream, _WIDTH_OFF_TERMINAL)
 
     def report(self, report: Report, verdicts: Sequence[Verdict], plan: str | None) -> None:
         """A whole report.
