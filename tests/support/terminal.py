@@ -3,20 +3,21 @@
 import os
 import sys
 import time
-from pathlib import Path
 
 import pexpect
 import pyte
 
-TESTS = Path(__file__).parents[1]
+from support.forked import TESTS, Forked
+
 _ABOUT_OTHER_TERMINALS = {"NO_COLOR", "PROMPT_TOOLKIT_NO_CPR", "COLUMNS", "LINES"}
+_SETTLED_S = 0.03
 
 
 class Terminal:
     """Runs a Python module; `screen` is what a person would see.
 
     Args:
-        module: run with -m.
+        module: run with -m; what is not the program itself is forked, which is quicker.
         arguments: its command line.
         columns, rows: size.
         environment: added to this process's own.
@@ -29,9 +30,11 @@ class Terminal:
             "PYTHONPATH": f"{TESTS}:{TESTS.parent}",
             **(environment or {}),
         }
-        self._process = pexpect.spawn(
-            sys.executable, ["-m", module, *arguments], dimensions=(rows, columns), env=environment
-        )
+        if module == "specchat":
+            command = ["-m", module, *arguments]
+            self._process = pexpect.spawn(sys.executable, command, dimensions=(rows, columns), env=environment)
+        else:
+            self._process = Forked(module, arguments, (rows, columns), environment)
         self._process.delaybeforesend = None
         self._screen = pyte.HistoryScreen(columns, rows, history=1000)
         self._screen.write_process_input = self._process.send  # answers to the program's questions
@@ -82,7 +85,7 @@ class Terminal:
     def kill(self, signal):
         self._process.kill(signal)
 
-    def wait_for(self, condition, timeout_s=8):
+    def wait_for(self, condition, timeout_s=30):
         """Until `condition`, a text or a function of this terminal, is on the screen."""
         holds = condition if callable(condition) else lambda terminal: condition in terminal.screen
         end = time.monotonic() + timeout_s
@@ -94,19 +97,19 @@ class Terminal:
     def wait_for_prompt(self):
         """Until the cursor stands behind an empty prompt, and nothing more comes."""
         self.wait_for(lambda terminal: terminal.cursor_line == ">")
-        self._read()
+        self._read(_SETTLED_S)
 
-    def exit_code(self, timeout_s=8):
+    def exit_code(self, timeout_s=30):
         end = time.monotonic() + timeout_s
         while self._read():
             assert time.monotonic() < end, f"does not end:\n{self.screen}"
         self._process.wait()
         return self._process.exitstatus if self._process.signalstatus is None else -self._process.signalstatus
 
-    def _read(self):
+    def _read(self, timeout_s=0.1):
         """Takes what there is; False once there will be nothing more."""
         try:
-            data = self._process.read_nonblocking(65536, timeout=0.1)
+            data = self._process.read_nonblocking(65536, timeout=timeout_s)
         except pexpect.TIMEOUT:
             return True
         except pexpect.EOF:
