@@ -4,9 +4,12 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
 
 from specchat.config import DTYPE_BYTES, Dtype, Quant
 from specchat.errors import UsageError
+from specchat.models.known_models import known_models
 from specchat.units import format_bytes
 
 VOCAB_SIZE = 4096  # the demo's, whatever the shape: its tokenizer and its embeddings serve every shape
@@ -103,23 +106,22 @@ class Shape:
 # What every shape must be able to hold.
 DEMO_TARGET = Shape(hidden=256, layers=8, heads=4, kv_heads=2, head_dim=64, mlp=704, name="demo target")
 
-# From the config.json of the model named beside each; all are stored in 16 bits.
-KNOWN_SHAPES: Mapping[str, Shape] = {
-    "llama-1b": Shape(2048, 16, 32, 8, 64, 8192),  # meta-llama/Llama-3.2-1B
-    "llama-3b": Shape(3072, 28, 24, 8, 128, 8192),  # meta-llama/Llama-3.2-3B
-    "llama-8b": Shape(4096, 32, 32, 8, 128, 14336),  # meta-llama/Llama-3.1-8B
-    "llama-13b": Shape(5120, 40, 40, 40, 128, 13824),  # meta-llama/Llama-2-13b-hf
-    "llama-70b": Shape(8192, 80, 64, 8, 128, 28672),  # meta-llama/Llama-3.1-70B
-    "llama-405b": Shape(16384, 126, 128, 8, 128, 53248),  # meta-llama/Llama-3.1-405B
-    "mistral-7b": Shape(4096, 32, 32, 8, 128, 14336),  # mistralai/Mistral-7B-v0.3
-    "mistral-24b": Shape(5120, 40, 32, 8, 128, 32768),  # mistralai/Mistral-Small-24B-Base-2501
-    "mistral-123b": Shape(12288, 88, 96, 8, 128, 28672),  # mistralai/Mistral-Large-Instruct-2407
-    "qwen-4b": Shape(2560, 36, 32, 8, 128, 9728),  # Qwen/Qwen3-4B
-    "qwen-8b": Shape(4096, 36, 32, 8, 128, 12288),  # Qwen/Qwen3-8B
-    "qwen-14b": Shape(5120, 40, 40, 8, 128, 17408),  # Qwen/Qwen3-14B
-    "qwen-32b": Shape(5120, 64, 64, 8, 128, 25600),  # Qwen/Qwen3-32B
-    "qwen-72b": Shape(8192, 80, 64, 8, 128, 29568),  # Qwen/Qwen2.5-72B
-}
+
+@cache
+def known_shapes() -> Mapping[str, Shape]:
+    """The shapes that have names; the models that they come from are stored in 16 bits."""
+    return {model.shape: _shape_of(model.config) for model in known_models().values() if model.shape}
+
+
+def _shape_of(config: Mapping[str, Any]) -> Shape:
+    return Shape(
+        hidden=config["hidden_size"],
+        layers=config["num_hidden_layers"],
+        heads=config["num_attention_heads"],
+        kv_heads=config["num_key_value_heads"],
+        head_dim=config["head_dim"],
+        mlp=config["intermediate_size"],
+    )
 
 
 def parse_shape(text: str) -> Shape:
@@ -159,9 +161,10 @@ def _split(text: str) -> tuple[str | None, dict[str, str]]:
 
 
 def _known(name: str) -> Shape:
-    if name not in KNOWN_SHAPES:
-        raise UsageError(f"there is no shape '{name}'", hint=f"known: {', '.join(KNOWN_SHAPES)}; or {_WRITE}")
-    return KNOWN_SHAPES[name]
+    known = known_shapes()
+    if name not in known:
+        raise UsageError(f"there is no shape '{name}'", hint=f"known: {', '.join(known)}; or {_WRITE}")
+    return known[name]
 
 
 def _parse_dtype(text: str) -> Dtype:

@@ -36,7 +36,7 @@ EXAMPLES = {
     "mistralai/Mistral-Large-Instruct-2407": "mistralai/Mistral-7B-Instruct-v0.3",
     "microsoft/Phi-3-medium-128k-instruct": "microsoft/Phi-3-mini-4k-instruct",
     "allenai/OLMo-2-0325-32B-Instruct": "allenai/OLMo-2-0425-1B-Instruct",
-    "openai/gpt-oss-120b": "openai/gpt-oss-20b",
+    "unsloth/gpt-oss-120b-BF16": "unsloth/gpt-oss-20b-BF16",
     "HuggingFaceTB/SmolLM2-1.7B-Instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "ibm-granite/granite-3.3-8b-instruct": "ibm-granite/granite-3.3-2b-instruct",
     "/models/Llama-3.3-70B-Instruct/": "meta-llama/Llama-3.2-1B-Instruct",

@@ -26,7 +26,7 @@ from specchat.models.hf_compat import load_tokenizer
 from specchat.models.hub import Download, locate
 from specchat.models.pack import open_pack
 from specchat.models.prepare import prepare
-from specchat.models.shape_spec import DEMO_TARGET, KNOWN_SHAPES, VOCAB_SIZE, Shape, parse_shape
+from specchat.models.shape_spec import DEMO_TARGET, VOCAB_SIZE, Shape, known_shapes, parse_shape
 from specchat.models.shapes import ShapeLayers, materialise, shape_files
 from specchat.planner.search import PlanRequest, make_plan
 
@@ -81,7 +81,7 @@ def test_the_demo_target_is_what_its_config_says():
 )
 def test_known_shapes(name, vocab, num_embeddings, billions):
     shape = parse_shape(name)
-    assert shape == KNOWN_SHAPES[name]
+    assert shape == known_shapes()[name]
     params = shape.layers * shape.layer_bytes // 2 + num_embeddings * vocab * shape.hidden
     assert params / 1e9 == pytest.approx(billions, abs=0.006)
     assert name in shape.describe()
@@ -91,7 +91,7 @@ def test_known_shapes(name, vocab, num_embeddings, billions):
 
 def test_every_known_shape_is_tested():
     tested = test_known_shapes.pytestmark[0].args[1]
-    assert {case[0] for case in tested} == set(KNOWN_SHAPES)
+    assert {case[0] for case in tested} == set(known_shapes())
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,9 @@ def test_what_is_no_shape(text, part):
     assert "\n" not in caught.value.message
 
 
-_ITEMS = st.sampled_from([*KNOWN_SHAPES, "hidden=512", "layers=9", "heads=6", "kv_heads=3", "head_dim=192", "mlp=768"])
+_ITEMS = st.sampled_from(
+    [*known_shapes(), "hidden=512", "layers=9", "heads=6", "kv_heads=3", "head_dim=192", "mlp=768"]
+)
 
 
 @given(st.text(max_size=60) | st.lists(_ITEMS, max_size=6).map(",".join))

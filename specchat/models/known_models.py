@@ -1,0 +1,55 @@
+"""Models whose figures are shipped (known_models.toml): all that a plan for them needs. No network, and no torch."""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+_FILE = Path(__file__).with_name("known_models.toml")
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """One entry of the file.
+
+    Attributes:
+        id: on the hub.
+        config: what its config.json says about its size, under the same keys.
+        billions: weights as published.
+        stored: what its matrices come quantized to: "awq", "bnb-4bit", or "" for 16 bits.
+        gated: whether its licence must be accepted first.
+        shape: the name of the synthetic model of its shape, or "".
+        offered: whether it is suggested to users, and not only known as a draft or a shape.
+    """
+
+    id: str
+    config: Mapping[str, Any]
+    billions: float
+    stored: str = ""
+    gated: bool = False
+    shape: str = ""
+    offered: bool = True
+
+
+@cache
+def known_models() -> Mapping[str, KnownModel]:
+    """All entries by id, in the order of the file."""
+    models: dict[str, KnownModel] = {}
+    for entry in tomllib.loads(_FILE.read_text(encoding="utf-8"))["model"]:
+        base = models[entry["like"]].config if "like" in entry else {}
+        own = {key: value for key, value in entry.items() if key not in ("like", "config")}
+        models[entry["id"]] = KnownModel(**own, config={**base, **entry.get("config", {})})
+    return models
+
+
+def known_model(name: str) -> KnownModel | None:
+    """The entry of a model, or of one with another publisher and the same name: its copy has the same figures."""
+    last = _last(name)
+    same = [model for model in known_models().values() if _last(model.id) == last]
+    return next((model for model in same if model.id == name), same[0] if same else None)
+
+
+def _last(name: str) -> str:
+    return name.rpartition("/")[2].partition("@")[0].lower()

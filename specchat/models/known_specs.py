@@ -1,0 +1,268 @@
+"""Sizes of known models by arithmetic alone: what `geometry.describe` finds in milliseconds instead of seconds.
+
+The layers are those that transformers builds for a configuration; tests hold one against the other, and what a pass
+takes against rehearsals.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from specchat.config import DTYPE_BYTES, Activations, Dtype, ModelSpec, ParamSize, Quant, RowCost
+from specchat.models import hf_compat
+from specchat.models.formats.affine import Affine
+from specchat.models.formats.bnb4 import Bnb4
+from specchat.models.formats.protocol import WeightFormat
+from specchat.models.known_models import KnownModel, known_models
+from specchat.models.quantization import HEAD_QUANTIZER, QUANTIZERS
+
+_FLOAT_BYTES = 4  # rotary frequencies and scores are float32, whatever the model computes in
+_CHECKPOINT_DTYPES: Mapping[str, Dtype] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+# What checkpoints come in: the name that plans give it, and how a matrix of a layer is stored; heads stay plain.
+_STORED: Mapping[str, tuple[str, WeightFormat]] = {
+    "awq": ("awq int4", Affine(4, 128, torch.float16, zeros=True)),
+    "bnb-4bit": ("bitsandbytes 4-bit", Bnb4()),
+}
+
+
+@dataclass(frozen=True)
+class _Architecture:
+    """How the decoder layers of a model type differ from Llama's.
+
+    Attributes:
+        model_class: transformers' name.
+        fused_qkv, fused_gate: whether those projections are one matrix.
+        qkv_bias: whether queries, keys and values have biases.
+        head_norms: what queries and keys are normed over: "" not at all, "head" each head, "all" all heads together.
+        num_norms: of the layer, each as wide as the residual stream.
+        sinks: whether heads have a sink, all of the layer's projections a bias, and scores are kept for the softmax.
+        softcap: whether scores are kept for a cap.
+        windows: whether some layers see a window only, which takes a mask of its own.
+    """
+
+    model_class: str
+    fused_qkv: bool = False
+    fused_gate: bool = False
+    qkv_bias: bool = False
+    head_norms: str = ""
+    num_norms: int = 2
+    sinks: bool = False
+    softcap: bool = False
+    windows: bool = False
+
+
+_ARCHITECTURES: Mapping[str, _Architecture] = {
+    "llama": _Architecture("LlamaForCausalLM"),
+    "mistral": _Architecture("MistralForCausalLM"),
+    "mixtral": _Architecture("MixtralForCausalLM"),
+    "qwen2": _Architecture("Qwen2ForCausalLM", qkv_bias=True),
+    "qwen3": _Architecture("Qwen3ForCausalLM", head_norms="head"),
+    "qwen3_moe": _Architecture("Qwen3MoeForCausalLM", head_norms="head"),
+    "gemma2": _Architecture("Gemma2ForCausalLM", num_norms=4, softcap=True, windows=True),
+    "gemma3_text": _Architecture("Gemma3ForCausalLM", num_norms=4, head_norms="head", windows=True),
+    "phi3": _Architecture("Phi3ForCausalLM", fused_qkv=True, fused_gate=True),
+    "olmo2": _Architecture("Olmo2ForCausalLM", head_norms="all"),
+    "olmo3": _Architecture("Olmo3ForCausalLM", head_norms="all", windows=True),
+    "gpt_oss": _Architecture("GptOssForCausalLM", qkv_bias=True, sinks=True, windows=True),
+    "smollm3": _Architecture("SmolLM3ForCausalLM"),
+    "granite": _Architecture("GraniteForCausalLM"),
+    "glm4": _Architecture("Glm4ForCausalLM", fused_gate=True, num_norms=4),
+}
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A parameter, or one matrix (rows, cols) for each of `experts`."""
+
+    shape: tuple[int, ...]
+    is_matrix: bool = True
+    experts: int = 0
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape) * max(self.experts, 1)
+
+    def sizes(self, stored: WeightFormat | None) -> tuple[ParamSize, ...]:
+        """The parameters that it becomes where matrices are stored in a format."""
+        if stored is None or not self.is_matrix:
+            return (ParamSize(self.count),)
+        segments = stored.segments(self.shape[0], self.shape[1])
+        own = tuple(ParamSize(math.prod(segment.shape), segment.dtype.itemsize) for segment in segments)
+        return own * max(self.experts, 1)
+
+
+@cache
+def known_spec(model_id: str, quant: Quant = "none") -> ModelSpec:
+    """`spec_of` one of `known_models`, by its id; worked out once."""
+    return spec_of(known_models()[model_id], quant)
+
+
+def spec_of(model: KnownModel, quant: Quant = "none") -> ModelSpec:
+    """The sizes of a model.
+
+    Args:
+        model: its figures.
+        quant: what its matrices are to be stored in; those that come quantized stay as they are.
+    """
+    config = SimpleNamespace(**model.config)
+    architecture = _ARCHITECTURES[config.model_type]
+    name, stored, head_stored = _formats(model.stored, quant)
+    layer = _layer_weights(config, architecture)
+    embedding = _Weight((config.vocab_size, config.hidden_size))
+    layer_sizes = tuple(size for weight in layer for size in weight.sizes(stored))
+    return ModelSpec(
+        name=model.id,
+        architecture=architecture.model_class,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        mlp_size=hf_compat.mlp_size(config),
+        num_heads=config.num_attention_heads,
+        max_positions=hf_compat.max_positions(config),
+        dtype=_CHECKPOINT_DTYPES[config.dtype],
+        num_params=config.num_hidden_layers * sum(weight.count for weight in layer) + _num_rest(config, embedding),
+        layer_params=(layer_sizes,) * config.num_hidden_layers,
+        other_params=_other_sizes(config, embedding, head_stored),
+        buffer_bytes=_buffer_bytes(config, architecture),
+        kv_shapes=hf_compat.kv_shapes(config),
+        quant=name,
+        quant_shapes=_quant_shapes(layer, stored, embedding, head_stored),
+        activations={size: _activations(config, architecture, size) for size in set(DTYPE_BYTES.values())},
+    )
+
+
+def _formats(stored: str, quant: Quant) -> tuple[str, WeightFormat | None, WeightFormat | None]:
+    """The name of the quantization, and what it makes of the layers' matrices and of the head's."""
+    if stored:
+        return (*_STORED[stored], None)
+    if quant == "none":
+        return "none", None, None
+    return quant, QUANTIZERS[quant].format, HEAD_QUANTIZER.format
+
+
+# --- parameters --------------------------------------------------------------------------------------------------
+
+
+def _layer_weights(config: Any, architecture: _Architecture) -> tuple[_Weight, ...]:
+    """All that a decoder layer has."""
+    experts = _num_experts(config)
+    mlp = _expert_weights(config, architecture, experts) if experts else _mlp_weights(config, architecture)
+    return (*_attention_weights(config, architecture), *mlp, *(_vector(config.hidden_size),) * architecture.num_norms)
+
+
+def _attention_weights(config: Any, architecture: _Architecture) -> list[_Weight]:
+    hidden, head_dim = config.hidden_size, config.head_dim
+    q, kv = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    projections = [q + 2 * kv] if architecture.fused_qkv else [q, kv, kv]
+    weights = [*(_Weight((rows, hidden)) for rows in projections), _Weight((hidden, q))]
+    if architecture.qkv_bias or getattr(config, "attention_bias", False):
+        weights += [_vector(rows) for rows in projections]
+    if architecture.sinks:
+        weights += [_vector(hidden), _vector(config.num_attention_heads)]
+    match architecture.head_norms:
+        case "head":
+            weights += [_vector(head_dim)] * 2
+        case "all":
+            weights += [_vector(q), _vector(kv)]
+    return weights
+
+
+def _mlp_weights(config: Any, architecture: _Architecture) -> list[_Weight]:
+    hidden, inner = config.hidden_size, config.intermediate_size
+    up = [_Weight((2 * inner, hidden))] if architecture.fused_gate else [_Weight((inner, hidden))] * 2
+    return [*up, _Weight((hidden, inner))]
+
+
+def _expert_weights(config: Any, architecture: _Architecture, experts: int) -> list[_Weight]:
+    """A router, and fused experts."""
+    hidden, inner = config.hidden_size, _expert_width(config)
+    router = _Weight((experts, hidden), is_matrix=False)
+    matrices = [_Weight((2 * inner, hidden), experts=experts), _Weight((hidden, inner), experts=experts)]
+    biases = [_vector(experts), _vector(experts * 2 * inner), _vector(experts * hidden)] if architecture.sinks else []
+    return [router, *matrices, *biases]
+
+
+def _num_experts(config: Any) -> int:
+    """0 for an MLP without experts."""
+    experts: int = getattr(config, "num_experts", 0) or getattr(config, "num_local_experts", 0)
+    return experts
+
+
+def _expert_width(config: Any) -> int:
+    width: int = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    return width
+
+
+def _vector(length: int) -> _Weight:
+    return _Weight((length,), is_matrix=False)
+
+
+def _num_rest(config: Any, embedding: _Weight) -> int:
+    """Numbers of embedding, head and final norm."""
+    rest: int = embedding.count * (1 if config.tie_word_embeddings else 2) + config.hidden_size
+    return rest
+
+
+def _other_sizes(config: Any, embedding: _Weight, head_stored: WeightFormat | None) -> tuple[ParamSize, ...]:
+    """Embedding, final norm, and the head: one that is stored in a format shares nothing with the embedding."""
+    sizes = [ParamSize(embedding.count), ParamSize(config.hidden_size)]
+    if head_stored is not None or not config.tie_word_embeddings:
+        sizes += embedding.sizes(head_stored)
+    return tuple(sizes)
+
+
+def _quant_shapes(
+    layer: tuple[_Weight, ...], stored: WeightFormat | None, head: _Weight, head_stored: WeightFormat | None
+) -> tuple[tuple[int, int], ...]:
+    quantized = [weight for weight in layer if weight.is_matrix and stored is not None]
+    quantized += [head] if head_stored is not None else []
+    return tuple(sorted({(weight.shape[0], weight.shape[1]) for weight in quantized}))
+
+
+def _buffer_bytes(config: Any, architecture: _Architecture) -> int:
+    """Rotary frequencies, as used and as they were before any scaling; a set of them for each kind of layer."""
+    head_dim: int = config.head_dim
+    return head_dim * _FLOAT_BYTES * (2 if architecture.windows else 1)
+
+
+# --- what a pass takes -------------------------------------------------------------------------------------------
+
+
+def _activations(config: Any, architecture: _Architecture, element: int) -> Activations:
+    """The workspace of a pass in numbers of `element` bytes: at least what rehearsals find, and little more."""
+    hidden, head_dim, heads = config.hidden_size, config.head_dim, config.num_attention_heads
+    q, kv = heads * head_dim, config.num_key_value_heads * head_dim
+    if architecture.sinks or architecture.softcap:  # scores, as they are and in float32; capping takes a copy
+        score = 2 * _FLOAT_BYTES if architecture.sinks else 2 * element + _FLOAT_BYTES
+        attending = RowCost(0, (hidden + 2 * q + 2 * head_dim) * element, 0, heads * score)
+    else:  # a mask row, made from positions
+        kept = q + 2 * kv if architecture.fused_qkv else 0
+        attending = RowCost(0, (hidden + q + kept) * element, 24, 2)
+    projecting = (5 * q + 4 * kv) if architecture.head_norms == "all" else 4 * q + 2 * kv
+    most = 2 * hidden + max(projecting, _mlp_numbers(config, architecture))
+    # norms compute in float32, beside the rows that they read; positions turn at some speeds for each kind of layer
+    outside = (4 if element == _FLOAT_BYTES else 7) * hidden + 4 * head_dim + 4
+    return Activations(
+        outside=(RowCost(4 * hidden * element, outside * element),),
+        entry=(RowCost(0, (2 * hidden + 8 * head_dim) * element),),
+        layer=(attending, RowCost(4 * hidden * element, most * element)),
+        head=(RowCost(0, config.vocab_size * (element + _FLOAT_BYTES)),),
+        num_masks=2 if architecture.windows else 1,
+    )
+
+
+def _mlp_numbers(config: Any, architecture: _Architecture) -> int:
+    """Numbers for each row at the fullest moment of an MLP; of experts, those of all active ones at once."""
+    hidden: int = config.hidden_size
+    if experts := _num_experts(config):
+        inner = _expert_width(config)
+        active: int = config.num_experts_per_tok
+        widest = 10 * inner + 64 if architecture.sinks else max(4 * hidden, hidden + 4 * inner)
+        return active * widest + 4 * experts
+    width: int = config.intermediate_size
+    return (4 if architecture.fused_gate else 3) * width

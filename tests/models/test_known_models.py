@@ -1,0 +1,134 @@
+"""The shipped figures: right by the published counts, and by the modules that transformers builds for them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from specchat.config import DTYPE_BYTES, ModelSource, ModelSpec
+from specchat.models import geometry, known_specs
+from specchat.models.catalog import parse_model
+from specchat.models.families import known_families
+from specchat.models.geometry import describe, layer_bytes, weight_bytes
+from specchat.models.known_models import KnownModel, known_model, known_models
+from specchat.models.known_specs import known_spec
+from specchat.models.quantized import Matrix, Part
+
+MODELS = list(known_models().values())
+# One of each kind of layer, the smallest; the others only differ in figures.
+KINDS = list({model.config["model_type"]: model for model in sorted(MODELS, key=lambda m: -m.billions)}.values())
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.id)
+def test_as_many_weights_as_published(model: KnownModel):
+    assert known_spec(model.id).num_params == pytest.approx(model.billions * 1e9, rel=0.02)
+
+
+def test_the_file_names_what_there_is():
+    assert len(MODELS) >= 40
+    assert all(parse_model(model.id).kind == "hub" for model in MODELS)
+    assert all(model.stored in ("", "awq", "bnb-4bit") for model in MODELS)
+    shapes = [model.shape for model in MODELS if model.shape]
+    assert len(set(shapes)) == len(shapes) > 10
+    unsupported = known_families().why_unsupported
+    assert [model.id for model in MODELS if unsupported(model.id)] == []
+
+
+def test_the_figures_of_every_draft_are_known():
+    drafts = {draft for family in known_families().families for draft in family.drafts}
+    assert [draft for draft in sorted(drafts) if known_model(draft) is None] == []
+
+
+def test_a_copy_has_the_figures_of_its_original():
+    original = known_models()["meta-llama/Llama-3.2-1B-Instruct"]
+    assert known_model("unsloth/Llama-3.2-1B-Instruct@main") == original
+    assert known_model("meta-llama/Llama-3.2-1B-Instruct") == original
+    assert known_model("someone/a-model-of-their-own") is None
+
+
+class StoredAs:
+    """Lets every layer's matrices be what checkpoints of that kind come in, and the head stay as it is."""
+
+    def __init__(self, stored: str) -> None:
+        self.name, self._format = known_specs._STORED[stored]
+
+    def parts(self, matrix: Matrix, expert: int):
+        return None if matrix.layer is None else (Part(matrix.shape[0], self._format),)
+
+
+def built(model: KnownModel, quant: str, layers: int, folder: Path) -> ModelSpec:
+    """What `describe` finds in the modules that transformers makes of the figures."""
+    figures = model.config | {"num_hidden_layers": layers}
+    (folder / "config.json").write_text(json.dumps(figures))
+    with pytest.MonkeyPatch.context() as patch:
+        if model.stored:
+            patch.setattr(geometry, "choose_recipe", lambda *_: StoredAs(model.stored))
+        return describe(ModelSource(model.id, folder), quant)
+
+
+def compare(model: KnownModel, quant: str, layers: int, folder: Path) -> None:
+    found = built(model, quant, layers, folder)
+    known = known_specs.spec_of(replace(model, config={**model.config, "num_hidden_layers": layers}), quant)
+    for dtype in DTYPE_BYTES:
+        assert layer_bytes(known, 0, dtype) == layer_bytes(found, layers - 1, dtype)
+        assert weight_bytes(known, dtype) == pytest.approx(weight_bytes(found, dtype), abs=8192)  # buffers
+    exact = "architecture vocab_size hidden_size num_layers mlp_size num_heads max_positions dtype num_params kv_shapes"
+    for name in (*exact.split(), "quant", "quant_shapes"):
+        assert getattr(known, name) == getattr(found, name), name
+    same_workspace(known, found)
+
+
+def same_workspace(known: ModelSpec, found: ModelSpec) -> None:
+    """A pass's: never less than rehearsed; a little more is the price of arithmetic."""
+    for size, rehearsed in found.activations.items():
+        ours = known.activations[size]
+        assert ours.num_masks == rehearsed.num_masks
+        for rows, keys in ((512, 8704), (512, 512), (128, 2048)):
+            for place in ("outside", "entry", "layer", "head"):
+                most, least = (max(c.at(rows, keys) for c in getattr(each, place)) for each in (ours, rehearsed))
+                assert least <= most <= 2.1 * least, (size, rows, keys, place)
+            pass_bytes = [
+                max(c.at(rows, keys) for c in each.entry) + max(c.at(rows, keys) for c in each.layer)
+                for each in (ours, rehearsed)
+            ]
+            assert pass_bytes[0] <= 1.3 * pass_bytes[1], (size, rows, keys)
+
+
+@pytest.mark.parametrize("model", KINDS, ids=lambda model: model.config["model_type"])
+def test_the_sizes_of_every_kind_of_layer(model: KnownModel, tmp_path: Path):
+    compare(model, "none", 2, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model_id", "quant"),
+    [
+        ("Qwen/Qwen2.5-0.5B-Instruct", "int4"),
+        ("Qwen/Qwen3-30B-A3B", "int4"),
+        ("microsoft/Phi-4-mini-instruct", "int8"),
+        ("Qwen/Qwen3-8B-AWQ", "none"),
+        ("unsloth/Meta-Llama-3.1-8B-Instruct-bnb-4bit", "none"),
+    ],
+)
+def test_the_sizes_of_quantized_layers(model_id: str, quant: str, tmp_path: Path):
+    compare(known_models()[model_id], quant, 2, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quant", ["none", "int8", "int4"])
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.id)
+def test_the_sizes_of_every_model(model: KnownModel, quant: str, tmp_path: Path):
+    compare(model, "none" if model.stored else quant, 4, tmp_path)
+
+
+def test_the_figures_need_no_torch():
+    program = (
+        "import sys; from specchat.models.catalog import parse_model; parse_model('shape:llama-8b');"
+        "print('torch' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
