@@ -142,7 +142,8 @@ def _job(
 ) -> "Job":
     from specchat.bench.measure import Job
     from specchat.bench.setup import check_baselines
-    from specchat.models.hf_compat import load_generation_defaults, load_tokenizer
+    from specchat.models.generation_defaults import load_generation_defaults
+    from specchat.models.hf_compat import load_tokenizer
     from specchat.ui.progress import TalkReporter
 
     target, draft = point.models.target, point.models.draft

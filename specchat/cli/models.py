@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from specchat.engine.engine import Engine
     from specchat.models.catalog import ModelRef
     from specchat.models.drafts import DraftChoice
-    from specchat.models.hf_compat import GenerationDefaults, Tokenizer
+    from specchat.models.generation_defaults import GenerationDefaults
+    from specchat.models.hf_compat import Tokenizer
     from specchat.models.hub import Download, Missing
     from specchat.models.pack import Pack
     from specchat.planner.search import PlanRequest
@@ -158,11 +159,11 @@ def sketch_models(options: ModelOptions, refs: Refs, say: "Talk", folder: Path) 
 
 def _sketched(found: "ModelSource | Missing", folder: Path) -> ModelSource | None:
     """What a plan can be made from; None for what would have to be downloaded whole."""
-    from specchat.models.hub import sketch
-    from specchat.models.recipes import comes_quantized
-
     if isinstance(found, ModelSource):
         return found
+    from specchat.models.hub import sketch
+    from specchat.models.recipes import comes_quantized  # with torch
+
     sketched = sketch(found, folder)
     return None if comes_quantized(sketched) else sketched
 

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from specchat.chat.session import ChatSession, Delta, Turn
     from specchat.chat.transcript import Saved, Transcript
     from specchat.engine.engine import Engine
-    from specchat.models.hf_compat import GenerationDefaults, Tokenizer
+    from specchat.models.generation_defaults import GenerationDefaults
+    from specchat.models.hf_compat import Tokenizer
     from specchat.ui.chat_view import ChatView
     from specchat.ui.console import Talk
     from specchat.ui.progress import Reporter
@@ -103,7 +104,7 @@ def _print_plan(options: RunOptions, models: Models, plan: Plan) -> None:
 
 
 def _chat(options: RunOptions, models: Models, plan: Plan, prompt: str | None, say: "Talk") -> int:
-    from specchat.models.hf_compat import load_generation_defaults
+    from specchat.models.generation_defaults import load_generation_defaults
     from specchat.ui.chat_view import ChatView
     from specchat.ui.console import answer_stream
     from specchat.ui.progress import TalkReporter

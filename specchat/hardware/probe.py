@@ -14,6 +14,7 @@ from specchat.hardware.nvml import survey_gpus
 from specchat.hardware.system import (
     available_ram_bytes,
     cpu_flags,
+    may_have_cuda,
     read_cpu,
     read_disk,
     read_platform,
@@ -43,7 +44,7 @@ def find_machine(device: str) -> Machine:
     if device not in ("auto", "cpu", "cuda") and not (device.startswith("cuda:") and device[5:].isdigit()):
         raise UsageError(f"'{device}' is not a device", hint="use auto, cpu, cuda or cuda:N")
     ram = available_ram_bytes()
-    if device == "cpu":
+    if device == "cpu" or (device == "auto" and not may_have_cuda(read_torch())):
         return _cpu(ram)
     import torch
 

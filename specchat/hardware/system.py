@@ -1,5 +1,6 @@
 """What the operating system says of processor, memory, disk and itself."""
 
+import ctypes
 import os
 import platform
 import resource
@@ -166,6 +167,24 @@ def read_torch() -> TorchBuild | None:
     return TorchBuild(
         str(values["__version__"]), (numbers[0], numbers[1]) if len(numbers) == 2 else None, bool(values.get("hip"))
     )
+
+
+def may_have_cuda(torch: TorchBuild | None, driver: str = "libcuda.so.1") -> bool:
+    """Whether torch could find a device; only importing it, which takes seconds, tells for sure.
+
+    Args:
+        torch: what it was built for.
+        driver: the library without which CUDA finds nothing.
+    """
+    if torch is None or torch.hip:
+        return True
+    if torch.cuda is None:
+        return False
+    try:
+        ctypes.CDLL(driver)
+    except OSError:
+        return False
+    return True
 
 
 def _text(path: Path) -> str | None:

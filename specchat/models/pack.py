@@ -22,7 +22,7 @@ from torch import Tensor
 from specchat.config import Dtype, ModelSource, cache_folder
 from specchat.errors import CorruptCheckpointError, DoesNotFitError, ModelError
 from specchat.models.checkpoint import Checkpoint, open_checkpoint
-from specchat.models.geometry import TORCH_DTYPE
+from specchat.models.dtypes import TORCH_DTYPE
 from specchat.models.pack_format import (
     LAYOUT_VERSION,
     NOT_QUANTIZED,

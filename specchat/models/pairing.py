@@ -4,7 +4,6 @@ from pathlib import Path
 
 from specchat.config import ModelSource
 from specchat.errors import VocabularyMismatchError
-from specchat.models import hf_compat
 
 _FILE = "tokenizer.json"
 # Relatives rename a few special tokens (Llama 3 and its distillations, Gemma 2 at 2B and 27B). A guess that means
@@ -20,6 +19,8 @@ def check_pair(target: ModelSource, draft: ModelSource) -> None:
     """
     if same_tokenizer_file(target.path, draft.path):
         return
+    from specchat.models import hf_compat  # with torch and transformers
+
     ours = hf_compat.load_tokenizer(target.path).vocabulary()
     theirs = hf_compat.load_tokenizer(draft.path).vocabulary()
     num_different = sum(theirs.get(token) != token_id for token, token_id in ours.items())

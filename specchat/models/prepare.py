@@ -5,7 +5,7 @@ from collections.abc import Callable
 from specchat.config import Dtype, ModelSource
 from specchat.models import hf_compat
 from specchat.models.checkpoint import open_checkpoint
-from specchat.models.geometry import TORCH_DTYPE
+from specchat.models.dtypes import TORCH_DTYPE
 from specchat.models.pack import Pack, PackProgress, build_pack, key_for, open_pack, packs_folder
 from specchat.models.pack_format import NOT_QUANTIZED
 from specchat.models.pack_source import CheckpointLayers

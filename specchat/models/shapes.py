@@ -35,7 +35,7 @@ from torch import Tensor
 from specchat.config import Dtype, ModelSource
 from specchat.models.catalog import SHAPE_PREFIX, demo_source
 from specchat.models.checkpoint import TensorReader, open_checkpoint, read_json
-from specchat.models.geometry import TORCH_DTYPE
+from specchat.models.dtypes import TORCH_DTYPE
 from specchat.models.pack import LayerSource, PackProgress, build_pack, open_pack, packs_folder
 from specchat.models.pack_format import NOT_QUANTIZED
 from specchat.models.quantization import recipe_for

@@ -47,7 +47,7 @@ class LoadReporter:
 
 
 class BackgroundLoad(Generic[T]):
-    """Loads in a thread of its own.
+    """Loads in a thread of its own, from `start` on.
 
     Args:
         load: does it; is told where to report.
@@ -59,8 +59,13 @@ class BackgroundLoad(Generic[T]):
         self._result: T | None = None
         self._error: BaseException | None = None
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="load", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begins, once: the first libraries that loading imports hold up all other threads for tenths of a second."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="load", daemon=True)
+            self._thread.start()
 
     @property
     def is_done(self) -> bool:
@@ -74,6 +79,7 @@ class BackgroundLoad(Generic[T]):
 
     def wait(self, timeout_s: float) -> bool:
         """Until it is done, but not longer than that; whether it is."""
+        self.start()
         return self._done.wait(timeout_s)
 
     def result(self) -> T:
@@ -82,6 +88,7 @@ class BackgroundLoad(Generic[T]):
         Raises:
             BaseException: whatever loading failed with.
         """
+        self.start()
         self._done.wait()
         if self._error is not None:
             raise self._error

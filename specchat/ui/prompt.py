@@ -29,6 +29,9 @@ _POLL_S = 0.25
 class Waiting(Protocol):
     """Something that goes on while the user types."""
 
+    def start(self) -> None:
+        """Begins, if it has not yet."""
+
     @property
     def is_done(self) -> bool:
         """Whether it has ended, well or not."""
@@ -75,7 +78,7 @@ class PromptLine:
 
         Args:
             restored: text to start with: what was asked and not answered.
-            waiting: if it fails while the user types, that is raised here.
+            waiting: begins once the line is on the screen; if it fails while the user types, that is raised here.
             note: what to show below the line until `waiting` is done.
 
         Raises:
@@ -96,6 +99,7 @@ class PromptLine:
     async def _watch(self, waiting: Waiting) -> None:
         """Keeps the note up to date; costs nothing any more once there is nothing to wait for."""
         app = self._session.app
+        waiting.start()
         while not waiting.is_done:
             app.invalidate()
             await asyncio.sleep(_POLL_S)

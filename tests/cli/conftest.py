@@ -34,10 +34,11 @@ def specchat(monkeypatch, capfd):
 @pytest.fixture
 def fake(specchat, monkeypatch):
     """The same without a model."""
-    importlib.import_module("specchat.models.pairing")  # now, so that it does not remember what is put in place next
+    importlib.import_module("specchat.models.hf_compat")  # now, so that nobody remembers what is put in its place
     for name in ("specchat.engine.engine", "specchat.models.hf_compat"):
         monkeypatch.setitem(sys.modules, name, sys.modules.get(name))
     for name in ("make_plan", "make_pack"):
         monkeypatch.setattr(f"specchat.cli.models.{name}", None)  # puts back what is replaced next
+    monkeypatch.setattr("specchat.models.generation_defaults.load_generation_defaults", None)
     fake_cli.install()
     return specchat

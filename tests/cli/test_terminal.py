@@ -4,7 +4,10 @@ import re
 import signal
 
 import pytest
-from support.terminal import Terminal
+from support.terminal import TESTS, Terminal
+
+from specchat.models.catalog import demo_source
+from specchat.models.geometry import describe
 
 SLOW = {"FAKE_PAUSE_S": "0.05"}
 CTRL_C, CTRL_D, CTRL_J, ENTER = "\x03", "\x04", "\n", "\r"
@@ -18,13 +21,20 @@ def chat(*arguments, **settings):
     return terminal
 
 
-def test_two_turns_with_the_demo():
+@pytest.fixture(scope="module")
+def known_demo():
+    """The demo, described: its prompt appears at once, and its libraries are imported behind it."""
+    describe(demo_source("target"))
+    describe(demo_source("draft"))
+
+
+def test_two_turns_with_the_demo(known_demo):
     with Terminal("specchat", "run", "demo", "--seed", "1", "--max-tokens", "40", columns=120) as terminal:
         terminal.wait_for_prompt()
         assert "a toy model for exercising the software" in terminal.screen
         assert re.search(r"RAM .* \(resident .*, draft .*, KV .* @1024, work .*\) · nothing streamed", terminal.screen)
         terminal.send("Tell me a story about a fox." + ENTER)
-        terminal.wait_for("+ 0 cached")
+        terminal.wait_for("+ 0 cached", timeout_s=40)
         terminal.wait_for_prompt()
         assert re.search(r"\d+ tok · [\d.]+ tok/s · [\d.]+ tok/pass · TTFT [\d.]+ s · prompt \d+ new", terminal.screen)
         terminal.send("What happened next?" + ENTER)
@@ -33,6 +43,24 @@ def test_two_turns_with_the_demo():
         terminal.send(CTRL_D)
         assert terminal.exit_code() == 0
         assert b"Traceback" not in terminal.raw
+
+
+def test_the_prompt_waits_for_no_library(known_demo, tmp_path):
+    """There is a torch whose import takes a minute."""
+    torch = tmp_path / "torch"
+    torch.mkdir()
+    (torch / "version.py").write_text("__version__, cuda, hip = '2.13.0', None, None\n")
+    (torch / "__init__.py").write_text("import time; time.sleep(60)\n")
+    environment = {"PYTHONPATH": f"{tmp_path}:{TESTS}:{TESTS.parent}"}
+    with Terminal("specchat", "run", "demo", environment=environment) as terminal:
+        terminal.wait_for(lambda t: t.cursor_line == ">" and "loading the model" in t.screen)
+        assert "nothing streamed" in terminal.screen
+        terminal.send("half a mess")
+        terminal.wait_for("> half a mess")
+        terminal.send(CTRL_C)
+        terminal.wait_for(lambda t: t.cursor_line == ">")
+        terminal.send(CTRL_D)
+        assert terminal.exit_code() == 0
 
 
 def test_ctrl_c_keeps_what_is_there():

@@ -8,8 +8,16 @@ import pytest
 from support.machines import MEASURED, hardware
 
 from specchat.hardware import verdicts
-from specchat.hardware.machine import Disk, GpuSurvey, Platform, Ram
-from specchat.hardware.system import cgroup_memory, read_cpu, read_disk, read_platform, read_ram, read_torch
+from specchat.hardware.machine import Disk, GpuSurvey, Platform, Ram, TorchBuild
+from specchat.hardware.system import (
+    cgroup_memory,
+    may_have_cuda,
+    read_cpu,
+    read_disk,
+    read_platform,
+    read_ram,
+    read_torch,
+)
 from specchat.hardware.verdicts import judge
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -109,3 +117,17 @@ def test_a_users_name_is_not_in_the_report(monkeypatch, tmp_path):
     assert verdicts._from_home(tmp_path / ".cache" / "specchat") == "~/.cache/specchat"
     assert verdicts._from_home(tmp_path) == str(tmp_path)
     assert verdicts._from_home(tmp_path.parent / "other") == str(tmp_path.parent / "other")
+
+
+@pytest.mark.parametrize(
+    ("build", "driver", "expected"),
+    [
+        (TorchBuild("2.13.0+cpu", None), "libc.so.6", False),
+        (TorchBuild("2.13.0+cu130", (13, 0)), "libnothing.so.1", False),
+        (TorchBuild("2.13.0+cu130", (13, 0)), "libc.so.6", True),  # a library that is there
+        (TorchBuild("2.13.0+rocm", None, hip=True), "libnothing.so.1", True),
+        (None, "libnothing.so.1", True),
+    ],
+)
+def test_torch_is_not_asked_where_it_could_not_find_a_device(build, driver, expected):
+    assert may_have_cuda(build, driver) == expected

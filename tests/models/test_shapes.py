@@ -21,7 +21,8 @@ from specchat.errors import DoesNotFitError, ModelError, UsageError
 from specchat.models import shape_spec, shapes
 from specchat.models.catalog import demo_source, known_draft, parse_model
 from specchat.models.checkpoint import read_json
-from specchat.models.geometry import TORCH_DTYPE, describe
+from specchat.models.dtypes import TORCH_DTYPE
+from specchat.models.geometry import describe
 from specchat.models.hf_compat import load_tokenizer
 from specchat.models.hub import Download, locate
 from specchat.models.pack import open_pack

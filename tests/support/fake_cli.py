@@ -11,11 +11,13 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 from specchat.cli import models
 from specchat.cli.app import main
 from specchat.errors import DoesNotFitError
+from specchat.models import generation_defaults
+from specchat.models.generation_defaults import GenerationDefaults
 from support.fake_engine import EOS, PLAN, TOKENIZER, FakeEngine
 
 PAUSE_S = float(os.environ.get("FAKE_PAUSE_S", "0"))
@@ -92,9 +94,7 @@ def install():
     engine.Engine = Echo
     compat = ModuleType("specchat.models.hf_compat")
     compat.load_tokenizer = lambda _folder: TOKENIZER
-    compat.load_generation_defaults = lambda _folder: SimpleNamespace(
-        do_sample=None, temperature=None, repetition_penalty=None, stop_ids=frozenset({EOS})
-    )
+    generation_defaults.load_generation_defaults = lambda _folder: GenerationDefaults(stop_ids=frozenset({EOS}))
     sys.modules |= {"specchat.engine.engine": engine, "specchat.models.hf_compat": compat}
     models.make_plan = _plan
     models.make_pack = lambda *_: None

@@ -326,7 +326,7 @@ def test_commands_about_settings(tmp_path):
         say(terminal, "/think maybe", "/think takes on, off, show or hide")
         say(terminal, "/think", "thinking: as the model has it, folded")
         say(terminal, "/info", r"temperature +1 +/set")
-        assert "0 of 400 tokens in use" in terminal.screen
+        terminal.wait_for("0 of 400 tokens in use")
         say(terminal, "/stats", "there is no answer yet")
         say(terminal, "hello", "You said: hello")
         say(terminal, "/stats", r"1 answer · 16 tok")

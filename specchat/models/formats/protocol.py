@@ -17,14 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from specchat.models.checkpoint import TensorInfo
-from specchat.units import MIB
+from specchat.models.geometry import dequantized_rows
 
 Segments = Mapping[str, Tensor]
-
-# Rows that are dequantized at a time. On a CPU the piece stays in the cache until the product has read it, and below
-# 32 MB the allocator reuses memory (fresh memory costs 22 ms of page faults per 90 MB); a GPU wants large products.
-_CHUNK_ROWS = 1024
-_CHUNK_BYTES = {"cpu": 24 * MIB, "cuda": 128 * MIB}
 
 
 @dataclass(frozen=True)
@@ -138,9 +133,7 @@ class CheckpointScheme(Protocol):
 
 def chunk_rows(rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> int:
     """Rows of a matrix that are dequantized at a time."""
-    limit = max(_CHUNK_BYTES[device.type] // (cols * dtype.itemsize), 1)
-    wanted = _CHUNK_ROWS if device.type == "cpu" else limit
-    return min(rows, wanted, limit)
+    return dequantized_rows(rows, cols, dtype.itemsize, device.type)
 
 
 def scratch_bytes(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> int:

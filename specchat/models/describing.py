@@ -1,0 +1,88 @@
+"""Describing a model: its modules are built without weights, measured, and run through a rehearsal."""
+
+from typing import Any
+
+import torch
+
+from specchat.config import Activations, Dtype, ModelSource, ModelSpec, ParamSize, Quant
+from specchat.models import activations, hf_compat
+from specchat.models.dtypes import TORCH_DTYPE
+from specchat.models.quantization import apply_recipe
+from specchat.models.quantized import quant_linears, segment_names
+from specchat.models.recipes import choose_recipe
+
+
+def describe_anew(source: ModelSource, quant: Quant) -> ModelSpec:
+    """The sizes of a model; `geometry.describe` remembers them.
+
+    Args:
+        source: local files.
+        quant: what its matrices are to be stored in.
+
+    Raises:
+        CorruptCheckpointError, UnsupportedModelError: as `hf_compat.load_config`; UsageError: as `choose_recipe`.
+    """
+    config = hf_compat.load_config(source.path)
+    dtype = _checkpoint_dtype(config)  # building modules overwrites it
+    skeleton = activations.rehearsal_skeleton(config)
+    num_params = sum(p.numel() for p in skeleton.model.parameters())
+    buffer_bytes = sum(b.nbytes for b in skeleton.model.buffers())
+    rehearsed = _rehearsed(skeleton)  # before modules are replaced: their own workspace is `dequantize_bytes`
+    if (recipe := choose_recipe(source, skeleton, quant)) is not None:
+        apply_recipe(skeleton, recipe)
+    segments = segment_names(skeleton.model)
+    layers_prefix = f"{skeleton.layers_name}."
+    return ModelSpec(
+        name=source.name,
+        architecture=type(skeleton.model).__name__,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_layers=len(skeleton.layers),
+        mlp_size=hf_compat.mlp_size(config),
+        num_heads=config.num_attention_heads,
+        max_positions=hf_compat.max_positions(config),
+        dtype=dtype,
+        num_params=num_params,
+        layer_params=tuple(_param_sizes(layer) for layer in skeleton.layers),
+        other_params=tuple(
+            _param_size(parameter, name in segments)
+            for name, parameter in skeleton.model.named_parameters()
+            if not name.startswith(layers_prefix)
+        ),
+        buffer_bytes=buffer_bytes,
+        kv_shapes=hf_compat.kv_shapes(config),
+        quant=quant if recipe is None else recipe.name,
+        quant_shapes=tuple(sorted({linear.shape for _, linear in quant_linears(skeleton.model)})),
+        narrowed_bytes=_narrowed_bytes(config),
+        activations=rehearsed,
+    )
+
+
+def _narrowed_bytes(config: Any) -> int:
+    """What is saved by buffers that follow the dtype of the model; told by a small one, for building takes its time."""
+    tiny = hf_compat.tiny_config(config)
+    wide, narrow = (
+        hf_compat.build_skeleton(tiny, dtype, attention="eager") for dtype in (torch.float32, torch.bfloat16)
+    )
+    layers = {id(b) for skeleton in (wide, narrow) for layer in skeleton.layers for b in layer.buffers()}
+    sums = [sum(b.nbytes for b in skeleton.model.buffers() if id(b) not in layers) for skeleton in (wide, narrow)]
+    return int(sums[0] - sums[1])
+
+
+def _rehearsed(skeleton: hf_compat.Skeleton) -> dict[int, Activations]:
+    found = {dtype.itemsize: activations.rehearse(skeleton, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    return {itemsize: costs for itemsize, costs in found.items() if costs is not None}
+
+
+def _param_sizes(module: Any) -> tuple[ParamSize, ...]:
+    segments = segment_names(module)
+    return tuple(_param_size(parameter, name in segments) for name, parameter in module.named_parameters())
+
+
+def _param_size(parameter: torch.Tensor, is_segment: bool) -> ParamSize:
+    return ParamSize(parameter.numel(), parameter.dtype.itemsize if is_segment else None)
+
+
+def _checkpoint_dtype(config: Any) -> Dtype:
+    names: dict[torch.dtype, Dtype] = {dtype: name for name, dtype in TORCH_DTYPE.items()}
+    return names.get(getattr(config, "dtype", None) or torch.float32, "fp32")

@@ -1,0 +1,31 @@
+"""What a model's makers recommend for sampling, in generation_config.json."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from specchat.models.checkpoint import read_json
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """What the model's makers recommend; None where they are silent (transformers' own defaults are not applied)."""
+
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    stop_ids: frozenset[int] = frozenset()
+
+
+def load_generation_defaults(folder: Path) -> GenerationDefaults:
+    """The sampling values and stop tokens in generation_config.json, the stop tokens else from config.json."""
+    path = folder / "generation_config.json"
+    values = read_json(path) if path.is_file() else {}
+    eos = values.get("eos_token_id")
+    if eos is None:
+        eos = read_json(folder / "config.json").get("eos_token_id")
+    stop_ids = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    names = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    return GenerationDefaults(stop_ids=stop_ids, **{name: values.get(name) for name in names})
