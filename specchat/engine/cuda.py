@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specchat.engine.disk import LayerFiller
-from specchat.engine.slots import SMALL_LAYER_BYTES, SlotQueue, page_aligned
+from specchat.engine.fillers import LayerFiller
+from specchat.engine.slots import SlotQueue, is_small, page_aligned
 from specchat.engine.streamer import LayerStreamer, StreamCounters
 from specchat.models.weights import LayerLayout, bind
 from specchat.units import format_bytes
@@ -167,7 +167,7 @@ class HostLayers:
         for j, blob in self._kept.items():
             read_layer(streamed[j], layouts[j], blob)
         works = [filler.chunks(streamed[j], self._slots[k % len(self._slots)]) for k, j in enumerate(read)]
-        small = [self._nbytes[j] <= SMALL_LAYER_BYTES for j in read]
+        small = [is_small(self._nbytes[j]) for j in read]
         self._queue = SlotQueue(works, small, len(self._slots), filler.num_workers) if read else None
         self._lent: tuple[int, Callable[[], None]] | None = None
 

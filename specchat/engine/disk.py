@@ -3,43 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from specchat.engine.slots import SMALL_LAYER_BYTES, SlotQueue, page_aligned
+from specchat.engine.fillers import LayerFiller
+from specchat.engine.slots import SlotQueue, is_small, page_aligned
 from specchat.engine.streamer import LayerStreamer, StreamCounters
-from specchat.errors import CorruptCheckpointError
 from specchat.models.pack import Pack, PackedLayer
 from specchat.models.pack_format import bytes_of
 from specchat.models.pack_verify import ChunkVerifier
-from specchat.models.weights import LayerLayout, WeightReader, bind
+from specchat.models.weights import LayerLayout, bind
 
-_PAGE = 4096
-# Two requests in flight keep an NVMe drive busy; more gain nothing and take processor time from computing.
-# Measured, cold, 16 MB each: 1.9-2.8 GB/s at 0.05 processor seconds per GB.
-_NUM_READERS = 2
 _READAHEAD_LAYERS = 2
-
-
-class LayerFiller(Protocol):
-    """Where the bytes of streamed layers come from.
-
-    Attributes:
-        num_workers: threads that may run chunks at the same time.
-    """
-
-    num_workers: int
-
-    def chunks(self, index: int, slot: Tensor) -> Sequence[Callable[[], None]]:
-        """Pieces of work that together fill `slot` (uint8, at least the layer's bytes) with layer `index`."""
-
-    def close(self) -> None:
-        """Called once, when nothing will be read any more."""
 
 
 class ThreadStreamer(LayerStreamer):
@@ -61,7 +39,7 @@ class ThreadStreamer(LayerStreamer):
             bind(layers[index], layouts[j].views(slots[j % num_slots]))
         # A layer never changes its slot, so what fills it never changes either.
         works = [filler.chunks(index, slots[j % num_slots]) for j, index in enumerate(streamed)]
-        small = [nbytes <= SMALL_LAYER_BYTES for nbytes in self._nbytes]
+        small = [is_small(nbytes) for nbytes in self._nbytes]
         self._filler = filler
         self._num_bytes = 0
         self._queue = SlotQueue(works, small, num_slots, filler.num_workers)
@@ -88,84 +66,6 @@ class ThreadStreamer(LayerStreamer):
         """Ends reading and closes what was read from."""
         self._queue.close()
         self._filler.close()
-
-
-class CheckpointFiller:
-    """Reads layers from a checkpoint's own shards, casting and merging as needed, one layer at a time.
-
-    Args:
-        reader: the checkpoint; closed with this.
-        layouts: of every layer that may be read.
-    """
-
-    num_workers = 1
-
-    def __init__(self, reader: WeightReader, layouts: Mapping[int, LayerLayout]) -> None:
-        self._reader = reader
-        self._layouts = layouts
-
-    def chunks(self, index: int, slot: Tensor) -> Sequence[Callable[[], None]]:
-        """One piece: the whole layer."""
-        return [partial(self._reader.read_layer, index, self._layouts[index].views(slot))]
-
-    def close(self) -> None:
-        """Closes the shards."""
-        self._reader.close()
-
-
-class PackFiller:
-    """Reads packed layers in large aligned chunks, past the page cache where that can be; small ones through it.
-
-    Args:
-        pack: one file per layer, its data page-aligned.
-    """
-
-    num_workers = _NUM_READERS
-
-    def __init__(self, pack: Pack) -> None:
-        self._layers = pack.layers
-        self._verifier = ChunkVerifier(pack)
-        self._files: dict[int, int] = {}
-
-    def chunks(self, index: int, slot: Tensor) -> Sequence[Callable[[], None]]:
-        """One piece of work for each of the layer's chunks, in file order."""
-        layer = self._layers[index]
-        if index not in self._files:
-            small = layer.nbytes <= SMALL_LAYER_BYTES
-            self._files[index] = os.open(layer.path, os.O_RDONLY) if small else _open_unbuffered(layer.path)
-        memory = bytes_of(slot)
-        spans = [layer.chunk(chunk) for chunk in range(layer.num_chunks)]
-        return [partial(self._read, index, chunk, memory[slice(*span)]) for chunk, span in enumerate(spans)]
-
-    def close(self) -> None:
-        """Closes the files."""
-        for file in self._files.values():
-            os.close(file)
-        self._files.clear()
-
-    def _read(self, index: int, chunk: int, memory: memoryview) -> None:
-        layer = self._layers[index]
-        begin, done = layer.data_offset + layer.chunk(chunk)[0], 0
-        while done < len(memory):
-            num_read = os.preadv(self._files[index], [memory[done:]], begin + done)
-            if num_read == 0:
-                raise CorruptCheckpointError(f"{layer.path} has lost its end", hint="delete that file: it is made anew")
-            done += num_read
-        self._verifier.verify(index, chunk, memory)
-
-
-def _open_unbuffered(path: Path) -> int:
-    """A descriptor that bypasses the page cache; an ordinary one where the file system refuses (tmpfs, FUSE)."""
-    try:
-        file = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    except OSError:
-        return os.open(path, os.O_RDONLY)
-    try:
-        os.preadv(file, [bytes_of(page_aligned(_PAGE))], 0)  # some refuse only now
-    except OSError:
-        os.close(file)
-        return os.open(path, os.O_RDONLY)
-    return file
 
 
 class MappedStreamer(LayerStreamer):

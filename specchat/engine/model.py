@@ -17,14 +17,8 @@ from torch import Tensor
 from specchat.config import ModelSource
 from specchat.engine.attention import RowLayout, RowMask, tree_attention
 from specchat.engine.cuda import CudaStreamer, HostLayers, pinner
-from specchat.engine.disk import (
-    CheckpointFiller,
-    LayerFiller,
-    MappedStreamer,
-    MixedStreamer,
-    PackFiller,
-    ThreadStreamer,
-)
+from specchat.engine.disk import MappedStreamer, MixedStreamer, ThreadStreamer
+from specchat.engine.fillers import filler_for
 from specchat.engine.kv_cache import TreeCache
 from specchat.engine.linear import use_fast_products
 from specchat.engine.streamer import LayerStreamer, NoStreamer
@@ -241,8 +235,10 @@ def load_model(
         reader.close()
         streamer: LayerStreamer = NoStreamer()
     elif device.type == "cuda":
-        filler = _filler(skeleton.layers, streamed, reader, pack)
+        filler = filler_for(skeleton.layers, streamed, reader, pack, cached=())
         host = HostLayers(skeleton.layers, streamed, kept, num_slots, read_layer, filler, pinner(device, warn))
+        if pack is not None:
+            reader.close()
         streamer = CudaStreamer(skeleton.layers, streamed, num_slots, host, device)
     else:
         streamer = _cpu_streamer(skeleton.layers, streamed, kept, num_slots, reader, pack)
@@ -269,13 +265,6 @@ def _read_layer(
         verifier.verify_layer(index, bytes_of(blob[: layout.nbytes]))
 
 
-def _filler(layers: Sequence[Any], streamed: Sequence[int], reader: WeightReader, pack: Pack | None) -> LayerFiller:
-    """What reads layers for every pass; it closes what it reads from."""
-    if pack is not None:
-        return PackFiller(pack)
-    return CheckpointFiller(reader, {index: LayerLayout.of(layers[index]) for index in streamed})
-
-
 def _cpu_streamer(
     layers: Sequence[Any],
     streamed: Sequence[int],
@@ -285,13 +274,14 @@ def _cpu_streamer(
     pack: Pack | None,
 ) -> LayerStreamer:
     """Packed layers that fit in memory are computed in the page cache; all others are read into slots."""
+    filler = filler_for(layers, streamed, reader, pack, cached=in_ram)
     if pack is None:
-        return ThreadStreamer(layers, streamed, num_slots, _filler(layers, streamed, reader, pack))
+        return ThreadStreamer(layers, streamed, num_slots, filler)
     reader.close()
     mapped, read = in_ram, [index for index in streamed if index not in set(in_ram)]
     ways: dict[int, LayerStreamer] = {}
     if mapped:
         ways |= dict.fromkeys(mapped, MappedStreamer(layers, mapped, pack))
     if read:
-        ways |= dict.fromkeys(read, ThreadStreamer(layers, read, min(num_slots, len(read)), PackFiller(pack)))
+        ways |= dict.fromkeys(read, ThreadStreamer(layers, read, min(num_slots, len(read)), filler))
     return MixedStreamer(ways) if mapped and read else ways[streamed[0]]

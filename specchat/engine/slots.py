@@ -19,6 +19,11 @@ from torch import Tensor
 SMALL_LAYER_BYTES = 256 * 1024
 
 
+def is_small(nbytes: int) -> bool:
+    """Whether a layer of so many bytes is read by whoever computes it."""
+    return nbytes <= SMALL_LAYER_BYTES
+
+
 class SlotQueue:
     """Keeps slots filled, each with the streamed layers that live in it, in turn: layer j is in slot j mod N.
 

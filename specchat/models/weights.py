@@ -12,7 +12,7 @@ from torch import Tensor
 from specchat.closing import Closing
 from specchat.errors import CorruptCheckpointError
 from specchat.models import hf_compat
-from specchat.models.checkpoint import Checkpoint, TensorReader
+from specchat.models.checkpoint import Checkpoint, TensorInfo, TensorReader
 from specchat.models.geometry import blob_offsets
 from specchat.models.quantized import QuantLinear, segment_names
 
@@ -83,6 +83,11 @@ class WeightReader(Closing):
         keys = [key for layer in self._plan.direct for key in layer.values()]
         same = all(self._checkpoint.tensors[key].dtype == _SAFETENSORS_NAME[self._dtype] for key in keys)
         return same and not any(self._plan.converted)
+
+    def places(self, layer: int) -> dict[str, TensorInfo]:
+        """Where each of a layer's parameters lies in the files; of a checkpoint that `serves`, and without buffers."""
+        names = dict(self._skeleton.layers[layer].named_parameters())
+        return {name: self._checkpoint.tensors[key] for name, key in self._plan.direct[layer].items() if name in names}
 
     def read_layer(self, layer: int, views: Mapping[str, Tensor]) -> None:
         """Fills the views of one layer's parameters (CPU tensors), casting where the checkpoint has another dtype.

@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support.tiny_models import make_config, random_model, save
 
-from specchat.engine import disk
+from specchat.engine import slots
 from specchat.engine.attention import RowLayout
 from specchat.engine.model import TreeModel, load_model
 from specchat.engine.streamer import NoStreamer
@@ -90,7 +90,7 @@ def load_systems(folder: Path) -> dict[str, TreeModel]:
         "slots": stream(),
         "mapped": stream(in_ram=every_layer),
     }
-    disk.SMALL_LAYER_BYTES = 0
+    slots.SMALL_LAYER_BYTES = 0
     systems["threads"] = stream()
     return systems
 

@@ -7,5 +7,5 @@ import pytest
 def _tiny_layers_are_read_ahead():
     """As large ones are: by threads, into slots. Tests of small layers set their own limit."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("specchat.engine.disk.SMALL_LAYER_BYTES", 0)
+        patch.setattr("specchat.engine.slots.SMALL_LAYER_BYTES", 0)
         yield

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import shutil
 import threading
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,10 +20,13 @@ from support.engines import make_plan, random_prompt, write
 from support.tiny_models import VOCAB, make_config, random_model, save
 
 from specchat.config import ModelSource, Plan, Sampling
-from specchat.engine.disk import MappedStreamer, MixedStreamer, PackFiller, ThreadStreamer, _open_unbuffered
+from specchat.engine.disk import MappedStreamer, MixedStreamer, ThreadStreamer
 from specchat.engine.engine import Engine
+from specchat.engine.fillers import PackFiller, ShardFiller, is_unbuffered, open_unbuffered
 from specchat.engine.model import TreeModel, load_model
 from specchat.errors import CorruptCheckpointError
+from specchat.hardware.disk import evict, resident_share
+from specchat.models.checkpoint import open_checkpoint
 from specchat.models.pack import Pack
 from specchat.models.prepare import prepare
 
@@ -143,7 +148,7 @@ def test_small_layers_are_read_where_they_are_computed(small: str, tmp_path: Pat
     sizes = [layer.nbytes for layer in pack.layers]
     limit = max(sizes) if small == "all" else min(sizes)
     assert sum(size <= limit for size in sizes) == (4 if small == "all" else 1)
-    monkeypatch.setattr("specchat.engine.disk.SMALL_LAYER_BYTES", limit)
+    monkeypatch.setattr("specchat.engine.slots.SMALL_LAYER_BYTES", limit)
     for slots in (1, 2, 3):
         model = load(source, pack, resident=(), slots=slots, tier="disk")
         has_readers = any(thread.name.startswith("specchat-streamer") for thread in threading.enumerate())
@@ -175,6 +180,73 @@ def test_a_checkpoint_that_serves_needs_no_pack(tmp_path: Path):
     source = save(random_model(make_config("llama")), tmp_path / "model")
     assert prepare(source, "fp32", progress=silent, warn=silent) is None
     assert prepare(source, "bf16", progress=silent, warn=silent) is not None
+
+
+def write_shards(source: ModelSource, folder: Path, num_shards: int, rng: random.Random) -> ModelSource:
+    """The same tensors in shards, in any order, between others that nobody asked for: at any offset, odd ones, too."""
+    tensors = [
+        (info.key, info.dtype, info.shape, os.pread(file.fileno(), info.nbytes, info.offset))
+        for info in open_checkpoint(source.path).tensors.values()
+        for file in [info.file.open("rb")]
+    ]
+    sizes = [rng.randrange(1, 9000) for _ in range(2 * num_shards)]
+    tensors += [(f"junk.{i}", "U8", (size,), rng.randbytes(size)) for i, size in enumerate(sizes)]
+    rng.shuffle(tensors)
+    folder.mkdir()
+    shutil.copy(source.path / "config.json", folder)
+    for number in range(num_shards):
+        header, data = dict[str, object](), b""
+        for key, dtype, shape, raw in tensors[number::num_shards]:
+            header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(raw)]}
+            data += raw
+        text = json.dumps(header).encode()
+        (folder / f"part-{number}.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return replace(source, path=folder)
+
+
+@pytest.mark.parametrize("num_shards", [1, 4])
+@pytest.mark.parametrize("in_ram", [(), (1, 3), range(5)], ids=["disk", "mixed", "ram"])
+def test_shards_as_they_lie_give_the_same_bits(
+    num_shards: int, in_ram: Collection[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("specchat.engine.fillers._WINDOW_BYTES", 2 * 4096)  # so that tensors are cut
+    whole, prompt = save(random_model(make_config("llama")), tmp_path / "model"), random_prompt(20, VOCAB)
+    expected = hidden(load(whole, None, resident=None, slots=0, tier="disk"), prompt)
+    for seed in range(2):
+        source = write_shards(whole, tmp_path / str(seed), num_shards, random.Random(seed))
+        for slots, resident in ((1, ()), (2, (1,)), (3, ())):
+            model = load(source, None, resident=resident, slots=slots, tier=in_ram)
+            assert isinstance(model.streamer, ThreadStreamer) and isinstance(model.streamer._filler, ShardFiller)
+            for _ in range(4):
+                assert torch.equal(hidden(model, prompt), expected)
+            model.close()
+
+
+def test_reading_shards_goes_past_the_page_cache_unless_it_has_room(tmp_path: Path):
+    source = save(random_model(make_config("llama")), tmp_path / "model")
+    (file,) = source.path.glob("*.safetensors")
+    if not is_unbuffered(descriptor := open_unbuffered(file)):
+        pytest.skip("the temporary folder is in memory")
+    os.close(descriptor)
+    for in_ram, is_cached in (((), False), (range(5), True)):
+        model = load(source, None, resident=(), slots=2, tier=in_ram)
+        evict([file])
+        hidden(model, random_prompt(20, VOCAB))
+        model.close()
+        assert (resident_share([file]) > 0.5) == is_cached
+
+
+@pytest.mark.parametrize("in_ram", [(), range(5)], ids=["disk", "ram"])
+@pytest.mark.parametrize("left", [1 << 16, (1 << 16) + 100], ids=["at a page", "within a page"])
+def test_a_shard_that_shrinks_while_streaming(in_ram: Collection[int], left: int, tmp_path: Path):
+    source, prompt = save(random_model(make_config("llama")), tmp_path / "model"), random_prompt(20, VOCAB)
+    (file,) = source.path.glob("*.safetensors")
+    plan = replace(make_plan(source, None, num_layers=5, resident=(1,)), in_ram=tuple(i for i in in_ram if i != 1))
+    with Engine.load(plan, source, None) as engine:
+        write(engine, prompt, Sampling(), 2)
+        os.truncate(file, left)
+        with pytest.raises(CorruptCheckpointError, match="lost its end"):
+            write(engine, prompt, Sampling(), 8)
 
 
 def test_small_models_are_not_worth_a_pack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -239,7 +311,7 @@ def test_reads_fall_back_where_the_page_cache_cannot_be_bypassed(tmp_path: Path)
     file = Path("/dev/shm") / f"specchat-test-{os.getpid()}"
     file.write_bytes(b"x" * 8192)
     try:
-        descriptor = _open_unbuffered(file)
+        descriptor = open_unbuffered(file)
         assert os.pread(descriptor, 3, 5) == b"xxx"  # unaligned: only a buffered descriptor takes it
         os.close(descriptor)
     finally:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from support.tiny_models import make_config, random_model, save
 
 from specchat.engine.cuda import HostLayers, Pinner
-from specchat.engine.disk import CheckpointFiller, PackFiller
+from specchat.engine.fillers import CheckpointFiller, PackFiller
 from specchat.engine.slots import page_aligned
 from specchat.models import hf_compat
 from specchat.models.checkpoint import open_checkpoint
