@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from specchat.models.formats.bnb_ops import bnb, bnb_version, dynamic_map
+from specchat.models.formats.bnb_ops import bnb, bnb_version, dynamic_map, fill_from_4bit
 from specchat.models.formats.protocol import Segment, Segments, WeightFormat
 
 NESTED_BLOCK = 256  # absmax values that share one scale
@@ -50,18 +50,18 @@ class Bnb4(WeightFormat):
         )
 
     def dequantize(self, segments: Segments, begin: int, end: int, out: Tensor) -> Tensor:
-        """Rows, by bitsandbytes; on a CPU in memory of its own."""
+        """Rows, by bitsandbytes; those that do not begin and end with a block, in memory of its own."""
         cols = out.shape[1]
         codes = segments["codes"]
         first, last = begin * cols // self.block, -(-end * cols // self.block)  # blocks
         count = min(last * self.block, 2 * codes.numel()) - first * self.block
         part = codes[first * self.block // 2 : first * self.block // 2 + count // 2]
         absmax = self._absmax(segments, first, last)
-        whole = (count // self.block, self.block) if count % self.block == 0 else (1, count)
         skipped = begin * cols - first * self.block
-        if out.is_cuda and skipped == 0 and count == out.numel():
-            bnb().dequantize_4bit.out(part, absmax, self.block, self.kind, whole, out.dtype, out=out.view(whole))
+        if skipped == 0 and count == out.numel() and count % self.block == 0:
+            fill_from_4bit(part, absmax, self.block, self.kind, out)
             return out
+        whole = (count // self.block, self.block) if count % self.block == 0 else (1, count)
         numbers: Tensor = bnb().dequantize_4bit(part, absmax, self.block, self.kind, whole, out.dtype)
         return numbers.view(-1)[skipped : skipped + out.numel()].view_as(out)
 

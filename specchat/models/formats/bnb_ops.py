@@ -1,5 +1,6 @@
 """bitsandbytes' operators, imported when first needed: its import costs a second and may ask the network."""
 
+import ctypes
 import logging
 import os
 from functools import cache
@@ -8,6 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+_CPU_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+# From this block on, the operator does not trust its kernel either.
+_CPU_BLOCKS_BELOW = 2048
 
 
 @cache
@@ -27,6 +32,42 @@ def bnb() -> Any:
         else:
             os.environ["HF_HUB_OFFLINE"] = offline
     return torch.ops.bitsandbytes
+
+
+def fill_from_4bit(codes: Tensor, absmax: Tensor, block: int, kind: str, out: Tensor) -> None:
+    """Dequantizes whole blocks into memory that the caller owns.
+
+    On a CPU the operator has no `out`, so the kernel behind it is called: in fresh memory, most of whose time goes into
+    page faults, dequantizing takes three times as long (Zen 4, one thread, 45 million numbers to bfloat16: 17 and
+    5.7 ms).
+
+    Args:
+        codes: uint8 [n / 2].
+        absmax: float32 [n / block].
+        block: numbers that share an absmax.
+        kind: "nf4" or "fp4".
+        out: contiguous, n numbers, a multiple of the block.
+    """
+    whole = (out.numel() // block, block)
+    if out.is_cuda:
+        bnb().dequantize_4bit.out(codes, absmax, block, kind, whole, out.dtype, out=out.view(whole))
+        return
+    kernels = _cpu_kernels()
+    if kernels is None or block >= _CPU_BLOCKS_BELOW:
+        out.view(whole).copy_(bnb().dequantize_4bit(codes, absmax, block, kind, whole, out.dtype))
+        return
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (codes, absmax, out)]
+    sizes = [ctypes.c_longlong(size) for size in (block, *whole)]
+    getattr(kernels, f"cdequantize_blockwise_cpu_{kind}_{_CPU_NAMES[out.dtype]}")(*pointers, *sizes)
+
+
+@cache
+def _cpu_kernels() -> Any | None:
+    """The library behind the operators, if it could be loaded."""
+    bnb()
+    from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary, lib
+
+    return None if isinstance(lib, ErrorHandlerMockBNBNativeLibrary) else lib
 
 
 def bnb_version() -> str:

@@ -14,10 +14,10 @@ from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from specchat.models.checkpoint import TensorInfo
 from specchat.models.geometry import dequantized_rows
+from specchat.models.products import product
 
 Segments = Mapping[str, Tensor]
 
@@ -80,7 +80,7 @@ class WeightFormat(ABC):
         for begin in range(0, rows, step):
             end = min(begin + step, rows)
             weight = self.dequantize(segments, begin, end, view_scratch(scratch, end - begin, cols, x.dtype))
-            part = F.linear(x, weight, None if bias is None else bias[begin:end])
+            part = product(x, weight, None if bias is None else bias[begin:end])
             if y is None:
                 return part
             y[..., begin:end] = part

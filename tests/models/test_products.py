@@ -1,0 +1,42 @@
+"""Matrix products by oneDNN: the same numbers as torch's own, also when the weights' memory gets other contents."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from specchat.models import products
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="no MKL: all is oneDNN anyway")
+
+
+@pytest.fixture(autouse=True)
+def not_intel(monkeypatch):
+    monkeypatch.setattr(products, "is_intel", lambda: False)
+    monkeypatch.setattr(products, "MIN_NUMBERS", 1)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 70), st.integers(1, 130), st.integers(1, 90), st.booleans())
+def test_products_are_exact_to_float32(num_rows, width, height, has_bias):
+    generator = torch.Generator().manual_seed(num_rows * 1000 + width)
+    weight = torch.randn(height, width, generator=generator)
+    bias = torch.randn(height, generator=generator) if has_bias else None
+    x = torch.randn(1, num_rows + 2, width, generator=generator)[:, 1:-1]
+    assert products.is_faster_by_onednn(weight)
+    with torch.inference_mode():
+        exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+        out = products.product(x, weight, bias)
+    assert out.shape == (1, num_rows, height)
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_may_change_in_place():
+    memory = torch.zeros(64 * 32 * 4, dtype=torch.uint8)
+    weight = memory.view(torch.float32).view(64, 32)
+    x = torch.randn(3, 32)
+    for _ in range(3):
+        now = torch.randn(64, 32)
+        memory.copy_(now.view(torch.uint8).flatten())
+        torch.testing.assert_close(products.product(x, weight), x @ now.T, rtol=1e-4, atol=1e-4)
