@@ -32,7 +32,7 @@ from specchat.models.prepare import prepare
 
 Tier = Literal["ram", "disk"]
 ARCHITECTURES = ("llama_tied", "mixtral", "gpt_oss")
-NUM_PASSES = 30
+NUM_PASSES = 10
 
 
 def silent(_: object) -> None:

@@ -735,7 +735,7 @@ def test_killed_at_random_points():
     expected, calls = expected_and_calls()
     assert calls > 80
     chance = random.Random(3)
-    for _ in range(20):
+    for _ in range(8):
         kill_twice_and_finish([chance.randint(1, calls), chance.randint(1, calls)], expected)
 
 
@@ -774,7 +774,7 @@ def test_a_real_model_killed_at_random_times(tmp_path):
 def test_killed_while_mending(toy):
     build(toy)
     expected = contents(packs_folder() / KEY)
-    for point in range(1, 60, 4):
+    for point in range(1, 60, 7):
         damage_truncate(layer_file(1))
         child = run_child(die_at, Toy(), point)
         child.join(30)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from accelerate import init_empty_weights
 from hypothesis import given
 from hypothesis import strategies as st
 from support import reference
@@ -195,11 +196,12 @@ def make_model(text: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> 
     shape = parse_shape(text)
     config = hf.LlamaConfig(**json.loads(shape_files(shape)["config.json"]))
     layers = ShapeLayers(shape, seed)
-    tensors = layers.rest()
+    tensors = {name: weight.to(dtype) for name, weight in layers.rest().items()}
     for i in range(layers.num_layers):
         tensors |= {f"{layers.layers_name}.{i}.{k}": v.to(dtype, copy=True) for k, v in layers.read_layer(i).items()}
-    model = hf.LlamaForCausalLM._from_config(config, dtype=dtype).eval()
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    with init_empty_weights(include_buffers=False):
+        model = hf.LlamaForCausalLM(config).eval()
+    missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     assert (missing, unexpected) == (["lm_head.weight"], [])
     model.tie_weights()
     return model
@@ -246,9 +248,13 @@ def test_what_is_idle_adds_exactly_nothing(dtype):
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_sixteen_bits_keep_the_live_weights(dtype):
-    """Measured: 5e-7 and 3e-7 as stored; computed in that dtype too, what the demo target itself loses there."""
+    """Measured: 5e-7 and 3e-7."""
+    assert relative_error(make_model(f"{TYPICAL},dtype={dtype}")) < 3e-6
+
+
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
+def test_computed_in_sixteen_bits_they_lose_what_the_demo_target_loses(dtype):
     text = f"{TYPICAL},dtype={dtype}"
-    assert relative_error(make_model(text)) < 3e-6
     demo = hf.LlamaForCausalLM.from_pretrained(demo_source("target").path, dtype=TORCH_DTYPE[dtype]).eval()
     assert relative_error(make_model(text, dtype=TORCH_DTYPE[dtype])) < 1.5 * relative_error(demo)
 
