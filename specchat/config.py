@@ -48,6 +48,14 @@ def cache_folder() -> Path:
     return Path(cache).expanduser()
 
 
+def state_folder() -> Path:
+    """Where chats, typed lines and statistics are kept: SPECCHAT_STATE_DIR, or the platform's folder for them."""
+    import platformdirs
+
+    chosen = os.environ.get("SPECCHAT_STATE_DIR") or platformdirs.user_state_dir("specchat", appauthor=False)
+    return Path(chosen).expanduser()
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is drawn from the target's scores; the values transformers gives the same names.

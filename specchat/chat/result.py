@@ -5,6 +5,7 @@ from typing import Any
 
 from specchat.chat.session import Delta, Turn
 from specchat.config import ModelSource, Plan
+from specchat.planner.explain import Chosen
 
 SCHEMA_VERSION = 1
 
@@ -49,7 +50,7 @@ def done_object(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def plan_object(plan: Plan) -> dict[str, Any]:
-    """The plan that `run --plan --json` prints; what nothing has predicted is null."""
+    """The plan itself; what nothing has predicted is null."""
     return {
         "target": plan.target,
         "draft": plan.draft,
@@ -73,4 +74,30 @@ def plan_object(plan: Plan) -> dict[str, Any]:
         "predicted_tok_per_s": None,
         "basis": "none",
         "alternatives": [],
+    }
+
+
+def chosen_object(chosen: Chosen) -> dict[str, Any]:
+    """The plan that `run --plan --json` prints, with the speed to expect and the reasons."""
+    prediction = chosen.prediction
+    return {
+        **plan_object(chosen.plan),
+        "predicted_pass_s": prediction.pass_s,
+        "predicted_tokens_per_step": prediction.tokens_per_step,
+        "predicted_tok_per_s": prediction.tok_per_s,
+        "bound": prediction.bound,
+        "basis": prediction.basis,
+        "choices": [
+            {"option": each.option, "value": each.value, "why": each.why, "pinned": each.pinned}
+            for each in chosen.choices
+        ],
+        "alternatives": [
+            {
+                "option": each.option,
+                "value": each.alternative.value,
+                "predicted_tok_per_s": each.alternative.tok_per_s,
+            }
+            for each in chosen.choices
+            if each.alternative is not None
+        ],
     }

@@ -18,8 +18,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import platformdirs
-
 from specchat.chat.state import (
     Answered,
     ChatRecord,
@@ -35,7 +33,7 @@ from specchat.chat.state import (
     ValueSet,
     state_of,
 )
-from specchat.config import Message, Sampling
+from specchat.config import Message, Sampling, state_folder
 from specchat.errors import SessionError, UsageError
 
 VERSION = 1
@@ -57,12 +55,6 @@ _ID = re.compile(r"[\w][\w.-]{0,99}", re.ASCII)
 
 
 # --- places ------------------------------------------------------------------------------------------------------
-
-
-def state_folder() -> Path:
-    """Where chats and typed lines are kept: SPECCHAT_STATE_DIR, or the platform's folder for such things."""
-    chosen = os.environ.get("SPECCHAT_STATE_DIR")
-    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_state_dir("specchat", appauthor=False))
 
 
 def sessions_folder() -> Path:

@@ -150,7 +150,7 @@ def _job(
     default = () if options.sweep else ("plain",)
     baselines = default if options.baselines is None else options.baselines
     check_baselines(baselines, draft)
-    plan = shared.make_plan(point.options, point.models)
+    plan = shared.make_plan(point.options, point.models, keeps_draft=True).plan
     _check_cold(options, plan)
     pack = shared.make_pack(target, plan, TalkReporter(say))
     draft_pack = shared.make_draft_pack(draft, plan, TalkReporter(say))

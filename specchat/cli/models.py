@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from specchat.models.hf_compat import Tokenizer
     from specchat.models.hub import Download, Missing
     from specchat.models.pack import Pack
+    from specchat.planner.explain import Chosen
     from specchat.planner.search import PlanRequest
     from specchat.ui.console import Talk
     from specchat.ui.progress import Reporter
@@ -229,15 +230,38 @@ def _agreed(downloads: "Sequence[Download]", target: "ModelSource | Missing") ->
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def make_plan(options: ModelOptions, models: Models) -> Plan:
+@dataclass(frozen=True)
+class Planned:
+    """A plan, its reasons, and the models that it is for: a draft that would not pay is left out."""
+
+    chosen: "Chosen"
+    models: Models
+
+    @property
+    def plan(self) -> Plan:
+        """What the engine runs under."""
+        return self.chosen.plan
+
+
+def make_plan(options: ModelOptions, models: Models, *, keeps_draft: bool = False) -> Planned:
     """What goes where on this machine.
+
+    Args:
+        options: what was asked for.
+        models: what was found.
+        keeps_draft: a draft is used even where plain decoding is predicted to be faster.
 
     Raises:
         DoesNotFitError: no plan stays within the budget.
     """
     from specchat.planner import search
 
-    return search.make_plan(_plan_request(options, models))
+    request = _plan_request(options, models)
+    chosen = search.choose_plan(replace(request, draft_is_open=request.draft_is_open and not keeps_draft))
+    if models.draft is None or chosen.plan.draft is not None:
+        return Planned(chosen, models)
+    note = f"plain decoding: predicted faster here than with {models.draft.name}"
+    return Planned(chosen, replace(models, draft=None, draft_note=note))
 
 
 def _plan_request(options: ModelOptions, models: Models) -> "PlanRequest":
@@ -255,6 +279,7 @@ def _plan_request(options: ModelOptions, models: Models) -> "PlanRequest":
         slots=options.slots,
         quant=options.quant,
         draft_quant=options.draft_quant,
+        draft_is_open=options.draft == "auto",
     )
 
 

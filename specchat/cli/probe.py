@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from specchat.cli import models as shared
 from specchat.cli.options import ModelOptions
@@ -13,9 +13,7 @@ from specchat.config import cache_folder
 from specchat.errors import UsageError
 
 if TYPE_CHECKING:
-    from specchat.cli.models import Models
-    from specchat.config import Plan
-    from specchat.hardware.machine import Measured
+    from specchat.cli.models import Planned
     from specchat.hardware.probe import Report
     from specchat.hardware.verdicts import Verdict
     from specchat.ui.console import Talk
@@ -67,9 +65,9 @@ def probe(options: ProbeOptions) -> int:
         line.end()
     with TemporaryDirectory(prefix="specchat-") as folder:
         found = None if refs is None else shared.sketch_models(options.models, refs, say, Path(folder))
-        plan = None if found is None else shared.make_plan(options.models, found)
+        planned = None if found is None else shared.make_plan(options.models, found)
     packs = _verify(say) if options.verify else ()
-    _print(options, report, (*report.verdicts, *packs), found, plan)
+    _print(options, report, (*report.verdicts, *packs), planned)
     return _DAMAGED if any(verdict.level == "error" for verdict in packs) else 0
 
 
@@ -104,46 +102,21 @@ def _print(
     options: ProbeOptions,
     report: "Report",
     verdicts: "tuple[Verdict, ...]",
-    found: "Models | None",
-    plan: "Plan | None",
+    planned: "Planned | None",
 ) -> None:
+    from specchat.chat.result import chosen_object
     from specchat.hardware.report import report_object
     from specchat.ui.chat_view import plan_table
     from specchat.ui.probe_view import ProbeView, markdown
 
     if options.json:
-        bounded = None if plan is None else _plan_object(plan, report.measured)
-        print_line(to_json(report_object(report, verdicts, bounded)))
+        plan = None if planned is None else chosen_object(planned.chosen)
+        print_line(to_json(report_object(report, verdicts, plan)))
         return
-    table = None if plan is None or found is None else plan_table(found.target, plan, found.draft_note)
+    table = None
+    if planned is not None:
+        table = plan_table(planned.models.target, planned.plan, planned.models.draft_note)
     if options.markdown:
         print_line(markdown(report, verdicts, table))
     else:
         ProbeView(sys.stdout).report(report, verdicts, table)
-
-
-def _plan_object(plan: "Plan", measured: "Measured") -> dict[str, Any]:
-    """The plan, with the least time that a pass can take: nothing else has been predicted yet."""
-    from specchat.chat.result import plan_object
-
-    pass_s = _least_pass_s(plan, measured)
-    if pass_s is None:
-        return plan_object(plan)
-    return {
-        **plan_object(plan),
-        "predicted_pass_s": pass_s,
-        "basis": "bound: streamed bytes at the link's measured rate; computing and drafting come on top",
-    }
-
-
-def _least_pass_s(plan: "Plan", measured: "Measured") -> float | None:
-    """What the slowest link takes for the layers that cross it; None where none do, or nothing was measured."""
-    links = measured.links
-    # layers are about equally large
-    from_disk = plan.streamed_bytes_per_step * plan.tiers.count("disk") / max(len(plan.streamed), 1)
-    to_device = 0 if plan.device == "cpu" else plan.streamed_bytes_per_step
-    crossings = (
-        (from_disk, links.disk_read_bytes_per_s),
-        (to_device, links.h2d_pinned_bytes_per_s or links.h2d_pageable_bytes_per_s),
-    )
-    return max((num_bytes / rate for num_bytes, rate in crossings if num_bytes and rate), default=None)

@@ -22,6 +22,7 @@ from specchat.units import format_bytes
 if TYPE_CHECKING:
     from specchat.chat.session import ChatSession, Delta, Turn
     from specchat.chat.transcript import Saved, Transcript
+    from specchat.cli.models import Planned
     from specchat.engine.engine import Engine
     from specchat.models.generation_defaults import GenerationDefaults
     from specchat.models.hf_compat import Tokenizer
@@ -43,10 +44,10 @@ def run(options: RunOptions) -> int:
     if options.plan:
         with TemporaryDirectory(prefix="specchat-") as folder:
             models = shared.sketch_models(options.models, refs, say, Path(folder))
-            _print_plan(options, models, shared.make_plan(options.models, models))
+            _print_plan(options, shared.make_plan(options.models, models))
         return 0
     models = shared.locate_models(options.models, refs, say)
-    return _chat(options, models, shared.make_plan(options.models, models), prompt, say)
+    return _chat(options, shared.make_plan(options.models, models), prompt, say)
 
 
 # --- the prompt --------------------------------------------------------------------------------------------------
@@ -93,22 +94,26 @@ def _read_stdin() -> str:
 # --- the plan ----------------------------------------------------------------------------------------------------
 
 
-def _print_plan(options: RunOptions, models: Models, plan: Plan) -> None:
-    from specchat.chat.result import plan_object
+def _print_plan(options: RunOptions, planned: "Planned") -> None:
+    from specchat.chat.result import chosen_object
     from specchat.ui.chat_view import plan_table
 
-    print_line(to_json(plan_object(plan)) if options.json else plan_table(models.target, plan, models.draft_note))
+    models, plan = planned.models, planned.plan
+    print_line(
+        to_json(chosen_object(planned.chosen)) if options.json else plan_table(models.target, plan, models.draft_note)
+    )
 
 
 # --- the chat ----------------------------------------------------------------------------------------------------
 
 
-def _chat(options: RunOptions, models: Models, plan: Plan, prompt: str | None, say: "Talk") -> int:
+def _chat(options: RunOptions, planned: "Planned", prompt: str | None, say: "Talk") -> int:
     from specchat.models.generation_defaults import load_generation_defaults
     from specchat.ui.chat_view import ChatView
     from specchat.ui.console import answer_stream
     from specchat.ui.progress import TalkReporter
 
+    models, plan = planned.models, planned.plan
     defaults = load_generation_defaults(models.target.path)
     seed = random_seed() if options.models.seed is None else options.models.seed
     sampling = resolve_sampling(options.sampling, defaults, seed)

@@ -14,6 +14,7 @@ class Machine:
         ram_available_bytes: what the system or the container still gives.
         fast_bf16: whether the device multiplies bfloat16 faster than float32.
         total_bytes: memory of host and device together, used or not; a number that stays the same.
+        device_total_bytes: likewise of the device alone; on the CPU the same as total_bytes.
     """
 
     device: str
@@ -21,6 +22,7 @@ class Machine:
     ram_available_bytes: int
     fast_bf16: bool
     total_bytes: int = 1 << 62
+    device_total_bytes: int = 1 << 62
 
 
 @dataclass(frozen=True)

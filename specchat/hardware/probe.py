@@ -60,7 +60,8 @@ def find_machine(device: str) -> Machine:
         )
     free, total = torch.cuda.mem_get_info(index)
     major, _ = torch.cuda.get_device_capability(index)
-    return Machine(f"cuda:{index}", int(free), ram, fast_bf16=major >= 8, total_bytes=int(total) + total_ram_bytes())
+    all_bytes = int(total) + total_ram_bytes()
+    return Machine(f"cuda:{index}", int(free), ram, major >= 8, total_bytes=all_bytes, device_total_bytes=int(total))
 
 
 def _unusable(device: str) -> DeviceUnusableError:
@@ -73,7 +74,8 @@ def _unusable(device: str) -> DeviceUnusableError:
 
 def _cpu(ram: int) -> Machine:
     fast_bf16 = cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"} != set()
-    return Machine("cpu", ram, ram, fast_bf16, total_bytes=total_ram_bytes())
+    total = total_ram_bytes()
+    return Machine("cpu", ram, ram, fast_bf16, total_bytes=total, device_total_bytes=total)
 
 
 def find_hardware(folder: Path) -> Hardware:
@@ -124,6 +126,22 @@ def probe(
             _keep(folder, key, measured)
         hardware = find_hardware(folder)  # memory and disk as they are now
     return Report(hardware, measured, judge(hardware, measured))
+
+
+def remembered(folder: Path, hardware: Hardware, machine: Machine, device: str) -> Measured | None:
+    """What a report on this machine has measured and nothing has changed since; None if there was none.
+
+    Args:
+        folder: where rates are kept.
+        hardware: as it is now.
+        machine: the device that rates are wanted for.
+        device: what it was asked for by; the report may have been asked for by another name.
+    """
+    for name in dict.fromkeys((device, "auto", machine.device)):
+        measured = store.load(folder, store.key_of(hardware, name))
+        if measured is not None and measured.device == machine.device:
+            return measured
+    return None
 
 
 def _keep(folder: Path, key: str, measured: Measured) -> None:

@@ -1,32 +1,41 @@
-"""Choosing a plan: what stays in device memory, what streams, how large context and tree are."""
+"""Choosing a plan: the one that is predicted to be the fastest, of all that fit.
 
-from collections.abc import Iterator, Mapping, Sequence
+What is open: the precision of the target, whether to draft, the size of trees, slots, which layers stay, and the
+context where nothing larger fits. Everything that the user has settled stays as it is. The precision is the one choice
+that changes the text, so it depends on nothing that changes from one run to the next: on what the machine has, never on
+what is free, on what is typical of such machines, never on what was measured.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from typing import Literal
 
-from specchat.config import DTYPE_BYTES, Dtype, ModelSource, ModelSpec, Plan, Quant
+from specchat.config import DTYPE_BYTES, Dtype, ModelSource, ModelSpec, Plan, Quant, cache_folder
 from specchat.errors import DoesNotFitError, UsageError
 from specchat.hardware.machine import Machine
-from specchat.hardware.probe import find_machine
+from specchat.hardware.probe import find_hardware, find_machine, remembered
 from specchat.models.geometry import describe, layer_bytes, weight_bytes
+from specchat.planner.cost import DEMO_ACCEPTANCE, TYPICAL_ACCEPTANCE, Acceptance, CostModel, Placement, Prediction
+from specchat.planner.explain import Alternative, Choice, Chosen
 from specchat.planner.memory import Workload, build_ledger
+from specchat.planner.rates import UNKNOWN_RATES, Rates, rates_of
 from specchat.units import GIB, MIB, format_bytes
 
 _LOWER: tuple[Quant, ...] = ("int8", "int4")
+# int8 loses nothing that could be measured (perplexity +0.00%), but it is not the original: it has to be worth it.
+LOWERED_IF_FASTER_BY = 1.3
 DEFAULT_CTX = 8192
-# The most nodes of a tree whose size follows what its nodes pay (engine/growth.py). A GPU computes hundreds of rows
-# while a layer is on its way; on two CPU cores 128 rows take longer than the disk.
-AUTO_TREE_BUDGET = {"cpu": 128, "cuda": 256}
+# The most nodes of a tree whose size follows what its nodes pay (engine/growth.py), the usual one first. A GPU computes
+# hundreds of rows while a layer is on its way; on two CPU cores 128 rows take longer than the disk.
+TREE_BUDGETS = {"cpu": (128, 64, 32, 16), "cuda": (256, 512, 128, 64, 32)}
 CHUNK_ROWS = 512
 # Up to this size full precision costs nothing that a user would notice, and is exact to the token.
 EXACT_BYTES = 64 * MIB
 NUM_SLOTS = 2
 # A third slot takes a resident layer's place. While one layer is computed and the next one waits, its fill goes on, so
-# that a pass whose reading and computing take about as long stays as fast as its reads alone: measured on a disk with
-# 27 streamed layers 0.95-1.04 of raw reads, and 0.76-0.93 with two slots. It pays while one layer more to stream is
-# little, and where computing is slow; on a GPU it takes a fraction of the time of the copy.
-NUM_SLOTS_OF_MANY = 3
-MANY_STREAMED = 10
+# that a pass whose reading and computing take about as long stays as fast as its reads alone.
+SLOTS = (NUM_SLOTS, 3)
 _LEAST_CTX = 512
 # What cuBLAS keeps for itself and what the allocator of CUDA memory rounds up; not measured on a GPU yet.
 CUDA_RESERVE_BYTES = 96 * MIB
@@ -49,6 +58,7 @@ class PlanRequest:
         slots: staging buffers for streamed layers.
         quant: "auto" or a Quant: what the target's matrices are stored in.
         draft_quant: likewise for the draft, by a Quant.
+        draft_is_open: whether to plan without the draft where that is faster.
     """
 
     target: ModelSource
@@ -62,10 +72,37 @@ class PlanRequest:
     slots: int | None = None
     quant: Literal["auto"] | Quant = "auto"
     draft_quant: Quant = "none"
+    draft_is_open: bool = False
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a choice is based on besides the request.
+
+    Attributes:
+        machine: memory, used or not.
+        rates: as well as they are known.
+        typical: of such machines, whatever has been measured on this one.
+        target: its sizes by the precision asked for; looked into only where the choice turns on it.
+        draft: its sizes, or None.
+        acceptance: of the pair.
+    """
+
+    machine: Machine
+    rates: Rates
+    typical: Rates
+    target: Callable[[Quant], ModelSpec]
+    draft: ModelSpec | None = None
+    acceptance: Acceptance = TYPICAL_ACCEPTANCE
 
 
 def make_plan(request: PlanRequest) -> Plan:
-    """The plan for this machine and these models; nothing but configurations is read.
+    """As `choose_plan`, without the reasons."""
+    return choose_plan(request).plan
+
+
+def choose_plan(request: PlanRequest) -> Chosen:
+    """The fastest plan for this machine and these models; nothing but configurations is read, nothing is measured.
 
     Raises:
         DoesNotFitError: no plan stays within the budget.
@@ -73,59 +110,448 @@ def make_plan(request: PlanRequest) -> Plan:
         DeviceUnusableError: the device asked for by name cannot be used.
     """
     machine = find_machine(request.device)
-    draft = describe(request.draft, request.draft_quant) if request.draft is not None else None
-    target = _described(request, machine)
-    return plan_for(request, machine, target, draft)
+    folder = cache_folder()
+    hardware = find_hardware(folder)
+    measured = remembered(folder, hardware, machine, request.device)
+    known = Known(
+        machine=machine,
+        rates=rates_of(hardware, machine, measured),
+        typical=rates_of(hardware, machine),
+        target=_describing(request.target),
+        draft=None if request.draft is None else describe(request.draft, request.draft_quant),
+        acceptance=DEMO_ACCEPTANCE if request.target.is_toy else TYPICAL_ACCEPTANCE,
+    )
+    return choose_for(request, known)
 
 
-def _described(request: PlanRequest, machine: Machine) -> ModelSpec:
-    """The target in the precision asked for.
+def _describing(source: ModelSource) -> Callable[[Quant], ModelSpec]:
+    """Describes each precision once."""
+    return lru_cache(maxsize=None)(lambda quant: describe(source, quant))
 
-    auto lowers it only where all the machine's memory together could never hold the weights, and then no further than
-    necessary: so the same command gives the same text on the same machine, whatever else runs there.
+
+def choose_for(request: PlanRequest, known: Known) -> Chosen:
+    """`choose_plan` once everything is known; a pure function.
+
+    Raises:
+        DoesNotFitError, UsageError: as `choose_plan`.
     """
-    if request.quant != "auto":
-        return describe(request.target, request.quant)
-    spec = describe(request.target)
-    if spec.quant != "none":
-        return spec  # it comes quantized
-    for quant in _LOWER:
-        if weight_bytes(spec, _dtype(request, machine, spec)) <= machine.total_bytes:
-            break
-        spec = describe(request.target, quant)
-    return spec
+    quant = choose_quant(request, known)
+    candidates = _candidates(request, known, quant.spec)
+    best = max(candidates, key=_preference)
+    plan = best.plan(request, known.machine)
+    return Chosen(plan, best.prediction, _choices(request, known, quant, best, candidates))
 
 
 def plan_for(request: PlanRequest, machine: Machine, target: ModelSpec, draft: ModelSpec | None) -> Plan:
-    """`make_plan` once everything is known; a pure function."""
-    budget = request.vram_bytes if request.vram_bytes is not None else _default_budget(machine)
-    work = _workload(request, machine, target, draft)
+    """The plan for a target in this very precision, on a machine of which nothing else is known; a pure function."""
+    known = Known(machine, UNKNOWN_RATES, UNKNOWN_RATES, lambda _: target, draft)
+    return max(_candidates(request, known, target), key=_preference).plan(request, machine)
+
+
+# --- precision ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Precision:
+    """The target in the precision that was chosen, and why that one."""
+
+    spec: ModelSpec
+    why: str
+    other: ModelSpec | None = None
+
+
+def choose_quant(request: PlanRequest, known: Known) -> _Precision:
+    """The target in the precision asked for, or with "auto" in the best that this machine can do with reasonably fast.
+
+    The same command must give the same text on the same machine, whatever else runs there.
+    """
+    if request.quant != "auto":
+        return _Precision(known.target(request.quant), "asked for")
+    full = known.target("none")
+    if full.quant != "none":
+        return _Precision(full, "as it comes")
+    dtype, total_bytes = _dtype(request, known.machine, full), known.machine.total_bytes
+    if weight_bytes(full, dtype) <= total_bytes:
+        return _full_or_int8(request, known, full)
+    int8 = known.target("int8")
+    if weight_bytes(int8, dtype) <= total_bytes:
+        return _Precision(int8, "the original exceeds all memory of this machine", full)
+    return _Precision(known.target("int4"), "int8 exceeds all memory of this machine", int8)
+
+
+def _full_or_int8(request: PlanRequest, known: Known, full: ModelSpec) -> _Precision:
+    """The original where it fits the device, or where int8 would not be much faster."""
+    idle = replace(known, machine=_idle(known.machine), rates=known.typical)
+    plain = _fastest(request, idle, full)
+    if plain is not None and not plain.num_streamed:
+        return _Precision(full, "the original fits")
+    int8 = known.target("int8")
+    lower = _fastest(request, idle, int8)
+    if lower is None or (plain is not None and not _is_worth_it(lower.prediction, plain.prediction)):
+        return _Precision(full, "the original, as int8 would hardly be faster", int8)
+    return _Precision(int8, "as good as the original, and faster" if plain else "the original does not fit", full)
+
+
+def _is_worth_it(lower: Prediction, full: Prediction) -> bool:
+    return lower.tok_per_s >= LOWERED_IF_FASTER_BY * full.tok_per_s
+
+
+def _idle(machine: Machine) -> Machine:
+    """The machine with all its memory free."""
     on_cpu = machine.device == "cpu"
-    divisions = tuple(_divisions(target.num_layers, request.slots, many_slots=on_cpu))
-    resident, work = _fit(target, draft, work, budget, divisions, ctx_is_free=request.ctx is None)
-    sizes = {i: layer_bytes(target, i, work.dtype) for i in range(target.num_layers) if i not in resident}
-    in_ram = keep_in_ram(sizes, _host_room(request, machine, taken=budget if on_cpu else 0))
-    return Plan(
-        target=target.name,
-        draft=None if draft is None else draft.name,
-        quant=target.quant,
-        device=machine.device,
-        dtype=work.dtype,
-        ctx=work.ctx,
-        tree_budget=work.tree_budget,
-        draft_rows=work.draft_rows,
-        slots=work.slots,
-        resident=resident,
-        num_layers=target.num_layers,
-        chunk_rows=work.chunk_rows,
-        ledger=build_ledger(target, draft, work, resident),
-        device_budget_bytes=budget,
-        adaptive=request.tree_budget is None,
-        draft_quant="none" if draft is None else draft.quant,
-        lowered_from=target.dtype if request.quant == "auto" and target.quant in _LOWER else None,
-        host_bytes=0 if on_cpu else _host_bytes(sizes, in_ram, work.slots),
-        streamed_bytes_per_step=sum(sizes.values()),
-        in_ram=in_ram,
+    ram = machine.total_bytes if on_cpu else machine.total_bytes - machine.device_total_bytes
+    return replace(machine, device_free_bytes=machine.device_total_bytes, ram_available_bytes=max(ram, 0))
+
+
+def _fastest(request: PlanRequest, known: Known, target: ModelSpec) -> "_Candidate | None":
+    try:
+        return max(_candidates(request, known, target), key=_preference)
+    except DoesNotFitError:
+        return None
+
+
+# --- reasons -----------------------------------------------------------------------------------------------------
+
+
+def _choices(
+    request: PlanRequest, known: Known, quant: _Precision, best: "_Candidate", candidates: Sequence["_Candidate"]
+) -> tuple[Choice, ...]:
+    """Every choice with its reason, and what the best plan without it would do."""
+
+    def otherwise(differs: Callable[["_Candidate"], bool], value: Callable[["_Candidate"], str]) -> Alternative | None:
+        other = max((each for each in candidates if differs(each)), key=_preference, default=None)
+        return None if other is None else Alternative(value(other), other.prediction.tok_per_s)
+
+    work, device = best.work, known.machine.device
+    choices = [
+        Choice("device", device, _why_device(request, device), request.device != "auto"),
+        Choice("dtype", work.dtype, _why_dtype(request, best), request.dtype != "auto"),
+        Choice("quant", best.target.quant, quant.why, request.quant != "auto", _other_quant(request, known, quant)),
+        _draft_choice(request, known, best, otherwise(lambda c: (c.draft is None) != (best.draft is None), _draft_of)),
+        Choice("ctx", f"{work.ctx:,}", _why_ctx(request, best), request.ctx is not None),
+    ]
+    if best.draft is not None:
+        trees = otherwise(
+            lambda c: c.draft is not None and c.work.tree_budget != work.tree_budget, lambda c: str(c.work.tree_budget)
+        )
+        nodes = best.prediction.tree_nodes
+        why = "asked for" if request.tree_budget is not None else f"the most; about {nodes} nodes pay for their time"
+        choices.append(Choice("tree-budget", str(work.tree_budget), why, request.tree_budget is not None, trees))
+    choices.append(Choice("vram", format_bytes(best.budget_bytes), _why_budget(request, device), _is_set(request)))
+    if best.num_streamed:
+        slots = otherwise(lambda c: c.work.slots != work.slots, lambda c: str(c.work.slots))
+        why = "asked for" if request.slots is not None else "layers on their way while one is computed"
+        choices.append(Choice("slots", str(work.slots), why, request.slots is not None, slots))
+    return tuple(choices)
+
+
+def _is_set(request: PlanRequest) -> bool:
+    return request.vram_bytes is not None
+
+
+def _why_device(request: PlanRequest, device: str) -> str:
+    if request.device != "auto":
+        return "asked for"
+    return "no CUDA device can be used" if device == "cpu" else "the first CUDA device"
+
+
+def _why_dtype(request: PlanRequest, best: "_Candidate") -> str:
+    if request.dtype != "auto":
+        return "asked for"
+    if best.work.dtype == best.target.dtype:
+        return "the model's own"
+    if best.target.num_params * DTYPE_BYTES["fp32"] <= EXACT_BYTES:
+        return "small enough to be exact"
+    return f"{best.target.dtype} is slow here" if best.work.dtype == "fp32" else "fast enough, half the bytes"
+
+
+def _why_ctx(request: PlanRequest, best: "_Candidate") -> str:
+    if request.ctx is not None:
+        return "asked for"
+    if best.work.ctx == _ctx(request, best.target):
+        return "all that the model has" if best.work.ctx == best.target.max_positions else "the usual"
+    return "halved until everything fitted"
+
+
+def _why_budget(request: PlanRequest, device: str) -> str:
+    if request.vram_bytes is not None:
+        return "asked for"
+    return "free memory less a reserve for the system" if device == "cpu" else "free memory less 1 GiB"
+
+
+def _draft_of(candidate: "_Candidate") -> str:
+    return "none" if candidate.draft is None else candidate.draft.name
+
+
+def _draft_choice(request: PlanRequest, known: Known, best: "_Candidate", other: Alternative | None) -> Choice:
+    if known.draft is None:
+        return Choice("draft", "none", "none known or asked for")
+    if not request.draft_is_open:
+        return Choice("draft", known.draft.name, "asked for", pinned=True, alternative=other)
+    why = "plain decoding is faster here" if best.draft is None else _what_a_tree_brings(best.prediction)
+    return Choice("draft", _draft_of(best), why, alternative=other)
+
+
+def _what_a_tree_brings(prediction: Prediction) -> str:
+    return f"{prediction.tokens_per_step:.1f} tokens a pass instead of 1"
+
+
+def _other_quant(request: PlanRequest, known: Known, quant: _Precision) -> Alternative | None:
+    """What the precision that was not chosen would do under the same conditions."""
+    if quant.other is None:
+        return None
+    other = _fastest(request, known, quant.other)
+    return Alternative(quant.other.quant, None if other is None else other.prediction.tok_per_s)
+
+
+# --- the search --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A plan that fits, before it is written out."""
+
+    target: ModelSpec
+    draft: ModelSpec | None
+    work: Workload
+    resident: tuple[int, ...]
+    in_ram: tuple[int, ...]
+    budget_bytes: int
+    prediction: Prediction
+
+    @property
+    def num_streamed(self) -> int:
+        """Layers that are streamed."""
+        return self.target.num_layers - len(self.resident)
+
+    def plan(self, request: PlanRequest, machine: Machine) -> Plan:
+        """The plan itself."""
+        target, draft, work = self.target, self.draft, self.work
+        kept = set(self.resident)
+        sizes = {i: layer_bytes(target, i, work.dtype) for i in range(target.num_layers) if i not in kept}
+        return Plan(
+            target=target.name,
+            draft=None if draft is None else draft.name,
+            quant=target.quant,
+            device=machine.device,
+            dtype=work.dtype,
+            ctx=work.ctx,
+            tree_budget=work.tree_budget,
+            draft_rows=work.draft_rows,
+            slots=work.slots,
+            resident=self.resident,
+            num_layers=target.num_layers,
+            chunk_rows=work.chunk_rows,
+            ledger=build_ledger(target, draft, work, self.resident),
+            device_budget_bytes=self.budget_bytes,
+            adaptive=request.tree_budget is None,
+            draft_quant="none" if draft is None else draft.quant,
+            lowered_from=target.dtype if request.quant == "auto" and target.quant in _LOWER else None,
+            host_bytes=0 if machine.device == "cpu" else _host_bytes(sizes, self.in_ram, work.slots),
+            streamed_bytes_per_step=sum(sizes.values()),
+            in_ram=self.in_ram,
+        )
+
+
+def _preference(candidate: _Candidate) -> tuple[float, ...]:
+    """Larger is better: speed, then the usual size of trees, then what takes least memory."""
+    budgets = TREE_BUDGETS["cpu" if candidate.work.device == "cpu" else "cuda"]
+    budget = candidate.work.tree_budget
+    rank = budgets.index(budget) if budget in budgets else 0
+    return candidate.prediction.tok_per_s, -rank, -candidate.work.slots
+
+
+def _candidates(request: PlanRequest, known: Known, target: ModelSpec) -> list[_Candidate]:
+    """Everything that fits, with a draft and without, each at the longest context at which any of it does.
+
+    Raises:
+        DoesNotFitError: nothing does.
+        UsageError: a context the model has no positions for.
+    """
+    budget = request.vram_bytes if request.vram_bytes is not None else _default_budget(known.machine)
+    shelves = _Shelves(target, _dtype(request, known.machine, target), request.slots)
+    found = [
+        candidate
+        for draft in _drafts(request, known)
+        for candidate in _with_draft(request, replace(known, draft=draft), target, shelves, budget)
+    ]
+    if found:
+        return found
+    raise _does_not_fit(request, known, target, shelves, budget)
+
+
+def _with_draft(
+    request: PlanRequest, known: Known, target: ModelSpec, shelves: "_Shelves", budget: int
+) -> list[_Candidate]:
+    """All that fits at the longest context; a default context is halved before giving up."""
+    draft = known.draft
+    model = CostModel(target, draft, shelves.dtype, known.machine.device, known.rates, known.acceptance)
+    for ctx in _contexts(request, target):
+        works = _workloads(request, known, shelves.dtype, ctx)
+        placed = [each for work in works for each in shelves.fill(draft, work, budget)]
+        if placed:
+            tiered = [(each, *_predicted(request, known, model, shelves, each, budget)) for each in placed]
+            return [
+                _Candidate(target, draft, each.work, each.resident, in_ram, budget, prediction)
+                for each, in_ram, prediction in tiered
+            ]
+    return []
+
+
+def _drafts(request: PlanRequest, known: Known) -> list[ModelSpec | None]:
+    if known.draft is None:
+        return [None]
+    return [known.draft, None] if request.draft_is_open else [known.draft]
+
+
+def _contexts(request: PlanRequest, target: ModelSpec) -> Iterator[int]:
+    """Lengths to try, the longest first."""
+    ctx = _ctx(request, target)
+    yield ctx
+    while request.ctx is None and ctx > _LEAST_CTX:
+        ctx = max(ctx // 2, _LEAST_CTX)
+        yield ctx
+
+
+def _ctx(request: PlanRequest, target: ModelSpec) -> int:
+    if request.ctx is None:
+        return min(target.max_positions, DEFAULT_CTX)
+    if request.ctx > target.max_positions:
+        raise UsageError(
+            f"--ctx {request.ctx:,} is beyond the {target.max_positions:,} positions of {target.name}",
+            hint=f"use --ctx {target.max_positions} or less",
+        )
+    return request.ctx
+
+
+def _workloads(request: PlanRequest, known: Known, dtype: Dtype, ctx: int) -> list[Workload]:
+    """One for each size of trees that is open."""
+    on_cpu = known.machine.device == "cpu"
+    open_budgets = TREE_BUDGETS["cpu" if on_cpu else "cuda"]
+    budgets = open_budgets if request.tree_budget is None else (request.tree_budget,)
+    return [
+        Workload(
+            dtype=dtype,
+            ctx=ctx,
+            tree_budget=budget,
+            draft_rows=DRAFT_ROWS_PER_NODE * budget,
+            chunk_rows=CHUNK_ROWS,
+            slots=0,
+            device=known.machine.device,
+            reserve_bytes=0 if on_cpu else CUDA_RESERVE_BYTES,
+        )
+        for budget in ((0,) if known.draft is None else budgets)
+    ]
+
+
+def _predicted(
+    request: PlanRequest, known: Known, model: CostModel, shelves: "_Shelves", placed: "_Placed", budget: int
+) -> tuple[tuple[int, ...], Prediction]:
+    """Which streamed layers stay in host memory, and how fast that is."""
+    kept = set(placed.resident)
+    sizes = {i: size for i, size in enumerate(shelves.sizes) if i not in kept}
+    on_cpu = known.machine.device == "cpu"
+    in_ram = keep_in_ram(sizes, _host_room(request, known.machine, taken=budget if on_cpu else 0))
+    ram_bytes = sum(sizes[i] for i in in_ram)
+    placement = Placement(
+        num_layers=len(shelves.sizes),
+        num_in_ram=len(in_ram),
+        num_on_disk=len(sizes) - len(in_ram),
+        ram_bytes=ram_bytes,
+        disk_bytes=sum(sizes.values()) - ram_bytes,
+        slots=placed.work.slots,
+    )
+    return in_ram, model.predict(placement, placed.work.tree_budget, adaptive=request.tree_budget is None)
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """Layers that stay, and the workload with its slots."""
+
+    work: Workload
+    resident: tuple[int, ...]
+
+
+class _Shelves:
+    """Ways to divide a target's layers into resident and streamed ones.
+
+    Args:
+        target: its sizes.
+        dtype: that they are stored in.
+        slots: as asked for, or None.
+    """
+
+    def __init__(self, target: ModelSpec, dtype: Dtype, slots: int | None) -> None:
+        self.dtype: Dtype = dtype
+        self.sizes = tuple(layer_bytes(target, i, dtype) for i in range(target.num_layers))
+        self._target = target
+        self._slots = SLOTS if slots is None else (slots,)
+
+    def fill(self, draft: ModelSpec | None, work: Workload, budget: int) -> list[_Placed]:
+        """For every number of slots the most layers that the budget lets stay."""
+        room = budget - self._beside(draft, work)
+        placed = [self._most_resident(work, slots, room) for slots in self._slots]
+        return list(dict.fromkeys(each for each in placed if each is not None))
+
+    def least_bytes(self, draft: ModelSpec | None, work: Workload) -> int:
+        """What it takes to run at all."""
+        return self._beside(draft, work) + min(need for _, need, _ in self._divisions(self._slots[0]))
+
+    def _beside(self, draft: ModelSpec | None, work: Workload) -> int:
+        """Everything but layers and slots; it depends on neither."""
+        ledger = build_ledger(self._target, draft, work, ())
+        return sum(item.bytes for item in ledger)
+
+    def _most_resident(self, work: Workload, slots: int, room: int) -> _Placed | None:
+        for num_resident, need, slots_needed in self._divisions(slots):
+            if need <= room:
+                resident = interleaved(num_resident, len(self.sizes))
+                return _Placed(replace(work, slots=slots_needed), resident)
+        return None
+
+    def _divisions(self, slots: int) -> list[tuple[int, int, int]]:
+        """(resident layers, bytes with slots, slots), most resident ones first."""
+        return [
+            (count, self._needs[count][0] + slots_needed * self._needs[count][1], slots_needed)
+            for count, slots_needed in _divisions(len(self.sizes), slots)
+        ]
+
+    @cached_property
+    def _needs(self) -> list[tuple[int, int]]:
+        """By the number of resident layers: their bytes, and the largest streamed one's."""
+        return [_resident_bytes(self.sizes, count) for count in range(len(self.sizes) + 1)]
+
+
+def _resident_bytes(sizes: Sequence[int], count: int) -> tuple[int, int]:
+    resident = set(interleaved(count, len(sizes)))
+    streamed = [size for i, size in enumerate(sizes) if i not in resident]
+    return sum(sizes) - sum(streamed), max(streamed, default=0)
+
+
+def _divisions(num_layers: int, slots: int) -> Iterator[tuple[int, int]]:
+    """Ways to divide layers into resident and streamed ones, best first: (resident, slots)."""
+    yield num_layers, 0
+    for num_streamed in range(slots + 1, num_layers + 1):  # as many slots as layers: they might as well stay
+        yield num_layers - num_streamed, slots
+
+
+def _does_not_fit(
+    request: PlanRequest, known: Known, target: ModelSpec, shelves: _Shelves, budget: int
+) -> DoesNotFitError:
+    """With a hint that names the longest context that the budget allows."""
+    least_known = replace(known, draft=_drafts(request, known)[-1])
+    draft, ctx = least_known.draft, list(_contexts(request, target))[-1]
+    work = min(_workloads(request, least_known, shelves.dtype, ctx), key=lambda work: work.tree_budget)
+    fits, too_long = 0, ctx
+    while too_long - fits > 1:
+        middle = (fits + too_long) // 2
+        enough = shelves.least_bytes(draft, replace(work, ctx=middle)) <= budget
+        fits, too_long = (middle, too_long) if enough else (fits, middle)
+    advice = "raise --vram, or lower --tree-budget" if draft is not None else "raise --vram"
+    return DoesNotFitError(
+        f"{target.name} needs at least {format_bytes(shelves.least_bytes(draft, work))} with --ctx {ctx:,}, "
+        f"the budget is {format_bytes(budget)}",
+        hint=f"--ctx {fits} would fit; else {advice}" if fits else advice,
     )
 
 
@@ -167,26 +593,6 @@ def _host_bytes(sizes: Mapping[int, int], in_ram: Sequence[int], slots: int) -> 
     return sum(sizes[i] for i in in_ram) + min(slots, len(read)) * max(read, default=0)
 
 
-def _workload(request: PlanRequest, machine: Machine, target: ModelSpec, draft: ModelSpec | None) -> Workload:
-    if request.ctx is not None and request.ctx > target.max_positions:
-        raise UsageError(
-            f"--ctx {request.ctx:,} is beyond the {target.max_positions:,} positions of {target.name}",
-            hint=f"use --ctx {target.max_positions} or less",
-        )
-    auto = AUTO_TREE_BUDGET["cpu" if machine.device == "cpu" else "cuda"]
-    tree_budget = 0 if draft is None else request.tree_budget or auto
-    return Workload(
-        dtype=_dtype(request, machine, target),
-        ctx=request.ctx if request.ctx is not None else min(target.max_positions, DEFAULT_CTX),
-        tree_budget=tree_budget,
-        draft_rows=DRAFT_ROWS_PER_NODE * tree_budget,
-        chunk_rows=CHUNK_ROWS,
-        slots=NUM_SLOTS,
-        device=machine.device,
-        reserve_bytes=0 if machine.device == "cpu" else CUDA_RESERVE_BYTES,
-    )
-
-
 def _dtype(request: PlanRequest, machine: Machine, target: ModelSpec) -> Dtype:
     match request.dtype:
         case "bf16" | "fp16" | "fp32":
@@ -206,93 +612,38 @@ def smaller_plan(request: PlanRequest, plan: Plan) -> Plan:
     Raises:
         DoesNotFitError: there is nothing left to give up.
     """
-    less = replace(request, vram_bytes=plan.device_bytes - 1, ctx=plan.ctx, tree_budget=plan.tree_budget or None)
-    try:
-        return replace(make_plan(less), adaptive=plan.adaptive)
-    except DoesNotFitError:
-        if plan.tree_budget > 1:
-            smaller = make_plan(replace(less, tree_budget=plan.tree_budget // 2))
-            return replace(smaller, adaptive=plan.adaptive)
-    raise DoesNotFitError(
-        f"{plan.target} needs {format_bytes(plan.device_bytes)} with --ctx {plan.ctx:,}, which cannot be had",
-        hint="close other programs, or lower --ctx",
+    less = replace(
+        request,
+        vram_bytes=plan.device_bytes - 1,
+        ctx=plan.ctx,
+        tree_budget=plan.tree_budget or None,
+        draft=request.draft if plan.draft is not None else None,
+        draft_is_open=False,
+        quant=_as_planned(request, plan),
     )
-
-
-def _fit(
-    target: ModelSpec,
-    draft: ModelSpec | None,
-    work: Workload,
-    budget: int,
-    divisions: Sequence[tuple[int, int]],
-    *,
-    ctx_is_free: bool,
-) -> tuple[tuple[int, ...], Workload]:
-    """The first of the divisions that the budget allows; a default context is halved before giving up."""
-    while True:
-        placed, needed = _most_resident(target, draft, work, budget, divisions)
-        if placed is not None:
-            return placed
-        if not ctx_is_free or work.ctx <= _LEAST_CTX:
+    try:
+        smaller = make_plan(less)
+    except DoesNotFitError:
+        if plan.tree_budget <= 1:
             raise DoesNotFitError(
-                f"{target.name} needs at least {format_bytes(needed)} with --ctx {work.ctx:,}, "
-                f"the budget is {format_bytes(budget)}",
-                hint=_what_would_fit(target, draft, work, budget, divisions),
-            )
-        work = replace(work, ctx=max(work.ctx // 2, _LEAST_CTX))
+                f"{plan.target} needs {format_bytes(plan.device_bytes)} with --ctx {plan.ctx:,}, which cannot be had",
+                hint="close other programs, or lower --ctx",
+            ) from None
+        smaller = make_plan(replace(less, tree_budget=plan.tree_budget // 2))
+    return replace(smaller, adaptive=plan.adaptive, lowered_from=plan.lowered_from)
 
 
-def _most_resident(
-    target: ModelSpec, draft: ModelSpec | None, work: Workload, budget: int, divisions: Sequence[tuple[int, int]]
-) -> tuple[tuple[tuple[int, ...], Workload] | None, int]:
-    """The first of the divisions that the budget allows, if there is one, and the bytes last looked at."""
-    needed = 0
-    for num_resident, slots in divisions:
-        resident = interleaved(num_resident, target.num_layers)
-        candidate = replace(work, slots=slots)
-        needed = sum(item.bytes for item in build_ledger(target, draft, candidate, resident))
-        if needed <= budget:
-            return (resident, candidate), needed
-    return None, needed
-
-
-def _what_would_fit(
-    target: ModelSpec, draft: ModelSpec | None, work: Workload, budget: int, divisions: Sequence[tuple[int, int]]
-) -> str:
-    """A hint that names the longest context that the budget allows."""
-    fits, too_long = 0, work.ctx
-    while too_long - fits > 1:
-        middle = (fits + too_long) // 2
-        placed, _ = _most_resident(target, draft, replace(work, ctx=middle), budget, divisions)
-        fits, too_long = (middle, too_long) if placed is not None else (fits, middle)
-    if fits:
-        return f"--ctx {fits} would fit; else raise --vram, or lower --tree-budget"
-    return "raise --vram, or lower --tree-budget"
-
-
-def _divisions(num_layers: int, slots: int | None, *, many_slots: bool) -> Iterator[tuple[int, int]]:
-    """Ways to divide layers into resident and streamed ones, best first: (resident, slots).
-
-    Args:
-        num_layers: L.
-        slots: as asked for; None leaves the choice here.
-        many_slots: whether one slot more is worth its memory where many layers stream.
-    """
-    yield num_layers, 0
-    few = NUM_SLOTS if slots is None else slots
-    for num_streamed in range(few + 1, num_layers + 1):  # as many slots as layers: they might as well stay
-        many = slots is None and many_slots and num_streamed > MANY_STREAMED
-        yield num_layers - num_streamed, NUM_SLOTS_OF_MANY if many else few
-    if num_layers > few:
-        yield 0, few
+def _as_planned(request: PlanRequest, plan: Plan) -> Literal["auto"] | Quant:
+    """The plan's precision: what there is less memory for must not be answered in another."""
+    return next((quant for quant in ("none", *_LOWER) if quant == plan.quant), request.quant)
 
 
 def interleaved(num_chosen: int, num_layers: int) -> tuple[int, ...]:
-    """Layers spread evenly among all, neither first nor last if that can be: of resident ones among streamed.
+    """Layers spread evenly among all, the last one not among them: of resident ones among streamed.
 
     While resident layers are computed, the next streamed ones come. Behind the last streamed layer nothing comes in a
     pass, so whatever is computed there leaves the link idle; and before the first one all slots are full already.
     """
-    half = num_layers // 2
-    ends = [(i * num_chosen + half) // num_layers for i in range(num_layers + 1)]
+    offset = max(num_layers // 2, num_chosen)
+    ends = [(i * num_chosen + offset) // num_layers for i in range(num_layers + 1)]
     return tuple(i for i in range(num_layers) if ends[i + 1] > ends[i])

@@ -5,9 +5,9 @@ from pathlib import Path
 from threading import Event
 
 import pytest
-from support.fake_engine import EOS, PLAN, TOKENIZER, ByteTokenizer, FakeEngine
+from support.fake_engine import CHOSEN, EOS, PLAN, TOKENIZER, ByteTokenizer, FakeEngine
 
-from specchat.chat.result import delta_object, done_object, plan_object, run_object
+from specchat.chat.result import chosen_object, delta_object, done_object, run_object
 from specchat.chat.session import ChatSession, Delta, Turn
 from specchat.config import Message, ModelSource, Sampling
 from specchat.errors import EmptyPromptError, PromptTooLongError, UsageError
@@ -159,7 +159,7 @@ RUN_KEYS = {
 PLAN_KEYS = (
     "target draft quant device dtype ctx tree_budget slots resident_layers streamed_layers disk_layers ledger "
     "device_bytes generation_bytes device_budget_bytes host_bytes streamed_bytes_per_step predicted_pass_s "
-    "predicted_tokens_per_step predicted_tok_per_s basis alternatives"
+    "predicted_tokens_per_step predicted_tok_per_s bound basis alternatives bound choices"
 )
 
 
@@ -180,9 +180,11 @@ def test_the_stream_object():
     assert delta_object(Delta("a", (1, 2))) == {"type": "delta", "text": "a", "token_ids": [1, 2]}
 
 
-def test_the_plan_object_has_the_promised_keys():
-    result = plan_object(PLAN)
+def test_the_chosen_object_has_the_promised_keys():
+    result = chosen_object(CHOSEN)
     assert list(result) == PLAN_KEYS.split()
     assert (result["resident_layers"], result["streamed_layers"], result["disk_layers"]) == (2, 2, 2)
     assert result["ledger"][0] == {"item": "resident layers", "bytes": 100 << 20}
-    assert (result["predicted_tok_per_s"], result["basis"]) == (None, "none")
+    assert (result["predicted_tok_per_s"], result["bound"], result["basis"]) == (6.0, "link", "measured")
+    assert result["choices"][1] == {"option": "ctx", "value": "512", "why": "asked for", "pinned": True}
+    assert result["alternatives"] == [{"option": "quant", "value": "int8", "predicted_tok_per_s": 9.0}]

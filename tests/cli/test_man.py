@@ -10,11 +10,13 @@ from typing import get_type_hints
 import pytest
 import typer
 
-from specchat.chat.result import delta_object, done_object, plan_object
+from specchat.chat.result import chosen_object, delta_object, done_object
 from specchat.chat.session import Delta, Turn
 from specchat.cli.app import app
 from specchat.cli.exit_status import EXIT_CODES
 from specchat.config import LedgerItem, Plan
+from specchat.planner.cost import Prediction
+from specchat.planner.explain import Alternative, Choice, Chosen
 from specchat.ui.commands import COMMANDS
 
 PAGE = (Path(__file__).parents[2] / "man" / "specchat.1").read_text()
@@ -44,7 +46,10 @@ def keys_of(record):
 
 def json_keys():
     plan = Plan(**{field.name: () for field in fields(Plan)} | {"num_layers": 0})
-    keys = keys_of(Turn) - {"unsaved"} | set(plan_object(plan)) | keys_of(LedgerItem) | set(done_object({}))
+    choices = (Choice("", "", "", False, Alternative("", None)),)
+    made = chosen_object(Chosen(plan, Prediction(**{field.name: 0 for field in fields(Prediction)}), choices))
+    nested = set(made["choices"][0]) | set(made["alternatives"][0])
+    keys = keys_of(Turn) - {"unsaved"} | set(made) | nested | keys_of(LedgerItem) | set(done_object({}))
     return sorted(keys | set(delta_object(Delta("", ()))) | {"schema_version", "model", "revision", "seed"})
 
 

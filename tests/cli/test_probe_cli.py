@@ -105,8 +105,9 @@ def test_the_plan_of_a_model(probe):
     plan = json.loads(out)["plan"]
     assert code == 0 and plan["target"] == "demo" and plan["streamed_layers"] > 0
     assert sum(item["bytes"] for item in plan["ledger"]) == plan["device_bytes"] <= plan["device_budget_bytes"]
-    assert plan["predicted_pass_s"] == pytest.approx(plan["streamed_bytes_per_step"] / 2e9)
-    assert plan["basis"].startswith("bound") and plan["predicted_tok_per_s"] is None
+    assert plan["predicted_tok_per_s"] == pytest.approx(plan["predicted_tokens_per_step"] / plan["predicted_pass_s"])
+    assert {"vram"} < {each["option"] for each in plan["choices"]} and plan["basis"] in ("measured", "typical")
+    assert [each["option"] for each in plan["choices"] if each["pinned"]] == ["vram"]
     code, out, _ = probe("demo")
     assert code == 0 and "resident layers" in out
 

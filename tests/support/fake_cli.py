@@ -18,7 +18,7 @@ from specchat.cli.app import main
 from specchat.errors import DoesNotFitError
 from specchat.models import generation_defaults
 from specchat.models.generation_defaults import GenerationDefaults
-from support.fake_engine import EOS, PLAN, TOKENIZER, FakeEngine
+from support.fake_engine import CHOSEN, EOS, PLAN, TOKENIZER, FakeEngine
 
 PAUSE_S = float(os.environ.get("FAKE_PAUSE_S", "0"))
 GATE = Path(os.environ.get("FAKE_GATE", "/nonexistent"))
@@ -86,7 +86,8 @@ class Echo(FakeEngine):
 
 
 def _plan(_options, found):
-    return replace(PLAN, target=found.target.name, draft=found.draft.name if found.draft else None)
+    plan = replace(PLAN, target=found.target.name, draft=found.draft.name if found.draft else None)
+    return models.Planned(replace(CHOSEN, plan=plan), found)
 
 
 def install():

@@ -8,6 +8,8 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from specchat.config import Activity, DraftTree, Guesses, LedgerItem, MemoryReport, Plan, Step
 from specchat.errors import PromptTooLongError
+from specchat.planner.cost import Prediction
+from specchat.planner.explain import Alternative, Choice, Chosen
 
 EOS = 256
 PLAN = Plan(
@@ -29,6 +31,15 @@ PLAN = Plan(
     streamed_bytes_per_step=60 << 20,
 )
 MEMORY = MemoryReport(12 << 30, 140 << 20, 150 << 20, 140 << 20, 7, 2, 2, 60 << 20)
+
+CHOSEN = Chosen(
+    PLAN,
+    Prediction(2.0, 1.9, 0.5, 0.1, 12.0, 64, 6.0, "link", "measured"),
+    (
+        Choice("quant", "none", "the original fits", pinned=False, alternative=Alternative("int8", 9.0)),
+        Choice("ctx", "512", "asked for", pinned=True),
+    ),
+)
 
 
 class ByteTokenizer:

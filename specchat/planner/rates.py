@@ -1,0 +1,227 @@
+"""How fast this machine is, as plain data: measured where a report has measured it, typical of its kind elsewhere.
+
+Nothing is measured here. Typical figures come from data sheets and from our own measurements on machines of that kind;
+where not even the kind is known, they are guesses on the slow side. Every rate says which of the three it is.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from specchat.config import DTYPE_BYTES, Dtype
+from specchat.hardware.machine import Gpu, Hardware, Machine, MatmulRate, Measured
+from specchat.units import GIB
+
+# How a figure came about, the surest first.
+Basis = Literal["measured", "typical", "guessed"]
+BASES: tuple[Basis, ...] = ("measured", "typical", "guessed")
+
+# What a lane of PCIe generation 3 carries of a pinned copy; every generation doubles it.
+_GEN3_LANE_BYTES_PER_S = 0.8e9
+_UNKNOWN_PCIE = (3, 16)  # what half of the cards in use have at least
+# Pageable memory goes through the driver's own buffers, a copy by one processor core more.
+_PAGEABLE_SHARE, _PAGEABLE_MOST = 0.5, 6e9
+_NVME_BYTES_PER_S = 2.5e9  # PCIe 3 x4 drives in large chunks
+_REMOTE_BYTES_PER_S = 2e8
+_REMOTE = frozenset({"9p", "cifs", "smb3", "nfs", "nfs4", "drvfs", "fuse.sshfs"})
+
+# Of consumer cards, by compute capability: bytes/s and flop/s (16 bits, float32 sums) for each GiB of memory, from data
+# sheets (RTX 2080; 3060 and 3090; 4060 and 4090; 5070 and 5080; A100; H100): larger cards are faster in both.
+_GPU_PER_GIB: dict[str, tuple[float, float]] = {
+    "7.5": (50e9, 5e12),
+    "8.0": (39e9, 7.8e12),
+    "8.6": (34e9, 2.5e12),
+    "8.9": (38e9, 5e12),
+    "9.0": (40e9, 9e12),
+    "12.0": (56e9, 6e12),
+}
+_UNKNOWN_GPU_PER_GIB = (30e9, 2.5e12)
+_LARGEST_GPU_BYTES = 192 * GIB
+# Of which real kernels reach so much.
+_MEMORY_SHARE, _COMPUTE_SHARE = 0.8, 0.5
+
+# flop/s of a processor core by the widest instructions that it has, for 16-bit weights and for float32.
+_CORE_BF16 = {"amx_bf16": 4e11, "avx512_bf16": 2e11, "bf16": 6e10}
+_CORE_FP32 = {"avx512f": 7e10, "avx2": 4e10, "sve": 3e10, "asimd": 2.5e10}
+_UNKNOWN_CORE = 1e10
+# A core reads so fast from memory, all of them together not faster than two channels of DDR4.
+_CORE_BYTES_PER_S, _CPU_BYTES_PER_S = 12e9, 36e9
+
+# What a layer costs however little there is to compute: Python and the start of some dozen kernels. Measured: 16 layers
+# of HF's Llama take 2.3 ms at 1 row; a layer of ours 0.13 ms.
+_LAYER_S = 150e-6
+# Core seconds to dequantize a weight on a CPU; measured on 2 cores (an 11008 x 4096 matrix: 4.5 and 2.3-3.2 ms).
+_DEQUANTIZE_CORE_S = {"int8": 2.0e-10, "int4": 1.2e-10}
+
+_TREE_ROWS = (1, 16, 64, 256, 512)
+
+
+@dataclass(frozen=True)
+class Rate:
+    """So much per second, and where the figure comes from."""
+
+    per_s: float
+    basis: Basis
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a prediction needs to know of a machine.
+
+    Attributes:
+        disk: bytes/s from the disk itself.
+        ram: bytes/s copied within host memory.
+        pinned: bytes/s to the device from pinned host memory; None where it cannot be pinned.
+        pageable: likewise from ordinary memory.
+        memory: bytes/s that the device reads from its own memory.
+        matmul: of the device, by rows ascending, in `matmul_dtype`.
+        matmul_dtype: the dtype that those were taken in.
+        compute_basis: where they come from.
+        dequantize_s: seconds for each weight, by the stored precision; a typical figure.
+        layer_s: seconds that a layer takes however little there is to compute.
+    """
+
+    disk: Rate
+    ram: Rate
+    pinned: Rate | None
+    pageable: Rate
+    memory: Rate
+    matmul: tuple[MatmulRate, ...]
+    matmul_dtype: Dtype
+    compute_basis: Basis
+    dequantize_s: dict[str, float]
+    layer_s: float = _LAYER_S
+
+    @property
+    def host(self) -> Rate:
+        """To the device from host memory, the best way there is."""
+        return self.pageable if self.pinned is None else self.pinned
+
+
+# A slow machine of a kind that nobody knows.
+UNKNOWN_RATES = Rates(
+    disk=Rate(_NVME_BYTES_PER_S, "guessed"),
+    ram=Rate(_CPU_BYTES_PER_S / 2, "guessed"),
+    pinned=Rate(_GEN3_LANE_BYTES_PER_S * _UNKNOWN_PCIE[1], "guessed"),
+    pageable=Rate(_PAGEABLE_MOST, "guessed"),
+    memory=Rate(_CPU_BYTES_PER_S, "guessed"),
+    matmul=(MatmulRate(1, _CPU_BYTES_PER_S / 2), MatmulRate(512, 8 * _UNKNOWN_CORE)),
+    matmul_dtype="fp32",
+    compute_basis="guessed",
+    dequantize_s={quant: seconds / 8 for quant, seconds in _DEQUANTIZE_CORE_S.items()},
+)
+
+
+def least_sure(bases: Iterable[Basis]) -> Basis:
+    """What can be said of a figure that depends on all of these."""
+    return max(bases, key=BASES.index, default="measured")
+
+
+def rates_of(hardware: Hardware, machine: Machine, measured: Measured | None = None) -> Rates:
+    """The rates of a machine as seen from a device.
+
+    Args:
+        hardware: what it consists of.
+        machine: the device that passes run on.
+        measured: what a report measured with the same device, if one has.
+    """
+    typical = _cpu(hardware, machine) if machine.device == "cpu" else _gpu(hardware, machine)
+    return typical if measured is None else _with_measured(typical, measured)
+
+
+def _with_measured(typical: Rates, measured: Measured) -> Rates:
+    links = measured.links
+    pinned = _measured(links.h2d_pinned_bytes_per_s, typical.pinned)
+    matmul = tuple(sorted(measured.matmul, key=lambda rate: rate.rows)) or typical.matmul
+    is_measured = bool(measured.matmul)
+    dtype: Dtype = ("bf16" if measured.matmul_dtype == "bf16" else "fp32") if is_measured else typical.matmul_dtype
+    return Rates(
+        disk=_measured(links.disk_read_bytes_per_s, typical.disk) or typical.disk,
+        ram=_measured(links.ram_copy_bytes_per_s, typical.ram) or typical.ram,
+        pinned=None if measured.pinning_works is False else pinned,
+        pageable=_measured(links.h2d_pageable_bytes_per_s, typical.pageable) or typical.pageable,
+        memory=typical.memory,
+        matmul=matmul,
+        matmul_dtype=dtype,
+        compute_basis="measured" if is_measured else typical.compute_basis,
+        dequantize_s=typical.dequantize_s,
+    )
+
+
+def _measured(per_s: float | None, otherwise: Rate | None) -> Rate | None:
+    return Rate(per_s, "measured") if per_s else otherwise
+
+
+def _disk(hardware: Hardware) -> Rate:
+    if hardware.disk.filesystem in _REMOTE:
+        return Rate(_REMOTE_BYTES_PER_S, "guessed")
+    return Rate(_NVME_BYTES_PER_S, "guessed")
+
+
+def _cpu(hardware: Hardware, machine: Machine) -> Rates:
+    cores, isa = max(hardware.cpu.cores, 1), hardware.cpu.isa
+    dtype: Dtype = "bf16" if machine.fast_bf16 else "fp32"
+    kinds = _CORE_BF16 if machine.fast_bf16 else _CORE_FP32
+    per_core = next((rate for name, rate in kinds.items() if name in isa), None)
+    basis: Basis = "guessed" if per_core is None else "typical"
+    memory = min(cores * _CORE_BYTES_PER_S, _CPU_BYTES_PER_S)
+    return Rates(
+        disk=_disk(hardware),
+        ram=Rate(memory / 2, basis),
+        pinned=None,
+        pageable=Rate(memory / 2, basis),
+        memory=Rate(memory, basis),
+        matmul=_roofline(memory, cores * (per_core or _UNKNOWN_CORE), dtype),
+        matmul_dtype=dtype,
+        compute_basis=basis,
+        dequantize_s={quant: seconds / cores for quant, seconds in _DEQUANTIZE_CORE_S.items()},
+    )
+
+
+def _gpu(hardware: Hardware, machine: Machine) -> Rates:
+    gpu = _gpu_of(hardware, machine)
+    per_gib = None if gpu is None or gpu.compute_capability is None else _GPU_PER_GIB.get(gpu.compute_capability)
+    basis: Basis = "guessed" if per_gib is None else "typical"
+    size = min(machine.device_total_bytes if gpu is None else gpu.vram_total_bytes, _LARGEST_GPU_BYTES) / GIB
+    bytes_per_gib, flop_per_gib = per_gib or _UNKNOWN_GPU_PER_GIB
+    memory = max(size, 1.0) * bytes_per_gib * _MEMORY_SHARE
+    host = _pcie(gpu)
+    ram = min(max(hardware.cpu.cores, 1) * _CORE_BYTES_PER_S, _CPU_BYTES_PER_S) / 2
+    dtype: Dtype = "bf16"  # 16 bits: where bf16 is slow, plans compute in fp16, as fast
+    return Rates(
+        disk=_disk(hardware),
+        ram=Rate(ram, "guessed"),
+        pinned=host,
+        pageable=Rate(min(_PAGEABLE_SHARE * host.per_s, _PAGEABLE_MOST), host.basis),
+        memory=Rate(memory, basis),
+        matmul=_roofline(memory, max(size, 1.0) * flop_per_gib * _COMPUTE_SHARE, dtype),
+        matmul_dtype=dtype,
+        compute_basis=basis,
+        # Read, written at full width; the product then reads it as if it had been there.
+        dequantize_s={
+            quant: (stored + DTYPE_BYTES[dtype]) / memory for quant, stored in (("int8", 1.0), ("int4", 0.5))
+        },
+    )
+
+
+def _gpu_of(hardware: Hardware, machine: Machine) -> Gpu | None:
+    gpus, index = hardware.survey.gpus, int(machine.device.partition(":")[2] or 0)
+    return gpus[index] if index < len(gpus) else None
+
+
+def _pcie(gpu: Gpu | None) -> Rate:
+    """What the slot can do; an idle link reports less than it will do under load."""
+    link = None if gpu is None else gpu.pcie
+    gen = None if link is None else link.max_gen or link.gen
+    width = None if link is None else link.max_width or link.width
+    if gen is None or width is None:
+        gen, width = _UNKNOWN_PCIE
+        return Rate(_GEN3_LANE_BYTES_PER_S * 2.0 ** (gen - 3) * width, "guessed")
+    return Rate(_GEN3_LANE_BYTES_PER_S * 2.0 ** (gen - 3) * width, "typical")
+
+
+def _roofline(bytes_per_s: float, flop_per_s: float, dtype: Dtype) -> tuple[MatmulRate, ...]:
+    """Products with a large matrix: bound by reading it for few rows, by arithmetic for many."""
+    return tuple(
+        MatmulRate(rows, 2 * rows / max(DTYPE_BYTES[dtype] / bytes_per_s, 2 * rows / flop_per_s)) for rows in _TREE_ROWS
+    )
