@@ -194,7 +194,7 @@ def test_a_device_that_is_not_there(specchat):
 
 def test_the_plan(specchat):
     plan = json.loads(specchat("run", "demo", "--plan", "--json").out)
-    assert (plan["target"], plan["device"], plan["ctx"], plan["predicted_tok_per_s"]) == ("demo", "cpu", 1024, None)
+    assert (plan["target"], plan["device"], plan["ctx"]) == ("demo", "cpu", 1024) and plan["predicted_tok_per_s"] > 0
     assert plan["device_bytes"] == sum(item["bytes"] for item in plan["ledger"])
     table = specchat("run", "demo", "--plan", "--draft", "none").out
     assert "a toy model for exercising the software" in table
