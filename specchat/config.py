@@ -205,6 +205,9 @@ class ModelSpec:
     narrowed_bytes: int = 0
     activations: Mapping[int, Activations] = field(default_factory=dict)
 
+    def __hash__(self) -> int:  # of all the fields it would take longer than what is worth remembering by it
+        return hash((self.name, self.quant, self.num_params))
+
     @property
     def kv_numbers_per_row(self) -> int:
         """Numbers that all layers together store for one token."""

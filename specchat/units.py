@@ -26,6 +26,12 @@ def parse_size(text: str) -> int:
     return num_bytes
 
 
+def size_text(num_bytes: int) -> str:
+    """What `parse_size` reads as just so many bytes, as short as can be."""
+    factor, unit = next((pair for pair in ((GIB, "GiB"), (MIB, "MiB")) if num_bytes % pair[0] == 0), (1, "B"))
+    return f"{num_bytes // factor}{unit}"
+
+
 def format_bytes(num_bytes: int) -> str:
     """A memory size for people: `9.8 GiB`, `37 MiB`, `512 B`."""
     for factor, unit in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):

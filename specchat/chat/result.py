@@ -6,6 +6,7 @@ from typing import Any
 from specchat.chat.session import Delta, Turn
 from specchat.config import ModelSource, Plan
 from specchat.planner.explain import Chosen
+from specchat.planner.offers import Offer, Offers
 
 SCHEMA_VERSION = 1
 
@@ -100,4 +101,43 @@ def chosen_object(chosen: Chosen) -> dict[str, Any]:
             for each in chosen.choices
             if each.alternative is not None
         ],
+    }
+
+
+def offers_object(offers: Offers, flags: str) -> dict[str, Any]:
+    """What this machine can run, as `probe --json` prints it.
+
+    Args:
+        offers: all of them.
+        flags: what was asked for besides, to be typed again.
+    """
+    return {
+        "runs": [_offer_object(offer, flags) for offer in offers.best],
+        "too_large": list(offers.too_large),
+        "no_disk": list(offers.no_disk),
+    }
+
+
+def _offer_object(offer: Offer, flags: str) -> dict[str, Any]:
+    plan, prediction = offer.chosen.plan, offer.chosen.prediction
+    return {
+        "model": offer.model.id,
+        "command": f"{offer.command}{flags}",
+        "cached": offer.is_cached,
+        "gated": offer.model.gated,
+        "download_bytes": offer.download_bytes,
+        "disk_bytes": offer.disk_bytes,
+        "quant": plan.quant,
+        "dtype": plan.dtype,
+        "draft": plan.draft,
+        "ctx": plan.ctx,
+        "tree_budget": plan.tree_budget,
+        "slots": plan.slots,
+        "resident_layers": len(plan.resident),
+        "ram_layers": len(plan.in_ram),
+        "disk_layers": plan.tiers.count("disk"),
+        "predicted_pass_s": prediction.pass_s,
+        "predicted_tokens_per_step": prediction.tokens_per_step,
+        "predicted_tok_per_s": prediction.tok_per_s,
+        "basis": prediction.basis,
     }

@@ -1,7 +1,7 @@
 """`specchat probe`: the machine, its rates, and what a model would get here."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -11,11 +11,13 @@ from specchat.cli.options import ModelOptions
 from specchat.cli.output import print_line, to_json
 from specchat.config import cache_folder
 from specchat.errors import UsageError
+from specchat.units import size_text
 
 if TYPE_CHECKING:
     from specchat.cli.models import Planned
     from specchat.hardware.probe import Report
     from specchat.hardware.verdicts import Verdict
+    from specchat.planner.offers import Offers
     from specchat.ui.console import Talk
 
 _DAMAGED = 3
@@ -66,9 +68,55 @@ def probe(options: ProbeOptions) -> int:
     with TemporaryDirectory(prefix="specchat-") as folder:
         found = None if refs is None else shared.sketch_models(options.models, refs, say, Path(folder))
         planned = None if found is None else shared.make_plan(options.models, found)
+    offers = _offers(options.models, report) if refs is None else None
     packs = _verify(say) if options.verify else ()
-    _print(options, report, (*report.verdicts, *packs), planned)
+    _print(options, report, (*report.verdicts, *packs), planned, offers)
     return _DAMAGED if any(verdict.level == "error" for verdict in packs) else 0
+
+
+# --- what can run ------------------------------------------------------------------------------------------------
+
+
+def _offers(options: ModelOptions, report: "Report") -> "Offers":
+    """Plans for the models that are known without any download."""
+    from specchat.hardware.probe import find_machine
+    from specchat.models.hub import cached_models
+    from specchat.planner.offers import ANYTHING, find_offers
+    from specchat.planner.rates import rates_of
+
+    machine = find_machine(options.device)
+    asked = replace(
+        ANYTHING,
+        device=options.device,
+        dtype=options.dtype,
+        vram_bytes=options.vram_bytes,
+        ctx=options.ctx,
+        ram_bytes=options.ram_bytes,
+        quant=options.quant,
+        draft_is_open=options.draft != "none",
+    )
+    return find_offers(
+        asked,
+        machine,
+        rates_of(report.hardware, machine, report.measured),
+        rates_of(report.hardware, machine),
+        cached=cached_models(),
+        free_disk_bytes=report.hardware.disk.free_bytes,
+    )
+
+
+def _flags(options: ModelOptions) -> str:
+    """What was asked for and bears on plans, as it is typed."""
+    asked = {
+        "--device": options.device if options.device != "auto" else None,
+        "--dtype": options.dtype if options.dtype != "auto" else None,
+        "--vram": None if options.vram_bytes is None else size_text(options.vram_bytes),
+        "--ram": None if options.ram_bytes is None else size_text(options.ram_bytes),
+        "--ctx": options.ctx,
+        "--quant": options.quant if options.quant != "auto" else None,
+        "--draft": "none" if options.draft == "none" else None,
+    }
+    return "".join(f" {flag} {value}" for flag, value in asked.items() if value is not None)
 
 
 # --- packs -------------------------------------------------------------------------------------------------------
@@ -103,20 +151,24 @@ def _print(
     report: "Report",
     verdicts: "tuple[Verdict, ...]",
     planned: "Planned | None",
+    offers: "Offers | None",
 ) -> None:
-    from specchat.chat.result import chosen_object
+    from specchat.chat.result import chosen_object, offers_object
     from specchat.hardware.report import report_object
     from specchat.ui.chat_view import plan_table
+    from specchat.ui.offers_view import offer_lines, offer_table
     from specchat.ui.probe_view import ProbeView, markdown
 
+    flags = _flags(options.models)
     if options.json:
         plan = None if planned is None else chosen_object(planned.chosen)
-        print_line(to_json(report_object(report, verdicts, plan)))
+        models = None if offers is None else offers_object(offers, flags)
+        print_line(to_json({**report_object(report, verdicts, plan), "models": models}))
         return
     table = None
     if planned is not None:
         table = plan_table(planned.models.target, planned.plan, planned.models.draft_note)
     if options.markdown:
-        print_line(markdown(report, verdicts, table))
+        print_line(markdown(report, verdicts, table, [] if offers is None else offer_table(offers, flags)))
     else:
-        ProbeView(sys.stdout).report(report, verdicts, table)
+        ProbeView(sys.stdout).report(report, verdicts, table, [] if offers is None else offer_lines(offers, flags))

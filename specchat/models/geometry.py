@@ -4,6 +4,7 @@ Nothing here imports torch, nor does a model need it that was described before: 
 """
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 from specchat.config import DTYPE_BYTES, Dtype, ModelSource, ModelSpec, Quant
 from specchat.models import spec_cache
@@ -35,13 +36,23 @@ def blob_offsets(tensor_bytes: Iterable[int]) -> tuple[list[int], int]:
 
 def layer_bytes(spec: ModelSpec, layer: int, dtype: Dtype) -> int:
     """Bytes of one decoder layer's blob, which is what it takes in device memory, in a slot and over the link."""
-    return blob_offsets(size.nbytes(dtype) for size in spec.layer_params[layer])[1]
+    return layer_sizes(spec, dtype)[layer]
+
+
+@lru_cache(maxsize=512)
+def layer_sizes(spec: ModelSpec, dtype: Dtype) -> tuple[int, ...]:
+    """`layer_bytes` of all layers; the same ones are worked out once, since a search asks for them all the time."""
+    known: dict[int, int] = {}
+    for params in spec.layer_params:
+        if id(params) not in known:
+            known[id(params)] = blob_offsets(size.nbytes(dtype) for size in params)[1]
+    return tuple(known[id(params)] for params in spec.layer_params)
 
 
 def weight_bytes(spec: ModelSpec, dtype: Dtype) -> int:
     """Bytes of all layers, and of everything beside them."""
     rest = sum(size.nbytes(dtype) for size in spec.other_params) + spec.buffer_bytes
-    return rest + sum(layer_bytes(spec, layer, dtype) for layer in range(spec.num_layers))
+    return rest + sum(layer_sizes(spec, dtype))
 
 
 def dequantize_bytes(spec: ModelSpec, dtype: Dtype, device: str) -> int:

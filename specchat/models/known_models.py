@@ -18,6 +18,7 @@ class KnownModel:
         id: on the hub.
         config: what its config.json says about its size, under the same keys.
         billions: weights as published.
+        like: the id of the entry that its figures come from, or "".
         stored: what its matrices come quantized to: "awq", "bnb-4bit", or "" for 16 bits.
         gated: whether its licence must be accepted first.
         shape: the name of the synthetic model of its shape, or "".
@@ -27,6 +28,7 @@ class KnownModel:
     id: str
     config: Mapping[str, Any]
     billions: float
+    like: str = ""
     stored: str = ""
     gated: bool = False
     shape: str = ""
@@ -39,8 +41,7 @@ def known_models() -> Mapping[str, KnownModel]:
     models: dict[str, KnownModel] = {}
     for entry in tomllib.loads(_FILE.read_text(encoding="utf-8"))["model"]:
         base = models[entry["like"]].config if "like" in entry else {}
-        own = {key: value for key, value in entry.items() if key not in ("like", "config")}
-        models[entry["id"]] = KnownModel(**own, config={**base, **entry.get("config", {})})
+        models[entry["id"]] = KnownModel(**{**entry, "config": {**base, **entry.get("config", {})}})
     return models
 
 

@@ -1,33 +1,43 @@
 """Sizes of known models by arithmetic alone: what `geometry.describe` finds in milliseconds instead of seconds.
 
 The layers are those that transformers builds for a configuration; tests hold one against the other, and what a pass
-takes against rehearsals.
+takes against rehearsals. No torch here: what a machine can run is shown at once.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-
-from specchat.config import DTYPE_BYTES, Activations, Dtype, ModelSpec, ParamSize, Quant, RowCost
-from specchat.models import hf_compat
-from specchat.models.formats.affine import Affine
-from specchat.models.formats.bnb4 import Bnb4
-from specchat.models.formats.protocol import WeightFormat
+from specchat.config import DTYPE_BYTES, Activations, Dtype, KvShape, ModelSpec, ParamSize, Quant, RowCost
 from specchat.models.known_models import KnownModel, known_models
-from specchat.models.quantization import HEAD_QUANTIZER, QUANTIZERS
 
 _FLOAT_BYTES = 4  # rotary frequencies and scores are float32, whatever the model computes in
 _CHECKPOINT_DTYPES: Mapping[str, Dtype] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-# What checkpoints come in: the name that plans give it, and how a matrix of a layer is stored; heads stay plain.
-_STORED: Mapping[str, tuple[str, WeightFormat]] = {
-    "awq": ("awq int4", Affine(4, 128, torch.float16, zeros=True)),
-    "bnb-4bit": ("bitsandbytes 4-bit", Bnb4()),
-}
+
+
+def _int8(rows: int, cols: int) -> tuple[ParamSize, ...]:
+    return ParamSize(rows * cols, 1), ParamSize(rows * -(-cols // 128), 2)
+
+
+def _nf4(rows: int, cols: int) -> tuple[ParamSize, ...]:
+    blocks = -(-rows * cols // 64)
+    codes = -(-rows * cols // 2)
+    return ParamSize(codes, 1), ParamSize(blocks, 1), ParamSize(-(-blocks // 256), 4), ParamSize(1, 4)
+
+
+def _awq(rows: int, cols: int) -> tuple[ParamSize, ...]:
+    groups = rows * -(-cols // 128)
+    return ParamSize(rows * -(-cols // 2), 1), ParamSize(groups, 2), ParamSize(groups, 1)
+
+
+# The segments of a matrix [rows, cols], as models/formats has them.
+_Stored = Callable[[int, int], tuple[ParamSize, ...]]
+_OURS: Mapping[Quant, _Stored] = {"int8": _int8, "int4": _nf4}
+# What checkpoints come in: the name that plans give it, and how a layer's matrices are stored; heads stay plain.
+_THEIRS: Mapping[str, tuple[str, _Stored]] = {"awq": ("awq int4", _awq), "bnb-4bit": ("bitsandbytes 4-bit", _nf4)}
 
 
 @dataclass(frozen=True)
@@ -87,18 +97,20 @@ class _Weight:
     def count(self) -> int:
         return math.prod(self.shape) * max(self.experts, 1)
 
-    def sizes(self, stored: WeightFormat | None) -> tuple[ParamSize, ...]:
+    def sizes(self, stored: _Stored | None) -> tuple[ParamSize, ...]:
         """The parameters that it becomes where matrices are stored in a format."""
         if stored is None or not self.is_matrix:
             return (ParamSize(self.count),)
-        segments = stored.segments(self.shape[0], self.shape[1])
-        own = tuple(ParamSize(math.prod(segment.shape), segment.dtype.itemsize) for segment in segments)
-        return own * max(self.experts, 1)
+        return stored(self.shape[0], self.shape[1]) * max(self.experts, 1)
+
+
+def known_spec(model_id: str, quant: Quant = "none") -> ModelSpec:
+    """`spec_of` one of `known_models`, by its id; worked out once."""
+    return _known_spec(model_id, quant)
 
 
 @cache
-def known_spec(model_id: str, quant: Quant = "none") -> ModelSpec:
-    """`spec_of` one of `known_models`, by its id; worked out once."""
+def _known_spec(model_id: str, quant: Quant) -> ModelSpec:
     return spec_of(known_models()[model_id], quant)
 
 
@@ -121,28 +133,54 @@ def spec_of(model: KnownModel, quant: Quant = "none") -> ModelSpec:
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         num_layers=config.num_hidden_layers,
-        mlp_size=hf_compat.mlp_size(config),
+        mlp_size=_mlp_size(config),
         num_heads=config.num_attention_heads,
-        max_positions=hf_compat.max_positions(config),
+        max_positions=_max_positions(config),
         dtype=_CHECKPOINT_DTYPES[config.dtype],
         num_params=config.num_hidden_layers * sum(weight.count for weight in layer) + _num_rest(config, embedding),
         layer_params=(layer_sizes,) * config.num_hidden_layers,
         other_params=_other_sizes(config, embedding, head_stored),
         buffer_bytes=_buffer_bytes(config, architecture),
-        kv_shapes=hf_compat.kv_shapes(config),
+        kv_shapes=(KvShape(config.num_key_value_heads, config.head_dim, config.head_dim),) * config.num_hidden_layers,
         quant=name,
         quant_shapes=_quant_shapes(layer, stored, embedding, head_stored),
         activations={size: _activations(config, architecture, size) for size in set(DTYPE_BYTES.values())},
     )
 
 
-def _formats(stored: str, quant: Quant) -> tuple[str, WeightFormat | None, WeightFormat | None]:
+def active_params(model: KnownModel) -> int:
+    """Weights that one token is multiplied with: all but those of the experts that it does not go to."""
+    config = SimpleNamespace(**model.config)
+    total, experts = known_spec(model.id).num_params, _num_experts(config)
+    if not experts:
+        return total
+    layer = _layer_weights(config, _ARCHITECTURES[config.model_type])
+    in_experts: int = config.num_hidden_layers * sum(weight.count for weight in layer if weight.experts)
+    idle: int = experts - config.num_experts_per_tok
+    return total - in_experts * idle // experts
+
+
+def _formats(stored: str, quant: Quant) -> tuple[str, _Stored | None, _Stored | None]:
     """The name of the quantization, and what it makes of the layers' matrices and of the head's."""
     if stored:
-        return (*_STORED[stored], None)
+        return (*_THEIRS[stored], None)
     if quant == "none":
         return "none", None, None
-    return quant, QUANTIZERS[quant].format, HEAD_QUANTIZER.format
+    return quant, _OURS[quant], _int8
+
+
+def _mlp_size(config: Any) -> int:
+    """Width of the MLP's inner activation for one row, all active experts together."""
+    dense: int = config.intermediate_size
+    active: int = getattr(config, "num_experts_per_tok", 1)
+    return max(dense, _expert_width(config) * active)
+
+
+def _max_positions(config: Any) -> int:
+    """Positions that come scaled count as far as they are not."""
+    longest: int = config.max_position_embeddings
+    unscaled: int = getattr(config, "original_max_position_embeddings", longest)
+    return min(longest, unscaled)
 
 
 # --- parameters --------------------------------------------------------------------------------------------------
@@ -208,7 +246,7 @@ def _num_rest(config: Any, embedding: _Weight) -> int:
     return rest
 
 
-def _other_sizes(config: Any, embedding: _Weight, head_stored: WeightFormat | None) -> tuple[ParamSize, ...]:
+def _other_sizes(config: Any, embedding: _Weight, head_stored: _Stored | None) -> tuple[ParamSize, ...]:
     """Embedding, final norm, and the head: one that is stored in a format shares nothing with the embedding."""
     sizes = [ParamSize(embedding.count), ParamSize(config.hidden_size)]
     if head_stored is not None or not config.tie_word_embeddings:
@@ -217,7 +255,7 @@ def _other_sizes(config: Any, embedding: _Weight, head_stored: WeightFormat | No
 
 
 def _quant_shapes(
-    layer: tuple[_Weight, ...], stored: WeightFormat | None, head: _Weight, head_stored: WeightFormat | None
+    layer: tuple[_Weight, ...], stored: _Stored | None, head: _Weight, head_stored: _Stored | None
 ) -> tuple[tuple[int, int], ...]:
     quantized = [weight for weight in layer if weight.is_matrix and stored is not None]
     quantized += [head] if head_stored is not None else []

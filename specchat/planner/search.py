@@ -8,7 +8,7 @@ what is free, on what is typical of such machines, never on what was measured.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Literal
 
 from specchat.config import DTYPE_BYTES, Dtype, ModelSource, ModelSpec, Plan, Quant, cache_folder
@@ -523,6 +523,8 @@ class _Shelves:
 
 
 def _resident_bytes(sizes: Sequence[int], count: int) -> tuple[int, int]:
+    if min(sizes) == max(sizes):  # as in most models
+        return count * sizes[0], sizes[0] if count < len(sizes) else 0
     resident = set(interleaved(count, len(sizes)))
     streamed = [size for i, size in enumerate(sizes) if i not in resident]
     return sum(sizes) - sum(streamed), max(streamed, default=0)
@@ -580,7 +582,8 @@ def keep_in_ram(sizes: Mapping[int, int], room: int) -> tuple[int, ...]:
         room: bytes that there are for them.
     """
     streamed = tuple(sizes)
-    for count in range(len(streamed), 0, -1):
+    most = min(len(streamed), room // min(sizes.values(), default=1))
+    for count in range(most, 0, -1):
         kept = tuple(streamed[j] for j in interleaved(count, len(streamed)))
         if sum(sizes[i] for i in kept) <= room:
             return kept
@@ -638,6 +641,7 @@ def _as_planned(request: PlanRequest, plan: Plan) -> Literal["auto"] | Quant:
     return next((quant for quant in ("none", *_LOWER) if quant == plan.quant), request.quant)
 
 
+@cache
 def interleaved(num_chosen: int, num_layers: int) -> tuple[int, ...]:
     """Layers spread evenly among all, the last one not among them: of resident ones among streamed.
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TextIO
 
+from rich.console import RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -29,13 +30,16 @@ class ProbeView:
     def __init__(self, stream: TextIO) -> None:
         self._console = report_console(stream, _WIDTH_OFF_TERMINAL)
 
-    def report(self, report: Report, verdicts: Sequence[Verdict], plan: str | None) -> None:
+    def report(
+        self, report: Report, verdicts: Sequence[Verdict], plan: str | None, offers: Sequence[RenderableType] = ()
+    ) -> None:
         """A whole report.
 
         Args:
             report: of this machine.
             verdicts: its own, and whatever else was looked into.
             plan: a model's plan in full, or None.
+            offers: lines on what the machine can run.
         """
         with self._console.capture() as captured:
             self._console.print(Text(neutral(headline(report)), "bold"))
@@ -49,6 +53,10 @@ class ProbeView:
             if plan is not None:
                 self._console.print()
                 self._console.print(Text(neutral(plan)))
+            if offers:
+                self._console.print()
+            for each in offers:
+                self._console.print(each)
         for line in captured.get().splitlines():
             self._console.file.write(f"{line.rstrip()}\n")  # a grid fills its lines with spaces
 
@@ -76,7 +84,7 @@ def headline(report: Report) -> str:
     return f"specchat {__version__} · {system} · Python {hardware.platform.python} · {torch}"
 
 
-def markdown(report: Report, verdicts: Sequence[Verdict], plan: str | None) -> str:
+def markdown(report: Report, verdicts: Sequence[Verdict], plan: str | None, offers: Sequence[str] = ()) -> str:
     """The report as a table to be pasted into a bug report."""
     rows = [
         f"| {verdict.level} | {_cell(verdict.topic)} | {_cell(verdict.text)} | {_cell(verdict.hint or '')} |"
@@ -86,6 +94,8 @@ def markdown(report: Report, verdicts: Sequence[Verdict], plan: str | None) -> s
     lines += ["", f"Rates measured {report.measured.measured_at}."]
     if plan is not None:
         lines += ["", "```", plan, "```"]
+    if offers:
+        lines += ["", *offers]
     return "\n".join(lines)
 
 

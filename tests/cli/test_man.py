@@ -10,13 +10,15 @@ from typing import get_type_hints
 import pytest
 import typer
 
-from specchat.chat.result import chosen_object, delta_object, done_object
+from specchat.chat.result import chosen_object, delta_object, done_object, offers_object
 from specchat.chat.session import Delta, Turn
 from specchat.cli.app import app
 from specchat.cli.exit_status import EXIT_CODES
 from specchat.config import LedgerItem, Plan
+from specchat.models.known_models import known_models
 from specchat.planner.cost import Prediction
 from specchat.planner.explain import Alternative, Choice, Chosen
+from specchat.planner.offers import Offer, Offers
 from specchat.ui.commands import COMMANDS
 
 PAGE = (Path(__file__).parents[2] / "man" / "specchat.1").read_text()
@@ -51,6 +53,19 @@ def json_keys():
     nested = set(made["choices"][0]) | set(made["alternatives"][0])
     keys = keys_of(Turn) - {"unsaved"} | set(made) | nested | keys_of(LedgerItem) | set(done_object({}))
     return sorted(keys | set(delta_object(Delta("", ()))) | {"schema_version", "model", "revision", "seed"})
+
+
+def offer_keys():
+    model = known_models()["Qwen/Qwen3-8B"]
+    plan = Plan(**{field.name: () for field in fields(Plan)} | {"num_layers": 0})
+    chosen = Chosen(plan, Prediction(**{field.name: 0 for field in fields(Prediction)}), ())
+    made = offers_object(Offers((Offer(model, None, chosen, False, 0, 0, 0),), (), ()), "")
+    return sorted({"models", *made, *made["runs"][0]})
+
+
+@pytest.mark.parametrize("key", offer_keys())
+def test_every_key_of_what_a_machine_can_run(key):
+    assert re.search(rf"\b{key}\b", TEXT), f"the man page lacks {key}"
 
 
 def bench_keys(schema):

@@ -112,6 +112,26 @@ def test_the_plan_of_a_model(probe):
     assert code == 0 and "resident layers" in out
 
 
+def test_what_this_machine_can_run(probe, tmp_path, monkeypatch):
+    monkeypatch.setattr("specchat.models.hub.cached_models", lambda: ["Qwen/Qwen3-0.6B"])
+    code, out, _ = probe("--json", "--vram", "4GiB", "--device", "cpu")
+    models = json.loads(out)["models"]
+    assert code == 0 and set(models) == {"runs", "too_large", "no_disk"}
+    runs = {each["model"]: each for each in models["runs"]}
+    assert runs["Qwen/Qwen3-0.6B"]["cached"] and runs["Qwen/Qwen3-0.6B"]["download_bytes"] == 0
+    assert not runs["Qwen/Qwen3-1.7B"]["cached"] and runs["Qwen/Qwen3-1.7B"]["download_bytes"] > 3e9
+    assert runs["Qwen/Qwen3-1.7B"]["command"] == "specchat run Qwen/Qwen3-1.7B --device cpu --vram 4GiB"
+    speeds = [each["predicted_tok_per_s"] for each in models["runs"]]
+    slow = [speed for speed in speeds if speed < 5]
+    assert slow == sorted(slow, reverse=True) and speeds[len(speeds) - len(slow) :] == slow
+    _, out, _ = probe()
+    assert "specchat run Qwen/Qwen3-0.6B\n" in out and "already here" in out
+    _, out, _ = probe("--markdown")
+    assert "| `specchat run Qwen/Qwen3-0.6B` |" in out
+    _, out, _ = probe("demo", "--json")
+    assert json.loads(out)["models"] is None
+
+
 def test_the_plan_of_a_shape_writes_no_model(probe, tmp_path):
     code, out, _ = probe("shape:llama-70b", "--json", "--vram", "12GiB", "--device", "cpu", "--quant", "none")
     plan = json.loads(out)["plan"]
@@ -128,7 +148,9 @@ def test_markdown_for_a_bug_report(probe):
     code, out, _ = probe("--markdown")
     lines = out.splitlines()
     assert code == 0 and lines[0].startswith("**specchat ") and "| ok | RAM copy | 8.0 GB/s |  |" in lines
-    assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
+    models = lines.index("What this machine can run, best first; speeds are predicted:")
+    for table in (lines[:models], lines[models:]):
+        assert len({line.count("|") for line in table if line.startswith("|")}) == 1
     assert probe("--markdown", "--json")[0] == 2
 
 

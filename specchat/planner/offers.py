@@ -1,0 +1,176 @@
+"""What a machine can run of the models whose figures are shipped, best first: predicted, nothing looked up."""
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from specchat.config import ModelSource, Quant
+from specchat.errors import DoesNotFitError, UsageError
+from specchat.hardware.machine import Machine
+from specchat.models.catalog import draft_candidates, parse_model
+from specchat.models.geometry import weight_bytes
+from specchat.models.known_models import KnownModel, known_model, known_models
+from specchat.models.known_specs import active_params, known_spec
+from specchat.planner.explain import Chosen
+from specchat.planner.rates import Rates
+from specchat.planner.search import Known, PlanRequest, choose_for
+
+ANYTHING = PlanRequest(ModelSource("", Path()), None, draft_is_open=True)
+# People read 4 to 6 words a second; text that comes slower is waited for.
+READING_TOK_PER_S = 5.0
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A model, and how it would run here.
+
+    Attributes:
+        model: its figures.
+        draft: the model that would draft for it, or None.
+        chosen: the plan, and the speed to expect.
+        is_cached: whether the model need not be downloaded any more.
+        download_bytes: of what would have to be downloaded, the draft included.
+        disk_bytes: that download, and a copy of the weights as they are streamed.
+        capability: grows with what models of its size and kind are able to do; only good for comparing.
+    """
+
+    model: KnownModel
+    draft: KnownModel | None
+    chosen: Chosen
+    is_cached: bool
+    download_bytes: int
+    disk_bytes: int
+    capability: float
+
+    @property
+    def reads_well(self) -> bool:
+        """Whether text comes at least as fast as it is read."""
+        return self.chosen.prediction.tok_per_s >= READING_TOK_PER_S
+
+    @property
+    def command(self) -> str:
+        """What to type."""
+        return f"specchat run {self.model.id}"
+
+
+@dataclass(frozen=True)
+class Offers:
+    """All of them.
+
+    Attributes:
+        best: those that run: first what comes as fast as it is read, the most capable first; then the others, the
+            fastest first.
+        too_large: ids of models that this machine's memory cannot run.
+        no_disk: ids of models for whose files the disk has no room.
+    """
+
+    best: tuple[Offer, ...]
+    too_large: tuple[str, ...]
+    no_disk: tuple[str, ...]
+
+
+def find_offers(
+    asked: PlanRequest,
+    machine: Machine,
+    rates: Rates,
+    typical: Rates,
+    *,
+    cached: Collection[str] = (),
+    free_disk_bytes: int,
+) -> Offers:
+    """Plans for every known model.
+
+    Args:
+        asked: what the user has settled; the models in it do not matter.
+        machine: the device, and memory as it is free now.
+        rates: of the machine.
+        typical: of such machines.
+        cached: ids of the models in the local cache.
+        free_disk_bytes: where models and copies of them lie.
+    """
+    found: list[Offer] = []
+    too_large: list[str] = []
+    no_disk: list[str] = []
+    for model in known_models().values():
+        if not model.offered:
+            continue
+        try:
+            offer = offer_of(model, asked, machine, rates, typical, cached)
+        except (DoesNotFitError, UsageError):  # a context that the model has no positions for
+            too_large.append(model.id)
+            continue
+        if offer.disk_bytes > free_disk_bytes:
+            no_disk.append(model.id)
+        else:
+            found.append(offer)
+    return Offers(tuple(sorted(found, key=_rank)), tuple(too_large), tuple(no_disk))
+
+
+def _rank(offer: Offer) -> tuple[float, ...]:
+    """Smaller is better."""
+    speed = offer.chosen.prediction.tok_per_s
+    return (0, -offer.capability, -speed) if offer.reads_well else (1, -speed)
+
+
+def offer_of(
+    model: KnownModel,
+    asked: PlanRequest,
+    machine: Machine,
+    rates: Rates,
+    typical: Rates,
+    cached: Collection[str] = (),
+) -> Offer:
+    """The plan for a known model.
+
+    Raises:
+        DoesNotFitError: there is none.
+        UsageError: a context that the model has no positions for.
+    """
+    draft = _draft_for(model, cached) if asked.draft_is_open else None
+    request = replace(asked, target=_source(model), draft=None if draft is None else _source(draft))
+    known = Known(
+        machine=machine,
+        rates=rates,
+        typical=typical,
+        target=lambda quant: known_spec(model.id, quant),
+        draft=None if draft is None else known_spec(draft.id),
+    )
+    chosen = choose_for(request, known)
+    used = None if chosen.plan.draft is None else draft
+    download_bytes = sum(_checkpoint_bytes(each) for each in (model, used) if each and each.id not in cached)
+    return Offer(
+        model=model,
+        draft=used,
+        chosen=chosen,
+        is_cached=model.id in cached,
+        download_bytes=download_bytes,
+        disk_bytes=download_bytes + _copy_bytes(model, chosen),
+        capability=math.sqrt(known_spec(model.id).num_params * active_params(model)),
+    )
+
+
+def _draft_for(model: KnownModel, cached: Collection[str]) -> KnownModel | None:
+    """The first draft of the model's family, or the first that is there."""
+    ids = [ref.text for ref in draft_candidates(parse_model(model.id))]
+    ids.sort(key=lambda draft: draft not in cached)
+    return known_model(ids[0]) if ids else None
+
+
+def _source(model: KnownModel) -> ModelSource:
+    """Stands for files that nobody will open."""
+    return ModelSource(model.id, Path())
+
+
+def _checkpoint_bytes(model: KnownModel) -> int:
+    spec = known_spec(model.id)
+    return weight_bytes(spec, spec.dtype)
+
+
+def _copy_bytes(model: KnownModel, chosen: Chosen) -> int:
+    """Of the weights as they are streamed, or quantized; a model that stays whole and as it is needs none."""
+    plan = chosen.plan
+    quant: Quant = "int8" if plan.quant == "int8" else "int4" if plan.quant == "int4" else "none"
+    if quant == "none" and not plan.streamed:
+        return 0
+    return weight_bytes(known_spec(model.id, quant), plan.dtype)

@@ -1,0 +1,109 @@
+"""What this machine can run: two lines a model on the screen, a row in Markdown."""
+
+from collections.abc import Iterable, Sequence
+
+from rich.console import RenderableType
+from rich.padding import Padding
+from rich.text import Text
+
+from specchat.planner.offers import READING_TOK_PER_S, Offer, Offers
+from specchat.units import format_bytes
+
+_MOST_SHOWN = 12
+_MOST_SLOW_SHOWN = 4
+_INDENT = 12
+
+
+def offer_lines(offers: Offers, flags: str) -> list[RenderableType]:
+    """The best ones, what to type for each, and how it would run; then how many there are besides.
+
+    Args:
+        offers: all of them.
+        flags: what was asked for besides, to be typed again.
+    """
+    fast, slow = _shown(offers)
+    lines: list[RenderableType] = [Text("What this machine can run, best first; speeds are predicted", "bold")]
+    for offer in fast:
+        lines += _offer_lines(offer, flags)
+    if slow:
+        lines.append(Text(f"{'and' if fast else 'only'} slower than people read ({READING_TOK_PER_S:.0f} tok/s):"))
+        for offer in slow:
+            lines += _offer_lines(offer, flags)
+    return [*lines, Text(_rest(offers, len(fast) + len(slow)), "dim")]
+
+
+def offer_table(offers: Offers, flags: str) -> list[str]:
+    """The same as a table in Markdown."""
+    rows = [f"| {_speed(offer)} | `{offer.command}{flags}` | {_details(offer)} |" for offer in _both(_shown(offers))]
+    head = ["What this machine can run, best first; speeds are predicted:", ""]
+    return [*head, "| tok/s | command | how |", "|---|---|---|", *rows, "", _rest(offers, len(rows))]
+
+
+def _shown(offers: Offers) -> tuple[list[Offer], list[Offer]]:
+    """The first ones, each size and storage once, and whatever is in the cache."""
+    distinct = [each for each in offers.best if each.is_cached or each.model.stored or not each.model.like]
+    fast = [each for each in distinct if each.reads_well]
+    slow = [each for each in distinct if not each.reads_well]
+    return _first(fast, _MOST_SHOWN), _first(slow, _MOST_SLOW_SHOWN)
+
+
+def _first(offers: Sequence[Offer], most: int) -> list[Offer]:
+    return [offer for i, offer in enumerate(offers) if i < most or offer.is_cached]
+
+
+def _both(shown: tuple[Sequence[Offer], Sequence[Offer]]) -> Iterable[Offer]:
+    return (*shown[0], *shown[1])
+
+
+def _offer_lines(offer: Offer, flags: str) -> list[RenderableType]:
+    return [
+        Text.assemble((f"{_speed(offer):>5} tok/s ", "cyan"), (f"{offer.command}{flags}", "bold")),
+        Padding(Text(_details(offer), "dim"), (0, 0, 0, _INDENT)),
+    ]
+
+
+def _speed(offer: Offer) -> str:
+    speed = offer.chosen.prediction.tok_per_s
+    return f"{speed:.0f}" if speed >= 20 else f"{speed:.1f}"
+
+
+def _details(offer: Offer) -> str:
+    plan = offer.chosen.plan
+    weights = plan.dtype if plan.quant == "none" else plan.quant
+    draft = "no draft" if offer.draft is None else f"draft {offer.draft.id}"
+    licence = ("gated",) if offer.model.gated and not offer.is_cached else ()
+    parts = (weights, _download(offer), _place(offer), f"context {plan.ctx:,}", draft, *licence)
+    return f"{', '.join(parts)} ({offer.chosen.prediction.basis})"
+
+
+def _download(offer: Offer) -> str:
+    if offer.download_bytes == 0:
+        return "already here"
+    what = " for the draft" if offer.is_cached else ""
+    return f"{format_bytes(offer.download_bytes)} to download{what}"
+
+
+def _place(offer: Offer) -> str:
+    """Where its layers are between passes."""
+    tiers = offer.chosen.plan.tiers
+    on_cpu = offer.chosen.plan.device == "cpu"
+    counts = {
+        "in VRAM": 0 if on_cpu else tiers.count("device"),
+        "in RAM": tiers.count("ram") + (tiers.count("device") if on_cpu else 0),
+        "on disk": tiers.count("disk"),
+    }
+    places = [place for place, count in counts.items() if count]
+    if len(places) == 1:
+        return f"all layers {places[0]}"
+    return "layers: " + " + ".join(f"{counts[place]} {place}" for place in places)
+
+
+def _rest(offers: Offers, num_shown: int) -> str:
+    parts = []
+    if more := len(offers.best) - num_shown:
+        parts.append(f"{more} more run here: specchat probe --json")
+    if offers.no_disk:
+        parts.append(f"the disk has no room for {len(offers.no_disk)}")
+    if offers.too_large:
+        parts.append(f"memory has none for {len(offers.too_large)}")
+    return "; ".join(parts)
