@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING
 
 from specchat.bench import identity, setup
-from specchat.bench.cold import Files, PassRounds, measure_rounds
+from specchat.bench.cold import PAIRS, Files, PassRounds, measure_rounds
 from specchat.bench.prompts import Question
 from specchat.bench.records import OWN, Measurement, Settings
 from specchat.bench.report import Baseline, Outcome
@@ -88,6 +88,7 @@ def measure(job: Job, cancel: Event, report: Callable[[Progress], None]) -> Outc
             ctx=job.plan.ctx,
             settings=job.settings,
             cancel=cancel,
+            passes_after=_passes_after(job),
             report=report,
         )
 
@@ -113,16 +114,32 @@ def measure(job: Job, cancel: Event, report: Callable[[Progress], None]) -> Outc
         _check_not_empty(measurement, job)
         baselines = tuple(_compared(loaded, system, measurement, job.plan) for system in loaded.systems[1:])
         passes = _passes(job, loaded, cancel, say) if job.passes else None
+        pack = _pack_for_page_cache(job)
+        page_cache = None if pack is None else _page_cache_passes(job, pack, loaded, cancel, say)
+        is_there = {
+            "answers": not measurement.partial,
+            "cold passes" if job.cold else "passes by themselves": passes is not None or not job.passes,
+            "passes from the page cache": page_cache is not None or pack is None,
+        }
         return Outcome(
             plan=job.plan,
             load_s=loaded.engine.load_s,
-            measurement=measurement,
+            measurement=replace(
+                measurement, missing=tuple(what for what, has_come in is_there.items() if not has_come)
+            ),
             baselines=baselines,
             memory=loaded.memory(),
             link_bytes_per_s=passes.raw.bytes_per_s if passes is not None else _link(job),
             disk_passes=passes,
-            page_cache_passes=_page_cache_passes(job, loaded, cancel, say) if passes is not None else None,
+            page_cache_passes=page_cache,
         )
+
+
+def _passes_after(job: Job) -> dict[str, int]:
+    """Passes of each system that follow the answers, our own standing for as long raw reads as well; at the most."""
+    kinds = (2 if _pack_for_page_cache(job) is not None else 1) if job.passes else 0
+    rounds = kinds * (PAIRS + 1)
+    return {OWN: 2 * rounds} | ({"accelerate": rounds} if "accelerate" in job.baselines else {})
 
 
 def _check_not_empty(measurement: Measurement, job: Job) -> None:
@@ -174,16 +191,23 @@ def _passes(job: Job, loaded: setup.Loaded, cancel: Event, say: Callable[[str], 
     )
 
 
-def _page_cache_passes(job: Job, loaded: setup.Loaded, cancel: Event, say: Callable[[str], None]) -> PassRounds | None:
-    """The same passes while the page cache has the files, beside passes with every layer in memory.
+def _pack_for_page_cache(job: Job) -> Pack | None:
+    """What cold passes are followed by passes from the page cache of; None for no such passes.
 
-    None without --cold (the passes are such already), where memory has no room for both, or when interrupted.
+    Without --cold the passes are such already, and memory must have room for the weights in the cache and beside it.
     """
-    if not job.cold or job.pack is None or not _has_room(job.pack):
+    return job.pack if job.cold and job.pack is not None and _has_room(job.pack) else None
+
+
+def _page_cache_passes(
+    job: Job, pack: Pack, loaded: setup.Loaded, cancel: Event, say: Callable[[str], None]
+) -> PassRounds | None:
+    """The same passes from the page cache, beside ones with every layer in memory; None when interrupted."""
+    if cancel.is_set():
         return None
     rows = job.plan.tree_budget or _DEFAULT_ROWS
     say(f"loading {job.target.name} into memory")
-    with setup.page_cache_timers(job.plan, job.target, job.pack, loaded.pass_timers(rows), rows) as timers:
+    with setup.page_cache_timers(job.plan, job.target, pack, loaded.pass_timers(rows), rows) as timers:
         return measure_rounds(job.files, timers, rows=rows, cold=False, direct=False, cancel=cancel, report=say)
 
 

@@ -147,6 +147,7 @@ class Measurement:
         too_long: turns left out because the context has no room for them.
         not_begun: questions left out because the time was over.
         partial: it was interrupted.
+        missing: everything that an interruption left out, in words.
     """
 
     runs: tuple[Run, ...]
@@ -154,6 +155,7 @@ class Measurement:
     too_long: int
     not_begun: int
     partial: bool
+    missing: tuple[str, ...] = ()
 
     def of(self, system: str) -> tuple[Run, ...]:
         """The runs of one system."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Event
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from specchat.bench.prompts import Question
@@ -37,20 +38,54 @@ class Progress:
 
 @dataclass
 class _Pace:
-    """Answers done of how many, and what they took; the systems take turns, so a mean over all foretells the rest."""
+    """Answers of one system: how many are to come, and what they take.
 
-    total: int
+    Attributes:
+        total: answers, those that are done included.
+        warm_up_s: what an answer would take if it went on as the warm-up did.
+        warm_up_pass_s: a pass of the warm-up.
+        done: answers so far.
+        spent_s: on them.
+        passes: in them.
+    """
+
+    total: int = 0
+    warm_up_s: float = 0.0
+    warm_up_pass_s: float = 0.0
     done: int = 0
     spent_s: float = 0.0
+    passes: int = 0
 
-    def note(self, seconds: float) -> None:
+    def note(self, seconds: float, answer: Answer) -> None:
         """One more answer."""
         self.done += 1
         self.spent_s += seconds
+        self.passes += answer.num_passes
 
-    def left_s(self) -> float | None:
-        """What is left; None before anything is known."""
-        return (self.total - self.done) * self.spent_s / self.done if self.done else None
+    def note_warm_up(self, seconds: float, answer: Answer, max_tokens: int) -> None:
+        """The warm-up: its passes take what those of answers do, and a longer answer takes more of them."""
+        self.warm_up_s = seconds * max(max_tokens / len(answer.token_ids), 1.0)
+        self.warm_up_pass_s = seconds / answer.num_passes
+
+    @property
+    def is_known(self) -> bool:
+        """Whether anything is known of what its answers take."""
+        return bool(self.done or self.warm_up_s)
+
+    @property
+    def answer_s(self) -> float:
+        """An answer."""
+        return self.spent_s / self.done if self.done else self.warm_up_s
+
+    @property
+    def pass_s(self) -> float:
+        """A pass, and what is done between passes."""
+        return self.spent_s / self.passes if self.passes else self.warm_up_pass_s
+
+    @property
+    def left_s(self) -> float:
+        """What is left of its answers."""
+        return (self.total - self.done) * self.answer_s
 
 
 @dataclass(frozen=True)
@@ -72,6 +107,7 @@ class Runner:
         ctx: tokens that the context holds.
         settings: what is measured.
         cancel: set it to stop; what was measured by then stays.
+        passes_after: passes of each system that are timed when all answers are there, for the time that is left.
         report: told how far it is.
         clock: seconds.
     """
@@ -85,6 +121,7 @@ class Runner:
         ctx: int,
         settings: Settings,
         cancel: Event,
+        passes_after: Mapping[str, int] = MappingProxyType({}),
         report: Callable[[Progress], None] = lambda _: None,
         clock: Clock = time.perf_counter,
     ) -> None:
@@ -97,7 +134,9 @@ class Runner:
         self._cancel = cancel
         self._report = report
         self._clock = clock
-        self._pace = _Pace(0)
+        self._passes_after = passes_after
+        self._paces = {system.name: _Pace() for system in systems}
+        self._box_began: float | None = None
         self._too_long: set[tuple[Question, int]] = set()
 
     def warm_up(self, question: Question) -> None:
@@ -107,19 +146,25 @@ class Runner:
             if not self._cancel.is_set():
                 self._report(Progress(0, 0, None, f"warming up {system.name}"))
                 system.begin()
-                system.answer(Request(prompt_ids, Sampling(), self._stop_ids, _WARM_UP_TOKENS), self._cancel)
+                begin = self._clock()
+                answer = system.answer(Request(prompt_ids, Sampling(), self._stop_ids, _WARM_UP_TOKENS), self._cancel)
+                if answer is not None:
+                    spent_s = self._clock() - begin
+                    self._paces[system.name].note_warm_up(spent_s, answer, self._settings.max_tokens)
 
     def run(self, questions: Sequence[Question]) -> Measurement:
         """Everything, or what there was time for."""
         runs: list[Run] = []
         asked = list(questions)
-        self._pace = _Pace(self._num_answers(asked))
-        begin = self._clock()
+        self._plan_for(asked)
+        self._box_began = begin = self._clock()
         for repeat in range(1, self._settings.repeats + 1):
+            if repeat > 1:
+                self._box_began = None  # by now it is known what is asked
             for number, question in enumerate(asked):
                 if repeat == 1 and number and self._is_late(begin):
                     asked = asked[:number]
-                    self._pace.total = self._num_answers(asked)
+                    self._plan_for(asked)
                     break
                 for temperature in self._settings.temperatures:
                     runs += self._converse(_Session(question, temperature, repeat))
@@ -131,9 +176,21 @@ class Runner:
         num_questions = len({run.question for run in runs})
         return Measurement(tuple(runs), num_questions, len(self._too_long), not_begun, partial)
 
-    def _num_answers(self, questions: Sequence[Question]) -> int:
+    def _plan_for(self, questions: Sequence[Question]) -> None:
+        """So many answers of each system are to come in all."""
         num_turns = sum(len(question.turns) for question in questions)
-        return num_turns * len(self._systems) * len(self._settings.temperatures) * self._settings.repeats
+        for pace in self._paces.values():
+            pace.total = num_turns * len(self._settings.temperatures) * self._settings.repeats
+
+    def _progress(self, what: str) -> Progress:
+        """How far it is; a time box may leave out some of the answers that are left."""
+        paces = self._paces.values()
+        answers_s = sum(pace.left_s for pace in paces)
+        if self._settings.time_box_s is not None and self._box_began is not None:
+            answers_s = min(answers_s, max(self._settings.time_box_s - (self._clock() - self._box_began), 0.0))
+        passes_s = sum(count * self._paces[name].pass_s for name, count in self._passes_after.items())
+        left_s = answers_s + passes_s if all(pace.is_known for pace in paces) else None
+        return Progress(sum(pace.done for pace in paces), sum(pace.total for pace in paces), left_s, what)
 
     def _is_late(self, begin: float) -> bool:
         box = self._settings.time_box_s
@@ -176,21 +233,22 @@ class Runner:
         """Counts a turn that the context has no room for, and those that would have followed it."""
         left = range(turn, len(question.turns) + 1)
         self._too_long |= {(question, each) for each in left}
-        self._pace.total -= len(left) * len(self._systems)
+        for pace in self._paces.values():
+            pace.total -= len(left)
 
     def _ask(self, system: System, session: _Session, turn: int, prompt_ids: tuple[int, ...]) -> Run | None:
         """One answer; None when it was interrupted."""
         if self._cancel.is_set():
             return None
-        pace, settings = self._pace, self._settings
+        settings = self._settings
         what = f"{system.name}, {session.question.question_id} turn {turn}, t={session.temperature:g}"
-        self._report(Progress(pace.done, pace.total, pace.left_s(), what))
+        self._report(self._progress(what))
         sampling = Sampling(temperature=session.temperature, seed=settings.seed)
         begin = self._clock()
         answer = system.answer(Request(prompt_ids, sampling, self._stop_ids, settings.max_tokens), self._cancel)
         if answer is None:
             return None
-        pace.note(self._clock() - begin)
+        self._paces[system.name].note(self._clock() - begin, answer)
         return Run(
             system=system.name,
             question=session.question,

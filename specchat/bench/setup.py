@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from specchat.bench.cold import RESIDENT, TimePass
 from specchat.bench.identity import Margin
 from specchat.bench.records import OWN
 from specchat.bench.systems import EngineSystem, OffloadedSystem, System
-from specchat.config import MemoryReport, ModelSource, Plan, Sampling
+from specchat.config import MemoryReport, ModelSource, Plan, Quant, Sampling
 from specchat.errors import UsageError
 
 if TYPE_CHECKING:
@@ -107,6 +107,29 @@ def check_baselines(names: Sequence[str], draft: ModelSource | None) -> None:
     """
     if "assisted" in names and draft is None:
         raise UsageError("the baseline 'assisted' needs a draft", hint="give one with --draft")
+
+
+def left_out(names: Sequence[str], plan: Plan) -> dict[str, str]:
+    """Baselines that would run other weights than those that are measured, and why; the others still run.
+
+    transformers loads a checkpoint as it is: unrounded where `--quant` rounds it, and one that comes quantized not at
+    all, or by other formulas than ours.
+    """
+    reasons = {
+        "accelerate": _why_not("target", plan.quant, "--quant"),
+        "assisted": _why_not("target", plan.quant, "--quant") or _why_not("draft", plan.draft_quant, "--draft-quant"),
+    }
+    return {name: why for name in names if (why := reasons.get(name)) is not None}
+
+
+def _why_not(model: str, quant: str, option: str) -> str | None:
+    if quant == "none":
+        return None
+    if quant in get_args(Quant):
+        return (
+            f"transformers would run the {model}'s unrounded weights, not {quant}; compare with plain, or {option} none"
+        )
+    return f"the {model} comes quantized ({quant}), which transformers cannot offload as it is; compare with plain"
 
 
 @contextmanager

@@ -73,6 +73,8 @@ def notes(report: Mapping[str, Any]) -> list[str]:
     found = []
     if report["partial"]:
         found.append("PARTIAL: the measurement was interrupted; these are the answers that were complete by then")
+    elif report.get("missing"):
+        found.append(f"interrupted after all answers; not measured: {', '.join(report['missing'])}")
     if report["label"]:
         found.append(f"{report['model']}: {report['label']}")
     questions = report["questions"]

@@ -90,7 +90,9 @@ def _measure(options: BenchOptions) -> int:
     if not outcomes:
         say.warn("interrupted before anything was measured")
         return _INTERRUPTED
-    report = _report(options, outcomes, partial=cancel.is_set())
+    report = _report(
+        options, outcomes, [f"{options.sweep[0]}={point.value}" for point in points[len(outcomes) :] if options.sweep]
+    )
     _print_report(options, report)
     if options.plot is not None:
         plot_sweep(report, options.plot)
@@ -141,7 +143,7 @@ def _job(
     options: BenchOptions, point: _Point, questions: "tuple[Question, ...]", num_points: int, say: "Talk"
 ) -> "Job":
     from specchat.bench.measure import Job
-    from specchat.bench.setup import check_baselines
+    from specchat.bench.setup import check_baselines, left_out
     from specchat.models.generation_defaults import load_generation_defaults
     from specchat.models.hf_compat import load_tokenizer
     from specchat.ui.progress import TalkReporter
@@ -151,6 +153,9 @@ def _job(
     baselines = default if options.baselines is None else options.baselines
     check_baselines(baselines, draft)
     plan = shared.make_plan(point.options, point.models, keeps_draft=True).plan
+    without = left_out(baselines, plan)
+    for name, why in without.items():
+        say.warn(f"the baseline '{name}' is left out: {why}")
     _check_cold(options, plan)
     pack = shared.make_pack(target, plan, TalkReporter(say))
     draft_pack = shared.make_draft_pack(draft, plan, TalkReporter(say))
@@ -163,7 +168,7 @@ def _job(
         stop_ids=shared.stop_ids(load_generation_defaults(target.path), tokenizer),
         questions=questions,
         settings=_settings(options, num_points),
-        baselines=baselines,
+        baselines=tuple(name for name in baselines if name not in without),
         cold=options.cold,
         passes=options.passes or options.cold,
         pack=pack,
@@ -205,9 +210,9 @@ def _check_cold(options: BenchOptions, plan: Plan) -> None:
 
 
 def _report(
-    options: BenchOptions, measured: "Sequence[tuple[_Point, Job, Outcome]]", *, partial: bool
+    options: BenchOptions, measured: "Sequence[tuple[_Point, Job, Outcome]]", not_begun: Sequence[str]
 ) -> dict[str, Any]:
-    """The report; in a sweep, the fastest point's plan and answers stand at the top."""
+    """The report; in a sweep, the fastest point's plan and answers stand at the top, and some may not be there."""
     from specchat.bench import report
 
     objects = [report.outcome_object(outcome, job.target) for _, job, outcome in measured]
@@ -218,8 +223,14 @@ def _report(
     if options.sweep is not None:
         points = [{"value": each.value, **made} for (each, _, _), made in zip(measured, objects, strict=True)]
         sweep = {"option": options.sweep[0], "best": point.value, "points": points}
+    measurements = [each.measurement for _, _, each in measured]
+    missing = dict.fromkeys(what for each in measurements for what in each.missing)
+    interruption = {
+        "partial": bool(not_begun) or any(each.partial for each in measurements),
+        "missing": [*missing, *not_begun],
+    }
     return report.report_object(
-        _head(options, job, outcome, partial=partial),
+        _head(options, job, outcome) | interruption,
         {
             **objects[best],
             "disk_passes": report.disk_passes_object(outcome.disk_passes, outcome.page_cache_passes),
@@ -228,7 +239,7 @@ def _report(
     )
 
 
-def _head(options: BenchOptions, job: "Job", outcome: "Outcome", *, partial: bool) -> dict[str, Any]:
+def _head(options: BenchOptions, job: "Job", outcome: "Outcome") -> dict[str, Any]:
     from specchat.bench import report
     from specchat.bench.machine import machine_object, versions_object
 
@@ -236,7 +247,6 @@ def _head(options: BenchOptions, job: "Job", outcome: "Outcome", *, partial: boo
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(("specchat", *options.command)),
-        "partial": partial,
         "model": job.target.name,
         "revision": job.target.revision,
         "label": job.target.label,

@@ -5,16 +5,19 @@ import os
 import re
 import signal
 from contextlib import redirect_stdout
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
 
 import jsonschema
 import pytest
+from support.fake_engine import PLAN
 from support.terminal import Terminal
 
 from specchat.bench import measure
 from specchat.bench.readme import BEGIN, END, main, with_measured
+from specchat.bench.setup import left_out
 from specchat.cli import models
 from specchat.cli.app import run_command_line
 from specchat.errors import UsageError
@@ -238,7 +241,46 @@ def test_an_interrupted_sweep_has_the_points_that_were_measured(specchat, monkey
     report = json.loads(result.out)
     jsonschema.validate(report, SCHEMA)
     assert report["partial"]
+    assert report["missing"] == ["ctx=512"]
     assert [point["value"] for point in report["sweep"]["points"]] == ["256"]
+
+
+def test_interrupted_after_the_answers_only_the_passes_are_missing(specchat, monkeypatch):
+    def interrupted(*_, cancel, **__):
+        cancel.set()
+
+    monkeypatch.setattr(measure, "measure_rounds", interrupted)
+    result = specchat("bench", "demo", *SMALL, "--passes", "--baseline", "none", "--json")
+    assert result.code == 130
+    report = json.loads(result.out)
+    jsonschema.validate(report, SCHEMA)
+    assert (report["partial"], report["missing"]) == (False, ["passes by themselves"])
+    assert len(report["runs"]) == 4
+
+
+def test_baselines_that_would_run_other_weights_are_left_out(specchat):
+    result = specchat("bench", "demo", *SMALL, "--quant", "int8", "--baseline", "plain,accelerate", "--json")
+    assert result.code == 0, result.err
+    report = json.loads(result.out)
+    assert [each["name"] for each in report["baselines"]] == ["plain"]
+    assert "the baseline 'accelerate' is left out" in result.err
+    assert "unrounded weights, not int8; compare with plain, or --quant none" in " ".join(result.err.split())
+
+
+@pytest.mark.parametrize(
+    ("quants", "expected"),
+    [
+        ({}, {}),
+        ({"quant": "int4"}, {"accelerate": "unrounded", "assisted": "unrounded"}),
+        ({"quant": "gptq int4"}, {"accelerate": "comes quantized (gptq int4)", "assisted": "target comes quantized"}),
+        ({"draft_quant": "int8"}, {"assisted": "--draft-quant none"}),
+        ({"draft_quant": "awq int4"}, {"assisted": "the draft comes quantized"}),
+    ],
+)
+def test_only_baselines_with_the_same_weights_are_run(quants, expected):
+    found = left_out(("plain", "accelerate", "assisted"), replace(PLAN, **quants))
+    assert set(found) == set(expected)
+    assert all(words in found[name] for name, words in expected.items())
 
 
 def test_interrupted_before_anything_is_measured(specchat, monkeypatch):

@@ -13,7 +13,7 @@ from support.fake_bench import QUESTIONS, SETTINGS, STEP_S, TEXT, Clock, SlowSys
 from specchat.bench import export, report, summary, tables
 from specchat.bench.identity import compare
 from specchat.bench.prompts import Question
-from specchat.bench.records import Settings
+from specchat.bench.records import OWN, Settings
 from specchat.config import ModelSource
 
 SCHEMA = json.loads(files("specchat.bench").joinpath("schema.json").read_text())
@@ -33,6 +33,7 @@ def reported(measurement, **kwargs):
         "created": "2026-01-01T00:00:00+00:00",
         "command": "specchat bench demo",
         "partial": measurement.partial,
+        "missing": ["answers"] * measurement.partial,
         "model": "demo",
         "revision": None,
         "label": "a toy",
@@ -243,6 +244,30 @@ def test_progress_foretells_the_rest():
     assert seen[0].left_s is None
     assert [each.total for each in seen] == [24] * 24
     assert [each.done for each in seen] == list(range(24))
+
+
+def test_what_is_left_is_told_by_system_and_before_the_first_answer():
+    clock, seen = Clock(), []
+    systems = [own_system(clock), SlowSystem(clock, text=TEXT * 3)]
+    settings = Settings(max_tokens=9, repeats=2)
+    made = runner(
+        clock, systems, Event(), settings, report=lambda each: seen.append((clock.now, each)), passes_after={OWN: 4}
+    )
+    made.warm_up(QUESTIONS[0])
+    made.run(QUESTIONS)
+    end = clock.now + 4 * STEP_S  # with the passes that would follow
+    asked = [(now, each.left_s) for now, each in seen if each.total]
+    assert asked[0][1] == pytest.approx(end - asked[0][0], rel=0.3)
+    for now, left_s in asked[4:]:
+        assert now + left_s == pytest.approx(end)
+
+
+def test_what_an_interruption_left_out_is_named():
+    made = reported(measured()) | {"missing": ["passes from the page cache"]}
+    assert tables.notes(made)[0] == "interrupted after all answers; not measured: passes from the page cache"
+    assert "PARTIAL" in tables.notes(made | {"partial": True})[0]
+    del made["missing"]  # as older reports
+    assert not any("interrupted" in note for note in tables.notes(made))
 
 
 def test_report_fits_the_schema():

@@ -1,6 +1,7 @@
 """Systems that answer at known times, and measurements made of them: no model, no waiting."""
 
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from specchat.bench.identity import Identity
 from specchat.bench.prompts import Question
@@ -67,7 +68,9 @@ class SlowSystem:
         return Answer(ids, "stop", ttft_s=1.0, decode_s=len(ids) - 1.0, num_passes=len(ids), first_tokens=1)
 
 
-def runner(clock, systems, cancel, settings=SETTINGS, report=lambda _: None, ctx=400):
+def runner(
+    clock, systems, cancel, settings=SETTINGS, report=lambda _: None, ctx=400, passes_after=MappingProxyType({})
+):
     return Runner(
         systems,
         TOKENIZER,
@@ -75,6 +78,7 @@ def runner(clock, systems, cancel, settings=SETTINGS, report=lambda _: None, ctx
         ctx=ctx,
         settings=settings,
         cancel=cancel,
+        passes_after=passes_after,
         report=report,
         clock=clock,
     )
