@@ -244,6 +244,7 @@ class Plan:
         streamed_bytes_per_step: bytes over the link for one pass.
         draft_quant: how the draft's weights are stored; "none" without a draft.
         lowered_from: the precision that the user gets less than without having asked for it; None in most plans.
+        head_rows: nodes that are scored at a time on the walk down the tree; what is not visited is not scored.
         in_ram: indices of the streamed layers whose bytes stay in host memory between passes, ascending; the other
             streamed layers are read from the disk for every pass.
     """
@@ -268,6 +269,7 @@ class Plan:
     draft_quant: str = "none"
     lowered_from: Dtype | None = None
     in_ram: tuple[int, ...] = ()
+    head_rows: int = HEAD_BLOCK_ROWS
 
     @property
     def device_bytes(self) -> int:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 from specchat.bench import identity, setup
 from specchat.bench.cold import PAIRS, Files, PassRounds, measure_rounds
+from specchat.bench.generation import CountedOutcome
 from specchat.bench.prompts import Question
 from specchat.bench.records import OWN, Measurement, Settings
-from specchat.bench.report import Baseline, Outcome
+from specchat.bench.report import Baseline
 from specchat.bench.runner import Progress, Runner
 from specchat.bench.systems import System
 from specchat.config import ModelSource, Plan
@@ -51,6 +52,7 @@ class Job:
         draft_pack: the draft's, or None.
         files: what passes read.
         warn: told what the system refused.
+        counts_memory: what generating takes beside weights is counted in one answer that is not timed.
     """
 
     plan: Plan
@@ -67,6 +69,7 @@ class Job:
     draft_pack: Pack | None
     files: Files
     warn: Callable[[str], None]
+    counts_memory: bool = False
 
     @property
     def reads_past_cache(self) -> bool:
@@ -74,7 +77,7 @@ class Job:
         return "disk" in self.plan.tiers and self.pack is not None
 
 
-def measure(job: Job, cancel: Event, report: Callable[[Progress], None]) -> Outcome:
+def measure(job: Job, cancel: Event, report: Callable[[Progress], None]) -> CountedOutcome:
     """Loads everything, asks everything, compares, and lets go of everything."""
 
     def say(what: str) -> None:
@@ -109,7 +112,7 @@ def measure(job: Job, cancel: Event, report: Callable[[Progress], None]) -> Outc
         warn=job.warn,
     ) as loaded:
         runner = make_runner(loaded.systems)
-        runner.warm_up(job.questions[0])
+        generation_peak_bytes = _warmed_up(runner, loaded, job)
         measurement = runner.run(job.questions)
         _check_not_empty(measurement, job)
         baselines = tuple(_compared(loaded, system, measurement, job.plan) for system in loaded.systems[1:])
@@ -121,7 +124,7 @@ def measure(job: Job, cancel: Event, report: Callable[[Progress], None]) -> Outc
             "cold passes" if job.cold else "passes by themselves": passes is not None or not job.passes,
             "passes from the page cache": page_cache is not None or pack is None,
         }
-        return Outcome(
+        return CountedOutcome(
             plan=job.plan,
             load_s=loaded.engine.load_s,
             measurement=replace(
@@ -132,6 +135,7 @@ def measure(job: Job, cancel: Event, report: Callable[[Progress], None]) -> Outc
             link_bytes_per_s=passes.raw.bytes_per_s if passes is not None else _link(job),
             disk_passes=passes,
             page_cache_passes=page_cache,
+            generation_peak_bytes=generation_peak_bytes,
         )
 
 
@@ -140,6 +144,18 @@ def _passes_after(job: Job) -> dict[str, int]:
     kinds = (2 if _pack_for_page_cache(job) is not None else 1) if job.passes else 0
     rounds = kinds * (PAIRS + 1)
     return {OWN: 2 * rounds} | ({"accelerate": rounds} if "accelerate" in job.baselines else {})
+
+
+def _warmed_up(runner: Runner, loaded: setup.Loaded, job: Job) -> int | None:
+    """Asks what is not timed; what that took beside weights, if it is to be counted."""
+    if not job.counts_memory:
+        runner.warm_up(job.questions[0])
+        return None
+    from specchat.engine.measuring import GenerationMemory
+
+    with GenerationMemory(loaded.engine) as counted:
+        runner.warm_up(job.questions[0])
+    return int(counted.peak_bytes)
 
 
 def _check_not_empty(measurement: Measurement, job: Job) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from specchat.bench.tables import temperature_label
 from specchat.errors import NotAvailableError, SpecchatError, UsageError
-from specchat.units import GIB
+from specchat.units import GIB, MIB
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,8 +26,9 @@ _AXES = {
     "slots": "slots (layers)",
     "draft": "draft",
     "quant": "weights stored as",
+    "memory": "memory without weights (MiB)",
 }
-_DOUBLING = ("tree-budget", "ctx")  # shown so that each doubling is as wide
+_DOUBLING = ("tree-budget", "ctx", "memory")  # shown so that each doubling is as wide
 _KINDS = ("draft", "quant")  # have no order, so no line leads from one to the next
 _MARKS = ("o", "s", "^", "d")
 _LINES = ("-", "--", ":", "-.")
@@ -86,6 +87,8 @@ def _places(sweep: Mapping[str, Any]) -> list[float]:
     match sweep["option"]:
         case "vram":
             return [point["plan"]["device_budget_bytes"] / GIB for point in points]
+        case "memory":
+            return [point["plan"]["generation_bytes"] / MIB for point in points]
         case "tree-budget":
             return [float(point["plan"]["tree_budget"]) for point in points]
         case "ctx" | "slots":
@@ -123,7 +126,11 @@ def _mark_values(axes: Axes, sweep: Mapping[str, Any], places: Sequence[float]) 
     """The values that were measured, as they were typed, and nothing between them."""
     if sweep["option"] in _DOUBLING:
         axes.set_xscale("log", base=2)
-    axes.set_xticks(places, [point["value"] for point in sweep["points"]])
+    labels = [point["value"] for point in sweep["points"]]
+    if sweep["option"] == "memory":  # far more of it for large trees than for small ones, whose labels stand close
+        labels = [f"{place:,.0f} ({label})" for place, label in zip(places, labels, strict=True)]
+        axes.tick_params(axis="x", rotation=60)
+    axes.set_xticks(places, labels)
     axes.tick_params(axis="x", which="minor", bottom=False)
 
 

@@ -1,6 +1,7 @@
 """`python -m specchat.bench.readme README.md A.json ...`: writes the figures of reports into a page, never by hand.
 
-What stands between the two marks is replaced; everything else stays as it is.
+What stands between two marks is replaced: sweeps have a section of their own. A section for which no report is given
+stays as it is, like everything else.
 """
 
 import sys
@@ -13,26 +14,33 @@ from specchat.errors import UsageError
 
 BEGIN = "<!-- measured: python -m specchat.bench.readme README.md REPORT.json ... writes what stands below -->"
 END = "<!-- measured: end -->"
+SWEEPS_BEGIN = "<!-- sweeps: python -m specchat.bench.readme README.md REPORT.json ... writes what stands below -->"
+SWEEPS_END = "<!-- sweeps: end -->"
 
 
-def with_measured(page: str, sections: Sequence[str]) -> str:
-    """The page with these sections between its marks.
+def with_measured(page: str, sections: Sequence[str], begin_mark: str = BEGIN, end_mark: str = END) -> str:
+    """The page with these sections between two marks.
 
     Raises:
         UsageError: the page lacks a mark.
     """
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = page.partition(begin_mark)
+    _, end, after = rest.partition(end_mark)
     if not begin or not end:
-        raise UsageError(f"the page lacks the marks {BEGIN} and {END}")
-    return "\n\n".join([before + BEGIN, *sections, END + after])
+        raise UsageError(f"the page lacks the marks {begin_mark} and {end_mark}")
+    return "\n\n".join([before + begin_mark, *sections, end_mark + after])
 
 
 def main(arguments: Sequence[str]) -> None:
     """Rewrites the page named first with the reports named after it."""
     page = Path(arguments[0])
-    sections = [markdown(read_report(Path(name))) for name in arguments[1:]]
-    page.write_text(with_measured(page.read_text(encoding="utf-8"), sections), encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
+    reports = [read_report(Path(name)) for name in arguments[1:]]
+    if measured := [markdown(each) for each in reports if not each.get("sweep")]:
+        text = with_measured(text, measured)
+    if sweeps := [markdown(each) for each in reports if each.get("sweep")]:
+        text = with_measured(text, sweeps, SWEEPS_BEGIN, SWEEPS_END)
+    page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

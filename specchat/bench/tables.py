@@ -30,7 +30,7 @@ class Table:
 def report_tables(report: Mapping[str, Any]) -> list[Table]:
     """Everything that a report of `bench --json` has to say."""
     if report.get("sweep"):
-        return [_sweep(report["sweep"])]
+        return [_sweep(report["sweep"]), *_memory_against_speed(report["sweep"])]
     tables = [_systems(report)]
     if report["baselines"]:
         tables.append(_identity(report))
@@ -292,6 +292,30 @@ def _sweep(sweep: Mapping[str, Any]) -> Table:
         )
     header = ("tok/s", "tok/pass", "pass", "drafting", "resident + streamed", "device memory", "faster than")
     return Table(f"by {sweep['option']}", (sweep["option"], *header), tuple(rows))
+
+
+def _memory_against_speed(sweep: Mapping[str, Any]) -> list[Table]:
+    """What each point takes beside weights, and how fast it is, in parts of the first; none for reports without."""
+    points = sweep["points"]
+    if not all("generation" in point for point in points):
+        return []
+    rows = tuple(
+        (
+            point["value"],
+            format_bytes(point["generation"]["planned_bytes"]),
+            _NOTHING if (peak := point["generation"]["peak_bytes"]) is None else format_bytes(peak),
+            share(point["generation"]["share_of_first"]),
+            spread(point["summary"]["tok_per_s"]),
+            ratio(point["generation"]["speed_over_first"]),
+        )
+        for point in points
+    )
+    note = (
+        "memory without weights: planned for a full context, and counted in one short answer; "
+        f"parts are of {sweep['option']}={points[0]['value']}, speed over pairs of answers [95% interval]"
+    )
+    header = (sweep["option"], "memory", "counted", "part", "tok/s", "part")
+    return [Table("memory against speed", header, rows, note)]
 
 
 def _left_out(runs: Sequence[Mapping[str, Any]]) -> Table:

@@ -330,7 +330,7 @@ def _bench(
         str | None,
         typer.Option(
             metavar="OPTION=A,B,C",
-            help="Measure once for each value of tree-budget, vram, ctx, draft, quant or slots.",
+            help="Measure once for each value of tree-budget, vram, ctx, draft, quant, slots or memory.",
         ),
     ] = None,
     plot: Annotated[str | None, typer.Option(metavar="FILE", help="Draw the sweep into an .svg or .png file.")] = None,

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 from specchat.chat.settings import whole
 from specchat.cli import models as shared
 from specchat.cli import options as parse
-from specchat.cli.bench_options import BenchOptions
+from specchat.cli.bench_options import BenchOptions, trees
 from specchat.cli.options import ModelOptions
 from specchat.cli.output import print_line, to_json
-from specchat.config import ModelSource, Plan
+from specchat.config import HEAD_BLOCK_ROWS, ModelSource, Plan, Quant
 from specchat.errors import UsageError
 
 if TYPE_CHECKING:
     from specchat.bench.cold import Files
+    from specchat.bench.generation import CountedOutcome
     from specchat.bench.measure import Job
     from specchat.bench.prompts import Question
     from specchat.bench.records import Settings
@@ -61,11 +62,19 @@ def _compare(options: BenchOptions, a: Path, b: Path) -> int:
 
 @dataclass(frozen=True)
 class _Point:
-    """One plan to be measured: all there is, or one value of a sweep."""
+    """One plan to be measured: all there is, or one value of a sweep.
+
+    Attributes:
+        value: as typed.
+        options: what the plan is made from.
+        models: what was found.
+        trees: budget and rows of the head that the plan gets in the end, or None to leave it as it is.
+    """
 
     value: str
     options: ModelOptions
     models: "shared.Models"
+    trees: tuple[int, int | None] | None = None
 
 
 def _measure(options: BenchOptions) -> int:
@@ -114,6 +123,10 @@ def _points(options: BenchOptions, say: "Talk") -> list[_Point]:
         chosen = replace(options.models, ram_bytes=0) if options.cold else options.models
         return [_located("", chosen, say)]
     name, values = options.sweep
+    if name == "memory":
+        largest = replace(options.models, tree_budget=trees(values[0])[0])
+        checked = [(value, trees(value)) for value in values]
+        return [replace(_located(value, largest, say), trees=each) for value, each in checked]
     return [_located(value, _with(options.models, name, value), say) for value in values]
 
 
@@ -152,7 +165,7 @@ def _job(
     default = () if options.sweep else ("plain",)
     baselines = default if options.baselines is None else options.baselines
     check_baselines(baselines, draft)
-    plan = shared.make_plan(point.options, point.models, keeps_draft=True).plan
+    plan = _with_trees(point, shared.make_plan(point.options, point.models, keeps_draft=True).plan)
     without = left_out(baselines, plan)
     for name, why in without.items():
         say.warn(f"the baseline '{name}' is left out: {why}")
@@ -175,7 +188,32 @@ def _job(
         draft_pack=draft_pack,
         files=_files(target, plan, pack),
         warn=say.warn,
+        counts_memory=options.sweep is not None,
     )
+
+
+def _with_trees(point: _Point, plan: Plan) -> Plan:
+    """The point's plan: of a sweep over generation memory, the first one's with smaller trees.
+
+    Raises:
+        UsageError: trees without a draft.
+    """
+    if point.trees is None:
+        return plan
+    from specchat.models.geometry import describe
+    from specchat.planner.memory import with_trees
+
+    if point.models.draft is None:
+        raise UsageError("--sweep memory compares trees, and there is no draft", hint="give one with --draft")
+    target = describe(point.models.target, _own_quant(plan.quant))
+    draft = describe(point.models.draft, _own_quant(plan.draft_quant))
+    budget, head_rows = point.trees
+    return with_trees(plan, target, draft, budget, HEAD_BLOCK_ROWS if head_rows is None else head_rows)
+
+
+def _own_quant(name: str) -> Quant:
+    """What we make of a model whose plan says so; models that come quantized are taken as they are."""
+    return "int8" if name == "int8" else "int4" if name == "int4" else "none"
 
 
 def _files(target: ModelSource, plan: Plan, pack: "Pack | None") -> "Files":
@@ -210,10 +248,11 @@ def _check_cold(options: BenchOptions, plan: Plan) -> None:
 
 
 def _report(
-    options: BenchOptions, measured: "Sequence[tuple[_Point, Job, Outcome]]", not_begun: Sequence[str]
+    options: BenchOptions, measured: "Sequence[tuple[_Point, Job, CountedOutcome]]", not_begun: Sequence[str]
 ) -> dict[str, Any]:
     """The report; in a sweep, the fastest point's plan and answers stand at the top, and some may not be there."""
     from specchat.bench import report
+    from specchat.bench.generation import generation_object
 
     objects = [report.outcome_object(outcome, job.target) for _, job, outcome in measured]
     speeds = [each["summary"]["tok_per_s"]["mean"] or 0.0 for each in objects]
@@ -221,7 +260,11 @@ def _report(
     point, job, outcome = measured[best]
     sweep = None
     if options.sweep is not None:
-        points = [{"value": each.value, **made} for (each, _, _), made in zip(measured, objects, strict=True)]
+        first = measured[0][2]
+        points = [
+            {"value": each.value, **made, "generation": generation_object(outcome, first)}
+            for (each, _, outcome), made in zip(measured, objects, strict=True)
+        ]
         sweep = {"option": options.sweep[0], "best": point.value, "points": points}
     measurements = [each.measurement for _, _, each in measured]
     missing = dict.fromkeys(what for each in measurements for what in each.missing)

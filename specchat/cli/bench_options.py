@@ -4,13 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from specchat.cli.options import ModelOptions
+from specchat.cli.options import ModelOptions, tree_budget
 from specchat.errors import NotAvailableError, UsageError
 
 Format = Literal["table", "md", "json", "jsonl", "csv"]
 FORMATS: tuple[Format, ...] = ("table", "md", "json", "jsonl", "csv")
 BASELINES = ("plain", "accelerate", "assisted")
-SWEEPS = ("tree-budget", "vram", "ctx", "draft", "quant", "slots")
+# memory: smaller trees on the layers of the first value's plan, so that nothing but generation memory changes.
+SWEEPS = ("tree-budget", "vram", "ctx", "draft", "quant", "slots", "memory")
+_WHOLE_HEAD = "+head"  # behind a tree budget: all nodes are scored at once
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,18 @@ def sweep(text: str | None) -> tuple[str, tuple[str, ...]] | None:
     if name not in SWEEPS or not values:
         raise UsageError(f"--sweep cannot vary '{text}'", hint=f"write OPTION=A,B,C with one of {', '.join(SWEEPS)}")
     return name, values
+
+
+def trees(value: str) -> tuple[int, int | None]:
+    """Tree budget and rows of the head (None: as always) of a value of `--sweep memory`.
+
+    Raises:
+        UsageError: it is not N or N+head.
+    """
+    budget = tree_budget("--sweep memory", value.removesuffix(_WHOLE_HEAD))
+    if budget is None:
+        raise UsageError("--sweep memory takes sizes of trees, not 'auto'")
+    return budget, 1 + budget if value.endswith(_WHOLE_HEAD) else None
 
 
 def compared(paths: tuple[str, str] | None) -> tuple[Path, Path] | None:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from specchat.closing import Closing
 from specchat.config import (
-    HEAD_BLOCK_ROWS,
     Activity,
     DraftTree,
     FinishReason,
@@ -192,6 +191,11 @@ class Engine(Closing):
         self._drafter.reset()
 
     @property
+    def generation_bytes(self) -> int:
+        """What is held for generating, beside weights: caches, and what is dequantized at a time."""
+        return sum(model.generation_bytes for model in (self._target, *self._drafter.models))
+
+    @property
     def target(self) -> TreeModel:
         """The model whose text comes out; who computes with it by itself calls `forget` before and after."""
         return self._target
@@ -263,7 +267,7 @@ class Engine(Closing):
         Returns:
             The tokens drawn, and the nodes among them: all but the last token.
         """
-        scores = _LazyScores(self._target, tree, hidden)
+        scores = _LazyScores(self._target, tree, hidden, self.plan.head_rows)
         text, path, node = list(context), list[int](), ROOT
         while True:
             token = answer.sampler.draw(scores.of(node), text)
@@ -295,17 +299,18 @@ class Engine(Closing):
 class _LazyScores:
     """The target's scores of visited nodes, computed in small blocks of a node and its likeliest descendants."""
 
-    def __init__(self, target: TreeModel, tree: TokenTree, hidden: Tensor) -> None:
+    def __init__(self, target: TreeModel, tree: TokenTree, hidden: Tensor, block_rows: int) -> None:
         self._target = target
         self._tree = tree
         self._hidden = hidden
+        self._block_rows = block_rows
         self._rows: dict[int, Tensor] = {}
 
     def of(self, node: int) -> Tensor:
         """Scores float32 [V] behind `node`."""
         if node not in self._rows:
             self._rows.clear()  # a walk never goes back, and one block is all that the ledger has room for
-            block = [node, *self._tree.likely_descendants(node, HEAD_BLOCK_ROWS - 1)]
+            block = [node, *self._tree.likely_descendants(node, self._block_rows - 1)]
             index = torch.tensor(block, device=self._hidden.device) + 1  # row 0 is the root's
             self._rows.update(zip(block, self._target.logits(self._hidden[index]), strict=True))
         return self._rows[node]

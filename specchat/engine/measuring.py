@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from specchat.config import Sampling
 from specchat.engine.attention import RowLayout
@@ -30,6 +35,43 @@ class PassTime:
     pass_s: float
     wait_s: float
     streamed_bytes: int
+
+
+class GenerationMemory(TorchDispatchMode):
+    """Counts what generating holds while it lasts, beside weights: caches, and living tensors that operations made.
+
+    Args:
+        engine: generates meanwhile, in this thread.
+
+    Attributes:
+        peak_bytes: the most at any time.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._living: int = engine.generation_bytes
+        self._counted: set[int] = set()
+        self.peak_bytes: int = self._living
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given | self._counted:
+                self._count(tensor.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, nbytes = storage._cdata, storage.nbytes()
+        self._counted.add(key)
+        self._living += nbytes
+        self.peak_bytes = max(self.peak_bytes, self._living)
+        weakref.finalize(storage, self._forget, key, nbytes)
+
+    def _forget(self, key: int, nbytes: int) -> None:
+        self._counted.discard(key)
+        self._living -= nbytes
 
 
 def without_draft(engine: Engine) -> AbstractContextManager[None]:

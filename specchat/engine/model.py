@@ -90,8 +90,13 @@ class TreeModel:
         storages: dict[int, int] = {
             t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_meta
         }
+        return sum(storages.values()) + self.generation_bytes
+
+    @property
+    def generation_bytes(self) -> int:
+        """The part of it that is no weights: the cache, and what is dequantized at a time."""
         scratches = {linear.scratch for _, linear in quant_linears(self.skeleton.model)}
-        return sum(storages.values()) + self.cache.nbytes + sum(scratch.memory.nbytes for scratch in scratches)
+        return self.cache.nbytes + sum(scratch.memory.nbytes for scratch in scratches)
 
     @torch.inference_mode()
     def forward(self, token_ids: Sequence[int], layout: RowLayout, cancel: threading.Event | None = None) -> Tensor:

@@ -5,7 +5,7 @@ memory, so workspaces are listed as a pass needs them, and the others with what 
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from specchat.config import (
     DTYPE_BYTES,
@@ -15,12 +15,15 @@ from specchat.config import (
     Dtype,
     LedgerItem,
     ModelSpec,
+    Plan,
     RowCost,
     draft_width,
 )
 from specchat.models.geometry import dequantize_bytes, layer_bytes
 
 _ROW_ALIGNMENT = 16
+_CHUNK_STEP = 64
+_RESERVE = "library reserve"
 _INDEX_BYTES = 8  # token ids and positions are int64
 _FLOAT_BYTES = 4  # scores are float32, whatever the model computes in
 
@@ -47,6 +50,7 @@ class Workload:
         slots: staging buffers.
         device: where passes run.
         reserve_bytes: kept for libraries and for what the allocator rounds up.
+        head_rows: nodes that are scored at a time.
     """
 
     dtype: Dtype
@@ -57,6 +61,7 @@ class Workload:
     slots: int
     device: str = "cpu"
     reserve_bytes: int = 0
+    head_rows: int = HEAD_BLOCK_ROWS
 
 
 def build_ledger(
@@ -91,8 +96,51 @@ def build_ledger(
         items.append(LedgerItem("dequantized pieces", dequantized))
     items += _workspaces(target, draft, work)
     if work.reserve_bytes:
-        items.append(LedgerItem("library reserve", work.reserve_bytes))
+        items.append(LedgerItem(_RESERVE, work.reserve_bytes))
     return tuple(items)
+
+
+def with_trees(
+    plan: Plan, target: ModelSpec, draft: ModelSpec, tree_budget: int, head_rows: int = HEAD_BLOCK_ROWS
+) -> Plan:
+    """The same layers in the same places, with trees of another size; what they leave free stays free.
+
+    A layer then computes no more rows at a time than a pass over the tree has, in steps that matrix products like.
+
+    Args:
+        plan: with a draft.
+        target: sizes of the target.
+        draft: sizes of the draft.
+        tree_budget: nodes of every tree.
+        head_rows: nodes that are scored at a time; 1 + tree_budget are all of them, as without a lazy head.
+
+    Returns:
+        A plan whose budget is raised to what it needs, if that is more.
+    """
+    assert plan.tree_budget, "a plan without a draft has no trees"
+    draft_rows = plan.draft_rows // plan.tree_budget * tree_budget
+    reserve_bytes = sum(item.bytes for item in plan.ledger if item.item == _RESERVE)
+    work = Workload(
+        dtype=plan.dtype,
+        ctx=plan.ctx,
+        tree_budget=tree_budget,
+        draft_rows=draft_rows,
+        chunk_rows=min(plan.chunk_rows, -(-(1 + tree_budget) // _CHUNK_STEP) * _CHUNK_STEP),
+        slots=plan.slots,
+        device=plan.device,
+        reserve_bytes=reserve_bytes,
+        head_rows=head_rows,
+    )
+    changed = replace(
+        plan,
+        tree_budget=tree_budget,
+        draft_rows=draft_rows,
+        chunk_rows=work.chunk_rows,
+        head_rows=head_rows,
+        adaptive=False,
+        ledger=build_ledger(target, draft, work, plan.resident),
+    )
+    return replace(changed, device_budget_bytes=max(plan.device_budget_bytes, changed.device_bytes))
 
 
 def _other_bytes(spec: ModelSpec, dtype: Dtype) -> int:
@@ -169,7 +217,7 @@ def _head_bytes(spec: ModelSpec, work: Workload, rows: int) -> int:
 def _walking_bytes(target: ModelSpec, work: Workload) -> int:
     """One block of scores, and one row of them on its way through the processors."""
     processing = _PROCESSING_BYTES * target.vocab_size + 2 * _INDEX_BYTES * work.ctx
-    return _head_bytes(target, work, HEAD_BLOCK_ROWS) + processing
+    return _head_bytes(target, work, work.head_rows) + processing
 
 
 def _drafting_bytes(draft: ModelSpec, work: Workload, *, reading: int) -> int:

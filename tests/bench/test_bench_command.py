@@ -16,8 +16,9 @@ from support.fake_engine import PLAN
 from support.terminal import Terminal
 
 from specchat.bench import measure
-from specchat.bench.readme import BEGIN, END, main, with_measured
+from specchat.bench.readme import BEGIN, END, SWEEPS_BEGIN, SWEEPS_END, main, with_measured
 from specchat.bench.setup import left_out
+from specchat.bench.tables import report_tables, share
 from specchat.cli import models
 from specchat.cli.app import run_command_line
 from specchat.errors import UsageError
@@ -131,6 +132,29 @@ def test_slots_are_swept(specchat):
     assert texts[0] == texts[1]
 
 
+def test_memory_against_speed(specchat):
+    options = (*SMALL, "--vram", "60MiB", "--sweep", "memory=64+head,64,8")
+    result = specchat("bench", "demo", *options, "--json", "-q")
+    assert result.code == 0, result.err
+    report = json.loads(result.out)
+    jsonschema.validate(report, SCHEMA)
+    points = report["sweep"]["points"]
+    assert [point["plan"]["tree_budget"] for point in points] == [64, 64, 8]
+    assert len({point["plan"]["resident_layers"] for point in points}) == 1
+    planned = [point["plan"]["generation_bytes"] for point in points]
+    counted = [point["generation"]["peak_bytes"] for point in points]
+    assert planned[0] >= planned[1] > planned[2] > 0
+    assert counted[0] >= counted[1] > counted[2] > 0
+    assert all(c <= p for c, p in zip(counted, planned, strict=True))
+    assert points[0]["generation"]["share_of_first"] == points[0]["generation"]["speed_over_first"]["ratio"] == 1
+    assert points[2]["generation"]["share_of_first"] == planned[2] / planned[0]
+    texts = [[run["token_ids"] for run in point["runs"]] for point in points]
+    assert texts[0] == texts[1] == texts[2]
+    table = report_tables(report)[1]
+    assert table.title == "memory against speed"
+    assert [row[3] for row in table.rows] == ["100%", share(planned[1] / planned[0]), share(planned[2] / planned[0])]
+
+
 def test_sweep_as_json(specchat):
     result = specchat("bench", "demo", *SMALL, "--vram", "200MiB", "--sweep", "draft=demo,none", "--json", "-q")
     assert result.code == 0, result.err
@@ -175,6 +199,9 @@ def test_passes_from_the_page_cache(specchat):
         (["demo", "--plot", "a.svg"], "--plot draws a sweep"),
         (["demo", "--sweep", "ctx=256", "--plot", "a.pdf"], "--plot draws .svg or .png"),
         (["demo", "--sweep", "slots=0"], "--sweep slots must be at least 1"),
+        (["demo", "--sweep", "memory=auto"], "takes sizes of trees"),
+        (["demo", "--sweep", "memory=8,0"], "at least 1"),
+        (["demo", "--sweep", "memory=8", "--draft", "none"], "there is no draft"),
         (["demo", "-o", "yaml"], "--output must be"),
         (["demo", "-o", "md", "--json"], "cannot be combined"),
         (["demo", "--sweep", "quant=int8,int3"], "--sweep quant must be"),
@@ -310,6 +337,18 @@ def test_the_readme_is_written_by_a_command(tmp_path, reports):
         with_measured("no marks", ["x"])
 
 
+def test_sweeps_have_a_section_of_their_own(tmp_path, reports):
+    page, sweep = tmp_path / "README.md", tmp_path / "sweep.json"
+    measured = json.loads(reports[0].read_text())
+    points = [{**measured, "value": "8"}]
+    sweep.write_text(json.dumps(measured | {"sweep": {"option": "ctx", "best": "8", "points": points}}))
+    page.write_text(f"{BEGIN}\n\nkept\n\n{END}\n\n{SWEEPS_BEGIN}\n\nold\n\n{SWEEPS_END}\n")
+    main([str(page), str(sweep)])
+    kept, _, swept = page.read_text().partition(SWEEPS_BEGIN)
+    assert "kept" in kept and "by ctx" in swept and "old" not in swept
+
+
 def test_the_readme_has_the_marks():
     page = (ROOT / "README.md").read_text()
     assert with_measured(page, ["x"]) != page
+    assert with_measured(page, ["x"], SWEEPS_BEGIN, SWEEPS_END) != page

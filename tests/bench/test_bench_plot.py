@@ -19,6 +19,7 @@ def point(value, speed, budget=1 << 30):
         for temperature in (0.0, 0.7)
     ]
     plan = {"tree_budget": 64 if value == "auto" else 16, "device_budget_bytes": budget, "dtype": "fp32"}
+    plan["generation_bytes"] = budget // 4 if value == "64" else budget
     return {"value": value, "plan": plan, "summary": {"by_temperature": entries}}
 
 
@@ -38,12 +39,14 @@ def report(option, points):
         ("vram", ("1GiB", "2GiB"), "device memory budget"),
         ("ctx", ("512", "1024"), "context (tokens)"),
         ("slots", ("1", "2"), "slots (layers)"),
+        ("memory", ("1,024 (256+head)", "512 (64)"), "memory without weights (MiB)"),
         ("draft", ("none", "demo"), "draft"),
     ],
 )
 def test_pictures_name_what_they_show(tmp_path, option, values, label):
     pytest.importorskip("matplotlib")
-    points = [point(value, 2.0 + i, (1 + i) << 30) for i, value in enumerate(values)]
+    typed = [value.partition("(")[2].rstrip(")") if option == "memory" else value for value in values]
+    points = [point(value, 2.0 + i, (1 + i) << 30) for i, value in enumerate(typed)]
     plot.plot_sweep(report(option, points), tmp_path / "a.svg")
     text = (tmp_path / "a.svg").read_text()
     for words in (label, *values, "tok/s", "tokens per pass", "seconds per pass", "greedy", "t=0.7", "a cpu", "demo"):

@@ -14,11 +14,11 @@ from support.tiny_models import VOCAB, make_config, perturbed, random_model, sav
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from specchat.config import Dtype, LedgerItem, ModelSource, Plan, Sampling
+from specchat.config import HEAD_BLOCK_ROWS, Dtype, LedgerItem, ModelSource, Plan, Sampling
 from specchat.engine.engine import Engine
 from specchat.errors import AllocationError
 from specchat.models.geometry import describe
-from specchat.planner.memory import Workload, build_ledger
+from specchat.planner.memory import Workload, build_ledger, with_trees
 
 WEIGHTS = {"resident layers", "slots", "embeddings and head", "KV cache", "draft", "draft KV cache"}
 CHUNK_ROWS = 128
@@ -54,12 +54,14 @@ class Case:
     tree_budget: int
     dtype: Dtype
     num_resident: int = 1
+    head_rows: int = HEAD_BLOCK_ROWS
 
 
 # Context and tree together are full chunks, so that the pass that the ledger counts with can come about.
 CASES = [
     Case("llama", 240, 16, "fp32"),
     Case("llama_tied", 448, 64, "bf16", num_resident=0),
+    Case("llama", 176, 80, "fp32", head_rows=81),  # rows in chunks of 128
     Case("gemma2", 352, 32, "fp32"),
     Case("gemma3", 224, 32, "bf16"),
     Case("phi3", 240, 16, "bf16", num_resident=4),
@@ -89,7 +91,9 @@ def planned(case: Case, target: ModelSource, draft: ModelSource) -> Plan:
         chunk_rows=CHUNK_ROWS,
     )
     work = Workload(case.dtype, case.ctx, case.tree_budget, plan.draft_rows, CHUNK_ROWS, plan.slots)
-    return replace(plan, dtype=case.dtype, ledger=build_ledger(spec, draft_spec, work, resident))
+    plan = replace(plan, dtype=case.dtype, ledger=build_ledger(spec, draft_spec, work, resident))
+    changed = with_trees(plan, spec, draft_spec, case.tree_budget, case.head_rows)
+    return plan if case.head_rows == HEAD_BLOCK_ROWS else changed
 
 
 def total(items: tuple[LedgerItem, ...], *, weights: bool) -> int:
@@ -103,7 +107,7 @@ QUICK = ("llama", "gemma3", "deepseek_v3")
 @pytest.mark.parametrize(
     "case",
     [pytest.param(case, marks=() if case.architecture in QUICK else pytest.mark.slow) for case in CASES],
-    ids=lambda case: f"{case.architecture}-{case.dtype}",
+    ids=lambda case: f"{case.architecture}-{case.dtype}-{case.head_rows}",
 )
 def test_ledger_and_memory(case: Case, tmp_path: Path):
     target, draft = pair(case, tmp_path)
@@ -151,3 +155,27 @@ def test_memory_that_cannot_be_had_is_said_and_nothing_stays_behind(tmp_path: Pa
             Engine.load(plan, target, guesses)
     # transformers leaves threads of its own behind for a moment
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("specchat")]
+
+
+def test_other_trees_on_the_same_layers(tmp_path: Path):
+    """Sized as if they had been planned for, and scored as the plan says."""
+    target, draft = pair(Case("llama", 96, 40, "fp32"), tmp_path)
+    plan = planned(Case("llama", 96, 40, "fp32"), target, draft)
+    specs = describe(target), describe(draft)
+    wanted = planned(Case("llama", 96, 12, "fp32"), target, draft)
+    assert total(with_trees(plan, *specs, 12).ledger, weights=True) == total(wanted.ledger, weights=True)
+    assert with_trees(plan, *specs, 12).chunk_rows == 64 < plan.chunk_rows
+    assert with_trees(plan, *specs, 400).device_budget_bytes >= with_trees(plan, *specs, 400).device_bytes
+    texts = []
+    for head_rows in (41, HEAD_BLOCK_ROWS):
+        with Engine.load(with_trees(plan, *specs, 40, head_rows), target, draft) as engine:
+            scored, score = [], engine.target.logits
+            engine.target.logits = lambda hidden, scored=scored, score=score: (
+                scored.append(len(hidden)) or score(hidden)
+            )
+            steps = list(engine.generate(random_prompt(20, VOCAB), Sampling(), stop_ids=NOTHING, max_tokens=12))
+        texts.append([token for step in steps for token in step.token_ids])
+        if head_rows == 41:
+            assert scored == [1 + step.tree_nodes for step in steps] and max(scored) > 20
+    assert max(scored) == HEAD_BLOCK_ROWS
+    assert texts[0] == texts[1]
