@@ -17,9 +17,11 @@ from specchat.bench.records import OWN, Measurement, Settings
 from specchat.bench.report import Baseline
 from specchat.bench.runner import Progress, Runner
 from specchat.bench.systems import System
-from specchat.config import ModelSource, Plan
+from specchat.config import ModelSource, Plan, cache_folder
 from specchat.errors import PromptTooLongError
 from specchat.hardware.disk import evict, read_raw
+from specchat.hardware.machine import Measured
+from specchat.hardware.probe import find_hardware, find_machine, remembered
 from specchat.hardware.system import available_ram_bytes
 from specchat.units import GIB
 
@@ -172,14 +174,29 @@ def _evict(files: Sequence[Path]) -> None:
 
 
 def _link(job: Job) -> float | None:
-    """What merely reading some of the weights gives, where files are the link: on the CPU, if layers stream."""
-    if job.plan.device != "cpu" or not job.plan.streamed:
+    """What the link gives alone: on the CPU what merely reading some of the weights does, else what a probe found."""
+    plan = job.plan
+    if not plan.streamed:
         return None
+    if plan.device != "cpu":
+        folder = cache_folder()
+        return probed_link(plan, remembered(folder, find_hardware(folder), find_machine(plan.device), plan.device))
     some: list[Path] = []
     for file in job.files.own:
         if not some or sum(each.stat().st_size for each in some) < _LINK_BYTES:
             some.append(file)
     return read_raw(some, direct=job.reads_past_cache).bytes_per_s
+
+
+def probed_link(plan: Plan, measured: Measured | None) -> float | None:
+    """Bytes/s to a GPU from where the streamed layers lie, as the last `specchat probe` measured them.
+
+    None before any probe, and for layers that come from the disk first: no single rate is theirs.
+    """
+    if measured is None or "disk" in plan.tiers:
+        return None
+    links = measured.links
+    return links.h2d_pageable_bytes_per_s if measured.pinning_works is False else links.h2d_pinned_bytes_per_s
 
 
 def _compared(loaded: setup.Loaded, system: System, measurement: Measurement, plan: Plan) -> Baseline:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from threading import Event
 from typing import TYPE_CHECKING, Protocol
 
 from specchat.bench.records import Answer, Request
-from specchat.config import Sampling, Step
+from specchat.chat.session import Generator
+from specchat.config import Step
 
 if TYPE_CHECKING:
     from specchat.models.hf_baselines import OffloadedModel
@@ -39,18 +40,8 @@ class System(Protocol):
         """The answer; None when `cancel` cut it off."""
 
 
-class Generator(Protocol):
+class Measured(Generator, Protocol):
     """The part of `specchat.engine.engine.Engine` that is measured."""
-
-    def generate(  # noqa: D102
-        self,
-        prompt_ids: Sequence[int],
-        sampling: Sampling,
-        *,
-        stop_ids: frozenset[int],
-        max_tokens: int | None = None,
-        cancel: Event | None = None,
-    ) -> Iterator[Step]: ...
 
     def forget(self) -> None: ...  # noqa: D102
 
@@ -71,7 +62,7 @@ class EngineSystem:
     def __init__(
         self,
         name: str,
-        engine: Generator,
+        engine: Measured,
         *,
         scope: Callable[[], AbstractContextManager[None]] = nullcontext,
         between_passes: Callable[[], None] = _nothing,

@@ -2,13 +2,17 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
 
 import jsonschema
 import pytest
+from support.fake_engine import PLAN
+from support.machines import MEASURED
 
-from specchat.bench import report, tables
+from specchat.bench import measure, report, tables
 from specchat.bench.cold import RESIDENT, Files, PassRounds, PassSeries, measure_rounds
 from specchat.bench.records import OWN
 from specchat.errors import SpecchatError
@@ -107,6 +111,20 @@ def test_rounds_take_turns_and_leave_the_first_out(file):
     assert len(rounds.raw.seconds) == 3
     assert rounds.raw.streamed_bytes == SIZE + 1000
     assert rounds.resident_share < disk.MAX_RESIDENT_SHARE
+
+
+@pytest.mark.parametrize(
+    ("pinning_works", "expected"), [(True, "h2d_pinned_bytes_per_s"), (False, "h2d_pageable_bytes_per_s")]
+)
+def test_the_link_to_a_gpu_is_what_the_probe_measured(monkeypatch, pinning_works, expected):
+    measured = replace(MEASURED, device="cuda:0", pinning_works=pinning_works)
+    plan = replace(PLAN, device="cuda:0", in_ram=PLAN.streamed)
+    monkeypatch.setattr(measure, "find_machine", lambda device: SimpleNamespace(device=device))
+    monkeypatch.setattr(measure, "remembered", lambda folder, hardware, machine, device: measured)
+    assert measure._link(SimpleNamespace(plan=plan)) == getattr(measured.links, expected) > 0
+    assert measure._link(SimpleNamespace(plan=replace(plan, resident=range(4)))) is None  # nothing streams
+    assert measure.probed_link(replace(plan, in_ram=()), measured) is None  # from the disk first
+    assert measure.probed_link(plan, None) is None
 
 
 def test_interrupted_rounds_are_none(file):
