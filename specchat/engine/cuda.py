@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -37,8 +37,7 @@ class CudaStreamer(LayerStreamer):
         self._position = {index: j for j, index in enumerate(streamed)}
         layouts = [LayerLayout.of(layers[index]) for index in streamed]
         self._nbytes = [layout.nbytes for layout in layouts]
-        slot_bytes = max(self._nbytes)
-        self._slots = [torch.zeros(slot_bytes, dtype=torch.uint8, device=device) for _ in range(num_slots)]
+        self._slots = _new_slots(num_slots, max(self._nbytes), device)
         for j, index in enumerate(streamed):
             bind(layers[index], layouts[j].views(self._slots[j % num_slots]))
         self._host = host
@@ -50,6 +49,7 @@ class CudaStreamer(LayerStreamer):
         self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._num_bytes = 0
         self._wait_s = 0.0
+        self._free_slots()
         self._fill_first_slots()
 
     def acquire(self, index: int) -> None:
@@ -81,9 +81,7 @@ class CudaStreamer(LayerStreamer):
 
     def restart(self) -> None:
         """Refills the slots with the first layers, behind whatever is still queued."""
-        compute = torch.cuda.current_stream(self._device)
-        for used in self._used:
-            used.record(compute)
+        self._free_slots()
         self._host.restart()
         self._fill_first_slots()
 
@@ -103,6 +101,15 @@ class CudaStreamer(LayerStreamer):
         self._copies.synchronize()
         self._host.close()
 
+    def _free_slots(self) -> None:
+        """Lets slots be filled once all that is queued has run: what computes on them, and first of all their zeroing.
+
+        Without this the first copies could overtake the zeroing, which is queued on another stream.
+        """
+        compute = torch.cuda.current_stream(self._device)
+        for used in self._used:
+            used.record(compute)
+
     def _fill_first_slots(self) -> None:
         for j in range(min(len(self._slots), len(self._nbytes))):
             self._copy_if_there(j)
@@ -120,9 +127,19 @@ class CudaStreamer(LayerStreamer):
         slot, blob = j % len(self._slots), self._host.take(j)
         self._copies.wait_event(self._used[slot])
         with torch.cuda.stream(self._copies):
-            self._slots[slot][: self._nbytes[j]].copy_(blob, non_blocking=True)
+            _copy_async(self._slots[slot][: self._nbytes[j]], blob)
             self._filled[j].record(self._copies)
         self._host.give_back(j, self._filled[j].synchronize)
+
+
+def _new_slots(num_slots: int, nbytes: int, device: torch.device) -> list[Tensor]:
+    """Zeroed memory on the device; the zeroing is queued on the current stream."""
+    return [torch.zeros(nbytes, dtype=torch.uint8, device=device) for _ in range(num_slots)]
+
+
+def _copy_async(slot: Tensor, blob: Tensor) -> None:
+    """Queues a copy on the current stream; the host goes on at once if the blob is pinned."""
+    slot.copy_(blob, non_blocking=True)
 
 
 class HostLayers:
@@ -163,10 +180,13 @@ class HostLayers:
         kept_positions = [j for j in range(len(streamed)) if j not in self._turn]
         blobs = _blobs([self._nbytes[j] for j in kept_positions])
         self._kept = dict(zip(kept_positions, blobs, strict=True))
-        pin([*self._slots, *blobs])
-        for j, blob in self._kept.items():
-            read_layer(streamed[j], layouts[j], blob)
-        works = [filler.chunks(streamed[j], self._slots[k % len(self._slots)]) for k, j in enumerate(read)]
+        with ExitStack() as undo:  # memory that is given back pinned stays taken from the system
+            undo.callback(pin.close)
+            pin([*self._slots, *blobs])
+            for j, blob in self._kept.items():
+                read_layer(streamed[j], layouts[j], blob)
+            works = [filler.chunks(streamed[j], self._slots[k % len(self._slots)]) for k, j in enumerate(read)]
+            undo.pop_all()
         small = [is_small(self._nbytes[j]) for j in read]
         self._queue = SlotQueue(works, small, len(self._slots), filler.num_workers) if read else None
         self._lent: tuple[int, Callable[[], None]] | None = None

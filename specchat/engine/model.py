@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -244,7 +245,10 @@ def load_model(
         host = HostLayers(skeleton.layers, streamed, kept, num_slots, read_layer, filler, pinner(device, warn))
         if pack is not None:
             reader.close()
-        streamer = CudaStreamer(skeleton.layers, streamed, num_slots, host, device)
+        with ExitStack() as undo:  # where the device has no room for slots, a smaller plan needs this memory
+            undo.callback(host.close)
+            streamer = CudaStreamer(skeleton.layers, streamed, num_slots, host, device)
+            undo.pop_all()
     else:
         streamer = _cpu_streamer(skeleton.layers, streamed, kept, num_slots, reader, pack)
     return TreeModel(skeleton, cache, streamer, streamed, chunk_rows, device)

@@ -7,45 +7,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.tiny_models import make_config, random_model, save
+from support.streamed import NUM_LAYERS, PackedModel, Runtime
 
 from specchat.engine.cuda import HostLayers, Pinner
 from specchat.engine.fillers import CheckpointFiller, PackFiller
 from specchat.engine.slots import page_aligned
-from specchat.models import hf_compat
-from specchat.models.checkpoint import open_checkpoint
-from specchat.models.pack import Pack
-from specchat.models.prepare import prepare
-from specchat.models.weights import LayerLayout, WeightReader
-
-NUM_LAYERS = 5
-
-
-class Runtime:
-    """CUDA's pinning calls, as far as they are promised: an error code, and nothing pinned twice or left behind."""
-
-    def __init__(self, room: int) -> None:
-        self.room = room
-        self.pinned: dict[int, int] = {}
-        self.refusals = 0
-
-    def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> int:
-        assert address % 4096 == 0 and flags == 0 and address not in self.pinned
-        if sum(self.pinned.values()) + num_bytes > self.room:
-            self.refusals += 1
-            return 2  # cudaErrorMemoryAllocation
-        self.pinned[address] = num_bytes
-        return 0
-
-    def cudaHostUnregister(self, address: int) -> int:
-        del self.pinned[address]
-        return 0
+from specchat.models.weights import LayerLayout
 
 
 @pytest.mark.parametrize(("room", "num_pinned"), [(1 << 40, 4), (3 << 20, 1), ((5 << 20) - 1, 2), (100, 0)])
@@ -71,34 +43,13 @@ def test_nothing_to_pin_asks_for_nothing():
     assert runtime.refusals == 0
 
 
-class Model:
-    """A tiny packed model and the bytes of its layers."""
-
-    def __init__(self, folder: Path) -> None:
-        source = save(random_model(make_config("llama_tied")).to(torch.bfloat16), folder / "model")
-        pack = prepare(source, "fp32", progress=lambda _: None, warn=lambda _: None)
-        assert pack is not None
-        self.pack: Pack = pack
-        self.source = source
-        config = hf_compat.load_config(source.path)
-        self.skeleton = hf_compat.build_skeleton(config, torch.float32, attention="eager")
-        self.layouts = [LayerLayout.of(layer) for layer in self.skeleton.layers]
-        self.blobs = [torch.zeros(layout.nbytes, dtype=torch.uint8) for layout in self.layouts]
-        with self.reader() as reader:
-            for index, (layout, blob) in enumerate(zip(self.layouts, self.blobs, strict=True)):
-                reader.read_layer(index, layout.views(blob))
-
-    def reader(self) -> WeightReader:
-        return WeightReader(self.skeleton, open_checkpoint(self.source.path))
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory):
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("host")
         patch.setenv("SPECCHAT_CACHE_DIR", str(folder / "cache"))
         patch.setattr("specchat.models.prepare.SMALL_BYTES", 0)
-        yield Model(folder)
+        yield PackedModel(folder)
 
 
 @given(
@@ -109,7 +60,7 @@ def model(tmp_path_factory: pytest.TempPathFactory):
 )
 @settings(deadline=None, max_examples=40)
 def test_every_layer_is_there_when_it_is_taken(
-    model: Model, tiers: list[str], slots: int, packed: bool, passes: list[int]
+    model: PackedModel, tiers: list[str], slots: int, packed: bool, passes: list[int]
 ):
     """Passes of so many layers, a copy still under way when the next layer is asked for, restarts between."""
     streamed = [i for i, tier in enumerate(tiers) if tier != "device"]

@@ -1,0 +1,219 @@
+"""The order in which the CUDA streamer queues its work, on a device that does what CUDA promises and nothing more.
+
+A GPU runs each stream's work in order and different streams' work in any order that events allow. So does this device:
+whenever the host calls it, it runs some of what may run, chosen at random, copies in two halves. If anything that must
+wait could run too early, some order shows a layer computed on wrong bytes. The bytes and threads that read them are
+real; what only a GPU shows is in test_cuda.py.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.streamed import NUM_LAYERS, PackedModel, Runtime
+from torch import Tensor
+
+from specchat.engine import cuda
+from specchat.engine.cuda import CudaStreamer, HostLayers, Pinner
+from specchat.engine.fillers import PackFiller
+from specchat.models import hf_compat
+from specchat.models.weights import LayerLayout
+
+CPU = torch.device("cpu")
+
+
+class Event:
+    """As CUDA has them: a wait is for the last record before it, and for nothing if there was none."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self.recorded = 0
+        self.reached = 0
+
+    def record(self, stream: Stream) -> None:
+        self.recorded += 1
+        number = self.recorded
+        stream.work.append(Work(lambda: setattr(self, "reached", number)))
+        self._device.go_on()
+
+    def synchronize(self) -> None:
+        self._device.run_until(lambda: self.reached >= self.recorded)
+
+    def elapsed_time(self, other: Event) -> float:
+        assert self.reached == self.recorded and other.reached == other.recorded, "asked before it has happened"
+        return 0.0
+
+
+@dataclass
+class Work:
+    """Something queued; `ready` says whether it may run once it is the first of its stream."""
+
+    run: Callable[[], None] = lambda: None
+    ready: Callable[[], bool] = lambda: True
+
+
+@dataclass
+class Stream:
+    """Work that runs in order."""
+
+    device: Device
+    work: deque[Work] = field(default_factory=deque)
+
+    def wait_event(self, event: Event) -> None:
+        number = event.recorded
+        self.work.append(Work(ready=lambda: event.reached >= number))
+        self.device.go_on()
+
+    def synchronize(self) -> None:
+        self.device.run_until(lambda: not self.work)
+
+
+class Device:
+    """Streams, and the host's view of them. The first stream is the one that computes."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+        self.streams = [Stream(self)]
+        self.current = self.streams[0]
+
+    def new_stream(self, _: torch.device) -> Stream:
+        self.streams.append(Stream(self))
+        return self.streams[-1]
+
+    @contextmanager
+    def using(self, stream: Stream) -> Iterator[None]:
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+    def go_on(self) -> None:
+        """Runs none, some, or all of what may run."""
+        for _ in range(self._rng.choice((0, 0, 1, 3, 100))):
+            self._step()
+
+    def run_until(self, is_done: Callable[[], bool]) -> None:
+        while not is_done():
+            assert self._step(), "everything waits for something"
+
+    def _step(self) -> bool:
+        ready = [stream for stream in self.streams if stream.work and stream.work[0].ready()]
+        if ready:
+            self._rng.choice(ready).work.popleft().run()
+        return bool(ready)
+
+    def new_slots(self, num_slots: int, nbytes: int, _: torch.device) -> list[Tensor]:
+        """Memory that somebody used before; zeroing it is queued."""
+        slots = [torch.full((nbytes,), 0xAA, dtype=torch.uint8) for _ in range(num_slots)]
+        self.current.work.extend(Work(slot.zero_) for slot in slots)
+        return slots
+
+    def copy_async(self, slot: Tensor, blob: Tensor) -> None:
+        half = len(slot) // 2
+        self.current.work.append(Work(lambda: slot[:half].copy_(blob[:half])))
+        self.current.work.append(Work(lambda: slot[half:].copy_(blob[half:])))
+        self.go_on()
+
+
+@contextmanager
+def fake_cuda(device: Device) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "Stream", device.new_stream)
+        patch.setattr(torch.cuda, "Event", lambda enable_timing=False: Event(device))
+        patch.setattr(torch.cuda, "stream", device.using)
+        patch.setattr(torch.cuda, "current_stream", lambda _: device.current)
+        patch.setattr(cuda, "_new_slots", device.new_slots)
+        patch.setattr(cuda, "_copy_async", device.copy_async)
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory):
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("order")
+        patch.setenv("SPECCHAT_CACHE_DIR", str(folder / "cache"))
+        patch.setattr("specchat.models.prepare.SMALL_BYTES", 0)
+        yield PackedModel(folder)
+
+
+class Passes:
+    """Computes layers: queued work that sees, at its beginning and at its end, what the layer's parameters hold.
+
+    Attributes:
+        most_ahead: layers of one pass that were queued and not computed yet, at most.
+    """
+
+    def __init__(self, model: PackedModel, layers: Sequence[Any], device: Device) -> None:
+        self._model = model
+        self._layers = layers
+        self._device = device
+        self.most_ahead = 0
+
+    def run(self, streamer: CudaStreamer, streamed: Sequence[int]) -> None:
+        under_way = set[int]()
+        for index in streamed:
+            streamer.acquire(index)
+            under_way.add(index)
+            self.most_ahead = max(self.most_ahead, len(under_way))
+            self._queue(index, partial(under_way.remove, index))
+            streamer.release(index)
+
+    def _queue(self, index: int, end: Callable[[], None]) -> None:
+        for run in (partial(self._check, index), partial(self._check, index), end):
+            self._device.current.work.append(Work(run))
+            self._device.go_on()
+
+    def _check(self, index: int) -> None:
+        views = self._model.layouts[index].views(self._model.blobs[index])
+        for name, parameter in self._layers[index].named_parameters():
+            assert torch.equal(parameter, views[name]), f"layer {index} computed on something else"
+
+
+@given(
+    tiers=st.lists(st.sampled_from(["device", "ram", "ram", "disk"]), min_size=NUM_LAYERS, max_size=NUM_LAYERS),
+    num_slots=st.integers(1, 4),
+    cuts=st.lists(st.integers(0, NUM_LAYERS), max_size=3),
+    seed=st.integers(0, 1 << 32),
+)
+@settings(deadline=None, max_examples=60)
+def test_no_order_of_work_computes_on_wrong_bytes(
+    model: PackedModel, tiers: list[str], num_slots: int, cuts: list[int], seed: int
+):
+    """Whole passes, and between them passes that were cut off before a layer."""
+    streamed = [index for index, tier in enumerate(tiers) if tier != "device"]
+    if not streamed:
+        return
+    in_ram = [index for index, tier in enumerate(tiers) if tier == "ram"]
+    device, runtime = Device(random.Random(seed)), Runtime(1 << 40)
+    layers = hf_compat.build_skeleton(model.skeleton.config, torch.float32, attention="eager").layers
+
+    def read_layer(index: int, layout: LayerLayout, blob: Tensor) -> None:
+        blob.copy_(model.blobs[index])
+
+    pin = Pinner(runtime, lambda: None, lambda _: None)
+    host = HostLayers(layers, streamed, in_ram, num_slots, read_layer, PackFiller(model.pack), pin)
+    with fake_cuda(device):
+        streamer = CudaStreamer(layers, streamed, num_slots, host, CPU)
+        passes = Passes(model, layers, device)
+        for length in [NUM_LAYERS, NUM_LAYERS, *cuts, NUM_LAYERS]:
+            passes.run(streamer, [index for index in streamed if index < length])
+            if length < NUM_LAYERS:
+                streamer.restart()
+            else:
+                device.streams[0].synchronize()  # whoever asked for the pass reads what came out of it
+        assert streamer.counters().num_bytes >= 3 * sum(model.layouts[index].nbytes for index in streamed)
+        streamer.close()
+    assert passes.most_ahead <= num_slots + 1, "the host is too far ahead to be stopped between layers"
+    assert not any(stream.work for stream in device.streams)
+    assert not runtime.pinned
+    assert not any(thread.name.startswith("specchat-streamer") for thread in threading.enumerate())

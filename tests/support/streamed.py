@@ -1,0 +1,58 @@
+"""What tests of streaming without a GPU share: a packed model with known bytes, and CUDA's pinning calls."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from specchat.models import hf_compat
+from specchat.models.checkpoint import open_checkpoint
+from specchat.models.pack import Pack
+from specchat.models.prepare import prepare
+from specchat.models.weights import LayerLayout, WeightReader
+from support.tiny_models import make_config, random_model, save
+
+NUM_LAYERS = 5
+
+
+class Runtime:
+    """CUDA's pinning calls, as far as they are promised: an error code, and nothing pinned twice or left behind."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.pinned: dict[int, int] = {}
+        self.refusals = 0
+
+    def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> int:
+        assert address % 4096 == 0 and flags == 0 and address not in self.pinned
+        if sum(self.pinned.values()) + num_bytes > self.room:
+            self.refusals += 1
+            return 2  # cudaErrorMemoryAllocation
+        self.pinned[address] = num_bytes
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.pinned[address]
+        return 0
+
+
+class PackedModel:
+    """A tiny packed model and the bytes of its layers."""
+
+    def __init__(self, folder: Path) -> None:
+        source = save(random_model(make_config("llama_tied")).to(torch.bfloat16), folder / "model")
+        pack = prepare(source, "fp32", progress=lambda _: None, warn=lambda _: None)
+        assert pack is not None
+        self.pack: Pack = pack
+        self.source = source
+        config = hf_compat.load_config(source.path)
+        self.skeleton = hf_compat.build_skeleton(config, torch.float32, attention="eager")
+        self.layouts = [LayerLayout.of(layer) for layer in self.skeleton.layers]
+        self.blobs = [torch.zeros(layout.nbytes, dtype=torch.uint8) for layout in self.layouts]
+        with self.reader() as reader:
+            for index, (layout, blob) in enumerate(zip(self.layouts, self.blobs, strict=True)):
+                reader.read_layer(index, layout.views(blob))
+
+    def reader(self) -> WeightReader:
+        return WeightReader(self.skeleton, open_checkpoint(self.source.path))
