@@ -69,7 +69,7 @@ def probe(options: ProbeOptions) -> int:
         found = None if refs is None else shared.sketch_models(options.models, refs, say, Path(folder))
         planned = None if found is None else shared.make_plan(options.models, found)
     offers = _offers(options.models, report) if refs is None else None
-    packs = _verify(say) if options.verify else ()
+    packs = (*_found_packs(), *(_verify(say) if options.verify else ()))
     _print(options, report, (*report.verdicts, *packs), planned, offers)
     return _DAMAGED if any(verdict.level == "error" for verdict in packs) else 0
 
@@ -122,10 +122,37 @@ def _flags(options: ModelOptions) -> str:
 # --- packs -------------------------------------------------------------------------------------------------------
 
 
+def _found_packs() -> "tuple[Verdict, ...]":
+    """What packs take of the disk, and those that nothing uses any more."""
+    from specchat.hardware.verdicts import Verdict, from_home
+    from specchat.models.pack_census import find_packs, packs_folder
+    from specchat.units import format_bytes
+
+    packs = find_packs()
+    if not packs:
+        return ()
+    size = format_bytes(sum(pack.nbytes for pack in packs))
+    all_of_them = f"{len(packs)} in {from_home(packs_folder())}, {size} together"
+    return (
+        Verdict("ok", "packs", all_of_them),
+        *(
+            Verdict(
+                "warn",
+                "idle pack",
+                f"{pack.name}, {format_bytes(pack.nbytes)} in {from_home(pack.path)}: {pack.idle}",
+                "it may be deleted: what is missing is written again from the model when it is needed",
+            )
+            for pack in packs
+            if pack.idle is not None
+        ),
+    )
+
+
 def _verify(say: "Talk") -> "tuple[Verdict, ...]":
     """A verdict on every pack, all of its bytes read."""
     from specchat.hardware.verdicts import Verdict
-    from specchat.models.pack import list_packs, packs_folder
+    from specchat.models.pack import list_packs
+    from specchat.models.pack_census import packs_folder
     from specchat.models.pack_verify import verify_pack
     from specchat.ui.progress import ProgressLine
     from specchat.units import format_bytes

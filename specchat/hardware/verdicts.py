@@ -209,7 +209,7 @@ def _pinning(hardware: Hardware, measured: Measured) -> Verdict:
 def _disk(hardware: Hardware) -> Verdict:
     disk = hardware.disk
     kind = f" ({disk.filesystem})" if disk.filesystem else ""
-    text = f"{format_bytes(disk.free_bytes)} of {format_bytes(disk.total_bytes)} free in {_from_home(disk.path)}{kind}"
+    text = f"{format_bytes(disk.free_bytes)} of {format_bytes(disk.total_bytes)} free in {from_home(disk.path)}{kind}"
     share = 1 - disk.free_bytes / disk.total_bytes if disk.total_bytes else None
     if disk.filesystem in _IN_MEMORY:
         hint = "this folder is in memory: what lies here counts twice; SPECCHAT_CACHE_DIR chooses another"
@@ -241,7 +241,7 @@ def _rates(measured: Measured, hardware: Hardware) -> Iterator[Verdict]:
     if links.disk_read_bytes_per_s is None:
         hint = "SPECCHAT_CACHE_DIR chooses another folder"
         yield Verdict(
-            "warn", "disk read", f"not measured: nothing can be written to {_from_home(hardware.disk.path)}", hint
+            "warn", "disk read", f"not measured: nothing can be written to {from_home(hardware.disk.path)}", hint
         )
 
 
@@ -283,7 +283,7 @@ def _matmul(measured: Measured) -> Iterator[Verdict]:
     yield Verdict("ok", "matmul", f"{measured.matmul_dtype} on {measured.device}, {rows} rows: {rates} {unit}")
 
 
-def _from_home(path: Path) -> str:
+def from_home(path: Path) -> str:
     """A path as people write it: reports are pasted where nobody needs to read a user's name."""
     home = Path.home()
     return f"~/{path.relative_to(home)}" if path.is_relative_to(home) and path != home else str(path)

@@ -19,12 +19,12 @@ from typing import NoReturn, Protocol
 
 from torch import Tensor
 
-from specchat.config import Dtype, ModelSource, cache_folder
+from specchat.config import Dtype, ModelSource
 from specchat.errors import CorruptCheckpointError, DoesNotFitError, ModelError
 from specchat.models.checkpoint import Checkpoint, open_checkpoint
 from specchat.models.dtypes import TORCH_DTYPE
+from specchat.models.pack_census import LAYOUT_VERSION, MANIFEST, packs_folder
 from specchat.models.pack_format import (
-    LAYOUT_VERSION,
     NOT_QUANTIZED,
     PAD_PREFIX,
     TEMPORARY_SUFFIX,
@@ -35,7 +35,7 @@ from specchat.models.pack_format import (
     write_small,
     write_tensors,
 )
-from specchat.models.pack_manifest import JOURNAL, MANIFEST, Journal, Manifest, read_journal, read_manifest
+from specchat.models.pack_manifest import JOURNAL, Journal, Manifest, read_journal, read_manifest
 from specchat.units import format_bytes
 
 _LOG = logging.getLogger(__name__)
@@ -45,11 +45,6 @@ _NOT_BESIDE = {MANIFEST, JOURNAL}
 _OWN_FILE = re.compile(rf"(layer-\d+|rest)\.safetensors|.*{re.escape(TEMPORARY_SUFFIX)}")
 _MODEL_HINT = "check the file's permissions and the disk"
 _SPARE_DISK_BYTES = 64 << 20  # for manifest, journal and whatever else writes meanwhile
-
-
-def packs_folder() -> Path:
-    """Where packs lie. It need not exist yet."""
-    return cache_folder() / "packs"
 
 
 # --- what identifies a pack ----------------------------------------------------------------------------------------
@@ -374,7 +369,10 @@ def build_pack(
 
 @contextmanager
 def _locked(folder: Path, warn: Callable[[str], None]) -> Iterator[None]:
-    """One process at a time; the system frees the lock of one that dies. The lock lies beside the deletable folder."""
+    """One process at a time; the system frees the lock of one that dies. The lock lies beside the deletable folder.
+
+    The lock's empty file stays: whoever deleted it could take it from another process that is about to lock it.
+    """
     import filelock
 
     path = folder.parent / f"{folder.name}.lock"

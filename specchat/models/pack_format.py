@@ -23,7 +23,6 @@ from specchat.errors import DoesNotFitError, ModelError
 from specchat.models.geometry import LAYER_ALIGNMENT, TENSOR_ALIGNMENT, aligned
 from specchat.units import MIB
 
-LAYOUT_VERSION = 1  # of the data files
 NOT_QUANTIZED = "none"  # in the place of a quantizer and its version
 CHUNK_BYTES = 16 * MIB  # of data per checksum
 PAD_PREFIX = "__pad__."

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from specchat.config import DTYPE_BYTES, Dtype
+from specchat.models.pack_census import MANIFEST, VERSIONS
 from specchat.models.pack_format import (
     CHUNK_BYTES,
-    LAYOUT_VERSION,
     NOT_QUANTIZED,
     FileRecord,
     disk_errors,
@@ -19,11 +19,7 @@ from specchat.models.pack_format import (
     write_small,
 )
 
-FORMAT_VERSION = 1  # of manifest and journal
-MANIFEST = "manifest.json"
 JOURNAL = "journal.jsonl"
-
-_VERSIONS = {"format": FORMAT_VERSION, "layout": LAYOUT_VERSION}
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,7 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Writes the manifest atomically and durably; errors as in `write_tensors`."""
         body = {
-            **_VERSIONS,
+            **VERSIONS,
             "key": self.key,
             "name": self.name,
             "dtype": self.dtype,
@@ -88,7 +84,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         body = json.loads(data)
         if body.pop("crc32") != _checksum(body):
             raise ValueError("wrong checksum")
-        if {name: body[name] for name in _VERSIONS} != _VERSIONS or body["chunk_bytes"] != CHUNK_BYTES:
+        if {name: body[name] for name in VERSIONS} != VERSIONS or body["chunk_bytes"] != CHUNK_BYTES:
             return None
         dtype: Dtype = body["dtype"]
         if dtype not in DTYPE_BYTES:
@@ -109,7 +105,7 @@ class Journal:
     def __init__(self, folder: Path, key: str, records: Sequence[FileRecord]) -> None:
         """Begins the journal anew with what is known to be complete; errors as in `write_tensors`."""
         self._folder = folder
-        lines = [{**_VERSIONS, "key": key}, *map(_to_json, records)]
+        lines = [{**VERSIONS, "key": key}, *map(_to_json, records)]
         write_small(folder, JOURNAL, b"".join(json.dumps(line).encode() + b"\n" for line in lines))
 
     def add(self, record: FileRecord) -> None:
@@ -134,7 +130,7 @@ def read_journal(folder: Path, key: str) -> dict[str, FileRecord]:
     first, *lines = (_read_if_there(folder / JOURNAL) or b"").split(b"\n")
     records: dict[str, FileRecord] = {}
     try:
-        if json.loads(first) != {**_VERSIONS, "key": key}:
+        if json.loads(first) != {**VERSIONS, "key": key}:
             return {}
         for line in lines:
             record = _from_json(json.loads(line))

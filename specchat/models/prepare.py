@@ -6,7 +6,8 @@ from specchat.config import Dtype, ModelSource
 from specchat.models import hf_compat
 from specchat.models.checkpoint import open_checkpoint
 from specchat.models.dtypes import TORCH_DTYPE
-from specchat.models.pack import Pack, PackProgress, build_pack, key_for, open_pack, packs_folder
+from specchat.models.pack import Pack, PackProgress, build_pack, key_for, open_pack
+from specchat.models.pack_census import packs_folder
 from specchat.models.pack_format import NOT_QUANTIZED
 from specchat.models.pack_source import CheckpointLayers
 from specchat.models.recipes import choose_recipe

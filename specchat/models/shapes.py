@@ -36,7 +36,8 @@ from specchat.config import Dtype, ModelSource
 from specchat.models.catalog import SHAPE_PREFIX, demo_source
 from specchat.models.checkpoint import TensorReader, open_checkpoint, read_json
 from specchat.models.dtypes import TORCH_DTYPE
-from specchat.models.pack import LayerSource, PackProgress, build_pack, open_pack, packs_folder
+from specchat.models.pack import LayerSource, PackProgress, build_pack, open_pack
+from specchat.models.pack_census import packs_folder
 from specchat.models.pack_format import NOT_QUANTIZED
 from specchat.models.quantization import recipe_for
 from specchat.models.quantized_layers import QuantizedLayers

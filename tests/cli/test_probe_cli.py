@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from support import fake_nvml
@@ -16,6 +19,7 @@ from specchat.cli.app import run_command_line
 from specchat.hardware import probe as probing
 from specchat.hardware import store
 from specchat.hardware.machine import Links
+from specchat.units import format_bytes
 
 ON_CPU = replace(
     MEASURED,
@@ -177,7 +181,40 @@ def test_packs_are_checked(probe, tmp_path):
     assert code == 3 and "layer-00000" in out
 
 
+def test_packs_that_nothing_uses_any_more_are_named(probe, tmp_path):
+    from specchat.models.shape_spec import parse_shape
+    from specchat.models.shapes import materialise
+
+    def verdicts():
+        code, out, _ = probe("--json")
+        assert code == 0
+        texts = [(each["level"], each["text"]) for each in json.loads(out)["verdicts"]]
+        return [(level, text) for level, text in texts if str(tmp_path / "packs") in text]
+
+    assert verdicts() == []
+    shape = parse_shape("hidden=256,layers=8,heads=4,kv_heads=2,head_dim=64,mlp=704")
+    path = materialise(shape, warn=lambda _: None).path
+    size = sum(file.stat().st_size for file in path.iterdir())
+    assert verdicts() == [("ok", f"packs: 1 in {path.parent}, {format_bytes(size)} together")]
+    for name in ("later", "earlier", "foreign", "unfinished"):
+        shutil.copytree(path, path.parent / name)
+    os.utime(path.parent / "later" / "manifest.json", (2e9, 2e9))
+    os.utime(path.parent / "earlier" / "manifest.json", (1e9, 1e9))
+    manifest = path.parent / "foreign" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"layout": 0, "name": "other"}))
+    (path.parent / "unfinished" / "manifest.json").unlink()
+    (summary, *idle) = verdicts()
+    assert summary[1].startswith("packs: 5 in ") and all(level == "warn" for level, _ in idle)
+    found = {text.partition(" in ")[2].partition(": ") for _, text in idle}
+    whys = {Path(where).name: why for where, _, why in found}
+    assert whys.keys() == {"earlier", "foreign", "unfinished", path.name}
+    assert "later one" in whys["earlier"] and "later one" in whys[path.name]
+    assert "another version" in whys["foreign"] and "interrupted" in whys["unfinished"]
+    assert "idle pack" in probe()[1] and "idle pack" in probe("--markdown")[1]
+
+
 def test_what_is_remembered_needs_no_torch(tmp_path):
+    (tmp_path / "packs" / "unfinished").mkdir(parents=True)
     program = (
         "import sys; from pathlib import Path; from support.machines import MEASURED;"
         "from specchat.hardware import probe, store; folder = Path(sys.argv[1]);"

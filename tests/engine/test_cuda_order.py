@@ -84,6 +84,8 @@ class Device:
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
+        # A device that only works when it is waited for, one that keeps up, and those between.
+        self._pace = rng.choice(((0,), (0, 0, 1), (0, 0, 1, 3, 100), (100,)))
         self.streams = [Stream(self)]
         self.current = self.streams[0]
 
@@ -99,7 +101,7 @@ class Device:
 
     def go_on(self) -> None:
         """Runs none, some, or all of what may run."""
-        for _ in range(self._rng.choice((0, 0, 1, 3, 100))):
+        for _ in range(self._rng.choice(self._pace)):
             self._step()
 
     def run_until(self, is_done: Callable[[], bool]) -> None:
@@ -159,14 +161,16 @@ class Passes:
         self._device = device
         self.most_ahead = 0
 
-    def run(self, streamer: CudaStreamer, streamed: Sequence[int]) -> None:
+    def run(self, streamer: CudaStreamer, streamed: Sequence[int], *, fails: bool = False) -> None:
+        """Computes these layers; `fails` breaks off after the last one was queued, before it is handed back."""
         under_way = set[int]()
         for index in streamed:
             streamer.acquire(index)
             under_way.add(index)
             self.most_ahead = max(self.most_ahead, len(under_way))
             self._queue(index, partial(under_way.remove, index))
-            streamer.release(index)
+            if not fails or index != streamed[-1]:
+                streamer.release(index)
 
     def _queue(self, index: int, end: Callable[[], None]) -> None:
         for run in (partial(self._check, index), partial(self._check, index), end):
@@ -182,14 +186,14 @@ class Passes:
 @given(
     tiers=st.lists(st.sampled_from(["device", "ram", "ram", "disk"]), min_size=NUM_LAYERS, max_size=NUM_LAYERS),
     num_slots=st.integers(1, 4),
-    cuts=st.lists(st.integers(0, NUM_LAYERS), max_size=3),
+    cuts=st.lists(st.tuples(st.integers(0, NUM_LAYERS - 1), st.booleans()), max_size=3),
     seed=st.integers(0, 1 << 32),
 )
 @settings(deadline=None, max_examples=60)
 def test_no_order_of_work_computes_on_wrong_bytes(
-    model: PackedModel, tiers: list[str], num_slots: int, cuts: list[int], seed: int
+    model: PackedModel, tiers: list[str], num_slots: int, cuts: list[tuple[int, bool]], seed: int
 ):
-    """Whole passes, and between them passes that were cut off before a layer."""
+    """Whole passes, and between them passes that were cut off before a layer, or within one."""
     streamed = [index for index, tier in enumerate(tiers) if tier != "device"]
     if not streamed:
         return
@@ -205,8 +209,9 @@ def test_no_order_of_work_computes_on_wrong_bytes(
     with fake_cuda(device):
         streamer = CudaStreamer(layers, streamed, num_slots, host, CPU)
         passes = Passes(model, layers, device)
-        for length in [NUM_LAYERS, NUM_LAYERS, *cuts, NUM_LAYERS]:
-            passes.run(streamer, [index for index in streamed if index < length])
+        whole = (NUM_LAYERS, False)
+        for length, fails in [whole, whole, *cuts, whole]:
+            passes.run(streamer, [index for index in streamed if index < length], fails=fails)
             if length < NUM_LAYERS:
                 streamer.restart()
             else:

@@ -29,7 +29,8 @@ from specchat.config import ModelSource
 from specchat.errors import CorruptCheckpointError, DoesNotFitError, ModelError
 from specchat.models import hf_compat, pack, pack_manifest
 from specchat.models.checkpoint import open_checkpoint
-from specchat.models.pack import PackKey, build_pack, key_for, list_packs, open_pack, packs_folder
+from specchat.models.pack import PackKey, build_pack, key_for, list_packs, open_pack
+from specchat.models.pack_census import packs_folder
 from specchat.models.pack_format import CHUNK_BYTES, PAD_PREFIX, FileLayout, FileRecord, write_tensors
 from specchat.models.pack_manifest import Journal, read_journal
 from specchat.models.pack_source import CheckpointLayers
