@@ -233,7 +233,7 @@ def test_reading_shards_goes_past_the_page_cache_unless_it_has_room(tmp_path: Pa
         evict([file])
         hidden(model, random_prompt(20, VOCAB))
         model.close()
-        assert (resident_share([file]) > 0.5) == is_cached
+        assert (resident_share([file]) > 0.2) == is_cached
 
 
 @pytest.mark.parametrize("in_ram", [(), range(5)], ids=["disk", "ram"])

@@ -27,7 +27,7 @@ from support import tiny_models
 import specchat.engine.model  # noqa: F401  names the attention that skeletons are built with
 from specchat.config import ModelSource
 from specchat.errors import CorruptCheckpointError, DoesNotFitError, ModelError
-from specchat.models import hf_compat, pack, pack_manifest
+from specchat.models import hf_compat, pack, pack_census
 from specchat.models.checkpoint import open_checkpoint
 from specchat.models.pack import PackKey, build_pack, key_for, list_packs, open_pack
 from specchat.models.pack_census import packs_folder
@@ -525,7 +525,7 @@ def test_a_foreign_manifest(toy, text):
 
 def test_a_pack_of_another_version_is_made_anew(toy, monkeypatch):
     made = build(toy)
-    monkeypatch.setitem(pack_manifest._VERSIONS, "layout", 99)
+    monkeypatch.setitem(pack_census.VERSIONS, "layout", 99)
     assert open_pack(KEY, no_warning) is None
     assert build(toy) == made
     assert len(toy.reads()) == 8
