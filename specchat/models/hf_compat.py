@@ -586,11 +586,13 @@ class WeightPlan:
         converted: per layer, the parameters that transformers merges from several tensors (fused experts), by name
             within the layer (the first one, where one conversion fills several), and the checkpoint keys of each.
         rest: checkpoint keys of everything outside the layers -> parameter or buffer.
+        places: checkpoint key -> where it is in its parameter, of those in `converted` that are only put together.
     """
 
     direct: tuple[Mapping[str, str], ...]
     converted: tuple[Mapping[str, Sequence[str]], ...]
     rest: Mapping[str, str]
+    places: Mapping[str, "ModulePlace"]
 
 
 def plan_weights(skeleton: Skeleton, keys: Iterable[str]) -> WeightPlan:
@@ -600,8 +602,10 @@ def plan_weights(skeleton: Skeleton, keys: Iterable[str]) -> WeightPlan:
     mapping = _weight_mapping(skeleton)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    stacking = _stacking(converters)
     known = skeleton.model.state_dict()
     prefix = skeleton.model.base_model_prefix
+    places: dict[str, ModulePlace] = {}
     direct: list[dict[str, str]] = [{} for _ in skeleton.layers]
     converted: list[dict[str, list[str]]] = [{} for _ in skeleton.layers]
     rest: dict[str, str] = {}
@@ -619,7 +623,9 @@ def plan_weights(skeleton: Skeleton, keys: Iterable[str]) -> WeightPlan:
             direct[int(match[1])][match[2]] = key
         else:
             converted[int(match[1])].setdefault(match[2], []).append(key)
-    return WeightPlan(tuple(direct), tuple(converted), rest)
+            if pattern in stacking:
+                places[key] = _place(name, key, pattern, stacking[pattern])
+    return WeightPlan(tuple(direct), tuple(converted), rest, places)
 
 
 @dataclass(frozen=True)
@@ -654,7 +660,7 @@ def locate_modules(skeleton: Skeleton, modules: Iterable[str]) -> dict[str, Modu
     mapping = _weight_mapping(skeleton)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    stacking = {pattern: entry for entry in converters if _stacks(entry) for pattern in entry.source_patterns}
+    stacking = _stacking(converters)
     known = skeleton.model.state_dict()
     places = {}
     for module in modules:
@@ -665,11 +671,21 @@ def locate_modules(skeleton: Skeleton, modules: Iterable[str]) -> dict[str, Modu
         if pattern is None:
             places[module] = ModulePlace(name.removesuffix(".weight"))
         elif pattern in stacking:
-            patterns = stacking[pattern].source_patterns
-            expert = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), key)
-            assert expert is not None
-            places[module] = ModulePlace(name, int(expert[1]), patterns.index(pattern), len(patterns))
+            places[module] = _place(name, key, pattern, stacking[pattern])
     return places
+
+
+def _place(name: str, key: str, pattern: str, converter: Any) -> ModulePlace:
+    """Where a tensor of one expert belongs, by the rule that it goes through."""
+    expert = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), key)
+    assert expert is not None
+    patterns = converter.source_patterns
+    return ModulePlace(name, int(expert[1]), patterns.index(pattern), len(patterns))
+
+
+def _stacking(converters: Iterable[Any]) -> dict[str, Any]:
+    """The rules that only put experts' tensors together, by what they ask for."""
+    return {pattern: entry for entry in converters if _stacks(entry) for pattern in entry.source_patterns}
 
 
 def _stacks(converter: Any) -> bool:

@@ -159,22 +159,46 @@ class WeightReader(Closing):
             )
 
     def _read_converted(self, layer: int, views: Mapping[str, Tensor]) -> set[str]:
-        """Merges tensors (fused experts) on a second skeleton, since conversion replaces the parameters it fills.
+        """Merges tensors (fused experts).
 
         Returns:
             The parameters that were filled.
         """
         filled = set()
+        for name, keys in self._plan.converted[layer].items():
+            if self._plan.places.keys() >= set(keys):
+                if name in views:
+                    self._read_stacked(layer, name, keys, views[name])
+                    filled.add(name)
+            else:
+                filled |= self._convert(layer, keys, views)
+        return filled
+
+    def _read_stacked(self, layer: int, name: str, keys: Sequence[str], view: Tensor) -> None:
+        """Reads tensors that a parameter [experts, rows, ...] has one behind the other, each to where it belongs."""
+        places = [self._plan.places[key] for key in keys]
+        num_parts = places[0].num_parts
+        missing = {(e, p) for e in range(len(view)) for p in range(num_parts)} - {(p.expert, p.part) for p in places}
+        self._check_complete(layer, {f"{name}.{expert}" for expert, _ in missing})
+        for key, place in zip(keys, places, strict=True):
+            rows = view.shape[1] // num_parts
+            wanted, found = (rows, *view.shape[2:]), tuple(self._checkpoint.tensors[key].shape)
+            if place.expert >= len(view) or found != wanted or rows * num_parts != view.shape[1]:
+                raise CorruptCheckpointError(
+                    f"tensor '{key}' has shape {found}, the configuration says {len(view)} experts of {wanted}"
+                )
+            self._reader.read_into(key, view[place.expert, place.part * rows : (place.part + 1) * rows])
+
+    def _convert(self, layer: int, keys: Sequence[str], views: Mapping[str, Tensor]) -> set[str]:
+        """Merges tensors as transformers does, on a second skeleton, for it replaces the parameters it fills.
+
+        Beside the layer's memory that takes twice the parameter's, and tensors are read when it is their turn.
+        """
         if self._scratch is None:
             self._scratch = hf_compat.build_skeleton(self._skeleton.config, self._dtype)
-        scratch = self._scratch.layers[layer]
-        # One parameter at a time: beside all of the layer's memory that takes twice the parameter's, and tensors are
-        # read when it is their turn.
-        for keys in self._plan.converted[layer].values():
-            tensors = {key: hf_compat.TensorWhenAsked(partial(self._reader.read, key)) for key in keys}
-            hf_compat.load_converted(self._scratch, tensors, self._dtype)
-            filled |= _move_filled(scratch, views)
-        return filled
+        tensors = {key: hf_compat.TensorWhenAsked(partial(self._reader.read, key)) for key in keys}
+        hf_compat.load_converted(self._scratch, tensors, self._dtype)
+        return _move_filled(self._scratch.layers[layer], views)
 
     def _check_layers(self) -> None:
         for index, layer in enumerate(self._skeleton.layers):

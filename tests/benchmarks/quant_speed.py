@@ -4,10 +4,11 @@
 
 Products of an 11008 x 4096 matrix beside bf16's, on as many threads as there are cores; quantizing it, in GB/s of bf16
 input; and the most memory that packing a synthetic checkpoint (SHAPE, some GB) takes beyond what the process had, in
-layers of that checkpoint. Its packs are left in SPECCHAT_CACHE_DIR.
+layers of that checkpoint. The shape is left in SPECCHAT_CACHE_DIR.
 """
 
 import os
+import shutil
 import sys
 import threading
 import time
@@ -21,23 +22,26 @@ from torch.nn import functional as F
 
 from specchat.config import Quant
 from specchat.models.formats.protocol import Quantizer, scratch_bytes
+from specchat.models.pack import Pack
 from specchat.models.prepare import prepare
 from specchat.models.quantization import QUANTIZERS
 from specchat.models.shape_spec import parse_shape
 from specchat.models.shapes import materialise
 
 ROWS, COLS = 11008, 4096
+REPEATS = 30
 SHAPE = "hidden=2048,layers=30,heads=16,kv_heads=4,head_dim=128,mlp=7168"
 
 
 def best_s(act: Callable[[], object], repeats: int = 9) -> float:
-    """The second best of some runs."""
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        act()
-        times.append(time.perf_counter() - begin)
-    return sorted(times)[1]
+    """The best of some runs."""
+    return min(_time(act) for _ in range(repeats))
+
+
+def _time(act: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    act()
+    return time.perf_counter() - begin
 
 
 def segments_of(quantizer: Quantizer, rows: int, cols: int) -> dict[str, Tensor]:
@@ -53,8 +57,9 @@ def measure_matrix() -> None:
         print(f"quantizing to {name}: {weight.nbytes / 1e9 / took_s:.3f} GB/s of bf16")
         for rows in (1, 64, 256, 1024):
             x = torch.randn(rows, COLS).bfloat16()
-            dense = best_s(partial(F.linear, x, weight))
-            ours = best_s(partial(quantizer.format.linear, x, segments, (ROWS, COLS), scratch))
+            ways = partial(F.linear, x, weight), partial(quantizer.format.linear, x, segments, (ROWS, COLS), scratch)
+            # in turns, so that what else the machine does bears on both alike
+            dense, ours = map(min, zip(*([_time(way) for way in ways] for _ in range(REPEATS)), strict=True))
             print(f"  M={rows}: bf16 {dense * 1e3:.1f} ms, {name} {ours * 1e3:.1f} ms, {ours / dense:.2f}x")
 
 
@@ -87,7 +92,8 @@ def measure_packing(text: str) -> None:
     source = materialise(shape)
     quants: tuple[Quant, ...] = ("int8", "int4")
     for quant in quants:
-        prepare(materialise(parse_shape("hidden=512,layers=8")), "bf16", quant, progress=_quiet, warn=_quiet)  # imports
+        small = prepare(materialise(parse_shape("hidden=512,layers=8")), "bf16", quant, progress=_quiet, warn=_quiet)
+        _delete(small)  # it was for the imports
         begin = time.perf_counter()
         with PeakMemory() as memory:
             pack = prepare(source, "bf16", quant, progress=_quiet, warn=_quiet)
@@ -98,6 +104,13 @@ def measure_packing(text: str) -> None:
             f"packing {shape.num_bytes / 1e9:.2f} GB as {quant}: {shape.num_bytes / 1e9 / took_s:.3f} GB/s, "
             f"{pack.nbytes / shape.num_bytes:.3f} of the bytes, {extra:.2f} layers of memory"
         )
+        _delete(pack)
+
+
+def _delete(pack: Pack | None) -> None:
+    """So that the next run packs again."""
+    assert pack is not None
+    shutil.rmtree(pack.folder)
 
 
 def _quiet(_: object) -> None:

@@ -1,5 +1,6 @@
 """Packs: laid out as the engine wants them, readable by others, and never good and wrong at once."""
 
+import ctypes
 import errno
 import gc
 import itertools
@@ -29,12 +30,14 @@ from specchat.config import ModelSource
 from specchat.errors import CorruptCheckpointError, DoesNotFitError, ModelError
 from specchat.models import hf_compat, pack, pack_census
 from specchat.models.checkpoint import open_checkpoint
+from specchat.models.formats.bnb_ops import bnb
 from specchat.models.pack import PackKey, build_pack, key_for, list_packs, open_pack
 from specchat.models.pack_census import packs_folder
 from specchat.models.pack_format import CHUNK_BYTES, PAD_PREFIX, FileLayout, FileRecord, write_tensors
 from specchat.models.pack_manifest import Journal, read_journal
 from specchat.models.pack_source import CheckpointLayers
 from specchat.models.pack_verify import ChunkVerifier, verify_pack
+from specchat.models.quantization import recipe_for
 from specchat.models.weights import LayerLayout, WeightReader
 from specchat.units import MIB
 
@@ -315,26 +318,41 @@ class Watch:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("architecture", "num_layers"), [("llama", 1.5), ("mixtral", 2.8)])
-def test_packing_takes_few_layers_of_memory(architecture, num_layers, tmp_path):
-    """Where experts are merged, it holds the whole layer, a parameter, and once more what that is merged from."""
+@pytest.mark.parametrize("quant", ["none", "int8", "int4"])
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+def test_packing_takes_few_layers_of_memory(architecture, quant, tmp_path):
+    """One layer as it is written, and of the original at most one, whether experts are merged and quantized or not."""
     import transformers as hf
 
     settings_ = {"hidden_size": 2048, "num_hidden_layers": 4, "vocab_size": 2000, "num_key_value_heads": 16}
     settings_ |= {"num_attention_heads": 16, "intermediate_size": 6144 if architecture == "llama" else 1024}
     config = {"llama": hf.LlamaConfig, "mixtral": hf.MixtralConfig}[architecture](**settings_)
-    hf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    layer_bytes = sum(p.nbytes for p in model.model.layers[0].parameters())
+    model.save_pretrained(tmp_path / "model")
+    del model
+    bnb()  # its import takes memory too
     gc.collect()
-    with (
-        CheckpointLayers(
-            hf_compat.build_skeleton(config, torch.bfloat16), open_checkpoint(tmp_path / "model")
-        ) as layers,
-        Watch() as watch,
-    ):
-        made = build_pack(KEY, layers, name="x")
-    assert made.layers[0].nbytes > 100 * MIB
-    print(f"\n{architecture}: {watch.peak / made.layers[0].nbytes:.2f} layers")
-    assert watch.peak < num_layers * made.layers[0].nbytes
+    ctypes.CDLL(None).malloc_trim(0)  # else it would be made of what is left over
+    skeleton = hf_compat.build_skeleton(config, torch.bfloat16)
+    with CheckpointLayers(skeleton, open_checkpoint(tmp_path / "model"), recipe_for(quant)) as layers, Watch() as watch:
+        build_pack(KEY, layers, name="x", dtype="bf16")
+    assert layer_bytes > 100 * MIB
+    print(f"\n{architecture} {quant}: {watch.peak / layer_bytes:.2f} layers")
+    assert watch.peak < (1.5 if quant == "none" else 2) * layer_bytes
+
+
+@pytest.mark.parametrize("change", [lambda t: t[:-1], lambda t: t.T.contiguous()], ids=["cut", "turned"])
+def test_an_expert_of_another_shape_is_named(change, tmp_path):
+    config, source = save_model("mixtral", tmp_path / "model")
+    path = source.path / "model.safetensors"
+    tensors = load_file(path)
+    key = next(key for key in sorted(tensors) if re.search(r"1\..*experts\.2\.w3", key))
+    save_file(tensors | {key: change(tensors[key])}, path)
+    skeleton = hf_compat.build_skeleton(config, torch.float32)
+    layers = CheckpointLayers(skeleton, open_checkpoint(source.path))
+    with layers, pytest.raises(CorruptCheckpointError, match=re.escape(key)):
+        layers.read_layer(1)
 
 
 # --- keys -----------------------------------------------------------------------------------------------------------
