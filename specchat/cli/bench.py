@@ -165,7 +165,7 @@ def _job(
     default = () if options.sweep else ("plain",)
     baselines = default if options.baselines is None else options.baselines
     check_baselines(baselines, draft)
-    plan = _with_trees(point, shared.make_plan(point.options, point.models, keeps_draft=True).plan)
+    plan = _with_trees(point, shared.make_plan(point.options, point.models, as_given=True).plan)
     without = left_out(baselines, plan)
     for name, why in without.items():
         say.warn(f"the baseline '{name}' is left out: {why}")

@@ -243,13 +243,13 @@ class Planned:
         return self.chosen.plan
 
 
-def make_plan(options: ModelOptions, models: Models, *, keeps_draft: bool = False) -> Planned:
+def make_plan(options: ModelOptions, models: Models, *, as_given: bool = False) -> Planned:
     """What goes where on this machine.
 
     Args:
         options: what was asked for.
         models: what was found.
-        keeps_draft: a draft is used even where plain decoding is predicted to be faster.
+        as_given: the draft is used and the precision kept even where something else would be faster: for comparisons.
 
     Raises:
         DoesNotFitError: no plan stays within the budget.
@@ -257,7 +257,9 @@ def make_plan(options: ModelOptions, models: Models, *, keeps_draft: bool = Fals
     from specchat.planner import search
 
     request = _plan_request(options, models)
-    chosen = search.choose_plan(replace(request, draft_is_open=request.draft_is_open and not keeps_draft))
+    if as_given:
+        request = replace(request, draft_is_open=False, lowers_for_speed=False)
+    chosen = search.choose_plan(request)
     if models.draft is None or chosen.plan.draft is not None:
         return Planned(chosen, models)
     note = f"plain decoding: predicted faster here than with {models.draft.name}"

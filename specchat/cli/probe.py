@@ -182,8 +182,9 @@ def _print(
 ) -> None:
     from specchat.chat.result import chosen_object, offers_object
     from specchat.hardware.report import report_object
-    from specchat.ui.chat_view import plan_table
+    from specchat.ui.console import columns
     from specchat.ui.offers_view import offer_lines, offer_table
+    from specchat.ui.plan_view import plan_text
     from specchat.ui.probe_view import ProbeView, markdown
 
     flags = _flags(options.models)
@@ -194,7 +195,8 @@ def _print(
         return
     table = None
     if planned is not None:
-        table = plan_table(planned.models.target, planned.plan, planned.models.draft_note)
+        width = columns(sys.stdout)
+        table = plan_text(planned.models.target, planned.chosen, planned.models.draft_note, width)
     if options.markdown:
         print_line(markdown(report, verdicts, table, [] if offers is None else offer_table(offers, flags)))
     else:

@@ -96,12 +96,14 @@ def _read_stdin() -> str:
 
 def _print_plan(options: RunOptions, planned: "Planned") -> None:
     from specchat.chat.result import chosen_object
-    from specchat.ui.chat_view import plan_table
+    from specchat.ui.console import columns
+    from specchat.ui.plan_view import plan_text
 
-    models, plan = planned.models, planned.plan
-    print_line(
-        to_json(chosen_object(planned.chosen)) if options.json else plan_table(models.target, plan, models.draft_note)
-    )
+    chosen, models = planned.chosen, planned.models
+    if options.json:
+        print_line(to_json(chosen_object(chosen)))
+    else:
+        print_line(plan_text(models.target, chosen, models.draft_note, columns(sys.stdout)))
 
 
 # --- the chat ----------------------------------------------------------------------------------------------------
@@ -119,7 +121,7 @@ def _chat(options: RunOptions, planned: "Planned", prompt: str | None, say: "Tal
     sampling = resolve_sampling(options.sampling, defaults, seed)
     sources = sampling_sources(options.sources, defaults)
     view = ChatView(answer_stream(), say, verbose=options.verbose, raw=options.raw)
-    view.banner(models.target, plan, models.draft_note)
+    view.banner(models.target, planned.chosen, models.draft_note)
     for notice in [*without_effect(sampling, sources), *_notices(options, plan, models)]:
         say.warn(notice)
     with _transcript(options, say, interactive=prompt is None) as transcript:

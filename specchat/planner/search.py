@@ -59,6 +59,7 @@ class PlanRequest:
         quant: "auto" or a Quant: what the target's matrices are stored in.
         draft_quant: likewise for the draft, by a Quant.
         draft_is_open: whether to plan without the draft where that is faster.
+        lowers_for_speed: whether "auto" may lower the precision of what would fit, only slower.
     """
 
     target: ModelSource
@@ -73,6 +74,7 @@ class PlanRequest:
     quant: Literal["auto"] | Quant = "auto"
     draft_quant: Quant = "none"
     draft_is_open: bool = False
+    lowers_for_speed: bool = True
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ def choose_quant(request: PlanRequest, known: Known) -> _Precision:
         return _Precision(full, "as it comes")
     dtype, total_bytes = _dtype(request, known.machine, full), known.machine.total_bytes
     if weight_bytes(full, dtype) <= total_bytes:
-        return _full_or_int8(request, known, full)
+        return _full_or_int8(request, known, full) if request.lowers_for_speed else _Precision(full, "the original")
     int8 = known.target("int8")
     if weight_bytes(int8, dtype) <= total_bytes:
         return _Precision(int8, "the original exceeds all memory of this machine", full)

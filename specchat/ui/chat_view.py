@@ -7,11 +7,13 @@ from threading import Event
 from specchat import __version__
 from specchat.chat.session import ChatSession, Delta, Dropped, Turn
 from specchat.config import LedgerItem, ModelSource, Plan, Setting, Step
+from specchat.planner.explain import Chosen
 from specchat.ui.answer_view import AnswerView
 from specchat.ui.console import AnswerStream, Talk
 from specchat.ui.live import LiveRegion, can_redraw
 from specchat.ui.loading import BackgroundLoad
 from specchat.ui.markdown import tail_rows
+from specchat.ui.plan_view import short_speed
 from specchat.ui.status import AnswerStatus, Watched, memory_text
 from specchat.ui.tree_view import tree_lines
 from specchat.ui.worker import Worker
@@ -40,9 +42,9 @@ class ChatView:
         self.shows_thinking = False
         self._raw = raw
 
-    def banner(self, target: ModelSource, plan: Plan, draft_note: str) -> None:
-        """Model, draft and plan, before anything is loaded."""
-        for line in banner_lines(target, plan, draft_note):
+    def banner(self, target: ModelSource, chosen: Chosen, draft_note: str) -> None:
+        """Model, draft, plan and the speed to expect, before anything is loaded."""
+        for line in banner_lines(target, chosen, draft_note):
             self.talk.say(line, "dim")
 
     def follow(
@@ -192,13 +194,17 @@ class _Follower:
 # --- lines -------------------------------------------------------------------------------------------------------
 
 
-def banner_lines(target: ModelSource, plan: Plan, draft_note: str) -> list[str]:
-    """What will answer, with which helper, and where it all goes."""
+def banner_lines(target: ModelSource, chosen: Chosen, draft_note: str) -> list[str]:
+    """What will answer, with which helper, where it all goes, and how fast that should be."""
+    plan = chosen.plan
     model = f"{target.name} ({target.label})" if target.label else target.name
     facts = [model, _draft(plan) if plan.draft else draft_note, f"{plan.dtype} on {plan.device}"]
     if plan.quant != "none":
         facts.append(_weights(plan))
-    return [" · ".join([f"specchat {__version__}", *facts]), plan_line(plan)]
+    return [
+        " · ".join([f"specchat {__version__}", *facts]),
+        f"{plan_line(plan)} · {short_speed(chosen.prediction)}",
+    ]
 
 
 def _weights(plan: Plan) -> str:
@@ -213,7 +219,7 @@ def _draft(plan: Plan) -> str:
 
 
 def plan_line(plan: Plan) -> str:
-    """The plan in one line; no speed in it, for none was measured."""
+    """Where it all goes, in one line."""
     unit = _unit(plan.device_bytes)
     shares = ", ".join(f"{name} {_scaled(size, unit)}{note}" for name, size, note in _shares(plan))
     total = f"{_scaled(plan.device_bytes, unit)} {_unit_name(unit)} of {format_bytes(plan.device_budget_bytes)}"
@@ -299,48 +305,6 @@ def step_line(number: int, step: Step) -> str:
             f"streamed {format_bytes(step.streamed_bytes)}",
         ]
     )
-
-
-def plan_table(target: ModelSource, plan: Plan, draft_note: str) -> str:
-    """The plan in full, as `--plan` prints it."""
-    facts = [
-        ("model", f"{target.name} ({target.label})" if target.label else target.name),
-        ("draft", _draft(plan).removeprefix("draft ") if plan.draft else draft_note),
-        ("device", f"{plan.device}, {plan.dtype}, quant {plan.quant}"),
-        ("context", f"{plan.ctx:,} tokens"),
-        ("tree budget", f"{plan.tree_budget:,} draft nodes"),
-        ("layers", _layers(plan)),
-    ]
-    if plan.streamed:
-        facts.append(("streamed from", f"{_places(plan)}, {format_bytes(plan.streamed_bytes_per_step)} a pass"))
-    if plan.host_bytes:
-        facts.append(("host memory", format_bytes(plan.host_bytes)))
-    memory = _memory_name(plan.device)
-    ledger = [
-        *((item.item, format_bytes(item.bytes)) for item in plan.ledger),
-        ("sum", f"{format_bytes(plan.device_bytes)} of {format_bytes(plan.device_budget_bytes)}"),
-        ("without weights", f"{format_bytes(plan.generation_bytes)}, the memory that generating takes"),
-    ]
-    return "\n".join([*_columns(facts), "", f"{memory}:", *_columns(ledger, indent="  ")])
-
-
-def _layers(plan: Plan) -> str:
-    if not plan.streamed:
-        return f"{plan.num_layers}, all resident"
-    size = format_bytes(plan.streamed_bytes_per_step)
-    return f"{len(plan.resident)} resident, {len(plan.streamed)} streamed through {plan.slots} slots, {size} each pass"
-
-
-def _places(plan: Plan) -> str:
-    """Where streamed layers are between passes."""
-    if "disk" not in plan.tiers:
-        return "host memory"
-    return f"host memory ({len(plan.in_ram)} of them) and the disk" if plan.in_ram else "the disk"
-
-
-def _columns(rows: Sequence[tuple[str, str]], indent: str = "") -> list[str]:
-    width = max(len(name) for name, _ in rows)
-    return [f"{indent}{name:<{width}}  {value}" for name, value in rows]
 
 
 def _shares(plan: Plan) -> list[tuple[str, int, str]]:

@@ -146,6 +146,11 @@ class Talk:
         self.console.print(Text.assemble((f"{label}: ", style), neutral(" ".join(text.split("\n")))))
 
 
+def columns(stream: TextIO, off_terminal: int = 100) -> int:
+    """How wide lines may be: the terminal's width, or what is easy to read elsewhere."""
+    return Console(file=stream).width if stream.isatty() else off_terminal
+
+
 def report_console(stream: TextIO, columns_off_terminal: int) -> Console:
     """For tables on stdout: drawn on a terminal, plain text of a fixed width elsewhere."""
     styled = wants_styles(stream)

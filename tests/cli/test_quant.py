@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.fake_engine import CHOSEN
 from support.tiny_models import make_config, random_model, save
 
 from specchat.cli.app import run_command_line
@@ -29,7 +30,7 @@ from specchat.models.shapes import materialise
 from specchat.models.weights import LayerLayout
 from specchat.planner import search
 from specchat.planner.search import PlanRequest
-from specchat.ui.chat_view import banner_lines, plan_table
+from specchat.ui.chat_view import banner_lines
 
 GIB = 1 << 30
 SHAPE = "hidden=512,layers=9,heads=8,kv_heads=2,head_dim=64,mlp=1408"
@@ -137,12 +138,15 @@ def test_auto_lowers_no_further_than_memory_demands(monkeypatch):
 
 def test_the_banner_says_what_auto_did(monkeypatch):
     source = demo_source("target")
+
+    def banner(plan: Plan) -> str:
+        return banner_lines(source, replace(CHOSEN, plan=plan), "no draft")[0]
+
     lowered = auto_plan(monkeypatch, 1)
-    assert "weights int4, not the original bf16: --quant none" in banner_lines(source, lowered, "no draft")[0]
+    assert "weights int4, not the original bf16: --quant none" in banner(lowered)
     asked = replace(lowered, lowered_from=None)
-    assert banner_lines(source, asked, "no draft")[0].endswith("weights int4")
-    assert "weights" not in banner_lines(source, replace(asked, quant="none"), "no draft")[0]
-    assert "quant int4" in plan_table(source, asked, "no draft")
+    assert banner(asked).endswith("weights int4")
+    assert "weights" not in banner(replace(asked, quant="none"))
 
 
 # --- shapes ------------------------------------------------------------------------------------------------------

@@ -5,12 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.fake_engine import MEMORY, PLAN
+from support.fake_engine import CHOSEN, MEMORY, PLAN
 
 from specchat.chat.session import Speculation, Timings, Turn, Usage
 from specchat.config import LedgerItem, Message, ModelSource, Step
-from specchat.ui.chat_view import banner_lines, plan_line, plan_table, stats_line, step_line, stopped_line
+from specchat.ui.chat_view import banner_lines, plan_line, stats_line, step_line, stopped_line
 from specchat.ui.console import AnswerStream, Talk, neutral
+from specchat.ui.plan_view import plan_text
 
 GIB = 1 << 30
 GPU_PLAN = replace(
@@ -58,27 +59,42 @@ def test_the_stats_line():
 
 
 def test_the_banner_says_toy_and_names_the_draft():
-    toy = banner_lines(ModelSource("demo", Path("x"), label="a toy model for exercising the software"), PLAN, "")[0]
+    toy = banner_lines(ModelSource("demo", Path("x"), label="a toy model for exercising the software"), CHOSEN, "")[0]
     assert "demo (a toy model for exercising the software) · draft demo draft · fp32 on cpu" in toy
-    plain = banner_lines(ModelSource("org/x", Path("x")), replace(PLAN, draft=None), "plain decoding")[0]
+    assert banner_lines(ModelSource("org/x", Path("x")), CHOSEN, "")[1].endswith("· 6.0 tok/s predicted (measured)")
+    plain = banner_lines(
+        ModelSource("org/x", Path("x")), replace(CHOSEN, plan=replace(PLAN, draft=None)), "plain decoding"
+    )[0]
     assert "org/x · plain decoding · fp32 on cpu" in plain
 
 
 def test_the_step_line_and_the_table():
     step = Step((1, 2, 3), None, 1, 20, 64, 2, 7, 0.5, 0.1, 0.3, 0.1, 0.05, 60 << 20)
     assert step_line(4, step).startswith("step 4: 3 tok · tree 64 nodes, depth 7, 2 accepted · 1 new + 20 cached rows")
-    table = plan_table(ModelSource("demo", Path("x"), label="a toy model for exercising the software"), GPU_PLAN, "")
+    source = ModelSource("demo", Path("x"), label="a toy model for exercising the software")
+    table = plan_text(source, replace(CHOSEN, plan=GPU_PLAN), "", 80)
     assert "a toy model" in table
     assert "9.5 GiB of 12.0 GiB" in table
 
 
 @pytest.mark.parametrize(
     ("in_ram", "place"),
-    [((), "the disk, "), ((3,), "host memory (1 of them) and the disk, "), ((1, 3), "host memory, ")],
+    [((), "the disk"), ((3,), "host memory (1 of them) and the disk"), ((1, 3), "host memory")],
 )
 def test_the_table_says_where_streamed_layers_are(in_ram, place):
-    table = plan_table(ModelSource("demo", Path("x")), replace(PLAN, in_ram=in_ram), "")
-    assert f"streamed from  {place}60.0 MiB a pass" in table
+    table = plan_text(ModelSource("demo", Path("x")), replace(CHOSEN, plan=replace(PLAN, in_ram=in_ram)), "", 80)
+    assert f"60.0 MiB a pass, from {place}\n" in table
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_a_plan_is_told_in_full_on_any_screen(width):
+    """Every choice, its reason and its alternative; nothing is cut off and nothing is too wide."""
+    text = plan_text(ModelSource("an-organisation/a-model-with-quite-a-long-name", Path("x")), CHOSEN, "", width)
+    assert all(len(line) <= width for line in text.splitlines())
+    words = " ".join(text.split())
+    for choice in CHOSEN.choices:
+        assert choice.option in words and choice.value in words and choice.why in words
+    assert "int8: 9.0 tok/s" in words and "6.0 tok/s predicted (measured): 12.0 tokens a pass of 2.0 s" in words
 
 
 @pytest.mark.parametrize(

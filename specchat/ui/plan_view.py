@@ -1,0 +1,125 @@
+"""A plan in full: what was chosen and why, the speed to expect, and the account of memory."""
+
+import io
+import textwrap
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from specchat.config import ModelSource, Plan
+from specchat.planner.cost import Prediction
+from specchat.planner.explain import Choice, Chosen
+from specchat.ui.console import neutral
+from specchat.units import format_bytes
+
+_NARROW = 60
+_WIDEST = 110  # longer lines are hard to read
+_WAITS_FOR = {"link": "waiting for layers", "compute": "computing", "draft": "drafting"}
+
+
+def plan_text(target: ModelSource, chosen: Chosen, draft_note: str, width: int) -> str:
+    """The plan as `run --plan` and `probe MODEL` print it.
+
+    Args:
+        target: the model.
+        chosen: its plan, with reasons.
+        draft_note: what to say in the place of a draft.
+        width: columns.
+    """
+    plan, width = chosen.plan, min(width, _WIDEST)
+    model = f"{target.name} ({target.label})" if target.label else target.name
+    facts = [("model", model), ("expect", speed_text(chosen.prediction)), ("layers", _layers(plan))]
+    if plan.draft is None and draft_note:
+        facts.insert(1, ("draft", draft_note))
+    if plan.streamed:
+        facts.append(("streamed", f"{format_bytes(plan.streamed_bytes_per_step)} a pass, from {_places(plan)}"))
+    if plan.host_bytes:
+        facts.append(("host memory", format_bytes(plan.host_bytes)))
+    ledger = [(item.item, format_bytes(item.bytes)) for item in plan.ledger]
+    ledger.append(("sum", f"{format_bytes(plan.device_bytes)} of {format_bytes(plan.device_budget_bytes)}"))
+    ledger.append(("without weights", f"{format_bytes(plan.generation_bytes)}, the memory that generating takes"))
+    memory = "RAM" if plan.device == "cpu" else "VRAM"
+    choices = _stacked(chosen.choices, width) if width < _NARROW else _side_by_side(chosen.choices, width)
+    return "\n".join([*_facts(facts, width), "", *choices, "", f"{memory}:", *_facts(ledger, width, indent="  ")])
+
+
+def speed_text(prediction: Prediction) -> str:
+    """The speed to expect, where it comes from, and how sure that is."""
+    tokens = f"{prediction.tokens_per_step:.1f} tokens" if prediction.tokens_per_step > 1 else "1 token"
+    passes = f"{tokens} a pass of {_seconds(prediction.pass_s)}, mostly {_WAITS_FOR[prediction.bound]}"
+    return f"{short_speed(prediction)}: {passes}"
+
+
+def short_speed(prediction: Prediction) -> str:
+    """The same in a few words, for the banner."""
+    return f"{_tok_per_s(prediction.tok_per_s)} predicted ({prediction.basis})"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1e3:.0f} ms"
+
+
+def _tok_per_s(rate: float) -> str:
+    return f"{rate:.0f} tok/s" if rate >= 100 else f"{rate:.1f} tok/s" if rate >= 1 else f"{rate:.2f} tok/s"
+
+
+def _layers(plan: Plan) -> str:
+    if not plan.streamed:
+        return f"{plan.num_layers}, all resident"
+    return f"{len(plan.resident)} resident, {len(plan.streamed)} streamed through {plan.slots} slots"
+
+
+def _places(plan: Plan) -> str:
+    """Where streamed layers are between passes."""
+    if "disk" not in plan.tiers:
+        return "host memory"
+    return f"host memory ({len(plan.in_ram)} of them) and the disk" if plan.in_ram else "the disk"
+
+
+def _facts(rows: Sequence[tuple[str, str]], width: int, indent: str = "") -> list[str]:
+    column = max(len(name) for name, _ in rows)
+    lines: list[str] = []
+    for name, value in rows:
+        head = f"{indent}{name:<{column}}  "
+        room = max(width - len(head), 16)
+        first, *rest = textwrap.wrap(neutral(value), room) or [""]
+        lines += [head + first, *(" " * len(head) + line for line in rest)]
+    return [line.rstrip() for line in lines]
+
+
+def _side_by_side(choices: Sequence[Choice], width: int) -> list[str]:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column("choice", no_wrap=True)
+    table.add_column("", overflow="fold", max_width=width // 3)
+    table.add_column("why", overflow="fold")
+    table.add_column("instead", overflow="fold", max_width=width // 3)
+    for choice in choices:
+        cells = (choice.option, choice.value, _why(choice), _instead(choice))
+        table.add_row(*(Text(neutral(cell)) for cell in cells))
+    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False, highlight=False)
+    with console.capture() as captured:
+        console.print(table)
+    return [line.rstrip() for line in captured.get().splitlines()]
+
+
+def _stacked(choices: Sequence[Choice], width: int) -> list[str]:
+    lines: list[str] = []
+    for choice in choices:
+        lines += textwrap.wrap(neutral(f"{choice.option}: {choice.value}"), width, subsequent_indent="  ")
+        for text in (_why(choice), _instead(choice)):
+            lines += textwrap.wrap(neutral(text), width, initial_indent="  ", subsequent_indent="  ")
+    return lines
+
+
+def _why(choice: Choice) -> str:
+    return f"asked for{'' if choice.why == 'asked for' else f': {choice.why}'}" if choice.pinned else choice.why
+
+
+def _instead(choice: Choice) -> str:
+    """What another value would give."""
+    other = choice.alternative
+    if other is None:
+        return ""
+    return f"{other.value}: " + ("does not fit" if other.tok_per_s is None else _tok_per_s(other.tok_per_s))
