@@ -125,6 +125,7 @@ class ChatSession:
         exchanges: the chat so far, when one is resumed.
         sources: where settings come from, by name, for `settings`.
         journal: is told everything that happens to the chat, before the caller is.
+        observe: is given the steps of every answer, and the temperature that it was drawn at.
 
     Raises:
         UsageError: no chat template and not `base`, or a system prompt with `base`.
@@ -146,6 +147,7 @@ class ChatSession:
         exchanges: Sequence[Exchange] = (),
         sources: Mapping[str, str] | None = None,
         journal: Callable[[ChatRecord], None] | None = None,
+        observe: Callable[[Sequence[Step], float], None] = lambda _steps, _temperature: None,
     ) -> None:
         check_has_template(tokenizer, base=base)
         if base and system is not None:
@@ -159,6 +161,7 @@ class ChatSession:
         self._base = base
         self._sources = dict(sources or {})
         self._journal = journal
+        self._observe = observe
 
     # --- what there is -------------------------------------------------------------------------------------------
 
@@ -396,6 +399,7 @@ class ChatSession:
                 self._record(Answered(how, exchange, sampling.seed, turn.token_ids, turn.finish_reason, facts))
             except SessionError as error:  # the answer is there all the same
                 turn = replace(turn, unsaved=error.message)
+        self._observe(answer.steps, sampling.temperature)
         yield turn
 
     def _must_drop(self, num_prompt_tokens: int) -> bool:

@@ -15,7 +15,7 @@ from specchat.cli import options as parse
 from specchat.cli.bench_options import BenchOptions, trees
 from specchat.cli.options import ModelOptions
 from specchat.cli.output import print_line, to_json
-from specchat.config import HEAD_BLOCK_ROWS, ModelSource, Plan, Quant
+from specchat.config import HEAD_BLOCK_ROWS, ModelSource, Plan, Quant, state_folder
 from specchat.errors import UsageError
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ def _measure(options: BenchOptions) -> int:
             if not cancel.is_set():
                 progress.part = f"{options.sweep[0]}={point.value}" if options.sweep else ""
                 outcomes.append((point, job, measure(job, cancel, progress.update)))
+                _keep_statistics(outcomes[-1][2])
     if not outcomes:
         say.warn("interrupted before anything was measured")
         return _INTERRUPTED
@@ -107,6 +108,16 @@ def _measure(options: BenchOptions) -> int:
         plot_sweep(report, options.plot)
         say.say(f"drawn: {options.plot}")
     return _INTERRUPTED if cancel.is_set() else 0
+
+
+def _keep_statistics(outcome: "Outcome") -> None:
+    """What it has shown, for the next plan of these models."""
+    from specchat.bench.records import OWN
+    from specchat.planner.statistics import record
+
+    for run in outcome.measurement.runs:
+        if run.system == OWN:
+            record(state_folder(), outcome.plan, run.sampling.temperature, run.answer.steps)
 
 
 def _questions(options: BenchOptions) -> "tuple[Question, ...]":
@@ -165,7 +176,7 @@ def _job(
     default = () if options.sweep else ("plain",)
     baselines = default if options.baselines is None else options.baselines
     check_baselines(baselines, draft)
-    plan = _with_trees(point, shared.make_plan(point.options, point.models, as_given=True).plan)
+    plan = _with_trees(point, shared.make_plan(point.options, point.models, say.warn, as_given=True).plan)
     without = left_out(baselines, plan)
     for name, why in without.items():
         say.warn(f"the baseline '{name}' is left out: {why}")

@@ -3,7 +3,7 @@
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
@@ -243,12 +243,13 @@ class Planned:
         return self.chosen.plan
 
 
-def make_plan(options: ModelOptions, models: Models, *, as_given: bool = False) -> Planned:
+def make_plan(options: ModelOptions, models: Models, warn: Callable[[str], None], *, as_given: bool = False) -> Planned:
     """What goes where on this machine.
 
     Args:
         options: what was asked for.
         models: what was found.
+        warn: told in one line of statistics that cannot be read.
         as_given: the draft is used and the precision kept even where something else would be faster: for comparisons.
 
     Raises:
@@ -259,7 +260,7 @@ def make_plan(options: ModelOptions, models: Models, *, as_given: bool = False) 
     request = _plan_request(options, models)
     if as_given:
         request = replace(request, draft_is_open=False, lowers_for_speed=False)
-    chosen = search.choose_plan(request)
+    chosen = search.choose_plan(request, warn)
     if models.draft is None or chosen.plan.draft is not None:
         return Planned(chosen, models)
     note = f"plain decoding: predicted faster here than with {models.draft.name}"

@@ -67,7 +67,7 @@ def probe(options: ProbeOptions) -> int:
         line.end()
     with TemporaryDirectory(prefix="specchat-") as folder:
         found = None if refs is None else shared.sketch_models(options.models, refs, say, Path(folder))
-        planned = None if found is None else shared.make_plan(options.models, found)
+        planned = None if found is None else shared.make_plan(options.models, found, say.warn)
     offers = _offers(options.models, report) if refs is None else None
     packs = (*_found_packs(), *(_verify(say) if options.verify else ()))
     _print(options, report, (*report.verdicts, *packs), planned, offers)

@@ -1,9 +1,10 @@
 """`specchat run`: from checked options to an answer, or to a chat."""
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event
@@ -15,7 +16,7 @@ from specchat.cli.models import Models
 from specchat.cli.options import RunOptions, random_seed, resolve_sampling, sampling_sources, without_effect
 from specchat.cli.output import print_line, to_json
 from specchat.cli.sessions import lasting, model_of, path_for, was_with
-from specchat.config import Plan, Sampling, Setting
+from specchat.config import Plan, Sampling, Setting, Step, state_folder
 from specchat.errors import EmptyPromptError, UsageError
 from specchat.units import format_bytes
 
@@ -44,10 +45,10 @@ def run(options: RunOptions) -> int:
     if options.plan:
         with TemporaryDirectory(prefix="specchat-") as folder:
             models = shared.sketch_models(options.models, refs, say, Path(folder))
-            _print_plan(options, shared.make_plan(options.models, models))
+            _print_plan(options, shared.make_plan(options.models, models, say.warn))
         return 0
     models = shared.locate_models(options.models, refs, say)
-    return _chat(options, shared.make_plan(options.models, models), prompt, say)
+    return _chat(options, shared.make_plan(options.models, models, say.warn), prompt, say)
 
 
 # --- the prompt --------------------------------------------------------------------------------------------------
@@ -196,6 +197,7 @@ class _Parts:
             exchanges=options.resume.state.exchanges if options.resume else (),
             sources=self.sources,
             journal=self.transcript,
+            observe=partial(_keep_statistics, engine.plan) if options.saves else _keep_nothing,
         )
 
     def _setup(self) -> dict[str, Any]:
@@ -229,6 +231,17 @@ def _model_settings(options: RunOptions, plan: Plan) -> list[Setting]:
         "vram": format_bytes(plan.device_budget_bytes),
     }
     return [Setting(name, value, options.sources.get(name, "default")) for name, value in values.items()]
+
+
+def _keep_statistics(plan: Plan, steps: Sequence[Step], temperature: float) -> None:
+    """For the next plan of these models; names and numbers, nothing of what was said."""
+    from specchat.planner.statistics import record
+
+    record(state_folder(), plan, temperature, steps)
+
+
+def _keep_nothing(_steps: Sequence[Step], _temperature: float) -> None:
+    """Of a chat that is not to be saved."""
 
 
 @contextmanager

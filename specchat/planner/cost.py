@@ -171,16 +171,17 @@ class CostModel:
         sides = self._sides(nodes, tree_budget)
         link_s, num_linked = self._link(placement)
         outside_s = sides.draft_s + sides.head_s
-        layer_s = sides.layer_s
-        compute_s = placement.num_layers * layer_s
-        arrival_s = link_s / num_linked if num_linked else 0.0
-        ahead_s = min(outside_s, placement.slots * arrival_s, link_s)
-        # Resident layers stand before the streamed ones, so some are computed before the first of those is needed.
-        front_s = layer_s * max(placement.num_layers / num_linked - 1, 0.0) if num_linked else 0.0
-        waiting_s = max(arrival_s - min(outside_s, arrival_s) - front_s, 0.0)
-        stalls_s = num_linked * min(arrival_s, layer_s) * self._stall(placement.slots)
-        linked_s = link_s - ahead_s + stalls_s + layer_s if num_linked else 0.0
-        pass_s = outside_s + max(compute_s + waiting_s, linked_s)
+        compute_s = placement.num_layers * sides.layer_s
+        queue = LinkQueue(
+            num_layers=placement.num_layers,
+            num_linked=num_linked,
+            arrival_s=link_s / num_linked if num_linked else 0.0,
+            layer_s=sides.layer_s,
+            outside_s=outside_s,
+            slots=placement.slots,
+        )
+        linked_s = queue.linked_s + num_linked * min(queue.arrival_s, queue.layer_s) * self._stall(placement.slots)
+        pass_s = outside_s + max(queue.computed_s, linked_s)
         bound: Bound = "link" if linked_s > compute_s else "draft" if sides.draft_s > compute_s else "compute"
         return Prediction(
             pass_s=pass_s,
@@ -237,6 +238,46 @@ class CostModel:
         if nodes:
             bases.append(self._acceptance.basis)
         return least_sure(bases)
+
+
+@dataclass(frozen=True)
+class LinkQueue:
+    """When a pass ends that shares its time with a link, in the long run of many steps.
+
+    Attributes:
+        num_layers, num_linked: of the target, and those of them that come over the link.
+        arrival_s: the link's time for one layer.
+        layer_s: computing one.
+        outside_s: of a step without its pass; slots fill meanwhile.
+        slots: that there are.
+    """
+
+    num_layers: int
+    num_linked: int
+    arrival_s: float
+    layer_s: float
+    outside_s: float
+    slots: int
+
+    @property
+    def computed_s(self) -> float:
+        """When everything is computed, if only the first layer was waited for.
+
+        Resident layers stand before streamed ones, so some are computed before the first of those is needed.
+        """
+        if not self.num_linked:
+            return self.num_layers * self.layer_s
+        front_s = self.layer_s * max(self.num_layers / self.num_linked - 1, 0.0)
+        waiting_s = max(self.arrival_s - min(self.outside_s, self.arrival_s) - front_s, 0.0)
+        return self.num_layers * self.layer_s + waiting_s
+
+    @property
+    def linked_s(self) -> float:
+        """When the last layer has come and been computed, if the link never rested."""
+        if not self.num_linked:
+            return 0.0
+        ahead_s = min(self.outside_s, min(self.slots, self.num_linked) * self.arrival_s)
+        return self.num_linked * self.arrival_s - ahead_s + self.layer_s
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ what is free, on what is typical of such machines, never on what was measured.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache
 from typing import Literal
 
-from specchat.config import DTYPE_BYTES, Dtype, ModelSource, ModelSpec, Plan, Quant, cache_folder
+from specchat.config import DTYPE_BYTES, Dtype, ModelSource, ModelSpec, Plan, Quant, cache_folder, state_folder
 from specchat.errors import DoesNotFitError, UsageError
 from specchat.hardware.machine import Machine
 from specchat.hardware.probe import find_hardware, find_machine, remembered
@@ -20,6 +20,7 @@ from specchat.planner.cost import DEMO_ACCEPTANCE, TYPICAL_ACCEPTANCE, Acceptanc
 from specchat.planner.explain import Alternative, Choice, Chosen
 from specchat.planner.memory import Workload, build_ledger
 from specchat.planner.rates import UNKNOWN_RATES, Rates, rates_of
+from specchat.planner.statistics import Statistics, load
 from specchat.units import GIB, MIB, format_bytes
 
 _LOWER: tuple[Quant, ...] = ("int8", "int4")
@@ -87,7 +88,8 @@ class Known:
         typical: of such machines, whatever has been measured on this one.
         target: its sizes by the precision asked for; looked into only where the choice turns on it.
         draft: its sizes, or None.
-        acceptance: of the pair.
+        prior: tokens per step of pairs like this one.
+        statistics: what earlier chats have shown.
     """
 
     machine: Machine
@@ -95,7 +97,14 @@ class Known:
     typical: Rates
     target: Callable[[Quant], ModelSpec]
     draft: ModelSpec | None = None
-    acceptance: Acceptance = TYPICAL_ACCEPTANCE
+    prior: Acceptance = TYPICAL_ACCEPTANCE
+    statistics: Statistics = field(default_factory=Statistics)
+
+    def acceptance(self, target: ModelSpec) -> Acceptance:
+        """Of the pair, as well as it is known."""
+        return (
+            self.prior if self.draft is None else self.statistics.acceptance(target.name, self.draft.name, self.prior)
+        )
 
 
 def make_plan(request: PlanRequest) -> Plan:
@@ -103,8 +112,12 @@ def make_plan(request: PlanRequest) -> Plan:
     return choose_plan(request).plan
 
 
-def choose_plan(request: PlanRequest) -> Chosen:
+def choose_plan(request: PlanRequest, warn: Callable[[str], None] = lambda _: None) -> Chosen:
     """The fastest plan for this machine and these models; nothing but configurations is read, nothing is measured.
+
+    Args:
+        request: what was asked for.
+        warn: told in one line of statistics that cannot be read.
 
     Raises:
         DoesNotFitError: no plan stays within the budget.
@@ -121,7 +134,8 @@ def choose_plan(request: PlanRequest) -> Chosen:
         typical=rates_of(hardware, machine),
         target=_describing(request.target),
         draft=None if request.draft is None else describe(request.draft, request.draft_quant),
-        acceptance=DEMO_ACCEPTANCE if request.target.is_toy else TYPICAL_ACCEPTANCE,
+        prior=DEMO_ACCEPTANCE if request.target.is_toy else TYPICAL_ACCEPTANCE,
+        statistics=load(state_folder(), warn),
     )
     return choose_for(request, known)
 
@@ -141,7 +155,8 @@ def choose_for(request: PlanRequest, known: Known) -> Chosen:
     candidates = _candidates(request, known, quant.spec)
     best = max(candidates, key=_preference)
     plan = best.plan(request, known.machine)
-    return Chosen(plan, best.prediction, _choices(request, known, quant, best, candidates))
+    prediction = known.statistics.corrected(plan, best.prediction)
+    return Chosen(plan, prediction, _choices(request, known, quant, best, candidates))
 
 
 def plan_for(request: PlanRequest, machine: Machine, target: ModelSpec, draft: ModelSpec | None) -> Plan:
@@ -183,7 +198,7 @@ def choose_quant(request: PlanRequest, known: Known) -> _Precision:
 
 def _full_or_int8(request: PlanRequest, known: Known, full: ModelSpec) -> _Precision:
     """The original where it fits the device, or where int8 would not be much faster."""
-    idle = replace(known, machine=_idle(known.machine), rates=known.typical)
+    idle = replace(known, machine=_idle(known.machine), rates=known.typical, statistics=Statistics())
     plain = _fastest(request, idle, full)
     if plain is not None and not plain.num_streamed:
         return _Precision(full, "the original fits")
@@ -387,12 +402,12 @@ def _with_draft(
 ) -> list[_Candidate]:
     """All that fits at the longest context; a default context is halved before giving up."""
     draft = known.draft
-    model = CostModel(target, draft, shelves.dtype, known.machine.device, known.rates, known.acceptance)
+    model = CostModel(target, draft, shelves.dtype, known.machine.device, known.rates, known.acceptance(target))
     for ctx in _contexts(request, target):
         works = _workloads(request, known, shelves.dtype, ctx)
         placed = [each for work in works for each in shelves.fill(draft, work, budget)]
         if placed:
-            tiered = [(each, *_predicted(request, known, model, shelves, each, budget)) for each in placed]
+            tiered = [(each, *_predicted(request, known, model, shelves, each)) for each in placed]
             return [
                 _Candidate(target, draft, each.work, each.resident, in_ram, budget, prediction)
                 for each, in_ram, prediction in tiered
@@ -447,13 +462,13 @@ def _workloads(request: PlanRequest, known: Known, dtype: Dtype, ctx: int) -> li
 
 
 def _predicted(
-    request: PlanRequest, known: Known, model: CostModel, shelves: "_Shelves", placed: "_Placed", budget: int
+    request: PlanRequest, known: Known, model: CostModel, shelves: "_Shelves", placed: "_Placed"
 ) -> tuple[tuple[int, ...], Prediction]:
     """Which streamed layers stay in host memory, and how fast that is."""
     kept = set(placed.resident)
     sizes = {i: size for i, size in enumerate(shelves.sizes) if i not in kept}
     on_cpu = known.machine.device == "cpu"
-    in_ram = keep_in_ram(sizes, _host_room(request, known.machine, taken=budget if on_cpu else 0))
+    in_ram = keep_in_ram(sizes, _host_room(request, known.machine, taken=placed.device_bytes if on_cpu else 0))
     ram_bytes = sum(sizes[i] for i in in_ram)
     placement = Placement(
         num_layers=len(shelves.sizes),
@@ -468,10 +483,11 @@ def _predicted(
 
 @dataclass(frozen=True)
 class _Placed:
-    """Layers that stay, and the workload with its slots."""
+    """Layers that stay, the workload with its slots, and the sum of its ledger."""
 
     work: Workload
     resident: tuple[int, ...]
+    device_bytes: int
 
 
 class _Shelves:
@@ -491,8 +507,8 @@ class _Shelves:
 
     def fill(self, draft: ModelSpec | None, work: Workload, budget: int) -> list[_Placed]:
         """For every number of slots the most layers that the budget lets stay."""
-        room = budget - self._beside(draft, work)
-        placed = [self._most_resident(work, slots, room) for slots in self._slots]
+        beside = self._beside(draft, work)
+        placed = [self._most_resident(work, slots, beside, budget) for slots in self._slots]
         return list(dict.fromkeys(each for each in placed if each is not None))
 
     def least_bytes(self, draft: ModelSpec | None, work: Workload) -> int:
@@ -504,11 +520,11 @@ class _Shelves:
         ledger = build_ledger(self._target, draft, work, ())
         return sum(item.bytes for item in ledger)
 
-    def _most_resident(self, work: Workload, slots: int, room: int) -> _Placed | None:
+    def _most_resident(self, work: Workload, slots: int, beside: int, budget: int) -> _Placed | None:
         for num_resident, need, slots_needed in self._divisions(slots):
-            if need <= room:
+            if beside + need <= budget:
                 resident = interleaved(num_resident, len(self.sizes))
-                return _Placed(replace(work, slots=slots_needed), resident)
+                return _Placed(replace(work, slots=slots_needed), resident, beside + need)
         return None
 
     def _divisions(self, slots: int) -> list[tuple[int, int, int]]:

@@ -85,7 +85,7 @@ class Echo(FakeEngine):
                 time.sleep(0.005)
 
 
-def _plan(_options, found):
+def _plan(_options, found, _warn, **_named):
     plan = replace(PLAN, target=found.target.name, draft=found.draft.name if found.draft else None)
     return models.Planned(replace(CHOSEN, plan=plan), found)
 

@@ -1,0 +1,308 @@
+"""Predictions against a slow simulation of passes, and what must hold of every one of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.machines import CUDA_TORCH, GIB, MEASURED, hardware
+
+from specchat.config import KvShape, ModelSource, ModelSpec, ParamSize
+from specchat.hardware.machine import Gpu, GpuSurvey, Machine, PcieLink
+from specchat.models.catalog import demo_source
+from specchat.planner.cost import TYPICAL_ACCEPTANCE, Acceptance, CostModel, LinkQueue, Placement, draft_batches
+from specchat.planner.explain import Chosen
+from specchat.planner.rates import Rate, Rates, rates_of
+from specchat.planner.search import Known, PlanRequest, choose_for, interleaved
+
+TARGET = demo_source("target")
+DRAFT = demo_source("draft")
+
+
+def model(
+    name: str, *, layers: int, hidden: int, mlp: int, vocab: int, quant: str = "none", experts: int = 1, active: int = 1
+) -> ModelSpec:
+    """A Llama-like model's sizes; bytes as our formats take them."""
+    heads = hidden // 128
+    layer = 2 * hidden * hidden + 2 * hidden * 1024 + 3 * hidden * mlp * experts
+    item_bytes, share = {"none": (None, 1.0), "int8": (1, 1.016), "int4": (1, 0.516)}[quant]
+    return ModelSpec(
+        name=name,
+        architecture="AnyForCausalLM",
+        vocab_size=vocab,
+        hidden_size=hidden,
+        num_layers=layers,
+        mlp_size=mlp * active,
+        num_heads=heads,
+        max_positions=32_768,
+        dtype="bf16",
+        num_params=layers * layer + 2 * vocab * hidden,
+        layer_params=((ParamSize(round(layer * share), item_bytes), ParamSize(2 * hidden)),) * layers,
+        other_params=(ParamSize(vocab * hidden), ParamSize(vocab * hidden)),
+        buffer_bytes=0,
+        kv_shapes=(KvShape(8, 128, 128),) * layers,
+        quant=quant,
+    )
+
+
+def small(quant: str = "none") -> ModelSpec:
+    return model("8b", layers=32, hidden=4096, mlp=14336, vocab=128_256, quant=quant)
+
+
+def large(quant: str = "none") -> ModelSpec:
+    return model("70b", layers=80, hidden=8192, mlp=28672, vocab=128_256, quant=quant)
+
+
+DRAFT_SPEC = model("1b", layers=16, hidden=2048, mlp=8192, vocab=128_256)
+
+
+def card(vram_gib: int, capability: str | None = "8.9", gen: int | None = 4, width: int | None = 16) -> Gpu:
+    total = vram_gib * GIB
+    return Gpu("a card", "GPU-1", total, total - GIB // 2, capability, "550", PcieLink(gen, width, gen, width))
+
+
+def with_card(gpu: Gpu, ram_gib: int = 64) -> tuple[Machine, Rates]:
+    total = gpu.vram_total_bytes
+    free_ram = (ram_gib - 4) * GIB
+    machine = Machine("cuda:0", gpu.vram_free_bytes, free_ram, True, total + ram_gib * GIB, total)
+    return machine, rates_of(hardware(GpuSurvey((gpu,))), machine)
+
+
+def asked(**changes: object) -> PlanRequest:
+    source = ModelSource("any", TARGET.path)
+    return replace(PlanRequest(source, DRAFT, draft_is_open=True), **changes)  # type: ignore[arg-type]
+
+
+# --- a pass, event by event ------------------------------------------------------------------------------------------
+
+
+def simulated(queue: LinkQueue) -> float:
+    """Seconds of a pass after many: every fill and every layer by itself, in the order they happen."""
+    resident = set(interleaved(queue.num_layers - queue.num_linked, queue.num_layers))
+    released = [0.0] * max(queue.slots, 1)  # when each slot was last given back
+    link_free, now, pass_s, count = 0.0, 0.0, 0.0, 0
+    waiting: list[float] = []  # ends of the fills that no layer has taken yet
+    for _ in range(12):
+        now += queue.outside_s
+        begin = now
+        for layer in range(queue.num_layers):
+            if layer not in resident:
+                slot = count % queue.slots
+                link_free = max(link_free, released[slot]) + queue.arrival_s
+                waiting.append(link_free)
+                now = max(now, waiting[-1])
+                count += 1
+            now += queue.layer_s
+            if layer not in resident:
+                released[slot] = now
+        pass_s = now - begin
+    return pass_s
+
+
+@given(
+    num_layers=st.integers(6, 80),
+    share=st.floats(0, 1),
+    arrival_s=st.floats(1e-3, 0.1),
+    layer_s=st.floats(1e-3, 0.1),
+    outside_s=st.floats(0, 1),
+    slots=st.integers(2, 4),
+)
+@settings(deadline=None, max_examples=300)
+def test_a_pass_takes_what_its_events_take(
+    num_layers: int, share: float, arrival_s: float, layer_s: float, outside_s: float, slots: int
+):
+    """Within a tenth; what a layer more or less at the ends makes apart from that is little."""
+    num_linked = max(round(share * num_layers), slots + 1)
+    queue = LinkQueue(num_layers, num_linked, arrival_s, layer_s, outside_s, slots)
+    predicted = max(queue.computed_s, queue.linked_s)
+    truth = simulated(queue)
+    assert predicted == pytest.approx(truth, rel=0.1, abs=2 * max(arrival_s, layer_s))
+
+
+def test_a_pass_by_hand():
+    """Ten layers, all streamed: 0.1 s to come, 0.01 s to compute; two slots are filled in the 0.5 s spent elsewhere."""
+    queue = LinkQueue(10, 10, 0.1, 0.01, 0.5, 2)
+    assert queue.linked_s == pytest.approx(10 * 0.1 - 2 * 0.1 + 0.01)
+    assert queue.computed_s == pytest.approx(10 * 0.01)
+    assert LinkQueue(10, 0, 0.0, 0.01, 0.5, 0).computed_s == pytest.approx(0.1)
+
+
+def test_the_slowest_link_counts():
+    """From disk and host memory to a GPU: all bytes cross the bus, and some the disk's cable before; both at once."""
+    machine, rates = with_card(card(8))
+    assert (rates.host.per_s, rates.disk.per_s) == (25.6e9, 2.5e9)
+    cost = CostModel(small(), None, "bf16", machine.device, rates, TYPICAL_ACCEPTANCE)
+    layer = 436 << 20
+    in_ram = cost.predict(Placement(32, 20, 0, 20 * layer, 0, 2), 0, adaptive=True)
+    assert in_ram.link_s == pytest.approx(20 * layer / 25.6e9)
+    mixed = cost.predict(Placement(32, 10, 10, 10 * layer, 10 * layer, 2), 0, adaptive=True)
+    assert mixed.link_s == pytest.approx(10 * layer / 2.5e9) and mixed.bound == "link"
+    on_cpu = CostModel(small(), None, "bf16", "cpu", rates, TYPICAL_ACCEPTANCE)
+    assert on_cpu.predict(Placement(32, 20, 0, 20 * layer, 0, 2), 0, adaptive=True).link_s == 0.0
+
+
+# --- what does not depend on the link --------------------------------------------------------------------------------
+
+
+@given(nodes=st.integers(1, 2000))
+def test_tokens_grow_ever_more_slowly(nodes: int):
+    before, here, after = (TYPICAL_ACCEPTANCE.tokens_per_step(n) for n in (nodes - 1, nodes, nodes + 1))
+    assert 1.0 <= before < here < after and after - here <= here - before + 1e-9
+    assert here <= 1 + nodes
+
+
+def test_of_experts_few_rows_compute_only_those_they_go_to():
+    machine, rates = with_card(card(24))
+    sparse = model("moe", layers=48, hidden=2048, mlp=768, vocab=151_936, experts=128, active=8)
+    dense = replace(sparse, mlp_size=768 * 128)
+    few, many = (
+        [
+            CostModel(spec, DRAFT_SPEC, "bf16", machine.device, rates, TYPICAL_ACCEPTANCE)
+            .predict(Placement(48, 0, 0, 0, 0, 0), nodes, adaptive=False)
+            .compute_s
+            for spec in (sparse, dense)
+        ]
+        for nodes in (1, 512)
+    )
+    assert few[0] < 0.3 * few[1] and many[0] > 3 * few[0]
+
+
+def test_batches_of_the_draft_as_counted_on_the_demo():
+    """Counted with trees of so many nodes: 3.9, 7.8, 16, 22 and 25 passes of the draft, one of them for the context."""
+    counted = {4: 2.9, 16: 6.8, 64: 15, 128: 21, 256: 24}
+    for nodes, batches in counted.items():
+        assert draft_batches(nodes, max(8, nodes // 8)) == pytest.approx(batches, rel=0.15)
+
+
+# --- plans -----------------------------------------------------------------------------------------------------------
+
+
+def chosen(request: PlanRequest, machine: Machine, rates: Rates, target=large, draft=DRAFT_SPEC) -> Chosen:
+    return choose_for(request, Known(machine, rates, rates, target, draft))
+
+
+def faster(rates: Rates, link: float, disk: float, compute: float) -> Rates:
+    """Everything that a machine can be faster in."""
+
+    def times(rate: Rate, factor: float) -> Rate:
+        return replace(rate, per_s=rate.per_s * factor)
+
+    return replace(
+        rates,
+        disk=times(rates.disk, disk),
+        pinned=None if rates.pinned is None else times(rates.pinned, link),
+        pageable=times(rates.pageable, link),
+        memory=times(rates.memory, compute),
+        matmul=tuple(replace(rate, flop_per_s=rate.flop_per_s * compute) for rate in rates.matmul),
+        dequantize_s={quant: seconds / compute for quant, seconds in rates.dequantize_s.items()},
+        layer_s=rates.layer_s / compute,
+    )
+
+
+FACTORS = st.floats(1, 20)
+
+
+@given(
+    vram=st.integers(11 * GIB, 40 * GIB),
+    more=st.integers(0, 10 * GIB),
+    ram=st.integers(0, 60 * GIB),
+    factors=st.tuples(FACTORS, FACTORS, FACTORS),
+    quant=st.sampled_from(["none", "int8", "int4"]),
+    device=st.sampled_from(["cuda:0", "cpu"]),
+    budget=st.sampled_from([None, 64]),
+)
+@settings(deadline=None, max_examples=60)
+def test_more_of_anything_is_never_slower(vram, more, ram, factors, quant, device, budget):
+    """Memory, links, disk, arithmetic; of the same model, in the same precision, at the same context."""
+    machine, rates = with_card(card(24))
+    machine = replace(machine, device=device)
+    request = asked(vram_bytes=vram, ram_bytes=ram, quant=quant, ctx=2048, tree_budget=budget)
+    little = chosen(request, machine, rates)
+    much = chosen(replace(request, vram_bytes=vram + more), machine, faster(rates, *factors))
+    assert much.prediction.tok_per_s >= little.prediction.tok_per_s * (1 - 1e-9)
+
+
+def test_what_fits_is_not_streamed_and_what_is_fast_alone_needs_no_draft():
+    machine, rates = with_card(card(24))
+    assert not chosen(asked(), machine, rates, small).plan.streamed
+    hopeless = Known(machine, rates, rates, small, DRAFT_SPEC, Acceptance(0.01, 1.0, "measured"))
+    plain = choose_for(asked(), hopeless)
+    assert plain.plan.draft is None and plain.plan.tree_budget == 0 and plain.prediction.tokens_per_step == 1
+    choice = next(each for each in plain.choices if each.option == "draft")
+    assert choice.alternative is not None and choice.alternative.value == "1b"
+    assert choice.alternative.tok_per_s < plain.prediction.tok_per_s
+    kept = choose_for(asked(draft_is_open=False), hopeless)
+    assert kept.plan.draft == "1b" and "draft" in kept.pinned
+
+
+def test_the_precision_depends_on_what_the_machine_has_and_not_on_what_is_free():
+    def quant(vram_gib: int, target=small, **changes: object) -> str:
+        machine, rates = with_card(card(vram_gib))
+        plans = [
+            choose_for(asked(), Known(here, quick, rates, target, DRAFT_SPEC)).plan
+            for here in (machine, replace(machine, device_free_bytes=machine.device_free_bytes - 2 * GIB))
+            for quick in (rates, faster(rates, 20, 20, 20))
+        ]
+        (found,) = {plan.quant for plan in plans}
+        assert {plan.lowered_from for plan in plans} == {None if found == "none" else "bf16"}
+        return found
+
+    assert quant(24) == "none", "it fits"
+    assert quant(16) == "int8", "it does not, and half the bytes come twice as fast"
+    assert quant(24, large) == "int8"
+    machine, rates = with_card(card(24), ram_gib=16)
+    assert chosen(asked(), machine, rates).plan.quant == "int4", "int8 exceeds all there is"
+    slow = faster(rates, 1, 1, 1e-3)  # computing takes so long that bytes do not matter
+    unhurried = choose_for(asked(), Known(replace(machine, total_bytes=200 * GIB), slow, slow, large, DRAFT_SPEC))
+    assert unhurried.plan.quant == "none"
+
+
+PINS = {
+    "ctx": 1024,
+    "tree-budget": 48,
+    "slots": 4,
+    "quant": "int4",
+    "vram": 20 * GIB,
+    "dtype": "fp16",
+    "device": "cuda:0",
+}
+
+
+@pytest.mark.parametrize("option", PINS)
+def test_what_the_user_says_holds_and_is_recorded(option: str):
+    machine, rates = with_card(card(24))
+    field = {"vram": "vram_bytes", "tree-budget": "tree_budget"}.get(option, option)
+    found = chosen(asked(**{field: PINS[option]}), machine, rates)
+    assert found.pinned == (option,)
+    plan, value = found.plan, PINS[option]
+    held = {
+        "ctx": plan.ctx,
+        "tree-budget": plan.tree_budget,
+        "slots": plan.slots,
+        "quant": plan.quant,
+        "vram": plan.device_budget_bytes,
+        "dtype": plan.dtype,
+        "device": plan.device,
+    }
+    assert held[option] == value
+    assert plan.adaptive == (option != "tree-budget")
+    assert chosen(asked(**{field: PINS[option]}), machine, rates) == found, "the same question has the same answer"
+
+
+def test_rates_say_where_they_come_from():
+    survey = GpuSurvey((card(24),))
+    machine, typical = with_card(card(24))
+    assert (typical.host.basis, typical.compute_basis, typical.disk.basis) == ("typical", "typical", "guessed")
+    measured = rates_of(hardware(survey, torch=CUDA_TORCH), machine, MEASURED)
+    assert (measured.host, measured.disk) == (Rate(25e9, "measured"), Rate(3e9, "measured"))
+    assert measured.matmul == MEASURED.matmul and measured.compute_basis == "measured"
+    unpinned = rates_of(hardware(survey), machine, replace(MEASURED, pinning_works=False))
+    assert unpinned.host == Rate(6e9, "measured")
+    _, unknown = with_card(card(24, None, None, None))
+    assert (unknown.host.basis, unknown.compute_basis) == ("guessed", "guessed")
+    widths = [
+        with_card(card(24, gen=gen, width=width))[1].host.per_s for gen, width in ((3, 8), (3, 16), (4, 16), (5, 16))
+    ]
+    assert widths == sorted(widths) and widths[-1] == 8 * widths[0]

@@ -1,0 +1,90 @@
+"""What chats have shown: kept, added up, and never in the way."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from support.fake_engine import CHOSEN, PLAN
+
+from specchat.config import Step
+from specchat.planner.cost import TYPICAL_ACCEPTANCE
+from specchat.planner.statistics import Statistics, load, plan_key, record
+
+
+def step(tokens: int = 5, nodes: int = 63, seconds: float = 0.5, **changes: object) -> Step:
+    made = Step((1,) * tokens, None, 1, 100, nodes, tokens - 1, 9, seconds, 0.1, seconds - 0.1, 0.0, 0.0, 0)
+    return replace(made, **changes)
+
+
+def test_nothing_is_known_at_first(tmp_path):
+    statistics = load(tmp_path / "absent", pytest.fail)
+    assert statistics == Statistics()
+    assert statistics.acceptance("demo", "demo draft", TYPICAL_ACCEPTANCE) is TYPICAL_ACCEPTANCE
+    assert statistics.corrected(PLAN, CHOSEN.prediction) is CHOSEN.prediction
+
+
+def test_a_pair_is_known_after_a_few_answers(tmp_path):
+    """The prior's form, scaled to what came out; also between sizes that were seen, and whatever the temperature."""
+    for temperature in (0.0, 0.7):
+        record(tmp_path, PLAN, temperature, [step()] * 20)
+    acceptance = load(tmp_path).acceptance("demo", "demo draft", TYPICAL_ACCEPTANCE)
+    assert acceptance.basis == "measured" and acceptance.tokens_per_step(63) == pytest.approx(5)
+    assert acceptance.tokens_per_step(0) == 1 < acceptance.tokens_per_step(16) < 5 < acceptance.tokens_per_step(128)
+    assert load(tmp_path).acceptance("demo", "another", TYPICAL_ACCEPTANCE) is TYPICAL_ACCEPTANCE
+
+
+def test_a_plan_is_known_by_what_it_has_achieved(tmp_path):
+    record(tmp_path, PLAN, 0.0, [step(), step(3, 31, 0.3)] * 20 + [step(seconds=90.0, new_rows=500)])
+    found = load(tmp_path).corrected(PLAN, CHOSEN.prediction)
+    assert (found.pass_s, found.tok_per_s, found.basis) == (pytest.approx(0.4), pytest.approx(10), "measured")
+    other = replace(PLAN, slots=3)
+    assert plan_key(other) != plan_key(PLAN)
+    assert load(tmp_path).corrected(other, CHOSEN.prediction) is CHOSEN.prediction
+
+
+def test_what_says_nothing_does_not_count(tmp_path):
+    """Interrupted steps, and the last one of an answer that was cut to its length."""
+    record(tmp_path, PLAN, 0.0, [step(0), step(1, finish_reason="length")])
+    assert load(tmp_path).pairs == {"demo demo draft greedy": {}}
+
+
+def test_old_chats_are_forgotten(tmp_path):
+    record(tmp_path, PLAN, 0.0, [step(2)] * 4000)
+    record(tmp_path, PLAN, 0.0, [step(9)] * 4000)
+    acceptance = load(tmp_path).acceptance("demo", "demo draft", TYPICAL_ACCEPTANCE)
+    assert acceptance.tokens_per_step(63) > 7
+    for slots in range(300):
+        record(tmp_path, replace(PLAN, slots=slots), 0.0, [step()])
+    plans = load(tmp_path).plans
+    assert len(plans) == 200 and plan_key(replace(PLAN, slots=299)) in plans and plan_key(PLAN) not in plans
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["", "{", "[]", "7", '{"version": 1}', '{"version": 1, "pairs": {"a": {"1": [1]}}, "plans": {}}', "\x00\xff"],
+)
+def test_a_damaged_file_is_a_warning_and_the_next_chat_mends_it(tmp_path, damage):
+    (tmp_path / "statistics.json").write_bytes(damage.encode("latin-1"))
+    warnings: list[str] = []
+    assert load(tmp_path, warnings.append) == Statistics()
+    assert len(warnings) == 1 and "statistics.json" in warnings[0] and "\n" not in warnings[0]
+    record(tmp_path, PLAN, 0.0, [step()])
+    assert load(tmp_path, pytest.fail).plans
+
+
+def test_impossible_sums_are_damage(tmp_path):
+    record(tmp_path, PLAN, 0.0, [step()])
+    file = tmp_path / "statistics.json"
+    values = json.loads(file.read_text())
+    values["plans"][plan_key(PLAN)][3] = -1.0
+    file.write_text(json.dumps(values))
+    warnings: list[str] = []
+    assert load(tmp_path, warnings.append) == Statistics() and warnings
+
+
+def test_a_folder_that_cannot_be_written_to_is_left_alone(tmp_path):
+    (tmp_path / "file").write_text("")
+    record(tmp_path / "file", PLAN, 0.0, [step()])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
