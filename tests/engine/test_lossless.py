@@ -107,7 +107,8 @@ def check(zoo: Zoo, case: Case) -> None:
     target, draft = zoo.source(architecture, "target"), zoo.source(architecture, draft_kind)
     num_layers = make_config(architecture).num_hidden_layers
     resident = {"all": (), "half": range(0, num_layers, 2), "none": range(num_layers)}[streaming]
-    plan = make_plan(target, draft, num_layers=num_layers, resident=resident, tree_budget=budget, chunk_rows=24)
+    chunk_rows = 24 if budget < 100 else 160  # several chunks in either case
+    plan = make_plan(target, draft, num_layers=num_layers, resident=resident, tree_budget=budget, chunk_rows=chunk_rows)
     expected = zoo.text(architecture, sampling)
     with Engine.load(plan, target, draft) as engine:
         ours, steps = write(engine, expected.prompt, SAMPLINGS[sampling], NUM_TOKENS)

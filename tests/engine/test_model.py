@@ -117,7 +117,7 @@ def test_prompt_and_tree_in_one_pass(checkpoints: Checkpoints, architecture: str
 
 # --- streaming -------------------------------------------------------------------------------------------------------
 
-NUM_PASSES = 32
+NUM_PASSES = 12
 
 
 def passes(model: TreeModel) -> list[torch.Tensor]:

@@ -230,7 +230,7 @@ def test_tree_is_the_likeliest_paths(draft: Draft, kind: str, budget: int, max_d
 
 
 @given(data=st.data(), sampled=st.booleans(), max_rows=st.sampled_from([3, 48]))
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=8)
 def test_growth_goes_on_from_what_was_accepted(draft: Draft, data: st.DataObject, sampled: bool, max_rows: int):
     """The draft's cache after commit() is worth as much as a fresh one, whichever path was accepted.
 
