@@ -106,21 +106,7 @@ def locate_models(options: ModelOptions, refs: Refs, say: "Talk") -> Models:
         UsageError: a download was not agreed to.
         UnsupportedModelError: the target is known not to run.
     """
-    from specchat.models.hub import Download, agree, look_up
-
-    _refuse_unsupported(refs.target)
-    found = look_up(refs.target, offline=options.offline, warn=say.warn)
-    choice = _choose_draft(options, refs, say)
-    both = (found, choice.found)
-    agree(
-        [each for each in both if isinstance(each, Download)],
-        lambda downloads: options.yes or _agreed(downloads, found),
-    )
-    target = _obtain(found, say)
-    if choice.found is not None:
-        return _paired(options, target, _obtain(choice.found, say))
-    relative = _relative(target) if options.draft == "auto" and refs.target.kind in ("hub", "folder") else None
-    return Models(target, relative, choice.note)
+    return _obtained(options, refs, _look_up(options, refs, say), say)
 
 
 def sketch_models(options: ModelOptions, refs: Refs, say: "Talk", folder: Path) -> Models:
@@ -139,23 +125,73 @@ def sketch_models(options: ModelOptions, refs: Refs, say: "Talk", folder: Path) 
         UsageError: a download was not agreed to.
         UnsupportedModelError: the target is known not to run.
     """
+    found = _look_up(options, refs, say)
+    target = _sketched(found.target, folder)
+    draft = None if found.draft is None else _sketched(found.draft, folder)
+    if target is None or (draft is None and found.draft is not None):
+        return _obtained(options, refs, found, say)
+    if found.are_here:
+        return _together(options, refs, target, draft, found.draft_note)
+    return Models(target, draft, found.draft_note)  # no vocabularies to compare yet
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The models, or what it takes to have them; `draft` None is plain decoding, and `draft_note` says why."""
+
+    target: "ModelSource | Missing"
+    draft: "ModelSource | Missing | None"
+    draft_note: str
+
+    @property
+    def are_here(self) -> bool:
+        """Whether nothing has to be downloaded or made."""
+        return isinstance(self.target, ModelSource) and (self.draft is None or isinstance(self.draft, ModelSource))
+
+
+def _look_up(options: ModelOptions, refs: Refs, say: "Talk") -> _Found:
+    """Where the target is and which draft it gets; nothing is downloaded, and what cannot run is refused first."""
     from specchat.models.hub import look_up
 
     _refuse_unsupported(refs.target)
-    found = look_up(refs.target, offline=options.offline, warn=say.warn)
+    target = look_up(refs.target, offline=options.offline, warn=say.warn)
     choice = _choose_draft(options, refs, say)
-    target = _sketched(found, folder)
-    draft = None if choice.found is None else _sketched(choice.found, folder)
-    if target is None or (draft is None and choice.found is not None):
-        return locate_models(options, refs, say)
-    if draft is not choice.found:
-        return Models(target, draft, "")
-    if not isinstance(found, ModelSource):  # no vocabulary to compare yet
-        return Models(target, choice.found, choice.note)
-    if choice.found is not None:
-        return _paired(options, target, choice.found)
-    relative = _relative(target) if options.draft == "auto" and refs.target.kind in ("hub", "folder") else None
-    return Models(target, relative, choice.note)
+    return _Found(target, choice.found, choice.note)
+
+
+def _obtained(options: ModelOptions, refs: Refs, found: _Found, say: "Talk") -> Models:
+    """Both models' files, once their downloads are agreed to, in one question.
+
+    Raises:
+        UnsupportedModelError: by its configuration, the target cannot run; it is not downloaded for nothing.
+    """
+    from specchat.models.hub import Download, agree, sketch
+
+    if isinstance(found.target, Download):
+        from specchat.models.hf_compat import load_config  # with torch
+
+        load_config(sketch(found.target, Path()).path)
+    agree(
+        [each for each in (found.target, found.draft) if isinstance(each, Download)],
+        lambda downloads: options.yes or _agreed(downloads, found.target),
+    )
+    target = _obtain(found.target, say)
+    draft = None if found.draft is None else _obtain(found.draft, say)
+    return _together(options, refs, target, draft, found.draft_note)
+
+
+def _together(
+    options: ModelOptions, refs: Refs, target: ModelSource, draft: ModelSource | None, draft_note: str
+) -> Models:
+    """A target and its draft: one that nobody asked for must fit, and where none is known a relative may do."""
+    from specchat.models.drafts import fits, relative_in_cache
+
+    if draft is not None:
+        if options.draft != "auto" or fits(target, draft):
+            return Models(target, draft, "")
+        return Models(target, None, f"plain decoding: {draft.name} has another vocabulary")
+    may_have_relatives = options.draft == "auto" and refs.target.kind in ("hub", "folder")
+    return Models(target, relative_in_cache(target) if may_have_relatives else None, draft_note)
 
 
 def _sketched(found: "ModelSource | Missing", folder: Path) -> ModelSource | None:
@@ -187,21 +223,6 @@ def _choose_draft(options: ModelOptions, refs: Refs, say: "Talk") -> "DraftChoic
     if options.draft == "none":
         return DraftChoice(None, "no draft")
     return choose_draft(refs.target, offline=options.offline, warn=say.warn)
-
-
-def _paired(options: ModelOptions, target: ModelSource, draft: ModelSource) -> Models:
-    """Both; a draft that nobody asked for must fit."""
-    from specchat.models.drafts import fits
-
-    if options.draft == "auto" and not fits(target, draft):
-        return Models(target, None, f"plain decoding: {draft.name} has another vocabulary")
-    return Models(target, draft, "")
-
-
-def _relative(target: ModelSource) -> ModelSource | None:
-    from specchat.models.drafts import relative_in_cache
-
-    return relative_in_cache(target)
 
 
 def _obtain(found: "ModelSource | Missing", say: "Talk") -> ModelSource:

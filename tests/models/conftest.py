@@ -1,24 +1,14 @@
 """Fixtures for whatever asks the hub."""
 
-import threading
-from http.server import ThreadingHTTPServer
-
 import pytest
 from huggingface_hub.utils import close_session
-from support.fake_hub import FakeHub, Handler, point_to
+from support.fake_hub import point_to, serving
 
 
 @pytest.fixture
 def server():
-    hub = FakeHub()
-    handler = type("BoundHandler", (Handler,), {"hub": hub})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
-        httpd.daemon_threads = True
-        hub.url = f"http://127.0.0.1:{httpd.server_address[1]}"
-        thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-        thread.start()
+    with serving() as hub:
         yield hub
-        httpd.shutdown()
 
 
 @pytest.fixture

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -129,6 +131,20 @@ class Handler(BaseHTTPRequestHandler):
             )
         else:
             self.reply(200, body, X_Repo_Commit=commit, ETag=f'"{hashlib.sha1(body).hexdigest()}"')
+
+
+@contextmanager
+def serving() -> Iterator[FakeHub]:
+    """A hub on the loopback interface, as long as it lasts."""
+    hub = FakeHub()
+    handler = type("BoundHandler", (Handler,), {"hub": hub})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.daemon_threads = True
+        hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        thread.start()
+        yield hub
+        server.shutdown()
 
 
 def point_to(monkeypatch, url: str, cache: Path) -> None:

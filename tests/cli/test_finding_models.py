@@ -1,0 +1,111 @@
+"""Finding the models of a run on a loopback hub: in one way, whether they are loaded or only planned for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from huggingface_hub.utils import close_session
+from support.fake_hub import FakeHub, point_to, serving
+from support.tiny_models import make_config, random_model, save
+
+from specchat.cli import models as shared
+from specchat.cli.options import ModelOptions
+from specchat.errors import UnsupportedModelError, UsageError
+from specchat.ui.console import talk
+
+NO_DRAFT = "plain decoding: no draft known for this model"
+LARGE, SMALL = "org/large", "org/small"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    with serving() as served:
+        point_to(monkeypatch, served.url, tmp_path / "hub")
+        yield served
+    close_session()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, dict[str, bytes]]:
+    """Two checkpoints of one kind and vocabulary."""
+    found = {}
+    for name, layers in ((SMALL, 2), (LARGE, 60)):
+        config = make_config("llama")
+        config.num_hidden_layers = layers
+        folder = save(random_model(config), tmp_path_factory.mktemp("checkpoints") / "model").path
+        found[name] = {file.name: file.read_bytes() for file in folder.iterdir()}
+    return found
+
+
+def options(model: str = LARGE, **changes) -> ModelOptions:
+    return ModelOptions(**{"model": model, "yes": True, "quiet": True} | changes)
+
+
+def locate(asked: ModelOptions) -> shared.Models:
+    return shared.locate_models(asked, shared.parse_models(asked), talk(quiet=True))
+
+
+def sketch(asked: ModelOptions, folder: Path) -> shared.Models:
+    return shared.sketch_models(asked, shared.parse_models(asked), talk(quiet=True), folder)
+
+
+def weights_asked_for(hub: FakeHub) -> list[str]:
+    """Requests for weights themselves; those for their sizes do not count."""
+    return [line for line in hub.requests if line.startswith("GET") and ("/cdn/" in line or ".safetensors" in line)]
+
+
+def test_an_unknown_model_has_no_draft_and_that_is_said(hub: FakeHub, files, tmp_path):
+    hub.publish(LARGE, files[LARGE])
+    planned = sketch(options(), tmp_path)
+    assert planned.draft is None and planned.draft_note == NO_DRAFT
+    assert weights_asked_for(hub) == []
+    located = locate(options())
+    assert located.draft is None and located.draft_note == NO_DRAFT
+    assert sketch(options(), tmp_path) == located  # now that it is here
+
+
+def test_an_unknown_model_is_drafted_for_by_a_relative_in_the_cache(hub: FakeHub, files, tmp_path):
+    for name in (SMALL, LARGE):
+        hub.publish(name, files[name])
+    locate(options(SMALL))
+    for found in (locate(options()), sketch(options(), tmp_path)):
+        assert found.draft is not None and found.draft.name == SMALL
+    for plain in (locate(options(draft="none")), sketch(options(draft="none"), tmp_path)):
+        assert plain.draft is None and plain.draft_note == "no draft"
+
+
+def test_a_known_draft_with_another_vocabulary_is_left_out(hub: FakeHub, files, tmp_path):
+    target, draft = "Qwen/Qwen3-8B", "Qwen/Qwen3-0.6B"
+    words = files[SMALL]["tokenizer.json"].replace(b'"w', b'"v')
+    hub.publish(target, files[LARGE])
+    hub.publish(draft, files[SMALL] | {"tokenizer.json": words})
+    assert sketch(options(target), tmp_path).draft is not None  # there are no vocabularies to compare yet
+    for found in (locate(options(target)), sketch(options(target), tmp_path)):
+        assert found.draft is None and found.draft_note == f"plain decoding: {draft} has another vocabulary"
+
+
+def test_one_question_is_asked_for_both_before_any_weights_are_downloaded(hub: FakeHub, files):
+    hub.publish("Qwen/Qwen3-8B", files[LARGE])
+    hub.publish("Qwen/Qwen3-0.6B", files[SMALL])
+    with pytest.raises(UsageError, match=r"Qwen/Qwen3-8B and Qwen/Qwen3-0\.6B"):
+        locate(options("Qwen/Qwen3-8B", yes=False))
+    assert weights_asked_for(hub) == []
+
+
+def test_what_cannot_run_is_refused_before_the_hub_is_asked(hub: FakeHub, tmp_path):
+    model = "Qwen/Qwen3-Next-80B-A3B-Instruct"
+    for find in (locate, lambda asked: sketch(asked, tmp_path)):
+        with pytest.raises(UnsupportedModelError, match="recurrent"):
+            find(options(model))
+    assert not hub.requests
+
+
+def test_what_cannot_run_by_its_configuration_is_not_downloaded(hub: FakeHub, files):
+    config = json.loads(files[LARGE]["config.json"])
+    pictures = {"model_type": "gemma3", "text_config": config}
+    hub.publish("org/pictures", files[LARGE] | {"config.json": json.dumps(pictures).encode()})
+    with pytest.raises(UnsupportedModelError, match="multimodal"):
+        locate(options("org/pictures"))
+    assert weights_asked_for(hub) == []
