@@ -17,7 +17,7 @@ from specchat.models.known_models import known_models
 from specchat.planner.offers import ANYTHING, find_offers, offer_of
 from specchat.planner.rates import rates_of
 
-_REPEATS = 5
+_REPEATS = 2
 
 
 def seconds(work) -> float:
