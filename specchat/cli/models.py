@@ -165,12 +165,10 @@ def _obtained(options: ModelOptions, refs: Refs, found: _Found, say: "Talk") -> 
     Raises:
         UnsupportedModelError: by its configuration, the target cannot run; it is not downloaded for nothing.
     """
-    from specchat.models.hub import Download, agree, sketch
+    from specchat.models.hub import Download, agree
 
     if isinstance(found.target, Download):
-        from specchat.models.hf_compat import load_config  # with torch
-
-        load_config(sketch(found.target, Path()).path)
+        _refuse_by_configuration(found.target)
     agree(
         [each for each in (found.target, found.draft) if isinstance(each, Download)],
         lambda downloads: options.yes or _agreed(downloads, found.target),
@@ -178,6 +176,13 @@ def _obtained(options: ModelOptions, refs: Refs, found: _Found, say: "Talk") -> 
     target = _obtain(found.target, say)
     draft = None if found.draft is None else _obtain(found.draft, say)
     return _together(options, refs, target, draft, found.draft_note)
+
+
+def _refuse_by_configuration(target: "Download") -> None:
+    from specchat.models.hf_compat import load_config  # with torch
+    from specchat.models.hub import sketch
+
+    load_config(sketch(target, Path()).path)
 
 
 def _together(

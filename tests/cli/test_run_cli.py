@@ -310,6 +310,7 @@ def test_a_download_is_agreed_to(fake, monkeypatch):
 
     monkeypatch.setattr("specchat.models.hub.look_up", look_up)
     monkeypatch.setattr("specchat.models.hub.agree", agree)
+    monkeypatch.setattr("specchat.cli.models._refuse_by_configuration", lambda _: None)  # there is none
     monkeypatch.setattr("specchat.models.hub.obtain", lambda download, **_: ModelSource(download.name, DEMO))
     monkeypatch.setattr("specchat.models.drafts.relative_in_cache", lambda _: None)
     assert "no draft known for this model" in fake("run", "org/name", "hi").err
