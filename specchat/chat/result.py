@@ -69,6 +69,7 @@ def plan_object(plan: Plan) -> dict[str, Any]:
         "generation_bytes": plan.generation_bytes,
         "device_budget_bytes": plan.device_budget_bytes,
         "host_bytes": plan.host_bytes,
+        "host_ledger": [asdict(item) for item in plan.host_ledger],
         "streamed_bytes_per_step": plan.streamed_bytes_per_step,
         "predicted_pass_s": None,
         "predicted_tokens_per_step": None,

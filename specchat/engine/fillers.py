@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from specchat.config import NUM_READERS, READ_WINDOW_BYTES
 from specchat.engine.slots import is_small, page_aligned
 from specchat.errors import CorruptCheckpointError
 from specchat.models.checkpoint import TensorInfo
@@ -22,14 +23,8 @@ from specchat.models.pack import Pack
 from specchat.models.pack_format import bytes_of, disk_errors
 from specchat.models.pack_verify import ChunkVerifier
 from specchat.models.weights import LayerLayout, WeightReader
-from specchat.units import MIB
 
 _PAGE = 4096
-# Two requests in flight keep an NVMe drive busy; more gain nothing and take processor time from computing.
-# Measured, cold, 16 MB each: 1.9-2.8 GB/s at 0.05 processor seconds per GB.
-_NUM_READERS = 2
-# Of a shard, read at a time: into memory of a thread's own, which the ledger does not know of.
-_WINDOW_BYTES = 8 * MIB
 _DAMAGED_SHARD = "delete the file and download it again"
 _DAMAGED_PACK = "delete that file: it is made anew"
 
@@ -80,7 +75,7 @@ class PackFiller:
         pack: one file per layer, its data page-aligned.
     """
 
-    num_workers = _NUM_READERS
+    num_workers = NUM_READERS
 
     def __init__(self, pack: Pack) -> None:
         self._layers = pack.layers
@@ -119,7 +114,7 @@ class ShardFiller:
         cached: indices of the layers that the page cache has room for.
     """
 
-    num_workers = _NUM_READERS
+    num_workers = NUM_READERS
 
     def __init__(self, reader: WeightReader, layouts: Mapping[int, LayerLayout], cached: Collection[int]) -> None:
         assert reader.serves
@@ -131,7 +126,7 @@ class ShardFiller:
         self._windows = SimpleQueue[Tensor]()
         if self._cached < layouts.keys():
             for _ in range(self.num_workers):
-                self._windows.put(page_aligned(_WINDOW_BYTES))
+                self._windows.put(page_aligned(READ_WINDOW_BYTES))
 
     def chunks(self, index: int, slot: Tensor) -> Sequence[Callable[[], None]]:
         """One piece of work for each window of a shard that has something of the layer, in file order."""
@@ -269,7 +264,7 @@ class _Piece:
     @property
     def window(self) -> tuple[Path, int]:
         """The part of the file that it lies in."""
-        return self.path, self.begin // _WINDOW_BYTES
+        return self.path, self.begin // READ_WINDOW_BYTES
 
 
 def _windows(tensors: Sequence[tuple[TensorInfo, int]]) -> Iterator[tuple[Path, list[_Piece]]]:
@@ -288,6 +283,6 @@ def _pieces(info: TensorInfo, target: int) -> Iterator[_Piece]:
     """A tensor, cut where a window ends."""
     begin, end = info.offset, info.offset + info.nbytes
     while begin < end:
-        cut = min(end, (begin // _WINDOW_BYTES + 1) * _WINDOW_BYTES)
+        cut = min(end, (begin // READ_WINDOW_BYTES + 1) * READ_WINDOW_BYTES)
         yield _Piece(info.file, begin, target + begin - info.offset, cut - begin)
         begin = cut

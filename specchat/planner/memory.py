@@ -4,13 +4,15 @@ Weights and caches are exact. A pass, the walk down the tree and the growth of t
 memory, so workspaces are listed as a pass needs them, and the others with what they need beyond that.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from specchat.config import (
     DTYPE_BYTES,
     HEAD_BLOCK_ROWS,
     NOISE_ROWS,
+    NUM_READERS,
+    READ_WINDOW_BYTES,
     Activations,
     Dtype,
     LedgerItem,
@@ -20,6 +22,9 @@ from specchat.config import (
     draft_width,
 )
 from specchat.models.geometry import dequantize_bytes, layer_bytes
+
+# What a process holds that has imported torch and transformers and checked a model; measured with builds for CPUs.
+RUNTIME_BYTES = 400 * 2**20
 
 _ROW_ALIGNMENT = 16
 _CHUNK_STEP = 64
@@ -98,6 +103,33 @@ def build_ledger(
     if work.reserve_bytes:
         items.append(LedgerItem(_RESERVE, work.reserve_bytes))
     return tuple(items)
+
+
+def build_host_ledger(
+    sizes: Mapping[int, int], in_ram: Sequence[int], slots: int, device: str
+) -> tuple[LedgerItem, ...]:
+    """Every item that lives in host memory beside the ledger's.
+
+    Args:
+        sizes: bytes of the streamed layers, by index.
+        in_ram: those of them that stay in host memory between passes.
+        slots: staging buffers.
+        device: where passes run.
+
+    Returns:
+        Items; those of the page cache, which the system takes back where it needs them, say so.
+    """
+    kept = sum(sizes[i] for i in in_ram)
+    read = [size for i, size in sizes.items() if i not in in_ram]
+    items = [LedgerItem("Python and libraries", RUNTIME_BYTES)]
+    if device == "cpu":
+        items.append(LedgerItem("layers in the page cache", kept))
+    else:
+        items.append(LedgerItem("pinned layers", kept))
+        items.append(LedgerItem("pinned slots", min(slots, len(read)) * max(read, default=0)))
+    if read:
+        items.append(LedgerItem("reading", NUM_READERS * READ_WINDOW_BYTES))
+    return tuple(item for item in items if item.bytes)
 
 
 def with_trees(

@@ -18,7 +18,7 @@ from specchat.hardware.probe import find_hardware, find_machine, remembered
 from specchat.models.geometry import describe, layer_bytes, weight_bytes
 from specchat.planner.cost import DEMO_ACCEPTANCE, TYPICAL_ACCEPTANCE, Acceptance, CostModel, Placement, Prediction
 from specchat.planner.explain import Alternative, Choice, Chosen
-from specchat.planner.memory import Workload, build_ledger
+from specchat.planner.memory import Workload, build_host_ledger, build_ledger
 from specchat.planner.rates import UNKNOWN_RATES, Rates, rates_of
 from specchat.planner.statistics import Statistics, load
 from specchat.units import GIB, MIB, format_bytes
@@ -367,6 +367,7 @@ class _Candidate:
             host_bytes=0 if machine.device == "cpu" else _host_bytes(sizes, self.in_ram, work.slots),
             streamed_bytes_per_step=sum(sizes.values()),
             in_ram=self.in_ram,
+            host_ledger=build_host_ledger(sizes, self.in_ram, work.slots, machine.device),
         )
 
 

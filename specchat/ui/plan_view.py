@@ -35,14 +35,22 @@ def plan_text(target: ModelSource, chosen: Chosen, draft_note: str, width: int) 
         facts.insert(1, ("draft", draft_note))
     if plan.streamed:
         facts.append(("streamed", f"{format_bytes(plan.streamed_bytes_per_step)} a pass, from {_places(plan)}"))
-    if plan.host_bytes:
-        facts.append(("host memory", format_bytes(plan.host_bytes)))
     ledger = [(item.item, format_bytes(item.bytes)) for item in plan.ledger]
     ledger.append(("sum", f"{format_bytes(plan.device_bytes)} of {format_bytes(plan.device_budget_bytes)}"))
     ledger.append(("without weights", f"{format_bytes(plan.generation_bytes)}, the memory that generating takes"))
     memory = "RAM" if plan.device == "cpu" else "VRAM"
     choices = _stacked(chosen.choices, width) if width < _NARROW else _side_by_side(chosen.choices, width)
-    return "\n".join([*_facts(facts, width), "", *choices, "", f"{memory}:", *_facts(ledger, width, indent="  ")])
+    account = [f"{memory}:", *_facts(ledger, width, indent="  "), *_host_account(plan, width)]
+    return "\n".join([*_facts(facts, width), "", *choices, "", *account])
+
+
+def _host_account(plan: Plan, width: int) -> list[str]:
+    """What host memory holds beside the ledger."""
+    if not plan.host_ledger:
+        return []
+    rows = [(item.item, format_bytes(item.bytes)) for item in plan.host_ledger]
+    rows.append(("sum", format_bytes(sum(item.bytes for item in plan.host_ledger))))
+    return ["", "RAM beside that:" if plan.device == "cpu" else "RAM:", *_facts(rows, width, indent="  ")]
 
 
 def speed_text(prediction: Prediction) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import threading
 import weakref
 from dataclasses import dataclass, replace
@@ -179,3 +182,63 @@ def test_other_trees_on_the_same_layers(tmp_path: Path):
             assert scored == [1 + step.tree_nodes for step in steps] and max(scored) > 20
     assert max(scored) == HEAD_BLOCK_ROWS
     assert texts[0] == texts[1]
+
+
+MEMORY_OF_A_PROCESS = """
+import json, sys
+from pathlib import Path
+from specchat.cli import models as shared
+from specchat.cli.options import ModelOptions
+from specchat.config import Sampling
+from specchat.engine.engine import Engine
+from specchat.engine.selfcheck import check_architecture
+from specchat.models.hf_compat import load_tokenizer
+from specchat.ui.console import talk
+from specchat.ui.progress import TalkReporter
+
+def held():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith("Rss")}
+
+vram, ram, quant = sys.argv[1:]
+options = ModelOptions(
+    model="shape:hidden=512,layers=12,heads=8,kv_heads=4,head_dim=64,mlp=2048,dtype=fp32", device="cpu", dtype="fp32",
+    vram_bytes=int(vram), ram_bytes=int(ram), quant=quant, ctx=256, tree_budget=16, quiet=True)
+found = shared.locate_models(options, shared.parse_models(options), talk(quiet=True))
+plan = shared.make_plan(options, found, keeps_draft=True).plan
+pack = shared.make_pack(found.target, plan, TalkReporter(talk(quiet=True)))
+for source in (found.target, found.draft):
+    check_architecture(source)
+ids = load_tokenizer(found.target.path).encode("Tell me a story about a fox. " * 20)
+before = held()
+with Engine.load(plan, found.target, found.draft, pack) as engine:
+    for _ in engine.generate(ids[:200], Sampling(), stop_ids=frozenset(), max_tokens=24):
+        pass
+    after = held()
+print(json.dumps({"before": before, "after": after, "device": plan.device_bytes,
+    "host": {item.item: item.bytes for item in plan.host_ledger}, "disk": plan.tiers.count("disk"),
+    "ram": len(plan.in_ram), "pack": pack is not None}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc")
+@pytest.mark.parametrize(
+    ("vram", "ram", "quant"),
+    [(60 << 20, 1 << 20, "none"), (60 << 20, 1 << 30, "none"), (60 << 20, 1 << 30, "int8"), (1 << 30, 1 << 20, "none")],
+    ids=["disk", "page cache", "mapped", "resident"],
+)
+def test_a_process_grows_by_what_its_ledgers_say(vram: int, ram: int, quant: str):
+    """Anonymous memory by the ledger, memory of files by what is mapped; libraries beforehand by their item."""
+    command = [sys.executable, "-c", MEMORY_OF_A_PROCESS, str(vram), str(ram), quant]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    before, after, host = found["before"], found["after"], found["host"]
+    print(found)
+    grown = {kind: after[kind] - before[kind] for kind in ("RssAnon", "RssFile")}
+    reading, mib = host.get("reading", 0), 1 << 20
+    # what allocators keep, and code of libraries that is used for the first time
+    assert grown["RssAnon"] <= found["device"] + reading + 32 * mib
+    assert grown["RssAnon"] >= 0.5 * found["device"]
+    mapped = host.get("layers in the page cache", 0) if found["pack"] else 0
+    assert 0.95 * mapped <= grown["RssFile"] <= mapped + 48 * mib
+    assert sum(before.values()) == pytest.approx(host["Python and libraries"], rel=0.25)

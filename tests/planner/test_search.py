@@ -21,7 +21,7 @@ from specchat.hardware.machine import Machine
 from specchat.models.catalog import demo_source
 from specchat.models.geometry import describe, layer_bytes
 from specchat.models.hf_compat import load_tokenizer
-from specchat.planner.memory import Workload, build_ledger
+from specchat.planner.memory import RUNTIME_BYTES, Workload, build_ledger
 from specchat.planner.rates import UNKNOWN_RATES, Rate
 from specchat.planner.search import (
     CUDA_RESERVE_BYTES,
@@ -242,6 +242,13 @@ def test_as_many_layers_stay_in_host_memory_as_fit(spec: ModelSpec, budget: int,
     assert not on_disk or sum(sizes[i] for i in more) > ram
     slots_bytes = min(plan.slots, len(on_disk)) * max((sizes[i] for i in on_disk), default=0)
     assert plan.host_bytes == (0 if device == "cpu" else kept_bytes + slots_bytes)
+    host = {item.item: item.bytes for item in plan.host_ledger}
+    assert host.pop("Python and libraries") == RUNTIME_BYTES
+    assert host.pop("reading", 0) == (16 << 20 if on_disk else 0)
+    if device == "cpu":
+        assert host == ({"layers in the page cache": kept_bytes} if kept_bytes else {})
+    else:
+        assert sum(host.values()) == plan.host_bytes and host.get("pinned layers", 0) == kept_bytes
 
 
 def test_host_memory_leaves_room_for_the_rest_of_the_machine():
