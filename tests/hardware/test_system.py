@@ -114,9 +114,9 @@ def test_a_containers_limit_is_what_there_is():
 
 def test_a_users_name_is_not_in_the_report(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert verdicts._from_home(tmp_path / ".cache" / "specchat") == "~/.cache/specchat"
-    assert verdicts._from_home(tmp_path) == str(tmp_path)
-    assert verdicts._from_home(tmp_path.parent / "other") == str(tmp_path.parent / "other")
+    assert verdicts.from_home(tmp_path / ".cache" / "specchat") == "~/.cache/specchat"
+    assert verdicts.from_home(tmp_path) == str(tmp_path)
+    assert verdicts.from_home(tmp_path.parent / "other") == str(tmp_path.parent / "other")
 
 
 @pytest.mark.parametrize(
