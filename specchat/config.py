@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -213,7 +214,7 @@ class ModelSpec:
     def __hash__(self) -> int:  # of all the fields it would take longer than what is worth remembering by it
         return hash((self.name, self.quant, self.num_params))
 
-    @property
+    @cached_property
     def kv_numbers_per_row(self) -> int:
         """Numbers that all layers together store for one token."""
         return sum(shape.numbers_per_row for shape in self.kv_shapes)

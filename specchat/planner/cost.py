@@ -314,6 +314,7 @@ class _Compute:
         self._rates = rates
         self._dtype: Dtype = dtype
         self._on_cpu = on_cpu
+        self._weight_s: dict[float, float] = {}
 
     def pass_s(self, rows: int) -> float:
         """All layers, resident, and the scores of every row: a batch of a draft."""
@@ -336,16 +337,19 @@ class _Compute:
 
     def weight_s(self, rows: float) -> float:
         """Seconds for one weight of a matrix that so many rows are multiplied with."""
+        if rows not in self._weight_s:  # asked for a hundred times in a search
+            self._weight_s[rows] = self._interpolated(rows) * self._dtype_factor(rows)
+        return self._weight_s[rows]
+
+    def _interpolated(self, rows: float) -> float:
         rates = self._rates.matmul
         above = next((i for i, rate in enumerate(rates) if rate.rows >= rows), len(rates))
         if above == 0 or len(rates) == 1:
-            seconds = 2 * rates[0].rows / rates[0].flop_per_s
-        elif above == len(rates):
-            seconds = 2 * rows / rates[-1].flop_per_s
-        else:
-            (x0, y0), (x1, y1) = ((r.rows, 2 * r.rows / r.flop_per_s) for r in rates[above - 1 : above + 1])
-            seconds = y0 + (y1 - y0) * (rows - x0) / (x1 - x0)
-        return seconds * self._dtype_factor(rows)
+            return 2 * rates[0].rows / rates[0].flop_per_s
+        if above == len(rates):
+            return 2 * rows / rates[-1].flop_per_s
+        (x0, y0), (x1, y1) = ((r.rows, 2 * r.rows / r.flop_per_s) for r in rates[above - 1 : above + 1])
+        return y0 + (y1 - y0) * (rows - x0) / (x1 - x0)
 
     def _dtype_factor(self, rows: float) -> float:
         """Of the dtype against that of the measurement: by bytes for few rows, by arithmetic for many."""

@@ -21,7 +21,7 @@ from specchat.config import (
     RowCost,
     draft_width,
 )
-from specchat.models.geometry import dequantize_bytes, layer_bytes
+from specchat.models.geometry import dequantize_bytes, layer_sizes
 
 # What a process holds that has imported torch and transformers and checked a model; measured with builds for CPUs.
 RUNTIME_BYTES = 400 * 2**20
@@ -85,15 +85,16 @@ def build_ledger(
         that a conversation of `ctx` tokens can need.
     """
     streamed = set(range(target.num_layers)) - set(resident)
-    slot_bytes = max((layer_bytes(target, i, work.dtype) for i in streamed), default=0)
+    sizes = layer_sizes(target, work.dtype)
+    slot_bytes = max((sizes[i] for i in streamed), default=0)
     items = [
-        LedgerItem("resident layers", sum(layer_bytes(target, i, work.dtype) for i in resident)),
+        LedgerItem("resident layers", sum(sizes[i] for i in resident)),
         LedgerItem("slots", work.slots * slot_bytes if streamed else 0),
         LedgerItem("embeddings and head", _other_bytes(target, work.dtype)),
         LedgerItem("KV cache", _kv_bytes(target, work.dtype, work.ctx + work.tree_budget)),
     ]
     if draft is not None:
-        layers = sum(layer_bytes(draft, i, work.dtype) for i in range(draft.num_layers))
+        layers = sum(layer_sizes(draft, work.dtype))
         items.append(LedgerItem("draft", layers + _other_bytes(draft, work.dtype)))
         items.append(LedgerItem("draft KV cache", _kv_bytes(draft, work.dtype, work.ctx + work.draft_rows)))
     models = [target] if draft is None else [target, draft]

@@ -528,12 +528,11 @@ class _Shelves:
                 return _Placed(replace(work, slots=slots_needed), resident, beside + need)
         return None
 
-    def _divisions(self, slots: int) -> list[tuple[int, int, int]]:
+    def _divisions(self, slots: int) -> Iterator[tuple[int, int, int]]:
         """(resident layers, bytes with slots, slots), most resident ones first."""
-        return [
-            (count, self._needs[count][0] + slots_needed * self._needs[count][1], slots_needed)
-            for count, slots_needed in _divisions(len(self.sizes), slots)
-        ]
+        for count, slots_needed in _divisions(len(self.sizes), slots):
+            resident_bytes, largest = self._needs[count]
+            yield count, resident_bytes + slots_needed * largest, slots_needed
 
     @cached_property
     def _needs(self) -> list[tuple[int, int]]:
