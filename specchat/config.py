@@ -31,8 +31,8 @@ WEIGHT_ITEMS = frozenset({"resident layers", "slots", "embeddings and head", "dr
 HEAD_BLOCK_ROWS = 8
 # Rows of noise that are kept; drafter and walk look at the same few positions ahead.
 NOISE_ROWS = 64
-# Threads that read layers. Two requests in flight keep an NVMe drive busy; more gain nothing and take processor time
-# from computing. Measured, cold, 16 MB each: 1.9-2.8 GB/s at 0.05 processor seconds per GB.
+# Threads that read layers from files that are not laid out for it: each copies what it has read to its place. Packs are
+# read into their places, by `hardware.disk.READ_THREADS`. A third one gains a tenth here, and takes a window more.
 NUM_READERS = 2
 # What each of them reads at a time of a file that is not laid out for it, into memory of its own.
 READ_WINDOW_BYTES = 8 * 2**20

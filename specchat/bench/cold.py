@@ -1,4 +1,8 @@
-"""Passes by themselves, in turn with raw reads of the files they stream from; cold, each from an empty page cache."""
+"""Passes by themselves, in turn with raw reads of the files they stream from; cold, each from an empty page cache.
+
+Every other round goes backwards: a disk that has rested, or that has just been read, may be faster or slower for a
+while, and nobody is to have the better turn in all rounds.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from specchat.hardware.disk import evict, read_raw, resident_share
 TimePass = Callable[[], tuple[float, int | None]]
 
 PAIRS = 5
+_RAW = "raw"
 RESIDENT = "resident"  # our own passes with every layer in memory: as fast as streaming can become
 
 
@@ -105,14 +110,20 @@ def measure_rounds(
         num_rounds: how many.
     """
     shares: list[float] = []
-    seconds: dict[str, list[float]] = {name: [] for name in systems}
-    raw_seconds: list[float] = []
+    seconds: dict[str, list[float]] = {name: [] for name in (_RAW, *systems)}
     raw_direct = True
     streamed_bytes = raw_bytes = 0
 
     def prepare() -> None:
         shares.append(evict(files.every) if cold else resident_share(files.own))
 
+    def time_raw() -> tuple[float, int | None]:
+        nonlocal raw_bytes, raw_direct
+        raw = read_raw(files.own, direct=direct)
+        raw_bytes, raw_direct = raw.num_bytes, raw_direct and raw.direct
+        return raw.seconds, None
+
+    turns = [(_RAW, time_raw), *systems.items()]
     what = "cold passes" if cold else "passes from the page cache"
     for number in range(-1, num_rounds):  # round -1 warms up and does not count
         if cancel.is_set():
@@ -120,27 +131,21 @@ def measure_rounds(
         report(f"{what}, round {number + 1} of {num_rounds}")
         if number < 0:
             shares.clear()
-        prepare()
-        raw = read_raw(files.own, direct=direct)
-        raw_bytes, raw_direct = raw.num_bytes, raw_direct and raw.direct
-        raw_seconds.append(raw.seconds)
-        for name, time_pass in systems.items():
+        for name, time_pass in turns if number % 2 == 0 else reversed(turns):
             if cancel.is_set():
                 return None
             prepare()
             spent, num_bytes = time_pass()
             seconds[name].append(spent)
             streamed_bytes = streamed_bytes if num_bytes is None else num_bytes
-    per_round = 1 + len(systems)
-    counted_shares = shares[per_round:]
+    counted_shares = shares[len(turns) :]
     return PassRounds(
         rows=rows,
         cold=cold,
-        raw=PassSeries(tuple(raw_seconds[1:]), raw_bytes),
+        raw=PassSeries(tuple(seconds[_RAW][1:]), raw_bytes),
         raw_direct=raw_direct,
         systems={
-            name: PassSeries(tuple(times[1:]), 0 if name == RESIDENT else streamed_bytes)
-            for name, times in seconds.items()
+            name: PassSeries(tuple(seconds[name][1:]), 0 if name == RESIDENT else streamed_bytes) for name in systems
         },
         resident_share=max(counted_shares) if cold else min(counted_shares),
     )

@@ -18,6 +18,7 @@ from torch import Tensor
 from specchat.config import NUM_READERS, READ_WINDOW_BYTES
 from specchat.engine.slots import is_small, page_aligned
 from specchat.errors import CorruptCheckpointError
+from specchat.hardware.disk import READ_THREADS
 from specchat.models.checkpoint import TensorInfo
 from specchat.models.pack import Pack
 from specchat.models.pack_format import bytes_of, disk_errors
@@ -75,7 +76,7 @@ class PackFiller:
         pack: one file per layer, its data page-aligned.
     """
 
-    num_workers = NUM_READERS
+    num_workers = READ_THREADS
 
     def __init__(self, pack: Pack) -> None:
         self._layers = pack.layers

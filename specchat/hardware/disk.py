@@ -19,7 +19,9 @@ from specchat.errors import NotAvailableError, SpecchatError
 from specchat.units import MIB
 
 MAX_RESIDENT_SHARE = 0.01
-READ_THREADS = 2
+# Two requests in flight keep an NVMe drive busy, but while the processor is, a thread that has to begin the next one
+# comes late: two more are under way by then. Alone, 2 to 4 threads read equally fast here (2.5 GB/s, 16 MiB each).
+READ_THREADS = 4
 CHUNK_BYTES = 16 * MIB
 
 _QUIET_S = 0.05
@@ -81,7 +83,7 @@ def resident_share(files: Iterable[Path]) -> float:
 
 
 def read_raw(files: Sequence[Path], *, direct: bool) -> RawRead:
-    """Reads files in chunks from two threads, in order, as a streamer does that has nothing to wait for.
+    """Reads files in chunks from several threads, in order, as a streamer does that has nothing to wait for.
 
     Args:
         files: each from beginning to end.
