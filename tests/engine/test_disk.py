@@ -209,7 +209,7 @@ def write_shards(source: ModelSource, folder: Path, num_shards: int, rng: random
 def test_shards_as_they_lie_give_the_same_bits(
     num_shards: int, in_ram: Collection[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("specchat.engine.fillers._WINDOW_BYTES", 2 * 4096)  # so that tensors are cut
+    monkeypatch.setattr("specchat.engine.fillers.READ_WINDOW_BYTES", 2 * 4096)  # so that tensors are cut
     whole, prompt = save(random_model(make_config("llama")), tmp_path / "model"), random_prompt(20, VOCAB)
     expected = hidden(load(whole, None, resident=None, slots=0, tier="disk"), prompt)
     for seed in range(2):
