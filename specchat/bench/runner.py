@@ -74,8 +74,9 @@ class _Pace:
 
     @property
     def answer_s(self) -> float:
-        """An answer."""
-        return self.spent_s / self.done if self.done else self.warm_up_s
+        """An answer; the warm-up counts as one, of full length, for the first ones may happen to be short."""
+        counted = self.done + (self.warm_up_s > 0)
+        return (self.spent_s + self.warm_up_s) / max(counted, 1)
 
     @property
     def pass_s(self) -> float:
