@@ -181,8 +181,11 @@ def _obtained(options: ModelOptions, refs: Refs, found: _Found, say: "Talk") -> 
 def _refuse_by_configuration(target: "Download") -> None:
     from specchat.models.hf_compat import load_config  # with torch
     from specchat.models.hub import sketch
+    from specchat.models.recipes import comes_quantized
 
-    load_config(sketch(target, Path()).path)
+    sketched = sketch(target, Path())
+    load_config(sketched.path)
+    comes_quantized(sketched)  # in a way that can be read
 
 
 def _together(

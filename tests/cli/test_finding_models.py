@@ -102,10 +102,16 @@ def test_what_cannot_run_is_refused_before_the_hub_is_asked(hub: FakeHub, tmp_pa
     assert not hub.requests
 
 
-def test_what_cannot_run_by_its_configuration_is_not_downloaded(hub: FakeHub, files):
-    config = json.loads(files[LARGE]["config.json"])
-    pictures = {"model_type": "gemma3", "text_config": config}
-    hub.publish("org/pictures", files[LARGE] | {"config.json": json.dumps(pictures).encode()})
-    with pytest.raises(UnsupportedModelError, match="multimodal"):
-        locate(options("org/pictures"))
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"model_type": "gemma3", "text_config": {}}, "multimodal"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "mxfp4"),
+    ],
+)
+def test_what_cannot_run_by_its_configuration_is_not_downloaded(hub: FakeHub, files, changes, reason):
+    config = json.loads(files[LARGE]["config.json"]) | changes
+    hub.publish(LARGE, files[LARGE] | {"config.json": json.dumps(config).encode()})
+    with pytest.raises(UnsupportedModelError, match=reason):
+        locate(options())
     assert weights_asked_for(hub) == []
