@@ -311,7 +311,8 @@ def _plan_request(options: ModelOptions, models: Models) -> "PlanRequest":
         slots=options.slots,
         quant=options.quant,
         draft_quant=options.draft_quant,
-        draft_is_open=options.draft == "auto",
+        # who asks for trees of some size wants them grown
+        draft_is_open=options.draft == "auto" and options.tree_budget is None,
     )
 
 

@@ -207,7 +207,7 @@ def test_the_plan(specchat):
 @pytest.fixture(scope="module")
 def answer():
     command = [sys.executable, "-m", "specchat", "run", "demo", "Tell me a story about a fox."]
-    settings = ["--seed", "1", "--max-tokens", "12", "--json"]
+    settings = ["--seed", "1", "--max-tokens", "12", "--tree-budget", "64", "--json"]
     return subprocess.run([*command, *settings], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
 
 
@@ -230,7 +230,17 @@ def test_stderr_has_the_banner_and_nothing_of_the_libraries(answer):
 
 def test_text_and_json_stream_say_the_same(answer, specchat):
     expected = json.loads(answer.stdout)
-    question = ("run", "demo", "Tell me a story about a fox.", "--seed", "1", "--max-tokens", "12")
+    question = (
+        "run",
+        "demo",
+        "Tell me a story about a fox.",
+        "--seed",
+        "1",
+        "--max-tokens",
+        "12",
+        "--tree-budget",
+        "64",
+    )
     text = specchat(*question)
     assert text.out == expected["message"]["content"] + "\n"
     assert "tok/pass" in text.err
@@ -245,7 +255,17 @@ def test_text_and_json_stream_say_the_same(answer, specchat):
 
 def test_a_small_budget_streams_and_changes_nothing(answer, specchat):
     expected = json.loads(answer.stdout)
-    question = ("run", "demo", "Tell me a story about a fox.", "--seed", "1", "--max-tokens", "12")
+    question = (
+        "run",
+        "demo",
+        "Tell me a story about a fox.",
+        "--seed",
+        "1",
+        "--max-tokens",
+        "12",
+        "--tree-budget",
+        "64",
+    )
     small = json.loads(specchat(*question, "--vram", "40MiB", "--json").out)
     assert small["token_ids"] == expected["token_ids"]
     memory = small["memory"]

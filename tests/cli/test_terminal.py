@@ -29,7 +29,8 @@ def known_demo():
 
 
 def test_two_turns_with_the_demo(known_demo):
-    with Terminal("specchat", "run", "demo", "--seed", "1", "--max-tokens", "40", columns=120) as terminal:
+    arguments = ("--seed", "1", "--max-tokens", "40", "--tree-budget", "64")
+    with Terminal("specchat", "run", "demo", *arguments, columns=120) as terminal:
         terminal.wait_for_prompt()
         assert "a toy model for exercising the software" in terminal.screen
         assert re.search(r"RAM .* \(resident .*, draft .*, KV .* @1024, work .*\) · nothing streamed", terminal.screen)

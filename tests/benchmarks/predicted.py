@@ -1,0 +1,182 @@
+"""Predicted and measured speed of many plans, and the chosen plan against others, on this machine's disk.
+
+    PYTHONPATH=. python tests/benchmarks/predicted.py [--only N] [--no-grid]
+
+Every configuration is predicted from rates that are measured first, without what earlier chats have shown, and then
+answers questions; what streams comes from the disk, past the page cache. Speeds are of steps that read one new token:
+tokens over seconds. The grid measures each plan once, and then the three fastest and the chosen one three times more,
+interleaved. Fails above a median error of 15%, or where a chosen plan reaches less than 0.90 of the best one.
+Takes about eight minutes and 4 GB of disk (SPECCHAT_CACHE_DIR) on two cores; run it on a quiet machine.
+"""
+
+import argparse
+import itertools
+import os
+import statistics
+import sys
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+from specchat.bench.prompts import BUILT_IN
+from specchat.cli import models as shared
+from specchat.cli.options import ModelOptions
+from specchat.config import Message, Sampling, cache_folder
+from specchat.engine.engine import Engine
+from specchat.errors import DoesNotFitError, SpecchatError
+from specchat.hardware.disk import evict
+from specchat.hardware.probe import probe
+from specchat.models.hf_compat import load_tokenizer
+from specchat.ui.console import talk
+from specchat.ui.progress import TalkReporter
+from specchat.units import MIB
+
+WIDE = "shape:hidden=2048,layers=12,heads=16,kv_heads=4,head_dim=128,mlp=7168"
+DEEP = "shape:hidden=1024,layers=24,heads=8,kv_heads=4,head_dim=128,mlp=3584"
+MAX_TOKENS, QUESTIONS = 32, 3
+MEDIAN_ERROR, LEAST_SHARE = 0.15, 0.90
+STREAMED = {"ram_bytes": 0, "ctx": 512, "device": "cpu", "yes": True, "quiet": True}
+CONFIGURATIONS = [
+    *(
+        ModelOptions(model=model, quant=quant, vram_bytes=vram * MIB, tree_budget=budget, **STREAMED)
+        for model, quant, vram, budget in (
+            (WIDE, "none", 420, 16),
+            (WIDE, "none", 420, 64),
+            (WIDE, "none", 420, None),
+            (WIDE, "none", 900, 64),
+            (WIDE, "int8", 300, 16),
+            (WIDE, "int8", 300, 64),
+            (WIDE, "int8", 2000, None),
+            (WIDE, "int4", 260, 64),
+            (DEEP, "none", 250, 64),
+            (DEEP, "none", 250, None),
+            (DEEP, "int8", 200, 32),
+        )
+    ),
+    ModelOptions(model=WIDE, quant="none", vram_bytes=420 * MIB, draft="none", **STREAMED),
+    ModelOptions(model=DEEP, quant="int8", vram_bytes=200 * MIB, draft="none", **STREAMED),
+    ModelOptions(model="demo", **{**STREAMED, "ram_bytes": None}),
+]
+GRID = [
+    ModelOptions(model=WIDE, quant="none", vram_bytes=420 * MIB, **STREAMED),
+    ModelOptions(model=DEEP, quant="int8", vram_bytes=250 * MIB, **STREAMED),
+]
+GRID_BUDGETS, GRID_SLOTS = (None, 16, 64), (2, 3)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Speed as predicted and as measured, in tokens per second; and tokens per step."""
+
+    planned: shared.Planned
+    tok_per_s: float
+    tokens_per_step: float
+
+    @property
+    def error(self):
+        return self.planned.chosen.prediction.tok_per_s / self.tok_per_s - 1
+
+
+def located(options):
+    refs = shared.parse_models(options)
+    return shared.locate_models(options, refs, talk(quiet=True))
+
+
+def planned_for(options, models, *, as_given):
+    return shared.make_plan(options, models, print, as_given=as_given)
+
+
+def measure(planned):
+    """Answers the questions under a plan."""
+    plan, models = planned.plan, planned.models
+    reporter = TalkReporter(talk(quiet=True))
+    packs = shared.make_pack(models.target, plan, reporter), shared.make_draft_pack(models.draft, plan, reporter)
+    if packs[0] is not None and plan.streamed:
+        with suppress(SpecchatError):  # where it cannot be, unbuffered reads go past the cache all the same
+            evict([packs[0].layers[index].path for index in plan.streamed])
+    tokenizer = load_tokenizer(models.target.path)
+    tokens, seconds, steps = 0, 0.0, 0
+    with Engine.load(plan, models.target, models.draft, *packs) as engine:
+        for seed, question in enumerate(BUILT_IN[:QUESTIONS]):
+            prompt = tokenizer.encode(tokenizer.render([Message("user", question.turns[0])]))
+            sampling = Sampling(temperature=0.7 * (seed % 2), seed=seed)
+            for step in engine.generate(prompt, sampling, stop_ids=frozenset(), max_tokens=MAX_TOKENS):
+                if step.new_rows == 1 and step.finish_reason is None:
+                    tokens, seconds, steps = tokens + len(step.token_ids), seconds + step.pass_s, steps + 1
+    return Found(planned, tokens / seconds, tokens / steps)
+
+
+def name_of(planned):
+    plan = planned.plan
+    budget = f"tree {plan.tree_budget}{'' if not plan.adaptive else ' auto'}" if plan.draft else "no draft"
+    layers = f"{len(plan.resident)}+{len(plan.streamed)}"
+    model = plan.target.partition(",")[0].removeprefix("shape:")
+    return f"{model:<12} {plan.quant:<5} {plan.dtype} {layers:<6} {plan.slots} slots {budget}"
+
+
+def show(found):
+    prediction = found.planned.chosen.prediction
+    print(
+        f"{name_of(found.planned):<58} predicted {prediction.tok_per_s:6.2f} tok/s "
+        f"({prediction.tokens_per_step:.1f} of {prediction.tree_nodes}, pass {prediction.pass_s:.3f} s, "
+        f"{prediction.bound}) measured {found.tok_per_s:6.2f} ({found.tokens_per_step:.1f}, "
+        f"{found.tokens_per_step / found.tok_per_s:.3f} s) {found.error:+.0%}",
+        flush=True,
+    )
+
+
+def errors(only):
+    found = []
+    for options in CONFIGURATIONS[: only or None]:
+        found.append(measure(planned_for(options, located(options), as_given=True)))
+        show(found[-1])
+    median = statistics.median(abs(each.error) for each in found)
+    print(f"median error over {len(found)} configurations: {median:.0%} (at most {MEDIAN_ERROR:.0%})")
+    return median <= MEDIAN_ERROR
+
+
+def against_grid(options):
+    models = located(options)
+    chosen = planned_for(options, models, as_given=False)
+    tried = {name_of(chosen): [measure(chosen)]}
+    plans = {name_of(chosen): chosen}
+    others = [(models, budget, slots) for budget, slots in itertools.product(GRID_BUDGETS, GRID_SLOTS)]
+    others += [(replace(models, draft=None), None, slots) for slots in GRID_SLOTS]
+    for among, budget, slots in others:
+        with suppress(DoesNotFitError):
+            other = planned_for(replace(options, tree_budget=budget, slots=slots), among, as_given=True)
+            plans.setdefault(name_of(other), other)
+            if name_of(other) not in tried:
+                tried[name_of(other)] = [measure(other)]
+    best = sorted(tried, key=lambda name: -tried[name][0].tok_per_s)[:3]
+    for _ in range(3):
+        for name in {*best, name_of(chosen)}:
+            tried[name].append(measure(plans[name]))
+    speeds = {name: statistics.median(each.tok_per_s for each in found) for name, found in tried.items()}
+    for name, speed in sorted(speeds.items(), key=lambda item: -item[1]):
+        print(f"  {name:<58} {speed:6.2f} tok/s{' <- chosen' * (name == name_of(chosen))}")
+    share = speeds[name_of(chosen)] / max(speeds[name] for name in {*best, name_of(chosen)})
+    print(f"chosen: {share:.2f} of the best (at least {LEAST_SHARE})", flush=True)
+    return share >= LEAST_SHARE
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", type=int, help="the first so many configurations")
+    parser.add_argument("--no-grid", action="store_true")
+    arguments = parser.parse_args()
+    shared.prepare_libraries()
+    with tempfile.TemporaryDirectory() as state:
+        os.environ["SPECCHAT_STATE_DIR"] = state
+        for options in (*CONFIGURATIONS[: arguments.only or None], *([] if arguments.no_grid else GRID)):
+            located(options)  # what has to be written is written before rates are measured
+        rates = probe(cache_folder(), "cpu", refresh=True).measured
+        disk = rates.links.disk_read_bytes_per_s or 0.0
+        print(f"disk {disk / 1e9:.1f} GB/s; " + ", ".join(f"{r.rows}: {r.flop_per_s / 1e9:.0f}" for r in rates.matmul))
+        good = errors(arguments.only)
+        shares = [] if arguments.no_grid else [against_grid(options) for options in GRID]
+    return int(not (good and all(shares)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
