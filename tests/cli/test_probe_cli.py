@@ -105,13 +105,13 @@ def test_a_device_asked_for_by_name(tmp_path, monkeypatch, capfd):
 
 
 def test_the_plan_of_a_model(probe):
-    code, out, _ = probe("demo", "--json", "--vram", "35MiB", "--ram", "1MiB")
+    code, out, _ = probe("demo", "--json", "--vram", "35MiB", "--ram", "1MiB", "--ctx", "1024", "--quant", "none")
     plan = json.loads(out)["plan"]
     assert code == 0 and plan["target"] == "demo" and plan["streamed_layers"] > 0
     assert sum(item["bytes"] for item in plan["ledger"]) == plan["device_bytes"] <= plan["device_budget_bytes"]
     assert plan["predicted_tok_per_s"] == pytest.approx(plan["predicted_tokens_per_step"] / plan["predicted_pass_s"])
     assert {"vram"} < {each["option"] for each in plan["choices"]} and plan["basis"] in ("measured", "typical")
-    assert [each["option"] for each in plan["choices"] if each["pinned"]] == ["vram"]
+    assert [each["option"] for each in plan["choices"] if each["pinned"]] == ["quant", "ctx", "vram"]
     code, out, _ = probe("demo")
     assert code == 0 and "resident layers" in out
 
