@@ -1,4 +1,10 @@
-"""The copy stream: the same bits as resident layers, the same text, and how near it comes to the link. Needs a GPU."""
+"""The copy stream: the same bits as resident layers, the same text, and how near it comes to the link. Needs a GPU.
+
+    python -m pytest -m gpu -s tests/engine/test_cuda.py
+    specchat bench shape:llama-70b,layers=20 --vram 24GiB --passes --tree-budget 64 --baseline accelerate --json
+
+The order of what is queued is held against CUDA's rules without a GPU, in test_cuda_order.py.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +19,10 @@ from support.engines import NOTHING, make_plan, random_prompt, write
 from support.tiny_models import VOCAB, make_config, perturbed, random_model, save
 
 from specchat.config import ModelSource, Sampling
+from specchat.engine.cuda import Pinner, pinner
 from specchat.engine.engine import Engine
 from specchat.engine.model import TreeModel, load_model
+from specchat.engine.slots import page_aligned
 from specchat.models.shape_spec import parse_shape
 from specchat.models.shapes import materialise
 
@@ -92,6 +100,48 @@ def test_cancelling_and_going_on(tmp_path: Path):
         assert next(steps).finish_reason == "interrupt"
         rest, _ = write(engine, [*prompt, *tokens], Sampling(), 30 - len(tokens))
         assert tokens + rest == expected
+
+
+@pytest.mark.parametrize("cut", [0, 1, 3, 5])
+def test_a_pass_that_was_cut_off_spoils_nothing(cut: int, tmp_path: Path):
+    """Many in a row, with copies and computing still queued when the streamer begins again."""
+    source, prompt = save(random_model(make_config("llama_tied")), tmp_path / "m"), random_prompt(40, VOCAB)
+    expected = load(source, torch.bfloat16, None, 0).append(prompt)
+    for num_slots in (1, 2, 3):
+        model = load(source, torch.bfloat16, (), num_slots, (0, 1, 3))
+        for _ in range(NUM_PASSES):
+            for index in range(cut):
+                model.streamer.acquire(index)
+                model.streamer.release(index)
+            model.streamer.restart()
+            model.cache.truncate(0)
+            assert torch.equal(model.append(prompt), expected)
+        model.close()
+
+
+def test_a_refusal_to_pin_leaves_no_error_behind():
+    said = list[str]()
+    pin, blob = pinner(torch.device("cuda:0"), said.append), page_aligned(1 << 20)
+    pin([blob])
+    assert not said
+    pin([blob])  # CUDA refuses what is pinned already
+    assert len(said) == 1
+    assert torch.ones(4, device="cuda:0").sum().item() == 4
+    pin.close()
+    pin([blob])
+    assert len(said) == 1  # it was unpinned
+    pin.close()
+
+
+def test_memory_that_cannot_be_pinned_gives_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source, prompt = save(random_model(make_config("llama_tied")), tmp_path / "m"), random_prompt(40, VOCAB)
+    expected = load(source, torch.bfloat16, None, 0).append(prompt)
+    monkeypatch.setattr(Pinner, "_register", lambda *_: False)
+    model = load(source, torch.bfloat16, (), 2, (0, 1, 3))
+    for _ in range(NUM_PASSES):
+        model.cache.truncate(0)
+        assert torch.equal(model.append(prompt), expected)
+    model.close()
 
 
 def pinned_rate(num_bytes: int = 512 << 20) -> float:
