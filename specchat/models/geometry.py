@@ -18,6 +18,11 @@ LAYER_ALIGNMENT = 4096
 # 8 MiB all are alike (Zen 4), smaller ones cost calls. A GPU wants large products.
 _CHUNK_ROWS = 1024
 _CHUNK_BYTES = {"cpu": 8 * MIB, "cuda": 128 * MIB}
+# Numbers of checkpoints that come quantized, between two looks at memory: few enough for a CPU's cache; on a GPU, for
+# its memory. While they are computed they take, beside where they go to, a float32 and its rounding to 16 bits each.
+PIECE_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 22}
+_PIECE_ITEM_BYTES = 6
+_WITHOUT_PIECES = ("none", "int8", "int4")  # ours are computed where they go to
 
 
 def aligned(num_bytes: int, alignment: int) -> int:
@@ -56,10 +61,11 @@ def weight_bytes(spec: ModelSpec, dtype: Dtype) -> int:
 
 
 def dequantize_bytes(spec: ModelSpec, dtype: Dtype, device: str) -> int:
-    """Memory that one quantized matrix after the other is dequantized into."""
+    """Memory that one quantized matrix after the other is dequantized into, and what computing its numbers takes."""
     item_bytes, kind = DTYPE_BYTES[dtype], device.partition(":")[0]
-    sizes = (dequantized_rows(*shape, item_bytes, kind) * shape[1] * item_bytes for shape in spec.quant_shapes)
-    return max(sizes, default=0)
+    numbers = max((dequantized_rows(*shape, item_bytes, kind) * shape[1] for shape in spec.quant_shapes), default=0)
+    at_once = 0 if spec.quant in _WITHOUT_PIECES else min(numbers, PIECE_NUMBERS[kind])
+    return numbers * item_bytes + at_once * _PIECE_ITEM_BYTES
 
 
 def dequantized_rows(rows: int, cols: int, item_bytes: int, device_type: str) -> int:

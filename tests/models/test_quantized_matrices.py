@@ -15,10 +15,11 @@ from torch import Tensor
 
 from specchat.errors import CorruptCheckpointError, UnsupportedModelError
 from specchat.models.checkpoint import TensorInfo
-from specchat.models.formats.affine import _PIECE_NUMBERS, Affine, pack_nibbles, unpack_nibbles
+from specchat.models.formats.affine import Affine, pack_nibbles, unpack_nibbles
 from specchat.models.formats.fp8 import widen
 from specchat.models.formats.protocol import Segments, WeightFormat, scratch_bytes
 from specchat.models.formats.scheme import scheme_of
+from specchat.models.geometry import PIECE_NUMBERS
 
 MODULE = "model.layers.3.mlp.up_proj"
 CPU = torch.device("cpu")
@@ -138,7 +139,7 @@ def test_any_range_of_rows_gives_the_same_numbers(kind: Kind, shape: tuple[int, 
     form, segments = read(kind, shape, kind.pack(random_matrix(shape), 5))
     whole = dequantize(form, segments, shape, torch.float32)
     for numbers in (1, 3 * shape[1]):  # so that a few rows are several pieces
-        monkeypatch.setitem(_PIECE_NUMBERS, "cpu", numbers)
+        monkeypatch.setitem(PIECE_NUMBERS, "cpu", numbers)
         assert torch.equal(dequantize(form, segments, shape, torch.float32), whole)
     for begin, end in ((0, 1), (1, 4), (3, shape[0]), (shape[0] - 2, shape[0])):
         out = torch.full((end - begin, shape[1]), float("nan"))

@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from specchat.models.formats.protocol import Segment, Segments, WeightFormat
+from specchat.models.geometry import PIECE_NUMBERS
 
 # What a stored number of 0 .. 15 stands for without a zero point: 8 less. Bytes are signed and stand for themselves.
 MIDDLE = 8
-# Numbers that are dequantized between two looks at memory: few enough for a CPU's cache; on a GPU, for its memory, of
-# which they take some ten bytes each.
-_PIECE_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 22}
 
 
 @dataclass(frozen=True)
@@ -132,18 +130,18 @@ def _subtract(matrix: Tensor, zeros: Tensor, group: int | None) -> Tensor:
 
 
 def rounded(numbers: Tensor, dtype: torch.dtype, wanted: torch.dtype) -> Tensor:
-    """float32 products as arithmetic in `dtype` would have given them, about to be cast to `wanted`.
+    """float32 products, in place, as arithmetic in `dtype` would have given them, about to be cast to `wanted`.
 
     Products of a few bits by a scale are exact in float32, so rounding them once is what `dtype` would do. The casts
     go by way of float32, since torch has no fast ones between float16 and integers or bfloat16 on a CPU.
     """
-    return numbers if dtype in {torch.float32, wanted} else numbers.to(dtype).float()
+    return numbers if dtype in {torch.float32, wanted} else numbers.copy_(numbers.to(dtype))
 
 
 def row_pieces(out: Tensor) -> Iterator[slice]:
     """Rows of a matrix that are dequantized at a time."""
     rows, cols = out.shape
-    step = max(_PIECE_NUMBERS[out.device.type] // cols, 1)
+    step = max(PIECE_NUMBERS[out.device.type] // cols, 1)
     for begin in range(0, rows, step):
         yield slice(begin, min(begin + step, rows))
 
