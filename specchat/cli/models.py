@@ -311,8 +311,8 @@ def _plan_request(options: ModelOptions, models: Models) -> "PlanRequest":
         slots=options.slots,
         quant=options.quant,
         draft_quant=options.draft_quant,
-        # who asks for trees of some size wants them grown
-        draft_is_open=options.draft == "auto" and options.tree_budget is None,
+        # who asks for trees of some size, or for a draft in some precision, wants to have them
+        draft_is_open=options.draft == "auto" and options.tree_budget is None and options.draft_quant == "none",
     )
 
 
