@@ -261,29 +261,16 @@ def _other_run(run: Run) -> dict[str, Any]:
 
 
 def _turn(run: Run, outcome: Outcome) -> Turn:
-    answer, steps = run.answer, run.answer.steps
-    per_step = 1 / answer.num_passes
+    answer = run.answer
+    num_tokens, num_accepted = len(answer.token_ids), sum(step.accepted for step in answer.steps)
     return Turn(
         message=Message("assistant", run.text),
         token_ids=answer.token_ids,
         finish_reason=answer.finish_reason,
-        usage=Usage(len(run.prompt_ids), answer.cached_tokens, len(answer.token_ids)),
-        timings=Timings(
-            load_s=outcome.load_s,
-            ttft_s=answer.ttft_s,
-            decode_s=answer.decode_s,
-            draft_s=sum(step.draft_s for step in steps),
-            verify_s=sum(step.verify_s for step in steps),
-            stream_wait_s=sum(step.stream_wait_s for step in steps),
-            tok_per_s=answer.tok_per_s,
+        usage=Usage(len(run.prompt_ids), answer.cached_tokens, num_tokens),
+        timings=Timings.of_steps(
+            answer.steps, num_tokens, load_s=outcome.load_s, ttft_s=answer.ttft_s, decode_s=answer.decode_s
         ),
-        speculation=Speculation(
-            steps=answer.num_passes,
-            prefill_passes=len(steps) - answer.num_passes,
-            tokens_per_step=answer.tokens_per_step,
-            accepted_per_step=sum(step.accepted for step in steps) * per_step,
-            mean_tree_nodes=sum(step.tree_nodes for step in steps) * per_step,
-            tree_budget=outcome.plan.tree_budget,
-        ),
+        speculation=Speculation.of_steps(answer.steps, num_tokens, num_accepted, outcome.plan.tree_budget),
         memory=outcome.memory,
     )

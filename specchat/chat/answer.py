@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 from specchat.chat.reasoning import Parts, Piece
 from specchat.chat.text import Detokenizer, StopStrings
@@ -62,6 +63,29 @@ class Timings:
     tok_per_s: float
     reasoning_s: float = 0.0
 
+    @classmethod
+    def of_steps(
+        cls,
+        steps: Sequence[Step],
+        num_tokens: int,
+        *,
+        load_s: float,
+        ttft_s: float,
+        decode_s: float,
+        reasoning_s: float = 0.0,
+    ) -> Self:
+        """The times of an answer of so many tokens that took these steps."""
+        return cls(
+            load_s=load_s,
+            ttft_s=ttft_s,
+            decode_s=decode_s,
+            draft_s=sum(step.draft_s for step in steps),
+            verify_s=sum(step.verify_s for step in steps),
+            stream_wait_s=sum(step.stream_wait_s for step in steps),
+            tok_per_s=num_tokens / (ttft_s + decode_s),
+            reasoning_s=reasoning_s,
+        )
+
 
 @dataclass(frozen=True)
 class Speculation:
@@ -82,6 +106,20 @@ class Speculation:
     accepted_per_step: float
     mean_tree_nodes: float
     tree_budget: int
+
+    @classmethod
+    def of_steps(cls, steps: Sequence[Step], num_tokens: int, num_accepted: int, tree_budget: int) -> Self:
+        """What drafting brought to an answer of so many tokens, so many of them guessed, that took these steps."""
+        emitting = [step for step in steps if step.token_ids]
+        per_step = 1 / len(emitting) if emitting else 0.0
+        return cls(
+            steps=len(emitting),
+            prefill_passes=sum(not step.token_ids and step.finish_reason is None for step in steps),
+            tokens_per_step=num_tokens * per_step,
+            accepted_per_step=num_accepted * per_step,
+            mean_tree_nodes=sum(step.tree_nodes for step in emitting) * per_step,
+            tree_budget=tree_budget,
+        )
 
 
 @dataclass(frozen=True)
@@ -169,31 +207,18 @@ class Answer:
     def timings(self, load_s: float) -> Timings:
         """Where the time went."""
         first = self.first_token_at or time.perf_counter()
-        ttft_s = first - self.submitted
-        decode_s = (self.last_token_at or first) - first
-        return Timings(
+        return Timings.of_steps(
+            self.steps,
+            len(self.token_ids),
             load_s=load_s,
-            ttft_s=ttft_s,
-            decode_s=decode_s,
-            draft_s=sum(step.draft_s for step in self.steps),
-            verify_s=sum(step.verify_s for step in self.steps),
-            stream_wait_s=sum(step.stream_wait_s for step in self.steps),
-            tok_per_s=len(self.token_ids) / (ttft_s + decode_s),
+            ttft_s=first - self.submitted,
+            decode_s=(self.last_token_at or first) - first,
             reasoning_s=(self.last_thought_at or first) - first,
         )
 
     def speculation(self, tree_budget: int) -> Speculation:
         """What drafting brought."""
-        emitting = [step for step in self.steps if step.token_ids]
-        per_step = 1 / len(emitting) if emitting else 0.0
-        return Speculation(
-            steps=len(emitting),
-            prefill_passes=sum(not step.token_ids and step.finish_reason is None for step in self.steps),
-            tokens_per_step=len(self.token_ids) * per_step,
-            accepted_per_step=self.num_accepted * per_step,
-            mean_tree_nodes=sum(step.tree_nodes for step in emitting) * per_step,
-            tree_budget=tree_budget,
-        )
+        return Speculation.of_steps(self.steps, len(self.token_ids), self.num_accepted, tree_budget)
 
     def _read(self, token_id: int) -> list[Piece]:
         """What a token adds to the text; its thinking is counted as the parser learns of it."""
