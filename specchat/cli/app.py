@@ -84,8 +84,8 @@ _DraftQuant = Annotated[
     str | None,
     typer.Option(
         metavar="TYPE",
-        autocompletion=completion.words(*options.QUANTS),
-        help="The same for the draft: none (the default), int8 or int4.",
+        autocompletion=completion.words("auto", *options.QUANTS),
+        help="The same for the draft, whose precision changes nothing of the text: auto, none, int8 or int4.",
     ),
 ]
 _Config = Annotated[
@@ -115,7 +115,7 @@ def _model_options(
         tree_budget=chosen.get("tree_budget"),
         dtype=chosen.get("dtype", "auto"),
         quant=chosen.get("quant", "auto"),
-        draft_quant=chosen.get("draft_quant", "none"),
+        draft_quant=chosen.get("draft_quant", "auto"),
         seed=seed,
         offline=chosen.get("offline", False),
         yes=yes,

@@ -288,7 +288,8 @@ def make_plan(options: ModelOptions, models: Models, warn: Callable[[str], None]
 
     request = _plan_request(options, models)
     if as_given:
-        request = replace(request, draft_is_open=False, lowers_for_speed=False)
+        given = "none" if options.draft_quant == "auto" else options.draft_quant
+        request = replace(request, draft_is_open=False, draft_quant=given, lowers_for_speed=False)
     chosen = search.choose_plan(request, warn)
     if models.draft is None or chosen.plan.draft is not None:
         return Planned(chosen, models)

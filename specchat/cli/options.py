@@ -58,7 +58,7 @@ class ModelOptions:
     tree_budget: int | None = None
     dtype: Literal["auto"] | Dtype = "auto"
     quant: Literal["auto"] | Quant = "auto"
-    draft_quant: Quant = "none"
+    draft_quant: Literal["auto"] | Quant = "auto"
     seed: int | None = None
     offline: bool = False
     yes: bool = False
@@ -166,20 +166,13 @@ def dtype(name: str, text: str) -> Literal["auto"] | Dtype:
 
 
 def quant(name: str, text: str) -> Literal["auto"] | Quant:
-    """What the target's matrices are to be stored in."""
-    return "auto" if text == "auto" else _quant(name, "auto, ", text)
-
-
-def draft_quant(name: str, text: str) -> Quant:
-    """What the draft's matrices are to be stored in."""
-    return _quant(name, "", text)
-
-
-def _quant(name: str, others: str, text: str) -> Quant:
+    """What a model's matrices are to be stored in."""
+    if text == "auto":
+        return "auto"
     for known in QUANTS:
         if text == known:
             return known
-    raise UsageError(f"{name} must be {others}{', '.join(QUANTS[:-1])} or {QUANTS[-1]}, not '{text}'")
+    raise UsageError(f"{name} must be auto, {', '.join(QUANTS[:-1])} or {QUANTS[-1]}, not '{text}'")
 
 
 def device(name: str, text: str) -> str:

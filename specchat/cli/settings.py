@@ -122,7 +122,7 @@ SHARED_KEYS = (
     _key("tree_budget", options.tree_budget),
     _key("dtype", options.dtype),
     _key("quant", options.quant),
-    _key("draft_quant", options.draft_quant),
+    _key("draft_quant", options.quant),
     Key("offline", _flag),
 )
 RUN_KEYS = (

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from specchat.config import ModelSource, Quant
+from specchat.config import ModelSource, ModelSpec, Quant
 from specchat.errors import DoesNotFitError, UsageError
 from specchat.hardware.machine import Machine
 from specchat.models.catalog import draft_candidates, parse_model
@@ -14,7 +14,7 @@ from specchat.models.known_models import KnownModel, known_model, known_models
 from specchat.models.known_specs import active_params, known_spec
 from specchat.planner.explain import Chosen
 from specchat.planner.rates import Rates
-from specchat.planner.search import Known, PlanRequest, choose_for
+from specchat.planner.search import Known, PlanRequest, choose_for, lower_quants
 
 ANYTHING = PlanRequest(ModelSource("", Path()), None, draft_is_open=True)
 # People read 4 to 6 words a second; text that comes slower is waited for.
@@ -129,12 +129,14 @@ def offer_of(
     """
     draft = _draft_for(model, cached) if asked.draft_is_open else None
     request = replace(asked, target=_source(model), draft=None if draft is None else _source(draft))
+    draft_spec = None if draft is None else known_spec(draft.id)
     known = Known(
         machine=machine,
         rates=rates,
         typical=typical,
         target=lambda quant: known_spec(model.id, quant),
-        draft=None if draft is None else known_spec(draft.id),
+        draft=draft_spec,
+        lower_drafts=() if draft_spec is None else _lower(draft_spec),
     )
     chosen = choose_for(request, known)
     used = None if chosen.plan.draft is None else draft
@@ -148,6 +150,10 @@ def offer_of(
         disk_bytes=download_bytes + _copy_bytes(model, chosen),
         capability=math.sqrt(known_spec(model.id).num_params * active_params(model)),
     )
+
+
+def _lower(draft: ModelSpec) -> tuple[ModelSpec, ...]:
+    return tuple(known_spec(draft.name, quant) for quant in lower_quants(draft))
 
 
 def _draft_for(model: KnownModel, cached: Collection[str]) -> KnownModel | None:

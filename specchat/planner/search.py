@@ -58,7 +58,7 @@ class PlanRequest:
         ram_bytes: cap on host memory.
         slots: staging buffers for streamed layers.
         quant: "auto" or a Quant: what the target's matrices are stored in.
-        draft_quant: likewise for the draft, by a Quant.
+        draft_quant: likewise for the draft; it changes nothing of the text, so "auto" asks for speed alone.
         draft_is_open: whether to plan without the draft where that is faster.
         lowers_for_speed: whether "auto" may lower the precision of what would fit, only slower.
     """
@@ -73,7 +73,7 @@ class PlanRequest:
     ram_bytes: int | None = None
     slots: int | None = None
     quant: Literal["auto"] | Quant = "auto"
-    draft_quant: Quant = "none"
+    draft_quant: Literal["auto"] | Quant = "auto"
     draft_is_open: bool = False
     lowers_for_speed: bool = True
 
@@ -88,6 +88,7 @@ class Known:
         typical: of such machines, whatever has been measured on this one.
         target: its sizes by the precision asked for; looked into only where the choice turns on it.
         draft: its sizes, or None.
+        lower_drafts: the same draft in fewer bytes, as far as that is open.
         prior: tokens per step of pairs like this one.
         statistics: what earlier chats have shown.
     """
@@ -97,6 +98,7 @@ class Known:
     typical: Rates
     target: Callable[[Quant], ModelSpec]
     draft: ModelSpec | None = None
+    lower_drafts: tuple[ModelSpec, ...] = ()
     prior: Acceptance = TYPICAL_ACCEPTANCE
     statistics: Statistics = field(default_factory=Statistics)
 
@@ -128,12 +130,14 @@ def choose_plan(request: PlanRequest, warn: Callable[[str], None] = lambda _: No
     folder = cache_folder()
     hardware = find_hardware(folder)
     measured = remembered(folder, hardware, machine, request.device)
+    draft, *lower_drafts = _described_drafts(request)
     known = Known(
         machine=machine,
         rates=rates_of(hardware, machine, measured),
         typical=rates_of(hardware, machine),
         target=_describing(request.target),
-        draft=None if request.draft is None else describe(request.draft, request.draft_quant),
+        draft=draft,
+        lower_drafts=tuple(each for each in lower_drafts if each is not None),
         prior=DEMO_ACCEPTANCE if request.target.is_toy else TYPICAL_ACCEPTANCE,
         statistics=load(state_folder(), warn),
     )
@@ -143,6 +147,22 @@ def choose_plan(request: PlanRequest, warn: Callable[[str], None] = lambda _: No
 def _describing(source: ModelSource) -> Callable[[Quant], ModelSpec]:
     """Describes each precision once."""
     return lru_cache(maxsize=None)(lambda quant: describe(source, quant))
+
+
+def _described_drafts(request: PlanRequest) -> list[ModelSpec | None]:
+    """The draft, and what else it may be stored as; [None] without one."""
+    if request.draft is None:
+        return [None]
+    if request.draft_quant != "auto":
+        return [describe(request.draft, request.draft_quant)]
+    draft = describe(request.draft)
+    return [draft, *(describe(request.draft, quant) for quant in lower_quants(draft))]
+
+
+def lower_quants(draft: ModelSpec) -> tuple[Quant, ...]:
+    """What a draft may be quantized to: of small ones nothing is gained, and some come quantized."""
+    is_small = draft.num_params * DTYPE_BYTES["fp32"] <= EXACT_BYTES
+    return () if is_small or draft.quant != "none" else _LOWER
 
 
 def choose_for(request: PlanRequest, known: Known) -> Chosen:
@@ -227,6 +247,8 @@ def _fastest(request: PlanRequest, known: Known, target: ModelSpec) -> "_Candida
         return None
 
 
+_Otherwise = Callable[[Callable[["_Candidate"], bool], Callable[["_Candidate"], str]], Alternative | None]
+
 # --- reasons -----------------------------------------------------------------------------------------------------
 
 
@@ -248,6 +270,7 @@ def _choices(
         Choice("ctx", f"{work.ctx:,}", _why_ctx(request, best), request.ctx is not None),
     ]
     if best.draft is not None:
+        choices += _draft_quant_choice(request, known, best.draft, otherwise)
         trees = otherwise(
             lambda c: c.draft is not None and c.work.tree_budget != work.tree_budget, lambda c: str(c.work.tree_budget)
         )
@@ -307,6 +330,19 @@ def _draft_choice(request: PlanRequest, known: Known, best: "_Candidate", other:
         return Choice("draft", known.draft.name, "asked for", pinned=True, alternative=other)
     why = "plain decoding is faster here" if best.draft is None else _what_a_tree_brings(best.prediction)
     return Choice("draft", _draft_of(best), why, alternative=other)
+
+
+def _draft_quant_choice(request: PlanRequest, known: Known, draft: ModelSpec, otherwise: "_Otherwise") -> list[Choice]:
+    """Nothing where there was nothing to choose."""
+    if request.draft_quant != "auto":
+        return [Choice("draft-quant", draft.quant, "asked for", pinned=True)]
+    if not known.lower_drafts:
+        return []
+    why = "the text stays the same, and more layers stay" if draft.quant in _LOWER else "as it comes"
+    other = otherwise(
+        lambda c: c.draft is not None and c.draft.quant != draft.quant, lambda c: c.draft.quant if c.draft else ""
+    )
+    return [Choice("draft-quant", draft.quant, why, alternative=other)]
 
 
 def _what_a_tree_brings(prediction: Prediction) -> str:
@@ -372,11 +408,12 @@ class _Candidate:
 
 
 def _preference(candidate: _Candidate) -> tuple[float, ...]:
-    """Larger is better: speed, then the usual size of trees, then what takes least memory."""
+    """Larger is better: speed, then a draft as it is, the usual size of trees, and what takes least memory."""
     budgets = TREE_BUDGETS["cpu" if candidate.work.device == "cpu" else "cuda"]
     budget = candidate.work.tree_budget
     rank = budgets.index(budget) if budget in budgets else 0
-    return candidate.prediction.tok_per_s, -rank, -candidate.work.slots
+    is_lower = candidate.draft is not None and candidate.draft.quant in _LOWER
+    return candidate.prediction.tok_per_s, -is_lower, -rank, -candidate.work.slots
 
 
 def _candidates(request: PlanRequest, known: Known, target: ModelSpec) -> list[_Candidate]:
@@ -419,7 +456,7 @@ def _with_draft(
 def _drafts(request: PlanRequest, known: Known) -> list[ModelSpec | None]:
     if known.draft is None:
         return [None]
-    return [known.draft, None] if request.draft_is_open else [known.draft]
+    return [known.draft, *known.lower_drafts, *((None,) if request.draft_is_open else ())]
 
 
 def _contexts(request: PlanRequest, target: ModelSpec) -> Iterator[int]:
@@ -640,7 +677,8 @@ def smaller_plan(request: PlanRequest, plan: Plan) -> Plan:
         tree_budget=plan.tree_budget or None,
         draft=request.draft if plan.draft is not None else None,
         draft_is_open=False,
-        quant=_as_planned(request, plan),
+        quant=_as_planned(plan.quant, request.quant),
+        draft_quant=_as_planned(plan.draft_quant, request.draft_quant),
     )
     try:
         smaller = make_plan(less)
@@ -654,9 +692,9 @@ def smaller_plan(request: PlanRequest, plan: Plan) -> Plan:
     return replace(smaller, adaptive=plan.adaptive, lowered_from=plan.lowered_from)
 
 
-def _as_planned(request: PlanRequest, plan: Plan) -> Literal["auto"] | Quant:
+def _as_planned(planned: str, asked: Literal["auto"] | Quant) -> Literal["auto"] | Quant:
     """The plan's precision: what there is less memory for must not be answered in another."""
-    return next((quant for quant in ("none", *_LOWER) if quant == plan.quant), request.quant)
+    return next((quant for quant in ("none", *_LOWER) if quant == planned), asked)
 
 
 @cache

@@ -62,7 +62,7 @@ def quiet(_: object) -> None:
     ("arguments", "words"),
     [
         (["--quant", "int3"], ["--quant", "auto, none, int8 or int4", "'int3'"]),
-        (["--draft-quant", "auto"], ["--draft-quant", "none, int8 or int4"]),
+        (["--draft-quant", "nf4"], ["--draft-quant", "auto, none, int8 or int4"]),
     ],
 )
 def test_asked_wrongly(specchat, arguments, words):
