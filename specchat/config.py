@@ -182,6 +182,7 @@ class ModelSpec:
         max_positions: the longest context that the position encoding serves without switching its scaling.
         dtype: what the checkpoint says its weights are.
         num_params: weights of the whole model, tied ones once, whatever they are stored in.
+        num_layer_params: those of the decoder layers.
         layer_params: for each decoder layer, its parameters in module order.
         other_params: the parameters outside the layers (embeddings, head, final norm), tied ones once.
         buffer_bytes: persistent buffers, which always stay in device memory.
@@ -202,6 +203,7 @@ class ModelSpec:
     max_positions: int
     dtype: Dtype
     num_params: int
+    num_layer_params: int
     layer_params: tuple[tuple[ParamSize, ...], ...]
     other_params: tuple[ParamSize, ...]
     buffer_bytes: int

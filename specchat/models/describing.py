@@ -26,6 +26,7 @@ def describe_anew(source: ModelSource, quant: Quant) -> ModelSpec:
     dtype = _checkpoint_dtype(config)  # building modules overwrites it
     skeleton = activations.rehearsal_skeleton(config)
     num_params = sum(p.numel() for p in skeleton.model.parameters())
+    num_layer_params = sum(p.numel() for layer in skeleton.layers for p in layer.parameters())
     buffer_bytes = sum(b.nbytes for b in skeleton.model.buffers())
     rehearsed = _rehearsed(skeleton)  # before modules are replaced: their own workspace is `dequantize_bytes`
     if (recipe := choose_recipe(source, skeleton, quant)) is not None:
@@ -43,6 +44,7 @@ def describe_anew(source: ModelSource, quant: Quant) -> ModelSpec:
         max_positions=hf_compat.max_positions(config),
         dtype=dtype,
         num_params=num_params,
+        num_layer_params=num_layer_params,
         layer_params=tuple(_param_sizes(layer) for layer in skeleton.layers),
         other_params=tuple(
             _param_size(parameter, name in segments)

@@ -126,6 +126,7 @@ def spec_of(model: KnownModel, quant: Quant = "none") -> ModelSpec:
     name, stored, head_stored = _formats(model.stored, quant)
     layer = _layer_weights(config, architecture)
     embedding = _Weight((config.vocab_size, config.hidden_size))
+    num_layer_params = config.num_hidden_layers * sum(weight.count for weight in layer)
     layer_sizes = tuple(size for weight in layer for size in weight.sizes(stored))
     return ModelSpec(
         name=model.id,
@@ -137,7 +138,8 @@ def spec_of(model: KnownModel, quant: Quant = "none") -> ModelSpec:
         num_heads=config.num_attention_heads,
         max_positions=_max_positions(config),
         dtype=_CHECKPOINT_DTYPES[config.dtype],
-        num_params=config.num_hidden_layers * sum(weight.count for weight in layer) + _num_rest(config, embedding),
+        num_params=num_layer_params + _num_rest(config, embedding),
+        num_layer_params=num_layer_params,
         layer_params=(layer_sizes,) * config.num_hidden_layers,
         other_params=_other_sizes(config, embedding, head_stored),
         buffer_bytes=_buffer_bytes(config, architecture),

@@ -380,9 +380,7 @@ class _Compute:
     @cached_property
     def _layer_weights(self) -> float:
         """Of one layer, whatever they are stored in."""
-        return max(self._spec.num_params - sum(size.count for size in self._spec.other_params), 0) / max(
-            self._spec.num_layers, 1
-        )
+        return self._spec.num_layer_params / max(self._spec.num_layers, 1)
 
     @cached_property
     def _mlp_weights(self) -> float:

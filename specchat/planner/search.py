@@ -88,9 +88,9 @@ class Known:
         typical: of such machines, whatever has been measured on this one.
         target: its sizes by the precision asked for; looked into only where the choice turns on it.
         draft: its sizes, or None.
-        lower_drafts: the same draft in fewer bytes, as far as that is open.
         prior: tokens per step of pairs like this one.
         statistics: what earlier chats have shown.
+        lower_drafts: the same draft in fewer bytes, as far as that is open.
     """
 
     machine: Machine
@@ -98,9 +98,9 @@ class Known:
     typical: Rates
     target: Callable[[Quant], ModelSpec]
     draft: ModelSpec | None = None
-    lower_drafts: tuple[ModelSpec, ...] = ()
     prior: Acceptance = TYPICAL_ACCEPTANCE
     statistics: Statistics = field(default_factory=Statistics)
+    lower_drafts: tuple[ModelSpec, ...] = ()
 
     def acceptance(self, target: ModelSpec) -> Acceptance:
         """Of the pair, as well as it is known."""

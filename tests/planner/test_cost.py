@@ -39,6 +39,7 @@ def model(
         max_positions=32_768,
         dtype="bf16",
         num_params=layers * layer + 2 * vocab * hidden,
+        num_layer_params=layers * layer,
         layer_params=((ParamSize(round(layer * share), item_bytes), ParamSize(2 * hidden)),) * layers,
         other_params=(ParamSize(vocab * hidden), ParamSize(vocab * hidden)),
         buffer_bytes=0,
@@ -235,6 +236,27 @@ def test_what_fits_is_not_streamed_and_what_is_fast_alone_needs_no_draft():
     assert choice.alternative.tok_per_s < plain.prediction.tok_per_s
     kept = choose_for(asked(draft_is_open=False), hopeless)
     assert kept.plan.draft == "1b" and "draft" in kept.pinned
+
+
+def test_a_draft_without_room_is_stored_in_fewer_bytes():
+    """Its precision changes nothing of the text, so it is chosen for speed alone; one that is asked for stays."""
+    lower = tuple(
+        model("1b", layers=16, hidden=2048, mlp=8192, vocab=128_256, quant=quant) for quant in ("int8", "int4")
+    )
+    machine, rates = with_card(card(8))
+
+    def plan(drafts: tuple[ModelSpec, ...], **changes: object) -> Chosen:
+        request = asked(**{"quant": "int4", "ctx": 512, "vram_bytes": 15 * GIB // 2, **changes})
+        return choose_for(request, Known(machine, rates, rates, large, DRAFT_SPEC, lower_drafts=drafts))
+
+    assert plan(()).plan.draft is None, "it has no room as it is"
+    chosen_here = plan(lower)
+    assert chosen_here.plan.draft == "1b" and chosen_here.plan.draft_quant in ("int8", "int4")
+    assert chosen_here.prediction.tok_per_s > 3 * plan(()).prediction.tok_per_s
+    (choice,) = (each for each in chosen_here.choices if each.option == "draft-quant")
+    assert choice.value == chosen_here.plan.draft_quant and not choice.pinned
+    with_room = plan(lower, vram_bytes=100 * GIB)
+    assert not with_room.plan.streamed and with_room.plan.draft_quant == "none", "nothing would be gained"
 
 
 def test_the_precision_depends_on_what_the_machine_has_and_not_on_what_is_free():

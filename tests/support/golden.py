@@ -49,7 +49,8 @@ def _essentials(machine: str, model: str) -> dict[str, str]:
     plan, prediction = offer.chosen.plan, offer.chosen.prediction
     tiers = plan.tiers
     counts = [f"{tiers.count(tier)} {tier}" for tier in ("device", "ram", "disk") if tiers.count(tier)]
-    draft = f"draft {plan.draft}, tree {plan.tree_budget}" if plan.draft else "no draft"
+    stored = f" in {plan.draft_quant}" if plan.draft_quant in ("int8", "int4") else ""
+    draft = f"draft {plan.draft}{stored}, tree {plan.tree_budget}" if plan.draft else "no draft"
     slots = f", {plan.slots} slots" if plan.slots else ""
     return {
         "plan": f"{plan.quant} in {plan.dtype}, ctx {plan.ctx}, layers {' + '.join(counts)}{slots}, {draft}",
