@@ -43,6 +43,10 @@ _VISITS_PER_BLOCK = 2.5
 # two slots, 0.95-1.04 with three.
 _STALLS = {1: 1.0, 2: 0.2}
 _STALL_OF_MANY = 0.03
+# What whole passes took on a CPU beside the rates of single reads and products, which the probe measures: reading while
+# two cores compute, and norms, activations and attention's small operations; by tests/benchmarks/predicted.py.
+_DISK_SHARE = 0.92
+_BESIDE_PRODUCTS = 1.12
 
 
 @dataclass(frozen=True)
@@ -202,7 +206,7 @@ class CostModel:
         """Seconds that the slowest link is busy in a pass, and the layers that cross it."""
         from_disk_s = placement.disk_bytes / self._rates.disk.per_s
         if self._on_cpu:  # what the page cache has is computed where it is
-            return from_disk_s, placement.num_on_disk
+            return from_disk_s / _DISK_SHARE, placement.num_on_disk
         to_device_s = (placement.ram_bytes + placement.disk_bytes) / self._rates.host.per_s
         if from_disk_s > to_device_s:
             return from_disk_s, placement.num_on_disk
@@ -337,7 +341,8 @@ class _Compute:
         hit, rows_each = self._experts_hit(rows)
         shared = self._shared_weights + self._attention_weights
         weights_s = shared * self.weight_s(rows) + hit * self._expert_weights * self.weight_s(rows_each)
-        return self._rates.layer_s + weights_s + self._dequantizing_s(hit)
+        products_s = weights_s * (_BESIDE_PRODUCTS if self._on_cpu else 1.0)
+        return self._rates.layer_s + products_s + self._dequantizing_s(hit)
 
     def weight_s(self, rows: float) -> float:
         """Seconds for one weight of a matrix that so many rows are multiplied with."""

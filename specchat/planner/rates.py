@@ -50,8 +50,8 @@ _CORE_BYTES_PER_S, _CPU_BYTES_PER_S = 12e9, 36e9
 # What a layer costs however little there is to compute: Python and the start of some dozen kernels. Measured: 16 layers
 # of HF's Llama take 2.3 ms at 1 row; a layer of ours 0.13 ms.
 _LAYER_S = 150e-6
-# Core seconds to dequantize a weight on a CPU; measured on 2 cores (an 11008 x 4096 matrix: 4.5 and 2.3-3.2 ms).
-_DEQUANTIZE_CORE_S = {"int8": 2.0e-10, "int4": 1.2e-10}
+# Core seconds to dequantize a weight on a CPU; measured on 2 cores (an 11008 x 4096 matrix: 7 and 2.8 ms).
+_DEQUANTIZE_CORE_S = {"int8": 3.1e-10, "int4": 1.2e-10}
 
 _TREE_ROWS = (1, 16, 64, 256, 512)
 

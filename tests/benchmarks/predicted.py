@@ -6,7 +6,7 @@ Every configuration is predicted from rates that are measured first, without wha
 answers questions; what streams comes from the disk, past the page cache. Speeds are of steps that read one new token:
 tokens over seconds. The grid measures each plan once, and then the three fastest and the chosen one three times more,
 interleaved. Fails above a median error of 15%, or where a chosen plan reaches less than 0.90 of the best one.
-Takes about eight minutes and 4 GB of disk (SPECCHAT_CACHE_DIR) on two cores; run it on a quiet machine.
+Takes about a quarter of an hour and 4 GB of disk (SPECCHAT_CACHE_DIR) on two cores; run it on a quiet machine.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from specchat.units import MIB
 
 WIDE = "shape:hidden=2048,layers=12,heads=16,kv_heads=4,head_dim=128,mlp=7168"
 DEEP = "shape:hidden=1024,layers=24,heads=8,kv_heads=4,head_dim=128,mlp=3584"
-MAX_TOKENS, QUESTIONS = 32, 3
+MAX_TOKENS, QUESTIONS, GRID_QUESTIONS = 24, 8, 3
 MEDIAN_ERROR, LEAST_SHARE = 0.15, 0.90
 STREAMED = {"ram_bytes": 0, "ctx": 512, "device": "cpu", "yes": True, "quiet": True}
 CONFIGURATIONS = [
@@ -86,8 +86,8 @@ def planned_for(options, models, *, as_given):
     return shared.make_plan(options, models, print, as_given=as_given)
 
 
-def measure(planned):
-    """Answers the questions under a plan."""
+def measure(planned, questions=GRID_QUESTIONS):
+    """Answers so many questions under a plan."""
     plan, models = planned.plan, planned.models
     reporter = TalkReporter(talk(quiet=True))
     packs = shared.make_pack(models.target, plan, reporter), shared.make_draft_pack(models.draft, plan, reporter)
@@ -97,7 +97,7 @@ def measure(planned):
     tokenizer = load_tokenizer(models.target.path)
     tokens, seconds, steps = 0, 0.0, 0
     with Engine.load(plan, models.target, models.draft, *packs) as engine:
-        for seed, question in enumerate(BUILT_IN[:QUESTIONS]):
+        for seed, question in enumerate(BUILT_IN[:questions]):
             prompt = tokenizer.encode(tokenizer.render([Message("user", question.turns[0])]))
             sampling = Sampling(temperature=0.7 * (seed % 2), seed=seed)
             for step in engine.generate(prompt, sampling, stop_ids=frozenset(), max_tokens=MAX_TOKENS):
@@ -128,7 +128,7 @@ def show(found):
 def errors(only):
     found = []
     for options in CONFIGURATIONS[: only or None]:
-        found.append(measure(planned_for(options, located(options), as_given=True)))
+        found.append(measure(planned_for(options, located(options), as_given=True), QUESTIONS))
         show(found[-1])
     median = statistics.median(abs(each.error) for each in found)
     print(f"median error over {len(found)} configurations: {median:.0%} (at most {MEDIAN_ERROR:.0%})")
