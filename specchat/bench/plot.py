@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from specchat.bench.tables import temperature_label
@@ -34,6 +35,7 @@ _MARKS = ("o", "s", "^", "d")
 _LINES = ("-", "--", ":", "-.")
 _APART = 0.06  # of two temperatures at the same kind
 _CAP_POINTS = 3
+_TITLE_WIDTH = 72  # names of shapes are long, and have no spaces
 _INCHES = (6.4, 8.0)
 _DOTS_PER_INCH = 150
 
@@ -71,9 +73,8 @@ def plot_sweep(report: Mapping[str, Any], path: Path) -> None:
     _draw(seconds, sweep, places, "pass_s", "seconds per pass")
     seconds.set_xlabel(_AXES[sweep["option"]])
     _mark_values(seconds, sweep, places)
-    handles, labels = speed.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), frameon=False)
-    figure.suptitle(_title(report), fontsize="medium", x=0.01, ha="left", wrap=True)
+    speed.legend(frameon=False)
+    figure.suptitle(_title(report), fontsize="medium", x=0.01, ha="left")
     try:
         with rc_context({"svg.fonttype": "none"}):  # words stay words, to be found and read out
             figure.savefig(path)
@@ -137,4 +138,4 @@ def _mark_values(axes: Axes, sweep: Mapping[str, Any], places: Sequence[float]) 
 def _title(report: Mapping[str, Any]) -> str:
     machine, plan = report["machine"], report["plan"]
     where = ", ".join(gpu["name"] for gpu in machine["gpus"]) or machine["cpu"]["name"]
-    return f"{report['model']}\n{plan['dtype']} on {where}"
+    return f"{fill(report['model'], _TITLE_WIDTH)}\n{plan['dtype']} on {where}"

@@ -314,7 +314,7 @@ def _memory_against_speed(sweep: Mapping[str, Any]) -> list[Table]:
         "memory without weights: planned for a full context, and counted in one short answer; "
         f"parts are of {sweep['option']}={points[0]['value']}, speed over pairs of answers [95% interval]"
     )
-    header = (sweep["option"], "memory", "counted", "part", "tok/s", "part")
+    header = (sweep["option"], "planned", "counted", "of the first", "tok/s", "of the first's")
     return [Table("memory against speed", header, rows, note)]
 
 
