@@ -313,7 +313,7 @@ def _plan_request(options: ModelOptions, models: Models) -> "PlanRequest":
         quant=options.quant,
         draft_quant=options.draft_quant,
         # who asks for trees of some size, or for a draft in some precision, wants to have them
-        draft_is_open=options.draft == "auto" and options.tree_budget is None and options.draft_quant == "none",
+        draft_is_open=options.draft == "auto" and options.tree_budget is None and options.draft_quant == "auto",
     )
 
 

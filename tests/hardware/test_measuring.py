@@ -125,7 +125,7 @@ def _read_by_hand(file):
     half = file.stat().st_size // 2
 
     def read(index):
-        buffer = mmap.mmap(-1, 16 * MIB)
+        buffer = mmap.mmap(-1, 16 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory has small pages
         buffer.madvise(mmap.MADV_HUGEPAGE)
         buffer.write(bytes(16 * MIB))
         descriptor = os.open(file, os.O_RDONLY | os.O_DIRECT)
