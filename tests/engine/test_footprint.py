@@ -15,8 +15,8 @@ import sys
 from specchat.models.catalog import parse_model
 from specchat.models.hub import locate
 from specchat.models.prepare import prepare
-target, _ = locate(parse_model(sys.argv[1]), offline=True, confirm=lambda _: False, warn=lambda _: None)
-prepare(target, "bf16", progress=lambda _: None, warn=lambda _: None)
+target = locate(parse_model(sys.argv[1]), offline=True, confirm=lambda _: False, warn=lambda _: None)
+prepare(target, "bf16", progress=lambda *_: None, warn=lambda _: None)
 """
 
 _WATCHED = """
