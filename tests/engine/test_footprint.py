@@ -9,14 +9,19 @@ import pytest
 
 from specchat.units import MIB
 
-# A process of its own: what making a model leaves in the C library's heap is not what streaming takes (some 50 MiB).
+# A process of its own makes the model and its description, as the first start with a model does: that leaves some
+# 50 MiB of libraries and heap behind, which is not what streaming takes.
 _PREPARED = """
 import sys
-from specchat.models.catalog import parse_model
+from specchat.models.catalog import known_draft, parse_model
 from specchat.models.hub import locate
 from specchat.models.prepare import prepare
-target = locate(parse_model(sys.argv[1]), offline=True, confirm=lambda _: False, warn=lambda _: None)
-prepare(target, "bf16", progress=lambda *_: None, warn=lambda _: None)
+from specchat.planner.search import PlanRequest, make_plan
+ref = parse_model(sys.argv[1])
+target, draft = locate(ref, offline=True, confirm=lambda _: False, warn=lambda _: None), known_draft(ref)
+vram_bytes, ram_bytes = map(int, sys.argv[2:])
+plan = make_plan(PlanRequest(target, draft, "cpu", quant="none", vram_bytes=vram_bytes, ram_bytes=ram_bytes))
+prepare(target, plan.dtype, progress=lambda *_: None, warn=lambda _: None)
 """
 
 _WATCHED = """
@@ -66,7 +71,7 @@ def test_the_process_stays_within_its_budget(tier: str, tmp_path_factory: pytest
     monkeypatch.setenv("SPECCHAT_CACHE_DIR", str(folder))
     ram = 0 if tier == "disk" else 1 << 60
     arguments = [_SHAPE, str(_BUDGET), str(ram)]
-    subprocess.run([sys.executable, "-c", _PREPARED, _SHAPE], capture_output=True, check=True)
+    subprocess.run([sys.executable, "-c", _PREPARED, *arguments], capture_output=True, check=True)
     out = subprocess.run([sys.executable, "-c", _WATCHED, *arguments], capture_output=True, text=True, check=False)
     assert out.returncode == 0, out.stderr
     found, model_bytes, peak = out.stdout.split()
