@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from specchat.models.hub import Download, Missing
     from specchat.models.pack import Pack
     from specchat.planner.explain import Chosen
-    from specchat.planner.search import PlanRequest
+    from specchat.planner.request import PlanRequest
     from specchat.ui.console import Talk
     from specchat.ui.progress import Reporter
 
@@ -298,7 +298,7 @@ def make_plan(options: ModelOptions, models: Models, warn: Callable[[str], None]
 
 
 def _plan_request(options: ModelOptions, models: Models) -> "PlanRequest":
-    from specchat.planner.search import PlanRequest
+    from specchat.planner.request import PlanRequest
 
     return PlanRequest(
         target=models.target,

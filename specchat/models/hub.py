@@ -173,23 +173,6 @@ def obtain(
     return materialise(missing, progress=progress, warn=warn)
 
 
-def locate(
-    ref: ModelRef,
-    *,
-    offline: bool,
-    confirm: Callable[[Sequence[Download]], bool],
-    progress: Callable[[int, int], None] | None = None,
-    warn: Callable[[str], None] = _LOG.warning,
-) -> ModelSource:
-    """`look_up`, `agree` and `obtain` for a single model."""
-    found = look_up(ref, offline=offline, warn=warn)
-    if isinstance(found, ModelSource):
-        return found
-    if isinstance(found, Download):
-        agree([found], confirm)
-    return obtain(found, progress=progress, warn=warn)
-
-
 def sketch(missing: Missing, folder: Path) -> ModelSource:
     """The configuration of what `look_up` found missing: enough to plan for it, at the cost of one small file.
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from specchat.config import DTYPE_BYTES, HEAD_BLOCK_ROWS, Dtype, ModelSpec, Plan, draft_width
+from specchat.config import DTYPE_BYTES, HEAD_BLOCK_ROWS, Dtype, ModelSpec, draft_width
+from specchat.planner.placement import Placement
 from specchat.planner.rates import Basis, Rates, least_sure
 
 # What keeps a step from being faster: its layers' way to the device, computing them, or growing the tree.
@@ -72,38 +73,6 @@ class Acceptance:
 TYPICAL_ACCEPTANCE = Acceptance(gain=2.0, knee=1.5, basis="typical")
 # The embedded pair, with trees of 1, 4, 16, 64 and 128 nodes.
 DEMO_ACCEPTANCE = Acceptance(gain=1.0, knee=1.0, basis="typical")
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where the target's layers are, as far as time depends on it.
-
-    Attributes:
-        num_layers: L.
-        num_in_ram, num_on_disk: streamed layers by where they are between passes.
-        ram_bytes, disk_bytes: their sizes together.
-        slots: staging buffers.
-    """
-
-    num_layers: int
-    num_in_ram: int
-    num_on_disk: int
-    ram_bytes: int
-    disk_bytes: int
-    slots: int
-
-    @classmethod
-    def of(cls, plan: Plan, layer_bytes: dict[int, int]) -> "Placement":
-        """A plan's, given the sizes of its layers by index."""
-        on_disk = [i for i in plan.streamed if i not in plan.in_ram]
-        return cls(
-            num_layers=plan.num_layers,
-            num_in_ram=len(plan.in_ram),
-            num_on_disk=len(on_disk),
-            ram_bytes=sum(layer_bytes[i] for i in plan.in_ram),
-            disk_bytes=sum(layer_bytes[i] for i in on_disk),
-            slots=plan.slots,
-        )
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,10 @@ from specchat.models.geometry import weight_bytes
 from specchat.models.known_models import KnownModel, known_model, known_models
 from specchat.models.known_specs import active_params, known_spec
 from specchat.planner.explain import Chosen
+from specchat.planner.precision import lower_quants
 from specchat.planner.rates import Rates
-from specchat.planner.search import Known, PlanRequest, choose_for, lower_quants
+from specchat.planner.request import Known, PlanRequest
+from specchat.planner.search import choose_for
 
 ANYTHING = PlanRequest(ModelSource("", Path()), None, draft_is_open=True)
 # People read 4 to 6 words a second; text that comes slower is waited for.

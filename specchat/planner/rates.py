@@ -98,20 +98,6 @@ class Rates:
         return self.pageable if self.pinned is None else self.pinned
 
 
-# A slow machine of a kind that nobody knows.
-UNKNOWN_RATES = Rates(
-    disk=Rate(_NVME_BYTES_PER_S, "guessed"),
-    ram=Rate(_CPU_BYTES_PER_S / 2, "guessed"),
-    pinned=Rate(_GEN3_LANE_BYTES_PER_S * _UNKNOWN_PCIE[1], "guessed"),
-    pageable=Rate(_PAGEABLE_MOST, "guessed"),
-    memory=Rate(_CPU_BYTES_PER_S, "guessed"),
-    matmul=(MatmulRate(1, _CPU_BYTES_PER_S / 2), MatmulRate(512, 8 * _UNKNOWN_CORE)),
-    matmul_dtype="fp32",
-    compute_basis="guessed",
-    dequantize_s={quant: seconds / 8 for quant, seconds in _DEQUANTIZE_CORE_S.items()},
-)
-
-
 def least_sure(bases: Iterable[Basis]) -> Basis:
     """What can be said of a figure that depends on all of these."""
     return max(bases, key=BASES.index, default="measured")

@@ -29,7 +29,8 @@ from specchat.engine.engine import Engine
 from specchat.engine.stats import StepClock
 from specchat.models.catalog import demo_source
 from specchat.models.hf_compat import load_tokenizer
-from specchat.planner.search import PlanRequest, make_plan
+from specchat.planner.request import PlanRequest
+from specchat.planner.search import make_plan
 
 NUM_ANSWERS = 48
 NUM_WARM_UP = 4

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.fake_engine import CHOSEN
+from support.planning import plan_for
 from support.tiny_models import make_config, random_model, save
 
 from specchat.cli.app import run_command_line
@@ -29,7 +30,7 @@ from specchat.models.shape_spec import parse_shape
 from specchat.models.shapes import materialise
 from specchat.models.weights import LayerLayout
 from specchat.planner import search
-from specchat.planner.search import PlanRequest
+from specchat.planner.request import PlanRequest
 from specchat.ui.chat_view import banner_lines
 
 GIB = 1 << 30
@@ -189,7 +190,7 @@ def test_a_model_that_is_quantized_says_so_in_its_size(tmp_path):
     source = save(random_model(make_config("llama")), tmp_path / "model")
     specs = {quant: describe(source, quant) for quant in ("none", "int8", "int4")}
     assert [spec.quant for spec in specs.values()] == list(specs)
-    plan = search.plan_for(PlanRequest(source, None), Machine("cpu", 8 * GIB, 8 * GIB, False), specs["int4"], None)
+    plan = plan_for(PlanRequest(source, None), Machine("cpu", 8 * GIB, 8 * GIB, False), specs["int4"], None)
     assert plan.quant == "int4"
     items = {item.item for item in plan.ledger}
     assert "dequantized pieces" in items

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,9 +16,10 @@ from specchat.units import MIB
 _PREPARED = """
 import sys
 from specchat.models.catalog import known_draft, parse_model
-from specchat.models.hub import locate
 from specchat.models.prepare import prepare
-from specchat.planner.search import PlanRequest, make_plan
+from specchat.planner.request import PlanRequest
+from specchat.planner.search import make_plan
+from support.locating import locate
 ref = parse_model(sys.argv[1])
 target, draft = locate(ref, offline=True, confirm=lambda _: False, warn=lambda _: None), known_draft(ref)
 vram_bytes, ram_bytes = map(int, sys.argv[2:])
@@ -45,9 +48,10 @@ threading.Thread(target=watch, daemon=True).start()
 from specchat.config import Sampling
 from specchat.engine.engine import Engine
 from specchat.models.catalog import known_draft, parse_model
-from specchat.models.hub import locate
 from specchat.models.prepare import prepare
-from specchat.planner.search import PlanRequest, make_plan
+from specchat.planner.request import PlanRequest
+from specchat.planner.search import make_plan
+from support.locating import locate
 ref = parse_model(sys.argv[1])
 target, draft = locate(ref, offline=True, confirm=lambda _: False, warn=lambda _: None), known_draft(ref)
 vram_bytes, ram_bytes = map(int, sys.argv[2:])
@@ -62,6 +66,7 @@ print(*tiers, plan.streamed_bytes_per_step + plan.device_bytes, peak - base)
 # Layers of 100 MiB, 1.6 GiB in all: four times the budget.
 _SHAPE = "shape:hidden=2048,layers=16,heads=16,kv_heads=4,head_dim=128,mlp=7168"
 _BUDGET = 410 * MIB
+_TESTS = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
@@ -71,8 +76,10 @@ def test_the_process_stays_within_its_budget(tier: str, tmp_path_factory: pytest
     monkeypatch.setenv("SPECCHAT_CACHE_DIR", str(folder))
     ram = 0 if tier == "disk" else 1 << 60
     arguments = [_SHAPE, str(_BUDGET), str(ram)]
-    subprocess.run([sys.executable, "-c", _PREPARED, *arguments], capture_output=True, check=True)
-    out = subprocess.run([sys.executable, "-c", _WATCHED, *arguments], capture_output=True, text=True, check=False)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(_TESTS.parent), str(_TESTS)))}
+    subprocess.run([sys.executable, "-c", _PREPARED, *arguments], env=environment, capture_output=True, check=True)
+    watched = [sys.executable, "-c", _WATCHED, *arguments]
+    out = subprocess.run(watched, env=environment, capture_output=True, text=True, check=False)
     assert out.returncode == 0, out.stderr
     found, model_bytes, peak = out.stdout.split()
     print(f"\n{tier}: {int(peak) / MIB:.0f} MiB beside torch, budget {_BUDGET / MIB:.0f} MiB")

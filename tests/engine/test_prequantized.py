@@ -39,7 +39,7 @@ from specchat.models.geometry import describe, weight_bytes
 from specchat.models.pack import Pack
 from specchat.models.prepare import prepare
 from specchat.models.quantized import quant_linears
-from specchat.planner.search import PlanRequest
+from specchat.planner.request import PlanRequest
 from specchat.planner.search import make_plan as plan_here
 
 NUM_TOKENS = 20

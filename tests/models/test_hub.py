@@ -16,6 +16,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 from support.fake_hub import TOKEN, FakeHub, Handler, point_to
+from support.locating import locate
 
 from specchat.errors import (
     DoesNotFitError,
@@ -29,7 +30,9 @@ from specchat.errors import (
 from specchat.models import hub as hub_module
 from specchat.models.catalog import parse_model
 from specchat.models.checkpoint import open_checkpoint
-from specchat.models.hub import Download, cached_models, locate, look_up, sketch
+from specchat.models.hub import Download, cached_models, look_up, sketch
+
+TESTS = Path(__file__).parents[1]
 
 
 def shard(num_bytes: int, key: str = "w") -> bytes:
@@ -355,7 +358,8 @@ CLIENT = """
 import signal, sys
 from specchat.errors import SpecchatError
 from specchat.models.catalog import parse_model
-from specchat.models.hub import cached_models, locate
+from specchat.models.hub import cached_models
+from support.locating import locate
 signal.signal(signal.SIGINT, signal.default_int_handler)
 def progress(done, total):
     print("progress", done, flush=True)
@@ -371,7 +375,9 @@ except KeyboardInterrupt:
 
 def environment(server: FakeHub, home: Path, **extra: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    return kept | {"HF_ENDPOINT": server.url, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1,localhost"} | extra
+    path = os.pathsep.join((str(TESTS.parent), str(TESTS)))
+    asked = {"HF_ENDPOINT": server.url, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1,localhost", "PYTHONPATH": path}
+    return kept | asked | extra
 
 
 def client(server: FakeHub, home: Path, **extra: str) -> subprocess.CompletedProcess[str]:

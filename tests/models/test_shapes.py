@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import reference
 from support.engines import write
+from support.locating import locate
 
 from specchat.config import Message, Sampling
 from specchat.engine.engine import Engine
@@ -25,12 +26,13 @@ from specchat.models.checkpoint import read_json
 from specchat.models.dtypes import TORCH_DTYPE
 from specchat.models.geometry import describe
 from specchat.models.hf_compat import load_tokenizer
-from specchat.models.hub import Download, locate
+from specchat.models.hub import Download
 from specchat.models.pack import open_pack
 from specchat.models.prepare import prepare
 from specchat.models.shape_spec import DEMO_TARGET, VOCAB_SIZE, Shape, known_shapes, parse_shape
 from specchat.models.shapes import ShapeLayers, materialise, shape_files
-from specchat.planner.search import PlanRequest, make_plan
+from specchat.planner.request import PlanRequest
+from specchat.planner.search import make_plan
 
 SMALLEST = "hidden=256,layers=8,heads=4,kv_heads=2,head_dim=64,mlp=704"
 # Wider, true groups and head dim, idle heads and layers: what users ask for, in small.

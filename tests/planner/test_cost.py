@@ -12,10 +12,12 @@ from support.machines import CUDA_TORCH, GIB, MEASURED, hardware
 from specchat.config import KvShape, ModelSource, ModelSpec, ParamSize
 from specchat.hardware.machine import Gpu, GpuSurvey, Machine, PcieLink
 from specchat.models.catalog import demo_source
-from specchat.planner.cost import TYPICAL_ACCEPTANCE, Acceptance, CostModel, LinkQueue, Placement, draft_batches
+from specchat.planner.cost import TYPICAL_ACCEPTANCE, Acceptance, CostModel, LinkQueue, draft_batches
 from specchat.planner.explain import Chosen
+from specchat.planner.placement import Placement, interleaved
 from specchat.planner.rates import Rate, Rates, rates_of
-from specchat.planner.search import Known, PlanRequest, choose_for, interleaved
+from specchat.planner.request import Known, PlanRequest
+from specchat.planner.search import choose_for
 
 TARGET = demo_source("target")
 DRAFT = demo_source("draft")

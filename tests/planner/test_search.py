@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.engines import write
+from support.planning import UNKNOWN_RATES, plan_for
 
 from specchat.config import KvShape, Message, ModelSource, ModelSpec, ParamSize, Plan, Sampling
 from specchat.engine.engine import Engine
@@ -21,21 +22,12 @@ from specchat.hardware.machine import Machine
 from specchat.models.catalog import demo_source
 from specchat.models.geometry import describe, layer_bytes
 from specchat.models.hf_compat import load_tokenizer
+from specchat.planner.candidates import CUDA_RESERVE_BYTES
 from specchat.planner.memory import RUNTIME_BYTES, Workload, build_ledger
-from specchat.planner.rates import UNKNOWN_RATES, Rate
-from specchat.planner.search import (
-    CUDA_RESERVE_BYTES,
-    EXACT_BYTES,
-    NUM_SLOTS,
-    Known,
-    PlanRequest,
-    choose_for,
-    interleaved,
-    make_plan,
-    plan_for,
-    smaller_plan,
-    usable_ram,
-)
+from specchat.planner.placement import NUM_SLOTS, interleaved, usable_ram
+from specchat.planner.rates import Rate
+from specchat.planner.request import EXACT_BYTES, Known, PlanRequest
+from specchat.planner.search import choose_for, make_plan, smaller_plan
 from specchat.units import GIB, MIB, format_bytes
 
 MACHINE = Machine("cpu", 64 * GIB, 64 * GIB, fast_bf16=False)

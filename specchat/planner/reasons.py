@@ -1,0 +1,118 @@
+"""Why a plan is as it is: every choice with its reason, and what the best plan without it would do."""
+
+from collections.abc import Callable, Sequence
+
+from specchat.config import DTYPE_BYTES, ModelSpec
+from specchat.planner.candidates import Candidate, fastest, preference, usual_ctx
+from specchat.planner.cost import Prediction
+from specchat.planner.explain import Alternative, Choice
+from specchat.planner.precision import Precision
+from specchat.planner.request import EXACT_BYTES, LOWER_QUANTS, Known, PlanRequest
+from specchat.units import format_bytes
+
+_Otherwise = Callable[[Callable[[Candidate], bool], Callable[[Candidate], str]], Alternative | None]
+
+
+def choices(
+    request: PlanRequest, known: Known, quant: Precision, best: Candidate, candidates: Sequence[Candidate]
+) -> tuple[Choice, ...]:
+    """Every choice with its reason, and what the best plan without it would do."""
+
+    def otherwise(differs: Callable[[Candidate], bool], value: Callable[[Candidate], str]) -> Alternative | None:
+        other = max((each for each in candidates if differs(each)), key=preference, default=None)
+        return None if other is None else Alternative(value(other), other.prediction.tok_per_s)
+
+    work, device = best.work, known.machine.device
+    found = [
+        Choice("device", device, _why_device(request, device), request.device != "auto"),
+        Choice("dtype", work.dtype, _why_dtype(request, best), request.dtype != "auto"),
+        Choice("quant", best.target.quant, quant.why, request.quant != "auto", _other_quant(request, known, quant)),
+        _draft_choice(request, known, best, otherwise(lambda c: (c.draft is None) != (best.draft is None), _draft_of)),
+        Choice("ctx", f"{work.ctx:,}", _why_ctx(request, best), request.ctx is not None),
+    ]
+    if best.draft is not None:
+        found += _draft_quant_choice(request, known, best.draft, otherwise)
+        trees = otherwise(
+            lambda c: c.draft is not None and c.work.tree_budget != work.tree_budget, lambda c: str(c.work.tree_budget)
+        )
+        nodes = best.prediction.tree_nodes
+        why = "asked for" if request.tree_budget is not None else f"the most; about {nodes} nodes pay for their time"
+        found.append(Choice("tree-budget", str(work.tree_budget), why, request.tree_budget is not None, trees))
+    found.append(Choice("vram", format_bytes(best.budget_bytes), _why_budget(request, device), _is_set(request)))
+    if best.num_streamed:
+        slots = otherwise(lambda c: c.work.slots != work.slots, lambda c: str(c.work.slots))
+        why = "asked for" if request.slots is not None else "layers on their way while one is computed"
+        found.append(Choice("slots", str(work.slots), why, request.slots is not None, slots))
+    return tuple(found)
+
+
+def _is_set(request: PlanRequest) -> bool:
+    return request.vram_bytes is not None
+
+
+def _why_device(request: PlanRequest, device: str) -> str:
+    if request.device != "auto":
+        return "asked for"
+    return "no CUDA device can be used" if device == "cpu" else "the first CUDA device"
+
+
+def _why_dtype(request: PlanRequest, best: Candidate) -> str:
+    if request.dtype != "auto":
+        return "asked for"
+    if best.work.dtype == best.target.dtype:
+        return "the model's own"
+    if best.target.num_params * DTYPE_BYTES["fp32"] <= EXACT_BYTES:
+        return "small enough to be exact"
+    return f"{best.target.dtype} is slow here" if best.work.dtype == "fp32" else "fast enough, half the bytes"
+
+
+def _why_ctx(request: PlanRequest, best: Candidate) -> str:
+    if request.ctx is not None:
+        return "asked for"
+    if best.work.ctx == usual_ctx(request, best.target):
+        return "all that the model has" if best.work.ctx == best.target.max_positions else "the usual"
+    return "halved until everything fitted"
+
+
+def _why_budget(request: PlanRequest, device: str) -> str:
+    if request.vram_bytes is not None:
+        return "asked for"
+    return "free memory less a reserve for the system" if device == "cpu" else "free memory less 1 GiB"
+
+
+def _draft_of(candidate: Candidate) -> str:
+    return "none" if candidate.draft is None else candidate.draft.name
+
+
+def _draft_choice(request: PlanRequest, known: Known, best: Candidate, other: Alternative | None) -> Choice:
+    if known.draft is None:
+        return Choice("draft", "none", "none known or asked for")
+    if not request.draft_is_open:
+        return Choice("draft", known.draft.name, "asked for", pinned=True, alternative=other)
+    why = "plain decoding is faster here" if best.draft is None else _what_a_tree_brings(best.prediction)
+    return Choice("draft", _draft_of(best), why, alternative=other)
+
+
+def _draft_quant_choice(request: PlanRequest, known: Known, draft: ModelSpec, otherwise: _Otherwise) -> list[Choice]:
+    """Nothing where there was nothing to choose."""
+    if request.draft_quant != "auto":
+        return [Choice("draft-quant", draft.quant, "asked for", pinned=True)]
+    if not known.lower_drafts:
+        return []
+    why = "the text stays the same, and more layers stay" if draft.quant in LOWER_QUANTS else "as it comes"
+    other = otherwise(
+        lambda c: c.draft is not None and c.draft.quant != draft.quant, lambda c: c.draft.quant if c.draft else ""
+    )
+    return [Choice("draft-quant", draft.quant, why, alternative=other)]
+
+
+def _what_a_tree_brings(prediction: Prediction) -> str:
+    return f"{prediction.tokens_per_step:.1f} tokens a pass instead of 1"
+
+
+def _other_quant(request: PlanRequest, known: Known, quant: Precision) -> Alternative | None:
+    """What the precision that was not chosen would do under the same conditions."""
+    if quant.other is None:
+        return None
+    other = fastest(request, known, quant.other)
+    return Alternative(quant.other.quant, None if other is None else other.prediction.tok_per_s)
