@@ -253,7 +253,7 @@ options = ModelOptions(
     model="shape:hidden=512,layers=12,heads=8,kv_heads=4,head_dim=64,mlp=2048,dtype=fp32", device="cpu", dtype="fp32",
     vram_bytes=int(vram), ram_bytes=int(ram), quant=quant, ctx=256, tree_budget=16, quiet=True)
 found = shared.locate_models(options, shared.parse_models(options), talk(quiet=True))
-plan = shared.make_plan(options, found, keeps_draft=True).plan
+plan = shared.make_plan(options, found, print, as_given=True).plan
 pack = shared.make_pack(found.target, plan, TalkReporter(talk(quiet=True)))
 for source in (found.target, found.draft):
     check_architecture(source)
