@@ -24,6 +24,7 @@ HOMES = {
     "torch": ("engine/", "models/", "hardware/", "demo/"),
     # hf_baselines is what the engine is measured against: transformers used as anyone would, nothing of ours in it.
     "transformers": ("models/hf_compat.py", "models/hf_baselines.py", "demo/"),
+    "triton": ("models/formats/triton_affine.py",),
     "rich": ("ui/",),
     "prompt_toolkit": ("ui/",),
     "typer": ("cli/",),

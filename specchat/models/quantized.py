@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specchat.models.formats.protocol import Segment, Segments, WeightFormat, scratch_bytes
+from specchat.models.formats.choices import choices, rows_class
+from specchat.models.formats.protocol import Linear, Segment, Segments, WeightFormat, scratch_bytes
 
 
 class Scratch:
@@ -50,6 +51,7 @@ class QuantLinear(nn.Module):
         self.out_features, self.in_features = shape
         self.scratch = scratch
         self._names = []
+        self._ways: dict[tuple[torch.device, torch.dtype, int], Linear] = {}
         for segment in weight_format.segments(*shape):
             self.register_parameter(segment.name, _empty(segment))
             self._names.append(segment.name)
@@ -63,8 +65,12 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x W^T + bias: [..., cols] -> [..., rows]."""
-        scratch = self.scratch.of(self.shape, x.dtype, x.device)
-        return self.format.linear(x, self.segments, self.shape, scratch, self._parameters["bias"])
+        scratch, segments = self.scratch.of(self.shape, x.dtype, x.device), self.segments
+        kind = x.device, x.dtype, rows_class(x, self.shape)
+        linear = self._ways.get(kind)
+        if linear is None:
+            linear = self._ways[kind] = choices().linear(self.format, x, segments, self.shape, scratch)
+        return linear(x, segments, self.shape, scratch, self._parameters["bias"])
 
 
 class QuantParts(nn.ModuleList):

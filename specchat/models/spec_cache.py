@@ -73,7 +73,7 @@ def save(key: str | None, spec: ModelSpec) -> None:
     _remembered[key] = spec
     values = asdict(spec)
     with suppress(OSError):
-        _write(_file(key), json.dumps({"sha256": _digest(values), "spec": values}))
+        write_whole(_file(key), json.dumps({"sha256": _digest(values), "spec": values}))
         _drop_oldest(_file(key).parent)
 
 
@@ -122,7 +122,12 @@ def _file(key: str) -> Path:
     return cache_folder() / "specs" / f"{key}.json"
 
 
-def _write(file: Path, text: str) -> None:
+def write_whole(file: Path, text: str) -> None:
+    """Puts a text in the place of a file, whole or not at all; its folder is made.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(suffix=".tmp", dir=file.parent)
     try:

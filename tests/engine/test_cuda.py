@@ -18,7 +18,7 @@ import torch
 from support.engines import NOTHING, make_plan, random_prompt, write
 from support.tiny_models import VOCAB, make_config, perturbed, random_model, save
 
-from specchat.config import ModelSource, Sampling
+from specchat.config import ModelSource, Quant, Sampling
 from specchat.engine.cuda import Pinner, pinner
 from specchat.engine.engine import Engine
 from specchat.engine.model import TreeModel, load_model
@@ -75,14 +75,17 @@ def test_streamed_states_are_resident_states_bit_for_bit(
     model.close()
 
 
+@pytest.mark.parametrize("quant", ["none", "int8", "int4"])
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8, seed=5)], ids=["greedy", "sampled"])
-def test_text_does_not_depend_on_draft_or_streaming(sampling: Sampling, tmp_path: Path):
+def test_text_does_not_depend_on_draft_or_streaming(sampling: Sampling, quant: Quant, tmp_path: Path):
+    if quant == "int4":
+        pytest.importorskip("bitsandbytes")
     target = random_model(make_config("llama_tied"))
     sources = save(target, tmp_path / "target"), save(perturbed(target, 0.03), tmp_path / "draft")
     prompt, texts = random_prompt(30, VOCAB), []
     for draft, resident in ((None, None), (sources[1], (1,)), (sources[1], ())):
         plan = make_plan(sources[0], draft, num_layers=5, resident=resident)
-        plan = replace(plan, device="cuda:0", in_ram=plan.streamed)
+        plan = replace(plan, device="cuda:0", in_ram=plan.streamed, quant=quant)
         with Engine.load(plan, sources[0], draft) as engine:
             texts.append(write(engine, prompt, sampling, 40)[0])
     assert texts[0] == texts[1] == texts[2]

@@ -6,12 +6,14 @@ checkpoints of this kind come from (GPTQ, AWQ, compressed-tensors), so the numbe
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from specchat.models.formats.protocol import Segment, Segments, WeightFormat
+from specchat.models.formats.by_triton import triton_ways
+from specchat.models.formats.protocol import Linear, Segment, Segments, WeightFormat
 from specchat.models.geometry import PIECE_NUMBERS
 
 # What a stored number of 0 .. 15 stands for without a zero point: 8 less. Bytes are signed and stand for themselves.
@@ -84,8 +86,24 @@ class Affine(WeightFormat):
         """As the protocol has it; it is x that is brought into the order of stored columns, which is far smaller."""
         if not self.reordered:
             return super().linear(x, segments, shape, scratch, bias)
-        in_order = replace(self, reordered=False)
-        return in_order.linear(x.index_select(-1, segments["order"]), segments, shape, scratch, bias)
+        return _in_order(replace(self, reordered=False).linear, x, segments, shape, scratch, bias)
+
+    def ways(
+        self, shape: tuple[int, int], num_rows: int, dtype: torch.dtype, device: torch.device
+    ) -> dict[str, Linear]:
+        """As the protocol has it, and by Triton."""
+        if self.reordered:
+            in_order = replace(self, reordered=False).ways(shape, num_rows, dtype, device)
+            return {name: partial(_in_order, way) for name, way in in_order.items()}
+        ways = super().ways(shape, num_rows, dtype, device)
+        return ways | triton_ways(self.dequantize, self.bits, self.group, rounds=True, device=device)
+
+
+def _in_order(
+    linear: Linear, x: Tensor, segments: Segments, shape: tuple[int, int], scratch: Tensor, bias: Tensor | None
+) -> Tensor:
+    """`linear` of columns in the order of the stored ones."""
+    return linear(x.index_select(-1, segments["order"]), segments, shape, scratch, bias)
 
 
 def num_groups(cols: int, group: int | None) -> int:

@@ -13,10 +13,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from specchat.models.formats.bnb_ops import bnb, bnb_version, dynamic_map, fill_from_4bit
-from specchat.models.formats.protocol import Segment, Segments, WeightFormat
+from specchat.models.formats.bnb_ops import bnb, bnb_version, dynamic_map, fill_from_4bit, fused_product
+from specchat.models.formats.protocol import Linear, Segment, Segments, WeightFormat
 
 NESTED_BLOCK = 256  # absmax values that share one scale
+_FUSED_ROWS = 64  # from there on dequantizing is shared by many rows, and the product is better left to torch
 _QUANTIZE_NUMBERS = 1 << 20  # at a time, for which bitsandbytes takes some 30 bytes each; a multiple of every block
 
 
@@ -64,6 +65,33 @@ class Bnb4(WeightFormat):
         whole = (count // self.block, self.block) if count % self.block == 0 else (1, count)
         numbers: Tensor = bnb().dequantize_4bit(part, absmax, self.block, self.kind, whole, out.dtype)
         return numbers.view(-1)[skipped : skipped + out.numel()].view_as(out)
+
+    def ways(
+        self, shape: tuple[int, int], num_rows: int, dtype: torch.dtype, device: torch.device
+    ) -> dict[str, Linear]:
+        """As the protocol has it, and for few rows on a GPU the kernel that dequantizes while it multiplies.
+
+        That one rounds otherwise: a nested absmax is computed with one rounding less, and in 16 bits it rounds absmax,
+        the 16 numbers, and below 8 rows of x every single product to the dtype of x. That is the size of what 16 bits
+        lose in any case. In float32 it is enough to tip a near-tie between plain decoding, with one row, and a tree,
+        with many, so there it is left out.
+        """
+        ways = super().ways(shape, num_rows, dtype, device)
+        possible = device.type == "cuda" and dtype != torch.float32
+        if possible and num_rows <= _FUSED_ROWS and shape[1] % self.block == 0 and fused_product() is not None:
+            ways["fused"] = self._multiply_fused
+        return ways
+
+    def _multiply_fused(
+        self, x: Tensor, segments: Segments, shape: tuple[int, int], scratch: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """See `WeightFormat.linear`; `scratch` is not needed."""
+        multiply = fused_product()
+        assert multiply is not None
+        if not self.nested:
+            return multiply(x, segments["codes"], shape, segments["absmax"], self.block, self.kind, bias)
+        nested = (segments["absmax"], dynamic_map(x.device), segments["offset"])
+        return multiply(x, segments["codes"], shape, segments["nested_absmax"], self.block, self.kind, bias, *nested)
 
     def _absmax(self, segments: Segments, first: int, last: int) -> Tensor:
         """The absmax of the blocks first .. last - 1: float32."""

@@ -3,6 +3,7 @@
 import ctypes
 import logging
 import os
+from collections.abc import Callable
 from functools import cache
 from importlib.metadata import version
 from typing import Any
@@ -68,6 +69,27 @@ def _cpu_kernels() -> Any | None:
     from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary, lib
 
     return None if isinstance(lib, ErrorHandlerMockBNBNativeLibrary) else lib
+
+
+@cache
+def fused_product() -> Callable[..., Tensor] | None:
+    """bitsandbytes' kernel for CUDA that multiplies with 4-bit codes; None if this version has none.
+
+    It is what `gemm_4bit` calls; that operator dequantizes instead where it expects that to be faster, into memory
+    of its own, which no ledger has counted.
+
+    Returns:
+        A function of x [..., cols], codes, (rows, cols), the absmax (or that of the nested absmax: float32), the block,
+        "nf4" or "fp4", a bias or None, and if nested the codes of the absmax, `dynamic_map` and the offset. It gives
+        [..., rows] in the dtype of x. The block must divide cols.
+    """
+    bnb()
+    try:
+        from bitsandbytes.backends.cuda.ops import _gemm_4bit_kernel_impl
+    except (ImportError, AttributeError):  # AttributeError: its own library lacks the kernel
+        return None
+    kernel: Callable[..., Tensor] = _gemm_4bit_kernel_impl
+    return kernel
 
 
 def bnb_version() -> str:

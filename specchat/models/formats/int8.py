@@ -10,7 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from specchat.models.formats.protocol import Segment, Segments, WeightFormat
+from specchat.models.formats.by_triton import triton_ways
+from specchat.models.formats.protocol import Linear, Segment, Segments, WeightFormat
 
 _VERSION = 1
 _LARGEST = 127
@@ -42,6 +43,13 @@ class Int8(WeightFormat):
         for numbers, scales in self._groups(out, segments["scales"][begin:end]):
             numbers.mul_(scales)
         return out
+
+    def ways(
+        self, shape: tuple[int, int], num_rows: int, dtype: torch.dtype, device: torch.device
+    ) -> dict[str, Linear]:
+        """As the protocol has it, and by Triton."""
+        ways = super().ways(shape, num_rows, dtype, device)
+        return ways | triton_ways(self.dequantize, 8, self.group, rounds=False, device=device)
 
     def _groups(self, numbers: Tensor, scales: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Views of numbers [r, g, group] and their scales [r, g, 1]: the whole groups, and the shorter last ones."""

@@ -8,7 +8,7 @@ A new format is one file: a subclass of `WeightFormat`, and, where checkpoints c
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -20,6 +20,9 @@ from specchat.models.geometry import dequantized_rows
 from specchat.models.products import product
 
 Segments = Mapping[str, Tensor]
+# `WeightFormat.dequantize` and `WeightFormat.linear`, or what does the same.
+Dequantize = Callable[[Segments, int, int, Tensor], Tensor]
+Linear = Callable[[Tensor, Segments, tuple[int, int], Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class WeightFormat(ABC):
     def linear(
         self, x: Tensor, segments: Segments, shape: tuple[int, int], scratch: Tensor, bias: Tensor | None = None
     ) -> Tensor:
-        """x W^T + bias, a few rows of W at a time; formats with a fused kernel override this for few rows of x.
+        """x W^T + bias, a few rows of W at a time; the way that works everywhere.
 
         Args:
             x: [..., cols] in the compute dtype.
@@ -74,18 +77,23 @@ class WeightFormat(ABC):
         Returns:
             [..., rows] in the dtype of x.
         """
-        rows, cols = shape
-        step = chunk_rows(rows, cols, x.dtype, x.device)
-        y = x.new_empty(*x.shape[:-1], rows) if step < rows else None
-        for begin in range(0, rows, step):
-            end = min(begin + step, rows)
-            weight = self.dequantize(segments, begin, end, view_scratch(scratch, end - begin, cols, x.dtype))
-            part = product(x, weight, None if bias is None else bias[begin:end])
-            if y is None:
-                return part
-            y[..., begin:end] = part
-        assert y is not None
-        return y
+        return product_in_pieces(self.dequantize, x, segments, shape, scratch, bias)
+
+    def ways(
+        self, shape: tuple[int, int], num_rows: int, dtype: torch.dtype, device: torch.device
+    ) -> dict[str, Linear]:
+        """What can be called for `linear`, by name; the fastest of several is found by measuring (`formats.choices`).
+
+        In float32 they give the same bits, so that the text does not depend on what was fast. No way takes more memory
+        than `linear`.
+
+        Args:
+            shape: of W, (rows, cols).
+            num_rows: the most rows that x has.
+            dtype: of x.
+            device: of x.
+        """
+        return {"dequantize": self.linear}
 
 
 class Quantizer(Protocol):
@@ -129,6 +137,29 @@ class CheckpointScheme(Protocol):
         Raises:
             CorruptCheckpointError: the tensors' contents cannot be what was saved.
         """
+
+
+def product_in_pieces(
+    dequantize: Dequantize,
+    x: Tensor,
+    segments: Segments,
+    shape: tuple[int, int],
+    scratch: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """`WeightFormat.linear` with rows of W from `dequantize`."""
+    rows, cols = shape
+    step = chunk_rows(rows, cols, x.dtype, x.device)
+    y = x.new_empty(*x.shape[:-1], rows) if step < rows else None
+    for begin in range(0, rows, step):
+        end = min(begin + step, rows)
+        weight = dequantize(segments, begin, end, view_scratch(scratch, end - begin, cols, x.dtype))
+        part = product(x, weight, None if bias is None else bias[begin:end])
+        if y is None:
+            return part
+        y[..., begin:end] = part
+    assert y is not None
+    return y
 
 
 def chunk_rows(rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> int:

@@ -1,0 +1,102 @@
+"""Dequantizing whole numbers with scales on a GPU by Triton: one pass over memory. Unmeasured: no GPU was at hand yet.
+
+torch takes a kernel for each of unpacking, subtracting, scaling and casting, and has float32 in memory in between.
+Triton is imported with this module, so only what computes on a GPU imports it.
+"""
+
+import subprocess
+import warnings
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.errors import TritonError
+
+_BLOCK = 1024  # columns of one program: with Triton's four warps a thread has eight, 16 bytes of a 16-bit type
+# What a compiler that is missing, too old or at a loss raises.
+_FAILURES = (TritonError, RuntimeError, NotImplementedError, OSError, subprocess.SubprocessError)
+
+_refused: set[torch.device] = set()
+
+
+def fill(
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int | None, rounds: bool, out: Tensor
+) -> bool:
+    """Fills `out` with (q - zero) * scale, computed in float32: the numbers of `Affine` and `Int8`, bit for bit.
+
+    The difference is one of integers and a single product follows, so there is nothing that a compiler could reorder.
+
+    Args:
+        codes: uint8 [rows, cols / 2], the first column in the low half, or int8 [rows, cols]; contiguous, as all here.
+        scales: [rows, groups] of any float dtype.
+        zeros: int8 [rows, groups]; None for none: then 8 for 4 bits, 0 for 8.
+        bits: 4 or 8.
+        group: columns per scale, the last group may be smaller; None: one scale for a whole row.
+        rounds: whether products are rounded to the dtype of the scales before they are cast.
+        out: [rows, cols] of any float dtype.
+
+    Returns:
+        Whether it did. The kernel may not compile everywhere: a device on which it failed is not asked again.
+    """
+    if out.device in _refused:
+        return False
+    rows, cols = out.shape
+    try:
+        with torch.cuda.device_of(out):
+            _kernel[rows, triton.cdiv(cols, _BLOCK)](
+                codes,
+                scales,
+                scales if zeros is None else zeros,
+                out,
+                cols,
+                codes.shape[1],
+                scales.shape[1],
+                bits=bits,
+                group=group or 0,
+                has_zeros=zeros is not None,
+                rounds=rounds,
+                block=_BLOCK,
+                enable_fp_fusion=False,
+            )
+    except _FAILURES as error:
+        _refused.add(out.device)
+        warnings.warn(f"Triton fails on {out.device}, torch dequantizes: {error}", RuntimeWarning, stacklevel=2)
+        return False
+    return True
+
+
+@triton.jit(do_not_specialize=["num_groups"])  # type: ignore[untyped-decorator]
+def _kernel(
+    codes: tl.tensor,
+    scales: tl.tensor,
+    zeros: tl.tensor,
+    out: tl.tensor,
+    cols: tl.tensor,
+    code_cols: tl.tensor,
+    num_groups: tl.tensor,
+    bits: tl.constexpr,
+    group: tl.constexpr,
+    has_zeros: tl.constexpr,
+    rounds: tl.constexpr,
+    block: tl.constexpr,
+) -> None:
+    """A block of columns of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * block + tl.arange(0, block)
+    inside = column < cols
+    if bits == 4:
+        byte = tl.program_id(1) * (block // 2) + tl.arange(0, block // 2)
+        pairs = tl.load(codes + row * code_cols + byte, mask=byte < code_cols, other=0).to(tl.int32)
+        q = tl.interleave(pairs & 15, pairs >> 4)
+    else:
+        q = tl.load(codes + row * code_cols + column, mask=inside, other=0).to(tl.int32)
+    place = row * num_groups + (column * 0 if group == 0 else column // group)
+    if has_zeros:
+        q -= tl.load(zeros + place, mask=inside, other=0).to(tl.int32)
+    elif bits == 4:
+        q -= 8
+    numbers = q.to(tl.float32) * tl.load(scales + place, mask=inside, other=0).to(tl.float32)
+    if rounds:
+        numbers = numbers.to(scales.dtype.element_ty).to(tl.float32)
+    tl.store(out + row * cols + column, numbers.to(out.dtype.element_ty), mask=inside)

@@ -1,0 +1,158 @@
+"""Matrices for our Triton kernel, and whether it gives torch's numbers; without a GPU by Triton's interpreter.
+
+TRITON_INTERPRET=1 PYTHONPATH=.:tests python -m support.triton_cases
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from specchat.models.formats.affine import Affine
+from specchat.models.formats.by_triton import dequantize_by_triton
+from specchat.models.formats.int8 import Int8
+from specchat.models.formats.protocol import Dequantize, scratch_bytes
+
+CPU = torch.device("cpu")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A matrix, what it is stored in, which of its rows are wanted, and in which dtype."""
+
+    form: Affine | Int8
+    shape: tuple[int, int]
+    rows: tuple[int, int]
+    wanted: torch.dtype
+
+
+def small_cases() -> Iterator[Case]:
+    """Every kind of number in every dtype; odd columns, ragged groups, more columns than a program has, some rows."""
+    shapes = ((1, 1), (3, 31), (4, 200), (2, 1100))
+    for bits, zeros, scale_dtype, wanted in itertools.product((4, 8), (False, True), FLOATS, FLOATS):
+        for shape, group in zip(shapes, (None, 8, 128, 32), strict=True):
+            yield Case(Affine(bits, group, scale_dtype, zeros), shape, (shape[0] // 2, shape[0]), wanted)
+    for shape, group, wanted in itertools.product(shapes, (128, 32), FLOATS):
+        yield Case(Int8(group), shape, (0, shape[0]), wanted)
+
+
+def large_cases() -> Iterator[Case]:
+    """What layers have, for a GPU."""
+    for zeros, scale_dtype, wanted in itertools.product((False, True), (torch.float16, torch.bfloat16), FLOATS):
+        for bits, group, shape in ((4, 128, (4096, 11008)), (4, 32, (1001, 4097)), (8, None, (4096, 4096))):
+            yield Case(Affine(bits, group, scale_dtype, zeros), shape, (7, shape[0]), wanted)
+    for wanted in FLOATS:
+        yield Case(Int8(), (11008, 4096), (0, 11008), wanted)
+
+
+def random_segments(form: Affine | Int8, shape: tuple[int, int], *, exact: bool = False) -> dict[str, Tensor]:
+    """Any codes; scales of any size and sign, some so large and small that 16 bits overflow and underflow.
+
+    Args:
+        exact: scales are powers of two, so that bfloat16 has all the numbers.
+    """
+    generator = torch.Generator().manual_seed(0)
+    segments = {}
+    for each in form.segments(*shape):
+        if each.name == "scales":
+            sizes = 10.0 ** torch.randint(-7, 5, each.shape, generator=generator)
+            scales = torch.randn(each.shape, generator=generator) * sizes
+            segments[each.name] = (scales.sign() * scales.abs().log2().floor().exp2() if exact else scales).to(
+                each.dtype
+            )
+        elif each.name == "zeros":
+            least, end = (-16, 17) if form.bits == 4 else (-128, 128)
+            segments[each.name] = torch.randint(least, end, each.shape, dtype=each.dtype, generator=generator)
+        else:
+            codes = torch.randint(0, 256, each.shape, dtype=torch.uint8, generator=generator)
+            segments[each.name] = codes.view(each.dtype)
+    return segments
+
+
+def by_triton(form: Affine | Int8, eager: Dequantize) -> Dequantize:
+    """The format's numbers by the kernel."""
+    bits, rounds = (8, False) if isinstance(form, Int8) else (form.bits, True)
+    return partial(dequantize_by_triton, eager, bits, form.group, rounds)
+
+
+def check(case: Case, device: torch.device) -> None:
+    """The kernel gives the numbers that torch gives on a CPU, and writes nothing but them.
+
+    Triton's interpreter, on a CPU, cuts off what does not fit into a bfloat16, where a GPU rounds.
+    """
+
+    def never(*_: object) -> Tensor:
+        raise AssertionError("the kernel was not used")
+
+    begin, end = case.rows
+    cols = case.shape[1]
+    cut_off = device == CPU and torch.bfloat16 in {case.wanted, *(s.dtype for s in case.form.segments(*case.shape))}
+    segments = random_segments(case.form, case.shape, exact=cut_off)
+    expected = case.form.dequantize(segments, begin, end, torch.empty(end - begin, cols, dtype=case.wanted))
+    memory = torch.full(((end - begin) * cols + 64,), 7.0, dtype=case.wanted, device=device)
+    out = memory[: (end - begin) * cols].view(end - begin, cols)
+    there = {name: segment.to(device) for name, segment in segments.items()}
+    found = by_triton(case.form, never)(there, begin, end, out)
+    assert found is out
+    assert torch.equal(found.cpu(), expected), case
+    assert memory[out.numel() :].eq(7).all(), case
+
+
+def check_products() -> None:
+    """The formats ask the kernel for the right numbers: the same products as without it, as if this were a GPU."""
+    torch.cuda.get_device_capability = lambda _: (9, 0)  # type: ignore[assignment]
+    shape = (5, 72)
+    x, bias = torch.randn(1, 3, shape[1]), torch.randn(shape[0])
+    affine = (Affine(4, 32, torch.float16, zeros, reordered) for zeros in (False, True) for reordered in (False, True))
+    for form in (Int8(32), Affine(8, None, torch.float16), *affine):
+        segments = random_segments(form, shape)
+        segments["scales"].clamp_(-2, 2)  # sums are to stay finite
+        if "order" in segments:
+            segments["order"] = torch.randperm(shape[1]).to(torch.int32)
+        scratch = torch.empty(scratch_bytes(shape, x.dtype, CPU), dtype=torch.uint8)
+        ways = form.ways(shape, 4, x.dtype, torch.device("cuda"))
+        assert [*ways] == ["dequantize", "triton"]
+        expected, found = (way(x, segments, shape, scratch, bias) for way in ways.values())
+        assert torch.equal(found, expected), form
+
+
+def check_failure() -> None:
+    """A kernel that does not compile is tried once; the numbers come from torch."""
+    from specchat.models.formats import triton_affine
+
+    class Failing:
+        calls = 0
+
+        def __getitem__(self, grid: object) -> None:
+            Failing.calls += 1
+            raise RuntimeError("no compiler")
+
+    kernel, triton_affine._kernel = triton_affine._kernel, Failing()
+    form, shape = Affine(4, 32, torch.float16, zeros=True), (5, 70)
+    segments = random_segments(form, shape)
+    expected = form.dequantize(segments, 1, 5, torch.empty(4, 70))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            found = by_triton(form, form.dequantize)(segments, 1, 5, torch.empty(4, 70))
+            assert torch.equal(found, expected)
+    assert Failing.calls == len(said) == 1
+    assert "no compiler" in str(said[0].message)
+    triton_affine._kernel = kernel
+    triton_affine._refused.clear()
+
+
+if __name__ == "__main__":
+    cases = list(small_cases())
+    for each in cases:
+        check(each, CPU)
+    check_products()
+    check_failure()
+    print(f"{len(cases)} matrices")
