@@ -134,6 +134,34 @@ def test_numbers_are_the_library_s_own(kind: Kind, shape: tuple[int, int]):
     assert error < 0.35  # the made checkpoint is no noise: 4 bits over a whole matrix are the worst
 
 
+# Scales of 16 bits, by the name of their tensor: products have to be rounded to them before they are cast.
+ROUNDED = [
+    (gptq(), "scales"),
+    (gptq(8, sym=True), "scales"),
+    (gptq(act_order=True, dtype=torch.bfloat16), "scales"),
+    (awq(), "scales"),
+    (compressed("pack-quantized", group=32, dtype=FP16), "weight_scale"),
+    (compressed("pack-quantized", group=32, sym=False, act_order=True), "weight_scale"),
+    (compressed("int-quantized", bits=8, strategy="channel", sym=False, dtype=FP16), "weight_scale"),
+    (compressed("float-quantized", bits=8, strategy="channel"), "weight_scale"),
+]
+
+
+@pytest.mark.parametrize(("kind", "scales"), [pytest.param(*each, id=each[0].name) for each in ROUNDED])
+@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16, FP16], ids=str)
+def test_products_are_rounded_as_the_library_rounds_them(kind: Kind, scales: str, wanted: torch.dtype):
+    """In the dtype of the scales, and only then cast: no number is another, however it was to be had."""
+    shape = (64, 128)
+    tensors = kind.pack(random_matrix(shape), 5)
+    expected = kind.unpack(tensors, shape)
+    assert expected.dtype == tensors[scales].dtype
+    form, segments = read(kind, shape, tensors)
+    assert torch.equal(dequantize(form, segments, shape, wanted), expected.to(wanted))
+    exact = kind.unpack({**tensors, scales: tensors[scales].double()}, shape)
+    if wanted != expected.dtype:
+        assert not torch.equal(exact.to(wanted), expected.to(wanted)), "rounding would make no difference here"
+
+
 @pytest.mark.parametrize(("kind", "shape"), ONE_EACH)
 def test_any_range_of_rows_gives_the_same_numbers(kind: Kind, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch):
     form, segments = read(kind, shape, kind.pack(random_matrix(shape), 5))
@@ -170,6 +198,61 @@ def test_zero_points_may_come_unpacked(bits: int):
     assert zeros.dtype == torch.int8
     _, others = read(kind, shape, {**tensors, "weight_zero_point": zeros})
     assert torch.equal(others["zeros"], segments["zeros"])
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [gptq(), gptq(version=2), gptq(8), gptq(8, version=2), awq()]
+    + [compressed("pack-quantized", bits=bits, group=32, sym=False) for bits in (4, 8)],
+    ids=lambda kind: kind.name,
+)
+def test_zero_points_at_both_ends_of_their_range(kind: Kind):
+    """Of rows without a negative number, and without a positive one; GPTQ's first version stores 0 as -1."""
+    shape = (32, 64)
+    weight = random_matrix(shape).abs()
+    weight[::2] *= -1
+    tensors = kind.pack(weight, 5)
+    form, segments = read(kind, shape, tensors)
+    assert isinstance(form, Affine)
+    ends = {0, 15} if form.bits == 4 else {-128, 127}
+    assert ends == {int(segments["zeros"].min()), int(segments["zeros"].max())}
+    expected = kind.unpack(tensors, shape)
+    assert torch.equal(dequantize(form, segments, shape, expected.dtype), expected)
+
+
+@pytest.mark.parametrize(("kind", "shape"), ONE_EACH)
+def test_large_matrices_are_transcoded_in_pieces(kind: Kind, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch):
+    tensors = kind.pack(random_matrix(shape), 5)
+    _, whole = read(kind, shape, tensors)
+    for name, size in (("gptq._ROWS", 5), ("compressed._ROWS", 3), ("awq._WORDS", 2), ("fp8._CHECKED_ROWS", 3)):
+        monkeypatch.setattr(f"specchat.models.formats.{name}", size)
+    _, pieces = read(kind, shape, tensors)
+    assert whole.keys() == pieces.keys()
+    for name, segment in whole.items():
+        assert torch.equal(segment.view(torch.uint8), pieces[name].view(torch.uint8)), name
+
+
+def test_columns_that_no_group_is_named_for_are_in_their_own_order():
+    """As compressed-tensors fills `weight_g_idx` before a quantizer has had its say."""
+    shape = (32, 64)
+    tensors = CT.pack(random_matrix(shape), 5)
+    expected = CT.unpack(tensors, shape)
+    unset = {**tensors, "weight_g_idx": torch.full((64,), -1, dtype=torch.int32)}
+    form, segments = read(CT, shape, unset)
+    assert torch.equal(dequantize(form, segments, shape, expected.dtype), expected)
+
+
+@pytest.mark.parametrize("order", [True, "group", "dynamic", "Group", False, None, "weight", "static"], ids=str)
+def test_words_for_the_order_of_columns(order: bool | str | None):
+    """Some say that columns are out of order in the file, some only how it was made."""
+    tensors = headers(CT.pack(random_matrix((32, 64)), 5))
+    scheme = scheme_of(weights_changed(CT, actorder=order))
+    assert scheme is not None
+    if order in (True, "group", "dynamic", "Group"):
+        with pytest.raises(CorruptCheckpointError, match="weight_g_idx"):
+            scheme.format_of(MODULE, (32, 64), tensors)
+    else:
+        assert scheme.format_of(MODULE, (32, 64), tensors) == Affine(4, 32, torch.bfloat16)
 
 
 @given(rows=st.integers(1, 5), cols=st.integers(1, 40), seed=st.integers(0, 99))
@@ -315,6 +398,19 @@ def broken(kind: Kind, name: str, change: Any) -> None:
 def test_contents_that_cannot_be_are_named(kind: Kind, name: str, change: Any):
     with pytest.raises(CorruptCheckpointError, match=rf"{MODULE}.{name}"):
         broken(kind, name, change)
+
+
+@pytest.mark.parametrize("row", [0, 9, 10, 63])
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+def test_one_number_that_is_nan_is_found(row: int, code: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("specchat.models.formats.fp8._CHECKED_ROWS", 10)
+
+    def spoil(codes: Tensor) -> Tensor:
+        codes.view(torch.uint8)[row, 17] = code
+        return codes
+
+    with pytest.raises(CorruptCheckpointError, match="NaN"):
+        broken(block_fp8(), "weight", spoil)
 
 
 def test_what_a_bnb_file_says_of_its_matrix_is_checked():

@@ -246,7 +246,7 @@ def compressed(
             return compressor.decompress(state, args)["weight"]
         order = tensors["weight_g_idx"].argsort(stable=True)
         state["weight_packed"] = shuffle_packed(state["weight_packed"], order.argsort(), bits, shape)
-        out = torch.empty(shape, dtype=dtype)
+        out = torch.empty(shape, dtype=tensors["weight_scale"].dtype)
         out[:, order] = compressor.decompress(state, args)["weight"]
         return out
 
