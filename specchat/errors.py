@@ -3,6 +3,8 @@
 Only `specchat.cli.exit_status` turns these into exit codes. A broken invariant of our own is an `assert` instead.
 """
 
+import errno
+
 
 class SpecchatError(Exception):
     """Base of every error shown to a user.
@@ -84,3 +86,15 @@ class SessionError(SpecchatError):
 
 class DeviceUnusableError(SpecchatError):
     """A device that was asked for by name cannot be used."""
+
+
+def is_lack_of_memory(error: BaseException) -> bool:
+    """Whether an error that is not ours says that memory could not be had, or a thread, which takes some, too.
+
+    torch has an error of its own for a GPU's memory only, and Python none for threads.
+    """
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return any(words in str(error) for words in ("allocate memory", "start new thread"))

@@ -17,6 +17,7 @@ from specchat.errors import (
     ModelError,
     SpecchatError,
     UsageError,
+    is_lack_of_memory,
 )
 
 EXIT_CODES: dict[int, str] = {
@@ -108,7 +109,7 @@ def _explained(error: Exception) -> int:
 def _as_shown(error: Exception) -> SpecchatError:
     if isinstance(error, SpecchatError):
         return error
-    if isinstance(error, MemoryError):
+    if is_lack_of_memory(error):
         return DoesNotFitError("this machine has run out of memory", "a smaller --vram or --ctx needs less")
     if isinstance(error, OSError) and error.strerror:
         return SpecchatError(f"{error.strerror}: {error.filename}" if error.filename else error.strerror)

@@ -1,5 +1,6 @@
 """What `run` and `bench` do alike: find the models, plan for them, make their weights ready to stream."""
 
+import gc
 import os
 import sys
 import warnings
@@ -334,6 +335,7 @@ def load_engine(options: ModelOptions, models: Models, plan: Plan, reporter: "Re
 
             plan = smaller_plan(_plan_request(options, models), plan)
             reporter.warn(f"{error.message}; trying again with {_size_of(plan)}")
+        gc.collect()  # modules and what is bound to them refer to each other: what was loaded would stay until then
 
 
 def _size_of(plan: Plan) -> str:

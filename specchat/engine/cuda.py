@@ -186,9 +186,9 @@ class HostLayers:
             for j, blob in self._kept.items():
                 read_layer(streamed[j], layouts[j], blob)
             works = [filler.chunks(streamed[j], self._slots[k % len(self._slots)]) for k, j in enumerate(read)]
+            small = [is_small(self._nbytes[j]) for j in read]
+            self._queue = SlotQueue(works, small, len(self._slots), filler.num_workers) if read else None
             undo.pop_all()
-        small = [is_small(self._nbytes[j]) for j in read]
-        self._queue = SlotQueue(works, small, len(self._slots), filler.num_workers) if read else None
         self._lent: tuple[int, Callable[[], None]] | None = None
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +31,7 @@ from specchat.engine.model import PassCancelledError, TreeModel, load_model
 from specchat.engine.sampling import Sampler
 from specchat.engine.selfcheck import check_architecture
 from specchat.engine.tree import ROOT, TokenTree, common_prefix
-from specchat.errors import AllocationError, PromptTooLongError
+from specchat.errors import AllocationError, PromptTooLongError, is_lack_of_memory
 from specchat.models.dtypes import TORCH_DTYPE
 from specchat.models.pack import Pack
 from specchat.models.pairing import check_pair
@@ -322,7 +321,7 @@ def _allocating(plan: Plan) -> Iterator[None]:
     try:
         yield
     except (MemoryError, OSError, RuntimeError) as error:
-        if not _is_lack_of_memory(error):
+        if not is_lack_of_memory(error):
             raise
     else:
         return
@@ -331,13 +330,6 @@ def _allocating(plan: Plan) -> Iterator[None]:
         f"{plan.device} does not give the {format_bytes(plan.device_bytes)} that were planned",
         hint="close other programs, or give a smaller --vram or --ctx",
     )
-
-
-def _is_lack_of_memory(error: BaseException) -> bool:
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    # for memory of the CPU torch has no error of its own
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def _load_drafter(

@@ -19,7 +19,7 @@ from specchat.config import ModelSource
 from specchat.engine.attention import RowLayout, RowMask, tree_attention
 from specchat.engine.cuda import CudaStreamer, HostLayers, pinner
 from specchat.engine.disk import MappedStreamer, MixedStreamer, ThreadStreamer
-from specchat.engine.fillers import filler_for
+from specchat.engine.fillers import LayerFiller, filler_for
 from specchat.engine.kv_cache import TreeCache
 from specchat.engine.linear import use_fast_products
 from specchat.engine.streamer import LayerStreamer, NoStreamer
@@ -221,36 +221,34 @@ def load_model(
         warn: told in one line of what the system refused and what that costs.
     """
     skeleton = hf_compat.build_skeleton(hf_compat.load_config(source.path), dtype)
-    reader = _open_reader(skeleton, source, pack, quant)
-    reader.read_rest(device)
     stays = set(range(len(skeleton.layers)) if resident is None else resident)
-    verifier = None if pack is None else ChunkVerifier(pack)
-    read_layer = partial(_read_layer, reader, verifier)
-    for index in sorted(stays):
-        layout = LayerLayout.of(skeleton.layers[index])
-        blob = torch.zeros(layout.nbytes, dtype=torch.uint8)
-        read_layer(index, layout, blob)
-        bind(skeleton.layers[index], layout.views(blob.to(device)))
     streamed = [index for index in range(len(skeleton.layers)) if index not in stays]
     kept = [index for index in streamed if index in set(in_ram)]
-    cache = TreeCache(hf_compat.kv_shapes(skeleton.config), cache_rows, dtype, device)
-    if device.type == "cpu":
-        use_fast_products(skeleton.model)
-    # The streamer is last, for it has threads that an error would leave behind.
-    if not streamed:
-        reader.close()
+    with ExitStack() as undo:  # after an error, what is open or runs would keep memory that a smaller plan needs
+        reader = undo.enter_context(_open_reader(skeleton, source, pack, quant))
+        reader.read_rest(device)
+        read_layer = partial(_read_layer, reader, None if pack is None else ChunkVerifier(pack))
+        for index in sorted(stays):
+            layout = LayerLayout.of(skeleton.layers[index])
+            blob = torch.zeros(layout.nbytes, dtype=torch.uint8)
+            read_layer(index, layout, blob)
+            bind(skeleton.layers[index], layout.views(blob.to(device)))
+        cache = TreeCache(hf_compat.kv_shapes(skeleton.config), cache_rows, dtype, device)
+        if device.type == "cpu":
+            use_fast_products(skeleton.model)
         streamer: LayerStreamer = NoStreamer()
-    elif device.type == "cuda":
-        filler = filler_for(skeleton.layers, streamed, reader, pack, cached=())
-        host = HostLayers(skeleton.layers, streamed, kept, num_slots, read_layer, filler, pinner(device, warn))
-        if pack is not None:
-            reader.close()
-        with ExitStack() as undo:  # where the device has no room for slots, a smaller plan needs this memory
-            undo.callback(host.close)
-            streamer = CudaStreamer(skeleton.layers, streamed, num_slots, host, device)
-            undo.pop_all()
-    else:
-        streamer = _cpu_streamer(skeleton.layers, streamed, kept, num_slots, reader, pack)
+        if streamed:
+            filler = filler_for(skeleton.layers, streamed, reader, pack, cached=kept if device.type == "cpu" else ())
+            undo.callback(filler.close)
+            if device.type == "cuda":
+                host = HostLayers(skeleton.layers, streamed, kept, num_slots, read_layer, filler, pinner(device, warn))
+                undo.callback(host.close)
+                streamer = CudaStreamer(skeleton.layers, streamed, num_slots, host, device)
+            else:
+                streamer = _cpu_streamer(skeleton.layers, streamed, kept, num_slots, filler, pack)
+        undo.pop_all()
+    if pack is not None or not streamed:
+        reader.close()
     return TreeModel(skeleton, cache, streamer, streamed, chunk_rows, device)
 
 
@@ -279,18 +277,20 @@ def _cpu_streamer(
     streamed: Sequence[int],
     in_ram: Sequence[int],
     num_slots: int,
-    reader: WeightReader,
+    filler: LayerFiller,
     pack: Pack | None,
 ) -> LayerStreamer:
     """Packed layers that fit in memory are computed in the page cache; all others are read into slots."""
-    filler = filler_for(layers, streamed, reader, pack, cached=in_ram)
     if pack is None:
         return ThreadStreamer(layers, streamed, num_slots, filler)
-    reader.close()
     mapped, read = in_ram, [index for index in streamed if index not in set(in_ram)]
     ways: dict[int, LayerStreamer] = {}
-    if mapped:
-        ways |= dict.fromkeys(mapped, MappedStreamer(layers, mapped, pack))
-    if read:
-        ways |= dict.fromkeys(read, ThreadStreamer(layers, read, min(num_slots, len(read)), filler))
+    with ExitStack() as undo:
+        if mapped:
+            in_place = MappedStreamer(layers, mapped, pack)
+            undo.callback(in_place.close)
+            ways |= dict.fromkeys(mapped, in_place)
+        if read:
+            ways |= dict.fromkeys(read, ThreadStreamer(layers, read, min(num_slots, len(read)), filler))
+        undo.pop_all()
     return MixedStreamer(ways) if mapped and read else ways[streamed[0]]

@@ -12,11 +12,15 @@ from queue import SimpleQueue
 import torch
 from torch import Tensor
 
+from specchat.threads import Thread
+
 # Up to this size a layer is read by the thread that computes, when it gets there, and through the page cache (which
 # holds all of a model's such layers in a few MiB). Reading ahead costs the computing thread 90 to 230 us a layer,
 # however small: a reader needs the interpreter's lock on its way into every read and out of it, and while it has it the
 # other one sleeps and has to be woken. Copying 256 KiB out of the page cache takes 30 us.
 SMALL_LAYER_BYTES = 256 * 1024
+
+_LOOK_S = 1.0
 
 
 def is_small(nbytes: int) -> bool:
@@ -54,12 +58,13 @@ class SlotQueue:
         self._num_running = 0
         self._error: BaseException | None = None
         self._fill_first_slots()
-        self._threads = [
-            threading.Thread(target=self._work, name=f"specchat-streamer-{i}", daemon=True)
-            for i in range(0 if all(small) else num_workers)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads = [Thread(self._work) for _ in range(0 if all(small) else num_workers)]
+        try:
+            for thread in self._threads:
+                thread.start()
+        except BaseException:
+            self.close()
+            raise
 
     def take(self, j: int) -> None:
         """Returns once layer j is in its slot; errors of the workers come out here."""
@@ -86,7 +91,7 @@ class SlotQueue:
         """Begins again with the first layers, once the pieces under way have ended."""
         with self._changed:
             self._epoch += 1  # makes what is queued void
-            self._changed.wait_for(lambda: self._num_running == 0)
+            self._wait_until(lambda: self._num_running == 0)
             self._holds = [None] * len(self._holds)
         self._fill_first_slots()
 
@@ -112,23 +117,33 @@ class SlotQueue:
 
     def _wait_for(self, slot: int, j: int) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._holds[slot] == j or self._error is not None)
+            self._wait_until(lambda: self._holds[slot] == j)
         if self._holds[slot] != j:
             assert self._error is not None
             raise self._error
 
+    def _wait_until(self, is_so: Callable[[], bool]) -> None:
+        """Waits for that or for an error, looking from time to time: out of memory, a worker may not get to tell."""
+        while not self._changed.wait_for(lambda: is_so() or self._error is not None, _LOOK_S):
+            pass
+
     def _work(self) -> None:
-        while (piece := self._queue.get()) is not None:
-            epoch, j, work = piece
-            with self._changed:
-                if epoch != self._epoch or self._error is not None:
-                    continue
-                self._num_running += 1
-            try:
-                work()
-            except BaseException as error:  # noqa: BLE001 - carried to the computing thread, which raises it
-                self._error = error
-            self._end(epoch, j)
+        try:
+            while (piece := self._queue.get()) is not None:
+                self._run(*piece)
+        except BaseException as error:  # noqa: BLE001 - carried to the computing thread, which raises it
+            self._error = error
+
+    def _run(self, epoch: int, j: int, work: Callable[[], None]) -> None:
+        with self._changed:
+            if epoch != self._epoch or self._error is not None:
+                return
+            self._num_running += 1
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001 - likewise
+            self._error = error
+        self._end(epoch, j)
 
     def _end(self, epoch: int, j: int) -> None:
         with self._changed:

@@ -161,7 +161,7 @@ class TensorReader(Closing):
         self._staging_bytes = staging_bytes
         self._staging: torch.Tensor | None = None
         self._fds: dict[Path, int] = {}
-        self._opening = threading.Lock()  # transformers' conversions read from several threads
+        self._opening = threading.Lock()  # several threads may be the first
         self._closed = False
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ registries, the cache layer protocol, the weight conversion mapping, the order o
 """
 
 import copy
+import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from typing import Any, Literal
 import torch
 
 from specchat.config import KvShape, Message, Part, Sampling
-from specchat.errors import CorruptCheckpointError, UnsupportedModelError, UsageError
+from specchat.errors import CorruptCheckpointError, UnsupportedModelError, UsageError, is_lack_of_memory
 from specchat.models.checkpoint import read_json
 from specchat.models.quantized import Matrix, experts_forward
 
@@ -722,16 +723,43 @@ def load_converted(
 
     Raises:
         CorruptCheckpointError: a shape does not fit, or tensors that belong together are not all there.
+        MemoryError: there is not enough for a conversion.
     """
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
 
     settings = LoadStateDictConfig(dtype=dtype, weight_mapping=_weight_mapping(skeleton), device_map={"": "cpu"})
-    with _modules_lock, _quiet():
+    with _modules_lock, _quiet(), _without_threads():
         info, _ = convert_and_load_state_dict_in_model(skeleton.model, dict(tensors), settings)
+    if any(_lacks_memory(text) for text in info.conversion_errors.values()):
+        raise MemoryError
     problems = [str(p) for p in (*info.mismatched_keys, *info.conversion_errors, *info.error_msgs)]
     if problems:
         raise CorruptCheckpointError(f"tensors do not fit the configuration: {', '.join(sorted(problems)[:3])}")
+
+
+# Its threads gain nothing here, for tensors are at hand or read in order; and where memory is short, waiting for a
+# thread that died on its way has no end.
+_NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
+
+
+def _lacks_memory(trace: str) -> bool:
+    """Whether an error, of which transformers keeps only the text, was for lack of memory."""
+    return "MemoryError" in trace or is_lack_of_memory(RuntimeError(trace))
+
+
+@contextmanager
+def _without_threads() -> Iterator[None]:
+    """No threads of transformers."""
+    before = os.environ.get(_NO_THREADS)
+    os.environ[_NO_THREADS] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_NO_THREADS]
+        else:
+            os.environ[_NO_THREADS] = before
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specchat.errors import DoesNotFitError, ModelError
+from specchat.errors import AllocationError, DoesNotFitError, ModelError, SpecchatError, is_lack_of_memory
 from specchat.models.geometry import LAYER_ALIGNMENT, TENSOR_ALIGNMENT, aligned
 from specchat.units import MIB
 
@@ -56,12 +56,19 @@ def disk_errors(path: Path, verb: str, hint: str = PACK_HINT) -> Iterator[None]:
     """Turns what the operating system refuses about `path` into our errors; `verb` as in "cannot write x"."""
     try:
         yield
-    except OSError as exc:
-        message = f"cannot {verb} {path}: {exc.strerror or exc}"
-        if exc.errno in _FULL:
-            hint = "free some space, or set SPECCHAT_CACHE_DIR to a folder on a larger disk; what is packed is kept"
-            raise DoesNotFitError(message, hint) from exc
-        raise ModelError(message, hint) from exc
+    except OSError as error:
+        raise disk_error(error, path, verb, hint) from error
+
+
+def disk_error(error: OSError, path: Path, verb: str, hint: str = PACK_HINT) -> SpecchatError:
+    """Our error for what the operating system refused."""
+    message = f"cannot {verb} {path}: {error.strerror or error}"
+    if is_lack_of_memory(error):
+        return AllocationError(message, "close other programs, or give a smaller --vram or --ctx")
+    if error.errno in _FULL:
+        hint = "free some space, or set SPECCHAT_CACHE_DIR to a folder on a larger disk; what is packed is kept"
+        return DoesNotFitError(message, hint)
+    return ModelError(message, hint)
 
 
 @dataclass(frozen=True)

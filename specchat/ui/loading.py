@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 
+from specchat.errors import AllocationError
+from specchat.threads import Thread
 from specchat.ui.progress import Pace
 
 T = TypeVar("T")
@@ -59,13 +61,19 @@ class BackgroundLoad(Generic[T]):
         self._result: T | None = None
         self._error: BaseException | None = None
         self._done = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread = Thread(self._run)
+        self._has_begun = False
 
     def start(self) -> None:
         """Begins, once: the first libraries that loading imports hold up all other threads for tenths of a second."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="load", daemon=True)
+        if self._has_begun:
+            return
+        self._has_begun = True
+        try:
             self._thread.start()
+        except AllocationError as error:
+            self._error = error
+            self._done.set()
 
     @property
     def is_done(self) -> bool:

@@ -7,6 +7,8 @@ from contextlib import closing
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
+from specchat.threads import Thread
+
 T = TypeVar("T")
 
 _END = object()
@@ -25,7 +27,7 @@ class Worker(Generic[T]):
         self._cancel = cancel
         self._queue: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="answer", daemon=True)
+        self._thread = Thread(self._run)
 
     def __enter__(self) -> Self:
         self._thread.start()

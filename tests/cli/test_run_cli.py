@@ -1,15 +1,19 @@
 """`specchat run` for scripts: what goes where, what it exits with, and how it says what went wrong."""
 
+import errno
+import gc
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from support.threads import FAILURES, at_most, watched_threads
 
 from specchat.cli.exit_status import EXIT_CODES, code_of
 from specchat.cli.options import SamplingFlags, resolve_sampling
@@ -203,12 +207,13 @@ def test_the_plan(specchat):
 
 # --- the demo, as a process --------------------------------------------------------------------------------------
 
+QUESTION = ("run", "demo", "Tell me a story about a fox.", "--seed", "1", "--max-tokens", "12", "--tree-budget", "64")
+
 
 @pytest.fixture(scope="module")
 def answer():
-    command = [sys.executable, "-m", "specchat", "run", "demo", "Tell me a story about a fox."]
-    settings = ["--seed", "1", "--max-tokens", "12", "--tree-budget", "64", "--json"]
-    return subprocess.run([*command, *settings], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-m", "specchat", *QUESTION, "--json"]
+    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
 
 
 def test_json(answer):
@@ -230,21 +235,10 @@ def test_stderr_has_the_banner_and_nothing_of_the_libraries(answer):
 
 def test_text_and_json_stream_say_the_same(answer, specchat):
     expected = json.loads(answer.stdout)
-    question = (
-        "run",
-        "demo",
-        "Tell me a story about a fox.",
-        "--seed",
-        "1",
-        "--max-tokens",
-        "12",
-        "--tree-budget",
-        "64",
-    )
-    text = specchat(*question)
+    text = specchat(*QUESTION)
     assert text.out == expected["message"]["content"] + "\n"
     assert "tok/pass" in text.err
-    quiet = specchat(*question, "--draft", "none", "-q", "--json-stream")
+    quiet = specchat(*QUESTION, "--draft", "none", "-q", "--json-stream")
     assert quiet.err == ""
     *deltas, done = [json.loads(line) for line in quiet.out.splitlines()]
     assert {delta["type"] for delta in deltas} == {"delta"}
@@ -255,18 +249,7 @@ def test_text_and_json_stream_say_the_same(answer, specchat):
 
 def test_a_small_budget_streams_and_changes_nothing(answer, specchat):
     expected = json.loads(answer.stdout)
-    question = (
-        "run",
-        "demo",
-        "Tell me a story about a fox.",
-        "--seed",
-        "1",
-        "--max-tokens",
-        "12",
-        "--tree-budget",
-        "64",
-    )
-    small = json.loads(specchat(*question, "--vram", "40MiB", "--json").out)
+    small = json.loads(specchat(*QUESTION, "--vram", "40MiB", "--json").out)
     assert small["token_ids"] == expected["token_ids"]
     memory = small["memory"]
     assert memory["streamed_layers"] >= 6
@@ -367,6 +350,50 @@ def test_memory_that_is_gone_makes_the_plan_smaller(specchat, monkeypatch):
     fails(
         specchat("run", "demo", "hi", "--device", "cpu", "-q", "--ctx", "64", "--tree-budget", "2"), 4, "cannot be had"
     )
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_thread_that_cannot_start_makes_the_plan_smaller(specchat, monkeypatch, failure):
+    """Once what was loaded until then has been given back."""
+    from specchat.engine.engine import Engine
+    from specchat.models import hf_compat
+
+    load, build, models = Engine.load, hf_compat.build_skeleton, []
+
+    def build_and_watch(*arguments, **named):
+        skeleton = build(*arguments, **named)
+        models.append(weakref.ref(skeleton.model))
+        return skeleton
+
+    def load_and_look(*arguments, **named):
+        assert not any(model() is not None for model in models)
+        gc.disable()  # so that it is not by chance
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(hf_compat, "build_skeleton", build_and_watch)
+            try:
+                return load(*arguments, **named)
+            finally:
+                gc.enable()
+
+    monkeypatch.setattr(Engine, "load", load_and_look)
+    arguments = ("run", "demo", "hi", "--max-tokens", "2", "--device", "cpu", "--vram", "40MiB")
+    with at_most(60), watched_threads(1, failure) as threads:
+        result = specchat(*arguments)
+    assert result.code == 0 and result.out and "thread" in result.err and "trying again with" in result.err
+    assert threads.count > 1 and not threads.num_running and models
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("can't start new thread"), OSError(errno.ENOMEM, "Cannot allocate memory")],
+    ids=repr,
+)
+def test_memory_that_runs_out_anywhere_is_said(specchat, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("specchat.cli.models.parse_models", fail)
+    fails(specchat("run", "demo", "hi"), 4, "run out of memory")
 
 
 def test_no_standard_output_at_all():

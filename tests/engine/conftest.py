@@ -1,6 +1,11 @@
-"""Settings for the engine's tests."""
+"""Settings for the engine's tests, and what several of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
+from support.streamed import PackedModel
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -9,3 +14,13 @@ def _tiny_layers_are_read_ahead():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("specchat.engine.slots.SMALL_LAYER_BYTES", 0)
         yield
+
+
+@pytest.fixture(scope="module")
+def packed_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PackedModel]:
+    """Packed, though it is tiny."""
+    folder = tmp_path_factory.mktemp("packed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPECCHAT_CACHE_DIR", str(folder / "cache"))
+        patch.setattr("specchat.models.prepare.SMALL_BYTES", 0)
+        yield PackedModel(folder)

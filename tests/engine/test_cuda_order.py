@@ -9,7 +9,6 @@ real; what only a GPU shows is in test_cuda.py.
 from __future__ import annotations
 
 import random
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.streamed import NUM_LAYERS, PackedModel, Runtime
+from support.threads import watched_threads
 from torch import Tensor
 
 from specchat.engine import cuda
@@ -139,15 +139,6 @@ def fake_cuda(device: Device) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory):
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("order")
-        patch.setenv("SPECCHAT_CACHE_DIR", str(folder / "cache"))
-        patch.setattr("specchat.models.prepare.SMALL_BYTES", 0)
-        yield PackedModel(folder)
-
-
 class Passes:
     """Computes layers: queued work that sees, at its beginning and at its end, what the layer's parameters hold.
 
@@ -191,7 +182,7 @@ class Passes:
 )
 @settings(deadline=None, max_examples=60)
 def test_no_order_of_work_computes_on_wrong_bytes(
-    model: PackedModel, tiers: list[str], num_slots: int, cuts: list[tuple[int, bool]], seed: int
+    packed_model: PackedModel, tiers: list[str], num_slots: int, cuts: list[tuple[int, bool]], seed: int
 ):
     """Whole passes, and between them passes that were cut off before a layer, or within one."""
     streamed = [index for index, tier in enumerate(tiers) if tier != "device"]
@@ -199,16 +190,16 @@ def test_no_order_of_work_computes_on_wrong_bytes(
         return
     in_ram = [index for index, tier in enumerate(tiers) if tier == "ram"]
     device, runtime = Device(random.Random(seed)), Runtime(1 << 40)
-    layers = hf_compat.build_skeleton(model.skeleton.config, torch.float32, attention="eager").layers
+    layers = hf_compat.build_skeleton(packed_model.skeleton.config, torch.float32, attention="eager").layers
 
     def read_layer(index: int, layout: LayerLayout, blob: Tensor) -> None:
-        blob.copy_(model.blobs[index])
+        blob.copy_(packed_model.blobs[index])
 
     pin = Pinner(runtime, lambda: None, lambda _: None)
-    host = HostLayers(layers, streamed, in_ram, num_slots, read_layer, PackFiller(model.pack), pin)
-    with fake_cuda(device):
+    with watched_threads() as threads, fake_cuda(device):
+        host = HostLayers(layers, streamed, in_ram, num_slots, read_layer, PackFiller(packed_model.pack), pin)
         streamer = CudaStreamer(layers, streamed, num_slots, host, CPU)
-        passes = Passes(model, layers, device)
+        passes = Passes(packed_model, layers, device)
         whole = (NUM_LAYERS, False)
         for length, fails in [whole, whole, *cuts, whole]:
             passes.run(streamer, [index for index in streamed if index < length], fails=fails)
@@ -216,9 +207,9 @@ def test_no_order_of_work_computes_on_wrong_bytes(
                 streamer.restart()
             else:
                 device.streams[0].synchronize()  # whoever asked for the pass reads what came out of it
-        assert streamer.counters().num_bytes >= 3 * sum(model.layouts[index].nbytes for index in streamed)
+        assert streamer.counters().num_bytes >= 3 * sum(packed_model.layouts[index].nbytes for index in streamed)
         streamer.close()
     assert passes.most_ahead <= num_slots + 1, "the host is too far ahead to be stopped between layers"
     assert not any(stream.work for stream in device.streams)
     assert not runtime.pinned
-    assert not any(thread.name.startswith("specchat-streamer") for thread in threading.enumerate())
+    assert not threads.num_running

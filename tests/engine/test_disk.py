@@ -6,7 +6,6 @@ import json
 import os
 import random
 import shutil
-import threading
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.engines import make_plan, random_prompt, write
+from support.threads import watched_threads
 from support.tiny_models import VOCAB, make_config, random_model, save
 
 from specchat.config import ModelSource, Plan, Sampling
@@ -150,9 +150,9 @@ def test_small_layers_are_read_where_they_are_computed(small: str, tmp_path: Pat
     assert sum(size <= limit for size in sizes) == (4 if small == "all" else 1)
     monkeypatch.setattr("specchat.engine.slots.SMALL_LAYER_BYTES", limit)
     for slots in (1, 2, 3):
-        model = load(source, pack, resident=(), slots=slots, tier="disk")
-        has_readers = any(thread.name.startswith("specchat-streamer") for thread in threading.enumerate())
-        assert has_readers == (small == "some")
+        with watched_threads() as threads:
+            model = load(source, pack, resident=(), slots=slots, tier="disk")
+        assert bool(threads.num_running) == (small == "some")
         for index in range(3):
             assert torch.equal(hidden(model, prompt), expected)
             for layer in range(index):  # as far as a cancelled pass got

@@ -5,7 +5,6 @@ The copies themselves need a GPU (test_cuda.py); here only what is between disk 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
 import pytest
@@ -13,10 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.streamed import NUM_LAYERS, PackedModel, Runtime
+from support.threads import FAILURES, at_most, watched_threads
 
 from specchat.engine.cuda import HostLayers, Pinner
 from specchat.engine.fillers import CheckpointFiller, PackFiller
 from specchat.engine.slots import page_aligned
+from specchat.errors import AllocationError
+from specchat.hardware.disk import READ_THREADS
 from specchat.models.weights import LayerLayout
 
 
@@ -43,15 +45,6 @@ def test_nothing_to_pin_asks_for_nothing():
     assert runtime.refusals == 0
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory):
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("host")
-        patch.setenv("SPECCHAT_CACHE_DIR", str(folder / "cache"))
-        patch.setattr("specchat.models.prepare.SMALL_BYTES", 0)
-        yield PackedModel(folder)
-
-
 @given(
     tiers=st.lists(st.sampled_from(["device", "ram", "disk"]), min_size=NUM_LAYERS, max_size=NUM_LAYERS),
     slots=st.integers(1, 3),
@@ -60,7 +53,7 @@ def model(tmp_path_factory: pytest.TempPathFactory):
 )
 @settings(deadline=None, max_examples=40)
 def test_every_layer_is_there_when_it_is_taken(
-    model: PackedModel, tiers: list[str], slots: int, packed: bool, passes: list[int]
+    packed_model: PackedModel, tiers: list[str], slots: int, packed: bool, passes: list[int]
 ):
     """Passes of so many layers, a copy still under way when the next layer is asked for, restarts between."""
     streamed = [i for i, tier in enumerate(tiers) if tier != "device"]
@@ -68,13 +61,14 @@ def test_every_layer_is_there_when_it_is_taken(
     runtime = Runtime(1 << 40)
 
     def read_layer(index: int, layout: LayerLayout, blob: torch.Tensor) -> None:
-        with model.reader() as reader:
+        with packed_model.reader() as reader:
             reader.read_layer(index, layout.views(blob))
 
-    layouts = dict(enumerate(model.layouts))
-    filler = PackFiller(model.pack) if packed else CheckpointFiller(model.reader(), layouts)
+    layouts = dict(enumerate(packed_model.layouts))
+    filler = PackFiller(packed_model.pack) if packed else CheckpointFiller(packed_model.reader(), layouts)
     pin = Pinner(runtime, lambda: None, lambda _: None)
-    host = HostLayers(model.skeleton.layers, streamed, in_ram, slots, read_layer, filler, pin)
+    with watched_threads() as threads:
+        host = HostLayers(packed_model.skeleton.layers, streamed, in_ram, slots, read_layer, filler, pin)
     assert len(runtime.pinned) == len(in_ram) + min(slots, len(streamed) - len(in_ram))
     under_way = list[
         Callable[[], None]
@@ -85,7 +79,7 @@ def test_every_layer_is_there_when_it_is_taken(
             assert host.keeps(j) == (index in in_ram)
             assert host.keeps(j) or not under_way
             seen = blob.clone()
-            assert torch.equal(seen, model.blobs[index])
+            assert torch.equal(seen, packed_model.blobs[index])
 
             def copied(blob: torch.Tensor = blob, seen: torch.Tensor = seen) -> None:
                 assert torch.equal(blob, seen), "overwritten before it was copied"
@@ -98,4 +92,15 @@ def test_every_layer_is_there_when_it_is_taken(
         assert not under_way
     host.close()
     assert not runtime.pinned
-    assert not any(thread.name.startswith("specchat-streamer") for thread in threading.enumerate())
+    assert not threads.num_running
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("failing", range(1, READ_THREADS + 1))
+def test_a_reader_that_cannot_start_leaves_nothing_pinned(packed_model: PackedModel, failing: int, failure: str):
+    runtime, filler = Runtime(1 << 40), PackFiller(packed_model.pack)
+    pin, layers = Pinner(runtime, lambda: None, lambda _: None), packed_model.skeleton.layers
+    with at_most(20), watched_threads(failing, failure) as threads, pytest.raises(AllocationError):
+        HostLayers(layers, range(NUM_LAYERS), [1], 2, lambda *_: None, filler, pin)
+    filler.close()
+    assert threads.count == failing and not threads.num_running and not runtime.pinned

@@ -16,12 +16,14 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from support.engines import NOTHING, make_plan, random_prompt, write
+from support.threads import at_most, watched_threads
 from support.tiny_models import VOCAB, make_config, perturbed, random_model, save
 
 from specchat.config import ModelSource, Sampling, Step
 from specchat.engine.disk import ThreadStreamer
 from specchat.engine.engine import Engine
 from specchat.engine.model import PassCancelledError, load_model
+from specchat.engine.slots import SlotQueue
 
 NUM_TOKENS = 24
 PROMPT = random_prompt(40, VOCAB)
@@ -312,7 +314,7 @@ class Disk:
         return [partial(self.fill, index, piece) for piece in slot.chunk(3)]
 
     def fill(self, index: int, piece: torch.Tensor) -> None:
-        assert threading.current_thread().name.startswith("specchat-streamer")
+        assert threading.get_ident() != threading.main_thread().ident
         piece.fill_(255)  # what is under way must never be looked at
         self._pause()
         piece.fill_(index)
@@ -335,21 +337,11 @@ def streaming(
 ) -> Iterator[tuple[ThreadStreamer, list[torch.nn.Module]]]:
     layers = make_layers()
     streamer = ThreadStreamer(layers, streamed, num_slots, disk)
-    watchdog = threading.Timer(10, give_up, [streamer])
-    watchdog.start()
     try:
-        yield streamer, layers
+        with at_most(10):
+            yield streamer, layers
     finally:
-        watchdog.cancel()
-        watchdog.join()
         streamer.close()
-
-
-def give_up(streamer: ThreadStreamer) -> None:
-    """A layer that never comes fails the test instead of hanging it."""
-    with streamer._changed:
-        streamer._error = TimeoutError("a layer was not filled in 10 s")
-        streamer._changed.notify_all()
 
 
 @given(
@@ -438,9 +430,8 @@ class BrokenDisk(Disk):
 @pytest.mark.parametrize("num_slots", [1, 2, 3])
 def test_errors_of_the_disk_come_out_where_bytes_are_awaited(num_slots: int, broken_layer: int, broken_piece: int):
     """At the broken layer, or before it if the error is known by then; never after it was handed out."""
-    num_threads = threading.active_count()
     disk = BrokenDisk(broken_layer, broken_piece)
-    with streaming(disk, [1, 3, 4, 5], num_slots) as (streamer, layers):
+    with watched_threads() as threads, streaming(disk, [1, 3, 4, 5], num_slots) as (streamer, layers):
         for index in (1, 3, 4, 5):
             streamer.acquire(index)
             streamer.release(index)
@@ -452,16 +443,16 @@ def test_errors_of_the_disk_come_out_where_bytes_are_awaited(num_slots: int, bro
         streamer.restart()
         with pytest.raises(OSError, match="the disk is gone"):
             streamer.acquire(1)
-    assert threading.active_count() == num_threads and disk.closed == 1
+    assert not threads.num_running and disk.closed == 1
 
 
 @pytest.mark.parametrize("moment", ["at once", "all slots full", "in use", "waiting"])
 def test_closing_ends_the_thread(moment: str):
-    before = set(threading.enumerate())
     disk = Disk(1)
     layers = make_layers()
-    streamer = ThreadStreamer(layers, [0, 1, 2], 2, disk)
-    assert set(threading.enumerate()) - before
+    with watched_threads() as threads:
+        streamer = ThreadStreamer(layers, [0, 1, 2], 2, disk)
+    assert threads.num_running == 1
     if moment == "all slots full":
         wait_until(lambda: holds(layers[1], 1))
     elif moment != "at once":
@@ -469,13 +460,38 @@ def test_closing_ends_the_thread(moment: str):
         if moment == "waiting":
             streamer.release(0)
     streamer.close()
-    assert set(threading.enumerate()) == before and disk.closed == 1
+    assert not threads.num_running and disk.closed == 1
 
 
 def test_closing_an_engine_leaves_no_thread(pair: Pair):
-    before = set(threading.enumerate())
-    with pair.load() as engine:
+    with watched_threads() as threads, pair.load() as engine:
         steps = engine.generate(PROMPT, SAMPLINGS["greedy"], stop_ids=NOTHING, max_tokens=NUM_TOKENS)
         next(steps)
-        assert set(threading.enumerate()) - before
-    assert set(threading.enumerate()) == before
+        assert threads.num_running
+    assert not threads.num_running
+
+
+@pytest.mark.parametrize("failing", [1, 2, 7, 20])
+def test_a_worker_that_dies_without_a_word_is_noticed(failing: int, monkeypatch: pytest.MonkeyPatch):
+    """Out of memory even for telling that a piece has been read."""
+    count, end = itertools.count(1), SlotQueue._end
+
+    def fails(queue: SlotQueue, epoch: int, j: int) -> None:
+        if next(count) >= failing:
+            raise MemoryError
+        end(queue, epoch, j)
+
+    monkeypatch.setattr(SlotQueue, "_end", fails)
+    monkeypatch.setattr("specchat.engine.slots._LOOK_S", 0.01)
+    disk = Disk(0, num_workers=2)
+    disk._pause = lambda: time.sleep(0.01)  # type: ignore[method-assign]  # by then, the layer is waited for
+    with watched_threads() as threads, streaming(disk, [0, 2, 3, 5], 2) as (streamer, layers):
+        with pytest.raises(MemoryError):
+            for index in [0, 2, 3, 5] * 3:
+                streamer.acquire(index)
+                assert holds(layers[index], index)
+                streamer.release(index)
+        streamer.restart()
+        with pytest.raises(MemoryError):
+            streamer.acquire(0)
+    assert not threads.num_running and disk.closed == 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import threading
 import weakref
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import torch
 from support.engines import NOTHING, make_plan, random_prompt
 from support.quantized import Kind, awq, block_fp8, compressed, gptq, save_quantized
+from support.threads import watched_threads
 from support.tiny_models import VOCAB, make_config, perturbed, random_model, save
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
@@ -201,11 +201,11 @@ def test_memory_that_cannot_be_had_is_said_and_nothing_stays_behind(tmp_path: Pa
     case = Case("llama", 64, 8, "fp32", num_resident=0)
     target, draft = pair(case, tmp_path)
     plan = replace(planned(case, target, draft), ctx=10**12)
-    for guesses in (draft, None):  # the draft's cache comes first, then the target's
-        with pytest.raises(AllocationError, match="does not give"):
-            Engine.load(plan, target, guesses)
-    # transformers leaves threads of its own behind for a moment
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("specchat")]
+    with watched_threads() as threads:
+        for guesses in (draft, None):  # the draft's cache comes first, then the target's
+            with pytest.raises(AllocationError, match="does not give"):
+                Engine.load(plan, target, guesses)
+    assert not threads.num_running
 
 
 def test_other_trees_on_the_same_layers(tmp_path: Path):

@@ -27,13 +27,13 @@ from support import tiny_models
 
 import specchat.engine.model  # noqa: F401  names the attention that skeletons are built with
 from specchat.config import ModelSource
-from specchat.errors import CorruptCheckpointError, DoesNotFitError, ModelError
+from specchat.errors import AllocationError, CorruptCheckpointError, DoesNotFitError, ModelError
 from specchat.models import hf_compat, pack, pack_census
 from specchat.models.checkpoint import open_checkpoint
 from specchat.models.formats.bnb_ops import bnb
 from specchat.models.pack import PackKey, build_pack, key_for, list_packs, open_pack
 from specchat.models.pack_census import packs_folder
-from specchat.models.pack_format import CHUNK_BYTES, PAD_PREFIX, FileLayout, FileRecord, write_tensors
+from specchat.models.pack_format import CHUNK_BYTES, PAD_PREFIX, FileLayout, FileRecord, disk_errors, write_tensors
 from specchat.models.pack_manifest import Journal, read_journal
 from specchat.models.pack_source import CheckpointLayers
 from specchat.models.pack_verify import ChunkVerifier, verify_pack
@@ -958,3 +958,12 @@ def test_the_manifest_is_for_people_too(toy):
     }
     assert len(manifest["layers"]) == 3
     assert manifest["chunk_bytes"] == 16 * MIB
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.ENOSPC, DoesNotFitError), (errno.ENOMEM, AllocationError), (errno.EIO, ModelError)]
+)
+def test_what_the_system_refuses_is_named(number, kind):
+    with pytest.raises(kind, match="cannot read x: ") as caught, disk_errors(Path("x"), "read"):
+        raise OSError(number, os.strerror(number))
+    assert type(caught.value) is kind and caught.value.hint

@@ -1,0 +1,76 @@
+"""A load that does not come to its end leaves nothing behind: no thread, no open file, no memory of slots."""
+
+from __future__ import annotations
+
+import gc
+import mmap
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support.engines import make_plan
+from support.streamed import NUM_LAYERS, PackedModel
+from support.threads import FAILURES, at_most, watched_threads
+from support.tiny_models import make_config, random_model, save
+
+from specchat.config import ModelSource, Plan
+from specchat.engine.engine import Engine
+from specchat.errors import AllocationError
+
+
+@contextmanager
+def nothing_stays() -> Iterator[None]:
+    """Memory that slots are in, and descriptors, are given back."""
+    slots = weakref.WeakSet[mmap.mmap]()
+
+    class Memory(mmap.mmap):
+        def __init__(self, *_: object, **__: object) -> None:
+            slots.add(self)
+
+    files = open_files()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mmap.mmap", Memory)
+        yield
+    gc.collect()
+    assert not slots
+    assert open_files() == files
+
+
+def open_files() -> set[str]:
+    return {path.name for path in Path("/proc/self/fd").iterdir()}
+
+
+def streaming_plan(source: ModelSource, num_layers: int, in_ram: Sequence[int] = ()) -> Plan:
+    return replace(make_plan(source, None, num_layers=num_layers, resident=[0]), in_ram=tuple(in_ram))
+
+
+def check_every_start(load: Callable[[], Engine], failure: str) -> None:
+    """Lets the first thread fail, then the second, and so on."""
+    with nothing_stays(), watched_threads() as threads:
+        load().close()
+    assert threads.count > 1
+    for failing in range(1, threads.count + 1):
+        with (
+            nothing_stays(),
+            at_most(20),
+            watched_threads(failing, failure) as threads,
+            pytest.raises(AllocationError, match="thread"),
+        ):
+            load()
+        assert threads.count == failing and not threads.num_running
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("in_ram", [(), (2, 3)], ids=["disk", "some mapped"])
+def test_threads_that_cannot_start_to_read_a_pack(packed_model: PackedModel, in_ram: tuple[int, ...], failure: str):
+    plan, source = streaming_plan(packed_model.source, NUM_LAYERS, in_ram), packed_model.source
+    check_every_start(lambda: Engine.load(plan, source, None, packed_model.pack), failure)
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_threads_that_cannot_start_to_read_shards(failure: str, tmp_path: Path):
+    source = save(random_model(make_config("mistral")), tmp_path / "model")
+    check_every_start(lambda: Engine.load(streaming_plan(source, 4), source, None), failure)
