@@ -24,7 +24,7 @@ Overflow = Literal["stop", "drop-oldest"]
 DTYPE_BYTES: dict[Dtype, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 # Items of the ledger that are weights, resident or on their way.
-WEIGHT_ITEMS = frozenset({"resident layers", "slots", "embeddings and head", "draft"})
+WEIGHT_ITEMS = frozenset({"resident layers", "slots", "embeddings and head", "head", "draft"})
 
 # Workspaces of the engine that the ledger counts. Visited nodes are few; scoring a node's likeliest descendants along
 # with it costs the head's weights only once.
@@ -191,6 +191,7 @@ class ModelSpec:
         quant_shapes: (rows, cols) of the quantized matrices, each once.
         narrowed_bytes: what buffers take less in a model of 16 bits.
         activations: by the bytes of a number; without those that could not be found out.
+        lookup_params: numbers among other_params that are only looked up, by token: embeddings that no head shares.
     """
 
     name: str
@@ -212,6 +213,7 @@ class ModelSpec:
     quant_shapes: tuple[tuple[int, int], ...] = ()
     narrowed_bytes: int = 0
     activations: Mapping[int, Activations] = field(default_factory=dict)
+    lookup_params: int = 0
 
     def __hash__(self) -> int:  # of all the fields it would take longer than what is worth remembering by it
         return hash((self.name, self.quant, self.num_params))
@@ -248,7 +250,7 @@ class Plan:
         chunk_rows: rows that one layer computes at a time.
         ledger: device memory, item by item.
         device_budget_bytes: what the ledger had to stay within.
-        host_bytes: memory outside the device budget (pinned layer copies); 0 on the CPU, where both are the same.
+        host_bytes: memory outside the device budget: copies of layers, embeddings; 0 on the CPU, where both are one.
         host_ledger: host memory that the ledger does not count, item by item: libraries, too, and what the page cache
             is to hold.
         streamed_bytes_per_step: bytes over the link for one pass.
@@ -257,6 +259,8 @@ class Plan:
         head_rows: nodes that are scored at a time on the walk down the tree; what is not visited is not scored.
         in_ram: indices of the streamed layers whose bytes stay in host memory between passes, ascending; the other
             streamed layers are read from the disk for every pass.
+        host_embeddings: whether the target's input embeddings stay in host memory, and only the rows that a pass needs
+            come to the device.
     """
 
     target: str
@@ -281,6 +285,7 @@ class Plan:
     in_ram: tuple[int, ...] = ()
     head_rows: int = HEAD_BLOCK_ROWS
     host_ledger: tuple[LedgerItem, ...] = ()
+    host_embeddings: bool = False
 
     @property
     def device_bytes(self) -> int:

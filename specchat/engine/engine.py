@@ -112,6 +112,7 @@ class Engine(Closing):
                 resident=plan.resident,
                 num_slots=plan.slots,
                 in_ram=plan.in_ram,
+                host_embeddings=plan.host_embeddings,
                 pack=pack,
                 quant=plan.quant,
                 warn=warn,

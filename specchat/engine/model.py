@@ -7,7 +7,7 @@ each decoder layer that hands its weights over, stops between layers when asked,
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -51,6 +51,7 @@ class TreeModel:
         streamed: their indices.
         chunk_rows: rows that one layer computes at a time.
         device: where passes run.
+        host_embeddings: the module of the input embeddings where it stays in host memory.
 
     Attributes:
         layers_done: of the pass under way or the last one; for onlookers in other threads.
@@ -64,6 +65,7 @@ class TreeModel:
         streamed: Sequence[int],
         chunk_rows: int,
         device: torch.device,
+        host_embeddings: Any = None,
     ) -> None:
         self.skeleton = skeleton
         self.cache = cache
@@ -73,8 +75,12 @@ class TreeModel:
         self._hf_cache = hf_compat.cache_for(cache.layers)
         self._chunk_rows = chunk_rows
         self._layout: RowLayout | None = None
+        self._token_ids: Tensor | None = None
         self._cancel: threading.Event | None = None
         self.layers_done = 0
+        self._host_embeddings = host_embeddings
+        if host_embeddings is not None:
+            host_embeddings.forward = partial(self._look_up, host_embeddings.forward)
         streamed_set = set(streamed)
         for index, layer in enumerate(skeleton.layers):
             layer.forward = partial(self._run_layer, index, index in streamed_set, layer.forward)
@@ -86,8 +92,12 @@ class TreeModel:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of weights, slots, buffers, cache and what is dequantized at a time, each storage counted once."""
-        tensors = [*self.skeleton.model.parameters(), *self.skeleton.model.buffers()]
+        """Bytes of weights, slots, buffers, cache and what is dequantized at a time, each storage counted once.
+
+        Embeddings that stay in host memory are left out.
+        """
+        apart = set() if self._host_embeddings is None else set(_tensors(self._host_embeddings))
+        tensors = set(_tensors(self.skeleton.model)) - apart
         storages: dict[int, int] = {
             t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_meta
         }
@@ -117,16 +127,16 @@ class TreeModel:
         assert len(token_ids) == layout.num_rows
         length = self.cache.length
         self._layout, self._cancel, self.layers_done = layout, cancel, 0
-        ids = torch.tensor(token_ids, dtype=torch.int64, device=self.device)
+        ids = self._token_ids = torch.tensor(token_ids, dtype=torch.int64)
         try:
             with hf_compat.row_scope(partial(RowMask, layout)):
-                return self.skeleton.hidden(ids, layout.positions[layout.num_earlier :], self._hf_cache)
+                return self.skeleton.hidden(ids.to(self.device), layout.positions[layout.num_earlier :], self._hf_cache)
         except BaseException:
             self.cache.truncate(length)
             self.streamer.restart()
             raise
         finally:
-            self._layout = self._cancel = None
+            self._layout = self._cancel = self._token_ids = None
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -143,6 +153,23 @@ class TreeModel:
     def close(self) -> None:
         """Stops streaming."""
         self.streamer.close()
+
+    def _look_up(self, look_up: Callable[[Tensor], Tensor], _: Tensor) -> Tensor:
+        """The embeddings of the pass's tokens [1, S, hidden], read in host memory, whose ids the host has anyway.
+
+        The rows cross the link in plain copies, a chunk at a time, and the host waits for each, as it has nothing to
+        queue before them: a tree's 64 rows of 8,192 numbers are 1 MB. So no memory is pinned for them, and none is
+        overwritten while it is read. Where slots are being filled just then, they may have to wait for one of them.
+        """
+        assert self._token_ids is not None
+        pieces = self._token_ids.split(self._chunk_rows)
+        if len(pieces) == 1:
+            return look_up(pieces[0]).to(self.device)[None]
+        weight = self._host_embeddings.weight
+        out = torch.empty(len(self._token_ids), weight.shape[1], dtype=weight.dtype, device=self.device)
+        for rows, ids in zip(out.split(self._chunk_rows), pieces, strict=True):
+            rows.copy_(look_up(ids))
+        return out[None]
 
     def _run_layer(
         self, index: int, streamed: bool, forward: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any
@@ -176,6 +203,11 @@ class TreeModel:
         return out
 
 
+def _tensors(module: Any) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
 def _first(output: Any) -> Tensor:
     """Some architectures' layers return a tuple whose first element is the hidden states."""
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
@@ -201,6 +233,7 @@ def load_model(
     resident: Sequence[int] | None = None,
     num_slots: int = 0,
     in_ram: Sequence[int] = (),
+    host_embeddings: bool = False,
     pack: Pack | None = None,
     quant: str = "none",
     warn: Callable[[str], None] = lambda _: None,
@@ -216,6 +249,7 @@ def load_model(
         resident: indices of layers that stay; None for all.
         num_slots: staging buffers for the others.
         in_ram: indices of the others whose bytes stay in host memory between passes.
+        host_embeddings: whether input embeddings stay in host memory; of a model whose head does not share them.
         pack: the weights repacked, if they have been; else they are read from `source`.
         quant: what the matrices are stored in; those read from `source` are quantized here.
         warn: told in one line of what the system refused and what that costs.
@@ -226,7 +260,9 @@ def load_model(
     kept = [index for index in streamed if index in set(in_ram)]
     with ExitStack() as undo:  # after an error, what is open or runs would keep memory that a smaller plan needs
         reader = undo.enter_context(_open_reader(skeleton, source, pack, quant))
-        reader.read_rest(device)
+        embeddings = hf_compat.lookup_embeddings(skeleton) if host_embeddings else None
+        assert not host_embeddings or embeddings is not None, "what the head shares stays with it"
+        reader.read_rest(device, on_host=embeddings)
         read_layer = partial(_read_layer, reader, None if pack is None else ChunkVerifier(pack))
         for index in sorted(stays):
             layout = LayerLayout.of(skeleton.layers[index])
@@ -249,7 +285,7 @@ def load_model(
         undo.pop_all()
     if pack is not None or not streamed:
         reader.close()
-    return TreeModel(skeleton, cache, streamer, streamed, chunk_rows, device)
+    return TreeModel(skeleton, cache, streamer, streamed, chunk_rows, device, embeddings)
 
 
 def _open_reader(skeleton: hf_compat.Skeleton, source: ModelSource, pack: Pack | None, quant: str) -> WeightReader:

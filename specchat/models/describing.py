@@ -57,6 +57,7 @@ def describe_anew(source: ModelSource, quant: Quant) -> ModelSpec:
         quant_shapes=tuple(sorted({linear.shape for _, linear in quant_linears(skeleton.model)})),
         narrowed_bytes=_narrowed_bytes(config),
         activations=rehearsed,
+        lookup_params=_lookup_params(skeleton),
     )
 
 
@@ -74,6 +75,11 @@ def _narrowed_bytes(config: Any) -> int:
 def _rehearsed(skeleton: hf_compat.Skeleton) -> dict[int, Activations]:
     found = {dtype.itemsize: activations.rehearse(skeleton, dtype) for dtype in (torch.float32, torch.bfloat16)}
     return {itemsize: costs for itemsize, costs in found.items() if costs is not None}
+
+
+def _lookup_params(skeleton: hf_compat.Skeleton) -> int:
+    embeddings = hf_compat.lookup_embeddings(skeleton)
+    return 0 if embeddings is None else embeddings.weight.numel()
 
 
 def _param_sizes(module: Any) -> tuple[ParamSize, ...]:

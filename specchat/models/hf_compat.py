@@ -452,6 +452,16 @@ def path_of(model: Any, part: Any) -> str:
     return next(path for path, module in model.named_modules() if module is part)
 
 
+def lookup_embeddings(skeleton: Skeleton) -> Any | None:
+    """The module of the input embeddings, if nothing but looking up tokens uses its weights: no head shares them."""
+    try:
+        module = skeleton.model.get_input_embeddings()
+    except NotImplementedError:  # an architecture that does not tell
+        return None
+    uses = [p for _, p in skeleton.model.named_parameters(remove_duplicate=False) if p is module.weight]
+    return module if len(uses) == 1 else None
+
+
 def _fuses_experts(module: Any) -> bool:
     """Whether transformers would let another implementation compute the module's experts."""
     return hasattr(module, "has_gate") and hasattr(module, "is_transposed") and not module.has_post_expert_norm

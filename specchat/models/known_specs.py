@@ -147,6 +147,7 @@ def spec_of(model: KnownModel, quant: Quant = "none") -> ModelSpec:
         quant=name,
         quant_shapes=_quant_shapes(layer, stored, embedding, head_stored),
         activations={size: _activations(config, architecture, size) for size in set(DTYPE_BYTES.values())},
+        lookup_params=embedding.count if _has_own_head(config, head_stored) else 0,
     )
 
 
@@ -251,9 +252,14 @@ def _num_rest(config: Any, embedding: _Weight) -> int:
 def _other_sizes(config: Any, embedding: _Weight, head_stored: _Stored | None) -> tuple[ParamSize, ...]:
     """Embedding, final norm, and the head: one that is stored in a format shares nothing with the embedding."""
     sizes = [ParamSize(embedding.count), ParamSize(config.hidden_size)]
-    if head_stored is not None or not config.tie_word_embeddings:
+    if _has_own_head(config, head_stored):
         sizes += embedding.sizes(head_stored)
     return tuple(sizes)
+
+
+def _has_own_head(config: Any, head_stored: _Stored | None) -> bool:
+    """Whether the head multiplies with another matrix than the embeddings."""
+    return head_stored is not None or not config.tie_word_embeddings
 
 
 def _quant_shapes(

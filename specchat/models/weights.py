@@ -101,8 +101,13 @@ class WeightReader(Closing):
         converted = self._read_converted(layer, views) if self._plan.converted[layer] else set()
         self._check_complete(layer, views.keys() - direct.keys() - converted)
 
-    def read_rest(self, device: torch.device) -> None:
-        """Fills everything that is not a decoder layer's parameter: embeddings, norms, head, and all buffers."""
+    def read_rest(self, device: torch.device, on_host: torch.nn.Module | None = None) -> None:
+        """Fills everything that is not a decoder layer's parameter: embeddings, norms, head, and all buffers.
+
+        Args:
+            device: where to.
+            on_host: a module that stays in host memory nevertheless.
+        """
         model = self._skeleton.model
         segments = segment_names(model)
         tensors = {key: self._reader.read(key) for key in self.rest_keys()}
@@ -115,17 +120,19 @@ class WeightReader(Closing):
             for name, buffer in layer.named_buffers():
                 if name in names:
                     buffer.copy_(self._reader.read(names[name]))
+        stays = set() if on_host is None else {id(t) for t in (*on_host.parameters(), *on_host.buffers())}
         layer_parameters = {id(p) for layer in self._skeleton.layers for p in layer.parameters()}
         for name, parameter in model.named_parameters():
             if id(parameter) in layer_parameters:
                 continue
             if parameter.is_meta:
                 raise CorruptCheckpointError(f"tensor '{name}' is missing from {self._checkpoint.folder}")
-            parameter.data = parameter.data.to(device=device, dtype=None if name in segments else self._dtype)
+            place = torch.device("cpu") if id(parameter) in stays else device
+            parameter.data = parameter.data.to(device=place, dtype=None if name in segments else self._dtype)
             parameter.requires_grad_(False)
         for module in model.modules():
             for name, buffer in module._buffers.items():
-                if buffer is not None:
+                if buffer is not None and id(buffer) not in stays:
                     module._buffers[name] = buffer.to(device)
 
     def rest_keys(self) -> Iterable[str]:

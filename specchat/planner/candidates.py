@@ -12,7 +12,7 @@ from specchat.errors import DoesNotFitError, UsageError
 from specchat.hardware.machine import Machine
 from specchat.models.geometry import layer_bytes
 from specchat.planner.cost import CostModel, Prediction
-from specchat.planner.memory import Workload, build_host_ledger, build_ledger
+from specchat.planner.memory import Workload, build_host_ledger, build_ledger, host_embedding_bytes
 from specchat.planner.placement import Placed, Placement, Shelves, keep_in_ram, usable_ram
 from specchat.planner.request import EXACT_BYTES, LOWER_QUANTS, Known, PlanRequest
 from specchat.units import GIB, MIB, format_bytes
@@ -49,6 +49,7 @@ class Candidate:
     def plan(self, request: PlanRequest, machine: Machine) -> Plan:
         """The plan itself."""
         target, draft, work = self.target, self.draft, self.work
+        embeddings = host_embedding_bytes(target, work)
         kept = set(self.resident)
         sizes = {i: layer_bytes(target, i, work.dtype) for i in range(target.num_layers) if i not in kept}
         return Plan(
@@ -69,10 +70,11 @@ class Candidate:
             adaptive=request.tree_budget is None,
             draft_quant="none" if draft is None else draft.quant,
             lowered_from=target.dtype if request.quant == "auto" and target.quant in LOWER_QUANTS else None,
-            host_bytes=0 if machine.device == "cpu" else _host_bytes(sizes, self.in_ram, work.slots),
+            host_bytes=0 if machine.device == "cpu" else _host_bytes(sizes, self.in_ram, work.slots) + embeddings,
             streamed_bytes_per_step=sum(sizes.values()),
             in_ram=self.in_ram,
-            host_ledger=build_host_ledger(sizes, self.in_ram, work.slots, machine.device),
+            host_ledger=build_host_ledger(sizes, self.in_ram, work.slots, machine.device, embeddings),
+            host_embeddings=work.host_embeddings,
         )
 
 
@@ -93,7 +95,8 @@ def candidates(request: PlanRequest, known: Known, target: ModelSpec) -> list[Ca
         UsageError: a context the model has no positions for.
     """
     budget = request.vram_bytes if request.vram_bytes is not None else _default_budget(known.machine)
-    shelves = Shelves(target, dtype_for(request, known.machine, target), request.slots)
+    dtype = dtype_for(request, known.machine, target)
+    shelves = Shelves(target, dtype, request.slots, _embeddings_room(known.machine))
     found = [
         candidate
         for draft in _drafts(request, known)
@@ -188,7 +191,8 @@ def _predicted(
     kept = set(placed.resident)
     sizes = {i: size for i, size in enumerate(shelves.sizes) if i not in kept}
     on_cpu = known.machine.device == "cpu"
-    in_ram = keep_in_ram(sizes, _host_room(request, known.machine, taken=placed.device_bytes if on_cpu else 0))
+    taken = placed.device_bytes if on_cpu else host_embedding_bytes(shelves.target, placed.work)
+    in_ram = keep_in_ram(sizes, _host_room(request, known.machine, taken=taken))
     ram_bytes = sum(sizes[i] for i in in_ram)
     placement = Placement(
         num_layers=len(shelves.sizes),
@@ -231,6 +235,11 @@ def _host_room(request: PlanRequest, machine: Machine, *, taken: int) -> int:
     """Host memory for streamed layers; `taken` of what is usable is spoken for already."""
     room = max(usable_ram(machine.ram_available_bytes) - taken, 0)
     return room if request.ram_bytes is None else min(room, request.ram_bytes)
+
+
+def _embeddings_room(machine: Machine) -> int:
+    """Host memory for input embeddings: none where it is the device's as well."""
+    return 0 if machine.device == "cpu" else usable_ram(machine.ram_available_bytes)
 
 
 def _host_bytes(sizes: Mapping[int, int], in_ram: Sequence[int], slots: int) -> int:

@@ -56,6 +56,7 @@ class Workload:
         device: where passes run.
         reserve_bytes: kept for libraries and for what the allocator rounds up.
         head_rows: nodes that are scored at a time.
+        host_embeddings: whether embeddings that are only looked up are in host memory.
     """
 
     dtype: Dtype
@@ -67,6 +68,7 @@ class Workload:
     device: str = "cpu"
     reserve_bytes: int = 0
     head_rows: int = HEAD_BLOCK_ROWS
+    host_embeddings: bool = False
 
 
 def build_ledger(
@@ -90,7 +92,7 @@ def build_ledger(
     items = [
         LedgerItem("resident layers", sum(sizes[i] for i in resident)),
         LedgerItem("slots", work.slots * slot_bytes if streamed else 0),
-        LedgerItem("embeddings and head", _other_bytes(target, work.dtype)),
+        _outside_layers(target, work),
         LedgerItem("KV cache", _kv_bytes(target, work.dtype, work.ctx + work.tree_budget)),
     ]
     if draft is not None:
@@ -107,7 +109,7 @@ def build_ledger(
 
 
 def build_host_ledger(
-    sizes: Mapping[int, int], in_ram: Sequence[int], slots: int, device: str
+    sizes: Mapping[int, int], in_ram: Sequence[int], slots: int, device: str, embeddings: int = 0
 ) -> tuple[LedgerItem, ...]:
     """Every item that lives in host memory beside the ledger's.
 
@@ -116,6 +118,7 @@ def build_host_ledger(
         in_ram: those of them that stay in host memory between passes.
         slots: staging buffers.
         device: where passes run.
+        embeddings: `host_embedding_bytes`.
 
     Returns:
         Items; those of the page cache, which the system takes back where it needs them, say so.
@@ -128,9 +131,22 @@ def build_host_ledger(
     else:
         items.append(LedgerItem("pinned layers", kept))
         items.append(LedgerItem("pinned slots", min(slots, len(read)) * max(read, default=0)))
+    items.append(LedgerItem("input embeddings", embeddings))
     if read:
         items.append(LedgerItem("reading", NUM_READERS * READ_WINDOW_BYTES))
     return tuple(item for item in items if item.bytes)
+
+
+def lookup_bytes(spec: ModelSpec, dtype: Dtype) -> int:
+    """Embeddings that the head does not share, which need not be where it is."""
+    return spec.lookup_params * DTYPE_BYTES[dtype]
+
+
+def host_embedding_bytes(target: ModelSpec, work: Workload) -> int:
+    """Host memory for embeddings that are kept there, and for the rows of a chunk, which some models scale."""
+    if not work.host_embeddings:
+        return 0
+    return lookup_bytes(target, work.dtype) + 2 * work.chunk_rows * target.hidden_size * DTYPE_BYTES[work.dtype]
 
 
 def with_trees(
@@ -163,6 +179,7 @@ def with_trees(
         device=plan.device,
         reserve_bytes=reserve_bytes,
         head_rows=head_rows,
+        host_embeddings=plan.host_embeddings,
     )
     changed = replace(
         plan,
@@ -174,6 +191,13 @@ def with_trees(
         ledger=build_ledger(target, draft, work, plan.resident),
     )
     return replace(changed, device_budget_bytes=max(plan.device_budget_bytes, changed.device_bytes))
+
+
+def _outside_layers(target: ModelSpec, work: Workload) -> LedgerItem:
+    other = _other_bytes(target, work.dtype)
+    if work.host_embeddings:
+        return LedgerItem("head", other - lookup_bytes(target, work.dtype))
+    return LedgerItem("embeddings and head", other)
 
 
 def _other_bytes(spec: ModelSpec, dtype: Dtype) -> int:

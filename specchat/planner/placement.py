@@ -6,7 +6,7 @@ from functools import cache, cached_property
 
 from specchat.config import Dtype, ModelSpec
 from specchat.models.geometry import layer_bytes
-from specchat.planner.memory import Workload, build_ledger
+from specchat.planner.memory import Workload, build_ledger, host_embedding_bytes, lookup_bytes
 from specchat.units import GIB
 
 NUM_SLOTS = 2
@@ -50,28 +50,45 @@ class Shelves:
         target: its sizes.
         dtype: that they are stored in.
         slots: as asked for, or None.
+        embeddings_room: host memory that the input embeddings may take.
     """
 
-    def __init__(self, target: ModelSpec, dtype: Dtype, slots: int | None) -> None:
+    def __init__(self, target: ModelSpec, dtype: Dtype, slots: int | None, embeddings_room: int) -> None:
         self.dtype: Dtype = dtype
         self.sizes = tuple(layer_bytes(target, i, dtype) for i in range(target.num_layers))
-        self._target = target
+        self.target = target
         self._slots = SLOTS if slots is None else (slots,)
+        self._embeddings_room = embeddings_room
 
     def fill(self, draft: ModelSpec | None, work: Workload, budget: int) -> list[Placed]:
-        """For every number of slots the most layers that the budget lets stay."""
-        beside = self._beside(draft, work)
-        placed = [self._most_resident(work, slots, beside, budget) for slots in self._slots]
-        return list(dict.fromkeys(each for each in placed if each is not None))
+        """For every number of slots the most layers that the budget lets stay, and more where embeddings make room."""
+        ways = self._ways(draft, work)
+        return list(dict.fromkeys(placed for slots in self._slots for placed in self._growing(ways, slots, budget)))
 
     def least_bytes(self, draft: ModelSpec | None, work: Workload) -> int:
         """What it takes to run at all."""
-        return self._beside(draft, work) + min(need for _, need, _ in self._divisions(self._slots[0]))
+        beside = min(beside for _, beside in self._ways(draft, work))
+        return beside + min(need for _, need, _ in self._divisions(self._slots[0]))
 
-    def _beside(self, draft: ModelSpec | None, work: Workload) -> int:
-        """Everything but layers and slots; it depends on neither."""
-        ledger = build_ledger(self._target, draft, work, ())
-        return sum(item.bytes for item in ledger)
+    def _ways(self, draft: ModelSpec | None, work: Workload) -> list[tuple[Workload, int]]:
+        """With bytes of everything but layers and slots: all on the device, and if that can be without embeddings."""
+        beside = sum(item.bytes for item in build_ledger(self.target, draft, work, ()))
+        apart = replace(work, host_embeddings=True)
+        if not self.target.lookup_params or host_embedding_bytes(self.target, apart) > self._embeddings_room:
+            return [(work, beside)]
+        return [(work, beside), (apart, beside - lookup_bytes(self.target, self.dtype))]
+
+    def _growing(self, ways: Sequence[tuple[Workload, int]], slots: int, budget: int) -> Iterator[Placed]:
+        """What each way allows, if that is more layers than the way before: embeddings do not move for nothing.
+
+        Bringing their rows is not priced: it takes less than a thousandth of a step that streams.
+        """
+        most = -1
+        for work, beside in ways:
+            placed = self._most_resident(work, slots, beside, budget)
+            if placed is not None and len(placed.resident) > most:
+                most = len(placed.resident)
+                yield placed
 
     def _most_resident(self, work: Workload, slots: int, beside: int, budget: int) -> Placed | None:
         for num_resident, need, slots_needed in self._divisions(slots):

@@ -322,7 +322,7 @@ def _share(item: LedgerItem) -> str:
         return "KV"
     if name == "draft":
         return "draft"
-    return "resident" if "resident" in name or "embedding" in name else "work"
+    return "resident" if "resident" in name or "embedding" in name or name == "head" else "work"
 
 
 def _memory_name(device: str) -> str:

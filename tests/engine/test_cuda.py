@@ -29,6 +29,7 @@ from specchat.models.shapes import materialise
 pytestmark = pytest.mark.gpu
 
 NUM_PASSES = 30
+CHUNK_ROWS = 512
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +47,8 @@ def load(
     resident: tuple[int, ...] | None,
     num_slots: int,
     in_ram: tuple[int, ...] = EVERY_LAYER,
+    *,
+    host_embeddings: bool = False,
 ) -> TreeModel:
     return load_model(
         source,
@@ -54,8 +57,9 @@ def load(
         resident=resident,
         num_slots=num_slots,
         in_ram=in_ram,
+        host_embeddings=host_embeddings,
         cache_rows=1024,
-        chunk_rows=512,
+        chunk_rows=CHUNK_ROWS,
     )
 
 
@@ -89,6 +93,24 @@ def test_text_does_not_depend_on_draft_or_streaming(sampling: Sampling, quant: Q
         with Engine.load(plan, sources[0], draft) as engine:
             texts.append(write(engine, prompt, sampling, 40)[0])
     assert texts[0] == texts[1] == texts[2]
+
+
+@pytest.mark.parametrize("num_rows", [1, 40, CHUNK_ROWS + 100])
+def test_embeddings_in_host_memory_give_the_same_bits(num_rows: int, tmp_path: Path):
+    """While slots are being filled, too."""
+    config = make_config("llama")
+    config.max_position_embeddings = 1024
+    source, prompt = save(random_model(config), tmp_path / "m"), random_prompt(num_rows, VOCAB)
+    expected = load(source, torch.bfloat16, None, 0).append(prompt)
+    for resident in (None, (), (1,)):
+        model = load(source, torch.bfloat16, resident, 2, host_embeddings=True)
+        embeddings = model.skeleton.model.get_input_embeddings()
+        assert embeddings.weight.device.type == "cpu"
+        assert {p.device.type for p in model.skeleton.model.parameters() if p is not embeddings.weight} == {"cuda"}
+        for _ in range(NUM_PASSES):
+            model.cache.truncate(0)
+            assert torch.equal(model.append(prompt), expected)
+        model.close()
 
 
 def test_cancelling_and_going_on(tmp_path: Path):

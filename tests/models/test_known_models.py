@@ -87,7 +87,7 @@ def compare(model: KnownModel, quant: str, layers: int, folder: Path) -> None:
     unscaled = model.config.get("original_max_position_embeddings", found.max_positions)  # how it is scaled is left out
     assert known.max_positions == min(found.max_positions, unscaled)
     exact = "architecture vocab_size hidden_size num_layers mlp_size num_heads dtype num_params kv_shapes quant"
-    for name in (*exact.split(), "quant_shapes"):
+    for name in (*exact.split(), "quant_shapes", "lookup_params"):
         assert getattr(known, name) == getattr(found, name), name
     same_workspace(known, found)
 

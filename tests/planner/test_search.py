@@ -64,6 +64,7 @@ def specs(draw: st.DrawFn) -> ModelSpec:
     num_layers = draw(st.integers(1, 12))
     sizes = draw(st.lists(st.integers(10, 100_000), min_size=1, max_size=3))
     item_bytes = draw(st.sampled_from([None, 1]))
+    num_other = draw(st.integers(10, 10**6))
     return ModelSpec(
         name="any",
         architecture="AnyForCausalLM",
@@ -77,7 +78,8 @@ def specs(draw: st.DrawFn) -> ModelSpec:
         num_params=draw(st.integers(10**6, 10**9)),
         num_layer_params=draw(st.integers(10, 10**6)),
         layer_params=tuple((ParamSize(sizes[i % len(sizes)], item_bytes), ParamSize(64)) for i in range(num_layers)),
-        other_params=(ParamSize(draw(st.integers(10, 10**6))),),
+        other_params=(ParamSize(num_other),),
+        lookup_params=draw(st.integers(0, num_other)),
         buffer_bytes=draw(st.integers(0, 100)),
         kv_shapes=(KvShape(2, 16, 16),) * num_layers,
     )
@@ -106,7 +108,8 @@ def ledger_bytes(
     spec: ModelSpec, draft: ModelSpec | None, plan: Plan, num_resident: int, slots: int | None = None
 ) -> int:
     slots = num_slots(spec.num_layers - num_resident) if slots is None else slots
-    work = Workload(plan.dtype, plan.ctx, plan.tree_budget, plan.draft_rows, plan.chunk_rows, slots)
+    work = Workload(plan.dtype, plan.ctx, plan.tree_budget, plan.draft_rows, plan.chunk_rows, slots, plan.device)
+    work = replace(work, host_embeddings=plan.host_embeddings)
     return sum(item.bytes for item in build_ledger(spec, draft, work, interleaved(num_resident, spec.num_layers)))
 
 
@@ -118,6 +121,7 @@ def check_plan(plan: Plan, spec: ModelSpec, draft: ModelSpec | None, budget: int
     assert plan.streamed_bytes_per_step == sum(layer_bytes(spec, i, plan.dtype) for i in plan.streamed)
     assert plan.slots in ((NUM_SLOTS, 3) if plan.streamed else (0,))
     assert not 0 < len(plan.streamed) <= plan.slots, "slots for layers that could stay in them"
+    assert not plan.host_embeddings, "there is no other memory on a CPU"
     assert plan.ctx <= spec.max_positions
     more = range(len(plan.resident) + 1, spec.num_layers + 1)
     slots = {n: plan.slots if n < spec.num_layers else 0 for n in more}
@@ -234,14 +238,76 @@ def test_as_many_layers_stay_in_host_memory_as_fit(spec: ModelSpec, budget: int,
     more = [plan.streamed[j] for j in interleaved(len(plan.in_ram) + 1, len(plan.streamed))] if on_disk else []
     assert not on_disk or sum(sizes[i] for i in more) > ram
     slots_bytes = min(plan.slots, len(on_disk)) * max((sizes[i] for i in on_disk), default=0)
-    assert plan.host_bytes == (0 if device == "cpu" else kept_bytes + slots_bytes)
     host = {item.item: item.bytes for item in plan.host_ledger}
+    embeddings = host.get("input embeddings", 0)
+    assert plan.host_bytes == (0 if device == "cpu" else kept_bytes + slots_bytes + embeddings)
     assert host.pop("Python and libraries") == RUNTIME_BYTES
     assert host.pop("reading", 0) == (16 << 20 if on_disk else 0)
     if device == "cpu":
         assert host == ({"layers in the page cache": kept_bytes} if kept_bytes else {})
     else:
         assert sum(host.values()) == plan.host_bytes and host.get("pinned layers", 0) == kept_bytes
+
+
+@given(spec=specs(), budget=BUDGETS, room=st.integers(0, 5_000_000))
+@settings(deadline=None, max_examples=100)
+def test_embeddings_leave_the_device_where_a_layer_takes_their_place(spec: ModelSpec, budget: int, room: int):
+    """Held against both ways, counted out; what they take in host memory is no more than there is, and no layer's."""
+    machine = Machine("cuda:0", 64 * GIB, 4 * GIB + room, fast_bf16=False)
+    try:
+        asked = request(budget + reserve("cuda:0"), ctx=512, dtype="fp32", slots=NUM_SLOTS)
+        plan = plan_for(asked, machine, spec, None)
+    except DoesNotFitError:
+        return
+    counts = [n for n in range(spec.num_layers + 1) if not 0 < spec.num_layers - n <= NUM_SLOTS]
+    most = {
+        on_host: max((n for n in counts if fits(spec, replace(plan, host_embeddings=on_host), n, budget)), default=-1)
+        for on_host in (False, True)
+    }
+    table = 4 * spec.lookup_params + 2 * plan.chunk_rows * spec.hidden_size * 4
+    host = {item.item: item.bytes for item in plan.host_ledger}
+    assert host.get("input embeddings", 0) == (table if plan.host_embeddings else 0)
+    assert len(plan.resident) == most[plan.host_embeddings]
+    assert sum(host.get(item, 0) for item in ("input embeddings", "pinned layers")) <= room
+    if plan.host_embeddings:
+        assert spec.lookup_params and most[True] > most[False]
+        assert "head" in {item.item for item in plan.ledger}
+
+
+def fits(spec: ModelSpec, plan: Plan, num_resident: int, budget: int) -> bool:
+    slots = NUM_SLOTS if num_resident < spec.num_layers else 0
+    return ledger_bytes(spec, None, plan, num_resident, slots) <= budget
+
+
+def test_embeddings_make_room_for_layers_where_host_memory_has_room_for_them():
+    """A table as large as three layers: three layers more stay, unless the embeddings are needed where they are."""
+    spec = demo_specs()[0]
+    layer = layer_bytes(spec, 0, "fp32")
+    table = 3 * layer // 4
+    large = replace(
+        spec,
+        layer_params=spec.layer_params[:1] * 40,
+        num_layers=40,
+        kv_shapes=spec.kv_shapes[:1] * 40,
+        other_params=(*spec.other_params, ParamSize(table)),
+        lookup_params=table,
+    )
+    tied = replace(large, lookup_params=0)
+    slow = replace(UNKNOWN_RATES, pinned=Rate(layer / 0.1, "measured"))
+
+    def planned(spec: ModelSpec, vram_bytes: int, room: int) -> Plan:
+        machine = Machine("cuda:0", 64 * GIB, 4 * GIB + room, fast_bf16=False)
+        asked = request(vram_bytes + reserve("cuda:0"), ctx=512, dtype="fp32", quant="none")
+        return choose_for(asked, Known(machine, slow, slow, lambda _: spec)).plan
+
+    enough = 64 * layer
+    everything = planned(large, 100 * enough, enough)
+    assert len(everything.resident) == 40 and not everything.host_embeddings
+    budget = everything.device_bytes - reserve("cuda:0") - 20 * layer
+    plans = [planned(large, budget, enough), planned(large, budget, 4 * table - 1), planned(tied, budget, enough)]
+    assert [plan.host_embeddings for plan in plans] == [True, False, False]
+    assert [len(plan.resident) for plan in plans] == [18 + 3, 18, 18]
+    assert plans[0].host_bytes == sum(item.bytes for item in plans[0].host_ledger[1:]) > 4 * table
 
 
 def test_host_memory_leaves_room_for_the_rest_of_the_machine():

@@ -45,6 +45,8 @@ def test_the_plan_line():
     assert plan_line(GPU_PLAN) == (
         "VRAM 9.5/12.0 GiB (resident 6.0, draft 1.0, KV 1.5 @8192, work 1.0) · streamed 38.0 GiB/pass"
     )
+    apart = [replace(item, item="head") if item.item == "embeddings and head" else item for item in GPU_PLAN.ledger]
+    assert plan_line(replace(GPU_PLAN, ledger=tuple(apart))) == plan_line(GPU_PLAN)
     small = plan_line(replace(PLAN, resident=(0, 1, 2, 3)))
     assert small == "RAM 150.0 MiB of 12.0 GiB (resident 100.0, KV 50.0 @400) · nothing streamed"
 

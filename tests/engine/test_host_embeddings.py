@@ -1,0 +1,122 @@
+"""Input embeddings that stay in host memory: the same bits, nothing else moved, and the ledgers' division of memory.
+
+What is looked up crosses to a device that only knows shapes and places, and refuses to mix them; on a real one,
+test_cuda.py holds the bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from support.engines import make_plan, random_prompt, write
+from support.tiny_models import VOCAB, make_config, perturbed, random_model, save
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from specchat.config import WEIGHT_ITEMS, ModelSource, Plan, Quant, Sampling
+from specchat.engine.engine import Engine
+from specchat.engine.kv_cache import TreeCache
+from specchat.engine.model import TreeModel, load_model
+from specchat.engine.streamer import NoStreamer
+from specchat.models import hf_compat
+from specchat.models.geometry import describe
+from specchat.planner.memory import Workload, build_ledger, host_embedding_bytes
+
+# A second place with shapes and no numbers; without CUDA, torch does not even pretend to have a DEVICE.
+CPU, DEVICE = torch.device("cpu"), torch.device("cpu:1")
+PROMPT = random_prompt(45, VOCAB)
+
+
+def load(source: ModelSource, *, host_embeddings: bool, chunk_rows: int, quant: Quant = "none") -> TreeModel:
+    return load_model(
+        source,
+        dtype=torch.bfloat16,
+        device=CPU,
+        cache_rows=64,
+        chunk_rows=chunk_rows,
+        host_embeddings=host_embeddings,
+        quant=quant,
+    )
+
+
+# A quantized head shares nothing with the embeddings, whatever the checkpoint says; Gemma scales what it looks up.
+@pytest.mark.parametrize(
+    ("architecture", "quant"), [("llama", "none"), ("mixtral", "none"), ("gemma2", "int8"), ("llama_tied", "int4")]
+)
+@pytest.mark.parametrize("chunk_rows", [7, 45, 512])
+def test_looked_up_rows_are_the_same_bits(architecture: str, quant: Quant, chunk_rows: int, tmp_path: Path):
+    source = save(random_model(make_config(architecture)), tmp_path / "m")
+    expected, model = (
+        load(source, host_embeddings=on_host, chunk_rows=chunk_rows, quant=quant) for on_host in (False, True)
+    )
+    looked_up = list[int]()
+    module = hf_compat.lookup_embeddings(model.skeleton)
+    module.register_forward_hook(lambda _, __, rows: looked_up.append(rows.shape[1]))
+    assert torch.equal(model.append(PROMPT), expected.append(PROMPT))
+    assert looked_up == [len(PROMPT)]
+    assert expected.nbytes - model.nbytes == module.weight.nbytes + sum(b.nbytes for b in module.buffers())
+
+
+def test_embeddings_that_the_head_shares_are_not_for_lookups_alone():
+    for architecture, is_apart in (("llama", True), ("llama_tied", False), ("gemma2", False)):
+        skeleton = hf_compat.build_skeleton(make_config(architecture), torch.bfloat16)
+        assert (hf_compat.lookup_embeddings(skeleton) is not None) == is_apart
+
+
+def divided_model(architecture: str, *, looks_up_on_host: bool = True) -> TreeModel:
+    """Weights without numbers: embeddings on the host, everything else on the device."""
+    skeleton = hf_compat.build_skeleton(make_config(architecture), torch.bfloat16)
+    embeddings = hf_compat.lookup_embeddings(skeleton)
+    for module in skeleton.model.modules():
+        place = CPU if module is embeddings else DEVICE
+        for name, parameter in module.named_parameters(recurse=False):
+            weight = torch.empty(parameter.shape, dtype=parameter.dtype, device=place)
+            module._parameters[name] = torch.nn.Parameter(weight, requires_grad=False)
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=place)
+    cache = TreeCache(hf_compat.kv_shapes(skeleton.config), 64, torch.bfloat16, DEVICE)
+    return TreeModel(skeleton, cache, NoStreamer(), (), 16, DEVICE, embeddings if looks_up_on_host else None)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "phi3", "gpt_oss", "deepseek_v3"])
+def test_nothing_but_the_rows_crosses_to_the_device(architecture: str):
+    with FakeTensorMode():
+        model = divided_model(architecture)
+        for num_rows in (5, 40):  # a chunk, and several
+            hidden = model.append(PROMPT[:num_rows])
+            assert hidden.device == DEVICE and hidden.shape[0] == num_rows
+        assert model.logits(hidden).device == DEVICE
+        with pytest.raises(RuntimeError, match="cpu:1"):
+            divided_model(architecture, looks_up_on_host=False).append([1, 2, 3])
+
+
+def planned(source: ModelSource, draft: ModelSource, *, on_host: bool) -> Plan:
+    spec = describe(source)
+    plan = make_plan(source, draft, num_layers=spec.num_layers, resident=(0,), ctx=96, tree_budget=16, chunk_rows=32)
+    plan = replace(plan, host_embeddings=on_host)
+    work = Workload("fp32", plan.ctx, 16, plan.draft_rows, 32, plan.slots, host_embeddings=on_host)
+    return replace(plan, ledger=build_ledger(spec, describe(draft), work, plan.resident))
+
+
+def test_the_ledgers_say_where_embeddings_are(tmp_path: Path):
+    """The device's is right to the byte without them; nothing else of it changes, nor does the text."""
+    target = random_model(make_config("llama"))
+    source, draft = save(target, tmp_path / "target"), save(perturbed(target, 0.03), tmp_path / "draft")
+    texts, ledgers = [], []
+    for on_host in (False, True):
+        plan = planned(source, draft, on_host=on_host)
+        ledgers.append({item.item: item.bytes for item in plan.ledger})
+        with Engine.load(plan, source, draft) as engine:
+            caches = sum(size for item, size in ledgers[-1].items() if item.endswith("KV cache"))
+            weights = sum(size for item, size in ledgers[-1].items() if item in WEIGHT_ITEMS)
+            assert engine.memory().device_peak_bytes == weights + caches
+            texts.append(write(engine, PROMPT, Sampling(temperature=0.8, seed=2), 30)[0])
+    assert texts[0] == texts[1]
+    table = 4 * target.get_input_embeddings().weight.numel()
+    assert ledgers[1].pop("head") == ledgers[0].pop("embeddings and head") - table
+    assert ledgers[0] == ledgers[1]
+    work = Workload("fp32", 96, 16, 32, 32, 2, host_embeddings=True)
+    assert host_embedding_bytes(describe(source), work) == table + 2 * 32 * target.config.hidden_size * 4
+    assert host_embedding_bytes(describe(source), replace(work, host_embeddings=False)) == 0
