@@ -185,6 +185,25 @@ class TensorReader(Closing):
         self.read_into(key, out)
         return out
 
+    def mapped(self, key: str) -> "torch.Tensor":
+        """The tensor as saved, in the pages of its file, of which only those that are used take memory.
+
+        Where its numbers do not begin as torch wants them, it is read.
+
+        Raises:
+            CorruptCheckpointError, ModelError: as `read`.
+        """
+        import torch
+
+        info = self._find(key)
+        dtype, file_bytes = _torch_dtype(info), os.fstat(self._fd(info.file)).st_size
+        if info.offset % dtype.itemsize:
+            return self.read(key)
+        if file_bytes < info.offset + info.nbytes:
+            _fail_truncated(info.file, info.offset + info.nbytes, file_bytes)
+        pages = torch.from_file(str(info.file), shared=False, size=file_bytes, dtype=torch.uint8)
+        return pages[info.offset : info.offset + info.nbytes].view(dtype).view(info.shape)
+
     def read_into(self, key: str, out: "torch.Tensor") -> None:
         """Fills `out` with the tensor's numbers in row-major order, converted to its dtype.
 

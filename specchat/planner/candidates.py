@@ -12,7 +12,7 @@ from specchat.errors import DoesNotFitError, UsageError
 from specchat.hardware.machine import Machine
 from specchat.models.geometry import layer_bytes
 from specchat.planner.cost import CostModel, Prediction
-from specchat.planner.memory import Workload, build_host_ledger, build_ledger, host_embedding_bytes
+from specchat.planner.memory import Workload, build_host_ledger, build_ledger, host_embedding_bytes, host_embeddings
 from specchat.planner.placement import Placed, Placement, Shelves, keep_in_ram, usable_ram
 from specchat.planner.request import EXACT_BYTES, LOWER_QUANTS, Known, PlanRequest
 from specchat.units import GIB, MIB, format_bytes
@@ -49,9 +49,10 @@ class Candidate:
     def plan(self, request: PlanRequest, machine: Machine) -> Plan:
         """The plan itself."""
         target, draft, work = self.target, self.draft, self.work
-        embeddings = host_embedding_bytes(target, work)
         kept = set(self.resident)
         sizes = {i: layer_bytes(target, i, work.dtype) for i in range(target.num_layers) if i not in kept}
+        embeddings = host_embeddings(target, work)
+        beside_gpu = _host_bytes(sizes, self.in_ram, work.slots) + host_embedding_bytes(target, work)
         return Plan(
             target=target.name,
             draft=None if draft is None else draft.name,
@@ -70,7 +71,7 @@ class Candidate:
             adaptive=request.tree_budget is None,
             draft_quant="none" if draft is None else draft.quant,
             lowered_from=target.dtype if request.quant == "auto" and target.quant in LOWER_QUANTS else None,
-            host_bytes=0 if machine.device == "cpu" else _host_bytes(sizes, self.in_ram, work.slots) + embeddings,
+            host_bytes=0 if machine.device == "cpu" else beside_gpu,
             streamed_bytes_per_step=sum(sizes.values()),
             in_ram=self.in_ram,
             host_ledger=build_host_ledger(sizes, self.in_ram, work.slots, machine.device, embeddings),
@@ -84,7 +85,8 @@ def preference(candidate: Candidate) -> tuple[float, ...]:
     budget = candidate.work.tree_budget
     rank = budgets.index(budget) if budget in budgets else 0
     is_lower = candidate.draft is not None and candidate.draft.quant in LOWER_QUANTS
-    return candidate.prediction.tok_per_s, -is_lower, -rank, -candidate.work.slots
+    speed = round(candidate.prediction.tok_per_s, 6)  # equal ones differ in how they were added up
+    return speed, -is_lower, -rank, -candidate.work.slots
 
 
 def candidates(request: PlanRequest, known: Known, target: ModelSpec) -> list[Candidate]:

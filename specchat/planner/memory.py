@@ -29,6 +29,7 @@ RUNTIME_BYTES = 400 * 2**20
 _ROW_ALIGNMENT = 16
 _CHUNK_STEP = 64
 _RESERVE = "library reserve"
+MAPPED_EMBEDDINGS = "embeddings in the page cache"
 _INDEX_BYTES = 8  # token ids and positions are int64
 _FLOAT_BYTES = 4  # scores are float32, whatever the model computes in
 
@@ -109,7 +110,7 @@ def build_ledger(
 
 
 def build_host_ledger(
-    sizes: Mapping[int, int], in_ram: Sequence[int], slots: int, device: str, embeddings: int = 0
+    sizes: Mapping[int, int], in_ram: Sequence[int], slots: int, device: str, embeddings: Sequence[LedgerItem] = ()
 ) -> tuple[LedgerItem, ...]:
     """Every item that lives in host memory beside the ledger's.
 
@@ -118,7 +119,7 @@ def build_host_ledger(
         in_ram: those of them that stay in host memory between passes.
         slots: staging buffers.
         device: where passes run.
-        embeddings: `host_embedding_bytes`.
+        embeddings: `host_embeddings`.
 
     Returns:
         Items; those of the page cache, which the system takes back where it needs them, say so.
@@ -131,7 +132,7 @@ def build_host_ledger(
     else:
         items.append(LedgerItem("pinned layers", kept))
         items.append(LedgerItem("pinned slots", min(slots, len(read)) * max(read, default=0)))
-    items.append(LedgerItem("input embeddings", embeddings))
+    items += embeddings
     if read:
         items.append(LedgerItem("reading", NUM_READERS * READ_WINDOW_BYTES))
     return tuple(item for item in items if item.bytes)
@@ -142,11 +143,21 @@ def lookup_bytes(spec: ModelSpec, dtype: Dtype) -> int:
     return spec.lookup_params * DTYPE_BYTES[dtype]
 
 
-def host_embedding_bytes(target: ModelSpec, work: Workload) -> int:
-    """Host memory for embeddings that are kept there, and for the rows of a chunk, which some models scale."""
+def host_embeddings(target: ModelSpec, work: Workload) -> tuple[LedgerItem, ...]:
+    """Embeddings that are kept in host memory, and the rows of a chunk, which some models scale.
+
+    Those that are computed in what they are saved in stay in the pages of their file, which the system may take back.
+    """
     if not work.host_embeddings:
-        return 0
-    return lookup_bytes(target, work.dtype) + 2 * work.chunk_rows * target.hidden_size * DTYPE_BYTES[work.dtype]
+        return ()
+    name = MAPPED_EMBEDDINGS if target.dtype == work.dtype else "input embeddings"
+    rows_bytes = 2 * work.chunk_rows * target.hidden_size * DTYPE_BYTES[work.dtype]
+    return LedgerItem(name, lookup_bytes(target, work.dtype)), LedgerItem("rows of embeddings", rows_bytes)
+
+
+def host_embedding_bytes(target: ModelSpec, work: Workload) -> int:
+    """What of `host_embeddings` has to be there."""
+    return sum(item.bytes for item in host_embeddings(target, work) if item.item != MAPPED_EMBEDDINGS)
 
 
 def with_trees(

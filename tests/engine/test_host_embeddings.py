@@ -6,8 +6,10 @@ test_cuda.py holds the bits.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,22 +24,26 @@ from specchat.engine.model import TreeModel, load_model
 from specchat.engine.streamer import NoStreamer
 from specchat.models import hf_compat
 from specchat.models.geometry import describe
-from specchat.planner.memory import Workload, build_ledger, host_embedding_bytes
+from specchat.models.prepare import prepare
+from specchat.planner.memory import Workload, build_ledger, host_embeddings
 
 # A second place with shapes and no numbers; without CUDA, torch does not even pretend to have a DEVICE.
 CPU, DEVICE = torch.device("cpu"), torch.device("cpu:1")
 PROMPT = random_prompt(45, VOCAB)
 
 
-def load(source: ModelSource, *, host_embeddings: bool, chunk_rows: int, quant: Quant = "none") -> TreeModel:
+def load(
+    source: ModelSource, *, host_embeddings: bool, chunk_rows: int, quant: Quant = "none", **kwargs: Any
+) -> TreeModel:
     return load_model(
         source,
-        dtype=torch.bfloat16,
+        dtype=kwargs.pop("dtype", torch.bfloat16),
         device=CPU,
         cache_rows=64,
         chunk_rows=chunk_rows,
         host_embeddings=host_embeddings,
         quant=quant,
+        **kwargs,
     )
 
 
@@ -57,6 +63,43 @@ def test_looked_up_rows_are_the_same_bits(architecture: str, quant: Quant, chunk
     assert torch.equal(model.append(PROMPT), expected.append(PROMPT))
     assert looked_up == [len(PROMPT)]
     assert expected.nbytes - model.nbytes == module.weight.nbytes + sum(b.nbytes for b in module.buffers())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc")
+@pytest.mark.parametrize("packed", [False, True], ids=["shards", "pack"])
+def test_what_serves_as_it_is_stays_in_its_file(packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Only in the dtype that it is saved in; whoever writes to it does not change the file."""
+    monkeypatch.setenv("SPECCHAT_CACHE_DIR", str(tmp_path / "cache"))
+    source = save(random_model(make_config("llama")), tmp_path / "m")
+    quant: Quant = "int8" if packed else "none"
+    warn: Any = lambda _: None  # noqa: E731
+    pack = prepare(source, "fp32", quant, progress=warn, warn=warn) if packed else None
+    folder = source.path if pack is None else pack.folder
+    for dtype, is_mapped in ((torch.float32, True), *(() if packed else ((torch.bfloat16, False),))):
+        on_host, plain = (
+            load(source, host_embeddings=each, chunk_rows=16, quant=quant, dtype=dtype, pack=pack)
+            for each in (True, False)
+        )
+        weight = on_host.skeleton.model.get_input_embeddings().weight
+        assert (mapped_file(weight) is not None and mapped_file(weight).parent == folder) == is_mapped
+        assert mapped_file(plain.skeleton.model.get_input_embeddings().weight) is None
+        assert torch.equal(on_host.append(PROMPT), plain.append(PROMPT))
+        weight.data.zero_()
+    again = load(source, host_embeddings=True, chunk_rows=16, quant=quant, dtype=torch.float32, pack=pack)
+    assert torch.equal(
+        again.append(PROMPT),
+        load(source, host_embeddings=False, chunk_rows=16, quant=quant, dtype=torch.float32, pack=pack).append(PROMPT),
+    )
+
+
+def mapped_file(weight: torch.Tensor) -> Path | None:
+    """The file whose pages a tensor is in."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, *_, name = line.split(maxsplit=5)
+        begin, end = (int(address, 16) for address in span.split("-"))
+        if begin <= weight.data_ptr() < end:
+            return Path(name.strip()) if name.strip().startswith("/") else None
+    return None
 
 
 def test_embeddings_that_the_head_shares_are_not_for_lookups_alone():
@@ -118,5 +161,11 @@ def test_the_ledgers_say_where_embeddings_are(tmp_path: Path):
     assert ledgers[1].pop("head") == ledgers[0].pop("embeddings and head") - table
     assert ledgers[0] == ledgers[1]
     work = Workload("fp32", 96, 16, 32, 32, 2, host_embeddings=True)
-    assert host_embedding_bytes(describe(source), work) == table + 2 * 32 * target.config.hidden_size * 4
-    assert host_embedding_bytes(describe(source), replace(work, host_embeddings=False)) == 0
+    rows = 2 * 32 * target.config.hidden_size
+    in_fp32, in_bf16 = (
+        {item.item: item.bytes for item in host_embeddings(describe(source), replace(work, dtype=dtype))}
+        for dtype in ("fp32", "bf16")
+    )
+    assert in_fp32 == {"embeddings in the page cache": table, "rows of embeddings": 4 * rows}
+    assert in_bf16 == {"input embeddings": table // 2, "rows of embeddings": 2 * rows}
+    assert not host_embeddings(describe(source), replace(work, host_embeddings=False))

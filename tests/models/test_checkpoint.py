@@ -99,6 +99,7 @@ def test_reads_what_safetensors_reads(tmp_path, saved, staging, pad, data):
     with TensorReader(checkpoint, staging_bytes=staging) as reader:
         for key, wanted in reference.items():
             assert same_bytes(reader.read(key), wanted)
+            assert same_bytes(reader.mapped(key), wanted)
             out = torch.zeros(wanted.shape, dtype=data.draw(st.sampled_from(FLOATS)))
             reader.read_into(key, out)
             assert same_bytes(out, wanted.to(out.dtype))
@@ -110,7 +111,10 @@ def test_reads_data_at_any_alignment(tmp_path, pad):
     head = json.dumps({"lead": entry(0, pad), "x": entry(pad, pad + 24, [6], "F32")}).encode()
     write_raw(tmp_path / "model.safetensors", head, b"z" * pad + values.numpy().tobytes())
     with TensorReader(open_checkpoint(tmp_path), staging_bytes=12) as reader:
-        assert torch.equal(reader.read("x"), values)
+        for found in (reader.read("x"), reader.mapped("x")):
+            assert torch.equal(found, values)
+            found.zero_()  # nobody else sees that
+        assert torch.equal(reader.mapped("x"), values)
         half = torch.empty(6, dtype=torch.float16)
         reader.read_into("x", half)
         assert torch.equal(half, values.half())
@@ -250,6 +254,8 @@ def test_truncated_while_running(tmp_path):
         for out in (torch.empty(1000), torch.empty(1000, dtype=torch.float16)):
             with pytest.raises(CorruptCheckpointError, match="truncated"):
                 reader.read_into("x", out)
+        with pytest.raises(CorruptCheckpointError, match="truncated"):
+            reader.mapped("y")
 
 
 def test_removed_while_running(tmp_path):

@@ -239,7 +239,8 @@ def test_as_many_layers_stay_in_host_memory_as_fit(spec: ModelSpec, budget: int,
     assert not on_disk or sum(sizes[i] for i in more) > ram
     slots_bytes = min(plan.slots, len(on_disk)) * max((sizes[i] for i in on_disk), default=0)
     host = {item.item: item.bytes for item in plan.host_ledger}
-    embeddings = host.get("input embeddings", 0)
+    embeddings = host.get("rows of embeddings", 0) + host.get("input embeddings", 0)
+    host.pop("embeddings in the page cache", 0)
     assert plan.host_bytes == (0 if device == "cpu" else kept_bytes + slots_bytes + embeddings)
     assert host.pop("Python and libraries") == RUNTIME_BYTES
     assert host.pop("reading", 0) == (16 << 20 if on_disk else 0)
@@ -264,11 +265,13 @@ def test_embeddings_leave_the_device_where_a_layer_takes_their_place(spec: Model
         on_host: max((n for n in counts if fits(spec, replace(plan, host_embeddings=on_host), n, budget)), default=-1)
         for on_host in (False, True)
     }
-    table = 4 * spec.lookup_params + 2 * plan.chunk_rows * spec.hidden_size * 4
     host = {item.item: item.bytes for item in plan.host_ledger}
-    assert host.get("input embeddings", 0) == (table if plan.host_embeddings else 0)
+    assert host.pop("embeddings in the page cache", 0) == (4 * spec.lookup_params if plan.host_embeddings else 0)
+    assert host.get("rows of embeddings", 0) == (
+        2 * plan.chunk_rows * spec.hidden_size * 4 if plan.host_embeddings else 0
+    )
     assert len(plan.resident) == most[plan.host_embeddings]
-    assert sum(host.get(item, 0) for item in ("input embeddings", "pinned layers")) <= room
+    assert sum(host.get(item, 0) for item in ("rows of embeddings", "pinned layers")) <= room
     if plan.host_embeddings:
         assert spec.lookup_params and most[True] > most[False]
         assert "head" in {item.item for item in plan.ledger}
@@ -280,19 +283,20 @@ def fits(spec: ModelSpec, plan: Plan, num_resident: int, budget: int) -> bool:
 
 
 def test_embeddings_make_room_for_layers_where_host_memory_has_room_for_them():
-    """A table as large as three layers: three layers more stay, unless the embeddings are needed where they are."""
+    """A table as large as three layers: three layers more stay. One that is not as saved has to find room in memory."""
     spec = demo_specs()[0]
     layer = layer_bytes(spec, 0, "fp32")
     table = 3 * layer // 4
     large = replace(
         spec,
         layer_params=spec.layer_params[:1] * 40,
+        dtype="bf16",
         num_layers=40,
         kv_shapes=spec.kv_shapes[:1] * 40,
         other_params=(*spec.other_params, ParamSize(table)),
         lookup_params=table,
     )
-    tied = replace(large, lookup_params=0)
+    tied, served = replace(large, lookup_params=0), replace(large, dtype="fp32")
     slow = replace(UNKNOWN_RATES, pinned=Rate(layer / 0.1, "measured"))
 
     def planned(spec: ModelSpec, vram_bytes: int, room: int) -> Plan:
@@ -304,10 +308,17 @@ def test_embeddings_make_room_for_layers_where_host_memory_has_room_for_them():
     everything = planned(large, 100 * enough, enough)
     assert len(everything.resident) == 40 and not everything.host_embeddings
     budget = everything.device_bytes - reserve("cuda:0") - 20 * layer
-    plans = [planned(large, budget, enough), planned(large, budget, 4 * table - 1), planned(tied, budget, enough)]
-    assert [plan.host_embeddings for plan in plans] == [True, False, False]
-    assert [len(plan.resident) for plan in plans] == [18 + 3, 18, 18]
-    assert plans[0].host_bytes == sum(item.bytes for item in plans[0].host_ledger[1:]) > 4 * table
+    little = 4 * table - 1
+    plans = [
+        planned(*each)
+        for each in ((large, budget, enough), (served, budget, little), (large, budget, little), (tied, budget, enough))
+    ]
+    assert [plan.host_embeddings for plan in plans] == [True, True, False, False]
+    assert [len(plan.resident) for plan in plans] == [18 + 3, 18 + 3, 18, 18]
+    made, mapped = ({item.item: item.bytes for item in plan.host_ledger} for plan in plans[:2])
+    assert made["input embeddings"] == mapped["embeddings in the page cache"] == 4 * table
+    assert plans[0].host_bytes == sum(made.values()) - RUNTIME_BYTES
+    assert mapped["rows of embeddings"] + mapped["pinned layers"] <= little
 
 
 def test_host_memory_leaves_room_for_the_rest_of_the_machine():
