@@ -1,10 +1,10 @@
 """The command line: what can be typed, and nothing of what it does."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -95,11 +95,21 @@ _Offline = Annotated[bool | None, typer.Option("--offline", help="Never use the 
 _Yes = Annotated[bool, typer.Option("--yes", help="Download without asking.")]
 
 
-def _shared_settings(config: str | None, **given: settings.Raw | list[str] | None) -> Settings:
-    """What holds of the settings that every command has: flags before the environment before config.toml."""
+def _shared_settings(config: str | None, parameters: Mapping[str, Any]) -> Settings:
+    """What holds of the settings that every command has: flags before the environment before config.toml.
+
+    Args:
+        config: --config.
+        parameters: the command's own, by name.
+    """
     file, aliases = settings.config_file(config)
-    layers = [settings.flags(given), settings.environment(), file]
+    layers = [_flags(parameters, settings.SHARED_KEYS), settings.environment(), file]
     return settings.resolve(settings.SHARED_KEYS, layers, aliases)
+
+
+def _flags(parameters: Mapping[str, Any], keys: Sequence[settings.Key]) -> settings.Layer:
+    """Those of a command's parameters that are settings, under the same names."""
+    return settings.flags({key.name: parameters[key.name] for key in keys if key.name in parameters})
 
 
 def _model_options(
@@ -226,39 +236,14 @@ def _run(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="A line on stderr for each pass.")] = False,
 ) -> _Action:
     """Chat with MODEL, or answer one PROMPT (or stdin) and exit."""
+    parameters = locals()  # of which settings are looked up by name
     from specchat.cli import sessions
     from specchat.cli.run import run
 
     resumed = sessions.resumed(session, continues=continue_)
-    given: dict[str, settings.Raw | list[str] | None] = {
-        "model": model,
-        "draft": draft,
-        "device": device,
-        "vram": vram,
-        "ram": ram,
-        "ctx": ctx,
-        "tree_budget": tree_budget,
-        "dtype": dtype,
-        "quant": quant,
-        "draft_quant": draft_quant,
-        "offline": offline,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "seed": seed,
-        "max_tokens": max_tokens,
-        "stop": stop,
-        "system": system,
-        "think": think,
-        "overflow": overflow,
-        "save": save,
-        "raw": raw,
-    }
     file, aliases = settings.config_file(config)
     layers = [
-        settings.flags(given),
+        _flags(parameters, settings.RUN_KEYS),
         *sessions.layers(resumed, model and aliases.get(model, model)),
         settings.environment(),
         file,
@@ -348,21 +333,10 @@ def _bench(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the report, and errors.")] = False,
 ) -> _Action:
     """Measure MODEL: how fast it is here, why, against what, and whether the text stays the target's own."""
+    parameters = locals()
     from specchat.cli.bench import bench
 
-    chosen = _shared_settings(
-        config,
-        draft=draft,
-        device=device,
-        vram=vram,
-        ram=ram,
-        ctx=ctx,
-        tree_budget=tree_budget,
-        dtype=dtype,
-        quant=quant,
-        draft_quant=draft_quant,
-        offline=offline,
-    )
+    chosen = _shared_settings(config, parameters)
     checked = bench_options.BenchOptions(
         models=_model_options(chosen, model=model, seed=options.seed(seed), yes=yes, quiet=quiet),
         max_tokens=whole("--max-tokens", max_tokens, 1),
@@ -406,21 +380,10 @@ def _probe(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the report, and errors.")] = False,
 ) -> _Action:
     """Report what this machine has and how fast it is, and the plan that MODEL would get here."""
+    parameters = locals()
     from specchat.cli.probe import ProbeOptions, check_combination, probe
 
-    chosen = _shared_settings(
-        config,
-        draft=draft,
-        device=device,
-        vram=vram,
-        ram=ram,
-        ctx=ctx,
-        tree_budget=tree_budget,
-        dtype=dtype,
-        quant=quant,
-        draft_quant=draft_quant,
-        offline=offline,
-    )
+    chosen = _shared_settings(config, parameters)
     checked = ProbeOptions(
         models=_model_options(chosen, model=model, seed=None, yes=yes, quiet=quiet),
         json=json,

@@ -84,20 +84,11 @@ class Talk:
     """
 
     def __init__(self, stream: TextIO, *, quiet: bool = False) -> None:
-        styled = wants_styles(stream)
         self.stream = stream
         self.quiet = quiet
         self._at_line_start = True
         self._is_terminal = stream.isatty()
-        self.console = Console(
-            file=stream,
-            force_terminal=styled,
-            color_system="auto" if styled else None,
-            highlight=False,
-            markup=False,
-            emoji=False,
-            soft_wrap=not self._is_terminal,  # a log gets its lines whole
-        )
+        self.console = _console(stream, soft_wrap=not self._is_terminal)  # a log gets its lines whole
 
     def say(self, text: str, style: str = "") -> None:
         """One notice; --quiet silences it."""
@@ -153,6 +144,11 @@ def columns(stream: TextIO, off_terminal: int = 100) -> int:
 
 def report_console(stream: TextIO, columns_off_terminal: int) -> Console:
     """For tables on stdout: drawn on a terminal, plain text of a fixed width elsewhere."""
+    return _console(stream, width=None if stream.isatty() else columns_off_terminal)
+
+
+def _console(stream: TextIO, *, soft_wrap: bool = False, width: int | None = None) -> Console:
+    """Text as it is, in colours only where they are wanted."""
     styled = wants_styles(stream)
     return Console(
         file=stream,
@@ -161,7 +157,8 @@ def report_console(stream: TextIO, columns_off_terminal: int) -> Console:
         highlight=False,
         markup=False,
         emoji=False,
-        width=None if stream.isatty() else columns_off_terminal,
+        soft_wrap=soft_wrap,
+        width=width,
     )
 
 

@@ -254,3 +254,15 @@ def test_the_oldest_turns_make_room(fake):
     assert [q[0] for q in questions("fox")] == ["2", "3", "4", "5"]
     result = fake("run", "demo", "x" * 250, "--session", "fox", "--overflow", "stop")
     assert result.code == 4
+
+
+@pytest.mark.parametrize("command", ["run", "bench", "probe"])
+def test_every_command_takes_the_settings_that_it_looks_up(command):
+    """By the names of its parameters."""
+    import typer
+
+    from specchat.cli.app import app
+
+    parameters = {parameter.name for parameter in typer.main.get_command(app).commands[command].params}
+    keys = {key.name for key in (RUN_KEYS if command == "run" else settings.SHARED_KEYS)}
+    assert keys - parameters == ({"history"} if command == "run" else set())

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from support.streamed import PackedModel
+from support.streamed import PackedModel, tiny_packs
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -16,11 +17,16 @@ def _tiny_layers_are_read_ahead():
         yield
 
 
+@pytest.fixture
+def packs_tiny_models(tmp_path: Path) -> Iterator[None]:
+    """Into a cache of this test's own."""
+    with tiny_packs(tmp_path):
+        yield
+
+
 @pytest.fixture(scope="module")
 def packed_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PackedModel]:
     """Packed, though it is tiny."""
     folder = tmp_path_factory.mktemp("packed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SPECCHAT_CACHE_DIR", str(folder / "cache"))
-        patch.setattr("specchat.models.prepare.SMALL_BYTES", 0)
+    with tiny_packs(folder):
         yield PackedModel(folder)

@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.engines import make_plan, random_prompt, write
+from support.streamed import silent, tiny_packs
 from support.threads import watched_threads
 from support.tiny_models import VOCAB, make_config, random_model, save
 
@@ -34,15 +35,7 @@ Tier = Literal["ram", "disk"]
 ARCHITECTURES = ("llama_tied", "mixtral", "gpt_oss")
 NUM_PASSES = 10
 
-
-def silent(_: object) -> None:
-    pass
-
-
-@pytest.fixture(autouse=True)
-def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("SPECCHAT_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("specchat.models.prepare.SMALL_BYTES", 0)
+pytestmark = pytest.mark.usefixtures("packs_tiny_models")
 
 
 def make_source(architecture: str, folder: Path) -> ModelSource:
@@ -105,9 +98,7 @@ class Packed:
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Packed]:
     folder = tmp_path_factory.mktemp("packed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SPECCHAT_CACHE_DIR", str(folder / "cache"))
-        patch.setattr("specchat.models.prepare.SMALL_BYTES", 0)
+    with tiny_packs(folder):
         source, prompt = make_source("llama_tied", folder / "model"), random_prompt(20, VOCAB)
         pack = make_pack(source)
     yield Packed(source, pack, prompt, hidden(load(source, None, resident=None, slots=0, tier="disk"), prompt))

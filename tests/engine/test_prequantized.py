@@ -28,6 +28,7 @@ from support.quantized import (
     hide_tensors,
     save_quantized,
 )
+from support.streamed import silent
 from support.tiny_models import VOCAB, make_config, perturbed, random_model, save
 
 from specchat.config import ModelSource, Sampling, Tier
@@ -109,14 +110,7 @@ REST = [
 CASES = [*BRIEF, *(pytest.param(case, marks=pytest.mark.slow) for case in REST)]
 
 
-def silent(_: object) -> None:
-    pass
-
-
-@pytest.fixture(autouse=True)
-def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("SPECCHAT_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("specchat.models.prepare.SMALL_BYTES", 0)
+pytestmark = pytest.mark.usefixtures("packs_tiny_models")
 
 
 def make_pair(case: Case, folder: Path) -> tuple[Any, Pair]:

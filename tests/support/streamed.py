@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 
 from specchat.models import hf_compat
@@ -37,12 +40,25 @@ class Runtime:
         return 0
 
 
+def silent(_: object) -> None:
+    """Who need not be told of packing."""
+
+
+@contextmanager
+def tiny_packs(folder: Path) -> Iterator[None]:
+    """Models are packed however small they are, into a cache of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPECCHAT_CACHE_DIR", str(folder / "cache"))
+        patch.setattr("specchat.models.prepare.SMALL_BYTES", 0)
+        yield
+
+
 class PackedModel:
     """A tiny packed model and the bytes of its layers."""
 
     def __init__(self, folder: Path) -> None:
         source = save(random_model(make_config("llama_tied")).to(torch.bfloat16), folder / "model")
-        pack = prepare(source, "fp32", progress=lambda _: None, warn=lambda _: None)
+        pack = prepare(source, "fp32", progress=silent, warn=silent)
         assert pack is not None
         self.pack: Pack = pack
         self.source = source
