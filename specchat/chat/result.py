@@ -120,7 +120,7 @@ def offers_object(offers: Offers, flags: str) -> dict[str, Any]:
 
 
 def _offer_object(offer: Offer, flags: str) -> dict[str, Any]:
-    plan, prediction = offer.chosen.plan, offer.chosen.prediction
+    plan, prediction = offer.plan, offer.prediction
     return {
         "model": offer.model.id,
         "command": f"{offer.command}{flags}",

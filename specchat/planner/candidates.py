@@ -6,14 +6,23 @@ Everything that the user has settled stays as it is.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 
 from specchat.config import DTYPE_BYTES, Dtype, ModelSpec, Plan
 from specchat.errors import DoesNotFitError, UsageError
 from specchat.hardware.machine import Machine
-from specchat.models.geometry import layer_bytes
+from specchat.models.geometry import layer_sizes
 from specchat.planner.cost import CostModel, Prediction
-from specchat.planner.memory import Workload, build_host_ledger, build_ledger, host_embedding_bytes, host_embeddings
-from specchat.planner.placement import Placed, Placement, Shelves, keep_in_ram, usable_ram
+from specchat.planner.memory import (
+    Workload,
+    build_host_ledger,
+    build_ledger,
+    bytes_beside_layers,
+    host_embedding_bytes,
+    host_embeddings,
+    lookup_bytes,
+)
+from specchat.planner.placement import Placement, among, interleaved, shelves_of, usable_ram
 from specchat.planner.request import EXACT_BYTES, LOWER_QUANTS, Known, PlanRequest
 from specchat.units import GIB, MIB, format_bytes
 
@@ -31,28 +40,50 @@ DRAFT_ROWS_PER_NODE = 2
 
 @dataclass(frozen=True)
 class Candidate:
-    """A plan that fits, before it is written out."""
+    """A plan that fits, before it is written out.
+
+    Attributes:
+        target, draft: their sizes.
+        work: without its slots.
+        placement: where the target's layers are.
+        budget_bytes: of device memory, that it stays within.
+        tok_per_s: as predicted.
+        adaptive: whether trees may be smaller than the budget of the work.
+        model: what predicts.
+    """
 
     target: ModelSpec
     draft: ModelSpec | None
     work: Workload
-    resident: tuple[int, ...]
-    in_ram: tuple[int, ...]
+    placement: Placement
     budget_bytes: int
-    prediction: Prediction
+    tok_per_s: float
+    adaptive: bool
+    model: CostModel
+
+    @cached_property
+    def prediction(self) -> Prediction:
+        """All that is predicted of it."""
+        return self.model.predict(self.placement, self.work.tree_budget, adaptive=self.adaptive)
+
+    @property
+    def slots(self) -> int:
+        """Staging buffers for streamed layers."""
+        return self.placement.slots
 
     @property
     def num_streamed(self) -> int:
         """Layers that are streamed."""
-        return self.target.num_layers - len(self.resident)
+        return self.placement.num_streamed
 
     def plan(self, request: PlanRequest, machine: Machine) -> Plan:
         """The plan itself."""
-        target, draft, work = self.target, self.draft, self.work
-        kept = set(self.resident)
-        sizes = {i: layer_bytes(target, i, work.dtype) for i in range(target.num_layers) if i not in kept}
-        embeddings = host_embeddings(target, work)
-        beside_gpu = _host_bytes(sizes, self.in_ram, work.slots) + host_embedding_bytes(target, work)
+        target, draft, work = self.target, self.draft, replace(self.work, slots=self.slots)
+        resident = interleaved(target.num_layers - self.num_streamed, target.num_layers)
+        kept, all_sizes = set(resident), layer_sizes(target, work.dtype)
+        sizes = {i: size for i, size in enumerate(all_sizes) if i not in kept}
+        in_ram = among(sizes, self.placement.num_in_ram)
+        beside_gpu = _host_bytes(sizes, in_ram, work.slots) + host_embedding_bytes(target, work)
         return Plan(
             target=target.name,
             draft=None if draft is None else draft.name,
@@ -63,91 +94,209 @@ class Candidate:
             tree_budget=work.tree_budget,
             draft_rows=work.draft_rows,
             slots=work.slots,
-            resident=self.resident,
+            resident=resident,
             num_layers=target.num_layers,
             chunk_rows=work.chunk_rows,
-            ledger=build_ledger(target, draft, work, self.resident),
+            ledger=build_ledger(target, draft, work, resident),
             device_budget_bytes=self.budget_bytes,
-            adaptive=request.tree_budget is None,
+            adaptive=self.adaptive,
             draft_quant="none" if draft is None else draft.quant,
             lowered_from=target.dtype if request.quant == "auto" and target.quant in LOWER_QUANTS else None,
             host_bytes=0 if machine.device == "cpu" else beside_gpu,
             streamed_bytes_per_step=sum(sizes.values()),
-            in_ram=self.in_ram,
-            host_ledger=build_host_ledger(sizes, self.in_ram, work.slots, machine.device, embeddings),
+            in_ram=in_ram,
+            host_ledger=build_host_ledger(sizes, in_ram, work.slots, machine.device, host_embeddings(target, work)),
             host_embeddings=work.host_embeddings,
         )
 
 
 def preference(candidate: Candidate) -> tuple[float, ...]:
     """Larger is better: speed, then a draft as it is, the usual size of trees, and what takes least memory."""
-    budgets = TREE_BUDGETS["cpu" if candidate.work.device == "cpu" else "cuda"]
-    budget = candidate.work.tree_budget
+    budgets, budget = _open_budgets(candidate.work.device), candidate.work.tree_budget
     rank = budgets.index(budget) if budget in budgets else 0
     is_lower = candidate.draft is not None and candidate.draft.quant in LOWER_QUANTS
-    speed = round(candidate.prediction.tok_per_s, 6)  # equal ones differ in how they were added up
-    return speed, -is_lower, -rank, -candidate.work.slots
+    return _rounded(candidate.tok_per_s), -is_lower, -rank, -candidate.slots
 
 
-def candidates(request: PlanRequest, known: Known, target: ModelSpec) -> list[Candidate]:
+def _rounded(tok_per_s: float) -> float:
+    """Equal speeds differ in how they were added up."""
+    return round(tok_per_s, 6)
+
+
+class Candidates:
     """Everything that fits, with a draft and without, each at the longest context at which any of it does.
 
+    Args:
+        request: what was asked for.
+        known: what the choice is based on.
+        target: its sizes, in one precision.
+
     Raises:
-        DoesNotFitError: nothing does.
         UsageError: a context the model has no positions for.
     """
-    budget = request.vram_bytes if request.vram_bytes is not None else _default_budget(known.machine)
-    dtype = dtype_for(request, known.machine, target)
-    shelves = Shelves(target, dtype, request.slots, _embeddings_room(known.machine))
-    found = [
-        candidate
-        for draft in _drafts(request, known)
-        for candidate in _with_draft(request, replace(known, draft=draft), target, shelves, budget)
-    ]
-    if found:
-        return found
-    raise _does_not_fit(request, known, target, shelves, budget)
+
+    def __init__(self, request: PlanRequest, known: Known, target: ModelSpec) -> None:
+        self._request = request
+        self._known = known
+        self._target = target
+        self._dtype = dtype_for(request, known.machine, target)
+        self._shelves = shelves_of(target, self._dtype, request.slots)
+        self._budget = request.vram_bytes if request.vram_bytes is not None else _default_budget(known.machine)
+        self._contexts = _contexts(usual_ctx(request, target), is_open=request.ctx is None)
+        self._usable_ram = usable_ram(known.machine.ram_available_bytes)
+        self._models: dict[ModelSpec | None, CostModel] = {}
+        self._found: dict[ModelSpec | None, list[Candidate]] = {}
+
+    @cached_property
+    def best(self) -> Candidate | None:
+        """The one to prefer; None if nothing fits.
+
+        A draft that would be slower even if all layers stayed is not looked into. One that is stored in fewer bytes
+        computes no faster than as it is, so where everything fits that settles it.
+        """
+        best: Candidate | None = None
+        best_preference: tuple[float, ...] = (0.0,)
+        for draft in self._drafts:
+            if best is not None and _rounded(self._most_tok_per_s(draft)) < _rounded(best.tok_per_s):
+                continue
+            for candidate in self._with_draft(draft):
+                if (found := preference(candidate)) > best_preference:
+                    best, best_preference = candidate, found
+        return best
+
+    @property
+    def all(self) -> list[Candidate]:
+        """Every one of them."""
+        return [candidate for draft in self._drafts for candidate in self._with_draft(draft)]
+
+    def refusal(self) -> DoesNotFitError:
+        """Why nothing fits, with a hint that names the longest context that the budget allows."""
+        draft, ctx = self._drafts[-1], self._contexts[-1]
+        fits, too_long = 0, ctx
+        while too_long - fits > 1:
+            middle = (fits + too_long) // 2
+            fits, too_long = (middle, too_long) if self._least_bytes(draft, middle) <= self._budget else (fits, middle)
+        advice = "raise --vram, or lower --tree-budget" if draft is not None else "raise --vram"
+        return DoesNotFitError(
+            f"{self._target.name} needs at least {format_bytes(self._least_bytes(draft, ctx))} with --ctx {ctx:,}, "
+            f"the budget is {format_bytes(self._budget)}",
+            hint=f"--ctx {fits} would fit; else {advice}" if fits else advice,
+        )
+
+    @cached_property
+    def _drafts(self) -> tuple[ModelSpec | None, ...]:
+        known = self._known
+        if known.draft is None:
+            return (None,)
+        return (known.draft, *known.lower_drafts, *((None,) if self._request.draft_is_open else ()))
+
+    def _tree_budgets(self, draft: ModelSpec | None) -> tuple[int, ...]:
+        """Sizes of trees to try."""
+        if draft is None:
+            return (0,)
+        asked = self._request.tree_budget
+        return _open_budgets(self._known.machine.device) if asked is None else (asked,)
+
+    def _with_draft(self, draft: ModelSpec | None) -> list[Candidate]:
+        """All that fits with one of the drafts."""
+        if draft not in self._found:
+            self._found[draft] = self._search(draft)
+        return self._found[draft]
+
+    def _search(self, draft: ModelSpec | None) -> list[Candidate]:
+        """At the longest context at which anything fits; longer ones and larger trees never take less memory."""
+        if self._least_bytes(draft, self._contexts[-1]) > self._budget:
+            return []
+        ctx = next(ctx for ctx in self._contexts if self._least_bytes(draft, ctx) <= self._budget)
+        works = [self._workload(ctx, tree_budget) for tree_budget in self._tree_budgets(draft)]
+        return [candidate for work in works for candidate in self._with_workload(draft, work)]
+
+    def _with_workload(self, draft: ModelSpec | None, work: Workload) -> Iterator[Candidate]:
+        """The most layers stay that can, with every number of slots, and more where embeddings make room."""
+        model, adaptive = self._model(draft), self._request.tree_budget is None
+        ways = self._ways(draft, work)
+        for index, division in self._shelves.divide([self._budget - beside for _, beside in ways]):
+            way, beside = ways[index]
+            placement = self._shelves.place(division, self._host_room(way, beside + division.num_bytes))
+            per_s = model.tok_per_s(placement, way.tree_budget, adaptive=adaptive)
+            yield Candidate(self._target, draft, way, placement, self._budget, per_s, adaptive, model)
+
+    def _ways(self, draft: ModelSpec | None, work: Workload) -> list[tuple[Workload, int]]:
+        """With bytes of everything but layers and slots: all on the device, and if that can be without embeddings.
+
+        Bringing their rows is not priced: it takes less than a thousandth of a step that streams.
+        """
+        beside = bytes_beside_layers(self._target, draft, work)
+        if not self._can_lend_embeddings:
+            return [(work, beside)]
+        return [(work, beside), (_apart(work), beside - lookup_bytes(self._target, self._dtype))]
+
+    @cached_property
+    def _can_lend_embeddings(self) -> bool:
+        """Whether embeddings could be in host memory: there is no such where the device is the CPU."""
+        if self._known.machine.device == "cpu" or not self._target.lookup_params:
+            return False
+        return host_embedding_bytes(self._target, _apart(self._workload(self._contexts[-1], 0))) <= self._usable_ram
+
+    def _least_bytes(self, draft: ModelSpec | None, ctx: int) -> int:
+        """What it takes to run at all."""
+        ways = self._ways(draft, self._workload(ctx, min(self._tree_budgets(draft))))
+        return min(beside for _, beside in ways) + self._shelves.least_bytes
+
+    def _workload(self, ctx: int, tree_budget: int) -> Workload:
+        return _workload(self._dtype, ctx, tree_budget, self._known.machine.device)
+
+    def _host_room(self, work: Workload, device_bytes: int) -> int:
+        """Host memory for streamed layers: what there is, less embeddings, or what a CPU plans to use as the device."""
+        on_cpu = self._known.machine.device == "cpu"
+        taken = device_bytes if on_cpu else host_embedding_bytes(self._target, work)
+        room = max(self._usable_ram - taken, 0)
+        return room if self._request.ram_bytes is None else min(room, self._request.ram_bytes)
+
+    def _most_tok_per_s(self, draft: ModelSpec | None) -> float:
+        adaptive = self._request.tree_budget is None
+        return self._model(draft).most_tok_per_s(max(self._tree_budgets(draft)), adaptive=adaptive)
+
+    def _model(self, draft: ModelSpec | None) -> CostModel:
+        if draft not in self._models:
+            known, target = self._known, self._target
+            acceptance = known.acceptance(target, draft)
+            device = known.machine.device
+            self._models[draft] = CostModel(target, draft, self._dtype, device, known.rates, acceptance)
+        return self._models[draft]
 
 
-def fastest(request: PlanRequest, known: Known, target: ModelSpec) -> Candidate | None:
-    """The best candidate; None where nothing fits."""
-    try:
-        return max(candidates(request, known, target), key=preference)
-    except DoesNotFitError:
-        return None
+def _open_budgets(device: str) -> tuple[int, ...]:
+    return TREE_BUDGETS["cpu" if device == "cpu" else "cuda"]
 
 
-def _with_draft(
-    request: PlanRequest, known: Known, target: ModelSpec, shelves: Shelves, budget: int
-) -> list[Candidate]:
-    """All that fits at the longest context; a default context is halved before giving up."""
-    draft = known.draft
-    model = CostModel(target, draft, shelves.dtype, known.machine.device, known.rates, known.acceptance(target))
-    for ctx in _contexts(request, target):
-        works = _workloads(request, known, shelves.dtype, ctx)
-        placed = [each for work in works for each in shelves.fill(draft, work, budget)]
-        if placed:
-            tiered = [(each, *_predicted(request, known, model, shelves, each)) for each in placed]
-            return [
-                Candidate(target, draft, each.work, each.resident, in_ram, budget, prediction)
-                for each, in_ram, prediction in tiered
-            ]
-    return []
+@lru_cache(maxsize=512)
+def _workload(dtype: Dtype, ctx: int, tree_budget: int, device: str) -> Workload:
+    """Without slots, which make no difference to what is beside them."""
+    return Workload(
+        dtype=dtype,
+        ctx=ctx,
+        tree_budget=tree_budget,
+        draft_rows=DRAFT_ROWS_PER_NODE * tree_budget,
+        chunk_rows=CHUNK_ROWS,
+        slots=0,
+        device=device,
+        reserve_bytes=0 if device == "cpu" else CUDA_RESERVE_BYTES,
+    )
 
 
-def _drafts(request: PlanRequest, known: Known) -> list[ModelSpec | None]:
-    if known.draft is None:
-        return [None]
-    return [known.draft, *known.lower_drafts, *((None,) if request.draft_is_open else ())]
+@lru_cache(maxsize=512)
+def _apart(work: Workload) -> Workload:
+    """With embeddings in host memory."""
+    return replace(work, host_embeddings=True)
 
 
-def _contexts(request: PlanRequest, target: ModelSpec) -> Iterator[int]:
-    """Lengths to try, the longest first."""
-    ctx = usual_ctx(request, target)
-    yield ctx
-    while request.ctx is None and ctx > _LEAST_CTX:
-        ctx = max(ctx // 2, _LEAST_CTX)
-        yield ctx
+def _contexts(ctx: int, *, is_open: bool) -> tuple[int, ...]:
+    """Lengths to try, the longest first: a default one is halved before giving up."""
+    found = [ctx]
+    while is_open and found[-1] > _LEAST_CTX:
+        found.append(max(found[-1] // 2, _LEAST_CTX))
+    return tuple(found)
 
 
 def usual_ctx(request: PlanRequest, target: ModelSpec) -> int:
@@ -166,90 +315,6 @@ def usual_ctx(request: PlanRequest, target: ModelSpec) -> int:
     return request.ctx
 
 
-def _workloads(request: PlanRequest, known: Known, dtype: Dtype, ctx: int) -> list[Workload]:
-    """One for each size of trees that is open."""
-    on_cpu = known.machine.device == "cpu"
-    open_budgets = TREE_BUDGETS["cpu" if on_cpu else "cuda"]
-    budgets = open_budgets if request.tree_budget is None else (request.tree_budget,)
-    return [
-        Workload(
-            dtype=dtype,
-            ctx=ctx,
-            tree_budget=budget,
-            draft_rows=DRAFT_ROWS_PER_NODE * budget,
-            chunk_rows=CHUNK_ROWS,
-            slots=0,
-            device=known.machine.device,
-            reserve_bytes=0 if on_cpu else CUDA_RESERVE_BYTES,
-        )
-        for budget in ((0,) if known.draft is None else budgets)
-    ]
-
-
-def _predicted(
-    request: PlanRequest, known: Known, model: CostModel, shelves: Shelves, placed: Placed
-) -> tuple[tuple[int, ...], Prediction]:
-    """Which streamed layers stay in host memory, and how fast that is."""
-    kept = set(placed.resident)
-    sizes = {i: size for i, size in enumerate(shelves.sizes) if i not in kept}
-    on_cpu = known.machine.device == "cpu"
-    taken = placed.device_bytes if on_cpu else host_embedding_bytes(shelves.target, placed.work)
-    in_ram = keep_in_ram(sizes, _host_room(request, known.machine, taken=taken))
-    ram_bytes = sum(sizes[i] for i in in_ram)
-    placement = Placement(
-        num_layers=len(shelves.sizes),
-        num_in_ram=len(in_ram),
-        num_on_disk=len(sizes) - len(in_ram),
-        ram_bytes=ram_bytes,
-        disk_bytes=sum(sizes.values()) - ram_bytes,
-        slots=placed.work.slots,
-    )
-    return in_ram, model.predict(placement, placed.work.tree_budget, adaptive=request.tree_budget is None)
-
-
-def _does_not_fit(
-    request: PlanRequest, known: Known, target: ModelSpec, shelves: Shelves, budget: int
-) -> DoesNotFitError:
-    """With a hint that names the longest context that the budget allows."""
-    least_known = replace(known, draft=_drafts(request, known)[-1])
-    draft, ctx = least_known.draft, list(_contexts(request, target))[-1]
-    work = min(_workloads(request, least_known, shelves.dtype, ctx), key=lambda work: work.tree_budget)
-    fits, too_long = 0, ctx
-    while too_long - fits > 1:
-        middle = (fits + too_long) // 2
-        enough = shelves.least_bytes(draft, replace(work, ctx=middle)) <= budget
-        fits, too_long = (middle, too_long) if enough else (fits, middle)
-    advice = "raise --vram, or lower --tree-budget" if draft is not None else "raise --vram"
-    return DoesNotFitError(
-        f"{target.name} needs at least {format_bytes(shelves.least_bytes(draft, work))} with --ctx {ctx:,}, "
-        f"the budget is {format_bytes(budget)}",
-        hint=f"--ctx {fits} would fit; else {advice}" if fits else advice,
-    )
-
-
-def _default_budget(machine: Machine) -> int:
-    """Free memory less a reserve for everything else on the machine."""
-    free = machine.device_free_bytes
-    return usable_ram(free) if machine.device == "cpu" else max(free - GIB, 0)
-
-
-def _host_room(request: PlanRequest, machine: Machine, *, taken: int) -> int:
-    """Host memory for streamed layers; `taken` of what is usable is spoken for already."""
-    room = max(usable_ram(machine.ram_available_bytes) - taken, 0)
-    return room if request.ram_bytes is None else min(room, request.ram_bytes)
-
-
-def _embeddings_room(machine: Machine) -> int:
-    """Host memory for input embeddings: none where it is the device's as well."""
-    return 0 if machine.device == "cpu" else usable_ram(machine.ram_available_bytes)
-
-
-def _host_bytes(sizes: Mapping[int, int], in_ram: Sequence[int], slots: int) -> int:
-    """Host memory beside a GPU's: the layers that stay there, and slots for those that are read from the disk."""
-    read = [size for i, size in sizes.items() if i not in in_ram]
-    return sum(sizes[i] for i in in_ram) + min(slots, len(read)) * max(read, default=0)
-
-
 def dtype_for(request: PlanRequest, machine: Machine, target: ModelSpec) -> Dtype:
     """Of weights, activations and caches."""
     match request.dtype:
@@ -262,3 +327,15 @@ def dtype_for(request: PlanRequest, machine: Machine, target: ModelSpec) -> Dtyp
     if target.dtype == "fp16" or not machine.fast_bf16:
         return "fp16"
     return "bf16"
+
+
+def _default_budget(machine: Machine) -> int:
+    """Free memory less a reserve for everything else on the machine."""
+    free = machine.device_free_bytes
+    return usable_ram(free) if machine.device == "cpu" else max(free - GIB, 0)
+
+
+def _host_bytes(sizes: Mapping[int, int], in_ram: Sequence[int], slots: int) -> int:
+    """Host memory beside a GPU's: the layers that stay there, and slots for those that are read from the disk."""
+    read = [size for i, size in sizes.items() if i not in in_ram]
+    return sum(sizes[i] for i in in_ram) + min(slots, len(read)) * max(read, default=0)

@@ -13,10 +13,10 @@ unexplored nodes fall off as a power of their rank.
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, lru_cache
 from typing import Literal
 
-from specchat.config import DTYPE_BYTES, HEAD_BLOCK_ROWS, Dtype, ModelSpec, draft_width
+from specchat.config import DTYPE_BYTES, HEAD_BLOCK_ROWS, Dtype, ModelSpec
 from specchat.planner.placement import Placement
 from specchat.planner.rates import Basis, Rates, least_sure
 
@@ -123,12 +123,14 @@ class CostModel:
         rates: Rates,
         acceptance: Acceptance,
     ) -> None:
-        self._target = _Compute(target, dtype, rates, on_cpu=device == "cpu")
-        self._draft = None if draft is None else _Compute(draft, dtype, rates, on_cpu=device == "cpu")
         self._on_cpu = device == "cpu"
+        self._num_layers = target.num_layers
+        self._target = _compute_of(target, dtype, rates, on_cpu=self._on_cpu)
+        self._draft = None if draft is None else _compute_of(draft, dtype, rates, on_cpu=self._on_cpu)
         self._rates = rates
         self._acceptance = acceptance
-        self._timed: dict[tuple[int, int], _Sides] = {}
+        self._timed: dict[int, _Sides] = {}
+        self._speeds: dict[Placement, dict[int, float]] = {}
 
     def predict(self, placement: Placement, tree_budget: int, *, adaptive: bool) -> Prediction:
         """The step that this placement gives.
@@ -138,30 +140,50 @@ class CostModel:
             tree_budget: the most nodes of a tree; 0 without a draft.
             adaptive: whether trees may be smaller where that pays.
         """
-        if self._draft is None or tree_budget == 0:
-            return self._step(placement, 0, 0)
-        sizes = _sizes(tree_budget) if adaptive else [tree_budget]
-        return max((self._step(placement, nodes, tree_budget) for nodes in sizes), key=lambda p: p.tok_per_s)
+        return self._step(placement, self._best_size(placement, tree_budget, adaptive)[1])
 
-    def _step(self, placement: Placement, nodes: int, tree_budget: int) -> Prediction:
-        sides = self._sides(nodes, tree_budget)
-        link_s, num_linked = self._link(placement)
-        outside_s = sides.draft_s + sides.head_s
+    def tok_per_s(self, placement: Placement, tree_budget: int, *, adaptive: bool) -> float:
+        """That of `predict`, in a fraction of its time."""
+        return self._best_size(placement, tree_budget, adaptive)[0]
+
+    def most_tok_per_s(self, tree_budget: int, *, adaptive: bool) -> float:
+        """What no placement exceeds: `tok_per_s` if every layer stayed with the device."""
+        sizes = self._sizes(tree_budget, adaptive)
+        return max(self._sides(nodes).most_tok_per_s(self._num_layers) for nodes in sizes)
+
+    def _sizes(self, tree_budget: int, adaptive: bool) -> tuple[int, ...]:
+        """Trees to try."""
+        if self._draft is None or tree_budget == 0:
+            return (0,)
+        return _sizes_up_to(tree_budget) if adaptive else (tree_budget,)
+
+    def _best_size(self, placement: Placement, tree_budget: int, adaptive: bool) -> tuple[float, int]:
+        """The best of all sizes' speeds, and the smallest size that has it.
+
+        A larger budget often leaves as many layers where they are, so what was worked out for one counts for others.
+        """
+        speeds = self._speeds.setdefault(placement, {})
+        queue: LinkQueue | None = None
+        best_per_s, best = 0.0, 0
+        for nodes in self._sizes(tree_budget, adaptive):
+            per_s = speeds.get(nodes)
+            if per_s is None:
+                queue = queue or self._queue(placement)
+                sides = self._sides(nodes)
+                per_s = speeds[nodes] = sides.tokens / self._pass_s(queue, sides)
+            if per_s > best_per_s:
+                best_per_s, best = per_s, nodes
+        return best_per_s, best
+
+    def _step(self, placement: Placement, nodes: int) -> Prediction:
+        sides, queue = self._sides(nodes), self._queue(placement)
+        pass_s = self._pass_s(queue, sides)
         compute_s = placement.num_layers * sides.layer_s
-        queue = LinkQueue(
-            num_layers=placement.num_layers,
-            num_linked=num_linked,
-            arrival_s=link_s / num_linked if num_linked else 0.0,
-            layer_s=sides.layer_s,
-            outside_s=outside_s,
-            slots=placement.slots,
-        )
-        linked_s = queue.linked_s + num_linked * min(queue.arrival_s, queue.layer_s) * self._stall(placement.slots)
-        pass_s = outside_s + max(queue.computed_s, linked_s)
+        linked_s = self._linked_s(queue, sides)
         bound: Bound = "link" if linked_s > compute_s else "draft" if sides.draft_s > compute_s else "compute"
         return Prediction(
             pass_s=pass_s,
-            link_s=link_s,
+            link_s=self._link(placement)[0],
             compute_s=compute_s,
             draft_s=sides.draft_s,
             tokens_per_step=sides.tokens,
@@ -170,6 +192,20 @@ class CostModel:
             bound=bound,
             basis=self._basis(placement, nodes),
         )
+
+    def _pass_s(self, queue: "LinkQueue", sides: "_Sides") -> float:
+        """A whole step: drafting and scoring, then whatever of the pass ends last."""
+        computed_s = queue.computed_s(sides.layer_s, sides.outside_s)
+        return sides.outside_s + max(computed_s, self._linked_s(queue, sides))
+
+    def _linked_s(self, queue: "LinkQueue", sides: "_Sides") -> float:
+        stalled_s = queue.num_linked * min(queue.arrival_s, sides.layer_s) * self._stall(queue.slots)
+        return queue.linked_s(sides.layer_s, sides.outside_s) + stalled_s
+
+    def _queue(self, placement: Placement) -> "LinkQueue":
+        link_s, num_linked = self._link(placement)
+        arrival_s = link_s / num_linked if num_linked else 0.0
+        return LinkQueue(placement.num_layers, num_linked, arrival_s, placement.slots)
 
     def _link(self, placement: Placement) -> tuple[float, int]:
         """Seconds that the slowest link is busy in a pass, and the layers that cross it."""
@@ -184,24 +220,19 @@ class CostModel:
     def _stall(self, slots: int) -> float:
         return _STALLS.get(slots, _STALL_OF_MANY) if self._on_cpu else 0.0
 
-    def _sides(self, nodes: int, tree_budget: int) -> "_Sides":
+    def _sides(self, nodes: int) -> "_Sides":
         """What does not depend on the placement."""
-        key = nodes, tree_budget
-        if key not in self._timed:
+        if nodes not in self._timed:
             tokens = self._acceptance.tokens_per_step(nodes)
-            self._timed[key] = _Sides(
-                layer_s=self._target.layer_s(1 + nodes),
-                head_s=self._target.head_s(tokens),
-                draft_s=self._draft_s(nodes, tree_budget, tokens),
-                tokens=tokens,
-            )
-        return self._timed[key]
+            draft_s, head_s = self._draft_s(nodes, tokens), self._target.head_s(tokens)
+            self._timed[nodes] = _Sides(self._target.layer_s(1 + nodes), draft_s, draft_s + head_s, tokens)
+        return self._timed[nodes]
 
-    def _draft_s(self, nodes: int, tree_budget: int, tokens: float) -> float:
+    def _draft_s(self, nodes: int, tokens: float) -> float:
         """Batches of the draft: one that reads the last step's tokens, then as many as the tree has nodes to expand."""
         if self._draft is None or nodes == 0:
             return 0.0
-        num_batches = draft_batches(nodes, draft_width(tree_budget))
+        num_batches = draft_batches(nodes)
         rows = max(round(_READ_PER_NODE * nodes / num_batches), 1)
         beside_s = _CPU_BATCH_S if self._on_cpu else 0.0
         return self._draft.pass_s(math.ceil(tokens)) + num_batches * (self._draft.pass_s(rows) + beside_s)
@@ -224,118 +255,113 @@ class LinkQueue:
     Attributes:
         num_layers, num_linked: of the target, and those of them that come over the link.
         arrival_s: the link's time for one layer.
-        layer_s: computing one.
-        outside_s: of a step without its pass; slots fill meanwhile.
         slots: that there are.
     """
 
     num_layers: int
     num_linked: int
     arrival_s: float
-    layer_s: float
-    outside_s: float
     slots: int
 
-    @property
-    def computed_s(self) -> float:
+    def computed_s(self, layer_s: float, outside_s: float) -> float:
         """When everything is computed, if only the first layer was waited for.
 
         Resident layers stand before streamed ones, so some are computed before the first of those is needed.
+
+        Args:
+            layer_s: computing one.
+            outside_s: of a step without its pass; slots fill meanwhile.
         """
         if not self.num_linked:
-            return self.num_layers * self.layer_s
-        front_s = self.layer_s * max(self.num_layers / self.num_linked - 1, 0.0)
-        waiting_s = max(self.arrival_s - min(self.outside_s, self.arrival_s) - front_s, 0.0)
-        return self.num_layers * self.layer_s + waiting_s
+            return self.num_layers * layer_s
+        front_s = layer_s * max(self.num_layers / self.num_linked - 1, 0.0)
+        waiting_s = max(self.arrival_s - min(outside_s, self.arrival_s) - front_s, 0.0)
+        return self.num_layers * layer_s + waiting_s
 
-    @property
-    def linked_s(self) -> float:
-        """When the last layer has come and been computed, if the link never rested."""
+    def linked_s(self, layer_s: float, outside_s: float) -> float:
+        """When the last layer has come and been computed, if the link never rested.
+
+        Args:
+            layer_s: as for `computed_s`.
+            outside_s: likewise.
+        """
         if not self.num_linked:
             return 0.0
-        ahead_s = min(self.outside_s, min(self.slots, self.num_linked) * self.arrival_s)
-        return self.num_linked * self.arrival_s - ahead_s + self.layer_s
+        ahead_s = min(outside_s, min(self.slots, self.num_linked) * self.arrival_s)
+        return self.num_linked * self.arrival_s - ahead_s + layer_s
 
 
 @dataclass(frozen=True)
 class _Sides:
-    """Of a tree of some size: a layer of the target, scoring, drafting, tokens."""
+    """Of a tree of some size: computing a layer of the target, drafting, all but the pass, tokens."""
 
     layer_s: float
-    head_s: float
     draft_s: float
+    outside_s: float
     tokens: float
 
+    def most_tok_per_s(self, num_layers: int) -> float:
+        """If the pass waits for nothing."""
+        return self.tokens / (self.outside_s + num_layers * self.layer_s)
 
-def draft_batches(nodes: int, width: int) -> float:
-    """Passes of the draft for a tree: one for each of its levels, or more where a level has more nodes than a pass.
 
-    Args:
-        nodes: of the tree.
-        width: the most that a pass expands.
+def draft_batches(nodes: int) -> float:
+    """Passes of the draft for a tree of so many nodes: one for each of its levels.
+
+    A pass may expand `draft_width` of them, which is never fewer than a level has.
     """
-    depth = min(_DEPTH_GAIN * math.log1p(nodes / _DEPTH_KNEE), float(nodes))
-    return max(depth, _READ_PER_NODE * nodes / width)
+    return min(_DEPTH_GAIN * math.log1p(nodes / _DEPTH_KNEE), float(nodes))
 
 
-def _sizes(most: int) -> list[int]:
+@cache
+def _sizes_up_to(most: int) -> tuple[int, ...]:
     """Powers of two up to `most`, and itself."""
-    return [*(1 << power for power in range(most.bit_length()) if 1 << power < most), most]
+    return (*(1 << power for power in range(most.bit_length()) if 1 << power < most), most)
+
+
+@lru_cache(maxsize=512)
+def _compute_of(spec: ModelSpec, dtype: Dtype, rates: Rates, *, on_cpu: bool) -> "_Compute":
+    """One model is a draft of many, and is asked for in every search of a target."""
+    return _Compute(spec, _products_of(dtype, rates, on_cpu=on_cpu), rates, on_cpu=on_cpu)
 
 
 class _Compute:
     """How long a model's layers and head take for so many rows."""
 
-    def __init__(self, spec: ModelSpec, dtype: Dtype, rates: Rates, *, on_cpu: bool) -> None:
+    def __init__(self, spec: ModelSpec, products: "_Products", rates: Rates, *, on_cpu: bool) -> None:
         self._spec = spec
+        self._products = products
         self._rates = rates
-        self._dtype: Dtype = dtype
         self._on_cpu = on_cpu
-        self._weight_s: dict[float, float] = {}
+        self._pass_s: dict[int, float] = {}
+        self._layer_s: dict[int, float] = {}
 
     def pass_s(self, rows: int) -> float:
         """All layers, resident, and the scores of every row: a batch of a draft."""
-        spec = self._spec
-        scoring = _SCORE_SWEEPS * rows * spec.vocab_size * 4 / self._rates.memory.per_s
-        return spec.num_layers * self.layer_s(rows) + self._head_weights * self.weight_s(rows) + scoring
+        if rows not in self._pass_s:
+            spec = self._spec
+            scoring = _SCORE_SWEEPS * rows * spec.vocab_size * 4 / self._rates.memory.per_s
+            head_s = self._head_weights * self._products.weight_s(rows)
+            self._pass_s[rows] = spec.num_layers * self.layer_s(rows) + head_s + scoring
+        return self._pass_s[rows]
 
     def head_s(self, tokens: float) -> float:
         """Scores of the nodes that a walk visits, in blocks."""
         blocks = max(tokens / _VISITS_PER_BLOCK, 1.0)
         sweeps = _SCORE_SWEEPS * tokens * self._spec.vocab_size * 4 / self._rates.memory.per_s
-        return self._rates.layer_s * blocks + blocks * self._head_weights * self.weight_s(HEAD_BLOCK_ROWS) + sweeps
+        products_s = blocks * self._head_weights * self._products.weight_s(HEAD_BLOCK_ROWS)
+        return self._rates.layer_s * blocks + products_s + sweeps
 
     def layer_s(self, rows: int) -> float:
         """One layer on average, its weights being there."""
-        hit, rows_each = self._experts_hit(rows)
-        shared = self._shared_weights + self._attention_weights
-        weights_s = shared * self.weight_s(rows) + hit * self._expert_weights * self.weight_s(rows_each)
-        products_s = weights_s * (_BESIDE_PRODUCTS if self._on_cpu else 1.0)
-        return self._rates.layer_s + products_s + self._dequantizing_s(hit)
-
-    def weight_s(self, rows: float) -> float:
-        """Seconds for one weight of a matrix that so many rows are multiplied with."""
-        if rows not in self._weight_s:  # asked for a hundred times in a search
-            self._weight_s[rows] = self._interpolated(rows) * self._dtype_factor(rows)
-        return self._weight_s[rows]
-
-    def _interpolated(self, rows: float) -> float:
-        rates = self._rates.matmul
-        above = next((i for i, rate in enumerate(rates) if rate.rows >= rows), len(rates))
-        if above == 0 or len(rates) == 1:
-            return 2 * rates[0].rows / rates[0].flop_per_s
-        if above == len(rates):
-            return 2 * rows / rates[-1].flop_per_s
-        (x0, y0), (x1, y1) = ((r.rows, 2 * r.rows / r.flop_per_s) for r in rates[above - 1 : above + 1])
-        return y0 + (y1 - y0) * (rows - x0) / (x1 - x0)
-
-    def _dtype_factor(self, rows: float) -> float:
-        """Of the dtype against that of the measurement: by bytes for few rows, by arithmetic for many."""
-        wide = DTYPE_BYTES[self._dtype] / DTYPE_BYTES[self._rates.matmul_dtype]
-        if wide == 1 or (wide < 1 and self._on_cpu):  # a CPU that was measured in float32 has nothing faster
-            return 1.0
-        many = min(math.log2(max(rows, 1.0)) / 6, 1.0)
-        return float(wide ** (1 + many))
+        if rows not in self._layer_s:
+            hit, rows_each = self._experts_hit(rows)
+            weight_s = self._products.weight_s
+            shared = self._shared_weights + self._attention_weights
+            weights_s = shared * weight_s(rows) + hit * self._expert_weights * weight_s(rows_each)
+            products_s = weights_s * (_BESIDE_PRODUCTS if self._on_cpu else 1.0)
+            self._layer_s[rows] = self._rates.layer_s + products_s + self._dequantizing_s(hit)
+        return self._layer_s[rows]
 
     def _dequantizing_s(self, hit: float) -> float:
         """Once a pass for each matrix that is used; experts that no row goes to are left alone."""
@@ -389,3 +415,42 @@ class _Compute:
     @cached_property
     def _head_weights(self) -> float:
         return float(self._spec.vocab_size * self._spec.hidden_size)
+
+
+@lru_cache(maxsize=16)
+def _products_of(dtype: Dtype, rates: Rates, *, on_cpu: bool) -> "_Products":
+    return _Products(dtype, rates, on_cpu=on_cpu)
+
+
+class _Products:
+    """How long products take with matrices of some dtype."""
+
+    def __init__(self, dtype: Dtype, rates: Rates, *, on_cpu: bool) -> None:
+        self._dtype: Dtype = dtype
+        self._rates = rates
+        self._on_cpu = on_cpu
+        self._weight_s: dict[float, float] = {}
+
+    def weight_s(self, rows: float) -> float:
+        """Seconds for one weight of a matrix that so many rows are multiplied with."""
+        if rows not in self._weight_s:  # asked for a hundred times in a search
+            self._weight_s[rows] = self._interpolated(rows) * self._dtype_factor(rows)
+        return self._weight_s[rows]
+
+    def _interpolated(self, rows: float) -> float:
+        rates = self._rates.matmul
+        above = next((i for i, rate in enumerate(rates) if rate.rows >= rows), len(rates))
+        if above == 0 or len(rates) == 1:
+            return 2 * rates[0].rows / rates[0].flop_per_s
+        if above == len(rates):
+            return 2 * rows / rates[-1].flop_per_s
+        (x0, y0), (x1, y1) = ((r.rows, 2 * r.rows / r.flop_per_s) for r in rates[above - 1 : above + 1])
+        return y0 + (y1 - y0) * (rows - x0) / (x1 - x0)
+
+    def _dtype_factor(self, rows: float) -> float:
+        """Of the dtype against that of the measurement: by bytes for few rows, by arithmetic for many."""
+        wide = DTYPE_BYTES[self._dtype] / DTYPE_BYTES[self._rates.matmul_dtype]
+        if wide == 1 or (wide < 1 and self._on_cpu):  # a CPU that was measured in float32 has nothing faster
+            return 1.0
+        many = min(math.log2(max(rows, 1.0)) / 6, 1.0)
+        return float(wide ** (1 + many))

@@ -6,6 +6,7 @@ memory, so workspaces are listed as a pass needs them, and the others with what 
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from specchat.config import (
     DTYPE_BYTES,
@@ -107,6 +108,47 @@ def build_ledger(
     if work.reserve_bytes:
         items.append(LedgerItem(_RESERVE, work.reserve_bytes))
     return tuple(items)
+
+
+def bytes_beside_layers(target: ModelSpec, draft: ModelSpec | None, work: Workload) -> int:
+    """The sum of a ledger apart from resident layers and slots, in a fraction of its time: a search asks for hundreds.
+
+    It never shrinks with a longer context or a larger tree.
+    """
+    kept, first, later = _target_needs(target, work)
+    if draft is not None:
+        draft_kept, drafting, growing = _draft_needs(draft, work)
+        kept, first, later = kept + draft_kept, max(first, drafting), max(later, growing)
+    noise = _noise_bytes(target, min(NOISE_ROWS, 1 + work.tree_budget))
+    return kept + work.reserve_bytes + max(first + noise, later + _noise_bytes(target, NOISE_ROWS))
+
+
+@lru_cache(maxsize=4096)
+def _target_needs(target: ModelSpec, work: Workload) -> tuple[int, int, int]:
+    """What is always there, and what takes turns: in the longest first step of an answer, and in later steps."""
+    rows = work.ctx + work.tree_budget
+    kept = _outside_layers(target, work).bytes + _kv_bytes(target, work.dtype, rows)
+    first = _pass(target, work, rows, rows)
+    later = _pass(target, work, 1 + work.tree_budget, rows)
+    ancestors = _ancestors_bytes(work)
+    walking = _walking_bytes(target, work)
+    return (
+        kept + dequantize_bytes(target, work.dtype, work.device),
+        ancestors + max(first.total, first.hidden + walking),
+        ancestors + max(later.total, later.hidden + walking),
+    )
+
+
+@lru_cache(maxsize=4096)
+def _draft_needs(draft: ModelSpec, work: Workload) -> tuple[int, int, int]:
+    """Likewise; one model drafts for many."""
+    layers = sum(layer_sizes(draft, work.dtype))
+    kept = layers + _other_bytes(draft, work.dtype) + _kv_bytes(draft, work.dtype, work.ctx + work.draft_rows)
+    return (
+        kept + dequantize_bytes(draft, work.dtype, work.device),
+        _drafting_bytes(draft, work, reading=work.ctx),
+        _drafting_bytes(draft, work, reading=1 + work.tree_budget),
+    )
 
 
 def build_host_ledger(
@@ -245,7 +287,7 @@ def _workspaces(target: ModelSpec, draft: ModelSpec | None, work: Workload) -> l
     first = _pass(target, work, rows, rows)
     # Only a prompt's first step is so long, and there the noise has no more rows than the tree is deep.
     later = _pass(target, work, 1 + work.tree_budget, rows)
-    ancestors = 2 * work.tree_budget**2
+    ancestors = _ancestors_bytes(work)
     walking = _walking_bytes(target, work) + ancestors
     passing = first.total + ancestors
     drafting = 0 if draft is None else _drafting_bytes(draft, work, reading=work.ctx)
@@ -274,6 +316,11 @@ def _pass(spec: ModelSpec, work: Workload, rows: int, keys: int) -> _Pass:
     if rows > chunk:
         in_layer += hidden  # chunks are gathered in the layer's output
     return _Pass(hidden, masks, max(max(in_layer, _most(costs.outside, rows, keys)) + indices - hidden, 0))
+
+
+def _ancestors_bytes(work: Workload) -> int:
+    """Which nodes of a tree see which others: a matrix of bytes, and its copy for the device."""
+    return 2 * work.tree_budget**2
 
 
 def _head_bytes(spec: ModelSpec, work: Workload, rows: int) -> int:

@@ -5,18 +5,18 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from specchat.config import ModelSource, ModelSpec, Quant
+from specchat.config import ModelSource, ModelSpec, Plan, Quant
 from specchat.errors import DoesNotFitError, UsageError
 from specchat.hardware.machine import Machine
 from specchat.models.catalog import draft_candidates, parse_model
 from specchat.models.geometry import weight_bytes
 from specchat.models.known_models import KnownModel, known_model, known_models
 from specchat.models.known_specs import active_params, known_spec
-from specchat.planner.explain import Chosen
+from specchat.planner.cost import Prediction
 from specchat.planner.precision import lower_quants
 from specchat.planner.rates import Rates
 from specchat.planner.request import Known, PlanRequest
-from specchat.planner.search import choose_for
+from specchat.planner.search import choose_quickly
 
 ANYTHING = PlanRequest(ModelSource("", Path()), None, draft_is_open=True)
 # People read 4 to 6 words a second; text that comes slower is waited for.
@@ -30,7 +30,8 @@ class Offer:
     Attributes:
         model: its figures.
         draft: the model that would draft for it, or None.
-        chosen: the plan, and the speed to expect.
+        plan: for the engine.
+        prediction: the speed to expect.
         is_cached: whether the model need not be downloaded any more.
         download_bytes: of what would have to be downloaded, the draft included.
         disk_bytes: that download, and a copy of the weights as they are streamed.
@@ -39,7 +40,8 @@ class Offer:
 
     model: KnownModel
     draft: KnownModel | None
-    chosen: Chosen
+    plan: Plan
+    prediction: Prediction
     is_cached: bool
     download_bytes: int
     disk_bytes: int
@@ -48,7 +50,7 @@ class Offer:
     @property
     def reads_well(self) -> bool:
         """Whether text comes at least as fast as it is read."""
-        return self.chosen.prediction.tok_per_s >= READING_TOK_PER_S
+        return self.prediction.tok_per_s >= READING_TOK_PER_S
 
     @property
     def command(self) -> str:
@@ -111,7 +113,7 @@ def find_offers(
 
 def _rank(offer: Offer) -> tuple[float, ...]:
     """Smaller is better."""
-    speed = offer.chosen.prediction.tok_per_s
+    speed = offer.prediction.tok_per_s
     return (0, -offer.capability, -speed) if offer.reads_well else (1, -speed)
 
 
@@ -140,16 +142,17 @@ def offer_of(
         draft=draft_spec,
         lower_drafts=() if draft_spec is None else _lower(draft_spec),
     )
-    chosen = choose_for(request, known)
-    used = None if chosen.plan.draft is None else draft
+    plan, prediction = choose_quickly(request, known)
+    used = None if plan.draft is None else draft
     download_bytes = sum(_checkpoint_bytes(each) for each in (model, used) if each and each.id not in cached)
     return Offer(
         model=model,
         draft=used,
-        chosen=chosen,
+        plan=plan,
+        prediction=prediction,
         is_cached=model.id in cached,
         download_bytes=download_bytes,
-        disk_bytes=download_bytes + _copy_bytes(model, chosen),
+        disk_bytes=download_bytes + _copy_bytes(model, plan),
         capability=math.sqrt(known_spec(model.id).num_params * active_params(model)),
     )
 
@@ -175,9 +178,8 @@ def _checkpoint_bytes(model: KnownModel) -> int:
     return weight_bytes(spec, spec.dtype)
 
 
-def _copy_bytes(model: KnownModel, chosen: Chosen) -> int:
+def _copy_bytes(model: KnownModel, plan: Plan) -> int:
     """Of the weights as they are streamed, or quantized; a model that stays whole and as it is needs none."""
-    plan = chosen.plan
     quant: Quant = "int8" if plan.quant == "int8" else "int4" if plan.quant == "int4" else "none"
     if quant == "none" and not plan.streamed:
         return 0

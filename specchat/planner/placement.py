@@ -1,12 +1,14 @@
 """Where a target's layers are: which stay in device memory, which in host memory, and which come from the disk."""
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from itertools import accumulate
+from operator import neg
 
 from specchat.config import Dtype, ModelSpec
-from specchat.models.geometry import layer_bytes
-from specchat.planner.memory import Workload, build_ledger, host_embedding_bytes, lookup_bytes
+from specchat.models.geometry import layer_sizes
 from specchat.units import GIB
 
 NUM_SLOTS = 2
@@ -33,95 +35,149 @@ class Placement:
     disk_bytes: int
     slots: int
 
+    @property
+    def num_streamed(self) -> int:
+        """Layers that are not resident."""
+        return self.num_in_ram + self.num_on_disk
+
 
 @dataclass(frozen=True)
-class Placed:
-    """Layers that stay, the workload with its slots, and the sum of its ledger."""
+class Division:
+    """Which layers stay with the device: as many, evenly spread.
 
-    work: Workload
-    resident: tuple[int, ...]
-    device_bytes: int
+    Attributes:
+        num_resident: layers that stay.
+        slots: staging buffers for the others; 0 if there are none.
+        num_bytes: of resident layers and slots.
+    """
+
+    num_resident: int
+    slots: int
+    num_bytes: int
 
 
 class Shelves:
-    """Ways to divide a target's layers into resident and streamed ones.
+    """Ways to divide a target's layers, and where the streamed ones then are.
 
     Args:
-        target: its sizes.
-        dtype: that they are stored in.
-        slots: as asked for, or None.
-        embeddings_room: host memory that the input embeddings may take.
+        sizes: bytes of its layers.
+        slots: numbers of them to try.
     """
 
-    def __init__(self, target: ModelSpec, dtype: Dtype, slots: int | None, embeddings_room: int) -> None:
-        self.dtype: Dtype = dtype
-        self.sizes = tuple(layer_bytes(target, i, dtype) for i in range(target.num_layers))
-        self.target = target
-        self._slots = SLOTS if slots is None else (slots,)
-        self._embeddings_room = embeddings_room
+    def __init__(self, sizes: tuple[int, ...], slots: tuple[int, ...]) -> None:
+        self._sizes = sizes
+        self._are_alike = min(sizes) == max(sizes)  # as in most models
+        self._ladders = {each: _Ladder(sizes, each, are_alike=self._are_alike) for each in slots}
+        self._placements: dict[tuple[int, int, int], Placement] = {}
 
-    def fill(self, draft: ModelSpec | None, work: Workload, budget: int) -> list[Placed]:
-        """For every number of slots the most layers that the budget lets stay, and more where embeddings make room."""
-        ways = self._ways(draft, work)
-        return list(dict.fromkeys(placed for slots in self._slots for placed in self._growing(ways, slots, budget)))
+    @property
+    def least_bytes(self) -> int:
+        """Of resident layers and slots, with the first number of slots."""
+        return next(iter(self._ladders.values())).least_bytes
 
-    def least_bytes(self, draft: ModelSpec | None, work: Workload) -> int:
-        """What it takes to run at all."""
-        beside = min(beside for _, beside in self._ways(draft, work))
-        return beside + min(need for _, need, _ in self._divisions(self._slots[0]))
+    def divide(self, rooms: Sequence[int]) -> list[tuple[int, Division]]:
+        """For every number of slots the most layers that can stay, and more where a later room lets more of them stay.
 
-    def _ways(self, draft: ModelSpec | None, work: Workload) -> list[tuple[Workload, int]]:
-        """With bytes of everything but layers and slots: all on the device, and if that can be without embeddings."""
-        beside = sum(item.bytes for item in build_ledger(self.target, draft, work, ()))
-        apart = replace(work, host_embeddings=True)
-        if not self.target.lookup_params or host_embedding_bytes(self.target, apart) > self._embeddings_room:
-            return [(work, beside)]
-        return [(work, beside), (apart, beside - lookup_bytes(self.target, self.dtype))]
+        Args:
+            rooms: bytes for resident layers and slots, by what else gives way; the one to prefer first.
 
-    def _growing(self, ways: Sequence[tuple[Workload, int]], slots: int, budget: int) -> Iterator[Placed]:
-        """What each way allows, if that is more layers than the way before: embeddings do not move for nothing.
-
-        Bringing their rows is not priced: it takes less than a thousandth of a step that streams.
+        Returns:
+            The index of a room, and what it allows.
         """
-        most = -1
-        for work, beside in ways:
-            placed = self._most_resident(work, slots, beside, budget)
-            if placed is not None and len(placed.resident) > most:
-                most = len(placed.resident)
-                yield placed
+        found = (each for ladder in self._ladders.values() for each in _growing(ladder, rooms))
+        return list(dict.fromkeys(found))
 
-    def _most_resident(self, work: Workload, slots: int, beside: int, budget: int) -> Placed | None:
-        for num_resident, need, slots_needed in self._divisions(slots):
-            if beside + need <= budget:
-                resident = interleaved(num_resident, len(self.sizes))
-                return Placed(replace(work, slots=slots_needed), resident, beside + need)
-        return None
+    def place(self, division: Division, host_room: int) -> Placement:
+        """With as many of the streamed layers in host memory as there is room for.
 
-    def _divisions(self, slots: int) -> Iterator[tuple[int, int, int]]:
-        """(resident layers, bytes with slots, slots), most resident ones first."""
-        for count, slots_needed in _divisions(len(self.sizes), slots):
-            resident_bytes, largest = self._needs[count]
-            yield count, resident_bytes + slots_needed * largest, slots_needed
+        Args:
+            division: one of `divide`.
+            host_room: bytes.
+        """
+        num_in_ram = self._num_in_ram(division.num_resident, host_room)
+        key = division.num_resident, division.slots, num_in_ram
+        if key not in self._placements:
+            self._placements[key] = self._placement(*key)
+        return self._placements[key]
 
-    @cached_property
-    def _needs(self) -> list[tuple[int, int]]:
-        """By the number of resident layers: their bytes, and the largest streamed one's."""
-        return [_resident_bytes(self.sizes, count) for count in range(len(self.sizes) + 1)]
+    def streamed_sizes(self, num_resident: int) -> dict[int, int]:
+        """Bytes of the layers that do not stay, by index."""
+        resident = set(interleaved(num_resident, len(self._sizes)))
+        return {i: size for i, size in enumerate(self._sizes) if i not in resident}
+
+    def _num_in_ram(self, num_resident: int, host_room: int) -> int:
+        if self._are_alike:
+            return min(len(self._sizes) - num_resident, host_room // self._sizes[0])
+        return len(keep_in_ram(self.streamed_sizes(num_resident), host_room))
+
+    def _placement(self, num_resident: int, slots: int, num_in_ram: int) -> Placement:
+        num_on_disk = len(self._sizes) - num_resident - num_in_ram
+        if self._are_alike:
+            ram_bytes, disk_bytes = num_in_ram * self._sizes[0], num_on_disk * self._sizes[0]
+        else:
+            sizes = self.streamed_sizes(num_resident)
+            ram_bytes = sum(sizes[i] for i in among(sizes, num_in_ram))
+            disk_bytes = sum(sizes.values()) - ram_bytes
+        return Placement(len(self._sizes), num_in_ram, num_on_disk, ram_bytes, disk_bytes, slots)
 
 
-def _resident_bytes(sizes: Sequence[int], count: int) -> tuple[int, int]:
-    if min(sizes) == max(sizes):  # as in most models
-        return count * sizes[0], sizes[0] if count < len(sizes) else 0
-    resident = set(interleaved(count, len(sizes)))
+@lru_cache(maxsize=512)
+def shelves_of(target: ModelSpec, dtype: Dtype, slots: int | None) -> Shelves:
+    """Those of a model's layers; a search asks more than once.
+
+    Args:
+        target: sizes of the model.
+        dtype: that the layers are stored in.
+        slots: as asked for, or None.
+    """
+    return Shelves(layer_sizes(target, dtype), SLOTS if slots is None else (slots,))
+
+
+class _Ladder:
+    """All divisions with so many slots, most resident layers first, and what each of them takes.
+
+    Where layers differ in size, a division with fewer resident ones need not take less. But the first one that takes no
+    more than some room is also the first at which the least seen so far does not, and that never grows: it is bisected.
+    """
+
+    def __init__(self, sizes: tuple[int, ...], slots: int, *, are_alike: bool) -> None:
+        self._slots = slots
+        num_layers = len(sizes)
+        # as many slots as layers, or more: the layers might as well stay
+        self._counts = (num_layers, *range(num_layers - slots - 1, -1, -1))
+        if are_alike:
+            needs = [num_layers * sizes[0], *((count + slots) * sizes[0] for count in self._counts[1:])]
+        else:
+            needs = [_needed(sizes, count, slots) for count in self._counts]
+        self._least: list[int] = list(accumulate(needs, min))
+
+    @property
+    def least_bytes(self) -> int:
+        return self._least[-1]
+
+    def highest(self, room: int) -> Division | None:
+        """The first division that takes no more."""
+        index = bisect_left(self._least, -room, key=neg)
+        if index == len(self._least):
+            return None
+        return Division(self._counts[index], self._slots if index else 0, self._least[index])
+
+
+def _growing(ladder: _Ladder, rooms: Sequence[int]) -> Iterator[tuple[int, Division]]:
+    """What each room allows, if that is more layers than the room before: nothing gives way for nothing."""
+    most = -1
+    for index, room in enumerate(rooms):
+        division = ladder.highest(room)
+        if division is not None and division.num_resident > most:
+            most = division.num_resident
+            yield index, division
+
+
+def _needed(sizes: Sequence[int], num_resident: int, slots: int) -> int:
+    """Of resident layers, and of slots that hold the largest of the others."""
+    resident = set(interleaved(num_resident, len(sizes)))
     streamed = [size for i, size in enumerate(sizes) if i not in resident]
-    return sum(sizes) - sum(streamed), max(streamed, default=0)
-
-
-def _divisions(num_layers: int, slots: int) -> Iterator[tuple[int, int]]:
-    """Ways to divide layers into resident and streamed ones, best first: (resident, slots)."""
-    yield num_layers, 0
-    for num_streamed in range(slots + 1, num_layers + 1):  # as many slots as layers: they might as well stay
-        yield num_layers - num_streamed, slots
+    return sum(sizes) - sum(streamed) + slots * max(streamed, default=0)
 
 
 def usable_ram(available_bytes: int) -> int:
@@ -130,19 +186,24 @@ def usable_ram(available_bytes: int) -> int:
 
 
 def keep_in_ram(sizes: Mapping[int, int], room: int) -> tuple[int, ...]:
-    """The streamed layers that stay in host memory, spread evenly: while they are computed, the disk reads on.
+    """The streamed layers that stay in host memory: as many as there is room for.
 
     Args:
         sizes: bytes of the streamed layers, by index.
         room: bytes that there are for them.
     """
-    streamed = tuple(sizes)
-    most = min(len(streamed), room // min(sizes.values(), default=1))
+    most = min(len(sizes), room // min(sizes.values(), default=1))
     for count in range(most, 0, -1):
-        kept = tuple(streamed[j] for j in interleaved(count, len(streamed)))
+        kept = among(sizes, count)
         if sum(sizes[i] for i in kept) <= room:
             return kept
     return ()
+
+
+def among(streamed: Mapping[int, int], num_chosen: int) -> tuple[int, ...]:
+    """So many of the streamed layers, spread evenly: while they are computed, the disk reads on."""
+    layers = tuple(streamed)
+    return tuple(layers[j] for j in interleaved(num_chosen, len(layers)))
 
 
 @cache
@@ -152,6 +213,8 @@ def interleaved(num_chosen: int, num_layers: int) -> tuple[int, ...]:
     While resident layers are computed, the next streamed ones come. Behind the last streamed layer nothing comes in a
     pass, so whatever is computed there leaves the link idle; and before the first one all slots are full already.
     """
+    if not num_chosen:
+        return ()
     offset = max(num_layers // 2, num_chosen)
     ends = [(i * num_chosen + offset) // num_layers for i in range(num_layers + 1)]
     return tuple(i for i in range(num_layers) if ends[i + 1] > ends[i])

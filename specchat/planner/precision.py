@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 from specchat.config import DTYPE_BYTES, ModelSpec, Quant
 from specchat.hardware.machine import Machine
 from specchat.models.geometry import weight_bytes
-from specchat.planner.candidates import dtype_for, fastest
-from specchat.planner.cost import Prediction
+from specchat.planner.candidates import Candidates, dtype_for
 from specchat.planner.request import EXACT_BYTES, LOWER_QUANTS, Known, PlanRequest
 from specchat.planner.statistics import Statistics
 
@@ -56,18 +55,14 @@ def choose_quant(request: PlanRequest, known: Known) -> Precision:
 def _full_or_int8(request: PlanRequest, known: Known, full: ModelSpec) -> Precision:
     """The original where it fits the device, or where int8 would not be much faster."""
     idle = replace(known, machine=_idle(known.machine), rates=known.typical, statistics=Statistics())
-    plain = fastest(request, idle, full)
+    plain = Candidates(request, idle, full).best
     if plain is not None and not plain.num_streamed:
         return Precision(full, "the original fits")
     int8 = known.target("int8")
-    lower = fastest(request, idle, int8)
-    if lower is None or (plain is not None and not _is_worth_it(lower.prediction, plain.prediction)):
+    lower = Candidates(request, idle, int8).best
+    if lower is None or (plain is not None and lower.tok_per_s < LOWERED_IF_FASTER_BY * plain.tok_per_s):
         return Precision(full, "the original, as int8 would hardly be faster", int8)
     return Precision(int8, "as good as the original, and faster" if plain else "the original does not fit", full)
-
-
-def _is_worth_it(lower: Prediction, full: Prediction) -> bool:
-    return lower.tok_per_s >= LOWERED_IF_FASTER_BY * full.tok_per_s
 
 
 def _idle(machine: Machine) -> Machine:

@@ -92,6 +92,9 @@ class Rates:
     dequantize_s: dict[str, float]
     layer_s: float = _LAYER_S
 
+    def __hash__(self) -> int:  # a search remembers by it what it has worked out
+        return hash((self.disk.per_s, self.memory.per_s, self.host.per_s, self.layer_s))
+
     @property
     def host(self) -> Rate:
         """To the device from host memory, the best way there is."""

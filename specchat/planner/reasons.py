@@ -1,9 +1,9 @@
 """Why a plan is as it is: every choice with its reason, and what the best plan without it would do."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from specchat.config import DTYPE_BYTES, ModelSpec
-from specchat.planner.candidates import Candidate, fastest, preference, usual_ctx
+from specchat.planner.candidates import Candidate, Candidates, preference, usual_ctx
 from specchat.planner.cost import Prediction
 from specchat.planner.explain import Alternative, Choice
 from specchat.planner.precision import Precision
@@ -14,13 +14,13 @@ _Otherwise = Callable[[Callable[[Candidate], bool], Callable[[Candidate], str]],
 
 
 def choices(
-    request: PlanRequest, known: Known, quant: Precision, best: Candidate, candidates: Sequence[Candidate]
+    request: PlanRequest, known: Known, quant: Precision, best: Candidate, among: Candidates
 ) -> tuple[Choice, ...]:
     """Every choice with its reason, and what the best plan without it would do."""
 
     def otherwise(differs: Callable[[Candidate], bool], value: Callable[[Candidate], str]) -> Alternative | None:
-        other = max((each for each in candidates if differs(each)), key=preference, default=None)
-        return None if other is None else Alternative(value(other), other.prediction.tok_per_s)
+        other = max((each for each in among.all if differs(each)), key=preference, default=None)
+        return None if other is None else Alternative(value(other), other.tok_per_s)
 
     work, device = best.work, known.machine.device
     found = [
@@ -40,9 +40,9 @@ def choices(
         found.append(Choice("tree-budget", str(work.tree_budget), why, request.tree_budget is not None, trees))
     found.append(Choice("vram", format_bytes(best.budget_bytes), _why_budget(request, device), _is_set(request)))
     if best.num_streamed:
-        slots = otherwise(lambda c: c.work.slots != work.slots, lambda c: str(c.work.slots))
+        slots = otherwise(lambda c: c.slots != best.slots, lambda c: str(c.slots))
         why = "asked for" if request.slots is not None else "layers on their way while one is computed"
-        found.append(Choice("slots", str(work.slots), why, request.slots is not None, slots))
+        found.append(Choice("slots", str(best.slots), why, request.slots is not None, slots))
     return tuple(found)
 
 
@@ -114,5 +114,5 @@ def _other_quant(request: PlanRequest, known: Known, quant: Precision) -> Altern
     """What the precision that was not chosen would do under the same conditions."""
     if quant.other is None:
         return None
-    other = fastest(request, known, quant.other)
-    return Alternative(quant.other.quant, None if other is None else other.prediction.tok_per_s)
+    other = Candidates(request, known, quant.other).best
+    return Alternative(quant.other.quant, None if other is None else other.tok_per_s)

@@ -75,8 +75,6 @@ class Known:
     statistics: Statistics = field(default_factory=Statistics)
     lower_drafts: tuple[ModelSpec, ...] = ()
 
-    def acceptance(self, target: ModelSpec) -> Acceptance:
-        """Of the pair, as well as it is known."""
-        return (
-            self.prior if self.draft is None else self.statistics.acceptance(target.name, self.draft.name, self.prior)
-        )
+    def acceptance(self, target: ModelSpec, draft: ModelSpec | None) -> Acceptance:
+        """Of a pair, as well as it is known."""
+        return self.prior if draft is None else self.statistics.acceptance(target.name, draft.name, self.prior)

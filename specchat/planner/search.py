@@ -9,8 +9,8 @@ from specchat.config import ModelSource, ModelSpec, Plan, Quant, cache_folder, s
 from specchat.errors import DoesNotFitError
 from specchat.hardware.probe import find_hardware, find_machine, remembered
 from specchat.models.geometry import describe
-from specchat.planner.candidates import candidates, preference
-from specchat.planner.cost import DEMO_ACCEPTANCE, TYPICAL_ACCEPTANCE
+from specchat.planner.candidates import Candidate, Candidates
+from specchat.planner.cost import DEMO_ACCEPTANCE, TYPICAL_ACCEPTANCE, Prediction
 from specchat.planner.explain import Chosen
 from specchat.planner.precision import choose_quant, lower_quants
 from specchat.planner.rates import rates_of
@@ -22,7 +22,7 @@ from specchat.units import format_bytes
 
 def make_plan(request: PlanRequest) -> Plan:
     """As `choose_plan`, without the reasons."""
-    return choose_plan(request).plan
+    return choose_quickly(request, _find_out(request))[0]
 
 
 def choose_plan(request: PlanRequest, warn: Callable[[str], None] = lambda _: None) -> Chosen:
@@ -37,12 +37,17 @@ def choose_plan(request: PlanRequest, warn: Callable[[str], None] = lambda _: No
         UsageError: a context the model has no positions for.
         DeviceUnusableError: the device asked for by name cannot be used.
     """
+    return choose_for(request, _find_out(request, warn))
+
+
+def _find_out(request: PlanRequest, warn: Callable[[str], None] = lambda _: None) -> Known:
+    """Machine, models and statistics, as far as they are written down somewhere."""
     machine = find_machine(request.device)
     folder = cache_folder()
     hardware = find_hardware(folder)
     measured = remembered(folder, hardware, machine, request.device)
     draft, *lower_drafts = _described_drafts(request)
-    known = Known(
+    return Known(
         machine=machine,
         rates=rates_of(hardware, machine, measured),
         typical=rates_of(hardware, machine),
@@ -52,7 +57,6 @@ def choose_plan(request: PlanRequest, warn: Callable[[str], None] = lambda _: No
         prior=DEMO_ACCEPTANCE if request.target.is_toy else TYPICAL_ACCEPTANCE,
         statistics=load(state_folder(), warn),
     )
-    return choose_for(request, known)
 
 
 def _describing(source: ModelSource) -> Callable[[Quant], ModelSpec]:
@@ -77,11 +81,25 @@ def choose_for(request: PlanRequest, known: Known) -> Chosen:
         DoesNotFitError, UsageError: as `choose_plan`.
     """
     quant = choose_quant(request, known)
-    found = candidates(request, known, quant.spec)
-    best = max(found, key=preference)
+    found = Candidates(request, known, quant.spec)
+    best = _best_of(found)
+    return Chosen(*_planned(request, known, best), choices(request, known, quant, best, found))
+
+
+def choose_quickly(request: PlanRequest, known: Known) -> tuple[Plan, Prediction]:
+    """As `choose_for`, without the reasons: fast enough for all models there are."""
+    return _planned(request, known, _best_of(Candidates(request, known, choose_quant(request, known).spec)))
+
+
+def _best_of(found: Candidates) -> Candidate:
+    if found.best is None:
+        raise found.refusal()
+    return found.best
+
+
+def _planned(request: PlanRequest, known: Known, best: Candidate) -> tuple[Plan, Prediction]:
     plan = best.plan(request, known.machine)
-    prediction = known.statistics.corrected(plan, best.prediction)
-    return Chosen(plan, prediction, choices(request, known, quant, best, found))
+    return plan, known.statistics.corrected(plan, best.prediction)
 
 
 def smaller_plan(request: PlanRequest, plan: Plan) -> Plan:

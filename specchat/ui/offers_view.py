@@ -63,17 +63,17 @@ def _offer_lines(offer: Offer, flags: str) -> list[RenderableType]:
 
 
 def _speed(offer: Offer) -> str:
-    speed = offer.chosen.prediction.tok_per_s
+    speed = offer.prediction.tok_per_s
     return f"{speed:.0f}" if speed >= 20 else f"{speed:.1f}"
 
 
 def _details(offer: Offer) -> str:
-    plan = offer.chosen.plan
+    plan = offer.plan
     weights = plan.dtype if plan.quant == "none" else plan.quant
     draft = "no draft" if offer.draft is None else f"draft {offer.draft.id}"
     licence = ("gated",) if offer.model.gated and not offer.is_cached else ()
     parts = (weights, _download(offer), _place(offer), f"context {plan.ctx:,}", draft, *licence)
-    return f"{', '.join(parts)} ({offer.chosen.prediction.basis})"
+    return f"{', '.join(parts)} ({offer.prediction.basis})"
 
 
 def _download(offer: Offer) -> str:
@@ -85,8 +85,8 @@ def _download(offer: Offer) -> str:
 
 def _place(offer: Offer) -> str:
     """Where its layers are between passes."""
-    tiers = offer.chosen.plan.tiers
-    on_cpu = offer.chosen.plan.device == "cpu"
+    tiers = offer.plan.tiers
+    on_cpu = offer.plan.device == "cpu"
     counts = {
         "in VRAM": 0 if on_cpu else tiers.count("device"),
         "in RAM": tiers.count("ram") + (tiers.count("device") if on_cpu else 0),

@@ -58,8 +58,8 @@ def json_keys():
 def offer_keys():
     model = known_models()["Qwen/Qwen3-8B"]
     plan = Plan(**{field.name: () for field in fields(Plan)} | {"num_layers": 0})
-    chosen = Chosen(plan, Prediction(**{field.name: 0 for field in fields(Prediction)}), ())
-    made = offers_object(Offers((Offer(model, None, chosen, False, 0, 0, 0),), (), ()), "")
+    prediction = Prediction(**{field.name: 0 for field in fields(Prediction)})
+    made = offers_object(Offers((Offer(model, None, plan, prediction, False, 0, 0, 0),), (), ()), "")
     return sorted({"models", *made, *made["runs"][0]})
 
 

@@ -69,5 +69,5 @@ def test_what_was_asked_for_holds():
     file = read_machine("desktop-24gb-pcie4x16-64gb")
     rates = rates_of(file.hardware, file.machine, file.measured)
     asked = replace(ANYTHING, vram_bytes=6 << 30, ctx=2048, quant="int4", draft_is_open=False)
-    plan = offer_of(known_models()["Qwen/Qwen3-32B"], asked, file.machine, rates, rates).chosen.plan
+    plan = offer_of(known_models()["Qwen/Qwen3-32B"], asked, file.machine, rates, rates).plan
     assert (plan.quant, plan.ctx, plan.draft, plan.device_budget_bytes) == ("int4", 2048, None, 6 << 30)

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.engines import write
-from support.planning import UNKNOWN_RATES, plan_for
+from support.planning import UNKNOWN_RATES, plan_for, specs
 
-from specchat.config import KvShape, Message, ModelSource, ModelSpec, ParamSize, Plan, Sampling
+from specchat.config import Message, ModelSource, ModelSpec, ParamSize, Plan, Sampling
 from specchat.engine.engine import Engine
 from specchat.errors import DoesNotFitError, UsageError
 from specchat.hardware.machine import Machine
@@ -56,33 +56,6 @@ def test_interleaved_by_hand():
 
 
 # --- any model, on paper ---------------------------------------------------------------------------------------------
-
-
-@st.composite
-def specs(draw: st.DrawFn) -> ModelSpec:
-    """Shapes of models that need not exist; layers may differ in size."""
-    num_layers = draw(st.integers(1, 12))
-    sizes = draw(st.lists(st.integers(10, 100_000), min_size=1, max_size=3))
-    item_bytes = draw(st.sampled_from([None, 1]))
-    num_other = draw(st.integers(10, 10**6))
-    return ModelSpec(
-        name="any",
-        architecture="AnyForCausalLM",
-        vocab_size=draw(st.integers(10, 5000)),
-        hidden_size=64,
-        num_layers=num_layers,
-        mlp_size=128,
-        num_heads=4,
-        max_positions=draw(st.sampled_from([512, 1024, 4096, 100_000])),
-        dtype="fp32",
-        num_params=draw(st.integers(10**6, 10**9)),
-        num_layer_params=draw(st.integers(10, 10**6)),
-        layer_params=tuple((ParamSize(sizes[i % len(sizes)], item_bytes), ParamSize(64)) for i in range(num_layers)),
-        other_params=(ParamSize(num_other),),
-        lookup_params=draw(st.integers(0, num_other)),
-        buffer_bytes=draw(st.integers(0, 100)),
-        kv_shapes=(KvShape(2, 16, 16),) * num_layers,
-    )
 
 
 def request(vram_bytes: int | None, **kwargs: object) -> PlanRequest:

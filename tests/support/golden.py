@@ -46,7 +46,7 @@ def _essentials(machine: str, model: str) -> dict[str, str]:
         offer = offer_of(known_models()[model], ANYTHING, file.machine, rates, typical)
     except DoesNotFitError as error:
         return {"plan": f"none: {error.message}"}
-    plan, prediction = offer.chosen.plan, offer.chosen.prediction
+    plan, prediction = offer.plan, offer.prediction
     tiers = plan.tiers
     counts = [f"{tiers.count(tier)} {tier}" for tier in ("device", "ram", "disk") if tiers.count(tier)]
     stored = f" in {plan.draft_quant}" if plan.draft_quant in ("int8", "int4") else ""
