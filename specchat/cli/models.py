@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
 
-from specchat.cli.options import QUANTIZED, ModelOptions
+from specchat.cli.options import QUANTIZED, ModelOptions, SamplingFlags, resolve_sampling
 from specchat.config import ModelSource, Plan, Quant
 from specchat.errors import AllocationError, NotAvailableError, UsageError
 
@@ -273,13 +273,21 @@ class Planned:
         return self.chosen.plan
 
 
-def make_plan(options: ModelOptions, models: Models, warn: Callable[[str], None], *, as_given: bool = False) -> Planned:
+def make_plan(
+    options: ModelOptions,
+    models: Models,
+    warn: Callable[[str], None],
+    *,
+    temperature: float | None = None,
+    as_given: bool = False,
+) -> Planned:
     """What goes where on this machine.
 
     Args:
         options: what was asked for.
         models: what was found.
         warn: told in one line of statistics that cannot be read.
+        temperature: of the answers as chosen; None where the model's own holds.
         as_given: the draft is used and the precision kept even where something else would be faster: for comparisons.
 
     Raises:
@@ -287,7 +295,7 @@ def make_plan(options: ModelOptions, models: Models, warn: Callable[[str], None]
     """
     from specchat.planner import search
 
-    request = _plan_request(options, models)
+    request = _plan_request(options, models, temperature)
     if as_given:
         given = "none" if options.draft_quant == "auto" else options.draft_quant
         request = replace(request, draft_is_open=False, draft_quant=given, lowers_for_speed=False)
@@ -298,9 +306,11 @@ def make_plan(options: ModelOptions, models: Models, warn: Callable[[str], None]
     return Planned(chosen, replace(models, draft=None, draft_note=note))
 
 
-def _plan_request(options: ModelOptions, models: Models) -> "PlanRequest":
+def _plan_request(options: ModelOptions, models: Models, temperature: float | None) -> "PlanRequest":
+    from specchat.models.generation_defaults import load_generation_defaults
     from specchat.planner.request import PlanRequest
 
+    sampling = resolve_sampling(SamplingFlags(temperature=temperature), load_generation_defaults(models.target.path), 0)
     return PlanRequest(
         target=models.target,
         draft=models.draft,
@@ -315,10 +325,13 @@ def _plan_request(options: ModelOptions, models: Models) -> "PlanRequest":
         draft_quant=options.draft_quant,
         # who asks for trees of some size, or for a draft in some precision, wants to have them
         draft_is_open=options.draft == "auto" and options.tree_budget is None and options.draft_quant == "auto",
+        samples=not sampling.greedy,
     )
 
 
-def load_engine(options: ModelOptions, models: Models, plan: Plan, reporter: "Reporter") -> "Engine":
+def load_engine(
+    options: ModelOptions, models: Models, plan: Plan, reporter: "Reporter", temperature: float | None = None
+) -> "Engine":
     """The engine as planned; where memory that was free has gone meanwhile, one step smaller, and said so.
 
     Raises:
@@ -333,7 +346,7 @@ def load_engine(options: ModelOptions, models: Models, plan: Plan, reporter: "Re
         except AllocationError as error:
             from specchat.planner.search import smaller_plan
 
-            plan = smaller_plan(_plan_request(options, models), plan)
+            plan = smaller_plan(_plan_request(options, models, temperature), plan)
             reporter.warn(f"{error.message}; trying again with {_size_of(plan)}")
         gc.collect()  # modules and what is bound to them refer to each other: what was loaded would stay until then
 

@@ -41,14 +41,15 @@ def run(options: RunOptions) -> int:
     say = talk(quiet=options.models.quiet)
     refs = shared.parse_models(options.models)
     prompt = None if options.plan else _prompt(options, say)
+    temperature = options.sampling.temperature
     shared.prepare_libraries()
     if options.plan:
         with TemporaryDirectory(prefix="specchat-") as folder:
             models = shared.sketch_models(options.models, refs, say, Path(folder))
-            _print_plan(options, shared.make_plan(options.models, models, say.warn))
+            _print_plan(options, shared.make_plan(options.models, models, say.warn, temperature=temperature))
         return 0
     models = shared.locate_models(options.models, refs, say)
-    return _chat(options, shared.make_plan(options.models, models, say.warn), prompt, say)
+    return _chat(options, shared.make_plan(options.models, models, say.warn, temperature=temperature), prompt, say)
 
 
 # --- the prompt --------------------------------------------------------------------------------------------------
@@ -157,7 +158,8 @@ class _Parts:
 
         tokenizer = load_tokenizer(self.models.target.path)
         check_has_template(tokenizer, base=self.options.base)
-        engine = shared.load_engine(self.options.models, self.models, self.plan, reporter)
+        temperature = self.sampling.temperature
+        engine = shared.load_engine(self.options.models, self.models, self.plan, reporter, temperature)
         try:
             return self._opened(self._session(engine, tokenizer), reporter)
         except BaseException:

@@ -260,7 +260,7 @@ class Candidates:
     def _model(self, draft: ModelSpec | None) -> CostModel:
         if draft not in self._models:
             known, target = self._known, self._target
-            acceptance = known.acceptance(target, draft)
+            acceptance = known.acceptance(target, draft, samples=self._request.samples)
             device = known.machine.device
             self._models[draft] = CostModel(target, draft, self._dtype, device, known.rates, acceptance)
         return self._models[draft]

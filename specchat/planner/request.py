@@ -34,6 +34,7 @@ class PlanRequest:
         draft_quant: likewise for the draft; it changes nothing of the text, so "auto" asks for speed alone.
         draft_is_open: whether to plan without the draft where that is faster.
         lowers_for_speed: whether "auto" may lower the precision of what would fit, only slower.
+        samples: whether answers are drawn, as against greedy: how much of a tree is accepted depends on it.
     """
 
     target: ModelSource
@@ -49,6 +50,7 @@ class PlanRequest:
     draft_quant: Literal["auto"] | Quant = "auto"
     draft_is_open: bool = False
     lowers_for_speed: bool = True
+    samples: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,14 @@ class Known:
     statistics: Statistics = field(default_factory=Statistics)
     lower_drafts: tuple[ModelSpec, ...] = ()
 
-    def acceptance(self, target: ModelSpec, draft: ModelSpec | None) -> Acceptance:
-        """Of a pair, as well as it is known."""
-        return self.prior if draft is None else self.statistics.acceptance(target.name, draft.name, self.prior)
+    def acceptance(self, target: ModelSpec, draft: ModelSpec | None, *, samples: bool) -> Acceptance:
+        """Of a pair, as well as it is known of such answers.
+
+        Args:
+            target: of the pair.
+            draft: likewise; None for plain decoding.
+            samples: whether answers are drawn, as in `PlanRequest`.
+        """
+        if draft is None:
+            return self.prior
+        return self.statistics.acceptance(target.name, draft.name, self.prior, samples=samples)

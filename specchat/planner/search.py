@@ -99,7 +99,7 @@ def _best_of(found: Candidates) -> Candidate:
 
 def _planned(request: PlanRequest, known: Known, best: Candidate) -> tuple[Plan, Prediction]:
     plan = best.plan(request, known.machine)
-    return plan, known.statistics.corrected(plan, best.prediction)
+    return plan, known.statistics.corrected(plan, best.prediction, samples=request.samples)
 
 
 def smaller_plan(request: PlanRequest, plan: Plan) -> Plan:

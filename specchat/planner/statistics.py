@@ -22,8 +22,8 @@ _FILE = "statistics.json"
 _ENOUGH_STEPS = 30
 _MOST_STEPS = 2000
 _MOST_PLANS = 200
-# Temperatures up to this are called mild.
-_MILD = 0.8
+# Classes of temperature that earlier versions told apart, and what they are now.
+_OLD_CLASSES = {"mild": "sampled", "hot": "sampled"}
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,13 @@ class Tally:
     seconds: float = 0.0
 
     def plus(self, other: "Tally") -> "Tally":
-        """Both, the older half of too many forgotten."""
+        """Both."""
+        return Tally(*(mine + more for mine, more in zip(self.values(), other.values(), strict=True)))
+
+    def faded(self) -> "Tally":
+        """With half of too many forgotten."""
         share = 0.5 if self.steps > _MOST_STEPS else 1.0
-        return Tally(*(share * mine + more for mine, more in zip(self.values(), other.values(), strict=True)))
+        return Tally(*(share * value for value in self.values()))
 
     def values(self) -> tuple[float, float, float, float]:
         """In the order of its attributes."""
@@ -50,30 +54,42 @@ class Statistics:
     """Everything that is kept.
 
     Attributes:
-        pairs: by target, draft and class of temperature: steps with a tree, by the size class of the tree.
-        plans: by `plan_key`: steps that read nothing but the last token.
+        pairs: by target, draft and class of temperature (greedy, sampled): steps with a tree, by the tree's size class.
+        plans: by `plan_key` and class of temperature: steps that read nothing but the last token; by the key alone what
+            earlier versions kept, who did not tell the classes apart.
     """
 
     pairs: Mapping[str, Mapping[str, Tally]] = field(default_factory=dict)
     plans: Mapping[str, Tally] = field(default_factory=dict)
 
-    def acceptance(self, target: str, draft: str, prior: Acceptance) -> Acceptance:
-        """The prior, scaled to what this pair has been seen to emit; as it is while too little was seen."""
-        tallies = [
-            tally
-            for temperature in ("greedy", "mild", "hot")
-            for tally in self.pairs.get(_pair_key(target, draft, temperature), {}).values()
-        ]
+    def acceptance(self, target: str, draft: str, prior: Acceptance, *, samples: bool) -> Acceptance:
+        """The prior, scaled to what this pair has been seen to emit; as it is while too little was seen.
+
+        Args:
+            target: its name.
+            draft: likewise.
+            prior: of pairs like this one.
+            samples: whether answers are drawn: what a draft guesses of those says little of greedy ones.
+        """
+        tallies = self.pairs.get(_pair_key(target, draft, samples=samples), {}).values()
         if sum(tally.steps for tally in tallies) < _ENOUGH_STEPS:
             return prior
         seen = sum(tally.tokens - tally.steps for tally in tallies)
         promised = sum(tally.steps * (prior.tokens_per_step(round(tally.nodes / tally.steps)) - 1) for tally in tallies)
         return Acceptance(prior.gain * seen / max(promised, 1e-9), prior.knee, "measured")
 
-    def corrected(self, plan: Plan, prediction: Prediction) -> Prediction:
-        """What this very plan has achieved, where it has run for long enough."""
-        tally = self.plans.get(plan_key(plan))
-        if tally is None or tally.steps < _ENOUGH_STEPS:
+    def corrected(self, plan: Plan, prediction: Prediction, *, samples: bool) -> Prediction:
+        """What this very plan has achieved with such answers, where it has run for long enough.
+
+        Args:
+            plan: that is predicted.
+            prediction: of its speed.
+            samples: whether answers are drawn.
+        """
+        keys = _plan_key(plan, samples=samples), plan_key(plan)
+        enough = (self.plans[key] for key in keys if key in self.plans and self.plans[key].steps >= _ENOUGH_STEPS)
+        tally = next(enough, None)
+        if tally is None:
             return prediction
         return replace(
             prediction,
@@ -106,10 +122,7 @@ def load(folder: Path, warn: Callable[[str], None] = lambda _: None) -> Statisti
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["version"] != _VERSION:
             return Statistics()
-        return Statistics(
-            {key: {size: _tally(row) for size, row in rows.items()} for key, rows in values["pairs"].items()},
-            {key: _tally(row) for key, row in values["plans"].items()},
-        )
+        return Statistics(_pairs(values["pairs"]), {key: _tally(row) for key, row in values["plans"].items()})
     except FileNotFoundError:
         return Statistics()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -129,18 +142,18 @@ def record(folder: Path, plan: Plan, temperature: float, steps: Iterable[Step]) 
     before, found = load(folder), tuple(steps)
     pairs, plans = dict(before.pairs), dict(before.plans)
     if plan.draft is not None:
-        key = _pair_key(plan.target, plan.draft, _class_of(temperature))
+        key = _pair_key(plan.target, plan.draft, samples=temperature > 0)
         rows = dict(pairs.get(key, {}))
         for step in found:
             if step.token_ids and step.tree_nodes and step.finish_reason != "length":
                 size = str(step.tree_nodes.bit_length())
-                rows[size] = rows.get(size, Tally()).plus(_one(step))
+                rows[size] = rows.get(size, Tally()).faded().plus(_one(step))
         pairs[key] = rows
-    key = plan_key(plan)
+    key = _plan_key(plan, samples=temperature > 0)
     tally = plans.pop(key, Tally())  # the last one used stands last
     for step in found:
         if step.token_ids and step.new_rows == 1:
-            tally = tally.plus(_one(step))
+            tally = tally.faded().plus(_one(step))
     plans[key] = tally
     kept = dict(list(plans.items())[-_MOST_PLANS:])
     # A state folder that cannot be written to is no reason to disturb a chat; one that is not saved says so itself.
@@ -152,12 +165,27 @@ def _one(step: Step) -> Tally:
     return Tally(1.0, step.tree_nodes, len(step.token_ids), step.pass_s)
 
 
-def _class_of(temperature: float) -> str:
-    return "greedy" if temperature == 0 else "mild" if temperature <= _MILD else "hot"
+def _class_of(*, samples: bool) -> str:
+    return "sampled" if samples else "greedy"
 
 
-def _pair_key(target: str, draft: str, temperature: str) -> str:
-    return f"{target} {draft} {temperature}"
+def _pair_key(target: str, draft: str, *, samples: bool) -> str:
+    return f"{target} {draft} {_class_of(samples=samples)}"
+
+
+def _plan_key(plan: Plan, *, samples: bool) -> str:
+    return f"{plan_key(plan)} {_class_of(samples=samples)}"
+
+
+def _pairs(values: Mapping[str, Mapping[str, list[float]]]) -> dict[str, dict[str, Tally]]:
+    """By the classes there are now: those of earlier versions are added up."""
+    pairs: dict[str, dict[str, Tally]] = {}
+    for key, rows in values.items():
+        names, _, last = key.rpartition(" ")
+        kept = pairs.setdefault(f"{names} {_OLD_CLASSES.get(last, last)}", {})
+        for size, row in rows.items():
+            kept[size] = kept.get(size, Tally()).plus(_tally(row))
+    return pairs
 
 
 def _tally(row: list[float]) -> Tally:

@@ -154,7 +154,9 @@ def placed(
 def predicted(
     known: Known, target: ModelSpec, draft: ModelSpec | None, work: Workload, placement: Placement, nodes: int
 ) -> Prediction:
-    model = CostModel(target, draft, work.dtype, work.device, known.rates, known.acceptance(target, draft))
+    model = CostModel(
+        target, draft, work.dtype, work.device, known.rates, known.acceptance(target, draft, samples=False)
+    )
     return model.predict(placement, nodes, adaptive=False)
 
 

@@ -21,27 +21,61 @@ def step(tokens: int = 5, nodes: int = 63, seconds: float = 0.5, **changes: obje
 def test_nothing_is_known_at_first(tmp_path):
     statistics = load(tmp_path / "absent", pytest.fail)
     assert statistics == Statistics()
-    assert statistics.acceptance("demo", "demo draft", TYPICAL_ACCEPTANCE) is TYPICAL_ACCEPTANCE
-    assert statistics.corrected(PLAN, CHOSEN.prediction) is CHOSEN.prediction
+    assert statistics.acceptance("demo", "demo draft", TYPICAL_ACCEPTANCE, samples=False) is TYPICAL_ACCEPTANCE
+    assert statistics.corrected(PLAN, CHOSEN.prediction, samples=False) is CHOSEN.prediction
 
 
 def test_a_pair_is_known_after_a_few_answers(tmp_path):
-    """The prior's form, scaled to what came out; also between sizes that were seen, and whatever the temperature."""
-    for temperature in (0.0, 0.7):
-        record(tmp_path, PLAN, temperature, [step()] * 20)
-    acceptance = load(tmp_path).acceptance("demo", "demo draft", TYPICAL_ACCEPTANCE)
+    """The prior's form, scaled to what came out; also between sizes that were seen."""
+    for _ in range(2):
+        record(tmp_path, PLAN, 0.0, [step()] * 20)
+    acceptance = load(tmp_path).acceptance("demo", "demo draft", TYPICAL_ACCEPTANCE, samples=False)
     assert acceptance.basis == "measured" and acceptance.tokens_per_step(63) == pytest.approx(5)
     assert acceptance.tokens_per_step(0) == 1 < acceptance.tokens_per_step(16) < 5 < acceptance.tokens_per_step(128)
-    assert load(tmp_path).acceptance("demo", "another", TYPICAL_ACCEPTANCE) is TYPICAL_ACCEPTANCE
+    assert load(tmp_path).acceptance("demo", "another", TYPICAL_ACCEPTANCE, samples=False) is TYPICAL_ACCEPTANCE
 
 
 def test_a_plan_is_known_by_what_it_has_achieved(tmp_path):
     record(tmp_path, PLAN, 0.0, [step(), step(3, 31, 0.3)] * 20 + [step(seconds=90.0, new_rows=500)])
-    found = load(tmp_path).corrected(PLAN, CHOSEN.prediction)
+    found = load(tmp_path).corrected(PLAN, CHOSEN.prediction, samples=False)
     assert (found.pass_s, found.tok_per_s, found.basis) == (pytest.approx(0.4), pytest.approx(10), "measured")
     other = replace(PLAN, slots=3)
     assert plan_key(other) != plan_key(PLAN)
-    assert load(tmp_path).corrected(other, CHOSEN.prediction) is CHOSEN.prediction
+    assert load(tmp_path).corrected(other, CHOSEN.prediction, samples=False) is CHOSEN.prediction
+
+
+def test_greedy_answers_say_nothing_of_sampled_ones(tmp_path):
+    """A draft guesses more of the one than of the other; temperatures above 0 are alike."""
+    record(tmp_path, PLAN, 0.0, [step(3, seconds=0.3)] * 40)
+    for temperature in (0.2, 1.5):
+        record(tmp_path, PLAN, temperature, [step(6, seconds=0.4)] * 20)
+    statistics = load(tmp_path)
+    for samples, tokens, tok_per_s in ((False, 3, 10), (True, 6, 15)):
+        acceptance = statistics.acceptance("demo", "demo draft", TYPICAL_ACCEPTANCE, samples=samples)
+        assert acceptance.tokens_per_step(63) == pytest.approx(tokens)
+        found = statistics.corrected(PLAN, CHOSEN.prediction, samples=samples)
+        assert (found.tokens_per_step, found.tok_per_s) == (pytest.approx(tokens), pytest.approx(tok_per_s))
+
+
+def test_what_earlier_versions_kept_still_counts(tmp_path):
+    """They told three classes of temperature apart for pairs, and none for plans."""
+    tally = [40.0, 40 * 63.0, 40 * 6.0, 16.0]
+    pairs = {"demo demo draft greedy": {"6": [40.0, 40 * 63.0, 40 * 3.0, 16.0]}}
+    pairs |= {"demo demo draft mild": {"6": [20.0, 20 * 63.0, 20 * 5.0, 8.0]}, "demo demo draft hot": {"6": tally}}
+    old = {"version": 1, "pairs": pairs, "plans": {plan_key(PLAN): tally}}
+    (tmp_path / "statistics.json").write_text(json.dumps(old))
+    statistics = load(tmp_path, pytest.fail)
+    seen = {
+        samples: statistics.acceptance("demo", "demo draft", TYPICAL_ACCEPTANCE, samples=samples).tokens_per_step(63)
+        for samples in (False, True)
+    }
+    assert seen == {False: pytest.approx(3), True: pytest.approx((20 * 5 + 40 * 6) / 60)}
+    assert all(statistics.corrected(PLAN, CHOSEN.prediction, samples=each).tok_per_s == 15 for each in (False, True))
+    record(tmp_path, PLAN, 0.7, [step(2, seconds=0.1)] * 40)
+    later = load(tmp_path, pytest.fail)
+    assert later.corrected(PLAN, CHOSEN.prediction, samples=True).tok_per_s == pytest.approx(20), "its own say more"
+    assert later.corrected(PLAN, CHOSEN.prediction, samples=False).tok_per_s == 15
+    assert later.pairs["demo demo draft sampled"]["6"].steps == 100
 
 
 def test_what_says_nothing_does_not_count(tmp_path):
@@ -53,12 +87,13 @@ def test_what_says_nothing_does_not_count(tmp_path):
 def test_old_chats_are_forgotten(tmp_path):
     record(tmp_path, PLAN, 0.0, [step(2)] * 4000)
     record(tmp_path, PLAN, 0.0, [step(9)] * 4000)
-    acceptance = load(tmp_path).acceptance("demo", "demo draft", TYPICAL_ACCEPTANCE)
+    acceptance = load(tmp_path).acceptance("demo", "demo draft", TYPICAL_ACCEPTANCE, samples=False)
     assert acceptance.tokens_per_step(63) > 7
     for slots in range(300):
         record(tmp_path, replace(PLAN, slots=slots), 0.0, [step()])
     plans = load(tmp_path).plans
-    assert len(plans) == 200 and plan_key(replace(PLAN, slots=299)) in plans and plan_key(PLAN) not in plans
+    assert len(plans) == 200 and f"{plan_key(replace(PLAN, slots=299))} greedy" in plans
+    assert f"{plan_key(PLAN)} greedy" not in plans
 
 
 @pytest.mark.parametrize(
@@ -78,7 +113,7 @@ def test_impossible_sums_are_damage(tmp_path):
     record(tmp_path, PLAN, 0.0, [step()])
     file = tmp_path / "statistics.json"
     values = json.loads(file.read_text())
-    values["plans"][plan_key(PLAN)][3] = -1.0
+    values["plans"][f"{plan_key(PLAN)} greedy"][3] = -1.0
     file.write_text(json.dumps(values))
     warnings: list[str] = []
     assert load(tmp_path, warnings.append) == Statistics() and warnings
