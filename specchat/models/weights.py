@@ -106,12 +106,12 @@ class WeightReader(Closing):
 
         Args:
             device: where to.
-            on_host: a module with one matrix that stays in host memory nevertheless: where that serves as it is saved,
-                in the pages of its file.
+            on_host: a module with one matrix that stays in host memory nevertheless, in the pages of its file unless it
+                has to be cast.
         """
         model = self._skeleton.model
         segments = segment_names(model)
-        mapped = None if on_host is None else self._key_as_used(f"{hf_compat.path_of(model, on_host)}.weight")
+        mapped = None if on_host is None else self._key_of(f"{hf_compat.path_of(model, on_host)}.weight")
         tensors = {key: self._reader.read(key) for key in self.rest_keys() if key != mapped}
         tensors |= {} if mapped is None else {mapped: self._reader.mapped(mapped)}
         hf_compat.load_converted(self._skeleton, tensors, self._dtype)
@@ -138,11 +138,9 @@ class WeightReader(Closing):
                 if buffer is not None and id(buffer) not in stays:
                     module._buffers[name] = buffer.to(device)
 
-    def _key_as_used(self, name: str) -> str | None:
-        """The checkpoint key of a parameter outside the layers, if it is saved in the dtype that it is used in."""
-        tensors, dtype = self._checkpoint.tensors, _SAFETENSORS_NAME[self._dtype]
-        keys = (key for key, filled in self._plan.rest.items() if filled == name and tensors[key].dtype == dtype)
-        return next(keys, None)
+    def _key_of(self, name: str) -> str | None:
+        """The checkpoint key of a parameter outside the layers; None if it is missing."""
+        return next((key for key, filled in self._plan.rest.items() if filled == name), None)
 
     def rest_keys(self) -> Iterable[str]:
         """The checkpoint keys outside the layers that are read as they are."""

@@ -23,8 +23,11 @@ from specchat.engine.kv_cache import TreeCache
 from specchat.engine.model import TreeModel, load_model
 from specchat.engine.streamer import NoStreamer
 from specchat.models import hf_compat
+from specchat.models.checkpoint import open_checkpoint
 from specchat.models.geometry import describe
 from specchat.models.prepare import prepare
+from specchat.models.quant_reader import open_reader
+from specchat.models.recipes import choose_recipe
 from specchat.planner.memory import Workload, build_ledger, host_embeddings
 
 # A second place with shapes and no numbers; without CUDA, torch does not even pretend to have a DEVICE.
@@ -100,6 +103,20 @@ def mapped_file(weight: torch.Tensor) -> Path | None:
         if begin <= weight.data_ptr() < end:
             return Path(name.strip()) if name.strip().startswith("/") else None
     return None
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc")
+@pytest.mark.parametrize(("architecture", "quant"), [("llama", "none"), ("gemma2", "int8")])
+def test_only_everything_else_moves(architecture: str, quant: Quant, tmp_path: Path):
+    source = save(random_model(make_config(architecture)), tmp_path / "m")
+    skeleton = hf_compat.build_skeleton(hf_compat.load_config(source.path), torch.float32)
+    recipe = choose_recipe(source, skeleton, quant)
+    with open_reader(skeleton, open_checkpoint(source.path), recipe) as reader:
+        embeddings, before = hf_compat.lookup_embeddings(skeleton), dict(skeleton.model.named_buffers())
+        reader.read_rest(torch.device("cpu:1"), on_host=embeddings)  # copies what it moves
+    own = {id(buffer) for buffer in embeddings.buffers()}
+    assert mapped_file(embeddings.weight) is not None
+    assert all((b is before[name]) == (id(b) in own) for name, b in skeleton.model.named_buffers())
 
 
 def test_embeddings_that_the_head_shares_are_not_for_lookups_alone():

@@ -292,6 +292,10 @@ def test_embeddings_make_room_for_layers_where_host_memory_has_room_for_them():
     assert made["input embeddings"] == mapped["embeddings in the page cache"] == 4 * table
     assert plans[0].host_bytes == sum(made.values()) - RUNTIME_BYTES
     assert mapped["rows of embeddings"] + mapped["pinned layers"] <= little
+    tight = planned(large, budget, 4 * table + 5 * layer)  # a layer of which is for rows
+    host = {item.item: item.bytes for item in tight.host_ledger}
+    assert tight.host_embeddings and len(tight.in_ram) == 4
+    assert host["input embeddings"] + host["rows of embeddings"] + host["pinned layers"] <= 4 * table + 5 * layer
 
 
 def test_host_memory_leaves_room_for_the_rest_of_the_machine():
