@@ -233,6 +233,25 @@ class LedgerItem:
 
 
 @dataclass(frozen=True)
+class Expectation:
+    """What steps are expected to take and to bring, before any is measured; forgotten as they are.
+
+    Attributes:
+        pass_s: seconds of a pass over the target by its rows, ascending; drafting not included.
+        draft_s: likewise of a pass over the draft.
+        tree_nodes: of a step.
+        draft_passes: that growing such a tree takes.
+        tokens_per_step: that it emits.
+    """
+
+    pass_s: tuple[tuple[int, float], ...]
+    draft_s: tuple[tuple[int, float], ...]
+    tree_nodes: int
+    draft_passes: float
+    tokens_per_step: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything the engine needs to know before it moves a byte; the whole contract between planner and engine.
 
@@ -261,6 +280,7 @@ class Plan:
             streamed layers are read from the disk for every pass.
         host_embeddings: whether the target's input embeddings stay in host memory, and only the rows that a pass needs
             come to the device.
+        expected: of steps, for trees to start from where `adaptive`; None if nothing is known.
     """
 
     target: str
@@ -286,6 +306,7 @@ class Plan:
     head_rows: int = HEAD_BLOCK_ROWS
     host_ledger: tuple[LedgerItem, ...] = ()
     host_embeddings: bool = False
+    expected: Expectation | None = None
 
     @property
     def device_bytes(self) -> int:

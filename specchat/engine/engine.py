@@ -64,7 +64,9 @@ class Engine(Closing):
         self.load_s = 0.0
         self._target = target
         self._drafter = drafter
-        self._growth: Growth = PayingGrowth(plan.tree_budget) if plan.adaptive else FixedGrowth(plan.tree_budget)
+        self._growth: Growth = FixedGrowth(plan.tree_budget)
+        if plan.adaptive:
+            self._growth = PayingGrowth(plan.tree_budget, plan.expected)
         self._cached: list[int] = []  # the tokens whose rows the target's cache holds
         self._phase: Phase = "idle"
         self._meter = stats.MemoryMeter(plan, [target, *drafter.models], runtime_bytes)

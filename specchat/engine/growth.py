@@ -11,39 +11,45 @@ answers are written. Only which rows are computed ahead depends on them, so the 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
+from itertools import accumulate
 from typing import Protocol
 
-from specchat.config import Step
+from specchat.config import Expectation, Step
+from specchat.engine.timing import PassTimes, never_falling
 from specchat.engine.tree import ROOT, TokenTree
 
 # What is measured is forgotten at these rates, per step: load and subject change within minutes.
 _KEEP_RATE = 0.97
-_KEEP_TIMES = 64
-_KEEP_PASSES = 8
-_KEEP_SIZES = 300
 _KEEP_COUNTS = 0.995
 
-# Before anything is measured.
-_FIRST_NODES = 64
+# What was expected counts as so many steps at first, and for less with every step that is measured.
+_EXPECTED_STEPS = 4.0
+_KEEP_EXPECTED, _LEAST_WEIGHT = 0.8, 1e-6
+# Where nothing is known. Only how the figures compare matters: the first passes correct them all alike.
+_TYPICAL = Expectation(
+    pass_s=((1, 1.0), (65, 1.5)),
+    draft_s=((1, 0.05), (17, 0.07)),
+    tree_nodes=32,
+    draft_passes=6.0,
+    tokens_per_step=3.0,
+)
 _HIT_RATE = 0.7
+_PRIOR_WEIGHT = 4.0
 
-# The first steps offer trees of different sizes, or the cost of a node could not be told from that of a pass.
-_EXPLORED = (1.0, 0.25)
+# Sizes that no step has had for long are tried where, at no more time than the best one, they would bring so much more.
+_TRY_SIZE_EVERY = 4
+_WORTH_KNOWING, _FURTHER = 1.05, 1.5
 # Where plain decoding looks nearly as fast as drafting, each is tried for a moment while the other is in use: after so
-# many steps, then after twice as many each time.
+# many steps, then after so many times as many each time.
 _NEARLY = 0.6
-_TRY_AFTER, _TRY_AT_LAST = 16, 1024
-# What a few drafted steps emit says little; plain ones all emit one token. The first step of a trial is not counted:
-# a draft has to read first what was written without it.
-_TRIAL_STEPS = {"draft": 8, "plain": 3}
+_TRY_AFTER, _LONGER, _TRY_AT_LAST = 4, 3, 1024
+_TRY_UNLIKELY_AFTER = 100
+_TRIAL_STEPS = 3
 
 _BIN_WIDTH = 0.5
 _NUM_BINS = 20
-_PRIOR_WEIGHT = 8.0
 
 
 class Growth(Protocol):
@@ -110,50 +116,42 @@ class PayingGrowth:
 
     Args:
         max_nodes: the most nodes a tree may have.
+        expected: of steps, before any is measured; None if nothing is known.
     """
 
-    def __init__(self, max_nodes: int) -> None:
+    def __init__(self, max_nodes: int, expected: Expectation | None = None) -> None:
         self.max_nodes = max_nodes
+        self._expected = expected or _TYPICAL
+        self._expected_weight = _EXPECTED_STEPS
         self._acceptance = _Acceptance()
-        self._draft, self._target = _LinearTime(), _Curve()
+        most_rows = 2 * max(max_nodes, self._expected.tree_nodes)
+        self._draft = PassTimes(self._expected.draft_s, most_rows)
+        self._target = PassTimes(self._expected.pass_s, most_rows)
         self._hits, self._visits = _PRIOR_WEIGHT * _HIT_RATE, _PRIOR_WEIGHT
         self._num_steps = 0
-        self._trials = _Trials()
+        self._ways = _Ways()
 
     def begins(self) -> bool:
         """Whether drafting has been faster than plain decoding, or is to be tried again."""
-        return self.max_nodes > 0 and (self._exploring() or self._trials.uses_draft)
+        return self.max_nodes > 0 and self._ways.uses_draft
 
     def expand(self, ranks: Sequence[int], weights: Sequence[float]) -> int:
         """Those whose children are expected to bring more than they take."""
-        if self._exploring():
-            return sum(rank < _FIRST_NODES for rank in ranks)
         rate, hit_rate = self._rate(), self._hit_rate()
-        surplus = -rate * self._draft.fixed_s
-        count = 0
-        for rank, weight in zip(ranks, weights, strict=True):
-            gain = hit_rate * self._acceptance.of(weight) - rate * (self._draft.each_s + self._node_s(rank + 1))
-            if gain <= 0:
-                break
-            surplus += gain
-            count += 1
-        return count if surplus > 0 else 0
+        best_value = gained = 0.0
+        best = 0
+        for count, (rank, weight) in enumerate(zip(ranks, weights, strict=True), 1):
+            gained += hit_rate * self._acceptance.of(weight) - rate * self._node_s(rank + 1)
+            value = gained - rate * self._draft.at(count)
+            if value > best_value:
+                best_value, best = value, count
+        return best
 
     def cut(self, weights: Sequence[float]) -> int:
         """The number of nodes at which expected tokens, less what their time is worth, are most."""
-        if self._exploring():
-            share = _EXPLORED[min(self._num_steps, len(_EXPLORED) - 1)]
-            return min(len(weights), max(1, int(share * min(self.max_nodes, _FIRST_NODES))))
-        rate = self._rate()
-        alone_s = self._target.at(1)
-        best_value = tokens = 0.0
-        best = 0
-        for node, weight in enumerate(weights):
-            tokens += self._acceptance.of(weight)
-            value = tokens - rate * (self._target.at(2 + node) - alone_s)
-            if value > best_value:
-                best_value, best = value, node + 1
-        return best
+        tokens = list(accumulate((self._acceptance.of(weight) for weight in weights), initial=1.0))
+        best = self._best(tokens)
+        return self._unknown_size(best, tokens) or best
 
     def drafted(self, rows: int, seconds: float) -> None:
         """Learns what a pass of the draft takes."""
@@ -162,24 +160,45 @@ class PayingGrowth:
 
     def verified(self, step: Step, tree: TokenTree, path: Sequence[int]) -> None:
         """Learns what a pass of the target takes, and how often nodes of such weights are accepted."""
+        self._draft.learn()
         if step.new_rows > self.max_nodes or not step.token_ids:
             return  # a long prompt's pass says nothing of a tree's
         self._num_steps += 1
-        self._target.add(step.new_rows + step.tree_nodes, step.pass_s - step.draft_s)
+        self._expected_weight = max(_KEEP_EXPECTED * self._expected_weight, _LEAST_WEIGHT)
+        if self._num_steps > 1:  # the first pass finds nothing in caches
+            self._target.add(step.new_rows + step.tree_nodes, step.pass_s - step.draft_s)
+            self._target.learn()
+        promised = 1.0 + sum(self._acceptance.of(weight) for weight in tree.weights)
         if len(tree):
             self._acceptance.add(tree.weights, path)
             parents = set(tree.parents)
             self._hits = _KEEP_COUNTS * self._hits + len(path)
             self._visits = _KEEP_COUNTS * self._visits + sum(node in parents for node in (ROOT, *path))
-        if not self._exploring():
-            self._trials.step(len(step.token_ids), step.pass_s, plain_s=self._target.at(1))
+        self._ways.step(len(step.token_ids), promised, step.pass_s, plain_s=self._target.at(1))
 
-    def _exploring(self) -> bool:
-        return self._num_steps < len(_EXPLORED)
+    def _best(self, tokens: Sequence[float]) -> int:
+        """The size that pays best, by the tokens expected of each."""
+        rate, alone_s = self._rate(), self._target.at(1)
+        values = [expected - rate * (self._target.at(1 + nodes) - alone_s) for nodes, expected in enumerate(tokens)]
+        return values.index(max(values))
+
+    def _unknown_size(self, best: int, tokens: Sequence[float]) -> int:
+        """A size other than the best one that is worth a try: never measured, and much better if it cost little."""
+        if not best or self._num_steps % _TRY_SIZE_EVERY != _TRY_SIZE_EVERY - 1:
+            return 0
+        larger, smaller = min(2 * best, len(tokens) - 1), best // 2
+        least_rows, most_rows = self._target.measured
+        if 1 + larger > _FURTHER * most_rows and tokens[larger] > _WORTH_KNOWING * tokens[best]:
+            return larger
+        return smaller if _FURTHER * (1 + smaller) < least_rows else 0
 
     def _rate(self) -> float:
-        """Tokens per second that a moment is worth."""
-        return self._trials.best_per_s
+        """Tokens per second that a moment is worth: those of the faster way."""
+        expected, weight = self._expected, self._expected_weight
+        rows = max(round(expected.tree_nodes / expected.draft_passes), 1)
+        expected_s = self._target.at(1 + expected.tree_nodes) + expected.draft_passes * self._draft.at(rows)
+        drafted = self._ways.drafted.with_more(weight * expected.tokens_per_step, weight * expected_s)
+        return max(drafted, self._ways.plain_per_s or 1 / self._target.at(1))
 
     def _hit_rate(self) -> float:
         """How often the token drawn behind an accepted node is among its children."""
@@ -196,144 +215,82 @@ class _Rate:
     def __init__(self) -> None:
         self._tokens = self._seconds = 0.0
 
+    def add(self, tokens: float, seconds: float) -> None:
+        """One more step."""
+        self._tokens = _KEEP_RATE * self._tokens + tokens
+        self._seconds = _KEEP_RATE * self._seconds + seconds
+
+    def with_more(self, tokens: float, seconds: float) -> float:
+        """As if steps of so many tokens and seconds had been among the last."""
+        return (self._tokens + tokens) / (self._seconds + seconds)
+
     @property
     def per_s(self) -> float:
         """0 before the first step."""
         return self._tokens / self._seconds if self._seconds else 0.0
 
-    def add(self, tokens: int, seconds: float) -> None:
-        """One more step."""
-        self._tokens = _KEEP_RATE * self._tokens + tokens
-        self._seconds = _KEEP_RATE * self._seconds + seconds
 
-
-class _Trials:
-    """Which way of decoding is the faster one, and when the other is tried."""
+class _Ways:
+    """Which of drafting and plain decoding is the faster one, and when the other is tried."""
 
     def __init__(self) -> None:
         self.uses_draft = True
+        self.drafted = _Rate()
+        self._plain = _Rate()
         self._prefers_draft = True
-        self._rates = {True: _Rate(), False: _Rate()}
         self._interval = self._left = _TRY_AFTER
+        self._num_steps = 0
 
     @property
-    def best_per_s(self) -> float:
-        """Tokens per second of the faster one."""
-        return max(rate.per_s for rate in self._rates.values())
+    def plain_per_s(self) -> float:
+        """Tokens per second without a draft; 0 as long as that was not tried."""
+        return self._plain.per_s
 
-    @property
-    def _on_trial(self) -> bool:
-        return self.uses_draft != self._prefers_draft
-
-    def step(self, tokens: int, seconds: float, plain_s: float) -> None:
+    def step(self, tokens: int, promised: float, seconds: float, plain_s: float) -> None:
         """A step has ended.
 
         Args:
             tokens: emitted.
+            promised: that the tree was expected to bring: where few steps have to tell, luck is left out.
             seconds: taken.
-            plain_s: what a step without a draft is expected to take.
+            plain_s: what a step without a draft takes, as far as that is known.
         """
+        self._num_steps += 1
         self._left -= 1
-        if not (self._on_trial and self._left + 1 == _TRIAL_STEPS["draft" if self.uses_draft else "plain"]):
-            self._rates[self.uses_draft].add(tokens, seconds)
+        on_trial = self.uses_draft != self._prefers_draft
+        if self.uses_draft and not (on_trial and self._left + 1 == _TRIAL_STEPS):
+            # the first step of a trial does not count: the draft has to read first what was written without it
+            self.drafted.add(promised if on_trial else (promised + tokens) / 2, seconds)
+        elif not self.uses_draft:
+            self._plain.add(tokens, seconds)
         if self._left > 0:
             return
-        if self._on_trial:
+        if on_trial:
             self._judge()
-        elif self._prefers_draft and 1 / plain_s < _NEARLY * self.best_per_s:
+        elif self._prefers_draft and 1 / plain_s < self._nearly * self.drafted.per_s:
             self._left = self._interval
         else:
-            self.uses_draft = not self.uses_draft
-            self._rates[self.uses_draft] = _Rate()
-            self._left = _TRIAL_STEPS["draft" if self.uses_draft else "plain"]
+            self._begin_trial()
+
+    @property
+    def _nearly(self) -> float:
+        """How fast plain decoding must look to be worth a trial; what was never tried may be faster than it looks."""
+        return _NEARLY if self._plain.per_s or self._num_steps < _TRY_UNLIKELY_AFTER else _NEARLY / 2
+
+    def _begin_trial(self) -> None:
+        self.uses_draft = not self.uses_draft
+        if self.uses_draft:
+            self.drafted = _Rate()
+        else:
+            self._plain = _Rate()
+        self._left = _TRIAL_STEPS
 
     def _judge(self) -> None:
-        prefers_draft = self._rates[True].per_s > self._rates[False].per_s
+        prefers_draft = self.drafted.per_s > self._plain.per_s
         changed = prefers_draft != self._prefers_draft
-        self._interval = _TRY_AFTER if changed else min(2 * self._interval, _TRY_AT_LAST)
+        self._interval = _TRY_AFTER if changed else min(_LONGER * self._interval, _TRY_AT_LAST)
         self._prefers_draft = self.uses_draft = prefers_draft
         self._left = self._interval
-
-
-class _Curve:
-    """Seconds of a pass over the target by its rows, as measured at sizes within factors of two of each other.
-
-    Any shape that never falls: flat while layers are on their way, steep once computing takes longer.
-    """
-
-    def __init__(self) -> None:
-        self._seen: dict[int, deque[tuple[int, int, float]]] = {}  # size class -> (step, rows, seconds)
-        self._num_steps = 0
-        self._points: list[tuple[float, float]] = []
-
-    def add(self, rows: int, seconds: float) -> None:
-        """One more pass."""
-        self._num_steps += 1
-        self._seen.setdefault((rows - 1).bit_length(), deque(maxlen=_KEEP_PASSES)).append(
-            (self._num_steps, rows, seconds)
-        )
-        points = []
-        for _, seen in sorted(self._seen.items()):
-            if seen[-1][0] < self._num_steps - _KEEP_SIZES:
-                continue  # too long ago: better guessed from its neighbours, and tried again
-            points.append((sum(rows for _, rows, _ in seen) / len(seen), median(s for _, _, s in seen), len(seen)))
-        self._points = _never_falling(points)
-
-    def at(self, rows: float) -> float:
-        """Expected seconds of a pass."""
-        if len(self._points) == 1:  # half of it for being a pass, half for its rows
-            ((known, seconds),) = self._points
-            return seconds * (0.5 + 0.5 * rows / known)
-        above = next((i for i, (known, _) in enumerate(self._points) if known >= rows), len(self._points) - 1)
-        (x0, y0), (x1, y1) = self._points[max(above, 1) - 1 : max(above, 1) + 1]
-        return max(y0 + (y1 - y0) * (rows - x0) / (x1 - x0), 0.0)
-
-
-def _never_falling(points: Sequence[tuple[float, float, int]]) -> list[tuple[float, float]]:
-    """The never falling sequence nearest to the points' heights: neighbours out of order take their common mean.
-
-    Args:
-        points: (x, y, weight), by x.
-
-    Source: the pool-adjacent-violators algorithm; M. Ayer et al., Annals of Mathematical Statistics 26, 1955.
-    """
-    pools: list[tuple[float, int, list[float]]] = []  # height, weight, the x in it
-    for x, y, weight in points:
-        pools.append((y, weight, [x]))
-        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
-            (ya, wa, xa), (yb, wb, xb) = pools[-2:]
-            pools[-2:] = [((ya * wa + yb * wb) / (wa + wb), wa + wb, xa + xb)]
-    return [(x, y) for y, _, xs in pools for x in xs]
-
-
-class _LinearTime:
-    """Seconds of a pass as a constant plus so much per row, fitted to the last passes."""
-
-    def __init__(self) -> None:
-        self._seen: deque[tuple[int, float]] = deque(maxlen=_KEEP_TIMES)
-        self.fixed_s = self.each_s = 0.0
-
-    def add(self, rows: int, seconds: float) -> None:
-        """One more pass.
-
-        Ordinary least squares; a slope that is lost in the noise counts as none, and passes of one size are taken to
-        cost half for being passes and half for their rows.
-        """
-        self._seen.append((rows, seconds))
-        n = len(self._seen)
-        mean_rows = sum(r for r, _ in self._seen) / n
-        mean_s = sum(s for _, s in self._seen) / n
-        variance = sum((r - mean_rows) ** 2 for r, _ in self._seen)
-        if variance < 1.0:
-            self.each_s = mean_s / (2 * mean_rows)
-        else:
-            slope = sum((r - mean_rows) * (s - mean_s) for r, s in self._seen) / variance
-            self.each_s = min(max(slope, 0.0), mean_s / mean_rows)
-        self.fixed_s = mean_s - self.each_s * mean_rows
-
-    def at(self, rows: int) -> float:
-        """Expected seconds of a pass."""
-        return self.fixed_s + self.each_s * rows
 
 
 class _Acceptance:
@@ -346,8 +303,15 @@ class _Acceptance:
         self._probability = prior
 
     def of(self, weight: float) -> float:
-        """Probability that a node of this log weight (at most 0) is accepted."""
-        return self._probability[_bin(weight)]
+        """Probability that a node of this log weight (at most 0) is accepted; straight lines from bin to bin."""
+        place = -weight / _BIN_WIDTH - 0.5
+        if place <= 0.0:
+            return self._probability[0]
+        if place >= _NUM_BINS - 1:
+            return self._probability[-1]
+        left = int(place)
+        at_left, at_right = self._probability[left : left + 2]
+        return at_left + (at_right - at_left) * (place - left)
 
     def add(self, weights: Sequence[float], path: Sequence[int]) -> None:
         """Nodes that were verified, and which of them were accepted."""
@@ -357,10 +321,9 @@ class _Acceptance:
             self._offered[_bin(weight)] += 1.0
         for node in path:
             self._accepted[_bin(weights[node])] += 1.0
-        most = 0.0
-        for i in reversed(range(_NUM_BINS)):  # a heavier node is never the less likely one
-            most = max(most, self._accepted[i] / self._offered[i])
-            self._probability[i] = most
+        seen = [accepted / offered for accepted, offered in zip(self._accepted, self._offered, strict=True)]
+        # a heavier node is never the less likely one
+        self._probability = never_falling(seen[::-1], self._offered[::-1])[::-1]
 
 
 def _bin(weight: float) -> int:

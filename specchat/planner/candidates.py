@@ -100,6 +100,7 @@ class Candidate:
             ledger=build_ledger(target, draft, work, resident),
             device_budget_bytes=self.budget_bytes,
             adaptive=self.adaptive,
+            expected=self.model.expectation(self.placement, work.tree_budget) if self.adaptive else None,
             draft_quant="none" if draft is None else draft.quant,
             lowered_from=target.dtype if request.quant == "auto" and target.quant in LOWER_QUANTS else None,
             host_bytes=0 if machine.device == "cpu" else beside_gpu,

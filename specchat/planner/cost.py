@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from typing import Literal
 
-from specchat.config import DTYPE_BYTES, HEAD_BLOCK_ROWS, Dtype, ModelSpec
+from specchat.config import DTYPE_BYTES, HEAD_BLOCK_ROWS, Dtype, Expectation, ModelSpec, draft_width
 from specchat.planner.placement import Placement
 from specchat.planner.rates import Basis, Rates, least_sure
 
@@ -142,6 +142,20 @@ class CostModel:
         """
         return self._step(placement, self._best_size(placement, tree_budget, adaptive)[1])
 
+    def expectation(self, placement: Placement, tree_budget: int) -> Expectation | None:
+        """What adaptive trees start from: the same figures for trees of all sizes; None without a draft."""
+        if self._draft is None or tree_budget == 0:
+            return None
+        steps = [self._step(placement, nodes) for nodes in (0, *_sizes_up_to(tree_budget))]
+        best = self.predict(placement, tree_budget, adaptive=True)
+        return Expectation(
+            pass_s=tuple((1 + step.tree_nodes, step.pass_s - step.draft_s) for step in steps),
+            draft_s=tuple((rows, self._batch_s(rows)) for rows in _sizes_up_to(draft_width(tree_budget))),
+            tree_nodes=best.tree_nodes,
+            draft_passes=1 + draft_batches(best.tree_nodes),
+            tokens_per_step=best.tokens_per_step,
+        )
+
     def tok_per_s(self, placement: Placement, tree_budget: int, *, adaptive: bool) -> float:
         """That of `predict`, in a fraction of its time."""
         return self._best_size(placement, tree_budget, adaptive)[0]
@@ -234,8 +248,12 @@ class CostModel:
             return 0.0
         num_batches = draft_batches(nodes)
         rows = max(round(_READ_PER_NODE * nodes / num_batches), 1)
-        beside_s = _CPU_BATCH_S if self._on_cpu else 0.0
-        return self._draft.pass_s(math.ceil(tokens)) + num_batches * (self._draft.pass_s(rows) + beside_s)
+        return self._draft.pass_s(math.ceil(tokens)) + num_batches * self._batch_s(rows)
+
+    def _batch_s(self, rows: int) -> float:
+        """A pass of the draft, and what comes with it."""
+        drafting_s = 0.0 if self._draft is None else self._draft.pass_s(rows)
+        return drafting_s + (_CPU_BATCH_S if self._on_cpu else 0.0)
 
     def _basis(self, placement: Placement, nodes: int) -> Basis:
         bases: list[Basis] = [self._rates.compute_basis]

@@ -127,7 +127,7 @@ def smaller_plan(request: PlanRequest, plan: Plan) -> Plan:
                 hint="close other programs, or lower --ctx",
             ) from None
         smaller = make_plan(replace(less, tree_budget=plan.tree_budget // 2))
-    return replace(smaller, adaptive=plan.adaptive, lowered_from=plan.lowered_from)
+    return replace(smaller, adaptive=plan.adaptive, expected=plan.expected, lowered_from=plan.lowered_from)
 
 
 def _as_planned(planned: str, asked: Literal["auto"] | Quant) -> Literal["auto"] | Quant:

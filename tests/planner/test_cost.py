@@ -336,3 +336,20 @@ def test_rates_say_where_they_come_from():
         with_card(card(24, gen=gen, width=width))[1].host.per_s for gen, width in ((3, 8), (3, 16), (4, 16), (5, 16))
     ]
     assert widths == sorted(widths) and widths[-1] == 8 * widths[0]
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cpu"])
+def test_adaptive_trees_are_told_what_was_predicted(device: str):
+    machine, rates = with_card(card(24))
+    machine = replace(machine, device=device)
+    found = chosen(asked(draft_is_open=False, vram_bytes=20 * GIB), machine, rates)
+    prediction, expected = found.prediction, found.plan.expected
+    assert expected is not None
+    assert (expected.tree_nodes, expected.tokens_per_step) == (prediction.tree_nodes, prediction.tokens_per_step)
+    passes, batches = dict(expected.pass_s), dict(expected.draft_s)
+    assert passes[1 + prediction.tree_nodes] == pytest.approx(prediction.pass_s - prediction.draft_s)
+    least, most = min(batches.values()), max(batches.values())
+    assert least <= 1.1 * prediction.draft_s / expected.draft_passes <= 1.2 * most
+    assert list(passes) == sorted(passes) and max(passes) == 1 + found.plan.tree_budget
+    pinned = chosen(asked(tree_budget=64), machine, rates)
+    assert pinned.plan.expected is None

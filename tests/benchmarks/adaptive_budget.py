@@ -1,0 +1,151 @@
+"""Trees that grow for as long as their nodes pay, against trees of every fixed size, on two very different machines.
+
+    PYTHONPATH=. python tests/benchmarks/adaptive_budget.py resident|disk [--questions N] [--tokens N]
+
+`resident` is the demo in memory, whose passes take milliseconds; `disk` is a synthetic model whose layers come from the
+disk for every pass. One model is loaded, and the ways take turns on it, answer by answer, each of them beginning as
+often as the others: fixed budgets, "chat" (one `PayingGrowth` for all answers, as in a chat) and "once" (one that only
+knows the plan's predictions for every answer, as in `specchat run MODEL PROMPT`). All write the same text. Speeds are all
+tokens over all time, the prompts' passes and every first step included; what is in square brackets is a 90% interval,
+by resampling questions. Fails where "chat" reaches less than 0.97 of the best fixed budget.
+Takes about four minutes (disk: 1.3 GB under SPECCHAT_CACHE_DIR, and seven); run it on a quiet machine.
+"""
+
+import argparse
+import os
+import random
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from specchat.bench.prompts import BUILT_IN
+from specchat.cli import models as shared
+from specchat.cli.options import ModelOptions
+from specchat.config import Message, Sampling, cache_folder
+from specchat.engine.engine import Engine
+from specchat.engine.growth import FixedGrowth, PayingGrowth
+from specchat.errors import SpecchatError
+from specchat.hardware.disk import evict
+from specchat.hardware.probe import probe
+from specchat.models.hf_compat import load_tokenizer
+from specchat.ui.console import talk
+from specchat.ui.progress import TalkReporter
+from specchat.units import MIB
+
+LEAST_SHARE = 0.97
+FIXED = (8, 16, 32, 64, 128)
+DISK = "shape:hidden=2048,layers=12,heads=16,kv_heads=4,head_dim=128,mlp=7168"
+COMMON = {"device": "cpu", "ctx": 512, "yes": True, "quiet": True}
+CASES = {
+    "resident": (ModelOptions(model="demo", **COMMON), 24, 64),
+    "disk": (ModelOptions(model=DISK, quant="none", vram_bytes=420 * MIB, ram_bytes=0, **COMMON), 6, 48),
+}
+
+
+@dataclass
+class Way:
+    """One way to choose the size of trees, and what it took, by question: (tokens, seconds)."""
+
+    name: str
+    make: object
+    keeps: bool = True
+    spent: list[tuple[int, float]] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    made: object = None
+
+    def growth(self):
+        if self.made is None or not self.keeps:
+            self.made = self.make()
+        return self.made
+
+    def tok_per_s(self, chosen=None):
+        spent = self.spent if chosen is None else [self.spent[i] for i in chosen]
+        return sum(tokens for tokens, _ in spent) / sum(seconds for _, seconds in spent)
+
+
+def answer(engine, way, prompt, seed, max_tokens):
+    """As a new chat: nothing of the prompt is cached."""
+    engine.forget()
+    engine._growth = way.growth()
+    sampling = Sampling(temperature=0.7 * (seed % 2), seed=seed)
+    begin = time.perf_counter()
+    steps = list(engine.generate(prompt, sampling, stop_ids=frozenset(), max_tokens=max_tokens))
+    seconds = time.perf_counter() - begin
+    way.spent.append((sum(len(step.token_ids) for step in steps), seconds))
+    way.sizes.append(round(sum(step.tree_nodes for step in steps) / len(steps)))
+
+
+def ways_for(plan):
+    budget = plan.tree_budget
+    return [
+        *(Way(f"fixed {nodes}", lambda nodes=nodes: FixedGrowth(nodes)) for nodes in FIXED if nodes <= budget),
+        Way("chat", lambda: PayingGrowth(budget, plan.expected)),
+        Way("once", lambda: PayingGrowth(budget, plan.expected), keeps=False),
+    ]
+
+
+def load(options):
+    refs = shared.parse_models(options)
+    models = shared.locate_models(options, refs, talk(quiet=True))
+    probe(cache_folder(), "cpu")
+    planned = shared.make_plan(options, models, print, as_given=True)
+    plan, models, reporter = planned.plan, planned.models, TalkReporter(talk(quiet=True))
+    packs = shared.make_pack(models.target, plan, reporter), shared.make_draft_pack(models.draft, plan, reporter)
+    if packs[0] is not None and plan.streamed:
+        with suppress(SpecchatError):  # where it cannot be, unbuffered reads go past the cache all the same
+            evict([packs[0].layers[index].path for index in plan.streamed])
+    print(f"{plan.target}: {len(plan.resident)}+{len(plan.streamed)} layers, trees of up to {plan.tree_budget}")
+    print(f"expected: {planned.chosen.prediction.tok_per_s:.1f} tok/s, {plan.expected}", flush=True)
+    return Engine.load(plan, models.target, models.draft, *packs), load_tokenizer(models.target.path)
+
+
+def measured(case, num_questions, max_tokens):
+    options, usual_questions, usual_tokens = CASES[case]
+    engine, tokenizer = load(options)
+    with engine:
+        ways = ways_for(engine.plan)
+        warm_up = Way("warm-up", lambda: FixedGrowth(16))
+        for seed in range(num_questions or usual_questions):
+            question = BUILT_IN[seed % len(BUILT_IN)].turns[0]
+            prompt = tokenizer.encode(tokenizer.render([Message("user", question)]))
+            if seed == 0:
+                answer(engine, warm_up, prompt, seed, 16)
+            for turn in range(len(ways)):
+                answer(engine, ways[(seed + turn) % len(ways)], prompt, seed, max_tokens or usual_tokens)
+    return ways
+
+
+def show(ways):
+    """Every way beside the best fixed one; the share that "chat" reaches."""
+    best = max((way for way in ways if way.name.startswith("fixed")), key=Way.tok_per_s)
+    rng, count = random.Random(0), len(best.spent)
+    draws = [[rng.randrange(count) for _ in range(count)] for _ in range(2000)]
+    for way in ways:
+        shares = sorted(way.tok_per_s(chosen) / best.tok_per_s(chosen) for chosen in draws)
+        low, high = shares[len(shares) // 20], shares[-len(shares) // 20]
+        first = way.spent[0][0] / way.spent[0][1]
+        print(
+            f"  {way.name:<10} {way.tok_per_s():7.2f} tok/s, {way.tok_per_s() / best.tok_per_s():.3f} of {best.name} "
+            f"[{low:.3f}, {high:.3f}]; first answer {first:.2f} tok/s; mean sizes {way.sizes[:8]}"
+        )
+    return next(way for way in ways if way.name == "chat").tok_per_s() / best.tok_per_s()
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("case", choices=CASES)
+    parser.add_argument("--questions", type=int)
+    parser.add_argument("--tokens", type=int)
+    arguments = parser.parse_args()
+    shared.prepare_libraries()
+    with tempfile.TemporaryDirectory() as state:
+        os.environ["SPECCHAT_STATE_DIR"] = state
+        share = show(measured(arguments.case, arguments.questions, arguments.tokens))
+    print(f"adaptive: {share:.3f} of the best fixed budget (at least {LEAST_SHARE})")
+    return int(share < LEAST_SHARE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
