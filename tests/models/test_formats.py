@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from specchat.models.formats.bnb4 import Nf4Quantizer
-from specchat.models.formats.bnb_ops import bnb
+from specchat.models.formats.bnb_ops import bnb, bnb_version
 from specchat.models.formats.int8 import Int8Quantizer
+from specchat.models.formats.plain import Plain
 from specchat.models.formats.protocol import Quantizer, chunk_rows, scratch_bytes
 
 CPU = torch.device("cpu")
@@ -89,6 +90,35 @@ def test_nf4_of_a_large_matrix_does_not_depend_on_the_pieces():
     weight = matrix((1100, 4096))  # more than is quantized at a time
     segments, halves = quantized(Nf4Quantizer(), weight), [quantized(Nf4Quantizer(), w) for w in weight.split(1024)]
     assert torch.equal(segments["codes"], torch.cat([half["codes"] for half in halves]))
+    bnb()
+    from bitsandbytes import functional
+
+    _, state = functional.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+    assert torch.equal(segments["absmax"], state.absmax) and torch.equal(segments["nested_absmax"], state.state2.absmax)
+
+
+def test_int8_of_a_large_matrix_does_not_depend_on_the_pieces(monkeypatch: pytest.MonkeyPatch):
+    weight = matrix((37, 200))
+    whole = quantized(Int8Quantizer(), weight)
+    for rows in (1, 5):
+        monkeypatch.setattr("specchat.models.formats.int8._QUANTIZE_ROWS_BYTES", rows * 4 * 200)
+        pieces = quantized(Int8Quantizer(), weight)
+        assert all(torch.equal(pieces[name], segment) for name, segment in whole.items())
+
+
+def test_whose_numbers_they_are():
+    """A pack made by another bitsandbytes is another pack."""
+    assert bnb_version() in Nf4Quantizer().identity
+
+
+@given(shapes, dtypes, dtypes, st.data())
+def test_plain_matrices_are_cast(shape, saved, wanted, data):
+    form, weight = Plain(saved), matrix(shape, saved)
+    assert [(s.name, s.shape, s.dtype) for s in form.segments(*shape)] == [("weight", shape, saved)]
+    begin = data.draw(st.integers(0, shape[0] - 1))
+    end = data.draw(st.integers(begin + 1, shape[0]))
+    out = form.dequantize({"weight": weight}, begin, end, torch.empty(end - begin, shape[1], dtype=wanted))
+    assert out.dtype == wanted and torch.equal(out, weight[begin:end].to(wanted))
 
 
 @pytest.mark.parametrize(("quantizer", "error"), [(QUANTIZERS[0], 0.0068), (QUANTIZERS[1], 0.094)])

@@ -81,6 +81,7 @@ CASES: list[tuple[Kind, tuple[tuple[int, int], ...]]] = [
     (bnb8(), ANY),
     (block_fp8(), ((128, 128), (130, 250), (64, 300))),
     (block_fp8(dtype=torch.bfloat16), ((128, 256), (130, 250), (64, 300))),
+    (block_fp8((32, 16)), ((64, 48), (70, 40))),
     (block_fp8(None), ANY),
 ]
 ALL = [pytest.param(kind, shape, id=f"{kind.name}-{shape[0]}x{shape[1]}") for kind, shapes in CASES for shape in shapes]
@@ -414,7 +415,9 @@ def test_one_number_that_is_nan_is_found(row: int, code: int, monkeypatch: pytes
 
 
 def test_what_a_bnb_file_says_of_its_matrix_is_checked():
-    for old, new in ((b'"blocksize": 64', b'"blocksize": 99'), (b'"shape": [64, 128]', b'"shape": [64, 129]')):
+    changes = (("blocksize", 64, 99), ("nested_blocksize", 256, 255), ("shape", [64, 128], [64, 129]))
+    for field, before, after in changes:
+        old, new = (f'"{field}": {value}'.encode() for value in (before, after))
 
         def change(tensor: Tensor, old: bytes = old, new: bytes = new) -> Tensor:
             data = bytes(tensor.tolist())
@@ -434,6 +437,82 @@ def test_plain_matrices_are_left_alone(kind: Kind):
     with pytest.raises(CorruptCheckpointError, match=MODULE):
         scheme.format_of(MODULE, (32, 65), headers(plain))
     assert scheme_of({"model_type": "llama"}) is None
+
+
+def test_overrides_of_gptq_modules():
+    """The first that matches counts, and what it does not say is as in the rest of the file."""
+    overrides = {
+        r"+:.*up_proj": {"sym": True},
+        r"+:.*(up|down)_proj": {"desc_act": True},
+        r".*layers\.3\..*": {"bits": 8, "sym": True},
+    }
+    scheme, shape = scheme_of(changed(gptq(), dynamic=overrides)), (64, 128)
+    assert scheme is not None
+    four, eight = headers(gptq().pack(random_matrix(shape), 1)), headers(gptq(8).pack(random_matrix(shape), 1))
+    found = {
+        name: scheme.format_of(f"model.layers.3.{name}", shape, eight if name == "o_proj" else four)
+        for name in ("up_proj", "down_proj", "o_proj")
+    }
+    assert found == {
+        "up_proj": Affine(4, 32, FP16),
+        "down_proj": Affine(4, 32, FP16, zeros=True, reordered=True),
+        "o_proj": Affine(8, 32, FP16),
+    }
+    assert scheme.format_of("model.layers.4.o_proj", shape, four) == Affine(4, 32, FP16, zeros=True)
+
+
+def test_what_a_gptq_file_need_not_say():
+    """Zero points are in the middle, and where one scale serves a whole row no column is out of order."""
+    tensors, shape = headers(gptq(sym=True).pack(random_matrix((64, 128)), 1)), (64, 128)
+    silent = scheme_of(changed(gptq(), sym=None, desc_act=None, checkpoint_format=None))
+    assert silent is not None and silent.format_of(MODULE, shape, tensors) == Affine(4, 32, FP16)
+    kind = gptq(group=-1, act_order=True)
+    whole = scheme_of({"quantization_config": kind.config})
+    assert whole is not None
+    assert whole.format_of(MODULE, shape, headers(kind.pack(random_matrix(shape), 1))) == Affine(4, None, FP16, True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "group_size"),
+    [
+        (compressed("pack-quantized", group=32), 32),
+        (compressed("pack-quantized", strategy="channel"), -1),
+        (compressed("pack-quantized", strategy="tensor"), None),
+    ],
+    ids=str,
+)
+def test_what_a_compressed_tensors_file_need_not_say(kind: Kind, group_size: int | None):
+    """The size of its groups says how scales lie; channels have no order of groups."""
+    shape = (32, 64)
+    tensors = headers(kind.pack(random_matrix(shape), 1))
+    for order in (None, "group") if group_size == -1 else (None,):
+        scheme = scheme_of(weights_changed(kind, strategy=None, group_size=group_size, actorder=order))
+        assert scheme is not None
+        group = 32 if group_size == 32 else None
+        assert scheme.format_of(MODULE, shape, tensors) == Affine(4, group, torch.bfloat16)
+
+
+def test_a_name_stands_for_no_other_that_begins_like_it():
+    group = {**CT.config["config_groups"]["group_0"], "targets": [MODULE]}
+    scheme = scheme_of(changed(CT, config_groups={"a": group}))
+    assert scheme is not None
+    tensors = headers(CT.pack(random_matrix((32, 64)), 1))
+    assert scheme.format_of(MODULE, (32, 64), tensors) == Affine(4, 32, torch.bfloat16)
+    for other in (f"{MODULE}_2", MODULE.replace(".", "x", 1)):
+        with pytest.raises(CorruptCheckpointError, match="no config group"):
+            scheme.format_of(other, (32, 64), tensors)
+
+
+def test_older_files_say_it_otherwise():
+    """bitsandbytes' of 2023 have no `quant_method`, compressed-tensors' of 2024 another key."""
+    old = {name: value for name, value in bnb4().config.items() if name != "quant_method"}
+    for config, name in (
+        ({"quantization_config": old}, "bitsandbytes 4-bit"),
+        ({"quantization_config": {"load_in_8bit": True}}, "bitsandbytes 8-bit"),
+        ({"compression_config": CT.config}, "compressed-tensors int4"),
+    ):
+        scheme = scheme_of(config)
+        assert scheme is not None and scheme.name == name
 
 
 def test_modules_of_one_file_may_differ():
