@@ -479,7 +479,7 @@ def test_what_a_gptq_file_need_not_say():
         (compressed("pack-quantized", strategy="channel"), -1),
         (compressed("pack-quantized", strategy="tensor"), None),
     ],
-    ids=str,
+    ids=["group", "channel", "tensor"],
 )
 def test_what_a_compressed_tensors_file_need_not_say(kind: Kind, group_size: int | None):
     """The size of its groups says how scales lie; channels have no order of groups."""
