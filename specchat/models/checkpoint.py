@@ -188,7 +188,7 @@ class TensorReader(Closing):
     def mapped(self, key: str) -> "torch.Tensor":
         """The tensor as saved, in the pages of its file, of which only those that are used take memory.
 
-        Where its numbers do not begin as torch wants them, it is read.
+        Where its numbers do not begin as torch wants them, or the system maps no such file, it is read.
 
         Raises:
             CorruptCheckpointError, ModelError: as `read`.
@@ -201,7 +201,10 @@ class TensorReader(Closing):
             return self.read(key)
         if file_bytes < info.offset + info.nbytes:
             _fail_truncated(info.file, info.offset + info.nbytes, file_bytes)
-        pages = torch.from_file(str(info.file), shared=False, size=file_bytes, dtype=torch.uint8)
+        try:
+            pages = torch.from_file(str(info.file), shared=False, size=file_bytes, dtype=torch.uint8)
+        except RuntimeError:
+            return self.read(key)
         return pages[info.offset : info.offset + info.nbytes].view(dtype).view(info.shape)
 
     def read_into(self, key: str, out: "torch.Tensor") -> None:

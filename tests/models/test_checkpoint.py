@@ -245,6 +245,16 @@ def test_a_file_cut_within_its_header(tmp_path, size):
         open_checkpoint(tmp_path)
 
 
+def test_what_cannot_be_mapped_is_read(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("unable to mmap")
+
+    save_file({"x": torch.arange(5)}, tmp_path / "model.safetensors")
+    monkeypatch.setattr(torch, "from_file", refuse)
+    with TensorReader(open_checkpoint(tmp_path)) as reader:
+        assert torch.equal(reader.mapped("x"), torch.arange(5))
+
+
 def test_truncated_while_running(tmp_path):
     save_file({"x": torch.ones(1000), "y": torch.ones(1000)}, tmp_path / "model.safetensors")
     checkpoint = open_checkpoint(tmp_path)
