@@ -233,7 +233,7 @@ def test_other_trees_on_the_same_layers(tmp_path: Path):
 
 
 MEMORY_OF_A_PROCESS = """
-import json, sys
+import ctypes, gc, json, sys
 from pathlib import Path
 from specchat.cli import models as shared
 from specchat.cli.options import ModelOptions
@@ -258,6 +258,8 @@ pack = shared.make_pack(found.target, plan, TalkReporter(talk(quiet=True)))
 for source in (found.target, found.draft):
     check_architecture(source)
 ids = load_tokenizer(found.target.path).encode("Tell me a story about a fox. " * 20)
+gc.collect()
+ctypes.CDLL(None).malloc_trim(0)  # else what planning freed would be taken again, and nothing would grow
 before = held()
 with Engine.load(plan, found.target, found.draft, pack) as engine:
     for _ in engine.generate(ids[:200], Sampling(), stop_ids=frozenset(), max_tokens=24):
@@ -265,6 +267,7 @@ with Engine.load(plan, found.target, found.draft, pack) as engine:
     after = held()
 print(json.dumps({"before": before, "after": after, "device": plan.device_bytes,
     "host": {item.item: item.bytes for item in plan.host_ledger}, "disk": plan.tiers.count("disk"),
+    "slots": sum(item.bytes for item in plan.ledger if item.item == "slots"),
     "ram": len(plan.in_ram), "pack": pack is not None}))
 """
 
@@ -286,7 +289,8 @@ def test_a_process_grows_by_what_its_ledgers_say(vram: int, ram: int, quant: str
     reading, mib = host.get("reading", 0), 1 << 20
     # what allocators keep, and code of libraries that is used for the first time
     assert grown["RssAnon"] <= found["device"] + reading + 32 * mib
-    assert grown["RssAnon"] >= 0.5 * found["device"]
+    slots = found["slots"] if not found["disk"] else 0  # where all layers are mapped, nothing is read into them
+    assert grown["RssAnon"] >= 0.5 * (found["device"] - slots)
     mapped = host.get("layers in the page cache", 0) if found["pack"] else 0
     assert 0.95 * mapped <= grown["RssFile"] <= mapped + 48 * mib
     assert sum(before.values()) == pytest.approx(host["Python and libraries"], rel=0.25)
