@@ -29,9 +29,10 @@ _KEYS = 512
 # the tree (dropped ones included), and the batches of them, which are as many as the tree is deep.
 _READ_PER_NODE = 1.4
 _DEPTH_GAIN, _DEPTH_KNEE = 6.5, 8.0
-# Of a batch besides the draft's layers and scores: choosing the best paths, laying out the rows. Measured on two cores
-# while layers stream: 4.5 ms a batch of a draft that computes for 0.5 ms. Not measured on a GPU, whose host is idle.
-_CPU_BATCH_S = 4e-3
+# Of a batch besides the draft's layers and scores, on a CPU: choosing the best paths, laying out the rows. Measured on
+# two cores with the demo's draft: 1.6 to 2 ms a batch with everything resident, 4.5 ms while layers come from the disk,
+# when readers take the cores and the interpreter; its layers are 1.4 ms of that. Not measured beside a GPU.
+_CPU_BATCH_S, _CPU_BATCH_BESIDE_READS_S = 0.5e-3, 3e-3
 # Sweeps over a row of float32 scores while they become children of a node: scaled, softmax, the best sorted out.
 _SCORE_SWEEPS = 10
 # Layers with up to so many times the weights of their MLP's active width have no experts: what is taken for the MLP may
@@ -129,7 +130,7 @@ class CostModel:
         self._draft = None if draft is None else _compute_of(draft, dtype, rates, on_cpu=self._on_cpu)
         self._rates = rates
         self._acceptance = acceptance
-        self._timed: dict[int, _Sides] = {}
+        self._timed: dict[tuple[int, bool], _Sides] = {}
         self._speeds: dict[Placement, dict[int, float]] = {}
 
     def predict(self, placement: Placement, tree_budget: int, *, adaptive: bool) -> Prediction:
@@ -147,10 +148,10 @@ class CostModel:
         if self._draft is None or tree_budget == 0:
             return None
         steps = [self._step(placement, nodes) for nodes in (0, *_sizes_up_to(tree_budget))]
-        best = self.predict(placement, tree_budget, adaptive=True)
+        best, reads = self.predict(placement, tree_budget, adaptive=True), self._reads(placement)
         return Expectation(
             pass_s=tuple((1 + step.tree_nodes, step.pass_s - step.draft_s) for step in steps),
-            draft_s=tuple((rows, self._batch_s(rows)) for rows in _sizes_up_to(draft_width(tree_budget))),
+            draft_s=tuple((rows, self._batch_s(rows, reads=reads)) for rows in _sizes_up_to(draft_width(tree_budget))),
             tree_nodes=best.tree_nodes,
             draft_passes=1 + draft_batches(best.tree_nodes),
             tokens_per_step=best.tokens_per_step,
@@ -163,7 +164,7 @@ class CostModel:
     def most_tok_per_s(self, tree_budget: int, *, adaptive: bool) -> float:
         """What no placement exceeds: `tok_per_s` if every layer stayed with the device."""
         sizes = self._sizes(tree_budget, adaptive)
-        return max(self._sides(nodes).most_tok_per_s(self._num_layers) for nodes in sizes)
+        return max(self._sides(nodes, reads=False).most_tok_per_s(self._num_layers) for nodes in sizes)
 
     def _sizes(self, tree_budget: int, adaptive: bool) -> tuple[int, ...]:
         """Trees to try."""
@@ -183,14 +184,14 @@ class CostModel:
             per_s = speeds.get(nodes)
             if per_s is None:
                 queue = queue or self._queue(placement)
-                sides = self._sides(nodes)
+                sides = self._sides(nodes, reads=self._reads(placement))
                 per_s = speeds[nodes] = sides.tokens / self._pass_s(queue, sides)
             if per_s > best_per_s:
                 best_per_s, best = per_s, nodes
         return best_per_s, best
 
     def _step(self, placement: Placement, nodes: int) -> Prediction:
-        sides, queue = self._sides(nodes), self._queue(placement)
+        sides, queue = self._sides(nodes, reads=self._reads(placement)), self._queue(placement)
         pass_s = self._pass_s(queue, sides)
         compute_s = placement.num_layers * sides.layer_s
         linked_s = self._linked_s(queue, sides)
@@ -234,26 +235,32 @@ class CostModel:
     def _stall(self, slots: int) -> float:
         return _STALLS.get(slots, _STALL_OF_MANY) if self._on_cpu else 0.0
 
-    def _sides(self, nodes: int) -> "_Sides":
-        """What does not depend on the placement."""
-        if nodes not in self._timed:
-            tokens = self._acceptance.tokens_per_step(nodes)
-            draft_s, head_s = self._draft_s(nodes, tokens), self._target.head_s(tokens)
-            self._timed[nodes] = _Sides(self._target.layer_s(1 + nodes), draft_s, draft_s + head_s, tokens)
-        return self._timed[nodes]
+    def _reads(self, placement: Placement) -> bool:
+        """Whether reading takes the cores that the draft runs on."""
+        return self._on_cpu and placement.num_on_disk > 0
 
-    def _draft_s(self, nodes: int, tokens: float) -> float:
+    def _sides(self, nodes: int, *, reads: bool) -> "_Sides":
+        """What depends on nothing else of the placement."""
+        key = nodes, reads
+        if key not in self._timed:
+            tokens = self._acceptance.tokens_per_step(nodes)
+            draft_s, head_s = self._draft_s(nodes, tokens, reads=reads), self._target.head_s(tokens)
+            self._timed[key] = _Sides(self._target.layer_s(1 + nodes), draft_s, draft_s + head_s, tokens)
+        return self._timed[key]
+
+    def _draft_s(self, nodes: int, tokens: float, *, reads: bool) -> float:
         """Batches of the draft: one that reads the last step's tokens, then as many as the tree has nodes to expand."""
         if self._draft is None or nodes == 0:
             return 0.0
         num_batches = draft_batches(nodes)
         rows = max(round(_READ_PER_NODE * nodes / num_batches), 1)
-        return self._draft.pass_s(math.ceil(tokens)) + num_batches * self._batch_s(rows)
+        return self._draft.pass_s(math.ceil(tokens)) + num_batches * self._batch_s(rows, reads=reads)
 
-    def _batch_s(self, rows: int) -> float:
+    def _batch_s(self, rows: int, *, reads: bool) -> float:
         """A pass of the draft, and what comes with it."""
         drafting_s = 0.0 if self._draft is None else self._draft.pass_s(rows)
-        return drafting_s + (_CPU_BATCH_S if self._on_cpu else 0.0)
+        beside_s = 0.0 if not self._on_cpu else _CPU_BATCH_BESIDE_READS_S if reads else _CPU_BATCH_S
+        return drafting_s + beside_s
 
     def _basis(self, placement: Placement, nodes: int) -> Basis:
         bases: list[Basis] = [self._rates.compute_basis]

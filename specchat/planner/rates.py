@@ -48,8 +48,12 @@ _UNKNOWN_CORE = 1e10
 _CORE_BYTES_PER_S, _CPU_BYTES_PER_S = 12e9, 36e9
 
 # What a layer costs however little there is to compute: Python and the start of some dozen kernels. Measured: 16 layers
-# of HF's Llama take 2.3 ms at 1 row; a layer of ours 0.13 ms.
+# of HF's Llama take 2.3 ms at 1 row; a layer of ours 0.13 ms, all on one thread, which is what a GPU's host has to do.
 _LAYER_S = 150e-6
+# On a CPU the kernels run in between, most of them for less time than it takes to wake and to join the other threads.
+# Measured with 2 threads (tests/benchmarks/layer_times.py): 0.51 to 0.9 ms beside the products, for layers of 0.7, 14
+# and 55 million weights, at 1 to 16 rows.
+_CPU_LAYER_S = 650e-6
 # Core seconds to dequantize a weight on a CPU; measured on 2 cores (an 11008 x 4096 matrix: 7 and 2.8 ms).
 _DEQUANTIZE_CORE_S = {"int8": 3.1e-10, "int4": 1.2e-10}
 
@@ -134,6 +138,7 @@ def _with_measured(typical: Rates, measured: Measured) -> Rates:
         matmul_dtype=dtype,
         compute_basis="measured" if is_measured else typical.compute_basis,
         dequantize_s=typical.dequantize_s,
+        layer_s=typical.layer_s,
     )
 
 
@@ -164,6 +169,7 @@ def _cpu(hardware: Hardware, machine: Machine) -> Rates:
         matmul_dtype=dtype,
         compute_basis=basis,
         dequantize_s={quant: seconds / cores for quant, seconds in _DEQUANTIZE_CORE_S.items()},
+        layer_s=_CPU_LAYER_S,
     )
 
 
