@@ -15,6 +15,7 @@ from support.engines import make_plan, random_prompt, write
 from support.tiny_models import VOCAB, make_config, perturbed, random_model, save
 
 from specchat.config import Expectation, Sampling, Step
+from specchat.engine.drafter import NoDrafter
 from specchat.engine.engine import Engine
 from specchat.engine.growth import FixedGrowth, Growth, PayingGrowth
 from specchat.engine.tree import ROOT, TokenTree
@@ -157,6 +158,9 @@ def test_a_heavier_node_is_never_the_less_likely_one(weights: list[float], rng: 
         growth._acceptance.add(weights, path)
     probabilities = [growth._acceptance.of(weight) for weight in sorted(weights, reverse=True)]
     assert probabilities == sorted(probabilities, reverse=True)
+    acceptance = growth._acceptance
+    promised = sum(o * p for o, p in zip(acceptance._offered, acceptance._probability, strict=True))
+    assert promised == pytest.approx(sum(acceptance._accepted)), "no more is promised than was accepted"
 
 
 # --- the text --------------------------------------------------------------------------------------------------------
@@ -226,6 +230,19 @@ def test_trees_start_from_what_is_expected(engines: tuple[Engine, Engine]):
         for plan in (dear, cheap)
     ]
     assert sizes[0] <= 4 < sizes[1] == 16
+
+
+def test_what_was_learned_outlives_a_chat(engines: tuple[Engine, Engine]):
+    _, paying = engines
+    write(paying, random_prompt(9, VOCAB), Sampling(), 40)
+    growth = paying._growth
+    assert isinstance(growth, PayingGrowth)
+    learned = [growth._target.at(rows) for rows in range(1, 17)]
+    with paying.drafting_with(NoDrafter()):
+        write(paying, random_prompt(9, VOCAB), Sampling(), 4)
+    paying.forget()
+    assert paying._growth is growth
+    assert [growth._target.at(rows) for rows in range(1, 17)] == learned
 
 
 def expectation(row_s: float) -> Expectation:
