@@ -15,8 +15,10 @@ TENSOR_ALIGNMENT = 256
 LAYER_ALIGNMENT = 4096
 
 # Rows that are dequantized at a time. On a CPU the piece stays in the cache until the product has read it; from 2 to
-# 8 MiB all are alike (Zen 4), smaller ones cost calls. A GPU wants large products.
-_CHUNK_ROWS = 1024
+# 8 MiB all are alike (Zen 4), smaller ones cost calls, and turned products (`models.products`) with 4096 columns want
+# less than 1024 rows. Products are computed in blocks of rows. A GPU wants large products.
+_CHUNK_ROWS = 896
+_ROW_BLOCK = 64
 _CHUNK_BYTES = {"cpu": 8 * MIB, "cuda": 128 * MIB}
 # Numbers of checkpoints that come quantized, between two looks at memory: few enough for a CPU's cache; on a GPU, for
 # its memory. While they are computed they take, beside where they go to, a float32 and its rounding to 16 bits each.
@@ -78,8 +80,11 @@ def dequantized_rows(rows: int, cols: int, item_bytes: int, device_type: str) ->
         device_type: "cpu" or "cuda".
     """
     limit = max(_CHUNK_BYTES[device_type] // (cols * item_bytes), 1)
-    wanted = _CHUNK_ROWS if device_type == "cpu" else limit
-    return min(rows, wanted, limit)
+    if device_type != "cpu":
+        return min(rows, limit)
+    limit = min(limit, _CHUNK_ROWS)
+    num_pieces = -(-rows // limit)
+    return min(rows, limit, aligned(-(-rows // num_pieces), _ROW_BLOCK))  # pieces of about one size
 
 
 def describe(source: ModelSource, quant: Quant = "none") -> ModelSpec:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from specchat.models import products
 from specchat.models.formats.bnb4 import Nf4Quantizer
 from specchat.models.formats.bnb_ops import bnb, bnb_version
 from specchat.models.formats.int8 import Int8Quantizer
@@ -144,7 +145,7 @@ def test_zeros_stay_zeros(quantizer):
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda q: q.format.name)
-@pytest.mark.parametrize("shape", [(1, 96), (7, 130), (2500, 64), (1024, 128)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 96), (7, 130), (2500, 64), (896, 128)], ids=str)
 def test_products(quantizer, shape):
     """In pieces or in one: the last shapes have more rows than, and just as many as, are dequantized at a time."""
     weight, bias, x = matrix(shape), torch.randn(shape[0]), torch.randn(2, 5, shape[1])
@@ -153,6 +154,20 @@ def test_products(quantizer, shape):
     torch.testing.assert_close(y, F.linear(x, numbers(quantizer, weight), bias), atol=1e-4, rtol=1e-4)
     without = quantizer.format.linear(x, quantized(quantizer, weight), shape, scratch)
     torch.testing.assert_close(without, y - bias, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda q: q.format.name)
+@pytest.mark.parametrize("shape", [(512, 128), (1000, 128)], ids=str)
+def test_products_that_are_computed_turned_round(quantizer, shape, monkeypatch):
+    """The result lies in memory as any other's, so that whatever a model does with it takes views of it."""
+    monkeypatch.setattr(products, "MIN_NUMBERS", 1)
+    monkeypatch.setattr(products, "_is_turning_faster", lambda: True)
+    weight, x = matrix(shape, torch.bfloat16), torch.randn(1, 64, shape[1]).bfloat16()
+    scratch = torch.empty(scratch_bytes(shape, x.dtype, CPU), dtype=torch.uint8)
+    y = quantizer.format.linear(x, quantized(quantizer, weight), shape, scratch)
+    assert y.is_contiguous()
+    expected = F.linear(x.float(), numbers(quantizer, weight, torch.bfloat16).float())
+    torch.testing.assert_close(y.float(), expected, atol=0.05, rtol=2.0**-8)
 
 
 @pytest.mark.gpu
@@ -172,3 +187,16 @@ def test_pieces_are_small(rows, cols, dtype):
     num_rows = chunk_rows(rows, cols, dtype, CPU)
     assert 1 <= num_rows <= rows
     assert num_rows == 1 or scratch_bytes((rows, cols), dtype, CPU) < 32 << 20
+
+
+def test_pieces_are_alike():
+    """Whole blocks of rows, and no small one is left over: it would cost as much as half a large one."""
+    assert [chunk_rows(rows, 2048, torch.bfloat16, CPU) for rows in (512, 896, 897, 2048, 7168)] == [
+        512,
+        896,
+        512,
+        704,
+        896,
+    ]
+    assert chunk_rows(2048, 7168, torch.bfloat16, CPU) == 512
+    assert chunk_rows(11008, 4096, torch.bfloat16, CPU) == 896

@@ -1,4 +1,4 @@
-"""Matrix products by oneDNN: the same numbers as torch's own, also when the weights' memory gets other contents."""
+"""Matrix products by oneDNN or turned round: the same numbers as torch's own, also when weights change in place."""
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="n
 def not_intel(monkeypatch):
     monkeypatch.setattr(products, "is_intel", lambda: False)
     monkeypatch.setattr(products, "MIN_NUMBERS", 1)
+    monkeypatch.setattr(products, "_is_turning_faster", lambda: True)
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -40,3 +41,32 @@ def test_weights_may_change_in_place():
         now = torch.randn(64, 32)
         memory.copy_(now.view(torch.uint8).flatten())
         torch.testing.assert_close(products.product(x, weight), x @ now.T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("num_rows", [44, 47, 48, 60, 64, 127, 128])
+def test_turned_products_are_exact_to_one_rounding(num_rows, has_bias):
+    generator = torch.Generator().manual_seed(num_rows)
+    weight = torch.randn(70, 130, generator=generator).bfloat16()
+    bias = torch.randn(70, generator=generator).bfloat16() if has_bias else None
+    x = torch.randn(1, num_rows + 2, 130, generator=generator).bfloat16()[:, 1:-1]
+    assert products.turned_rows(x, weight) in products.TURNED_ROWS
+    with torch.inference_mode():
+        exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+        out = products.product(x, weight, bias)
+    assert out.shape == (1, num_rows, 70)
+    torch.testing.assert_close(out.double(), exact, rtol=2.0**-8, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_rows", [1, 16, 43, 49, 59, 65, 123, 129, 512])
+def test_other_numbers_of_rows_are_not_turned(num_rows):
+    weight = torch.randn(70, 130).bfloat16()
+    x = torch.randn(num_rows, 130).bfloat16()
+    assert products.turned_rows(x, weight) is None
+    assert torch.equal(products.product(x, weight), F.linear(x, weight))
+
+
+def test_rows_in_several_dimensions_are_turned_together():
+    weight, x = torch.randn(70, 130).bfloat16(), torch.randn(2, 32, 130).bfloat16()
+    assert products.turned_rows(x, weight) == 64
+    torch.testing.assert_close(products.product(x, weight), F.linear(x, weight), rtol=2.0**-7, atol=1e-3)

@@ -104,7 +104,7 @@ class Bnb4(WeightFormat):
         numbers: Tensor = bnb().dequantize_blockwise(
             part, scales, dynamic_map(absmax.device), NESTED_BLOCK, torch.float32
         )
-        return numbers[first - group * NESTED_BLOCK :] + segments["offset"]
+        return numbers[first - group * NESTED_BLOCK :].add_(segments["offset"])
 
 
 class Nf4Quantizer:

@@ -156,7 +156,7 @@ def product_in_pieces(
         weight = dequantize(segments, begin, end, view_scratch(scratch, end - begin, cols, x.dtype))
         part = product(x, weight, None if bias is None else bias[begin:end])
         if y is None:
-            return part
+            return part.contiguous()  # for whoever takes views of it
         y[..., begin:end] = part
     assert y is not None
     return y
