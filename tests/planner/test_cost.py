@@ -185,6 +185,22 @@ def test_a_pass_of_the_draft_expands_any_level_at_once(nodes: int):
     assert draft_batches(nodes) >= 1.4 * nodes / draft_width(nodes)
 
 
+def test_on_a_cpu_threads_cost_every_layer_and_readers_every_pass_of_the_draft():
+    """What rates are measured of products says nothing of either; a GPU's host has neither."""
+    on_cpu = replace(MEASURED, device="cpu")
+    machine = Machine("cpu", 64 * GIB, 64 * GIB, fast_bf16=True)
+    typical, measured = (rates_of(hardware(GpuSurvey(())), machine, each) for each in (None, on_cpu))
+    gpu, gpu_rates = with_card(card(24))
+    assert typical.layer_s == measured.layer_s > 2 * gpu_rates.layer_s
+
+    def draft_s(device: str, num_on_disk: int) -> float:
+        cost = CostModel(small(), DRAFT_SPEC, "bf16", device, typical, TYPICAL_ACCEPTANCE)
+        placement = Placement(32, 0, num_on_disk, 0, num_on_disk << 28, 2)
+        return cost.predict(placement, 64, adaptive=False).draft_s
+
+    assert draft_s("cpu", 10) > draft_s("cpu", 0) > draft_s(gpu.device, 0) == draft_s(gpu.device, 10)
+
+
 # --- plans -----------------------------------------------------------------------------------------------------------
 
 
