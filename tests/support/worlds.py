@@ -28,7 +28,7 @@ class World:
         draft_s: likewise over the draft.
         sureness: of the draft's best guess: the parameters of a beta distribution.
         skill: how often what comes is as the draft thinks; otherwise it is none of its guesses.
-        noise: standard deviation of the logarithm of times.
+        noise: standard deviation of the logarithm of the times that a growth is told; what counts are times without.
     """
 
     pass_s: Callable[[int], float]
@@ -152,13 +152,14 @@ class Simulation:
         return self.tokens / self.seconds
 
     def _step(self) -> None:
-        tree, draft_s = self._grow()
+        tree, true_draft_s, draft_s = self._grow()
         nodes = tree.order
         place = {node: index for index, node in enumerate(nodes)}
         path = sorted(place[node] for node in nodes if tree.is_true[node])
-        verify_s = self._timed(self._world.pass_s(1 + len(nodes)))
+        true_verify_s = self._world.pass_s(1 + len(nodes))
+        verify_s = self._told(true_verify_s)
         self.tokens += len(path) + 1
-        self.seconds += draft_s + verify_s
+        self.seconds += true_draft_s + true_verify_s
         self.sizes.append(len(nodes))
         if isinstance(self._growth, FixedGrowth):
             return  # which learns nothing
@@ -173,12 +174,12 @@ class Simulation:
         )
         self._growth.verified(step, verified, path)
 
-    def _grow(self) -> tuple[Tree, float]:
-        """As `ModelDrafter.grow`: the growth decides, a pass at a time."""
+    def _grow(self) -> tuple[Tree, float, float]:
+        """As `ModelDrafter.grow`: the growth decides, a pass at a time; its seconds, and those that it was told."""
         growth, tree = self._growth, Tree()
         if not growth.begins():
-            return tree, 0.0
-        draft_s = self._draft(1)
+            return tree, 0.0, 0.0
+        true_s, draft_s = self._draft(1)
         budget, width, position = growth.max_nodes, draft_width(growth.max_nodes), self.tokens
         tree.expand([ROOT], self._text, position, self._rng, budget)
         room = 2 * budget
@@ -189,14 +190,16 @@ class Simulation:
                 break
             room -= len(found)
             tree.expand([node for _, node in found], self._text, position, self._rng, budget)
-            draft_s += self._draft(len(found))
+            more_true_s, more_s = self._draft(len(found))
+            true_s, draft_s = true_s + more_true_s, draft_s + more_s
         del tree.order[growth.cut([tree.weight[node] for node in tree.order]) :]
-        return tree, draft_s
+        return tree, true_s, draft_s
 
-    def _draft(self, rows: int) -> float:
-        seconds = self._timed(self._world.draft_s(rows))
-        self._growth.drafted(rows, seconds)
-        return seconds
+    def _draft(self, rows: int) -> tuple[float, float]:
+        seconds = self._world.draft_s(rows)
+        told_s = self._told(seconds)
+        self._growth.drafted(rows, told_s)
+        return seconds, told_s
 
-    def _timed(self, seconds: float) -> float:
+    def _told(self, seconds: float) -> float:
         return seconds * math.exp(self._rng.gauss(0.0, self._world.noise))
