@@ -242,7 +242,8 @@ def test_an_answer_longer_than_the_screen():
 
 
 def test_ctrl_c_twice_in_an_answer_leaves():
-    with chat(environment={"FAKE_PAUSE_S": "1", "FAKE_SAYS_CLOSED": "1"}) as terminal:
+    # the first step is so long that the screen is looked at before it ends
+    with chat(environment={"FAKE_FIRST_PAUSE_S": "4", "FAKE_SAYS_CLOSED": "1"}) as terminal:
         terminal.send("long" + ENTER)
         terminal.wait_for("verifying")
         terminal.send(CTRL_C)
