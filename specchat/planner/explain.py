@@ -1,6 +1,6 @@
 """What was chosen and why, as plain data for whoever prints it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from specchat.config import Plan
 from specchat.planner.cost import Prediction
@@ -36,6 +36,13 @@ class Choice:
     why: str
     pinned: bool = False
     alternative: Alternative | None = None
+
+    def at_pace(self, pace: float) -> "Choice":
+        """The same, where everything is `pace` times as fast as predicted."""
+        other = self.alternative
+        if other is None or other.tok_per_s is None:
+            return self
+        return replace(self, alternative=replace(other, tok_per_s=pace * other.tok_per_s))
 
 
 @dataclass(frozen=True)

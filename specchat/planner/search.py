@@ -83,7 +83,10 @@ def choose_for(request: PlanRequest, known: Known) -> Chosen:
     quant = choose_quant(request, known)
     found = Candidates(request, known, quant.spec)
     best = _best_of(found)
-    return Chosen(*_planned(request, known, best), choices(request, known, quant, best, found))
+    plan, prediction = _planned(request, known, best)
+    pace = prediction.tok_per_s / best.tok_per_s  # what chats with this plan have shown holds for those beside it, too
+    reasons = choices(request, known, quant, best, found)
+    return Chosen(plan, prediction, tuple(choice.at_pace(pace) for choice in reasons))
 
 
 def choose_quickly(request: PlanRequest, known: Known) -> tuple[Plan, Prediction]:

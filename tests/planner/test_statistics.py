@@ -7,10 +7,17 @@ from dataclasses import replace
 
 import pytest
 from support.fake_engine import CHOSEN, PLAN
+from support.planning import UNKNOWN_RATES
 
 from specchat.config import Step
+from specchat.hardware.machine import Machine
+from specchat.models.catalog import demo_source
+from specchat.models.geometry import describe
 from specchat.planner.cost import TYPICAL_ACCEPTANCE
-from specchat.planner.statistics import Statistics, load, plan_key, record
+from specchat.planner.request import Known, PlanRequest
+from specchat.planner.search import choose_for
+from specchat.planner.statistics import Statistics, Tally, load, plan_key, record
+from specchat.units import GIB
 
 
 def step(tokens: int = 5, nodes: int = 63, seconds: float = 0.5, **changes: object) -> Step:
@@ -123,3 +130,21 @@ def test_a_folder_that_cannot_be_written_to_is_left_alone(tmp_path):
     (tmp_path / "file").write_text("")
     record(tmp_path / "file", PLAN, 0.0, [step()])
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_was_not_chosen_is_held_against_what_the_choice_achieved():
+    """A plan that is slower here than predicted must not look worse than what it was preferred to."""
+    target, draft = describe(demo_source("target")), describe(demo_source("draft"))
+    machine = Machine("cpu", 8 * GIB, 8 * GIB, fast_bf16=False)
+    known = Known(machine, UNKNOWN_RATES, UNKNOWN_RATES, lambda _: target, draft)
+    request = PlanRequest(demo_source("target"), demo_source("draft"), draft_is_open=True)
+    first = choose_for(request, known)
+    slow = Tally(steps=100, nodes=6400, tokens=200, seconds=200 / first.prediction.tok_per_s * 4)
+    then = choose_for(request, replace(known, statistics=Statistics(plans={plan_key(first.plan): slow})))
+    assert then.plan == first.plan
+    assert then.prediction.tok_per_s == pytest.approx(first.prediction.tok_per_s / 4)
+    others = [(a.alternative, b.alternative) for a, b in zip(first.choices, then.choices, strict=True) if a.alternative]
+    assert others
+    for before, after in others:
+        assert after.tok_per_s == pytest.approx(before.tok_per_s / 4)
+        assert after.tok_per_s <= then.prediction.tok_per_s
