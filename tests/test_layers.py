@@ -11,7 +11,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__ma
 FLOORS = [
     {"__init__"},
     {"errors"},
-    {"units", "config", "closing", "threads"},
+    {"units", "config", "closing", "files", "threads"},
     {"hardware", "models"},
     {"planner", "engine"},
     {"chat"},

@@ -2,11 +2,10 @@
 
 import hashlib
 import json
-import os
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
+from specchat.files import write_whole
 from specchat.hardware.machine import Hardware, Links, MatmulRate, Measured
 
 _VERSION = 1  # of what is measured, and how
@@ -48,17 +47,7 @@ def save(folder: Path, key: str, measured: Measured) -> None:
     Raises:
         OSError: the folder cannot be written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix="probe-", suffix=".tmp", dir=folder)
-    try:
-        with os.fdopen(handle, "w") as stream:
-            json.dump(asdict(measured), stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(name).replace(_file(folder, key))
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_whole(_file(folder, key), json.dumps(asdict(measured)), durably=True)
 
 
 def _file(folder: Path, key: str) -> Path:

@@ -6,8 +6,6 @@ are in the key, so nothing here ever has to be declared out of date.
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -18,6 +16,7 @@ from typing import Any
 
 from specchat.config import Activations, KvShape, ModelSource, ModelSpec, ParamSize, RowCost, cache_folder
 from specchat.errors import ModelError
+from specchat.files import write_whole
 from specchat.models.checkpoint import weight_files
 
 _LIBRARIES = ("torch", "transformers", "accelerate")
@@ -120,23 +119,6 @@ def _costs(values: Mapping[str, Any]) -> Activations:
 
 def _file(key: str) -> Path:
     return cache_folder() / "specs" / f"{key}.json"
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Puts a text in the place of a file, whole or not at all; its folder is made.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(suffix=".tmp", dir=file.parent)
-    try:
-        with os.fdopen(handle, "w") as stream:
-            stream.write(text)
-        Path(name).replace(file)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def _drop_oldest(folder: Path) -> None:

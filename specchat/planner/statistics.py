@@ -6,14 +6,13 @@ with it is never worth more than a warning. Of two chats that end at the same mo
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from specchat.config import Plan, Step
+from specchat.files import write_whole
 from specchat.planner.cost import Acceptance, Prediction
 
 _VERSION = 1
@@ -198,12 +197,4 @@ def _tally(row: list[float]) -> Tally:
 def _write(folder: Path, statistics: Statistics) -> None:
     pairs = {key: {size: tally.values() for size, tally in rows.items()} for key, rows in statistics.pairs.items()}
     plans = {key: tally.values() for key, tally in statistics.plans.items() if tally.steps}
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix="statistics-", suffix=".tmp", dir=folder)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            json.dump({"version": _VERSION, "pairs": pairs, "plans": plans}, stream)
-        Path(name).replace(folder / _FILE)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_whole(folder / _FILE, json.dumps({"version": _VERSION, "pairs": pairs, "plans": plans}))

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from specchat.config import cache_folder
+from specchat.files import write_whole
 from specchat.models.formats.protocol import Linear, Segments, WeightFormat
-from specchat.models.spec_cache import write_whole
 
 _VERSION = 1  # of what is measured, and of our own kernels
 _LIBRARIES = ("torch", "bitsandbytes", "triton")
