@@ -1,6 +1,10 @@
-"""Imports go down only, and heavy libraries stay in the packages that are their homes."""
+"""Imports go down only, no files import each other in a circle, and heavy libraries stay in their homes.
+
+Imports inside functions count like all others: a circle that only closes at run time is a circle.
+"""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -39,8 +43,8 @@ def imports(path):
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} imports relatively"
             yield node.module
-            if node.module == "specchat":
-                yield from (f"specchat.{alias.name}" for alias in node.names)
+            if node.module.split(".")[0] == "specchat":
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)  # a module or a name in one
 
 
 def part(module):
@@ -66,3 +70,47 @@ def test_libraries_stay_at_home(path):
     for module in imports(path):
         homes = HOMES.get(module.split(".")[0])
         assert homes is None or name_of(path).startswith(homes), f"{name_of(path)} imports {module}"
+
+
+def module_name(path):
+    """The dotted name of a file or a package."""
+    names = ("specchat", *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(names[:-1] if names[-1] == "__init__" else names)
+
+
+@cache
+def dependencies():
+    """File -> the files of ours that it imports; `from package import module` counts for the module."""
+    modules = {module_name(path): path for path in FILES}
+    return {path: {modules[name] for name in imports(path) if name in modules} - {path} for path in FILES}
+
+
+def circles(edges):
+    """The sets of nodes that reach each other, each of two nodes or more.
+
+    Args:
+        edges: node -> the nodes that it points to.
+    """
+    reached = {node: reachable(edges, node) for node in edges}
+    found = {frozenset({node, *(other for other in reached[node] if node in reached[other])}) for node in edges}
+    return {circle for circle in found if len(circle) > 1}
+
+
+def reachable(edges, start):
+    """All nodes on ways out of a node."""
+    seen, open_nodes = set(), [start]
+    while open_nodes:
+        for node in edges.get(open_nodes.pop(), ()):
+            if node not in seen:
+                seen.add(node)
+                open_nodes.append(node)
+    return seen
+
+
+def test_circles_are_found():
+    assert circles({1: {2}, 2: {3}, 3: {1}, 4: {1}}) == {frozenset({1, 2, 3})}
+    assert circles({1: {2, 3}, 2: {3}, 3: set()}) == set()
+
+
+def test_no_files_import_each_other():
+    assert not [sorted(map(name_of, circle)) for circle in circles(dependencies())]

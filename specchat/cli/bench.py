@@ -168,7 +168,7 @@ def _job(
 ) -> "Job":
     from specchat.bench.measure import Job
     from specchat.bench.setup import check_baselines, left_out
-    from specchat.models.generation_defaults import load_generation_defaults
+    from specchat.models.checkpoint.generation_config import load_generation_defaults
     from specchat.models.hf_compat import load_tokenizer
     from specchat.ui.progress import TalkReporter
 
@@ -211,7 +211,7 @@ def _with_trees(point: _Point, plan: Plan) -> Plan:
     """
     if point.trees is None:
         return plan
-    from specchat.models.geometry import describe
+    from specchat.models.sizes.describe import describe
     from specchat.planner.memory import with_trees
 
     if point.models.draft is None:
@@ -230,7 +230,7 @@ def _own_quant(name: str) -> Quant:
 def _files(target: ModelSource, plan: Plan, pack: "Pack | None") -> "Files":
     """What our passes read, and what the baselines' do."""
     from specchat.bench.cold import Files
-    from specchat.models.checkpoint import weight_files
+    from specchat.models.checkpoint.safetensors import weight_files
 
     theirs = weight_files(target.path)
     own = theirs if pack is None else [pack.layers[index].path for index in plan.streamed]

@@ -16,8 +16,8 @@ from specchat.errors import AllocationError, NotAvailableError, UsageError
 if TYPE_CHECKING:
     from specchat.engine.engine import Engine
     from specchat.models.catalog import ModelRef
+    from specchat.models.checkpoint.generation_config import GenerationDefaults
     from specchat.models.drafts import DraftChoice
-    from specchat.models.generation_defaults import GenerationDefaults
     from specchat.models.hf_compat import Tokenizer
     from specchat.models.hub import Download, Missing
     from specchat.models.pack import Pack
@@ -307,7 +307,7 @@ def make_plan(
 
 
 def _plan_request(options: ModelOptions, models: Models, temperature: float | None) -> "PlanRequest":
-    from specchat.models.generation_defaults import load_generation_defaults
+    from specchat.models.checkpoint.generation_config import load_generation_defaults
     from specchat.planner.request import PlanRequest
 
     sampling = resolve_sampling(SamplingFlags(temperature=temperature), load_generation_defaults(models.target.path), 0)

@@ -13,7 +13,7 @@ from specchat.units import parse_size
 
 if TYPE_CHECKING:
     from specchat.chat.transcript import Saved
-    from specchat.models.generation_defaults import GenerationDefaults
+    from specchat.models.checkpoint.generation_config import GenerationDefaults
 
 QUANTIZED: tuple[Quant, ...] = ("int8", "int4")
 QUANTS: tuple[Quant, ...] = ("none", *QUANTIZED)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from specchat.chat.transcript import Saved, Transcript
     from specchat.cli.models import Planned
     from specchat.engine.engine import Engine
-    from specchat.models.generation_defaults import GenerationDefaults
+    from specchat.models.checkpoint.generation_config import GenerationDefaults
     from specchat.models.hf_compat import Tokenizer
     from specchat.ui.chat_view import ChatView
     from specchat.ui.console import Talk
@@ -112,7 +112,7 @@ def _print_plan(options: RunOptions, planned: "Planned") -> None:
 
 
 def _chat(options: RunOptions, planned: "Planned", prompt: str | None, say: "Talk") -> int:
-    from specchat.models.generation_defaults import load_generation_defaults
+    from specchat.models.checkpoint.generation_config import load_generation_defaults
     from specchat.ui.chat_view import ChatView
     from specchat.ui.console import answer_stream
     from specchat.ui.progress import TalkReporter

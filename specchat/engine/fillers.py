@@ -19,7 +19,7 @@ from specchat.config import NUM_READERS, READ_WINDOW_BYTES
 from specchat.engine.slots import is_small, page_aligned
 from specchat.errors import CorruptCheckpointError
 from specchat.hardware.disk import READ_THREADS
-from specchat.models.checkpoint import TensorInfo
+from specchat.models.checkpoint.safetensors import TensorInfo
 from specchat.models.pack import Pack
 from specchat.models.pack_format import bytes_of, disk_error, disk_errors
 from specchat.models.pack_verify import ChunkVerifier

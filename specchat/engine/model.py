@@ -24,7 +24,7 @@ from specchat.engine.kv_cache import TreeCache
 from specchat.engine.linear import use_fast_products
 from specchat.engine.streamer import LayerStreamer, NoStreamer
 from specchat.models import hf_compat
-from specchat.models.checkpoint import open_checkpoint
+from specchat.models.checkpoint.safetensors import open_checkpoint
 from specchat.models.pack import Pack
 from specchat.models.pack_format import bytes_of
 from specchat.models.pack_verify import ChunkVerifier

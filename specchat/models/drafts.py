@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from specchat.config import ModelSource
 from specchat.errors import ModelError, VocabularyMismatchError
 from specchat.models.catalog import ModelRef, draft_candidates, known_draft, parse_model
-from specchat.models.checkpoint import weight_files
+from specchat.models.checkpoint.safetensors import weight_files
 from specchat.models.hub import Missing, cached_models, look_up
 from specchat.models.pairing import check_pair
 

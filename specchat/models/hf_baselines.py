@@ -22,8 +22,8 @@ import transformers as hf
 from specchat.closing import Closing
 from specchat.config import Dtype, ModelSource, Sampling
 from specchat.models import hf_compat
-from specchat.models.checkpoint import INDEX_FILE, SINGLE_FILE, open_checkpoint
-from specchat.models.dtypes import TORCH_DTYPE
+from specchat.models.checkpoint.dtypes import TORCH_DTYPE
+from specchat.models.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE, open_checkpoint
 from specchat.models.pack_format import PAD_PREFIX
 
 

@@ -20,7 +20,7 @@ import torch
 
 from specchat.config import KvShape, Message, Part, Sampling
 from specchat.errors import CorruptCheckpointError, UnsupportedModelError, UsageError, is_lack_of_memory
-from specchat.models.checkpoint import read_json
+from specchat.models.checkpoint.json_file import read_json
 from specchat.models.quantized import Matrix, experts_forward
 
 # --- tokenizer ---------------------------------------------------------------------------------------------------

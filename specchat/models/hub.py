@@ -29,7 +29,7 @@ from specchat.errors import (
     UsageError,
 )
 from specchat.models.catalog import SHAPE_PREFIX, ModelRef, demo_source
-from specchat.models.checkpoint import MISTRAL_PREFIX, PICKLE_SUFFIXES, weight_files
+from specchat.models.checkpoint.safetensors import MISTRAL_PREFIX, PICKLE_SUFFIXES, weight_files
 from specchat.models.shape_spec import Shape
 from specchat.units import format_bytes
 

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from specchat.config import Dtype, ModelSource
 from specchat.errors import CorruptCheckpointError, DoesNotFitError, ModelError
-from specchat.models.checkpoint import Checkpoint, open_checkpoint
-from specchat.models.dtypes import TORCH_DTYPE
+from specchat.models.checkpoint.dtypes import TORCH_DTYPE
+from specchat.models.checkpoint.safetensors import Checkpoint, open_checkpoint
 from specchat.models.pack_census import LAYOUT_VERSION, MANIFEST, packs_folder
 from specchat.models.pack_format import (
     NOT_QUANTIZED,

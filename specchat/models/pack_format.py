@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from specchat.errors import AllocationError, DoesNotFitError, ModelError, SpecchatError, is_lack_of_memory
-from specchat.models.geometry import LAYER_ALIGNMENT, TENSOR_ALIGNMENT, aligned
+from specchat.models.checkpoint.layout import LAYER_ALIGNMENT, TENSOR_ALIGNMENT, aligned
 from specchat.units import MIB
 
 NOT_QUANTIZED = "none"  # in the place of a quantizer and its version

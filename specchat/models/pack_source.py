@@ -9,7 +9,8 @@ from torch import Tensor
 
 from specchat.closing import Closing
 from specchat.models import hf_compat
-from specchat.models.checkpoint import Checkpoint, TensorInfo, TensorReader
+from specchat.models.checkpoint.reader import TensorReader
+from specchat.models.checkpoint.safetensors import Checkpoint, TensorInfo
 from specchat.models.pack_format import DTYPE_NAMES
 from specchat.models.prequantized import CheckpointRecipe
 from specchat.models.quant_reader import open_reader

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from specchat.config import Dtype, ModelSource
 from specchat.models import hf_compat
-from specchat.models.checkpoint import open_checkpoint
-from specchat.models.dtypes import TORCH_DTYPE
+from specchat.models.checkpoint.dtypes import TORCH_DTYPE
+from specchat.models.checkpoint.safetensors import open_checkpoint
 from specchat.models.pack import Pack, PackProgress, build_pack, key_for, open_pack
 from specchat.models.pack_census import packs_folder
 from specchat.models.pack_format import NOT_QUANTIZED

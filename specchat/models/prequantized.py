@@ -10,7 +10,8 @@ from torch import Tensor
 
 from specchat.errors import CorruptCheckpointError, UnsupportedModelError
 from specchat.models import hf_compat
-from specchat.models.checkpoint import Checkpoint, TensorInfo, TensorReader
+from specchat.models.checkpoint.reader import TensorReader
+from specchat.models.checkpoint.safetensors import Checkpoint, TensorInfo
 from specchat.models.formats.checks import DTYPES
 from specchat.models.formats.plain import Plain
 from specchat.models.formats.protocol import CheckpointScheme, Segments, WeightFormat

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from specchat.models import hf_compat
-from specchat.models.checkpoint import Checkpoint, TensorReader
+from specchat.models.checkpoint.reader import TensorReader
+from specchat.models.checkpoint.safetensors import Checkpoint
 from specchat.models.prequantized import CheckpointRecipe
 from specchat.models.quantization import apply_recipe
 from specchat.models.quantized import Matrix, segment_names

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from specchat.models import hf_compat
-from specchat.models.checkpoint import Checkpoint
+from specchat.models.checkpoint.safetensors import Checkpoint
 from specchat.models.prequantized import CheckpointRecipe
 from specchat.models.prequantized_reader import PrequantizedReader
 from specchat.models.quantization import OwnRecipe, apply_recipe

@@ -3,7 +3,8 @@
 from specchat.config import ModelSource
 from specchat.errors import UsageError
 from specchat.models import hf_compat
-from specchat.models.checkpoint import open_checkpoint, read_json
+from specchat.models.checkpoint.json_file import read_json
+from specchat.models.checkpoint.safetensors import open_checkpoint
 from specchat.models.formats.scheme import scheme_of
 from specchat.models.prequantized import CheckpointRecipe
 from specchat.models.quantization import OwnRecipe, recipe_for

@@ -34,8 +34,10 @@ from torch import Tensor
 
 from specchat.config import Dtype, ModelSource
 from specchat.models.catalog import SHAPE_PREFIX, demo_source
-from specchat.models.checkpoint import TensorReader, open_checkpoint, read_json
-from specchat.models.dtypes import TORCH_DTYPE
+from specchat.models.checkpoint.dtypes import TORCH_DTYPE
+from specchat.models.checkpoint.json_file import read_json
+from specchat.models.checkpoint.reader import TensorReader
+from specchat.models.checkpoint.safetensors import open_checkpoint
 from specchat.models.pack import LayerSource, PackProgress, build_pack, open_pack
 from specchat.models.pack_census import packs_folder
 from specchat.models.pack_format import NOT_QUANTIZED

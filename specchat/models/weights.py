@@ -12,8 +12,9 @@ from torch import Tensor
 from specchat.closing import Closing
 from specchat.errors import CorruptCheckpointError
 from specchat.models import hf_compat
-from specchat.models.checkpoint import Checkpoint, TensorInfo, TensorReader
-from specchat.models.geometry import blob_offsets
+from specchat.models.checkpoint.layout import blob_offsets
+from specchat.models.checkpoint.reader import TensorReader
+from specchat.models.checkpoint.safetensors import Checkpoint, TensorInfo
 from specchat.models.quantized import QuantLinear, segment_names
 
 _NUMBERED = re.compile(r"(.*\.|)(\d+)(\..*)")  # experts.3.w1.weight

@@ -11,7 +11,7 @@ from functools import cached_property, lru_cache
 from specchat.config import DTYPE_BYTES, Dtype, ModelSpec, Plan
 from specchat.errors import DoesNotFitError, UsageError
 from specchat.hardware.machine import Machine
-from specchat.models.geometry import layer_sizes
+from specchat.models.sizes.geometry import layer_sizes
 from specchat.planner.cost import CostModel, Prediction
 from specchat.planner.memory import (
     Workload,

@@ -22,7 +22,7 @@ from specchat.config import (
     RowCost,
     draft_width,
 )
-from specchat.models.geometry import dequantize_bytes, layer_sizes
+from specchat.models.sizes.geometry import dequantize_bytes, layer_sizes
 
 # What a process holds that has imported torch and transformers and checked a model; measured with builds for CPUs.
 RUNTIME_BYTES = 400 * 2**20

@@ -8,7 +8,7 @@ from itertools import accumulate
 from operator import neg
 
 from specchat.config import Dtype, ModelSpec
-from specchat.models.geometry import layer_sizes
+from specchat.models.sizes.geometry import layer_sizes
 from specchat.units import GIB
 
 NUM_SLOTS = 2

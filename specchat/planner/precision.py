@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from specchat.config import DTYPE_BYTES, ModelSpec, Quant
 from specchat.hardware.machine import Machine
-from specchat.models.geometry import weight_bytes
+from specchat.models.sizes.geometry import weight_bytes
 from specchat.planner.candidates import Candidates, dtype_for
 from specchat.planner.request import EXACT_BYTES, LOWER_QUANTS, Known, PlanRequest
 from specchat.planner.statistics import Statistics

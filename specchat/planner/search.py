@@ -8,7 +8,7 @@ from typing import Literal
 from specchat.config import ModelSource, ModelSpec, Plan, Quant, cache_folder, state_folder
 from specchat.errors import DoesNotFitError
 from specchat.hardware.probe import find_hardware, find_machine, remembered
-from specchat.models.geometry import describe
+from specchat.models.sizes.describe import describe
 from specchat.planner.candidates import Candidate, Candidates
 from specchat.planner.cost import DEMO_ACCEPTANCE, TYPICAL_ACCEPTANCE, Prediction
 from specchat.planner.explain import Chosen

@@ -19,8 +19,8 @@ from specchat.cli.options import ModelOptions
 from specchat.config import cache_folder
 from specchat.engine.model import TreeModel, load_model
 from specchat.hardware.probe import find_hardware, find_machine, probe
-from specchat.models.dtypes import TORCH_DTYPE
-from specchat.models.geometry import describe
+from specchat.models.checkpoint.dtypes import TORCH_DTYPE
+from specchat.models.sizes.describe import describe
 from specchat.planner.cost import DEMO_ACCEPTANCE, CostModel
 from specchat.planner.placement import Placement
 from specchat.planner.rates import Rates, rates_of

@@ -39,6 +39,6 @@ def fake(specchat, monkeypatch):
         monkeypatch.setitem(sys.modules, name, sys.modules.get(name))
     for name in ("make_plan", "make_pack"):
         monkeypatch.setattr(f"specchat.cli.models.{name}", None)  # puts back what is replaced next
-    monkeypatch.setattr("specchat.models.generation_defaults.load_generation_defaults", None)
+    monkeypatch.setattr("specchat.models.checkpoint.generation_config.load_generation_defaults", None)
     fake_cli.install()
     return specchat

@@ -20,14 +20,15 @@ from specchat.engine.engine import Engine
 from specchat.hardware.machine import Machine
 from specchat.models import hf_compat
 from specchat.models.catalog import demo_source
-from specchat.models.checkpoint import open_checkpoint
-from specchat.models.geometry import describe, weight_bytes
+from specchat.models.checkpoint.safetensors import open_checkpoint
 from specchat.models.pack import list_packs
 from specchat.models.prepare import prepare
 from specchat.models.quant_reader import QuantizingReader
 from specchat.models.quantization import OwnRecipe
 from specchat.models.shape_spec import parse_shape
 from specchat.models.shapes import materialise
+from specchat.models.sizes.describe import describe
+from specchat.models.sizes.geometry import weight_bytes
 from specchat.models.weights import LayerLayout
 from specchat.planner import search
 from specchat.planner.request import PlanRequest

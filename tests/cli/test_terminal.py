@@ -7,7 +7,7 @@ import pytest
 from support.terminal import TESTS, Terminal
 
 from specchat.models.catalog import demo_source
-from specchat.models.geometry import describe
+from specchat.models.sizes.describe import describe
 
 SLOW = {"FAKE_PAUSE_S": "0.05"}
 CTRL_C, CTRL_D, CTRL_J, ENTER = "\x03", "\x04", "\n", "\r"

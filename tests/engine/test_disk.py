@@ -27,7 +27,7 @@ from specchat.engine.fillers import PackFiller, ShardFiller, is_unbuffered, open
 from specchat.engine.model import TreeModel, load_model
 from specchat.errors import CorruptCheckpointError
 from specchat.hardware.disk import evict, resident_share
-from specchat.models.checkpoint import open_checkpoint
+from specchat.models.checkpoint.safetensors import open_checkpoint
 from specchat.models.pack import Pack
 from specchat.models.prepare import prepare
 

@@ -23,11 +23,11 @@ from specchat.engine.kv_cache import TreeCache
 from specchat.engine.model import TreeModel, load_model
 from specchat.engine.streamer import NoStreamer
 from specchat.models import hf_compat
-from specchat.models.checkpoint import open_checkpoint
-from specchat.models.geometry import describe
+from specchat.models.checkpoint.safetensors import open_checkpoint
 from specchat.models.prepare import prepare
 from specchat.models.quant_reader import open_reader
 from specchat.models.recipes import choose_recipe
+from specchat.models.sizes.describe import describe
 from specchat.planner.memory import Workload, build_ledger, host_embeddings
 
 # A second place with shapes and no numbers; without CUDA, torch does not even pretend to have a DEVICE.

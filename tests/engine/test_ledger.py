@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_flatten
 from specchat.config import HEAD_BLOCK_ROWS, Dtype, LedgerItem, ModelSource, Plan, Quant, Sampling
 from specchat.engine.engine import Engine
 from specchat.errors import AllocationError
-from specchat.models.geometry import dequantize_bytes, describe
+from specchat.models.sizes.describe import describe
+from specchat.models.sizes.geometry import dequantize_bytes
 from specchat.planner.memory import Workload, build_ledger, with_trees
 
 WEIGHTS = {"resident layers", "slots", "embeddings and head", "KV cache", "draft", "draft KV cache"}

@@ -36,10 +36,11 @@ from specchat.engine.disk import MappedStreamer, ThreadStreamer
 from specchat.engine.engine import Engine
 from specchat.engine.model import TreeModel, load_model
 from specchat.errors import CorruptCheckpointError, UnsupportedModelError, UsageError
-from specchat.models.geometry import describe, weight_bytes
 from specchat.models.pack import Pack
 from specchat.models.prepare import prepare
 from specchat.models.quantized import quant_linears
+from specchat.models.sizes.describe import describe
+from specchat.models.sizes.geometry import weight_bytes
 from specchat.planner.request import PlanRequest
 from specchat.planner.search import make_plan as plan_here
 

@@ -16,11 +16,12 @@ from specchat.config import ModelSource, Plan, Sampling
 from specchat.engine.engine import Engine
 from specchat.engine.model import TreeModel, load_model
 from specchat.models import hf_compat
-from specchat.models.geometry import dequantize_bytes, describe, layer_bytes, weight_bytes
 from specchat.models.pack import Pack
 from specchat.models.prepare import prepare
 from specchat.models.quantization import OwnRecipe, apply_recipe
 from specchat.models.quantized import Matrix, QuantLinear, quant_linears
+from specchat.models.sizes.describe import describe
+from specchat.models.sizes.geometry import dequantize_bytes, layer_bytes, weight_bytes
 from specchat.models.weights import LayerLayout
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from specchat.errors import ModelNotFoundError, SpecchatError, UsageError
 from specchat.models.catalog import ModelRef, demo_source, known_draft, parse_model
-from specchat.models.checkpoint import open_checkpoint
+from specchat.models.checkpoint.safetensors import open_checkpoint
 from specchat.models.shape_spec import parse_shape
 
 

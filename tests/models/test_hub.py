@@ -29,7 +29,7 @@ from specchat.errors import (
 )
 from specchat.models import hub as hub_module
 from specchat.models.catalog import parse_model
-from specchat.models.checkpoint import open_checkpoint
+from specchat.models.checkpoint.safetensors import open_checkpoint
 from specchat.models.hub import Download, cached_models, look_up, sketch
 
 TESTS = Path(__file__).parents[1]

@@ -29,7 +29,7 @@ import specchat.engine.model  # noqa: F401  names the attention that skeletons a
 from specchat.config import ModelSource
 from specchat.errors import AllocationError, CorruptCheckpointError, DoesNotFitError, ModelError
 from specchat.models import hf_compat, pack, pack_census
-from specchat.models.checkpoint import open_checkpoint
+from specchat.models.checkpoint.safetensors import open_checkpoint
 from specchat.models.formats.bnb_ops import bnb
 from specchat.models.pack import PackKey, build_pack, key_for, list_packs, open_pack
 from specchat.models.pack_census import packs_folder

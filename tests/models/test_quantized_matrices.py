@@ -14,12 +14,12 @@ from support.quantized import Kind, awq, block_fp8, bnb4, bnb8, compressed, gptq
 from torch import Tensor
 
 from specchat.errors import CorruptCheckpointError, UnsupportedModelError
-from specchat.models.checkpoint import TensorInfo
+from specchat.models.checkpoint.layout import PIECE_NUMBERS
+from specchat.models.checkpoint.safetensors import TensorInfo
 from specchat.models.formats.affine import Affine, pack_nibbles, unpack_nibbles
 from specchat.models.formats.fp8 import widen
 from specchat.models.formats.protocol import Segments, WeightFormat, scratch_bytes
 from specchat.models.formats.scheme import scheme_of
-from specchat.models.geometry import PIECE_NUMBERS
 
 MODULE = "model.layers.3.mlp.up_proj"
 CPU = torch.device("cpu")

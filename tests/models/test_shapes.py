@@ -22,15 +22,15 @@ from specchat.engine.engine import Engine
 from specchat.errors import DoesNotFitError, ModelError, UsageError
 from specchat.models import shape_spec, shapes
 from specchat.models.catalog import demo_source, known_draft, parse_model
-from specchat.models.checkpoint import read_json
-from specchat.models.dtypes import TORCH_DTYPE
-from specchat.models.geometry import describe
+from specchat.models.checkpoint.dtypes import TORCH_DTYPE
+from specchat.models.checkpoint.json_file import read_json
 from specchat.models.hf_compat import load_tokenizer
 from specchat.models.hub import Download
 from specchat.models.pack import open_pack
 from specchat.models.prepare import prepare
 from specchat.models.shape_spec import DEMO_TARGET, VOCAB_SIZE, Shape, known_shapes, parse_shape
 from specchat.models.shapes import ShapeLayers, materialise, shape_files
+from specchat.models.sizes.describe import describe
 from specchat.planner.request import PlanRequest
 from specchat.planner.search import make_plan
 

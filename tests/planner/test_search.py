@@ -20,8 +20,9 @@ from specchat.engine.engine import Engine
 from specchat.errors import DoesNotFitError, UsageError
 from specchat.hardware.machine import Machine
 from specchat.models.catalog import demo_source
-from specchat.models.geometry import describe, layer_bytes
 from specchat.models.hf_compat import load_tokenizer
+from specchat.models.sizes.describe import describe
+from specchat.models.sizes.geometry import layer_bytes
 from specchat.planner.candidates import CUDA_RESERVE_BYTES
 from specchat.planner.memory import RUNTIME_BYTES, Workload, build_ledger
 from specchat.planner.placement import NUM_SLOTS, interleaved, usable_ram

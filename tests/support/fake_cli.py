@@ -16,8 +16,8 @@ from types import ModuleType
 from specchat.cli import models
 from specchat.cli.app import main
 from specchat.errors import DoesNotFitError
-from specchat.models import generation_defaults
-from specchat.models.generation_defaults import GenerationDefaults
+from specchat.models.checkpoint import generation_config
+from specchat.models.checkpoint.generation_config import GenerationDefaults
 from support.fake_engine import CHOSEN, EOS, PLAN, TOKENIZER, FakeEngine
 
 PAUSE_S = float(os.environ.get("FAKE_PAUSE_S", "0"))
@@ -95,7 +95,7 @@ def install():
     engine.Engine = Echo
     compat = ModuleType("specchat.models.hf_compat")
     compat.load_tokenizer = lambda _folder: TOKENIZER
-    generation_defaults.load_generation_defaults = lambda _folder: GenerationDefaults(stop_ids=frozenset({EOS}))
+    generation_config.load_generation_defaults = lambda _folder: GenerationDefaults(stop_ids=frozenset({EOS}))
     sys.modules |= {"specchat.engine.engine": engine, "specchat.models.hf_compat": compat}
     models.make_plan = _plan
     models.make_pack = lambda *_: None

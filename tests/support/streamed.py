@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from specchat.models import hf_compat
-from specchat.models.checkpoint import open_checkpoint
+from specchat.models.checkpoint.safetensors import open_checkpoint
 from specchat.models.pack import Pack
 from specchat.models.prepare import prepare
 from specchat.models.weights import LayerLayout, WeightReader

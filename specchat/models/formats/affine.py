@@ -12,9 +12,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from specchat.models.checkpoint.layout import PIECE_NUMBERS
 from specchat.models.formats.by_triton import triton_ways
 from specchat.models.formats.protocol import Linear, Segment, Segments, WeightFormat
-from specchat.models.geometry import PIECE_NUMBERS
 
 # What a stored number of 0 .. 15 stands for without a zero point: 8 less. Bytes are signed and stand for themselves.
 MIDDLE = 8

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specchat.models.checkpoint import TensorInfo
+from specchat.models.checkpoint.safetensors import TensorInfo
 from specchat.models.formats.affine import Affine, num_groups, pack_nibbles, unpack_nibbles
 from specchat.models.formats.checks import DTYPES, FLOATS, Settings, expect, fill, is_plain, refuse, words
 from specchat.models.formats.protocol import Segments, WeightFormat

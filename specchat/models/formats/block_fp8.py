@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specchat.models.checkpoint import TensorInfo
+from specchat.models.checkpoint.safetensors import TensorInfo
 from specchat.models.formats.affine import num_groups
 from specchat.models.formats.checks import FLOATS, Settings, expect, fill, is_plain, refuse
 from specchat.models.formats.fp8 import Fp8, check_numbers

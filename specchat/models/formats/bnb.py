@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from specchat.models.checkpoint import TensorInfo
+from specchat.models.checkpoint.safetensors import TensorInfo
 from specchat.models.formats.affine import Affine
 from specchat.models.formats.bnb4 import NESTED_BLOCK, Bnb4
 from specchat.models.formats.bnb_ops import bnb, dynamic_map

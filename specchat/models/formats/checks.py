@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from specchat.errors import CorruptCheckpointError, UnsupportedModelError
-from specchat.models.checkpoint import TensorInfo
+from specchat.models.checkpoint.safetensors import TensorInfo
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 FLOATS = ("F16", "BF16", "F32")  # of scales

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from specchat.models.checkpoint import TensorInfo
+from specchat.models.checkpoint.safetensors import TensorInfo
 from specchat.models.formats.affine import MIDDLE, Affine, num_groups, unpack_nibbles
 from specchat.models.formats.checks import (
     DTYPES,

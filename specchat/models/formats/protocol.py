@@ -15,8 +15,8 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from specchat.models.checkpoint import TensorInfo
-from specchat.models.geometry import dequantized_rows
+from specchat.models.checkpoint.layout import dequantized_rows
+from specchat.models.checkpoint.safetensors import TensorInfo
 from specchat.models.products import product
 
 Segments = Mapping[str, Tensor]

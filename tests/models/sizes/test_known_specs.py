@@ -12,16 +12,16 @@ import pytest
 import torch
 
 from specchat.config import DTYPE_BYTES, ModelSource, ModelSpec
-from specchat.models import describing, known_specs
 from specchat.models.catalog import parse_model
-from specchat.models.describing import describe_anew
 from specchat.models.families import known_families
 from specchat.models.formats.affine import Affine
 from specchat.models.formats.bnb4 import Bnb4
-from specchat.models.geometry import layer_bytes, weight_bytes
 from specchat.models.known_models import KnownModel, known_model, known_models
-from specchat.models.known_specs import known_spec
 from specchat.models.quantized import Matrix, Part
+from specchat.models.sizes import inspect, known_specs
+from specchat.models.sizes.geometry import layer_bytes, weight_bytes
+from specchat.models.sizes.inspect import describe_anew
+from specchat.models.sizes.known_specs import known_spec
 
 MODELS = list(known_models().values())
 # One of each kind of layer, the smallest; the others only differ in figures.
@@ -74,7 +74,7 @@ def built(model: KnownModel, quant: str, layers: int, folder: Path) -> ModelSpec
     (folder / "config.json").write_text(json.dumps(figures))
     with pytest.MonkeyPatch.context() as patch:
         if model.stored:
-            patch.setattr(describing, "choose_recipe", lambda *_: StoredAs(model.stored))
+            patch.setattr(inspect, "choose_recipe", lambda *_: StoredAs(model.stored))
         return describe_anew(ModelSource(model.id, folder), quant)
 
 
@@ -136,7 +136,7 @@ def test_the_sizes_of_every_model(model: KnownModel, quant: str, tmp_path: Path)
 
 def test_no_torch_is_needed():
     program = (
-        "import sys; from specchat.models.known_specs import known_spec;"
+        "import sys; from specchat.models.sizes.known_specs import known_spec;"
         "from specchat.models.catalog import parse_model;"
         "parse_model('shape:llama-8b'); known_spec('Qwen/Qwen3-8B'); print('torch' in sys.modules)"
     )

@@ -20,7 +20,9 @@ from specchat.errors import (
     PickledCheckpointError,
     UnsupportedModelError,
 )
-from specchat.models.checkpoint import TensorReader, open_checkpoint, read_json, weight_files
+from specchat.models.checkpoint.json_file import read_json
+from specchat.models.checkpoint.reader import TensorReader
+from specchat.models.checkpoint.safetensors import open_checkpoint, weight_files
 
 DTYPES = {
     "F64": torch.float64,
@@ -215,7 +217,7 @@ def test_close_gives_the_files_back(tmp_path):
 def test_needs_no_torch_for_headers(tmp_path):
     save_file({"x": torch.ones(3)}, tmp_path / "model.safetensors")
     code = (
-        "import sys; from pathlib import Path; from specchat.models.checkpoint import open_checkpoint;"
+        "import sys; from pathlib import Path; from specchat.models.checkpoint.safetensors import open_checkpoint;"
         f"assert open_checkpoint(Path({str(tmp_path)!r})).tensors['x'].nbytes == 12; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,17 +9,17 @@ import pytest
 from support import tiny_models
 
 from specchat.config import ModelSource
-from specchat.models import spec_cache
 from specchat.models.catalog import demo_source
-from specchat.models.describing import describe_anew
-from specchat.models.geometry import describe
+from specchat.models.sizes import cache
+from specchat.models.sizes.describe import describe
+from specchat.models.sizes.inspect import describe_anew
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     """An empty cache folder, and nothing remembered."""
     monkeypatch.setenv("SPECCHAT_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(spec_cache, "_remembered", {})
+    monkeypatch.setattr(cache, "_remembered", {})
     return tmp_path / "cache" / "specs"
 
 
@@ -31,7 +31,7 @@ def model(folder: Path, architecture: str = "llama", **changes: int) -> ModelSou
 
 
 def forget(monkeypatch):
-    monkeypatch.setattr(spec_cache, "_remembered", {})
+    monkeypatch.setattr(cache, "_remembered", {})
 
 
 @pytest.mark.parametrize("quant", ["none", "int4"])
@@ -41,35 +41,35 @@ def test_what_comes_back_is_what_was_made(architecture, quant, tmp_path, monkeyp
     made = describe(source, quant)
     assert made == describe_anew(source, quant)
     forget(monkeypatch)
-    monkeypatch.setattr("specchat.models.describing.describe_anew", None)
+    monkeypatch.setattr("specchat.models.sizes.inspect.describe_anew", None)
     assert describe(source, quant) == made
     assert describe(ModelSource("other name", tmp_path), quant).name == "other name"
 
 
 def test_whatever_changes_a_description_changes_its_key(tmp_path):
     source = model(tmp_path / "a")
-    keys = [spec_cache.key_of(source, quant) for quant in ("none", "int8")]
-    keys.append(spec_cache.key_of(model(tmp_path / "b", num_hidden_layers=3), "none"))
+    keys = [cache.key_of(source, quant) for quant in ("none", "int8")]
+    keys.append(cache.key_of(model(tmp_path / "b", num_hidden_layers=3), "none"))
     quantized = tmp_path / "c"
     model(quantized)
     values = json.loads((quantized / "config.json").read_text()) | {"quantization_config": {"quant_method": "awq"}}
     (quantized / "config.json").write_text(json.dumps(values))
     for content in (b"1", b"22"):  # its headers say how large matrices are
         (quantized / "model.safetensors").write_bytes(content)
-        keys.append(spec_cache.key_of(ModelSource("c", quantized), "none"))
+        keys.append(cache.key_of(ModelSource("c", quantized), "none"))
     assert len(set(keys)) == len(keys) and None not in keys
-    assert spec_cache.key_of(model(tmp_path / "d"), "none") == keys[0]
-    assert spec_cache.key_of(ModelSource("nothing", tmp_path / "e"), "none") is None
+    assert cache.key_of(model(tmp_path / "d"), "none") == keys[0]
+    assert cache.key_of(ModelSource("nothing", tmp_path / "e"), "none") is None
 
 
 def test_other_code_describes_anew(tmp_path, monkeypatch):
     source = model(tmp_path / "model")
-    key = spec_cache.key_of(source, "none")
+    key = cache.key_of(source, "none")
     (tmp_path / "config.py").write_text("# another one\n")
-    monkeypatch.setattr(spec_cache, "_SIZES", tmp_path / "config.py")
-    spec_cache._makers.cache_clear()
-    assert spec_cache.key_of(source, "none") != key
-    spec_cache._makers.cache_clear()
+    monkeypatch.setattr(cache, "_SIZES", tmp_path / "config.py")
+    cache._makers.cache_clear()
+    assert cache.key_of(source, "none") != key
+    cache._makers.cache_clear()
 
 
 @pytest.mark.parametrize("damage", ["cut", "digit", "empty", "other", "absent", "folder"])
@@ -91,7 +91,7 @@ def test_damage_is_found_and_mended(damage, tmp_path, folder, monkeypatch):
         case "folder":
             file.mkdir()
     forget(monkeypatch)
-    assert spec_cache.load(file.stem, "tiny") is None
+    assert cache.load(file.stem, "tiny") is None
     assert describe(source) == made
     if damage != "folder":
         assert file.read_text() == text
@@ -101,15 +101,15 @@ def test_where_nothing_can_be_written_the_process_remembers(tmp_path, folder, mo
     folder.parent.write_text("a file where the folder would be")
     source = model(tmp_path / "model")
     made = describe(source)
-    monkeypatch.setattr("specchat.models.describing.describe_anew", None)
+    monkeypatch.setattr("specchat.models.sizes.inspect.describe_anew", None)
     assert describe(source) == made
 
 
 def test_few_are_kept(tmp_path, folder, monkeypatch):
-    monkeypatch.setattr(spec_cache, "_MOST_FILES", 2)
+    monkeypatch.setattr(cache, "_MOST_FILES", 2)
     made = describe(model(tmp_path / "model"))
     for number in range(4):
-        spec_cache.save(f"{number}", made)
+        cache.save(f"{number}", made)
     assert len(list(folder.iterdir())) == 2
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from specchat.models.checkpoint import read_json
+from specchat.models.checkpoint.json_file import read_json
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,12 @@ from typing import Any
 import torch
 
 from specchat.config import Activations, Dtype, ModelSource, ModelSpec, ParamSize, Quant
-from specchat.models import activations, hf_compat
-from specchat.models.dtypes import TORCH_DTYPE
+from specchat.models import hf_compat
+from specchat.models.checkpoint.dtypes import TORCH_DTYPE
 from specchat.models.quantization import apply_recipe
 from specchat.models.quantized import quant_linears, segment_names
 from specchat.models.recipes import choose_recipe
+from specchat.models.sizes import activations
 
 
 def describe_anew(source: ModelSource, quant: Quant) -> ModelSpec:

@@ -1,0 +1,71 @@
+"""JSON files of a model folder, with errors that name the file."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from specchat.errors import (
+    CorruptCheckpointError,
+    ModelError,
+    ModelNotFoundError,
+)
+
+if TYPE_CHECKING:
+    pass
+
+
+LFS_MAGIC = b"version https://git-lfs"
+REDOWNLOAD = "delete the file and download it again"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model folder.
+
+    Raises:
+        ModelNotFoundError: no such file.
+        CorruptCheckpointError: not JSON, or not an object.
+        ModelError: the file cannot be read.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as exc:
+        raise ModelNotFoundError(f"{path} does not exist", hint="give the folder that holds config.json") from exc
+    except OSError as exc:
+        fail_to_read(path, exc)
+    if data.startswith(LFS_MAGIC):
+        fail_on_lfs_pointer(path)
+    return parse_object(data, str(path))
+
+
+def parse_object(data: bytes, what: str) -> dict[str, Any]:
+    """The JSON object in `data`; a key given twice is an error, since the first one would be lost silently."""
+    try:
+        parsed = json.loads(data.decode("utf-8"), object_pairs_hook=_dict_of_unique)
+    except (ValueError, RecursionError) as exc:
+        raise CorruptCheckpointError(f"{what} is not valid JSON: {exc}", hint=REDOWNLOAD) from exc
+    if not isinstance(parsed, dict):
+        raise CorruptCheckpointError(f"{what} is not a JSON object", hint=REDOWNLOAD)
+    return parsed
+
+
+def _dict_of_unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"key {key!r} given twice")
+        result[key] = value
+    return result
+
+
+def fail_on_lfs_pointer(file: Path) -> NoReturn:
+    """Raise a `CorruptCheckpointError` for a Git LFS pointer in the place of a file."""
+    raise CorruptCheckpointError(
+        f"{file} is a Git LFS pointer, not the file itself", hint=f"run: git -C '{file.parent}' lfs pull"
+    )
+
+
+def fail_to_read(file: Path, exc: OSError) -> NoReturn:
+    """Raise a `ModelError` for a file that the system refuses to read."""
+    raise ModelError(
+        f"cannot read {file}: {exc.strerror or exc}", hint="check the file's permissions and the disk"
+    ) from exc

@@ -1,0 +1,192 @@
+"""Reads tensors of a checkpoint into memory that the caller owns."""
+
+import math
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from specchat.closing import Closing
+from specchat.errors import (
+    CorruptCheckpointError,
+)
+from specchat.units import MIB
+
+if TYPE_CHECKING:
+    import torch
+from specchat.models.checkpoint.json_file import fail_to_read
+from specchat.models.checkpoint.safetensors import SAFETENSORS_DTYPES, Checkpoint, TensorInfo, fail_truncated
+
+
+class TensorReader(Closing):
+    """Reads tensors of a checkpoint from disk, with a bounded amount of memory beside the destination.
+
+    Any number of threads may `read`; `read_into` is for one at a time, for its calls share the staging buffer. Files
+    are opened on first use.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, staging_bytes: int = 8 * MIB) -> None:
+        """Binds the reader to `checkpoint`.
+
+        Args:
+            checkpoint: from `open_checkpoint`.
+            staging_bytes: the most that one read converts at a time; at least 8, the widest number.
+        """
+        assert staging_bytes >= 8
+        self._tensors = checkpoint.tensors
+        self._folder = checkpoint.folder
+        self._staging_bytes = staging_bytes
+        self._staging: torch.Tensor | None = None
+        self._fds: dict[Path, int] = {}
+        self._opening = threading.Lock()  # several threads may be the first
+        self._closed = False
+
+    def close(self) -> None:
+        """Closes the files and gives the staging buffer back; a second call does nothing."""
+        self._closed = True
+        self._staging = None
+        while self._fds:
+            os.close(self._fds.popitem()[1])
+
+    def read(self, key: str) -> "torch.Tensor":
+        """The tensor as saved, in new CPU memory.
+
+        Raises:
+            CorruptCheckpointError: no such tensor, or its file has been cut since it was opened.
+            ModelError: the file cannot be read.
+        """
+        import torch
+
+        info = self._find(key)
+        out = torch.empty(info.shape, dtype=_torch_dtype(info), device="cpu")
+        self.read_into(key, out)
+        return out
+
+    def mapped(self, key: str) -> "torch.Tensor":
+        """The tensor as saved, in the pages of its file, of which only those that are used take memory.
+
+        Where its numbers do not begin as torch wants them, or the system maps no such file, it is read.
+
+        Raises:
+            CorruptCheckpointError, ModelError: as `read`.
+        """
+        import torch
+
+        info = self._find(key)
+        dtype, file_bytes = _torch_dtype(info), os.fstat(self._fd(info.file)).st_size
+        if info.offset % dtype.itemsize:
+            return self.read(key)
+        if file_bytes < info.offset + info.nbytes:
+            fail_truncated(info.file, info.offset + info.nbytes, file_bytes)
+        try:
+            pages = torch.from_file(str(info.file), shared=False, size=file_bytes, dtype=torch.uint8)
+        except RuntimeError:
+            return self.read(key)
+        return pages[info.offset : info.offset + info.nbytes].view(dtype).view(info.shape)
+
+    def read_into(self, key: str, out: "torch.Tensor") -> None:
+        """Fills `out` with the tensor's numbers in row-major order, converted to its dtype.
+
+        Args:
+            key: the tensor's name.
+            out: as many numbers as saved, of any shape, strides, dtype and device. Contiguous CPU memory of the saved
+                dtype is read into directly; anything else goes through the staging buffer, piece by piece.
+
+        Raises:
+            CorruptCheckpointError: no such tensor, another number of elements, or a file cut since it was opened.
+            ModelError: the file cannot be read.
+        """
+        info = self._find(key)
+        if out.numel() != math.prod(info.shape):
+            raise CorruptCheckpointError(
+                f"tensor {key!r} in {info.file} has shape {list(info.shape)}, the model wants {list(out.shape)}",
+                hint="config.json and the weights do not belong together: download both again",
+            )
+        out = out.detach()
+        if out.dtype == _torch_dtype(info) and out.device.type == "cpu" and out.is_contiguous():
+            self._fill(info, 0, _bytes_of(out))
+        else:
+            self._convert(info, out)
+
+    def _find(self, key: str) -> TensorInfo:
+        info = self._tensors.get(key)
+        if info is None:
+            raise CorruptCheckpointError(
+                f"the checkpoint in {self._folder} has no tensor {key!r}",
+                hint="the download may be incomplete: repeat it",
+            )
+        return info
+
+    def _convert(self, info: TensorInfo, out: "torch.Tensor") -> None:
+        """Reads through the staging buffer: as many numbers at a time as it holds, cast and copied into `out`."""
+        width = SAFETENSORS_DTYPES[info.dtype][1]
+        step = self._staging_bytes // width
+        done = 0  # bytes of the tensor
+        for piece in _flat_pieces(out):
+            for start in range(0, piece.numel(), step):
+                part = piece[start : start + step]
+                raw = self._staging_view(part.numel() * width)
+                self._fill(info, done, _bytes_of(raw))
+                # Not asynchronous: the staging buffer is overwritten by the next round.
+                part.copy_(raw.view(_torch_dtype(info)))
+                done += raw.numel()
+
+    def _staging_view(self, num_bytes: int) -> "torch.Tensor":
+        """The first `num_bytes` of the staging buffer, which torch aligns for every dtype."""
+        import torch
+
+        if self._staging is None:
+            self._staging = torch.empty(self._staging_bytes, dtype=torch.uint8, device="cpu")
+        return self._staging[:num_bytes]
+
+    def _fill(self, info: TensorInfo, skip: int, buffer: memoryview) -> None:
+        """Fills `buffer` with the tensor's bytes from its byte `skip` on."""
+        fd = self._fd(info.file)
+        done = 0
+        while done < len(buffer):  # one call moves at most 2 GiB on Linux
+            try:
+                count = os.preadv(fd, [buffer[done:]], info.offset + skip + done)
+            except OSError as exc:
+                fail_to_read(info.file, exc)
+            if count == 0:
+                fail_truncated(info.file, info.offset + info.nbytes, os.fstat(fd).st_size)
+            done += count
+
+    def _fd(self, file: Path) -> int:
+        assert not self._closed, "read from a closed TensorReader"
+        with self._opening:
+            if file not in self._fds:
+                try:
+                    self._fds[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as exc:
+                    fail_to_read(file, exc)
+            return self._fds[file]
+
+
+def _torch_dtype(info: TensorInfo) -> "torch.dtype":
+    import torch
+
+    dtype = getattr(torch, SAFETENSORS_DTYPES[info.dtype][0])
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _bytes_of(tensor: "torch.Tensor") -> memoryview:
+    """The memory of a contiguous CPU tensor, writable."""
+    import torch
+
+    # Through numpy rather than ctypes: the view keeps the storage alive. reshape of contiguous memory never copies.
+    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()  # numpy's types hide the buffer protocol before 3.12
+    return memoryview(array)
+
+
+def _flat_pieces(out: "torch.Tensor") -> Iterator["torch.Tensor"]:
+    """One-dimensional views that together cover `out` in row-major order; one if it is contiguous."""
+    if out.is_contiguous():
+        yield out.view(-1)
+    elif out.dim() == 1:
+        yield out
+    else:
+        for part in out.unbind(0):
+            yield from _flat_pieces(part)
