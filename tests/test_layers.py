@@ -27,8 +27,8 @@ FLOOR_OF = {name: i for i, names in enumerate(FLOORS) for name in names} | {"dem
 HOMES = {
     "torch": ("engine/", "models/", "hardware/", "demo/"),
     # hf_baselines is what the engine is measured against: transformers used as anyone would, nothing of ours in it.
-    "transformers": ("models/hf_compat.py", "models/hf_baselines.py", "demo/"),
-    "triton": ("models/formats/triton_affine.py",),
+    "transformers": ("models/hf/", "models/hf_baselines.py", "demo/"),
+    "triton": ("models/quant/kernels/triton_affine.py",),
     "rich": ("ui/",),
     "prompt_toolkit": ("ui/",),
     "typer": ("cli/",),

@@ -26,7 +26,7 @@ from specchat.hardware.system import available_ram_bytes
 from specchat.units import GIB
 
 if TYPE_CHECKING:
-    from specchat.models.hf_compat import Tokenizer
+    from specchat.models.hf.tokenizer import Tokenizer
     from specchat.models.pack import Pack
 
 # Rows of a pass by itself when there is no tree to take the number from.

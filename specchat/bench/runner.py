@@ -15,7 +15,7 @@ from specchat.bench.systems import Clock, System
 from specchat.config import Message, Sampling
 
 if TYPE_CHECKING:
-    from specchat.models.hf_compat import Tokenizer
+    from specchat.models.hf.tokenizer import Tokenizer
 
 _WARM_UP_TOKENS = 8
 

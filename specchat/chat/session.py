@@ -37,7 +37,7 @@ from specchat.config import Activity, MemoryReport, Message, Overflow, Plan, Sam
 from specchat.errors import EmptyPromptError, SessionError, UsageError
 
 if TYPE_CHECKING:
-    from specchat.models.hf_compat import Tokenizer
+    from specchat.models.hf.tokenizer import Tokenizer
 
 __all__ = ["ChatSession", "Delta", "Dropped", "Speculation", "Timings", "Turn", "Usage"]
 

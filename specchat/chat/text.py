@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from specchat.models.hf_compat import Tokenizer
+    from specchat.models.hf.tokenizer import Tokenizer
 
 # What decoders write for bytes that are no character (yet).
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"

@@ -169,7 +169,7 @@ def _job(
     from specchat.bench.measure import Job
     from specchat.bench.setup import check_baselines, left_out
     from specchat.models.checkpoint.generation_config import load_generation_defaults
-    from specchat.models.hf_compat import load_tokenizer
+    from specchat.models.hf.tokenizer import load_tokenizer
     from specchat.ui.progress import TalkReporter
 
     target, draft = point.models.target, point.models.draft

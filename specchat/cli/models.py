@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from specchat.models.catalog import ModelRef
     from specchat.models.checkpoint.generation_config import GenerationDefaults
     from specchat.models.drafts import DraftChoice
-    from specchat.models.hf_compat import Tokenizer
+    from specchat.models.hf.tokenizer import Tokenizer
     from specchat.models.hub import Download, Missing
     from specchat.models.pack import Pack
     from specchat.planner.explain import Chosen
@@ -180,7 +180,7 @@ def _obtained(options: ModelOptions, refs: Refs, found: _Found, say: "Talk") -> 
 
 
 def _refuse_by_configuration(target: "Download") -> None:
-    from specchat.models.hf_compat import load_config  # with torch
+    from specchat.models.hf.config import load_config  # with torch
     from specchat.models.hub import sketch
     from specchat.models.recipes import comes_quantized
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from specchat.cli.models import Planned
     from specchat.engine.engine import Engine
     from specchat.models.checkpoint.generation_config import GenerationDefaults
-    from specchat.models.hf_compat import Tokenizer
+    from specchat.models.hf.tokenizer import Tokenizer
     from specchat.ui.chat_view import ChatView
     from specchat.ui.console import Talk
     from specchat.ui.progress import Reporter
@@ -154,7 +154,7 @@ class _Parts:
             UsageError: the target was not made for chats.
         """
         from specchat.chat.session import check_has_template
-        from specchat.models.hf_compat import load_tokenizer
+        from specchat.models.hf.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(self.models.target.path)
         check_has_template(tokenizer, base=self.options.base)

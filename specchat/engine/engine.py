@@ -33,8 +33,8 @@ from specchat.engine.selfcheck import check_architecture
 from specchat.engine.tree import ROOT, TokenTree, common_prefix
 from specchat.errors import AllocationError, PromptTooLongError, is_lack_of_memory
 from specchat.models.checkpoint.dtypes import TORCH_DTYPE
+from specchat.models.hf.pairing import check_pair
 from specchat.models.pack import Pack
-from specchat.models.pairing import check_pair
 from specchat.units import format_bytes
 
 

@@ -1,7 +1,7 @@
 """Keys and values in buffers made once: rows are appended by a pass, and the accepted ones are kept.
 
-Plain tensors; `models.hf_compat` presents them to transformers as its cache. A committed prefix can be cut at any row
-here because every layer stores one row per token; layers with a running state (later) will need a snapshot instead, so
+Plain tensors; `models.hf.attention` presents them to transformers as its cache. A committed prefix can be cut at any
+row because every layer stores one row per token; layers with a running state (later) will need a snapshot instead, so
 nothing above this file goes back except through `truncate`.
 """
 

@@ -1,10 +1,10 @@
-"""Linear maps of full-precision models whose products `models.products` computes faster than torch by itself."""
+"""Linear maps of full-precision models whose products `kernels.matmul` computes faster than torch by itself."""
 
 from functools import partial
 
 from torch import Tensor, nn
 
-from specchat.models.products import is_faster_by_onednn, product
+from specchat.models.quant.kernels.matmul import is_faster_by_onednn, product
 
 
 def use_fast_products(model: nn.Module) -> None:

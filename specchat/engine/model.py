@@ -23,18 +23,20 @@ from specchat.engine.fillers import LayerFiller, filler_for
 from specchat.engine.kv_cache import TreeCache
 from specchat.engine.linear import use_fast_products
 from specchat.engine.streamer import LayerStreamer, NoStreamer
-from specchat.models import hf_compat
 from specchat.models.checkpoint.safetensors import open_checkpoint
+from specchat.models.hf.attention import cache_for, row_scope, use_attention
+from specchat.models.hf.config import kv_shapes, load_config, max_positions
+from specchat.models.hf.skeleton import Skeleton, build_skeleton, lookup_embeddings
 from specchat.models.pack import Pack
 from specchat.models.pack_format import bytes_of
 from specchat.models.pack_verify import ChunkVerifier
+from specchat.models.quant.modules import quant_linears
 from specchat.models.quant_reader import open_reader
 from specchat.models.quantization import apply_recipe
-from specchat.models.quantized import quant_linears
 from specchat.models.recipes import choose_recipe
 from specchat.models.weights import LayerLayout, WeightReader, bind
 
-hf_compat.use_attention(tree_attention)
+use_attention(tree_attention)
 
 
 class PassCancelledError(Exception):
@@ -59,7 +61,7 @@ class TreeModel:
 
     def __init__(
         self,
-        skeleton: hf_compat.Skeleton,
+        skeleton: Skeleton,
         cache: TreeCache,
         streamer: LayerStreamer,
         streamed: Sequence[int],
@@ -72,7 +74,7 @@ class TreeModel:
         self.streamer = streamer
         self.device = device
         self.vocab_size: int = skeleton.config.vocab_size
-        self._hf_cache = hf_compat.cache_for(cache.layers)
+        self._hf_cache = cache_for(cache.layers)
         self._chunk_rows = chunk_rows
         self._layout: RowLayout | None = None
         self._token_ids: Tensor | None = None
@@ -88,7 +90,7 @@ class TreeModel:
     @property
     def max_positions(self) -> int:
         """The longest context that the model's positions serve."""
-        return hf_compat.max_positions(self.skeleton.config)
+        return max_positions(self.skeleton.config)
 
     @property
     def nbytes(self) -> int:
@@ -129,7 +131,7 @@ class TreeModel:
         self._layout, self._cancel, self.layers_done = layout, cancel, 0
         ids = self._token_ids = torch.tensor(token_ids, dtype=torch.int64)
         try:
-            with hf_compat.row_scope(partial(RowMask, layout)):
+            with row_scope(partial(RowMask, layout)):
                 return self.skeleton.hidden(ids.to(self.device), layout.positions[layout.num_earlier :], self._hf_cache)
         except BaseException:
             self.cache.truncate(length)
@@ -254,13 +256,13 @@ def load_model(
         quant: what the matrices are stored in; those read from `source` are quantized here.
         warn: told in one line of what the system refused and what that costs.
     """
-    skeleton = hf_compat.build_skeleton(hf_compat.load_config(source.path), dtype)
+    skeleton = build_skeleton(load_config(source.path), dtype)
     stays = set(range(len(skeleton.layers)) if resident is None else resident)
     streamed = [index for index in range(len(skeleton.layers)) if index not in stays]
     kept = [index for index in streamed if index in set(in_ram)]
     with ExitStack() as undo:  # after an error, what is open or runs would keep memory that a smaller plan needs
         reader = undo.enter_context(_open_reader(skeleton, source, pack, quant))
-        embeddings = hf_compat.lookup_embeddings(skeleton) if host_embeddings else None
+        embeddings = lookup_embeddings(skeleton) if host_embeddings else None
         assert not host_embeddings or embeddings is not None, "what the head shares stays with it"
         reader.read_rest(device, on_host=embeddings)
         read_layer = partial(_read_layer, reader, None if pack is None else ChunkVerifier(pack))
@@ -269,7 +271,7 @@ def load_model(
             blob = torch.zeros(layout.nbytes, dtype=torch.uint8)
             read_layer(index, layout, blob)
             bind(skeleton.layers[index], layout.views(blob.to(device)))
-        cache = TreeCache(hf_compat.kv_shapes(skeleton.config), cache_rows, dtype, device)
+        cache = TreeCache(kv_shapes(skeleton.config), cache_rows, dtype, device)
         if device.type == "cpu":
             use_fast_products(skeleton.model)
         streamer: LayerStreamer = NoStreamer()
@@ -288,7 +290,7 @@ def load_model(
     return TreeModel(skeleton, cache, streamer, streamed, chunk_rows, device, embeddings)
 
 
-def _open_reader(skeleton: hf_compat.Skeleton, source: ModelSource, pack: Pack | None, quant: str) -> WeightReader:
+def _open_reader(skeleton: Skeleton, source: ModelSource, pack: Pack | None, quant: str) -> WeightReader:
     """Replaces the modules of quantized matrices, and finds what fills them."""
     recipe = choose_recipe(source, skeleton, quant)
     if pack is None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from specchat.config import NOISE_ROWS, Sampling
-from specchat.models import hf_compat
+from specchat.models.hf.processors import logits_processors
 
 _MASK64 = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
@@ -86,7 +86,7 @@ class Sampler:
         self.sampling = sampling
         self.vocab_size = vocab_size
         self.noise = None if sampling.greedy else Noise(sampling.seed, vocab_size, device)
-        self._processors = hf_compat.logits_processors(sampling)
+        self._processors = logits_processors(sampling)
         self._needs_context = sampling.repetition_penalty != 1.0
 
     def draw(self, logits: Tensor, context: Sequence[int]) -> int:

@@ -20,7 +20,8 @@ from specchat.engine.model import TreeModel
 from specchat.engine.streamer import NoStreamer
 from specchat.engine.tree import ROOT, TokenTree
 from specchat.errors import UnsupportedModelError
-from specchat.models import hf_compat
+from specchat.models.hf.config import kv_shapes, load_config, tiny_config
+from specchat.models.hf.skeleton import Skeleton, build_random
 
 _PROMPT_ROWS = 20  # more than the tiny model's window, so that windows matter
 _CHUNK_ROWS = 7
@@ -39,10 +40,10 @@ def check_architecture(source: ModelSource) -> None:
 
 @lru_cache(maxsize=16)
 def _check(folder: Path) -> None:
-    config = hf_compat.load_config(folder)
+    config = load_config(folder)
     refusal = f"'{config.model_type}' does not compute trees as it computes text, so specchat would change its answers"
     try:
-        error = _largest_error(hf_compat.tiny_config(config))
+        error = _largest_error(tiny_config(config))
     except Exception as cause:
         raise UnsupportedModelError(
             f"'{config.model_type}' cannot run with tree attention ({type(cause).__name__}: {cause})"
@@ -55,7 +56,7 @@ def _check(folder: Path) -> None:
 def _largest_error(config: object) -> float:
     """The largest difference between tree and plain scores, relative to the largest score."""
     generator = torch.Generator().manual_seed(0)
-    skeleton, plain = hf_compat.build_random(config, generator)
+    skeleton, plain = build_random(config, generator)
     prompt = torch.randint(0, skeleton.config.vocab_size, (_PROMPT_ROWS,), generator=generator).tolist()
     paths = [_path(node) for node in (1, 3, len(_TREE) - 1)]
     expected = [plain(torch.tensor(prompt + [_TREE.tokens[n] for n in path]))[_PROMPT_ROWS - 1 :] for path in paths]
@@ -67,11 +68,11 @@ def _largest_error(config: object) -> float:
     return error / scale
 
 
-def _tree_scores(skeleton: hf_compat.Skeleton, prompt: list[int]) -> Tensor:
+def _tree_scores(skeleton: Skeleton, prompt: list[int]) -> Tensor:
     """Scores of root and nodes, [1 + N, V], by one pass in chunks."""
     num_rows = len(prompt) + len(_TREE)
     cpu = torch.device("cpu")
-    cache = TreeCache(hf_compat.kv_shapes(skeleton.config), num_rows, torch.float32, cpu)
+    cache = TreeCache(kv_shapes(skeleton.config), num_rows, torch.float32, cpu)
     model = TreeModel(skeleton, cache, NoStreamer(), (), _CHUNK_ROWS, cpu)
     positions = [*range(len(prompt)), *(len(prompt) - 1 + depth for depth in _TREE.depths)]
     layout = RowLayout(0, len(prompt), _TREE.ancestors, torch.tensor(positions))

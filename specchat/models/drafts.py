@@ -8,8 +8,8 @@ from specchat.config import ModelSource
 from specchat.errors import ModelError, VocabularyMismatchError
 from specchat.models.catalog import ModelRef, draft_candidates, known_draft, parse_model
 from specchat.models.checkpoint.safetensors import weight_files
+from specchat.models.hf.pairing import check_pair
 from specchat.models.hub import Missing, cached_models, look_up
-from specchat.models.pairing import check_pair
 
 # A draft reads all its weights several times for each pass of the target.
 _LARGEST_SHARE = 0.25

@@ -1,6 +1,6 @@
 """What specchat is measured against: transformers' own `generate` over accelerate's offloading, nothing of ours in it.
 
-Beside `hf_compat` the only module that imports transformers. It is kept apart because it uses transformers as anyone
+Beside `models.hf` the only module that imports transformers. It is kept apart because it uses transformers as anyone
 would, through its public functions, while everything there bends it to the engine's needs.
 """
 
@@ -21,9 +21,10 @@ import transformers as hf
 
 from specchat.closing import Closing
 from specchat.config import Dtype, ModelSource, Sampling
-from specchat.models import hf_compat
 from specchat.models.checkpoint.dtypes import TORCH_DTYPE
 from specchat.models.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE, open_checkpoint
+from specchat.models.hf.config import load_config
+from specchat.models.hf.skeleton import build_skeleton
 from specchat.models.pack_format import PAD_PREFIX
 
 
@@ -179,7 +180,7 @@ def _with_index(folder: Path) -> Iterator[Path]:
 
 def _load_offloaded(folder: Path, dtype: torch.dtype, device: str, resident: set[int]) -> Any:
     """`from_pretrained` with a device map that keeps the same layers on the device as our own plan does."""
-    skeleton = hf_compat.build_skeleton(hf_compat.load_config(folder), dtype, attention="sdpa")
+    skeleton = build_skeleton(load_config(folder), dtype, attention="sdpa")
     num_layers = len(skeleton.layers)
     away = "disk" if device == "cpu" else "cpu"
     device_map = dict(_device_map(skeleton.model, skeleton.layers_name, "", device))

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from specchat.closing import Closing
-from specchat.models import hf_compat
 from specchat.models.checkpoint.reader import TensorReader
 from specchat.models.checkpoint.safetensors import Checkpoint, TensorInfo
+from specchat.models.hf.skeleton import Skeleton
 from specchat.models.pack_format import DTYPE_NAMES
 from specchat.models.prequantized import CheckpointRecipe
 from specchat.models.quant_reader import open_reader
@@ -32,7 +32,7 @@ class CheckpointLayers(Closing):
 
     def __init__(
         self,
-        skeleton: hf_compat.Skeleton,
+        skeleton: Skeleton,
         checkpoint: Checkpoint,
         recipe: OwnRecipe | CheckpointRecipe | None = None,
     ) -> None:

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 
 from specchat.config import Dtype, ModelSource
-from specchat.models import hf_compat
 from specchat.models.checkpoint.dtypes import TORCH_DTYPE
 from specchat.models.checkpoint.safetensors import open_checkpoint
+from specchat.models.hf.config import load_config
+from specchat.models.hf.skeleton import build_skeleton
 from specchat.models.pack import Pack, PackProgress, build_pack, key_for, open_pack
 from specchat.models.pack_census import packs_folder
 from specchat.models.pack_format import NOT_QUANTIZED
@@ -40,7 +41,7 @@ def prepare(
         DoesNotFitError: no room on the disk for the pack.
         ModelError: the files cannot be read.
     """
-    skeleton = hf_compat.build_skeleton(hf_compat.load_config(source.path), TORCH_DTYPE[dtype], attention="eager")
+    skeleton = build_skeleton(load_config(source.path), TORCH_DTYPE[dtype], attention="eager")
     recipe = choose_recipe(source, skeleton, quant)
     quantizer = NOT_QUANTIZED if recipe is None else recipe.identity
     if source.path.parent == packs_folder():  # a synthetic model, made as a pack

@@ -9,13 +9,17 @@ import torch
 from torch import Tensor
 
 from specchat.errors import CorruptCheckpointError, UnsupportedModelError
-from specchat.models import hf_compat
 from specchat.models.checkpoint.reader import TensorReader
 from specchat.models.checkpoint.safetensors import Checkpoint, TensorInfo
-from specchat.models.formats.checks import DTYPES
-from specchat.models.formats.plain import Plain
-from specchat.models.formats.protocol import CheckpointScheme, Segments, WeightFormat
-from specchat.models.quantized import Matrix, Part
+from specchat.models.hf.conversion import locate_modules
+from specchat.models.hf.matrices import find_matrices
+from specchat.models.hf.skeleton import Skeleton
+from specchat.models.quant.formats.base import WeightFormat
+from specchat.models.quant.formats.plain import Plain
+from specchat.models.quant.kernels.chunked import Segments
+from specchat.models.quant.modules import Matrix, Part
+from specchat.models.quant.schemes.base import CheckpointScheme
+from specchat.models.quant.schemes.settings import DTYPES
 
 _VERSION = 1  # of what transcoding makes
 # A module's path, and the names of what quantizers store for its matrix. "weight" alone may be a norm's, too.
@@ -58,7 +62,7 @@ class CheckpointRecipe:
         UnsupportedModelError: something is quantized that can only be read plain.
     """
 
-    def __init__(self, scheme: CheckpointScheme, skeleton: hf_compat.Skeleton, checkpoint: Checkpoint) -> None:
+    def __init__(self, scheme: CheckpointScheme, skeleton: Skeleton, checkpoint: Checkpoint) -> None:
         self.scheme = scheme
         self.name = scheme.name
         self._folder = checkpoint.folder
@@ -66,9 +70,9 @@ class CheckpointRecipe:
         self._stored: dict[str, dict[tuple[int, int], _Stored]] = {}
         self._num_parts: dict[str, int] = {}
         tensors = _by_module(checkpoint)
-        matrices = {matrix.path: matrix for matrix in hf_compat.find_matrices(skeleton)}
+        matrices = {matrix.path: matrix for matrix in find_matrices(skeleton)}
         shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.model.state_dict().items()}
-        for module, place in hf_compat.locate_modules(skeleton, tensors).items():
+        for module, place in locate_modules(skeleton, tensors).items():
             matrix = matrices.get(place.path)
             shape = matrix.shape if matrix else shapes.get(f"{place.path}.weight", ())
             if len(shape) == 2:
@@ -158,7 +162,7 @@ class CheckpointRecipe:
                 )
         return [stored[place] for place in places]
 
-    def _check_unpacked(self, skeleton: hf_compat.Skeleton) -> None:
+    def _check_unpacked(self, skeleton: Skeleton) -> None:
         for path in self._unpacked:
             if not path.startswith(f"{skeleton.layers_name}."):
                 raise UnsupportedModelError(f"'{path}' is quantized, which specchat does not read outside the layers")

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Set
 import torch
 from torch import Tensor
 
-from specchat.models import hf_compat
 from specchat.models.checkpoint.reader import TensorReader
 from specchat.models.checkpoint.safetensors import Checkpoint
+from specchat.models.hf.skeleton import Skeleton
 from specchat.models.prequantized import CheckpointRecipe
+from specchat.models.quant.modules import Matrix, segment_names
 from specchat.models.quantization import apply_recipe
-from specchat.models.quantized import Matrix, segment_names
 from specchat.models.weights import WeightReader
 
 
@@ -26,7 +26,7 @@ class PrequantizedReader(WeightReader):
         CorruptCheckpointError: a parameter has no tensor, or one of another shape.
     """
 
-    def __init__(self, skeleton: hf_compat.Skeleton, checkpoint: Checkpoint, recipe: CheckpointRecipe) -> None:
+    def __init__(self, skeleton: Skeleton, checkpoint: Checkpoint, recipe: CheckpointRecipe) -> None:
         self._recipe = recipe
         self._layer_matrices: list[dict[str, Matrix]] = [{} for _ in skeleton.layers]
         self._head: Matrix | None = None
@@ -77,5 +77,5 @@ class PrequantizedReader(WeightReader):
         return segment_names(self._skeleton.layers[layer]) | set(self._recipe.unpacked(_prefix(self._skeleton, layer)))
 
 
-def _prefix(skeleton: hf_compat.Skeleton, layer: int) -> str:
+def _prefix(skeleton: Skeleton, layer: int) -> str:
     return f"{skeleton.layers_name}.{layer}."

@@ -5,17 +5,17 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from specchat.models import hf_compat
 from specchat.models.checkpoint.safetensors import Checkpoint
+from specchat.models.hf.skeleton import Skeleton, head_names
 from specchat.models.prequantized import CheckpointRecipe
 from specchat.models.prequantized_reader import PrequantizedReader
+from specchat.models.quant.modules import Matrix, segment_names
 from specchat.models.quantization import OwnRecipe, apply_recipe
-from specchat.models.quantized import Matrix, segment_names
 from specchat.models.weights import WeightReader
 
 
 def open_reader(
-    skeleton: hf_compat.Skeleton, checkpoint: Checkpoint, recipe: OwnRecipe | CheckpointRecipe | None = None
+    skeleton: Skeleton, checkpoint: Checkpoint, recipe: OwnRecipe | CheckpointRecipe | None = None
 ) -> WeightReader:
     """The reader of a checkpoint; with a recipe, the skeleton's matrices are replaced as it says.
 
@@ -51,7 +51,7 @@ class QuantizingReader(WeightReader):
         CorruptCheckpointError: a parameter has no tensor, or one of another shape.
     """
 
-    def __init__(self, skeleton: hf_compat.Skeleton, checkpoint: Checkpoint, recipe: OwnRecipe) -> None:
+    def __init__(self, skeleton: Skeleton, checkpoint: Checkpoint, recipe: OwnRecipe) -> None:
         super().__init__(skeleton, checkpoint)
         self._recipe = recipe
         self._head_key = self._find_head_key()
@@ -107,7 +107,7 @@ class QuantizingReader(WeightReader):
     def _find_head_key(self) -> str | None:
         """The checkpoint's tensor that the head multiplies with: its own, or the embeddings."""
         keys = {name: key for key, name in self._plan.rest.items()}
-        return next((keys[name] for name in hf_compat.head_names(self._skeleton) if name in keys), None)
+        return next((keys[name] for name in head_names(self._skeleton) if name in keys), None)
 
     def rest_keys(self) -> Iterable[str]:
         """All but a head that is quantized."""

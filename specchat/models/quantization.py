@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from specchat.config import Quant
-from specchat.models import hf_compat
-from specchat.models.formats.bnb4 import Nf4Quantizer
-from specchat.models.formats.int8 import Int8Quantizer
-from specchat.models.formats.protocol import Quantizer
-from specchat.models.quantized import Matrix, Part, Scratch, replace_experts, replace_linear
+from specchat.models.hf.matrices import find_matrices, use_quantized_experts
+from specchat.models.hf.skeleton import Skeleton
+from specchat.models.quant.formats.base import Quantizer
+from specchat.models.quant.formats.int8 import Int8Quantizer
+from specchat.models.quant.formats.nf4 import Nf4Quantizer
+from specchat.models.quant.modules import Matrix, Part, Scratch, replace_experts, replace_linear
 
 QUANTIZERS: Mapping[Quant, Quantizer] = {"int4": Nf4Quantizer(), "int8": Int8Quantizer()}
 # Every emitted token is drawn from the head's scores, and it is not streamed: 8 bits there cost little and save much.
@@ -65,7 +66,7 @@ def recipe_for(quant: str) -> OwnRecipe | None:
             return None
 
 
-def apply_recipe(skeleton: hf_compat.Skeleton, recipe: Recipe) -> tuple[Matrix, ...]:
+def apply_recipe(skeleton: Skeleton, recipe: Recipe) -> tuple[Matrix, ...]:
     """Replaces the modules of a skeleton, in place; its norms, routers and embeddings stay.
 
     Returns:
@@ -73,7 +74,7 @@ def apply_recipe(skeleton: hf_compat.Skeleton, recipe: Recipe) -> tuple[Matrix, 
     """
     scratch = Scratch()
     replaced = []
-    for matrix in hf_compat.find_matrices(skeleton):
+    for matrix in find_matrices(skeleton):
         experts = [recipe.parts(matrix, expert) for expert in range(max(matrix.num_experts, 1))]
         if any(parts is None for parts in experts):
             continue
@@ -83,5 +84,5 @@ def apply_recipe(skeleton: hf_compat.Skeleton, recipe: Recipe) -> tuple[Matrix, 
         else:
             replace_linear(skeleton.model, matrix, chosen[0][0], scratch)
         replaced.append(matrix)
-    hf_compat.use_quantized_experts(skeleton)
+    use_quantized_experts(skeleton)
     return tuple(replaced)

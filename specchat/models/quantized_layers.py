@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from specchat.models.formats.protocol import Quantizer
 from specchat.models.pack import LayerSource
+from specchat.models.quant.formats.base import Quantizer
 from specchat.models.quantization import HEAD_QUANTIZER, OwnRecipe
 
 _WEIGHT = ".weight"

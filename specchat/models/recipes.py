@@ -2,11 +2,11 @@
 
 from specchat.config import ModelSource
 from specchat.errors import UsageError
-from specchat.models import hf_compat
 from specchat.models.checkpoint.json_file import read_json
 from specchat.models.checkpoint.safetensors import open_checkpoint
-from specchat.models.formats.scheme import scheme_of
+from specchat.models.hf.skeleton import Skeleton
 from specchat.models.prequantized import CheckpointRecipe
+from specchat.models.quant.schemes.registry import scheme_of
 from specchat.models.quantization import OwnRecipe, recipe_for
 
 _AS_STORED = "none"
@@ -22,7 +22,7 @@ def comes_quantized(source: ModelSource) -> bool:
     return scheme_of(read_json(source.path / "config.json")) is not None
 
 
-def choose_recipe(source: ModelSource, skeleton: hf_compat.Skeleton, quant: str) -> OwnRecipe | CheckpointRecipe | None:
+def choose_recipe(source: ModelSource, skeleton: Skeleton, quant: str) -> OwnRecipe | CheckpointRecipe | None:
     """The recipe for a model; None where its matrices stay numbers of the compute dtype.
 
     Args:

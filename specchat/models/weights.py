@@ -11,11 +11,12 @@ from torch import Tensor
 
 from specchat.closing import Closing
 from specchat.errors import CorruptCheckpointError
-from specchat.models import hf_compat
 from specchat.models.checkpoint.layout import blob_offsets
 from specchat.models.checkpoint.reader import TensorReader
 from specchat.models.checkpoint.safetensors import Checkpoint, TensorInfo
-from specchat.models.quantized import QuantLinear, segment_names
+from specchat.models.hf.conversion import TensorWhenAsked, load_converted, plan_weights
+from specchat.models.hf.skeleton import Skeleton, build_skeleton, path_of
+from specchat.models.quant.modules import QuantLinear, segment_names
 
 _NUMBERED = re.compile(r"(.*\.|)(\d+)(\..*)")  # experts.3.w1.weight
 _SAFETENSORS_NAME = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -65,13 +66,13 @@ class WeightReader(Closing):
         CorruptCheckpointError: a parameter has no tensor, or one of another shape.
     """
 
-    def __init__(self, skeleton: hf_compat.Skeleton, checkpoint: Checkpoint) -> None:
+    def __init__(self, skeleton: Skeleton, checkpoint: Checkpoint) -> None:
         self._skeleton = skeleton
         self._checkpoint = checkpoint
         self._dtype: torch.dtype = next(skeleton.model.parameters()).dtype
-        self._plan = hf_compat.plan_weights(skeleton, checkpoint.tensors)
+        self._plan = plan_weights(skeleton, checkpoint.tensors)
         self._reader = TensorReader(checkpoint)
-        self._scratch: hf_compat.Skeleton | None = None
+        self._scratch: Skeleton | None = None
         self._check_layers()
 
     def close(self) -> None:
@@ -112,10 +113,10 @@ class WeightReader(Closing):
         """
         model = self._skeleton.model
         segments = segment_names(model)
-        mapped = None if on_host is None else self._key_of(f"{hf_compat.path_of(model, on_host)}.weight")
+        mapped = None if on_host is None else self._key_of(f"{path_of(model, on_host)}.weight")
         tensors = {key: self._reader.read(key) for key in self.rest_keys() if key != mapped}
         tensors |= {} if mapped is None else {mapped: self._reader.mapped(mapped)}
-        hf_compat.load_converted(self._skeleton, tensors, self._dtype)
+        load_converted(self._skeleton, tensors, self._dtype)
         if self.head_meta():
             bind(model, self.read_head())
         else:
@@ -158,7 +159,7 @@ class WeightReader(Closing):
         head = self._skeleton.model.get_output_embeddings()
         if not isinstance(head, QuantLinear):
             return {}
-        path = hf_compat.path_of(self._skeleton.model, head)
+        path = path_of(self._skeleton.model, head)
         return {f"{path}.{name}": segment for name, segment in head.segments.items()}
 
     def read_head(self) -> dict[str, Tensor]:
@@ -210,9 +211,9 @@ class WeightReader(Closing):
         Beside the layer's memory that takes twice the parameter's, and tensors are read when it is their turn.
         """
         if self._scratch is None:
-            self._scratch = hf_compat.build_skeleton(self._skeleton.config, self._dtype)
-        tensors = {key: hf_compat.TensorWhenAsked(partial(self._reader.read, key)) for key in keys}
-        hf_compat.load_converted(self._scratch, tensors, self._dtype)
+            self._scratch = build_skeleton(self._skeleton.config, self._dtype)
+        tensors = {key: TensorWhenAsked(partial(self._reader.read, key)) for key in keys}
+        load_converted(self._scratch, tensors, self._dtype)
         return _move_filled(self._scratch.layers[layer], views)
 
     def _check_layers(self) -> None:

@@ -27,7 +27,7 @@ from specchat.engine.engine import Engine
 from specchat.errors import DoesNotFitError, SpecchatError
 from specchat.hardware.disk import evict
 from specchat.hardware.probe import probe
-from specchat.models.hf_compat import load_tokenizer
+from specchat.models.hf.tokenizer import load_tokenizer
 from specchat.ui.console import talk
 from specchat.ui.progress import TalkReporter
 from specchat.units import MIB

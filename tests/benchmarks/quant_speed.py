@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from specchat.config import Quant
-from specchat.models.formats.protocol import Quantizer, scratch_bytes
 from specchat.models.pack import Pack
 from specchat.models.prepare import prepare
+from specchat.models.quant.formats.base import Quantizer
+from specchat.models.quant.kernels.chunked import scratch_bytes
 from specchat.models.quantization import QUANTIZERS
 from specchat.models.shape_spec import parse_shape
 from specchat.models.shapes import materialise

@@ -13,7 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from specchat.chat.reasoning import Parts, ThinkTags
 from specchat.chat.session import ChatSession, Turn
 from specchat.config import Message, Sampling
-from specchat.models.hf_compat import load_tokenizer
+from specchat.models.hf.tokenizer import load_tokenizer
 
 CASES = [
     # text, begins within the thinking, thinking, answer

@@ -13,7 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from specchat.chat.session import ChatSession, Turn
 from specchat.config import Message, Sampling
 from specchat.errors import UsageError
-from specchat.models.hf_compat import load_tokenizer
+from specchat.models.hf.tokenizer import load_tokenizer
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -34,8 +34,8 @@ def specchat(monkeypatch, capfd):
 @pytest.fixture
 def fake(specchat, monkeypatch):
     """The same without a model."""
-    importlib.import_module("specchat.models.hf_compat")  # now, so that nobody remembers what is put in its place
-    for name in ("specchat.engine.engine", "specchat.models.hf_compat"):
+    importlib.import_module("specchat.models.hf.tokenizer")  # now, so that nobody remembers what is put in its place
+    for name in ("specchat.engine.engine", "specchat.models.hf.tokenizer"):
         monkeypatch.setitem(sys.modules, name, sys.modules.get(name))
     for name in ("make_plan", "make_pack"):
         monkeypatch.setattr(f"specchat.cli.models.{name}", None)  # puts back what is replaced next

@@ -18,9 +18,10 @@ from specchat.cli.app import run_command_line
 from specchat.config import Plan, Sampling
 from specchat.engine.engine import Engine
 from specchat.hardware.machine import Machine
-from specchat.models import hf_compat
 from specchat.models.catalog import demo_source
 from specchat.models.checkpoint.safetensors import open_checkpoint
+from specchat.models.hf.config import load_config
+from specchat.models.hf.skeleton import build_skeleton
 from specchat.models.pack import list_packs
 from specchat.models.prepare import prepare
 from specchat.models.quant_reader import QuantizingReader
@@ -162,7 +163,7 @@ def test_shapes_are_made_quantized(quant):
     (pack,) = list_packs()
     assert pack.quantizer == OwnRecipe(quant).identity and pack.dtype == "bf16"
     assert prepare(source, "bf16", quant, progress=quiet, warn=quiet) == pack
-    skeleton = hf_compat.build_skeleton(hf_compat.load_config(source.path), torch.bfloat16)
+    skeleton = build_skeleton(load_config(source.path), torch.bfloat16)
     QuantizingReader(skeleton, open_checkpoint(materialise(replace(shape, quant="none")).path), OwnRecipe(quant))
     for layer, packed in zip(skeleton.layers, pack.layers, strict=True):
         layout = LayerLayout.of(layer)

@@ -356,9 +356,9 @@ def test_memory_that_is_gone_makes_the_plan_smaller(specchat, monkeypatch):
 def test_a_thread_that_cannot_start_makes_the_plan_smaller(specchat, monkeypatch, failure):
     """Once what was loaded until then has been given back."""
     from specchat.engine.engine import Engine
-    from specchat.models import hf_compat
+    from specchat.models.hf.skeleton import build_skeleton
 
-    load, build, models = Engine.load, hf_compat.build_skeleton, []
+    load, build, models = Engine.load, build_skeleton, []
 
     def build_and_watch(*arguments, **named):
         skeleton = build(*arguments, **named)
@@ -369,7 +369,7 @@ def test_a_thread_that_cannot_start_makes_the_plan_smaller(specchat, monkeypatch
         assert not any(model() is not None for model in models)
         gc.disable()  # so that it is not by chance
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(hf_compat, "build_skeleton", build_and_watch)
+            patch.setattr("specchat.engine.model.build_skeleton", build_and_watch)
             try:
                 return load(*arguments, **named)
             finally:

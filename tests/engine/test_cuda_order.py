@@ -27,7 +27,7 @@ from torch import Tensor
 from specchat.engine import cuda
 from specchat.engine.cuda import CudaStreamer, HostLayers, Pinner
 from specchat.engine.fillers import PackFiller
-from specchat.models import hf_compat
+from specchat.models.hf.skeleton import build_skeleton
 from specchat.models.weights import LayerLayout
 
 CPU = torch.device("cpu")
@@ -190,7 +190,7 @@ def test_no_order_of_work_computes_on_wrong_bytes(
         return
     in_ram = [index for index, tier in enumerate(tiers) if tier == "ram"]
     device, runtime = Device(random.Random(seed)), Runtime(1 << 40)
-    layers = hf_compat.build_skeleton(packed_model.skeleton.config, torch.float32, attention="eager").layers
+    layers = build_skeleton(packed_model.skeleton.config, torch.float32, attention="eager").layers
 
     def read_layer(index: int, layout: LayerLayout, blob: Tensor) -> None:
         blob.copy_(packed_model.blobs[index])

@@ -22,8 +22,9 @@ from specchat.engine.engine import Engine
 from specchat.engine.kv_cache import TreeCache
 from specchat.engine.model import TreeModel, load_model
 from specchat.engine.streamer import NoStreamer
-from specchat.models import hf_compat
 from specchat.models.checkpoint.safetensors import open_checkpoint
+from specchat.models.hf.config import kv_shapes, load_config
+from specchat.models.hf.skeleton import build_skeleton, lookup_embeddings
 from specchat.models.prepare import prepare
 from specchat.models.quant_reader import open_reader
 from specchat.models.recipes import choose_recipe
@@ -61,7 +62,7 @@ def test_looked_up_rows_are_the_same_bits(architecture: str, quant: Quant, chunk
         load(source, host_embeddings=on_host, chunk_rows=chunk_rows, quant=quant) for on_host in (False, True)
     )
     looked_up = list[int]()
-    module = hf_compat.lookup_embeddings(model.skeleton)
+    module = lookup_embeddings(model.skeleton)
     module.register_forward_hook(lambda _, __, rows: looked_up.append(rows.shape[1]))
     assert torch.equal(model.append(PROMPT), expected.append(PROMPT))
     assert looked_up == [len(PROMPT)]
@@ -109,10 +110,10 @@ def mapped_file(weight: torch.Tensor) -> Path | None:
 @pytest.mark.parametrize(("architecture", "quant"), [("llama", "none"), ("gemma2", "int8")])
 def test_only_everything_else_moves(architecture: str, quant: Quant, tmp_path: Path):
     source = save(random_model(make_config(architecture)), tmp_path / "m")
-    skeleton = hf_compat.build_skeleton(hf_compat.load_config(source.path), torch.float32)
+    skeleton = build_skeleton(load_config(source.path), torch.float32)
     recipe = choose_recipe(source, skeleton, quant)
     with open_reader(skeleton, open_checkpoint(source.path), recipe) as reader:
-        embeddings, before = hf_compat.lookup_embeddings(skeleton), dict(skeleton.model.named_buffers())
+        embeddings, before = lookup_embeddings(skeleton), dict(skeleton.model.named_buffers())
         reader.read_rest(torch.device("cpu:1"), on_host=embeddings)  # copies what it moves
     own = {id(buffer) for buffer in embeddings.buffers()}
     assert mapped_file(embeddings.weight) is not None
@@ -121,14 +122,14 @@ def test_only_everything_else_moves(architecture: str, quant: Quant, tmp_path: P
 
 def test_embeddings_that_the_head_shares_are_not_for_lookups_alone():
     for architecture, is_apart in (("llama", True), ("llama_tied", False), ("gemma2", False)):
-        skeleton = hf_compat.build_skeleton(make_config(architecture), torch.bfloat16)
-        assert (hf_compat.lookup_embeddings(skeleton) is not None) == is_apart
+        skeleton = build_skeleton(make_config(architecture), torch.bfloat16)
+        assert (lookup_embeddings(skeleton) is not None) == is_apart
 
 
 def divided_model(architecture: str, *, looks_up_on_host: bool = True) -> TreeModel:
     """Weights without numbers: embeddings on the host, everything else on the device."""
-    skeleton = hf_compat.build_skeleton(make_config(architecture), torch.bfloat16)
-    embeddings = hf_compat.lookup_embeddings(skeleton)
+    skeleton = build_skeleton(make_config(architecture), torch.bfloat16)
+    embeddings = lookup_embeddings(skeleton)
     for module in skeleton.model.modules():
         place = CPU if module is embeddings else DEVICE
         for name, parameter in module.named_parameters(recurse=False):
@@ -136,7 +137,7 @@ def divided_model(architecture: str, *, looks_up_on_host: bool = True) -> TreeMo
             module._parameters[name] = torch.nn.Parameter(weight, requires_grad=False)
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=place)
-    cache = TreeCache(hf_compat.kv_shapes(skeleton.config), 64, torch.bfloat16, DEVICE)
+    cache = TreeCache(kv_shapes(skeleton.config), 64, torch.bfloat16, DEVICE)
     return TreeModel(skeleton, cache, NoStreamer(), (), 16, DEVICE, embeddings if looks_up_on_host else None)
 
 

@@ -241,7 +241,7 @@ from specchat.cli.options import ModelOptions
 from specchat.config import Sampling
 from specchat.engine.engine import Engine
 from specchat.engine.selfcheck import check_architecture
-from specchat.models.hf_compat import load_tokenizer
+from specchat.models.hf.tokenizer import load_tokenizer
 from specchat.ui.console import talk
 from specchat.ui.progress import TalkReporter
 

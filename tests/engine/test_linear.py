@@ -5,13 +5,13 @@ import torch
 from torch import nn
 
 from specchat.engine.linear import use_fast_products
-from specchat.models import products
+from specchat.models.quant.kernels import matmul
 
 
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch without MKL computes otherwise anyway")
 @pytest.mark.parametrize(("intel", "changed"), [(False, ["large", "inner.large"]), (True, [])])
 def test_only_large_float32_maps_change_and_only_where_mkl_is_slow(monkeypatch, intel, changed):
-    monkeypatch.setattr(products, "is_intel", lambda: intel)
+    monkeypatch.setattr(matmul, "is_intel", lambda: intel)
     model = nn.Module()
     with torch.device("meta"):
         model.large, model.small = nn.Linear(1024, 1024), nn.Linear(1024, 1023, bias=False)
@@ -23,7 +23,7 @@ def test_only_large_float32_maps_change_and_only_where_mkl_is_slow(monkeypatch, 
 
 
 def test_a_changed_map_follows_its_weight(monkeypatch):
-    monkeypatch.setattr(products, "is_intel", lambda: False)
+    monkeypatch.setattr(matmul, "is_intel", lambda: False)
     module, x = nn.Linear(1024, 1024), torch.randn(1, 2, 1024)
     use_fast_products(module)
     with torch.inference_mode():

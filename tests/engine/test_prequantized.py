@@ -38,7 +38,7 @@ from specchat.engine.model import TreeModel, load_model
 from specchat.errors import CorruptCheckpointError, UnsupportedModelError, UsageError
 from specchat.models.pack import Pack
 from specchat.models.prepare import prepare
-from specchat.models.quantized import quant_linears
+from specchat.models.quant.modules import quant_linears
 from specchat.models.sizes.describe import describe
 from specchat.models.sizes.geometry import weight_bytes
 from specchat.planner.request import PlanRequest

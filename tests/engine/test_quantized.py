@@ -15,11 +15,12 @@ from support.tiny_models import ARCHITECTURES, VOCAB, make_config, perturbed, ra
 from specchat.config import ModelSource, Plan, Sampling
 from specchat.engine.engine import Engine
 from specchat.engine.model import TreeModel, load_model
-from specchat.models import hf_compat
+from specchat.models.hf.matrices import find_matrices
+from specchat.models.hf.skeleton import build_skeleton, skeleton_of
 from specchat.models.pack import Pack
 from specchat.models.prepare import prepare
+from specchat.models.quant.modules import Matrix, QuantLinear, quant_linears
 from specchat.models.quantization import OwnRecipe, apply_recipe
-from specchat.models.quantized import Matrix, QuantLinear, quant_linears
 from specchat.models.sizes.describe import describe
 from specchat.models.sizes.geometry import dequantize_bytes, layer_bytes, weight_bytes
 from specchat.models.weights import LayerLayout
@@ -66,9 +67,9 @@ def pack_of(source: ModelSource, quant: str) -> Pack:
 def quantize_in_place(model: Any, quant: str) -> None:
     """Gives transformers' own model the numbers that the quantized one computes with: the slow, obvious way."""
     recipe = OwnRecipe(quant)  # type: ignore[arg-type]
-    skeleton = hf_compat.skeleton_of(model)
+    skeleton = skeleton_of(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    for matrix in hf_compat.find_matrices(skeleton):
+    for matrix in find_matrices(skeleton):
         weight = parameters[matrix.path if matrix.num_experts else f"{matrix.path}.weight"]
         if matrix.layer is None:  # the embeddings of a tied head stay as they are
             head = model.get_output_embeddings()
@@ -185,7 +186,7 @@ def test_sizes_are_known_beforehand(quant, models):
 
 def test_what_is_quantized():
     """All large matrices, but no embedding, norm or router."""
-    skeleton = hf_compat.build_skeleton(make_config("qwen3_moe"), torch.float32)
+    skeleton = build_skeleton(make_config("qwen3_moe"), torch.float32)
     dense = {name for name, _ in skeleton.model.named_parameters()}
     apply_recipe(skeleton, OwnRecipe("int4"))
     left = {name for name, _ in skeleton.model.named_parameters()} & dense

@@ -27,7 +27,7 @@ from specchat.engine.drafter import Drafter, ModelDrafter, NoDrafter
 from specchat.engine.engine import Engine
 from specchat.engine.model import TreeModel, load_model
 from specchat.engine.sampling import Noise, Sampler
-from specchat.models import hf_compat
+from specchat.models.hf.processors import logits_processors
 
 CPU = torch.device("cpu")
 MASK64 = (1 << 64) - 1
@@ -329,14 +329,14 @@ def described(processors: Sequence[object]) -> list[tuple[str, dict[str, object]
 @pytest.mark.parametrize("sampling", ORDERS, ids=str)
 def test_processors_are_transformers_own_in_its_order(small: SmallVocabulary, sampling: Sampling):
     theirs = transformers_processors(small.model, sampling, sampling.min_p or None)
-    assert described(hf_compat.logits_processors(sampling)) == described(theirs)
+    assert described(logits_processors(sampling)) == described(theirs)
 
 
 def test_min_p_0_is_none(small: SmallVocabulary):
     """transformers appends a warper for 0.0 that keeps everything; leaving it out changes nothing."""
     sampling = Sampling(temperature=0.7, min_p=0.0)
     theirs = transformers_processors(small.model, sampling, 0.0)
-    assert described(hf_compat.logits_processors(sampling)) == described(theirs[:-1])
+    assert described(logits_processors(sampling)) == described(theirs[:-1])
     scores = torch.tensor([[3.0, -40.0, 2.0, float("-inf")]])
     assert torch.equal(theirs[-1](torch.tensor([[0]]), scores), scores)
 
@@ -349,6 +349,6 @@ def test_processors_give_the_slow_probabilities():
         sampling = Sampling(temperature, top_k, top_p, min_p, penalty)
         scores = torch.randn(9, generator=generator) * 2
         context = [2, 5]
-        processed = hf_compat.logits_processors(sampling)(torch.tensor([context]), scores[None])[0]
+        processed = logits_processors(sampling)(torch.tensor([context]), scores[None])[0]
         exact = exact_probabilities(scores.double().tolist(), context, sampling)
         assert torch.allclose(processed.softmax(-1).double(), torch.tensor(exact).double(), atol=1e-5), sampling

@@ -28,15 +28,17 @@ from support import tiny_models
 import specchat.engine.model  # noqa: F401  names the attention that skeletons are built with
 from specchat.config import ModelSource
 from specchat.errors import AllocationError, CorruptCheckpointError, DoesNotFitError, ModelError
-from specchat.models import hf_compat, pack, pack_census
+from specchat.models import pack, pack_census
 from specchat.models.checkpoint.safetensors import open_checkpoint
-from specchat.models.formats.bnb_ops import bnb
+from specchat.models.hf.config import load_config
+from specchat.models.hf.skeleton import build_skeleton
 from specchat.models.pack import PackKey, build_pack, key_for, list_packs, open_pack
 from specchat.models.pack_census import packs_folder
 from specchat.models.pack_format import CHUNK_BYTES, PAD_PREFIX, FileLayout, FileRecord, disk_errors, write_tensors
 from specchat.models.pack_manifest import Journal, read_journal
 from specchat.models.pack_source import CheckpointLayers
 from specchat.models.pack_verify import ChunkVerifier, verify_pack
+from specchat.models.quant.kernels.bnb import bnb
 from specchat.models.quantization import recipe_for
 from specchat.models.weights import LayerLayout, WeightReader
 from specchat.units import MIB
@@ -148,7 +150,7 @@ def test_any_tensors_come_back_aligned(shapes, kinds):
 
 
 def test_layers_lie_as_the_engine_lays_them_out():
-    skeleton = hf_compat.build_skeleton(tiny_models.make_config("llama"), torch.bfloat16)
+    skeleton = build_skeleton(tiny_models.make_config("llama"), torch.bfloat16)
     for layer in skeleton.layers:
         expected = LayerLayout.of(layer)
         layout = FileLayout.of("x", dict(layer.named_parameters()))
@@ -223,7 +225,7 @@ def save_model(architecture, folder, dtype=torch.float32):
 
 def read_everything(config, checkpoint, dtype):
     """Layer blobs, and what is outside the layers, as the engine reads them."""
-    skeleton = hf_compat.build_skeleton(config, dtype)
+    skeleton = build_skeleton(config, dtype)
     blobs = []
     with WeightReader(skeleton, checkpoint) as reader:
         for index, layer in enumerate(skeleton.layers):
@@ -238,7 +240,7 @@ def read_everything(config, checkpoint, dtype):
 def test_a_checkpoint_and_its_pack_are_the_same_model(tmp_path, architecture, saved, wanted):
     config, source = save_model(architecture, tmp_path / "model", saved)
     checkpoint = open_checkpoint(source.path)
-    skeleton = hf_compat.build_skeleton(config, wanted)
+    skeleton = build_skeleton(config, wanted)
     key = key_for(source, checkpoint, SHORT[wanted])
     with CheckpointLayers(skeleton, checkpoint) as layers:
         made = build_pack(key, layers, name="x", warn=no_warning)
@@ -261,7 +263,7 @@ def test_a_checkpoint_and_its_pack_are_the_same_model(tmp_path, architecture, sa
 def test_others_can_read_the_files(tmp_path, architecture):
     config, source = save_model(architecture, tmp_path / "model")
     model = tiny_models.random_model(config)
-    with CheckpointLayers(hf_compat.build_skeleton(config, torch.float32), open_checkpoint(source.path)) as layers:
+    with CheckpointLayers(build_skeleton(config, torch.float32), open_checkpoint(source.path)) as layers:
         made = build_pack(KEY, layers, name="x")
     expected = dict(model.model.layers.state_dict(prefix="model.layers."))
     for layer in made.layers:
@@ -288,7 +290,7 @@ def test_experts_that_lack_tensors_are_refused_before_anything_is_read(lost, nam
     config, source = save_model("mixtral", tmp_path / "model")
     path = source.path / "model.safetensors"
     save_file({k: t for k, t in load_file(path).items() if not re.search(lost, k)}, path)
-    checkpoint, skeleton = open_checkpoint(source.path), hf_compat.build_skeleton(config, torch.float32)
+    checkpoint, skeleton = open_checkpoint(source.path), build_skeleton(config, torch.float32)
     with pytest.raises(CorruptCheckpointError, match=f"'{named}' is missing"):
         CheckpointLayers(skeleton, checkpoint)
 
@@ -334,7 +336,7 @@ def test_packing_takes_few_layers_of_memory(architecture, quant, tmp_path):
     bnb()  # its import takes memory too
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # else it would be made of what is left over
-    skeleton = hf_compat.build_skeleton(config, torch.bfloat16)
+    skeleton = build_skeleton(config, torch.bfloat16)
     with CheckpointLayers(skeleton, open_checkpoint(tmp_path / "model"), recipe_for(quant)) as layers, Watch() as watch:
         build_pack(KEY, layers, name="x", dtype="bf16")
     assert layer_bytes > 100 * MIB
@@ -349,7 +351,7 @@ def test_an_expert_of_another_shape_is_named(change, tmp_path):
     tensors = load_file(path)
     key = next(key for key in sorted(tensors) if re.search(r"1\..*experts\.2\.w3", key))
     save_file(tensors | {key: change(tensors[key])}, path)
-    skeleton = hf_compat.build_skeleton(config, torch.float32)
+    skeleton = build_skeleton(config, torch.float32)
     layers = CheckpointLayers(skeleton, open_checkpoint(source.path))
     with layers, pytest.raises(CorruptCheckpointError, match=re.escape(key)):
         layers.read_layer(1)
@@ -767,7 +769,7 @@ def test_killed_at_every_point():
 
 def pack_model(folder):
     checkpoint = open_checkpoint(folder)
-    with CheckpointLayers(hf_compat.build_skeleton(hf_compat.load_config(folder), torch.float32), checkpoint) as layers:
+    with CheckpointLayers(build_skeleton(load_config(folder), torch.float32), checkpoint) as layers:
         build(layers)
 
 

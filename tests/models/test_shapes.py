@@ -24,7 +24,7 @@ from specchat.models import shape_spec, shapes
 from specchat.models.catalog import demo_source, known_draft, parse_model
 from specchat.models.checkpoint.dtypes import TORCH_DTYPE
 from specchat.models.checkpoint.json_file import read_json
-from specchat.models.hf_compat import load_tokenizer
+from specchat.models.hf.tokenizer import load_tokenizer
 from specchat.models.hub import Download
 from specchat.models.pack import open_pack
 from specchat.models.prepare import prepare

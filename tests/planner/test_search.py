@@ -20,7 +20,7 @@ from specchat.engine.engine import Engine
 from specchat.errors import DoesNotFitError, UsageError
 from specchat.hardware.machine import Machine
 from specchat.models.catalog import demo_source
-from specchat.models.hf_compat import load_tokenizer
+from specchat.models.hf.tokenizer import load_tokenizer
 from specchat.models.sizes.describe import describe
 from specchat.models.sizes.geometry import layer_bytes
 from specchat.planner.candidates import CUDA_RESERVE_BYTES

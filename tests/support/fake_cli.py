@@ -93,10 +93,10 @@ def _plan(_options, found, _warn, **_named):
 def install():
     engine = ModuleType("specchat.engine.engine")
     engine.Engine = Echo
-    compat = ModuleType("specchat.models.hf_compat")
+    compat = ModuleType("specchat.models.hf.tokenizer")
     compat.load_tokenizer = lambda _folder: TOKENIZER
     generation_config.load_generation_defaults = lambda _folder: GenerationDefaults(stop_ids=frozenset({EOS}))
-    sys.modules |= {"specchat.engine.engine": engine, "specchat.models.hf_compat": compat}
+    sys.modules |= {"specchat.engine.engine": engine, "specchat.models.hf.tokenizer": compat}
     models.make_plan = _plan
     models.make_pack = lambda *_: None
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from specchat.models import hf_compat
 from specchat.models.checkpoint.safetensors import open_checkpoint
+from specchat.models.hf.config import load_config
+from specchat.models.hf.skeleton import build_skeleton
 from specchat.models.pack import Pack
 from specchat.models.prepare import prepare
 from specchat.models.weights import LayerLayout, WeightReader
@@ -62,8 +63,8 @@ class PackedModel:
         assert pack is not None
         self.pack: Pack = pack
         self.source = source
-        config = hf_compat.load_config(source.path)
-        self.skeleton = hf_compat.build_skeleton(config, torch.float32, attention="eager")
+        config = load_config(source.path)
+        self.skeleton = build_skeleton(config, torch.float32, attention="eager")
         self.layouts = [LayerLayout.of(layer) for layer in self.skeleton.layers]
         self.blobs = [torch.zeros(layout.nbytes, dtype=torch.uint8) for layout in self.layouts]
         with self.reader() as reader:

@@ -14,10 +14,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from specchat.models.formats.affine import Affine
-from specchat.models.formats.by_triton import dequantize_by_triton
-from specchat.models.formats.int8 import Int8
-from specchat.models.formats.protocol import Dequantize, scratch_bytes
+from specchat.models.quant.formats.affine import Affine
+from specchat.models.quant.formats.int8 import Int8
+from specchat.models.quant.kernels.chunked import Dequantize, scratch_bytes
+from specchat.models.quant.kernels.triton import dequantize_by_triton
 
 CPU = torch.device("cpu")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -125,7 +125,7 @@ def check_products() -> None:
 
 def check_failure() -> None:
     """A kernel that does not compile is tried once; the numbers come from torch."""
-    from specchat.models.formats import triton_affine
+    from specchat.models.quant.kernels import triton_affine
 
     class Failing:
         calls = 0

@@ -11,7 +11,7 @@ from specchat.units import MIB
 TENSOR_ALIGNMENT = 256
 LAYER_ALIGNMENT = 4096
 # Rows that are dequantized at a time. On a CPU the piece stays in the cache until the product has read it; from 2 to
-# 8 MiB all are alike (Zen 4), smaller ones cost calls, and turned products (`models.products`) with 4096 columns want
+# 8 MiB all are alike (Zen 4), smaller ones cost calls, and turned products (`kernels.matmul`) with 4096 columns want
 # less than 1024 rows. Products are computed in blocks of rows. A GPU wants large products.
 _CHUNK_ROWS = 896
 _ROW_BLOCK = 64

@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from specchat.config import Activations, RowCost
-from specchat.models import hf_compat
+from specchat.models.hf.attention import cache_for, register_attention, row_scope
+from specchat.models.hf.skeleton import Skeleton, build_skeleton
 
 _ATTENTION = "rehearsal"
 
@@ -33,13 +34,13 @@ _FLAG_BYTES, _POSITION_BYTES = 2, 24
 _Place = Literal["outside", "entry", "layer"]
 
 
-def rehearsal_skeleton(config: Any) -> hf_compat.Skeleton:
+def rehearsal_skeleton(config: Any) -> Skeleton:
     """The modules of `config` as `rehearse` wants them, in float32."""
-    hf_compat.register_attention(_ATTENTION, _attention)
-    return hf_compat.build_skeleton(config, torch.float32, attention=_ATTENTION)
+    register_attention(_ATTENTION, _attention)
+    return build_skeleton(config, torch.float32, attention=_ATTENTION)
 
 
-def rehearse(skeleton: hf_compat.Skeleton, dtype: torch.dtype) -> Activations | None:
+def rehearse(skeleton: Skeleton, dtype: torch.dtype) -> Activations | None:
     """What passes over a model allocate.
 
     Args:
@@ -156,17 +157,17 @@ def _uncounted() -> Any:
     return _disable_current_modes()
 
 
-def _pass(skeleton: hf_compat.Skeleton, rows: int, keys: int, dtype: torch.dtype) -> _Log:
+def _pass(skeleton: Skeleton, rows: int, keys: int, dtype: torch.dtype) -> _Log:
     """A pass of so many new rows, at the end of which the cache has so many keys."""
     num_layers = len(skeleton.layers)
-    cache = hf_compat.cache_for([_Kv(rows, keys) for _ in range(num_layers)])
+    cache = cache_for([_Kv(rows, keys) for _ in range(num_layers)])
     ids, positions = (torch.empty(rows, dtype=torch.int64, device="meta") for _ in range(2))
     log = _Log()
     forwards = [layer.forward for layer in skeleton.layers]
     try:
         for layer, forward in zip(skeleton.layers, forwards, strict=True):
             layer.forward = partial(_logged, log, forward)
-        with hf_compat.row_scope(partial(_Rows, log)), log:
+        with row_scope(partial(_Rows, log)), log:
             hidden = skeleton.hidden(ids, positions, cache)
         del hidden
     finally:
@@ -180,7 +181,7 @@ def _logged(log: _Log, forward: Callable[..., Any], *args: Any, **kwargs: Any) -
         return forward(*args, **kwargs)
 
 
-def _head(skeleton: hf_compat.Skeleton, rows: int, dtype: torch.dtype) -> _Log:
+def _head(skeleton: Skeleton, rows: int, dtype: torch.dtype) -> _Log:
     """Scores of so many hidden states, in float32."""
     hidden = torch.empty(rows, skeleton.config.hidden_size, dtype=dtype, device="meta")
     log = _Log()
@@ -191,7 +192,7 @@ def _head(skeleton: hf_compat.Skeleton, rows: int, dtype: torch.dtype) -> _Log:
 
 
 @contextmanager
-def _few_layers(skeleton: hf_compat.Skeleton) -> Iterator[None]:
+def _few_layers(skeleton: Skeleton) -> Iterator[None]:
     """Lets only the first two layers of each kind run: the others would allocate what those did."""
     kinds = getattr(skeleton.config, "layer_types", None) or [""] * len(skeleton.layers)
     counts: dict[Any, int] = {}

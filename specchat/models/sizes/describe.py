@@ -15,7 +15,7 @@ def describe(source: ModelSource, quant: Quant = "none") -> ModelSpec:
         quant: what its matrices are to be stored in.
 
     Raises:
-        CorruptCheckpointError, UnsupportedModelError: as `hf_compat.load_config`; UsageError: as `choose_recipe`.
+        CorruptCheckpointError, UnsupportedModelError: as `load_config`; UsageError: as `choose_recipe`.
     """
     key = cache.key_of(source, quant)
     known = cache.load(key, source.name)

@@ -5,10 +5,11 @@ from typing import Any
 import torch
 
 from specchat.config import Activations, Dtype, ModelSource, ModelSpec, ParamSize, Quant
-from specchat.models import hf_compat
 from specchat.models.checkpoint.dtypes import TORCH_DTYPE
+from specchat.models.hf.config import kv_shapes, load_config, max_positions, mlp_size, tiny_config
+from specchat.models.hf.skeleton import Skeleton, build_skeleton, lookup_embeddings
+from specchat.models.quant.modules import quant_linears, segment_names
 from specchat.models.quantization import apply_recipe
-from specchat.models.quantized import quant_linears, segment_names
 from specchat.models.recipes import choose_recipe
 from specchat.models.sizes import activations
 
@@ -21,9 +22,9 @@ def describe_anew(source: ModelSource, quant: Quant) -> ModelSpec:
         quant: what its matrices are to be stored in.
 
     Raises:
-        CorruptCheckpointError, UnsupportedModelError: as `hf_compat.load_config`; UsageError: as `choose_recipe`.
+        CorruptCheckpointError, UnsupportedModelError: as `load_config`; UsageError: as `choose_recipe`.
     """
-    config = hf_compat.load_config(source.path)
+    config = load_config(source.path)
     dtype = _checkpoint_dtype(config)  # building modules overwrites it
     skeleton = activations.rehearsal_skeleton(config)
     num_params = sum(p.numel() for p in skeleton.model.parameters())
@@ -40,9 +41,9 @@ def describe_anew(source: ModelSource, quant: Quant) -> ModelSpec:
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         num_layers=len(skeleton.layers),
-        mlp_size=hf_compat.mlp_size(config),
+        mlp_size=mlp_size(config),
         num_heads=config.num_attention_heads,
-        max_positions=hf_compat.max_positions(config),
+        max_positions=max_positions(config),
         dtype=dtype,
         num_params=num_params,
         num_layer_params=num_layer_params,
@@ -53,7 +54,7 @@ def describe_anew(source: ModelSource, quant: Quant) -> ModelSpec:
             if not name.startswith(layers_prefix)
         ),
         buffer_bytes=buffer_bytes,
-        kv_shapes=hf_compat.kv_shapes(config),
+        kv_shapes=kv_shapes(config),
         quant=quant if recipe is None else recipe.name,
         quant_shapes=tuple(sorted({linear.shape for _, linear in quant_linears(skeleton.model)})),
         narrowed_bytes=_narrowed_bytes(config),
@@ -64,22 +65,20 @@ def describe_anew(source: ModelSource, quant: Quant) -> ModelSpec:
 
 def _narrowed_bytes(config: Any) -> int:
     """What is saved by buffers that follow the dtype of the model; told by a small one, for building takes its time."""
-    tiny = hf_compat.tiny_config(config)
-    wide, narrow = (
-        hf_compat.build_skeleton(tiny, dtype, attention="eager") for dtype in (torch.float32, torch.bfloat16)
-    )
+    tiny = tiny_config(config)
+    wide, narrow = (build_skeleton(tiny, dtype, attention="eager") for dtype in (torch.float32, torch.bfloat16))
     layers = {id(b) for skeleton in (wide, narrow) for layer in skeleton.layers for b in layer.buffers()}
     sums = [sum(b.nbytes for b in skeleton.model.buffers() if id(b) not in layers) for skeleton in (wide, narrow)]
     return int(sums[0] - sums[1])
 
 
-def _rehearsed(skeleton: hf_compat.Skeleton) -> dict[int, Activations]:
+def _rehearsed(skeleton: Skeleton) -> dict[int, Activations]:
     found = {dtype.itemsize: activations.rehearse(skeleton, dtype) for dtype in (torch.float32, torch.bfloat16)}
     return {itemsize: costs for itemsize, costs in found.items() if costs is not None}
 
 
-def _lookup_params(skeleton: hf_compat.Skeleton) -> int:
-    embeddings = hf_compat.lookup_embeddings(skeleton)
+def _lookup_params(skeleton: Skeleton) -> int:
+    embeddings = lookup_embeddings(skeleton)
     return 0 if embeddings is None else embeddings.weight.numel()
 
 

@@ -33,7 +33,7 @@ def _awq(rows: int, cols: int) -> tuple[ParamSize, ...]:
     return ParamSize(rows * -(-cols // 2), 1), ParamSize(groups, 2), ParamSize(groups, 1)
 
 
-# The segments of a matrix [rows, cols], as models/formats has them.
+# The segments of a matrix [rows, cols], as models/quant has them.
 _Stored = Callable[[int, int], tuple[ParamSize, ...]]
 _OURS: Mapping[Quant, _Stored] = {"int8": _int8, "int4": _nf4}
 # What checkpoints come in: the name that plans give it, and how a layer's matrices are stored; heads stay plain.

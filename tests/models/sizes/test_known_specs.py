@@ -14,10 +14,10 @@ import torch
 from specchat.config import DTYPE_BYTES, ModelSource, ModelSpec
 from specchat.models.catalog import parse_model
 from specchat.models.families import known_families
-from specchat.models.formats.affine import Affine
-from specchat.models.formats.bnb4 import Bnb4
 from specchat.models.known_models import KnownModel, known_model, known_models
-from specchat.models.quantized import Matrix, Part
+from specchat.models.quant.formats.affine import Affine
+from specchat.models.quant.formats.nf4 import Bnb4
+from specchat.models.quant.modules import Matrix, Part
 from specchat.models.sizes import inspect, known_specs
 from specchat.models.sizes.geometry import layer_bytes, weight_bytes
 from specchat.models.sizes.inspect import describe_anew

@@ -1,0 +1,141 @@
+"""A model's configuration: read, checked, and made small for the load-time check."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from specchat.config import KvShape
+from specchat.errors import CorruptCheckpointError, UnsupportedModelError
+from specchat.models.checkpoint.json_file import read_json
+
+_QUANTIZATION = ("quantization_config", "compression_config")
+
+_ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+_REFUSED = "use a model whose layers are all attention with rotary positions, such as Llama, Qwen3 or Gemma"
+
+
+def load_config(folder: Path) -> Any:
+    """The model's configuration, checked against what the engine can verify trees on.
+
+    Raises:
+        CorruptCheckpointError: config.json is not a configuration.
+        UnsupportedModelError: remote code, several modalities, recurrent layers, ALiBi, or an unknown architecture.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    values = read_json(folder / "config.json")
+    kind = values.get("model_type", "unknown")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if "model_type" in values and kind not in _known_model_types():
+            raise UnsupportedModelError(
+                f"model type '{kind}' is not supported", hint="specchat runs no code from model folders"
+            ) from error
+        raise CorruptCheckpointError(f"{folder / 'config.json'} is not a model's configuration: {error}") from error
+    if "text_config" in values:
+        raise UnsupportedModelError(f"'{kind}' is a multimodal model: only text models are supported yet")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModelError(f"'{kind}' is not a model that writes text")
+    for name in _QUANTIZATION:  # ours to read; transformers would look for quantizers of its own
+        vars(config).pop(name, None)
+    _check_layer_kinds(config, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+    return config
+
+
+def _known_model_types() -> Mapping[str, Any]:
+    from transformers import CONFIG_MAPPING
+
+    known: Mapping[str, Any] = CONFIG_MAPPING
+    return known
+
+
+def _check_layer_kinds(config: Any, model_class: Any) -> None:
+    kind = config.model_type
+    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if layer_types - _ATTENTION_KINDS or getattr(model_class, "_is_stateful", False):
+        names = ", ".join(sorted(layer_types - _ATTENTION_KINDS)) or "recurrent"
+        raise UnsupportedModelError(f"'{kind}' has {names} layers, on which specchat cannot verify trees yet", _REFUSED)
+    if kind in {"bloom", "mpt"} or getattr(config, "alibi", False):
+        raise UnsupportedModelError(f"'{kind}' has ALiBi positions, on which specchat cannot verify trees", _REFUSED)
+
+
+def max_positions(config: Any) -> int:
+    """The longest context, cut below the length at which longrope or dynamic scaling would change old positions."""
+    longest = int(config.max_position_embeddings)
+    scaling = getattr(config, "rope_parameters", None) or {}
+    variants = scaling.values() if all(isinstance(v, dict) for v in scaling.values()) else [scaling]
+    for rope in variants:
+        if rope and rope.get("rope_type") in {"longrope", "dynamic"}:
+            original = rope.get("original_max_position_embeddings")
+            original = original or getattr(config, "original_max_position_embeddings", None) or longest
+            longest = min(longest, int(original))
+    return longest
+
+
+def kv_shapes(config: Any) -> tuple[KvShape, ...]:
+    """What each layer stores per token. The load-time self-check holds this against the modules themselves."""
+    heads = config.num_attention_heads
+    if getattr(config, "kv_lora_rank", None) and hasattr(config, "qk_rope_head_dim"):
+        shape = KvShape(1, config.kv_lora_rank, config.qk_rope_head_dim)  # latent attention: cached before expansion
+    else:
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        shape = KvShape(getattr(config, "num_key_value_heads", None) or heads, head_dim, head_dim)
+    return (shape,) * config.num_hidden_layers
+
+
+def mlp_size(config: Any) -> int:
+    """Width of the MLP's inner activation for one row, all active experts together (an upper bound for the ledger)."""
+    dense = int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+    expert = getattr(config, "moe_intermediate_size", None) or dense
+    active = getattr(config, "num_experts_per_tok", None) or 1
+    return max(dense, int(expert) * int(active))
+
+
+def tiny_config(config: Any) -> Any:
+    """A configuration of the same architecture, small enough to run at every load.
+
+    Head dims and layer kinds stay; heads, widths, experts and vocabulary shrink; windows shrink so that they matter.
+    """
+    tiny = copy.deepcopy(config)
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    tiny_kv = min(kv_heads, 2)
+    tiny_heads = tiny_kv * min(heads // kv_heads, 4)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kinds = list(getattr(config, "layer_types", None) or [])
+    num_layers = max(2, 1 + max((kinds.index(kind) for kind in set(kinds)), default=0))
+    values: dict[str, Any] = {
+        "num_attention_heads": tiny_heads,
+        "num_key_value_heads": tiny_heads if heads == kv_heads else tiny_kv,
+        "hidden_size": tiny_heads * head_dim,
+        "head_dim": head_dim,
+        "num_hidden_layers": min(num_layers, config.num_hidden_layers),
+        "layer_types": kinds[:num_layers] or None,
+        "vocab_size": 64,
+        "intermediate_size": 64,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        "num_local_experts": 4,
+        "num_experts": 4,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "sliding_window": 8 if getattr(config, "sliding_window", None) else None,
+        "attention_chunk_size": 8,
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    if heads == kv_heads:
+        values["num_attention_heads"] = values["num_key_value_heads"] = min(heads, 2)
+        values["hidden_size"] = min(heads, 2) * head_dim
+    for name, value in values.items():
+        if getattr(config, name, None) is not None:
+            setattr(tiny, name, value)
+    return tiny

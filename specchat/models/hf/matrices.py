@@ -1,0 +1,50 @@
+"""The matrices of a model that may be stored in a quantization format."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from specchat.models.hf.skeleton import Skeleton, path_of
+from specchat.models.quant.modules import Matrix, experts_forward
+
+# Which experts a row goes to is decided by small differences, and so is how much of a shared expert it gets.
+_ROUTERS = frozenset({"gate", "router", "shared_expert_gate", "wg"})
+
+
+def find_matrices(skeleton: Skeleton) -> list[Matrix]:
+    """Where a matrix may be stored in a number format: linears and fused experts of the layers, and the head.
+
+    Routers and whatever is more than a plain nn.Linear are left out.
+    """
+    matrices = []
+    for index, layer in enumerate(skeleton.layers):
+        for path, module in layer.named_modules(prefix=f"{skeleton.layers_name}.{index}"):
+            if type(module) is torch.nn.Linear and path.rpartition(".")[2] not in _ROUTERS:
+                matrices.append(Matrix(path, index, (module.out_features, module.in_features)))
+            elif _fuses_experts(module):
+                matrices += _expert_matrices(path, index, module)
+    head = skeleton.model.get_output_embeddings()
+    if type(head) is torch.nn.Linear:
+        matrices.append(Matrix(path_of(skeleton.model, head), None, (head.out_features, head.in_features)))
+    return matrices
+
+
+def _fuses_experts(module: Any) -> bool:
+    """Whether transformers would let another implementation compute the module's experts."""
+    return hasattr(module, "has_gate") and hasattr(module, "is_transposed") and not module.has_post_expert_norm
+
+
+def _expert_matrices(path: str, layer: int, module: Any) -> Iterator[Matrix]:
+    for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
+        num_experts, *shape = getattr(module, name).shape
+        rows, cols = reversed(shape) if module.is_transposed else shape
+        yield Matrix(f"{path}.{name}", layer, (rows, cols), num_experts, module.is_transposed)
+
+
+def use_quantized_experts(skeleton: Skeleton) -> None:
+    """Lets modules whose fused experts have been quantized compute with them."""
+    for module in skeleton.layers.modules():
+        if _fuses_experts(module) and isinstance(module.down_proj, torch.nn.ModuleList):
+            module.forward = partial(experts_forward, module)

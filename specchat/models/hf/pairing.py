@@ -1,0 +1,38 @@
+"""Whether a draft may guess for a target: the same token ids must mean the same tokens."""
+
+from pathlib import Path
+
+from specchat.config import ModelSource
+from specchat.errors import VocabularyMismatchError
+
+_FILE = "tokenizer.json"
+# Relatives rename a few special tokens (Llama 3 and its distillations, Gemma 2 at 2B and 27B). A guess that means
+# something else to the target is a wrong guess, which costs speed and never changes the text.
+_MOST_DIFFERENT = 0.005
+
+
+def check_pair(target: ModelSource, draft: ModelSource) -> None:
+    """Compares the two vocabularies, token by token; a few renamed tokens do no harm.
+
+    Raises:
+        VocabularyMismatchError: they differ.
+    """
+    if same_tokenizer_file(target.path, draft.path):
+        return
+    from specchat.models.hf.tokenizer import load_tokenizer
+
+    ours = load_tokenizer(target.path).vocabulary()
+    theirs = load_tokenizer(draft.path).vocabulary()
+    num_different = sum(theirs.get(token) != token_id for token, token_id in ours.items())
+    if num_different > _MOST_DIFFERENT * len(ours):
+        raise VocabularyMismatchError(
+            f"draft '{draft.name}' has another vocabulary than '{target.name}' "
+            f"({num_different:,} of {len(ours):,} tokens differ)",
+            hint="use a draft of the same family, or --draft none",
+        )
+
+
+def same_tokenizer_file(target: Path, draft: Path) -> bool:
+    """Whether two models' folders hold the same tokenizer, byte for byte."""
+    files = target / _FILE, draft / _FILE
+    return all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes()

@@ -1,0 +1,1 @@
+"""Quantized matrices: how their bytes lie, how checkpoints store them, and how they are multiplied with."""

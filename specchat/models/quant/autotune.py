@@ -1,0 +1,156 @@
+"""Which of several ways a product with a quantized matrix is computed: the fastest, measured once per installation.
+
+Products are alike if format, shape, dtype and device are, and the rows of x up to the next power of two. The first of
+a kind is computed in every way that the format has, with the memory that it needs in any case; the result is kept in
+the cache folder, so all later passes and runs take the same way. A file that cannot be read is measured anew; where
+none can be written, the choice lasts as long as the process. Where there is one way, as on every CPU, nothing happens.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+from specchat.config import cache_folder
+from specchat.files import write_whole
+from specchat.models.quant.formats.base import WeightFormat
+from specchat.models.quant.kernels.chunked import Linear, Segments
+
+_VERSION = 1  # of what is measured, and of our own kernels
+_LIBRARIES = ("torch", "bitsandbytes", "triton")
+# So few that all the kinds of a model take a few tenths of a second: launches overlap within a round.
+_ROUNDS = 2
+_CALLS = 3
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one kind of product is computed.
+
+    Attributes:
+        product: the kind: format, shape of the matrix, dtype, and the most rows of x.
+        way: the fastest, one of `WeightFormat.ways`.
+        times_s: what each way took.
+    """
+
+    product: str
+    way: str
+    times_s: Mapping[str, float]
+
+
+class Choices:
+    """The choices of one installation, as far as they have been needed.
+
+    Args:
+        folder: where they are kept, a file for each device; need not exist.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._known: dict[torch.device, dict[str, Choice]] = {}
+        self._lock = Lock()
+
+    def linear(
+        self, weight_format: WeightFormat, x: Tensor, segments: Segments, shape: tuple[int, int], scratch: Tensor
+    ) -> Linear:
+        """What to call for a product, and for all others of its kind; the arguments are those of `linear`."""
+        num_rows = rows_class(x, shape)
+        ways = weight_format.ways(shape, num_rows, x.dtype, x.device)
+        if len(ways) == 1:
+            return next(iter(ways.values()))
+        product = f"{weight_format} {shape[0]}x{shape[1]} {x.dtype} {num_rows} rows"
+        with self._lock:
+            known = self._known_on(x.device)
+            choice = known.get(product)
+            if choice is None or choice.way not in ways:
+                calls = {name: partial(way, x, segments, shape, scratch, None) for name, way in ways.items()}
+                known[product] = choice = _measured(product, calls, x.device)
+                self._save(x.device)
+        return ways[choice.way]
+
+    def _known_on(self, device: torch.device) -> dict[str, Choice]:
+        if device not in self._known:
+            self._known[device] = _read(self._file(device))
+        return self._known[device]
+
+    def _save(self, device: torch.device) -> None:
+        """Adds what is known to the file, in which other programs may have written since."""
+        file = self._file(device)
+        choices = _read(file) | self._known[device]
+        content = {"made_by": _makers(device), "choices": [asdict(choice) for choice in choices.values()]}
+        with suppress(OSError):
+            write_whole(file, json.dumps(content, indent=1))
+
+    def _file(self, device: torch.device) -> Path:
+        return self._folder / f"{hashlib.sha256(json.dumps(_makers(device)).encode()).hexdigest()[:16]}.json"
+
+
+@cache
+def choices() -> Choices:
+    """Those of this process."""
+    return Choices(cache_folder() / "ways")
+
+
+def rows_class(x: Tensor, shape: tuple[int, int]) -> int:
+    """The rows of x [..., cols], which multiplies a matrix (rows, cols), up to the next power of two."""
+    return 1 << max(x.numel() // shape[1] - 1, 0).bit_length()
+
+
+def _measured(product: str, calls: Mapping[str, Callable[[], Tensor]], device: torch.device) -> Choice:
+    times_s = {name: _time_s(call, device) for name, call in calls.items()}
+    return Choice(product, min(times_s, key=times_s.__getitem__), times_s)
+
+
+def _time_s(call: Callable[[], Tensor], device: torch.device) -> float:
+    """Seconds that a call takes; the first one, which may compile a kernel, apart."""
+    call()
+    rounds_s = []
+    for _ in range(_ROUNDS):
+        _wait_for(device)
+        begin = time.perf_counter()
+        for _ in range(_CALLS):
+            call()
+        _wait_for(device)
+        rounds_s.append(time.perf_counter() - begin)
+    return min(rounds_s) / _CALLS
+
+
+def _wait_for(device: torch.device) -> None:
+    """Until what was queued has been computed; copies on other streams go on."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
+@cache
+def _makers(device: torch.device) -> list[str]:
+    """What choices depend on beside the product."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return [str(_VERSION), name, *(f"{library} {_version(library)}" for library in _LIBRARIES)]
+
+
+def _version(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return "none"
+
+
+def _read(file: Path) -> dict[str, Choice]:
+    """The choices in a file; none if it is absent or damaged."""
+    try:
+        found = [
+            Choice(str(each["product"]), str(each["way"]), dict(each["times_s"]))
+            for each in json.loads(file.read_bytes())["choices"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return {choice.product: choice for choice in found}

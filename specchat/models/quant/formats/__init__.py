@@ -1,0 +1,1 @@
+"""Quantization formats: the tensors that a matrix is stored in, and its numbers."""

@@ -1,0 +1,135 @@
+"""bitsandbytes' 4-bit numbers (NF4, FP4): blocks of a flattened matrix share one absmax, which may be 8-bit itself.
+
+The same bytes as in bitsandbytes-4bit checkpoints. Blocks run on across rows; the operators are always given flat
+ranges of whole blocks, since the two-dimensional CPU kernel of bitsandbytes 0.50 errs where rows are no multiple of
+the block.
+
+Source: QLoRA, arXiv 2305.14314 (NF4, double quantization); bitsandbytes 0.50.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from specchat.models.quant.formats.base import Segment, WeightFormat
+from specchat.models.quant.kernels.bnb import bnb, bnb_version, dynamic_map, fill_from_4bit, fused_product
+from specchat.models.quant.kernels.chunked import Linear, Segments
+
+NESTED_BLOCK = 256  # absmax values that share one scale
+_FUSED_ROWS = 64  # from there on dequantizing is shared by many rows, and the product is better left to torch
+_QUANTIZE_NUMBERS = 1 << 20  # at a time, for which bitsandbytes takes some 30 bytes each; a multiple of every block
+
+
+@dataclass(frozen=True)
+class Bnb4(WeightFormat):
+    """4-bit codes, two to a byte, high nibble first, times the absmax of their block.
+
+    Attributes:
+        kind: which 16 numbers the codes stand for.
+        block: numbers that share an absmax.
+        nested: whether absmax are 8-bit codes around `offset`, else float32.
+    """
+
+    name: ClassVar[str] = "nf4"
+
+    kind: Literal["nf4", "fp4"] = "nf4"
+    block: int = 64
+    nested: bool = True
+
+    def segments(self, rows: int, cols: int) -> tuple[Segment, ...]:
+        """Codes [rows * cols / 2], absmax per block, and if nested the absmax's own scales and offset."""
+        num_blocks = -(-rows * cols // self.block)
+        codes = Segment("codes", (-(-rows * cols // 2),), torch.uint8)
+        if not self.nested:
+            return codes, Segment("absmax", (num_blocks,), torch.float32)
+        return (
+            codes,
+            Segment("absmax", (num_blocks,), torch.uint8),
+            Segment("nested_absmax", (-(-num_blocks // NESTED_BLOCK),), torch.float32),
+            Segment("offset", (1,), torch.float32),
+        )
+
+    def dequantize(self, segments: Segments, begin: int, end: int, out: Tensor) -> Tensor:
+        """Rows, by bitsandbytes; those that do not begin and end with a block, in memory of its own."""
+        cols = out.shape[1]
+        codes = segments["codes"]
+        first, last = begin * cols // self.block, -(-end * cols // self.block)  # blocks
+        count = min(last * self.block, 2 * codes.numel()) - first * self.block
+        part = codes[first * self.block // 2 : first * self.block // 2 + count // 2]
+        absmax = self._absmax(segments, first, last)
+        skipped = begin * cols - first * self.block
+        if skipped == 0 and count == out.numel() and count % self.block == 0:
+            fill_from_4bit(part, absmax, self.block, self.kind, out)
+            return out
+        whole = (count // self.block, self.block) if count % self.block == 0 else (1, count)
+        numbers: Tensor = bnb().dequantize_4bit(part, absmax, self.block, self.kind, whole, out.dtype)
+        return numbers.view(-1)[skipped : skipped + out.numel()].view_as(out)
+
+    def ways(
+        self, shape: tuple[int, int], num_rows: int, dtype: torch.dtype, device: torch.device
+    ) -> dict[str, Linear]:
+        """As the protocol has it, and for few rows on a GPU the kernel that dequantizes while it multiplies.
+
+        That one rounds otherwise: a nested absmax is computed with one rounding less, and in 16 bits it rounds absmax,
+        the 16 numbers, and below 8 rows of x every single product to the dtype of x. That is the size of what 16 bits
+        lose in any case. In float32 it is enough to tip a near-tie between plain decoding, with one row, and a tree,
+        with many, so there it is left out.
+        """
+        ways = super().ways(shape, num_rows, dtype, device)
+        possible = device.type == "cuda" and dtype != torch.float32
+        if possible and num_rows <= _FUSED_ROWS and shape[1] % self.block == 0 and fused_product() is not None:
+            ways["fused"] = self._multiply_fused
+        return ways
+
+    def _multiply_fused(
+        self, x: Tensor, segments: Segments, shape: tuple[int, int], scratch: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """See `WeightFormat.linear`; `scratch` is not needed."""
+        multiply = fused_product()
+        assert multiply is not None
+        if not self.nested:
+            return multiply(x, segments["codes"], shape, segments["absmax"], self.block, self.kind, bias)
+        nested = (segments["absmax"], dynamic_map(x.device), segments["offset"])
+        return multiply(x, segments["codes"], shape, segments["nested_absmax"], self.block, self.kind, bias, *nested)
+
+    def _absmax(self, segments: Segments, first: int, last: int) -> Tensor:
+        """The absmax of the blocks first .. last - 1: float32."""
+        absmax = segments["absmax"]
+        if not self.nested:
+            return absmax[first:last]
+        group = first // NESTED_BLOCK
+        part = absmax[group * NESTED_BLOCK : last]
+        scales = segments["nested_absmax"][group : -(-last // NESTED_BLOCK)]
+        numbers: Tensor = bnb().dequantize_blockwise(
+            part, scales, dynamic_map(absmax.device), NESTED_BLOCK, torch.float32
+        )
+        return numbers[first - group * NESTED_BLOCK :].add_(segments["offset"])
+
+
+class Nf4Quantizer:
+    """Makes NF4, blocks of 64, nested absmax: 4.13 bits per weight."""
+
+    format = Bnb4()
+
+    @property
+    def identity(self) -> str:
+        """CPU and CUDA may round ties differently, so the producer is part of it."""
+        return f"nf4-g64-nested bitsandbytes {bnb_version()} cpu"
+
+    def quantize(self, weight: Tensor, segments: Segments) -> None:
+        """Fills the segments with what bitsandbytes makes of the whole matrix at once, a few rows at a time."""
+        flat = weight.detach().reshape(-1)
+        block = self.format.block
+        absmax = torch.empty(segments["absmax"].numel())
+        for begin in range(0, flat.numel(), _QUANTIZE_NUMBERS):
+            piece = flat[begin : begin + _QUANTIZE_NUMBERS]
+            codes, scales = bnb().quantize_4bit(piece, block, self.format.kind, torch.uint8)
+            segments["codes"][begin // 2 : begin // 2 + codes.numel()] = codes.view(-1)
+            absmax[begin // block : begin // block + scales.numel()] = scales
+        offset = absmax.mean()
+        nested, scales = bnb().quantize_blockwise(absmax - offset, dynamic_map(absmax.device), NESTED_BLOCK)
+        segments["offset"].copy_(offset)
+        segments["absmax"].copy_(nested)
+        segments["nested_absmax"].copy_(scales)

@@ -1,0 +1,190 @@
+"""Modules whose matrices are stored in a number format: their parameters are the format's segments.
+
+So they are laid out, packed, streamed and bound like any other parameter, and only the product knows of the format.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from specchat.models.quant.autotune import choices, rows_class
+from specchat.models.quant.formats.base import Segment, WeightFormat
+from specchat.models.quant.kernels.chunked import Linear, Segments, scratch_bytes
+
+
+class Scratch:
+    """Memory that the quantized matrices of one model are dequantized into, one piece at a time.
+
+    Attributes:
+        memory: uint8; grows to the largest piece when it is first needed.
+    """
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0, dtype=torch.uint8)
+
+    def of(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for the pieces of a matrix (rows, cols) in a compute dtype: uint8, contents undefined."""
+        nbytes = scratch_bytes(shape, dtype, device)
+        if self.memory.numel() < nbytes or self.memory.device != device:
+            self.memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        return self.memory
+
+
+class QuantLinear(nn.Module):
+    """Takes the place of an `nn.Linear`.
+
+    Args:
+        weight_format: of its matrix.
+        shape: (rows, cols): out_features, in_features.
+        bias: the bias of what it replaces, if that has one.
+        scratch: shared by all of the model's.
+    """
+
+    def __init__(
+        self, weight_format: WeightFormat, shape: tuple[int, int], bias: nn.Parameter | None, scratch: Scratch
+    ) -> None:
+        super().__init__()
+        self.format = weight_format
+        self.shape = shape
+        self.out_features, self.in_features = shape
+        self.scratch = scratch
+        self._names = []
+        self._ways: dict[tuple[torch.device, torch.dtype, int], Linear] = {}
+        for segment in weight_format.segments(*shape):
+            self.register_parameter(segment.name, _empty(segment))
+            self._names.append(segment.name)
+        self.register_parameter("bias", bias)
+
+    @property
+    def segments(self) -> Segments:
+        """The parameters that store the matrix, by the format's names."""
+        parameters = self._parameters
+        return {name: parameters[name] for name in self._names}  # type: ignore[misc]  # only a bias may be None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x W^T + bias: [..., cols] -> [..., rows]."""
+        scratch, segments = self.scratch.of(self.shape, x.dtype, x.device), self.segments
+        kind = x.device, x.dtype, rows_class(x, self.shape)
+        linear = self._ways.get(kind)
+        if linear is None:
+            linear = self._ways[kind] = choices().linear(self.format, x, segments, self.shape, scratch)
+        return linear(x, segments, self.shape, scratch, self._parameters["bias"])
+
+
+class QuantParts(nn.ModuleList):
+    """One matrix in several pieces of rows, each stored by itself: a checkpoint's gate_proj and up_proj, say."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x W^T: [..., cols] -> [..., rows of all parts]."""
+        return torch.cat([part(x) for part in self], -1)
+
+
+def _empty(segment: Segment) -> nn.Parameter:
+    return nn.Parameter(torch.empty(segment.shape, dtype=segment.dtype, device="meta"), requires_grad=False)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A place in a model where a matrix may be stored in a number format.
+
+    Attributes:
+        path: of an nn.Linear, or of the parameter that fuses the matrices of all experts, within the model.
+        layer: index of the decoder layer, or None for the head.
+        shape: (rows, cols) of one matrix as it is multiplied with, x W^T.
+        num_experts: matrices that the parameter fuses; 0 for an nn.Linear.
+        transposed: whether a fused parameter has [cols, rows] for each expert.
+    """
+
+    path: str
+    layer: int | None
+    shape: tuple[int, int]
+    num_experts: int = 0
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of a matrix, stored by themselves; most matrices have one part."""
+
+    rows: int
+    format: WeightFormat
+
+
+def replace_linear(model: Any, matrix: Matrix, part: Part, scratch: Scratch) -> None:
+    """Puts a `QuantLinear` where an nn.Linear is."""
+    parent, leaf = _parent(model, matrix.path)
+    setattr(parent, leaf, QuantLinear(part.format, matrix.shape, getattr(parent, leaf).bias, scratch))
+
+
+def replace_experts(model: Any, matrix: Matrix, experts: Sequence[Sequence[Part]], scratch: Scratch) -> None:
+    """Puts a list of `QuantLinear` or `QuantParts`, one per expert, where a fused parameter is."""
+    parent, leaf = _parent(model, matrix.path)
+    modules = []
+    for parts in experts:
+        linears = [QuantLinear(part.format, (part.rows, matrix.shape[1]), None, scratch) for part in parts]
+        modules.append(linears[0] if len(linears) == 1 else QuantParts(linears))
+    delattr(parent, leaf)
+    setattr(parent, leaf, nn.ModuleList(modules))
+
+
+def experts_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What a fused-experts module of transformers computes, with one matrix of one hit expert dequantized at a time.
+
+    Args:
+        module: has act_fn or _apply_gate, has_gate, has_bias, and the lists that `replace_experts` made.
+        hidden: [rows, width].
+        top_k_index: int64 [rows, k], the experts of each row.
+        top_k_weights: [rows, k].
+
+    Returns:
+        [rows, width].
+    """
+    num_rows, k = top_k_index.shape
+    ups = module.gate_up_proj if module.has_gate else module.up_proj
+    up_biases, down_biases = _expert_biases(module)
+    order = top_k_index.reshape(-1).argsort(stable=True)  # row-expert pairs, an expert's together
+    counts = top_k_index.reshape(-1).bincount(minlength=module.num_experts).tolist()
+    pairs = hidden.new_empty(num_rows * k, hidden.shape[1])
+    end = 0
+    for expert, count in enumerate(counts[: module.num_experts]):
+        if count == 0:
+            continue
+        begin, end = end, end + count
+        inner = ups[expert](hidden[order[begin:end] // k])  # [count, 2 * inner]
+        if up_biases is not None:
+            inner = inner + up_biases[expert]
+        inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+        outer = module.down_proj[expert](inner)
+        if down_biases is not None:
+            outer = outer + down_biases[expert]
+        pairs[order[begin:end]] = outer.to(pairs.dtype)
+    weighted = pairs * top_k_weights.reshape(-1, 1)
+    return weighted.view(num_rows, k, -1).sum(1).to(hidden.dtype)
+
+
+def _expert_biases(module: Any) -> tuple[Tensor | None, Tensor | None]:
+    if not module.has_bias:
+        return None, None
+    return module.gate_up_proj_bias if module.has_gate else module.up_proj_bias, module.down_proj_bias
+
+
+def quant_linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, QuantLinear]]:
+    """All quantized matrices in a module, by path."""
+    for name, child in module.named_modules(prefix=prefix):
+        if isinstance(child, QuantLinear):
+            yield name, child
+
+
+def segment_names(module: nn.Module) -> frozenset[str]:
+    """The parameters of a module that are segments: their dtypes are their own, whatever the model computes in."""
+    linears = quant_linears(module)
+    return frozenset(f"{path}.{name}" if path else name for path, linear in linears for name in linear.segments)
+
+
+def _parent(model: Any, path: str) -> tuple[Any, str]:
+    """The module that has `path` as a child or parameter, and its name there."""
+    parent, _, leaf = path.rpartition(".")
+    return model.get_submodule(parent), leaf

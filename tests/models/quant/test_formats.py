@@ -1,0 +1,203 @@
+"""Number formats of our own: what comes back, whatever part is asked for, and what is multiplied with it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from specchat.models.quant.formats.base import Quantizer
+from specchat.models.quant.formats.int8 import Int8Quantizer
+from specchat.models.quant.formats.nf4 import Nf4Quantizer
+from specchat.models.quant.formats.plain import Plain
+from specchat.models.quant.kernels import matmul
+from specchat.models.quant.kernels.bnb import bnb, bnb_version
+from specchat.models.quant.kernels.chunked import chunk_rows, scratch_bytes
+
+CPU = torch.device("cpu")
+QUANTIZERS = [Int8Quantizer(), Nf4Quantizer()]
+quantizers = st.sampled_from(QUANTIZERS)
+shapes = st.tuples(st.integers(1, 70), st.integers(1, 300))
+dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+
+
+def matrix(shape: tuple[int, int], dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    """Gaussian, with a few large numbers, as trained matrices have them."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    weight.view(-1)[:: 1 + shape[0] * shape[1] // 3] *= 8
+    return weight.to(dtype)
+
+
+def quantized(quantizer: Quantizer, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    segments = {s.name: torch.full(s.shape, 77).to(s.dtype) for s in quantizer.format.segments(*weight.shape)}
+    quantizer.quantize(weight, segments)
+    return segments
+
+
+def numbers(quantizer: Quantizer, weight: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    out = torch.empty(weight.shape, dtype=dtype)
+    return quantizer.format.dequantize(quantized(quantizer, weight), 0, len(weight), out).clone()
+
+
+@settings(max_examples=60, deadline=None)
+@given(quantizers, shapes, dtypes, dtypes, st.data())
+def test_any_range_of_rows_is_the_same_numbers(quantizer, shape, saved, wanted, data):
+    weight = matrix(shape, saved)
+    whole = numbers(quantizer, weight, wanted)
+    begin = data.draw(st.integers(0, shape[0] - 1))
+    end = data.draw(st.integers(begin + 1, shape[0]))
+    out = torch.empty(end - begin, shape[1], dtype=wanted)
+    part = quantizer.format.dequantize(quantized(quantizer, weight), begin, end, out)
+    assert part.dtype == wanted and part.is_contiguous()
+    assert torch.equal(part, whole[begin:end])
+
+
+@settings(max_examples=30, deadline=None)
+@given(shapes, dtypes)
+def test_int8_is_what_its_description_says(shape, saved):
+    weight = matrix(shape, saved)
+    rows, cols = shape
+    expected = torch.empty(shape)
+    for row in range(rows):
+        for begin in range(0, cols, 128):
+            group = weight[row, begin : begin + 128].float()
+            scale = (group.abs().max() / 127).bfloat16().float()
+            codes = (group / scale).round().clamp(-127, 127) if scale > 0 else torch.zeros_like(group)
+            expected[row, begin : begin + 128] = codes * scale
+    assert torch.equal(numbers(Int8Quantizer(), weight), expected)
+
+
+@settings(max_examples=30, deadline=None)
+@given(shapes, dtypes)
+def test_nf4_is_what_bitsandbytes_makes_of_the_whole(shape, saved):
+    bnb()
+    from bitsandbytes import functional
+
+    weight = matrix(shape, saved)
+    # flat: the two-dimensional CPU kernel errs where rows are no multiple of 64
+    codes, state = functional.quantize_4bit(
+        weight.view(1, -1), blocksize=64, compress_statistics=True, quant_type="nf4"
+    )
+    segments = quantized(Nf4Quantizer(), weight)
+    assert torch.equal(segments["codes"], codes.view(-1))
+    assert torch.equal(segments["absmax"], state.absmax) and torch.equal(segments["nested_absmax"], state.state2.absmax)
+    assert segments["offset"].item() == state.offset.item()
+    if weight.numel() % 2 == 0:  # bitsandbytes compiles a kernel for every odd size, for seconds
+        assert torch.equal(numbers(Nf4Quantizer(), weight, saved), functional.dequantize_4bit(codes, state).view(shape))
+
+
+def test_nf4_of_a_large_matrix_does_not_depend_on_the_pieces():
+    weight = matrix((1100, 4096))  # more than is quantized at a time
+    segments, halves = quantized(Nf4Quantizer(), weight), [quantized(Nf4Quantizer(), w) for w in weight.split(1024)]
+    assert torch.equal(segments["codes"], torch.cat([half["codes"] for half in halves]))
+    bnb()
+    from bitsandbytes import functional
+
+    _, state = functional.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+    assert torch.equal(segments["absmax"], state.absmax) and torch.equal(segments["nested_absmax"], state.state2.absmax)
+
+
+def test_int8_of_a_large_matrix_does_not_depend_on_the_pieces(monkeypatch: pytest.MonkeyPatch):
+    weight = matrix((37, 200))
+    whole = quantized(Int8Quantizer(), weight)
+    for rows in (1, 5):
+        monkeypatch.setattr("specchat.models.quant.formats.int8._QUANTIZE_ROWS_BYTES", rows * 4 * 200)
+        pieces = quantized(Int8Quantizer(), weight)
+        assert all(torch.equal(pieces[name], segment) for name, segment in whole.items())
+
+
+def test_whose_numbers_they_are():
+    """A pack made by another bitsandbytes is another pack."""
+    assert bnb_version() in Nf4Quantizer().identity
+
+
+@given(shapes, dtypes, dtypes, st.data())
+def test_plain_matrices_are_cast(shape, saved, wanted, data):
+    form, weight = Plain(saved), matrix(shape, saved)
+    assert [(s.name, s.shape, s.dtype) for s in form.segments(*shape)] == [("weight", shape, saved)]
+    begin = data.draw(st.integers(0, shape[0] - 1))
+    end = data.draw(st.integers(begin + 1, shape[0]))
+    out = form.dequantize({"weight": weight}, begin, end, torch.empty(end - begin, shape[1], dtype=wanted))
+    assert out.dtype == wanted and torch.equal(out, weight[begin:end].to(wanted))
+
+
+@pytest.mark.parametrize(("quantizer", "error"), [(QUANTIZERS[0], 0.0068), (QUANTIZERS[1], 0.094)])
+def test_error_of_a_gaussian_matrix(quantizer, error):
+    weight = torch.randn(256, 1024, generator=torch.Generator().manual_seed(0))
+    assert (numbers(quantizer, weight) - weight).norm() / weight.norm() < error
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda q: q.format.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_original_is_left_alone(quantizer, dtype):
+    weight = matrix((5, 200), dtype)
+    quantized(quantizer, weight)
+    assert torch.equal(weight, matrix((5, 200), dtype))
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda q: q.format.name)
+def test_zeros_stay_zeros(quantizer):
+    assert numbers(quantizer, torch.zeros(3, 200)).eq(0).all()
+    weight = matrix((4, 256))
+    weight[1] = 0
+    assert numbers(quantizer, weight)[1].abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda q: q.format.name)
+@pytest.mark.parametrize("shape", [(1, 96), (7, 130), (2500, 64), (896, 128)], ids=str)
+def test_products(quantizer, shape):
+    """In pieces or in one: the last shapes have more rows than, and just as many as, are dequantized at a time."""
+    weight, bias, x = matrix(shape), torch.randn(shape[0]), torch.randn(2, 5, shape[1])
+    scratch = torch.empty(scratch_bytes(shape, x.dtype, CPU), dtype=torch.uint8)
+    y = quantizer.format.linear(x, quantized(quantizer, weight), shape, scratch, bias)
+    torch.testing.assert_close(y, F.linear(x, numbers(quantizer, weight), bias), atol=1e-4, rtol=1e-4)
+    without = quantizer.format.linear(x, quantized(quantizer, weight), shape, scratch)
+    torch.testing.assert_close(without, y - bias, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda q: q.format.name)
+@pytest.mark.parametrize("shape", [(512, 128), (1000, 128)], ids=str)
+def test_products_that_are_computed_turned_round(quantizer, shape, monkeypatch):
+    """The result lies in memory as any other's, so that whatever a model does with it takes views of it."""
+    monkeypatch.setattr(matmul, "MIN_NUMBERS", 1)
+    monkeypatch.setattr(matmul, "_is_turning_faster", lambda: True)
+    weight, x = matrix(shape, torch.bfloat16), torch.randn(1, 64, shape[1]).bfloat16()
+    scratch = torch.empty(scratch_bytes(shape, x.dtype, CPU), dtype=torch.uint8)
+    y = quantizer.format.linear(x, quantized(quantizer, weight), shape, scratch)
+    assert y.is_contiguous()
+    expected = F.linear(x.float(), numbers(quantizer, weight, torch.bfloat16).float())
+    torch.testing.assert_close(y.float(), expected, atol=0.05, rtol=2.0**-8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda q: q.format.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_reads_the_same_numbers(quantizer, dtype):
+    weight = matrix((300, 256))
+    segments = {name: segment.cuda() for name, segment in quantized(quantizer, weight).items()}
+    for begin, end in ((0, 300), (7, 9)):
+        out = torch.empty(end - begin, 256, dtype=dtype, device="cuda")
+        found = quantizer.format.dequantize(segments, begin, end, out).cpu()
+        assert torch.equal(found, numbers(quantizer, weight, dtype)[begin:end])
+
+
+@given(st.integers(1, 10**5), st.integers(1, 10**5), dtypes)
+def test_pieces_are_small(rows, cols, dtype):
+    num_rows = chunk_rows(rows, cols, dtype, CPU)
+    assert 1 <= num_rows <= rows
+    assert num_rows == 1 or scratch_bytes((rows, cols), dtype, CPU) < 32 << 20
+
+
+def test_pieces_are_alike():
+    """Whole blocks of rows, and no small one is left over: it would cost as much as half a large one."""
+    assert [chunk_rows(rows, 2048, torch.bfloat16, CPU) for rows in (512, 896, 897, 2048, 7168)] == [
+        512,
+        896,
+        512,
+        704,
+        896,
+    ]
+    assert chunk_rows(2048, 7168, torch.bfloat16, CPU) == 512
+    assert chunk_rows(11008, 4096, torch.bfloat16, CPU) == 896

@@ -1,0 +1,72 @@
+"""Matrix products by oneDNN or turned round: the same numbers as torch's own, also when weights change in place."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from specchat.models.quant.kernels import matmul
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="no MKL: all is oneDNN anyway")
+
+
+@pytest.fixture(autouse=True)
+def not_intel(monkeypatch):
+    monkeypatch.setattr(matmul, "is_intel", lambda: False)
+    monkeypatch.setattr(matmul, "MIN_NUMBERS", 1)
+    monkeypatch.setattr(matmul, "_is_turning_faster", lambda: True)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 70), st.integers(1, 130), st.integers(1, 90), st.booleans())
+def test_products_are_exact_to_float32(num_rows, width, height, has_bias):
+    generator = torch.Generator().manual_seed(num_rows * 1000 + width)
+    weight = torch.randn(height, width, generator=generator)
+    bias = torch.randn(height, generator=generator) if has_bias else None
+    x = torch.randn(1, num_rows + 2, width, generator=generator)[:, 1:-1]
+    assert matmul.is_faster_by_onednn(weight)
+    with torch.inference_mode():
+        exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+        out = matmul.product(x, weight, bias)
+    assert out.shape == (1, num_rows, height)
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_may_change_in_place():
+    memory = torch.zeros(64 * 32 * 4, dtype=torch.uint8)
+    weight = memory.view(torch.float32).view(64, 32)
+    x = torch.randn(3, 32)
+    for _ in range(3):
+        now = torch.randn(64, 32)
+        memory.copy_(now.view(torch.uint8).flatten())
+        torch.testing.assert_close(matmul.product(x, weight), x @ now.T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("num_rows", [44, 47, 48, 60, 64, 127, 128])
+def test_turned_products_are_exact_to_one_rounding(num_rows, has_bias):
+    generator = torch.Generator().manual_seed(num_rows)
+    weight = torch.randn(70, 130, generator=generator).bfloat16()
+    bias = torch.randn(70, generator=generator).bfloat16() if has_bias else None
+    x = torch.randn(1, num_rows + 2, 130, generator=generator).bfloat16()[:, 1:-1]
+    assert matmul.turned_rows(x, weight) in matmul.TURNED_ROWS
+    with torch.inference_mode():
+        exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+        out = matmul.product(x, weight, bias)
+    assert out.shape == (1, num_rows, 70)
+    torch.testing.assert_close(out.double(), exact, rtol=2.0**-8, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_rows", [1, 16, 43, 49, 59, 65, 123, 129, 512])
+def test_other_numbers_of_rows_are_not_turned(num_rows):
+    weight = torch.randn(70, 130).bfloat16()
+    x = torch.randn(num_rows, 130).bfloat16()
+    assert matmul.turned_rows(x, weight) is None
+    assert torch.equal(matmul.product(x, weight), F.linear(x, weight))
+
+
+def test_rows_in_several_dimensions_are_turned_together():
+    weight, x = torch.randn(70, 130).bfloat16(), torch.randn(2, 32, 130).bfloat16()
+    assert matmul.turned_rows(x, weight) == 64
+    torch.testing.assert_close(matmul.product(x, weight), F.linear(x, weight), rtol=2.0**-7, atol=1e-3)

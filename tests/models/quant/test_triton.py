@@ -1,0 +1,62 @@
+"""Our Triton kernel gives the numbers that torch gives, bit for bit: by Triton's interpreter, and on a GPU.
+
+    python -m pytest -m gpu tests/models/test_triton.py
+
+What needs no GPU needs Triton all the same: it comes with torch for CUDA, and takes a gigabyte beside torch for CPUs
+(`pip install --no-deps triton`).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support.triton_cases import Case, check, large_cases, small_cases
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_the_kernel_gives_torch_s_numbers_in_triton_s_interpreter():
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    command = [sys.executable, "-m", "support.triton_cases"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[0]) > 150
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 120])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_kernel_compiles_for_gpus(bits: int, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """No number is so small that it is taken for zero; a thread writes 16 bytes at a time."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from specchat.models.quant.kernels import triton_affine
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    constants = {"bits": bits, "group": 32, "has_zeros": True, "rounds": True, "block": triton_affine._BLOCK}
+    pointers = {"codes": "*u8" if bits == 4 else "*i8", "scales": "*fp16", "zeros": "*i8", "out": "*bf16"}
+    sizes = dict.fromkeys(("cols", "code_cols", "num_groups"), "i32")
+    aligned = {(place,): [["tt.divisibility", 16]] for place in range(len(pointers) + 2)}
+    source = ASTSource(
+        triton_affine._kernel, pointers | sizes | dict.fromkeys(constants, "constexpr"), constants, aligned
+    )
+    made = triton.compile(source, GPUTarget("cuda", capability, 32), {"enable_fp_fusion": False})
+    assert len(made.asm["cubin"]) > 1000
+    assert ".ftz" not in made.asm["ptx"]
+    assert "st.global.v4.b32" in made.asm["ptx"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [*small_cases(), *large_cases()], ids=str)
+def test_a_gpu_gives_the_same_numbers(case: Case):
+    pytest.importorskip("triton")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    check(case, torch.device("cuda:0"))
