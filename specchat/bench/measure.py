@@ -27,7 +27,7 @@ from specchat.units import GIB
 
 if TYPE_CHECKING:
     from specchat.models.hf.tokenizer import Tokenizer
-    from specchat.models.pack import Pack
+    from specchat.models.packs.pack import Pack
 
 # Rows of a pass by itself when there is no tree to take the number from.
 _DEFAULT_ROWS = 64

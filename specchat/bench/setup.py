@@ -18,7 +18,7 @@ from specchat.errors import UsageError
 if TYPE_CHECKING:
     from specchat.engine.engine import Engine
     from specchat.models.hf_baselines import OffloadedModel
-    from specchat.models.pack import Pack
+    from specchat.models.packs.pack import Pack
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from specchat.bench.prompts import Question
     from specchat.bench.records import Settings
     from specchat.bench.report import Outcome
-    from specchat.models.pack import Pack
+    from specchat.models.packs.pack import Pack
     from specchat.ui.bench_view import ReportView
     from specchat.ui.console import Talk
 

@@ -15,12 +15,12 @@ from specchat.errors import AllocationError, NotAvailableError, UsageError
 
 if TYPE_CHECKING:
     from specchat.engine.engine import Engine
-    from specchat.models.catalog import ModelRef
+    from specchat.models.catalog.ref import ModelRef
     from specchat.models.checkpoint.generation_config import GenerationDefaults
     from specchat.models.drafts import DraftChoice
     from specchat.models.hf.tokenizer import Tokenizer
     from specchat.models.hub import Download, Missing
-    from specchat.models.pack import Pack
+    from specchat.models.packs.pack import Pack
     from specchat.planner.explain import Chosen
     from specchat.planner.request import PlanRequest
     from specchat.ui.console import Talk
@@ -81,7 +81,7 @@ def parse_models(options: ModelOptions) -> Refs:
         UsageError: no model is named, or a name means nothing.
         NotAvailableError: a kind of draft that this version does not have.
     """
-    from specchat.models.catalog import parse_model
+    from specchat.models.catalog.ref import parse_model
 
     if options.model is None:
         _refuse_without_model()
@@ -182,7 +182,7 @@ def _obtained(options: ModelOptions, refs: Refs, found: _Found, say: "Talk") -> 
 def _refuse_by_configuration(target: "Download") -> None:
     from specchat.models.hf.config import load_config  # with torch
     from specchat.models.hub import sketch
-    from specchat.models.recipes import comes_quantized
+    from specchat.models.weights.choose_recipe import comes_quantized
 
     sketched = sketch(target, Path())
     load_config(sketched.path)
@@ -208,7 +208,7 @@ def _sketched(found: "ModelSource | Missing", folder: Path) -> ModelSource | Non
     if isinstance(found, ModelSource):
         return found
     from specchat.models.hub import sketch
-    from specchat.models.recipes import comes_quantized  # with torch
+    from specchat.models.weights.choose_recipe import comes_quantized  # with torch
 
     sketched = sketch(found, folder)
     return None if comes_quantized(sketched) else sketched
@@ -216,7 +216,7 @@ def _sketched(found: "ModelSource | Missing", folder: Path) -> ModelSource | Non
 
 def _refuse_unsupported(target: "ModelRef") -> None:
     from specchat.errors import UnsupportedModelError
-    from specchat.models.families import known_families
+    from specchat.models.catalog.families import known_families
 
     why = known_families().why_unsupported(target.text)
     if why is not None:
@@ -367,7 +367,7 @@ def make_draft_pack(draft: ModelSource | None, plan: Plan, reporter: "Reporter")
 
 
 def _packed(source: ModelSource, plan: Plan, quant: str, reporter: "Reporter") -> "Pack | None":
-    from specchat.models.prepare import prepare
+    from specchat.models.packs.prepare import prepare
 
     with reporter.moving(f"{'quantizing' if quant in QUANTIZED else 'repacking'} {source.name}") as update:
         return prepare(

@@ -125,7 +125,7 @@ def _flags(options: ModelOptions) -> str:
 def _found_packs() -> "tuple[Verdict, ...]":
     """What packs take of the disk, and those that nothing uses any more."""
     from specchat.hardware.verdicts import Verdict, from_home
-    from specchat.models.pack_census import find_packs, packs_folder
+    from specchat.models.packs.inventory import find_packs, packs_folder
     from specchat.units import format_bytes
 
     packs = find_packs()
@@ -151,9 +151,9 @@ def _found_packs() -> "tuple[Verdict, ...]":
 def _verify(say: "Talk") -> "tuple[Verdict, ...]":
     """A verdict on every pack, all of its bytes read."""
     from specchat.hardware.verdicts import Verdict
-    from specchat.models.pack import list_packs
-    from specchat.models.pack_census import packs_folder
-    from specchat.models.pack_verify import verify_pack
+    from specchat.models.packs.inventory import packs_folder
+    from specchat.models.packs.pack import list_packs
+    from specchat.models.packs.verify import verify_pack
     from specchat.ui.progress import ProgressLine
     from specchat.units import format_bytes
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from specchat.engine.fillers import LayerFiller
 from specchat.engine.slots import SlotQueue, is_small, page_aligned
 from specchat.engine.streamer import LayerStreamer, StreamCounters
-from specchat.models.weights import LayerLayout, bind
+from specchat.models.weights.layout import LayerLayout, bind
 from specchat.units import format_bytes
 
 ReadLayer = Callable[[int, LayerLayout, Tensor], None]

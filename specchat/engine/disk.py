@@ -12,10 +12,10 @@ from torch import Tensor
 from specchat.engine.fillers import LayerFiller
 from specchat.engine.slots import SlotQueue, is_small, page_aligned
 from specchat.engine.streamer import LayerStreamer, StreamCounters
-from specchat.models.pack import Pack, PackedLayer
-from specchat.models.pack_format import bytes_of
-from specchat.models.pack_verify import ChunkVerifier
-from specchat.models.weights import LayerLayout, bind
+from specchat.models.packs.file_format import bytes_of
+from specchat.models.packs.pack import Pack, PackedLayer
+from specchat.models.packs.verify import ChunkVerifier
+from specchat.models.weights.layout import LayerLayout, bind
 
 _READAHEAD_LAYERS = 2
 

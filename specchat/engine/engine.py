@@ -34,7 +34,7 @@ from specchat.engine.tree import ROOT, TokenTree, common_prefix
 from specchat.errors import AllocationError, PromptTooLongError, is_lack_of_memory
 from specchat.models.checkpoint.dtypes import TORCH_DTYPE
 from specchat.models.hf.pairing import check_pair
-from specchat.models.pack import Pack
+from specchat.models.packs.pack import Pack
 from specchat.units import format_bytes
 
 
@@ -87,7 +87,7 @@ class Engine(Closing):
             plan: sizes and places.
             target: the model whose text comes out.
             draft: the model that guesses, or None.
-            pack: the target's weights repacked (`models.prepare`), or None to read them from its own files.
+            pack: the target's weights repacked (`models.packs.prepare`), or None to read them from its own files.
             draft_pack: likewise for the draft.
             warn: told in one line of what the system refused and what that costs.
 

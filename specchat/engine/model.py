@@ -27,14 +27,15 @@ from specchat.models.checkpoint.safetensors import open_checkpoint
 from specchat.models.hf.attention import cache_for, row_scope, use_attention
 from specchat.models.hf.config import kv_shapes, load_config, max_positions
 from specchat.models.hf.skeleton import Skeleton, build_skeleton, lookup_embeddings
-from specchat.models.pack import Pack
-from specchat.models.pack_format import bytes_of
-from specchat.models.pack_verify import ChunkVerifier
+from specchat.models.packs.file_format import bytes_of
+from specchat.models.packs.pack import Pack
+from specchat.models.packs.verify import ChunkVerifier
 from specchat.models.quant.modules import quant_linears
-from specchat.models.quant_reader import open_reader
-from specchat.models.quantization import apply_recipe
-from specchat.models.recipes import choose_recipe
-from specchat.models.weights import LayerLayout, WeightReader, bind
+from specchat.models.weights.choose_recipe import choose_recipe
+from specchat.models.weights.layout import LayerLayout, bind
+from specchat.models.weights.quantizing_reader import open_reader
+from specchat.models.weights.reader import WeightReader
+from specchat.models.weights.recipe import apply_recipe
 
 use_attention(tree_attention)
 

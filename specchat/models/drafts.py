@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from specchat.config import ModelSource
 from specchat.errors import ModelError, VocabularyMismatchError
-from specchat.models.catalog import ModelRef, draft_candidates, known_draft, parse_model
+from specchat.models.catalog.ref import ModelRef, draft_candidates, known_draft, parse_model
 from specchat.models.checkpoint.safetensors import weight_files
 from specchat.models.hf.pairing import check_pair
 from specchat.models.hub import Missing, cached_models, look_up

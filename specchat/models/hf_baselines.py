@@ -25,7 +25,7 @@ from specchat.models.checkpoint.dtypes import TORCH_DTYPE
 from specchat.models.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE, open_checkpoint
 from specchat.models.hf.config import load_config
 from specchat.models.hf.skeleton import build_skeleton
-from specchat.models.pack_format import PAD_PREFIX
+from specchat.models.packs.file_format import PAD_PREFIX
 
 
 @dataclass(frozen=True)

@@ -28,16 +28,16 @@ from specchat.errors import (
     SpecchatError,
     UsageError,
 )
-from specchat.models.catalog import SHAPE_PREFIX, ModelRef, demo_source
+from specchat.models.catalog.ref import SHAPE_PREFIX, ModelRef, demo_source
+from specchat.models.catalog.shape import Shape
 from specchat.models.checkpoint.safetensors import MISTRAL_PREFIX, PICKLE_SUFFIXES, weight_files
-from specchat.models.shape_spec import Shape
 from specchat.units import format_bytes
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
 _T = TypeVar("_T")
-_LOG = logging.getLogger(__name__)
+LOG = logging.getLogger(__name__)
 
 # Fixed patterns, so that a cached snapshot can be checked for completeness without the hub's list of files.
 _ALLOW = [
@@ -90,7 +90,7 @@ class Download:
 Missing = Download | Shape
 
 
-def look_up(ref: ModelRef, *, offline: bool, warn: Callable[[str], None] = _LOG.warning) -> ModelSource | Missing:
+def look_up(ref: ModelRef, *, offline: bool, warn: Callable[[str], None] = LOG.warning) -> ModelSource | Missing:
     """Where the files of `ref` are, or what it takes to have them; nothing is downloaded or made.
 
     Args:
@@ -153,7 +153,7 @@ def obtain(
     missing: Missing,
     *,
     progress: Callable[[int, int], None] | None = None,
-    warn: Callable[[str], None] = _LOG.warning,
+    warn: Callable[[str], None] = LOG.warning,
 ) -> ModelSource:
     """Downloads or makes what `look_up` found missing, once the user has agreed.
 
@@ -168,7 +168,7 @@ def obtain(
     """
     if isinstance(missing, Download):
         return _snapshot_source(missing.ref, _fetch(missing, progress))
-    from specchat.models.shapes import materialise  # with torch
+    from specchat.models.synthetic.layers import materialise  # with torch
 
     return materialise(missing, progress=progress, warn=warn)
 
@@ -191,7 +191,7 @@ def sketch(missing: Missing, folder: Path) -> ModelSource:
         with _hub_errors(ref):
             config = hf_hub_download(ref.repo_id, "config.json", revision=missing.revision)
         return _snapshot_source(ref, Path(config).parent)
-    from specchat.models.shapes import LABEL, shape_files  # with torch
+    from specchat.models.synthetic.layers import LABEL, shape_files  # with torch
 
     path = folder / missing.label.replace("/", "-")
     path.mkdir()

@@ -8,8 +8,8 @@ from pathlib import Path
 from specchat.config import ModelSource, ModelSpec, Plan, Quant
 from specchat.errors import DoesNotFitError, UsageError
 from specchat.hardware.machine import Machine
-from specchat.models.catalog import draft_candidates, parse_model
-from specchat.models.known_models import KnownModel, known_model, known_models
+from specchat.models.catalog.known_models import KnownModel, known_model, known_models
+from specchat.models.catalog.ref import draft_candidates, parse_model
 from specchat.models.sizes.geometry import weight_bytes
 from specchat.models.sizes.known_specs import active_params, known_spec
 from specchat.planner.cost import Prediction

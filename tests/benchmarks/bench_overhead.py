@@ -27,7 +27,7 @@ from specchat.bench.systems import EngineSystem
 from specchat.config import Message, Sampling, Step
 from specchat.engine.engine import Engine
 from specchat.engine.stats import StepClock
-from specchat.models.catalog import demo_source
+from specchat.models.catalog.ref import demo_source
 from specchat.models.hf.tokenizer import load_tokenizer
 from specchat.planner.request import PlanRequest
 from specchat.planner.search import make_plan

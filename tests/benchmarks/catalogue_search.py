@@ -15,7 +15,7 @@ from multiprocessing import get_context
 from support.machines import MACHINES, MachineFile, read_machine
 
 from specchat.errors import DoesNotFitError
-from specchat.models.known_models import known_models
+from specchat.models.catalog.known_models import known_models
 from specchat.planner.offers import ANYTHING, find_offers, offer_of
 from specchat.planner.rates import rates_of
 

@@ -27,9 +27,9 @@ from specchat.engine import slots
 from specchat.engine.attention import RowLayout
 from specchat.engine.model import TreeModel, load_model
 from specchat.engine.streamer import NoStreamer
-from specchat.models import prepare
-from specchat.models.pack import Pack
-from specchat.models.pack_format import bytes_of
+from specchat.models.packs import prepare
+from specchat.models.packs.file_format import bytes_of
+from specchat.models.packs.pack import Pack
 
 NUM_PASSES = 2000
 NUM_SLOTS = 2

@@ -15,9 +15,9 @@ from dataclasses import replace
 import torch
 
 from specchat.engine.model import TreeModel, load_model
-from specchat.models.prepare import prepare
-from specchat.models.shape_spec import parse_shape
-from specchat.models.shapes import materialise
+from specchat.models.catalog.shape import parse_shape
+from specchat.models.packs.prepare import prepare
+from specchat.models.synthetic.layers import materialise
 
 SHAPE = "hidden=2048,layers=34,heads=16,kv_heads=4,head_dim=128,mlp=7168"  # 3.1 GB in bf16
 ROWS, ROUNDS = 64, 6

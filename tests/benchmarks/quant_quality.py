@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from specchat.config import Message, ModelSource
 from specchat.engine.model import TreeModel, load_model
-from specchat.models.catalog import demo_source
+from specchat.models.catalog.ref import demo_source
 from specchat.models.hf.tokenizer import Tokenizer, load_tokenizer
 
 QUANTS = ("none", "int8", "int4")

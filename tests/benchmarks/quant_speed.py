@@ -21,13 +21,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from specchat.config import Quant
-from specchat.models.pack import Pack
-from specchat.models.prepare import prepare
+from specchat.models.catalog.shape import parse_shape
+from specchat.models.packs.pack import Pack
+from specchat.models.packs.prepare import prepare
 from specchat.models.quant.formats.base import Quantizer
 from specchat.models.quant.kernels.chunked import scratch_bytes
-from specchat.models.quantization import QUANTIZERS
-from specchat.models.shape_spec import parse_shape
-from specchat.models.shapes import materialise
+from specchat.models.synthetic.layers import materialise
+from specchat.models.weights.recipe import QUANTIZERS
 
 ROWS, COLS = 11008, 4096
 REPEATS = 30

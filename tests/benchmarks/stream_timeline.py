@@ -27,10 +27,10 @@ from specchat.engine.attention import RowLayout
 from specchat.engine.fillers import LayerFiller, filler_for
 from specchat.engine.model import TreeModel, load_model
 from specchat.hardware.disk import evict, read_raw
-from specchat.models.pack import Pack
-from specchat.models.prepare import prepare
-from specchat.models.shape_spec import parse_shape
-from specchat.models.shapes import materialise
+from specchat.models.catalog.shape import parse_shape
+from specchat.models.packs.pack import Pack
+from specchat.models.packs.prepare import prepare
+from specchat.models.synthetic.layers import materialise
 
 SHAPE = "hidden=2048,layers=30,heads=16,kv_heads=4,head_dim=128,mlp=7168"
 CLOCK = time.perf_counter

@@ -15,7 +15,7 @@ from specchat.chat.session import Delta, Turn
 from specchat.cli.app import app
 from specchat.cli.exit_status import EXIT_CODES
 from specchat.config import LedgerItem, Plan
-from specchat.models.known_models import known_models
+from specchat.models.catalog.known_models import known_models
 from specchat.planner.cost import Prediction
 from specchat.planner.explain import Alternative, Choice, Chosen
 from specchat.planner.offers import Offer, Offers

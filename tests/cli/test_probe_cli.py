@@ -159,8 +159,8 @@ def test_markdown_for_a_bug_report(probe):
 
 
 def test_packs_are_checked(probe, tmp_path):
-    from specchat.models.shape_spec import parse_shape
-    from specchat.models.shapes import materialise
+    from specchat.models.catalog.shape import parse_shape
+    from specchat.models.synthetic.layers import materialise
 
     code, out, _ = probe("--verify")
     assert code == 0 and "there are none" in out
@@ -182,8 +182,8 @@ def test_packs_are_checked(probe, tmp_path):
 
 
 def test_packs_that_nothing_uses_any_more_are_named(probe, tmp_path):
-    from specchat.models.shape_spec import parse_shape
-    from specchat.models.shapes import materialise
+    from specchat.models.catalog.shape import parse_shape
+    from specchat.models.synthetic.layers import materialise
 
     def verdicts():
         code, out, _ = probe("--json")

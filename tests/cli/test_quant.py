@@ -18,19 +18,19 @@ from specchat.cli.app import run_command_line
 from specchat.config import Plan, Sampling
 from specchat.engine.engine import Engine
 from specchat.hardware.machine import Machine
-from specchat.models.catalog import demo_source
+from specchat.models.catalog.ref import demo_source
+from specchat.models.catalog.shape import parse_shape
 from specchat.models.checkpoint.safetensors import open_checkpoint
 from specchat.models.hf.config import load_config
 from specchat.models.hf.skeleton import build_skeleton
-from specchat.models.pack import list_packs
-from specchat.models.prepare import prepare
-from specchat.models.quant_reader import QuantizingReader
-from specchat.models.quantization import OwnRecipe
-from specchat.models.shape_spec import parse_shape
-from specchat.models.shapes import materialise
+from specchat.models.packs.pack import list_packs
+from specchat.models.packs.prepare import prepare
 from specchat.models.sizes.describe import describe
 from specchat.models.sizes.geometry import weight_bytes
-from specchat.models.weights import LayerLayout
+from specchat.models.synthetic.layers import materialise
+from specchat.models.weights.layout import LayerLayout
+from specchat.models.weights.quantizing_reader import QuantizingReader
+from specchat.models.weights.recipe import OwnRecipe
 from specchat.planner import search
 from specchat.planner.request import PlanRequest
 from specchat.ui.chat_view import banner_lines

@@ -6,7 +6,7 @@ import signal
 import pytest
 from support.terminal import TESTS, Terminal
 
-from specchat.models.catalog import demo_source
+from specchat.models.catalog.ref import demo_source
 from specchat.models.sizes.describe import describe
 
 SLOW = {"FAKE_PAUSE_S": "0.05"}

@@ -23,8 +23,8 @@ from specchat.engine.cuda import Pinner, pinner
 from specchat.engine.engine import Engine
 from specchat.engine.model import TreeModel, load_model
 from specchat.engine.slots import page_aligned
-from specchat.models.shape_spec import parse_shape
-from specchat.models.shapes import materialise
+from specchat.models.catalog.shape import parse_shape
+from specchat.models.synthetic.layers import materialise
 
 pytestmark = pytest.mark.gpu
 

@@ -28,7 +28,7 @@ from specchat.engine import cuda
 from specchat.engine.cuda import CudaStreamer, HostLayers, Pinner
 from specchat.engine.fillers import PackFiller
 from specchat.models.hf.skeleton import build_skeleton
-from specchat.models.weights import LayerLayout
+from specchat.models.weights.layout import LayerLayout
 
 CPU = torch.device("cpu")
 

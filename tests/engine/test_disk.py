@@ -28,8 +28,8 @@ from specchat.engine.model import TreeModel, load_model
 from specchat.errors import CorruptCheckpointError
 from specchat.hardware.disk import evict, resident_share
 from specchat.models.checkpoint.safetensors import open_checkpoint
-from specchat.models.pack import Pack
-from specchat.models.prepare import prepare
+from specchat.models.packs.pack import Pack
+from specchat.models.packs.prepare import prepare
 
 Tier = Literal["ram", "disk"]
 ARCHITECTURES = ("llama_tied", "mixtral", "gpt_oss")
@@ -241,7 +241,7 @@ def test_a_shard_that_shrinks_while_streaming(in_ram: Collection[int], left: int
 
 
 def test_small_models_are_not_worth_a_pack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("specchat.models.prepare.SMALL_BYTES", 64 << 20)
+    monkeypatch.setattr("specchat.models.packs.prepare.SMALL_BYTES", 64 << 20)
     assert prepare(make_source("mixtral", tmp_path / "model"), "fp32", progress=silent, warn=silent) is None
 
 

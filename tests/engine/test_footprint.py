@@ -15,8 +15,8 @@ from specchat.units import MIB
 # 50 MiB of libraries and heap behind, which is not what streaming takes.
 _PREPARED = """
 import sys
-from specchat.models.catalog import known_draft, parse_model
-from specchat.models.prepare import prepare
+from specchat.models.catalog.ref import known_draft, parse_model
+from specchat.models.packs.prepare import prepare
 from specchat.planner.request import PlanRequest
 from specchat.planner.search import make_plan
 from support.locating import locate
@@ -47,8 +47,8 @@ threading.Thread(target=watch, daemon=True).start()
 
 from specchat.config import Sampling
 from specchat.engine.engine import Engine
-from specchat.models.catalog import known_draft, parse_model
-from specchat.models.prepare import prepare
+from specchat.models.catalog.ref import known_draft, parse_model
+from specchat.models.packs.prepare import prepare
 from specchat.planner.request import PlanRequest
 from specchat.planner.search import make_plan
 from support.locating import locate

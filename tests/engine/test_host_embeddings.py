@@ -25,10 +25,10 @@ from specchat.engine.streamer import NoStreamer
 from specchat.models.checkpoint.safetensors import open_checkpoint
 from specchat.models.hf.config import kv_shapes, load_config
 from specchat.models.hf.skeleton import build_skeleton, lookup_embeddings
-from specchat.models.prepare import prepare
-from specchat.models.quant_reader import open_reader
-from specchat.models.recipes import choose_recipe
+from specchat.models.packs.prepare import prepare
 from specchat.models.sizes.describe import describe
+from specchat.models.weights.choose_recipe import choose_recipe
+from specchat.models.weights.quantizing_reader import open_reader
 from specchat.planner.memory import Workload, build_ledger, host_embeddings
 
 # A second place with shapes and no numbers; without CUDA, torch does not even pretend to have a DEVICE.

@@ -19,7 +19,7 @@ from specchat.engine.fillers import CheckpointFiller, PackFiller
 from specchat.engine.slots import page_aligned
 from specchat.errors import AllocationError
 from specchat.hardware.disk import READ_THREADS
-from specchat.models.weights import LayerLayout
+from specchat.models.weights.layout import LayerLayout
 
 
 @pytest.mark.parametrize(("room", "num_pinned"), [(1 << 40, 4), (3 << 20, 1), ((5 << 20) - 1, 2), (100, 0)])

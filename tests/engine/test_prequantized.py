@@ -36,8 +36,8 @@ from specchat.engine.disk import MappedStreamer, ThreadStreamer
 from specchat.engine.engine import Engine
 from specchat.engine.model import TreeModel, load_model
 from specchat.errors import CorruptCheckpointError, UnsupportedModelError, UsageError
-from specchat.models.pack import Pack
-from specchat.models.prepare import prepare
+from specchat.models.packs.pack import Pack
+from specchat.models.packs.prepare import prepare
 from specchat.models.quant.modules import quant_linears
 from specchat.models.sizes.describe import describe
 from specchat.models.sizes.geometry import weight_bytes

@@ -17,13 +17,13 @@ from specchat.engine.engine import Engine
 from specchat.engine.model import TreeModel, load_model
 from specchat.models.hf.matrices import find_matrices
 from specchat.models.hf.skeleton import build_skeleton, skeleton_of
-from specchat.models.pack import Pack
-from specchat.models.prepare import prepare
+from specchat.models.packs.pack import Pack
+from specchat.models.packs.prepare import prepare
 from specchat.models.quant.modules import Matrix, QuantLinear, quant_linears
-from specchat.models.quantization import OwnRecipe, apply_recipe
 from specchat.models.sizes.describe import describe
 from specchat.models.sizes.geometry import dequantize_bytes, layer_bytes, weight_bytes
-from specchat.models.weights import LayerLayout
+from specchat.models.weights.layout import LayerLayout
+from specchat.models.weights.recipe import OwnRecipe, apply_recipe
 
 CPU = torch.device("cpu")
 QUANTS = ("int8", "int4")

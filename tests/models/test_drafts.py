@@ -9,7 +9,7 @@ from support.tiny_models import VOCAB, make_config, random_model, save
 
 from specchat.config import ModelSource
 from specchat.models import drafts
-from specchat.models.catalog import demo_source, parse_model
+from specchat.models.catalog.ref import demo_source, parse_model
 from specchat.models.drafts import choose_draft, fits, relative_in_cache
 from specchat.models.hub import Download, look_up, obtain
 

@@ -28,7 +28,7 @@ from specchat.errors import (
     UsageError,
 )
 from specchat.models import hub as hub_module
-from specchat.models.catalog import parse_model
+from specchat.models.catalog.ref import parse_model
 from specchat.models.checkpoint.safetensors import open_checkpoint
 from specchat.models.hub import Download, cached_models, look_up, sketch
 
@@ -357,7 +357,7 @@ def test_the_cached_copy_serves_when_the_hub_does_not(hub, monkeypatch, dead_url
 CLIENT = """
 import signal, sys
 from specchat.errors import SpecchatError
-from specchat.models.catalog import parse_model
+from specchat.models.catalog.ref import parse_model
 from specchat.models.hub import cached_models
 from support.locating import locate
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -11,7 +11,7 @@ from support.machines import CUDA_TORCH, GIB, MEASURED, hardware
 
 from specchat.config import KvShape, ModelSource, ModelSpec, ParamSize, draft_width
 from specchat.hardware.machine import Gpu, GpuSurvey, Machine, PcieLink
-from specchat.models.catalog import demo_source
+from specchat.models.catalog.ref import demo_source
 from specchat.planner.cost import TYPICAL_ACCEPTANCE, Acceptance, CostModel, LinkQueue, draft_batches
 from specchat.planner.explain import Chosen
 from specchat.planner.placement import Placement, interleaved

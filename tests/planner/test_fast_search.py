@@ -11,7 +11,7 @@ from support.planning import UNKNOWN_RATES, specs
 
 from specchat.config import ModelSource, ModelSpec, ParamSize
 from specchat.hardware.machine import Machine, MatmulRate
-from specchat.models.catalog import demo_source
+from specchat.models.catalog.ref import demo_source
 from specchat.models.sizes.geometry import layer_sizes
 from specchat.planner.candidates import (
     CHUNK_ROWS,

@@ -11,7 +11,7 @@ import pytest
 from support.golden import MODELS, golden_plans, read_golden
 from support.machines import MACHINES, read_machine
 
-from specchat.models.known_models import known_models
+from specchat.models.catalog.known_models import known_models
 from specchat.planner.offers import ANYTHING, find_offers, offer_of
 from specchat.planner.rates import rates_of
 

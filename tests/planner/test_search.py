@@ -19,7 +19,7 @@ from specchat.config import Message, ModelSource, ModelSpec, ParamSize, Plan, Sa
 from specchat.engine.engine import Engine
 from specchat.errors import DoesNotFitError, UsageError
 from specchat.hardware.machine import Machine
-from specchat.models.catalog import demo_source
+from specchat.models.catalog.ref import demo_source
 from specchat.models.hf.tokenizer import load_tokenizer
 from specchat.models.sizes.describe import describe
 from specchat.models.sizes.geometry import layer_bytes

@@ -11,7 +11,7 @@ from support.planning import UNKNOWN_RATES
 
 from specchat.config import Step
 from specchat.hardware.machine import Machine
-from specchat.models.catalog import demo_source
+from specchat.models.catalog.ref import demo_source
 from specchat.models.sizes.describe import describe
 from specchat.planner.cost import TYPICAL_ACCEPTANCE
 from specchat.planner.request import Known, PlanRequest

@@ -12,7 +12,7 @@ from specchat.config import Message, ModelSource, Sampling
 from specchat.engine.drafter import Drafter, ModelDrafter
 from specchat.engine.engine import Engine
 from specchat.engine.model import TreeModel, load_model
-from specchat.models.catalog import demo_source
+from specchat.models.catalog.ref import demo_source
 from specchat.models.hf.tokenizer import load_tokenizer
 from support.engines import make_plan
 

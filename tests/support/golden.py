@@ -12,7 +12,7 @@ import tomllib
 from pathlib import Path
 
 from specchat.errors import DoesNotFitError
-from specchat.models.known_models import known_models
+from specchat.models.catalog.known_models import known_models
 from specchat.planner.offers import ANYTHING, offer_of
 from specchat.planner.rates import rates_of
 from support.machines import MACHINES, read_machine

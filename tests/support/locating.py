@@ -6,10 +6,10 @@ import logging
 from collections.abc import Callable, Sequence
 
 from specchat.config import ModelSource
-from specchat.models.catalog import ModelRef
+from specchat.models.catalog.ref import ModelRef
 from specchat.models.hub import Download, agree, look_up, obtain
 
-_LOG = logging.getLogger(__name__)
+LOG = logging.getLogger(__name__)
 
 
 def locate(
@@ -18,7 +18,7 @@ def locate(
     offline: bool,
     confirm: Callable[[Sequence[Download]], bool],
     progress: Callable[[int, int], None] | None = None,
-    warn: Callable[[str], None] = _LOG.warning,
+    warn: Callable[[str], None] = LOG.warning,
 ) -> ModelSource:
     """What was looked up, agreed to and obtained."""
     found = look_up(ref, offline=offline, warn=warn)

@@ -12,9 +12,10 @@ import torch
 from specchat.models.checkpoint.safetensors import open_checkpoint
 from specchat.models.hf.config import load_config
 from specchat.models.hf.skeleton import build_skeleton
-from specchat.models.pack import Pack
-from specchat.models.prepare import prepare
-from specchat.models.weights import LayerLayout, WeightReader
+from specchat.models.packs.pack import Pack
+from specchat.models.packs.prepare import prepare
+from specchat.models.weights.layout import LayerLayout
+from specchat.models.weights.reader import WeightReader
 from support.tiny_models import make_config, random_model, save
 
 NUM_LAYERS = 5
@@ -50,7 +51,7 @@ def tiny_packs(folder: Path) -> Iterator[None]:
     """Models are packed however small they are, into a cache of their own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPECCHAT_CACHE_DIR", str(folder / "cache"))
-        patch.setattr("specchat.models.prepare.SMALL_BYTES", 0)
+        patch.setattr("specchat.models.packs.prepare.SMALL_BYTES", 0)
         yield
 
 

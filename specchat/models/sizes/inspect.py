@@ -9,9 +9,9 @@ from specchat.models.checkpoint.dtypes import TORCH_DTYPE
 from specchat.models.hf.config import kv_shapes, load_config, max_positions, mlp_size, tiny_config
 from specchat.models.hf.skeleton import Skeleton, build_skeleton, lookup_embeddings
 from specchat.models.quant.modules import quant_linears, segment_names
-from specchat.models.quantization import apply_recipe
-from specchat.models.recipes import choose_recipe
 from specchat.models.sizes import activations
+from specchat.models.weights.choose_recipe import choose_recipe
+from specchat.models.weights.recipe import apply_recipe
 
 
 def describe_anew(source: ModelSource, quant: Quant) -> ModelSpec:

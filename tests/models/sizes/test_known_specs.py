@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from specchat.config import DTYPE_BYTES, ModelSource, ModelSpec
-from specchat.models.catalog import parse_model
-from specchat.models.families import known_families
-from specchat.models.known_models import KnownModel, known_model, known_models
+from specchat.models.catalog.families import known_families
+from specchat.models.catalog.known_models import KnownModel, known_model, known_models
+from specchat.models.catalog.ref import parse_model
 from specchat.models.quant.formats.affine import Affine
 from specchat.models.quant.formats.nf4 import Bnb4
 from specchat.models.quant.modules import Matrix, Part
@@ -137,7 +137,7 @@ def test_the_sizes_of_every_model(model: KnownModel, quant: str, tmp_path: Path)
 def test_no_torch_is_needed():
     program = (
         "import sys; from specchat.models.sizes.known_specs import known_spec;"
-        "from specchat.models.catalog import parse_model;"
+        "from specchat.models.catalog.ref import parse_model;"
         "parse_model('shape:llama-8b'); known_spec('Qwen/Qwen3-8B'); print('torch' in sys.modules)"
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -5,15 +5,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from specchat.models.pack import LayerSource
+from specchat.models.packs.source import LayerSource
 from specchat.models.quant.formats.base import Quantizer
-from specchat.models.quantization import HEAD_QUANTIZER, OwnRecipe
+from specchat.models.weights.recipe import HEAD_QUANTIZER, OwnRecipe
 
 _WEIGHT = ".weight"
 
 
 class QuantizedLayers:
-    """A `pack.LayerSource` of a Llama-like model without fused tensors: its matrices quantized, the rest as it is.
+    """A `LayerSource` of a Llama-like model without fused tensors: its matrices quantized, the rest as it is.
 
     Args:
         source: the layers in full precision; two-dimensional tensors are matrices.

@@ -2,8 +2,8 @@
 
 import pytest
 
-from specchat.models.catalog import draft_candidates, parse_model
-from specchat.models.families import known_families
+from specchat.models.catalog.families import known_families
+from specchat.models.catalog.ref import draft_candidates, parse_model
 
 # target -> its preferred draft, None where no draft is known
 EXAMPLES = {

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from specchat.errors import ModelError
-from specchat.models.pack import Pack, fail_on_chunk
-from specchat.models.pack_format import chunk_span
+from specchat.models.packs.file_format import chunk_span
+from specchat.models.packs.pack import Pack, fail_on_chunk
 
 
 class ChunkVerifier:

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from specchat.config import DTYPE_BYTES, Dtype
-from specchat.models.pack_census import MANIFEST, VERSIONS
-from specchat.models.pack_format import (
+from specchat.models.packs.file_format import (
     CHUNK_BYTES,
     NOT_QUANTIZED,
     FileRecord,
@@ -18,6 +17,7 @@ from specchat.models.pack_format import (
     write_all,
     write_small,
 )
+from specchat.models.packs.inventory import MANIFEST, VERSIONS
 
 JOURNAL = "journal.jsonl"
 

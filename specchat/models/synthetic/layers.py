@@ -33,17 +33,19 @@ import torch
 from torch import Tensor
 
 from specchat.config import Dtype, ModelSource
-from specchat.models.catalog import SHAPE_PREFIX, demo_source
+from specchat.models.catalog.ref import SHAPE_PREFIX, demo_source
+from specchat.models.catalog.shape import DEMO_TARGET, Shape, num_live_kv_heads, parse_shape
 from specchat.models.checkpoint.dtypes import TORCH_DTYPE
 from specchat.models.checkpoint.json_file import read_json
 from specchat.models.checkpoint.reader import TensorReader
 from specchat.models.checkpoint.safetensors import open_checkpoint
-from specchat.models.pack import LayerSource, PackProgress, build_pack, open_pack
-from specchat.models.pack_census import packs_folder
-from specchat.models.pack_format import NOT_QUANTIZED
-from specchat.models.quantization import recipe_for
-from specchat.models.quantized_layers import QuantizedLayers
-from specchat.models.shape_spec import DEMO_TARGET, Shape, num_live_kv_heads, parse_shape
+from specchat.models.packs.build import PackProgress, build_pack
+from specchat.models.packs.file_format import NOT_QUANTIZED
+from specchat.models.packs.inventory import packs_folder
+from specchat.models.packs.pack import open_pack
+from specchat.models.packs.source import LayerSource
+from specchat.models.synthetic.quantized_layers import QuantizedLayers
+from specchat.models.weights.recipe import recipe_for
 from specchat.units import format_bytes
 
 __all__ = ["Shape", "ShapeLayers", "materialise", "parse_shape", "shape_files"]
@@ -75,7 +77,7 @@ Progress = Callable[[int, int], None]
 
 
 class ShapeLayers:
-    """The weights of a shape, made layer by layer: a `pack.LayerSource`. The same ones for the same shape and seed.
+    """The weights of a shape, made layer by layer: a `LayerSource`. The same ones for the same shape and seed.
 
     Holds the demo target's weights in float32 (28 MB) and the memory of one layer, which the next one is made in.
 

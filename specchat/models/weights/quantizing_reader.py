@@ -7,11 +7,11 @@ from torch import Tensor
 
 from specchat.models.checkpoint.safetensors import Checkpoint
 from specchat.models.hf.skeleton import Skeleton, head_names
-from specchat.models.prequantized import CheckpointRecipe
-from specchat.models.prequantized_reader import PrequantizedReader
 from specchat.models.quant.modules import Matrix, segment_names
-from specchat.models.quantization import OwnRecipe, apply_recipe
-from specchat.models.weights import WeightReader
+from specchat.models.weights.checkpoint_recipe import CheckpointRecipe
+from specchat.models.weights.prequantized_reader import PrequantizedReader
+from specchat.models.weights.reader import WeightReader
+from specchat.models.weights.recipe import OwnRecipe, apply_recipe
 
 
 def open_reader(

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specchat.errors import ModelNotFoundError, SpecchatError, UsageError
-from specchat.models.catalog import ModelRef, demo_source, known_draft, parse_model
+from specchat.models.catalog.ref import ModelRef, demo_source, known_draft, parse_model
+from specchat.models.catalog.shape import parse_shape
 from specchat.models.checkpoint.safetensors import open_checkpoint
-from specchat.models.shape_spec import parse_shape
 
 
 def test_demo():

@@ -7,8 +7,8 @@ from typing import Literal
 
 from specchat.config import ModelSource
 from specchat.errors import ModelNotFoundError
-from specchat.models.families import known_families
-from specchat.models.shape_spec import Shape, parse_shape
+from specchat.models.catalog.families import known_families
+from specchat.models.catalog.shape import Shape, parse_shape
 
 DEMO = "demo"
 TOY_LABEL = "a toy model for exercising the software"
@@ -67,7 +67,7 @@ def demo_source(role: Literal["target", "draft"]) -> ModelSource:
     Raises:
         ModelNotFoundError: the package data are missing from this installation.
     """
-    path = Path(__file__).parents[1] / "demo" / role
+    path = Path(__file__).parents[2] / "demo" / role
     if not (path / "config.json").is_file():
         raise ModelNotFoundError(f"the demo's files are missing from {path}", hint="install specchat again")
     return ModelSource(name=DEMO if role == "target" else "demo draft", path=path, label=TOY_LABEL)

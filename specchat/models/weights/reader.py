@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,48 +10,16 @@ from torch import Tensor
 
 from specchat.closing import Closing
 from specchat.errors import CorruptCheckpointError
-from specchat.models.checkpoint.layout import blob_offsets
 from specchat.models.checkpoint.reader import TensorReader
 from specchat.models.checkpoint.safetensors import Checkpoint, TensorInfo
 from specchat.models.hf.conversion import TensorWhenAsked, load_converted, plan_weights
 from specchat.models.hf.skeleton import Skeleton, build_skeleton, path_of
 from specchat.models.quant.modules import QuantLinear, segment_names
+from specchat.models.weights.layout import bind
 
 _NUMBERED = re.compile(r"(.*\.|)(\d+)(\..*)")  # experts.3.w1.weight
+
 _SAFETENSORS_NAME = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-
-
-@dataclass(frozen=True)
-class LayerLayout:
-    """Names, shapes, dtypes and byte offsets of one layer's parameters within its blob."""
-
-    names: tuple[str, ...]
-    shapes: tuple[torch.Size, ...]
-    dtypes: tuple[torch.dtype, ...]
-    offsets: tuple[int, ...]
-    nbytes: int
-
-    @classmethod
-    def of(cls, layer: Any) -> "LayerLayout":
-        """The layout of a decoder layer."""
-        named = dict(layer.named_parameters())
-        offsets, nbytes = blob_offsets(p.nbytes for p in named.values())
-        shapes, dtypes = tuple(p.shape for p in named.values()), tuple(p.dtype for p in named.values())
-        return cls(tuple(named), shapes, dtypes, tuple(offsets), nbytes)
-
-    def views(self, blob: Tensor) -> dict[str, Tensor]:
-        """The parameters as views of a blob: uint8 [>= nbytes]."""
-        return {
-            name: blob[offset : offset + shape.numel() * dtype.itemsize].view(dtype).view(shape)
-            for name, shape, dtype, offset in zip(self.names, self.shapes, self.dtypes, self.offsets, strict=True)
-        }
-
-
-def bind(layer: Any, views: Mapping[str, Tensor]) -> None:
-    """Makes a layer's parameters views of memory that others fill; done once, afterwards only bytes move."""
-    for name, view in views.items():
-        path, _, leaf = name.rpartition(".")
-        layer.get_submodule(path)._parameters[leaf] = torch.nn.Parameter(view, requires_grad=False)
 
 
 class WeightReader(Closing):

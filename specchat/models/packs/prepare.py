@@ -7,11 +7,12 @@ from specchat.models.checkpoint.dtypes import TORCH_DTYPE
 from specchat.models.checkpoint.safetensors import open_checkpoint
 from specchat.models.hf.config import load_config
 from specchat.models.hf.skeleton import build_skeleton
-from specchat.models.pack import Pack, PackProgress, build_pack, key_for, open_pack
-from specchat.models.pack_census import packs_folder
-from specchat.models.pack_format import NOT_QUANTIZED
-from specchat.models.pack_source import CheckpointLayers
-from specchat.models.recipes import choose_recipe
+from specchat.models.packs.build import PackProgress, build_pack
+from specchat.models.packs.checkpoint_source import CheckpointLayers
+from specchat.models.packs.file_format import NOT_QUANTIZED
+from specchat.models.packs.inventory import packs_folder
+from specchat.models.packs.pack import Pack, key_for, open_pack
+from specchat.models.weights.choose_recipe import choose_recipe
 from specchat.units import MIB, format_bytes
 
 # Smaller models are read and cast for every pass faster than anyone would notice, and leave nothing on the disk.

@@ -11,11 +11,12 @@ from specchat.closing import Closing
 from specchat.models.checkpoint.reader import TensorReader
 from specchat.models.checkpoint.safetensors import Checkpoint, TensorInfo
 from specchat.models.hf.skeleton import Skeleton
-from specchat.models.pack_format import DTYPE_NAMES
-from specchat.models.prequantized import CheckpointRecipe
-from specchat.models.quant_reader import open_reader
-from specchat.models.quantization import OwnRecipe
-from specchat.models.weights import LayerLayout, WeightReader
+from specchat.models.packs.file_format import DTYPE_NAMES
+from specchat.models.weights.checkpoint_recipe import CheckpointRecipe
+from specchat.models.weights.layout import LayerLayout
+from specchat.models.weights.quantizing_reader import open_reader
+from specchat.models.weights.reader import WeightReader
+from specchat.models.weights.recipe import OwnRecipe
 
 
 class CheckpointLayers(Closing):

@@ -28,19 +28,28 @@ from support import tiny_models
 import specchat.engine.model  # noqa: F401  names the attention that skeletons are built with
 from specchat.config import ModelSource
 from specchat.errors import AllocationError, CorruptCheckpointError, DoesNotFitError, ModelError
-from specchat.models import pack, pack_census
 from specchat.models.checkpoint.safetensors import open_checkpoint
 from specchat.models.hf.config import load_config
 from specchat.models.hf.skeleton import build_skeleton
-from specchat.models.pack import PackKey, build_pack, key_for, list_packs, open_pack
-from specchat.models.pack_census import packs_folder
-from specchat.models.pack_format import CHUNK_BYTES, PAD_PREFIX, FileLayout, FileRecord, disk_errors, write_tensors
-from specchat.models.pack_manifest import Journal, read_journal
-from specchat.models.pack_source import CheckpointLayers
-from specchat.models.pack_verify import ChunkVerifier, verify_pack
+from specchat.models.packs import inventory
+from specchat.models.packs.build import build_pack
+from specchat.models.packs.checkpoint_source import CheckpointLayers
+from specchat.models.packs.file_format import (
+    CHUNK_BYTES,
+    PAD_PREFIX,
+    FileLayout,
+    FileRecord,
+    disk_errors,
+    write_tensors,
+)
+from specchat.models.packs.inventory import packs_folder
+from specchat.models.packs.manifest import Journal, read_journal
+from specchat.models.packs.pack import PackKey, key_for, list_packs, open_pack
+from specchat.models.packs.verify import ChunkVerifier, verify_pack
 from specchat.models.quant.kernels.bnb import bnb
-from specchat.models.quantization import recipe_for
-from specchat.models.weights import LayerLayout, WeightReader
+from specchat.models.weights.layout import LayerLayout
+from specchat.models.weights.reader import WeightReader
+from specchat.models.weights.recipe import recipe_for
 from specchat.units import MIB
 
 KEY = "0123456789abcdef"
@@ -545,7 +554,7 @@ def test_a_foreign_manifest(toy, text):
 
 def test_a_pack_of_another_version_is_made_anew(toy, monkeypatch):
     made = build(toy)
-    monkeypatch.setitem(pack_census.VERSIONS, "layout", 99)
+    monkeypatch.setitem(inventory.VERSIONS, "layout", 99)
     assert open_pack(KEY, no_warning) is None
     assert build(toy) == made
     assert len(toy.reads()) == 8
@@ -859,7 +868,7 @@ def test_a_full_disk(toy, cache, monkeypatch):
         pytest.skip("mounting a small disk needs root")
     try:
         with monkeypatch.context() as patch, pytest.raises(DoesNotFitError, match="No space left on device"):
-            patch.setattr(pack, "_SPARE_DISK_BYTES", -(1 << 30))
+            patch.setattr("specchat.models.packs.build._SPARE_DISK_BYTES", -(1 << 30))
             build(Toy(toy._log, num_layers=12))
         written = len(toy.reads()) - 1
         assert written >= 2

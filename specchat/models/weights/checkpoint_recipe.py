@@ -50,7 +50,7 @@ class _Stored:
 
 
 class CheckpointRecipe:
-    """The `quantization.Recipe` of a checkpoint that comes quantized: every matrix as it is stored there.
+    """The `weights.recipe.Recipe` of a checkpoint that comes quantized: every matrix as it is stored there.
 
     Args:
         scheme: from config.json.

@@ -20,17 +20,18 @@ from support.locating import locate
 from specchat.config import Message, Sampling
 from specchat.engine.engine import Engine
 from specchat.errors import DoesNotFitError, ModelError, UsageError
-from specchat.models import shape_spec, shapes
-from specchat.models.catalog import demo_source, known_draft, parse_model
+from specchat.models.catalog import shape as shape_module
+from specchat.models.catalog.ref import demo_source, known_draft, parse_model
+from specchat.models.catalog.shape import DEMO_TARGET, VOCAB_SIZE, Shape, known_shapes, parse_shape
 from specchat.models.checkpoint.dtypes import TORCH_DTYPE
 from specchat.models.checkpoint.json_file import read_json
 from specchat.models.hf.tokenizer import load_tokenizer
 from specchat.models.hub import Download
-from specchat.models.pack import open_pack
-from specchat.models.prepare import prepare
-from specchat.models.shape_spec import DEMO_TARGET, VOCAB_SIZE, Shape, known_shapes, parse_shape
-from specchat.models.shapes import ShapeLayers, materialise, shape_files
+from specchat.models.packs.pack import open_pack
+from specchat.models.packs.prepare import prepare
 from specchat.models.sizes.describe import describe
+from specchat.models.synthetic import layers as shape_layers
+from specchat.models.synthetic.layers import ShapeLayers, materialise, shape_files
 from specchat.planner.request import PlanRequest
 from specchat.planner.search import make_plan
 
@@ -297,7 +298,7 @@ def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
 
 
 def test_weights_depend_on_seed_and_layer_alone(monkeypatch):
-    monkeypatch.setattr(shapes, "_RANDOM_BLOCK", 1 << 16)  # many blocks even here
+    monkeypatch.setattr("specchat.models.synthetic.layers._RANDOM_BLOCK", 1 << 16)  # many blocks even here
     shape = parse_shape(TYPICAL)
     first, last = copy_of(ShapeLayers(shape), 0), copy_of(ShapeLayers(shape), 9)
     layers = ShapeLayers(shape)
@@ -364,7 +365,7 @@ def test_checkpoint_is_as_announced(cache_dir):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_engine_writes_the_demo_targets_text(cache_dir, monkeypatch, dtype):
     """Streamed, with the demo draft's trees, in float32."""
-    monkeypatch.setattr("specchat.models.prepare.SMALL_BYTES", 0)
+    monkeypatch.setattr("specchat.models.packs.prepare.SMALL_BYTES", 0)
     ref = parse_model(f"shape:{TYPICAL},dtype={dtype}")
     target = locate(ref, offline=True, confirm=no_download, warn=lambda _: None)
     draft = known_draft(ref)
@@ -414,10 +415,10 @@ def test_made_once(cache_dir):
 
 def test_what_makes_another_folder(cache_dir, monkeypatch):
     shape = parse_shape(SMALLEST)
-    folders = {shapes._key(parse_shape(f"{SMALLEST},dtype={dtype}"), 0) for dtype in ("bf16", "fp16", "fp32")}
-    folders |= {shapes._key(shape, seed) for seed in (0, 1)}
-    monkeypatch.setattr(shapes, "LAYOUT_VERSION", 2)
-    folders.add(shapes._key(shape, 0))
+    folders = {shape_layers._key(parse_shape(f"{SMALLEST},dtype={dtype}"), 0) for dtype in ("bf16", "fp16", "fp32")}
+    folders |= {shape_layers._key(shape, seed) for seed in (0, 1)}
+    monkeypatch.setattr(shape_layers, "LAYOUT_VERSION", 2)
+    folders.add(shape_layers._key(shape, 0))
     assert len(folders) == 5
     assert all(folder == folder.strip("./") and len(folder) < 120 for folder in folders)
 
@@ -447,4 +448,4 @@ def test_cache_that_cannot_be_written(tmp_path, monkeypatch):
 
 
 def test_figures_need_no_torch():
-    assert "torch" not in vars(shape_spec)
+    assert "torch" not in vars(shape_module)

@@ -5,9 +5,9 @@ from specchat.errors import UsageError
 from specchat.models.checkpoint.json_file import read_json
 from specchat.models.checkpoint.safetensors import open_checkpoint
 from specchat.models.hf.skeleton import Skeleton
-from specchat.models.prequantized import CheckpointRecipe
 from specchat.models.quant.schemes.registry import scheme_of
-from specchat.models.quantization import OwnRecipe, recipe_for
+from specchat.models.weights.checkpoint_recipe import CheckpointRecipe
+from specchat.models.weights.recipe import OwnRecipe, recipe_for
 
 _AS_STORED = "none"
 

@@ -8,10 +8,10 @@ from torch import Tensor
 from specchat.models.checkpoint.reader import TensorReader
 from specchat.models.checkpoint.safetensors import Checkpoint
 from specchat.models.hf.skeleton import Skeleton
-from specchat.models.prequantized import CheckpointRecipe
 from specchat.models.quant.modules import Matrix, segment_names
-from specchat.models.quantization import apply_recipe
-from specchat.models.weights import WeightReader
+from specchat.models.weights.checkpoint_recipe import CheckpointRecipe
+from specchat.models.weights.reader import WeightReader
+from specchat.models.weights.recipe import apply_recipe
 
 
 class PrequantizedReader(WeightReader):

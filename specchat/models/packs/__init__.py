@@ -1,0 +1,1 @@
+"""Packs: a model repacked into one aligned blob per layer."""

@@ -1,0 +1,1 @@
+"""From checkpoints to parameters: recipes for matrices, and readers that fill layers."""

@@ -1,0 +1,43 @@
+"""One layer's parameters as views of one contiguous blob."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specchat.models.checkpoint.layout import blob_offsets
+
+
+@dataclass(frozen=True)
+class LayerLayout:
+    """Names, shapes, dtypes and byte offsets of one layer's parameters within its blob."""
+
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+    dtypes: tuple[torch.dtype, ...]
+    offsets: tuple[int, ...]
+    nbytes: int
+
+    @classmethod
+    def of(cls, layer: Any) -> "LayerLayout":
+        """The layout of a decoder layer."""
+        named = dict(layer.named_parameters())
+        offsets, nbytes = blob_offsets(p.nbytes for p in named.values())
+        shapes, dtypes = tuple(p.shape for p in named.values()), tuple(p.dtype for p in named.values())
+        return cls(tuple(named), shapes, dtypes, tuple(offsets), nbytes)
+
+    def views(self, blob: Tensor) -> dict[str, Tensor]:
+        """The parameters as views of a blob: uint8 [>= nbytes]."""
+        return {
+            name: blob[offset : offset + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+            for name, shape, dtype, offset in zip(self.names, self.shapes, self.dtypes, self.offsets, strict=True)
+        }
+
+
+def bind(layer: Any, views: Mapping[str, Tensor]) -> None:
+    """Makes a layer's parameters views of memory that others fill; done once, afterwards only bytes move."""
+    for name, view in views.items():
+        path, _, leaf = name.rpartition(".")
+        layer.get_submodule(path)._parameters[leaf] = torch.nn.Parameter(view, requires_grad=False)
