@@ -74,7 +74,7 @@ def _aliases() -> list[str]:
 
 
 def _cached() -> list[str]:
-    from specchat.models.hub import cached_models
+    from specchat.models.hub.cache import cached_models
 
     return cached_models()
 

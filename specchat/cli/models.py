@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from specchat.models.checkpoint.generation_config import GenerationDefaults
     from specchat.models.drafts import DraftChoice
     from specchat.models.hf.tokenizer import Tokenizer
-    from specchat.models.hub import Download, Missing
+    from specchat.models.hub.download import Download
+    from specchat.models.locate import Missing
     from specchat.models.packs.pack import Pack
     from specchat.planner.explain import Chosen
     from specchat.planner.request import PlanRequest
@@ -67,7 +68,7 @@ def prepare_libraries() -> None:
 
 
 def _refuse_without_model() -> NoReturn:
-    from specchat.models.hub import cached_models
+    from specchat.models.hub.cache import cached_models
 
     cached = cached_models()
     shown = ", ".join(["demo (embedded, a toy)", *cached[:8]]) + (f" and {len(cached) - 8} more" * (len(cached) > 8))
@@ -152,7 +153,7 @@ class _Found:
 
 def _look_up(options: ModelOptions, refs: Refs, say: "Talk") -> _Found:
     """Where the target is and which draft it gets; nothing is downloaded, and what cannot run is refused first."""
-    from specchat.models.hub import look_up
+    from specchat.models.locate import look_up
 
     _refuse_unsupported(refs.target)
     target = look_up(refs.target, offline=options.offline, warn=say.warn)
@@ -166,7 +167,7 @@ def _obtained(options: ModelOptions, refs: Refs, found: _Found, say: "Talk") -> 
     Raises:
         UnsupportedModelError: by its configuration, the target cannot run; it is not downloaded for nothing.
     """
-    from specchat.models.hub import Download, agree
+    from specchat.models.hub.download import Download, agree
 
     if isinstance(found.target, Download):
         _refuse_by_configuration(found.target)
@@ -181,7 +182,7 @@ def _obtained(options: ModelOptions, refs: Refs, found: _Found, say: "Talk") -> 
 
 def _refuse_by_configuration(target: "Download") -> None:
     from specchat.models.hf.config import load_config  # with torch
-    from specchat.models.hub import sketch
+    from specchat.models.locate import sketch
     from specchat.models.weights.choose_recipe import comes_quantized
 
     sketched = sketch(target, Path())
@@ -207,7 +208,7 @@ def _sketched(found: "ModelSource | Missing", folder: Path) -> ModelSource | Non
     """What a plan can be made from; None for what would have to be downloaded whole."""
     if isinstance(found, ModelSource):
         return found
-    from specchat.models.hub import sketch
+    from specchat.models.locate import sketch
     from specchat.models.weights.choose_recipe import comes_quantized  # with torch
 
     sketched = sketch(found, folder)
@@ -225,7 +226,7 @@ def _refuse_unsupported(target: "ModelRef") -> None:
 
 def _choose_draft(options: ModelOptions, refs: Refs, say: "Talk") -> "DraftChoice":
     from specchat.models.drafts import DraftChoice, choose_draft
-    from specchat.models.hub import look_up
+    from specchat.models.locate import look_up
 
     if refs.draft is not None:
         return DraftChoice(look_up(refs.draft, offline=options.offline, warn=say.warn))
@@ -235,7 +236,8 @@ def _choose_draft(options: ModelOptions, refs: Refs, say: "Talk") -> "DraftChoic
 
 
 def _obtain(found: "ModelSource | Missing", say: "Talk") -> ModelSource:
-    from specchat.models.hub import Download, obtain
+    from specchat.models.hub.download import Download
+    from specchat.models.locate import obtain
     from specchat.ui.progress import ProgressLine
 
     if isinstance(found, ModelSource):

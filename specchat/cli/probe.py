@@ -80,7 +80,7 @@ def probe(options: ProbeOptions) -> int:
 def _offers(options: ModelOptions, report: "Report") -> "Offers":
     """Plans for the models that are known without any download."""
     from specchat.hardware.probe import find_machine
-    from specchat.models.hub import cached_models
+    from specchat.models.hub.cache import cached_models
     from specchat.planner.offers import ANYTHING, find_offers
     from specchat.planner.rates import rates_of
 

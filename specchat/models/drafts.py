@@ -9,7 +9,8 @@ from specchat.errors import ModelError, VocabularyMismatchError
 from specchat.models.catalog.ref import ModelRef, draft_candidates, known_draft, parse_model
 from specchat.models.checkpoint.safetensors import weight_files
 from specchat.models.hf.pairing import check_pair
-from specchat.models.hub import Missing, cached_models, look_up
+from specchat.models.hub.cache import cached_models
+from specchat.models.locate import Missing, look_up
 
 # A draft reads all its weights several times for each pass of the target.
 _LARGEST_SHARE = 0.25

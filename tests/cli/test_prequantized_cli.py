@@ -15,7 +15,8 @@ from support.tiny_models import make_config, random_model
 
 from specchat.cli.app import run_command_line
 from specchat.config import ModelSource
-from specchat.models import hub
+from specchat.models import locate
+from specchat.models.hub.download import Download
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -79,9 +80,9 @@ def test_a_plan_for_what_is_not_here_takes_the_whole_checkpoint(
     whole = quantized(gptq(act_order=False), tmp_path / "whole")
     (tmp_path / "sketch").mkdir()
     (tmp_path / "sketch" / "config.json").write_bytes((whole.path / "config.json").read_bytes())
-    monkeypatch.setattr(hub, "look_up", lambda ref, **_: hub.Download(ref, "abc", 10, 4, 1000, tmp_path))
-    monkeypatch.setattr(hub, "sketch", lambda *_: ModelSource("org/name", tmp_path / "sketch"))
-    monkeypatch.setattr(hub, "obtain", lambda *_, **__: whole)
+    monkeypatch.setattr(locate, "look_up", lambda ref, **_: Download(ref, "abc", 10, 4, 1000, tmp_path))
+    monkeypatch.setattr(locate, "sketch", lambda *_: ModelSource("org/name", tmp_path / "sketch"))
+    monkeypatch.setattr(locate, "obtain", lambda *_, **__: whole)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     arguments = ("run", "org/name", "--plan", "--json", "--draft", "none", "--dtype", "fp32")
     assert run_command_line(arguments) == 2

@@ -117,7 +117,7 @@ def test_the_plan_of_a_model(probe):
 
 
 def test_what_this_machine_can_run(probe, tmp_path, monkeypatch):
-    monkeypatch.setattr("specchat.models.hub.cached_models", lambda: ["Qwen/Qwen3-0.6B"])
+    monkeypatch.setattr("specchat.models.hub.cache.cached_models", lambda: ["Qwen/Qwen3-0.6B"])
     code, out, _ = probe("--json", "--vram", "4GiB", "--device", "cpu")
     models = json.loads(out)["models"]
     assert code == 0 and set(models) == {"runs", "too_large", "no_disk"}

@@ -19,7 +19,7 @@ from specchat.cli.exit_status import EXIT_CODES, code_of
 from specchat.cli.options import SamplingFlags, resolve_sampling
 from specchat.config import ModelSource, Sampling
 from specchat.errors import AllocationError, SpecchatError
-from specchat.models.hub import Download
+from specchat.models.hub.download import Download
 
 DEMO = Path(__file__).parents[2] / "specchat" / "demo" / "target"
 TESTS = Path(__file__).parents[1]
@@ -311,10 +311,10 @@ def test_a_download_is_agreed_to(fake, monkeypatch):
     def agree(downloads, confirm):
         asked.append(([each.name for each in downloads], confirm(downloads)))
 
-    monkeypatch.setattr("specchat.models.hub.look_up", look_up)
-    monkeypatch.setattr("specchat.models.hub.agree", agree)
+    monkeypatch.setattr("specchat.models.locate.look_up", look_up)
+    monkeypatch.setattr("specchat.models.hub.download.agree", agree)
     monkeypatch.setattr("specchat.cli.models._refuse_by_configuration", lambda _: None)  # there is none
-    monkeypatch.setattr("specchat.models.hub.obtain", lambda download, **_: ModelSource(download.name, DEMO))
+    monkeypatch.setattr("specchat.models.locate.obtain", lambda download, **_: ModelSource(download.name, DEMO))
     monkeypatch.setattr("specchat.models.drafts.relative_in_cache", lambda _: None)
     assert "no draft known for this model" in fake("run", "org/name", "hi").err
     fake("run", "org/name", "hi", "--yes", "--draft", "org/small", "--offline")

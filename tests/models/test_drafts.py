@@ -11,7 +11,8 @@ from specchat.config import ModelSource
 from specchat.models import drafts
 from specchat.models.catalog.ref import demo_source, parse_model
 from specchat.models.drafts import choose_draft, fits, relative_in_cache
-from specchat.models.hub import Download, look_up, obtain
+from specchat.models.hub.download import Download
+from specchat.models.locate import look_up, obtain
 
 TARGET = "meta-llama/Llama-3.3-70B-Instruct"
 OFFICIAL, COPY = "meta-llama/Llama-3.2-1B-Instruct", "unsloth/Llama-3.2-1B-Instruct"

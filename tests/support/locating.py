@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 
 from specchat.config import ModelSource
 from specchat.models.catalog.ref import ModelRef
-from specchat.models.hub import Download, agree, look_up, obtain
+from specchat.models.hub.download import Download, agree
+from specchat.models.locate import look_up, obtain
 
 LOG = logging.getLogger(__name__)
 

@@ -116,5 +116,5 @@ def test_known_drafts():
 
 
 def test_imports_nothing_heavy():
-    code = "import sys, specchat.models.hub; assert not {'torch', 'huggingface_hub'} & set(sys.modules)"
+    code = "import sys, specchat.models.locate; assert not {'torch', 'huggingface_hub'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

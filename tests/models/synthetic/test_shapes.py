@@ -26,7 +26,7 @@ from specchat.models.catalog.shape import DEMO_TARGET, VOCAB_SIZE, Shape, known_
 from specchat.models.checkpoint.dtypes import TORCH_DTYPE
 from specchat.models.checkpoint.json_file import read_json
 from specchat.models.hf.tokenizer import load_tokenizer
-from specchat.models.hub import Download
+from specchat.models.hub.download import Download
 from specchat.models.packs.pack import open_pack
 from specchat.models.packs.prepare import prepare
 from specchat.models.sizes.describe import describe

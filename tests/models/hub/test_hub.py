@@ -27,12 +27,13 @@ from specchat.errors import (
     PickledCheckpointError,
     UsageError,
 )
-from specchat.models import hub as hub_module
 from specchat.models.catalog.ref import parse_model
 from specchat.models.checkpoint.safetensors import open_checkpoint
-from specchat.models.hub import Download, cached_models, look_up, sketch
+from specchat.models.hub.cache import cached_models
+from specchat.models.hub.download import Download
+from specchat.models.locate import look_up, sketch
 
-TESTS = Path(__file__).parents[1]
+TESTS = Path(__file__).parents[2]
 
 
 def shard(num_bytes: int, key: str = "w") -> bytes:
@@ -236,7 +237,7 @@ def test_a_shard_missing_from_the_cache(hub):
 
 def test_too_little_disk_is_said_before_the_question(hub, monkeypatch):
     hub.publish("org/name", MODEL)
-    monkeypatch.setattr(hub_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=100))
     with pytest.raises(DoesNotFitError, match="100 B are free"):
         ask("org/name", confirm=refuse)
     assert hub.num_downloads() == 0
@@ -358,7 +359,7 @@ CLIENT = """
 import signal, sys
 from specchat.errors import SpecchatError
 from specchat.models.catalog.ref import parse_model
-from specchat.models.hub import cached_models
+from specchat.models.hub.cache import cached_models
 from support.locating import locate
 signal.signal(signal.SIGINT, signal.default_int_handler)
 def progress(done, total):

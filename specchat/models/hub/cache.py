@@ -1,0 +1,109 @@
+"""The hub's cache on this disk: complete snapshots, found without the network."""
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from specchat.config import ModelSource
+from specchat.errors import (
+    CorruptCheckpointError,
+    ModelNotCachedError,
+    ModelNotFoundError,
+    PickledCheckpointError,
+)
+from specchat.models.catalog.ref import ModelRef
+from specchat.models.checkpoint.safetensors import MISTRAL_PREFIX, weight_files
+
+if TYPE_CHECKING:
+    pass
+from specchat.models.hub.errors import hub_errors
+
+# Fixed patterns, so that a cached snapshot can be checked for completeness without the hub's list of files.
+ALLOW = [
+    "*.json",
+    "*.safetensors",
+    "*.jinja",
+    "tokenizer.model",
+    "*.tiktoken",
+    "merges.txt",
+    "vocab.txt",
+]
+
+# Folders hold other formats (original/, onnx/, ...); Mistral's own layout repeats the weights.
+IGNORE = ["*/*", f"{MISTRAL_PREFIX}*"]
+
+
+def cached_models() -> list[str]:
+    """MODEL arguments that the local hub cache can serve offline, sorted: org/name, or org/name@revision."""
+    from huggingface_hub import constants, scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        repos = scan_cache_dir(constants.HF_HUB_CACHE).repos
+    except CacheNotFound:
+        return []
+    names = set()
+    for repo in repos:
+        for revision in repo.revisions:
+            # Old ids without an organization cannot be written as a MODEL.
+            if repo.repo_type == "model" and "/" in repo.repo_id and _is_complete(revision.snapshot_path):
+                labels = revision.refs or {revision.commit_hash}
+                names |= {repo.repo_id if label == "main" else f"{repo.repo_id}@{label}" for label in labels}
+    return sorted(names)
+
+
+def look_up_cached(ref: ModelRef) -> ModelSource:
+    """Return the complete cached snapshot of `ref`.
+
+    Raises:
+        ModelNotCachedError: there is none.
+    """
+    from huggingface_hub import constants
+
+    snapshot = find_snapshot(ref)
+    if snapshot is None:
+        revision = f" --revision {ref.revision}" if ref.revision else ""
+        raise ModelNotCachedError(
+            f"{ref.text} is not, or not completely, in the local cache {constants.HF_HUB_CACHE}",
+            hint=f"while online, run: hf download {ref.repo_id}{revision}",
+        )
+    return snapshot_source(ref, snapshot)
+
+
+def snapshot_source(ref: ModelRef, snapshot: Path) -> ModelSource:
+    """Return a cached snapshot as a source; the commit is its revision."""
+    # The cache names each snapshot's folder after its commit.
+    return ModelSource(name=ref.text, path=snapshot, revision=snapshot.name)
+
+
+def find_snapshot(ref: ModelRef) -> Path | None:
+    """The complete cached snapshot of `ref`, or None; touches no network."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    assert ref.repo_id is not None
+    with hub_errors(ref):
+        try:
+            folder = snapshot_download(
+                ref.repo_id,
+                revision=ref.revision,
+                local_files_only=True,
+                allow_patterns=ALLOW,
+                ignore_patterns=IGNORE,
+            )
+        except LocalEntryNotFoundError:
+            return None
+    return Path(folder) if _is_complete(Path(folder)) else None
+
+
+def _is_complete(snapshot: Path) -> bool:
+    """Whether config.json and all weights are there; other programs may have cached a part only."""
+    try:
+        return (snapshot / "config.json").is_file() and all(file.is_file() for file in weight_files(snapshot))
+    except (CorruptCheckpointError, ModelNotFoundError, PickledCheckpointError):
+        return False
+
+
+def matches(name: str, patterns: list[str]) -> bool:
+    """As huggingface_hub matches them: `*` also takes slashes."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,0 +1,287 @@
+"""What the hub has, and downloading it once the user has agreed.
+
+HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_HUB_OFFLINE and HF_ENDPOINT mean what they mean to huggingface_hub, which reads them
+when it is first imported; it is imported inside functions, since it takes a third of a second.
+"""
+
+import logging
+import shutil
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from specchat.config import ModelSource
+from specchat.errors import (
+    DoesNotFitError,
+    ModelError,
+    ModelNotFoundError,
+    PickledCheckpointError,
+    UsageError,
+)
+from specchat.models.catalog.ref import ModelRef
+from specchat.models.checkpoint.safetensors import PICKLE_SUFFIXES
+from specchat.units import format_bytes
+
+if TYPE_CHECKING:
+    pass
+from specchat.models.hub.cache import ALLOW, IGNORE, find_snapshot, matches, snapshot_source
+from specchat.models.hub.errors import hub_errors, not_a_hub
+
+_T = TypeVar("_T")
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Download:
+    """What would be downloaded, to be agreed to.
+
+    Attributes:
+        ref: what the user asked for.
+        revision: the commit.
+        num_bytes: all files of the model.
+        cached_bytes: those of them that are in the cache already.
+        free_disk_bytes: free space where the cache is.
+        folder: the cache.
+        has_older: whether an older copy is complete in the cache.
+    """
+
+    ref: ModelRef
+    revision: str
+    num_bytes: int
+    cached_bytes: int
+    free_disk_bytes: int
+    folder: Path
+    has_older: bool = False
+
+    @property
+    def name(self) -> str:
+        """What the user typed."""
+        return self.ref.text
+
+    @property
+    def missing_bytes(self) -> int:
+        """What has to come over the network and onto the disk."""
+        return self.num_bytes - self.cached_bytes
+
+
+def agree(downloads: Sequence[Download], confirm: Callable[[Sequence[Download]], bool]) -> None:
+    """Asks before anything is downloaded, once for all of it.
+
+    Args:
+        downloads: what is missing; nothing is asked if no byte is.
+        confirm: asked once at most.
+
+    Raises:
+        DoesNotFitError: the disk is too small.
+        UsageError: no.
+    """
+    downloads = [each for each in downloads if each.missing_bytes]
+    if not downloads:
+        return
+    names = " and ".join(download.name for download in downloads)
+    missing, free = sum(each.missing_bytes for each in downloads), downloads[0].free_disk_bytes
+    or_cached = ", or --offline to use the older copy in the cache" * any(each.has_older for each in downloads)
+    if missing > free:
+        raise DoesNotFitError(
+            f"{names} needs {format_bytes(missing)} on the disk of {downloads[0].folder}, "
+            f"where {format_bytes(free)} are free",
+            hint=f"free some space, or set HF_HOME to a folder on a larger disk{or_cached}",
+        )
+    if not confirm(downloads):
+        raise UsageError(
+            f"the download of {names} ({format_bytes(missing)}) was not confirmed",
+            hint=f"add --yes to download without being asked{or_cached}",
+        )
+
+
+def look_up_online(ref: ModelRef, warn: Callable[[str], None]) -> ModelSource | Download:
+    """Return the cached snapshot of `ref` if it is the newest, else what has to be downloaded.
+
+    Args:
+        ref: a hub id.
+        warn: told in one line when the hub cannot be asked and a cached copy is used.
+    """
+    snapshot = find_snapshot(ref)
+    if snapshot is not None and snapshot.name == ref.revision:  # a commit never changes
+        return snapshot_source(ref, snapshot)
+    try:
+        commit = _resolve(ref)
+        if snapshot is not None and snapshot.name == commit:
+            return snapshot_source(ref, snapshot)
+        return _measure(ref, commit, has_older=snapshot is not None)
+    except ModelError as exc:
+        if snapshot is None:
+            raise
+        warn(f"using the cached copy of {ref.text}: {exc.message}")
+        return snapshot_source(ref, snapshot)
+
+
+def _resolve(ref: ModelRef) -> str:
+    """The commit that the hub has for `ref`; refuses what could not be run before anything is downloaded."""
+    from huggingface_hub import HfApi, constants
+
+    assert ref.repo_id is not None
+    with hub_errors(ref):
+        try:
+            info = HfApi().model_info(ref.repo_id, revision=ref.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        except KeyError as exc:
+            raise not_a_hub(exc) from exc
+    if info.sha is None or info.siblings is None:
+        raise not_a_hub(None)
+    _check_files(ref, [sibling.rfilename for sibling in info.siblings])
+    return info.sha
+
+
+def _check_files(ref: ModelRef, names: list[str]) -> None:
+    wanted = [name for name in names if matches(name, ALLOW) and not matches(name, IGNORE)]
+    if not any(name.endswith(".safetensors") for name in wanted):
+        pickles = sorted(name for name in names if "/" not in name and name.endswith(PICKLE_SUFFIXES))
+        if pickles:
+            raise PickledCheckpointError(
+                f"{ref.text} has its weights only as pickles ({pickles[0]}), which may run code when opened",
+                hint="convert it at https://huggingface.co/spaces/safetensors/convert",
+            )
+        raise ModelNotFoundError(
+            f"{ref.text} has no weights in the transformers layout (*.safetensors)",
+            hint="choose the repository with the original weights, not one of GGUF files or adapters",
+        )
+    if "config.json" not in wanted:
+        raise ModelNotFoundError(
+            f"{ref.text} has no config.json", hint="choose a repository in the transformers layout"
+        )
+
+
+def _measure(ref: ModelRef, commit: str, *, has_older: bool) -> Download:
+    """Sizes of the files; asks for each one, so a gated repository shows here and not after the user's yes."""
+    from huggingface_hub import constants, snapshot_download
+
+    assert ref.repo_id is not None
+    with hub_errors(ref):
+        files = snapshot_download(
+            ref.repo_id,
+            revision=commit,
+            allow_patterns=ALLOW,
+            ignore_patterns=IGNORE,
+            dry_run=True,
+            tqdm_class=_bar_class(lambda done: None, threading.Event()),
+        )
+    folder = Path(constants.HF_HUB_CACHE)
+    return Download(
+        ref=ref,
+        revision=commit,
+        num_bytes=sum(file.file_size or 0 for file in files),
+        cached_bytes=sum(file.file_size or 0 for file in files if file.is_cached),
+        free_disk_bytes=_free_disk_bytes(folder),
+        folder=folder,
+        has_older=has_older,
+    )
+
+
+def _free_disk_bytes(folder: Path) -> int:
+    """Free bytes on the disk where `folder` is or would be made."""
+    folder = folder.absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def fetch(download: Download, progress: Callable[[int, int], None] | None) -> Path:
+    """Downloads the agreed commit and lets the cache's name for the revision point to it."""
+    from huggingface_hub import snapshot_download
+
+    ref, stop = download.ref, threading.Event()
+    repo_id = ref.repo_id
+    assert repo_id is not None
+
+    def report(done: int) -> None:
+        if progress is not None:
+            progress(min(done, download.missing_bytes), download.missing_bytes)
+
+    def work() -> str:
+        return snapshot_download(
+            repo_id,
+            revision=download.revision,
+            allow_patterns=ALLOW,
+            ignore_patterns=IGNORE,
+            tqdm_class=_bar_class(report, stop),
+        )
+
+    with hub_errors(ref):
+        snapshot = Path(_run_until_interrupted(work, stop))
+        _point_to(snapshot, ref.revision or "main")
+    report(download.missing_bytes)  # less has come where two files are the same
+    return snapshot
+
+
+def _run_until_interrupted(work: Callable[[], _T], stop: threading.Event) -> _T:
+    """The result of `work`, run in a thread: huggingface_hub would finish its files before it lets Ctrl-C through.
+
+    An interrupt sets `stop`, and the progress bars then end each download at its next chunk.
+    """
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        future = pool.submit(work)
+        try:
+            return future.result()
+        except BaseException:
+            stop.set()
+            _abort_xet()
+            raise
+
+
+def _abort_xet() -> None:
+    """Ends hf_xet's transfers, which run outside Python and only report to the bars."""
+    try:
+        from huggingface_hub.utils._xet import abort_xet_session
+    except ImportError:  # not public: without it, Ctrl-C waits for the files under way
+        return
+    abort_xet_session()  # type: ignore[no-untyped-call]
+
+
+def _point_to(snapshot: Path, revision: str) -> None:
+    """Records in the cache that `revision` is this snapshot, as its documented layout has it (refs/, snapshots/).
+
+    Not left to huggingface_hub, which does it before the download: one that fails or is interrupted would then hide the
+    older, complete snapshot from every later offline use.
+    """
+    if revision == snapshot.name:
+        return
+    file = snapshot.parent.parent / "refs" / revision
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f"{file.name}.specchat")
+    temporary.write_text(snapshot.name)
+    temporary.replace(file)
+
+
+class _StoppedError(Exception):
+    """Ends a download from within its progress bar; seen by huggingface_hub's threads only."""
+
+
+def _bar_class(report: Callable[[int], None], stop: threading.Event) -> type[Any]:
+    """A silent tqdm that hands the bytes of its byte bars to `report`, which is called by one thread at a time."""
+    from huggingface_hub.utils.tqdm import tqdm
+
+    lock = threading.Lock()
+    most = 0
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self._counts_bytes = kwargs.get("unit") == "B"
+            kwargs["disable"] = True
+            super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+        def update(self, n: float | None = 1) -> None:
+            nonlocal most
+            if self._counts_bytes and stop.is_set():
+                raise _StoppedError
+            with lock:
+                self.n += n or 0
+                # There may be two such bars, for the network and for the disk: the one that is ahead counts.
+                if self._counts_bytes and self.n > most:
+                    most = int(self.n)
+                    report(most)
+
+    return Bar
