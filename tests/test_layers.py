@@ -15,7 +15,8 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__ma
 FLOORS = [
     {"__init__"},
     {"errors"},
-    {"units", "config", "closing", "files", "threads"},
+    {"units", "closing", "files", "threads", "paths"},
+    {"records"},
     {"hardware", "models"},
     {"planner", "engine"},
     {"chat"},
@@ -25,9 +26,9 @@ FLOORS = [
 ]
 FLOOR_OF = {name: i for i, names in enumerate(FLOORS) for name in names} | {"demo": len(FLOORS)}
 HOMES = {
-    "torch": ("engine/", "models/", "hardware/", "demo/"),
-    # hf_baselines is what the engine is measured against: transformers used as anyone would, nothing of ours in it.
-    "transformers": ("models/hf/", "models/hf_baselines.py", "demo/"),
+    "torch": ("engine/", "models/", "hardware/", "bench/baselines.py", "demo/"),
+    # The baselines are what the engine is measured against: transformers used as anyone would, nothing of ours in it.
+    "transformers": ("models/hf/", "bench/baselines.py", "demo/"),
     "triton": ("models/quant/kernels/triton_affine.py",),
     "rich": ("ui/",),
     "prompt_toolkit": ("ui/",),

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from specchat.bench.records import Run
-from specchat.config import Dtype, Sampling
+from specchat.records.generation import Sampling
+from specchat.records.model import Dtype
 
 # (tokens before, how the next is drawn) -> (margin of the best token over the second, largest score).
 Margin = Callable[[tuple[int, ...], Sampling], tuple[float, float]]

@@ -4,9 +4,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from specchat import __version__
-from specchat.config import cache_folder
 from specchat.hardware import report
 from specchat.hardware.probe import find_hardware
+from specchat.paths import cache_folder
 
 _PACKAGES = ("torch", "transformers", "accelerate", "safetensors")
 

@@ -17,12 +17,14 @@ from specchat.bench.records import OWN, Measurement, Settings
 from specchat.bench.report import Baseline
 from specchat.bench.runner import Progress, Runner
 from specchat.bench.systems import System
-from specchat.config import ModelSource, Plan, cache_folder
 from specchat.errors import PromptTooLongError
 from specchat.hardware.disk import evict, read_raw
 from specchat.hardware.machine import Measured
 from specchat.hardware.probe import find_hardware, find_machine, remembered
 from specchat.hardware.system import available_ram_bytes
+from specchat.paths import cache_folder
+from specchat.records.model import ModelSource
+from specchat.records.plan import Plan
 from specchat.units import GIB
 
 if TYPE_CHECKING:

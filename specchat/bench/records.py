@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from specchat.bench.prompts import Question
-from specchat.config import FinishReason, Sampling, Step
+from specchat.records.generation import FinishReason, Sampling, Step
 
 OWN = "specchat"  # the system that is measured; the others are what it is compared with
 MIN_DISTINCT = 0.5

@@ -12,7 +12,9 @@ from specchat.bench.identity import Identity
 from specchat.bench.records import OWN, Measurement, Run, Settings
 from specchat.chat.result import SCHEMA_VERSION, plan_object, run_object
 from specchat.chat.session import Speculation, Timings, Turn, Usage
-from specchat.config import MemoryReport, Message, ModelSource, Plan
+from specchat.records.chat import Message
+from specchat.records.model import ModelSource
+from specchat.records.plan import MemoryReport, Plan
 
 # What `summary.predict` goes by.
 PREDICTION_BASIS = (

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from specchat.bench.prompts import Question
 from specchat.bench.records import OWN, Answer, Measurement, Request, Run, Settings
 from specchat.bench.systems import Clock, System
-from specchat.config import Message, Sampling
+from specchat.records.chat import Message
+from specchat.records.generation import Sampling
 
 if TYPE_CHECKING:
     from specchat.models.hf.tokenizer import Tokenizer

@@ -12,12 +12,14 @@ from specchat.bench.cold import RESIDENT, TimePass
 from specchat.bench.identity import Margin
 from specchat.bench.records import OWN
 from specchat.bench.systems import EngineSystem, OffloadedSystem, System
-from specchat.config import MemoryReport, ModelSource, Plan, Quant, Sampling
 from specchat.errors import UsageError
+from specchat.records.generation import Sampling
+from specchat.records.model import ModelSource, Quant
+from specchat.records.plan import MemoryReport, Plan
 
 if TYPE_CHECKING:
+    from specchat.bench.baselines import OffloadedModel
     from specchat.engine.engine import Engine
-    from specchat.models.hf_baselines import OffloadedModel
     from specchat.models.packs.pack import Pack
 
 
@@ -204,6 +206,6 @@ def _own_system(name: str, engine: Engine, evict: Callable[[], None] | None) -> 
 
 
 def _offloaded(plan: Plan, target: ModelSource, draft: ModelSource | None) -> OffloadedModel:
-    from specchat.models.hf_baselines import OffloadedModel
+    from specchat.bench.baselines import OffloadedModel
 
     return OffloadedModel(target, dtype=plan.dtype, device=plan.device, resident=plan.resident, draft=draft)

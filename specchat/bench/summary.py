@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from specchat.bench.records import Run
-from specchat.config import Step
+from specchat.records.generation import Step
 
 # Resampling with a fixed seed: the same runs give the same interval.
 _RESAMPLES = 2000

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Protocol
 
 from specchat.bench.records import Answer, Request
 from specchat.chat.session import Generator
-from specchat.config import Step
+from specchat.records.generation import Step
 
 if TYPE_CHECKING:
-    from specchat.models.hf_baselines import OffloadedModel
+    from specchat.bench.baselines import OffloadedModel
 
 Clock = Callable[[], float]
 

@@ -9,7 +9,9 @@ from typing import Self
 
 from specchat.chat.reasoning import Parts, Piece
 from specchat.chat.text import Detokenizer, StopStrings
-from specchat.config import FinishReason, MemoryReport, Message, Part, Step
+from specchat.records.chat import Message, Part
+from specchat.records.generation import FinishReason, Step
+from specchat.records.plan import MemoryReport
 
 
 @dataclass(frozen=True)

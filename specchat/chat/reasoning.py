@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from specchat.config import Part
+from specchat.records.chat import Part
 
 Piece = tuple[Part, str]
 

@@ -4,9 +4,10 @@ from dataclasses import asdict
 from typing import Any
 
 from specchat.chat.session import Delta, Turn
-from specchat.config import ModelSource, Plan
 from specchat.planner.explain import Chosen
 from specchat.planner.offers import Offer, Offers
+from specchat.records.model import ModelSource
+from specchat.records.plan import Plan
 
 SCHEMA_VERSION = 1
 

@@ -33,8 +33,10 @@ from specchat.chat.state import (
     state_of,
 )
 from specchat.chat.text import Detokenizer, StopStrings
-from specchat.config import Activity, MemoryReport, Message, Overflow, Plan, Sampling, Setting, Step
 from specchat.errors import EmptyPromptError, SessionError, UsageError
+from specchat.records.chat import Message, Overflow, Setting
+from specchat.records.generation import Activity, Sampling, Step
+from specchat.records.plan import MemoryReport, Plan
 
 if TYPE_CHECKING:
     from specchat.models.hf.tokenizer import Tokenizer

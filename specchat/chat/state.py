@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any, Literal
 
-from specchat.config import FinishReason, Message, Sampling
+from specchat.records.chat import Message
+from specchat.records.generation import FinishReason, Sampling
 
 How = Literal["ask", "retry", "edit", "continue"]
 DropCause = Literal["asked", "overflow"]

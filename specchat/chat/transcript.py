@@ -33,8 +33,10 @@ from specchat.chat.state import (
     ValueSet,
     state_of,
 )
-from specchat.config import Message, Sampling, state_folder
 from specchat.errors import SessionError, UsageError
+from specchat.paths import state_folder
+from specchat.records.chat import Message
+from specchat.records.generation import Sampling
 
 VERSION = 1
 SUFFIX = ".jsonl"

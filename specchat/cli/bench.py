@@ -15,8 +15,11 @@ from specchat.cli import options as parse
 from specchat.cli.bench_options import BenchOptions, trees
 from specchat.cli.options import ModelOptions
 from specchat.cli.output import print_line, to_json
-from specchat.config import HEAD_BLOCK_ROWS, ModelSource, Plan, Quant, state_folder
 from specchat.errors import UsageError
+from specchat.paths import state_folder
+from specchat.records.limits import HEAD_BLOCK_ROWS
+from specchat.records.model import ModelSource, Quant
+from specchat.records.plan import Plan
 
 if TYPE_CHECKING:
     from specchat.bench.cold import Files

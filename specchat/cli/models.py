@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 from specchat.cli.options import QUANTIZED, ModelOptions, SamplingFlags, resolve_sampling
-from specchat.config import ModelSource, Plan, Quant
 from specchat.errors import AllocationError, NotAvailableError, UsageError
+from specchat.records.model import ModelSource, Quant
+from specchat.records.plan import Plan
 
 if TYPE_CHECKING:
     from specchat.engine.engine import Engine

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from specchat.chat.settings import MAX_SEED, whole
-from specchat.config import Dtype, Overflow, Quant, Sampling
 from specchat.errors import InvalidSizeError, UsageError
+from specchat.records.chat import Overflow
+from specchat.records.generation import Sampling
+from specchat.records.model import Dtype, Quant
 from specchat.units import parse_size
 
 if TYPE_CHECKING:

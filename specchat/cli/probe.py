@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from specchat.cli import models as shared
 from specchat.cli.options import ModelOptions
 from specchat.cli.output import print_line, to_json
-from specchat.config import cache_folder
 from specchat.errors import UsageError
+from specchat.paths import cache_folder
 from specchat.units import size_text
 
 if TYPE_CHECKING:

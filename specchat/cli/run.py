@@ -16,8 +16,11 @@ from specchat.cli.models import Models
 from specchat.cli.options import RunOptions, random_seed, resolve_sampling, sampling_sources, without_effect
 from specchat.cli.output import print_line, to_json
 from specchat.cli.sessions import lasting, model_of, path_for, was_with
-from specchat.config import Plan, Sampling, Setting, Step, state_folder
 from specchat.errors import EmptyPromptError, UsageError
+from specchat.paths import state_folder
+from specchat.records.chat import Setting
+from specchat.records.generation import Sampling, Step
+from specchat.records.plan import Plan
 from specchat.units import format_bytes
 
 if TYPE_CHECKING:

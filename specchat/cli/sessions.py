@@ -8,8 +8,8 @@ from specchat.chat import transcript
 from specchat.chat.transcript import Saved
 from specchat.cli.options import RunOptions
 from specchat.cli.settings import Layer
-from specchat.config import ModelSource
 from specchat.errors import UsageError
+from specchat.records.model import ModelSource
 
 # What a session says of its model; with another model it would mean something else.
 _OF_THE_MODEL = ("draft", "quant", "dtype", "ctx")

@@ -12,22 +12,12 @@ import torch
 from torch import Tensor
 
 from specchat.closing import Closing
-from specchat.config import (
-    Activity,
-    DraftTree,
-    FinishReason,
-    MemoryReport,
-    ModelSource,
-    Phase,
-    Plan,
-    Sampling,
-    Step,
-)
 from specchat.engine import stats
 from specchat.engine.attention import RowLayout
-from specchat.engine.drafter import Drafter, ModelDrafter, NoDrafter
-from specchat.engine.growth import FixedGrowth, Growth, PayingGrowth
-from specchat.engine.model import PassCancelledError, TreeModel, load_model
+from specchat.engine.drafting.drafter import Drafter, ModelDrafter, NoDrafter
+from specchat.engine.drafting.policy import FixedGrowth, Growth, PayingGrowth
+from specchat.engine.loading import load_model
+from specchat.engine.model import PassCancelledError, TreeModel
 from specchat.engine.sampling import Sampler
 from specchat.engine.selfcheck import check_architecture
 from specchat.engine.tree import ROOT, TokenTree, common_prefix
@@ -35,6 +25,9 @@ from specchat.errors import AllocationError, PromptTooLongError, is_lack_of_memo
 from specchat.models.checkpoint.dtypes import TORCH_DTYPE
 from specchat.models.hf.pairing import check_pair
 from specchat.models.packs.pack import Pack
+from specchat.records.generation import Activity, DraftTree, FinishReason, Phase, Sampling, Step
+from specchat.records.model import ModelSource
+from specchat.records.plan import MemoryReport, Plan
 from specchat.units import format_bytes
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from specchat.config import KvShape
+from specchat.records.model import KvShape
 
 # Fused kernels want the number of keys to be a multiple of this; rows past the end are masked.
 ROW_ALIGNMENT = 16

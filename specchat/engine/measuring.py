@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from specchat.config import Sampling
 from specchat.engine.attention import RowLayout
-from specchat.engine.drafter import NoDrafter
+from specchat.engine.drafting.drafter import NoDrafter
 from specchat.engine.engine import Engine
 from specchat.engine.sampling import Sampler
 from specchat.engine.tree import ROOT, TokenTree
+from specchat.records.generation import Sampling
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from specchat.config import NOISE_ROWS, Sampling
 from specchat.models.hf.processors import logits_processors
+from specchat.records.generation import Sampling
+from specchat.records.limits import NOISE_ROWS
 
 _MASK64 = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15

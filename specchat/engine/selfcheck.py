@@ -13,15 +13,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from specchat.config import ModelSource
 from specchat.engine.attention import RowLayout
 from specchat.engine.kv_cache import TreeCache
 from specchat.engine.model import TreeModel
-from specchat.engine.streamer import NoStreamer
+from specchat.engine.streaming.base import NoStreamer
 from specchat.engine.tree import ROOT, TokenTree
 from specchat.errors import UnsupportedModelError
 from specchat.models.hf.config import kv_shapes, load_config, tiny_config
 from specchat.models.hf.skeleton import Skeleton, build_random
+from specchat.records.model import ModelSource
 
 _PROMPT_ROWS = 20  # more than the tiny model's window, so that windows matter
 _CHUNK_ROWS = 7

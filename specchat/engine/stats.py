@@ -12,9 +12,10 @@ import psutil
 import torch
 from torch import Tensor
 
-from specchat.config import DraftTree, FinishReason, Guesses, MemoryReport, Plan, Step
 from specchat.engine.model import TreeModel
-from specchat.engine.streamer import LayerStreamer
+from specchat.engine.streaming.base import LayerStreamer
+from specchat.records.generation import DraftTree, FinishReason, Guesses, Step
+from specchat.records.plan import MemoryReport, Plan
 
 
 def resident_set_bytes() -> int:

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from specchat.config import Guesses
+from specchat.records.generation import Guesses
 
 ROOT = -1
 

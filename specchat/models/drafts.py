@@ -4,13 +4,13 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from specchat.config import ModelSource
 from specchat.errors import ModelError, VocabularyMismatchError
 from specchat.models.catalog.ref import ModelRef, draft_candidates, known_draft, parse_model
 from specchat.models.checkpoint.safetensors import weight_files
 from specchat.models.hf.pairing import check_pair
 from specchat.models.hub.cache import cached_models
 from specchat.models.locate import Missing, look_up
+from specchat.records.model import ModelSource
 
 # A draft reads all its weights several times for each pass of the target.
 _LARGEST_SHARE = 0.25

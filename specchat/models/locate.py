@@ -4,12 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from specchat.config import ModelSource
 from specchat.errors import (
     ModelNotFoundError,
 )
 from specchat.models.catalog.ref import SHAPE_PREFIX, ModelRef, demo_source
 from specchat.models.catalog.shape import Shape
+from specchat.records.model import ModelSource
 
 if TYPE_CHECKING:
     pass

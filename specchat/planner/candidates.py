@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
-from specchat.config import DTYPE_BYTES, Dtype, ModelSpec, Plan
 from specchat.errors import DoesNotFitError, UsageError
 from specchat.hardware.machine import Machine
 from specchat.models.sizes.geometry import layer_sizes
@@ -24,6 +23,8 @@ from specchat.planner.memory import (
 )
 from specchat.planner.placement import Placement, among, interleaved, shelves_of, usable_ram
 from specchat.planner.request import EXACT_BYTES, LOWER_QUANTS, Known, PlanRequest
+from specchat.records.model import DTYPE_BYTES, Dtype, ModelSpec
+from specchat.records.plan import Plan
 from specchat.units import GIB, MIB, format_bytes
 
 DEFAULT_CTX = 8192

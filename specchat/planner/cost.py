@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from typing import Literal
 
-from specchat.config import DTYPE_BYTES, HEAD_BLOCK_ROWS, Dtype, Expectation, ModelSpec, draft_width
 from specchat.planner.placement import Placement
 from specchat.planner.rates import Basis, Rates, least_sure
+from specchat.records.limits import HEAD_BLOCK_ROWS, draft_width
+from specchat.records.model import DTYPE_BYTES, Dtype, ModelSpec
+from specchat.records.plan import Expectation
 
 # What keeps a step from being faster: its layers' way to the device, computing them, or growing the tree.
 Bound = Literal["link", "compute", "draft"]

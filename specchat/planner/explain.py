@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, replace
 
-from specchat.config import Plan
 from specchat.planner.cost import Prediction
+from specchat.records.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -8,21 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from specchat.config import (
-    DTYPE_BYTES,
-    HEAD_BLOCK_ROWS,
-    NOISE_ROWS,
-    NUM_READERS,
-    READ_WINDOW_BYTES,
-    Activations,
-    Dtype,
-    LedgerItem,
-    ModelSpec,
-    Plan,
-    RowCost,
-    draft_width,
-)
 from specchat.models.sizes.geometry import dequantize_bytes, layer_sizes
+from specchat.records.limits import HEAD_BLOCK_ROWS, NOISE_ROWS, NUM_READERS, READ_WINDOW_BYTES, draft_width
+from specchat.records.model import DTYPE_BYTES, Activations, Dtype, ModelSpec, RowCost
+from specchat.records.plan import LedgerItem, Plan
 
 # What a process holds that has imported torch and transformers and checked a model; measured with builds for CPUs.
 RUNTIME_BYTES = 400 * 2**20

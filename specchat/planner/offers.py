@@ -5,7 +5,6 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from specchat.config import ModelSource, ModelSpec, Plan, Quant
 from specchat.errors import DoesNotFitError, UsageError
 from specchat.hardware.machine import Machine
 from specchat.models.catalog.known_models import KnownModel, known_model, known_models
@@ -17,6 +16,8 @@ from specchat.planner.precision import lower_quants
 from specchat.planner.rates import Rates
 from specchat.planner.request import Known, PlanRequest
 from specchat.planner.search import choose_quickly
+from specchat.records.model import ModelSource, ModelSpec, Quant
+from specchat.records.plan import Plan
 
 ANYTHING = PlanRequest(ModelSource("", Path()), None, draft_is_open=True)
 # People read 4 to 6 words a second; text that comes slower is waited for.

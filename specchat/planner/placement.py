@@ -7,8 +7,8 @@ from functools import cache, lru_cache
 from itertools import accumulate
 from operator import neg
 
-from specchat.config import Dtype, ModelSpec
 from specchat.models.sizes.geometry import layer_sizes
+from specchat.records.model import Dtype, ModelSpec
 from specchat.units import GIB
 
 NUM_SLOTS = 2

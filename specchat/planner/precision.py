@@ -7,12 +7,12 @@ measured.
 
 from dataclasses import dataclass, replace
 
-from specchat.config import DTYPE_BYTES, ModelSpec, Quant
 from specchat.hardware.machine import Machine
 from specchat.models.sizes.geometry import weight_bytes
 from specchat.planner.candidates import Candidates, dtype_for
 from specchat.planner.request import EXACT_BYTES, LOWER_QUANTS, Known, PlanRequest
 from specchat.planner.statistics import Statistics
+from specchat.records.model import DTYPE_BYTES, ModelSpec, Quant
 
 # int8 loses nothing that could be measured (perplexity +0.00%), but it is not the original: it has to be worth it.
 LOWERED_IF_FASTER_BY = 1.3

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from specchat.config import DTYPE_BYTES, Dtype
 from specchat.hardware.machine import Gpu, Hardware, Machine, MatmulRate, Measured
+from specchat.records.model import DTYPE_BYTES, Dtype
 from specchat.units import GIB
 
 # How a figure came about, the surest first.

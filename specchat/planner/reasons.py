@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 
-from specchat.config import DTYPE_BYTES, ModelSpec
 from specchat.planner.candidates import Candidate, Candidates, preference, usual_ctx
 from specchat.planner.cost import Prediction
 from specchat.planner.explain import Alternative, Choice
 from specchat.planner.precision import Precision
 from specchat.planner.request import EXACT_BYTES, LOWER_QUANTS, Known, PlanRequest
+from specchat.records.model import DTYPE_BYTES, ModelSpec
 from specchat.units import format_bytes
 
 _Otherwise = Callable[[Callable[[Candidate], bool], Callable[[Candidate], str]], Alternative | None]

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from specchat.config import ModelSource, ModelSpec, Quant
 from specchat.hardware.machine import Machine
 from specchat.planner.cost import TYPICAL_ACCEPTANCE, Acceptance
 from specchat.planner.rates import Rates
 from specchat.planner.statistics import Statistics
+from specchat.records.model import ModelSource, ModelSpec, Quant
 from specchat.units import MIB
 
 # What full precision may be lowered to, the better one first.

@@ -5,10 +5,10 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Literal
 
-from specchat.config import ModelSource, ModelSpec, Plan, Quant, cache_folder, state_folder
 from specchat.errors import DoesNotFitError
 from specchat.hardware.probe import find_hardware, find_machine, remembered
 from specchat.models.sizes.describe import describe
+from specchat.paths import cache_folder, state_folder
 from specchat.planner.candidates import Candidate, Candidates
 from specchat.planner.cost import DEMO_ACCEPTANCE, TYPICAL_ACCEPTANCE, Prediction
 from specchat.planner.explain import Chosen
@@ -17,6 +17,8 @@ from specchat.planner.rates import rates_of
 from specchat.planner.reasons import choices
 from specchat.planner.request import LOWER_QUANTS, Known, PlanRequest
 from specchat.planner.statistics import load
+from specchat.records.model import ModelSource, ModelSpec, Quant
+from specchat.records.plan import Plan
 from specchat.units import format_bytes
 
 

@@ -11,9 +11,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from specchat.config import Plan, Step
 from specchat.files import write_whole
 from specchat.planner.cost import Acceptance, Prediction
+from specchat.records.generation import Step
+from specchat.records.plan import Plan
 
 _VERSION = 1
 _FILE = "statistics.json"

@@ -6,8 +6,11 @@ from threading import Event
 
 from specchat import __version__
 from specchat.chat.session import ChatSession, Delta, Dropped, Turn
-from specchat.config import LedgerItem, ModelSource, Plan, Setting, Step
 from specchat.planner.explain import Chosen
+from specchat.records.chat import Setting
+from specchat.records.generation import Step
+from specchat.records.model import ModelSource
+from specchat.records.plan import LedgerItem, Plan
 from specchat.ui.answer_view import AnswerView
 from specchat.ui.console import AnswerStream, Talk
 from specchat.ui.live import LiveRegion, can_redraw

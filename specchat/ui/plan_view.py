@@ -8,9 +8,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from specchat.config import ModelSource, Plan
 from specchat.planner.cost import Prediction
 from specchat.planner.explain import Choice, Chosen
+from specchat.records.model import ModelSource
+from specchat.records.plan import Plan
 from specchat.ui.console import neutral
 from specchat.units import format_bytes
 

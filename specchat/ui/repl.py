@@ -9,8 +9,8 @@ from threading import Event
 from specchat.chat import transcript as transcripts
 from specchat.chat.session import ChatSession, Delta, Dropped, Turn
 from specchat.chat.transcript import Transcript
-from specchat.config import Setting
 from specchat.errors import PromptTooLongError, SessionError, SpecchatError, UsageError
+from specchat.records.chat import Setting
 from specchat.ui import clipboard
 from specchat.ui.chat_view import ChatView, info_lines, plan_line, totals_lines
 from specchat.ui.commands import BY_NAME, help_lines, unknown

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Event
 
-from specchat.config import Activity, MemoryReport, Plan, Step
+from specchat.records.generation import Activity, Step
+from specchat.records.plan import MemoryReport, Plan
 from specchat.units import GIB, format_bytes, format_rate
 
 _MEMORY_EVERY_S = 1.0

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from rich.text import Text
 
-from specchat.config import DraftTree
+from specchat.records.generation import DraftTree
 from specchat.ui.console import neutral
 
 _ROOT = -1

@@ -4,11 +4,11 @@ import pytest
 from support.engines import NOTHING, make_plan, write
 from support.tiny_models import make_config, perturbed, random_model, save
 
-from specchat.config import Sampling
+from specchat.bench.baselines import OffloadedModel, _generation_config
 from specchat.engine.engine import Engine
 from specchat.engine.measuring import drop_prefetched, margin_after, measure_pass, without_draft
 from specchat.models.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE
-from specchat.models.hf_baselines import OffloadedModel, _generation_config
+from specchat.records.generation import Sampling
 
 PROMPT = list(range(3, 23))
 NUM_TOKENS = 12

@@ -14,7 +14,7 @@ from specchat.bench import export, report, summary, tables
 from specchat.bench.identity import compare
 from specchat.bench.prompts import Question
 from specchat.bench.records import OWN, Settings
-from specchat.config import ModelSource
+from specchat.records.model import ModelSource
 
 SCHEMA = json.loads(files("specchat.bench").joinpath("schema.json").read_text())
 TOKENS = len(TEXT) + 1  # the stop token included

@@ -23,13 +23,15 @@ from dataclasses import dataclass, field
 from specchat.bench.prompts import BUILT_IN
 from specchat.cli import models as shared
 from specchat.cli.options import ModelOptions
-from specchat.config import Message, Sampling, cache_folder
+from specchat.engine.drafting.policy import FixedGrowth, PayingGrowth
 from specchat.engine.engine import Engine
-from specchat.engine.growth import FixedGrowth, PayingGrowth
 from specchat.errors import SpecchatError
 from specchat.hardware.disk import evict
 from specchat.hardware.probe import probe
 from specchat.models.hf.tokenizer import load_tokenizer
+from specchat.paths import cache_folder
+from specchat.records.chat import Message
+from specchat.records.generation import Sampling
 from specchat.ui.console import talk
 from specchat.ui.progress import TalkReporter
 from specchat.units import MIB

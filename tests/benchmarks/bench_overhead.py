@@ -24,13 +24,14 @@ from specchat.bench.prompts import BUILT_IN
 from specchat.bench.records import Request
 from specchat.bench.summary import ratio_of
 from specchat.bench.systems import EngineSystem
-from specchat.config import Message, Sampling, Step
 from specchat.engine.engine import Engine
 from specchat.engine.stats import StepClock
 from specchat.models.catalog.ref import demo_source
 from specchat.models.hf.tokenizer import load_tokenizer
 from specchat.planner.request import PlanRequest
 from specchat.planner.search import make_plan
+from specchat.records.chat import Message
+from specchat.records.generation import Sampling, Step
 
 NUM_ANSWERS = 48
 NUM_WARM_UP = 4

@@ -23,10 +23,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support.tiny_models import make_config, random_model, save
 
-from specchat.engine import slots
 from specchat.engine.attention import RowLayout
-from specchat.engine.model import TreeModel, load_model
-from specchat.engine.streamer import NoStreamer
+from specchat.engine.loading import load_model
+from specchat.engine.model import TreeModel
+from specchat.engine.streaming import slots
+from specchat.engine.streaming.base import NoStreamer
 from specchat.models.packs import prepare
 from specchat.models.packs.file_format import bytes_of
 from specchat.models.packs.pack import Pack

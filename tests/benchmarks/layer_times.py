@@ -16,11 +16,12 @@ import torch
 
 from specchat.cli import models as shared
 from specchat.cli.options import ModelOptions
-from specchat.config import cache_folder
-from specchat.engine.model import TreeModel, load_model
+from specchat.engine.loading import load_model
+from specchat.engine.model import TreeModel
 from specchat.hardware.probe import find_hardware, find_machine, probe
 from specchat.models.checkpoint.dtypes import TORCH_DTYPE
 from specchat.models.sizes.describe import describe
+from specchat.paths import cache_folder
 from specchat.planner.cost import DEMO_ACCEPTANCE, CostModel
 from specchat.planner.placement import Placement
 from specchat.planner.rates import Rates, rates_of

@@ -22,12 +22,14 @@ from dataclasses import dataclass, replace
 from specchat.bench.prompts import BUILT_IN
 from specchat.cli import models as shared
 from specchat.cli.options import ModelOptions
-from specchat.config import Message, Sampling, cache_folder
 from specchat.engine.engine import Engine
 from specchat.errors import DoesNotFitError, SpecchatError
 from specchat.hardware.disk import evict
 from specchat.hardware.probe import probe
 from specchat.models.hf.tokenizer import load_tokenizer
+from specchat.paths import cache_folder
+from specchat.records.chat import Message
+from specchat.records.generation import Sampling
 from specchat.ui.console import talk
 from specchat.ui.progress import TalkReporter
 from specchat.units import MIB

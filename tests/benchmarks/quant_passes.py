@@ -14,7 +14,8 @@ from dataclasses import replace
 
 import torch
 
-from specchat.engine.model import TreeModel, load_model
+from specchat.engine.loading import load_model
+from specchat.engine.model import TreeModel
 from specchat.models.catalog.shape import parse_shape
 from specchat.models.packs.prepare import prepare
 from specchat.models.synthetic.layers import materialise

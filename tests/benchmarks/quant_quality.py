@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from specchat.config import Message, ModelSource
-from specchat.engine.model import TreeModel, load_model
+from specchat.engine.loading import load_model
+from specchat.engine.model import TreeModel
 from specchat.models.catalog.ref import demo_source
 from specchat.models.hf.tokenizer import Tokenizer, load_tokenizer
+from specchat.records.chat import Message
+from specchat.records.model import ModelSource
 
 QUANTS = ("none", "int8", "int4")
 CTX = 1024

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from specchat.config import Quant
 from specchat.models.catalog.shape import parse_shape
 from specchat.models.packs.pack import Pack
 from specchat.models.packs.prepare import prepare
@@ -28,6 +27,7 @@ from specchat.models.quant.formats.base import Quantizer
 from specchat.models.quant.kernels.chunked import scratch_bytes
 from specchat.models.synthetic.layers import materialise
 from specchat.models.weights.recipe import QUANTIZERS
+from specchat.records.model import Quant
 
 ROWS, COLS = 11008, 4096
 REPEATS = 30

@@ -21,16 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specchat.config import ModelSource
-from specchat.engine import model as engine_model
+from specchat.engine import loading
 from specchat.engine.attention import RowLayout
-from specchat.engine.fillers import LayerFiller, filler_for
-from specchat.engine.model import TreeModel, load_model
+from specchat.engine.loading import load_model
+from specchat.engine.model import TreeModel
+from specchat.engine.streaming.readers import LayerFiller, filler_for
 from specchat.hardware.disk import evict, read_raw
 from specchat.models.catalog.shape import parse_shape
 from specchat.models.packs.pack import Pack
 from specchat.models.packs.prepare import prepare
 from specchat.models.synthetic.layers import materialise
+from specchat.records.model import ModelSource
 
 SHAPE = "hidden=2048,layers=30,heads=16,kv_heads=4,head_dim=128,mlp=7168"
 CLOCK = time.perf_counter
@@ -75,7 +76,7 @@ class Timed:
 
     def __init__(self, source: ModelSource, pack: Pack | None, num_slots: int) -> None:
         self.timeline = Timeline()
-        engine_model.filler_for = self._make_filler
+        loading.filler_for = self._make_filler
         self.model: TreeModel = load_model(
             source,
             dtype=torch.bfloat16,

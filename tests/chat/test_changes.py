@@ -19,9 +19,9 @@ from specchat.chat import transcript
 from specchat.chat.session import ChatSession, Delta, Turn
 from specchat.chat.state import Opened, apply, state_of
 from specchat.chat.transcript import Transcript
-from specchat.config import Sampling
 from specchat.engine.engine import Engine
 from specchat.errors import PromptTooLongError
+from specchat.records.generation import Sampling
 
 CTX = 300
 LAYERS = 3

@@ -12,8 +12,9 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from specchat.chat.reasoning import Parts, ThinkTags
 from specchat.chat.session import ChatSession, Turn
-from specchat.config import Message, Sampling
 from specchat.models.hf.tokenizer import load_tokenizer
+from specchat.records.chat import Message
+from specchat.records.generation import Sampling
 
 CASES = [
     # text, begins within the thinking, thinking, answer

@@ -9,8 +9,10 @@ from support.fake_engine import CHOSEN, EOS, PLAN, TOKENIZER, ByteTokenizer, Fak
 
 from specchat.chat.result import chosen_object, delta_object, done_object, run_object
 from specchat.chat.session import ChatSession, Delta, Turn
-from specchat.config import Message, ModelSource, Sampling
 from specchat.errors import EmptyPromptError, PromptTooLongError, UsageError
+from specchat.records.chat import Message
+from specchat.records.generation import Sampling
+from specchat.records.model import ModelSource
 
 
 def session_of(engine, **settings):

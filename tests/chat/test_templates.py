@@ -11,9 +11,10 @@ from support.fake_engine import EOS, FakeEngine
 from tokenizers import decoders, models, pre_tokenizers
 
 from specchat.chat.session import ChatSession, Turn
-from specchat.config import Message, Sampling
 from specchat.errors import UsageError
 from specchat.models.hf.tokenizer import load_tokenizer
+from specchat.records.chat import Message
+from specchat.records.generation import Sampling
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -12,8 +12,9 @@ from specchat.chat import transcript
 from specchat.chat.session import ChatSession
 from specchat.chat.state import Opened
 from specchat.chat.transcript import Transcript
-from specchat.config import Message, Sampling
 from specchat.errors import SessionError, UsageError
+from specchat.records.chat import Message
+from specchat.records.generation import Sampling
 
 OPENED = Opened({"model": "demo"}, "Be brief.", Sampling(seed=3, temperature=0.5), None, None)
 

@@ -14,11 +14,11 @@ from specchat.chat.result import chosen_object, delta_object, done_object, offer
 from specchat.chat.session import Delta, Turn
 from specchat.cli.app import app
 from specchat.cli.exit_status import EXIT_CODES
-from specchat.config import LedgerItem, Plan
 from specchat.models.catalog.known_models import known_models
 from specchat.planner.cost import Prediction
 from specchat.planner.explain import Alternative, Choice, Chosen
 from specchat.planner.offers import Offer, Offers
+from specchat.records.plan import LedgerItem, Plan
 from specchat.ui.commands import COMMANDS
 
 PAGE = (Path(__file__).parents[2] / "man" / "specchat.1").read_text()

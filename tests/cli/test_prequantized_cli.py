@@ -14,9 +14,9 @@ from support.quantized import Kind, awq, gptq, hide_tensors, save_quantized
 from support.tiny_models import make_config, random_model
 
 from specchat.cli.app import run_command_line
-from specchat.config import ModelSource
 from specchat.models import locate
 from specchat.models.hub.download import Download
+from specchat.records.model import ModelSource
 
 Call = Callable[..., tuple[int, str, str]]
 

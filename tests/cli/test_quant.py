@@ -15,7 +15,6 @@ from support.planning import plan_for
 from support.tiny_models import make_config, random_model, save
 
 from specchat.cli.app import run_command_line
-from specchat.config import Plan, Sampling
 from specchat.engine.engine import Engine
 from specchat.hardware.machine import Machine
 from specchat.models.catalog.ref import demo_source
@@ -33,6 +32,8 @@ from specchat.models.weights.quantizing_reader import QuantizingReader
 from specchat.models.weights.recipe import OwnRecipe
 from specchat.planner import search
 from specchat.planner.request import PlanRequest
+from specchat.records.generation import Sampling
+from specchat.records.plan import Plan
 from specchat.ui.chat_view import banner_lines
 
 GIB = 1 << 30

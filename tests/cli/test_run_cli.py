@@ -17,9 +17,10 @@ from support.threads import FAILURES, at_most, watched_threads
 
 from specchat.cli.exit_status import EXIT_CODES, code_of
 from specchat.cli.options import SamplingFlags, resolve_sampling
-from specchat.config import ModelSource, Sampling
 from specchat.errors import AllocationError, SpecchatError
 from specchat.models.hub.download import Download
+from specchat.records.generation import Sampling
+from specchat.records.model import ModelSource
 
 DEMO = Path(__file__).parents[2] / "specchat" / "demo" / "target"
 TESTS = Path(__file__).parents[1]
@@ -369,7 +370,7 @@ def test_a_thread_that_cannot_start_makes_the_plan_smaller(specchat, monkeypatch
         assert not any(model() is not None for model in models)
         gc.disable()  # so that it is not by chance
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("specchat.engine.model.build_skeleton", build_and_watch)
+            patch.setattr("specchat.engine.loading.build_skeleton", build_and_watch)
             try:
                 return load(*arguments, **named)
             finally:

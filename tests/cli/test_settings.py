@@ -10,7 +10,8 @@ from specchat.chat.state import Opened
 from specchat.chat.transcript import Saved
 from specchat.cli import sessions, settings
 from specchat.cli.settings import RUN_KEYS, Layer, resolve
-from specchat.config import ModelSource, Sampling
+from specchat.records.generation import Sampling
+from specchat.records.model import ModelSource
 
 THOUGHT = "First this.\nThen that."  # what the fake model thinks, see support.fake_cli
 

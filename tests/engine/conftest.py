@@ -13,7 +13,7 @@ from support.streamed import PackedModel, tiny_packs
 def _tiny_layers_are_read_ahead():
     """As large ones are: by threads, into slots. Tests of small layers set their own limit."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("specchat.engine.slots.SMALL_LAYER_BYTES", 0)
+        patch.setattr("specchat.engine.streaming.slots.SMALL_LAYER_BYTES", 0)
         yield
 
 

@@ -10,7 +10,7 @@ import pytest
 from support.acceptance import CTX, Acceptance, load_demo, measure, model_drafter, prompts
 from support.specexec import SpecExecDrafter
 
-from specchat.config import Sampling
+from specchat.records.generation import Sampling
 
 GREEDY = Sampling()
 SAMPLED = Sampling(temperature=0.7, seed=7)

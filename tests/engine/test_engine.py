@@ -16,10 +16,9 @@ from safetensors.torch import load_file, save_file
 from support.engines import NOTHING, make_plan, random_prompt, write
 from support.tiny_models import REFUSED, VOCAB, make_config, perturbed, random_model, save
 
-from specchat.config import Activity, Guesses, ModelSource, Sampling
-from specchat.engine.drafter import ModelDrafter
+from specchat.engine.drafting.drafter import ModelDrafter
 from specchat.engine.engine import Engine
-from specchat.engine.model import load_model
+from specchat.engine.loading import load_model
 from specchat.engine.tree import ROOT, TokenTree
 from specchat.errors import (
     CorruptCheckpointError,
@@ -28,6 +27,8 @@ from specchat.errors import (
     UnsupportedModelError,
     VocabularyMismatchError,
 )
+from specchat.records.generation import Activity, Guesses, Sampling
+from specchat.records.model import ModelSource
 
 CTX = 64
 BUDGET = 12

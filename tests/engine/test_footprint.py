@@ -45,7 +45,7 @@ def watch():
         time.sleep(0.002)
 threading.Thread(target=watch, daemon=True).start()
 
-from specchat.config import Sampling
+from specchat.records.generation import Sampling
 from specchat.engine.engine import Engine
 from specchat.models.catalog.ref import known_draft, parse_model
 from specchat.models.packs.prepare import prepare

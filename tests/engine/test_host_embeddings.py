@@ -17,11 +17,11 @@ from support.engines import make_plan, random_prompt, write
 from support.tiny_models import VOCAB, make_config, perturbed, random_model, save
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from specchat.config import WEIGHT_ITEMS, ModelSource, Plan, Quant, Sampling
 from specchat.engine.engine import Engine
 from specchat.engine.kv_cache import TreeCache
-from specchat.engine.model import TreeModel, load_model
-from specchat.engine.streamer import NoStreamer
+from specchat.engine.loading import load_model
+from specchat.engine.model import TreeModel
+from specchat.engine.streaming.base import NoStreamer
 from specchat.models.checkpoint.safetensors import open_checkpoint
 from specchat.models.hf.config import kv_shapes, load_config
 from specchat.models.hf.skeleton import build_skeleton, lookup_embeddings
@@ -30,6 +30,9 @@ from specchat.models.sizes.describe import describe
 from specchat.models.weights.choose_recipe import choose_recipe
 from specchat.models.weights.quantizing_reader import open_reader
 from specchat.planner.memory import Workload, build_ledger, host_embeddings
+from specchat.records.generation import Sampling
+from specchat.records.model import ModelSource, Quant
+from specchat.records.plan import WEIGHT_ITEMS, Plan
 
 # A second place with shapes and no numbers; without CUDA, torch does not even pretend to have a DEVICE.
 CPU, DEVICE = torch.device("cpu"), torch.device("cpu:1")

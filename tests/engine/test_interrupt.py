@@ -19,11 +19,13 @@ from support.engines import NOTHING, make_plan, random_prompt, write
 from support.threads import at_most, watched_threads
 from support.tiny_models import VOCAB, make_config, perturbed, random_model, save
 
-from specchat.config import ModelSource, Sampling, Step
-from specchat.engine.disk import ThreadStreamer
 from specchat.engine.engine import Engine
-from specchat.engine.model import PassCancelledError, load_model
-from specchat.engine.slots import SlotQueue
+from specchat.engine.loading import load_model
+from specchat.engine.model import PassCancelledError
+from specchat.engine.streaming.cpu import ThreadStreamer
+from specchat.engine.streaming.slots import SlotQueue
+from specchat.records.generation import Sampling, Step
+from specchat.records.model import ModelSource
 
 NUM_TOKENS = 24
 PROMPT = random_prompt(40, VOCAB)
@@ -482,7 +484,7 @@ def test_a_worker_that_dies_without_a_word_is_noticed(failing: int, monkeypatch:
         end(queue, epoch, j)
 
     monkeypatch.setattr(SlotQueue, "_end", fails)
-    monkeypatch.setattr("specchat.engine.slots._LOOK_S", 0.01)
+    monkeypatch.setattr("specchat.engine.streaming.slots._LOOK_S", 0.01)
     disk = Disk(0, num_workers=2)
     disk._pause = lambda: time.sleep(0.01)  # type: ignore[method-assign]  # by then, the layer is waited for
     with watched_threads() as threads, streaming(disk, [0, 2, 3, 5], 2) as (streamer, layers):

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from support.engines import random_prompt
 from support.tiny_models import VOCAB, make_config, random_model, save
 
-from specchat.config import KvShape, ModelSource
 from specchat.engine.attention import RowLayout
 from specchat.engine.kv_cache import TreeCache, padded_rows
-from specchat.engine.model import TreeModel, load_model
+from specchat.engine.loading import load_model
+from specchat.engine.model import TreeModel
 from specchat.engine.tree import ROOT, TokenTree
+from specchat.records.model import KvShape, ModelSource
 
 CPU = torch.device("cpu")
 SHAPES = (KvShape(2, 3, 5), KvShape(1, 4, 1))  # layers may differ, keys from values too

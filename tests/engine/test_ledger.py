@@ -18,12 +18,15 @@ from support.tiny_models import VOCAB, make_config, perturbed, random_model, sav
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from specchat.config import HEAD_BLOCK_ROWS, Dtype, LedgerItem, ModelSource, Plan, Quant, Sampling
 from specchat.engine.engine import Engine
 from specchat.errors import AllocationError
 from specchat.models.sizes.describe import describe
 from specchat.models.sizes.geometry import dequantize_bytes
 from specchat.planner.memory import Workload, build_ledger, with_trees
+from specchat.records.generation import Sampling
+from specchat.records.limits import HEAD_BLOCK_ROWS
+from specchat.records.model import Dtype, ModelSource, Quant
+from specchat.records.plan import LedgerItem, Plan
 
 WEIGHTS = {"resident layers", "slots", "embeddings and head", "KV cache", "draft", "draft KV cache"}
 CHUNK_ROWS = 128
@@ -238,7 +241,7 @@ import ctypes, gc, json, sys
 from pathlib import Path
 from specchat.cli import models as shared
 from specchat.cli.options import ModelOptions
-from specchat.config import Sampling
+from specchat.records.generation import Sampling
 from specchat.engine.engine import Engine
 from specchat.engine.selfcheck import check_architecture
 from specchat.models.hf.tokenizer import load_tokenizer

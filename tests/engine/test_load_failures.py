@@ -16,9 +16,10 @@ from support.streamed import NUM_LAYERS, PackedModel
 from support.threads import FAILURES, at_most, watched_threads
 from support.tiny_models import make_config, random_model, save
 
-from specchat.config import ModelSource, Plan
 from specchat.engine.engine import Engine
 from specchat.errors import AllocationError
+from specchat.records.model import ModelSource
+from specchat.records.plan import Plan
 
 
 @contextmanager

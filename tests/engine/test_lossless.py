@@ -18,8 +18,9 @@ from support import reference
 from support.engines import make_plan, random_prompt, write
 from support.tiny_models import ARCHITECTURES, VOCAB, make_config, perturbed, random_model, save
 
-from specchat.config import ModelSource, Sampling
 from specchat.engine.engine import Engine
+from specchat.records.generation import Sampling
+from specchat.records.model import ModelSource
 
 DRAFTS = ("random", "identical", "perturbed")
 BUDGETS = (1, 16, 64, 512)

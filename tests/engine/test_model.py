@@ -13,10 +13,11 @@ import transformers as hf
 from support.engines import random_prompt
 from support.tiny_models import VOCAB, make_config, random_model, save
 
-from specchat.config import ModelSource
 from specchat.engine.attention import RowLayout
-from specchat.engine.model import TreeModel, load_model
+from specchat.engine.loading import load_model
+from specchat.engine.model import TreeModel
 from specchat.engine.tree import ROOT, TokenTree
+from specchat.records.model import ModelSource
 
 CPU = torch.device("cpu")
 PREFILL_ARCHITECTURES = ("llama", "mistral", "gemma2", "gemma3", "phi3", "mixtral", "gpt_oss", "cohere2", "deepseek_v3")

@@ -31,10 +31,10 @@ from support.quantized import (
 from support.streamed import silent
 from support.tiny_models import VOCAB, make_config, perturbed, random_model, save
 
-from specchat.config import ModelSource, Sampling, Tier
-from specchat.engine.disk import MappedStreamer, ThreadStreamer
 from specchat.engine.engine import Engine
-from specchat.engine.model import TreeModel, load_model
+from specchat.engine.loading import load_model
+from specchat.engine.model import TreeModel
+from specchat.engine.streaming.cpu import MappedStreamer, ThreadStreamer
 from specchat.errors import CorruptCheckpointError, UnsupportedModelError, UsageError
 from specchat.models.packs.pack import Pack
 from specchat.models.packs.prepare import prepare
@@ -43,6 +43,8 @@ from specchat.models.sizes.describe import describe
 from specchat.models.sizes.geometry import weight_bytes
 from specchat.planner.request import PlanRequest
 from specchat.planner.search import make_plan as plan_here
+from specchat.records.generation import Sampling
+from specchat.records.model import ModelSource, Tier
 
 NUM_TOKENS = 20
 

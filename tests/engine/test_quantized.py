@@ -12,9 +12,9 @@ import torch
 from support.engines import make_plan, random_prompt, write
 from support.tiny_models import ARCHITECTURES, VOCAB, make_config, perturbed, random_model, save
 
-from specchat.config import ModelSource, Plan, Sampling
 from specchat.engine.engine import Engine
-from specchat.engine.model import TreeModel, load_model
+from specchat.engine.loading import load_model
+from specchat.engine.model import TreeModel
 from specchat.models.hf.matrices import find_matrices
 from specchat.models.hf.skeleton import build_skeleton, skeleton_of
 from specchat.models.packs.pack import Pack
@@ -24,6 +24,9 @@ from specchat.models.sizes.describe import describe
 from specchat.models.sizes.geometry import dequantize_bytes, layer_bytes, weight_bytes
 from specchat.models.weights.layout import LayerLayout
 from specchat.models.weights.recipe import OwnRecipe, apply_recipe
+from specchat.records.generation import Sampling
+from specchat.records.model import ModelSource
+from specchat.records.plan import Plan
 
 CPU = torch.device("cpu")
 QUANTS = ("int8", "int4")

@@ -22,12 +22,14 @@ from scipy import stats
 from support.engines import make_plan, write
 from support.tiny_models import perturbed, random_model, save
 
-from specchat.config import ModelSource, Sampling
-from specchat.engine.drafter import Drafter, ModelDrafter, NoDrafter
+from specchat.engine.drafting.drafter import Drafter, ModelDrafter, NoDrafter
 from specchat.engine.engine import Engine
-from specchat.engine.model import TreeModel, load_model
+from specchat.engine.loading import load_model
+from specchat.engine.model import TreeModel
 from specchat.engine.sampling import Noise, Sampler
 from specchat.models.hf.processors import logits_processors
+from specchat.records.generation import Sampling
+from specchat.records.model import ModelSource
 
 CPU = torch.device("cpu")
 MASK64 = (1 << 64) - 1

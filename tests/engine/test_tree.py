@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 from support.engines import random_prompt
 from support.tiny_models import VOCAB, make_config, random_model, save
 
-from specchat.config import Guesses, ModelSource, Sampling
-from specchat.engine.drafter import GREEDY_TEMPERATURE, NOISE_TEMPERATURE, ModelDrafter, _Candidates
-from specchat.engine.growth import FixedGrowth
-from specchat.engine.model import TreeModel, load_model
+from specchat.engine.drafting.drafter import GREEDY_TEMPERATURE, NOISE_TEMPERATURE, ModelDrafter, _Candidates
+from specchat.engine.drafting.policy import FixedGrowth
+from specchat.engine.loading import load_model
+from specchat.engine.model import TreeModel
 from specchat.engine.sampling import Noise, Sampler
 from specchat.engine.tree import ROOT, TokenTree, common_prefix
+from specchat.records.generation import Guesses, Sampling
+from specchat.records.model import ModelSource
 
 CPU = torch.device("cpu")
 Path = tuple[int, ...]

@@ -7,12 +7,12 @@ import pytest
 from support.fake_hub import FakeHub
 from support.tiny_models import VOCAB, make_config, random_model, save
 
-from specchat.config import ModelSource
 from specchat.models import drafts
 from specchat.models.catalog.ref import demo_source, parse_model
 from specchat.models.drafts import choose_draft, fits, relative_in_cache
 from specchat.models.hub.download import Download
 from specchat.models.locate import look_up, obtain
+from specchat.records.model import ModelSource
 
 TARGET = "meta-llama/Llama-3.3-70B-Instruct"
 OFFICIAL, COPY = "meta-llama/Llama-3.2-1B-Instruct", "unsloth/Llama-3.2-1B-Instruct"

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.machines import CUDA_TORCH, GIB, MEASURED, hardware
 
-from specchat.config import KvShape, ModelSource, ModelSpec, ParamSize, draft_width
 from specchat.hardware.machine import Gpu, GpuSurvey, Machine, PcieLink
 from specchat.models.catalog.ref import demo_source
 from specchat.planner.cost import TYPICAL_ACCEPTANCE, Acceptance, CostModel, LinkQueue, draft_batches
@@ -18,6 +17,8 @@ from specchat.planner.placement import Placement, interleaved
 from specchat.planner.rates import Rate, Rates, rates_of
 from specchat.planner.request import Known, PlanRequest
 from specchat.planner.search import choose_for
+from specchat.records.limits import draft_width
+from specchat.records.model import KvShape, ModelSource, ModelSpec, ParamSize
 
 TARGET = demo_source("target")
 DRAFT = demo_source("draft")

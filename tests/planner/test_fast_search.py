@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.planning import UNKNOWN_RATES, specs
 
-from specchat.config import ModelSource, ModelSpec, ParamSize
 from specchat.hardware.machine import Machine, MatmulRate
 from specchat.models.catalog.ref import demo_source
 from specchat.models.sizes.geometry import layer_sizes
@@ -26,6 +25,7 @@ from specchat.planner.memory import Workload, build_ledger, bytes_beside_layers,
 from specchat.planner.placement import Placement, interleaved, usable_ram
 from specchat.planner.rates import Rate
 from specchat.planner.request import Known, PlanRequest
+from specchat.records.model import ModelSource, ModelSpec, ParamSize
 
 MIB = 1 << 20
 GIB = 1 << 30

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from support.engines import write
 from support.planning import UNKNOWN_RATES, plan_for, specs
 
-from specchat.config import Message, ModelSource, ModelSpec, ParamSize, Plan, Sampling
 from specchat.engine.engine import Engine
 from specchat.errors import DoesNotFitError, UsageError
 from specchat.hardware.machine import Machine
@@ -29,6 +28,10 @@ from specchat.planner.placement import NUM_SLOTS, interleaved, usable_ram
 from specchat.planner.rates import Rate
 from specchat.planner.request import EXACT_BYTES, Known, PlanRequest
 from specchat.planner.search import choose_for, make_plan, smaller_plan
+from specchat.records.chat import Message
+from specchat.records.generation import Sampling
+from specchat.records.model import ModelSource, ModelSpec, ParamSize
+from specchat.records.plan import Plan
 from specchat.units import GIB, MIB, format_bytes
 
 MACHINE = Machine("cpu", 64 * GIB, 64 * GIB, fast_bf16=False)

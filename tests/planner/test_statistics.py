@@ -9,7 +9,6 @@ import pytest
 from support.fake_engine import CHOSEN, PLAN
 from support.planning import UNKNOWN_RATES
 
-from specchat.config import Step
 from specchat.hardware.machine import Machine
 from specchat.models.catalog.ref import demo_source
 from specchat.models.sizes.describe import describe
@@ -17,6 +16,7 @@ from specchat.planner.cost import TYPICAL_ACCEPTANCE
 from specchat.planner.request import Known, PlanRequest
 from specchat.planner.search import choose_for
 from specchat.planner.statistics import Statistics, Tally, load, plan_key, record
+from specchat.records.generation import Step
 from specchat.units import GIB
 
 

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import torch
 
-from specchat.config import Message, ModelSource, Sampling
-from specchat.engine.drafter import Drafter, ModelDrafter
+from specchat.engine.drafting.drafter import Drafter, ModelDrafter
 from specchat.engine.engine import Engine
-from specchat.engine.model import TreeModel, load_model
+from specchat.engine.loading import load_model
+from specchat.engine.model import TreeModel
 from specchat.models.catalog.ref import demo_source
 from specchat.models.hf.tokenizer import load_tokenizer
+from specchat.records.chat import Message
+from specchat.records.generation import Sampling
+from specchat.records.model import ModelSource
 from support.engines import make_plan
 
 CTX = 1024

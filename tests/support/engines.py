@@ -6,8 +6,10 @@ from collections.abc import Iterable
 
 import torch
 
-from specchat.config import ModelSource, Plan, Sampling, Step
 from specchat.engine.engine import Engine
+from specchat.records.generation import Sampling, Step
+from specchat.records.model import ModelSource
+from specchat.records.plan import Plan
 
 NOTHING: frozenset[int] = frozenset()
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from specchat.config import Activity, DraftTree, Guesses, LedgerItem, MemoryReport, Plan, Step
 from specchat.errors import PromptTooLongError
 from specchat.planner.cost import Prediction
 from specchat.planner.explain import Alternative, Choice, Chosen
+from specchat.records.generation import Activity, DraftTree, Guesses, Step
+from specchat.records.plan import LedgerItem, MemoryReport, Plan
 
 EOS = 256
 PLAN = Plan(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
-from specchat.config import ModelSource
 from specchat.models.catalog.ref import ModelRef
 from specchat.models.hub.download import Download, agree
 from specchat.models.locate import look_up, obtain
+from specchat.records.model import ModelSource
 
 LOG = logging.getLogger(__name__)
 

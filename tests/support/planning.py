@@ -6,11 +6,12 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from specchat.config import KvShape, ModelSpec, ParamSize, Plan
 from specchat.hardware.machine import Machine, MatmulRate
 from specchat.planner.rates import Rate, Rates
 from specchat.planner.request import Known, PlanRequest
 from specchat.planner.search import choose_for
+from specchat.records.model import KvShape, ModelSpec, ParamSize
+from specchat.records.plan import Plan
 
 # A slow machine of a kind that nobody knows.
 UNKNOWN_RATES = Rates(

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from specchat.config import ModelSource
+from specchat.records.model import ModelSource
 from support.tiny_models import save
 
 Tensors = dict[str, Tensor]

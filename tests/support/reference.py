@@ -8,8 +8,8 @@ from unittest.mock import patch
 
 import torch
 
-from specchat.config import Sampling
 from specchat.engine.sampling import Noise
+from specchat.records.generation import Sampling
 
 # Two best scores closer than this may change places when batch shapes change the rounding.
 NEAR_TIE = 1e-4

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from specchat.config import ModelSource
+from specchat.records.model import ModelSource
 
 VOCAB = 211
 WINDOW = 12

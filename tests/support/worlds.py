@@ -11,9 +11,11 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from specchat.config import Expectation, Step, draft_width
-from specchat.engine.growth import FixedGrowth, Growth
+from specchat.engine.drafting.policy import FixedGrowth, Growth
 from specchat.engine.tree import ROOT, TokenTree
+from specchat.records.generation import Step
+from specchat.records.limits import draft_width
+from specchat.records.plan import Expectation
 
 BRANCH = 4
 _NUM_GUESSES = 2000

@@ -8,7 +8,10 @@ import pytest
 from support.fake_engine import CHOSEN, MEMORY, PLAN
 
 from specchat.chat.session import Speculation, Timings, Turn, Usage
-from specchat.config import LedgerItem, Message, ModelSource, Step
+from specchat.records.chat import Message
+from specchat.records.generation import Step
+from specchat.records.model import ModelSource
+from specchat.records.plan import LedgerItem
 from specchat.ui.chat_view import banner_lines, plan_line, stats_line, step_line, stopped_line
 from specchat.ui.console import AnswerStream, Talk, neutral
 from specchat.ui.plan_view import plan_text

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from specchat.config import ModelSource
 from specchat.errors import ModelNotFoundError
 from specchat.models.catalog.families import known_families
 from specchat.models.catalog.shape import Shape, parse_shape
+from specchat.records.model import ModelSource
 
 DEMO = "demo"
 TOY_LABEL = "a toy model for exercising the software"

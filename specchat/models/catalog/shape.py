@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
-from specchat.config import DTYPE_BYTES, Dtype, Quant
 from specchat.errors import UsageError
 from specchat.models.catalog.known_models import known_models
+from specchat.records.model import DTYPE_BYTES, Dtype, Quant
 from specchat.units import format_bytes
 
 VOCAB_SIZE = 4096  # the demo's, whatever the shape: its tokenizer and its embeddings serve every shape

@@ -2,6 +2,6 @@
 
 import torch
 
-from specchat.config import Dtype
+from specchat.records.model import Dtype
 
 TORCH_DTYPE: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from specchat.config import KvShape
 from specchat.errors import CorruptCheckpointError, UnsupportedModelError
 from specchat.models.checkpoint.json_file import read_json
+from specchat.records.model import KvShape
 
 _QUANTIZATION = ("quantization_config", "compression_config")
 

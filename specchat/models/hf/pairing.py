@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from specchat.config import ModelSource
 from specchat.errors import VocabularyMismatchError
+from specchat.records.model import ModelSource
 
 _FILE = "tokenizer.json"
 # Relatives rename a few special tokens (Llama 3 and its distillations, Gemma 2 at 2B and 27B). A guess that means

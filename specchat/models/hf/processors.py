@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from specchat.config import Sampling
+from specchat.records.generation import Sampling
 
 
 def logits_processors(sampling: Sampling) -> Any:

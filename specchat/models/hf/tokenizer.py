@@ -6,8 +6,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from specchat.config import Message, Part
 from specchat.errors import CorruptCheckpointError, UsageError
+from specchat.records.chat import Message, Part
 
 
 class Tokenizer:

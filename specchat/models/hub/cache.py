@@ -4,7 +4,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from specchat.config import ModelSource
 from specchat.errors import (
     CorruptCheckpointError,
     ModelNotCachedError,
@@ -13,6 +12,7 @@ from specchat.errors import (
 )
 from specchat.models.catalog.ref import ModelRef
 from specchat.models.checkpoint.safetensors import MISTRAL_PREFIX, weight_files
+from specchat.records.model import ModelSource
 
 if TYPE_CHECKING:
     pass

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from specchat.config import ModelSource
 from specchat.errors import (
     DoesNotFitError,
     ModelError,
@@ -23,6 +22,7 @@ from specchat.errors import (
 )
 from specchat.models.catalog.ref import ModelRef
 from specchat.models.checkpoint.safetensors import PICKLE_SUFFIXES
+from specchat.records.model import ModelSource
 from specchat.units import format_bytes
 
 if TYPE_CHECKING:

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from specchat.config import Dtype
 from specchat.errors import DoesNotFitError, ModelError
 from specchat.models.checkpoint.dtypes import TORCH_DTYPE
 from specchat.models.packs.file_format import (
@@ -23,6 +22,7 @@ from specchat.models.packs.inventory import MANIFEST, packs_folder
 from specchat.models.packs.manifest import JOURNAL, Journal, Manifest, read_journal, read_manifest
 from specchat.models.packs.pack import LOG, REST, Pack, layer_layout, open_pack
 from specchat.models.packs.source import LayerSource, with_full_names
+from specchat.records.model import Dtype
 from specchat.units import format_bytes
 
 _NOT_BESIDE = {MANIFEST, JOURNAL}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specchat.config import cache_folder
+from specchat.paths import cache_folder
 
 FORMAT_VERSION = 1  # of manifest and journal
 LAYOUT_VERSION = 1  # of the data files

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specchat.config import DTYPE_BYTES, Dtype
 from specchat.models.packs.file_format import (
     CHUNK_BYTES,
     NOT_QUANTIZED,
@@ -18,6 +17,7 @@ from specchat.models.packs.file_format import (
     write_small,
 )
 from specchat.models.packs.inventory import MANIFEST, VERSIONS
+from specchat.records.model import DTYPE_BYTES, Dtype
 
 JOURNAL = "journal.jsonl"
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NoReturn
 
-from specchat.config import Dtype, ModelSource
 from specchat.errors import CorruptCheckpointError
 from specchat.models.checkpoint.safetensors import Checkpoint, open_checkpoint
 from specchat.models.packs.file_format import (
@@ -28,6 +27,7 @@ from specchat.models.packs.file_format import (
 from specchat.models.packs.inventory import LAYOUT_VERSION, MANIFEST, packs_folder
 from specchat.models.packs.manifest import Manifest, read_manifest
 from specchat.models.packs.source import LayerSource, with_full_names
+from specchat.records.model import Dtype, ModelSource
 
 LOG = logging.getLogger(__name__)
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-from specchat.config import Dtype, ModelSource
 from specchat.models.checkpoint.dtypes import TORCH_DTYPE
 from specchat.models.checkpoint.safetensors import open_checkpoint
 from specchat.models.hf.config import load_config
@@ -13,6 +12,7 @@ from specchat.models.packs.file_format import NOT_QUANTIZED
 from specchat.models.packs.inventory import packs_folder
 from specchat.models.packs.pack import Pack, key_for, open_pack
 from specchat.models.weights.choose_recipe import choose_recipe
+from specchat.records.model import Dtype, ModelSource
 from specchat.units import MIB, format_bytes
 
 # Smaller models are read and cast for every pass faster than anyone would notice, and leave nothing on the disk.

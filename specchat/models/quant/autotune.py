@@ -20,10 +20,10 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from specchat.config import cache_folder
 from specchat.files import write_whole
 from specchat.models.quant.formats.base import WeightFormat
 from specchat.models.quant.kernels.chunked import Linear, Segments
+from specchat.paths import cache_folder
 
 _VERSION = 1  # of what is measured, and of our own kernels
 _LIBRARIES = ("torch", "bitsandbytes", "triton")

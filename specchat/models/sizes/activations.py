@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from specchat.config import Activations, RowCost
 from specchat.models.hf.attention import cache_for, register_attention, row_scope
 from specchat.models.hf.skeleton import Skeleton, build_skeleton
+from specchat.records.model import Activations, RowCost
 
 _ATTENTION = "rehearsal"
 

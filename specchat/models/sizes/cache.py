@@ -14,14 +14,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from specchat.config import Activations, KvShape, ModelSource, ModelSpec, ParamSize, RowCost, cache_folder
 from specchat.errors import ModelError
 from specchat.files import write_whole
 from specchat.models.checkpoint.safetensors import weight_files
+from specchat.paths import cache_folder
+from specchat.records.model import Activations, KvShape, ModelSource, ModelSpec, ParamSize, RowCost
 
 _LIBRARIES = ("torch", "transformers", "accelerate")
 _CODE = Path(__file__).parents[1]  # the floor that describes, with everything it calls
-_SIZES = Path(__file__).parents[2] / "config.py"
+_SIZES = Path(__file__).parents[2] / "records" / "model.py"
 # Matrices that come quantized are described by the headers of the files they are in.
 _QUANTIZED = (b"quantization_config", b"compression_config")
 _MOST_FILES = 64

@@ -3,8 +3,8 @@
 Torch is imported only for a model that was never described before: so a plan can be shown at once.
 """
 
-from specchat.config import ModelSource, ModelSpec, Quant
 from specchat.models.sizes import cache
+from specchat.records.model import ModelSource, ModelSpec, Quant
 
 
 def describe(source: ModelSource, quant: Quant = "none") -> ModelSpec:

@@ -5,8 +5,8 @@ Nothing here imports torch.
 
 from functools import lru_cache
 
-from specchat.config import DTYPE_BYTES, Dtype, ModelSpec
 from specchat.models.checkpoint.layout import PIECE_NUMBERS, blob_offsets, dequantized_rows
+from specchat.records.model import DTYPE_BYTES, Dtype, ModelSpec
 
 _PIECE_ITEM_BYTES = 6
 

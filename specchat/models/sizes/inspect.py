@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 
-from specchat.config import Activations, Dtype, ModelSource, ModelSpec, ParamSize, Quant
 from specchat.models.checkpoint.dtypes import TORCH_DTYPE
 from specchat.models.hf.config import kv_shapes, load_config, max_positions, mlp_size, tiny_config
 from specchat.models.hf.skeleton import Skeleton, build_skeleton, lookup_embeddings
@@ -12,6 +11,7 @@ from specchat.models.quant.modules import quant_linears, segment_names
 from specchat.models.sizes import activations
 from specchat.models.weights.choose_recipe import choose_recipe
 from specchat.models.weights.recipe import apply_recipe
+from specchat.records.model import Activations, Dtype, ModelSource, ModelSpec, ParamSize, Quant
 
 
 def describe_anew(source: ModelSource, quant: Quant) -> ModelSpec:

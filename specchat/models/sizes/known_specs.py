@@ -11,8 +11,8 @@ from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
-from specchat.config import DTYPE_BYTES, Activations, Dtype, KvShape, ModelSpec, ParamSize, Quant, RowCost
 from specchat.models.catalog.known_models import KnownModel, known_models
+from specchat.records.model import DTYPE_BYTES, Activations, Dtype, KvShape, ModelSpec, ParamSize, Quant, RowCost
 
 _FLOAT_BYTES = 4  # rotary frequencies and scores are float32, whatever the model computes in
 _CHECKPOINT_DTYPES: Mapping[str, Dtype] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}

@@ -32,7 +32,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specchat.config import Dtype, ModelSource
 from specchat.models.catalog.ref import SHAPE_PREFIX, demo_source
 from specchat.models.catalog.shape import DEMO_TARGET, Shape, num_live_kv_heads, parse_shape
 from specchat.models.checkpoint.dtypes import TORCH_DTYPE
@@ -46,6 +45,7 @@ from specchat.models.packs.pack import open_pack
 from specchat.models.packs.source import LayerSource
 from specchat.models.synthetic.quantized_layers import QuantizedLayers
 from specchat.models.weights.recipe import recipe_for
+from specchat.records.model import Dtype, ModelSource
 from specchat.units import format_bytes
 
 __all__ = ["Shape", "ShapeLayers", "materialise", "parse_shape", "shape_files"]

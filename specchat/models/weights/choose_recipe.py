@@ -1,6 +1,5 @@
 """What becomes of a model's matrices: what its checkpoint has them in, or else what was asked for."""
 
-from specchat.config import ModelSource
 from specchat.errors import UsageError
 from specchat.models.checkpoint.json_file import read_json
 from specchat.models.checkpoint.safetensors import open_checkpoint
@@ -8,6 +7,7 @@ from specchat.models.hf.skeleton import Skeleton
 from specchat.models.quant.schemes.registry import scheme_of
 from specchat.models.weights.checkpoint_recipe import CheckpointRecipe
 from specchat.models.weights.recipe import OwnRecipe, recipe_for
+from specchat.records.model import ModelSource
 
 _AS_STORED = "none"
 

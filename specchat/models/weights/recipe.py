@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from typing import Protocol
 
-from specchat.config import Quant
 from specchat.models.hf.matrices import find_matrices, use_quantized_experts
 from specchat.models.hf.skeleton import Skeleton
 from specchat.models.quant.formats.base import Quantizer
 from specchat.models.quant.formats.int8 import Int8Quantizer
 from specchat.models.quant.formats.nf4 import Nf4Quantizer
 from specchat.models.quant.modules import Matrix, Part, Scratch, replace_experts, replace_linear
+from specchat.records.model import Quant
 
 QUANTIZERS: Mapping[Quant, Quantizer] = {"int4": Nf4Quantizer(), "int8": Int8Quantizer()}
 # Every emitted token is drawn from the head's scores, and it is not streamed: 8 bits there cost little and save much.

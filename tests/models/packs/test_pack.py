@@ -26,7 +26,6 @@ from safetensors.torch import load_file, save_file
 from support import tiny_models
 
 import specchat.engine.model  # noqa: F401  names the attention that skeletons are built with
-from specchat.config import ModelSource
 from specchat.errors import AllocationError, CorruptCheckpointError, DoesNotFitError, ModelError
 from specchat.models.checkpoint.safetensors import open_checkpoint
 from specchat.models.hf.config import load_config
@@ -50,6 +49,7 @@ from specchat.models.quant.kernels.bnb import bnb
 from specchat.models.weights.layout import LayerLayout
 from specchat.models.weights.reader import WeightReader
 from specchat.models.weights.recipe import recipe_for
+from specchat.records.model import ModelSource
 from specchat.units import MIB
 
 KEY = "0123456789abcdef"

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from specchat.config import DTYPE_BYTES, ModelSource, ModelSpec
 from specchat.models.catalog.families import known_families
 from specchat.models.catalog.known_models import KnownModel, known_model, known_models
 from specchat.models.catalog.ref import parse_model
@@ -22,6 +21,7 @@ from specchat.models.sizes import inspect, known_specs
 from specchat.models.sizes.geometry import layer_bytes, weight_bytes
 from specchat.models.sizes.inspect import describe_anew
 from specchat.models.sizes.known_specs import known_spec
+from specchat.records.model import DTYPE_BYTES, ModelSource, ModelSpec
 
 MODELS = list(known_models().values())
 # One of each kind of layer, the smallest; the others only differ in figures.

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from support import tiny_models
 
-from specchat.config import ModelSource
 from specchat.models.catalog.ref import demo_source
 from specchat.models.sizes import cache
 from specchat.models.sizes.describe import describe
 from specchat.models.sizes.inspect import describe_anew
+from specchat.records.model import ModelSource
 
 
 @pytest.fixture(autouse=True)

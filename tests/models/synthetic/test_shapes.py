@@ -17,7 +17,6 @@ from support import reference
 from support.engines import write
 from support.locating import locate
 
-from specchat.config import Message, Sampling
 from specchat.engine.engine import Engine
 from specchat.errors import DoesNotFitError, ModelError, UsageError
 from specchat.models.catalog import shape as shape_module
@@ -34,6 +33,8 @@ from specchat.models.synthetic import layers as shape_layers
 from specchat.models.synthetic.layers import ShapeLayers, materialise, shape_files
 from specchat.planner.request import PlanRequest
 from specchat.planner.search import make_plan
+from specchat.records.chat import Message
+from specchat.records.generation import Sampling
 
 SMALLEST = "hidden=256,layers=8,heads=4,kv_heads=2,head_dim=64,mlp=704"
 # Wider, true groups and head dim, idle heads and layers: what users ask for, in small.

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol
 
-from specchat.config import Expectation, Step
-from specchat.engine.timing import PassTimes, never_falling
+from specchat.engine.drafting.pass_times import PassTimes, never_falling
 from specchat.engine.tree import ROOT, TokenTree
+from specchat.records.generation import Step
+from specchat.records.plan import Expectation
 
 # What is measured is forgotten at these rates, per step: load and subject change within minutes.
 _KEEP_RATE = 0.97

@@ -18,12 +18,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from specchat.config import draft_width
 from specchat.engine.attention import RowLayout
-from specchat.engine.growth import Growth
+from specchat.engine.drafting.policy import Growth
 from specchat.engine.model import TreeModel
 from specchat.engine.sampling import Sampler
 from specchat.engine.tree import ROOT, TokenTree, common_prefix
+from specchat.records.limits import draft_width
 
 # The softmax that turns a draft's scores into weights of paths. A draft's own probabilities say how likely a token is
 # in general; here they must say how likely it is the one the target takes, which is surer: sharper than 1 tells better.

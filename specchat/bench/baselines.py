@@ -20,12 +20,13 @@ import torch
 import transformers as hf
 
 from specchat.closing import Closing
-from specchat.config import Dtype, ModelSource, Sampling
 from specchat.models.checkpoint.dtypes import TORCH_DTYPE
 from specchat.models.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE, open_checkpoint
 from specchat.models.hf.config import load_config
 from specchat.models.hf.skeleton import build_skeleton
 from specchat.models.packs.file_format import PAD_PREFIX
+from specchat.records.generation import Sampling
+from specchat.records.model import Dtype, ModelSource
 
 
 @dataclass(frozen=True)

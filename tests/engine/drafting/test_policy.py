@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from support.engines import make_plan, random_prompt, write
 from support.tiny_models import VOCAB, make_config, perturbed, random_model, save
 
-from specchat.config import Expectation, Sampling, Step
-from specchat.engine.drafter import NoDrafter
+from specchat.engine.drafting.drafter import NoDrafter
+from specchat.engine.drafting.policy import FixedGrowth, Growth, PayingGrowth
 from specchat.engine.engine import Engine
-from specchat.engine.growth import FixedGrowth, Growth, PayingGrowth
 from specchat.engine.tree import ROOT, TokenTree
+from specchat.records.generation import Sampling, Step
+from specchat.records.plan import Expectation
 
 EMPTY = Step((1,), None, 1, 0, 0, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0)
 

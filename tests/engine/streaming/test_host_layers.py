@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from support.streamed import NUM_LAYERS, PackedModel, Runtime
 from support.threads import FAILURES, at_most, watched_threads
 
-from specchat.engine.cuda import HostLayers, Pinner
-from specchat.engine.fillers import CheckpointFiller, PackFiller
-from specchat.engine.slots import page_aligned
+from specchat.engine.streaming.host_layers import HostLayers, Pinner
+from specchat.engine.streaming.readers import CheckpointFiller, PackFiller
+from specchat.engine.streaming.slots import page_aligned
 from specchat.errors import AllocationError
 from specchat.hardware.disk import READ_THREADS
 from specchat.models.weights.layout import LayerLayout

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specchat.engine.fillers import LayerFiller
-from specchat.engine.slots import SlotQueue, is_small, page_aligned
-from specchat.engine.streamer import LayerStreamer, StreamCounters
+from specchat.engine.streaming.base import LayerStreamer, StreamCounters
+from specchat.engine.streaming.readers import LayerFiller
+from specchat.engine.streaming.slots import SlotQueue, is_small, page_aligned
 from specchat.models.packs.file_format import bytes_of
 from specchat.models.packs.pack import Pack, PackedLayer
 from specchat.models.packs.verify import ChunkVerifier

@@ -20,16 +20,19 @@ from support.streamed import silent, tiny_packs
 from support.threads import watched_threads
 from support.tiny_models import VOCAB, make_config, random_model, save
 
-from specchat.config import ModelSource, Plan, Sampling
-from specchat.engine.disk import MappedStreamer, MixedStreamer, ThreadStreamer
 from specchat.engine.engine import Engine
-from specchat.engine.fillers import PackFiller, ShardFiller, is_unbuffered, open_unbuffered
-from specchat.engine.model import TreeModel, load_model
+from specchat.engine.loading import load_model
+from specchat.engine.model import TreeModel
+from specchat.engine.streaming.cpu import MappedStreamer, MixedStreamer, ThreadStreamer
+from specchat.engine.streaming.readers import PackFiller, ShardFiller, is_unbuffered, open_unbuffered
 from specchat.errors import CorruptCheckpointError
 from specchat.hardware.disk import evict, resident_share
 from specchat.models.checkpoint.safetensors import open_checkpoint
 from specchat.models.packs.pack import Pack
 from specchat.models.packs.prepare import prepare
+from specchat.records.generation import Sampling
+from specchat.records.model import ModelSource
+from specchat.records.plan import Plan
 
 Tier = Literal["ram", "disk"]
 ARCHITECTURES = ("llama_tied", "mixtral", "gpt_oss")
@@ -139,7 +142,7 @@ def test_small_layers_are_read_where_they_are_computed(small: str, tmp_path: Pat
     sizes = [layer.nbytes for layer in pack.layers]
     limit = max(sizes) if small == "all" else min(sizes)
     assert sum(size <= limit for size in sizes) == (4 if small == "all" else 1)
-    monkeypatch.setattr("specchat.engine.slots.SMALL_LAYER_BYTES", limit)
+    monkeypatch.setattr("specchat.engine.streaming.slots.SMALL_LAYER_BYTES", limit)
     for slots in (1, 2, 3):
         with watched_threads() as threads:
             model = load(source, pack, resident=(), slots=slots, tier="disk")
@@ -200,7 +203,7 @@ def write_shards(source: ModelSource, folder: Path, num_shards: int, rng: random
 def test_shards_as_they_lie_give_the_same_bits(
     num_shards: int, in_ram: Collection[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("specchat.engine.fillers.READ_WINDOW_BYTES", 2 * 4096)  # so that tensors are cut
+    monkeypatch.setattr("specchat.engine.streaming.readers.READ_WINDOW_BYTES", 2 * 4096)  # so that tensors are cut
     whole, prompt = save(random_model(make_config("llama")), tmp_path / "model"), random_prompt(20, VOCAB)
     expected = hidden(load(whole, None, resident=None, slots=0, tier="disk"), prompt)
     for seed in range(2):

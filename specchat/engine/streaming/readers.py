@@ -15,8 +15,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from specchat.config import NUM_READERS, READ_WINDOW_BYTES
-from specchat.engine.slots import is_small, page_aligned
+from specchat.engine.streaming.slots import is_small, page_aligned
 from specchat.errors import CorruptCheckpointError
 from specchat.hardware.disk import READ_THREADS
 from specchat.models.checkpoint.safetensors import TensorInfo
@@ -25,6 +24,7 @@ from specchat.models.packs.pack import Pack
 from specchat.models.packs.verify import ChunkVerifier
 from specchat.models.weights.layout import LayerLayout
 from specchat.models.weights.reader import WeightReader
+from specchat.records.limits import NUM_READERS, READ_WINDOW_BYTES
 
 _PAGE = 4096
 _DAMAGED_SHARD = "delete the file and download it again"

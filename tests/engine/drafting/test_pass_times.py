@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specchat.engine.timing import PassTimes, _smoothed, never_falling
+from specchat.engine.drafting.pass_times import PassTimes, _smoothed, never_falling
 
 EXPECTED = ((1, 1.0), (65, 2.0))
 columns = st.lists(st.tuples(st.floats(0.1, 10.0), st.floats(0.1, 16.0)), min_size=1, max_size=12)

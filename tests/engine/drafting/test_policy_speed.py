@@ -8,8 +8,8 @@ from statistics import mean
 import pytest
 from support.worlds import Simulation, World
 
-from specchat.config import Expectation
-from specchat.engine.growth import FixedGrowth, PayingGrowth
+from specchat.engine.drafting.policy import FixedGrowth, PayingGrowth
+from specchat.records.plan import Expectation
 
 FIXED = (0, 8, 16, 32, 64, 128)
 LENGTHS = (64, 256, 1000)

@@ -18,13 +18,15 @@ import torch
 from support.engines import NOTHING, make_plan, random_prompt, write
 from support.tiny_models import VOCAB, make_config, perturbed, random_model, save
 
-from specchat.config import ModelSource, Quant, Sampling
-from specchat.engine.cuda import Pinner, pinner
 from specchat.engine.engine import Engine
-from specchat.engine.model import TreeModel, load_model
-from specchat.engine.slots import page_aligned
+from specchat.engine.loading import load_model
+from specchat.engine.model import TreeModel
+from specchat.engine.streaming.host_layers import Pinner, pinner
+from specchat.engine.streaming.slots import page_aligned
 from specchat.models.catalog.shape import parse_shape
 from specchat.models.synthetic.layers import materialise
+from specchat.records.generation import Sampling
+from specchat.records.model import ModelSource, Quant
 
 pytestmark = pytest.mark.gpu
 

@@ -24,9 +24,9 @@ from support.streamed import NUM_LAYERS, PackedModel, Runtime
 from support.threads import watched_threads
 from torch import Tensor
 
-from specchat.engine import cuda
-from specchat.engine.cuda import CudaStreamer, HostLayers, Pinner
-from specchat.engine.fillers import PackFiller
+from specchat.engine.streaming.cuda import CudaStreamer
+from specchat.engine.streaming.host_layers import HostLayers, Pinner
+from specchat.engine.streaming.readers import PackFiller
 from specchat.models.hf.skeleton import build_skeleton
 from specchat.models.weights.layout import LayerLayout
 
@@ -134,8 +134,8 @@ def fake_cuda(device: Device) -> Iterator[None]:
         patch.setattr(torch.cuda, "Event", lambda enable_timing=False: Event(device))
         patch.setattr(torch.cuda, "stream", device.using)
         patch.setattr(torch.cuda, "current_stream", lambda _: device.current)
-        patch.setattr(cuda, "_new_slots", device.new_slots)
-        patch.setattr(cuda, "_copy_async", device.copy_async)
+        patch.setattr("specchat.engine.streaming.cuda._new_slots", device.new_slots)
+        patch.setattr("specchat.engine.streaming.cuda._copy_async", device.copy_async)
         yield
 
 

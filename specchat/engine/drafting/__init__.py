@@ -1,0 +1,1 @@
+"""Drafters, and the policy of how far their trees grow."""

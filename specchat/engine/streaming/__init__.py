@@ -1,0 +1,1 @@
+"""Layers that are streamed for every pass."""

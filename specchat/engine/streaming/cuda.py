@@ -1,0 +1,135 @@
+"""Streamed layers on a CUDA device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specchat.engine.streaming.base import LayerStreamer, StreamCounters
+from specchat.engine.streaming.host_layers import HostLayers
+from specchat.models.weights.layout import LayerLayout, bind
+
+
+class CudaStreamer(LayerStreamer):
+    """Fills slots in device memory from host memory.
+
+    Args:
+        layers: the decoder layers; the streamed ones' parameters become views of slots.
+        streamed: their indices, ascending.
+        num_slots: slots to make.
+        host: where their bytes are; closed with this.
+        device: the CUDA device.
+    """
+
+    def __init__(
+        self, layers: Sequence[Any], streamed: Sequence[int], num_slots: int, host: HostLayers, device: torch.device
+    ) -> None:
+        self._position = {index: j for j, index in enumerate(streamed)}
+        layouts = [LayerLayout.of(layers[index]) for index in streamed]
+        self._nbytes = [layout.nbytes for layout in layouts]
+        self._slots = _new_slots(num_slots, max(self._nbytes), device)
+        for j, index in enumerate(streamed):
+            bind(layers[index], layouts[j].views(self._slots[j % num_slots]))
+        self._host = host
+        self._device = device
+        self._copies = torch.cuda.Stream(device)
+        self._filled = [torch.cuda.Event(enable_timing=True) for _ in streamed]
+        self._used = [torch.cuda.Event() for _ in range(num_slots)]
+        self._done = [torch.cuda.Event() for _ in streamed]
+        self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._num_bytes = 0
+        self._wait_s = 0.0
+        self._free_slots()
+        self._fill_first_slots()
+
+    def acquire(self, index: int) -> None:
+        """Makes the device's queue wait for the copy, and the host for the layer `slots + 1` before.
+
+        Without the second wait the host would queue the whole pass at once and could not stop it between layers.
+        """
+        j = self._position[index]
+        behind = j - (len(self._slots) + 1)
+        if behind >= 0:
+            self._done[behind].synchronize()
+        if not self._host.keeps(j):  # its copy could not be queued before its bytes had come from the disk
+            self._copy(j)
+        compute = torch.cuda.current_stream(self._device)
+        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        before.record(compute)
+        compute.wait_event(self._filled[j])
+        after.record(compute)
+        self._waits.append((before, after))
+        self._num_bytes += self._nbytes[j]
+
+    def release(self, index: int) -> None:
+        """Queues the copy of the next layer that lives in this slot, behind the computing just queued."""
+        j = self._position[index]
+        compute = torch.cuda.current_stream(self._device)
+        self._done[j].record(compute)
+        self._used[j % len(self._slots)].record(compute)
+        self._copy_if_there(self._next_in_slot(j))
+
+    def restart(self) -> None:
+        """Refills the slots with the first layers, behind whatever is still queued."""
+        self._free_slots()
+        self._host.restart()
+        self._fill_first_slots()
+
+    def counters(self) -> StreamCounters:
+        """Bytes copied and seconds that the device's queue stood waiting, or the host for the disk.
+
+        Waits for the passes queued so far.
+        """
+        for before, after in self._waits:
+            after.synchronize()
+            self._wait_s += before.elapsed_time(after) / 1e3
+        self._waits.clear()
+        return StreamCounters(self._num_bytes, self._wait_s + self._host.wait_s)
+
+    def close(self) -> None:
+        """Waits for copies under way and gives the host memory back."""
+        self._copies.synchronize()
+        self._host.close()
+
+    def _free_slots(self) -> None:
+        """Lets slots be filled once all that is queued has run: what computes on them, and first of all their zeroing.
+
+        Without this the first copies could overtake the zeroing, which is queued on another stream.
+        """
+        compute = torch.cuda.current_stream(self._device)
+        for used in self._used:
+            used.record(compute)
+
+    def _fill_first_slots(self) -> None:
+        for j in range(min(len(self._slots), len(self._nbytes))):
+            self._copy_if_there(j)
+
+    def _next_in_slot(self, j: int) -> int:
+        """The layer that follows j in its slot: N further on, or the slot's own first layer in the next pass."""
+        following = j + len(self._slots)
+        return following if following < len(self._nbytes) else j % len(self._slots)
+
+    def _copy_if_there(self, j: int) -> None:
+        if self._host.keeps(j):
+            self._copy(j)
+
+    def _copy(self, j: int) -> None:
+        slot, blob = j % len(self._slots), self._host.take(j)
+        self._copies.wait_event(self._used[slot])
+        with torch.cuda.stream(self._copies):
+            _copy_async(self._slots[slot][: self._nbytes[j]], blob)
+            self._filled[j].record(self._copies)
+        self._host.give_back(j, self._filled[j].synchronize)
+
+
+def _new_slots(num_slots: int, nbytes: int, device: torch.device) -> list[Tensor]:
+    """Zeroed memory on the device; the zeroing is queued on the current stream."""
+    return [torch.zeros(nbytes, dtype=torch.uint8, device=device) for _ in range(num_slots)]
+
+
+def _copy_async(slot: Tensor, blob: Tensor) -> None:
+    """Queues a copy on the current stream; the host goes on at once if the blob is pinned."""
+    slot.copy_(blob, non_blocking=True)
