@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 
-def write_whole(file: Path, text: str, *, durably: bool = False) -> None:
+def atomic_write_text(file: Path, text: str, *, durably: bool = False) -> None:
     """Puts a text in the place of a file, whole or not at all; its folder is made.
 
     Args:

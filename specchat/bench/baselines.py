@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import transformers as hf
 
-from specchat.closing import Closing
+from specchat.closing import Closeable
 from specchat.models.checkpoint.dtypes import TORCH_DTYPE
 from specchat.models.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE, open_checkpoint
 from specchat.models.hf.config import load_config
@@ -81,7 +81,7 @@ class _Watch:
         return torch.full((input_ids.shape[0],), self.should_stop(), device=input_ids.device)
 
 
-class OffloadedModel(Closing):
+class OffloadedModel(Closeable):
     """A model whose layers accelerate fetches for every pass: from disk when it computes on the CPU, else from RAM.
 
     Args:

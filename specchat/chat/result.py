@@ -4,8 +4,8 @@ from dataclasses import asdict
 from typing import Any
 
 from specchat.chat.session import Delta, Turn
-from specchat.planner.explain import Chosen
-from specchat.planner.offers import Offer, Offers
+from specchat.planner.explain import ExplainedPlan
+from specchat.planner.recommendations import Recommendation, Recommendations
 from specchat.records.model import ModelSource
 from specchat.records.plan import Plan
 
@@ -80,7 +80,7 @@ def plan_object(plan: Plan) -> dict[str, Any]:
     }
 
 
-def chosen_object(chosen: Chosen) -> dict[str, Any]:
+def chosen_object(chosen: ExplainedPlan) -> dict[str, Any]:
     """The plan that `run --plan --json` prints, with the speed to expect and the reasons."""
     prediction = chosen.prediction
     return {
@@ -106,7 +106,7 @@ def chosen_object(chosen: Chosen) -> dict[str, Any]:
     }
 
 
-def offers_object(offers: Offers, flags: str) -> dict[str, Any]:
+def offers_object(offers: Recommendations, flags: str) -> dict[str, Any]:
     """What this machine can run, as `probe --json` prints it.
 
     Args:
@@ -120,7 +120,7 @@ def offers_object(offers: Offers, flags: str) -> dict[str, Any]:
     }
 
 
-def _offer_object(offer: Offer, flags: str) -> dict[str, Any]:
+def _offer_object(offer: Recommendation, flags: str) -> dict[str, Any]:
     plan, prediction = offer.plan, offer.prediction
     return {
         "model": offer.model.id,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from specchat.models.hub.download import Download
     from specchat.models.locate import Missing
     from specchat.models.packs.pack import Pack
-    from specchat.planner.explain import Chosen
+    from specchat.planner.explain import ExplainedPlan
     from specchat.planner.request import PlanRequest
     from specchat.ui.console import Talk
     from specchat.ui.progress import Reporter
@@ -184,11 +184,11 @@ def _obtained(options: ModelOptions, refs: Refs, found: _Found, say: "Talk") -> 
 def _refuse_by_configuration(target: "Download") -> None:
     from specchat.models.hf.config import load_config  # with torch
     from specchat.models.locate import sketch
-    from specchat.models.weights.choose_recipe import comes_quantized
+    from specchat.models.weights.choose_recipe import is_prequantized
 
     sketched = sketch(target, Path())
     load_config(sketched.path)
-    comes_quantized(sketched)  # in a way that can be read
+    is_prequantized(sketched)  # in a way that can be read
 
 
 def _together(
@@ -210,10 +210,10 @@ def _sketched(found: "ModelSource | Missing", folder: Path) -> ModelSource | Non
     if isinstance(found, ModelSource):
         return found
     from specchat.models.locate import sketch
-    from specchat.models.weights.choose_recipe import comes_quantized  # with torch
+    from specchat.models.weights.choose_recipe import is_prequantized  # with torch
 
     sketched = sketch(found, folder)
-    return None if comes_quantized(sketched) else sketched
+    return None if is_prequantized(sketched) else sketched
 
 
 def _refuse_unsupported(target: "ModelRef") -> None:
@@ -267,7 +267,7 @@ def _agreed(downloads: "Sequence[Download]", target: "ModelSource | Missing") ->
 class Planned:
     """A plan, its reasons, and the models that it is for: a draft that would not pay is left out."""
 
-    chosen: "Chosen"
+    chosen: "ExplainedPlan"
     models: Models
 
     @property

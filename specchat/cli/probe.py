@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from specchat.cli.models import Planned
     from specchat.hardware.probe import Report
     from specchat.hardware.verdicts import Verdict
-    from specchat.planner.offers import Offers
+    from specchat.planner.recommendations import Recommendations
     from specchat.ui.console import Talk
 
 _DAMAGED = 3
@@ -77,12 +77,12 @@ def probe(options: ProbeOptions) -> int:
 # --- what can run ------------------------------------------------------------------------------------------------
 
 
-def _offers(options: ModelOptions, report: "Report") -> "Offers":
+def _offers(options: ModelOptions, report: "Report") -> "Recommendations":
     """Plans for the models that are known without any download."""
     from specchat.hardware.probe import find_machine
     from specchat.models.hub.cache import cached_models
-    from specchat.planner.offers import ANYTHING, find_offers
     from specchat.planner.rates import rates_of
+    from specchat.planner.recommendations import ANYTHING, find_recommendations
 
     machine = find_machine(options.device)
     asked = replace(
@@ -95,7 +95,7 @@ def _offers(options: ModelOptions, report: "Report") -> "Offers":
         quant=options.quant,
         draft_is_open=options.draft != "none",
     )
-    return find_offers(
+    return find_recommendations(
         asked,
         machine,
         rates_of(report.hardware, machine, report.measured),
@@ -178,14 +178,14 @@ def _print(
     report: "Report",
     verdicts: "tuple[Verdict, ...]",
     planned: "Planned | None",
-    offers: "Offers | None",
+    offers: "Recommendations | None",
 ) -> None:
     from specchat.chat.result import chosen_object, offers_object
     from specchat.hardware.report import report_object
     from specchat.ui.console import columns
-    from specchat.ui.offers_view import offer_lines, offer_table
     from specchat.ui.plan_view import plan_text
     from specchat.ui.probe_view import ProbeView, markdown
+    from specchat.ui.recommendations_view import offer_lines, offer_table
 
     flags = _flags(options.models)
     if options.json:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specchat.closing import Closing
+from specchat.closing import Closeable
 from specchat.engine import stats
 from specchat.engine.attention import RowLayout
 from specchat.engine.drafting.drafter import Drafter, ModelDrafter, NoDrafter
@@ -42,7 +42,7 @@ class _Answer:
     cancel: threading.Event | None
 
 
-class Engine(Closing):
+class Engine(Closeable):
     """A target, its drafter, and the tokens committed so far.
 
     Args:

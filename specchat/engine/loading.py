@@ -17,7 +17,7 @@ from specchat.engine.streaming.base import LayerStreamer, NoStreamer
 from specchat.engine.streaming.cpu import MappedStreamer, MixedStreamer, ThreadStreamer
 from specchat.engine.streaming.cuda import CudaStreamer
 from specchat.engine.streaming.host_layers import HostLayers, pinner
-from specchat.engine.streaming.readers import LayerFiller, filler_for
+from specchat.engine.streaming.readers import LayerReader, layer_reader_for
 from specchat.models.checkpoint.safetensors import open_checkpoint
 from specchat.models.hf.config import kv_shapes, load_config
 from specchat.models.hf.skeleton import Skeleton, build_skeleton, lookup_embeddings
@@ -83,7 +83,9 @@ def load_model(
             use_fast_products(skeleton.model)
         streamer: LayerStreamer = NoStreamer()
         if streamed:
-            filler = filler_for(skeleton.layers, streamed, reader, pack, cached=kept if device.type == "cpu" else ())
+            filler = layer_reader_for(
+                skeleton.layers, streamed, reader, pack, cached=kept if device.type == "cpu" else ()
+            )
             undo.callback(filler.close)
             if device.type == "cuda":
                 host = HostLayers(skeleton.layers, streamed, kept, num_slots, read_layer, filler, pinner(device, warn))
@@ -122,7 +124,7 @@ def _cpu_streamer(
     streamed: Sequence[int],
     in_ram: Sequence[int],
     num_slots: int,
-    filler: LayerFiller,
+    filler: LayerReader,
     pack: Pack | None,
 ) -> LayerStreamer:
     """Packed layers that fit in memory are computed in the page cache; all others are read into slots."""

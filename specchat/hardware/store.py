@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from specchat.files import write_whole
+from specchat.files import atomic_write_text
 from specchat.hardware.machine import Hardware, Links, MatmulRate, Measured
 
 _VERSION = 1  # of what is measured, and how
@@ -47,7 +47,7 @@ def save(folder: Path, key: str, measured: Measured) -> None:
     Raises:
         OSError: the folder cannot be written to.
     """
-    write_whole(_file(folder, key), json.dumps(asdict(measured)), durably=True)
+    atomic_write_text(_file(folder, key), json.dumps(asdict(measured)), durably=True)
 
 
 def _file(folder: Path, key: str) -> Path:

@@ -21,8 +21,8 @@ from specchat.planner.memory import (
     host_embeddings,
     lookup_bytes,
 )
-from specchat.planner.placement import Placement, among, interleaved, shelves_of, usable_ram
-from specchat.planner.request import EXACT_BYTES, LOWER_QUANTS, Known, PlanRequest
+from specchat.planner.placement import Placement, among, interleaved, placement_options, usable_ram
+from specchat.planner.request import EXACT_BYTES, LOWER_QUANTS, PlanInputs, PlanRequest
 from specchat.records.model import DTYPE_BYTES, Dtype, ModelSpec
 from specchat.records.plan import Plan
 from specchat.units import GIB, MIB, format_bytes
@@ -137,12 +137,12 @@ class Candidates:
         UsageError: a context the model has no positions for.
     """
 
-    def __init__(self, request: PlanRequest, known: Known, target: ModelSpec) -> None:
+    def __init__(self, request: PlanRequest, known: PlanInputs, target: ModelSpec) -> None:
         self._request = request
         self._known = known
         self._target = target
         self._dtype = dtype_for(request, known.machine, target)
-        self._shelves = shelves_of(target, self._dtype, request.slots)
+        self._shelves = placement_options(target, self._dtype, request.slots)
         self._budget = request.vram_bytes if request.vram_bytes is not None else _default_budget(known.machine)
         self._contexts = _contexts(usual_ctx(request, target), is_open=request.ctx is None)
         self._usable_ram = usable_ram(known.machine.ram_available_bytes)

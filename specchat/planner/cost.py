@@ -132,7 +132,7 @@ class CostModel:
         self._draft = None if draft is None else _compute_of(draft, dtype, rates, on_cpu=self._on_cpu)
         self._rates = rates
         self._acceptance = acceptance
-        self._timed: dict[tuple[int, bool], _Sides] = {}
+        self._timed: dict[tuple[int, bool], _StepCosts] = {}
         self._speeds: dict[Placement, dict[int, float]] = {}
 
     def predict(self, placement: Placement, tree_budget: int, *, adaptive: bool) -> Prediction:
@@ -166,7 +166,7 @@ class CostModel:
     def most_tok_per_s(self, tree_budget: int, *, adaptive: bool) -> float:
         """What no placement exceeds: `tok_per_s` if every layer stayed with the device."""
         sizes = self._sizes(tree_budget, adaptive)
-        return max(self._sides(nodes, reads=False).most_tok_per_s(self._num_layers) for nodes in sizes)
+        return max(self._step_costs(nodes, reads=False).most_tok_per_s(self._num_layers) for nodes in sizes)
 
     def _sizes(self, tree_budget: int, adaptive: bool) -> tuple[int, ...]:
         """Trees to try."""
@@ -186,14 +186,14 @@ class CostModel:
             per_s = speeds.get(nodes)
             if per_s is None:
                 queue = queue or self._queue(placement)
-                sides = self._sides(nodes, reads=self._reads(placement))
+                sides = self._step_costs(nodes, reads=self._reads(placement))
                 per_s = speeds[nodes] = sides.tokens / self._pass_s(queue, sides)
             if per_s > best_per_s:
                 best_per_s, best = per_s, nodes
         return best_per_s, best
 
     def _step(self, placement: Placement, nodes: int) -> Prediction:
-        sides, queue = self._sides(nodes, reads=self._reads(placement)), self._queue(placement)
+        sides, queue = self._step_costs(nodes, reads=self._reads(placement)), self._queue(placement)
         pass_s = self._pass_s(queue, sides)
         compute_s = placement.num_layers * sides.layer_s
         linked_s = self._linked_s(queue, sides)
@@ -210,12 +210,12 @@ class CostModel:
             basis=self._basis(placement, nodes),
         )
 
-    def _pass_s(self, queue: "LinkQueue", sides: "_Sides") -> float:
+    def _pass_s(self, queue: "LinkQueue", sides: "_StepCosts") -> float:
         """A whole step: drafting and scoring, then whatever of the pass ends last."""
         computed_s = queue.computed_s(sides.layer_s, sides.outside_s)
         return sides.outside_s + max(computed_s, self._linked_s(queue, sides))
 
-    def _linked_s(self, queue: "LinkQueue", sides: "_Sides") -> float:
+    def _linked_s(self, queue: "LinkQueue", sides: "_StepCosts") -> float:
         stalled_s = queue.num_linked * min(queue.arrival_s, sides.layer_s) * self._stall(queue.slots)
         return queue.linked_s(sides.layer_s, sides.outside_s) + stalled_s
 
@@ -241,13 +241,13 @@ class CostModel:
         """Whether reading takes the cores that the draft runs on."""
         return self._on_cpu and placement.num_on_disk > 0
 
-    def _sides(self, nodes: int, *, reads: bool) -> "_Sides":
+    def _step_costs(self, nodes: int, *, reads: bool) -> "_StepCosts":
         """What depends on nothing else of the placement."""
         key = nodes, reads
         if key not in self._timed:
             tokens = self._acceptance.tokens_per_step(nodes)
             draft_s, head_s = self._draft_s(nodes, tokens, reads=reads), self._target.head_s(tokens)
-            self._timed[key] = _Sides(self._target.layer_s(1 + nodes), draft_s, draft_s + head_s, tokens)
+            self._timed[key] = _StepCosts(self._target.layer_s(1 + nodes), draft_s, draft_s + head_s, tokens)
         return self._timed[key]
 
     def _draft_s(self, nodes: int, tokens: float, *, reads: bool) -> float:
@@ -319,7 +319,7 @@ class LinkQueue:
 
 
 @dataclass(frozen=True)
-class _Sides:
+class _StepCosts:
     """Of a tree of some size: computing a layer of the target, drafting, all but the pass, tokens."""
 
     layer_s: float

@@ -46,7 +46,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ExplainedPlan:
     """A plan with its reasons.
 
     Attributes:

@@ -42,7 +42,7 @@ class Placement:
 
 
 @dataclass(frozen=True)
-class Division:
+class LayerSplit:
     """Which layers stay with the device: as many, evenly spread.
 
     Attributes:
@@ -56,7 +56,7 @@ class Division:
     num_bytes: int
 
 
-class Shelves:
+class PlacementOptions:
     """Ways to divide a target's layers, and where the streamed ones then are.
 
     Args:
@@ -67,7 +67,7 @@ class Shelves:
     def __init__(self, sizes: tuple[int, ...], slots: tuple[int, ...]) -> None:
         self._sizes = sizes
         self._are_alike = min(sizes) == max(sizes)  # as in most models
-        self._ladders = {each: _Ladder(sizes, each, are_alike=self._are_alike) for each in slots}
+        self._ladders = {each: _SplitsBySlots(sizes, each, are_alike=self._are_alike) for each in slots}
         self._placements: dict[tuple[int, int, int], Placement] = {}
 
     @property
@@ -75,7 +75,7 @@ class Shelves:
         """Of resident layers and slots, with the first number of slots."""
         return next(iter(self._ladders.values())).least_bytes
 
-    def divide(self, rooms: Sequence[int]) -> list[tuple[int, Division]]:
+    def divide(self, rooms: Sequence[int]) -> list[tuple[int, LayerSplit]]:
         """For every number of slots the most layers that can stay, and more where a later room lets more of them stay.
 
         Args:
@@ -87,7 +87,7 @@ class Shelves:
         found = (each for ladder in self._ladders.values() for each in _growing(ladder, rooms))
         return list(dict.fromkeys(found))
 
-    def place(self, division: Division, host_room: int) -> Placement:
+    def place(self, division: LayerSplit, host_room: int) -> Placement:
         """With as many of the streamed layers in host memory as there is room for.
 
         Args:
@@ -122,7 +122,7 @@ class Shelves:
 
 
 @lru_cache(maxsize=512)
-def shelves_of(target: ModelSpec, dtype: Dtype, slots: int | None) -> Shelves:
+def placement_options(target: ModelSpec, dtype: Dtype, slots: int | None) -> PlacementOptions:
     """Those of a model's layers; a search asks more than once.
 
     Args:
@@ -130,10 +130,10 @@ def shelves_of(target: ModelSpec, dtype: Dtype, slots: int | None) -> Shelves:
         dtype: that the layers are stored in.
         slots: as asked for, or None.
     """
-    return Shelves(layer_sizes(target, dtype), SLOTS if slots is None else (slots,))
+    return PlacementOptions(layer_sizes(target, dtype), SLOTS if slots is None else (slots,))
 
 
-class _Ladder:
+class _SplitsBySlots:
     """All divisions with so many slots, most resident layers first, and what each of them takes.
 
     Where layers differ in size, a division with fewer resident ones need not take less. But the first one that takes no
@@ -155,15 +155,15 @@ class _Ladder:
     def least_bytes(self) -> int:
         return self._least[-1]
 
-    def highest(self, room: int) -> Division | None:
+    def highest(self, room: int) -> LayerSplit | None:
         """The first division that takes no more."""
         index = bisect_left(self._least, -room, key=neg)
         if index == len(self._least):
             return None
-        return Division(self._counts[index], self._slots if index else 0, self._least[index])
+        return LayerSplit(self._counts[index], self._slots if index else 0, self._least[index])
 
 
-def _growing(ladder: _Ladder, rooms: Sequence[int]) -> Iterator[tuple[int, Division]]:
+def _growing(ladder: _SplitsBySlots, rooms: Sequence[int]) -> Iterator[tuple[int, LayerSplit]]:
     """What each room allows, if that is more layers than the room before: nothing gives way for nothing."""
     most = -1
     for index, room in enumerate(rooms):

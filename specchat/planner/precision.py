@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from specchat.hardware.machine import Machine
 from specchat.models.sizes.geometry import weight_bytes
 from specchat.planner.candidates import Candidates, dtype_for
-from specchat.planner.request import EXACT_BYTES, LOWER_QUANTS, Known, PlanRequest
+from specchat.planner.request import EXACT_BYTES, LOWER_QUANTS, PlanInputs, PlanRequest
 from specchat.planner.statistics import Statistics
 from specchat.records.model import DTYPE_BYTES, ModelSpec, Quant
 
@@ -33,7 +33,7 @@ class Precision:
     other: ModelSpec | None = None
 
 
-def choose_quant(request: PlanRequest, known: Known) -> Precision:
+def choose_quant(request: PlanRequest, known: PlanInputs) -> Precision:
     """The target in the precision asked for, or with "auto" in the best that this machine can do with reasonably fast.
 
     The same command must give the same text on the same machine, whatever else runs there.
@@ -52,7 +52,7 @@ def choose_quant(request: PlanRequest, known: Known) -> Precision:
     return Precision(known.target("int4"), "int8 exceeds all memory of this machine", int8)
 
 
-def _full_or_int8(request: PlanRequest, known: Known, full: ModelSpec) -> Precision:
+def _full_or_int8(request: PlanRequest, known: PlanInputs, full: ModelSpec) -> Precision:
     """The original where it fits the device, or where int8 would not be much faster."""
     idle = replace(known, machine=_idle(known.machine), rates=known.typical, statistics=Statistics())
     plain = Candidates(request, idle, full).best

@@ -6,7 +6,7 @@ from specchat.planner.candidates import Candidate, Candidates, preference, usual
 from specchat.planner.cost import Prediction
 from specchat.planner.explain import Alternative, Choice
 from specchat.planner.precision import Precision
-from specchat.planner.request import EXACT_BYTES, LOWER_QUANTS, Known, PlanRequest
+from specchat.planner.request import EXACT_BYTES, LOWER_QUANTS, PlanInputs, PlanRequest
 from specchat.records.model import DTYPE_BYTES, ModelSpec
 from specchat.units import format_bytes
 
@@ -14,7 +14,7 @@ _Otherwise = Callable[[Callable[[Candidate], bool], Callable[[Candidate], str]],
 
 
 def choices(
-    request: PlanRequest, known: Known, quant: Precision, best: Candidate, among: Candidates
+    request: PlanRequest, known: PlanInputs, quant: Precision, best: Candidate, among: Candidates
 ) -> tuple[Choice, ...]:
     """Every choice with its reason, and what the best plan without it would do."""
 
@@ -84,7 +84,7 @@ def _draft_of(candidate: Candidate) -> str:
     return "none" if candidate.draft is None else candidate.draft.name
 
 
-def _draft_choice(request: PlanRequest, known: Known, best: Candidate, other: Alternative | None) -> Choice:
+def _draft_choice(request: PlanRequest, known: PlanInputs, best: Candidate, other: Alternative | None) -> Choice:
     if known.draft is None:
         return Choice("draft", "none", "none known or asked for")
     if not request.draft_is_open:
@@ -93,7 +93,9 @@ def _draft_choice(request: PlanRequest, known: Known, best: Candidate, other: Al
     return Choice("draft", _draft_of(best), why, alternative=other)
 
 
-def _draft_quant_choice(request: PlanRequest, known: Known, draft: ModelSpec, otherwise: _Otherwise) -> list[Choice]:
+def _draft_quant_choice(
+    request: PlanRequest, known: PlanInputs, draft: ModelSpec, otherwise: _Otherwise
+) -> list[Choice]:
     """Nothing where there was nothing to choose."""
     if request.draft_quant != "auto":
         return [Choice("draft-quant", draft.quant, "asked for", pinned=True)]
@@ -110,7 +112,7 @@ def _what_a_tree_brings(prediction: Prediction) -> str:
     return f"{prediction.tokens_per_step:.1f} tokens a pass instead of 1"
 
 
-def _other_quant(request: PlanRequest, known: Known, quant: Precision) -> Alternative | None:
+def _other_quant(request: PlanRequest, known: PlanInputs, quant: Precision) -> Alternative | None:
     """What the precision that was not chosen would do under the same conditions."""
     if quant.other is None:
         return None

@@ -54,7 +54,7 @@ class PlanRequest:
 
 
 @dataclass(frozen=True)
-class Known:
+class PlanInputs:
     """What a choice is based on besides the request.
 
     Attributes:

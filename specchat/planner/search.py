@@ -11,11 +11,11 @@ from specchat.models.sizes.describe import describe
 from specchat.paths import cache_folder, state_folder
 from specchat.planner.candidates import Candidate, Candidates
 from specchat.planner.cost import DEMO_ACCEPTANCE, TYPICAL_ACCEPTANCE, Prediction
-from specchat.planner.explain import Chosen
+from specchat.planner.explain import ExplainedPlan
 from specchat.planner.precision import choose_quant, lower_quants
 from specchat.planner.rates import rates_of
 from specchat.planner.reasons import choices
-from specchat.planner.request import LOWER_QUANTS, Known, PlanRequest
+from specchat.planner.request import LOWER_QUANTS, PlanInputs, PlanRequest
 from specchat.planner.statistics import load
 from specchat.records.model import ModelSource, ModelSpec, Quant
 from specchat.records.plan import Plan
@@ -27,7 +27,7 @@ def make_plan(request: PlanRequest) -> Plan:
     return choose_quickly(request, _find_out(request))[0]
 
 
-def choose_plan(request: PlanRequest, warn: Callable[[str], None] = lambda _: None) -> Chosen:
+def choose_plan(request: PlanRequest, warn: Callable[[str], None] = lambda _: None) -> ExplainedPlan:
     """The fastest plan for this machine and these models; nothing but configurations is read, nothing is measured.
 
     Args:
@@ -42,14 +42,14 @@ def choose_plan(request: PlanRequest, warn: Callable[[str], None] = lambda _: No
     return choose_for(request, _find_out(request, warn))
 
 
-def _find_out(request: PlanRequest, warn: Callable[[str], None] = lambda _: None) -> Known:
+def _find_out(request: PlanRequest, warn: Callable[[str], None] = lambda _: None) -> PlanInputs:
     """Machine, models and statistics, as far as they are written down somewhere."""
     machine = find_machine(request.device)
     folder = cache_folder()
     hardware = find_hardware(folder)
     measured = remembered(folder, hardware, machine, request.device)
     draft, *lower_drafts = _described_drafts(request)
-    return Known(
+    return PlanInputs(
         machine=machine,
         rates=rates_of(hardware, machine, measured),
         typical=rates_of(hardware, machine),
@@ -76,7 +76,7 @@ def _described_drafts(request: PlanRequest) -> list[ModelSpec | None]:
     return [draft, *(describe(request.draft, quant) for quant in lower_quants(draft))]
 
 
-def choose_for(request: PlanRequest, known: Known) -> Chosen:
+def choose_for(request: PlanRequest, known: PlanInputs) -> ExplainedPlan:
     """`choose_plan` once everything is known; a pure function.
 
     Raises:
@@ -88,10 +88,10 @@ def choose_for(request: PlanRequest, known: Known) -> Chosen:
     plan, prediction = _planned(request, known, best)
     pace = prediction.tok_per_s / best.tok_per_s  # what chats with this plan have shown holds for those beside it, too
     reasons = choices(request, known, quant, best, found)
-    return Chosen(plan, prediction, tuple(choice.at_pace(pace) for choice in reasons))
+    return ExplainedPlan(plan, prediction, tuple(choice.at_pace(pace) for choice in reasons))
 
 
-def choose_quickly(request: PlanRequest, known: Known) -> tuple[Plan, Prediction]:
+def choose_quickly(request: PlanRequest, known: PlanInputs) -> tuple[Plan, Prediction]:
     """As `choose_for`, without the reasons: fast enough for all models there are."""
     return _planned(request, known, _best_of(Candidates(request, known, choose_quant(request, known).spec)))
 
@@ -102,7 +102,7 @@ def _best_of(found: Candidates) -> Candidate:
     return found.best
 
 
-def _planned(request: PlanRequest, known: Known, best: Candidate) -> tuple[Plan, Prediction]:
+def _planned(request: PlanRequest, known: PlanInputs, best: Candidate) -> tuple[Plan, Prediction]:
     plan = best.plan(request, known.machine)
     return plan, known.statistics.corrected(plan, best.prediction, samples=request.samples)
 

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from specchat.files import write_whole
+from specchat.files import atomic_write_text
 from specchat.planner.cost import Acceptance, Prediction
 from specchat.records.generation import Step
 from specchat.records.plan import Plan
@@ -198,4 +198,4 @@ def _tally(row: list[float]) -> Tally:
 def _write(folder: Path, statistics: Statistics) -> None:
     pairs = {key: {size: tally.values() for size, tally in rows.items()} for key, rows in statistics.pairs.items()}
     plans = {key: tally.values() for key, tally in statistics.plans.items() if tally.steps}
-    write_whole(folder / _FILE, json.dumps({"version": _VERSION, "pairs": pairs, "plans": plans}))
+    atomic_write_text(folder / _FILE, json.dumps({"version": _VERSION, "pairs": pairs, "plans": plans}))

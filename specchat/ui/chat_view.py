@@ -6,7 +6,7 @@ from threading import Event
 
 from specchat import __version__
 from specchat.chat.session import ChatSession, Delta, Dropped, Turn
-from specchat.planner.explain import Chosen
+from specchat.planner.explain import ExplainedPlan
 from specchat.records.chat import Setting
 from specchat.records.generation import Step
 from specchat.records.model import ModelSource
@@ -45,7 +45,7 @@ class ChatView:
         self.shows_thinking = False
         self._raw = raw
 
-    def banner(self, target: ModelSource, chosen: Chosen, draft_note: str) -> None:
+    def banner(self, target: ModelSource, chosen: ExplainedPlan, draft_note: str) -> None:
         """Model, draft, plan and the speed to expect, before anything is loaded."""
         for line in banner_lines(target, chosen, draft_note):
             self.talk.say(line, "dim")
@@ -197,7 +197,7 @@ class _Follower:
 # --- lines -------------------------------------------------------------------------------------------------------
 
 
-def banner_lines(target: ModelSource, chosen: Chosen, draft_note: str) -> list[str]:
+def banner_lines(target: ModelSource, chosen: ExplainedPlan, draft_note: str) -> list[str]:
     """What will answer, with which helper, where it all goes, and how fast that should be."""
     plan = chosen.plan
     model = f"{target.name} ({target.label})" if target.label else target.name

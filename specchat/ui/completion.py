@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 
-# Offers words, or None for the names of files.
+# Recommendations words, or None for the names of files.
 Words = Callable[[], Iterable[str]] | None
 
 

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from specchat.planner.cost import Prediction
-from specchat.planner.explain import Choice, Chosen
+from specchat.planner.explain import Choice, ExplainedPlan
 from specchat.records.model import ModelSource
 from specchat.records.plan import Plan
 from specchat.ui.console import neutral
@@ -20,7 +20,7 @@ _WIDEST = 110  # longer lines are hard to read
 _WAITS_FOR = {"link": "waiting for layers", "compute": "computing", "draft": "drafting"}
 
 
-def plan_text(target: ModelSource, chosen: Chosen, draft_note: str, width: int) -> str:
+def plan_text(target: ModelSource, chosen: ExplainedPlan, draft_note: str, width: int) -> str:
     """The plan as `run --plan` and `probe MODEL` print it.
 
     Args:

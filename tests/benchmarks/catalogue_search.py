@@ -16,8 +16,8 @@ from support.machines import MACHINES, MachineFile, read_machine
 
 from specchat.errors import DoesNotFitError
 from specchat.models.catalog.known_models import known_models
-from specchat.planner.offers import ANYTHING, find_offers, offer_of
 from specchat.planner.rates import rates_of
+from specchat.planner.recommendations import ANYTHING, find_recommendations, recommend
 
 MOST_S = 0.2
 _REPEATS = 5
@@ -34,12 +34,12 @@ def rates(file: MachineFile):
 
 
 def search(file: MachineFile) -> None:
-    find_offers(ANYTHING, file.machine, *rates(file), free_disk_bytes=file.hardware.disk.free_bytes)
+    find_recommendations(ANYTHING, file.machine, *rates(file), free_disk_bytes=file.hardware.disk.free_bytes)
 
 
 def one(file: MachineFile, model) -> None:
     try:
-        offer_of(model, ANYTHING, file.machine, *rates(file))
+        recommend(model, ANYTHING, file.machine, *rates(file))
     except DoesNotFitError:
         return
 

@@ -25,7 +25,7 @@ from specchat.engine import loading
 from specchat.engine.attention import RowLayout
 from specchat.engine.loading import load_model
 from specchat.engine.model import TreeModel
-from specchat.engine.streaming.readers import LayerFiller, filler_for
+from specchat.engine.streaming.readers import LayerReader, layer_reader_for
 from specchat.hardware.disk import evict, read_raw
 from specchat.models.catalog.shape import parse_shape
 from specchat.models.packs.pack import Pack
@@ -76,7 +76,7 @@ class Timed:
 
     def __init__(self, source: ModelSource, pack: Pack | None, num_slots: int) -> None:
         self.timeline = Timeline()
-        loading.filler_for = self._make_filler
+        loading.layer_reader_for = self._make_filler
         self.model: TreeModel = load_model(
             source,
             dtype=torch.bfloat16,
@@ -101,8 +101,8 @@ class Timed:
         self.timeline.end = CLOCK()
         return self.timeline
 
-    def _make_filler(self, *args: Any, **kwargs: Any) -> LayerFiller:
-        filler = filler_for(*args, **kwargs)
+    def _make_filler(self, *args: Any, **kwargs: Any) -> LayerReader:
+        filler = layer_reader_for(*args, **kwargs)
         chunks = filler.chunks
 
         def timed_chunks(index: int, slot: Tensor) -> Sequence[Callable[[], None]]:

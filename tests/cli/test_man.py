@@ -16,8 +16,8 @@ from specchat.cli.app import app
 from specchat.cli.exit_status import EXIT_CODES
 from specchat.models.catalog.known_models import known_models
 from specchat.planner.cost import Prediction
-from specchat.planner.explain import Alternative, Choice, Chosen
-from specchat.planner.offers import Offer, Offers
+from specchat.planner.explain import Alternative, Choice, ExplainedPlan
+from specchat.planner.recommendations import Recommendation, Recommendations
 from specchat.records.plan import LedgerItem, Plan
 from specchat.ui.commands import COMMANDS
 
@@ -49,7 +49,7 @@ def keys_of(record):
 def json_keys():
     plan = Plan(**{field.name: () for field in fields(Plan)} | {"num_layers": 0})
     choices = (Choice("", "", "", False, Alternative("", None)),)
-    made = chosen_object(Chosen(plan, Prediction(**{field.name: 0 for field in fields(Prediction)}), choices))
+    made = chosen_object(ExplainedPlan(plan, Prediction(**{field.name: 0 for field in fields(Prediction)}), choices))
     nested = set(made["choices"][0]) | set(made["alternatives"][0])
     keys = keys_of(Turn) - {"unsaved"} | set(made) | nested | keys_of(LedgerItem) | set(done_object({}))
     return sorted(keys | set(delta_object(Delta("", ()))) | {"schema_version", "model", "revision", "seed"})
@@ -59,7 +59,7 @@ def offer_keys():
     model = known_models()["Qwen/Qwen3-8B"]
     plan = Plan(**{field.name: () for field in fields(Plan)} | {"num_layers": 0})
     prediction = Prediction(**{field.name: 0 for field in fields(Prediction)})
-    made = offers_object(Offers((Offer(model, None, plan, prediction, False, 0, 0, 0),), (), ()), "")
+    made = offers_object(Recommendations((Recommendation(model, None, plan, prediction, False, 0, 0, 0),), (), ()), "")
     return sorted({"models", *made, *made["runs"][0]})
 
 

@@ -29,7 +29,7 @@ from specchat.models.sizes.geometry import weight_bytes
 from specchat.models.synthetic.layers import materialise
 from specchat.models.weights.layout import LayerLayout
 from specchat.models.weights.quantizing_reader import QuantizingReader
-from specchat.models.weights.recipe import OwnRecipe
+from specchat.models.weights.recipe import QuantizeRecipe
 from specchat.planner import search
 from specchat.planner.request import PlanRequest
 from specchat.records.generation import Sampling
@@ -162,10 +162,10 @@ def test_shapes_are_made_quantized(quant):
     shape = replace(parse_shape(SHAPE), quant=quant)
     source = materialise(shape)
     (pack,) = list_packs()
-    assert pack.quantizer == OwnRecipe(quant).identity and pack.dtype == "bf16"
+    assert pack.quantizer == QuantizeRecipe(quant).identity and pack.dtype == "bf16"
     assert prepare(source, "bf16", quant, progress=quiet, warn=quiet) == pack
     skeleton = build_skeleton(load_config(source.path), torch.bfloat16)
-    QuantizingReader(skeleton, open_checkpoint(materialise(replace(shape, quant="none")).path), OwnRecipe(quant))
+    QuantizingReader(skeleton, open_checkpoint(materialise(replace(shape, quant="none")).path), QuantizeRecipe(quant))
     for layer, packed in zip(skeleton.layers, pack.layers, strict=True):
         layout = LayerLayout.of(layer)
         assert packed.nbytes == layout.nbytes

@@ -23,7 +23,7 @@ from specchat.models.quant.modules import Matrix, QuantLinear, quant_linears
 from specchat.models.sizes.describe import describe
 from specchat.models.sizes.geometry import dequantize_bytes, layer_bytes, weight_bytes
 from specchat.models.weights.layout import LayerLayout
-from specchat.models.weights.recipe import OwnRecipe, apply_recipe
+from specchat.models.weights.recipe import QuantizeRecipe, apply_recipe
 from specchat.records.generation import Sampling
 from specchat.records.model import ModelSource
 from specchat.records.plan import Plan
@@ -69,7 +69,7 @@ def pack_of(source: ModelSource, quant: str) -> Pack:
 
 def quantize_in_place(model: Any, quant: str) -> None:
     """Gives transformers' own model the numbers that the quantized one computes with: the slow, obvious way."""
-    recipe = OwnRecipe(quant)  # type: ignore[arg-type]
+    recipe = QuantizeRecipe(quant)  # type: ignore[arg-type]
     skeleton = skeleton_of(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for matrix in find_matrices(skeleton):
@@ -84,7 +84,7 @@ def quantize_in_place(model: Any, quant: str) -> None:
                 each.copy_(rounded(dense, recipe, matrix).T if matrix.transposed else rounded(dense, recipe, matrix))
 
 
-def rounded(weight: torch.Tensor, recipe: OwnRecipe, matrix: Matrix) -> torch.Tensor:
+def rounded(weight: torch.Tensor, recipe: QuantizeRecipe, matrix: Matrix) -> torch.Tensor:
     quantizer = recipe.quantizer(matrix)
     segments = {s.name: torch.empty(s.shape, dtype=s.dtype) for s in quantizer.format.segments(*matrix.shape)}
     quantizer.quantize(weight, segments)
@@ -191,7 +191,7 @@ def test_what_is_quantized():
     """All large matrices, but no embedding, norm or router."""
     skeleton = build_skeleton(make_config("qwen3_moe"), torch.float32)
     dense = {name for name, _ in skeleton.model.named_parameters()}
-    apply_recipe(skeleton, OwnRecipe("int4"))
+    apply_recipe(skeleton, QuantizeRecipe("int4"))
     left = {name for name, _ in skeleton.model.named_parameters()} & dense
     assert {name.rpartition("layers.")[2].lstrip("0123456789.") for name in left} == {
         "model.embed_tokens.weight",

@@ -12,10 +12,10 @@ from support.machines import CUDA_TORCH, GIB, MEASURED, hardware
 from specchat.hardware.machine import Gpu, GpuSurvey, Machine, PcieLink
 from specchat.models.catalog.ref import demo_source
 from specchat.planner.cost import TYPICAL_ACCEPTANCE, Acceptance, CostModel, LinkQueue, draft_batches
-from specchat.planner.explain import Chosen
+from specchat.planner.explain import ExplainedPlan
 from specchat.planner.placement import Placement, interleaved
 from specchat.planner.rates import Rate, Rates, rates_of
-from specchat.planner.request import Known, PlanRequest
+from specchat.planner.request import PlanInputs, PlanRequest
 from specchat.planner.search import choose_for
 from specchat.records.limits import draft_width
 from specchat.records.model import KvShape, ModelSource, ModelSpec, ParamSize
@@ -205,8 +205,8 @@ def test_on_a_cpu_threads_cost_every_layer_and_readers_every_pass_of_the_draft()
 # --- plans -----------------------------------------------------------------------------------------------------------
 
 
-def chosen(request: PlanRequest, machine: Machine, rates: Rates, target=large, draft=DRAFT_SPEC) -> Chosen:
-    return choose_for(request, Known(machine, rates, rates, target, draft))
+def chosen(request: PlanRequest, machine: Machine, rates: Rates, target=large, draft=DRAFT_SPEC) -> ExplainedPlan:
+    return choose_for(request, PlanInputs(machine, rates, rates, target, draft))
 
 
 def faster(rates: Rates, link: float, disk: float, compute: float) -> Rates:
@@ -253,7 +253,7 @@ def test_more_of_anything_is_never_slower(vram, more, ram, factors, quant, devic
 def test_what_fits_is_not_streamed_and_what_is_fast_alone_needs_no_draft():
     machine, rates = with_card(card(24))
     assert not chosen(asked(), machine, rates, small).plan.streamed
-    hopeless = Known(machine, rates, rates, small, DRAFT_SPEC, Acceptance(0.01, 1.0, "measured"))
+    hopeless = PlanInputs(machine, rates, rates, small, DRAFT_SPEC, Acceptance(0.01, 1.0, "measured"))
     plain = choose_for(asked(), hopeless)
     assert plain.plan.draft is None and plain.plan.tree_budget == 0 and plain.prediction.tokens_per_step == 1
     choice = next(each for each in plain.choices if each.option == "draft")
@@ -270,9 +270,9 @@ def test_a_draft_without_room_is_stored_in_fewer_bytes():
     )
     machine, rates = with_card(card(8))
 
-    def plan(drafts: tuple[ModelSpec, ...], **changes: object) -> Chosen:
+    def plan(drafts: tuple[ModelSpec, ...], **changes: object) -> ExplainedPlan:
         request = asked(**{"quant": "int4", "ctx": 512, "vram_bytes": 15 * GIB // 2, **changes})
-        return choose_for(request, Known(machine, rates, rates, large, DRAFT_SPEC, lower_drafts=drafts))
+        return choose_for(request, PlanInputs(machine, rates, rates, large, DRAFT_SPEC, lower_drafts=drafts))
 
     assert plan(()).plan.draft is None, "it has no room as it is"
     chosen_here = plan(lower)
@@ -288,7 +288,7 @@ def test_the_precision_depends_on_what_the_machine_has_and_not_on_what_is_free()
     def quant(vram_gib: int, target=small, **changes: object) -> str:
         machine, rates = with_card(card(vram_gib))
         plans = [
-            choose_for(asked(), Known(here, quick, rates, target, DRAFT_SPEC)).plan
+            choose_for(asked(), PlanInputs(here, quick, rates, target, DRAFT_SPEC)).plan
             for here in (machine, replace(machine, device_free_bytes=machine.device_free_bytes - 2 * GIB))
             for quick in (rates, faster(rates, 20, 20, 20))
         ]
@@ -302,7 +302,7 @@ def test_the_precision_depends_on_what_the_machine_has_and_not_on_what_is_free()
     machine, rates = with_card(card(24), ram_gib=16)
     assert chosen(asked(), machine, rates).plan.quant == "int4", "int8 exceeds all there is"
     slow = faster(rates, 1, 1, 1e-3)  # computing takes so long that bytes do not matter
-    unhurried = choose_for(asked(), Known(replace(machine, total_bytes=200 * GIB), slow, slow, large, DRAFT_SPEC))
+    unhurried = choose_for(asked(), PlanInputs(replace(machine, total_bytes=200 * GIB), slow, slow, large, DRAFT_SPEC))
     assert unhurried.plan.quant == "none"
 
 

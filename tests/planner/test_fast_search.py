@@ -24,7 +24,7 @@ from specchat.planner.cost import Acceptance, CostModel, Prediction
 from specchat.planner.memory import Workload, build_ledger, bytes_beside_layers, host_embedding_bytes
 from specchat.planner.placement import Placement, interleaved, usable_ram
 from specchat.planner.rates import Rate
-from specchat.planner.request import Known, PlanRequest
+from specchat.planner.request import PlanInputs, PlanRequest
 from specchat.records.model import ModelSource, ModelSpec, ParamSize
 
 MIB = 1 << 20
@@ -49,13 +49,13 @@ def kind(device: str) -> str:
     return "cpu" if device == "cpu" else "cuda"
 
 
-def ways(request: PlanRequest, known: Known, target: ModelSpec) -> list[Obvious]:
+def ways(request: PlanRequest, known: PlanInputs, target: ModelSpec) -> list[Obvious]:
     drafts = [known.draft] if known.draft is None or not request.draft_is_open else [known.draft, None]
     drafts[1:1] = known.lower_drafts if known.draft is not None else ()
     return [way for draft in drafts for way in ways_with(request, known, target, draft)]
 
 
-def ways_with(request: PlanRequest, known: Known, target: ModelSpec, draft: ModelSpec | None) -> list[Obvious]:
+def ways_with(request: PlanRequest, known: PlanInputs, target: ModelSpec, draft: ModelSpec | None) -> list[Obvious]:
     """At the longest context at which there are any."""
     ctx = min(target.max_positions, 8192) if request.ctx is None else request.ctx
     while True:
@@ -69,7 +69,7 @@ def ways_with(request: PlanRequest, known: Known, target: ModelSpec, draft: Mode
 
 
 def fitting(
-    request: PlanRequest, known: Known, target: ModelSpec, draft: ModelSpec | None, ctx: int
+    request: PlanRequest, known: PlanInputs, target: ModelSpec, draft: ModelSpec | None, ctx: int
 ) -> Iterator[tuple[Workload, tuple[int, ...]]]:
     """For every size of trees and every number of slots, the most layers; embeddings move where more then stay."""
     open_budgets = TREE_BUDGETS[kind(known.machine.device)] if request.tree_budget is None else (request.tree_budget,)
@@ -86,14 +86,14 @@ def fitting(
         yield from dict.fromkeys(found)
 
 
-def can_lend_embeddings(request: PlanRequest, known: Known, target: ModelSpec) -> bool:
+def can_lend_embeddings(request: PlanRequest, known: PlanInputs, target: ModelSpec) -> bool:
     if known.machine.device == "cpu" or not target.lookup_params:
         return False
     taken = host_embedding_bytes(target, workload(request, known, 1, 0, 0, True))
     return taken <= usable_ram(known.machine.ram_available_bytes)
 
 
-def workload(request: PlanRequest, known: Known, ctx: int, tree_budget: int, slots: int, apart: bool) -> Workload:
+def workload(request: PlanRequest, known: PlanInputs, ctx: int, tree_budget: int, slots: int, apart: bool) -> Workload:
     device = known.machine.device
     return Workload(
         dtype=request.dtype,  # type: ignore[arg-type]
@@ -128,7 +128,7 @@ def ledger_bytes(target: ModelSpec, draft: ModelSpec | None, work: Workload, res
 
 def placed(
     request: PlanRequest,
-    known: Known,
+    known: PlanInputs,
     target: ModelSpec,
     draft: ModelSpec | None,
     work: Workload,
@@ -152,7 +152,7 @@ def placed(
 
 
 def predicted(
-    known: Known, target: ModelSpec, draft: ModelSpec | None, work: Workload, placement: Placement, nodes: int
+    known: PlanInputs, target: ModelSpec, draft: ModelSpec | None, work: Workload, placement: Placement, nodes: int
 ) -> Prediction:
     model = CostModel(
         target, draft, work.dtype, work.device, known.rates, known.acceptance(target, draft, samples=False)
@@ -210,7 +210,7 @@ def lowered(spec: ModelSpec, quant: str) -> ModelSpec:
 
 
 @st.composite
-def questions(draw: st.DrawFn) -> tuple[PlanRequest, Known, ModelSpec]:
+def questions(draw: st.DrawFn) -> tuple[PlanRequest, PlanInputs, ModelSpec]:
     """What may be asked on any machine, for any pair; what else is needed leaves room for some layers of most."""
     device = draw(st.sampled_from(["cpu", "cuda:0"]))
     target, draft = deeper(draw(specs())), draw(specs() | st.none())
@@ -235,7 +235,7 @@ def questions(draw: st.DrawFn) -> tuple[PlanRequest, Known, ModelSpec]:
         vram_bytes=beside + sum(sizes) - sum(streamed) + 2 * max(streamed, default=0) + draw(NEARLY),
         ram_bytes=max(sum(streamed[j] for j in in_ram) + draw(NEARLY), 0),
     )
-    known = Known(
+    known = PlanInputs(
         machine=Machine(device, 64 * GIB, draw(st.sampled_from([0, 4 * GIB + beside + sum(sizes), 64 * GIB])), True),
         rates=draw(RATES),
         typical=UNKNOWN_RATES,
@@ -256,7 +256,7 @@ def beside_layers(request: PlanRequest, device: str, target: ModelSpec, draft: M
     return ledger_bytes(target, draft, work, ())
 
 
-def shown(candidate: Candidate, request: PlanRequest, known: Known) -> Obvious:
+def shown(candidate: Candidate, request: PlanRequest, known: PlanInputs) -> Obvious:
     plan = candidate.plan(request, known.machine)
     work = replace(candidate.work, slots=candidate.slots)
     assert plan.ledger == build_ledger(candidate.target, candidate.draft, work, plan.resident)
@@ -265,7 +265,7 @@ def shown(candidate: Candidate, request: PlanRequest, known: Known) -> Obvious:
 
 @given(question=questions())
 @settings(deadline=None, max_examples=120)
-def test_the_search_finds_what_trying_everything_finds(question: tuple[PlanRequest, Known, ModelSpec]):
+def test_the_search_finds_what_trying_everything_finds(question: tuple[PlanRequest, PlanInputs, ModelSpec]):
     """To the last bit: the best, and what is best without any part of it."""
     request, known, target = question
     expected = ways(request, known, target)
@@ -278,7 +278,7 @@ def test_the_search_finds_what_trying_everything_finds(question: tuple[PlanReque
 
 @given(question=questions())
 @settings(deadline=None, max_examples=50)
-def test_nothing_is_faster_than_if_all_layers_stayed(question: tuple[PlanRequest, Known, ModelSpec]):
+def test_nothing_is_faster_than_if_all_layers_stayed(question: tuple[PlanRequest, PlanInputs, ModelSpec]):
     request, known, target = question
     found = Candidates(request, known, target).all
     for each in found:

@@ -12,8 +12,8 @@ from support.golden import MODELS, golden_plans, read_golden
 from support.machines import MACHINES, read_machine
 
 from specchat.models.catalog.known_models import known_models
-from specchat.planner.offers import ANYTHING, find_offers, offer_of
 from specchat.planner.rates import rates_of
+from specchat.planner.recommendations import ANYTHING, find_recommendations, recommend
 
 AGAIN = "after reading what has changed: PYTHONPATH=.:tests python -m support.golden, then write the reasons"
 
@@ -49,7 +49,7 @@ def test_what_a_machine_can_run(machine: str):
 
     def found(**changes):
         options = {"cached": cached, "free_disk_bytes": file.hardware.disk.free_bytes} | changes
-        return find_offers(ANYTHING, file.machine, rates, typical, **options)
+        return find_recommendations(ANYTHING, file.machine, rates, typical, **options)
 
     offers = found()
     offered = [model.id for model in known_models().values() if model.offered]
@@ -69,5 +69,5 @@ def test_what_was_asked_for_holds():
     file = read_machine("desktop-24gb-pcie4x16-64gb")
     rates = rates_of(file.hardware, file.machine, file.measured)
     asked = replace(ANYTHING, vram_bytes=6 << 30, ctx=2048, quant="int4", draft_is_open=False)
-    plan = offer_of(known_models()["Qwen/Qwen3-32B"], asked, file.machine, rates, rates).plan
+    plan = recommend(known_models()["Qwen/Qwen3-32B"], asked, file.machine, rates, rates).plan
     assert (plan.quant, plan.ctx, plan.draft, plan.device_budget_bytes) == ("int4", 2048, None, 6 << 30)

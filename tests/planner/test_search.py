@@ -26,7 +26,7 @@ from specchat.planner.candidates import CUDA_RESERVE_BYTES
 from specchat.planner.memory import RUNTIME_BYTES, Workload, build_ledger
 from specchat.planner.placement import NUM_SLOTS, interleaved, usable_ram
 from specchat.planner.rates import Rate
-from specchat.planner.request import EXACT_BYTES, Known, PlanRequest
+from specchat.planner.request import EXACT_BYTES, PlanInputs, PlanRequest
 from specchat.planner.search import choose_for, make_plan, smaller_plan
 from specchat.records.chat import Message
 from specchat.records.generation import Sampling
@@ -279,7 +279,7 @@ def test_embeddings_make_room_for_layers_where_host_memory_has_room_for_them():
     def planned(spec: ModelSpec, vram_bytes: int, room: int) -> Plan:
         machine = Machine("cuda:0", 64 * GIB, 4 * GIB + room, fast_bf16=False)
         asked = request(vram_bytes + reserve("cuda:0"), ctx=512, dtype="fp32", quant="none")
-        return choose_for(asked, Known(machine, slow, slow, lambda _: spec)).plan
+        return choose_for(asked, PlanInputs(machine, slow, slow, lambda _: spec)).plan
 
     enough = 64 * layer
     everything = planned(large, 100 * enough, enough)
@@ -328,7 +328,7 @@ def test_a_third_slot_where_reading_and_computing_take_about_as_long():
         slow = replace(rates, disk=Rate(layer / read_s, "measured"), pinned=Rate(layer / read_s, "measured"))
         machine = Machine(device, 64 * GIB, 64 * GIB, fast_bf16=False)
         asked = request(32 * MIB + reserve(device), ctx=16, dtype="fp32", quant="none", ram_bytes=0)
-        plan = choose_for(asked, Known(machine, slow, slow, lambda _: many)).plan
+        plan = choose_for(asked, PlanInputs(machine, slow, slow, lambda _: many)).plan
         assert plan.slots == expected and len(plan.streamed) > 10
     rest = plan.device_bytes - reserve("cuda:0") - (len(plan.resident) + 2) * layer
     least = plan_for(request(rest + 2 * layer, ctx=16, dtype="fp32"), MACHINE, many, None)

@@ -13,7 +13,7 @@ from specchat.hardware.machine import Machine
 from specchat.models.catalog.ref import demo_source
 from specchat.models.sizes.describe import describe
 from specchat.planner.cost import TYPICAL_ACCEPTANCE
-from specchat.planner.request import Known, PlanRequest
+from specchat.planner.request import PlanInputs, PlanRequest
 from specchat.planner.search import choose_for
 from specchat.planner.statistics import Statistics, Tally, load, plan_key, record
 from specchat.records.generation import Step
@@ -136,7 +136,7 @@ def test_what_was_not_chosen_is_held_against_what_the_choice_achieved():
     """A plan that is slower here than predicted must not look worse than what it was preferred to."""
     target, draft = describe(demo_source("target")), describe(demo_source("draft"))
     machine = Machine("cpu", 8 * GIB, 8 * GIB, fast_bf16=False)
-    known = Known(machine, UNKNOWN_RATES, UNKNOWN_RATES, lambda _: target, draft)
+    known = PlanInputs(machine, UNKNOWN_RATES, UNKNOWN_RATES, lambda _: target, draft)
     request = PlanRequest(demo_source("target"), demo_source("draft"), draft_is_open=True)
     first = choose_for(request, known)
     slow = Tally(steps=100, nodes=6400, tokens=200, seconds=200 / first.prediction.tok_per_s * 4)

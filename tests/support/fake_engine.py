@@ -8,7 +8,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from specchat.errors import PromptTooLongError
 from specchat.planner.cost import Prediction
-from specchat.planner.explain import Alternative, Choice, Chosen
+from specchat.planner.explain import Alternative, Choice, ExplainedPlan
 from specchat.records.generation import Activity, DraftTree, Guesses, Step
 from specchat.records.plan import LedgerItem, MemoryReport, Plan
 
@@ -33,7 +33,7 @@ PLAN = Plan(
 )
 MEMORY = MemoryReport(12 << 30, 140 << 20, 150 << 20, 140 << 20, 7, 2, 2, 60 << 20)
 
-CHOSEN = Chosen(
+CHOSEN = ExplainedPlan(
     PLAN,
     Prediction(2.0, 1.9, 0.5, 0.1, 12.0, 64, 6.0, "link", "measured"),
     (

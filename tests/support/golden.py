@@ -13,8 +13,8 @@ from pathlib import Path
 
 from specchat.errors import DoesNotFitError
 from specchat.models.catalog.known_models import known_models
-from specchat.planner.offers import ANYTHING, offer_of
 from specchat.planner.rates import rates_of
+from specchat.planner.recommendations import ANYTHING, recommend
 from support.machines import MACHINES, read_machine
 
 FOLDER = Path(__file__).parents[1] / "planner" / "golden"
@@ -43,7 +43,7 @@ def _essentials(machine: str, model: str) -> dict[str, str]:
     file = read_machine(machine)
     rates, typical = (rates_of(file.hardware, file.machine, measured) for measured in (file.measured, None))
     try:
-        offer = offer_of(known_models()[model], ANYTHING, file.machine, rates, typical)
+        offer = recommend(known_models()[model], ANYTHING, file.machine, rates, typical)
     except DoesNotFitError as error:
         return {"plan": f"none: {error.message}"}
     plan, prediction = offer.plan, offer.prediction

@@ -117,7 +117,7 @@ def check_products() -> None:
         if "order" in segments:
             segments["order"] = torch.randperm(shape[1]).to(torch.int32)
         scratch = torch.empty(scratch_bytes(shape, x.dtype, CPU), dtype=torch.uint8)
-        ways = form.ways(shape, 4, x.dtype, torch.device("cuda"))
+        ways = form.kernels(shape, 4, x.dtype, torch.device("cuda"))
         assert [*ways] == ["dequantize", "triton"]
         expected, found = (way(x, segments, shape, scratch, bias) for way in ways.values())
         assert torch.equal(found, expected), form

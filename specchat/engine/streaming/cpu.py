@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from specchat.engine.streaming.base import LayerStreamer, StreamCounters
-from specchat.engine.streaming.readers import LayerFiller
+from specchat.engine.streaming.readers import LayerReader
 from specchat.engine.streaming.slots import SlotQueue, is_small, page_aligned
 from specchat.models.packs.file_format import bytes_of
 from specchat.models.packs.pack import Pack, PackedLayer
@@ -30,7 +30,7 @@ class ThreadStreamer(LayerStreamer):
         filler: reads layers.
     """
 
-    def __init__(self, layers: Sequence[Any], streamed: Sequence[int], num_slots: int, filler: LayerFiller) -> None:
+    def __init__(self, layers: Sequence[Any], streamed: Sequence[int], num_slots: int, filler: LayerReader) -> None:
         self._position = {index: j for j, index in enumerate(streamed)}
         layouts = [LayerLayout.of(layers[index]) for index in streamed]
         self._nbytes = [layout.nbytes for layout in layouts]

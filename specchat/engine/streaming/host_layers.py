@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specchat.engine.streaming.readers import LayerFiller
+from specchat.engine.streaming.readers import LayerReader
 from specchat.engine.streaming.slots import SlotQueue, is_small, page_aligned
 from specchat.models.weights.layout import LayerLayout
 from specchat.units import format_bytes
@@ -42,7 +42,7 @@ class HostLayers:
         in_ram: Sequence[int],
         num_slots: int,
         read_layer: ReadLayer,
-        filler: LayerFiller,
+        filler: LayerReader,
         pin: Pinner,
     ) -> None:
         layouts = [LayerLayout.of(layers[index]) for index in streamed]

@@ -31,7 +31,7 @@ _DAMAGED_SHARD = "delete the file and download it again"
 _DAMAGED_PACK = "delete that file: it is made anew"
 
 
-class LayerFiller(Protocol):
+class LayerReader(Protocol):
     """Where the bytes of streamed layers come from.
 
     Attributes:
@@ -47,7 +47,7 @@ class LayerFiller(Protocol):
         """Called once, when nothing will be read any more."""
 
 
-class CheckpointFiller:
+class CheckpointLayerReader:
     """Reads layers from a checkpoint's own shards, casting and merging as needed, one layer at a time.
 
     Args:
@@ -70,7 +70,7 @@ class CheckpointFiller:
         self._reader.close()
 
 
-class PackFiller:
+class PackLayerReader:
     """Reads packed layers in large aligned chunks, past the page cache where that can be; small ones through it.
 
     Args:
@@ -104,7 +104,7 @@ class PackFiller:
         self._verifier.verify(index, chunk, memory)
 
 
-class ShardFiller:
+class ShardLayerReader:
     """Reads layers of a checkpoint that serves as it is: tensor by tensor the bytes of its shards.
 
     A shard's tensors begin anywhere, while reads past the page cache begin and end at pages, and computing wants
@@ -120,7 +120,7 @@ class ShardFiller:
     num_workers = NUM_READERS
 
     def __init__(self, reader: WeightReader, layouts: Mapping[int, LayerLayout], cached: Collection[int]) -> None:
-        assert reader.serves
+        assert reader.is_streamable
         self._reader = reader
         self._layouts = layouts
         small = {index for index, layout in layouts.items() if is_small(layout.nbytes)}
@@ -164,9 +164,9 @@ class ShardFiller:
             self._windows.put(window)
 
 
-def filler_for(
+def layer_reader_for(
     layers: Sequence[Any], streamed: Sequence[int], reader: WeightReader, pack: Pack | None, cached: Collection[int]
-) -> LayerFiller:
+) -> LayerReader:
     """What reads layers for every pass; closes the files that it reads from.
 
     Args:
@@ -177,9 +177,9 @@ def filler_for(
         cached: indices of the layers that the page cache has room for.
     """
     if pack is not None:
-        return PackFiller(pack)
+        return PackLayerReader(pack)
     layouts = {index: LayerLayout.of(layers[index]) for index in streamed}
-    return ShardFiller(reader, layouts, cached) if reader.serves else CheckpointFiller(reader, layouts)
+    return ShardLayerReader(reader, layouts, cached) if reader.is_streamable else CheckpointLayerReader(reader, layouts)
 
 
 # --- files ---------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specchat.closing import Closing
+from specchat.closing import Closeable
 from specchat.errors import (
     CorruptCheckpointError,
 )
@@ -19,7 +19,7 @@ from specchat.models.checkpoint.json_file import fail_to_read
 from specchat.models.checkpoint.safetensors import SAFETENSORS_DTYPES, Checkpoint, TensorInfo, fail_truncated
 
 
-class TensorReader(Closing):
+class TensorReader(Closeable):
     """Reads tensors of a checkpoint from disk, with a bounded amount of memory beside the destination.
 
     Any number of threads may `read`; `read_into` is for one at a time, for its calls share the staging buffer. Files

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from specchat.closing import Closing
+from specchat.closing import Closeable
 from specchat.models.checkpoint.reader import TensorReader
 from specchat.models.checkpoint.safetensors import Checkpoint, TensorInfo
 from specchat.models.hf.skeleton import Skeleton
@@ -16,10 +16,10 @@ from specchat.models.weights.checkpoint_recipe import CheckpointRecipe
 from specchat.models.weights.layout import LayerLayout
 from specchat.models.weights.quantizing_reader import open_reader
 from specchat.models.weights.reader import WeightReader
-from specchat.models.weights.recipe import OwnRecipe
+from specchat.models.weights.recipe import QuantizeRecipe
 
 
-class CheckpointLayers(Closing):
+class CheckpointLayers(Closeable):
     """A checkpoint as a `pack.LayerSource`: layers under the model's own names and in its dtype, the rest as saved.
 
     Args:
@@ -35,7 +35,7 @@ class CheckpointLayers(Closing):
         self,
         skeleton: Skeleton,
         checkpoint: Checkpoint,
-        recipe: OwnRecipe | CheckpointRecipe | None = None,
+        recipe: QuantizeRecipe | CheckpointRecipe | None = None,
     ) -> None:
         self._skeleton = skeleton
         self._weights = open_reader(skeleton, checkpoint, recipe)
@@ -52,9 +52,9 @@ class CheckpointLayers(Closing):
         self._blob = torch.empty(0, dtype=torch.uint8)
 
     @property
-    def serve(self) -> bool:
-        """Whether the checkpoint's own files are as good as a pack: `WeightReader.serves`."""
-        return self._weights.serves
+    def is_streamable(self) -> bool:
+        """Whether the checkpoint's own files are as good as a pack: `WeightReader.is_streamable`."""
+        return self._weights.is_streamable
 
     @property
     def num_layers(self) -> int:

@@ -52,7 +52,7 @@ def prepare(
     checkpoint = open_checkpoint(source.path)
     with CheckpointLayers(skeleton, checkpoint, recipe) as layers:
         small = recipe is None and sum(info.nbytes for info in checkpoint.tensors.values()) <= SMALL_BYTES
-        if small or layers.serve:
+        if small or layers.is_streamable:
             return None
         key = key_for(source, checkpoint, dtype, quantizer)
         pack = open_pack(key, warn)

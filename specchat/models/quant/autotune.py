@@ -20,7 +20,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from specchat.files import write_whole
+from specchat.files import atomic_write_text
 from specchat.models.quant.formats.base import WeightFormat
 from specchat.models.quant.kernels.chunked import Linear, Segments
 from specchat.paths import cache_folder
@@ -47,7 +47,7 @@ class Choice:
     times_s: Mapping[str, float]
 
 
-class Choices:
+class Autotuner:
     """The choices of one installation, as far as they have been needed.
 
     Args:
@@ -64,7 +64,7 @@ class Choices:
     ) -> Linear:
         """What to call for a product, and for all others of its kind; the arguments are those of `linear`."""
         num_rows = rows_class(x, shape)
-        ways = weight_format.ways(shape, num_rows, x.dtype, x.device)
+        ways = weight_format.kernels(shape, num_rows, x.dtype, x.device)
         if len(ways) == 1:
             return next(iter(ways.values()))
         product = f"{weight_format} {shape[0]}x{shape[1]} {x.dtype} {num_rows} rows"
@@ -88,16 +88,16 @@ class Choices:
         choices = _read(file) | self._known[device]
         content = {"made_by": _makers(device), "choices": [asdict(choice) for choice in choices.values()]}
         with suppress(OSError):
-            write_whole(file, json.dumps(content, indent=1))
+            atomic_write_text(file, json.dumps(content, indent=1))
 
     def _file(self, device: torch.device) -> Path:
         return self._folder / f"{hashlib.sha256(json.dumps(_makers(device)).encode()).hexdigest()[:16]}.json"
 
 
 @cache
-def choices() -> Choices:
+def autotuner() -> Autotuner:
     """Those of this process."""
-    return Choices(cache_folder() / "ways")
+    return Autotuner(cache_folder() / "ways")
 
 
 def rows_class(x: Tensor, shape: tuple[int, int]) -> int:

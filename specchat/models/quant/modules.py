@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specchat.models.quant.autotune import choices, rows_class
+from specchat.models.quant.autotune import autotuner, rows_class
 from specchat.models.quant.formats.base import Segment, WeightFormat
 from specchat.models.quant.kernels.chunked import Linear, Segments, scratch_bytes
 
@@ -52,7 +52,7 @@ class QuantLinear(nn.Module):
         self.out_features, self.in_features = shape
         self.scratch = scratch
         self._names = []
-        self._ways: dict[tuple[torch.device, torch.dtype, int], Linear] = {}
+        self._kernels: dict[tuple[torch.device, torch.dtype, int], Linear] = {}
         for segment in weight_format.segments(*shape):
             self.register_parameter(segment.name, _empty(segment))
             self._names.append(segment.name)
@@ -68,9 +68,9 @@ class QuantLinear(nn.Module):
         """x W^T + bias: [..., cols] -> [..., rows]."""
         scratch, segments = self.scratch.of(self.shape, x.dtype, x.device), self.segments
         kind = x.device, x.dtype, rows_class(x, self.shape)
-        linear = self._ways.get(kind)
+        linear = self._kernels.get(kind)
         if linear is None:
-            linear = self._ways[kind] = choices().linear(self.format, x, segments, self.shape, scratch)
+            linear = self._kernels[kind] = autotuner().linear(self.format, x, segments, self.shape, scratch)
         return linear(x, segments, self.shape, scratch, self._parameters["bias"])
 
 

@@ -34,17 +34,17 @@ _FLAG_BYTES, _POSITION_BYTES = 2, 24
 _Place = Literal["outside", "entry", "layer"]
 
 
-def rehearsal_skeleton(config: Any) -> Skeleton:
-    """The modules of `config` as `rehearse` wants them, in float32."""
+def profiling_skeleton(config: Any) -> Skeleton:
+    """The modules of `config` as `profile_activations` wants them, in float32."""
     register_attention(_ATTENTION, _attention)
     return build_skeleton(config, torch.float32, attention=_ATTENTION)
 
 
-def rehearse(skeleton: Skeleton, dtype: torch.dtype) -> Activations | None:
+def profile_activations(skeleton: Skeleton, dtype: torch.dtype) -> Activations | None:
     """What passes over a model allocate.
 
     Args:
-        skeleton: from `rehearsal_skeleton`; ends up on the meta device, in `dtype`.
+        skeleton: from `profiling_skeleton`; ends up on the meta device, in `dtype`.
         dtype: of weights and activations.
 
     Returns:

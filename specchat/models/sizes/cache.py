@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from specchat.errors import ModelError
-from specchat.files import write_whole
+from specchat.files import atomic_write_text
 from specchat.models.checkpoint.safetensors import weight_files
 from specchat.paths import cache_folder
 from specchat.records.model import Activations, KvShape, ModelSource, ModelSpec, ParamSize, RowCost
@@ -73,7 +73,7 @@ def save(key: str | None, spec: ModelSpec) -> None:
     _remembered[key] = spec
     values = asdict(spec)
     with suppress(OSError):
-        write_whole(_file(key), json.dumps({"sha256": _digest(values), "spec": values}))
+        atomic_write_text(_file(key), json.dumps({"sha256": _digest(values), "spec": values}))
         _drop_oldest(_file(key).parent)
 
 

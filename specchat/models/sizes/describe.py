@@ -21,8 +21,8 @@ def describe(source: ModelSource, quant: Quant = "none") -> ModelSpec:
     known = cache.load(key, source.name)
     if known is not None:
         return known
-    from specchat.models.sizes.inspect import describe_anew  # with torch and transformers
+    from specchat.models.sizes.inspect import inspect_model  # with torch and transformers
 
-    spec = describe_anew(source, quant)
+    spec = inspect_model(source, quant)
     cache.save(key, spec)
     return spec

@@ -14,7 +14,7 @@ from specchat.models.weights.recipe import apply_recipe
 from specchat.records.model import Activations, Dtype, ModelSource, ModelSpec, ParamSize, Quant
 
 
-def describe_anew(source: ModelSource, quant: Quant) -> ModelSpec:
+def inspect_model(source: ModelSource, quant: Quant) -> ModelSpec:
     """The sizes of a model; `geometry.describe` remembers them.
 
     Args:
@@ -26,7 +26,7 @@ def describe_anew(source: ModelSource, quant: Quant) -> ModelSpec:
     """
     config = load_config(source.path)
     dtype = _checkpoint_dtype(config)  # building modules overwrites it
-    skeleton = activations.rehearsal_skeleton(config)
+    skeleton = activations.profiling_skeleton(config)
     num_params = sum(p.numel() for p in skeleton.model.parameters())
     num_layer_params = sum(p.numel() for layer in skeleton.layers for p in layer.parameters())
     buffer_bytes = sum(b.nbytes for b in skeleton.model.buffers())
@@ -73,7 +73,9 @@ def _narrowed_bytes(config: Any) -> int:
 
 
 def _rehearsed(skeleton: Skeleton) -> dict[int, Activations]:
-    found = {dtype.itemsize: activations.rehearse(skeleton, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    found = {
+        dtype.itemsize: activations.profile_activations(skeleton, dtype) for dtype in (torch.float32, torch.bfloat16)
+    }
     return {itemsize: costs for itemsize, costs in found.items() if costs is not None}
 
 

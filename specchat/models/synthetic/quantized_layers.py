@@ -7,7 +7,7 @@ from torch import Tensor
 
 from specchat.models.packs.source import LayerSource
 from specchat.models.quant.formats.base import Quantizer
-from specchat.models.weights.recipe import HEAD_QUANTIZER, OwnRecipe
+from specchat.models.weights.recipe import HEAD_QUANTIZER, QuantizeRecipe
 
 _WEIGHT = ".weight"
 
@@ -21,7 +21,7 @@ class QuantizedLayers:
         head: full name of the tensor that the head multiplies with; it stays, beside the head's segments.
     """
 
-    def __init__(self, source: LayerSource, recipe: OwnRecipe, head: str) -> None:
+    def __init__(self, source: LayerSource, recipe: QuantizeRecipe, head: str) -> None:
         self._source = source
         self._quantizer = recipe.layer_quantizer
         self._head = head

@@ -6,13 +6,13 @@ from specchat.models.checkpoint.safetensors import open_checkpoint
 from specchat.models.hf.skeleton import Skeleton
 from specchat.models.quant.schemes.registry import scheme_of
 from specchat.models.weights.checkpoint_recipe import CheckpointRecipe
-from specchat.models.weights.recipe import OwnRecipe, recipe_for
+from specchat.models.weights.recipe import QuantizeRecipe, recipe_for
 from specchat.records.model import ModelSource
 
 _AS_STORED = "none"
 
 
-def comes_quantized(source: ModelSource) -> bool:
+def is_prequantized(source: ModelSource) -> bool:
     """Whether a checkpoint's own matrices are quantized; only config.json is read.
 
     Raises:
@@ -22,7 +22,7 @@ def comes_quantized(source: ModelSource) -> bool:
     return scheme_of(read_json(source.path / "config.json")) is not None
 
 
-def choose_recipe(source: ModelSource, skeleton: Skeleton, quant: str) -> OwnRecipe | CheckpointRecipe | None:
+def choose_recipe(source: ModelSource, skeleton: Skeleton, quant: str) -> QuantizeRecipe | CheckpointRecipe | None:
     """The recipe for a model; None where its matrices stay numbers of the compute dtype.
 
     Args:

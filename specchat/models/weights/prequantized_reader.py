@@ -39,7 +39,7 @@ class PrequantizedReader(WeightReader):
         super().__init__(skeleton, recipe.without_quantized(checkpoint))
 
     @property
-    def serves(self) -> bool:
+    def is_streamable(self) -> bool:
         """Never: the checkpoint's order of numbers is another, and is changed while packing."""
         return False
 

@@ -11,11 +11,11 @@ from specchat.models.quant.modules import Matrix, segment_names
 from specchat.models.weights.checkpoint_recipe import CheckpointRecipe
 from specchat.models.weights.prequantized_reader import PrequantizedReader
 from specchat.models.weights.reader import WeightReader
-from specchat.models.weights.recipe import OwnRecipe, apply_recipe
+from specchat.models.weights.recipe import QuantizeRecipe, apply_recipe
 
 
 def open_reader(
-    skeleton: Skeleton, checkpoint: Checkpoint, recipe: OwnRecipe | CheckpointRecipe | None = None
+    skeleton: Skeleton, checkpoint: Checkpoint, recipe: QuantizeRecipe | CheckpointRecipe | None = None
 ) -> WeightReader:
     """The reader of a checkpoint; with a recipe, the skeleton's matrices are replaced as it says.
 
@@ -23,10 +23,10 @@ def open_reader(
         CorruptCheckpointError: a parameter has no tensor, or one of another shape.
     """
     match recipe:
-        case OwnRecipe() if _is_quantized(checkpoint):
+        case QuantizeRecipe() if _is_quantized(checkpoint):
             apply_recipe(skeleton, recipe)
             return WeightReader(skeleton, checkpoint)
-        case OwnRecipe():
+        case QuantizeRecipe():
             return QuantizingReader(skeleton, checkpoint, recipe)
         case CheckpointRecipe():
             return PrequantizedReader(skeleton, checkpoint, recipe)
@@ -51,7 +51,7 @@ class QuantizingReader(WeightReader):
         CorruptCheckpointError: a parameter has no tensor, or one of another shape.
     """
 
-    def __init__(self, skeleton: Skeleton, checkpoint: Checkpoint, recipe: OwnRecipe) -> None:
+    def __init__(self, skeleton: Skeleton, checkpoint: Checkpoint, recipe: QuantizeRecipe) -> None:
         super().__init__(skeleton, checkpoint)
         self._recipe = recipe
         self._head_key = self._find_head_key()
@@ -65,7 +65,7 @@ class QuantizingReader(WeightReader):
                 self._layer_matrices[matrix.layer][name] = matrix
 
     @property
-    def serves(self) -> bool:
+    def is_streamable(self) -> bool:
         """Never: quantizing for every pass would be slower than streaming what it saves."""
         return False
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specchat.closing import Closing
+from specchat.closing import Closeable
 from specchat.errors import CorruptCheckpointError
 from specchat.models.checkpoint.reader import TensorReader
 from specchat.models.checkpoint.safetensors import Checkpoint, TensorInfo
@@ -22,7 +22,7 @@ _NUMBERED = re.compile(r"(.*\.|)(\d+)(\..*)")  # experts.3.w1.weight
 _SAFETENSORS_NAME = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
-class WeightReader(Closing):
+class WeightReader(Closeable):
     """Reads one model's weights, layer by layer.
 
     Args:
@@ -47,7 +47,7 @@ class WeightReader(Closing):
         self._reader.close()
 
     @property
-    def serves(self) -> bool:
+    def is_streamable(self) -> bool:
         """Whether every layer can be read as it lies: nothing to merge, nothing to cast."""
         keys = [key for layer in self._plan.direct for key in layer.values()]
         same = all(self._checkpoint.tensors[key].dtype == _SAFETENSORS_NAME[self._dtype] for key in keys)

@@ -32,7 +32,7 @@ class Recipe(Protocol):
         """
 
 
-class OwnRecipe:
+class QuantizeRecipe:
     """Everything by one quantizer, but for the head, which gets 8 bits.
 
     Args:
@@ -57,11 +57,11 @@ class OwnRecipe:
         return (Part(matrix.shape[0], self.quantizer(matrix).format),)
 
 
-def recipe_for(quant: str) -> OwnRecipe | None:
+def recipe_for(quant: str) -> QuantizeRecipe | None:
     """What `--quant` asks for; None where the matrices stay as they are."""
     match quant:
         case "int8" | "int4":
-            return OwnRecipe(quant)
+            return QuantizeRecipe(quant)
         case _:
             return None
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from specchat.engine.streaming.cuda import CudaStreamer
 from specchat.engine.streaming.host_layers import HostLayers, Pinner
-from specchat.engine.streaming.readers import PackFiller
+from specchat.engine.streaming.readers import PackLayerReader
 from specchat.models.hf.skeleton import build_skeleton
 from specchat.models.weights.layout import LayerLayout
 
@@ -197,7 +197,7 @@ def test_no_order_of_work_computes_on_wrong_bytes(
 
     pin = Pinner(runtime, lambda: None, lambda _: None)
     with watched_threads() as threads, fake_cuda(device):
-        host = HostLayers(layers, streamed, in_ram, num_slots, read_layer, PackFiller(packed_model.pack), pin)
+        host = HostLayers(layers, streamed, in_ram, num_slots, read_layer, PackLayerReader(packed_model.pack), pin)
         streamer = CudaStreamer(layers, streamed, num_slots, host, CPU)
         passes = Passes(packed_model, layers, device)
         whole = (NUM_LAYERS, False)

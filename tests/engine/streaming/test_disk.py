@@ -24,7 +24,7 @@ from specchat.engine.engine import Engine
 from specchat.engine.loading import load_model
 from specchat.engine.model import TreeModel
 from specchat.engine.streaming.cpu import MappedStreamer, MixedStreamer, ThreadStreamer
-from specchat.engine.streaming.readers import PackFiller, ShardFiller, is_unbuffered, open_unbuffered
+from specchat.engine.streaming.readers import PackLayerReader, ShardLayerReader, is_unbuffered, open_unbuffered
 from specchat.errors import CorruptCheckpointError
 from specchat.hardware.disk import evict, resident_share
 from specchat.models.checkpoint.safetensors import open_checkpoint
@@ -210,7 +210,7 @@ def test_shards_as_they_lie_give_the_same_bits(
         source = write_shards(whole, tmp_path / str(seed), num_shards, random.Random(seed))
         for slots, resident in ((1, ()), (2, (1,)), (3, ())):
             model = load(source, None, resident=resident, slots=slots, tier=in_ram)
-            assert isinstance(model.streamer, ThreadStreamer) and isinstance(model.streamer._filler, ShardFiller)
+            assert isinstance(model.streamer, ThreadStreamer) and isinstance(model.streamer._filler, ShardLayerReader)
             for _ in range(4):
                 assert torch.equal(hidden(model, prompt), expected)
             model.close()
@@ -319,7 +319,7 @@ def num_open_files() -> int:
 def test_closing_a_filler_closes_its_files(tmp_path: Path):
     pack = make_pack(make_source("llama_tied", tmp_path / "model"))
     before = num_open_files()
-    filler = PackFiller(pack)
+    filler = PackLayerReader(pack)
     for index, layer in enumerate(pack.layers):
         filler.chunks(index, torch.zeros(layer.nbytes, dtype=torch.uint8))
     assert num_open_files() == before + len(pack.layers)

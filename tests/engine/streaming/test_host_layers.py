@@ -15,7 +15,7 @@ from support.streamed import NUM_LAYERS, PackedModel, Runtime
 from support.threads import FAILURES, at_most, watched_threads
 
 from specchat.engine.streaming.host_layers import HostLayers, Pinner
-from specchat.engine.streaming.readers import CheckpointFiller, PackFiller
+from specchat.engine.streaming.readers import CheckpointLayerReader, PackLayerReader
 from specchat.engine.streaming.slots import page_aligned
 from specchat.errors import AllocationError
 from specchat.hardware.disk import READ_THREADS
@@ -65,7 +65,7 @@ def test_every_layer_is_there_when_it_is_taken(
             reader.read_layer(index, layout.views(blob))
 
     layouts = dict(enumerate(packed_model.layouts))
-    filler = PackFiller(packed_model.pack) if packed else CheckpointFiller(packed_model.reader(), layouts)
+    filler = PackLayerReader(packed_model.pack) if packed else CheckpointLayerReader(packed_model.reader(), layouts)
     pin = Pinner(runtime, lambda: None, lambda _: None)
     with watched_threads() as threads:
         host = HostLayers(packed_model.skeleton.layers, streamed, in_ram, slots, read_layer, filler, pin)
@@ -98,7 +98,7 @@ def test_every_layer_is_there_when_it_is_taken(
 @pytest.mark.parametrize("failure", FAILURES)
 @pytest.mark.parametrize("failing", range(1, READ_THREADS + 1))
 def test_a_reader_that_cannot_start_leaves_nothing_pinned(packed_model: PackedModel, failing: int, failure: str):
-    runtime, filler = Runtime(1 << 40), PackFiller(packed_model.pack)
+    runtime, filler = Runtime(1 << 40), PackLayerReader(packed_model.pack)
     pin, layers = Pinner(runtime, lambda: None, lambda _: None), packed_model.skeleton.layers
     with at_most(20), watched_threads(failing, failure) as threads, pytest.raises(AllocationError):
         HostLayers(layers, range(NUM_LAYERS), [1], 2, lambda *_: None, filler, pin)

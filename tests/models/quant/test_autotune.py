@@ -1,6 +1,6 @@
 """Which way a product is computed: measured once, kept, and always the same from then on.
 
-python -m pytest -m gpu -s tests/models/test_choices.py
+python -m pytest -m gpu -s tests/models/quant/test_autotune.py
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from specchat.models.quant.autotune import Choices, rows_class
+from specchat.models.quant.autotune import Autotuner, rows_class
 from specchat.models.quant.formats.affine import Affine
 from specchat.models.quant.formats.base import WeightFormat
 from specchat.models.quant.formats.fp8 import Fp8
@@ -52,7 +52,7 @@ class TwoWays(Int8):
     slow: str = field(default="dequantize", compare=False, repr=False)
     calls: list[str] = field(default_factory=list, compare=False, repr=False)
 
-    def ways(self, *_: object) -> dict[str, Linear]:
+    def kernels(self, *_: object) -> dict[str, Linear]:
         def way(name: str) -> Linear:
             def linear(*args: Any) -> Tensor:
                 self.calls.append(name)
@@ -70,7 +70,7 @@ def segments_of() -> dict[str, Tensor]:
     return segments
 
 
-def product(choices: Choices, weight_format: WeightFormat, num_rows: int = 5) -> Tensor:
+def product(choices: Autotuner, weight_format: WeightFormat, num_rows: int = 5) -> Tensor:
     """x W^T by the chosen way."""
     x = torch.randn(num_rows, SHAPE[1], generator=torch.Generator().manual_seed(1))
     scratch = torch.empty(scratch_bytes(SHAPE, x.dtype, CPU), dtype=torch.uint8)
@@ -87,7 +87,7 @@ def only_file(folder: Path) -> Path:
 def test_the_fastest_way_is_taken(slow, tmp_path):
     fast = {"dequantize": "other", "other": "dequantize"}[slow]
     form = TwoWays(slow=slow)
-    choices = Choices(tmp_path / "ways")
+    choices = Autotuner(tmp_path / "ways")
     expected = product(choices, Int8())
     assert torch.equal(product(choices, form), expected)
     assert form.calls[-1] == fast and {*form.calls} == {slow, fast}
@@ -98,19 +98,19 @@ def test_the_fastest_way_is_taken(slow, tmp_path):
 
 def test_what_was_chosen_stays_even_if_it_becomes_slow(tmp_path):
     form = TwoWays()
-    choices = Choices(tmp_path)
+    choices = Autotuner(tmp_path)
     product(choices, form)
     measuring = len(form.calls)
     later = TwoWays(slow="other", calls=form.calls)
-    for other in (choices, Choices(tmp_path), Choices(tmp_path)):  # this run, and the next ones
+    for other in (choices, Autotuner(tmp_path), Autotuner(tmp_path)):  # this run, and the next ones
         product(other, later)
     assert form.calls[measuring:] == ["other"] * 3
-    assert torch.equal(product(choices, form, 6), product(Choices(tmp_path), form, 6))
+    assert torch.equal(product(choices, form, 6), product(Autotuner(tmp_path), form, 6))
 
 
 def test_products_of_other_kinds_are_measured_by_themselves(tmp_path):
     form = TwoWays()
-    choices = Choices(tmp_path)
+    choices = Autotuner(tmp_path)
     for num_rows, kinds in ((5, 1), (8, 1), (9, 2), (4, 3), (3, 3), (1, 4)):
         product(choices, form, num_rows)
         assert len(json.loads(only_file(tmp_path).read_text())["choices"]) == kinds
@@ -123,11 +123,11 @@ DAMAGED = [b"", b"\xff\x00", b"[]", b'{"choices": 3}', b'{"choices": [{"product"
 
 @pytest.mark.parametrize("content", DAMAGED, ids=repr)
 def test_a_damaged_file_is_measured_anew_and_replaced(content, tmp_path):
-    product(Choices(tmp_path), TwoWays())
+    product(Autotuner(tmp_path), TwoWays())
     file = only_file(tmp_path)
     good = json.loads(file.read_text())
     file.write_bytes(content)
-    product(Choices(tmp_path), TwoWays())
+    product(Autotuner(tmp_path), TwoWays())
     assert only_file(tmp_path) == file
     again = json.loads(file.read_text())
     assert [each["product"] for each in again["choices"]] == [each["product"] for each in good["choices"]]
@@ -135,17 +135,17 @@ def test_a_damaged_file_is_measured_anew_and_replaced(content, tmp_path):
 
 @pytest.mark.parametrize("values", [{"way": "gone"}, {"way": ["other"]}, {"way": None}], ids=repr)
 def test_a_way_that_there_is_not_is_measured_anew(values, tmp_path):
-    product(Choices(tmp_path), TwoWays())
+    product(Autotuner(tmp_path), TwoWays())
     file = only_file(tmp_path)
     content = json.loads(file.read_text())
     content["choices"][0] |= values
     file.write_text(json.dumps(content))
-    product(Choices(tmp_path), TwoWays())
+    product(Autotuner(tmp_path), TwoWays())
     assert json.loads(file.read_text())["choices"][0]["way"] == "other"
 
 
 def test_two_programs_keep_what_the_other_one_found(tmp_path):
-    one, other = Choices(tmp_path), Choices(tmp_path)
+    one, other = Autotuner(tmp_path), Autotuner(tmp_path)
     product(one, TwoWays(), 1)
     product(other, TwoWays(), 2)
     product(one, TwoWays(), 4)
@@ -155,7 +155,7 @@ def test_two_programs_keep_what_the_other_one_found(tmp_path):
 def test_a_folder_that_cannot_be_written_to_is_no_obstacle(tmp_path):
     (tmp_path / "file").touch()
     form = TwoWays()
-    choices = Choices(tmp_path / "file" / "ways")
+    choices = Autotuner(tmp_path / "file" / "ways")
     for _ in range(3):
         assert torch.equal(product(choices, form), product(choices, Int8()))
     assert form.calls[-3:] == ["other"] * 3
@@ -165,11 +165,11 @@ def test_a_folder_that_cannot_be_written_to_is_no_obstacle(tmp_path):
 @pytest.mark.parametrize("weight_format", EVERY_FORMAT, ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_cpu_there_is_one_way(weight_format, dtype):
-    assert [*weight_format.ways(SHAPE, 1, dtype, CPU)] == ["dequantize"]
+    assert [*weight_format.kernels(SHAPE, 1, dtype, CPU)] == ["dequantize"]
 
 
 def test_where_there_is_one_way_nothing_is_measured_or_written(tmp_path):
-    product(Choices(tmp_path), Int8())
+    product(Autotuner(tmp_path), Int8())
     assert not [*tmp_path.iterdir()]
 
 
@@ -179,7 +179,7 @@ def test_in_float32_no_way_rounds_otherwise(monkeypatch):
     for kernel in (None, F.linear):
         monkeypatch.setattr("specchat.models.quant.formats.nf4.fused_product", lambda kernel=kernel: kernel)
         for dtype, num_rows, cols in ((FP32, 1, 128), (BF16, 1, 128), (FP16, 64, 128), (BF16, 128, 128), (BF16, 1, 96)):
-            found[kernel is None, dtype, num_rows, cols] = [*Bnb4().ways((24, cols), num_rows, dtype, cuda)]
+            found[kernel is None, dtype, num_rows, cols] = [*Bnb4().kernels((24, cols), num_rows, dtype, cuda)]
     fused = {key for key, ways in found.items() if ways == ["dequantize", "fused"]}
     assert fused == {(False, BF16, 1, 128), (False, FP16, 64, 128)}
     assert all(ways == ["dequantize"] for key, ways in found.items() if key not in fused)
@@ -203,8 +203,8 @@ def test_rows_of_x_are_taken_together_up_to_powers_of_two(num_rows, cols):
 
 def test_a_module_asks_once_for_each_kind(tmp_path, monkeypatch):
     asked = []
-    choices = Choices(tmp_path)
-    monkeypatch.setattr("specchat.models.quant.modules.choices", lambda: asked.append(1) or choices)
+    choices = Autotuner(tmp_path)
+    monkeypatch.setattr("specchat.models.quant.modules.autotuner", lambda: asked.append(1) or choices)
     form = TwoWays()
     module = QuantLinear(form, SHAPE, None, Scratch())
     for name, segment in segments_of().items():
@@ -249,7 +249,7 @@ def test_ways_agree_on_a_gpu(quantizer, dtype, cuda):
     bias = torch.randn(shape[0], dtype=dtype, device=cuda)
     for num_rows in (1, 3, 8, 64):
         x = torch.randn(1, num_rows, shape[1], dtype=dtype, device=cuda)
-        ways = quantizer.format.ways(shape, num_rows, dtype, cuda)
+        ways = quantizer.format.kernels(shape, num_rows, dtype, cuda)
         print(quantizer.format.name, dtype, num_rows, [*ways])
         expected = ways.pop("dequantize")(x, segments, shape, scratch, bias)
         fused = ways.pop("fused", None)
@@ -272,7 +272,7 @@ def test_measuring_is_short_and_takes_no_more_memory_than_the_product(quantizer,
     scratch = torch.empty(scratch_size, dtype=torch.uint8, device=cuda)
     inputs = {(n, cols): torch.randn(n, cols, dtype=dtype, device=cuda) for n in ROWS for cols in (4096, 11008)}
     for shape, segments in matrices:  # libraries load their kernels and take their workspaces
-        for way in form.ways(shape, 64, dtype, cuda).values():
+        for way in form.kernels(shape, 64, dtype, cuda).values():
             way(inputs[64, shape[1]], segments, shape, scratch, None)
 
     def peak_bytes(call: Any) -> int:
@@ -281,7 +281,7 @@ def test_measuring_is_short_and_takes_no_more_memory_than_the_product(quantizer,
         call()
         return torch.cuda.max_memory_allocated(cuda) - before
 
-    choices, took_s = Choices(tmp_path), 0.0
+    choices, took_s = Autotuner(tmp_path), 0.0
     for shape, segments in matrices:
         for num_rows in ROWS:
             arguments = (inputs[num_rows, shape[1]], segments, shape, scratch)

@@ -19,7 +19,7 @@ from specchat.models.quant.formats.nf4 import Bnb4
 from specchat.models.quant.modules import Matrix, Part
 from specchat.models.sizes import inspect, known_specs
 from specchat.models.sizes.geometry import layer_bytes, weight_bytes
-from specchat.models.sizes.inspect import describe_anew
+from specchat.models.sizes.inspect import inspect_model
 from specchat.models.sizes.known_specs import known_spec
 from specchat.records.model import DTYPE_BYTES, ModelSource, ModelSpec
 
@@ -69,13 +69,13 @@ class StoredAs:
 
 
 def built(model: KnownModel, quant: str, layers: int, folder: Path) -> ModelSpec:
-    """What `describe_anew` finds in the modules that transformers makes of the figures."""
+    """What `inspect_model` finds in the modules that transformers makes of the figures."""
     figures = model.config | {"num_hidden_layers": layers}
     (folder / "config.json").write_text(json.dumps(figures))
     with pytest.MonkeyPatch.context() as patch:
         if model.stored:
             patch.setattr(inspect, "choose_recipe", lambda *_: StoredAs(model.stored))
-        return describe_anew(ModelSource(model.id, folder), quant)
+        return inspect_model(ModelSource(model.id, folder), quant)
 
 
 def compare(model: KnownModel, quant: str, layers: int, folder: Path) -> None:

@@ -11,7 +11,7 @@ from support import tiny_models
 from specchat.models.catalog.ref import demo_source
 from specchat.models.sizes import cache
 from specchat.models.sizes.describe import describe
-from specchat.models.sizes.inspect import describe_anew
+from specchat.models.sizes.inspect import inspect_model
 from specchat.records.model import ModelSource
 
 
@@ -39,9 +39,9 @@ def forget(monkeypatch):
 def test_what_comes_back_is_what_was_made(architecture, quant, tmp_path, monkeypatch):
     source = model(tmp_path, architecture)
     made = describe(source, quant)
-    assert made == describe_anew(source, quant)
+    assert made == inspect_model(source, quant)
     forget(monkeypatch)
-    monkeypatch.setattr("specchat.models.sizes.inspect.describe_anew", None)
+    monkeypatch.setattr("specchat.models.sizes.inspect.inspect_model", None)
     assert describe(source, quant) == made
     assert describe(ModelSource("other name", tmp_path), quant).name == "other name"
 
@@ -101,7 +101,7 @@ def test_where_nothing_can_be_written_the_process_remembers(tmp_path, folder, mo
     folder.parent.write_text("a file where the folder would be")
     source = model(tmp_path / "model")
     made = describe(source)
-    monkeypatch.setattr("specchat.models.sizes.inspect.describe_anew", None)
+    monkeypatch.setattr("specchat.models.sizes.inspect.inspect_model", None)
     assert describe(source) == made
 
 

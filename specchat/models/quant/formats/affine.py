@@ -15,7 +15,7 @@ from torch import Tensor
 from specchat.models.checkpoint.layout import PIECE_NUMBERS
 from specchat.models.quant.formats.base import Segment, WeightFormat
 from specchat.models.quant.kernels.chunked import Linear, Segments
-from specchat.models.quant.kernels.triton import triton_ways
+from specchat.models.quant.kernels.triton import triton_kernels
 
 # What a stored number of 0 .. 15 stands for without a zero point: 8 less. Bytes are signed and stand for themselves.
 MIDDLE = 8
@@ -89,15 +89,15 @@ class Affine(WeightFormat):
             return super().linear(x, segments, shape, scratch, bias)
         return _in_order(replace(self, reordered=False).linear, x, segments, shape, scratch, bias)
 
-    def ways(
+    def kernels(
         self, shape: tuple[int, int], num_rows: int, dtype: torch.dtype, device: torch.device
     ) -> dict[str, Linear]:
         """As the protocol has it, and by Triton."""
         if self.reordered:
-            in_order = replace(self, reordered=False).ways(shape, num_rows, dtype, device)
+            in_order = replace(self, reordered=False).kernels(shape, num_rows, dtype, device)
             return {name: partial(_in_order, way) for name, way in in_order.items()}
-        ways = super().ways(shape, num_rows, dtype, device)
-        return ways | triton_ways(self.dequantize, self.bits, self.group, rounds=True, device=device)
+        ways = super().kernels(shape, num_rows, dtype, device)
+        return ways | triton_kernels(self.dequantize, self.bits, self.group, rounds=True, device=device)
 
 
 def _in_order(

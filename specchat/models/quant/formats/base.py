@@ -71,10 +71,10 @@ class WeightFormat(ABC):
         """
         return product_in_pieces(self.dequantize, x, segments, shape, scratch, bias)
 
-    def ways(
+    def kernels(
         self, shape: tuple[int, int], num_rows: int, dtype: torch.dtype, device: torch.device
     ) -> dict[str, Linear]:
-        """What can be called for `linear`, by name; the fastest of several is found by measuring (`formats.choices`).
+        """What can be called for `linear`, by name; the fastest of several is found by measuring (`quant.autotune`).
 
         In float32 they give the same bits, so that the text does not depend on what was fast. No way takes more memory
         than `linear`.

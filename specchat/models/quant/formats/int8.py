@@ -12,7 +12,7 @@ from torch import Tensor
 
 from specchat.models.quant.formats.base import Segment, WeightFormat
 from specchat.models.quant.kernels.chunked import Linear, Segments
-from specchat.models.quant.kernels.triton import triton_ways
+from specchat.models.quant.kernels.triton import triton_kernels
 
 _VERSION = 1
 _LARGEST = 127
@@ -45,12 +45,12 @@ class Int8(WeightFormat):
             numbers.mul_(scales)
         return out
 
-    def ways(
+    def kernels(
         self, shape: tuple[int, int], num_rows: int, dtype: torch.dtype, device: torch.device
     ) -> dict[str, Linear]:
         """As the protocol has it, and by Triton."""
-        ways = super().ways(shape, num_rows, dtype, device)
-        return ways | triton_ways(self.dequantize, 8, self.group, rounds=False, device=device)
+        ways = super().kernels(shape, num_rows, dtype, device)
+        return ways | triton_kernels(self.dequantize, 8, self.group, rounds=False, device=device)
 
     def _groups(self, numbers: Tensor, scales: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Views of numbers [r, g, group] and their scales [r, g, 1]: the whole groups, and the shorter last ones."""

@@ -67,7 +67,7 @@ class Bnb4(WeightFormat):
         numbers: Tensor = bnb().dequantize_4bit(part, absmax, self.block, self.kind, whole, out.dtype)
         return numbers.view(-1)[skipped : skipped + out.numel()].view_as(out)
 
-    def ways(
+    def kernels(
         self, shape: tuple[int, int], num_rows: int, dtype: torch.dtype, device: torch.device
     ) -> dict[str, Linear]:
         """As the protocol has it, and for few rows on a GPU the kernel that dequantizes while it multiplies.
@@ -77,7 +77,7 @@ class Bnb4(WeightFormat):
         lose in any case. In float32 it is enough to tip a near-tie between plain decoding, with one row, and a tree,
         with many, so there it is left out.
         """
-        ways = super().ways(shape, num_rows, dtype, device)
+        ways = super().kernels(shape, num_rows, dtype, device)
         possible = device.type == "cuda" and dtype != torch.float32
         if possible and num_rows <= _FUSED_ROWS and shape[1] % self.block == 0 and fused_product() is not None:
             ways["fused"] = self._multiply_fused

@@ -11,7 +11,7 @@ from specchat.models.quant.kernels.chunked import Dequantize, Linear, Segments, 
 _CAPABILITY = (8, 0)  # what Triton compiles for begins here
 
 
-def triton_ways(
+def triton_kernels(
     eager: Dequantize, bits: int, group: int | None, *, rounds: bool, device: torch.device
 ) -> dict[str, Linear]:
     """What the kernel adds to the `ways` of a format with `codes`, `scales` and perhaps `zeros`: one, or none.
@@ -38,7 +38,7 @@ def dequantize_by_triton(
     end: int,
     out: Tensor,
 ) -> Tensor:
-    """Rows of W, see `WeightFormat.dequantize`; for the first arguments see `triton_ways`."""
+    """Rows of W, see `WeightFormat.dequantize`; for the first arguments see `triton_kernels`."""
     rows, zeros = slice(begin, end), segments.get("zeros")
     filled = _kernels().fill(
         segments["codes"][rows],

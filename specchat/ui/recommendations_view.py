@@ -6,7 +6,7 @@ from rich.console import RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from specchat.planner.offers import READING_TOK_PER_S, Offer, Offers
+from specchat.planner.recommendations import READING_TOK_PER_S, Recommendation, Recommendations
 from specchat.units import format_bytes
 
 _MOST_SHOWN = 12
@@ -14,7 +14,7 @@ _MOST_SLOW_SHOWN = 4
 _INDENT = 12
 
 
-def offer_lines(offers: Offers, flags: str) -> list[RenderableType]:
+def offer_lines(offers: Recommendations, flags: str) -> list[RenderableType]:
     """The best ones, what to type for each, and how it would run; then how many there are besides.
 
     Args:
@@ -32,14 +32,14 @@ def offer_lines(offers: Offers, flags: str) -> list[RenderableType]:
     return [*lines, Text(_rest(offers, len(fast) + len(slow)), "dim")]
 
 
-def offer_table(offers: Offers, flags: str) -> list[str]:
+def offer_table(offers: Recommendations, flags: str) -> list[str]:
     """The same as a table in Markdown."""
     rows = [f"| {_speed(offer)} | `{offer.command}{flags}` | {_details(offer)} |" for offer in _both(_shown(offers))]
     head = ["What this machine can run, best first; speeds are predicted:", ""]
     return [*head, "| tok/s | command | how |", "|---|---|---|", *rows, "", _rest(offers, len(rows))]
 
 
-def _shown(offers: Offers) -> tuple[list[Offer], list[Offer]]:
+def _shown(offers: Recommendations) -> tuple[list[Recommendation], list[Recommendation]]:
     """The first ones, each size and storage once, and whatever is in the cache."""
     distinct = [each for each in offers.best if each.is_cached or each.model.stored or not each.model.like]
     fast = [each for each in distinct if each.reads_well]
@@ -47,27 +47,27 @@ def _shown(offers: Offers) -> tuple[list[Offer], list[Offer]]:
     return _first(fast, _MOST_SHOWN), _first(slow, _MOST_SLOW_SHOWN)
 
 
-def _first(offers: Sequence[Offer], most: int) -> list[Offer]:
+def _first(offers: Sequence[Recommendation], most: int) -> list[Recommendation]:
     return [offer for i, offer in enumerate(offers) if i < most or offer.is_cached]
 
 
-def _both(shown: tuple[Sequence[Offer], Sequence[Offer]]) -> Iterable[Offer]:
+def _both(shown: tuple[Sequence[Recommendation], Sequence[Recommendation]]) -> Iterable[Recommendation]:
     return (*shown[0], *shown[1])
 
 
-def _offer_lines(offer: Offer, flags: str) -> list[RenderableType]:
+def _offer_lines(offer: Recommendation, flags: str) -> list[RenderableType]:
     return [
         Text.assemble((f"{_speed(offer):>5} tok/s ", "cyan"), (f"{offer.command}{flags}", "bold")),
         Padding(Text(_details(offer), "dim"), (0, 0, 0, _INDENT)),
     ]
 
 
-def _speed(offer: Offer) -> str:
+def _speed(offer: Recommendation) -> str:
     speed = offer.prediction.tok_per_s
     return f"{speed:.0f}" if speed >= 20 else f"{speed:.1f}"
 
 
-def _details(offer: Offer) -> str:
+def _details(offer: Recommendation) -> str:
     plan = offer.plan
     weights = plan.dtype if plan.quant == "none" else plan.quant
     draft = "no draft" if offer.draft is None else f"draft {offer.draft.id}"
@@ -76,14 +76,14 @@ def _details(offer: Offer) -> str:
     return f"{', '.join(parts)} ({offer.prediction.basis})"
 
 
-def _download(offer: Offer) -> str:
+def _download(offer: Recommendation) -> str:
     if offer.download_bytes == 0:
         return "already here"
     what = " for the draft" if offer.is_cached else ""
     return f"{format_bytes(offer.download_bytes)} to download{what}"
 
 
-def _place(offer: Offer) -> str:
+def _place(offer: Recommendation) -> str:
     """Where its layers are between passes."""
     tiers = offer.plan.tiers
     on_cpu = offer.plan.device == "cpu"
@@ -98,7 +98,7 @@ def _place(offer: Offer) -> str:
     return "layers: " + " + ".join(f"{counts[place]} {place}" for place in places)
 
 
-def _rest(offers: Offers, num_shown: int) -> str:
+def _rest(offers: Recommendations, num_shown: int) -> str:
     parts = []
     if more := len(offers.best) - num_shown:
         parts.append(f"{more} more run here: specchat probe --json")

@@ -14,7 +14,7 @@ from specchat.models.sizes.known_specs import active_params, known_spec
 from specchat.planner.cost import Prediction
 from specchat.planner.precision import lower_quants
 from specchat.planner.rates import Rates
-from specchat.planner.request import Known, PlanRequest
+from specchat.planner.request import PlanInputs, PlanRequest
 from specchat.planner.search import choose_quickly
 from specchat.records.model import ModelSource, ModelSpec, Quant
 from specchat.records.plan import Plan
@@ -25,7 +25,7 @@ READING_TOK_PER_S = 5.0
 
 
 @dataclass(frozen=True)
-class Offer:
+class Recommendation:
     """A model, and how it would run here.
 
     Attributes:
@@ -60,7 +60,7 @@ class Offer:
 
 
 @dataclass(frozen=True)
-class Offers:
+class Recommendations:
     """All of them.
 
     Attributes:
@@ -70,12 +70,12 @@ class Offers:
         no_disk: ids of models for whose files the disk has no room.
     """
 
-    best: tuple[Offer, ...]
+    best: tuple[Recommendation, ...]
     too_large: tuple[str, ...]
     no_disk: tuple[str, ...]
 
 
-def find_offers(
+def find_recommendations(
     asked: PlanRequest,
     machine: Machine,
     rates: Rates,
@@ -83,7 +83,7 @@ def find_offers(
     *,
     cached: Collection[str] = (),
     free_disk_bytes: int,
-) -> Offers:
+) -> Recommendations:
     """Plans for every known model.
 
     Args:
@@ -94,14 +94,14 @@ def find_offers(
         cached: ids of the models in the local cache.
         free_disk_bytes: where models and copies of them lie.
     """
-    found: list[Offer] = []
+    found: list[Recommendation] = []
     too_large: list[str] = []
     no_disk: list[str] = []
     for model in known_models().values():
         if not model.offered:
             continue
         try:
-            offer = offer_of(model, asked, machine, rates, typical, cached)
+            offer = recommend(model, asked, machine, rates, typical, cached)
         except (DoesNotFitError, UsageError):  # a context that the model has no positions for
             too_large.append(model.id)
             continue
@@ -109,23 +109,23 @@ def find_offers(
             no_disk.append(model.id)
         else:
             found.append(offer)
-    return Offers(tuple(sorted(found, key=_rank)), tuple(too_large), tuple(no_disk))
+    return Recommendations(tuple(sorted(found, key=_rank)), tuple(too_large), tuple(no_disk))
 
 
-def _rank(offer: Offer) -> tuple[float, ...]:
+def _rank(offer: Recommendation) -> tuple[float, ...]:
     """Smaller is better."""
     speed = offer.prediction.tok_per_s
     return (0, -offer.capability, -speed) if offer.reads_well else (1, -speed)
 
 
-def offer_of(
+def recommend(
     model: KnownModel,
     asked: PlanRequest,
     machine: Machine,
     rates: Rates,
     typical: Rates,
     cached: Collection[str] = (),
-) -> Offer:
+) -> Recommendation:
     """The plan for a known model.
 
     Raises:
@@ -135,7 +135,7 @@ def offer_of(
     draft = _draft_for(model, cached) if asked.draft_is_open else None
     request = replace(asked, target=_source(model), draft=None if draft is None else _source(draft))
     draft_spec = None if draft is None else known_spec(draft.id)
-    known = Known(
+    known = PlanInputs(
         machine=machine,
         rates=rates,
         typical=typical,
@@ -146,7 +146,7 @@ def offer_of(
     plan, prediction = choose_quickly(request, known)
     used = None if plan.draft is None else draft
     download_bytes = sum(_checkpoint_bytes(each) for each in (model, used) if each and each.id not in cached)
-    return Offer(
+    return Recommendation(
         model=model,
         draft=used,
         plan=plan,
