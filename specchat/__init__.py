@@ -1,3 +1,31 @@
-"""Chat with a language model that does not fit in your GPU's memory; the text is exactly what it alone would write."""
+"""Chat with a language model that does not fit in your GPU's memory; the text is exactly what it alone would write.
 
-__version__ = "0.1.0"
+    import specchat
+
+    with specchat.load("demo") as model:
+        for piece in model.chat([{"role": "user", "content": "Tell me a story."}]):
+            print(piece.text, end="", flush=True)
+
+Importing this package imports neither torch nor transformers; `load` does.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from specchat.version import __version__
+
+if TYPE_CHECKING:
+    from specchat.api import Model, load
+    from specchat.chat.answer import Delta
+
+__all__ = ["Delta", "Model", "__version__", "load"]
+
+_HOMES = {"load": "specchat.api", "Model": "specchat.api", "Delta": "specchat.chat.answer"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public names when they are first used."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'specchat' has no attribute '{name}'")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

@@ -13,17 +13,39 @@ PACKAGE = Path(__file__).parents[1] / "specchat"
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__main__.py")
 # From the bottom up; those on one floor do not import each other. `demo` trains the toy pair and stands aside.
 FLOORS = [
-    {"__init__"},
+    {"version"},
     {"errors"},
     {"units", "closing", "files", "threads", "paths"},
     {"records"},
     {"hardware", "models"},
     {"planner", "engine"},
+    {"loading"},
     {"chat"},
-    {"bench"},
+    {"bench", "api"},
     {"ui"},
     {"cli"},
+    {"__init__"},  # the public names; nothing of ours imports them
 ]
+# The folders of models/ and engine/, likewise; no two of them import each other.
+FOLDERS = {
+    "models": [
+        {"catalog", "checkpoint"},
+        {"quant", "hub"},
+        {"hf"},
+        {"weights"},
+        {"packs", "sizes"},
+        {"synthetic"},
+        {"locate"},
+        {"drafts"},
+    ],
+    "engine": [
+        {"attention", "kv_cache", "linear", "sampling", "streaming", "tree"},
+        {"model"},
+        {"drafting", "loading", "selfcheck", "stats"},
+        {"engine"},
+        {"measuring"},
+    ],
+}
 FLOOR_OF = {name: i for i, names in enumerate(FLOORS) for name in names} | {"demo": len(FLOORS)}
 HOMES = {
     "torch": ("engine/", "models/", "hardware/", "bench/baselines.py", "demo/"),
@@ -115,3 +137,21 @@ def test_circles_are_found():
 
 def test_no_files_import_each_other():
     assert not [sorted(map(name_of, circle)) for circle in circles(dependencies())]
+
+
+@pytest.mark.parametrize("package", FOLDERS)
+def test_folders_keep_their_order(package):
+    floor_of = {name: i for i, names in enumerate(FOLDERS[package]) for name in names}
+    inside = {
+        path for path in FILES if name_of(path).startswith(f"{package}/") and path != PACKAGE / package / "__init__.py"
+    }
+    for path in inside:
+        own = Path(name_of(path)).parts[1].removesuffix(".py")
+        for other in dependencies()[path] & inside:
+            theirs = Path(name_of(other)).parts[1].removesuffix(".py")
+            assert theirs == own or floor_of[theirs] < floor_of[own], f"{name_of(path)} imports {name_of(other)}"
+
+
+def test_models_stays_surveyable():
+    tops = {Path(name_of(path)).parts[1] for path in FILES if name_of(path).startswith("models/")}
+    assert len(tops - {"__init__.py"}) <= 12

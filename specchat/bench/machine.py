@@ -3,10 +3,10 @@
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from specchat import __version__
 from specchat.hardware import report
 from specchat.hardware.probe import find_hardware
 from specchat.paths import cache_folder
+from specchat.version import __version__
 
 _PACKAGES = ("torch", "transformers", "accelerate", "safetensors")
 

@@ -52,8 +52,7 @@ class Job:
         baselines: names.
         cold: every pass starts from an empty page cache.
         passes: passes by themselves are measured, too.
-        pack: the weights repacked, or None.
-        draft_pack: the draft's, or None.
+        packs: packs of target and draft, None where a model's own files are read.
         files: what passes read.
         warn: told what the system refused.
         counts_memory: what generating takes beside weights is counted in one answer that is not timed.
@@ -69,8 +68,7 @@ class Job:
     baselines: Sequence[str]
     cold: bool
     passes: bool
-    pack: Pack | None
-    draft_pack: Pack | None
+    packs: tuple[Pack | None, Pack | None]
     files: Files
     warn: Callable[[str], None]
     counts_memory: bool = False
@@ -78,7 +76,7 @@ class Job:
     @property
     def reads_past_cache(self) -> bool:
         """Whether our own passes read the disk itself."""
-        return "disk" in self.plan.tiers and self.pack is not None
+        return "disk" in self.plan.placement.tiers and self.packs[0] is not None
 
 
 def measure(job: Job, cancel: Event, report: Callable[[Progress], None]) -> CountedOutcome:
@@ -92,7 +90,7 @@ def measure(job: Job, cancel: Event, report: Callable[[Progress], None]) -> Coun
             systems,
             job.tokenizer,
             stop_ids=job.stop_ids,
-            ctx=job.plan.ctx,
+            ctx=job.plan.work.ctx,
             settings=job.settings,
             cancel=cancel,
             passes_after=_passes_after(job),
@@ -107,8 +105,7 @@ def measure(job: Job, cancel: Event, report: Callable[[Progress], None]) -> Coun
         job.plan,
         job.target,
         job.draft,
-        job.pack,
-        job.draft_pack,
+        job.packs,
         job.baselines,
         warm_up=warm_up,
         evict=evicts,
@@ -165,7 +162,7 @@ def _warmed_up(runner: Runner, loaded: setup.Loaded, job: Job) -> int | None:
 def _check_not_empty(measurement: Measurement, job: Job) -> None:
     if not measurement.runs and not measurement.partial:
         raise PromptTooLongError(
-            f"none of the {len(job.questions)} questions fits into the context of {job.plan.ctx} tokens "
+            f"none of the {len(job.questions)} questions fits into the context of {job.plan.work.ctx} tokens "
             f"with an answer of {job.settings.max_tokens}",
             hint="a larger --ctx, a smaller --max-tokens, or other --prompts",
         )
@@ -178,11 +175,13 @@ def _evict(files: Sequence[Path]) -> None:
 def _link(job: Job) -> float | None:
     """What the link gives alone: on the CPU what merely reading some of the weights does, else what a probe found."""
     plan = job.plan
-    if not plan.streamed:
+    if not plan.placement.streamed:
         return None
-    if plan.device != "cpu":
+    if plan.work.device != "cpu":
         folder = cache_folder()
-        return probed_link(plan, remembered(folder, find_hardware(folder), find_machine(plan.device), plan.device))
+        return probed_link(
+            plan, remembered(folder, find_hardware(folder), find_machine(plan.work.device), plan.work.device)
+        )
     some: list[Path] = []
     for file in job.files.own:
         if not some or sum(each.stat().st_size for each in some) < _LINK_BYTES:
@@ -195,7 +194,7 @@ def probed_link(plan: Plan, measured: Measured | None) -> float | None:
 
     None before any probe, and for layers that come from the disk first: no single rate is theirs.
     """
-    if measured is None or "disk" in plan.tiers:
+    if measured is None or "disk" in plan.placement.tiers:
         return None
     links = measured.links
     return links.h2d_pageable_bytes_per_s if measured.pinning_works is False else links.h2d_pinned_bytes_per_s
@@ -206,7 +205,7 @@ def _compared(loaded: setup.Loaded, system: System, measurement: Measurement, pl
         measurement.of(OWN),
         measurement.of(system.name),
         keyed=system.is_keyed,
-        dtype=plan.dtype,
+        dtype=plan.work.dtype,
         margin=loaded.margin,
     )
     return Baseline(system.name, found)
@@ -214,7 +213,7 @@ def _compared(loaded: setup.Loaded, system: System, measurement: Measurement, pl
 
 def _passes(job: Job, loaded: setup.Loaded, cancel: Event, say: Callable[[str], None]) -> PassRounds | None:
     """Rounds of passes; None when interrupted."""
-    rows = job.plan.tree_budget or _DEFAULT_ROWS
+    rows = job.plan.work.tree_budget or _DEFAULT_ROWS
     return measure_rounds(
         job.files,
         loaded.pass_timers(rows),
@@ -231,7 +230,8 @@ def _pack_for_page_cache(job: Job) -> Pack | None:
 
     Without --cold the passes are such already, and memory must have room for the weights in the cache and beside it.
     """
-    return job.pack if job.cold and job.pack is not None and _has_room(job.pack) else None
+    pack = job.packs[0]
+    return pack if job.cold and pack is not None and _has_room(pack) else None
 
 
 def _page_cache_passes(
@@ -240,7 +240,7 @@ def _page_cache_passes(
     """The same passes from the page cache, beside ones with every layer in memory; None when interrupted."""
     if cancel.is_set():
         return None
-    rows = job.plan.tree_budget or _DEFAULT_ROWS
+    rows = job.plan.work.tree_budget or _DEFAULT_ROWS
     say(f"loading {job.target.name} into memory")
     with setup.page_cache_timers(job.plan, job.target, pack, loaded.pass_timers(rows), rows) as timers:
         return measure_rounds(job.files, timers, rows=rows, cold=False, direct=False, cancel=cancel, report=say)

@@ -144,7 +144,7 @@ def _summary(ours: Sequence[Run], outcome: Outcome) -> dict[str, Any]:
 def _predicted_host_bytes(outcome: Outcome) -> int:
     """What the process should hold at most: libraries, host copies of layers, and on the CPU the ledger, too."""
     plan, memory = outcome.plan, outcome.memory
-    ledger = memory.predicted_device_bytes if plan.device == "cpu" else 0
+    ledger = memory.predicted_device_bytes if plan.work.device == "cpu" else 0
     return memory.runtime_bytes + plan.host_bytes + ledger
 
 
@@ -273,6 +273,6 @@ def _turn(run: Run, outcome: Outcome) -> Turn:
         timings=Timings.of_steps(
             answer.steps, num_tokens, load_s=outcome.load_s, ttft_s=answer.ttft_s, decode_s=answer.decode_s
         ),
-        speculation=Speculation.of_steps(answer.steps, num_tokens, num_accepted, outcome.plan.tree_budget),
+        speculation=Speculation.of_steps(answer.steps, num_tokens, num_accepted, outcome.plan.work.tree_budget),
         memory=outcome.memory,
     )

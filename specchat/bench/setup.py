@@ -13,6 +13,7 @@ from specchat.bench.identity import Margin
 from specchat.bench.records import OWN
 from specchat.bench.systems import EngineSystem, OffloadedSystem, System
 from specchat.errors import UsageError
+from specchat.loading.engine import open_engine
 from specchat.records.generation import Sampling
 from specchat.records.model import ModelSource, Quant
 from specchat.records.plan import MemoryReport, Plan
@@ -50,7 +51,7 @@ class Loaded:
         if not self.offloaded:
             return now
         device_peak = (
-            now.device_peak_bytes if self.engine.plan.device == "cpu" else self.memory_before.device_peak_bytes
+            now.device_peak_bytes if self.engine.plan.work.device == "cpu" else self.memory_before.device_peak_bytes
         )
         return replace(self.memory_before, device_peak_bytes=device_peak)
 
@@ -79,16 +80,16 @@ def page_cache_timers(
         others: baselines, which read from the page cache what it has.
         rows: of a pass.
     """
-    from specchat.engine.engine import Engine
-
-    plans = {
-        OWN: replace(plan, in_ram=plan.streamed),
-        RESIDENT: replace(plan, resident=tuple(range(plan.num_layers)), in_ram=(), slots=0),
+    placement = plan.placement
+    alone = replace(plan, draft=None, work=replace(plan.work, draft_rows=0))
+    placements = {
+        OWN: replace(placement, in_ram=placement.streamed),
+        RESIDENT: replace(placement, resident=tuple(range(placement.num_layers)), in_ram=(), slots=0),
     }
     with ExitStack() as stack:
         engines = {
-            name: stack.enter_context(Engine.load(replace(each, draft=None, draft_rows=0), target, None, pack))
-            for name, each in plans.items()
+            name: stack.enter_context(open_engine(target, None, replace(alone, placement=each), (pack, None)))
+            for name, each in placements.items()
         }
         own = {name: partial(_own_pass, engine, rows) for name, engine in engines.items()}
         yield {**own, **{name: timer for name, timer in others.items() if name != OWN}}
@@ -139,8 +140,7 @@ def load(
     plan: Plan,
     target: ModelSource,
     draft: ModelSource | None,
-    pack: Pack | None,
-    draft_pack: Pack | None,
+    packs: tuple[Pack | None, Pack | None],
     baselines: Sequence[str],
     *,
     warm_up: Callable[[EngineSystem], None],
@@ -154,8 +154,7 @@ def load(
         plan: of the engine; the baselines keep the same layers on the device.
         target: the model.
         draft: its draft, or None.
-        pack: its weights repacked, or None.
-        draft_pack: the draft's, or None.
+        packs: packs of target and draft, None where a model's own files are read.
         baselines: plain, accelerate, assisted.
         warm_up: run with our own system before any baseline is there, so that our memory is ours.
         evict: takes the weights out of the page cache; then run before every pass of every system.
@@ -163,11 +162,10 @@ def load(
         warn: told what the system refused.
     """
     from specchat.engine import measuring
-    from specchat.engine.engine import Engine
 
     with ExitStack() as stack:
         say(f"loading {target.name}")
-        engine = stack.enter_context(Engine.load(plan, target, draft, pack, draft_pack, warn))
+        engine = stack.enter_context(open_engine(target, draft, plan, packs, warn))
         own = _own_system(OWN, engine, evict)
         warm_up(own)
         memory_before = engine.memory()
@@ -208,4 +206,6 @@ def _own_system(name: str, engine: Engine, evict: Callable[[], None] | None) -> 
 def _offloaded(plan: Plan, target: ModelSource, draft: ModelSource | None) -> OffloadedModel:
     from specchat.bench.baselines import OffloadedModel
 
-    return OffloadedModel(target, dtype=plan.dtype, device=plan.device, resident=plan.resident, draft=draft)
+    return OffloadedModel(
+        target, dtype=plan.work.dtype, device=plan.work.device, resident=plan.placement.resident, draft=draft
+    )

@@ -200,7 +200,7 @@ class ChatSession:
     @property
     def ctx(self) -> int:
         """Tokens that chat and answer can have together."""
-        return self.engine.plan.ctx
+        return self.engine.plan.work.ctx
 
     @property
     def context_used(self) -> int:
@@ -444,7 +444,7 @@ class ChatSession:
             finish_reason=answer.finish_reason,
             usage=answer.usage(len(prompt.ids)),
             timings=answer.timings(self.engine.load_s),
-            speculation=answer.speculation(self.engine.plan.tree_budget),
+            speculation=answer.speculation(self.engine.plan.work.tree_budget),
             memory=self.engine.memory(),
         )
 

@@ -8,12 +8,15 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from specchat import __version__
 from specchat.chat.settings import whole
 from specchat.cli import bench_options, completion, options, settings
 from specchat.cli.exit_status import guarded, leave
 from specchat.cli.settings import Settings
 from specchat.errors import UsageError
+from specchat.loading.request import ModelRequest
+from specchat.loading.sampling import SamplingChoices
+from specchat.records.plan import PlanChoices
+from specchat.version import __version__
 
 # What a command returns: the work itself, done after typer is out of the way, for typer has ideas of its own about
 # interrupts and closed pipes.
@@ -112,24 +115,21 @@ def _flags(parameters: Mapping[str, Any], keys: Sequence[settings.Key]) -> setti
     return settings.flags({key.name: parameters[key.name] for key in keys if key.name in parameters})
 
 
-def _model_options(
-    chosen: Settings, *, model: str | None, seed: int | None, yes: bool, quiet: bool
-) -> options.ModelOptions:
-    return options.ModelOptions(
+def _model_request(chosen: Settings, model: str | None) -> ModelRequest:
+    return ModelRequest(
         model=model if model is None else chosen.aliases.get(model, model),
         draft=chosen.model("draft") or "auto",
-        device=chosen.get("device", "auto"),
-        vram_bytes=chosen.get("vram"),
-        ram_bytes=chosen.get("ram"),
-        ctx=chosen.get("ctx"),
-        tree_budget=chosen.get("tree_budget"),
-        dtype=chosen.get("dtype", "auto"),
-        quant=chosen.get("quant", "auto"),
-        draft_quant=chosen.get("draft_quant", "auto"),
-        seed=seed,
+        choices=PlanChoices(
+            device=chosen.get("device", "auto"),
+            dtype=chosen.get("dtype", "auto"),
+            vram_bytes=chosen.get("vram"),
+            ram_bytes=chosen.get("ram"),
+            ctx=chosen.get("ctx"),
+            tree_budget=chosen.get("tree_budget"),
+            quant=chosen.get("quant", "auto"),
+            draft_quant=chosen.get("draft_quant", "auto"),
+        ),
         offline=chosen.get("offline", False),
-        yes=yes,
-        quiet=quiet,
     )
 
 
@@ -250,9 +250,12 @@ def _run(
     ]
     chosen = settings.resolve(settings.RUN_KEYS, layers, aliases)
     checked = options.RunOptions(
-        models=_model_options(chosen, model=chosen.model("model"), seed=chosen.get("seed"), yes=yes, quiet=quiet),
+        models=_model_request(chosen, chosen.model("model")),
+        seed=chosen.get("seed"),
+        yes=yes,
+        quiet=quiet,
         prompt=prompt,
-        sampling=options.SamplingFlags(
+        sampling=SamplingChoices(
             temperature=chosen.get("temperature"),
             top_p=chosen.get("top_p"),
             top_k=chosen.get("top_k"),
@@ -338,7 +341,10 @@ def _bench(
 
     chosen = _shared_settings(config, parameters)
     checked = bench_options.BenchOptions(
-        models=_model_options(chosen, model=model, seed=options.seed(seed), yes=yes, quiet=quiet),
+        models=_model_request(chosen, model),
+        seed=options.seed(seed),
+        yes=yes,
+        quiet=quiet,
         max_tokens=whole("--max-tokens", max_tokens, 1),
         prompts=None if prompts is None else Path(prompts).expanduser(),
         limit=whole("--limit", limit, 1),
@@ -385,7 +391,9 @@ def _probe(
 
     chosen = _shared_settings(config, parameters)
     checked = ProbeOptions(
-        models=_model_options(chosen, model=model, seed=None, yes=yes, quiet=quiet),
+        models=_model_request(chosen, model),
+        yes=yes,
+        quiet=quiet,
         json=json,
         markdown=markdown,
         refresh=refresh,

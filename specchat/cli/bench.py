@@ -10,12 +10,16 @@ from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from specchat.chat.settings import whole
-from specchat.cli import models as shared
 from specchat.cli import options as parse
+from specchat.cli.ask import asker
 from specchat.cli.bench_options import BenchOptions, trees
-from specchat.cli.options import ModelOptions
 from specchat.cli.output import print_line, to_json
 from specchat.errors import UsageError
+from specchat.loading import planning
+from specchat.loading.engine import make_packs, stop_ids
+from specchat.loading.libraries import prepare_libraries
+from specchat.loading.locate import Models, locate_models, parse_models
+from specchat.loading.request import ModelRequest
 from specchat.paths import state_folder
 from specchat.records.limits import HEAD_BLOCK_ROWS
 from specchat.records.model import ModelSource, Quant
@@ -69,14 +73,14 @@ class _Point:
 
     Attributes:
         value: as typed.
-        options: what the plan is made from.
+        request: choices that the plan is made from.
         models: what was found.
         trees: budget and rows of the head that the plan gets in the end, or None to leave it as it is.
     """
 
     value: str
-    options: ModelOptions
-    models: "shared.Models"
+    request: ModelRequest
+    models: Models
     trees: tuple[int, int | None] | None = None
 
 
@@ -87,7 +91,7 @@ def _measure(options: BenchOptions) -> int:
     from specchat.ui.console import talk
     from specchat.ui.interrupts import Interrupts
 
-    say = talk(quiet=options.models.quiet)
+    say = talk(quiet=options.quiet)
     if options.plot is not None:
         check_plot(options.plot)
     questions = _questions(options)
@@ -134,36 +138,43 @@ def _points(options: BenchOptions, say: "Talk") -> list[_Point]:
     """What is to be measured, every model located."""
     if options.sweep is None:
         # What is to come from the disk must not be planned to stay in the page cache.
-        chosen = replace(options.models, ram_bytes=0) if options.cold else options.models
-        return [_located("", chosen, say)]
+        chosen = _choosing(options.models, ram_bytes=0) if options.cold else options.models
+        return [_located("", chosen, options, say)]
     name, values = options.sweep
     if name == "memory":
-        largest = replace(options.models, tree_budget=trees(values[0])[0])
+        largest = _choosing(options.models, tree_budget=trees(values[0])[0])
         checked = [(value, trees(value)) for value in values]
-        return [replace(_located(value, largest, say), trees=each) for value, each in checked]
-    return [_located(value, _with(options.models, name, value), say) for value in values]
+        return [replace(_located(value, largest, options, say), trees=each) for value, each in checked]
+    return [_located(value, _with(options.models, name, value), options, say) for value in values]
 
 
-def _located(value: str, options: ModelOptions, say: "Talk") -> _Point:
-    refs = shared.parse_models(options)
-    shared.prepare_libraries()
-    return _Point(value, options, shared.locate_models(options, refs, say))
+def _located(value: str, request: ModelRequest, options: BenchOptions, say: "Talk") -> _Point:
+    from specchat.ui.progress import TalkReporter
+
+    refs = parse_models(request)
+    prepare_libraries()
+    return _Point(value, request, locate_models(request, refs, TalkReporter(say), asker(yes=options.yes)))
 
 
-def _with(options: ModelOptions, name: str, value: str) -> ModelOptions:
-    """The options with one of them replaced by a sweep's value."""
+def _choosing(request: ModelRequest, **choices: Any) -> ModelRequest:
+    """Return the request with some of its choices replaced."""
+    return replace(request, choices=replace(request.choices, **choices))
+
+
+def _with(request: ModelRequest, name: str, value: str) -> ModelRequest:
+    """Return the request with one choice replaced by a sweep's value."""
     match name:
         case "tree-budget":
-            return replace(options, tree_budget=parse.tree_budget("--tree-budget", value))
+            return _choosing(request, tree_budget=parse.tree_budget("--tree-budget", value))
         case "vram":
-            return replace(options, vram_bytes=parse.size("--vram", value))
+            return _choosing(request, vram_bytes=parse.size("--vram", value))
         case "ctx":
-            return replace(options, ctx=whole("--ctx", value, 1))
+            return _choosing(request, ctx=whole("--ctx", value, 1))
         case "slots":
-            return replace(options, slots=whole("--sweep slots", value, 1))
+            return _choosing(request, slots=whole("--sweep slots", value, 1))
         case "quant":
-            return replace(options, quant=parse.quant("--sweep quant", value))
-    return replace(options, draft=value)
+            return _choosing(request, quant=parse.quant("--sweep quant", value))
+    return replace(request, draft=value)
 
 
 def _job(
@@ -175,32 +186,31 @@ def _job(
     from specchat.models.hf.tokenizer import load_tokenizer
     from specchat.ui.progress import TalkReporter
 
+    reporter = TalkReporter(say)
     target, draft = point.models.target, point.models.draft
     default = () if options.sweep else ("plain",)
     baselines = default if options.baselines is None else options.baselines
     check_baselines(baselines, draft)
-    plan = _with_trees(point, shared.make_plan(point.options, point.models, say.warn, as_given=True).plan)
+    plan = _with_trees(point, planning.make_plan(point.request, point.models, reporter, as_given=True).plan)
     without = left_out(baselines, plan)
     for name, why in without.items():
         say.warn(f"the baseline '{name}' is left out: {why}")
     _check_cold(options, plan)
-    pack = shared.make_pack(target, plan, TalkReporter(say))
-    draft_pack = shared.make_draft_pack(draft, plan, TalkReporter(say))
+    packs = make_packs(target, draft, plan, reporter)
     tokenizer = load_tokenizer(target.path)
     return Job(
         plan=plan,
         target=target,
         draft=draft,
         tokenizer=tokenizer,
-        stop_ids=shared.stop_ids(load_generation_defaults(target.path), tokenizer),
+        stop_ids=stop_ids(load_generation_defaults(target.path), tokenizer),
         questions=questions,
         settings=_settings(options, num_points),
         baselines=tuple(name for name in baselines if name not in without),
         cold=options.cold,
         passes=options.passes or options.cold,
-        pack=pack,
-        draft_pack=draft_pack,
-        files=_files(target, plan, pack),
+        packs=packs,
+        files=_files(target, plan, packs[0]),
         warn=say.warn,
         counts_memory=options.sweep is not None,
     )
@@ -236,7 +246,7 @@ def _files(target: ModelSource, plan: Plan, pack: "Pack | None") -> "Files":
     from specchat.models.checkpoint.safetensors import weight_files
 
     theirs = weight_files(target.path)
-    own = theirs if pack is None else [pack.layers[index].path for index in plan.streamed]
+    own = theirs if pack is None else [pack.layers[index].path for index in plan.placement.streamed]
     return Files(own, sorted({*own, *theirs}))
 
 
@@ -246,15 +256,17 @@ def _settings(options: BenchOptions, num_points: int) -> "Settings":
     return Settings(
         max_tokens=options.max_tokens or _DEFAULT_MAX_TOKENS,
         repeats=options.repeats or _DEFAULT_REPEATS,
-        seed=_DEFAULT_SEED if options.models.seed is None else options.models.seed,
+        seed=_DEFAULT_SEED if options.seed is None else options.seed,
         time_box_s=_TIME_BOX_S / num_points if options.limit is None else None,
     )
 
 
 def _check_cold(options: BenchOptions, plan: Plan) -> None:
-    if options.cold and plan.device != "cpu":
-        raise UsageError(f"--cold measures streaming from disk, but {plan.device} streams from RAM", "--device cpu")
-    if options.cold and not plan.streamed:
+    if options.cold and plan.work.device != "cpu":
+        raise UsageError(
+            f"--cold measures streaming from disk, but {plan.work.device} streams from RAM", "--device cpu"
+        )
+    if options.cold and not plan.placement.streamed:
         raise UsageError("--cold measures streaming from disk, but every layer stays in memory", "a smaller --vram")
 
 
@@ -307,7 +319,7 @@ def _head(options: BenchOptions, job: "Job", outcome: "Outcome") -> dict[str, An
         "model": job.target.name,
         "revision": job.target.revision,
         "label": job.target.label,
-        "machine": machine_object(outcome.plan.device),
+        "machine": machine_object(outcome.plan.work.device),
         "versions": versions_object(),
         "settings": report.settings_object(job.settings, prompts=prompts, limit=options.limit),
         "questions": report.counts_object(outcome.measurement),

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from specchat.cli.options import ModelOptions, tree_budget
+from specchat.cli.options import tree_budget
 from specchat.errors import NotAvailableError, UsageError
+from specchat.loading.request import ModelRequest
 
 Format = Literal["table", "md", "json", "jsonl", "csv"]
 FORMATS: tuple[Format, ...] = ("table", "md", "json", "jsonl", "csv")
@@ -21,6 +22,9 @@ class BenchOptions:
 
     Attributes:
         models: which models, memory and the like, as for `run`.
+        seed: key of the draws, or None for 0.
+        yes: whether to download without asking.
+        quiet: whether only the report and errors are shown.
         max_tokens: longest answer; None is 64.
         prompts: a file of questions, or None for the built-in ones.
         limit: questions asked; None for as many as there is time for.
@@ -35,7 +39,10 @@ class BenchOptions:
         command: as typed, without the program's name.
     """
 
-    models: ModelOptions
+    models: ModelRequest
+    seed: int | None = None
+    yes: bool = False
+    quiet: bool = False
     max_tokens: int | None = None
     prompts: Path | None = None
     limit: int | None = None

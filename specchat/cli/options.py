@@ -8,63 +8,20 @@ from typing import TYPE_CHECKING, Literal
 
 from specchat.chat.settings import MAX_SEED, whole
 from specchat.errors import InvalidSizeError, UsageError
+from specchat.loading.request import ModelRequest
+from specchat.loading.sampling import SamplingChoices
 from specchat.records.chat import Overflow
 from specchat.records.generation import Sampling
-from specchat.records.model import Dtype, Quant
+from specchat.records.model import QUANTIZED, Dtype, Quant
 from specchat.units import parse_size
 
 if TYPE_CHECKING:
     from specchat.chat.transcript import Saved
     from specchat.models.checkpoint.generation_config import GenerationDefaults
 
-QUANTIZED: tuple[Quant, ...] = ("int8", "int4")
 QUANTS: tuple[Quant, ...] = ("none", *QUANTIZED)
 DTYPES: tuple[Literal["auto"] | Dtype, ...] = ("auto", "bf16", "fp16", "fp32")
 OVERFLOWS: tuple[Overflow, ...] = ("stop", "drop-oldest")
-
-
-@dataclass(frozen=True)
-class SamplingFlags:
-    """Settings of sampling as chosen; None where the model's own holds."""
-
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """What every command can be told of models, memory and device, checked.
-
-    Attributes:
-        model: MODEL, or None if it was left out.
-        draft: a model, or one of auto, none, self, retrieval.
-        vram_bytes: --vram in bytes, or None for what is free.
-        ram_bytes: --ram in bytes, or None for what is free.
-        slots: buffers for streamed layers, or None; only a sweep of `bench` sets it.
-        tree_budget: None is auto.
-        quant: what the target's matrices are stored in.
-        draft_quant: likewise for the draft.
-        seed: None is the command's own choice.
-    """
-
-    model: str | None = None
-    draft: str = "auto"
-    device: str = "auto"
-    vram_bytes: int | None = None
-    ram_bytes: int | None = None
-    slots: int | None = None
-    ctx: int | None = None
-    tree_budget: int | None = None
-    dtype: Literal["auto"] | Dtype = "auto"
-    quant: Literal["auto"] | Quant = "auto"
-    draft_quant: Literal["auto"] | Quant = "auto"
-    seed: int | None = None
-    offline: bool = False
-    yes: bool = False
-    quiet: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,6 +30,9 @@ class RunOptions:
 
     Attributes:
         models: which models, and what they may take.
+        seed: key of the draws, or None for a random one.
+        yes: whether to download without asking.
+        quiet: whether only answers and errors are shown.
         prompt: PROMPT, or None.
         system: the text itself, read from its file if it was one.
         think: switch of the template's thinking, or None to leave it alone.
@@ -84,9 +44,12 @@ class RunOptions:
         sources: where settings come from, by their names in config.toml.
     """
 
-    models: ModelOptions
+    models: ModelRequest
+    seed: int | None = None
+    yes: bool = False
+    quiet: bool = False
     prompt: str | None = None
-    sampling: SamplingFlags = SamplingFlags()
+    sampling: SamplingChoices = field(default_factory=SamplingChoices)
     stops: tuple[str, ...] = ()
     max_tokens: int | None = None
     system: str | None = None
@@ -115,7 +78,7 @@ def check_combination(options: RunOptions) -> RunOptions:
     pairs = (
         ("--json", options.json, "--json-stream", options.json_stream),
         ("--plan", options.plan, "--json-stream", options.json_stream),
-        ("--quiet", options.models.quiet, "--verbose", options.verbose),
+        ("--quiet", options.quiet, "--verbose", options.verbose),
         ("--base", options.base, "--system", has_system),
     )
     for first, is_first, second, is_second in pairs:
@@ -214,29 +177,6 @@ def stop_strings(name: str, texts: Sequence[str]) -> tuple[str, ...]:
 # --- what holds in the end ---------------------------------------------------------------------------------------
 
 
-def resolve_sampling(flags: SamplingFlags, defaults: "GenerationDefaults", seed: int) -> Sampling:
-    """What the answer is drawn with.
-
-    A choice of the user's comes before the model's own generation_config, and that before greedy. A model whose config
-    does not ask for sampling is greedy, whatever else it says there; the repetition penalty holds either way, as in
-    transformers.
-
-    Args:
-        flags: as chosen.
-        defaults: the model's.
-        seed: keys the draws.
-    """
-    samples = bool(defaults.do_sample)
-    return Sampling(
-        temperature=_first(flags.temperature, _first(defaults.temperature, None, 1.0) if samples else None, 0.0),
-        top_k=int(_first(flags.top_k, defaults.top_k if samples else None, 0)),
-        top_p=_first(flags.top_p, defaults.top_p if samples else None, 1.0),
-        min_p=_first(flags.min_p, defaults.min_p if samples else None, 0.0),
-        repetition_penalty=_first(flags.repetition_penalty, defaults.repetition_penalty, 1.0),
-        seed=seed,
-    )
-
-
 def sampling_sources(sources: Mapping[str, str], defaults: "GenerationDefaults") -> dict[str, str]:
     """Where each setting of answers comes from, the model's own included; what is missing is a default."""
     if "seed" not in sources:
@@ -254,9 +194,3 @@ def without_effect(sampling: Sampling, sources: Mapping[str, str]) -> list[str]:
         return []
     flags = [sources[name] for name in ("top_p", "top_k", "min_p") if sources.get(name, "").startswith("--")]
     return [f"{flag} has no effect: the temperature is 0 (greedy); --temperature T above 0 samples" for flag in flags]
-
-
-def _first(flag: float | None, default: float | None, fallback: float) -> float:
-    if flag is not None:
-        return flag
-    return fallback if default is None else default

@@ -6,17 +6,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from specchat.cli import models as shared
-from specchat.cli.options import ModelOptions
+from specchat.cli.ask import asker
 from specchat.cli.output import print_line, to_json
 from specchat.errors import UsageError
+from specchat.loading.libraries import prepare_libraries
+from specchat.loading.locate import parse_models, sketch_models
+from specchat.loading.planning import make_plan
+from specchat.loading.request import ModelRequest
 from specchat.paths import cache_folder
 from specchat.units import size_text
 
 if TYPE_CHECKING:
-    from specchat.cli.models import Planned
     from specchat.hardware.probe import Report
     from specchat.hardware.verdicts import Verdict
+    from specchat.loading.planning import Planned
     from specchat.planner.recommendations import Recommendations
     from specchat.ui.console import Talk
 
@@ -29,11 +32,15 @@ class ProbeOptions:
 
     Attributes:
         models: the model whose plan is asked for, if one is, and the device.
+        yes: whether to download without asking.
+        quiet: whether only the report and errors are shown.
         refresh: measure again.
         verify: read every pack and check it.
     """
 
-    models: ModelOptions
+    models: ModelRequest
+    yes: bool = False
+    quiet: bool = False
     json: bool = False
     markdown: bool = False
     refresh: bool = False
@@ -56,18 +63,24 @@ def probe(options: ProbeOptions) -> int:
     from specchat.hardware import probe as hardware
     from specchat.ui.console import talk
     from specchat.ui.probe_view import ProbeLine
+    from specchat.ui.progress import TalkReporter
 
-    say = talk(quiet=options.models.quiet)
-    refs = None if options.models.model is None else shared.parse_models(options.models)
-    shared.prepare_libraries()
+    say = talk(quiet=options.quiet)
+    refs = None if options.models.model is None else parse_models(options.models)
+    prepare_libraries()
     line = ProbeLine(say)
     try:
-        report = hardware.probe(cache_folder(), options.models.device, refresh=options.refresh, progress=line.update)
+        report = hardware.probe(
+            cache_folder(), options.models.choices.device, refresh=options.refresh, progress=line.update
+        )
     finally:
         line.end()
     with TemporaryDirectory(prefix="specchat-") as folder:
-        found = None if refs is None else shared.sketch_models(options.models, refs, say, Path(folder))
-        planned = None if found is None else shared.make_plan(options.models, found, say.warn)
+        planned = None
+        if refs is not None:
+            reporter = TalkReporter(say)
+            found = sketch_models(options.models, refs, reporter, asker(yes=options.yes), Path(folder))
+            planned = make_plan(options.models, found, reporter)
     offers = _offers(options.models, report) if refs is None else None
     packs = (*_found_packs(), *(_verify(say) if options.verify else ()))
     _print(options, report, (*report.verdicts, *packs), planned, offers)
@@ -77,24 +90,15 @@ def probe(options: ProbeOptions) -> int:
 # --- what can run ------------------------------------------------------------------------------------------------
 
 
-def _offers(options: ModelOptions, report: "Report") -> "Recommendations":
+def _offers(request: ModelRequest, report: "Report") -> "Recommendations":
     """Plans for the models that are known without any download."""
     from specchat.hardware.probe import find_machine
     from specchat.models.hub.cache import cached_models
     from specchat.planner.rates import rates_of
     from specchat.planner.recommendations import ANYTHING, find_recommendations
 
-    machine = find_machine(options.device)
-    asked = replace(
-        ANYTHING,
-        device=options.device,
-        dtype=options.dtype,
-        vram_bytes=options.vram_bytes,
-        ctx=options.ctx,
-        ram_bytes=options.ram_bytes,
-        quant=options.quant,
-        draft_is_open=options.draft != "none",
-    )
+    machine = find_machine(request.choices.device)
+    asked = replace(ANYTHING, choices=request.choices, draft_is_open=request.draft != "none")
     return find_recommendations(
         asked,
         machine,
@@ -105,16 +109,17 @@ def _offers(options: ModelOptions, report: "Report") -> "Recommendations":
     )
 
 
-def _flags(options: ModelOptions) -> str:
-    """What was asked for and bears on plans, as it is typed."""
+def _flags(request: ModelRequest) -> str:
+    """Return the choices that bear on plans, as they are typed."""
+    choices = request.choices
     asked = {
-        "--device": options.device if options.device != "auto" else None,
-        "--dtype": options.dtype if options.dtype != "auto" else None,
-        "--vram": None if options.vram_bytes is None else size_text(options.vram_bytes),
-        "--ram": None if options.ram_bytes is None else size_text(options.ram_bytes),
-        "--ctx": options.ctx,
-        "--quant": options.quant if options.quant != "auto" else None,
-        "--draft": "none" if options.draft == "none" else None,
+        "--device": choices.device if choices.device != "auto" else None,
+        "--dtype": choices.dtype if choices.dtype != "auto" else None,
+        "--vram": None if choices.vram_bytes is None else size_text(choices.vram_bytes),
+        "--ram": None if choices.ram_bytes is None else size_text(choices.ram_bytes),
+        "--ctx": choices.ctx,
+        "--quant": choices.quant if choices.quant != "auto" else None,
+        "--draft": "none" if request.draft == "none" else None,
     }
     return "".join(f" {flag} {value}" for flag, value in asked.items() if value is not None)
 

@@ -10,29 +10,33 @@ from tempfile import TemporaryDirectory
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
-from specchat import __version__
-from specchat.cli import models as shared
-from specchat.cli.models import Models
-from specchat.cli.options import RunOptions, random_seed, resolve_sampling, sampling_sources, without_effect
+from specchat.cli.ask import asker
+from specchat.cli.options import RunOptions, random_seed, sampling_sources, without_effect
 from specchat.cli.output import print_line, to_json
 from specchat.cli.sessions import lasting, model_of, path_for, was_with
 from specchat.errors import EmptyPromptError, UsageError
+from specchat.loading import planning
+from specchat.loading.engine import load_engine, stop_ids
+from specchat.loading.libraries import prepare_libraries
+from specchat.loading.locate import Models, locate_models, parse_models, sketch_models
+from specchat.loading.sampling import resolve_sampling
 from specchat.paths import state_folder
 from specchat.records.chat import Setting
 from specchat.records.generation import Sampling, Step
 from specchat.records.plan import Plan
 from specchat.units import format_bytes
+from specchat.version import __version__
 
 if TYPE_CHECKING:
     from specchat.chat.session import ChatSession, Delta, Turn
     from specchat.chat.transcript import Saved, Transcript
-    from specchat.cli.models import Planned
     from specchat.engine.engine import Engine
+    from specchat.loading.planning import Planned
+    from specchat.loading.request import Reporter
     from specchat.models.checkpoint.generation_config import GenerationDefaults
     from specchat.models.hf.tokenizer import Tokenizer
     from specchat.ui.chat_view import ChatView
     from specchat.ui.console import Talk
-    from specchat.ui.progress import Reporter
 
 _INTERRUPTED = 130
 
@@ -40,19 +44,21 @@ _INTERRUPTED = 130
 def run(options: RunOptions) -> int:
     """Does what `specchat run` was asked to; returns the exit code."""
     from specchat.ui.console import talk
+    from specchat.ui.progress import TalkReporter
 
-    say = talk(quiet=options.models.quiet)
-    refs = shared.parse_models(options.models)
+    say = talk(quiet=options.quiet)
+    refs = parse_models(options.models)
     prompt = None if options.plan else _prompt(options, say)
     temperature = options.sampling.temperature
-    shared.prepare_libraries()
+    prepare_libraries()
+    reporter, ask = TalkReporter(say), asker(yes=options.yes)
     if options.plan:
         with TemporaryDirectory(prefix="specchat-") as folder:
-            models = shared.sketch_models(options.models, refs, say, Path(folder))
-            _print_plan(options, shared.make_plan(options.models, models, say.warn, temperature=temperature))
+            models = sketch_models(options.models, refs, reporter, ask, Path(folder))
+            _print_plan(options, planning.make_plan(options.models, models, reporter, temperature=temperature))
         return 0
-    models = shared.locate_models(options.models, refs, say)
-    return _chat(options, shared.make_plan(options.models, models, say.warn, temperature=temperature), prompt, say)
+    models = locate_models(options.models, refs, reporter, ask)
+    return _chat(options, planning.make_plan(options.models, models, reporter, temperature=temperature), prompt, say)
 
 
 # --- the prompt --------------------------------------------------------------------------------------------------
@@ -122,7 +128,7 @@ def _chat(options: RunOptions, planned: "Planned", prompt: str | None, say: "Tal
 
     models, plan = planned.models, planned.plan
     defaults = load_generation_defaults(models.target.path)
-    seed = random_seed() if options.models.seed is None else options.models.seed
+    seed = random_seed() if options.seed is None else options.seed
     sampling = resolve_sampling(options.sampling, defaults, seed)
     sources = sampling_sources(options.sources, defaults)
     view = ChatView(answer_stream(), say, verbose=options.verbose, raw=options.raw)
@@ -162,7 +168,7 @@ class _Parts:
         tokenizer = load_tokenizer(self.models.target.path)
         check_has_template(tokenizer, base=self.options.base)
         temperature = self.sampling.temperature
-        engine = shared.load_engine(self.options.models, self.models, self.plan, reporter, temperature)
+        engine = load_engine(self.options.models, self.models, self.plan, reporter, temperature)
         try:
             return self._opened(self._session(engine, tokenizer), reporter)
         except BaseException:
@@ -192,7 +198,7 @@ class _Parts:
             engine,
             tokenizer,
             sampling=self.sampling,
-            stop_ids=shared.stop_ids(self.defaults, tokenizer),
+            stop_ids=stop_ids(self.defaults, tokenizer),
             stop_texts=options.stops,
             max_tokens=options.max_tokens,
             system=None if options.base else options.system,
@@ -214,9 +220,9 @@ class _Parts:
             "revision": target.revision,
             "draft": options.models.draft,
             "quant": plan.quant,
-            "dtype": plan.dtype,
-            "device": plan.device,
-            "ctx": options.models.ctx,
+            "dtype": plan.work.dtype,
+            "device": plan.work.device,
+            "ctx": options.models.choices.ctx,
             "stop": list(options.stops),
             "overflow": options.overflow,
             "base": options.base,
@@ -229,11 +235,11 @@ def _model_settings(options: RunOptions, plan: Plan) -> list[Setting]:
         "model": plan.target,
         "draft": plan.draft or "none",
         "quant": plan.quant,
-        "device": plan.device,
-        "dtype": plan.dtype,
-        "ctx": f"{plan.ctx:,}",
-        "tree_budget": f"{plan.tree_budget:,}",
-        "vram": format_bytes(plan.device_budget_bytes),
+        "device": plan.work.device,
+        "dtype": plan.work.dtype,
+        "ctx": f"{plan.work.ctx:,}",
+        "tree_budget": f"{plan.work.tree_budget:,}",
+        "vram": format_bytes(plan.vram_bytes),
     }
     return [Setting(name, value, options.sources.get(name, "default")) for name, value in values.items()]
 
@@ -274,7 +280,7 @@ def _turns(saved: "Saved") -> str:
 def _notices(options: RunOptions, plan: Plan, models: Models) -> list[str]:
     """What will not go as it was asked for."""
     notices = []
-    if options.models.tree_budget is not None and plan.draft is None:
+    if options.models.choices.tree_budget is not None and plan.draft is None:
         notices.append(f"{options.sources['tree_budget']} has no effect: there is no draft")
     if options.base and options.system is not None:
         notices.append("the system prompt has no effect: --base leaves the chat template out")

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,12 +22,11 @@ from specchat.engine.sampling import Sampler
 from specchat.engine.selfcheck import check_architecture
 from specchat.engine.tree import ROOT, TokenTree, common_prefix
 from specchat.errors import AllocationError, PromptTooLongError, is_lack_of_memory
-from specchat.models.checkpoint.dtypes import TORCH_DTYPE
 from specchat.models.hf.pairing import check_pair
 from specchat.models.packs.pack import Pack
+from specchat.models.weights.open import ModelWeights
 from specchat.records.generation import Activity, DraftTree, FinishReason, Phase, Sampling, Step
-from specchat.records.model import ModelSource
-from specchat.records.plan import MemoryReport, Plan
+from specchat.records.plan import MemoryReport, Placement, Plan
 from specchat.units import format_bytes
 
 
@@ -57,9 +56,9 @@ class Engine(Closeable):
         self.load_s = 0.0
         self._target = target
         self._drafter = drafter
-        self._growth: Growth = FixedGrowth(plan.tree_budget)
+        self._growth: Growth = FixedGrowth(plan.work.tree_budget)
         if plan.adaptive:
-            self._growth = PayingGrowth(plan.tree_budget, plan.expected)
+            self._growth = PayingGrowth(plan.work.tree_budget, plan.expected)
         self._cached: list[int] = []  # the tokens whose rows the target's cache holds
         self._phase: Phase = "idle"
         self._meter = stats.MemoryMeter(plan, [target, *drafter.models], runtime_bytes)
@@ -68,53 +67,40 @@ class Engine(Closeable):
     def load(
         cls,
         plan: Plan,
-        target: ModelSource,
-        draft: ModelSource | None,
+        target: ModelWeights,
+        draft: ModelWeights | None,
         pack: Pack | None = None,
         draft_pack: Pack | None = None,
         warn: Callable[[str], None] = lambda _: None,
     ) -> Engine:
-        """Reads both models into memory as planned.
+        """Read both models into memory as planned.
 
         Args:
             plan: sizes and places.
-            target: the model whose text comes out.
-            draft: the model that guesses, or None.
-            pack: the target's weights repacked (`models.packs.prepare`), or None to read them from its own files.
-            draft_pack: likewise for the draft.
-            warn: told in one line of what the system refused and what that costs.
+            target: weights of the model that writes the text.
+            draft: weights of the model that guesses, or None.
+            pack: repacked weights of the target, or None to read its own files.
+            draft_pack: repacked weights of the draft, or None.
+            warn: receives one line about what the system refused and what that costs.
 
         Raises:
             VocabularyMismatchError: the draft's token ids do not mean the target's.
             UnsupportedModelError: trees on this architecture do not give what plain decoding gives.
             CorruptCheckpointError: the files cannot be what was saved.
-            AllocationError: memory that the plan counts on cannot be had.
+            AllocationError: memory that the plan counts on cannot be allocated.
         """
         begin = time.perf_counter()
         runtime_bytes = stats.resident_set_bytes()
-        device, dtype = torch.device(plan.device), TORCH_DTYPE[plan.dtype]
         if draft is not None:
-            check_pair(target, draft)
-            check_architecture(draft)
-        check_architecture(target)
+            check_pair(target.source, draft.source)
+            check_architecture(draft.source)
+        check_architecture(target.source)
         with _allocating(plan):
-            # first, for it has no threads that an error would leave behind
-            drafter = _load_drafter(plan, draft, draft_pack, dtype, device)
-            target_model = load_model(
-                target,
-                dtype=dtype,
-                device=device,
-                resident=plan.resident,
-                num_slots=plan.slots,
-                in_ram=plan.in_ram,
-                host_embeddings=plan.host_embeddings,
-                pack=pack,
-                quant=plan.quant,
-                warn=warn,
-                cache_rows=plan.ctx + plan.tree_budget,
-                chunk_rows=plan.chunk_rows,
-            )
-        engine = cls(plan, target_model, drafter, runtime_bytes)
+            # The drafter first: it has no threads that an error would leave behind.
+            drafter: Drafter = NoDrafter() if draft is None else _load_drafter(plan, draft, draft_pack)
+            cache_rows = plan.work.ctx + plan.work.tree_budget
+            model = load_model(target, plan.work, plan.placement, cache_rows=cache_rows, pack=pack, warn=warn)
+        engine = cls(plan, model, drafter, runtime_bytes)
         engine.load_s = time.perf_counter() - begin
         return engine
 
@@ -151,18 +137,18 @@ class Engine(Closeable):
         """
         context = list(prompt_ids)
         assert context, "the chat layer refuses empty prompts"
-        if len(context) >= self.plan.ctx:
+        if len(context) >= self.plan.work.ctx:
             raise PromptTooLongError(
-                f"the prompt has {len(context)} tokens, the context holds {self.plan.ctx} with the answer",
+                f"the prompt has {len(context)} tokens, the context holds {self.plan.work.ctx} with the answer",
                 hint="shorten the prompt, start a new chat, or give a larger --ctx if the model allows it",
             )
         self._reuse_prefix(context)
-        limit = len(context) + (max_tokens if max_tokens is not None else self.plan.ctx)
+        limit = len(context) + (max_tokens if max_tokens is not None else self.plan.work.ctx)
         answer = _Answer(
             sampler=Sampler(sampling, self._target.vocab_size, self._target.device),
             stop_ids=stop_ids,
-            max_length=min(limit, self.plan.ctx),
-            length_reason="length" if limit <= self.plan.ctx else "context",
+            max_length=min(limit, self.plan.work.ctx),
+            length_reason="length" if limit <= self.plan.work.ctx else "context",
             cancel=cancel,
         )
         while True:
@@ -199,7 +185,7 @@ class Engine(Closeable):
     def drafting_with(self, drafter: Drafter) -> Iterator[None]:
         """Another drafter while it lasts, with trees as large as planned; closing it is the caller's."""
         own, self._drafter = (self._drafter, self._growth), drafter
-        self._growth = FixedGrowth(self.plan.tree_budget)
+        self._growth = FixedGrowth(self.plan.work.tree_budget)
         try:
             yield
         finally:
@@ -214,7 +200,7 @@ class Engine(Closeable):
         """What it is at; may be asked from any thread."""
         phase = self._phase
         passing = phase in ("prefill", "verifying")
-        return Activity(phase, self._target.layers_done if passing else 0, self.plan.num_layers)
+        return Activity(phase, self._target.layers_done if passing else 0, self.plan.placement.num_layers)
 
     def _step(self, context: list[int], answer: _Answer) -> Step:
         """One tree, one pass, the accepted path; on cancellation nothing but an empty step."""
@@ -262,7 +248,7 @@ class Engine(Closeable):
         Returns:
             The tokens drawn, and the nodes among them: all but the last token.
         """
-        scores = _LazyScores(self._target, tree, hidden, self.plan.head_rows)
+        scores = _LazyScores(self._target, tree, hidden, self.plan.work.head_rows)
         text, path, node = list(context), list[int](), ROOT
         while True:
             token = answer.sampler.draw(scores.of(node), text)
@@ -323,23 +309,15 @@ def _allocating(plan: Plan) -> Iterator[None]:
         return
     # outside of the handler: the error's frames hold on to what was allocated until then
     raise AllocationError(
-        f"{plan.device} does not give the {format_bytes(plan.device_bytes)} that were planned",
+        f"{plan.work.device} does not give the {format_bytes(plan.device_bytes)} that were planned",
         hint="close other programs, or give a smaller --vram or --ctx",
     )
 
 
-def _load_drafter(
-    plan: Plan, draft: ModelSource | None, pack: Pack | None, dtype: torch.dtype, device: torch.device
-) -> Drafter:
-    if draft is None:
-        return NoDrafter()
-    model = load_model(
-        draft,
-        dtype=dtype,
-        device=device,
-        pack=pack,
-        quant=plan.draft_quant,
-        cache_rows=plan.ctx + plan.draft_rows,
-        chunk_rows=plan.chunk_rows,
-    )
-    return ModelDrafter(model, max_rows=plan.draft_rows, max_context=model.max_positions)
+def _load_drafter(plan: Plan, draft: ModelWeights, pack: Pack | None) -> Drafter:
+    """Load a draft, all of whose layers are resident."""
+    work = replace(plan.work, host_embeddings=False)
+    num_layers = len(draft.skeleton.layers)
+    placement = Placement(num_layers, tuple(range(num_layers)))
+    model = load_model(draft, work, placement, cache_rows=work.ctx + work.draft_rows, pack=pack)
+    return ModelDrafter(model, max_rows=work.draft_rows, max_context=model.max_positions)

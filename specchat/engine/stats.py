@@ -125,17 +125,17 @@ class MemoryMeter:
     def report(self) -> MemoryReport:
         """Totals so far. On the CPU the device's peak is what was counted: weights, slots, caches, hidden rows."""
         plan = self._plan
-        if plan.device == "cpu":
+        if plan.work.device == "cpu":
             device_peak = sum(model.nbytes for model in self._models) + self._largest_pass_bytes
         else:
-            device_peak = torch.cuda.max_memory_allocated(plan.device)
+            device_peak = torch.cuda.max_memory_allocated(plan.work.device)
         return MemoryReport(
-            device_budget_bytes=plan.device_budget_bytes,
+            device_budget_bytes=plan.vram_bytes,
             device_peak_bytes=device_peak,
             predicted_device_bytes=plan.device_bytes,
             host_peak_bytes=peak_resident_set_bytes(),
             runtime_bytes=self._runtime_bytes,
-            resident_layers=len(plan.resident),
-            streamed_layers=len(plan.streamed),
+            resident_layers=len(plan.placement.resident),
+            streamed_layers=len(plan.placement.streamed),
             streamed_bytes_per_step=plan.streamed_bytes_per_step,
         )

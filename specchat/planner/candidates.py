@@ -13,7 +13,6 @@ from specchat.hardware.machine import Machine
 from specchat.models.sizes.geometry import layer_sizes
 from specchat.planner.cost import CostModel, Prediction
 from specchat.planner.memory import (
-    Workload,
     build_host_ledger,
     build_ledger,
     bytes_beside_layers,
@@ -21,10 +20,10 @@ from specchat.planner.memory import (
     host_embeddings,
     lookup_bytes,
 )
-from specchat.planner.placement import Placement, among, interleaved, placement_options, usable_ram
+from specchat.planner.placement import TierSizes, among, interleaved, placement_options, usable_ram
 from specchat.planner.request import EXACT_BYTES, LOWER_QUANTS, PlanInputs, PlanRequest
 from specchat.records.model import DTYPE_BYTES, Dtype, ModelSpec
-from specchat.records.plan import Plan
+from specchat.records.plan import Placement, Plan, PlanChoices, Workload
 from specchat.units import GIB, MIB, format_bytes
 
 DEFAULT_CTX = 8192
@@ -45,9 +44,9 @@ class Candidate:
 
     Attributes:
         target, draft: their sizes.
-        work: without its slots.
-        placement: where the target's layers are.
-        budget_bytes: of device memory, that it stays within.
+        work: device, dtype, context and trees.
+        sizes: how many layers lie in each tier.
+        vram_bytes: device memory budget in bytes.
         tok_per_s: as predicted.
         adaptive: whether trees may be smaller than the budget of the work.
         model: what predicts.
@@ -56,8 +55,8 @@ class Candidate:
     target: ModelSpec
     draft: ModelSpec | None
     work: Workload
-    placement: Placement
-    budget_bytes: int
+    sizes: TierSizes
+    vram_bytes: int
     tok_per_s: float
     adaptive: bool
     model: CostModel
@@ -65,50 +64,42 @@ class Candidate:
     @cached_property
     def prediction(self) -> Prediction:
         """All that is predicted of it."""
-        return self.model.predict(self.placement, self.work.tree_budget, adaptive=self.adaptive)
+        return self.model.predict(self.sizes, self.work.tree_budget, adaptive=self.adaptive)
 
     @property
     def slots(self) -> int:
         """Staging buffers for streamed layers."""
-        return self.placement.slots
+        return self.sizes.slots
 
     @property
     def num_streamed(self) -> int:
         """Layers that are streamed."""
-        return self.placement.num_streamed
+        return self.sizes.num_streamed
 
-    def plan(self, request: PlanRequest, machine: Machine) -> Plan:
+    def plan(self, choices: PlanChoices, machine: Machine) -> Plan:
         """The plan itself."""
-        target, draft, work = self.target, self.draft, replace(self.work, slots=self.slots)
+        target, draft, work = self.target, self.draft, self.work
         resident = interleaved(target.num_layers - self.num_streamed, target.num_layers)
         kept, all_sizes = set(resident), layer_sizes(target, work.dtype)
         sizes = {i: size for i, size in enumerate(all_sizes) if i not in kept}
-        in_ram = among(sizes, self.placement.num_in_ram)
-        beside_gpu = _host_bytes(sizes, in_ram, work.slots) + host_embedding_bytes(target, work)
+        in_ram = among(sizes, self.sizes.num_in_ram)
+        placement = Placement(target.num_layers, resident, in_ram, self.slots)
+        beside_gpu = _host_bytes(sizes, in_ram, self.slots) + host_embedding_bytes(target, work)
         return Plan(
             target=target.name,
             draft=None if draft is None else draft.name,
             quant=target.quant,
-            device=machine.device,
-            dtype=work.dtype,
-            ctx=work.ctx,
-            tree_budget=work.tree_budget,
-            draft_rows=work.draft_rows,
-            slots=work.slots,
-            resident=resident,
-            num_layers=target.num_layers,
-            chunk_rows=work.chunk_rows,
-            ledger=build_ledger(target, draft, work, resident),
-            device_budget_bytes=self.budget_bytes,
-            adaptive=self.adaptive,
-            expected=self.model.expectation(self.placement, work.tree_budget) if self.adaptive else None,
-            draft_quant="none" if draft is None else draft.quant,
-            lowered_from=target.dtype if request.quant == "auto" and target.quant in LOWER_QUANTS else None,
+            work=work,
+            placement=placement,
+            ledger=build_ledger(target, draft, work, placement),
+            vram_bytes=self.vram_bytes,
             host_bytes=0 if machine.device == "cpu" else beside_gpu,
             streamed_bytes_per_step=sum(sizes.values()),
-            in_ram=in_ram,
-            host_ledger=build_host_ledger(sizes, in_ram, work.slots, machine.device, host_embeddings(target, work)),
-            host_embeddings=work.host_embeddings,
+            adaptive=self.adaptive,
+            draft_quant="none" if draft is None else draft.quant,
+            lowered_from=target.dtype if choices.quant == "auto" and target.quant in LOWER_QUANTS else None,
+            host_ledger=build_host_ledger(sizes, in_ram, self.slots, machine.device, host_embeddings(target, work)),
+            expected=self.model.expectation(self.sizes, work.tree_budget) if self.adaptive else None,
         )
 
 
@@ -139,12 +130,15 @@ class Candidates:
 
     def __init__(self, request: PlanRequest, known: PlanInputs, target: ModelSpec) -> None:
         self._request = request
+        self._choices = request.choices
         self._known = known
         self._target = target
         self._dtype = dtype_for(request, known.machine, target)
-        self._shelves = placement_options(target, self._dtype, request.slots)
-        self._budget = request.vram_bytes if request.vram_bytes is not None else _default_budget(known.machine)
-        self._contexts = _contexts(usual_ctx(request, target), is_open=request.ctx is None)
+        self._options = placement_options(target, self._dtype, request.choices.slots)
+        self._vram_bytes = (
+            request.choices.vram_bytes if request.choices.vram_bytes is not None else _default_budget(known.machine)
+        )
+        self._contexts = _contexts(usual_ctx(request, target), is_open=request.choices.ctx is None)
         self._usable_ram = usable_ram(known.machine.ram_available_bytes)
         self._models: dict[ModelSpec | None, CostModel] = {}
         self._found: dict[ModelSpec | None, list[Candidate]] = {}
@@ -177,11 +171,13 @@ class Candidates:
         fits, too_long = 0, ctx
         while too_long - fits > 1:
             middle = (fits + too_long) // 2
-            fits, too_long = (middle, too_long) if self._least_bytes(draft, middle) <= self._budget else (fits, middle)
+            fits, too_long = (
+                (middle, too_long) if self._least_bytes(draft, middle) <= self._vram_bytes else (fits, middle)
+            )
         advice = "raise --vram, or lower --tree-budget" if draft is not None else "raise --vram"
         return DoesNotFitError(
             f"{self._target.name} needs at least {format_bytes(self._least_bytes(draft, ctx))} with --ctx {ctx:,}, "
-            f"the budget is {format_bytes(self._budget)}",
+            f"the budget is {format_bytes(self._vram_bytes)}",
             hint=f"--ctx {fits} would fit; else {advice}" if fits else advice,
         )
 
@@ -196,7 +192,7 @@ class Candidates:
         """Sizes of trees to try."""
         if draft is None:
             return (0,)
-        asked = self._request.tree_budget
+        asked = self._choices.tree_budget
         return _open_budgets(self._known.machine.device) if asked is None else (asked,)
 
     def _with_draft(self, draft: ModelSpec | None) -> list[Candidate]:
@@ -207,21 +203,21 @@ class Candidates:
 
     def _search(self, draft: ModelSpec | None) -> list[Candidate]:
         """At the longest context at which anything fits; longer ones and larger trees never take less memory."""
-        if self._least_bytes(draft, self._contexts[-1]) > self._budget:
+        if self._least_bytes(draft, self._contexts[-1]) > self._vram_bytes:
             return []
-        ctx = next(ctx for ctx in self._contexts if self._least_bytes(draft, ctx) <= self._budget)
+        ctx = next(ctx for ctx in self._contexts if self._least_bytes(draft, ctx) <= self._vram_bytes)
         works = [self._workload(ctx, tree_budget) for tree_budget in self._tree_budgets(draft)]
         return [candidate for work in works for candidate in self._with_workload(draft, work)]
 
     def _with_workload(self, draft: ModelSpec | None, work: Workload) -> Iterator[Candidate]:
         """The most layers stay that can, with every number of slots, and more where embeddings make room."""
-        model, adaptive = self._model(draft), self._request.tree_budget is None
+        model, adaptive = self._model(draft), self._choices.tree_budget is None
         ways = self._ways(draft, work)
-        for index, division in self._shelves.divide([self._budget - beside for _, beside in ways]):
+        for index, split in self._options.split([self._vram_bytes - beside for _, beside in ways]):
             way, beside = ways[index]
-            placement = self._shelves.place(division, self._host_room(way, beside + division.num_bytes))
-            per_s = model.tok_per_s(placement, way.tree_budget, adaptive=adaptive)
-            yield Candidate(self._target, draft, way, placement, self._budget, per_s, adaptive, model)
+            sizes = self._options.place(split, self._host_budget(way, beside + split.num_bytes))
+            per_s = model.tok_per_s(sizes, way.tree_budget, adaptive=adaptive)
+            yield Candidate(self._target, draft, way, sizes, self._vram_bytes, per_s, adaptive, model)
 
     def _ways(self, draft: ModelSpec | None, work: Workload) -> list[tuple[Workload, int]]:
         """With bytes of everything but layers and slots: all on the device, and if that can be without embeddings.
@@ -243,20 +239,20 @@ class Candidates:
     def _least_bytes(self, draft: ModelSpec | None, ctx: int) -> int:
         """What it takes to run at all."""
         ways = self._ways(draft, self._workload(ctx, min(self._tree_budgets(draft))))
-        return min(beside for _, beside in ways) + self._shelves.least_bytes
+        return min(beside for _, beside in ways) + self._options.least_bytes
 
     def _workload(self, ctx: int, tree_budget: int) -> Workload:
         return _workload(self._dtype, ctx, tree_budget, self._known.machine.device)
 
-    def _host_room(self, work: Workload, device_bytes: int) -> int:
+    def _host_budget(self, work: Workload, device_bytes: int) -> int:
         """Host memory for streamed layers: what there is, less embeddings, or what a CPU plans to use as the device."""
         on_cpu = self._known.machine.device == "cpu"
         taken = device_bytes if on_cpu else host_embedding_bytes(self._target, work)
         room = max(self._usable_ram - taken, 0)
-        return room if self._request.ram_bytes is None else min(room, self._request.ram_bytes)
+        return room if self._choices.ram_bytes is None else min(room, self._choices.ram_bytes)
 
     def _most_tok_per_s(self, draft: ModelSpec | None) -> float:
-        adaptive = self._request.tree_budget is None
+        adaptive = self._choices.tree_budget is None
         return self._model(draft).most_tok_per_s(max(self._tree_budgets(draft)), adaptive=adaptive)
 
     def _model(self, draft: ModelSpec | None) -> CostModel:
@@ -274,15 +270,13 @@ def _open_budgets(device: str) -> tuple[int, ...]:
 
 @lru_cache(maxsize=512)
 def _workload(dtype: Dtype, ctx: int, tree_budget: int, device: str) -> Workload:
-    """Without slots, which make no difference to what is beside them."""
     return Workload(
+        device=device,
         dtype=dtype,
         ctx=ctx,
         tree_budget=tree_budget,
         draft_rows=DRAFT_ROWS_PER_NODE * tree_budget,
         chunk_rows=CHUNK_ROWS,
-        slots=0,
-        device=device,
         reserve_bytes=0 if device == "cpu" else CUDA_RESERVE_BYTES,
     )
 
@@ -307,21 +301,21 @@ def usual_ctx(request: PlanRequest, target: ModelSpec) -> int:
     Raises:
         UsageError: the model has no positions for what is asked for.
     """
-    if request.ctx is None:
+    if request.choices.ctx is None:
         return min(target.max_positions, DEFAULT_CTX)
-    if request.ctx > target.max_positions:
+    if request.choices.ctx > target.max_positions:
         raise UsageError(
-            f"--ctx {request.ctx:,} is beyond the {target.max_positions:,} positions of {target.name}",
+            f"--ctx {request.choices.ctx:,} is beyond the {target.max_positions:,} positions of {target.name}",
             hint=f"use --ctx {target.max_positions} or less",
         )
-    return request.ctx
+    return request.choices.ctx
 
 
 def dtype_for(request: PlanRequest, machine: Machine, target: ModelSpec) -> Dtype:
     """Of weights, activations and caches."""
-    match request.dtype:
+    match request.choices.dtype:
         case "bf16" | "fp16" | "fp32":
-            return request.dtype
+            return request.choices.dtype
     if target.num_params * DTYPE_BYTES["fp32"] <= EXACT_BYTES:
         return "fp32"
     if machine.device == "cpu":

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from typing import Literal
 
-from specchat.planner.placement import Placement
+from specchat.planner.placement import TierSizes
 from specchat.planner.rates import Basis, Rates, least_sure
 from specchat.records.limits import HEAD_BLOCK_ROWS, draft_width
 from specchat.records.model import DTYPE_BYTES, Dtype, ModelSpec
@@ -133,9 +133,9 @@ class CostModel:
         self._rates = rates
         self._acceptance = acceptance
         self._timed: dict[tuple[int, bool], _StepCosts] = {}
-        self._speeds: dict[Placement, dict[int, float]] = {}
+        self._speeds: dict[TierSizes, dict[int, float]] = {}
 
-    def predict(self, placement: Placement, tree_budget: int, *, adaptive: bool) -> Prediction:
+    def predict(self, placement: TierSizes, tree_budget: int, *, adaptive: bool) -> Prediction:
         """The step that this placement gives.
 
         Args:
@@ -145,7 +145,7 @@ class CostModel:
         """
         return self._step(placement, self._best_size(placement, tree_budget, adaptive)[1])
 
-    def expectation(self, placement: Placement, tree_budget: int) -> Expectation | None:
+    def expectation(self, placement: TierSizes, tree_budget: int) -> Expectation | None:
         """What adaptive trees start from: the same figures for trees of all sizes; None without a draft."""
         if self._draft is None or tree_budget == 0:
             return None
@@ -159,7 +159,7 @@ class CostModel:
             tokens_per_step=best.tokens_per_step,
         )
 
-    def tok_per_s(self, placement: Placement, tree_budget: int, *, adaptive: bool) -> float:
+    def tok_per_s(self, placement: TierSizes, tree_budget: int, *, adaptive: bool) -> float:
         """That of `predict`, in a fraction of its time."""
         return self._best_size(placement, tree_budget, adaptive)[0]
 
@@ -174,7 +174,7 @@ class CostModel:
             return (0,)
         return _sizes_up_to(tree_budget) if adaptive else (tree_budget,)
 
-    def _best_size(self, placement: Placement, tree_budget: int, adaptive: bool) -> tuple[float, int]:
+    def _best_size(self, placement: TierSizes, tree_budget: int, adaptive: bool) -> tuple[float, int]:
         """The best of all sizes' speeds, and the smallest size that has it.
 
         A larger budget often leaves as many layers where they are, so what was worked out for one counts for others.
@@ -192,7 +192,7 @@ class CostModel:
                 best_per_s, best = per_s, nodes
         return best_per_s, best
 
-    def _step(self, placement: Placement, nodes: int) -> Prediction:
+    def _step(self, placement: TierSizes, nodes: int) -> Prediction:
         sides, queue = self._step_costs(nodes, reads=self._reads(placement)), self._queue(placement)
         pass_s = self._pass_s(queue, sides)
         compute_s = placement.num_layers * sides.layer_s
@@ -219,12 +219,12 @@ class CostModel:
         stalled_s = queue.num_linked * min(queue.arrival_s, sides.layer_s) * self._stall(queue.slots)
         return queue.linked_s(sides.layer_s, sides.outside_s) + stalled_s
 
-    def _queue(self, placement: Placement) -> "LinkQueue":
+    def _queue(self, placement: TierSizes) -> "LinkQueue":
         link_s, num_linked = self._link(placement)
         arrival_s = link_s / num_linked if num_linked else 0.0
         return LinkQueue(placement.num_layers, num_linked, arrival_s, placement.slots)
 
-    def _link(self, placement: Placement) -> tuple[float, int]:
+    def _link(self, placement: TierSizes) -> tuple[float, int]:
         """Seconds that the slowest link is busy in a pass, and the layers that cross it."""
         from_disk_s = placement.disk_bytes / self._rates.disk.per_s
         if self._on_cpu:  # what the page cache has is computed where it is
@@ -237,7 +237,7 @@ class CostModel:
     def _stall(self, slots: int) -> float:
         return _STALLS.get(slots, _STALL_OF_MANY) if self._on_cpu else 0.0
 
-    def _reads(self, placement: Placement) -> bool:
+    def _reads(self, placement: TierSizes) -> bool:
         """Whether reading takes the cores that the draft runs on."""
         return self._on_cpu and placement.num_on_disk > 0
 
@@ -264,7 +264,7 @@ class CostModel:
         beside_s = 0.0 if not self._on_cpu else _CPU_BATCH_BESIDE_READS_S if reads else _CPU_BATCH_S
         return drafting_s + beside_s
 
-    def _basis(self, placement: Placement, nodes: int) -> Basis:
+    def _basis(self, placement: TierSizes, nodes: int) -> Basis:
         bases: list[Basis] = [self._rates.compute_basis]
         if placement.disk_bytes:
             bases.append(self._rates.disk.basis)

@@ -11,7 +11,7 @@ from functools import lru_cache
 from specchat.models.sizes.geometry import dequantize_bytes, layer_sizes
 from specchat.records.limits import HEAD_BLOCK_ROWS, NOISE_ROWS, NUM_READERS, READ_WINDOW_BYTES, draft_width
 from specchat.records.model import DTYPE_BYTES, Activations, Dtype, ModelSpec, RowCost
-from specchat.records.plan import LedgerItem, Plan
+from specchat.records.plan import LedgerItem, Placement, Plan, Workload
 
 # What a process holds that has imported torch and transformers and checked a model; measured with builds for CPUs.
 RUNTIME_BYTES = 400 * 2**20
@@ -33,56 +33,26 @@ _WEIGHING_COPIES = 4
 _PATH_BYTES, _BRANCH = 120, 16
 
 
-@dataclass(frozen=True)
-class Workload:
-    """The choices that the ledger prices.
-
-    Attributes:
-        dtype: of weights, activations and caches.
-        ctx: committed tokens.
-        tree_budget: draft nodes per tree.
-        draft_rows: rows that one growing tree may take in the draft's cache.
-        chunk_rows: rows that one layer computes at a time.
-        slots: staging buffers.
-        device: where passes run.
-        reserve_bytes: kept for libraries and for what the allocator rounds up.
-        head_rows: nodes that are scored at a time.
-        host_embeddings: whether embeddings that are only looked up are in host memory.
-    """
-
-    dtype: Dtype
-    ctx: int
-    tree_budget: int
-    draft_rows: int
-    chunk_rows: int
-    slots: int
-    device: str = "cpu"
-    reserve_bytes: int = 0
-    head_rows: int = HEAD_BLOCK_ROWS
-    host_embeddings: bool = False
-
-
 def build_ledger(
-    target: ModelSpec, draft: ModelSpec | None, work: Workload, resident: Sequence[int]
+    target: ModelSpec, draft: ModelSpec | None, work: Workload, placement: Placement
 ) -> tuple[LedgerItem, ...]:
     """Every item that lives in device memory while chatting.
 
     Args:
         target: sizes of the target.
         draft: sizes of the draft, if there is one.
-        work: the choices.
-        resident: indices of the target's layers that stay.
+        work: device, dtype, context and trees.
+        placement: where the target's layers lie.
 
     Returns:
         Items in the order a person would ask for them. Weights, slots and caches are exact; workspaces are the most
         that a conversation of `ctx` tokens can need.
     """
-    streamed = set(range(target.num_layers)) - set(resident)
     sizes = layer_sizes(target, work.dtype)
-    slot_bytes = max((sizes[i] for i in streamed), default=0)
+    slot_bytes = max((sizes[i] for i in placement.streamed), default=0)
     items = [
-        LedgerItem("resident layers", sum(sizes[i] for i in resident)),
-        LedgerItem("slots", work.slots * slot_bytes if streamed else 0),
+        LedgerItem("resident layers", sum(sizes[i] for i in placement.resident)),
+        LedgerItem("slots", placement.slots * slot_bytes),
         _outside_layers(target, work),
         LedgerItem("KV cache", _kv_bytes(target, work.dtype, work.ctx + work.tree_budget)),
     ]
@@ -208,31 +178,16 @@ def with_trees(
     Returns:
         A plan whose budget is raised to what it needs, if that is more.
     """
-    assert plan.tree_budget, "a plan without a draft has no trees"
-    draft_rows = plan.draft_rows // plan.tree_budget * tree_budget
-    reserve_bytes = sum(item.bytes for item in plan.ledger if item.item == _RESERVE)
-    work = Workload(
-        dtype=plan.dtype,
-        ctx=plan.ctx,
+    assert plan.work.tree_budget, "a plan without a draft has no trees"
+    work = replace(
+        plan.work,
         tree_budget=tree_budget,
-        draft_rows=draft_rows,
-        chunk_rows=min(plan.chunk_rows, -(-(1 + tree_budget) // _CHUNK_STEP) * _CHUNK_STEP),
-        slots=plan.slots,
-        device=plan.device,
-        reserve_bytes=reserve_bytes,
+        draft_rows=plan.work.draft_rows // plan.work.tree_budget * tree_budget,
+        chunk_rows=min(plan.work.chunk_rows, -(-(1 + tree_budget) // _CHUNK_STEP) * _CHUNK_STEP),
         head_rows=head_rows,
-        host_embeddings=plan.host_embeddings,
     )
-    changed = replace(
-        plan,
-        tree_budget=tree_budget,
-        draft_rows=draft_rows,
-        chunk_rows=work.chunk_rows,
-        head_rows=head_rows,
-        adaptive=False,
-        ledger=build_ledger(target, draft, work, plan.resident),
-    )
-    return replace(changed, device_budget_bytes=max(plan.device_budget_bytes, changed.device_bytes))
+    changed = replace(plan, work=work, adaptive=False, ledger=build_ledger(target, draft, work, plan.placement))
+    return replace(changed, vram_bytes=max(plan.vram_bytes, changed.device_bytes))
 
 
 def _outside_layers(target: ModelSpec, work: Workload) -> LedgerItem:

@@ -18,13 +18,13 @@ SLOTS = (NUM_SLOTS, 3)
 
 
 @dataclass(frozen=True)
-class Placement:
-    """Where the target's layers are, as far as time depends on it.
+class TierSizes:
+    """How many layers lie in each tier between passes, as far as time depends on it.
 
     Attributes:
-        num_layers: L.
-        num_in_ram, num_on_disk: streamed layers by where they are between passes.
-        ram_bytes, disk_bytes: their sizes together.
+        num_layers: decoder layers, L.
+        num_in_ram, num_on_disk: streamed layers in host memory, and on the disk.
+        ram_bytes, disk_bytes: total bytes of either.
         slots: staging buffers.
     """
 
@@ -67,35 +67,35 @@ class PlacementOptions:
     def __init__(self, sizes: tuple[int, ...], slots: tuple[int, ...]) -> None:
         self._sizes = sizes
         self._are_alike = min(sizes) == max(sizes)  # as in most models
-        self._ladders = {each: _SplitsBySlots(sizes, each, are_alike=self._are_alike) for each in slots}
-        self._placements: dict[tuple[int, int, int], Placement] = {}
+        self._splits = {each: _SplitsBySlots(sizes, each, are_alike=self._are_alike) for each in slots}
+        self._placements: dict[tuple[int, int, int], TierSizes] = {}
 
     @property
     def least_bytes(self) -> int:
         """Of resident layers and slots, with the first number of slots."""
-        return next(iter(self._ladders.values())).least_bytes
+        return next(iter(self._splits.values())).least_bytes
 
-    def divide(self, rooms: Sequence[int]) -> list[tuple[int, LayerSplit]]:
-        """For every number of slots the most layers that can stay, and more where a later room lets more of them stay.
+    def split(self, budgets: Sequence[int]) -> list[tuple[int, LayerSplit]]:
+        """Return the splits that keep most layers resident, per slot count; a later budget counts if it keeps more.
 
         Args:
-            rooms: bytes for resident layers and slots, by what else gives way; the one to prefer first.
+            budgets: bytes for resident layers and slots, by what else gives way; the one to prefer first.
 
         Returns:
-            The index of a room, and what it allows.
+            The index of a budget, and what it allows.
         """
-        found = (each for ladder in self._ladders.values() for each in _growing(ladder, rooms))
+        found = (each for splits in self._splits.values() for each in _growing(splits, budgets))
         return list(dict.fromkeys(found))
 
-    def place(self, division: LayerSplit, host_room: int) -> Placement:
-        """With as many of the streamed layers in host memory as there is room for.
+    def place(self, split: LayerSplit, host_budget: int) -> TierSizes:
+        """With as many of the streamed layers in host memory as there is budget for.
 
         Args:
-            division: one of `divide`.
-            host_room: bytes.
+            split: one of `split`.
+            host_budget: bytes.
         """
-        num_in_ram = self._num_in_ram(division.num_resident, host_room)
-        key = division.num_resident, division.slots, num_in_ram
+        num_in_ram = self._num_in_ram(split.num_resident, host_budget)
+        key = split.num_resident, split.slots, num_in_ram
         if key not in self._placements:
             self._placements[key] = self._placement(*key)
         return self._placements[key]
@@ -105,12 +105,12 @@ class PlacementOptions:
         resident = set(interleaved(num_resident, len(self._sizes)))
         return {i: size for i, size in enumerate(self._sizes) if i not in resident}
 
-    def _num_in_ram(self, num_resident: int, host_room: int) -> int:
+    def _num_in_ram(self, num_resident: int, host_budget: int) -> int:
         if self._are_alike:
-            return min(len(self._sizes) - num_resident, host_room // self._sizes[0])
-        return len(keep_in_ram(self.streamed_sizes(num_resident), host_room))
+            return min(len(self._sizes) - num_resident, host_budget // self._sizes[0])
+        return len(keep_in_ram(self.streamed_sizes(num_resident), host_budget))
 
-    def _placement(self, num_resident: int, slots: int, num_in_ram: int) -> Placement:
+    def _placement(self, num_resident: int, slots: int, num_in_ram: int) -> TierSizes:
         num_on_disk = len(self._sizes) - num_resident - num_in_ram
         if self._are_alike:
             ram_bytes, disk_bytes = num_in_ram * self._sizes[0], num_on_disk * self._sizes[0]
@@ -118,7 +118,7 @@ class PlacementOptions:
             sizes = self.streamed_sizes(num_resident)
             ram_bytes = sum(sizes[i] for i in among(sizes, num_in_ram))
             disk_bytes = sum(sizes.values()) - ram_bytes
-        return Placement(len(self._sizes), num_in_ram, num_on_disk, ram_bytes, disk_bytes, slots)
+        return TierSizes(len(self._sizes), num_in_ram, num_on_disk, ram_bytes, disk_bytes, slots)
 
 
 @lru_cache(maxsize=512)
@@ -134,10 +134,9 @@ def placement_options(target: ModelSpec, dtype: Dtype, slots: int | None) -> Pla
 
 
 class _SplitsBySlots:
-    """All divisions with so many slots, most resident layers first, and what each of them takes.
+    """Splits for a fixed slot count, most resident layers first, and the bytes of each.
 
-    Where layers differ in size, a division with fewer resident ones need not take less. But the first one that takes no
-    more than some room is also the first at which the least seen so far does not, and that never grows: it is bisected.
+    With unequal layers, memory is not monotonic in the resident count, so bisect over its running minimum.
     """
 
     def __init__(self, sizes: tuple[int, ...], slots: int, *, are_alike: bool) -> None:
@@ -155,22 +154,22 @@ class _SplitsBySlots:
     def least_bytes(self) -> int:
         return self._least[-1]
 
-    def highest(self, room: int) -> LayerSplit | None:
-        """The first division that takes no more."""
-        index = bisect_left(self._least, -room, key=neg)
+    def highest(self, budget: int) -> LayerSplit | None:
+        """The first split that takes no more."""
+        index = bisect_left(self._least, -budget, key=neg)
         if index == len(self._least):
             return None
         return LayerSplit(self._counts[index], self._slots if index else 0, self._least[index])
 
 
-def _growing(ladder: _SplitsBySlots, rooms: Sequence[int]) -> Iterator[tuple[int, LayerSplit]]:
-    """What each room allows, if that is more layers than the room before: nothing gives way for nothing."""
+def _growing(splits: _SplitsBySlots, budgets: Sequence[int]) -> Iterator[tuple[int, LayerSplit]]:
+    """What each budget allows, if that is more layers than the budget before: nothing gives way for nothing."""
     most = -1
-    for index, room in enumerate(rooms):
-        division = ladder.highest(room)
-        if division is not None and division.num_resident > most:
-            most = division.num_resident
-            yield index, division
+    for index, budget in enumerate(budgets):
+        split = splits.highest(budget)
+        if split is not None and split.num_resident > most:
+            most = split.num_resident
+            yield index, split
 
 
 def _needed(sizes: Sequence[int], num_resident: int, slots: int) -> int:
@@ -185,17 +184,17 @@ def usable_ram(available_bytes: int) -> int:
     return max(available_bytes - max(4 * GIB, available_bytes // 10), 0)
 
 
-def keep_in_ram(sizes: Mapping[int, int], room: int) -> tuple[int, ...]:
-    """The streamed layers that stay in host memory: as many as there is room for.
+def keep_in_ram(sizes: Mapping[int, int], budget: int) -> tuple[int, ...]:
+    """The streamed layers that stay in host memory: as many as there is budget for.
 
     Args:
         sizes: bytes of the streamed layers, by index.
-        room: bytes that there are for them.
+        budget: bytes that there are for them.
     """
-    most = min(len(sizes), room // min(sizes.values(), default=1))
+    most = min(len(sizes), budget // min(sizes.values(), default=1))
     for count in range(most, 0, -1):
         kept = among(sizes, count)
-        if sum(sizes[i] for i in kept) <= room:
+        if sum(sizes[i] for i in kept) <= budget:
             return kept
     return ()
 

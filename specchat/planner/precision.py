@@ -38,8 +38,8 @@ def choose_quant(request: PlanRequest, known: PlanInputs) -> Precision:
 
     The same command must give the same text on the same machine, whatever else runs there.
     """
-    if request.quant != "auto":
-        return Precision(known.target(request.quant), "asked for")
+    if request.choices.quant != "auto":
+        return Precision(known.target(request.choices.quant), "asked for")
     full = known.target("none")
     if full.quant != "none":
         return Precision(full, "as it comes")

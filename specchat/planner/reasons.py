@@ -13,7 +13,7 @@ from specchat.units import format_bytes
 _Otherwise = Callable[[Callable[[Candidate], bool], Callable[[Candidate], str]], Alternative | None]
 
 
-def choices(
+def explain_choices(
     request: PlanRequest, known: PlanInputs, quant: Precision, best: Candidate, among: Candidates
 ) -> tuple[Choice, ...]:
     """Every choice with its reason, and what the best plan without it would do."""
@@ -24,11 +24,13 @@ def choices(
 
     work, device = best.work, known.machine.device
     found = [
-        Choice("device", device, _why_device(request, device), request.device != "auto"),
-        Choice("dtype", work.dtype, _why_dtype(request, best), request.dtype != "auto"),
-        Choice("quant", best.target.quant, quant.why, request.quant != "auto", _other_quant(request, known, quant)),
+        Choice("device", device, _why_device(request, device), request.choices.device != "auto"),
+        Choice("dtype", work.dtype, _why_dtype(request, best), request.choices.dtype != "auto"),
+        Choice(
+            "quant", best.target.quant, quant.why, request.choices.quant != "auto", _other_quant(request, known, quant)
+        ),
         _draft_choice(request, known, best, otherwise(lambda c: (c.draft is None) != (best.draft is None), _draft_of)),
-        Choice("ctx", f"{work.ctx:,}", _why_ctx(request, best), request.ctx is not None),
+        Choice("ctx", f"{work.ctx:,}", _why_ctx(request, best), request.choices.ctx is not None),
     ]
     if best.draft is not None:
         found += _draft_quant_choice(request, known, best.draft, otherwise)
@@ -36,28 +38,32 @@ def choices(
             lambda c: c.draft is not None and c.work.tree_budget != work.tree_budget, lambda c: str(c.work.tree_budget)
         )
         nodes = best.prediction.tree_nodes
-        why = "asked for" if request.tree_budget is not None else f"the most; about {nodes} nodes pay for their time"
-        found.append(Choice("tree-budget", str(work.tree_budget), why, request.tree_budget is not None, trees))
-    found.append(Choice("vram", format_bytes(best.budget_bytes), _why_budget(request, device), _is_set(request)))
+        why = (
+            "asked for"
+            if request.choices.tree_budget is not None
+            else f"the most; about {nodes} nodes pay for their time"
+        )
+        found.append(Choice("tree-budget", str(work.tree_budget), why, request.choices.tree_budget is not None, trees))
+    found.append(Choice("vram", format_bytes(best.vram_bytes), _why_budget(request, device), _is_set(request)))
     if best.num_streamed:
         slots = otherwise(lambda c: c.slots != best.slots, lambda c: str(c.slots))
-        why = "asked for" if request.slots is not None else "layers on their way while one is computed"
-        found.append(Choice("slots", str(best.slots), why, request.slots is not None, slots))
+        why = "asked for" if request.choices.slots is not None else "layers on their way while one is computed"
+        found.append(Choice("slots", str(best.slots), why, request.choices.slots is not None, slots))
     return tuple(found)
 
 
 def _is_set(request: PlanRequest) -> bool:
-    return request.vram_bytes is not None
+    return request.choices.vram_bytes is not None
 
 
 def _why_device(request: PlanRequest, device: str) -> str:
-    if request.device != "auto":
+    if request.choices.device != "auto":
         return "asked for"
     return "no CUDA device can be used" if device == "cpu" else "the first CUDA device"
 
 
 def _why_dtype(request: PlanRequest, best: Candidate) -> str:
-    if request.dtype != "auto":
+    if request.choices.dtype != "auto":
         return "asked for"
     if best.work.dtype == best.target.dtype:
         return "the model's own"
@@ -67,7 +73,7 @@ def _why_dtype(request: PlanRequest, best: Candidate) -> str:
 
 
 def _why_ctx(request: PlanRequest, best: Candidate) -> str:
-    if request.ctx is not None:
+    if request.choices.ctx is not None:
         return "asked for"
     if best.work.ctx == usual_ctx(request, best.target):
         return "all that the model has" if best.work.ctx == best.target.max_positions else "the usual"
@@ -75,7 +81,7 @@ def _why_ctx(request: PlanRequest, best: Candidate) -> str:
 
 
 def _why_budget(request: PlanRequest, device: str) -> str:
-    if request.vram_bytes is not None:
+    if request.choices.vram_bytes is not None:
         return "asked for"
     return "free memory less a reserve for the system" if device == "cpu" else "free memory less 1 GiB"
 
@@ -97,7 +103,7 @@ def _draft_quant_choice(
     request: PlanRequest, known: PlanInputs, draft: ModelSpec, otherwise: _Otherwise
 ) -> list[Choice]:
     """Nothing where there was nothing to choose."""
-    if request.draft_quant != "auto":
+    if request.choices.draft_quant != "auto":
         return [Choice("draft-quant", draft.quant, "asked for", pinned=True)]
     if not known.lower_drafts:
         return []

@@ -182,6 +182,6 @@ def _checkpoint_bytes(model: KnownModel) -> int:
 def _copy_bytes(model: KnownModel, plan: Plan) -> int:
     """Of the weights as they are streamed, or quantized; a model that stays whole and as it is needs none."""
     quant: Quant = "int8" if plan.quant == "int8" else "int4" if plan.quant == "int4" else "none"
-    if quant == "none" and not plan.streamed:
+    if quant == "none" and not plan.placement.streamed:
         return 0
-    return weight_bytes(known_spec(model.id, quant), plan.dtype)
+    return weight_bytes(known_spec(model.id, quant), plan.work.dtype)

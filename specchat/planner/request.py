@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
 
 from specchat.hardware.machine import Machine
 from specchat.planner.cost import TYPICAL_ACCEPTANCE, Acceptance
 from specchat.planner.rates import Rates
 from specchat.planner.statistics import Statistics
 from specchat.records.model import ModelSource, ModelSpec, Quant
+from specchat.records.plan import PlanChoices
 from specchat.units import MIB
 
 # What full precision may be lowered to, the better one first.
@@ -19,35 +19,19 @@ EXACT_BYTES = 64 * MIB
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What the user asked for; None and "auto" leave the choice open.
+    """What a plan is asked for.
 
     Attributes:
         target, draft: local models; draft None is plain decoding.
-        device: "auto", "cpu", "cuda" or "cuda:N".
-        dtype: "auto" or a Dtype.
-        vram_bytes: device memory budget (RAM on the CPU).
-        ctx: committed tokens that the caches hold.
-        tree_budget: draft nodes per tree.
-        ram_bytes: cap on host memory.
-        slots: staging buffers for streamed layers.
-        quant: "auto" or a Quant: what the target's matrices are stored in.
-        draft_quant: likewise for the draft; it changes nothing of the text, so "auto" asks for speed alone.
+        choices: what the user has decided.
         draft_is_open: whether to plan without the draft where that is faster.
-        lowers_for_speed: whether "auto" may lower the precision of what would fit, only slower.
-        samples: whether answers are drawn, as against greedy: how much of a tree is accepted depends on it.
+        lowers_for_speed: whether "auto" may lower the precision of a target that would fit, only slower.
+        samples: whether answers are drawn rather than greedy; the accepted length of a tree depends on it.
     """
 
     target: ModelSource
     draft: ModelSource | None
-    device: str = "auto"
-    dtype: str = "auto"
-    vram_bytes: int | None = None
-    ctx: int | None = None
-    tree_budget: int | None = None
-    ram_bytes: int | None = None
-    slots: int | None = None
-    quant: Literal["auto"] | Quant = "auto"
-    draft_quant: Literal["auto"] | Quant = "auto"
+    choices: PlanChoices = field(default_factory=PlanChoices)
     draft_is_open: bool = False
     lowers_for_speed: bool = True
     samples: bool = False

@@ -104,8 +104,14 @@ class Statistics:
 def plan_key(plan: Plan) -> str:
     """A name for everything about a plan that its speed depends on."""
     facts = [
-        *(plan.target, plan.draft, plan.quant, plan.draft_quant, plan.device, plan.dtype),
-        *(plan.tree_budget, plan.adaptive, plan.slots, list(plan.resident), list(plan.in_ram)),
+        *(plan.target, plan.draft, plan.quant, plan.draft_quant, plan.work.device, plan.work.dtype),
+        *(
+            plan.work.tree_budget,
+            plan.adaptive,
+            plan.placement.slots,
+            list(plan.placement.resident),
+            list(plan.placement.in_ram),
+        ),
     ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 

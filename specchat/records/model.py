@@ -16,6 +16,7 @@ Tier = Literal["device", "ram", "disk"]
 
 # What specchat makes of full-precision weights. Checkpoints that come quantized have names of their own ("gptq int4").
 Quant = Literal["none", "int8", "int4"]
+QUANTIZED: tuple[Quant, ...] = ("int8", "int4")
 
 
 DTYPE_BYTES: dict[Dtype, int] = {"bf16": 2, "fp16": 2, "fp32": 4}

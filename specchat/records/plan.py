@@ -1,9 +1,10 @@
 """The plan: the contract between planner and engine."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from specchat.records.limits import HEAD_BLOCK_ROWS
-from specchat.records.model import Dtype, Tier
+from specchat.records.model import Dtype, Quant, Tier
 
 # Items of the ledger that are weights, resident or on their way.
 WEIGHT_ITEMS = frozenset({"resident layers", "slots", "embeddings and head", "head", "draft"})
@@ -37,71 +38,75 @@ class Expectation:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Everything the engine needs to know before it moves a byte; the whole contract between planner and engine.
+class PlanChoices:
+    """What the user may decide about a plan; None and "auto" leave a choice to the planner.
 
     Attributes:
-        target, draft: names; draft is None for plain decoding.
-        quant: how the target's weights are stored, as in `ModelSpec`.
-        device: "cpu" or "cuda:0".
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        dtype: dtype of weights, activations and caches.
+        vram_bytes: device memory budget in bytes; host memory where the CPU computes.
+        ram_bytes: cap on host memory in bytes.
+        slots: staging buffers for streamed layers.
         ctx: committed tokens that the caches hold.
-        tree_budget: the most draft nodes per tree, root excluded; 0 without a draft.
-        adaptive: whether trees are kept smaller where the last nodes would not pay for their time.
-        draft_rows: rows that one growing tree may take in the draft's cache; 0 without a draft.
-        slots: staging buffers for streamed layers; 0 when nothing streams.
-        resident: indices of the layers that stay in device memory, ascending.
-        num_layers: L of the target.
-        chunk_rows: rows that one layer computes at a time.
-        ledger: device memory, item by item.
-        device_budget_bytes: what the ledger had to stay within.
-        host_bytes: memory outside the device budget: copies of layers, embeddings; 0 on the CPU, where both are one.
-        host_ledger: host memory that the ledger does not count, item by item: libraries, too, and what the page cache
-            is to hold.
-        streamed_bytes_per_step: bytes over the link for one pass.
-        draft_quant: how the draft's weights are stored; "none" without a draft.
-        lowered_from: the precision that the user gets less than without having asked for it; None in most plans.
-        head_rows: nodes that are scored at a time on the walk down the tree; what is not visited is not scored.
-        in_ram: indices of the streamed layers whose bytes stay in host memory between passes, ascending; the other
-            streamed layers are read from the disk for every pass.
-        host_embeddings: whether the target's input embeddings stay in host memory, and only the rows that a pass needs
-            come to the device.
-        expected: of steps, for trees to start from where `adaptive`; None if nothing is known.
+        tree_budget: draft nodes per tree, root excluded.
+        quant: quantization of the target's matrices.
+        draft_quant: quantization of the draft's matrices; it changes the speed, never the text.
     """
 
-    target: str
-    draft: str | None
-    quant: str
+    device: str = "auto"
+    dtype: Literal["auto"] | Dtype = "auto"
+    vram_bytes: int | None = None
+    ram_bytes: int | None = None
+    slots: int | None = None
+    ctx: int | None = None
+    tree_budget: int | None = None
+    quant: Literal["auto"] | Quant = "auto"
+    draft_quant: Literal["auto"] | Quant = "auto"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The work of a pass, as the ledger prices it.
+
+    Attributes:
+        device: device that passes run on, "cpu" or "cuda:N".
+        dtype: dtype of weights, activations and caches.
+        ctx: committed tokens that the caches hold.
+        tree_budget: most draft nodes per tree, root excluded; 0 without a draft.
+        draft_rows: rows that one growing tree may take in the draft's cache; 0 without a draft.
+        chunk_rows: rows that one layer computes at a time.
+        reserve_bytes: bytes kept for libraries and for what the allocator rounds up.
+        head_rows: nodes that the head scores at a time on the walk; nodes that are not visited are not scored.
+        host_embeddings: whether input embeddings stay in host memory, and only the rows of a pass cross the link.
+    """
+
     device: str
     dtype: Dtype
     ctx: int
     tree_budget: int
     draft_rows: int
-    slots: int
-    resident: tuple[int, ...]
-    num_layers: int
     chunk_rows: int
-    ledger: tuple[LedgerItem, ...]
-    device_budget_bytes: int
-    host_bytes: int
-    streamed_bytes_per_step: int
-    adaptive: bool = False
-    draft_quant: str = "none"
-    lowered_from: Dtype | None = None
-    in_ram: tuple[int, ...] = ()
+    reserve_bytes: int = 0
     head_rows: int = HEAD_BLOCK_ROWS
-    host_ledger: tuple[LedgerItem, ...] = ()
     host_embeddings: bool = False
-    expected: Expectation | None = None
 
-    @property
-    def device_bytes(self) -> int:
-        """Sum of the ledger."""
-        return sum(item.bytes for item in self.ledger)
 
-    @property
-    def generation_bytes(self) -> int:
-        """The ledger without weights: what it takes to generate, whatever the model's size on disk."""
-        return sum(item.bytes for item in self.ledger if item.item not in WEIGHT_ITEMS)
+@dataclass(frozen=True)
+class Placement:
+    """Where the target's layers lie.
+
+    Attributes:
+        num_layers: decoder layers of the target, L.
+        resident: indices of the layers that stay in device memory, ascending.
+        in_ram: indices of the streamed layers whose bytes stay in host memory between passes, ascending; the other
+            streamed layers are read from the disk for every pass.
+        slots: staging buffers for streamed layers; 0 when nothing streams.
+    """
+
+    num_layers: int
+    resident: tuple[int, ...]
+    in_ram: tuple[int, ...] = ()
+    slots: int = 0
 
     @property
     def streamed(self) -> tuple[int, ...]:
@@ -111,9 +116,55 @@ class Plan:
 
     @property
     def tiers(self) -> tuple[Tier, ...]:
-        """Of every layer, in order."""
+        """The tier of every layer, in order."""
         resident, in_ram = set(self.resident), set(self.in_ram)
         return tuple("device" if i in resident else "ram" if i in in_ram else "disk" for i in range(self.num_layers))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything the engine needs to know before it moves a byte: the whole contract between planner and engine.
+
+    Attributes:
+        target, draft: names of the models; draft is None for plain decoding.
+        quant: quantization of the target's matrices, as in `ModelSpec`.
+        work: device, dtype, context and trees.
+        placement: where the target's layers lie.
+        ledger: device memory, item by item.
+        vram_bytes: device memory budget in bytes that the ledger stays within.
+        host_bytes: bytes outside the device budget: copies of layers, embeddings; 0 on the CPU, where both are one.
+        streamed_bytes_per_step: bytes over the link for one pass.
+        adaptive: whether trees are kept smaller where their last nodes would not pay for their time.
+        draft_quant: quantization of the draft's matrices; "none" without a draft.
+        lowered_from: the checkpoint's dtype where the planner lowered precision without being asked, else None.
+        host_ledger: host memory that the ledger does not count, item by item, libraries and page cache included.
+        expected: predicted times and tokens of a step, from which an adaptive tree starts; None if unknown.
+    """
+
+    target: str
+    draft: str | None
+    quant: str
+    work: Workload
+    placement: Placement
+    ledger: tuple[LedgerItem, ...]
+    vram_bytes: int
+    host_bytes: int
+    streamed_bytes_per_step: int
+    adaptive: bool = False
+    draft_quant: str = "none"
+    lowered_from: Dtype | None = None
+    host_ledger: tuple[LedgerItem, ...] = ()
+    expected: Expectation | None = None
+
+    @property
+    def device_bytes(self) -> int:
+        """Sum of the ledger in bytes."""
+        return sum(item.bytes for item in self.ledger)
+
+    @property
+    def generation_bytes(self) -> int:
+        """Bytes of the ledger without weights: what generation needs, whatever the model's size on disk."""
+        return sum(item.bytes for item in self.ledger if item.item not in WEIGHT_ITEMS)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from threading import Event
 
-from specchat import __version__
 from specchat.chat.session import ChatSession, Delta, Dropped, Turn
 from specchat.planner.explain import ExplainedPlan
 from specchat.records.chat import Setting
@@ -21,6 +20,7 @@ from specchat.ui.status import AnswerStatus, Watched, memory_text
 from specchat.ui.tree_view import tree_lines
 from specchat.ui.worker import Worker
 from specchat.units import GIB, MIB, format_bytes
+from specchat.version import __version__
 
 _POLL_S = 0.2
 
@@ -110,7 +110,7 @@ class ChatView:
             self.talk.error(turn.unsaved, None)
         if turn.finish_reason == "context":
             self.talk.warn(
-                f"the context of {plan.ctx:,} tokens is full, so the answer ends here; "
+                f"the context of {plan.work.ctx:,} tokens is full, so the answer ends here; "
                 "/clear starts over, /drop N forgets the oldest turns, --ctx makes room where the model allows"
             )
 
@@ -201,7 +201,7 @@ def banner_lines(target: ModelSource, chosen: ExplainedPlan, draft_note: str) ->
     """What will answer, with which helper, where it all goes, and how fast that should be."""
     plan = chosen.plan
     model = f"{target.name} ({target.label})" if target.label else target.name
-    facts = [model, _draft(plan) if plan.draft else draft_note, f"{plan.dtype} on {plan.device}"]
+    facts = [model, _draft(plan) if plan.draft else draft_note, f"{plan.work.dtype} on {plan.work.device}"]
     if plan.quant != "none":
         facts.append(_weights(plan))
     return [
@@ -225,11 +225,13 @@ def plan_line(plan: Plan) -> str:
     """Where it all goes, in one line."""
     unit = _unit(plan.device_bytes)
     shares = ", ".join(f"{name} {_scaled(size, unit)}{note}" for name, size, note in _shares(plan))
-    total = f"{_scaled(plan.device_bytes, unit)} {_unit_name(unit)} of {format_bytes(plan.device_budget_bytes)}"
-    if _unit(plan.device_budget_bytes) == unit:
-        total = f"{_scaled(plan.device_bytes, unit)}/{format_bytes(plan.device_budget_bytes)}"
-    streamed = f"streamed {format_bytes(plan.streamed_bytes_per_step)}/pass" if plan.streamed else "nothing streamed"
-    return f"{_memory_name(plan.device)} {total} ({shares}) · {streamed}"
+    total = f"{_scaled(plan.device_bytes, unit)} {_unit_name(unit)} of {format_bytes(plan.vram_bytes)}"
+    if _unit(plan.vram_bytes) == unit:
+        total = f"{_scaled(plan.device_bytes, unit)}/{format_bytes(plan.vram_bytes)}"
+    streamed = (
+        f"streamed {format_bytes(plan.streamed_bytes_per_step)}/pass" if plan.placement.streamed else "nothing streamed"
+    )
+    return f"{_memory_name(plan.work.device)} {total} ({shares}) · {streamed}"
 
 
 def stats_line(turn: Turn, plan: Plan) -> str:
@@ -244,8 +246,8 @@ def stats_line(turn: Turn, plan: Plan) -> str:
             f"{turn.speculation.tokens_per_step:.1f} tok/pass",
             f"TTFT {timings.ttft_s:.1f} s",
             f"prompt {new:,} new + {usage.cached_tokens:,} cached",
-            f"ctx {used:,}/{plan.ctx:,}",
-            memory_text(turn.memory, plan.device),
+            f"ctx {used:,}/{plan.work.ctx:,}",
+            memory_text(turn.memory, plan.work.device),
         ]
     )
 
@@ -315,7 +317,7 @@ def _shares(plan: Plan) -> list[tuple[str, int, str]]:
     sums = {"resident": 0, "draft": 0, "KV": 0, "work": 0}
     for item in plan.ledger:
         sums[_share(item)] += item.bytes
-    notes = {"KV": f" @{plan.ctx}"}
+    notes = {"KV": f" @{plan.work.ctx}"}
     return [(name, size, notes.get(name, "")) for name, size in sums.items() if size]
 
 

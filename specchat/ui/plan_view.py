@@ -34,12 +34,12 @@ def plan_text(target: ModelSource, chosen: ExplainedPlan, draft_note: str, width
     facts = [("model", model), ("expect", speed_text(chosen.prediction)), ("layers", _layers(plan))]
     if plan.draft is None and draft_note:
         facts.insert(1, ("draft", draft_note))
-    if plan.streamed:
+    if plan.placement.streamed:
         facts.append(("streamed", f"{format_bytes(plan.streamed_bytes_per_step)} a pass, from {_places(plan)}"))
     ledger = [(item.item, format_bytes(item.bytes)) for item in plan.ledger]
-    ledger.append(("sum", f"{format_bytes(plan.device_bytes)} of {format_bytes(plan.device_budget_bytes)}"))
+    ledger.append(("sum", f"{format_bytes(plan.device_bytes)} of {format_bytes(plan.vram_bytes)}"))
     ledger.append(("without weights", f"{format_bytes(plan.generation_bytes)}, the memory that generating takes"))
-    memory = "RAM" if plan.device == "cpu" else "VRAM"
+    memory = "RAM" if plan.work.device == "cpu" else "VRAM"
     choices = _stacked(chosen.choices, width) if width < _NARROW else _side_by_side(chosen.choices, width)
     account = [f"{memory}:", *_facts(ledger, width, indent="  "), *_host_account(plan, width)]
     return "\n".join([*_facts(facts, width), "", *choices, "", *account])
@@ -51,7 +51,7 @@ def _host_account(plan: Plan, width: int) -> list[str]:
         return []
     rows = [(item.item, format_bytes(item.bytes)) for item in plan.host_ledger]
     rows.append(("sum", format_bytes(sum(item.bytes for item in plan.host_ledger))))
-    return ["", "RAM beside that:" if plan.device == "cpu" else "RAM:", *_facts(rows, width, indent="  ")]
+    return ["", "RAM beside that:" if plan.work.device == "cpu" else "RAM:", *_facts(rows, width, indent="  ")]
 
 
 def speed_text(prediction: Prediction) -> str:
@@ -75,16 +75,17 @@ def _tok_per_s(rate: float) -> str:
 
 
 def _layers(plan: Plan) -> str:
-    if not plan.streamed:
-        return f"{plan.num_layers}, all resident"
-    return f"{len(plan.resident)} resident, {len(plan.streamed)} streamed through {plan.slots} slots"
+    if not plan.placement.streamed:
+        return f"{plan.placement.num_layers}, all resident"
+    placement = plan.placement
+    return f"{len(placement.resident)} resident, {len(placement.streamed)} streamed through {placement.slots} slots"
 
 
 def _places(plan: Plan) -> str:
     """Where streamed layers are between passes."""
-    if "disk" not in plan.tiers:
+    if "disk" not in plan.placement.tiers:
         return "host memory"
-    return f"host memory ({len(plan.in_ram)} of them) and the disk" if plan.in_ram else "the disk"
+    return f"host memory ({len(plan.placement.in_ram)} of them) and the disk" if plan.placement.in_ram else "the disk"
 
 
 def _facts(rows: Sequence[tuple[str, str]], width: int, indent: str = "") -> list[str]:

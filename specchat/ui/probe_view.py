@@ -8,10 +8,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from specchat import __version__
 from specchat.hardware.probe import Report
 from specchat.hardware.verdicts import Level, Verdict
 from specchat.ui.console import Talk, neutral, report_console
+from specchat.version import __version__
 
 _STYLES: dict[Level, str] = {"ok": "green", "warn": "yellow", "error": "bold red"}
 _WIDTH_OFF_TERMINAL = 120

@@ -2,9 +2,9 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 from specchat.ui.console import Talk
 from specchat.units import format_bytes, format_rate
@@ -39,16 +39,6 @@ class Pace:
             return text
         rate = moved / elapsed
         return f"{text} · {format_rate(rate)} · {(total - done) / rate:.0f} s left"
-
-
-class Reporter(Protocol):
-    """Is told what happens to bytes, by code that does not know who is watching."""
-
-    def moving(self, what: str) -> AbstractContextManager[Callable[[int, int], None]]:
-        """While bytes move; the function takes bytes so far and bytes altogether."""
-
-    def warn(self, text: str) -> None:
-        """Something did not go as asked."""
 
 
 class TalkReporter:

@@ -69,10 +69,10 @@ def _speed(offer: Recommendation) -> str:
 
 def _details(offer: Recommendation) -> str:
     plan = offer.plan
-    weights = plan.dtype if plan.quant == "none" else plan.quant
+    weights = plan.work.dtype if plan.quant == "none" else plan.quant
     draft = "no draft" if offer.draft is None else f"draft {offer.draft.id}"
     licence = ("gated",) if offer.model.gated and not offer.is_cached else ()
-    parts = (weights, _download(offer), _place(offer), f"context {plan.ctx:,}", draft, *licence)
+    parts = (weights, _download(offer), _place(offer), f"context {plan.work.ctx:,}", draft, *licence)
     return f"{', '.join(parts)} ({offer.prediction.basis})"
 
 
@@ -85,8 +85,8 @@ def _download(offer: Recommendation) -> str:
 
 def _place(offer: Recommendation) -> str:
     """Where its layers are between passes."""
-    tiers = offer.plan.tiers
-    on_cpu = offer.plan.device == "cpu"
+    tiers = offer.plan.placement.tiers
+    on_cpu = offer.plan.work.device == "cpu"
     counts = {
         "in VRAM": 0 if on_cpu else tiers.count("device"),
         "in RAM": tiers.count("ram") + (tiers.count("device") if on_cpu else 0),

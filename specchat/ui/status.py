@@ -84,7 +84,7 @@ class AnswerStatus:
         parts.append(f"{elapsed_s:.0f} s")
         if self._rate_bytes_per_s:
             parts.append(format_rate(self._rate_bytes_per_s))
-        return [*parts, memory_text(self._memory_now(), self._engine.plan.device)]
+        return [*parts, memory_text(self._memory_now(), self._engine.plan.work.device)]
 
     def _memory_now(self) -> MemoryReport:
         if self._memory is None or self._clock() - self._memory_at >= _MEMORY_EVERY_S:

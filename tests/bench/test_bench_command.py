@@ -5,7 +5,6 @@ import os
 import re
 import signal
 from contextlib import redirect_stdout
-from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,13 +12,14 @@ from types import SimpleNamespace
 import jsonschema
 import pytest
 from support.fake_engine import PLAN
+from support.loading import changed
 from support.terminal import Terminal
 
 from specchat.bench import measure
 from specchat.bench.readme import BEGIN, END, SWEEPS_BEGIN, SWEEPS_END, main, with_measured
 from specchat.bench.setup import left_out
 from specchat.bench.tables import report_tables, share
-from specchat.cli import models
+from specchat.cli import bench
 from specchat.cli.app import run_command_line
 from specchat.errors import UsageError
 
@@ -305,19 +305,19 @@ def test_baselines_that_would_run_other_weights_are_left_out(specchat):
     ],
 )
 def test_only_baselines_with_the_same_weights_are_run(quants, expected):
-    found = left_out(("plain", "accelerate", "assisted"), replace(PLAN, **quants))
+    found = left_out(("plain", "accelerate", "assisted"), changed(PLAN, **quants))
     assert set(found) == set(expected)
     assert all(words in found[name] for name, words in expected.items())
 
 
 def test_interrupted_before_anything_is_measured(specchat, monkeypatch):
-    real = models.make_pack
+    real = bench.make_packs
 
     def interrupted(*arguments):
         os.kill(os.getpid(), signal.SIGINT)
         return real(*arguments)
 
-    monkeypatch.setattr(models, "make_pack", interrupted)
+    monkeypatch.setattr(bench, "make_packs", interrupted)
     result = specchat("bench", "demo", *SMALL)
     assert (result.code, result.out) == (130, "")
     assert "interrupted before anything was measured" in result.err

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import jsonschema
 import pytest
 from support.fake_engine import PLAN
+from support.loading import changed
 from support.machines import MEASURED
 
 from specchat.bench import measure, report, tables
@@ -119,12 +120,12 @@ def test_rounds_take_turns_and_leave_the_first_out(file):
 )
 def test_the_link_to_a_gpu_is_what_the_probe_measured(monkeypatch, pinning_works, expected):
     measured = replace(MEASURED, device="cuda:0", pinning_works=pinning_works)
-    plan = replace(PLAN, device="cuda:0", in_ram=PLAN.streamed)
+    plan = changed(PLAN, device="cuda:0", in_ram=PLAN.placement.streamed)
     monkeypatch.setattr(measure, "find_machine", lambda device: SimpleNamespace(device=device))
     monkeypatch.setattr(measure, "remembered", lambda folder, hardware, machine, device: measured)
     assert measure._link(SimpleNamespace(plan=plan)) == getattr(measured.links, expected) > 0
-    assert measure._link(SimpleNamespace(plan=replace(plan, resident=range(4)))) is None  # nothing streams
-    assert measure.probed_link(replace(plan, in_ram=()), measured) is None  # from the disk first
+    assert measure._link(SimpleNamespace(plan=changed(plan, resident=range(4)))) is None  # nothing streams
+    assert measure.probed_link(changed(plan, in_ram=()), measured) is None  # from the disk first
     assert measure.probed_link(plan, None) is None
 
 

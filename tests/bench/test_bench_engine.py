@@ -2,10 +2,10 @@
 
 import pytest
 from support.engines import NOTHING, make_plan, write
+from support.loading import load_engine
 from support.tiny_models import make_config, perturbed, random_model, save
 
 from specchat.bench.baselines import OffloadedModel, _generation_config
-from specchat.engine.engine import Engine
 from specchat.engine.measuring import drop_prefetched, margin_after, measure_pass, without_draft
 from specchat.models.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE
 from specchat.records.generation import Sampling
@@ -25,7 +25,7 @@ def sources(tmp_path_factory):
 @pytest.fixture
 def engine(sources):
     plan = make_plan(*sources, num_layers=LAYERS, resident=(1,))
-    with Engine.load(plan, *sources) as engine:
+    with load_engine(plan, *sources) as engine:
         yield engine
 
 

@@ -20,29 +20,33 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from support.loading import Quiet, load_engine, model_request, yes
+
 from specchat.bench.prompts import BUILT_IN
-from specchat.cli import models as shared
-from specchat.cli.options import ModelOptions
 from specchat.engine.drafting.policy import FixedGrowth, PayingGrowth
-from specchat.engine.engine import Engine
 from specchat.errors import SpecchatError
 from specchat.hardware.disk import evict
 from specchat.hardware.probe import probe
+from specchat.loading import planning
+from specchat.loading.engine import make_packs
+from specchat.loading.libraries import prepare_libraries
+from specchat.loading.locate import locate_models, parse_models
 from specchat.models.hf.tokenizer import load_tokenizer
 from specchat.paths import cache_folder
 from specchat.records.chat import Message
 from specchat.records.generation import Sampling
-from specchat.ui.console import talk
-from specchat.ui.progress import TalkReporter
 from specchat.units import MIB
 
 LEAST_SHARE = 0.97
 FIXED = {"resident": (0, 8, 16, 32, 64, 128), "disk": (8, 16, 32, 64, 128)}  # plain decoding is slow from the disk
 DISK = "shape:hidden=2048,layers=12,heads=16,kv_heads=4,head_dim=128,mlp=7168"
-COMMON = {"device": "cpu", "ctx": 512, "yes": True, "quiet": True}
+COMMON = {
+    "device": "cpu",
+    "ctx": 512,
+}
 CASES = {
-    "resident": (ModelOptions(model="demo", **COMMON), 24, 64),
-    "disk": (ModelOptions(model=DISK, quant="none", vram_bytes=420 * MIB, ram_bytes=0, **COMMON), 6, 48),
+    "resident": (model_request(model="demo", **COMMON), 24, 64),
+    "disk": (model_request(model=DISK, quant="none", vram_bytes=420 * MIB, ram_bytes=0, **COMMON), 6, 48),
 }
 
 
@@ -80,7 +84,7 @@ def answer(engine, way, prompt, seed, max_tokens):
 
 
 def ways_for(plan, fixed):
-    budget = plan.tree_budget
+    budget = plan.work.tree_budget
     return [
         *(Way(f"fixed {nodes}", lambda nodes=nodes: FixedGrowth(nodes)) for nodes in fixed if nodes <= budget),
         Way("chat", lambda: PayingGrowth(budget, plan.expected)),
@@ -89,18 +93,21 @@ def ways_for(plan, fixed):
 
 
 def load(options):
-    refs = shared.parse_models(options)
-    models = shared.locate_models(options, refs, talk(quiet=True))
+    refs = parse_models(options)
+    models = locate_models(options, refs, Quiet(), yes)
     probe(cache_folder(), "cpu")
-    planned = shared.make_plan(options, models, print, as_given=True)
-    plan, models, reporter = planned.plan, planned.models, TalkReporter(talk(quiet=True))
-    packs = shared.make_pack(models.target, plan, reporter), shared.make_draft_pack(models.draft, plan, reporter)
-    if packs[0] is not None and plan.streamed:
+    planned = planning.make_plan(options, models, Quiet(), as_given=True)
+    plan, models = planned.plan, planned.models
+    packs = make_packs(models.target, models.draft, plan, Quiet())
+    if packs[0] is not None and plan.placement.streamed:
         with suppress(SpecchatError):  # where it cannot be, unbuffered reads go past the cache all the same
-            evict([packs[0].layers[index].path for index in plan.streamed])
-    print(f"{plan.target}: {len(plan.resident)}+{len(plan.streamed)} layers, trees of up to {plan.tree_budget}")
+            evict([packs[0].layers[index].path for index in plan.placement.streamed])
+    print(
+        f"{plan.target}: {len(plan.placement.resident)}+{len(plan.placement.streamed)} layers, "
+        f"trees of up to {plan.work.tree_budget}"
+    )
     print(f"expected: {planned.chosen.prediction.tok_per_s:.1f} tok/s, {plan.expected}", flush=True)
-    return Engine.load(plan, models.target, models.draft, *packs), load_tokenizer(models.target.path)
+    return load_engine(plan, models.target, models.draft, *packs), load_tokenizer(models.target.path)
 
 
 def measured(case, num_questions, max_tokens):
@@ -141,7 +148,7 @@ def main():
     parser.add_argument("--questions", type=int)
     parser.add_argument("--tokens", type=int)
     arguments = parser.parse_args()
-    shared.prepare_libraries()
+    prepare_libraries()
     with tempfile.TemporaryDirectory() as state:
         os.environ["SPECCHAT_STATE_DIR"] = state
         share = show(measured(arguments.case, arguments.questions, arguments.tokens))

@@ -20,6 +20,8 @@ from threading import Event
 from types import TracebackType
 from unittest.mock import patch
 
+from support.loading import load_engine, plan_here, plan_request
+
 from specchat.bench.prompts import BUILT_IN
 from specchat.bench.records import Request
 from specchat.bench.summary import ratio_of
@@ -28,8 +30,6 @@ from specchat.engine.engine import Engine
 from specchat.engine.stats import StepClock
 from specchat.models.catalog.ref import demo_source
 from specchat.models.hf.tokenizer import load_tokenizer
-from specchat.planner.request import PlanRequest
-from specchat.planner.search import make_plan
 from specchat.records.chat import Message
 from specchat.records.generation import Sampling, Step
 
@@ -128,9 +128,11 @@ def main() -> None:
     target, draft = demo_source("target"), demo_source("draft")
     tokenizer = load_tokenizer(target.path)
     prompts = [tuple(tokenizer.encode(tokenizer.render([Message("user", question.turns[0])]))) for question in BUILT_IN]
-    plan = make_plan(PlanRequest(target, draft, device="cpu", ctx=512, tree_budget=64))  # adaptive trees look at clocks
+    plan = plan_here(
+        plan_request(target, draft, device="cpu", ctx=512, tree_budget=64)
+    )  # adaptive trees look at clocks
     logs: dict[str, list[float]] = {}
-    with Engine.load(plan, target, draft) as loaded, patch("specchat.engine.stats.StepClock", MeteredClock):
+    with load_engine(plan, target, draft) as loaded, patch("specchat.engine.stats.StepClock", MeteredClock):
         engine = Watched(loaded)
         for number in range(NUM_WARM_UP + num_answers):
             if number == NUM_WARM_UP:

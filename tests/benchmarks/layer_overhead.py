@@ -19,12 +19,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from support.loading import load_model
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support.tiny_models import make_config, random_model, save
 
 from specchat.engine.attention import RowLayout
-from specchat.engine.loading import load_model
 from specchat.engine.model import TreeModel
 from specchat.engine.streaming import slots
 from specchat.engine.streaming.base import NoStreamer

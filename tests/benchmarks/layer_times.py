@@ -13,20 +13,20 @@ import time
 from dataclasses import replace
 
 import torch
+from support.loading import Quiet, load_model, model_request, yes
 
-from specchat.cli import models as shared
-from specchat.cli.options import ModelOptions
-from specchat.engine.loading import load_model
 from specchat.engine.model import TreeModel
 from specchat.hardware.probe import find_hardware, find_machine, probe
+from specchat.loading import planning
+from specchat.loading.engine import make_packs
+from specchat.loading.libraries import prepare_libraries
+from specchat.loading.locate import locate_models, parse_models
 from specchat.models.checkpoint.dtypes import TORCH_DTYPE
 from specchat.models.sizes.describe import describe
 from specchat.paths import cache_folder
 from specchat.planner.cost import DEMO_ACCEPTANCE, CostModel
-from specchat.planner.placement import Placement
+from specchat.planner.placement import TierSizes
 from specchat.planner.rates import Rates, rates_of
-from specchat.ui.console import talk
-from specchat.ui.progress import TalkReporter
 
 MODELS = (
     "demo",
@@ -50,17 +50,19 @@ def layer_s(model: TreeModel, rows: int) -> float:
 
 
 def measure(name: str, rates: Rates) -> None:
-    options = ModelOptions(model=name, device="cpu", draft="none", yes=True, quiet=True)
-    models = shared.locate_models(options, shared.parse_models(options), talk(quiet=True))
-    plan = shared.make_plan(replace(options, ctx=512), models, print, as_given=True).plan
-    pack = shared.make_pack(models.target, plan, TalkReporter(talk(quiet=True)))
+    options = model_request(model=name, device="cpu", draft="none")
+    models = locate_models(options, parse_models(options), Quiet(), yes)
+    plan = planning.make_plan(
+        replace(options, choices=replace(options.choices, ctx=512)), models, Quiet(), as_given=True
+    ).plan
+    pack, _ = make_packs(models.target, models.draft, plan, Quiet())
     spec = describe(models.target)
     # with any draft, so that passes may have more rows than one
-    products = CostModel(spec, spec, plan.dtype, "cpu", replace(rates, layer_s=0.0), DEMO_ACCEPTANCE)
-    resident = Placement(spec.num_layers, 0, 0, 0, 0, 0)
+    products = CostModel(spec, spec, plan.work.dtype, "cpu", replace(rates, layer_s=0.0), DEMO_ACCEPTANCE)
+    resident = TierSizes(spec.num_layers, 0, 0, 0, 0, 0)
     model = load_model(
         models.target,
-        dtype=TORCH_DTYPE[plan.dtype],
+        dtype=TORCH_DTYPE[plan.work.dtype],
         device=torch.device("cpu"),
         cache_rows=CONTEXT + max(ROWS),
         chunk_rows=max(ROWS),
@@ -78,7 +80,7 @@ def measure(name: str, rates: Rates) -> None:
 
 
 def main() -> None:
-    shared.prepare_libraries()
+    prepare_libraries()
     machine, folder = find_machine("cpu"), cache_folder()
     rates = rates_of(find_hardware(folder), machine, probe(folder, "cpu").measured)
     for name in sys.argv[1:] or MODELS:

@@ -19,29 +19,34 @@ import tempfile
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
+from support.loading import Quiet, load_engine, model_request, yes
+
 from specchat.bench.prompts import BUILT_IN
-from specchat.cli import models as shared
-from specchat.cli.options import ModelOptions
-from specchat.engine.engine import Engine
 from specchat.errors import DoesNotFitError, SpecchatError
 from specchat.hardware.disk import evict
 from specchat.hardware.probe import probe
+from specchat.loading import planning
+from specchat.loading.engine import make_packs
+from specchat.loading.libraries import prepare_libraries
+from specchat.loading.locate import locate_models, parse_models
 from specchat.models.hf.tokenizer import load_tokenizer
 from specchat.paths import cache_folder
 from specchat.records.chat import Message
 from specchat.records.generation import Sampling
-from specchat.ui.console import talk
-from specchat.ui.progress import TalkReporter
 from specchat.units import MIB
 
 WIDE = "shape:hidden=2048,layers=12,heads=16,kv_heads=4,head_dim=128,mlp=7168"
 DEEP = "shape:hidden=1024,layers=24,heads=8,kv_heads=4,head_dim=128,mlp=3584"
 MAX_TOKENS, QUESTIONS, GRID_QUESTIONS = 24, 7, 3
 MEDIAN_ERROR, LEAST_SHARE = 0.15, 0.90
-STREAMED = {"ram_bytes": 0, "ctx": 512, "device": "cpu", "yes": True, "quiet": True}
+STREAMED = {
+    "ram_bytes": 0,
+    "ctx": 512,
+    "device": "cpu",
+}
 CONFIGURATIONS = [
     *(
-        ModelOptions(model=model, quant=quant, vram_bytes=vram * MIB, tree_budget=budget, **STREAMED)
+        model_request(model=model, quant=quant, vram_bytes=vram * MIB, tree_budget=budget, **STREAMED)
         for model, quant, vram, budget in (
             (WIDE, "none", 420, 16),
             (WIDE, "none", 420, 64),
@@ -56,13 +61,13 @@ CONFIGURATIONS = [
             (DEEP, "int8", 200, 32),
         )
     ),
-    ModelOptions(model=WIDE, quant="none", vram_bytes=420 * MIB, draft="none", **STREAMED),
-    ModelOptions(model=DEEP, quant="int8", vram_bytes=200 * MIB, draft="none", **STREAMED),
-    ModelOptions(model="demo", **{**STREAMED, "ram_bytes": None}),
+    model_request(model=WIDE, quant="none", vram_bytes=420 * MIB, draft="none", **STREAMED),
+    model_request(model=DEEP, quant="int8", vram_bytes=200 * MIB, draft="none", **STREAMED),
+    model_request(model="demo", **{**STREAMED, "ram_bytes": None}),
 ]
 GRID = [
-    ModelOptions(model=WIDE, quant="none", vram_bytes=420 * MIB, **STREAMED),
-    ModelOptions(model=DEEP, quant="int8", vram_bytes=250 * MIB, **STREAMED),
+    model_request(model=WIDE, quant="none", vram_bytes=420 * MIB, **STREAMED),
+    model_request(model=DEEP, quant="int8", vram_bytes=250 * MIB, **STREAMED),
 ]
 GRID_BUDGETS, GRID_SLOTS = (None, 16, 64), (2, 3)
 
@@ -71,7 +76,7 @@ GRID_BUDGETS, GRID_SLOTS = (None, 16, 64), (2, 3)
 class Found:
     """Speed as predicted and as measured, in tokens per second; and tokens per step."""
 
-    planned: shared.Planned
+    planned: planning.Planned
     tok_per_s: float
     tokens_per_step: float
 
@@ -81,25 +86,24 @@ class Found:
 
 
 def located(options):
-    refs = shared.parse_models(options)
-    return shared.locate_models(options, refs, talk(quiet=True))
+    refs = parse_models(options)
+    return locate_models(options, refs, Quiet(), yes)
 
 
 def planned_for(options, models, *, as_given):
-    return shared.make_plan(options, models, print, as_given=as_given)
+    return planning.make_plan(options, models, Quiet(), as_given=as_given)
 
 
 def measure(planned, questions=GRID_QUESTIONS):
     """Answers so many questions under a plan."""
     plan, models = planned.plan, planned.models
-    reporter = TalkReporter(talk(quiet=True))
-    packs = shared.make_pack(models.target, plan, reporter), shared.make_draft_pack(models.draft, plan, reporter)
-    if packs[0] is not None and plan.streamed:
+    packs = make_packs(models.target, models.draft, plan, Quiet())
+    if packs[0] is not None and plan.placement.streamed:
         with suppress(SpecchatError):  # where it cannot be, unbuffered reads go past the cache all the same
-            evict([packs[0].layers[index].path for index in plan.streamed])
+            evict([packs[0].layers[index].path for index in plan.placement.streamed])
     tokenizer = load_tokenizer(models.target.path)
     tokens, seconds, steps = 0, 0.0, 0
-    with Engine.load(plan, models.target, models.draft, *packs) as engine:
+    with load_engine(plan, models.target, models.draft, *packs) as engine:
         for seed, question in enumerate([BUILT_IN[-1], *BUILT_IN[:questions]]):
             prompt = tokenizer.encode(tokenizer.render([Message("user", question.turns[0])]))
             sampling = Sampling(temperature=0.7 * (seed % 2), seed=seed)
@@ -111,10 +115,10 @@ def measure(planned, questions=GRID_QUESTIONS):
 
 def name_of(planned):
     plan = planned.plan
-    budget = f"tree {plan.tree_budget}{'' if not plan.adaptive else ' auto'}" if plan.draft else "no draft"
-    layers = f"{len(plan.resident)}+{len(plan.streamed)}"
+    budget = f"tree {plan.work.tree_budget}{'' if not plan.adaptive else ' auto'}" if plan.draft else "no draft"
+    layers = f"{len(plan.placement.resident)}+{len(plan.placement.streamed)}"
     model = plan.target.partition(",")[0].removeprefix("shape:")
-    return f"{model:<12} {plan.quant:<5} {plan.dtype} {layers:<6} {plan.slots} slots {budget}"
+    return f"{model:<12} {plan.quant:<5} {plan.work.dtype} {layers:<6} {plan.placement.slots} slots {budget}"
 
 
 def show(found):
@@ -168,7 +172,7 @@ def main():
     parser.add_argument("--only", type=int, help="the first so many configurations")
     parser.add_argument("--no-grid", action="store_true")
     arguments = parser.parse_args()
-    shared.prepare_libraries()
+    prepare_libraries()
     with tempfile.TemporaryDirectory() as state:
         os.environ["SPECCHAT_STATE_DIR"] = state
         for options in (*CONFIGURATIONS[: arguments.only or None], *([] if arguments.no_grid else GRID)):

@@ -13,11 +13,10 @@ import time
 from dataclasses import replace
 
 import torch
+from support.loading import load_model, prepare
 
-from specchat.engine.loading import load_model
 from specchat.engine.model import TreeModel
 from specchat.models.catalog.shape import parse_shape
-from specchat.models.packs.prepare import prepare
 from specchat.models.synthetic.layers import materialise
 
 SHAPE = "hidden=2048,layers=34,heads=16,kv_heads=4,head_dim=128,mlp=7168"  # 3.1 GB in bf16

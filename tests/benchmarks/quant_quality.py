@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from support.loading import load_model
 from torch import Tensor
 from torch.nn import functional as F
 
-from specchat.engine.loading import load_model
 from specchat.engine.model import TreeModel
 from specchat.models.catalog.ref import demo_source
 from specchat.models.hf.tokenizer import Tokenizer, load_tokenizer

@@ -17,12 +17,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from support.loading import prepare
 from torch import Tensor
 from torch.nn import functional as F
 
 from specchat.models.catalog.shape import parse_shape
 from specchat.models.packs.pack import Pack
-from specchat.models.packs.prepare import prepare
 from specchat.models.quant.formats.base import Quantizer
 from specchat.models.quant.kernels.chunked import scratch_bytes
 from specchat.models.synthetic.layers import materialise

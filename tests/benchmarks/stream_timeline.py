@@ -19,17 +19,16 @@ from functools import partial
 from typing import Any
 
 import torch
+from support.loading import load_model, prepare
 from torch import Tensor
 
 from specchat.engine import loading
 from specchat.engine.attention import RowLayout
-from specchat.engine.loading import load_model
 from specchat.engine.model import TreeModel
 from specchat.engine.streaming.readers import LayerReader, layer_reader_for
 from specchat.hardware.disk import evict, read_raw
 from specchat.models.catalog.shape import parse_shape
 from specchat.models.packs.pack import Pack
-from specchat.models.packs.prepare import prepare
 from specchat.models.synthetic.layers import materialise
 from specchat.records.model import ModelSource
 

@@ -14,12 +14,12 @@ import transformers as hf
 from support import tiny_models
 from support.engines import make_plan
 from support.fake_engine import EOS, TOKENIZER
+from support.loading import load_engine
 
 from specchat.chat import transcript
 from specchat.chat.session import ChatSession, Delta, Turn
 from specchat.chat.state import Opened, apply, state_of
 from specchat.chat.transcript import Transcript
-from specchat.engine.engine import Engine
 from specchat.errors import PromptTooLongError
 from specchat.records.generation import Sampling
 
@@ -50,8 +50,8 @@ def engines(tmp_path_factory):
         streamed = make_plan(target, draft, resident=[0], **sizes)
         plain = make_plan(target, None, **sizes)
         yield (
-            stack.enter_context(Engine.load(streamed, target, draft)),
-            stack.enter_context(Engine.load(plain, target, None)),
+            stack.enter_context(load_engine(streamed, target, draft)),
+            stack.enter_context(load_engine(plain, target, None)),
         )
 
 

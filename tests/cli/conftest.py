@@ -37,8 +37,8 @@ def fake(specchat, monkeypatch):
     importlib.import_module("specchat.models.hf.tokenizer")  # now, so that nobody remembers what is put in its place
     for name in ("specchat.engine.engine", "specchat.models.hf.tokenizer"):
         monkeypatch.setitem(sys.modules, name, sys.modules.get(name))
-    for name in ("make_plan", "make_pack"):
-        monkeypatch.setattr(f"specchat.cli.models.{name}", None)  # puts back what is replaced next
+    for name in ("planning.make_plan", "engine.load_planned"):
+        monkeypatch.setattr(f"specchat.loading.{name}", None)  # puts back what is replaced next
     monkeypatch.setattr("specchat.models.checkpoint.generation_config.load_generation_defaults", None)
     fake_cli.install()
     return specchat

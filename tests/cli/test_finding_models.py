@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from huggingface_hub.utils import close_session
 from support.fake_hub import FakeHub, point_to, serving
+from support.loading import Quiet, model_request, yes
 from support.tiny_models import make_config, random_model, save
 
-from specchat.cli import models as shared
-from specchat.cli.options import ModelOptions
 from specchat.errors import UnsupportedModelError, UsageError
-from specchat.ui.console import talk
+from specchat.loading.locate import Models, locate_models, parse_models, sketch_models
+from specchat.loading.request import ModelRequest
 
 NO_DRAFT = "plain decoding: no draft known for this model"
 LARGE, SMALL = "org/large", "org/small"
@@ -39,16 +39,16 @@ def files(tmp_path_factory) -> dict[str, dict[str, bytes]]:
     return found
 
 
-def options(model: str = LARGE, **changes) -> ModelOptions:
-    return ModelOptions(**{"model": model, "yes": True, "quiet": True} | changes)
+def options(model: str = LARGE, **changes) -> ModelRequest:
+    return model_request(**{"model": model} | changes)
 
 
-def locate(asked: ModelOptions) -> shared.Models:
-    return shared.locate_models(asked, shared.parse_models(asked), talk(quiet=True))
+def locate(asked: ModelRequest, *, agrees: bool = True) -> Models:
+    return locate_models(asked, parse_models(asked), Quiet(), lambda _: agrees)
 
 
-def sketch(asked: ModelOptions, folder: Path) -> shared.Models:
-    return shared.sketch_models(asked, shared.parse_models(asked), talk(quiet=True), folder)
+def sketch(asked: ModelRequest, folder: Path) -> Models:
+    return sketch_models(asked, parse_models(asked), Quiet(), yes, folder)
 
 
 def weights_asked_for(hub: FakeHub) -> list[str]:
@@ -90,7 +90,7 @@ def test_one_question_is_asked_for_both_before_any_weights_are_downloaded(hub: F
     hub.publish("Qwen/Qwen3-8B", files[LARGE])
     hub.publish("Qwen/Qwen3-0.6B", files[SMALL])
     with pytest.raises(UsageError, match=r"Qwen/Qwen3-8B and Qwen/Qwen3-0\.6B"):
-        locate(options("Qwen/Qwen3-8B", yes=False))
+        locate(options("Qwen/Qwen3-8B"), agrees=False)
     assert weights_asked_for(hub) == []
 
 

@@ -9,6 +9,7 @@ from typing import get_type_hints
 
 import pytest
 import typer
+from support.fake_engine import PLAN
 
 from specchat.chat.result import chosen_object, delta_object, done_object, offers_object
 from specchat.chat.session import Delta, Turn
@@ -18,7 +19,7 @@ from specchat.models.catalog.known_models import known_models
 from specchat.planner.cost import Prediction
 from specchat.planner.explain import Alternative, Choice, ExplainedPlan
 from specchat.planner.recommendations import Recommendation, Recommendations
-from specchat.records.plan import LedgerItem, Plan
+from specchat.records.plan import LedgerItem
 from specchat.ui.commands import COMMANDS
 
 PAGE = (Path(__file__).parents[2] / "man" / "specchat.1").read_text()
@@ -47,7 +48,7 @@ def keys_of(record):
 
 
 def json_keys():
-    plan = Plan(**{field.name: () for field in fields(Plan)} | {"num_layers": 0})
+    plan = PLAN
     choices = (Choice("", "", "", False, Alternative("", None)),)
     made = chosen_object(ExplainedPlan(plan, Prediction(**{field.name: 0 for field in fields(Prediction)}), choices))
     nested = set(made["choices"][0]) | set(made["alternatives"][0])
@@ -57,7 +58,7 @@ def json_keys():
 
 def offer_keys():
     model = known_models()["Qwen/Qwen3-8B"]
-    plan = Plan(**{field.name: () for field in fields(Plan)} | {"num_layers": 0})
+    plan = PLAN
     prediction = Prediction(**{field.name: 0 for field in fields(Prediction)})
     made = offers_object(Recommendations((Recommendation(model, None, plan, prediction, False, 0, 0, 0),), (), ()), "")
     return sorted({"models", *made, *made["runs"][0]})

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.fake_engine import CHOSEN
+from support.loading import changed, load_engine, plan_here, plan_request, prepare
 from support.planning import plan_for
 from support.tiny_models import make_config, random_model, save
 
 from specchat.cli.app import run_command_line
-from specchat.engine.engine import Engine
 from specchat.hardware.machine import Machine
 from specchat.models.catalog.ref import demo_source
 from specchat.models.catalog.shape import parse_shape
@@ -23,15 +23,12 @@ from specchat.models.checkpoint.safetensors import open_checkpoint
 from specchat.models.hf.config import load_config
 from specchat.models.hf.skeleton import build_skeleton
 from specchat.models.packs.pack import list_packs
-from specchat.models.packs.prepare import prepare
 from specchat.models.sizes.describe import describe
 from specchat.models.sizes.geometry import weight_bytes
 from specchat.models.synthetic.layers import materialise
 from specchat.models.weights.layout import LayerLayout
-from specchat.models.weights.quantizing_reader import QuantizingReader
+from specchat.models.weights.open import open_reader
 from specchat.models.weights.recipe import QuantizeRecipe
-from specchat.planner import search
-from specchat.planner.request import PlanRequest
 from specchat.records.generation import Sampling
 from specchat.records.plan import Plan
 from specchat.ui.chat_view import banner_lines
@@ -118,9 +115,9 @@ def test_the_plan_is_smaller(specchat):
 
 def auto_plan(monkeypatch: pytest.MonkeyPatch, total_bytes: int, quant: str = "auto") -> Plan:
     machine = Machine("cpu", 8 * GIB, 8 * GIB, fast_bf16=True, total_bytes=total_bytes)
-    monkeypatch.setattr(search, "find_machine", lambda _: machine)
+    monkeypatch.setattr("specchat.planner.inputs.find_machine", lambda _: machine)
     source = demo_source("target")
-    return search.make_plan(PlanRequest(source, None, dtype="fp32", quant=quant))  # type: ignore[arg-type]
+    return plan_here(plan_request(source, None, dtype="fp32", quant=quant))  # type: ignore[arg-type]
 
 
 def test_auto_lowers_no_further_than_memory_demands(monkeypatch):
@@ -165,7 +162,7 @@ def test_shapes_are_made_quantized(quant):
     assert pack.quantizer == QuantizeRecipe(quant).identity and pack.dtype == "bf16"
     assert prepare(source, "bf16", quant, progress=quiet, warn=quiet) == pack
     skeleton = build_skeleton(load_config(source.path), torch.bfloat16)
-    QuantizingReader(skeleton, open_checkpoint(materialise(replace(shape, quant="none")).path), QuantizeRecipe(quant))
+    open_reader(skeleton, open_checkpoint(materialise(replace(shape, quant="none")).path), QuantizeRecipe(quant))
     for layer, packed in zip(skeleton.layers, pack.layers, strict=True):
         layout = LayerLayout.of(layer)
         assert packed.nbytes == layout.nbytes
@@ -194,11 +191,11 @@ def test_a_model_that_is_quantized_says_so_in_its_size(tmp_path):
     source = save(random_model(make_config("llama")), tmp_path / "model")
     specs = {quant: describe(source, quant) for quant in ("none", "int8", "int4")}
     assert [spec.quant for spec in specs.values()] == list(specs)
-    plan = plan_for(PlanRequest(source, None), Machine("cpu", 8 * GIB, 8 * GIB, False), specs["int4"], None)
+    plan = plan_for(plan_request(source, None), Machine("cpu", 8 * GIB, 8 * GIB, False), specs["int4"], None)
     assert plan.quant == "int4"
     items = {item.item for item in plan.ledger}
     assert "dequantized pieces" in items
-    with Engine.load(replace(plan, ctx=64), source, None) as engine:
+    with load_engine(changed(plan, ctx=64), source, None) as engine:
         steps = list(engine.generate([3, 4, 5], Sampling(), stop_ids=frozenset(), max_tokens=4))
         assert len(steps) == 4
         assert engine.memory().device_peak_bytes <= plan.device_bytes

@@ -16,8 +16,8 @@ import pytest
 from support.threads import FAILURES, at_most, watched_threads
 
 from specchat.cli.exit_status import EXIT_CODES, code_of
-from specchat.cli.options import SamplingFlags, resolve_sampling
 from specchat.errors import AllocationError, SpecchatError
+from specchat.loading.sampling import SamplingChoices, resolve_sampling
 from specchat.models.hub.download import Download
 from specchat.records.generation import Sampling
 from specchat.records.model import ModelSource
@@ -313,10 +313,10 @@ def test_a_download_is_agreed_to(fake, monkeypatch):
         asked.append(([each.name for each in downloads], confirm(downloads)))
 
     monkeypatch.setattr("specchat.models.locate.look_up", look_up)
-    monkeypatch.setattr("specchat.models.hub.download.agree", agree)
-    monkeypatch.setattr("specchat.cli.models._refuse_by_configuration", lambda _: None)  # there is none
+    monkeypatch.setattr("specchat.loading.locate.agree", agree)
+    monkeypatch.setattr("specchat.loading.locate.refuse_by_configuration", lambda _: None)  # there is none
     monkeypatch.setattr("specchat.models.locate.obtain", lambda download, **_: ModelSource(download.name, DEMO))
-    monkeypatch.setattr("specchat.models.drafts.relative_in_cache", lambda _: None)
+    monkeypatch.setattr("specchat.loading.locate.relative_in_cache", lambda _: None)
     assert "no draft known for this model" in fake("run", "org/name", "hi").err
     fake("run", "org/name", "hi", "--yes", "--draft", "org/small", "--offline")
     assert asked == [(["org/name"], False), (["org/name", "org/small"], True)]
@@ -370,7 +370,7 @@ def test_a_thread_that_cannot_start_makes_the_plan_smaller(specchat, monkeypatch
         assert not any(model() is not None for model in models)
         gc.disable()  # so that it is not by chance
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("specchat.engine.loading.build_skeleton", build_and_watch)
+            patch.setattr("specchat.models.weights.open.build_skeleton", build_and_watch)
             try:
                 return load(*arguments, **named)
             finally:
@@ -393,7 +393,7 @@ def test_memory_that_runs_out_anywhere_is_said(specchat, monkeypatch, error):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr("specchat.cli.models.parse_models", fail)
+    monkeypatch.setattr("specchat.cli.run.parse_models", fail)
     fails(specchat("run", "demo", "hi"), 4, "run out of memory")
 
 
@@ -485,4 +485,4 @@ def defaults(**values):
     ],
 )
 def test_a_flag_comes_before_the_model_and_that_before_greedy(flags, config, expected):
-    assert resolve_sampling(SamplingFlags(**flags), defaults(**config), 0) == expected
+    assert resolve_sampling(SamplingChoices(**flags), defaults(**config), 0) == expected

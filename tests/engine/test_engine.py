@@ -14,11 +14,11 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 from support.engines import NOTHING, make_plan, random_prompt, write
+from support.loading import load_engine, load_model
 from support.tiny_models import REFUSED, VOCAB, make_config, perturbed, random_model, save
 
 from specchat.engine.drafting.drafter import ModelDrafter
 from specchat.engine.engine import Engine
-from specchat.engine.loading import load_model
 from specchat.engine.tree import ROOT, TokenTree
 from specchat.errors import (
     CorruptCheckpointError,
@@ -45,7 +45,7 @@ class Models:
 
     def load(self, draft: ModelSource | None, budget: int = BUDGET) -> Engine:
         plan = make_plan(self.target, draft, num_layers=4, ctx=CTX, tree_budget=budget)
-        return Engine.load(plan, self.target, draft)
+        return load_engine(plan, self.target, draft)
 
 
 @pytest.fixture(scope="module")
@@ -297,7 +297,7 @@ def test_refused_architectures(models: Models, tmp_path: Path, architecture: str
     source = ModelSource(architecture, tmp_path / architecture)
     plan = make_plan(source, None, num_layers=2)
     with pytest.raises(UnsupportedModelError) as caught:
-        Engine.load(plan, source, None)
+        load_engine(plan, source, None)
     check_one_line(caught.value)
     assert architecture in caught.value.message and "specchat cannot verify trees" in caught.value.message
 
@@ -316,7 +316,7 @@ def damaged(architecture: str, folder: Path, damage: Callable[[dict[str, torch.T
 
 def check_refused(source: ModelSource, tensor: str, resident: tuple[int, ...] | None) -> None:
     plan = make_plan(source, None, num_layers=4, resident=resident)
-    with pytest.raises(CorruptCheckpointError) as caught, Engine.load(plan, source, None):
+    with pytest.raises(CorruptCheckpointError) as caught, load_engine(plan, source, None):
         raise AssertionError("found too late, or never")
     check_one_line(caught.value)
     assert tensor in caught.value.message

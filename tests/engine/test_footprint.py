@@ -16,15 +16,14 @@ from specchat.units import MIB
 _PREPARED = """
 import sys
 from specchat.models.catalog.ref import known_draft, parse_model
-from specchat.models.packs.prepare import prepare
-from specchat.planner.request import PlanRequest
-from specchat.planner.search import make_plan
+
+from support.loading import load_engine, plan_here, plan_request, prepare
 from support.locating import locate
 ref = parse_model(sys.argv[1])
 target, draft = locate(ref, offline=True, confirm=lambda _: False, warn=lambda _: None), known_draft(ref)
 vram_bytes, ram_bytes = map(int, sys.argv[2:])
-plan = make_plan(PlanRequest(target, draft, "cpu", quant="none", vram_bytes=vram_bytes, ram_bytes=ram_bytes))
-prepare(target, plan.dtype, progress=lambda *_: None, warn=lambda _: None)
+plan = plan_here(plan_request(target, draft, "cpu", quant="none", vram_bytes=vram_bytes, ram_bytes=ram_bytes))
+prepare(target, plan.work.dtype, progress=lambda *_: None, warn=lambda _: None)
 """
 
 _WATCHED = """
@@ -48,19 +47,18 @@ threading.Thread(target=watch, daemon=True).start()
 from specchat.records.generation import Sampling
 from specchat.engine.engine import Engine
 from specchat.models.catalog.ref import known_draft, parse_model
-from specchat.models.packs.prepare import prepare
-from specchat.planner.request import PlanRequest
-from specchat.planner.search import make_plan
+
+from support.loading import load_engine, plan_here, plan_request, prepare
 from support.locating import locate
 ref = parse_model(sys.argv[1])
 target, draft = locate(ref, offline=True, confirm=lambda _: False, warn=lambda _: None), known_draft(ref)
 vram_bytes, ram_bytes = map(int, sys.argv[2:])
-plan = make_plan(PlanRequest(target, draft, "cpu", quant="none", vram_bytes=vram_bytes, ram_bytes=ram_bytes))
-pack = prepare(target, plan.dtype, progress=lambda _: None, warn=lambda _: None)
-with Engine.load(plan, target, draft, pack) as engine:
+plan = plan_here(plan_request(target, draft, "cpu", quant="none", vram_bytes=vram_bytes, ram_bytes=ram_bytes))
+pack = prepare(target, plan.work.dtype, progress=lambda _: None, warn=lambda _: None)
+with load_engine(plan, target, draft, pack) as engine:
     for _ in engine.generate(range(5, 300), Sampling(), stop_ids=frozenset(), max_tokens=24):
         pass
-tiers = set(plan.tiers) - {"device"}
+tiers = set(plan.placement.tiers) - {"device"}
 print(*tiers, plan.streamed_bytes_per_step + plan.device_bytes, peak - base)
 """
 # Layers of 100 MiB, 1.6 GiB in all: four times the budget.

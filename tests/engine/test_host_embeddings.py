@@ -14,25 +14,23 @@ from typing import Any
 import pytest
 import torch
 from support.engines import make_plan, random_prompt, write
+from support.loading import changed, load_engine, load_model, prepare
 from support.tiny_models import VOCAB, make_config, perturbed, random_model, save
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from specchat.engine.engine import Engine
 from specchat.engine.kv_cache import TreeCache
-from specchat.engine.loading import load_model
 from specchat.engine.model import TreeModel
 from specchat.engine.streaming.base import NoStreamer
 from specchat.models.checkpoint.safetensors import open_checkpoint
 from specchat.models.hf.config import kv_shapes, load_config
 from specchat.models.hf.skeleton import build_skeleton, lookup_embeddings
-from specchat.models.packs.prepare import prepare
 from specchat.models.sizes.describe import describe
 from specchat.models.weights.choose_recipe import choose_recipe
-from specchat.models.weights.quantizing_reader import open_reader
-from specchat.planner.memory import Workload, build_ledger, host_embeddings
+from specchat.models.weights.open import open_reader
+from specchat.planner.memory import build_ledger, host_embeddings
 from specchat.records.generation import Sampling
 from specchat.records.model import ModelSource, Quant
-from specchat.records.plan import WEIGHT_ITEMS, Plan
+from specchat.records.plan import WEIGHT_ITEMS, Plan, Workload
 
 # A second place with shapes and no numbers; without CUDA, torch does not even pretend to have a DEVICE.
 CPU, DEVICE = torch.device("cpu"), torch.device("cpu:1")
@@ -159,9 +157,8 @@ def test_nothing_but_the_rows_crosses_to_the_device(architecture: str):
 def planned(source: ModelSource, draft: ModelSource, *, on_host: bool) -> Plan:
     spec = describe(source)
     plan = make_plan(source, draft, num_layers=spec.num_layers, resident=(0,), ctx=96, tree_budget=16, chunk_rows=32)
-    plan = replace(plan, host_embeddings=on_host)
-    work = Workload("fp32", plan.ctx, 16, plan.draft_rows, 32, plan.slots, host_embeddings=on_host)
-    return replace(plan, ledger=build_ledger(spec, describe(draft), work, plan.resident))
+    plan = changed(plan, host_embeddings=on_host)
+    return changed(plan, ledger=build_ledger(spec, describe(draft), plan.work, plan.placement))
 
 
 def test_the_ledgers_say_where_embeddings_are(tmp_path: Path):
@@ -172,7 +169,7 @@ def test_the_ledgers_say_where_embeddings_are(tmp_path: Path):
     for on_host in (False, True):
         plan = planned(source, draft, on_host=on_host)
         ledgers.append({item.item: item.bytes for item in plan.ledger})
-        with Engine.load(plan, source, draft) as engine:
+        with load_engine(plan, source, draft) as engine:
             caches = sum(size for item, size in ledgers[-1].items() if item.endswith("KV cache"))
             weights = sum(size for item, size in ledgers[-1].items() if item in WEIGHT_ITEMS)
             assert engine.memory().device_peak_bytes == weights + caches
@@ -181,7 +178,7 @@ def test_the_ledgers_say_where_embeddings_are(tmp_path: Path):
     table = 4 * target.get_input_embeddings().weight.numel()
     assert ledgers[1].pop("head") == ledgers[0].pop("embeddings and head") - table
     assert ledgers[0] == ledgers[1]
-    work = Workload("fp32", 96, 16, 32, 32, 2, host_embeddings=True)
+    work = Workload("cpu", "fp32", 96, 16, 32, 32, host_embeddings=True)
     rows = 2 * 32 * target.config.hidden_size
     in_fp32, in_bf16 = (
         {item.item: item.bytes for item in host_embeddings(describe(source), replace(work, dtype=dtype))}

@@ -16,11 +16,11 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from support.engines import NOTHING, make_plan, random_prompt, write
+from support.loading import load_engine, load_model
 from support.threads import at_most, watched_threads
 from support.tiny_models import VOCAB, make_config, perturbed, random_model, save
 
 from specchat.engine.engine import Engine
-from specchat.engine.loading import load_model
 from specchat.engine.model import PassCancelledError
 from specchat.engine.streaming.cpu import ThreadStreamer
 from specchat.engine.streaming.slots import SlotQueue
@@ -59,7 +59,7 @@ class Pair:
 
     def load(self) -> Engine:
         plan = make_plan(self.target, self.draft, num_layers=4, resident=(2,), tree_budget=12, chunk_rows=16)
-        return Engine.load(plan, self.target, self.draft)
+        return load_engine(plan, self.target, self.draft)
 
     def fresh_text(self, prompt: list[int], sampling: Sampling, num_tokens: int = NUM_TOKENS) -> list[int]:
         """What an engine without a past writes."""

@@ -12,17 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 from support.engines import NOTHING, make_plan, random_prompt
+from support.loading import changed, load_engine
 from support.quantized import Kind, awq, block_fp8, compressed, gptq, save_quantized
 from support.threads import watched_threads
 from support.tiny_models import VOCAB, make_config, perturbed, random_model, save
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from specchat.engine.engine import Engine
 from specchat.errors import AllocationError
 from specchat.models.sizes.describe import describe
 from specchat.models.sizes.geometry import dequantize_bytes
-from specchat.planner.memory import Workload, build_ledger, with_trees
+from specchat.planner.memory import build_ledger, with_trees
 from specchat.records.generation import Sampling
 from specchat.records.limits import HEAD_BLOCK_ROWS
 from specchat.records.model import Dtype, ModelSource, Quant
@@ -98,10 +98,10 @@ def planned(case: Case, target: ModelSource, draft: ModelSource, quant: Quant = 
         tree_budget=case.tree_budget,
         chunk_rows=CHUNK_ROWS,
     )
-    work = Workload(case.dtype, case.ctx, case.tree_budget, plan.draft_rows, CHUNK_ROWS, plan.slots)
-    plan = replace(plan, dtype=case.dtype, quant=quant, ledger=build_ledger(spec, draft_spec, work, resident))
-    changed = with_trees(plan, spec, draft_spec, case.tree_budget, case.head_rows)
-    return plan if case.head_rows == HEAD_BLOCK_ROWS else changed
+    work = replace(plan.work, dtype=case.dtype)
+    plan = replace(plan, work=work, quant=quant, ledger=build_ledger(spec, draft_spec, work, plan.placement))
+    larger = with_trees(plan, spec, draft_spec, case.tree_budget, case.head_rows)
+    return plan if case.head_rows == HEAD_BLOCK_ROWS else larger
 
 
 def total(items: tuple[LedgerItem, ...], *, weights: bool) -> int:
@@ -126,7 +126,7 @@ def check_ledger(case: Case, target: ModelSource, draft: ModelSource, quant: Qua
     plan, spec = planned(case, target, draft, quant), describe(target, quant)
     ours = dequantize_bytes(replace(spec, quant="int8"), case.dtype, "cpu")
     pieces = dequantize_bytes(spec, case.dtype, "cpu") - ours
-    with Engine.load(plan, target, draft) as engine:
+    with load_engine(plan, target, draft) as engine:
         assert engine.memory().device_peak_bytes == total(plan.ledger, weights=True)
         living = Living()
         with living:
@@ -188,7 +188,7 @@ def test_two_hundred_turns_stay_within_the_ledger(tmp_path: Path):
     plan = planned(case, target, draft)
     text, living, peaks = list[int](), Living(), []
     sampling = Sampling(temperature=0.8, seed=5)
-    with Engine.load(plan, target, draft) as engine, living:
+    with load_engine(plan, target, draft) as engine, living:
         for turn in range(200):
             text += random_prompt(9, VOCAB, seed=turn)
             del text[: max(len(text) - (case.ctx - 16), 0)]
@@ -204,11 +204,11 @@ def test_two_hundred_turns_stay_within_the_ledger(tmp_path: Path):
 def test_memory_that_cannot_be_had_is_said_and_nothing_stays_behind(tmp_path: Path):
     case = Case("llama", 64, 8, "fp32", num_resident=0)
     target, draft = pair(case, tmp_path)
-    plan = replace(planned(case, target, draft), ctx=10**12)
+    plan = changed(planned(case, target, draft), ctx=10**12)
     with watched_threads() as threads:
         for guesses in (draft, None):  # the draft's cache comes first, then the target's
             with pytest.raises(AllocationError, match="does not give"):
-                Engine.load(plan, target, guesses)
+                load_engine(plan, target, guesses)
     assert not threads.num_running
 
 
@@ -219,11 +219,11 @@ def test_other_trees_on_the_same_layers(tmp_path: Path):
     specs = describe(target), describe(draft)
     wanted = planned(Case("llama", 96, 12, "fp32"), target, draft)
     assert total(with_trees(plan, *specs, 12).ledger, weights=True) == total(wanted.ledger, weights=True)
-    assert with_trees(plan, *specs, 12).chunk_rows == 64 < plan.chunk_rows
-    assert with_trees(plan, *specs, 400).device_budget_bytes >= with_trees(plan, *specs, 400).device_bytes
+    assert with_trees(plan, *specs, 12).work.chunk_rows == 64 < plan.work.chunk_rows
+    assert with_trees(plan, *specs, 400).vram_bytes >= with_trees(plan, *specs, 400).device_bytes
     texts = []
     for head_rows in (41, HEAD_BLOCK_ROWS):
-        with Engine.load(with_trees(plan, *specs, 40, head_rows), target, draft) as engine:
+        with load_engine(with_trees(plan, *specs, 40, head_rows), target, draft) as engine:
             scored, score = [], engine.target.logits
             engine.target.logits = lambda hidden, scored=scored, score=score: (
                 scored.append(len(hidden)) or score(hidden)
@@ -239,40 +239,40 @@ def test_other_trees_on_the_same_layers(tmp_path: Path):
 MEMORY_OF_A_PROCESS = """
 import ctypes, gc, json, sys
 from pathlib import Path
-from specchat.cli import models as shared
-from specchat.cli.options import ModelOptions
+from support.loading import Quiet, load_engine, model_request, yes
+from specchat.loading.engine import make_packs
+from specchat.loading.locate import locate_models, parse_models
+from specchat.loading.planning import make_plan
 from specchat.records.generation import Sampling
 from specchat.engine.engine import Engine
 from specchat.engine.selfcheck import check_architecture
 from specchat.models.hf.tokenizer import load_tokenizer
-from specchat.ui.console import talk
-from specchat.ui.progress import TalkReporter
 
 def held():
     lines = Path("/proc/self/status").read_text().splitlines()
     return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith("Rss")}
 
 vram, ram, quant = sys.argv[1:]
-options = ModelOptions(
+options = model_request(
     model="shape:hidden=512,layers=12,heads=8,kv_heads=4,head_dim=64,mlp=2048,dtype=fp32", device="cpu", dtype="fp32",
-    vram_bytes=int(vram), ram_bytes=int(ram), quant=quant, ctx=256, tree_budget=16, quiet=True)
-found = shared.locate_models(options, shared.parse_models(options), talk(quiet=True))
-plan = shared.make_plan(options, found, print, as_given=True).plan
-pack = shared.make_pack(found.target, plan, TalkReporter(talk(quiet=True)))
+    vram_bytes=int(vram), ram_bytes=int(ram), quant=quant, ctx=256, tree_budget=16)
+found = locate_models(options, parse_models(options), Quiet(), yes)
+plan = make_plan(options, found, Quiet(), as_given=True).plan
+pack, _ = make_packs(found.target, found.draft, plan, Quiet())
 for source in (found.target, found.draft):
     check_architecture(source)
 ids = load_tokenizer(found.target.path).encode("Tell me a story about a fox. " * 20)
 gc.collect()
 ctypes.CDLL(None).malloc_trim(0)  # else what planning freed would be taken again, and nothing would grow
 before = held()
-with Engine.load(plan, found.target, found.draft, pack) as engine:
+with load_engine(plan, found.target, found.draft, pack) as engine:
     for _ in engine.generate(ids[:200], Sampling(), stop_ids=frozenset(), max_tokens=24):
         pass
     after = held()
 print(json.dumps({"before": before, "after": after, "device": plan.device_bytes,
-    "host": {item.item: item.bytes for item in plan.host_ledger}, "disk": plan.tiers.count("disk"),
+    "host": {item.item: item.bytes for item in plan.host_ledger}, "disk": plan.placement.tiers.count("disk"),
     "slots": sum(item.bytes for item in plan.ledger if item.item == "slots"),
-    "ram": len(plan.in_ram), "pack": pack is not None}))
+    "ram": len(plan.placement.in_ram), "pack": pack is not None}))
 """
 
 

@@ -7,11 +7,11 @@ import mmap
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support.engines import make_plan
+from support.loading import changed, load_engine
 from support.streamed import NUM_LAYERS, PackedModel
 from support.threads import FAILURES, at_most, watched_threads
 from support.tiny_models import make_config, random_model, save
@@ -45,7 +45,7 @@ def open_files() -> set[str]:
 
 
 def streaming_plan(source: ModelSource, num_layers: int, in_ram: Sequence[int] = ()) -> Plan:
-    return replace(make_plan(source, None, num_layers=num_layers, resident=[0]), in_ram=tuple(in_ram))
+    return changed(make_plan(source, None, num_layers=num_layers, resident=[0]), in_ram=tuple(in_ram))
 
 
 def check_every_start(load: Callable[[], Engine], failure: str) -> None:
@@ -68,10 +68,10 @@ def check_every_start(load: Callable[[], Engine], failure: str) -> None:
 @pytest.mark.parametrize("in_ram", [(), (2, 3)], ids=["disk", "some mapped"])
 def test_threads_that_cannot_start_to_read_a_pack(packed_model: PackedModel, in_ram: tuple[int, ...], failure: str):
     plan, source = streaming_plan(packed_model.source, NUM_LAYERS, in_ram), packed_model.source
-    check_every_start(lambda: Engine.load(plan, source, None, packed_model.pack), failure)
+    check_every_start(lambda: load_engine(plan, source, None, packed_model.pack), failure)
 
 
 @pytest.mark.parametrize("failure", FAILURES)
 def test_threads_that_cannot_start_to_read_shards(failure: str, tmp_path: Path):
     source = save(random_model(make_config("mistral")), tmp_path / "model")
-    check_every_start(lambda: Engine.load(streaming_plan(source, 4), source, None), failure)
+    check_every_start(lambda: load_engine(streaming_plan(source, 4), source, None), failure)

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 from support import reference
 from support.engines import make_plan, random_prompt, write
+from support.loading import load_engine
 from support.tiny_models import ARCHITECTURES, VOCAB, make_config, perturbed, random_model, save
 
-from specchat.engine.engine import Engine
 from specchat.records.generation import Sampling
 from specchat.records.model import ModelSource
 
@@ -111,7 +111,7 @@ def check(zoo: Zoo, case: Case) -> None:
     chunk_rows = 24 if budget < 100 else 160  # several chunks in either case
     plan = make_plan(target, draft, num_layers=num_layers, resident=resident, tree_budget=budget, chunk_rows=chunk_rows)
     expected = zoo.text(architecture, sampling)
-    with Engine.load(plan, target, draft) as engine:
+    with load_engine(plan, target, draft) as engine:
         ours, steps = write(engine, expected.prompt, SAMPLINGS[sampling], NUM_TOKENS)
     zoo.num_tokens += len(ours)
     difference = expected.first_difference(ours)

@@ -11,10 +11,10 @@ import pytest
 import torch
 import transformers as hf
 from support.engines import random_prompt
+from support.loading import load_model
 from support.tiny_models import VOCAB, make_config, random_model, save
 
 from specchat.engine.attention import RowLayout
-from specchat.engine.loading import load_model
 from specchat.engine.model import TreeModel
 from specchat.engine.tree import ROOT, TokenTree
 from specchat.records.model import ModelSource

@@ -13,6 +13,7 @@ import torch
 import transformers as hf
 from support import reference
 from support.engines import make_plan, random_prompt, write
+from support.loading import load_engine, load_model, plan_here, plan_request, prepare
 from support.quantized import (
     EMBEDDINGS,
     HEAD,
@@ -31,18 +32,13 @@ from support.quantized import (
 from support.streamed import silent
 from support.tiny_models import VOCAB, make_config, perturbed, random_model, save
 
-from specchat.engine.engine import Engine
-from specchat.engine.loading import load_model
 from specchat.engine.model import TreeModel
 from specchat.engine.streaming.cpu import MappedStreamer, ThreadStreamer
 from specchat.errors import CorruptCheckpointError, UnsupportedModelError, UsageError
 from specchat.models.packs.pack import Pack
-from specchat.models.packs.prepare import prepare
 from specchat.models.quant.modules import quant_linears
 from specchat.models.sizes.describe import describe
 from specchat.models.sizes.geometry import weight_bytes
-from specchat.planner.request import PlanRequest
-from specchat.planner.search import make_plan as plan_here
 from specchat.records.generation import Sampling
 from specchat.records.model import ModelSource, Tier
 
@@ -176,7 +172,7 @@ def test_it_is_the_model_that_it_means(case: Case, tmp_path: Path):
     text = reference.generate(dense, prompt, Sampling(), NUM_TOKENS)
     for guesses in (None, draft):
         plan = make_plan(pair.quantized, guesses, num_layers=2, resident=())
-        with Engine.load(plan, pair.quantized, guesses, pack) as engine:
+        with load_engine(plan, pair.quantized, guesses, pack) as engine:
             tokens, steps = write(engine, prompt, Sampling(), NUM_TOKENS)
         assert text.first_difference(tokens) is None
         assert (len(steps) < NUM_TOKENS) == (guesses is not None)
@@ -195,7 +191,7 @@ def test_sizes_are_known_from_headers(tmp_path: Path):
     others = sum(p.nbytes for p in model.skeleton.model.parameters()) - in_layers
     padding = weight_bytes(spec, "fp32") - in_layers - others
     assert 0 <= padding < 256 * sum(map(len, spec.layer_params)) + 4096 * spec.num_layers + spec.buffer_bytes
-    plan = plan_here(PlanRequest(target=pair.quantized, draft=None, device="cpu", dtype="fp32"))
+    plan = plan_here(plan_request(target=pair.quantized, draft=None, device="cpu", dtype="fp32"))
     assert plan.quant == "compressed-tensors int4"
     # a pack of it holds what streams, and no numbers of 32 bits but norms and routers
     pack = make_pack(pair.quantized)
@@ -213,9 +209,9 @@ def test_what_comes_quantized_is_not_quantized_again(tmp_path: Path):
     _, pair = make_pair(Case("llama", awq()), tmp_path)
     for quant in ("int4", "int8"):
         with pytest.raises(UsageError, match=re.escape("comes quantized (awq int4)")) as caught:
-            plan_here(PlanRequest(target=pair.quantized, draft=None, device="cpu", quant=quant))
+            plan_here(plan_request(target=pair.quantized, draft=None, device="cpu", quant=quant))
         assert caught.value.hint
-    assert plan_here(PlanRequest(target=pair.quantized, draft=None, device="cpu", quant="none")).quant == "awq int4"
+    assert plan_here(plan_request(target=pair.quantized, draft=None, device="cpu", quant="none")).quant == "awq int4"
 
 
 # --- what is wrong with a file is named -------------------------------------------------------------------------------

@@ -10,15 +10,13 @@ from typing import Any
 import pytest
 import torch
 from support.engines import make_plan, random_prompt, write
+from support.loading import load_engine, load_model, prepare
 from support.tiny_models import ARCHITECTURES, VOCAB, make_config, perturbed, random_model, save
 
-from specchat.engine.engine import Engine
-from specchat.engine.loading import load_model
 from specchat.engine.model import TreeModel
 from specchat.models.hf.matrices import find_matrices
 from specchat.models.hf.skeleton import build_skeleton, skeleton_of
 from specchat.models.packs.pack import Pack
-from specchat.models.packs.prepare import prepare
 from specchat.models.quant.modules import Matrix, QuantLinear, quant_linears
 from specchat.models.sizes.describe import describe
 from specchat.models.sizes.geometry import dequantize_bytes, layer_bytes, weight_bytes
@@ -130,12 +128,12 @@ def check_speculation(architecture: str, quant: str, models: Any) -> None:
     num_layers = make_config(architecture).num_hidden_layers
 
     def text(plan: Plan, sampling: Sampling) -> tuple[list[int], float]:
-        with Engine.load(plan, source, draft if plan.draft else None) as engine:
+        with load_engine(plan, source, draft if plan.draft else None) as engine:
             tokens, steps = write(engine, PROMPT, sampling, 24)
         return tokens, len(tokens) / len(steps)
 
     for sampling in (Sampling(), Sampling(temperature=0.8, top_p=0.9, seed=5)):
-        plain = dataclasses.replace(make_plan(source, None, num_layers=num_layers), quant=quant)
+        plain = dataclasses.changed(make_plan(source, None, num_layers=num_layers), quant=quant)
         tree = dataclasses.replace(make_plan(source, draft, num_layers=num_layers, resident=(0,)), quant=quant)
         expected, _ = text(plain, sampling)
         for draft_quant in ("none", quant):

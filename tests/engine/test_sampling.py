@@ -20,11 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from support.engines import make_plan, write
+from support.loading import load_model
 from support.tiny_models import perturbed, random_model, save
 
 from specchat.engine.drafting.drafter import Drafter, ModelDrafter, NoDrafter
 from specchat.engine.engine import Engine
-from specchat.engine.loading import load_model
 from specchat.engine.model import TreeModel
 from specchat.engine.sampling import Noise, Sampler
 from specchat.models.hf.processors import logits_processors

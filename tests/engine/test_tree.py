@@ -13,11 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.engines import random_prompt
+from support.loading import load_model
 from support.tiny_models import VOCAB, make_config, random_model, save
 
 from specchat.engine.drafting.drafter import GREEDY_TEMPERATURE, NOISE_TEMPERATURE, ModelDrafter, _Candidates
 from specchat.engine.drafting.policy import FixedGrowth
-from specchat.engine.loading import load_model
 from specchat.engine.model import TreeModel
 from specchat.engine.sampling import Noise, Sampler
 from specchat.engine.tree import ROOT, TokenTree, common_prefix

@@ -7,16 +7,17 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.loading import asking, plan_request
 from support.machines import CUDA_TORCH, GIB, MEASURED, hardware
 
 from specchat.hardware.machine import Gpu, GpuSurvey, Machine, PcieLink
 from specchat.models.catalog.ref import demo_source
 from specchat.planner.cost import TYPICAL_ACCEPTANCE, Acceptance, CostModel, LinkQueue, draft_batches
 from specchat.planner.explain import ExplainedPlan
-from specchat.planner.placement import Placement, interleaved
+from specchat.planner.placement import TierSizes, interleaved
 from specchat.planner.rates import Rate, Rates, rates_of
 from specchat.planner.request import PlanInputs, PlanRequest
-from specchat.planner.search import choose_for
+from specchat.planner.search import choose_plan
 from specchat.records.limits import draft_width
 from specchat.records.model import KvShape, ModelSource, ModelSpec, ParamSize
 
@@ -76,7 +77,7 @@ def with_card(gpu: Gpu, ram_gib: int = 64) -> tuple[Machine, Rates]:
 
 def asked(**changes: object) -> PlanRequest:
     source = ModelSource("any", TARGET.path)
-    return replace(PlanRequest(source, DRAFT, draft_is_open=True), **changes)  # type: ignore[arg-type]
+    return plan_request(source, DRAFT, **{"draft_is_open": True, **changes})  # type: ignore[arg-type]
 
 
 # --- a pass, event by event ------------------------------------------------------------------------------------------
@@ -139,12 +140,12 @@ def test_the_slowest_link_counts():
     assert (rates.host.per_s, rates.disk.per_s) == (25.6e9, 2.5e9)
     cost = CostModel(small(), None, "bf16", machine.device, rates, TYPICAL_ACCEPTANCE)
     layer = 436 << 20
-    in_ram = cost.predict(Placement(32, 20, 0, 20 * layer, 0, 2), 0, adaptive=True)
+    in_ram = cost.predict(TierSizes(32, 20, 0, 20 * layer, 0, 2), 0, adaptive=True)
     assert in_ram.link_s == pytest.approx(20 * layer / 25.6e9)
-    mixed = cost.predict(Placement(32, 10, 10, 10 * layer, 10 * layer, 2), 0, adaptive=True)
+    mixed = cost.predict(TierSizes(32, 10, 10, 10 * layer, 10 * layer, 2), 0, adaptive=True)
     assert mixed.link_s == pytest.approx(10 * layer / 2.5e9) and mixed.bound == "link"
     on_cpu = CostModel(small(), None, "bf16", "cpu", rates, TYPICAL_ACCEPTANCE)
-    assert on_cpu.predict(Placement(32, 20, 0, 20 * layer, 0, 2), 0, adaptive=True).link_s == 0.0
+    assert on_cpu.predict(TierSizes(32, 20, 0, 20 * layer, 0, 2), 0, adaptive=True).link_s == 0.0
 
 
 # --- what does not depend on the link --------------------------------------------------------------------------------
@@ -164,7 +165,7 @@ def test_of_experts_few_rows_compute_only_those_they_go_to():
     few, many = (
         [
             CostModel(spec, DRAFT_SPEC, "bf16", machine.device, rates, TYPICAL_ACCEPTANCE)
-            .predict(Placement(48, 0, 0, 0, 0, 0), nodes, adaptive=False)
+            .predict(TierSizes(48, 0, 0, 0, 0, 0), nodes, adaptive=False)
             .compute_s
             for spec in (sparse, dense)
         ]
@@ -196,7 +197,7 @@ def test_on_a_cpu_threads_cost_every_layer_and_readers_every_pass_of_the_draft()
 
     def draft_s(device: str, num_on_disk: int) -> float:
         cost = CostModel(small(), DRAFT_SPEC, "bf16", device, typical, TYPICAL_ACCEPTANCE)
-        placement = Placement(32, 0, num_on_disk, 0, num_on_disk << 28, 2)
+        placement = TierSizes(32, 0, num_on_disk, 0, num_on_disk << 28, 2)
         return cost.predict(placement, 64, adaptive=False).draft_s
 
     assert draft_s("cpu", 10) > draft_s("cpu", 0) > draft_s(gpu.device, 0) == draft_s(gpu.device, 10)
@@ -206,7 +207,7 @@ def test_on_a_cpu_threads_cost_every_layer_and_readers_every_pass_of_the_draft()
 
 
 def chosen(request: PlanRequest, machine: Machine, rates: Rates, target=large, draft=DRAFT_SPEC) -> ExplainedPlan:
-    return choose_for(request, PlanInputs(machine, rates, rates, target, draft))
+    return choose_plan(request, PlanInputs(machine, rates, rates, target, draft))
 
 
 def faster(rates: Rates, link: float, disk: float, compute: float) -> Rates:
@@ -246,20 +247,20 @@ def test_more_of_anything_is_never_slower(vram, more, ram, factors, quant, devic
     machine = replace(machine, device=device)
     request = asked(vram_bytes=vram, ram_bytes=ram, quant=quant, ctx=2048, tree_budget=budget)
     little = chosen(request, machine, rates)
-    much = chosen(replace(request, vram_bytes=vram + more), machine, faster(rates, *factors))
+    much = chosen(asking(request, vram_bytes=vram + more), machine, faster(rates, *factors))
     assert much.prediction.tok_per_s >= little.prediction.tok_per_s * (1 - 1e-9)
 
 
 def test_what_fits_is_not_streamed_and_what_is_fast_alone_needs_no_draft():
     machine, rates = with_card(card(24))
-    assert not chosen(asked(), machine, rates, small).plan.streamed
+    assert not chosen(asked(), machine, rates, small).plan.placement.streamed
     hopeless = PlanInputs(machine, rates, rates, small, DRAFT_SPEC, Acceptance(0.01, 1.0, "measured"))
-    plain = choose_for(asked(), hopeless)
-    assert plain.plan.draft is None and plain.plan.tree_budget == 0 and plain.prediction.tokens_per_step == 1
+    plain = choose_plan(asked(), hopeless)
+    assert plain.plan.draft is None and plain.plan.work.tree_budget == 0 and plain.prediction.tokens_per_step == 1
     choice = next(each for each in plain.choices if each.option == "draft")
     assert choice.alternative is not None and choice.alternative.value == "1b"
     assert choice.alternative.tok_per_s < plain.prediction.tok_per_s
-    kept = choose_for(asked(draft_is_open=False), hopeless)
+    kept = choose_plan(asked(draft_is_open=False), hopeless)
     assert kept.plan.draft == "1b" and "draft" in kept.pinned
 
 
@@ -272,7 +273,7 @@ def test_a_draft_without_room_is_stored_in_fewer_bytes():
 
     def plan(drafts: tuple[ModelSpec, ...], **changes: object) -> ExplainedPlan:
         request = asked(**{"quant": "int4", "ctx": 512, "vram_bytes": 15 * GIB // 2, **changes})
-        return choose_for(request, PlanInputs(machine, rates, rates, large, DRAFT_SPEC, lower_drafts=drafts))
+        return choose_plan(request, PlanInputs(machine, rates, rates, large, DRAFT_SPEC, lower_drafts=drafts))
 
     assert plan(()).plan.draft is None, "it has no room as it is"
     chosen_here = plan(lower)
@@ -281,14 +282,14 @@ def test_a_draft_without_room_is_stored_in_fewer_bytes():
     (choice,) = (each for each in chosen_here.choices if each.option == "draft-quant")
     assert choice.value == chosen_here.plan.draft_quant and not choice.pinned
     with_room = plan(lower, vram_bytes=100 * GIB)
-    assert not with_room.plan.streamed and with_room.plan.draft_quant == "none", "nothing would be gained"
+    assert not with_room.plan.placement.streamed and with_room.plan.draft_quant == "none", "nothing would be gained"
 
 
 def test_the_precision_depends_on_what_the_machine_has_and_not_on_what_is_free():
     def quant(vram_gib: int, target=small, **changes: object) -> str:
         machine, rates = with_card(card(vram_gib))
         plans = [
-            choose_for(asked(), PlanInputs(here, quick, rates, target, DRAFT_SPEC)).plan
+            choose_plan(asked(), PlanInputs(here, quick, rates, target, DRAFT_SPEC)).plan
             for here in (machine, replace(machine, device_free_bytes=machine.device_free_bytes - 2 * GIB))
             for quick in (rates, faster(rates, 20, 20, 20))
         ]
@@ -302,7 +303,7 @@ def test_the_precision_depends_on_what_the_machine_has_and_not_on_what_is_free()
     machine, rates = with_card(card(24), ram_gib=16)
     assert chosen(asked(), machine, rates).plan.quant == "int4", "int8 exceeds all there is"
     slow = faster(rates, 1, 1, 1e-3)  # computing takes so long that bytes do not matter
-    unhurried = choose_for(asked(), PlanInputs(replace(machine, total_bytes=200 * GIB), slow, slow, large, DRAFT_SPEC))
+    unhurried = choose_plan(asked(), PlanInputs(replace(machine, total_bytes=200 * GIB), slow, slow, large, DRAFT_SPEC))
     assert unhurried.plan.quant == "none"
 
 
@@ -325,13 +326,13 @@ def test_what_the_user_says_holds_and_is_recorded(option: str):
     assert found.pinned == (option,)
     plan, value = found.plan, PINS[option]
     held = {
-        "ctx": plan.ctx,
-        "tree-budget": plan.tree_budget,
-        "slots": plan.slots,
+        "ctx": plan.work.ctx,
+        "tree-budget": plan.work.tree_budget,
+        "slots": plan.placement.slots,
         "quant": plan.quant,
-        "vram": plan.device_budget_bytes,
-        "dtype": plan.dtype,
-        "device": plan.device,
+        "vram": plan.vram_bytes,
+        "dtype": plan.work.dtype,
+        "device": plan.work.device,
     }
     assert held[option] == value
     assert plan.adaptive == (option != "tree-budget")
@@ -367,6 +368,6 @@ def test_adaptive_trees_are_told_what_was_predicted(device: str):
     assert passes[1 + prediction.tree_nodes] == pytest.approx(prediction.pass_s - prediction.draft_s)
     least, most = min(batches.values()), max(batches.values())
     assert least <= 1.1 * prediction.draft_s / expected.draft_passes <= 1.2 * most
-    assert list(passes) == sorted(passes) and max(passes) == 1 + found.plan.tree_budget
+    assert list(passes) == sorted(passes) and max(passes) == 1 + found.plan.work.tree_budget
     pinned = chosen(asked(tree_budget=64), machine, rates)
     assert pinned.plan.expected is None

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.loading import plan_request
 from support.planning import UNKNOWN_RATES, specs
 
 from specchat.hardware.machine import Machine, MatmulRate
@@ -21,11 +22,12 @@ from specchat.planner.candidates import (
     Candidates,
 )
 from specchat.planner.cost import Acceptance, CostModel, Prediction
-from specchat.planner.memory import Workload, build_ledger, bytes_beside_layers, host_embedding_bytes
-from specchat.planner.placement import Placement, interleaved, usable_ram
+from specchat.planner.memory import build_ledger, bytes_beside_layers, host_embedding_bytes
+from specchat.planner.placement import TierSizes, interleaved, usable_ram
 from specchat.planner.rates import Rate
 from specchat.planner.request import PlanInputs, PlanRequest
 from specchat.records.model import ModelSource, ModelSpec, ParamSize
+from specchat.records.plan import Placement, Workload
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -40,8 +42,7 @@ class Obvious:
 
     draft: ModelSpec | None
     work: Workload
-    resident: tuple[int, ...]
-    in_ram: tuple[int, ...]
+    placement: Placement
     prediction: Prediction
 
 
@@ -57,31 +58,35 @@ def ways(request: PlanRequest, known: PlanInputs, target: ModelSpec) -> list[Obv
 
 def ways_with(request: PlanRequest, known: PlanInputs, target: ModelSpec, draft: ModelSpec | None) -> list[Obvious]:
     """At the longest context at which there are any."""
-    ctx = min(target.max_positions, 8192) if request.ctx is None else request.ctx
+    ctx = min(target.max_positions, 8192) if request.choices.ctx is None else request.choices.ctx
     while True:
         found = [
-            placed(request, known, target, draft, work, resident)
-            for work, resident in fitting(request, known, target, draft, ctx)
+            placed(request, known, target, draft, work, placement)
+            for work, placement in fitting(request, known, target, draft, ctx)
         ]
-        if found or request.ctx is not None or ctx <= 512:
+        if found or request.choices.ctx is not None or ctx <= 512:
             return found
         ctx = max(ctx // 2, 512)
 
 
 def fitting(
     request: PlanRequest, known: PlanInputs, target: ModelSpec, draft: ModelSpec | None, ctx: int
-) -> Iterator[tuple[Workload, tuple[int, ...]]]:
+) -> Iterator[tuple[Workload, Placement]]:
     """For every size of trees and every number of slots, the most layers; embeddings move where more then stay."""
-    open_budgets = TREE_BUDGETS[kind(known.machine.device)] if request.tree_budget is None else (request.tree_budget,)
+    open_budgets = (
+        TREE_BUDGETS[kind(known.machine.device)]
+        if request.choices.tree_budget is None
+        else (request.choices.tree_budget,)
+    )
     for tree_budget in open_budgets if draft is not None else (0,):
         found = []
-        for slots in (2, 3) if request.slots is None else (request.slots,):
+        for slots in (2, 3) if request.choices.slots is None else (request.choices.slots,):
             ways = [
-                most_resident(request, target, draft, workload(request, known, ctx, tree_budget, slots, apart))
+                most_resident(request, target, draft, workload(request, known, ctx, tree_budget, apart), slots)
                 for apart in (False, True)
                 if not apart or can_lend_embeddings(request, known, target)
             ]
-            stay = [-1 if way is None else len(way[1]) for way in ways]
+            stay = [-1 if way is None else len(way[1].resident) for way in ways]
             found += [way for i, way in enumerate(ways) if way is not None and stay[i] > max([-1, *stay[:i]])]
         yield from dict.fromkeys(found)
 
@@ -89,19 +94,18 @@ def fitting(
 def can_lend_embeddings(request: PlanRequest, known: PlanInputs, target: ModelSpec) -> bool:
     if known.machine.device == "cpu" or not target.lookup_params:
         return False
-    taken = host_embedding_bytes(target, workload(request, known, 1, 0, 0, True))
+    taken = host_embedding_bytes(target, workload(request, known, 1, 0, True))
     return taken <= usable_ram(known.machine.ram_available_bytes)
 
 
-def workload(request: PlanRequest, known: PlanInputs, ctx: int, tree_budget: int, slots: int, apart: bool) -> Workload:
+def workload(request: PlanRequest, known: PlanInputs, ctx: int, tree_budget: int, apart: bool) -> Workload:
     device = known.machine.device
     return Workload(
-        dtype=request.dtype,  # type: ignore[arg-type]
+        dtype=request.choices.dtype,  # type: ignore[arg-type]
         ctx=ctx,
         tree_budget=tree_budget,
         draft_rows=DRAFT_ROWS_PER_NODE * tree_budget,
         chunk_rows=CHUNK_ROWS,
-        slots=slots,
         device=device,
         reserve_bytes=0 if device == "cpu" else CUDA_RESERVE_BYTES,
         host_embeddings=apart,
@@ -109,21 +113,20 @@ def workload(request: PlanRequest, known: PlanInputs, ctx: int, tree_budget: int
 
 
 def most_resident(
-    request: PlanRequest, target: ModelSpec, draft: ModelSpec | None, work: Workload
-) -> tuple[Workload, tuple[int, ...]] | None:
+    request: PlanRequest, target: ModelSpec, draft: ModelSpec | None, work: Workload, slots: int
+) -> tuple[Workload, Placement] | None:
     layers = target.num_layers
     for count in range(layers, -1, -1):
-        if 0 < layers - count <= work.slots:
+        if 0 < layers - count <= slots:
             continue  # they might as well stay
-        tried = replace(work, slots=work.slots if count < layers else 0)
-        resident = interleaved(count, layers)
-        if ledger_bytes(target, draft, tried, resident) <= request.vram_bytes:  # type: ignore[operator]
-            return tried, resident
+        tried = Placement(layers, interleaved(count, layers), (), slots if count < layers else 0)
+        if ledger_bytes(target, draft, work, tried) <= request.choices.vram_bytes:  # type: ignore[operator]
+            return work, tried
     return None
 
 
-def ledger_bytes(target: ModelSpec, draft: ModelSpec | None, work: Workload, resident: Sequence[int]) -> int:
-    return sum(item.bytes for item in build_ledger(target, draft, work, resident))
+def ledger_bytes(target: ModelSpec, draft: ModelSpec | None, work: Workload, placement: Placement) -> int:
+    return sum(item.bytes for item in build_ledger(target, draft, work, placement))
 
 
 def placed(
@@ -132,27 +135,32 @@ def placed(
     target: ModelSpec,
     draft: ModelSpec | None,
     work: Workload,
-    resident: tuple[int, ...],
+    placement: Placement,
 ) -> Obvious:
     sizes = layer_sizes(target, work.dtype)
-    streamed = [i for i in range(target.num_layers) if i not in resident]
+    streamed = [i for i in range(target.num_layers) if i not in placement.resident]
     on_cpu = known.machine.device == "cpu"
-    taken = ledger_bytes(target, draft, work, resident) if on_cpu else host_embedding_bytes(target, work)
-    room = min(max(usable_ram(known.machine.ram_available_bytes) - taken, 0), request.ram_bytes or 0)
+    taken = ledger_bytes(target, draft, work, placement) if on_cpu else host_embedding_bytes(target, work)
+    room = min(max(usable_ram(known.machine.ram_available_bytes) - taken, 0), request.choices.ram_bytes or 0)
     subsets = ([streamed[j] for j in interleaved(n, len(streamed))] for n in range(len(streamed), -1, -1))
     in_ram = next(subset for subset in subsets if sum(sizes[i] for i in subset) <= room)
     ram_bytes = sum(sizes[i] for i in in_ram)
     disk_bytes = sum(sizes[i] for i in streamed) - ram_bytes
     num_on_disk = len(streamed) - len(in_ram)
-    placement = Placement(target.num_layers, len(in_ram), num_on_disk, ram_bytes, disk_bytes, work.slots)
+    tiers = TierSizes(target.num_layers, len(in_ram), num_on_disk, ram_bytes, disk_bytes, placement.slots)
     most = work.tree_budget
-    trees = [n for n in range(1, most + 1) if n & (n - 1) == 0 or n == most] if request.tree_budget is None else [most]
-    predictions = [predicted(known, target, draft, work, placement, nodes) for nodes in trees or [0]]
-    return Obvious(draft, work, resident, tuple(in_ram), max(predictions, key=lambda each: each.tok_per_s))
+    trees = (
+        [n for n in range(1, most + 1) if n & (n - 1) == 0 or n == most]
+        if request.choices.tree_budget is None
+        else [most]
+    )
+    predictions = [predicted(known, target, draft, work, tiers, nodes) for nodes in trees or [0]]
+    where = replace(placement, in_ram=tuple(in_ram))
+    return Obvious(draft, work, where, max(predictions, key=lambda each: each.tok_per_s))
 
 
 def predicted(
-    known: PlanInputs, target: ModelSpec, draft: ModelSpec | None, work: Workload, placement: Placement, nodes: int
+    known: PlanInputs, target: ModelSpec, draft: ModelSpec | None, work: Workload, placement: TierSizes, nodes: int
 ) -> Prediction:
     model = CostModel(
         target, draft, work.dtype, work.device, known.rates, known.acceptance(target, draft, samples=False)
@@ -171,7 +179,7 @@ def best_of(found: Sequence[Obvious]) -> Obvious | None:
             round(way.prediction.tok_per_s, 6),
             -is_lower,
             -(usual.index(nodes) if nodes in usual else 0),
-            -way.work.slots,
+            -way.placement.slots,
         )
 
     return max(found, key=rank, default=None)
@@ -215,7 +223,7 @@ def questions(draw: st.DrawFn) -> tuple[PlanRequest, PlanInputs, ModelSpec]:
     device = draw(st.sampled_from(["cpu", "cuda:0"]))
     target, draft = deeper(draw(specs())), draw(specs() | st.none())
     lower = () if draft is None else draw(st.sampled_from([(), (lowered(draft, "int8"),)]))
-    request = PlanRequest(
+    request = plan_request(
         target=NAMELESS,
         draft=None,
         dtype=draw(st.sampled_from(["fp32", "bf16"])),
@@ -225,16 +233,17 @@ def questions(draw: st.DrawFn) -> tuple[PlanRequest, PlanInputs, ModelSpec]:
         draft_is_open=draw(st.booleans()),
     )
     beside = beside_layers(request, device, target, draft, draw(st.sampled_from([32, 64, 512])))
-    sizes = layer_sizes(target, request.dtype)  # type: ignore[arg-type]
+    sizes = layer_sizes(target, request.choices.dtype)  # type: ignore[arg-type]
     num_resident = draw(st.integers(0, target.num_layers))
     resident = interleaved(num_resident, target.num_layers)
     streamed = [size for i, size in enumerate(sizes) if i not in resident]
     in_ram = interleaved(draw(st.integers(0, len(streamed))), len(streamed))
-    request = replace(
-        request,
+    choices = replace(
+        request.choices,
         vram_bytes=beside + sum(sizes) - sum(streamed) + 2 * max(streamed, default=0) + draw(NEARLY),
         ram_bytes=max(sum(streamed[j] for j in in_ram) + draw(NEARLY), 0),
     )
+    request = replace(request, choices=choices)
     known = PlanInputs(
         machine=Machine(device, 64 * GIB, draw(st.sampled_from([0, 4 * GIB + beside + sum(sizes), 64 * GIB])), True),
         rates=draw(RATES),
@@ -251,16 +260,16 @@ def beside_layers(request: PlanRequest, device: str, target: ModelSpec, draft: M
     """With trees of so many nodes, at the context asked for or the shortest that is tried."""
     nodes = nodes if draft is not None else 0
     reserve = 0 if device == "cpu" else CUDA_RESERVE_BYTES
-    dtype, ctx = request.dtype, request.ctx or 512
-    work = Workload(dtype, ctx, nodes, DRAFT_ROWS_PER_NODE * nodes, CHUNK_ROWS, 0, device, reserve)  # type: ignore[arg-type]
-    return ledger_bytes(target, draft, work, ())
+    dtype, ctx = request.choices.dtype, request.choices.ctx or 512
+    work = Workload(device, dtype, ctx, nodes, DRAFT_ROWS_PER_NODE * nodes, CHUNK_ROWS, reserve)  # type: ignore[arg-type]
+    return ledger_bytes(target, draft, work, Placement(target.num_layers, ()))
 
 
 def shown(candidate: Candidate, request: PlanRequest, known: PlanInputs) -> Obvious:
-    plan = candidate.plan(request, known.machine)
-    work = replace(candidate.work, slots=candidate.slots)
-    assert plan.ledger == build_ledger(candidate.target, candidate.draft, work, plan.resident)
-    return Obvious(candidate.draft, work, plan.resident, plan.in_ram, candidate.prediction)
+    plan = candidate.plan(request.choices, known.machine)
+    work = candidate.work
+    assert plan.ledger == build_ledger(candidate.target, candidate.draft, work, plan.placement)
+    return Obvious(candidate.draft, work, plan.placement, candidate.prediction)
 
 
 @given(question=questions())
@@ -298,7 +307,6 @@ def workloads(draw: st.DrawFn) -> Workload:
         tree_budget=tree_budget,
         draft_rows=2 * tree_budget,
         chunk_rows=512,
-        slots=0,
         device=draw(st.sampled_from(["cpu", "cuda:0"])),
         reserve_bytes=draw(st.sampled_from([0, CUDA_RESERVE_BYTES])),
         host_embeddings=draw(st.booleans()),
@@ -308,7 +316,9 @@ def workloads(draw: st.DrawFn) -> Workload:
 @given(target=specs(), draft=st.none() | specs(), work=workloads())
 @settings(deadline=None, max_examples=100)
 def test_what_is_beside_layers_adds_up_to_the_ledger(target: ModelSpec, draft: ModelSpec | None, work: Workload):
-    assert bytes_beside_layers(target, draft, work) == ledger_bytes(target, draft, work, ())
+    assert bytes_beside_layers(target, draft, work) == ledger_bytes(
+        target, draft, work, Placement(target.num_layers, ())
+    )
 
 
 @given(target=specs(), draft=st.none() | specs(), work=workloads(), more=st.integers(1, 200))

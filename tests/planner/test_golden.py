@@ -5,10 +5,9 @@ Predicted speeds may differ by a fifth from what is written: a closer look at a 
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from support.golden import MODELS, golden_plans, read_golden
+from support.loading import asking
 from support.machines import MACHINES, read_machine
 
 from specchat.models.catalog.known_models import known_models
@@ -68,6 +67,6 @@ def test_what_a_machine_can_run(machine: str):
 def test_what_was_asked_for_holds():
     file = read_machine("desktop-24gb-pcie4x16-64gb")
     rates = rates_of(file.hardware, file.machine, file.measured)
-    asked = replace(ANYTHING, vram_bytes=6 << 30, ctx=2048, quant="int4", draft_is_open=False)
+    asked = asking(ANYTHING, vram_bytes=6 << 30, ctx=2048, quant="int4", draft_is_open=False)
     plan = recommend(known_models()["Qwen/Qwen3-32B"], asked, file.machine, rates, rates).plan
-    assert (plan.quant, plan.ctx, plan.draft, plan.device_budget_bytes) == ("int4", 2048, None, 6 << 30)
+    assert (plan.quant, plan.work.ctx, plan.draft, plan.vram_bytes) == ("int4", 2048, None, 6 << 30)

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.engines import write
+from support.loading import changed, load_engine, plan_here, plan_request
 from support.planning import UNKNOWN_RATES, plan_for, specs
 
 from specchat.engine.engine import Engine
@@ -23,15 +24,16 @@ from specchat.models.hf.tokenizer import load_tokenizer
 from specchat.models.sizes.describe import describe
 from specchat.models.sizes.geometry import layer_bytes
 from specchat.planner.candidates import CUDA_RESERVE_BYTES
-from specchat.planner.memory import RUNTIME_BYTES, Workload, build_ledger
+from specchat.planner.inputs import find_inputs
+from specchat.planner.memory import RUNTIME_BYTES, build_ledger
 from specchat.planner.placement import NUM_SLOTS, interleaved, usable_ram
 from specchat.planner.rates import Rate
 from specchat.planner.request import EXACT_BYTES, PlanInputs, PlanRequest
-from specchat.planner.search import choose_for, make_plan, smaller_plan
+from specchat.planner.search import choose_plan, smaller_plan
 from specchat.records.chat import Message
 from specchat.records.generation import Sampling
 from specchat.records.model import ModelSource, ModelSpec, ParamSize
-from specchat.records.plan import Plan
+from specchat.records.plan import Placement, Plan
 from specchat.units import GIB, MIB, format_bytes
 
 MACHINE = Machine("cpu", 64 * GIB, 64 * GIB, fast_bf16=False)
@@ -63,7 +65,7 @@ def test_interleaved_by_hand():
 
 
 def request(vram_bytes: int | None, **kwargs: object) -> PlanRequest:
-    return PlanRequest(target=ModelSource("any", TARGET.path), draft=None, vram_bytes=vram_bytes, **kwargs)  # type: ignore[arg-type]
+    return plan_request(target=ModelSource("any", TARGET.path), draft=None, vram_bytes=vram_bytes, **kwargs)  # type: ignore[arg-type]
 
 
 def try_plan(spec: ModelSpec, draft: ModelSpec | None, vram_bytes: int, **kwargs: object) -> Plan | None:
@@ -85,23 +87,23 @@ def ledger_bytes(
     spec: ModelSpec, draft: ModelSpec | None, plan: Plan, num_resident: int, slots: int | None = None
 ) -> int:
     slots = num_slots(spec.num_layers - num_resident) if slots is None else slots
-    work = Workload(plan.dtype, plan.ctx, plan.tree_budget, plan.draft_rows, plan.chunk_rows, slots, plan.device)
-    work = replace(work, host_embeddings=plan.host_embeddings)
-    return sum(item.bytes for item in build_ledger(spec, draft, work, interleaved(num_resident, spec.num_layers)))
+    placement = Placement(spec.num_layers, interleaved(num_resident, spec.num_layers), (), slots)
+    work = replace(plan.work, reserve_bytes=reserve(plan.work.device))
+    return sum(item.bytes for item in build_ledger(spec, draft, work, placement))
 
 
 def check_plan(plan: Plan, spec: ModelSpec, draft: ModelSpec | None, budget: int) -> None:
-    assert sum(item.bytes for item in plan.ledger) == plan.device_bytes <= budget == plan.device_budget_bytes
+    assert sum(item.bytes for item in plan.ledger) == plan.device_bytes <= budget == plan.vram_bytes
     assert all(item.bytes >= 0 for item in plan.ledger)
-    assert plan.device_bytes == ledger_bytes(spec, draft, plan, len(plan.resident), plan.slots)
-    assert plan.resident == interleaved(len(plan.resident), spec.num_layers)
-    assert plan.streamed_bytes_per_step == sum(layer_bytes(spec, i, plan.dtype) for i in plan.streamed)
-    assert plan.slots in ((NUM_SLOTS, 3) if plan.streamed else (0,))
-    assert not 0 < len(plan.streamed) <= plan.slots, "slots for layers that could stay in them"
-    assert not plan.host_embeddings, "there is no other memory on a CPU"
-    assert plan.ctx <= spec.max_positions
-    more = range(len(plan.resident) + 1, spec.num_layers + 1)
-    slots = {n: plan.slots if n < spec.num_layers else 0 for n in more}
+    assert plan.device_bytes == ledger_bytes(spec, draft, plan, len(plan.placement.resident), plan.placement.slots)
+    assert plan.placement.resident == interleaved(len(plan.placement.resident), spec.num_layers)
+    assert plan.streamed_bytes_per_step == sum(layer_bytes(spec, i, plan.work.dtype) for i in plan.placement.streamed)
+    assert plan.placement.slots in ((NUM_SLOTS, 3) if plan.placement.streamed else (0,))
+    assert not 0 < len(plan.placement.streamed) <= plan.placement.slots, "slots for layers that could stay in them"
+    assert not plan.work.host_embeddings, "there is no other memory on a CPU"
+    assert plan.work.ctx <= spec.max_positions
+    more = range(len(plan.placement.resident) + 1, spec.num_layers + 1)
+    slots = {n: plan.placement.slots if n < spec.num_layers else 0 for n in more}
     feasible = [n for n in more if not 0 < spec.num_layers - n <= slots[n]]
     assert all(ledger_bytes(spec, draft, plan, n, slots[n]) > budget for n in feasible), "more layers could stay"
 
@@ -120,10 +122,10 @@ def test_more_budget_never_keeps_fewer_layers(
     for plan, budget in zip(plans, sorted(budgets), strict=True):
         if plan is not None:
             check_plan(plan, spec, draft, budget)
-            assert plan.ctx == ctx
+            assert plan.work.ctx == ctx
     little, much = plans
     if little is not None:
-        assert much is not None and len(much.resident) >= len(little.resident)
+        assert much is not None and len(much.placement.resident) >= len(little.placement.resident)
 
 
 @given(spec=specs(), draft=st.none() | specs(), budgets=st.tuples(BUDGETS, BUDGETS))
@@ -134,9 +136,13 @@ def test_more_budget_never_shortens_the_context(spec: ModelSpec, draft: ModelSpe
     for plan, budget in zip((little, much), sorted(budgets), strict=True):
         if plan is not None:
             check_plan(plan, spec, draft, budget)
-            assert plan.ctx == min(spec.max_positions, 8192) or least_bytes(spec, draft, doubled(plan)) > budget
+            longest = min(spec.max_positions, 8192)
+            assert plan.work.ctx == longest or least_bytes(spec, draft, doubled(plan)) > budget
     if little is not None:
-        assert much is not None and (much.ctx, len(much.resident)) >= (little.ctx, len(little.resident))
+        assert much is not None and (much.work.ctx, len(much.placement.resident)) >= (
+            little.work.ctx,
+            len(little.placement.resident),
+        )
 
 
 def least_bytes(spec: ModelSpec, draft: ModelSpec | None, plan: Plan) -> int:
@@ -146,7 +152,7 @@ def least_bytes(spec: ModelSpec, draft: ModelSpec | None, plan: Plan) -> int:
 
 
 def doubled(plan: Plan) -> Plan:
-    return replace(plan, ctx=2 * plan.ctx)
+    return changed(plan, ctx=2 * plan.work.ctx)
 
 
 @given(spec=specs(), draft=st.none() | specs())
@@ -155,7 +161,7 @@ def test_the_least_that_a_refusal_names_is_enough(spec: ModelSpec, draft: ModelS
     with pytest.raises(DoesNotFitError) as caught:
         plan_for(request(1, ctx=512, tree_budget=64), MACHINE, spec, draft)
     everything = plan_for(request(10**12, ctx=512, tree_budget=64), MACHINE, spec, draft)
-    assert everything.resident == tuple(range(spec.num_layers)) and everything.streamed_bytes_per_step == 0
+    assert everything.placement.resident == tuple(range(spec.num_layers)) and everything.streamed_bytes_per_step == 0
     least = least_bytes(spec, draft, everything)
     assert f"at least {format_bytes(least)} " in caught.value.message
     assert "--vram" in (caught.value.hint or "")
@@ -182,15 +188,17 @@ def test_dtype(asked: str, device: str, checkpoint: str, fast_bf16: bool, expect
     large = replace(small, num_params=EXACT_BYTES)
     machine = Machine(device, 8 * GIB, 64 * GIB, fast_bf16)
     plan = plan_for(request(None, dtype=asked), machine, large, None)
-    assert plan.dtype == expected and plan.device == device
-    assert plan_for(request(None, dtype=asked), machine, small, None).dtype == ("fp32" if asked == "auto" else expected)
+    assert plan.work.dtype == expected and plan.work.device == device
+    assert plan_for(request(None, dtype=asked), machine, small, None).work.dtype == (
+        "fp32" if asked == "auto" else expected
+    )
 
 
 def test_default_budget_leaves_room_for_the_rest_of_the_machine():
     spec = demo_specs()[0]
     for device, free, budget in (("cpu", 20, 16), ("cpu", 100, 90), ("cuda:0", 8, 7)):
         machine = Machine(device, free * GIB, 100 * GIB, fast_bf16=False)
-        assert plan_for(request(None), machine, spec, None).device_budget_bytes == budget * GIB
+        assert plan_for(request(None), machine, spec, None).vram_bytes == budget * GIB
     with pytest.raises(DoesNotFitError):
         plan_for(request(None), Machine("cpu", 3 * GIB, 3 * GIB, fast_bf16=False), spec, None)
 
@@ -206,15 +214,21 @@ def test_as_many_layers_stay_in_host_memory_as_fit(spec: ModelSpec, budget: int,
         plan = plan_for(asked, Machine(device, 64 * GIB, 64 * GIB, fast_bf16=False), spec, None)
     except DoesNotFitError:
         return
-    sizes = [layer_bytes(spec, i, plan.dtype) for i in range(spec.num_layers)]
-    on_disk = [i for i, tier in enumerate(plan.tiers) if tier == "disk"]
-    assert set(plan.in_ram) <= set(plan.streamed)
-    assert [tier == "device" for tier in plan.tiers] == [i in plan.resident for i in range(spec.num_layers)]
-    kept_bytes = sum(sizes[i] for i in plan.in_ram)
+    sizes = [layer_bytes(spec, i, plan.work.dtype) for i in range(spec.num_layers)]
+    on_disk = [i for i, tier in enumerate(plan.placement.tiers) if tier == "disk"]
+    assert set(plan.placement.in_ram) <= set(plan.placement.streamed)
+    assert [tier == "device" for tier in plan.placement.tiers] == [
+        i in plan.placement.resident for i in range(spec.num_layers)
+    ]
+    kept_bytes = sum(sizes[i] for i in plan.placement.in_ram)
     assert kept_bytes <= ram
-    more = [plan.streamed[j] for j in interleaved(len(plan.in_ram) + 1, len(plan.streamed))] if on_disk else []
+    more = (
+        [plan.placement.streamed[j] for j in interleaved(len(plan.placement.in_ram) + 1, len(plan.placement.streamed))]
+        if on_disk
+        else []
+    )
     assert not on_disk or sum(sizes[i] for i in more) > ram
-    slots_bytes = min(plan.slots, len(on_disk)) * max((sizes[i] for i in on_disk), default=0)
+    slots_bytes = min(plan.placement.slots, len(on_disk)) * max((sizes[i] for i in on_disk), default=0)
     host = {item.item: item.bytes for item in plan.host_ledger}
     embeddings = host.get("rows of embeddings", 0) + host.get("input embeddings", 0)
     host.pop("embeddings in the page cache", 0)
@@ -239,17 +253,17 @@ def test_embeddings_leave_the_device_where_a_layer_takes_their_place(spec: Model
         return
     counts = [n for n in range(spec.num_layers + 1) if not 0 < spec.num_layers - n <= NUM_SLOTS]
     most = {
-        on_host: max((n for n in counts if fits(spec, replace(plan, host_embeddings=on_host), n, budget)), default=-1)
+        on_host: max((n for n in counts if fits(spec, changed(plan, host_embeddings=on_host), n, budget)), default=-1)
         for on_host in (False, True)
     }
     host = {item.item: item.bytes for item in plan.host_ledger}
-    assert host.pop("embeddings in the page cache", 0) == (4 * spec.lookup_params if plan.host_embeddings else 0)
+    assert host.pop("embeddings in the page cache", 0) == (4 * spec.lookup_params if plan.work.host_embeddings else 0)
     assert host.get("rows of embeddings", 0) == (
-        2 * plan.chunk_rows * spec.hidden_size * 4 if plan.host_embeddings else 0
+        2 * plan.work.chunk_rows * spec.hidden_size * 4 if plan.work.host_embeddings else 0
     )
-    assert len(plan.resident) == most[plan.host_embeddings]
+    assert len(plan.placement.resident) == most[plan.work.host_embeddings]
     assert sum(host.get(item, 0) for item in ("rows of embeddings", "pinned layers")) <= room
-    if plan.host_embeddings:
+    if plan.work.host_embeddings:
         assert spec.lookup_params and most[True] > most[False]
         assert "head" in {item.item for item in plan.ledger}
 
@@ -279,26 +293,26 @@ def test_embeddings_make_room_for_layers_where_host_memory_has_room_for_them():
     def planned(spec: ModelSpec, vram_bytes: int, room: int) -> Plan:
         machine = Machine("cuda:0", 64 * GIB, 4 * GIB + room, fast_bf16=False)
         asked = request(vram_bytes + reserve("cuda:0"), ctx=512, dtype="fp32", quant="none")
-        return choose_for(asked, PlanInputs(machine, slow, slow, lambda _: spec)).plan
+        return choose_plan(asked, PlanInputs(machine, slow, slow, lambda _: spec)).plan
 
     enough = 64 * layer
     everything = planned(large, 100 * enough, enough)
-    assert len(everything.resident) == 40 and not everything.host_embeddings
+    assert len(everything.placement.resident) == 40 and not everything.work.host_embeddings
     budget = everything.device_bytes - reserve("cuda:0") - 20 * layer
     little = 4 * table - 1
     plans = [
         planned(*each)
         for each in ((large, budget, enough), (served, budget, little), (large, budget, little), (tied, budget, enough))
     ]
-    assert [plan.host_embeddings for plan in plans] == [True, True, False, False]
-    assert [len(plan.resident) for plan in plans] == [18 + 3, 18 + 3, 18, 18]
+    assert [plan.work.host_embeddings for plan in plans] == [True, True, False, False]
+    assert [len(plan.placement.resident) for plan in plans] == [18 + 3, 18 + 3, 18, 18]
     made, mapped = ({item.item: item.bytes for item in plan.host_ledger} for plan in plans[:2])
     assert made["input embeddings"] == mapped["embeddings in the page cache"] == 4 * table
     assert plans[0].host_bytes == sum(made.values()) - RUNTIME_BYTES
     assert mapped["rows of embeddings"] + mapped["pinned layers"] <= little
     tight = planned(large, budget, 4 * table + 5 * layer)  # a layer of which is for rows
     host = {item.item: item.bytes for item in tight.host_ledger}
-    assert tight.host_embeddings and len(tight.in_ram) == 4
+    assert tight.work.host_embeddings and len(tight.placement.in_ram) == 4
     assert host["input embeddings"] + host["rows of embeddings"] + host["pinned layers"] <= 4 * table + 5 * layer
 
 
@@ -315,7 +329,7 @@ def test_host_memory_leaves_room_for_the_rest_of_the_machine():
             large,
             None,
         )
-        assert len(plan.in_ram) == 3
+        assert len(plan.placement.in_ram) == 3
 
 
 def test_a_third_slot_where_reading_and_computing_take_about_as_long():
@@ -328,11 +342,11 @@ def test_a_third_slot_where_reading_and_computing_take_about_as_long():
         slow = replace(rates, disk=Rate(layer / read_s, "measured"), pinned=Rate(layer / read_s, "measured"))
         machine = Machine(device, 64 * GIB, 64 * GIB, fast_bf16=False)
         asked = request(32 * MIB + reserve(device), ctx=16, dtype="fp32", quant="none", ram_bytes=0)
-        plan = choose_for(asked, PlanInputs(machine, slow, slow, lambda _: many)).plan
-        assert plan.slots == expected and len(plan.streamed) > 10
-    rest = plan.device_bytes - reserve("cuda:0") - (len(plan.resident) + 2) * layer
+        plan = choose_plan(asked, PlanInputs(machine, slow, slow, lambda _: many)).plan
+        assert plan.placement.slots == expected and len(plan.placement.streamed) > 10
+    rest = plan.device_bytes - reserve("cuda:0") - (len(plan.placement.resident) + 2) * layer
     least = plan_for(request(rest + 2 * layer, ctx=16, dtype="fp32"), MACHINE, many, None)
-    assert (least.slots, least.resident) == (2, ())
+    assert (least.placement.slots, least.placement.resident) == (2, ())
 
 
 @given(spec=specs(), draft=st.none() | specs(), budget=st.integers(100_000, 3_000_000))
@@ -353,19 +367,19 @@ def test_a_refusal_names_the_longest_context_that_fits(spec: ModelSpec, draft: M
 
 def test_smaller_plans_give_up_layers_and_then_the_tree():
     spec, draft = demo_specs()
-    asked = PlanRequest(TARGET, DRAFT, device="cpu", vram_bytes=GIB, ctx=CTX, tree_budget=32)
-    plan = make_plan(asked)
-    seen = [plan]
+    asked = plan_request(TARGET, DRAFT, device="cpu", vram_bytes=GIB, ctx=CTX, tree_budget=32)
+    inputs = find_inputs(asked)
+    seen = [choose_plan(asked, inputs).plan]
     with pytest.raises(DoesNotFitError, match="cannot be had"):
         while True:
-            seen.append(smaller_plan(asked, seen[-1]))
+            seen.append(smaller_plan(asked, inputs, seen[-1]))
     sizes = [each.device_bytes for each in seen]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes)
-    trees = [each.tree_budget for each in seen]
+    trees = [each.work.tree_budget for each in seen]
     assert trees == sorted(trees, reverse=True) and trees[0] == 32 and trees[-1] == 1
-    whole = [each for each in seen if each.tree_budget == 32]
-    assert {len(each.resident) for each in whole} == {*range(spec.num_layers - NUM_SLOTS), spec.num_layers}
-    assert all(each.ctx == CTX and each.draft == draft.name for each in seen)
+    whole = [each for each in seen if each.work.tree_budget == 32]
+    assert {len(each.placement.resident) for each in whole} == {*range(spec.num_layers - NUM_SLOTS), spec.num_layers}
+    assert all(each.work.ctx == CTX and each.draft == draft.name for each in seen)
 
 
 # --- the demo pair, in memory ----------------------------------------------------------------------------------------
@@ -383,8 +397,8 @@ def demo_specs() -> tuple[ModelSpec, ModelSpec]:
 
 
 def demo_plan(vram_bytes: int | None, ctx: int | None = CTX) -> Plan:
-    return make_plan(
-        PlanRequest(TARGET, DRAFT, device="cpu", vram_bytes=vram_bytes, ctx=ctx, tree_budget=32, quant="none")
+    return plan_here(
+        plan_request(TARGET, DRAFT, device="cpu", vram_bytes=vram_bytes, ctx=ctx, tree_budget=32, quant="none")
     )
 
 
@@ -410,16 +424,19 @@ def answer(engine: Engine) -> Answers:
 
 def check_memory(engine: Engine) -> None:
     memory, plan = engine.memory(), engine.plan
-    assert memory.device_peak_bytes <= memory.predicted_device_bytes == plan.device_bytes <= plan.device_budget_bytes
-    assert memory.device_budget_bytes == plan.device_budget_bytes
-    assert (memory.resident_layers, memory.streamed_layers) == (len(plan.resident), len(plan.streamed))
+    assert memory.device_peak_bytes <= memory.predicted_device_bytes == plan.device_bytes <= plan.vram_bytes
+    assert memory.device_budget_bytes == plan.vram_bytes
+    assert (memory.resident_layers, memory.streamed_layers) == (
+        len(plan.placement.resident),
+        len(plan.placement.streamed),
+    )
 
 
 @pytest.fixture(scope="module")
 def unlimited() -> Answers:
     plan = demo_plan(10 * GIB)
-    assert not plan.streamed
-    with Engine.load(plan, TARGET, DRAFT) as engine:
+    assert not plan.placement.streamed
+    with load_engine(plan, TARGET, DRAFT) as engine:
         return answer(engine)
 
 
@@ -431,11 +448,14 @@ def budget_for(num_resident: int) -> int:
 @pytest.mark.parametrize("num_resident", [0, 1, 2])
 def test_demo_within_a_budget_that_streams_most_layers(unlimited: Answers, num_resident: int):
     plan = demo_plan(budget_for(num_resident))
-    assert len(plan.resident) == num_resident and len(plan.streamed) >= 0.75 * plan.num_layers
+    assert (
+        len(plan.placement.resident) == num_resident
+        and len(plan.placement.streamed) >= 0.75 * plan.placement.num_layers
+    )
     ledger = {item.item: item.bytes for item in plan.ledger}
     assert set(ledger) == {*WEIGHTS, *WORKSPACES}
     assert plan.generation_bytes == sum(ledger[item] for item in ("KV cache", "draft KV cache", *WORKSPACES))
-    with Engine.load(plan, TARGET, DRAFT) as engine:
+    with load_engine(plan, TARGET, DRAFT) as engine:
         # before the first pass: what is held is what was promised, to the byte
         assert engine.memory().device_peak_bytes == sum(ledger[item] for item in WEIGHTS)
         answers = answer(engine)
@@ -451,7 +471,7 @@ def test_ledger_equals_what_the_checkpoint_says(unlimited: Answers):
     layers, rest = checkpoint_numbers(TARGET)
     draft_layers, draft_rest = checkpoint_numbers(DRAFT)
     padding = 8192  # per layer: tensors start at multiples of 256, layers at pages
-    assert 0 <= ledger["resident layers"] - 4 * sum(layers[i] for i in plan.resident) < 2 * padding
+    assert 0 <= ledger["resident layers"] - 4 * sum(layers[i] for i in plan.placement.resident) < 2 * padding
     assert 0 <= ledger["slots"] - 4 * 2 * max(layers) < 2 * padding
     assert 0 <= ledger["embeddings and head"] - 4 * rest < 1024  # and rotary tables
     assert 0 <= ledger["draft"] - 4 * (sum(draft_layers) + draft_rest) < len(draft_layers) * padding
@@ -493,7 +513,7 @@ def test_budget_too_small():
 
 
 def test_context_beyond_the_model():
-    assert demo_plan(GIB, ctx=1024).ctx == demo_plan(GIB, ctx=None).ctx == 1024
+    assert demo_plan(GIB, ctx=1024).work.ctx == demo_plan(GIB, ctx=None).work.ctx == 1024
     with pytest.raises(UsageError, match=r"1,025.*1,024") as caught:
         demo_plan(GIB, ctx=1025)
     assert not isinstance(caught.value, DoesNotFitError) and "\n" not in caught.value.message
@@ -502,7 +522,7 @@ def test_context_beyond_the_model():
 def test_a_small_budget_shortens_an_open_context():
     least = budget_for(0)  # at 512
     plan = demo_plan(least, ctx=None)
-    assert plan.ctx == 512 and not plan.resident
+    assert plan.work.ctx == 512 and not plan.placement.resident
     with pytest.raises(DoesNotFitError):
         demo_plan(least, ctx=1024)
 
@@ -511,8 +531,8 @@ def test_text_of_one_budget_is_written_by_another(unlimited: Answers):
     """Engines with other memory may take over a chat: nothing in the text depends on what streams."""
     tokenizer = load_tokenizer(TARGET.path)
     prompt = tokenizer.encode(tokenizer.render([Message("user", QUESTIONS[0])]))
-    with Engine.load(demo_plan(10 * GIB), TARGET, DRAFT) as engine:
+    with load_engine(demo_plan(10 * GIB), TARGET, DRAFT) as engine:
         whole, _ = write(engine, prompt, SAMPLINGS[1], 24)
-    with Engine.load(demo_plan(budget_for(0)), TARGET, DRAFT) as engine:
+    with load_engine(demo_plan(budget_for(0)), TARGET, DRAFT) as engine:
         rest, steps = write(engine, [*prompt, *whole[:9]], SAMPLINGS[1], 15)
     assert rest == whole[9:] and steps[0].streamed_bytes == engine.plan.streamed_bytes_per_step

@@ -7,14 +7,15 @@ from dataclasses import replace
 
 import pytest
 from support.fake_engine import CHOSEN, PLAN
+from support.loading import changed, plan_request
 from support.planning import UNKNOWN_RATES
 
 from specchat.hardware.machine import Machine
 from specchat.models.catalog.ref import demo_source
 from specchat.models.sizes.describe import describe
 from specchat.planner.cost import TYPICAL_ACCEPTANCE
-from specchat.planner.request import PlanInputs, PlanRequest
-from specchat.planner.search import choose_for
+from specchat.planner.request import PlanInputs
+from specchat.planner.search import choose_plan
 from specchat.planner.statistics import Statistics, Tally, load, plan_key, record
 from specchat.records.generation import Step
 from specchat.units import GIB
@@ -46,7 +47,7 @@ def test_a_plan_is_known_by_what_it_has_achieved(tmp_path):
     record(tmp_path, PLAN, 0.0, [step(), step(3, 31, 0.3)] * 20 + [step(seconds=90.0, new_rows=500)])
     found = load(tmp_path).corrected(PLAN, CHOSEN.prediction, samples=False)
     assert (found.pass_s, found.tok_per_s, found.basis) == (pytest.approx(0.4), pytest.approx(10), "measured")
-    other = replace(PLAN, slots=3)
+    other = changed(PLAN, slots=3)
     assert plan_key(other) != plan_key(PLAN)
     assert load(tmp_path).corrected(other, CHOSEN.prediction, samples=False) is CHOSEN.prediction
 
@@ -97,9 +98,9 @@ def test_old_chats_are_forgotten(tmp_path):
     acceptance = load(tmp_path).acceptance("demo", "demo draft", TYPICAL_ACCEPTANCE, samples=False)
     assert acceptance.tokens_per_step(63) > 7
     for slots in range(300):
-        record(tmp_path, replace(PLAN, slots=slots), 0.0, [step()])
+        record(tmp_path, changed(PLAN, slots=slots), 0.0, [step()])
     plans = load(tmp_path).plans
-    assert len(plans) == 200 and f"{plan_key(replace(PLAN, slots=299))} greedy" in plans
+    assert len(plans) == 200 and f"{plan_key(changed(PLAN, slots=299))} greedy" in plans
     assert f"{plan_key(PLAN)} greedy" not in plans
 
 
@@ -137,10 +138,10 @@ def test_what_was_not_chosen_is_held_against_what_the_choice_achieved():
     target, draft = describe(demo_source("target")), describe(demo_source("draft"))
     machine = Machine("cpu", 8 * GIB, 8 * GIB, fast_bf16=False)
     known = PlanInputs(machine, UNKNOWN_RATES, UNKNOWN_RATES, lambda _: target, draft)
-    request = PlanRequest(demo_source("target"), demo_source("draft"), draft_is_open=True)
-    first = choose_for(request, known)
+    request = plan_request(demo_source("target"), demo_source("draft"), draft_is_open=True)
+    first = choose_plan(request, known)
     slow = Tally(steps=100, nodes=6400, tokens=200, seconds=200 / first.prediction.tok_per_s * 4)
-    then = choose_for(request, replace(known, statistics=Statistics(plans={plan_key(first.plan): slow})))
+    then = choose_plan(request, replace(known, statistics=Statistics(plans={plan_key(first.plan): slow})))
     assert then.plan == first.plan
     assert then.prediction.tok_per_s == pytest.approx(first.prediction.tok_per_s / 4)
     others = [(a.alternative, b.alternative) for a, b in zip(first.choices, then.choices, strict=True) if a.alternative]

@@ -10,7 +10,6 @@ import torch
 
 from specchat.engine.drafting.drafter import Drafter, ModelDrafter
 from specchat.engine.engine import Engine
-from specchat.engine.loading import load_model
 from specchat.engine.model import TreeModel
 from specchat.models.catalog.ref import demo_source
 from specchat.models.hf.tokenizer import load_tokenizer
@@ -18,6 +17,7 @@ from specchat.records.chat import Message
 from specchat.records.generation import Sampling
 from specchat.records.model import ModelSource
 from support.engines import make_plan
+from support.loading import load_model
 
 CTX = 1024
 STOP_IDS = frozenset({3})

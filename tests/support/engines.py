@@ -9,7 +9,7 @@ import torch
 from specchat.engine.engine import Engine
 from specchat.records.generation import Sampling, Step
 from specchat.records.model import ModelSource
-from specchat.records.plan import Plan
+from specchat.records.plan import Placement, Plan, Workload
 
 NOTHING: frozenset[int] = frozenset()
 
@@ -30,17 +30,17 @@ def make_plan(
         target=target.name,
         draft=draft.name if draft else None,
         quant="none",
-        device="cpu",
-        dtype="fp32",
-        ctx=ctx,
-        tree_budget=tree_budget if draft else 0,
-        draft_rows=2 * tree_budget if draft else 0,
-        slots=slots if len(stays) < num_layers else 0,
-        resident=stays,
-        num_layers=num_layers,
-        chunk_rows=chunk_rows,
+        work=Workload(
+            device="cpu",
+            dtype="fp32",
+            ctx=ctx,
+            tree_budget=tree_budget if draft else 0,
+            draft_rows=2 * tree_budget if draft else 0,
+            chunk_rows=chunk_rows,
+        ),
+        placement=Placement(num_layers, stays, (), slots if len(stays) < num_layers else 0),
         ledger=(),
-        device_budget_bytes=0,
+        vram_bytes=0,
         host_bytes=0,
         streamed_bytes_per_step=0,
     )

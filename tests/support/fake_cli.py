@@ -13,12 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
-from specchat.cli import models
 from specchat.cli.app import main
 from specchat.errors import DoesNotFitError
+from specchat.loading import engine as engine_loading
+from specchat.loading import planning
 from specchat.models.checkpoint import generation_config
 from specchat.models.checkpoint.generation_config import GenerationDefaults
 from support.fake_engine import CHOSEN, EOS, PLAN, TOKENIZER, FakeEngine
+from support.loading import changed
 
 PAUSE_S = float(os.environ.get("FAKE_PAUSE_S", "0"))
 GATE = Path(os.environ.get("FAKE_GATE", "/nonexistent"))
@@ -60,7 +62,7 @@ class Echo(FakeEngine):
         time.sleep(next(self._pauses))
 
     @classmethod
-    def load(cls, _plan, _target, _draft, _pack, _draft_pack, warn):
+    def load(cls):
         time.sleep(float(os.environ.get("FAKE_LOAD_S", "0")))
         if os.environ.get("FAKE_LOAD_FAILS"):
             raise DoesNotFitError("the model is too large", hint="try --vram 8GiB")
@@ -86,8 +88,8 @@ class Echo(FakeEngine):
 
 
 def _plan(_options, found, _warn, **_named):
-    plan = replace(PLAN, target=found.target.name, draft=found.draft.name if found.draft else None)
-    return models.Planned(replace(CHOSEN, plan=plan), found)
+    plan = changed(PLAN, target=found.target.name, draft=found.draft.name if found.draft else None)
+    return planning.Planned(replace(CHOSEN, plan=plan), found)
 
 
 def install():
@@ -97,8 +99,8 @@ def install():
     compat.load_tokenizer = lambda _folder: TOKENIZER
     generation_config.load_generation_defaults = lambda _folder: GenerationDefaults(stop_ids=frozenset({EOS}))
     sys.modules |= {"specchat.engine.engine": engine, "specchat.models.hf.tokenizer": compat}
-    models.make_plan = _plan
-    models.make_pack = lambda *_: None
+    planning.make_plan = _plan
+    engine_loading.load_planned = lambda _target, _draft, _plan, _reporter: Echo.load()
 
 
 if __name__ == "__main__":

@@ -10,24 +10,17 @@ from specchat.errors import PromptTooLongError
 from specchat.planner.cost import Prediction
 from specchat.planner.explain import Alternative, Choice, ExplainedPlan
 from specchat.records.generation import Activity, DraftTree, Guesses, Step
-from specchat.records.plan import LedgerItem, MemoryReport, Plan
+from specchat.records.plan import LedgerItem, MemoryReport, Placement, Plan, Workload
 
 EOS = 256
 PLAN = Plan(
     target="demo",
     draft="demo draft",
     quant="none",
-    device="cpu",
-    dtype="fp32",
-    ctx=400,
-    tree_budget=64,
-    draft_rows=128,
-    slots=2,
-    resident=(0, 2),
-    num_layers=4,
-    chunk_rows=256,
+    work=Workload("cpu", "fp32", ctx=400, tree_budget=64, draft_rows=128, chunk_rows=256),
+    placement=Placement(num_layers=4, resident=(0, 2), slots=2),
     ledger=(LedgerItem("resident layers", 100 << 20), LedgerItem("KV cache", 50 << 20)),
-    device_budget_bytes=12 << 30,
+    vram_bytes=12 << 30,
     host_bytes=0,
     streamed_bytes_per_step=60 << 20,
 )
@@ -92,7 +85,7 @@ class FakeEngine:
     pause: Callable[[], None] = lambda: None
 
     def generate(self, prompt_ids, sampling, *, stop_ids, max_tokens=None, cancel=None):
-        if len(prompt_ids) >= self.plan.ctx:
+        if len(prompt_ids) >= self.plan.work.ctx:
             raise PromptTooLongError("too long")
         self.prompts.append(list(prompt_ids))
         answer = self.answers.pop(0)

@@ -125,7 +125,7 @@ def _import_all():
     """What an interactive chat without a model imports; nothing that looks at the environment while it is imported."""
     from importlib import import_module
 
-    names = ("cli.run", "cli.models", "chat.session", "chat.transcript", "ui.repl", "ui.chat_view", "ui.prompt")
+    names = ("cli.run", "loading.engine", "chat.session", "chat.transcript", "ui.repl", "ui.chat_view", "ui.prompt")
     for name in ("support.fake_engine", "pyte", *(f"specchat.{each}" for each in names)):
         import_module(name)
 

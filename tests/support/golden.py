@@ -47,18 +47,18 @@ def _essentials(machine: str, model: str) -> dict[str, str]:
     except DoesNotFitError as error:
         return {"plan": f"none: {error.message}"}
     plan, prediction = offer.plan, offer.prediction
-    tiers = plan.tiers
+    tiers = plan.placement.tiers
     counts = [f"{tiers.count(tier)} {tier}" for tier in ("device", "ram", "disk") if tiers.count(tier)]
     stored = f" in {plan.draft_quant}" if plan.draft_quant in ("int8", "int4") else ""
-    draft = f"draft {plan.draft}{stored}, tree {plan.tree_budget}" if plan.draft else "no draft"
-    slots = f", {plan.slots} slots" if plan.slots else ""
+    draft = f"draft {plan.draft}{stored}, tree {plan.work.tree_budget}" if plan.draft else "no draft"
+    slots = f", {plan.placement.slots} slots" if plan.placement.slots else ""
     return {
-        "plan": f"{plan.quant} in {plan.dtype}, ctx {plan.ctx}, layers {' + '.join(counts)}{slots}, {draft}",
+        "plan": f"{plan.quant} in {plan.work.dtype}, ctx {plan.work.ctx}, layers {' + '.join(counts)}{slots}, {draft}",
         "speed": f"{_two_digits(prediction.tok_per_s)} tok/s, {prediction.basis}: "
         f"{_two_digits(prediction.tokens_per_step)} tokens with {prediction.tree_nodes} nodes "
         f"a step of {_two_digits(prediction.pass_s)} s, "
         f"waiting for the {prediction.bound}",
-        "bytes": f"{plan.device_bytes / 2**30:.1f} GiB of {plan.device_budget_bytes / 2**30:.1f} on the device, "
+        "bytes": f"{plan.device_bytes / 2**30:.1f} GiB of {plan.vram_bytes / 2**30:.1f} on the device, "
         f"{plan.streamed_bytes_per_step / 2**30:.1f} streamed",
     }
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from specchat.hardware.machine import Machine, MatmulRate
 from specchat.planner.rates import Rate, Rates
 from specchat.planner.request import PlanInputs, PlanRequest
-from specchat.planner.search import choose_for
+from specchat.planner.search import choose_plan
 from specchat.records.model import KvShape, ModelSpec, ParamSize
 from specchat.records.plan import Plan
 
@@ -30,7 +30,7 @@ UNKNOWN_RATES = Rates(
 def plan_for(request: PlanRequest, machine: Machine, target: ModelSpec, draft: ModelSpec | None) -> Plan:
     """The plan for a target in this very precision."""
     known = PlanInputs(machine, UNKNOWN_RATES, UNKNOWN_RATES, lambda _: target, draft)
-    return choose_for(replace(request, lowers_for_speed=False), known).plan
+    return choose_plan(replace(request, lowers_for_speed=False), known).plan
 
 
 @st.composite

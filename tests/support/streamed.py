@@ -13,9 +13,9 @@ from specchat.models.checkpoint.safetensors import open_checkpoint
 from specchat.models.hf.config import load_config
 from specchat.models.hf.skeleton import build_skeleton
 from specchat.models.packs.pack import Pack
-from specchat.models.packs.prepare import prepare
 from specchat.models.weights.layout import LayerLayout
 from specchat.models.weights.reader import WeightReader
+from support.loading import prepare
 from support.tiny_models import make_config, random_model, save
 
 NUM_LAYERS = 5

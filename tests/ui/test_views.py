@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from support.fake_engine import CHOSEN, MEMORY, PLAN
+from support.loading import changed
 
 from specchat.chat.session import Speculation, Timings, Turn, Usage
 from specchat.records.chat import Message
@@ -17,7 +18,7 @@ from specchat.ui.console import AnswerStream, Talk, neutral
 from specchat.ui.plan_view import plan_text
 
 GIB = 1 << 30
-GPU_PLAN = replace(
+GPU_PLAN = changed(
     PLAN,
     device="cuda:0",
     ctx=8192,
@@ -30,7 +31,7 @@ GPU_PLAN = replace(
         LedgerItem("draft KV cache", GIB // 2),
         LedgerItem("workspace", GIB // 2),
     ),
-    device_budget_bytes=12 * GIB,
+    vram_bytes=12 * GIB,
     streamed_bytes_per_step=38 * GIB,
 )
 TURN = Turn(
@@ -49,8 +50,8 @@ def test_the_plan_line():
         "VRAM 9.5/12.0 GiB (resident 6.0, draft 1.0, KV 1.5 @8192, work 1.0) · streamed 38.0 GiB/pass"
     )
     apart = [replace(item, item="head") if item.item == "embeddings and head" else item for item in GPU_PLAN.ledger]
-    assert plan_line(replace(GPU_PLAN, ledger=tuple(apart))) == plan_line(GPU_PLAN)
-    small = plan_line(replace(PLAN, resident=(0, 1, 2, 3)))
+    assert plan_line(changed(GPU_PLAN, ledger=tuple(apart))) == plan_line(GPU_PLAN)
+    small = plan_line(changed(PLAN, resident=(0, 1, 2, 3)))
     assert small == "RAM 150.0 MiB of 12.0 GiB (resident 100.0, KV 50.0 @400) · nothing streamed"
 
 
@@ -68,7 +69,7 @@ def test_the_banner_says_toy_and_names_the_draft():
     assert "demo (a toy model for exercising the software) · draft demo draft · fp32 on cpu" in toy
     assert banner_lines(ModelSource("org/x", Path("x")), CHOSEN, "")[1].endswith("· 6.0 tok/s predicted (measured)")
     plain = banner_lines(
-        ModelSource("org/x", Path("x")), replace(CHOSEN, plan=replace(PLAN, draft=None)), "plain decoding"
+        ModelSource("org/x", Path("x")), replace(CHOSEN, plan=changed(PLAN, draft=None)), "plain decoding"
     )[0]
     assert "org/x · plain decoding · fp32 on cpu" in plain
 
@@ -87,7 +88,7 @@ def test_the_step_line_and_the_table():
     [((), "the disk"), ((3,), "host memory (1 of them) and the disk"), ((1, 3), "host memory")],
 )
 def test_the_table_says_where_streamed_layers_are(in_ram, place):
-    table = plan_text(ModelSource("demo", Path("x")), replace(CHOSEN, plan=replace(PLAN, in_ram=in_ram)), "", 80)
+    table = plan_text(ModelSource("demo", Path("x")), replace(CHOSEN, plan=changed(PLAN, in_ram=in_ram)), "", 80)
     assert f"60.0 MiB a pass, from {place}\n" in table
 
 

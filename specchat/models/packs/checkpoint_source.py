@@ -9,45 +9,30 @@ from torch import Tensor
 
 from specchat.closing import Closeable
 from specchat.models.checkpoint.reader import TensorReader
-from specchat.models.checkpoint.safetensors import Checkpoint, TensorInfo
-from specchat.models.hf.skeleton import Skeleton
+from specchat.models.checkpoint.safetensors import TensorInfo
 from specchat.models.packs.file_format import DTYPE_NAMES
-from specchat.models.weights.checkpoint_recipe import CheckpointRecipe
 from specchat.models.weights.layout import LayerLayout
-from specchat.models.weights.quantizing_reader import open_reader
+from specchat.models.weights.open import ModelWeights
 from specchat.models.weights.reader import WeightReader
-from specchat.models.weights.recipe import QuantizeRecipe
 
 
 class CheckpointLayers(Closeable):
     """A checkpoint as a `pack.LayerSource`: layers under the model's own names and in its dtype, the rest as saved.
 
     Args:
-        skeleton: the modules, which say what a layer is; left as it is but for what `recipe` replaces.
-        checkpoint: where the bytes are.
-        recipe: what becomes of the matrices; None leaves them as they are.
-
-    Raises:
-        CorruptCheckpointError: a parameter has no tensor, or one of another shape.
+        weights: model whose layers are packed.
     """
 
-    def __init__(
-        self,
-        skeleton: Skeleton,
-        checkpoint: Checkpoint,
-        recipe: QuantizeRecipe | CheckpointRecipe | None = None,
-    ) -> None:
-        self._skeleton = skeleton
-        self._weights = open_reader(skeleton, checkpoint, recipe)
-        self._tensors = TensorReader(checkpoint)
-        self._rest = {
-            key: checkpoint.tensors[key] for key in (*self._weights.rest_keys(), *self._weights.buffer_keys())
-        }
+    def __init__(self, weights: ModelWeights) -> None:
+        self._skeleton = weights.skeleton
+        self._weights = weights.reader
+        self._tensors = TensorReader(weights.checkpoint)
+        keys = (*self._weights.rest_keys(), *self._weights.buffer_keys())
+        self._rest = {key: weights.checkpoint.tensors[key] for key in keys}
         self._blob = torch.empty(0, dtype=torch.uint8)
 
     def close(self) -> None:
-        """Closes the files and lets the memory go."""
-        self._weights.close()
+        """Close this source's own files and free its memory; the weights stay open."""
         self._tensors.close()
         self._blob = torch.empty(0, dtype=torch.uint8)
 

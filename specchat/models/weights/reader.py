@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,20 +22,51 @@ _NUMBERED = re.compile(r"(.*\.|)(\d+)(\..*)")  # experts.3.w1.weight
 _SAFETENSORS_NAME = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
+class MatrixFiller(Protocol):
+    """Fills the quantized matrices of a model, which are no tensors of the checkpoint."""
+
+    def parameters(self, layer: int) -> Set[str]:
+        """Return the parameters of a layer that this filler fills, by name within the layer."""
+
+    def fill_layer(self, reader: "WeightReader", layer: int, views: Mapping[str, Tensor]) -> None:
+        """Fill all parameters of a layer.
+
+        Args:
+            reader: reader of the other parameters.
+            layer: index of the decoder layer.
+            views: memory of the layer's parameters (CPU), by name within the layer.
+        """
+
+    def rest_keys(self, rest: Mapping[str, str]) -> list[str]:
+        """Return the keys outside the layers that are read as they are.
+
+        Args:
+            rest: checkpoint key -> parameter, outside the layers.
+        """
+
+    def read_head(self, reader: "WeightReader") -> dict[str, Tensor]:
+        """Return the segments of a quantized head by full name, as CPU tensors; empty if the head is plain."""
+
+    def close(self) -> None:
+        """Close the files."""
+
+
 class WeightReader(Closeable):
     """Reads one model's weights, layer by layer.
 
     Args:
-        skeleton: the modules to be filled; defines names, shapes and dtype.
-        checkpoint: where the bytes are.
+        skeleton: modules to fill; they define names, shapes and dtype.
+        checkpoint: checkpoint with the tensors.
+        filler: filler of the matrices that are no tensors of the checkpoint.
 
     Raises:
         CorruptCheckpointError: a parameter has no tensor, or one of another shape.
     """
 
-    def __init__(self, skeleton: Skeleton, checkpoint: Checkpoint) -> None:
+    def __init__(self, skeleton: Skeleton, checkpoint: Checkpoint, filler: MatrixFiller | None = None) -> None:
         self._skeleton = skeleton
         self._checkpoint = checkpoint
+        self._filler = filler
         self._dtype: torch.dtype = next(skeleton.model.parameters()).dtype
         self._plan = plan_weights(skeleton, checkpoint.tensors)
         self._reader = TensorReader(checkpoint)
@@ -43,15 +74,39 @@ class WeightReader(Closeable):
         self._check_layers()
 
     def close(self) -> None:
-        """Closes the files."""
+        """Close the files."""
         self._reader.close()
+        if self._filler is not None:
+            self._filler.close()
+
+    def fill_matrices_with(self, filler: MatrixFiller) -> None:
+        """Leave the matrices to a filler from now on: modules have been replaced since the checkpoint was compared."""
+        self._filler = filler
+
+    def read(self, key: str) -> Tensor:
+        """Return one tensor of the checkpoint as saved (CPU)."""
+        return self._reader.read(key)
+
+    def key_of(self, layer: int, name: str) -> str | None:
+        """Return the checkpoint key of a layer's parameter; None where several tensors are merged into it."""
+        return self._plan.direct[layer].get(name)
+
+    @property
+    def rest(self) -> Mapping[str, str]:
+        """Checkpoint keys outside the layers, each with its parameter or buffer."""
+        return self._plan.rest
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype that the model computes in."""
+        return self._dtype
 
     @property
     def is_streamable(self) -> bool:
         """Whether every layer can be read as it lies: nothing to merge, nothing to cast."""
         keys = [key for layer in self._plan.direct for key in layer.values()]
         same = all(self._checkpoint.tensors[key].dtype == _SAFETENSORS_NAME[self._dtype] for key in keys)
-        return same and not any(self._plan.converted)
+        return self._filler is None and same and not any(self._plan.converted)
 
     def places(self, layer: int) -> dict[str, TensorInfo]:
         """Where each of a layer's parameters lies in the files; of a checkpoint that `serves`, and without buffers."""
@@ -60,6 +115,17 @@ class WeightReader(Closeable):
 
     def read_layer(self, layer: int, views: Mapping[str, Tensor]) -> None:
         """Fills the views of one layer's parameters (CPU tensors), casting where the checkpoint has another dtype.
+
+        Raises:
+            CorruptCheckpointError: tensors to be merged into a parameter are missing, or do not fit together.
+        """
+        if self._filler is None:
+            self.read_plain(layer, views)
+        else:
+            self._filler.fill_layer(self, layer, views)
+
+    def read_plain(self, layer: int, views: Mapping[str, Tensor]) -> None:
+        """Fill views of one layer's parameters (CPU) from tensors of the checkpoint.
 
         Raises:
             CorruptCheckpointError: tensors to be merged into a parameter are missing, or do not fit together.
@@ -113,6 +179,8 @@ class WeightReader(Closeable):
 
     def rest_keys(self) -> Iterable[str]:
         """The checkpoint keys outside the layers that are read as they are."""
+        if self._filler is not None:
+            return self._filler.rest_keys(self._plan.rest)
         quantized = self.head_meta()
         return [key for key, name in self._plan.rest.items() if name not in quantized]
 
@@ -130,11 +198,15 @@ class WeightReader(Closeable):
         return {f"{path}.{name}": segment for name, segment in head.segments.items()}
 
     def read_head(self) -> dict[str, Tensor]:
-        """The same, as CPU tensors."""
+        """Return the segments of a quantized head by full name, as CPU tensors."""
+        if self._filler is not None:
+            return self._filler.read_head(self)
         keys = {name: key for key, name in self._plan.rest.items()}
         return {name: self._reader.read(keys[name]) for name in self.head_meta() if name in keys}
 
     def _check_complete(self, layer: int, missing: Set[str]) -> None:
+        if self._filler is not None:
+            missing = missing - self._filler.parameters(layer)
         if missing:
             name = f"{self._skeleton.layers_name}.{layer}.{min(missing)}"
             raise CorruptCheckpointError(

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.engines import make_plan, random_prompt, write
+from support.loading import changed, load_engine
 from support.tiny_models import VOCAB, make_config, perturbed, random_model, save
 
 from specchat.engine.drafting.drafter import NoDrafter
@@ -198,7 +199,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory):
     model = random_model(make_config("llama"))
     target, draft = save(model, folder / "target"), save(perturbed(model, 0.05), folder / "draft")
     plan = make_plan(target, draft, num_layers=4)
-    with Engine.load(plan, target, draft) as fixed, Engine.load(replace(plan, adaptive=True), target, draft) as paying:
+    with load_engine(plan, target, draft) as fixed, load_engine(changed(plan, adaptive=True), target, draft) as paying:
         yield fixed, paying
 
 

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from support.engines import NOTHING, make_plan, random_prompt, write
+from support.loading import changed, load_engine, load_model
 from support.tiny_models import VOCAB, make_config, perturbed, random_model, save
 
-from specchat.engine.engine import Engine
-from specchat.engine.loading import load_model
 from specchat.engine.model import TreeModel
 from specchat.engine.streaming.host_layers import Pinner, pinner
 from specchat.engine.streaming.slots import page_aligned
@@ -91,8 +89,8 @@ def test_text_does_not_depend_on_draft_or_streaming(sampling: Sampling, quant: Q
     prompt, texts = random_prompt(30, VOCAB), []
     for draft, resident in ((None, None), (sources[1], (1,)), (sources[1], ())):
         plan = make_plan(sources[0], draft, num_layers=5, resident=resident)
-        plan = replace(plan, device="cuda:0", in_ram=plan.streamed, quant=quant)
-        with Engine.load(plan, sources[0], draft) as engine:
+        plan = changed(plan, device="cuda:0", in_ram=plan.placement.streamed, quant=quant)
+        with load_engine(plan, sources[0], draft) as engine:
             texts.append(write(engine, prompt, sampling, 40)[0])
     assert texts[0] == texts[1] == texts[2]
 
@@ -117,8 +115,8 @@ def test_embeddings_in_host_memory_give_the_same_bits(num_rows: int, tmp_path: P
 
 def test_cancelling_and_going_on(tmp_path: Path):
     source, prompt = save(random_model(make_config("llama_tied")), tmp_path / "m"), random_prompt(30, VOCAB)
-    plan = replace(make_plan(source, None, num_layers=5, resident=()), device="cuda:0", in_ram=(0, 2, 4))
-    with Engine.load(plan, source, None) as engine:
+    plan = changed(make_plan(source, None, num_layers=5, resident=()), device="cuda:0", in_ram=(0, 2, 4))
+    with load_engine(plan, source, None) as engine:
         expected, _ = write(engine, prompt, Sampling(), 30)
         cancel = threading.Event()
         steps = engine.generate(prompt, Sampling(), stop_ids=NOTHING, max_tokens=30, cancel=cancel)

@@ -16,12 +16,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.engines import make_plan, random_prompt, write
+from support.loading import changed, load_engine, load_model, prepare
 from support.streamed import silent, tiny_packs
 from support.threads import watched_threads
 from support.tiny_models import VOCAB, make_config, random_model, save
 
-from specchat.engine.engine import Engine
-from specchat.engine.loading import load_model
 from specchat.engine.model import TreeModel
 from specchat.engine.streaming.cpu import MappedStreamer, MixedStreamer, ThreadStreamer
 from specchat.engine.streaming.readers import PackLayerReader, ShardLayerReader, is_unbuffered, open_unbuffered
@@ -29,7 +28,6 @@ from specchat.errors import CorruptCheckpointError
 from specchat.hardware.disk import evict, resident_share
 from specchat.models.checkpoint.safetensors import open_checkpoint
 from specchat.models.packs.pack import Pack
-from specchat.models.packs.prepare import prepare
 from specchat.records.generation import Sampling
 from specchat.records.model import ModelSource
 from specchat.records.plan import Plan
@@ -235,8 +233,8 @@ def test_reading_shards_goes_past_the_page_cache_unless_it_has_room(tmp_path: Pa
 def test_a_shard_that_shrinks_while_streaming(in_ram: Collection[int], left: int, tmp_path: Path):
     source, prompt = save(random_model(make_config("llama")), tmp_path / "model"), random_prompt(20, VOCAB)
     (file,) = source.path.glob("*.safetensors")
-    plan = replace(make_plan(source, None, num_layers=5, resident=(1,)), in_ram=tuple(i for i in in_ram if i != 1))
-    with Engine.load(plan, source, None) as engine:
+    plan = changed(make_plan(source, None, num_layers=5, resident=(1,)), in_ram=tuple(i for i in in_ram if i != 1))
+    with load_engine(plan, source, None) as engine:
         write(engine, prompt, Sampling(), 2)
         os.truncate(file, left)
         with pytest.raises(CorruptCheckpointError, match="lost its end"):
@@ -257,15 +255,15 @@ def test_a_pack_is_found_again(tmp_path: Path):
 
 
 def streaming_plan(source: ModelSource, tier: Tier) -> Plan:
-    return replace(make_plan(source, None, num_layers=5, resident=(1,)), in_ram=(0, 2, 3, 4) if tier == "ram" else ())
+    return changed(make_plan(source, None, num_layers=5, resident=(1,)), in_ram=(0, 2, 3, 4) if tier == "ram" else ())
 
 
 @pytest.mark.parametrize("tier", ["disk", "ram"])
 def test_text_from_a_pack(tier: Tier, tmp_path: Path):
     source, prompt = make_source("llama_tied", tmp_path / "model"), random_prompt(20, VOCAB)
-    with Engine.load(make_plan(source, None, num_layers=5), source, None) as engine:
+    with load_engine(make_plan(source, None, num_layers=5), source, None) as engine:
         expected, _ = write(engine, prompt, Sampling(), 12)
-    with Engine.load(streaming_plan(source, tier), source, None, make_pack(source)) as engine:
+    with load_engine(streaming_plan(source, tier), source, None, make_pack(source)) as engine:
         ours, steps = write(engine, prompt, Sampling(), 12)
     assert ours == expected
     assert all(step.streamed_bytes == steps[0].streamed_bytes > 0 for step in steps)
@@ -284,7 +282,7 @@ def test_a_flipped_byte_is_found_when_it_is_read(tier: Tier, layer: int, tmp_pat
         file.write(bytes([byte[0] ^ 0x10]))
     with (
         pytest.raises(CorruptCheckpointError, match=packed.path.name),
-        Engine.load(streaming_plan(source, tier), source, None, pack) as engine,
+        load_engine(streaming_plan(source, tier), source, None, pack) as engine,
     ):
         write(engine, random_prompt(20, VOCAB), Sampling(), 4)
 
@@ -292,7 +290,7 @@ def test_a_flipped_byte_is_found_when_it_is_read(tier: Tier, layer: int, tmp_pat
 def test_a_file_that_shrinks_while_streaming(tmp_path: Path):
     source, prompt = make_source("llama_tied", tmp_path / "model"), random_prompt(20, VOCAB)
     pack = make_pack(source)
-    with Engine.load(streaming_plan(source, "disk"), source, None, pack) as engine:
+    with load_engine(streaming_plan(source, "disk"), source, None, pack) as engine:
         write(engine, prompt, Sampling(), 2)
         os.truncate(pack.layers[3].path, pack.layers[3].data_offset)
         with pytest.raises(CorruptCheckpointError, match="lost its end"):

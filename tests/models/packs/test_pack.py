@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support import tiny_models
+from support.loading import opened
 
 import specchat.engine.model  # noqa: F401  names the attention that skeletons are built with
 from specchat.errors import AllocationError, CorruptCheckpointError, DoesNotFitError, ModelError
@@ -251,7 +252,7 @@ def test_a_checkpoint_and_its_pack_are_the_same_model(tmp_path, architecture, sa
     checkpoint = open_checkpoint(source.path)
     skeleton = build_skeleton(config, wanted)
     key = key_for(source, checkpoint, SHORT[wanted])
-    with CheckpointLayers(skeleton, checkpoint) as layers:
+    with CheckpointLayers(opened(skeleton, checkpoint)) as layers:
         made = build_pack(key, layers, name="x", warn=no_warning)
         assert made.fits(layers)
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
@@ -272,7 +273,7 @@ def test_a_checkpoint_and_its_pack_are_the_same_model(tmp_path, architecture, sa
 def test_others_can_read_the_files(tmp_path, architecture):
     config, source = save_model(architecture, tmp_path / "model")
     model = tiny_models.random_model(config)
-    with CheckpointLayers(build_skeleton(config, torch.float32), open_checkpoint(source.path)) as layers:
+    with CheckpointLayers(opened(build_skeleton(config, torch.float32), open_checkpoint(source.path))) as layers:
         made = build_pack(KEY, layers, name="x")
     expected = dict(model.model.layers.state_dict(prefix="model.layers."))
     for layer in made.layers:
@@ -301,7 +302,7 @@ def test_experts_that_lack_tensors_are_refused_before_anything_is_read(lost, nam
     save_file({k: t for k, t in load_file(path).items() if not re.search(lost, k)}, path)
     checkpoint, skeleton = open_checkpoint(source.path), build_skeleton(config, torch.float32)
     with pytest.raises(CorruptCheckpointError, match=f"'{named}' is missing"):
-        CheckpointLayers(skeleton, checkpoint)
+        CheckpointLayers(opened(skeleton, checkpoint))
 
 
 class Watch:
@@ -346,7 +347,10 @@ def test_packing_takes_few_layers_of_memory(architecture, quant, tmp_path):
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # else it would be made of what is left over
     skeleton = build_skeleton(config, torch.bfloat16)
-    with CheckpointLayers(skeleton, open_checkpoint(tmp_path / "model"), recipe_for(quant)) as layers, Watch() as watch:
+    with (
+        CheckpointLayers(opened(skeleton, open_checkpoint(tmp_path / "model"), recipe_for(quant))) as layers,
+        Watch() as watch,
+    ):
         build_pack(KEY, layers, name="x", dtype="bf16")
     assert layer_bytes > 100 * MIB
     print(f"\n{architecture} {quant}: {watch.peak / layer_bytes:.2f} layers")
@@ -361,7 +365,7 @@ def test_an_expert_of_another_shape_is_named(change, tmp_path):
     key = next(key for key in sorted(tensors) if re.search(r"1\..*experts\.2\.w3", key))
     save_file(tensors | {key: change(tensors[key])}, path)
     skeleton = build_skeleton(config, torch.float32)
-    layers = CheckpointLayers(skeleton, open_checkpoint(source.path))
+    layers = CheckpointLayers(opened(skeleton, open_checkpoint(source.path)))
     with layers, pytest.raises(CorruptCheckpointError, match=re.escape(key)):
         layers.read_layer(1)
 
@@ -778,7 +782,7 @@ def test_killed_at_every_point():
 
 def pack_model(folder):
     checkpoint = open_checkpoint(folder)
-    with CheckpointLayers(build_skeleton(load_config(folder), torch.float32), checkpoint) as layers:
+    with CheckpointLayers(opened(build_skeleton(load_config(folder), torch.float32), checkpoint)) as layers:
         build(layers)
 
 

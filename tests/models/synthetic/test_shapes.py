@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import reference
 from support.engines import write
+from support.loading import load_engine, plan_here, plan_request, prepare
 from support.locating import locate
 
-from specchat.engine.engine import Engine
 from specchat.errors import DoesNotFitError, ModelError, UsageError
 from specchat.models.catalog import shape as shape_module
 from specchat.models.catalog.ref import demo_source, known_draft, parse_model
@@ -27,12 +27,9 @@ from specchat.models.checkpoint.json_file import read_json
 from specchat.models.hf.tokenizer import load_tokenizer
 from specchat.models.hub.download import Download
 from specchat.models.packs.pack import open_pack
-from specchat.models.packs.prepare import prepare
 from specchat.models.sizes.describe import describe
 from specchat.models.synthetic import layers as shape_layers
 from specchat.models.synthetic.layers import ShapeLayers, materialise, shape_files
-from specchat.planner.request import PlanRequest
-from specchat.planner.search import make_plan
 from specchat.records.chat import Message
 from specchat.records.generation import Sampling
 
@@ -371,11 +368,11 @@ def test_engine_writes_the_demo_targets_text(cache_dir, monkeypatch, dtype):
     target = locate(ref, offline=True, confirm=no_download, warn=lambda _: None)
     draft = known_draft(ref)
     budget = 96 << 20
-    plan = make_plan(PlanRequest(target, draft, "cpu", "fp32", vram_bytes=budget, ctx=256, tree_budget=16))
-    assert plan.streamed
-    pack = prepare(target, plan.dtype, progress=lambda _: None, warn=lambda _: None)
+    plan = plan_here(plan_request(target, draft, "cpu", "fp32", vram_bytes=budget, ctx=256, tree_budget=16))
+    assert plan.placement.streamed
+    pack = prepare(target, plan.work.dtype, progress=lambda _: None, warn=lambda _: None)
     assert pack is not None and pack.dtype == "fp32"
-    with Engine.load(plan, target, draft, pack) as engine:
+    with load_engine(plan, target, draft, pack) as engine:
         for question in QUESTIONS:
             expected = demo_text(question)
             tokens, steps = write(engine, chat_ids(question), GREEDY, 60)

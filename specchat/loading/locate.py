@@ -1,0 +1,214 @@
+"""Finding a target and its draft: parsed, looked up, downloaded or made, and compared."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, NoReturn
+
+from specchat.errors import NotAvailableError, UnsupportedModelError, UsageError
+from specchat.loading.request import Ask, ModelRequest, Reporter
+from specchat.models import locate
+from specchat.models.catalog.families import known_families
+from specchat.models.catalog.ref import ModelRef, parse_model
+from specchat.models.drafts import DraftChoice, choose_draft, fits, relative_in_cache
+from specchat.models.hub.cache import cached_models
+from specchat.models.hub.download import Download, agree
+from specchat.models.locate import Missing
+from specchat.records.model import ModelSource, Quant
+from specchat.units import format_bytes
+
+_MOST_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Refs:
+    """MODEL arguments, parsed; `draft` is None for plain decoding and for "auto"."""
+
+    target: ModelRef
+    draft: ModelRef | None
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models of an engine.
+
+    Attributes:
+        target: model that writes the text.
+        draft: model that guesses, or None.
+        draft_note: reason for plain decoding; empty with a draft.
+    """
+
+    target: ModelSource
+    draft: ModelSource | None
+    draft_note: str
+
+
+def parse_models(request: ModelRequest) -> Refs:
+    """Parse the names of target and draft; nothing is looked up yet.
+
+    Raises:
+        UsageError: no model is named, or a name means nothing.
+        NotAvailableError: a kind of draft that this version does not have.
+    """
+    if request.model is None:
+        _refuse_without_model()
+    if request.draft in ("self", "retrieval"):
+        raise NotAvailableError(
+            f"--draft {request.draft} is not in this version", hint="use --draft MODEL, auto or none"
+        )
+    draft = None if request.draft in ("auto", "none") else parse_model(request.draft)
+    target = _stored(parse_model(request.model), request.choices.quant)
+    return Refs(target, None if draft is None else _stored(draft, request.choices.draft_quant))
+
+
+def locate_models(request: ModelRequest, refs: Refs, reporter: Reporter, ask: Ask) -> Models:
+    """Find the models' files; download or write what is missing, once the user has agreed.
+
+    Args:
+        request: models and choices.
+        refs: parsed names.
+        reporter: receives progress and warnings.
+        ask: asks before a download.
+
+    Raises:
+        ModelError: a model cannot be found or fetched.
+        UsageError: a download was not confirmed.
+        UnsupportedModelError: the target is known not to run.
+    """
+    return _obtain_both(request, refs, _look_up(request, refs, reporter), reporter, ask)
+
+
+def sketch_models(request: ModelRequest, refs: Refs, reporter: Reporter, ask: Ask, folder: Path) -> Models:
+    """Find the models as far as a plan needs them: only the configuration of a missing model is fetched.
+
+    Pre-quantized checkpoints are fetched whole: only their headers tell how large their matrices are.
+
+    Args:
+        request: models and choices.
+        refs: parsed names.
+        reporter: receives progress and warnings.
+        ask: asks before a download.
+        folder: existing folder for configurations that have to be written.
+
+    Raises:
+        ModelError: a model cannot be found or fetched.
+        UsageError: a download was not confirmed.
+        UnsupportedModelError: the target is known not to run.
+    """
+    found = _look_up(request, refs, reporter)
+    target = _sketch(found.target, folder)
+    draft = None if found.draft is None else _sketch(found.draft, folder)
+    if target is None or (draft is None and found.draft is not None):
+        return _obtain_both(request, refs, found, reporter, ask)
+    if found.are_here:
+        return _pair(request, refs, target, draft, found.draft_note)
+    return Models(target, draft, found.draft_note)  # no vocabularies to compare yet
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Both models, each with its files or with what is missing; `draft_note` says why there is no draft."""
+
+    target: ModelSource | Missing
+    draft: ModelSource | Missing | None
+    draft_note: str
+
+    @property
+    def are_here(self) -> bool:
+        """Whether nothing has to be downloaded or made."""
+        return isinstance(self.target, ModelSource) and (self.draft is None or isinstance(self.draft, ModelSource))
+
+
+def _refuse_without_model() -> NoReturn:
+    cached = cached_models()
+    more = f" and {len(cached) - _MOST_SHOWN} more" if len(cached) > _MOST_SHOWN else ""
+    shown = ", ".join(["demo (embedded, a toy)", *cached[:_MOST_SHOWN]])
+    raise UsageError(f"which MODEL? here without a download: {shown}{more}", hint="specchat run demo")
+
+
+def _stored(ref: ModelRef, quant: Literal["auto"] | Quant) -> ModelRef:
+    """Return a shape with the quantization that it is made in; "auto" makes it in full precision."""
+    return ref if ref.shape is None or quant == "auto" else replace(ref, shape=replace(ref.shape, quant=quant))
+
+
+def _look_up(request: ModelRequest, refs: Refs, reporter: Reporter) -> _Found:
+    """Find the target and choose a draft; nothing is downloaded, and a target that cannot run is refused first."""
+    why = known_families().why_unsupported(refs.target.text)
+    if why is not None:
+        raise UnsupportedModelError(f"{refs.target.text} is not supported: {why}")
+    target = locate.look_up(refs.target, offline=request.offline, warn=reporter.warn)
+    choice = _choose_draft(request, refs, reporter)
+    return _Found(target, choice.found, choice.note)
+
+
+def _choose_draft(request: ModelRequest, refs: Refs, reporter: Reporter) -> DraftChoice:
+    if refs.draft is not None:
+        return DraftChoice(locate.look_up(refs.draft, offline=request.offline, warn=reporter.warn))
+    if request.draft == "none":
+        return DraftChoice(None, "no draft")
+    return choose_draft(refs.target, offline=request.offline, warn=reporter.warn)
+
+
+def _obtain_both(request: ModelRequest, refs: Refs, found: _Found, reporter: Reporter, ask: Ask) -> Models:
+    """Fetch or make both models' files, after one question for all downloads.
+
+    Raises:
+        UnsupportedModelError: the target's configuration cannot run; its weights are not downloaded.
+    """
+    if isinstance(found.target, Download):
+        refuse_by_configuration(found.target)
+    downloads = [each for each in (found.target, found.draft) if isinstance(each, Download)]
+    agree(downloads, lambda missing: ask(_download_question(missing, found.target)))
+    target = _obtain(found.target, reporter)
+    draft = None if found.draft is None else _obtain(found.draft, reporter)
+    return _pair(request, refs, target, draft, found.draft_note)
+
+
+def refuse_by_configuration(target: Download) -> None:
+    """Refuse a model whose configuration cannot run, before its weights are downloaded.
+
+    Raises:
+        UnsupportedModelError: an architecture or quantization that specchat does not read.
+    """
+    from specchat.models.hf.config import load_config  # with torch
+    from specchat.models.weights.choose_recipe import is_prequantized
+
+    sketched = locate.sketch(target, Path())
+    load_config(sketched.path)
+    is_prequantized(sketched)
+
+
+def _pair(request: ModelRequest, refs: Refs, target: ModelSource, draft: ModelSource | None, draft_note: str) -> Models:
+    """Pair a target with its draft; an automatic draft must fit, and a cached relative replaces a missing one."""
+    if draft is not None:
+        if request.draft != "auto" or fits(target, draft):
+            return Models(target, draft, "")
+        return Models(target, None, f"plain decoding: {draft.name} has another vocabulary")
+    may_have_relatives = request.draft == "auto" and refs.target.kind in ("hub", "folder")
+    return Models(target, relative_in_cache(target) if may_have_relatives else None, draft_note)
+
+
+def _sketch(found: ModelSource | Missing, folder: Path) -> ModelSource | None:
+    """Return what a plan can be made from; None for a model that would have to be downloaded whole."""
+    if isinstance(found, ModelSource):
+        return found
+    from specchat.models.weights.choose_recipe import is_prequantized  # with torch
+
+    sketched = locate.sketch(found, folder)
+    return None if is_prequantized(sketched) else sketched
+
+
+def _obtain(found: ModelSource | Missing, reporter: Reporter) -> ModelSource:
+    if isinstance(found, ModelSource):
+        return found
+    what = f"downloading {found.name}" if isinstance(found, Download) else f"writing {found.label}"
+    with reporter.moving(what) as update:
+        return locate.obtain(found, progress=update, warn=reporter.warn)
+
+
+def _download_question(downloads: Sequence[Download], target: ModelSource | Missing) -> str:
+    what = " and ".join(f"{each.name} ({format_bytes(each.missing_bytes)})" for each in downloads)
+    question = f"download {what} to {downloads[0].folder} ({format_bytes(downloads[0].free_disk_bytes)} free)?"
+    if downloads[0] is target:  # a repacked copy may be needed as well
+        question += f"\nstreaming may need a copy of up to {format_bytes(downloads[0].num_bytes)} beside it"
+    return question

@@ -1,0 +1,99 @@
+"""Planning for the models of a request on this machine."""
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from specchat.loading.locate import Models
+from specchat.loading.request import ModelRequest, Reporter
+from specchat.loading.sampling import SamplingChoices, resolve_sampling
+from specchat.models.checkpoint.generation_config import load_generation_defaults
+from specchat.records.plan import Plan
+
+if TYPE_CHECKING:
+    from specchat.planner.explain import ExplainedPlan
+    from specchat.planner.request import PlanRequest
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan with its reasons, and the models that it is for: a draft that would not pay is left out."""
+
+    chosen: "ExplainedPlan"
+    models: Models
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that the engine runs under."""
+        return self.chosen.plan
+
+
+def make_plan(
+    request: ModelRequest,
+    models: Models,
+    reporter: Reporter,
+    *,
+    temperature: float | None = None,
+    as_given: bool = False,
+) -> Planned:
+    """Choose the fastest plan for this machine.
+
+    Args:
+        request: choices that are made already.
+        models: models that were found.
+        reporter: receives one line about statistics that cannot be read.
+        temperature: chosen sampling temperature; None leaves it to the model.
+        as_given: whether draft and precision are kept even where others are faster, as comparisons need it.
+
+    Raises:
+        DoesNotFitError: no plan stays within the budget.
+    """
+    from specchat.planner.inputs import find_inputs
+    from specchat.planner.search import choose_plan
+
+    asked = plan_request(request, models, temperature)
+    if as_given:
+        given = "none" if asked.choices.draft_quant == "auto" else asked.choices.draft_quant
+        choices = replace(asked.choices, draft_quant=given)
+        asked = replace(asked, choices=choices, draft_is_open=False, lowers_for_speed=False)
+    chosen = choose_plan(asked, find_inputs(asked, reporter.warn))
+    if models.draft is None or chosen.plan.draft is not None:
+        return Planned(chosen, models)
+    note = f"plain decoding: predicted faster here than with {models.draft.name}"
+    return Planned(chosen, replace(models, draft=None, draft_note=note))
+
+
+def make_smaller_plan(
+    request: ModelRequest, models: Models, reporter: Reporter, plan: Plan, temperature: float | None = None
+) -> Plan:
+    """Return the next plan to try after memory for `plan` could not be allocated.
+
+    Raises:
+        DoesNotFitError: nothing smaller is left to try.
+    """
+    from specchat.planner.inputs import find_inputs
+    from specchat.planner.search import smaller_plan
+
+    asked = plan_request(request, models, temperature)
+    return smaller_plan(asked, find_inputs(asked, reporter.warn), plan)
+
+
+def plan_request(request: ModelRequest, models: Models, temperature: float | None = None) -> "PlanRequest":
+    """Return what the planner is asked for.
+
+    Args:
+        request: choices that are made already.
+        models: models that were found.
+        temperature: chosen sampling temperature; None leaves it to the model.
+    """
+    from specchat.planner.request import PlanRequest
+
+    defaults = load_generation_defaults(models.target.path)
+    choices = request.choices
+    return PlanRequest(
+        target=models.target,
+        draft=models.draft,
+        choices=choices,
+        # Whoever asks for a tree size or a draft precision wants a draft.
+        draft_is_open=request.draft == "auto" and choices.tree_budget is None and choices.draft_quant == "auto",
+        samples=not resolve_sampling(SamplingChoices(temperature=temperature), defaults, 0).greedy,
+    )

@@ -1,0 +1,46 @@
+"""Which sampling values hold: chosen ones, the model's own, or greedy decoding."""
+
+from dataclasses import dataclass
+
+from specchat.models.checkpoint.generation_config import GenerationDefaults
+from specchat.records.generation import Sampling
+
+
+@dataclass(frozen=True)
+class SamplingChoices:
+    """Sampling values as chosen; None leaves a value to the model."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+
+def resolve_sampling(chosen: SamplingChoices, defaults: GenerationDefaults, seed: int) -> Sampling:
+    """Return the sampling values that hold.
+
+    A choice comes before the model's own generation_config.json, and that before greedy decoding. A model whose file
+    does not ask for sampling is greedy, whatever else the file says. The repetition penalty holds either way, as in
+    transformers.
+
+    Args:
+        chosen: choices of the user.
+        defaults: recommendations of the model's makers.
+        seed: key of the draws.
+    """
+    samples = bool(defaults.do_sample)
+    return Sampling(
+        temperature=_first(chosen.temperature, _first(defaults.temperature, None, 1.0) if samples else None, 0.0),
+        top_k=int(_first(chosen.top_k, defaults.top_k if samples else None, 0)),
+        top_p=_first(chosen.top_p, defaults.top_p if samples else None, 1.0),
+        min_p=_first(chosen.min_p, defaults.min_p if samples else None, 0.0),
+        repetition_penalty=_first(chosen.repetition_penalty, defaults.repetition_penalty, 1.0),
+        seed=seed,
+    )
+
+
+def _first(chosen: float | None, default: float | None, fallback: float) -> float:
+    if chosen is not None:
+        return chosen
+    return fallback if default is None else default

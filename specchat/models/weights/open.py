@@ -1,0 +1,88 @@
+"""Opening a model's weights: modules, recipe and reader, built once and handed to all who need them."""
+
+from dataclasses import dataclass
+
+from specchat.closing import Closeable
+from specchat.models.checkpoint.dtypes import TORCH_DTYPE
+from specchat.models.checkpoint.safetensors import Checkpoint, open_checkpoint
+from specchat.models.hf.config import load_config
+from specchat.models.hf.skeleton import Skeleton, build_skeleton
+from specchat.models.weights.checkpoint_recipe import CheckpointRecipe
+from specchat.models.weights.choose_recipe import choose_recipe
+from specchat.models.weights.prequantized import PrequantizedFiller
+from specchat.models.weights.quantizing import QuantizingFiller
+from specchat.models.weights.reader import WeightReader
+from specchat.models.weights.recipe import QuantizeRecipe, apply_recipe
+from specchat.records.model import Dtype, ModelSource
+
+
+@dataclass(frozen=True)
+class ModelWeights(Closeable):
+    """A model's modules, and the reader of its weights.
+
+    Attributes:
+        source: local files.
+        dtype: dtype that passes compute in.
+        skeleton: modules without weights; the matrices that `recipe` names have been replaced.
+        checkpoint: tensors of `source`.
+        recipe: how matrices are stored; None leaves them plain.
+        reader: reader of `checkpoint`.
+    """
+
+    source: ModelSource
+    dtype: Dtype
+    skeleton: Skeleton
+    checkpoint: Checkpoint
+    recipe: QuantizeRecipe | CheckpointRecipe | None
+    reader: WeightReader
+
+    def close(self) -> None:
+        """Close the files."""
+        self.reader.close()
+
+
+def open_weights(source: ModelSource, dtype: Dtype, quant: str) -> ModelWeights:
+    """Build a model's modules without weights and open its checkpoint; headers are read, tensors are not.
+
+    Args:
+        source: local files.
+        dtype: dtype that passes compute in.
+        quant: quantization of the matrices, or what a plan says of a pre-quantized model.
+
+    Raises:
+        CorruptCheckpointError: a parameter has no tensor, or one of another shape.
+        UnsupportedModelError: an architecture or quantization that specchat does not read.
+        UsageError: a pre-quantized model with another quantization asked for.
+    """
+    skeleton = build_skeleton(load_config(source.path), TORCH_DTYPE[dtype])
+    checkpoint = open_checkpoint(source.path)
+    recipe = choose_recipe(source, skeleton, quant)
+    return ModelWeights(source, dtype, skeleton, checkpoint, recipe, open_reader(skeleton, checkpoint, recipe))
+
+
+def open_reader(
+    skeleton: Skeleton, checkpoint: Checkpoint, recipe: QuantizeRecipe | CheckpointRecipe | None = None
+) -> WeightReader:
+    """Open the reader of a checkpoint; the skeleton's matrices are replaced as the recipe says.
+
+    Raises:
+        CorruptCheckpointError: a parameter has no tensor, or one of another shape.
+    """
+    match recipe:
+        case QuantizeRecipe() if _has_segments(checkpoint):
+            apply_recipe(skeleton, recipe)
+            return WeightReader(skeleton, checkpoint)
+        case QuantizeRecipe():
+            reader = WeightReader(skeleton, checkpoint)  # compared with the plain modules
+            reader.fill_matrices_with(QuantizingFiller(skeleton, recipe, apply_recipe(skeleton, recipe)))
+            return reader
+        case CheckpointRecipe():
+            filler = PrequantizedFiller(skeleton, checkpoint, recipe, apply_recipe(skeleton, recipe))
+            return WeightReader(skeleton, recipe.without_quantized(checkpoint), filler)
+        case None:
+            return WeightReader(skeleton, checkpoint)
+
+
+def _has_segments(checkpoint: Checkpoint) -> bool:
+    """Return whether the files hold segments in the place of matrices: a synthetic model, made quantized."""
+    return any(key.endswith(".codes") for key in checkpoint.tensors)

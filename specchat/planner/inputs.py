@@ -1,0 +1,56 @@
+"""What a plan is based on besides the request: machine, rates, sizes of the models, statistics of earlier chats."""
+
+from collections.abc import Callable
+from functools import lru_cache
+
+from specchat.hardware.probe import find_hardware, find_machine, remembered
+from specchat.models.sizes.describe import describe
+from specchat.paths import cache_folder, state_folder
+from specchat.planner.cost import DEMO_ACCEPTANCE, TYPICAL_ACCEPTANCE
+from specchat.planner.precision import lower_quants
+from specchat.planner.rates import rates_of
+from specchat.planner.request import PlanInputs, PlanRequest
+from specchat.planner.statistics import load
+from specchat.records.model import ModelSource, ModelSpec, Quant
+
+
+def find_inputs(request: PlanRequest, warn: Callable[[str], None] = lambda _: None) -> PlanInputs:
+    """Return the machine, the sizes of the models and the statistics of earlier chats; nothing is measured.
+
+    Args:
+        request: models and choices; only configurations are read.
+        warn: receives one line about statistics that cannot be read.
+
+    Raises:
+        DeviceUnusableError: the device asked for by name cannot be used.
+    """
+    machine = find_machine(request.choices.device)
+    folder = cache_folder()
+    hardware = find_hardware(folder)
+    measured = remembered(folder, hardware, machine, request.choices.device)
+    draft, *lower_drafts = _described_drafts(request)
+    return PlanInputs(
+        machine=machine,
+        rates=rates_of(hardware, machine, measured),
+        typical=rates_of(hardware, machine),
+        target=_describing(request.target),
+        draft=draft,
+        lower_drafts=tuple(each for each in lower_drafts if each is not None),
+        prior=DEMO_ACCEPTANCE if request.target.is_toy else TYPICAL_ACCEPTANCE,
+        statistics=load(state_folder(), warn),
+    )
+
+
+def _describing(source: ModelSource) -> Callable[[Quant], ModelSpec]:
+    """Describes each precision once."""
+    return lru_cache(maxsize=None)(lambda quant: describe(source, quant))
+
+
+def _described_drafts(request: PlanRequest) -> list[ModelSpec | None]:
+    """The draft, and what else it may be stored as; [None] without one."""
+    if request.draft is None:
+        return [None]
+    if request.choices.draft_quant != "auto":
+        return [describe(request.draft, request.choices.draft_quant)]
+    draft = describe(request.draft)
+    return [draft, *(describe(request.draft, quant) for quant in lower_quants(draft))]
