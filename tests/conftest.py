@@ -10,6 +10,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+from support import delays
+
+_DELAYS = delays.install()
 
 # Nobody's own chats and settings are read or written; programs under test inherit this.
 for variable in [name for name in os.environ if name.startswith("SPECCHAT_") and name != "SPECCHAT_CACHE_DIR"]:
@@ -28,6 +31,13 @@ def _one_thread():
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _delays(request):
+    """With TEST_DELAYS=SEED, passes and reads are slow at random: no test's outcome may depend on that."""
+    if _DELAYS is not None:
+        _DELAYS.begin(request.node.nodeid)
 
 
 def pytest_unconfigure():

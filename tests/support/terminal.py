@@ -7,6 +7,7 @@ import time
 import pexpect
 import pyte
 
+from support.delays import python_path
 from support.forked import TESTS, Forked
 
 _ABOUT_OTHER_TERMINALS = {"NO_COLOR", "PROMPT_TOOLKIT_NO_CPR", "COLUMNS", "LINES"}
@@ -27,7 +28,7 @@ class Terminal:
         environment = {
             **{k: v for k, v in os.environ.items() if k not in _ABOUT_OTHER_TERMINALS},
             "TERM": "xterm-256color",
-            "PYTHONPATH": f"{TESTS}:{TESTS.parent}",
+            "PYTHONPATH": python_path(TESTS, TESTS.parent),
             **(environment or {}),
         }
         if module == "specchat":
