@@ -10,9 +10,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+from hypothesis import HealthCheck, settings
 from support import delays
 
 _DELAYS = delays.install()
+
+# How long an example takes says nothing about the code where other programs share the machine.
+settings.register_profile("specchat", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("specchat")
 
 # Nobody's own chats and settings are read or written; programs under test inherit this.
 for variable in [name for name in os.environ if name.startswith("SPECCHAT_") and name != "SPECCHAT_CACHE_DIR"]:
