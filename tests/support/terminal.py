@@ -12,6 +12,7 @@ from support.forked import TESTS, Forked
 
 _ABOUT_OTHER_TERMINALS = {"NO_COLOR", "PROMPT_TOOLKIT_NO_CPR", "COLUMNS", "LINES"}
 _SETTLED_S = 0.03
+_PATIENCE_S = 60  # what is waited for comes much sooner, unless the machine is busy with other things
 
 
 class Terminal:
@@ -86,7 +87,7 @@ class Terminal:
     def kill(self, signal):
         self._process.kill(signal)
 
-    def wait_for(self, condition, timeout_s=30):
+    def wait_for(self, condition, timeout_s=_PATIENCE_S):
         """Until `condition`, a text or a function of this terminal, is on the screen."""
         holds = condition if callable(condition) else lambda terminal: condition in terminal.screen
         end = time.monotonic() + timeout_s
@@ -100,7 +101,7 @@ class Terminal:
         self.wait_for(lambda terminal: terminal.cursor_line == ">")
         self._read(_SETTLED_S)
 
-    def exit_code(self, timeout_s=30):
+    def exit_code(self, timeout_s=_PATIENCE_S):
         end = time.monotonic() + timeout_s
         while self._read():
             assert time.monotonic() < end, f"does not end:\n{self.screen}"
