@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import tempfile
+from pathlib import Path
 
 # Set before any library reads them: tests never reach the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -43,6 +44,13 @@ def _delays(request):
     """With TEST_DELAYS=SEED, passes and reads are slow at random: no test's outcome may depend on that."""
     if _DELAYS is not None:
         _DELAYS.begin(request.node.nodeid)
+
+
+@pytest.fixture(autouse=True)
+def _no_statistics():
+    """Plans do not depend on what other tests' answers have shown."""
+    yield
+    Path(_HOME, "state", "specchat", "statistics.json").unlink(missing_ok=True)
 
 
 def pytest_unconfigure():
