@@ -30,7 +30,7 @@ _SHORT_S, _LONG_S = 0.03, 0.2
 _LONG_SHARE = 0.01
 
 # What is delayed, by module: functions, or methods of classes.
-_DELAYED = {
+DELAYED = {
     "specchat.engine.model": ("TreeModel.forward", "TreeModel.logits"),
     "specchat.engine.slots": ("SlotQueue.take", "SlotQueue._run"),
     "specchat.engine.fillers": ("_read",),
@@ -83,7 +83,7 @@ class _Finder(MetaPathFinder):
         self._delays = delays
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name not in _DELAYED:
+        if name not in DELAYED:
             return None
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
@@ -105,7 +105,7 @@ class _Loader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        self._delays.slow(module, _DELAYED[module.__name__])
+        self._delays.slow(module, DELAYED[module.__name__])
 
 
 def install() -> Delays | None:
@@ -115,8 +115,8 @@ def install() -> Delays | None:
         return None
     delays = Delays(seed)
     sys.meta_path.insert(0, _Finder(delays))
-    for name in _DELAYED.keys() & sys.modules.keys():
-        delays.slow(import_module(name), _DELAYED[name])
+    for name in DELAYED.keys() & sys.modules.keys():
+        delays.slow(import_module(name), DELAYED[name])
     os.environ["PYTHONPATH"] = python_path()
     return delays
 
