@@ -414,8 +414,8 @@ def test_a_random_seed_is_told(fake):
 STEPS_BEFORE_THE_GATE = len(fake_cli.WORDS) // 6 + 1  # of half the characters of a long answer, three at a time
 
 
-def start(*arguments, **pipes):
-    environment = os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
+def start(*arguments, gate="/nonexistent", **pipes):
+    environment = os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}", "FAKE_GATE": str(gate)}
     command = [sys.executable, "-m", "support.fake_cli", "run", "demo", *arguments]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **pipes}
     return subprocess.Popen(command, env=environment, **pipes)
@@ -448,10 +448,12 @@ def test_an_interrupted_json_run_prints_its_object():
     assert len(result["token_ids"]) == STEPS_BEFORE_THE_GATE * 3
 
 
-def test_a_closed_pipe_is_silent():
-    process = start("long", "-q")
+def test_a_closed_pipe_is_silent(tmp_path):
+    gate = tmp_path / "gate"
+    process = start("gated long", "-q", gate=gate)
     process.stdout.read(5)
     process.stdout.close()
+    gate.touch()
     assert process.wait(timeout=60) == 141
     assert process.stderr.read() == b""
 
