@@ -4,12 +4,21 @@ import os
 import shutil
 import signal
 import tempfile
+from pathlib import Path
 
 # Set before any library reads them: tests never reach the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+from hypothesis import HealthCheck, settings
+from support import delays
+
+_DELAYS = delays.install()
+
+# How long an example takes says nothing about the code where other programs share the machine.
+settings.register_profile("specchat", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("specchat")
 
 # Nobody's own chats and settings are read or written; programs under test inherit this.
 for variable in [name for name in os.environ if name.startswith("SPECCHAT_") and name != "SPECCHAT_CACHE_DIR"]:
@@ -28,6 +37,20 @@ def _one_thread():
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _delays(request):
+    """With TEST_DELAYS=SEED, passes and reads are slow at random: no test's outcome may depend on that."""
+    if _DELAYS is not None:
+        _DELAYS.begin(request.node.nodeid)
+
+
+@pytest.fixture(autouse=True)
+def _no_statistics():
+    """Plans do not depend on what other tests' answers have shown."""
+    yield
+    Path(_HOME, "state", "specchat", "statistics.json").unlink(missing_ok=True)
 
 
 def pytest_unconfigure():

@@ -18,10 +18,10 @@ def test_a_thread_runs_until_its_function_ends():
 
     thread = Thread(run)
     assert not thread.is_alive
-    with at_most(20), watched_threads() as threads:
+    with at_most(60), watched_threads() as threads:
         thread.join()  # nothing to wait for
         thread.start()
-        assert begun.wait(10) and thread.is_alive and threads.num_running == 1
+        assert begun.wait(60) and thread.is_alive and threads.num_running == 1
         end.set()
         for _ in range(2):
             thread.join()
@@ -31,7 +31,7 @@ def test_a_thread_runs_until_its_function_ends():
 @pytest.mark.parametrize("failure", FAILURES)
 def test_a_thread_that_never_begins_is_an_error(failure: str):
     thread = Thread(lambda: pytest.fail("it runs"))
-    with at_most(20), watched_threads(1, failure) as threads:
+    with at_most(60), watched_threads(1, failure) as threads:
         with pytest.raises(AllocationError, match="thread") as caught:
             thread.start()
         thread.join()

@@ -1,6 +1,7 @@
 """A measurement on the screen: progress, tables, charts."""
 
 import io
+from types import SimpleNamespace
 
 from specchat.bench.runner import Progress
 from specchat.bench.tables import Table, milliseconds, number, ratio, share, spread
@@ -14,12 +15,17 @@ def test_progress_says_what_how_far_and_how_long():
     assert progress_line(Progress(0, 0, None, "loading demo"), 3.9, "ctx=512") == "bench: ctx=512 · loading demo · 0:03"
 
 
-def test_off_a_terminal_progress_is_a_line_now_and_then():
+def test_off_a_terminal_progress_is_a_line_now_and_then(monkeypatch):
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr("specchat.ui.bench_view.time", SimpleNamespace(monotonic=lambda: clock.now))
     stream = io.StringIO()
     with BenchLine(Talk(stream)) as line:
         for done in range(50):
             line.update(Progress(done, 50, 1.0, "answering"))
-    assert stream.getvalue() == "bench: 0/50 · answering · 0:00 · about 0:01 left\n"
+            clock.now += 1.0
+    assert stream.getvalue().splitlines() == [
+        f"bench: {done}/50 · answering · 0:{done:02} · about 0:01 left" for done in (0, 30)
+    ]
 
 
 def test_quiet_progress_says_nothing():

@@ -4,6 +4,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 HEAVY = ["torch", "transformers", "huggingface_hub", "prompt_toolkit", "tokenizers", "numpy", "rich"]
 PROBE = """
 import sys
@@ -32,6 +34,7 @@ def test_version_and_bare_call():
     assert bare.stderr.strip() == "[] 0"
 
 
+@pytest.mark.slow
 def test_help_is_quick():
     def seconds():
         begin = time.perf_counter()

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from support import fake_cli
 from support.threads import FAILURES, at_most, watched_threads
 
 from specchat.cli.exit_status import EXIT_CODES, code_of
@@ -411,53 +412,58 @@ def test_a_random_seed_is_told(fake):
     assert len(seeds) == 3
 
 
-def start(*arguments, **pipes):
-    environment = os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}", "FAKE_PAUSE_S": "0.05"}
+STEPS_BEFORE_THE_GATE = len(fake_cli.WORDS) // 6 + 1  # of half the characters of a long answer, three at a time
+
+
+def start(*arguments, gate="/nonexistent", **pipes):
+    environment = os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}", "FAKE_GATE": str(gate)}
     command = [sys.executable, "-m", "support.fake_cli", "run", "demo", *arguments]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **pipes}
     return subprocess.Popen(command, env=environment, **pipes)
 
 
-def start_and_wait_for_step_3():
-    process = start("long", "--json", "-v")
-    while b"step 3" not in process.stderr.readline():
+def start_and_wait_for_the_gate():
+    process = start("gated long", "--json", "-v")
+    while f"step {STEPS_BEFORE_THE_GATE}:".encode() not in process.stderr.readline():
         assert process.poll() is None
     return process
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals(number):
-    process = start("long", "-q")
+    process = start("gated long", "-q")
     begun = process.stdout.read(5)
     process.send_signal(number)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (128 + number, b"")
     assert (begun + out).startswith(b"word0")
     assert b"word59" not in out
 
 
 def test_an_interrupted_json_run_prints_its_object():
-    process = start_and_wait_for_step_3()
+    process = start_and_wait_for_the_gate()
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=60)
     result = json.loads(out)
     assert (process.returncode, result["finish_reason"]) == (130, "interrupt")
-    assert 0 < len(result["token_ids"]) < 100
+    assert len(result["token_ids"]) == STEPS_BEFORE_THE_GATE * 3
 
 
-def test_a_closed_pipe_is_silent():
-    process = start("long", "-q")
+def test_a_closed_pipe_is_silent(tmp_path):
+    gate = tmp_path / "gate"
+    process = start("gated long", "-q", gate=gate)
     process.stdout.read(5)
     process.stdout.close()
-    assert process.wait(timeout=30) == 141
+    gate.touch()
+    assert process.wait(timeout=60) == 141
     assert process.stderr.read() == b""
 
 
 def test_two_interrupts_leave_at_once():
-    process = start_and_wait_for_step_3()
+    process = start_and_wait_for_the_gate()
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=30)
+    process.communicate(timeout=60)
     assert process.returncode == 130
 
 

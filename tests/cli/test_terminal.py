@@ -9,7 +9,6 @@ from support.terminal import TESTS, Terminal
 from specchat.models.catalog.ref import demo_source
 from specchat.models.sizes.describe import describe
 
-SLOW = {"FAKE_PAUSE_S": "0.05"}
 CTRL_C, CTRL_D, CTRL_J, ENTER = "\x03", "\x04", "\n", "\r"
 # What styles look like: colours, dim, bold. Moving the cursor is something else.
 STYLE = re.compile(rb"\x1b\[[0-9;]*[1-9][0-9;]*m")
@@ -35,7 +34,7 @@ def test_two_turns_with_the_demo(known_demo):
         assert "a toy model for exercising the software" in terminal.screen
         assert re.search(r"RAM .* \(resident .*, draft .*, KV .* @1024, work .*\) · nothing streamed", terminal.screen)
         terminal.send("Tell me a story about a fox." + ENTER)
-        terminal.wait_for("+ 0 cached", timeout_s=40)
+        terminal.wait_for("+ 0 cached")
         terminal.wait_for_prompt()
         assert re.search(r"\d+ tok · [\d.]+ tok/s · [\d.]+ tok/pass · TTFT [\d.]+ s · prompt \d+ new", terminal.screen)
         terminal.send("What happened next?" + ENTER)
@@ -47,11 +46,11 @@ def test_two_turns_with_the_demo(known_demo):
 
 
 def test_the_prompt_waits_for_no_library(known_demo, tmp_path):
-    """There is a torch whose import takes a minute."""
+    """There is a torch whose import takes ten minutes."""
     torch = tmp_path / "torch"
     torch.mkdir()
     (torch / "version.py").write_text("__version__, cuda, hip = '2.13.0', None, None\n")
-    (torch / "__init__.py").write_text("import time; time.sleep(60)\n")
+    (torch / "__init__.py").write_text("import time; time.sleep(600)\n")
     environment = {"PYTHONPATH": f"{tmp_path}:{TESTS}:{TESTS.parent}"}
     with Terminal("specchat", "run", "demo", environment=environment) as terminal:
         terminal.wait_for(lambda t: t.cursor_line == ">" and "loading the model" in t.screen)
@@ -65,8 +64,8 @@ def test_the_prompt_waits_for_no_library(known_demo, tmp_path):
 
 
 def test_ctrl_c_keeps_what_is_there():
-    with chat(environment=SLOW) as terminal:
-        terminal.send("long" + ENTER)
+    with chat() as terminal:
+        terminal.send("gated long" + ENTER)
         terminal.wait_for("word3")
         terminal.send(CTRL_C)
         terminal.wait_for(lambda t: re.search(r"^\^C stopped · \d+ tok · [\d.]+ tok/s$", t.screen, re.MULTILINE))
@@ -77,19 +76,21 @@ def test_ctrl_c_keeps_what_is_there():
         terminal.wait_for(lambda t: re.search(r"prompt \d+ new \+ [1-9]\d* cached", t.screen))
 
 
-def test_ctrl_c_before_the_first_token_gives_the_message_back():
-    with chat(environment={"FAKE_FIRST_PAUSE_S": "1"}) as terminal:
-        terminal.send("begin" + ENTER)
+def test_ctrl_c_before_the_first_token_gives_the_message_back(tmp_path):
+    gate = tmp_path / "gate"
+    with chat(environment={"FAKE_GATE": str(gate)}) as terminal:
+        terminal.send("held begin" + ENTER)
         terminal.wait_for("verifying 2 of 4")
         terminal.send(CTRL_C)
         terminal.wait_for("^C stopped before the first token")
-        terminal.wait_for(lambda t: t.cursor_line == "> begin")
+        terminal.wait_for(lambda t: t.cursor_line == "> held begin")
+        gate.touch()
         terminal.send("!" + ENTER)
-        terminal.wait_for("You said: begin!")
+        terminal.wait_for("You said: held begin!")
 
 
 def test_ctrl_c_at_the_prompt_drops_the_line_and_twice_leaves():
-    with chat() as terminal:
+    with chat(environment={"FAKE_LEAVE_WITHIN_S": "60"}) as terminal:
         terminal.send("half a mess")
         terminal.wait_for("half a mess")
         terminal.send(CTRL_C)
@@ -166,9 +167,9 @@ def test_styles_where_they_are():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("at", ["prompt", "answer"])
 def test_signals_end_the_chat_in_order(number, at):
-    with chat(environment=SLOW | {"FAKE_SAYS_CLOSED": "1"}) as terminal:
+    with chat(environment={"FAKE_SAYS_CLOSED": "1"}) as terminal:
         if at == "answer":
-            terminal.send("long" + ENTER)
+            terminal.send("gated long" + ENTER)
             terminal.wait_for("word3")
         terminal.kill(number)
         assert terminal.exit_code() == 128 + number

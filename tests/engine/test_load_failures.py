@@ -56,7 +56,7 @@ def check_every_start(load: Callable[[], Engine], failure: str) -> None:
     for failing in range(1, threads.count + 1):
         with (
             nothing_stays(),
-            at_most(20),
+            at_most(60),
             watched_threads(failing, failure) as threads,
             pytest.raises(AllocationError, match="thread"),
         ):

@@ -62,11 +62,13 @@ def quick(monkeypatch):
 
 
 def test_measured_once_and_then_remembered(quick, tmp_path):
-    told = []
+    told, begin = [], time.perf_counter()
     first = probing.probe(tmp_path, "cpu", progress=lambda *what: told.append(what))
+    took_s = time.perf_counter() - begin
     assert [step for _, step, _ in told] == [1, 2, 3, 4]
     found = first.measured.links
-    assert found.ram_copy_bytes_per_s > 1e8 and found.disk_read_bytes_per_s > 1e7
+    assert found.ram_copy_bytes_per_s > 200 * MIB / took_s, "all of it took as long as copying alone"
+    assert found.disk_read_bytes_per_s > 60 * MIB / took_s
     assert found.h2d_pinned_bytes_per_s is None and len(first.measured.matmul) == 5
     told.clear()
     again = probing.probe(tmp_path, "cpu", progress=lambda *what: told.append(what))

@@ -1,12 +1,14 @@
 """`python -m support.fake_cli ARGUMENTS`: the real command line, screen and keys around an engine without a model.
 
-FAKE_PAUSE_S is the time of a step, FAKE_FIRST_PAUSE_S that before the first of a chat, FAKE_LOAD_S that of loading;
-FAKE_LOAD_FAILS makes that fail. The answer repeats the question, which may ask for something special (`TEXTS`) and with
-"gated" stops half way until the file FAKE_GATE exists.
+FAKE_PAUSE_S is the time of a step, FAKE_LEAVE_WITHIN_S that within which a second Ctrl-C leaves. Loading ends when the
+file FAKE_LOAD_GATE exists, and fails with FAKE_LOAD_FAILS. The answer repeats the question, which may ask for something
+special (`TEXTS`). With "held" before it the first step lasts until the file FAKE_GATE exists, with "gated" one half
+way; with "stuck" the first lasts until the chat is left.
 """
 
 import itertools
 import os
+import re
 import sys
 import time
 from dataclasses import replace
@@ -19,11 +21,13 @@ from specchat.loading import engine as engine_loading
 from specchat.loading import planning
 from specchat.models.checkpoint import generation_config
 from specchat.models.checkpoint.generation_config import GenerationDefaults
+from specchat.ui import interrupts
 from support.fake_engine import CHOSEN, EOS, PLAN, TOKENIZER, FakeEngine
 from support.loading import changed
 
 PAUSE_S = float(os.environ.get("FAKE_PAUSE_S", "0"))
 GATE = Path(os.environ.get("FAKE_GATE", "/nonexistent"))
+LOAD_GATE = Path(os.environ.get("FAKE_LOAD_GATE", "/"))
 WORDS = " ".join(f"word{i}" for i in range(60))
 MARKDOWN = """# A title
 
@@ -55,15 +59,11 @@ class Echo(FakeEngine):
     """Answers from the prompt."""
 
     def __init__(self):
-        super().__init__([], pause=self._pause)
-        self._pauses = itertools.chain([float(os.environ.get("FAKE_FIRST_PAUSE_S", "0"))], itertools.repeat(PAUSE_S))
-
-    def _pause(self):
-        time.sleep(next(self._pauses))
+        super().__init__([], pause=lambda: time.sleep(PAUSE_S))
 
     @classmethod
     def load(cls):
-        time.sleep(float(os.environ.get("FAKE_LOAD_S", "0")))
+        _wait_until(LOAD_GATE.exists)
         if os.environ.get("FAKE_LOAD_FAILS"):
             raise DoesNotFitError("the model is too large", hint="try --vram 8GiB")
         return cls()
@@ -75,16 +75,41 @@ class Echo(FakeEngine):
         question = TOKENIZER.decode(prompt_ids).split("[user]")[-1].split("\n[assistant]")[0]
         if question == "crash":
             raise RuntimeError("the first line\nthe second line")
-        text = TEXTS.get(question.removeprefix("gated "), f"You said: {question}")
+        text = TEXTS.get(re.sub("^(held|gated|stuck) ", "", question), f"You said: {question}")
         self.answers = [[*TOKENIZER.encode(text), EOS]]
         steps = super().generate(prompt_ids, *arguments, **named)
-        return self._gated(steps, len(text) // 6, named["cancel"]) if question.startswith("gated") else steps
+        cancel = named["cancel"]
+        if question.startswith("stuck"):
+            num_sets = _counting_sets(cancel)
+            return self._gated(steps, 0, lambda: num_sets() > 1)
+        if not question.startswith(("held", "gated")):
+            return steps
+        num_before = 0 if question.startswith("held") else len(text) // 6 + 1
+        return self._gated(steps, num_before, lambda: GATE.exists() or cancel.is_set())
 
-    def _gated(self, steps, num_before, cancel):
-        for number, step in enumerate(steps):
-            yield step
-            while number == num_before and not GATE.exists() and not cancel.is_set():
-                time.sleep(0.005)
+    def _gated(self, steps, num_before, opens):
+        yield from itertools.islice(steps, num_before)
+        _wait_until(opens)
+        yield from steps
+
+
+def _wait_until(condition):
+    while not condition():
+        time.sleep(0.005)
+
+
+def _counting_sets(event):
+    """How often it was set: to ask the answer to stop, and again when the chat leaves the answer."""
+    sets, set_event = [], event.set
+
+    def count_and_set():
+        sets.append(1)
+        set_event()
+
+    event.set = count_and_set
+    if event.is_set() and not sets:
+        sets.append(1)
+    return lambda: len(sets)
 
 
 def _plan(_options, found, _warn, **_named):
@@ -101,6 +126,7 @@ def install():
     sys.modules |= {"specchat.engine.engine": engine, "specchat.models.hf.tokenizer": compat}
     planning.make_plan = _plan
     engine_loading.load_planned = lambda _target, _draft, _plan, _reporter: Echo.load()
+    interrupts._LEAVE_WITHIN_S = float(os.environ.get("FAKE_LEAVE_WITHIN_S", interrupts._LEAVE_WITHIN_S))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from pathlib import Path
 
 from pexpect import fdpexpect
 
+from support.delays import python_path
+
 TESTS = Path(__file__).parents[1]
 _ORDER_BYTES = 1 << 20
 
@@ -71,7 +73,7 @@ class Forked(fdpexpect.fdspawn):
 def _nursery():
     """The socket to the one who forks; closed with this process, and that ends it."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    path = os.pathsep.join(str(each) for each in (TESTS, TESTS.parent))
+    path = python_path(TESTS, TESTS.parent)
     process = subprocess.Popen([sys.executable, "-m", __name__], stdin=theirs, env=os.environ | {"PYTHONPATH": path})
     theirs.close()
 

@@ -7,10 +7,12 @@ import time
 import pexpect
 import pyte
 
+from support.delays import python_path
 from support.forked import TESTS, Forked
 
 _ABOUT_OTHER_TERMINALS = {"NO_COLOR", "PROMPT_TOOLKIT_NO_CPR", "COLUMNS", "LINES"}
 _SETTLED_S = 0.03
+_PATIENCE_S = 60  # what is waited for comes much sooner, unless the machine is busy with other things
 
 
 class Terminal:
@@ -27,7 +29,7 @@ class Terminal:
         environment = {
             **{k: v for k, v in os.environ.items() if k not in _ABOUT_OTHER_TERMINALS},
             "TERM": "xterm-256color",
-            "PYTHONPATH": f"{TESTS}:{TESTS.parent}",
+            "PYTHONPATH": python_path(TESTS, TESTS.parent),
             **(environment or {}),
         }
         if module == "specchat":
@@ -85,7 +87,7 @@ class Terminal:
     def kill(self, signal):
         self._process.kill(signal)
 
-    def wait_for(self, condition, timeout_s=30):
+    def wait_for(self, condition, timeout_s=_PATIENCE_S):
         """Until `condition`, a text or a function of this terminal, is on the screen."""
         holds = condition if callable(condition) else lambda terminal: condition in terminal.screen
         end = time.monotonic() + timeout_s
@@ -99,7 +101,7 @@ class Terminal:
         self.wait_for(lambda terminal: terminal.cursor_line == ">")
         self._read(_SETTLED_S)
 
-    def exit_code(self, timeout_s=30):
+    def exit_code(self, timeout_s=_PATIENCE_S):
         end = time.monotonic() + timeout_s
         while self._read():
             assert time.monotonic() < end, f"does not end:\n{self.screen}"

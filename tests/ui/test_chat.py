@@ -8,7 +8,6 @@ import stat
 import pytest
 from support.terminal import Terminal
 
-SLOW = {"FAKE_PAUSE_S": "0.05"}
 CTRL_C, CTRL_D, CTRL_E, CTRL_L, CTRL_R, CTRL_X = "\x03", "\x04", "\x05", "\x0c", "\x12", "\x18"
 ENTER, TAB, UP = "\r", "\t", "\x1b[A"
 PASTE, PASTE_END = "\x1b[200~", "\x1b[201~"
@@ -112,27 +111,32 @@ def test_tab_completes_commands_keys_and_files(tmp_path):
 # --- loading -----------------------------------------------------------------------------------------------------
 
 
-def test_typing_while_the_model_loads():
-    with chat(ready=False, environment={"FAKE_LOAD_S": "0.8"}) as terminal:
+def test_typing_while_the_model_loads(tmp_path):
+    gate = tmp_path / "gate"
+    with chat(ready=False, environment={"FAKE_LOAD_GATE": str(gate)}) as terminal:
         terminal.wait_for("loading the model")
         assert terminal.screen.index("RAM") < terminal.screen.index("loading the model")  # the plan comes first
         terminal.send("already ")
         terminal.wait_for(lambda t: t.cursor_line == "> already" and "loading the model" in t.screen)
         terminal.send("here" + ENTER)
+        gate.touch()
         terminal.wait_for("You said: already here")
         terminal.wait_for_prompt()
         assert "loading" not in terminal.screen
 
 
-def test_what_loading_tells_vanishes_while_a_line_is_typed():
-    with chat(ready=False, environment={"FAKE_LOAD_S": "0.5"}) as terminal:
+def test_what_loading_tells_vanishes_while_a_line_is_typed(tmp_path):
+    gate = tmp_path / "gate"
+    with chat(ready=False, environment={"FAKE_LOAD_GATE": str(gate)}) as terminal:
         terminal.wait_for("loading the model")
         terminal.send("half")
+        terminal.wait_for(lambda t: t.cursor_line == "> half" and "loading the model" in t.screen)
+        gate.touch()
         terminal.wait_for(lambda t: t.cursor_line == "> half" and "loading" not in t.screen)
 
 
 def test_not_waiting_for_the_model():
-    with chat(ready=False, environment={"FAKE_LOAD_S": "30"}) as terminal:
+    with chat(ready=False, environment={"FAKE_LOAD_GATE": "/nonexistent"}) as terminal:
         terminal.wait_for("loading the model")
         terminal.send("too slow" + ENTER)
         terminal.wait_for(lambda t: t.cursor_line.startswith("loading the model"))
@@ -143,12 +147,19 @@ def test_not_waiting_for_the_model():
         assert terminal.exit_code() == 0
 
 
-@pytest.mark.parametrize("typed", ["", "half a message", "a whole one\r"], ids=["nothing", "half", "sent"])
-def test_loading_that_fails_is_explained(tmp_path, typed):
-    environment = {"FAKE_LOAD_S": "0.6", "FAKE_LOAD_FAILS": "1", "SPECCHAT_STATE_DIR": str(tmp_path)}
+@pytest.mark.parametrize(
+    ("typed", "cursor_line"),
+    [("", ">"), ("half a message", "> half a message"), ("a whole one\r", "loading the model ·")],
+    ids=["nothing", "half", "sent"],
+)
+def test_loading_that_fails_is_explained(tmp_path, typed, cursor_line):
+    gate = tmp_path / "gate"
+    environment = {"FAKE_LOAD_GATE": str(gate), "FAKE_LOAD_FAILS": "1", "SPECCHAT_STATE_DIR": str(tmp_path)}
     with chat(ready=False, environment=environment) as terminal:
         terminal.wait_for("loading the model")
         terminal.send(typed)
+        terminal.wait_for(lambda t: t.cursor_line.startswith(cursor_line))
+        gate.touch()
         assert terminal.exit_code() == 4
         assert "error: the model is too large\nhint: try --vram 8GiB" in terminal.screen
         assert b"Traceback" not in terminal.raw
@@ -159,12 +170,20 @@ def test_loading_that_fails_is_explained(tmp_path, typed):
 # --- the answer --------------------------------------------------------------------------------------------------
 
 
-def test_the_status_line_comes_and_goes():
-    with chat(environment={"FAKE_FIRST_PAUSE_S": "0.3", "FAKE_PAUSE_S": "0.02"}) as terminal:
-        terminal.send("long" + ENTER)
-        terminal.wait_for(lambda t: re.search(r"^verifying 2 of 4 · 0 s · RAM 140", t.screen, re.MULTILINE))
+def test_the_status_line_comes_and_goes(tmp_path):
+    gate = tmp_path / "gate"
+    with chat(environment={"FAKE_GATE": str(gate)}) as terminal:
+        terminal.send("held hello" + ENTER)
+        terminal.wait_for(lambda t: re.search(r"^verifying 2 of 4 · \d+ s · RAM 140", t.screen, re.MULTILINE))
+        gate.touch()
+        terminal.wait_for("You said: held hello")
+        terminal.wait_for_prompt()
+        assert not STATUS.search(terminal.scrollback)
+        gate.unlink()
+        terminal.send("gated long" + ENTER)
         terminal.wait_for(lambda t: re.search(r"word3.*\n(.*\n)?verifying 2 of 4 · [\d]+ tok · [\d.]+ tok/s", t.screen))
-        assert re.search(r"3.0 tok/pass · \d s · 210 MB/s", terminal.screen)
+        assert re.search(r"3.0 tok/pass · \d+ s · 210 MB/s", terminal.screen)
+        gate.touch()
         terminal.wait_for("word59")
         terminal.wait_for_prompt()
         assert not STATUS.search(terminal.scrollback)
@@ -172,8 +191,8 @@ def test_the_status_line_comes_and_goes():
 
 
 def test_no_status_when_quiet():
-    with chat("-q", environment=SLOW) as terminal:
-        terminal.send("long" + ENTER)
+    with chat("-q") as terminal:
+        terminal.send("gated long" + ENTER)
         terminal.wait_for("word9")
         assert not STATUS.search(terminal.screen)
 
@@ -242,9 +261,8 @@ def test_an_answer_longer_than_the_screen():
 
 
 def test_ctrl_c_twice_in_an_answer_leaves():
-    # the first step is so long that the screen is looked at before it ends
-    with chat(environment={"FAKE_FIRST_PAUSE_S": "4", "FAKE_SAYS_CLOSED": "1"}) as terminal:
-        terminal.send("long" + ENTER)
+    with chat(environment={"FAKE_LEAVE_WITHIN_S": "60", "FAKE_SAYS_CLOSED": "1"}) as terminal:
+        terminal.send("stuck" + ENTER)
         terminal.wait_for("verifying")
         terminal.send(CTRL_C)
         terminal.wait_for("stopping ·")
@@ -265,14 +283,16 @@ def test_what_is_typed_during_an_answer_waits_for_the_prompt(tmp_path):
         assert terminal.screen.index("You said: gated hello\n") < terminal.screen.index("> next\n")
 
 
-def test_thinking_is_folded_shown_and_hidden():
-    with chat(environment={"FAKE_PAUSE_S": "0.03"}) as terminal:
-        terminal.send("think" + ENTER)
-        terminal.wait_for("Then that.")
+def test_thinking_is_folded_shown_and_hidden(tmp_path):
+    gate = tmp_path / "gate"
+    with chat(environment={"FAKE_GATE": str(gate)}) as terminal:
+        terminal.send("gated think" + ENTER)
+        terminal.wait_for("First this.\nThen")
+        gate.touch()
         terminal.wait_for("So it is.")
         terminal.wait_for_prompt()
         assert "First this." not in terminal.scrollback
-        assert re.search(r"^thought \d s, \d+ tok\nSo it is.", terminal.scrollback, re.MULTILINE)
+        assert re.search(r"^thought \d+ s, \d+ tok\nSo it is.", terminal.scrollback, re.MULTILINE)
         say(terminal, "/think show", r"First this.\nThen that.\n")
         say(terminal, "think", lambda t: t.screen.count("So it is.") == 2)
         assert terminal.screen.count("First this.\nThen that.\n") == 2

@@ -15,8 +15,8 @@ from specchat.ui.worker import Worker
 @pytest.mark.parametrize("failure", FAILURES)
 def test_a_load_that_cannot_start_has_failed(failure: str):
     load = BackgroundLoad(lambda _: pytest.fail("it runs"))
-    with at_most(20), watched_threads(1, failure) as threads:
-        assert load.wait(10)
+    with at_most(60), watched_threads(1, failure) as threads:
+        assert load.wait(60)
         for _ in range(2):
             with pytest.raises(AllocationError):
                 load.result()
@@ -30,6 +30,6 @@ def test_an_answer_that_cannot_start_is_an_error(failure: str):
         yield pytest.fail("it runs")
 
     worker = Worker(records(), Event())
-    with at_most(20), watched_threads(1, failure) as threads, pytest.raises(AllocationError), worker:
+    with at_most(60), watched_threads(1, failure) as threads, pytest.raises(AllocationError), worker:
         pytest.fail("there is nothing to follow")
     assert threads.count == 1 and not threads.num_running

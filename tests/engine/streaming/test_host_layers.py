@@ -100,7 +100,7 @@ def test_every_layer_is_there_when_it_is_taken(
 def test_a_reader_that_cannot_start_leaves_nothing_pinned(packed_model: PackedModel, failing: int, failure: str):
     runtime, filler = Runtime(1 << 40), PackLayerReader(packed_model.pack)
     pin, layers = Pinner(runtime, lambda: None, lambda _: None), packed_model.skeleton.layers
-    with at_most(20), watched_threads(failing, failure) as threads, pytest.raises(AllocationError):
+    with at_most(60), watched_threads(failing, failure) as threads, pytest.raises(AllocationError):
         HostLayers(layers, range(NUM_LAYERS), [1], 2, lambda *_: None, filler, pin)
     filler.close()
     assert threads.count == failing and not threads.num_running and not runtime.pinned

@@ -90,7 +90,11 @@ def tensors(draw):
 # ---------------------------------------------------------------- reading
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
 @given(saved=tensors(), staging=st.integers(8, 40), pad=st.integers(0, 9), data=st.data())
 def test_reads_what_safetensors_reads(tmp_path, saved, staging, pad, data):
     # The padding shifts the data to every alignment.
@@ -331,7 +335,11 @@ def test_an_insane_header_length(tmp_path, length):
         open_checkpoint(tmp_path)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
 @given(data=st.data())
 def test_a_damaged_file_opens_or_raises_a_named_error(tmp_path, data):
     save_file({"x": torch.ones(3), "y": torch.ones(2, dtype=torch.int8)}, tmp_path / "model.safetensors")

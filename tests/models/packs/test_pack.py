@@ -56,6 +56,7 @@ from specchat.units import MIB
 KEY = "0123456789abcdef"
 FILES = {"config.json": b'{"model_type": "toy"}', "tokenizer.json": b"{}"}
 FORK = multiprocessing.get_context("fork")  # children that need not import torch again
+PATIENCE_S = 60  # what is waited for comes much sooner, unless the machine is busy with other things
 
 
 @pytest.fixture(autouse=True)
@@ -70,13 +71,12 @@ class Toy:
 
     layers_name = "model.layers"
 
-    def __init__(self, log=None, num_layers=3, pause_s=0.0, numbers=1500, seed=0):
+    def __init__(self, log=None, num_layers=3, numbers=1500, seed=0):
         self.num_layers = num_layers
-        self._log, self._pause_s, self._numbers, self._seed = log, pause_s, numbers, seed
+        self._log, self._numbers, self._seed = log, numbers, seed
 
     def read_layer(self, layer):
         self._note(str(layer))
-        time.sleep(self._pause_s)
         generator = torch.Generator().manual_seed(100 * self._seed + layer)
         sizes = {"attn.weight": (self._numbers, 3), "mlp.weight": (self._numbers + layer,), "norm.weight": (7,)}
         return {name: torch.randn(size, generator=generator).bfloat16() for name, size in sizes.items()}
@@ -674,41 +674,53 @@ def run_child(function, *args):
     return child
 
 
-def build_and_report(source, results):
-    told = []
-    made = build(source, warn=told.append)
-    results.put((not verify_pack(made), told))
+class Halting(Toy):
+    """Tells when it is asked for its second layer, and has it once it may go on."""
+
+    def __init__(self, log):
+        super().__init__(log)
+        self.halts, self.may_go_on = FORK.Event(), FORK.Event()
+
+    def read_layer(self, layer):
+        tensors = super().read_layer(layer)
+        if layer == 1:
+            self.halts.set()
+            self.may_go_on.wait(PATIENCE_S)
+        return tensors
+
+
+def build_and_report(source, told):
+    made = build(source, warn=told.put)
+    told.put("good" if not verify_pack(made) else "damaged")
+
+
+def start_and_let_another_wait(first_source, second_source):
+    """Two processes that pack the same: the first is half way, and the second, which waits, has said so."""
+    told = FORK.Queue()
+    first = run_child(build_and_report, first_source, told)
+    assert first_source.halts.wait(PATIENCE_S)
+    second = run_child(build_and_report, second_source, told)
+    assert "waiting" in told.get(timeout=PATIENCE_S)
+    return first, second, told
 
 
 def test_two_processes_at_once(toy):
-    toy._pause_s = 0.05
-    results = FORK.Queue()
-    children = [run_child(build_and_report, toy, results) for _ in range(2)]
-    answers = [results.get(timeout=30) for _ in children]
-    for child in children:
-        child.join(10)
-    assert [good for good, _ in answers] == [True, True]
-    told = [line for _, lines in answers for line in lines]
-    assert len(told) <= 1
-    assert all("waiting" in line for line in told)
+    source = Halting(toy._log)
+    first, second, told = start_and_let_another_wait(source, toy)
+    source.may_go_on.set()
+    assert [told.get(timeout=PATIENCE_S) for _ in range(2)] == ["good", "good"]
+    for child in (first, second):
+        child.join(PATIENCE_S)
+    assert told.empty()
     assert toy.reads() == ["0", "1", "2", "rest"]
 
 
 def test_the_second_goes_on_when_the_first_dies(toy):
-    slow = Toy(toy._log, pause_s=0.3)
-    results = FORK.Queue()
-    first = run_child(build_and_report, slow, results)
-    deadline = time.monotonic() + 30
-    while toy.reads() != ["0", "1"]:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    second = run_child(build_and_report, Toy(toy._log), results)
-    time.sleep(0.1)
+    first, second, told = start_and_let_another_wait(Halting(toy._log), toy)
     first.kill()
-    good, told = results.get(timeout=30)
-    second.join(10)
-    assert good
-    assert len(told) == 1
+    assert told.get(timeout=PATIENCE_S) == "good"
+    second.join(PATIENCE_S)
+    assert told.empty()
     assert toy.reads() == ["0", "1", "1", "2", "rest"]
 
 
@@ -751,7 +763,7 @@ def kill_twice_and_finish(points, expected):
     shutil.rmtree(packs_folder(), ignore_errors=True)
     for point in points:
         child = run_child(die_at, Toy(), point)
-        child.join(30)
+        child.join(PATIENCE_S)
         assert child.exitcode in (-signal.SIGKILL, 0)
         assert_never_wrong(expected)
     build(Toy(), warn=no_warning)
@@ -761,7 +773,7 @@ def kill_twice_and_finish(points, expected):
 def expected_and_calls():
     results = FORK.Queue()
     run_child(count_calls, Toy(), results)
-    calls = results.get(timeout=30)
+    calls = results.get(timeout=PATIENCE_S)
     return contents(packs_folder() / KEY), calls
 
 
@@ -799,7 +811,7 @@ def test_a_real_model_killed_at_random_times(tmp_path):
         child = run_child(pack_model, source.path)
         time.sleep(chance.uniform(0, took_s))
         child.kill()
-        child.join(30)
+        child.join(PATIENCE_S)
         assert_never_wrong(expected)
         pack_model(source.path)
         assert contents(packs_folder() / KEY) == expected
@@ -811,7 +823,7 @@ def test_killed_while_mending(toy):
     for point in range(1, 60, 7):
         damage_truncate(layer_file(1))
         child = run_child(die_at, Toy(), point)
-        child.join(30)
+        child.join(PATIENCE_S)
         assert_never_wrong(expected)
         build(Toy(), warn=no_warning)
         assert contents(packs_folder() / KEY) == expected

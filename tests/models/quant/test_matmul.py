@@ -18,7 +18,11 @@ def not_intel(monkeypatch):
     monkeypatch.setattr(matmul, "_is_turning_faster", lambda: True)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=30,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
 @given(st.integers(1, 70), st.integers(1, 130), st.integers(1, 90), st.booleans())
 def test_products_are_exact_to_float32(num_rows, width, height, has_bias):
     generator = torch.Generator().manual_seed(num_rows * 1000 + width)
