@@ -286,7 +286,7 @@ def test_thinking_is_folded_shown_and_hidden():
 
 def test_commands_that_change_the_chat():
     with chat(rows=50) as terminal:
-        say(terminal, "/retry", "there is no answer to try again")
+        say(terminal, "/retry", "no answer to retry")
         say(terminal, "one", "You said: one")
         say(terminal, "/retry", lambda t: t.screen.count("You said: one") == 2)
         assert "greedy answers come out the same" in terminal.screen
@@ -294,7 +294,7 @@ def test_commands_that_change_the_chat():
         terminal.wait_for(lambda t: t.cursor_line == "> one")
         say(terminal, " and more", "You said: one and more")
         say(terminal, "two", "You said: two")
-        say(terminal, "/drop 3", "error: there are 2 turns to drop")
+        say(terminal, "/drop 3", "error: the chat has 2 turns to drop")
         say(terminal, "/drop 1", r"1 turn dropped, \d+ of 400 tokens in use")
         say(terminal, "/drop", "it goes like this: /drop N")
         terminal.send("/undo" + ENTER)
@@ -302,7 +302,7 @@ def test_commands_that_change_the_chat():
         say(terminal, "!", "You said: two!")
         say(terminal, "/clear", "the chat is empty again")
         say(terminal, "/clear now", "/clear takes no argument")
-        say(terminal, "/undo", "error: there is nothing to undo")
+        say(terminal, "/undo", "error: nothing to undo")
 
 
 def test_an_edit_that_is_given_up_is_an_ordinary_message():
@@ -350,7 +350,7 @@ def test_files(tmp_path):
         say(terminal, f"/read {tmp_path}/missing", "cannot be read: No such file")
         say(terminal, f"/save {tmp_path}/chat.md", f"saved to {tmp_path}/chat.md")
         say(terminal, f"/save {tmp_path}/chat.jsonl", f"saved to {tmp_path}/chat.jsonl")
-        say(terminal, f"/save {tmp_path}/chat.md", "exists already")
+        say(terminal, f"/save {tmp_path}/chat.md", "already exists")
         say(terminal, "/clear", "empty again")
         say(terminal, f"/load {tmp_path}/chat.jsonl", "1 turn from")
         say(terminal, "/retry", lambda t: t.screen.count("You said: the notes") == 2)
@@ -387,7 +387,7 @@ def test_a_context_that_fills_up():
 def test_an_answer_that_was_stopped_goes_on(tmp_path):
     gate = tmp_path / "gate"
     with chat(environment={"FAKE_GATE": str(gate)}) as terminal:
-        say(terminal, "/continue", "there is no answer")
+        say(terminal, "/continue", "no answer to continue")
         terminal.send("gated hello" + ENTER)
         terminal.wait_for("You said")
         terminal.send(CTRL_C)
