@@ -37,7 +37,7 @@ class Thread:
         """
         has_begun = False
         with suppress(MemoryError, RuntimeError):
-            _thread.start_new_thread(self._watched(), ())
+            _thread.start_new_thread(self._watched_function(), ())
             has_begun = self._events.get() is _BEGUN
         if not has_begun:
             raise AllocationError(
@@ -55,7 +55,7 @@ class Thread:
         while self.is_alive:
             self._events.get()
 
-    def _watched(self) -> "partial[None]":
+    def _watched_function(self) -> "partial[None]":
         """Return the function for the thread.
 
         Only the thread holds a strong reference, so the weak reference reports when the thread ends.

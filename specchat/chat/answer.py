@@ -202,7 +202,7 @@ class Answer:
         if self.cut_by_stop_string:
             return []
         text = self.detokenizer.flush(complete=self.finish_reason == "stop")
-        pieces = self._watched([*self.parts.feed(text), *self.parts.finish()])
+        pieces = self._cut_at_stop([*self.parts.feed(text), *self.parts.finish()])
         pieces.append(("answer", self.stops.flush()))
         return list(self._deltas(pieces, (), None))
 
@@ -233,11 +233,11 @@ class Answer:
         The token counts as thinking if the parser is inside the thinking before or after the token.
         """
         was_thinking = self.parts.part == "reasoning"
-        pieces = self._watched(self.parts.feed(self.detokenizer.feed(token_id)))
+        pieces = self._cut_at_stop(self.parts.feed(self.detokenizer.feed(token_id)))
         self.num_reasoning += was_thinking or self.parts.part == "reasoning"
         return pieces
 
-    def _watched(self, pieces: list[Piece]) -> list[Piece]:
+    def _cut_at_stop(self, pieces: list[Piece]) -> list[Piece]:
         """Cut the pieces at a stop string; stop strings do not apply to thinking."""
         return [(part, self.stops.feed(text) if part == "answer" else text) for part, text in pieces]
 

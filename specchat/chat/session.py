@@ -225,7 +225,7 @@ class ChatSession:
             **{key: _shown(value) for key, value in values.items()},
             "stop": " ".join(map(repr, self._stop_texts)) or "none",
             "system": self._state.system or "none",
-            "think": {True: "on", False: "off", None: "template default"}[self._state.thinking],
+            "think": {True: "on", False: "off", None: "model default"}[self._state.thinking],
             "overflow": self.overflow,
         }
         return [Setting(name, value, self._sources.get(name, "default")) for name, value in shown.items()]
