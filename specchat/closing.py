@@ -1,4 +1,4 @@
-"""The base of what must be let go of: `with` closes it."""
+"""Base class for objects that must be closed."""
 
 from abc import ABC, abstractmethod
 from types import TracebackType
@@ -6,11 +6,11 @@ from typing import Self
 
 
 class Closeable(ABC):
-    """Closes itself at the end of a `with`, whatever happened in it."""
+    """A context manager that closes itself on exit, also after an error."""
 
     @abstractmethod
     def close(self) -> None:
-        """Lets go of what is held."""
+        """Release all resources."""
 
     def __enter__(self) -> Self:
         return self

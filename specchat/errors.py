@@ -1,6 +1,6 @@
-"""Everything a user can get wrong, or a machine can refuse, as named errors with a hint.
+"""Named errors, with hints, for user mistakes and for machines that refuse.
 
-Only `specchat.cli.exit_status` turns these into exit codes. A broken invariant of our own is an `assert` instead.
+Only `specchat.cli.exit_status` turns these errors into exit codes. A broken internal invariant is an `assert` instead.
 """
 
 import errno
@@ -10,8 +10,8 @@ class SpecchatError(Exception):
     """Base of every error shown to a user.
 
     Args:
-        message: What happened and why, one line, no full stop.
-        hint: What to do about it, one line, or None.
+        message: what happened and why, in one line without a final full stop.
+        hint: what to do about the error, in one line; None if there is no advice.
     """
 
     def __init__(self, message: str, hint: str | None = None) -> None:
@@ -21,23 +21,23 @@ class SpecchatError(Exception):
 
 
 class UsageError(SpecchatError):
-    """Asked wrongly: a flag, a size, an empty prompt, something that cannot be combined."""
+    """An invalid request: a wrong flag or size, an empty prompt, or options that cannot be combined."""
 
 
 class InvalidSizeError(UsageError):
-    """A SIZE that is not of the form 900MiB, 8GiB, 8GB."""
+    """A SIZE that is not written like 900MiB, 8GiB or 8GB."""
 
 
 class EmptyPromptError(UsageError):
-    """There is nothing to answer."""
+    """A prompt that is empty or blank."""
 
 
 class UnsupportedModelError(UsageError):
-    """An architecture that the engine cannot verify trees on."""
+    """A model architecture on which the engine cannot verify draft trees."""
 
 
 class VocabularyMismatchError(UsageError):
-    """A draft whose token ids do not mean what the target's mean."""
+    """A draft whose token ids stand for other tokens than the target's ids."""
 
 
 class NotAvailableError(UsageError):
@@ -45,39 +45,39 @@ class NotAvailableError(UsageError):
 
 
 class ModelError(SpecchatError):
-    """The model cannot be had or cannot be read."""
+    """A model that cannot be found, downloaded or read."""
 
 
 class ModelNotFoundError(ModelError):
-    """No such folder, repository or revision."""
+    """A folder, repository or revision that does not exist."""
 
 
 class ModelGatedError(ModelError):
-    """The hub wants a login or an accepted licence first."""
+    """A model for which the hub requires a login or an accepted licence."""
 
 
 class ModelNotCachedError(ModelError):
-    """Offline, and the files are not in the local cache."""
+    """A model that is not in the local cache while offline."""
 
 
 class CorruptCheckpointError(ModelError):
-    """A header, index or shard that cannot be what was saved."""
+    """A checkpoint whose header, index or shard is damaged or truncated."""
 
 
 class PickledCheckpointError(ModelError):
-    """Weights only as pickles, which may run code when opened: never read."""
+    """A checkpoint that only has pickled weights. Pickles may run code when opened, so they are never read."""
 
 
 class DoesNotFitError(SpecchatError):
-    """Memory, disk or context is too small for what was asked."""
+    """A request that exceeds the memory, the disk or the context."""
 
 
 class AllocationError(DoesNotFitError):
-    """Memory that a plan counted on could not be had when it was taken."""
+    """Memory that a plan counted on but that could not be allocated."""
 
 
 class PromptTooLongError(DoesNotFitError):
-    """The prompt leaves no room for an answer in the context."""
+    """A prompt that leaves no room for an answer in the context."""
 
 
 class SessionError(SpecchatError):
@@ -85,13 +85,14 @@ class SessionError(SpecchatError):
 
 
 class DeviceUnusableError(SpecchatError):
-    """A device that was asked for by name cannot be used."""
+    """A device that was requested by name but cannot be used."""
 
 
 def is_lack_of_memory(error: BaseException) -> bool:
-    """Whether an error that is not ours says that memory could not be had, or a thread, which takes some, too.
+    """Return whether a foreign error means that memory, or a thread, could not be allocated.
 
-    torch has an error of its own for a GPU's memory only, and Python none for threads.
+    A new thread needs memory for its stack. torch has a dedicated error only for GPU memory, and Python has none for
+    threads, so other errors are recognised by their text.
     """
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whatever happens while they are written."""
+"""Atomic file writes: a file is complete or unchanged, even if writing is interrupted."""
 
 import os
 import tempfile
@@ -6,15 +6,15 @@ from pathlib import Path
 
 
 def atomic_write_text(file: Path, text: str, *, durably: bool = False) -> None:
-    """Puts a text in the place of a file, whole or not at all; its folder is made.
+    """Replace a file's content with a text atomically, and create the file's folder.
 
     Args:
-        file: what becomes of it.
-        text: written as UTF-8.
-        durably: whether it is on the disk on return, even if the machine then stops.
+        file: path of the file.
+        text: new content, written as UTF-8.
+        durably: whether to sync the content to the disk before returning, so that it survives a power cut.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f"{file.stem}-", suffix=".tmp", dir=file.parent)

@@ -5,7 +5,10 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Where packs and measured rates lie; SPECCHAT_CACHE_DIR overrides the platform's folder. It need not exist yet."""
+    """Return the folder of packs and measured rates; the folder need not exist yet.
+
+    SPECCHAT_CACHE_DIR overrides the platform's cache folder.
+    """
     import platformdirs
 
     cache = os.environ.get("SPECCHAT_CACHE_DIR") or platformdirs.user_cache_dir("specchat", appauthor=False)
@@ -13,7 +16,10 @@ def cache_folder() -> Path:
 
 
 def state_folder() -> Path:
-    """Where chats, typed lines and statistics are kept: SPECCHAT_STATE_DIR, or the platform's folder for them."""
+    """Return the folder of saved chats, prompt history and statistics.
+
+    SPECCHAT_STATE_DIR overrides the platform's state folder.
+    """
     import platformdirs
 
     chosen = os.environ.get("SPECCHAT_STATE_DIR") or platformdirs.user_state_dir("specchat", appauthor=False)

@@ -1,8 +1,8 @@
-"""Threads that run, or are known not to.
+"""Threads whose start either succeeds or raises, even when memory runs out.
 
-`threading.Thread.start` waits until the new thread says that it runs. Where memory is short its stack may be the last
-that there is; then its first call fails, it says nothing, and the wait has no end (CPython's issue 140746). Here the
-interpreter itself tells that a thread has ended, by letting go of the function that it was given.
+`threading.Thread.start` waits until the new thread signals that it runs. If the thread's stack takes the last free
+memory, its first call fails, it never signals, and `start` hangs forever (CPython issue 140746). Here a weak reference
+detects the end of a thread: the interpreter releases the thread's function when the thread ends.
 """
 
 import _thread
@@ -18,50 +18,53 @@ _BEGUN = "begun"
 
 
 class Thread:
-    """Runs a function beside the others. The process does not wait for it when it ends.
+    """A daemon thread: the process does not wait for the thread on exit.
 
     Args:
-        run: takes care of its own errors.
+        run: function to run; must handle its own errors.
     """
 
     def __init__(self, run: Callable[[], None]) -> None:
         self._run = run
-        self._news: SimpleQueue[object] = SimpleQueue()
-        self._given: weakref.ref[partial[None]] | None = None
+        self._events: SimpleQueue[object] = SimpleQueue()
+        self._function_ref: weakref.ref[partial[None]] | None = None
 
     def start(self) -> None:
-        """Returns once the function runs.
+        """Start the thread and wait until its function runs.
 
         Raises:
-            AllocationError: it never will; there is no memory for it, or the system allows no further thread.
+            AllocationError: there is no memory for a thread, or the system allows no further thread.
         """
         has_begun = False
         with suppress(MemoryError, RuntimeError):
-            _thread.start_new_thread(self._watched(), ())
-            has_begun = self._news.get() is _BEGUN
+            _thread.start_new_thread(self._watched_function(), ())
+            has_begun = self._events.get() is _BEGUN
         if not has_begun:
             raise AllocationError(
-                "the system does not give what another thread takes",
-                hint="close other programs, or give a smaller --vram or --ctx",
+                "cannot start another thread: the system is out of memory or at its thread limit",
+                hint="close other programs, or lower --vram or --ctx",
             )
 
     @property
     def is_alive(self) -> bool:
         """Whether the function runs, or is about to."""
-        return self._given is not None and self._given() is not None
+        return self._function_ref is not None and self._function_ref() is not None
 
     def join(self) -> None:
-        """Returns once the function has ended; at once if it never began."""
+        """Wait until the function has ended; return at once if it never began."""
         while self.is_alive:
-            self._news.get()
+            self._events.get()
 
-    def _watched(self) -> "partial[None]":
-        """The function as the thread gets it; nobody else keeps it, so news comes when the thread lets it go."""
-        given = partial(_begin, self._news, self._run)
-        self._given = weakref.ref(given, self._news.put)
-        return given
+    def _watched_function(self) -> "partial[None]":
+        """Return the function for the thread.
+
+        Only the thread holds a strong reference, so the weak reference reports when the thread ends.
+        """
+        function = partial(_begin, self._events, self._run)
+        self._function_ref = weakref.ref(function, self._events.put)
+        return function
 
 
-def _begin(news: SimpleQueue[object], run: Callable[[], None]) -> None:
-    news.put(_BEGUN)
+def _begin(events: SimpleQueue[object], run: Callable[[], None]) -> None:
+    events.put(_BEGUN)
     run()

@@ -1,4 +1,4 @@
-"""Sizes and rates: GiB = 2^30 for memory, GB/s = 1e9 for links; parsing what users type, printing what they read."""
+"""Parsing and formatting of sizes and rates: GiB = 2^30 bytes for memory, GB/s = 1e9 bytes per second for links."""
 
 import re
 
@@ -14,10 +14,10 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)\s*", re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:
-    """Bytes meant by a SIZE such as 900MiB, 8GiB or 8GB.
+    """Return the bytes of a SIZE such as 900MiB, 8GiB or 8GB.
 
     Raises:
-        InvalidSizeError: no number, no unit, an unknown unit, or nothing left after rounding.
+        InvalidSizeError: the number or the unit is missing, the unit is unknown, or the size rounds to zero bytes.
     """
     match = _SIZE.fullmatch(text)
     num_bytes = int(float(match[1]) * _FACTORS[match[2].upper()]) if match else 0
@@ -27,13 +27,13 @@ def parse_size(text: str) -> int:
 
 
 def size_text(num_bytes: int) -> str:
-    """What `parse_size` reads as just so many bytes, as short as can be."""
+    """Return the shortest text that `parse_size` reads as exactly `num_bytes`."""
     factor, unit = next((pair for pair in ((GIB, "GiB"), (MIB, "MiB")) if num_bytes % pair[0] == 0), (1, "B"))
     return f"{num_bytes // factor}{unit}"
 
 
 def format_bytes(num_bytes: int) -> str:
-    """A memory size for people: `9.8 GiB`, `37 MiB`, `512 B`."""
+    """Return a memory size for people to read, such as `9.8 GiB`, `37 MiB` or `512 B`."""
     for factor, unit in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
         if num_bytes >= factor:
             value = num_bytes / factor
@@ -42,5 +42,5 @@ def format_bytes(num_bytes: int) -> str:
 
 
 def format_rate(bytes_per_s: float) -> str:
-    """A link or disk rate for people, in GB/s (1e9)."""
+    """Return a link or disk rate for people to read, in GB/s (1e9 bytes per second) or MB/s."""
     return f"{bytes_per_s / 1e9:.1f} GB/s" if bytes_per_s >= 1e9 else f"{bytes_per_s / 1e6:.0f} MB/s"

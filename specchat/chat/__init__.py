@@ -1,1 +1,1 @@
-"""Messages in, text deltas out: the chat itself, and the records that say what each answer took."""
+"""Chat sessions: messages in, text deltas out, and a record of what each answer cost."""

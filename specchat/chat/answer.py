@@ -1,4 +1,4 @@
-"""An answer: the records of it while it comes and when it is done, and the sums behind them."""
+"""An answer: its records during and after generation, and the sums behind the records."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from specchat.records.plan import MemoryReport
 
 @dataclass(frozen=True)
 class Delta:
-    """What one step added to one part of the answer.
+    """The text that one step added to one part of the answer.
 
     Attributes:
-        text: new text; empty while characters or possible stop strings are incomplete.
-        token_ids: new tokens, the stop token included; of several deltas of a step only the first has them.
-        step: the step itself, in the first of its deltas; None for text that was only held back.
-        part: whether the text is the answer's or the thinking before it.
+        text: new text; empty while a character or a possible stop string is incomplete.
+        token_ids: new tokens, stop token included. If a step yields several deltas, only the first has the tokens.
+        step: the step, in its first delta only; None for text that was held back earlier.
+        part: part that the text belongs to, the answer or the thinking before it.
     """
 
     text: str
@@ -33,7 +33,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens read and written by a turn; `reasoning_tokens` are those of the written ones that were thinking."""
+    """The token counts of a turn; `completion_tokens` includes `reasoning_tokens`, the tokens of the thinking."""
 
     prompt_tokens: int
     cached_tokens: int
@@ -43,17 +43,17 @@ class Usage:
 
 @dataclass(frozen=True)
 class Timings:
-    """Where a turn's time went; seconds.
+    """The durations of a turn's phases, in seconds.
 
     Attributes:
-        load_s: loading the model, before the first turn.
-        ttft_s: from submitting the prompt to the first token.
-        decode_s: from the first token to the last.
-        draft_s: drafting that no pass hid.
-        verify_s: target passes.
-        stream_wait_s: the part of verify_s spent waiting for layers.
-        tok_per_s: tokens of the answer / (ttft_s + decode_s).
-        reasoning_s: from the first token to the end of the thinking; 0 without any.
+        load_s: time to load the model, before the first turn.
+        ttft_s: time from submitting the prompt to the first token.
+        decode_s: time from the first token to the last.
+        draft_s: drafting time that no target pass hid.
+        verify_s: time of all target passes.
+        stream_wait_s: part of `verify_s` spent waiting for streamed layers.
+        tok_per_s: tokens of the answer divided by (ttft_s + decode_s).
+        reasoning_s: time from the first token to the end of the thinking; 0 without thinking.
     """
 
     load_s: float
@@ -76,7 +76,7 @@ class Timings:
         decode_s: float,
         reasoning_s: float = 0.0,
     ) -> Self:
-        """The times of an answer of so many tokens that took these steps."""
+        """Return the times of an answer of `num_tokens` tokens, summed over its steps."""
         return cls(
             load_s=load_s,
             ttft_s=ttft_s,
@@ -91,15 +91,15 @@ class Timings:
 
 @dataclass(frozen=True)
 class Speculation:
-    """What drafting brought.
+    """The figures of speculative decoding for one answer.
 
     Attributes:
-        steps: passes that emitted a token, the first included.
-        prefill_passes: passes that only read the prompt.
-        tokens_per_step: emitted tokens per step, bonus token included.
-        accepted_per_step: draft tokens among them, bonus token excluded.
-        mean_tree_nodes: draft nodes verified per step.
-        tree_budget: the most there could have been.
+        steps: number of passes that emitted a token, the first one included.
+        prefill_passes: number of passes that only read the prompt.
+        tokens_per_step: mean emitted tokens per step, bonus token included.
+        accepted_per_step: mean accepted draft tokens per step, bonus token excluded.
+        mean_tree_nodes: mean draft nodes verified per step.
+        tree_budget: maximum draft nodes per step.
     """
 
     steps: int
@@ -111,7 +111,7 @@ class Speculation:
 
     @classmethod
     def of_steps(cls, steps: Sequence[Step], num_tokens: int, num_accepted: int, tree_budget: int) -> Self:
-        """What drafting brought to an answer of so many tokens, so many of them guessed, that took these steps."""
+        """Return the figures of an answer of `num_tokens` tokens, of which `num_accepted` were drafted."""
         emitting = [step for step in steps if step.token_ids]
         per_step = 1 / len(emitting) if emitting else 0.0
         return cls(
@@ -129,10 +129,15 @@ class Turn:
     """One finished answer.
 
     Attributes:
-        message: the answer without special tokens and stop string, and the thinking before it; an answer that was
-            continued, as a whole.
-        token_ids: every emitted id, the stop token included.
-        unsaved: why the turn is not in the session's file, if it should be and could not be written.
+        message: answer without special tokens and stop string, and the thinking before it. A continued answer is
+            given as a whole.
+        token_ids: all emitted ids, stop token included.
+        finish_reason: reason why the answer ended.
+        usage: token counts.
+        timings: durations, in seconds.
+        speculation: figures of speculative decoding.
+        memory: memory in use at the end of the answer.
+        unsaved: reason why the turn could not be written to the session's file; None otherwise.
     """
 
     message: Message
@@ -147,7 +152,7 @@ class Turn:
 
 @dataclass
 class Answer:
-    """An answer while it is being written: its text, its tokens, and the sums for its record."""
+    """An answer while it is generated: its text, its tokens, and the sums for its record."""
 
     detokenizer: Detokenizer
     parts: Parts
@@ -166,15 +171,15 @@ class Answer:
 
     @property
     def cut_by_stop_string(self) -> bool:
-        """Whether the answer is over because of what it says."""
+        """Whether a stop string ended the answer."""
         return self.stops.matched is not None
 
     def text(self, part: Part) -> str:
-        """All of a part so far."""
+        """Return the text of a part so far."""
         return "".join(self.texts[part])
 
     def take(self, step: Step) -> list[Delta]:
-        """Adds a step's tokens, up to the one that completes a stop string."""
+        """Add a step's tokens, up to the one that completes a stop string, and return their deltas."""
         self.steps.append(step)
         self.finish_reason = step.finish_reason
         begins_thinking = self.parts.part == "reasoning"
@@ -183,7 +188,7 @@ class Answer:
         for token_id in step.token_ids:
             num_kept += 1
             if step.finish_reason == "stop" and num_kept == len(step.token_ids) and token_id in self.stop_ids:
-                break  # ends the answer and is no part of its text, whether the tokenizer calls it special or not
+                break  # a stop token is no part of the text, even if the tokenizer does not mark it as special
             pieces += self._read(token_id)
             if self.cut_by_stop_string:
                 self.finish_reason = "stop"
@@ -193,21 +198,21 @@ class Answer:
         return list(self._deltas(pieces, token_ids, step))
 
     def finish(self) -> list[Delta]:
-        """The text that was still held back: partial characters, tags and stop strings that did not come."""
+        """Return the text that was still held back: incomplete characters, tags and stop strings."""
         if self.cut_by_stop_string:
             return []
         text = self.detokenizer.flush(complete=self.finish_reason == "stop")
-        pieces = self._watched([*self.parts.feed(text), *self.parts.finish()])
+        pieces = self._cut_at_stop([*self.parts.feed(text), *self.parts.finish()])
         pieces.append(("answer", self.stops.flush()))
         return list(self._deltas(pieces, (), None))
 
     def usage(self, num_prompt_tokens: int) -> Usage:
-        """Tokens read and written."""
+        """Return the token counts."""
         cached = self.steps[0].cached_rows if self.steps else 0
         return Usage(num_prompt_tokens, cached, len(self.token_ids), self.num_reasoning)
 
     def timings(self, load_s: float) -> Timings:
-        """Where the time went."""
+        """Return the durations."""
         first = self.first_token_at or time.perf_counter()
         return Timings.of_steps(
             self.steps,
@@ -219,22 +224,25 @@ class Answer:
         )
 
     def speculation(self, tree_budget: int) -> Speculation:
-        """What drafting brought."""
+        """Return the figures of speculative decoding."""
         return Speculation.of_steps(self.steps, len(self.token_ids), self.num_accepted, tree_budget)
 
     def _read(self, token_id: int) -> list[Piece]:
-        """What a token adds to the text; its thinking is counted as the parser learns of it."""
+        """Return the text that a token adds.
+
+        The token counts as thinking if the parser is inside the thinking before or after the token.
+        """
         was_thinking = self.parts.part == "reasoning"
-        pieces = self._watched(self.parts.feed(self.detokenizer.feed(token_id)))
+        pieces = self._cut_at_stop(self.parts.feed(self.detokenizer.feed(token_id)))
         self.num_reasoning += was_thinking or self.parts.part == "reasoning"
         return pieces
 
-    def _watched(self, pieces: list[Piece]) -> list[Piece]:
-        """The pieces up to a stop string; thinking is not watched."""
+    def _cut_at_stop(self, pieces: list[Piece]) -> list[Piece]:
+        """Cut the pieces at a stop string; stop strings do not apply to thinking."""
         return [(part, self.stops.feed(text) if part == "answer" else text) for part, text in pieces]
 
     def _deltas(self, pieces: list[Piece], token_ids: tuple[int, ...], step: Step | None) -> Iterator[Delta]:
-        """One delta for each run of pieces of the same part; one without text for a step that brought none."""
+        """Yield one delta per run of pieces of one part; yield an empty delta for a step without text."""
         runs: list[tuple[Part, str]] = []
         for part, text in pieces:
             if not text:

@@ -1,4 +1,4 @@
-"""Which part of a model's text is thinking and which is the answer, while the text is still coming."""
+"""Parsers that split a model's text into thinking and answer during generation."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ _OPEN, _CLOSE = "<think>", "</think>"
 
 
 class Parser(Protocol):
-    """Cuts a stream of text into pieces; an empty piece says that a part begins."""
+    """A parser that cuts a stream of text into pieces; an empty piece marks the start of a part."""
 
     @property
     def part(self) -> Part:
-        """The part that the next character belongs to, as far as is known."""
+        """The part that the next character belongs to, as far as the parser knows."""
 
     def feed(self, text: str) -> list[Piece]:
-        """The pieces that are certain after `text`."""
+        """Add `text` and return the pieces that are now certain."""
 
     def finish(self) -> list[Piece]:
-        """What was held back, at the end of the text."""
+        """Return the text that was held back, once the whole text is known."""
 
 
 class PlainText:
-    """No thinking: everything is the answer."""
+    """A parser for models that do not think: all text is the answer."""
 
     part: Part = "answer"
 
     def feed(self, text: str) -> list[Piece]:
-        """`text`, as it is."""
+        """Return `text` unchanged."""
         return [("answer", text)]
 
     def finish(self) -> list[Piece]:
-        """Nothing."""
+        """Return nothing; no text is held back."""
         return []
 
 
 class ThinkTags:
-    """Thinking between <think> and </think> at the very start, for models whose tokenizer ships no parser.
+    """A parser for thinking between <think> and </think>, for models whose tokenizer ships no parser.
 
-    Tags elsewhere are text: an answer may speak of them.
+    Only an opening tag at the very start counts. Tags elsewhere are text, because an answer may mention them.
 
     Args:
-        opened: the prompt ends within the thinking.
-        begun: the prompt ends within the answer.
+        opened: whether the prompt ends within the thinking.
+        begun: whether the prompt ends within the answer.
     """
 
     def __init__(self, *, opened: bool = False, begun: bool = False) -> None:
@@ -55,7 +55,7 @@ class ThinkTags:
         self.part: Part = "reasoning" if opened else "answer"
 
     def feed(self, text: str) -> list[Piece]:
-        """Holds back what may become a tag."""
+        """Add `text` and return the certain pieces; text that may become a tag is held back."""
         self._held += text
         pieces: list[Piece] = []
         if self._undecided and not self._decide(pieces):
@@ -68,12 +68,12 @@ class ThinkTags:
         return pieces
 
     def finish(self) -> list[Piece]:
-        """The beginning of a tag that did not come to its end."""
+        """Return the beginning of a tag that was never completed."""
         rest, self._held = self._held, ""
         return [(self.part, rest)]
 
     def _decide(self, pieces: list[Piece]) -> bool:
-        """Whether it is known by now if the text starts with a tag."""
+        """Return whether the text is long enough to know if it starts with a tag."""
         start = self._held.lstrip()
         if start.startswith(_OPEN):
             self.part, self._held = "reasoning", start[len(_OPEN) :]
@@ -95,37 +95,37 @@ class ThinkTags:
 
 
 def _overlap(text: str, tag: str) -> int:
-    """Length of the longest end of `text` that begins `tag`."""
+    """Return the length of the longest suffix of `text` that is a prefix of `tag`."""
     return next((n for n in range(min(len(text), len(tag) - 1), 0, -1) if tag.startswith(text[-n:])), 0)
 
 
 class Parts:
-    """A parser's pieces without the blank space that templates put around thinking.
+    """A parser's pieces without the white space that templates put around thinking.
 
-    Text that comes without any thinking is passed on as it is.
+    Text without thinking passes unchanged.
 
     Args:
-        parser: finds the parts.
-        continuing: the text goes on where an earlier one was cut off, so that its own first blanks count.
+        parser: splits the text into parts.
+        continuing: whether the text continues an earlier one; its leading white space is then kept.
     """
 
     def __init__(self, parser: Parser, *, continuing: bool = False) -> None:
         self._parser = parser
         self._has_thought = parser.part == "reasoning"
         self._trims: Part | None = "reasoning" if self._has_thought and not continuing else None
-        self._blanks = ""  # at the end of the thinking so far; only kept if more of it comes
+        self._blanks = ""  # trailing white space of the thinking; emitted only if more thinking follows
 
     @property
     def part(self) -> Part:
-        """The part that the next character belongs to."""
+        """Part that the next character belongs to."""
         return self._parser.part
 
     def feed(self, text: str) -> list[Piece]:
-        """The pieces that are certain after `text`, none of them empty."""
+        """Add `text` and return the pieces that are now certain; none is empty."""
         return self._trimmed(self._parser.feed(text))
 
     def finish(self) -> list[Piece]:
-        """The rest."""
+        """Return the text that was held back, once the whole text is known."""
         return self._trimmed(self._parser.finish())
 
     def _trimmed(self, pieces: list[Piece]) -> list[Piece]:

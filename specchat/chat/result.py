@@ -1,4 +1,7 @@
-"""The JSON that scripts read: built here, documented in the man page, pinned by tests. Bytes, seconds, raw numbers."""
+"""The JSON objects that scripts read: bytes, seconds, unformatted numbers.
+
+The man page documents the objects; tests pin their keys.
+"""
 
 from dataclasses import asdict
 from typing import Any
@@ -13,13 +16,13 @@ SCHEMA_VERSION = 1
 
 
 def run_object(turn: Turn, *, target: ModelSource, plan: Plan, seed: int) -> dict[str, Any]:
-    """The object that `run --json` prints.
+    """Build the object that `run --json` prints.
 
     Args:
-        turn: the answer.
-        target: the model that gave it.
-        plan: what it ran under.
-        seed: what keyed its draws.
+        turn: finished answer.
+        target: model that wrote the answer.
+        plan: plan that the engine ran under.
+        seed: seed of the sampling.
     """
     return {
         "schema_version": SCHEMA_VERSION,
@@ -40,19 +43,22 @@ def run_object(turn: Turn, *, target: ModelSource, plan: Plan, seed: int) -> dic
 
 
 def delta_object(delta: Delta) -> dict[str, Any]:
-    """One line of `run --json-stream`; thinking has a key of its own, so that the texts, joined, are the answer."""
+    """Build one line of `run --json-stream`.
+
+    Thinking has a key of its own, so the joined `text` values are the answer.
+    """
     if delta.part == "reasoning":
         return {"type": "delta", "text": "", "reasoning": delta.text, "token_ids": list(delta.token_ids)}
     return {"type": "delta", "text": delta.text, "token_ids": list(delta.token_ids)}
 
 
 def done_object(run: dict[str, Any]) -> dict[str, Any]:
-    """The last line of `run --json-stream`: the run object, marked."""
+    """Build the last line of `run --json-stream`: the run object with type "done"."""
     return {"type": "done", **run}
 
 
 def plan_object(plan: Plan) -> dict[str, Any]:
-    """The plan itself; what nothing has predicted is null."""
+    """Build the object of a plan without predictions; the predicted values are null."""
     return {
         "target": plan.target,
         "draft": plan.draft,
@@ -81,7 +87,7 @@ def plan_object(plan: Plan) -> dict[str, Any]:
 
 
 def chosen_object(chosen: ExplainedPlan) -> dict[str, Any]:
-    """The plan that `run --plan --json` prints, with the speed to expect and the reasons."""
+    """Build the object that `run --plan --json` prints: the plan, its predicted speed and the reasons."""
     prediction = chosen.prediction
     return {
         **plan_object(chosen.plan),
@@ -107,11 +113,11 @@ def chosen_object(chosen: ExplainedPlan) -> dict[str, Any]:
 
 
 def offers_object(offers: Recommendations, flags: str) -> dict[str, Any]:
-    """What this machine can run, as `probe --json` prints it.
+    """Build the object of recommended models that `probe --json` prints.
 
     Args:
-        offers: all of them.
-        flags: what was asked for besides, to be typed again.
+        offers: recommendations for this machine.
+        flags: further flags of the user, appended to each command.
     """
     return {
         "runs": [_offer_object(offer, flags) for offer in offers.best],

@@ -1,7 +1,7 @@
-"""A chat: messages in, text deltas out, and at the end of each answer a record of what it took.
+"""A chat session: messages in, text deltas out, and one record per finished answer.
 
-The history is text. Every turn renders the whole chat anew and tokenizes it anew, so an answer depends on what can be
-read above it and on nothing else; the engine finds out how much of that its caches still hold.
+The history is text. Every turn renders and tokenizes the whole chat again, so an answer depends only on the visible
+text above it. The engine finds out which prefix of the prompt its KV caches still hold.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ if TYPE_CHECKING:
 
 __all__ = ["ChatSession", "Delta", "Dropped", "Speculation", "Timings", "Turn", "Usage"]
 
-# The share of the context from which on a user should know that it fills up.
+# Share of the context in use from which the user is warned.
 CONTEXT_WARNING = 0.8
-# With "drop-oldest", the part of the context that is made free for an answer.
+# With "drop-oldest", 1/4 of the context is kept free for the answer.
 _ANSWER_SHARE = 4
 
 
 class Generator(Protocol):
-    """The part of `specchat.engine.engine.Engine` that a chat uses."""
+    """The interface of `specchat.engine.engine.Engine` that a chat uses."""
 
     @property
     def plan(self) -> Plan: ...
@@ -79,28 +79,32 @@ class Generator(Protocol):
 
 
 def check_has_template(tokenizer: Tokenizer, *, base: bool) -> None:
-    """Refuses to chat with a model that was not made for it.
+    """Check that a model can chat.
+
+    Args:
+        tokenizer: tokenizer of the target.
+        base: whether the user asked for plain text continuation, which needs no chat template.
 
     Raises:
-        UsageError: there is no chat template and plain continuation was not asked for.
+        UsageError: the model has no chat template, and `base` is false.
     """
     if not base and not tokenizer.has_chat_template:
         raise UsageError(
-            "this model has no chat template: it continues texts and does not chat",
-            hint="--base lets it continue the prompt as it stands",
+            "this model has no chat template, so it can only continue text",
+            hint="pass --base to continue the prompt as it stands",
         )
 
 
 @dataclass(frozen=True)
 class _Prompt:
-    """What the engine reads for an answer.
+    """The prompt of an answer.
 
     Attributes:
-        before: exchanges above the question.
-        question: the user's message.
-        so_far: the answer that is continued, or None.
-        text: all that as the template writes it.
-        ids: its tokens.
+        before: exchanges before the question.
+        question: message of the user.
+        so_far: answer to continue, or None.
+        text: prompt as rendered by the chat template.
+        ids: token ids of `text`.
     """
 
     before: tuple[Exchange, ...]
@@ -114,23 +118,23 @@ class ChatSession:
     """The messages of a chat, and the model that answers them.
 
     Args:
-        engine: generates tokens; its caches are this chat's.
-        tokenizer: the target's.
-        sampling: how tokens are drawn, seed included.
+        engine: engine that generates tokens; its KV caches belong to this chat.
+        tokenizer: tokenizer of the target.
+        sampling: sampling settings, seed included.
         stop_ids: tokens that end an answer.
-        stop_texts: strings that end an answer and are cut off it.
-        max_tokens: longest answer, or None for as long as the context allows.
-        system: the system prompt, or None.
-        base: continue text without a chat template.
-        thinking: the template's switch for thinking, or None to leave it alone.
-        overflow: what becomes of a chat that fills its context: "stop" refuses, "drop-oldest" leaves out old turns.
-        exchanges: the chat so far, when one is resumed.
-        sources: where settings come from, by name, for `settings`.
-        journal: is told everything that happens to the chat, before the caller is.
-        observe: is given the steps of every answer, and the temperature that it was drawn at.
+        stop_texts: strings that end an answer and are removed from it.
+        max_tokens: maximum tokens of an answer; None for as many as the context allows.
+        system: system prompt, or None.
+        base: whether to continue text without a chat template.
+        thinking: the template's switch for thinking; None keeps the template's default.
+        overflow: policy for a full context; "stop" refuses the message, "drop-oldest" drops old turns.
+        exchanges: exchanges of a resumed chat.
+        sources: source of each setting by name, for `settings`.
+        journal: receives each record of the chat before the caller sees its effect.
+        observe: receives the steps of every answer and the temperature of its sampling.
 
     Raises:
-        UsageError: no chat template and not `base`, or a system prompt with `base`.
+        UsageError: the model has no chat template and `base` is false, or `base` comes with a system prompt.
     """
 
     def __init__(
@@ -153,7 +157,7 @@ class ChatSession:
     ) -> None:
         check_has_template(tokenizer, base=base)
         if base and system is not None:
-            raise UsageError("a system prompt needs a chat template, which --base leaves out")
+            raise UsageError("a system prompt needs a chat template, which --base does not use")
         self.engine = engine
         self.overflow: Overflow = overflow
         self._state = ChatState(tuple(exchanges), system, sampling, max_tokens, thinking)
@@ -165,11 +169,11 @@ class ChatSession:
         self._journal = journal
         self._observe = observe
 
-    # --- what there is -------------------------------------------------------------------------------------------
+    # --- state ---------------------------------------------------------------------------------------------------
 
     @property
     def state(self) -> ChatState:
-        """Everything the next answer depends on, besides the model."""
+        """State of the chat: everything that the next answer depends on, except the model."""
         return self._state
 
     @property
@@ -179,7 +183,7 @@ class ChatSession:
 
     @property
     def sampling(self) -> Sampling:
-        """How first attempts are drawn."""
+        """Sampling settings of first attempts."""
         return self._state.sampling
 
     @property
@@ -189,7 +193,7 @@ class ChatSession:
 
     @property
     def thinking(self) -> bool | None:
-        """The template's switch for thinking; None leaves it to the template."""
+        """The template's switch for thinking; None keeps the template's default."""
         return self._state.thinking
 
     @property
@@ -199,105 +203,105 @@ class ChatSession:
 
     @property
     def ctx(self) -> int:
-        """Tokens that chat and answer can have together."""
+        """Maximum tokens of chat and answer together."""
         return self.engine.plan.work.ctx
 
     @property
     def context_used(self) -> int:
-        """Tokens of the chat so far: what the next prompt starts with."""
+        """Tokens of the chat so far, with which the next prompt starts."""
         if not self._state.exchanges:
             return 0
         return len(self._encode(self._text(self._state.messages, "none")))
 
     @property
     def context_is_low(self) -> bool:
-        """Whether the chat has come to the share of the context that is worth a warning."""
+        """Whether the chat fills the context to `CONTEXT_WARNING` or more."""
         return self.context_used >= CONTEXT_WARNING * self.ctx
 
     def settings(self) -> list[Setting]:
-        """What answers are made with, and where each setting came from."""
+        """Return the settings of the next answer and the source of each."""
         values = {**asdict(self._state.sampling), "max_tokens": self._state.max_tokens}
         shown = {
             **{key: _shown(value) for key, value in values.items()},
             "stop": " ".join(map(repr, self._stop_texts)) or "none",
             "system": self._state.system or "none",
-            "think": {True: "on", False: "off", None: "as the template has it"}[self._state.thinking],
+            "think": {True: "on", False: "off", None: "model default"}[self._state.thinking],
             "overflow": self.overflow,
         }
         return [Setting(name, value, self._sources.get(name, "default")) for name, value in shown.items()]
 
     def token_text(self, token_id: int) -> str:
-        """A token by itself, as far as it is text; special tokens are shown, too."""
+        """Return the text of one token; special tokens are shown, too."""
         return self._tokenizer.decode([token_id], skip_special_tokens=False)
 
     # --- answers -------------------------------------------------------------------------------------------------
 
     def ask(self, text: str, cancel: Event | None = None) -> Iterator[Delta | Dropped | Turn]:
-        """Answers `text`: deltas as they come, then one `Turn`.
+        """Answer `text`: yield deltas during generation, then one `Turn`.
 
-        A turn that is interrupted before its first token leaves no trace in the history; a later interrupt keeps the
-        part that was written. An error leaves the history as it was. Old turns that must make room are announced first.
+        An interrupt before the first token leaves the history unchanged; a later one keeps the partial answer. An error
+        leaves the history unchanged. Old turns that are dropped to make room are yielded first.
 
         Args:
-            text: the user's message.
-            cancel: set it to stop at the next layer.
+            text: message of the user.
+            cancel: event that stops generation at the next layer.
 
         Raises:
-            EmptyPromptError: there is nothing in `text`.
-            UsageError: `text` has bytes in it that are no characters.
-            PromptTooLongError: the chat leaves no room for an answer.
+            EmptyPromptError: `text` is blank.
+            UsageError: `text` is not valid UTF-8.
+            PromptTooLongError: the chat leaves no room for an answer in the context.
         """
         _check_text(text)
         return self._answer("ask", text, 0, cancel)
 
     def retry(self, cancel: Event | None = None) -> Iterator[Delta | Dropped | Turn]:
-        """Answers the last question again, with draws of their own; the old answer goes when a token has come.
+        """Answer the last question again with a new seed; the first new token replaces the old answer.
 
         Raises:
             UsageError: there is no answer yet.
         """
-        last = self._last("there is no answer to try again")
+        last = self._last("no answer to retry")
         return self._answer("retry", last.question, last.attempt + 1, cancel)
 
     def edit(self, text: str, cancel: Event | None = None) -> Iterator[Delta | Dropped | Turn]:
-        """Answers `text` in the place of the last question.
+        """Answer `text` in place of the last question.
 
         Raises:
-            EmptyPromptError: there is nothing in `text`.
-            UsageError: there is no question yet, or `text` has bytes in it that are no characters.
+            EmptyPromptError: `text` is blank.
+            UsageError: there is no question yet, or `text` is not valid UTF-8.
         """
-        self._last("there is no message to edit")
+        self._last("no message to edit")
         _check_text(text)
         return self._answer("edit", text, 0, cancel)
 
     def continue_last(self, cancel: Event | None = None) -> Iterator[Delta | Dropped | Turn]:
-        """Lets the model go on with its last answer, from where it ended.
+        """Continue the last answer from its end.
 
         Raises:
-            UsageError: there is no answer yet, or the template cannot show it unfinished.
+            UsageError: there is no answer yet, or the template cannot render an unfinished answer.
         """
-        last = self._last("there is no answer to continue")
+        last = self._last("no answer to continue")
         return self._answer("continue", last.question, last.attempt, cancel, last.answer)
 
     def undo(self) -> str:
-        """Takes back the last question and its answer; the question.
+        """Remove the last question and its answer, and return the question.
 
         Raises:
-            UsageError: there is none.
+            UsageError: the chat is empty.
         """
-        last = self._last("there is nothing to undo")
+        last = self._last("nothing to undo")
         self._record(Undone())
         return last.question
 
     def drop(self, num_exchanges: int) -> Dropped:
-        """Leaves out the oldest exchanges from now on.
+        """Drop the oldest exchanges from the chat.
 
         Raises:
-            UsageError: there are not that many.
+            UsageError: the chat has fewer exchanges.
         """
         num_all = len(self._state.exchanges)
         if not 1 <= num_exchanges <= num_all:
-            raise UsageError(f"there {'is 1 turn' if num_all == 1 else f'are {num_all} turns'} to drop")
+            raise UsageError(f"the chat has {'1 turn' if num_all == 1 else f'{num_all} turns'} to drop")
         questions = tuple(e.question for e in self._state.exchanges[:num_exchanges])
         dropped = Dropped(num_exchanges, "asked", questions)
         self._record(dropped)
@@ -306,30 +310,30 @@ class ChatSession:
     # --- changes -------------------------------------------------------------------------------------------------
 
     def clear(self) -> None:
-        """Forgets every turn; the system prompt stays."""
+        """Drop every turn and keep the system prompt."""
         if self._state.exchanges:
             self._record(Cleared())
 
     def set_system(self, system: str | None) -> None:
-        """Another system prompt from the next answer on, or none.
+        """Set or remove the system prompt for the next answers.
 
         Raises:
-            UsageError: there is no template to put it in.
+            UsageError: the chat uses no chat template.
         """
         if self._base and system is not None:
-            raise UsageError("a system prompt needs a chat template, which --base leaves out")
+            raise UsageError("a system prompt needs a chat template, which --base does not use")
         self._record(SystemSet(system))
         self._sources["system"] = "/system"
 
     def set_sampling(self, key: str, value: str) -> Value | None:
-        """Another value for a setting, from the next answer on; the value as understood.
+        """Change a setting for the next answers, and return the parsed value.
 
         Args:
-            key: a name from `specchat.chat.settings.KINDS`; dashes may stand for underscores.
-            value: as typed; "none" takes a limit away.
+            key: name from `specchat.chat.settings.KINDS`; dashes are read as underscores.
+            value: value as typed; "none" removes the limit of max_tokens.
 
         Raises:
-            UsageError: there is no such setting (the hint has the nearest one), or it does not take that value.
+            UsageError: the setting is unknown (the hint names the closest one), or the value is not allowed.
         """
         name, parsed = parse_value(key, value)
         self._record(ValueSet(name, parsed))
@@ -337,10 +341,10 @@ class ChatSession:
         return parsed
 
     def set_thinking(self, thinking: bool | None) -> None:
-        """Switches thinking on or off from the next answer on; None leaves it to the template.
+        """Switch thinking on or off for the next answers; None restores the template's default.
 
         Raises:
-            UsageError: the template has no such switch.
+            UsageError: the template has no switch for thinking.
         """
         if not self.can_switch_thinking:
             raise UsageError("this model's chat template has no switch for thinking")
@@ -348,16 +352,16 @@ class ChatSession:
         self._sources["think"] = "/think"
 
     def load(self, records: Sequence[ChatRecord], source: str) -> None:
-        """Another chat takes the place of this one: its turns and system prompt, under the settings of now.
+        """Replace this chat's turns and system prompt with another chat's; the current settings stay.
 
         Args:
-            records: of the other chat, from `transcript.read`.
-            source: where they come from, for the session's file.
+            records: records of the other chat, from `transcript.read`.
+            source: origin of the records, for the session's file.
         """
         state = state_of(records)
         self._record(Loaded(state.exchanges, None if self._base else state.system, source))
 
-    # --- within --------------------------------------------------------------------------------------------------
+    # --- internals -----------------------------------------------------------------------------------------------
 
     def _record(self, record: ChatRecord) -> None:
         self._state = apply(self._state, record)
@@ -399,7 +403,7 @@ class ChatSession:
             facts = {**asdict(turn.usage), **asdict(turn.timings), **asdict(turn.speculation)}
             try:
                 self._record(Answered(how, exchange, sampling.seed, turn.token_ids, turn.finish_reason, facts))
-            except SessionError as error:  # the answer is there all the same
+            except SessionError as error:  # the answer itself is complete
                 turn = replace(turn, unsaved=error.message)
         self._observe(answer.steps, sampling.temperature)
         yield turn
@@ -450,7 +454,7 @@ class ChatSession:
 
 
 def _think_tags(prompt: _Prompt) -> ThinkTags:
-    """Finds thinking in models without a parser of their own; where the prompt leaves off decides how it begins."""
+    """Return a parser for models without one of their own, in the state in which the prompt ends."""
     if prompt.so_far is not None:
         is_thinking = not prompt.so_far.content and bool(prompt.so_far.reasoning)
         return ThinkTags(opened=is_thinking, begun=not is_thinking)
@@ -466,11 +470,11 @@ def _check_text(text: str) -> None:
         raise EmptyPromptError("the prompt is empty")
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # how Python passes on arguments and keys that are not UTF-8
+    except UnicodeEncodeError as error:  # Python decodes invalid bytes of arguments and keys to lone surrogates
         raise UsageError("the prompt is not UTF-8 text") from error
 
 
 def _running_text(messages: Sequence[Message]) -> str:
-    """A base model's chat is one text that both sides write on; the user's later parts begin on lines of their own."""
+    """Join the messages to one text for a base model; each later message of the user starts a new line."""
     parts = [("\n" if i and m.role == "user" else "") + m.content for i, m in enumerate(messages)]
     return "".join(parts)

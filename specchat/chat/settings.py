@@ -1,4 +1,4 @@
-"""Settings of an answer: their names, what values they take, and which of several sources holds."""
+"""The settings of an answer: their names and their allowed values."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Value = float | int
 
 
 def whole(name: str, text: str | None, minimum: int, maximum: int | None = None) -> int | None:
-    """A whole number within limits.
+    """Parse a whole number within limits; return None if `text` is None.
 
     Raises:
-        UsageError: it is none, or outside them.
+        UsageError: the text is no whole number, or the number is outside the limits.
     """
     if text is None:
         return None
@@ -33,10 +33,10 @@ def whole(name: str, text: str | None, minimum: int, maximum: int | None = None)
 
 
 def number(name: str, text: str | None, is_allowed: Callable[[float], bool], limits: str) -> float | None:
-    """A number within limits; infinities and NaN never are.
+    """Parse a finite number within limits; return None if `text` is None.
 
     Raises:
-        UsageError: it is none, or outside them.
+        UsageError: the text is no finite number, or the number is outside the limits.
     """
     if text is None:
         return None
@@ -51,22 +51,22 @@ def number(name: str, text: str | None, is_allowed: Callable[[float], bool], lim
 
 @dataclass(frozen=True)
 class Kind:
-    """One setting of answers.
+    """One setting of an answer.
 
     Attributes:
-        key: its name in `Sampling`, in config.toml and for /set.
-        parse: (name for complaints, text) -> its value; raises UsageError.
+        key: name in `Sampling`, in config.toml and for /set.
+        parse: function (name for messages, text) -> value; raises UsageError.
     """
 
     key: str
     parse: Callable[[str, str], Value | None]
 
 
-# Everything /set can change.
+# The settings that /set can change.
 KINDS: dict[str, Kind] = {
     kind.key: kind
     for kind in (
-        Kind("temperature", lambda name, text: number(name, text, lambda t: t >= 0, "from 0 (greedy) up")),
+        Kind("temperature", lambda name, text: number(name, text, lambda t: t >= 0, "of at least 0 (0 is greedy)")),
         Kind("top_p", lambda name, text: number(name, text, lambda p: 0 < p <= 1, "above 0 and at most 1")),
         Kind("top_k", lambda name, text: whole(name, text, 0)),
         Kind("min_p", lambda name, text: number(name, text, lambda p: 0 <= p <= 1, "from 0 to 1")),
@@ -78,21 +78,25 @@ KINDS: dict[str, Kind] = {
 
 
 def parse_value(key: str, text: str) -> tuple[str, Value | None]:
-    """The setting that `key` names (dashes may stand for underscores), and its value; none for no limit.
+    """Return the setting that `key` names, and its value; "none" removes the limit of max_tokens.
+
+    Args:
+        key: name of the setting; dashes are read as underscores.
+        text: value as typed.
 
     Raises:
-        UsageError: there is no such setting, or it does not take that value.
+        UsageError: the setting is unknown, or the value is not allowed.
     """
     name = key.strip().lower().replace("-", "_")
     if name not in KINDS:
-        raise UsageError(f"there is no setting '{key}'", hint=suggestion(name, KINDS))
+        raise UsageError(f"unknown setting '{key}'", hint=suggestion(name, KINDS))
     if name == "max_tokens" and text.strip().lower() == "none":
         return name, None
     return name, KINDS[name].parse(name, text.strip())
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """A hint for a name that does not exist: the nearest one that does, or all of them."""
+    """Return a hint for an unknown name: the closest known name, or all known names."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+    return f"did you mean {close[0]}?" if close else f"choose from {', '.join(known)}"

@@ -1,7 +1,7 @@
-"""What a chat consists of, and what can happen to it.
+"""The state of a chat, and the records that change the state.
 
-A chat is the sum of its records: the live session and a session file read back apply the same records to the same
-state, so that a chat that is resumed is the chat that was left.
+A chat is the sum of its records. The live session and a session file apply the same records to the same initial state,
+so a resumed chat equals the chat that was left.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Exchange:
     """A question and its answer.
 
     Attributes:
-        question: the user's message.
-        answer: the model's, as far as it came.
-        attempt: how often the question had been answered before; with the chat's seed it keys the draws.
+        question: message of the user.
+        answer: message of the model, possibly partial.
+        attempt: number of earlier answers to the question; keys the sampling together with the chat's seed.
     """
 
     question: str
@@ -37,14 +37,14 @@ class Exchange:
 
 @dataclass(frozen=True)
 class ChatState:
-    """Everything that the next answer depends on, besides the model.
+    """Everything that the next answer depends on, except the model.
 
     Attributes:
-        exchanges: oldest first.
-        system: the system prompt, or None.
-        sampling: how tokens are drawn; its seed is that of first attempts.
-        max_tokens: longest answer, or None for as long as the context allows.
-        thinking: the template's switch for thinking; None leaves it to the template.
+        exchanges: questions and answers, oldest first.
+        system: system prompt, or None.
+        sampling: sampling settings; the seed is the one of first attempts.
+        max_tokens: maximum tokens of an answer; None for as many as the context allows.
+        thinking: the template's switch for thinking; None keeps the template's default.
     """
 
     exchanges: tuple[Exchange, ...] = ()
@@ -55,32 +55,35 @@ class ChatState:
 
     @property
     def messages(self) -> list[Message]:
-        """The chat without its system prompt."""
+        """Messages of the chat without the system prompt."""
         return [message for e in self.exchanges for message in (Message("user", e.question), e.answer)]
 
     def sampling_of(self, attempt: int) -> Sampling:
-        """How the tokens of an attempt are drawn."""
+        """Return the sampling settings of an attempt."""
         return replace(self.sampling, seed=derived_seed(self.sampling.seed, attempt))
 
 
 def derived_seed(seed: int, attempt: int) -> int:
-    """The seed of an attempt; the first one's is the chat's own."""
+    """Return the seed of an attempt; the first attempt uses the chat's seed."""
     if attempt == 0:
         return seed
     digest = blake2b(f"{seed}/{attempt}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> (64 - _SEED_BITS)
 
 
-# --- what can happen ---------------------------------------------------------------------------------------------
+# --- records -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Opened:
-    """The chat begins, or goes on in another process.
+    """The record of a chat that begins, or resumes in another process.
 
     Attributes:
-        setup: what the answers depend on besides the chat: model, revision, quant, dtype and the like.
-        system, sampling, max_tokens, thinking: as in `ChatState`.
+        setup: facts that the answers depend on besides the chat, such as model, revision, quant and dtype.
+        system: system prompt, as in `ChatState`.
+        sampling: sampling settings, as in `ChatState`.
+        max_tokens: maximum tokens of an answer, as in `ChatState`.
+        thinking: the template's switch for thinking, as in `ChatState`.
     """
 
     setup: dict[str, Any]
@@ -92,14 +95,15 @@ class Opened:
 
 @dataclass(frozen=True)
 class Answered:
-    """An answer ended, in whatever way, with at least one token.
+    """The record of an answer that ended, for any reason, with at least one token.
 
     Attributes:
-        how: asked anew, or in the place of the last answer, or added to it.
-        exchange: as it stands now; with "continue", the answer as a whole.
-        seed: what keyed its draws.
-        token_ids: tokens emitted; with "continue", those that were added.
-        facts: usage, timings and what drafting brought.
+        how: way in which the answer joins the chat, as a new exchange, a replacement or a continuation.
+        exchange: question and answer; with "continue", the whole answer.
+        seed: seed of the sampling.
+        token_ids: emitted tokens; with "continue", only the added ones.
+        finish_reason: reason why the answer ended.
+        facts: usage, timings and figures of speculative decoding.
     """
 
     how: How
@@ -112,17 +116,17 @@ class Answered:
 
 @dataclass(frozen=True)
 class Undone:
-    """The last question and its answer are taken back."""
+    """The record that removes the last question and its answer."""
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """The oldest exchanges are left out from now on.
+    """The record that drops the oldest exchanges.
 
     Attributes:
-        num_exchanges: how many.
-        cause: the user asked for it, or the context had no room.
-        questions: those of the exchanges, so that they can be announced.
+        num_exchanges: number of exchanges dropped.
+        cause: reason for the drop; the user asked for it, or the context was full.
+        questions: questions of the dropped exchanges, for the announcement.
     """
 
     num_exchanges: int
@@ -132,19 +136,19 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Cleared:
-    """All exchanges are forgotten; the system prompt stays."""
+    """The record that drops all exchanges; the system prompt stays."""
 
 
 @dataclass(frozen=True)
 class SystemSet:
-    """The system prompt is another one, or None."""
+    """The record of a new system prompt; None removes the prompt."""
 
     system: str | None
 
 
 @dataclass(frozen=True)
 class ValueSet:
-    """A setting of the answers: a field of `Sampling`, or max_tokens."""
+    """The record of a new value for a setting: a field of `Sampling`, or max_tokens."""
 
     key: str
     value: float | int | None
@@ -152,14 +156,14 @@ class ValueSet:
 
 @dataclass(frozen=True)
 class ThinkingSet:
-    """The template's switch for thinking."""
+    """The record of a new position of the template's switch for thinking."""
 
     thinking: bool | None
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """Another chat's exchanges and system prompt take the place of this one's."""
+    """The record that replaces this chat's exchanges and system prompt with another chat's."""
 
     exchanges: tuple[Exchange, ...]
     system: str | None
@@ -170,7 +174,7 @@ ChatRecord = Opened | Answered | Undone | Dropped | Cleared | SystemSet | ValueS
 
 
 def apply(state: ChatState, record: ChatRecord) -> ChatState:  # noqa: PLR0911  one line for each kind of record
-    """The chat after `record`."""
+    """Return the state of the chat after `record`."""
     match record:
         case Opened():
             return replace(
@@ -200,7 +204,7 @@ def apply(state: ChatState, record: ChatRecord) -> ChatState:  # noqa: PLR0911  
 
 
 def state_of(records: Iterable[ChatRecord]) -> ChatState:
-    """The chat that `records` add up to."""
+    """Return the state of the chat after all `records`."""
     state = ChatState()
     for record in records:
         state = apply(state, record)

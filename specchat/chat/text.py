@@ -1,4 +1,4 @@
-"""From token ids to text while the tokens are still coming: detokenizing, and watching for stop strings."""
+"""Incremental detokenizing and detection of stop strings."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from specchat.models.hf.tokenizer import Tokenizer
 
-# What decoders write for bytes that are no character (yet).
+# Decoders emit this character for bytes that do not form a character, or not yet.
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class Detokenizer:
-    """Turns tokens into text one by one; a character is shown when all its bytes are there, and not before.
+    """An incremental detokenizer that emits a character only when all its bytes are known.
 
     Args:
-        tokenizer: whose ids these are.
-        skip_special_tokens: leave them out of the text; parsers of answers need to see them.
+        tokenizer: tokenizer of the target.
+        skip_special_tokens: whether to leave special tokens out of the text; parsers of answers need to see them.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
@@ -33,13 +33,13 @@ class Detokenizer:
         )
 
     def feed(self, token_id: int) -> str:
-        """The text that `token_id` completes; empty while a character is in parts, and for special tokens."""
+        """Return the text that `token_id` completes; empty for partial characters and skipped special tokens."""
         self._token_ids.append(token_id)
         try:
             delta = self._stream.step(token_id)
         except _WindowLostError:
-            # The decoder took back text it had given (byte runs turning invalid do that): what was shown stays, and
-            # the tokens after it are decoded on their own.
+            # The decoder changed text that was already shown; a byte run that turns invalid does this. Keep the shown
+            # text, and decode the tokens after it on their own.
             self._stream = _WindowStream(self._decode)
             delta = "".join(self._stream.step(pending) for pending in self._token_ids[self._num_shown_ids :])
         if delta:
@@ -48,10 +48,10 @@ class Detokenizer:
         return delta
 
     def flush(self, *, complete: bool) -> str:
-        """The text still held back at the end of an answer.
+        """Return the text that is still held back at the end of an answer.
 
         Args:
-            complete: the answer ended by itself. One that was cut off ends at its last whole character instead.
+            complete: whether the answer ended by itself; a truncated answer ends at its last whole character.
         """
         shown = "".join(self._shown)
         full = self._decode(self._token_ids)
@@ -61,7 +61,7 @@ class Detokenizer:
 
 
 class _WindowLostError(Exception):
-    """The text of the tokens so far no longer starts with what was shown of it."""
+    """The text of the tokens no longer starts with the text that was shown."""
 
 
 class _RustStream:
@@ -81,10 +81,10 @@ class _RustStream:
 
 
 class _WindowStream:
-    """The same for tokenizers written in Python: decodes a short window of tokens again for each new one.
+    """An incremental decoder for tokenizers written in Python; each step decodes a short window of tokens.
 
-    The window starts with tokens whose text was shown already, because what a token looks like can depend on the one
-    before it (a space at the start of a word, say).
+    The window starts with tokens that were shown already, because a token's text can depend on the token before it
+    (for example, the space at the start of a word).
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
@@ -105,13 +105,13 @@ class _WindowStream:
 
 
 class StopStrings:
-    """Lets text through up to the first stop string; what may become one is held back until that is decided.
+    """A filter that passes text up to the first stop string and holds back text that may become one.
 
-    The stop string that is complete first wins; of several complete at the same character, the one that began first.
-    So the cut does not depend on how the text is divided into deltas.
+    The stop string that is completed first wins. If several are completed at the same character, the one that began
+    first wins. So the cut does not depend on how the text is split into deltas.
 
     Attributes:
-        matched: the stop string that was found, or None so far.
+        matched: stop string that was found, or None.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -121,7 +121,7 @@ class StopStrings:
         self.matched: str | None = None
 
     def feed(self, delta: str) -> str:
-        """The part of the text so far that can be shown now; nothing any more once a stop string was found."""
+        """Add `delta` and return the text that can be shown now; empty once a stop string was found."""
         if self.matched is not None:
             return ""
         text = self._held + delta
@@ -135,7 +135,7 @@ class StopStrings:
         return text[: len(text) - num_held]
 
     def flush(self) -> str:
-        """What was held back and turned out to be ordinary text, at the end of an answer."""
+        """Return the text that was held back, once the answer has ended without a stop string."""
         rest, self._held = self._held, ""
         return rest
 
@@ -148,7 +148,7 @@ class StopStrings:
         return start, stop
 
     def _num_undecided(self, text: str) -> int:
-        """Length of the longest end of `text` that begins a stop string."""
+        """Return the length of the longest suffix of `text` that is a prefix of a stop string."""
         longest = max((len(stop) for stop in self._stops), default=1) - 1
         for length in range(min(longest, len(text)), 0, -1):
             if any(stop.startswith(text[-length:]) for stop in self._stops):

@@ -1,8 +1,8 @@
-"""Chats on disk: a file of JSON lines that only ever grows, one line for each thing that happened to the chat.
+"""Saved chats: one append-only file of JSON lines per session, one line per record of the chat.
 
-The first line says what the chat runs on; every later one is written and synced before the next prompt appears. What a
-crash tears off is at most the line that was being written. The state of a chat is what its records add up to (`state`),
-so reading a file back gives the chat that was left, and its seeds and settings draw the same tokens again.
+The first line names the model and the settings. Every later line is written and synced before the next prompt appears,
+so a crash loses at most the line that was being written. The state of a chat is the sum of its records (`state`):
+reading a file restores the chat, and its seeds and settings reproduce the same tokens.
 """
 
 from __future__ import annotations
@@ -56,49 +56,49 @@ _NAMES = {kind: name for name, kind in _TYPES.items()}
 _ID = re.compile(r"[\w][\w.-]{0,99}", re.ASCII)
 
 
-# --- places ------------------------------------------------------------------------------------------------------
+# --- paths -------------------------------------------------------------------------------------------------------
 
 
 def sessions_folder() -> Path:
-    """Where sessions are."""
+    """Return the folder of the saved sessions."""
     return state_folder() / "sessions"
 
 
 def history_file() -> Path:
-    """Where the lines typed at the prompt are."""
+    """Return the file of the prompt history."""
     return state_folder() / "history"
 
 
 def new_id() -> str:
-    """An ID for a session that was given none: the time, and something to tell two of the same second apart."""
+    """Return an ID for a new session: the time, and random digits for sessions of the same second."""
     return f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
 def path_of(session_id: str) -> Path:
-    """The file of a session, whether it exists or not.
+    """Return the path of a session's file, whether the file exists or not.
 
     Raises:
-        UsageError: no session could be called that.
+        UsageError: the ID is not valid.
     """
     if not _ID.fullmatch(session_id):
         raise UsageError(
-            f"'{session_id}' cannot be a session's ID", hint="letters, digits, dots, dashes and underscores can"
+            f"'{session_id}' is not a valid session ID", hint="use letters, digits, dots, dashes and underscores"
         )
     return sessions_folder() / f"{session_id}{SUFFIX}"
 
 
 def last_session() -> Path | None:
-    """The session that was written to last, or None."""
+    """Return the file of the most recent session, or None."""
     return next(filter(has_begun, all_sessions()), None)
 
 
 def all_sessions() -> list[Path]:
-    """The files of all sessions, the one that was written to last first."""
+    """Return the files of all sessions, most recently written first."""
     return sorted(sessions_folder().glob(f"*{SUFFIX}"), key=_written_at, reverse=True)
 
 
 def has_begun(path: Path) -> bool:
-    """Whether there is a session in a file: one killed at its first answer may have left an empty one."""
+    """Return whether a file holds a session; a crash during the first answer may leave an empty file."""
     try:
         with path.open("rb") as file:
             return file.readline().endswith(b"\n")
@@ -115,13 +115,13 @@ def _written_at(path: Path) -> int:
 
 @dataclass(frozen=True)
 class Saved:
-    """A session as it was read.
+    """A session that was read from its file.
 
     Attributes:
-        path: its file.
-        records: all of it.
-        good_bytes: length of the file up to the end of its last whole line.
-        repair: what is to be said of a line that a crash tore, or None.
+        path: path of the file.
+        records: all records.
+        good_bytes: length of the file up to the end of its last complete line.
+        repair: warning about an incomplete last line, or None.
     """
 
     path: Path
@@ -131,46 +131,49 @@ class Saved:
 
     @property
     def session_id(self) -> str:
-        """The name of the session."""
+        """ID of the session."""
         return self.path.stem
 
     @property
     def opened(self) -> Opened:
-        """What the session ran on last."""
+        """Most recent `Opened` record."""
         return next(record for record in reversed(self.records) if isinstance(record, Opened))
 
     @property
     def state(self) -> ChatState:
-        """The chat."""
+        """State of the chat after all records."""
         return state_of(self.records)
 
 
 def read(path: Path) -> Saved:
-    """The session in a file. A last line that a crash tore is left out, and `repair` says so.
+    """Read a session from a file; skip an incomplete last line and set `repair`.
 
     Raises:
-        UsageError: there is no such file.
-        SessionError: it is not a session, is damaged elsewhere, or was written by a later version.
+        UsageError: the file does not exist.
+        SessionError: the file is not a session, is damaged before its last line, or is from a newer version.
     """
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise UsageError(f"there is no session in {path}") from None
+        raise UsageError(f"no session file at {path}") from None
     except OSError as error:
-        raise SessionError(f"{path} cannot be read: {error.strerror}") from error
+        raise SessionError(f"cannot read {path}: {error.strerror}") from error
     whole, torn = _whole_lines(data)
     records = [_read_line(path, number, line) for number, line in enumerate(whole, 1)]
     if not records or not isinstance(records[0], Opened):
-        raise SessionError(f"{path} is not a session of specchat")
-    repair = f"the last line of {path} was torn ({torn} bytes) and is left out" if torn else None
+        raise SessionError(f"{path} is not a specchat session")
+    repair = f"skipped the incomplete last line of {path} ({torn} bytes)" if torn else None
     return Saved(path, tuple(records), len(data) - torn, repair)
 
 
 def _whole_lines(data: bytes) -> tuple[list[bytes], int]:
-    """The lines, and the bytes at the end that are none: what has no line end, or is no JSON in the last line."""
+    """Return the complete lines, and the number of bytes after them.
+
+    The last line counts as incomplete if it has no line end or is not JSON.
+    """
     end = data.rfind(b"\n") + 1
     lines = data[:end].split(b"\n")[:-1]
-    if lines and not _is_json(lines[-1]):  # the file grew, its contents did not arrive
+    if lines and not _is_json(lines[-1]):  # after a crash the file may have its new length but not the new content
         end -= len(lines.pop()) + 1
     return lines, len(data) - end
 
@@ -189,12 +192,12 @@ def _read_line(path: Path, number: int, line: bytes) -> ChatRecord:
         version = values.pop("version", VERSION)
         if version > VERSION:
             raise SessionError(
-                f"{path} was written by a later version of specchat", hint="update specchat to continue this chat"
+                f"{path} was written by a newer version of specchat", hint="update specchat to continue this chat"
             )
         return _from_json(values)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise SessionError(
-            f"line {number} of {path} is damaged", hint="the chat before it can be copied out"
+            f"line {number} of {path} is damaged", hint="copy the lines before it to another file to rescue the chat"
         ) from error
 
 
@@ -221,14 +224,14 @@ def _exchange(values: dict[str, Any]) -> Exchange:
 
 
 class Transcript:
-    """A session that is being written: pass it to `ChatSession` as its journal.
+    """A session that is being written; pass it to `ChatSession` as its journal.
 
-    The file appears with the first answer, readable by nobody else. A line that could not be written is tried again
+    The file is created with the first answer, readable by its owner only. A line that could not be written is retried
     with the next one.
 
     Args:
-        path: the file; None keeps the records without writing them.
-        saved: what is in the file already, when the session is resumed.
+        path: path of the file; None keeps the records in memory only.
+        saved: content of the file, for a resumed session.
     """
 
     def __init__(self, path: Path | None, saved: Saved | None = None) -> None:
@@ -241,19 +244,19 @@ class Transcript:
 
     @property
     def session_id(self) -> str | None:
-        """The session's name; None if it is not saved."""
+        """ID of the session; None if the session is not saved."""
         return self.path.stem if self.path else None
 
     @property
     def records(self) -> Sequence[ChatRecord]:
-        """Everything so far."""
+        """All records so far."""
         return self._records
 
     def __call__(self, record: ChatRecord) -> None:
-        """Adds a record and waits until it is on the disk.
+        """Add a record and wait until it is synced to the disk.
 
         Raises:
-            SessionError: it cannot be written; the chat itself goes on.
+            SessionError: the record cannot be written; the chat can continue.
         """
         self._records.append(record)
         now = datetime.now().astimezone()
@@ -264,12 +267,12 @@ class Transcript:
             self._write()
         except OSError as error:
             raise SessionError(
-                f"the chat cannot be saved to {self.path}: {error.strerror}; the next turn tries again",
-                hint="/save FILE writes a copy elsewhere",
+                f"cannot save the chat to {self.path}: {error.strerror}; the next turn will try again",
+                hint="write a copy elsewhere with /save FILE",
             ) from error
 
     def close(self) -> None:
-        """Lets go of the file, and of the right to write to it."""
+        """Close the file and release its lock."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -290,10 +293,10 @@ class Transcript:
         self._unwritten.clear()
 
     def _open(self) -> BinaryIO:
-        """The file, ours alone until it is closed.
+        """Open and lock the file.
 
         Raises:
-            SessionError: another specchat has it open.
+            SessionError: another specchat process has the file open.
         """
         assert self.path is not None
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -303,7 +306,7 @@ class Transcript:
         except BlockingIOError as error:
             file.close()
             raise SessionError(
-                f"the session {self.session_id} is open in another specchat", hint="--session ID names another one"
+                f"session {self.session_id} is open in another specchat", hint="choose another one with --session ID"
             ) from error
         return file
 
@@ -316,7 +319,7 @@ def _line(record: ChatRecord, *, is_first: bool, at: datetime | None = None) -> 
 
 
 def _sync_folder(folder: Path) -> None:
-    """A new file survives a power cut only when its folder is on the disk, too."""
+    """Sync a folder to the disk; without this a new file in it may not survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -328,7 +331,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def export(records: Sequence[ChatRecord], path: Path) -> None:
-    """Writes a chat to a file of the user's choice: Markdown if it ends in .md, else JSON lines.
+    """Write a chat to a new file: Markdown if the name ends in .md or .markdown, else JSON lines.
 
     Raises:
         UsageError: the file exists, or cannot be written.
@@ -339,18 +342,18 @@ def export(records: Sequence[ChatRecord], path: Path) -> None:
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(text.encode())
     except FileExistsError as error:
-        raise UsageError(f"{path} exists already", hint="choose another name") from error
+        raise UsageError(f"{path} already exists", hint="choose another name") from error
     except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror}") from error
+        raise UsageError(f"cannot write {path}: {error.strerror}") from error
 
 
 def as_json_lines(records: Iterable[ChatRecord]) -> str:
-    """The session's file, without the times."""
+    """Return the content of the session's file, without the times."""
     return b"".join(_line(record, is_first=i == 0) for i, record in enumerate(records)).decode()
 
 
 def as_markdown(records: Iterable[ChatRecord]) -> str:
-    """The chat as it stands, to be read; thinking is left out."""
+    """Return the chat as Markdown, without the thinking."""
     records = list(records)
     state = state_of(records)
     model = next((r.setup.get("model") for r in reversed(records) if isinstance(r, Opened)), None) or "the model"

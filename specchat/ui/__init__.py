@@ -1,1 +1,1 @@
-"""What a person sees and types; the only part that uses rich and prompt_toolkit."""
+"""The terminal interface; the only package that uses rich and prompt_toolkit."""

@@ -1,7 +1,7 @@
-"""An answer on the screen while it is written: text, thinking, and below them a line that says what is going on.
+"""An answer on the screen during generation: text, thinking, and a status line below them.
 
-On a terminal, what is complete is written once; the end that still changes and the status line are drawn over. In pipes
-and files the text arrives byte for byte, and on terminals that cannot go back it simply runs on.
+On a terminal, complete rows are written once; the changing end and the status line are redrawn in place. Pipes and
+files get the text byte for byte. On terminals without cursor movement the text is appended.
 """
 
 import os
@@ -14,8 +14,7 @@ from specchat.ui.console import AnswerStream, Talk, wants_styles
 from specchat.ui.live import LiveRegion, Row, can_redraw
 from specchat.ui.markdown import MarkdownStream, PlainStream, TextStream, styled_row, tail_rows
 
-# Drawing may take this share of the time, so that it never slows an answer down: the longer a drawing took, the later
-# the next one.
+# Maximum share of the time for drawing, so that drawing does not slow generation down. A longer draw delays the next.
 _SHARE_OF_TIME = 0.02
 _REDRAW_S = 0.05
 _TICK_S = 0.25
@@ -24,15 +23,16 @@ _NEVER = float("inf")
 
 
 class AnswerView:
-    """Shows one answer.
+    """The view of one answer.
 
     Args:
-        out: where its text goes.
-        talk: where everything else goes.
-        raw: no Markdown.
-        folds_thinking: show only the end of the thinking, and nothing of it once it is done.
-        status: the status line for a width.
-        owns_text: the text is shown here; else only the status line, and `elsewhere` says when something else appears.
+        out: stdout, for the text of the answer.
+        talk: stderr, for everything else.
+        raw: whether to show the text as it is, without rendering Markdown.
+        folds_thinking: whether to show only the end of the thinking, and to remove it when it is finished.
+        status: function that returns the status line for a width in columns.
+        owns_text: whether this view shows the text. If false, it only shows the status line, and the caller writes
+            to stdout through `elsewhere`.
     """
 
     def __init__(
@@ -60,13 +60,13 @@ class AnswerView:
         self._due_at = self._not_before = float("-inf")
 
     def next_draw_in_s(self) -> float:
-        """Until `draw` has something to do, unless something new comes before."""
+        """Return the seconds until the next `draw` is due, if no new text arrives."""
         if self._region is None:
             return _TICK_S
         return min(max(self._due_at - time.monotonic(), 0.0), _TICK_S)
 
     def write(self, text: str) -> None:
-        """The next piece of the answer."""
+        """Add the next piece of the answer."""
         if not text:
             return
         if self._draws_text:
@@ -76,15 +76,15 @@ class AnswerView:
             self.elsewhere(lambda: self._out.write(text))
 
     def elsewhere(self, write: Callable[[], None]) -> None:
-        """Lets something be written to stdout as it is."""
+        """Call a function that writes to stdout directly."""
         if self._region is not None and not _is_file(self._out.stream):
-            # Who reads the other end of this pipe may write it to the same terminal, into the status line.
+            # The reader of the pipe may write to the same terminal and break the status line, so remove the line.
             self._region.clear()
             self._region = None
         write()
 
     def think(self, text: str) -> None:
-        """The next piece of what comes before the answer."""
+        """Add the next piece of the thinking."""
         if self._region is None or not self._draws_talk:
             self._talk.write(text)
             return
@@ -93,7 +93,7 @@ class AnswerView:
         self._due_at = min(self._due_at, self._not_before)
 
     def end_thinking(self, summary: str) -> None:
-        """Folds the thinking, or finishes it; says what it came to."""
+        """Fold or complete the thinking, then show its summary."""
         thoughts, self._thoughts = self._thoughts, None
         if self._region is not None:
             rows = [] if thoughts is None or self._folds_thinking else thoughts.finished(self._width(), last=True)
@@ -102,7 +102,7 @@ class AnswerView:
         self._talk.say(summary, "dim")
 
     def interlude(self, say: Callable[[], None]) -> None:
-        """Lets something else be printed where the answer has come to."""
+        """Print something else after the text that is complete so far."""
         if self._region is not None:
             self._region.update([], [row.shown for row in self._text.finished(self._width())])
         elif self._out.is_terminal:
@@ -111,7 +111,7 @@ class AnswerView:
         self._due_at = self._not_before
 
     def draw(self) -> None:
-        """Shows what is new, if it is time to."""
+        """Draw new text and the status line, if a redraw is due."""
         now = time.monotonic()
         if self._region is None or now < self._due_at:
             return
@@ -124,7 +124,7 @@ class AnswerView:
         self._due_at = now + max(_TICK_S, pause_s) if self._draws_talk else _NEVER
 
     def end(self) -> None:
-        """Shows all that is left, and takes the status line away."""
+        """Show the remaining text and remove the status line."""
         if self._region is not None:
             rows = self._text.finished(self._width(), last=True) if self._draws_text else []
             self._region.update([], [row.shown for row in rows])
@@ -138,7 +138,7 @@ class AnswerView:
         return [row.shown for row in rows]
 
     def _changing(self, width: int) -> list[Row]:
-        """What may look different soon: the end of the thinking, or of the text, and the status line."""
+        """Return the rows that may still change: the end of the thinking or the text, and the status line."""
         rows = []
         if self._thoughts is not None and self._folds_thinking:
             rows += tail_rows(self._thoughts.pending, width, _THINKING_ROWS, self._dim)

@@ -1,4 +1,4 @@
-"""A measurement on the screen: how far it is, and what came of it."""
+"""The progress and the report of a benchmark."""
 
 import time
 from collections.abc import Mapping
@@ -20,13 +20,13 @@ _CHART_COLUMNS = 50
 
 
 class BenchLine:
-    """Shows how far a measurement is: in place on terminals that can, else a line now and then.
+    """The progress line of a benchmark: redrawn in place on terminals, else a new line every 30 seconds.
 
     Args:
-        talk: where to.
+        talk: stderr.
 
     Attributes:
-        part: of a sweep, the value that is measured now.
+        part: value of the sweep that is being measured; empty without a sweep.
     """
 
     def __init__(self, talk: Talk) -> None:
@@ -39,7 +39,7 @@ class BenchLine:
         return self
 
     def update(self, progress: Progress) -> None:
-        """Something else is being done now."""
+        """Show new progress."""
         line = progress_line(progress, time.monotonic() - self._begin, self.part)
         if self._talk.console.is_terminal:
             self._talk.overwrite(line)
@@ -54,7 +54,7 @@ class BenchLine:
 
 
 def progress_line(progress: Progress, spent_s: float, part: str = "") -> str:
-    """One line: what, how much of it, for how long, for how much longer."""
+    """Return the progress line: part done, current work, elapsed time, remaining time."""
     parts = [*([part] if part else []), progress.what, _minutes(spent_s)]
     if progress.total:
         parts.insert(0, f"{progress.done}/{progress.total}")
@@ -68,7 +68,7 @@ def _minutes(seconds: float) -> str:
 
 
 class ReportView:
-    """Prints tables on stdout: drawn on a terminal, plain text elsewhere.
+    """The printer of benchmark tables: styled on a terminal, plain text elsewhere.
 
     Args:
         stream: stdout.
@@ -78,7 +78,7 @@ class ReportView:
         self._console = report_console(stream, _WIDTH_OFF_TERMINAL)
 
     def report(self, report: Mapping[str, Any]) -> None:
-        """A whole report."""
+        """Print a whole report."""
         for note in notes(report):
             self._console.print(Text(neutral(note), "yellow"))
         for table in report_tables(report):
@@ -90,7 +90,7 @@ class ReportView:
             self._console.print(Text.assemble((f"  {name:<9}", "dim"), neutral(value)), soft_wrap=True)
 
     def table(self, table: Table) -> None:
-        """One table."""
+        """Print one table."""
         drawn = RichTable(box=box.SIMPLE_HEAD, title=Text(neutral(table.title), "bold"), title_justify="left")
         for i, name in enumerate(table.header):
             drawn.add_column(Text(neutral(name)), justify="left" if i == 0 else "right", overflow="fold")
@@ -102,14 +102,14 @@ class ReportView:
         self._console.print()
 
     def chart(self, sweep: Mapping[str, Any]) -> None:
-        """Speed over the swept option, a bar for each value."""
+        """Print the speed for each value of the swept option as a bar chart."""
         for line in chart_lines(sweep):
             self._console.print(Text(neutral(line)))
         self._console.print()
 
 
 def chart_lines(sweep: Mapping[str, Any]) -> list[str]:
-    """Bars of mean tok/s, to eighths of a column."""
+    """Return bars of mean tokens per second, in steps of 1/8 column."""
     speeds = [point["summary"]["tok_per_s"]["mean"] or 0.0 for point in sweep["points"]]
     longest = max(speeds, default=0.0) or 1.0
     width = max(len(point["value"]) for point in sweep["points"])

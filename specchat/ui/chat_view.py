@@ -1,4 +1,4 @@
-"""What a person sees of a run: banner, plan, the streaming answer, its statistics."""
+"""The output of a chat: banner, plan, streamed answers and their statistics."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -26,16 +26,17 @@ _POLL_S = 0.2
 
 
 class ChatView:
-    """Shows one chat.
+    """The view of one chat.
 
     Args:
-        out: where answers go.
-        talk: where everything else goes.
-        raw: answers without Markdown.
+        out: stdout, for answers.
+        talk: stderr, for everything else.
+        verbose: initial value of the attribute.
+        raw: whether to show answers as they are, without rendering Markdown.
 
     Attributes:
-        verbose: also show each step.
-        shows_thinking: leave thinking on the screen; else it is folded away when it is done.
+        verbose: whether to show a line and a draft tree for each step.
+        shows_thinking: whether thinking stays on the screen; if false, finished thinking is folded.
     """
 
     def __init__(self, out: AnswerStream, talk: Talk, *, verbose: bool = False, raw: bool = False) -> None:
@@ -46,7 +47,7 @@ class ChatView:
         self._raw = raw
 
     def banner(self, target: ModelSource, chosen: ExplainedPlan, draft_note: str) -> None:
-        """Model, draft, plan and the speed to expect, before anything is loaded."""
+        """Show model, draft, plan and predicted speed, before anything is loaded."""
         for line in banner_lines(target, chosen, draft_note):
             self.talk.say(line, "dim")
 
@@ -57,17 +58,17 @@ class ChatView:
         cancel: Event,
         write: Callable[[Delta], None] | None = None,
     ) -> Turn:
-        """Follows an answer to its end. It is made in a thread of its own meanwhile.
+        """Show an answer until it ends, and return its turn; generation runs in a separate thread.
 
         Args:
-            session: that answers.
-            records: from one of its methods.
-            cancel: the event that those were given.
-            write: shows a piece of the answer, or of the thinking, in another way.
+            session: chat that generates the answer.
+            records: iterator from a method of `session`, such as `ask`.
+            cancel: event that was passed to that method.
+            write: replacement for the default display of deltas; None for the default.
 
         Raises:
-            SpecchatError: whatever ended the answer.
-            KeyboardInterrupt: Ctrl-C, twice.
+            SpecchatError: the answer failed.
+            KeyboardInterrupt: Ctrl-C was pressed twice.
         """
         engine = session.engine
         status = AnswerStatus(Watched(engine.plan, lambda: engine.activity, engine.memory), cancel)
@@ -87,7 +88,7 @@ class ChatView:
             follower.end()
 
     def wait_for(self, load: BackgroundLoad[ChatSession], cancel: Event) -> None:
-        """Until the model is loaded, or the user gives up; says meanwhile what is going on."""
+        """Wait until the model is loaded or the user cancels, and show the progress of loading."""
         if load.is_done:
             return
         if self.talk.quiet or not can_redraw(self.talk.stream):
@@ -103,15 +104,15 @@ class ChatView:
             region.clear()
 
     def end(self, turn: Turn, plan: Plan) -> None:
-        """The line under an answer."""
+        """Show the line under an answer, and its warnings."""
         self.out.end_line()
         self.talk.say(stopped_line(turn) if turn.finish_reason == "interrupt" else stats_line(turn, plan), "dim")
         if turn.unsaved is not None:
             self.talk.error(turn.unsaved, None)
         if turn.finish_reason == "context":
             self.talk.warn(
-                f"the context of {plan.work.ctx:,} tokens is full, so the answer ends here; "
-                "/clear starts over, /drop N forgets the oldest turns, --ctx makes room where the model allows"
+                f"answer cut off: the context of {plan.work.ctx:,} tokens is full; "
+                "free space with /clear or /drop N, or restart with a larger --ctx"
             )
 
     def _steps_shown(self, session: ChatSession) -> Callable[[int, Step], None] | None:
@@ -128,7 +129,7 @@ class ChatView:
 
 
 class _Follower:
-    """Hands an answer's records to what shows them."""
+    """The loop that takes an answer's records from the worker and passes them to the view."""
 
     def __init__(
         self,
@@ -148,7 +149,7 @@ class _Follower:
         self._began_thinking_s: float | None = None
 
     def follow(self, worker: Worker[Delta | Dropped | Turn]) -> Turn:
-        """Until its turn is there."""
+        """Show records until the turn arrives, and return it."""
         while True:
             self._shown.draw()
             record = worker.next(self._shown.next_draw_in_s())
@@ -161,7 +162,7 @@ class _Follower:
                     self._shown.interlude(partial(self._talk.warn, dropped_line(record)))
 
     def end(self) -> None:
-        """Leaves nothing unfinished on the screen."""
+        """Complete the thinking and the text on the screen."""
         self._end_thinking()
         self._shown.end()
 
@@ -198,7 +199,7 @@ class _Follower:
 
 
 def banner_lines(target: ModelSource, chosen: ExplainedPlan, draft_note: str) -> list[str]:
-    """What will answer, with which helper, where it all goes, and how fast that should be."""
+    """Return the banner: model, draft, dtype, device, weights; then the plan and the predicted speed."""
     plan = chosen.plan
     model = f"{target.name} ({target.label})" if target.label else target.name
     facts = [model, _draft(plan) if plan.draft else draft_note, f"{plan.work.dtype} on {plan.work.device}"]
@@ -211,7 +212,7 @@ def banner_lines(target: ModelSource, chosen: ExplainedPlan, draft_note: str) ->
 
 
 def _weights(plan: Plan) -> str:
-    """What the weights are that are answering, and how to have others if nobody asked for these."""
+    """Return the precision of the weights; if it was lowered automatically, also the flag that keeps the original."""
     if plan.lowered_from is None:
         return f"weights {plan.quant}"
     return f"weights {plan.quant}, not the original {plan.lowered_from}: --quant none"
@@ -222,7 +223,7 @@ def _draft(plan: Plan) -> str:
 
 
 def plan_line(plan: Plan) -> str:
-    """Where it all goes, in one line."""
+    """Return the memory use and the streaming of a plan in one line."""
     unit = _unit(plan.device_bytes)
     shares = ", ".join(f"{name} {_scaled(size, unit)}{note}" for name, size, note in _shares(plan))
     total = f"{_scaled(plan.device_bytes, unit)} {_unit_name(unit)} of {format_bytes(plan.vram_bytes)}"
@@ -235,7 +236,7 @@ def plan_line(plan: Plan) -> str:
 
 
 def stats_line(turn: Turn, plan: Plan) -> str:
-    """What an answer took."""
+    """Return the statistics of an answer in one line."""
     usage, timings = turn.usage, turn.timings
     new = usage.prompt_tokens - usage.cached_tokens
     used = usage.prompt_tokens + usage.completion_tokens
@@ -253,7 +254,7 @@ def stats_line(turn: Turn, plan: Plan) -> str:
 
 
 def totals_lines(turns: Sequence[Turn], plan: Plan) -> list[str]:
-    """What all answers took together, and the last one by itself."""
+    """Return the totals over all answers, then the statistics of the last one."""
     num_tokens = sum(turn.usage.completion_tokens for turn in turns)
     num_steps = sum(turn.speculation.steps for turn in turns)
     ttft_s = sum(turn.timings.ttft_s for turn in turns)
@@ -265,14 +266,14 @@ def totals_lines(turns: Sequence[Turn], plan: Plan) -> list[str]:
     return [
         f"{answers} · {num_tokens:,} tok · {num_tokens / max(ttft_s + decode_s, 1e-9):.1f} tok/s · "
         f"{num_tokens / max(num_steps, 1):.1f} tok/pass",
-        f"{ttft_s:.1f} s to first tokens, {decode_s:.1f} s after them",
-        f"{verify_s:.1f} s in passes, {wait_s:.1f} s of that waiting for layers; {draft_s:.1f} s drafting",
-        f"the last one: {stats_line(turns[-1], plan)}",
+        f"time: {ttft_s:.1f} s until first tokens (TTFT), {decode_s:.1f} s decoding",
+        f"of this: {verify_s:.1f} s in target passes ({wait_s:.1f} s waiting for layers), {draft_s:.1f} s drafting",
+        f"last answer: {stats_line(turns[-1], plan)}",
     ]
 
 
 def info_lines(settings: Sequence[Setting]) -> list[str]:
-    """Settings, their values, and where they come from."""
+    """Return one aligned line per setting: name, value and source."""
     names = max((len(setting.name) for setting in settings), default=0)
     values = [_short(setting.value, 60) for setting in settings]
     width = max(map(len, values), default=0)
@@ -280,17 +281,17 @@ def info_lines(settings: Sequence[Setting]) -> list[str]:
 
 
 def stopped_line(turn: Turn) -> str:
-    """What an interrupted answer had come to."""
+    """Return the statistics of an interrupted answer in one line."""
     if not turn.token_ids:
-        return "^C stopped before the first token · nothing was kept"
+        return "^C stopped before the first token · nothing kept"
     return f"^C stopped · {turn.usage.completion_tokens:,} tok · {turn.timings.tok_per_s:.1f} tok/s"
 
 
 def dropped_line(dropped: Dropped) -> str:
-    """What was left out to make room."""
+    """Return the announcement of dropped turns."""
     turns = "turn" if dropped.num_exchanges == 1 else f"{dropped.num_exchanges} turns"
     quoted = "; ".join(f'"{_short(question)}"' for question in dropped.questions)
-    return f"the context is full: the oldest {turns} left out" + (f" ({quoted})" if quoted else "")
+    return f"context full: dropped the oldest {turns}" + (f" ({quoted})" if quoted else "")
 
 
 def _short(text: str, max_chars: int = 40) -> str:
@@ -299,7 +300,7 @@ def _short(text: str, max_chars: int = 40) -> str:
 
 
 def step_line(number: int, step: Step) -> str:
-    """One pass, for --verbose."""
+    """Return the figures of one step in one line, for --verbose."""
     return " · ".join(
         [
             f"step {number}: {len(step.token_ids)} tok",
@@ -313,7 +314,7 @@ def step_line(number: int, step: Step) -> str:
 
 
 def _shares(plan: Plan) -> list[tuple[str, int, str]]:
-    """The ledger in the few words of the plan line."""
+    """Return the ledger summed to the items of the plan line: name, bytes, note."""
     sums = {"resident": 0, "draft": 0, "KV": 0, "work": 0}
     for item in plan.ledger:
         sums[_share(item)] += item.bytes

@@ -1,4 +1,4 @@
-"""Text for other windows: through a program of the desktop, or asking the terminal."""
+"""Copying to the clipboard, through a desktop program or an OSC 52 sequence of the terminal."""
 
 import base64
 import os
@@ -11,31 +11,31 @@ from specchat.errors import NotAvailableError
 from specchat.ui.live import can_redraw
 
 _TIMEOUT_S = 5.0
-# What xterm takes at most; others take more.
+# Limit of xterm in base64 bytes; other terminals accept more.
 _MAX_OSC_52_BYTES = 74_994
 
 
 def copy(text: str, terminal: TextIO) -> str:
-    """Puts `text` on the clipboard; how that was done.
+    """Copy `text` to the clipboard, and return how it was copied, as a phrase.
 
     Raises:
-        NotAvailableError: there is no way to.
+        NotAvailableError: neither a program nor the terminal can copy the text.
     """
     command = _program(os.environ)
-    if command is not None and _gave_to(command, text):
+    if command is not None and _copied_with(command, text):
         return f"with {command[0]}"
     encoded = base64.b64encode(text.encode())
     if can_redraw(terminal) and len(encoded) <= _MAX_OSC_52_BYTES:
         terminal.write(f"\x1b]52;c;{encoded.decode()}\x07")
         terminal.flush()
-        return "by asking the terminal, which has to allow it"
+        return "through the terminal, if its settings allow it"
     raise NotAvailableError(
-        "there is no way to the clipboard from here", hint="install wl-copy, xclip or xsel, or /save FILE"
+        "cannot reach the clipboard", hint="install wl-copy, xclip or xsel, or save the chat with /save FILE"
     )
 
 
 def _program(environment: Mapping[str, str]) -> Sequence[str] | None:
-    """What reaches the clipboard of the person who is typing; over ssh only the terminal does."""
+    """Return the program for the user's clipboard, or None; over ssh only the terminal reaches that clipboard."""
     if "SSH_CONNECTION" in environment:
         return None
     candidates = [
@@ -48,8 +48,11 @@ def _program(environment: Mapping[str, str]) -> Sequence[str] | None:
     return next((command for usable, command in candidates if usable and shutil.which(command[0])), None)
 
 
-def _gave_to(command: Sequence[str], text: str) -> bool:
-    """Whether the program took it. Its output is closed, or those that stay in the background would hold ours."""
+def _copied_with(command: Sequence[str], text: str) -> bool:
+    """Pass the text to a program, and return whether it succeeded.
+
+    The program's output is discarded. Programs that stay in the background would otherwise keep our streams open.
+    """
     try:
         done = subprocess.run(
             command,

@@ -1,4 +1,4 @@
-"""The slash commands: their names, what they take, and what /help says of them. What they do is in `repl`."""
+"""The slash commands: names, arguments and help texts. `repl` implements them."""
 
 import difflib
 from collections.abc import Callable, Iterable
@@ -13,10 +13,10 @@ class Command:
     """A slash command.
 
     Attributes:
-        names: without the slash.
-        argument: what may follow, as /help writes it; empty if nothing may, in brackets if it need not be there.
-        help: what it does.
-        words: what Tab offers behind it; None for files.
+        names: names without the slash; the first one is the main name.
+        argument: argument as shown by /help; empty for none, in brackets if optional.
+        help: one-line description.
+        words: function that returns the completions of the argument; None completes file names.
     """
 
     names: tuple[str, ...]
@@ -26,7 +26,7 @@ class Command:
 
     @property
     def usage(self) -> str:
-        """As /help shows it."""
+        """Names and argument, as /help shows them."""
         return ", ".join(f"/{name}" for name in self.names) + (f" {self.argument}" if self.argument else "")
 
 
@@ -39,48 +39,51 @@ def _words(*words: str) -> Callable[[], Iterable[str]]:
 
 
 COMMANDS = (
-    Command(("help",), "", "this list"),
-    Command(("retry",), "", "answer the last message again, differently if answers are sampled"),
-    Command(("edit",), "", "change the last message, and have it answered again"),
-    Command(("continue",), "", "let the last answer go on"),
-    Command(("undo",), "", "take back the last message and its answer"),
-    Command(("drop",), "N", "forget the N oldest messages and their answers"),
-    Command(("clear",), "", "start over; the system prompt stays"),
-    Command(("system",), "[TEXT]", "show or change the system prompt; none takes it away", _words("none")),
-    Command(("set",), "[KEY=VALUE]", "show or change how answers are drawn", _settings),
+    Command(("help",), "", "list commands and keys"),
+    Command(("retry",), "", "answer the last message again, with a new seed"),
+    Command(("edit",), "", "edit the last message and answer it again"),
+    Command(("continue",), "", "continue the last answer"),
+    Command(("undo",), "", "remove the last message and its answer"),
+    Command(("drop",), "N", "remove the N oldest messages and their answers"),
+    Command(("clear",), "", "clear the chat; keep the system prompt"),
+    Command(("system",), "[TEXT]", "show or set the system prompt ('none' removes it)", _words("none")),
+    Command(("set",), "[KEY=VALUE]", "show the settings or change one", _settings),
     Command(
-        ("think",), "[on|off|show|hide]", "let the model think; show its thinking", _words("on", "off", "show", "hide")
+        ("think",),
+        "[on|off|show|hide]",
+        "turn thinking on or off; show or hide it",
+        _words("on", "off", "show", "hide"),
     ),
-    Command(("read",), "FILE", "send a file's text along with the next message", None),
-    Command(("save",), "[FILE]", "where this chat is kept; or write a copy (.md to be read, else .jsonl)", None),
-    Command(("load",), "FILE", "take over the chat in a file", None),
-    Command(("copy",), "", "put the last answer on the clipboard"),
-    Command(("stats",), "", "what the answers of this chat took"),
-    Command(("info",), "", "model, plan, and where each setting comes from"),
-    Command(("verbose",), "", "show, or no longer, each pass with its tree of guesses"),
-    Command(("exit", "bye", "quit"), "", "leave; Ctrl-D on an empty line does, too"),
+    Command(("read",), "FILE", "attach a text file to the next message", None),
+    Command(("save",), "[FILE]", "show where the chat is saved, or write a copy (.md: Markdown, else JSON)", None),
+    Command(("load",), "FILE", "replace this chat with the one in FILE", None),
+    Command(("copy",), "", "copy the last answer to the clipboard"),
+    Command(("stats",), "", "show the statistics of this chat"),
+    Command(("info",), "", "show the plan, the context in use, and the source of each setting"),
+    Command(("verbose",), "", "toggle the figures and the draft tree of each pass"),
+    Command(("exit", "bye", "quit"), "", "exit; so does Ctrl-D on an empty line"),
 )
 BY_NAME = {name: command for command in COMMANDS for name in command.names}
 
 _KEYS = (
-    ("//...", "a message that starts with a slash"),
-    ("Enter", "send; Alt-Enter or Ctrl-J breaks the line"),
-    ('"""', "begins and ends a message in which Enter breaks the line"),
-    ("Up, Down, Ctrl-R", "earlier messages; Ctrl-R searches them"),
-    ("Ctrl-X Ctrl-E", "write the message in $EDITOR"),
-    ("Ctrl-C", "stop the answer, or clear the line; twice leaves"),
+    ("//...", "send a message that starts with a slash"),
+    ("Enter", "send; Alt-Enter or Ctrl-J inserts a line break"),
+    ('"""', "start and end a multi-line message, where Enter inserts a line break"),
+    ("Up, Down, Ctrl-R", "recall earlier messages; Ctrl-R searches them"),
+    ("Ctrl-X Ctrl-E", "edit the message in $EDITOR"),
+    ("Ctrl-C", "stop the answer or clear the line; press twice to exit"),
 )
 
 
 def help_lines() -> list[str]:
-    """What /help prints."""
+    """Return the lines that /help prints."""
     rows = [*((command.usage, command.help) for command in COMMANDS), *_KEYS]
     width = max(len(usage) for usage, _ in rows)
     return [f"{usage:<{width}}  {text}" for usage, text in rows]
 
 
 def unknown(name: str) -> str:
-    """What to say to a command that does not exist."""
+    """Return the message for an unknown command."""
     close = difflib.get_close_matches(name, BY_NAME, n=1)
-    suggestion = f"did you mean /{close[0]}?" if close else "/help lists the commands"
-    return f"there is no command /{name}: {suggestion} (// sends a slash)"
+    suggestion = f"did you mean /{close[0]}?" if close else "type /help for a list"
+    return f"unknown command /{name}: {suggestion} (start with // to send it as a message)"

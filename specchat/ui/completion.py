@@ -1,20 +1,20 @@
-"""What Tab offers: commands, and what can stand behind them."""
+"""Tab completion of slash commands and their arguments."""
 
 from collections.abc import Callable, Iterable, Mapping
 
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 
-# Recommendations words, or None for the names of files.
+# Function that returns the completions of an argument; None completes file names.
 Words = Callable[[], Iterable[str]] | None
 
 
 class CommandCompleter(Completer):
-    """Completes slash commands; ordinary messages are left alone.
+    """A completer of slash commands; ordinary messages have no completions.
 
     Args:
-        arguments: for every name, without its slash: the words that may follow, or None for a file. Commands that take
-            nothing have no words.
+        arguments: completions of the argument by command name, without the slash; None completes file names. Commands
+            without an argument have no completions.
     """
 
     def __init__(self, arguments: Mapping[str, Words]) -> None:
@@ -22,7 +22,7 @@ class CommandCompleter(Completer):
         self._paths = PathCompleter(expanduser=True)
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
-        """What could stand where the cursor is."""
+        """Yield the completions at the cursor."""
         text = document.text_before_cursor
         if not text.startswith("/") or text.startswith("//") or "\n" in text:
             return

@@ -1,4 +1,4 @@
-"""Where words go: the answer to stdout, talk to stderr, and nothing but text to anything that is not a terminal."""
+"""The output streams: the answer goes to stdout, everything else to stderr. Styles go to terminals only."""
 
 import os
 import sys
@@ -11,24 +11,22 @@ from rich.text import Text
 
 
 def wants_styles(stream: TextIO) -> bool:
-    """Whether escape sequences may be written to `stream`: a terminal that can show them, and nobody said no."""
+    """Return whether `stream` is a terminal that supports escape sequences, and NO_COLOR is not set."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
 
 
-# Overrides and isolates of writing direction, which make a text read as another one, and separators that some terminals
-# take for line ends. The marks that right-to-left scripts do need (LRM, RLM) only hint and stay.
+# Bidirectional overrides and isolates, which can disguise a text, and separators that some terminals treat as line
+# ends. The marks LRM and RLM, which right-to-left scripts need, do not reorder text and are kept.
 _REORDERING = (*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x2028, 0x2029)
 
 
 def _controls() -> dict[int, str | None]:
-    """What a terminal would obey instead of show, and the sign to show for it."""
+    """Return the translation table from characters that a terminal executes to visible signs."""
     table: dict[int, str | None] = {code: chr(0x2400 + code) for code in range(0x20)}
     table |= dict.fromkeys(range(128, 160), "\N{REPLACEMENT CHARACTER}")
-    table |= {0x7F: "\N{SYMBOL FOR DELETE}", 0x0D: None}  # a carriage return could write over what stands there
+    table |= {0x7F: "\N{SYMBOL FOR DELETE}", 0x0D: None}  # a carriage return could overwrite shown text
     table |= dict.fromkeys(_REORDERING, "\N{REPLACEMENT CHARACTER}")
-    table |= dict.fromkeys(
-        range(0xD800, 0xE000), "\N{REPLACEMENT CHARACTER}"
-    )  # halves of characters, which UTF-8 has not
+    table |= dict.fromkeys(range(0xD800, 0xE000), "\N{REPLACEMENT CHARACTER}")  # surrogates, which UTF-8 cannot encode
     del table[0x0A], table[0x09]
     return table
 
@@ -37,16 +35,19 @@ _CONTROLS = _controls()
 
 
 def neutral(text: str) -> str:
-    """`text` with control characters made visible, so that it cannot move the cursor, set titles or answer queries."""
+    """Return `text` with control characters made visible.
+
+    The result cannot move the cursor, set the window title or make the terminal answer queries.
+    """
     return text.translate(_CONTROLS)
 
 
 class AnswerStream:
-    """stdout: shown safely on a terminal, byte for byte as it is anywhere else.
+    """Stdout: control characters are made visible on a terminal; other outputs get the exact bytes.
 
     Attributes:
-        stream: where it all goes.
-        is_terminal: whether somebody looks at it directly.
+        stream: underlying stream.
+        is_terminal: whether the stream is a terminal.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -55,7 +56,7 @@ class AnswerStream:
         self._at_line_start = True
 
     def write(self, text: str) -> None:
-        """Shows `text` at once."""
+        """Write `text` and flush."""
         if not text:
             return
         if self.is_terminal:
@@ -70,17 +71,17 @@ class AnswerStream:
         self._at_line_start = text.endswith("\n")
 
     def end_line(self) -> None:
-        """Makes sure that what comes next starts on a line of its own."""
+        """End the current line, so that the next output starts on a new one."""
         if not self._at_line_start:
             self.write("\n")
 
 
 class Talk:
-    """stderr: everything that is not the answer.
+    """Stderr: everything except the answer.
 
     Attributes:
-        stream: where it all goes.
-        quiet: whether notices are wanted at all.
+        stream: underlying stream.
+        quiet: whether notices and warnings are silenced.
     """
 
     def __init__(self, stream: TextIO, *, quiet: bool = False) -> None:
@@ -88,47 +89,47 @@ class Talk:
         self.quiet = quiet
         self._at_line_start = True
         self._is_terminal = stream.isatty()
-        self.console = _console(stream, soft_wrap=not self._is_terminal)  # a log gets its lines whole
+        self.console = _console(stream, soft_wrap=not self._is_terminal)  # lines in a log are not wrapped
 
     def say(self, text: str, style: str = "") -> None:
-        """One notice; --quiet silences it."""
+        """Print a notice, unless --quiet is set."""
         if not self.quiet:
             self.console.print(Text(neutral(text), style))
 
     def say_styled(self, text: Text) -> None:
-        """One notice that has styles of its own and nothing in it that a terminal would obey."""
+        """Print a styled notice without control characters, unless --quiet is set."""
         if not self.quiet:
             self.console.print(text)
 
     def write(self, text: str) -> None:
-        """The next piece of a text that comes in pieces; --quiet silences it."""
+        """Print the next piece of a streamed text, unless --quiet is set."""
         if text and not self.quiet:
             self.console.print(Text(neutral(text), "dim"), end="", soft_wrap=True)
             self._at_line_start = text.endswith("\n")
 
     def end_line(self) -> None:
-        """Makes sure that what comes next starts on a line of its own."""
+        """End the current line, so that the next output starts on a new one."""
         if not self._at_line_start:
             self.write("\n")
 
     def tell(self, text: str) -> None:
-        """The answer to a command; always shown."""
+        """Print the output of a command, even if --quiet is set."""
         self.console.print(Text(neutral(text)))
 
     def overwrite(self, text: str) -> None:
-        """A line that the next one takes the place of; only on terminals that can go back."""
+        """Print a line that the next call replaces; only on terminals, unless --quiet is set."""
         if not self.quiet and self.console.is_terminal:
             width = max(self.console.width - 1, 1)
             self.console.file.write(f"\r\x1b[K{neutral(text)[:width]}")
             self.console.file.flush()
 
     def warn(self, text: str) -> None:
-        """Something that will not go as asked; --quiet silences it."""
+        """Print a warning, unless --quiet is set."""
         if not self.quiet:
             self._labelled("warning", "yellow", text)
 
     def error(self, message: str, hint: str | None) -> None:
-        """What went wrong, and what to do about it; always shown."""
+        """Print an error and its hint, even if --quiet is set."""
         self._labelled("error", "bold red", message)
         if hint:
             self._labelled("hint", "cyan", hint)
@@ -138,17 +139,17 @@ class Talk:
 
 
 def columns(stream: TextIO, off_terminal: int = 100) -> int:
-    """How wide lines may be: the terminal's width, or what is easy to read elsewhere."""
+    """Return the width for lines: the terminal's columns, or `off_terminal` elsewhere."""
     return Console(file=stream).width if stream.isatty() else off_terminal
 
 
 def report_console(stream: TextIO, columns_off_terminal: int) -> Console:
-    """For tables on stdout: drawn on a terminal, plain text of a fixed width elsewhere."""
+    """Return a console for tables on stdout: styled on a terminal, plain text of a fixed width elsewhere."""
     return _console(stream, width=None if stream.isatty() else columns_off_terminal)
 
 
 def _console(stream: TextIO, *, soft_wrap: bool = False, width: int | None = None) -> Console:
-    """Text as it is, in colours only where they are wanted."""
+    """Return a console that prints text verbatim, with colours only if the stream accepts them."""
     styled = wants_styles(stream)
     return Console(
         file=stream,
@@ -163,20 +164,20 @@ def _console(stream: TextIO, *, soft_wrap: bool = False, width: int | None = Non
 
 
 def answer_stream() -> AnswerStream:
-    """Stdout as it is now."""
+    """Return an `AnswerStream` on the current stdout."""
     return AnswerStream(sys.stdout)
 
 
 def talk(*, quiet: bool = False) -> Talk:
-    """Stderr as it is now."""
+    """Return a `Talk` on the current stderr."""
     return Talk(sys.stderr, quiet=quiet)
 
 
 @contextmanager
 def typing_ahead(stream: TextIO) -> Iterator[None]:
-    """Keeps what is typed between two prompts off the screen and as it was typed, for the next prompt to read.
+    """Keep keys typed between two prompts off the screen, and leave them unchanged for the next prompt.
 
-    Without this a terminal would write it into the answer, and turn an Enter into a mere line break.
+    Otherwise the terminal would echo them into the answer and turn Enter into a line break.
     """
     import termios
 

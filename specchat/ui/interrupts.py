@@ -1,4 +1,4 @@
-"""Ctrl-C: once asks to stop, twice in quick succession leaves the program, whatever it is doing."""
+"""Ctrl-C: pressed once it stops the answer; pressed twice within two seconds it ends the program."""
 
 import signal
 import time
@@ -11,16 +11,16 @@ _LEAVE_WITHIN_S = 2.0
 
 
 class Interrupts:
-    """Remembers when Ctrl-C was last pressed."""
+    """The handler of Ctrl-C, which remembers the time of the last press."""
 
     def __init__(self) -> None:
         self._last = float("-inf")
 
     def note(self) -> None:
-        """Counts one Ctrl-C.
+        """Record one Ctrl-C.
 
         Raises:
-            KeyboardInterrupt: the one before was less than two seconds ago.
+            KeyboardInterrupt: the previous Ctrl-C was less than two seconds ago.
         """
         now = time.monotonic()
         if now - self._last < _LEAVE_WITHIN_S:
@@ -29,7 +29,7 @@ class Interrupts:
 
     @contextmanager
     def setting(self, cancel: Event) -> Iterator[None]:
-        """While an answer is written, Ctrl-C asks it to stop instead of breaking off wherever the program is."""
+        """Make Ctrl-C set `cancel` inside the context, instead of raising KeyboardInterrupt anywhere."""
 
         def on_interrupt(_signum: int, _frame: FrameType | None) -> None:
             self.note()

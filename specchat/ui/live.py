@@ -1,7 +1,7 @@
-"""The end of a terminal's text that is still changing: a few rows that are drawn over until they are final.
+"""The live region: the last rows of a terminal's text, redrawn in place until they are final.
 
-Rich's own live display redraws everything at every change, from a thread, and loses count when rows scroll away. Here
-only rows that changed are written, by whoever calls, and what is final is written once and never touched again.
+Rich's live display redraws everything on each change, from a thread, and miscounts when rows scroll off the screen.
+Here only changed rows are written, in the caller's thread. Final rows are written once and never touched again.
 """
 
 import os
@@ -13,36 +13,36 @@ from typing import TextIO
 
 from rich.cells import cell_len
 
-# Rows are cut off at the margin and not wrapped, whatever width a terminal gives to rare characters: each takes one
-# line, so that going back over them arrives where they began.
+# Rows are cut off at the margin instead of wrapped, so each takes exactly one line, even if the terminal's width of a
+# rare character differs from ours. Moving the cursor up then always reaches the first row.
 _NO_WRAP, _WRAP = "\x1b[?7l", "\x1b[?7h"
 _ERASE_BELOW = "\x1b[J"
-# Terminals that can show a frame at once do so between these two; others ignore them.
+# Synchronized output: terminals that support it show everything between these two at once; others ignore them.
 _FRAME, _FRAME_END = "\x1b[?2026h", "\x1b[?2026l"
 
-# Set by terminals that wrap what they show anew when they become narrower; xterm and the Linux console do not.
+# Variables set by terminals that re-wrap shown text when they become narrower; xterm and the Linux console do not.
 _SIGNS_OF_REFLOW = ("VTE_VERSION", "KITTY_WINDOW_ID", "KONSOLE_VERSION", "WEZTERM_PANE", "WT_SESSION", "TMUX")
 _PROGRAMS_THAT_REFLOW = {"iTerm.app", "Apple_Terminal", "vscode", "ghostty", "WezTerm"}
 
 
 def can_redraw(stream: TextIO) -> bool:
-    """Whether `stream` is a terminal on which the cursor can go back up."""
+    """Return whether `stream` is a terminal that can move the cursor up."""
     return stream.isatty() and os.environ.get("TERM", "dumb") not in ("", "dumb", "unknown")
 
 
 def reflows(environment: Mapping[str, str]) -> bool:
-    """Whether the terminal is known to wrap long rows anew when it is made narrower."""
+    """Return whether the terminal is known to re-wrap long rows when it becomes narrower."""
     named = environment.get("TERM_PROGRAM") in _PROGRAMS_THAT_REFLOW
     return named or any(sign in environment for sign in _SIGNS_OF_REFLOW)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the live part.
+    """One row of the live region.
 
     Attributes:
-        shown: with its styles, safe to write to a terminal.
-        num_cells: columns it takes.
+        shown: styled text, safe to write to a terminal.
+        num_cells: width in columns.
     """
 
     shown: str
@@ -50,15 +50,15 @@ class Row:
 
     @classmethod
     def plain(cls, text: str) -> "Row":
-        """Text without styles, already neutral."""
+        """Return a row of unstyled text without control characters."""
         return cls(text, cell_len(text))
 
 
 class LiveRegion:
-    """The rows at the end of the terminal's text that may still change. The cursor waits behind the last of them.
+    """The last rows of the terminal's text, which may still change. The cursor stays behind the last row.
 
     Args:
-        stream: a terminal that `can_redraw`.
+        stream: terminal for which `can_redraw` is true.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -68,7 +68,7 @@ class LiveRegion:
         self._reflows = reflows(os.environ)
 
     def size(self) -> tuple[int, int]:
-        """Columns and rows now."""
+        """Return the current columns and rows of the terminal."""
         try:
             size = os.get_terminal_size(self._stream.fileno())
         except OSError:
@@ -76,11 +76,11 @@ class LiveRegion:
         return max(size.columns, 1), max(size.lines, 1)
 
     def update(self, rows: Sequence[Row], final: Sequence[str] = ()) -> None:
-        """Puts `final` where the live rows began, for good, and `rows` below as the new live ones.
+        """Write `final` permanently at the start of the live region, and `rows` below as the new live rows.
 
         Args:
-            rows: what may change; those that would not fit on the screen are left out at the top.
-            final: lines to keep, with styles and without line ends; longer ones wrap as the terminal likes.
+            rows: new live rows; rows that do not fit on the screen are omitted at the top.
+            final: permanent lines, styled, without line ends; the terminal wraps long ones.
         """
         width, height = self.size()
         rows = list(rows)[-(height - 1) :] if height > 1 else []
@@ -90,11 +90,14 @@ class LiveRegion:
         self._rows, self._width = rows, width
 
     def clear(self) -> None:
-        """Takes the live rows away."""
+        """Erase the live rows."""
         self.update(())
 
     def _back_to(self, index: int, width: int) -> str:
-        """Moves to the end of the live row before `index`, or to the start of the first, and erases what follows."""
+        """Return the sequence that erases all live rows from `index` on.
+
+        The cursor ends behind the row before `index`, or at the start of the first row.
+        """
         if not self._rows:
             return ""
         lines_below = sum(self._num_lines(row, width) for row in self._rows[max(index, 1) :])
@@ -122,7 +125,7 @@ def _num_equal(a: Sequence[Row], b: Sequence[Row]) -> int:
 
 
 def _joined(rows: Sequence[Row], kept: int) -> str:
-    """What is to be written for the rows from `kept` on, from the end of the one before."""
+    """Return the text to write for the rows from `kept` on; the cursor is behind the row before."""
     if kept >= len(rows):
         return ""
     line_ends = ["\n" if i else "" for i in range(kept, len(rows))]

@@ -1,4 +1,4 @@
-"""A model that is loaded in a thread while its user may type already."""
+"""Loading a model in a background thread, while the user can already type."""
 
 import threading
 import time
@@ -16,7 +16,7 @@ _LOADING = "loading the model"
 
 
 class LoadReporter:
-    """What is being loaded just now; told in the thread that loads, asked by whoever owns the screen."""
+    """The progress of loading: the loading thread updates it, the thread of the screen reads it."""
 
     def __init__(self) -> None:
         self._begin = time.monotonic()
@@ -25,7 +25,11 @@ class LoadReporter:
 
     @contextmanager
     def moving(self, what: str) -> Iterator[Callable[[int, int], None]]:
-        """While bytes move; the function takes bytes so far and bytes altogether."""
+        """Report a transfer for the duration of a context.
+
+        Returns:
+            Context with a function that takes the bytes done and the total bytes.
+        """
         pace = Pace(what)
 
         def update(done: int, total: int) -> None:
@@ -35,24 +39,24 @@ class LoadReporter:
         self._text = _LOADING
 
     def warn(self, text: str) -> None:
-        """Something that did not go as asked; shown at the next opportunity."""
+        """Store a warning, to be shown before the next message."""
         self._warnings.append(text)
 
     def line(self) -> str:
-        """What is going on, and since when."""
+        """Return the current progress and the elapsed time in one line."""
         return f"{self._text} · {time.monotonic() - self._begin:.0f} s"
 
     def take_warnings(self) -> list[str]:
-        """The warnings that nobody has seen yet."""
+        """Return the warnings since the last call."""
         taken, self._warnings = self._warnings, []
         return taken
 
 
 class BackgroundLoad(Generic[T]):
-    """Loads in a thread of its own, from `start` on.
+    """A load in a background thread, which begins with `start`.
 
     Args:
-        load: does it; is told where to report.
+        load: function that loads the model and reports its progress.
     """
 
     def __init__(self, load: Callable[[LoadReporter], T]) -> None:
@@ -65,7 +69,10 @@ class BackgroundLoad(Generic[T]):
         self._has_begun = False
 
     def start(self) -> None:
-        """Begins, once: the first libraries that loading imports hold up all other threads for tenths of a second."""
+        """Start loading, if it has not started yet.
+
+        The imports at the start of loading block all other threads for tenths of a second.
+        """
         if self._has_begun:
             return
         self._has_begun = True
@@ -77,24 +84,24 @@ class BackgroundLoad(Generic[T]):
 
     @property
     def is_done(self) -> bool:
-        """Whether there is a result, or an error."""
+        """Whether loading has succeeded or failed."""
         return self._done.is_set()
 
     @property
     def error(self) -> BaseException | None:
-        """What it failed with, if it has."""
+        """Error of a failed load, or None."""
         return self._error
 
     def wait(self, timeout_s: float) -> bool:
-        """Until it is done, but not longer than that; whether it is."""
+        """Wait at most `timeout_s` seconds for the load, and return whether it is done."""
         self.start()
         return self._done.wait(timeout_s)
 
     def result(self) -> T:
-        """What was loaded.
+        """Wait for the load and return its result.
 
         Raises:
-            BaseException: whatever loading failed with.
+            BaseException: loading failed with this error.
         """
         self.start()
         self._done.wait()
@@ -104,7 +111,7 @@ class BackgroundLoad(Generic[T]):
         return self._result
 
     def close(self, close: Callable[[T], None]) -> None:
-        """Lets go of the result if there is one; what is still being loaded ends with the process."""
+        """Close the result, if there is one; an unfinished load ends with the process."""
         if self.is_done and self._result is not None:
             close(self._result)
 

@@ -1,8 +1,8 @@
-"""Markdown as it comes: what is complete is laid out once and for good, the rest is laid out anew while it grows.
+"""Streaming Markdown: complete blocks are laid out once and become final, the rest is laid out again as it grows.
 
-Complete are paragraphs, headings, tables and quotes once they have ended, items of a list one by one, and lines of code
-one by one, so that little is ever unfinished. Rich's own Markdown drops HTML and pads every line; here every character
-that is not markup can be read, and code is shown without anything before, behind or around it that would be copied too.
+Paragraphs, headings, tables and quotes are complete when they end. Lists become final item by item, code line by line,
+so little text is ever unfinished. Rich's Markdown drops HTML and pads every line. Here every character that is not
+markup is visible, and code has no decoration around it, so it can be copied cleanly.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 
 _Line = list[Segment]
 
-# Beyond this, laying the unfinished end out anew at every change would take too long: its end is shown as it is.
+# A longer unfinished block would take too long to lay out on each change, so only its end is shown, as plain text.
 _MAX_LIVE_CHARS = 4000
-# Lines above that tell a highlighter what it is in the middle of.
+# Preceding lines that give the syntax highlighter its context.
 _CODE_CONTEXT_LINES = 60
 _TAB = 4
-_MIN_WIDTH = 10  # of what is nested too deeply for the screen
+_MIN_WIDTH = 10  # columns, for blocks that are nested too deeply for the screen
 
 _STYLES = {
     "strong": Style(bold=True),
@@ -52,26 +52,26 @@ _STYLES = {
 
 
 class TextStream(Protocol):
-    """Text that comes in pieces and leaves as lines."""
+    """A converter from pieces of text to rows."""
 
     def feed(self, text: str) -> None:
-        """Takes the next piece."""
+        """Add the next piece."""
 
     def finished(self, width: int, *, last: bool = False) -> list[Row]:
-        """Rows that have become final since the last call; all that is left if nothing more comes."""
+        """Return the rows that became final since the last call; with `last`, all remaining rows."""
 
     def unfinished(self, width: int) -> list[Row]:
-        """How the rest would look if it ended here."""
+        """Return the remaining rows as they would look if the text ended here."""
 
 
 class PlainStream:
-    """Text as it is, line by line.
+    """A stream of plain text, line by line.
 
     Args:
-        style: of all of it.
+        style: style of the whole text.
 
     Attributes:
-        pending: what no call of `finished` has taken yet.
+        pending: text that `finished` has not returned yet.
     """
 
     def __init__(self, style: str = "") -> None:
@@ -79,42 +79,42 @@ class PlainStream:
         self.pending = ""
 
     def feed(self, text: str) -> None:
-        """Takes the next piece."""
+        """Add the next piece."""
         self.pending += text
 
     def finished(self, width: int, *, last: bool = False) -> list[Row]:
-        """Whole lines."""
+        """Return the complete lines; with `last`, also the incomplete one."""
         *lines, self.pending = self.pending.split("\n")
         if last and self.pending:
             lines, self.pending = [*lines, self.pending], ""
         return [styled_row(line, self._style) for line in lines]
 
     def unfinished(self, width: int) -> list[Row]:
-        """The line that has not ended, wrapped as a terminal would."""
+        """Return the incomplete line, wrapped like a terminal does."""
         return tail_rows(self.pending, width, None, self._style) if self.pending else []
 
 
 def tail_rows(text: str, width: int, num_rows: int | None, style: str = "") -> list[Row]:
-    """The end of a text, wrapped as a terminal would; all of it or only so many rows."""
+    """Return the last `num_rows` rows of a text (None: all), wrapped like a terminal does."""
     lines = neutral(text[-_MAX_LIVE_CHARS:]).expandtabs(_TAB).split("\n")
     parts = [part for line in lines for part in chop_cells(line, width) or [""]]
     return [styled_row(part, style) for part in (parts if num_rows is None else parts[-num_rows:])]
 
 
 def styled_row(text: str, style: str = "") -> Row:
-    """A line in one style."""
+    """Return a row in one style."""
     return _row([Segment(text, Style.parse(style) if style else None)])
 
 
 @dataclass
 class _OpenFence:
-    """A code block that has begun.
+    """A code block that has begun and not ended.
 
     Attributes:
-        language: what stands behind the fence.
-        closing: matches the line that ends it.
-        indent: spaces that its lines may have in front, as the fence has.
-        lines: those above the next one, as far as a highlighter needs them.
+        language: text behind the opening fence.
+        closing: pattern of the closing fence.
+        indent: leading spaces of the fence, which are removed from the code lines.
+        lines: preceding code lines, as context for the syntax highlighter.
     """
 
     language: str
@@ -124,22 +124,22 @@ class _OpenFence:
 
 
 class MarkdownStream:
-    """Markdown that comes in pieces and leaves as laid out lines."""
+    """A stream of Markdown, laid out block by block."""
 
     def __init__(self) -> None:
         self._layout = _Layout()
         self._pending = ""
         self._fence: _OpenFence | None = None
-        self._next_number: int | None = None  # of the list that `_pending` begins in the middle of
+        self._next_number: int | None = None  # number of the next item, if `_pending` begins within a list
         self._needs_gap = False
         self._num_lines_read = 0
 
     def feed(self, text: str) -> None:
-        """Takes the next piece."""
+        """Add the next piece."""
         self._pending += neutral(text)
 
     def finished(self, width: int, *, last: bool = False) -> list[Row]:
-        """What no further text can change."""
+        """Return the rows that further text cannot change; with `last`, all remaining rows."""
         if last and self._pending and not self._pending.endswith("\n"):
             self._pending += "\n"
         rows: list[Row] = []
@@ -148,7 +148,7 @@ class MarkdownStream:
         return rows
 
     def unfinished(self, width: int) -> list[Row]:
-        """The block under way."""
+        """Return the rows of the incomplete block."""
         if not self._pending.strip():
             return []
         if self._fence is not None or len(self._pending) > _MAX_LIVE_CHARS:
@@ -157,7 +157,7 @@ class MarkdownStream:
         return [_row(line) for line in gap + self._layout.blocks(_parse(self._pending), width, self._next_number)]
 
     def _take(self, width: int, last: bool) -> list[_Line] | None:
-        """The next lines to keep, or None when the rest must wait."""
+        """Return the next final lines, or None if no block is complete."""
         num_whole_lines = self._pending.count("\n")
         if num_whole_lines == self._num_lines_read and not last:
             return None
@@ -185,7 +185,7 @@ class MarkdownStream:
         return [*shown, _mark("```")]
 
     def _take_blocks(self, width: int, last: bool) -> list[_Line] | None:
-        """Lays out the first block if it is complete; a fence only opens, and a list gives what items it can."""
+        """Lay out the first block if it is complete; open a fence, or take the complete items of a list."""
         *whole, rest = self._pending.split("\n")
         nodes = _parse("\n".join([*whole, ""]))
         if not nodes:
@@ -205,7 +205,7 @@ class MarkdownStream:
         return lines
 
     def _take_items(self, node: SyntaxTreeNode, whole: list[str], rest: str, width: int) -> list[_Line] | None:
-        """All items of a list but the last, which may go on."""
+        """Take all items of a list except the last one, which may still grow."""
         items = node.children
         if node.type not in ("bullet_list", "ordered_list") or len(items) < 2:
             return None
@@ -217,14 +217,17 @@ class MarkdownStream:
         return lines
 
     def _gap(self) -> list[_Line]:
-        """An empty line between blocks."""
+        """Return an empty line, if one is needed before the next block."""
         needed = self._needs_gap and self._next_number is None
         self._needs_gap = True
         return [[]] if needed else []
 
 
 def _parser() -> MarkdownIt:
-    """CommonMark, tables and strike-through; HTML and definitions of links would be invisible and are text instead."""
+    """Return a parser for CommonMark, tables and strike-through.
+
+    HTML and link reference definitions would be invisible, so they are parsed as text.
+    """
     return MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"]).disable("reference")
 
 
@@ -236,7 +239,7 @@ def _parse(text: str) -> list[SyntaxTreeNode]:
 
 
 def _with_whole_tables(tokens: list[Token], lines: Sequence[str]) -> list[Token]:
-    """Shows tables as they were written where text would be lost: cells beyond those of the first row."""
+    """Replace a table by its source where the layout would lose text: rows with more cells than the header."""
     kept: list[Token] = []
     for token in tokens:
         kept.append(token)
@@ -252,7 +255,7 @@ def _with_whole_tables(tokens: list[Token], lines: Sequence[str]) -> list[Token]
 
 
 def _has_ended(node: SyntaxTreeNode, end: int, num_lines: int) -> bool:
-    """Whether the last of some whole lines' blocks cannot grow any more."""
+    """Return whether the last block of the complete lines cannot grow any more."""
     if node.type in ("heading", "hr"):
         return True
     return node.type in ("paragraph", "table", "blockquote") and end < num_lines
@@ -277,13 +280,16 @@ def _mark(text: str) -> _Line:
 
 @cache
 def _colors() -> ColorSystem | None:
-    """What the terminal can show; asked only where styles are wanted."""
+    """Return the colour system of the terminal; only called where styles are used."""
     names = {"standard": ColorSystem.STANDARD, "256": ColorSystem.EIGHT_BIT, "truecolor": ColorSystem.TRUECOLOR}
     return names.get(Console(force_terminal=True).color_system or "")
 
 
 def _row(line: Sequence[Segment]) -> Row:
-    """A line ready to be written. Layout may have decoded entities and addresses, so it is made neutral once more."""
+    """Return a row that is safe to write.
+
+    The layout may have decoded entities and URLs into control characters, so the text is neutralized once more.
+    """
     shown, num_cells = "", 0
     for segment in line:
         text = neutral(segment.text).replace("\n", " ").expandtabs(_TAB)
@@ -293,18 +299,18 @@ def _row(line: Sequence[Segment]) -> Row:
 
 
 class _Layout:
-    """Turns parsed blocks into lines of a width."""
+    """The layout of parsed blocks to lines of a given width."""
 
     def __init__(self) -> None:
         self._console = Console(color_system=None, force_terminal=False, highlight=False, markup=False, emoji=False)
 
     def blocks(self, nodes: Sequence[SyntaxTreeNode], width: int, first_number: int | None = None) -> list[_Line]:
-        """Blocks below each other, empty lines between them.
+        """Lay out blocks, separated by empty lines.
 
         Args:
-            nodes: siblings.
-            width: columns.
-            first_number: of the first block's first item, if that block is a list which began earlier.
+            nodes: sibling blocks.
+            width: width in columns.
+            first_number: number of the first item, if the first block continues an earlier list; None otherwise.
         """
         lines: list[_Line] = []
         for i, node in enumerate(nodes):
@@ -318,7 +324,7 @@ class _Layout:
         return lines
 
     def items(self, node: SyntaxTreeNode, items: Sequence[SyntaxTreeNode], width: int, number: int) -> list[_Line]:
-        """Items of a list, the first with this number."""
+        """Lay out list items; the first one has the number `number`."""
         lines: list[_Line] = []
         for i, item in enumerate(items):
             sign = f"{number + i}. " if node.type == "ordered_list" else "• "
@@ -326,12 +332,12 @@ class _Layout:
         return lines
 
     def code(self, lines: Sequence[str], language: str, above: Sequence[str] = ()) -> list[_Line]:
-        """Lines of code in colours, one for one.
+        """Highlight lines of code; each input line gives one output line.
 
         Args:
-            lines: without line ends.
-            language: as behind a fence.
-            above: lines before them.
+            lines: code lines, without line ends.
+            language: text behind the opening fence.
+            above: preceding code lines, as context for the highlighter.
         """
         from rich.syntax import Syntax
 
@@ -380,7 +386,7 @@ class _Layout:
 
 
 def _is_tight(node: SyntaxTreeNode) -> bool:
-    """A list whose items are not set apart by empty lines."""
+    """Return whether the items of a list are not separated by empty lines."""
     return all(child.hidden for item in node.children for child in item.children if child.type == "paragraph")
 
 
@@ -397,7 +403,7 @@ def _table(node: SyntaxTreeNode) -> Table:
 
 
 def _inline(node: SyntaxTreeNode, style: Style) -> Text:
-    """The text within a block."""
+    """Return the styled text of a block."""
     text = Text()
     for part, part_style in _pieces(node, style):
         text.append(part, part_style)
@@ -409,7 +415,7 @@ def _pieces(node: SyntaxTreeNode, style: Style) -> Iterator[tuple[str, Style]]:
     match node.type:
         case "text" | "code_inline" | "html_inline":
             yield node.content, style
-        case "softbreak" | "hardbreak":  # models break lines where they mean to, in verse and addresses
+        case "softbreak" | "hardbreak":  # models break lines on purpose, as in verse and addresses
             yield "\n", style
         case "image":
             yield f"[{node.content}]", style

@@ -1,4 +1,4 @@
-"""A plan in full: what was chosen and why, the speed to expect, and the account of memory."""
+"""The full plan: choices and their reasons, predicted speed, memory ledger."""
 
 import io
 import textwrap
@@ -16,18 +16,18 @@ from specchat.ui.console import neutral
 from specchat.units import format_bytes
 
 _NARROW = 60
-_WIDEST = 110  # longer lines are hard to read
+_WIDEST = 110  # columns; longer lines are hard to read
 _WAITS_FOR = {"link": "waiting for layers", "compute": "computing", "draft": "drafting"}
 
 
 def plan_text(target: ModelSource, chosen: ExplainedPlan, draft_note: str, width: int) -> str:
-    """The plan as `run --plan` and `probe MODEL` print it.
+    """Return the plan as `run --plan` and `probe MODEL` print it.
 
     Args:
-        target: the model.
-        chosen: its plan, with reasons.
-        draft_note: what to say in the place of a draft.
-        width: columns.
+        target: source of the target.
+        chosen: plan of the target, with reasons.
+        draft_note: text to show if there is no draft.
+        width: width in columns.
     """
     plan, width = chosen.plan, min(width, _WIDEST)
     model = f"{target.name} ({target.label})" if target.label else target.name
@@ -35,10 +35,10 @@ def plan_text(target: ModelSource, chosen: ExplainedPlan, draft_note: str, width
     if plan.draft is None and draft_note:
         facts.insert(1, ("draft", draft_note))
     if plan.placement.streamed:
-        facts.append(("streamed", f"{format_bytes(plan.streamed_bytes_per_step)} a pass, from {_places(plan)}"))
+        facts.append(("streamed", f"{format_bytes(plan.streamed_bytes_per_step)} per pass, from {_places(plan)}"))
     ledger = [(item.item, format_bytes(item.bytes)) for item in plan.ledger]
     ledger.append(("sum", f"{format_bytes(plan.device_bytes)} of {format_bytes(plan.vram_bytes)}"))
-    ledger.append(("without weights", f"{format_bytes(plan.generation_bytes)}, the memory that generating takes"))
+    ledger.append(("without weights", f"{format_bytes(plan.generation_bytes)} (caches and workspaces)"))
     memory = "RAM" if plan.work.device == "cpu" else "VRAM"
     choices = _stacked(chosen.choices, width) if width < _NARROW else _side_by_side(chosen.choices, width)
     account = [f"{memory}:", *_facts(ledger, width, indent="  "), *_host_account(plan, width)]
@@ -46,23 +46,23 @@ def plan_text(target: ModelSource, chosen: ExplainedPlan, draft_note: str, width
 
 
 def _host_account(plan: Plan, width: int) -> list[str]:
-    """What host memory holds beside the ledger."""
+    """Return the lines of the host memory ledger."""
     if not plan.host_ledger:
         return []
     rows = [(item.item, format_bytes(item.bytes)) for item in plan.host_ledger]
     rows.append(("sum", format_bytes(sum(item.bytes for item in plan.host_ledger))))
-    return ["", "RAM beside that:" if plan.work.device == "cpu" else "RAM:", *_facts(rows, width, indent="  ")]
+    return ["", "other RAM:" if plan.work.device == "cpu" else "RAM:", *_facts(rows, width, indent="  ")]
 
 
 def speed_text(prediction: Prediction) -> str:
-    """The speed to expect, where it comes from, and how sure that is."""
+    """Return the predicted speed, its basis, the tokens per pass and the bottleneck of a pass."""
     tokens = f"{prediction.tokens_per_step:.1f} tokens" if prediction.tokens_per_step > 1 else "1 token"
-    passes = f"{tokens} a pass of {_seconds(prediction.pass_s)}, mostly {_WAITS_FOR[prediction.bound]}"
+    passes = f"{tokens} per pass of {_seconds(prediction.pass_s)}, mostly {_WAITS_FOR[prediction.bound]}"
     return f"{short_speed(prediction)}: {passes}"
 
 
 def short_speed(prediction: Prediction) -> str:
-    """The same in a few words, for the banner."""
+    """Return the predicted speed and its basis, for the banner."""
     return f"{_tok_per_s(prediction.tok_per_s)} predicted ({prediction.basis})"
 
 
@@ -82,10 +82,10 @@ def _layers(plan: Plan) -> str:
 
 
 def _places(plan: Plan) -> str:
-    """Where streamed layers are between passes."""
+    """Return the places of streamed layers between passes."""
     if "disk" not in plan.placement.tiers:
         return "host memory"
-    return f"host memory ({len(plan.placement.in_ram)} of them) and the disk" if plan.placement.in_ram else "the disk"
+    return f"host memory (layers: {len(plan.placement.in_ram)}) and disk" if plan.placement.in_ram else "disk"
 
 
 def _facts(rows: Sequence[tuple[str, str]], width: int, indent: str = "") -> list[str]:
@@ -104,9 +104,9 @@ def _side_by_side(choices: Sequence[Choice], width: int) -> list[str]:
     table.add_column("choice", no_wrap=True)
     table.add_column("", overflow="fold", max_width=width // 3)
     table.add_column("why", overflow="fold")
-    table.add_column("instead", overflow="fold", max_width=width // 3)
+    table.add_column("alternative", overflow="fold", max_width=width // 3)
     for choice in choices:
-        cells = (choice.option, choice.value, _why(choice), _instead(choice))
+        cells = (choice.option, choice.value, _why(choice), _alternative(choice))
         table.add_row(*(Text(neutral(cell)) for cell in cells))
     console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False, highlight=False)
     with console.capture() as captured:
@@ -118,7 +118,7 @@ def _stacked(choices: Sequence[Choice], width: int) -> list[str]:
     lines: list[str] = []
     for choice in choices:
         lines += textwrap.wrap(neutral(f"{choice.option}: {choice.value}"), width, subsequent_indent="  ")
-        for text in (_why(choice), _instead(choice)):
+        for text in (_why(choice), _alternative(choice)):
             lines += textwrap.wrap(neutral(text), width, initial_indent="  ", subsequent_indent="  ")
     return lines
 
@@ -127,8 +127,8 @@ def _why(choice: Choice) -> str:
     return f"asked for{'' if choice.why == 'asked for' else f': {choice.why}'}" if choice.pinned else choice.why
 
 
-def _instead(choice: Choice) -> str:
-    """What another value would give."""
+def _alternative(choice: Choice) -> str:
+    """Return the predicted speed of the alternative value."""
     other = choice.alternative
     if other is None:
         return ""

@@ -1,4 +1,4 @@
-"""The hardware report: on the screen with bars, as plain text, and as Markdown for bug reports."""
+"""The hardware report: with bars on a terminal, as plain text, and as Markdown for bug reports."""
 
 from collections.abc import Sequence
 from typing import TextIO
@@ -21,7 +21,7 @@ _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
 class ProbeView:
-    """Prints a report on stdout: drawn on a terminal, plain text elsewhere.
+    """The printer of a hardware report: styled on a terminal, plain text elsewhere.
 
     Args:
         stream: stdout.
@@ -33,13 +33,13 @@ class ProbeView:
     def report(
         self, report: Report, verdicts: Sequence[Verdict], plan: str | None, offers: Sequence[RenderableType] = ()
     ) -> None:
-        """A whole report.
+        """Print a whole report.
 
         Args:
-            report: of this machine.
-            verdicts: its own, and whatever else was looked into.
-            plan: a model's plan in full, or None.
-            offers: lines on what the machine can run.
+            report: hardware report of this machine.
+            verdicts: verdicts of the report and of further checks.
+            plan: full plan of a model, or None.
+            offers: lines with the recommended models.
         """
         with self._console.capture() as captured:
             self._console.print(Text(neutral(headline(report)), "bold"))
@@ -49,7 +49,7 @@ class ProbeView:
             else:
                 self._side_by_side(verdicts)
             self._console.print()
-            self._console.print(Text(f"rates measured {report.measured.measured_at}; --refresh repeats it", "dim"))
+            self._console.print(Text(f"rates measured {report.measured.measured_at}; --refresh measures again", "dim"))
             if plan is not None:
                 self._console.print()
                 self._console.print(Text(neutral(plan)))
@@ -58,7 +58,7 @@ class ProbeView:
             for each in offers:
                 self._console.print(each)
         for line in captured.get().splitlines():
-            self._console.file.write(f"{line.rstrip()}\n")  # a grid fills its lines with spaces
+            self._console.file.write(f"{line.rstrip()}\n")  # rich pads the lines of a grid with spaces
 
     def _side_by_side(self, verdicts: Sequence[Verdict]) -> None:
         grid = Table.grid(padding=(0, 1))
@@ -76,16 +76,16 @@ class ProbeView:
 
 
 def headline(report: Report) -> str:
-    """Versions and system in one line."""
+    """Return the versions and the system in one line."""
     hardware = report.hardware
     torch = "no torch" if hardware.torch is None else f"torch {hardware.torch.version}"
-    release = hardware.platform.release.partition("-")[0]  # what a distribution adds is in the JSON
+    release = hardware.platform.release.partition("-")[0]  # the distribution's suffix is in the JSON
     system = f"{hardware.platform.system} {release}" + (" (WSL)" if hardware.platform.wsl else "")
     return f"specchat {__version__} · {system} · Python {hardware.platform.python} · {torch}"
 
 
 def markdown(report: Report, verdicts: Sequence[Verdict], plan: str | None, offers: Sequence[str] = ()) -> str:
-    """The report as a table to be pasted into a bug report."""
+    """Return the report as Markdown, to be pasted into a bug report."""
     rows = [
         f"| {verdict.level} | {_cell(verdict.topic)} | {_cell(verdict.text)} | {_cell(verdict.hint or '')} |"
         for verdict in verdicts
@@ -100,34 +100,34 @@ def markdown(report: Report, verdicts: Sequence[Verdict], plan: str | None, offe
 
 
 def bar(share: float, columns: int = _BAR_COLUMNS) -> str:
-    """A bar of fixed width, to eighths of a column."""
+    """Return a bar of fixed width, filled to `share` in steps of 1/8 column."""
     eighths = round(min(max(share, 0.0), 1.0) * columns * 8)
     drawn = "█" * (eighths // 8) + (_EIGHTHS[eighths % 8] if eighths % 8 else "")
     return drawn + "·" * (columns - len(drawn))
 
 
 class ProbeLine:
-    """Shows what is being measured, in place; where that cannot be done, once.
+    """The progress line of a measurement: redrawn in place on terminals, else one line at the start.
 
     Args:
-        talk: where to.
+        talk: stderr.
     """
 
     def __init__(self, talk: Talk) -> None:
         self._talk = talk
-        self._was_told = False
+        self._has_reported = False
 
     def update(self, what: str, step: int, steps: int) -> None:
-        """Something else is being measured now."""
+        """Show the current measurement."""
         if self._talk.console.is_terminal:
             self._talk.overwrite(f"probe: measuring {what} ({step} of {steps}) ...")
-        elif not self._was_told:
-            self._talk.say("probe: measuring this machine, some seconds; the next time is quick")
-        self._was_told = True
+        elif not self._has_reported:
+            self._talk.say("probe: measuring this machine for some seconds; later runs use the saved rates")
+        self._has_reported = True
 
     def end(self) -> None:
-        """Clears the line."""
-        if self._was_told:
+        """Clear the line."""
+        if self._has_reported:
             self._talk.overwrite("")
 
 

@@ -1,4 +1,4 @@
-"""Bytes on their way, for people: a download, a pack being written."""
+"""Progress of byte transfers, such as a download or writing a pack."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -10,14 +10,14 @@ from specchat.ui.console import Talk
 from specchat.units import format_bytes, format_rate
 
 _REDRAW_S = 0.2
-_RATE_AFTER_S = 1.0  # before that, a rate says more about caches than about the disk or the line
+_RATE_AFTER_S = 1.0  # earlier, caches dominate the rate and not the disk or the network
 
 
 class Pace:
-    """Says how far something is, how fast it goes and how long it will take.
+    """The progress text of a transfer: bytes done, rate, remaining time.
 
     Args:
-        what: what is happening, such as "downloading org/name".
+        what: description of the transfer, such as "downloading org/name".
     """
 
     def __init__(self, what: str) -> None:
@@ -25,11 +25,11 @@ class Pace:
         self._start: tuple[float, int] | None = None
 
     def text(self, done: int, total: int) -> str:
-        """As of now.
+        """Return the progress text.
 
         Args:
-            done: bytes so far.
-            total: bytes altogether.
+            done: bytes transferred so far.
+            total: bytes of the whole transfer.
         """
         now = time.monotonic()
         self._start = self._start or (now, done)
@@ -42,28 +42,28 @@ class Pace:
 
 
 class TalkReporter:
-    """Reports at once, on stderr."""
+    """A reporter that prints to stderr immediately."""
 
     def __init__(self, talk: Talk) -> None:
         self._talk = talk
 
     @contextmanager
     def moving(self, what: str) -> Iterator[Callable[[int, int], None]]:
-        """A line that is drawn over."""
+        """Show a progress line that is redrawn in place."""
         with ProgressLine(self._talk, what) as line:
             yield line.update
 
     def warn(self, text: str) -> None:
-        """A line."""
+        """Print a warning."""
         self._talk.warn(text)
 
 
 class ProgressLine:
-    """Shows a pace in place, on terminals that can; else says nothing.
+    """A progress line that is redrawn in place on terminals, and silent elsewhere.
 
     Args:
-        talk: where to.
-        what: what is happening.
+        talk: stderr.
+        what: description of the transfer.
     """
 
     def __init__(self, talk: Talk, what: str) -> None:
@@ -75,7 +75,7 @@ class ProgressLine:
         return self
 
     def update(self, done: int, total: int) -> None:
-        """Bytes so far, and bytes altogether."""
+        """Show the bytes done and the total bytes."""
         now = time.monotonic()
         text = self._pace.text(done, total)
         if now - self._drawn_at < _REDRAW_S and done < total:

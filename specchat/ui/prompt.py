@@ -1,4 +1,4 @@
-"""The line where the user types. Only ever built on a terminal: prompt_toolkit writes to stdout."""
+"""The prompt where the user types. It needs a terminal, because prompt_toolkit writes to stdout."""
 
 import asyncio
 import os
@@ -27,27 +27,27 @@ _POLL_S = 0.25
 
 
 class Waiting(Protocol):
-    """Something that goes on while the user types."""
+    """A background task that runs while the user types."""
 
     def start(self) -> None:
-        """Begins, if it has not yet."""
+        """Start the task, if it has not started yet."""
 
     @property
     def is_done(self) -> bool:
-        """Whether it has ended, well or not."""
+        """Whether the task has succeeded or failed."""
 
     @property
     def error(self) -> BaseException | None:
-        """What it failed with, if it has."""
+        """Error of a failed task, or None."""
 
 
 class PromptLine:
-    """Reads one message after the other: Enter sends, Alt-Enter and Ctrl-J break the line, Up and Down recall.
+    """The prompt: Enter sends, Alt-Enter and Ctrl-J insert a line break, Up and Down recall earlier messages.
 
     Args:
-        styled: whether colours may be used.
-        history_file: where typed lines are kept, readable by nobody else; None keeps them in memory.
-        completer: what Tab offers.
+        styled: whether to use colours.
+        history_file: file of the prompt history, readable by its owner only; None keeps the history in memory.
+        completer: completer for Tab.
     """
 
     def __init__(self, *, styled: bool, history_file: Path | None = None, completer: Completer | None = None) -> None:
@@ -61,34 +61,34 @@ class PromptLine:
             history=self._history,
             completer=completer,
             complete_while_typing=False,
-            complete_style=CompleteStyle.READLINE_LIKE,  # a menu would keep lines free below the prompt at all times
+            complete_style=CompleteStyle.READLINE_LIKE,  # a menu would always reserve lines below the prompt
             tempfile_suffix=".md",
             enable_suspend=True,
         )
-        # A terminal that does not tell where its cursor is only costs a better guess of the free lines below.
+        # Without cursor position reports prompt_toolkit only estimates the free lines below; no warning is needed.
         self._session.app.renderer.cpr_not_supported_callback = None
 
     @property
     def trouble(self) -> str | None:
-        """Why what is typed is not kept, if it should be and is not."""
+        """Reason why the prompt history cannot be saved, or None."""
         return self._history.trouble if isinstance(self._history, _PrivateHistory) else None
 
     def read(self, restored: str = "", waiting: Waiting | None = None, note: Callable[[], str] | None = None) -> str:
-        """One message.
+        """Read one message.
 
         Args:
-            restored: text to start with: what was asked and not answered.
-            waiting: begins once the line is on the screen; if it fails while the user types, that is raised here.
-            note: what to show below the line until `waiting` is done.
+            restored: initial text, such as a message that got no answer.
+            waiting: background task, started once the prompt is on the screen; None for no task.
+            note: function that returns the text below the prompt until `waiting` is done.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C; the line is dropped.
-            EOFError: Ctrl-D on an empty line, or the terminal is gone.
-            BaseException: whatever `waiting` failed with.
+            KeyboardInterrupt: Ctrl-C was pressed; the text is dropped.
+            EOFError: Ctrl-D was pressed on an empty line, or the terminal is gone.
+            BaseException: `waiting` failed with this error while the user was typing.
         """
         watch = None if waiting is None or waiting.is_done else waiting
         self._session.bottom_toolbar = None if watch is None else note
-        with self._leaving_in_order():
+        with self._exiting_cleanly():
             return self._session.prompt(
                 "> ", default=restored, pre_run=None if watch is None else lambda: self._begin_watching(watch)
             )
@@ -97,7 +97,7 @@ class PromptLine:
         get_app().create_background_task(self._watch(waiting))
 
     async def _watch(self, waiting: Waiting) -> None:
-        """Keeps the note up to date; costs nothing any more once there is nothing to wait for."""
+        """Refresh the note until the task is done, and end the prompt if the task fails."""
         app = self._session.app
         waiting.start()
         while not waiting.is_done:
@@ -109,12 +109,12 @@ class PromptLine:
             return
         typed = self._session.default_buffer.text
         if typed.strip():
-            self._history.append_string(typed)  # Up brings it back when the chat is started again
+            self._history.append_string(typed)  # Up recalls the text when the chat is started again
         app.exit(exception=waiting.error)
 
     @contextmanager
-    def _leaving_in_order(self) -> Iterator[None]:
-        """Lets signals that end the program end the prompt first, so that the terminal is set back."""
+    def _exiting_cleanly(self) -> Iterator[None]:
+        """Let signals that end the program end the prompt first, so that it restores the terminal."""
 
         def leave(signum: int, _frame: FrameType | None) -> None:
             app = self._session.app
@@ -133,7 +133,7 @@ class PromptLine:
 
 
 def unquoted(text: str) -> str | None:
-    """What stands between triple quotes, in which Enter breaks the line; None if there are none around the text."""
+    """Return the text between triple quotes, or None if the text does not start with them."""
     stripped = text.strip()
     if not stripped.startswith(_QUOTES):
         return None
@@ -146,10 +146,10 @@ def _is_open_block(buffer: Buffer) -> bool:
 
 
 class _PrivateHistory(FileHistory):
-    """Lines typed before, in a file that only its owner can read.
+    """The prompt history in a file that only its owner can read.
 
     Attributes:
-        trouble: why they could not be kept.
+        trouble: reason why the history cannot be saved, or None.
     """
 
     def __init__(self, path: Path) -> None:
@@ -170,7 +170,7 @@ class _PrivateHistory(FileHistory):
                 self._failed(error)
 
     def _failed(self, error: OSError) -> None:
-        self.trouble = f"what you type is not kept: {error.strerror}: {error.filename}"
+        self.trouble = f"cannot save the prompt history: {error.strerror}: {error.filename}"
 
 
 def _history(path: Path | None) -> History:
@@ -192,9 +192,7 @@ def _keys() -> KeyBindings:
 
     @keys.add("c-x", "c-e", filter=~is_searching)
     def _edit(event: KeyPressEvent) -> None:
-        event.current_buffer.open_in_editor(
-            validate_and_handle=False
-        )  # who leaves the editor has not sent anything yet
+        event.current_buffer.open_in_editor(validate_and_handle=False)  # closing the editor does not send the message
 
     @keys.add("enter", filter=in_block & ~is_searching)
     @keys.add("escape", "enter", filter=~is_searching)

@@ -1,4 +1,4 @@
-"""What this machine can run: two lines a model on the screen, a row in Markdown."""
+"""The models that this machine can run: two lines per model on the screen, one row in Markdown."""
 
 from collections.abc import Iterable, Sequence
 
@@ -15,32 +15,32 @@ _INDENT = 12
 
 
 def offer_lines(offers: Recommendations, flags: str) -> list[RenderableType]:
-    """The best ones, what to type for each, and how it would run; then how many there are besides.
+    """Return the best recommendations with command and details, then the number of the others.
 
     Args:
-        offers: all of them.
-        flags: what was asked for besides, to be typed again.
+        offers: recommendations for this machine.
+        flags: further flags of the user, appended to each command.
     """
     fast, slow = _shown(offers)
     lines: list[RenderableType] = [Text("What this machine can run, best first; speeds are predicted", "bold")]
     for offer in fast:
         lines += _offer_lines(offer, flags)
     if slow:
-        lines.append(Text(f"{'and' if fast else 'only'} slower than people read ({READING_TOK_PER_S:.0f} tok/s):"))
+        lines.append(Text(f"{'also' if fast else 'only'} slower than reading speed ({READING_TOK_PER_S:.0f} tok/s):"))
         for offer in slow:
             lines += _offer_lines(offer, flags)
     return [*lines, Text(_rest(offers, len(fast) + len(slow)), "dim")]
 
 
 def offer_table(offers: Recommendations, flags: str) -> list[str]:
-    """The same as a table in Markdown."""
+    """Return the best recommendations as a Markdown table, then the number of the others."""
     rows = [f"| {_speed(offer)} | `{offer.command}{flags}` | {_details(offer)} |" for offer in _both(_shown(offers))]
     head = ["What this machine can run, best first; speeds are predicted:", ""]
     return [*head, "| tok/s | command | how |", "|---|---|---|", *rows, "", _rest(offers, len(rows))]
 
 
 def _shown(offers: Recommendations) -> tuple[list[Recommendation], list[Recommendation]]:
-    """The first ones, each size and storage once, and whatever is in the cache."""
+    """Return the fast and the slow models to show: the first of each size and storage format, and all cached ones."""
     distinct = [each for each in offers.best if each.is_cached or each.model.stored or not each.model.like]
     fast = [each for each in distinct if each.reads_well]
     slow = [each for each in distinct if not each.reads_well]
@@ -78,13 +78,13 @@ def _details(offer: Recommendation) -> str:
 
 def _download(offer: Recommendation) -> str:
     if offer.download_bytes == 0:
-        return "already here"
+        return "already downloaded"
     what = " for the draft" if offer.is_cached else ""
     return f"{format_bytes(offer.download_bytes)} to download{what}"
 
 
 def _place(offer: Recommendation) -> str:
-    """Where its layers are between passes."""
+    """Return the places of the model's layers between passes."""
     tiers = offer.plan.placement.tiers
     on_cpu = offer.plan.work.device == "cpu"
     counts = {
@@ -101,9 +101,9 @@ def _place(offer: Recommendation) -> str:
 def _rest(offers: Recommendations, num_shown: int) -> str:
     parts = []
     if more := len(offers.best) - num_shown:
-        parts.append(f"{more} more run here: specchat probe --json")
+        parts.append(f"{more} more can run: see specchat probe --json")
     if offers.no_disk:
-        parts.append(f"the disk has no room for {len(offers.no_disk)}")
+        parts.append(f"too large for the disk: {len(offers.no_disk)}")
     if offers.too_large:
-        parts.append(f"memory has none for {len(offers.too_large)}")
+        parts.append(f"too large for memory: {len(offers.too_large)}")
     return "; ".join(parts)

@@ -1,4 +1,4 @@
-"""The interactive chat: read a message, show the answer, and never lose either to a Ctrl-C."""
+"""The interactive chat: reads messages, shows answers, runs slash commands. Ctrl-C loses neither message nor answer."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,18 +22,18 @@ from specchat.ui.prompt import PromptLine, unquoted
 
 Records = Iterator[Delta | Dropped | Turn]
 
-_FULL_HINT = "/clear starts over, /drop N forgets the oldest turns, --ctx makes room where the model allows"
+_FULL_HINT = "free space with /clear or /drop N, or restart with a larger --ctx"
 
 
 @dataclass(frozen=True)
 class Chat:
-    """What an interactive chat is made of, besides the screen.
+    """The parts of an interactive chat, except the screen.
 
     Attributes:
-        load: brings the session, maybe only after a while.
-        transcript: records what happens.
-        settings: everything that was set, and where.
-        notes: what is to be said at the start.
+        load: background load of the session.
+        transcript: writer of the saved session.
+        settings: function that returns all settings and their sources.
+        notes: warnings to show at the start.
     """
 
     load: BackgroundLoad[ChatSession]
@@ -43,15 +43,15 @@ class Chat:
 
 
 def open_chat(chat: Chat, view: ChatView, history_file: Path | None) -> None:
-    """Chats on this terminal until the user leaves.
+    """Run a chat on this terminal until the user exits.
 
     Args:
         chat: session and transcript.
-        view: shows answers.
-        history_file: where typed lines are kept; None keeps them in memory.
+        view: view of the answers.
+        history_file: file of the prompt history; None keeps the history in memory.
 
     Raises:
-        KeyboardInterrupt: two Ctrl-C in quick succession.
+        KeyboardInterrupt: Ctrl-C was pressed twice within two seconds.
         SpecchatError: the model could not be loaded.
     """
     completer = CommandCompleter({name: command.words for name, command in BY_NAME.items()})
@@ -60,12 +60,12 @@ def open_chat(chat: Chat, view: ChatView, history_file: Path | None) -> None:
 
 
 class Repl:
-    """A chat on a terminal.
+    """The loop of a chat on a terminal, and its slash commands.
 
     Args:
         chat: session and transcript.
-        view: shows answers.
-        line: reads messages.
+        view: view of the answers.
+        line: prompt that reads messages.
     """
 
     def __init__(self, chat: Chat, view: ChatView, line: PromptLine) -> None:
@@ -81,17 +81,17 @@ class Repl:
         self._interrupts = Interrupts()
 
     def run(self) -> None:
-        """Chats until the user leaves.
+        """Run the chat until the user exits.
 
         Raises:
-            KeyboardInterrupt: two Ctrl-C in quick succession.
+            KeyboardInterrupt: Ctrl-C was pressed twice within two seconds.
             SpecchatError: the model could not be loaded.
         """
         for note in (*self._chat.notes, self._line.trouble):
             if note:
                 self._talk.warn(note)
-        self._talk.say("/help lists the commands, Ctrl-D leaves", "dim")
-        # Between answer and prompt Ctrl-C has nothing to stop, and must not end the chat by itself.
+        self._talk.say("type /help for commands, Ctrl-D to exit", "dim")
+        # Between answer and prompt a single Ctrl-C has nothing to stop, and must not end the chat.
         with typing_ahead(sys.stdin), self._interrupts.setting(Event()):
             while self._take_turn():
                 self._talk.say("")
@@ -99,11 +99,11 @@ class Repl:
     # --- reading -------------------------------------------------------------------------------------------------
 
     def _take_turn(self) -> bool:
-        """Reads one message and does what it asks for; False when the chat is over."""
+        """Read and handle one message; return False when the chat is over."""
         load = self._chat.load
         restored, self._restored = self._restored, ""
         if load.is_done:
-            load.result()  # raises if it failed while a command ran
+            load.result()  # raises if loading failed while a command ran
         try:
             text = self._line.read(restored, waiting=load, note=load.reporter.line)
         except EOFError:
@@ -116,7 +116,7 @@ class Repl:
         return self._handle(text)
 
     def _handle(self, typed: str) -> bool:
-        """Answers or obeys; False when the chat is over."""
+        """Answer a message or run a command; return False when the chat is over."""
         text, block = typed.strip(), unquoted(typed)
         if not (text if block is None else block.strip()):
             return True
@@ -125,12 +125,12 @@ class Repl:
         elif text.startswith("//"):
             self._send(text[1:], typed)
         elif text.startswith("/"):
-            return self._obey(text)
+            return self._handle_command(text)
         else:
             self._send(text, typed)
         return True
 
-    def _obey(self, text: str) -> bool:
+    def _handle_command(self, text: str) -> bool:
         name, argument = (*text[1:].split(maxsplit=1), "", "")[:2]
         command = BY_NAME.get(name)
         self._is_editing &= name == "read"
@@ -141,7 +141,7 @@ class Repl:
         elif argument and not command.argument:
             self._talk.tell(f"/{name} takes no argument")
         elif not argument and command.argument and not command.argument.startswith("["):
-            self._talk.tell(f"it goes like this: /{name} {command.argument}")
+            self._talk.tell(f"usage: /{name} {command.argument}")
         else:
             self._run_command(command.names[0], argument)
         return True
@@ -155,7 +155,7 @@ class Repl:
     # --- answering -----------------------------------------------------------------------------------------------
 
     def _send(self, text: str, typed: str) -> None:
-        """Sends a message, with the files that go with it; what comes to nothing is back at the prompt."""
+        """Send a message with its attached files; put it back at the prompt if there is no answer."""
         is_edit, self._is_editing = self._is_editing, False
         attached, self._attached = self._attached, []
         message = "\n\n".join([*attached, text])
@@ -167,7 +167,7 @@ class Repl:
             self._restored, self._attached, self._is_editing = typed, attached, is_edit
 
     def _answer(self, ask: Callable[[ChatSession, Event], Records]) -> bool:
-        """Shows an answer and what it took; False if there was none."""
+        """Show an answer and its statistics; return False if no token was generated."""
         cancel = Event()
         try:
             with self._interrupts.setting(cancel):
@@ -176,7 +176,7 @@ class Repl:
                     self._talk.say("^C stopped before the model was loaded", "dim")
                     return False
                 turn = self._view.follow(session, ask(session, cancel), cancel)
-        except SessionError as error:  # the answer is in the chat all the same
+        except SessionError as error:  # the answer itself is complete and part of the chat
             self._talk.error(error.message, error.hint)
             return True
         except SpecchatError as error:
@@ -192,16 +192,16 @@ class Repl:
         return bool(turn.token_ids)
 
     def _loaded(self, cancel: Event) -> ChatSession | None:
-        """The session, as soon as there is one; None if the user would not wait."""
+        """Wait for the session and return it, or None if the user cancelled the wait."""
         self._view.wait_for(self._chat.load, cancel)
         self._show_load_warnings()
         return self._chat.load.result() if self._chat.load.is_done else None
 
     def _session(self) -> ChatSession:
-        """The session, for a command that needs it.
+        """Wait for the session and return it.
 
         Raises:
-            UsageError: the user would not wait for it.
+            UsageError: the user cancelled the wait.
         """
         cancel = Event()
         with self._interrupts.setting(cancel):
@@ -215,65 +215,65 @@ class Repl:
             self._talk.warn(warning)
 
     def _warn_of_context(self, session: ChatSession, turn: Turn) -> None:
-        """Says once that the context fills up, as long as there is time to do something about it."""
+        """Warn once when the context is nearly full."""
         is_low = session.context_is_low
         if is_low and not self._warned_of_context and turn.finish_reason != "context":
-            self._talk.warn(f"{session.context_used:,} of {session.ctx:,} tokens of context are in use: {_FULL_HINT}")
+            self._talk.warn(f"context nearly full: {session.context_used:,} of {session.ctx:,} tokens; {_FULL_HINT}")
         self._warned_of_context = is_low
 
     # --- commands: answers ---------------------------------------------------------------------------------------
 
     def retry(self) -> None:
-        """Answers the last message again."""
+        """Answer the last message again."""
         session = self._session()
         if session.sampling.greedy and session.history:
-            self._talk.say("greedy answers come out the same again: /set temperature=0.7 draws others", "dim")
+            self._talk.say("greedy decoding repeats the same answer; for others, use /set temperature=0.7", "dim")
         self._answer(lambda session, cancel: session.retry(cancel))
 
     def edit(self) -> None:
-        """Puts the last message back at the prompt; its answer stays until another one has begun."""
+        """Put the last message back at the prompt; its answer stays until a new one begins."""
         exchanges = self._session().state.exchanges
         if not exchanges:
-            raise UsageError("there is no message to edit")
+            raise UsageError("no message to edit")
         self._restored, self._is_editing = exchanges[-1].question, True
 
     def continue_last(self) -> None:
-        """Lets the last answer go on."""
+        """Continue the last answer."""
         self._answer(lambda session, cancel: session.continue_last(cancel))
 
     def undo(self) -> None:
-        """Takes back the last message and its answer; the message is back at the prompt."""
+        """Remove the last message and its answer, and put the message back at the prompt."""
         self._restored = self._session().undo()
-        self._talk.tell("taken back")
+        self._talk.tell("removed the last message and its answer")
 
     def drop(self, number: str) -> None:
-        """Forgets the oldest turns."""
+        """Drop the oldest turns."""
         if not number.isdecimal():
             raise UsageError(f"/drop takes a number of turns, not '{number}'")
         session = self._session()
         dropped = session.drop(int(number))
         turns = "turn" if dropped.num_exchanges == 1 else "turns"
         self._talk.tell(
-            f"{dropped.num_exchanges} {turns} dropped, {session.context_used:,} of {session.ctx:,} tokens in use"
+            f"dropped {dropped.num_exchanges} {turns}; {session.context_used:,} of {session.ctx:,} tokens in use"
         )
 
     def clear(self) -> None:
-        """Starts the chat over."""
+        """Clear the chat."""
         self._session().clear()
         self._attached = []
-        self._talk.tell("the chat is empty again")
+        self._talk.tell("chat cleared")
 
     # --- commands: settings --------------------------------------------------------------------------------------
 
     def system(self, text: str) -> None:
-        """Shows or changes the system prompt."""
+        """Show or change the system prompt."""
         session = self._session()
         if text:
             session.set_system(None if text == "none" else unquoted(text) or text)
         self._talk.tell(f"system prompt: {session.system or 'none'}")
 
     def set(self, assignment: str) -> None:
-        """Shows or changes how answers are drawn."""
+        """Show the settings of answers, or change one."""
         session = self._session()
         if not assignment:
             self._tell_settings(session.settings())
@@ -282,26 +282,26 @@ class Repl:
         if not sign:
             key, _, value = assignment.partition(" ")
         if not value.strip():
-            raise UsageError("/set takes KEY=VALUE", hint="/set alone lists the keys")
+            raise UsageError("/set takes KEY=VALUE", hint="list the keys with /set")
         parsed = session.set_sampling(key.strip(), value.strip())
         self._talk.tell(f"{key.strip()} = {'none' if parsed is None else parsed}")
 
     def think(self, word: str) -> None:
-        """Lets the model think or not; shows its thinking or folds it."""
+        """Switch thinking on or off, or show or fold the thinking."""
         session = self._session()
         match word:
             case "on" | "off":
                 session.set_thinking(word == "on")
-                self._talk.tell(f"thinking is {word} from the next answer on")
+                self._talk.tell(f"thinking is {word}, starting with the next answer")
             case "show":
                 self._view.shows_thinking = True
                 self._show_last_thinking(session)
             case "hide":
                 self._view.shows_thinking = False
-                self._talk.tell("thinking is folded away when it is done")
+                self._talk.tell("finished thinking will be hidden")
             case "":
-                switch = {True: "on", False: "off", None: "as the model has it"}[session.thinking]
-                self._talk.tell(f"thinking: {switch}, {'shown' if self._view.shows_thinking else 'folded'}")
+                switch = {True: "on", False: "off", None: "model default"}[session.thinking]
+                self._talk.tell(f"thinking: {switch}, {'shown' if self._view.shows_thinking else 'hidden'}")
             case _:
                 raise UsageError(f"/think takes on, off, show or hide, not '{word}'")
 
@@ -312,85 +312,86 @@ class Repl:
     # --- commands: files -----------------------------------------------------------------------------------------
 
     def read(self, file: str) -> None:
-        """Takes a file's text along with the next message."""
+        """Attach a file's text to the next message."""
         path = Path(file).expanduser()
         try:
             text = path.read_bytes().decode()
         except UnicodeDecodeError:
             raise UsageError(f"{path} is not UTF-8 text") from None
         except OSError as error:
-            raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+            raise UsageError(f"cannot read {path}: {error.strerror}") from error
         if not text.strip():
             raise UsageError(f"{path} is empty")
         self._attached.append(text.rstrip("\n"))
-        self._talk.tell(f"{path.name} ({len(text):,} characters) goes along with the next message")
+        self._talk.tell(f"attached {path.name} ({len(text):,} characters) to the next message")
 
     def save(self, file: str) -> None:
-        """Writes a copy of the chat, or says where it is kept."""
+        """Write a copy of the chat, or show where the chat is saved."""
         if file:
             self._session()
             path = Path(file).expanduser()
             transcripts.export(self._chat.transcript.records, path)
             self._talk.tell(f"saved to {path}")
         elif self._chat.transcript.path is None:
-            raise UsageError("this chat is not kept (--no-save)", hint="/save FILE writes a copy")
+            raise UsageError("this chat is not saved (--no-save)", hint="write a copy with /save FILE")
         else:
             self._talk.tell(
-                f"every turn is in {self._chat.transcript.path}: "
-                f"specchat run MODEL --session {self._chat.transcript.session_id} goes on with it"
+                f"chat saved in {self._chat.transcript.path}; "
+                f"resume it with: specchat run MODEL --session {self._chat.transcript.session_id}"
             )
 
     def load(self, file: str) -> None:
-        """Takes over the chat in a file."""
+        """Replace the chat with the one in a file."""
         session, path = self._session(), Path(file).expanduser()
         saved = transcripts.read(path)
         session.load(saved.records, str(path))
         if saved.repair:
             self._talk.warn(saved.repair)
         turns = len(session.state.exchanges)
-        self._talk.tell(f"{turns} turn{'' if turns == 1 else 's'} from {path}")
+        self._talk.tell(f"loaded {turns} turn{'' if turns == 1 else 's'} from {path}")
 
     def copy(self) -> None:
-        """Puts the last answer on the clipboard."""
+        """Copy the last answer to the clipboard."""
         exchanges = self._session().state.exchanges
         if not exchanges:
-            raise UsageError("there is no answer to copy")
+            raise UsageError("no answer to copy")
         text = exchanges[-1].answer.content
         how = clipboard.copy(text, self._view.out.stream)
-        self._talk.tell(f"{len(text):,} characters copied {how}")
+        self._talk.tell(f"copied {len(text):,} characters {how}")
 
-    # --- commands: what there is ---------------------------------------------------------------------------------
+    # --- commands: information -----------------------------------------------------------------------------------
 
     def help(self) -> None:
-        """Lists commands and keys."""
+        """List commands and keys."""
         for line in help_lines():
             self._talk.tell(line)
 
     def stats(self) -> None:
-        """What the answers of this chat took."""
+        """Show the statistics of this chat's answers."""
         if not self._turns:
-            raise UsageError("there is no answer yet")
+            raise UsageError("no answers yet")
         for line in totals_lines(self._turns, self._session().engine.plan):
             self._talk.tell(line)
 
     def info(self) -> None:
-        """Model, plan, settings and where they come from."""
+        """Show the plan, the context in use, and the settings with their sources."""
         session = self._session()
         self._talk.tell(plan_line(session.engine.plan))
         self._talk.tell(f"context: {session.context_used:,} of {session.ctx:,} tokens in use")
         self._tell_settings(self._chat.settings(session))
 
     def verbose(self) -> None:
-        """Shows each pass from now on, or no longer."""
+        """Toggle the display of each pass."""
         self._view.verbose = not self._view.verbose
-        self._talk.tell("each pass is shown" if self._view.verbose else "passes are no longer shown")
+        self._talk.tell("verbose on: each pass is shown" if self._view.verbose else "verbose off")
 
     def _tell_settings(self, settings: Sequence[Setting]) -> None:
         for line in info_lines(settings):
             self._talk.tell(line)
 
 
-# What each command does, by its first name; it is given the argument if it can have one. /exit ends the loop itself.
+# Methods by the main name of their command; a method takes the argument if the command has one. `_handle_command`
+# handles /exit.
 _ACTIONS: dict[str, Callable[..., None]] = {
     "help": Repl.help,
     "retry": Repl.retry,

@@ -1,4 +1,4 @@
-"""The line that says what is going on while an answer is awaited and written."""
+"""The status line: the engine's phase, tokens, rates and memory during an answer."""
 
 import time
 from collections.abc import Callable
@@ -15,12 +15,12 @@ _SEPARATOR = " · "
 
 @dataclass(frozen=True)
 class Watched:
-    """What of an engine the status line asks, from the main thread.
+    """The facts about an engine that the status line reads from the main thread.
 
     Attributes:
-        plan: what it runs under.
-        activity: what it is at.
-        memory: what it holds.
+        plan: plan of the engine.
+        activity: function that returns the current activity.
+        memory: function that returns the memory in use.
     """
 
     plan: Plan
@@ -29,12 +29,12 @@ class Watched:
 
 
 class AnswerStatus:
-    """Counts an answer's tokens and time as they come.
+    """The token and time counts of an answer during generation.
 
     Args:
-        engine: what writes the answer.
-        cancel: whether it was asked to stop.
-        clock: seconds.
+        engine: facts about the engine that generates the answer.
+        cancel: event that is set once the user has asked to stop.
+        clock: function that returns the time in seconds.
     """
 
     def __init__(self, engine: Watched, cancel: Event, clock: Callable[[], float] = time.monotonic) -> None:
@@ -50,23 +50,23 @@ class AnswerStatus:
 
     @property
     def elapsed_s(self) -> float:
-        """Since the question was sent."""
+        """Seconds since the message was sent."""
         return self._clock() - self._begin
 
     @property
     def num_tokens(self) -> int:
-        """Written so far."""
+        """Tokens generated so far."""
         return self._num_tokens
 
     def saw(self, num_tokens: int, step: Step | None) -> None:
-        """Counts what a record brought."""
+        """Count the tokens and the step of a record."""
         self._num_tokens += num_tokens
         if step is not None:
             self._num_steps += bool(step.token_ids)
             self._rate_bytes_per_s = step.streamed_bytes / step.verify_s if step.verify_s else 0.0
 
     def line(self, width: int) -> str:
-        """As much of it as fits, most important first."""
+        """Return the parts of the status that fit into `width` columns, most important first."""
         line = ""
         for part in self._parts():
             longer = f"{line}{_SEPARATOR}{part}" if line else part
@@ -93,19 +93,19 @@ class AnswerStatus:
 
 
 def phase_text(activity: Activity) -> str:
-    """What the engine is at, with the layers that a pass has behind it."""
+    """Return the phase of the engine; during a pass also the number of layers that are done."""
     if activity.phase in ("prefill", "verifying"):
         return f"{activity.phase} {activity.layers_done} of {activity.num_layers}"
     return {"idle": "waiting", "drafting": "drafting"}[activity.phase]
 
 
 def memory_text(memory: MemoryReport, device: str) -> str:
-    """GiB in use, as on the stats line."""
+    """Return the memory in use, in GiB, as on the stats line."""
     if device == "cpu":
         return f"RAM {_gib(memory.device_peak_bytes)}"
     return f"VRAM {_gib(memory.device_peak_bytes)} · RAM {_gib(memory.host_peak_bytes)}"
 
 
 def _gib(num_bytes: int) -> str:
-    """GiB without the unit; less than one says its unit."""
+    """Return a size in GiB without the unit; sizes below 1 GiB have their unit."""
     return f"{num_bytes / GIB:.1f}" if num_bytes >= GIB else format_bytes(num_bytes)

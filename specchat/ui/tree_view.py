@@ -1,4 +1,4 @@
-"""A tree of guesses drawn small: along the path that was accepted, what else was tried beside it."""
+"""A compact drawing of a draft tree: the accepted path, and the rejected siblings beside it."""
 
 from collections.abc import Callable
 
@@ -10,17 +10,17 @@ from specchat.ui.console import neutral
 _ROOT = -1
 _MAX_LEVELS = 12
 _MAX_TOKEN_CHARS = 12
-_ACCEPTED, _REFUSED = "bold green", "dim"
+_ACCEPTED, _REJECTED = "bold green", "dim"
 
 
 def tree_lines(tree: DraftTree, drawn: tuple[int, ...], token_text: Callable[[int], str], width: int) -> list[Text]:
-    """One line for each level down to where the target took another way.
+    """Return one line per level of the tree, down to the first token that the draft did not predict.
 
     Args:
-        tree: what was offered.
-        drawn: the tokens that the step emitted; the last one need not be in the tree.
-        token_text: what a token looks like.
-        width: columns.
+        tree: draft tree of the step.
+        drawn: tokens that the step emitted; the last one may be missing from the tree.
+        token_text: function that returns the text of a token.
+        width: width in columns.
 
     Returns:
         Lines such as `1 ● " the" ○ " a" ○ " his" +5`.
@@ -32,37 +32,37 @@ def tree_lines(tree: DraftTree, drawn: tuple[int, ...], token_text: Callable[[in
     path = [_ROOT, *tree.accepted]
     for depth, node in enumerate(path[:_MAX_LEVELS]):
         taken = path[depth + 1] if depth + 1 < len(path) else None
-        guesses = children.get(node, [])
-        if guesses:
-            lines.append(_level(depth + 1, guesses, taken, tree, token_text, width))
+        siblings = children.get(node, [])
+        if siblings:
+            lines.append(_level(depth + 1, siblings, taken, tree, token_text, width))
     if len(path) > _MAX_LEVELS:
-        lines.append(Text(f"    … {len(path) - _MAX_LEVELS} more levels", _REFUSED))
+        lines.append(Text(f"    … {len(path) - _MAX_LEVELS} more levels", _REJECTED))
     if len(drawn) > len(tree.accepted):
         lines.append(Text(f"  → {_shown(token_text(drawn[-1]))}", _ACCEPTED))
     return lines
 
 
 def _level(
-    depth: int, guesses: list[int], taken: int | None, tree: DraftTree, token_text: Callable[[int], str], width: int
+    depth: int, siblings: list[int], taken: int | None, tree: DraftTree, token_text: Callable[[int], str], width: int
 ) -> Text:
-    """The accepted guess first, then the others in order, for as long as they fit; then how many there are beside."""
+    """Return the line of a level: the accepted node, the other nodes that fit, and the number of the rest."""
     line = Text(f"{depth:>3}")
-    others = [node for node in guesses if node != taken]
+    others = [node for node in siblings if node != taken]
     num_left = len(others)
     if taken is not None:
         line.append(f" ● {_shown(token_text(tree.tokens[taken]))}", _ACCEPTED)
     for node in others:
-        guess = f"  ○ {_shown(token_text(tree.tokens[node]))}"
-        if line.cell_len + len(guess) + len(f"  +{num_left}") > width:
+        label = f"  ○ {_shown(token_text(tree.tokens[node]))}"
+        if line.cell_len + len(label) + len(f"  +{num_left}") > width:
             break
-        line.append(guess, _REFUSED)
+        line.append(label, _REJECTED)
         num_left -= 1
     if num_left:
-        line.append(f"  +{num_left}", _REFUSED)
+        line.append(f"  +{num_left}", _REJECTED)
     return line
 
 
 def _shown(text: str) -> str:
-    """A token's text with its spaces visible, cut to a few characters."""
+    """Return a token's text in quotes, with visible line breaks, cut to a few characters."""
     short = text if len(text) <= _MAX_TOKEN_CHARS else f"{text[: _MAX_TOKEN_CHARS - 1]}…"
     return f'"{neutral(short.replace(chr(10), "⏎"))}"'

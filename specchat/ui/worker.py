@@ -1,4 +1,4 @@
-"""Records made in a thread of their own, so that the screen keeps moving and keys are heeded while a pass runs."""
+"""Running a generator in a thread, so that screen and keyboard stay responsive during a pass."""
 
 import queue
 import threading
@@ -15,11 +15,11 @@ _END = object()
 
 
 class Worker(Generic[T]):
-    """Runs an iterator in a thread and hands over what it yields, in order. Leaving the context ends both.
+    """A thread that runs a generator and passes on its records in order. Leaving the context ends both.
 
     Args:
-        records: a generator; it runs, and is closed, in the thread.
-        cancel: asks it to come to an end.
+        records: generator; runs in the thread and is closed there.
+        cancel: event that asks the generator to end.
     """
 
     def __init__(self, records: Iterator[T], cancel: threading.Event) -> None:
@@ -34,11 +34,11 @@ class Worker(Generic[T]):
         return self
 
     def next(self, timeout_s: float) -> T | None:
-        """The next record, or None if there is none within that time.
+        """Wait at most `timeout_s` seconds for the next record; return None if there is none by then.
 
         Raises:
-            StopIteration: there are no more.
-            BaseException: whatever ended the iterator.
+            StopIteration: there are no more records.
+            BaseException: the generator failed with this error.
         """
         try:
             record = self._queue.get(timeout=max(timeout_s, 0))

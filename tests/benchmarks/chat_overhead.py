@@ -56,7 +56,7 @@ def idle_share(model: tuple[str, ...]) -> float:
     process, written = on_pty(
         [sys.executable, "-m", "specchat", "run", *model, "--no-save"], {"TERM": "xterm-256color"}
     )
-    while b"/help lists the commands" not in b"".join(written):
+    while b"type /help for commands" not in b"".join(written):
         time.sleep(0.1)
     time.sleep(LOADING_S)
     before, begin = cpu_s(process.pid), time.monotonic()

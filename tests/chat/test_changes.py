@@ -1,7 +1,7 @@
-"""Whatever was done to a chat, the next answer is the one a fresh run gives on the same history, token for token.
+"""After any changes to a chat, the next answer equals that of a fresh run on the same history, token for token.
 
-The chat under test drafts, streams and keeps its caches; the fresh run has no draft and starts from empty caches. A
-chat read back from its file must give that answer, too: what is saved is enough to go on.
+The chat under test drafts, streams and keeps its KV caches. The fresh run has no draft and starts with empty caches. A
+chat read from its file must give the same answer, too.
 """
 
 import random
@@ -31,7 +31,7 @@ QUESTIONS = ["Hi", "Why? 🦊", "And then", "日本", "tell me more\nplease"]
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory):
-    """One that drafts and streams, and a plain one."""
+    """Yield an engine that drafts and streams, and a plain engine."""
     folder = tmp_path_factory.mktemp("models")
     config = hf.LlamaConfig(
         vocab_size=EOS + 1,
@@ -71,7 +71,7 @@ def session_of(engine, state, journal=None):
 
 
 def follow(records, cancel, after):
-    """The turn; interrupted after so many deltas, if that many come."""
+    """Return the turn; interrupt it after `after` deltas."""
     if after == 0:
         cancel.set()
     for number, record in enumerate(records, 1):
@@ -83,7 +83,7 @@ def follow(records, cancel, after):
 
 
 def abandon(records, num_deltas):
-    """What becomes of an answer whose reader gives up."""
+    """Stop reading an answer after `num_deltas` deltas."""
     for number, _ in enumerate(records, 1):
         if number >= num_deltas:
             break
@@ -91,7 +91,7 @@ def abandon(records, num_deltas):
 
 
 def change(session, rng):
-    """One random thing that a user may do; a new question if the chat is empty."""
+    """Apply one random user action to the chat and return its name; ask a question if the chat is empty."""
     num_turns = len(session.state.exchanges)
     kinds = ["ask", "ask", "interrupt", "abandon"]
     if num_turns:
@@ -132,7 +132,7 @@ def change(session, rng):
 
 
 def play(engines, path, number):
-    """A random chat; what was done, and the next answer three times: in the chat, fresh, and read back."""
+    """Run a random chat and return its actions and the next answer: in the chat, in a fresh run, and read back."""
     engine, plain = engines
     rng = random.Random(number)
     opened = Opened({"model": "tiny"}, None, Sampling(temperature=0.8, seed=number), 5, None)
@@ -143,7 +143,7 @@ def play(engines, path, number):
     for _ in range(rng.randint(2, 6)):
         try:
             done.append(change(session, rng))
-        except PromptTooLongError:  # an answer that was continued again and again
+        except PromptTooLongError:  # one answer was continued many times
             session.clear()
             done.append("clear")
     if not session.state.exchanges:
@@ -176,7 +176,7 @@ def test_the_next_answer_is_that_of_a_fresh_run_for_220_sequences(engines, tmp_p
     check(engines, tmp_path, range(100, 320))
 
 
-def test_attempts_differ_and_can_be_repeated(engines):
+def test_retries_differ_and_are_reproducible(engines):
     engine, plain = engines
     state = state_of([Opened({}, None, Sampling(temperature=1.0, seed=1), 8, None)])
     session = session_of(engine, state)

@@ -1,4 +1,4 @@
-"""Thinking and answer, told apart wherever the text is cut, as if it had come in one piece."""
+"""Splitting text into thinking and answer does not depend on where the text is cut."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ from specchat.records.chat import Message
 from specchat.records.generation import Sampling
 
 CASES = [
-    # text, begins within the thinking, thinking, answer
+    # text, prompt ends within the thinking, thinking, answer
     ("Hello.", False, "", "Hello."),
     ("  Hello <think>x</think>", False, "", "  Hello <think>x</think>"),
     ("<think>\nLet me see.\n\n  Yes.\n</think>\n\nHello.\n", False, "Let me see.\n\n  Yes.", "Hello.\n"),
@@ -53,7 +53,7 @@ def test_think_tags(text, opened, thinking, answer):
 
 @settings(deadline=None, max_examples=100)
 @given(case=st.sampled_from(CASES), places=st.lists(st.integers(0, 60), max_size=8))
-def test_think_tags_wherever_they_are_cut(case, places):
+def test_think_tags_split_at_any_place(case, places):
     text, opened, thinking, answer = case
     assert split(ThinkTags(opened=opened), cut(text, places)) == (thinking, answer)
 
@@ -98,7 +98,7 @@ HARMONY = "<|channel|>analysis<|message|>Hm, a fox.<|end|><|start|>assistant<|ch
 
 @settings(deadline=None, max_examples=40)
 @given(places=st.lists(st.integers(0, 200), max_size=8))
-def test_the_parser_that_the_model_ships(tmp_path_factory, places):
+def test_parser_shipped_with_the_model(tmp_path_factory, places):
     tokenizer = tokenizer_in(tmp_path_factory.mktemp("model"), response_template=TAGGED)
     for text, prompt, expected in [
         ("<<Hm.>> Yes, <|eot|>", "[user]x[assistant]", ("Hm.", "Yes, ")),
@@ -110,13 +110,13 @@ def test_the_parser_that_the_model_ships(tmp_path_factory, places):
 
 @settings(deadline=None, max_examples=40)
 @given(places=st.lists(st.integers(0, 200), max_size=8))
-def test_harmony_is_known(tmp_path_factory, places):
+def test_harmony_format_is_parsed(tmp_path_factory, places):
     tokenizer = tokenizer_in(tmp_path_factory.mktemp("model"))
     parser = tokenizer.response_parser("<|start|>user<|message|>x<|end|><|start|>assistant")
     assert split(parser, cut(HARMONY, places)) == ("Hm, a fox.", "A fox!")
 
 
-def test_a_chat_with_special_tokens_in_its_answers(tmp_path):
+def test_special_tokens_in_answers(tmp_path):
     tokenizer = tokenizer_in(tmp_path)
     (eos,) = tokenizer.encode("<|return|>")
     engine = FakeEngine([[*tokenizer.encode(HARMONY), eos]])
@@ -143,34 +143,34 @@ def finish(records):
     return deltas, turn
 
 
-def test_thinking_is_kept_apart():
+def test_thinking_is_separated_from_the_answer():
     deltas, turn = finish(chat("<think>\nHm.\n</think>\n\nYes.").ask("x"))
     assert turn.message == Message("assistant", "Yes.", "Hm.")
     assert "".join(d.text for d in deltas if d.part == "reasoning") == "Hm."
     assert "".join(d.text for d in deltas if d.part == "answer") == "Yes."
-    # The tag's first bytes are not known to be thinking before its last one.
+    # Only the last byte of the tag shows that it starts the thinking, so its first bytes do not count.
     assert turn.usage.reasoning_tokens == len("<think>\nHm.\n</think>") - len("<think")
     assert 0 <= turn.timings.reasoning_s <= turn.timings.decode_s
 
 
-def test_a_template_that_opens_the_thinking():
+def test_template_that_opens_the_thinking():
     session = chat("Hm.</think>Yes.", thinking=True)
     assert finish(session.ask("x"))[1].message == Message("assistant", "Yes.", "Hm.")
     session = chat("No.</think>", thinking=False)
     assert finish(session.ask("x"))[1].message == Message("assistant", "No.</think>")
 
 
-def test_stop_strings_end_answers_and_not_thinking():
+def test_stop_strings_do_not_end_thinking():
     session = chat("<think>one.\ntwo.</think>three.\nfour.", stop_texts=[".\n"])
     assert finish(session.ask("x"))[1].message == Message("assistant", "three", "one.\ntwo.")
 
 
-def test_a_base_model_does_not_think():
+def test_base_model_does_not_think():
     session = chat("<think>x</think>y", base=True)
     assert finish(session.ask("x"))[1].message == Message("assistant", "<think>x</think>y")
 
 
-def test_thinking_that_was_cut_off_is_continued():
+def test_truncated_thinking_is_continued():
     session = chat("<think>one two", " three</think>four")
     assert finish(session.ask("x"))[1].message == Message("assistant", "", "one two")
     deltas, turn = finish(session.continue_last())

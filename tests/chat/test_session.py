@@ -1,4 +1,4 @@
-"""Chats over an engine that says what it is told to: history, stop strings, interrupts, sums."""
+"""Chats over a scripted engine: history, stop strings, interrupts, sums."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ def said(text):
     return [*TOKENIZER.encode(text), EOS]
 
 
-def test_the_history_is_rendered_anew_each_turn():
+def test_history_is_rendered_again_each_turn():
     engine = FakeEngine([said("Hi 🦊!"), said("Bye")])
     session = session_of(engine, system="Be brief.")
     assert ask(session, "Hello").message == Message("assistant", "Hi 🦊!")
@@ -44,20 +44,20 @@ def test_the_history_is_rendered_anew_each_turn():
     assert session.history == []
 
 
-def test_the_end_token_is_counted_but_not_shown():
+def test_end_token_is_counted_but_not_shown():
     turn = ask(session_of(FakeEngine([said("ab")])), "x")
     assert turn.token_ids == (*TOKENIZER.encode("ab"), EOS)
     assert (turn.message.content, turn.finish_reason, turn.usage.completion_tokens) == ("ab", "stop", 3)
 
 
-def test_an_end_token_that_the_tokenizer_does_not_call_special_is_not_shown_either():
+def test_non_special_end_token_is_not_shown():
     (mark,) = TOKENIZER.encode("!")
     turn = ask(session_of(FakeEngine(["ab!"]), stop_ids=frozenset({mark})), "x")
     assert (turn.message.content, turn.finish_reason, len(turn.token_ids)) == ("ab", "stop", 3)
 
 
 @pytest.mark.parametrize("tokens_per_step", [1, 2, 3, 7, 50])
-def test_a_stop_string_cuts_text_tokens_and_caches(tokens_per_step):
+def test_stop_string_cuts_text_tokens_and_caches(tokens_per_step):
     engine = FakeEngine([said("one two\nUser: three")], tokens_per_step=tokens_per_step)
     session = session_of(engine, stop_texts=["\nUser:", "zzz"])
     turn = ask(session, "x")
@@ -68,17 +68,17 @@ def test_a_stop_string_cuts_text_tokens_and_caches(tokens_per_step):
     assert session.history[-1].content == "one two"
 
 
-def test_a_stop_string_that_does_not_come_is_ordinary_text():
+def test_incomplete_stop_string_is_shown_as_text():
     turn = ask(session_of(FakeEngine([said("one\nUs")]), stop_texts=["\nUser:"]), "x")
     assert (turn.message.content, turn.finish_reason) == ("one\nUs", "stop")
 
 
-def test_a_cut_answer_ends_at_a_whole_character():
+def test_truncated_answer_ends_at_a_whole_character():
     turn = ask(session_of(FakeEngine([said("a🦊")]), max_tokens=3), "x")
     assert (turn.message.content, turn.finish_reason, len(turn.token_ids)) == ("a", "length", 3)
 
 
-def test_an_interrupt_keeps_the_partial_answer():
+def test_interrupt_keeps_the_partial_answer():
     session = session_of(FakeEngine([said("a long answer")], cancel_after=2))
     turn = ask(session, "x", Event())
     assert (turn.finish_reason, turn.message.content) == ("interrupt", "a long")
@@ -86,7 +86,7 @@ def test_an_interrupt_keeps_the_partial_answer():
     assert session.history == [Message("user", "x"), Message("assistant", "a long")]
 
 
-def test_an_interrupt_before_the_first_token_leaves_no_trace():
+def test_interrupt_before_the_first_token_leaves_no_trace():
     session = session_of(FakeEngine([said("one"), said("two")], cancel_after=0))
     turn = ask(session, "x", Event())
     assert (turn.finish_reason, turn.token_ids, turn.timings.tok_per_s) == ("interrupt", (), 0)
@@ -94,7 +94,7 @@ def test_an_interrupt_before_the_first_token_leaves_no_trace():
     assert ask(session, "y").message.content == "two"
 
 
-def test_an_error_leaves_the_history_as_it_was():
+def test_error_leaves_the_history_unchanged():
     session = session_of(FakeEngine([said("one")]))
     ask(session, "x")
     before = list(session.history)
@@ -104,17 +104,17 @@ def test_an_error_leaves_the_history_as_it_was():
 
 
 @pytest.mark.parametrize("text", ["", "  \n\t"])
-def test_an_empty_prompt_is_refused(text):
+def test_empty_prompt_is_refused(text):
     with pytest.raises(EmptyPromptError):
         list(session_of(FakeEngine([])).ask(text))
 
 
-def test_bytes_that_are_no_characters_are_refused():
+def test_invalid_utf8_is_refused():
     with pytest.raises(UsageError, match="UTF-8"):
         list(session_of(FakeEngine([])).ask("a\udcff"))
 
 
-def test_a_base_model_continues_the_text():
+def test_base_model_continues_the_text():
     engine = FakeEngine([said(" upon a time"), said("!")])
     with pytest.raises(UsageError, match="no chat template") as refusal:
         session_of(engine, tokenizer=ByteTokenizer(has_chat_template=False))
@@ -128,12 +128,12 @@ def test_a_base_model_continues_the_text():
         session_of(engine, base=True, system="Be brief.")
 
 
-def test_the_sums():
+def test_usage_timings_and_speculation_are_summed():
     session = session_of(FakeEngine([said("abcdefg"), said("h")]))
     first = ask(session, "x")
     second = ask(session, "y")
     assert (first.usage.cached_tokens, first.usage.completion_tokens) == (0, 8)
-    # Of what the caches hold, the chat still starts with all but the end token, where its template breaks the line.
+    # The caches match the new prompt up to the end token: the template writes a line break in its place.
     assert second.usage.cached_tokens == first.usage.prompt_tokens + 7
     assert second.usage.prompt_tokens == len("[user]x\n[assistant]abcdefg\n[user]y\n[assistant]")
     assert (first.speculation.steps, first.speculation.prefill_passes) == (3, 0)
@@ -165,7 +165,7 @@ PLAN_KEYS = (
 )
 
 
-def test_the_run_object_has_the_promised_keys():
+def test_run_object_has_the_documented_keys():
     turn = ask(session_of(FakeEngine([said("hé")])), "x")
     result = run_object(turn, target=ModelSource("demo", Path("x")), plan=PLAN, seed=3)
     assert list(result) == RUN_KEYS[""].split()
@@ -178,11 +178,11 @@ def test_the_run_object_has_the_promised_keys():
     assert done_object(result) == {"type": "done", **result}
 
 
-def test_the_stream_object():
+def test_stream_objects():
     assert delta_object(Delta("a", (1, 2))) == {"type": "delta", "text": "a", "token_ids": [1, 2]}
 
 
-def test_the_chosen_object_has_the_promised_keys():
+def test_plan_object_has_the_documented_keys():
     result = chosen_object(CHOSEN)
     assert list(result) == PLAN_KEYS.split()
     assert (result["resident_layers"], result["streamed_layers"], result["disk_layers"]) == (2, 2, 2)

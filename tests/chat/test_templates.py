@@ -1,6 +1,6 @@
-"""Chat templates as model families write them: who may speak, how thinking is switched, where an answer goes on.
+"""Chat templates of model families: allowed roles, the switch for thinking, continuing an answer.
 
-The templates are short ones of our own that do what those of the families do.
+The templates are short ones written for the tests that behave like those of the families.
 """
 
 import json
@@ -97,7 +97,7 @@ def tokenizer(folder):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_chat_ends_where_the_answer_begins(tokenizer, name):
+def test_rendered_chat_ends_where_the_answer_begins(tokenizer, name):
     tokenizer = tokenizer(name)
     rendered = tokenizer.render(CHAT)
     assert rendered.startswith(tokenizer.render(CHAT[:1], ending="none").removesuffix("\n").removesuffix("Hi")[:4])
@@ -108,7 +108,7 @@ def test_a_chat_ends_where_the_answer_begins(tokenizer, name):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("text", ["Hello", "Hello ", "Hello\n", "Hel"])
-def test_an_answer_goes_on_where_it_left_off(tokenizer, name, text):
+def test_answer_is_continued_from_its_end(tokenizer, name, text):
     tokenizer = tokenizer(name)
     begun = tokenizer.render([CHAT[0], Message("assistant", text)], ending="continue")
     whole = tokenizer.render([CHAT[0], Message("assistant", f"{text}!")], ending="none")
@@ -117,12 +117,12 @@ def test_an_answer_goes_on_where_it_left_off(tokenizer, name, text):
 
 
 @pytest.mark.parametrize(("name", "opening"), [("qwen3", "<think>\nHm, "), ("harmony", "<|message|>Hm, ")])
-def test_thinking_goes_on_where_it_left_off(tokenizer, name, opening):
+def test_thinking_is_continued_from_its_end(tokenizer, name, opening):
     begun = tokenizer(name).render([CHAT[0], Message("assistant", "", "Hm, ")], ending="continue")
     assert begun.endswith(opening)
 
 
-def test_what_a_template_cannot_show_cannot_be_continued(tokenizer):
+def test_template_that_cannot_render_a_continuation_is_refused(tokenizer):
     with pytest.raises(UsageError, match="cannot be continued"):
         tokenizer("chatml").render([CHAT[0], Message("assistant", "", "Hm, ")], ending="continue")
 
@@ -130,14 +130,14 @@ def test_what_a_template_cannot_show_cannot_be_continued(tokenizer):
 @pytest.mark.parametrize(
     ("name", "switch"), [("qwen3", "enable_thinking"), ("granite", "thinking"), ("harmony", None), ("llama3", None)]
 )
-def test_the_switch_for_thinking_is_found(tokenizer, name, switch):
+def test_thinking_switch_is_found(tokenizer, name, switch):
     tokenizer = tokenizer(name)
     assert tokenizer.thinking_switch == switch
     texts = [tokenizer.render(CHAT, thinking=thinking) for thinking in (None, True, False)]
     assert len(set(texts)) == (1 if switch is None else 2)
 
 
-def test_earlier_thinking_is_the_templates_business(tokenizer):
+def test_template_decides_on_earlier_thinking(tokenizer):
     assert "Be nice." not in tokenizer("qwen3").render(CHAT)
     assert "<think>\nBe nice.\n</think>\n\nHello there" in tokenizer("qwen3").render(CHAT[:2], ending="none")
 
@@ -151,18 +151,18 @@ def test_earlier_thinking_is_the_templates_business(tokenizer):
     ],
     ids=["system", "order", "syntax"],
 )
-def test_a_template_that_refuses_is_an_error_with_its_reason(tokenizer, name, messages, word):
+def test_template_error_is_reported_with_its_reason(tokenizer, name, messages, word):
     with pytest.raises(UsageError, match=word):
         tokenizer(name).render(messages)
 
 
-def test_no_template(tokenizer):
+def test_tokenizer_without_template(tokenizer):
     tokenizer = tokenizer("")
     assert not tokenizer.has_chat_template
     assert tokenizer.thinking_switch is None
 
 
-def test_a_chat_with_a_switch(tokenizer):
+def test_thinking_is_switched_in_a_chat(tokenizer):
     tokenizer = tokenizer("qwen3")
     answers = [[*tokenizer.encode(text), EOS] for text in ("<think>\nHm.\n</think>\n\nYes", "No", " and no")]
     session = ChatSession(FakeEngine(answers), tokenizer, sampling=Sampling(), stop_ids=frozenset({EOS}))

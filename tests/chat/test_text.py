@@ -1,4 +1,4 @@
-"""Detokenizing and stop strings: whatever the tokenizer and wherever the text is cut into tokens or deltas."""
+"""Detokenizing and stop strings, for any tokenizer and any split into tokens or deltas."""
 
 import pytest
 import tokenizers
@@ -38,7 +38,7 @@ def byte_level():
 
 
 def sentencepiece_bpe():
-    """As in Llama 2: spaces become ▁, unknown characters bytes, one space is taken off the start."""
+    """Return a tokenizer like Llama 2's: spaces become ▁, unknown characters bytes; one leading space is removed."""
     tokens = SPECIAL + ["<unk>"] + [f"<0x{byte:02X}>" for byte in range(256)]
     tokens += sorted({c for line in CORPUS for c in line.replace(" ", "▁") if ord(c) < 0x300} | set("▁"))
     merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("o", "n"), ("a", "n"), ("an", "d"), ("▁", "and")]
@@ -76,7 +76,7 @@ def word_piece():
 
 
 def metaspace_bpe():
-    """As in Llama 2's newer files and Mistral's: a metaspace only before the first word, bytes for what is unknown."""
+    """Return one like newer Llama 2 files and Mistral: a metaspace before the first word only, byte fallback."""
     backend = sentencepiece_bpe()
     backend.normalizer = None
     backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
@@ -84,7 +84,7 @@ def metaspace_bpe():
 
 
 def spaces_as_they_are():
-    """As in Gemma: spaces become ▁ and back, and none is added or taken off."""
+    """Return a tokenizer like Gemma's: spaces become ▁ and back; none is added or removed."""
     backend = sentencepiece_bpe()
     backend.normalizer = normalizers.Replace(" ", "▁")
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -92,7 +92,7 @@ def spaces_as_they_are():
 
 
 def tekken():
-    """As in Tekken, Llama 3 and GPT-4: bytes, cut by a pattern first."""
+    """Return a tokenizer like Tekken, Llama 3 and GPT-4: byte-level, after a split by a pattern."""
     tokenizer = tokenizers.Tokenizer(models.BPE(ignore_merges=True))
     pattern = tokenizers.Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -111,7 +111,7 @@ def tekken():
 
 
 def whole_words():
-    """No decoder at all: tokens are joined with spaces."""
+    """Return a tokenizer without a decoder: tokens are joined with spaces."""
     words = sorted({word for line in CORPUS for word in line.split()})
     tokenizer = tokenizers.Tokenizer(models.WordLevel({w: i for i, w in enumerate([*SPECIAL, "?", *words])}, "?"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -133,7 +133,7 @@ KINDS = {make.__name__: make() for make in MAKERS}
 
 
 class Wrapped:
-    """The part of specchat's Tokenizer that text.py uses; `rust=False` hides the Rust backend."""
+    """The interface of specchat's Tokenizer that text.py uses; `rust=False` hides the Rust backend."""
 
     def __init__(self, backend, rust=True):
         self._backend = backend
@@ -157,7 +157,7 @@ every_backend = pytest.mark.parametrize("rust", [True, False], ids=["rust", "pyt
 @every_backend
 @settings(deadline=None, max_examples=40)
 @given(text=text_strategy, special_at=st.integers(0, 40))
-def test_the_deltas_are_the_full_decode(kind, rust, text, special_at):
+def test_deltas_join_to_the_full_decode(kind, rust, text, special_at):
     tokenizer = Wrapped(KINDS[kind], rust)
     ids = KINDS[kind].encode(text, add_special_tokens=False).ids
     ids.insert(min(special_at, len(ids)), KINDS[kind].token_to_id("<eos>"))
@@ -169,8 +169,8 @@ def test_the_deltas_are_the_full_decode(kind, rust, text, special_at):
 @every_backend
 @settings(deadline=None, max_examples=40)
 @given(text=text_strategy.filter(lambda text: "\ufffd" not in text))
-def test_nothing_is_shown_that_is_taken_back(kind, rust, text):
-    """No replacement character on the way, and after each token a beginning of what stands there in the end."""
+def test_shown_text_is_never_taken_back(kind, rust, text):
+    """After each token the shown text is a prefix of the final text and has no replacement character."""
     tokenizer = Wrapped(KINDS[kind], rust)
     ids = KINDS[kind].encode(text, add_special_tokens=False).ids
     deltas, rest = stream(tokenizer, ids, complete=True)
@@ -186,7 +186,7 @@ def test_nothing_is_shown_that_is_taken_back(kind, rust, text):
 @every_backend
 @settings(deadline=None, max_examples=40)
 @given(text=text_strategy.filter(lambda text: "\ufffd" not in text), share=st.floats(0, 1))
-def test_a_cut_answer_ends_at_a_whole_character(kind, rust, text, share):
+def test_truncated_answer_ends_at_a_whole_character(kind, rust, text, share):
     tokenizer = Wrapped(KINDS[kind], rust)
     ids = KINDS[kind].encode(text, add_special_tokens=False).ids
     deltas, rest = stream(tokenizer, ids[: round(share * len(ids))], complete=False)
@@ -198,7 +198,7 @@ def test_a_cut_answer_ends_at_a_whole_character(kind, rust, text, share):
 @every_backend
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
-def test_any_tokens_at_all_byte_level(rust, data):
+def test_arbitrary_byte_level_tokens(rust, data):
     backend = KINDS["byte_level"]
     ids = data.draw(st.lists(st.integers(0, backend.get_vocab_size() - 1), max_size=30))
     deltas, rest = stream(Wrapped(backend, rust), ids, complete=True)
@@ -208,13 +208,13 @@ def test_any_tokens_at_all_byte_level(rust, data):
 @every_kind
 @settings(deadline=None, max_examples=40)
 @given(data=st.data())
-def test_any_tokens_at_all_do_not_stop_the_stream(kind, data):
+def test_arbitrary_tokens_do_not_stop_the_stream(kind, data):
     backend = KINDS[kind]
     ids = data.draw(st.lists(st.integers(0, backend.get_vocab_size() - 1), max_size=30))
     stream(Wrapped(backend), ids, complete=True)
 
 
-def test_an_emoji_appears_when_its_last_byte_is_there():
+def test_emoji_appears_with_its_last_byte():
     backend = KINDS["byte_level"]
     ids = backend.encode("a🦊", add_special_tokens=False).ids
     deltas, rest = stream(Wrapped(backend), ids, complete=False)
@@ -224,7 +224,7 @@ def test_an_emoji_appears_when_its_last_byte_is_there():
     assert "".join(deltas) + rest == "a"
 
 
-def test_bytes_that_turn_invalid_do_not_take_back_what_was_shown():
+def test_bytes_that_turn_invalid_keep_the_shown_text():
     backend = KINDS["sentencepiece_bpe"]
     ids = [backend.token_to_id(f"<0x{byte:02X}>") for byte in "日".encode() + b"\xff"] + [backend.token_to_id("a")]
     deltas, rest = stream(Wrapped(backend), ids, complete=True)
@@ -235,7 +235,7 @@ def test_bytes_that_turn_invalid_do_not_take_back_what_was_shown():
 
 
 def cut(text, stops):
-    """The obvious version: one character after the other."""
+    """Cut at the first stop string, one character at a time: the reference version."""
     for end in range(len(text) + 1):
         complete = [stop for stop in stops if text[:end].endswith(stop)]
         if complete:
@@ -250,7 +250,7 @@ def cut(text, stops):
     stops=st.lists(st.text(alphabet="abc", min_size=1, max_size=5), max_size=4),
     data=st.data(),
 )
-def test_the_cut_does_not_depend_on_the_deltas(text, stops, data):
+def test_stop_cut_does_not_depend_on_the_deltas(text, stops, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
     deltas = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     watch = StopStrings(stops)
@@ -270,7 +270,7 @@ def test_stop_strings_of_any_script(text, stop):
     assert (shown, watch.matched) == cut(text, [stop])
 
 
-def test_a_possible_beginning_is_held_back_and_let_go():
+def test_possible_stop_string_is_held_back_then_released():
     watch = StopStrings(["\nUser:"])
     assert watch.feed("Hello\nUs") == "Hello"
     assert watch.feed("ual") == "\nUsual"
@@ -279,19 +279,19 @@ def test_a_possible_beginning_is_held_back_and_let_go():
     assert (watch.feed("more"), watch.flush()) == ("", "")
 
 
-def test_overlapping_candidates():
+def test_overlapping_stop_strings():
     watch = StopStrings(["abcd", "bc"])
     assert watch.feed("xab") == "x"
     assert (watch.feed("cd"), watch.matched) == ("a", "bc")
 
 
-def test_without_stop_strings_nothing_is_held():
+def test_without_stop_strings_nothing_is_held_back():
     watch = StopStrings([])
     assert (watch.feed("abc"), watch.flush(), watch.matched) == ("abc", "", None)
 
 
-def test_a_decoder_error_is_a_lost_window_not_a_crash():
-    """Whatever `tokenizers` raises, the text goes on from the tokens that were not shown yet."""
+def test_decoder_error_does_not_stop_the_stream():
+    """The text continues with the tokens that were not shown yet, whatever `tokenizers` raises."""
     backend = KINDS["byte_level"]
     tokenizer = Wrapped(backend)
     ids = backend.encode("fox dog", add_special_tokens=False).ids

@@ -1,4 +1,4 @@
-"""Saved chats: what was answered is on the disk, and what is on the disk is the chat."""
+"""Saved chats: every answer is on the disk, and reading the file restores the chat."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def path(tmp_path, monkeypatch):
 
 
 def chat(path, answers, saved=None):
-    """A session that writes to `path`, going on from `saved`."""
+    """Return a session that writes to `path` and resumes `saved`, and its transcript."""
     journal = Transcript(path, saved)
     engine = FakeEngine([[*TOKENIZER.encode(text), EOS] for text in answers])
     state = saved.state if saved else None
@@ -69,7 +69,7 @@ def everything_that_can_happen(session):
 ANSWERS = ["1", "2", "2 again", "zwei", " und mehr", "3", "4"]
 
 
-def test_what_is_read_back_is_the_chat_that_was_left(path):
+def test_read_restores_the_chat(path):
     session, journal = chat(path, ANSWERS)
     everything_that_can_happen(session)
     journal.close()
@@ -81,7 +81,7 @@ def test_what_is_read_back_is_the_chat_that_was_left(path):
     assert saved.opened == OPENED
 
 
-def test_clear_and_load(path, tmp_path):
+def test_clear_and_load_are_saved(path, tmp_path):
     session, journal = chat(path, ANSWERS)
     everything_that_can_happen(session)
     copy = tmp_path / "copy.jsonl"
@@ -95,7 +95,7 @@ def test_clear_and_load(path, tmp_path):
     assert transcript.read(path).state == before
 
 
-def test_a_resumed_chat_goes_on_in_the_same_file(path):
+def test_resumed_chat_appends_to_the_same_file(path):
     session, journal = chat(path, ["1"])
     finish(session.ask("one"))
     journal.close()
@@ -105,7 +105,7 @@ def test_a_resumed_chat_goes_on_in_the_same_file(path):
     assert "[user]one\n[assistant]1\n[user]two" in TOKENIZER.decode(session.engine.prompts[0])
 
 
-def test_only_the_owner_can_read_it(path):
+def test_only_the_owner_can_read_the_file(path):
     old = os.umask(0)
     try:
         session, _ = chat(path, ["1"])
@@ -116,7 +116,7 @@ def test_only_the_owner_can_read_it(path):
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
 
 
-def test_there_is_no_file_before_the_first_answer(path):
+def test_no_file_before_the_first_answer(path):
     session, _ = chat(path, ["1"])
     session.set_system("x")
     assert not path.exists()
@@ -143,7 +143,7 @@ def test_every_turn_is_synced_before_the_caller_sees_it(path, monkeypatch):
 
 
 @pytest.mark.parametrize("num_bytes", [1, 7, 200])
-def test_a_torn_last_line_is_left_out_and_said(path, num_bytes):
+def test_incomplete_last_line_is_skipped_with_a_warning(path, num_bytes):
     session, journal = chat(path, ["1", "2"])
     finish(session.ask("one"))
     size = path.stat().st_size
@@ -161,12 +161,12 @@ def test_a_torn_last_line_is_left_out_and_said(path, num_bytes):
     assert saved.repair is None
 
 
-def test_a_line_that_never_arrived_is_left_out(path):
+def test_zero_filled_last_line_is_skipped(path):
     session, journal = chat(path, ["1"])
     finish(session.ask("one"))
     journal.close()
     with path.open("ab") as file:
-        file.write(b"\0" * 50 + b"\n")  # what a file system may leave after a power cut
+        file.write(b"\0" * 50 + b"\n")  # a file system may leave this after a power cut
     saved = transcript.read(path)
     assert saved.repair
     assert len(saved.state.exchanges) == 1
@@ -176,13 +176,13 @@ def test_a_line_that_never_arrived_is_left_out(path):
     ("spoil", "word"),
     [
         (lambda lines: [lines[0], b"{nonsense}", *lines[1:]], "line 2"),
-        (lambda lines: lines[1:], "not a session"),
-        (lambda lines: [lines[0].replace(b'"version": 1', b'"version": 2'), *lines[1:]], "later version"),
+        (lambda lines: lines[1:], "not a specchat session"),
+        (lambda lines: [lines[0].replace(b'"version": 1', b'"version": 2'), *lines[1:]], "newer version"),
         (lambda lines: [lines[0], lines[1].replace(b'"answer", "at"', b'"anser", "at"'), lines[0]], "line 2"),
     ],
     ids=["nonsense", "headless", "future", "unknown"],
 )
-def test_damage_elsewhere_is_an_error(path, spoil, word):
+def test_damage_before_the_last_line_is_an_error(path, spoil, word):
     session, journal = chat(path, ["1"])
     finish(session.ask("one"))
     journal.close()
@@ -191,7 +191,7 @@ def test_damage_elsewhere_is_an_error(path, spoil, word):
         transcript.read(path)
 
 
-def test_two_cannot_write_to_the_same_session(path):
+def test_session_is_locked_against_a_second_writer(path):
     session, journal = chat(path, ["1"])
     finish(session.ask("one"))
     saved = transcript.read(path)
@@ -201,7 +201,7 @@ def test_two_cannot_write_to_the_same_session(path):
     Transcript(path, saved).close()
 
 
-def test_what_could_not_be_written_comes_with_the_next_turn(path, monkeypatch):
+def test_failed_write_is_retried_with_the_next_turn(path, monkeypatch):
     session, _ = chat(path, ["1", "2", "3"])
     finish(session.ask("one"))
     real = os.fsync
@@ -215,7 +215,7 @@ def test_what_could_not_be_written_comes_with_the_next_turn(path, monkeypatch):
     assert transcript.read(path).state == session.state
 
 
-def test_the_last_session_is_the_one_written_last(path):
+def test_last_session_is_the_most_recently_written(path):
     assert transcript.last_session() is None
     for name, when in (("a", 300), ("b", 200), ("c", 400)):
         other = transcript.path_of(name)
@@ -228,7 +228,7 @@ def test_the_last_session_is_the_one_written_last(path):
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "x" * 200, "ü"])
-def test_names_that_no_session_has(path, name):
+def test_invalid_session_ids_are_refused(path, name):
     with pytest.raises(UsageError):
         transcript.path_of(name)
     assert transcript.path_of(transcript.new_id())
@@ -243,7 +243,7 @@ def test_nothing_is_written_without_a_path(tmp_path, monkeypatch):
     assert transcript.read(tmp_path / "x.jsonl").state == session.state
 
 
-def test_markdown(path, tmp_path):
+def test_export_as_markdown(path, tmp_path):
     session, journal = chat(path, ["Hello!\n\n```\ncode\n```", "Bye."])
     finish(session.ask("Hi"))
     finish(session.ask("Go"))
@@ -265,7 +265,7 @@ def test_thinking_is_saved(path):
     assert transcript.read(path).state.messages[-1] == Message("assistant", "Yes.", "hm")
 
 
-def test_the_folders(monkeypatch, tmp_path):
+def test_sessions_and_history_are_in_the_state_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("SPECCHAT_STATE_DIR", raising=False)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     assert transcript.sessions_folder() == tmp_path / "specchat" / "sessions"

@@ -129,7 +129,7 @@ def test_what_this_machine_can_run(probe, tmp_path, monkeypatch):
     slow = [speed for speed in speeds if speed < 5]
     assert slow == sorted(slow, reverse=True) and speeds[len(speeds) - len(slow) :] == slow
     _, out, _ = probe()
-    assert "specchat run Qwen/Qwen3-0.6B\n" in out and "already here" in out
+    assert "specchat run Qwen/Qwen3-0.6B\n" in out and "already downloaded" in out
     _, out, _ = probe("--markdown")
     assert "| `specchat run Qwen/Qwen3-0.6B` |" in out
     _, out, _ = probe("demo", "--json")

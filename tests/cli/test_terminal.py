@@ -110,7 +110,7 @@ def test_commands():
         terminal.wait_for("You said: /literal")
         terminal.wait_for_prompt()
         terminal.send("/clear" + ENTER)
-        terminal.wait_for("the chat is empty again")
+        terminal.wait_for("chat cleared")
         terminal.wait_for_prompt()
         terminal.send("fresh" + ENTER)
         terminal.wait_for("You said: fresh")
@@ -153,7 +153,7 @@ def test_no_styles_where_they_are_not_wanted(environment):
         terminal.wait_for("You said: hello")
         terminal.wait_for_prompt()
         terminal.send("/nothing" + ENTER)
-        terminal.wait_for("there is no command")
+        terminal.wait_for("unknown command")
         terminal.send(CTRL_D)
         assert terminal.exit_code() == 0
         assert not STYLE.findall(terminal.raw)

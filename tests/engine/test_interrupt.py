@@ -409,7 +409,7 @@ class AwaitedDisk(Disk):
 
 def test_waiting_for_the_disk_is_counted(monkeypatch: pytest.MonkeyPatch):
     disk = AwaitedDisk()
-    monkeypatch.setattr("specchat.engine.slots.time", disk)
+    monkeypatch.setattr("specchat.engine.streaming.slots.time", disk)
     with streaming(disk, [0, 1, 2], 1) as (streamer, _):
         streamer.acquire(0)
         assert streamer.counters().wait_s == 1.0

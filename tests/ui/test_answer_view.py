@@ -1,4 +1,4 @@
-"""Where an answer, its thinking and the status line go, for every kind of stdout and stderr."""
+"""The destination of answer, thinking and status line, for every kind of stdout and stderr."""
 
 import io
 import os
@@ -30,7 +30,7 @@ def _terminal():
             patch.setenv(name, value)
         patch.delenv("NO_COLOR", raising=False)
         patch.setattr(answer_view, "_REDRAW_S", 0.0)
-        patch.setattr(answer_view, "_SHARE_OF_TIME", 1e9)  # draws whenever it is asked to
+        patch.setattr(answer_view, "_SHARE_OF_TIME", 1e9)  # removes the limit on redraws
         patch.setattr(answer_view, "_TICK_S", 0.0)
         yield
 
@@ -42,14 +42,14 @@ def view_of(out, talk, **settings):
 
 @pytest.fixture
 def pipe():
-    """Both ends of a pipe; what was written so far can be read."""
+    """Yield both ends of a pipe; reading does not block."""
     reading, writing = os.pipe()
     os.set_blocking(reading, False)
     with os.fdopen(writing, "w") as out, os.fdopen(reading, "rb") as end:
         yield out, end
 
 
-def test_in_a_pipe_the_text_is_exact_and_the_status_ends_where_it_begins(pipe):
+def test_pipe_gets_exact_text_and_the_status_line_is_removed(pipe):
     out, end = pipe
     screen = ScreenStream()
     view = view_of(out, screen)
@@ -63,7 +63,7 @@ def test_in_a_pipe_the_text_is_exact_and_the_status_ends_where_it_begins(pipe):
     assert screen.lines == [""]
 
 
-def test_beside_a_file_the_status_goes_on(tmp_path):
+def test_status_line_stays_if_stdout_is_a_file(tmp_path):
     screen = ScreenStream()
     with (tmp_path / "answer").open("w") as out:
         view = view_of(out, screen)
@@ -75,7 +75,7 @@ def test_beside_a_file_the_status_goes_on(tmp_path):
     assert screen.lines == [""]
 
 
-def test_without_a_terminal_thinking_goes_to_stderr_as_it_comes(pipe):
+def test_thinking_streams_to_stderr_without_a_terminal(pipe):
     out, end = pipe
     talk = io.StringIO()
     view = view_of(out, talk)
@@ -89,7 +89,7 @@ def test_without_a_terminal_thinking_goes_to_stderr_as_it_comes(pipe):
     assert end.read() == b"so\n"
 
 
-def test_what_json_prints_is_not_drawn_over():
+def test_json_output_is_not_overwritten():
     screen = ScreenStream()
     view = view_of(screen, screen, owns_text=False)
     view.draw()
@@ -100,7 +100,7 @@ def test_what_json_prints_is_not_drawn_over():
     assert "\x1b" not in screen.written
 
 
-def test_on_a_dumb_terminal_the_text_runs_on(monkeypatch):
+def test_dumb_terminal_gets_appended_text(monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
     screen = ScreenStream()
     view = view_of(screen, screen)
@@ -111,7 +111,7 @@ def test_on_a_dumb_terminal_the_text_runs_on(monkeypatch):
     assert screen.written == "one **two**\n␛[2Jthree\n"
 
 
-def test_the_thinking_shown_is_only_its_end():
+def test_only_the_end_of_thinking_is_shown():
     screen = ScreenStream()
     view = view_of(screen, screen)
     view.think("\n".join(f"thought {i}" for i in range(20)))
@@ -124,7 +124,7 @@ def test_the_thinking_shown_is_only_its_end():
 
 
 @given(st.lists(st.tuples(st.sampled_from(PIECES), st.booleans()), max_size=12))
-def test_however_it_is_drawn_the_screen_ends_up_the_same(pieces):
+def test_final_screen_does_not_depend_on_redraws(pieces):
     screen, at_once = ScreenStream(), ScreenStream()
     view = view_of(screen, screen)
     for piece, drawn in pieces:
@@ -138,5 +138,5 @@ def test_however_it_is_drawn_the_screen_ends_up_the_same(pieces):
     whole.end()
     assert screen.lines == at_once.lines
     assert "the status" not in "\n".join(screen.lines)
-    # styles, moves up and right, erasing below, wrapping off and on, frames: nothing else was ever sent
+    # only these sequences were sent: styles, cursor up and right, erase below, wrapping on and off, frames
     assert not re.sub(r"\x1b\[(?:[0-9;]*m|\d+[AC]|J|\?7[lh]|\?2026[hl])", "", screen.written).count("\x1b")

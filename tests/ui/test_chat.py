@@ -1,4 +1,4 @@
-"""Everything the interactive chat promises, with real keys on a pty and a screen; the engine behind it has no model."""
+"""The interactive chat on a pty with real keys and a screen; a fake engine replaces the model."""
 
 import base64
 import os
@@ -22,7 +22,7 @@ def chat(*arguments, ready=True, **settings):
 
 
 def say(terminal, text, shows):
-    """Sends a message or a command, waits for what it must bring, and for the next prompt."""
+    """Send a message or a command, and wait for the expected screen and the next prompt."""
     terminal.send(text + ENTER)
     terminal.wait_for(shows if callable(shows) else lambda t: re.search(shows, t.screen))
     terminal.wait_for_prompt()
@@ -31,7 +31,7 @@ def say(terminal, text, shows):
 # --- typing ------------------------------------------------------------------------------------------------------
 
 
-def test_a_paste_of_several_lines_is_one_message():
+def test_pasted_lines_are_one_message():
     with chat() as terminal:
         terminal.send(f"{PASTE}first\rsecond\r\rfourth{PASTE_END}")
         terminal.wait_for(lambda t: t.cursor_line == "· fourth")
@@ -39,7 +39,7 @@ def test_a_paste_of_several_lines_is_one_message():
         say(terminal, " more", r"You said: first\nsecond\n\nfourth more\n")
 
 
-def test_a_block_in_triple_quotes():
+def test_triple_quotes_enclose_one_message():
     with chat() as terminal:
         terminal.send('"""one' + ENTER)
         terminal.wait_for(lambda t: t.cursor_line == "·")
@@ -47,7 +47,7 @@ def test_a_block_in_triple_quotes():
         say(terminal, '"""/help"""', r"You said: /help\n")
 
 
-def test_history_is_searched_and_survives(tmp_path):
+def test_history_is_searchable_and_persistent(tmp_path):
     environment = {"SPECCHAT_STATE_DIR": str(tmp_path)}
     with chat(environment=environment) as terminal:
         say(terminal, "a first question", "You said: a first question")
@@ -69,7 +69,7 @@ def test_history_is_searched_and_survives(tmp_path):
     assert "secret" not in (tmp_path / "history").read_text()
 
 
-def test_the_editor(tmp_path):
+def test_message_is_edited_in_the_editor(tmp_path):
     editor = tmp_path / "editor"
     editor.write_text('#!/bin/sh\nprintf "edited\\nlines" >> "$1"\n')
     editor.chmod(0o700)
@@ -81,14 +81,14 @@ def test_the_editor(tmp_path):
         say(terminal, "", r"You said: to be edited\nlines")
 
 
-def test_the_screen_can_be_cleared_and_a_line_is_kept():
+def test_ctrl_l_clears_the_screen_and_keeps_the_line():
     with chat() as terminal:
         say(terminal, "hello", "You said: hello")
         terminal.send("half")
         terminal.wait_for("> half")
         terminal.send(CTRL_L)
         terminal.wait_for(lambda t: t.screen == "> half")
-        terminal.send("\x01" + CTRL_D)  # at the start of a line that is not empty it deletes
+        terminal.send("\x01" + CTRL_D)  # Ctrl-D at the start of a non-empty line deletes one character
         terminal.wait_for(lambda t: t.cursor_line == "> alf")
 
 
@@ -125,7 +125,7 @@ def test_typing_while_the_model_loads(tmp_path):
         assert "loading" not in terminal.screen
 
 
-def test_what_loading_tells_vanishes_while_a_line_is_typed(tmp_path):
+def test_loading_note_disappears_when_loading_ends(tmp_path):
     gate = tmp_path / "gate"
     with chat(ready=False, environment={"FAKE_LOAD_GATE": str(gate)}) as terminal:
         terminal.wait_for("loading the model")
@@ -135,7 +135,7 @@ def test_what_loading_tells_vanishes_while_a_line_is_typed(tmp_path):
         terminal.wait_for(lambda t: t.cursor_line == "> half" and "loading" not in t.screen)
 
 
-def test_not_waiting_for_the_model():
+def test_waiting_for_the_model_can_be_cancelled():
     with chat(ready=False, environment={"FAKE_LOAD_GATE": "/nonexistent"}) as terminal:
         terminal.wait_for("loading the model")
         terminal.send("too slow" + ENTER)
@@ -152,7 +152,7 @@ def test_not_waiting_for_the_model():
     [("", ">"), ("half a message", "> half a message"), ("a whole one\r", "loading the model ·")],
     ids=["nothing", "half", "sent"],
 )
-def test_loading_that_fails_is_explained(tmp_path, typed, cursor_line):
+def test_failed_load_is_reported(tmp_path, typed, cursor_line):
     gate = tmp_path / "gate"
     environment = {"FAKE_LOAD_GATE": str(gate), "FAKE_LOAD_FAILS": "1", "SPECCHAT_STATE_DIR": str(tmp_path)}
     with chat(ready=False, environment=environment) as terminal:
@@ -170,7 +170,7 @@ def test_loading_that_fails_is_explained(tmp_path, typed, cursor_line):
 # --- the answer --------------------------------------------------------------------------------------------------
 
 
-def test_the_status_line_comes_and_goes(tmp_path):
+def test_status_line_appears_and_disappears(tmp_path):
     gate = tmp_path / "gate"
     with chat(environment={"FAKE_GATE": str(gate)}) as terminal:
         terminal.send("held hello" + ENTER)
@@ -190,7 +190,7 @@ def test_the_status_line_comes_and_goes(tmp_path):
         assert " ".join(f"word{i}" for i in range(60)) in " ".join(terminal.scrollback.split())
 
 
-def test_no_status_when_quiet():
+def test_quiet_hides_the_status_line():
     with chat("-q") as terminal:
         terminal.send("gated long" + ENTER)
         terminal.wait_for("word9")
@@ -218,7 +218,7 @@ a         1
 The end."""
 
 
-def test_markdown_is_laid_out():
+def test_markdown_is_rendered():
     with chat(columns=40, environment={"FAKE_PAUSE_S": "0.01"}) as terminal:
         terminal.send("markdown" + ENTER)
         terminal.wait_for("The end.")
@@ -227,7 +227,7 @@ def test_markdown_is_laid_out():
         assert b"\x1b[1mbold" in terminal.raw
 
 
-def test_raw_shows_it_as_it_is():
+def test_raw_shows_markdown_source():
     with chat("--raw", columns=60) as terminal:
         terminal.send("markdown" + ENTER)
         terminal.wait_for("The end.")
@@ -237,7 +237,7 @@ def test_raw_shows_it_as_it_is():
 
 
 @pytest.mark.parametrize("size", [(40, 30), (100, 12), (140, 40)], ids=str)
-def test_the_window_changes_while_an_answer_is_written(tmp_path, size):
+def test_window_is_resized_during_an_answer(tmp_path, size):
     gate = tmp_path / "gate"
     with chat(environment={"FAKE_GATE": str(gate)}) as terminal:
         terminal.send("gated long" + ENTER)
@@ -247,12 +247,12 @@ def test_the_window_changes_while_an_answer_is_written(tmp_path, size):
         terminal.wait_for("word59")
         terminal.wait_for_prompt()
         numbers = [int(n) for n in re.findall(r"word(\d+)", terminal.scrollback.split("> gated long")[-1])]
-        assert numbers == list(range(numbers[0], 60))  # pyte forgets the rows that a lower window leaves out
+        assert numbers == list(range(numbers[0], 60))  # pyte drops the rows that do not fit the lower window
         assert numbers[0] == 0 or size[1] < 30
         assert not STATUS.search(terminal.scrollback)
 
 
-def test_an_answer_longer_than_the_screen():
+def test_answer_longer_than_the_screen():
     with chat(rows=12, environment={"FAKE_PAUSE_S": "0.002"}) as terminal:
         terminal.send("lines" + ENTER)
         terminal.wait_for("line 69")
@@ -260,7 +260,7 @@ def test_an_answer_longer_than_the_screen():
         assert [int(n) for n in re.findall(r"^line (\d+)$", terminal.scrollback, re.MULTILINE)] == list(range(70))
 
 
-def test_ctrl_c_twice_in_an_answer_leaves():
+def test_ctrl_c_twice_during_an_answer_exits():
     with chat(environment={"FAKE_LEAVE_WITHIN_S": "60", "FAKE_SAYS_CLOSED": "1"}) as terminal:
         terminal.send("stuck" + ENTER)
         terminal.wait_for("verifying")
@@ -272,7 +272,7 @@ def test_ctrl_c_twice_in_an_answer_leaves():
         assert b"Traceback" not in terminal.raw
 
 
-def test_what_is_typed_during_an_answer_waits_for_the_prompt(tmp_path):
+def test_text_typed_during_an_answer_is_read_by_the_next_prompt(tmp_path):
     gate = tmp_path / "gate"
     with chat(environment={"FAKE_GATE": str(gate)}) as terminal:
         terminal.send("gated hello" + ENTER)
@@ -296,7 +296,7 @@ def test_thinking_is_folded_shown_and_hidden(tmp_path):
         say(terminal, "/think show", r"First this.\nThen that.\n")
         say(terminal, "think", lambda t: t.screen.count("So it is.") == 2)
         assert terminal.screen.count("First this.\nThen that.\n") == 2
-        say(terminal, "/think hide", "folded away")
+        say(terminal, "/think hide", "finished thinking will be hidden")
         say(terminal, "think", lambda t: t.screen.count("So it is.") == 3)
         assert terminal.screen.count("First this.") == 2
 
@@ -306,26 +306,26 @@ def test_thinking_is_folded_shown_and_hidden(tmp_path):
 
 def test_commands_that_change_the_chat():
     with chat(rows=50) as terminal:
-        say(terminal, "/retry", "there is no answer to try again")
+        say(terminal, "/retry", "no answer to retry")
         say(terminal, "one", "You said: one")
         say(terminal, "/retry", lambda t: t.screen.count("You said: one") == 2)
-        assert "greedy answers come out the same" in terminal.screen
+        assert "greedy decoding repeats the same answer" in terminal.screen
         terminal.send("/edit" + ENTER)
         terminal.wait_for(lambda t: t.cursor_line == "> one")
         say(terminal, " and more", "You said: one and more")
         say(terminal, "two", "You said: two")
-        say(terminal, "/drop 3", "error: there are 2 turns to drop")
-        say(terminal, "/drop 1", r"1 turn dropped, \d+ of 400 tokens in use")
-        say(terminal, "/drop", "it goes like this: /drop N")
+        say(terminal, "/drop 3", "error: the chat has 2 turns to drop")
+        say(terminal, "/drop 1", r"dropped 1 turn; \d+ of 400 tokens in use")
+        say(terminal, "/drop", "usage: /drop N")
         terminal.send("/undo" + ENTER)
-        terminal.wait_for(lambda t: "taken back" in t.screen and t.cursor_line == "> two")
+        terminal.wait_for(lambda t: "removed the last message" in t.screen and t.cursor_line == "> two")
         say(terminal, "!", "You said: two!")
-        say(terminal, "/clear", "the chat is empty again")
+        say(terminal, "/clear", "chat cleared")
         say(terminal, "/clear now", "/clear takes no argument")
-        say(terminal, "/undo", "error: there is nothing to undo")
+        say(terminal, "/undo", "error: nothing to undo")
 
 
-def test_an_edit_that_is_given_up_is_an_ordinary_message():
+def test_cancelled_edit_does_not_replace_the_last_message():
     with chat() as terminal:
         say(terminal, "one", "You said: one")
         terminal.send("/edit" + ENTER)
@@ -333,7 +333,7 @@ def test_an_edit_that_is_given_up_is_an_ordinary_message():
         terminal.send(CTRL_C)
         terminal.wait_for_prompt()
         say(terminal, "two", "You said: two")
-        say(terminal, "/drop 2", "2 turns dropped")
+        say(terminal, "/drop 2", "dropped 2 turns")
 
 
 def test_commands_about_settings(tmp_path):
@@ -345,10 +345,10 @@ def test_commands_about_settings(tmp_path):
         say(terminal, "/set temperature=1", "temperature = 1")
         say(terminal, "/set", r"temperature +1 +/set")
         say(terminal, "/think maybe", "/think takes on, off, show or hide")
-        say(terminal, "/think", "thinking: as the model has it, folded")
+        say(terminal, "/think", "thinking: model default, hidden")
         say(terminal, "/info", r"temperature +1 +/set")
         terminal.wait_for("0 of 400 tokens in use")
-        say(terminal, "/stats", "there is no answer yet")
+        say(terminal, "/stats", "no answers yet")
         say(terminal, "hello", "You said: hello")
         say(terminal, "/stats", r"1 answer · 16 tok")
 
@@ -360,54 +360,55 @@ def test_verbose_draws_the_tree():
         assert re.search(r'^ +1 ● "Y" +○ "Z"\n +2 ● "o" +○ "p"\n +→ "u"$', terminal.screen, re.MULTILINE)
 
 
-def test_files(tmp_path):
+def test_read_save_and_load(tmp_path):
     (tmp_path / "notes.txt").write_text("the notes\n")
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     with chat(rows=60, columns=150) as terminal:
-        say(terminal, f"/read {tmp_path}/notes.txt", "goes along with the next message")
+        say(terminal, f"/read {tmp_path}/notes.txt", r"attached notes.txt \(10 characters\) to the next message")
         say(terminal, "what about it", r"You said: the notes\n\nwhat about it\n")
         say(terminal, f"/read {tmp_path}/binary", "is not UTF-8 text")
-        say(terminal, f"/read {tmp_path}/missing", "cannot be read: No such file")
+        say(terminal, f"/read {tmp_path}/missing", r"cannot read .*missing: No such file")
         say(terminal, f"/save {tmp_path}/chat.md", f"saved to {tmp_path}/chat.md")
         say(terminal, f"/save {tmp_path}/chat.jsonl", f"saved to {tmp_path}/chat.jsonl")
-        say(terminal, f"/save {tmp_path}/chat.md", "exists already")
-        say(terminal, "/clear", "empty again")
-        say(terminal, f"/load {tmp_path}/chat.jsonl", "1 turn from")
+        say(terminal, f"/save {tmp_path}/chat.md", "already exists")
+        say(terminal, "/clear", "chat cleared")
+        say(terminal, f"/load {tmp_path}/chat.jsonl", "loaded 1 turn from")
         say(terminal, "/retry", lambda t: t.screen.count("You said: the notes") == 2)
     assert "You said: the notes" in (tmp_path / "chat.md").read_text()
 
 
-def test_copying(tmp_path):
+def test_copy_uses_a_program_or_the_terminal(tmp_path):
     tool = tmp_path / "wl-copy"
     tool.write_text(f'#!/bin/sh\ncat > "{tmp_path}/copied"\n')
     tool.chmod(0o700)
     plain = {"PATH": "/usr/bin:/bin", "WAYLAND_DISPLAY": "", "DISPLAY": "", "SSH_CONNECTION": "here"}
     with chat(environment=plain) as terminal:
-        say(terminal, "/copy", "there is no answer to copy")
+        say(terminal, "/copy", "no answer to copy")
         say(terminal, "**this**", "You said: this")
-        say(terminal, "/copy", "18 characters copied by asking the terminal")
+        say(terminal, "/copy", "copied 18 characters through the terminal")
         assert b"\x1b]52;c;" + base64.b64encode(b"You said: **this**") + b"\x07" in terminal.raw
     desktop = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "WAYLAND_DISPLAY": "wayland-0"}
     with chat(environment=desktop) as terminal:
         say(terminal, "**this**", "You said: this")
-        say(terminal, "/copy", "18 characters copied with wl-copy")
+        say(terminal, "/copy", "copied 18 characters with wl-copy")
     assert (tmp_path / "copied").read_text() == "You said: **this**"
 
 
-def test_a_context_that_fills_up():
+def test_full_context_is_announced():
+    advice = r"free space with /clear or /drop N, or restart with\s+a larger --ctx"
     with chat(rows=60) as terminal:
-        say(terminal, "x" * 155, r"warning: \d+ of 400 tokens of context are in use: /clear .* /drop N .*\n?.*--ctx")
+        say(terminal, "x" * 155, rf"warning: context nearly full: \d+ of 400 tokens; {advice}")
         terminal.send("x" * 155 + ENTER)
-        terminal.wait_for(lambda t: re.search(r"error: too long\nhint: /clear .* /drop N .* --ctx", t.screen))
-        terminal.wait_for(lambda t: t.cursor_line.endswith("xxx"))  # the message is back
+        terminal.wait_for(lambda t: re.search(rf"error: too long\nhint: {advice}", t.screen))
+        terminal.wait_for(lambda t: t.cursor_line.endswith("xxx"))  # the message is back at the prompt
         assert terminal.screen.count("warning:") == 1
         terminal.send(CTRL_C)
 
 
-def test_an_answer_that_was_stopped_goes_on(tmp_path):
+def test_stopped_answer_is_continued(tmp_path):
     gate = tmp_path / "gate"
     with chat(environment={"FAKE_GATE": str(gate)}) as terminal:
-        say(terminal, "/continue", "there is no answer")
+        say(terminal, "/continue", "no answer to continue")
         terminal.send("gated hello" + ENTER)
         terminal.wait_for("You said")
         terminal.send(CTRL_C)
@@ -417,11 +418,11 @@ def test_an_answer_that_was_stopped_goes_on(tmp_path):
         say(terminal, "/continue", r"You said: gated hello\n")
         say(terminal, "/stats", r"\d+ answers? ·")
         terminal.send("/undo" + ENTER)
-        terminal.wait_for(lambda t: "taken back" in t.screen and t.cursor_line == "> gated hello")
+        terminal.wait_for(lambda t: "removed the last message" in t.screen and t.cursor_line == "> gated hello")
 
 
 @pytest.mark.parametrize("word", ["/exit", "/bye", "/quit"])
-def test_leaving_in_words(word):
+def test_exit_commands(word):
     with chat() as terminal:
         terminal.send(word + ENTER)
         assert terminal.exit_code() == 0

@@ -1,4 +1,4 @@
-"""The rows at the end of a terminal's text that are drawn over: whatever happens, the screen shows what it should."""
+"""The live region: final and live rows on the screen after any sequence of updates."""
 
 import pytest
 from hypothesis import given
@@ -27,7 +27,7 @@ FRAMES = st.lists(st.tuples(st.lists(LINE, max_size=ROWS + 3), st.lists(LINE, ma
 
 
 @given(FRAMES)
-def test_the_screen_shows_what_is_final_and_then_what_is_live(frames):
+def test_final_rows_come_before_live_rows(frames):
     stream = ScreenStream(COLUMNS, ROWS)
     region = LiveRegion(stream)
     final, live = [], []
@@ -43,7 +43,7 @@ def test_the_screen_shows_what_is_final_and_then_what_is_live(frames):
     assert len([line for line in stream.lines if line]) == len([line for line in final if line.strip()])
 
 
-def test_only_what_changed_is_written():
+def test_only_changed_rows_are_written():
     stream = ScreenStream(COLUMNS, ROWS)
     region = LiveRegion(stream)
     region.update(rows_of(["one", "two", "three"]))
@@ -55,16 +55,16 @@ def test_only_what_changed_is_written():
     assert stream.lines == ["one", "two", "four"]
 
 
-def test_rows_too_wide_for_the_terminal_are_cut_and_do_not_wrap():
+def test_live_rows_are_cut_and_final_rows_wrap():
     stream = ScreenStream(COLUMNS, ROWS)
     region = LiveRegion(stream)
     region.update(rows_of(["x" * 50, "y"]))
-    region.update(rows_of(["z", "y"]), ["w" * 30])  # what is final wraps
+    region.update(rows_of(["z", "y"]), ["w" * 30])  # final rows wrap
     assert stream.lines == ["w" * 20, "w" * 10, "z", "y"]
 
 
 class Reflowing(ScreenStream):
-    """A terminal that wraps its rows anew when it is made narrower."""
+    """A terminal that re-wraps its rows when it becomes narrower."""
 
     def narrow(self, columns):
         lines = self.lines
@@ -75,7 +75,7 @@ class Reflowing(ScreenStream):
 
 
 @pytest.mark.parametrize("narrower", [10, 7])
-def test_a_terminal_that_wraps_anew_when_it_is_made_narrower(monkeypatch, narrower):
+def test_narrowing_a_terminal_that_rewraps(monkeypatch, narrower):
     monkeypatch.setenv("VTE_VERSION", "7600")
     stream = Reflowing(COLUMNS, ROWS)
     region = LiveRegion(stream)
@@ -86,7 +86,7 @@ def test_a_terminal_that_wraps_anew_when_it_is_made_narrower(monkeypatch, narrow
     assert stream.lines == ["kept", "c"]
 
 
-def test_a_terminal_that_does_not(monkeypatch):
+def test_narrowing_a_terminal_that_does_not_rewrap(monkeypatch):
     for name in ("VTE_VERSION", "TMUX", "KITTY_WINDOW_ID", "KONSOLE_VERSION", "WEZTERM_PANE", "WT_SESSION"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.delenv("TERM_PROGRAM", raising=False)
@@ -99,14 +99,14 @@ def test_a_terminal_that_does_not(monkeypatch):
     assert stream.lines == ["kept", "c"]
 
 
-def test_who_is_known_to_wrap_anew():
+def test_terminals_known_to_rewrap():
     assert reflows({"TERM_PROGRAM": "iTerm.app"})
     assert reflows({"TMUX": "/tmp/x"})
     assert not reflows({"TERM_PROGRAM": "xterm"})
 
 
 @pytest.mark.parametrize(("term", "can"), [("xterm-256color", True), ("dumb", False), ("", False), (None, False)])
-def test_who_can_go_back(monkeypatch, term, can):
+def test_terminals_that_can_redraw(monkeypatch, term, can):
     monkeypatch.delenv("TERM", raising=False)
     if term is not None:
         monkeypatch.setenv("TERM", term)

@@ -1,4 +1,4 @@
-"""Markdown that arrives in pieces: laid out the same as at once, losing nothing, obeying nothing."""
+"""Streaming Markdown: the layout does not depend on the pieces, loses no text and neutralizes control sequences."""
 
 import re
 
@@ -10,7 +10,7 @@ from rich.cells import cell_len
 from specchat.ui.markdown import MarkdownStream, PlainStream
 
 SGR = re.compile(r"\x1b\[[0-9;]*m")
-# Parts that documents are made of, with the seams at which one kind of block could be taken for another.
+# Parts of random documents, including the borders where one type of block may be mistaken for another.
 PARTS = [
     "A paragraph with **bold**, *slanted* and `code`.",
     "Another line",
@@ -75,33 +75,33 @@ def streamed(stream, text, cuts, width=40):
 @example("para\n#", [6])
 @example("1. a\n1. b\n1. c\n", [5, 10])
 @example("```\na\n\n\nb\n```\nend", [6, 7, 8])
-def test_it_looks_the_same_however_it_arrives(text, cuts):
+def test_layout_does_not_depend_on_the_pieces(text, cuts):
     pieces, at_once = streamed(MarkdownStream(), text, cuts), whole(text)
-    if "```" in text or "~~~" in text:  # the colours of code may depend on lines to come
+    if "```" in text or "~~~" in text:  # the colours of code may depend on later lines
         pieces, at_once = ([SGR.sub("", line) for line in lines] for lines in (pieces, at_once))
     assert pieces == at_once
 
 
 @given(DOCUMENT, st.integers(8, 60))
-def test_every_word_can_be_read(text, width):
+def test_no_text_is_lost(text, width):
     shown = "".join(SGR.sub("", "".join(whole(text, width))).split())
     position = 0
-    for character in re.sub(r"&[#\w]+;|[^\w]|[\d_]", "", text):  # numbers of lists are counted anew
+    for character in re.sub(r"&[#\w]+;|[^\w]|[\d_]", "", text):  # list items are renumbered
         position = shown.find(character, position) + 1
         assert position, f"{character!r} of {text!r} is missing in {shown!r}"
 
 
 @given(DOCUMENT, st.integers(20, 60))
-def test_prose_keeps_within_the_width(text, width):
+def test_prose_fits_the_width(text, width):
     stream = MarkdownStream()
-    in_code = "```" in text or "~~~" in text or "    " in text  # which is never broken
+    in_code = "```" in text or "~~~" in text or "    " in text  # code is never wrapped
     stream.feed(text)
     for row in stream.finished(width, last=True):
         assert row.num_cells == cell_len(SGR.sub("", row.shown))
         assert in_code or row.num_cells <= width
 
 
-# What could move the cursor, set titles, ask questions or turn text around, bare and in Markdown's disguises.
+# Sequences that could move the cursor, set titles, query the terminal or reorder text, plain or hidden in Markdown.
 SEQUENCES = ["\x1b[31m", "\x1b]0;title\x07", "\x1bP1$r\x1b\\", "\x9b2J", "\x9d0;t\x9c", "\x7f", "\x08", "\x00", "\r"]
 TURNS = ["\u202e", "\u2066", "\u2028", "\ud800", "&#x202e;", "&#155;", "&#x1b;"]
 DISGUISES = ["<http://x.y/%1b[31m>", "[a](<x\x1b[1m>)", "![\x9b](y)", "```\x1b[1m\n", "`\x1b[2m`", "| \x1bc |\n|---|\n"]
@@ -111,7 +111,7 @@ NASTY = st.lists(st.sampled_from([*SEQUENCES, *TURNS, *DISGUISES, "> ", "- ", "t
 
 
 @given(NASTY, st.lists(st.integers(0, 80), max_size=6), st.booleans())
-def test_nothing_in_a_text_can_command_a_terminal(text, cuts, markdown):
+def test_control_sequences_are_neutralized(text, cuts, markdown):
     stream = MarkdownStream() if markdown else PlainStream("dim")
     live, begin = [], 0
     for end in [*sorted(min(cut, len(text)) for cut in cuts), len(text)]:
@@ -123,7 +123,7 @@ def test_nothing_in_a_text_can_command_a_terminal(text, cuts, markdown):
         assert not re.search(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u2028\u2029\ud800-\udfff]", left)
 
 
-def test_how_things_look():
+def test_layout_of_each_block_type():
     text = """# Title
 
 Words with **bold**, *slanted*, `code` and a [link](http://x.y).
@@ -172,7 +172,7 @@ def f(x):
     ]
 
 
-def test_code_is_coloured_and_never_broken():
+def test_code_is_highlighted_and_not_wrapped():
     line = f"x = '{'y' * 60}'  # comment"
     rows = whole(f"```python\n{line}\n```\n", width=20)
     assert len(rows) == 3
@@ -193,13 +193,13 @@ def test_code_is_coloured_and_never_broken():
         ("| a |\n|---|\n| 1 |\n\n", 3),
     ],
 )
-def test_what_is_complete_is_final(text, num_rows):
+def test_complete_blocks_are_final(text, num_rows):
     stream = MarkdownStream()
     stream.feed(text)
     assert len(stream.finished(40)) == num_rows
 
 
-def test_plain_text_leaves_line_by_line_and_whole():
+def test_plain_text_is_split_into_lines():
     stream = PlainStream()
     assert streamed(stream, "a **b**\n" + "x" * 90 + "\n\nend", [3, 20, 50]) == ["a **b**", "x" * 90, "", "end"]
     stream.feed("y" * 25)

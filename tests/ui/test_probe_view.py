@@ -1,4 +1,4 @@
-"""The report on screens wide and narrow."""
+"""The hardware report on wide and narrow screens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ REPORT = Report(HARDWARE, MEASURED, judge(HARDWARE, MEASURED, {}))
 
 
 @pytest.mark.parametrize("width", [40, 80])
-def test_nothing_is_cut_and_nothing_is_too_wide(width, monkeypatch):
+def test_report_fits_the_width_and_keeps_every_word(width, monkeypatch):
     monkeypatch.setattr(probe_view, "_WIDTH_OFF_TERMINAL", width)
     stream = io.StringIO()
     ProbeView(stream).report(REPORT, REPORT.verdicts, None)
@@ -34,11 +34,11 @@ def test_nothing_is_cut_and_nothing_is_too_wide(width, monkeypatch):
 @pytest.mark.parametrize(
     ("share", "drawn"), [(0, "····"), (1, "████"), (0.5, "██··"), (0.03125, "▏···"), (2, "████"), (-1, "····")]
 )
-def test_bars(share, drawn):
+def test_bar_has_a_fixed_width(share, drawn):
     assert bar(share, 4) == drawn
 
 
-def test_control_characters_are_shown_and_not_obeyed():
+def test_control_characters_are_made_visible():
     stream = io.StringIO()
     ProbeView(stream).report(REPORT, [Verdict("warn", "GPU", "a\x1b[31mb", "c\rd")], None)
     assert "\x1b" not in stream.getvalue() and "\r" not in stream.getvalue()

@@ -1,4 +1,4 @@
-"""Threads of the chat that cannot start: an error where their work is waited for, not a wait without end."""
+"""Threads of the chat that cannot start raise an error instead of blocking forever."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from specchat.ui.worker import Worker
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-def test_a_load_that_cannot_start_has_failed(failure: str):
+def test_load_fails_if_its_thread_cannot_start(failure: str):
     load = BackgroundLoad(lambda _: pytest.fail("it runs"))
     with at_most(60), watched_threads(1, failure) as threads:
         assert load.wait(60)
@@ -25,7 +25,7 @@ def test_a_load_that_cannot_start_has_failed(failure: str):
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-def test_an_answer_that_cannot_start_is_an_error(failure: str):
+def test_answer_fails_if_its_thread_cannot_start(failure: str):
     def records():
         yield pytest.fail("it runs")
 

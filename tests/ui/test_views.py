@@ -1,4 +1,4 @@
-"""The lines that people read, and what a terminal is kept from obeying."""
+"""The lines of the interface, and neutralized control characters."""
 
 import io
 from dataclasses import replace
@@ -45,7 +45,7 @@ TURN = Turn(
 )
 
 
-def test_the_plan_line():
+def test_plan_line():
     assert plan_line(GPU_PLAN) == (
         "VRAM 9.5/12.0 GiB (resident 6.0, draft 1.0, KV 1.5 @8192, work 1.0) · streamed 38.0 GiB/pass"
     )
@@ -55,7 +55,7 @@ def test_the_plan_line():
     assert small == "RAM 150.0 MiB of 12.0 GiB (resident 100.0, KV 50.0 @400) · nothing streamed"
 
 
-def test_the_stats_line():
+def test_stats_line():
     assert stats_line(TURN, GPU_PLAN) == (
         "212 tok · 7.4 tok/s · 14.1 tok/pass · TTFT 2.3 s · prompt 38 new + 1,904 cached · ctx 2,154/8,192 · "
         "VRAM 9.9 · RAM 42.0"
@@ -64,7 +64,7 @@ def test_the_stats_line():
     assert stopped_line(TURN) == "^C stopped · 212 tok · 7.4 tok/s"
 
 
-def test_the_banner_says_toy_and_names_the_draft():
+def test_banner_names_the_model_and_the_draft():
     toy = banner_lines(ModelSource("demo", Path("x"), label="a toy model for exercising the software"), CHOSEN, "")[0]
     assert "demo (a toy model for exercising the software) · draft demo draft · fp32 on cpu" in toy
     assert banner_lines(ModelSource("org/x", Path("x")), CHOSEN, "")[1].endswith("· 6.0 tok/s predicted (measured)")
@@ -74,7 +74,7 @@ def test_the_banner_says_toy_and_names_the_draft():
     assert "org/x · plain decoding · fp32 on cpu" in plain
 
 
-def test_the_step_line_and_the_table():
+def test_step_line_and_plan_text():
     step = Step((1, 2, 3), None, 1, 20, 64, 2, 7, 0.5, 0.1, 0.3, 0.1, 0.05, 60 << 20)
     assert step_line(4, step).startswith("step 4: 3 tok · tree 64 nodes, depth 7, 2 accepted · 1 new + 20 cached rows")
     source = ModelSource("demo", Path("x"), label="a toy model for exercising the software")
@@ -85,22 +85,22 @@ def test_the_step_line_and_the_table():
 
 @pytest.mark.parametrize(
     ("in_ram", "place"),
-    [((), "the disk"), ((3,), "host memory (1 of them) and the disk"), ((1, 3), "host memory")],
+    [((), "disk"), ((3,), "host memory (layers: 1) and disk"), ((1, 3), "host memory")],
 )
-def test_the_table_says_where_streamed_layers_are(in_ram, place):
+def test_plan_names_the_places_of_streamed_layers(in_ram, place):
     table = plan_text(ModelSource("demo", Path("x")), replace(CHOSEN, plan=changed(PLAN, in_ram=in_ram)), "", 80)
-    assert f"60.0 MiB a pass, from {place}\n" in table
+    assert f"60.0 MiB per pass, from {place}\n" in table
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
-def test_a_plan_is_told_in_full_on_any_screen(width):
-    """Every choice, its reason and its alternative; nothing is cut off and nothing is too wide."""
+def test_plan_fits_any_width_and_is_complete(width):
+    """The plan shows every choice, its reason and its alternative within the width."""
     text = plan_text(ModelSource("an-organisation/a-model-with-quite-a-long-name", Path("x")), CHOSEN, "", width)
     assert all(len(line) <= width for line in text.splitlines())
     words = " ".join(text.split())
     for choice in CHOSEN.choices:
         assert choice.option in words and choice.value in words and choice.why in words
-    assert "int8: 9.0 tok/s" in words and "6.0 tok/s predicted (measured): 12.0 tokens a pass of 2.0 s" in words
+    assert "int8: 9.0 tok/s" in words and "6.0 tok/s predicted (measured): 12.0 tokens per pass of 2.0 s" in words
 
 
 @pytest.mark.parametrize(
@@ -113,12 +113,12 @@ def test_a_plan_is_told_in_full_on_any_screen(width):
         ("日本🦊é", "日本🦊é"),
     ],
 )
-def test_control_characters_are_shown_and_not_obeyed(text, shown):
+def test_control_characters_are_made_visible(text, shown):
     assert neutral(text) == shown
 
 
 class Pipe(io.TextIOWrapper):
-    """A stream, or a terminal, of some encoding."""
+    """A pipe, or a terminal, with a given encoding."""
 
     def __init__(self, encoding="utf-8", terminal=False):
         super().__init__(io.BytesIO(), encoding=encoding)
@@ -132,7 +132,7 @@ class Pipe(io.TextIOWrapper):
         return self.buffer.getvalue()
 
 
-def test_an_answer_is_byte_exact_in_a_pipe_and_safe_on_a_terminal():
+def test_answer_is_exact_in_a_pipe_and_safe_on_a_terminal():
     pipe = Pipe("ascii")
     stream = AnswerStream(pipe)
     stream.write("é\x1b\r\n")
@@ -156,7 +156,7 @@ def test_an_answer_is_byte_exact_in_a_pipe_and_safe_on_a_terminal():
         (True, {"TERM": "dumb"}, False),
     ],
 )
-def test_where_styles_are_used(monkeypatch, terminal, environment, styled):
+def test_styles_only_on_capable_terminals(monkeypatch, terminal, environment, styled):
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "COLORTERM"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")
@@ -170,7 +170,7 @@ def test_where_styles_are_used(monkeypatch, terminal, environment, styled):
     assert written.count("\n") == 2
 
 
-def test_quiet_silences_talk_but_neither_errors_nor_replies():
+def test_quiet_silences_notices_but_not_errors_and_command_output():
     stream = Pipe()
     talk = Talk(stream, quiet=True)
     talk.say("a")

@@ -61,7 +61,7 @@ CLOCK = Clock()
 def _calls_take_what_they_say(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Except on a GPU, whose products are timed."""
     if request.node.get_closest_marker("gpu") is None:
-        monkeypatch.setattr("specchat.models.formats.choices.time", CLOCK)
+        monkeypatch.setattr("specchat.models.quant.autotune.time", CLOCK)
 
 
 @dataclass(frozen=True)
