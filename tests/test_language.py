@@ -14,7 +14,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "specchat"
 # Files and folders that were rewritten so far, relative to the package.
-DONE = ("closing.py",)
+DONE = ("closing.py", "hardware/")
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if str(path.relative_to(PACKAGE)).startswith(DONE))
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
@@ -44,7 +44,8 @@ _DANGLING = re.compile(
     r"(one (per|for|of)\b"
     r"|(all|none|any|some|each|both) of (them|it|those|these)\b"
     r"|the (same|one|ones) (of|as|that|for|before)\b"
-    r"|(\w+ed|done|taken|given|kept|written|set|read)(\.$|,| (in|by|at|on|with|when|before|after|once|anew|if|as|between|from)\b))"
+    r"|(\w+ed|done|taken|given|kept|written|set|read)"
+    r"(\.$|,| (in|by|at|on|with|when|before|after|once|anew|if|as|between|from)\b))"
 )
 
 
