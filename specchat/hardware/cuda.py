@@ -1,4 +1,4 @@
-"""Copy rates of a GPU's links, and its PCIe state under load."""
+"""Copy rates of a GPU's links, and its PCIe state under load. Not yet measured on a GPU."""
 
 from __future__ import annotations
 

@@ -82,7 +82,8 @@ def _mismatch(survey: GpuSurvey, version: str, built: tuple[int, int]) -> Troubl
         )
     if built[0] >= _CUDA_WITHOUT_VOLTA and gpu.compute_capability and float(gpu.compute_capability) < _TURING:
         return Trouble(
-            f"{gpu.name} has compute capability {gpu.compute_capability}; CUDA {_dotted(built)} needs {_TURING}",
+            f"{gpu.name} has compute capability {gpu.compute_capability}, "
+            f"but CUDA {_dotted(built)} needs {_TURING} or more",
             "install a torch built for CUDA 12.6: pip install torch --index-url https://download.pytorch.org/whl/cu126",
         )
     return None
@@ -131,7 +132,7 @@ def _gpu(gpu: Gpu) -> Verdict:
     text = f"{gpu.name}{capability}, driver {gpu.driver}: {free} of {total} free"
     share = 1 - gpu.vram_free_bytes / gpu.vram_total_bytes if gpu.vram_total_bytes else None
     if gpu.is_mig:
-        return Verdict("warn", "GPU", text, "a MIG instance: a program can use one instance only", share)
+        return Verdict("warn", "GPU", text, "a MIG instance: a program sees one instance and its memory", share)
     if share is not None and share > 0.25:
         return Verdict("warn", "GPU", text, "other programs hold memory; `nvidia-smi` lists them", share)
     return Verdict("ok", "GPU", text, None, share)
@@ -161,7 +162,7 @@ def _pcie(gpu: Gpu, under_load: tuple[int, int] | None) -> Iterator[Verdict]:
 
 def _cpu(hardware: Hardware) -> Verdict:
     cpu = hardware.cpu
-    text = f"{cpu.name}, {cpu.cores} core{'s' if cpu.cores != 1 else ''}, {' '.join(cpu.isa) or 'no SIMD'}"
+    text = f"{cpu.name}, {cpu.cores} core{'s' if cpu.cores != 1 else ''}, {' '.join(cpu.isa) or 'no SIMD known'}"
     if not cpu.isa:
         return Verdict("warn", "CPU", text, "matmuls will be slow")
     return Verdict("ok", "CPU", text)
