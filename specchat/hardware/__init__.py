@@ -1,1 +1,1 @@
-"""What the machine has."""
+"""The machine: its devices, memory, disk and links, and their measured rates."""

@@ -1,4 +1,4 @@
-"""A GPU's links and its state in torch's eyes. Written with care and not yet measured: no GPU was at hand."""
+"""Copy rates of a GPU's links, and its PCIe state under load. Not yet measured on a GPU."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from specchat.units import MIB
 
 _BYTES = 512 * MIB
 _WARM_UPS, _COPIES, _SERIES = 4, 16, 3
-_FREE_SHARE = 4  # the buffer takes at most this fraction of the free device memory
+_FREE_SHARE = 4  # the buffer takes at most 1/4 of the free device memory
 
 
 @dataclass(frozen=True)
 class CudaLinks:
-    """One GPU's links.
+    """Measured rates of one GPU's links.
 
     Attributes:
-        h2d_pinned_bytes_per_s, d2h_bytes_per_s: None where no host memory could be pinned.
-        uuid: the GPU's, as NVML writes it.
-        pcie: generation and width while copies ran; None where the driver does not say.
+        uuid: GPU identifier, as NVML writes it.
+        h2d_pinned_bytes_per_s, d2h_bytes_per_s: rates with pinned memory; None where no host memory could be pinned.
+        h2d_pageable_bytes_per_s: rate from pageable memory.
+        pcie: generation and width during the copies; None where the driver does not report them.
     """
 
     uuid: str
@@ -36,7 +37,7 @@ class CudaLinks:
 
 
 def measure_cuda_links(index: int) -> CudaLinks:
-    """Copies between host and GPU `index`, timed by events on the device."""
+    """Measure copies between host and GPU `index`, timed by events on the device."""
     device = torch.device("cuda", index)
     free, _ = torch.cuda.mem_get_info(device)
     size = min(_BYTES, free // _FREE_SHARE)
@@ -52,7 +53,10 @@ def measure_cuda_links(index: int) -> CudaLinks:
 
 
 class _PinnedCopy:
-    """Host memory registered by hand, as the engine does it: a failed attempt must not stay behind in torch."""
+    """Host memory that CUDA registers directly, as the engine does.
+
+    torch's own pinning would keep the error of a failed attempt.
+    """
 
     def __init__(self, like: Tensor) -> None:
         self.memory = torch.zeros_like(like)
@@ -60,7 +64,7 @@ class _PinnedCopy:
         self.is_pinned = int(error) == 0
 
     def close(self) -> None:
-        """Unpins it."""
+        """Unpin the memory."""
         if self.is_pinned:
             torch.cuda.cudart().cudaHostUnregister(self.memory.data_ptr())
 
@@ -68,7 +72,7 @@ class _PinnedCopy:
 def _rate(
     to: Tensor, source: Tensor, possible: bool, during: Callable[[], tuple[int, int] | None] | None
 ) -> tuple[float | None, tuple[int, int] | None]:
-    """Bytes per second, the median of three series; and what `during` says while the copies are under way."""
+    """Return the median bytes per second of three series, and the result of `during` while copies run."""
     if not possible:
         return None, None
     seen, seconds = None, []

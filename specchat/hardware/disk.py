@@ -1,4 +1,4 @@
-"""Files on disk as a measurement wants them: out of the page cache, provably, and read as fast as the disk gives."""
+"""Cold files for measurements: eviction from the page cache, proof of it, and raw reads at full disk speed."""
 
 import ctypes
 import errno
@@ -19,8 +19,8 @@ from specchat.errors import NotAvailableError, SpecchatError
 from specchat.units import MIB
 
 MAX_RESIDENT_SHARE = 0.01
-# Two requests in flight keep an NVMe drive busy, but while the processor is, a thread that has to begin the next one
-# comes late: two more are under way by then. Alone, 2 to 4 threads read equally fast here (2.5 GB/s, 16 MiB each).
+# Queue depth 2 saturates NVMe when idle. Under CPU load threads submit late, so use 4. Alone, 2 to 4 threads read
+# equally fast here (2.5 GB/s, 16 MiB each).
 READ_THREADS = 4
 CHUNK_BYTES = 16 * MIB
 
@@ -30,11 +30,12 @@ _PATIENCE_S = 30.0
 
 @dataclass(frozen=True)
 class RawRead:
-    """Files read from end to end with nothing done to the bytes.
+    """A timed read of whole files, without processing.
 
     Attributes:
-        num_bytes, seconds: how much, in what time.
-        direct: past the page cache (O_DIRECT), for all of it.
+        num_bytes: bytes read.
+        seconds: time of the read.
+        direct: whether every byte came past the page cache (O_DIRECT).
     """
 
     num_bytes: int
@@ -43,24 +44,24 @@ class RawRead:
 
     @property
     def bytes_per_s(self) -> float:
-        """The rate."""
+        """Read rate in bytes per second."""
         return self.num_bytes / self.seconds
 
 
 def total_bytes(files: Iterable[Path]) -> int:
-    """Their sizes."""
+    """Return the total size of files."""
     return sum(file.stat().st_size for file in files)
 
 
 def evict(files: Sequence[Path]) -> float:
-    """Takes files out of the page cache; returns the share of their pages that is still there.
+    """Evict files from the page cache and return the share of their pages that remains.
 
     Raises:
-        NotAvailableError: this system has no way to do it.
-        SpecchatError: more than 1% stays, because something else uses them or a file system keeps its own cache.
+        NotAvailableError: this system cannot evict files.
+        SpecchatError: more than 1% of the pages remain: another program uses the files, or the file system has a cache.
     """
     if not hasattr(os, "posix_fadvise"):
-        raise NotAvailableError("this system has no way to take a file out of its cache", hint="measure without --cold")
+        raise NotAvailableError("this system cannot evict files from the page cache", hint="measure without --cold")
     deadline = time.monotonic() + _PATIENCE_S
     while True:
         _wait_until_quiet()
@@ -71,23 +72,23 @@ def evict(files: Sequence[Path]) -> float:
             return share
         if time.monotonic() > deadline:
             raise SpecchatError(
-                f"{share:.0%} of {files[0].parent} stays in the page cache, so no pass can be measured cold",
-                hint="a file system in memory cannot be evicted; another program may have the files open",
+                f"cannot measure a cold pass: {share:.0%} of {files[0].parent} stays in the page cache",
+                hint="choose a folder that is not in memory, and close programs that have the files open",
             )
 
 
 def resident_share(files: Iterable[Path]) -> float:
-    """The share of the files' pages that is in the page cache, by mincore."""
+    """Return the share of the files' pages that is in the page cache, by mincore."""
     counts = [_resident_pages(file) for file in files]
     return sum(resident for resident, _ in counts) / max(sum(total for _, total in counts), 1)
 
 
 def read_raw(files: Sequence[Path], *, direct: bool) -> RawRead:
-    """Reads files in chunks from several threads, in order, as a streamer does that has nothing to wait for.
+    """Read files in chunks from several threads, in order, as an unthrottled layer streamer would.
 
     Args:
-        files: each from beginning to end.
-        direct: past the page cache, where the file system lets us.
+        files: files to read from beginning to end.
+        direct: whether to bypass the page cache where the file system allows it.
     """
     jobs: SimpleQueue[tuple[Path, int]] = SimpleQueue()
     for file in files:
@@ -96,15 +97,15 @@ def read_raw(files: Sequence[Path], *, direct: bool) -> RawRead:
     buffers = [_touched_memory() for _ in range(READ_THREADS)]
     begin = time.perf_counter()
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        # One queue for both: a share for each would let them drift apart, and disks are slower in two places.
+        # All threads take from one queue: with a share each they would drift apart, and disks are slower in two places.
         all_direct = all(pool.map(partial(_read_queue, jobs, direct), buffers))
     return RawRead(total_bytes(files), time.perf_counter() - begin, all_direct)
 
 
 def _touched_memory() -> mmap.mmap:
-    """Memory for a chunk that starts at a page and whose pages are there already: huge ones, if they can be had.
+    """Return page-aligned memory for one chunk, with its pages already mapped and huge where possible.
 
-    Unbuffered reads go to physical pages, and into small ones they took twice as long (here 0.8-1.2 GB/s, not 2.1-2.4).
+    O_DIRECT reads into small pages took twice as long (here 0.8-1.2 GB/s instead of 2.1-2.4).
     """
     memory = mmap.mmap(-1, CHUNK_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -115,7 +116,7 @@ def _touched_memory() -> mmap.mmap:
 
 
 def _wait_until_quiet() -> None:
-    """Until this process reads nothing any more: a streamer fetches ahead for the next pass, and would go on."""
+    """Wait until this process stops reading: a layer streamer still prefetches for the next pass."""
     if not hasattr(psutil.Process, "io_counters"):
         return
     process = psutil.Process()
@@ -134,14 +135,14 @@ def _evict(file: Path) -> None:
     fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     try:
         with suppress(OSError):  # a read-only file system has nothing to write back
-            os.fsync(fd)  # a dirty page stays
+            os.fsync(fd)  # dirty pages cannot be evicted
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(fd)
 
 
 def _resident_pages(file: Path) -> tuple[int, int]:
-    """Pages of the file in the page cache, and pages altogether."""
+    """Return the file's pages in the page cache and its total pages."""
     size = file.stat().st_size
     if size == 0:
         return 0, 0
@@ -163,7 +164,7 @@ def _resident_pages(file: Path) -> tuple[int, int]:
 
 
 def _read_queue(jobs: "SimpleQueue[tuple[Path, int]]", direct: bool, buffer: mmap.mmap) -> bool:
-    """Reads chunks until the queue is empty; whether all of them went past the page cache."""
+    """Read chunks until the queue is empty; return whether all of them bypassed the page cache."""
     open_files: dict[Path, _RawFile] = {}
     try:
         with memoryview(buffer) as view, suppress(Empty):
@@ -179,10 +180,10 @@ def _read_queue(jobs: "SimpleQueue[tuple[Path, int]]", direct: bool, buffer: mma
 
 
 class _RawFile:
-    """A file read past the page cache for as long as its file system has nothing against it.
+    """A file read with O_DIRECT as long as its file system accepts it.
 
     Attributes:
-        direct: whether it is.
+        direct: whether O_DIRECT is still in use.
     """
 
     def __init__(self, path: Path, direct: bool) -> None:
@@ -192,7 +193,7 @@ class _RawFile:
         self._open()
 
     def read(self, view: memoryview, start: int) -> None:
-        """As many bytes from `start` on as `view` holds or the file has."""
+        """Read bytes from `start` until `view` or the file ends."""
         try:
             os.preadv(self._fd, [view], start)
         except OSError as error:
@@ -200,7 +201,7 @@ class _RawFile:
             os.preadv(self._fd, [view], start)
 
     def close(self) -> None:
-        """Closes it."""
+        """Close the file."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -213,7 +214,7 @@ class _RawFile:
             self._fall_back(error)
 
     def _fall_back(self, error: OSError) -> None:
-        """Opens it again without O_DIRECT if that was refused, at opening (tmpfs) or at the first read (FUSE)."""
+        """Reopen without O_DIRECT after it was refused, at opening (tmpfs) or at the first read (FUSE)."""
         if not self.direct or error.errno != errno.EINVAL:
             raise error
         self.close()

@@ -1,4 +1,4 @@
-"""Rates that are measured, not looked up: memory, disk, matrix products. A GPU's links are in cuda.py."""
+"""Measured rates of memory, disk and matmuls. cuda.py measures a GPU's links."""
 
 import ctypes
 import os
@@ -23,28 +23,28 @@ if TYPE_CHECKING:
 
 _RAM_BYTES = 256 * MIB  # several times any processor's cache
 _MIN_RAM_BYTES = 64 * MIB
-_RAM_THREADS = 8  # no consumer machine's memory needs more to be busy
+_RAM_THREADS = 8  # enough to saturate the memory of any consumer machine
 _RAM_COPIES, _RAM_SERIES = 4, 5
 
 _DISK_BYTES = 512 * MIB
 _MIN_DISK_BYTES = 64 * MIB
-_DISK_SHARE = 8  # at most this fraction of the free space is written, for a moment
+_DISK_SHARE = 8  # the temporary file takes at most 1/8 of the free space
 _DISK_READS = 3
 
-# A layer's matrix of a 7B model; trees have as many rows as this.
+# The size of a layer's matrix in a 7B model, and row counts of typical trees.
 _MATRIX = 4096
 _TREE_ROWS = (1, 16, 64, 256, 512)
-_MATMUL_S = 0.2  # for each number of rows
+_MATMUL_S = 0.2  # per row count
 
 
 def measure_ram_copy(available_bytes: int) -> float | None:
-    """Bytes copied per second by all processors together, between buffers that no cache holds.
+    """Measure the copy rate of all cores together, between buffers larger than any cache.
 
     Args:
-        available_bytes: free memory; the buffers take a small part of it.
+        available_bytes: free memory; the buffers take at most 1/4 of it.
 
     Returns:
-        The median of several series; None where there is too little memory to tell.
+        Median bytes per second of several series; None where there is too little memory.
     """
     size = min(_RAM_BYTES, available_bytes // 8)
     if size < _MIN_RAM_BYTES:
@@ -71,10 +71,10 @@ def measure_ram_copy(available_bytes: int) -> float | None:
 
 @dataclass(frozen=True)
 class DiskRate:
-    """How fast files come from a disk.
+    """Read rate of a disk.
 
     Attributes:
-        is_cold: they came from the disk itself, past the page cache or after it was emptied.
+        is_cold: whether all bytes came from the disk itself, not from the page cache.
     """
 
     bytes_per_s: float
@@ -82,12 +82,12 @@ class DiskRate:
 
 
 def measure_disk_read(folder: Path) -> DiskRate | None:
-    """Reads files in `folder` as layers are read: large chunks, two at a time, past the page cache.
+    """Measure the read rate of files in `folder` in large chunks past the page cache, as layers are read.
 
-    Weight files that are there serve; else one is written and removed again.
+    Existing weight files are used if they are large enough. Otherwise a temporary file is written.
 
     Returns:
-        The median of three reads; None where there is no room for a file to read, or no permission.
+        Median of three reads; None without permission or without room for a file.
     """
     with _files_to_read(folder) as files:
         if not files:
@@ -97,11 +97,11 @@ def measure_disk_read(folder: Path) -> DiskRate | None:
 
 
 def _read_cold(files: list[Path]) -> tuple[float, bool]:
-    """Bytes per second, and whether nothing cached was in it."""
+    """Return bytes per second, and whether the page cache was empty."""
     try:
         evict(files)
         evicted = True
-    except SpecchatError:  # a file system in memory, or one with a cache of its own: direct reads may still be possible
+    except SpecchatError:  # in memory, or with a cache of its own: direct reads may still work
         evicted = False
     read = read_raw(files, direct=True)
     return read.bytes_per_s, evicted
@@ -109,7 +109,7 @@ def _read_cold(files: list[Path]) -> tuple[float, bool]:
 
 @contextmanager
 def _files_to_read(folder: Path) -> Iterator[list[Path]]:
-    """Files of enough bytes; empty if there are none and none can be written."""
+    """Yield existing weight files of enough bytes, or a temporary file; nothing if none can be written."""
     there: list[Path] = []
     for file in sorted(folder.rglob("*.safetensors")):
         if file.stat().st_size >= MIB and total_bytes(there) < _DISK_BYTES:
@@ -127,7 +127,7 @@ def _made(folder: Path) -> Path:
 
 
 def _written(file: Path) -> list[Path]:
-    """A file of random bytes, which no file system compresses, on the disk itself."""
+    """Write random bytes, which no file system compresses, through to the disk."""
     size = min(_DISK_BYTES, shutil.disk_usage(file.parent).free // _DISK_SHARE)
     if size < _MIN_DISK_BYTES:
         return []
@@ -141,7 +141,7 @@ def _written(file: Path) -> list[Path]:
 
 
 def measure_matmul(device: "torch.device", dtype: Literal["bf16", "fp32"]) -> tuple[MatmulRate, ...]:
-    """Products of tree-sized activations with a matrix as large as a layer's."""
+    """Measure matmuls of tree-sized activations with a matrix of a layer's size."""
     import torch
 
     kind = torch.bfloat16 if dtype == "bf16" else torch.float32
@@ -160,7 +160,7 @@ def measure_matmul(device: "torch.device", dtype: Literal["bf16", "fp32"]) -> tu
 
 
 def _median_seconds(work: Callable[[], None]) -> float:
-    work()  # the first one sets things up
+    work()  # the first call initializes libraries
     spent: list[float] = []
     begin = time.perf_counter()
     while len(spent) < 3 or time.perf_counter() - begin < _MATMUL_S:

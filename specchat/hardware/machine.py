@@ -1,4 +1,4 @@
-"""What the machine has, as plain data: for reports in full, for the planner in four figures."""
+"""Records of the machine: everything for reports, a few figures for the planner."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,15 +6,15 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Machine:
-    """What a plan needs to know: memory that can be used now.
+    """The device and the memory that a plan can use now.
 
     Attributes:
         device: "cpu" or "cuda:0".
-        device_free_bytes: memory of that device; on the CPU the same as ram_available_bytes.
-        ram_available_bytes: what the system or the container still gives.
+        device_free_bytes: free memory of the device; on the CPU equal to ram_available_bytes.
+        ram_available_bytes: host memory that the system and the container still allow.
         fast_bf16: whether the device multiplies bfloat16 faster than float32.
-        total_bytes: memory of host and device together, used or not; a number that stays the same.
-        device_total_bytes: likewise of the device alone; on the CPU the same as total_bytes.
+        total_bytes: memory of host and device together, used or free; constant for a machine.
+        device_total_bytes: memory of the device, used or free; on the CPU equal to total_bytes.
     """
 
     device: str
@@ -27,11 +27,11 @@ class Machine:
 
 @dataclass(frozen=True)
 class PcieLink:
-    """A GPU's way to host memory; None where the driver does not say (WSL, virtual GPUs).
+    """A GPU's link to host memory; None where the driver does not report it (WSL, virtual GPUs).
 
     Attributes:
-        gen, width: as negotiated now; an idle link steps down to save power.
-        max_gen, max_width: what card and slot could do together.
+        gen, width: negotiated now; an idle link steps down to save power.
+        max_gen, max_width: maximum of card and slot together.
     """
 
     gen: int | None = None
@@ -45,8 +45,8 @@ class Gpu:
     """One NVIDIA GPU, or one MIG instance of it, as the driver describes it.
 
     Attributes:
-        compute_capability: such as "8.9".
-        is_mig: a slice of a larger card.
+        compute_capability: version such as "8.9".
+        is_mig: whether this is a MIG instance of a larger card.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Trouble:
-    """Something that is not as it should be, in words."""
+    """A problem in words, and what to do about it."""
 
     text: str
     hint: str | None = None
@@ -69,12 +69,12 @@ class Trouble:
 
 @dataclass(frozen=True)
 class GpuSurvey:
-    """What the NVIDIA driver said when it was asked.
+    """The NVIDIA driver's account of its GPUs.
 
     Attributes:
-        gpus: those that answered.
-        cuda_version: the newest CUDA that the driver serves, such as (12, 4).
-        troubles: what kept it from answering in full.
+        gpus: GPUs that answered.
+        cuda_version: newest CUDA version that the driver supports, such as (12, 4).
+        troubles: reasons why the account is incomplete.
     """
 
     gpus: tuple[Gpu, ...] = ()
@@ -87,7 +87,7 @@ class Cpu:
     """The processors this process may use.
 
     Attributes:
-        isa: instruction sets that bear on speed, by Linux's names.
+        isa: instruction sets that affect speed, by Linux's names.
     """
 
     name: str
@@ -100,8 +100,8 @@ class Ram:
     """Host memory.
 
     Attributes:
-        available_bytes: the least of what the system and the control group still give.
-        cgroup_limit_bytes: of the container or session; None if there is no limit.
+        available_bytes: free memory by the system or by the control group, whichever is less.
+        cgroup_limit_bytes: memory limit of the container or session; None if there is no limit.
         pin_limit_bytes: memory that may be locked (RLIMIT_MEMLOCK); None if there is no limit.
     """
 
@@ -114,11 +114,11 @@ class Ram:
 
 @dataclass(frozen=True)
 class Disk:
-    """The disk that packs and measured figures are kept on.
+    """The disk that holds packs and measured rates.
 
     Attributes:
-        path: the folder, which need not exist yet.
-        filesystem: its type by the system's own name, such as "ext4"; "" if unknown.
+        path: folder on the disk; it need not exist yet.
+        filesystem: type of the file system by the system's name, such as "ext4"; "" if unknown.
     """
 
     path: Path
@@ -129,10 +129,10 @@ class Disk:
 
 @dataclass(frozen=True)
 class Platform:
-    """The system.
+    """The operating system.
 
     Attributes:
-        wsl: Linux inside Windows, which has limits of its own.
+        wsl: whether this is Linux inside Windows, which limits memory and pinning.
     """
 
     system: str
@@ -143,11 +143,11 @@ class Platform:
 
 @dataclass(frozen=True)
 class TorchBuild:
-    """What the installed torch was made for, read without importing it.
+    """The build of the installed torch, read without importing it.
 
     Attributes:
-        cuda: such as (13, 0); None for builds without CUDA.
-        hip: whether it was made for AMD.
+        cuda: CUDA version such as (13, 0); None for builds without CUDA.
+        hip: whether the build is for AMD.
     """
 
     version: str
@@ -157,7 +157,7 @@ class TorchBuild:
 
 @dataclass(frozen=True)
 class Hardware:
-    """Everything that can be known without measuring."""
+    """Everything about the machine that needs no measuring."""
 
     survey: GpuSurvey
     cpu: Cpu
@@ -169,13 +169,13 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Links:
-    """Rates in bytes per second; None where there is no such link, or nobody has measured it.
+    """Rates in bytes per second; None where there is no such link, or where it was not measured.
 
     Attributes:
-        h2d_pinned_bytes_per_s, h2d_pageable_bytes_per_s: host to device, from pinned and from ordinary memory.
-        d2h_bytes_per_s: device to pinned memory.
-        ram_copy_bytes_per_s: bytes copied (each is read once and written once), all processors together.
-        disk_read_bytes_per_s: from the disk itself, nothing cached.
+        h2d_pinned_bytes_per_s, h2d_pageable_bytes_per_s: rates from pinned and from pageable host memory to the device.
+        d2h_bytes_per_s: rate from device to pinned memory.
+        ram_copy_bytes_per_s: copy rate of all cores together; each byte is read once and written once.
+        disk_read_bytes_per_s: rate of the disk itself, without the page cache.
     """
 
     h2d_pinned_bytes_per_s: float | None = None
@@ -187,11 +187,11 @@ class Links:
 
 @dataclass(frozen=True)
 class MatmulRate:
-    """Rows times a layer-sized matrix.
+    """Rate of a matmul with a matrix of a layer's size.
 
     Attributes:
-        rows: as many as a pass over a tree of that size has.
-        flop_per_s: multiplications and additions counted apart.
+        rows: number of activation rows, equal to the size of a tree.
+        flop_per_s: operations per second; a multiplication and an addition count as two.
     """
 
     rows: int
@@ -200,19 +200,19 @@ class MatmulRate:
 
 @dataclass(frozen=True)
 class Measured:
-    """What took time to find out, and is kept for the next report.
+    """Rates and findings that took time to measure and are kept for the next report.
 
     Attributes:
-        device: that passes would run on.
-        links: rates.
-        matmul: of the device, by rows, in `matmul_dtype`.
+        device: device that passes would run on.
+        links: measured rates of memory, disk and GPU links.
+        matmul: matmul rates of the device in `matmul_dtype`, by rows.
         matmul_dtype: "bf16" or "fp32".
-        gpu_uuid: of the GPU that `device` is; None for the CPU.
-        pcie_under_load: its generation and width while copies ran; None where unknown.
-        disk_is_cold: nothing cached entered the disk's rate.
-        pinning_works: host memory could be pinned for the copies; None where none were made.
-        gpu_trouble: what stopped the measurements on the GPU, if something did.
-        measured_at: ISO 8601, UTC.
+        gpu_uuid: identifier of the GPU; None for the CPU.
+        pcie_under_load: generation and width of the GPU's link during copies; None where unknown.
+        disk_is_cold: whether the disk's rate is free of cached bytes.
+        pinning_works: whether host memory could be pinned for the copies; None where none were made.
+        gpu_trouble: error that stopped the measurements on the GPU, or None.
+        measured_at: time in ISO 8601, UTC.
     """
 
     device: str

@@ -1,4 +1,4 @@
-"""What the NVIDIA driver says of its GPUs, through NVML; whatever goes wrong comes out as words, never as an error."""
+"""A survey of the NVIDIA driver's GPUs through NVML; failures become text, never an error."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _DISPLAY_CLASS = "0x03"
 
 
 def survey_gpus(pci: Path = Path("/sys/bus/pci/devices")) -> GpuSurvey:
-    """All GPUs that the driver shows.
+    """Survey all GPUs that the driver shows.
 
     Args:
-        pci: where the system lists its PCI devices; tells a missing driver from a missing card.
+        pci: folder of the system's PCI devices; it tells a missing driver from a missing card.
     """
     try:
         import pynvml
@@ -35,7 +35,7 @@ def survey_gpus(pci: Path = Path("/sys/bus/pci/devices")) -> GpuSurvey:
 
 
 def read_pcie(uuid: str) -> tuple[int, int] | None:
-    """Generation and width of one GPU's link at this moment; None where the driver does not say."""
+    """Read the current generation and width of one GPU's link; None where the driver does not report them."""
     import pynvml
 
     try:
@@ -55,7 +55,7 @@ def read_pcie(uuid: str) -> tuple[int, int] | None:
 
 
 def display_vendors(pci: Path) -> set[str]:
-    """Vendor numbers of the display devices on the PCI bus; empty where the system does not list them."""
+    """Return the vendor numbers of the display devices on the PCI bus; empty where the system does not list them."""
     found = set()
     for device in pci.glob("*"):
         try:
@@ -80,19 +80,19 @@ def _survey(nvml: Any) -> GpuSurvey:
 
 
 def _trouble(text: str) -> Trouble:
-    return Trouble(text, "`nvidia-smi` should say the same; a reboot, or installing the driver again, helps most often")
+    return Trouble(text, "check with `nvidia-smi`; a reboot or a reinstalled driver usually helps")
 
 
 def _handles(nvml: Any) -> Iterator[tuple[int, Any]]:
     for index in range(nvml.nvmlDeviceGetCount()):
         handle = _ask(nvml.nvmlDeviceGetHandleByIndex, index)
-        # a card that fell off the bus is left out here, and missed by `nvidia-smi` as well
+        # A card that fell off the bus is skipped here; `nvidia-smi` does not show it either.
         if handle is not None:
             yield index, handle
 
 
 def _gpu_or_slices(nvml: Any, handle: Any, driver: str) -> list[Gpu]:
-    """The card, or with MIG its instances: a program then sees one of them, never the card."""
+    """Return the card, or its MIG instances: a program sees one instance, never the whole card."""
     mode = _ask(nvml.nvmlDeviceGetMigMode, handle)
     if mode is None or not mode[0]:
         return [_gpu(nvml, handle, handle, driver, is_mig=False)]
@@ -126,7 +126,7 @@ def _pcie(nvml: Any, handle: Any) -> PcieLink:
 
 
 def _ask(question: Callable[..., Any], *args: Any) -> Any | None:
-    """The answer; None where this driver or this card has none."""
+    """Return the answer to an NVML call; None where the driver or the card does not support it."""
     import pynvml
 
     try:
@@ -138,9 +138,9 @@ def _ask(question: Callable[..., Any], *args: Any) -> Any | None:
 def _no_driver(error: Exception, vendors: set[str]) -> Trouble:
     if _NVIDIA_VENDOR in vendors:
         return Trouble(
-            f"there is an NVIDIA card, but its driver does not run ({error})",
-            "install NVIDIA's driver, or load it: `sudo modprobe nvidia`; in a container: --gpus all",
+            f"an NVIDIA card is present, but its driver does not run ({error})",
+            "install NVIDIA's driver, or load it with `sudo modprobe nvidia`; in a container, use --gpus all",
         )
     if _AMD_VENDOR in vendors:
-        return Trouble("there is an AMD card, which specchat cannot use", "layers stream from RAM or disk to the CPU")
-    return Trouble("no NVIDIA GPU and no NVIDIA driver", "the CPU does the work; layers stream from RAM or disk")
+        return Trouble("specchat cannot use the AMD card", "the CPU computes; layers stream from RAM or disk")
+    return Trouble("no NVIDIA GPU and no NVIDIA driver found", "the CPU computes; layers stream from RAM or disk")

@@ -1,4 +1,4 @@
-"""Finding out what the machine has: at once for the planner, in full and measured for a report."""
+"""Detection of the machine: at once for the planner; in full, with measured rates, for a report."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -27,18 +27,18 @@ from specchat.hardware.verdicts import Verdict, judge, why_no_cuda
 if TYPE_CHECKING:
     from specchat.hardware.cuda import CudaLinks
 
-# Told what is being measured, and which of how many that is.
+# Receives the name of the measurement, its number, and the number of measurements.
 Progress = Callable[[str, int, int], None]
 
 
 def find_machine(device: str) -> Machine:
-    """The machine as seen from a device.
+    """Return the device and the memory that a plan on `device` can use.
 
     Args:
         device: "auto" (the first CUDA device, else the CPU), "cpu", "cuda" or "cuda:N".
 
     Raises:
-        UsageError: not a device name.
+        UsageError: `device` is not a device name.
         DeviceUnusableError: a CUDA device was asked for by name and cannot be used.
     """
     if device not in ("auto", "cpu", "cuda") and not (device.startswith("cuda:") and device[5:].isdigit()):
@@ -55,8 +55,8 @@ def find_machine(device: str) -> Machine:
     index = int(device.partition(":")[2] or 0)
     if index >= torch.cuda.device_count():
         raise DeviceUnusableError(
-            f"there is no {device}: this machine has {torch.cuda.device_count()} CUDA device(s)",
-            hint="devices count from cuda:0",
+            f"{device} does not exist: this machine has {torch.cuda.device_count()} CUDA device(s)",
+            hint="numbers start at cuda:0",
         )
     free, total = torch.cuda.mem_get_info(index)
     major, _ = torch.cuda.get_device_capability(index)
@@ -68,8 +68,8 @@ def _unusable(device: str) -> DeviceUnusableError:
     survey = survey_gpus()
     trouble = why_no_cuda(survey, read_torch())
     why = "" if trouble is None else f": {trouble.text}"
-    hint = trouble.hint if trouble is not None and trouble.hint and survey.gpus else "`nvidia-smi` shows what is there"
-    return DeviceUnusableError(f"{device} cannot be used, torch finds no CUDA device{why}", f"{hint}; or --device cpu")
+    hint = trouble.hint if trouble is not None and trouble.hint and survey.gpus else "check with `nvidia-smi`"
+    return DeviceUnusableError(f"cannot use {device}: torch finds no CUDA device{why}", f"{hint}; or --device cpu")
 
 
 def _cpu(ram: int) -> Machine:
@@ -79,10 +79,10 @@ def _cpu(ram: int) -> Machine:
 
 
 def find_hardware(folder: Path) -> Hardware:
-    """Everything that can be known without measuring; takes some milliseconds.
+    """Detect everything that needs no measuring; takes some milliseconds.
 
     Args:
-        folder: where models and packs lie, or will.
+        folder: folder for models and packs; it need not exist yet.
     """
     return Hardware(
         survey=survey_gpus(),
@@ -96,7 +96,7 @@ def find_hardware(folder: Path) -> Hardware:
 
 @dataclass(frozen=True)
 class Report:
-    """A machine, its rates, and what to make of them."""
+    """A machine, its measured rates, and a verdict on each part."""
 
     hardware: Hardware
     measured: Measured
@@ -106,13 +106,13 @@ class Report:
 def probe(
     folder: Path, device: str = "auto", *, refresh: bool = False, progress: Progress = lambda what, step, steps: None
 ) -> Report:
-    """The report on this machine; rates come from the last one unless something has changed since.
+    """Report on this machine; rates come from the last report unless the machine has changed.
 
     Args:
-        folder: where models and packs lie, or will; also where rates are kept.
-        device: as for `find_machine`.
-        refresh: measure again.
-        progress: told what is being measured.
+        folder: folder for models, packs and measured rates; it need not exist yet.
+        device: device name as in `find_machine`.
+        refresh: whether to measure again.
+        progress: receives the name of each measurement.
 
     Raises:
         DeviceUnusableError: a CUDA device was asked for by name and cannot be used.
@@ -122,20 +122,20 @@ def probe(
     measured = None if refresh else store.load(folder, key)
     if measured is None:
         measured = _measure(hardware, device, progress)
-        if measured.gpu_trouble is None:  # what failed once may work the next time
+        if measured.gpu_trouble is None:  # a failure may be temporary
             _keep(folder, key, measured)
         hardware = find_hardware(folder)  # memory and disk as they are now
     return Report(hardware, measured, judge(hardware, measured))
 
 
 def remembered(folder: Path, hardware: Hardware, machine: Machine, device: str) -> Measured | None:
-    """What a report on this machine has measured and nothing has changed since; None if there was none.
+    """Return the rates that an earlier report measured on this machine; None if there are none or it has changed.
 
     Args:
-        folder: where rates are kept.
-        hardware: as it is now.
-        machine: the device that rates are wanted for.
-        device: what it was asked for by; the report may have been asked for by another name.
+        folder: folder where rates are kept.
+        hardware: current hardware.
+        machine: device whose rates are needed.
+        device: device name that the user gave; an earlier report may have used another name.
     """
     for name in dict.fromkeys((device, "auto", machine.device)):
         measured = store.load(folder, store.key_of(hardware, name))
@@ -145,7 +145,7 @@ def remembered(folder: Path, hardware: Hardware, machine: Machine, device: str) 
 
 
 def _keep(folder: Path, key: str, measured: Measured) -> None:
-    # Where nothing can be written the disk's rate is missing too, and the report says why.
+    # If nothing can be written, the disk's rate is missing too, and the report gives the reason.
     with suppress(OSError):
         store.save(folder, key, measured)
 
@@ -157,7 +157,7 @@ def _measure(hardware: Hardware, device: str, progress: Progress) -> Measured:
     disk = _disk_rate(hardware.disk.path)
     progress("RAM", 3, 4)
     ram_copy = links.measure_ram_copy(hardware.ram.available_bytes)
-    progress("matrix products", 4, 4)
+    progress("matmuls", 4, 4)
     on_device = _measure_device(machine)
     copies = on_device.copies
     return Measured(
@@ -182,7 +182,7 @@ def _measure(hardware: Hardware, device: str, progress: Progress) -> Measured:
 
 @dataclass(frozen=True)
 class _OnDevice:
-    """What the device itself was asked; `trouble` is what stopped it."""
+    """Measurements on the device itself; `trouble` is the error that stopped them."""
 
     copies: "CudaLinks | None" = None
     matmul: tuple[MatmulRate, ...] = ()
@@ -210,5 +210,5 @@ def _matmul_dtype(machine: Machine) -> Literal["bf16", "fp32"]:
 def _disk_rate(folder: Path) -> links.DiskRate | None:
     try:
         return links.measure_disk_read(folder)
-    except OSError:  # no permission, a full or failing disk: the report says that nothing could be measured
+    except OSError:  # no permission, a full or failing disk: the report says that the rate is missing
         return None

@@ -1,4 +1,4 @@
-"""The report as JSON: bytes and bytes per second, raw numbers."""
+"""The report as JSON, in bytes and bytes per second."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -12,7 +12,7 @@ SCHEMA_VERSION = 1
 
 
 def machine_object(hardware: Hardware, measured: Measured | None = None) -> dict[str, Any]:
-    """The machine without its rates; PCIe as it is under load where that was measured, else as it is now."""
+    """Describe the machine without its rates; PCIe state under load if measured, else the current one."""
     return {
         "gpus": [_gpu_object(gpu, measured) for gpu in hardware.survey.gpus],
         "cpu": {"name": hardware.cpu.name, "cores": hardware.cpu.cores, "isa": list(hardware.cpu.isa)},
@@ -38,12 +38,12 @@ def _gpu_object(gpu: Gpu, measured: Measured | None) -> dict[str, Any]:
 
 
 def report_object(report: Report, verdicts: Sequence[Verdict], plan: dict[str, Any] | None) -> dict[str, Any]:
-    """What `probe --json` prints.
+    """Build the object that `probe --json` prints.
 
     Args:
-        report: of this machine.
-        verdicts: its own, and whatever else was looked into.
-        plan: of a model on it, or None.
+        report: report on this machine.
+        verdicts: verdicts on the machine and on further topics, such as the libraries.
+        plan: plan of a model on this machine, or None.
     """
     measured = report.measured
     return {

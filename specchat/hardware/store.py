@@ -1,4 +1,4 @@
-"""Measured figures kept from one report to the next: a file for each machine, replaced whole or not at all."""
+"""Measured rates on disk, one file per machine, replaced atomically."""
 
 import hashlib
 import json
@@ -8,11 +8,11 @@ from pathlib import Path
 from specchat.files import atomic_write_text
 from specchat.hardware.machine import Hardware, Links, MatmulRate, Measured
 
-_VERSION = 1  # of what is measured, and how
+_VERSION = 1  # raise when measurements change
 
 
 def key_of(hardware: Hardware, device: str) -> str:
-    """A name that changes whenever the figures would: other cards, driver, processor, torch, or disk."""
+    """Return a key that changes with everything that affects rates: cards, driver, CPU, torch, disk."""
     facts = [
         _VERSION,
         device,
@@ -27,7 +27,7 @@ def key_of(hardware: Hardware, device: str) -> str:
 
 
 def load(folder: Path, key: str) -> Measured | None:
-    """What was saved; None if nothing was, or another version wrote it."""
+    """Load saved rates; None if there are none, or if another version wrote them."""
     try:
         values = json.loads(_file(folder, key).read_text())
         pcie = values["pcie_under_load"]
@@ -37,15 +37,15 @@ def load(folder: Path, key: str) -> Measured | None:
             "pcie_under_load": None if pcie is None else (int(pcie[0]), int(pcie[1])),
         }
         return Measured(**values)
-    except (OSError, ValueError, KeyError, TypeError):  # absent, torn by a full disk, or of another make: measure again
+    except (OSError, ValueError, KeyError, TypeError):  # absent, truncated by a full disk, or from another version
         return None
 
 
 def save(folder: Path, key: str, measured: Measured) -> None:
-    """Keeps figures for the next report.
+    """Save rates for the next report.
 
     Raises:
-        OSError: the folder cannot be written to.
+        OSError: the folder is not writable.
     """
     atomic_write_text(_file(folder, key), json.dumps(asdict(measured)), durably=True)
 

@@ -1,4 +1,4 @@
-"""What the operating system says of processor, memory, disk and itself."""
+"""The operating system's account of CPU, memory, disk, itself and the installed torch."""
 
 import ctypes
 import os
@@ -16,7 +16,7 @@ _OS_RELEASE = Path("/proc/sys/kernel/osrelease")
 _MOUNTS = Path("/proc/self/mounts")
 _CGROUP, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _NO_LIMIT = 1 << 60  # v1 writes "no limit" as a huge number
-# What decides between the kernels that matrix products have, x86 and ARM.
+# Instruction sets that decide which matmul kernels run, x86 and ARM.
 _ISA = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "sve", "i8mm", "bf16")
 
 
@@ -24,7 +24,7 @@ _ISA = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8",
 
 
 def read_cpu(cpuinfo: Path = _CPUINFO) -> Cpu:
-    """Name, usable cores and instruction sets."""
+    """Read the CPU's name, usable cores and instruction sets."""
     flags = cpu_flags(cpuinfo)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     name = _field(cpuinfo, "model name") or platform.processor() or platform.machine()
@@ -32,12 +32,12 @@ def read_cpu(cpuinfo: Path = _CPUINFO) -> Cpu:
 
 
 def cpu_flags(cpuinfo: Path = _CPUINFO) -> set[str]:
-    """Instruction sets that Linux names for the first processor; empty elsewhere."""
+    """Return the flags that Linux lists for the first CPU; empty on other systems."""
     return set((_field(cpuinfo, "flags") or _field(cpuinfo, "Features")).split())
 
 
 def _field(cpuinfo: Path, wanted: str) -> str:
-    """The first processor's entry of that name; "" if there is none."""
+    """Return the first CPU's value of a field; "" if there is none."""
     for line in (_text(cpuinfo) or "").splitlines():
         name, _, value = line.partition(":")
         if name.strip() == wanted:
@@ -49,7 +49,7 @@ def _field(cpuinfo: Path, wanted: str) -> str:
 
 
 def read_ram() -> Ram:
-    """Host memory, and every limit to it."""
+    """Read the size of host memory and its limits."""
     limit = cgroup_memory()
     pin_limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     return Ram(
@@ -62,26 +62,26 @@ def read_ram() -> Ram:
 
 
 def available_ram_bytes() -> int:
-    """The least of what the system reports available and what the control group still allows."""
+    """Return the memory that is available by the system or by the control group, whichever is less."""
     available = int(psutil.virtual_memory().available)
     limit = cgroup_memory()
     return available if limit is None else min(available, limit[1])
 
 
 def total_ram_bytes() -> int:
-    """The least of what is built in and what the control group may ever take."""
+    """Return the installed memory or the control group's limit, whichever is less."""
     total = int(psutil.virtual_memory().total)
     limit = cgroup_memory()
     return total if limit is None else min(total, limit[0])
 
 
 def cgroup_memory(root: Path = _CGROUP, own: Path = _OWN_CGROUP) -> tuple[int, int] | None:
-    """The tightest memory limit of this process's control groups (v2 or v1), and the least that one still allows.
+    """Return the tightest memory limit of this process's control groups (v2 or v1), and the least that is left.
 
-    A group's parents limit it, too. psutil sees none of it. File pages that the system would drop count as free.
+    Parent groups limit a process too. psutil ignores control groups. Reclaimable file pages count as free.
 
     Returns:
-        (limit, left) in bytes; None where there is no limit.
+        Pair (limit, left) in bytes; None where there is no limit.
     """
     v2, v1 = _own_groups(own)
     found = [
@@ -92,7 +92,7 @@ def cgroup_memory(root: Path = _CGROUP, own: Path = _OWN_CGROUP) -> tuple[int, i
 
 
 def _own_groups(own: Path) -> tuple[str, str]:
-    """Paths of this process's groups below the mount points of v2 and of v1's memory controller."""
+    """Return the paths of this process's groups below the mount points of v2 and of v1's memory controller."""
     v2 = v1 = "/"
     for line in (_text(own) or "").splitlines():
         _, controllers, path = line.split(":", 2)
@@ -104,7 +104,7 @@ def _own_groups(own: Path) -> tuple[str, str]:
 
 
 def _limits(root: Path, group: str, limit_file: str, usage_file: str, droppable: str) -> list[tuple[int, int]]:
-    """Limit and what it still allows, for the group and its parents; inside a container they are not all to be seen."""
+    """Return (limit, left) of a group and its parents; a container shows only some of the parents."""
     parts = [part for part in group.split("/") if part not in ("", "..")]
     found = []
     for depth in range(len(parts) + 1):
@@ -125,7 +125,7 @@ def _limits(root: Path, group: str, limit_file: str, usage_file: str, droppable:
 
 
 def read_disk(folder: Path, mounts: Path = _MOUNTS) -> Disk:
-    """The disk where `folder` is or would be made."""
+    """Read the disk where `folder` is or would be created."""
     existing = folder.expanduser().absolute()
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
@@ -134,7 +134,7 @@ def read_disk(folder: Path, mounts: Path = _MOUNTS) -> Disk:
 
 
 def _filesystem(folder: Path, mounts: Path) -> str:
-    """The type of the file system that is mounted deepest above `folder`."""
+    """Return the type of the file system that holds `folder`: the deepest mount point above it."""
     best, kind = -1, ""
     for line in (_text(mounts) or "").splitlines():
         fields = line.split()
@@ -145,13 +145,13 @@ def _filesystem(folder: Path, mounts: Path) -> str:
 
 
 def read_platform(os_release: Path = _OS_RELEASE) -> Platform:
-    """The system, and whether it is Linux inside Windows."""
+    """Read the system's name and version, and whether it is Linux inside Windows."""
     is_wsl = "microsoft" in (_text(os_release) or "").lower()
     return Platform(platform.system(), platform.release(), platform.python_version(), is_wsl)
 
 
 def read_torch() -> TorchBuild | None:
-    """What the installed torch was built for; read from its version file, since importing it takes a second."""
+    """Read the installed torch's build from its version file: importing torch takes a second."""
     import runpy
     from importlib.util import find_spec
 
@@ -170,11 +170,11 @@ def read_torch() -> TorchBuild | None:
 
 
 def may_have_cuda(torch: TorchBuild | None, driver: str = "libcuda.so.1") -> bool:
-    """Whether torch could find a device; only importing it, which takes seconds, tells for sure.
+    """Return whether torch could find a device; only importing torch (seconds) can confirm it.
 
     Args:
-        torch: what it was built for.
-        driver: the library without which CUDA finds nothing.
+        torch: build of the installed torch, or None.
+        driver: driver library that CUDA requires.
     """
     if torch is None or torch.hip:
         return True

@@ -1,4 +1,4 @@
-"""What a survey and its figures mean to a user: a verdict for each, and what to do about the bad ones."""
+"""Verdicts on the machine for the user: one per part, with a hint where something limits speed."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from specchat.units import GIB, format_bytes, format_rate
 
 Level = Literal["ok", "warn", "error"]
 
-# Of a lane, generation 3; each generation doubles it. Large copies reach about 80% of it.
+# Rate of a PCIe generation 3 lane; each generation doubles it. Large copies reach about 80% of it.
 _GEN3_LANE_BYTES_PER_S = 0.985e9
 _SLOW_SHARE = 0.5
-_SLOW_DISK_BYTES_PER_S = 0.6e9  # SATA ends here
+_SLOW_DISK_BYTES_PER_S = 0.6e9  # SATA's maximum
 _LITTLE_RAM_BYTES, _LITTLE_DISK_BYTES = 8 * GIB, 10 * GIB
-# CUDA 13 was the first without Volta and what came before it.
+# CUDA 13 dropped Volta and older cards.
 _CUDA_WITHOUT_VOLTA, _TURING = 13, 7.5
 _REMOTE_FILESYSTEMS = {"9p", "drvfs", "nfs", "nfs4", "cifs", "smb3", "virtiofs", "fuse.sshfs"}
 _IN_MEMORY = {"tmpfs", "ramfs"}
@@ -29,10 +29,11 @@ class Verdict:
     """One line of a report.
 
     Attributes:
-        topic: what it is about, a word or two.
-        text: what there is.
-        hint: what would make it better; None where all is well.
-        share: for a bar: of memory the part in use, of rates the part of the fastest one; None for neither.
+        level: "ok", "warn" or "error".
+        topic: subject in a word or two.
+        text: finding.
+        hint: possible improvement; None if all is well.
+        share: length of the bar: used share of memory, or rate relative to the fastest; None for no bar.
     """
 
     level: Level
@@ -43,7 +44,7 @@ class Verdict:
 
 
 def judge(hardware: Hardware, measured: Measured, environment: Mapping[str, str] = os.environ) -> tuple[Verdict, ...]:
-    """A verdict on everything, in the order of a report: devices, memory, disk, rates."""
+    """Return verdicts in the order of a report: devices, memory, disk, rates."""
     return (
         *_gpus(hardware, measured, environment),
         _cpu(hardware),
@@ -57,13 +58,13 @@ def judge(hardware: Hardware, measured: Measured, environment: Mapping[str, str]
 def why_no_cuda(
     survey: GpuSurvey, torch: TorchBuild | None, environment: Mapping[str, str] = os.environ
 ) -> Trouble | None:
-    """Why torch cannot use the GPUs of a survey, as far as versions and settings tell; None if nothing hinders it."""
+    """Explain by versions and settings why torch cannot use the GPUs; None if nothing prevents it."""
     if torch is None:
         return Trouble("torch is not installed", "pip install torch")
     if not survey.gpus:
-        return survey.troubles[0] if survey.troubles else Trouble("the NVIDIA driver shows no GPU", "see `nvidia-smi`")
+        return survey.troubles[0] if survey.troubles else Trouble("the NVIDIA driver shows no GPU", "run `nvidia-smi`")
     if torch.cuda is None:
-        made_for = "built for AMD GPUs" if torch.hip else "built without CUDA, so it cannot use the GPU"
+        made_for = "built for AMD GPUs" if torch.hip else "built without CUDA and cannot use the GPU"
         return Trouble(f"torch {torch.version} is {made_for}", _torch_hint(survey))
     if environment.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
         return Trouble("CUDA_VISIBLE_DEVICES hides every GPU", "unset CUDA_VISIBLE_DEVICES")
@@ -71,24 +72,25 @@ def why_no_cuda(
 
 
 def _mismatch(survey: GpuSurvey, version: str, built: tuple[int, int]) -> Trouble | None:
-    """Whether the driver is too old for torch's CUDA, or the card."""
+    """Report a driver or a card that is too old for torch's CUDA."""
     gpu, served = survey.gpus[0], survey.cuda_version
     if served is not None and built[0] > served[0]:
         return Trouble(
-            f"driver {gpu.driver} serves CUDA {_dotted(served)} at most, but torch {version} is built "
-            f"for CUDA {_dotted(built)}",
+            f"driver {gpu.driver} supports CUDA up to {_dotted(served)}, but torch {version} needs "
+            f"CUDA {_dotted(built)}",
             f"install a newer driver, or {_torch_hint(survey)}",
         )
     if built[0] >= _CUDA_WITHOUT_VOLTA and gpu.compute_capability and float(gpu.compute_capability) < _TURING:
         return Trouble(
-            f"{gpu.name} has compute capability {gpu.compute_capability}; CUDA {_dotted(built)} begins at {_TURING}",
+            f"{gpu.name} has compute capability {gpu.compute_capability}, "
+            f"but CUDA {_dotted(built)} needs {_TURING} or more",
             "install a torch built for CUDA 12.6: pip install torch --index-url https://download.pytorch.org/whl/cu126",
         )
     return None
 
 
 def _torch_hint(survey: GpuSurvey) -> str:
-    version = "" if survey.cuda_version is None else f" (the driver serves up to {_dotted(survey.cuda_version)})"
+    version = "" if survey.cuda_version is None else f" (the driver supports up to {_dotted(survey.cuda_version)})"
     return f"install a torch built for your CUDA{version}: https://pytorch.org/get-started/locally"
 
 
@@ -108,16 +110,16 @@ def _gpus(hardware: Hardware, measured: Measured, environment: Mapping[str, str]
         yield from _pcie(gpu, measured.pcie_under_load if measured.gpu_uuid == gpu.uuid else None)
     if not survey.gpus:
         if not survey.troubles:
-            yield Verdict("warn", "GPU", "the NVIDIA driver runs, but shows no GPU", "`nvidia-smi -L` lists them")
+            yield Verdict("warn", "GPU", "the NVIDIA driver runs, but shows no GPU", "check with `nvidia-smi -L`")
         return
     obstacle = why_no_cuda(survey, hardware.torch, environment)
     if obstacle is not None:
         yield Verdict("error", "CUDA", obstacle.text, obstacle.hint)
     elif measured.gpu_trouble is not None:
-        hint = "close other programs on it and try --refresh; `nvidia-smi` shows them"
-        yield Verdict("error", "CUDA", f"the GPU fails at work: {measured.gpu_trouble}", hint)
+        hint = "close other programs on the GPU (`nvidia-smi` lists them), then run with --refresh"
+        yield Verdict("error", "CUDA", f"the GPU failed during measurement: {measured.gpu_trouble}", hint)
     elif not measured.device.startswith("cuda"):
-        yield Verdict("warn", "CUDA", f"passes run on {measured.device}, not on the GPU", "--device auto, or cuda:0")
+        yield Verdict("warn", "CUDA", f"passes run on {measured.device}, not on the GPU", "use --device auto or cuda:0")
     else:
         assert hardware.torch is not None
         served = "" if survey.cuda_version is None else f", driver up to {_dotted(survey.cuda_version)}"
@@ -130,9 +132,9 @@ def _gpu(gpu: Gpu) -> Verdict:
     text = f"{gpu.name}{capability}, driver {gpu.driver}: {free} of {total} free"
     share = 1 - gpu.vram_free_bytes / gpu.vram_total_bytes if gpu.vram_total_bytes else None
     if gpu.is_mig:
-        return Verdict("warn", "GPU", text, "a MIG instance: a program sees one of them and its memory only", share)
+        return Verdict("warn", "GPU", text, "a MIG instance: a program sees one instance and its memory", share)
     if share is not None and share > 0.25:
-        return Verdict("warn", "GPU", text, "other programs hold memory; `nvidia-smi` names them", share)
+        return Verdict("warn", "GPU", text, "other programs hold memory; `nvidia-smi` lists them", share)
     return Verdict("ok", "GPU", text, None, share)
 
 
@@ -149,24 +151,20 @@ def _pcie(gpu: Gpu, under_load: tuple[int, int] | None) -> Iterator[Verdict]:
             "warn",
             "PCIe",
             text,
-            f"x{width} moves layers at {width / most_width:.0%} of the speed: another slot, or nothing in the slot "
-            "that shares its lanes, gives all of them",
+            f"x{width} streams layers at {width / most_width:.0%} of the full rate; use another slot, or empty "
+            "the slot that shares its lanes",
         )
     elif under_load and gen < most_gen:
-        yield Verdict(
-            "warn", "PCIe", text, "the slot or a riser cable holds it back; see the BIOS settings of the slot"
-        )
+        yield Verdict("warn", "PCIe", text, "the slot or a riser cable limits the link; check the slot's BIOS settings")
     else:
         yield Verdict("ok", "PCIe", text)
 
 
 def _cpu(hardware: Hardware) -> Verdict:
     cpu = hardware.cpu
-    text = (
-        f"{cpu.name}, {cpu.cores} core{'s' if cpu.cores != 1 else ''}, {' '.join(cpu.isa) or 'no vector units known'}"
-    )
+    text = f"{cpu.name}, {cpu.cores} core{'s' if cpu.cores != 1 else ''}, {' '.join(cpu.isa) or 'no SIMD known'}"
     if not cpu.isa:
-        return Verdict("warn", "CPU", text, "matrix products will be slow here")
+        return Verdict("warn", "CPU", text, "matmuls will be slow")
     return Verdict("ok", "CPU", text)
 
 
@@ -182,7 +180,7 @@ def _memory(hardware: Hardware, measured: Measured) -> Iterator[Verdict]:
     if size < ram.total_bytes:
         text += f"; a control group allows {format_bytes(size)} of {format_bytes(ram.total_bytes)}"
     if ram.available_bytes < _LITTLE_RAM_BYTES:
-        hint = "large models stream from disk; closing other programs keeps more layers in memory"
+        hint = "large models stream from disk; close other programs to keep more layers in memory"
         yield Verdict("warn", "RAM", text, hint, share)
     else:
         yield Verdict("ok", "RAM", text, None, share)
@@ -192,7 +190,7 @@ def _memory(hardware: Hardware, measured: Measured) -> Iterator[Verdict]:
         yield Verdict(
             "warn",
             "WSL",
-            "Windows gives WSL half of the RAM unless told otherwise, and only a part of it can be pinned",
+            "Windows gives WSL half of the RAM by default, and only part of that can be pinned",
             "raise memory= in %UserProfile%\\.wslconfig, and keep models on the Linux disk, not under /mnt",
         )
 
@@ -201,7 +199,7 @@ def _pinning(hardware: Hardware, measured: Measured) -> Verdict:
     limit = hardware.ram.pin_limit_bytes
     text = "no limit" if limit is None else f"RLIMIT_MEMLOCK {format_bytes(limit)}"
     if measured.pinning_works is False:
-        hint = "layers come from pageable memory, slower; `ulimit -l unlimited` (docker: --ulimit memlock=-1)"
+        hint = "pageable memory streams layers more slowly; use `ulimit -l unlimited` (docker: --ulimit memlock=-1)"
         return Verdict("warn", "pinning", f"host memory cannot be pinned ({text})", hint)
     return Verdict("ok", "pinning", text)
 
@@ -212,13 +210,13 @@ def _disk(hardware: Hardware) -> Verdict:
     text = f"{format_bytes(disk.free_bytes)} of {format_bytes(disk.total_bytes)} free in {from_home(disk.path)}{kind}"
     share = 1 - disk.free_bytes / disk.total_bytes if disk.total_bytes else None
     if disk.filesystem in _IN_MEMORY:
-        hint = "this folder is in memory: what lies here counts twice; SPECCHAT_CACHE_DIR chooses another"
+        hint = "this folder is in memory, so its files take RAM twice; set SPECCHAT_CACHE_DIR to a folder on disk"
         return Verdict("warn", "disk", text, hint, share)
     if disk.filesystem in _REMOTE_FILESYSTEMS:
-        return Verdict("warn", "disk", text, "not a disk of this system: SPECCHAT_CACHE_DIR chooses a local one", share)
+        return Verdict("warn", "disk", text, "this disk is not local; set SPECCHAT_CACHE_DIR to a local folder", share)
     if disk.free_bytes < _LITTLE_DISK_BYTES:
         return Verdict(
-            "warn", "disk", text, "little room for models; SPECCHAT_CACHE_DIR and HF_HOME choose others", share
+            "warn", "disk", text, "little room for models; set SPECCHAT_CACHE_DIR and HF_HOME to other folders", share
         )
     return Verdict("ok", "disk", text, None, share)
 
@@ -239,14 +237,12 @@ def _rates(measured: Measured, hardware: Hardware) -> Iterator[Verdict]:
         if rate is not None and fastest is not None:
             yield Verdict(level, topic, format_rate(rate), hint, rate / fastest)
     if links.disk_read_bytes_per_s is None:
-        hint = "SPECCHAT_CACHE_DIR chooses another folder"
-        yield Verdict(
-            "warn", "disk read", f"not measured: nothing can be written to {from_home(hardware.disk.path)}", hint
-        )
+        hint = "set SPECCHAT_CACHE_DIR to a writable folder"
+        yield Verdict("warn", "disk read", f"not measured: cannot write to {from_home(hardware.disk.path)}", hint)
 
 
 def _against_pcie(measured: Measured, hardware: Hardware) -> tuple[Level, str | None]:
-    """Whether pinned copies are as fast as the link lets them be."""
+    """Compare the rate of pinned copies with the maximum of the PCIe link."""
     rate, link = measured.links.h2d_pinned_bytes_per_s, measured.pcie_under_load
     if rate is None or link is None:
         return "ok", None
@@ -255,7 +251,7 @@ def _against_pcie(measured: Measured, hardware: Hardware) -> tuple[Level, str | 
         return "ok", None
     return (
         "warn",
-        f"generation {link[0]} x{link[1]} could give {format_rate(possible)}; a busy machine, or a virtual one?",
+        f"generation {link[0]} x{link[1]} can reach {format_rate(possible)}; is the machine busy or virtual?",
     )
 
 
@@ -264,11 +260,11 @@ def _against_ssd(links: Links, measured: Measured) -> tuple[Level, str | None]:
     if rate is None:
         return "ok", None
     if not measured.disk_is_cold:
-        return "warn", "the file system keeps a cache that could not be emptied: the disk itself may be slower"
+        return "warn", "the file system has a cache that could not be emptied; the disk itself may be slower"
     if rate < _SLOW_DISK_BYTES_PER_S:
         return (
             "warn",
-            f"10 GB of layers take {10e9 / rate:.0f} s a pass from here; an NVMe disk is several times faster",
+            f"a pass over 10 GB of layers takes {10e9 / rate:.0f} s from here; an NVMe disk is several times faster",
         )
     return "ok", None
 
@@ -284,6 +280,6 @@ def _matmul(measured: Measured) -> Iterator[Verdict]:
 
 
 def from_home(path: Path) -> str:
-    """A path as people write it: reports are pasted where nobody needs to read a user's name."""
+    """Shorten a path with ~, so that pasted reports do not show a user's name."""
     home = Path.home()
     return f"~/{path.relative_to(home)}" if path.is_relative_to(home) and path != home else str(path)

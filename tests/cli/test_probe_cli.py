@@ -101,7 +101,7 @@ def test_a_device_asked_for_by_name(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     fake_nvml.install(monkeypatch, Driver([Card()], version="535.1", cuda=12020))
     assert run_command_line(("probe", "--device", "cuda:0")) == 5
-    assert "cuda:0 cannot be used" in capfd.readouterr().err
+    assert "cannot use cuda:0" in capfd.readouterr().err
 
 
 def test_the_plan_of_a_model(probe):
@@ -208,7 +208,7 @@ def test_packs_that_nothing_uses_any_more_are_named(probe, tmp_path):
     found = {text.partition(" in ")[2].partition(": ") for _, text in idle}
     whys = {Path(where).name: why for where, _, why in found}
     assert whys.keys() == {"earlier", "foreign", "unfinished", path.name}
-    assert "later one" in whys["earlier"] and "later one" in whys[path.name]
+    assert "later pack" in whys["earlier"] and "later pack" in whys[path.name]
     assert "another version" in whys["foreign"] and "interrupted" in whys["unfinished"]
     assert "idle pack" in probe()[1] and "idle pack" in probe("--markdown")[1]
 

@@ -1,4 +1,4 @@
-"""What NVML says, and fails to say, comes out as the right words and never as a traceback."""
+"""A survey of NVML gives the right verdicts, and failures of the driver never raise."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def only(found, topic):
     return verdict
 
 
-def test_a_good_machine_has_nothing_to_complain_about(monkeypatch):
+def test_a_good_machine_gets_only_ok_verdicts(monkeypatch):
     found = verdicts(monkeypatch, Driver([Card()]))
     assert {each.level for each in found} == {"ok"} and not any(each.hint for each in found)
     assert "23.0 GiB of 24.0 GiB free" in only(found, "GPU").text
     assert only(found, "PCIe").text == "generation 4 of 4, x16 of x16 (under load)"
 
 
-def test_two_cards_are_two(monkeypatch):
+def test_two_cards_get_separate_verdicts(monkeypatch):
     fake_nvml.install(monkeypatch, Driver([Card(), Card("NVIDIA RTX A2000", "GPU-2", 6 * GIB, 6 * GIB, (8, 6))]))
     survey = survey_gpus()
     assert [gpu.uuid for gpu in survey.gpus] == ["GPU-1", "GPU-2"] and survey.cuda_version == (13, 0)
@@ -50,7 +50,7 @@ def test_a_narrow_link_is_a_warning(monkeypatch):
     assert "50%" in only(found, "PCIe").hint
 
 
-def test_an_idle_link_may_step_down(monkeypatch):
+def test_an_idle_link_of_a_lower_generation_is_ok(monkeypatch):
     found = verdicts(monkeypatch, Driver([Card(gen=1)]), replace(MEASURED, pcie_under_load=None))
     assert only(found, "PCIe").level == "ok" and "idle" in only(found, "PCIe").text
     slow = verdicts(monkeypatch, Driver([Card()]), replace(MEASURED, pcie_under_load=(3, 16)))
@@ -62,7 +62,7 @@ def test_copies_slower_than_the_link_are_a_warning(monkeypatch):
     assert only(verdicts(monkeypatch, Driver([Card()]), slow), "pinned to GPU").level == "warn"
 
 
-def test_instances_of_a_sliced_card(monkeypatch):
+def test_mig_instances_replace_their_card(monkeypatch):
     slices = [Card(f"NVIDIA A100 MIG {i}g", f"MIG-{i}", 10 * GIB, 9 * GIB) for i in (1, 2)]
     found = verdicts(monkeypatch, Driver([Card("NVIDIA A100", slices=slices)]))
     gpus = [each for each in found if each.topic == "GPU"]
@@ -70,7 +70,7 @@ def test_instances_of_a_sliced_card(monkeypatch):
     assert all("10.0 GiB free" in each.text for each in gpus)
 
 
-def test_what_a_driver_does_not_say_is_left_out(monkeypatch):
+def test_unreported_values_are_left_out(monkeypatch):
     silent = Card(capability=None, gen=None, width=None, max_gen=None, max_width=None)  # as under WSL
     measured = replace(MEASURED, pcie_under_load=None)
     found = verdicts(monkeypatch, Driver([silent]), measured, platform=Platform("Linux", "5.15-WSL2", "3.12", wsl=True))
@@ -79,7 +79,7 @@ def test_what_a_driver_does_not_say_is_left_out(monkeypatch):
 
 
 @pytest.mark.parametrize("driver", [Driver(init_error="Driver Not Loaded"), Driver(version_error="Unknown Error")])
-def test_a_driver_that_does_not_run(monkeypatch, driver):
+def test_a_driver_that_does_not_run_is_a_trouble(monkeypatch, driver):
     found = verdicts(monkeypatch, driver, replace(MEASURED, device="cpu", gpu_uuid=None))
     assert only(found, "GPU").level == "warn" and only(found, "GPU").hint
 
@@ -90,7 +90,7 @@ def test_a_lost_card_does_not_hide_the_other(monkeypatch):
     assert [each.level for each in gpus] == ["warn", "ok"] and "GPU 0" in gpus[0].text and "lost" in gpus[0].text
 
 
-def test_missing_drivers_and_missing_cards_are_told_apart(monkeypatch, tmp_path):
+def test_a_missing_driver_differs_from_a_missing_card(monkeypatch, tmp_path):
     fake_nvml.install(monkeypatch, Driver(init_error="NVML Shared Library Not Found"))
     assert "no NVIDIA GPU" in survey_gpus(tmp_path).troubles[0].text
     for vendor, word in (("0x1002", "AMD"), ("0x10de", "driver does not run")):
@@ -101,7 +101,7 @@ def test_missing_drivers_and_missing_cards_are_told_apart(monkeypatch, tmp_path)
         assert word in survey_gpus(tmp_path).troubles[0].text
 
 
-def test_the_library_is_shut_down_again(monkeypatch):
+def test_nvml_is_shut_down(monkeypatch):
     import sys
 
     for driver in (Driver([Card()]), Driver([Card(is_lost=True)]), Driver(version_error="Unknown Error")):
@@ -123,7 +123,7 @@ def test_the_link_under_load_is_read_from_the_right_card(monkeypatch):
     [
         (TorchBuild("2.13.0+cpu", None), Driver([Card()]), {}, "without CUDA"),
         (TorchBuild("2.13.0+rocm", None, hip=True), Driver([Card()]), {}, "AMD"),
-        (CUDA_TORCH, Driver([Card()], version="535.1", cuda=12020), {}, "serves CUDA 12.2 at most"),
+        (CUDA_TORCH, Driver([Card()], version="535.1", cuda=12020), {}, "supports CUDA up to 12.2"),
         (CUDA_TORCH, Driver([Card(capability=(7, 0))]), {}, "compute capability 7.0"),
         (CUDA_TORCH, Driver([Card()]), {"CUDA_VISIBLE_DEVICES": ""}, "CUDA_VISIBLE_DEVICES"),
         (CUDA_TORCH, Driver(), {}, "shows no GPU"),
@@ -136,14 +136,14 @@ def test_why_torch_cannot_use_a_card(monkeypatch, torch, driver, environment, wo
     assert words in trouble.text and trouble.hint
 
 
-def test_versions_that_go_together(monkeypatch):
+def test_matching_versions_are_no_trouble(monkeypatch):
     fake_nvml.install(monkeypatch, Driver([Card()], cuda=13010))
     assert why_no_cuda(survey_gpus(), CUDA_TORCH, {"CUDA_VISIBLE_DEVICES": "0"}) is None
     # within one major version of CUDA, an older driver serves
     assert why_no_cuda(survey_gpus(), TorchBuild("2.11", (13, 2)), {}) is None
 
 
-def test_a_card_that_fails_at_work(monkeypatch):
+def test_a_card_that_fails_during_measurement_is_an_error(monkeypatch):
     broken = replace(
         MEASURED, gpu_trouble="CUDA error: out of memory", matmul=(), links=Links(None, None, None, 1e10, 1e9)
     )
@@ -151,6 +151,6 @@ def test_a_card_that_fails_at_work(monkeypatch):
     assert verdict.level == "error" and "out of memory" in verdict.text
 
 
-def test_memory_that_cannot_be_pinned(monkeypatch):
+def test_memory_that_cannot_be_pinned_is_a_warning(monkeypatch):
     verdict = only(verdicts(monkeypatch, Driver([Card()]), replace(MEASURED, pinning_works=False)), "pinning")
     assert verdict.level == "warn" and "ulimit" in verdict.hint

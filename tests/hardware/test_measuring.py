@@ -1,4 +1,4 @@
-"""Rates are what an independent measurement finds, are kept, and leave nothing behind."""
+"""Rates agree with an independent measurement, are kept, and leave no files behind."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from specchat.hardware.machine import Gpu, GpuSurvey, PcieLink, TorchBuild
 MIB = 1 << 20
 
 
-def test_what_is_kept_comes_back(tmp_path):
+def test_saved_rates_load_unchanged(tmp_path):
     folder = tmp_path / "cache"
     assert store.load(folder, "k") is None
     store.save(folder, "k", MEASURED)
@@ -30,12 +30,12 @@ def test_what_is_kept_comes_back(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"links": {}}', '{"pcie_under_load": 1}'])
-def test_a_torn_file_is_no_file(tmp_path, text):
+def test_a_damaged_file_loads_as_none(tmp_path, text):
     (tmp_path / "probe-k.json").write_text(text)
     assert store.load(tmp_path, "k") is None
 
 
-def test_another_machine_has_another_key():
+def test_the_key_changes_with_the_machine():
     gpu = Gpu("a", "GPU-1", 1, 1, None, "580", PcieLink())
     here = hardware(GpuSurvey((gpu,)))
     others = [
@@ -61,7 +61,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(links, "_MATMUL_S", 0.001)
 
 
-def test_measured_once_and_then_remembered(quick, tmp_path):
+def test_probe_measures_once_and_reuses_the_rates(quick, tmp_path):
     told, begin = [], time.perf_counter()
     first = probing.probe(tmp_path, "cpu", progress=lambda *what: told.append(what))
     took_s = time.perf_counter() - begin
@@ -80,7 +80,7 @@ def test_measured_once_and_then_remembered(quick, tmp_path):
     assert all(path.suffix == ".json" for path in tmp_path.iterdir()), "files of measurements are removed"
 
 
-def test_a_folder_that_cannot_be_written_to(quick, tmp_path):
+def test_an_unwritable_folder_leaves_the_disk_rate_out(quick, tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")
     report = probing.probe(blocked / "cache", "cpu")
@@ -88,7 +88,7 @@ def test_a_folder_that_cannot_be_written_to(quick, tmp_path):
     assert [each.level for each in report.verdicts if each.topic == "disk read"] == ["warn"]
 
 
-def test_weights_that_are_there_are_read_instead(monkeypatch, tmp_path):
+def test_existing_weight_files_are_read(monkeypatch, tmp_path):
     monkeypatch.setattr(links, "_DISK_BYTES", 4 * MIB)
     pack = tmp_path / "packs" / "key"
     pack.mkdir(parents=True)
@@ -97,7 +97,7 @@ def test_weights_that_are_there_are_read_instead(monkeypatch, tmp_path):
     assert links.measure_disk_read(tmp_path).bytes_per_s > 0
 
 
-def test_too_little_memory_to_measure():
+def test_too_little_memory_gives_no_ram_rate():
     assert links.measure_ram_copy(100 * MIB) is None
 
 

@@ -1,4 +1,4 @@
-"""Limits and names as the system's files have them."""
+"""Memory limits, CPU, disk and platform are read from the system's files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def write(folder: Path, **files: object) -> None:
         (folder / name.replace("__", ".")).write_text(f"{value}\n")
 
 
-def test_limits_of_version_2_and_of_parents(tmp_path):
+def test_cgroup_v2_limits_include_parents(tmp_path):
     own = tmp_path / "own"
     own.write_text("0::/user.slice/session\n")
     root = tmp_path / "cgroup"
@@ -43,7 +43,7 @@ def test_limits_of_version_2_and_of_parents(tmp_path):
     assert cgroup_memory(root, own) == (2 * GIB, GIB)
 
 
-def test_limits_of_version_1(tmp_path):
+def test_cgroup_v1_limits(tmp_path):
     own = tmp_path / "own"
     own.write_text("4:cpu,memory:/job\n0::/\n")
     root = tmp_path / "cgroup"
@@ -61,7 +61,7 @@ def test_a_container_sees_its_group_as_the_root(tmp_path):
     assert cgroup_memory(tmp_path / "absent", tmp_path / "absent") is None
 
 
-def test_a_processor_by_its_own_file(tmp_path):
+def test_read_cpu_from_cpuinfo(tmp_path):
     write(
         tmp_path, cpuinfo="processor: 0\nmodel name\t: Fast One\nflags\t\t: fpu avx2 avx512_bf16 amx_bf16\n\nflags: no"
     )
@@ -70,12 +70,12 @@ def test_a_processor_by_its_own_file(tmp_path):
 
 
 @pytest.mark.parametrize(("release", "is_wsl"), [("5.15.90.1-microsoft-standard-WSL2", True), ("6.8.0-generic", False)])
-def test_windows_underneath(tmp_path, release, is_wsl):
+def test_wsl_is_detected(tmp_path, release, is_wsl):
     write(tmp_path, osrelease=release)
     assert read_platform(tmp_path / "osrelease").wsl is is_wsl
 
 
-def test_the_disk_of_a_folder_that_is_not_there_yet(tmp_path):
+def test_read_disk_of_a_missing_folder(tmp_path):
     mounts = tmp_path / "mounts"
     mounts.write_text(f"/dev/a / ext4 rw 0 0\nnone {tmp_path} tmpfs rw 0 0\nnone {tmp_path}/other 9p rw 0 0\n")
     disk = read_disk(tmp_path / "a" / "b", mounts)
@@ -83,7 +83,7 @@ def test_the_disk_of_a_folder_that_is_not_there_yet(tmp_path):
     assert disk.path == tmp_path / "a" / "b" and not disk.path.exists()
 
 
-def test_this_machine():
+def test_ram_and_torch_of_this_machine():
     ram = read_ram()
     assert 0 < ram.available_bytes <= ram.total_bytes
     build = read_torch()
@@ -97,7 +97,7 @@ def levels(**changes):
     return {each.topic: each.level for each in found}
 
 
-def test_what_is_too_little_or_elsewhere_is_said():
+def test_low_memory_and_remote_disks_are_warnings():
     assert levels()["RAM"] == levels()["disk"] == "ok"
     assert levels(ram=Ram(64 * GIB, 2 * GIB, None, 0, None))["RAM"] == "warn"
     for kind in ("tmpfs", "9p", "nfs4"):
@@ -106,13 +106,13 @@ def test_what_is_too_little_or_elsewhere_is_said():
     assert levels(platform=Platform("Linux", "5", "3", wsl=True))["WSL"] == "warn"
 
 
-def test_a_containers_limit_is_what_there_is():
+def test_a_container_limit_counts_as_total_memory():
     ram = Ram(64 * GIB, 10 * GIB, 16 * GIB, 0, None)
     (verdict,) = [each for each in judge(hardware(GpuSurvey(), ram=ram), MEASURED, {}) if each.topic == "RAM"]
     assert "10.0 GiB of 16.0 GiB" in verdict.text and "64.0 GiB" in verdict.text
 
 
-def test_a_users_name_is_not_in_the_report(monkeypatch, tmp_path):
+def test_the_report_hides_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert verdicts.from_home(tmp_path / ".cache" / "specchat") == "~/.cache/specchat"
     assert verdicts.from_home(tmp_path) == str(tmp_path)
@@ -129,5 +129,5 @@ def test_a_users_name_is_not_in_the_report(monkeypatch, tmp_path):
         (None, "libnothing.so.1", True),
     ],
 )
-def test_torch_is_not_asked_where_it_could_not_find_a_device(build, driver, expected):
+def test_torch_is_not_imported_where_it_cannot_find_a_device(build, driver, expected):
     assert may_have_cuda(build, driver) == expected

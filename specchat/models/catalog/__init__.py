@@ -1,1 +1,1 @@
-"""What a MODEL argument means, and what is known about models by name; no torch, no network."""
+"""The meaning of a MODEL argument, and facts about models by name; no torch, no network."""

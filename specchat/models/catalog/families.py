@@ -1,4 +1,4 @@
-"""Families of models that share a vocabulary: what is known by name alone, before anything is downloaded."""
+"""Families of models that share a vocabulary, known by name alone, before any download."""
 
 import re
 import tomllib
@@ -12,12 +12,12 @@ _FILE = Path(__file__).with_name("families.toml")
 
 @dataclass(frozen=True)
 class Family:
-    """Targets, and the drafts that read and write the same tokens.
+    """Targets, and the drafts that share their vocabulary.
 
     Attributes:
-        name: for people.
-        targets: match the last part of a model's name.
-        drafts: hub ids, the one to prefer first.
+        name: name for users.
+        targets: patterns for the last part of a model's name.
+        drafts: hub ids, preferred first.
     """
 
     name: str
@@ -30,8 +30,8 @@ class Unsupported:
     """Models that are known not to run.
 
     Attributes:
-        models: match the last part of a model's name.
-        why: follows "NAME is not supported: ".
+        models: patterns for the last part of a model's name.
+        why: reason, the text after "NAME is not supported: ".
     """
 
     models: tuple[re.Pattern[str], ...]
@@ -40,23 +40,23 @@ class Unsupported:
 
 @dataclass(frozen=True)
 class Families:
-    """All of families.toml."""
+    """Contents of families.toml."""
 
     families: tuple[Family, ...]
     unsupported: tuple[Unsupported, ...]
 
     def family_of(self, model: str) -> Family | None:
-        """The family of a target, by its name: org/name, a folder, or the name alone."""
+        """Return the family of a target by its name: org/name, a folder, or the name alone."""
         return next((family for family in self.families if _matches(family.targets, model)), None)
 
     def why_unsupported(self, model: str) -> str | None:
-        """Why a model cannot run, if that is known."""
+        """Return the reason why a model cannot run; None if none is known."""
         return next((each.why for each in self.unsupported if _matches(each.models, model)), None)
 
 
 @cache
 def known_families() -> Families:
-    """What is shipped."""
+    """Load the families that are shipped with specchat."""
     table: dict[str, Any] = tomllib.loads(_FILE.read_text(encoding="utf-8"))
     return Families(
         tuple(Family(each["name"], _patterns(each["targets"]), tuple(each["drafts"])) for each in table["family"]),

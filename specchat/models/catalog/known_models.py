@@ -1,4 +1,4 @@
-"""Models whose figures are shipped (known_models.toml): all that a plan for them needs. No network, and no torch."""
+"""Models whose figures are shipped (known_models.toml), enough to plan for them. No network, and no torch."""
 
 import tomllib
 from collections.abc import Mapping
@@ -15,14 +15,14 @@ class KnownModel:
     """One entry of the file.
 
     Attributes:
-        id: on the hub.
-        config: what its config.json says about its size, under the same keys.
-        billions: weights as published.
-        like: the id of the entry that its figures come from, or "".
-        stored: what its matrices come quantized to: "awq", "bnb-4bit", or "" for 16 bits.
-        gated: whether its licence must be accepted first.
-        shape: the name of the synthetic model of its shape, or "".
-        offered: whether it is suggested to users, and not only known as a draft or a shape.
+        id: hub id.
+        config: size-related values of config.json under their own keys.
+        billions: number of weights as published, in billions.
+        like: id of the entry that this one's figures come from, or "".
+        stored: quantization of the checkpoint's matrices: "awq", "bnb-4bit", or "" for 16 bits.
+        gated: whether the licence must be accepted first.
+        shape: name of the synthetic model of this shape, or "".
+        offered: whether it is suggested to users, not only known as a draft or a shape.
     """
 
     id: str
@@ -37,7 +37,7 @@ class KnownModel:
 
 @cache
 def known_models() -> Mapping[str, KnownModel]:
-    """All entries by id, in the order of the file."""
+    """Load all entries by id, in the order of the file."""
     models: dict[str, KnownModel] = {}
     for entry in tomllib.loads(_FILE.read_text(encoding="utf-8"))["model"]:
         base = models[entry["like"]].config if "like" in entry else {}
@@ -46,7 +46,7 @@ def known_models() -> Mapping[str, KnownModel]:
 
 
 def known_model(name: str) -> KnownModel | None:
-    """The entry of a model, or of one with another publisher and the same name: its copy has the same figures."""
+    """Return the entry of a model, or of a copy by another publisher, which has the same figures."""
     last = _last(name)
     same = [model for model in known_models().values() if _last(model.id) == last]
     return next((model for model in same if model.id == name), same[0] if same else None)

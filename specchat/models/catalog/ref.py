@@ -1,4 +1,4 @@
-"""What a MODEL argument means, and which models are known to go together. Looks at names only, never at the network."""
+"""Parsing of MODEL arguments, and the drafts known for them. Uses names only, never the network."""
 
 import re
 from dataclasses import dataclass
@@ -23,15 +23,15 @@ _FORMS = "MODEL is demo, a folder such as ./x, a hub id such as org/name, or a s
 
 @dataclass(frozen=True)
 class ModelRef:
-    """A MODEL argument, understood but not looked up.
+    """A parsed MODEL argument, not yet looked up.
 
     Attributes:
-        text: what the user typed.
-        kind: which of the other attributes count.
-        path: the folder, `~` expanded; only for "folder".
+        text: argument as the user typed it.
+        kind: kind of model, which decides which of the other attributes are set.
+        path: folder with `~` expanded; only for "folder".
         repo_id: org/name; only for "hub".
         revision: branch, tag or commit; None is the default branch; only for "hub".
-        shape: of the synthetic model; only for "shape".
+        shape: shape of the synthetic model; only for "shape".
     """
 
     text: str
@@ -43,11 +43,11 @@ class ModelRef:
 
 
 def parse_model(text: str) -> ModelRef:
-    """What `text` refers to; whether it exists is found out later.
+    """Parse a MODEL argument without checking that the model exists.
 
     Raises:
-        ModelNotFoundError: none of the forms, with the nearest one as a hint.
-        UsageError: a shape that there is not, or that cannot hold the demo target.
+        ModelNotFoundError: the text has no known form; the hint names the nearest one.
+        UsageError: the shape is unknown, or cannot hold the demo target.
     """
     if text == DEMO:
         return ModelRef(text, "demo")
@@ -62,26 +62,26 @@ def parse_model(text: str) -> ModelRef:
 
 
 def demo_source(role: Literal["target", "draft"]) -> ModelSource:
-    """One of the embedded pair, which every output must call a toy.
+    """Return a model of the embedded demo pair; every output must call it a toy.
 
     Raises:
         ModelNotFoundError: the package data are missing from this installation.
     """
     path = Path(__file__).parents[2] / "demo" / role
     if not (path / "config.json").is_file():
-        raise ModelNotFoundError(f"the demo's files are missing from {path}", hint="install specchat again")
+        raise ModelNotFoundError(f"the demo's files are missing from {path}", hint="reinstall specchat")
     return ModelSource(name=DEMO if role == "target" else "demo draft", path=path, label=TOY_LABEL)
 
 
 def known_draft(ref: ModelRef) -> ModelSource | None:
-    """The embedded draft where it suits: shapes write what the demo target writes."""
+    """Return the embedded draft for the demo and for shapes, which compute the demo target; else None."""
     return demo_source("draft") if ref.kind in ("demo", "shape") else None
 
 
 def draft_candidates(ref: ModelRef) -> list[ModelRef]:
-    """Drafts on the hub that are known to suit `ref`, the one to prefer first.
+    """Return drafts on the hub that are known to fit `ref`, preferred first.
 
-    The target's own publisher's come before other copies of the same; of a folder, the name counts.
+    Drafts of the target's publisher come first. A folder is identified by its name.
     """
     family = known_families().family_of(str(ref.path) if ref.kind == "folder" else ref.text)
     drafts = () if family is None else family.drafts
@@ -93,27 +93,27 @@ def _expand(text: str) -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError as exc:
-        raise ModelNotFoundError(f"'{text}' names no home folder here", hint="write the folder out: /home/...") from exc
+        raise ModelNotFoundError(f"'{text}' names no home folder here", hint="write the full path: /home/...") from exc
 
 
 def _is_repo_id(repo_id: str) -> bool:
-    """What the name pattern cannot say: no part ends in a dot or dash, and none has two in a row."""
+    """Check what the name pattern cannot: no part ends in a dot or dash, or has two in a row."""
     parts = repo_id.split("/")
     return not any(part.endswith((".", "-", ".git")) or "--" in part or ".." in part for part in parts)
 
 
 def _check_revision(text: str, revision: str | None) -> str | None:
-    """`revision` if git could have such a ref; it becomes a path in the cache, so it must not climb."""
+    """Return `revision` if git allows it; it becomes a path in the cache, so it must not contain `..`."""
     if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision or "//" in revision):
         raise ModelNotFoundError(
-            f"'{text}' asks for the revision '{revision}', which is no branch, tag or commit",
-            hint="write org/name@main, org/name@v1.0 or org/name@<commit>",
+            f"'{text}' names the revision '{revision}', which is not a valid branch, tag or commit",
+            hint="use org/name@main, org/name@v1.0 or org/name@<commit>",
         )
     return revision
 
 
 def _guess(text: str) -> str:
-    """The likeliest meaning of a MODEL that is none."""
+    """Suggest the likeliest meaning of an invalid MODEL."""
     if text.strip().lower() == DEMO:
         return f"did you mean {DEMO}?"
     if url := _HUB_URL.match(text):
@@ -126,5 +126,5 @@ def _guess(text: str) -> str:
 def _is_folder(path: Path) -> bool:
     try:
         return path.is_dir()
-    except (OSError, ValueError):  # a name too long for a file, or with a NUL in it
+    except (OSError, ValueError):  # the name is too long, or contains NUL
         return False

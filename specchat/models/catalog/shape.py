@@ -1,4 +1,4 @@
-"""What `shape:` asks for: the figures of a Llama-like model. No weights here, and no torch."""
+"""Parsing of `shape:` arguments: the figures of a Llama-like model. No weights here, and no torch."""
 
 import math
 import re
@@ -12,28 +12,28 @@ from specchat.models.catalog.known_models import known_models
 from specchat.records.model import DTYPE_BYTES, Dtype, Quant
 from specchat.units import format_bytes
 
-VOCAB_SIZE = 4096  # the demo's, whatever the shape: its tokenizer and its embeddings serve every shape
+VOCAB_SIZE = 4096  # all shapes use the demo's tokenizer and embeddings
 
 _NUMBERS = ("hidden", "layers", "heads", "kv_heads", "head_dim", "mlp")
 _NUMBER = re.compile(r"[0-9]{1,7}")
-# Matrix kernels want rows of a multiple of this; no model has others.
+# Matmul kernels need row lengths that are multiples of this; real models have no others.
 _WIDTH_STEP = 64
 _WRITE = "write shape:NAME, shape:hidden=2048,layers=16 or shape:NAME,layers=8"
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The figures of a Llama-like decoder, as config.json would have them, beside the demo's vocabulary.
+    """The figures of a Llama-like decoder, as in config.json, with the demo's vocabulary.
 
     Attributes:
         hidden: width of the residual stream.
-        layers: decoder layers.
-        heads, kv_heads: query heads, and key-value heads that they share in equal groups.
-        head_dim: numbers per head.
+        layers: number of decoder layers.
+        heads, kv_heads: number of query heads, and of key-value heads that they share in equal groups.
+        head_dim: width of a head.
         mlp: width of the MLP's inner activation.
-        dtype: of the weights.
-        quant: what the matrices are stored in.
-        name: what the user typed; plays no part in comparisons.
+        dtype: dtype of the weights.
+        quant: quantization of the matrices.
+        name: text that the user typed; ignored by comparisons.
     """
 
     hidden: int
@@ -48,16 +48,16 @@ class Shape:
 
     @property
     def label(self) -> str:
-        """What follows `shape:` in a MODEL argument that means this shape."""
+        """Text after `shape:` in a MODEL argument for this shape."""
         return self.name or ",".join(f"{key}={getattr(self, key)}" for key in (*_NUMBERS, "dtype"))
 
     @property
     def group(self) -> int:
-        """Query heads that share one key-value head."""
+        """Number of query heads that share one key-value head."""
         return self.heads // self.kv_heads
 
     def layer_tensors(self) -> Mapping[str, tuple[int, ...]]:
-        """Name -> shape of one decoder layer's parameters, in the module order of transformers' LlamaDecoderLayer."""
+        """Return name -> shape of a decoder layer's parameters, in module order of transformers' LlamaDecoderLayer."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {
             "self_attn.q_proj.weight": (q, self.hidden),
@@ -72,7 +72,7 @@ class Shape:
         }
 
     def rest_tensors(self) -> Mapping[str, tuple[int, ...]]:
-        """Name -> shape of the parameters outside the layers; the head is the embedding."""
+        """Return name -> shape of the parameters outside the layers; the head is the embedding."""
         return {"model.embed_tokens.weight": (VOCAB_SIZE, self.hidden), "model.norm.weight": (self.hidden,)}
 
     @property
@@ -91,7 +91,7 @@ class Shape:
         return self.layers * self.layer_bytes + self.rest_bytes
 
     def describe(self) -> str:
-        """What the model is, in one line that leaves no doubt that it is synthetic."""
+        """Describe the model in one line that marks it as synthetic."""
         return (
             f"synthetic model of shape {self.label} (hidden {self.hidden:,}, {self.layers} layers, "
             f"{self.heads} heads and {self.kv_heads} key-value heads of {self.head_dim}, MLP {self.mlp:,}, "
@@ -103,13 +103,13 @@ class Shape:
         return sum(math.prod(shape) for shape in tensors.values()) * DTYPE_BYTES[self.dtype]
 
 
-# What every shape must be able to hold.
+# Every shape must be able to hold this model.
 DEMO_TARGET = Shape(hidden=256, layers=8, heads=4, kv_heads=2, head_dim=64, mlp=704, name="demo target")
 
 
 @cache
 def known_shapes() -> Mapping[str, Shape]:
-    """The shapes that have names; the models that they come from are stored in 16 bits."""
+    """Return the named shapes; the models that they come from are stored in 16 bits."""
     return {model.shape: _shape_of(model.config) for model in known_models().values() if model.shape}
 
 
@@ -125,26 +125,26 @@ def _shape_of(config: Mapping[str, Any]) -> Shape:
 
 
 def parse_shape(text: str) -> Shape:
-    """The shape meant by what follows `shape:` in a MODEL argument.
+    """Parse the text after `shape:` in a MODEL argument.
 
     Args:
-        text: the name of a known shape, or figures as key=value, or a name and then figures that replace its own.
-            hidden and layers are needed; the rest has the proportions of today's models where it is left out.
+        text: name of a known shape, figures as key=value, or a name and figures that replace its own. Without a name,
+            hidden and layers are required; the other figures default to the proportions of current models.
 
     Raises:
-        UsageError: an unknown name or key, a figure that is no number, or a shape that cannot hold the demo target.
+        UsageError: the name or a key is unknown, a figure is not a number, or the shape cannot hold the demo target.
     """
     name, values = _split(text)
     dtype = _parse_dtype(values.pop("dtype", "bf16"))
     numbers = {key: _parse_number(key, value) for key, value in values.items()}
     base = _known(name) if name is not None else _complete(numbers)
-    shape = replace(base, **numbers, dtype=dtype, name=text)  # type: ignore[arg-type]  # numbers are of numbers
+    shape = replace(base, **numbers, dtype=dtype, name=text)  # type: ignore[arg-type]  # `numbers` has no dtype
     _check(shape)
     return shape
 
 
 def _split(text: str) -> tuple[str | None, dict[str, str]]:
-    """The name, if there is one, and the values by key, all as typed."""
+    """Split into the name, or None, and the values by key, as typed."""
     items = text.split(",")
     name = items.pop(0) if "=" not in items[0] else None
     values: dict[str, str] = {}
@@ -152,7 +152,7 @@ def _split(text: str) -> tuple[str | None, dict[str, str]]:
         key, _, value = item.partition("=")
         if key not in (*_NUMBERS, "dtype"):
             raise UsageError(
-                f"'{key}' in shape:{text} is no figure of a shape", hint=f"use {', '.join(_NUMBERS)}, dtype"
+                f"'{key}' in shape:{text} is not a figure of a shape", hint=f"use {', '.join(_NUMBERS)}, dtype"
             )
         if key in values:
             raise UsageError(f"shape:{text} gives {key} twice", hint=_WRITE)
@@ -163,7 +163,7 @@ def _split(text: str) -> tuple[str | None, dict[str, str]]:
 def _known(name: str) -> Shape:
     known = known_shapes()
     if name not in known:
-        raise UsageError(f"there is no shape '{name}'", hint=f"known: {', '.join(known)}; or {_WRITE}")
+        raise UsageError(f"unknown shape '{name}'", hint=f"known: {', '.join(known)}; or {_WRITE}")
     return known[name]
 
 
@@ -182,7 +182,7 @@ def _parse_number(key: str, text: str) -> int:
 
 
 def _complete(numbers: Mapping[str, int]) -> Shape:
-    """The figures given, and for the others the proportions of today's models."""
+    """Complete the given figures by the proportions of current models."""
     missing = [key for key in ("hidden", "layers") if key not in numbers]
     if missing:
         raise UsageError(f"a shape needs {' and '.join(missing)}", hint=_WRITE)
@@ -190,53 +190,49 @@ def _complete(numbers: Mapping[str, int]) -> Shape:
     head_dim = numbers.get("head_dim") or _default_head_dim(hidden, numbers.get("heads"))
     heads = numbers.get("heads") or _default_heads(hidden, head_dim)
     kv_heads = numbers.get("kv_heads") or _default_kv_heads(heads)
-    mlp = numbers.get("mlp") or -(-7 * hidden // 512) * 256  # 3.5 times the width, as Llama 3's
+    mlp = numbers.get("mlp") or -(-7 * hidden // 512) * 256  # 3.5 times the width, as in Llama 3
     return Shape(hidden, numbers["layers"], heads, kv_heads, head_dim, mlp)
 
 
 def _default_head_dim(hidden: int, heads: int | None) -> int:
-    """What the heads share out if that is a size that heads have, else 128, or 64 in small models."""
+    """Return hidden / heads if that is a usual head size, else 128, or 64 in small models."""
     if heads is not None and hidden // heads in (64, 128, 256):
         return hidden // heads
     return 128 if hidden >= 3072 and hidden % 128 == 0 else 64
 
 
 def _default_heads(hidden: int, head_dim: int) -> int:
-    """As many as together are at most as wide as the residual stream, and divide it."""
+    """Return the most heads that divide the residual stream and are together no wider than it."""
     least = DEMO_TARGET.heads
     most = max(hidden // max(head_dim, DEMO_TARGET.head_dim), least)
     return next((heads for heads in range(most, least, -1) if hidden % heads == 0), least)
 
 
 def _default_kv_heads(heads: int) -> int:
-    """Groups of 4, or smaller ones where 4 does not go in or would leave too few key-value heads."""
+    """Return the key-value heads for groups of 4, or of 2 or 1 if 4 does not divide or leaves too few."""
     group = next((g for g in (4, 2) if heads % g == 0 and heads // g >= DEMO_TARGET.kv_heads), 1)
     return heads // group
 
 
 def _check(shape: Shape) -> None:
-    """Whether the demo target fits in, and kernels can compute the shape.
-
-    Raises:
-        UsageError: no.
-    """
+    """Check that the demo target fits in, and that kernels can compute the shape."""
     for key in ("hidden", "layers", "heads", "mlp"):
         least = getattr(DEMO_TARGET, key)
         if getattr(shape, key) < least:
             raise UsageError(
-                f"{key}={getattr(shape, key)} is less than the {least} of the demo target, which every shape computes",
+                f"{key}={getattr(shape, key)} is too small: the demo target, which every shape computes, has {least}",
                 hint=f"use {key}={least} or more",
             )
     for key in ("hidden", "mlp", "head_dim"):
         if getattr(shape, key) % _WIDTH_STEP:
-            raise UsageError(f"{key}={getattr(shape, key)} is no multiple of {_WIDTH_STEP}", hint=_WRITE)
+            raise UsageError(f"{key}={getattr(shape, key)} is not a multiple of {_WIDTH_STEP}", hint=_WRITE)
     _check_heads(shape)
 
 
 def _check_heads(shape: Shape) -> None:
-    if shape.hidden % shape.heads:  # whatever head_dim is, transformers refuses such configurations
+    if shape.hidden % shape.heads:  # transformers refuses such configurations for every head_dim
         raise UsageError(
-            f"hidden={shape.hidden} is no multiple of the {shape.heads} heads", hint="heads must divide hidden"
+            f"hidden={shape.hidden} is not a multiple of the {shape.heads} heads", hint="heads must divide hidden"
         )
     if shape.heads % shape.kv_heads:
         raise UsageError(
@@ -252,5 +248,5 @@ def _check_heads(shape: Shape) -> None:
 
 
 def num_live_kv_heads(shape: Shape) -> int:
-    """Key-value heads that the demo's take up: twice as many as it has where heads do not share any."""
+    """Return the key-value heads that hold the demo's: twice the demo's number if heads do not share any."""
     return DEMO_TARGET.heads // min(shape.group, DEMO_TARGET.group)

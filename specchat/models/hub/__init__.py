@@ -1,1 +1,1 @@
-"""The Hugging Face hub, through huggingface_hub alone: its local cache, downloads, and its errors in our words."""
+"""The Hugging Face hub, through huggingface_hub alone: its local cache, downloads and errors."""

@@ -1,4 +1,4 @@
-"""The hub's cache on this disk: complete snapshots, found without the network."""
+"""The hub's local cache: complete snapshots, found without the network."""
 
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     pass
 from specchat.models.hub.errors import hub_errors
 
-# Fixed patterns, so that a cached snapshot can be checked for completeness without the hub's list of files.
+# Fixed patterns allow a completeness check of a cached snapshot without the hub's list of files.
 ALLOW = [
     "*.json",
     "*.safetensors",
@@ -29,12 +29,12 @@ ALLOW = [
     "vocab.txt",
 ]
 
-# Folders hold other formats (original/, onnx/, ...); Mistral's own layout repeats the weights.
+# Subfolders hold other formats (original/, onnx/, ...). Mistral's own layout duplicates the weights.
 IGNORE = ["*/*", f"{MISTRAL_PREFIX}*"]
 
 
 def cached_models() -> list[str]:
-    """MODEL arguments that the local hub cache can serve offline, sorted: org/name, or org/name@revision."""
+    """List MODEL arguments that the local cache can load offline, sorted: org/name, or org/name@revision."""
     from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
@@ -45,7 +45,7 @@ def cached_models() -> list[str]:
     names = set()
     for repo in repos:
         for revision in repo.revisions:
-            # Old ids without an organization cannot be written as a MODEL.
+            # A MODEL cannot name old ids without an organization.
             if repo.repo_type == "model" and "/" in repo.repo_id and _is_complete(revision.snapshot_path):
                 labels = revision.refs or {revision.commit_hash}
                 names |= {repo.repo_id if label == "main" else f"{repo.repo_id}@{label}" for label in labels}
@@ -56,7 +56,7 @@ def look_up_cached(ref: ModelRef) -> ModelSource:
     """Return the complete cached snapshot of `ref`.
 
     Raises:
-        ModelNotCachedError: there is none.
+        ModelNotCachedError: the cache holds no complete snapshot.
     """
     from huggingface_hub import constants
 
@@ -64,20 +64,20 @@ def look_up_cached(ref: ModelRef) -> ModelSource:
     if snapshot is None:
         revision = f" --revision {ref.revision}" if ref.revision else ""
         raise ModelNotCachedError(
-            f"{ref.text} is not, or not completely, in the local cache {constants.HF_HUB_CACHE}",
+            f"{ref.text} is missing or incomplete in the local cache {constants.HF_HUB_CACHE}",
             hint=f"while online, run: hf download {ref.repo_id}{revision}",
         )
     return snapshot_source(ref, snapshot)
 
 
 def snapshot_source(ref: ModelRef, snapshot: Path) -> ModelSource:
-    """Return a cached snapshot as a source; the commit is its revision."""
+    """Return a cached snapshot as a source with the commit as its revision."""
     # The cache names each snapshot's folder after its commit.
     return ModelSource(name=ref.text, path=snapshot, revision=snapshot.name)
 
 
 def find_snapshot(ref: ModelRef) -> Path | None:
-    """The complete cached snapshot of `ref`, or None; touches no network."""
+    """Find the complete cached snapshot of `ref` without the network; None if there is none."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -97,7 +97,7 @@ def find_snapshot(ref: ModelRef) -> Path | None:
 
 
 def _is_complete(snapshot: Path) -> bool:
-    """Whether config.json and all weights are there; other programs may have cached a part only."""
+    """Return whether config.json and all weights exist; other programs may cache only a part."""
     try:
         return (snapshot / "config.json").is_file() and all(file.is_file() for file in weight_files(snapshot))
     except (CorruptCheckpointError, ModelNotFoundError, PickledCheckpointError):
@@ -105,5 +105,5 @@ def _is_complete(snapshot: Path) -> bool:
 
 
 def matches(name: str, patterns: list[str]) -> bool:
-    """As huggingface_hub matches them: `*` also takes slashes."""
+    """Match names as huggingface_hub does: `*` also matches slashes."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,7 +1,7 @@
-"""What the hub has, and downloading it once the user has agreed.
+"""Look-up on the hub, and downloads after the user's consent.
 
-HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_HUB_OFFLINE and HF_ENDPOINT mean what they mean to huggingface_hub, which reads them
-when it is first imported; it is imported inside functions, since it takes a third of a second.
+HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_HUB_OFFLINE and HF_ENDPOINT have their usual meaning. huggingface_hub reads them on
+first import. Functions import it, because the import takes a third of a second.
 """
 
 import logging
@@ -37,16 +37,16 @@ LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Download:
-    """What would be downloaded, to be agreed to.
+    """A download that needs the user's consent.
 
     Attributes:
-        ref: what the user asked for.
-        revision: the commit.
-        num_bytes: all files of the model.
-        cached_bytes: those of them that are in the cache already.
-        free_disk_bytes: free space where the cache is.
-        folder: the cache.
-        has_older: whether an older copy is complete in the cache.
+        ref: model that the user asked for.
+        revision: commit.
+        num_bytes: size of all files of the model.
+        cached_bytes: size of the files that are already cached.
+        free_disk_bytes: free space on the cache's disk.
+        folder: folder of the cache.
+        has_older: whether the cache holds a complete older copy.
     """
 
     ref: ModelRef
@@ -59,25 +59,25 @@ class Download:
 
     @property
     def name(self) -> str:
-        """What the user typed."""
+        """Name as the user typed it."""
         return self.ref.text
 
     @property
     def missing_bytes(self) -> int:
-        """What has to come over the network and onto the disk."""
+        """Bytes to download."""
         return self.num_bytes - self.cached_bytes
 
 
 def agree(downloads: Sequence[Download], confirm: Callable[[Sequence[Download]], bool]) -> None:
-    """Asks before anything is downloaded, once for all of it.
+    """Ask once for consent to all downloads.
 
     Args:
-        downloads: what is missing; nothing is asked if no byte is.
-        confirm: asked once at most.
+        downloads: possible downloads; complete ones need no consent.
+        confirm: returns the user's answer; called once at most.
 
     Raises:
         DoesNotFitError: the disk is too small.
-        UsageError: no.
+        UsageError: the user declined.
     """
     downloads = [each for each in downloads if each.missing_bytes]
     if not downloads:
@@ -94,16 +94,16 @@ def agree(downloads: Sequence[Download], confirm: Callable[[Sequence[Download]],
     if not confirm(downloads):
         raise UsageError(
             f"the download of {names} ({format_bytes(missing)}) was not confirmed",
-            hint=f"add --yes to download without being asked{or_cached}",
+            hint=f"add --yes to download without a question{or_cached}",
         )
 
 
 def look_up_online(ref: ModelRef, warn: Callable[[str], None]) -> ModelSource | Download:
-    """Return the cached snapshot of `ref` if it is the newest, else what has to be downloaded.
+    """Return the cached snapshot of `ref` if it is the newest, else the download of the newest.
 
     Args:
-        ref: a hub id.
-        warn: told in one line when the hub cannot be asked and a cached copy is used.
+        ref: parsed hub id.
+        warn: receives a one-line warning when a cached copy is used because the hub is unreachable.
     """
     snapshot = find_snapshot(ref)
     if snapshot is not None and snapshot.name == ref.revision:  # a commit never changes
@@ -121,7 +121,7 @@ def look_up_online(ref: ModelRef, warn: Callable[[str], None]) -> ModelSource | 
 
 
 def _resolve(ref: ModelRef) -> str:
-    """The commit that the hub has for `ref`; refuses what could not be run before anything is downloaded."""
+    """Return the hub's commit for `ref`, after checking that its files can be loaded."""
     from huggingface_hub import HfApi, constants
 
     assert ref.repo_id is not None
@@ -147,7 +147,7 @@ def _check_files(ref: ModelRef, names: list[str]) -> None:
             )
         raise ModelNotFoundError(
             f"{ref.text} has no weights in the transformers layout (*.safetensors)",
-            hint="choose the repository with the original weights, not one of GGUF files or adapters",
+            hint="choose the repository with the original weights, not one with GGUF files or adapters",
         )
     if "config.json" not in wanted:
         raise ModelNotFoundError(
@@ -156,7 +156,7 @@ def _check_files(ref: ModelRef, names: list[str]) -> None:
 
 
 def _measure(ref: ModelRef, commit: str, *, has_older: bool) -> Download:
-    """Sizes of the files; asks for each one, so a gated repository shows here and not after the user's yes."""
+    """Return the sizes of the files; each is requested, so a gated repository fails before the user's consent."""
     from huggingface_hub import constants, snapshot_download
 
     assert ref.repo_id is not None
@@ -182,7 +182,7 @@ def _measure(ref: ModelRef, commit: str, *, has_older: bool) -> Download:
 
 
 def _free_disk_bytes(folder: Path) -> int:
-    """Free bytes on the disk where `folder` is or would be made."""
+    """Return the free bytes on the disk where `folder` is or would be created."""
     folder = folder.absolute()
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
@@ -190,7 +190,7 @@ def _free_disk_bytes(folder: Path) -> int:
 
 
 def fetch(download: Download, progress: Callable[[int, int], None] | None) -> Path:
-    """Downloads the agreed commit and lets the cache's name for the revision point to it."""
+    """Download the commit, and let the revision's name in the cache point to it."""
     from huggingface_hub import snapshot_download
 
     ref, stop = download.ref, threading.Event()
@@ -213,14 +213,14 @@ def fetch(download: Download, progress: Callable[[int, int], None] | None) -> Pa
     with hub_errors(ref):
         snapshot = Path(_run_until_interrupted(work, stop))
         _point_to(snapshot, ref.revision or "main")
-    report(download.missing_bytes)  # less has come where two files are the same
+    report(download.missing_bytes)  # identical files are downloaded once
     return snapshot
 
 
 def _run_until_interrupted(work: Callable[[], _T], stop: threading.Event) -> _T:
-    """The result of `work`, run in a thread: huggingface_hub would finish its files before it lets Ctrl-C through.
+    """Run `work` in a thread, because huggingface_hub would finish its files before it handles Ctrl-C.
 
-    An interrupt sets `stop`, and the progress bars then end each download at its next chunk.
+    An interrupt sets `stop`, and the progress bars then abort each download at its next chunk.
     """
     with ThreadPoolExecutor(max_workers=1) as pool:
         future = pool.submit(work)
@@ -233,19 +233,19 @@ def _run_until_interrupted(work: Callable[[], _T], stop: threading.Event) -> _T:
 
 
 def _abort_xet() -> None:
-    """Ends hf_xet's transfers, which run outside Python and only report to the bars."""
+    """Abort hf_xet's transfers, which run outside Python and only report to the bars."""
     try:
         from huggingface_hub.utils._xet import abort_xet_session
-    except ImportError:  # not public: without it, Ctrl-C waits for the files under way
+    except ImportError:  # not public: without it, Ctrl-C waits for the current files
         return
     abort_xet_session()  # type: ignore[no-untyped-call]
 
 
 def _point_to(snapshot: Path, revision: str) -> None:
-    """Records in the cache that `revision` is this snapshot, as its documented layout has it (refs/, snapshots/).
+    """Record in the cache's documented layout (refs/, snapshots/) that `revision` is this snapshot.
 
-    Not left to huggingface_hub, which does it before the download: one that fails or is interrupted would then hide the
-    older, complete snapshot from every later offline use.
+    huggingface_hub records it before the download. If that fails or is interrupted, later offline uses would not find
+    the older, complete snapshot.
     """
     if revision == snapshot.name:
         return
@@ -257,11 +257,11 @@ def _point_to(snapshot: Path, revision: str) -> None:
 
 
 class _StoppedError(Exception):
-    """Ends a download from within its progress bar; seen by huggingface_hub's threads only."""
+    """Aborts a download from within its progress bar; only huggingface_hub's threads see it."""
 
 
 def _bar_class(report: Callable[[int], None], stop: threading.Event) -> type[Any]:
-    """A silent tqdm that hands the bytes of its byte bars to `report`, which is called by one thread at a time."""
+    """Create a silent tqdm that passes the bytes of its byte bars to `report`, from one thread at a time."""
     from huggingface_hub.utils.tqdm import tqdm
 
     lock = threading.Lock()
@@ -279,7 +279,7 @@ def _bar_class(report: Callable[[int], None], stop: threading.Event) -> type[Any
                 raise _StoppedError
             with lock:
                 self.n += n or 0
-                # There may be two such bars, for the network and for the disk: the one that is ahead counts.
+                # There may be two byte bars, for the network and for the disk: report the one that is ahead.
                 if self._counts_bytes and self.n > most:
                     most = int(self.n)
                     report(most)

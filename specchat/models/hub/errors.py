@@ -1,4 +1,4 @@
-"""What huggingface_hub raises, as our errors."""
+"""Conversion of huggingface_hub's errors to specchat's."""
 
 import errno
 from collections.abc import Iterator
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 @contextmanager
 def hub_errors(ref: ModelRef) -> Iterator[None]:
-    """Turns what huggingface_hub raises into our errors."""
+    """Convert huggingface_hub's errors to specchat's."""
     from huggingface_hub.errors import DryRunError, HfHubHTTPError, LocalEntryNotFoundError
 
     failures: tuple[type[Exception], ...] = (*_transport_errors(), OSError, ValueError, RuntimeError)  # Runtime: hf_xet
     try:
         yield
     except failures as exc:
-        # These two only say that something went wrong with the network before; their cause says what.
+        # These two only report an earlier network error, which is their cause.
         wrapped = isinstance(exc, DryRunError | LocalEntryNotFoundError) and isinstance(exc.__cause__, Exception)
         cause = exc.__cause__ if wrapped else exc
         if isinstance(cause, HfHubHTTPError):
@@ -37,26 +37,26 @@ def hub_errors(ref: ModelRef) -> Iterator[None]:
 
 
 def _transport_errors() -> tuple[type[Exception], ...]:
-    """The HTTP library's own base class, whichever it is: huggingface_hub changed it within the versions we allow."""
+    """Return the base classes of the HTTP library, which differs among the allowed versions of huggingface_hub."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return tuple(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
 
 
 def _translate_answer(ref: ModelRef, exc: "HfHubHTTPError") -> ModelError:
-    """For an answer of the hub that is no success."""
+    """Convert an error response of the hub."""
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     if isinstance(exc, GatedRepoError):  # before RepositoryNotFoundError, of which it is a subclass
         return ModelGatedError(
-            f"{ref.text} is gated: a logged-in user has to accept its licence",
+            f"{ref.text} is gated: a logged-in user must accept its licence",
             hint=f"accept it at {constants.ENDPOINT}/{ref.repo_id}, then run: hf auth login",
         )
     if isinstance(exc, RevisionNotFoundError):
         return ModelNotFoundError(
             f"{ref.repo_id} has no revision '{ref.revision}'",
-            hint=f"leave @{ref.revision} out, or choose one from {constants.ENDPOINT}/{ref.repo_id}/tree/main",
+            hint=f"remove @{ref.revision}, or choose a revision from {constants.ENDPOINT}/{ref.repo_id}/tree/main",
         )
     if isinstance(exc, RepositoryNotFoundError):
         return ModelNotFoundError(f"{ref.repo_id} is not on the hub, or is private", hint=_not_found_hint(ref))
@@ -64,12 +64,12 @@ def _translate_answer(ref: ModelRef, exc: "HfHubHTTPError") -> ModelError:
     if status in (401, 403):
         return ModelGatedError(f"the hub refused access to {ref.text} (HTTP {status})", hint="run: hf auth login")
     if status == 429:
-        return ModelError("the hub asks to slow down (HTTP 429)", hint="wait some minutes, or run: hf auth login")
+        return ModelError("the hub limits requests (HTTP 429)", hint="wait some minutes, or run: hf auth login")
     return ModelError(f"the hub failed on {ref.text} (HTTP {status})", hint="try again later")
 
 
 def _translate_failure(ref: ModelRef, exc: BaseException | None) -> SpecchatError:
-    """For everything that went wrong without the hub saying so."""
+    """Convert an error that is no response of the hub."""
     from huggingface_hub import constants
     from huggingface_hub.errors import FileMetadataError, HFValidationError
 
@@ -78,24 +78,24 @@ def _translate_failure(ref: ModelRef, exc: BaseException | None) -> SpecchatErro
     if isinstance(exc, FileMetadataError | ValueError):
         return not_a_hub(exc)
     if isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DoesNotFitError(f"the disk of {constants.HF_HUB_CACHE} is full", hint="free some space and repeat")
+        return DoesNotFitError(f"the disk of {constants.HF_HUB_CACHE} is full", hint="free some space and run again")
     if isinstance(exc, OSError) and exc.filename is not None:
         return ModelError(
             f"cannot use {exc.filename}: {exc.strerror}", hint="check its permissions, or set HF_HOME to another folder"
         )
     return ModelError(
         f"cannot reach {constants.ENDPOINT}: {_first_line(exc)}",
-        hint="check the connection and repeat; models in the cache run with --offline",
+        hint="check the connection and run again; cached models run with --offline",
     )
 
 
 def not_a_hub(exc: BaseException | None) -> ModelError:
-    """Return the error for an endpoint whose answers are not those of a hub."""
+    """Return the error for an endpoint that does not respond like a hub."""
     from huggingface_hub import constants
 
     why = f": {_first_line(exc)}" if exc is not None else ""
     return ModelError(
-        f"{constants.ENDPOINT} does not answer like a hub{why}", hint="check HF_ENDPOINT, and any proxy or login page"
+        f"{constants.ENDPOINT} does not respond like a hub{why}", hint="check HF_ENDPOINT, and any proxy or login page"
     )
 
 
@@ -103,7 +103,7 @@ def _not_found_hint(ref: ModelRef) -> str:
     assert ref.repo_id is not None
     if Path(ref.repo_id).is_dir():
         return f"did you mean ./{ref.repo_id}?"
-    return "check the spelling; for a private one run: hf auth login"
+    return "check the spelling; for a private model run: hf auth login"
 
 
 def _first_line(exc: BaseException | None) -> str:

@@ -1,4 +1,4 @@
-"""Writing a pack, layer by layer, so that an interrupted attempt is completed by the next."""
+"""The builder of packs: it writes layer by layer, so that the next run completes an interrupted one."""
 
 import re
 import shutil
@@ -29,15 +29,18 @@ _NOT_BESIDE = {MANIFEST, JOURNAL}
 
 _OWN_FILE = re.compile(rf"(layer-\d+|rest)\.safetensors|.*{re.escape(TEMPORARY_SUFFIX)}")
 
-_SPARE_DISK_BYTES = 64 << 20  # for manifest, journal and whatever else writes meanwhile
+_SPARE_DISK_BYTES = 64 << 20  # for manifest, journal and other programs' writes
 
 
 @dataclass(frozen=True)
 class PackProgress:
-    """How far packing is; bytes count data, those found complete from an earlier attempt included.
+    """Progress of packing, in bytes of data; complete files of an earlier run count too.
 
     Attributes:
-        layer: the one being written; num_layers while the rest is.
+        layer: index of the layer being written; num_layers for the rest.
+        num_layers: number of layers.
+        bytes_done: bytes written so far.
+        bytes_total: bytes of all data files.
     """
 
     layer: int
@@ -57,23 +60,23 @@ def build_pack(
     progress: Callable[[PackProgress], None] = lambda _: None,
     warn: Callable[[str], None] = LOG.warning,
 ) -> Pack:
-    """The pack of `key`, made, completed or mended as far as necessary; layer by layer, one in memory at a time.
+    """Build, complete or repair the pack of `key`, with one layer in memory at a time.
 
-    Files that an interrupted attempt completed are kept. Another process that packs the same key is waited for.
+    Complete files of an interrupted run are kept. If another process packs the same key, wait for it.
 
     Args:
-        key: from `key_for`; whatever identifies the tensors of `source`.
-        source: the tensors.
-        name: the MODEL, for listings.
-        files: small files to lie beside the weights (config.json, tokenizer), by plain name; no weights, no index.
-        dtype: of the layers' numbers; None for that of their first tensor.
-        quantizer: what makes the layers' matrices, and its version; part of `key`.
-        progress: told at the start and as data are written.
-        warn: told in one line when another process has to be waited for.
+        key: key from `key_for`, or another identifier of the tensors in `source`.
+        source: tensors to pack.
+        name: MODEL argument, for listings.
+        files: small files to store next to the weights (config.json, tokenizer), by plain name; no weights, no index.
+        dtype: dtype of the layers' unquantized tensors; None for the dtype of their first tensor.
+        quantizer: quantizer of the layers' matrices with its version; part of `key`.
+        progress: receives the progress at the start and while data are written.
+        warn: receives a one-line warning when another process must be waited for.
 
     Raises:
-        DoesNotFitError: the disk is, or would become, full; what is packed so far is kept.
-        ModelError: the source cannot be read or the pack not written; likewise.
+        DoesNotFitError: the disk is full or would become full; complete files are kept.
+        ModelError: the source cannot be read, or the pack cannot be written; complete files are kept.
     """
     files = files or {}
     assert not any(Path(file).name != file or file in _NOT_BESIDE or ".safetensors" in file for file in files), files
@@ -81,22 +84,22 @@ def build_pack(
     with disk_errors(folder, "make"):
         folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder, warn):
-        pack = open_pack(key, warn=lambda _: None)  # another process may just have finished it
+        pack = open_pack(key, warn=lambda _: None)  # another process may have finished it
         if pack is None or not pack.fits(source):
             _Builder(folder, source, files, progress).build(name, dtype, quantizer)
             pack = open_pack(key)
     if pack is None:
         raise ModelError(
-            f"{folder} was changed while it was being written", hint="repeat; nothing else may write there"
+            f"another program changed {folder} while it was written", hint="run again; nothing else may write there"
         )
     return pack
 
 
 @contextmanager
 def _locked(folder: Path, warn: Callable[[str], None]) -> Iterator[None]:
-    """One process at a time; the system frees the lock of one that dies. The lock lies beside the deletable folder.
+    """Hold the lock of a pack, which the system releases if the process dies. It lies next to the deletable folder.
 
-    The lock's empty file stays: whoever deleted it could take it from another process that is about to lock it.
+    Its empty file stays: deleting it could take the lock from another process that is about to acquire it.
     """
     import filelock
 
@@ -106,7 +109,7 @@ def _locked(folder: Path, warn: Callable[[str], None]) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:
-            warn(f"another specchat is packing this model into {folder}: waiting for it")
+            warn(f"waiting for another specchat that packs this model into {folder}")
             lock.acquire()
     try:
         yield
@@ -115,7 +118,7 @@ def _locked(folder: Path, warn: Callable[[str], None]) -> Iterator[None]:
 
 
 class _Builder:
-    """One attempt at a pack, under its lock."""
+    """One run of building a pack, under its lock."""
 
     def __init__(
         self,
@@ -134,7 +137,7 @@ class _Builder:
         self._bytes_done = 0
 
     def build(self, name: str, dtype: Dtype | None, quantizer: str) -> None:
-        """Writes what is missing, then the small files, and last the manifest, which makes the pack."""
+        """Write missing data files, then the small files, and last the manifest, which completes the pack."""
         records = self._complete_files()
         stale = self._stale_files(records)
         self._check_disk(records, stale)
@@ -153,12 +156,12 @@ class _Builder:
         Manifest(self._folder.name, name, dtype, rest, tuple(layers), small, quantizer).write(self._folder)
 
     def _complete_files(self) -> dict[str, FileRecord]:
-        """Data files of an earlier attempt that are on record, of the right layout and, by size and header, whole."""
+        """Return recorded data files of an earlier run that match their layout, size and header."""
         known = read_journal(self._folder, self._folder.name)
         try:
             manifest = read_manifest(self._folder)
         except ValueError:
-            manifest = None  # `open_pack` has told
+            manifest = None  # `open_pack` has warned
         if manifest is not None and manifest.key == self._folder.name:
             known |= {record.name: record for record in manifest.records}
         return {
@@ -170,19 +173,19 @@ class _Builder:
         }
 
     def _stale_files(self, records: Mapping[str, FileRecord]) -> list[Path]:
-        """Data files that are torn, foreign or left over; what else lies in the folder is not ours."""
+        """Return incomplete, foreign or left-over data files; other files in the folder are not the pack's."""
         with disk_errors(self._folder, "list"):
             paths = sorted(self._folder.iterdir())
         return [path for path in paths if _OWN_FILE.fullmatch(path.name) and path.name not in records]
 
     def _clear(self, stale: list[Path]) -> None:
-        """Removes the manifest, which no longer holds, and then the stale files."""
+        """Delete the outdated manifest, and then the stale files."""
         for path in [self._folder / MANIFEST, *stale]:
             with disk_errors(path, "delete"):
                 path.unlink(missing_ok=True)
 
     def _check_disk(self, records: Mapping[str, FileRecord], stale: list[Path]) -> None:
-        """Stops before anything is touched if the disk would become full."""
+        """Fail before changing anything if the disk would become full."""
         missing = [layout for layout in self._layouts if layout.name not in records]
         wanted = sum(layout.nbytes + len(layout.header()) for layout in missing)
         wanted += sum(map(len, self._files.values()))
@@ -196,7 +199,7 @@ class _Builder:
             )
 
     def _write(self, index: int, layout: FileLayout) -> FileRecord:
-        """Writes one layer, or behind the last one the rest."""
+        """Write one layer, or the rest if `index` is past the last layer."""
         source = self._source
         is_layer = index < source.num_layers
         tensors = with_full_names(source, index, source.read_layer(index)) if is_layer else source.rest()

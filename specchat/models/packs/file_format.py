@@ -1,8 +1,8 @@
-"""What a pack's files look like, byte by byte, and how they come onto the disk so that no torn one passes for good.
+"""The files of a pack, byte by byte, and how to write them so that an incomplete file never passes for a complete one.
 
-A data file is standard safetensors. Its header is padded with spaces so that the data begin at a multiple of a page;
-each tensor begins at a multiple of 256 from there; since the format allows no holes, the gaps are tensors of zeros
-named `__pad__.<file>.<n>`. The data's length is a multiple of a page too, so a layer is read or mapped as one block.
+A data file is standard safetensors. Its header is padded with spaces so that the data begin at a multiple of a page.
+Each tensor begins at a multiple of 256 from there. The format allows no holes, so the gaps are tensors of zeros named
+`__pad__.<file>.<n>`. The data's length is a multiple of a page too, so a layer is read or mapped as one block.
 """
 
 import errno
@@ -23,8 +23,8 @@ from specchat.errors import AllocationError, DoesNotFitError, ModelError, Specch
 from specchat.models.checkpoint.layout import LAYER_ALIGNMENT, TENSOR_ALIGNMENT, aligned
 from specchat.units import MIB
 
-NOT_QUANTIZED = "none"  # in the place of a quantizer and its version
-CHUNK_BYTES = 16 * MIB  # of data per checksum
+NOT_QUANTIZED = "none"  # stands for quantizer and version
+CHUNK_BYTES = 16 * MIB  # bytes of data per checksum
 PAD_PREFIX = "__pad__."
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -53,7 +53,7 @@ PACK_HINT = (
 
 @contextmanager
 def disk_errors(path: Path, verb: str, hint: str = PACK_HINT) -> Iterator[None]:
-    """Turns what the operating system refuses about `path` into our errors; `verb` as in "cannot write x"."""
+    """Convert errors of the operating system about `path`; `verb` as in "cannot write x"."""
     try:
         yield
     except OSError as error:
@@ -61,12 +61,12 @@ def disk_errors(path: Path, verb: str, hint: str = PACK_HINT) -> Iterator[None]:
 
 
 def disk_error(error: OSError, path: Path, verb: str, hint: str = PACK_HINT) -> SpecchatError:
-    """Our error for what the operating system refused."""
+    """Return specchat's error for an error of the operating system."""
     message = f"cannot {verb} {path}: {error.strerror or error}"
     if is_lack_of_memory(error):
-        return AllocationError(message, "close other programs, or give a smaller --vram or --ctx")
+        return AllocationError(message, "close other programs, or use a smaller --vram or --ctx")
     if error.errno in _FULL:
-        hint = "free some space, or set SPECCHAT_CACHE_DIR to a folder on a larger disk; what is packed is kept"
+        hint = "free some space, or set SPECCHAT_CACHE_DIR to a folder on a larger disk; complete files are kept"
         return DoesNotFitError(message, hint)
     return ModelError(message, hint)
 
@@ -84,12 +84,12 @@ class PlacedTensor:
 
 @dataclass(frozen=True)
 class FileLayout:
-    """Where everything is in a data file.
+    """Positions of the tensors in a data file.
 
     Attributes:
-        name: of the file.
-        tensors: by ascending offset.
-        nbytes: length of the data, the header not counted.
+        name: file name.
+        tensors: tensors by ascending offset.
+        nbytes: length of the data in bytes, without the header.
     """
 
     name: str
@@ -98,7 +98,7 @@ class FileLayout:
 
     @classmethod
     def of(cls, name: str, tensors: Mapping[str, Tensor]) -> "FileLayout":
-        """The layout of a file for these tensors (meta ones will do), in the order given: as `LayerLayout` has it."""
+        """Return the layout of a file for these tensors (or meta tensors) in the given order, as in `LayerLayout`."""
         placed, end = [], 0
         for key, tensor in tensors.items():
             begin = aligned(end, TENSOR_ALIGNMENT)
@@ -107,8 +107,8 @@ class FileLayout:
         return cls(name, tuple(placed), aligned(end, LAYER_ALIGNMENT))
 
     def header(self) -> bytes:
-        """The file up to its data: length, JSON, spaces; a multiple of a page long."""
-        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without it
+        """Return the bytes before the data: length, JSON, spaces; a multiple of a page."""
+        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers requires it
         for tensor in self.tensors:
             span = [tensor.offset, tensor.offset + tensor.nbytes]
             entries[tensor.key] = _entry(DTYPE_NAMES[tensor.dtype], tensor.shape, span)
@@ -119,7 +119,7 @@ class FileLayout:
         return length.to_bytes(8, "little") + text.ljust(length)
 
     def _gaps(self) -> Iterator[tuple[int, int]]:
-        """Begin and end of the bytes that no tensor has."""
+        """Yield begin and end of the bytes between tensors."""
         end = 0
         for tensor in self.tensors:
             if end < tensor.offset:
@@ -135,10 +135,10 @@ def _entry(dtype: str, shape: Sequence[int], span: list[int]) -> dict[str, objec
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a pack remembers about one of its files.
+    """A pack's record of one of its files.
 
     Attributes:
-        name: of the file, within the pack's folder.
+        name: file name within the pack's folder.
         data_offset: bytes before the data (the header).
         nbytes: bytes of data.
         header_crc32: checksum of the bytes before the data.
@@ -157,10 +157,10 @@ class FileRecord:
         return self.data_offset + self.nbytes
 
     def fault(self, folder: Path) -> str | None:
-        """What is wrong with the file by its size and header, or None; the data are not read.
+        """Describe what is wrong with the file's size or header, without reading the data; None if nothing is.
 
         Raises:
-            ModelError: the file is there and cannot be read.
+            ModelError: the file exists but cannot be read.
         """
         path = folder / self.name
         with disk_errors(path, "read"):
@@ -172,14 +172,14 @@ class FileRecord:
                 return f"{path} is missing"
         if nbytes != self.file_nbytes:
             return f"{path} has {nbytes} bytes instead of {self.file_nbytes}"
-        return None if zlib.crc32(header) == self.header_crc32 else f"{path} has another header"
+        return None if zlib.crc32(header) == self.header_crc32 else f"{path} has a damaged header"
 
     def good_chunks(self, folder: Path, *, from_disk: bool = False) -> Iterator[bool]:
-        """For each chunk of the file's data, whether it is as it was written.
+        """Yield for each chunk of the file's data whether it matches its checksum.
 
         Args:
-            folder: the pack's.
-            from_disk: past the page cache, which may hold good bytes over a bad disk.
+            folder: folder of the pack.
+            from_disk: whether to bypass the page cache, which may hide a bad disk.
 
         Raises:
             ModelError: the file cannot be read.
@@ -195,14 +195,14 @@ class FileRecord:
                 yield _read_into(stream, buffer[: end - begin]) and zlib.crc32(buffer[: end - begin]) == crc32
 
     def describes(self, layout: FileLayout) -> bool:
-        """Whether a file of this record has exactly this layout."""
+        """Return whether the recorded file has exactly this layout."""
         header = layout.header()
         found = (self.name, self.data_offset, self.nbytes, self.header_crc32)
         return found == (layout.name, len(header), layout.nbytes, zlib.crc32(header))
 
 
 def _read_into(stream: RawIOBase, buffer: memoryview) -> bool:
-    """Fills the buffer; False if the file ends before."""
+    """Fill the buffer; return False if the file ends early."""
     filled = 0
     while filled < len(buffer) and (count := stream.readinto(buffer[filled:])):
         filled += count
@@ -210,24 +210,24 @@ def _read_into(stream: RawIOBase, buffer: memoryview) -> bool:
 
 
 def chunk_span(nbytes: int, index: int) -> tuple[int, int]:
-    """Begin and end of the index-th chunk of `nbytes` of data."""
+    """Return begin and end of the index-th chunk of `nbytes` of data."""
     return index * CHUNK_BYTES, min((index + 1) * CHUNK_BYTES, nbytes)
 
 
 def write_tensors(
     folder: Path, layout: FileLayout, tensors: Mapping[str, Tensor], wrote: Callable[[int], None]
 ) -> FileRecord:
-    """Writes one data file: durable under its name when this returns, nothing under its name before.
+    """Write one data file atomically; it is durable under its name on return.
 
     Args:
-        folder: the pack's.
-        layout: names, dtypes and shapes of `tensors`; they are asked for one at a time, in this order.
+        folder: folder of the pack.
+        layout: names, dtypes and shapes of `tensors`, which are requested one at a time in this order.
         tensors: CPU tensors by key.
-        wrote: told the bytes of data that went out, piece by piece.
+        wrote: receives the number of data bytes after each write.
 
     Raises:
-        DoesNotFitError: the disk is full; the file under its name is as before.
-        ModelError: the file cannot be written; likewise.
+        DoesNotFitError: the disk is full; an older file of the same name is kept.
+        ModelError: the file cannot be written; an older file of the same name is kept.
     """
     header = layout.header()
     with _new_file(folder / layout.name) as fd:
@@ -240,7 +240,7 @@ def write_tensors(
 
 
 def write_small(folder: Path, name: str, data: bytes) -> FileRecord:
-    """Writes a small file atomically and durably; errors as in `write_tensors`."""
+    """Write a small file atomically and durably; errors as in `write_tensors`."""
     with _new_file(folder / name) as fd:
         write_all(fd, data, folder / name)
     sums = tuple(zlib.crc32(data[i : i + CHUNK_BYTES]) for i in range(0, len(data), CHUNK_BYTES))
@@ -248,7 +248,7 @@ def write_small(folder: Path, name: str, data: bytes) -> FileRecord:
 
 
 def _pieces(layout: FileLayout, tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
-    """The data of a file, front to back."""
+    """Yield the data of a file from start to end."""
     end = 0
     for placed in layout.tensors:
         yield memoryview(bytes(placed.offset - end))
@@ -260,13 +260,13 @@ def _pieces(layout: FileLayout, tensors: Mapping[str, Tensor]) -> Iterator[memor
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The numbers of a CPU tensor in row-major order, as bytes; not copied if they lie so."""
+    """Return the values of a CPU tensor in row-major order as bytes, without a copy if it is contiguous."""
     array: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()  # numpy's types hide the protocol
     return memoryview(array)
 
 
 class _ChunkWriter:
-    """Writes bytes one after the other, keeping a checksum per chunk. `crc32s` is complete after `flush`."""
+    """Sequential writer that keeps a checksum per chunk. `crc32s` is complete after `flush`."""
 
     def __init__(self, fd: int, path: Path, wrote: Callable[[int], None]) -> None:
         self.crc32s: list[int] = []
@@ -295,7 +295,7 @@ class _ChunkWriter:
 
 @contextmanager
 def _new_file(path: Path) -> Iterator[int]:
-    """A file that gets its name, and is on the disk, only when the block ends well; else nothing of it remains."""
+    """Open a temporary file that is synced and renamed if the block succeeds, and deleted if it fails."""
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     with disk_errors(path, "write"):
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
@@ -310,13 +310,13 @@ def _new_file(path: Path) -> Iterator[int]:
             temporary.replace(path)
             sync_folder(path.parent)
     except BaseException:
-        with suppress(OSError):  # what went wrong first is what counts; the next build clears the folder
+        with suppress(OSError):  # keep the first error; the next build clears the folder
             temporary.unlink(missing_ok=True)
         raise
 
 
 def write_all(fd: int, data: bytes | memoryview, path: Path) -> None:
-    """Writes all of `data`; errors name `path`."""
+    """Write all of `data`; errors name `path`."""
     view = memoryview(data)
     with disk_errors(path, "write"):
         while view:  # one call moves at most 2 GiB on Linux
@@ -324,7 +324,7 @@ def write_all(fd: int, data: bytes | memoryview, path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes names within `folder` durable."""
+    """Sync a folder, so that names in it are durable."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

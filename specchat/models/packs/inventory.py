@@ -1,4 +1,4 @@
-"""What lies in the folder of packs, told by manifests and sizes alone: no torch, and no data are read."""
+"""The list of packs on disk, from manifests and sizes alone: no torch, and no data are read."""
 
 import json
 from collections.abc import Iterator
@@ -8,14 +8,14 @@ from typing import Any
 
 from specchat.paths import cache_folder
 
-FORMAT_VERSION = 1  # of manifest and journal
-LAYOUT_VERSION = 1  # of the data files
+FORMAT_VERSION = 1  # version of manifest and journal
+LAYOUT_VERSION = 1  # version of the data files
 VERSIONS = {"format": FORMAT_VERSION, "layout": LAYOUT_VERSION}
 MANIFEST = "manifest.json"
 
 
 def packs_folder() -> Path:
-    """Where packs lie. It need not exist yet."""
+    """Return the folder of packs, which need not exist yet."""
     return cache_folder() / "packs"
 
 
@@ -24,10 +24,10 @@ class FoundPack:
     """A folder among the packs.
 
     Attributes:
-        path: of the folder.
-        nbytes: on the disk.
-        name: the MODEL that it was first made for; the folder's own name if that is not known.
-        idle: why nothing uses it any more, as far as can be told; None if something may.
+        path: folder of the pack.
+        nbytes: size on disk in bytes.
+        name: MODEL that the pack was first made for, or the folder's name if unknown.
+        idle: reason why the pack is no longer used; None if it may be in use.
     """
 
     path: Path
@@ -37,10 +37,10 @@ class FoundPack:
 
 
 def find_packs() -> tuple[FoundPack, ...]:
-    """All packs, by path; empty where the folder is missing or cannot be listed.
+    """Return all packs by path; empty if the folder is missing or cannot be listed.
 
-    One that was made for the same model, in the same numbers, as a later one is idle: the model's files, or what
-    quantizes them, have changed in between. (Or else a model has several revisions here, or two have the same name.)
+    A pack is idle if a later one has the same model name, dtype and quantizer: the model's files or the quantizer's
+    version have changed since. (Several revisions of a model, or two models of one name, look the same.)
     """
     try:
         folders = sorted(path for path in packs_folder().iterdir() if path.is_dir())
@@ -56,20 +56,20 @@ def find_packs() -> tuple[FoundPack, ...]:
 
 def _idle(folder: Path, body: dict[str, Any], latest: dict[tuple[str, ...], Path]) -> str | None:
     if not body:
-        return "its making was interrupted; the same command goes on with it"
+        return "packing was interrupted; the same command continues it"
     if any(body.get(name) != version for name, version in VERSIONS.items()):
-        return "another version of specchat made it"
-    return None if latest[_purpose(body)] == folder else "there is a later one of the same model"
+        return "made by another version of specchat"
+    return None if latest[_purpose(body)] == folder else "replaced by a later pack of the same model"
 
 
 def _purpose(body: dict[str, Any]) -> tuple[str, ...]:
-    """What a pack is for, without the versions of what made it."""
+    """Return name, dtype and quantizer of a pack, without the quantizer's version."""
     quantizer = str(body.get("quantizer", "")).partition(" ")[0]
     return str(body.get("name")), str(body.get("dtype")), quantizer
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    """What the manifest says; nothing where there is none that could be read."""
+    """Return the manifest's contents; empty if it is missing or unreadable."""
     try:
         body = json.loads((folder / MANIFEST).read_bytes())
     except (OSError, ValueError):
@@ -78,7 +78,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def _age(folder: Path) -> float:
-    """When it was finished, in seconds since some time long ago."""
+    """Return the time when the pack was finished, in seconds since the epoch."""
     try:
         return (folder / MANIFEST).stat().st_mtime
     except OSError:
@@ -94,4 +94,4 @@ def _sizes(folder: Path) -> Iterator[int]:
         try:
             yield path.lstat().st_size
         except OSError:
-            continue  # gone by now
+            continue  # deleted meanwhile

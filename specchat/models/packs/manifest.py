@@ -1,4 +1,4 @@
-"""What a pack says about itself: the manifest that makes it, and the journal from which an interrupted one goes on."""
+"""The manifest that completes a pack, and the journal that lets an interrupted run continue."""
 
 import json
 import os
@@ -24,16 +24,16 @@ JOURNAL = "journal.jsonl"
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a finished pack says about itself.
+    """Description of a finished pack.
 
     Attributes:
-        key: of the pack.
-        name: the MODEL that it was first made for, for listings.
-        dtype: of the layers' numbers that are not quantized.
-        rest: everything outside the layers.
-        layers: one file each.
-        files: small files that came along (config.json, tokenizer).
-        quantizer: what made the layers' matrices, and its version.
+        key: key of the pack.
+        name: MODEL that the pack was first made for, for listings.
+        dtype: dtype of the layers' unquantized tensors.
+        rest: file of everything outside the layers.
+        layers: files of the layers, one each.
+        files: copied small files (config.json, tokenizer).
+        quantizer: quantizer of the layers' matrices, with its version.
     """
 
     key: str
@@ -51,11 +51,11 @@ class Manifest:
 
     @property
     def nbytes(self) -> int:
-        """Bytes on the disk, the manifest's own aside."""
+        """Bytes on disk, without the manifest."""
         return sum(record.file_nbytes for record in self.records)
 
     def write(self, folder: Path) -> None:
-        """Writes the manifest atomically and durably; errors as in `write_tensors`."""
+        """Write the manifest atomically and durably; errors as in `write_tensors`."""
         body = {
             **VERSIONS,
             "key": self.key,
@@ -71,11 +71,11 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest in `folder`; None if there is none, or of another version.
+    """Read the manifest in `folder`; None if it is missing or of another version.
 
     Raises:
-        ValueError: it is not what was written.
-        ModelError: the file is there and cannot be read.
+        ValueError: the manifest is damaged.
+        ModelError: the file exists but cannot be read.
     """
     data = _read_if_there(folder / MANIFEST)
     if data is None:
@@ -97,19 +97,19 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 class Journal:
-    """Which files of a pack are complete while it is made: one line each, durable before the next file is begun.
+    """Record of a pack's complete files: one line each, durable before the next file is begun.
 
-    It stays beside the finished manifest, so that a damaged manifest costs no second packing.
+    The journal stays next to the finished manifest, so that a damaged manifest costs no second packing.
     """
 
     def __init__(self, folder: Path, key: str, records: Sequence[FileRecord]) -> None:
-        """Begins the journal anew with what is known to be complete; errors as in `write_tensors`."""
+        """Start the journal with the files known to be complete; errors as in `write_tensors`."""
         self._folder = folder
         lines = [{**VERSIONS, "key": key}, *map(_to_json, records)]
         write_small(folder, JOURNAL, b"".join(json.dumps(line).encode() + b"\n" for line in lines))
 
     def add(self, record: FileRecord) -> None:
-        """Notes a file that is on the disk under its name."""
+        """Add a file that is durable under its name."""
         path = self._folder / JOURNAL
         with disk_errors(path, "write"):
             fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
@@ -122,10 +122,10 @@ class Journal:
 
 
 def read_journal(folder: Path, key: str) -> dict[str, FileRecord]:
-    """Records by file name, as far as the journal can be read: its last line may be torn.
+    """Read the journal's records by file name, up to the first damaged line.
 
     Raises:
-        ModelError: the file is there and cannot be read.
+        ModelError: the file exists but cannot be read.
     """
     first, *lines = (_read_if_there(folder / JOURNAL) or b"").split(b"\n")
     records: dict[str, FileRecord] = {}
@@ -136,16 +136,12 @@ def read_journal(folder: Path, key: str) -> dict[str, FileRecord]:
             record = _from_json(json.loads(line))
             records[record.name] = record
     except (ValueError, KeyError, TypeError, RecursionError):
-        return records  # from here on nothing can be trusted; the files meant are written again
+        return records  # later lines cannot be trusted; their files are written again
     return records
 
 
 def _read_if_there(path: Path) -> bytes | None:
-    """The whole of a small file, or None if there is none.
-
-    Raises:
-        ModelError: the file is there and cannot be read.
-    """
+    """Read a small file; None if it does not exist."""
     with disk_errors(path, "read"):
         try:
             return path.read_bytes()
@@ -168,10 +164,10 @@ def _to_json(record: FileRecord) -> dict[str, object]:
 
 
 def _from_json(value: Any) -> FileRecord:
-    """The record in a JSON object.
+    """Parse a record from a JSON object.
 
     Raises:
-        ValueError, KeyError, TypeError: it is none, or names a file outside its folder.
+        ValueError, KeyError, TypeError: the object is no record, or names a file outside its folder.
     """
     name, crc32s = value["name"], tuple(value["crc32"])
     data_offset, nbytes, header_crc32 = value["data_offset"], value["nbytes"], value["header_crc32"]

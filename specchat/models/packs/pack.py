@@ -1,8 +1,8 @@
-"""Packs: a model's weights written once more, one aligned blob per layer, so that passes read at the disk's own speed.
+"""Packs: a copy of a model's weights as one aligned blob per layer, so that passes read at the disk's own speed.
 
-A pack is a folder `packs/<key>/` in the user's cache: `layer-00000.safetensors` ..., `rest.safetensors`, small files
-that came along, and `manifest.json`, which is written last and makes the pack. It may be deleted at any time, whole or
-file by file: `build_pack` writes what is missing. How the files look is the business of `file_format`.
+A pack is a folder `packs/<key>/` in the user's cache: `layer-00000.safetensors` ..., `rest.safetensors`, copied small
+files, and `manifest.json`, which is written last and completes the pack. It may be deleted at any time, whole or file
+by file: `build_pack` writes what is missing. `file_format` defines the files.
 """
 
 import hashlib
@@ -41,13 +41,13 @@ class PackKey:
     """Everything that a pack's bytes depend on.
 
     Attributes:
-        revision: the hub commit, or None for other folders.
-        files: per weight file, its name and blob id in the hub's cache, or else path, size, mtime in ns and the
-            sha256 of its header.
-        config_sha256: of config.json.
-        dtype: of the packed layers.
-        layout_version: of the packed files.
-        quantizer: what makes the matrices, and its version.
+        revision: hub commit, or None for other folders.
+        files: per weight file, name and blob id in the hub's cache, or else path, size, mtime in ns and the sha256 of
+            the header.
+        config_sha256: sha256 of config.json.
+        dtype: dtype of the packed layers.
+        layout_version: version of the data files.
+        quantizer: quantizer of the matrices, with its version.
     """
 
     revision: str | None
@@ -58,18 +58,18 @@ class PackKey:
     quantizer: str = NOT_QUANTIZED
 
     def digest(self) -> str:
-        """The key as a folder's name: 32 hexadecimal digits."""
+        """Return the key as a folder name of 32 hexadecimal digits."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:32]
 
 
 def key_for(source: ModelSource, checkpoint: Checkpoint, dtype: Dtype, quantizer: str = NOT_QUANTIZED) -> str:
-    """The name of the pack of a model, the same for as long as its files stay the same.
+    """Return the key of a model's pack, which changes with the model's files.
 
     Args:
-        source: has config.json.
-        checkpoint: of `source`.
-        dtype: of the packed layers.
-        quantizer: what makes the matrices, and its version.
+        source: source of the model, with config.json.
+        checkpoint: opened checkpoint of `source`.
+        dtype: dtype of the packed layers.
+        quantizer: quantizer of the matrices, with its version.
 
     Raises:
         ModelError: a file cannot be read.
@@ -85,7 +85,7 @@ def key_for(source: ModelSource, checkpoint: Checkpoint, dtype: Dtype, quantizer
 
 
 def _identity(source: ModelSource, file: Path, data_start: int) -> tuple[str | int, ...]:
-    """What tells one state of a weight file from another, at the cost of reading its header at most."""
+    """Return a fingerprint of a weight file, reading its header at most."""
     with disk_errors(file, "read", MODEL_HINT):
         if source.revision is not None and file.is_symlink() and (blob := file.readlink()).parent.name == "blobs":
             return file.name, blob.name  # the hub's cache names blobs after their content
@@ -100,10 +100,10 @@ class PackedLayer:
     """One layer's blob in its file.
 
     Attributes:
-        path: of the file.
-        data_offset: where the blob begins, a multiple of 4096.
-        nbytes: its length, a multiple of 4096; laid out as `LayerLayout` has it.
-        crc32s: of its chunks.
+        path: file of the layer.
+        data_offset: start of the blob in the file, a multiple of 4096 bytes.
+        nbytes: length of the blob, a multiple of 4096 bytes; `LayerLayout` describes its contents.
+        crc32s: checksums of the blob's chunks.
     """
 
     path: Path
@@ -113,49 +113,49 @@ class PackedLayer:
 
     @property
     def num_chunks(self) -> int:
-        """Checksums of the blob."""
+        """Number of chunks in the blob."""
         return len(self.crc32s)
 
     def chunk(self, index: int) -> tuple[int, int]:
-        """Begin and end of a chunk within the blob; CHUNK_BYTES apart except for the last."""
+        """Return begin and end of a chunk within the blob; all but the last have CHUNK_BYTES."""
         return chunk_span(self.nbytes, index)
 
 
 @dataclass(frozen=True)
 class Pack:
-    """A pack whose manifest, sizes and headers are good; its data are checked as they are read (`ChunkVerifier`)."""
+    """A pack with valid manifest, sizes and headers; data are verified when first read (`ChunkVerifier`)."""
 
     folder: Path
     manifest: Manifest
 
     @property
     def key(self) -> str:
-        """What it is the pack of."""
+        """Key of the pack."""
         return self.manifest.key
 
     @property
     def name(self) -> str:
-        """The MODEL that it was first made for."""
+        """MODEL that the pack was first made for."""
         return self.manifest.name
 
     @property
     def dtype(self) -> Dtype:
-        """Of the layers."""
+        """Dtype of the layers' unquantized tensors."""
         return self.manifest.dtype
 
     @property
     def quantizer(self) -> str:
-        """What made the layers' matrices, and its version; "none" where they are numbers of `dtype`."""
+        """Quantizer of the layers' matrices with its version; "none" if they are unquantized."""
         return self.manifest.quantizer
 
     @property
     def nbytes(self) -> int:
-        """Its size on the disk."""
+        """Size on disk in bytes."""
         return self.manifest.nbytes
 
     @property
     def layers(self) -> tuple[PackedLayer, ...]:
-        """The blobs."""
+        """Blobs of the layers."""
         return tuple(
             PackedLayer(self.folder / record.name, record.data_offset, record.nbytes, record.crc32s)
             for record in self.manifest.layers
@@ -167,26 +167,26 @@ class Pack:
         return self.folder / REST
 
     def fits(self, source: LayerSource) -> bool:
-        """Whether the packed layers are laid out as `source` has them; another transformers may order them anew."""
+        """Return whether the layers have the layout of `source`; another transformers may order them differently."""
         layouts = [layer_layout(source, layer) for layer in range(source.num_layers)]
         records = self.manifest.layers
         return len(records) == len(layouts) and all(map(FileRecord.describes, records, layouts))
 
     def checkpoint(self) -> Checkpoint:
-        """All of the pack's tensors; the data of layers are not checked.
+        """Open all of the pack's tensors as a checkpoint; the data of layers are not verified.
 
         Raises:
-            CorruptCheckpointError: a file has been damaged since the pack was opened.
+            CorruptCheckpointError: a file was damaged after the pack was opened.
         """
         whole = open_checkpoint(self.folder)
         tensors = {key: info for key, info in whole.tensors.items() if not key.startswith(PAD_PREFIX)}
         return Checkpoint(self.folder, MappingProxyType(tensors))
 
     def rest_checkpoint(self) -> Checkpoint:
-        """The tensors of `rest`, after checking its data.
+        """Open the tensors of `rest` as a checkpoint, after verifying their data.
 
         Raises:
-            CorruptCheckpointError: the data differ from their checksums.
+            CorruptCheckpointError: the data do not match their checksums.
             ModelError: the file cannot be read.
         """
         for index, good in enumerate(self.manifest.rest.good_chunks(self.folder)):
@@ -197,14 +197,14 @@ class Pack:
 
 
 def open_pack(key: str, warn: Callable[[str], None] = LOG.warning) -> Pack | None:
-    """The finished pack of `key`, or None; data are not read.
+    """Open the finished pack of `key` without reading data; None if there is none.
 
     Args:
-        key: from `key_for`.
-        warn: told in one line if there is a pack but a damaged one, which `build_pack` mends.
+        key: key from `key_for`.
+        warn: receives a one-line warning about a damaged pack, which `build_pack` repairs.
 
     Raises:
-        ModelError: a file is there and cannot be read.
+        ModelError: a file exists but cannot be read.
     """
     folder = packs_folder() / key
     try:
@@ -223,21 +223,21 @@ def open_pack(key: str, warn: Callable[[str], None] = LOG.warning) -> Pack | Non
 
 
 def fail_on_chunk(path: Path, chunk: int) -> NoReturn:
-    """Says that a packed file's data are not what was written, and how to mend that."""
+    """Report damaged data of a packed file, and how to repair the pack."""
     raise CorruptCheckpointError(
         f"chunk {chunk} of {path} is damaged: its checksum differs",
-        hint=f"delete {path} (or the whole folder): it is safe to delete, and is written again from the model",
+        hint=f"delete {path} or the whole folder; it is safe to delete, and specchat writes it again",
     )
 
 
 def _is_complete(manifest: Manifest) -> bool:
-    """Whether the manifest names the files that a pack has."""
+    """Return whether the manifest names all files of a pack."""
     names = [record.name for record in manifest.layers]
     return bool(names) and manifest.rest.name == REST and names == [layer_file(i) for i in range(len(names))]
 
 
 def find_fault(folder: Path, manifest: Manifest) -> str | None:
-    """The first thing wrong with a pack's files. Small ones are read whole: nothing checks them later."""
+    """Describe the first fault of a pack's files; None if there is none. Only here are small files read whole."""
     for record in manifest.records:
         if fault := record.fault(folder):
             return fault
@@ -248,7 +248,7 @@ def find_fault(folder: Path, manifest: Manifest) -> str | None:
 
 
 def list_packs(warn: Callable[[str], None] = LOG.warning) -> tuple[Pack, ...]:
-    """All finished packs, by key; damaged ones are told to `warn`, unfinished ones left out."""
+    """List all finished packs by key; `warn` receives the damaged ones, unfinished ones are skipped."""
     folder = packs_folder()
     with disk_errors(folder, "read"):
         keys = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []

@@ -1,4 +1,4 @@
-"""Where the tensors of a pack come from."""
+"""The source of a pack's tensors."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -7,31 +7,31 @@ from torch import Tensor
 
 
 class LayerSource(Protocol):
-    """A model whose tensors can be had layer by layer.
+    """A model that provides its tensors layer by layer.
 
-    What `read_layer` returns is used up before the next call. Mappings may make their tensors when asked for them, and
-    are asked once for each. The meta mappings tell names, order, shapes and dtypes at no cost: meta tensors, or any.
+    The result of `read_layer` is valid until the next call. Mappings may create their tensors on access; callers access
+    each once. The meta mappings give names, order, shapes and dtypes at no cost, as meta tensors or real ones.
     """
 
     @property
     def num_layers(self) -> int:
-        """Decoder layers."""
+        """Number of decoder layers."""
 
     @property
     def layers_name(self) -> str:
         """The layers' path in the model, such as "model.layers"."""
 
     def layer_meta(self, layer: int) -> Mapping[str, Tensor]:
-        """The layer's parameters as they will be packed: by name within the layer, in module order."""
+        """Return the layer's parameters as meta tensors, by name within the layer, in module order."""
 
     def read_layer(self, layer: int) -> Mapping[str, Tensor]:
-        """The layer's parameters: CPU tensors."""
+        """Return the layer's parameters as CPU tensors."""
 
     def rest_meta(self) -> Mapping[str, Tensor]:
-        """Everything outside the layers' parameters, by full name."""
+        """Return everything outside the layers as meta tensors, by full name."""
 
     def rest(self) -> Mapping[str, Tensor]:
-        """The same, as CPU tensors."""
+        """Return everything outside the layers as CPU tensors, by full name."""
 
 
 def with_full_names(source: LayerSource, layer: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Holding a pack's data against its checksums: chunk by chunk as they are first read, or all at once."""
+"""Verification of a pack's data: chunk by chunk when first read, or all at once."""
 
 import threading
 import zlib
@@ -12,7 +12,7 @@ from specchat.models.packs.pack import Pack, fail_on_chunk
 
 
 class ChunkVerifier:
-    """Holds a pack's data against their checksums as they are first read in this process; for any thread."""
+    """Verifies a pack's chunks when they are first read in this process; thread-safe."""
 
     def __init__(self, pack: Pack) -> None:
         self._layers = pack.layers
@@ -20,19 +20,19 @@ class ChunkVerifier:
         self._lock = threading.Lock()
 
     def is_verified(self, layer: int, chunk: int) -> bool:
-        """Whether the chunk has been found good before."""
+        """Return whether the chunk was verified before."""
         return (layer, chunk) in self._verified
 
     def verify(self, layer: int, chunk: int, data: bytes | bytearray | memoryview) -> None:
-        """Checks one chunk as it was read, unless it has been checked before.
+        """Verify one chunk, unless it was verified before.
 
         Args:
             layer: index of the decoder layer.
             chunk: index of the chunk in its blob.
-            data: all of the chunk's bytes.
+            data: bytes of the whole chunk.
 
         Raises:
-            CorruptCheckpointError: they are not what was written.
+            CorruptCheckpointError: the bytes do not match their checksum.
         """
         if self.is_verified(layer, chunk):
             return
@@ -43,7 +43,7 @@ class ChunkVerifier:
             self._verified.add((layer, chunk))
 
     def verify_layer(self, layer: int, data: bytes | bytearray | memoryview) -> None:
-        """`verify` for all chunks of a whole blob."""
+        """Verify all chunks of a whole blob."""
         view = memoryview(data)
         for chunk in range(self._layers[layer].num_chunks):
             begin, end = self._layers[layer].chunk(chunk)
@@ -52,21 +52,21 @@ class ChunkVerifier:
 
 @dataclass(frozen=True)
 class Damage:
-    """A file of a pack that is not as it was written; deleting it lets `build_pack` write it again."""
+    """A damaged file of a pack; after its deletion `build_pack` writes it again."""
 
     path: Path
     reason: str
 
 
 def verify_pack(pack: Pack, progress: Callable[[int, int], None] = lambda done, total: None) -> Sequence[Damage]:
-    """Reads all of a pack's data from the disk and checks them.
+    """Read all of a pack's data from the disk and verify them.
 
     Args:
-        pack: from `open_pack`.
-        progress: told (bytes checked, bytes in all).
+        pack: pack from `open_pack`.
+        progress: receives (bytes verified, bytes in total).
 
     Returns:
-        What is damaged or cannot be read; nothing if the pack is good.
+        Damaged or unreadable files; empty if the pack is good.
     """
     damages = []
     done, total = 0, sum(record.nbytes for record in pack.manifest.records)

@@ -1,9 +1,10 @@
-"""Which of several ways a product with a quantized matrix is computed: the fastest, measured once per installation.
+"""Choice of the fastest kernel for a matmul with a quantized matrix, measured once per installation.
 
-Products are alike if format, shape, dtype and device are, and the rows of x up to the next power of two. The first of
-a kind is computed in every way that the format has, with the memory that it needs in any case; the result is kept in
-the cache folder, so all later passes and runs take the same way. A file that cannot be read is measured anew; where
-none can be written, the choice lasts as long as the process. Where there is one way, as on every CPU, nothing happens.
+Two matmuls are of one kind if format, matrix shape, dtype and device agree, and the rows of x up to the next power of
+two. The first matmul of a kind runs every kernel of the format, in the memory that one of them needs anyway. The result
+is kept in the cache folder, so later passes and runs use the same kernel. An unreadable file is measured again. If no
+file can be written, the choice lasts as long as the process. With a single kernel, as on every CPU, nothing is
+measured.
 """
 
 import hashlib
@@ -25,21 +26,21 @@ from specchat.models.quant.formats.base import WeightFormat
 from specchat.models.quant.kernels.chunked import Linear, Segments
 from specchat.paths import cache_folder
 
-_VERSION = 1  # of what is measured, and of our own kernels
+_VERSION = 1  # raise when measurements or specchat's kernels change
 _LIBRARIES = ("torch", "bitsandbytes", "triton")
-# So few that all the kinds of a model take a few tenths of a second: launches overlap within a round.
+# Few enough that all kinds of a model take a few tenths of a second: launches overlap within a round.
 _ROUNDS = 2
 _CALLS = 3
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How one kind of product is computed.
+    """The kernel of one kind of matmul.
 
     Attributes:
-        product: the kind: format, shape of the matrix, dtype, and the most rows of x.
-        way: the fastest, one of `WeightFormat.ways`.
-        times_s: what each way took.
+        product: kind of matmul: format, shape of the matrix, dtype, and maximum rows of x.
+        way: fastest kernel, a name in `WeightFormat.kernels`.
+        times_s: measured seconds by kernel.
     """
 
     product: str
@@ -48,10 +49,10 @@ class Choice:
 
 
 class Autotuner:
-    """The choices of one installation, as far as they have been needed.
+    """The choices of one installation, measured on demand.
 
     Args:
-        folder: where they are kept, a file for each device; need not exist.
+        folder: folder that holds a file per device; it need not exist.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -62,7 +63,7 @@ class Autotuner:
     def linear(
         self, weight_format: WeightFormat, x: Tensor, segments: Segments, shape: tuple[int, int], scratch: Tensor
     ) -> Linear:
-        """What to call for a product, and for all others of its kind; the arguments are those of `linear`."""
+        """Return the fastest kernel for a matmul and all others of its kind; arguments as in `WeightFormat.linear`."""
         num_rows = rows_class(x, shape)
         ways = weight_format.kernels(shape, num_rows, x.dtype, x.device)
         if len(ways) == 1:
@@ -83,7 +84,7 @@ class Autotuner:
         return self._known[device]
 
     def _save(self, device: torch.device) -> None:
-        """Adds what is known to the file, in which other programs may have written since."""
+        """Merge the known choices into the file, which other programs may have changed."""
         file = self._file(device)
         choices = _read(file) | self._known[device]
         content = {"made_by": _makers(device), "choices": [asdict(choice) for choice in choices.values()]}
@@ -96,12 +97,12 @@ class Autotuner:
 
 @cache
 def autotuner() -> Autotuner:
-    """Those of this process."""
+    """Return the autotuner of this process."""
     return Autotuner(cache_folder() / "ways")
 
 
 def rows_class(x: Tensor, shape: tuple[int, int]) -> int:
-    """The rows of x [..., cols], which multiplies a matrix (rows, cols), up to the next power of two."""
+    """Return the rows of x [..., cols] for a matrix (rows, cols), up to the next power of two."""
     return 1 << max(x.numel() // shape[1] - 1, 0).bit_length()
 
 
@@ -111,7 +112,7 @@ def _measured(product: str, calls: Mapping[str, Callable[[], Tensor]], device: t
 
 
 def _time_s(call: Callable[[], Tensor], device: torch.device) -> float:
-    """Seconds that a call takes; the first one, which may compile a kernel, apart."""
+    """Return the seconds of a call, without the first one, which may compile a kernel."""
     call()
     rounds_s = []
     for _ in range(_ROUNDS):
@@ -125,14 +126,14 @@ def _time_s(call: Callable[[], Tensor], device: torch.device) -> float:
 
 
 def _wait_for(device: torch.device) -> None:
-    """Until what was queued has been computed; copies on other streams go on."""
+    """Wait for the current stream; copies on other streams continue."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
 
 
 @cache
 def _makers(device: torch.device) -> list[str]:
-    """What choices depend on beside the product."""
+    """Return what choices depend on besides the kind: own version, device and libraries."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return [str(_VERSION), name, *(f"{library} {_version(library)}" for library in _LIBRARIES)]
 
@@ -145,7 +146,7 @@ def _version(library: str) -> str:
 
 
 def _read(file: Path) -> dict[str, Choice]:
-    """The choices in a file; none if it is absent or damaged."""
+    """Read the choices in a file; none if it is absent or damaged."""
     try:
         found = [
             Choice(str(each["product"]), str(each["way"]), dict(each["times_s"]))

@@ -1,6 +1,6 @@
-"""Modules whose matrices are stored in a number format: their parameters are the format's segments.
+"""Modules whose matrices are stored in a quantization format: their parameters are the format's segments.
 
-So they are laid out, packed, streamed and bound like any other parameter, and only the product knows of the format.
+Layout, packing, streaming and binding treat segments like any other parameter; only the matmul knows the format.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,17 +16,17 @@ from specchat.models.quant.kernels.chunked import Linear, Segments, scratch_byte
 
 
 class Scratch:
-    """Memory that the quantized matrices of one model are dequantized into, one piece at a time.
+    """Memory for dequantizing the matrices of one model, one chunk at a time.
 
     Attributes:
-        memory: uint8; grows to the largest piece when it is first needed.
+        memory: scratch memory, uint8; it grows to the largest chunk on first use.
     """
 
     def __init__(self) -> None:
         self.memory = torch.empty(0, dtype=torch.uint8)
 
     def of(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory for the pieces of a matrix (rows, cols) in a compute dtype: uint8, contents undefined."""
+        """Return scratch memory for a chunk of a matrix (rows, cols) in a compute dtype: uint8, contents undefined."""
         nbytes = scratch_bytes(shape, dtype, device)
         if self.memory.numel() < nbytes or self.memory.device != device:
             self.memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
@@ -34,13 +34,13 @@ class Scratch:
 
 
 class QuantLinear(nn.Module):
-    """Takes the place of an `nn.Linear`.
+    """A linear layer with a quantized matrix; replaces an `nn.Linear`.
 
     Args:
-        weight_format: of its matrix.
-        shape: (rows, cols): out_features, in_features.
-        bias: the bias of what it replaces, if that has one.
-        scratch: shared by all of the model's.
+        weight_format: quantization format of the matrix.
+        shape: (rows, cols) of the matrix: out_features, in_features.
+        bias: bias of the replaced layer, or None.
+        scratch: scratch memory shared by all matrices of the model.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class QuantLinear(nn.Module):
         return {name: parameters[name] for name in self._names}  # type: ignore[misc]  # only a bias may be None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x W^T + bias: [..., cols] -> [..., rows]."""
+        """Compute x W^T + bias: [..., cols] -> [..., rows]."""
         scratch, segments = self.scratch.of(self.shape, x.dtype, x.device), self.segments
         kind = x.device, x.dtype, rows_class(x, self.shape)
         linear = self._kernels.get(kind)
@@ -75,10 +75,10 @@ class QuantLinear(nn.Module):
 
 
 class QuantParts(nn.ModuleList):
-    """One matrix in several pieces of rows, each stored by itself: a checkpoint's gate_proj and up_proj, say."""
+    """One matrix in several row ranges, each stored separately, such as a checkpoint's gate_proj and up_proj."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x W^T: [..., cols] -> [..., rows of all parts]."""
+        """Compute x W^T: [..., cols] -> [..., rows of all parts]."""
         return torch.cat([part(x) for part in self], -1)
 
 
@@ -88,14 +88,14 @@ def _empty(segment: Segment) -> nn.Parameter:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A place in a model where a matrix may be stored in a number format.
+    """A place in a model where a matrix may be stored in a quantization format.
 
     Attributes:
-        path: of an nn.Linear, or of the parameter that fuses the matrices of all experts, within the model.
+        path: path within the model of an nn.Linear, or of the parameter that fuses the matrices of all experts.
         layer: index of the decoder layer, or None for the head.
-        shape: (rows, cols) of one matrix as it is multiplied with, x W^T.
-        num_experts: matrices that the parameter fuses; 0 for an nn.Linear.
-        transposed: whether a fused parameter has [cols, rows] for each expert.
+        shape: (rows, cols) of one matrix W in x W^T.
+        num_experts: number of matrices that the parameter fuses; 0 for an nn.Linear.
+        transposed: whether a fused parameter holds [cols, rows] per expert.
     """
 
     path: str
@@ -107,20 +107,20 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Part:
-    """Some rows of a matrix, stored by themselves; most matrices have one part."""
+    """A range of rows of a matrix, stored separately; most matrices have one part."""
 
     rows: int
     format: WeightFormat
 
 
 def replace_linear(model: Any, matrix: Matrix, part: Part, scratch: Scratch) -> None:
-    """Puts a `QuantLinear` where an nn.Linear is."""
+    """Replace an nn.Linear by a `QuantLinear`."""
     parent, leaf = _parent(model, matrix.path)
     setattr(parent, leaf, QuantLinear(part.format, matrix.shape, getattr(parent, leaf).bias, scratch))
 
 
 def replace_experts(model: Any, matrix: Matrix, experts: Sequence[Sequence[Part]], scratch: Scratch) -> None:
-    """Puts a list of `QuantLinear` or `QuantParts`, one per expert, where a fused parameter is."""
+    """Replace a fused parameter by a list of `QuantLinear` or `QuantParts`, one per expert."""
     parent, leaf = _parent(model, matrix.path)
     modules = []
     for parts in experts:
@@ -131,21 +131,21 @@ def replace_experts(model: Any, matrix: Matrix, experts: Sequence[Sequence[Part]
 
 
 def experts_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """What a fused-experts module of transformers computes, with one matrix of one hit expert dequantized at a time.
+    """Compute a fused-experts module of transformers, dequantizing one matrix of one used expert at a time.
 
     Args:
-        module: has act_fn or _apply_gate, has_gate, has_bias, and the lists that `replace_experts` made.
-        hidden: [rows, width].
-        top_k_index: int64 [rows, k], the experts of each row.
-        top_k_weights: [rows, k].
+        module: module with act_fn or _apply_gate, has_gate, has_bias, and the lists of `replace_experts`.
+        hidden: hidden states [rows, width].
+        top_k_index: experts of each row, int64 [rows, k].
+        top_k_weights: weights of these experts [rows, k].
 
     Returns:
-        [rows, width].
+        Mixed outputs of the experts [rows, width].
     """
     num_rows, k = top_k_index.shape
     ups = module.gate_up_proj if module.has_gate else module.up_proj
     up_biases, down_biases = _expert_biases(module)
-    order = top_k_index.reshape(-1).argsort(stable=True)  # row-expert pairs, an expert's together
+    order = top_k_index.reshape(-1).argsort(stable=True)  # row-expert pairs, grouped by expert
     counts = top_k_index.reshape(-1).bincount(minlength=module.num_experts).tolist()
     pairs = hidden.new_empty(num_rows * k, hidden.shape[1])
     end = 0
@@ -172,19 +172,19 @@ def _expert_biases(module: Any) -> tuple[Tensor | None, Tensor | None]:
 
 
 def quant_linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, QuantLinear]]:
-    """All quantized matrices in a module, by path."""
+    """Yield all quantized matrices in a module with their paths."""
     for name, child in module.named_modules(prefix=prefix):
         if isinstance(child, QuantLinear):
             yield name, child
 
 
 def segment_names(module: nn.Module) -> frozenset[str]:
-    """The parameters of a module that are segments: their dtypes are their own, whatever the model computes in."""
+    """Return the parameters of a module that are segments, whose dtypes do not follow the model's compute dtype."""
     linears = quant_linears(module)
     return frozenset(f"{path}.{name}" if path else name for path, linear in linears for name in linear.segments)
 
 
 def _parent(model: Any, path: str) -> tuple[Any, str]:
-    """The module that has `path` as a child or parameter, and its name there."""
+    """Return the module that owns `path` as a child or parameter, and the name in it."""
     parent, _, leaf = path.rpartition(".")
     return model.get_submodule(parent), leaf

@@ -1,23 +1,23 @@
 """Models of any Llama-like shape that compute exactly the demo target's function: real bytes, real compute, known text.
 
-How a small model hides in a large one (d, h0: the demo's width and head dim; D, hd: the shape's; live: the demo's own):
+How a large model embeds a small one (d, h0: the demo's width and head dim; D, hd: the shape's; live: the demo's own):
 
-- The residual stream holds the demo's as many times as it goes in, so the mean of its squares, and with it every norm,
-  is the demo's. A remainder (D % d) stays zero; the norms' weights and eps make up for it.
-- The norms' weights are zero beyond the first copy. The matrices read zeros there, so those columns may be anything.
-- A live head's rotary dim i goes to dim i * hd / h0, which turns at the same speed. The queries are larger by
-  sqrt(hd / h0), as attention divides by sqrt(hd). That is rarely a power of two: what rounding takes from them goes
-  into a second matrix that reads the second copy, so 16-bit weights lose nothing worth mentioning.
-- Idle heads and neurons cost what live ones do and add exactly zero: where v_proj and up_proj have no live row they
-  have zeros in the live columns. o_proj is zero where an idle query head reads live values.
-- In idle layers the norms' weights are zero, and everything else is free.
+- The residual stream holds as many copies of the demo's as fit. So the mean of its squares, and with it every norm,
+  equals the demo's. A remainder (D % d) stays zero; the norms' weights and eps compensate for it.
+- The norms' weights are zero beyond the first copy. The matrices read zeros there, so those columns are arbitrary.
+- A live head's rotary dim i moves to dim i * hd / h0, which rotates at the same speed. The queries are larger by
+  sqrt(hd / h0), because attention divides by sqrt(hd). That is rarely a power of two, so a second matrix holds the
+  rounding error and reads the second copy. 16-bit weights then lose almost nothing.
+- Idle heads and neurons cost as much as live ones and add exactly zero. v_proj and up_proj have zeros in the live
+  columns of rows that are not live. o_proj is zero where an idle query head reads live values.
+- In idle layers the norms' weights are zero, and everything else is arbitrary.
 
-All that is free is random: uniform bits but for the exponent's highest, so that weights stay below 4, none is
-subnormal (slow on CPUs), and zlib saves 1.5 % of an idle layer, 3 to 6 % of a live one (of Gaussian weights: 21 %).
+All arbitrary weights are random: uniform bits except the exponent's highest. So weights stay below 4, none is subnormal
+(slow on CPUs), and zlib saves 1.5 % of an idle layer, 3 to 6 % of a live one (of Gaussian weights: 21 %).
 
 Measured, relative to the demo target's logits in float32: 5e-7 for bf16 weights computed in float32, so greedy texts
-are the same but at near-ties; 4.2e-3 computed in bf16, where the demo target itself loses 4.1e-3. Where nothing can
-carry what rounding takes (no second copy, or a remainder) it is 1.3e-3 for bf16 weights.
+are equal except at near-ties; 4.2e-3 computed in bf16, where the demo target itself loses 4.1e-3. Without a place for
+the rounding error (no second copy, or a remainder) it is 1.3e-3 for bf16 weights.
 """
 
 import hashlib
@@ -51,7 +51,7 @@ from specchat.units import format_bytes
 __all__ = ["Shape", "ShapeLayers", "materialise", "parse_shape", "shape_files"]
 
 LABEL = "synthetic: computes what the demo does, in its vocabulary of 4,096"
-LAYOUT_VERSION = 1  # of the bytes that a shape and a seed lead to; part of the cache's key
+LAYOUT_VERSION = 1  # version of the bytes for a shape and a seed; part of the pack's key
 
 _COPIED_FILES = (
     "generation_config.json",
@@ -61,29 +61,29 @@ _COPIED_FILES = (
     "chat_template.jinja",
 )
 _CONFIG_DTYPE: dict[Dtype, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-# Random bits become numbers by clearing the exponent's highest bit and then adding one to the exponent: 1 .. half of
-# what it can be, so neither subnormal nor infinite nor large. (mask, addend, bytes) of one number.
+# Clear the exponent's highest bit of random bits, then add one to the exponent: 1 .. half of its maximum. So values are
+# neither subnormal nor infinite nor large. (mask, addend, bytes) of one value.
 _RANDOM_NUMBERS: dict[Dtype, tuple[int, int, int]] = {
     "bf16": (0xBFFF, 0x0080, 2),
     "fp16": (0xBFFF, 0x0400, 2),
     "fp32": (0xBFFF_FFFF, 0x0080_0000, 4),
 }
 _SMALLER = 2**-6
-_RANDOM_CHUNK = 1 << 15  # words of 8 bytes: the three rounds over them stay in the processor's cache
-_RANDOM_BLOCK = 1 << 22  # words with one seed, filled by one thread; so that the bytes do not depend on their number
+_RANDOM_CHUNK = 1 << 15  # words of 8 bytes: small enough for three passes within the CPU cache
+_RANDOM_BLOCK = 1 << 22  # words per seed and thread: the bytes do not depend on the number of threads
 _NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 
 Progress = Callable[[int, int], None]
 
 
 class ShapeLayers:
-    """The weights of a shape, made layer by layer: a `LayerSource`. The same ones for the same shape and seed.
+    """The weights of a shape, generated layer by layer: a `LayerSource`, determined by shape and seed.
 
-    Holds the demo target's weights in float32 (28 MB) and the memory of one layer, which the next one is made in.
+    It holds the demo target's weights in float32 (28 MB) and memory for one layer, which each layer reuses.
 
     Args:
-        shape: from `parse_shape`.
-        seed: of the random weights; the function computed does not depend on it.
+        shape: shape from `parse_shape`.
+        seed: seed of the random weights; the computed function does not depend on it.
 
     Raises:
         ModelNotFoundError: the demo's files are missing from this installation.
@@ -104,27 +104,27 @@ class ShapeLayers:
 
     @property
     def num_layers(self) -> int:
-        """Decoder layers."""
+        """Number of decoder layers."""
         return self.shape.layers
 
     @property
     def layers_name(self) -> str:
-        """The layers' path in the model."""
+        """Path of the layers in the model."""
         return "model.layers"
 
     def layer_meta(self, layer: int) -> dict[str, Tensor]:
-        """Meta tensors of what `read_layer` returns."""
+        """Return the result of `read_layer` as meta tensors."""
         assert 0 <= layer < self.num_layers
         return self._empty(self.shape.layer_tensors(), "meta")
 
     def read_layer(self, layer: int) -> dict[str, Tensor]:
-        """One decoder layer's weights, valid until the next call.
+        """Generate one decoder layer's weights, valid until the next call.
 
         Args:
-            layer: 0 .. num_layers - 1.
+            layer: index of the layer, 0 .. num_layers - 1.
 
         Returns:
-            By name within the layer, in module order, in the shape's dtype on the CPU.
+            Tensors by name within the layer, in module order, in the shape's dtype on the CPU.
         """
         assert 0 <= layer < self.num_layers
         if not self._memory:
@@ -132,7 +132,7 @@ class ShapeLayers:
         weights = dict(self._memory)
         matrices = [weight for weight in weights.values() if weight.ndim == 2]
         _fill_random(matrices, self.shape.dtype, f"specchat shape {LAYOUT_VERSION} {self._seed} {layer}")
-        if self.shape.quant != "none":  # numbers that share a scale with live ones must not be larger than those
+        if self.shape.quant != "none":  # values that share a scale with live ones must not be larger
             for matrix in matrices:
                 matrix.mul_(_SMALLER)
         for name in _NORMS:
@@ -143,11 +143,11 @@ class ShapeLayers:
         return weights
 
     def rest_meta(self) -> dict[str, Tensor]:
-        """Meta tensors of what `rest` returns."""
+        """Return the result of `rest` as meta tensors."""
         return self._empty(self.shape.rest_tensors(), "meta")
 
     def rest(self) -> dict[str, Tensor]:
-        """The weights outside the layers, by their full names; the head is the embedding, as in the demo."""
+        """Generate the weights outside the layers by full name; the head is the embedding, as in the demo."""
         embedding = self._demo["model.embed_tokens.weight"]
         norm = torch.zeros(self.shape.hidden, dtype=self._dtype)
         norm[: DEMO_TARGET.hidden] = self._demo["model.norm.weight"] * self._norm_factor
@@ -160,13 +160,13 @@ class ShapeLayers:
         return self._demo[f"model.layers.{layer}.{name}"]
 
     def _stack(self, weight: Tensor) -> Tensor:
-        """Rows that write the residual stream: once per copy of the demo's, then zeros; [d, N] -> [D, N]."""
+        """Repeat rows that write the residual stream for each copy of the demo's, then zeros; [d, N] -> [D, N]."""
         stacked = torch.zeros(self.shape.hidden, weight.shape[1], dtype=self._dtype)
         stacked[: self._copies * DEMO_TARGET.hidden] = weight.repeat(self._copies, 1)
         return stacked
 
     def _place_attention(self, layer: int, weights: Mapping[str, Tensor]) -> None:
-        """Writes the demo's attention over the random weights, and zeros over what would disturb it."""
+        """Write the demo's attention over the random weights, and zeros over interfering weights."""
         width = DEMO_TARGET.hidden
         norm = self._live(layer, "input_layernorm.weight") * self._norm_factor
         weights["input_layernorm.weight"][: self._query_columns] = norm.repeat(self._query_columns // width)
@@ -178,12 +178,12 @@ class ShapeLayers:
             self._place_outputs(layer, head, weights["self_attn.o_proj.weight"])
 
     def _place_keys_and_values(self, layer: int, kv_head: int, weights: Mapping[str, Tensor]) -> None:
-        """Gives the shape's `kv_head` the demo's keys and values; nobody reads its other value dims."""
+        """Write the demo's keys and values into the shape's `kv_head`; its other value dims are not read."""
         width, small, large = DEMO_TARGET.hidden, DEMO_TARGET.head_dim, self.shape.head_dim
         source = kv_head * DEMO_TARGET.kv_heads // num_live_kv_heads(self.shape)
         rows = slice(source * small, (source + 1) * small)
         keys = weights["self_attn.k_proj.weight"][kv_head * large : (kv_head + 1) * large]
-        # Zero keys in the dims that the demo lacks: whatever the queries hold there, the products are zero.
+        # Zero keys in the dims that the demo lacks make the dot products there zero, whatever the queries hold.
         keys[:, : self._query_columns] = 0
         keys[self._spread, :width] = self._live(layer, "self_attn.k_proj.weight")[rows].to(self._dtype)
         values = weights["self_attn.v_proj.weight"][kv_head * large : kv_head * large + small]
@@ -193,7 +193,7 @@ class ShapeLayers:
             weights["self_attn.o_proj.weight"][:, head * large : head * large + small] = 0
 
     def _place_queries(self, layer: int, head: int, queries: Tensor) -> None:
-        """Gives one of the shape's heads the queries of the demo's `head`, larger, in two parts where they round."""
+        """Write the scaled queries of the demo's `head` into a head of the shape, the rounding error separately."""
         width, small = DEMO_TARGET.hidden, DEMO_TARGET.head_dim
         live = self._live(layer, "self_attn.q_proj.weight")[head * small : (head + 1) * small]
         exact = live.double() * self._query_factor
@@ -204,19 +204,19 @@ class ShapeLayers:
             queries[rows, width : 2 * width] = (exact - rounded.double()).to(self._dtype)
 
     def _place_outputs(self, layer: int, head: int, outputs: Tensor) -> None:
-        """Lets the demo's `head` write into every copy of the residual stream."""
+        """Write the outputs of the demo's `head` for every copy of the residual stream."""
         small = DEMO_TARGET.head_dim
         live = self._live(layer, "self_attn.o_proj.weight")[:, head * small : (head + 1) * small]
         start = self._head_of(head) * self.shape.head_dim
         outputs[:, start : start + small] = self._stack(live)
 
     def _head_of(self, head: int) -> int:
-        """The shape's query head that computes the demo's `head`: the first ones of the live groups."""
+        """Return the shape's query head that computes the demo's `head`: the first ones of the live groups."""
         taken = min(self.shape.group, DEMO_TARGET.group)
         return head // taken * self.shape.group + head % taken
 
     def _place_mlp(self, layer: int, weights: Mapping[str, Tensor]) -> None:
-        """Writes the demo's MLP over the random weights, and zeros over what would disturb it."""
+        """Write the demo's MLP over the random weights, and zeros over interfering weights."""
         width, neurons = DEMO_TARGET.hidden, DEMO_TARGET.mlp
         norm = self._live(layer, "post_attention_layernorm.weight")
         weights["post_attention_layernorm.weight"][:width] = norm * self._norm_factor
@@ -227,16 +227,16 @@ class ShapeLayers:
 
 
 def _read_demo() -> dict[str, Tensor]:
-    """The demo target's weights, in float32."""
+    """Read the demo target's weights in float32."""
     checkpoint = open_checkpoint(demo_source("target").path)
     with TensorReader(checkpoint) as reader:
         return {key: reader.read(key).float() for key in checkpoint.tensors}
 
 
 def _spread_rotary(head_dim: int) -> Tensor:
-    """Where the demo's head dims go in a head of `head_dim`, so that each turns at its own speed; int64 [64].
+    """Return the dims in a head of `head_dim` that keep the rotary speeds of the demo's head dims; int64 [64].
 
-    Dims i and i + half turn together, by theta ** (-2 i / head_dim) a position.
+    Dims i and i + half rotate together, by theta ** (-2 i / head_dim) per position.
     """
     half = DEMO_TARGET.head_dim // 2
     low = torch.arange(half) * (head_dim // DEMO_TARGET.head_dim)
@@ -244,27 +244,27 @@ def _spread_rotary(head_dim: int) -> Tensor:
 
 
 def _fill_random(matrices: Iterable[Tensor], dtype: Dtype, label: str) -> None:
-    """Fills contiguous matrices of a multiple of 8 bytes with incompressible numbers that `label` determines."""
+    """Fill contiguous matrices of a multiple of 8 bytes with incompressible values that `label` determines."""
     words = (matrix.view(-1).view(torch.int64) for matrix in matrices)
     blocks = [block for part in words for block in part.split(_RANDOM_BLOCK)]
-    # crc32 mixes 32 bits well, and torch's CPU generator uses no more.
+    # crc32 mixes 32 bits well, and torch's CPU generator uses only 32.
     seeds = [zlib.crc32(f"{label} {number}".encode()) for number in range(len(blocks))]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         list(pool.map(_fill_block, blocks, seeds, repeat(_RANDOM_NUMBERS[dtype])))
 
 
 def _fill_block(block: Tensor, seed: int, number: tuple[int, int, int]) -> None:
-    """Fills int64 words with random numbers of (mask, addend, bytes)."""
+    """Fill int64 words with random values of (mask, addend, bytes)."""
     mask, addend, width = number
     clear, add = _repeated(mask, width), _repeated(addend, width)
     generator = torch.Generator().manual_seed(seed)
     for words in block.split(_RANDOM_CHUNK):
         words.random_(-(2**63), None, generator=generator)
-        words.bitwise_and_(clear).add_(add)  # the sums do not carry from one number into the next
+        words.bitwise_and_(clear).add_(add)  # the sums do not carry into the next value
 
 
 def _repeated(pattern: int, width: int) -> int:
-    """`pattern` of `width` bytes as often as it goes into a signed word of 8 bytes."""
+    """Repeat `pattern` of `width` bytes in a signed word of 8 bytes."""
     return int.from_bytes(pattern.to_bytes(width, "little") * (8 // width), "little", signed=True)
 
 
@@ -272,7 +272,7 @@ def _repeated(pattern: int, width: int) -> int:
 
 
 def shape_files(shape: Shape) -> dict[str, bytes]:
-    """What lies beside the weights, by file name: config.json of the shape, and the demo's tokenizer and defaults.
+    """Build the files next to the weights by name: config.json of the shape, and the demo's tokenizer and defaults.
 
     Raises:
         ModelNotFoundError: the demo's files are missing from this installation.
@@ -282,13 +282,13 @@ def shape_files(shape: Shape) -> dict[str, bytes]:
     files["config.json"] = json.dumps(_config(shape, read_json(folder / "config.json")), indent=2).encode()
     files["README.md"] = (
         f"Made by specchat: a {shape.describe()}.\n"
-        "Its weights are mostly random, for measuring speed. It may be deleted. Sources of the demo: specchat/demo.\n"
+        "Its weights are mostly random, for measuring speed. It may be deleted. The demo's sources: specchat/demo.\n"
     ).encode()
     return files
 
 
 def _config(shape: Shape, demo: Mapping[str, Any]) -> dict[str, Any]:
-    """The demo's LlamaConfig with the shape's figures."""
+    """Return the demo's LlamaConfig with the shape's figures."""
     used = shape.hidden // DEMO_TARGET.hidden * DEMO_TARGET.hidden
     return {
         **demo,
@@ -310,24 +310,24 @@ def _config(shape: Shape, demo: Mapping[str, Any]) -> dict[str, Any]:
 def materialise(
     shape: Shape, *, seed: int = 0, progress: Progress | None = None, warn: Callable[[str], None] = lambda _: None
 ) -> ModelSource:
-    """The shape as a pack in the user's cache, made first unless it is there; safe to delete at any time.
+    """Build the shape's pack in the user's cache unless it exists; it is safe to delete at any time.
 
     Args:
-        shape: from `parse_shape`.
-        seed: as for `ShapeLayers`.
-        progress: told (bytes written, all of them).
-        warn: told in one line what is written where, and of a wait for another process that writes the same.
+        shape: shape from `parse_shape`.
+        seed: seed as in `ShapeLayers`.
+        progress: receives (bytes written, bytes in total).
+        warn: receives one-line messages: what is written where, and a wait for another process that writes the pack.
 
     Raises:
         DoesNotFitError: the disk is too small.
-        ModelError: the cache cannot be written to, or the demo's files are missing.
+        ModelError: the cache is not writable, or the demo's files are missing.
     """
     key, layers = _key(shape, seed), _layers(shape, seed)
     name = f"{SHAPE_PREFIX}{shape.label}"
     pack = open_pack(key, warn)
     if pack is None or not pack.fits(layers):
         size = format_bytes(_num_bytes(layers))
-        warn(f"writing the synthetic model {name} ({size}) to {packs_folder() / key}, which may be deleted afterwards")
+        warn(f"writing the synthetic model {name} ({size}) to {packs_folder() / key}; it may be deleted afterwards")
 
         def tell(report: PackProgress) -> None:
             if progress is not None:
@@ -347,7 +347,7 @@ def materialise(
 
 
 def _layers(shape: Shape, seed: int) -> LayerSource:
-    """The layers as they are stored."""
+    """Return the layers as the pack stores them."""
     recipe = recipe_for(shape.quant)
     layers = ShapeLayers(shape, seed)
     return layers if recipe is None else QuantizedLayers(layers, recipe, head="model.embed_tokens.weight")
@@ -364,7 +364,7 @@ def _num_bytes(layers: LayerSource) -> int:
 
 
 def _key(shape: Shape, seed: int) -> str:
-    """A folder name that says what is in it, and changes with everything that its bytes depend on."""
+    """Return a folder name that describes the shape and changes with everything that its bytes depend on."""
     digest = hashlib.sha256(f"{LAYOUT_VERSION}".encode())
     if shape.quant != "none":
         digest.update(_quantizer(shape).encode())

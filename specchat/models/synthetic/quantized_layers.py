@@ -1,4 +1,4 @@
-"""A source of full-precision layers, as the source of the quantized ones that are made of them."""
+"""A source of quantized layers made from full-precision ones."""
 
 from collections.abc import Mapping
 
@@ -13,12 +13,12 @@ _WEIGHT = ".weight"
 
 
 class QuantizedLayers:
-    """A `LayerSource` of a Llama-like model without fused tensors: its matrices quantized, the rest as it is.
+    """A `LayerSource` that quantizes the matrices of a Llama-like model without fused tensors.
 
     Args:
-        source: the layers in full precision; two-dimensional tensors are matrices.
-        recipe: what becomes of them.
-        head: full name of the tensor that the head multiplies with; it stays, beside the head's segments.
+        source: layers in full precision; two-dimensional tensors are matrices.
+        recipe: recipe for quantizing the matrices.
+        head: full name of the head's weight, which is kept next to the head's segments.
     """
 
     def __init__(self, source: LayerSource, recipe: QuantizeRecipe, head: str) -> None:
@@ -29,23 +29,23 @@ class QuantizedLayers:
 
     @property
     def num_layers(self) -> int:
-        """Decoder layers."""
+        """Number of decoder layers."""
         return self._source.num_layers
 
     @property
     def layers_name(self) -> str:
-        """The layers' path in the model."""
+        """Path of the layers in the model."""
         return self._source.layers_name
 
     def layer_meta(self, layer: int) -> dict[str, Tensor]:
-        """Meta tensors of what `read_layer` returns, in module order."""
+        """Return the result of `read_layer` as meta tensors, in module order."""
         tensors: dict[str, Tensor] = {}
         for name, tensor in self._source.layer_meta(layer).items():
             tensors |= _empty(name, tensor, self._quantizer, "meta") if tensor.ndim == 2 else {name: tensor}
         return tensors
 
     def read_layer(self, layer: int) -> dict[str, Tensor]:
-        """One layer's segments and its other tensors, valid until the next call."""
+        """Return one layer's segments and other tensors, valid until the next call."""
         tensors: dict[str, Tensor] = {}
         for name, tensor in self._source.read_layer(layer).items():
             if tensor.ndim == 2:
@@ -57,26 +57,26 @@ class QuantizedLayers:
         return tensors
 
     def rest_meta(self) -> dict[str, Tensor]:
-        """Meta tensors of what `rest` returns."""
+        """Return the result of `rest` as meta tensors."""
         rest = dict(self._source.rest_meta())
         return rest | _empty("lm_head.weight", rest[self._head], HEAD_QUANTIZER, "meta")
 
     def rest(self) -> dict[str, Tensor]:
-        """What is outside the layers, and the head's segments."""
+        """Return everything outside the layers, and the head's segments."""
         rest = dict(self._source.rest())
         segments = _empty("lm_head.weight", rest[self._head], HEAD_QUANTIZER, "cpu")
         _quantize("lm_head.weight", rest[self._head], HEAD_QUANTIZER, segments)
         return rest | segments
 
     def _segments(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        """Memory for one matrix, the same in every layer."""
+        """Return memory for one matrix, reused by every layer."""
         if name not in self._memory:
             self._memory[name] = _empty(name, tensor, self._quantizer, "cpu")
         return self._memory[name]
 
 
 def _empty(name: str, matrix: Tensor, quantizer: Quantizer, device: str) -> dict[str, Tensor]:
-    """Segments of a matrix, contents undefined: by its module's path and their own names."""
+    """Allocate the segments of a matrix by module path and segment name; contents are undefined."""
     rows, cols = matrix.shape
     return {
         f"{name.removesuffix(_WEIGHT)}.{segment.name}": torch.empty(segment.shape, dtype=segment.dtype, device=device)

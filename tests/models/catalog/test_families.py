@@ -1,4 +1,4 @@
-"""The catalog's data: every line of it means what it says, and names are told apart."""
+"""Every entry of families.toml matches its examples and no other family's."""
 
 import pytest
 
@@ -68,9 +68,9 @@ def test_no_draft_needs_a_draft_of_its_own():
 
 
 @pytest.mark.parametrize("model", UNSUPPORTED)
-def test_what_is_known_not_to_run(model: str):
+def test_unsupported_models_have_a_reason(model: str):
     assert "recurrent" in (known_families().why_unsupported(model) or "")
 
 
-def test_what_runs_is_not_called_unsupported():
+def test_supported_models_are_not_unsupported():
     assert [target for target in EXAMPLES if known_families().why_unsupported(target)] == []

@@ -1,4 +1,4 @@
-"""Against a loopback server that speaks just enough of the hub's protocol; the real network is never touched."""
+"""Downloads and errors against a loopback server with enough of the hub's protocol; no real network."""
 
 import json
 import os
@@ -84,7 +84,7 @@ def files_in(folder: Path) -> set[str]:
 # ---------------------------------------------------------------- folders and the demo
 
 
-def test_folder(tmp_path):
+def test_a_folder_needs_a_config(tmp_path):
     with pytest.raises(ModelNotFoundError, match="no folder"):
         ask(str(tmp_path / "none"))
     with pytest.raises(ModelNotFoundError, match=r"no config\.json"):
@@ -102,7 +102,7 @@ def test_demo_needs_no_network(monkeypatch, dead_url, tmp_path):
 # ---------------------------------------------------------------- downloads
 
 
-def test_downloads_what_is_needed_and_no_more(hub, tmp_path):
+def test_only_needed_files_are_downloaded(hub, tmp_path):
     commit = hub.publish("org/name", MODEL)
     asked, told = [], []
 
@@ -124,7 +124,7 @@ def test_downloads_what_is_needed_and_no_more(hub, tmp_path):
     assert cached_models() == ["org/name"]
 
 
-def test_a_second_run_asks_the_hub_once_and_the_user_never(hub):
+def test_a_second_run_makes_one_request_and_no_question(hub):
     hub.publish("org/name", MODEL)
     first = ask("org/name")
     hub.requests.clear()
@@ -151,7 +151,7 @@ def test_a_cached_commit_needs_no_request(hub):
     assert not hub.requests
 
 
-def test_a_revision(hub):
+def test_a_revision_is_downloaded(hub):
     hub.publish("org/name", MODEL)
     commit = hub.publish("org/name", MODEL | {"config.json": b'{"new": 1}'}, branch="refs/pr/1")
     source = ask("org/name@refs/pr/1")
@@ -172,7 +172,7 @@ def test_an_update_fetches_only_what_changed(hub):
     assert ask("org/name", offline=True) == source
 
 
-def test_not_agreed_downloads_nothing_and_keeps_the_older_copy(hub):
+def test_a_declined_download_keeps_the_older_copy(hub):
     hub.publish("org/name", MODEL)
     with pytest.raises(UsageError, match="not confirmed") as caught:
         ask("org/name", confirm=lambda download: False)
@@ -218,7 +218,7 @@ def test_a_partial_cache_is_completed(hub):
     assert asked[0].cached_bytes == len(MODEL["config.json"])
 
 
-def test_a_shard_missing_from_the_cache(hub):
+def test_a_missing_shard_makes_the_cache_incomplete(hub):
     index = json.dumps({"weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}).encode()
     files = MODEL | {
         "model.safetensors.index.json": index,
@@ -235,7 +235,7 @@ def test_a_shard_missing_from_the_cache(hub):
     assert ask("org/name") == source
 
 
-def test_too_little_disk_is_said_before_the_question(hub, monkeypatch):
+def test_too_little_disk_is_an_error_before_the_question(hub, monkeypatch):
     hub.publish("org/name", MODEL)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=100))
     with pytest.raises(DoesNotFitError, match="100 B are free"):
@@ -255,19 +255,19 @@ def error_of(kind: type[Exception], text: str = "org/name", **options) -> str:
     return f"{caught.value.message} | {caught.value.hint}"
 
 
-def test_unknown_repository(hub, tmp_path, monkeypatch):
+def test_an_unknown_repository_is_an_error(hub, tmp_path, monkeypatch):
     assert "hf auth login" in error_of(ModelNotFoundError)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "name").mkdir(parents=True)
     assert "did you mean ./org/name?" in error_of(ModelNotFoundError)
 
 
-def test_unknown_revision(hub):
+def test_an_unknown_revision_is_an_error(hub):
     hub.publish("org/name", MODEL)
     assert "no revision 'v9'" in error_of(ModelNotFoundError, "org/name@v9")
 
 
-def test_gated_shows_before_the_question_and_a_token_opens_it(hub, monkeypatch):
+def test_a_gated_repository_fails_before_the_question_and_works_with_a_token(hub, monkeypatch):
     hub.publish("org/name", MODEL)
     hub.gated.add("org/name")
     text = error_of(ModelGatedError)
@@ -277,7 +277,7 @@ def test_gated_shows_before_the_question_and_a_token_opens_it(hub, monkeypatch):
     assert ask("org/name").revision
 
 
-def test_private(hub, monkeypatch):
+def test_a_private_repository_is_an_error(hub, monkeypatch):
     hub.publish("org/name", MODEL)
     hub.private.add("org/name")
     error_of(ModelNotFoundError)
@@ -301,7 +301,7 @@ def test_repositories_without_usable_weights(hub, files, kind, words):
     assert hub.num_downloads() == 0
 
 
-def test_not_cached_offline(hub):
+def test_an_uncached_model_offline_is_an_error(hub):
     hub.publish("org/name", MODEL)
     assert "hf download org/name --revision v1" in error_of(ModelNotCachedError, "org/name@v1", offline=True)
     assert not hub.requests
@@ -309,23 +309,23 @@ def test_not_cached_offline(hub):
 
 
 @pytest.mark.parametrize(("status", "kind"), [(500, ModelError), (429, ModelError), (403, ModelGatedError)])
-def test_failing_hub(hub, status, kind):
+def test_http_errors_become_named_errors(hub, status, kind):
     hub.status = status
     assert str(status) in error_of(kind)
 
 
 @pytest.mark.parametrize("body", [b"<html>please log in</html>", b"{}"])
-def test_something_else_answers(hub, body):
+def test_an_endpoint_that_is_no_hub_is_an_error(hub, body):
     hub.body = body
-    assert "does not answer like a hub" in error_of(ModelError)
+    assert "does not respond like a hub" in error_of(ModelError)
 
 
-def test_unreachable(monkeypatch, dead_url, tmp_path):
+def test_an_unreachable_hub_is_an_error(monkeypatch, dead_url, tmp_path):
     point_to(monkeypatch, dead_url, tmp_path)
     assert f"cannot reach {dead_url}" in error_of(ModelError)
 
 
-def test_unwritable_cache(hub, tmp_path):
+def test_an_unwritable_cache_is_an_error(hub, tmp_path):
     hub.publish("org/name", MODEL)
     (tmp_path / "hub").write_text("a file where the folder should be")
     with pytest.raises(ModelError) as caught:
@@ -334,7 +334,7 @@ def test_unwritable_cache(hub, tmp_path):
 
 
 @pytest.mark.parametrize("trouble", ["unreachable", "failing", "gated", "gone"])
-def test_the_cached_copy_serves_when_the_hub_does_not(hub, monkeypatch, dead_url, trouble):
+def test_the_cached_copy_is_used_when_the_hub_fails(hub, monkeypatch, dead_url, trouble):
     hub.publish("org/name", MODEL)
     first = ask("org/name")
     if trouble == "unreachable":
@@ -392,7 +392,7 @@ def client(server: FakeHub, home: Path, **extra: str) -> subprocess.CompletedPro
     )
 
 
-def test_environment_is_respected(server, tmp_path):
+def test_environment_variables_of_the_hub_are_respected(server, tmp_path):
     server.publish("org/name", MODEL)
     server.gated.add("org/name")
     assert client(server, tmp_path / "a").stdout == "ModelGatedError\n"
@@ -450,7 +450,7 @@ def test_ctrl_c_ends_a_download_at_its_next_chunk(server, tmp_path, monkeypatch)
 # ---------------------------------------------------------------- plans before downloads
 
 
-def test_a_plan_costs_one_small_file(hub):
+def test_a_plan_downloads_one_small_file(hub):
     hub.publish("org/name", MODEL)
     missing = look_up(parse_model("org/name"), offline=False, warn=pytest.fail)
     assert isinstance(missing, Download)

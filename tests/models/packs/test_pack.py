@@ -1,4 +1,4 @@
-"""Packs: laid out as the engine wants them, readable by others, and never good and wrong at once."""
+"""Packs have the engine's layout, are readable by other libraries, and damage never goes unnoticed."""
 
 import ctypes
 import errno
@@ -140,7 +140,7 @@ dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.uint8, torch.int6
 
 @settings(max_examples=40, deadline=None)
 @given(sizes, st.lists(dtypes, min_size=6, max_size=6))
-def test_any_tensors_come_back_aligned(shapes, kinds):
+def test_any_tensors_are_read_back_aligned(shapes, kinds):
     tensors = {f"t.{i}": torch.randn(s).to(k) for i, (s, k) in enumerate(zip(shapes, kinds, strict=False))}
     with tempfile.TemporaryDirectory() as folder:
         layout = FileLayout.of("x.safetensors", tensors)
@@ -159,7 +159,7 @@ def test_any_tensors_come_back_aligned(shapes, kinds):
         assert list(Path(folder).iterdir()) == [file]
 
 
-def test_layers_lie_as_the_engine_lays_them_out():
+def test_layers_have_the_engine_s_layout():
     skeleton = build_skeleton(tiny_models.make_config("llama"), torch.bfloat16)
     for layer in skeleton.layers:
         expected = LayerLayout.of(layer)
@@ -169,7 +169,7 @@ def test_layers_lie_as_the_engine_lays_them_out():
         assert layout.nbytes == expected.nbytes
 
 
-def test_a_finished_pack(toy):
+def test_contents_of_a_finished_pack(toy):
     seen = []
     made = build(toy, progress=seen.append)
     assert (made.key, made.name, made.dtype, made.folder) == (KEY, "toy", "bf16", packs_folder() / KEY)
@@ -199,13 +199,13 @@ def test_a_finished_pack_is_not_made_again(toy):
     assert contents(packs_folder() / KEY) == before
 
 
-def test_nothing_there(cache):
+def test_missing_packs_are_none(cache):
     assert open_pack(KEY, no_warning) is None
     assert list_packs(no_warning) == ()
     assert packs_folder() == cache / "packs"
 
 
-def test_the_platforms_cache_folder(monkeypatch):
+def test_packs_lie_in_the_platform_cache_folder(monkeypatch):
     monkeypatch.delenv("SPECCHAT_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", "/x/cache")
     assert packs_folder() == Path("/x/cache/specchat/packs")
@@ -247,7 +247,7 @@ def read_everything(config, checkpoint, dtype):
 
 
 @pytest.mark.parametrize(("architecture", "saved", "wanted"), ROUND_TRIPS, ids=str)
-def test_a_checkpoint_and_its_pack_are_the_same_model(tmp_path, architecture, saved, wanted):
+def test_a_pack_gives_the_logits_of_its_checkpoint(tmp_path, architecture, saved, wanted):
     config, source = save_model(architecture, tmp_path / "model", saved)
     checkpoint = open_checkpoint(source.path)
     skeleton = build_skeleton(config, wanted)
@@ -270,7 +270,7 @@ def test_a_checkpoint_and_its_pack_are_the_same_model(tmp_path, architecture, sa
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mixtral"])
-def test_others_can_read_the_files(tmp_path, architecture):
+def test_transformers_and_safetensors_read_the_files(tmp_path, architecture):
     config, source = save_model(architecture, tmp_path / "model")
     model = tiny_models.random_model(config)
     with CheckpointLayers(opened(build_skeleton(config, torch.float32), open_checkpoint(source.path))) as layers:
@@ -332,7 +332,7 @@ class Watch:
 @pytest.mark.slow
 @pytest.mark.parametrize("quant", ["none", "int8", "int4"])
 @pytest.mark.parametrize("architecture", ["llama", "mixtral"])
-def test_packing_takes_few_layers_of_memory(architecture, quant, tmp_path):
+def test_packing_holds_few_layers_in_memory(architecture, quant, tmp_path):
     """One layer as it is written, and of the original at most one, whether experts are merged and quantized or not."""
     import transformers as hf
 
@@ -373,7 +373,7 @@ def test_an_expert_of_another_shape_is_named(change, tmp_path):
 # --- keys -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_local_folders_key(tmp_path):
+def test_the_key_of_a_local_folder(tmp_path):
     _, source = save_model("llama", tmp_path / "model")
     weights, config = source.path / "model.safetensors", source.path / "config.json"
 
@@ -395,7 +395,7 @@ def test_a_local_folders_key(tmp_path):
     assert len(set(keys)) == len(keys)
 
 
-def test_a_hub_snapshots_key_does_not_depend_on_the_place(tmp_path):
+def test_the_key_of_a_hub_snapshot_ignores_its_path(tmp_path):
     _, source = save_model("llama", tmp_path / "model")
 
     def snapshot(place, blob, commit="c0ffee"):
@@ -417,7 +417,7 @@ def test_keys_stay_the_same_across_releases():
     assert key.digest() == "50030e7c75ff9636beb5e92035333ea0"
 
 
-def test_a_key_of_what_cannot_be_read(tmp_path):
+def test_the_key_of_an_unreadable_model_is_an_error(tmp_path):
     _, source = save_model("llama", tmp_path / "model")
     checkpoint = open_checkpoint(source.path)
     (source.path / "config.json").unlink()
@@ -440,7 +440,7 @@ def stop_in_layer(layer):
     return progress
 
 
-def test_an_interrupted_pack_goes_on(toy):
+def test_an_interrupted_pack_is_continued(toy):
     with pytest.raises(Stopped):
         build(toy, progress=stop_in_layer(2))
     assert open_pack(KEY, no_warning) is None
@@ -454,7 +454,7 @@ def test_an_interrupted_pack_goes_on(toy):
     assert not verify_pack(made)
 
 
-def test_another_layout_under_the_same_key_is_written_anew(toy):
+def test_another_layout_under_the_same_key_is_written_again(toy):
     build(toy)
     other = Toy(numbers=800, num_layers=2)
     made = build(other)
@@ -492,7 +492,7 @@ DAMAGES = [damage_truncate, damage_grow, damage_header, damage_foreign, damage_d
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_file_is_told_and_alone_rewritten(toy, damage):
+def test_only_a_damaged_file_is_rewritten_after_a_warning(toy, damage):
     build(toy)
     before = contents(packs_folder() / KEY)
     damage(layer_file(1))
@@ -516,7 +516,7 @@ def test_a_damaged_rest_is_rewritten(toy, damage):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_small_files_are_checked_at_once(toy, name):
+def test_small_files_are_checked_on_opening(toy, name):
     made = build(toy)
     flip(made.folder / name, 1)
     told = []
@@ -527,7 +527,7 @@ def test_small_files_are_checked_at_once(toy, name):
     assert toy.reads() == ["0", "1", "2", "rest"]
 
 
-def test_a_manifest_is_good_or_not_there(toy):
+def test_a_truncated_or_changed_manifest_is_refused(toy):
     made = build(toy)
     file = made.folder / "manifest.json"
     good = file.read_bytes()
@@ -547,7 +547,7 @@ def test_a_manifest_is_good_or_not_there(toy):
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"crc32": 1}', "null", "[" * 100_000, "\xff"])
-def test_a_foreign_manifest(toy, text):
+def test_a_foreign_manifest_is_refused(toy, text):
     made = build(toy)
     (made.folder / "manifest.json").write_text(text, encoding="latin-1")
     told = []
@@ -556,7 +556,7 @@ def test_a_foreign_manifest(toy, text):
     assert build(toy) == made
 
 
-def test_a_pack_of_another_version_is_made_anew(toy, monkeypatch):
+def test_a_pack_of_another_version_is_rebuilt(toy, monkeypatch):
     made = build(toy)
     monkeypatch.setitem(inventory.VERSIONS, "layout", 99)
     assert open_pack(KEY, no_warning) is None
@@ -572,7 +572,7 @@ def test_a_manifest_moved_to_another_folder_is_refused(toy):
     assert "another pack's" in told[0]
 
 
-def test_a_torn_journal_is_read_up_to_the_tear(tmp_path):
+def test_a_truncated_journal_is_read_up_to_the_damage(tmp_path):
     records = [FileRecord(f"layer-0000{i}.safetensors", 4096, 4096, 7, (i,)) for i in range(3)]
     journal = Journal(tmp_path, KEY, [])
     for record in records:
@@ -593,7 +593,7 @@ def test_a_torn_journal_is_read_up_to_the_tear(tmp_path):
 # --- data -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_flipped_byte_is_found_on_first_reading(toy):
+def test_a_flipped_byte_is_found_on_first_read(toy):
     made = build(toy)
     layer = made.layers[1]
     blob = layer.path.read_bytes()[layer.data_offset :]
@@ -614,7 +614,7 @@ def test_a_flipped_byte_is_found_on_first_reading(toy):
     assert toy.reads()[4:] == ["1"]
 
 
-def test_chunks_of_large_layers(tmp_path):
+def test_each_chunk_of_a_large_layer_is_verified(tmp_path):
     source = Toy(num_layers=1, numbers=4 * MIB)  # 33 MiB in bf16
     made = build(source)
     (layer,) = made.layers
@@ -641,7 +641,7 @@ def test_a_damaged_rest_is_found_before_it_is_used(toy):
         made.rest_checkpoint()
 
 
-def test_verifying_everything(toy):
+def test_verify_pack_finds_all_damage(toy):
     made = build(toy)
     seen = []
     assert not verify_pack(made, lambda done, total: seen.append((done, total)))
@@ -660,7 +660,7 @@ def test_verifying_everything(toy):
 @pytest.mark.parametrize(
     "name", ["../x.json", "manifest.json", "model.safetensors.index.json", "layer-00000.safetensors"]
 )
-def test_nothing_lies_beside_the_weights_that_would_be_taken_for_them(toy, name):
+def test_small_files_must_not_look_like_weights(toy, name):
     with pytest.raises(AssertionError):
         build_pack(KEY, toy, name="x", files={name: b""})
 
@@ -704,7 +704,7 @@ def start_and_let_another_wait(first_source, second_source):
     return first, second, told
 
 
-def test_two_processes_at_once(toy):
+def test_two_processes_build_one_pack(toy):
     source = Halting(toy._log)
     first, second, told = start_and_let_another_wait(source, toy)
     source.may_go_on.set()
@@ -715,7 +715,7 @@ def test_two_processes_at_once(toy):
     assert toy.reads() == ["0", "1", "2", "rest"]
 
 
-def test_the_second_goes_on_when_the_first_dies(toy):
+def test_a_second_process_continues_when_the_first_dies(toy):
     first, second, told = start_and_let_another_wait(Halting(toy._log), toy)
     first.kill()
     assert told.get(timeout=PATIENCE_S) == "good"
@@ -777,7 +777,7 @@ def expected_and_calls():
     return contents(packs_folder() / KEY), calls
 
 
-def test_killed_at_random_points():
+def test_a_build_killed_at_random_points_is_continued():
     expected, calls = expected_and_calls()
     assert calls > 80
     chance = random.Random(3)
@@ -786,7 +786,7 @@ def test_killed_at_random_points():
 
 
 @pytest.mark.slow
-def test_killed_at_every_point():
+def test_a_build_killed_at_every_point_is_continued():
     expected, calls = expected_and_calls()
     for point in range(1, calls + 1):
         kill_twice_and_finish([point], expected)
@@ -799,7 +799,7 @@ def pack_model(folder):
 
 
 @pytest.mark.slow
-def test_a_real_model_killed_at_random_times(tmp_path):
+def test_a_real_model_killed_at_random_times_is_continued(tmp_path):
     _, source = save_model("mixtral", tmp_path / "model")
     begin = time.monotonic()
     pack_model(source.path)
@@ -817,7 +817,7 @@ def test_a_real_model_killed_at_random_times(tmp_path):
         assert contents(packs_folder() / KEY) == expected
 
 
-def test_killed_while_mending(toy):
+def test_a_repair_killed_midway_is_continued(toy):
     build(toy)
     expected = contents(packs_folder() / KEY)
     for point in range(1, 60, 7):
@@ -832,7 +832,7 @@ def test_killed_while_mending(toy):
 # --- the disk -------------------------------------------------------------------------------------------------------
 
 
-def test_a_disk_that_is_too_small_is_said_beforehand(toy, monkeypatch):
+def test_a_disk_too_small_is_an_error_before_writing(toy, monkeypatch):
     made = build(toy)
     damage_delete(layer_file(0))
     damage_truncate(layer_file(1))
@@ -855,7 +855,7 @@ def test_a_disk_that_is_too_small_is_said_beforehand(toy, monkeypatch):
         (errno.EACCES, ModelError),
     ],
 )
-def test_the_disk_fails_midway(toy, monkeypatch, call, code, error):
+def test_disk_errors_midway_keep_complete_files(toy, monkeypatch, call, code, error):
     original = getattr(os, call)
 
     def failing(*args, **kwargs):
@@ -876,7 +876,7 @@ def test_the_disk_fails_midway(toy, monkeypatch, call, code, error):
     assert toy.reads() == ["0", "1", "2", "2", "rest"]
 
 
-def test_a_full_disk(toy, cache, monkeypatch):
+def test_a_full_disk_keeps_complete_files(toy, cache, monkeypatch):
     cache.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(cache)]
     is_root = os.geteuid() == 0 and shutil.which("mount")
@@ -917,7 +917,7 @@ def as_nobody(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["layer-00001.safetensors", "manifest.json", "config.json"])
-def test_an_unreadable_file(toy, as_nobody, name):
+def test_an_unreadable_file_is_an_error(toy, as_nobody, name):
     made = build(toy)
     (made.folder / name).chmod(0)
     as_nobody()
@@ -925,7 +925,7 @@ def test_an_unreadable_file(toy, as_nobody, name):
         open_pack(KEY, no_warning)
 
 
-def test_verifying_names_an_unreadable_file(toy, as_nobody):
+def test_verify_pack_names_an_unreadable_file(toy, as_nobody):
     made = build(toy)
     made.layers[1].path.chmod(0)
     as_nobody()
@@ -934,7 +934,7 @@ def test_verifying_names_an_unreadable_file(toy, as_nobody):
     assert "Permission denied" in damage.reason
 
 
-def test_a_cache_that_cannot_be_written(toy, as_nobody):
+def test_an_unwritable_cache_is_an_error(toy, as_nobody):
     packs_folder().mkdir()
     packs_folder().chmod(0o555)
     as_nobody()
@@ -943,7 +943,7 @@ def test_a_cache_that_cannot_be_written(toy, as_nobody):
     assert "SPECCHAT_CACHE_DIR" in caught.value.hint
 
 
-def test_files_of_others_in_the_folder_stay(toy):
+def test_foreign_files_in_the_folder_stay(toy):
     folder = packs_folder() / KEY
     folder.mkdir(parents=True)
     (folder / "notes.txt").write_text("mine")
@@ -973,7 +973,7 @@ def test_a_pack_can_be_deleted_at_any_time(toy):
     assert build(toy) == made
 
 
-def test_the_manifest_is_for_people_too(toy):
+def test_the_manifest_is_readable_json(toy):
     manifest = json.loads((build(toy).folder / "manifest.json").read_text())
     assert {name: manifest[name] for name in ("format", "layout", "quantizer", "key", "name", "dtype")} == {
         "format": 1,
@@ -990,7 +990,7 @@ def test_the_manifest_is_for_people_too(toy):
 @pytest.mark.parametrize(
     ("number", "kind"), [(errno.ENOSPC, DoesNotFitError), (errno.ENOMEM, AllocationError), (errno.EIO, ModelError)]
 )
-def test_what_the_system_refuses_is_named(number, kind):
+def test_system_errors_become_named_errors(number, kind):
     with pytest.raises(kind, match="cannot read x: ") as caught, disk_errors(Path("x"), "read"):
         raise OSError(number, os.strerror(number))
     assert type(caught.value) is kind and caught.value.hint

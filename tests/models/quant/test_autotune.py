@@ -1,4 +1,4 @@
-"""Which way a product is computed: measured once, kept, and always the same from then on.
+"""The kernel of a matmul is measured once, kept, and the same from then on.
 
 python -m pytest -m gpu -s tests/models/quant/test_autotune.py
 """
@@ -103,7 +103,7 @@ def only_file(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("slow", ["dequantize", "other"])
-def test_the_fastest_way_is_taken(slow, tmp_path):
+def test_the_fastest_kernel_is_chosen(slow, tmp_path):
     fast = {"dequantize": "other", "other": "dequantize"}[slow]
     form = TwoWays(slow=slow)
     choices = Autotuner(tmp_path / "ways")
@@ -115,7 +115,7 @@ def test_the_fastest_way_is_taken(slow, tmp_path):
     assert "24x128" in kept["product"] and "Ways" in kept["product"] and "8 rows" in kept["product"]
 
 
-def test_what_was_chosen_stays_even_if_it_becomes_slow(tmp_path):
+def test_a_choice_stays_even_if_its_kernel_becomes_slow(tmp_path):
     form = TwoWays()
     choices = Autotuner(tmp_path)
     product(choices, form)
@@ -127,7 +127,7 @@ def test_what_was_chosen_stays_even_if_it_becomes_slow(tmp_path):
     assert torch.equal(product(choices, form, 6), product(Autotuner(tmp_path), form, 6))
 
 
-def test_products_of_other_kinds_are_measured_by_themselves(tmp_path):
+def test_each_kind_of_matmul_is_measured_separately(tmp_path):
     form = TwoWays()
     choices = Autotuner(tmp_path)
     for num_rows, kinds in ((5, 1), (8, 1), (9, 2), (4, 3), (3, 3), (1, 4)):
@@ -141,7 +141,7 @@ DAMAGED = [b"", b"\xff\x00", b"[]", b'{"choices": 3}', b'{"choices": [{"product"
 
 
 @pytest.mark.parametrize("content", DAMAGED, ids=repr)
-def test_a_damaged_file_is_measured_anew_and_replaced(content, tmp_path):
+def test_a_damaged_file_is_measured_again_and_replaced(content, tmp_path):
     product(Autotuner(tmp_path), TwoWays())
     file = only_file(tmp_path)
     good = json.loads(file.read_text())
@@ -153,7 +153,7 @@ def test_a_damaged_file_is_measured_anew_and_replaced(content, tmp_path):
 
 
 @pytest.mark.parametrize("values", [{"way": "gone"}, {"way": ["other"]}, {"way": None}], ids=repr)
-def test_a_way_that_there_is_not_is_measured_anew(values, tmp_path):
+def test_an_unknown_kernel_in_the_file_is_measured_again(values, tmp_path):
     product(Autotuner(tmp_path), TwoWays())
     file = only_file(tmp_path)
     content = json.loads(file.read_text())
@@ -163,7 +163,7 @@ def test_a_way_that_there_is_not_is_measured_anew(values, tmp_path):
     assert json.loads(file.read_text())["choices"][0]["way"] == "other"
 
 
-def test_two_programs_keep_what_the_other_one_found(tmp_path):
+def test_two_programs_keep_each_others_choices(tmp_path):
     one, other = Autotuner(tmp_path), Autotuner(tmp_path)
     product(one, TwoWays(), 1)
     product(other, TwoWays(), 2)
@@ -171,7 +171,7 @@ def test_two_programs_keep_what_the_other_one_found(tmp_path):
     assert len(json.loads(only_file(tmp_path).read_text())["choices"]) == 3
 
 
-def test_a_folder_that_cannot_be_written_to_is_no_obstacle(tmp_path):
+def test_an_unwritable_folder_is_no_error(tmp_path):
     (tmp_path / "file").touch()
     form = TwoWays()
     choices = Autotuner(tmp_path / "file" / "ways")
@@ -183,16 +183,16 @@ def test_a_folder_that_cannot_be_written_to_is_no_obstacle(tmp_path):
 
 @pytest.mark.parametrize("weight_format", EVERY_FORMAT, ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_on_a_cpu_there_is_one_way(weight_format, dtype):
+def test_a_cpu_has_one_kernel(weight_format, dtype):
     assert [*weight_format.kernels(SHAPE, 1, dtype, CPU)] == ["dequantize"]
 
 
-def test_where_there_is_one_way_nothing_is_measured_or_written(tmp_path):
+def test_a_single_kernel_is_not_measured(tmp_path):
     product(Autotuner(tmp_path), Int8())
     assert not [*tmp_path.iterdir()]
 
 
-def test_in_float32_no_way_rounds_otherwise(monkeypatch):
+def test_float32_leaves_out_the_fused_kernel(monkeypatch):
     """bitsandbytes' fused kernel does: it is for few rows in 16 bits, in whole blocks, where there is one."""
     cuda, found = torch.device("cuda"), {}
     for kernel in (None, F.linear):
@@ -214,13 +214,13 @@ def test_the_fused_kernel_is_called_as_the_installed_bitsandbytes_has_it():
 
 
 @given(st.integers(1, 5000), st.integers(1, 300))
-def test_rows_of_x_are_taken_together_up_to_powers_of_two(num_rows, cols):
+def test_rows_class_is_the_next_power_of_two(num_rows, cols):
     found = rows_class(torch.empty(1, num_rows, cols, device="meta"), (3, cols))
     assert found & (found - 1) == 0
     assert found // 2 < num_rows <= found
 
 
-def test_a_module_asks_once_for_each_kind(tmp_path, monkeypatch):
+def test_a_module_looks_up_each_kind_once(tmp_path, monkeypatch):
     asked = []
     choices = Autotuner(tmp_path)
     monkeypatch.setattr("specchat.models.quant.modules.autotuner", lambda: asked.append(1) or choices)
@@ -258,7 +258,7 @@ def on_cuda(quantizer: Any, shape: tuple[int, int]) -> dict[str, Tensor]:
 @pytest.mark.gpu
 @pytest.mark.parametrize("quantizer", [Int8Quantizer(), Nf4Quantizer()], ids=lambda q: q.format.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_ways_agree_on_a_gpu(quantizer, dtype, cuda):
+def test_kernels_agree_on_a_gpu(quantizer, dtype, cuda):
     """To the last bit, but for the fused kernel, which is there in 16 bits only and errs by their roundings."""
     if quantizer.format.name == "nf4":
         pytest.importorskip("bitsandbytes")
@@ -282,7 +282,7 @@ def test_ways_agree_on_a_gpu(quantizer, dtype, cuda):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("quantizer", [Int8Quantizer(), Nf4Quantizer()], ids=lambda q: q.format.name)
-def test_measuring_is_short_and_takes_no_more_memory_than_the_product(quantizer, cuda, tmp_path):
+def test_measuring_is_short_and_takes_no_extra_memory(quantizer, cuda, tmp_path):
     if quantizer.format.name == "nf4":
         pytest.importorskip("bitsandbytes")
     form, dtype = quantizer.format, torch.bfloat16

@@ -1,4 +1,4 @@
-"""Number formats of our own: what comes back, whatever part is asked for, and what is multiplied with it."""
+"""specchat's own quantization formats: values, row ranges and matmuls."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def numbers(quantizer: Quantizer, weight: torch.Tensor, dtype: torch.dtype = tor
 
 @settings(max_examples=60, deadline=None)
 @given(quantizers, shapes, dtypes, dtypes, st.data())
-def test_any_range_of_rows_is_the_same_numbers(quantizer, shape, saved, wanted, data):
+def test_values_do_not_depend_on_the_row_range(quantizer, shape, saved, wanted, data):
     weight = matrix(shape, saved)
     whole = numbers(quantizer, weight, wanted)
     begin = data.draw(st.integers(0, shape[0] - 1))
@@ -56,7 +56,7 @@ def test_any_range_of_rows_is_the_same_numbers(quantizer, shape, saved, wanted, 
 
 @settings(max_examples=30, deadline=None)
 @given(shapes, dtypes)
-def test_int8_is_what_its_description_says(shape, saved):
+def test_int8_matches_its_definition(shape, saved):
     weight = matrix(shape, saved)
     rows, cols = shape
     expected = torch.empty(shape)
@@ -71,7 +71,7 @@ def test_int8_is_what_its_description_says(shape, saved):
 
 @settings(max_examples=30, deadline=None)
 @given(shapes, dtypes)
-def test_nf4_is_what_bitsandbytes_makes_of_the_whole(shape, saved):
+def test_nf4_equals_bitsandbytes_on_the_whole_matrix(shape, saved):
     bnb()
     from bitsandbytes import functional
 
@@ -108,8 +108,8 @@ def test_int8_of_a_large_matrix_does_not_depend_on_the_pieces(monkeypatch: pytes
         assert all(torch.equal(pieces[name], segment) for name, segment in whole.items())
 
 
-def test_whose_numbers_they_are():
-    """A pack made by another bitsandbytes is another pack."""
+def test_identities_of_quantizers():
+    """Another version of bitsandbytes makes another pack."""
     assert bnb_version() in Nf4Quantizer().identity
 
 
@@ -131,7 +131,7 @@ def test_error_of_a_gaussian_matrix(quantizer, error):
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda q: q.format.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_original_is_left_alone(quantizer, dtype):
+def test_quantizing_leaves_the_original_unchanged(quantizer, dtype):
     weight = matrix((5, 200), dtype)
     quantized(quantizer, weight)
     assert torch.equal(weight, matrix((5, 200), dtype))
@@ -147,8 +147,8 @@ def test_zeros_stay_zeros(quantizer):
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda q: q.format.name)
 @pytest.mark.parametrize("shape", [(1, 96), (7, 130), (2500, 64), (896, 128)], ids=str)
-def test_products(quantizer, shape):
-    """In pieces or in one: the last shapes have more rows than, and just as many as, are dequantized at a time."""
+def test_linear_equals_matmul_with_the_dequantized_matrix(quantizer, shape):
+    """Cover one chunk and several: the last shapes have more rows than a chunk, and exactly as many."""
     weight, bias, x = matrix(shape), torch.randn(shape[0]), torch.randn(2, 5, shape[1])
     scratch = torch.empty(scratch_bytes(shape, x.dtype, CPU), dtype=torch.uint8)
     y = quantizer.format.linear(x, quantized(quantizer, weight), shape, scratch, bias)
@@ -159,7 +159,7 @@ def test_products(quantizer, shape):
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda q: q.format.name)
 @pytest.mark.parametrize("shape", [(512, 128), (1000, 128)], ids=str)
-def test_products_that_are_computed_turned_round(quantizer, shape, monkeypatch):
+def test_transposed_matmuls_give_the_same_result(quantizer, shape, monkeypatch):
     """The result lies in memory as any other's, so that whatever a model does with it takes views of it."""
     monkeypatch.setattr(matmul, "MIN_NUMBERS", 1)
     monkeypatch.setattr(matmul, "_is_turning_faster", lambda: True)
@@ -174,7 +174,7 @@ def test_products_that_are_computed_turned_round(quantizer, shape, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda q: q.format.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_gpu_reads_the_same_numbers(quantizer, dtype):
+def test_a_gpu_dequantizes_to_the_same_values(quantizer, dtype):
     weight = matrix((300, 256))
     segments = {name: segment.cuda() for name, segment in quantized(quantizer, weight).items()}
     for begin, end in ((0, 300), (7, 9)):
@@ -184,13 +184,13 @@ def test_a_gpu_reads_the_same_numbers(quantizer, dtype):
 
 
 @given(st.integers(1, 10**5), st.integers(1, 10**5), dtypes)
-def test_pieces_are_small(rows, cols, dtype):
+def test_chunks_are_small(rows, cols, dtype):
     num_rows = chunk_rows(rows, cols, dtype, CPU)
     assert 1 <= num_rows <= rows
     assert num_rows == 1 or scratch_bytes((rows, cols), dtype, CPU) < 32 << 20
 
 
-def test_pieces_are_alike():
+def test_chunks_have_equal_size():
     """Whole blocks of rows, and no small one is left over: it would cost as much as half a large one."""
     assert [chunk_rows(rows, 2048, torch.bfloat16, CPU) for rows in (512, 896, 897, 2048, 7168)] == [
         512,

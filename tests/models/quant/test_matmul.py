@@ -1,4 +1,4 @@
-"""Matrix products by oneDNN or turned round: the same numbers as torch's own, also when weights change in place."""
+"""Matmuls by oneDNN or transposed equal torch's own, also when weights change in place."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def not_intel(monkeypatch):
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 @given(st.integers(1, 70), st.integers(1, 130), st.integers(1, 90), st.booleans())
-def test_products_are_exact_to_float32(num_rows, width, height, has_bias):
+def test_onednn_is_exact_to_float32(num_rows, width, height, has_bias):
     generator = torch.Generator().manual_seed(num_rows * 1000 + width)
     weight = torch.randn(height, width, generator=generator)
     bias = torch.randn(height, generator=generator) if has_bias else None
@@ -49,7 +49,7 @@ def test_weights_may_change_in_place():
 
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("num_rows", [44, 47, 48, 60, 64, 127, 128])
-def test_turned_products_are_exact_to_one_rounding(num_rows, has_bias):
+def test_transposed_matmuls_are_exact_to_one_rounding(num_rows, has_bias):
     generator = torch.Generator().manual_seed(num_rows)
     weight = torch.randn(70, 130, generator=generator).bfloat16()
     bias = torch.randn(70, generator=generator).bfloat16() if has_bias else None
@@ -63,14 +63,14 @@ def test_turned_products_are_exact_to_one_rounding(num_rows, has_bias):
 
 
 @pytest.mark.parametrize("num_rows", [1, 16, 43, 49, 59, 65, 123, 129, 512])
-def test_other_numbers_of_rows_are_not_turned(num_rows):
+def test_other_row_counts_are_not_transposed(num_rows):
     weight = torch.randn(70, 130).bfloat16()
     x = torch.randn(num_rows, 130).bfloat16()
     assert matmul.turned_rows(x, weight) is None
     assert torch.equal(matmul.product(x, weight), F.linear(x, weight))
 
 
-def test_rows_in_several_dimensions_are_turned_together():
+def test_batch_dimensions_are_transposed_together():
     weight, x = torch.randn(70, 130).bfloat16(), torch.randn(2, 32, 130).bfloat16()
     assert matmul.turned_rows(x, weight) == 64
     torch.testing.assert_close(matmul.product(x, weight), F.linear(x, weight), rtol=2.0**-7, atol=1e-3)

@@ -1,4 +1,4 @@
-"""Matrices of every kind of quantized checkpoint, read by specchat, mean what the libraries they come from say."""
+"""Matrices of every scheme of pre-quantized checkpoints have the values that their libraries compute."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def dequantize(form: WeightFormat, segments: Segments, shape: tuple[int, int], d
 
 
 @pytest.mark.parametrize(("kind", "shape"), ALL)
-def test_numbers_are_the_library_s_own(kind: Kind, shape: tuple[int, int]):
+def test_values_equal_the_library_s(kind: Kind, shape: tuple[int, int]):
     tensors = kind.pack(random_matrix(shape), 5)
     expected = kind.unpack(tensors, shape)
     form, segments = read(kind, shape, tensors)
@@ -151,7 +151,7 @@ ROUNDED = [
 
 @pytest.mark.parametrize(("kind", "scales"), [pytest.param(*each, id=each[0].name) for each in ROUNDED])
 @pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16, FP16], ids=str)
-def test_products_are_rounded_as_the_library_rounds_them(kind: Kind, scales: str, wanted: torch.dtype):
+def test_scaled_values_are_rounded_as_in_the_library(kind: Kind, scales: str, wanted: torch.dtype):
     """In the dtype of the scales, and only then cast: no number is another, however it was to be had."""
     shape = (64, 128)
     tensors = kind.pack(random_matrix(shape), 5)
@@ -165,7 +165,7 @@ def test_products_are_rounded_as_the_library_rounds_them(kind: Kind, scales: str
 
 
 @pytest.mark.parametrize(("kind", "shape"), ONE_EACH)
-def test_any_range_of_rows_gives_the_same_numbers(kind: Kind, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch):
+def test_values_do_not_depend_on_the_row_range(kind: Kind, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch):
     form, segments = read(kind, shape, kind.pack(random_matrix(shape), 5))
     whole = dequantize(form, segments, shape, torch.float32)
     for numbers in (1, 3 * shape[1]):  # so that a few rows are several pieces
@@ -178,7 +178,7 @@ def test_any_range_of_rows_gives_the_same_numbers(kind: Kind, shape: tuple[int, 
 
 @pytest.mark.parametrize(("kind", "shape"), ONE_EACH)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_products_are_those_of_the_matrix(kind: Kind, shape: tuple[int, int], dtype: torch.dtype):
+def test_linear_equals_matmul_with_the_matrix(kind: Kind, shape: tuple[int, int], dtype: torch.dtype):
     tensors = kind.pack(random_matrix(shape), 5)
     form, segments = read(kind, shape, tensors)
     weight = dequantize(form, segments, shape, dtype)
@@ -239,7 +239,7 @@ def test_large_matrices_are_transcoded_in_pieces(kind: Kind, shape: tuple[int, i
         assert torch.equal(segment.view(torch.uint8), pieces[name].view(torch.uint8)), name
 
 
-def test_columns_that_no_group_is_named_for_are_in_their_own_order():
+def test_columns_without_groups_keep_their_order():
     """As compressed-tensors fills `weight_g_idx` before a quantizer has had its say."""
     shape = (32, 64)
     tensors = CT.pack(random_matrix(shape), 5)
@@ -250,7 +250,7 @@ def test_columns_that_no_group_is_named_for_are_in_their_own_order():
 
 
 @pytest.mark.parametrize("order", [True, "group", "dynamic", "Group", False, None, "weight", "static"], ids=str)
-def test_words_for_the_order_of_columns(order: bool | str | None):
+def test_values_of_actorder(order: bool | str | None):
     """Some say that columns are out of order in the file, some only how it was made."""
     tensors = headers(CT.pack(random_matrix((32, 64)), 5))
     scheme = scheme_of(weights_changed(CT, actorder=order))
@@ -264,7 +264,7 @@ def test_words_for_the_order_of_columns(order: bool | str | None):
 
 @given(rows=st.integers(1, 5), cols=st.integers(1, 40), seed=st.integers(0, 99))
 @settings(max_examples=40, deadline=None)
-def test_half_bytes_come_back(rows: int, cols: int, seed: int):
+def test_packed_nibbles_unpack_unchanged(rows: int, cols: int, seed: int):
     generator = torch.Generator().manual_seed(seed)
     numbers = torch.randint(0, 16, (rows, cols), dtype=torch.uint8, generator=generator)
     packed = torch.empty(rows, -(-cols // 2), dtype=torch.uint8)
@@ -339,7 +339,7 @@ def test_unknown_kinds_are_refused(config: dict[str, Any], word: str):
         (changed(block_fp8(), weight_block_size=[0, 128]), "weight_block_size"),
     ],
 )
-def test_configurations_that_cannot_be_are_named(config: dict[str, Any], word: str):
+def test_invalid_configurations_name_the_setting(config: dict[str, Any], word: str):
     with pytest.raises(CorruptCheckpointError, match=word) as caught:
         scheme_of(config)
     assert caught.value.hint
@@ -350,7 +350,7 @@ NOT_NEEDED = {"g_idx", "weight_shape", "input_scale", "weight_format", "weight.q
 
 
 @pytest.mark.parametrize(("kind", "shape"), ONE_EACH)
-def test_missing_and_cut_tensors_are_named(kind: Kind, shape: tuple[int, int]):
+def test_missing_and_truncated_tensors_are_named(kind: Kind, shape: tuple[int, int]):
     tensors = kind.pack(random_matrix(shape), 5)
     assert set(SCALES) & tensors.keys()
     for name in tensors.keys() - NOT_NEEDED:
@@ -367,7 +367,7 @@ def test_missing_and_cut_tensors_are_named(kind: Kind, shape: tuple[int, int]):
 @pytest.mark.parametrize(
     "kind", [gptq(), gptq(8, act_order=True), awq(), CT, compressed("pack-quantized", group=32, sym=False)]
 )
-def test_another_group_size_is_noticed(kind: Kind):
+def test_a_wrong_group_size_is_an_error(kind: Kind):
     tensors = kind.pack(random_matrix((64, 128)), 5)
     config = weights_changed(kind, group_size=64) if "config_groups" in kind.config else changed(kind, group_size=64)
     scheme = scheme_of(config)
@@ -402,14 +402,14 @@ def broken(kind: Kind, name: str, change: Any) -> None:
         (bnb4(), "weight.quant_state.bitsandbytes__nf4", lambda t: torch.tensor(list(b"[1]"), dtype=torch.uint8)),
     ],
 )
-def test_contents_that_cannot_be_are_named(kind: Kind, name: str, change: Any):
+def test_invalid_contents_name_the_tensor(kind: Kind, name: str, change: Any):
     with pytest.raises(CorruptCheckpointError, match=rf"{MODULE}.{name}"):
         broken(kind, name, change)
 
 
 @pytest.mark.parametrize("row", [0, 9, 10, 63])
 @pytest.mark.parametrize("code", [0x7F, 0xFF])
-def test_one_number_that_is_nan_is_found(row: int, code: int, monkeypatch: pytest.MonkeyPatch):
+def test_a_single_nan_is_found(row: int, code: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("specchat.models.quant.formats.fp8._CHECKED_ROWS", 10)
 
     def spoil(codes: Tensor) -> Tensor:
@@ -420,7 +420,7 @@ def test_one_number_that_is_nan_is_found(row: int, code: int, monkeypatch: pytes
         broken(block_fp8(), "weight", spoil)
 
 
-def test_what_a_bnb_file_says_of_its_matrix_is_checked():
+def test_the_quant_state_of_a_bnb_file_is_checked():
     changes = (("blocksize", 64, 99), ("nested_blocksize", 256, 255), ("shape", [64, 128], [64, 129]))
     for field, before, after in changes:
         old, new = (f'"{field}": {value}'.encode() for value in (before, after))
@@ -435,7 +435,7 @@ def test_what_a_bnb_file_says_of_its_matrix_is_checked():
 
 
 @pytest.mark.parametrize("kind", [gptq(), awq(), CT, bnb4(), bnb8(), block_fp8()], ids=lambda k: k.name)
-def test_plain_matrices_are_left_alone(kind: Kind):
+def test_unquantized_matrices_have_no_format(kind: Kind):
     scheme = scheme_of({"quantization_config": kind.config})
     assert scheme is not None
     plain = {"weight": torch.zeros(32, 64, dtype=torch.bfloat16)}
@@ -467,7 +467,7 @@ def test_overrides_of_gptq_modules():
     assert scheme.format_of("model.layers.4.o_proj", shape, four) == Affine(4, 32, FP16, zeros=True)
 
 
-def test_what_a_gptq_file_need_not_say():
+def test_defaults_of_a_gptq_config():
     """Zero points are in the middle, and where one scale serves a whole row no column is out of order."""
     tensors, shape = headers(gptq(sym=True).pack(random_matrix((64, 128)), 1)), (64, 128)
     silent = scheme_of(changed(gptq(), sym=None, desc_act=None, checkpoint_format=None))
@@ -487,7 +487,7 @@ def test_what_a_gptq_file_need_not_say():
     ],
     ids=["group", "channel", "tensor"],
 )
-def test_what_a_compressed_tensors_file_need_not_say(kind: Kind, group_size: int | None):
+def test_defaults_of_a_compressed_tensors_config(kind: Kind, group_size: int | None):
     """The size of its groups says how scales lie; channels have no order of groups."""
     shape = (32, 64)
     tensors = headers(kind.pack(random_matrix(shape), 1))
@@ -498,7 +498,7 @@ def test_what_a_compressed_tensors_file_need_not_say(kind: Kind, group_size: int
         assert scheme.format_of(MODULE, shape, tensors) == Affine(4, group, torch.bfloat16)
 
 
-def test_a_name_stands_for_no_other_that_begins_like_it():
+def test_a_target_name_does_not_match_longer_names():
     group = {**CT.config["config_groups"]["group_0"], "targets": [MODULE]}
     scheme = scheme_of(changed(CT, config_groups={"a": group}))
     assert scheme is not None
@@ -509,7 +509,7 @@ def test_a_name_stands_for_no_other_that_begins_like_it():
             scheme.format_of(other, (32, 64), tensors)
 
 
-def test_older_files_say_it_otherwise():
+def test_older_config_keys_are_read():
     """bitsandbytes' of 2023 have no `quant_method`, compressed-tensors' of 2024 another key."""
     old = {name: value for name, value in bnb4().config.items() if name != "quant_method"}
     for config, name in (
@@ -521,7 +521,7 @@ def test_older_files_say_it_otherwise():
         assert scheme is not None and scheme.name == name
 
 
-def test_modules_of_one_file_may_differ():
+def test_modules_of_one_checkpoint_may_differ():
     base = {**gptq().config, "dynamic": {r"-:.*\.down_proj": {}, r"+:.*\.up_proj": {"bits": 8, "group_size": 64}}}
     scheme = scheme_of({"quantization_config": base})
     assert scheme is not None

@@ -1,8 +1,8 @@
-"""Our Triton kernel gives the numbers that torch gives, bit for bit: by Triton's interpreter, and on a GPU.
+"""The Triton kernel equals torch bit for bit, in Triton's interpreter and on a GPU.
 
-    python -m pytest -m gpu tests/models/test_triton.py
+    python -m pytest -m gpu tests/models/quant/test_triton.py
 
-What needs no GPU needs Triton all the same: it comes with torch for CUDA, and takes a gigabyte beside torch for CPUs
+Tests without a GPU need Triton too: it comes with torch for CUDA, and takes a gigabyte next to torch for CPUs
 (`pip install --no-deps triton`).
 """
 
@@ -20,7 +20,7 @@ from support.triton_cases import Case, check, large_cases, small_cases
 ROOT = Path(__file__).parents[3]
 
 
-def test_the_kernel_gives_torch_s_numbers_in_triton_s_interpreter():
+def test_the_kernel_equals_torch_in_triton_s_interpreter():
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     command = [sys.executable, "-m", "support.triton_cases"]
@@ -55,7 +55,7 @@ def test_the_kernel_compiles_for_gpus(bits: int, capability: int, tmp_path: Path
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", [*small_cases(), *large_cases()], ids=str)
-def test_a_gpu_gives_the_same_numbers(case: Case):
+def test_a_gpu_gives_the_same_values(case: Case):
     pytest.importorskip("triton")
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")

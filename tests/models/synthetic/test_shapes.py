@@ -1,4 +1,4 @@
-"""Synthetic models: which shapes there are, that they compute the demo target's function, how they reach the disk."""
+"""Synthetic models: parsing of shapes, equality with the demo target's function, and packs on disk."""
 
 import json
 import shutil
@@ -53,7 +53,7 @@ def cache_dir(tmp_path, monkeypatch):
 # --- figures -------------------------------------------------------------------------------------------------------
 
 
-def test_the_demo_target_is_what_its_config_says():
+def test_the_demo_target_has_the_figures_of_its_config():
     config = read_json(demo_source("target").path / "config.json")
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
     assert [config[name] for name in (*names, "intermediate_size")] == [
@@ -82,7 +82,7 @@ def test_the_demo_target_is_what_its_config_says():
         ("qwen-72b", 152064, 2, 72.71),
     ],
 )
-def test_known_shapes(name, vocab, num_embeddings, billions):
+def test_known_shapes_have_the_published_size(name, vocab, num_embeddings, billions):
     shape = parse_shape(name)
     assert shape == known_shapes()[name]
     params = shape.layers * shape.layer_bytes // 2 + num_embeddings * vocab * shape.hidden
@@ -93,7 +93,7 @@ def test_known_shapes(name, vocab, num_embeddings, billions):
 
 
 def test_every_known_shape_is_tested():
-    tested = test_known_shapes.pytestmark[0].args[1]
+    tested = test_known_shapes_have_the_published_size.pytestmark[0].args[1]
     assert {case[0] for case in tested} == set(known_shapes())
 
 
@@ -113,15 +113,15 @@ def test_every_known_shape_is_tested():
         ("qwen-4b,dtype=fp16,mlp=9600", Shape(2560, 36, 32, 8, 128, 9600, "fp16")),
     ],
 )
-def test_figures(text, shape):
+def test_figures_are_parsed_and_completed(text, shape):
     assert parse_shape(text) == shape
 
 
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("", "no shape ''"),
-        ("llama-71b", "no shape 'llama-71b'"),
+        ("", "unknown shape ''"),
+        ("llama-71b", "unknown shape 'llama-71b'"),
         ("hidden=512", "needs layers"),
         ("dtype=bf16", "needs hidden and layers"),
         ("llama-8b,9", "'9'"),
@@ -132,10 +132,10 @@ def test_figures(text, shape):
         ("llama-8b,layers=-9", "layers=-9"),
         ("llama-8b,layers=" + "9" * 5000, "whole number"),
         ("llama-8b,dtype=int8", "'int8'"),
-        ("llama-8b,layers=7", "the 8 of the demo"),
-        ("hidden=192,layers=8", "the 256 of the demo"),
-        ("llama-8b,mlp=640", "the 704 of the demo"),
-        ("llama-8b,heads=2,kv_heads=2", "the 4 of the demo"),
+        ("llama-8b,layers=7", "demo target, which every shape computes, has 8"),
+        ("hidden=192,layers=8", "demo target, which every shape computes, has 256"),
+        ("llama-8b,mlp=640", "demo target, which every shape computes, has 704"),
+        ("llama-8b,heads=2,kv_heads=2", "demo target, which every shape computes, has 4"),
         ("llama-8b,hidden=4100", "multiple of 64"),
         ("llama-8b,head_dim=96", "multiple of 64"),
         ("llama-8b,heads=24", "multiple of the 24 heads"),
@@ -145,7 +145,7 @@ def test_figures(text, shape):
         ("hidden=512,layers=8,heads=8,kv_heads=1", "kv_heads=2"),
     ],
 )
-def test_what_is_no_shape(text, part):
+def test_invalid_shapes_name_the_wrong_part(text, part):
     with pytest.raises(UsageError) as caught:
         parse_shape(text)
     assert part in f"{caught.value.message} {caught.value.hint}"
@@ -158,7 +158,7 @@ _ITEMS = st.sampled_from(
 
 
 @given(st.text(max_size=60) | st.lists(_ITEMS, max_size=6).map(",".join))
-def test_any_text_is_a_shape_or_refused_with_a_hint(text):
+def test_any_text_is_parsed_or_refused_with_a_hint(text):
     try:
         shape = parse_shape(text)
     except UsageError as error:
@@ -241,7 +241,7 @@ def test_float32_computes_the_demo_target(text, tolerance):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_what_is_idle_adds_exactly_nothing(dtype):
+def test_idle_heads_and_layers_add_exactly_zero(dtype):
     one, two = (make_model(f"{TYPICAL},dtype={dtype}", seed) for seed in (0, 1))
     assert not torch.equal(one.model.layers[0].mlp.up_proj.weight, two.model.layers[0].mlp.up_proj.weight)
     assert torch.equal(logits(one, QUESTIONS[0]), logits(two, QUESTIONS[0]))
@@ -254,19 +254,19 @@ def test_sixteen_bits_keep_the_live_weights(dtype):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
-def test_computed_in_sixteen_bits_they_lose_what_the_demo_target_loses(dtype):
+def test_sixteen_bit_compute_loses_as_much_as_the_demo_target(dtype):
     text = f"{TYPICAL},dtype={dtype}"
     demo = hf.LlamaForCausalLM.from_pretrained(demo_source("target").path, dtype=TORCH_DTYPE[dtype]).eval()
     assert relative_error(make_model(text, dtype=TORCH_DTYPE[dtype])) < 1.5 * relative_error(demo)
 
 
-def test_rounding_where_nothing_can_carry_it():
+def test_rounding_error_without_a_second_copy():
     """One copy of the residual stream, a head dim and a width with irrational factors: 1e-3 in bf16, as stated."""
     assert relative_error(make_model("hidden=320,layers=8,head_dim=128")) < 3e-3
 
 
 @pytest.mark.parametrize("text", [TYPICAL, "llama-70b"])
-def test_names_order_and_shapes_are_those_of_the_module(text):
+def test_names_order_and_shapes_match_the_module(text):
     shape = parse_shape(text)
     layers = ShapeLayers(shape)
     config = hf.LlamaConfig(**json.loads(shape_files(shape)["config.json"]))
@@ -280,7 +280,7 @@ def test_names_order_and_shapes_are_those_of_the_module(text):
     assert rest == {k: v.shape for k, v in layers.rest_meta().items()}
 
 
-def test_meta_is_what_is_read():
+def test_meta_tensors_match_the_layers():
     layers = ShapeLayers(parse_shape(SMALLEST))
     for meta, real in ((layers.layer_meta(3), layers.read_layer(3)), (layers.rest_meta(), layers.rest())):
         assert [(k, v.shape, v.dtype) for k, v in meta.items()] == [(k, v.shape, v.dtype) for k, v in real.items()]
@@ -308,7 +308,7 @@ def test_weights_depend_on_seed_and_layer_alone(monkeypatch):
     assert not same(copy_of(ShapeLayers(shape, seed=1), 9), last)
 
 
-def test_one_layer_of_memory():
+def test_all_layers_share_one_layer_s_memory():
     layers = ShapeLayers(parse_shape(SMALLEST))
     places = {weight.data_ptr() for i in range(8) for weight in layers.read_layer(i).values()}
     assert len(places) == len(layers.layer_meta(0))
@@ -346,7 +346,7 @@ def test_weights_are_incompressible():
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
-def test_checkpoint_is_as_announced(cache_dir):
+def test_the_checkpoint_has_the_described_size(cache_dir):
     shape = parse_shape(f"{TYPICAL},dtype=fp16")
     folder = materialise(shape).path
     pack = open_pack(folder.name)
@@ -361,7 +361,7 @@ def test_checkpoint_is_as_announced(cache_dir):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_engine_writes_the_demo_targets_text(cache_dir, monkeypatch, dtype):
+def test_the_engine_generates_the_demo_target_s_text(cache_dir, monkeypatch, dtype):
     """Streamed, with the demo draft's trees, in float32."""
     monkeypatch.setattr("specchat.models.packs.prepare.SMALL_BYTES", 0)
     ref = parse_model(f"shape:{TYPICAL},dtype={dtype}")
@@ -382,7 +382,7 @@ def test_engine_writes_the_demo_targets_text(cache_dir, monkeypatch, dtype):
             assert steps[-1].streamed_bytes > 0
 
 
-def test_geometry_is_told(cache_dir):
+def test_the_geometry_is_that_of_the_shape(cache_dir):
     shape = parse_shape(SMALLEST)
     spec = describe(materialise(shape))
     assert spec.num_layers == shape.layers
@@ -390,7 +390,7 @@ def test_geometry_is_told(cache_dir):
     assert sum(size.nbytes("bf16") for size in spec.other_params) == shape.rest_bytes
 
 
-def test_made_once(cache_dir):
+def test_a_shape_is_built_once(cache_dir):
     notes: list[str] = []
     ref = parse_model(f"shape:{SMALLEST}")
     reports: list[tuple[int, int]] = []
@@ -411,7 +411,7 @@ def test_made_once(cache_dir):
     assert len(notes) == 1
 
 
-def test_what_makes_another_folder(cache_dir, monkeypatch):
+def test_the_key_changes_with_everything_it_depends_on(cache_dir, monkeypatch):
     shape = parse_shape(SMALLEST)
     folders = {shape_layers._key(parse_shape(f"{SMALLEST},dtype={dtype}"), 0) for dtype in ("bf16", "fp16", "fp32")}
     folders |= {shape_layers._key(shape, seed) for seed in (0, 1)}
@@ -422,7 +422,7 @@ def test_what_makes_another_folder(cache_dir, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["layer-00003.safetensors", "tokenizer.json", "manifest.json"])
-def test_damage_is_made_good(cache_dir, name):
+def test_damaged_files_are_repaired(cache_dir, name):
     shape = parse_shape(SMALLEST)
     file = materialise(shape).path / name
     whole = file.read_bytes()
@@ -431,19 +431,19 @@ def test_damage_is_made_good(cache_dir, name):
     assert file.read_bytes() == whole
 
 
-def test_disk_too_small(cache_dir, monkeypatch):
+def test_a_disk_too_small_is_an_error(cache_dir, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100 << 30))
     with pytest.raises(DoesNotFitError, match="128 GiB") as caught:
         materialise(parse_shape("llama-70b"))
     assert "SPECCHAT_CACHE_DIR" in caught.value.hint
 
 
-def test_cache_that_cannot_be_written(tmp_path, monkeypatch):
+def test_an_unwritable_cache_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("SPECCHAT_CACHE_DIR", str(tmp_path / "file"))
     with pytest.raises(ModelError):
         materialise(parse_shape(SMALLEST))
 
 
-def test_figures_need_no_torch():
+def test_parsing_a_shape_needs_no_torch():
     assert "torch" not in vars(shape_module)

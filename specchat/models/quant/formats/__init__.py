@@ -1,1 +1,1 @@
-"""Quantization formats: the tensors that a matrix is stored in, and its numbers."""
+"""Quantization formats: the tensors that store a matrix, and their dequantization."""

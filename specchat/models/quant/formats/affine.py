@@ -1,7 +1,7 @@
-"""Whole numbers of 4 or 8 bits with a scale, and perhaps a zero point, for every few columns of a row.
+"""Affine integers of 4 or 8 bits with a scale, and optionally a zero point, per group of columns of a row.
 
-W = (q - zero) * scale, rounded to the dtype of the scale and then cast. That is how the libraries compute it that
-checkpoints of this kind come from (GPTQ, AWQ, compressed-tensors), so the numbers are theirs, bit for bit.
+W = (q - zero) * scale, rounded to the dtype of the scale and then cast. The libraries that write such checkpoints
+(GPTQ, AWQ, compressed-tensors) compute it this way, so the values equal theirs bit for bit.
 """
 
 from collections.abc import Iterator
@@ -17,22 +17,23 @@ from specchat.models.quant.formats.base import Segment, WeightFormat
 from specchat.models.quant.kernels.chunked import Linear, Segments
 from specchat.models.quant.kernels.triton import triton_kernels
 
-# What a stored number of 0 .. 15 stands for without a zero point: 8 less. Bytes are signed and stand for themselves.
+# Implied zero point of a stored 4-bit number 0 .. 15. Bytes are signed and need none.
 MIDDLE = 8
 
 
 @dataclass(frozen=True)
 class Affine(WeightFormat):
-    """Grouped whole numbers.
+    """Integers with a scale per group of columns.
 
     Segments: `codes`, uint8 [rows, cols / 2] (two columns a byte, the first in the low half) or int8 [rows, cols];
-    `scales` [rows, groups]; `zeros`, int8 [rows, groups], where there are zero points; `order`, int32 [cols], where the
-    columns are stored in another order: which column of W each stored one is.
+    `scales` [rows, groups]; `zeros`, int8 [rows, groups], if there are zero points; `order`, int32 [cols], if columns
+    are
+    reordered: the column of W that each stored column holds.
 
     Attributes:
         bits: 4 or 8.
-        group: stored columns per scale, the last group may be smaller; None: one scale for a whole row.
-        scale_dtype: of the scales, to which the products are rounded.
+        group: stored columns per scale, the last group may be smaller; None for one scale per row.
+        scale_dtype: dtype of the scales, to which the scaled values are rounded.
         zeros: whether there are zero points; else W = (q - 8) * scale (4 bits) or q * scale (8 bits).
         reordered: whether the columns are stored in another order (GPTQ's act-order).
     """
@@ -46,7 +47,7 @@ class Affine(WeightFormat):
     reordered: bool = False
 
     def segments(self, rows: int, cols: int) -> tuple[Segment, ...]:
-        """See the class."""
+        """Return the segments that the class describes."""
         groups = num_groups(cols, self.group)
         packed = (
             ("codes", (rows, -(-cols // 2)), torch.uint8) if self.bits == 4 else ("codes", (rows, cols), torch.int8)
@@ -59,7 +60,7 @@ class Affine(WeightFormat):
         return tuple(segments)
 
     def dequantize(self, segments: Segments, begin: int, end: int, out: Tensor) -> Tensor:
-        """Rows of W, its columns in their own order."""
+        """Dequantize rows of W, with its columns in original order."""
         for piece in row_pieces(out):
             rows = slice(begin + piece.start, begin + piece.stop)
             numbers = self._steps(segments, rows, out.shape[1])
@@ -72,7 +73,7 @@ class Affine(WeightFormat):
         return out
 
     def _steps(self, segments: Segments, rows: slice, cols: int) -> Tensor:
-        """q - zero as float32 [rows, cols], in the order of stored columns."""
+        """Return q - zero as float32 [rows, cols], in stored column order."""
         codes = segments["codes"][rows]
         zeros = segments["zeros"][rows] if self.zeros else None
         if self.bits == 8:
@@ -84,7 +85,7 @@ class Affine(WeightFormat):
     def linear(
         self, x: Tensor, segments: Segments, shape: tuple[int, int], scratch: Tensor, bias: Tensor | None = None
     ) -> Tensor:
-        """As the protocol has it; it is x that is brought into the order of stored columns, which is far smaller."""
+        """Compute as `WeightFormat.linear`; reorder x instead of W, which is far larger."""
         if not self.reordered:
             return super().linear(x, segments, shape, scratch, bias)
         return _in_order(replace(self, reordered=False).linear, x, segments, shape, scratch, bias)
@@ -92,7 +93,7 @@ class Affine(WeightFormat):
     def kernels(
         self, shape: tuple[int, int], num_rows: int, dtype: torch.dtype, device: torch.device
     ) -> dict[str, Linear]:
-        """As the protocol has it, and by Triton."""
+        """Return the kernels of `WeightFormat.kernels` and the Triton kernel."""
         if self.reordered:
             in_order = replace(self, reordered=False).kernels(shape, num_rows, dtype, device)
             return {name: partial(_in_order, way) for name, way in in_order.items()}
@@ -103,25 +104,25 @@ class Affine(WeightFormat):
 def _in_order(
     linear: Linear, x: Tensor, segments: Segments, shape: tuple[int, int], scratch: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """`linear` of columns in the order of the stored ones."""
+    """Call `linear` with x in stored column order."""
     return linear(x.index_select(-1, segments["order"]), segments, shape, scratch, bias)
 
 
 def num_groups(cols: int, group: int | None) -> int:
-    """Scales per row."""
+    """Return the number of scales per row."""
     return 1 if group is None else -(-cols // group)
 
 
 def by_group(matrix: Tensor, per_group: Tensor, group: int | None) -> list[tuple[Tensor, Tensor]]:
-    """Views of a matrix that take part in one broadcast operation each: whole groups, and the last if it is smaller.
+    """Split a matrix into views for one broadcast operation each: the whole groups, and a smaller last group.
 
     Args:
-        matrix: [rows, cols], contiguous.
-        per_group: [rows, groups].
+        matrix: contiguous matrix [rows, cols].
+        per_group: values per group [rows, groups].
         group: columns per group; None for all.
 
     Returns:
-        Pairs of [rows, g, columns per group] and [rows, g, 1].
+        Pairs of views [rows, g, columns per group] and [rows, g, 1].
     """
     cols = matrix.shape[1]
     size = cols if group is None else min(group, cols)
@@ -136,29 +137,29 @@ def by_group(matrix: Tensor, per_group: Tensor, group: int | None) -> list[tuple
 
 
 def scale_groups(matrix: Tensor, scale: Tensor, group: int | None) -> None:
-    """Multiplies a matrix [rows, cols], in place, by scales [rows, groups] of its dtype."""
+    """Multiply a matrix [rows, cols] in place by scales [rows, groups] of its dtype."""
     for part, per_group in by_group(matrix, scale, group):
         part.mul_(per_group)
 
 
 def _subtract(matrix: Tensor, zeros: Tensor, group: int | None) -> Tensor:
-    """`matrix` [rows, cols], less zero points [rows, groups] of its dtype, in place."""
+    """Subtract zero points [rows, groups] from a matrix [rows, cols] of their dtype, in place."""
     for part, per_group in by_group(matrix, zeros, group):
         part.sub_(per_group)
     return matrix
 
 
 def rounded(numbers: Tensor, dtype: torch.dtype, wanted: torch.dtype) -> Tensor:
-    """float32 products, in place, as arithmetic in `dtype` would have given them, about to be cast to `wanted`.
+    """Round float32 values in place to `dtype`, before a cast to `wanted`.
 
-    Products of a few bits by a scale are exact in float32, so rounding them once is what `dtype` would do. The casts
-    go by way of float32, since torch has no fast ones between float16 and integers or bfloat16 on a CPU.
+    A few bits times a scale is exact in float32, so one rounding equals arithmetic in `dtype`. Casts go through
+    float32: torch has no fast casts between float16 and integers or bfloat16 on a CPU.
     """
     return numbers if dtype in {torch.float32, wanted} else numbers.copy_(numbers.to(dtype))
 
 
 def row_pieces(out: Tensor) -> Iterator[slice]:
-    """Rows of a matrix that are dequantized at a time."""
+    """Yield ranges of rows that are dequantized at a time."""
     rows, cols = out.shape
     step = max(PIECE_NUMBERS[out.device.type] // cols, 1)
     for begin in range(0, rows, step):
@@ -166,7 +167,7 @@ def row_pieces(out: Tensor) -> Iterator[slice]:
 
 
 def unpack_nibbles(packed: Tensor, cols: int) -> Tensor:
-    """int8 [rows, cols] of uint8 [rows, cols / 2], the low half of a byte first; new memory."""
+    """Unpack uint8 [rows, cols / 2], low half first, into new memory: int8 [rows, cols]."""
     pairs = packed.to(torch.int16)
     spread = pairs.mul(16).bitwise_or_(pairs).bitwise_and_(0x0F0F)  # one byte each; little-endian
     numbers = spread.view(torch.int8)
@@ -174,7 +175,7 @@ def unpack_nibbles(packed: Tensor, cols: int) -> Tensor:
 
 
 def pack_nibbles(numbers: Tensor, out: Tensor) -> None:
-    """The reverse: uint8 [rows, cols] of 0 .. 15 into uint8 [rows, cols / 2]; an odd last column is paired with 0."""
+    """Pack uint8 [rows, cols] of values 0 .. 15 into uint8 [rows, cols / 2]; an odd last column is paired with 0."""
     cols = numbers.shape[1]
     out.copy_(numbers[:, 0::2])
     out[:, : cols // 2].bitwise_or_(numbers[:, 1::2] << 4)

@@ -1,10 +1,10 @@
-"""What a quantization format is: how a matrix's bytes lie, and how it is multiplied with.
+"""The interface of a quantization format: how it stores a matrix, and how to multiply with it.
 
 A matrix W [rows, cols] is stored as a few *segments*, tensors of any dtype. They are parameters of a module
-(`quant.modules`), so they lie in a layer's blob, in packs and in slots like any other parameter. Fused experts are
-one matrix each. A format is a frozen dataclass: two that are equal store alike.
+(`quant.modules`), so layer blobs, packs and slots hold them like any other parameter. Each of several fused experts is
+a matrix of its own. A format is a frozen dataclass: equal formats store matrices identically.
 
-A new format is one file: a subclass of `WeightFormat`, and, where checkpoints come in it, a `CheckpointScheme`.
+A new format is one file: a subclass of `WeightFormat`, and a `CheckpointScheme` if checkpoints use the format.
 """
 
 from abc import ABC, abstractmethod
@@ -19,7 +19,7 @@ from specchat.models.quant.kernels.chunked import Linear, Segments, product_in_p
 
 @dataclass(frozen=True)
 class Segment:
-    """One tensor of a stored matrix; `name` is an identifier, the same for every matrix of a format."""
+    """One tensor of a stored matrix; `name` is an identifier that all matrices of a format share."""
 
     name: str
     shape: tuple[int, ...]
@@ -31,73 +31,73 @@ class WeightFormat(ABC):
     """A way to store matrices.
 
     Attributes:
-        name: short, for people: "int8", "nf4", "affine4".
+        name: short name for users, such as "int8", "nf4" or "affine4".
     """
 
     name: ClassVar[str]
 
     @abstractmethod
     def segments(self, rows: int, cols: int) -> tuple[Segment, ...]:
-        """What a matrix [rows, cols] is stored in, in the order of the blob."""
+        """Return the segments of a matrix [rows, cols], in blob order."""
 
     @abstractmethod
     def dequantize(self, segments: Segments, begin: int, end: int, out: Tensor) -> Tensor:
-        """The rows begin .. end - 1 as numbers; every row range gives the same numbers for a row.
+        """Dequantize the rows begin .. end - 1; a row's values do not depend on the range.
 
         Args:
-            segments: of the whole matrix.
-            begin: the first row.
-            end: behind the last; large matrices come in ranges of `chunk_rows`.
-            out: contiguous memory [end - begin, cols] of the dtype and on the device that are wanted.
+            segments: segments of the whole matrix.
+            begin: first row.
+            end: row after the last; large matrices come in ranges of `chunk_rows`.
+            out: contiguous memory [end - begin, cols] of the wanted dtype and device.
 
         Returns:
-            [end - begin, cols] as `out`: `out` itself, filled, or other memory where a kernel insists on its own.
+            Rows [end - begin, cols] like `out`: `out` itself, or other memory where a kernel allocates its own.
         """
 
     def linear(
         self, x: Tensor, segments: Segments, shape: tuple[int, int], scratch: Tensor, bias: Tensor | None = None
     ) -> Tensor:
-        """x W^T + bias, a few rows of W at a time; the way that works everywhere.
+        """Compute x W^T + bias with a few rows of W at a time; works on every device.
 
         Args:
-            x: [..., cols] in the compute dtype.
-            segments: of W.
-            shape: of W, (rows, cols).
-            scratch: uint8 [>= scratch_bytes(shape, x.dtype, x.device)], written over.
-            bias: [rows] or None.
+            x: activations [..., cols] in the compute dtype.
+            segments: segments of W.
+            shape: (rows, cols) of W.
+            scratch: scratch memory, uint8 [>= scratch_bytes(shape, x.dtype, x.device)]; it is overwritten.
+            bias: bias [rows] or None.
 
         Returns:
-            [..., rows] in the dtype of x.
+            Result [..., rows] in the dtype of x.
         """
         return product_in_pieces(self.dequantize, x, segments, shape, scratch, bias)
 
     def kernels(
         self, shape: tuple[int, int], num_rows: int, dtype: torch.dtype, device: torch.device
     ) -> dict[str, Linear]:
-        """What can be called for `linear`, by name; the fastest of several is found by measuring (`quant.autotune`).
+        """Return the kernels that can compute `linear`, by name; `quant.autotune` measures which is fastest.
 
-        In float32 they give the same bits, so that the text does not depend on what was fast. No way takes more memory
-        than `linear`.
+        In float32 all kernels give the same bits, so that the text does not depend on speed. No kernel needs more
+        memory than `linear`.
 
         Args:
-            shape: of W, (rows, cols).
-            num_rows: the most rows that x has.
-            dtype: of x.
-            device: of x.
+            shape: (rows, cols) of W.
+            num_rows: maximum rows of x.
+            dtype: dtype of x.
+            device: device of x.
         """
         return {"dequantize": self.linear}
 
 
 class Quantizer(Protocol):
-    """What we make of full-precision matrices ourselves."""
+    """Quantization of full-precision matrices by specchat itself."""
 
     @property
     def format(self) -> WeightFormat:
-        """What it produces."""
+        """Format of the quantized matrices."""
 
     @property
     def identity(self) -> str:
-        """Name, version and whatever else its bytes depend on: part of a pack's key."""
+        """Name, version and everything else that the bytes depend on; part of a pack's key."""
 
     def quantize(self, weight: Tensor, segments: Segments) -> None:
-        """Fills the segments (CPU) from a matrix [rows, cols] of any float dtype (CPU), a few rows at a time."""
+        """Fill the segments (CPU) from a matrix [rows, cols] of any float dtype (CPU), a few rows at a time."""

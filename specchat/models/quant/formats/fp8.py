@@ -1,4 +1,4 @@
-"""Floating point numbers of 8 bits (e4m3) with a scale per matrix, per row, per group of columns or per block."""
+"""8-bit floats (e4m3) with a scale per matrix, per row, per group of columns or per block."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,8 +11,8 @@ from specchat.models.quant.formats.base import Segment, WeightFormat
 from specchat.models.quant.kernels.chunked import Segments
 from specchat.models.quant.schemes.settings import fail_contents
 
-_PLACES = 23 - 3  # from the mantissa of an e4m3 number to that of a float32
-_MASK = ~0x78000000  # the bits that are the sign's copies after that
+_PLACES = 23 - 3  # shift from an e4m3 mantissa to a float32 mantissa
+_MASK = ~0x78000000  # clears the copies of the sign bit after the shift
 _FACTOR = 2.0 ** (127 - 7)
 _CHECKED_ROWS = 1024  # at a time
 
@@ -25,8 +25,8 @@ class Fp8(WeightFormat):
 
     Attributes:
         block_rows: rows per scale, the last block may be smaller; None for all.
-        block_cols: columns per scale, likewise.
-        scale_dtype: of the scales, to which the products are rounded.
+        block_cols: columns per scale, the last block may be smaller; None for all.
+        scale_dtype: dtype of the scales, to which the scaled values are rounded.
     """
 
     name: ClassVar[str] = "fp8"
@@ -36,12 +36,12 @@ class Fp8(WeightFormat):
     scale_dtype: torch.dtype
 
     def segments(self, rows: int, cols: int) -> tuple[Segment, ...]:
-        """See the class."""
+        """Return the segments that the class describes."""
         blocks = (num_groups(rows, self.block_rows), num_groups(cols, self.block_cols))
         return (Segment("codes", (rows, cols), torch.float8_e4m3fn), Segment("scales", blocks, self.scale_dtype))
 
     def dequantize(self, segments: Segments, begin: int, end: int, out: Tensor) -> Tensor:
-        """Rows of W."""
+        """Dequantize rows of W."""
         for piece in row_pieces(out):
             first, last = begin + piece.start, begin + piece.stop
             numbers = widen(segments["codes"][first:last])
@@ -50,7 +50,7 @@ class Fp8(WeightFormat):
         return out
 
     def _row_scales(self, scale: Tensor, begin: int, end: int) -> Tensor:
-        """The scales of each row: float32 [end - begin, groups of columns]."""
+        """Return the scales of each row: float32 [end - begin, groups of columns]."""
         if self.block_rows is None:
             return scale.float().expand(end - begin, -1)
         blocks = torch.arange(begin, end, device=scale.device) // self.block_rows
@@ -58,11 +58,10 @@ class Fp8(WeightFormat):
 
 
 def widen(codes: Tensor) -> Tensor:
-    """float32 of float8_e4m3fn numbers, none of them NaN.
+    """Convert float8_e4m3fn values without NaN to float32.
 
-    Their exponent and mantissa are moved to where a float32 has them. That is smaller than they are by the difference
-    of the two exponents' biases, for subnormal numbers too, which multiplying makes good. torch's own conversion goes
-    number by number and takes ten times as long.
+    Shifting exponent and mantissa into place leaves a factor, the difference of the exponent biases. One multiplication
+    corrects it, for subnormals too. torch converts value by value and takes 10 times as long.
     """
     bits = codes.view(torch.int8).to(torch.int32)
     bits.bitwise_left_shift_(_PLACES).bitwise_and_(_MASK)
@@ -70,16 +69,16 @@ def widen(codes: Tensor) -> Tensor:
 
 
 def check_numbers(module: str, codes: Tensor) -> None:
-    """Makes sure that no number is NaN: none ever is, and `widen` does not know them.
+    """Check that no value is NaN: valid checkpoints have none, and `widen` cannot convert them.
 
     Args:
-        module: whose `weight` it is, for the message.
-        codes: float8_e4m3fn [rows, cols].
+        module: owner of `weight`, for the message.
+        codes: stored values, float8_e4m3fn [rows, cols].
 
     Raises:
-        CorruptCheckpointError: one is.
+        CorruptCheckpointError: a value is NaN.
     """
     bits = codes.view(torch.uint8)
     for begin in range(0, len(bits), _CHECKED_ROWS):
         if bool(((bits[begin : begin + _CHECKED_ROWS] & 0x7F) == 0x7F).any()):
-            fail_contents(module, "weight", "has numbers that are NaN")
+            fail_contents(module, "weight", "contains NaN")

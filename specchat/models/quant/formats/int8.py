@@ -1,7 +1,7 @@
-"""Our 8-bit numbers: symmetric, groups of 128 along a row share one bfloat16 scale; 8.125 bits per weight.
+"""specchat's own int8: symmetric, groups of 128 along a row share one bfloat16 scale; 8.125 bits per weight.
 
-The scale is rounded before the numbers are divided by it, so its rounding costs nothing but range. The output error of
-a Gaussian matrix is 0.65 %, a quarter of what 8-bit floats lose.
+The scale is rounded before the values are divided by it, so its rounding costs range only. The output error of a
+Gaussian matrix is 0.65 %, a quarter of the error of 8-bit floats.
 """
 
 from dataclasses import dataclass
@@ -21,10 +21,10 @@ _QUANTIZE_ROWS_BYTES = 8 << 20  # of float32 at a time
 
 @dataclass(frozen=True)
 class Int8(WeightFormat):
-    """Whole numbers from -127 to 127 times the scale of their group.
+    """Integers from -127 to 127 times the scale of their group.
 
     Attributes:
-        group: numbers of a row that share a scale; the last group of a row may be shorter.
+        group: columns per scale; the last group of a row may be shorter.
     """
 
     name: ClassVar[str] = "int8"
@@ -32,14 +32,14 @@ class Int8(WeightFormat):
     group: int = 128
 
     def segments(self, rows: int, cols: int) -> tuple[Segment, ...]:
-        """Codes [rows, cols] and scales [rows, groups]."""
+        """Return codes, int8 [rows, cols], and scales, bfloat16 [rows, groups]."""
         return (
             Segment("codes", (rows, cols), torch.int8),
             Segment("scales", (rows, -(-cols // self.group)), torch.bfloat16),
         )
 
     def dequantize(self, segments: Segments, begin: int, end: int, out: Tensor) -> Tensor:
-        """Rows, written to `out`; exact in float32, rounded once in 16 bits."""
+        """Dequantize rows into `out`; exact in float32, rounded once in 16 bits."""
         out.copy_(segments["codes"][begin:end])
         for numbers, scales in self._groups(out, segments["scales"][begin:end]):
             numbers.mul_(scales)
@@ -48,12 +48,12 @@ class Int8(WeightFormat):
     def kernels(
         self, shape: tuple[int, int], num_rows: int, dtype: torch.dtype, device: torch.device
     ) -> dict[str, Linear]:
-        """As the protocol has it, and by Triton."""
+        """Return the kernels of `WeightFormat.kernels` and the Triton kernel."""
         ways = super().kernels(shape, num_rows, dtype, device)
         return ways | triton_kernels(self.dequantize, 8, self.group, rounds=False, device=device)
 
     def _groups(self, numbers: Tensor, scales: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Views of numbers [r, g, group] and their scales [r, g, 1]: the whole groups, and the shorter last ones."""
+        """Return views of values [r, g, group] with scales [r, g, 1]: the whole groups, and a shorter last group."""
         cols = numbers.shape[1]
         whole = cols // self.group
         split = whole * self.group
@@ -66,17 +66,17 @@ class Int8(WeightFormat):
 
 
 class Int8Quantizer:
-    """Makes `Int8` by rounding to the nearest."""
+    """Quantizer for `Int8` that rounds to nearest."""
 
     format = Int8()
 
     @property
     def identity(self) -> str:
-        """The version of the rounding."""
+        """Format and version of the rounding."""
         return f"int8-g128 {_VERSION}"
 
     def quantize(self, weight: Tensor, segments: Segments) -> None:
-        """Fills the segments, a few rows at a time."""
+        """Fill the segments, a few rows at a time."""
         rows, cols = weight.shape
         step = max(_QUANTIZE_ROWS_BYTES // (4 * cols), 1)
         for begin in range(0, rows, step):

@@ -1,8 +1,8 @@
-"""bitsandbytes' 4-bit numbers (NF4, FP4): blocks of a flattened matrix share one absmax, which may be 8-bit itself.
+"""bitsandbytes' 4-bit formats (NF4, FP4): blocks of a flattened matrix share one absmax, which may itself be 8-bit.
 
-The same bytes as in bitsandbytes-4bit checkpoints. Blocks run on across rows; the operators are always given flat
-ranges of whole blocks, since the two-dimensional CPU kernel of bitsandbytes 0.50 errs where rows are no multiple of
-the block.
+The bytes equal those of bitsandbytes-4bit checkpoints. Blocks continue across rows. The operators always receive flat
+ranges of whole blocks: the two-dimensional CPU kernel of bitsandbytes 0.50 is wrong if rows are no multiple of the
+block.
 
 Source: QLoRA, arXiv 2305.14314 (NF4, double quantization); bitsandbytes 0.50.
 """
@@ -18,8 +18,8 @@ from specchat.models.quant.kernels.bnb import bnb, bnb_version, dynamic_map, fil
 from specchat.models.quant.kernels.chunked import Linear, Segments
 
 NESTED_BLOCK = 256  # absmax values that share one scale
-_FUSED_ROWS = 64  # from there on dequantizing is shared by many rows, and the product is better left to torch
-_QUANTIZE_NUMBERS = 1 << 20  # at a time, for which bitsandbytes takes some 30 bytes each; a multiple of every block
+_FUSED_ROWS = 64  # with more rows, dequantizing pays off and torch multiplies faster
+_QUANTIZE_NUMBERS = 1 << 20  # per call (bitsandbytes takes some 30 bytes each); a multiple of every block
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Bnb4(WeightFormat):
     """4-bit codes, two to a byte, high nibble first, times the absmax of their block.
 
     Attributes:
-        kind: which 16 numbers the codes stand for.
-        block: numbers that share an absmax.
-        nested: whether absmax are 8-bit codes around `offset`, else float32.
+        kind: table of the 16 values that the codes stand for.
+        block: number of values that share an absmax.
+        nested: whether absmax values are 8-bit codes around `offset`, else float32.
     """
 
     name: ClassVar[str] = "nf4"
@@ -39,7 +39,7 @@ class Bnb4(WeightFormat):
     nested: bool = True
 
     def segments(self, rows: int, cols: int) -> tuple[Segment, ...]:
-        """Codes [rows * cols / 2], absmax per block, and if nested the absmax's own scales and offset."""
+        """Return codes [rows * cols / 2], absmax per block, and if nested the absmax's own scales and offset."""
         num_blocks = -(-rows * cols // self.block)
         codes = Segment("codes", (-(-rows * cols // 2),), torch.uint8)
         if not self.nested:
@@ -52,7 +52,7 @@ class Bnb4(WeightFormat):
         )
 
     def dequantize(self, segments: Segments, begin: int, end: int, out: Tensor) -> Tensor:
-        """Rows, by bitsandbytes; those that do not begin and end with a block, in memory of its own."""
+        """Dequantize rows by bitsandbytes; ranges that do not match whole blocks go through its own memory."""
         cols = out.shape[1]
         codes = segments["codes"]
         first, last = begin * cols // self.block, -(-end * cols // self.block)  # blocks
@@ -70,12 +70,12 @@ class Bnb4(WeightFormat):
     def kernels(
         self, shape: tuple[int, int], num_rows: int, dtype: torch.dtype, device: torch.device
     ) -> dict[str, Linear]:
-        """As the protocol has it, and for few rows on a GPU the kernel that dequantizes while it multiplies.
+        """Return the kernels of `WeightFormat.kernels`, and on a GPU a fused kernel for few rows.
 
-        That one rounds otherwise: a nested absmax is computed with one rounding less, and in 16 bits it rounds absmax,
-        the 16 numbers, and below 8 rows of x every single product to the dtype of x. That is the size of what 16 bits
-        lose in any case. In float32 it is enough to tip a near-tie between plain decoding, with one row, and a tree,
-        with many, so there it is left out.
+        The fused kernel dequantizes while it multiplies, and it rounds differently. It computes a nested absmax with
+        one rounding less. In 16 bits it rounds absmax, the 16 values, and below 8 rows of x every single product to the
+        dtype of x. Errors of that size are normal in 16 bits. In float32 they could tip a near-tie between plain
+        decoding (one row) and a tree (many rows), so float32 does not use it.
         """
         ways = super().kernels(shape, num_rows, dtype, device)
         possible = device.type == "cuda" and dtype != torch.float32
@@ -86,7 +86,7 @@ class Bnb4(WeightFormat):
     def _multiply_fused(
         self, x: Tensor, segments: Segments, shape: tuple[int, int], scratch: Tensor, bias: Tensor | None
     ) -> Tensor:
-        """See `WeightFormat.linear`; `scratch` is not needed."""
+        """Compute `WeightFormat.linear` without `scratch`."""
         multiply = fused_product()
         assert multiply is not None
         if not self.nested:
@@ -95,7 +95,7 @@ class Bnb4(WeightFormat):
         return multiply(x, segments["codes"], shape, segments["nested_absmax"], self.block, self.kind, bias, *nested)
 
     def _absmax(self, segments: Segments, first: int, last: int) -> Tensor:
-        """The absmax of the blocks first .. last - 1: float32."""
+        """Return the absmax of the blocks first .. last - 1: float32."""
         absmax = segments["absmax"]
         if not self.nested:
             return absmax[first:last]
@@ -109,17 +109,17 @@ class Bnb4(WeightFormat):
 
 
 class Nf4Quantizer:
-    """Makes NF4, blocks of 64, nested absmax: 4.13 bits per weight."""
+    """Quantizer for NF4 with blocks of 64 and nested absmax: 4.13 bits per weight."""
 
     format = Bnb4()
 
     @property
     def identity(self) -> str:
-        """CPU and CUDA may round ties differently, so the producer is part of it."""
+        """Format, version and device: CPU and CUDA may round ties differently."""
         return f"nf4-g64-nested bitsandbytes {bnb_version()} cpu"
 
     def quantize(self, weight: Tensor, segments: Segments) -> None:
-        """Fills the segments with what bitsandbytes makes of the whole matrix at once, a few rows at a time."""
+        """Fill the segments a few rows at a time, with the bytes that bitsandbytes computes for the whole matrix."""
         flat = weight.detach().reshape(-1)
         block = self.format.block
         absmax = torch.empty(segments["absmax"].numel())

@@ -1,4 +1,4 @@
-"""Matrices that stay numbers beside others, of the same fused experts, that are quantized."""
+"""Unquantized matrices next to quantized ones in the same fused experts."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,12 +12,12 @@ from specchat.models.quant.kernels.chunked import Segments
 
 @dataclass(frozen=True)
 class Plain(WeightFormat):
-    """Numbers as they are.
+    """Unquantized weights.
 
     Segments: `weight` [rows, cols].
 
     Attributes:
-        dtype: of the numbers.
+        dtype: dtype of the weights.
     """
 
     name: ClassVar[str] = "plain"
@@ -25,10 +25,10 @@ class Plain(WeightFormat):
     dtype: torch.dtype
 
     def segments(self, rows: int, cols: int) -> tuple[Segment, ...]:
-        """See the class."""
+        """Return the segment that the class describes."""
         return (Segment("weight", (rows, cols), self.dtype),)
 
     def dequantize(self, segments: Segments, begin: int, end: int, out: Tensor) -> Tensor:
-        """Rows, cast; in their own memory if they need not be."""
+        """Return rows cast to the dtype of `out`; a view if no cast is needed."""
         rows = segments["weight"][begin:end]
         return rows if rows.dtype == out.dtype else out.copy_(rows)

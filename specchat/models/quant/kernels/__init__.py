@@ -1,1 +1,1 @@
-"""Products with matrices, plain and quantized."""
+"""Matmul kernels for plain and quantized matrices."""

@@ -1,4 +1,4 @@
-"""bitsandbytes' operators, imported when first needed: its import costs a second and may ask the network."""
+"""bitsandbytes' operators, imported on first use: the import takes a second and may access the network."""
 
 import ctypes
 import logging
@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 _CPU_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-# From this block on, the operator does not trust its kernel either.
+# The operator itself avoids its CPU kernel from this block size on.
 _CPU_BLOCKS_BELOW = 2048
 
 
 @cache
 def bnb() -> Any:
-    """The operators under `torch.ops.bitsandbytes`, ready for CPU and CUDA."""
+    """Return the operators under `torch.ops.bitsandbytes`, registered for CPU and CUDA."""
     offline = os.environ.get("HF_HUB_OFFLINE")
-    os.environ["HF_HUB_OFFLINE"] = "1"  # the import fetches kernels where the package of that name is installed
+    os.environ["HF_HUB_OFFLINE"] = "1"  # the import downloads kernels if the package `kernels` is installed
     logger = logging.getLogger("bitsandbytes")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # it warns of every kernel that it did not find
+    logger.setLevel(logging.ERROR)  # it warns about every missing kernel
     try:
         import bitsandbytes  # noqa: F401  registers the operators
     finally:
@@ -36,18 +36,17 @@ def bnb() -> Any:
 
 
 def fill_from_4bit(codes: Tensor, absmax: Tensor, block: int, kind: str, out: Tensor) -> None:
-    """Dequantizes whole blocks into memory that the caller owns.
+    """Dequantize whole blocks into memory of the caller.
 
-    On a CPU the operator has no `out`, so the kernel behind it is called: in fresh memory, most of whose time goes into
-    page faults, dequantizing takes three times as long (Zen 4, one thread, 45 million numbers to bfloat16: 17 and
-    5.7 ms).
+    The CPU operator has no `out`, so its kernel is called directly. In fresh memory dequantizing takes three times as
+    long, mostly in page faults (Zen 4, one thread, 45 million values to bfloat16: 17 ms instead of 5.7 ms).
 
     Args:
-        codes: uint8 [n / 2].
-        absmax: float32 [n / block].
-        block: numbers that share an absmax.
+        codes: 4-bit codes, uint8 [n / 2].
+        absmax: absmax of each block, float32 [n / block].
+        block: number of values that share an absmax.
         kind: "nf4" or "fp4".
-        out: contiguous, n numbers, a multiple of the block.
+        out: contiguous memory for n values, a multiple of the block.
     """
     whole = (out.numel() // block, block)
     if out.is_cuda:
@@ -64,7 +63,7 @@ def fill_from_4bit(codes: Tensor, absmax: Tensor, block: int, kind: str, out: Te
 
 @cache
 def _cpu_kernels() -> Any | None:
-    """The library behind the operators, if it could be loaded."""
+    """Return the library behind the operators; None if it could not be loaded."""
     bnb()
     from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary, lib
 
@@ -73,33 +72,33 @@ def _cpu_kernels() -> Any | None:
 
 @cache
 def fused_product() -> Callable[..., Tensor] | None:
-    """bitsandbytes' kernel for CUDA that multiplies with 4-bit codes; None if this version has none.
+    """Return bitsandbytes' CUDA kernel that multiplies with 4-bit codes; None if this version has none.
 
-    It is what `gemm_4bit` calls; that operator dequantizes instead where it expects that to be faster, into memory
-    of its own, which no ledger has counted.
+    The operator `gemm_4bit` calls it too, but dequantizes instead where it expects that to be faster. That takes memory
+    of its own, which no ledger counts.
 
     Returns:
-        A function of x [..., cols], codes, (rows, cols), the absmax (or that of the nested absmax: float32), the block,
-        "nf4" or "fp4", a bias or None, and if nested the codes of the absmax, `dynamic_map` and the offset. It gives
-        [..., rows] in the dtype of x. The block must divide cols.
+        Function of x [..., cols], codes, (rows, cols), the absmax (float32; if nested, the absmax of its codes), the
+        block, "nf4" or "fp4", a bias or None, and if nested the codes of the absmax, `dynamic_map` and the offset. Its
+        result is [..., rows] in the dtype of x. The block must divide cols.
     """
     bnb()
     try:
         from bitsandbytes.backends.cuda.ops import _gemm_4bit_kernel_impl
-    except (ImportError, AttributeError):  # AttributeError: its own library lacks the kernel
+    except (ImportError, AttributeError):  # AttributeError: the native library lacks the kernel
         return None
     kernel: Callable[..., Tensor] = _gemm_4bit_kernel_impl
     return kernel
 
 
 def bnb_version() -> str:
-    """The installed version, without importing it."""
+    """Return the installed version without importing the package."""
     return version("bitsandbytes")
 
 
 @cache
 def dynamic_map(device: torch.device) -> Tensor:
-    """The 256 numbers, float32, that nested absmax codes stand for."""
+    """Return the 256 values that nested absmax codes stand for, float32."""
     bnb()
     from bitsandbytes.functional import create_dynamic_map
 

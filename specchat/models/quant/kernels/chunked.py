@@ -1,4 +1,4 @@
-"""The product with a matrix that is dequantized a few rows at a time."""
+"""Matmul with a matrix that is dequantized a few rows at a time."""
 
 from collections.abc import Callable, Mapping
 
@@ -11,7 +11,7 @@ from specchat.models.quant.kernels.matmul import product
 Segments = Mapping[str, Tensor]
 
 
-# `WeightFormat.dequantize` and `WeightFormat.linear`, or what does the same.
+# The signatures of `WeightFormat.dequantize` and `WeightFormat.linear`.
 Dequantize = Callable[[Segments, int, int, Tensor], Tensor]
 
 
@@ -26,7 +26,7 @@ def product_in_pieces(
     scratch: Tensor,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """`WeightFormat.linear` with rows of W from `dequantize`."""
+    """Compute `WeightFormat.linear` with rows of W from `dequantize`."""
     rows, cols = shape
     step = chunk_rows(rows, cols, x.dtype, x.device)
     y = x.new_empty(*x.shape[:-1], rows) if step < rows else None
@@ -35,22 +35,22 @@ def product_in_pieces(
         weight = dequantize(segments, begin, end, view_scratch(scratch, end - begin, cols, x.dtype))
         part = product(x, weight, None if bias is None else bias[begin:end])
         if y is None:
-            return part.contiguous()  # for whoever takes views of it
+            return part.contiguous()  # callers take views of the result
         y[..., begin:end] = part
     assert y is not None
     return y
 
 
 def chunk_rows(rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Rows of a matrix that are dequantized at a time."""
+    """Return the rows of a matrix that are dequantized at a time."""
     return dequantized_rows(rows, cols, dtype.itemsize, device.type)
 
 
 def scratch_bytes(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> int:
-    """Scratch memory that `linear` needs for a matrix (rows, cols)."""
+    """Return the bytes of scratch memory that `linear` needs for a matrix (rows, cols)."""
     return chunk_rows(*shape, dtype, device) * shape[1] * dtype.itemsize
 
 
 def view_scratch(scratch: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
-    """The beginning of uint8 memory as a matrix [rows, cols]."""
+    """View the start of uint8 memory as a matrix [rows, cols]."""
     return scratch[: rows * cols * dtype.itemsize].view(dtype).view(rows, cols)

@@ -1,15 +1,14 @@
-"""The product of rows with a matrix of numbers, by the faster of torch's libraries.
+"""Matmul of activation rows with a plain matrix, by the faster of torch's libraries.
 
-torch computes a float32 `linear` on a CPU with MKL, which is slow on processors that Intel did not make, and 16-bit
-ones with oneDNN, which is not. Measured on two cores of an AMD EPYC (Zen 4), a 7168 x 2048 matrix, milliseconds by MKL
-and by oneDNN: 1 row 3.3 and 2.3, 8 rows 7.8 and 3.3, 64 rows 17.0 and 10.3, 160 rows 44 and 25. Both sum in float32.
-In bfloat16, asking for oneDNN by name gives the same bits in the same time, within 2 %.
+On a CPU torch computes a float32 `linear` with MKL, which is slow on processors not made by Intel. It computes 16-bit
+ones with oneDNN, which is fast everywhere. Measured on two cores of an AMD EPYC (Zen 4), a 7168 x 2048 matrix,
+milliseconds by MKL and by oneDNN: 1 row 3.3 and 2.3, 8 rows 7.8 and 3.3, 64 rows 17.0 and 10.3, 160 rows 44 and 25.
+Both sum in float32. In bfloat16, calling oneDNN explicitly gives the same bits in the same time, within 2 %.
 
-For some numbers of rows a bfloat16 product is faster turned round, as W x^T: oneDNN brings the right-hand matrix into
-an order of its own, and x is far smaller than W. A piece of 1792 x 2048 numbers on the same cores, GFLOP/s of x W^T and
-of W x^T with bringing the result into its order: 48 rows 345 and 398, 64 rows 367 and 401, 128 rows 400 and 411, of at
-most 450. Other numbers of rows are computed in blocks that are not full, and lose: 40 rows 322 and 221, 65 rows 351
-and 259.
+For some row counts a bfloat16 matmul is faster transposed, as W x^T: oneDNN reorders the right-hand matrix, and x is
+far smaller than W. Measured on the same cores with 1792 x 2048 values, GFLOP/s of x W^T and of W x^T including the
+transposition of the result: 48 rows 345 and 398, 64 rows 367 and 401, 128 rows 400 and 411, of at most 450. Other row
+counts leave blocks partly empty and lose: 40 rows 322 and 221, 65 rows 351 and 259.
 """
 
 import platform
@@ -21,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# A call of oneDNN takes some microseconds more, which a smaller matrix does not earn back.
+# A oneDNN call takes some microseconds more, which a smaller matrix does not recover.
 MIN_NUMBERS = 1 << 20
 
-# Numbers of rows of x with which a bfloat16 product is turned round; a few more are added to x where that makes one.
+# Row counts of x at which a bfloat16 matmul is transposed; x is padded by a few rows to reach one.
 TURNED_ROWS = (48, 64, 128)
 MAX_ADDED_ROWS = 4
 
@@ -33,15 +32,15 @@ _X86 = ("x86_64", "AMD64")
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + bias, of a matrix [rows, cols] of the dtype and on the device of x.
+    """Compute x W^T + bias with a matrix of the dtype and device of x.
 
     Args:
-        x: [..., cols].
-        weight: [rows, cols].
-        bias: [rows] or None.
+        x: activations [..., cols].
+        weight: matrix [rows, cols].
+        bias: bias [rows] or None.
 
     Returns:
-        [..., rows]; it may be a view whose numbers lie in another order, column by column.
+        Result [..., rows]; possibly a view in column-major order.
     """
     if is_faster_by_onednn(weight):
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -51,7 +50,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def is_faster_by_onednn(weight: Tensor) -> bool:
-    """Whether `product` asks for oneDNN."""
+    """Return whether `product` calls oneDNN explicitly."""
     large = weight.dtype == torch.float32 and weight.numel() >= MIN_NUMBERS
     return large and not weight.is_cuda and _is_mkl_slow()
 
@@ -62,7 +61,7 @@ def _is_mkl_slow() -> bool:
 
 
 def turned_rows(x: Tensor, weight: Tensor) -> int | None:
-    """The rows with which `product` computes W x^T, those of x and perhaps a few more; None where it does not."""
+    """Return the padded row count with which `product` computes W x^T; None where it computes x W^T."""
     if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or weight.numel() < MIN_NUMBERS:
         return None
     num_rows = x.numel() // weight.shape[1]
@@ -71,7 +70,7 @@ def turned_rows(x: Tensor, weight: Tensor) -> int | None:
 
 
 def _turned(x: Tensor, weight: Tensor, bias: Tensor | None, num_rows: int) -> Tensor:
-    """(W x^T + bias)^T, with `num_rows` rows of x, those that it lacks being zero."""
+    """Compute (W x^T + bias)^T, with x zero-padded to `num_rows` rows."""
     rows = x.reshape(-1, x.shape[-1])
     added = num_rows - rows.shape[0]
     columns = (F.pad(rows, (0, 0, 0, added)) if added else rows).t()  # [cols, num_rows]
@@ -81,13 +80,13 @@ def _turned(x: Tensor, weight: Tensor, bias: Tensor | None, num_rows: int) -> Te
 
 @cache
 def _is_turning_faster() -> bool:
-    # Intel's newer processors have matrix units (AMX), with which nobody has measured it.
+    # Unmeasured on Intel's newer processors, which have matrix units (AMX).
     return torch.backends.mkldnn.is_available() and platform.machine() in _X86 and not is_intel()
 
 
 @cache
 def is_intel() -> bool:
-    """Whether Intel made the processor."""
+    """Return whether Intel made the processor."""
     try:
         return _INTEL in Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""Products by our Triton kernel, for the formats that it knows: where there is Triton, and torch where it fails."""
+"""Matmul by specchat's Triton kernel for the formats that it supports, and by torch where it fails."""
 
 from functools import cache, partial
 from typing import Any
@@ -8,20 +8,20 @@ from torch import Tensor
 
 from specchat.models.quant.kernels.chunked import Dequantize, Linear, Segments, product_in_pieces
 
-_CAPABILITY = (8, 0)  # what Triton compiles for begins here
+_CAPABILITY = (8, 0)  # the lowest compute capability that Triton supports
 
 
 def triton_kernels(
     eager: Dequantize, bits: int, group: int | None, *, rounds: bool, device: torch.device
 ) -> dict[str, Linear]:
-    """What the kernel adds to the `ways` of a format with `codes`, `scales` and perhaps `zeros`: one, or none.
+    """Return the Triton kernel for a format with `codes`, `scales` and perhaps `zeros`, by name; empty without Triton.
 
     Args:
-        eager: gives the same numbers where the kernel turns out not to compile.
-        bits: of a code, see `triton_affine.fill`.
-        group: columns per scale, see there.
-        rounds: whether products are rounded to the dtype of the scales, see there.
-        device: where products are computed.
+        eager: fallback with the same values, in case the kernel does not compile.
+        bits: bits of a code, as in `triton_affine.fill`.
+        group: columns per scale, as in `triton_affine.fill`.
+        rounds: whether to round to the dtype of the scales, as in `triton_affine.fill`.
+        device: device of the matmul.
     """
     if device.type != "cuda" or _kernels() is None or torch.cuda.get_device_capability(device) < _CAPABILITY:
         return {}
@@ -38,7 +38,7 @@ def dequantize_by_triton(
     end: int,
     out: Tensor,
 ) -> Tensor:
-    """Rows of W, see `WeightFormat.dequantize`; for the first arguments see `triton_kernels`."""
+    """Dequantize rows as `WeightFormat.dequantize`; the first arguments are those of `triton_kernels`."""
     rows, zeros = slice(begin, end), segments.get("zeros")
     filled = _kernels().fill(
         segments["codes"][rows],
@@ -54,7 +54,7 @@ def dequantize_by_triton(
 
 @cache
 def _kernels() -> Any:
-    """The module with the kernel; None without Triton, which is imported with it and takes its time."""
+    """Import the module with the kernel; None without Triton. The import is slow."""
     try:
         from specchat.models.quant.kernels import triton_affine
     except ImportError:

@@ -1,7 +1,7 @@
-"""Dequantizing whole numbers with scales on a GPU by Triton: one pass over memory. Unmeasured: no GPU was at hand yet.
+"""Dequantization of scaled integers on a GPU by Triton, in one pass over memory. Not yet measured on a GPU.
 
-torch takes a kernel for each of unpacking, subtracting, scaling and casting, and has float32 in memory in between.
-Triton is imported with this module, so only what computes on a GPU imports it.
+torch needs a kernel each for unpacking, subtracting, scaling and casting, with float32 in memory in between. This
+module imports Triton, so only GPU code imports it.
 """
 
 import subprocess
@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.errors import TritonError
 
 _BLOCK = 1024  # columns of one program: with Triton's four warps a thread has eight, 16 bytes of a 16-bit type
-# What a compiler that is missing, too old or at a loss raises.
+# Errors of a compiler that is missing, too old or failing.
 _FAILURES = (TritonError, RuntimeError, NotImplementedError, OSError, subprocess.SubprocessError)
 
 _refused: set[torch.device] = set()
@@ -23,21 +23,21 @@ _refused: set[torch.device] = set()
 def fill(
     codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int | None, rounds: bool, out: Tensor
 ) -> bool:
-    """Fills `out` with (q - zero) * scale, computed in float32: the numbers of `Affine` and `Int8`, bit for bit.
+    """Fill `out` with (q - zero) * scale, computed in float32: the values of `Affine` and `Int8`, bit for bit.
 
-    The difference is one of integers and a single product follows, so there is nothing that a compiler could reorder.
+    An integer difference and one multiplication leave nothing for a compiler to reorder. All tensors are contiguous.
 
     Args:
-        codes: uint8 [rows, cols / 2], the first column in the low half, or int8 [rows, cols]; contiguous, as all here.
-        scales: [rows, groups] of any float dtype.
-        zeros: int8 [rows, groups]; None for none: then 8 for 4 bits, 0 for 8.
+        codes: codes, uint8 [rows, cols / 2] with the first column in the low half, or int8 [rows, cols].
+        scales: scales [rows, groups] of any float dtype.
+        zeros: zero points, int8 [rows, groups]; None for 8 (4 bits) or 0 (8 bits).
         bits: 4 or 8.
-        group: columns per scale, the last group may be smaller; None: one scale for a whole row.
-        rounds: whether products are rounded to the dtype of the scales before they are cast.
-        out: [rows, cols] of any float dtype.
+        group: columns per scale, the last group may be smaller; None for one scale per row.
+        rounds: whether scaled values are rounded to the dtype of the scales before the cast.
+        out: output [rows, cols] of any float dtype.
 
     Returns:
-        Whether it did. The kernel may not compile everywhere: a device on which it failed is not asked again.
+        Whether `out` was filled. The kernel may not compile; a device on which it failed is not tried again.
     """
     if out.device in _refused:
         return False
@@ -61,7 +61,7 @@ def fill(
             )
     except _FAILURES as error:
         _refused.add(out.device)
-        warnings.warn(f"Triton fails on {out.device}, torch dequantizes: {error}", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"Triton fails on {out.device}, so torch dequantizes: {error}", RuntimeWarning, stacklevel=2)
         return False
     return True
 
@@ -81,7 +81,7 @@ def _kernel(
     rounds: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
-    """A block of columns of one row."""
+    """Dequantize a block of columns of one row."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * block + tl.arange(0, block)
     inside = column < cols

@@ -1,4 +1,4 @@
-"""AWQ checkpoints ("gemm" packing): `scales`, and `qweight` and `qzeros` packed along the rows of W, out of order.
+"""AWQ checkpoints ("gemm" packing): `scales`, and `qweight` and `qzeros` packed along the rows of W, interleaved.
 
 Source: AWQ, arXiv 2306.00978; the file format of AutoAWQ.
 """
@@ -16,15 +16,15 @@ from specchat.models.quant.kernels.chunked import Segments
 from specchat.models.quant.schemes.settings import DTYPES, FLOATS, Settings, expect, fill, is_plain, refuse, words
 
 _BITS = 4
-_PER_WORD = 8  # numbers
-# In which of a word's half bytes, lowest first, its numbers are.
+_PER_WORD = 8  # values
+# The half byte of a word, lowest first, that holds each of its values.
 _PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
-_WORDS = 128  # of each row of W^T, transcoded at a time
+_WORDS = 128  # words of each row of W^T per transcoding step
 
 
 @dataclass(frozen=True)
 class AwqScheme:
-    """How matrices are stored, as config.json says.
+    """Storage of matrices as config.json describes it.
 
     Attributes:
         group: columns per scale; None for whole rows.
@@ -34,11 +34,11 @@ class AwqScheme:
 
     @classmethod
     def of(cls, settings: Settings) -> "AwqScheme":
-        """The scheme in a quantization_config.
+        """Parse a quantization_config.
 
         Raises:
-            CorruptCheckpointError: a value cannot be.
-            UnsupportedModelError: another number of bits or packing.
+            CorruptCheckpointError: a value is invalid.
+            UnsupportedModelError: the bits or the packing are not supported.
         """
         version = settings.text("version", settings.text("format", "gemm"))
         if version != "gemm":
@@ -50,11 +50,11 @@ class AwqScheme:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Name for users."""
         return "awq int4"
 
     def format_of(self, module: str, shape: tuple[int, int], tensors: Mapping[str, TensorInfo]) -> WeightFormat | None:
-        """See `CheckpointScheme`."""
+        """Return the format of one matrix; see `CheckpointScheme`."""
         if is_plain(module, shape, tensors):
             return None
         rows, cols = shape
@@ -65,7 +65,7 @@ class AwqScheme:
         return Affine(_BITS, self.group, DTYPES[scales.dtype], zeros=True)
 
     def transcode(self, module: str, shape: tuple[int, int], tensors: Mapping[str, Tensor], segments: Segments) -> None:
-        """See `CheckpointScheme`."""
+        """Fill the segments of one matrix; see `CheckpointScheme`."""
         qweight, rows = tensors["qweight"], shape[0]
         for word in range(0, qweight.shape[1], _WORDS):
             numbers = _unpack(qweight[:, word : word + _WORDS]).t()  # [rows of W, cols]
@@ -77,7 +77,7 @@ class AwqScheme:
 
 
 def _unpack(packed: Tensor) -> Tensor:
-    """int8 [n, 8 w] of int32 [n, w]."""
+    """Unpack int32 [n, w] into int8 [n, 8 w]."""
     count = _PER_WORD * packed.shape[1]
     halves = unpack_nibbles(packed.contiguous().view(torch.uint8), count)
     return halves.view(-1, packed.shape[1], _PER_WORD)[:, :, _PLACES].reshape(-1, count)

@@ -1,4 +1,4 @@
-"""What a scheme of pre-quantized checkpoints is."""
+"""The interface of a scheme of pre-quantized checkpoints."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -11,28 +11,28 @@ from specchat.models.quant.kernels.chunked import Segments
 
 
 class CheckpointScheme(Protocol):
-    """How one kind of pre-quantized checkpoint stores its matrices; made from config.json's quantization_config.
+    """Storage of matrices in one kind of pre-quantized checkpoint, made from config.json's quantization_config.
 
     `module` is the matrix's path in the checkpoint ("model.layers.0.mlp.up_proj", and for experts
-    "model.layers.0.mlp.experts.3.up_proj"); its tensors are given by what follows the path and a dot ("qweight",
-    "weight.absmax"). A tensor named "bias" is none of the scheme's business.
+    "model.layers.0.mlp.experts.3.up_proj"). The keys of its tensors are the names after the path and a dot ("qweight",
+    "weight.absmax"). A scheme ignores a tensor named "bias".
     """
 
     @property
     def name(self) -> str:
-        """What banner and plan say, such as "gptq int4"."""
+        """Name in banner and plan, such as "gptq int4"."""
 
     def format_of(self, module: str, shape: tuple[int, int], tensors: Mapping[str, TensorInfo]) -> WeightFormat | None:
-        """The format of one matrix [rows, cols] from headers alone; None where it is a plain `weight` (skipped).
+        """Return the format of one matrix [rows, cols] from headers alone; None for a plain `weight` (not quantized).
 
         Raises:
-            CorruptCheckpointError: tensors are missing or have shapes that cannot be; the tensor is named.
-            UnsupportedModelError: a variant that specchat does not read.
+            CorruptCheckpointError: tensors are missing or have wrong shapes; the message names the tensor.
+            UnsupportedModelError: specchat does not read this variant.
         """
 
     def transcode(self, module: str, shape: tuple[int, int], tensors: Mapping[str, Tensor], segments: Segments) -> None:
-        """Fills the segments (CPU, as `format_of` says) from the checkpoint's tensors (CPU, as saved).
+        """Fill the segments of `format_of` (CPU) from the checkpoint's tensors (CPU, as saved).
 
         Raises:
-            CorruptCheckpointError: the tensors' contents cannot be what was saved.
+            CorruptCheckpointError: the tensors' contents are invalid.
         """

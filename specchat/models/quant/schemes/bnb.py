@@ -1,6 +1,6 @@
 """bitsandbytes checkpoints: 4 bits (NF4, FP4; absmax nested or not; bytes in any dtype) and 8 bits (LLM.int8).
 
-Of LLM.int8 the weights are read; that it also rounds activations to 8 bits is no property of the file.
+specchat reads the weights of LLM.int8. That library also rounds activations to 8 bits, which the file does not need.
 
 Source: the file format of bitsandbytes 0.50; QLoRA, arXiv 2305.14314; LLM.int8, arXiv 2208.07339.
 """
@@ -24,14 +24,14 @@ from specchat.models.quant.schemes.settings import Settings, expect, fail_conten
 
 _STATE = "weight.quant_state.bitsandbytes__"
 _KINDS: tuple[Literal["nf4", "fp4"], ...] = ("nf4", "fp4")
-# 64 first: small matrices have as many blocks of one size as of another, and the file's own word comes later.
+# 64 first: small matrices may have equally many blocks of several sizes; the file's own block size is checked later.
 _BLOCKS = (64, 32, 128, 256, 512, 1024, 2048, 4096)
-_STEPS = 127  # of LLM.int8 from 0 to the largest number of a row
+_STEPS = 127  # LLM.int8's steps from 0 to the largest value of a row
 
 
 @dataclass(frozen=True)
 class BnbScheme:
-    """How matrices are stored, as config.json says.
+    """Storage of matrices as config.json describes it.
 
     Attributes:
         bits: 4 or 8.
@@ -41,10 +41,10 @@ class BnbScheme:
 
     @classmethod
     def of(cls, settings: Settings) -> "BnbScheme":
-        """The scheme in a quantization_config.
+        """Parse a quantization_config.
 
         Raises:
-            CorruptCheckpointError: a value cannot be.
+            CorruptCheckpointError: a value is invalid.
         """
         four, eight = settings.flag("load_in_4bit", False), settings.flag("load_in_8bit", False)
         if four == eight:
@@ -53,23 +53,23 @@ class BnbScheme:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Name for users."""
         return f"bitsandbytes {self.bits}-bit"
 
     def format_of(self, module: str, shape: tuple[int, int], tensors: Mapping[str, TensorInfo]) -> WeightFormat | None:
-        """See `CheckpointScheme`."""
-        marks = ("weight.", "SCB")  # with these beside it, a `weight` of any dtype holds codes
+        """Return the format of one matrix; see `CheckpointScheme`."""
+        marks = ("weight.", "SCB")  # next to these tensors, a `weight` of any dtype holds codes
         if not any(name.startswith(marks) for name in tensors) and is_plain(module, shape, tensors):
             return None
         return _four_bit_format(module, shape, tensors) if self.bits == 4 else _int8_format(module, shape, tensors)
 
     def transcode(self, module: str, shape: tuple[int, int], tensors: Mapping[str, Tensor], segments: Segments) -> None:
-        """See `CheckpointScheme`."""
+        """Fill the segments of one matrix; see `CheckpointScheme`."""
         if self.bits == 4:
             _transcode_four_bit(module, shape, tensors, segments)
             return
         if "weight_format" in tensors and int(tensors["weight_format"]) != 0:
-            fail_contents(module, "weight_format", "is not that of rows, the only one that newer versions write")
+            fail_contents(module, "weight_format", "is not row-major, the only layout that newer versions write")
         segments["codes"].copy_(tensors["weight"])
         fill(segments["scales"], tensors["SCB"] * (1 / _STEPS))
 
@@ -84,7 +84,7 @@ def _four_bit_format(module: str, shape: tuple[int, int], tensors: Mapping[str, 
     numbers = math.prod(shape)
     weight = expect(module, tensors, "weight", ("U8", "I8", "BF16", "F16", "F32", "F64"))
     if weight.nbytes < -(-numbers // 2):
-        fail_contents(module, "weight", f"has {weight.nbytes} bytes, too few for {list(shape)} numbers of 4 bits")
+        fail_contents(module, "weight", f"has {weight.nbytes} bytes, too few for {list(shape)} 4-bit values")
     kind = next((kind for kind in _KINDS if _STATE + kind in tensors), None)
     if kind is None:
         expect(module, tensors, _STATE + _KINDS[0], ("U8",))
@@ -94,7 +94,7 @@ def _four_bit_format(module: str, shape: tuple[int, int], tensors: Mapping[str, 
     num_blocks = math.prod(absmax.shape)
     block = next((block for block in _BLOCKS if -(-numbers // block) == num_blocks), None)
     if block is None:
-        fail_contents(module, "weight.absmax", f"has {num_blocks} values, which fit no size of blocks of {list(shape)}")
+        fail_contents(module, "weight.absmax", f"has {num_blocks} values, which match no block size for {list(shape)}")
     if nested:
         expect(module, tensors, "weight.nested_absmax", ("F32",), (-(-num_blocks // NESTED_BLOCK),))
         expect(module, tensors, "weight.nested_quant_map", ("F32",), (256,))
@@ -107,23 +107,23 @@ def _transcode_four_bit(module: str, shape: tuple[int, int], tensors: Mapping[st
     state = _parse_state(module, state_name, tensors[state_name])
     num_blocks = segments["absmax"].numel()
     if -(-math.prod(shape) // state["blocksize"]) != num_blocks or state["quant_type"] != kind:
-        fail_contents(module, state_name, f"says {state['quant_type']} in blocks of {state['blocksize']}")
+        fail_contents(module, state_name, f"describes {state['quant_type']} in blocks of {state['blocksize']}")
     if state["shape"] is not None and tuple(state["shape"]) != shape:
-        fail_contents(module, state_name, f"says {state['shape']}, the configuration {list(shape)}")
+        fail_contents(module, state_name, f"describes {state['shape']}, but the configuration {list(shape)}")
     _check_map(module, "weight.quant_map", tensors, _four_bit_map(kind))
     packed = tensors["weight"].contiguous().view(-1).view(torch.uint8)
     segments["codes"].copy_(packed[: segments["codes"].numel()])
     fill(segments["absmax"], tensors["weight.absmax"])
     if "offset" in segments:
         if state["nested_blocksize"] != NESTED_BLOCK:
-            fail_contents(module, state_name, f"says nested blocks of {state['nested_blocksize']}")
+            fail_contents(module, state_name, f"describes nested blocks of {state['nested_blocksize']}")
         _check_map(module, "weight.nested_quant_map", tensors, dynamic_map(torch.device("cpu")))
         segments["nested_absmax"].copy_(tensors["weight.nested_absmax"])
         segments["offset"].fill_(state["nested_offset"])
 
 
 def _parse_state(module: str, name: str, data: Tensor) -> dict[str, Any]:
-    """The JSON object that bitsandbytes keeps in a tensor of bytes; what is not there is None."""
+    """Parse the JSON object that bitsandbytes keeps in a tensor of bytes; missing values are None."""
     try:
         state = json.loads(bytes(data.contiguous().view(torch.uint8).tolist()))
         if not isinstance(state["quant_type"], str) or type(state["blocksize"]) is not int or state["blocksize"] < 1:
@@ -136,13 +136,13 @@ def _parse_state(module: str, name: str, data: Tensor) -> dict[str, Any]:
 
 
 def _check_map(module: str, name: str, tensors: Mapping[str, Tensor], known: Tensor) -> None:
-    """The numbers that codes stand for are part of the format, so the file's own must be these."""
+    """Check that the file's table of code values is bitsandbytes' own, which the format implies."""
     if name in tensors and not torch.allclose(tensors[name].float(), known, atol=1e-6):
-        fail_contents(module, name, "has other numbers than bitsandbytes' own")
+        fail_contents(module, name, "differs from bitsandbytes' own table")
 
 
 def _four_bit_map(kind: str) -> Tensor:
-    """The 16 numbers, float32, that codes stand for."""
+    """Return the 16 values that codes stand for, float32."""
     bnb()
     from bitsandbytes.functional import get_4bit_type
 

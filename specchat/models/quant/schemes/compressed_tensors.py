@@ -1,6 +1,6 @@
-"""compressed-tensors checkpoints: int4 and int8 packed into words, int8 and FP8 as they are; groups, rows, blocks.
+"""compressed-tensors checkpoints: int4 and int8 packed into words, plain int8 and FP8; by groups, rows or blocks.
 
-Activations are left in full precision whatever the file says of them: specchat reads quantized weights.
+specchat reads quantized weights only: activations stay in full precision, whatever the file says about them.
 
 Source: the file format of the compressed-tensors library.
 """
@@ -38,15 +38,15 @@ _STRATEGIES = {"tensor", "channel", "group", "block"}
 
 @dataclass(frozen=True)
 class _Numbers:
-    """What one config group says of weights.
+    """Storage of the weights of one config group.
 
     Attributes:
-        kind: whole numbers or e4m3.
+        kind: integers or floats (e4m3).
         bits: 4 or 8.
         symmetric: whether there are no zero points.
-        rows: that share a scale, None for all.
-        cols: that share a scale, None for all.
-        act_order: whether columns belong to groups out of order.
+        rows: number of rows that share a scale, None for all.
+        cols: number of columns that share a scale, None for all.
+        act_order: whether the groups' columns are out of order.
     """
 
     kind: Literal["int", "float"]
@@ -60,24 +60,24 @@ class _Numbers:
     def of(cls, weights: Settings) -> "_Numbers":
         kind, bits = weights.text("type", "int"), weights.integer("num_bits", 8)
         if (kind, bits) not in {("int", 4), ("int", 8), ("float", 8)}:
-            refuse(f"compressed-tensors in {bits}-bit {kind} numbers")
+            refuse(f"compressed-tensors in {bits}-bit {kind} values")
         symmetric = weights.flag("symmetric", True)
         if kind == "float" and not symmetric:
             refuse("compressed-tensors in FP8 with zero points")
         rows, cols = _extent(weights)
         if rows is not None and rows != 1 and kind == "int":
-            refuse("compressed-tensors in whole numbers in blocks")
+            refuse("compressed-tensors in blocks of integers")
         return cls("int" if kind == "int" else "float", bits, symmetric, rows, cols, _act_order(weights))
 
 
 def _act_order(weights: Settings) -> bool:
-    """Whether columns are out of order in the file; "weight" and "static" only say how it was made."""
+    """Return whether columns are out of order in the file; "weight" and "static" only tell how it was made."""
     order = weights.flag("actorder", False) if weights.is_flag("actorder") else weights.text("actorder", "weight")
     return order in {True, "group", "dynamic"}
 
 
 def _extent(weights: Settings) -> tuple[int | None, int | None]:
-    """Rows and columns that share a scale."""
+    """Return the numbers of rows and columns that share a scale; None for all."""
     group = weights.group_size()
     strategy = weights.text("strategy", "group" if group else "channel" if weights.has("group_size") else "tensor")
     if strategy not in _STRATEGIES:
@@ -94,26 +94,26 @@ def _extent(weights: Settings) -> tuple[int | None, int | None]:
 
 @dataclass(frozen=True)
 class CompressedScheme:
-    """How matrices are stored, as config.json says.
+    """Storage of matrices as config.json describes it.
 
     Attributes:
-        groups: regular expressions of modules with what holds for them, the first that matches counts.
+        groups: regular expressions of modules with their storage; the first match counts.
     """
 
     groups: tuple[tuple[str, _Numbers], ...]
 
     @classmethod
     def of(cls, settings: Settings) -> "CompressedScheme":
-        """The scheme in a quantization_config.
+        """Parse a quantization_config.
 
         Raises:
-            CorruptCheckpointError: a value cannot be.
-            UnsupportedModelError: other numbers, sparse or rotated weights.
+            CorruptCheckpointError: a value is invalid.
+            UnsupportedModelError: the values have another type, or weights are sparse or rotated.
         """
         if settings.text("format", "pack-quantized") not in _FORMATS:
             refuse(f"compressed-tensors in {settings.text('format', '')} packing")
         if settings.text("quantization_status", "compressed") != "compressed":
-            refuse("compressed-tensors whose weights were not compressed")
+            refuse("compressed-tensors, but with weights that were not compressed")
         for name, what in (("sparsity_config", "sparse"), ("transform_config", "rotated")):
             child = settings.child(name)
             if child is not None and (child.objects("config_groups") or child.text("format", "dense") != "dense"):
@@ -128,17 +128,17 @@ class CompressedScheme:
                 found += [(group.check_pattern("targets", target), numbers) for target in group.strings("targets")]
         if not found:
             settings.fail("config_groups", None, "groups of modules and their weights")
-        # Names before regular expressions before classes, as the library has it. All our matrices are "Linear".
+        # Names, then regular expressions, then classes, as in the library. All matrices here are "Linear".
         return cls(tuple((_pattern(target), numbers) for target, numbers in sorted(found, key=_specificity)))
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Name for users."""
         kinds = {f"int{numbers.bits}" if numbers.kind == "int" else "fp8" for _, numbers in self.groups}
         return f"compressed-tensors {' + '.join(sorted(kinds))}"
 
     def format_of(self, module: str, shape: tuple[int, int], tensors: Mapping[str, TensorInfo]) -> WeightFormat | None:
-        """See `CheckpointScheme`."""
+        """Return the format of one matrix; see `CheckpointScheme`."""
         if is_plain(module, shape, tensors):
             return None
         own = self._own(module)
@@ -163,7 +163,7 @@ class CompressedScheme:
         return Affine(own.bits, own.cols, dtype, not own.symmetric, reordered)
 
     def transcode(self, module: str, shape: tuple[int, int], tensors: Mapping[str, Tensor], segments: Segments) -> None:
-        """See `CheckpointScheme`."""
+        """Fill the segments of one matrix; see `CheckpointScheme`."""
         own = self._own(module)
         scales = tensors["weight_scale"]
         if own.kind == "float":
@@ -193,15 +193,11 @@ class CompressedScheme:
             copy_codes(packed[begin:end], own.bits, order, segments["codes"][begin:end])
 
     def _own(self, module: str) -> _Numbers:
-        """What holds for one module.
-
-        Raises:
-            CorruptCheckpointError: no group has it.
-        """
+        """Return the storage of one module's weights, or fail if no config group matches."""
         for pattern, numbers in self.groups:
             if re.match(pattern, module):
                 return numbers
-        return fail_contents(module, "weight", "is quantized, but no config group says how")
+        return fail_contents(module, "weight", "is quantized, but no config group describes it")
 
 
 def _specificity(target: tuple[str, _Numbers]) -> tuple[bool, bool, str]:
@@ -210,14 +206,14 @@ def _specificity(target: tuple[str, _Numbers]) -> tuple[bool, bool, str]:
 
 
 def _pattern(target: str) -> str:
-    """A target as a regular expression of modules."""
+    """Convert a target to a regular expression of modules."""
     if target == "Linear":
         return ""
     return target.removeprefix("re:") if target.startswith("re:") else re.escape(target) + "$"
 
 
 def _scale_shapes(own: _Numbers, shape: tuple[int, int]) -> tuple[tuple[int, ...], ...]:
-    """The shapes in which scales may come."""
+    """Return the shapes that scales may have."""
     rows, cols = num_groups(shape[0], own.rows), num_groups(shape[1], own.cols)
     if rows == cols == 1:
         return (), (1,), (1, 1)
@@ -230,11 +226,11 @@ def _2d(numbers: Tensor) -> Tensor:
 
 def _check_shape(module: str, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> None:
     if "weight_shape" in tensors and tuple(tensors["weight_shape"].tolist()) != shape:
-        fail_contents(module, "weight_shape", f"is not {list(shape)}, as the configuration has it")
+        fail_contents(module, "weight_shape", f"is not {list(shape)}, the shape in the configuration")
 
 
 def _copy_zeros(bits: int, tensors: Mapping[str, Tensor], zeros: Tensor) -> None:
-    """Zero points as they are, or packed down the rows, onto the scale of the codes."""
+    """Copy zero points, plain or packed along the rows, on the scale of the codes."""
     stored = tensors["weight_zero_point"]
     if stored.dtype == torch.int32:
         rows = zeros.shape[0]

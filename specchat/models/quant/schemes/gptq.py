@@ -1,7 +1,7 @@
-"""GPTQ checkpoints: `qweight` (numbers packed down the columns of W^T), `qzeros`, `scales` and `g_idx` per matrix.
+"""GPTQ checkpoints: `qweight` (values packed down the columns of W^T), `qzeros`, `scales` and `g_idx` per matrix.
 
-Version 1 stores every zero point less one, version 2 as it is. With act-order, columns were quantized in order of their
-importance; `g_idx` says which group each belongs to, and we store them group after group.
+Version 1 stores every zero point minus one, version 2 unchanged. With act-order, columns were quantized in order of
+their importance. `g_idx` holds each column's group; specchat stores the columns group after group.
 
 Source: GPTQ, arXiv 2210.17323; the file format of AutoGPTQ and GPTQModel.
 """
@@ -30,21 +30,21 @@ from specchat.models.quant.schemes.settings import (
 )
 
 _ROWS = 1024  # transcoded at a time
-_VERSIONS = {"gptq": 1, "gptq_v2": 0}  # what was taken from zero points
-_SETTING_HINT = "correct quantization_config in config.json, or download it again"
+_VERSIONS = {"gptq": 1, "gptq_v2": 0}  # what was subtracted from zero points
+_SETTING_HINT = "correct quantization_config in config.json, or download config.json again"
 
 
 @dataclass(frozen=True)
 class GptqScheme:
-    """How matrices are stored, as config.json says.
+    """Storage of matrices as config.json describes it.
 
     Attributes:
         bits: 4 or 8.
         group: columns per scale; None for whole rows.
-        symmetric: whether all zero points are in the middle, and need not be stored.
+        symmetric: whether all zero points are the middle value, so that none is stored.
         act_order: whether columns are out of order.
-        less: what was taken from zero points before they were packed.
-        overrides: regular expressions of modules that differ (GPTQModel's `dynamic`), the first that matches counts.
+        less: amount subtracted from zero points before packing.
+        overrides: regular expressions of modules that differ (GPTQModel's `dynamic`); the first match counts.
     """
 
     bits: int
@@ -56,11 +56,11 @@ class GptqScheme:
 
     @classmethod
     def of(cls, settings: Settings) -> "GptqScheme":
-        """The scheme in a quantization_config.
+        """Parse a quantization_config.
 
         Raises:
-            CorruptCheckpointError: a value cannot be.
-            UnsupportedModelError: another number of bits or packing.
+            CorruptCheckpointError: a value is invalid.
+            UnsupportedModelError: the bits or the packing are not supported.
         """
         version = settings.text("checkpoint_format", settings.text("format", "gptq"))
         if version not in _VERSIONS:
@@ -68,7 +68,7 @@ class GptqScheme:
         less = _VERSIONS[version]
         base = cls(_bits(settings), settings.group_size(), settings.flag("sym", True), False, less)
         base = replace(base, act_order=settings.flag("desc_act", False))
-        # "-:" leaves modules unquantized, which their tensors say too
+        # "-:" marks unquantized modules; their tensors show it too.
         overrides = tuple(
             (settings.check_pattern("dynamic", name.removeprefix("+:")), base._changed(own))
             for name, own in settings.objects("dynamic").items()
@@ -87,11 +87,11 @@ class GptqScheme:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Name for users."""
         return f"gptq int{self.bits}"
 
     def format_of(self, module: str, shape: tuple[int, int], tensors: Mapping[str, TensorInfo]) -> WeightFormat | None:
-        """See `CheckpointScheme`."""
+        """Return the format of one matrix; see `CheckpointScheme`."""
         if is_plain(module, shape, tensors):
             return None
         (rows, cols), own = shape, self._own(module)
@@ -104,7 +104,7 @@ class GptqScheme:
         return Affine(own.bits, own.group, DTYPES[scales.dtype], not own.symmetric, own._reorders)
 
     def transcode(self, module: str, shape: tuple[int, int], tensors: Mapping[str, Tensor], segments: Segments) -> None:
-        """See `CheckpointScheme`."""
+        """Fill the segments of one matrix; see `CheckpointScheme`."""
         own = self._own(module)
         order = own._order(module, tensors["g_idx"].long()) if "g_idx" in tensors else None
         if order is not None and own._reorders:
@@ -124,15 +124,11 @@ class GptqScheme:
         return self.act_order and self.group is not None
 
     def _own(self, module: str) -> "GptqScheme":
-        """What holds for one module."""
+        """Return the storage of one module's matrix."""
         return next((own for pattern, own in self.overrides if re.match(pattern, module)), self)
 
     def _order(self, module: str, groups: Tensor) -> Tensor:
-        """The columns, group after group.
-
-        Raises:
-            CorruptCheckpointError: a group has more or fewer columns than it should, or act-order is not announced.
-        """
+        """Return the columns, group after group, or fail if config.json does not announce their order."""
         order = group_order(module, "g_idx", groups, self.group)
         if not self._reorders and not torch.equal(order, torch.arange(len(order))):
             fail_contents(module, "g_idx", "is out of order, but desc_act is false", _SETTING_HINT)
@@ -140,16 +136,16 @@ class GptqScheme:
 
 
 def group_order(module: str, name: str, groups: Tensor, group: int | None) -> Tensor:
-    """The columns, group after group: int64 [cols]; with groups = [1, 0, 1, 0] it is [1, 3, 0, 2].
+    """Return the columns, group after group, int64 [cols]: for groups = [1, 0, 1, 0] it is [1, 3, 0, 2].
 
     Args:
-        module: for messages.
-        name: of the tensor, for messages.
-        groups: int64 [cols], the group of each column.
+        module: path of the module, for messages.
+        name: name of the tensor, for messages.
+        groups: group of each column, int64 [cols].
         group: columns per group, the last one may be smaller; None for one group.
 
     Raises:
-        CorruptCheckpointError: a group has more or fewer columns than it should.
+        CorruptCheckpointError: a group has the wrong number of columns.
     """
     order = groups.argsort(stable=True)
     expected = torch.arange(len(order)) // (group or len(order))
@@ -159,13 +155,13 @@ def group_order(module: str, name: str, groups: Tensor, group: int | None) -> Te
 
 
 def copy_codes(packed: Tensor, bits: int, order: Tensor | None, out: Tensor) -> None:
-    """Brings packed numbers 0 .. 2^bits - 1 into `Affine`'s codes.
+    """Convert packed values 0 .. 2^bits - 1 into the codes of `Affine`.
 
     Args:
-        packed: uint8 [rows, >= cols * bits / 8], the low half of a byte first.
+        packed: packed values, uint8 [rows, >= cols * bits / 8], the low half of a byte first.
         bits: 4 or 8.
-        order: int64 [cols], which column each stored one is; None as they are.
-        out: the codes.
+        order: column to store at each position, int64 [cols]; None for the original order.
+        out: receives the codes.
     """
     if bits == 8:
         numbers = signed(packed[:, : out.shape[1]])
@@ -177,7 +173,7 @@ def copy_codes(packed: Tensor, bits: int, order: Tensor | None, out: Tensor) -> 
 
 
 def signed(numbers: Tensor) -> Tensor:
-    """int8 of uint8, 128 less."""
+    """Convert uint8 to int8 by subtracting 128."""
     return (numbers ^ 128).view(torch.int8)
 
 
@@ -189,9 +185,9 @@ def _bits(settings: Settings) -> int:
 
 
 def _zeros(packed: Tensor, bits: int, less: int) -> Tensor:
-    """int8 [groups, rows] of `qzeros`; on the scale of the codes.
+    """Unpack `qzeros` into int8 [groups, rows] on the scale of the codes.
 
-    A zero point of 0 less one wraps to 15 (255) and back, as in AutoGPTQ.
+    A stored zero point of 0 minus one wraps to 15 (255) and back, as in AutoGPTQ.
     """
     numbers = packed.contiguous().view(torch.uint8)
     if bits == 8:

@@ -1,4 +1,4 @@
-"""Which kind of quantization a checkpoint has, by its config.json."""
+"""The registry of checkpoint schemes, chosen by the checkpoint's config.json."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from specchat.models.quant.schemes.fp8 import BlockFp8Scheme
 from specchat.models.quant.schemes.gptq import GptqScheme
 from specchat.models.quant.schemes.settings import Settings, refuse
 
-_KEYS = ("quantization_config", "compression_config")  # the second is compressed-tensors' older name for it
+_KEYS = ("quantization_config", "compression_config")  # the second is the older name that compressed-tensors used
 _SCHEMES: dict[str, Callable[[Settings], CheckpointScheme]] = {
     "gptq": GptqScheme.of,
     "awq": AwqScheme.of,
@@ -22,14 +22,14 @@ _SCHEMES: dict[str, Callable[[Settings], CheckpointScheme]] = {
 
 
 def scheme_of(config: Mapping[str, Any]) -> CheckpointScheme | None:
-    """How a checkpoint's matrices are stored; None if it is not quantized.
+    """Return the scheme of a checkpoint's matrices; None if it is not quantized.
 
     Args:
-        config: the object in config.json.
+        config: object in config.json.
 
     Raises:
-        UnsupportedModelError: a kind, or a variant of one, that specchat does not read.
-        CorruptCheckpointError: the configuration contradicts itself or has values that cannot be.
+        UnsupportedModelError: specchat does not read this scheme or this variant.
+        CorruptCheckpointError: the configuration contradicts itself or has invalid values.
     """
     root = Settings(config, "")
     for key in _KEYS:
@@ -40,7 +40,7 @@ def scheme_of(config: Mapping[str, Any]) -> CheckpointScheme | None:
 
 
 def _scheme(settings: Settings) -> CheckpointScheme:
-    # files of 2023 have no quant_method if bitsandbytes made them
+    # bitsandbytes' files of 2023 have no quant_method
     old = settings.has("load_in_4bit") or settings.has("load_in_8bit")
     method = settings.text("quant_method", "bitsandbytes" if old else "an unnamed method")
     if method not in _SCHEMES:

@@ -1,4 +1,4 @@
-"""What all kinds of quantized checkpoints are checked for: values of config.json, and shapes and dtypes of tensors."""
+"""Checks that all schemes share: values of config.json, and shapes and dtypes of tensors."""
 
 import math
 import re
@@ -12,16 +12,16 @@ from specchat.errors import CorruptCheckpointError, UnsupportedModelError
 from specchat.models.checkpoint.safetensors import TensorInfo
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-FLOATS = ("F16", "BF16", "F32")  # of scales
-_HINT = "config.json and the weights do not belong together, or are incomplete: download both again"
+FLOATS = ("F16", "BF16", "F32")  # dtypes of scales
+_HINT = "config.json and the weights do not match or are incomplete; download both again"
 
 
 class Settings:
-    """An object of config.json whose values are checked as they are asked for.
+    """An object of config.json whose values are checked when they are read.
 
     Args:
-        values: the object.
-        where: its path, for messages, such as "quantization_config".
+        values: object as parsed from JSON.
+        where: path of the object, for messages, such as "quantization_config".
     """
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
@@ -29,39 +29,39 @@ class Settings:
         self._where = where
 
     def integer(self, name: str, default: int | None = None) -> int:
-        """A whole number; without a default it has to be there."""
+        """Return an integer, which is required if there is no default."""
         value = self._get(name, default)
         if type(value) is not int:
             self.fail(name, value, "a whole number")
         return value
 
     def flag(self, name: str, default: bool) -> bool:
-        """True or false; null is the default."""
+        """Return true or false; null gives the default."""
         value = self._get(name, default)
         if type(value) is not bool:
             self.fail(name, value, "true or false")
         return value
 
     def is_flag(self, name: str) -> bool:
-        """Whether the value is true or false, where it may also be text."""
+        """Return whether a value that may also be text is true or false."""
         return isinstance(self._values.get(name), bool)
 
     def text(self, name: str, default: str) -> str:
-        """A word, in lower case."""
+        """Return a text in lower case."""
         value = self._get(name, default)
         if not isinstance(value, str):
             self.fail(name, value, "text")
         return value.lower()
 
     def strings(self, name: str) -> tuple[str, ...]:
-        """A list of texts; null and nothing are the empty list."""
+        """Return a list of texts; empty if the value is null or missing."""
         value = self._get(name, ())
         if not isinstance(value, list | tuple) or any(not isinstance(each, str) for each in value):
             self.fail(name, value, "a list of names")
         return tuple(value)
 
     def integers(self, name: str, count: int) -> tuple[int, ...] | None:
-        """A list of `count` whole numbers above 0, or None for null and nothing."""
+        """Return a list of `count` integers above 0; None if the value is null or missing."""
         value = self._get(name, None)
         if value is None:
             return None
@@ -74,21 +74,21 @@ class Settings:
         return tuple(value)
 
     def objects(self, name: str) -> dict[str, "Settings"]:
-        """The objects in an object, by name; null and nothing are none."""
+        """Return the objects in an object, by name; empty if the value is null or missing."""
         value = self._get(name, {})
         if not isinstance(value, dict) or any(not isinstance(each, dict) for each in value.values()):
             self.fail(name, value, "an object of objects")
         return {key: Settings(each, f"{self._where}.{name}.{key}") for key, each in value.items()}
 
     def child(self, name: str) -> "Settings | None":
-        """An object, or None for null and nothing."""
+        """Return an object; None if the value is null or missing."""
         value = self._get(name, None)
         if value is not None and not isinstance(value, dict):
             self.fail(name, value, "an object")
         return None if value is None else Settings(value, f"{self._where}.{name}")
 
     def check_pattern(self, name: str, pattern: str) -> str:
-        """The pattern, a part of a value, if it is a regular expression."""
+        """Return a pattern, after checking that it is a regular expression."""
         try:
             re.compile(pattern)
         except re.error:
@@ -96,18 +96,18 @@ class Settings:
         return pattern
 
     def group_size(self) -> int | None:
-        """`group_size`: columns that share a scale; None where the file has -1, which is a whole row."""
+        """Return `group_size`, the columns that share a scale; None for a whole row (-1 in the file)."""
         size = self.integer("group_size", -1)
         if size == 0 or size < -1:
             self.fail("group_size", size, "a number of columns, or -1")
         return None if size == -1 else size
 
     def has(self, name: str) -> bool:
-        """Whether there is such a value, and not null."""
+        """Return whether a value exists and is not null."""
         return self._values.get(name) is not None
 
     def fail(self, name: str, value: object, wanted: str) -> NoReturn:
-        """Says what is wrong with a value.
+        """Report an invalid value.
 
         Raises:
             CorruptCheckpointError: always.
@@ -120,15 +120,15 @@ class Settings:
 
 
 def refuse(what: str) -> NoReturn:
-    """Says that a kind of quantization cannot be read.
+    """Report a quantization that specchat cannot read.
 
     Raises:
         UnsupportedModelError: always.
     """
     raise UnsupportedModelError(
         f"quantized with {what}, which specchat does not read",
-        hint="it reads bitsandbytes, GPTQ and AWQ (4 bits; GPTQ also 8), compressed-tensors int4, int8 and FP8, and "
-        "FP8 in blocks; or take the original and --quant int4",
+        hint="use bitsandbytes, GPTQ or AWQ (4 bits; GPTQ also 8), compressed-tensors int4, int8 or FP8, or block FP8; "
+        "or use the original model with --quant int4",
     )
 
 
@@ -139,27 +139,27 @@ def expect(
     dtypes: Sequence[str],
     *shapes: tuple[int, ...],
 ) -> TensorInfo:
-    """The header of a module's tensor, which must have one of the dtypes and shapes.
+    """Return the header of a module's tensor after checking its dtype and shape.
 
     Raises:
-        CorruptCheckpointError: it is missing or another.
+        CorruptCheckpointError: the tensor is missing, or has another dtype or shape.
     """
     info = tensors.get(name)
     if info is None:
-        raise CorruptCheckpointError(f"tensor '{module}.{name}' is missing: its matrix is quantized", hint=_HINT)
+        raise CorruptCheckpointError(f"tensor '{module}.{name}' of a quantized matrix is missing", hint=_HINT)
     if info.dtype not in dtypes or (shapes and info.shape not in shapes):
         wanted = f"{' or '.join(dtypes)} {' or '.join(str(list(shape)) for shape in shapes)}".rstrip()
         raise CorruptCheckpointError(
-            f"tensor '{info.key}' is {info.dtype} {list(info.shape)}, the configuration says {wanted}", hint=_HINT
+            f"tensor '{info.key}' is {info.dtype} {list(info.shape)}, but the configuration says {wanted}", hint=_HINT
         )
     return info
 
 
 def is_plain(module: str, shape: tuple[int, int], tensors: Mapping[str, TensorInfo]) -> bool:
-    """Whether a matrix is stored unquantized, as one `weight`.
+    """Return whether a matrix is stored unquantized, as one `weight`.
 
     Raises:
-        CorruptCheckpointError: it has another shape.
+        CorruptCheckpointError: the `weight` has another shape.
     """
     info = tensors.get("weight")
     if info is None or info.dtype not in DTYPES:
@@ -170,7 +170,7 @@ def is_plain(module: str, shape: tuple[int, int], tensors: Mapping[str, TensorIn
 
 
 def fail_contents(module: str, name: str, why: str, hint: str = _HINT) -> NoReturn:
-    """Says that a tensor's numbers cannot be right.
+    """Report invalid contents of a tensor.
 
     Raises:
         CorruptCheckpointError: always.
@@ -179,10 +179,10 @@ def fail_contents(module: str, name: str, why: str, hint: str = _HINT) -> NoRetu
 
 
 def words(bits: int, count: int) -> int:
-    """32-bit words that `count` packed numbers take."""
+    """Return the number of 32-bit words for `count` packed values."""
     return math.ceil(count * bits / 32)
 
 
 def fill(segment: Tensor, numbers: Tensor) -> None:
-    """Copies numbers of as many elements into a segment, whatever the two shapes."""
+    """Copy values into a segment with equally many elements, of any shape."""
     segment.copy_(numbers.reshape(segment.shape))
