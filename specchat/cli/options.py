@@ -1,4 +1,4 @@
-"""What was asked for: every flag checked, before anything slow begins."""
+"""Options of the commands. Every value is checked before slow work begins."""
 
 import secrets
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ OVERFLOWS: tuple[Overflow, ...] = ("stop", "drop-oldest")
 
 @dataclass(frozen=True)
 class SamplingFlags:
-    """Settings of sampling as chosen; None where the model's own holds."""
+    """Sampling settings that the user chose; None leaves the choice to the model's generation_config."""
 
     temperature: float | None = None
     top_p: float | None = None
@@ -36,18 +36,18 @@ class SamplingFlags:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """What every command can be told of models, memory and device, checked.
+    """Checked options about models, memory and device, which all commands share.
 
     Attributes:
-        model: MODEL, or None if it was left out.
-        draft: a model, or one of auto, none, self, retrieval.
-        vram_bytes: --vram in bytes, or None for what is free.
-        ram_bytes: --ram in bytes, or None for what is free.
-        slots: buffers for streamed layers, or None; only a sweep of `bench` sets it.
-        tree_budget: None is auto.
-        quant: what the target's matrices are stored in.
-        draft_quant: likewise for the draft.
-        seed: None is the command's own choice.
+        model: the MODEL argument, or None if it is missing.
+        draft: a model's name, or auto, none, self or retrieval.
+        vram_bytes: memory budget on the device; None for the free memory less a reserve.
+        ram_bytes: host memory for streamed layers; None for the free memory less a reserve.
+        slots: number of buffers for streamed layers, or None; set only by a sweep of `bench`.
+        tree_budget: most draft nodes per tree; None for auto.
+        quant: quantization of the target's matrices.
+        draft_quant: quantization of the draft's matrices.
+        seed: seed of the sampling; None leaves the choice to the command.
     """
 
     model: str | None = None
@@ -69,19 +69,19 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Everything `specchat run` can be told, checked.
+    """Checked options of `specchat run`.
 
     Attributes:
-        models: which models, and what they may take.
-        prompt: PROMPT, or None.
-        system: the text itself, read from its file if it was one.
-        think: switch of the template's thinking, or None to leave it alone.
-        resume: the session that goes on, or None for a new one.
-        session_id: the name of the session, or None to find one if the chat is to be saved.
-        saves: whether chats are saved.
-        keeps_history: whether typed lines are remembered.
-        raw: show answers as they are, without Markdown.
-        sources: where settings come from, by their names in config.toml.
+        models: options about models, memory and device.
+        prompt: the PROMPT argument, or None.
+        system: text of the system prompt, already read from its file.
+        think: value of the chat template's thinking switch, or None to keep the template's default.
+        resume: saved chat to resume, or None for a new chat.
+        session_id: name of the session; None makes a new name if the chat is saved.
+        saves: whether the chat is saved.
+        keeps_history: whether typed lines are saved.
+        raw: whether answers are shown without Markdown layout.
+        sources: origin of each setting, by its name in config.toml.
     """
 
     models: ModelOptions
@@ -106,10 +106,10 @@ class RunOptions:
 
 
 def check_combination(options: RunOptions) -> RunOptions:
-    """Refuses flags that contradict each other.
+    """Refuse flags that contradict each other, and return the options unchanged.
 
     Raises:
-        UsageError: two of them do.
+        UsageError: two flags contradict each other.
     """
     has_system = options.system is not None and options.sources.get("system", "--system").startswith("--")
     pairs = (
@@ -128,17 +128,17 @@ def check_combination(options: RunOptions) -> RunOptions:
 
 
 def seed(text: str | None) -> int | None:
-    """A seed that fits the generator's key."""
+    """Parse --seed; the limit is the size of the random generator's key."""
     return whole("--seed", text, 0, MAX_SEED)
 
 
 def random_seed() -> int:
-    """A seed for runs that name none; short enough to be typed again."""
+    """Return a random seed of 32 bits, short enough to type again."""
     return secrets.randbits(32)
 
 
 def size(name: str, text: str) -> int:
-    """A SIZE in bytes."""
+    """Parse a SIZE and return bytes."""
     try:
         return parse_size(text)
     except InvalidSizeError as error:
@@ -146,21 +146,21 @@ def size(name: str, text: str) -> int:
 
 
 def context(name: str, text: str) -> int | None:
-    """Tokens of the context."""
+    """Parse a context length in tokens."""
     return whole(name, text, 1)
 
 
 def tree_budget(name: str, text: str) -> int | None:
-    """Draft nodes per tree, or None for auto."""
+    """Parse a tree budget: draft nodes per tree, or None for auto."""
     if text == "auto":
         return None
     if text == "0":
-        raise UsageError(f"{name} must be auto or at least 1, not 0", hint="--draft none drafts nothing")
+        raise UsageError(f"{name} must be auto or at least 1, not 0", hint="use --draft none to decode without a draft")
     return whole(name, text, 1)
 
 
 def dtype(name: str, text: str) -> Literal["auto"] | Dtype:
-    """A dtype's name."""
+    """Check the name of a dtype."""
     for known in DTYPES:
         if text == known:
             return known
@@ -168,7 +168,7 @@ def dtype(name: str, text: str) -> Literal["auto"] | Dtype:
 
 
 def quant(name: str, text: str) -> Literal["auto"] | Quant:
-    """What a model's matrices are to be stored in."""
+    """Check the name of a quantization."""
     if text == "auto":
         return "auto"
     for known in QUANTS:
@@ -178,7 +178,7 @@ def quant(name: str, text: str) -> Literal["auto"] | Quant:
 
 
 def device(name: str, text: str) -> str:
-    """A device's name; whether it is there is found out later."""
+    """Check the form of a device's name; whether the device exists is checked later."""
     kind, colon, index = text.partition(":")
     if text in ("auto", "cpu", "cuda") or (kind == "cuda" and colon and index.isdecimal() and index.isascii()):
         return text
@@ -186,7 +186,7 @@ def device(name: str, text: str) -> str:
 
 
 def overflow(name: str, text: str) -> Overflow:
-    """What becomes of a chat that fills its context."""
+    """Check what to do when the context is full."""
     for known in OVERFLOWS:
         if text == known:
             return known
@@ -194,7 +194,7 @@ def overflow(name: str, text: str) -> Overflow:
 
 
 def system_prompt(name: str, text: str) -> str:
-    """The system prompt, from a file when it starts with @."""
+    """Return the system prompt; read text after @ from that file."""
     if not text.startswith("@"):
         return text
     try:
@@ -205,26 +205,26 @@ def system_prompt(name: str, text: str) -> str:
 
 
 def stop_strings(name: str, texts: Sequence[str]) -> tuple[str, ...]:
-    """The stop strings; an empty one would stop everywhere."""
+    """Return the stop strings; refuse an empty one, which would stop at once."""
     if not all(texts):
         raise UsageError(f"{name} must not be empty")
     return tuple(texts)
 
 
-# --- what holds in the end ---------------------------------------------------------------------------------------
+# --- effective settings ------------------------------------------------------------------------------------------
 
 
 def resolve_sampling(flags: SamplingFlags, defaults: "GenerationDefaults", seed: int) -> Sampling:
-    """What the answer is drawn with.
+    """Return the effective sampling settings.
 
-    A choice of the user's comes before the model's own generation_config, and that before greedy. A model whose config
-    does not ask for sampling is greedy, whatever else it says there; the repetition penalty holds either way, as in
-    transformers.
+    The user's choice overrides the model's generation_config, which overrides greedy decoding. A generation_config
+    without do_sample means greedy decoding; its temperature, top_k, top_p and min_p are then ignored. Its repetition
+    penalty always applies, as in transformers.
 
     Args:
-        flags: as chosen.
-        defaults: the model's.
-        seed: keys the draws.
+        flags: the user's choices.
+        defaults: the model's generation_config.
+        seed: key of the random draws.
     """
     samples = bool(defaults.do_sample)
     return Sampling(
@@ -238,7 +238,7 @@ def resolve_sampling(flags: SamplingFlags, defaults: "GenerationDefaults", seed:
 
 
 def sampling_sources(sources: Mapping[str, str], defaults: "GenerationDefaults") -> dict[str, str]:
-    """Where each setting of answers comes from, the model's own included; what is missing is a default."""
+    """Return the origin of each sampling setting, the model's own included; settings left out are defaults."""
     if "seed" not in sources:
         sources = {**sources, "seed": "random"}
     names = ("top_k", "top_p", "min_p") if defaults.do_sample else ()
@@ -249,11 +249,13 @@ def sampling_sources(sources: Mapping[str, str], defaults: "GenerationDefaults")
 
 
 def without_effect(sampling: Sampling, sources: Mapping[str, str]) -> list[str]:
-    """What to say of flags that change nothing."""
+    """Return a warning for each flag that has no effect."""
     if not sampling.greedy:
         return []
     flags = [sources[name] for name in ("top_p", "top_k", "min_p") if sources.get(name, "").startswith("--")]
-    return [f"{flag} has no effect: the temperature is 0 (greedy); --temperature T above 0 samples" for flag in flags]
+    return [
+        f"{flag} has no effect: the temperature is 0 (greedy); use --temperature T above 0 to sample" for flag in flags
+    ]
 
 
 def _first(flag: float | None, default: float | None, fallback: float) -> float:

@@ -199,7 +199,7 @@ def test_passes_from_the_page_cache(specchat):
         (["demo", "--plot", "a.svg"], "--plot draws a sweep"),
         (["demo", "--sweep", "ctx=256", "--plot", "a.pdf"], "--plot draws .svg or .png"),
         (["demo", "--sweep", "slots=0"], "--sweep slots must be at least 1"),
-        (["demo", "--sweep", "memory=auto"], "takes sizes of trees"),
+        (["demo", "--sweep", "memory=auto"], "takes tree sizes"),
         (["demo", "--sweep", "memory=8,0"], "at least 1"),
         (["demo", "--sweep", "memory=8", "--draft", "none"], "there is no draft"),
         (["demo", "-o", "yaml"], "--output must be"),

@@ -394,7 +394,7 @@ def test_memory_that_runs_out_anywhere_is_said(specchat, monkeypatch, error):
         raise error
 
     monkeypatch.setattr("specchat.cli.models.parse_models", fail)
-    fails(specchat("run", "demo", "hi"), 4, "run out of memory")
+    fails(specchat("run", "demo", "hi"), 4, "out of memory")
 
 
 def test_no_standard_output_at_all():
