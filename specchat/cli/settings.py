@@ -77,7 +77,7 @@ class Settings:
         return self.values.get(key, default)
 
     def model(self, key: str) -> str | None:
-        """Return the model's name of a setting, with its alias resolved, or None."""
+        """Return the model that a setting names, with its alias resolved, or None."""
         text = self.get(key)
         return None if text is None else self.aliases.get(text, text)
 

@@ -3,7 +3,7 @@
     python -m specchat.demo.train.train --data data --out run --steps 2300
 
 The target learns from the text. The draft learns from the text and, mostly, from the target's distribution. Training
-starts with a mix of plain text and chats and goes on with chats only; near the end, windows are twice as long.
+starts with a mix of plain text and chats, followed by chats only; near the end, windows are twice as long.
 OUT/target and OUT/draft are model folders. OUT/state.safetensors is the state that --resume loads.
 
     python -m specchat.demo.train.train --data data --out run --steps 500 --draft-only --written data/written.npy
