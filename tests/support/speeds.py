@@ -1,4 +1,4 @@
-"""Writes the README's table of predicted speeds from the golden plans.
+"""Write the README's table of predicted speeds from the golden plans.
 
     PYTHONPATH=.:tests python -m support.speeds
 
