@@ -1,7 +1,6 @@
-"""`python -m specchat.bench.readme README.md A.json ...`: writes the figures of reports into a page, never by hand.
+"""`python -m specchat.bench.readme docs/measured.md A.json ...`: write the figures of reports into a page.
 
-What stands between two marks is replaced: sweeps have a section of their own. A section for which no report is given
-stays as it is, like everything else.
+The text between two marks is replaced. Sweeps have their own section. A section without a report stays unchanged.
 """
 
 import sys
@@ -12,14 +11,14 @@ from specchat.bench.compare import read_report
 from specchat.bench.export import markdown
 from specchat.errors import UsageError
 
-BEGIN = "<!-- measured: python -m specchat.bench.readme README.md REPORT.json ... writes what stands below -->"
+BEGIN = "<!-- measured: python -m specchat.bench.readme docs/measured.md REPORT.json ... writes the text below -->"
 END = "<!-- measured: end -->"
-SWEEPS_BEGIN = "<!-- sweeps: python -m specchat.bench.readme README.md REPORT.json ... writes what stands below -->"
+SWEEPS_BEGIN = "<!-- sweeps: python -m specchat.bench.readme docs/measured.md REPORT.json ... writes the text below -->"
 SWEEPS_END = "<!-- sweeps: end -->"
 
 
 def with_measured(page: str, sections: Sequence[str], begin_mark: str = BEGIN, end_mark: str = END) -> str:
-    """The page with these sections between two marks.
+    """Return the page with these sections between two marks.
 
     Raises:
         UsageError: the page lacks a mark.
@@ -32,7 +31,7 @@ def with_measured(page: str, sections: Sequence[str], begin_mark: str = BEGIN, e
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Rewrites the page named first with the reports named after it."""
+    """Rewrite the page, the first argument, with the reports, the other arguments."""
     page = Path(arguments[0])
     text = page.read_text(encoding="utf-8")
     reports = [read_report(Path(name)) for name in arguments[1:]]

@@ -1,4 +1,4 @@
-"""The command line: what can be typed, and nothing of what it does."""
+"""The command line: commands, arguments and options. The work itself is done elsewhere."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -18,27 +18,29 @@ from specchat.loading.sampling import SamplingChoices
 from specchat.records.plan import PlanChoices
 from specchat.version import __version__
 
-# What a command returns: the work itself, done after typer is out of the way, for typer has ideas of its own about
-# interrupts and closed pipes.
+# What a command returns: its work, to be called after typer has returned. Typer handles interrupts and closed pipes in
+# its own way, which must not apply to the work.
 _Action = Callable[[], int]
 
-# The base of all complaints of typer's parser, which has no public name; BadParameter, a direct child, has one.
+# Base class of all errors of typer's parser. The class has no public name, but its direct subclass BadParameter has.
 _ParserError: type[Exception] = typer.BadParameter.__bases__[0]
 
 app = typer.Typer(
     name="specchat",
-    help="Chat, on your own GPU or none, with a language model that does not fit in its memory.",
+    help="Chat with a language model that is larger than your GPU's memory.",
     add_completion=False,  # see completion.py
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-# Options that several commands have, each declared once.
+# Options that several commands share.
 _Model = Annotated[
     str | None,
     typer.Argument(
-        metavar="MODEL", autocompletion=completion.models, help="demo, a folder (./x, /x, ~/x), or a hub id (org/name)."
+        metavar="MODEL",
+        autocompletion=completion.models,
+        help="demo, a folder (./x, /x, ~/x), a hub id (org/name) or shape:NAME.",
     ),
 ]
 _Draft = Annotated[
@@ -46,7 +48,7 @@ _Draft = Annotated[
     typer.Option(
         metavar="MODEL",
         autocompletion=completion.drafts,
-        help="Small model that drafts ahead: a MODEL, auto (the default), or none.",
+        help="Draft model: a MODEL, auto or none. [default: auto]",
     ),
 ]
 _Device = Annotated[
@@ -54,25 +56,38 @@ _Device = Annotated[
     typer.Option(
         metavar="DEVICE",
         autocompletion=completion.words("auto", "cpu", "cuda"),
-        help="auto (the default), cpu, cuda or cuda:N.",
+        help="Compute device: auto, cpu, cuda or cuda:N. [default: auto]",
     ),
 ]
 _Vram = Annotated[
     str | None,
-    typer.Option(metavar="SIZE", help="Memory budget on the device, such as 900MiB or 8GiB; RAM on the CPU."),
+    typer.Option(
+        metavar="SIZE",
+        help="Device memory to use, for example 8GiB; RAM on the CPU. [default: free memory minus a reserve]",
+    ),
 ]
 _Ram = Annotated[
     str | None,
-    typer.Option(metavar="SIZE", help="Host memory for streamed layers; what does not fit is read from disk."),
+    typer.Option(
+        metavar="SIZE",
+        help="Host memory for streamed layers; the rest is read from disk. [default: free memory minus a reserve]",
+    ),
 ]
-_Ctx = Annotated[str | None, typer.Option(metavar="N", help="Context: tokens of chat and answer together.")]
+_Ctx = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N", help="Context length in tokens, answers included. [default: 8192, or less if memory is short]"
+    ),
+]
 _TreeBudget = Annotated[
-    str | None, typer.Option(metavar="N", help="Draft tokens checked in one pass, or auto (the default).")
+    str | None, typer.Option(metavar="N", help="Most draft tokens that one pass checks, or auto. [default: auto]")
 ]
 _Dtype = Annotated[
     str | None,
     typer.Option(
-        metavar="TYPE", autocompletion=completion.words(*options.DTYPES), help="auto (the default), bf16, fp16 or fp32."
+        metavar="TYPE",
+        autocompletion=completion.words(*options.DTYPES),
+        help="Precision of the computation: auto, bf16, fp16 or fp32. [default: auto]",
     ),
 ]
 _Quant = Annotated[
@@ -80,7 +95,7 @@ _Quant = Annotated[
     typer.Option(
         metavar="TYPE",
         autocompletion=completion.words("auto", *options.QUANTS),
-        help="Store the model's matrices as none (as they are), int8 or int4; or auto (the default).",
+        help="Quantize the model: auto, none, int8 or int4. [default: auto]",
     ),
 ]
 _DraftQuant = Annotated[
@@ -88,22 +103,22 @@ _DraftQuant = Annotated[
     typer.Option(
         metavar="TYPE",
         autocompletion=completion.words("auto", *options.QUANTS),
-        help="The same for the draft, whose precision changes nothing of the text: auto, none, int8 or int4.",
+        help="Quantize the draft; the text stays the same. [default: auto]",
     ),
 ]
 _Config = Annotated[
-    str | None, typer.Option(metavar="FILE", help="Settings from FILE in place of the usual config.toml.")
+    str | None, typer.Option(metavar="FILE", help="Read settings from FILE. [default: ~/.config/specchat/config.toml]")
 ]
 _Offline = Annotated[bool | None, typer.Option("--offline", help="Never use the network.")]
 _Yes = Annotated[bool, typer.Option("--yes", help="Download without asking.")]
 
 
 def _shared_settings(config: str | None, parameters: Mapping[str, Any]) -> Settings:
-    """What holds of the settings that every command has: flags before the environment before config.toml.
+    """Return the shared settings. Flags override the environment, and the environment overrides config.toml.
 
     Args:
-        config: --config.
-        parameters: the command's own, by name.
+        config: value of --config, or None.
+        parameters: parameters of the command, by name.
     """
     file, aliases = settings.config_file(config)
     layers = [_flags(parameters, settings.SHARED_KEYS), settings.environment(), file]
@@ -111,7 +126,7 @@ def _shared_settings(config: str | None, parameters: Mapping[str, Any]) -> Setti
 
 
 def _flags(parameters: Mapping[str, Any], keys: Sequence[settings.Key]) -> settings.Layer:
-    """Those of a command's parameters that are settings, under the same names."""
+    """Return the parameters that are settings, as a layer."""
     return settings.flags({key.name: parameters[key.name] for key in keys if key.name in parameters})
 
 
@@ -155,7 +170,7 @@ def _specchat(
         str | None,
         typer.Option(
             metavar="SHELL",
-            help="Print what bash, zsh or fish need to complete specchat's words, and exit.",
+            help="Print the completion script for bash, zsh or fish, and exit.",
             autocompletion=completion.words(*completion.SHELLS),
             callback=_print_completion,
             is_eager=True,
@@ -171,7 +186,7 @@ def _run(
     *,
     model: _Model = None,
     prompt: Annotated[
-        str | None, typer.Argument(metavar="PROMPT", help="Answer this and exit; without it, chat.")
+        str | None, typer.Argument(metavar="PROMPT", help="Answer PROMPT and exit; without PROMPT, chat.")
     ] = None,
     draft: _Draft = None,
     device: _Device = None,
@@ -182,61 +197,94 @@ def _run(
     dtype: _Dtype = None,
     quant: _Quant = None,
     draft_quant: _DraftQuant = None,
-    temperature: Annotated[str | None, typer.Option(metavar="T", help="0 is greedy.")] = None,
-    top_p: Annotated[str | None, typer.Option(metavar="P", help="Keep the likeliest tokens up to this mass.")] = None,
-    top_k: Annotated[str | None, typer.Option(metavar="K", help="Keep the K likeliest tokens; 0 keeps all.")] = None,
+    temperature: Annotated[
+        str | None,
+        typer.Option(metavar="T", help="Sampling temperature; 0 is greedy. [default: the model's, else 0]"),
+    ] = None,
+    top_p: Annotated[
+        str | None,
+        typer.Option(
+            metavar="P",
+            help="Sample from the likeliest tokens with total probability P. [default: the model's, else 1]",
+        ),
+    ] = None,
+    top_k: Annotated[
+        str | None,
+        typer.Option(
+            metavar="K", help="Sample from the K likeliest tokens; 0 keeps all. [default: the model's, else 0]"
+        ),
+    ] = None,
     min_p: Annotated[
-        str | None, typer.Option(metavar="P", help="Drop tokens below this share of the likeliest one.")
+        str | None,
+        typer.Option(
+            metavar="P",
+            help="Drop tokens less likely than P times the likeliest one. [default: the model's, else 0]",
+        ),
     ] = None,
     repetition_penalty: Annotated[
-        str | None, typer.Option(metavar="R", help="Above 1 makes repeating less likely.")
+        str | None,
+        typer.Option(metavar="R", help="Values above 1 make repetition less likely. [default: the model's, else 1]"),
     ] = None,
-    seed: Annotated[str | None, typer.Option(metavar="N", help="Makes draws repeatable; random if not given.")] = None,
+    seed: Annotated[
+        str | None, typer.Option(metavar="N", help="Seed of the sampling, to repeat an answer. [default: random]")
+    ] = None,
     max_tokens: Annotated[
-        str | None, typer.Option(metavar="N", help="Longest answer; as long as the context allows if not given.")
+        str | None, typer.Option(metavar="N", help="Longest answer in tokens. [default: what the context allows]")
     ] = None,
     stop: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="End the answer before TEXT; may be repeated.")
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="End the answer before TEXT; may be repeated. [default: none]"),
     ] = None,
     system: Annotated[
-        str | None, typer.Option(metavar="TEXT|@FILE", help="System prompt, or the file that holds it.")
+        str | None,
+        typer.Option(metavar="TEXT|@FILE", help="System prompt, or @ and the file with it. [default: none]"),
     ] = None,
     think: Annotated[
-        bool | None, typer.Option("--think/--no-think", help="Let the model think first, if its template has a switch.")
+        bool | None,
+        typer.Option(
+            "--think/--no-think",
+            help="Turn thinking on or off, if the chat template can. [default: as the template sets it]",
+        ),
     ] = None,
     overflow: Annotated[
         str | None,
         typer.Option(
             metavar="HOW",
             autocompletion=completion.words(*options.OVERFLOWS),
-            help="When the context is full: stop (the default) or drop-oldest.",
+            help="When the context is full: stop or drop-oldest. [default: stop]",
         ),
     ] = None,
     base: Annotated[
-        bool, typer.Option("--base", help="Continue the prompt as it stands, without a chat template.")
+        bool, typer.Option("--base", help="Continue the prompt without a chat template, for base models.")
     ] = False,
-    continue_: Annotated[bool, typer.Option("--continue", "-c", help="Go on with the last saved chat.")] = False,
+    continue_: Annotated[bool, typer.Option("--continue", "-c", help="Resume the last saved chat.")] = False,
     session: Annotated[
         str | None,
         typer.Option(
-            metavar="ID", autocompletion=completion.sessions, help="Go on with the chat of that name, or begin one."
+            metavar="ID",
+            autocompletion=completion.sessions,
+            help="Resume the chat with this name, or start one. [default: a new name]",
         ),
     ] = None,
-    save: Annotated[bool | None, typer.Option("--save/--no-save", help="Whether to save the chat (it is).")] = None,
-    raw: Annotated[bool | None, typer.Option("--raw/--no-raw", help="Show answers as they are written.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object in place of the answer.")] = False,
+    save: Annotated[
+        bool | None, typer.Option("--save/--no-save", help="Save the chat, or do not. [default: save]")
+    ] = None,
+    raw: Annotated[
+        bool | None, typer.Option("--raw/--no-raw", help="Show answers without Markdown layout. [default: no-raw]")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the answer.")] = False,
     json_stream: Annotated[
-        bool, typer.Option("--json-stream", help="Print JSON objects, one a line, as the answer comes.")
+        bool, typer.Option("--json-stream", help="Print one JSON object per line while the answer is written.")
     ] = False,
-    plan: Annotated[bool, typer.Option("--plan", help="Print where everything would go, and load nothing.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Print the plan and its predicted speed; load nothing.")] = False,
     config: _Config = None,
     offline: _Offline = None,
     yes: _Yes = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the answer, and errors.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="A line on stderr for each pass.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the answer and errors.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print one line for each pass, on stderr.")] = False,
 ) -> _Action:
-    """Chat with MODEL, or answer one PROMPT (or stdin) and exit."""
-    parameters = locals()  # of which settings are looked up by name
+    """Chat with MODEL, or answer one PROMPT and exit."""
+    parameters = locals()  # settings are looked up here by name
     from specchat.cli import sessions
     from specchat.cli.run import run
 
@@ -296,46 +344,55 @@ def _bench(
     quant: _Quant = None,
     draft_quant: _DraftQuant = None,
     prompts: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Questions in MT-Bench's JSONL, instead of the built-in ones.")
+        str | None,
+        typer.Option(metavar="FILE", help="Questions as JSON lines, as in MT-Bench. [default: built-in questions]"),
     ] = None,
     limit: Annotated[
-        str | None, typer.Option(metavar="N", help="Ask N questions, however long; else for about two minutes.")
+        str | None,
+        typer.Option(metavar="N", help="Ask N questions. [default: as many as two minutes allow]"),
     ] = None,
-    repeats: Annotated[str | None, typer.Option("--repeats", "-r", metavar="N", help="Measure N times (3).")] = None,
-    max_tokens: Annotated[str | None, typer.Option(metavar="N", help="Longest answer (64).")] = None,
-    seed: Annotated[str | None, typer.Option(metavar="N", help="Of all draws (0).")] = None,
+    repeats: Annotated[
+        str | None, typer.Option("--repeats", "-r", metavar="N", help="Measure N times. [default: 3]")
+    ] = None,
+    max_tokens: Annotated[str | None, typer.Option(metavar="N", help="Longest answer in tokens. [default: 64]")] = None,
+    seed: Annotated[str | None, typer.Option(metavar="N", help="Seed of the sampling. [default: 0]")] = None,
     baseline: Annotated[
         str | None,
-        typer.Option(metavar="LIST", help="Compare with plain, accelerate, assisted, or none (plain)."),
+        typer.Option(metavar="LIST", help="Compare with plain, accelerate, assisted, or none. [default: plain]"),
     ] = None,
     cold: Annotated[
-        bool, typer.Option("--cold", help="Empty the page cache of the model's files before every pass.")
+        bool, typer.Option("--cold", help="Drop the model's files from the page cache before every pass.")
     ] = False,
     passes: Annotated[
-        bool, typer.Option("--passes", help="Time passes by themselves, too, beside raw reads of the files.")
+        bool, typer.Option("--passes", help="Also time single passes, and raw reads of the model's files.")
     ] = False,
     sweep: Annotated[
         str | None,
         typer.Option(
             metavar="OPTION=A,B,C",
-            help="Measure once for each value of tree-budget, vram, ctx, draft, quant, slots or memory.",
+            help="Measure each value of tree-budget, vram, ctx, draft, quant, slots or memory. [default: none]",
         ),
     ] = None,
-    plot: Annotated[str | None, typer.Option(metavar="FILE", help="Draw the sweep into an .svg or .png file.")] = None,
+    plot: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Draw the sweep into an .svg or .png file. [default: none]")
+    ] = None,
     compare: Annotated[
         tuple[str, str] | None,
-        typer.Option(metavar="A.json B.json", help="Measure nothing; say how report B differs from report A."),
+        typer.Option(metavar="A.json B.json", help="Compare two reports; measure nothing. [default: none]"),
     ] = None,
     output: Annotated[
-        str | None, typer.Option("--output", "-o", metavar="FORM", help="table, md, json, jsonl or csv.")
+        str | None,
+        typer.Option(
+            "--output", "-o", metavar="FORM", help="Report format: table, md, json, jsonl or csv. [default: table]"
+        ),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="The same as -o json.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON; short for -o json.")] = False,
     config: _Config = None,
     offline: _Offline = None,
     yes: _Yes = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the report, and errors.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the report and errors.")] = False,
 ) -> _Action:
-    """Measure MODEL: how fast it is here, why, against what, and whether the text stays the target's own."""
+    """Measure how fast MODEL is and check that its text is exact."""
     parameters = locals()
     from specchat.cli.bench import bench
 
@@ -375,17 +432,17 @@ def _probe(
     quant: _Quant = None,
     draft_quant: _DraftQuant = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print a table for a bug report.")] = False,
-    refresh: Annotated[bool, typer.Option("--refresh", help="Measure again what was measured before.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, for a bug report.")] = False,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Measure again instead of using saved rates.")] = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Read every pack and check it; exit code 3 if one is damaged.")
+        bool, typer.Option("--verify", help="Check every pack against its checksums; exit 3 if one is damaged.")
     ] = False,
     config: _Config = None,
     offline: _Offline = None,
     yes: _Yes = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the report, and errors.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the report and errors.")] = False,
 ) -> _Action:
-    """Report what this machine has and how fast it is, and the plan that MODEL would get here."""
+    """Report what this machine can run, or the plan for MODEL."""
     parameters = locals()
     from specchat.cli.probe import ProbeOptions, check_combination, probe
 
@@ -403,10 +460,10 @@ def _probe(
 
 
 def _parse(arguments: Sequence[str]) -> int | _Action | None:
-    """What was asked for, or the exit code of something that is done already, such as --help.
+    """Parse the arguments. Return the work to do, or the exit code of work already done, such as --help.
 
     Raises:
-        UsageError: typer's parser makes no sense of it.
+        UsageError: typer's parser rejects the arguments.
     """
     completion.prepare()
     command = typer.main.get_command(app)
@@ -420,11 +477,11 @@ def _parse(arguments: Sequence[str]) -> int | _Action | None:
 def _as_usage_error(error: Exception, arguments: Sequence[str]) -> UsageError:
     message = " ".join(str(getattr(error, "format_message", error.__str__)()).split()).rstrip(".")
     command = f"specchat {arguments[0]}" if arguments and arguments[0] in ("run", "bench", "probe") else "specchat"
-    return UsageError(message[:1].lower() + message[1:], hint=f"{command} --help lists what there is")
+    return UsageError(message[:1].lower() + message[1:], hint=f"{command} --help lists what it takes")
 
 
 def run_command_line(arguments: Sequence[str]) -> int:
-    """Runs `specchat` with these arguments; the exit code."""
+    """Run `specchat` with these arguments and return the exit code."""
 
     def act() -> int:
         action = _parse(arguments)
@@ -434,5 +491,5 @@ def run_command_line(arguments: Sequence[str]) -> int:
 
 
 def main() -> NoReturn:
-    """The `specchat` command."""
+    """Run the `specchat` command and end the process."""
     leave(run_command_line(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""What `specchat bench` was asked for: every flag checked, before anything slow begins."""
+"""Options of `specchat bench`. Every value is checked before slow work begins."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,32 +11,32 @@ from specchat.loading.request import ModelRequest
 Format = Literal["table", "md", "json", "jsonl", "csv"]
 FORMATS: tuple[Format, ...] = ("table", "md", "json", "jsonl", "csv")
 BASELINES = ("plain", "accelerate", "assisted")
-# memory: smaller trees on the layers of the first value's plan, so that nothing but generation memory changes.
+# "memory" varies the tree size but keeps the layer split of the first value, so only generation memory changes.
 SWEEPS = ("tree-budget", "vram", "ctx", "draft", "quant", "slots", "memory")
-_WHOLE_HEAD = "+head"  # behind a tree budget: all nodes are scored at once
+_WHOLE_HEAD = "+head"  # suffix of a tree budget: score all nodes at once
 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """Everything `specchat bench` can be told, checked.
+    """Checked options of `specchat bench`.
 
     Attributes:
-        models: which models, memory and the like, as for `run`.
-        seed: key of the draws, or None for 0.
+        models: options about models, memory and device, as for `run`.
+        seed: seed of the sampling, or None for 0.
         yes: whether to download without asking.
         quiet: whether only the report and errors are shown.
-        max_tokens: longest answer; None is 64.
-        prompts: a file of questions, or None for the built-in ones.
-        limit: questions asked; None for as many as there is time for.
-        baselines: names; None is `plain`, or nothing in a sweep.
-        repeats: None is 3.
-        cold: measure from an empty page cache.
-        passes: time passes by themselves, too; `cold` does so anyway.
-        sweep: the option that is varied, and its values; None for no sweep.
-        plot: a picture to draw of the sweep, or None.
-        compare: two reports to compare, in place of a measurement.
-        output: form of the report.
-        command: as typed, without the program's name.
+        max_tokens: longest answer in tokens; None for 64.
+        prompts: file of questions, or None for the built-in ones.
+        limit: number of questions; None for as many as two minutes allow.
+        baselines: names of the baselines; None for `plain`, or for no baseline in a sweep.
+        repeats: number of repetitions; None for 3.
+        cold: whether to measure with an empty page cache.
+        passes: whether to time single passes too; `cold` always does.
+        sweep: swept option and its values; None for no sweep.
+        plot: image file to draw the sweep into, or None.
+        compare: two reports to compare instead of measuring.
+        output: format of the report.
+        command: command line as typed, without the program's name.
     """
 
     models: ModelRequest
@@ -58,10 +58,10 @@ class BenchOptions:
 
 
 def check_combination(options: BenchOptions) -> BenchOptions:
-    """Refuses flags that contradict each other.
+    """Refuse flags that contradict each other, and return the options unchanged.
 
     Raises:
-        UsageError: two of them do, or there is nothing to be done.
+        UsageError: two flags contradict each other, or a flag has no effect.
     """
     if options.compare is not None and options.output in ("jsonl", "csv"):
         raise UsageError(f"--compare cannot be printed as {options.output}", hint="use -o table, md or json")
@@ -76,7 +76,7 @@ def check_combination(options: BenchOptions) -> BenchOptions:
 
 
 def output(text: str | None, *, json: bool) -> Format:
-    """The form of the report."""
+    """Return the format of the report."""
     if json and text not in (None, "json"):
         raise UsageError(f"--json and -o {text} cannot be combined", hint=f"leave --json or -o {text} out")
     if json or text is None:
@@ -88,7 +88,7 @@ def output(text: str | None, *, json: bool) -> Format:
 
 
 def baselines(text: str | None) -> tuple[str, ...] | None:
-    """The baselines' names, each once; "none" is no baseline."""
+    """Parse a list of baselines and drop repeated names; "none" gives an empty tuple."""
     if text is None or text == "none":
         return None if text is None else ()
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
@@ -104,7 +104,7 @@ def baselines(text: str | None) -> tuple[str, ...] | None:
 
 
 def sweep(text: str | None) -> tuple[str, tuple[str, ...]] | None:
-    """The swept option and its values, which are checked as that option's own."""
+    """Parse a sweep into the option and its values; the values are checked later, by that option."""
     if text is None:
         return None
     name, _, rest = text.removeprefix("--").partition("=")
@@ -115,17 +115,17 @@ def sweep(text: str | None) -> tuple[str, tuple[str, ...]] | None:
 
 
 def trees(value: str) -> tuple[int, int | None]:
-    """Tree budget and rows of the head (None: as always) of a value of `--sweep memory`.
+    """Parse a value of `--sweep memory` into a tree budget and the rows of the head (None for the usual number).
 
     Raises:
-        UsageError: it is not N or N+head.
+        UsageError: the value is not N or N+head.
     """
     budget = tree_budget("--sweep memory", value.removesuffix(_WHOLE_HEAD))
     if budget is None:
-        raise UsageError("--sweep memory takes sizes of trees, not 'auto'")
+        raise UsageError("--sweep memory takes tree sizes, not 'auto'")
     return budget, 1 + budget if value.endswith(_WHOLE_HEAD) else None
 
 
 def compared(paths: tuple[str, str] | None) -> tuple[Path, Path] | None:
-    """The two reports."""
+    """Return the paths of the two reports, or None."""
     return None if paths is None else (Path(paths[0]), Path(paths[1]))

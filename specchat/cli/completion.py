@@ -1,10 +1,10 @@
-"""What a shell offers when Tab is pressed; quick, and silent about anything that is wrong."""
+"""Shell completion: fast, and silent about errors."""
 
 import os
 from collections.abc import Callable
 from pathlib import Path
 
-# Typer's own options for completion guess the shell and write to its start-up files; what is behind them is not public.
+# Typer's own completion options guess the shell and write to its start-up files. The functions below them are private.
 from typer._completion_classes import completion_init
 from typer._completion_shared import get_completion_script
 
@@ -12,22 +12,22 @@ from specchat.chat import transcript
 from specchat.errors import SpecchatError, UsageError
 
 SHELLS = ("bash", "zsh", "fish")
-# Tells specchat, called by a shell, that it is to complete a command line and not to run it.
+# Set by the shell when specchat must complete a command line, not run it.
 _VARIABLE = "_SPECCHAT_COMPLETE"
 _PATH_STARTS = ("./", "../", "/", "~")
 
 
 def prepare() -> None:
-    """Lets typer answer a shell that asks for completions."""
+    """Let typer answer a shell that asks for completions."""
     if _VARIABLE in os.environ:
         completion_init()
 
 
 def script(shell: str) -> str:
-    """What a shell has to read to complete specchat's words.
+    """Return the completion script for a shell.
 
     Raises:
-        UsageError: a shell that there is no script for.
+        UsageError: no script exists for this shell.
     """
     if shell not in SHELLS:
         raise UsageError(f"--show-completion must be {', '.join(SHELLS[:-1])} or {SHELLS[-1]}, not '{shell}'")
@@ -35,24 +35,24 @@ def script(shell: str) -> str:
 
 
 def models(incomplete: str) -> list[str]:
-    """MODEL: the demo, aliases, what the hub's cache holds, and folders for what begins like one."""
+    """Complete MODEL: the demo, aliases, cached models, or folders if the text looks like a path."""
     if incomplete.startswith(_PATH_STARTS):
         return _folders(incomplete)
     return _matching(["demo", *_aliases(), *_cached()], incomplete)
 
 
 def drafts(incomplete: str) -> list[str]:
-    """What can draft."""
+    """Complete --draft."""
     return _matching(["auto", "none"], incomplete) + models(incomplete)
 
 
 def sessions(incomplete: str) -> list[str]:
-    """The IDs of saved chats, the last one first."""
+    """Complete the IDs of saved chats, the newest first."""
     return _matching([path.stem for path in transcript.all_sessions()], incomplete)
 
 
 def words(*known: str) -> Callable[[str], list[str]]:
-    """A fixed list."""
+    """Return a completer for a fixed list of words."""
 
     def complete(incomplete: str) -> list[str]:
         return _matching([*known], incomplete)
@@ -69,7 +69,7 @@ def _aliases() -> list[str]:
 
     try:
         return list(config_file(None)[1])
-    except SpecchatError:  # said when a command is run
+    except SpecchatError:  # reported when a command runs
         return []
 
 

@@ -1,4 +1,4 @@
-"""From errors to exit codes and the one to three lines that explain them; nothing else decides either."""
+"""The only place that turns errors into exit codes and into messages of one to three lines."""
 
 import atexit
 import errno
@@ -23,13 +23,13 @@ from specchat.errors import (
 EXIT_CODES: dict[int, str] = {
     0: "ok",
     1: "failed while running",
-    2: "asked wrongly",
-    3: "the model cannot be had or read",
+    2: "invalid usage",
+    3: "the model is missing or unreadable",
     4: "does not fit",
     5: "the requested device is unusable",
-    129: "the terminal went away (SIGHUP)",
+    129: "the terminal was closed (SIGHUP)",
     130: "interrupted (Ctrl-C, SIGINT)",
-    141: "nobody reads the output (closed pipe)",
+    141: "the reader closed the pipe (SIGPIPE)",
     143: "terminated (SIGTERM)",
 }
 
@@ -42,12 +42,12 @@ _CODE_OF: tuple[tuple[type[SpecchatError], int], ...] = (
 
 
 def code_of(error: SpecchatError) -> int:
-    """The exit code for an error shown to a user."""
+    """Return the exit code of an error."""
     return next((code for kind, code in _CODE_OF if isinstance(error, kind)), 1)
 
 
 def guarded(action: Callable[[], int]) -> int:
-    """Runs the program and returns its exit code, whatever becomes of it."""
+    """Run the program, report any error, and return the exit code."""
     _open_missing_streams()
     _leave_on_signals()
     try:
@@ -59,14 +59,15 @@ def guarded(action: Callable[[], int]) -> int:
         code = _unread()
     except SystemExit as ending:
         code = _ended(ending)
-    except Exception as error:  # noqa: BLE001  the last resort: a line for the user instead of a traceback
+    except Exception as error:  # noqa: BLE001  the last resort: a message instead of a traceback
         code = _explained(error)
     return code
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process at once: everything of ours is closed by now, and Python would take apart torch's modules one by
-    one, for more than a second in which the user waits for nothing.
+    """End the process at once.
+
+    All resources of specchat are closed by now. A normal exit takes over a second to tear down torch's modules.
     """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
@@ -75,25 +76,25 @@ def leave(code: int) -> NoReturn:
 
 
 def _open_missing_streams() -> None:
-    """Whoever started us with stdout or stderr closed does not want to read them."""
+    """Open the null device in place of a closed stdout or stderr."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115  open until the program ends
 
 
 def _leave_on_signals() -> None:
-    """SIGTERM and SIGHUP unwind the program like an exception, so that everything open is closed."""
+    """Turn SIGTERM and SIGHUP into SystemExit, so that all resources are closed."""
 
     def leave(signum: int, _frame: FrameType | None) -> None:
         raise SystemExit(128 + signum)
 
     for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup wants to be left alone
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP: keep that
             signal.signal(number, leave)
 
 
 def _explained(error: Exception) -> int:
-    """Says what happened; the exit code for it."""
+    """Print the error and return its exit code."""
     from specchat.ui.console import talk
 
     if os.environ.get("SPECCHAT_DEBUG") == "1":
@@ -110,16 +111,16 @@ def _as_shown(error: Exception) -> SpecchatError:
     if isinstance(error, SpecchatError):
         return error
     if is_lack_of_memory(error):
-        return DoesNotFitError("this machine has run out of memory", "a smaller --vram or --ctx needs less")
+        return DoesNotFitError("out of memory", "use a smaller --vram or --ctx")
     if isinstance(error, OSError) and error.strerror:
         return SpecchatError(f"{error.strerror}: {error.filename}" if error.filename else error.strerror)
     lines = str(error).strip().splitlines()
     what = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-    return SpecchatError(f"internal error: {what}", "SPECCHAT_DEBUG=1 shows where; please report it")
+    return SpecchatError(f"internal error: {what}", "set SPECCHAT_DEBUG=1 for the traceback, and please report this")
 
 
 def _unread() -> int:
-    """Points stdout and stderr away from the closed pipe, or Python would complain about it on its way out."""
+    """Redirect a closed stdout or stderr to the null device, because Python would report the broken pipe at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         try:

@@ -1,4 +1,4 @@
-"""What was asked for: every flag checked, before anything slow begins."""
+"""Options of the commands. Every value is checked before slow work begins."""
 
 import secrets
 from collections.abc import Mapping, Sequence
@@ -26,22 +26,22 @@ OVERFLOWS: tuple[Overflow, ...] = ("stop", "drop-oldest")
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Everything `specchat run` can be told, checked.
+    """Checked options of `specchat run`.
 
     Attributes:
-        models: which models, and what they may take.
-        seed: key of the draws, or None for a random one.
+        models: options about models, memory and device.
+        seed: seed of the sampling, or None for a random one.
         yes: whether to download without asking.
         quiet: whether only answers and errors are shown.
-        prompt: PROMPT, or None.
-        system: the text itself, read from its file if it was one.
-        think: switch of the template's thinking, or None to leave it alone.
-        resume: the session that goes on, or None for a new one.
-        session_id: the name of the session, or None to find one if the chat is to be saved.
-        saves: whether chats are saved.
-        keeps_history: whether typed lines are remembered.
-        raw: show answers as they are, without Markdown.
-        sources: where settings come from, by their names in config.toml.
+        prompt: the PROMPT argument, or None.
+        system: text of the system prompt, already read from its file.
+        think: value of the chat template's thinking switch, or None to keep the template's default.
+        resume: saved chat to resume, or None for a new chat.
+        session_id: name of the session; None makes a new name if the chat is saved.
+        saves: whether the chat is saved.
+        keeps_history: whether typed lines are saved.
+        raw: whether answers are shown without Markdown layout.
+        sources: origin of each setting, by its name in config.toml.
     """
 
     models: ModelRequest
@@ -69,10 +69,10 @@ class RunOptions:
 
 
 def check_combination(options: RunOptions) -> RunOptions:
-    """Refuses flags that contradict each other.
+    """Refuse flags that contradict each other, and return the options unchanged.
 
     Raises:
-        UsageError: two of them do.
+        UsageError: two flags contradict each other.
     """
     has_system = options.system is not None and options.sources.get("system", "--system").startswith("--")
     pairs = (
@@ -91,17 +91,17 @@ def check_combination(options: RunOptions) -> RunOptions:
 
 
 def seed(text: str | None) -> int | None:
-    """A seed that fits the generator's key."""
+    """Parse --seed; the limit is the size of the random generator's key."""
     return whole("--seed", text, 0, MAX_SEED)
 
 
 def random_seed() -> int:
-    """A seed for runs that name none; short enough to be typed again."""
+    """Return a random seed of 32 bits, short enough to type again."""
     return secrets.randbits(32)
 
 
 def size(name: str, text: str) -> int:
-    """A SIZE in bytes."""
+    """Parse a SIZE and return bytes."""
     try:
         return parse_size(text)
     except InvalidSizeError as error:
@@ -109,21 +109,21 @@ def size(name: str, text: str) -> int:
 
 
 def context(name: str, text: str) -> int | None:
-    """Tokens of the context."""
+    """Parse a context length in tokens."""
     return whole(name, text, 1)
 
 
 def tree_budget(name: str, text: str) -> int | None:
-    """Draft nodes per tree, or None for auto."""
+    """Parse a tree budget: draft nodes per tree, or None for auto."""
     if text == "auto":
         return None
     if text == "0":
-        raise UsageError(f"{name} must be auto or at least 1, not 0", hint="--draft none drafts nothing")
+        raise UsageError(f"{name} must be auto or at least 1, not 0", hint="use --draft none to decode without a draft")
     return whole(name, text, 1)
 
 
 def dtype(name: str, text: str) -> Literal["auto"] | Dtype:
-    """A dtype's name."""
+    """Check the name of a dtype."""
     for known in DTYPES:
         if text == known:
             return known
@@ -131,7 +131,7 @@ def dtype(name: str, text: str) -> Literal["auto"] | Dtype:
 
 
 def quant(name: str, text: str) -> Literal["auto"] | Quant:
-    """What a model's matrices are to be stored in."""
+    """Check the name of a quantization."""
     if text == "auto":
         return "auto"
     for known in QUANTS:
@@ -141,7 +141,7 @@ def quant(name: str, text: str) -> Literal["auto"] | Quant:
 
 
 def device(name: str, text: str) -> str:
-    """A device's name; whether it is there is found out later."""
+    """Check the form of a device's name; whether the device exists is checked later."""
     kind, colon, index = text.partition(":")
     if text in ("auto", "cpu", "cuda") or (kind == "cuda" and colon and index.isdecimal() and index.isascii()):
         return text
@@ -149,7 +149,7 @@ def device(name: str, text: str) -> str:
 
 
 def overflow(name: str, text: str) -> Overflow:
-    """What becomes of a chat that fills its context."""
+    """Check what to do when the context is full."""
     for known in OVERFLOWS:
         if text == known:
             return known
@@ -157,7 +157,7 @@ def overflow(name: str, text: str) -> Overflow:
 
 
 def system_prompt(name: str, text: str) -> str:
-    """The system prompt, from a file when it starts with @."""
+    """Return the system prompt; read text after @ from that file."""
     if not text.startswith("@"):
         return text
     try:
@@ -168,17 +168,17 @@ def system_prompt(name: str, text: str) -> str:
 
 
 def stop_strings(name: str, texts: Sequence[str]) -> tuple[str, ...]:
-    """The stop strings; an empty one would stop everywhere."""
+    """Return the stop strings; refuse an empty one, which would stop at once."""
     if not all(texts):
         raise UsageError(f"{name} must not be empty")
     return tuple(texts)
 
 
-# --- what holds in the end ---------------------------------------------------------------------------------------
+# --- effective settings ------------------------------------------------------------------------------------------
 
 
 def sampling_sources(sources: Mapping[str, str], defaults: "GenerationDefaults") -> dict[str, str]:
-    """Where each setting of answers comes from, the model's own included; what is missing is a default."""
+    """Return the origin of each sampling setting, the model's own included; settings left out are defaults."""
     if "seed" not in sources:
         sources = {**sources, "seed": "random"}
     names = ("top_k", "top_p", "min_p") if defaults.do_sample else ()
@@ -189,8 +189,10 @@ def sampling_sources(sources: Mapping[str, str], defaults: "GenerationDefaults")
 
 
 def without_effect(sampling: Sampling, sources: Mapping[str, str]) -> list[str]:
-    """What to say of flags that change nothing."""
+    """Return a warning for each flag that has no effect."""
     if not sampling.greedy:
         return []
     flags = [sources[name] for name in ("top_p", "top_k", "min_p") if sources.get(name, "").startswith("--")]
-    return [f"{flag} has no effect: the temperature is 0 (greedy); --temperature T above 0 samples" for flag in flags]
+    return [
+        f"{flag} has no effect: the temperature is 0 (greedy); use --temperature T above 0 to sample" for flag in flags
+    ]

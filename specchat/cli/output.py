@@ -1,4 +1,4 @@
-"""JSON and text for stdout: whole lines, at once."""
+"""Whole lines of JSON or text, written to stdout and flushed."""
 
 import json
 import sys
@@ -6,11 +6,11 @@ from typing import Any
 
 
 def to_json(value: dict[str, Any]) -> str:
-    """One object on one line; infinities and NaN are no JSON."""
+    """Return an object as one line of JSON; refuse infinities and NaN, which JSON lacks."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 def print_line(line: str) -> None:
-    """The line and its end, in UTF-8 whatever the locale."""
+    """Print a line with its line break, in UTF-8 for every locale."""
     sys.stdout.buffer.write(f"{line}\n".encode())
     sys.stdout.buffer.flush()

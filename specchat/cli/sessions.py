@@ -1,4 +1,4 @@
-"""Which saved chat goes on, and what it brings along."""
+"""Saved chats on the command line: which one to resume, and the settings it restores."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -11,23 +11,25 @@ from specchat.cli.settings import Layer
 from specchat.errors import UsageError
 from specchat.records.model import ModelSource
 
-# What a session says of its model; with another model it would mean something else.
+# Settings of a session that are valid only for its own model.
 _OF_THE_MODEL = ("draft", "quant", "dtype", "ctx")
 
 
 def resumed(session_id: str | None, *, continues: bool) -> Saved | None:
-    """The saved chat that was asked for; None if none was, or if there is none of that name yet.
+    """Return the saved chat to resume, or None if no chat was named or the name is new.
 
     Raises:
-        UsageError: there is nothing to go on with, or two chats were asked for.
-        SessionError: it cannot be read.
+        UsageError: no chat was saved yet, or two chats were named.
+        SessionError: the saved chat cannot be read.
     """
     if continues and session_id is not None:
-        raise UsageError("--continue and --session cannot be combined", hint="--session ID goes on with that chat")
+        raise UsageError(
+            "--continue and --session cannot be combined", hint="use --session ID alone to resume that chat"
+        )
     if continues:
         last = transcript.last_session()
         if last is None:
-            raise UsageError("there is no saved chat to go on with", hint="specchat run MODEL begins one")
+            raise UsageError("there is no saved chat to resume", hint="start one with specchat run MODEL")
         return transcript.read(last)
     if session_id is None:
         return None
@@ -36,11 +38,11 @@ def resumed(session_id: str | None, *, continues: bool) -> Saved | None:
 
 
 def layers(saved: Saved | None, model: str | None) -> list[Layer]:
-    """The settings of a chat that goes on, as they were when it was left.
+    """Return the settings of a resumed chat as they were at its end.
 
     Args:
-        saved: the chat.
-        model: as given on the command line.
+        saved: the resumed chat, or None.
+        model: the MODEL argument, or None.
     """
     if saved is None:
         return []
@@ -60,27 +62,27 @@ def layers(saved: Saved | None, model: str | None) -> list[Layer]:
 
 
 def lasting(model: str) -> str:
-    """A MODEL that means the same in every folder."""
+    """Return a MODEL that is valid in every working folder, with an absolute path."""
     is_folder = model.startswith((".", "/", "~"))
     return str(Path(model).expanduser().resolve()) if is_folder else model
 
 
 def model_of(saved: Saved) -> str:
-    """The model that a chat was with last, and its revision, for the hub may have another one by now."""
+    """Return the model of a chat with its exact revision, because the hub may have a newer one."""
     setup = saved.opened.setup
     name = str(setup["model"]).partition("@")[0]
     return str(setup["model"]) if setup["revision"] is None else f"{name}@{setup['revision']}"
 
 
 def was_with(saved: Saved, target: ModelSource) -> bool:
-    """Whether a chat was with this very model."""
+    """Return whether a chat used this model in this revision."""
     setup = saved.opened.setup
     same_name = str(setup["model"]).partition("@")[0] == lasting(target.name).partition("@")[0]
     return same_name and setup["revision"] == target.revision
 
 
 def path_for(options: RunOptions, *, interactive: bool) -> Path | None:
-    """The file that the chat is appended to, or None. Single answers are kept only where that was asked for."""
+    """Return the file that the chat is saved to, or None. Single answers are saved only into a named session."""
     if not options.saves:
         return None
     if options.resume is not None:

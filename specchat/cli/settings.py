@@ -1,6 +1,6 @@
-"""Settings from several places, and which of them holds: flag, session, environment, config.toml, in this order.
+"""Settings from several sources, by precedence: flag, session, environment, config.toml.
 
-What none of them says is left to the model's generation_config.json and to defaults, further on.
+Settings that no source has come later from the model's generation_config.json or from defaults.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from specchat.chat.settings import KINDS, suggestion
 from specchat.cli import options
 from specchat.errors import UsageError
 
-# As it was written: a flag's or variable's text, or a value of TOML.
+# A value before parsing: the text of a flag or variable, or a TOML value.
 Raw = str | bool | tuple[str, ...]
 
 ENVIRONMENT_PREFIX = "SPECCHAT_"
-# Variables that are no settings of a chat.
+# Variables that are not settings.
 _OTHER_VARIABLES = ("CONFIG", "CACHE_DIR", "STATE_DIR", "DEBUG")
 _WORDS_FOR_YES = ("1", "true", "yes", "on")
 _WORDS_FOR_NO = ("0", "false", "no", "off", "")
@@ -32,11 +32,11 @@ _NO_ALIASES = ("demo", "auto", "none", "self", "retrieval")
 
 @dataclass(frozen=True)
 class Key:
-    """A setting that config.toml and the environment know, under the name of its flag with underscores.
+    """A setting of config.toml and the environment. Its name is that of its flag, with underscores.
 
     Attributes:
-        name: as in config.toml.
-        parse: (name for complaints, as written) -> value; raises UsageError.
+        name: name in config.toml.
+        parse: maps a name for error messages and a raw value to the setting's value; raises UsageError.
     """
 
     name: str
@@ -45,12 +45,12 @@ class Key:
 
 @dataclass(frozen=True)
 class Layer:
-    """Settings from one place.
+    """Settings from one source.
 
     Attributes:
-        values: by key.
-        name_of: key -> what to call the setting in complaints and in /info.
-        is_parsed: the values are not as written but as they hold.
+        values: values by key.
+        name_of: maps a key to the name shown in error messages and in /info.
+        is_parsed: whether the values are already parsed.
     """
 
     values: Mapping[str, Any]
@@ -60,12 +60,12 @@ class Layer:
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings that somebody has chosen.
+    """The settings that the user has chosen.
 
     Attributes:
-        values: by key.
-        sources: where each came from.
-        aliases: names that stand for models.
+        values: values by key.
+        sources: origin of each value, by key.
+        aliases: models by alias.
     """
 
     values: Mapping[str, Any] = field(default_factory=dict)
@@ -73,19 +73,19 @@ class Settings:
     aliases: Mapping[str, str] = field(default_factory=dict)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value that holds, or `default` if nobody has chosen one."""
+        """Return the chosen value, or `default` if there is none."""
         return self.values.get(key, default)
 
     def model(self, key: str) -> str | None:
-        """A model's name, with aliases replaced by what they stand for."""
+        """Return the model that a setting names, with its alias resolved, or None."""
         text = self.get(key)
         return None if text is None else self.aliases.get(text, text)
 
 
 def _text(parse: Callable[[str, str], Any], name: str, raw: Any) -> Any:
-    """Numbers of TOML are read as they are on the command line, so that both have the same limits."""
+    """Parse a TOML number as the command line would, so that both have the same limits."""
     if isinstance(raw, bool | tuple):
-        raise UsageError(f"{name} must be a number or a text")
+        raise UsageError(f"{name} must be a number or a string")
     return parse(name, raw)
 
 
@@ -100,7 +100,7 @@ def _flag(name: str, raw: Any) -> bool:
 
 def _texts(name: str, raw: Any) -> tuple[str, ...]:
     if isinstance(raw, bool):
-        raise UsageError(f"{name} must be a text or a list of texts")
+        raise UsageError(f"{name} must be a string or a list of strings")
     return options.stop_strings(name, (raw,) if isinstance(raw, str) else raw)
 
 
@@ -112,7 +112,7 @@ def _as_it_is(_name: str, text: str) -> str:
     return text
 
 
-# What every command can be told, besides `model` and `seed`, which mean something else to each.
+# Settings of every command, without `model` and `seed`, which differ from command to command.
 SHARED_KEYS = (
     _key("draft", _as_it_is),
     _key("device", options.device),
@@ -139,11 +139,11 @@ RUN_KEYS = (
 )
 
 
-# --- places ------------------------------------------------------------------------------------------------------
+# --- sources -----------------------------------------------------------------------------------------------------
 
 
 def flags(given: Mapping[str, Raw | Sequence[str] | None]) -> Layer:
-    """The command line; None is a flag that was not given."""
+    """Return the flags as a layer; None marks a flag that was not given."""
     values = {name: tuple(raw) if isinstance(raw, list) else raw for name, raw in given.items() if raw is not None}
     return Layer(values, lambda key: _flag_name(key, values[key]))
 
@@ -155,10 +155,10 @@ def _flag_name(key: str, raw: Any) -> str:
 
 
 def environment() -> Layer:
-    """Variables named like settings.
+    """Return the SPECCHAT_* variables as a layer.
 
     Raises:
-        UsageError: one is nearly named like a setting.
+        UsageError: a variable names no setting.
     """
     known = {key.name for key in RUN_KEYS}
     values: dict[str, str] = {}
@@ -167,19 +167,19 @@ def environment() -> Layer:
         if name == variable or name in _OTHER_VARIABLES:
             continue
         if name.lower() not in known:
-            _refuse_unknown("the environment variable", variable, [ENVIRONMENT_PREFIX + k.upper() for k in known])
+            _refuse_unknown("unknown environment variable", variable, [ENVIRONMENT_PREFIX + k.upper() for k in known])
         values[name.lower()] = text
     return Layer(values, lambda key: ENVIRONMENT_PREFIX + key.upper())
 
 
 def config_file(chosen: str | None) -> tuple[Layer, dict[str, str]]:
-    """The settings and the aliases in config.toml; none of either if there is no such file and none was named.
+    """Read the settings and the aliases of config.toml; return empty ones if the default file does not exist.
 
     Args:
-        chosen: --config, which comes before SPECCHAT_CONFIG, and that before the platform's folder for configuration.
+        chosen: value of --config. It overrides SPECCHAT_CONFIG, which overrides the default path.
 
     Raises:
-        UsageError: the file that was named is missing, or a file makes no sense.
+        UsageError: a named file is missing, or a file is invalid.
     """
     chosen = chosen or os.environ.get("SPECCHAT_CONFIG")
     path = Path(chosen).expanduser() if chosen else default_config_path()
@@ -187,11 +187,11 @@ def config_file(chosen: str | None) -> tuple[Layer, dict[str, str]]:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         if chosen:
-            raise UsageError(f"there is no configuration file {path}") from error
+            raise UsageError(f"the configuration file {path} does not exist") from error
         table = {}
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:  # TOML's own, and bytes that are no text
+    except ValueError as error:  # invalid TOML or invalid UTF-8
         raise UsageError(f"{path} is not TOML: {error}") from error
     aliases = _aliases(path, table.pop("aliases", {}))
     known = [key.name for key in RUN_KEYS]
@@ -199,13 +199,13 @@ def config_file(chosen: str | None) -> tuple[Layer, dict[str, str]]:
     for name, value in table.items():
         key = name.replace("-", "_")
         if key not in known:
-            _refuse_unknown(f"{path} has a setting that does not exist:", name, [*known, "aliases"])
+            _refuse_unknown(f"{path} has an unknown setting:", name, [*known, "aliases"])
         values[key] = _raw(f"{name} in {path}", value)
     return Layer(values, lambda key: f"{key} in {path}"), aliases
 
 
 def default_config_path() -> Path:
-    """Where config.toml is looked for."""
+    """Return the default path of config.toml."""
     import platformdirs
 
     return Path(platformdirs.user_config_dir("specchat", appauthor=False)) / "config.toml"
@@ -213,10 +213,15 @@ def default_config_path() -> Path:
 
 def _aliases(path: Path, table: Any) -> dict[str, str]:
     if not isinstance(table, dict) or not all(isinstance(model, str) for model in table.values()):
-        raise UsageError(f"aliases in {path} must be a table of texts", hint='[aliases] and then big = "org/name"')
+        raise UsageError(
+            f"aliases in {path} must be a table of strings", hint='write [aliases], and below it big = "org/name"'
+        )
     for name in table:
         if name in _NO_ALIASES or not _ALIAS.fullmatch(name):
-            raise UsageError(f"'{name}' in {path} cannot be an alias", hint="it means something already")
+            raise UsageError(
+                f"'{name}' in {path} cannot be an alias",
+                hint="choose a word that has no other meaning, of letters, digits, - and .",
+            )
     return table
 
 
@@ -227,21 +232,21 @@ def _raw(name: str, value: Any) -> Raw:
         return str(value)
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return tuple(value)
-    raise UsageError(f"{name} must be a number, a text or true or false")
+    raise UsageError(f"{name} must be a number, a string, a list of strings, true or false")
 
 
 def _refuse_unknown(what: str, name: str, known: Iterable[str]) -> None:
     raise UsageError(f"{what} {name}", hint=suggestion(name, sorted(known)))
 
 
-# --- what holds --------------------------------------------------------------------------------------------------
+# --- precedence --------------------------------------------------------------------------------------------------
 
 
 def resolve(keys: Sequence[Key], layers: Sequence[Layer], aliases: Mapping[str, str]) -> Settings:
-    """The first layer that has a setting decides it; every layer's values are checked all the same.
+    """Take each setting from the first layer that has it; check the values of all layers.
 
     Raises:
-        UsageError: a value that its setting does not take.
+        UsageError: a value is invalid for its setting.
     """
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}

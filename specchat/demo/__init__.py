@@ -1,1 +1,1 @@
-"""A pair of toy models, target and draft, small enough to ship: specchat can be tried and tested without a download."""
+"""A toy target and a toy draft, small enough to ship, so that specchat can be tried and tested without a download."""

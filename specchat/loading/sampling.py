@@ -18,16 +18,16 @@ class SamplingChoices:
 
 
 def resolve_sampling(chosen: SamplingChoices, defaults: GenerationDefaults, seed: int) -> Sampling:
-    """Return the sampling values that hold.
+    """Return the effective sampling settings.
 
-    A choice comes before the model's own generation_config.json, and that before greedy decoding. A model whose file
-    does not ask for sampling is greedy, whatever else the file says. The repetition penalty holds either way, as in
-    transformers.
+    The user's choice overrides the model's generation_config, which overrides greedy decoding. A generation_config
+    without do_sample means greedy decoding; its temperature, top_k, top_p and min_p are then ignored. Its repetition
+    penalty always applies, as in transformers.
 
     Args:
-        chosen: choices of the user.
-        defaults: recommendations of the model's makers.
-        seed: key of the draws.
+        chosen: the user's choices.
+        defaults: the model's generation_config.
+        seed: key of the random draws.
     """
     samples = bool(defaults.do_sample)
     return Sampling(

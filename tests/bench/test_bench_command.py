@@ -199,7 +199,7 @@ def test_passes_from_the_page_cache(specchat):
         (["demo", "--plot", "a.svg"], "--plot draws a sweep"),
         (["demo", "--sweep", "ctx=256", "--plot", "a.pdf"], "--plot draws .svg or .png"),
         (["demo", "--sweep", "slots=0"], "--sweep slots must be at least 1"),
-        (["demo", "--sweep", "memory=auto"], "takes sizes of trees"),
+        (["demo", "--sweep", "memory=auto"], "takes tree sizes"),
         (["demo", "--sweep", "memory=8,0"], "at least 1"),
         (["demo", "--sweep", "memory=8", "--draft", "none"], "there is no draft"),
         (["demo", "-o", "yaml"], "--output must be"),
@@ -323,8 +323,8 @@ def test_interrupted_before_anything_is_measured(specchat, monkeypatch):
     assert "interrupted before anything was measured" in result.err
 
 
-def test_the_readme_is_written_by_a_command(tmp_path, reports):
-    page = tmp_path / "README.md"
+def test_a_command_writes_measurements_into_a_page(tmp_path, reports):
+    page = tmp_path / "page.md"
     page.write_text(f"before\n\n{BEGIN}\n\nold\n\n{END}\n\nafter\n")
     main([str(page), str(reports[0])])
     text = page.read_text()
@@ -337,8 +337,8 @@ def test_the_readme_is_written_by_a_command(tmp_path, reports):
         with_measured("no marks", ["x"])
 
 
-def test_sweeps_have_a_section_of_their_own(tmp_path, reports):
-    page, sweep = tmp_path / "README.md", tmp_path / "sweep.json"
+def test_sweeps_have_their_own_section(tmp_path, reports):
+    page, sweep = tmp_path / "page.md", tmp_path / "sweep.json"
     measured = json.loads(reports[0].read_text())
     points = [{**measured, "value": "8"}]
     sweep.write_text(json.dumps(measured | {"sweep": {"option": "ctx", "best": "8", "points": points}}))
@@ -348,7 +348,7 @@ def test_sweeps_have_a_section_of_their_own(tmp_path, reports):
     assert "kept" in kept and "by ctx" in swept and "old" not in swept
 
 
-def test_the_readme_has_the_marks():
-    page = (ROOT / "README.md").read_text()
+def test_the_page_of_measurements_has_the_marks():
+    page = (ROOT / "docs" / "measured.md").read_text()
     assert with_measured(page, ["x"]) != page
     assert with_measured(page, ["x"], SWEEPS_BEGIN, SWEEPS_END) != page

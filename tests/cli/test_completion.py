@@ -1,4 +1,4 @@
-"""Tab in a shell: real shells where they are installed, with the script that `--show-completion` prints."""
+"""Completion in real shells, if installed, with the script that `--show-completion` prints."""
 
 import os
 import shutil
@@ -58,7 +58,7 @@ def output(home, *command):
 
 
 @pytest.mark.parametrize("shell", ["bash", "fish"])
-def test_what_a_shell_offers(home, shell):
+def test_shell_completes_options_models_and_sessions(home, shell):
     if shutil.which(shell) is None:
         pytest.skip(f"there is no {shell} here")
     script = home / f"completion.{shell}"
@@ -70,7 +70,7 @@ def test_what_a_shell_offers(home, shell):
         assert line != "specchat run d" or offered == {"demo"}
 
 
-def test_the_script_for_zsh(home):
+def test_zsh_script_is_valid(home):
     script = home / "completion.zsh"
     script.write_text(output(home, "specchat", "--show-completion", "zsh"))
     assert script.read_text().lstrip().startswith("#compdef specchat")
@@ -84,7 +84,7 @@ def test_the_script_for_zsh(home):
     assert '"fox"' in done.stdout
 
 
-def test_a_broken_configuration_is_silent_here(home, tmp_path):
+def test_completion_ignores_a_broken_config_file(home, tmp_path):
     path = tmp_path / "config.toml"
     path.write_text("nonsense")
     asked = environment(home) | {

@@ -23,10 +23,10 @@ from specchat.records.plan import LedgerItem
 from specchat.ui.commands import COMMANDS
 
 PAGE = (Path(__file__).parents[2] / "man" / "specchat.1").read_text()
-# Without the markup of roff: fonts, escapes, requests.
+# The page without roff markup: fonts, escapes, requests.
 TEXT = re.sub(r"\\f.|^\.[A-Za-z]+ ?", "", PAGE, flags=re.MULTILINE).replace("\\-", "-").replace('"', " ")
 
-# Of `bench --compare --json`, which has no schema of its own.
+# Keys of `bench --compare --json`, which has no schema of its own.
 COMPARISON_KEYS = {"a", "b", "common_answers", "same_output", "figures", "significant"}
 
 
@@ -37,7 +37,7 @@ def options():
 
 
 def keys_of(record):
-    """Names of a record's fields, and of the records in it."""
+    """Return the names of a record's fields, and of the records inside it."""
     names = set()
     for field in fields(record):
         names.add(field.name)
@@ -65,12 +65,12 @@ def offer_keys():
 
 
 @pytest.mark.parametrize("key", offer_keys())
-def test_every_key_of_what_a_machine_can_run(key):
+def test_page_has_every_key_of_recommendations(key):
     assert re.search(rf"\b{key}\b", TEXT), f"the man page lacks {key}"
 
 
 def bench_keys(schema):
-    """Names of all properties in a JSON schema."""
+    """Return the names of all properties in a JSON schema."""
     if isinstance(schema, list):
         return set().union(*map(bench_keys, schema))
     if not isinstance(schema, dict):
@@ -80,18 +80,18 @@ def bench_keys(schema):
 
 
 @pytest.mark.parametrize("option", [*options(), "--help"])
-def test_every_option_is_there(option):
+def test_page_has_every_option(option):
     assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", TEXT)
 
 
 @pytest.mark.parametrize("code", EXIT_CODES)
-def test_every_exit_code_is_there(code):
+def test_page_has_every_exit_code(code):
     section = TEXT[TEXT.index("EXIT STATUS") : TEXT.index("ENVIRONMENT")]
     assert re.search(rf"^{code}$", section, re.MULTILINE)
 
 
 @pytest.mark.parametrize("key", json_keys())
-def test_every_json_key_is_there(key):
+def test_page_has_every_json_key(key):
     section = TEXT[TEXT.index("JSON OUTPUT\n") : TEXT.index("EXIT STATUS")]
     assert re.search(rf"\b{key}\b", section)
 
@@ -100,15 +100,15 @@ SCHEMA = json.loads(files("specchat.bench").joinpath("schema.json").read_text())
 
 
 @pytest.mark.parametrize("key", sorted(bench_keys(SCHEMA) | COMPARISON_KEYS))
-def test_every_key_of_the_bench_is_there(key):
+def test_page_has_every_key_of_bench(key):
     section = TEXT[TEXT.index("JSON OUTPUT\n") : TEXT.index("EXIT STATUS")]
     assert re.search(rf"\b{key}\b", section)
 
 
 @pytest.mark.parametrize("name", [name for command in COMMANDS for name in command.names])
-def test_every_chat_command_is_there(name):
+def test_page_has_every_chat_command(name):
     assert f"/{name}" in TEXT
 
 
-def test_no_option_is_there_that_does_not_exist():
+def test_page_has_no_unknown_option():
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT)) <= {*options(), "--help"}

@@ -1,4 +1,4 @@
-"""`specchat run` for scripts: what goes where, what it exits with, and how it says what went wrong."""
+"""`specchat run` in scripts: its streams, exit codes and errors."""
 
 import errno
 import gc
@@ -38,7 +38,7 @@ def fails(result, code, *words):
         assert word in result.err
 
 
-# --- asked wrongly -----------------------------------------------------------------------------------------------
+# --- invalid usage -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def fails(result, code, *words):
     ],
     ids=" ".join,
 )
-def test_asked_wrongly(specchat, arguments, words):
+def test_invalid_usage_exits_with_2(specchat, arguments, words):
     fails(specchat(*arguments), 2, *words)
 
 
@@ -111,7 +111,7 @@ def test_every_error_has_an_exit_code_of_the_list():
     assert all(code_of(kind("x")) in EXIT_CODES for kind in kinds(SpecchatError))
 
 
-def test_an_error_of_ours_is_one_line_and_a_traceback_on_request(fake, monkeypatch):
+def test_internal_error_is_one_line_and_debug_adds_a_traceback(fake, monkeypatch):
     fails(fake("run", "demo", "crash"), 1, "internal error: RuntimeError: the first line", "SPECCHAT_DEBUG=1")
     monkeypatch.setenv("SPECCHAT_DEBUG", "1")
     assert "Traceback" in fake("run", "demo", "crash").err
@@ -122,7 +122,7 @@ def test_an_error_of_ours_is_one_line_and_a_traceback_on_request(fake, monkeypat
 
 @pytest.fixture
 def broken(tmp_path):
-    """A copy of the demo target, to be spoilt."""
+    """Return a copy of the demo target, to damage it."""
     folder = tmp_path / "model"
     shutil.copytree(DEMO, folder)
     return folder
@@ -235,7 +235,7 @@ def test_stderr_has_the_banner_and_nothing_of_the_libraries(answer):
     assert second.startswith("RAM ")
 
 
-def test_text_and_json_stream_say_the_same(answer, specchat):
+def test_text_and_json_stream_have_the_same_answer(answer, specchat):
     expected = json.loads(answer.stdout)
     text = specchat(*QUESTION)
     assert text.out == expected["message"]["content"] + "\n"
@@ -276,7 +276,7 @@ def test_the_answer_is_byte_exact_off_a_terminal(fake):
         ([""], b"piped", "piped"),
     ],
 )
-def test_where_the_prompt_comes_from(fake, prompt, stdin, asked):
+def test_prompt_comes_from_argument_stdin_or_both(fake, prompt, stdin, asked):
     assert fake("run", "demo", *prompt, stdin=stdin).out.strip() == f"You said: {asked}"
 
 
@@ -292,19 +292,19 @@ def test_quiet_and_verbose(fake):
     assert "step 2: 3 tok · tree 64 nodes" in fake("run", "demo", "hi", "-v").err
 
 
-def test_a_flag_without_effect_is_said(fake):
+def test_flag_without_effect_is_reported(fake):
     result = fake("run", "demo", "hi", "--top-p", "0.5")
     assert (result.code, "warning: --top-p has no effect" in result.err) == (0, True)
     assert "warning" not in fake("run", "demo", "hi", "--top-p", "0.5", "--temperature", "1").err
 
 
-def test_a_budget_without_a_draft_is_said(fake):
+def test_tree_budget_without_a_draft_is_reported(fake):
     result = fake("run", "demo", "hi", "--draft", "none", "--tree-budget", "8")
     assert (result.code, "--tree-budget has no effect" in result.err, "no draft" in result.err) == (0, True, True)
 
 
-def test_a_download_is_agreed_to(fake, monkeypatch):
-    """Once, for both models."""
+def test_download_needs_consent(fake, monkeypatch):
+    """Ask once for both models."""
     asked = []
 
     def look_up(ref, *, offline, warn=None):
@@ -323,13 +323,13 @@ def test_a_download_is_agreed_to(fake, monkeypatch):
     assert asked == [(["org/name"], False), (["org/name", "org/small"], True)]
 
 
-def test_a_model_that_is_known_not_to_run_is_refused_before_any_download(fake):
+def test_unsupported_model_is_refused_before_a_download(fake):
     result = fake("run", "Qwen/Qwen3-Next-80B-A3B-Instruct", "hi")
     assert (result.code, "recurrent layers" in result.err) == (2, True)
 
 
-def test_memory_that_is_gone_makes_the_plan_smaller(specchat, monkeypatch):
-    """Announced, and the answer comes; nothing smaller is exit code 4."""
+def test_less_free_memory_than_planned_makes_the_plan_smaller(specchat, monkeypatch):
+    """Report a smaller plan and answer; exit with 4 if no smaller plan exists."""
     from specchat.engine.engine import Engine
 
     load, plans = Engine.load, []
@@ -356,7 +356,7 @@ def test_memory_that_is_gone_makes_the_plan_smaller(specchat, monkeypatch):
 
 @pytest.mark.parametrize("failure", FAILURES)
 def test_a_thread_that_cannot_start_makes_the_plan_smaller(specchat, monkeypatch, failure):
-    """Once what was loaded until then has been given back."""
+    """Release what was loaded before, then load the smaller plan."""
     from specchat.engine.engine import Engine
     from specchat.models.hf.skeleton import build_skeleton
 
@@ -390,12 +390,12 @@ def test_a_thread_that_cannot_start_makes_the_plan_smaller(specchat, monkeypatch
     [MemoryError(), RuntimeError("can't start new thread"), OSError(errno.ENOMEM, "Cannot allocate memory")],
     ids=repr,
 )
-def test_memory_that_runs_out_anywhere_is_said(specchat, monkeypatch, error):
+def test_running_out_of_memory_exits_with_4(specchat, monkeypatch, error):
     def fail(*_):
         raise error
 
     monkeypatch.setattr("specchat.cli.run.parse_models", fail)
-    fails(specchat("run", "demo", "hi"), 4, "run out of memory")
+    fails(specchat("run", "demo", "hi"), 4, "out of memory")
 
 
 def test_no_standard_output_at_all():
@@ -407,7 +407,7 @@ def test_no_standard_output_at_all():
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_a_random_seed_is_told(fake):
+def test_random_seed_is_printed(fake):
     seeds = {json.loads(fake("run", "demo", "hi", "--json").out)["seed"] for _ in range(3)}
     assert len(seeds) == 3
 
@@ -490,5 +490,5 @@ def defaults(**values):
         ({"repetition_penalty": 1.0}, {"repetition_penalty": 1.1}, Sampling()),
     ],
 )
-def test_a_flag_comes_before_the_model_and_that_before_greedy(flags, config, expected):
+def test_precedence_is_flag_model_greedy(flags, config, expected):
     assert resolve_sampling(SamplingChoices(**flags), defaults(**config), 0) == expected

@@ -1,4 +1,4 @@
-"""Settings from everywhere: which one holds, where it came from, and what is said of those that make no sense."""
+"""Settings from all sources: their precedence, their origin, and the errors about invalid ones."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ THOUGHT = "First this.\nThen that."  # what the fake model thinks, see support.f
 
 @pytest.fixture(autouse=True)
 def folders(tmp_path, monkeypatch):
-    """A home of its own for each test."""
+    """Give each test its own home folder."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.setenv("SPECCHAT_STATE_DIR", str(tmp_path / "state"))
 
@@ -39,7 +39,7 @@ def chosen(given=None, session=None):
     return resolve(RUN_KEYS, [settings.flags(given or {}), *(session or []), settings.environment(), file], aliases)
 
 
-def test_a_flag_before_the_session_before_the_environment_before_the_file(config, monkeypatch):
+def test_precedence_is_flag_session_environment_file(config, monkeypatch):
     path = config("temperature = 0.1\ntop-p = 0.2\ntop_k = 3\nmin_p = 0.4\ndraft = 'none'\n")
     monkeypatch.setenv("SPECCHAT_TEMPERATURE", "0.5")
     monkeypatch.setenv("SPECCHAT_TOP_P", "0.6")
@@ -58,7 +58,7 @@ def test_a_flag_before_the_session_before_the_environment_before_the_file(config
     assert "seed" not in result.sources
 
 
-def test_every_kind_of_value(config):
+def test_config_file_takes_every_type_of_value(config):
     config(
         'model = "big"\nvram = "8GiB"\nctx = 2048\ntree_budget = "auto"\noffline = true\nthink = false\nsave = false\n'
         'stop = ["a", "b"]\nsystem = "Be brief."\noverflow = "drop-oldest"\nseed = 7\nmax_tokens = 50\nraw = true\n'
@@ -92,7 +92,7 @@ def test_every_kind_of_value(config):
         ("[aliases]\n'a/b' = 'org/x'", ["a/b"]),
     ],
 )
-def test_what_makes_no_sense_is_named(fake, config, text, words):
+def test_invalid_config_file_is_reported(fake, config, text, words):
     path = config(text)
     result = fake("run", "demo", "hi")
     assert (result.code, result.out) == (2, "")
@@ -109,14 +109,14 @@ def test_what_makes_no_sense_is_named(fake, config, text, words):
         ("SPECCHAT_CONFIG", "/no/such/file", ["/no/such/file"]),
     ],
 )
-def test_variables_that_make_no_sense_are_named(fake, monkeypatch, name, value, words):
+def test_invalid_environment_variable_is_reported(fake, monkeypatch, name, value, words):
     monkeypatch.setenv(name, value)
     result = fake("run", "demo", "hi")
     assert result.code == 2
     assert all(word in result.err for word in words)
 
 
-def test_a_file_of_ones_choice(fake, config, tmp_path, monkeypatch):
+def test_config_option_and_variable_choose_the_file(fake, config, tmp_path, monkeypatch):
     config("nonsense = 1")
     mine = config("seed = 5", tmp_path / "mine.toml")
     assert json.loads(fake("run", "demo", "hi", "--json", "--config", str(mine)).out)["seed"] == 5
@@ -126,7 +126,7 @@ def test_a_file_of_ones_choice(fake, config, tmp_path, monkeypatch):
     assert fake("run", "demo", "hi", "--config", "/no/such/file").code == 2
 
 
-def test_bare_run_takes_the_models_of_the_file(fake, config):
+def test_run_without_model_uses_the_config_file(fake, config):
     config('model = "toy"\ndraft = "none"\nmax_tokens = 3\n[aliases]\ntoy = "demo"\n')
     result = json.loads(fake("run", "--json", stdin=b"hello").out)
     assert (result["model"], result["finish_reason"]) == ("demo", "length")
@@ -134,7 +134,7 @@ def test_bare_run_takes_the_models_of_the_file(fake, config):
     assert fake("run", stdin=b"hello").code == 3
 
 
-def test_bench_and_run_share_their_settings(fake, config):
+def test_bench_and_run_share_settings(fake, config):
     path = config('vram = "12"\n')
     assert str(path) in fake("bench", "demo").err
     config("temperature = 1\nmodel = 'demo'\n")
@@ -148,7 +148,7 @@ def questions(name):
     return [e.question for e in transcript.read(transcript.path_of(name)).state.exchanges]
 
 
-def test_single_answers_are_kept_only_when_asked(fake):
+def test_single_answers_are_saved_only_with_a_session(fake):
     fake("run", "demo", "hi")
     assert not transcript.sessions_folder().exists()
     assert fake("run", "demo", "hi", "--session", "fox", "--no-save").code == 0
@@ -158,7 +158,7 @@ def test_single_answers_are_kept_only_when_asked(fake):
     assert questions("fox") == ["hi", "ho"]
 
 
-def test_the_last_chat_goes_on(fake, monkeypatch):
+def test_continue_resumes_the_last_chat(fake, monkeypatch):
     fake("run", "demo", "hi", "--session", "fox", "--seed", "9", "--temperature", "0.4", "--system", "Be brief.")
     monkeypatch.setenv("SPECCHAT_SEED", "10")
     result = fake("run", "-c", "--json", stdin=b"ho")
@@ -171,14 +171,14 @@ def test_the_last_chat_goes_on(fake, monkeypatch):
     assert (saved.state.sampling.temperature, saved.state.sampling.seed, saved.state.system) == (0.4, 11, "Be brief.")
 
 
-def test_a_chat_goes_on_unsaved(fake):
+def test_resumed_chat_can_stay_unsaved(fake):
     fake("run", "demo", "hi", "--session", "fox")
     result = json.loads(fake("run", "-c", "--no-save", "--json", stdin=b"ho").out)
     assert result["usage"]["prompt_tokens"] > len("[user]hi\n[assistant]You said: hi\n[user]ho")
     assert questions("fox") == ["hi"]
 
 
-def test_a_repair_is_said(fake):
+def test_repaired_session_is_reported(fake):
     fake("run", "demo", "hi", "--session", "fox")
     fake("run", "demo", "ho", "--session", "fox")
     path = transcript.path_of("fox")
@@ -197,12 +197,12 @@ def test_a_repair_is_said(fake):
         (["demo", "hi", "--overflow", "burst"], 2, "--overflow"),
     ],
 )
-def test_sessions_asked_for_wrongly(fake, arguments, code, word):
+def test_invalid_session_options_are_refused(fake, arguments, code, word):
     result = fake("run", *arguments, stdin=b"hi")
     assert (result.code, word in result.err) == (code, True)
 
 
-def test_a_damaged_session(fake):
+def test_damaged_session_is_an_error(fake):
     fake("run", "demo", "hi", "--session", "fox")
     path = transcript.path_of("fox")
     path.write_bytes(b"{}\n" + path.read_bytes())
@@ -210,7 +210,7 @@ def test_a_damaged_session(fake):
     assert (result.code, "line 1" in result.err) == (1, True)
 
 
-def test_another_model_is_said(fake):
+def test_resuming_with_another_model_is_reported(fake):
     fake("run", "demo", "hi", "--session", "fox", "--draft", "none")
     folder = str(Path(__file__).parents[2] / "specchat" / "demo" / "target")
     result = fake("run", folder, "hi", "-c", "--json", "--draft", "none")
@@ -218,7 +218,7 @@ def test_another_model_is_said(fake):
     assert json.loads(fake("run", "-c", "--json", stdin=b"x").out)["model"] == folder
 
 
-def test_a_model_from_the_hub_goes_on_at_its_revision(monkeypatch, tmp_path):
+def test_resumed_hub_model_keeps_its_revision(monkeypatch, tmp_path):
     setup = {"model": "org/name", "revision": "abc", "stop": [], "overflow": "stop", "dtype": "bf16", "ctx": 512}
     record = Opened({**setup, "draft": "auto", "quant": "none"}, None, Sampling(), None, None)
     saved = Saved(tmp_path / "fox.jsonl", (record,), 0)
@@ -247,7 +247,7 @@ def test_thinking_goes_to_stderr(fake):
     assert [i for line in lines[:-1] for i in line["token_ids"]] == lines[-1]["token_ids"]
 
 
-def test_the_oldest_turns_make_room(fake):
+def test_drop_oldest_makes_room_in_the_context(fake):
     for i in range(6):
         result = fake("run", "demo", f"{i}" * 30, "--session", "fox", "--overflow", "drop-oldest", "--max-tokens", "40")
         assert result.code == 0
@@ -258,8 +258,8 @@ def test_the_oldest_turns_make_room(fake):
 
 
 @pytest.mark.parametrize("command", ["run", "bench", "probe"])
-def test_every_command_takes_the_settings_that_it_looks_up(command):
-    """By the names of its parameters."""
+def test_every_command_has_the_parameters_of_its_settings(command):
+    """Compare the names of its parameters with the keys of its settings."""
     import typer
 
     from specchat.cli.app import app

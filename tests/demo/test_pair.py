@@ -1,4 +1,4 @@
-"""The shipped pair is what its cards and the README say."""
+"""The shipped pair agrees with its model cards and the README."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def test_the_weights_are_small_enough_to_ship():
     assert sum(sizes) < 32e6
 
 
-def test_both_share_one_tokenizer():
+def test_target_and_draft_share_one_tokenizer():
     target, draft = ((DEMO / name / "tokenizer.json").read_bytes() for name in PAIR)
     assert target == draft
 
@@ -44,7 +44,7 @@ def test_the_card_says_toy(name):
 
 
 @pytest.mark.parametrize("page", ["README.md", "SOURCES.md", "target/README.md", "draft/README.md"])
-def test_pages_name_only_what_is_shipped(page):
+def test_pages_name_only_shipped_files(page):
     text = (DEMO / page).read_text()
     for gone in ("prepare_data", "train.py", "evaluate.py", "corpus.txt", "chats.jsonl.gz", "heldout_chats"):
         assert gone not in text
@@ -62,7 +62,7 @@ def test_transformers_and_the_lean_model_agree(name):
     torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-4)
 
 
-def test_the_lean_tokenizer_lays_out_chats_as_the_template_does():
+def test_lean_tokenizer_formats_chats_like_the_template():
     from transformers import AutoTokenizer
 
     template = AutoTokenizer.from_pretrained(DEMO / "target")

@@ -1,4 +1,4 @@
-"""The training code from a folder of text to a measured pair, with models of a few thousand weights."""
+"""The training code, from a folder of texts to a measured pair, with models of a few thousand weights."""
 
 import dataclasses
 import json
@@ -55,7 +55,7 @@ def _chat(rng: random.Random) -> dict[str, list[dict[str, str]]]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread():
-    """Models this small gain nothing from threads, and waiting ones take the cores from other tests."""
+    """Use one thread: models this small gain nothing from more, and waiting threads slow other tests."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -64,7 +64,7 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> Path:
-    """A folder with texts/*.txt and chats.jsonl, some KB of made-up sentences."""
+    """Return a folder with texts/*.txt and chats.jsonl, some KB of made-up sentences."""
     folder, rng = tmp_path_factory.mktemp("sources"), random.Random(1)
     (folder / "texts").mkdir()
     for number in range(8):
@@ -76,7 +76,7 @@ def sources(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(sources, tmp_path_factory) -> Path:
-    """What prepare makes of the sources, with a tokenizer of its own."""
+    """Return the folder that prepare writes, with its own tokenizer."""
     out = tmp_path_factory.mktemp("data")
     prepare(PrepareOptions(out, sources / "texts", sources / "chats.jsonl", vocabulary=320))
     return out
@@ -89,7 +89,7 @@ def _options(data: Path, out: Path, **changes) -> TrainOptions:
 
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory) -> tuple[Path, list[list[float]]]:
-    """A folder with a trained pair, and the losses on the way there."""
+    """Return a folder with a trained pair, and the losses of its training."""
     out = tmp_path_factory.mktemp("run")
     return out, train(_options(data, out))
 
@@ -105,7 +105,7 @@ def test_prepare_stores_whole_documents_as_uint16(sources, data):
     assert chats[: len(expected)].tolist() == expected
 
 
-def test_prepare_takes_over_a_tokenizer(sources, data, tmp_path):
+def test_prepare_can_keep_a_tokenizer(sources, data, tmp_path):
     counts = prepare(PrepareOptions(tmp_path, chats=sources / "chats.jsonl", tokenizer=data / "tokenizer"))
     assert counts == {"chats": len(np.load(data / "chats.npy"))}
     assert not (tmp_path / "texts.npy").exists()
@@ -116,19 +116,19 @@ def test_prepare_takes_over_a_tokenizer(sources, data, tmp_path):
 @pytest.mark.parametrize(
     "line", ["{}", "no json", '{"messages": [{"role": "user"}]}', '{"messages": [{"role": 1, "content": ""}]}']
 )
-def test_a_line_that_is_no_chat_is_named(tmp_path, line):
+def test_invalid_chat_is_reported_with_its_line(tmp_path, line):
     path = tmp_path / "chats.jsonl"
     path.write_text('{"messages": []}\n' + line)
     with pytest.raises(UsageError, match=r"chats\.jsonl:2 is not a chat"):
         read_chats(path)
 
 
-def test_nothing_to_learn_from_is_refused(tmp_path):
+def test_prepare_without_texts_and_chats_is_refused(tmp_path):
     with pytest.raises(UsageError, match="no text"):
         prepare(PrepareOptions(tmp_path / "out", texts=tmp_path))
 
 
-def test_windows_prefer_the_begin_of_a_document(tmp_path):
+def test_windows_prefer_the_beginning_of_a_document(tmp_path):
     write_tokens(tmp_path / "texts.npy", [[BOS_ID, *range(10, 29)] for _ in range(50)])
     windows = TokenFile(tmp_path / "texts.npy").windows(100, 30, np.random.default_rng(0))
     assert windows.shape == (100, 30)
@@ -177,7 +177,7 @@ def test_decoding_with_a_cache_gives_the_same_logits(run):
         torch.testing.assert_close(torch.cat(parts, dim=1), model(ids), atol=1e-5, rtol=1e-4)
 
 
-def test_a_resumed_run_ends_where_an_unbroken_one_does(data, tmp_path):
+def test_resumed_run_gives_the_same_weights(data, tmp_path):
     unbroken, broken = (_options(data, tmp_path / name, steps=6) for name in ("unbroken", "broken"))
     whole = train(unbroken)
     first = Trainer(broken)
@@ -194,12 +194,12 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(data, tmp_path):
         torch.testing.assert_close(states[1][name], tensor, atol=1e-5, rtol=1e-3)
 
 
-def test_resuming_what_was_never_saved_is_refused(data, tmp_path):
+def test_resume_without_a_saved_state_is_refused(data, tmp_path):
     with pytest.raises(UsageError, match="does not exist"):
         Trainer(_options(data, tmp_path, resume=True))
 
 
-def test_the_target_writes_and_the_draft_alone_learns_from_it(data, run, tmp_path):
+def test_draft_alone_learns_from_chats_that_the_target_wrote(data, run, tmp_path):
     out = shutil.copytree(run[0], tmp_path / "run")
     written = tmp_path / "written.npy"
     count = generate(GenerateOptions(out / "target", data, written, tokens=500, batch=4, length=64, prompt=8))

@@ -1,6 +1,6 @@
-"""Windows out of token files, mixed from texts and chats.
+"""Batches of token windows, drawn from texts and chats.
 
-What a step reads depends on the seed and the step alone, so that a resumed run needs no memory of what it has read.
+The windows of a step depend only on the seed and the step, so a resumed run needs no record of what it has read.
 """
 
 from collections.abc import Mapping
@@ -17,13 +17,13 @@ from specchat.errors import UsageError
 
 
 class TokenFile:
-    """Documents of token ids, one after another.
+    """A file of documents, stored as token ids one after another.
 
     Args:
-        path: A .npy of uint16 ids; each document is led by the begin token.
+        path: .npy file of uint16 ids; each document starts with the begin token.
 
     Raises:
-        UsageError: there is no such file.
+        UsageError: the file does not exist.
     """
 
     def __init__(self, path: Path) -> None:
@@ -34,22 +34,22 @@ class TokenFile:
         self._documents = np.flatnonzero(self._ids == BOS_ID)
 
     def windows(self, count: int, length: int, rng: np.random.Generator) -> NDArray[np.int64]:
-        """Windows from anywhere, int64 [count, length], led by a document's begin where one is near."""
+        """Return random windows, int64 [count, length]; a window moves to a document's beginning if one is near."""
         starts = rng.integers(0, self._room(length), count)
         places = np.searchsorted(self._documents, starts).clip(max=len(self._documents) - 1)
         begins = self._documents[places]
-        # A chat is best learnt from its first line on.
+        # The models learn a chat best from its first line.
         near = (begins >= starts) & (begins - starts <= length // 2) & (begins < self._room(length))
         return self._read(np.where(near, begins, starts), length)
 
     def beginnings(self, count: int, length: int, rng: np.random.Generator) -> NDArray[np.int64]:
-        """The first tokens of documents drawn at random, int64 [count, length]."""
+        """Return the first tokens of random documents, int64 [count, length]."""
         fitting = self._documents[self._documents < self._room(length)]
         return self._read(rng.choice(fitting, count), length)
 
     def _room(self, length: int) -> int:
         if len(self._ids) < length:
-            raise UsageError(f"{self._path} has only {len(self._ids)} tokens", hint=f"a window takes {length}")
+            raise UsageError(f"{self._path} has only {len(self._ids)} tokens", hint=f"a window needs {length} tokens")
         return len(self._ids) - length + 1
 
     def _read(self, starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
@@ -59,11 +59,11 @@ class TokenFile:
 
 @dataclass(frozen=True)
 class Mixture:
-    """What a stretch of a run reads.
+    """The data of one phase of a run.
 
     Args:
-        length: Tokens per window.
-        text_share: Share of plain text among texts and chats, where there are both.
+        length: tokens per window.
+        text_share: share of plain text in a mix of texts and chats.
     """
 
     length: int
@@ -71,13 +71,13 @@ class Mixture:
 
 
 class Batches:
-    """Draws the batches of a run.
+    """The batches of a run.
 
     Args:
-        data: Folder that prepare wrote: texts, chats or both.
-        written: Tokens that the target wrote, half of every batch then; None for none.
-        batch_tokens: Tokens per batch, roughly.
-        seed: Of all chance in it.
+        data: folder that `prepare` wrote, with texts, chats or both.
+        written: file of tokens that the target wrote, which fill half of every batch; or None.
+        batch_tokens: approximate number of tokens per batch.
+        seed: seed of the random draws.
     """
 
     def __init__(self, data: Path, written: Path | None, batch_tokens: int, seed: int) -> None:
@@ -88,7 +88,7 @@ class Batches:
         self._batch_tokens, self._seed = batch_tokens, seed
 
     def draw(self, step: int, mixture: Mixture) -> Tensor:
-        """The windows of a step, int64 [rows, length + 1]: the one token more is the last one's label."""
+        """Draw the windows of a step, int64 [rows, length + 1]; the last token of a row is only a label."""
         rng = np.random.default_rng((self._seed, step))
         counts = self._counts(max(1, self._batch_tokens // mixture.length), mixture.text_share, rng)
         parts = [self._files[name].windows(count, mixture.length + 1, rng) for name, count in counts.items() if count]

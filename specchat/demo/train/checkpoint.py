@@ -1,4 +1,4 @@
-"""Models and training states on disk: safetensors and JSON only."""
+"""Models and training states on disk, as safetensors and JSON only."""
 
 import json
 from collections.abc import Mapping
@@ -20,13 +20,13 @@ _GENERATION = {**_TOKEN_IDS, "do_sample": True, "temperature": 0.7, "top_p": 0.9
 
 
 def export(model: Llama, tokenizer: Path, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write a folder that transformers and specchat load.
+    """Write a model folder that transformers and specchat can load.
 
     Args:
-        model: What to write.
-        tokenizer: Folder whose tokenizer files go along.
-        folder: Where to write.
-        dtype: Of the stored weights.
+        model: model to write.
+        tokenizer: folder with the tokenizer files to copy.
+        folder: folder to write.
+        dtype: dtype of the stored weights.
     """
     copy_tokenizer(tokenizer, folder)
     _write_json(folder / "config.json", _config(model.shape, dtype))
@@ -36,7 +36,7 @@ def export(model: Llama, tokenizer: Path, folder: Path, dtype: torch.dtype = tor
 
 
 def load(folder: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> Llama:
-    """The lean model of an exported folder."""
+    """Load an exported folder as a lean model."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     model = Llama(Shape(**{field.name: config[field.name] for field in fields(Shape)}))
     model.load_state_dict(load_file(folder / "model.safetensors"))
@@ -44,21 +44,21 @@ def load(folder: Path, device: torch.device, dtype: torch.dtype = torch.float32)
 
 
 def save_state(path: Path, tensors: Mapping[str, Tensor], step: int) -> None:
-    """Replace a training state; a run that is killed meanwhile leaves the old one whole.
+    """Replace a training state. The old state survives if the run is killed while writing.
 
     Args:
-        path: The file.
-        tensors: Weights and what the optimizers remember.
-        step: How many steps are done; kept in the same file, so that the two always belong together.
+        path: file of the state.
+        tensors: weights and optimizer states.
+        step: number of finished steps, stored in the same file so that both always match.
     """
     _save(tensors, path, {"step": str(step)})
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], int]:
-    """The tensors and the step that `save_state` stored.
+    """Load the tensors and the step that `save_state` stored.
 
     Raises:
-        UsageError: there is no such file.
+        UsageError: the file does not exist.
     """
     if not path.is_file():
         raise UsageError(f"{path} does not exist", hint="start without --resume")

@@ -1,9 +1,9 @@
-"""Measure a pair on chats it was not trained on.
+"""Measure a pair on chats that it was not trained on.
 
     python -m specchat.demo.train.evaluate --target run/target --draft run/draft --chats held_out.jsonl
 
-Every token is predicted from the true text before it. Perplexity says how well each model knows the text; the agreement
-numbers, on reply tokens only, say how far the draft foresees the target.
+Every token is predicted from the true text before it. Perplexity measures how well each model predicts the text. The
+agreement figures, on reply tokens only, measure how well the draft predicts the target.
 """
 
 import json
@@ -32,18 +32,19 @@ class EvaluateOptions:
 
     target: Annotated[Path, "folder of the target"]
     draft: Annotated[Path, "folder of the draft"]
-    chats: Annotated[Path, 'file of lines {"messages": [{"role", "content"}, ...]}, never trained on']
+    chats: Annotated[Path, 'file of lines {"messages": [{"role", "content"}, ...]}, not used in training']
     device: Annotated[str, "auto, cpu or cuda"] = "auto"
 
 
 def evaluate(options: EvaluateOptions) -> dict[str, float]:
-    """The measured numbers: token counts, perplexities, and shares between 0 and 1.
+    """Return token counts, perplexities, and shares between 0 and 1.
 
-    `agreement` is how often both would choose the same token; `mass_in_top_k` the target's probability (temperature 1)
-    inside the draft's k likeliest tokens; `choice_in_top_k` how often the target's choice is among them.
+    `agreement` is the share of positions where both models choose the same token. `mass_in_top_k` is the target's
+    probability (temperature 1) inside the draft's k likeliest tokens. `choice_in_top_k` is the share of positions where
+    these k tokens contain the target's choice.
 
     Raises:
-        UsageError: the chats hold no reply.
+        UsageError: the chats contain no reply.
     """
     device = resolve_device(options.device)
     tokenizer = ChatTokenizer(options.target)
@@ -53,13 +54,13 @@ def evaluate(options: EvaluateOptions) -> dict[str, float]:
         for name, value in measure_chat(tokenizer, target, draft, chat).items():
             totals[name] += value
     if not totals["reply_tokens"]:
-        raise UsageError(f"{options.chats} has no replies", hint="the role of a reply is assistant")
+        raise UsageError(f"{options.chats} has no replies", hint="a reply has the role assistant")
     return _averages(totals)
 
 
 @torch.inference_mode()
 def measure_chat(tokenizer: ChatTokenizer, target: Llama, draft: Llama, messages: list[Message]) -> dict[str, float]:
-    """Sums over one chat (the part of it that fits the positions), to be added up and averaged."""
+    """Return sums over one chat, cut to the model's positions. The caller adds and averages them."""
     encoded = tokenizer.encode_chat(messages)
     ids, is_reply = (torch.tensor(each[: target.shape.max_position_embeddings]) for each in encoded)
     ids, is_reply = ids.to(target.cos.device), is_reply[1:].to(target.cos.device)
@@ -73,7 +74,7 @@ def measure_chat(tokenizer: ChatTokenizer, target: Llama, draft: Llama, messages
 
 
 def _agreement(target_log: Tensor, draft_log: Tensor) -> dict[str, float]:
-    """Sums over positions; both inputs are log probabilities, float32 [positions, vocabulary]."""
+    """Return sums over positions; both inputs are log probabilities, float32 [positions, vocabulary]."""
     guesses = draft_log.topk(max(WIDTHS), dim=-1).indices
     mass = target_log.exp().gather(1, guesses)
     hits = guesses == target_log.argmax(-1, keepdim=True)

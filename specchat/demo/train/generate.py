@@ -1,8 +1,8 @@
-"""Let the target write chats, so that the draft can be distilled on what it will meet when drafting.
+"""Let the target write chats, so that the draft is distilled on the text that it will draft.
 
     python -m specchat.demo.train.generate --model run/target --data data --out data/written.npy
 
-Each row begins as a training chat does and goes on, chat after chat, as the target likes.
+Each row starts with the beginning of a training chat; the target writes the rest, chat after chat.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from specchat.demo.train.model import KeyValueCache, Llama
 from specchat.demo.train.options import parse, resolve_device
 from specchat.demo.train.prepare import write_tokens
 
-TEMPERATURES = (0.7, 1.0)  # as people will sample, and wide enough that the draft sees the target's slips
+TEMPERATURES = (0.7, 1.0)  # a common setting, and one that is wide enough to show the draft the target's mistakes
 
 
 @dataclass(frozen=True)
@@ -34,19 +34,19 @@ class GenerateOptions:
     length: Annotated[int, "tokens per row"] = 384
     prompt: Annotated[int, "tokens of a training chat that each row begins with"] = 24
     device: Annotated[str, "auto, cpu or cuda"] = "auto"
-    seed: Annotated[int, "of the sampling"] = 11
+    seed: Annotated[int, "seed of the sampling"] = 11
 
 
 @torch.inference_mode()
 def sample(model: Llama, prompts: Tensor, length: int, temperature: float, generator: torch.Generator) -> Tensor:
-    """Rows of tokens, int64 [rows, length], drawn from the model behind the prompts.
+    """Continue the prompts with tokens sampled from the model; return int64 [rows, length].
 
     Args:
-        model: Who writes.
-        prompts: int64 [rows, prompt]
-        length: Tokens per row, the prompt's included.
-        temperature: Above 0.
-        generator: Source of chance, on the model's device.
+        model: model that writes.
+        prompts: token ids, int64 [rows, prompt].
+        length: tokens per row, including the prompt.
+        temperature: sampling temperature, above 0.
+        generator: random generator on the model's device.
     """
     cache = KeyValueCache(model, len(prompts), length)
     parts = [prompts]

@@ -1,6 +1,6 @@
-"""A lean Llama in plain PyTorch whose parameter names are those of transformers' LlamaForCausalLM.
+"""A lean Llama in plain PyTorch, with the parameter names of transformers' LlamaForCausalLM.
 
-Short enough to read in one go and free of branches that would keep `torch.compile` from fusing it.
+The code is short and avoids branches that would keep `torch.compile` from fusing operations.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ NORM_EPS = 1e-5
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a model, named as in a config.json of transformers."""
+    """The sizes of a model, with the names of transformers' config.json."""
 
     vocab_size: int
     hidden_size: int
@@ -29,7 +29,13 @@ class Shape:
 
     @classmethod
     def of_width(cls, hidden_size: int, layers: int, vocab_size: int) -> "Shape":
-        """The pair's proportions at any width, a multiple of 64: MLP 2.75 times as wide, half as many key heads."""
+        """Return a shape with the pair's proportions: an MLP of 2.75 times the width and half as many key heads.
+
+        Args:
+            hidden_size: width, a multiple of 64.
+            layers: number of blocks.
+            vocab_size: number of tokens in the vocabulary.
+        """
         assert hidden_size % HEAD_DIM == 0, f"the width must be a multiple of {HEAD_DIM}"
         heads, mlp = hidden_size // HEAD_DIM, -(-hidden_size * 11 // 4 // 32) * 32
         return cls(vocab_size, hidden_size, mlp, layers, heads, max(1, heads // 2))
@@ -39,9 +45,9 @@ class KeyValueCache:
     """Keys and values of the positions read so far, for decoding token by token.
 
     Args:
-        model: The model that will fill it.
-        batch: Number of rows decoded side by side.
-        capacity: Positions per row.
+        model: model that fills the cache.
+        batch: number of rows decoded together.
+        capacity: positions per row.
     """
 
     def __init__(self, model: "Llama", batch: int, capacity: int) -> None:
@@ -52,7 +58,7 @@ class KeyValueCache:
         self.length = 0
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """A layer's keys and values so far, the new ones, [batch, kv_heads, new, head_dim] each, behind the old."""
+        """Append a layer's new keys and values, [batch, kv_heads, new, head_dim] each, and return all so far."""
         end = self.length + keys.shape[2]
         self.keys[layer, :, :, self.length : end] = keys
         self.values[layer, :, :, self.length : end] = values
@@ -60,21 +66,21 @@ class KeyValueCache:
 
 
 class RMSNorm(nn.Module):
-    """Scale by the root mean square, computed in float32 whatever the input's dtype."""
+    """RMS normalization, computed in float32 for every input dtype."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[..., size] -> the same shape and dtype."""
+        """Normalize [..., size]; keep shape and dtype."""
         wide = hidden.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPS)
         return (wide * self.weight).to(hidden.dtype)
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of [batch, heads, positions, head_dim]; the tables are [positions, head_dim / 2]."""
+    """Apply rotary position embedding to [batch, heads, positions, head_dim]; tables: [positions, head_dim / 2]."""
     first, second = heads.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
@@ -93,7 +99,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(query_size, shape.hidden_size, bias=False)
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None) -> Tensor:
-        """[batch, positions, hidden] -> the same shape."""
+        """Attend within [batch, positions, hidden]; keep the shape."""
         queries = rotate(self._heads(self.q_proj(hidden)), cos, sin)
         keys = rotate(self._heads(self.k_proj(hidden)), cos, sin)
         values = self._heads(self.v_proj(hidden))
@@ -105,10 +111,10 @@ class Attention(nn.Module):
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         if queries.shape[2] == 1:
-            # No mask is needed: the heads of a group pass as positions, which spares a copy of all keys per token.
+            # Heads of a group act as positions, which avoids copying all keys for each token. No mask is needed.
             grouped = queries.reshape(queries.shape[0], -1, self.group, self.head_dim)
             return F.scaled_dot_product_attention(grouped, keys, values).flatten(1, 2).unsqueeze(2)
-        # Not enable_gqa: copies of the keys cost less than leaving the fused kernels, which do not all take it.
+        # No enable_gqa: not all fused kernels take it, and copying the keys costs less than leaving the fused kernels.
         keys, values = (tensor.repeat_interleave(self.group, dim=1) for tensor in (keys, values))
         return F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
 
@@ -117,7 +123,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The gated feed-forward part of a block."""
+    """The gated feed-forward network of a block."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -126,13 +132,13 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[..., hidden] -> the same shape."""
+        """Transform [..., hidden]; keep the shape."""
         out: Tensor = self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
         return out
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a norm and added to its input."""
+    """Attention and MLP, each after a norm and with a residual connection."""
 
     def __init__(self, shape: Shape, layer: int) -> None:
         super().__init__()
@@ -142,14 +148,14 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(shape.hidden_size)
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None) -> Tensor:
-        """[batch, positions, hidden] -> the same shape."""
+        """Transform [batch, positions, hidden]; keep the shape."""
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), cos, sin, cache)
         out: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
         return out
 
 
 class Body(nn.Module):
-    """Everything but the output layer; it exists for the parameter names (`model.layers.0...`)."""
+    """All parts but the output layer, for the parameter names (`model.layers.0...`)."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -159,7 +165,7 @@ class Body(nn.Module):
 
 
 class Llama(nn.Module):
-    """A small Llama with tied embeddings, freshly initialised."""
+    """A small Llama with tied embeddings and random weights."""
 
     cos: Tensor
     sin: Tensor
@@ -175,18 +181,18 @@ class Llama(nn.Module):
         self._initialise()
 
     def forward(self, ids: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """The logits [batch, positions, vocabulary] after each token.
+        """Return the logits after each token, [batch, positions, vocabulary].
 
         Args:
-            ids: int64 [batch, positions]
-            cache: What was read before. Several positions at once may only go into an empty one.
+            ids: token ids, int64 [batch, positions].
+            cache: keys and values of earlier tokens, or None. Only an empty cache takes several positions at once.
         """
         start = 0 if cache is None else cache.length
         assert start == 0 or ids.shape[1] == 1, "a filled cache takes one token at a time"
         hidden = self.model.embed_tokens(ids)
         kind = hidden.device.type
         if torch.is_autocast_enabled(kind):
-            # Autocast leaves embeddings alone, and a float32 residual stream would undo most of its gain.
+            # Autocast does not convert embeddings, and a float32 residual stream would undo most of its gain.
             hidden = hidden.to(torch.get_autocast_dtype(kind))
         cos, sin = (table[start : start + ids.shape[1]].to(hidden.dtype) for table in (self.cos, self.sin))
         for block in self.model.layers:
@@ -201,6 +207,6 @@ class Llama(nn.Module):
                 continue
             std = 0.02 if "embed" in name else weight.shape[1] ** -0.5
             if name.endswith(("o_proj.weight", "down_proj.weight")):
-                # Each block adds to the residual stream twice: keep the sum's size independent of the depth.
+                # Each block adds to the residual stream twice: keep the size of the sum independent of the depth.
                 std *= 0.5 / self.shape.num_hidden_layers**0.5
             nn.init.normal_(weight, std=std)

@@ -1,4 +1,4 @@
-"""How weights are updated: Muon for the matrices of the blocks, AdamW for the embedding and the norms."""
+"""Optimizers: Muon for the matrices of the blocks, AdamW for the embedding and the norms."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,12 +11,12 @@ MATRIX_DECAY = 0.01
 
 
 def schedule(done: float, warm_up: float, decay: float) -> float:
-    """The share of the peak learning rate: up, constant, down to 2 %.
+    """Return the share of the peak learning rate: warm-up, constant, then decay to 2 %.
 
     Args:
-        done: Share of the run that is over, 0 to 1.
-        warm_up: Share of the run spent going up.
-        decay: Share of the run spent going down.
+        done: finished share of the run, 0 to 1.
+        warm_up: share of the run for the warm-up.
+        decay: share of the run for the decay.
     """
     if done < warm_up:
         return max(done / warm_up, 0.02)
@@ -24,12 +24,12 @@ def schedule(done: float, warm_up: float, decay: float) -> float:
 
 
 class Optimizers:
-    """Both optimizers of one model behind one `step`.
+    """Both optimizers of one model, with one `step`.
 
     Args:
-        model: Its gradients are read, then dropped.
-        lr: AdamW's peak learning rate.
-        muon_lr: Muon's peak learning rate.
+        model: model to train; each step reads and drops its gradients.
+        lr: peak learning rate of AdamW.
+        muon_lr: peak learning rate of Muon.
     """
 
     def __init__(self, model: nn.Module, lr: float, muon_lr: float) -> None:
@@ -39,13 +39,13 @@ class Optimizers:
         matrices = [weight for name, weight in self._weights.items() if weight.dim() == 2 and "embed" not in name]
         decayed = {"params": embeddings, "weight_decay": EMBEDDING_DECAY}
         plain = {"params": norms, "weight_decay": 0.0}
-        self._clipped = embeddings + norms  # Muon's update has the same size whatever the gradient's
+        self._clipped = embeddings + norms  # Muon's update does not depend on the size of the gradient
         self._adam = torch.optim.AdamW([decayed, plain], lr=lr, betas=(0.9, 0.95), eps=1e-10, fused=True)
         self._muon = torch.optim.Muon(matrices, lr=muon_lr, weight_decay=MATRIX_DECAY)
         self._peaks = {self._adam: lr, self._muon: muon_lr}
 
     def step(self, scale: float) -> None:
-        """Update the weights and drop the gradients; `scale` is the schedule's share of the peak learning rates."""
+        """Update the weights at `scale` times the peak learning rates, and drop the gradients."""
         nn.utils.clip_grad_norm_(self._clipped, 1.0)
         for optimizer, peak in self._peaks.items():
             for group in optimizer.param_groups:
@@ -54,12 +54,12 @@ class Optimizers:
             optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
-        """What they remember of past gradients, as `<weight's name>:<kind>` -> tensor."""
+        """Return the state of both optimizers, as `<weight's name>:<kind>` -> tensor."""
         remembered = {name: self._memory(weight) for name, weight in self._weights.items()}
         return {f"{name}:{kind}": value for name, kinds in remembered.items() for kind, value in kinds.items()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state` gave."""
+        """Restore what `state` returned."""
         for key, value in state.items():
             name, kind = key.rsplit(":", 1)
             weight = self._weights[name]

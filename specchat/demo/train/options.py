@@ -1,4 +1,4 @@
-"""Command lines out of dataclasses: one field, one flag, so that an option is named, typed and explained once."""
+"""Command lines from dataclasses: one flag per field, so that name, type and help are written once."""
 
 import argparse
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ Options = TypeVar("Options")
 
 
 def parse(kind: type[Options], arguments: Sequence[str] | None = None) -> Options:
-    """An instance of the dataclass `kind`, filled from the command line.
+    """Parse the command line into an instance of the dataclass `kind`.
 
     Args:
-        kind: Dataclass whose fields are `Annotated[type, "help"]`; a field without a default is a required flag.
-        arguments: Words of the command line; None for the process's own.
+        kind: dataclass with fields `Annotated[type, "help"]`; a field without a default becomes a required flag.
+        arguments: words of the command line; None for those of this process.
     """
     parser = argparse.ArgumentParser(description=kind.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     hints = get_type_hints(kind, include_extras=True)
@@ -33,7 +33,7 @@ def parse(kind: type[Options], arguments: Sequence[str] | None = None) -> Option
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device meant by `auto` (CUDA where there is one), `cpu` or `cuda`."""
+    """Return the device for `auto` (CUDA if available), `cpu` or `cuda`."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(name)

@@ -1,8 +1,8 @@
-"""Texts and chats -> token files and tokenizer.
+"""Turn texts and chats into token files and a tokenizer.
 
     python -m specchat.demo.train.prepare --texts FOLDER --chats FILE.jsonl --tokenizer specchat/demo/target --out data
 
-Writes OUT/tokenizer, OUT/texts.npy and OUT/chats.npy: uint16 token ids, documents one after another.
+Writes OUT/tokenizer, and OUT/texts.npy and OUT/chats.npy with the documents as uint16 token ids, one after another.
 """
 
 import json
@@ -25,17 +25,17 @@ class PrepareOptions:
     """Turn a folder of texts and a file of chats into token files."""
 
     out: Annotated[Path, "folder to write"]
-    texts: Annotated[Path | None, "folder of .txt files, one document each; folders inside it are searched too"] = None
+    texts: Annotated[Path | None, "folder of .txt files, one document each; subfolders are searched too"] = None
     chats: Annotated[Path | None, 'file of lines {"messages": [{"role", "content"}, ...]}'] = None
-    tokenizer: Annotated[Path | None, "folder with a tokenizer like the pair's; left out, one is trained"] = None
-    vocabulary: Annotated[int, "entries of a tokenizer trained anew"] = 4096
+    tokenizer: Annotated[Path | None, "folder with a tokenizer like the pair's; without it, one is trained"] = None
+    vocabulary: Annotated[int, "entries of a newly trained tokenizer"] = 4096
 
 
 def prepare(options: PrepareOptions) -> dict[str, int]:
-    """Write the token files and the tokenizer; the number of tokens per file comes out.
+    """Write the token files and the tokenizer; return the number of tokens per file.
 
     Raises:
-        UsageError: neither texts nor chats, or a vocabulary that uint16 cannot hold.
+        UsageError: there are neither texts nor chats, or the vocabulary exceeds uint16.
     """
     texts = read_texts(options.texts) if options.texts else []
     chats = read_chats(options.chats) if options.chats else []
@@ -48,7 +48,7 @@ def prepare(options: PrepareOptions) -> dict[str, int]:
         train_tokenizer(_tokenizer_sample(texts, chats), options.vocabulary, folder)
     tokenizer = ChatTokenizer(folder)
     if tokenizer.vocab_size > MAX_VOCABULARY:
-        raise UsageError(f"a vocabulary of {tokenizer.vocab_size} is too large", hint=f"at most {MAX_VOCABULARY} fit")
+        raise UsageError(f"a vocabulary of {tokenizer.vocab_size} is too large", hint=f"use at most {MAX_VOCABULARY}")
     counts = {}
     if texts:
         counts["texts"] = write_tokens(options.out / "texts.npy", map(tokenizer.encode_document, texts))
@@ -58,16 +58,16 @@ def prepare(options: PrepareOptions) -> dict[str, int]:
 
 
 def read_texts(folder: Path) -> list[str]:
-    """The documents of a folder: its .txt files in the order of their names, the empty ones left out."""
+    """Read the .txt files of a folder in the order of their names; leave out empty ones."""
     documents = (path.read_text(encoding="utf-8").strip() for path in sorted(folder.rglob("*.txt")))
     return [document for document in documents if document]
 
 
 def read_chats(path: Path) -> list[list[Message]]:
-    """The chats of a JSON Lines file.
+    """Read the chats of a JSON Lines file.
 
     Raises:
-        UsageError: a line that is not a chat.
+        UsageError: a line is not a chat.
     """
     with path.open(encoding="utf-8") as lines:
         return [_parse_chat(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]
@@ -96,7 +96,7 @@ def _tokenizer_sample(texts: list[str], chats: list[list[Message]]) -> Iterator[
     yield from texts
     for chat in chats:
         for message in chat:
-            yield message["role"] + "\n"  # so that a role becomes one token
+            yield message["role"] + "\n"  # makes each role one token
             yield message["content"]
 
 

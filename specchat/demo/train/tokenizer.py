@@ -1,7 +1,7 @@
-"""The pair's tokenizer: byte-level BPE with four special tokens and a ChatML-like form of chats.
+"""The pair's tokenizer: byte-level BPE with four special tokens and a ChatML-like chat format.
 
-Chats are laid out here rather than by the chat template, because only so is it known which tokens are a reply; the
-tests hold the two to the same ids.
+This module formats chats itself instead of using the chat template, because it must know which tokens are a reply. The
+tests check that both give the same ids.
 """
 
 import shutil
@@ -21,27 +21,27 @@ SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_temp
 
 
 class Message(TypedDict):
-    """One turn of a chat; the role is system, user or assistant."""
+    """One message of a chat; the role is system, user or assistant."""
 
     role: str
     content: str
 
 
 class EncodedChat(NamedTuple):
-    """A chat's token ids and, for each, whether it is part of a reply (its end token included)."""
+    """The token ids of a chat, and for each token whether it belongs to a reply (end token included)."""
 
     ids: list[int]
     is_reply: list[bool]
 
 
 class ChatTokenizer:
-    """Text and chats to token ids.
+    """An encoder of texts and chats into token ids.
 
     Args:
-        folder: Where `tokenizer.json` lies.
+        folder: folder with `tokenizer.json`.
 
     Raises:
-        UsageError: no such file, or its special tokens are not the pair's.
+        UsageError: the file does not exist, or its special tokens are not those of the pair.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -50,15 +50,15 @@ class ChatTokenizer:
             raise UsageError(f"{path} does not exist", hint="run specchat.demo.train.prepare first")
         self._tokenizer = Tokenizer.from_file(str(path))
         if [self._tokenizer.token_to_id(token) for token in SPECIAL_TOKENS] != [PAD_ID, BOS_ID, START_ID, END_ID]:
-            raise UsageError(f"{path} lacks the pair's special tokens", hint="leave --tokenizer out to train one")
+            raise UsageError(f"{path} lacks the pair's special tokens", hint="omit --tokenizer to train one")
         self.vocab_size: int = self._tokenizer.get_vocab_size()
 
     def encode_document(self, text: str) -> list[int]:
-        """The ids of a plain text between the begin and the end token."""
+        """Return the ids of a plain text, between the begin and the end token."""
         return [BOS_ID, *self._encode(text), END_ID]
 
     def encode_chat(self, messages: Iterable[Message]) -> EncodedChat:
-        """The ids of a whole chat, as the chat template would lay it out."""
+        """Return the ids of a whole chat, as the chat template would format it."""
         chat = EncodedChat([BOS_ID], [False])
         for message in messages:
             head = [START_ID, *self._encode(message["role"] + "\n")]
@@ -74,7 +74,7 @@ class ChatTokenizer:
 
 
 def train_tokenizer(strings: Iterable[str], vocab_size: int, folder: Path) -> None:
-    """Learn a tokenizer from `strings` and write its folder; 260 entries are taken by bytes and special tokens."""
+    """Train a tokenizer on `strings` and write its folder. Bytes and special tokens take 260 of the entries."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -86,12 +86,12 @@ def train_tokenizer(strings: Iterable[str], vocab_size: int, folder: Path) -> No
         show_progress=False,
     )
     tokenizer.train_from_iterator(strings, trainer)
-    copy_tokenizer(SHIPPED, folder)  # for the settings: the special tokens and the chat template are the same
+    copy_tokenizer(SHIPPED, folder)  # for the settings: special tokens and chat template stay the same
     tokenizer.save(str(folder / VOCABULARY_FILE))
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the tokenizer's files, and nothing else, into a folder."""
+    """Copy only the tokenizer's files into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in (VOCABULARY_FILE, *SETTINGS_FILES):
         if (source / name).is_file():

@@ -2,13 +2,13 @@
 
     python -m specchat.demo.train.train --data data --out run --steps 2300
 
-The target learns from the text; the draft learns from the text and, mostly, from the target's distribution. First a mix
-of plain text and chats, then chats only, near the end with windows twice as long. OUT/target and OUT/draft are folders
-to load, OUT/state.safetensors is what --resume takes up.
+The target learns from the text. The draft learns from the text and, mostly, from the target's distribution. Training
+starts with a mix of plain text and chats, followed by chats only; near the end, windows are twice as long.
+OUT/target and OUT/draft are model folders. OUT/state.safetensors is the state that --resume loads.
 
     python -m specchat.demo.train.train --data data --out run --steps 500 --draft-only --written data/written.npy
 
-goes on with the draft alone against the finished OUT/target, half of it on chats that the target wrote.
+trains only the draft against the finished OUT/target; half of each batch are chats that the target wrote.
 """
 
 import time
@@ -33,15 +33,15 @@ LOG_EVERY = 20
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Train a target and a draft on what prepare wrote."""
+    """Train a target and a draft on the files that prepare wrote."""
 
     data: Annotated[Path, "folder that prepare wrote"]
     out: Annotated[Path, "folder to write"]
-    steps: Annotated[int, "steps of the whole run; the schedules stretch to it"]
+    steps: Annotated[int, "steps of the whole run; the schedules are relative to it"]
     batch_tokens: Annotated[int, "tokens per step"] = 8192
     length: Annotated[int, "tokens per window"] = 512
-    text_share: Annotated[float, "share of plain text at first"] = 0.35
-    chats_from: Annotated[float, "share of the run after which only chats are read"] = 0.65
+    text_share: Annotated[float, "share of plain text in the first phase"] = 0.35
+    chats_from: Annotated[float, "share of the run after which only chats are used"] = 0.65
     long_from: Annotated[float, "share of the run after which windows are twice as long"] = 0.85
     distillation: Annotated[float, "weight of the target's distribution in the draft's loss, 0 to 1"] = 0.75
     lr: Annotated[float, "peak learning rate of embedding and norms"] = 3e-3
@@ -50,18 +50,18 @@ class TrainOptions:
     layers: Annotated[int, "blocks of the target"] = 8
     draft_hidden: Annotated[int, "width of the draft, a multiple of 64"] = 128
     draft_layers: Annotated[int, "blocks of the draft"] = 2
-    draft_only: Annotated[bool, "go on with the draft alone"] = False
-    written: Annotated[Path | None, "tokens that generate wrote: half of each batch"] = None
+    draft_only: Annotated[bool, "train only the draft"] = False
+    written: Annotated[Path | None, "tokens that generate wrote, for half of each batch"] = None
     save_every: Annotated[int, "steps between saves"] = 200
-    resume: Annotated[bool, "go on from the last save"] = False
-    compile: Annotated[bool, "compile the step: about twice as fast, minutes to start"] = False
+    resume: Annotated[bool, "continue from the last save"] = False
+    compile: Annotated[bool, "compile the step: about twice as fast, but takes minutes to start"] = False
     bf16: Annotated[bool, "multiply in bfloat16 (the weights stay float32)"] = True
     device: Annotated[str, "auto, cpu or cuda"] = "auto"
-    seed: Annotated[int, "of weights and data order"] = 7
+    seed: Annotated[int, "seed of the weights and the data order"] = 7
 
 
 class Losses(NamedTuple):
-    """Of one batch, in nats per token: both cross entropies and KL(target || draft)."""
+    """The losses of one batch in nats per token: both cross entropies and KL(target || draft)."""
 
     target: Tensor
     draft: Tensor
@@ -69,12 +69,12 @@ class Losses(NamedTuple):
 
 
 def pair_losses(target: Llama, draft: Llama, windows: Tensor) -> Losses:
-    """What both models lose on the same windows; no gradient reaches the target through the divergence.
+    """Compute the losses of both models on the same windows; the divergence gives the target no gradient.
 
     Args:
-        target: The model that learns from the text.
-        draft: The model that learns from both.
-        windows: int64 [rows, length + 1]
+        target: model that learns from the text.
+        draft: model that learns from the text and the target.
+        windows: token ids, int64 [rows, length + 1].
     """
     inputs, labels = windows[:, :-1], windows[:, 1:].flatten()
     target_logits, draft_logits = (model(inputs).float().flatten(0, 1) for model in (target, draft))
@@ -84,7 +84,7 @@ def pair_losses(target: Llama, draft: Llama, windows: Tensor) -> Losses:
 
 
 class Trainer:
-    """One run: both models, what trains them, and where the run stands (`step`)."""
+    """One training run: both models, their optimizers, and the number of finished steps (`step`)."""
 
     def __init__(self, options: TrainOptions) -> None:
         torch.manual_seed(options.seed)
@@ -93,7 +93,7 @@ class Trainer:
         self._batches = Batches(options.data, options.written, options.batch_tokens, options.seed)
         self.target, self.draft = self._models()
         self._losses = torch.compile(pair_losses, dynamic=False) if options.compile else pair_losses
-        # A finished draft is only nudged; beside the target, the small model stands a higher rate.
+        # A finished draft needs only small changes. Trained with the target, the small model tolerates a higher rate.
         factor, muon_factor = (0.3, 0.3) if options.draft_only else (1.3, 1.0)
         draft_optimizers = Optimizers(self.draft, factor * options.lr, muon_factor * options.muon_lr)
         self._trained = {"draft": (self.draft, draft_optimizers)}
@@ -104,7 +104,7 @@ class Trainer:
             self._restore()
 
     def advance(self) -> list[float]:
-        """Do one step; its losses come out, in the order of `Losses`.
+        """Do one step and return its losses, in the order of `Losses`.
 
         Raises:
             ArithmeticError: a loss is not finite.
@@ -115,7 +115,7 @@ class Trainer:
             losses = self._losses(self.target, self.draft, windows)
         values = torch.stack(losses).tolist()
         if not np.isfinite(values).all():
-            raise ArithmeticError(f"the loss of step {self.step} is not finite: try a lower learning rate")
+            raise ArithmeticError(f"the loss of step {self.step} is not finite; try a lower learning rate")
         draft_loss = torch.lerp(losses.draft, losses.divergence, options.distillation)
         torch.autograd.backward(draft_loss if options.draft_only else draft_loss + losses.target)
         warm_up, decay = (0.01, 0.9) if options.draft_only else (0.02, 0.35)
@@ -125,7 +125,7 @@ class Trainer:
         return values
 
     def save(self) -> None:
-        """Export what is trained, and store what `--resume` needs."""
+        """Export the trained models, and save the state that `--resume` needs."""
         tensors: dict[str, Tensor] = {}
         for name, (model, optimizers) in self._trained.items():
             export(model, self.options.data / "tokenizer", self.options.out / name)
@@ -160,7 +160,7 @@ class Trainer:
 
 
 def train(options: TrainOptions) -> list[list[float]]:
-    """Run to the end and save; the losses of every step come out, in the order of `Losses`."""
+    """Train to the end and save; return the losses of every step, in the order of `Losses`."""
     trainer = Trainer(options)
     history: list[list[float]] = []
     started = time.monotonic()
