@@ -181,7 +181,7 @@ def _with_index(folder: Path) -> Iterator[Path]:
 
 def _load_offloaded(folder: Path, dtype: torch.dtype, device: str, resident: set[int]) -> Any:
     """`from_pretrained` with a device map that keeps the same layers on the device as our own plan does."""
-    skeleton = build_skeleton(load_config(folder), dtype, attention="sdpa")
+    skeleton = build_skeleton(load_config(folder), dtype)
     num_layers = len(skeleton.layers)
     away = "disk" if device == "cpu" else "cpu"
     device_map = dict(_device_map(skeleton.model, skeleton.layers_name, "", device))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specchat.engine.attention import tree_attention
 from specchat.engine.kv_cache import TreeCache
 from specchat.engine.linear import use_fast_products
 from specchat.engine.model import TreeModel
@@ -63,7 +64,7 @@ def load_model(
         quant: what the matrices are stored in; those read from `source` are quantized here.
         warn: told in one line of what the system refused and what that costs.
     """
-    skeleton = build_skeleton(load_config(source.path), dtype)
+    skeleton = build_skeleton(load_config(source.path), dtype, tree_attention)
     stays = set(range(len(skeleton.layers)) if resident is None else resident)
     streamed = [index for index in range(len(skeleton.layers)) if index not in stays]
     kept = [index for index in streamed if index in set(in_ram)]

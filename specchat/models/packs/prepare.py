@@ -42,7 +42,7 @@ def prepare(
         DoesNotFitError: no room on the disk for the pack.
         ModelError: the files cannot be read.
     """
-    skeleton = build_skeleton(load_config(source.path), TORCH_DTYPE[dtype], attention="eager")
+    skeleton = build_skeleton(load_config(source.path), TORCH_DTYPE[dtype])
     recipe = choose_recipe(source, skeleton, quant)
     quantizer = NOT_QUANTIZED if recipe is None else recipe.identity
     if source.path.parent == packs_folder():  # a synthetic model, made as a pack

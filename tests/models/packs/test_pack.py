@@ -25,7 +25,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support import tiny_models
 
-import specchat.engine.model  # noqa: F401  names the attention that skeletons are built with
 from specchat.errors import AllocationError, CorruptCheckpointError, DoesNotFitError, ModelError
 from specchat.models.checkpoint.safetensors import open_checkpoint
 from specchat.models.hf.config import load_config
