@@ -10,7 +10,7 @@ from specchat.chat.settings import MAX_SEED, whole
 from specchat.errors import InvalidSizeError, UsageError
 from specchat.records.chat import Overflow
 from specchat.records.generation import Sampling
-from specchat.records.model import Dtype, Quant
+from specchat.records.model import DTYPE_BYTES, Dtype, Quant
 from specchat.units import parse_size
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 QUANTIZED: tuple[Quant, ...] = ("int8", "int4")
 QUANTS: tuple[Quant, ...] = ("none", *QUANTIZED)
-DTYPES: tuple[Literal["auto"] | Dtype, ...] = ("auto", "bf16", "fp16", "fp32")
+DTYPES: tuple[Literal["auto"] | Dtype, ...] = ("auto", *DTYPE_BYTES)
 OVERFLOWS: tuple[Overflow, ...] = ("stop", "drop-oldest")
 
 

@@ -22,7 +22,7 @@ from specchat.engine.sampling import Sampler
 from specchat.engine.selfcheck import check_architecture
 from specchat.engine.tree import ROOT, TokenTree, common_prefix
 from specchat.errors import AllocationError, PromptTooLongError, is_lack_of_memory
-from specchat.models.checkpoint.dtypes import TORCH_DTYPE
+from specchat.models.checkpoint.dtypes import torch_dtype
 from specchat.models.hf.pairing import check_pair
 from specchat.models.packs.pack import Pack
 from specchat.records.generation import Activity, DraftTree, FinishReason, Phase, Sampling, Step
@@ -92,7 +92,7 @@ class Engine(Closeable):
         """
         begin = time.perf_counter()
         runtime_bytes = stats.resident_set_bytes()
-        device, dtype = torch.device(plan.device), TORCH_DTYPE[plan.dtype]
+        device, dtype = torch.device(plan.device), torch_dtype(plan.dtype)
         if draft is not None:
             check_pair(target, draft)
             check_architecture(draft)

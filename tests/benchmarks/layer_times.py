@@ -19,7 +19,7 @@ from specchat.cli.options import ModelOptions
 from specchat.engine.loading import load_model
 from specchat.engine.model import TreeModel
 from specchat.hardware.probe import find_hardware, find_machine, probe
-from specchat.models.checkpoint.dtypes import TORCH_DTYPE
+from specchat.models.checkpoint.dtypes import torch_dtype
 from specchat.models.sizes.describe import describe
 from specchat.paths import cache_folder
 from specchat.planner.cost import DEMO_ACCEPTANCE, CostModel
@@ -60,7 +60,7 @@ def measure(name: str, rates: Rates) -> None:
     resident = Placement(spec.num_layers, 0, 0, 0, 0, 0)
     model = load_model(
         models.target,
-        dtype=TORCH_DTYPE[plan.dtype],
+        dtype=torch_dtype(plan.dtype),
         device=torch.device("cpu"),
         cache_rows=CONTEXT + max(ROWS),
         chunk_rows=max(ROWS),

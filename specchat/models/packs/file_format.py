@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from specchat.errors import AllocationError, DoesNotFitError, ModelError, SpecchatError, is_lack_of_memory
+from specchat.models.checkpoint.dtypes import stored_name
 from specchat.models.checkpoint.layout import LAYER_ALIGNMENT, TENSOR_ALIGNMENT, aligned
 from specchat.units import MIB
 
@@ -29,22 +30,6 @@ PAD_PREFIX = "__pad__."
 TEMPORARY_SUFFIX = ".tmp"
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-DTYPE_NAMES: dict[torch.dtype, str] = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-
 
 PACK_HINT = (
     "check permissions and the disk, or set SPECCHAT_CACHE_DIR to another folder; packs may be deleted at any time"
@@ -111,7 +96,7 @@ class FileLayout:
         entries: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without it
         for tensor in self.tensors:
             span = [tensor.offset, tensor.offset + tensor.nbytes]
-            entries[tensor.key] = _entry(DTYPE_NAMES[tensor.dtype], tensor.shape, span)
+            entries[tensor.key] = _entry(stored_name(tensor.dtype), tensor.shape, span)
         for number, (begin, end) in enumerate(self._gaps()):
             entries[f"{PAD_PREFIX}{Path(self.name).stem}.{number}"] = _entry("U8", (end - begin,), [begin, end])
         text = json.dumps(entries, separators=(",", ":")).encode()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from specchat.models.checkpoint.dtypes import TORCH_DTYPE
+from specchat.models.checkpoint.dtypes import torch_dtype
 from specchat.models.checkpoint.safetensors import open_checkpoint
 from specchat.models.hf.config import load_config
 from specchat.models.hf.skeleton import build_skeleton
@@ -42,7 +42,7 @@ def prepare(
         DoesNotFitError: no room on the disk for the pack.
         ModelError: the files cannot be read.
     """
-    skeleton = build_skeleton(load_config(source.path), TORCH_DTYPE[dtype])
+    skeleton = build_skeleton(load_config(source.path), torch_dtype(dtype))
     recipe = choose_recipe(source, skeleton, quant)
     quantizer = NOT_QUANTIZED if recipe is None else recipe.identity
     if source.path.parent == packs_folder():  # a synthetic model, made as a pack

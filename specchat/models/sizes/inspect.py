@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from specchat.models.checkpoint.dtypes import TORCH_DTYPE
+from specchat.models.checkpoint.dtypes import short_name
 from specchat.models.hf.config import kv_shapes, load_config, max_positions, mlp_size, tiny_config
 from specchat.models.hf.skeleton import Skeleton, build_skeleton, lookup_embeddings
 from specchat.models.quant.modules import quant_linears, segment_names
@@ -93,5 +93,4 @@ def _param_size(parameter: torch.Tensor, is_segment: bool) -> ParamSize:
 
 
 def _checkpoint_dtype(config: Any) -> Dtype:
-    names: dict[torch.dtype, Dtype] = {dtype: name for name, dtype in TORCH_DTYPE.items()}
-    return names.get(getattr(config, "dtype", None) or torch.float32, "fp32")
+    return short_name(str(getattr(config, "dtype", None))) or "fp32"

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from specchat.models.checkpoint.dtypes import stored_torch_dtype
 from specchat.models.checkpoint.safetensors import TensorInfo
 from specchat.models.quant.formats.affine import MIDDLE, Affine, num_groups, unpack_nibbles
 from specchat.models.quant.formats.base import WeightFormat
@@ -20,7 +21,6 @@ from specchat.models.quant.formats.fp8 import Fp8, check_numbers
 from specchat.models.quant.kernels.chunked import Segments
 from specchat.models.quant.schemes.gptq import copy_codes, group_order, signed
 from specchat.models.quant.schemes.settings import (
-    DTYPES,
     FLOATS,
     Settings,
     expect,
@@ -143,7 +143,7 @@ class CompressedScheme:
             return None
         own = self._own(module)
         scale_shapes = _scale_shapes(own, shape)
-        dtype = DTYPES[expect(module, tensors, "weight_scale", FLOATS, *scale_shapes).dtype]
+        dtype = stored_torch_dtype(expect(module, tensors, "weight_scale", FLOATS, *scale_shapes).dtype)
         if own.kind == "float":
             expect(module, tensors, "weight", ("F8_E4M3",), shape)
             return Fp8(own.rows, own.cols, dtype)

@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from specchat.models.checkpoint.dtypes import stored_torch_dtype
 from specchat.models.checkpoint.safetensors import TensorInfo
 from specchat.models.quant.formats.affine import MIDDLE, Affine, num_groups, pack_nibbles, unpack_nibbles
 from specchat.models.quant.formats.base import WeightFormat
 from specchat.models.quant.kernels.chunked import Segments
 from specchat.models.quant.schemes.settings import (
-    DTYPES,
     FLOATS,
     Settings,
     expect,
@@ -101,7 +101,7 @@ class GptqScheme:
         scales = expect(module, tensors, "scales", FLOATS, (groups, rows))
         if own._reorders:
             expect(module, tensors, "g_idx", ("I32",), (cols,))
-        return Affine(own.bits, own.group, DTYPES[scales.dtype], not own.symmetric, own._reorders)
+        return Affine(own.bits, own.group, stored_torch_dtype(scales.dtype), not own.symmetric, own._reorders)
 
     def transcode(self, module: str, shape: tuple[int, int], tensors: Mapping[str, Tensor], segments: Segments) -> None:
         """See `CheckpointScheme`."""

@@ -5,14 +5,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor
 
 from specchat.errors import CorruptCheckpointError, UnsupportedModelError
 from specchat.models.checkpoint.safetensors import TensorInfo
 
-DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 FLOATS = ("F16", "BF16", "F32")  # of scales
+_PLAIN = (*FLOATS, "F64")  # of matrices that are not quantized
 _HINT = "config.json and the weights do not belong together, or are incomplete: download both again"
 
 
@@ -162,7 +161,7 @@ def is_plain(module: str, shape: tuple[int, int], tensors: Mapping[str, TensorIn
         CorruptCheckpointError: it has another shape.
     """
     info = tensors.get("weight")
-    if info is None or info.dtype not in DTYPES:
+    if info is None or info.dtype not in _PLAIN:
         return False
     if info.shape != shape:
         expect(module, tensors, "weight", (info.dtype,), shape)
