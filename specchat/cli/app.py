@@ -14,6 +14,7 @@ from specchat.cli import bench_options, completion, options, settings
 from specchat.cli.exit_status import guarded, leave
 from specchat.cli.settings import Settings
 from specchat.errors import UsageError
+from specchat.records.model import QUANTS
 
 # What a command returns: the work itself, done after typer is out of the way, for typer has ideas of its own about
 # interrupts and closed pipes.
@@ -76,7 +77,7 @@ _Quant = Annotated[
     str | None,
     typer.Option(
         metavar="TYPE",
-        autocompletion=completion.words("auto", *options.QUANTS),
+        autocompletion=completion.words("auto", *QUANTS),
         help="Store the model's matrices as none (as they are), int8 or int4; or auto (the default).",
     ),
 ]
@@ -84,7 +85,7 @@ _DraftQuant = Annotated[
     str | None,
     typer.Option(
         metavar="TYPE",
-        autocompletion=completion.words("auto", *options.QUANTS),
+        autocompletion=completion.words("auto", *QUANTS),
         help="The same for the draft, whose precision changes nothing of the text: auto, none, int8 or int4.",
     ),
 ]

@@ -18,7 +18,7 @@ from specchat.cli.output import print_line, to_json
 from specchat.errors import UsageError
 from specchat.paths import state_folder
 from specchat.records.limits import HEAD_BLOCK_ROWS
-from specchat.records.model import ModelSource, Quant
+from specchat.records.model import ModelSource, own_quant
 from specchat.records.plan import Plan
 
 if TYPE_CHECKING:
@@ -219,15 +219,10 @@ def _with_trees(point: _Point, plan: Plan) -> Plan:
 
     if point.models.draft is None:
         raise UsageError("--sweep memory compares trees, and there is no draft", hint="give one with --draft")
-    target = describe(point.models.target, _own_quant(plan.quant))
-    draft = describe(point.models.draft, _own_quant(plan.draft_quant))
+    target = describe(point.models.target, own_quant(plan.quant))
+    draft = describe(point.models.draft, own_quant(plan.draft_quant))
     budget, head_rows = point.trees
     return with_trees(plan, target, draft, budget, HEAD_BLOCK_ROWS if head_rows is None else head_rows)
-
-
-def _own_quant(name: str) -> Quant:
-    """What we make of a model whose plan says so; models that come quantized are taken as they are."""
-    return "int8" if name == "int8" else "int4" if name == "int4" else "none"
 
 
 def _files(target: ModelSource, plan: Plan, pack: "Pack | None") -> "Files":

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
 
-from specchat.cli.options import QUANTIZED, ModelOptions, SamplingFlags, resolve_sampling
+from specchat.cli.options import ModelOptions, SamplingFlags, resolve_sampling
 from specchat.errors import AllocationError, NotAvailableError, UsageError
-from specchat.records.model import ModelSource, Quant
+from specchat.records.model import LOWER_QUANTS, ModelSource, Quant
 from specchat.records.plan import Plan
 
 if TYPE_CHECKING:
@@ -361,18 +361,18 @@ def _size_of(plan: Plan) -> str:
 
 def make_pack(target: ModelSource, plan: Plan, reporter: "Reporter") -> "Pack | None":
     """The target's weights as they will be used, if they have to be repacked for that."""
-    return _packed(target, plan, plan.quant, reporter) if plan.streamed or plan.quant in QUANTIZED else None
+    return _packed(target, plan, plan.quant, reporter) if plan.streamed or plan.quant in LOWER_QUANTS else None
 
 
 def make_draft_pack(draft: ModelSource | None, plan: Plan, reporter: "Reporter") -> "Pack | None":
     """The draft's weights, if they are to be quantized."""
-    return _packed(draft, plan, plan.draft_quant, reporter) if draft and plan.draft_quant in QUANTIZED else None
+    return _packed(draft, plan, plan.draft_quant, reporter) if draft and plan.draft_quant in LOWER_QUANTS else None
 
 
 def _packed(source: ModelSource, plan: Plan, quant: str, reporter: "Reporter") -> "Pack | None":
     from specchat.models.packs.prepare import prepare
 
-    with reporter.moving(f"{'quantizing' if quant in QUANTIZED else 'repacking'} {source.name}") as update:
+    with reporter.moving(f"{'quantizing' if quant in LOWER_QUANTS else 'repacking'} {source.name}") as update:
         return prepare(
             source,
             plan.dtype,

@@ -10,15 +10,13 @@ from specchat.chat.settings import MAX_SEED, whole
 from specchat.errors import InvalidSizeError, UsageError
 from specchat.records.chat import Overflow
 from specchat.records.generation import Sampling
-from specchat.records.model import DTYPE_BYTES, Dtype, Quant
+from specchat.records.model import DTYPE_BYTES, QUANTS, Dtype, Quant
 from specchat.units import parse_size
 
 if TYPE_CHECKING:
     from specchat.chat.transcript import Saved
     from specchat.models.checkpoint.generation_config import GenerationDefaults
 
-QUANTIZED: tuple[Quant, ...] = ("int8", "int4")
-QUANTS: tuple[Quant, ...] = ("none", *QUANTIZED)
 DTYPES: tuple[Literal["auto"] | Dtype, ...] = ("auto", *DTYPE_BYTES)
 OVERFLOWS: tuple[Overflow, ...] = ("stop", "drop-oldest")
 

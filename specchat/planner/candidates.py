@@ -22,8 +22,8 @@ from specchat.planner.memory import (
     lookup_bytes,
 )
 from specchat.planner.placement import Placement, among, interleaved, placement_options, usable_ram
-from specchat.planner.request import EXACT_BYTES, LOWER_QUANTS, PlanInputs, PlanRequest
-from specchat.records.model import DTYPE_BYTES, Dtype, ModelSpec
+from specchat.planner.request import EXACT_BYTES, PlanInputs, PlanRequest
+from specchat.records.model import DTYPE_BYTES, LOWER_QUANTS, Dtype, ModelSpec
 from specchat.records.plan import Plan
 from specchat.units import GIB, MIB, format_bytes
 

@@ -15,9 +15,9 @@ from specchat.planner.explain import ExplainedPlan
 from specchat.planner.precision import choose_quant, lower_quants
 from specchat.planner.rates import rates_of
 from specchat.planner.reasons import choices
-from specchat.planner.request import LOWER_QUANTS, PlanInputs, PlanRequest
+from specchat.planner.request import PlanInputs, PlanRequest
 from specchat.planner.statistics import load
-from specchat.records.model import ModelSource, ModelSpec, Quant
+from specchat.records.model import QUANTS, ModelSource, ModelSpec, Quant
 from specchat.records.plan import Plan
 from specchat.units import format_bytes
 
@@ -137,4 +137,4 @@ def smaller_plan(request: PlanRequest, plan: Plan) -> Plan:
 
 def _as_planned(planned: str, asked: Literal["auto"] | Quant) -> Literal["auto"] | Quant:
     """The plan's precision: what there is less memory for must not be answered in another."""
-    return next((quant for quant in ("none", *LOWER_QUANTS) if quant == planned), asked)
+    return next((quant for quant in QUANTS if quant == planned), asked)
