@@ -22,10 +22,9 @@ from torch import Tensor
 from specchat.errors import AllocationError, DoesNotFitError, ModelError, SpecchatError, is_lack_of_memory
 from specchat.models.checkpoint.dtypes import stored_name
 from specchat.models.checkpoint.layout import LAYER_ALIGNMENT, TENSOR_ALIGNMENT, aligned
-from specchat.units import MIB
+from specchat.records.limits import READ_CHUNK_BYTES
 
 NOT_QUANTIZED = "none"  # in the place of a quantizer and its version
-CHUNK_BYTES = 16 * MIB  # of data per checksum
 PAD_PREFIX = "__pad__."
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -127,7 +126,7 @@ class FileRecord:
         data_offset: bytes before the data (the header).
         nbytes: bytes of data.
         header_crc32: checksum of the bytes before the data.
-        crc32s: checksums of the data, one per CHUNK_BYTES.
+        crc32s: checksums of the data, one per READ_CHUNK_BYTES.
     """
 
     name: str
@@ -174,7 +173,7 @@ class FileRecord:
             if from_disk and hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             stream.seek(self.data_offset)
-            buffer = memoryview(bytearray(min(self.nbytes, CHUNK_BYTES)))
+            buffer = memoryview(bytearray(min(self.nbytes, READ_CHUNK_BYTES)))
             for index, crc32 in enumerate(self.crc32s):
                 begin, end = chunk_span(self.nbytes, index)
                 yield _read_into(stream, buffer[: end - begin]) and zlib.crc32(buffer[: end - begin]) == crc32
@@ -196,7 +195,7 @@ def _read_into(stream: RawIOBase, buffer: memoryview) -> bool:
 
 def chunk_span(nbytes: int, index: int) -> tuple[int, int]:
     """Begin and end of the index-th chunk of `nbytes` of data."""
-    return index * CHUNK_BYTES, min((index + 1) * CHUNK_BYTES, nbytes)
+    return index * READ_CHUNK_BYTES, min((index + 1) * READ_CHUNK_BYTES, nbytes)
 
 
 def write_tensors(
@@ -228,7 +227,7 @@ def write_small(folder: Path, name: str, data: bytes) -> FileRecord:
     """Writes a small file atomically and durably; errors as in `write_tensors`."""
     with _new_file(folder / name) as fd:
         write_all(fd, data, folder / name)
-    sums = tuple(zlib.crc32(data[i : i + CHUNK_BYTES]) for i in range(0, len(data), CHUNK_BYTES))
+    sums = tuple(zlib.crc32(data[i : i + READ_CHUNK_BYTES]) for i in range(0, len(data), READ_CHUNK_BYTES))
     return FileRecord(name, 0, len(data), zlib.crc32(b""), sums)
 
 
@@ -263,12 +262,12 @@ class _ChunkWriter:
 
     def write(self, data: memoryview) -> None:
         while data:
-            part = data[: CHUNK_BYTES - self._filled]
+            part = data[: READ_CHUNK_BYTES - self._filled]
             write_all(self._fd, part, self._path)
             self._crc32 = zlib.crc32(part, self._crc32)
             self._filled += len(part)
             data = data[len(part) :]
-            if self._filled == CHUNK_BYTES:
+            if self._filled == READ_CHUNK_BYTES:
                 self.flush()
 
     def flush(self) -> None:

@@ -117,7 +117,7 @@ class PackedLayer:
         return len(self.crc32s)
 
     def chunk(self, index: int) -> tuple[int, int]:
-        """Begin and end of a chunk within the blob; CHUNK_BYTES apart except for the last."""
+        """Begin and end of a chunk within the blob; READ_CHUNK_BYTES apart except for the last."""
         return chunk_span(self.nbytes, index)
 
 

@@ -21,13 +21,11 @@ from torch.utils._pytree import tree_leaves
 
 from specchat.models.hf.attention import cache_for, explicit_attention, row_scope
 from specchat.models.hf.skeleton import Skeleton, build_skeleton
+from specchat.records.limits import MASK_FLAG_BYTES, MASK_POSITION_BYTES
 from specchat.records.model import Activations, RowCost
 
 # Multiples of the caches' alignment, far enough apart to tell the terms.
 _SIZES = ((16, 128), (48, 128), (16, 320), (48, 320))  # rows, keys
-# While a mask is built, truth values live beside it, so many bytes for each row and key more than the finished mask
-# has, and positions of the keys, three 64-bit numbers each.
-_FLAG_BYTES, _POSITION_BYTES = 2, 24
 
 _Place = Literal["outside", "entry", "layer"]
 
@@ -226,7 +224,7 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Allocates what the engine's tree attention does; a test holds the two against each other."""
     num_heads, num_kv_heads, rows = query.shape[1], key.shape[1], query.shape[2]
-    attention_mask.log.note((_FLAG_BYTES * rows + _POSITION_BYTES) * key.shape[2])
+    attention_mask.log.note((MASK_FLAG_BYTES * rows + MASK_POSITION_BYTES) * key.shape[2])
     q = query[0].unflatten(0, (num_kv_heads, num_heads // num_kv_heads))  # [H_kv, G, rows, D]
     if softcap is None and s_aux is None:
         if key.shape[-1] == value.shape[-1]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from specchat.models.catalog.known_models import KnownModel, known_models
 from specchat.models.checkpoint.dtypes import short_name
+from specchat.records.limits import MASK_FLAG_BYTES, MASK_POSITION_BYTES
 from specchat.records.model import DTYPE_BYTES, Activations, Dtype, KvShape, ModelSpec, ParamSize, Quant, RowCost
 
 _FLOAT_BYTES = 4  # rotary frequencies and scores are float32, whatever the model computes in
@@ -294,7 +295,7 @@ def _activations(config: Any, architecture: _Architecture, element: int) -> Acti
         attending = RowCost(0, (hidden + 2 * q + 2 * head_dim) * element, 0, heads * score)
     else:  # a mask row, made from positions
         kept = q + 2 * kv if architecture.fused_qkv else 0
-        attending = RowCost(0, (hidden + q + kept) * element, 24, 2)
+        attending = RowCost(0, (hidden + q + kept) * element, MASK_POSITION_BYTES, MASK_FLAG_BYTES)
     projecting = (5 * q + 4 * kv) if architecture.head_norms == "all" else 4 * q + 2 * kv
     most = 2 * hidden + max(projecting, _mlp_numbers(config, architecture))
     # norms compute in float32, beside the rows that they read; positions turn at some speeds for each kind of layer

@@ -33,7 +33,6 @@ from specchat.models.packs import inventory
 from specchat.models.packs.build import build_pack
 from specchat.models.packs.checkpoint_source import CheckpointLayers
 from specchat.models.packs.file_format import (
-    CHUNK_BYTES,
     PAD_PREFIX,
     FileLayout,
     FileRecord,
@@ -48,6 +47,7 @@ from specchat.models.quant.kernels.bnb import bnb
 from specchat.models.weights.layout import LayerLayout
 from specchat.models.weights.reader import WeightReader
 from specchat.models.weights.recipe import recipe_for
+from specchat.records.limits import READ_CHUNK_BYTES
 from specchat.records.model import ModelSource
 from specchat.units import MIB
 
@@ -614,18 +614,18 @@ def test_chunks_of_large_layers(tmp_path):
     made = build(source)
     (layer,) = made.layers
     assert [layer.chunk(i) for i in range(layer.num_chunks)] == [
-        (0, CHUNK_BYTES),
-        (CHUNK_BYTES, 2 * CHUNK_BYTES),
-        (2 * CHUNK_BYTES, layer.nbytes),
+        (0, READ_CHUNK_BYTES),
+        (READ_CHUNK_BYTES, 2 * READ_CHUNK_BYTES),
+        (2 * READ_CHUNK_BYTES, layer.nbytes),
     ]
     blob = bytearray(layer.path.read_bytes()[layer.data_offset :])
     ChunkVerifier(made).verify_layer(0, blob)
-    blob[CHUNK_BYTES + 5] ^= 1
+    blob[READ_CHUNK_BYTES + 5] ^= 1
     verifier = ChunkVerifier(made)
-    verifier.verify(0, 0, memoryview(blob)[:CHUNK_BYTES])
+    verifier.verify(0, 0, memoryview(blob)[:READ_CHUNK_BYTES])
     with pytest.raises(CorruptCheckpointError, match="chunk 1 of"):
         verifier.verify_layer(0, blob)
-    verifier.verify(0, 2, memoryview(blob)[2 * CHUNK_BYTES :])
+    verifier.verify(0, 2, memoryview(blob)[2 * READ_CHUNK_BYTES :])
     assert [verifier.is_verified(0, i) for i in range(3)] == [True, False, True]
 
 
