@@ -14,7 +14,7 @@ from specchat.models.checkpoint.safetensors import TensorInfo
 from specchat.models.quant.formats.affine import Affine, num_groups, pack_nibbles, unpack_nibbles
 from specchat.models.quant.formats.base import WeightFormat
 from specchat.models.quant.kernels.chunked import Segments
-from specchat.models.quant.schemes.settings import FLOATS, Settings, expect, fill, is_plain, refuse, words
+from specchat.models.quant.schemes.settings import FLOATS, SchemeSettings, expect, fill, is_plain, refuse, words
 
 _BITS = 4
 _PER_WORD = 8  # numbers
@@ -34,7 +34,7 @@ class AwqScheme:
     group: int | None
 
     @classmethod
-    def of(cls, settings: Settings) -> "AwqScheme":
+    def of(cls, settings: SchemeSettings) -> "AwqScheme":
         """The scheme in a quantization_config.
 
         Raises:

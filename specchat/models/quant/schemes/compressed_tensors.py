@@ -22,7 +22,7 @@ from specchat.models.quant.kernels.chunked import Segments
 from specchat.models.quant.schemes.gptq import copy_codes, group_order, signed
 from specchat.models.quant.schemes.settings import (
     FLOATS,
-    Settings,
+    SchemeSettings,
     expect,
     fail_contents,
     fill,
@@ -57,7 +57,7 @@ class _Numbers:
     act_order: bool
 
     @classmethod
-    def of(cls, weights: Settings) -> "_Numbers":
+    def of(cls, weights: SchemeSettings) -> "_Numbers":
         kind, bits = weights.text("type", "int"), weights.integer("num_bits", 8)
         if (kind, bits) not in {("int", 4), ("int", 8), ("float", 8)}:
             refuse(f"compressed-tensors in {bits}-bit {kind} numbers")
@@ -70,13 +70,13 @@ class _Numbers:
         return cls("int" if kind == "int" else "float", bits, symmetric, rows, cols, _act_order(weights))
 
 
-def _act_order(weights: Settings) -> bool:
+def _act_order(weights: SchemeSettings) -> bool:
     """Whether columns are out of order in the file; "weight" and "static" only say how it was made."""
     order = weights.flag("actorder", False) if weights.is_flag("actorder") else weights.text("actorder", "weight")
     return order in {True, "group", "dynamic"}
 
 
-def _extent(weights: Settings) -> tuple[int | None, int | None]:
+def _extent(weights: SchemeSettings) -> tuple[int | None, int | None]:
     """Rows and columns that share a scale."""
     group = weights.group_size()
     strategy = weights.text("strategy", "group" if group else "channel" if weights.has("group_size") else "tensor")
@@ -103,7 +103,7 @@ class CompressedScheme:
     groups: tuple[tuple[str, _Numbers], ...]
 
     @classmethod
-    def of(cls, settings: Settings) -> "CompressedScheme":
+    def of(cls, settings: SchemeSettings) -> "CompressedScheme":
         """The scheme in a quantization_config.
 
         Raises:

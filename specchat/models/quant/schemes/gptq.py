@@ -20,7 +20,7 @@ from specchat.models.quant.formats.base import WeightFormat
 from specchat.models.quant.kernels.chunked import Segments
 from specchat.models.quant.schemes.settings import (
     FLOATS,
-    Settings,
+    SchemeSettings,
     expect,
     fail_contents,
     fill,
@@ -55,7 +55,7 @@ class GptqScheme:
     overrides: tuple[tuple[str, "GptqScheme"], ...] = ()
 
     @classmethod
-    def of(cls, settings: Settings) -> "GptqScheme":
+    def of(cls, settings: SchemeSettings) -> "GptqScheme":
         """The scheme in a quantization_config.
 
         Raises:
@@ -76,7 +76,7 @@ class GptqScheme:
         )
         return replace(base, overrides=overrides)
 
-    def _changed(self, own: Settings) -> "GptqScheme":
+    def _changed(self, own: SchemeSettings) -> "GptqScheme":
         return replace(
             self,
             bits=_bits(own) if own.has("bits") else self.bits,
@@ -181,7 +181,7 @@ def signed(numbers: Tensor) -> Tensor:
     return (numbers ^ 128).view(torch.int8)
 
 
-def _bits(settings: Settings) -> int:
+def _bits(settings: SchemeSettings) -> int:
     bits = settings.integer("bits")
     if bits not in {4, 8}:
         refuse(f"GPTQ in {bits} bits")

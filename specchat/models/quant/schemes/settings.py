@@ -15,7 +15,7 @@ _PLAIN = (*FLOATS, "F64")  # of matrices that are not quantized
 _HINT = "config.json and the weights do not belong together, or are incomplete: download both again"
 
 
-class Settings:
+class SchemeSettings:
     """An object of config.json whose values are checked as they are asked for.
 
     Args:
@@ -72,19 +72,19 @@ class Settings:
             self.fail(name, value, f"{count} whole numbers")
         return tuple(value)
 
-    def objects(self, name: str) -> dict[str, "Settings"]:
+    def objects(self, name: str) -> dict[str, "SchemeSettings"]:
         """The objects in an object, by name; null and nothing are none."""
         value = self._get(name, {})
         if not isinstance(value, dict) or any(not isinstance(each, dict) for each in value.values()):
             self.fail(name, value, "an object of objects")
-        return {key: Settings(each, f"{self._where}.{name}.{key}") for key, each in value.items()}
+        return {key: SchemeSettings(each, f"{self._where}.{name}.{key}") for key, each in value.items()}
 
-    def child(self, name: str) -> "Settings | None":
+    def child(self, name: str) -> "SchemeSettings | None":
         """An object, or None for null and nothing."""
         value = self._get(name, None)
         if value is not None and not isinstance(value, dict):
             self.fail(name, value, "an object")
-        return None if value is None else Settings(value, f"{self._where}.{name}")
+        return None if value is None else SchemeSettings(value, f"{self._where}.{name}")
 
     def check_pattern(self, name: str, pattern: str) -> str:
         """The pattern, a part of a value, if it is a regular expression."""
