@@ -29,7 +29,7 @@ from specchat.units import GIB, MIB, format_bytes
 
 DEFAULT_CTX = 8192
 _LEAST_CTX = 512
-# The most nodes of a tree whose size follows what its nodes pay (engine/growth.py), the usual one first. A GPU computes
+# The most nodes of a tree whose size follows what its nodes pay (engine/drafting), the usual one first. A GPU computes
 # hundreds of rows while a layer is on its way; on two CPU cores 128 rows take longer than the disk.
 TREE_BUDGETS = {"cpu": (128, 64, 32, 16), "cuda": (256, 512, 128, 64, 32)}
 CHUNK_ROWS = 512
