@@ -20,7 +20,7 @@ import torch
 import transformers as hf
 
 from specchat.closing import Closeable
-from specchat.models.checkpoint.dtypes import TORCH_DTYPE
+from specchat.models.checkpoint.dtypes import torch_dtype
 from specchat.models.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE, open_checkpoint
 from specchat.models.hf.config import load_config
 from specchat.models.hf.skeleton import build_skeleton
@@ -98,8 +98,8 @@ class OffloadedModel(Closeable):
         self._folders = ExitStack()
         with _silence():
             folder = self._folders.enter_context(_with_index(source.path))
-            self._model = _load_offloaded(folder, TORCH_DTYPE[dtype], device, set(resident))
-            self._draft = None if draft is None else _load_whole(draft, TORCH_DTYPE[dtype], device)
+            self._model = _load_offloaded(folder, torch_dtype(dtype), device, set(resident))
+            self._draft = None if draft is None else _load_whole(draft, torch_dtype(dtype), device)
         self._device = torch.device(device)
         self._vocab_size: int = self._model.config.vocab_size
 
@@ -181,7 +181,7 @@ def _with_index(folder: Path) -> Iterator[Path]:
 
 def _load_offloaded(folder: Path, dtype: torch.dtype, device: str, resident: set[int]) -> Any:
     """`from_pretrained` with a device map that keeps the same layers on the device as our own plan does."""
-    skeleton = build_skeleton(load_config(folder), dtype, attention="sdpa")
+    skeleton = build_skeleton(load_config(folder), dtype)
     num_layers = len(skeleton.layers)
     away = "disk" if device == "cpu" else "cpu"
     device_map = dict(_device_map(skeleton.model, skeleton.layers_name, "", device))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from specchat.bench.cold import RESIDENT, TimePass
 from specchat.bench.identity import Margin
@@ -15,7 +15,7 @@ from specchat.bench.systems import EngineSystem, OffloadedSystem, System
 from specchat.errors import UsageError
 from specchat.loading.engine import open_engine
 from specchat.records.generation import Sampling
-from specchat.records.model import ModelSource, Quant
+from specchat.records.model import LOWER_QUANTS, ModelSource
 from specchat.records.plan import MemoryReport, Plan
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def left_out(names: Sequence[str], plan: Plan) -> dict[str, str]:
 def _why_not(model: str, quant: str, option: str) -> str | None:
     if quant == "none":
         return None
-    if quant in get_args(Quant):
+    if quant in LOWER_QUANTS:
         return (
             f"transformers would run the {model}'s unrounded weights, not {quant}; compare with plain, or {option} none"
         )

@@ -15,6 +15,7 @@ from specchat.cli.settings import Settings
 from specchat.errors import UsageError
 from specchat.loading.request import ModelRequest
 from specchat.loading.sampling import SamplingChoices
+from specchat.records.model import QUANTS
 from specchat.records.plan import PlanChoices
 from specchat.version import __version__
 
@@ -94,7 +95,7 @@ _Quant = Annotated[
     str | None,
     typer.Option(
         metavar="TYPE",
-        autocompletion=completion.words("auto", *options.QUANTS),
+        autocompletion=completion.words("auto", *QUANTS),
         help="Quantize the model: auto, none, int8 or int4. [default: auto]",
     ),
 ]
@@ -102,7 +103,7 @@ _DraftQuant = Annotated[
     str | None,
     typer.Option(
         metavar="TYPE",
-        autocompletion=completion.words("auto", *options.QUANTS),
+        autocompletion=completion.words("auto", *QUANTS),
         help="Quantize the draft; the text stays the same. [default: auto]",
     ),
 ]

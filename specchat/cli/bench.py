@@ -22,7 +22,7 @@ from specchat.loading.locate import Models, locate_models, parse_models
 from specchat.loading.request import ModelRequest
 from specchat.paths import state_folder
 from specchat.records.limits import HEAD_BLOCK_ROWS
-from specchat.records.model import ModelSource, Quant
+from specchat.records.model import ModelSource, own_quant
 from specchat.records.plan import Plan
 
 if TYPE_CHECKING:
@@ -229,15 +229,10 @@ def _with_trees(point: _Point, plan: Plan) -> Plan:
 
     if point.models.draft is None:
         raise UsageError("--sweep memory compares trees, and there is no draft", hint="give one with --draft")
-    target = describe(point.models.target, _own_quant(plan.quant))
-    draft = describe(point.models.draft, _own_quant(plan.draft_quant))
+    target = describe(point.models.target, own_quant(plan.quant))
+    draft = describe(point.models.draft, own_quant(plan.draft_quant))
     budget, head_rows = point.trees
     return with_trees(plan, target, draft, budget, HEAD_BLOCK_ROWS if head_rows is None else head_rows)
-
-
-def _own_quant(name: str) -> Quant:
-    """What we make of a model whose plan says so; models that come quantized are taken as they are."""
-    return "int8" if name == "int8" else "int4" if name == "int4" else "none"
 
 
 def _files(target: ModelSource, plan: Plan, pack: "Pack | None") -> "Files":

@@ -12,15 +12,14 @@ from specchat.loading.request import ModelRequest
 from specchat.loading.sampling import SamplingChoices
 from specchat.records.chat import Overflow
 from specchat.records.generation import Sampling
-from specchat.records.model import QUANTIZED, Dtype, Quant
+from specchat.records.model import DTYPE_BYTES, QUANTS, Dtype, Quant
 from specchat.units import parse_size
 
 if TYPE_CHECKING:
     from specchat.chat.transcript import Saved
     from specchat.models.checkpoint.generation_config import GenerationDefaults
 
-QUANTS: tuple[Quant, ...] = ("none", *QUANTIZED)
-DTYPES: tuple[Literal["auto"] | Dtype, ...] = ("auto", "bf16", "fp16", "fp32")
+DTYPES: tuple[Literal["auto"] | Dtype, ...] = ("auto", *DTYPE_BYTES)
 OVERFLOWS: tuple[Overflow, ...] = ("stop", "drop-oldest")
 
 

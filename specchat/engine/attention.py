@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from specchat.models.hf.attention import explicit_attention
+
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -151,24 +153,5 @@ def tree_attention(
         mask = mask.expand(q.shape[0], q.shape[1], -1, -1)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
     else:
-        sinks = None if s_aux is None else s_aux.reshape(num_kv_heads, -1, 1, 1)
-        out = _explicit_attention(q, key[0], value[0], mask, scaling, softcap, sinks)
+        out = explicit_attention(q, key[0], value[0], mask, scaling, softcap, s_aux)
     return out.flatten(0, 1).transpose(0, 1)[None].contiguous(), None
-
-
-def _explicit_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float | None, softcap: float | None, sinks: Tensor | None
-) -> Tensor:
-    """The textbook product, for what fused kernels lack: q [H_kv, G, rows, D], k and v [H_kv, kv_length, D]."""
-    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = torch.matmul(q.flatten(1, 2), k.transpose(1, 2)).unflatten(1, q.shape[1:3]) * scale
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    scores = scores + mask
-    if sinks is not None:
-        scores = torch.cat([scores, sinks.expand(-1, -1, q.shape[2], 1).to(scores.dtype)], dim=-1)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)
-    if sinks is not None:
-        weights = weights[..., :-1]
-    mixed: Tensor = torch.matmul(weights.flatten(1, 2), v).unflatten(1, q.shape[1:3])
-    return mixed

@@ -10,15 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from specchat.records.limits import padded_rows
 from specchat.records.model import KvShape
-
-# Fused kernels want the number of keys to be a multiple of this; rows past the end are masked.
-ROW_ALIGNMENT = 16
-
-
-def padded_rows(num_rows: int) -> int:
-    """The number of rows rounded up to the alignment that attention kernels like."""
-    return -(-num_rows // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
 class LayerKv:

@@ -18,7 +18,7 @@ from specchat.engine.streaming.cpu import MappedStreamer, MixedStreamer, ThreadS
 from specchat.engine.streaming.cuda import CudaStreamer
 from specchat.engine.streaming.host_layers import HostLayers, pinner
 from specchat.engine.streaming.readers import LayerReader, layer_reader_for
-from specchat.models.checkpoint.dtypes import TORCH_DTYPE
+from specchat.models.checkpoint.dtypes import torch_dtype
 from specchat.models.hf.config import kv_shapes
 from specchat.models.hf.skeleton import lookup_embeddings
 from specchat.models.packs.file_format import bytes_of
@@ -49,7 +49,7 @@ def load_model(
         pack: repacked weights that layers are read from; None reads the model's own files.
         warn: receives one line about what the system refused and what that costs.
     """
-    skeleton, device, dtype = weights.skeleton, torch.device(work.device), TORCH_DTYPE[work.dtype]
+    skeleton, device, dtype = weights.skeleton, torch.device(work.device), torch_dtype(work.dtype)
     layers, streamed = skeleton.layers, placement.streamed
     with ExitStack() as undo:  # after an error, open files and threads would keep memory that a smaller plan needs
         reader = undo.enter_context(weights.reader if pack is None else _pack_reader(weights, pack))

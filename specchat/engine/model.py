@@ -14,15 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specchat.engine.attention import RowLayout, RowMask, tree_attention
+from specchat.engine.attention import RowLayout, RowMask
 from specchat.engine.kv_cache import TreeCache
 from specchat.engine.streaming.base import LayerStreamer
-from specchat.models.hf.attention import cache_for, row_scope, use_attention
+from specchat.models.hf.attention import cache_for, row_scope
 from specchat.models.hf.config import max_positions
 from specchat.models.hf.skeleton import Skeleton
 from specchat.models.quant.modules import quant_linears
-
-use_attention(tree_attention)
 
 
 class PassCancelledError(Exception):

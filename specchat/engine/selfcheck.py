@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from specchat.engine.attention import RowLayout
+from specchat.engine.attention import RowLayout, tree_attention
 from specchat.engine.kv_cache import TreeCache
 from specchat.engine.model import TreeModel
 from specchat.engine.streaming.base import NoStreamer
@@ -56,7 +56,7 @@ def _check(folder: Path) -> None:
 def _largest_error(config: object) -> float:
     """The largest difference between tree and plain scores, relative to the largest score."""
     generator = torch.Generator().manual_seed(0)
-    skeleton, plain = build_random(config, generator)
+    skeleton, plain = build_random(config, generator, tree_attention)
     prompt = torch.randint(0, skeleton.config.vocab_size, (_PROMPT_ROWS,), generator=generator).tolist()
     paths = [_path(node) for node in (1, 3, len(_TREE) - 1)]
     expected = [plain(torch.tensor(prompt + [_TREE.tokens[n] for n in path]))[_PROMPT_ROWS - 1 :] for path in paths]

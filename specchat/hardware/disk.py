@@ -16,13 +16,10 @@ from queue import Empty, SimpleQueue
 import psutil
 
 from specchat.errors import NotAvailableError, SpecchatError
+from specchat.records.limits import READ_CHUNK_BYTES, READ_THREADS
 from specchat.units import MIB
 
 MAX_RESIDENT_SHARE = 0.01
-# Queue depth 2 saturates NVMe when idle. Under CPU load threads submit late, so use 4. Alone, 2 to 4 threads read
-# equally fast here (2.5 GB/s, 16 MiB each).
-READ_THREADS = 4
-CHUNK_BYTES = 16 * MIB
 
 _QUIET_S = 0.05
 _PATIENCE_S = 30.0
@@ -92,7 +89,7 @@ def read_raw(files: Sequence[Path], *, direct: bool) -> RawRead:
     """
     jobs: SimpleQueue[tuple[Path, int]] = SimpleQueue()
     for file in files:
-        for start in range(0, file.stat().st_size, CHUNK_BYTES):
+        for start in range(0, file.stat().st_size, READ_CHUNK_BYTES):
             jobs.put((file, start))
     buffers = [_touched_memory() for _ in range(READ_THREADS)]
     begin = time.perf_counter()
@@ -107,11 +104,11 @@ def _touched_memory() -> mmap.mmap:
 
     O_DIRECT reads into small pages took twice as long (here 0.8-1.2 GB/s instead of 2.1-2.4).
     """
-    memory = mmap.mmap(-1, CHUNK_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = mmap.mmap(-1, READ_CHUNK_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # kernels without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
-    memory.write(bytes(CHUNK_BYTES))
+    memory.write(bytes(READ_CHUNK_BYTES))
     return memory
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from specchat.errors import SpecchatError
 from specchat.hardware.disk import evict, read_raw, total_bytes
 from specchat.hardware.machine import MatmulRate
+from specchat.records.limits import MATMUL_ROWS
 from specchat.units import MIB
 
 if TYPE_CHECKING:
@@ -31,9 +32,8 @@ _MIN_DISK_BYTES = 64 * MIB
 _DISK_SHARE = 8  # the temporary file takes at most 1/8 of the free space
 _DISK_READS = 3
 
-# The size of a layer's matrix in a 7B model, and row counts of typical trees.
+# The size of a layer's matrix in a 7B model.
 _MATRIX = 4096
-_TREE_ROWS = (1, 16, 64, 256, 512)
 _MATMUL_S = 0.2  # per row count
 
 
@@ -147,7 +147,7 @@ def measure_matmul(device: "torch.device", dtype: Literal["bf16", "fp32"]) -> tu
     kind = torch.bfloat16 if dtype == "bf16" else torch.float32
     weight = torch.ones(_MATRIX, _MATRIX, dtype=kind, device=device)
     rates = []
-    for rows in _TREE_ROWS:
+    for rows in MATMUL_ROWS:
         x = torch.ones(rows, _MATRIX, dtype=kind, device=device)
 
         def product(x: "torch.Tensor" = x) -> None:

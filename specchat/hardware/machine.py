@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+_REMOTE_FILESYSTEMS = frozenset({"9p", "cifs", "drvfs", "fuse.sshfs", "nfs", "nfs4", "smb3", "virtiofs"})
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -125,6 +127,11 @@ class Disk:
     free_bytes: int
     total_bytes: int
     filesystem: str = ""
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the files are on another system, or on the one that this one is a guest of."""
+        return self.filesystem in _REMOTE_FILESYSTEMS
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ _SLOW_DISK_BYTES_PER_S = 0.6e9  # SATA's maximum
 _LITTLE_RAM_BYTES, _LITTLE_DISK_BYTES = 8 * GIB, 10 * GIB
 # CUDA 13 dropped Volta and older cards.
 _CUDA_WITHOUT_VOLTA, _TURING = 13, 7.5
-_REMOTE_FILESYSTEMS = {"9p", "drvfs", "nfs", "nfs4", "cifs", "smb3", "virtiofs", "fuse.sshfs"}
 _IN_MEMORY = {"tmpfs", "ramfs"}
 
 
@@ -212,7 +211,7 @@ def _disk(hardware: Hardware) -> Verdict:
     if disk.filesystem in _IN_MEMORY:
         hint = "this folder is in memory, so its files take RAM twice; set SPECCHAT_CACHE_DIR to a folder on disk"
         return Verdict("warn", "disk", text, hint, share)
-    if disk.filesystem in _REMOTE_FILESYSTEMS:
+    if disk.is_remote:
         return Verdict("warn", "disk", text, "this disk is not local; set SPECCHAT_CACHE_DIR to a local folder", share)
     if disk.free_bytes < _LITTLE_DISK_BYTES:
         return Verdict(

@@ -10,7 +10,7 @@ from specchat.loading.locate import Models
 from specchat.loading.planning import make_smaller_plan
 from specchat.loading.request import ModelRequest, Reporter
 from specchat.models.checkpoint.generation_config import GenerationDefaults
-from specchat.records.model import QUANTIZED, ModelSource
+from specchat.records.model import LOWER_QUANTS, ModelSource
 from specchat.records.plan import Plan
 
 if TYPE_CHECKING:
@@ -97,13 +97,14 @@ def _opened(
     target: ModelSource, draft: ModelSource | None, plan: Plan
 ) -> "Iterator[tuple[ModelWeights, ModelWeights | None]]":
     """Open the weights of both models; after an error they are closed again."""
+    from specchat.engine.attention import tree_attention
     from specchat.models.weights.open import open_weights
 
     with ExitStack() as undo:
-        weights = undo.enter_context(open_weights(target, plan.work.dtype, plan.quant))
+        weights = undo.enter_context(open_weights(target, plan.work.dtype, plan.quant, tree_attention))
         draft_weights = None
         if draft is not None:
-            draft_weights = undo.enter_context(open_weights(draft, plan.work.dtype, plan.draft_quant))
+            draft_weights = undo.enter_context(open_weights(draft, plan.work.dtype, plan.draft_quant, tree_attention))
         yield weights, draft_weights
         undo.pop_all()
 
@@ -111,9 +112,9 @@ def _opened(
 def _packs(
     weights: "ModelWeights", draft_weights: "ModelWeights | None", plan: Plan, reporter: Reporter
 ) -> "tuple[Pack | None, Pack | None]":
-    is_packed = plan.placement.streamed or plan.quant in QUANTIZED
+    is_packed = plan.placement.streamed or plan.quant in LOWER_QUANTS
     pack = _packed(weights, plan.quant, reporter) if is_packed else None
-    if draft_weights is None or plan.draft_quant not in QUANTIZED:
+    if draft_weights is None or plan.draft_quant not in LOWER_QUANTS:
         return pack, None
     return pack, _packed(draft_weights, plan.draft_quant, reporter)
 
@@ -130,7 +131,7 @@ def stop_ids(defaults: GenerationDefaults, tokenizer: "Tokenizer") -> frozenset[
 def _packed(weights: "ModelWeights", quant: str, reporter: Reporter) -> "Pack | None":
     from specchat.models.packs.prepare import prepare
 
-    what = f"{'quantizing' if quant in QUANTIZED else 'repacking'} {weights.source.name}"
+    what = f"{'quantizing' if quant in LOWER_QUANTS else 'repacking'} {weights.source.name}"
     with reporter.moving(what) as update:
         return prepare(weights, progress=lambda at: update(at.bytes_done, at.bytes_total), warn=reporter.warn)
 

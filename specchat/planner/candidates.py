@@ -21,14 +21,14 @@ from specchat.planner.memory import (
     lookup_bytes,
 )
 from specchat.planner.placement import TierSizes, among, interleaved, placement_options, usable_ram
-from specchat.planner.request import EXACT_BYTES, LOWER_QUANTS, PlanInputs, PlanRequest
-from specchat.records.model import DTYPE_BYTES, Dtype, ModelSpec
+from specchat.planner.request import EXACT_BYTES, PlanInputs, PlanRequest
+from specchat.records.model import DTYPE_BYTES, LOWER_QUANTS, Dtype, ModelSpec
 from specchat.records.plan import Placement, Plan, PlanChoices, Workload
 from specchat.units import GIB, MIB, format_bytes
 
 DEFAULT_CTX = 8192
 _LEAST_CTX = 512
-# The most nodes of a tree whose size follows what its nodes pay (engine/growth.py), the usual one first. A GPU computes
+# The most nodes of a tree whose size follows what its nodes pay (engine/drafting), the usual one first. A GPU computes
 # hundreds of rows while a layer is on its way; on two CPU cores 128 rows take longer than the disk.
 TREE_BUDGETS = {"cpu": (128, 64, 32, 16), "cuda": (256, 512, 128, 64, 32)}
 CHUNK_ROWS = 512

@@ -9,28 +9,30 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from specchat.models.sizes.geometry import dequantize_bytes, layer_sizes
-from specchat.records.limits import HEAD_BLOCK_ROWS, NOISE_ROWS, NUM_READERS, READ_WINDOW_BYTES, draft_width
+from specchat.records.limits import (
+    DRAFT_BRANCH,
+    DRAWING_BYTES,
+    HEAD_BLOCK_ROWS,
+    NOISE_ROWS,
+    NUM_READERS,
+    PATH_BYTES,
+    PROCESSING_BYTES,
+    READ_WINDOW_BYTES,
+    WEIGHING_COPIES,
+    draft_width,
+    padded_rows,
+)
 from specchat.records.model import DTYPE_BYTES, Activations, Dtype, ModelSpec, RowCost
 from specchat.records.plan import LedgerItem, Placement, Plan, Workload
 
 # What a process holds that has imported torch and transformers and checked a model; measured with builds for CPUs.
 RUNTIME_BYTES = 400 * 2**20
 
-_ROW_ALIGNMENT = 16
 _CHUNK_STEP = 64
 _RESERVE = "library reserve"
 MAPPED_EMBEDDINGS = "embeddings in the page cache"
 _INDEX_BYTES = 8  # token ids and positions are int64
 _FLOAT_BYTES = 4  # scores are float32, whatever the model computes in
-
-# One row of scores on its way through the processors: sorted with its indices, softmax, sums, masks; at most.
-_PROCESSING_BYTES = 48
-# Making one row of noise: 64-bit integers and doubles, a few at a time.
-_DRAWING_BYTES = 48
-# The draft's scores turn into weights of paths: scaled, noise, sum, scaled, log-softmax; scores themselves apart.
-_WEIGHING_COPIES = 4
-# Paths of a growing tree: five numbers each, while the best are chosen among old ones and new children.
-_PATH_BYTES, _BRANCH = 120, 16
 
 
 def build_ledger(
@@ -203,11 +205,7 @@ def _other_bytes(spec: ModelSpec, dtype: Dtype) -> int:
 
 
 def _kv_bytes(spec: ModelSpec, dtype: Dtype, rows: int) -> int:
-    return _padded(rows) * spec.kv_numbers_per_row * DTYPE_BYTES[dtype]
-
-
-def _padded(rows: int) -> int:
-    return -(-rows // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+    return padded_rows(rows) * spec.kv_numbers_per_row * DTYPE_BYTES[dtype]
 
 
 # --- workspaces --------------------------------------------------------------------------------------------------
@@ -252,7 +250,7 @@ def _workspaces(target: ModelSpec, draft: ModelSpec | None, work: Workload) -> l
 def _pass(spec: ModelSpec, work: Workload, rows: int, keys: int) -> _Pass:
     """A pass of so many new rows, at the end of which the cache has so many keys."""
     element, costs = DTYPE_BYTES[work.dtype], _activations(spec, work.dtype)
-    chunk, keys = min(rows, work.chunk_rows), _padded(keys)
+    chunk, keys = min(rows, work.chunk_rows), padded_rows(keys)
     hidden = rows * spec.hidden_size * element
     masks = costs.num_masks * chunk * keys * element
     indices = 2 * _INDEX_BYTES * rows
@@ -275,7 +273,7 @@ def _head_bytes(spec: ModelSpec, work: Workload, rows: int) -> int:
 
 def _walking_bytes(target: ModelSpec, work: Workload) -> int:
     """One block of scores, and one row of them on its way through the processors."""
-    processing = _PROCESSING_BYTES * target.vocab_size + 2 * _INDEX_BYTES * work.ctx
+    processing = PROCESSING_BYTES * target.vocab_size + 2 * _INDEX_BYTES * work.ctx
     return _head_bytes(target, work, work.head_rows) + processing
 
 
@@ -284,14 +282,14 @@ def _drafting_bytes(draft: ModelSpec, work: Workload, *, reading: int) -> int:
     width = draft_width(work.tree_budget)
     read = _pass(draft, work, reading, work.ctx).total + _head_bytes(draft, work, 1)
     keys = work.ctx + work.draft_rows
-    scoring = _head_bytes(draft, work, width) + _WEIGHING_COPIES * width * draft.vocab_size * _FLOAT_BYTES
+    scoring = _head_bytes(draft, work, width) + WEIGHING_COPIES * width * draft.vocab_size * _FLOAT_BYTES
     grown = max(_pass(draft, work, width, keys).total, scoring)
-    paths = _PATH_BYTES * (work.tree_budget + width * _BRANCH)
+    paths = PATH_BYTES * (work.tree_budget + width * DRAFT_BRANCH)
     return max(read, grown + paths + work.draft_rows * (2 * width + work.draft_rows + 2 * _INDEX_BYTES))
 
 
 def _noise_bytes(target: ModelSpec, rows: int) -> int:
-    return target.vocab_size * (rows * _FLOAT_BYTES + _INDEX_BYTES + _DRAWING_BYTES)
+    return target.vocab_size * (rows * _FLOAT_BYTES + _INDEX_BYTES + DRAWING_BYTES)
 
 
 def _most(costs: Iterable[RowCost], rows: int, keys: int) -> int:

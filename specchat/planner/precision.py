@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from specchat.hardware.machine import Machine
 from specchat.models.sizes.geometry import weight_bytes
 from specchat.planner.candidates import Candidates, dtype_for
-from specchat.planner.request import EXACT_BYTES, LOWER_QUANTS, PlanInputs, PlanRequest
+from specchat.planner.request import EXACT_BYTES, PlanInputs, PlanRequest
 from specchat.planner.statistics import Statistics
-from specchat.records.model import DTYPE_BYTES, ModelSpec, Quant
+from specchat.records.model import DTYPE_BYTES, LOWER_QUANTS, ModelSpec, Quant
 
 # int8 loses nothing that could be measured (perplexity +0.00%), but it is not the original: it has to be worth it.
 LOWERED_IF_FASTER_BY = 1.3

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from specchat.hardware.machine import Gpu, Hardware, Machine, MatmulRate, Measured
+from specchat.records.limits import MATMUL_ROWS
 from specchat.records.model import DTYPE_BYTES, Dtype
 from specchat.units import GIB
 
@@ -23,7 +24,6 @@ _UNKNOWN_PCIE = (3, 16)  # what half of the cards in use have at least
 _PAGEABLE_SHARE, _PAGEABLE_MOST = 0.5, 6e9
 _NVME_BYTES_PER_S = 2.5e9  # PCIe 3 x4 drives in large chunks
 _REMOTE_BYTES_PER_S = 2e8
-_REMOTE = frozenset({"9p", "cifs", "smb3", "nfs", "nfs4", "drvfs", "fuse.sshfs"})
 
 # Of consumer cards, by compute capability: bytes/s and flop/s (16 bits, float32 sums) for each GiB of memory, from data
 # sheets (RTX 2080; 3060 and 3090; 4060 and 4090; 5070 and 5080; A100; H100): larger cards are faster in both.
@@ -56,8 +56,6 @@ _LAYER_S = 150e-6
 _CPU_LAYER_S = 650e-6
 # Core seconds to dequantize a weight on a CPU; measured on 2 cores (an 11008 x 4096 matrix: 7 and 2.8 ms).
 _DEQUANTIZE_CORE_S = {"int8": 3.1e-10, "int4": 1.2e-10}
-
-_TREE_ROWS = (1, 16, 64, 256, 512)
 
 
 @dataclass(frozen=True)
@@ -147,7 +145,7 @@ def _measured(per_s: float | None, otherwise: Rate | None) -> Rate | None:
 
 
 def _disk(hardware: Hardware) -> Rate:
-    if hardware.disk.filesystem in _REMOTE:
+    if hardware.disk.is_remote:
         return Rate(_REMOTE_BYTES_PER_S, "guessed")
     return Rate(_NVME_BYTES_PER_S, "guessed")
 
@@ -218,5 +216,6 @@ def _pcie(gpu: Gpu | None) -> Rate:
 def _roofline(bytes_per_s: float, flop_per_s: float, dtype: Dtype) -> tuple[MatmulRate, ...]:
     """Products with a large matrix: bound by reading it for few rows, by arithmetic for many."""
     return tuple(
-        MatmulRate(rows, 2 * rows / max(DTYPE_BYTES[dtype] / bytes_per_s, 2 * rows / flop_per_s)) for rows in _TREE_ROWS
+        MatmulRate(rows, 2 * rows / max(DTYPE_BYTES[dtype] / bytes_per_s, 2 * rows / flop_per_s))
+        for rows in MATMUL_ROWS
     )

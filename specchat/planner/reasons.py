@@ -6,8 +6,8 @@ from specchat.planner.candidates import Candidate, Candidates, preference, usual
 from specchat.planner.cost import Prediction
 from specchat.planner.explain import Alternative, Choice
 from specchat.planner.precision import Precision
-from specchat.planner.request import EXACT_BYTES, LOWER_QUANTS, PlanInputs, PlanRequest
-from specchat.records.model import DTYPE_BYTES, ModelSpec
+from specchat.planner.request import EXACT_BYTES, PlanInputs, PlanRequest
+from specchat.records.model import DTYPE_BYTES, LOWER_QUANTS, ModelSpec
 from specchat.units import format_bytes
 
 _Otherwise = Callable[[Callable[[Candidate], bool], Callable[[Candidate], str]], Alternative | None]

@@ -16,7 +16,7 @@ from specchat.planner.precision import lower_quants
 from specchat.planner.rates import Rates
 from specchat.planner.request import PlanInputs, PlanRequest
 from specchat.planner.search import choose_quickly
-from specchat.records.model import ModelSource, ModelSpec, Quant
+from specchat.records.model import ModelSource, ModelSpec, own_quant
 from specchat.records.plan import Plan
 
 ANYTHING = PlanRequest(ModelSource("", Path()), None, draft_is_open=True)
@@ -181,7 +181,7 @@ def _checkpoint_bytes(model: KnownModel) -> int:
 
 def _copy_bytes(model: KnownModel, plan: Plan) -> int:
     """Of the weights as they are streamed, or quantized; a model that stays whole and as it is needs none."""
-    quant: Quant = "int8" if plan.quant == "int8" else "int4" if plan.quant == "int4" else "none"
+    quant = own_quant(plan.quant)
     if quant == "none" and not plan.placement.streamed:
         return 0
     return weight_bytes(known_spec(model.id, quant), plan.work.dtype)

@@ -11,8 +11,6 @@ from specchat.records.model import ModelSource, ModelSpec, Quant
 from specchat.records.plan import PlanChoices
 from specchat.units import MIB
 
-# What full precision may be lowered to, the better one first.
-LOWER_QUANTS: tuple[Quant, ...] = ("int8", "int4")
 # Up to this size full precision costs nothing that a user would notice, and is exact to the token.
 EXACT_BYTES = 64 * MIB
 

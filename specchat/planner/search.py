@@ -9,8 +9,8 @@ from specchat.planner.cost import Prediction
 from specchat.planner.explain import ExplainedPlan
 from specchat.planner.precision import choose_quant
 from specchat.planner.reasons import explain_choices
-from specchat.planner.request import LOWER_QUANTS, PlanInputs, PlanRequest
-from specchat.records.model import Quant
+from specchat.planner.request import PlanInputs, PlanRequest
+from specchat.records.model import QUANTS, Quant
 from specchat.records.plan import Plan
 from specchat.units import format_bytes
 
@@ -83,4 +83,4 @@ def smaller_plan(request: PlanRequest, inputs: PlanInputs, plan: Plan) -> Plan:
 
 def _as_planned(planned: str, asked: Literal["auto"] | Quant) -> Literal["auto"] | Quant:
     """The plan's precision: what there is less memory for must not be answered in another."""
-    return next((quant for quant in ("none", *LOWER_QUANTS) if quant == planned), asked)
+    return next((quant for quant in QUANTS if quant == planned), asked)

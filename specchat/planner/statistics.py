@@ -22,8 +22,6 @@ _FILE = "statistics.json"
 _ENOUGH_STEPS = 30
 _MOST_STEPS = 2000
 _MOST_PLANS = 200
-# Classes of temperature that earlier versions told apart, and what they are now.
-_OLD_CLASSES = {"mild": "sampled", "hot": "sampled"}
 
 
 @dataclass(frozen=True)
@@ -55,8 +53,7 @@ class Statistics:
 
     Attributes:
         pairs: by target, draft and class of temperature (greedy, sampled): steps with a tree, by the tree's size class.
-        plans: by `plan_key` and class of temperature: steps that read nothing but the last token; by the key alone what
-            earlier versions kept, who did not tell the classes apart.
+        plans: by `plan_key`: steps that read nothing but the last token.
     """
 
     pairs: Mapping[str, Mapping[str, Tally]] = field(default_factory=dict)
@@ -86,10 +83,8 @@ class Statistics:
             prediction: of its speed.
             samples: whether answers are drawn.
         """
-        keys = _plan_key(plan, samples=samples), plan_key(plan)
-        enough = (self.plans[key] for key in keys if key in self.plans and self.plans[key].steps >= _ENOUGH_STEPS)
-        tally = next(enough, None)
-        if tally is None:
+        tally = self.plans.get(plan_key(plan, samples=samples))
+        if tally is None or tally.steps < _ENOUGH_STEPS:
             return prediction
         return replace(
             prediction,
@@ -101,8 +96,8 @@ class Statistics:
         )
 
 
-def plan_key(plan: Plan) -> str:
-    """A name for everything about a plan that its speed depends on."""
+def plan_key(plan: Plan, *, samples: bool) -> str:
+    """Return a name for everything that the speed of a plan depends on, with the class of temperature."""
     facts = [
         *(plan.target, plan.draft, plan.quant, plan.draft_quant, plan.work.device, plan.work.dtype),
         *(
@@ -113,7 +108,7 @@ def plan_key(plan: Plan) -> str:
             list(plan.placement.in_ram),
         ),
     ]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    return f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]} {_class_of(samples=samples)}"
 
 
 def load(folder: Path, warn: Callable[[str], None] = lambda _: None) -> Statistics:
@@ -128,7 +123,8 @@ def load(folder: Path, warn: Callable[[str], None] = lambda _: None) -> Statisti
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["version"] != _VERSION:
             return Statistics()
-        return Statistics(_pairs(values["pairs"]), {key: _tally(row) for key, row in values["plans"].items()})
+        pairs = {key: _tallies(rows) for key, rows in values["pairs"].items()}
+        return Statistics(pairs, _tallies(values["plans"]))
     except FileNotFoundError:
         return Statistics()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -155,7 +151,7 @@ def record(folder: Path, plan: Plan, temperature: float, steps: Iterable[Step]) 
                 size = str(step.tree_nodes.bit_length())
                 rows[size] = rows.get(size, Tally()).faded().plus(_one(step))
         pairs[key] = rows
-    key = _plan_key(plan, samples=temperature > 0)
+    key = plan_key(plan, samples=temperature > 0)
     tally = plans.pop(key, Tally())  # the last one used stands last
     for step in found:
         if step.token_ids and step.new_rows == 1:
@@ -179,19 +175,8 @@ def _pair_key(target: str, draft: str, *, samples: bool) -> str:
     return f"{target} {draft} {_class_of(samples=samples)}"
 
 
-def _plan_key(plan: Plan, *, samples: bool) -> str:
-    return f"{plan_key(plan)} {_class_of(samples=samples)}"
-
-
-def _pairs(values: Mapping[str, Mapping[str, list[float]]]) -> dict[str, dict[str, Tally]]:
-    """By the classes there are now: those of earlier versions are added up."""
-    pairs: dict[str, dict[str, Tally]] = {}
-    for key, rows in values.items():
-        names, _, last = key.rpartition(" ")
-        kept = pairs.setdefault(f"{names} {_OLD_CLASSES.get(last, last)}", {})
-        for size, row in rows.items():
-            kept[size] = kept.get(size, Tally()).plus(_tally(row))
-    return pairs
+def _tallies(rows: Mapping[str, list[float]]) -> dict[str, Tally]:
+    return {key: _tally(row) for key, row in rows.items()}
 
 
 def _tally(row: list[float]) -> Tally:

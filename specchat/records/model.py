@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 Dtype = Literal["bf16", "fp16", "fp32"]
 
@@ -16,10 +16,17 @@ Tier = Literal["device", "ram", "disk"]
 
 # What specchat makes of full-precision weights. Checkpoints that come quantized have names of their own ("gptq int4").
 Quant = Literal["none", "int8", "int4"]
-QUANTIZED: tuple[Quant, ...] = ("int8", "int4")
+QUANTS: tuple[Quant, ...] = get_args(Quant)
+# What full precision may be lowered to, the better one first.
+LOWER_QUANTS: tuple[Quant, ...] = tuple(quant for quant in QUANTS if quant != "none")
 
 
 DTYPE_BYTES: dict[Dtype, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+def own_quant(name: str) -> Quant:
+    """Return what specchat makes of a model that a plan has as `name`; models that come quantized stay as they are."""
+    return next((quant for quant in QUANTS if quant == name), "none")
 
 
 @dataclass(frozen=True)

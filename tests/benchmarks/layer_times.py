@@ -21,7 +21,7 @@ from specchat.loading import planning
 from specchat.loading.engine import make_packs
 from specchat.loading.libraries import prepare_libraries
 from specchat.loading.locate import locate_models, parse_models
-from specchat.models.checkpoint.dtypes import TORCH_DTYPE
+from specchat.models.checkpoint.dtypes import torch_dtype
 from specchat.models.sizes.describe import describe
 from specchat.paths import cache_folder
 from specchat.planner.cost import DEMO_ACCEPTANCE, CostModel
@@ -62,7 +62,7 @@ def measure(name: str, rates: Rates) -> None:
     resident = TierSizes(spec.num_layers, 0, 0, 0, 0, 0)
     model = load_model(
         models.target,
-        dtype=TORCH_DTYPE[plan.work.dtype],
+        dtype=torch_dtype(plan.work.dtype),
         device=torch.device("cpu"),
         cache_rows=CONTEXT + max(ROWS),
         chunk_rows=max(ROWS),

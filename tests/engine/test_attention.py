@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from specchat.engine.attention import RowLayout, RowMask, tree_attention
-from specchat.engine.kv_cache import padded_rows
 from specchat.engine.tree import ROOT, TokenTree
+from specchat.records.limits import padded_rows
 
 WINDOW = 4
 

@@ -18,6 +18,7 @@ from support.loading import changed, load_engine, load_model, prepare
 from support.tiny_models import VOCAB, make_config, perturbed, random_model, save
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from specchat.engine.attention import tree_attention
 from specchat.engine.kv_cache import TreeCache
 from specchat.engine.model import TreeModel
 from specchat.engine.streaming.base import NoStreamer
@@ -129,7 +130,7 @@ def test_embeddings_that_the_head_shares_are_not_for_lookups_alone():
 
 def divided_model(architecture: str, *, looks_up_on_host: bool = True) -> TreeModel:
     """Weights without numbers: embeddings on the host, everything else on the device."""
-    skeleton = build_skeleton(make_config(architecture), torch.bfloat16)
+    skeleton = build_skeleton(make_config(architecture), torch.bfloat16, tree_attention)
     embeddings = lookup_embeddings(skeleton)
     for module in skeleton.model.modules():
         place = CPU if module is embeddings else DEVICE

@@ -14,9 +14,10 @@ from support.loading import load_model
 from support.tiny_models import VOCAB, make_config, random_model, save
 
 from specchat.engine.attention import RowLayout
-from specchat.engine.kv_cache import TreeCache, padded_rows
+from specchat.engine.kv_cache import TreeCache
 from specchat.engine.model import TreeModel
 from specchat.engine.tree import ROOT, TokenTree
+from specchat.records.limits import padded_rows
 from specchat.records.model import KvShape, ModelSource
 
 CPU = torch.device("cpu")

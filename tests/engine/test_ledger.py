@@ -140,7 +140,7 @@ def check_ledger(case: Case, target: ModelSource, draft: ModelSource, quant: Qua
 
 
 # What the target's matrices are stored in; the draft is plain, or int8 beside int4.
-QUANTIZED: dict[str, Kind | None] = {
+LOWER_QUANTS: dict[str, Kind | None] = {
     "int8": None,
     "int4": None,
     "gptq": gptq(act_order=True),
@@ -171,7 +171,7 @@ def test_ledger_and_memory_of_quantized_targets(quant: str, case: Case, tmp_path
     config.num_hidden_layers = 3
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:3]
-    dense, kind = random_model(config), QUANTIZED[quant]
+    dense, kind = random_model(config), LOWER_QUANTS[quant]
     draft = save(perturbed(dense, 0.05), tmp_path / "draft")
     if kind is None:
         target = save(dense, tmp_path / "target")

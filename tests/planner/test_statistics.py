@@ -48,7 +48,7 @@ def test_a_plan_is_known_by_what_it_has_achieved(tmp_path):
     found = load(tmp_path).corrected(PLAN, CHOSEN.prediction, samples=False)
     assert (found.pass_s, found.tok_per_s, found.basis) == (pytest.approx(0.4), pytest.approx(10), "measured")
     other = changed(PLAN, slots=3)
-    assert plan_key(other) != plan_key(PLAN)
+    assert plan_key(other, samples=False) != plan_key(PLAN, samples=False)
     assert load(tmp_path).corrected(other, CHOSEN.prediction, samples=False) is CHOSEN.prediction
 
 
@@ -65,27 +65,6 @@ def test_greedy_answers_say_nothing_of_sampled_ones(tmp_path):
         assert (found.tokens_per_step, found.tok_per_s) == (pytest.approx(tokens), pytest.approx(tok_per_s))
 
 
-def test_what_earlier_versions_kept_still_counts(tmp_path):
-    """They told three classes of temperature apart for pairs, and none for plans."""
-    tally = [40.0, 40 * 63.0, 40 * 6.0, 16.0]
-    pairs = {"demo demo draft greedy": {"6": [40.0, 40 * 63.0, 40 * 3.0, 16.0]}}
-    pairs |= {"demo demo draft mild": {"6": [20.0, 20 * 63.0, 20 * 5.0, 8.0]}, "demo demo draft hot": {"6": tally}}
-    old = {"version": 1, "pairs": pairs, "plans": {plan_key(PLAN): tally}}
-    (tmp_path / "statistics.json").write_text(json.dumps(old))
-    statistics = load(tmp_path, pytest.fail)
-    seen = {
-        samples: statistics.acceptance("demo", "demo draft", TYPICAL_ACCEPTANCE, samples=samples).tokens_per_step(63)
-        for samples in (False, True)
-    }
-    assert seen == {False: pytest.approx(3), True: pytest.approx((20 * 5 + 40 * 6) / 60)}
-    assert all(statistics.corrected(PLAN, CHOSEN.prediction, samples=each).tok_per_s == 15 for each in (False, True))
-    record(tmp_path, PLAN, 0.7, [step(2, seconds=0.1)] * 40)
-    later = load(tmp_path, pytest.fail)
-    assert later.corrected(PLAN, CHOSEN.prediction, samples=True).tok_per_s == pytest.approx(20), "its own say more"
-    assert later.corrected(PLAN, CHOSEN.prediction, samples=False).tok_per_s == 15
-    assert later.pairs["demo demo draft sampled"]["6"].steps == 100
-
-
 def test_what_says_nothing_does_not_count(tmp_path):
     """Interrupted steps, and the last one of an answer that was cut to its length."""
     record(tmp_path, PLAN, 0.0, [step(0), step(1, finish_reason="length")])
@@ -100,8 +79,8 @@ def test_old_chats_are_forgotten(tmp_path):
     for slots in range(300):
         record(tmp_path, changed(PLAN, slots=slots), 0.0, [step()])
     plans = load(tmp_path).plans
-    assert len(plans) == 200 and f"{plan_key(changed(PLAN, slots=299))} greedy" in plans
-    assert f"{plan_key(PLAN)} greedy" not in plans
+    assert len(plans) == 200 and plan_key(changed(PLAN, slots=299), samples=False) in plans
+    assert plan_key(PLAN, samples=False) not in plans
 
 
 @pytest.mark.parametrize(
@@ -121,7 +100,7 @@ def test_impossible_sums_are_damage(tmp_path):
     record(tmp_path, PLAN, 0.0, [step()])
     file = tmp_path / "statistics.json"
     values = json.loads(file.read_text())
-    values["plans"][f"{plan_key(PLAN)} greedy"][3] = -1.0
+    values["plans"][plan_key(PLAN, samples=False)][3] = -1.0
     file.write_text(json.dumps(values))
     warnings: list[str] = []
     assert load(tmp_path, warnings.append) == Statistics() and warnings
@@ -141,7 +120,8 @@ def test_what_was_not_chosen_is_held_against_what_the_choice_achieved():
     request = plan_request(demo_source("target"), demo_source("draft"), draft_is_open=True)
     first = choose_plan(request, known)
     slow = Tally(steps=100, nodes=6400, tokens=200, seconds=200 / first.prediction.tok_per_s * 4)
-    then = choose_plan(request, replace(known, statistics=Statistics(plans={plan_key(first.plan): slow})))
+    slower = Statistics(plans={plan_key(first.plan, samples=False): slow})
+    then = choose_plan(request, replace(known, statistics=slower))
     assert then.plan == first.plan
     assert then.prediction.tok_per_s == pytest.approx(first.prediction.tok_per_s / 4)
     others = [(a.alternative, b.alternative) for a, b in zip(first.choices, then.choices, strict=True) if a.alternative]

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from specchat.engine import loading
+from specchat.engine.attention import tree_attention
 from specchat.engine.engine import Engine
 from specchat.engine.model import TreeModel
 from specchat.loading.engine import open_engine
 from specchat.loading.request import ModelRequest
-from specchat.models.checkpoint.dtypes import TORCH_DTYPE
+from specchat.models.checkpoint.dtypes import short_name
 from specchat.models.checkpoint.safetensors import Checkpoint
 from specchat.models.hf.skeleton import Skeleton
 from specchat.models.packs.pack import Pack
@@ -28,7 +29,12 @@ from specchat.records.model import Dtype, ModelSource
 from specchat.records.plan import Placement, Plan, PlanChoices, Workload
 
 CPU = torch.device("cpu")
-_DTYPES: dict[torch.dtype, Dtype] = {value: name for name, value in TORCH_DTYPE.items()}
+
+
+def _short(dtype: torch.dtype) -> Dtype:
+    name = short_name(str(dtype))
+    assert name is not None
+    return name
 
 
 def load_model(
@@ -47,12 +53,12 @@ def load_model(
     warn: Callable[[str], None] = lambda _: None,
 ) -> TreeModel:
     """A model by itself; all layers are resident unless it is said which."""
-    weights = open_weights(source, _DTYPES[dtype], quant)
+    weights = open_weights(source, _short(dtype), quant, tree_attention)
     num_layers = len(weights.skeleton.layers)
     stays = tuple(range(num_layers)) if resident is None else tuple(resident)
     in_ram = tuple(index for index in in_ram if index not in stays and index < num_layers)
     work = Workload(
-        str(device), _DTYPES[dtype], cache_rows, 0, 0, chunk_rows=chunk_rows, host_embeddings=host_embeddings
+        str(device), _short(dtype), cache_rows, 0, 0, chunk_rows=chunk_rows, host_embeddings=host_embeddings
     )
     placement = Placement(num_layers, stays, in_ram, num_slots)
     return loading.load_model(weights, work, placement, cache_rows=cache_rows, pack=pack, warn=warn)
@@ -72,13 +78,13 @@ def load_engine(
 
 def prepare(source: ModelSource, dtype: Dtype, quant: str = "none", **reports: Any) -> Pack | None:
     """The pack of a model; None if its own files are streamed."""
-    with open_weights(source, dtype, quant) as weights:
+    with open_weights(source, dtype, quant, tree_attention) as weights:
         return prepare_weights(weights, **reports)
 
 
 def opened(skeleton: Skeleton, checkpoint: Checkpoint, recipe: Recipe | None = None) -> ModelWeights:
     """Weights of a skeleton that a test has built."""
-    dtype = _DTYPES[next(skeleton.model.parameters()).dtype]
+    dtype = _short(next(skeleton.model.parameters()).dtype)
     source = ModelSource("a model", checkpoint.folder)
     return ModelWeights(source, dtype, skeleton, checkpoint, recipe, open_reader(skeleton, checkpoint, recipe))
 

@@ -65,7 +65,7 @@ class PackedModel:
         self.pack: Pack = pack
         self.source = source
         config = load_config(source.path)
-        self.skeleton = build_skeleton(config, torch.float32, attention="eager")
+        self.skeleton = build_skeleton(config, torch.float32)
         self.layouts = [LayerLayout.of(layer) for layer in self.skeleton.layers]
         self.blobs = [torch.zeros(layout.nbytes, dtype=torch.uint8) for layout in self.layouts]
         with self.reader() as reader:

@@ -23,7 +23,7 @@ from specchat.engine.drafting.policy import Growth
 from specchat.engine.model import TreeModel
 from specchat.engine.sampling import Sampler
 from specchat.engine.tree import ROOT, TokenTree, common_prefix
-from specchat.records.limits import draft_width
+from specchat.records.limits import DRAFT_BRANCH, draft_width
 
 # The softmax that turns a draft's scores into weights of paths. A draft's own probabilities say how likely a token is
 # in general; here they must say how likely it is the one the target takes, which is surer: sharper than 1 tells better.
@@ -166,7 +166,7 @@ class ModelDrafter:
         *,
         max_rows: int,
         max_context: int,
-        branch: int = 16,
+        branch: int = DRAFT_BRANCH,
         shared_noise: bool = True,
     ) -> None:
         self.models: Sequence[TreeModel] = (model,)

@@ -17,14 +17,13 @@ from torch import Tensor
 
 from specchat.engine.streaming.slots import is_small, page_aligned
 from specchat.errors import CorruptCheckpointError
-from specchat.hardware.disk import READ_THREADS
 from specchat.models.checkpoint.safetensors import TensorInfo
 from specchat.models.packs.file_format import bytes_of, disk_error, disk_errors
 from specchat.models.packs.pack import Pack
 from specchat.models.packs.verify import ChunkVerifier
 from specchat.models.weights.layout import LayerLayout
 from specchat.models.weights.reader import WeightReader
-from specchat.records.limits import NUM_READERS, READ_WINDOW_BYTES
+from specchat.records.limits import NUM_READERS, READ_THREADS, READ_WINDOW_BYTES
 
 _PAGE = 4096
 _DAMAGED_SHARD = "delete the file and download it again"

@@ -1,7 +1,91 @@
-"""Our names of number formats in torch's."""
+"""The dtypes of tensors: their names in safetensors, in torch and in specchat, and the bytes of a number.
 
-import torch
+Only the functions that return torch's dtypes import torch.
+"""
 
-from specchat.records.model import Dtype
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
 
-TORCH_DTYPE: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+from specchat.records.model import DTYPE_BYTES, Dtype
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class StoredDtype:
+    """A dtype that specchat reads.
+
+    Attributes:
+        torch_name: its name in torch and in config.json.
+        nbytes: bytes of a number.
+        short: specchat's own name, of those that it computes in.
+    """
+
+    torch_name: str
+    nbytes: int
+    short: Dtype | None = None
+
+
+def _computed(torch_name: str, short: Dtype) -> StoredDtype:
+    return StoredDtype(torch_name, DTYPE_BYTES[short], short)
+
+
+# By safetensors' name.
+STORED_DTYPES: Mapping[str, StoredDtype] = {
+    "F64": StoredDtype("float64", 8),
+    "F32": _computed("float32", "fp32"),
+    "F16": _computed("float16", "fp16"),
+    "BF16": _computed("bfloat16", "bf16"),
+    "F8_E4M3": StoredDtype("float8_e4m3fn", 1),
+    "F8_E5M2": StoredDtype("float8_e5m2", 1),
+    "I64": StoredDtype("int64", 8),
+    "I32": StoredDtype("int32", 4),
+    "I16": StoredDtype("int16", 2),
+    "I8": StoredDtype("int8", 1),
+    "U8": StoredDtype("uint8", 1),
+    "BOOL": StoredDtype("bool", 1),
+}
+# Sound in a file, but nothing that specchat runs stores its weights so.
+UNREAD_DTYPES = frozenset(
+    {"U16", "U32", "U64", "C64", "F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
+)
+
+_COMPUTED = {stored.short: stored for stored in STORED_DTYPES.values() if stored.short is not None}
+_SHORT = {stored.torch_name: short for short, stored in _COMPUTED.items()}
+
+
+def torch_name(dtype: Dtype) -> str:
+    """Return the name of a compute dtype as torch and config.json have it."""
+    return _COMPUTED[dtype].torch_name
+
+
+def short_name(name: str) -> Dtype | None:
+    """Return specchat's name of a dtype by torch's; None for one that nothing is computed in."""
+    return _SHORT.get(name.removeprefix("torch."))
+
+
+def torch_dtype(dtype: Dtype) -> "torch.dtype":
+    """Return torch's dtype for a compute dtype."""
+    return _in_torch(torch_name(dtype))
+
+
+def stored_torch_dtype(name: str) -> "torch.dtype":
+    """Return torch's dtype by safetensors' name."""
+    return _in_torch(STORED_DTYPES[name].torch_name)
+
+
+def stored_name(dtype: "torch.dtype") -> str:
+    """Return safetensors' name of a dtype."""
+    return next(name for name, stored in STORED_DTYPES.items() if f"torch.{stored.torch_name}" == str(dtype))
+
+
+@cache
+def _in_torch(name: str) -> "torch.dtype":
+    import torch
+
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype

@@ -2,17 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from specchat.errors import (
     CorruptCheckpointError,
     ModelError,
     ModelNotFoundError,
 )
-
-if TYPE_CHECKING:
-    pass
-
 
 LFS_MAGIC = b"version https://git-lfs"
 REDOWNLOAD = "delete the file and download it again"

@@ -15,8 +15,9 @@ from specchat.units import MIB
 
 if TYPE_CHECKING:
     import torch
+from specchat.models.checkpoint.dtypes import STORED_DTYPES, stored_torch_dtype
 from specchat.models.checkpoint.json_file import fail_to_read
-from specchat.models.checkpoint.safetensors import SAFETENSORS_DTYPES, Checkpoint, TensorInfo, fail_truncated
+from specchat.models.checkpoint.safetensors import Checkpoint, TensorInfo, fail_truncated
 
 
 class TensorReader(Closeable):
@@ -59,7 +60,7 @@ class TensorReader(Closeable):
         import torch
 
         info = self._find(key)
-        out = torch.empty(info.shape, dtype=_torch_dtype(info), device="cpu")
+        out = torch.empty(info.shape, dtype=stored_torch_dtype(info.dtype), device="cpu")
         self.read_into(key, out)
         return out
 
@@ -74,7 +75,7 @@ class TensorReader(Closeable):
         import torch
 
         info = self._find(key)
-        dtype, file_bytes = _torch_dtype(info), os.fstat(self._fd(info.file)).st_size
+        dtype, file_bytes = stored_torch_dtype(info.dtype), os.fstat(self._fd(info.file)).st_size
         if info.offset % dtype.itemsize:
             return self.read(key)
         if file_bytes < info.offset + info.nbytes:
@@ -104,7 +105,7 @@ class TensorReader(Closeable):
                 hint="config.json and the weights do not belong together: download both again",
             )
         out = out.detach()
-        if out.dtype == _torch_dtype(info) and out.device.type == "cpu" and out.is_contiguous():
+        if out.dtype == stored_torch_dtype(info.dtype) and out.device.type == "cpu" and out.is_contiguous():
             self._fill(info, 0, _bytes_of(out))
         else:
             self._convert(info, out)
@@ -120,7 +121,7 @@ class TensorReader(Closeable):
 
     def _convert(self, info: TensorInfo, out: "torch.Tensor") -> None:
         """Reads through the staging buffer: as many numbers at a time as it holds, cast and copied into `out`."""
-        width = SAFETENSORS_DTYPES[info.dtype][1]
+        width = STORED_DTYPES[info.dtype].nbytes
         step = self._staging_bytes // width
         done = 0  # bytes of the tensor
         for piece in _flat_pieces(out):
@@ -129,7 +130,7 @@ class TensorReader(Closeable):
                 raw = self._staging_view(part.numel() * width)
                 self._fill(info, done, _bytes_of(raw))
                 # Not asynchronous: the staging buffer is overwritten by the next round.
-                part.copy_(raw.view(_torch_dtype(info)))
+                part.copy_(raw.view(stored_torch_dtype(info.dtype)))
                 done += raw.numel()
 
     def _staging_view(self, num_bytes: int) -> "torch.Tensor":
@@ -162,14 +163,6 @@ class TensorReader(Closeable):
                 except OSError as exc:
                     fail_to_read(file, exc)
             return self._fds[file]
-
-
-def _torch_dtype(info: TensorInfo) -> "torch.dtype":
-    import torch
-
-    dtype = getattr(torch, SAFETENSORS_DTYPES[info.dtype][0])
-    assert isinstance(dtype, torch.dtype)
-    return dtype
 
 
 def _bytes_of(tensor: "torch.Tensor") -> memoryview:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from specchat.errors import (
     CorruptCheckpointError,
@@ -18,9 +18,7 @@ from specchat.errors import (
     PickledCheckpointError,
     UnsupportedModelError,
 )
-
-if TYPE_CHECKING:
-    pass
+from specchat.models.checkpoint.dtypes import STORED_DTYPES, UNREAD_DTYPES
 from specchat.models.checkpoint.json_file import (
     LFS_MAGIC,
     REDOWNLOAD,
@@ -34,25 +32,6 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MISTRAL_PREFIX = "consolidated"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-# safetensors' name -> torch's name and bytes per number.
-SAFETENSORS_DTYPES: dict[str, tuple[str, int]] = {
-    "F64": ("float64", 8),
-    "F32": ("float32", 4),
-    "F16": ("float16", 2),
-    "BF16": ("bfloat16", 2),
-    "F8_E4M3": ("float8_e4m3fn", 1),
-    "F8_E5M2": ("float8_e5m2", 1),
-    "I64": ("int64", 8),
-    "I32": ("int32", 4),
-    "I16": ("int16", 2),
-    "I8": ("int8", 1),
-    "U8": ("uint8", 1),
-    "BOOL": ("bool", 1),
-}
-# Sound in a file, but nothing that specchat runs stores its weights so.
-_UNREAD_DTYPES = frozenset(
-    {"U16", "U32", "U64", "C64", "F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
-)
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _SHARD_NAME = re.compile(r"(?P<stem>.*)-\d+-of-(?P<count>\d{1,6})\.safetensors")
@@ -237,14 +216,14 @@ def _parse_entry(file: Path, key: str, entry: object, data_start: int) -> Tensor
     dtype = str(entry.get("dtype"))
     shape = _counts(file, key, entry.get("shape"))
     offsets = _counts(file, key, entry.get("data_offsets"))
-    if dtype in _UNREAD_DTYPES:
+    if dtype in UNREAD_DTYPES:
         raise UnsupportedModelError(f"tensor {key!r} in {file} is stored as {dtype}, which specchat does not read")
-    if dtype not in SAFETENSORS_DTYPES:
+    if dtype not in STORED_DTYPES:
         _fail_on_header(file, f"tensor {key!r} has the unknown dtype {dtype!r}")
     if len(offsets) != 2:
         _fail_on_header(file, f"tensor {key!r} has the data offsets {list(offsets)}")
     begin, end = offsets
-    wanted = math.prod(shape) * SAFETENSORS_DTYPES[dtype][1]
+    wanted = math.prod(shape) * STORED_DTYPES[dtype].nbytes
     if end - begin != wanted:
         _fail_on_header(file, f"tensor {key!r} of {wanted} bytes is given {end - begin}")
     return TensorInfo(key, dtype, shape, file, data_start + begin, wanted)

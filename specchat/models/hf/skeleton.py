@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from specchat.errors import UnsupportedModelError
-from specchat.models.hf.attention import ATTENTION, register_masks
+from specchat.models.hf.attention import AttentionFunction, register_attention
 
 # Making a model on meta patches torch's Module for the whole process while it lasts, so a thread that sets parameters
 # meanwhile would lose them.
@@ -49,16 +49,23 @@ class Skeleton:
         return hidden
 
 
-def build_skeleton(config: Any, dtype: torch.dtype, attention: str = ATTENTION) -> Skeleton:
-    """The modules of `config` (with tree attention, unless only sizes matter); parameters on meta, buffers real."""
+def build_skeleton(config: Any, dtype: torch.dtype, attention: AttentionFunction | None = None) -> Skeleton:
+    """Build the modules of a configuration, with parameters on meta and real buffers.
+
+    Args:
+        config: the model's configuration, which stays as it is.
+        dtype: of the parameters.
+        attention: the function that the layers call; None for the architecture's own, where only sizes matter.
+    """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    register_masks(ATTENTION)
+    name = "eager" if attention is None else register_attention(attention)
+    config = copy.deepcopy(config)  # transformers writes dtype and attention into it, and modules go by it ever after
     if getattr(config, "output_router_logits", False):
         config.output_router_logits = False
     with modules_lock, init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=name)
     model.tie_weights()  # making parameters empty has untied them
     return skeleton_of(model.eval())
 
@@ -123,17 +130,24 @@ def _head_only(model: Any, decoder: Any) -> Any:
     return head
 
 
-def build_random(config: Any, generator: torch.Generator) -> tuple[Skeleton, Callable[[torch.Tensor], torch.Tensor]]:
-    """A float32 model of `config` with random weights, and its plain forward.
+def build_random(
+    config: Any, generator: torch.Generator, attention: AttentionFunction
+) -> tuple[Skeleton, Callable[[torch.Tensor], torch.Tensor]]:
+    """Build a float32 model of a configuration with random weights, and its plain forward.
+
+    Args:
+        config: the model's configuration.
+        generator: source of the weights.
+        attention: the function that the skeleton's layers call.
 
     Returns:
-        The skeleton (with real weights here) for tree attention, and a function from token ids [S] to logits [S, V]
-        by the architecture's own eager attention; to be called before the layers are wrapped for trees.
+        The skeleton (with real weights here), and a function from token ids [S] to logits [S, V] by the architecture's
+        own eager attention; to be called before the layers are wrapped for trees.
     """
     from transformers import AutoModelForCausalLM
 
-    register_masks(ATTENTION)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=ATTENTION).eval()
+    registered = register_attention(attention)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=registered).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim >= 2:
@@ -145,7 +159,7 @@ def build_random(config: Any, generator: torch.Generator) -> tuple[Skeleton, Cal
     def plain(token_ids: torch.Tensor) -> torch.Tensor:
         model.set_attn_implementation("eager")
         logits: torch.Tensor = model(token_ids[None], use_cache=False).logits[0]
-        model.set_attn_implementation(ATTENTION)
+        model.set_attn_implementation(registered)
         return logits
 
     return skeleton_of(model), plain

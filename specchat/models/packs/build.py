@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from specchat.errors import DoesNotFitError, ModelError
-from specchat.models.checkpoint.dtypes import TORCH_DTYPE
+from specchat.models.checkpoint.dtypes import short_name
 from specchat.models.packs.file_format import (
     NOT_QUANTIZED,
     TEMPORARY_SUFFIX,
@@ -149,8 +149,8 @@ class _Builder:
             if layout.name not in records:
                 records[layout.name] = self._write(index, layout)
                 journal.add(records[layout.name])
-        dtypes = {value: short for short, value in TORCH_DTYPE.items()}
-        dtype = dtype or dtypes[self._layouts[0].tensors[0].dtype]
+        dtype = dtype or short_name(str(self._layouts[0].tensors[0].dtype))
+        assert dtype is not None, "layers are packed in a dtype that passes compute in"
         small = tuple(write_small(self._folder, file, data) for file, data in sorted(self._files.items()))
         *layers, rest = (records[layout.name] for layout in self._layouts)
         Manifest(self._folder.name, name, dtype, rest, tuple(layers), small, quantizer).write(self._folder)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from specchat.closing import Closeable
+from specchat.models.checkpoint.dtypes import stored_torch_dtype
 from specchat.models.checkpoint.reader import TensorReader
 from specchat.models.checkpoint.safetensors import TensorInfo
-from specchat.models.packs.file_format import DTYPE_NAMES
 from specchat.models.weights.layout import LayerLayout
 from specchat.models.weights.open import ModelWeights
 from specchat.models.weights.reader import WeightReader
@@ -74,7 +74,7 @@ class CheckpointLayers(Closeable):
 
         A quantized head is there as its segments, under the model's names.
         """
-        saved = {key: torch.empty(info.shape, dtype=_dtype_of(info), device="meta") for key, info in self._rest.items()}
+        saved = {key: _meta(info) for key, info in self._rest.items()}
         return saved | self._weights.head_meta()
 
     def rest(self) -> Mapping[str, Tensor]:
@@ -102,5 +102,5 @@ class _ReadWhenAsked(Mapping[str, Tensor]):
         return self.weights.read_head()
 
 
-def _dtype_of(info: TensorInfo) -> torch.dtype:
-    return next(dtype for dtype, name in DTYPE_NAMES.items() if name == info.dtype)
+def _meta(info: TensorInfo) -> Tensor:
+    return torch.empty(info.shape, dtype=stored_torch_dtype(info.dtype), device="meta")

@@ -20,31 +20,15 @@ import torch
 from torch import Tensor
 
 from specchat.errors import AllocationError, DoesNotFitError, ModelError, SpecchatError, is_lack_of_memory
+from specchat.models.checkpoint.dtypes import stored_name
 from specchat.models.checkpoint.layout import LAYER_ALIGNMENT, TENSOR_ALIGNMENT, aligned
-from specchat.units import MIB
+from specchat.records.limits import READ_CHUNK_BYTES
 
 NOT_QUANTIZED = "none"  # stands for quantizer and version
-CHUNK_BYTES = 16 * MIB  # bytes of data per checksum
 PAD_PREFIX = "__pad__."
 TEMPORARY_SUFFIX = ".tmp"
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-DTYPE_NAMES: dict[torch.dtype, str] = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-
 
 PACK_HINT = (
     "check permissions and the disk, or set SPECCHAT_CACHE_DIR to another folder; packs may be deleted at any time"
@@ -111,7 +95,7 @@ class FileLayout:
         entries: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers requires it
         for tensor in self.tensors:
             span = [tensor.offset, tensor.offset + tensor.nbytes]
-            entries[tensor.key] = _entry(DTYPE_NAMES[tensor.dtype], tensor.shape, span)
+            entries[tensor.key] = _entry(stored_name(tensor.dtype), tensor.shape, span)
         for number, (begin, end) in enumerate(self._gaps()):
             entries[f"{PAD_PREFIX}{Path(self.name).stem}.{number}"] = _entry("U8", (end - begin,), [begin, end])
         text = json.dumps(entries, separators=(",", ":")).encode()
@@ -142,7 +126,7 @@ class FileRecord:
         data_offset: bytes before the data (the header).
         nbytes: bytes of data.
         header_crc32: checksum of the bytes before the data.
-        crc32s: checksums of the data, one per CHUNK_BYTES.
+        crc32s: checksums of the data, one per READ_CHUNK_BYTES.
     """
 
     name: str
@@ -189,7 +173,7 @@ class FileRecord:
             if from_disk and hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             stream.seek(self.data_offset)
-            buffer = memoryview(bytearray(min(self.nbytes, CHUNK_BYTES)))
+            buffer = memoryview(bytearray(min(self.nbytes, READ_CHUNK_BYTES)))
             for index, crc32 in enumerate(self.crc32s):
                 begin, end = chunk_span(self.nbytes, index)
                 yield _read_into(stream, buffer[: end - begin]) and zlib.crc32(buffer[: end - begin]) == crc32
@@ -211,7 +195,7 @@ def _read_into(stream: RawIOBase, buffer: memoryview) -> bool:
 
 def chunk_span(nbytes: int, index: int) -> tuple[int, int]:
     """Return begin and end of the index-th chunk of `nbytes` of data."""
-    return index * CHUNK_BYTES, min((index + 1) * CHUNK_BYTES, nbytes)
+    return index * READ_CHUNK_BYTES, min((index + 1) * READ_CHUNK_BYTES, nbytes)
 
 
 def write_tensors(
@@ -243,7 +227,7 @@ def write_small(folder: Path, name: str, data: bytes) -> FileRecord:
     """Write a small file atomically and durably; errors as in `write_tensors`."""
     with _new_file(folder / name) as fd:
         write_all(fd, data, folder / name)
-    sums = tuple(zlib.crc32(data[i : i + CHUNK_BYTES]) for i in range(0, len(data), CHUNK_BYTES))
+    sums = tuple(zlib.crc32(data[i : i + READ_CHUNK_BYTES]) for i in range(0, len(data), READ_CHUNK_BYTES))
     return FileRecord(name, 0, len(data), zlib.crc32(b""), sums)
 
 
@@ -278,12 +262,12 @@ class _ChunkWriter:
 
     def write(self, data: memoryview) -> None:
         while data:
-            part = data[: CHUNK_BYTES - self._filled]
+            part = data[: READ_CHUNK_BYTES - self._filled]
             write_all(self._fd, part, self._path)
             self._crc32 = zlib.crc32(part, self._crc32)
             self._filled += len(part)
             data = data[len(part) :]
-            if self._filled == CHUNK_BYTES:
+            if self._filled == READ_CHUNK_BYTES:
                 self.flush()
 
     def flush(self) -> None:

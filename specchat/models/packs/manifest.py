@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from specchat.models.packs.file_format import (
-    CHUNK_BYTES,
     NOT_QUANTIZED,
     FileRecord,
     disk_errors,
@@ -17,6 +16,7 @@ from specchat.models.packs.file_format import (
     write_small,
 )
 from specchat.models.packs.inventory import MANIFEST, VERSIONS
+from specchat.records.limits import READ_CHUNK_BYTES
 from specchat.records.model import DTYPE_BYTES, Dtype
 
 JOURNAL = "journal.jsonl"
@@ -62,7 +62,7 @@ class Manifest:
             "name": self.name,
             "dtype": self.dtype,
             "quantizer": self.quantizer,
-            "chunk_bytes": CHUNK_BYTES,
+            "chunk_bytes": READ_CHUNK_BYTES,
             "rest": _to_json(self.rest),
             "layers": [_to_json(record) for record in self.layers],
             "files": [_to_json(record) for record in self.files],
@@ -84,7 +84,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         body = json.loads(data)
         if body.pop("crc32") != _checksum(body):
             raise ValueError("wrong checksum")
-        if {name: body[name] for name in VERSIONS} != VERSIONS or body["chunk_bytes"] != CHUNK_BYTES:
+        if {name: body[name] for name in VERSIONS} != VERSIONS or body["chunk_bytes"] != READ_CHUNK_BYTES:
             return None
         dtype: Dtype = body["dtype"]
         if dtype not in DTYPE_BYTES:
@@ -175,6 +175,6 @@ def _from_json(value: Any) -> FileRecord:
         raise ValueError("not a count of bytes or a checksum")
     if type(name) is not str or name in {"", ".."} or Path(name).name != name:
         raise ValueError("not a file's name")
-    if len(crc32s) != -(-nbytes // CHUNK_BYTES):
+    if len(crc32s) != -(-nbytes // READ_CHUNK_BYTES):
         raise ValueError("not one checksum per chunk")
     return FileRecord(name, data_offset, nbytes, header_crc32, crc32s)

@@ -117,7 +117,7 @@ class PackedLayer:
         return len(self.crc32s)
 
     def chunk(self, index: int) -> tuple[int, int]:
-        """Return begin and end of a chunk within the blob; all but the last have CHUNK_BYTES."""
+        """Return begin and end of a chunk within the blob; all but the last have READ_CHUNK_BYTES."""
         return chunk_span(self.nbytes, index)
 
 

@@ -34,7 +34,7 @@ _CALLS = 3
 
 
 @dataclass(frozen=True)
-class Choice:
+class KernelChoice:
     """The kernel of one kind of matmul.
 
     Attributes:
@@ -57,7 +57,7 @@ class Autotuner:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._known: dict[torch.device, dict[str, Choice]] = {}
+        self._known: dict[torch.device, dict[str, KernelChoice]] = {}
         self._lock = Lock()
 
     def linear(
@@ -78,7 +78,7 @@ class Autotuner:
                 self._save(x.device)
         return ways[choice.way]
 
-    def _known_on(self, device: torch.device) -> dict[str, Choice]:
+    def _known_on(self, device: torch.device) -> dict[str, KernelChoice]:
         if device not in self._known:
             self._known[device] = _read(self._file(device))
         return self._known[device]
@@ -106,9 +106,9 @@ def rows_class(x: Tensor, shape: tuple[int, int]) -> int:
     return 1 << max(x.numel() // shape[1] - 1, 0).bit_length()
 
 
-def _measured(product: str, calls: Mapping[str, Callable[[], Tensor]], device: torch.device) -> Choice:
+def _measured(product: str, calls: Mapping[str, Callable[[], Tensor]], device: torch.device) -> KernelChoice:
     times_s = {name: _time_s(call, device) for name, call in calls.items()}
-    return Choice(product, min(times_s, key=times_s.__getitem__), times_s)
+    return KernelChoice(product, min(times_s, key=times_s.__getitem__), times_s)
 
 
 def _time_s(call: Callable[[], Tensor], device: torch.device) -> float:
@@ -145,11 +145,11 @@ def _version(library: str) -> str:
         return "none"
 
 
-def _read(file: Path) -> dict[str, Choice]:
+def _read(file: Path) -> dict[str, KernelChoice]:
     """Read the choices in a file; none if it is absent or damaged."""
     try:
         found = [
-            Choice(str(each["product"]), str(each["way"]), dict(each["times_s"]))
+            KernelChoice(str(each["product"]), str(each["way"]), dict(each["times_s"]))
             for each in json.loads(file.read_bytes())["choices"]
         ]
     except (OSError, ValueError, KeyError, TypeError):

@@ -19,25 +19,20 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from specchat.models.hf.attention import cache_for, register_attention, row_scope
+from specchat.models.hf.attention import cache_for, explicit_attention, row_scope
 from specchat.models.hf.skeleton import Skeleton, build_skeleton
+from specchat.records.limits import MASK_FLAG_BYTES, MASK_POSITION_BYTES
 from specchat.records.model import Activations, RowCost
-
-_ATTENTION = "rehearsal"
 
 # Multiples of the caches' alignment, far enough apart to tell the terms.
 _SIZES = ((16, 128), (48, 128), (16, 320), (48, 320))  # rows, keys
-# While a mask is built, truth values live beside it, so many bytes for each row and key more than the finished mask
-# has, and positions of the keys, three 64-bit numbers each.
-_FLAG_BYTES, _POSITION_BYTES = 2, 24
 
 _Place = Literal["outside", "entry", "layer"]
 
 
 def profiling_skeleton(config: Any) -> Skeleton:
     """The modules of `config` as `profile_activations` wants them, in float32."""
-    register_attention(_ATTENTION, _attention)
-    return build_skeleton(config, torch.float32, attention=_ATTENTION)
+    return build_skeleton(config, torch.float32, _attention)
 
 
 def profile_activations(skeleton: Skeleton, dtype: torch.dtype) -> Activations | None:
@@ -229,7 +224,7 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Allocates what the engine's tree attention does; a test holds the two against each other."""
     num_heads, num_kv_heads, rows = query.shape[1], key.shape[1], query.shape[2]
-    attention_mask.log.note((_FLAG_BYTES * rows + _POSITION_BYTES) * key.shape[2])
+    attention_mask.log.note((MASK_FLAG_BYTES * rows + MASK_POSITION_BYTES) * key.shape[2])
     q = query[0].unflatten(0, (num_kv_heads, num_heads // num_kv_heads))  # [H_kv, G, rows, D]
     if softcap is None and s_aux is None:
         if key.shape[-1] == value.shape[-1]:
@@ -239,24 +234,10 @@ def _attention(
             mask = q.new_empty(1, 1, 1, 1).expand(*q.shape[:3], key.shape[2])
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
     else:
-        out = _explicit(q, key[0], value[0], softcap, s_aux)
+        with _uncounted():  # the mask is accounted for elsewhere
+            mask = q.new_empty(1, 1, 1, 1)
+        out = explicit_attention(q, key[0], value[0], mask, scaling, softcap, s_aux)
     return out.flatten(0, 1).transpose(0, 1)[None].contiguous(), None
-
-
-def _explicit(q: Tensor, k: Tensor, v: Tensor, softcap: float | None, s_aux: Tensor | None) -> Tensor:
-    """The textbook product with all its temporaries; shapes as in the engine."""
-    scores = torch.matmul(q.flatten(1, 2), k.transpose(1, 2)).unflatten(1, q.shape[1:3]) * 1.0
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    scores = scores + scores.new_empty(1, 1, 1, 1)
-    if s_aux is not None:
-        sinks = s_aux.reshape(q.shape[0], -1, 1, 1).expand(-1, -1, q.shape[2], 1)
-        scores = torch.cat([scores, sinks.to(scores.dtype)], dim=-1)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)
-    if s_aux is not None:
-        weights = weights[..., :-1]
-    mixed: Tensor = torch.matmul(weights.flatten(1, 2), v).unflatten(1, q.shape[1:3])
-    return mixed
 
 
 # --- from notes to formulas --------------------------------------------------------------------------------------

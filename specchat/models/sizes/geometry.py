@@ -6,12 +6,9 @@ Nothing here imports torch.
 from functools import lru_cache
 
 from specchat.models.checkpoint.layout import PIECE_NUMBERS, blob_offsets, dequantized_rows
-from specchat.records.model import DTYPE_BYTES, Dtype, ModelSpec
+from specchat.records.model import DTYPE_BYTES, QUANTS, Dtype, ModelSpec
 
 _PIECE_ITEM_BYTES = 6
-
-
-_WITHOUT_PIECES = ("none", "int8", "int4")  # ours are computed where they go to
 
 
 def layer_bytes(spec: ModelSpec, layer: int, dtype: Dtype) -> int:
@@ -39,5 +36,6 @@ def dequantize_bytes(spec: ModelSpec, dtype: Dtype, device: str) -> int:
     """Memory that one quantized matrix after the other is dequantized into, and what computing its numbers takes."""
     item_bytes, kind = DTYPE_BYTES[dtype], device.partition(":")[0]
     numbers = max((dequantized_rows(*shape, item_bytes, kind) * shape[1] for shape in spec.quant_shapes), default=0)
-    at_once = 0 if spec.quant in _WITHOUT_PIECES else min(numbers, PIECE_NUMBERS[kind])
+    # what specchat quantizes itself is computed where it goes to
+    at_once = 0 if spec.quant in QUANTS else min(numbers, PIECE_NUMBERS[kind])
     return numbers * item_bytes + at_once * _PIECE_ITEM_BYTES

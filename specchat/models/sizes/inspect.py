@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from specchat.models.checkpoint.dtypes import TORCH_DTYPE
+from specchat.models.checkpoint.dtypes import short_name
 from specchat.models.hf.config import kv_shapes, load_config, max_positions, mlp_size, tiny_config
 from specchat.models.hf.skeleton import Skeleton, build_skeleton, lookup_embeddings
 from specchat.models.quant.modules import quant_linears, segment_names
@@ -25,7 +25,6 @@ def inspect_model(source: ModelSource, quant: Quant) -> ModelSpec:
         CorruptCheckpointError, UnsupportedModelError: as `load_config`; UsageError: as `choose_recipe`.
     """
     config = load_config(source.path)
-    dtype = _checkpoint_dtype(config)  # building modules overwrites it
     skeleton = activations.profiling_skeleton(config)
     num_params = sum(p.numel() for p in skeleton.model.parameters())
     num_layer_params = sum(p.numel() for layer in skeleton.layers for p in layer.parameters())
@@ -44,7 +43,7 @@ def inspect_model(source: ModelSource, quant: Quant) -> ModelSpec:
         mlp_size=mlp_size(config),
         num_heads=config.num_attention_heads,
         max_positions=max_positions(config),
-        dtype=dtype,
+        dtype=_checkpoint_dtype(config),
         num_params=num_params,
         num_layer_params=num_layer_params,
         layer_params=tuple(_param_sizes(layer) for layer in skeleton.layers),
@@ -66,7 +65,7 @@ def inspect_model(source: ModelSource, quant: Quant) -> ModelSpec:
 def _narrowed_bytes(config: Any) -> int:
     """What is saved by buffers that follow the dtype of the model; told by a small one, for building takes its time."""
     tiny = tiny_config(config)
-    wide, narrow = (build_skeleton(tiny, dtype, attention="eager") for dtype in (torch.float32, torch.bfloat16))
+    wide, narrow = (build_skeleton(tiny, dtype) for dtype in (torch.float32, torch.bfloat16))
     layers = {id(b) for skeleton in (wide, narrow) for layer in skeleton.layers for b in layer.buffers()}
     sums = [sum(b.nbytes for b in skeleton.model.buffers() if id(b) not in layers) for skeleton in (wide, narrow)]
     return int(sums[0] - sums[1])
@@ -94,5 +93,4 @@ def _param_size(parameter: torch.Tensor, is_segment: bool) -> ParamSize:
 
 
 def _checkpoint_dtype(config: Any) -> Dtype:
-    names: dict[torch.dtype, Dtype] = {dtype: name for name, dtype in TORCH_DTYPE.items()}
-    return names.get(getattr(config, "dtype", None) or torch.float32, "fp32")
+    return short_name(str(getattr(config, "dtype", None))) or "fp32"

@@ -12,10 +12,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from specchat.models.catalog.known_models import KnownModel, known_models
+from specchat.models.checkpoint.dtypes import short_name
+from specchat.records.limits import MASK_FLAG_BYTES, MASK_POSITION_BYTES
 from specchat.records.model import DTYPE_BYTES, Activations, Dtype, KvShape, ModelSpec, ParamSize, Quant, RowCost
 
 _FLOAT_BYTES = 4  # rotary frequencies and scores are float32, whatever the model computes in
-_CHECKPOINT_DTYPES: Mapping[str, Dtype] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 def _int8(rows: int, cols: int) -> tuple[ParamSize, ...]:
@@ -137,7 +138,7 @@ def spec_of(model: KnownModel, quant: Quant = "none") -> ModelSpec:
         mlp_size=_mlp_size(config),
         num_heads=config.num_attention_heads,
         max_positions=_max_positions(config),
-        dtype=_CHECKPOINT_DTYPES[config.dtype],
+        dtype=_dtype(config),
         num_params=num_layer_params + _num_rest(config, embedding),
         num_layer_params=num_layer_params,
         layer_params=(layer_sizes,) * config.num_hidden_layers,
@@ -177,6 +178,12 @@ def _mlp_size(config: Any) -> int:
     dense: int = config.intermediate_size
     active: int = getattr(config, "num_experts_per_tok", 1)
     return max(dense, _expert_width(config) * active)
+
+
+def _dtype(config: Any) -> Dtype:
+    dtype = short_name(config.dtype)
+    assert dtype is not None, f"no model is known to come in {config.dtype}"
+    return dtype
 
 
 def _max_positions(config: Any) -> int:
@@ -288,7 +295,7 @@ def _activations(config: Any, architecture: _Architecture, element: int) -> Acti
         attending = RowCost(0, (hidden + 2 * q + 2 * head_dim) * element, 0, heads * score)
     else:  # a mask row, made from positions
         kept = q + 2 * kv if architecture.fused_qkv else 0
-        attending = RowCost(0, (hidden + q + kept) * element, 24, 2)
+        attending = RowCost(0, (hidden + q + kept) * element, MASK_POSITION_BYTES, MASK_FLAG_BYTES)
     projecting = (5 * q + 4 * kv) if architecture.head_norms == "all" else 4 * q + 2 * kv
     most = 2 * hidden + max(projecting, _mlp_numbers(config, architecture))
     # norms compute in float32, beside the rows that they read; positions turn at some speeds for each kind of layer

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from specchat.models.catalog.ref import SHAPE_PREFIX, demo_source
 from specchat.models.catalog.shape import DEMO_TARGET, Shape, num_live_kv_heads, parse_shape
-from specchat.models.checkpoint.dtypes import TORCH_DTYPE
+from specchat.models.checkpoint.dtypes import torch_dtype, torch_name
 from specchat.models.checkpoint.json_file import read_json
 from specchat.models.checkpoint.reader import TensorReader
 from specchat.models.checkpoint.safetensors import open_checkpoint
@@ -60,7 +60,6 @@ _COPIED_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
-_CONFIG_DTYPE: dict[Dtype, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 # Clear the exponent's highest bit of random bits, then add one to the exponent: 1 .. half of its maximum. So values are
 # neither subnormal nor infinite nor large. (mask, addend, bytes) of one value.
 _RANDOM_NUMBERS: dict[Dtype, tuple[int, int, int]] = {
@@ -92,7 +91,7 @@ class ShapeLayers:
     def __init__(self, shape: Shape, seed: int = 0) -> None:
         self.shape = shape
         self._seed = seed
-        self._dtype = TORCH_DTYPE[shape.dtype]
+        self._dtype = torch_dtype(shape.dtype)
         self._demo = _read_demo()
         self._copies = shape.hidden // DEMO_TARGET.hidden
         self._norm_factor = math.sqrt(self._copies * DEMO_TARGET.hidden / shape.hidden)
@@ -299,7 +298,7 @@ def _config(shape: Shape, demo: Mapping[str, Any]) -> dict[str, Any]:
         "num_key_value_heads": shape.kv_heads,
         "head_dim": shape.head_dim,
         "rms_norm_eps": demo["rms_norm_eps"] * used / shape.hidden,
-        "torch_dtype": _CONFIG_DTYPE[shape.dtype],
+        "torch_dtype": torch_name(shape.dtype),
         "specchat_synthetic": True,
     }
 

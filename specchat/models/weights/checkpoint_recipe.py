@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from specchat.errors import CorruptCheckpointError, UnsupportedModelError
+from specchat.models.checkpoint.dtypes import stored_torch_dtype
 from specchat.models.checkpoint.reader import TensorReader
 from specchat.models.checkpoint.safetensors import Checkpoint, TensorInfo
 from specchat.models.hf.conversion import locate_modules
@@ -19,7 +20,6 @@ from specchat.models.quant.formats.plain import Plain
 from specchat.models.quant.kernels.chunked import Segments
 from specchat.models.quant.modules import Matrix, Part
 from specchat.models.quant.schemes.base import CheckpointScheme
-from specchat.models.quant.schemes.settings import DTYPES
 
 _VERSION = 1  # of what transcoding makes
 # A module's path, and the names of what quantizers store for its matrix. "weight" alone may be a norm's, too.
@@ -45,7 +45,7 @@ class _Stored:
     @property
     def part(self) -> Part:
         """How it is stored as some rows of a matrix whose other rows may be quantized."""
-        own = self.format or Plain(DTYPES[self.tensors["weight"].dtype])
+        own = self.format or Plain(stored_torch_dtype(self.tensors["weight"].dtype))
         return Part(self.shape[0], own)
 
 

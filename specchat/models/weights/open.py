@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from specchat.closing import Closeable
-from specchat.models.checkpoint.dtypes import TORCH_DTYPE
+from specchat.models.checkpoint.dtypes import torch_dtype
 from specchat.models.checkpoint.safetensors import Checkpoint, open_checkpoint
+from specchat.models.hf.attention import AttentionFunction
 from specchat.models.hf.config import load_config
 from specchat.models.hf.skeleton import Skeleton, build_skeleton
 from specchat.models.weights.checkpoint_recipe import CheckpointRecipe
@@ -41,20 +42,23 @@ class ModelWeights(Closeable):
         self.reader.close()
 
 
-def open_weights(source: ModelSource, dtype: Dtype, quant: str) -> ModelWeights:
+def open_weights(
+    source: ModelSource, dtype: Dtype, quant: str, attention: AttentionFunction | None = None
+) -> ModelWeights:
     """Build a model's modules without weights and open its checkpoint; headers are read, tensors are not.
 
     Args:
         source: local files.
         dtype: dtype that passes compute in.
         quant: quantization of the matrices, or what a plan says of a pre-quantized model.
+        attention: attention function that the layers call; None for the architecture's own, which reads no trees.
 
     Raises:
         CorruptCheckpointError: a parameter has no tensor, or one of another shape.
         UnsupportedModelError: an architecture or quantization that specchat does not read.
         UsageError: a pre-quantized model with another quantization asked for.
     """
-    skeleton = build_skeleton(load_config(source.path), TORCH_DTYPE[dtype])
+    skeleton = build_skeleton(load_config(source.path), torch_dtype(dtype), attention)
     checkpoint = open_checkpoint(source.path)
     recipe = choose_recipe(source, skeleton, quant)
     return ModelWeights(source, dtype, skeleton, checkpoint, recipe, open_reader(skeleton, checkpoint, recipe))

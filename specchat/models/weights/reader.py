@@ -10,6 +10,7 @@ from torch import Tensor
 
 from specchat.closing import Closeable
 from specchat.errors import CorruptCheckpointError
+from specchat.models.checkpoint.dtypes import stored_name
 from specchat.models.checkpoint.reader import TensorReader
 from specchat.models.checkpoint.safetensors import Checkpoint, TensorInfo
 from specchat.models.hf.conversion import TensorWhenAsked, load_converted, plan_weights
@@ -18,8 +19,6 @@ from specchat.models.quant.modules import QuantLinear, segment_names
 from specchat.models.weights.layout import bind
 
 _NUMBERED = re.compile(r"(.*\.|)(\d+)(\..*)")  # experts.3.w1.weight
-
-_SAFETENSORS_NAME = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 class MatrixFiller(Protocol):
@@ -105,7 +104,7 @@ class WeightReader(Closeable):
     def is_streamable(self) -> bool:
         """Whether every layer can be read as it lies: nothing to merge, nothing to cast."""
         keys = [key for layer in self._plan.direct for key in layer.values()]
-        same = all(self._checkpoint.tensors[key].dtype == _SAFETENSORS_NAME[self._dtype] for key in keys)
+        same = all(self._checkpoint.tensors[key].dtype == stored_name(self._dtype) for key in keys)
         return self._filler is None and same and not any(self._plan.converted)
 
     def places(self, layer: int) -> dict[str, TensorInfo]:

@@ -9,7 +9,7 @@ from specchat.models.quant.formats.base import Quantizer
 from specchat.models.quant.formats.int8 import Int8Quantizer
 from specchat.models.quant.formats.nf4 import Nf4Quantizer
 from specchat.models.quant.modules import Matrix, Part, Scratch, replace_experts, replace_linear
-from specchat.records.model import Quant
+from specchat.records.model import Quant, own_quant
 
 QUANTIZERS: Mapping[Quant, Quantizer] = {"int4": Nf4Quantizer(), "int8": Int8Quantizer()}
 # Every emitted token is drawn from the head's scores, and it is not streamed: 8 bits there cost little and save much.
@@ -36,7 +36,7 @@ class QuantizeRecipe:
     """Everything by one quantizer, but for the head, which gets 8 bits.
 
     Args:
-        quant: "int8" or "int4".
+        quant: one of `LOWER_QUANTS`.
     """
 
     def __init__(self, quant: Quant) -> None:
@@ -59,11 +59,8 @@ class QuantizeRecipe:
 
 def recipe_for(quant: str) -> QuantizeRecipe | None:
     """What `--quant` asks for; None where the matrices stay as they are."""
-    match quant:
-        case "int8" | "int4":
-            return QuantizeRecipe(quant)
-        case _:
-            return None
+    wanted = own_quant(quant)
+    return None if wanted == "none" else QuantizeRecipe(wanted)
 
 
 def apply_recipe(skeleton: Skeleton, recipe: Recipe) -> tuple[Matrix, ...]:

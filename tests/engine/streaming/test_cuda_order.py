@@ -190,7 +190,7 @@ def test_no_order_of_work_computes_on_wrong_bytes(
         return
     in_ram = [index for index, tier in enumerate(tiers) if tier == "ram"]
     device, runtime = Device(random.Random(seed)), Runtime(1 << 40)
-    layers = build_skeleton(packed_model.skeleton.config, torch.float32, attention="eager").layers
+    layers = build_skeleton(packed_model.skeleton.config, torch.float32).layers
 
     def read_layer(index: int, layout: LayerLayout, blob: Tensor) -> None:
         blob.copy_(packed_model.blobs[index])

@@ -18,8 +18,8 @@ from specchat.engine.streaming.host_layers import HostLayers, Pinner
 from specchat.engine.streaming.readers import CheckpointLayerReader, PackLayerReader
 from specchat.engine.streaming.slots import page_aligned
 from specchat.errors import AllocationError
-from specchat.hardware.disk import READ_THREADS
 from specchat.models.weights.layout import LayerLayout
+from specchat.records.limits import READ_THREADS
 
 
 @pytest.mark.parametrize(("room", "num_pinned"), [(1 << 40, 4), (3 << 20, 1), ((5 << 20) - 1, 2), (100, 0)])

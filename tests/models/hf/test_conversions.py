@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 from support.tiny_models import make_config, random_model, save
 
-import specchat.engine.model  # noqa: F401  names the attention that skeletons are built with
 from specchat.errors import CorruptCheckpointError
 from specchat.models.hf.conversion import load_converted
 from specchat.models.hf.skeleton import Skeleton, build_skeleton

@@ -26,7 +26,6 @@ from safetensors.torch import load_file, save_file
 from support import tiny_models
 from support.loading import opened
 
-import specchat.engine.model  # noqa: F401  names the attention that skeletons are built with
 from specchat.errors import AllocationError, CorruptCheckpointError, DoesNotFitError, ModelError
 from specchat.models.checkpoint.safetensors import open_checkpoint
 from specchat.models.hf.config import load_config
@@ -35,7 +34,6 @@ from specchat.models.packs import inventory
 from specchat.models.packs.build import build_pack
 from specchat.models.packs.checkpoint_source import CheckpointLayers
 from specchat.models.packs.file_format import (
-    CHUNK_BYTES,
     PAD_PREFIX,
     FileLayout,
     FileRecord,
@@ -50,6 +48,7 @@ from specchat.models.quant.kernels.bnb import bnb
 from specchat.models.weights.layout import LayerLayout
 from specchat.models.weights.reader import WeightReader
 from specchat.models.weights.recipe import recipe_for
+from specchat.records.limits import READ_CHUNK_BYTES
 from specchat.records.model import ModelSource
 from specchat.units import MIB
 
@@ -619,18 +618,18 @@ def test_each_chunk_of_a_large_layer_is_verified(tmp_path):
     made = build(source)
     (layer,) = made.layers
     assert [layer.chunk(i) for i in range(layer.num_chunks)] == [
-        (0, CHUNK_BYTES),
-        (CHUNK_BYTES, 2 * CHUNK_BYTES),
-        (2 * CHUNK_BYTES, layer.nbytes),
+        (0, READ_CHUNK_BYTES),
+        (READ_CHUNK_BYTES, 2 * READ_CHUNK_BYTES),
+        (2 * READ_CHUNK_BYTES, layer.nbytes),
     ]
     blob = bytearray(layer.path.read_bytes()[layer.data_offset :])
     ChunkVerifier(made).verify_layer(0, blob)
-    blob[CHUNK_BYTES + 5] ^= 1
+    blob[READ_CHUNK_BYTES + 5] ^= 1
     verifier = ChunkVerifier(made)
-    verifier.verify(0, 0, memoryview(blob)[:CHUNK_BYTES])
+    verifier.verify(0, 0, memoryview(blob)[:READ_CHUNK_BYTES])
     with pytest.raises(CorruptCheckpointError, match="chunk 1 of"):
         verifier.verify_layer(0, blob)
-    verifier.verify(0, 2, memoryview(blob)[2 * CHUNK_BYTES :])
+    verifier.verify(0, 2, memoryview(blob)[2 * READ_CHUNK_BYTES :])
     assert [verifier.is_verified(0, i) for i in range(3)] == [True, False, True]
 
 

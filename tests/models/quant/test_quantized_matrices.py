@@ -14,6 +14,7 @@ from support.quantized import Kind, awq, block_fp8, bnb4, bnb8, compressed, gptq
 from torch import Tensor
 
 from specchat.errors import CorruptCheckpointError, UnsupportedModelError
+from specchat.models.checkpoint.dtypes import stored_name
 from specchat.models.checkpoint.layout import PIECE_NUMBERS
 from specchat.models.checkpoint.safetensors import TensorInfo
 from specchat.models.quant.formats.affine import Affine, pack_nibbles, unpack_nibbles
@@ -24,17 +25,6 @@ from specchat.models.quant.schemes.registry import scheme_of
 
 MODULE = "model.layers.3.mlp.up_proj"
 CPU = torch.device("cpu")
-DTYPE_NAMES = {
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-}
 
 # Shapes that each kind can have; the last is ragged where the kind allows it.
 EVEN = ((32, 64), (64, 128), (40, 96))
@@ -98,7 +88,7 @@ def random_matrix(shape: tuple[int, int], seed: int = 0) -> Tensor:
 
 def headers(tensors: dict[str, Tensor]) -> dict[str, TensorInfo]:
     return {
-        name: TensorInfo(f"{MODULE}.{name}", DTYPE_NAMES[t.dtype], tuple(t.shape), Path("x"), 0, t.nbytes)
+        name: TensorInfo(f"{MODULE}.{name}", stored_name(t.dtype), tuple(t.shape), Path("x"), 0, t.nbytes)
         for name, t in tensors.items()
     }
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from support import tiny_models
+from support.spec_digests import COMMAND, RAISE_IT, changed, found_now, read_stored
 
 from specchat.models.catalog.ref import demo_source
 from specchat.models.sizes import cache
@@ -62,14 +63,28 @@ def test_whatever_changes_a_description_changes_its_key(tmp_path):
     assert cache.key_of(ModelSource("nothing", tmp_path / "e"), "none") is None
 
 
-def test_other_code_describes_anew(tmp_path, monkeypatch):
+def test_other_code_and_other_libraries_describe_anew(tmp_path, monkeypatch):
     source = model(tmp_path / "model")
-    key = cache.key_of(source, "none")
-    (tmp_path / "config.py").write_text("# another one\n")
-    monkeypatch.setattr(cache, "_SIZES", tmp_path / "config.py")
-    cache._makers.cache_clear()
-    assert cache.key_of(source, "none") != key
-    cache._makers.cache_clear()
+    keys = [cache.key_of(source, "none")]
+    monkeypatch.setattr(cache, "SPEC_VERSION", cache.SPEC_VERSION + 1)
+    keys.append(cache.key_of(source, "none"))
+    for name in ("torch", "transformers", "accelerate"):
+        versions = {**cache.library_versions(), name: "another"}
+        with monkeypatch.context() as patch:
+            patch.setattr(cache, "library_versions", lambda versions=versions: versions)
+            keys.append(cache.key_of(source, "none"))
+    assert len(set(keys)) == len(keys) and None not in keys
+
+
+def test_descriptions_that_change_have_another_version(tmp_path):
+    """Or else what a cache holds from before would be taken for right."""
+    stored, found = read_stored(), found_now(tmp_path)
+    names = changed(stored, found)
+    if stored["version"] == found["version"] and stored["libraries"] != found["libraries"] and names:
+        pytest.skip(f"other libraries describe {', '.join(names)} otherwise; their versions are in the key")
+    assert stored["version"] == found["version"], f"the digests are of another version: {COMMAND}"
+    assert not names, RAISE_IT
+    assert stored["digests"].keys() == found["digests"].keys(), f"other models are described: {COMMAND}"
 
 
 @pytest.mark.parametrize("damage", ["cut", "digit", "empty", "other", "absent", "folder"])

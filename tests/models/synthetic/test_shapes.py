@@ -22,7 +22,7 @@ from specchat.errors import DoesNotFitError, ModelError, UsageError
 from specchat.models.catalog import shape as shape_module
 from specchat.models.catalog.ref import demo_source, known_draft, parse_model
 from specchat.models.catalog.shape import DEMO_TARGET, VOCAB_SIZE, Shape, known_shapes, parse_shape
-from specchat.models.checkpoint.dtypes import TORCH_DTYPE
+from specchat.models.checkpoint.dtypes import torch_dtype
 from specchat.models.checkpoint.json_file import read_json
 from specchat.models.hf.tokenizer import load_tokenizer
 from specchat.models.hub.download import Download
@@ -256,8 +256,8 @@ def test_sixteen_bits_keep_the_live_weights(dtype):
 @pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_sixteen_bit_compute_loses_as_much_as_the_demo_target(dtype):
     text = f"{TYPICAL},dtype={dtype}"
-    demo = hf.LlamaForCausalLM.from_pretrained(demo_source("target").path, dtype=TORCH_DTYPE[dtype]).eval()
-    assert relative_error(make_model(text, dtype=TORCH_DTYPE[dtype])) < 1.5 * relative_error(demo)
+    demo = hf.LlamaForCausalLM.from_pretrained(demo_source("target").path, dtype=torch_dtype(dtype)).eval()
+    assert relative_error(make_model(text, dtype=torch_dtype(dtype))) < 1.5 * relative_error(demo)
 
 
 def test_rounding_error_without_a_second_copy():

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from specchat.models.checkpoint.dtypes import stored_torch_dtype
 from specchat.models.checkpoint.safetensors import TensorInfo
 from specchat.models.quant.formats.affine import Affine, num_groups, pack_nibbles, unpack_nibbles
 from specchat.models.quant.formats.base import WeightFormat
 from specchat.models.quant.kernels.chunked import Segments
-from specchat.models.quant.schemes.settings import DTYPES, FLOATS, Settings, expect, fill, is_plain, refuse, words
+from specchat.models.quant.schemes.settings import FLOATS, SchemeSettings, expect, fill, is_plain, refuse, words
 
 _BITS = 4
 _PER_WORD = 8  # values
@@ -33,7 +34,7 @@ class AwqScheme:
     group: int | None
 
     @classmethod
-    def of(cls, settings: Settings) -> "AwqScheme":
+    def of(cls, settings: SchemeSettings) -> "AwqScheme":
         """Parse a quantization_config.
 
         Raises:
@@ -62,7 +63,7 @@ class AwqScheme:
         expect(module, tensors, "qweight", ("I32",), (cols, packed_rows))
         expect(module, tensors, "qzeros", ("I32",), (groups, packed_rows))
         scales = expect(module, tensors, "scales", FLOATS, (groups, rows))
-        return Affine(_BITS, self.group, DTYPES[scales.dtype], zeros=True)
+        return Affine(_BITS, self.group, stored_torch_dtype(scales.dtype), zeros=True)
 
     def transcode(self, module: str, shape: tuple[int, int], tensors: Mapping[str, Tensor], segments: Segments) -> None:
         """Fill the segments of one matrix; see `CheckpointScheme`."""

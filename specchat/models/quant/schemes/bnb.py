@@ -20,7 +20,7 @@ from specchat.models.quant.formats.base import WeightFormat
 from specchat.models.quant.formats.nf4 import NESTED_BLOCK, Bnb4
 from specchat.models.quant.kernels.bnb import bnb, dynamic_map
 from specchat.models.quant.kernels.chunked import Segments
-from specchat.models.quant.schemes.settings import Settings, expect, fail_contents, fill, is_plain
+from specchat.models.quant.schemes.settings import SchemeSettings, expect, fail_contents, fill, is_plain
 
 _STATE = "weight.quant_state.bitsandbytes__"
 _KINDS: tuple[Literal["nf4", "fp4"], ...] = ("nf4", "fp4")
@@ -40,7 +40,7 @@ class BnbScheme:
     bits: int
 
     @classmethod
-    def of(cls, settings: Settings) -> "BnbScheme":
+    def of(cls, settings: SchemeSettings) -> "BnbScheme":
         """Parse a quantization_config.
 
         Raises:

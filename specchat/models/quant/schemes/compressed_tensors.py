@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from specchat.models.checkpoint.dtypes import stored_torch_dtype
 from specchat.models.checkpoint.safetensors import TensorInfo
 from specchat.models.quant.formats.affine import MIDDLE, Affine, num_groups, unpack_nibbles
 from specchat.models.quant.formats.base import WeightFormat
@@ -20,9 +21,8 @@ from specchat.models.quant.formats.fp8 import Fp8, check_numbers
 from specchat.models.quant.kernels.chunked import Segments
 from specchat.models.quant.schemes.gptq import copy_codes, group_order, signed
 from specchat.models.quant.schemes.settings import (
-    DTYPES,
     FLOATS,
-    Settings,
+    SchemeSettings,
     expect,
     fail_contents,
     fill,
@@ -57,7 +57,7 @@ class _Numbers:
     act_order: bool
 
     @classmethod
-    def of(cls, weights: Settings) -> "_Numbers":
+    def of(cls, weights: SchemeSettings) -> "_Numbers":
         kind, bits = weights.text("type", "int"), weights.integer("num_bits", 8)
         if (kind, bits) not in {("int", 4), ("int", 8), ("float", 8)}:
             refuse(f"compressed-tensors in {bits}-bit {kind} values")
@@ -70,13 +70,13 @@ class _Numbers:
         return cls("int" if kind == "int" else "float", bits, symmetric, rows, cols, _act_order(weights))
 
 
-def _act_order(weights: Settings) -> bool:
+def _act_order(weights: SchemeSettings) -> bool:
     """Return whether columns are out of order in the file; "weight" and "static" only tell how it was made."""
     order = weights.flag("actorder", False) if weights.is_flag("actorder") else weights.text("actorder", "weight")
     return order in {True, "group", "dynamic"}
 
 
-def _extent(weights: Settings) -> tuple[int | None, int | None]:
+def _extent(weights: SchemeSettings) -> tuple[int | None, int | None]:
     """Return the numbers of rows and columns that share a scale; None for all."""
     group = weights.group_size()
     strategy = weights.text("strategy", "group" if group else "channel" if weights.has("group_size") else "tensor")
@@ -103,7 +103,7 @@ class CompressedScheme:
     groups: tuple[tuple[str, _Numbers], ...]
 
     @classmethod
-    def of(cls, settings: Settings) -> "CompressedScheme":
+    def of(cls, settings: SchemeSettings) -> "CompressedScheme":
         """Parse a quantization_config.
 
         Raises:
@@ -143,7 +143,7 @@ class CompressedScheme:
             return None
         own = self._own(module)
         scale_shapes = _scale_shapes(own, shape)
-        dtype = DTYPES[expect(module, tensors, "weight_scale", FLOATS, *scale_shapes).dtype]
+        dtype = stored_torch_dtype(expect(module, tensors, "weight_scale", FLOATS, *scale_shapes).dtype)
         if own.kind == "float":
             expect(module, tensors, "weight", ("F8_E4M3",), shape)
             return Fp8(own.rows, own.cols, dtype)

@@ -11,7 +11,7 @@ from specchat.models.quant.formats.affine import num_groups
 from specchat.models.quant.formats.base import WeightFormat
 from specchat.models.quant.formats.fp8 import Fp8, check_numbers
 from specchat.models.quant.kernels.chunked import Segments
-from specchat.models.quant.schemes.settings import FLOATS, Settings, expect, fill, is_plain, refuse
+from specchat.models.quant.schemes.settings import FLOATS, SchemeSettings, expect, fill, is_plain, refuse
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class BlockFp8Scheme:
     block: tuple[int, int] | None
 
     @classmethod
-    def of(cls, settings: Settings) -> "BlockFp8Scheme":
+    def of(cls, settings: SchemeSettings) -> "BlockFp8Scheme":
         """Parse a quantization_config.
 
         Raises:

@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from specchat.models.checkpoint.dtypes import stored_torch_dtype
 from specchat.models.checkpoint.safetensors import TensorInfo
 from specchat.models.quant.formats.affine import MIDDLE, Affine, num_groups, pack_nibbles, unpack_nibbles
 from specchat.models.quant.formats.base import WeightFormat
 from specchat.models.quant.kernels.chunked import Segments
 from specchat.models.quant.schemes.settings import (
-    DTYPES,
     FLOATS,
-    Settings,
+    SchemeSettings,
     expect,
     fail_contents,
     fill,
@@ -55,7 +55,7 @@ class GptqScheme:
     overrides: tuple[tuple[str, "GptqScheme"], ...] = ()
 
     @classmethod
-    def of(cls, settings: Settings) -> "GptqScheme":
+    def of(cls, settings: SchemeSettings) -> "GptqScheme":
         """Parse a quantization_config.
 
         Raises:
@@ -76,7 +76,7 @@ class GptqScheme:
         )
         return replace(base, overrides=overrides)
 
-    def _changed(self, own: Settings) -> "GptqScheme":
+    def _changed(self, own: SchemeSettings) -> "GptqScheme":
         return replace(
             self,
             bits=_bits(own) if own.has("bits") else self.bits,
@@ -101,7 +101,7 @@ class GptqScheme:
         scales = expect(module, tensors, "scales", FLOATS, (groups, rows))
         if own._reorders:
             expect(module, tensors, "g_idx", ("I32",), (cols,))
-        return Affine(own.bits, own.group, DTYPES[scales.dtype], not own.symmetric, own._reorders)
+        return Affine(own.bits, own.group, stored_torch_dtype(scales.dtype), not own.symmetric, own._reorders)
 
     def transcode(self, module: str, shape: tuple[int, int], tensors: Mapping[str, Tensor], segments: Segments) -> None:
         """Fill the segments of one matrix; see `CheckpointScheme`."""
@@ -177,7 +177,7 @@ def signed(numbers: Tensor) -> Tensor:
     return (numbers ^ 128).view(torch.int8)
 
 
-def _bits(settings: Settings) -> int:
+def _bits(settings: SchemeSettings) -> int:
     bits = settings.integer("bits")
     if bits not in {4, 8}:
         refuse(f"GPTQ in {bits} bits")

@@ -9,10 +9,10 @@ from specchat.models.quant.schemes.bnb import BnbScheme
 from specchat.models.quant.schemes.compressed_tensors import CompressedScheme
 from specchat.models.quant.schemes.fp8 import BlockFp8Scheme
 from specchat.models.quant.schemes.gptq import GptqScheme
-from specchat.models.quant.schemes.settings import Settings, refuse
+from specchat.models.quant.schemes.settings import SchemeSettings, refuse
 
 _KEYS = ("quantization_config", "compression_config")  # the second is the older name that compressed-tensors used
-_SCHEMES: dict[str, Callable[[Settings], CheckpointScheme]] = {
+_SCHEMES: dict[str, Callable[[SchemeSettings], CheckpointScheme]] = {
     "gptq": GptqScheme.of,
     "awq": AwqScheme.of,
     "bitsandbytes": BnbScheme.of,
@@ -31,7 +31,7 @@ def scheme_of(config: Mapping[str, Any]) -> CheckpointScheme | None:
         UnsupportedModelError: specchat does not read this scheme or this variant.
         CorruptCheckpointError: the configuration contradicts itself or has invalid values.
     """
-    root = Settings(config, "")
+    root = SchemeSettings(config, "")
     for key in _KEYS:
         settings = root.child(key)
         if settings is not None:
@@ -39,7 +39,7 @@ def scheme_of(config: Mapping[str, Any]) -> CheckpointScheme | None:
     return None
 
 
-def _scheme(settings: Settings) -> CheckpointScheme:
+def _scheme(settings: SchemeSettings) -> CheckpointScheme:
     # bitsandbytes' files of 2023 have no quant_method
     old = settings.has("load_in_4bit") or settings.has("load_in_8bit")
     method = settings.text("quant_method", "bitsandbytes" if old else "an unnamed method")

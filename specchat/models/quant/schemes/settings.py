@@ -5,18 +5,17 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor
 
 from specchat.errors import CorruptCheckpointError, UnsupportedModelError
 from specchat.models.checkpoint.safetensors import TensorInfo
 
-DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 FLOATS = ("F16", "BF16", "F32")  # dtypes of scales
+_PLAIN = (*FLOATS, "F64")  # dtypes of matrices that are not quantized
 _HINT = "config.json and the weights do not match or are incomplete; download both again"
 
 
-class Settings:
+class SchemeSettings:
     """An object of config.json whose values are checked when they are read.
 
     Args:
@@ -73,19 +72,19 @@ class Settings:
             self.fail(name, value, f"{count} whole numbers")
         return tuple(value)
 
-    def objects(self, name: str) -> dict[str, "Settings"]:
+    def objects(self, name: str) -> dict[str, "SchemeSettings"]:
         """Return the objects in an object, by name; empty if the value is null or missing."""
         value = self._get(name, {})
         if not isinstance(value, dict) or any(not isinstance(each, dict) for each in value.values()):
             self.fail(name, value, "an object of objects")
-        return {key: Settings(each, f"{self._where}.{name}.{key}") for key, each in value.items()}
+        return {key: SchemeSettings(each, f"{self._where}.{name}.{key}") for key, each in value.items()}
 
-    def child(self, name: str) -> "Settings | None":
+    def child(self, name: str) -> "SchemeSettings | None":
         """Return an object; None if the value is null or missing."""
         value = self._get(name, None)
         if value is not None and not isinstance(value, dict):
             self.fail(name, value, "an object")
-        return None if value is None else Settings(value, f"{self._where}.{name}")
+        return None if value is None else SchemeSettings(value, f"{self._where}.{name}")
 
     def check_pattern(self, name: str, pattern: str) -> str:
         """Return a pattern, after checking that it is a regular expression."""
@@ -162,7 +161,7 @@ def is_plain(module: str, shape: tuple[int, int], tensors: Mapping[str, TensorIn
         CorruptCheckpointError: the `weight` has another shape.
     """
     info = tensors.get("weight")
-    if info is None or info.dtype not in DTYPES:
+    if info is None or info.dtype not in _PLAIN:
         return False
     if info.shape != shape:
         expect(module, tensors, "weight", (info.dtype,), shape)
