@@ -343,24 +343,28 @@ def test_less_free_memory_than_planned_makes_the_plan_smaller(specchat, monkeypa
     monkeypatch.setattr(Engine, "load", fail_first)
     result = specchat("run", "demo", "hi", "--max-tokens", "4", "--device", "cpu")
     assert result.code == 0 and "9 GiB" in result.err and "trying again with" in result.err
-    assert plans[1].device_bytes < plans[0].device_bytes and len(plans[1].resident) < len(plans[0].resident)
+    assert plans[1].device_bytes < plans[0].device_bytes and len(plans[1].placement.resident) < len(
+        plans[0].placement.resident
+    )
 
     def fail(plan, *_, **__):
         raise AllocationError("cpu does not give it")
 
     monkeypatch.setattr(Engine, "load", fail)
     fails(
-        specchat("run", "demo", "hi", "--device", "cpu", "-q", "--ctx", "64", "--tree-budget", "2"), 4, "cannot be had"
+        specchat("run", "demo", "hi", "--device", "cpu", "-q", "--ctx", "64", "--tree-budget", "2"),
+        4,
+        "cannot be allocated",
     )
 
 
 @pytest.mark.parametrize("failure", FAILURES)
 def test_a_thread_that_cannot_start_makes_the_plan_smaller(specchat, monkeypatch, failure):
     """Release what was loaded before, then load the smaller plan."""
-    from specchat.engine.engine import Engine
+    from specchat.loading.engine import load_planned
     from specchat.models.hf.skeleton import build_skeleton
 
-    load, build, models = Engine.load, build_skeleton, []
+    load, build, models = load_planned, build_skeleton, []
 
     def build_and_watch(*arguments, **named):
         skeleton = build(*arguments, **named)
@@ -370,14 +374,13 @@ def test_a_thread_that_cannot_start_makes_the_plan_smaller(specchat, monkeypatch
     def load_and_look(*arguments, **named):
         assert not any(model() is not None for model in models)
         gc.disable()  # so that it is not by chance
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("specchat.models.weights.open.build_skeleton", build_and_watch)
-            try:
-                return load(*arguments, **named)
-            finally:
-                gc.enable()
+        try:
+            return load(*arguments, **named)
+        finally:
+            gc.enable()
 
-    monkeypatch.setattr(Engine, "load", load_and_look)
+    monkeypatch.setattr("specchat.models.weights.open.build_skeleton", build_and_watch)
+    monkeypatch.setattr("specchat.loading.engine.load_planned", load_and_look)
     arguments = ("run", "demo", "hi", "--max-tokens", "2", "--device", "cpu", "--vram", "40MiB")
     with at_most(60), watched_threads(1, failure) as threads:
         result = specchat(*arguments)

@@ -133,7 +133,7 @@ def check_speculation(architecture: str, quant: str, models: Any) -> None:
         return tokens, len(tokens) / len(steps)
 
     for sampling in (Sampling(), Sampling(temperature=0.8, top_p=0.9, seed=5)):
-        plain = dataclasses.changed(make_plan(source, None, num_layers=num_layers), quant=quant)
+        plain = dataclasses.replace(make_plan(source, None, num_layers=num_layers), quant=quant)
         tree = dataclasses.replace(make_plan(source, draft, num_layers=num_layers, resident=(0,)), quant=quant)
         expected, _ = text(plain, sampling)
         for draft_quant in ("none", quant):
