@@ -65,7 +65,7 @@ class Engine(Closing):
         self._target = target
         self._drafter = drafter
         self._growth: Growth = FixedGrowth(plan.tree_budget)
-        if plan.adaptive:
+        if plan.adaptive and plan.expected is not None:
             self._growth = PayingGrowth(plan.tree_budget, plan.expected)
         self._cached: list[int] = []  # the tokens whose rows the target's cache holds
         self._phase: Phase = "idle"

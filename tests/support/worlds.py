@@ -29,6 +29,8 @@ class World:
         sureness: of the draft's best guess: the parameters of a beta distribution.
         skill: how often what comes is as the draft thinks; otherwise it is none of its guesses.
         noise: standard deviation of the logarithm of the times that a growth is told; what counts are times without.
+        preempted: Seconds of computing between two preemptions, and seconds that each takes; both are means of
+            exponential distributions. Unlike noise, these seconds count.
     """
 
     pass_s: Callable[[int], float]
@@ -36,6 +38,7 @@ class World:
     sureness: tuple[float, float] = (2.0, 1.0)
     skill: float = 0.9
     noise: float = 0.1
+    preempted: tuple[float, float] | None = None
 
     def expectation(self, level: float = 1.0, slope: float = 1.0) -> Expectation:
         """What a planner would have said: true times, all `level` times too long and `slope` times too steep."""
@@ -156,7 +159,7 @@ class Simulation:
         nodes = tree.order
         place = {node: index for index, node in enumerate(nodes)}
         path = sorted(place[node] for node in nodes if tree.is_true[node])
-        true_verify_s = self._world.pass_s(1 + len(nodes))
+        true_verify_s = self._taken(self._world.pass_s(1 + len(nodes)))
         verify_s = self._told(true_verify_s)
         self.tokens += len(path) + 1
         self.seconds += true_draft_s + true_verify_s
@@ -196,10 +199,21 @@ class Simulation:
         return tree, true_s, draft_s
 
     def _draft(self, rows: int) -> tuple[float, float]:
-        seconds = self._world.draft_s(rows)
+        seconds = self._taken(self._world.draft_s(rows))
         told_s = self._told(seconds)
         self._growth.drafted(rows, told_s)
         return seconds, told_s
+
+    def _taken(self, seconds: float) -> float:
+        """Return the seconds of a pass that computes for so many, preemptions included."""
+        if self._world.preempted is None:
+            return seconds
+        every_s, away_s = self._world.preempted
+        taken_s, left_s = seconds, seconds - self._rng.expovariate(1 / every_s)
+        while left_s > 0:
+            taken_s += self._rng.expovariate(1 / away_s)
+            left_s -= self._rng.expovariate(1 / every_s)
+        return taken_s
 
     def _told(self, seconds: float) -> float:
         return seconds * math.exp(self._rng.gauss(0.0, self._world.noise))
