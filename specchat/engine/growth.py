@@ -29,17 +29,17 @@ _FAR_FASTER = 2.0
 _NUM_BINS = 10
 
 
-class Growth(Protocol):
+class DraftPolicy(Protocol):
     """Decides how a drafter grows its tree."""
 
     @property
     def max_nodes(self) -> int:
         """The most nodes a tree may have; what memory was planned for."""
 
-    def begins(self) -> bool:
+    def should_draft(self) -> bool:
         """Whether to draft at all for this step."""
 
-    def expand(self, ranks: Sequence[int], weights: Sequence[float]) -> int:
+    def num_to_expand(self, ranks: Sequence[int], weights: Sequence[float]) -> int:
         """How many of the best open nodes the draft should read in its next pass; 0 ends the growth.
 
         Args:
@@ -47,13 +47,13 @@ class Growth(Protocol):
             weights: their log weights.
         """
 
-    def cut(self, weights: Sequence[float]) -> int:
+    def num_to_verify(self, weights: Sequence[float]) -> int:
         """How many of the best nodes to have verified; their log weights, best first."""
 
-    def drafted(self, rows: int, seconds: float) -> None:
+    def record_draft_pass(self, rows: int, seconds: float) -> None:
         """A pass of the draft took so long."""
 
-    def verified(self, step: Step, tree: TokenTree, path: Sequence[int]) -> None:
+    def record_step(self, step: Step, tree: TokenTree, path: Sequence[int]) -> None:
         """A step has ended.
 
         Args:
@@ -64,31 +64,31 @@ class Growth(Protocol):
 
 
 @dataclass(frozen=True)
-class FixedGrowth:
+class FixedPolicy:
     """The `max_nodes` likeliest nodes, whatever they cost."""
 
     max_nodes: int
 
-    def begins(self) -> bool:
+    def should_draft(self) -> bool:
         """Whenever there may be nodes."""
         return self.max_nodes > 0
 
-    def expand(self, ranks: Sequence[int], weights: Sequence[float]) -> int:
+    def num_to_expand(self, ranks: Sequence[int], weights: Sequence[float]) -> int:
         """All of them."""
         return len(weights)
 
-    def cut(self, weights: Sequence[float]) -> int:
+    def num_to_verify(self, weights: Sequence[float]) -> int:
         """All of them."""
         return len(weights)
 
-    def drafted(self, rows: int, seconds: float) -> None:
+    def record_draft_pass(self, rows: int, seconds: float) -> None:
         """Makes no difference."""
 
-    def verified(self, step: Step, tree: TokenTree, path: Sequence[int]) -> None:
+    def record_step(self, step: Step, tree: TokenTree, path: Sequence[int]) -> None:
         """Makes no difference."""
 
 
-class PayingGrowth:
+class AdaptivePolicy:
     """Draft while it pays, decode plainly otherwise; both speeds are measured while answers are written.
 
     Args:
@@ -108,11 +108,11 @@ class PayingGrowth:
         self._catches_up = self._probes_small_tree = False
         self._interval = self._steps_left = _PROBE_AFTER
 
-    def begins(self) -> bool:
+    def should_draft(self) -> bool:
         """Return whether the mode in use, or the one being probed, is drafting."""
         return self.max_nodes > 0 and self._drafts
 
-    def expand(self, ranks: Sequence[int], weights: Sequence[float]) -> int:
+    def num_to_expand(self, ranks: Sequence[int], weights: Sequence[float]) -> int:
         """Return the count whose expected accepted children, less the time spent on them, are most."""
         tokens_per_s = self._tokens_per_s()
         best, best_value, gained = 0, 0.0, 0.0
@@ -124,7 +124,7 @@ class PayingGrowth:
                 best, best_value = count, value
         return best
 
-    def cut(self, weights: Sequence[float]) -> int:
+    def num_to_verify(self, weights: Sequence[float]) -> int:
         """Return the count whose expected tokens, less what the pass's time is worth, are most."""
         tokens_per_s = self._tokens_per_s()
         tokens = accumulate(map(self._acceptance.of, weights), initial=1.0)
@@ -132,12 +132,12 @@ class PayingGrowth:
         best = values.index(max(values))
         return (best + 2) // 3 if self._probes_small_tree else best
 
-    def drafted(self, rows: int, seconds: float) -> None:
+    def record_draft_pass(self, rows: int, seconds: float) -> None:
         """Learn how long a pass of the draft takes."""
         if rows <= self.max_nodes:
             self._draft_times.add(rows, seconds)
 
-    def verified(self, step: Step, tree: TokenTree, path: Sequence[int]) -> None:
+    def record_step(self, step: Step, tree: TokenTree, path: Sequence[int]) -> None:
         """Learn from a step, and choose the mode of the next one."""
         if step.new_rows != 1 or not step.token_ids:
             return  # a prompt's pass, or an interrupted one

@@ -5,7 +5,7 @@
 `resident` is the demo in memory, whose passes take milliseconds; `disk` is a synthetic model whose layers come from the
 disk for every pass. One model is loaded, and the ways take turns on it, answer by answer, each of them beginning as
 often as the others: plain decoding (`resident` only: from the disk it is slow), fixed budgets, "chat" (one
-`PayingGrowth` for all answers, as in a chat) and "once" (one that only knows the plan's predictions for every answer,
+`AdaptivePolicy` for all answers, as in a chat) and "once" (one that only knows the plan's predictions for every answer,
 as in `specchat run MODEL PROMPT`). All write the same text. Speeds are all tokens over all time, the prompts' passes
 and every first step included; in square brackets is a 90% interval, by resampling questions. The plain column is the
 median over questions of the speed beside plain decoding's. `--busy` keeps a computing process on every core meanwhile.
@@ -56,7 +56,7 @@ class Way:
     sizes: list[int] = field(default_factory=list)
     made: object = None
 
-    def growth(self):
+    def policy(self):
         if self.made is None or not self.keeps:
             self.made = self.make()
         return self.made
@@ -69,7 +69,7 @@ class Way:
 def answer(engine, way, prompt, seed, max_tokens):
     """As a new chat: nothing of the prompt is cached."""
     engine.forget()
-    engine._growth = way.growth()
+    engine._policy = way.policy()
     sampling = Sampling(temperature=0.7 * (seed % 2), seed=seed)
     begin = time.perf_counter()
     steps = list(engine.generate(prompt, sampling, stop_ids=frozenset(), max_tokens=max_tokens))
@@ -79,17 +79,17 @@ def answer(engine, way, prompt, seed, max_tokens):
 
 
 def ways_for(plan, fixed):
-    from specchat.engine.growth import FixedGrowth, PayingGrowth
+    from specchat.engine.growth import AdaptivePolicy, FixedPolicy
 
     budget = plan.tree_budget
     return [
         *(
-            Way(f"fixed {nodes}" if nodes else PLAIN, lambda nodes=nodes: FixedGrowth(nodes))
+            Way(f"fixed {nodes}" if nodes else PLAIN, lambda nodes=nodes: FixedPolicy(nodes))
             for nodes in fixed
             if nodes <= budget
         ),
-        Way("chat", lambda: PayingGrowth(budget, plan.expected)),
-        Way("once", lambda: PayingGrowth(budget, plan.expected), keeps=False),
+        Way("chat", lambda: AdaptivePolicy(budget, plan.expected)),
+        Way("once", lambda: AdaptivePolicy(budget, plan.expected), keeps=False),
     ]
 
 

@@ -9,7 +9,7 @@ import pytest
 from support.worlds import Simulation, World
 
 from specchat.config import Expectation
-from specchat.engine.growth import FixedGrowth, PayingGrowth
+from specchat.engine.growth import AdaptivePolicy, FixedPolicy
 
 FIXED = (0, 8, 16, 32, 64, 128)
 LENGTHS = (64, 256, 1000)
@@ -46,8 +46,8 @@ BUSY_SEEDS = range(1, 9)
 
 def shares(world: World, expected: Expectation, seed: int, lengths: tuple[int, ...] = LENGTHS) -> list[float]:
     """Of the best fixed size's speed, after so many tokens."""
-    adaptive = Simulation(world, PayingGrowth(128, expected), seed)
-    others = [Simulation(world, FixedGrowth(nodes), seed) for nodes in FIXED]
+    adaptive = Simulation(world, AdaptivePolicy(128, expected), seed)
+    others = [Simulation(world, FixedPolicy(nodes), seed) for nodes in FIXED]
     return [adaptive.write(length) / max(other.write(length) for other in others) for length in lengths]
 
 
@@ -67,8 +67,8 @@ def test_it_is_never_slower_than_plain_decoding_on_a_busy_machine(name: str):
     """Sum over eight texts: single passes take up to 30 times as long as they compute."""
     world = BUSY[name]
     expected = world.expectation(level=1.3, slope=0.7)
-    adaptive = [Simulation(world, PayingGrowth(128, expected), seed) for seed in BUSY_SEEDS]
-    plain = [Simulation(world, FixedGrowth(0), seed) for seed in BUSY_SEEDS]
+    adaptive = [Simulation(world, AdaptivePolicy(128, expected), seed) for seed in BUSY_SEEDS]
+    plain = [Simulation(world, FixedPolicy(0), seed) for seed in BUSY_SEEDS]
     for length, least in ((256, 0.92), (1000, 0.95)):
         speeds = [[each.write(length) for each in simulations] for simulations in (adaptive, plain)]
         share = sum(1 / each for each in speeds[1]) / sum(1 / each for each in speeds[0])
