@@ -15,7 +15,7 @@ from specchat.closing import Closeable
 from specchat.engine import stats
 from specchat.engine.attention import RowLayout
 from specchat.engine.drafting.drafter import Drafter, ModelDrafter, NoDrafter
-from specchat.engine.drafting.policy import FixedGrowth, Growth, PayingGrowth
+from specchat.engine.drafting.policy import AdaptivePolicy, DraftPolicy, FixedPolicy
 from specchat.engine.loading import load_model
 from specchat.engine.model import PassCancelledError, TreeModel
 from specchat.engine.sampling import Sampler
@@ -56,9 +56,9 @@ class Engine(Closeable):
         self.load_s = 0.0
         self._target = target
         self._drafter = drafter
-        self._growth: Growth = FixedGrowth(plan.work.tree_budget)
-        if plan.adaptive:
-            self._growth = PayingGrowth(plan.work.tree_budget, plan.expected)
+        self._policy: DraftPolicy = FixedPolicy(plan.work.tree_budget)
+        if plan.adaptive and plan.expected is not None:
+            self._policy = AdaptivePolicy(plan.work.tree_budget, plan.expected)
         self._cached: list[int] = []  # the tokens whose rows the target's cache holds
         self._phase: Phase = "idle"
         self._meter = stats.MemoryMeter(plan, [target, *drafter.models], runtime_bytes)
@@ -184,12 +184,12 @@ class Engine(Closeable):
     @contextmanager
     def drafting_with(self, drafter: Drafter) -> Iterator[None]:
         """Another drafter while it lasts, with trees as large as planned; closing it is the caller's."""
-        own, self._drafter = (self._drafter, self._growth), drafter
-        self._growth = FixedGrowth(self.plan.work.tree_budget)
+        own, self._drafter = (self._drafter, self._policy), drafter
+        self._policy = FixedPolicy(self.plan.work.tree_budget)
         try:
             yield
         finally:
-            self._drafter, self._growth = own
+            self._drafter, self._policy = own
 
     def memory(self) -> MemoryReport:
         """What is held, beside what the plan's ledger promised."""
@@ -211,7 +211,7 @@ class Engine(Closeable):
             self._phase = "drafting"
             with clock.drafting():
                 max_depth = answer.max_length - len(context) - 1
-                tree = self._drafter.grow(context, self._growth, max_depth, answer.sampler, answer.cancel)
+                tree = self._drafter.grow(context, self._policy, max_depth, answer.sampler, answer.cancel)
             self._phase = "prefill" if len(pending) > 1 else "verifying"
             with clock.verifying():
                 rows = self._rows_for(context, len(pending), tree)
@@ -231,7 +231,7 @@ class Engine(Closeable):
         depth = max(tree.depths, default=0)
         guesses = tree.by_source(path)
         step = clock.step(tokens, reason, len(pending), num_cached, len(tree), depth, guesses, offered)
-        self._growth.verified(step, tree, path)
+        self._policy.record_step(step, tree, path)
         return step
 
     def _walk(

@@ -17,7 +17,7 @@ from support.loading import load_model
 from support.tiny_models import VOCAB, make_config, random_model, save
 
 from specchat.engine.drafting.drafter import GREEDY_TEMPERATURE, NOISE_TEMPERATURE, ModelDrafter, _Candidates
-from specchat.engine.drafting.policy import FixedGrowth
+from specchat.engine.drafting.policy import FixedPolicy
 from specchat.engine.model import TreeModel
 from specchat.engine.sampling import Noise, Sampler
 from specchat.engine.tree import ROOT, TokenTree, common_prefix
@@ -31,9 +31,9 @@ Path = tuple[int, ...]
 
 
 @st.composite
-def token_trees(draw: st.DrawFn, max_nodes: int = 40) -> TokenTree:
+def token_trees(draw: st.DrawFn, tree_budget: int = 40) -> TokenTree:
     """Any tree whose parents come first and whose siblings differ."""
-    num_nodes = draw(st.integers(0, max_nodes))
+    num_nodes = draw(st.integers(0, tree_budget))
     parents = [draw(st.integers(ROOT, node - 1)) for node in range(num_nodes)]
     first_token = draw(st.integers(0, 5))
     tokens = [first_token + parents[:node].count(parents[node]) for node in range(num_nodes)]
@@ -222,7 +222,7 @@ def test_tree_is_the_likeliest_paths(draft: Draft, kind: str, budget: int, max_d
     sampler = Sampler(sampling, VOCAB, CPU)
     for seed in (1, 2):
         context = random_prompt(9, VOCAB, seed)
-        tree = drafter.grow(context, FixedGrowth(budget), max_depth, sampler, None)
+        tree = drafter.grow(context, FixedPolicy(budget), max_depth, sampler, None)
         best = best_paths(
             draft, context, budget, max_depth, lambda logits, position: log_weights(logits, position, sampling, shared)
         )
@@ -242,9 +242,9 @@ def test_growth_goes_on_from_what_was_accepted(draft: Draft, data: st.DataObject
     drafter = ModelDrafter(load(draft, 160), max_rows=max_rows, max_context=512)
     context = random_prompt(6, VOCAB, data.draw(st.integers(0, 50)))
     for _ in range(4):
-        tree = drafter.grow(context, FixedGrowth(16), 20, sampler, None)
+        tree = drafter.grow(context, FixedPolicy(16), 20, sampler, None)
         fresh = ModelDrafter(load(draft, 160), max_rows=max_rows, max_context=512)
-        expected = fresh.grow(context, FixedGrowth(16), 20, sampler, None)
+        expected = fresh.grow(context, FixedPolicy(16), 20, sampler, None)
         assert set(named(tree)) == set(named(expected))
         path = path_to(tree, data.draw(st.integers(ROOT, len(tree) - 1)))
         drafter.commit(path)
@@ -261,7 +261,7 @@ def named(tree: TokenTree) -> list[Path]:
 def test_few_rows_make_a_smaller_search_not_a_wrong_one(draft: Draft, max_rows: int):
     drafter = ModelDrafter(load(draft, 60), max_rows=max_rows, max_context=512)
     context = random_prompt(9, VOCAB)
-    tree = drafter.grow(context, FixedGrowth(24), 50, Sampler(GREEDY, VOCAB, CPU), None)
+    tree = drafter.grow(context, FixedPolicy(24), 50, Sampler(GREEDY, VOCAB, CPU), None)
     assert len(tree) <= 24
     assert len({parent for parent in tree.parents if parent != ROOT}) <= max_rows
     best = best_paths(draft, context, 24, 50, lambda logits, position: log_weights(logits, position, GREEDY, False))
@@ -273,18 +273,18 @@ def test_tree_ends_where_the_drafts_positions_end(draft: Draft, left: int):
     """A draft with a shorter context than the target's guesses as deep as its positions go."""
     context = random_prompt(12, VOCAB)
     drafter = ModelDrafter(load(draft, 60), max_rows=32, max_context=len(context) + left, branch=1)
-    tree = drafter.grow(context, FixedGrowth(16), 50, Sampler(GREEDY, VOCAB, CPU), None)
+    tree = drafter.grow(context, FixedPolicy(16), 50, Sampler(GREEDY, VOCAB, CPU), None)
     assert tree.depths == tuple(range(1, left + 1))  # a chain, as nodes have one child here
     drafter.commit(path_to(tree, len(tree) - 1))
-    assert len(drafter.grow([*context, *[4] * 60], FixedGrowth(16), 50, Sampler(GREEDY, VOCAB, CPU), None)) == 0
+    assert len(drafter.grow([*context, *[4] * 60], FixedPolicy(16), 50, Sampler(GREEDY, VOCAB, CPU), None)) == 0
 
 
 def test_nothing_to_grow(draft: Draft):
     drafter = ModelDrafter(load(draft, 60), max_rows=32, max_context=512)
     for budget, max_depth in ((0, 5), (5, 0)):
-        assert len(drafter.grow([3, 4], FixedGrowth(budget), max_depth, Sampler(GREEDY, VOCAB, CPU), None)) == 0
+        assert len(drafter.grow([3, 4], FixedPolicy(budget), max_depth, Sampler(GREEDY, VOCAB, CPU), None)) == 0
         drafter.commit([])
-    assert len(drafter.grow([3, 4], FixedGrowth(5), 5, Sampler(GREEDY, VOCAB, CPU), None)) == 5
+    assert len(drafter.grow([3, 4], FixedPolicy(5), 5, Sampler(GREEDY, VOCAB, CPU), None)) == 5
 
 
 def test_guesses_are_counted_by_who_made_them():

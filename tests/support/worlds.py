@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from specchat.engine.drafting.policy import FixedGrowth, Growth
+from specchat.engine.drafting.policy import DraftPolicy, FixedPolicy
 from specchat.engine.tree import ROOT, TokenTree
 from specchat.records.generation import Step
 from specchat.records.limits import draft_width
@@ -30,7 +30,9 @@ class World:
         draft_s: likewise over the draft.
         sureness: of the draft's best guess: the parameters of a beta distribution.
         skill: how often what comes is as the draft thinks; otherwise it is none of its guesses.
-        noise: standard deviation of the logarithm of the times that a growth is told; what counts are times without.
+        noise: standard deviation of the logarithm of the times that a policy is told; what counts are times without.
+        preempted: Seconds of computing between two preemptions, and seconds that each takes; both are means of
+            exponential distributions. Unlike noise, these seconds count.
     """
 
     pass_s: Callable[[int], float]
@@ -38,6 +40,7 @@ class World:
     sureness: tuple[float, float] = (2.0, 1.0)
     skill: float = 0.9
     noise: float = 0.1
+    preempted: tuple[float, float] | None = None
 
     def expectation(self, level: float = 1.0, slope: float = 1.0) -> Expectation:
         """What a planner would have said: true times, all `level` times too long and `slope` times too steep."""
@@ -138,12 +141,12 @@ class Tree:
 
 
 class Simulation:
-    """Writes a text with a growth; counts tokens and seconds."""
+    """Writes a text with a policy; counts tokens and seconds."""
 
-    def __init__(self, world: World, growth: Growth, seed: int) -> None:
+    def __init__(self, world: World, policy: DraftPolicy, seed: int) -> None:
         self.tokens, self.seconds = 0, 0.0
         self.sizes: list[int] = []
-        self._world, self._growth = world, growth
+        self._world, self._policy = world, policy
         self._text = Text(world, seed)
         self._rng = random.Random(f"{seed} luck")
 
@@ -158,12 +161,12 @@ class Simulation:
         nodes = tree.order
         place = {node: index for index, node in enumerate(nodes)}
         path = sorted(place[node] for node in nodes if tree.is_true[node])
-        true_verify_s = self._world.pass_s(1 + len(nodes))
+        true_verify_s = self._taken(self._world.pass_s(1 + len(nodes)))
         verify_s = self._told(true_verify_s)
         self.tokens += len(path) + 1
         self.seconds += true_draft_s + true_verify_s
         self.sizes.append(len(nodes))
-        if isinstance(self._growth, FixedGrowth):
+        if isinstance(self._policy, FixedPolicy):
             return  # which learns nothing
         verified = TokenTree(
             tuple(range(len(nodes))),
@@ -174,34 +177,45 @@ class Simulation:
             *(tuple(range(len(path) + 1)), None, 1, self.tokens, len(nodes), len(path), 0),
             *(draft_s + verify_s, draft_s, verify_s, 0.0, 0.0, 0),
         )
-        self._growth.verified(step, verified, path)
+        self._policy.record_step(step, verified, path)
 
     def _grow(self) -> tuple[Tree, float, float]:
-        """As `ModelDrafter.grow`: the growth decides, a pass at a time; its seconds, and those that it was told."""
-        growth, tree = self._growth, Tree()
-        if not growth.begins():
+        """As `ModelDrafter.grow`: the policy decides, a pass at a time; its seconds, and those that it was told."""
+        policy, tree = self._policy, Tree()
+        if not policy.should_draft():
             return tree, 0.0, 0.0
         true_s, draft_s = self._draft(1)
-        budget, width, position = growth.max_nodes, draft_width(growth.max_nodes), self.tokens
+        budget, width, position = policy.tree_budget, draft_width(policy.tree_budget), self.tokens
         tree.expand([ROOT], self._text, position, self._rng, budget)
         room = 2 * budget
         while True:
             found = tree.frontier(min(width, room), budget)
-            found = found[: growth.expand([rank for rank, _ in found], [tree.weight[node] for _, node in found])]
+            found = found[: policy.num_to_expand([rank for rank, _ in found], [tree.weight[node] for _, node in found])]
             if not found:
                 break
             room -= len(found)
             tree.expand([node for _, node in found], self._text, position, self._rng, budget)
             more_true_s, more_s = self._draft(len(found))
             true_s, draft_s = true_s + more_true_s, draft_s + more_s
-        del tree.order[growth.cut([tree.weight[node] for node in tree.order]) :]
+        del tree.order[policy.num_to_verify([tree.weight[node] for node in tree.order]) :]
         return tree, true_s, draft_s
 
     def _draft(self, rows: int) -> tuple[float, float]:
-        seconds = self._world.draft_s(rows)
+        seconds = self._taken(self._world.draft_s(rows))
         told_s = self._told(seconds)
-        self._growth.drafted(rows, told_s)
+        self._policy.record_draft_pass(rows, told_s)
         return seconds, told_s
+
+    def _taken(self, seconds: float) -> float:
+        """Return the seconds of a pass that computes for so many, preemptions included."""
+        if self._world.preempted is None:
+            return seconds
+        every_s, away_s = self._world.preempted
+        taken_s, left_s = seconds, seconds - self._rng.expovariate(1 / every_s)
+        while left_s > 0:
+            taken_s += self._rng.expovariate(1 / away_s)
+            left_s -= self._rng.expovariate(1 / every_s)
+        return taken_s
 
     def _told(self, seconds: float) -> float:
         return seconds * math.exp(self._rng.gauss(0.0, self._world.noise))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from specchat.engine.attention import RowLayout
-from specchat.engine.drafting.policy import Growth
+from specchat.engine.drafting.policy import DraftPolicy
 from specchat.engine.model import TreeModel
 from specchat.engine.sampling import Sampler
 from specchat.engine.tree import ROOT, TokenTree, common_prefix
@@ -44,9 +44,14 @@ class Drafter(Protocol):
         """The models it holds in memory."""
 
     def grow(
-        self, context: Sequence[int], growth: Growth, max_depth: int, sampler: Sampler, cancel: threading.Event | None
+        self,
+        context: Sequence[int],
+        policy: DraftPolicy,
+        max_depth: int,
+        sampler: Sampler,
+        cancel: threading.Event | None,
     ) -> TokenTree:
-        """A tree as large as `growth` says, of at most `max_depth` levels below the last token of `context`."""
+        """A tree as large as `policy` says, of at most `max_depth` levels below the last token of `context`."""
 
     def commit(self, path: Sequence[int]) -> None:
         """The nodes of the last tree that the target accepted, root to leaf."""
@@ -64,7 +69,12 @@ class NoDrafter:
     models: Sequence[TreeModel] = ()
 
     def grow(
-        self, context: Sequence[int], growth: Growth, max_depth: int, sampler: Sampler, cancel: threading.Event | None
+        self,
+        context: Sequence[int],
+        policy: DraftPolicy,
+        max_depth: int,
+        sampler: Sampler,
+        cancel: threading.Event | None,
     ) -> TokenTree:
         """No guesses."""
         return TokenTree()
@@ -180,22 +190,27 @@ class ModelDrafter:
         self._tree = TokenTree()
 
     def grow(
-        self, context: Sequence[int], growth: Growth, max_depth: int, sampler: Sampler, cancel: threading.Event | None
+        self,
+        context: Sequence[int],
+        policy: DraftPolicy,
+        max_depth: int,
+        sampler: Sampler,
+        cancel: threading.Event | None,
     ) -> TokenTree:
         """The best paths; ends when no unexpanded node could still change them, or would pay for itself."""
         self._tree, self._rows = TokenTree(), []
-        budget = growth.max_nodes
+        budget = policy.tree_budget
         max_depth = min(max_depth, self._max_context - len(context))
-        if max_depth <= 0 or not growth.begins():
+        if max_depth <= 0 or not policy.should_draft():
             return self._tree
-        root_logits = self._catch_up(context, growth, cancel)
+        root_logits = self._catch_up(context, policy, cancel)
         paths = self._children(_Candidates.empty(), torch.tensor([ROOT]), root_logits, len(context), sampler, budget)
         rows = _TreeRows(self._max_rows, len(context), self._model.device)
         width = draft_width(budget)
         while True:
             begin = time.perf_counter()
             nodes = paths.frontier(min(width, rows.free), budget, max_depth)
-            nodes = nodes[: growth.expand(nodes.tolist(), paths.score[nodes].tolist())]
+            nodes = nodes[: policy.num_to_expand(nodes.tolist(), paths.score[nodes].tolist())]
             if not len(nodes):
                 break
             parents = paths.parent[nodes]
@@ -203,8 +218,8 @@ class ModelDrafter:
             paths.row[nodes] = rows.add(parent_rows, paths.depth[nodes])
             hidden = self._model.forward(paths.token[nodes].tolist(), rows.layout(len(nodes)), cancel)
             paths = self._children(paths, nodes, self._model.logits(hidden), len(context), sampler, budget)
-            growth.drafted(len(nodes), time.perf_counter() - begin)
-        paths = paths.first(growth.cut(paths.score.tolist()))
+            policy.record_draft_pass(len(nodes), time.perf_counter() - begin)
+        paths = paths.first(policy.num_to_verify(paths.score.tolist()))
         columns = (paths.token, paths.parent, paths.score)
         token, parent, weight = (tuple(column.tolist()) for column in columns)
         self._tree = TokenTree(token, parent, (SOURCE,) * len(paths), weight)
@@ -228,7 +243,7 @@ class ModelDrafter:
         """Stops the draft's streaming, if it streams."""
         self._model.close()
 
-    def _catch_up(self, context: Sequence[int], growth: Growth, cancel: threading.Event | None) -> Tensor:
+    def _catch_up(self, context: Sequence[int], policy: DraftPolicy, cancel: threading.Event | None) -> Tensor:
         """Computes what the cache lacks of `context`; the draft's scores behind its last token: [1, V]."""
         begin = time.perf_counter()
         shared = min(common_prefix(self._tokens, list(context)), len(context) - 1)
@@ -237,7 +252,7 @@ class ModelDrafter:
         hidden = self._model.append(self._known(context[shared:]), cancel)
         self._tokens = list(context)
         logits = self._model.logits(hidden[-1:])
-        growth.drafted(len(context) - shared, time.perf_counter() - begin)
+        policy.record_draft_pass(len(context) - shared, time.perf_counter() - begin)
         return logits
 
     def _known(self, token_ids: Sequence[int]) -> list[int]:

@@ -1,153 +1,86 @@
-"""How long a pass takes by its rows: expected at first, then as measured."""
+"""How long a pass takes by its rows: a predicted curve, corrected by what is measured."""
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
-from collections import deque
 from collections.abc import Sequence
 from itertools import pairwise
-from statistics import median
 
-# What is measured at a size is the median of its last passes, and counts for less the longer ago it was: load changes
-# within minutes. Beyond a time it is better guessed from other sizes.
-_KEEP_PASSES = 32
-_KEEP_SHARE = 0.99
-_FORGET_AFTER = 300
-# By how much expectations are off from one size to the next, beyond what they are off by as a whole: as a logarithm.
-_DRIFT = 0.1
-# The variance of a pass's logarithm is taken from pairs of passes of one size; a hiccup counts as no more than this.
-_VARIANCE, _KEEP_VARIANCE = 0.01, 0.95
-_MOST_OFF = 0.5
-_LEAST_VARIANCE = 1e-4
-_UNMEASURED = 0.1
+# Old measurements fade by this factor with every new one: load and subject change within minutes.
+_KEEP = 0.98
+# The weight of what is assumed against what is measured, in measurements.
+PRIOR_WEIGHT = 4.0
+
+
+class FadingRatio:
+    """A ratio of two sums in which the latest terms count most.
+
+    Means, not medians: preempted passes are part of the time that an answer takes on a busy machine.
+    """
+
+    def __init__(self, numerator: float = 0.0, denominator: float = 0.0) -> None:
+        self._numerator, self._denominator = numerator, denominator
+
+    def add(self, numerator: float, denominator: float) -> None:
+        """Add one term to each sum, and let the earlier ones fade."""
+        self._numerator = _KEEP * self._numerator + numerator
+        self._denominator = _KEEP * self._denominator + denominator
+
+    def value(self, prior: float, weight: float = 0.0) -> float:
+        """Return the ratio, blended with a prior of the given weight; the prior itself if nothing was added."""
+        denominator = self._denominator + weight
+        return (self._numerator + prior * weight) / denominator if denominator else prior
 
 
 class PassTimes:
-    """Seconds of a pass by its rows: what was expected, times a correction that sizes near each other have in common.
+    """Seconds of a pass by its rows.
 
-    One measured pass corrects all sizes alike; many of them at several sizes give any shape that never falls, such as
-    flat while layers are on their way and steep once computing takes longer.
+    The first measured pass corrects the whole curve. More of them correct it by size: each power of two has a
+    correction of its own, which starts from the common one; between measured sizes the correction is interpolated.
 
     Args:
-        expected: (rows, seconds), ascending.
-        most_rows: that will be asked for.
+        predicted: (rows, seconds) pairs, ascending.
+        max_rows: Largest number of rows to look up.
     """
 
-    def __init__(self, expected: Sequence[tuple[int, float]], most_rows: int) -> None:
-        self._sizes = _sizes(most_rows)
-        self._expected = _filled([rows for rows, _ in expected], [s for _, s in expected], self._sizes[-1])
-        self._seconds = self._expected
-        self._seen = [deque[tuple[int, float]](maxlen=_KEEP_PASSES) for _ in self._sizes]  # (pass, log correction)
-        self._variance = _VARIANCE
-        self._num_passes = 0
+    def __init__(self, predicted: Sequence[tuple[int, float]], max_rows: int) -> None:
+        self._curve = _interpolated(predicted, max_rows)
+        self._places = [math.log2(max(rows, 1)) for rows in range(max_rows + 1)]
+        self._common = FadingRatio()
+        self._measured: dict[int, FadingRatio] = {}
+        self._corrections = [1.0] * (max_rows.bit_length() + 2)  # for 1, 2, 4, ... rows
 
     def at(self, rows: int) -> float:
-        """Expected seconds of a pass."""
-        return self._seconds[rows]
+        """Return the expected seconds of a pass."""
+        place = self._places[rows]
+        left = int(place)
+        lower, upper = self._corrections[left : left + 2]
+        return self._curve[rows] * (lower + (upper - lower) * (place - left))
+
+    def is_measured(self, rows: int) -> bool:
+        """Return whether a pass of about this size was measured."""
+        return round(self._places[rows]) in self._measured
 
     def add(self, rows: int, seconds: float) -> None:
-        """One more pass; `learn` makes something of it."""
-        self._num_passes += 1
-        if rows < len(self._expected):
-            correction = math.log(max(seconds, 1e-9) / self._expected[rows])
-            seen = self._seen[self._nearest(rows)]
-            if seen:
-                off = min(abs(correction - seen[-1][1]), _MOST_OFF)
-                self._variance = _KEEP_VARIANCE * self._variance + (1 - _KEEP_VARIANCE) * off**2 / 2
-            seen.append((self._num_passes, correction))
-
-    @property
-    def measured(self) -> tuple[int, int]:
-        """The least and the most rows, or about so many, of the passes that are not forgotten; (1, 1) without any."""
-        known = [rows for place, rows in enumerate(self._sizes) if self._weight(place)]
-        return (known[0], known[-1]) if known else (1, 1)
-
-    def learn(self) -> None:
-        """Corrects all sizes by the passes that were added."""
-        weights = [self._weight(place) for place in range(len(self._sizes))]
-        if not any(weights):
-            return
-        measured = [
-            median(correction for _, correction in seen) if weight else 0.0
-            for seen, weight in zip(self._seen, weights, strict=True)
-        ]
-        corrections = _smoothed(measured, weights, max(self._variance, _LEAST_VARIANCE) / _DRIFT**2)
-        seconds = [
-            self._expected[rows] * math.exp(correction)
-            for rows, correction in zip(self._sizes, corrections, strict=True)
-        ]
-        certain = [weight + _UNMEASURED for weight in weights]
-        self._seconds = _filled(self._sizes, never_falling(seconds, certain), self._sizes[-1])
-
-    def _nearest(self, rows: int) -> int:
-        above = min(bisect_left(self._sizes, rows), len(self._sizes) - 1)
-        nearer_below = above > 0 and rows * rows < self._sizes[above - 1] * self._sizes[above]
-        return above - 1 if nearer_below else above
-
-    def _weight(self, place: int) -> float:
-        """How much is known of a size, in passes just measured."""
-        seen = self._seen[place]
-        age = self._num_passes - seen[-1][0] if seen else _FORGET_AFTER
-        return len(seen) * float(_KEEP_SHARE**age) if age < _FORGET_AFTER else 0.0
+        """Learn from one measured pass."""
+        correction = seconds / self._curve[rows]
+        self._common.add(correction, 1.0)
+        size = round(self._places[rows])
+        self._measured.setdefault(size, FadingRatio())
+        for each, ratio in self._measured.items():  # those of other sizes fade, too
+            is_measured = float(each == size)
+            ratio.add(is_measured * correction, is_measured)
+        common = self._common.value(1.0)
+        known = [(place, self._measured[place].value(common, PRIOR_WEIGHT)) for place in sorted(self._measured)]
+        self._corrections = _interpolated(known, len(self._corrections) - 1, extrapolate=False)
 
 
-def _sizes(most_rows: int) -> list[int]:
-    """1, 2, 3, 4, 6, 8, 12 ... until `most_rows` is reached."""
-    sizes, power = [1], 2
-    while sizes[-1] < most_rows:
-        sizes += [power, power + power // 2]
-        power *= 2
-    return sizes
-
-
-def _filled(rows: Sequence[int], seconds: Sequence[float], most_rows: int) -> list[float]:
-    """Seconds for 0 to `most_rows` rows: straight lines between the given points, flat before them, on and on behind.
-
-    Args:
-        rows: ascending.
-        seconds: for these.
-        most_rows: of the last one.
-    """
-    filled = [seconds[0]] * (rows[0] + 1)
-    slope = 0.0
-    for (x0, y0), (x1, y1) in pairwise(zip(rows, seconds, strict=True)):
+def _interpolated(points: Sequence[tuple[int, float]], last: int, *, extrapolate: bool = True) -> list[float]:
+    """Return heights at 0 to `last`: linear between the points, constant before them, and after unless extrapolated."""
+    first_place, first_height = points[0]
+    heights, slope = [first_height] * (first_place + 1), 0.0
+    for (x0, y0), (x1, y1) in pairwise(points):
         slope = (y1 - y0) / (x1 - x0)
-        filled += [y0 + slope * step for step in range(1, x1 - x0 + 1)]
-    last, behind = filled[-1], most_rows + 1 - len(filled)
-    return [*filled, *(last + slope * step for step in range(1, behind + 1))][: most_rows + 1]
-
-
-def _smoothed(values: Sequence[float], weights: Sequence[float], stiffness: float) -> list[float]:
-    """The sequence nearest to the values that changes slowly: least squares of both, deviations and changes.
-
-    Args:
-        values: one per place.
-        weights: how much each of them counts; 0 where there is none, and not 0 everywhere.
-        stiffness: how much changes from place to place count.
-    """
-    last = len(values) - 1
-    diagonal, right = list[float](), list[float]()
-    for place, (value, weight) in enumerate(zip(values, weights, strict=True)):  # tridiagonal: one sweep down ...
-        around = stiffness * ((place > 0) + (place < last))
-        share = stiffness / diagonal[-1] if place else 0.0
-        diagonal.append(weight + around - stiffness * share)
-        right.append(weight * value + (share * right[-1] if place else 0.0))
-    smoothed = [right[last] / diagonal[last]]
-    for place in range(last - 1, -1, -1):  # ... and one up
-        smoothed.append((right[place] + stiffness * smoothed[-1]) / diagonal[place])
-    return smoothed[::-1]
-
-
-def never_falling(heights: Sequence[float], weights: Sequence[float]) -> list[float]:
-    """The never falling sequence nearest to the heights: neighbours out of order take their common mean.
-
-    Source: the pool-adjacent-violators algorithm; M. Ayer et al., Annals of Mathematical Statistics 26, 1955.
-    """
-    pools: list[tuple[float, float, int]] = []  # height, weight, how many
-    for height, weight in zip(heights, weights, strict=True):
-        pools.append((height, weight, 1))
-        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
-            (ya, wa, na), (yb, wb, nb) = pools[-2:]
-            pools[-2:] = [((ya * wa + yb * wb) / (wa + wb), wa + wb, na + nb)]
-    return [height for height, _, count in pools for _ in range(count)]
+        heights += [y0 + slope * step for step in range(1, x1 - x0 + 1)]
+    end, missing = heights[-1], last + 1 - len(heights)
+    return [*heights, *(end + extrapolate * slope * step for step in range(1, missing + 1))]

@@ -8,7 +8,7 @@ from statistics import mean
 import pytest
 from support.worlds import Simulation, World
 
-from specchat.engine.drafting.policy import FixedGrowth, PayingGrowth
+from specchat.engine.drafting.policy import AdaptivePolicy, FixedPolicy
 from specchat.records.plan import Expectation
 
 FIXED = (0, 8, 16, 32, 64, 128)
@@ -31,14 +31,23 @@ WORLDS = {
     "noisy resident": replace(RESIDENT, noise=0.3),
 }
 
-# Where passes differ by a third from one to the next, and by less from one size to the next, some speed is lost.
-LEAST = {"noisy resident": 0.94}
+# As measured with a computing process on each of two cores: a pass of 4 ms takes 15 ms on average, up to 100 ms.
+PREEMPTED = (0.003, 0.03)
+DEMO = World(lambda rows: 0.005 + 0.0003 * min(rows - 1, 4) + 0.0001 * rows, lambda rows: 0.0017 + 0.00005 * rows)
+BUSY = {
+    "resident": replace(RESIDENT, preempted=PREEMPTED),
+    "sure draft": replace(DEMO, sureness=(4.0, 1.0), preempted=PREEMPTED),
+    "unsure draft": replace(DEMO, preempted=PREEMPTED),
+    "bad draft": replace(DEMO, sureness=(4.0, 1.0), skill=0.5, preempted=PREEMPTED),
+    "expensive draft": replace(DEMO, draft_s=lambda rows: 0.0027 + 0.00005 * rows, preempted=PREEMPTED),
+}
+BUSY_SEEDS = range(1, 9)
 
 
-def shares(world: World, expected: Expectation | None, seed: int, lengths: tuple[int, ...] = LENGTHS) -> list[float]:
+def shares(world: World, expected: Expectation, seed: int, lengths: tuple[int, ...] = LENGTHS) -> list[float]:
     """Of the best fixed size's speed, after so many tokens."""
-    adaptive = Simulation(world, PayingGrowth(128, expected), seed)
-    others = [Simulation(world, FixedGrowth(nodes), seed) for nodes in FIXED]
+    adaptive = Simulation(world, AdaptivePolicy(128, expected), seed)
+    others = [Simulation(world, FixedPolicy(nodes), seed) for nodes in FIXED]
     return [adaptive.write(length) / max(other.write(length) for other in others) for length in lengths]
 
 
@@ -48,6 +57,19 @@ def test_it_is_as_fast_as_the_best_fixed_size(name: str):
     world = WORLDS[name]
     expected = world.expectation(level=1.3, slope=0.7)
     first, second, third = (mean(each) for each in zip(*(shares(world, expected, seed) for seed in SEEDS), strict=True))
-    assert first >= 0.85
-    assert second >= 0.94
-    assert third >= LEAST.get(name, 0.97)
+    assert first >= 0.88
+    assert second >= 0.95
+    assert third >= 0.97
+
+
+@pytest.mark.parametrize("name", BUSY)
+def test_it_is_never_slower_than_plain_decoding_on_a_busy_machine(name: str):
+    """Sum over eight texts: single passes take up to 30 times as long as they compute."""
+    world = BUSY[name]
+    expected = world.expectation(level=1.3, slope=0.7)
+    adaptive = [Simulation(world, AdaptivePolicy(128, expected), seed) for seed in BUSY_SEEDS]
+    plain = [Simulation(world, FixedPolicy(0), seed) for seed in BUSY_SEEDS]
+    for length, least in ((256, 0.92), (1000, 0.95)):
+        speeds = [[each.write(length) for each in simulations] for simulations in (adaptive, plain)]
+        share = sum(1 / each for each in speeds[1]) / sum(1 / each for each in speeds[0])
+        assert share >= least, (length, share)
