@@ -30,18 +30,8 @@ def test_chat_streams_what_the_command_line_writes(model):
     assert len(pieces) > 1 and "".join(piece.text for piece in pieces if piece.part == "answer") == answering.text
     assert answering.finish_reason == "length" and len(answering.token_ids) == 24
     limits = ("--device", "cpu", "--vram", "1GiB", "--ctx", "256", "--max-tokens", "24")
-    command = [
-        sys.executable,
-        "-m",
-        "specchat",
-        "run",
-        "demo",
-        STORY[0]["content"],
-        *limits,
-        "--draft",
-        "none",
-        "--json",
-    ]
+    greedy = ("--temperature", "0", "--draft", "none", "--json")
+    command = [sys.executable, "-m", "specchat", "run", "demo", STORY[0]["content"], *limits, *greedy]
     found = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
     plain = json.loads(found.stdout)
     assert tuple(plain["token_ids"]) == answering.token_ids
