@@ -10,8 +10,8 @@ from specchat.bench import summary
 from specchat.bench.cold import PassRounds
 from specchat.bench.identity import Identity
 from specchat.bench.records import OWN, Measurement, Run, Settings
+from specchat.chat.answer import Speculation, Timings, Turn, Usage
 from specchat.chat.result import SCHEMA_VERSION, plan_object, run_object
-from specchat.chat.session import Speculation, Timings, Turn, Usage
 from specchat.records.chat import Message
 from specchat.records.model import ModelSource
 from specchat.records.plan import MemoryReport, Plan

@@ -9,7 +9,7 @@ from threading import Event
 from typing import TYPE_CHECKING, Protocol
 
 from specchat.bench.records import Answer, Request
-from specchat.chat.session import Generator
+from specchat.chat.generator import Generator
 from specchat.records.generation import Step
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ The man page documents the objects; tests pin their keys.
 from dataclasses import asdict
 from typing import Any
 
-from specchat.chat.session import Delta, Turn
+from specchat.chat.answer import Delta, Turn
 from specchat.planner.explain import ExplainedPlan
 from specchat.planner.recommendations import Recommendation, Recommendations
 from specchat.records.model import ModelSource

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from threading import Event
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
-from specchat.chat.answer import Answer, Delta, Speculation, Timings, Turn, Usage
+from specchat.chat.answer import Answer, Delta, Turn
+from specchat.chat.generator import Generator
 from specchat.chat.reasoning import Parts, PlainText, ThinkTags
 from specchat.chat.settings import Value, parse_value
 from specchat.chat.state import (
@@ -35,47 +36,16 @@ from specchat.chat.state import (
 from specchat.chat.text import Detokenizer, StopStrings
 from specchat.errors import EmptyPromptError, SessionError, UsageError
 from specchat.records.chat import Message, Overflow, Setting
-from specchat.records.generation import Activity, Sampling, Step
-from specchat.records.plan import MemoryReport, Plan
+from specchat.records.generation import Sampling, Step
 
 if TYPE_CHECKING:
     from specchat.models.hf.tokenizer import Tokenizer
 
-__all__ = ["ChatSession", "Delta", "Dropped", "Speculation", "Timings", "Turn", "Usage"]
 
 # Share of the context in use from which the user is warned.
 CONTEXT_WARNING = 0.8
 # With "drop-oldest", 1/4 of the context is kept free for the answer.
 _ANSWER_SHARE = 4
-
-
-class Generator(Protocol):
-    """The interface of `specchat.engine.engine.Engine` that a chat uses."""
-
-    @property
-    def plan(self) -> Plan: ...
-
-    @property
-    def load_s(self) -> float: ...
-
-    @property
-    def activity(self) -> Activity: ...
-
-    def generate(
-        self,
-        prompt_ids: Sequence[int],
-        sampling: Sampling,
-        *,
-        stop_ids: frozenset[int],
-        max_tokens: int | None = None,
-        cancel: Event | None = None,
-    ) -> Iterator[Step]: ...
-
-    def truncate(self, length: int) -> None: ...
-
-    def memory(self) -> MemoryReport: ...
-
-    def close(self) -> None: ...
 
 
 def check_has_template(tokenizer: Tokenizer, *, base: bool) -> None:

@@ -9,13 +9,12 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from specchat.chat.settings import whole
-from specchat.cli import bench_options, completion, options, settings
+from specchat.cli import bench_options, completion, options, parameters, settings
 from specchat.cli.exit_status import guarded, leave
 from specchat.cli.settings import Settings
 from specchat.errors import UsageError
 from specchat.loading.request import ModelRequest
 from specchat.loading.sampling import SamplingChoices
-from specchat.records.model import QUANTS
 from specchat.records.plan import PlanChoices
 from specchat.version import __version__
 
@@ -35,100 +34,22 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-# Options that several commands share.
-_Model = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="MODEL",
-        autocompletion=completion.models,
-        help="demo, a folder (./x, /x, ~/x), a hub id (org/name) or shape:NAME.",
-    ),
-]
-_Draft = Annotated[
-    str | None,
-    typer.Option(
-        metavar="MODEL",
-        autocompletion=completion.drafts,
-        help="Draft model: a MODEL, auto or none. [default: auto]",
-    ),
-]
-_Device = Annotated[
-    str | None,
-    typer.Option(
-        metavar="DEVICE",
-        autocompletion=completion.words("auto", "cpu", "cuda"),
-        help="Compute device: auto, cpu, cuda or cuda:N. [default: auto]",
-    ),
-]
-_Vram = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SIZE",
-        help="Device memory to use, for example 8GiB; RAM on the CPU. [default: free memory minus a reserve]",
-    ),
-]
-_Ram = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SIZE",
-        help="Host memory for streamed layers; the rest is read from disk. [default: free memory minus a reserve]",
-    ),
-]
-_Ctx = Annotated[
-    str | None,
-    typer.Option(
-        metavar="N", help="Context length in tokens, answers included. [default: 8192, or less if memory is short]"
-    ),
-]
-_TreeBudget = Annotated[
-    str | None, typer.Option(metavar="N", help="Most draft tokens that one pass checks, or auto. [default: auto]")
-]
-_Dtype = Annotated[
-    str | None,
-    typer.Option(
-        metavar="TYPE",
-        autocompletion=completion.words(*options.DTYPES),
-        help="Precision of the computation: auto, bf16, fp16 or fp32. [default: auto]",
-    ),
-]
-_Quant = Annotated[
-    str | None,
-    typer.Option(
-        metavar="TYPE",
-        autocompletion=completion.words("auto", *QUANTS),
-        help="Quantize the model: auto, none, int8 or int4. [default: auto]",
-    ),
-]
-_DraftQuant = Annotated[
-    str | None,
-    typer.Option(
-        metavar="TYPE",
-        autocompletion=completion.words("auto", *QUANTS),
-        help="Quantize the draft; the text stays the same. [default: auto]",
-    ),
-]
-_Config = Annotated[
-    str | None, typer.Option(metavar="FILE", help="Read settings from FILE. [default: ~/.config/specchat/config.toml]")
-]
-_Offline = Annotated[bool | None, typer.Option("--offline", help="Never use the network.")]
-_Yes = Annotated[bool, typer.Option("--yes", help="Download without asking.")]
 
-
-def _shared_settings(config: str | None, parameters: Mapping[str, Any]) -> Settings:
+def _shared_settings(config: str | None, given: Mapping[str, Any]) -> Settings:
     """Return the shared settings. Flags override the environment, and the environment overrides config.toml.
 
     Args:
         config: value of --config, or None.
-        parameters: parameters of the command, by name.
+        given: parameters of the command, by name.
     """
     file, aliases = settings.config_file(config)
-    layers = [_flags(parameters, settings.SHARED_KEYS), settings.environment(), file]
+    layers = [_flags(given, settings.SHARED_KEYS), settings.environment(), file]
     return settings.resolve(settings.SHARED_KEYS, layers, aliases)
 
 
-def _flags(parameters: Mapping[str, Any], keys: Sequence[settings.Key]) -> settings.Layer:
+def _flags(given: Mapping[str, Any], keys: Sequence[settings.Key]) -> settings.Layer:
     """Return the parameters that are settings, as a layer."""
-    return settings.flags({key.name: parameters[key.name] for key in keys if key.name in parameters})
+    return settings.flags({key.name: given[key.name] for key in keys if key.name in given})
 
 
 def _model_request(chosen: Settings, model: str | None) -> ModelRequest:
@@ -185,114 +106,51 @@ def _specchat(
 @app.command("run")
 def _run(
     *,
-    model: _Model = None,
-    prompt: Annotated[
-        str | None, typer.Argument(metavar="PROMPT", help="Answer PROMPT and exit; without PROMPT, chat.")
-    ] = None,
-    draft: _Draft = None,
-    device: _Device = None,
-    vram: _Vram = None,
-    ram: _Ram = None,
-    ctx: _Ctx = None,
-    tree_budget: _TreeBudget = None,
-    dtype: _Dtype = None,
-    quant: _Quant = None,
-    draft_quant: _DraftQuant = None,
-    temperature: Annotated[
-        str | None,
-        typer.Option(metavar="T", help="Sampling temperature; 0 is greedy. [default: the model's, else 0]"),
-    ] = None,
-    top_p: Annotated[
-        str | None,
-        typer.Option(
-            metavar="P",
-            help="Sample from the likeliest tokens with total probability P. [default: the model's, else 1]",
-        ),
-    ] = None,
-    top_k: Annotated[
-        str | None,
-        typer.Option(
-            metavar="K", help="Sample from the K likeliest tokens; 0 keeps all. [default: the model's, else 0]"
-        ),
-    ] = None,
-    min_p: Annotated[
-        str | None,
-        typer.Option(
-            metavar="P",
-            help="Drop tokens less likely than P times the likeliest one. [default: the model's, else 0]",
-        ),
-    ] = None,
-    repetition_penalty: Annotated[
-        str | None,
-        typer.Option(metavar="R", help="Values above 1 make repetition less likely. [default: the model's, else 1]"),
-    ] = None,
-    seed: Annotated[
-        str | None, typer.Option(metavar="N", help="Seed of the sampling, to repeat an answer. [default: random]")
-    ] = None,
-    max_tokens: Annotated[
-        str | None, typer.Option(metavar="N", help="Longest answer in tokens. [default: what the context allows]")
-    ] = None,
-    stop: Annotated[
-        list[str] | None,
-        typer.Option(metavar="TEXT", help="End the answer before TEXT; may be repeated. [default: none]"),
-    ] = None,
-    system: Annotated[
-        str | None,
-        typer.Option(metavar="TEXT|@FILE", help="System prompt, or @ and the file with it. [default: none]"),
-    ] = None,
-    think: Annotated[
-        bool | None,
-        typer.Option(
-            "--think/--no-think",
-            help="Turn thinking on or off, if the chat template can. [default: as the template sets it]",
-        ),
-    ] = None,
-    overflow: Annotated[
-        str | None,
-        typer.Option(
-            metavar="HOW",
-            autocompletion=completion.words(*options.OVERFLOWS),
-            help="When the context is full: stop or drop-oldest. [default: stop]",
-        ),
-    ] = None,
-    base: Annotated[
-        bool, typer.Option("--base", help="Continue the prompt without a chat template, for base models.")
-    ] = False,
-    continue_: Annotated[bool, typer.Option("--continue", "-c", help="Resume the last saved chat.")] = False,
-    session: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ID",
-            autocompletion=completion.sessions,
-            help="Resume the chat with this name, or start one. [default: a new name]",
-        ),
-    ] = None,
-    save: Annotated[
-        bool | None, typer.Option("--save/--no-save", help="Save the chat, or do not. [default: save]")
-    ] = None,
-    raw: Annotated[
-        bool | None, typer.Option("--raw/--no-raw", help="Show answers without Markdown layout. [default: no-raw]")
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the answer.")] = False,
-    json_stream: Annotated[
-        bool, typer.Option("--json-stream", help="Print one JSON object per line while the answer is written.")
-    ] = False,
-    plan: Annotated[bool, typer.Option("--plan", help="Print the plan and its predicted speed; load nothing.")] = False,
-    config: _Config = None,
-    offline: _Offline = None,
-    yes: _Yes = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the answer and errors.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print one line for each pass, on stderr.")] = False,
+    model: parameters.Model = None,
+    prompt: parameters.Prompt = None,
+    draft: parameters.Draft = None,
+    device: parameters.Device = None,
+    vram: parameters.Vram = None,
+    ram: parameters.Ram = None,
+    ctx: parameters.Ctx = None,
+    tree_budget: parameters.TreeBudget = None,
+    dtype: parameters.Dtype = None,
+    quant: parameters.Quant = None,
+    draft_quant: parameters.DraftQuant = None,
+    temperature: parameters.Temperature = None,
+    top_p: parameters.TopP = None,
+    top_k: parameters.TopK = None,
+    min_p: parameters.MinP = None,
+    repetition_penalty: parameters.RepetitionPenalty = None,
+    seed: parameters.Seed = None,
+    max_tokens: parameters.MaxTokens = None,
+    stop: parameters.Stop = None,
+    system: parameters.System = None,
+    think: parameters.Think = None,
+    overflow: parameters.Overflow = None,
+    base: parameters.Base = False,
+    continue_: parameters.Continue = False,
+    session: parameters.Session = None,
+    save: parameters.Save = None,
+    raw: parameters.Raw = None,
+    json: parameters.Json = False,
+    json_stream: parameters.JsonStream = False,
+    plan: parameters.Plan = False,
+    config: parameters.Config = None,
+    offline: parameters.Offline = None,
+    yes: parameters.Yes = False,
+    quiet: parameters.Quiet = False,
+    verbose: parameters.Verbose = False,
 ) -> _Action:
     """Chat with MODEL, or answer one PROMPT and exit."""
-    parameters = locals()  # settings are looked up here by name
+    given = locals()  # settings are looked up here by name
     from specchat.cli import sessions
     from specchat.cli.run import run
 
     resumed = sessions.resumed(session, continues=continue_)
     file, aliases = settings.config_file(config)
     layers = [
-        _flags(parameters, settings.RUN_KEYS),
+        _flags(given, settings.RUN_KEYS),
         *sessions.layers(resumed, model and aliases.get(model, model)),
         settings.environment(),
         file,
@@ -334,70 +192,39 @@ def _run(
 @app.command("bench")
 def _bench(
     *,
-    model: _Model = None,
-    draft: _Draft = None,
-    device: _Device = None,
-    vram: _Vram = None,
-    ram: _Ram = None,
-    ctx: _Ctx = None,
-    tree_budget: _TreeBudget = None,
-    dtype: _Dtype = None,
-    quant: _Quant = None,
-    draft_quant: _DraftQuant = None,
-    prompts: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="Questions as JSON lines, as in MT-Bench. [default: built-in questions]"),
-    ] = None,
-    limit: Annotated[
-        str | None,
-        typer.Option(metavar="N", help="Ask N questions. [default: as many as two minutes allow]"),
-    ] = None,
-    repeats: Annotated[
-        str | None, typer.Option("--repeats", "-r", metavar="N", help="Measure N times. [default: 3]")
-    ] = None,
-    max_tokens: Annotated[str | None, typer.Option(metavar="N", help="Longest answer in tokens. [default: 64]")] = None,
-    seed: Annotated[str | None, typer.Option(metavar="N", help="Seed of the sampling. [default: 0]")] = None,
-    baseline: Annotated[
-        str | None,
-        typer.Option(metavar="LIST", help="Compare with plain, accelerate, assisted, or none. [default: plain]"),
-    ] = None,
-    cold: Annotated[
-        bool, typer.Option("--cold", help="Drop the model's files from the page cache before every pass.")
-    ] = False,
-    passes: Annotated[
-        bool, typer.Option("--passes", help="Also time single passes, and raw reads of the model's files.")
-    ] = False,
-    sweep: Annotated[
-        str | None,
-        typer.Option(
-            metavar="OPTION=A,B,C",
-            help="Measure each value of tree-budget, vram, ctx, draft, quant, slots or memory. [default: none]",
-        ),
-    ] = None,
-    plot: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Draw the sweep into an .svg or .png file. [default: none]")
-    ] = None,
-    compare: Annotated[
-        tuple[str, str] | None,
-        typer.Option(metavar="A.json B.json", help="Compare two reports; measure nothing. [default: none]"),
-    ] = None,
-    output: Annotated[
-        str | None,
-        typer.Option(
-            "--output", "-o", metavar="FORM", help="Report format: table, md, json, jsonl or csv. [default: table]"
-        ),
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON; short for -o json.")] = False,
-    config: _Config = None,
-    offline: _Offline = None,
-    yes: _Yes = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the report and errors.")] = False,
+    model: parameters.Model = None,
+    draft: parameters.Draft = None,
+    device: parameters.Device = None,
+    vram: parameters.Vram = None,
+    ram: parameters.Ram = None,
+    ctx: parameters.Ctx = None,
+    tree_budget: parameters.TreeBudget = None,
+    dtype: parameters.Dtype = None,
+    quant: parameters.Quant = None,
+    draft_quant: parameters.DraftQuant = None,
+    prompts: parameters.Prompts = None,
+    limit: parameters.Limit = None,
+    repeats: parameters.Repeats = None,
+    max_tokens: parameters.BenchMaxTokens = None,
+    seed: parameters.BenchSeed = None,
+    baseline: parameters.Baseline = None,
+    cold: parameters.Cold = False,
+    passes: parameters.Passes = False,
+    sweep: parameters.Sweep = None,
+    plot: parameters.Plot = None,
+    compare: parameters.Compare = None,
+    output: parameters.Output = None,
+    json: parameters.BenchJson = False,
+    config: parameters.Config = None,
+    offline: parameters.Offline = None,
+    yes: parameters.Yes = False,
+    quiet: parameters.BenchQuiet = False,
 ) -> _Action:
     """Measure how fast MODEL is and check that its text is exact."""
-    parameters = locals()
+    given = locals()
     from specchat.cli.bench import bench
 
-    chosen = _shared_settings(config, parameters)
+    chosen = _shared_settings(config, given)
     checked = bench_options.BenchOptions(
         models=_model_request(chosen, model),
         seed=options.seed(seed),
@@ -422,32 +249,30 @@ def _bench(
 @app.command("probe")
 def _probe(
     *,
-    model: _Model = None,
-    draft: _Draft = None,
-    device: _Device = None,
-    vram: _Vram = None,
-    ram: _Ram = None,
-    ctx: _Ctx = None,
-    tree_budget: _TreeBudget = None,
-    dtype: _Dtype = None,
-    quant: _Quant = None,
-    draft_quant: _DraftQuant = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, for a bug report.")] = False,
-    refresh: Annotated[bool, typer.Option("--refresh", help="Measure again instead of using saved rates.")] = False,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Check every pack against its checksums; exit 3 if one is damaged.")
-    ] = False,
-    config: _Config = None,
-    offline: _Offline = None,
-    yes: _Yes = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the report and errors.")] = False,
+    model: parameters.Model = None,
+    draft: parameters.Draft = None,
+    device: parameters.Device = None,
+    vram: parameters.Vram = None,
+    ram: parameters.Ram = None,
+    ctx: parameters.Ctx = None,
+    tree_budget: parameters.TreeBudget = None,
+    dtype: parameters.Dtype = None,
+    quant: parameters.Quant = None,
+    draft_quant: parameters.DraftQuant = None,
+    json: parameters.ProbeJson = False,
+    markdown: parameters.Markdown = False,
+    refresh: parameters.Refresh = False,
+    verify: parameters.Verify = False,
+    config: parameters.Config = None,
+    offline: parameters.Offline = None,
+    yes: parameters.Yes = False,
+    quiet: parameters.ProbeQuiet = False,
 ) -> _Action:
     """Report what this machine can run, or the plan for MODEL."""
-    parameters = locals()
+    given = locals()
     from specchat.cli.probe import ProbeOptions, check_combination, probe
 
-    chosen = _shared_settings(config, parameters)
+    chosen = _shared_settings(config, given)
     checked = ProbeOptions(
         models=_model_request(chosen, model),
         yes=yes,

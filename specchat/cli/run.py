@@ -28,7 +28,8 @@ from specchat.units import format_bytes
 from specchat.version import __version__
 
 if TYPE_CHECKING:
-    from specchat.chat.session import ChatSession, Delta, Turn
+    from specchat.chat.answer import Delta, Turn
+    from specchat.chat.session import ChatSession
     from specchat.chat.transcript import Saved, Transcript
     from specchat.engine.engine import Engine
     from specchat.loading.planning import Planned

@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from threading import Event
 
-from specchat.chat.session import ChatSession, Delta, Dropped, Turn
+from specchat.chat.answer import Delta, Turn
+from specchat.chat.session import ChatSession
+from specchat.chat.state import Dropped
 from specchat.planner.explain import ExplainedPlan
 from specchat.records.chat import Setting
 from specchat.records.generation import Step

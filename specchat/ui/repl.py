@@ -7,7 +7,9 @@ from pathlib import Path
 from threading import Event
 
 from specchat.chat import transcript as transcripts
-from specchat.chat.session import ChatSession, Delta, Dropped, Turn
+from specchat.chat.answer import Delta, Turn
+from specchat.chat.session import ChatSession
+from specchat.chat.state import Dropped
 from specchat.chat.transcript import Transcript
 from specchat.errors import PromptTooLongError, SessionError, SpecchatError, UsageError
 from specchat.records.chat import Setting

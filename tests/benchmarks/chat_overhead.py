@@ -69,7 +69,7 @@ def idle_share(model: tuple[str, ...]) -> float:
 
 def answers(report: Path) -> None:
     """In the child: writes the answers, and what they took to a file."""
-    from specchat.chat.session import Turn
+    from specchat.chat.answer import Turn
     from specchat.cli import run
     from specchat.cli.app import main
     from specchat.ui.chat_view import ChatView

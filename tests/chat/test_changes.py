@@ -17,7 +17,8 @@ from support.fake_engine import EOS, TOKENIZER
 from support.loading import load_engine
 
 from specchat.chat import transcript
-from specchat.chat.session import ChatSession, Delta, Turn
+from specchat.chat.answer import Delta, Turn
+from specchat.chat.session import ChatSession
 from specchat.chat.state import Opened, apply, state_of
 from specchat.chat.transcript import Transcript
 from specchat.errors import PromptTooLongError

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from support.fake_engine import EOS, TOKENIZER, FakeEngine
 from tokenizers import decoders, models, pre_tokenizers
 
+from specchat.chat.answer import Turn
 from specchat.chat.reasoning import Parts, ThinkTags
-from specchat.chat.session import ChatSession, Turn
+from specchat.chat.session import ChatSession
 from specchat.models.hf.tokenizer import load_tokenizer
 from specchat.records.chat import Message
 from specchat.records.generation import Sampling

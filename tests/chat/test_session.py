@@ -7,8 +7,9 @@ from threading import Event
 import pytest
 from support.fake_engine import CHOSEN, EOS, PLAN, TOKENIZER, ByteTokenizer, FakeEngine
 
+from specchat.chat.answer import Delta, Turn
 from specchat.chat.result import chosen_object, delta_object, done_object, run_object
-from specchat.chat.session import ChatSession, Delta, Turn
+from specchat.chat.session import ChatSession
 from specchat.errors import EmptyPromptError, PromptTooLongError, UsageError
 from specchat.records.chat import Message
 from specchat.records.generation import Sampling

@@ -10,7 +10,8 @@ import tokenizers
 from support.fake_engine import EOS, FakeEngine
 from tokenizers import decoders, models, pre_tokenizers
 
-from specchat.chat.session import ChatSession, Turn
+from specchat.chat.answer import Turn
+from specchat.chat.session import ChatSession
 from specchat.errors import UsageError
 from specchat.models.hf.tokenizer import load_tokenizer
 from specchat.records.chat import Message

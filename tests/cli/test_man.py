@@ -11,8 +11,8 @@ import pytest
 import typer
 from support.fake_engine import PLAN
 
+from specchat.chat.answer import Delta, Turn
 from specchat.chat.result import chosen_object, delta_object, done_object, offers_object
-from specchat.chat.session import Delta, Turn
 from specchat.cli.app import app
 from specchat.cli.exit_status import EXIT_CODES
 from specchat.models.catalog.known_models import known_models

@@ -8,7 +8,7 @@ import pytest
 from support.fake_engine import CHOSEN, MEMORY, PLAN
 from support.loading import changed
 
-from specchat.chat.session import Speculation, Timings, Turn, Usage
+from specchat.chat.answer import Speculation, Timings, Turn, Usage
 from specchat.records.chat import Message
 from specchat.records.generation import Step
 from specchat.records.model import ModelSource

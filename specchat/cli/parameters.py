@@ -1,0 +1,208 @@
+"""Arguments and options of the commands: names, values and help texts."""
+
+from typing import Annotated
+
+import typer
+
+from specchat.cli import completion, options
+from specchat.records.model import QUANTS
+
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        autocompletion=completion.models,
+        help="demo, a folder (./x, /x, ~/x), a hub id (org/name) or shape:NAME.",
+    ),
+]
+Draft = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        autocompletion=completion.drafts,
+        help="Draft model: a MODEL, auto or none. [default: auto]",
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DEVICE",
+        autocompletion=completion.words("auto", "cpu", "cuda"),
+        help="Compute device: auto, cpu, cuda or cuda:N. [default: auto]",
+    ),
+]
+Vram = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Device memory to use, for example 8GiB; RAM on the CPU. [default: free memory minus a reserve]",
+    ),
+]
+Ram = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Host memory for streamed layers; the rest is read from disk. [default: free memory minus a reserve]",
+    ),
+]
+Ctx = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N", help="Context length in tokens, answers included. [default: 8192, or less if memory is short]"
+    ),
+]
+TreeBudget = Annotated[
+    str | None, typer.Option(metavar="N", help="Most draft tokens that one pass checks, or auto. [default: auto]")
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TYPE",
+        autocompletion=completion.words(*options.DTYPES),
+        help="Precision of the computation: auto, bf16, fp16 or fp32. [default: auto]",
+    ),
+]
+Quant = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TYPE",
+        autocompletion=completion.words("auto", *QUANTS),
+        help="Quantize the model: auto, none, int8 or int4. [default: auto]",
+    ),
+]
+DraftQuant = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TYPE",
+        autocompletion=completion.words("auto", *QUANTS),
+        help="Quantize the draft; the text stays the same. [default: auto]",
+    ),
+]
+Config = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Read settings from FILE. [default: ~/.config/specchat/config.toml]")
+]
+Offline = Annotated[bool | None, typer.Option("--offline", help="Never use the network.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Download without asking.")]
+Prompt = Annotated[str | None, typer.Argument(metavar="PROMPT", help="Answer PROMPT and exit; without PROMPT, chat.")]
+Temperature = Annotated[
+    str | None,
+    typer.Option(metavar="T", help="Sampling temperature; 0 is greedy. [default: the model's, else 0]"),
+]
+TopP = Annotated[
+    str | None,
+    typer.Option(
+        metavar="P",
+        help="Sample from the likeliest tokens with total probability P. [default: the model's, else 1]",
+    ),
+]
+TopK = Annotated[
+    str | None,
+    typer.Option(metavar="K", help="Sample from the K likeliest tokens; 0 keeps all. [default: the model's, else 0]"),
+]
+MinP = Annotated[
+    str | None,
+    typer.Option(
+        metavar="P",
+        help="Drop tokens less likely than P times the likeliest one. [default: the model's, else 0]",
+    ),
+]
+RepetitionPenalty = Annotated[
+    str | None,
+    typer.Option(metavar="R", help="Values above 1 make repetition less likely. [default: the model's, else 1]"),
+]
+Seed = Annotated[
+    str | None, typer.Option(metavar="N", help="Seed of the sampling, to repeat an answer. [default: random]")
+]
+MaxTokens = Annotated[
+    str | None, typer.Option(metavar="N", help="Longest answer in tokens. [default: what the context allows]")
+]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(metavar="TEXT", help="End the answer before TEXT; may be repeated. [default: none]"),
+]
+System = Annotated[
+    str | None,
+    typer.Option(metavar="TEXT|@FILE", help="System prompt, or @ and the file with it. [default: none]"),
+]
+Think = Annotated[
+    bool | None,
+    typer.Option(
+        "--think/--no-think",
+        help="Turn thinking on or off, if the chat template can. [default: as the template sets it]",
+    ),
+]
+Overflow = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOW",
+        autocompletion=completion.words(*options.OVERFLOWS),
+        help="When the context is full: stop or drop-oldest. [default: stop]",
+    ),
+]
+Base = Annotated[bool, typer.Option("--base", help="Continue the prompt without a chat template, for base models.")]
+Continue = Annotated[bool, typer.Option("--continue", "-c", help="Resume the last saved chat.")]
+Session = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ID",
+        autocompletion=completion.sessions,
+        help="Resume the chat with this name, or start one. [default: a new name]",
+    ),
+]
+Save = Annotated[bool | None, typer.Option("--save/--no-save", help="Save the chat, or do not. [default: save]")]
+Raw = Annotated[
+    bool | None, typer.Option("--raw/--no-raw", help="Show answers without Markdown layout. [default: no-raw]")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the answer.")]
+JsonStream = Annotated[
+    bool, typer.Option("--json-stream", help="Print one JSON object per line while the answer is written.")
+]
+Plan = Annotated[bool, typer.Option("--plan", help="Print the plan and its predicted speed; load nothing.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the answer and errors.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print one line for each pass, on stderr.")]
+Prompts = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Questions as JSON lines, as in MT-Bench. [default: built-in questions]"),
+]
+Limit = Annotated[
+    str | None,
+    typer.Option(metavar="N", help="Ask N questions. [default: as many as two minutes allow]"),
+]
+Repeats = Annotated[str | None, typer.Option("--repeats", "-r", metavar="N", help="Measure N times. [default: 3]")]
+BenchMaxTokens = Annotated[str | None, typer.Option(metavar="N", help="Longest answer in tokens. [default: 64]")]
+BenchSeed = Annotated[str | None, typer.Option(metavar="N", help="Seed of the sampling. [default: 0]")]
+Baseline = Annotated[
+    str | None,
+    typer.Option(metavar="LIST", help="Compare with plain, accelerate, assisted, or none. [default: plain]"),
+]
+Cold = Annotated[bool, typer.Option("--cold", help="Drop the model's files from the page cache before every pass.")]
+Passes = Annotated[bool, typer.Option("--passes", help="Also time single passes, and raw reads of the model's files.")]
+Sweep = Annotated[
+    str | None,
+    typer.Option(
+        metavar="OPTION=A,B,C",
+        help="Measure each value of tree-budget, vram, ctx, draft, quant, slots or memory. [default: none]",
+    ),
+]
+Plot = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Draw the sweep into an .svg or .png file. [default: none]")
+]
+Compare = Annotated[
+    tuple[str, str] | None,
+    typer.Option(metavar="A.json B.json", help="Compare two reports; measure nothing. [default: none]"),
+]
+Output = Annotated[
+    str | None,
+    typer.Option(
+        "--output", "-o", metavar="FORM", help="Report format: table, md, json, jsonl or csv. [default: table]"
+    ),
+]
+BenchJson = Annotated[bool, typer.Option("--json", help="Print JSON; short for -o json.")]
+BenchQuiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the report and errors.")]
+ProbeJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Markdown = Annotated[bool, typer.Option("--markdown", help="Print Markdown, for a bug report.")]
+Refresh = Annotated[bool, typer.Option("--refresh", help="Measure again instead of using saved rates.")]
+Verify = Annotated[
+    bool, typer.Option("--verify", help="Check every pack against its checksums; exit 3 if one is damaged.")
+]
+ProbeQuiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the report and errors.")]
