@@ -1,4 +1,4 @@
-"""Which of a model's linear maps are computed by oneDNN."""
+"""Selection of the linear layers that oneDNN computes."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from specchat.models.quant.kernels import matmul
 
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch without MKL computes otherwise anyway")
 @pytest.mark.parametrize(("intel", "changed"), [(False, ["large", "inner.large"]), (True, [])])
-def test_only_large_float32_maps_change_and_only_where_mkl_is_slow(monkeypatch, intel, changed):
+def test_only_large_float32_layers_use_onednn_where_mkl_is_slow(monkeypatch, intel, changed):
     monkeypatch.setattr(matmul, "is_intel", lambda: intel)
     model = nn.Module()
     with torch.device("meta"):
@@ -22,7 +22,7 @@ def test_only_large_float32_maps_change_and_only_where_mkl_is_slow(monkeypatch, 
     assert [name for name, module in model.named_modules() if "forward" in vars(module)] == changed
 
 
-def test_a_changed_map_follows_its_weight(monkeypatch):
+def test_onednn_layers_use_the_currently_bound_weight(monkeypatch):
     monkeypatch.setattr(matmul, "is_intel", lambda: False)
     module, x = nn.Linear(1024, 1024), torch.randn(1, 2, 1024)
     use_fast_matmuls(module)
