@@ -51,9 +51,7 @@ def load_model(
     """
     skeleton, device, dtype = weights.skeleton, torch.device(work.device), torch_dtype(work.dtype)
     layers, streamed = skeleton.layers, placement.streamed
-    with (
-        ExitStack() as undo
-    ):  # after an error, free the memory of open files and threads for a retry with a smaller plan
+    with ExitStack() as undo:  # after an error, free the memory of files and threads for a retry with a smaller plan
         reader = undo.enter_context(weights.reader if pack is None else _pack_reader(weights, pack))
         embeddings = lookup_embeddings(skeleton) if work.host_embeddings else None
         assert not work.host_embeddings or embeddings is not None, "embeddings tied to the head stay with the head"

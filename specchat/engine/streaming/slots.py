@@ -16,8 +16,8 @@ from specchat.threads import Thread
 
 # The computing thread reads layers up to this size itself, on demand and through the page cache (a few MiB hold all
 # such layers of a model). Reading ahead costs the computing thread 90 to 230 us per layer of any size: a reader thread
-# takes the GIL before and after every read, and the computing thread then sleeps and must be woken. Copying 256 KiB out
-# of the page cache takes 30 us.
+# takes the GIL before and after every read, and meanwhile the computing thread sleeps and must be woken. Copying
+# 256 KiB out of the page cache takes 30 us.
 SMALL_LAYER_BYTES = 256 * 1024
 
 _LOOK_S = 1.0
