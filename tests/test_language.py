@@ -16,6 +16,21 @@ PACKAGE = Path(__file__).parents[1] / "specchat"
 # Files and folders that were rewritten so far, relative to the package.
 DONE = (
     "closing.py",
+    "engine/__init__.py",
+    "engine/attention.py",
+    "engine/drafting/__init__.py",
+    "engine/drafting/drafter.py",
+    "engine/engine.py",
+    "engine/kv_cache.py",
+    "engine/linear.py",
+    "engine/loading.py",
+    "engine/measuring.py",
+    "engine/model.py",
+    "engine/sampling.py",
+    "engine/selfcheck.py",
+    "engine/stats.py",
+    "engine/streaming/",
+    "engine/tree.py",
     "hardware/",
     "models/quant/",
     "models/catalog/",
@@ -28,6 +43,7 @@ DONE = (
     "models/packs/pack.py",
     "models/packs/source.py",
     "models/packs/verify.py",
+    "records/",
 )
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if str(path.relative_to(PACKAGE)).startswith(DONE))
 

@@ -1,1 +1,1 @@
-"""Token ids in, token ids out, exactly as the target alone would write them."""
+"""Exact generation: token ids in, the token ids that the target alone would write out."""

@@ -1,8 +1,8 @@
-"""Attention for rows that form a tree: who sees whom, as a mask, and the product itself.
+"""Attention for rows that form a tree: the mask of visible rows, and the attention function.
 
 A pass appends rows to the cache: first committed tokens in sequence, then the nodes of a draft tree. A node sees the
-committed tokens, its ancestors and itself. On top of that each architecture has its own rule (causal, sliding window,
-chunks), given by transformers as a function of positions; it is evaluated on logical positions, so siblings share one.
+committed tokens, its ancestors and itself. Each architecture adds its own rule (causal, sliding window, chunks), which
+transformers provides as a function of positions. The rule is evaluated on logical positions, which siblings share.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass
 class RowLayout:
-    """Where the rows of one pass stand.
+    """Positions and visibility of the rows of one pass.
 
     Attributes:
-        prefix: cache rows that every row of this pass sees.
-        num_linear: new rows in sequence, each seeing the ones before it; 0 when tree rows are in the cache already.
-        ancestors: bool [n, r + n], for n new tree rows after r earlier ones: the tree rows each sees, itself included.
-        positions: int64 [num_linear + r + n], logical positions of the rows after the prefix.
-        chunk: the new rows that are being computed now, [begin, end).
+        prefix: number of cache rows that every row of this pass sees.
+        num_linear: number of new rows in sequence; each sees the rows before; 0 if tree rows are in the cache already.
+        ancestors: tree rows that each new tree row sees, itself included; bool [n, r + n] for r earlier and n new ones.
+        positions: logical positions of the rows after the prefix, int64 [num_linear + r + n].
+        chunk: range [begin, end) of the new rows that are computed now.
     """
 
     prefix: int
@@ -40,16 +40,16 @@ class RowLayout:
 
     @property
     def num_rows(self) -> int:
-        """New rows of this pass."""
+        """Number of new rows in this pass."""
         return self.num_linear + self.ancestors.shape[0]
 
     @property
     def num_earlier(self) -> int:
-        """Tree rows that are in the cache already, r."""
+        """Number of tree rows that are in the cache already, r."""
         return self.ancestors.shape[1] - self.ancestors.shape[0]
 
     def visible(self, kv_length: int) -> Tensor:
-        """Which cache rows the current chunk's rows see before the architecture's own rule: bool [rows, kv_length]."""
+        """Return which cache rows the chunk's rows see, before the architecture's rule: bool [rows, kv_length]."""
         begin, end = self.chunk
         after = self.prefix + self.num_linear  # first tree row's index in the cache
         out = torch.zeros(end - begin, kv_length, dtype=torch.bool, device=self.positions.device)
@@ -65,12 +65,12 @@ class RowLayout:
         return out
 
     def query_positions(self) -> Tensor:
-        """Logical positions of the current chunk's rows: int64 [rows]."""
+        """Return the logical positions of the current chunk's rows, int64 [rows]."""
         begin, end = self.chunk
         return self.positions[self.num_earlier + begin : self.num_earlier + end]
 
     def key_positions(self, kv_length: int) -> Tensor:
-        """Logical positions of the first `kv_length` cache rows; whatever lies past the chunk is masked anyway."""
+        """Return the logical positions of the first `kv_length` cache rows; rows past the chunk are masked anyway."""
         tail = self.positions[: kv_length - self.prefix]
         out = torch.zeros(kv_length, dtype=torch.int64, device=self.positions.device)
         out[: self.prefix] = torch.arange(self.prefix, device=out.device)
@@ -79,15 +79,15 @@ class RowLayout:
 
 
 def _causal(begin: int, end: int, device: torch.device) -> Tensor:
-    """Rows begin..end of a causal triangle over `end` columns: bool [end - begin, end]."""
+    """Return rows begin..end of a causal mask over `end` columns, bool [end - begin, end]."""
     return torch.ones(end - begin, end, dtype=torch.bool, device=device).tril(begin)
 
 
 class RowMask:
-    """The mask of one kind of layer (full, sliding, chunked) for one pass; stands where models expect a mask tensor.
+    """The mask of one kind of layer (full, sliding, chunked) for one pass, passed where models expect a mask tensor.
 
-    Models hand it through to the attention untouched. The additive tensor is made on first use and kept for the chunk,
-    because every layer of the kind asks for the same one.
+    Models pass it to the attention function untouched. The additive tensor is built on first use and kept for the
+    chunk, because all layers of one kind share it.
     """
 
     def __init__(self, layout: RowLayout, mask_function: MaskFunction) -> None:
@@ -97,10 +97,10 @@ class RowMask:
         self._tensor: Tensor | None = None
 
     def additive(self, kv_length: int, dtype: torch.dtype) -> Tensor:
-        """0 where a row may look and -inf elsewhere: [1, 1, rows, kv_length]."""
+        """Return the additive mask [1, 1, rows, kv_length]: 0 for visible rows, -inf for all others."""
         key = (*self._layout.chunk, kv_length, dtype)
         if self._tensor is None or key != self._key:
-            self._tensor = None  # the last chunk's makes room
+            self._tensor = None  # free the last chunk's mask first
             self._key, self._tensor = key, self._build(kv_length, dtype)
         return self._tensor
 
@@ -128,23 +128,23 @@ def tree_attention(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of the current rows over the cache, in the calling convention of transformers.
+    """Compute attention of the current rows over the cache, with the signature that transformers expects.
 
     Args:
-        module: the attention module (unused; part of the convention).
-        query: [1, H, rows, D].
-        key: [1, H_kv, kv_length, D].
-        value: [1, H_kv, kv_length, D_v].
-        attention_mask: the pass's mask for this kind of layer.
+        module: attention module (unused; part of the signature).
+        query: queries [1, H, rows, D].
+        key: keys [1, H_kv, kv_length, D].
+        value: values [1, H_kv, kv_length, D_v].
+        attention_mask: mask of the pass for this kind of layer.
         scaling: factor on the scores; D^-0.5 if None.
-        softcap: scores are squashed to +-softcap by tanh (Gemma 2).
-        s_aux: one learnt extra logit per head that takes probability and gives nothing (attention sinks, gpt-oss).
+        softcap: bound of the scores, applied as softcap * tanh(score / softcap) (Gemma 2); None for no bound.
+        s_aux: learnt extra logit of each head that takes probability but has no value (attention sinks, gpt-oss).
 
     Returns:
-        The mixed values [1, rows, H, D_v], and None where transformers would have the weights.
+        The attention output [1, rows, H, D_v], and None in place of the attention weights.
     """
     num_heads, num_kv_heads = query.shape[1], key.shape[1]
-    # The group moves into the heads and H_kv into the batch, so that K and V are shared by stride and never repeated.
+    # Treat H_kv as the batch and the query group as the heads: K and V are expanded by stride and never copied.
     q = query[0].unflatten(0, (num_kv_heads, num_heads // num_kv_heads))  # [H_kv, G, rows, D]
     mask = attention_mask.additive(key.shape[2], query.dtype)
     if softcap is None and s_aux is None:

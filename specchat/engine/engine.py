@@ -1,4 +1,4 @@
-"""Token ids in, token ids out: draft a tree, verify it in one pass, keep what the target alone would have written."""
+"""The engine: draft a tree, verify the tree in one target pass, keep the tokens that the target alone would write."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from specchat.units import format_bytes
 
 @dataclass(frozen=True)
 class _Answer:
-    """What one call of `generate` was asked for."""
+    """Parameters of one call of `generate`."""
 
     sampler: Sampler
     stop_ids: frozenset[int]
@@ -42,13 +42,13 @@ class _Answer:
 
 
 class Engine(Closeable):
-    """A target, its drafter, and the tokens committed so far.
+    """A target, its drafter, and the committed tokens.
 
     Args:
-        plan: sizes and places, settled beforehand.
-        target: the model whose text comes out.
-        drafter: guesses for it.
-        runtime_bytes: what the process held before any weight was read.
+        plan: sizes and placement.
+        target: model that determines the text.
+        drafter: drafter of the target's trees.
+        runtime_bytes: memory of the process before any weight was read, in bytes.
     """
 
     def __init__(self, plan: Plan, target: TreeModel, drafter: Drafter, runtime_bytes: int = 0) -> None:
@@ -59,7 +59,7 @@ class Engine(Closeable):
         self._policy: DraftPolicy = FixedPolicy(plan.work.tree_budget)
         if plan.adaptive and plan.expected is not None:
             self._policy = AdaptivePolicy(plan.work.tree_budget, plan.expected)
-        self._cached: list[int] = []  # the tokens whose rows the target's cache holds
+        self._cached: list[int] = []  # tokens whose rows are in the target's KV cache
         self._phase: Phase = "idle"
         self._meter = stats.MemoryMeter(plan, [target, *drafter.models], runtime_bytes)
 
@@ -76,18 +76,18 @@ class Engine(Closeable):
         """Read both models into memory as planned.
 
         Args:
-            plan: sizes and places.
-            target: weights of the model that writes the text.
-            draft: weights of the model that guesses, or None.
-            pack: repacked weights of the target, or None to read its own files.
-            draft_pack: repacked weights of the draft, or None.
-            warn: receives one line about what the system refused and what that costs.
+            plan: sizes and placement.
+            target: weights of the target.
+            draft: weights of the draft; None for plain decoding.
+            pack: pack of the target; None reads the checkpoint's own files.
+            draft_pack: pack of the draft; None reads the checkpoint's own files.
+            warn: receives one-line warnings about refused memory pinning and its cost.
 
         Raises:
-            VocabularyMismatchError: the draft's token ids do not mean the target's.
-            UnsupportedModelError: trees on this architecture do not give what plain decoding gives.
-            CorruptCheckpointError: the files cannot be what was saved.
-            AllocationError: memory that the plan counts on cannot be allocated.
+            VocabularyMismatchError: draft and target have different token ids.
+            UnsupportedModelError: tree scores differ from plain scores on this architecture.
+            CorruptCheckpointError: the files are damaged or truncated.
+            AllocationError: planned memory cannot be allocated.
         """
         begin = time.perf_counter()
         runtime_bytes = stats.resident_set_bytes()
@@ -96,7 +96,7 @@ class Engine(Closeable):
             check_architecture(draft.source)
         check_architecture(target.source)
         with _allocating(plan):
-            # The drafter first: it has no threads that an error would leave behind.
+            # Load the drafter first: it has no threads to clean up if the target fails to load.
             drafter: Drafter = NoDrafter() if draft is None else _load_drafter(plan, draft, draft_pack)
             cache_rows = plan.work.ctx + plan.work.tree_budget
             model = load_model(target, plan.work, plan.placement, cache_rows=cache_rows, pack=pack, warn=warn)
@@ -105,7 +105,7 @@ class Engine(Closeable):
         return engine
 
     def close(self) -> None:
-        """Ends threads and lets go of files."""
+        """Stop threads and close files."""
         self._target.close()
         self._drafter.close()
 
@@ -118,29 +118,29 @@ class Engine(Closeable):
         max_tokens: int | None = None,
         cancel: threading.Event | None = None,
     ) -> Iterator[Step]:
-        """What the target alone would write after `prompt_ids`, a pass at a time.
+        """Yield the tokens that the target alone would write after `prompt_ids`, one step at a time.
 
-        The caches' longest common prefix with the prompt is reused. Closing the iterator early leaves them consistent.
+        Caches keep their longest common prefix with the prompt. They stay consistent if the iterator is closed early.
 
         Args:
             prompt_ids: all tokens so far, at least one.
-            sampling: how tokens are drawn.
-            stop_ids: tokens that end the answer and are its last.
-            max_tokens: longest answer, None for no limit but the context.
-            cancel: when set, the pass under way stops between two layers and its work is forgotten.
+            sampling: parameters of the draws.
+            stop_ids: token ids that end the answer; the stop token is the answer's last token.
+            max_tokens: most tokens of the answer; None for no limit but the context.
+            cancel: event that stops the current pass between two layers and discards its work.
 
         Yields:
-            Steps; the last has a finish_reason. An interrupted one has no tokens.
+            Steps; the last one has a finish_reason, and an interrupted one has no tokens.
 
         Raises:
-            PromptTooLongError: no room for even one token.
+            PromptTooLongError: the context has no room for one more token.
         """
         context = list(prompt_ids)
         assert context, "the chat layer refuses empty prompts"
         if len(context) >= self.plan.work.ctx:
             raise PromptTooLongError(
-                f"the prompt has {len(context)} tokens, the context holds {self.plan.work.ctx} with the answer",
-                hint="shorten the prompt, start a new chat, or give a larger --ctx if the model allows it",
+                f"the prompt has {len(context)} tokens, but the context holds {self.plan.work.ctx} with the answer",
+                hint="shorten the prompt, start a new chat, or set a larger --ctx if the model allows it",
             )
         self._reuse_prefix(context)
         limit = len(context) + (max_tokens if max_tokens is not None else self.plan.work.ctx)
@@ -162,28 +162,28 @@ class Engine(Closeable):
                 return
 
     def truncate(self, length: int) -> None:
-        """Forgets committed tokens beyond `length`, prompt and answers counted together."""
+        """Drop committed tokens beyond `length`; prompt and answer tokens count alike."""
         del self._cached[length:]
-        self._target.cache.truncate(len(self._cached))  # also rows of a pass that an exception left uncommitted
+        self._target.cache.truncate(len(self._cached))  # also drops uncommitted rows of a failed pass
 
     def forget(self) -> None:
-        """Empties all caches: the next prompt is computed from its first token on, by the drafter, too."""
+        """Empty all caches: target and drafter compute the next prompt from its first token."""
         self.truncate(0)
         self._drafter.reset()
 
     @property
     def generation_bytes(self) -> int:
-        """What is held for generating, beside weights: caches, and what is dequantized at a time."""
+        """Bytes held for generation, without weights: KV caches and dequantization scratch."""
         return sum(model.generation_bytes for model in (self._target, *self._drafter.models))
 
     @property
     def target(self) -> TreeModel:
-        """The model whose text comes out; who computes with it by itself calls `forget` before and after."""
+        """The target model; callers that run passes on it must call `forget` before and after."""
         return self._target
 
     @contextmanager
     def drafting_with(self, drafter: Drafter) -> Iterator[None]:
-        """Another drafter while it lasts, with trees as large as planned; closing it is the caller's."""
+        """Use another drafter inside the block, with trees of the planned size; the caller closes the drafter."""
         own, self._drafter = (self._drafter, self._policy), drafter
         self._policy = FixedPolicy(self.plan.work.tree_budget)
         try:
@@ -192,18 +192,18 @@ class Engine(Closeable):
             self._drafter, self._policy = own
 
     def memory(self) -> MemoryReport:
-        """What is held, beside what the plan's ledger promised."""
+        """Return the memory held, next to the prediction of the plan's ledger."""
         return self._meter.report()
 
     @property
     def activity(self) -> Activity:
-        """What it is at; may be asked from any thread."""
+        """Current activity of the engine; safe to read from any thread."""
         phase = self._phase
         passing = phase in ("prefill", "verifying")
         return Activity(phase, self._target.layers_done if passing else 0, self.plan.placement.num_layers)
 
     def _step(self, context: list[int], answer: _Answer) -> Step:
-        """One tree, one pass, the accepted path; on cancellation nothing but an empty step."""
+        """Draft a tree, verify the tree, commit the accepted path; return an empty step on cancellation."""
         clock = stats.StepClock(self._target.streamer)
         num_cached = len(self._cached)
         pending = context[num_cached:]
@@ -237,16 +237,16 @@ class Engine(Closeable):
     def _walk(
         self, context: list[int], tree: TokenTree, hidden: Tensor, answer: _Answer
     ) -> tuple[tuple[int, ...], list[int]]:
-        """Draws the target's tokens from the root down, for as long as they are in the tree.
+        """Draw the target's tokens from the root down until a token is not in the tree, or the answer ends.
 
         Args:
-            context: committed tokens; the last is the root.
-            tree: N nodes.
-            hidden: [1 + N, hidden], the root's first.
+            context: committed tokens; the last token is the root.
+            tree: draft tree of N nodes.
+            hidden: hidden states [1 + N, hidden]; row 0 is the root's.
             answer: sampler and limits.
 
         Returns:
-            The tokens drawn, and the nodes among them: all but the last token.
+            The drawn tokens, and the tree nodes of all drawn tokens but the last.
         """
         scores = _LazyScores(self._target, tree, hidden, self.plan.work.head_rows)
         text, path, node = list(context), list[int](), ROOT
@@ -260,14 +260,14 @@ class Engine(Closeable):
             node = child
 
     def _rows_for(self, context: list[int], num_pending: int, tree: TokenTree) -> RowLayout:
-        """Pending tokens in sequence (the root is the last), then the tree."""
+        """Return the layout of a pass: pending tokens in sequence, of which the last is the root, then the tree."""
         device = self._target.device
         begin, root = len(context) - num_pending, len(context) - 1
         positions = [*range(begin, len(context)), *(root + depth for depth in tree.depths)]
         return RowLayout(begin, num_pending, tree.ancestors.to(device), torch.tensor(positions, device=device))
 
     def _reuse_prefix(self, context: list[int]) -> None:
-        """Keeps what the cache and the new prompt have in common; the last token is always computed anew."""
+        """Keep the cached prefix that the new prompt shares; the prompt's last token is always computed again."""
         self.truncate(min(common_prefix(self._cached, context), len(context) - 1))
 
     @staticmethod
@@ -278,7 +278,7 @@ class Engine(Closeable):
 
 
 class _LazyScores:
-    """The target's scores of visited nodes, computed in small blocks of a node and its likeliest descendants."""
+    """The target's scores of visited nodes, computed in blocks of a node and its likeliest descendants."""
 
     def __init__(self, target: TreeModel, tree: TokenTree, hidden: Tensor, block_rows: int) -> None:
         self._target = target
@@ -288,9 +288,9 @@ class _LazyScores:
         self._rows: dict[int, Tensor] = {}
 
     def of(self, node: int) -> Tensor:
-        """Scores float32 [V] behind `node`."""
+        """Return the scores of the token after `node`, float32 [V]."""
         if node not in self._rows:
-            self._rows.clear()  # a walk never goes back, and one block is all that the ledger has room for
+            self._rows.clear()  # a walk never goes back, and the ledger counts one block
             block = [node, *self._tree.likely_descendants(node, self._block_rows - 1)]
             index = torch.tensor(block, device=self._hidden.device) + 1  # row 0 is the root's
             self._rows.update(zip(block, self._target.logits(self._hidden[index]), strict=True))
@@ -299,7 +299,7 @@ class _LazyScores:
 
 @contextmanager
 def _allocating(plan: Plan) -> Iterator[None]:
-    """Turns what libraries say about memory that cannot be had into our own error."""
+    """Convert out-of-memory errors of libraries into AllocationError."""
     try:
         yield
     except (MemoryError, OSError, RuntimeError) as error:
@@ -307,15 +307,15 @@ def _allocating(plan: Plan) -> Iterator[None]:
             raise
     else:
         return
-    # outside of the handler: the error's frames hold on to what was allocated until then
+    # Raise outside the handler: the caught error's frames keep earlier allocations alive.
     raise AllocationError(
-        f"{plan.work.device} does not give the {format_bytes(plan.device_bytes)} that were planned",
-        hint="close other programs, or give a smaller --vram or --ctx",
+        f"cannot allocate {format_bytes(plan.device_bytes)} on {plan.work.device}",
+        hint="close other programs, or set a smaller --vram or --ctx",
     )
 
 
 def _load_drafter(plan: Plan, draft: ModelWeights, pack: Pack | None) -> Drafter:
-    """Load a draft, all of whose layers are resident."""
+    """Load a draft with all layers resident."""
     work = replace(plan.work, host_embeddings=False)
     num_layers = len(draft.skeleton.layers)
     placement = Placement(num_layers, tuple(range(num_layers)))

@@ -1,8 +1,8 @@
-"""Keys and values in buffers made once: rows are appended by a pass, and the accepted ones are kept.
+"""The KV cache, in buffers allocated once: a pass appends rows, and accepted rows are kept.
 
-Plain tensors; `models.hf.attention` presents them to transformers as its cache. A committed prefix can be cut at any
-row because every layer stores one row per token; layers with a running state (later) will need a snapshot instead, so
-nothing above this file goes back except through `truncate`.
+The buffers are plain tensors; `models.hf.attention` presents them to transformers as its cache. Every layer stores one
+row per token, so the cache can be truncated at any row. Layers with a recurrent state (later) will need snapshots, so
+callers roll back only through `truncate`.
 """
 
 from collections.abc import Sequence
@@ -18,25 +18,25 @@ class LayerKv:
     """One layer's keys and values.
 
     Args:
-        shape: heads and dims.
-        capacity: rows, a multiple of the alignment.
-        dtype: of the stored numbers.
-        device: where they live.
+        shape: number of heads, and sizes of keys and values.
+        capacity: number of rows, a multiple of the alignment.
+        dtype: dtype of keys and values.
+        device: device of the buffers.
     """
 
     def __init__(self, shape: KvShape, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
-        # zeros, not empty: padding rows enter the product with weight 0, and 0 x NaN would poison it
+        # Zeros, not empty: padding rows have attention weight 0, and 0 x NaN would be NaN.
         self.keys = torch.zeros(1, shape.heads, capacity, shape.key_dim, dtype=dtype, device=device)
         self.values = torch.zeros(1, shape.heads, capacity, shape.value_dim, dtype=dtype, device=device)
         self.capacity = capacity
         self.length = 0
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores new rows and returns all rows up to the alignment.
+        """Store new rows, and return all rows padded to the alignment.
 
         Args:
-            keys: [1, H_kv, rows, D].
-            values: [1, H_kv, rows, D_v].
+            keys: keys [1, H_kv, rows, D].
+            values: values [1, H_kv, rows, D_v].
         """
         begin, end = self.length, self.length + keys.shape[2]
         assert end <= self.capacity, f"{end} rows in a cache of {self.capacity}"
@@ -47,7 +47,7 @@ class LayerKv:
         return self.keys[:, :, :padded], self.values[:, :, :padded]
 
     def keep(self, base: int, rows: Tensor) -> None:
-        """Moves the given rows (int64 [n], all >= base) to `base`, in order, and forgets everything behind them."""
+        """Move the given rows (int64 [n], all >= base) to `base`, in order, and drop all rows after them."""
         end = base + rows.shape[0]
         if rows.shape[0]:
             self.keys[:, :, base:end] = self.keys.index_select(2, rows)
@@ -56,13 +56,13 @@ class LayerKv:
 
 
 class TreeCache:
-    """The caches of all layers, always of one length between passes.
+    """The caches of all layers, which have equal length between passes.
 
     Args:
-        shapes: one per layer.
-        capacity: rows that must fit; rounded up to the alignment.
-        dtype: of the stored numbers.
-        device: where they live.
+        shapes: KV shape of each layer.
+        capacity: number of rows that must fit; rounded up to the alignment.
+        dtype: dtype of keys and values.
+        device: device of the buffers.
     """
 
     def __init__(self, shapes: Sequence[KvShape], capacity: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -72,7 +72,7 @@ class TreeCache:
 
     @property
     def length(self) -> int:
-        """Rows held."""
+        """Number of rows held."""
         return self.layers[0].length
 
     @property
@@ -81,8 +81,8 @@ class TreeCache:
         return sum(kv.keys.nbytes + kv.values.nbytes for kv in self.layers)
 
     def keep(self, base: int, rows: Sequence[int]) -> None:
-        """Keeps the first `base` rows and then the given ones, in order; everything else is forgotten."""
-        if list(rows) == list(range(base, base + len(rows))):  # already in place, as after an exact chain
+        """Keep the first `base` rows and then the given rows, in order; drop all others."""
+        if list(rows) == list(range(base, base + len(rows))):  # already in place, as for a tree without branches
             self.truncate(base + len(rows))
             return
         index = torch.tensor(rows, dtype=torch.int64, device=self.device)
@@ -90,6 +90,6 @@ class TreeCache:
             kv.keep(base, index)
 
     def truncate(self, length: int) -> None:
-        """Forgets every row from `length` on, also those of a pass that was cut off between layers."""
+        """Drop every row from `length` on, including rows of a pass that stopped between layers."""
         for kv in self.layers:
             kv.length = length

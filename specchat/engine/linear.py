@@ -1,4 +1,4 @@
-"""Linear maps of full-precision models whose products `kernels.matmul` computes faster than torch by itself."""
+"""Full-precision linear layers that `kernels.matmul` computes faster than torch's default."""
 
 from functools import partial
 
@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from specchat.models.quant.kernels.matmul import is_faster_by_onednn, product
 
 
-def use_fast_products(model: nn.Module) -> None:
-    """Makes the model's large linear maps compute with oneDNN where that is faster.
+def use_fast_matmuls(model: nn.Module) -> None:
+    """Switch the model's large linear layers to oneDNN where oneDNN is faster.
 
     Args:
-        model: on a CPU; parameters may still be on meta. Only plain `nn.Linear` are changed.
+        model: model on a CPU or still on meta; only modules of exactly `nn.Linear` change.
     """
     for module in model.modules():
         if type(module) is nn.Linear and is_faster_by_onednn(module.weight):
@@ -19,5 +19,5 @@ def use_fast_products(model: nn.Module) -> None:
 
 
 def _forward(module: nn.Linear, rows: Tensor) -> Tensor:
-    """What `module` computes of `rows` [..., in]: [..., out]; its weight may have been bound to other memory since."""
+    """Return `module`'s output [..., out] for `rows` [..., in], with the weight that is bound at call time."""
     return product(rows, module.weight, module.bias)

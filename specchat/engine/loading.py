@@ -1,4 +1,4 @@
-"""Reading a model into memory as planned: resident layers now, the others as passes need them."""
+"""Load a model as planned: resident layers at once, streamed layers during passes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from specchat.engine.kv_cache import TreeCache
-from specchat.engine.linear import use_fast_products
+from specchat.engine.linear import use_fast_matmuls
 from specchat.engine.model import TreeModel
 from specchat.engine.streaming.base import LayerStreamer, NoStreamer
 from specchat.engine.streaming.cpu import MappedStreamer, MixedStreamer, ThreadStreamer
@@ -39,22 +39,22 @@ def load_model(
     pack: Pack | None = None,
     warn: Callable[[str], None] = lambda _: None,
 ) -> TreeModel:
-    """Read a model into memory: resident layers and everything outside the layers now, the rest as passes need it.
+    """Load resident layers and all parameters outside the layers, and prepare streaming of the other layers.
 
     Args:
-        weights: model to load; its modules belong to the result, and its files are closed once nothing reads them.
+        weights: model to load; the result owns its modules, and its files are closed as soon as nothing reads them.
         work: device, dtype and rows of passes.
-        placement: where the layers lie.
+        placement: tiers of the layers, and the number of slots.
         cache_rows: rows that the KV cache must hold.
-        pack: repacked weights that layers are read from; None reads the model's own files.
-        warn: receives one line about what the system refused and what that costs.
+        pack: pack to read layers from; None reads the checkpoint's own files.
+        warn: receives one-line warnings about refused memory pinning and its cost.
     """
     skeleton, device, dtype = weights.skeleton, torch.device(work.device), torch_dtype(work.dtype)
     layers, streamed = skeleton.layers, placement.streamed
-    with ExitStack() as undo:  # after an error, open files and threads would keep memory that a smaller plan needs
+    with ExitStack() as undo:  # after an error, free the memory of files and threads for a retry with a smaller plan
         reader = undo.enter_context(weights.reader if pack is None else _pack_reader(weights, pack))
         embeddings = lookup_embeddings(skeleton) if work.host_embeddings else None
-        assert not work.host_embeddings or embeddings is not None, "what the head shares stays with it"
+        assert not work.host_embeddings or embeddings is not None, "embeddings tied to the head stay with the head"
         reader.read_rest(device, on_host=embeddings)
         read_layer = partial(_read_layer, reader, None if pack is None else ChunkVerifier(pack))
         for index in placement.resident:
@@ -64,7 +64,7 @@ def load_model(
             bind(layers[index], layout.views(blob.to(device)))
         cache = TreeCache(kv_shapes(skeleton.config), cache_rows, dtype, device)
         if device.type == "cpu":
-            use_fast_products(skeleton.model)
+            use_fast_matmuls(skeleton.model)
         streamer: LayerStreamer = NoStreamer()
         if streamed:
             slots, in_ram = placement.slots, placement.in_ram
@@ -84,7 +84,7 @@ def load_model(
 
 
 def _pack_reader(weights: ModelWeights, pack: Pack) -> WeightReader:
-    """Return the reader of a pack, whose tensors outside the layers are checked here."""
+    """Return the reader of a pack, after checking the pack's tensors outside the layers."""
     weights.close()
     pack.rest_checkpoint()
     return WeightReader(weights.skeleton, pack.checkpoint())
@@ -93,7 +93,7 @@ def _pack_reader(weights: ModelWeights, pack: Pack) -> WeightReader:
 def _read_layer(
     reader: WeightReader, verifier: ChunkVerifier | None, index: int, layout: LayerLayout, blob: Tensor
 ) -> None:
-    """Fills a blob with a layer, checked if there are checksums."""
+    """Fill a blob with a layer, and verify the checksums if there is a verifier."""
     reader.read_layer(index, layout.views(blob))
     if verifier is not None:
         verifier.verify_layer(index, bytes_of(blob[: layout.nbytes]))
@@ -107,17 +107,17 @@ def _cpu_streamer(
     reader: LayerReader,
     pack: Pack | None,
 ) -> LayerStreamer:
-    """Packed layers that fit in memory are computed in the page cache; all others are read into slots."""
+    """Return a streamer that maps packed layers in `in_ram` from the page cache and reads all others into slots."""
     if pack is None:
         return ThreadStreamer(layers, streamed, num_slots, reader)
     mapped, read = in_ram, [index for index in streamed if index not in set(in_ram)]
-    ways: dict[int, LayerStreamer] = {}
+    streamers: dict[int, LayerStreamer] = {}
     with ExitStack() as undo:
         if mapped:
             in_place = MappedStreamer(layers, mapped, pack)
             undo.callback(in_place.close)
-            ways |= dict.fromkeys(mapped, in_place)
+            streamers |= dict.fromkeys(mapped, in_place)
         if read:
-            ways |= dict.fromkeys(read, ThreadStreamer(layers, read, min(num_slots, len(read)), reader))
+            streamers |= dict.fromkeys(read, ThreadStreamer(layers, read, min(num_slots, len(read)), reader))
         undo.pop_all()
-    return MixedStreamer(ways) if mapped and read else ways[streamed[0]]
+    return MixedStreamer(streamers) if mapped and read else streamers[streamed[0]]

@@ -1,4 +1,4 @@
-"""What a measurement asks of an engine and a chat never does; no measuring method is decided here."""
+"""Access to an engine for measurements; callers decide how to measure."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from specchat.records.generation import Sampling
 
 @dataclass(frozen=True)
 class PassTime:
-    """One pass of the target by itself.
+    """Times of one target pass without drafting.
 
     Attributes:
-        pass_s: from the first byte asked for to the last row computed.
-        wait_s: the part of it spent waiting for layers.
-        streamed_bytes: moved over the link for it.
+        pass_s: seconds from the first read request to the last computed row.
+        wait_s: seconds within pass_s spent waiting for streamed layers.
+        streamed_bytes: bytes moved over the link.
     """
 
     pass_s: float
@@ -38,13 +38,13 @@ class PassTime:
 
 
 class GenerationMemory(TorchDispatchMode):
-    """Counts what generating holds while it lasts, beside weights: caches, and living tensors that operations made.
+    """Measures the memory of generation inside a `with` block: caches, and live tensors that operations created.
 
     Args:
-        engine: generates meanwhile, in this thread.
+        engine: engine that generates inside the block, in this thread.
 
     Attributes:
-        peak_bytes: the most at any time.
+        peak_bytes: peak memory in bytes, without weights.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -75,22 +75,22 @@ class GenerationMemory(TorchDispatchMode):
 
 
 def without_draft(engine: Engine) -> AbstractContextManager[None]:
-    """Plain decoding while it lasts, on the same weights in the same places."""
+    """Return a context in which the engine decodes without a draft, with unchanged weights and placement."""
     return engine.drafting_with(NoDrafter())
 
 
 def drop_prefetched(engine: Engine) -> None:
-    """Throws away the layers that were fetched ahead for the next pass, which begins to fetch them again at once."""
+    """Discard the layers that were read ahead for the next pass, and start reading them again at once."""
     engine.target.streamer.restart()
 
 
 def measure_pass(engine: Engine, num_rows: int, seed: int = 0) -> PassTime:
-    """Times one pass over random tokens: one committed token and a binary tree below it, nothing fetched ahead.
+    """Time one pass over random tokens: one committed token and a binary tree below it, with nothing read ahead.
 
     Args:
-        engine: its target's cache is emptied.
+        engine: engine whose target runs the pass; its caches are emptied.
         num_rows: rows of the pass, root included.
-        seed: of the tokens.
+        seed: seed of the random tokens.
     """
     engine.forget()
     target = engine.target
@@ -111,7 +111,7 @@ def measure_pass(engine: Engine, num_rows: int, seed: int = 0) -> PassTime:
 
 @dataclass(frozen=True)
 class Margin:
-    """How far the best token is ahead of the second, and the size of the scores that the two come from."""
+    """Margin between the best and the second token's score, and the largest absolute score."""
 
     margin: float
     scale: float
@@ -119,7 +119,7 @@ class Margin:
 
 @torch.inference_mode()
 def margin_after(engine: Engine, context: Sequence[int], sampling: Sampling) -> Margin:
-    """The margin by which the target's next token wins; with sampling, the race's margin, noise included."""
+    """Return the margin by which the target's next token wins; with sampling, the margin includes the noise."""
     engine.forget()
     target = engine.target
     logits = target.logits(target.append(list(context))[-1:])[0]

@@ -1,7 +1,7 @@
-"""A causal LM whose rows may form a tree: one pass in, hidden states out. Target and draft are both this.
+"""A causal LM whose rows may form a tree: a pass returns hidden states. Target and draft both use this class.
 
-transformers' modules run unmodified; what is ours is the attention they call, the cache they fill, and a wrapper around
-each decoder layer that hands its weights over, stops between layers when asked, and cuts long passes into row chunks.
+transformers' modules run unmodified. specchat supplies the attention function, the KV cache, and a wrapper around each
+decoder layer. The wrapper acquires the layer's weights, checks for cancellation, and runs long passes in row chunks.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from specchat.models.quant.modules import quant_linears
 
 
 class PassCancelledError(Exception):
-    """The pass was asked to stop and did, between two layers; a signal within the engine, never shown."""
+    """A pass was cancelled between two layers; internal to the engine, never shown to users."""
 
 
 class TreeModel:
-    """One model, its cache, and the way its layers come into memory.
+    """One model with its KV cache and the streamer of its layers.
 
     Args:
-        skeleton: modules whose parameters are bound to memory (or will be, layer by layer, by the streamer).
-        cache: rows kept between passes.
-        streamer: hands over the layers that are not resident.
-        streamed: their indices.
+        skeleton: modules whose parameters are bound to memory, or to the streamer's slots.
+        cache: KV cache, kept between passes.
+        streamer: provides the layers that are not resident.
+        streamed: indices of the streamed layers.
         chunk_rows: rows that one layer computes at a time.
-        device: where passes run.
-        host_embeddings: the module of the input embeddings where it stays in host memory.
+        device: device that passes run on.
+        host_embeddings: module of the input embeddings if it stays in host memory, else None.
 
     Attributes:
-        layers_done: of the pass under way or the last one; for onlookers in other threads.
+        layers_done: number of layers that the current or last pass has computed; readable from other threads.
     """
 
     def __init__(
@@ -73,14 +73,14 @@ class TreeModel:
 
     @property
     def max_positions(self) -> int:
-        """The longest context that the model's positions serve."""
+        """Longest context that the model's position encoding supports."""
         return max_positions(self.skeleton.config)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of weights, slots, buffers, cache and what is dequantized at a time, each storage counted once.
+        """Bytes of weights, slots, buffers, cache and dequantization scratch, each storage counted once.
 
-        Embeddings that stay in host memory are left out.
+        Embeddings that stay in host memory are excluded.
         """
         apart = set() if self._host_embeddings is None else set(_tensors(self._host_embeddings))
         tensors = set(_tensors(self.skeleton.model)) - apart
@@ -91,24 +91,24 @@ class TreeModel:
 
     @property
     def generation_bytes(self) -> int:
-        """The part of it that is no weights: the cache, and what is dequantized at a time."""
+        """Bytes of the KV cache and of the dequantization scratch: `nbytes` without weights."""
         scratches = {linear.scratch for _, linear in quant_linears(self.skeleton.model)}
         return self.cache.nbytes + sum(scratch.memory.nbytes for scratch in scratches)
 
     @torch.inference_mode()
     def forward(self, token_ids: Sequence[int], layout: RowLayout, cancel: threading.Event | None = None) -> Tensor:
-        """Final hidden states of new rows; the cache then holds them too.
+        """Compute the final hidden states of new rows, and append the rows to the cache.
 
         Args:
-            token_ids: one per new row.
-            layout: who sees whom.
-            cancel: checked before every layer.
+            token_ids: token id of each new row.
+            layout: position and visibility of the rows.
+            cancel: event that cancels the pass before the next layer.
 
         Returns:
-            [rows, hidden] in the model's dtype, on its device.
+            Hidden states [rows, hidden] in the model's dtype, on its device.
 
         Raises:
-            PassCancelledError: `cancel` was set; the cache is as before.
+            PassCancelledError: `cancel` was set; the cache is unchanged.
         """
         assert len(token_ids) == layout.num_rows
         length = self.cache.length
@@ -126,34 +126,34 @@ class TreeModel:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores float32 [n, V] of hidden states [n, hidden]."""
+        """Return scores, float32 [n, V], of hidden states [n, hidden]."""
         return self.skeleton.head(hidden).float()
 
     def append(self, token_ids: Sequence[int], cancel: threading.Event | None = None) -> Tensor:
-        """`forward` for committed tokens in sequence, behind what the cache holds."""
+        """Run `forward` on committed tokens in sequence, after the rows in the cache."""
         prefix = self.cache.length
         positions = torch.arange(prefix, prefix + len(token_ids), device=self.device)
         nothing = torch.zeros(0, 0, dtype=torch.bool, device=self.device)
         return self.forward(token_ids, RowLayout(prefix, len(token_ids), nothing, positions), cancel)
 
     def close(self) -> None:
-        """Stops streaming."""
+        """Stop streaming."""
         self.streamer.close()
 
     def _look_up(self, look_up: Callable[[Tensor], Tensor], _: Tensor) -> Tensor:
-        """The embeddings of the pass's tokens [1, S, hidden], read in host memory, whose ids the host has anyway.
+        """Return the embeddings of the pass's tokens, [1, S, hidden], looked up in host memory.
 
-        The rows cross the link in plain copies, a chunk at a time, and the host waits for each, as it has nothing to
-        queue before them: a tree's 64 rows of 8,192 numbers are 1 MB. So no memory is pinned for them, and none is
-        overwritten while it is read. Where slots are being filled just then, they may have to wait for one of them.
+        The token ids are in host memory anyway. The rows cross the link in synchronous copies, one chunk at a time,
+        because the host has nothing else to queue: 64 tree rows of 8,192 values are 1 MB. So the rows need no pinned
+        memory, and no source is overwritten during its copy. The copies may wait for a slot fill in progress.
         """
         assert self._token_ids is not None
-        pieces = self._token_ids.split(self._chunk_rows)
-        if len(pieces) == 1:
-            return look_up(pieces[0]).to(self.device)[None]
+        chunks = self._token_ids.split(self._chunk_rows)
+        if len(chunks) == 1:
+            return look_up(chunks[0]).to(self.device)[None]
         weight = self._host_embeddings.weight
         out = torch.empty(len(self._token_ids), weight.shape[1], dtype=weight.dtype, device=self.device)
-        for rows, ids in zip(out.split(self._chunk_rows), pieces, strict=True):
+        for rows, ids in zip(out.split(self._chunk_rows), chunks, strict=True):
             rows.copy_(look_up(ids))
         return out[None]
 
@@ -173,7 +173,7 @@ class TreeModel:
     def _run_chunks(
         self, forward: Callable[..., Any], hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
-        """One layer over all rows [1, S, hidden], a chunk at a time, each attending to the chunks before it."""
+        """Run one layer over all rows [1, S, hidden], chunk by chunk; each chunk attends to the chunks before it."""
         assert self._layout is not None
         num_rows = hidden.shape[1]
         if num_rows <= self._chunk_rows:
@@ -195,13 +195,13 @@ def _tensors(module: Any) -> Iterator[Tensor]:
 
 
 def _first(output: Any) -> Tensor:
-    """Some architectures' layers return a tuple whose first element is the hidden states."""
+    """Return a layer's hidden states; some architectures return a tuple that begins with them."""
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
 
 
 def _rows(value: Any, num_rows: int, begin: int, end: int) -> Any:
-    """The chunk's share of whatever a layer is given per row: rotary tables, positions, per-layer inputs."""
+    """Return the chunk's rows of a layer input (rotary tables, positions, per-layer inputs); other values unchanged."""
     if isinstance(value, tuple):
         return tuple(_rows(v, num_rows, begin, end) for v in value)
     if isinstance(value, Tensor) and value.ndim >= 2 and value.shape[1] == num_rows:

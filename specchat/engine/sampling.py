@@ -1,9 +1,9 @@
-"""Exact draws from the target's distribution: a keyed exponential race, and the processors before it.
+"""Exact draws from the target's distribution: logits processors, then a keyed exponential race.
 
-The token at a position is `argmax_i p_i / e_i` with `e_i ~ Exp(1)`. The race is won by token i with probability exactly
-p_i (minimum of independent exponentials with rates p_i), so no rejection step is needed and the text is the target's
-own for any tree. Each `e_i` is a pure function of (seed, absolute position, token id): whoever evaluates a position,
-in whatever batch, draws the same token, and a drafter may look at the very same noise.
+The token at a position is `argmax_i p_i / e_i` with `e_i ~ Exp(1)`. Token i wins the race with probability exactly p_i
+(minimum of independent exponentials with rates p_i). So no rejection step is needed, and the text is the target's own
+for any tree. Each `e_i` is a pure function of (seed, absolute position, token id). So a position draws the same token
+in any batch, and the drafter can use the target's noise.
 """
 
 from collections.abc import Sequence
@@ -21,12 +21,12 @@ _MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def _signed(value: int) -> int:
-    """The 64-bit pattern of `value` as torch's int64 reads it."""
+    """Return the signed integer with the 64-bit pattern of `value`, as torch's int64 needs it."""
     return value - (1 << 64) if value >> 63 else value
 
 
 def _mix(value: int) -> int:
-    """SplitMix64's finaliser on one 64-bit number.
+    """Apply SplitMix64's finaliser to one 64-bit integer.
 
     Source: Steele, Lea, Flood 2014, Fast splittable pseudorandom number generators.
     """
@@ -36,20 +36,20 @@ def _mix(value: int) -> int:
 
 
 def _mix_tensor(x: Tensor) -> Tensor:
-    """`_mix` on int64 tensors; torch shifts arithmetically, so the sign's copies are masked off."""
+    """Apply `_mix` to an int64 tensor; torch shifts arithmetically, so mask off the copied sign bits."""
     x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _signed(_MIX_1)
     x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _signed(_MIX_2)
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
 class Noise:
-    """The race's noise, `-log e`, one row of the vocabulary per absolute position; rows are kept while they are near.
+    """Noise of the race, `-log e`, one row of V values per absolute position; the latest rows are cached.
 
     Args:
         seed: any integer.
         vocab_size: V.
-        device: where the rows live.
-        max_rows: rows kept at once.
+        device: device of the rows.
+        max_rows: number of rows to cache.
     """
 
     def __init__(self, seed: int, vocab_size: int, device: torch.device, max_rows: int = NOISE_ROWS) -> None:
@@ -59,28 +59,28 @@ class Noise:
         self._rows: dict[int, Tensor] = {}
 
     def row(self, position: int) -> Tensor:
-        """`-log e` for every token at `position`: float32 [V]."""
+        """Return `-log e` for every token at `position`, float32 [V]."""
         if position not in self._rows:
             if len(self._rows) >= self._max_rows:
-                del self._rows[min(self._rows)]  # positions only move on
+                del self._rows[min(self._rows)]  # positions only increase
             self._rows[position] = self._draw(position)
         return self._rows[position]
 
     def _draw(self, position: int) -> Tensor:
         key = _signed(_mix((self._seed_key + (position + 1) * _GAMMA) & _MASK64))
         bits = (_mix_tensor(self._steps + key) >> 12) & ((1 << 52) - 1)
-        # 52 bits and a half keep u strictly inside (0, 1); e near 0 decides races, so precision is spent there
+        # 52 bits plus one half keep u strictly inside (0, 1). Small e decide races, so log1p keeps precision near 0.
         u = (bits.double() + 0.5) * 2.0**-52
         return -torch.log(-torch.log1p(-u)).float()
 
 
 class Sampler:
-    """Draws the target's tokens: processors as transformers applies them, then argmax or the race.
+    """Draws the target's tokens: logits processors, applied as in transformers, then argmax or the race.
 
     Args:
-        sampling: processors and seed.
+        sampling: parameters of the processors, and the seed.
         vocab_size: V.
-        device: where logits arrive.
+        device: device of the logits.
     """
 
     def __init__(self, sampling: Sampling, vocab_size: int, device: torch.device) -> None:
@@ -91,16 +91,16 @@ class Sampler:
         self._needs_context = sampling.repetition_penalty != 1.0
 
     def draw(self, logits: Tensor, context: Sequence[int]) -> int:
-        """The token that follows `context`.
+        """Return the token that follows `context`.
 
         Args:
             logits: the target's scores, float32 [V].
-            context: every token before this position; its length is the position.
+            context: all tokens before this position; the position is the context's length.
         """
         return int(self.scores(logits, context).argmax())
 
     def scores(self, logits: Tensor, context: Sequence[int]) -> Tensor:
-        """What `draw` takes the argmax of: processed logits (greedy) or `log p - log e` up to a constant; [V]."""
+        """Return the scores [V] that `draw` maximizes: processed logits if greedy, else `log p - log e + const`."""
         ids = torch.tensor([context if self._needs_context else context[-1:]], device=logits.device)
         processed: Tensor = self._processors(ids, logits[None].float())[0]
         return processed if self.noise is None else processed + self.noise.row(len(context))

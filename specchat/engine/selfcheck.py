@@ -1,8 +1,8 @@
-"""Before weights are read: does a tree over this architecture give what the architecture itself gives?
+"""Check of an architecture before its weights are read: tree scores must equal plain scores.
 
-A tiny random model of the same configuration runs a small tree through our attention and cache, and every path of the
-tree through its own eager attention without a cache. What transformers changes, or an architecture does differently,
-shows up here as a refusal instead of wrong text.
+A tiny random model with the same configuration runs a small tree through specchat's attention and cache. It also runs
+every path of the tree through its own eager attention without a cache. A change in transformers or an unusual
+architecture then leads to an error instead of wrong text.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _TREE = TokenTree(tokens=(5, 9, 11, 7, 5, 13), parents=(ROOT, ROOT, 0, 0, 2, 4))
 
 
 def check_architecture(source: ModelSource) -> None:
-    """Runs the check on the model's configuration; a few tenths of a second.
+    """Check tree attention on a tiny model with the configuration of `source`; takes a few tenths of a second.
 
     Raises:
-        UnsupportedModelError: the scores differ, the cache has another shape, or the modules cannot run so.
+        UnsupportedModelError: scores or cache shapes differ, or the modules cannot run with tree attention.
     """
     _check(source.path.resolve())
 
@@ -41,7 +41,7 @@ def check_architecture(source: ModelSource) -> None:
 @lru_cache(maxsize=16)
 def _check(folder: Path) -> None:
     config = load_config(folder)
-    refusal = f"'{config.model_type}' does not compute trees as it computes text, so specchat would change its answers"
+    refusal = f"'{config.model_type}' scores trees differently from plain text, so specchat would change its answers"
     try:
         error = _largest_error(tiny_config(config))
     except Exception as cause:
@@ -54,7 +54,7 @@ def _check(folder: Path) -> None:
 
 @torch.inference_mode()
 def _largest_error(config: object) -> float:
-    """The largest difference between tree and plain scores, relative to the largest score."""
+    """Return the largest difference between tree and plain scores, relative to the largest score."""
     generator = torch.Generator().manual_seed(0)
     skeleton, plain = build_random(config, generator, tree_attention)
     prompt = torch.randint(0, skeleton.config.vocab_size, (_PROMPT_ROWS,), generator=generator).tolist()
@@ -69,7 +69,7 @@ def _largest_error(config: object) -> float:
 
 
 def _tree_scores(skeleton: Skeleton, prompt: list[int]) -> Tensor:
-    """Scores of root and nodes, [1 + N, V], by one pass in chunks."""
+    """Return the scores of root and nodes, [1 + N, V], from one chunked pass."""
     num_rows = len(prompt) + len(_TREE)
     cpu = torch.device("cpu")
     cache = TreeCache(kv_shapes(skeleton.config), num_rows, torch.float32, cpu)

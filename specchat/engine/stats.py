@@ -1,4 +1,4 @@
-"""What a step cost and what the engine holds: clocks and counters, no decisions."""
+"""Times of a step and memory of the engine: clocks and counters, no decisions."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from specchat.records.plan import MemoryReport, Plan
 
 
 def resident_set_bytes() -> int:
-    """Memory that this process holds now."""
+    """Return the bytes of memory that this process holds now."""
     return int(psutil.Process().memory_info().rss)
 
 
 def peak_resident_set_bytes() -> int:
-    """The most memory that this process ever held."""
+    """Return the peak bytes of memory that this process has held."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
 class StepClock:
-    """Splits one step's wall time.
+    """Splits one step's wall time into phases.
 
     Args:
-        streamer: the target's; its counters say what of the pass was waiting.
+        streamer: the target's streamer, whose counters give the waiting time of the pass.
     """
 
     def __init__(self, streamer: LayerStreamer) -> None:
@@ -44,7 +44,7 @@ class StepClock:
 
     @contextmanager
     def drafting(self) -> Iterator[None]:
-        """Times the growth of the tree."""
+        """Time the drafting of the tree."""
         begin = time.perf_counter()
         try:
             yield
@@ -53,7 +53,7 @@ class StepClock:
 
     @contextmanager
     def verifying(self) -> Iterator[None]:
-        """Times the pass over the target, to the end of its last kernel."""
+        """Time the target pass, up to the end of its last kernel."""
         begin = time.perf_counter()
         try:
             yield
@@ -64,7 +64,7 @@ class StepClock:
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
-        """Times head, processors and walk."""
+        """Time head, processors and walk."""
         begin = time.perf_counter()
         try:
             yield
@@ -82,7 +82,7 @@ class StepClock:
         guesses: tuple[Guesses, ...] = (),
         tree: DraftTree | None = None,
     ) -> Step:
-        """The record of the step that ends now."""
+        """Return the record of the step that ends now."""
         counters = self._streamer.counters()
         return Step(
             token_ids=tokens,
@@ -104,12 +104,12 @@ class StepClock:
 
 
 class MemoryMeter:
-    """Counts what the engine holds.
+    """Measures the memory that the engine holds.
 
     Args:
-        plan: what was promised.
-        models: target and drafts.
-        runtime_bytes: what the process held before.
+        plan: plan with the budget and the predicted memory.
+        models: target and draft models.
+        runtime_bytes: memory of the process before loading, in bytes.
     """
 
     def __init__(self, plan: Plan, models: Sequence[TreeModel], runtime_bytes: int) -> None:
@@ -119,11 +119,11 @@ class MemoryMeter:
         self._largest_pass_bytes = 0
 
     def saw_pass(self, hidden: Tensor) -> None:
-        """Notes the hidden rows of a pass: two copies live at once, before and after a layer."""
+        """Record the hidden rows of a pass; two copies live at once, a layer's input and output."""
         self._largest_pass_bytes = max(self._largest_pass_bytes, 2 * hidden.nbytes)
 
     def report(self) -> MemoryReport:
-        """Totals so far. On the CPU the device's peak is what was counted: weights, slots, caches, hidden rows."""
+        """Return the totals so far; on the CPU the device peak is a sum of weights, slots, caches and hidden rows."""
         plan = self._plan
         if plan.work.device == "cpu":
             device_peak = sum(model.nbytes for model in self._models) + self._largest_pass_bytes

@@ -1,4 +1,4 @@
-"""The tree of guesses: which tokens, whose children, who sees whom."""
+"""The draft tree: tokens, parents, and the visibility of nodes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ ROOT = -1
 
 @dataclass(frozen=True)
 class TokenTree:
-    """Draft nodes below the last committed token, which is the root and not among them.
+    """Draft nodes below the root; the root is the last committed token and no node of the tree.
 
     Attributes:
-        tokens: one per node, best guess first.
-        parents: node index, or ROOT; always smaller than the node's own index.
-        sources: which drafter guessed each node; empty where nobody asks.
-        weights: the drafter's log weights of the paths that end at each node, descending; empty if it gives none.
+        tokens: token id of each node, likeliest first.
+        parents: index of each node's parent, smaller than the node's own index; ROOT for children of the root.
+        sources: name of the drafter of each node; empty if unknown.
+        weights: drafter's log weight of the path that ends at each node, descending; empty if unknown.
     """
 
     tokens: tuple[int, ...] = ()
@@ -36,7 +36,7 @@ class TokenTree:
 
     @cached_property
     def depths(self) -> tuple[int, ...]:
-        """Distance from the root; its children have depth 1."""
+        """Distance of each node from the root; children of the root have depth 1."""
         depths: list[int] = []
         for parent in self.parents:
             depths.append(1 if parent == ROOT else depths[parent] + 1)
@@ -44,12 +44,12 @@ class TokenTree:
 
     @cached_property
     def children(self) -> dict[tuple[int, int], int]:
-        """(parent, token) -> node."""
+        """Node index by (parent index, token id)."""
         return {edge: node for node, edge in enumerate(zip(self.parents, self.tokens, strict=True))}
 
     @cached_property
     def ancestors(self) -> Tensor:
-        """Which nodes each node sees: its ancestors and itself; bool [N, N]."""
+        """Visibility of nodes, bool [N, N]: each row marks the node's ancestors and the node itself."""
         seen = torch.zeros(len(self), len(self), dtype=torch.bool)
         depths, parents = torch.tensor(self.depths), torch.tensor(self.parents)
         for depth in range(1, max(self.depths, default=0) + 1):
@@ -60,13 +60,13 @@ class TokenTree:
         return seen
 
     def by_source(self, path: Sequence[int]) -> tuple[Guesses, ...]:
-        """What each drafter offered, and how much of it is on `path`."""
+        """Count each drafter's nodes, and its nodes on `path`."""
         offered = Counter(self.sources)
         accepted = Counter(self.sources[node] for node in path) if self.sources else Counter[str]()
         return tuple(Guesses(source, offered[source], accepted[source]) for source in sorted(offered))
 
     def likely_descendants(self, node: int, limit: int) -> list[int]:
-        """Up to `limit` nodes below `node` (ROOT for all), best guesses first."""
+        """Return up to `limit` nodes below `node` (ROOT for all), likeliest first."""
         if node == ROOT:
             return list(range(min(limit, len(self))))
         below = self.ancestors[node + 1 :, node].nonzero()[:limit, 0] + node + 1
@@ -74,7 +74,7 @@ class TokenTree:
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many leading tokens two sequences share."""
+    """Return the number of leading tokens that two sequences share."""
     shorter = min(len(a), len(b))
     if a[:shorter] == b[:shorter]:
         return shorter

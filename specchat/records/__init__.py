@@ -1,1 +1,1 @@
-"""The records that floors hand to each other: plain data, no torch, printable."""
+"""Records that packages pass to each other: plain, printable data without torch."""

@@ -1,19 +1,19 @@
-"""What chats are made of."""
+"""Records of a chat: messages, settings, and what to do when the context is full."""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-# The parts of what a model writes: the answer, and the thinking before it.
+# Parts of a model's output: the answer, and the reasoning before the answer.
 Part = Literal["answer", "reasoning"]
 
 
-# What becomes of a chat that fills its context: refuse the next message, or leave out the oldest turns.
+# Behaviour of a chat whose context is full: refuse the next message, or drop the oldest turns.
 Overflow = Literal["stop", "drop-oldest"]
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a chat, in the words of chat templates; `reasoning` is the thinking before an answer."""
+    """One turn of a chat, with the field names of chat templates; `reasoning` is the thinking before an answer."""
 
     role: Literal["system", "user", "assistant"]
     content: str
@@ -22,7 +22,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting that holds, as it is shown, and where it came from: a flag, a file, the model, a default."""
+    """A setting in effect, formatted for display, with its source: a flag, a file, the model or a default."""
 
     name: str
     value: str

@@ -1,9 +1,9 @@
-"""What generation is asked for, and what it yields."""
+"""Records of generation: sampling parameters, and the steps that an engine yields."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-# What an engine is at; "prefill" is a pass that reads more than one committed token.
+# Current activity of an engine; "prefill" is a pass over more than one committed token.
 Phase = Literal["idle", "drafting", "prefill", "verifying"]
 
 
@@ -12,15 +12,15 @@ FinishReason = Literal["stop", "length", "context", "interrupt"]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn from the target's scores; the values transformers gives the same names.
+    """How to draw the next token from the target's scores; each value means the same as in transformers.
 
     Attributes:
-        temperature: 0 is greedy: the processors that only apply to sampling are then left out, as in transformers.
-        top_k: 0 keeps every token.
-        top_p: 1.0 keeps every token.
-        min_p: 0.0 keeps every token.
-        repetition_penalty: 1.0 is none.
-        seed: keys the draws, together with token position and token id.
+        temperature: divisor of the scores; 0 is greedy and skips the sampling-only processors, as in transformers.
+        top_k: number of likeliest tokens to keep; 0 keeps every token.
+        top_p: probability mass to keep; 1.0 keeps every token.
+        min_p: least probability relative to the likeliest token; 0.0 keeps every token.
+        repetition_penalty: penalty on tokens of the context; 1.0 has no effect.
+        seed: key of the draws, together with token position and token id.
     """
 
     temperature: float = 0.0
@@ -32,18 +32,18 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Whether the best token is taken instead of a draw."""
+        """Whether the token with the highest score is taken, without a random draw."""
         return self.temperature == 0.0
 
 
 @dataclass(frozen=True)
 class Guesses:
-    """What one drafter put into a tree.
+    """Draft nodes of one drafter in a tree.
 
     Attributes:
         source: the drafter's name.
-        offered: its nodes.
-        accepted: those of them that the target took.
+        offered: number of nodes that the drafter added.
+        accepted: number of the offered nodes that the target accepted.
     """
 
     source: str
@@ -53,12 +53,12 @@ class Guesses:
 
 @dataclass(frozen=True)
 class DraftTree:
-    """The guesses that a step verified.
+    """The draft nodes that a step verified.
 
     Attributes:
-        tokens: one per node, likeliest first.
-        parents: index of each node's parent, -1 for those that follow the committed text; always smaller than its own.
-        accepted: the nodes that the target took, root to leaf.
+        tokens: token id of each node, likeliest first.
+        parents: index of each node's parent, smaller than the node's own index; -1 for children of the root.
+        accepted: indices of the nodes that the target accepted, root to leaf.
     """
 
     tokens: tuple[int, ...]
@@ -68,12 +68,12 @@ class DraftTree:
 
 @dataclass(frozen=True)
 class Activity:
-    """What the engine is at.
+    """Current activity of the engine.
 
     Attributes:
-        phase: the part of a step.
-        layers_done: of the pass under way.
-        num_layers: of the target.
+        phase: current phase of the step.
+        layers_done: number of layers that the current pass has computed.
+        num_layers: number of the target's layers.
     """
 
     phase: Phase
@@ -83,24 +83,24 @@ class Activity:
 
 @dataclass(frozen=True)
 class Step:
-    """One target pass and what came of it: the engine's only output.
+    """One target pass and its result: the engine's only output.
 
     Attributes:
         token_ids: tokens emitted by this pass, in order; empty only for an interrupted pass.
-        finish_reason: None while the answer goes on.
-        new_rows: committed tokens the pass had to compute (the prompt in the first step, then 1 or more).
-        cached_rows: committed tokens it found in the cache.
+        finish_reason: reason for the end of the answer; None while the answer continues.
+        new_rows: committed tokens that the pass computed (the prompt in the first step, then 1 or more).
+        cached_rows: committed tokens that were in the KV cache.
         tree_nodes: draft nodes verified, root excluded.
         accepted: draft nodes among `token_ids`.
-        depth: depth of the tree that was offered.
-        pass_s: wall time of the whole step.
-        draft_s: time spent drafting that the pass did not hide.
-        verify_s: time of the target pass.
-        sample_s: time of head, processors and walk.
-        stream_wait_s: time within verify_s spent waiting for layers.
+        depth: depth of the verified tree.
+        pass_s: wall time of the whole step in seconds.
+        draft_s: seconds of drafting that did not overlap with the pass.
+        verify_s: seconds of the target pass.
+        sample_s: seconds of head, processors and tree walk.
+        stream_wait_s: seconds within verify_s spent waiting for streamed layers.
         streamed_bytes: bytes moved over the link.
-        guesses: the tree's nodes by the drafter they came from; empty without a tree.
-        tree: the guesses themselves; None if there were none, or the step was interrupted.
+        guesses: number of draft nodes by drafter; empty without a tree.
+        tree: the verified draft tree; None without draft nodes or after an interruption.
     """
 
     token_ids: tuple[int, ...]

@@ -2,56 +2,57 @@
 
 from specchat.units import MIB
 
-# Workspaces of the engine that the ledger counts. Visited nodes are few; scoring a node's likeliest descendants along
-# with it costs the head's weights only once.
+# Rows that the head scores at a time, a workspace that the ledger counts. The walk visits few nodes. Scoring a node
+# together with its likeliest descendants reads the head's weights only once.
 HEAD_BLOCK_ROWS = 8
 
-# Rows of noise that are kept; drafter and walk look at the same few positions ahead.
+# Noise rows to keep: drafter and walk use the same few positions ahead.
 NOISE_ROWS = 64
 
 # Children that the drafter considers per node.
 DRAFT_BRANCH = 16
 
-# Fused kernels want the number of keys to be a multiple of this; rows past the end are masked.
+# Fused attention kernels need a multiple of this number of keys; rows past the end are masked.
 ROW_ALIGNMENT = 16
 
-# While a mask is built, truth values live beside it: bytes for each row and key more than the finished mask has. So do
-# positions of the keys, three 64-bit numbers each.
+# Workspace while an attention mask is built: boolean masks in bytes per (row, key) beyond the finished mask, and
+# positions in bytes per key (three 64-bit integers).
 MASK_FLAG_BYTES, MASK_POSITION_BYTES = 2, 24
-# One row of scores on its way through the processors: sorted with its indices, softmax, sums, masks; at most.
+# Upper bound in bytes per vocabulary entry while the processors run: scores sorted with indices, softmax, sums, masks.
 PROCESSING_BYTES = 48
-# Making one row of noise: 64-bit integers and doubles, a few at a time.
+# Bytes per vocabulary entry while one noise row is computed: a few 64-bit integers and doubles.
 DRAWING_BYTES = 48
-# The draft's scores turn into weights of paths: scaled, noise, sum, scaled, log-softmax; scores themselves apart.
+# Copies of the draft's scores while path weights are computed: scaled, noise, sum, scaled, log-softmax; the scores
+# themselves are counted separately.
 WEIGHING_COPIES = 4
-# Paths of a growing tree: five numbers each, while the best are chosen among old ones and new children.
+# Bytes per path of a growing tree: five values each, while the best of old paths and new children are selected.
 PATH_BYTES = 120
 
-# Packs are read in pieces of this size, each of which has a checksum, and the probe measures such reads.
+# Packs are read in chunks of this size, each with its own checksum; the hardware probe measures reads of this size.
 READ_CHUNK_BYTES = 16 * MIB
-# Two requests in flight keep an NVMe drive busy, but while the processor is, a thread that has to begin the next one
-# comes late: two more are under way by then. Alone, 2 to 4 threads read equally fast here (2.5 GB/s, 16 MiB each).
+# Queue depth 2 saturates NVMe when idle. Under CPU load threads submit late, so use 4. On an idle machine, 2 to 4
+# threads read equally fast here (2.5 GB/s, 16 MiB each).
 READ_THREADS = 4
 
-# Threads that read layers from files that are not laid out for it: each copies what it has read to its place. Packs are
-# read into their places, by `READ_THREADS`. A third one gains a tenth here, and takes a window more.
+# Threads that read layers from checkpoint shards: each reads a window and copies the tensors into the slot. Packs are
+# read directly into slots by `READ_THREADS`. A third thread gains 10% here and needs one more window of memory.
 NUM_READERS = 2
 
-# What each of them reads at a time of a file that is not laid out for it, into memory of its own.
+# Bytes of a checkpoint shard that each thread reads at a time, into a window of its own.
 READ_WINDOW_BYTES = 8 * MIB
 
-# Rows of products that the probe measures and the planner interpolates between; trees have as many.
+# Row counts of the matmuls that the probe measures; the planner interpolates between them. They span the tree sizes.
 MATMUL_ROWS = (1, 16, 64, 256, 512)
 
 
 def padded_rows(num_rows: int) -> int:
-    """Return the rows that a cache of `num_rows` takes: rounded up to the alignment."""
+    """Return `num_rows` rounded up to the row alignment of the KV cache."""
     return -(-num_rows // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
 def draft_width(tree_budget: int) -> int:
-    """Nodes that one pass of the draft expands: an early guess at which nodes stay wastes rows and passes.
+    """Return how many nodes one draft pass expands; wider passes expand more nodes that later drop out of the tree.
 
-    Measured on the demo pair, budget 64, t=0.7: 32 4.77, 16 5.11, 8 5.16 tokens per step.
+    Measured on the demo pair, budget 64, t=0.7: width 32 gives 4.77 tokens per step, 16 gives 5.11, 8 gives 5.16.
     """
     return max(8, tree_budget // 8)

@@ -1,4 +1,4 @@
-"""What a model is: where its files are and how large its parts are."""
+"""Records of a model: where its files are, and the sizes of its parts."""
 
 import math
 from collections.abc import Mapping
@@ -10,14 +10,15 @@ from typing import Literal, get_args
 Dtype = Literal["bf16", "fp16", "fp32"]
 
 
-# Where a layer's bytes are between passes: with the device, in host memory (pinned, or the page cache), on the disk.
+# Where a layer's bytes are between passes: device memory, host memory (pinned or page cache), or disk.
 Tier = Literal["device", "ram", "disk"]
 
 
-# What specchat makes of full-precision weights. Checkpoints that come quantized have names of their own ("gptq int4").
+# Quantization formats that specchat converts full-precision weights to. Pre-quantized checkpoints have names of their
+# own ("gptq int4").
 Quant = Literal["none", "int8", "int4"]
 QUANTS: tuple[Quant, ...] = get_args(Quant)
-# What full precision may be lowered to, the better one first.
+# Formats below full precision, highest quality first.
 LOWER_QUANTS: tuple[Quant, ...] = tuple(quant for quant in QUANTS if quant != "none")
 
 
@@ -25,7 +26,7 @@ DTYPE_BYTES: dict[Dtype, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 def own_quant(name: str) -> Quant:
-    """Return what specchat makes of a model that a plan has as `name`; models that come quantized stay as they are."""
+    """Return the quantization that specchat applies for a plan's quant `name`; "none" for pre-quantized models."""
     return next((quant for quant in QUANTS if quant == name), "none")
 
 
@@ -34,10 +35,10 @@ class ModelSource:
     """Where a model's files are.
 
     Attributes:
-        name: what the user typed.
-        path: a local folder with config.json and safetensors files.
-        revision: the hub commit, or None for local folders.
-        label: what every output must say of a model that is not what its size or name suggests (the demo, shapes).
+        name: model name as the user typed it.
+        path: local folder with config.json and safetensors files.
+        revision: hub commit; None for local folders.
+        label: note that every output must show for models that are not real (the demo, shapes); "" for real models.
     """
 
     name: str
@@ -47,13 +48,13 @@ class ModelSource:
 
     @property
     def is_toy(self) -> bool:
-        """Whether the model exists to exercise the software."""
+        """Whether the model only exists to exercise the software."""
         return bool(self.label)
 
 
 @dataclass(frozen=True)
 class KvShape:
-    """What one layer stores per token: `heads` keys of `key_dim` and values of `value_dim` numbers."""
+    """Shape of one layer's KV cache per token: `heads` keys of size `key_dim` and values of size `value_dim`."""
 
     heads: int
     key_dim: int
@@ -61,25 +62,25 @@ class KvShape:
 
     @property
     def numbers_per_row(self) -> int:
-        """Numbers, not bytes, stored for one token."""
+        """Number of elements stored for one token, not bytes."""
         return self.heads * (self.key_dim + self.value_dim)
 
 
 @dataclass(frozen=True)
 class ParamSize:
-    """How large one parameter is: `count` numbers of `item_bytes` each, None where those are of the compute dtype."""
+    """Size of one parameter: `count` values of `item_bytes` each; None for values in the compute dtype."""
 
     count: int
     item_bytes: int | None = None
 
     def nbytes(self, dtype: Dtype) -> int:
-        """Its bytes in a model that computes in `dtype`."""
+        """Return the parameter's bytes in a model that computes in `dtype`."""
         return self.count * (DTYPE_BYTES[dtype] if self.item_bytes is None else self.item_bytes)
 
 
 @dataclass(frozen=True)
 class RowCost:
-    """Bytes that a moment of a pass holds: `fixed + per_row rows + per_key keys + per_row_key rows keys`."""
+    """Bytes live at one point of a pass: `fixed + per_row rows + per_key keys + per_row_key rows keys`."""
 
     fixed: float = 0.0
     per_row: float = 0.0
@@ -87,20 +88,20 @@ class RowCost:
     per_row_key: float = 0.0
 
     def at(self, rows: int, keys: int = 0) -> int:
-        """Bytes for so many rows and keys."""
+        """Return the bytes for a number of rows and keys, rounded up."""
         return math.ceil(self.fixed + self.per_row * rows + self.per_key * keys + self.per_row_key * rows * keys)
 
 
 @dataclass(frozen=True)
 class Activations:
-    """What a pass holds besides weights, caches and masks; the most of each tuple counts.
+    """Memory of a pass besides weights, caches and masks; the maximum of each tuple counts.
 
     Attributes:
-        outside: before the first and after the last layer.
-        entry: outside of a layer while it runs, its input included.
-        layer: inside of a layer, its output included.
-        head: scoring hidden states, scores in float32 included; by rows alone.
-        num_masks: masks that live at the same time (full, sliding window ...).
+        outside: costs before the first and after the last layer.
+        entry: costs outside a layer while that layer runs, including its input.
+        layer: costs inside a layer, including its output.
+        head: costs of scoring hidden states, including float32 scores; they depend on rows only.
+        num_masks: number of masks that live at the same time (full, sliding window ...).
     """
 
     outside: tuple[RowCost, ...]
@@ -112,27 +113,27 @@ class Activations:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What a model's config.json and headers alone say about its size.
+    """Sizes of a model, from its config.json and file headers alone.
 
     Attributes:
-        name: what the user typed, for messages.
-        architecture: transformers' class name.
+        name: model name as the user typed it, for messages.
+        architecture: class name in transformers.
         vocab_size, hidden_size, num_layers: V, hidden width, L.
         mlp_size: width of the MLP's inner activation for one row, all active experts together.
-        num_heads: query heads, H.
-        max_positions: the longest context that the position encoding serves without switching its scaling.
-        dtype: what the checkpoint says its weights are.
-        num_params: weights of the whole model, tied ones once, whatever they are stored in.
-        num_layer_params: those of the decoder layers.
-        layer_params: for each decoder layer, its parameters in module order.
-        other_params: the parameters outside the layers (embeddings, head, final norm), tied ones once.
-        buffer_bytes: persistent buffers, which always stay in device memory.
-        kv_shapes: one per layer.
-        quant: how its matrices are stored: "none", what we make ("int8"), or what it came as ("gptq int4").
-        quant_shapes: (rows, cols) of the quantized matrices, each once.
-        narrowed_bytes: what buffers take less in a model of 16 bits.
-        activations: by the bytes of a number; without those that could not be found out.
-        lookup_params: numbers among other_params that are only looked up, by token: embeddings that no head shares.
+        num_heads: number of query heads, H.
+        max_positions: longest context that the position encoding supports without changing its scaling.
+        dtype: dtype of the weights, as the checkpoint declares.
+        num_params: number of weights of the whole model in any format, tied weights counted once.
+        num_layer_params: number of weights of the decoder layers.
+        layer_params: parameters of each decoder layer, in module order.
+        other_params: parameters outside the layers (embeddings, head, final norm), tied parameters counted once.
+        buffer_bytes: bytes of persistent buffers, which always stay in device memory.
+        kv_shapes: KV cache shape of each layer.
+        quant: format of the matrices: "none", a format of specchat ("int8"), or a pre-quantized one ("gptq int4").
+        quant_shapes: (rows, cols) of the quantized matrices, without duplicates.
+        narrowed_bytes: bytes that buffers save in a 16-bit model.
+        activations: memory of a pass by element size in bytes; sizes without a profile are absent.
+        lookup_params: number of weights among other_params that are only looked up by token: untied input embeddings.
     """
 
     name: str
@@ -156,10 +157,10 @@ class ModelSpec:
     activations: Mapping[int, Activations] = field(default_factory=dict)
     lookup_params: int = 0
 
-    def __hash__(self) -> int:  # of all the fields it would take longer than what is worth remembering by it
+    def __hash__(self) -> int:  # hashing every field would cost more than the cached results save
         return hash((self.name, self.quant, self.num_params))
 
     @cached_property
     def kv_numbers_per_row(self) -> int:
-        """Numbers that all layers together store for one token."""
+        """Number of KV cache elements that all layers together store for one token."""
         return sum(shape.numbers_per_row for shape in self.kv_shapes)

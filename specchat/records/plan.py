@@ -6,13 +6,13 @@ from typing import Literal
 from specchat.records.limits import HEAD_BLOCK_ROWS
 from specchat.records.model import Dtype, Quant, Tier
 
-# Items of the ledger that are weights, resident or on their way.
+# Ledger items that hold weights, resident or streamed.
 WEIGHT_ITEMS = frozenset({"resident layers", "slots", "embeddings and head", "head", "draft"})
 
 
 @dataclass(frozen=True)
 class LedgerItem:
-    """One line of the memory account."""
+    """One line of the memory ledger."""
 
     item: str
     bytes: int
@@ -20,14 +20,14 @@ class LedgerItem:
 
 @dataclass(frozen=True)
 class Expectation:
-    """What steps are expected to take and to bring, before any is measured; forgotten as they are.
+    """Predicted times and tokens of a step, before any step is measured; measurements replace them.
 
     Attributes:
-        pass_s: seconds of a pass over the target by its rows, ascending; drafting not included.
-        draft_s: likewise of a pass over the draft.
-        tree_nodes: of a step.
-        draft_passes: that growing such a tree takes.
-        tokens_per_step: that it emits.
+        pass_s: (rows, seconds) of a target pass, rows ascending; drafting not included.
+        draft_s: (rows, seconds) of a draft pass, rows ascending.
+        tree_nodes: number of draft nodes in the tree of a step.
+        draft_passes: number of draft passes that growing this tree takes.
+        tokens_per_step: expected number of tokens that a step emits.
     """
 
     pass_s: tuple[tuple[int, float], ...]
@@ -39,12 +39,12 @@ class Expectation:
 
 @dataclass(frozen=True)
 class PlanChoices:
-    """What the user may decide about a plan; None and "auto" leave a choice to the planner.
+    """The user's choices for a plan; None and "auto" leave a choice to the planner.
 
     Attributes:
         device: "auto", "cpu", "cuda" or "cuda:N".
         dtype: dtype of weights, activations and caches.
-        vram_bytes: device memory budget in bytes; host memory where the CPU computes.
+        vram_bytes: device memory budget in bytes; a host memory budget on the CPU.
         ram_bytes: cap on host memory in bytes.
         slots: staging buffers for streamed layers.
         ctx: committed tokens that the caches hold.
@@ -76,7 +76,7 @@ class Workload:
         draft_rows: rows that one growing tree may take in the draft's cache; 0 without a draft.
         chunk_rows: rows that one layer computes at a time.
         reserve_bytes: bytes kept for libraries and for what the allocator rounds up.
-        head_rows: nodes that the head scores at a time on the walk; nodes that are not visited are not scored.
+        head_rows: nodes that the head scores at a time on the walk; blocks without a visited node are not scored.
         host_embeddings: whether input embeddings stay in host memory, and only the rows of a pass cross the link.
     """
 
@@ -123,21 +123,21 @@ class Placement:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything the engine needs to know before it moves a byte: the whole contract between planner and engine.
+    """All decisions that the engine needs before loading: the whole contract between planner and engine.
 
     Attributes:
         target, draft: names of the models; draft is None for plain decoding.
         quant: quantization of the target's matrices, as in `ModelSpec`.
         work: device, dtype, context and trees.
-        placement: where the target's layers lie.
+        placement: tiers of the target's layers, and the number of slots.
         ledger: device memory, item by item.
         vram_bytes: device memory budget in bytes that the ledger stays within.
-        host_bytes: bytes outside the device budget: copies of layers, embeddings; 0 on the CPU, where both are one.
+        host_bytes: bytes outside the device budget: copies of layers, embeddings; 0 on the CPU, which has one budget.
         streamed_bytes_per_step: bytes over the link for one pass.
-        adaptive: whether trees are kept smaller where their last nodes would not pay for their time.
+        adaptive: whether trees stay smaller where the last nodes would cost more time than they save.
         draft_quant: quantization of the draft's matrices; "none" without a draft.
-        lowered_from: the checkpoint's dtype where the planner lowered precision without being asked, else None.
-        host_ledger: host memory that the ledger does not count, item by item, libraries and page cache included.
+        lowered_from: the checkpoint's dtype if the planner chose a lower precision by itself, else None.
+        host_ledger: host memory that the ledger does not count, item by item, including libraries and page cache.
         expected: predicted times and tokens of a step, from which an adaptive tree starts; None if unknown.
     """
 
@@ -163,13 +163,13 @@ class Plan:
 
     @property
     def generation_bytes(self) -> int:
-        """Bytes of the ledger without weights: what generation needs, whatever the model's size on disk."""
+        """Bytes of the ledger without weights: the memory of generation itself, such as caches and activations."""
         return sum(item.bytes for item in self.ledger if item.item not in WEIGHT_ITEMS)
 
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """What the engine holds, beside what the ledger promised; bytes."""
+    """Measured memory of the engine next to the ledger's prediction, in bytes."""
 
     device_budget_bytes: int
     device_peak_bytes: int

@@ -337,7 +337,7 @@ def test_less_free_memory_than_planned_makes_the_plan_smaller(specchat, monkeypa
     def fail_first(plan, *others, **named):
         plans.append(plan)
         if len(plans) == 1:
-            raise AllocationError("cpu does not give the 9 GiB that were planned")
+            raise AllocationError("cannot allocate 9 GiB on cpu")
         return load(plan, *others, **named)
 
     monkeypatch.setattr(Engine, "load", fail_first)
@@ -348,7 +348,7 @@ def test_less_free_memory_than_planned_makes_the_plan_smaller(specchat, monkeypa
     )
 
     def fail(plan, *_, **__):
-        raise AllocationError("cpu does not give it")
+        raise AllocationError("cannot allocate 9 GiB on cpu")
 
     monkeypatch.setattr(Engine, "load", fail)
     fails(

@@ -1,7 +1,7 @@
-"""Tokens per step on the demo pair: what the tree, its growth and the shared noise bring, beside SpecExec's own growth.
+"""Tokens per step on the demo pair: gains of tree, growth and shared noise, next to SpecExec's own growth.
 
-The default run measures a few prompts; `-m slow` measures the whole set, whose figures stand in the README. Text and
-steps depend on the seed alone, so a threshold here is not a timing.
+The default run measures a few prompts; `-m slow` measures the whole set, whose figures are in the README. Text and
+steps depend only on the seed, so thresholds here do not depend on timing.
 """
 
 from __future__ import annotations

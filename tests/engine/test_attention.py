@@ -1,4 +1,4 @@
-"""Who sees whom, and the product: both against loops over single rows."""
+"""Visibility of rows, and attention: both against loops over single rows."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def chunked(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
 
 @dataclass
 class Case:
-    """A pass: rows in sequence and then nodes, or (with `num_earlier` rows of the tree cached already) nodes alone."""
+    """A pass over rows in sequence and then nodes, or over nodes alone, with `num_earlier` tree rows cached already."""
 
     prefix: int
     num_linear: int
@@ -50,7 +50,7 @@ class Case:
         return RowLayout(self.prefix, self.num_linear, ancestors, torch.tensor(positions, dtype=torch.int64))
 
     def node(self, row: int) -> int:
-        """Of a cache row; negative if it is none."""
+        """Return the node of a cache row; negative for rows that are no nodes."""
         return row - self.prefix - self.num_linear
 
     def position(self, row: int) -> int:
@@ -61,7 +61,7 @@ class Case:
         return self.prefix + self.num_earlier + new_row
 
     def seen_by(self, row: int) -> set[int]:
-        """Cache rows, by walking up; the architecture's own rule comes later."""
+        """Return the visible cache rows by walking up the tree, before the architecture's own rule."""
         node = self.node(row)
         if node < 0:
             return set(range(row + 1))
@@ -142,7 +142,7 @@ def brute_force_mask(case: Case, begin: int, end: int, kv_length: int, rule) -> 
 def slow_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
-    """One head and one row at a time, over the rows it may see: [1, rows, H, D_v]."""
+    """Compute attention one head and one row at a time, over the visible rows: [1, rows, H, D_v]."""
     num_heads, num_rows = query.shape[1:3]
     group = num_heads // key.shape[1]
     out = torch.zeros(1, num_rows, num_heads, value.shape[3], dtype=torch.float64)
@@ -170,7 +170,7 @@ def slow_attention(
     rule=st.sampled_from([full, sliding]),
 )
 @settings(deadline=None, max_examples=80)
-def test_product_equals_a_loop_over_rows(case: Case, seed, heads, dims, scaling, softcap, has_sinks, rule):
+def test_attention_equals_a_loop_over_rows(case: Case, seed, heads, dims, scaling, softcap, has_sinks, rule):
     generator = torch.Generator().manual_seed(seed)
     (num_heads, num_kv_heads), (dim, value_dim) = heads, dims
     layout = case.layout
@@ -193,7 +193,7 @@ def test_product_equals_a_loop_over_rows(case: Case, seed, heads, dims, scaling,
 
 
 def test_siblings_do_not_see_each_other():
-    """The point of it all, by hand: two guesses for one place, each with a child, behind a root."""
+    """Build a mask by hand: a root, two nodes for one position, and a child of each."""
     tree = TokenTree((7, 8, 9, 10), (ROOT, ROOT, 0, 1))
     layout = RowLayout(1, 1, tree.ancestors, torch.tensor([1, 2, 2, 3, 3]))
     layout.chunk = (0, 5)

@@ -1,4 +1,4 @@
-"""Ends of answers, limits, refusals: what `generate` and `load` promise at their edges."""
+"""Edge cases of `generate` and `load`: ends of answers, limits and refusals."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def engine(models: Models):
 
 @pytest.fixture(scope="module")
 def long_text(models: Models) -> list[int]:
-    """The greedy answer to PROMPT, without a draft."""
+    """Return the greedy answer to PROMPT, without a draft."""
     with models.load(None) as plain:
         text, steps = write(plain, PROMPT, GREEDY, 40)
     assert len(steps) == 40 and all(step.tree_nodes == step.accepted == step.depth == 0 for step in steps)
@@ -82,7 +82,7 @@ def test_max_tokens(engine: Engine, long_text: list[int], max_tokens: int):
 
 
 def test_stop_tokens_end_the_answer_and_are_its_last(engine: Engine, long_text: list[int]):
-    """Wherever they stand in the tree: at the root, in the middle of an accepted path, behind it."""
+    """The stop token is below the root, in the middle of an accepted path, or after the path."""
     places = set()
     for token in long_text[::2]:
         tokens, steps = write(engine, PROMPT, GREEDY, 40, frozenset({token, VOCAB + 5}))
@@ -98,27 +98,27 @@ def test_several_stop_tokens(engine: Engine, long_text: list[int]):
     assert tokens == long_text[: min(long_text.index(t) for t in long_text[7:12]) + 1]
 
 
-def test_stop_at_the_last_allowed_token_is_a_stop(engine: Engine, long_text: list[int]):
+def test_stop_token_at_the_length_limit_finishes_with_stop(engine: Engine, long_text: list[int]):
     index = next(i for i in range(5, 40) if long_text.index(long_text[i]) == i)
     tokens, steps = write(engine, PROMPT, GREEDY, index + 1, frozenset({long_text[index]}))
     assert len(tokens) == index + 1 and steps[-1].finish_reason == "stop"
 
 
 @pytest.mark.parametrize("max_tokens", [None, 1000, CTX])
-def test_the_context_ends_the_answer(engine: Engine, max_tokens: int | None):
+def test_a_full_context_ends_the_answer(engine: Engine, max_tokens: int | None):
     steps = list(engine.generate(PROMPT, GREEDY, stop_ids=NOTHING, max_tokens=max_tokens))
     assert sum(len(step.token_ids) for step in steps) == CTX - len(PROMPT)
     assert steps[-1].finish_reason == "context"
 
 
-def test_a_limit_that_just_fits_the_context_is_a_length(engine: Engine):
+def test_max_tokens_that_fill_the_context_finish_with_length(engine: Engine):
     tokens, steps = write(engine, PROMPT, GREEDY, CTX - len(PROMPT))
     assert len(tokens) == CTX - len(PROMPT) and steps[-1].finish_reason == "length"
 
 
 @pytest.mark.parametrize(("max_tokens", "reason"), [(None, "context"), (1, "length"), (2, "context")])
 def test_longest_prompt(engine: Engine, max_tokens: int | None, reason: str):
-    """One token less than the context: room for one more."""
+    """A prompt of one token less than the context leaves room for one token."""
     prompt = random_prompt(CTX - 1, VOCAB, seed=4)
     (step,) = engine.generate(prompt, GREEDY, stop_ids=NOTHING, max_tokens=max_tokens)
     assert len(step.token_ids) == 1 and step.finish_reason == reason
@@ -143,7 +143,7 @@ def test_a_prompt_of_one_token(models: Models, engine: Engine):
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "sampled"])
-def test_steps_add_up(engine: Engine, sampling: Sampling):
+def test_step_counters_add_up(engine: Engine, sampling: Sampling):
     engine.truncate(0)
     tokens, steps = write(engine, PROMPT, sampling, 30)
     length = len(PROMPT)
@@ -173,8 +173,8 @@ def test_steps_show_their_tree_and_the_path_taken(engine: Engine, sampling: Samp
         assert [step.tree.parents[node] for node in step.tree.accepted] == [ROOT, *step.tree.accepted][: step.accepted]
 
 
-def test_what_it_is_at_can_be_watched(engine: Engine):
-    """Asked wherever it looks whether to stop, which is before every layer."""
+def test_activity_can_be_read_during_a_step(engine: Engine):
+    """Read the activity at every check for cancellation, which is before every layer."""
     seen: list[Activity] = []
 
     class Watch(threading.Event):
@@ -195,7 +195,7 @@ def test_what_it_is_at_can_be_watched(engine: Engine):
 
 
 class WatchedDrafter(ModelDrafter):
-    """Notes the trees, and whether what was accepted went on to where they end."""
+    """Records the trees, and whether the accepted path reached their end."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -222,7 +222,7 @@ def watched(models: Models, draft: ModelSource, budget: int, branch: int) -> tup
 @pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("budget", [1, 5, 16])
 def test_chains_of_an_identical_draft_are_accepted_to_their_end(models: Models, sampling: Sampling, budget: int):
-    """With one child per node the tree is what the draft would write, with the same noise: all of it is taken."""
+    """With one child per node, the tree is the draft's own text with the same noise, so every node is accepted."""
     engine, drafter = watched(models, models.target, budget, branch=1)
     _, steps = write(engine, PROMPT, sampling, 40)
     assert [step.accepted for step in steps[:-1]] == [budget] * (len(steps) - 1)
@@ -234,7 +234,7 @@ def test_chains_of_an_identical_draft_are_accepted_to_their_end(models: Models, 
 @pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("budget", [1, 16, 100])
 def test_an_identical_draft_is_never_contradicted(models: Models, sampling: Sampling, budget: int):
-    """A node's best child is in the tree if any is, so the text leaves the tree only where the tree ends."""
+    """If a node has children, its best child is one of them, so the text leaves the tree only at a leaf."""
     engine, drafter = watched(models, models.target, budget, branch=16)
     _, steps = write(engine, PROMPT, sampling, 40)
     assert len(drafter.ended_at_leaf) == len(steps) <= {1: 20, 16: 16, 100: 10}[budget]
@@ -242,7 +242,7 @@ def test_an_identical_draft_is_never_contradicted(models: Models, sampling: Samp
 
 
 def test_another_draft_is_contradicted(models: Models):
-    """The check above can fail."""
+    """A different draft is rejected before a leaf, so the check above can fail."""
     engine, drafter = watched(models, models.poor, 16, branch=16)
     write(engine, PROMPT, WARM, 40)
     assert not all(drafter.ended_at_leaf)
@@ -269,7 +269,7 @@ def test_draft_with_another_vocabulary(models: Models, tmp_path: Path):
 
 
 def test_tokenizer_files_may_differ_in_form(models: Models, tmp_path: Path):
-    """The same vocabulary, written otherwise."""
+    """The vocabularies are equal, but the files differ."""
     draft = save(random_model(make_config("llama")), tmp_path / "same")
     path = draft.path / "tokenizer.json"
     path.write_text(json.dumps(json.loads(path.read_text()), indent=7))
@@ -279,7 +279,7 @@ def test_tokenizer_files_may_differ_in_form(models: Models, tmp_path: Path):
 @pytest.mark.parametrize("sampling", [GREEDY, WARM])
 @pytest.mark.parametrize("size", [VOCAB - 60, VOCAB + 60])
 def test_embeddings_of_another_length(models: Models, tmp_path: Path, size: int, sampling: Sampling):
-    """Families pad their vocabularies to different lengths: what only one of the two has is never guessed right."""
+    """Families pad vocabularies to different sizes; token ids of only one model are never accepted."""
     config = make_config("llama")
     config.vocab_size = size
     draft = save(random_model(config), tmp_path / "padded")
@@ -354,7 +354,7 @@ def test_tensor_of_another_shape(tmp_path: Path, tensor: str, resident: tuple[in
 
 @pytest.mark.parametrize("resident", [None, ()], ids=["resident", "streamed"])
 def test_missing_expert(tmp_path: Path, resident: tuple[int, ...] | None):
-    """One of the tensors that are merged into one parameter."""
+    """One of several tensors that are merged into one parameter is missing."""
 
     def drop(tensors: dict[str, torch.Tensor]) -> None:
         (gone,) = (key for key in tensors if "layers.1." in key and "experts.2.w3" in key)
@@ -365,7 +365,7 @@ def test_missing_expert(tmp_path: Path, resident: tuple[int, ...] | None):
 
 @pytest.mark.parametrize("resident", [None, ()], ids=["resident", "streamed"])
 def test_missing_experts(tmp_path: Path, resident: tuple[int, ...] | None):
-    """All tensors of a merged parameter, while another merged one of the same layer is whole."""
+    """All tensors of one merged parameter are missing; another merged parameter of the layer is complete."""
 
     def drop(tensors: dict[str, torch.Tensor]) -> None:
         for key in [key for key in tensors if "layers.1." in key and key.endswith("w2.weight")]:

@@ -1,4 +1,4 @@
-"""What streaming costs in memory, measured from outside: all that the process holds beside torch."""
+"""Memory of a streaming process, measured from outside: everything that the process holds besides torch."""
 
 from __future__ import annotations
 

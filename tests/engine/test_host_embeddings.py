@@ -1,7 +1,6 @@
-"""Input embeddings that stay in host memory: the same bits, nothing else moved, and the ledgers' division of memory.
+"""Input embeddings in host memory give the same bits, only their rows cross the link, and the ledgers count them apart.
 
-What is looked up crosses to a device that only knows shapes and places, and refuses to mix them; on a real one,
-test_cuda.py holds the bits.
+The device here knows only shapes and places, and refuses to mix devices; test_cuda.py checks the bits on a real GPU.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from specchat.records.generation import Sampling
 from specchat.records.model import ModelSource, Quant
 from specchat.records.plan import WEIGHT_ITEMS, Plan, Workload
 
-# A second place with shapes and no numbers; without CUDA, torch does not even pretend to have a DEVICE.
+# A second device with shapes and no values; without CUDA, torch has no fake DEVICE either.
 CPU, DEVICE = torch.device("cpu"), torch.device("cpu:1")
 PROMPT = random_prompt(45, VOCAB)
 
@@ -53,12 +52,12 @@ def load(
     )
 
 
-# A quantized head shares nothing with the embeddings, whatever the checkpoint says; Gemma scales what it looks up.
+# A quantized head is never tied to the embeddings, whatever the checkpoint declares; Gemma scales the embeddings.
 @pytest.mark.parametrize(
     ("architecture", "quant"), [("llama", "none"), ("mixtral", "none"), ("gemma2", "int8"), ("llama_tied", "int4")]
 )
 @pytest.mark.parametrize("chunk_rows", [7, 45, 512])
-def test_looked_up_rows_are_the_same_bits(architecture: str, quant: Quant, chunk_rows: int, tmp_path: Path):
+def test_embeddings_on_the_host_give_the_same_bits(architecture: str, quant: Quant, chunk_rows: int, tmp_path: Path):
     source = save(random_model(make_config(architecture)), tmp_path / "m")
     expected, model = (
         load(source, host_embeddings=on_host, chunk_rows=chunk_rows, quant=quant) for on_host in (False, True)
@@ -73,8 +72,8 @@ def test_looked_up_rows_are_the_same_bits(architecture: str, quant: Quant, chunk
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc")
 @pytest.mark.parametrize("packed", [False, True], ids=["shards", "pack"])
-def test_what_serves_as_it_is_stays_in_its_file(packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Only in the dtype that it is saved in; whoever writes to it does not change the file."""
+def test_streamable_embeddings_stay_mapped_to_their_file(packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Only embeddings in their stored dtype are mapped; writes to the mapping do not change the file."""
     monkeypatch.setenv("SPECCHAT_CACHE_DIR", str(tmp_path / "cache"))
     source = save(random_model(make_config("llama")), tmp_path / "m")
     quant: Quant = "int8" if packed else "none"
@@ -99,7 +98,7 @@ def test_what_serves_as_it_is_stays_in_its_file(packed: bool, tmp_path: Path, mo
 
 
 def mapped_file(weight: torch.Tensor) -> Path | None:
-    """The file whose pages a tensor is in."""
+    """Return the file that a tensor is mapped from; None if it is not mapped."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         span, *_, name = line.split(maxsplit=5)
         begin, end = (int(address, 16) for address in span.split("-"))
@@ -110,7 +109,7 @@ def mapped_file(weight: torch.Tensor) -> Path | None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc")
 @pytest.mark.parametrize(("architecture", "quant"), [("llama", "none"), ("gemma2", "int8")])
-def test_only_everything_else_moves(architecture: str, quant: Quant, tmp_path: Path):
+def test_all_but_the_host_embeddings_are_on_the_device(architecture: str, quant: Quant, tmp_path: Path):
     source = save(random_model(make_config(architecture)), tmp_path / "m")
     skeleton = build_skeleton(load_config(source.path), torch.float32)
     recipe = choose_recipe(source, skeleton, quant)
@@ -122,14 +121,14 @@ def test_only_everything_else_moves(architecture: str, quant: Quant, tmp_path: P
     assert all((b is before[name]) == (id(b) in own) for name, b in skeleton.model.named_buffers())
 
 
-def test_embeddings_that_the_head_shares_are_not_for_lookups_alone():
+def test_tied_embeddings_cannot_stay_on_the_host():
     for architecture, is_apart in (("llama", True), ("llama_tied", False), ("gemma2", False)):
         skeleton = build_skeleton(make_config(architecture), torch.bfloat16)
         assert (lookup_embeddings(skeleton) is not None) == is_apart
 
 
 def divided_model(architecture: str, *, looks_up_on_host: bool = True) -> TreeModel:
-    """Weights without numbers: embeddings on the host, everything else on the device."""
+    """Return a model without weight values: embeddings on the host, everything else on the device."""
     skeleton = build_skeleton(make_config(architecture), torch.bfloat16, tree_attention)
     embeddings = lookup_embeddings(skeleton)
     for module in skeleton.model.modules():
@@ -144,7 +143,7 @@ def divided_model(architecture: str, *, looks_up_on_host: bool = True) -> TreeMo
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "phi3", "gpt_oss", "deepseek_v3"])
-def test_nothing_but_the_rows_crosses_to_the_device(architecture: str):
+def test_only_embedding_rows_cross_to_the_device(architecture: str):
     with FakeTensorMode():
         model = divided_model(architecture)
         for num_rows in (5, 40):  # a chunk, and several
@@ -162,8 +161,8 @@ def planned(source: ModelSource, draft: ModelSource, *, on_host: bool) -> Plan:
     return changed(plan, ledger=build_ledger(spec, describe(draft), plan.work, plan.placement))
 
 
-def test_the_ledgers_say_where_embeddings_are(tmp_path: Path):
-    """The device's is right to the byte without them; nothing else of it changes, nor does the text."""
+def test_host_embeddings_move_to_the_host_ledger(tmp_path: Path):
+    """The device ledger is right to the byte without the embeddings; its other items and the text do not change."""
     target = random_model(make_config("llama"))
     source, draft = save(target, tmp_path / "target"), save(perturbed(target, 0.03), tmp_path / "draft")
     texts, ledgers = [], []

@@ -1,4 +1,4 @@
-"""Stopping anywhere and going on gives the text that never stopped; slots are never handed out with wrong bytes."""
+"""Answers interrupted anywhere continue as if never interrupted; slots never provide wrong bytes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SAMPLINGS = {
 
 
 class CancelAt(threading.Event):
-    """Set from the n-th time that anybody looks; counts the looks."""
+    """An event that is set from the n-th check on, and counts the checks."""
 
     def __init__(self, n: float = float("inf")) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class CancelAt(threading.Event):
 
 @dataclass
 class Pair:
-    """A target whose layers mostly stream and a draft that is often right; an engine that lives through all tests."""
+    """A mostly streamed target and a draft that is often right; all tests share one engine."""
 
     target: ModelSource
     draft: ModelSource
@@ -62,7 +62,7 @@ class Pair:
         return load_engine(plan, self.target, self.draft)
 
     def fresh_text(self, prompt: list[int], sampling: Sampling, num_tokens: int = NUM_TOKENS) -> list[int]:
-        """What an engine without a past writes."""
+        """Return the text of a newly loaded engine."""
         key = (tuple(prompt), sampling, num_tokens)
         if key not in self.fresh_texts:
             with self.load() as engine:
@@ -88,7 +88,7 @@ def steps_of(engine: Engine, context: list[int], sampling: Sampling, left: int, 
 def write_interrupted(
     engine: Engine, sampling: Sampling, cancel_points: list[int], num_tokens: int = NUM_TOKENS
 ) -> list[int]:
-    """The answer to PROMPT, cancelled at the given look, gone on with, cancelled at the next ..."""
+    """Return the answer to PROMPT, cancelled and continued at each of the given checks of the event."""
     context = list(PROMPT)
     for n in [*cancel_points, float("inf")]:
         left = len(PROMPT) + num_tokens - len(context)
@@ -105,7 +105,7 @@ def write_interrupted(
 
 
 def check_cached(steps: list[Step], context: list[int]) -> None:
-    """Committed work is never lost: a step computes the tokens since the last one that ended, and nothing else."""
+    """Check that committed work is never lost: a step computes only the tokens since the last finished step."""
     length = len(context)
     for i, step in enumerate(steps):
         if step.token_ids:
@@ -115,8 +115,8 @@ def check_cached(steps: list[Step], context: list[int]) -> None:
 
 
 @pytest.mark.parametrize("name", SAMPLINGS)
-def test_cancelling_at_every_look_of_the_first_steps(pair: Pair, name: str):
-    """While drafting, at every layer of the first pass over a long prompt, and well into the second step."""
+def test_cancelling_at_every_check_of_the_first_steps(pair: Pair, name: str):
+    """Cancel while drafting, at every layer of the first pass over a long prompt, and in the second step."""
     sampling, cancel, num_tokens = SAMPLINGS[name], CancelAt(), 12
     expected = pair.fresh_text(PROMPT, sampling)[:num_tokens]
     steps = pair.engine.generate(PROMPT, sampling, stop_ids=NOTHING, max_tokens=NUM_TOKENS, cancel=cancel)
@@ -133,7 +133,7 @@ def test_cancelling_at_every_look_of_the_first_steps(pair: Pair, name: str):
     start=st.sampled_from([0, 17, 40]),
 )
 @settings(deadline=None, max_examples=25)
-def test_cancelling_anywhere_and_going_on(pair: Pair, name: str, cancel_points: list[int], start: int):
+def test_cancelling_anywhere_and_continuing(pair: Pair, name: str, cancel_points: list[int], start: int):
     pair.engine.truncate(start)
     text = write_interrupted(pair.engine, SAMPLINGS[name], cancel_points)
     assert text == pair.fresh_text(PROMPT, SAMPLINGS[name])
@@ -148,7 +148,7 @@ def test_a_set_event_stops_before_anything_is_computed(pair: Pair):
 
 
 def test_cancelling_from_another_thread(pair: Pair):
-    """As Ctrl-C does: at whatever moment it comes."""
+    """Cancel at arbitrary moments, as Ctrl-C does."""
     expected = pair.fresh_text(PROMPT, SAMPLINGS["sampled"])
     for delay_s in (0.0, 0.003, 0.01, 0.02, 0.04):
         pair.engine.truncate(0)
@@ -167,7 +167,7 @@ def test_cancelling_from_another_thread(pair: Pair):
 
 @given(name=st.sampled_from(sorted(SAMPLINGS)), num_steps=st.lists(st.integers(1, 3), max_size=4))
 @settings(deadline=None, max_examples=12)
-def test_closing_the_iterator_early_and_going_on(pair: Pair, name: str, num_steps: list[int]):
+def test_closing_the_iterator_early_and_continuing(pair: Pair, name: str, num_steps: list[int]):
     pair.engine.truncate(0)
     context, end = list(PROMPT), len(PROMPT) + NUM_TOKENS
     for count in num_steps:
@@ -182,7 +182,7 @@ def test_closing_the_iterator_early_and_going_on(pair: Pair, name: str, num_step
 
 
 def test_a_cancelled_pass_leaves_the_cache_as_it_was(pair: Pair):
-    """One level down: whoever called the model need not clean up behind it."""
+    """Callers of `TreeModel.forward` need not clean up after a cancelled pass."""
     model = load_model(
         pair.target,
         dtype=torch.float32,
@@ -206,7 +206,7 @@ def test_a_cancelled_pass_leaves_the_cache_as_it_was(pair: Pair):
 
 
 class RaisingIds(frozenset[int]):
-    """Stop tokens at whose n-th lookup, which is in the middle of the walk, something goes wrong."""
+    """Stop tokens whose n-th lookup, in the middle of the walk, raises an error."""
 
     left = 3
 
@@ -220,7 +220,7 @@ class RaisingIds(frozenset[int]):
 @pytest.mark.parametrize("goes_on", [True, False])
 @pytest.mark.parametrize("lookup", [1, 2, 3, 5])
 def test_an_exception_between_pass_and_commit(pair: Pair, lookup: int, goes_on: bool):
-    """A second Ctrl-C, say: rows of a pass whose outcome nobody learnt must not be taken for committed ones."""
+    """Rows of a pass without a committed result must not count as committed, for example after a second Ctrl-C."""
     sampling = SAMPLINGS["greedy"]
     pair.engine.truncate(0)
     stop_ids = RaisingIds()
@@ -239,8 +239,8 @@ def test_an_exception_between_pass_and_commit(pair: Pair, lookup: int, goes_on: 
 
 @pytest.mark.parametrize("name", SAMPLINGS)
 @pytest.mark.parametrize("length", [0, 25, 39, 40, 52, 1000])
-def test_truncating_and_going_on(pair: Pair, name: str, length: int):
-    """Cut within the prompt, at its end, within the answer, or not at all."""
+def test_truncating_and_continuing(pair: Pair, name: str, length: int):
+    """Truncate within the prompt, at its end, within the answer, or not at all."""
     sampling = SAMPLINGS[name]
     pair.engine.truncate(0)
     text, _ = write(pair.engine, PROMPT, sampling, NUM_TOKENS)
@@ -286,7 +286,7 @@ def test_a_second_turn_reuses_the_common_prefix(pair: Pair, name: str):
 
 
 def test_seeds_do_not_leak_between_answers(pair: Pair):
-    """Another seed's noise, or its tree, leaves nothing behind."""
+    """Neither the noise nor the tree of another seed affects the next answer."""
     one, two = SAMPLINGS["sampled"], replace(SAMPLINGS["sampled"], seed=9)
     texts = [write(pair.engine, PROMPT, sampling, NUM_TOKENS)[0] for sampling in (one, two, one)]
     assert texts[0] == texts[2] == pair.fresh_text(PROMPT, one)
@@ -299,12 +299,12 @@ NUM_LAYERS = 7
 
 
 def make_layers() -> list[torch.nn.Module]:
-    """Layers of different sizes, as the last slot bytes of a small one are another's."""
+    """Return layers of different sizes: after a small layer, the slot's last bytes belong to another layer."""
     return [torch.nn.Linear(17 + index % 3, 50 * (1 + index % 2)) for index in range(NUM_LAYERS)]
 
 
 class Disk:
-    """Writes a layer's index into every byte, piece by piece with pauses, on one thread or several."""
+    """A layer reader that writes the layer's index into every byte, in tasks with pauses, on one or more threads."""
 
     def __init__(self, seed: int, pause_s: float = 4e-4, num_workers: int = 1) -> None:
         self._random = random.Random(seed)
@@ -355,7 +355,7 @@ def streaming(
 )
 @settings(deadline=None, max_examples=40, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # too slow to shrink
 def test_slots_never_hold_wrong_bytes(streamed: list[int], num_slots: int, passes: list, num_workers: int, seed: int):
-    """Passes that run through, stop before some layer, or stop while one is in use; a slow and jittery disk."""
+    """Passes complete, stop before a layer, or stop while a layer is in use; the disk is slow and irregular."""
     pauses = random.Random(seed)
     with streaming(Disk(seed, num_workers=num_workers), streamed, num_slots) as (streamer, layers):
         for stop_at, while_in_use, waits in passes:
@@ -374,8 +374,8 @@ def test_slots_never_hold_wrong_bytes(streamed: list[int], num_slots: int, passe
                 streamer.release(index)
 
 
-def test_next_passes_first_layers_are_filled_ahead():
-    """As many as there are slots, while the draft grows its tree."""
+def test_first_layers_of_the_next_pass_are_read_ahead():
+    """One layer per slot is read while the draft grows its tree."""
     disk = Disk(0, pause_s=0)
     with streaming(disk, [0, 2, 3, 5], 2) as (streamer, layers):
         for index in (0, 2, 3, 5):
@@ -391,7 +391,7 @@ def test_next_passes_first_layers_are_filled_ahead():
 
 
 class AwaitedDisk(Disk):
-    """Takes a second to read, from when the layer is waited for; the clock by which that is measured, too."""
+    """A disk that needs one second from the first wait for a layer, and the clock that measures this second."""
 
     def __init__(self) -> None:
         super().__init__(0)
@@ -423,7 +423,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 class BrokenDisk(Disk):
-    """Cannot read one piece of one layer the second time it is asked for it."""
+    """A disk that fails the second time one task of one layer runs."""
 
     def __init__(self, broken_layer: int, broken_piece: int) -> None:
         super().__init__(0)
@@ -445,8 +445,8 @@ class BrokenDisk(Disk):
 @pytest.mark.parametrize("broken_piece", [0, 1, 2])
 @pytest.mark.parametrize("broken_layer", [1, 3, 5])
 @pytest.mark.parametrize("num_slots", [1, 2, 3])
-def test_errors_of_the_disk_come_out_where_bytes_are_awaited(num_slots: int, broken_layer: int, broken_piece: int):
-    """At the broken layer, or before it if the error is known by then; never after it was handed out."""
+def test_disk_errors_are_raised_by_acquire(num_slots: int, broken_layer: int, broken_piece: int):
+    """The error is raised at the broken layer or before; the broken layer is never provided."""
     disk = BrokenDisk(broken_layer, broken_piece)
     with watched_threads() as threads, streaming(disk, [1, 3, 4, 5], num_slots) as (streamer, layers):
         for index in (1, 3, 4, 5):
@@ -464,7 +464,7 @@ def test_errors_of_the_disk_come_out_where_bytes_are_awaited(num_slots: int, bro
 
 
 @pytest.mark.parametrize("moment", ["at once", "all slots full", "in use", "waiting"])
-def test_closing_ends_the_thread(moment: str):
+def test_closing_a_streamer_ends_its_thread(moment: str):
     disk = Disk(1)
     layers = make_layers()
     with watched_threads() as threads:
@@ -489,8 +489,8 @@ def test_closing_an_engine_leaves_no_thread(pair: Pair):
 
 
 @pytest.mark.parametrize("failing", [1, 2, 7, 20])
-def test_a_worker_that_dies_without_a_word_is_noticed(failing: int, monkeypatch: pytest.MonkeyPatch):
-    """Out of memory even for telling that a piece has been read."""
+def test_a_worker_that_fails_to_notify_is_noticed(failing: int, monkeypatch: pytest.MonkeyPatch):
+    """The worker runs out of memory while it reports that a task has ended."""
     count, end = itertools.count(1), SlotQueue._end
 
     def fails(queue: SlotQueue, epoch: int, j: int) -> None:

@@ -1,4 +1,4 @@
-"""The cache against a plain list of rows, and against a fresh prefill on real models."""
+"""The KV cache equals a plain list of rows, and a fresh prefill on real models."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ CAPACITY = 40
 
 
 def fill_row(row: int, layer: int, heads: int, dim: int, sign: int) -> torch.Tensor:
-    """Numbers that no other row, layer, head or dim has: [heads, dim]."""
+    """Return values that differ for every row, layer, head and dim: [heads, dim]."""
     return sign * (1000.0 * row + 100 * layer + torch.arange(heads * dim).view(heads, dim))
 
 
 def rows_of(rows: list[int], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values [1, heads, rows, dim] of the named rows."""
+    """Return keys and values [1, heads, rows, dim] of the named rows."""
     shape = SHAPES[layer]
     keys = [fill_row(row, layer, shape.heads, shape.key_dim, 1) for row in rows]
     values = [fill_row(row, layer, shape.heads, shape.value_dim, -1) for row in rows]
@@ -85,7 +85,7 @@ def append(cache: TreeCache, new: list[int], length: int) -> None:
         assert keys.data_ptr() == kv.keys.data_ptr() and values.data_ptr() == kv.values.data_ptr()
 
 
-def test_sizes():
+def test_cache_bytes_are_the_sum_of_padded_rows():
     assert [padded_rows(n) for n in (0, 1, 15, 16, 17)] == [0, 16, 16, 16, 32]
     cache = TreeCache(SHAPES, 17, torch.float16, CPU)
     assert cache.capacity == 32
@@ -94,8 +94,8 @@ def test_sizes():
         append(cache, list(range(33)), 33)
 
 
-def test_truncate_forgets_rows_of_a_pass_that_was_cut_off():
-    """A cancelled pass leaves the first layers longer than the others."""
+def test_truncate_drops_rows_of_a_cancelled_pass():
+    """A cancelled pass leaves more rows in the first layers than in the others."""
     cache = TreeCache(SHAPES, CAPACITY, torch.float32, CPU)
     append(cache, [0, 1, 2], 3)
     cache.layers[0].append(*rows_of([3, 4], 0))
@@ -142,12 +142,12 @@ def forward_tree(model: TreeModel, pending: list[int], tree: TokenTree) -> None:
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    """Float32 rounding of other batch shapes; a wrong or misplaced row is off by about 1."""
+    """Float32 rounding differs with the batch shape; a wrong or misplaced row is off by about 1."""
     return torch.allclose(ours, theirs, atol=1e-5 * float(theirs.abs().max().clamp(min=1)), rtol=0)
 
 
 def check_like_fresh(model: TreeModel, tokens: list[int], source: ModelSource, rng: random.Random) -> None:
-    """Every layer's rows, and the scores of what comes next, are those of one plain prefill."""
+    """Check that every layer's rows and the next scores equal those of one plain prefill."""
     fresh = load(source)
     fresh.append(tokens)
     assert model.cache.length == len(tokens)
@@ -162,7 +162,7 @@ def check_like_fresh(model: TreeModel, tokens: list[int], source: ModelSource, r
 
 
 def test_cache_after_keep_equals_a_fresh_prefill(source: ModelSource):
-    """Trees longer than the window, kept one after another, with cuts in between."""
+    """Keep several trees longer than the window, with truncations in between."""
     model, tokens = load(source), []
     rng = random.Random(4)
     for step in range(5):

@@ -1,4 +1,4 @@
-"""What the planner promises against what the engine takes, counted tensor by tensor."""
+"""The planner's ledger against the engine's memory, counted tensor by tensor."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CHUNK_ROWS = 128
 
 
 class Living(TorchDispatchMode):
-    """Bytes of storages that operations have made and that still live; the most at any time in `peak`."""
+    """Counts the bytes of live storages that operations created; `peak` is the maximum."""
 
     def __init__(self):
         super().__init__()
@@ -122,7 +122,7 @@ def test_ledger_and_memory(case: Case, tmp_path: Path):
 
 
 def check_ledger(case: Case, target: ModelSource, draft: ModelSource, quant: Quant = "none") -> None:
-    """What checkpoints that come quantized take per piece (6 MiB at most) is promised on top of the fullest moment."""
+    """Return the bytes that pre-quantized checkpoints need per read (6 MiB at most), planned on top of the peak."""
     plan, spec = planned(case, target, draft, quant), describe(target, quant)
     ours = dequantize_bytes(replace(spec, quant="int8"), case.dtype, "cpu")
     pieces = dequantize_bytes(spec, case.dtype, "cpu") - ours
@@ -165,7 +165,7 @@ QUANTIZED_CASES = [
     ids=lambda value: value if isinstance(value, str) else f"{value.architecture}-{value.dtype}",
 )
 def test_ledger_and_memory_of_quantized_targets(quant: str, case: Case, tmp_path: Path):
-    """Matrices large enough that what they are dequantized in is more than a rounding error."""
+    """Matrices are so large that the dequantization scratch matters."""
     config = make_config(case.architecture)
     config.intermediate_size = 2048
     config.num_hidden_layers = 3
@@ -181,8 +181,8 @@ def test_ledger_and_memory_of_quantized_targets(quant: str, case: Case, tmp_path
 
 
 @pytest.mark.slow
-def test_two_hundred_turns_stay_within_the_ledger(tmp_path: Path):
-    """A chat that drops its oldest tokens when the context is full; nothing grows."""
+def test_memory_stays_within_the_ledger_over_200_turns(tmp_path: Path):
+    """The chat drops its oldest tokens when the context is full, and memory does not grow."""
     case = Case("llama", 96, 8, "fp32")
     target, draft = pair(case, tmp_path)
     plan = planned(case, target, draft)
@@ -201,19 +201,19 @@ def test_two_hundred_turns_stay_within_the_ledger(tmp_path: Path):
     assert max(peaks[100:]) <= max(peaks[:100])
 
 
-def test_memory_that_cannot_be_had_is_said_and_nothing_stays_behind(tmp_path: Path):
+def test_a_failed_allocation_raises_and_leaves_no_threads(tmp_path: Path):
     case = Case("llama", 64, 8, "fp32", num_resident=0)
     target, draft = pair(case, tmp_path)
     plan = changed(planned(case, target, draft), ctx=10**12)
     with watched_threads() as threads:
         for guesses in (draft, None):  # the draft's cache comes first, then the target's
-            with pytest.raises(AllocationError, match="does not give"):
+            with pytest.raises(AllocationError, match="cannot allocate"):
                 load_engine(plan, target, guesses)
     assert not threads.num_running
 
 
-def test_other_trees_on_the_same_layers(tmp_path: Path):
-    """Sized as if they had been planned for, and scored as the plan says."""
+def test_engine_with_another_tree_budget(tmp_path: Path):
+    """Caches and trees are sized as if planned, and scored in the plan's block size."""
     target, draft = pair(Case("llama", 96, 40, "fp32"), tmp_path)
     plan = planned(Case("llama", 96, 40, "fp32"), target, draft)
     specs = describe(target), describe(draft)
@@ -283,8 +283,8 @@ print(json.dumps({"before": before, "after": after, "device": plan.device_bytes,
     [(60 << 20, 1 << 20, "none"), (60 << 20, 1 << 30, "none"), (60 << 20, 1 << 30, "int8"), (1 << 30, 1 << 20, "none")],
     ids=["disk", "page cache", "mapped", "resident"],
 )
-def test_a_process_grows_by_what_its_ledgers_say(vram: int, ram: int, quant: str):
-    """Anonymous memory by the ledger, memory of files by what is mapped; libraries beforehand by their item."""
+def test_process_memory_grows_by_the_ledgers(vram: int, ram: int, quant: str):
+    """Anonymous memory grows by the ledger, file memory by the mapped bytes; libraries match their own item."""
     command = [sys.executable, "-c", MEMORY_OF_A_PROCESS, str(vram), str(ram), quant]
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
     before, after, host = found["before"], found["after"], found["host"]

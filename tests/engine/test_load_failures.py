@@ -1,4 +1,4 @@
-"""A load that does not come to its end leaves nothing behind: no thread, no open file, no memory of slots."""
+"""A failed load leaves no thread, no open file and no slot memory behind."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from specchat.records.plan import Plan
 
 @contextmanager
 def nothing_stays() -> Iterator[None]:
-    """Memory that slots are in, and descriptors, are given back."""
+    """Check that slot memory and file descriptors are released."""
     slots = weakref.WeakSet[mmap.mmap]()
 
     class Memory(mmap.mmap):
@@ -49,7 +49,7 @@ def streaming_plan(source: ModelSource, num_layers: int, in_ram: Sequence[int] =
 
 
 def check_every_start(load: Callable[[], Engine], failure: str) -> None:
-    """Lets the first thread fail, then the second, and so on."""
+    """Make the first thread fail to start, then the second, and so on."""
     with nothing_stays(), watched_threads() as threads:
         load().close()
     assert threads.count > 1
@@ -66,12 +66,12 @@ def check_every_start(load: Callable[[], Engine], failure: str) -> None:
 
 @pytest.mark.parametrize("failure", FAILURES)
 @pytest.mark.parametrize("in_ram", [(), (2, 3)], ids=["disk", "some mapped"])
-def test_threads_that_cannot_start_to_read_a_pack(packed_model: PackedModel, in_ram: tuple[int, ...], failure: str):
+def test_pack_reader_threads_that_cannot_start(packed_model: PackedModel, in_ram: tuple[int, ...], failure: str):
     plan, source = streaming_plan(packed_model.source, NUM_LAYERS, in_ram), packed_model.source
     check_every_start(lambda: load_engine(plan, source, None, packed_model.pack), failure)
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-def test_threads_that_cannot_start_to_read_shards(failure: str, tmp_path: Path):
+def test_shard_reader_threads_that_cannot_start(failure: str, tmp_path: Path):
     source = save(random_model(make_config("mistral")), tmp_path / "model")
     check_every_start(lambda: load_engine(streaming_plan(source, 4), source, None), failure)

@@ -1,4 +1,4 @@
-"""The product's promise: the text is what the target alone writes, whatever guesses, streams or budgets.
+"""The main guarantee: the text is what the target alone writes, for every draft, placement and budget.
 
 Float32, against transformers' own `generate`. The default run takes a covering set of pairs of factor values; `-m slow`
 takes the full cross. A difference is excused only at a near-tie of the two best scores.
@@ -37,7 +37,7 @@ Case = tuple[str, str, int, str, str]
 
 @dataclass
 class Zoo:
-    """Models and reference texts, made when first asked for."""
+    """Models and reference texts, created on first use."""
 
     root: Path
     sources: dict[tuple[str, str], ModelSource] = field(default_factory=dict)
@@ -67,7 +67,7 @@ class Zoo:
 
     @cached_property
     def _random(self) -> ModelSource:
-        """One stranger for all."""
+        """Return the unrelated draft that all targets share."""
         return save(random_model(make_config("llama"), 77), self.root / "random")
 
 
@@ -84,7 +84,7 @@ def full_cross(samplings: Iterable[str]) -> list[Case]:
 
 
 def covering_set() -> list[Case]:
-    """A greedy choice of cases such that any two values of any two factors meet in some case."""
+    """Choose cases greedily, so that any two values of any two factors meet in some case."""
     rng = random.Random(1)
     cases = full_cross(SAMPLINGS)
     rng.shuffle(cases)

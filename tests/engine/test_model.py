@@ -1,4 +1,4 @@
-"""One model, many ways to compute the same rows: in one pass or several, in chunks, from slots or from memory."""
+"""A model computes the same rows in one pass or several, in chunks, streamed or resident."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TOLERANCE = 2e-5
 
 @dataclass
 class Checkpoints:
-    """Tiny models and their folders, made when first asked for."""
+    """Tiny models and their folders, created on first use."""
 
     root: Path
     made: dict[str, tuple[Any, ModelSource]] = field(default_factory=dict)
@@ -70,7 +70,7 @@ def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 @torch.inference_mode()
 def plain_logits(model: Any, tokens: list[int]) -> torch.Tensor:
-    """transformers' own, every row: [S, V]."""
+    """Return transformers' own scores of every row: [S, V]."""
     return model(torch.tensor([tokens]), use_cache=False).logits[0].float()
 
 
@@ -79,7 +79,7 @@ def plain_logits(model: Any, tokens: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("architecture", PREFILL_ARCHITECTURES)
 def test_one_pass_chunked_and_plain_prefill_agree(checkpoints: Checkpoints, architecture: str):
-    """Long enough for windows to have closed over the first chunks."""
+    """The prompt is long enough that the first chunks leave the sliding window."""
     plain, source = checkpoints.get(architecture)
     prompt = random_prompt(45, VOCAB)
     theirs = plain_logits(plain, prompt)
@@ -99,7 +99,7 @@ def test_one_pass_chunked_and_plain_prefill_agree(checkpoints: Checkpoints, arch
 @pytest.mark.parametrize("chunk_rows", [1, 4, 10, 512])
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt_oss"])
 def test_prompt_and_tree_in_one_pass(checkpoints: Checkpoints, architecture: str, chunk_rows: int):
-    """The fused first pass, chunks ending anywhere in prompt and tree: each path as transformers computes it alone."""
+    """Each path of a fused first pass, in chunks that end anywhere, scores as in transformers alone."""
     plain, source = checkpoints.get(architecture)
     model = load(source, chunk_rows=chunk_rows)
     cached, pending = random_prompt(6, VOCAB, 1), random_prompt(19, VOCAB, 2)
@@ -122,7 +122,7 @@ NUM_PASSES = 12
 
 
 def passes(model: TreeModel) -> list[torch.Tensor]:
-    """Scores of `NUM_PASSES` passes of 1 to 4 rows, with the cache cut back now and then."""
+    """Return the scores of `NUM_PASSES` passes of 1 to 4 rows, with occasional truncation of the cache."""
     scores = []
     for i in range(NUM_PASSES):
         scores.append(model.logits(model.append(random_prompt(1 + i % 4, VOCAB, seed=i))))
@@ -146,7 +146,7 @@ def check_bit_for_bit(source: ModelSource, num_slots: int, resident: tuple[int, 
 
 @pytest.mark.parametrize("num_slots", [1, 2, 3, 4])
 def test_streamed_scores_are_resident_scores_bit_for_bit(checkpoints: Checkpoints, num_slots: int):
-    """Streamed layers next to each other, apart, first, last; fewer and more of them than slots."""
+    """Streamed layers are adjacent, apart, first or last; there are fewer or more of them than slots."""
     _, source = checkpoints.get("llama")
     expected = passes(load(source))
     for resident in ((), (0,), (3,), (0, 2), (1, 2), (0, 1, 3)):
@@ -155,7 +155,7 @@ def test_streamed_scores_are_resident_scores_bit_for_bit(checkpoints: Checkpoint
 
 @pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe", "gpt_oss", "gemma3", "phi3", "deepseek_v3"])
 def test_streamed_scores_are_resident_scores_on_other_architectures(checkpoints: Checkpoints, architecture: str):
-    """Experts are merged from several tensors on their way; layers may differ in size."""
+    """Experts are merged from several tensors while reading; layers may differ in size."""
     _, source = checkpoints.get(architecture)
     expected = passes(load(source))
     for num_slots, resident in ((2, ()), (3, (1,))):
@@ -172,7 +172,7 @@ def test_streamed_layers_take_no_memory_but_their_slots(checkpoints: Checkpoints
     assert everything.nbytes - model.nbytes == 2 * next(iter(blobs.values()))  # 4 layers in 2 slots
 
 
-# --- other number formats --------------------------------------------------------------------------------------------
+# --- other dtypes ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mixtral"])

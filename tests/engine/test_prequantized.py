@@ -1,4 +1,4 @@
-"""Checkpoints that come quantized run as the models that they mean: resident, streamed, with and without a draft."""
+"""Pre-quantized checkpoints run as the models that they encode: resident, streamed, with and without a draft."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ FP8 = compressed("float-quantized", bits=8, strategy="channel")
 
 
 def mixed() -> Case:
-    """Three kinds of numbers in one compressed-tensors checkpoint, one layer's MLP as it was."""
+    """Return a compressed-tensors case with three quantization formats, and one layer's MLP in full precision."""
     groups = {
         "eight": {**CT8.config["config_groups"]["group_0"], "targets": [r"re:.*self_attn.*"]},
         "four": {**CT4.config["config_groups"]["group_0"], "targets": ["Linear"]},
@@ -74,7 +74,7 @@ def mixed() -> Case:
 
 
 def dynamic() -> Case:
-    """GPTQ with 8 bits for one projection, and another left as it was."""
+    """Return a GPTQ case with one projection in 8 bits and another in full precision."""
     config = {**gptq().config, "dynamic": {r"+:.*\.up_proj": {"bits": 8, "group_size": 16}, r"-:.*\.o_proj": {}}}
     return Case("qwen3", replace(gptq(), config=config), rf"{USUAL}|o_proj", ((r"up_proj", gptq(8, 16)),))
 
@@ -147,7 +147,7 @@ def make_pack(source: ModelSource) -> Pack:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_it_is_the_model_that_it_means(case: Case, tmp_path: Path):
+def test_scores_and_text_are_those_of_the_dequantized_model(case: Case, tmp_path: Path):
     model, pair = make_pair(case, tmp_path)
     dense = hf.AutoModelForCausalLM.from_pretrained(pair.dense.path, dtype=torch.float32, attn_implementation="eager")
     prompt = random_prompt(20, VOCAB)
@@ -205,7 +205,7 @@ def random_model_layers() -> list[torch.Tensor]:
     return list(random_model(config).model.layers.parameters())
 
 
-def test_what_comes_quantized_is_not_quantized_again(tmp_path: Path):
+def test_prequantized_checkpoints_are_not_quantized_again(tmp_path: Path):
     _, pair = make_pair(Case("llama", awq()), tmp_path)
     for quant in ("int4", "int8"):
         with pytest.raises(UsageError, match=re.escape("comes quantized (awq int4)")) as caught:
@@ -214,7 +214,7 @@ def test_what_comes_quantized_is_not_quantized_again(tmp_path: Path):
     assert plan_here(plan_request(target=pair.quantized, draft=None, device="cpu", quant="none")).quant == "awq int4"
 
 
-# --- what is wrong with a file is named -------------------------------------------------------------------------------
+# --- damaged files ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_missing_tensors_are_named(case: Case, hidden: tuple[str, ...], named: s
     assert caught.value.hint
 
 
-def test_a_cut_file_and_another_group_size_are_noticed(tmp_path: Path):
+def test_truncated_files_and_wrong_group_sizes_are_refused(tmp_path: Path):
     _, pair = make_pair(Case("llama", gptq()), tmp_path)
     config_file, file = (pair.quantized.path / name for name in ("config.json", "model.safetensors"))
     config = json.loads(config_file.read_text())
@@ -251,7 +251,7 @@ def test_a_cut_file_and_another_group_size_are_noticed(tmp_path: Path):
         describe(pair.quantized)
 
 
-def test_kinds_that_cannot_be_read_are_refused(tmp_path: Path):
+def test_unsupported_formats_are_refused(tmp_path: Path):
     _, pair = make_pair(Case("llama", awq()), tmp_path)
     config_file = pair.quantized.path / "config.json"
     config = json.loads(config_file.read_text())

@@ -1,4 +1,4 @@
-"""Quantized models in the engine: transformers' numbers with the same weights, streamed or not, guessed or plain."""
+"""Quantized models in the engine give transformers' scores for the same weights, streamed or not, drafted or not."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def pack_of(source: ModelSource, quant: str) -> Pack:
 
 
 def quantize_in_place(model: Any, quant: str) -> None:
-    """Gives transformers' own model the numbers that the quantized one computes with: the slow, obvious way."""
+    """Replace the weights of transformers' model by the dequantized ones, in the slow, obvious way."""
     recipe = QuantizeRecipe(quant)  # type: ignore[arg-type]
     skeleton = skeleton_of(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -107,7 +107,7 @@ def check_numbers(architecture: str, quant: str, models: Any) -> None:
 
 
 def check_streaming(architecture: str, quant: str, models: Any) -> None:
-    """Bit for bit: from slots that a checkpoint or a pack fills, or on mapped pages, or resident."""
+    """Check equal bits for slots filled from checkpoint or pack, for mapped pages and for resident layers."""
     _, source, _ = models(architecture)
     expected = logits(load(source, quant))
     pack = pack_of(source, quant)
@@ -123,7 +123,7 @@ def check_streaming(architecture: str, quant: str, models: Any) -> None:
 
 
 def check_speculation(architecture: str, quant: str, models: Any) -> None:
-    """The same text with a draft as without, greedy and sampled, the draft quantized or not."""
+    """Check equal text with and without a draft, greedy and sampled, with the draft quantized or not."""
     _, source, draft = models(architecture)
     num_layers = make_config(architecture).num_hidden_layers
 
@@ -144,7 +144,7 @@ def check_speculation(architecture: str, quant: str, models: Any) -> None:
 
 @pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.parametrize("architecture", DEFAULT)
-def test_the_numbers_are_those_of_the_rounded_weights(architecture, quant, models):
+def test_scores_are_those_of_the_rounded_weights(architecture, quant, models):
     check_numbers(architecture, quant, models)
 
 
@@ -162,14 +162,14 @@ def test_speculation_is_lossless(architecture, quant, models):
 @pytest.mark.slow
 @pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_architecture(architecture, quant, models, cache):
+def test_scores_streaming_and_speculation_on_every_architecture(architecture, quant, models, cache):
     check_numbers(architecture, quant, models)
     check_streaming(architecture, quant, models)
     check_speculation(architecture, quant, models)
 
 
 @pytest.mark.parametrize("quant", QUANTS)
-def test_sizes_are_known_beforehand(quant, models):
+def test_described_sizes_match_the_loaded_model(quant, models):
     for architecture in ("llama_tied", "gpt_oss"):
         _, source, _ = models(architecture)
         spec, model = describe(source, quant), load(source, quant)
@@ -185,8 +185,8 @@ def test_sizes_are_known_beforehand(quant, models):
         assert spec.num_params == describe(source).num_params
 
 
-def test_what_is_quantized():
-    """All large matrices, but no embedding, norm or router."""
+def test_quantize_selects_large_matrices():
+    """All large matrices are quantized, but no embedding, norm or router."""
     skeleton = build_skeleton(make_config("qwen3_moe"), torch.float32)
     dense = {name for name, _ in skeleton.model.named_parameters()}
     apply_recipe(skeleton, QuantizeRecipe("int4"))

@@ -1,7 +1,7 @@
-"""The keyed race: its noise against a slow pure-Python version, its draws against exact probabilities.
+"""The keyed race: noise against a slow pure-Python version, draws against exact probabilities.
 
-Slow and obvious here: SplitMix64 as published, one number at a time, and the processors on plain lists of floats.
-Seeds are fixed, so the statistical tests give the same verdict every time.
+The slow version is SplitMix64 as published, one value at a time, and the processors on plain lists of floats. Seeds are
+fixed, so the statistical tests are deterministic.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MASK64 = (1 << 64) - 1
 
 
 def splitmix64(seed: int, index: int) -> int:
-    """The index-th output (from 1) of the generator of Steele, Lea and Flood, started at `seed`."""
+    """Return the index-th output (from 1) of the generator of Steele, Lea and Flood, started at `seed`."""
     z = (seed + index * 0x9E3779B97F4A7C15) & MASK64
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK64
@@ -46,7 +46,7 @@ def splitmix64(seed: int, index: int) -> int:
 
 
 def slow_noise(seed: int, position: int, token: int) -> float:
-    """-log e: the seed starts a generator of positions, each of whose outputs starts a generator of tokens."""
+    """Return -log e: the seed starts a generator of positions, and each of its outputs starts a generator of tokens."""
     seed_key = splitmix64(seed - 0x9E3779B97F4A7C15, 1)
     position_key = splitmix64(seed_key, position + 1)
     bits = splitmix64(position_key, token + 1) >> 12
@@ -54,7 +54,7 @@ def slow_noise(seed: int, position: int, token: int) -> float:
     return -math.log(-math.log1p(-u))
 
 
-def test_slow_generator_is_the_published_one():
+def test_slow_generator_gives_published_values():
     published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
     assert [splitmix64(1234567, i) for i in range(1, 5)] == published
 
@@ -103,7 +103,7 @@ def test_noise_is_uncorrelated_between_neighbours():
 
 @pytest.mark.parametrize("bits", [0, -1])
 def test_noise_is_finite_at_both_ends(monkeypatch: pytest.MonkeyPatch, bits: int):
-    """All bits 0 and all bits 1, which no test of chance would meet."""
+    """All bits are 0, or all are 1, which random tests would never meet."""
     monkeypatch.setattr("specchat.engine.sampling._mix_tensor", lambda x: torch.full_like(x, bits))
     assert torch.isfinite(Noise(0, 4, CPU).row(0)).all()
 
@@ -112,7 +112,7 @@ def test_noise_is_finite_at_both_ends(monkeypatch: pytest.MonkeyPatch, bits: int
 
 
 def exact_probabilities(logits: Sequence[float], context: Sequence[int], sampling: Sampling) -> list[float]:
-    """The distribution after penalty, temperature, top-k, top-p and min-p, in plain Python."""
+    """Return the distribution after penalty, temperature, top-k, top-p and min-p, in plain Python."""
     scores = list(logits)
     for token in set(context):
         penalty = sampling.repetition_penalty
@@ -139,7 +139,7 @@ def _softmax(scores: Sequence[float], kept: Sequence[int]) -> list[float]:
 
 
 def check_fit(counts: Mapping[object, int], exact: Mapping[object, float]) -> None:
-    """Chi-square (rare outcomes pooled) and total variation; whatever cannot happen must not have happened."""
+    """Check chi-square (rare outcomes pooled) and total variation; impossible outcomes must not occur."""
     trials = sum(counts.values())
     impossible = [outcome for outcome in counts if exact.get(outcome, 0.0) == 0.0]
     assert not impossible, f"{impossible} cannot be drawn"
@@ -156,8 +156,8 @@ def check_fit(counts: Mapping[object, int], exact: Mapping[object, float]) -> No
     assert distance < 2 * by_chance
 
 
-def test_the_fit_notices_a_small_bias():
-    """The check itself: a distribution that is off by a few percent does not pass."""
+def test_check_fit_fails_on_a_small_bias():
+    """A distribution that is off by a few percent does not pass."""
     rng = np.random.default_rng(0)
     exact = {0: 0.5, 1: 0.3, 2: 0.2}
     check_fit(Counter(rng.choice(3, 4000, p=[0.5, 0.3, 0.2]).tolist()), exact)
@@ -193,7 +193,7 @@ def test_a_draw_has_the_exact_distribution(name: str, vocab: int):
     check_fit(counts, dict(enumerate(exact)))
 
 
-def test_greedy_takes_the_best_after_the_penalty():
+def test_greedy_takes_the_highest_score_after_the_penalty():
     logits = torch.tensor([0.5, 2.0, 1.9, -1.0])
     assert Sampler(Sampling(), 4, CPU).draw(logits, [1]) == 1
     assert Sampler(Sampling(repetition_penalty=1.2), 4, CPU).draw(logits, [1]) == 2
@@ -243,7 +243,7 @@ def load(source: ModelSource) -> TreeModel:
 
 
 def texts_of(small: SmallVocabulary, drafter: Drafter, sampling: Sampling) -> tuple[Texts, int]:
-    """An answer of `NUM_DRAWN` tokens per seed, and how many of them were accepted at depth 2."""
+    """Return an answer of `NUM_DRAWN` tokens per seed, and the number of answers with a node accepted at depth 2."""
     guesses = None if isinstance(drafter, NoDrafter) else small.draft
     plan = make_plan(small.target, guesses, num_layers=1, ctx=32, tree_budget=8)
     texts, num_deep = [], 0
@@ -257,7 +257,7 @@ def texts_of(small: SmallVocabulary, drafter: Drafter, sampling: Sampling) -> tu
 
 @torch.inference_mode()
 def joint_probabilities(small: SmallVocabulary, sampling: Sampling) -> dict[tuple[int, ...], float]:
-    """Of every text of `NUM_DRAWN` tokens, by a forward of transformers' own model per prefix."""
+    """Return the probability of every text of `NUM_DRAWN` tokens, by one transformers forward pass per prefix."""
     joint = {(): 1.0}
     for _ in range(NUM_DRAWN):
         batch = torch.tensor([[*PROMPT, *text] for text in joint])
@@ -329,13 +329,13 @@ def described(processors: Sequence[object]) -> list[tuple[str, dict[str, object]
 
 
 @pytest.mark.parametrize("sampling", ORDERS, ids=str)
-def test_processors_are_transformers_own_in_its_order(small: SmallVocabulary, sampling: Sampling):
+def test_processors_and_their_order_are_those_of_transformers(small: SmallVocabulary, sampling: Sampling):
     theirs = transformers_processors(small.model, sampling, sampling.min_p or None)
     assert described(logits_processors(sampling)) == described(theirs)
 
 
-def test_min_p_0_is_none(small: SmallVocabulary):
-    """transformers appends a warper for 0.0 that keeps everything; leaving it out changes nothing."""
+def test_min_p_0_adds_no_processor(small: SmallVocabulary):
+    """transformers appends a warper for 0.0 that keeps every token, so omitting the warper changes nothing."""
     sampling = Sampling(temperature=0.7, min_p=0.0)
     theirs = transformers_processors(small.model, sampling, 0.0)
     assert described(logits_processors(sampling)) == described(theirs[:-1])
@@ -343,8 +343,8 @@ def test_min_p_0_is_none(small: SmallVocabulary):
     assert torch.equal(theirs[-1](torch.tensor([[0]]), scores), scores)
 
 
-def test_processors_give_the_slow_probabilities():
-    """Ties aside, our reading of the processors is transformers' own: all subsets of settings on random scores."""
+def test_processors_equal_the_slow_version():
+    """All subsets of settings agree on random scores, ties aside."""
     generator = torch.Generator().manual_seed(9)
     choices = itertools.product((0.5, 1.0), (0, 3), (1.0, 0.7), (0.0, 0.2), (1.0, 1.5))
     for temperature, top_k, top_p, min_p, penalty in choices:

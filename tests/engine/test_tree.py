@@ -1,4 +1,4 @@
-"""Trees of guesses: their relations against brute force, and their growth against an exact best-first search."""
+"""Draft trees: relations against brute force, and growth against an exact best-first search."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Path = tuple[int, ...]
 
 @st.composite
 def token_trees(draw: st.DrawFn, tree_budget: int = 40) -> TokenTree:
-    """Any tree whose parents come first and whose siblings differ."""
+    """Draw a tree whose parents precede their children and whose siblings differ."""
     num_nodes = draw(st.integers(0, tree_budget))
     parents = [draw(st.integers(ROOT, node - 1)) for node in range(num_nodes)]
     first_token = draw(st.integers(0, 5))
@@ -41,7 +41,7 @@ def token_trees(draw: st.DrawFn, tree_budget: int = 40) -> TokenTree:
 
 
 def path_to(tree: TokenTree, node: int) -> list[int]:
-    """Nodes from the root's child down to `node`."""
+    """Return the nodes from the root's child down to `node`."""
     return [] if node == ROOT else [*path_to(tree, tree.parents[node]), node]
 
 
@@ -131,8 +131,8 @@ def weight_rows(num_rows: int, branch: int) -> st.SearchStrategy[list[list[float
 
 @given(data=st.data(), budget=st.integers(1, 12), width=st.integers(1, 6), max_depth=st.integers(1, 3))
 @settings(deadline=None, max_examples=60)
-def test_frontier_is_the_best_that_can_still_gain(data: st.DataObject, budget: int, width: int, max_depth: int):
-    """Unexpanded, not at the last level, and, once the budget is full, better than the worst path kept."""
+def test_frontier_is_the_best_nodes_that_can_still_enter(data: st.DataObject, budget: int, width: int, max_depth: int):
+    """The nodes are unexpanded, above the last level and, with a full budget, better than the worst kept path."""
     scores = sorted(data.draw(st.lists(st.floats(-9, 0), min_size=1, max_size=budget, unique=True)), reverse=True)
     n = len(scores)
     depths = [data.draw(st.integers(1, max_depth)) for _ in range(n)]
@@ -171,7 +171,7 @@ WARM = Sampling(temperature=0.4, seed=21)
 
 
 def log_weights(logits: torch.Tensor, position: int, sampling: Sampling, shared_noise: bool) -> torch.Tensor:
-    """What a draft at `position` ranks children by, as the design says it."""
+    """Return the weights that rank children at `position`, by the design's formula."""
     if sampling.greedy:
         return torch.log_softmax(logits / GREEDY_TEMPERATURE, -1)
     scores = logits / sampling.temperature
@@ -184,7 +184,7 @@ def log_weights(logits: torch.Tensor, position: int, sampling: Sampling, shared_
 def best_paths(
     draft: Draft, context: list[int], num_paths: int, max_depth: int, weigh: Callable[[torch.Tensor, int], torch.Tensor]
 ) -> dict[Path, float]:
-    """The likeliest paths in order with their scores: best first, one plain forward pass of transformers per path."""
+    """Return the likeliest paths with their scores, best first, by one transformers forward pass per path."""
     found: dict[Path, float] = {}
     queue: list[tuple[float, Path]] = [(0.0, ())]
     while len(found) <= num_paths and queue:
@@ -200,7 +200,7 @@ def best_paths(
 
 
 def check_growth(tree: TokenTree, best: dict[Path, float], budget: int) -> None:
-    """Equal as sets of paths, but where two scores at the threshold are nearly equal; in order of score likewise."""
+    """Check that both hold the same paths in the same order, except for near-ties at the threshold."""
     paths: list[Path] = [tuple(tree.tokens[n] for n in path_to(tree, node)) for node in range(len(tree))]
     assert len(set(paths)) == len(paths) == min(budget, len(best))
     threshold = min(best.values())
@@ -233,7 +233,7 @@ def test_tree_is_the_likeliest_paths(draft: Draft, kind: str, budget: int, max_d
 
 @given(data=st.data(), sampled=st.booleans(), max_rows=st.sampled_from([3, 48]))
 @settings(deadline=None, max_examples=8)
-def test_growth_goes_on_from_what_was_accepted(draft: Draft, data: st.DataObject, sampled: bool, max_rows: int):
+def test_growth_continues_from_the_accepted_path(draft: Draft, data: st.DataObject, sampled: bool, max_rows: int):
     """The draft's cache after commit() is worth as much as a fresh one, whichever path was accepted.
 
     With few rows most nodes were never expanded, so that an accepted path's end is not in the cache.
@@ -258,7 +258,7 @@ def named(tree: TokenTree) -> list[Path]:
 
 
 @pytest.mark.parametrize("max_rows", [1, 5, 11])
-def test_few_rows_make_a_smaller_search_not_a_wrong_one(draft: Draft, max_rows: int):
+def test_few_rows_shrink_the_search_but_keep_it_correct(draft: Draft, max_rows: int):
     drafter = ModelDrafter(load(draft, 60), max_rows=max_rows, max_context=512)
     context = random_prompt(9, VOCAB)
     tree = drafter.grow(context, FixedPolicy(24), 50, Sampler(GREEDY, VOCAB, CPU), None)
@@ -270,7 +270,7 @@ def test_few_rows_make_a_smaller_search_not_a_wrong_one(draft: Draft, max_rows: 
 
 @pytest.mark.parametrize("left", [0, 1, 3])
 def test_tree_ends_where_the_drafts_positions_end(draft: Draft, left: int):
-    """A draft with a shorter context than the target's guesses as deep as its positions go."""
+    """A draft with a shorter context than the target drafts up to its last position."""
     context = random_prompt(12, VOCAB)
     drafter = ModelDrafter(load(draft, 60), max_rows=32, max_context=len(context) + left, branch=1)
     tree = drafter.grow(context, FixedPolicy(16), 50, Sampler(GREEDY, VOCAB, CPU), None)
@@ -279,7 +279,7 @@ def test_tree_ends_where_the_drafts_positions_end(draft: Draft, left: int):
     assert len(drafter.grow([*context, *[4] * 60], FixedPolicy(16), 50, Sampler(GREEDY, VOCAB, CPU), None)) == 0
 
 
-def test_nothing_to_grow(draft: Draft):
+def test_no_depth_or_budget_gives_an_empty_tree(draft: Draft):
     drafter = ModelDrafter(load(draft, 60), max_rows=32, max_context=512)
     for budget, max_depth in ((0, 5), (5, 0)):
         assert len(drafter.grow([3, 4], FixedPolicy(budget), max_depth, Sampler(GREEDY, VOCAB, CPU), None)) == 0
@@ -287,7 +287,7 @@ def test_nothing_to_grow(draft: Draft):
     assert len(drafter.grow([3, 4], FixedPolicy(5), 5, Sampler(GREEDY, VOCAB, CPU), None)) == 5
 
 
-def test_guesses_are_counted_by_who_made_them():
+def test_by_source_counts_nodes_per_drafter():
     tree = TokenTree((5, 6, 7, 8), (ROOT, 0, ROOT, 2), ("model", "context", "context", "context"))
     assert tree.by_source([0, 1]) == (Guesses("context", 3, 1), Guesses("model", 1, 1))
     assert tree.by_source([]) == (Guesses("context", 3, 0), Guesses("model", 1, 0))

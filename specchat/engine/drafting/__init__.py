@@ -1,1 +1,1 @@
-"""Drafters, and the policy of how far their trees grow."""
+"""Drafters, and the policy that decides the size of their trees."""

@@ -1,10 +1,10 @@
-"""Growing the tree of guesses.
+"""Drafters, which grow the draft tree.
 
-Best first, as in SpecExec (arXiv 2406.02532, algorithm 1): the tree is the `budget` likeliest paths, found by expanding
-the best unexpanded nodes in wide batches until no child could enter any more. Two things differ. Growth is not level by
-level, so a sure continuation goes deep while the rest stays shallow. And when the target will sample, paths are ranked
-by the race that the target will run: with the noise added to the draft's scores, a path's weight is how likely it is
-to be drawn with this noise, not how likely it is in general.
+Best-first search as in SpecExec (arXiv 2406.02532, algorithm 1): the tree holds the `budget` likeliest paths. The best
+unexpanded nodes are expanded in wide batches until no child could enter the tree. Two things differ from SpecExec. The
+tree does not grow level by level, so likely continuations go deep and unlikely ones stay shallow. And when the target
+samples, paths are ranked by the target's own race. The target's noise is added to the draft's scores, so a path's
+weight is its likelihood of being drawn with this noise, not its likelihood in general.
 """
 
 from __future__ import annotations
@@ -25,23 +25,24 @@ from specchat.engine.sampling import Sampler
 from specchat.engine.tree import ROOT, TokenTree, common_prefix
 from specchat.records.limits import DRAFT_BRANCH, draft_width
 
-# The softmax that turns a draft's scores into weights of paths. A draft's own probabilities say how likely a token is
-# in general; here they must say how likely it is the one the target takes, which is surer: sharper than 1 tells better.
+# Temperature of the softmax that turns the draft's scores into path weights. The draft's own softmax says how likely a
+# token is in general. Path weights must say how likely the target takes the token. That is more certain, so
+# temperatures below 1 rank paths better.
 # Measured on the demo pair, budget 64, 90 held-out chats that no test uses; tokens per step at 1.0, 0.85, 0.7, 0.5:
 # greedy 4.24, -, 5.1 (0.6), 5.67 (0.35: 5.40); with noise at t=0.7 4.72, 5.07, 5.11, 5.0 (0.55).
 NOISE_TEMPERATURE = 0.7
 GREEDY_TEMPERATURE = 0.5
 
-# Its name among those whose guesses a tree may hold.
+# Name of the model drafter in `TokenTree.sources`.
 SOURCE = "model"
 
 
 class Drafter(Protocol):
-    """Guesses what the target will write; may be wrong about everything, only speed depends on it."""
+    """Drafts trees for the target; wrong guesses cost speed but never change the text."""
 
     @property
     def models(self) -> Sequence[TreeModel]:
-        """The models it holds in memory."""
+        """Models that the drafter holds in memory."""
 
     def grow(
         self,
@@ -51,20 +52,20 @@ class Drafter(Protocol):
         sampler: Sampler,
         cancel: threading.Event | None,
     ) -> TokenTree:
-        """A tree as large as `policy` says, of at most `max_depth` levels below the last token of `context`."""
+        """Return a tree below the last token of `context`, of at most `max_depth` levels and a size set by `policy`."""
 
     def commit(self, path: Sequence[int]) -> None:
-        """The nodes of the last tree that the target accepted, root to leaf."""
+        """Commit the nodes of the last tree that the target accepted, root to leaf."""
 
     def reset(self) -> None:
-        """Forgets every context."""
+        """Drop all cached context."""
 
     def close(self) -> None:
-        """Lets go of memory and threads."""
+        """Release memory and threads."""
 
 
 class NoDrafter:
-    """Plain decoding: one token per pass."""
+    """Drafter for plain decoding: empty trees, one token per pass."""
 
     models: Sequence[TreeModel] = ()
 
@@ -76,27 +77,27 @@ class NoDrafter:
         sampler: Sampler,
         cancel: threading.Event | None,
     ) -> TokenTree:
-        """No guesses."""
+        """Return an empty tree."""
         return TokenTree()
 
     def commit(self, path: Sequence[int]) -> None:
-        """Nothing was guessed."""
+        """Do nothing: nothing was drafted."""
 
     def reset(self) -> None:
-        """Nothing is remembered."""
+        """Do nothing: nothing is cached."""
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: nothing is held."""
 
 
 @dataclass
 class _Candidates:
-    """The best paths found so far, best first; all tensors [M] on the CPU, M <= budget.
+    """The best paths so far, best first; all tensors [M] on the CPU, M <= budget.
 
-    `row` is the node's row among this tree's rows in the draft's cache, -1 until it is expanded.
+    `row` is the node's row among this tree's rows in the draft's cache, -1 until the node is expanded.
     """
 
-    score: Tensor  # float64: sum of log weights along the path
+    score: Tensor  # sum of log weights along the path, float64
     token: Tensor
     parent: Tensor  # index into these tensors, or ROOT
     depth: Tensor
@@ -104,7 +105,7 @@ class _Candidates:
 
     @classmethod
     def empty(cls) -> _Candidates:
-        """No paths."""
+        """Return an empty set of paths."""
         ints = torch.zeros(0, dtype=torch.int64)
         return cls(torch.zeros(0, dtype=torch.float64), ints, ints, ints, ints)
 
@@ -112,20 +113,20 @@ class _Candidates:
         return self.score.shape[0]
 
     def frontier(self, width: int, budget: int, max_depth: int) -> Tensor:
-        """The best unexpanded nodes whose children could still enter: indices [<= width]."""
+        """Return the best unexpanded nodes whose children could still enter the tree: indices [<= width]."""
         open_ = (self.row < 0) & (self.depth < max_depth)
         if len(self) >= budget:
             open_ &= self.score > self.score[-1]
         return open_.nonzero()[:width, 0]
 
     def with_children(self, parents: Tensor, scores: Tensor, tokens: Tensor, budget: int) -> _Candidates:
-        """Adds children and keeps the best `budget` of all.
+        """Add children and keep the best `budget` paths.
 
         Args:
-            parents: [n] indices, or ROOT.
-            scores: log weights [n, branch], float64.
-            tokens: [n, branch].
-            budget: paths to keep.
+            parents: indices of the expanded nodes [n], or ROOT.
+            scores: log weights of the children [n, branch], float64.
+            tokens: token ids of the children [n, branch].
+            budget: number of paths to keep.
         """
         branch = tokens.shape[1]
         parent = parents.repeat_interleave(branch)
@@ -135,7 +136,7 @@ class _Candidates:
             depth = torch.where(is_root, 1, self.depth[parent.clamp(min=0)] + 1)
         else:
             base, depth = torch.zeros(parent.shape, dtype=torch.float64), torch.ones_like(parent)
-        # strictly below the parent, so that a sort can never put a child before it
+        # Keep scores strictly below the parent's, so that sorting never puts a child before its parent.
         score = base + scores.flatten().clamp(max=-1e-9)
         merged = _Candidates(
             torch.cat([self.score, score]),
@@ -147,27 +148,27 @@ class _Candidates:
         return merged._best(budget)
 
     def first(self, count: int) -> _Candidates:
-        """The best `count` paths, whole: a parent always stands before its children."""
+        """Return the best `count` paths; every parent is included, because parents precede their children."""
         columns = (self.score, self.token, self.parent, self.depth, self.row)
         return _Candidates(*(column[:count] for column in columns))
 
     def _best(self, budget: int) -> _Candidates:
         order = self.score.argsort(descending=True, stable=True)[:budget]
-        new_index = torch.full((len(self) + 1,), ROOT, dtype=torch.int64)  # last entry: where ROOT = -1 points
+        new_index = torch.full((len(self) + 1,), ROOT, dtype=torch.int64)  # ROOT = -1 indexes the last entry
         new_index[order] = torch.arange(order.shape[0])
         parent = new_index[self.parent[order]]
         return _Candidates(self.score[order], self.token[order], parent, self.depth[order], self.row[order])
 
 
 class ModelDrafter:
-    """A small model with its own cache grows the tree.
+    """Grows trees with a small model that has its own KV cache.
 
     Args:
-        model: the draft.
-        branch: children considered per node.
-        max_rows: rows the draft may spend on one tree (expanded nodes that later drop out included).
-        max_context: committed tokens beyond which the draft's positions end, and with them its guesses.
-        shared_noise: rank by the sampler's own noise; off only to measure what it brings.
+        model: draft model.
+        branch: number of children considered per node.
+        max_rows: rows that one tree may take in the draft's cache, including expanded nodes that later drop out.
+        max_context: longest context that the draft's positions support; no trees are drafted beyond it.
+        shared_noise: whether to rank paths with the sampler's noise; False only to measure the gain of shared noise.
     """
 
     def __init__(
@@ -185,8 +186,8 @@ class ModelDrafter:
         self._max_rows = max_rows
         self._max_context = max_context
         self._shared_noise = shared_noise
-        self._tokens: list[int] = []  # what the draft's cache holds
-        self._rows: list[int] = []  # of the last tree: node -> row behind the prefix, or -1
+        self._tokens: list[int] = []  # tokens whose rows are in the draft's cache
+        self._rows: list[int] = []  # for each node of the last tree: its row after the prefix, or -1
         self._tree = TokenTree()
 
     def grow(
@@ -197,7 +198,7 @@ class ModelDrafter:
         sampler: Sampler,
         cancel: threading.Event | None,
     ) -> TokenTree:
-        """The best paths; ends when no unexpanded node could still change them, or would pay for itself."""
+        """Return the best paths; stop when expanding further nodes cannot change them, or would not save time."""
         self._tree, self._rows = TokenTree(), []
         budget = policy.tree_budget
         max_depth = min(max_depth, self._max_context - len(context))
@@ -227,7 +228,7 @@ class ModelDrafter:
         return self._tree
 
     def commit(self, path: Sequence[int]) -> None:
-        """Keeps the rows of accepted nodes that were expanded; the others are computed with the next context."""
+        """Keep the rows of accepted nodes that were expanded; other accepted nodes are computed by the next `grow`."""
         known = [node for node in path if self._rows[node] >= 0]
         prefix = len(self._tokens)
         self._model.cache.keep(prefix, [prefix + self._rows[node] for node in known])
@@ -235,16 +236,16 @@ class ModelDrafter:
         self._tree, self._rows = TokenTree(), []
 
     def reset(self) -> None:
-        """Empties the draft's cache."""
+        """Empty the draft's cache."""
         self._model.cache.truncate(0)
         self._tokens, self._rows, self._tree = [], [], TokenTree()
 
     def close(self) -> None:
-        """Stops the draft's streaming, if it streams."""
+        """Close the draft model."""
         self._model.close()
 
     def _catch_up(self, context: Sequence[int], policy: DraftPolicy, cancel: threading.Event | None) -> Tensor:
-        """Computes what the cache lacks of `context`; the draft's scores behind its last token: [1, V]."""
+        """Compute the tokens of `context` that are not cached, and return the scores after its last token, [1, V]."""
         begin = time.perf_counter()
         shared = min(common_prefix(self._tokens, list(context)), len(context) - 1)
         self._model.cache.truncate(shared)
@@ -256,21 +257,21 @@ class ModelDrafter:
         return logits
 
     def _known(self, token_ids: Sequence[int]) -> list[int]:
-        """The tokens as the draft can read them: the target may have more, which stand for nothing here."""
+        """Clamp token ids to the draft's vocabulary; the target may have further ids without meaning to the draft."""
         return [min(token_id, self._model.vocab_size - 1) for token_id in token_ids]
 
     def _children(
         self, paths: _Candidates, parents: Tensor, logits: Tensor, length: int, sampler: Sampler, budget: int
     ) -> _Candidates:
-        """Adds the best children of expanded nodes: parents [n], logits [n, V] behind them."""
+        """Return `paths` with the best children of expanded nodes, given parents [n] and their logits [n, V]."""
         depths = torch.where(parents == ROOT, 0, paths.depth[parents.clamp(min=0)]) if len(paths) else parents + 1
-        logits = logits[:, : sampler.vocab_size]  # padded vocabularies may differ in length
+        logits = logits[:, : sampler.vocab_size]  # padded vocabularies may differ in size
         weights = self._weights(logits, [length + int(depth) for depth in depths], sampler)
         scores, tokens = weights.topk(min(self._branch, budget, weights.shape[-1]), dim=-1)
         return paths.with_children(parents, scores.double().cpu(), tokens.cpu(), budget)
 
     def _weights(self, logits: Tensor, positions: Sequence[int], sampler: Sampler) -> Tensor:
-        """How likely each token is to be the target's, given what the draft knows: log weights [n, V]."""
+        """Return the draft's log weights [n, V] that the target takes each token."""
         if sampler.noise is None:
             return torch.log_softmax(logits / GREEDY_TEMPERATURE, dim=-1)
         scores = logits / sampler.sampling.temperature
@@ -281,7 +282,7 @@ class ModelDrafter:
 
 
 class _TreeRows:
-    """The rows of one growing tree in the draft's cache, in the order of expansion."""
+    """Rows of one growing tree in the draft's cache, in order of expansion."""
 
     def __init__(self, max_rows: int, prefix: int, device: torch.device) -> None:
         self._seen = torch.zeros(max_rows, max_rows, dtype=torch.bool)
@@ -292,11 +293,11 @@ class _TreeRows:
 
     @property
     def free(self) -> int:
-        """Rows left."""
+        """Number of rows left."""
         return self._seen.shape[0] - self._end
 
     def add(self, parent_rows: Tensor, depths: Tensor) -> Tensor:
-        """New rows below the given ones (ROOT for none); their indices [n]."""
+        """Add rows below the given parent rows (ROOT for none), and return their indices [n]."""
         rows = torch.arange(self._end, self._end + len(parent_rows))
         below = parent_rows >= 0
         self._seen[rows[below]] = self._seen[parent_rows[below]]
@@ -306,6 +307,6 @@ class _TreeRows:
         return rows
 
     def layout(self, num_new: int) -> RowLayout:
-        """The layout of a pass over the last `num_new` rows."""
+        """Return the layout of a pass over the last `num_new` rows."""
         ancestors = self._seen[self._end - num_new : self._end, : self._end].to(self._device)
         return RowLayout(self._prefix, 0, ancestors, self._positions[: self._end].to(self._device))

@@ -1,1 +1,1 @@
-"""Layers that are streamed for every pass."""
+"""Streaming of layers that are not resident, anew for every pass."""

@@ -1,8 +1,8 @@
-"""Streamed layers: each has a fixed slot, its parameters are views of that slot, and only bytes move.
+"""The interface of layer streamers. A streamed layer's parameters are views of one fixed slot, and only bytes move.
 
-The j-th streamed layer lives in slot j mod N for ever. A slot is handed over by itself: filled, used, free again. The
-queue of fills runs on across layers and passes, so the next pass's first slots fill while the draft grows its tree.
-Here is what all streamers promise. Those for a machine without a GPU are in disk.py, the one for CUDA in cuda.py.
+The j-th streamed layer always uses slot j mod N. Each slot cycles on its own: filled, used, free. The queue of fills
+continues across layers and passes, so the next pass's first slots fill while the draft grows its tree. Streamers for
+machines without a GPU are in cpu.py, the streamer for CUDA is in cuda.py.
 """
 
 from __future__ import annotations
@@ -13,54 +13,54 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class StreamCounters:
-    """Bytes of streamed layers that passes used, and how long they waited for them, since the engine was loaded."""
+    """Bytes of streamed layers that passes used, and seconds that passes waited for them, since loading."""
 
     num_bytes: int
     wait_s: float
 
 
 class LayerStreamer(ABC):
-    """Hands streamed layers to a pass, in order, and takes them back.
+    """Provides streamed layers to passes, in order.
 
-    A pass acquires and releases every streamed layer once, ascending. After a pass that stopped early, `restart`.
+    A pass acquires and releases every streamed layer once, ascending. Call `restart` after a pass that stopped early.
     """
 
     @abstractmethod
     def acquire(self, index: int) -> None:
-        """Returns once the layer's bytes are in its slot, or once the device's queue will wait for them."""
+        """Wait until the layer's bytes are in its slot, or make the device's queue wait for them."""
 
     @abstractmethod
     def release(self, index: int) -> None:
-        """The layer has been computed (or queued): its slot may be filled again."""
+        """Allow the layer's slot to be refilled, after the layer has been computed or queued."""
 
     @abstractmethod
     def restart(self) -> None:
-        """Begins again with the first streamed layer, after a pass that was cut off."""
+        """Start again with the first streamed layer, after a pass that stopped early."""
 
     @abstractmethod
     def counters(self) -> StreamCounters:
-        """Totals so far."""
+        """Return the totals so far."""
 
     @abstractmethod
     def close(self) -> None:
-        """Stops filling and lets go of memory and threads."""
+        """Stop filling, and release memory and threads."""
 
 
 class NoStreamer(LayerStreamer):
-    """Every layer is resident."""
+    """Streamer of a model whose layers are all resident."""
 
     def acquire(self, index: int) -> None:
-        """Nothing to wait for."""
+        """Do nothing: the layer is resident."""
 
     def release(self, index: int) -> None:
-        """Nothing to hand over."""
+        """Do nothing: the layer is resident."""
 
     def restart(self) -> None:
-        """Nothing was cut off."""
+        """Do nothing: there are no slots."""
 
     def counters(self) -> StreamCounters:
-        """Nothing moved."""
+        """Return zeros."""
         return StreamCounters(0, 0.0)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: there are no threads and no slots."""

@@ -1,4 +1,4 @@
-"""Streamed layers on a machine without a GPU: read from disk into slots, or computed where the page cache has them."""
+"""Layer streamers for the CPU: layers are read from disk into slots, or mapped from the page cache."""
 
 from __future__ import annotations
 
@@ -24,60 +24,60 @@ class ThreadStreamer(LayerStreamer):
     """Reads layers into slots in host memory, ahead of the pass.
 
     Args:
-        layers: the decoder layers; the streamed ones' parameters become views of slots.
-        streamed: their indices, ascending.
-        num_slots: slots to make.
-        filler: reads layers.
+        layers: decoder layers; the parameters of streamed layers become views of slots.
+        streamed: indices of the streamed layers, ascending.
+        num_slots: number of slots to allocate.
+        reader: reader of layers, closed together with this streamer.
     """
 
-    def __init__(self, layers: Sequence[Any], streamed: Sequence[int], num_slots: int, filler: LayerReader) -> None:
+    def __init__(self, layers: Sequence[Any], streamed: Sequence[int], num_slots: int, reader: LayerReader) -> None:
         self._position = {index: j for j, index in enumerate(streamed)}
         layouts = [LayerLayout.of(layers[index]) for index in streamed]
         self._nbytes = [layout.nbytes for layout in layouts]
         slots = [page_aligned(max(self._nbytes)) for _ in range(num_slots)]
         for j, index in enumerate(streamed):
             bind(layers[index], layouts[j].views(slots[j % num_slots]))
-        # A layer never changes its slot, so what fills it never changes either.
-        works = [filler.chunks(index, slots[j % num_slots]) for j, index in enumerate(streamed)]
+        # A layer always uses the same slot, so its read tasks are built once.
+        tasks = [reader.chunks(index, slots[j % num_slots]) for j, index in enumerate(streamed)]
         small = [is_small(nbytes) for nbytes in self._nbytes]
-        self._filler = filler
+        self._reader = reader
         self._num_bytes = 0
-        self._queue = SlotQueue(works, small, num_slots, filler.num_workers)
+        self._queue = SlotQueue(tasks, small, num_slots, reader.num_workers)
 
     def acquire(self, index: int) -> None:
-        """Waits until the layer is in its slot; errors of reading come out here."""
+        """Wait until the layer is in its slot, and raise errors of its read tasks."""
         j = self._position[index]
         self._queue.take(j)
         self._num_bytes += self._nbytes[j]
 
     def release(self, index: int) -> None:
-        """Lets the next layer that lives in this slot be read."""
+        """Start reading the next layer of this slot."""
         self._queue.give_back(self._position[index])
 
     def restart(self) -> None:
-        """Begins again with the first layers, once the reads under way have ended."""
+        """Start again with the first layers, after the current read tasks have ended."""
         self._queue.restart()
 
     def counters(self) -> StreamCounters:
-        """Bytes handed to passes and seconds that `acquire` waited."""
+        """Return the bytes that passes used and the seconds that `acquire` waited."""
         return StreamCounters(self._num_bytes, self._queue.wait_s)
 
     def close(self) -> None:
-        """Ends reading and closes what was read from."""
+        """Stop reading and close the layer reader."""
         self._queue.close()
-        self._filler.close()
+        self._reader.close()
 
 
 class MappedStreamer(LayerStreamer):
-    """Computes on the page cache itself: parameters are views of mapped files, and nothing is copied.
+    """Computes on pages of the page cache: parameters are views of mapped files, and nothing is copied.
 
-    For packs that fit in free memory beside everything else. Waiting for pages happens inside the computing, so it is
-    not counted apart.
+    For packed layers that fit in free memory. The time of page faults is part of the compute time and not counted as
+    waiting.
 
     Args:
-        layers: the decoder layers; the streamed ones' parameters become views of mapped files.
-        streamed: their indices, ascending.
-        pack: where they lie.
+        layers: decoder layers; the parameters of streamed layers become views of mapped files.
+        streamed: indices of the streamed layers, ascending.
+        pack: pack that holds the layers.
     """
 
     def __init__(self, layers: Sequence[Any], streamed: Sequence[int], pack: Pack) -> None:
@@ -92,7 +92,7 @@ class MappedStreamer(LayerStreamer):
         self._num_bytes = 0
 
     def acquire(self, index: int) -> None:
-        """Asks the system to read ahead; checks the layer's data the first time."""
+        """Request readahead and verify the layer's checksums, on first use only."""
         self._num_bytes += self._layers[index].nbytes
         if index in self._seen:
             return
@@ -104,58 +104,58 @@ class MappedStreamer(LayerStreamer):
         self._verifier.verify_layer(index, bytes_of(self._blobs[index]))
 
     def release(self, index: int) -> None:
-        """The system decides what stays in the page cache."""
+        """Do nothing: the system decides which pages stay in the page cache."""
 
     def restart(self) -> None:
-        """There is no order to begin again."""
+        """Do nothing: mapped layers need no order."""
 
     def counters(self) -> StreamCounters:
-        """Bytes that passes used."""
+        """Return the bytes that passes used; waiting is not measured."""
         return StreamCounters(self._num_bytes, 0.0)
 
     def close(self) -> None:
-        """Closes the files; the mappings go with the model."""
+        """Close the files; the mappings live as long as the model."""
         for file in self._files.values():
             os.close(file)
         self._files.clear()
 
 
 def _map(layer: PackedLayer) -> Tensor:
-    """The layer's blob in the page cache: uint8 [nbytes], private, so that writing to it never reaches the file."""
+    """Map the layer's blob from its file, uint8 [nbytes]; the mapping is private, so writes never reach the file."""
     whole = torch.from_file(str(layer.path), shared=False, size=layer.path.stat().st_size, dtype=torch.uint8)
     return whole[layer.data_offset : layer.data_offset + layer.nbytes]
 
 
 class MixedStreamer(LayerStreamer):
-    """Layers that come by different ways, each way keeping its own order: some mapped, the others through slots.
+    """Combines streamers, each with its own order of layers: some layers are mapped, the others read into slots.
 
     Args:
-        ways: the streamer of every streamed layer, by the layer's index.
+        by_layer: streamer of each streamed layer, by layer index.
     """
 
-    def __init__(self, ways: Mapping[int, LayerStreamer]) -> None:
-        self._ways = ways
-        self._streamers = tuple(dict.fromkeys(ways.values()))
+    def __init__(self, by_layer: Mapping[int, LayerStreamer]) -> None:
+        self._by_layer = by_layer
+        self._streamers = tuple(dict.fromkeys(by_layer.values()))
 
     def acquire(self, index: int) -> None:
-        """Waits for the layer, whichever way it comes."""
-        self._ways[index].acquire(index)
+        """Wait for the layer, by its own streamer."""
+        self._by_layer[index].acquire(index)
 
     def release(self, index: int) -> None:
-        """Hands the layer back."""
-        self._ways[index].release(index)
+        """Release the layer to its own streamer."""
+        self._by_layer[index].release(index)
 
     def restart(self) -> None:
-        """Begins again on every way."""
+        """Restart every streamer."""
         for streamer in self._streamers:
             streamer.restart()
 
     def counters(self) -> StreamCounters:
-        """Totals of all ways."""
+        """Return the totals of all streamers."""
         totals = [streamer.counters() for streamer in self._streamers]
         return StreamCounters(sum(each.num_bytes for each in totals), sum(each.wait_s for each in totals))
 
     def close(self) -> None:
-        """Closes all ways."""
+        """Close all streamers."""
         for streamer in self._streamers:
             streamer.close()

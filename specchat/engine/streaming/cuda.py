@@ -1,4 +1,4 @@
-"""Streamed layers on a CUDA device."""
+"""The layer streamer for CUDA devices."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class CudaStreamer(LayerStreamer):
     """Fills slots in device memory from host memory.
 
     Args:
-        layers: the decoder layers; the streamed ones' parameters become views of slots.
-        streamed: their indices, ascending.
-        num_slots: slots to make.
-        host: where their bytes are; closed with this.
-        device: the CUDA device.
+        layers: decoder layers; the parameters of streamed layers become views of slots.
+        streamed: indices of the streamed layers, ascending.
+        num_slots: number of slots to allocate.
+        host: streamed layers in host memory, closed together with this streamer.
+        device: CUDA device of the slots.
     """
 
     def __init__(
@@ -46,15 +46,15 @@ class CudaStreamer(LayerStreamer):
         self._fill_first_slots()
 
     def acquire(self, index: int) -> None:
-        """Makes the device's queue wait for the copy, and the host for the layer `slots + 1` before.
+        """Make the device's queue wait for the layer's copy, and the host wait for the layer `slots + 1` before.
 
-        Without the second wait the host would queue the whole pass at once and could not stop it between layers.
+        Without the second wait, the host would queue the whole pass at once and could not cancel it between layers.
         """
         j = self._position[index]
         behind = j - (len(self._slots) + 1)
         if behind >= 0:
             self._done[behind].synchronize()
-        if not self._host.keeps(j):  # its copy could not be queued before its bytes had come from the disk
+        if not self._host.keeps(j):  # a layer from disk: its copy can be queued only after the disk read
             self._copy(j)
         compute = torch.cuda.current_stream(self._device)
         before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -65,7 +65,7 @@ class CudaStreamer(LayerStreamer):
         self._num_bytes += self._nbytes[j]
 
     def release(self, index: int) -> None:
-        """Queues the copy of the next layer that lives in this slot, behind the computing just queued."""
+        """Queue the copy of the slot's next layer, after the computation that was just queued."""
         j = self._position[index]
         compute = torch.cuda.current_stream(self._device)
         self._done[j].record(compute)
@@ -73,13 +73,13 @@ class CudaStreamer(LayerStreamer):
         self._copy_if_there(self._next_in_slot(j))
 
     def restart(self) -> None:
-        """Refills the slots with the first layers, behind whatever is still queued."""
+        """Refill the slots with the first layers, after all queued work."""
         self._free_slots()
         self._host.restart()
         self._fill_first_slots()
 
     def counters(self) -> StreamCounters:
-        """Bytes copied and seconds that the device's queue stood waiting, or the host for the disk.
+        """Return the bytes copied, and the seconds that the device waited for copies and the host for the disk.
 
         Waits for the passes queued so far.
         """
@@ -90,14 +90,14 @@ class CudaStreamer(LayerStreamer):
         return StreamCounters(self._num_bytes, self._wait_s + self._host.wait_s)
 
     def close(self) -> None:
-        """Waits for copies under way and gives the host memory back."""
+        """Wait for queued copies and release the host memory."""
         self._copies.synchronize()
         self._host.close()
 
     def _free_slots(self) -> None:
-        """Lets slots be filled once all that is queued has run: what computes on them, and first of all their zeroing.
+        """Allow slots to be filled after all queued work: computations on the slots, and at first their zeroing.
 
-        Without this the first copies could overtake the zeroing, which is queued on another stream.
+        Without this, the first copies could overtake the zeroing, which is queued on another stream.
         """
         compute = torch.cuda.current_stream(self._device)
         for used in self._used:
@@ -108,7 +108,7 @@ class CudaStreamer(LayerStreamer):
             self._copy_if_there(j)
 
     def _next_in_slot(self, j: int) -> int:
-        """The layer that follows j in its slot: N further on, or the slot's own first layer in the next pass."""
+        """Return the layer after j in the same slot: j + N, or the slot's first layer in the next pass."""
         following = j + len(self._slots)
         return following if following < len(self._nbytes) else j % len(self._slots)
 
@@ -126,10 +126,10 @@ class CudaStreamer(LayerStreamer):
 
 
 def _new_slots(num_slots: int, nbytes: int, device: torch.device) -> list[Tensor]:
-    """Zeroed memory on the device; the zeroing is queued on the current stream."""
+    """Allocate zeroed slots on the device; the zeroing is queued on the current stream."""
     return [torch.zeros(nbytes, dtype=torch.uint8, device=device) for _ in range(num_slots)]
 
 
 def _copy_async(slot: Tensor, blob: Tensor) -> None:
-    """Queues a copy on the current stream; the host goes on at once if the blob is pinned."""
+    """Queue a copy on the current stream; the host does not wait if the blob is pinned."""
     slot.copy_(blob, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Layers in host memory, pinned where the system allows it."""
+"""Streamed layers in host memory, pinned where the system allows pinning."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from specchat.engine.streaming.slots import SlotQueue, is_small, page_aligned
 from specchat.models.weights.layout import LayerLayout
 from specchat.units import format_bytes
 
-# Pinned before anything else: a system that refuses this refuses everything.
+# Size of a trial pinning: a system that refuses this size refuses every other.
 _PROBE_BYTES = 1 << 20
 
 ReadLayer = Callable[[int, LayerLayout, Tensor], None]
 
 
 class HostLayers:
-    """The streamed layers in host memory: those that stay there, and slots for those read from the disk for every pass.
+    """Streamed layers in host memory: blobs of layers that stay there, and slots for layers read from disk every pass.
 
-    One slab for each kind, pinned by hand: torch's own pinned allocator rounds every block up to a power of two.
+    Blobs and slots are two slabs, pinned directly: torch's pinned allocator rounds every block up to a power of two.
 
     Args:
-        layers: the decoder layers.
-        streamed: indices of the streamed ones, ascending.
-        in_ram: those of them that stay, ascending; read here.
-        num_slots: slots for the others.
+        layers: decoder layers.
+        streamed: indices of the streamed layers, ascending.
+        in_ram: indices of the streamed layers that stay in host memory, ascending; read by the constructor.
+        num_slots: number of slots for the other layers.
         read_layer: fills a blob with one layer.
-        filler: reads the others; closed with this.
-        pin: pins the blobs and slots, as far as it can.
+        reader: reader of the other layers, closed together with this object.
+        pin: pins as many blobs and slots as the system allows.
     """
 
     def __init__(
@@ -42,30 +42,30 @@ class HostLayers:
         in_ram: Sequence[int],
         num_slots: int,
         read_layer: ReadLayer,
-        filler: LayerReader,
+        reader: LayerReader,
         pin: Pinner,
     ) -> None:
         layouts = [LayerLayout.of(layers[index]) for index in streamed]
         kept = set(in_ram)
         self._nbytes = [layout.nbytes for layout in layouts]
         read = [j for j, index in enumerate(streamed) if index not in kept]
-        self._turn = {j: k for k, j in enumerate(read)}  # the k-th layer that is read
-        self._filler = filler
+        self._turn = {j: k for k, j in enumerate(read)}  # j-th streamed layer -> k-th layer read from disk
+        self._reader = reader
         self._pin = pin
-        # Slots first: they are used for every layer that is read, a kept one only for its own.
+        # Pin slots first: many layers pass through a slot, but a blob holds one layer.
         slot_bytes = max((self._nbytes[j] for j in read), default=0)
         self._slots = _blobs([slot_bytes] * min(num_slots, len(read)))
         kept_positions = [j for j in range(len(streamed)) if j not in self._turn]
         blobs = _blobs([self._nbytes[j] for j in kept_positions])
         self._kept = dict(zip(kept_positions, blobs, strict=True))
-        with ExitStack() as undo:  # memory that is given back pinned stays taken from the system
+        with ExitStack() as undo:  # unpin on errors: memory that is freed while pinned stays locked
             undo.callback(pin.close)
             pin([*self._slots, *blobs])
             for j, blob in self._kept.items():
                 read_layer(streamed[j], layouts[j], blob)
-            works = [filler.chunks(streamed[j], self._slots[k % len(self._slots)]) for k, j in enumerate(read)]
+            tasks = [reader.chunks(streamed[j], self._slots[k % len(self._slots)]) for k, j in enumerate(read)]
             small = [is_small(self._nbytes[j]) for j in read]
-            self._queue = SlotQueue(works, small, len(self._slots), filler.num_workers) if read else None
+            self._queue = SlotQueue(tasks, small, len(self._slots), reader.num_workers) if read else None
             undo.pop_all()
         self._lent: tuple[int, Callable[[], None]] | None = None
 
@@ -79,7 +79,7 @@ class HostLayers:
         return j in self._kept
 
     def take(self, j: int) -> Tensor:
-        """The j-th streamed layer's bytes, uint8 [nbytes], once they are there."""
+        """Wait for the j-th streamed layer and return its bytes, uint8 [nbytes]."""
         if j in self._kept:
             return self._kept[j]
         assert self._queue is not None
@@ -89,21 +89,21 @@ class HostLayers:
         return self._slots[turn % len(self._slots)][: self._nbytes[j]]
 
     def give_back(self, j: int, copied: Callable[[], None]) -> None:
-        """The layer is being copied; `copied` returns when that is done. Not waited for before the next is taken."""
+        """Record that the j-th layer is being copied; `copied` waits for the copy, before its slot is reused."""
         if j in self._turn:
             self._lent = (self._turn[j], copied)
 
     def restart(self) -> None:
-        """Reads the first layers again, once those being copied have been."""
+        """Read the first layers again, after the current copy has ended."""
         if self._queue is not None:
             self._reuse_slot()
             self._queue.restart()
 
     def close(self) -> None:
-        """Ends reading and unpins."""
+        """Stop reading, close the layer reader and unpin the memory."""
         if self._queue is not None:
             self._queue.close()
-        self._filler.close()
+        self._reader.close()
         self._pin.close()
 
     def _reuse_slot(self) -> None:
@@ -116,18 +116,18 @@ class HostLayers:
 
 
 def _blobs(sizes: Sequence[int]) -> list[Tensor]:
-    """Page-aligned blobs of one slab; sizes are multiples of a page."""
+    """Return page-aligned blobs of one slab; sizes must be multiples of a page."""
     slab = page_aligned(sum(sizes)) if sum(sizes) else torch.empty(0, dtype=torch.uint8)
     return list(slab.split(list(sizes))) if sizes else []
 
 
 class Pinner:
-    """Pins memory as far as the system lets it: WSL gives little, and containers may.
+    """Pins as much memory as the system allows; WSL and some containers allow little.
 
     Args:
         runtime: torch's binding of the CUDA runtime.
-        forget_error: takes away the error that a refusal leaves behind.
-        warn: told in one line what could not be pinned and what that costs.
+        forget_error: clears the runtime's error after a refusal.
+        warn: receives a one-line warning about memory that could not be pinned, and its cost.
     """
 
     def __init__(self, runtime: Any, forget_error: Callable[[], None], warn: Callable[[str], None]) -> None:
@@ -137,7 +137,7 @@ class Pinner:
         self._pinned: list[int] = []
 
     def __call__(self, blobs: Sequence[Tensor]) -> None:
-        """Pins blobs in this order, until one is refused; a small piece is tried first."""
+        """Pin blobs in the given order until one is refused, after a small trial."""
         if not blobs:
             return
         num_pinned = 0
@@ -147,12 +147,12 @@ class Pinner:
         left, total = sum(blob.nbytes for blob in blobs[num_pinned:]), sum(blob.nbytes for blob in blobs)
         if left:
             self._warn(
-                f"this system refuses to pin {format_bytes(left)} of the {format_bytes(total)} for streamed layers: "
-                "they cross the link at about half its rate, and computing waits for them"
+                f"cannot pin {format_bytes(left)} of {format_bytes(total)} for streamed layers: "
+                "these layers cross the link at about half its rate, and computation waits for them"
             )
 
     def close(self) -> None:
-        """Unpins everything."""
+        """Unpin everything."""
         while self._pinned:
             self._runtime.cudaHostUnregister(self._pinned.pop())
 
@@ -165,12 +165,12 @@ class Pinner:
 
 
 def pinner(device: torch.device, warn: Callable[[str], None]) -> Pinner:
-    """Pins memory for copies to `device`."""
+    """Return a pinner of host memory for copies to `device`."""
 
     def forget_error() -> None:
-        # The runtime keeps a refusal for whoever asks for the last error next, which launching a kernel does.
+        # The runtime keeps a refusal as its last error, and the next kernel launch reports and clears it.
         with suppress(RuntimeError):
             torch.zeros(1, device=device).add_(1)
-        torch.zeros(1, device=device).add_(1)  # now it is gone, or it was another one
+        torch.zeros(1, device=device).add_(1)  # raises only for a different error
 
     return Pinner(torch.cuda.cudart(), forget_error, warn)

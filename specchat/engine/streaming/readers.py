@@ -1,4 +1,4 @@
-"""What fills slots from files, in pieces that threads read at the same time: packs, or a checkpoint's shards."""
+"""Layer readers: they split a layer into read tasks that threads run in parallel, from packs or checkpoint shards."""
 
 from __future__ import annotations
 
@@ -27,31 +27,31 @@ from specchat.records.limits import NUM_READERS, READ_THREADS, READ_WINDOW_BYTES
 
 _PAGE = 4096
 _DAMAGED_SHARD = "delete the file and download it again"
-_DAMAGED_PACK = "delete that file: it is made anew"
+_DAMAGED_PACK = "delete the file; specchat writes it again"
 
 
 class LayerReader(Protocol):
-    """Where the bytes of streamed layers come from.
+    """Source of the bytes of streamed layers.
 
     Attributes:
-        num_workers: threads that may run chunks at the same time.
+        num_workers: number of threads that may run read tasks at the same time.
     """
 
     num_workers: int
 
     def chunks(self, index: int, slot: Tensor) -> Sequence[Callable[[], None]]:
-        """Pieces of work that together fill `slot` (uint8, at least the layer's bytes) with layer `index`."""
+        """Return the read tasks that together fill `slot` (uint8, at least the layer's bytes) with layer `index`."""
 
     def close(self) -> None:
-        """Called once, when nothing will be read any more."""
+        """Release files; called once, after the last read task."""
 
 
 class CheckpointLayerReader:
-    """Reads layers from a checkpoint's own shards, casting and merging as needed, one layer at a time.
+    """Reads layers from a checkpoint's shards one at a time, with casts and merges as needed.
 
     Args:
-        reader: the checkpoint; closed with this.
-        layouts: of every layer that may be read.
+        reader: weight reader of the checkpoint, closed together with this object.
+        layouts: layout of each layer that may be read, by layer index.
     """
 
     num_workers = 1
@@ -61,19 +61,19 @@ class CheckpointLayerReader:
         self._layouts = layouts
 
     def chunks(self, index: int, slot: Tensor) -> Sequence[Callable[[], None]]:
-        """One piece: the whole layer."""
+        """Return one read task for the whole layer."""
         return [partial(self._reader.read_layer, index, self._layouts[index].views(slot))]
 
     def close(self) -> None:
-        """Closes the shards."""
+        """Close the shards."""
         self._reader.close()
 
 
 class PackLayerReader:
-    """Reads packed layers in large aligned chunks, past the page cache where that can be; small ones through it.
+    """Reads packed layers in large aligned chunks, past the page cache if possible; small layers go through it.
 
     Args:
-        pack: one file per layer, its data page-aligned.
+        pack: pack to read, with one file per layer and page-aligned data.
     """
 
     num_workers = READ_THREADS
@@ -84,7 +84,7 @@ class PackLayerReader:
         self._files = _Files()
 
     def chunks(self, index: int, slot: Tensor) -> Sequence[Callable[[], None]]:
-        """One piece of work for each of the layer's chunks, in file order."""
+        """Return one read task for each of the layer's chunks, in file order."""
         layer = self._layers[index]
         file = self._files.open(layer.path, cached=is_small(layer.nbytes))
         memory = bytes_of(slot)
@@ -95,7 +95,7 @@ class PackLayerReader:
         ]
 
     def close(self) -> None:
-        """Closes the files."""
+        """Close the files."""
         self._files.close()
 
     def _read(self, index: int, chunk: int, file: int, memory: memoryview, begin: int) -> None:
@@ -104,16 +104,16 @@ class PackLayerReader:
 
 
 class ShardLayerReader:
-    """Reads layers of a checkpoint that serves as it is: tensor by tensor the bytes of its shards.
+    """Reads layers of a streamable checkpoint: the tensors' bytes, directly from its shards.
 
-    A shard's tensors begin anywhere, while reads past the page cache begin and end at pages, and computing wants
-    tensors aligned. So a window of the shard is read at a time, and what of it is the layer's is copied to its place:
-    beside a read that takes longer this is cheap. Through the page cache, the bytes go to their places by themselves.
+    O_DIRECT needs page-aligned reads, but tensors start anywhere in a shard and must be aligned in the slot. So read an
+    aligned window and copy the layer's tensors out; the copy is cheap next to the read. Reads through the page cache go
+    directly into the slot.
 
     Args:
-        reader: the checkpoint, which serves as it is; closed with this.
-        layouts: of every layer that may be read.
-        cached: indices of the layers that the page cache has room for.
+        reader: weight reader of a streamable checkpoint, closed together with this object.
+        layouts: layout of each layer that may be read, by layer index.
+        cached: indices of the layers that fit in the page cache.
     """
 
     num_workers = NUM_READERS
@@ -131,34 +131,34 @@ class ShardLayerReader:
                 self._windows.put(page_aligned(READ_WINDOW_BYTES))
 
     def chunks(self, index: int, slot: Tensor) -> Sequence[Callable[[], None]]:
-        """One piece of work for each window of a shard that has something of the layer, in file order."""
+        """Return one read task for each shard window that contains bytes of the layer, in file order."""
         offsets = dict(zip(self._layouts[index].names, self._layouts[index].offsets, strict=True))
         tensors = [(info, offsets[name]) for name, info in self._reader.places(index).items()]
         is_cached = index in self._cached
-        return [self._work(path, pieces, slot, cached=is_cached) for path, pieces in _windows(tensors)]
+        return [self._task(path, extents, slot, cached=is_cached) for path, extents in _windows(tensors)]
 
     def close(self) -> None:
-        """Closes the shards."""
+        """Close the shards."""
         self._reader.close()
         self._files.close()
 
-    def _work(self, path: Path, pieces: Sequence[_Piece], slot: Tensor, *, cached: bool) -> Callable[[], None]:
+    def _task(self, path: Path, extents: Sequence[_Extent], slot: Tensor, *, cached: bool) -> Callable[[], None]:
         file = self._files.open(path, cached=cached)
         if is_unbuffered(file):
-            return partial(self._read_window, path, file, pieces, slot.numpy())
+            return partial(self._read_window, path, file, extents, slot.numpy())
         memory = bytes_of(slot)
-        return partial(_read_pieces, path, file, [(memory[p.target : p.target + p.nbytes], p.begin) for p in pieces])
+        return partial(_read_extents, path, file, [(memory[e.target : e.target + e.nbytes], e.begin) for e in extents])
 
-    def _read_window(self, path: Path, file: int, pieces: Sequence[_Piece], target: Any) -> None:
-        begin, end = pieces[0].begin // _PAGE * _PAGE, pieces[-1].begin + pieces[-1].nbytes
+    def _read_window(self, path: Path, file: int, extents: Sequence[_Extent], target: Any) -> None:
+        begin, end = extents[0].begin // _PAGE * _PAGE, extents[-1].begin + extents[-1].nbytes
         window = self._windows.get()
         try:
             memory = bytes_of(window)[: -(-(end - begin) // _PAGE) * _PAGE]
             _read(path, file, memory, begin, end - begin, _DAMAGED_SHARD)
             source: Any = window.numpy()
-            for piece in pieces:  # numpy's copies leave the interpreter's lock to others, and are one thread's work
-                skip = piece.begin - begin
-                target[piece.target : piece.target + piece.nbytes] = source[skip : skip + piece.nbytes]
+            for extent in extents:  # numpy's copies release the GIL and run on one thread
+                skip = extent.begin - begin
+                target[extent.target : extent.target + extent.nbytes] = source[skip : skip + extent.nbytes]
         finally:
             self._windows.put(window)
 
@@ -166,14 +166,14 @@ class ShardLayerReader:
 def layer_reader_for(
     layers: Sequence[Any], streamed: Sequence[int], reader: WeightReader, pack: Pack | None, cached: Collection[int]
 ) -> LayerReader:
-    """What reads layers for every pass; closes the files that it reads from.
+    """Return the layer reader for a pack or a checkpoint; the result owns the files that it reads.
 
     Args:
-        layers: the decoder layers.
-        streamed: indices of those to be read.
-        reader: of the checkpoint; not used where there is a pack.
-        pack: the weights repacked, if they have been.
-        cached: indices of the layers that the page cache has room for.
+        layers: decoder layers.
+        streamed: indices of the streamed layers.
+        reader: weight reader of the checkpoint; unused with a pack.
+        pack: pack of the weights; None reads the checkpoint.
+        cached: indices of the layers that fit in the page cache.
     """
     if pack is not None:
         return PackLayerReader(pack)
@@ -185,14 +185,14 @@ def layer_reader_for(
 
 
 class _Files:
-    """Open files, each for reading through the page cache or past it."""
+    """Open files, each opened to read through the page cache or past the page cache."""
 
     def __init__(self) -> None:
         self._open: dict[tuple[Path, bool], int] = {}
         self._closing = ExitStack()
 
     def open(self, path: Path, *, cached: bool) -> int:
-        """A descriptor; one that bypasses the page cache is only had where the file system has nothing against it."""
+        """Return a descriptor; unless `cached`, it bypasses the page cache where the file system supports that."""
         if (path, cached) not in self._open:
             with disk_errors(path, "read"):
                 file = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if cached else open_unbuffered(path)
@@ -201,20 +201,20 @@ class _Files:
         return self._open[path, cached]
 
     def close(self) -> None:
-        """Closes them."""
+        """Close the files."""
         self._closing.close()
         self._open.clear()
 
 
 def open_unbuffered(path: Path) -> int:
-    """A descriptor that bypasses the page cache; an ordinary one where the file system refuses (tmpfs, FUSE)."""
+    """Open a file past the page cache, or normally where the file system refuses O_DIRECT (tmpfs, FUSE)."""
     flags = os.O_RDONLY | os.O_CLOEXEC
     try:
         file = os.open(path, flags | os.O_DIRECT)
     except OSError:
         return os.open(path, flags)
     try:
-        os.preadv(file, [bytes_of(page_aligned(_PAGE))], 0)  # some refuse only now
+        os.preadv(file, [bytes_of(page_aligned(_PAGE))], 0)  # some file systems refuse only on the first read
     except OSError:
         os.close(file)
         return os.open(path, flags)
@@ -222,34 +222,34 @@ def open_unbuffered(path: Path) -> int:
 
 
 def is_unbuffered(file: int) -> bool:
-    """Whether an open file's reads bypass the page cache."""
+    """Return whether an open file's reads bypass the page cache."""
     return bool(fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT)
 
 
 def _read(path: Path, file: int, memory: memoryview, begin: int, least: int, hint: str) -> None:
-    """Fills memory with the file's bytes from `begin` on: all of it, or `least` bytes where the file ends.
+    """Fill `memory` with the file's bytes from `begin` on: completely, or at least `least` bytes at the file's end.
 
     Raises:
-        CorruptCheckpointError: the file has ended before.
-        ModelError: it cannot be read.
+        CorruptCheckpointError: the file ends before `begin + least`.
+        ModelError: the file cannot be read.
     """
     done = 0
     while True:
-        try:  # a context manager takes a microsecond, and several between passes: much for a small layer
+        try:  # no context manager here: it costs 1 us, which adds up for small layers
             done += os.preadv(file, [memory[done:] if done else memory], begin + done)
         except OSError as error:
             raise disk_error(error, path, "read", hint) from error
         if done >= least:
             return
-        # One call moves less than 2 GiB, and what bypasses the page cache goes on at a page.
+        # One call reads less than 2 GiB, and unbuffered reads must resume at a page boundary.
         whole = done // _PAGE * _PAGE
         if whole == 0 or os.fstat(file).st_size < begin + least:
-            raise CorruptCheckpointError(f"{path} has lost its end", hint)
+            raise CorruptCheckpointError(f"{path} is truncated", hint)
         done = whole
 
 
-def _read_pieces(path: Path, file: int, pieces: Sequence[tuple[memoryview, int]]) -> None:
-    for memory, begin in pieces:
+def _read_extents(path: Path, file: int, extents: Sequence[tuple[memoryview, int]]) -> None:
+    for memory, begin in extents:
         _read(path, file, memory, begin, len(memory), _DAMAGED_SHARD)
 
 
@@ -257,8 +257,8 @@ def _read_pieces(path: Path, file: int, pieces: Sequence[tuple[memoryview, int]]
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """Bytes of one tensor: where they begin in their file, where in the slot, and how many they are."""
+class _Extent:
+    """A byte range of one tensor: its start in the file, its start in the slot (`target`), and its size."""
 
     path: Path
     begin: int
@@ -267,26 +267,26 @@ class _Piece:
 
     @property
     def window(self) -> tuple[Path, int]:
-        """The part of the file that it lies in."""
+        """Window of the file that contains the extent."""
         return self.path, self.begin // READ_WINDOW_BYTES
 
 
-def _windows(tensors: Sequence[tuple[TensorInfo, int]]) -> Iterator[tuple[Path, list[_Piece]]]:
-    """What lies in the same window of the same file, by file and offset.
+def _windows(tensors: Sequence[tuple[TensorInfo, int]]) -> Iterator[tuple[Path, list[_Extent]]]:
+    """Yield the extents of each window, ordered by file and offset.
 
     Args:
-        tensors: and where each belongs in the slot.
+        tensors: tensors with their offsets in the slot.
     """
-    pieces = [piece for info, target in tensors for piece in _pieces(info, target)]
-    pieces.sort(key=lambda piece: (piece.path, piece.begin))
-    for (path, _), group in groupby(pieces, key=lambda piece: piece.window):
+    extents = [extent for info, target in tensors for extent in _extents(info, target)]
+    extents.sort(key=lambda extent: (extent.path, extent.begin))
+    for (path, _), group in groupby(extents, key=lambda extent: extent.window):
         yield path, list(group)
 
 
-def _pieces(info: TensorInfo, target: int) -> Iterator[_Piece]:
-    """A tensor, cut where a window ends."""
+def _extents(info: TensorInfo, target: int) -> Iterator[_Extent]:
+    """Split a tensor at window boundaries."""
     begin, end = info.offset, info.offset + info.nbytes
     while begin < end:
         cut = min(end, (begin // READ_WINDOW_BYTES + 1) * READ_WINDOW_BYTES)
-        yield _Piece(info.file, begin, target + begin - info.offset, cut - begin)
+        yield _Extent(info.file, begin, target + begin - info.offset, cut - begin)
         begin = cut

@@ -1,9 +1,9 @@
-"""The copy stream: the same bits as resident layers, the same text, and how near it comes to the link. Needs a GPU.
+"""Streaming on a GPU gives the bits and the text of resident layers, near the rate of the link. Needs a GPU.
 
-    python -m pytest -m gpu -s tests/engine/test_cuda.py
+    python -m pytest -m gpu -s tests/engine/streaming/test_cuda.py
     specchat bench shape:llama-70b,layers=20 --vram 24GiB --passes --tree-budget 64 --baseline accelerate --json
 
-The order of what is queued is held against CUDA's rules without a GPU, in test_cuda_order.py.
+test_cuda_order.py checks the order of queued work against CUDA's rules without a GPU.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def test_text_does_not_depend_on_draft_or_streaming(sampling: Sampling, quant: Q
 
 @pytest.mark.parametrize("num_rows", [1, 40, CHUNK_ROWS + 100])
 def test_embeddings_in_host_memory_give_the_same_bits(num_rows: int, tmp_path: Path):
-    """While slots are being filled, too."""
+    """The bits are equal while slots are being filled, too."""
     config = make_config("llama")
     config.max_position_embeddings = 1024
     source, prompt = save(random_model(config), tmp_path / "m"), random_prompt(num_rows, VOCAB)
@@ -113,7 +113,7 @@ def test_embeddings_in_host_memory_give_the_same_bits(num_rows: int, tmp_path: P
         model.close()
 
 
-def test_cancelling_and_going_on(tmp_path: Path):
+def test_cancelled_answers_continue_as_if_never_cancelled(tmp_path: Path):
     source, prompt = save(random_model(make_config("llama_tied")), tmp_path / "m"), random_prompt(30, VOCAB)
     plan = changed(make_plan(source, None, num_layers=5, resident=()), device="cuda:0", in_ram=(0, 2, 4))
     with load_engine(plan, source, None) as engine:
@@ -128,8 +128,8 @@ def test_cancelling_and_going_on(tmp_path: Path):
 
 
 @pytest.mark.parametrize("cut", [0, 1, 3, 5])
-def test_a_pass_that_was_cut_off_spoils_nothing(cut: int, tmp_path: Path):
-    """Many in a row, with copies and computing still queued when the streamer begins again."""
+def test_restart_after_a_cancelled_pass_gives_the_same_bits(cut: int, tmp_path: Path):
+    """Cancel many passes in a row, with copies and computation still queued at each restart."""
     source, prompt = save(random_model(make_config("llama_tied")), tmp_path / "m"), random_prompt(40, VOCAB)
     expected = load(source, torch.bfloat16, None, 0).append(prompt)
     for num_slots in (1, 2, 3):
@@ -170,7 +170,7 @@ def test_memory_that_cannot_be_pinned_gives_the_same_bits(tmp_path: Path, monkey
 
 
 def pinned_rate(num_bytes: int = 512 << 20) -> float:
-    """Host to device, pinned, bytes per second: 4 warm-ups, then 16 copies between events, median of 3."""
+    """Measure pinned host-to-device bytes per second: 4 warm-ups, then 16 copies between events, median of 3."""
     host = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
     device = torch.empty(num_bytes, dtype=torch.uint8, device="cuda:0")
     rates = []
@@ -188,8 +188,8 @@ def pinned_rate(num_bytes: int = 512 << 20) -> float:
 
 
 @pytest.mark.parametrize("num_rows", [1, 64, 512])
-def test_utilisation_of_the_link(num_rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Layers of a 70B's shape, as many as are quickly made; printed, and held against what users pay for."""
+def test_link_utilization(num_rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Stream a few layers of a 70B model's shape; print the utilization and check it against its threshold."""
     monkeypatch.setenv("SPECCHAT_CACHE_DIR", str(tmp_path))
     model = load(materialise(parse_shape("llama-70b,layers=10")), torch.bfloat16, (), 2)
     prompt = random_prompt(num_rows, 4096)

@@ -1,9 +1,9 @@
-"""The order in which the CUDA streamer queues its work, on a device that does what CUDA promises and nothing more.
+"""The CUDA streamer queues work in a safe order, on a simulated device with only the guarantees of CUDA.
 
 A GPU runs each stream's work in order and different streams' work in any order that events allow. So does this device:
 whenever the host calls it, it runs some of what may run, chosen at random, copies in two halves. If anything that must
-wait could run too early, some order shows a layer computed on wrong bytes. The bytes and threads that read them are
-real; what only a GPU shows is in test_cuda.py.
+wait could run too early, some order shows a layer computed on wrong bytes. The bytes and the reader threads are real;
+test_cuda.py checks a real GPU.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 
 
 class Event:
-    """As CUDA has them: a wait is for the last record before it, and for nothing if there was none."""
+    """A CUDA event: a wait is for the last record before the wait, and for nothing if there was none."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
@@ -57,7 +57,7 @@ class Event:
 
 @dataclass
 class Work:
-    """Something queued; `ready` says whether it may run once it is the first of its stream."""
+    """Queued work; `ready` returns whether it may run once it is the first of its stream."""
 
     run: Callable[[], None] = lambda: None
     ready: Callable[[], bool] = lambda: True
@@ -80,7 +80,7 @@ class Stream:
 
 
 class Device:
-    """Streams, and the host's view of them. The first stream is the one that computes."""
+    """Streams as the host sees them; the first stream computes."""
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
@@ -100,7 +100,7 @@ class Device:
         self.current = before
 
     def go_on(self) -> None:
-        """Runs none, some, or all of what may run."""
+        """Run none, some or all of the work that may run."""
         for _ in range(self._rng.choice(self._pace)):
             self._step()
 
@@ -115,7 +115,7 @@ class Device:
         return bool(ready)
 
     def new_slots(self, num_slots: int, nbytes: int, _: torch.device) -> list[Tensor]:
-        """Memory that somebody used before; zeroing it is queued."""
+        """Return memory with old contents, and queue its zeroing."""
         slots = [torch.full((nbytes,), 0xAA, dtype=torch.uint8) for _ in range(num_slots)]
         self.current.work.extend(Work(slot.zero_) for slot in slots)
         return slots
@@ -153,7 +153,7 @@ class Passes:
         self.most_ahead = 0
 
     def run(self, streamer: CudaStreamer, streamed: Sequence[int], *, fails: bool = False) -> None:
-        """Computes these layers; `fails` breaks off after the last one was queued, before it is handed back."""
+        """Compute layers; `fails` stops after the last layer is queued, before its release."""
         under_way = set[int]()
         for index in streamed:
             streamer.acquire(index)
@@ -181,10 +181,10 @@ class Passes:
     seed=st.integers(0, 1 << 32),
 )
 @settings(deadline=None, max_examples=60)
-def test_no_order_of_work_computes_on_wrong_bytes(
+def test_layers_see_their_own_bytes_in_every_order_of_work(
     packed_model: PackedModel, tiers: list[str], num_slots: int, cuts: list[tuple[int, bool]], seed: int
 ):
-    """Whole passes, and between them passes that were cut off before a layer, or within one."""
+    """Run whole passes, and between them passes that stop before a layer or within one."""
     streamed = [index for index, tier in enumerate(tiers) if tier != "device"]
     if not streamed:
         return

@@ -1,4 +1,4 @@
-"""Layers read past the page cache, computed on it, or read from the checkpoint give the same bits; faults are found."""
+"""Layers read past the page cache, mapped from it, or read from the checkpoint give equal bits; damage is found."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("packs_tiny_models")
 
 
 def make_source(architecture: str, folder: Path) -> ModelSource:
-    """In bf16, so that float32 needs a pack."""
+    """Save the model in bf16, so that float32 needs a pack."""
     return save(random_model(make_config(architecture)).to(torch.bfloat16), folder)
 
 
@@ -88,7 +88,7 @@ def test_every_tier_gives_the_same_bits(architecture: str, tmp_path: Path):
 
 @dataclass(frozen=True)
 class Packed:
-    """A packed model of five layers and the states that it leads to."""
+    """A packed model of five layers and its expected hidden states."""
 
     source: ModelSource
     pack: Pack
@@ -112,7 +112,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Packed]:
 )
 @settings(deadline=None, max_examples=25)
 def test_any_mixture_of_tiers_gives_the_same_bits(packed: Packed, tiers: list[str], slots: int, cuts: list[int]):
-    """Whole passes, and between them passes that were cut off before a layer."""
+    """Run whole passes, and between them passes that stop before a layer."""
     resident = [i for i, tier in enumerate(tiers) if tier == "device"]
     in_ram = [i for i, tier in enumerate(tiers) if tier == "ram"]
     model = load(packed.source, packed.pack, resident=resident, slots=slots, tier=in_ram)
@@ -132,8 +132,8 @@ def test_any_mixture_of_tiers_gives_the_same_bits(packed: Packed, tiers: list[st
 
 
 @pytest.mark.parametrize("small", ["all", "some"])
-def test_small_layers_are_read_where_they_are_computed(small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """All of them without a thread; or among larger ones that threads read ahead, in the same slots."""
+def test_small_layers_are_read_by_the_computing_thread(small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """All layers are small and no thread starts, or small ones share slots with layers that threads read ahead."""
     source, prompt = make_source("deepseek_v3", tmp_path / "model"), random_prompt(20, VOCAB)
     pack = make_pack(source)
     expected = hidden(load(source, pack, resident=None, slots=0, tier="disk"), prompt)
@@ -168,14 +168,14 @@ def test_cancelled_passes_leave_nothing_behind(tmp_path: Path):
     model.close()
 
 
-def test_a_checkpoint_that_serves_needs_no_pack(tmp_path: Path):
+def test_a_streamable_checkpoint_needs_no_pack(tmp_path: Path):
     source = save(random_model(make_config("llama")), tmp_path / "model")
     assert prepare(source, "fp32", progress=silent, warn=silent) is None
     assert prepare(source, "bf16", progress=silent, warn=silent) is not None
 
 
 def write_shards(source: ModelSource, folder: Path, num_shards: int, rng: random.Random) -> ModelSource:
-    """The same tensors in shards, in any order, between others that nobody asked for: at any offset, odd ones, too."""
+    """Write the tensors to shards in any order, between unused tensors: they start at any offset, even odd ones."""
     tensors = [
         (info.key, info.dtype, info.shape, os.pread(file.fileno(), info.nbytes, info.offset))
         for info in open_checkpoint(source.path).tensors.values()
@@ -198,7 +198,7 @@ def write_shards(source: ModelSource, folder: Path, num_shards: int, rng: random
 
 @pytest.mark.parametrize("num_shards", [1, 4])
 @pytest.mark.parametrize("in_ram", [(), (1, 3), range(5)], ids=["disk", "mixed", "ram"])
-def test_shards_as_they_lie_give_the_same_bits(
+def test_layers_read_from_shards_give_the_same_bits(
     num_shards: int, in_ram: Collection[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("specchat.engine.streaming.readers.READ_WINDOW_BYTES", 2 * 4096)  # so that tensors are cut
@@ -208,13 +208,13 @@ def test_shards_as_they_lie_give_the_same_bits(
         source = write_shards(whole, tmp_path / str(seed), num_shards, random.Random(seed))
         for slots, resident in ((1, ()), (2, (1,)), (3, ())):
             model = load(source, None, resident=resident, slots=slots, tier=in_ram)
-            assert isinstance(model.streamer, ThreadStreamer) and isinstance(model.streamer._filler, ShardLayerReader)
+            assert isinstance(model.streamer, ThreadStreamer) and isinstance(model.streamer._reader, ShardLayerReader)
             for _ in range(4):
                 assert torch.equal(hidden(model, prompt), expected)
             model.close()
 
 
-def test_reading_shards_goes_past_the_page_cache_unless_it_has_room(tmp_path: Path):
+def test_shards_are_read_past_the_page_cache_unless_cached(tmp_path: Path):
     source = save(random_model(make_config("llama")), tmp_path / "model")
     (file,) = source.path.glob("*.safetensors")
     if not is_unbuffered(descriptor := open_unbuffered(file)):
@@ -230,7 +230,7 @@ def test_reading_shards_goes_past_the_page_cache_unless_it_has_room(tmp_path: Pa
 
 @pytest.mark.parametrize("in_ram", [(), range(4)], ids=["disk", "ram"])
 @pytest.mark.parametrize("left", [1 << 16, (1 << 16) + 100], ids=["at a page", "within a page"])
-def test_a_shard_that_shrinks_while_streaming(in_ram: Collection[int], left: int, tmp_path: Path):
+def test_a_shard_that_is_truncated_while_streaming(in_ram: Collection[int], left: int, tmp_path: Path):
     source, prompt = save(random_model(make_config("llama")), tmp_path / "model"), random_prompt(20, VOCAB)
     (file,) = source.path.glob("*.safetensors")
     plan = make_plan(source, None, num_layers=4, resident=(1,))
@@ -238,16 +238,16 @@ def test_a_shard_that_shrinks_while_streaming(in_ram: Collection[int], left: int
     with load_engine(plan, source, None) as engine:
         write(engine, prompt, Sampling(), 2)
         os.truncate(file, left)
-        with pytest.raises(CorruptCheckpointError, match="lost its end"):
+        with pytest.raises(CorruptCheckpointError, match="is truncated"):
             write(engine, prompt, Sampling(), 8)
 
 
-def test_small_models_are_not_worth_a_pack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_small_models_get_no_pack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("specchat.models.packs.prepare.SMALL_BYTES", 64 << 20)
     assert prepare(make_source("mixtral", tmp_path / "model"), "fp32", progress=silent, warn=silent) is None
 
 
-def test_a_pack_is_found_again(tmp_path: Path):
+def test_an_existing_pack_is_reused(tmp_path: Path):
     source = make_source("mixtral", tmp_path / "model")
     first = make_pack(source)
     written = {path: path.stat().st_mtime_ns for path in first.folder.iterdir()}
@@ -260,7 +260,7 @@ def streaming_plan(source: ModelSource, tier: Tier) -> Plan:
 
 
 @pytest.mark.parametrize("tier", ["disk", "ram"])
-def test_text_from_a_pack(tier: Tier, tmp_path: Path):
+def test_text_from_a_pack_is_the_text_from_the_checkpoint(tier: Tier, tmp_path: Path):
     source, prompt = make_source("llama_tied", tmp_path / "model"), random_prompt(20, VOCAB)
     with load_engine(make_plan(source, None, num_layers=5), source, None) as engine:
         expected, _ = write(engine, prompt, Sampling(), 12)
@@ -288,13 +288,13 @@ def test_a_flipped_byte_is_found_when_it_is_read(tier: Tier, layer: int, tmp_pat
         write(engine, random_prompt(20, VOCAB), Sampling(), 4)
 
 
-def test_a_file_that_shrinks_while_streaming(tmp_path: Path):
+def test_a_pack_file_that_is_truncated_while_streaming(tmp_path: Path):
     source, prompt = make_source("llama_tied", tmp_path / "model"), random_prompt(20, VOCAB)
     pack = make_pack(source)
     with load_engine(streaming_plan(source, "disk"), source, None, pack) as engine:
         write(engine, prompt, Sampling(), 2)
         os.truncate(pack.layers[3].path, pack.layers[3].data_offset)
-        with pytest.raises(CorruptCheckpointError, match="lost its end"):
+        with pytest.raises(CorruptCheckpointError, match="is truncated"):
             write(engine, prompt, Sampling(), 8)
 
 
@@ -315,7 +315,7 @@ def num_open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-def test_closing_a_filler_closes_its_files(tmp_path: Path):
+def test_closing_a_reader_closes_its_files(tmp_path: Path):
     pack = make_pack(make_source("llama_tied", tmp_path / "model"))
     before = num_open_files()
     filler = PackLayerReader(pack)

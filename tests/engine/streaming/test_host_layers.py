@@ -1,6 +1,6 @@
-"""Streamed layers in host memory, as a GPU copies them: right bytes in any order of work, and pinning that may fail.
+"""Streamed layers in host memory hold the right bytes in any order of work, and pinning may fail.
 
-The copies themselves need a GPU (test_cuda.py); here only what is between disk and host memory is real.
+The copies to a GPU are simulated (real ones: test_cuda.py); reads from disk to host memory are real.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from specchat.records.limits import READ_THREADS
 
 
 @pytest.mark.parametrize(("room", "num_pinned"), [(1 << 40, 4), (3 << 20, 1), ((5 << 20) - 1, 2), (100, 0)])
-def test_pinning_stops_at_the_first_refusal_and_says_what_it_costs(room: int, num_pinned: int):
+def test_pinning_stops_at_the_first_refusal_and_warns(room: int, num_pinned: int):
     runtime, said, forgotten = Runtime(room), list[str](), list[bool]()
     pin = Pinner(runtime, lambda: forgotten.append(True), said.append)
     blobs = [page_aligned(size << 20) for size in (2, 2, 2, 1)]
@@ -39,7 +39,7 @@ def test_pinning_stops_at_the_first_refusal_and_says_what_it_costs(room: int, nu
     assert not runtime.pinned
 
 
-def test_nothing_to_pin_asks_for_nothing():
+def test_pinning_no_blobs_calls_nothing():
     runtime = Runtime(0)
     Pinner(runtime, lambda: None, lambda _: None)([])
     assert runtime.refusals == 0
@@ -52,10 +52,10 @@ def test_nothing_to_pin_asks_for_nothing():
     passes=st.lists(st.integers(0, NUM_LAYERS), min_size=1, max_size=5),
 )
 @settings(deadline=None, max_examples=40)
-def test_every_layer_is_there_when_it_is_taken(
+def test_take_returns_the_right_layer(
     packed_model: PackedModel, tiers: list[str], slots: int, packed: bool, passes: list[int]
 ):
-    """Passes of so many layers, a copy still under way when the next layer is asked for, restarts between."""
+    """Passes stop after some layers and restart; a copy is still running when the next layer is taken."""
     streamed = [i for i, tier in enumerate(tiers) if tier != "device"]
     in_ram = [i for i, tier in enumerate(tiers) if tier == "ram"]
     runtime = Runtime(1 << 40)
@@ -97,7 +97,7 @@ def test_every_layer_is_there_when_it_is_taken(
 
 @pytest.mark.parametrize("failure", FAILURES)
 @pytest.mark.parametrize("failing", range(1, READ_THREADS + 1))
-def test_a_reader_that_cannot_start_leaves_nothing_pinned(packed_model: PackedModel, failing: int, failure: str):
+def test_a_reader_thread_that_cannot_start_leaves_nothing_pinned(packed_model: PackedModel, failing: int, failure: str):
     runtime, filler = Runtime(1 << 40), PackLayerReader(packed_model.pack)
     pin, layers = Pinner(runtime, lambda: None, lambda _: None), packed_model.skeleton.layers
     with at_most(60), watched_threads(failing, failure) as threads, pytest.raises(AllocationError):
