@@ -270,7 +270,7 @@ def test_embeddings_leave_the_device_where_a_layer_takes_their_place(spec: Model
 
 def fits(spec: ModelSpec, plan: Plan, num_resident: int, budget: int) -> bool:
     slots = NUM_SLOTS if num_resident < spec.num_layers else 0
-    return ledger_bytes(spec, None, plan, num_resident, slots) <= budget
+    return ledger_bytes(spec, None, plan, num_resident, slots) <= budget + reserve(plan.work.device)
 
 
 def test_embeddings_make_room_for_layers_where_host_memory_has_room_for_them():
@@ -359,7 +359,7 @@ def test_a_refusal_names_the_longest_context_that_fits(spec: ModelSpec, draft: M
         return
     with pytest.raises(DoesNotFitError) as caught:
         plan_for(request(budget, ctx=asked), MACHINE, spec, draft)
-    named = re.search(r"--ctx (\d+) would fit", caught.value.hint or "")
+    named = re.search(r"--ctx (\d+) or less", caught.value.hint or "")
     longest = int(named[1]) if named else 0
     assert longest < asked and try_plan(spec, draft, budget, ctx=longest + 1) is None
     assert not longest or try_plan(spec, draft, budget, ctx=longest) is not None
@@ -370,7 +370,7 @@ def test_smaller_plans_give_up_layers_and_then_the_tree():
     asked = plan_request(TARGET, DRAFT, device="cpu", vram_bytes=GIB, ctx=CTX, tree_budget=32)
     inputs = find_inputs(asked)
     seen = [choose_plan(asked, inputs).plan]
-    with pytest.raises(DoesNotFitError, match="cannot be had"):
+    with pytest.raises(DoesNotFitError, match="cannot be allocated"):
         while True:
             seen.append(smaller_plan(asked, inputs, seen[-1]))
     sizes = [each.device_bytes for each in seen]
