@@ -17,6 +17,10 @@ PACKAGE = Path(__file__).parents[1] / "specchat"
 DONE = (
     "closing.py",
     "hardware/",
+    "api.py",
+    "loading/",
+    "planner/",
+    "version.py",
     "models/quant/",
     "models/catalog/",
     "models/hub/",

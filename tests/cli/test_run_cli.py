@@ -77,7 +77,7 @@ def fails(result, code, *words):
         (["run", "demo", "hi", "--json", "--json-stream"], ["--json-stream"]),
         (["run", "demo", "hi", "--plan", "--json-stream"], ["--plan"]),
         (["run", "demo", "hi", "-q", "-v"], ["--quiet", "--verbose"]),
-        (["run", "demo", "hi", "--draft", "self"], ["self", "not in this version"]),
+        (["run", "demo", "hi", "--draft", "self"], ["self", "not available in this version"]),
         (["run", "demo", "hi", "--draft", "retrieval"], ["retrieval"]),
         (["run", "demo"], ["empty"]),
         (["run", "demo", ""], ["empty"]),
@@ -350,7 +350,9 @@ def test_less_free_memory_than_planned_makes_the_plan_smaller(specchat, monkeypa
 
     monkeypatch.setattr(Engine, "load", fail)
     fails(
-        specchat("run", "demo", "hi", "--device", "cpu", "-q", "--ctx", "64", "--tree-budget", "2"), 4, "cannot be had"
+        specchat("run", "demo", "hi", "--device", "cpu", "-q", "--ctx", "64", "--tree-budget", "2"),
+        4,
+        "cannot be allocated",
     )
 
 
