@@ -1,4 +1,4 @@
-"""Chat with a language model that does not fit in your GPU's memory; the text is exactly what it alone would write.
+"""Chat with a language model that does not fit in GPU memory, with exactly the text of plain decoding.
 
     import specchat
 
@@ -23,7 +23,7 @@ _HOMES = {"load": "specchat.api", "Model": "specchat.api", "Delta": "specchat.ch
 
 
 def __getattr__(name: str) -> Any:
-    """Import the public names when they are first used."""
+    """Import a public name when it is first used."""
     if name not in _HOMES:
         raise AttributeError(f"module 'specchat' has no attribute '{name}'")
     from importlib import import_module

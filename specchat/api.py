@@ -1,4 +1,4 @@
-"""specchat from Python: load a model, chat with it, let it write; no terminal is involved."""
+"""Python interface: load a model, chat with it, continue texts."""
 
 import time
 import warnings
@@ -31,14 +31,14 @@ _ROLES: tuple[Literal["system", "user", "assistant"], ...] = ("system", "user", 
 
 
 class SamplingOptions(TypedDict, total=False):
-    """How tokens are drawn.
+    """Sampling settings.
 
     Attributes:
-        temperature: divisor of the scores; 0 is greedy.
-        top_p: probability mass of the tokens that are kept.
-        top_k: number of the tokens that are kept; 0 keeps all.
+        temperature: divisor of the scores; 0 means greedy decoding.
+        top_p: probability mass of the kept tokens.
+        top_k: number of kept tokens; 0 keeps all.
         min_p: least probability of a kept token, relative to the best one.
-        repetition_penalty: divisor for tokens that the text has already; 1 is none.
+        repetition_penalty: divisor for the scores of tokens that occur in the text; 1 means no penalty.
     """
 
     temperature: float
@@ -63,24 +63,24 @@ def load(
     offline: bool = False,
     confirm: Ask = lambda _question: True,
 ) -> "Model":
-    """Find, plan and load a model; what is missing is downloaded.
+    """Find, plan and load a model; download missing files.
 
     Args:
         model: MODEL as on the command line: demo, a folder, org/name, or a shape.
-        draft: model that guesses, or auto, or none.
+        draft: model that drafts trees, or auto, or none.
         device: auto, cpu, cuda or cuda:N.
-        vram: device memory budget, in bytes or as text such as "8GiB"; None takes what is free.
-        ram: cap on host memory, likewise.
-        ctx: tokens that prompt and answer can have together; None takes the usual.
-        tree_budget: draft nodes per tree; None adapts it while running.
+        vram: device memory budget, in bytes or as text such as "8GiB"; None uses the free memory.
+        ram: cap on host memory, in bytes or as text; None uses the free memory.
+        ctx: maximum number of tokens of prompt and answer together; None uses the default.
+        tree_budget: draft nodes per tree; None adapts the number while running.
         dtype: dtype of weights, activations and caches.
         quant: quantization of the target's matrices.
         draft_quant: quantization of the draft's matrices; it never changes the text.
-        offline: whether the network must not be touched.
-        confirm: receives a question before a download; False refuses it.
+        offline: whether network access is forbidden.
+        confirm: receives a question before a download; a result of False refuses the download.
 
     Raises:
-        SpecchatError: with a message and a hint; see `specchat.errors`.
+        SpecchatError: the model cannot be found, planned or loaded; see `specchat.errors`.
     """
     choices = PlanChoices(
         device=device,
@@ -103,12 +103,12 @@ def load(
 
 
 class Model(Closeable):
-    """A loaded model: one answer at a time, all memory held until `close`.
+    """A loaded model; writes one answer at a time and holds its memory until `close`.
 
     Args:
         engine: engine of the model.
         tokenizer: tokenizer of the target.
-        defaults: recommendations of the model's makers for sampling.
+        defaults: sampling values that the model recommends.
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, defaults: GenerationDefaults) -> None:
@@ -123,7 +123,7 @@ class Model(Closeable):
         return self._engine.plan
 
     def close(self) -> None:
-        """Free all memory and end all threads."""
+        """Free all memory and stop all threads."""
         self._engine.close()
 
     def chat(
@@ -138,28 +138,28 @@ class Model(Closeable):
     ) -> "Answering":
         """Answer the last message of a chat.
 
-        The tokens that this chat shares with the last one are not read again.
+        Tokens shared with the previous chat are not read again.
 
         Args:
             messages: the whole chat; each has a "role" (system, user, assistant) and a "content".
-            max_tokens: longest answer; None for as long as the context allows.
-            stop: strings that end the answer and are cut off it.
-            think: the template's switch for thinking; None leaves it alone.
-            seed: key of the draws.
-            **sampling: values of `SamplingOptions`; the model's own values hold where they are left out.
+            max_tokens: maximum length of the answer in tokens; None is limited only by the context.
+            stop: strings that end the answer; the answer does not contain them.
+            think: switch of the chat template for thinking; None uses the default of the template.
+            seed: seed of the random draws.
+            **sampling: values of `SamplingOptions`; missing ones default to those of the model.
 
         Returns:
-            The pieces of the answer, an iterator that computes while it is read.
+            Iterator over the pieces of the answer; it computes while it is read.
 
         Raises:
-            EmptyPromptError: no message.
-            UsageError: the model was not made for chats, or its template refuses these messages.
+            EmptyPromptError: there is no message.
+            UsageError: the model has no chat template, or its template refuses these messages.
             PromptTooLongError: the chat leaves no room for an answer.
         """
         check_has_template(self._tokenizer, base=False)
         text = self._tokenizer.render([_message(each) for each in messages], thinking=think) if messages else ""
         if not text:
-            raise EmptyPromptError("there is no message to answer")
+            raise EmptyPromptError("the chat has no message to answer")
         parser = self._tokenizer.response_parser(text)
         parts = Parts(parser or ThinkTags(opened=text.rstrip().endswith("<think>")), continuing=False)
         ids = self._tokenizer.encode(text)
@@ -178,13 +178,13 @@ class Model(Closeable):
 
         Args:
             prompt: text, or token ids of the target.
-            max_tokens: longest continuation; None for as long as the context allows.
-            stop: strings that end the continuation and are cut off it.
-            seed: key of the draws.
-            **sampling: values of `SamplingOptions`; the model's own values hold where they are left out.
+            max_tokens: maximum length of the continuation in tokens; None is limited only by the context.
+            stop: strings that end the continuation; the continuation does not contain them.
+            seed: seed of the random draws.
+            **sampling: values of `SamplingOptions`; missing ones default to those of the model.
 
         Returns:
-            The pieces of the continuation, an iterator that computes while it is read.
+            Iterator over the pieces of the continuation; it computes while it is read.
 
         Raises:
             EmptyPromptError: the prompt has no tokens.
@@ -219,14 +219,14 @@ class Model(Closeable):
 
 
 class Answering(Iterator[Delta]):
-    """An answer while it is written: iterate over its pieces, or call `read`.
+    """An answer in progress: iterate over its pieces, or call `read`.
 
     Args:
         engine: engine that writes the tokens.
-        answer: sums of the answer so far.
+        answer: accumulated answer.
         ids: token ids of the prompt.
-        sampling: how tokens are drawn.
-        max_tokens: longest answer; None for as long as the context allows.
+        sampling: sampling settings.
+        max_tokens: maximum length of the answer in tokens; None is limited only by the context.
     """
 
     def __init__(
@@ -236,27 +236,27 @@ class Answering(Iterator[Delta]):
         self._pieces = self._write(engine, ids, sampling, max_tokens)
 
     def __next__(self) -> Delta:
-        """Return the next piece: new text, new token ids, and whether they are thinking or answer."""
+        """Return the next piece: new text and token ids, and whether they belong to thinking or answer."""
         return next(self._pieces)
 
     def read(self) -> str:
-        """Write the answer to its end and return its whole text, without the thinking."""
+        """Write the answer to its end and return its text without the thinking."""
         for _ in self:
             pass
         return self.text
 
     def close(self) -> None:
-        """Stop writing; what was written stays."""
+        """Stop writing; the text so far stays available."""
         self._pieces.close()
 
     @property
     def text(self) -> str:
-        """The answer so far, without special tokens, stop string and thinking."""
+        """Text of the answer so far, without special tokens, stop string and thinking."""
         return self._answer.text("answer")
 
     @property
     def reasoning(self) -> str:
-        """The thinking so far."""
+        """Text of the thinking so far."""
         return self._answer.text("reasoning")
 
     @property
@@ -266,7 +266,7 @@ class Answering(Iterator[Delta]):
 
     @property
     def finish_reason(self) -> FinishReason | None:
-        """Why the answer ended: stop, length or context; None while it is written."""
+        """Reason for the end of the answer: stop, length or context; None before the end."""
         return self._answer.finish_reason
 
     def _write(
@@ -281,7 +281,7 @@ class Answering(Iterator[Delta]):
 
 
 class _Warnings:
-    """Reports warnings through Python's own, and no progress."""
+    """Reporter that passes warnings to Python's `warnings` and ignores progress."""
 
     @contextmanager
     def moving(self, what: str) -> Iterator[Callable[[int, int], None]]:
@@ -301,5 +301,6 @@ def _message(values: Mapping[str, str]) -> Message:
         if role == known and isinstance(values.get("content"), str):
             return Message(known, values["content"], values.get("reasoning"))
     raise UsageError(
-        f"not a chat message: {dict(values)!r}", hint='{"role": "user", "content": "..."}; roles: ' + ", ".join(_ROLES)
+        f"not a chat message: {dict(values)!r}",
+        hint='use {"role": "user", "content": "..."} with one of the roles ' + ", ".join(_ROLES),
     )

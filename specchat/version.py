@@ -1,3 +1,3 @@
-"""The version of specchat."""
+"""Version of specchat."""
 
 __version__ = "0.1.0"

@@ -1,1 +1,1 @@
-"""From names of models to an engine that is ready: find, plan, prepare, load. No terminal is involved."""
+"""Find, plan, prepare and load models by name, without a terminal."""

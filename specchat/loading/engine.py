@@ -1,4 +1,4 @@
-"""Loading the engine of a plan, one step smaller where memory has gone meanwhile."""
+"""Load the engine of a plan; if memory is no longer free, load a smaller plan."""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 def load_engine(
     request: ModelRequest, models: Models, plan: Plan, reporter: Reporter, temperature: float | None = None
 ) -> "Engine":
-    """Load the engine as planned; where free memory has gone meanwhile, load a smaller plan and say so.
+    """Load the engine as planned; if memory is no longer free, warn and load a smaller plan.
 
     Args:
-        request: choices that are made already.
+        request: models and choices of the user.
         models: models of the plan.
-        plan: sizes and places.
+        plan: plan to load.
         reporter: receives progress and warnings.
-        temperature: chosen sampling temperature; None leaves it to the model.
+        temperature: sampling temperature of the user; None leaves it to the model.
 
     Raises:
         DoesNotFitError: nothing smaller is left to try.
@@ -41,14 +41,14 @@ def load_engine(
         except AllocationError as error:
             plan = make_smaller_plan(request, models, reporter, plan, temperature)
             reporter.warn(f"{error.message}; trying again with {_size_of(plan)}")
-        gc.collect()  # modules and what is bound to them refer to each other: they would stay in memory until then
+        gc.collect()  # modules and their buffers refer to each other, so only the collector frees them
 
 
 def load_planned(target: ModelSource, draft: ModelSource | None, plan: Plan, reporter: Reporter) -> "Engine":
-    """Open the weights of both models, write the packs that they need and load the engine.
+    """Open the weights of both models, write missing packs and load the engine.
 
     Raises:
-        AllocationError: memory that the plan counts on cannot be allocated.
+        AllocationError: memory of the plan cannot be allocated.
         ModelError: the files cannot be read.
     """
     from specchat.engine.engine import Engine
@@ -61,7 +61,7 @@ def load_planned(target: ModelSource, draft: ModelSource | None, plan: Plan, rep
 def make_packs(
     target: ModelSource, draft: ModelSource | None, plan: Plan, reporter: Reporter
 ) -> "tuple[Pack | None, Pack | None]":
-    """Return the packs of target and draft, written first if necessary; None where a model's own files are read."""
+    """Return the packs of target and draft, and write missing ones; None for a model that needs no pack."""
     with _opened(target, draft, plan) as (weights, draft_weights):
         packs = _packs(weights, draft_weights, plan, reporter)
         for each in (weights, draft_weights):
@@ -77,14 +77,14 @@ def open_engine(
     packs: "tuple[Pack | None, Pack | None]",
     warn: Callable[[str], None] = lambda _: None,
 ) -> "Engine":
-    """Load an engine whose packs are there already.
+    """Load an engine whose packs exist.
 
     Args:
         target: model that writes the text.
-        draft: model that guesses, or None.
-        plan: sizes and places.
+        draft: model that drafts trees, or None.
+        plan: plan to load.
         packs: packs of target and draft, as `make_packs` returns them.
-        warn: receives one line about what the system refused.
+        warn: receives one-line warnings about requests that the system refused.
     """
     from specchat.engine.engine import Engine
 
@@ -96,7 +96,7 @@ def open_engine(
 def _opened(
     target: ModelSource, draft: ModelSource | None, plan: Plan
 ) -> "Iterator[tuple[ModelWeights, ModelWeights | None]]":
-    """Open the weights of both models; after an error they are closed again."""
+    """Open the weights of both models; close them after an error only."""
     from specchat.engine.attention import tree_attention
     from specchat.models.weights.open import open_weights
 
@@ -120,9 +120,9 @@ def _packs(
 
 
 def stop_ids(defaults: GenerationDefaults, tokenizer: "Tokenizer") -> frozenset[int]:
-    """Return the tokens that end an answer.
+    """Return the tokens that end an answer: those of the generation_config, and the tokenizer's end token.
 
-    Chat models often end their turns with the tokenizer's end token where their config only has the base model's.
+    The config of a chat model often names only the end token of the base model.
     """
     eos = tokenizer.eos_token_id
     return defaults.stop_ids if eos is None else defaults.stop_ids | {eos}

@@ -1,16 +1,16 @@
-"""Settings that libraries read when they are first imported."""
+"""Environment settings that libraries read at import."""
 
 import os
 import warnings
 
 
 def prepare_libraries() -> None:
-    """Settings that libraries read when they are first imported.
+    """Set the environment variables that libraries read at import, and silence their warnings.
 
-    Their warnings and progress bars mean nothing to a user; SPECCHAT_DEBUG=1 lets them through.
+    Warnings and progress bars of libraries mean nothing to a user; SPECCHAT_DEBUG=1 keeps them.
     """
-    # OpenMP's threads spin while they wait for each other. With another busy program beside them, one that is not
-    # running is waited for all its time slice long: tens of times slower, many times in each layer.
+    # OpenMP threads spin while they wait for each other. If another busy program displaces one of them, the others wait
+    # for its whole time slice: tens of times slower, many times in each layer.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if os.environ.get("SPECCHAT_DEBUG") == "1":

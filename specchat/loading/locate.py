@@ -1,4 +1,4 @@
-"""Finding a target and its draft: parsed, looked up, downloaded or made, and compared."""
+"""Find a target and its draft: parse names, look up, download or write files, compare vocabularies."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ _MOST_SHOWN = 8
 
 @dataclass(frozen=True)
 class Refs:
-    """MODEL arguments, parsed; `draft` is None for plain decoding and for "auto"."""
+    """Parsed MODEL arguments; `draft` is None for plain decoding and for "auto"."""
 
     target: ModelRef
     draft: ModelRef | None
@@ -34,7 +34,7 @@ class Models:
 
     Attributes:
         target: model that writes the text.
-        draft: model that guesses, or None.
+        draft: model that drafts trees, or None.
         draft_note: reason for plain decoding; empty with a draft.
     """
 
@@ -44,17 +44,17 @@ class Models:
 
 
 def parse_models(request: ModelRequest) -> Refs:
-    """Parse the names of target and draft; nothing is looked up yet.
+    """Parse the names of target and draft without looking them up.
 
     Raises:
-        UsageError: no model is named, or a name means nothing.
-        NotAvailableError: a kind of draft that this version does not have.
+        UsageError: no model is named, or a name is not valid.
+        NotAvailableError: this version does not have the kind of draft.
     """
     if request.model is None:
         _refuse_without_model()
     if request.draft in ("self", "retrieval"):
         raise NotAvailableError(
-            f"--draft {request.draft} is not in this version", hint="use --draft MODEL, auto or none"
+            f"--draft {request.draft} is not available in this version", hint="use --draft MODEL, auto or none"
         )
     draft = None if request.draft in ("auto", "none") else parse_model(request.draft)
     target = _stored(parse_model(request.model), request.choices.quant)
@@ -62,7 +62,7 @@ def parse_models(request: ModelRequest) -> Refs:
 
 
 def locate_models(request: ModelRequest, refs: Refs, reporter: Reporter, ask: Ask) -> Models:
-    """Find the models' files; download or write what is missing, once the user has agreed.
+    """Find the models' files; write missing ones, or download them after the user has agreed.
 
     Args:
         request: models and choices.
@@ -71,28 +71,28 @@ def locate_models(request: ModelRequest, refs: Refs, reporter: Reporter, ask: As
         ask: asks before a download.
 
     Raises:
-        ModelError: a model cannot be found or fetched.
-        UsageError: a download was not confirmed.
+        ModelError: a model cannot be found or downloaded.
+        UsageError: the user did not confirm a download.
         UnsupportedModelError: the target is known not to run.
     """
     return _obtain_both(request, refs, _look_up(request, refs, reporter), reporter, ask)
 
 
 def sketch_models(request: ModelRequest, refs: Refs, reporter: Reporter, ask: Ask, folder: Path) -> Models:
-    """Find the models as far as a plan needs them: only the configuration of a missing model is fetched.
+    """Find the models for a plan; for a missing model, download only the configuration.
 
-    Pre-quantized checkpoints are fetched whole: only their headers tell how large their matrices are.
+    Pre-quantized checkpoints are downloaded whole, because only their headers hold the sizes of their matrices.
 
     Args:
         request: models and choices.
         refs: parsed names.
         reporter: receives progress and warnings.
         ask: asks before a download.
-        folder: existing folder for configurations that have to be written.
+        folder: existing folder for configurations to write.
 
     Raises:
-        ModelError: a model cannot be found or fetched.
-        UsageError: a download was not confirmed.
+        ModelError: a model cannot be found or downloaded.
+        UsageError: the user did not confirm a download.
         UnsupportedModelError: the target is known not to run.
     """
     found = _look_up(request, refs, reporter)
@@ -102,12 +102,12 @@ def sketch_models(request: ModelRequest, refs: Refs, reporter: Reporter, ask: As
         return _obtain_both(request, refs, found, reporter, ask)
     if found.are_here:
         return _pair(request, refs, target, draft, found.draft_note)
-    return Models(target, draft, found.draft_note)  # no vocabularies to compare yet
+    return Models(target, draft, found.draft_note)  # the vocabularies are not available yet
 
 
 @dataclass(frozen=True)
 class _Found:
-    """Both models, each with its files or with what is missing; `draft_note` says why there is no draft."""
+    """Both models, each with its files or its missing parts; `draft_note` is the reason for having no draft."""
 
     target: ModelSource | Missing
     draft: ModelSource | Missing | None
@@ -115,7 +115,7 @@ class _Found:
 
     @property
     def are_here(self) -> bool:
-        """Whether nothing has to be downloaded or made."""
+        """Whether the files of both models exist."""
         return isinstance(self.target, ModelSource) and (self.draft is None or isinstance(self.draft, ModelSource))
 
 
@@ -123,16 +123,16 @@ def _refuse_without_model() -> NoReturn:
     cached = cached_models()
     more = f" and {len(cached) - _MOST_SHOWN} more" if len(cached) > _MOST_SHOWN else ""
     shown = ", ".join(["demo (embedded, a toy)", *cached[:_MOST_SHOWN]])
-    raise UsageError(f"which MODEL? here without a download: {shown}{more}", hint="specchat run demo")
+    raise UsageError(f"no MODEL is given; available without a download: {shown}{more}", hint="try `specchat run demo`")
 
 
 def _stored(ref: ModelRef, quant: Literal["auto"] | Quant) -> ModelRef:
-    """Return a shape with the quantization that it is made in; "auto" makes it in full precision."""
+    """Return a shape with its quantization; "auto" means full precision. Other references stay unchanged."""
     return ref if ref.shape is None or quant == "auto" else replace(ref, shape=replace(ref.shape, quant=quant))
 
 
 def _look_up(request: ModelRequest, refs: Refs, reporter: Reporter) -> _Found:
-    """Find the target and choose a draft; nothing is downloaded, and a target that cannot run is refused first."""
+    """Refuse an unsupported target, find it and choose a draft, all without downloading weights."""
     why = known_families().why_unsupported(refs.target.text)
     if why is not None:
         raise UnsupportedModelError(f"{refs.target.text} is not supported: {why}")
@@ -150,10 +150,10 @@ def _choose_draft(request: ModelRequest, refs: Refs, reporter: Reporter) -> Draf
 
 
 def _obtain_both(request: ModelRequest, refs: Refs, found: _Found, reporter: Reporter, ask: Ask) -> Models:
-    """Fetch or make both models' files, after one question for all downloads.
+    """Download or write both models' files, after one question for all downloads.
 
     Raises:
-        UnsupportedModelError: the target's configuration cannot run; its weights are not downloaded.
+        UnsupportedModelError: the target's configuration is not supported; no weights are downloaded.
     """
     if isinstance(found.target, Download):
         refuse_by_configuration(found.target)
@@ -165,12 +165,12 @@ def _obtain_both(request: ModelRequest, refs: Refs, found: _Found, reporter: Rep
 
 
 def refuse_by_configuration(target: Download) -> None:
-    """Refuse a model whose configuration cannot run, before its weights are downloaded.
+    """Refuse a model with an unsupported configuration, before its weights are downloaded.
 
     Raises:
-        UnsupportedModelError: an architecture or quantization that specchat does not read.
+        UnsupportedModelError: the architecture or quantization is not supported.
     """
-    from specchat.models.hf.config import load_config  # with torch
+    from specchat.models.hf.config import load_config  # imports torch
     from specchat.models.weights.choose_recipe import is_prequantized
 
     sketched = locate.sketch(target, Path())
@@ -179,7 +179,10 @@ def refuse_by_configuration(target: Download) -> None:
 
 
 def _pair(request: ModelRequest, refs: Refs, target: ModelSource, draft: ModelSource | None, draft_note: str) -> Models:
-    """Pair a target with its draft; an automatic draft must fit, and a cached relative replaces a missing one."""
+    """Pair a target with its draft.
+
+    An automatic draft must share the vocabulary. If none was found, a cached model of the same family may replace it.
+    """
     if draft is not None:
         if request.draft != "auto" or fits(target, draft):
             return Models(target, draft, "")
@@ -189,10 +192,10 @@ def _pair(request: ModelRequest, refs: Refs, target: ModelSource, draft: ModelSo
 
 
 def _sketch(found: ModelSource | Missing, folder: Path) -> ModelSource | None:
-    """Return what a plan can be made from; None for a model that would have to be downloaded whole."""
+    """Return a source that a plan can be made from; None for a model that must be downloaded whole."""
     if isinstance(found, ModelSource):
         return found
-    from specchat.models.weights.choose_recipe import is_prequantized  # with torch
+    from specchat.models.weights.choose_recipe import is_prequantized  # imports torch
 
     sketched = locate.sketch(found, folder)
     return None if is_prequantized(sketched) else sketched
@@ -210,5 +213,5 @@ def _download_question(downloads: Sequence[Download], target: ModelSource | Miss
     what = " and ".join(f"{each.name} ({format_bytes(each.missing_bytes)})" for each in downloads)
     question = f"download {what} to {downloads[0].folder} ({format_bytes(downloads[0].free_disk_bytes)} free)?"
     if downloads[0] is target:  # a repacked copy may be needed as well
-        question += f"\nstreaming may need a copy of up to {format_bytes(downloads[0].num_bytes)} beside it"
+        question += f"\nstreaming may also need a copy of up to {format_bytes(downloads[0].num_bytes)}"
     return question

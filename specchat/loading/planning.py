@@ -1,4 +1,4 @@
-"""Planning for the models of a request on this machine."""
+"""Plan the models of a request for this machine."""
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan with its reasons, and the models that it is for: a draft that would not pay is left out."""
+    """A plan with its reasons and models, without a draft that plain decoding outruns."""
 
     chosen: "ExplainedPlan"
     models: Models
@@ -38,11 +38,11 @@ def make_plan(
     """Choose the fastest plan for this machine.
 
     Args:
-        request: choices that are made already.
+        request: models and choices of the user.
         models: models that were found.
         reporter: receives one line about statistics that cannot be read.
-        temperature: chosen sampling temperature; None leaves it to the model.
-        as_given: whether draft and precision are kept even where others are faster, as comparisons need it.
+        temperature: sampling temperature of the user; None leaves it to the model.
+        as_given: whether to keep draft and precision even if others are faster, for comparisons.
 
     Raises:
         DoesNotFitError: no plan stays within the budget.
@@ -78,12 +78,12 @@ def make_smaller_plan(
 
 
 def plan_request(request: ModelRequest, models: Models, temperature: float | None = None) -> "PlanRequest":
-    """Return what the planner is asked for.
+    """Return the request for the planner.
 
     Args:
-        request: choices that are made already.
+        request: models and choices of the user.
         models: models that were found.
-        temperature: chosen sampling temperature; None leaves it to the model.
+        temperature: sampling temperature of the user; None leaves it to the model.
     """
     from specchat.planner.request import PlanRequest
 
@@ -93,7 +93,7 @@ def plan_request(request: ModelRequest, models: Models, temperature: float | Non
         target=models.target,
         draft=models.draft,
         choices=choices,
-        # Whoever asks for a tree size or a draft precision wants a draft.
+        # A user who sets a tree budget or a draft precision wants a draft.
         draft_is_open=request.draft == "auto" and choices.tree_budget is None and choices.draft_quant == "auto",
         samples=not resolve_sampling(SamplingChoices(temperature=temperature), defaults, 0).greedy,
     )

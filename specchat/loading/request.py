@@ -1,4 +1,4 @@
-"""What is to be loaded, and who is told about it."""
+"""Request to load models, and the interfaces to report and to ask."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -10,13 +10,13 @@ from specchat.records.plan import PlanChoices
 
 @dataclass(frozen=True)
 class ModelRequest:
-    """Which models to load, and what they may take.
+    """Request to load models with the user's choices.
 
     Attributes:
-        model: MODEL argument of the target; None if it was left out.
+        model: MODEL argument of the target, or None.
         draft: MODEL argument of the draft, or auto, none, self, retrieval.
-        choices: choices of the plan that are made already.
-        offline: whether the network must not be touched.
+        choices: settings of the plan that the user has fixed.
+        offline: whether network access is forbidden.
     """
 
     model: str | None = None
@@ -26,21 +26,21 @@ class ModelRequest:
 
 
 class Reporter(Protocol):
-    """Receives what happens while models are found and loaded."""
+    """Receiver of progress and warnings while models are found and loaded."""
 
     def moving(self, what: str) -> AbstractContextManager[Callable[[int, int], None]]:
         """Report progress while bytes move.
 
         Args:
-            what: what is happening, such as "downloading org/name".
+            what: description of the activity, such as "downloading org/name".
 
         Returns:
-            A context whose function receives bytes so far and total bytes.
+            Context manager with a function that receives bytes so far and total bytes.
         """
 
     def warn(self, text: str) -> None:
-        """Report one line about something that did not go as asked."""
+        """Report a one-line warning about a request that was not met."""
 
 
-# Asks a yes-no question; where nobody can answer, the answer is no.
+# Function that asks the user a yes-no question; False if nobody can answer.
 Ask = Callable[[str], bool]

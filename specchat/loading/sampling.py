@@ -1,4 +1,4 @@
-"""Which sampling values hold: chosen ones, the model's own, or greedy decoding."""
+"""Combine the user's sampling values with those of the model."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from specchat.records.generation import Sampling
 
 @dataclass(frozen=True)
 class SamplingChoices:
-    """Sampling values as chosen; None leaves a value to the model."""
+    """Sampling values of the user; None leaves a value to the model."""
 
     temperature: float | None = None
     top_p: float | None = None
@@ -27,7 +27,7 @@ def resolve_sampling(chosen: SamplingChoices, defaults: GenerationDefaults, seed
     Args:
         chosen: the user's choices.
         defaults: the model's generation_config.
-        seed: key of the random draws.
+        seed: seed of the random draws.
     """
     samples = bool(defaults.do_sample)
     return Sampling(

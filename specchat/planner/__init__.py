@@ -1,1 +1,1 @@
-"""Deciding what goes where before any byte moves."""
+"""Decide where every layer and cache lives before any byte moves."""

@@ -1,7 +1,7 @@
-"""Every plan that fits, with its predicted speed, of a target in one precision.
+"""All plans that fit for a target in one precision, with their predicted speeds.
 
-What is open: whether to draft, the size of trees, slots, which layers stay, and the context where nothing larger fits.
-Everything that the user has settled stays as it is.
+The search varies the draft, the tree budget, the slots and the resident layers, and shortens a default context that
+does not fit. Settings that the user has fixed are not varied.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,28 +28,28 @@ from specchat.units import GIB, MIB, format_bytes
 
 DEFAULT_CTX = 8192
 _LEAST_CTX = 512
-# The most nodes of a tree whose size follows what its nodes pay (engine/drafting), the usual one first. A GPU computes
-# hundreds of rows while a layer is on its way; on two CPU cores 128 rows take longer than the disk.
+# Tree budgets to try, the default first; adaptive trees (engine/drafting) may stay smaller. A GPU computes hundreds of
+# rows while a layer is loaded; on two CPU cores, computing 128 rows takes longer than reading the layer from disk.
 TREE_BUDGETS = {"cpu": (128, 64, 32, 16), "cuda": (256, 512, 128, 64, 32)}
 CHUNK_ROWS = 512
-# What cuBLAS keeps for itself and what the allocator of CUDA memory rounds up; not measured on a GPU yet.
+# Memory for the workspaces of cuBLAS and for rounding in the CUDA allocator; not measured on a GPU yet.
 CUDA_RESERVE_BYTES = 96 * MIB
-# An expanded node may drop out of the tree again, so the draft may spend more rows than the tree has nodes.
+# Expanded nodes may be cut from the tree again, so the draft needs more rows than the tree has nodes.
 DRAFT_ROWS_PER_NODE = 2
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A plan that fits, before it is written out.
+    """A configuration that fits, with its predicted speed.
 
     Attributes:
-        target, draft: their sizes.
+        target, draft: sizes of the models; a draft of None means plain decoding.
         work: device, dtype, context and trees.
-        sizes: how many layers lie in each tier.
+        sizes: layers and bytes in each tier.
         vram_bytes: device memory budget in bytes.
-        tok_per_s: as predicted.
-        adaptive: whether trees may be smaller than the budget of the work.
-        model: what predicts.
+        tok_per_s: predicted speed.
+        adaptive: whether trees may be smaller than the tree budget.
+        model: cost model of the pair.
     """
 
     target: ModelSpec
@@ -63,7 +63,7 @@ class Candidate:
 
     @cached_property
     def prediction(self) -> Prediction:
-        """All that is predicted of it."""
+        """Full prediction for this configuration."""
         return self.model.predict(self.sizes, self.work.tree_budget, adaptive=self.adaptive)
 
     @property
@@ -73,18 +73,18 @@ class Candidate:
 
     @property
     def num_streamed(self) -> int:
-        """Layers that are streamed."""
+        """Number of streamed layers."""
         return self.sizes.num_streamed
 
     def plan(self, choices: PlanChoices, machine: Machine) -> Plan:
-        """The plan itself."""
+        """Build the plan, with placement and ledgers."""
         target, draft, work = self.target, self.draft, self.work
         resident = interleaved(target.num_layers - self.num_streamed, target.num_layers)
         kept, all_sizes = set(resident), layer_sizes(target, work.dtype)
         sizes = {i: size for i, size in enumerate(all_sizes) if i not in kept}
         in_ram = among(sizes, self.sizes.num_in_ram)
         placement = Placement(target.num_layers, resident, in_ram, self.slots)
-        beside_gpu = _host_bytes(sizes, in_ram, self.slots) + host_embedding_bytes(target, work)
+        host_bytes = _host_bytes(sizes, in_ram, self.slots) + host_embedding_bytes(target, work)
         return Plan(
             target=target.name,
             draft=None if draft is None else draft.name,
@@ -93,7 +93,7 @@ class Candidate:
             placement=placement,
             ledger=build_ledger(target, draft, work, placement),
             vram_bytes=self.vram_bytes,
-            host_bytes=0 if machine.device == "cpu" else beside_gpu,
+            host_bytes=0 if machine.device == "cpu" else host_bytes,
             streamed_bytes_per_step=sum(sizes.values()),
             adaptive=self.adaptive,
             draft_quant="none" if draft is None else draft.quant,
@@ -104,51 +104,51 @@ class Candidate:
 
 
 def preference(candidate: Candidate) -> tuple[float, ...]:
-    """Larger is better: speed, then a draft as it is, the usual size of trees, and what takes least memory."""
-    budgets, budget = _open_budgets(candidate.work.device), candidate.work.tree_budget
+    """Return a sort key, larger is better: speed, then an unquantized draft, the default tree budget, fewer slots."""
+    budgets, budget = _default_tree_budgets(candidate.work.device), candidate.work.tree_budget
     rank = budgets.index(budget) if budget in budgets else 0
     is_lower = candidate.draft is not None and candidate.draft.quant in LOWER_QUANTS
     return _rounded(candidate.tok_per_s), -is_lower, -rank, -candidate.slots
 
 
 def _rounded(tok_per_s: float) -> float:
-    """Equal speeds differ in how they were added up."""
+    """Round a speed, because sums in another order differ in their last bits."""
     return round(tok_per_s, 6)
 
 
 class Candidates:
-    """Everything that fits, with a draft and without, each at the longest context at which any of it does.
+    """All configurations that fit, per draft at the longest context at which one fits.
 
     Args:
-        request: what was asked for.
-        known: what the choice is based on.
-        target: its sizes, in one precision.
+        request: models and choices.
+        inputs: machine, rates, sizes and statistics.
+        target: sizes of the target in one precision.
 
     Raises:
-        UsageError: a context the model has no positions for.
+        UsageError: the context is longer than the model allows.
     """
 
-    def __init__(self, request: PlanRequest, known: PlanInputs, target: ModelSpec) -> None:
+    def __init__(self, request: PlanRequest, inputs: PlanInputs, target: ModelSpec) -> None:
         self._request = request
         self._choices = request.choices
-        self._known = known
+        self._inputs = inputs
         self._target = target
-        self._dtype = dtype_for(request, known.machine, target)
+        self._dtype = dtype_for(request, inputs.machine, target)
         self._options = placement_options(target, self._dtype, request.choices.slots)
         self._vram_bytes = (
-            request.choices.vram_bytes if request.choices.vram_bytes is not None else _default_budget(known.machine)
+            request.choices.vram_bytes if request.choices.vram_bytes is not None else _default_budget(inputs.machine)
         )
         self._contexts = _contexts(usual_ctx(request, target), is_open=request.choices.ctx is None)
-        self._usable_ram = usable_ram(known.machine.ram_available_bytes)
+        self._usable_ram = usable_ram(inputs.machine.ram_available_bytes)
         self._models: dict[ModelSpec | None, CostModel] = {}
         self._found: dict[ModelSpec | None, list[Candidate]] = {}
 
     @cached_property
     def best(self) -> Candidate | None:
-        """The one to prefer; None if nothing fits.
+        """Preferred candidate; None if nothing fits.
 
-        A draft that would be slower even if all layers stayed is not looked into. One that is stored in fewer bytes
-        computes no faster than as it is, so where everything fits that settles it.
+        Drafts are skipped that would lose even with every layer resident. Quantizing a draft saves memory, not compute
+        time. So a quantized draft cannot win once everything fits.
         """
         best: Candidate | None = None
         best_preference: tuple[float, ...] = (0.0,)
@@ -162,11 +162,11 @@ class Candidates:
 
     @property
     def all(self) -> list[Candidate]:
-        """Every one of them."""
+        """All candidates, with every draft and without."""
         return [candidate for draft in self._drafts for candidate in self._with_draft(draft)]
 
     def refusal(self) -> DoesNotFitError:
-        """Why nothing fits, with a hint that names the longest context that the budget allows."""
+        """Build the error for a budget that is too small; the hint names the longest context that fits."""
         draft, ctx = self._drafts[-1], self._contexts[-1]
         fits, too_long = 0, ctx
         while too_long - fits > 1:
@@ -174,35 +174,38 @@ class Candidates:
             fits, too_long = (
                 (middle, too_long) if self._least_bytes(draft, middle) <= self._vram_bytes else (fits, middle)
             )
-        advice = "raise --vram, or lower --tree-budget" if draft is not None else "raise --vram"
+        advice = "raise --vram or lower --tree-budget" if draft is not None else "raise --vram"
         return DoesNotFitError(
             f"{self._target.name} needs at least {format_bytes(self._least_bytes(draft, ctx))} with --ctx {ctx:,}, "
-            f"the budget is {format_bytes(self._vram_bytes)}",
-            hint=f"--ctx {fits} would fit; else {advice}" if fits else advice,
+            f"but the budget is {format_bytes(self._vram_bytes)}",
+            hint=f"use --ctx {fits} or less, or {advice}" if fits else advice,
         )
 
     @cached_property
     def _drafts(self) -> tuple[ModelSpec | None, ...]:
-        known = self._known
-        if known.draft is None:
+        inputs = self._inputs
+        if inputs.draft is None:
             return (None,)
-        return (known.draft, *known.lower_drafts, *((None,) if self._request.draft_is_open else ()))
+        return (inputs.draft, *inputs.lower_drafts, *((None,) if self._request.draft_is_open else ()))
 
     def _tree_budgets(self, draft: ModelSpec | None) -> tuple[int, ...]:
-        """Sizes of trees to try."""
+        """Return the tree budgets to try."""
         if draft is None:
             return (0,)
         asked = self._choices.tree_budget
-        return _open_budgets(self._known.machine.device) if asked is None else (asked,)
+        return _default_tree_budgets(self._inputs.machine.device) if asked is None else (asked,)
 
     def _with_draft(self, draft: ModelSpec | None) -> list[Candidate]:
-        """All that fits with one of the drafts."""
+        """Return all candidates with this draft, and cache them."""
         if draft not in self._found:
             self._found[draft] = self._search(draft)
         return self._found[draft]
 
     def _search(self, draft: ModelSpec | None) -> list[Candidate]:
-        """At the longest context at which anything fits; longer ones and larger trees never take less memory."""
+        """Return the candidates at the longest context that fits.
+
+        Memory never shrinks with a longer context or a larger tree, so the smallest tree decides.
+        """
         if self._least_bytes(draft, self._contexts[-1]) > self._vram_bytes:
             return []
         ctx = next(ctx for ctx in self._contexts if self._least_bytes(draft, ctx) <= self._vram_bytes)
@@ -210,46 +213,53 @@ class Candidates:
         return [candidate for work in works for candidate in self._with_workload(draft, work)]
 
     def _with_workload(self, draft: ModelSpec | None, work: Workload) -> Iterator[Candidate]:
-        """The most layers stay that can, with every number of slots, and more where embeddings make room."""
+        """Yield the candidates with most resident layers, per slot count, with embeddings on the device or the host."""
         model, adaptive = self._model(draft), self._choices.tree_budget is None
-        ways = self._ways(draft, work)
-        for index, split in self._options.split([self._vram_bytes - beside for _, beside in ways]):
-            way, beside = ways[index]
-            sizes = self._options.place(split, self._host_budget(way, beside + split.num_bytes))
-            per_s = model.tok_per_s(sizes, way.tree_budget, adaptive=adaptive)
-            yield Candidate(self._target, draft, way, sizes, self._vram_bytes, per_s, adaptive, model)
+        variants = self._workload_variants(draft, work)
+        for index, split in self._options.split([self._vram_bytes - other_bytes for _, other_bytes in variants]):
+            variant, other_bytes = variants[index]
+            sizes = self._options.place(split, self._host_budget(variant, other_bytes + split.num_bytes))
+            per_s = model.tok_per_s(sizes, variant.tree_budget, adaptive=adaptive)
+            yield Candidate(self._target, draft, variant, sizes, self._vram_bytes, per_s, adaptive, model)
 
-    def _ways(self, draft: ModelSpec | None, work: Workload) -> list[tuple[Workload, int]]:
-        """With bytes of everything but layers and slots: all on the device, and if that can be without embeddings.
+    def _workload_variants(self, draft: ModelSpec | None, work: Workload) -> list[tuple[Workload, int]]:
+        """Return workloads with embeddings on the device and, if possible, on the host; each with its other bytes.
 
-        Bringing their rows is not priced: it takes less than a thousandth of a step that streams.
+        Other bytes are device memory besides layers and slots. Copying embedding rows from the host has no cost here:
+        it takes less than a thousandth of a step that streams.
         """
-        beside = bytes_beside_layers(self._target, draft, work)
-        if not self._can_lend_embeddings:
-            return [(work, beside)]
-        return [(work, beside), (_apart(work), beside - lookup_bytes(self._target, self._dtype))]
+        other_bytes = bytes_beside_layers(self._target, draft, work)
+        if not self._can_move_embeddings:
+            return [(work, other_bytes)]
+        return [
+            (work, other_bytes),
+            (_with_host_embeddings(work), other_bytes - lookup_bytes(self._target, self._dtype)),
+        ]
 
     @cached_property
-    def _can_lend_embeddings(self) -> bool:
-        """Whether embeddings could be in host memory: there is no such where the device is the CPU."""
-        if self._known.machine.device == "cpu" or not self._target.lookup_params:
+    def _can_move_embeddings(self) -> bool:
+        """Whether the input embeddings may move to host memory; never on the CPU, where both are the same memory."""
+        if self._inputs.machine.device == "cpu" or not self._target.lookup_params:
             return False
-        return host_embedding_bytes(self._target, _apart(self._workload(self._contexts[-1], 0))) <= self._usable_ram
+        return (
+            host_embedding_bytes(self._target, _with_host_embeddings(self._workload(self._contexts[-1], 0)))
+            <= self._usable_ram
+        )
 
     def _least_bytes(self, draft: ModelSpec | None, ctx: int) -> int:
-        """What it takes to run at all."""
-        ways = self._ways(draft, self._workload(ctx, min(self._tree_budgets(draft))))
-        return min(beside for _, beside in ways) + self._options.least_bytes
+        """Return the least device memory that any configuration at this context needs."""
+        variants = self._workload_variants(draft, self._workload(ctx, min(self._tree_budgets(draft))))
+        return min(other_bytes for _, other_bytes in variants) + self._options.least_bytes
 
     def _workload(self, ctx: int, tree_budget: int) -> Workload:
-        return _workload(self._dtype, ctx, tree_budget, self._known.machine.device)
+        return _workload(self._dtype, ctx, tree_budget, self._inputs.machine.device)
 
     def _host_budget(self, work: Workload, device_bytes: int) -> int:
-        """Host memory for streamed layers: what there is, less embeddings, or what a CPU plans to use as the device."""
-        on_cpu = self._known.machine.device == "cpu"
+        """Return the host memory for streamed layers, less host embeddings, or less the device memory on a CPU."""
+        on_cpu = self._inputs.machine.device == "cpu"
         taken = device_bytes if on_cpu else host_embedding_bytes(self._target, work)
-        room = max(self._usable_ram - taken, 0)
-        return room if self._choices.ram_bytes is None else min(room, self._choices.ram_bytes)
+        available = max(self._usable_ram - taken, 0)
+        return available if self._choices.ram_bytes is None else min(available, self._choices.ram_bytes)
 
     def _most_tok_per_s(self, draft: ModelSpec | None) -> float:
         adaptive = self._choices.tree_budget is None
@@ -257,14 +267,14 @@ class Candidates:
 
     def _model(self, draft: ModelSpec | None) -> CostModel:
         if draft not in self._models:
-            known, target = self._known, self._target
-            acceptance = known.acceptance(target, draft, samples=self._request.samples)
-            device = known.machine.device
-            self._models[draft] = CostModel(target, draft, self._dtype, device, known.rates, acceptance)
+            inputs, target = self._inputs, self._target
+            acceptance = inputs.acceptance(target, draft, samples=self._request.samples)
+            device = inputs.machine.device
+            self._models[draft] = CostModel(target, draft, self._dtype, device, inputs.rates, acceptance)
         return self._models[draft]
 
 
-def _open_budgets(device: str) -> tuple[int, ...]:
+def _default_tree_budgets(device: str) -> tuple[int, ...]:
     return TREE_BUDGETS["cpu" if device == "cpu" else "cuda"]
 
 
@@ -282,13 +292,13 @@ def _workload(dtype: Dtype, ctx: int, tree_budget: int, device: str) -> Workload
 
 
 @lru_cache(maxsize=512)
-def _apart(work: Workload) -> Workload:
-    """With embeddings in host memory."""
+def _with_host_embeddings(work: Workload) -> Workload:
+    """Return the workload with input embeddings in host memory."""
     return replace(work, host_embeddings=True)
 
 
 def _contexts(ctx: int, *, is_open: bool) -> tuple[int, ...]:
-    """Lengths to try, the longest first: a default one is halved before giving up."""
+    """Return the contexts to try, longest first; an open context is halved down to 512."""
     found = [ctx]
     while is_open and found[-1] > _LEAST_CTX:
         found.append(max(found[-1] // 2, _LEAST_CTX))
@@ -296,23 +306,23 @@ def _contexts(ctx: int, *, is_open: bool) -> tuple[int, ...]:
 
 
 def usual_ctx(request: PlanRequest, target: ModelSpec) -> int:
-    """What is asked for, or the default as far as the model goes.
+    """Return the requested context, or the default limited to the model's maximum.
 
     Raises:
-        UsageError: the model has no positions for what is asked for.
+        UsageError: the context is longer than the model allows.
     """
     if request.choices.ctx is None:
         return min(target.max_positions, DEFAULT_CTX)
     if request.choices.ctx > target.max_positions:
         raise UsageError(
-            f"--ctx {request.choices.ctx:,} is beyond the {target.max_positions:,} positions of {target.name}",
+            f"--ctx {request.choices.ctx:,} exceeds the {target.max_positions:,} positions of {target.name}",
             hint=f"use --ctx {target.max_positions} or less",
         )
     return request.choices.ctx
 
 
 def dtype_for(request: PlanRequest, machine: Machine, target: ModelSpec) -> Dtype:
-    """Of weights, activations and caches."""
+    """Return the dtype of weights, activations and caches."""
     match request.choices.dtype:
         case "bf16" | "fp16" | "fp32":
             return request.choices.dtype
@@ -326,12 +336,12 @@ def dtype_for(request: PlanRequest, machine: Machine, target: ModelSpec) -> Dtyp
 
 
 def _default_budget(machine: Machine) -> int:
-    """Free memory less a reserve for everything else on the machine."""
+    """Return free device memory minus a reserve for other programs."""
     free = machine.device_free_bytes
     return usable_ram(free) if machine.device == "cpu" else max(free - GIB, 0)
 
 
 def _host_bytes(sizes: Mapping[int, int], in_ram: Sequence[int], slots: int) -> int:
-    """Host memory beside a GPU's: the layers that stay there, and slots for those that are read from the disk."""
+    """Return host bytes beside a GPU: layers kept in RAM, and slots for layers read from disk."""
     read = [size for i, size in sizes.items() if i not in in_ram]
     return sum(sizes[i] for i in in_ram) + min(slots, len(read)) * max(read, default=0)

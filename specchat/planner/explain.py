@@ -1,4 +1,4 @@
-"""What was chosen and why, as plain data for whoever prints it."""
+"""A plan with the reasons for its choices, as plain data."""
 
 from dataclasses import dataclass, replace
 
@@ -8,11 +8,11 @@ from specchat.records.plan import Plan
 
 @dataclass(frozen=True)
 class Alternative:
-    """What could have been had instead.
+    """Best plan with another value for an option.
 
     Attributes:
-        value: of the option.
-        tok_per_s: predicted with it and everything else at its best; None if nothing would fit.
+        value: other value of the option.
+        tok_per_s: predicted speed with this value and the best other settings; None if no plan fits.
     """
 
     value: str
@@ -21,14 +21,14 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Choice:
-    """One thing that the plan settles.
+    """One setting of the plan, with its reason.
 
     Attributes:
-        option: as the flag is called, without dashes.
-        value: what it is.
-        why: in a few words.
-        pinned: whether the user said so.
-        alternative: the best other value, where one was looked into.
+        option: name of the flag, without leading dashes.
+        value: chosen value, as text.
+        why: short reason.
+        pinned: whether the user set the value.
+        alternative: best other value, or None if none was tried.
     """
 
     option: str
@@ -38,7 +38,7 @@ class Choice:
     alternative: Alternative | None = None
 
     def at_pace(self, pace: float) -> "Choice":
-        """The same, where everything is `pace` times as fast as predicted."""
+        """Return the choice with its alternative's speed multiplied by `pace`."""
         other = self.alternative
         if other is None or other.tok_per_s is None:
             return self
@@ -50,9 +50,9 @@ class ExplainedPlan:
     """A plan with its reasons.
 
     Attributes:
-        plan: for the engine.
-        prediction: the speed to expect.
-        choices: what the plan settles, in the order a person would ask for it.
+        plan: plan for the engine.
+        prediction: expected speed.
+        choices: settings of the plan with reasons, most important first.
     """
 
     plan: Plan
@@ -61,5 +61,5 @@ class ExplainedPlan:
 
     @property
     def pinned(self) -> tuple[str, ...]:
-        """The options that the user has settled."""
+        """Options that the user has set."""
         return tuple(choice.option for choice in self.choices if choice.pinned)

@@ -1,4 +1,4 @@
-"""What a plan is based on besides the request: machine, rates, sizes of the models, statistics of earlier chats."""
+"""Find the inputs of a plan: machine, rates, sizes of the models, statistics of earlier chats."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -15,7 +15,7 @@ from specchat.records.model import ModelSource, ModelSpec, Quant
 
 
 def find_inputs(request: PlanRequest, warn: Callable[[str], None] = lambda _: None) -> PlanInputs:
-    """Return the machine, the sizes of the models and the statistics of earlier chats; nothing is measured.
+    """Return machine, rates, sizes of the models and statistics of earlier chats, without measuring anything.
 
     Args:
         request: models and choices; only configurations are read.
@@ -42,12 +42,12 @@ def find_inputs(request: PlanRequest, warn: Callable[[str], None] = lambda _: No
 
 
 def _describing(source: ModelSource) -> Callable[[Quant], ModelSpec]:
-    """Describes each precision once."""
+    """Return a function that describes the model in a precision, and caches each description."""
     return lru_cache(maxsize=None)(lambda quant: describe(source, quant))
 
 
 def _described_drafts(request: PlanRequest) -> list[ModelSpec | None]:
-    """The draft, and what else it may be stored as; [None] without one."""
+    """Return the draft, followed by its lower precisions; [None] without a draft."""
     if request.draft is None:
         return [None]
     if request.choices.draft_quant != "auto":

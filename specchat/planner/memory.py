@@ -1,7 +1,7 @@
-"""The ledger: device memory of a configuration, item by item, before any of it is taken.
+"""The ledger: device memory of a configuration, item by item, computed before any of it is allocated.
 
-Weights and caches are exact. A pass, the walk down the tree and the growth of the next tree take turns in the same
-memory, so workspaces are listed as a pass needs them, and the others with what they need beyond that.
+Weights and caches are exact. A pass, the walk down the tree and the growth of the next tree reuse the same memory. So
+the ledger lists the workspaces of a pass in full, and for the others only what exceeds them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,30 +25,30 @@ from specchat.records.limits import (
 from specchat.records.model import DTYPE_BYTES, Activations, Dtype, ModelSpec, RowCost
 from specchat.records.plan import LedgerItem, Placement, Plan, Workload
 
-# What a process holds that has imported torch and transformers and checked a model; measured with builds for CPUs.
+# Memory of a process that has imported torch and transformers and checked a model; measured with CPU builds.
 RUNTIME_BYTES = 400 * 2**20
 
 _CHUNK_STEP = 64
 _RESERVE = "library reserve"
 MAPPED_EMBEDDINGS = "embeddings in the page cache"
 _INDEX_BYTES = 8  # token ids and positions are int64
-_FLOAT_BYTES = 4  # scores are float32, whatever the model computes in
+_FLOAT_BYTES = 4  # scores are float32 in every compute dtype
 
 
 def build_ledger(
     target: ModelSpec, draft: ModelSpec | None, work: Workload, placement: Placement
 ) -> tuple[LedgerItem, ...]:
-    """Every item that lives in device memory while chatting.
+    """Return every item that occupies device memory during a chat.
 
     Args:
         target: sizes of the target.
-        draft: sizes of the draft, if there is one.
+        draft: sizes of the draft, or None.
         work: device, dtype, context and trees.
-        placement: where the target's layers lie.
+        placement: places of the target's layers.
 
     Returns:
-        Items in the order a person would ask for them. Weights, slots and caches are exact; workspaces are the most
-        that a conversation of `ctx` tokens can need.
+        Items, most important first. Weights, slots and caches are exact; workspaces are the maximum for a
+        conversation of `ctx` tokens.
     """
     sizes = layer_sizes(target, work.dtype)
     slot_bytes = max((sizes[i] for i in placement.streamed), default=0)
@@ -72,37 +72,37 @@ def build_ledger(
 
 
 def bytes_beside_layers(target: ModelSpec, draft: ModelSpec | None, work: Workload) -> int:
-    """The sum of a ledger apart from resident layers and slots, in a fraction of its time: a search asks for hundreds.
+    """Return the sum of a ledger without resident layers and slots, faster than `build_ledger`.
 
-    It never shrinks with a longer context or a larger tree.
+    A search needs hundreds of these sums. The sum never shrinks with a longer context or a larger tree.
     """
     kept, first, later = _target_needs(target, work)
     if draft is not None:
-        draft_kept, drafting, growing = _draft_needs(draft, work)
-        kept, first, later = kept + draft_kept, max(first, drafting), max(later, growing)
+        draft_kept, drafting, later_drafting = _draft_needs(draft, work)
+        kept, first, later = kept + draft_kept, max(first, drafting), max(later, later_drafting)
     noise = _noise_bytes(target, min(NOISE_ROWS, 1 + work.tree_budget))
     return kept + work.reserve_bytes + max(first + noise, later + _noise_bytes(target, NOISE_ROWS))
 
 
 @lru_cache(maxsize=4096)
 def _target_needs(target: ModelSpec, work: Workload) -> tuple[int, int, int]:
-    """What is always there, and what takes turns: in the longest first step of an answer, and in later steps."""
+    """Return permanent bytes, and peak workspace bytes of the longest first step and of later steps."""
     rows = work.ctx + work.tree_budget
     kept = _outside_layers(target, work).bytes + _kv_bytes(target, work.dtype, rows)
     first = _pass(target, work, rows, rows)
     later = _pass(target, work, 1 + work.tree_budget, rows)
     ancestors = _ancestors_bytes(work)
-    walking = _walking_bytes(target, work)
+    walk_bytes = _walking_bytes(target, work)
     return (
         kept + dequantize_bytes(target, work.dtype, work.device),
-        ancestors + max(first.total, first.hidden + walking),
-        ancestors + max(later.total, later.hidden + walking),
+        ancestors + max(first.total, first.hidden + walk_bytes),
+        ancestors + max(later.total, later.hidden + walk_bytes),
     )
 
 
 @lru_cache(maxsize=4096)
 def _draft_needs(draft: ModelSpec, work: Workload) -> tuple[int, int, int]:
-    """Likewise; one model drafts for many."""
+    """Return the same three figures for a draft; cached separately, because one draft serves many targets."""
     layers = sum(layer_sizes(draft, work.dtype))
     kept = layers + _other_bytes(draft, work.dtype) + _kv_bytes(draft, work.dtype, work.ctx + work.draft_rows)
     return (
@@ -115,17 +115,17 @@ def _draft_needs(draft: ModelSpec, work: Workload) -> tuple[int, int, int]:
 def build_host_ledger(
     sizes: Mapping[int, int], in_ram: Sequence[int], slots: int, device: str, embeddings: Sequence[LedgerItem] = ()
 ) -> tuple[LedgerItem, ...]:
-    """Every item that lives in host memory beside the ledger's.
+    """Return every item that occupies host memory besides the device ledger.
 
     Args:
         sizes: bytes of the streamed layers, by index.
-        in_ram: those of them that stay in host memory between passes.
-        slots: staging buffers.
-        device: where passes run.
-        embeddings: `host_embeddings`.
+        in_ram: indices of the streamed layers that stay in host memory between passes.
+        slots: number of staging buffers.
+        device: device that passes run on.
+        embeddings: items of `host_embeddings`.
 
     Returns:
-        Items; those of the page cache, which the system takes back where it needs them, say so.
+        Items; names contain "page cache" where the system may reclaim the memory.
     """
     kept = sum(sizes[i] for i in in_ram)
     read = [size for i, size in sizes.items() if i not in in_ram]
@@ -142,14 +142,15 @@ def build_host_ledger(
 
 
 def lookup_bytes(spec: ModelSpec, dtype: Dtype) -> int:
-    """Embeddings that the head does not share, which need not be where it is."""
+    """Return the bytes of an untied input embedding, which may live in host memory."""
     return spec.lookup_params * DTYPE_BYTES[dtype]
 
 
 def host_embeddings(target: ModelSpec, work: Workload) -> tuple[LedgerItem, ...]:
-    """Embeddings that are kept in host memory, and the rows of a chunk, which some models scale.
+    """Return the items of input embeddings in host memory: the table, and the rows of one chunk.
 
-    Those that are computed in what they are saved in stay in the pages of their file, which the system may take back.
+    Some models scale these rows, so two copies count. A table that needs no conversion is mapped from its file; the
+    system may reclaim its pages.
     """
     if not work.host_embeddings:
         return ()
@@ -159,26 +160,26 @@ def host_embeddings(target: ModelSpec, work: Workload) -> tuple[LedgerItem, ...]
 
 
 def host_embedding_bytes(target: ModelSpec, work: Workload) -> int:
-    """What of `host_embeddings` has to be there."""
+    """Return the bytes of `host_embeddings` that the system cannot reclaim."""
     return sum(item.bytes for item in host_embeddings(target, work) if item.item != MAPPED_EMBEDDINGS)
 
 
 def with_trees(
     plan: Plan, target: ModelSpec, draft: ModelSpec, tree_budget: int, head_rows: int = HEAD_BLOCK_ROWS
 ) -> Plan:
-    """The same layers in the same places, with trees of another size; what they leave free stays free.
+    """Return the plan with another tree budget, and with the same placement of layers.
 
-    A layer then computes no more rows at a time than a pass over the tree has, in steps that matrix products like.
+    Chunks shrink to the rows of a pass over the tree, rounded up to a multiple of 64 that suits matmul kernels.
 
     Args:
-        plan: with a draft.
+        plan: plan with a draft.
         target: sizes of the target.
         draft: sizes of the draft.
         tree_budget: nodes of every tree.
-        head_rows: nodes that are scored at a time; 1 + tree_budget are all of them, as without a lazy head.
+        head_rows: nodes scored per block; 1 + tree_budget scores all at once, as without a lazy head.
 
     Returns:
-        A plan whose budget is raised to what it needs, if that is more.
+        A plan whose memory budget is raised if the new trees need more.
     """
     assert plan.work.tree_budget, "a plan without a draft has no trees"
     work = replace(
@@ -213,7 +214,7 @@ def _kv_bytes(spec: ModelSpec, dtype: Dtype, rows: int) -> int:
 
 @dataclass(frozen=True)
 class _Pass:
-    """Bytes of one pass: `hidden` outlives it, `masks` live as long as it does, `rest` at its fullest moment."""
+    """Peak bytes of one pass: `hidden` outlives the pass, `masks` last for the pass, `rest` is the peak of all else."""
 
     hidden: int
     masks: int
@@ -225,60 +226,60 @@ class _Pass:
 
 
 def _workspaces(target: ModelSpec, draft: ModelSpec | None, work: Workload) -> list[LedgerItem]:
-    rows = work.ctx + work.tree_budget  # the longest pass: a prompt that fills the context, and a tree
+    rows = work.ctx + work.tree_budget  # longest pass: a prompt that fills the context, and a tree
     first = _pass(target, work, rows, rows)
-    # Only a prompt's first step is so long, and there the noise has no more rows than the tree is deep.
+    # Only the first step reads a whole prompt; its sampling noise has at most one row per tree node and the root.
     later = _pass(target, work, 1 + work.tree_budget, rows)
     ancestors = _ancestors_bytes(work)
-    walking = _walking_bytes(target, work) + ancestors
-    passing = first.total + ancestors
+    walk_bytes = _walking_bytes(target, work) + ancestors
+    pass_bytes = first.total + ancestors
     drafting = 0 if draft is None else _drafting_bytes(draft, work, reading=work.ctx)
-    growing = 0 if draft is None else _drafting_bytes(draft, work, reading=1 + work.tree_budget)
-    most = max(passing, first.hidden + walking, drafting)
-    most_later = max(later.total + ancestors, later.hidden + walking, growing)
+    later_drafting = 0 if draft is None else _drafting_bytes(draft, work, reading=1 + work.tree_budget)
+    most = max(pass_bytes, first.hidden + walk_bytes, drafting)
+    most_later = max(later.total + ancestors, later.hidden + walk_bytes, later_drafting)
     noise = _noise_bytes(target, min(NOISE_ROWS, 1 + work.tree_budget))
     return [
         LedgerItem("hidden rows", first.hidden),
         LedgerItem("tree mask", first.masks + ancestors),
         LedgerItem("activations", first.rest),
-        LedgerItem("head blocks", max(first.hidden + walking - passing, 0)),
-        LedgerItem("drafting", max(drafting - max(passing, first.hidden + walking), 0)),
+        LedgerItem("head blocks", max(first.hidden + walk_bytes - pass_bytes, 0)),
+        LedgerItem("drafting", max(drafting - max(pass_bytes, first.hidden + walk_bytes), 0)),
         LedgerItem("sampling noise", max(noise, _noise_bytes(target, NOISE_ROWS) - (most - most_later))),
     ]
 
 
 def _pass(spec: ModelSpec, work: Workload, rows: int, keys: int) -> _Pass:
-    """A pass of so many new rows, at the end of which the cache has so many keys."""
+    """Return the bytes of a pass over `rows` new rows, with `keys` keys in the cache at its end."""
     element, costs = DTYPE_BYTES[work.dtype], _activations(spec, work.dtype)
     chunk, keys = min(rows, work.chunk_rows), padded_rows(keys)
     hidden = rows * spec.hidden_size * element
     masks = costs.num_masks * chunk * keys * element
     indices = 2 * _INDEX_BYTES * rows
-    in_layer = _most(costs.entry, rows, keys) + _most(costs.layer, chunk, keys)
+    in_layer = _max_bytes(costs.entry, rows, keys) + _max_bytes(costs.layer, chunk, keys)
     if rows > chunk:
-        in_layer += hidden  # chunks are gathered in the layer's output
-    return _Pass(hidden, masks, max(max(in_layer, _most(costs.outside, rows, keys)) + indices - hidden, 0))
+        in_layer += hidden  # the layer's output collects all chunks
+    return _Pass(hidden, masks, max(max(in_layer, _max_bytes(costs.outside, rows, keys)) + indices - hidden, 0))
 
 
 def _ancestors_bytes(work: Workload) -> int:
-    """Which nodes of a tree see which others: a matrix of bytes, and its copy for the device."""
+    """Return the bytes of the ancestor matrix of a tree, one byte an entry, and of its device copy."""
     return 2 * work.tree_budget**2
 
 
 def _head_bytes(spec: ModelSpec, work: Workload, rows: int) -> int:
-    """Scores of so many rows in float32, and what computing them takes."""
+    """Return the bytes of float32 scores of `rows` rows, and of the workspace to compute them."""
     hidden = rows * spec.hidden_size * DTYPE_BYTES[work.dtype]
-    return hidden + _most(_activations(spec, work.dtype).head, rows, 0)
+    return hidden + _max_bytes(_activations(spec, work.dtype).head, rows, 0)
 
 
 def _walking_bytes(target: ModelSpec, work: Workload) -> int:
-    """One block of scores, and one row of them on its way through the processors."""
+    """Return the bytes of one block of scores, and of one score row in the logits processors."""
     processing = PROCESSING_BYTES * target.vocab_size + 2 * _INDEX_BYTES * work.ctx
     return _head_bytes(target, work, work.head_rows) + processing
 
 
 def _drafting_bytes(draft: ModelSpec, work: Workload, *, reading: int) -> int:
-    """The draft reads so many rows that are new in the context, then grows a tree a batch of nodes at a time."""
+    """Return the peak bytes of drafting: reading new context rows, then growing a tree in batches of nodes."""
     width = draft_width(work.tree_budget)
     read = _pass(draft, work, reading, work.ctx).total + _head_bytes(draft, work, 1)
     keys = work.ctx + work.draft_rows
@@ -292,17 +293,17 @@ def _noise_bytes(target: ModelSpec, rows: int) -> int:
     return target.vocab_size * (rows * _FLOAT_BYTES + _INDEX_BYTES + DRAWING_BYTES)
 
 
-def _most(costs: Iterable[RowCost], rows: int, keys: int) -> int:
+def _max_bytes(costs: Iterable[RowCost], rows: int, keys: int) -> int:
     return max(cost.at(rows, keys) for cost in costs)
 
 
 def _activations(spec: ModelSpec, dtype: Dtype) -> Activations:
-    """As rehearsed, or else as the widest architectures have them."""
-    return spec.activations.get(DTYPE_BYTES[dtype]) or _assumed(spec, DTYPE_BYTES[dtype])
+    """Return the profiled activation sizes, or a cautious estimate for a model without a profile."""
+    return spec.activations.get(DTYPE_BYTES[dtype]) or _estimated_activations(spec, DTYPE_BYTES[dtype])
 
 
-def _assumed(spec: ModelSpec, element: int) -> Activations:
-    """For models that could not be rehearsed: textbook attention that keeps all scores, and no operation in place."""
+def _estimated_activations(spec: ModelSpec, element: int) -> Activations:
+    """Estimate activation sizes: attention that keeps all scores, and no operation in place."""
     attention = spec.num_heads * max(shape.key_dim for shape in spec.kv_shapes)
     rows = 4 * spec.hidden_size + 6 * attention + 4 * spec.mlp_size
     scores = spec.num_heads * (2 * element + _FLOAT_BYTES)

@@ -1,4 +1,4 @@
-"""Where a target's layers are: which stay in device memory, which in host memory, and which come from the disk."""
+"""Placement of a target's layers: in device memory, in host memory, or on disk."""
 
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,20 +12,20 @@ from specchat.records.model import Dtype, ModelSpec
 from specchat.units import GIB
 
 NUM_SLOTS = 2
-# A third slot takes a resident layer's place. While one layer is computed and the next one waits, its fill goes on, so
-# that a pass whose reading and computing take about as long stays as fast as its reads alone.
+# A third slot takes the place of a resident layer. Reads continue while one layer is computed and the next one waits.
+# So a pass that reads and computes for about equal times stays as fast as its reads alone.
 SLOTS = (NUM_SLOTS, 3)
 
 
 @dataclass(frozen=True)
 class TierSizes:
-    """How many layers lie in each tier between passes, as far as time depends on it.
+    """Layers and bytes in each tier between passes: the part of a placement that determines pass times.
 
     Attributes:
-        num_layers: decoder layers, L.
-        num_in_ram, num_on_disk: streamed layers in host memory, and on the disk.
-        ram_bytes, disk_bytes: total bytes of either.
-        slots: staging buffers.
+        num_layers: number of decoder layers, L.
+        num_in_ram, num_on_disk: numbers of streamed layers in host memory and on disk.
+        ram_bytes, disk_bytes: total bytes of these layers.
+        slots: number of staging buffers.
     """
 
     num_layers: int
@@ -37,18 +37,18 @@ class TierSizes:
 
     @property
     def num_streamed(self) -> int:
-        """Layers that are not resident."""
+        """Number of layers that are not resident."""
         return self.num_in_ram + self.num_on_disk
 
 
 @dataclass(frozen=True)
 class LayerSplit:
-    """Which layers stay with the device: as many, evenly spread.
+    """Split of the layers into resident and streamed ones; resident layers are spread evenly.
 
     Attributes:
-        num_resident: layers that stay.
-        slots: staging buffers for the others; 0 if there are none.
-        num_bytes: of resident layers and slots.
+        num_resident: number of resident layers.
+        slots: number of staging buffers for streamed layers; 0 if all layers are resident.
+        num_bytes: bytes of resident layers and slots.
     """
 
     num_resident: int
@@ -57,42 +57,42 @@ class LayerSplit:
 
 
 class PlacementOptions:
-    """Ways to divide a target's layers, and where the streamed ones then are.
+    """Options to split a target's layers and to place the streamed ones.
 
     Args:
-        sizes: bytes of its layers.
-        slots: numbers of them to try.
+        sizes: bytes of each layer.
+        slots: slot counts to try.
     """
 
     def __init__(self, sizes: tuple[int, ...], slots: tuple[int, ...]) -> None:
         self._sizes = sizes
-        self._are_alike = min(sizes) == max(sizes)  # as in most models
-        self._splits = {each: _SplitsBySlots(sizes, each, are_alike=self._are_alike) for each in slots}
+        self._is_uniform = min(sizes) == max(sizes)  # as in most models
+        self._splits = {each: _SplitsBySlots(sizes, each, is_uniform=self._is_uniform) for each in slots}
         self._placements: dict[tuple[int, int, int], TierSizes] = {}
 
     @property
     def least_bytes(self) -> int:
-        """Of resident layers and slots, with the first number of slots."""
+        """Least bytes of resident layers and slots, with the first slot count."""
         return next(iter(self._splits.values())).least_bytes
 
     def split(self, budgets: Sequence[int]) -> list[tuple[int, LayerSplit]]:
         """Return the splits that keep most layers resident, per slot count; a later budget counts if it keeps more.
 
         Args:
-            budgets: bytes for resident layers and slots, by what else gives way; the one to prefer first.
+            budgets: bytes available for resident layers and slots, in order of preference.
 
         Returns:
-            The index of a budget, and what it allows.
+            Pairs of the index of a budget and the split that fits it.
         """
-        found = (each for splits in self._splits.values() for each in _growing(splits, budgets))
+        found = (each for splits in self._splits.values() for each in _improving_splits(splits, budgets))
         return list(dict.fromkeys(found))
 
     def place(self, split: LayerSplit, host_budget: int) -> TierSizes:
-        """With as many of the streamed layers in host memory as there is budget for.
+        """Return the tier sizes of a split, with as many streamed layers in host memory as fit.
 
         Args:
-            split: one of `split`.
-            host_budget: bytes.
+            split: layer split, as `split` returns it.
+            host_budget: bytes of host memory available for streamed layers.
         """
         num_in_ram = self._num_in_ram(split.num_resident, host_budget)
         key = split.num_resident, split.slots, num_in_ram
@@ -101,18 +101,18 @@ class PlacementOptions:
         return self._placements[key]
 
     def streamed_sizes(self, num_resident: int) -> dict[int, int]:
-        """Bytes of the layers that do not stay, by index."""
+        """Return the bytes of the streamed layers, by index."""
         resident = set(interleaved(num_resident, len(self._sizes)))
         return {i: size for i, size in enumerate(self._sizes) if i not in resident}
 
     def _num_in_ram(self, num_resident: int, host_budget: int) -> int:
-        if self._are_alike:
+        if self._is_uniform:
             return min(len(self._sizes) - num_resident, host_budget // self._sizes[0])
         return len(keep_in_ram(self.streamed_sizes(num_resident), host_budget))
 
     def _placement(self, num_resident: int, slots: int, num_in_ram: int) -> TierSizes:
         num_on_disk = len(self._sizes) - num_resident - num_in_ram
-        if self._are_alike:
+        if self._is_uniform:
             ram_bytes, disk_bytes = num_in_ram * self._sizes[0], num_on_disk * self._sizes[0]
         else:
             sizes = self.streamed_sizes(num_resident)
@@ -123,12 +123,12 @@ class PlacementOptions:
 
 @lru_cache(maxsize=512)
 def placement_options(target: ModelSpec, dtype: Dtype, slots: int | None) -> PlacementOptions:
-    """Those of a model's layers; a search asks more than once.
+    """Return the placement options of a model; cached, because a search needs them several times.
 
     Args:
         target: sizes of the model.
-        dtype: that the layers are stored in.
-        slots: as asked for, or None.
+        dtype: dtype of the stored layers.
+        slots: requested slot count; None tries all of `SLOTS`.
     """
     return PlacementOptions(layer_sizes(target, dtype), SLOTS if slots is None else (slots,))
 
@@ -139,57 +139,57 @@ class _SplitsBySlots:
     With unequal layers, memory is not monotonic in the resident count, so bisect over its running minimum.
     """
 
-    def __init__(self, sizes: tuple[int, ...], slots: int, *, are_alike: bool) -> None:
+    def __init__(self, sizes: tuple[int, ...], slots: int, *, is_uniform: bool) -> None:
         self._slots = slots
         num_layers = len(sizes)
-        # as many slots as layers, or more: the layers might as well stay
+        # Skip splits with at least as many slots as streamed layers: these layers could as well be resident.
         self._counts = (num_layers, *range(num_layers - slots - 1, -1, -1))
-        if are_alike:
+        if is_uniform:
             needs = [num_layers * sizes[0], *((count + slots) * sizes[0] for count in self._counts[1:])]
         else:
-            needs = [_needed(sizes, count, slots) for count in self._counts]
-        self._least: list[int] = list(accumulate(needs, min))
+            needs = [_split_bytes(sizes, count, slots) for count in self._counts]
+        self._running_min: list[int] = list(accumulate(needs, min))
 
     @property
     def least_bytes(self) -> int:
-        return self._least[-1]
+        return self._running_min[-1]
 
-    def highest(self, budget: int) -> LayerSplit | None:
-        """The first split that takes no more."""
-        index = bisect_left(self._least, -budget, key=neg)
-        if index == len(self._least):
+    def largest_within(self, budget: int) -> LayerSplit | None:
+        """Return the split with most resident layers that fits the budget; None if none fits."""
+        index = bisect_left(self._running_min, -budget, key=neg)
+        if index == len(self._running_min):
             return None
-        return LayerSplit(self._counts[index], self._slots if index else 0, self._least[index])
+        return LayerSplit(self._counts[index], self._slots if index else 0, self._running_min[index])
 
 
-def _growing(splits: _SplitsBySlots, budgets: Sequence[int]) -> Iterator[tuple[int, LayerSplit]]:
-    """What each budget allows, if that is more layers than the budget before: nothing gives way for nothing."""
+def _improving_splits(splits: _SplitsBySlots, budgets: Sequence[int]) -> Iterator[tuple[int, LayerSplit]]:
+    """Yield the split for each budget that keeps more layers resident than all budgets before."""
     most = -1
     for index, budget in enumerate(budgets):
-        split = splits.highest(budget)
+        split = splits.largest_within(budget)
         if split is not None and split.num_resident > most:
             most = split.num_resident
             yield index, split
 
 
-def _needed(sizes: Sequence[int], num_resident: int, slots: int) -> int:
-    """Of resident layers, and of slots that hold the largest of the others."""
+def _split_bytes(sizes: Sequence[int], num_resident: int, slots: int) -> int:
+    """Return the bytes of resident layers and of slots that hold the largest streamed layer."""
     resident = set(interleaved(num_resident, len(sizes)))
     streamed = [size for i, size in enumerate(sizes) if i not in resident]
     return sum(sizes) - sum(streamed) + slots * max(streamed, default=0)
 
 
 def usable_ram(available_bytes: int) -> int:
-    """What may be taken, or pinned, of the host's available memory without the rest of the system feeling it."""
+    """Return how much available host memory may be used or pinned; the larger of 4 GiB and 10% is left free."""
     return max(available_bytes - max(4 * GIB, available_bytes // 10), 0)
 
 
 def keep_in_ram(sizes: Mapping[int, int], budget: int) -> tuple[int, ...]:
-    """The streamed layers that stay in host memory: as many as there is budget for.
+    """Return the streamed layers to keep in host memory, as many as fit the budget.
 
     Args:
         sizes: bytes of the streamed layers, by index.
-        budget: bytes that there are for them.
+        budget: bytes available for these layers.
     """
     most = min(len(sizes), budget // min(sizes.values(), default=1))
     for count in range(most, 0, -1):
@@ -200,17 +200,17 @@ def keep_in_ram(sizes: Mapping[int, int], budget: int) -> tuple[int, ...]:
 
 
 def among(streamed: Mapping[int, int], num_chosen: int) -> tuple[int, ...]:
-    """So many of the streamed layers, spread evenly: while they are computed, the disk reads on."""
+    """Return `num_chosen` streamed layers, spread evenly: the disk reads others while these are computed."""
     layers = tuple(streamed)
     return tuple(layers[j] for j in interleaved(num_chosen, len(layers)))
 
 
 @cache
 def interleaved(num_chosen: int, num_layers: int) -> tuple[int, ...]:
-    """Layers spread evenly among all, the last one not among them: of resident ones among streamed.
+    """Return `num_chosen` layers spread evenly, without the last layer unless all are chosen.
 
-    While resident layers are computed, the next streamed ones come. Behind the last streamed layer nothing comes in a
-    pass, so whatever is computed there leaves the link idle; and before the first one all slots are full already.
+    The next streamed layers load while resident layers are computed. No layer loads after the last streamed one in a
+    pass. Resident layers behind it would leave the link idle. Before the first streamed layer, all slots are full.
     """
     if not num_chosen:
         return ()

@@ -1,7 +1,7 @@
-"""How fast this machine is, as plain data: measured where a report has measured it, typical of its kind elsewhere.
+"""Rates of this machine as plain data: measured if a report exists, else typical of this kind of machine.
 
-Nothing is measured here. Typical figures come from data sheets and from our own measurements on machines of that kind;
-where not even the kind is known, they are guesses on the slow side. Every rate says which of the three it is.
+Nothing is measured here. Typical figures come from data sheets and from our own measurements on machines of that kind.
+For an unknown kind of machine they are guesses on the slow side. Every rate names its basis.
 """
 
 from collections.abc import Iterable
@@ -13,20 +13,20 @@ from specchat.records.limits import MATMUL_ROWS
 from specchat.records.model import DTYPE_BYTES, Dtype
 from specchat.units import GIB
 
-# How a figure came about, the surest first.
+# Origin of a figure, the most certain first.
 Basis = Literal["measured", "typical", "guessed"]
 BASES: tuple[Basis, ...] = ("measured", "typical", "guessed")
 
-# What a lane of PCIe generation 3 carries of a pinned copy; every generation doubles it.
+# Rate of a pinned copy over one lane of PCIe generation 3; every generation doubles it.
 _GEN3_LANE_BYTES_PER_S = 0.8e9
-_UNKNOWN_PCIE = (3, 16)  # what half of the cards in use have at least
-# Pageable memory goes through the driver's own buffers, a copy by one processor core more.
+_UNKNOWN_PCIE = (3, 16)  # at least half of the cards in use have this or more
+# The driver copies pageable memory through its own buffers: one more copy, on one processor core.
 _PAGEABLE_SHARE, _PAGEABLE_MOST = 0.5, 6e9
 _NVME_BYTES_PER_S = 2.5e9  # PCIe 3 x4 drives in large chunks
 _REMOTE_BYTES_PER_S = 2e8
 
-# Of consumer cards, by compute capability: bytes/s and flop/s (16 bits, float32 sums) for each GiB of memory, from data
-# sheets (RTX 2080; 3060 and 3090; 4060 and 4090; 5070 and 5080; A100; H100): larger cards are faster in both.
+# Rates by compute capability: bytes/s and flop/s (16 bits, float32 sums) per GiB of memory, from data sheets (RTX 2080;
+# 3060 and 3090; 4060 and 4090; 5070 and 5080; A100; H100). Larger cards are faster in both.
 _GPU_PER_GIB: dict[str, tuple[float, float]] = {
     "7.5": (50e9, 5e12),
     "8.0": (39e9, 7.8e12),
@@ -37,22 +37,22 @@ _GPU_PER_GIB: dict[str, tuple[float, float]] = {
 }
 _UNKNOWN_GPU_PER_GIB = (30e9, 2.5e12)
 _LARGEST_GPU_BYTES = 192 * GIB
-# Of which real kernels reach so much.
+# Shares of these figures that real kernels reach.
 _MEMORY_SHARE, _COMPUTE_SHARE = 0.8, 0.5
 
-# flop/s of a processor core by the widest instructions that it has, for 16-bit weights and for float32.
+# flop/s of a processor core by its widest instruction set, for 16-bit weights and for float32.
 _CORE_BF16 = {"amx_bf16": 4e11, "avx512_bf16": 2e11, "bf16": 6e10}
 _CORE_FP32 = {"avx512f": 7e10, "avx2": 4e10, "sve": 3e10, "asimd": 2.5e10}
 _UNKNOWN_CORE = 1e10
-# A core reads so fast from memory, all of them together not faster than two channels of DDR4.
+# Memory rate of one core, and the limit for all cores together: two channels of DDR4.
 _CORE_BYTES_PER_S, _CPU_BYTES_PER_S = 12e9, 36e9
 
-# What a layer costs however little there is to compute: Python and the start of some dozen kernels. Measured: 16 layers
-# of HF's Llama take 2.3 ms at 1 row; a layer of ours 0.13 ms, all on one thread, which is what a GPU's host has to do.
+# Fixed cost of a layer: Python, and the launch of a few dozen kernels. Measured on one thread, as on a GPU's host: 16
+# layers of HF's Llama take 2.3 ms at 1 row, a layer here takes 0.13 ms.
 _LAYER_S = 150e-6
-# On a CPU the kernels run in between, most of them for less time than it takes to wake and to join the other threads.
-# Measured with 2 threads (tests/benchmarks/layer_times.py): 0.51 to 0.9 ms beside the products, for layers of 0.7, 14
-# and 55 million weights, at 1 to 16 rows.
+# Fixed cost of a layer on a CPU. Kernels run on the same cores, and most of them take less time than waking and joining
+# the other threads. Measured with 2 threads (tests/benchmarks/layer_times.py): 0.51 to 0.9 ms besides the matmuls, for
+# layers of 0.7, 14 and 55 million weights, at 1 to 16 rows.
 _CPU_LAYER_S = 650e-6
 # Core seconds to dequantize a weight on a CPU; measured on 2 cores (an 11008 x 4096 matrix: 7 and 2.8 ms).
 _DEQUANTIZE_CORE_S = {"int8": 3.1e-10, "int4": 1.2e-10}
@@ -60,7 +60,7 @@ _DEQUANTIZE_CORE_S = {"int8": 3.1e-10, "int4": 1.2e-10}
 
 @dataclass(frozen=True)
 class Rate:
-    """So much per second, and where the figure comes from."""
+    """A rate per second, and its basis."""
 
     per_s: float
     basis: Basis
@@ -68,19 +68,19 @@ class Rate:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a prediction needs to know of a machine.
+    """Rates of a machine that predictions are based on.
 
     Attributes:
-        disk: bytes/s from the disk itself.
+        disk: bytes/s read from the disk, past the page cache.
         ram: bytes/s copied within host memory.
-        pinned: bytes/s to the device from pinned host memory; None where it cannot be pinned.
-        pageable: likewise from ordinary memory.
+        pinned: bytes/s from pinned host memory to the device; None if memory cannot be pinned.
+        pageable: bytes/s from pageable host memory to the device.
         memory: bytes/s that the device reads from its own memory.
-        matmul: of the device, by rows ascending, in `matmul_dtype`.
-        matmul_dtype: the dtype that those were taken in.
-        compute_basis: where they come from.
-        dequantize_s: seconds for each weight, by the stored precision; a typical figure.
-        layer_s: seconds that a layer takes however little there is to compute.
+        matmul: matmul rates of the device in `matmul_dtype`, by ascending rows.
+        matmul_dtype: dtype of the matmul rates.
+        compute_basis: origin of the matmul rates.
+        dequantize_s: typical seconds to dequantize one weight, by stored precision.
+        layer_s: fixed seconds of a layer, independent of its size.
     """
 
     disk: Rate
@@ -94,27 +94,27 @@ class Rates:
     dequantize_s: dict[str, float]
     layer_s: float = _LAYER_S
 
-    def __hash__(self) -> int:  # a search remembers by it what it has worked out
+    def __hash__(self) -> int:  # key of caches during a search
         return hash((self.disk.per_s, self.memory.per_s, self.host.per_s, self.layer_s))
 
     @property
     def host(self) -> Rate:
-        """To the device from host memory, the best way there is."""
+        """Rate from host memory to the device: pinned if possible."""
         return self.pageable if self.pinned is None else self.pinned
 
 
 def least_sure(bases: Iterable[Basis]) -> Basis:
-    """What can be said of a figure that depends on all of these."""
+    """Return the least certain basis; "measured" for none."""
     return max(bases, key=BASES.index, default="measured")
 
 
 def rates_of(hardware: Hardware, machine: Machine, measured: Measured | None = None) -> Rates:
-    """The rates of a machine as seen from a device.
+    """Return the rates of a machine for one device, with measured rates where there are any.
 
     Args:
-        hardware: what it consists of.
-        machine: the device that passes run on.
-        measured: what a report measured with the same device, if one has.
+        hardware: description of the machine.
+        machine: device that passes run on, and its memory.
+        measured: measurements of a report with the same device, or None.
     """
     typical = _cpu(hardware, machine) if machine.device == "cpu" else _gpu(hardware, machine)
     return typical if measured is None else _with_measured(typical, measured)
@@ -180,7 +180,7 @@ def _gpu(hardware: Hardware, machine: Machine) -> Rates:
     memory = max(size, 1.0) * bytes_per_gib * _MEMORY_SHARE
     host = _pcie(gpu)
     ram = min(max(hardware.cpu.cores, 1) * _CORE_BYTES_PER_S, _CPU_BYTES_PER_S) / 2
-    dtype: Dtype = "bf16"  # 16 bits: where bf16 is slow, plans compute in fp16, as fast
+    dtype: Dtype = "bf16"  # 16 bits: where bf16 is slow, plans use fp16 at this rate
     return Rates(
         disk=_disk(hardware),
         ram=Rate(ram, "guessed"),
@@ -190,7 +190,7 @@ def _gpu(hardware: Hardware, machine: Machine) -> Rates:
         matmul=_roofline(memory, max(size, 1.0) * flop_per_gib * _COMPUTE_SHARE, dtype),
         matmul_dtype=dtype,
         compute_basis=basis,
-        # Read, written at full width; the product then reads it as if it had been there.
+        # Dequantizing reads stored weights and writes them at full width; the matmul reads them as unquantized ones.
         dequantize_s={
             quant: (stored + DTYPE_BYTES[dtype]) / memory for quant, stored in (("int8", 1.0), ("int4", 0.5))
         },
@@ -203,7 +203,7 @@ def _gpu_of(hardware: Hardware, machine: Machine) -> Gpu | None:
 
 
 def _pcie(gpu: Gpu | None) -> Rate:
-    """What the slot can do; an idle link reports less than it will do under load."""
+    """Return the rate of the PCIe slot at its maximum; an idle link reports a lower current generation."""
     link = None if gpu is None else gpu.pcie
     gen = None if link is None else link.max_gen or link.gen
     width = None if link is None else link.max_width or link.width
@@ -214,7 +214,7 @@ def _pcie(gpu: Gpu | None) -> Rate:
 
 
 def _roofline(bytes_per_s: float, flop_per_s: float, dtype: Dtype) -> tuple[MatmulRate, ...]:
-    """Products with a large matrix: bound by reading it for few rows, by arithmetic for many."""
+    """Return matmul rates for a large matrix: bound by memory for few rows, by arithmetic for many."""
     return tuple(
         MatmulRate(rows, 2 * rows / max(DTYPE_BYTES[dtype] / bytes_per_s, 2 * rows / flop_per_s))
         for rows in MATMUL_ROWS

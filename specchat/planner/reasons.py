@@ -1,4 +1,4 @@
-"""Why a plan is as it is: every choice with its reason, and what the best plan without it would do."""
+"""Explain a plan: every choice with its reason, and the best plan with another value."""
 
 from collections.abc import Callable
 
@@ -10,44 +10,46 @@ from specchat.planner.request import EXACT_BYTES, PlanInputs, PlanRequest
 from specchat.records.model import DTYPE_BYTES, LOWER_QUANTS, ModelSpec
 from specchat.units import format_bytes
 
-_Otherwise = Callable[[Callable[[Candidate], bool], Callable[[Candidate], str]], Alternative | None]
+_FindAlternative = Callable[[Callable[[Candidate], bool], Callable[[Candidate], str]], Alternative | None]
 
 
 def explain_choices(
-    request: PlanRequest, known: PlanInputs, quant: Precision, best: Candidate, among: Candidates
+    request: PlanRequest, inputs: PlanInputs, quant: Precision, best: Candidate, among: Candidates
 ) -> tuple[Choice, ...]:
-    """Every choice with its reason, and what the best plan without it would do."""
+    """Return every choice with its reason, and the speed of the best plan with another value."""
 
-    def otherwise(differs: Callable[[Candidate], bool], value: Callable[[Candidate], str]) -> Alternative | None:
+    def best_other(differs: Callable[[Candidate], bool], value: Callable[[Candidate], str]) -> Alternative | None:
         other = max((each for each in among.all if differs(each)), key=preference, default=None)
         return None if other is None else Alternative(value(other), other.tok_per_s)
 
-    work, device = best.work, known.machine.device
+    work, device = best.work, inputs.machine.device
     found = [
         Choice("device", device, _why_device(request, device), request.choices.device != "auto"),
         Choice("dtype", work.dtype, _why_dtype(request, best), request.choices.dtype != "auto"),
         Choice(
-            "quant", best.target.quant, quant.why, request.choices.quant != "auto", _other_quant(request, known, quant)
+            "quant", best.target.quant, quant.why, request.choices.quant != "auto", _other_quant(request, inputs, quant)
         ),
-        _draft_choice(request, known, best, otherwise(lambda c: (c.draft is None) != (best.draft is None), _draft_of)),
+        _draft_choice(
+            request, inputs, best, best_other(lambda c: (c.draft is None) != (best.draft is None), _draft_name)
+        ),
         Choice("ctx", f"{work.ctx:,}", _why_ctx(request, best), request.choices.ctx is not None),
     ]
     if best.draft is not None:
-        found += _draft_quant_choice(request, known, best.draft, otherwise)
-        trees = otherwise(
+        found += _draft_quant_choice(request, inputs, best.draft, best_other)
+        trees = best_other(
             lambda c: c.draft is not None and c.work.tree_budget != work.tree_budget, lambda c: str(c.work.tree_budget)
         )
         nodes = best.prediction.tree_nodes
         why = (
             "asked for"
             if request.choices.tree_budget is not None
-            else f"the most; about {nodes} nodes pay for their time"
+            else f"maximum; about {nodes} nodes are worth their time"
         )
         found.append(Choice("tree-budget", str(work.tree_budget), why, request.choices.tree_budget is not None, trees))
     found.append(Choice("vram", format_bytes(best.vram_bytes), _why_budget(request, device), _is_set(request)))
     if best.num_streamed:
-        slots = otherwise(lambda c: c.slots != best.slots, lambda c: str(c.slots))
-        why = "asked for" if request.choices.slots is not None else "layers on their way while one is computed"
+        slots = best_other(lambda c: c.slots != best.slots, lambda c: str(c.slots))
+        why = "asked for" if request.choices.slots is not None else "layers loading while one is computed"
         found.append(Choice("slots", str(best.slots), why, request.choices.slots is not None, slots))
     return tuple(found)
 
@@ -59,68 +61,68 @@ def _is_set(request: PlanRequest) -> bool:
 def _why_device(request: PlanRequest, device: str) -> str:
     if request.choices.device != "auto":
         return "asked for"
-    return "no CUDA device can be used" if device == "cpu" else "the first CUDA device"
+    return "no usable CUDA device" if device == "cpu" else "first CUDA device"
 
 
 def _why_dtype(request: PlanRequest, best: Candidate) -> str:
     if request.choices.dtype != "auto":
         return "asked for"
     if best.work.dtype == best.target.dtype:
-        return "the model's own"
+        return "dtype of the checkpoint"
     if best.target.num_params * DTYPE_BYTES["fp32"] <= EXACT_BYTES:
-        return "small enough to be exact"
-    return f"{best.target.dtype} is slow here" if best.work.dtype == "fp32" else "fast enough, half the bytes"
+        return "small model: exact at little cost"
+    return f"{best.target.dtype} is slow here" if best.work.dtype == "fp32" else "fast here, half the size of fp32"
 
 
 def _why_ctx(request: PlanRequest, best: Candidate) -> str:
     if request.choices.ctx is not None:
         return "asked for"
     if best.work.ctx == usual_ctx(request, best.target):
-        return "all that the model has" if best.work.ctx == best.target.max_positions else "the usual"
-    return "halved until everything fitted"
+        return "maximum of the model" if best.work.ctx == best.target.max_positions else "default"
+    return "halved until the plan fits"
 
 
 def _why_budget(request: PlanRequest, device: str) -> str:
     if request.choices.vram_bytes is not None:
         return "asked for"
-    return "free memory less a reserve for the system" if device == "cpu" else "free memory less 1 GiB"
+    return "free memory minus a system reserve" if device == "cpu" else "free memory minus 1 GiB"
 
 
-def _draft_of(candidate: Candidate) -> str:
+def _draft_name(candidate: Candidate) -> str:
     return "none" if candidate.draft is None else candidate.draft.name
 
 
-def _draft_choice(request: PlanRequest, known: PlanInputs, best: Candidate, other: Alternative | None) -> Choice:
-    if known.draft is None:
-        return Choice("draft", "none", "none known or asked for")
+def _draft_choice(request: PlanRequest, inputs: PlanInputs, best: Candidate, other: Alternative | None) -> Choice:
+    if inputs.draft is None:
+        return Choice("draft", "none", "no draft known or requested")
     if not request.draft_is_open:
-        return Choice("draft", known.draft.name, "asked for", pinned=True, alternative=other)
-    why = "plain decoding is faster here" if best.draft is None else _what_a_tree_brings(best.prediction)
-    return Choice("draft", _draft_of(best), why, alternative=other)
+        return Choice("draft", inputs.draft.name, "asked for", pinned=True, alternative=other)
+    why = "plain decoding is faster here" if best.draft is None else _why_draft(best.prediction)
+    return Choice("draft", _draft_name(best), why, alternative=other)
 
 
 def _draft_quant_choice(
-    request: PlanRequest, known: PlanInputs, draft: ModelSpec, otherwise: _Otherwise
+    request: PlanRequest, inputs: PlanInputs, draft: ModelSpec, best_other: _FindAlternative
 ) -> list[Choice]:
-    """Nothing where there was nothing to choose."""
+    """Return the choice of the draft's precision; empty if there was nothing to choose."""
     if request.choices.draft_quant != "auto":
         return [Choice("draft-quant", draft.quant, "asked for", pinned=True)]
-    if not known.lower_drafts:
+    if not inputs.lower_drafts:
         return []
-    why = "the text stays the same, and more layers stay" if draft.quant in LOWER_QUANTS else "as it comes"
-    other = otherwise(
+    why = "same text, more layers resident" if draft.quant in LOWER_QUANTS else "not faster if quantized"
+    other = best_other(
         lambda c: c.draft is not None and c.draft.quant != draft.quant, lambda c: c.draft.quant if c.draft else ""
     )
     return [Choice("draft-quant", draft.quant, why, alternative=other)]
 
 
-def _what_a_tree_brings(prediction: Prediction) -> str:
-    return f"{prediction.tokens_per_step:.1f} tokens a pass instead of 1"
+def _why_draft(prediction: Prediction) -> str:
+    return f"{prediction.tokens_per_step:.1f} tokens per pass instead of 1"
 
 
-def _other_quant(request: PlanRequest, known: PlanInputs, quant: Precision) -> Alternative | None:
-    """What the precision that was not chosen would do under the same conditions."""
+def _other_quant(request: PlanRequest, inputs: PlanInputs, quant: Precision) -> Alternative | None:
+    """Return the speed of the other precision under the same conditions."""
     if quant.other is None:
         return None
-    other = Candidates(request, known, quant.other).best
+    other = Candidates(request, inputs, quant.other).best
     return Alternative(quant.other.quant, None if other is None else other.tok_per_s)

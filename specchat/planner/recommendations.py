@@ -1,4 +1,4 @@
-"""What a machine can run of the models whose figures are shipped, best first: predicted, nothing looked up."""
+"""Recommend known models for a machine, best first; predicted without any network access."""
 
 import math
 from collections.abc import Collection
@@ -20,23 +20,23 @@ from specchat.records.model import ModelSource, ModelSpec, own_quant
 from specchat.records.plan import Plan
 
 ANYTHING = PlanRequest(ModelSource("", Path()), None, draft_is_open=True)
-# People read 4 to 6 words a second; text that comes slower is waited for.
+# People read 4 to 6 words a second; slower text makes them wait.
 READING_TOK_PER_S = 5.0
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """A model, and how it would run here.
+    """A model with its plan and predicted speed on this machine.
 
     Attributes:
-        model: its figures.
-        draft: the model that would draft for it, or None.
-        plan: for the engine.
-        prediction: the speed to expect.
-        is_cached: whether the model need not be downloaded any more.
-        download_bytes: of what would have to be downloaded, the draft included.
-        disk_bytes: that download, and a copy of the weights as they are streamed.
-        capability: grows with what models of its size and kind are able to do; only good for comparing.
+        model: entry of the model in the catalog.
+        draft: draft that the plan uses, or None.
+        plan: plan for the engine.
+        prediction: expected speed.
+        is_cached: whether the model is in the local cache.
+        download_bytes: bytes to download, the draft included.
+        disk_bytes: bytes of the download and of a repacked or quantized copy of the weights.
+        capability: geometric mean of all and of active weights; meaningful only in comparisons.
     """
 
     model: KnownModel
@@ -50,24 +50,24 @@ class Recommendation:
 
     @property
     def reads_well(self) -> bool:
-        """Whether text comes at least as fast as it is read."""
+        """Whether text is written at least as fast as people read."""
         return self.prediction.tok_per_s >= READING_TOK_PER_S
 
     @property
     def command(self) -> str:
-        """What to type."""
+        """Command line that runs the model."""
         return f"specchat run {self.model.id}"
 
 
 @dataclass(frozen=True)
 class Recommendations:
-    """All of them.
+    """Known models, grouped by whether they run on this machine.
 
     Attributes:
-        best: those that run: first what comes as fast as it is read, the most capable first; then the others, the
+        best: models that run. Models at reading speed come first, the most capable first; then slower ones, the
             fastest first.
-        too_large: ids of models that this machine's memory cannot run.
-        no_disk: ids of models for whose files the disk has no room.
+        too_large: ids of models that do not fit this machine's memory.
+        no_disk: ids of models whose files do not fit on the disk.
     """
 
     best: tuple[Recommendation, ...]
@@ -84,15 +84,15 @@ def find_recommendations(
     cached: Collection[str] = (),
     free_disk_bytes: int,
 ) -> Recommendations:
-    """Plans for every known model.
+    """Plan every known model and rank the ones that run.
 
     Args:
-        asked: what the user has settled; the models in it do not matter.
-        machine: the device, and memory as it is free now.
-        rates: of the machine.
-        typical: of such machines.
+        asked: settings that the user has fixed; its models are ignored.
+        machine: device, total memory and free memory.
+        rates: rates of this machine.
+        typical: typical rates of machines of this kind.
         cached: ids of the models in the local cache.
-        free_disk_bytes: where models and copies of them lie.
+        free_disk_bytes: free bytes on the disk of models and packs.
     """
     found: list[Recommendation] = []
     too_large: list[str] = []
@@ -101,21 +101,21 @@ def find_recommendations(
         if not model.offered:
             continue
         try:
-            offer = recommend(model, asked, machine, rates, typical, cached)
-        except (DoesNotFitError, UsageError):  # a context that the model has no positions for
+            recommendation = recommend(model, asked, machine, rates, typical, cached)
+        except (DoesNotFitError, UsageError):  # UsageError: the context is longer than the model allows
             too_large.append(model.id)
             continue
-        if offer.disk_bytes > free_disk_bytes:
+        if recommendation.disk_bytes > free_disk_bytes:
             no_disk.append(model.id)
         else:
-            found.append(offer)
+            found.append(recommendation)
     return Recommendations(tuple(sorted(found, key=_rank)), tuple(too_large), tuple(no_disk))
 
 
-def _rank(offer: Recommendation) -> tuple[float, ...]:
-    """Smaller is better."""
-    speed = offer.prediction.tok_per_s
-    return (0, -offer.capability, -speed) if offer.reads_well else (1, -speed)
+def _rank(recommendation: Recommendation) -> tuple[float, ...]:
+    """Return a sort key; smaller is better."""
+    speed = recommendation.prediction.tok_per_s
+    return (0, -recommendation.capability, -speed) if recommendation.reads_well else (1, -speed)
 
 
 def recommend(
@@ -126,16 +126,16 @@ def recommend(
     typical: Rates,
     cached: Collection[str] = (),
 ) -> Recommendation:
-    """The plan for a known model.
+    """Plan a known model for this machine.
 
     Raises:
-        DoesNotFitError: there is none.
-        UsageError: a context that the model has no positions for.
+        DoesNotFitError: no plan stays within the budget.
+        UsageError: the context is longer than the model allows.
     """
     draft = _draft_for(model, cached) if asked.draft_is_open else None
     request = replace(asked, target=_source(model), draft=None if draft is None else _source(draft))
     draft_spec = None if draft is None else known_spec(draft.id)
-    known = PlanInputs(
+    inputs = PlanInputs(
         machine=machine,
         rates=rates,
         typical=typical,
@@ -143,7 +143,7 @@ def recommend(
         draft=draft_spec,
         lower_drafts=() if draft_spec is None else _lower(draft_spec),
     )
-    plan, prediction = choose_quickly(request, known)
+    plan, prediction = choose_quickly(request, inputs)
     used = None if plan.draft is None else draft
     download_bytes = sum(_checkpoint_bytes(each) for each in (model, used) if each and each.id not in cached)
     return Recommendation(
@@ -163,14 +163,14 @@ def _lower(draft: ModelSpec) -> tuple[ModelSpec, ...]:
 
 
 def _draft_for(model: KnownModel, cached: Collection[str]) -> KnownModel | None:
-    """The first draft of the model's family, or the first that is there."""
+    """Return the first cached draft of the model's family, or else the first; None if the family has none."""
     ids = [ref.text for ref in draft_candidates(parse_model(model.id))]
     ids.sort(key=lambda draft: draft not in cached)
     return known_model(ids[0]) if ids else None
 
 
 def _source(model: KnownModel) -> ModelSource:
-    """Stands for files that nobody will open."""
+    """Return a source without files; a known model is planned from its catalog entry alone."""
     return ModelSource(model.id, Path())
 
 
@@ -180,7 +180,7 @@ def _checkpoint_bytes(model: KnownModel) -> int:
 
 
 def _copy_bytes(model: KnownModel, plan: Plan) -> int:
-    """Of the weights as they are streamed, or quantized; a model that stays whole and as it is needs none."""
+    """Return the bytes of the pack that the plan needs; 0 for an unquantized, fully resident model."""
     quant = own_quant(plan.quant)
     if quant == "none" and not plan.placement.streamed:
         return 0

@@ -1,4 +1,4 @@
-"""What a plan is asked for, and what it is made from: everything that a choice depends on."""
+"""Inputs of the planner: the request of the user, and the facts about machine, models and earlier chats."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,20 +11,20 @@ from specchat.records.model import ModelSource, ModelSpec, Quant
 from specchat.records.plan import PlanChoices
 from specchat.units import MIB
 
-# Up to this size full precision costs nothing that a user would notice, and is exact to the token.
+# Models up to this size run in full precision: the cost is not noticeable, and the text is exact to the token.
 EXACT_BYTES = 64 * MIB
 
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What a plan is asked for.
+    """Request for a plan.
 
     Attributes:
-        target, draft: local models; draft None is plain decoding.
-        choices: what the user has decided.
-        draft_is_open: whether to plan without the draft where that is faster.
-        lowers_for_speed: whether "auto" may lower the precision of a target that would fit, only slower.
-        samples: whether answers are drawn rather than greedy; the accepted length of a tree depends on it.
+        target, draft: local models; a draft of None means plain decoding.
+        choices: settings that the user has fixed.
+        draft_is_open: whether the plan may leave the draft out where plain decoding is faster.
+        lowers_for_speed: whether "auto" may lower the precision of a target that fits, to gain speed.
+        samples: whether answers are sampled rather than greedy; the accepted length depends on this.
     """
 
     target: ModelSource
@@ -37,17 +37,17 @@ class PlanRequest:
 
 @dataclass(frozen=True)
 class PlanInputs:
-    """What a choice is based on besides the request.
+    """Facts that a plan is based on besides the request.
 
     Attributes:
-        machine: memory, used or not.
-        rates: as well as they are known.
-        typical: of such machines, whatever has been measured on this one.
-        target: its sizes by the precision asked for; looked into only where the choice turns on it.
-        draft: its sizes, or None.
-        prior: tokens per step of pairs like this one.
-        statistics: what earlier chats have shown.
-        lower_drafts: the same draft in fewer bytes, as far as that is open.
+        machine: device and memory sizes, total and free.
+        rates: speeds of this machine, measured where a report exists.
+        typical: speeds of machines of this kind, without measurements.
+        target: function from a precision to the sizes of the target; called only for precisions that matter.
+        draft: sizes of the draft, or None.
+        prior: typical acceptance of similar pairs.
+        statistics: results of earlier chats.
+        lower_drafts: sizes of the draft in lower precisions that the planner may choose.
     """
 
     machine: Machine
@@ -60,12 +60,12 @@ class PlanInputs:
     lower_drafts: tuple[ModelSpec, ...] = ()
 
     def acceptance(self, target: ModelSpec, draft: ModelSpec | None, *, samples: bool) -> Acceptance:
-        """Of a pair, as well as it is known of such answers.
+        """Return the acceptance of a pair, measured if earlier chats have shown enough.
 
         Args:
-            target: of the pair.
-            draft: likewise; None for plain decoding.
-            samples: whether answers are drawn, as in `PlanRequest`.
+            target: sizes of the target.
+            draft: sizes of the draft; None for plain decoding.
+            samples: whether answers are sampled, as in `PlanRequest`.
         """
         if draft is None:
             return self.prior

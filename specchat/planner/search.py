@@ -1,4 +1,4 @@
-"""Choosing a plan: the one that is predicted to be the fastest, of all that fit."""
+"""Choose the plan with the highest predicted speed among all plans that fit."""
 
 from dataclasses import replace
 from typing import Literal
@@ -16,28 +16,28 @@ from specchat.units import format_bytes
 
 
 def choose_plan(request: PlanRequest, inputs: PlanInputs) -> ExplainedPlan:
-    """Return the fastest plan that fits, with the reasons for every choice; a pure function.
+    """Return the fastest plan that fits, with a reason for every choice; a pure function.
 
     Args:
         request: models and choices.
-        inputs: what the choice is based on.
+        inputs: machine, rates, sizes and statistics.
 
     Raises:
         DoesNotFitError: no plan stays within the budget.
-        UsageError: a context the model has no positions for.
+        UsageError: the context is longer than the model allows.
     """
     quant = choose_quant(request, inputs)
     found = Candidates(request, inputs, quant.spec)
     best = _best_of(found)
     plan, prediction = _planned(request, inputs, best)
-    pace = prediction.tok_per_s / best.tok_per_s  # what chats with this plan have shown holds for those beside it, too
+    pace = prediction.tok_per_s / best.tok_per_s  # scale alternatives by the measured speed
     reasons = explain_choices(request, inputs, quant, best, found)
     return ExplainedPlan(plan, prediction, tuple(choice.at_pace(pace) for choice in reasons))
 
 
-def choose_quickly(request: PlanRequest, known: PlanInputs) -> tuple[Plan, Prediction]:
-    """Return the plan of `choose_plan` without its reasons: fast enough to rank every known model."""
-    return _planned(request, known, _best_of(Candidates(request, known, choose_quant(request, known).spec)))
+def choose_quickly(request: PlanRequest, inputs: PlanInputs) -> tuple[Plan, Prediction]:
+    """Return the plan of `choose_plan` without reasons; fast enough to rank every known model."""
+    return _planned(request, inputs, _best_of(Candidates(request, inputs, choose_quant(request, inputs).spec)))
 
 
 def _best_of(found: Candidates) -> Candidate:
@@ -46,16 +46,18 @@ def _best_of(found: Candidates) -> Candidate:
     return found.best
 
 
-def _planned(request: PlanRequest, known: PlanInputs, best: Candidate) -> tuple[Plan, Prediction]:
-    plan = best.plan(request.choices, known.machine)
-    return plan, known.statistics.corrected(plan, best.prediction, samples=request.samples)
+def _planned(request: PlanRequest, inputs: PlanInputs, best: Candidate) -> tuple[Plan, Prediction]:
+    plan = best.plan(request.choices, inputs.machine)
+    return plan, inputs.statistics.corrected(plan, best.prediction, samples=request.samples)
 
 
 def smaller_plan(request: PlanRequest, inputs: PlanInputs, plan: Plan) -> Plan:
-    """The next plan to try after `plan` could not have its memory: fewer resident layers, then a smaller tree.
+    """Return the next plan to try after memory for `plan` could not be allocated.
+
+    Fewer layers stay resident; when none is left to give up, the tree budget is halved.
 
     Raises:
-        DoesNotFitError: there is nothing left to give up.
+        DoesNotFitError: nothing smaller is left to try.
     """
     choices = replace(
         request.choices,
@@ -66,9 +68,9 @@ def smaller_plan(request: PlanRequest, inputs: PlanInputs, plan: Plan) -> Plan:
         draft_quant=_as_planned(plan.draft_quant, request.choices.draft_quant),
     )
     draft = request.draft if plan.draft is not None else None
-    less = replace(request, choices=choices, draft=draft, draft_is_open=False)
+    smaller_request = replace(request, choices=choices, draft=draft, draft_is_open=False)
     try:
-        smaller = choose_quickly(less, inputs)[0]
+        smaller = choose_quickly(smaller_request, inputs)[0]
     except DoesNotFitError:
         if plan.work.tree_budget <= 1:
             raise DoesNotFitError(
@@ -77,10 +79,10 @@ def smaller_plan(request: PlanRequest, inputs: PlanInputs, plan: Plan) -> Plan:
                 hint="close other programs, or lower --ctx",
             ) from None
         halved = replace(choices, tree_budget=plan.work.tree_budget // 2)
-        smaller = choose_quickly(replace(less, choices=halved), inputs)[0]
+        smaller = choose_quickly(replace(smaller_request, choices=halved), inputs)[0]
     return replace(smaller, adaptive=plan.adaptive, expected=plan.expected, lowered_from=plan.lowered_from)
 
 
 def _as_planned(planned: str, asked: Literal["auto"] | Quant) -> Literal["auto"] | Quant:
-    """The plan's precision: what there is less memory for must not be answered in another."""
+    """Return the precision of the plan, so that a smaller plan writes the same text."""
     return next((quant for quant in QUANTS if quant == planned), asked)

@@ -1,7 +1,7 @@
-"""What chats on this machine have shown: tokens per step of a pair of models, and the speed of whole plans.
+"""Statistics of chats on this machine: tokens per step of a pair of models, and the speed of plans.
 
-One small file in the state folder, replaced whole or not at all. It only makes predictions better, so whatever is wrong
-with it is never worth more than a warning. Of two chats that end at the same moment one may not be counted.
+One small file in the state folder, replaced atomically. It only improves predictions, so a damaged file is just a
+warning. If two chats end at the same moment, one of them may be lost.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from specchat.records.plan import Plan
 
 _VERSION = 1
 _FILE = "statistics.json"
-# Fewer steps say little; more are halved now and then, so that the last chats count most.
+# Fewer steps than the first are too few to count. Sums above the second are halved, so that recent chats count most.
 _ENOUGH_STEPS = 30
 _MOST_STEPS = 2000
 _MOST_PLANS = 200
@@ -26,7 +26,7 @@ _MOST_PLANS = 200
 
 @dataclass(frozen=True)
 class Tally:
-    """Steps added up: their number, and the nodes, emitted tokens and seconds of all together."""
+    """Sums over steps: number of steps, tree nodes, emitted tokens, seconds."""
 
     steps: float = 0.0
     nodes: float = 0.0
@@ -34,39 +34,39 @@ class Tally:
     seconds: float = 0.0
 
     def plus(self, other: "Tally") -> "Tally":
-        """Both."""
+        """Return the sum of both tallies."""
         return Tally(*(mine + more for mine, more in zip(self.values(), other.values(), strict=True)))
 
     def faded(self) -> "Tally":
-        """With half of too many forgotten."""
+        """Return the tally, halved if it has more than 2,000 steps."""
         share = 0.5 if self.steps > _MOST_STEPS else 1.0
         return Tally(*(share * value for value in self.values()))
 
     def values(self) -> tuple[float, float, float, float]:
-        """In the order of its attributes."""
+        """Return the sums in the order of the attributes."""
         return self.steps, self.nodes, self.tokens, self.seconds
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Everything that is kept.
+    """Contents of the statistics file.
 
     Attributes:
-        pairs: by target, draft and class of temperature (greedy, sampled): steps with a tree, by the tree's size class.
-        plans: by `plan_key`: steps that read nothing but the last token.
+        pairs: tallies of steps with a tree, by pair and temperature class (greedy, sampled), then by tree size class.
+        plans: tallies of steps that read one new token, by `plan_key`.
     """
 
     pairs: Mapping[str, Mapping[str, Tally]] = field(default_factory=dict)
     plans: Mapping[str, Tally] = field(default_factory=dict)
 
     def acceptance(self, target: str, draft: str, prior: Acceptance, *, samples: bool) -> Acceptance:
-        """The prior, scaled to what this pair has been seen to emit; as it is while too little was seen.
+        """Return the prior, scaled to the tokens that this pair has emitted; unscaled after too few steps.
 
         Args:
-            target: its name.
-            draft: likewise.
-            prior: of pairs like this one.
-            samples: whether answers are drawn: what a draft guesses of those says little of greedy ones.
+            target: name of the target.
+            draft: name of the draft.
+            prior: typical acceptance of similar pairs.
+            samples: whether answers are sampled; sampled and greedy answers have different acceptance rates.
         """
         tallies = self.pairs.get(_pair_key(target, draft, samples=samples), {}).values()
         if sum(tally.steps for tally in tallies) < _ENOUGH_STEPS:
@@ -76,12 +76,12 @@ class Statistics:
         return Acceptance(prior.gain * seen / max(promised, 1e-9), prior.knee, "measured")
 
     def corrected(self, plan: Plan, prediction: Prediction, *, samples: bool) -> Prediction:
-        """What this very plan has achieved with such answers, where it has run for long enough.
+        """Return the prediction with measured figures, if this plan has run for enough steps.
 
         Args:
-            plan: that is predicted.
-            prediction: of its speed.
-            samples: whether answers are drawn.
+            plan: plan of the prediction.
+            prediction: predicted speed of the plan.
+            samples: whether answers are sampled.
         """
         tally = self.plans.get(plan_key(plan, samples=samples))
         if tally is None or tally.steps < _ENOUGH_STEPS:
@@ -97,7 +97,7 @@ class Statistics:
 
 
 def plan_key(plan: Plan, *, samples: bool) -> str:
-    """Return a name for everything that the speed of a plan depends on, with the class of temperature."""
+    """Return a key of everything that the speed of a plan depends on, temperature class included."""
     facts = [
         *(plan.target, plan.draft, plan.quant, plan.draft_quant, plan.work.device, plan.work.dtype),
         *(
@@ -112,11 +112,11 @@ def plan_key(plan: Plan, *, samples: bool) -> str:
 
 
 def load(folder: Path, warn: Callable[[str], None] = lambda _: None) -> Statistics:
-    """What is kept in a folder; nothing where there is no file, or a damaged one.
+    """Load the statistics of a folder; empty if the file is missing or damaged.
 
     Args:
         folder: the state folder.
-        warn: told in one line of a damaged file.
+        warn: receives one line about a damaged file.
     """
     path = folder / _FILE
     try:
@@ -128,18 +128,18 @@ def load(folder: Path, warn: Callable[[str], None] = lambda _: None) -> Statisti
     except FileNotFoundError:
         return Statistics()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        warn(f"{path} cannot be read: predictions do without what earlier chats have shown")
+        warn(f"cannot read {path}: speeds are predicted without the statistics of earlier chats")
         return Statistics()
 
 
 def record(folder: Path, plan: Plan, temperature: float, steps: Iterable[Step]) -> None:
-    """Adds the steps of an answer; where nothing can be written, nothing is kept.
+    """Add the steps of an answer to the statistics; do nothing if the folder cannot be written to.
 
     Args:
         folder: the state folder.
-        plan: that the answer was written under.
-        temperature: of its sampling.
-        steps: in any order; interrupted ones do not count.
+        plan: plan that the engine ran under.
+        temperature: sampling temperature of the answer.
+        steps: steps of the answer in any order; interrupted ones are ignored.
     """
     before, found = load(folder), tuple(steps)
     pairs, plans = dict(before.pairs), dict(before.plans)
@@ -149,21 +149,21 @@ def record(folder: Path, plan: Plan, temperature: float, steps: Iterable[Step]) 
         for step in found:
             if step.token_ids and step.tree_nodes and step.finish_reason != "length":
                 size = str(step.tree_nodes.bit_length())
-                rows[size] = rows.get(size, Tally()).faded().plus(_one(step))
+                rows[size] = rows.get(size, Tally()).faded().plus(_tally_of(step))
         pairs[key] = rows
     key = plan_key(plan, samples=temperature > 0)
-    tally = plans.pop(key, Tally())  # the last one used stands last
+    tally = plans.pop(key, Tally())  # reinserted below: plans are ordered by last use
     for step in found:
         if step.token_ids and step.new_rows == 1:
-            tally = tally.faded().plus(_one(step))
+            tally = tally.faded().plus(_tally_of(step))
     plans[key] = tally
     kept = dict(list(plans.items())[-_MOST_PLANS:])
-    # A state folder that cannot be written to is no reason to disturb a chat; one that is not saved says so itself.
+    # An unwritable state folder must not disturb a chat; saving the chat reports the problem.
     with suppress(OSError):
         _write(folder, Statistics(pairs, kept))
 
 
-def _one(step: Step) -> Tally:
+def _tally_of(step: Step) -> Tally:
     return Tally(1.0, step.tree_nodes, len(step.token_ids), step.pass_s)
 
 
@@ -182,7 +182,7 @@ def _tallies(rows: Mapping[str, list[float]]) -> dict[str, Tally]:
 def _tally(row: list[float]) -> Tally:
     steps, nodes, tokens, seconds = (float(value) for value in row)
     if not (steps > 0 and nodes >= 0 and tokens >= steps and 0 < seconds < float("inf")):
-        raise ValueError("no steps have such sums")
+        raise ValueError("impossible sums of steps")
     return Tally(steps, nodes, tokens, seconds)
 
 

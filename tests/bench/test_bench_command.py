@@ -216,7 +216,7 @@ def test_passes_from_the_page_cache(specchat):
         (["--compare", "/nowhere", "/nowhere"], "cannot read"),
         (["demo", "--compare", "a", "b"], "takes no MODEL"),
         (["--compare", "a", "b", "-o", "csv"], "cannot be printed as csv"),
-        ([], "which MODEL?"),
+        ([], "no MODEL is given"),
         (["demo", "--nope"], "specchat bench --help"),
     ],
 )

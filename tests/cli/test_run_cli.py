@@ -77,7 +77,7 @@ def fails(result, code, *words):
         (["run", "demo", "hi", "--json", "--json-stream"], ["--json-stream"]),
         (["run", "demo", "hi", "--plan", "--json-stream"], ["--plan"]),
         (["run", "demo", "hi", "-q", "-v"], ["--quiet", "--verbose"]),
-        (["run", "demo", "hi", "--draft", "self"], ["self", "not in this version"]),
+        (["run", "demo", "hi", "--draft", "self"], ["self", "not available in this version"]),
         (["run", "demo", "hi", "--draft", "retrieval"], ["retrieval"]),
         (["run", "demo"], ["empty"]),
         (["run", "demo", ""], ["empty"]),

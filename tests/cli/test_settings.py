@@ -138,7 +138,7 @@ def test_bench_and_run_share_settings(fake, config):
     path = config('vram = "12"\n')
     assert str(path) in fake("bench", "demo").err
     config("temperature = 1\nmodel = 'demo'\n")
-    assert "which MODEL" in fake("bench").err
+    assert "no MODEL is given" in fake("bench").err
 
 
 # --- sessions ----------------------------------------------------------------------------------------------------

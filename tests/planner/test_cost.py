@@ -1,4 +1,4 @@
-"""Predictions against a slow simulation of passes, and what must hold of every one of them."""
+"""Predicted pass times against a slow event simulation, and invariants of all predictions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DRAFT = demo_source("draft")
 def model(
     name: str, *, layers: int, hidden: int, mlp: int, vocab: int, quant: str = "none", experts: int = 1, active: int = 1
 ) -> ModelSpec:
-    """A Llama-like model's sizes; bytes as our formats take them."""
+    """Return the sizes of a Llama-like model, with bytes by quantization format."""
     heads = hidden // 128
     layer = 2 * hidden * hidden + 2 * hidden * 1024 + 3 * hidden * mlp * experts
     item_bytes, share = {"none": (None, 1.0), "int8": (1, 1.016), "int4": (1, 0.516)}[quant]
@@ -84,11 +84,11 @@ def asked(**changes: object) -> PlanRequest:
 
 
 def simulated(queue: LinkQueue, layer_s: float, outside_s: float) -> float:
-    """Seconds of a pass after many: every fill and every layer by itself, in the order they happen."""
+    """Simulate every slot fill and layer in order; return the seconds of the 12th pass."""
     resident = set(interleaved(queue.num_layers - queue.num_linked, queue.num_layers))
-    released = [0.0] * max(queue.slots, 1)  # when each slot was last given back
+    released = [0.0] * max(queue.slots, 1)  # time when each slot was last released
     link_free, now, pass_s, count = 0.0, 0.0, 0.0, 0
-    waiting: list[float] = []  # ends of the fills that no layer has taken yet
+    waiting: list[float] = []  # end times of slot fills
     for _ in range(12):
         now += outside_s
         begin = now
@@ -115,10 +115,10 @@ def simulated(queue: LinkQueue, layer_s: float, outside_s: float) -> float:
     slots=st.integers(2, 4),
 )
 @settings(deadline=None, max_examples=300)
-def test_a_pass_takes_what_its_events_take(
+def test_pass_time_matches_an_event_simulation(
     num_layers: int, share: float, arrival_s: float, layer_s: float, outside_s: float, slots: int
 ):
-    """Within a tenth; what a layer more or less at the ends makes apart from that is little."""
+    """Predict within 10%, plus the time of one layer at either end."""
     num_linked = max(round(share * num_layers), slots + 1)
     queue = LinkQueue(num_layers, num_linked, arrival_s, slots)
     predicted = max(queue.computed_s(layer_s, outside_s), queue.linked_s(layer_s, outside_s))
@@ -126,16 +126,16 @@ def test_a_pass_takes_what_its_events_take(
     assert predicted == pytest.approx(truth, rel=0.1, abs=2 * max(arrival_s, layer_s))
 
 
-def test_a_pass_by_hand():
-    """Ten layers, all streamed: 0.1 s to come, 0.01 s to compute; two slots are filled in the 0.5 s spent elsewhere."""
+def test_pass_time_of_ten_streamed_layers():
+    """Each layer takes 0.1 s to arrive and 0.01 s to compute; two slots fill in the 0.5 s outside the pass."""
     queue = LinkQueue(10, 10, 0.1, 2)
     assert queue.linked_s(0.01, 0.5) == pytest.approx(10 * 0.1 - 2 * 0.1 + 0.01)
     assert queue.computed_s(0.01, 0.5) == pytest.approx(10 * 0.01)
     assert LinkQueue(10, 0, 0.0, 0).computed_s(0.01, 0.5) == pytest.approx(0.1)
 
 
-def test_the_slowest_link_counts():
-    """From disk and host memory to a GPU: all bytes cross the bus, and some the disk's cable before; both at once."""
+def test_the_slower_of_disk_and_bus_limits_a_pass():
+    """On a GPU, all streamed bytes cross the bus, and some also the disk link, concurrently."""
     machine, rates = with_card(card(8))
     assert (rates.host.per_s, rates.disk.per_s) == (25.6e9, 2.5e9)
     cost = CostModel(small(), None, "bf16", machine.device, rates, TYPICAL_ACCEPTANCE)
@@ -152,13 +152,13 @@ def test_the_slowest_link_counts():
 
 
 @given(nodes=st.integers(1, 2000))
-def test_tokens_grow_ever_more_slowly(nodes: int):
+def test_accepted_length_grows_with_diminishing_returns(nodes: int):
     before, here, after = (TYPICAL_ACCEPTANCE.tokens_per_step(n) for n in (nodes - 1, nodes, nodes + 1))
     assert 1.0 <= before < here < after and after - here <= here - before + 1e-9
     assert here <= 1 + nodes
 
 
-def test_of_experts_few_rows_compute_only_those_they_go_to():
+def test_few_rows_compute_only_the_experts_they_use():
     machine, rates = with_card(card(24))
     sparse = model("moe", layers=48, hidden=2048, mlp=768, vocab=151_936, experts=128, active=8)
     dense = replace(sparse, mlp_size=768 * 128)
@@ -174,21 +174,21 @@ def test_of_experts_few_rows_compute_only_those_they_go_to():
     assert few[0] < 0.3 * few[1] and many[0] > 3 * few[0]
 
 
-def test_batches_of_the_draft_as_counted_on_the_demo():
-    """Counted with trees of so many nodes: 3.9, 7.8, 16, 22 and 25 passes of the draft, one of them for the context."""
+def test_draft_batches_match_counts_of_the_demo():
+    """Counted draft passes by tree size: 3.9, 7.8, 16, 22 and 25, including one for the context."""
     counted = {4: 2.9, 16: 6.8, 64: 15, 128: 21, 256: 24}
     for nodes, batches in counted.items():
         assert draft_batches(nodes) == pytest.approx(batches, rel=0.15)
 
 
 @given(nodes=st.integers(1, 100_000))
-def test_a_pass_of_the_draft_expands_any_level_at_once(nodes: int):
-    """Rows that a tree takes in the draft, dropped ones included, in passes as wide as they may be."""
+def test_one_draft_pass_can_expand_a_whole_level(nodes: int):
+    """All draft rows of a tree, dropped ones included, fit in the predicted number of passes."""
     assert draft_batches(nodes) >= 1.4 * nodes / draft_width(nodes)
 
 
-def test_on_a_cpu_threads_cost_every_layer_and_readers_every_pass_of_the_draft():
-    """What rates are measured of products says nothing of either; a GPU's host has neither."""
+def test_a_cpu_adds_fixed_costs_per_layer_and_per_draft_batch():
+    """Measured matmul rates include neither cost; on a GPU there is neither."""
     on_cpu = replace(MEASURED, device="cpu")
     machine = Machine("cpu", 64 * GIB, 64 * GIB, fast_bf16=True)
     typical, measured = (rates_of(hardware(GpuSurvey(())), machine, each) for each in (None, on_cpu))
@@ -211,7 +211,7 @@ def chosen(request: PlanRequest, machine: Machine, rates: Rates, target=large, d
 
 
 def faster(rates: Rates, link: float, disk: float, compute: float) -> Rates:
-    """Everything that a machine can be faster in."""
+    """Multiply the rates of the link, the disk and compute."""
 
     def times(rate: Rate, factor: float) -> Rate:
         return replace(rate, per_s=rate.per_s * factor)
@@ -241,8 +241,8 @@ FACTORS = st.floats(1, 20)
     budget=st.sampled_from([None, 64]),
 )
 @settings(deadline=None, max_examples=60)
-def test_more_of_anything_is_never_slower(vram, more, ram, factors, quant, device, budget):
-    """Memory, links, disk, arithmetic; of the same model, in the same precision, at the same context."""
+def test_more_memory_or_faster_hardware_is_never_predicted_slower(vram, more, ram, factors, quant, device, budget):
+    """Compare memory, links, disk and compute at the same model, precision and context."""
     machine, rates = with_card(card(24))
     machine = replace(machine, device=device)
     request = asked(vram_bytes=vram, ram_bytes=ram, quant=quant, ctx=2048, tree_budget=budget)
@@ -251,7 +251,7 @@ def test_more_of_anything_is_never_slower(vram, more, ram, factors, quant, devic
     assert much.prediction.tok_per_s >= little.prediction.tok_per_s * (1 - 1e-9)
 
 
-def test_what_fits_is_not_streamed_and_what_is_fast_alone_needs_no_draft():
+def test_a_fitting_target_is_not_streamed_and_a_useless_draft_is_dropped():
     machine, rates = with_card(card(24))
     assert not chosen(asked(), machine, rates, small).plan.placement.streamed
     hopeless = PlanInputs(machine, rates, rates, small, DRAFT_SPEC, Acceptance(0.01, 1.0, "measured"))
@@ -264,8 +264,8 @@ def test_what_fits_is_not_streamed_and_what_is_fast_alone_needs_no_draft():
     assert kept.plan.draft == "1b" and "draft" in kept.pinned
 
 
-def test_a_draft_without_room_is_stored_in_fewer_bytes():
-    """Its precision changes nothing of the text, so it is chosen for speed alone; one that is asked for stays."""
+def test_a_draft_that_does_not_fit_is_quantized():
+    """The draft's precision never changes the text, so only speed decides; with enough memory it stays unquantized."""
     lower = tuple(
         model("1b", layers=16, hidden=2048, mlp=8192, vocab=128_256, quant=quant) for quant in ("int8", "int4")
     )
@@ -275,17 +275,19 @@ def test_a_draft_without_room_is_stored_in_fewer_bytes():
         request = asked(**{"quant": "int4", "ctx": 512, "vram_bytes": 15 * GIB // 2, **changes})
         return choose_plan(request, PlanInputs(machine, rates, rates, large, DRAFT_SPEC, lower_drafts=drafts))
 
-    assert plan(()).plan.draft is None, "it has no room as it is"
+    assert plan(()).plan.draft is None, "the unquantized draft does not fit"
     chosen_here = plan(lower)
     assert chosen_here.plan.draft == "1b" and chosen_here.plan.draft_quant in ("int8", "int4")
     assert chosen_here.prediction.tok_per_s > 3 * plan(()).prediction.tok_per_s
     (choice,) = (each for each in chosen_here.choices if each.option == "draft-quant")
     assert choice.value == chosen_here.plan.draft_quant and not choice.pinned
     with_room = plan(lower, vram_bytes=100 * GIB)
-    assert not with_room.plan.placement.streamed and with_room.plan.draft_quant == "none", "nothing would be gained"
+    assert not with_room.plan.placement.streamed and with_room.plan.draft_quant == "none", (
+        "quantizing would gain nothing"
+    )
 
 
-def test_the_precision_depends_on_what_the_machine_has_and_not_on_what_is_free():
+def test_the_precision_depends_on_total_memory_not_on_free_memory():
     def quant(vram_gib: int, target=small, **changes: object) -> str:
         machine, rates = with_card(card(vram_gib))
         plans = [
@@ -298,10 +300,10 @@ def test_the_precision_depends_on_what_the_machine_has_and_not_on_what_is_free()
         return found
 
     assert quant(24) == "none", "it fits"
-    assert quant(16) == "int8", "it does not, and half the bytes come twice as fast"
+    assert quant(16) == "int8", "it does not fit, and half the bytes stream twice as fast"
     assert quant(24, large) == "int8"
     machine, rates = with_card(card(24), ram_gib=16)
-    assert chosen(asked(), machine, rates).plan.quant == "int4", "int8 exceeds all there is"
+    assert chosen(asked(), machine, rates).plan.quant == "int4", "int8 exceeds all memory"
     slow = faster(rates, 1, 1, 1e-3)  # computing takes so long that bytes do not matter
     unhurried = choose_plan(asked(), PlanInputs(replace(machine, total_bytes=200 * GIB), slow, slow, large, DRAFT_SPEC))
     assert unhurried.plan.quant == "none"
@@ -319,7 +321,7 @@ PINS = {
 
 
 @pytest.mark.parametrize("option", PINS)
-def test_what_the_user_says_holds_and_is_recorded(option: str):
+def test_user_settings_are_kept_and_marked_as_pinned(option: str):
     machine, rates = with_card(card(24))
     field = {"vram": "vram_bytes", "tree-budget": "tree_budget"}.get(option, option)
     found = chosen(asked(**{field: PINS[option]}), machine, rates)
@@ -336,10 +338,10 @@ def test_what_the_user_says_holds_and_is_recorded(option: str):
     }
     assert held[option] == value
     assert plan.adaptive == (option != "tree-budget")
-    assert chosen(asked(**{field: PINS[option]}), machine, rates) == found, "the same question has the same answer"
+    assert chosen(asked(**{field: PINS[option]}), machine, rates) == found, "the same request gives the same plan"
 
 
-def test_rates_say_where_they_come_from():
+def test_rates_name_their_basis():
     survey = GpuSurvey((card(24),))
     machine, typical = with_card(card(24))
     assert (typical.host.basis, typical.compute_basis, typical.disk.basis) == ("typical", "typical", "guessed")
@@ -357,7 +359,7 @@ def test_rates_say_where_they_come_from():
 
 
 @pytest.mark.parametrize("device", ["cuda:0", "cpu"])
-def test_adaptive_trees_are_told_what_was_predicted(device: str):
+def test_adaptive_trees_start_from_the_prediction(device: str):
     machine, rates = with_card(card(24))
     machine = replace(machine, device=device)
     found = chosen(asked(draft_is_open=False, vram_bytes=20 * GIB), machine, rates)

@@ -1,4 +1,4 @@
-"""The search against an obvious one: everything tried, every ledger and every size of tree worked out anew."""
+"""The search against an exhaustive one that builds every ledger and predicts every tree size anew."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ MIB = 1 << 20
 GIB = 1 << 30
 NAMELESS = ModelSource("any", demo_source("target").path)
 
-# --- the obvious search ----------------------------------------------------------------------------------------------
+# --- exhaustive search -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Obvious:
-    """One way to run a pair."""
+class Configuration:
+    """One configuration of a pair."""
 
     draft: ModelSpec | None
     work: Workload
@@ -50,19 +50,21 @@ def kind(device: str) -> str:
     return "cpu" if device == "cpu" else "cuda"
 
 
-def ways(request: PlanRequest, known: PlanInputs, target: ModelSpec) -> list[Obvious]:
-    drafts = [known.draft] if known.draft is None or not request.draft_is_open else [known.draft, None]
-    drafts[1:1] = known.lower_drafts if known.draft is not None else ()
-    return [way for draft in drafts for way in ways_with(request, known, target, draft)]
+def variants(request: PlanRequest, inputs: PlanInputs, target: ModelSpec) -> list[Configuration]:
+    drafts = [inputs.draft] if inputs.draft is None or not request.draft_is_open else [inputs.draft, None]
+    drafts[1:1] = inputs.lower_drafts if inputs.draft is not None else ()
+    return [variant for draft in drafts for variant in variants_with(request, inputs, target, draft)]
 
 
-def ways_with(request: PlanRequest, known: PlanInputs, target: ModelSpec, draft: ModelSpec | None) -> list[Obvious]:
-    """At the longest context at which there are any."""
+def variants_with(
+    request: PlanRequest, inputs: PlanInputs, target: ModelSpec, draft: ModelSpec | None
+) -> list[Configuration]:
+    """Return the configurations at the longest context that fits."""
     ctx = min(target.max_positions, 8192) if request.choices.ctx is None else request.choices.ctx
     while True:
         found = [
-            placed(request, known, target, draft, work, placement)
-            for work, placement in fitting(request, known, target, draft, ctx)
+            placed(request, inputs, target, draft, work, placement)
+            for work, placement in fitting(request, inputs, target, draft, ctx)
         ]
         if found or request.choices.ctx is not None or ctx <= 512:
             return found
@@ -70,36 +72,38 @@ def ways_with(request: PlanRequest, known: PlanInputs, target: ModelSpec, draft:
 
 
 def fitting(
-    request: PlanRequest, known: PlanInputs, target: ModelSpec, draft: ModelSpec | None, ctx: int
+    request: PlanRequest, inputs: PlanInputs, target: ModelSpec, draft: ModelSpec | None, ctx: int
 ) -> Iterator[tuple[Workload, Placement]]:
-    """For every size of trees and every number of slots, the most layers; embeddings move where more then stay."""
+    """Yield most resident layers per tree size and slot count; embeddings move if more layers then stay."""
     open_budgets = (
-        TREE_BUDGETS[kind(known.machine.device)]
+        TREE_BUDGETS[kind(inputs.machine.device)]
         if request.choices.tree_budget is None
         else (request.choices.tree_budget,)
     )
     for tree_budget in open_budgets if draft is not None else (0,):
         found = []
         for slots in (2, 3) if request.choices.slots is None else (request.choices.slots,):
-            ways = [
-                most_resident(request, target, draft, workload(request, known, ctx, tree_budget, apart), slots)
-                for apart in (False, True)
-                if not apart or can_lend_embeddings(request, known, target)
+            variants = [
+                most_resident(request, target, draft, workload(request, inputs, ctx, tree_budget, on_host), slots)
+                for on_host in (False, True)
+                if not on_host or can_move_embeddings(request, inputs, target)
             ]
-            stay = [-1 if way is None else len(way[1].resident) for way in ways]
-            found += [way for i, way in enumerate(ways) if way is not None and stay[i] > max([-1, *stay[:i]])]
+            stay = [-1 if variant is None else len(variant[1].resident) for variant in variants]
+            found += [
+                variant for i, variant in enumerate(variants) if variant is not None and stay[i] > max([-1, *stay[:i]])
+            ]
         yield from dict.fromkeys(found)
 
 
-def can_lend_embeddings(request: PlanRequest, known: PlanInputs, target: ModelSpec) -> bool:
-    if known.machine.device == "cpu" or not target.lookup_params:
+def can_move_embeddings(request: PlanRequest, inputs: PlanInputs, target: ModelSpec) -> bool:
+    if inputs.machine.device == "cpu" or not target.lookup_params:
         return False
-    taken = host_embedding_bytes(target, workload(request, known, 1, 0, True))
-    return taken <= usable_ram(known.machine.ram_available_bytes)
+    taken = host_embedding_bytes(target, workload(request, inputs, 1, 0, True))
+    return taken <= usable_ram(inputs.machine.ram_available_bytes)
 
 
-def workload(request: PlanRequest, known: PlanInputs, ctx: int, tree_budget: int, apart: bool) -> Workload:
-    device = known.machine.device
+def workload(request: PlanRequest, inputs: PlanInputs, ctx: int, tree_budget: int, on_host: bool) -> Workload:
+    device = inputs.machine.device
     return Workload(
         dtype=request.choices.dtype,  # type: ignore[arg-type]
         ctx=ctx,
@@ -108,7 +112,7 @@ def workload(request: PlanRequest, known: PlanInputs, ctx: int, tree_budget: int
         chunk_rows=CHUNK_ROWS,
         device=device,
         reserve_bytes=0 if device == "cpu" else CUDA_RESERVE_BYTES,
-        host_embeddings=apart,
+        host_embeddings=on_host,
     )
 
 
@@ -118,7 +122,7 @@ def most_resident(
     layers = target.num_layers
     for count in range(layers, -1, -1):
         if 0 < layers - count <= slots:
-            continue  # they might as well stay
+            continue  # these layers could be resident instead
         tried = Placement(layers, interleaved(count, layers), (), slots if count < layers else 0)
         if ledger_bytes(target, draft, work, tried) <= request.choices.vram_bytes:  # type: ignore[operator]
             return work, tried
@@ -131,17 +135,17 @@ def ledger_bytes(target: ModelSpec, draft: ModelSpec | None, work: Workload, pla
 
 def placed(
     request: PlanRequest,
-    known: PlanInputs,
+    inputs: PlanInputs,
     target: ModelSpec,
     draft: ModelSpec | None,
     work: Workload,
     placement: Placement,
-) -> Obvious:
+) -> Configuration:
     sizes = layer_sizes(target, work.dtype)
     streamed = [i for i in range(target.num_layers) if i not in placement.resident]
-    on_cpu = known.machine.device == "cpu"
+    on_cpu = inputs.machine.device == "cpu"
     taken = ledger_bytes(target, draft, work, placement) if on_cpu else host_embedding_bytes(target, work)
-    room = min(max(usable_ram(known.machine.ram_available_bytes) - taken, 0), request.choices.ram_bytes or 0)
+    room = min(max(usable_ram(inputs.machine.ram_available_bytes) - taken, 0), request.choices.ram_bytes or 0)
     subsets = ([streamed[j] for j in interleaved(n, len(streamed))] for n in range(len(streamed), -1, -1))
     in_ram = next(subset for subset in subsets if sum(sizes[i] for i in subset) <= room)
     ram_bytes = sum(sizes[i] for i in in_ram)
@@ -154,38 +158,38 @@ def placed(
         if request.choices.tree_budget is None
         else [most]
     )
-    predictions = [predicted(known, target, draft, work, tiers, nodes) for nodes in trees or [0]]
+    predictions = [predicted(inputs, target, draft, work, tiers, nodes) for nodes in trees or [0]]
     where = replace(placement, in_ram=tuple(in_ram))
-    return Obvious(draft, work, where, max(predictions, key=lambda each: each.tok_per_s))
+    return Configuration(draft, work, where, max(predictions, key=lambda each: each.tok_per_s))
 
 
 def predicted(
-    known: PlanInputs, target: ModelSpec, draft: ModelSpec | None, work: Workload, placement: TierSizes, nodes: int
+    inputs: PlanInputs, target: ModelSpec, draft: ModelSpec | None, work: Workload, placement: TierSizes, nodes: int
 ) -> Prediction:
     model = CostModel(
-        target, draft, work.dtype, work.device, known.rates, known.acceptance(target, draft, samples=False)
+        target, draft, work.dtype, work.device, inputs.rates, inputs.acceptance(target, draft, samples=False)
     )
     return model.predict(placement, nodes, adaptive=False)
 
 
-def best_of(found: Sequence[Obvious]) -> Obvious | None:
-    """The fastest; of equally fast ones with a draft as it is, the usual size of trees, and fewer slots."""
+def best_of(found: Sequence[Configuration]) -> Configuration | None:
+    """Return the fastest; ties prefer an unquantized draft, the default tree size, then fewer slots."""
 
-    def rank(way: Obvious) -> tuple[float, ...]:
-        usual = TREE_BUDGETS[kind(way.work.device)]
-        nodes = way.work.tree_budget
-        is_lower = way.draft is not None and way.draft.quant in ("int8", "int4")
+    def rank(variant: Configuration) -> tuple[float, ...]:
+        usual = TREE_BUDGETS[kind(variant.work.device)]
+        nodes = variant.work.tree_budget
+        is_lower = variant.draft is not None and variant.draft.quant in ("int8", "int4")
         return (
-            round(way.prediction.tok_per_s, 6),
+            round(variant.prediction.tok_per_s, 6),
             -is_lower,
             -(usual.index(nodes) if nodes in usual else 0),
-            -way.placement.slots,
+            -variant.placement.slots,
         )
 
     return max(found, key=rank, default=None)
 
 
-# --- against it ------------------------------------------------------------------------------------------------------
+# --- comparisons -----------------------------------------------------------------------------------------------------
 
 
 def rates(disk: float, host: float, memory: float, few: float, many: float, layer_s: float):
@@ -199,14 +203,14 @@ def rates(disk: float, host: float, memory: float, few: float, many: float, laye
     )
 
 
-# Bytes more than what so many layers take.
+# Bytes by which a budget differs from an exact fit.
 NEARLY = st.sampled_from([-1, 0, 1, 10_000])
 POWERS = st.floats(6, 11).map(lambda power: 10**power)
 RATES = st.builds(rates, POWERS, POWERS, POWERS, POWERS, POWERS, st.floats(-7, -2).map(lambda power: 10**power))
 
 
 def deeper(spec: ModelSpec) -> ModelSpec:
-    """Three times as many layers: of a few none stream."""
+    """Triple the layers; models with few layers never stream."""
     return replace(
         spec, num_layers=3 * spec.num_layers, layer_params=3 * spec.layer_params, kv_shapes=3 * spec.kv_shapes
     )
@@ -219,7 +223,7 @@ def lowered(spec: ModelSpec, quant: str) -> ModelSpec:
 
 @st.composite
 def questions(draw: st.DrawFn) -> tuple[PlanRequest, PlanInputs, ModelSpec]:
-    """What may be asked on any machine, for any pair; what else is needed leaves room for some layers of most."""
+    """Draw a request, a machine and a pair; most budgets fit some of the layers."""
     device = draw(st.sampled_from(["cpu", "cuda:0"]))
     target, draft = deeper(draw(specs())), draw(specs() | st.none())
     lower = () if draft is None else draw(st.sampled_from([(), (lowered(draft, "int8"),)]))
@@ -244,7 +248,7 @@ def questions(draw: st.DrawFn) -> tuple[PlanRequest, PlanInputs, ModelSpec]:
         ram_bytes=max(sum(streamed[j] for j in in_ram) + draw(NEARLY), 0),
     )
     request = replace(request, choices=choices)
-    known = PlanInputs(
+    inputs = PlanInputs(
         machine=Machine(device, 64 * GIB, draw(st.sampled_from([0, 4 * GIB + beside + sum(sizes), 64 * GIB])), True),
         rates=draw(RATES),
         typical=UNKNOWN_RATES,
@@ -253,11 +257,11 @@ def questions(draw: st.DrawFn) -> tuple[PlanRequest, PlanInputs, ModelSpec]:
         prior=Acceptance(draw(st.floats(0.1, 4)), draw(st.floats(0.5, 3)), "typical"),
         lower_drafts=lower,
     )
-    return request, known, target
+    return request, inputs, target
 
 
 def beside_layers(request: PlanRequest, device: str, target: ModelSpec, draft: ModelSpec | None, nodes: int) -> int:
-    """With trees of so many nodes, at the context asked for or the shortest that is tried."""
+    """Return bytes besides layers, with trees of `nodes` nodes, at the requested or the shortest context."""
     nodes = nodes if draft is not None else 0
     reserve = 0 if device == "cpu" else CUDA_RESERVE_BYTES
     dtype, ctx = request.choices.dtype, request.choices.ctx or 512
@@ -265,31 +269,31 @@ def beside_layers(request: PlanRequest, device: str, target: ModelSpec, draft: M
     return ledger_bytes(target, draft, work, Placement(target.num_layers, ()))
 
 
-def shown(candidate: Candidate, request: PlanRequest, known: PlanInputs) -> Obvious:
-    plan = candidate.plan(request.choices, known.machine)
+def shown(candidate: Candidate, request: PlanRequest, inputs: PlanInputs) -> Configuration:
+    plan = candidate.plan(request.choices, inputs.machine)
     work = candidate.work
     assert plan.ledger == build_ledger(candidate.target, candidate.draft, work, plan.placement)
-    return Obvious(candidate.draft, work, plan.placement, candidate.prediction)
+    return Configuration(candidate.draft, work, plan.placement, candidate.prediction)
 
 
 @given(question=questions())
 @settings(deadline=None, max_examples=120)
-def test_the_search_finds_what_trying_everything_finds(question: tuple[PlanRequest, PlanInputs, ModelSpec]):
-    """To the last bit: the best, and what is best without any part of it."""
-    request, known, target = question
-    expected = ways(request, known, target)
-    best = Candidates(request, known, target).best
-    assert (best and shown(best, request, known)) == best_of(expected)
-    found = [shown(each, request, known) for each in Candidates(request, known, target).all]
+def test_the_search_equals_an_exhaustive_search(question: tuple[PlanRequest, PlanInputs, ModelSpec]):
+    """Compare the best candidate and all candidates, to the last bit."""
+    request, inputs, target = question
+    expected = variants(request, inputs, target)
+    best = Candidates(request, inputs, target).best
+    assert (best and shown(best, request, inputs)) == best_of(expected)
+    found = [shown(each, request, inputs) for each in Candidates(request, inputs, target).all]
     assert found == expected
-    assert all(each.tok_per_s == each.prediction.tok_per_s for each in Candidates(request, known, target).all)
+    assert all(each.tok_per_s == each.prediction.tok_per_s for each in Candidates(request, inputs, target).all)
 
 
 @given(question=questions())
 @settings(deadline=None, max_examples=50)
-def test_nothing_is_faster_than_if_all_layers_stayed(question: tuple[PlanRequest, PlanInputs, ModelSpec]):
-    request, known, target = question
-    found = Candidates(request, known, target).all
+def test_no_candidate_exceeds_the_speed_bound(question: tuple[PlanRequest, PlanInputs, ModelSpec]):
+    request, inputs, target = question
+    found = Candidates(request, inputs, target).all
     for each in found:
         budget = each.work.tree_budget
         assert each.tok_per_s <= each.model.most_tok_per_s(budget, adaptive=each.adaptive)
@@ -315,7 +319,9 @@ def workloads(draw: st.DrawFn) -> Workload:
 
 @given(target=specs(), draft=st.none() | specs(), work=workloads())
 @settings(deadline=None, max_examples=100)
-def test_what_is_beside_layers_adds_up_to_the_ledger(target: ModelSpec, draft: ModelSpec | None, work: Workload):
+def test_bytes_beside_layers_equal_the_ledger_without_layers(
+    target: ModelSpec, draft: ModelSpec | None, work: Workload
+):
     assert bytes_beside_layers(target, draft, work) == ledger_bytes(
         target, draft, work, Placement(target.num_layers, ())
     )
@@ -323,10 +329,10 @@ def test_what_is_beside_layers_adds_up_to_the_ledger(target: ModelSpec, draft: M
 
 @given(target=specs(), draft=st.none() | specs(), work=workloads(), more=st.integers(1, 200))
 @settings(deadline=None, max_examples=100)
-def test_longer_contexts_and_larger_trees_never_take_less(
+def test_memory_never_shrinks_with_context_or_tree_size(
     target: ModelSpec, draft: ModelSpec | None, work: Workload, more: int
 ):
-    """What does not fit with the least of both fits with none."""
+    """If the shortest context and smallest tree do not fit, nothing does."""
     tree_budget = work.tree_budget + more
     before = bytes_beside_layers(target, draft, work)
     assert bytes_beside_layers(target, draft, replace(work, ctx=work.ctx + more)) >= before

@@ -1,4 +1,4 @@
-"""Plans stay within their budget, on paper for any model and in memory for the demo pair."""
+"""Plans stay within their budget: by the ledger for any model, in real memory for the demo pair."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ TARGET, DRAFT = demo_source("target"), demo_source("draft")
 
 @given(num_layers=st.integers(1, 100), data=st.data())
 @settings(deadline=None, max_examples=100)
-def test_interleaved_is_as_even_as_can_be(num_layers: int, data: st.DataObject):
-    """Any stretch of layers has its share of resident ones, rounded up or down."""
+def test_interleaved_layers_are_spread_evenly(num_layers: int, data: st.DataObject):
+    """Every range of layers contains its share of resident layers, rounded up or down."""
     num_resident = data.draw(st.integers(0, num_layers))
     resident = interleaved(num_resident, num_layers)
     assert len(resident) == num_resident and list(resident) == sorted(set(resident))
@@ -56,7 +56,7 @@ def test_interleaved_is_as_even_as_can_be(num_layers: int, data: st.DataObject):
     assert abs(sum(begin <= layer < end for layer in resident) - share) < 1
 
 
-def test_interleaved_by_hand():
+def test_interleaved_examples():
     assert interleaved(0, 4) == () and interleaved(4, 4) == (0, 1, 2, 3)
     assert interleaved(2, 6) == (1, 4) and interleaved(3, 4) == (0, 1, 2) and interleaved(3, 30) == (4, 14, 24)
 
@@ -99,18 +99,20 @@ def check_plan(plan: Plan, spec: ModelSpec, draft: ModelSpec | None, budget: int
     assert plan.placement.resident == interleaved(len(plan.placement.resident), spec.num_layers)
     assert plan.streamed_bytes_per_step == sum(layer_bytes(spec, i, plan.work.dtype) for i in plan.placement.streamed)
     assert plan.placement.slots in ((NUM_SLOTS, 3) if plan.placement.streamed else (0,))
-    assert not 0 < len(plan.placement.streamed) <= plan.placement.slots, "slots for layers that could stay in them"
-    assert not plan.work.host_embeddings, "there is no other memory on a CPU"
+    assert not 0 < len(plan.placement.streamed) <= plan.placement.slots, (
+        "slots for layers that could be resident instead"
+    )
+    assert not plan.work.host_embeddings, "a CPU has no separate host memory"
     assert plan.work.ctx <= spec.max_positions
     more = range(len(plan.placement.resident) + 1, spec.num_layers + 1)
     slots = {n: plan.placement.slots if n < spec.num_layers else 0 for n in more}
     feasible = [n for n in more if not 0 < spec.num_layers - n <= slots[n]]
-    assert all(ledger_bytes(spec, draft, plan, n, slots[n]) > budget for n in feasible), "more layers could stay"
+    assert all(ledger_bytes(spec, draft, plan, n, slots[n]) > budget for n in feasible), "more layers could be resident"
 
 
 BUDGETS = st.integers(1, 30_000_000)
-# What else would take part in the choice.
-SETTLED = {"tree_budget": 64, "slots": NUM_SLOTS}
+# Fixed settings, so that only memory decides.
+FIXED = {"tree_budget": 64, "slots": NUM_SLOTS}
 
 
 @given(spec=specs(), draft=st.none() | specs(), budgets=st.tuples(BUDGETS, BUDGETS), ctx=st.sampled_from([512, 300]))
@@ -118,7 +120,7 @@ SETTLED = {"tree_budget": 64, "slots": NUM_SLOTS}
 def test_more_budget_never_keeps_fewer_layers(
     spec: ModelSpec, draft: ModelSpec | None, budgets: tuple[int, int], ctx: int
 ):
-    plans = [try_plan(spec, draft, budget, ctx=ctx, **SETTLED) for budget in sorted(budgets)]
+    plans = [try_plan(spec, draft, budget, ctx=ctx, **FIXED) for budget in sorted(budgets)]
     for plan, budget in zip(plans, sorted(budgets), strict=True):
         if plan is not None:
             check_plan(plan, spec, draft, budget)
@@ -131,8 +133,8 @@ def test_more_budget_never_keeps_fewer_layers(
 @given(spec=specs(), draft=st.none() | specs(), budgets=st.tuples(BUDGETS, BUDGETS))
 @settings(deadline=None, max_examples=100)
 def test_more_budget_never_shortens_the_context(spec: ModelSpec, draft: ModelSpec | None, budgets: tuple[int, int]):
-    """A context left open is halved before giving up, and only then; at equal context, no fewer layers stay."""
-    little, much = (try_plan(spec, draft, budget, **SETTLED) for budget in sorted(budgets))
+    """Halve a default context only if nothing fits; at equal context, keep at least as many layers resident."""
+    little, much = (try_plan(spec, draft, budget, **FIXED) for budget in sorted(budgets))
     for plan, budget in zip((little, much), sorted(budgets), strict=True):
         if plan is not None:
             check_plan(plan, spec, draft, budget)
@@ -146,9 +148,9 @@ def test_more_budget_never_shortens_the_context(spec: ModelSpec, draft: ModelSpe
 
 
 def least_bytes(spec: ModelSpec, draft: ModelSpec | None, plan: Plan) -> int:
-    """Of all numbers of resident layers; with layers of different sizes that need not be the smallest one."""
-    divisions = (*range(spec.num_layers - NUM_SLOTS), spec.num_layers)
-    return min(ledger_bytes(spec, draft, plan, n, NUM_SLOTS if n < spec.num_layers else 0) for n in divisions)
+    """Return the least bytes over all resident counts; with unequal layers, 0 resident need not be the minimum."""
+    counts = (*range(spec.num_layers - NUM_SLOTS), spec.num_layers)
+    return min(ledger_bytes(spec, draft, plan, n, NUM_SLOTS if n < spec.num_layers else 0) for n in counts)
 
 
 def doubled(plan: Plan) -> Plan:
@@ -157,7 +159,7 @@ def doubled(plan: Plan) -> Plan:
 
 @given(spec=specs(), draft=st.none() | specs())
 @settings(deadline=None, max_examples=50)
-def test_the_least_that_a_refusal_names_is_enough(spec: ModelSpec, draft: ModelSpec | None):
+def test_the_minimum_that_an_error_names_is_enough(spec: ModelSpec, draft: ModelSpec | None):
     with pytest.raises(DoesNotFitError) as caught:
         plan_for(request(1, ctx=512, tree_budget=64), MACHINE, spec, draft)
     everything = plan_for(request(10**12, ctx=512, tree_budget=64), MACHINE, spec, draft)
@@ -243,8 +245,8 @@ def test_as_many_layers_stay_in_host_memory_as_fit(spec: ModelSpec, budget: int,
 
 @given(spec=specs(), budget=BUDGETS, room=st.integers(0, 5_000_000))
 @settings(deadline=None, max_examples=100)
-def test_embeddings_leave_the_device_where_a_layer_takes_their_place(spec: ModelSpec, budget: int, room: int):
-    """Held against both ways, counted out; what they take in host memory is no more than there is, and no layer's."""
+def test_embeddings_move_to_the_host_only_if_more_layers_then_stay(spec: ModelSpec, budget: int, room: int):
+    """Compare with both variants counted out; embeddings and layers in host memory fit together."""
     machine = Machine("cuda:0", 64 * GIB, 4 * GIB + room, fast_bf16=False)
     try:
         asked = request(budget + reserve("cuda:0"), ctx=512, dtype="fp32", slots=NUM_SLOTS)
@@ -273,8 +275,8 @@ def fits(spec: ModelSpec, plan: Plan, num_resident: int, budget: int) -> bool:
     return ledger_bytes(spec, None, plan, num_resident, slots) <= budget
 
 
-def test_embeddings_make_room_for_layers_where_host_memory_has_room_for_them():
-    """A table as large as three layers: three layers more stay. One that is not as saved has to find room in memory."""
+def test_embeddings_in_host_memory_free_device_memory_for_layers():
+    """A table of three layers' size frees three layers; a converted table must fit in host memory."""
     spec = demo_specs()[0]
     layer = layer_bytes(spec, 0, "fp32")
     table = 3 * layer // 4
@@ -310,14 +312,14 @@ def test_embeddings_make_room_for_layers_where_host_memory_has_room_for_them():
     assert made["input embeddings"] == mapped["embeddings in the page cache"] == 4 * table
     assert plans[0].host_bytes == sum(made.values()) - RUNTIME_BYTES
     assert mapped["rows of embeddings"] + mapped["pinned layers"] <= little
-    tight = planned(large, budget, 4 * table + 5 * layer)  # a layer of which is for rows
+    tight = planned(large, budget, 4 * table + 5 * layer)  # the size of one layer is for embedding rows
     host = {item.item: item.bytes for item in tight.host_ledger}
     assert tight.work.host_embeddings and len(tight.placement.in_ram) == 4
     assert host["input embeddings"] + host["rows of embeddings"] + host["pinned layers"] <= 4 * table + 5 * layer
 
 
 def test_host_memory_leaves_room_for_the_rest_of_the_machine():
-    """The larger of 4 GiB and a tenth of what is available; on the CPU also what the budget already takes."""
+    """Leave the larger of 4 GiB and a tenth of available memory free; on the CPU, also subtract the budget."""
     assert [usable_ram(free * GIB) // GIB for free in (2, 4, 20, 100)] == [0, 0, 16, 90]
     spec = demo_specs()[0]
     layer, budget = layer_bytes(spec, 0, "fp32"), 100 * MIB
@@ -332,8 +334,8 @@ def test_host_memory_leaves_room_for_the_rest_of_the_machine():
         assert len(plan.placement.in_ram) == 3
 
 
-def test_a_third_slot_where_reading_and_computing_take_about_as_long():
-    """Only on a CPU, and not where one of the two takes so long that the other does not matter."""
+def test_a_third_slot_is_used_when_reading_and_computing_take_equal_time():
+    """Only on a CPU, and not if one of the two dominates."""
     spec = demo_specs()[0]
     many = replace(spec, layer_params=spec.layer_params * 4, num_layers=32, kv_shapes=spec.kv_shapes * 4)
     layer = layer_bytes(many, 0, "fp32")
@@ -351,21 +353,21 @@ def test_a_third_slot_where_reading_and_computing_take_about_as_long():
 
 @given(spec=specs(), draft=st.none() | specs(), budget=st.integers(100_000, 3_000_000))
 @settings(deadline=None, max_examples=50)
-def test_a_refusal_names_the_longest_context_that_fits(spec: ModelSpec, draft: ModelSpec | None, budget: int):
-    """The hint's --ctx is accepted, and one more token is not."""
+def test_the_error_names_the_longest_context_that_fits(spec: ModelSpec, draft: ModelSpec | None, budget: int):
+    """Accept the --ctx of the hint, and refuse one more token."""
     asked = spec.max_positions
     with contextlib.suppress(DoesNotFitError):
         plan_for(request(budget, ctx=asked), MACHINE, spec, draft)
         return
     with pytest.raises(DoesNotFitError) as caught:
         plan_for(request(budget, ctx=asked), MACHINE, spec, draft)
-    named = re.search(r"--ctx (\d+) would fit", caught.value.hint or "")
+    named = re.search(r"--ctx (\d+) or less", caught.value.hint or "")
     longest = int(named[1]) if named else 0
     assert longest < asked and try_plan(spec, draft, budget, ctx=longest + 1) is None
     assert not longest or try_plan(spec, draft, budget, ctx=longest) is not None
 
 
-def test_smaller_plans_give_up_layers_and_then_the_tree():
+def test_smaller_plans_drop_resident_layers_before_tree_nodes():
     spec, draft = demo_specs()
     asked = plan_request(TARGET, DRAFT, device="cpu", vram_bytes=GIB, ctx=CTX, tree_budget=32)
     inputs = find_inputs(asked)
@@ -409,7 +411,7 @@ class Answers:
 
 
 def answer(engine: Engine) -> Answers:
-    """All questions with all samplings, the memory looked at after every step."""
+    """Answer all questions with all samplings, and check memory after every step."""
     tokenizer = load_tokenizer(TARGET.path)
     tokens, num_steps = list[int](), 0
     for question in QUESTIONS:
@@ -441,7 +443,7 @@ def unlimited() -> Answers:
 
 
 def budget_for(num_resident: int) -> int:
-    """Bytes that just allow so many resident layers."""
+    """Return the least bytes that allow `num_resident` resident layers."""
     return ledger_bytes(*demo_specs(), demo_plan(10 * GIB), num_resident)
 
 
@@ -456,7 +458,7 @@ def test_demo_within_a_budget_that_streams_most_layers(unlimited: Answers, num_r
     assert set(ledger) == {*WEIGHTS, *WORKSPACES}
     assert plan.generation_bytes == sum(ledger[item] for item in ("KV cache", "draft KV cache", *WORKSPACES))
     with load_engine(plan, TARGET, DRAFT) as engine:
-        # before the first pass: what is held is what was promised, to the byte
+        # before the first pass, allocated memory equals the ledger to the byte
         assert engine.memory().device_peak_bytes == sum(ledger[item] for item in WEIGHTS)
         answers = answer(engine)
         assert engine.memory().device_peak_bytes > sum(ledger[item] for item in WEIGHTS)
@@ -464,8 +466,8 @@ def test_demo_within_a_budget_that_streams_most_layers(unlimited: Answers, num_r
     assert answers.num_steps < len(answers.tokens) / 2  # several tokens a step
 
 
-def test_ledger_equals_what_the_checkpoint_says(unlimited: Answers):
-    """Counted from the file's header, without the planner's own arithmetic."""
+def test_ledger_matches_the_checkpoint_header(unlimited: Answers):
+    """Count sizes from the file's header, without the planner's arithmetic."""
     plan = demo_plan(budget_for(2))
     ledger = {item.item: item.bytes for item in plan.ledger}
     layers, rest = checkpoint_numbers(TARGET)
@@ -481,7 +483,7 @@ def test_ledger_equals_what_the_checkpoint_says(unlimited: Answers):
 
 
 def checkpoint_numbers(source: ModelSource) -> tuple[list[int], int]:
-    """Elements of each layer's tensors together, and of all others."""
+    """Return the number of elements per layer, and of all other tensors together."""
     with (source.path / "model.safetensors").open("rb") as file:
         header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
     layers: dict[int, int] = {}
@@ -519,7 +521,7 @@ def test_context_beyond_the_model():
     assert not isinstance(caught.value, DoesNotFitError) and "\n" not in caught.value.message
 
 
-def test_a_small_budget_shortens_an_open_context():
+def test_a_small_budget_shortens_a_default_context():
     least = budget_for(0)  # at 512
     plan = demo_plan(least, ctx=None)
     assert plan.work.ctx == 512 and not plan.placement.resident
@@ -527,8 +529,8 @@ def test_a_small_budget_shortens_an_open_context():
         demo_plan(least, ctx=1024)
 
 
-def test_text_of_one_budget_is_written_by_another(unlimited: Answers):
-    """Engines with other memory may take over a chat: nothing in the text depends on what streams."""
+def test_an_engine_with_another_budget_continues_the_same_text(unlimited: Answers):
+    """The text does not depend on which layers are streamed."""
     tokenizer = load_tokenizer(TARGET.path)
     prompt = tokenizer.encode(tokenizer.render([Message("user", QUESTIONS[0])]))
     with load_engine(demo_plan(10 * GIB), TARGET, DRAFT) as engine:

@@ -1,4 +1,4 @@
-"""What chats have shown: kept, added up, and never in the way."""
+"""Statistics of chats: stored, summed, and harmless if damaged."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def step(tokens: int = 5, nodes: int = 63, seconds: float = 0.5, **changes: obje
     return replace(made, **changes)
 
 
-def test_nothing_is_known_at_first(tmp_path):
+def test_a_missing_file_gives_empty_statistics(tmp_path):
     statistics = load(tmp_path / "absent", pytest.fail)
     assert statistics == Statistics()
     assert statistics.acceptance("demo", "demo draft", TYPICAL_ACCEPTANCE, samples=False) is TYPICAL_ACCEPTANCE
     assert statistics.corrected(PLAN, CHOSEN.prediction, samples=False) is CHOSEN.prediction
 
 
-def test_a_pair_is_known_after_a_few_answers(tmp_path):
-    """The prior's form, scaled to what came out; also between sizes that were seen."""
+def test_acceptance_is_measured_after_enough_steps(tmp_path):
+    """Scale the prior to the measured tokens, also for tree sizes between measured ones."""
     for _ in range(2):
         record(tmp_path, PLAN, 0.0, [step()] * 20)
     acceptance = load(tmp_path).acceptance("demo", "demo draft", TYPICAL_ACCEPTANCE, samples=False)
@@ -43,7 +43,7 @@ def test_a_pair_is_known_after_a_few_answers(tmp_path):
     assert load(tmp_path).acceptance("demo", "another", TYPICAL_ACCEPTANCE, samples=False) is TYPICAL_ACCEPTANCE
 
 
-def test_a_plan_is_known_by_what_it_has_achieved(tmp_path):
+def test_a_prediction_uses_the_measured_speed_of_its_plan(tmp_path):
     record(tmp_path, PLAN, 0.0, [step(), step(3, 31, 0.3)] * 20 + [step(seconds=90.0, new_rows=500)])
     found = load(tmp_path).corrected(PLAN, CHOSEN.prediction, samples=False)
     assert (found.pass_s, found.tok_per_s, found.basis) == (pytest.approx(0.4), pytest.approx(10), "measured")
@@ -52,8 +52,8 @@ def test_a_plan_is_known_by_what_it_has_achieved(tmp_path):
     assert load(tmp_path).corrected(other, CHOSEN.prediction, samples=False) is CHOSEN.prediction
 
 
-def test_greedy_answers_say_nothing_of_sampled_ones(tmp_path):
-    """A draft guesses more of the one than of the other; temperatures above 0 are alike."""
+def test_greedy_and_sampled_answers_are_counted_separately(tmp_path):
+    """Acceptance rates differ between the two; all temperatures above 0 count together."""
     record(tmp_path, PLAN, 0.0, [step(3, seconds=0.3)] * 40)
     for temperature in (0.2, 1.5):
         record(tmp_path, PLAN, temperature, [step(6, seconds=0.4)] * 20)
@@ -65,13 +65,13 @@ def test_greedy_answers_say_nothing_of_sampled_ones(tmp_path):
         assert (found.tokens_per_step, found.tok_per_s) == (pytest.approx(tokens), pytest.approx(tok_per_s))
 
 
-def test_what_says_nothing_does_not_count(tmp_path):
-    """Interrupted steps, and the last one of an answer that was cut to its length."""
+def test_interrupted_and_truncated_steps_are_ignored(tmp_path):
+    """Ignore steps without tokens, and the last step of an answer cut at its maximum length."""
     record(tmp_path, PLAN, 0.0, [step(0), step(1, finish_reason="length")])
     assert load(tmp_path).pairs == {"demo demo draft greedy": {}}
 
 
-def test_old_chats_are_forgotten(tmp_path):
+def test_old_chats_fade_and_old_plans_are_dropped(tmp_path):
     record(tmp_path, PLAN, 0.0, [step(2)] * 4000)
     record(tmp_path, PLAN, 0.0, [step(9)] * 4000)
     acceptance = load(tmp_path).acceptance("demo", "demo draft", TYPICAL_ACCEPTANCE, samples=False)
@@ -87,7 +87,7 @@ def test_old_chats_are_forgotten(tmp_path):
     "damage",
     ["", "{", "[]", "7", '{"version": 1}', '{"version": 1, "pairs": {"a": {"1": [1]}}, "plans": {}}', "\x00\xff"],
 )
-def test_a_damaged_file_is_a_warning_and_the_next_chat_mends_it(tmp_path, damage):
+def test_a_damaged_file_warns_and_is_replaced_by_the_next_chat(tmp_path, damage):
     (tmp_path / "statistics.json").write_bytes(damage.encode("latin-1"))
     warnings: list[str] = []
     assert load(tmp_path, warnings.append) == Statistics()
@@ -96,7 +96,7 @@ def test_a_damaged_file_is_a_warning_and_the_next_chat_mends_it(tmp_path, damage
     assert load(tmp_path, pytest.fail).plans
 
 
-def test_impossible_sums_are_damage(tmp_path):
+def test_impossible_sums_count_as_damage(tmp_path):
     record(tmp_path, PLAN, 0.0, [step()])
     file = tmp_path / "statistics.json"
     values = json.loads(file.read_text())
@@ -106,14 +106,14 @@ def test_impossible_sums_are_damage(tmp_path):
     assert load(tmp_path, warnings.append) == Statistics() and warnings
 
 
-def test_a_folder_that_cannot_be_written_to_is_left_alone(tmp_path):
+def test_an_unwritable_folder_is_left_unchanged(tmp_path):
     (tmp_path / "file").write_text("")
     record(tmp_path / "file", PLAN, 0.0, [step()])
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_what_was_not_chosen_is_held_against_what_the_choice_achieved():
-    """A plan that is slower here than predicted must not look worse than what it was preferred to."""
+def test_alternatives_are_scaled_by_the_measured_speed():
+    """A plan that is slower than predicted must still look faster than its alternatives."""
     target, draft = describe(demo_source("target")), describe(demo_source("draft"))
     machine = Machine("cpu", 8 * GIB, 8 * GIB, fast_bf16=False)
     known = PlanInputs(machine, UNKNOWN_RATES, UNKNOWN_RATES, lambda _: target, draft)

@@ -30,7 +30,7 @@ CHOSEN = ExplainedPlan(
     PLAN,
     Prediction(2.0, 1.9, 0.5, 0.1, 12.0, 64, 6.0, "link", "measured"),
     (
-        Choice("quant", "none", "the original fits", pinned=False, alternative=Alternative("int8", 9.0)),
+        Choice("quant", "none", "original weights fit the device", pinned=False, alternative=Alternative("int8", 9.0)),
         Choice("ctx", "512", "asked for", pinned=True),
     ),
 )
