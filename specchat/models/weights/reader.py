@@ -13,7 +13,7 @@ from specchat.errors import CorruptCheckpointError
 from specchat.models.checkpoint.dtypes import stored_name
 from specchat.models.checkpoint.reader import TensorReader
 from specchat.models.checkpoint.safetensors import Checkpoint, TensorInfo
-from specchat.models.hf.conversion import TensorWhenAsked, load_converted, plan_weights
+from specchat.models.hf.conversion import LazyTensor, load_converted, plan_weights
 from specchat.models.hf.skeleton import Skeleton, build_skeleton, path_of
 from specchat.models.quant.modules import QuantLinear, segment_names
 from specchat.models.weights.layout import bind
@@ -250,7 +250,7 @@ class WeightReader(Closeable):
         """
         if self._scratch is None:
             self._scratch = build_skeleton(self._skeleton.config, self._dtype)
-        tensors = {key: TensorWhenAsked(partial(self._reader.read, key)) for key in keys}
+        tensors = {key: LazyTensor(partial(self._reader.read, key)) for key in keys}
         load_converted(self._scratch, tensors, self._dtype)
         return _move_filled(self._scratch.layers[layer], views)
 
