@@ -80,7 +80,7 @@ def kv_shapes(config: Any) -> tuple[KvShape, ...]:
     """Return the KV cache entry of each layer per token; the load-time self-check compares it with the modules."""
     heads = config.num_attention_heads
     if getattr(config, "kv_lora_rank", None) and hasattr(config, "qk_rope_head_dim"):
-        shape = KvShape(1, config.kv_lora_rank, config.qk_rope_head_dim)  # latent attention caches unexpanded values
+        shape = KvShape(1, config.kv_lora_rank, config.qk_rope_head_dim)  # latent attention, cached before expansion
     else:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         shape = KvShape(getattr(config, "num_key_value_heads", None) or heads, head_dim, head_dim)

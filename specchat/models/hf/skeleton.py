@@ -41,7 +41,7 @@ class Skeleton:
         return logits
 
     def hidden(self, token_ids: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
-        """Compute final hidden states [S, D] of token ids [S] at positions [S] (both int64), and append to the cache."""
+        """Compute final hidden states [S, D] of token ids [S] at logical positions [S] (int64); append to the cache."""
         out = self.decoder(
             input_ids=token_ids[None], position_ids=positions[None], past_key_values=cache, use_cache=True
         )

@@ -52,7 +52,7 @@ def test_lack_of_memory_is_no_corrupt_checkpoint(
         convert(tensors)
 
 
-def test_damage_is_named(tensors: dict[str, torch.Tensor]):
+def test_a_wrong_shape_is_a_corrupt_checkpoint(tensors: dict[str, torch.Tensor]):
     name = next(name for name in tensors if "experts" in name)
-    with pytest.raises(CorruptCheckpointError, match="do not fit"):
+    with pytest.raises(CorruptCheckpointError, match="do not match the configuration"):
         convert({**tensors, name: tensors[name][:-1]})
