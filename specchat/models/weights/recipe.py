@@ -12,7 +12,8 @@ from specchat.models.quant.modules import Matrix, Part, Scratch, replace_experts
 from specchat.records.model import Quant, own_quant
 
 QUANTIZERS: Mapping[Quant, Quantizer] = {"int4": Nf4Quantizer(), "int8": Int8Quantizer()}
-# Every emitted token is drawn from the head's scores, so the head gets 8 bits. They cost little, as it is not streamed.
+# Every emitted token is drawn from the head's scores, and the head is not streamed. So it gets 8 bits: they lose little
+# and still save much memory.
 HEAD_QUANTIZER: Quantizer = QUANTIZERS["int8"]
 
 
