@@ -17,17 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "specchat"
 DONE = (
     "closing.py",
     "hardware/",
-    "models/quant/",
-    "models/catalog/",
-    "models/hub/",
-    "models/synthetic/",
-    "models/packs/build.py",
-    "models/packs/file_format.py",
-    "models/packs/inventory.py",
-    "models/packs/manifest.py",
-    "models/packs/pack.py",
-    "models/packs/source.py",
-    "models/packs/verify.py",
+    "models/",
 )
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if str(path.relative_to(PACKAGE)).startswith(DONE))
 
