@@ -368,7 +368,7 @@ def test_the_engine_generates_the_demo_target_s_text(cache_dir, monkeypatch, dty
     target = locate(ref, offline=True, confirm=no_download, warn=lambda _: None)
     draft = known_draft(ref)
     budget = 96 << 20
-    plan = plan_here(plan_request(target, draft, "cpu", "fp32", vram_bytes=budget, ctx=256, tree_budget=16))
+    plan = plan_here(plan_request(target, draft, "cpu", dtype="fp32", vram_bytes=budget, ctx=256, tree_budget=16))
     assert plan.placement.streamed
     pack = prepare(target, plan.work.dtype, progress=lambda _: None, warn=lambda _: None)
     assert pack is not None and pack.dtype == "fp32"
