@@ -26,7 +26,7 @@ FLOORS = [
     {"cli"},
     {"__init__"},  # the public names; nothing of ours imports them
 ]
-# The folders of models/ and engine/, likewise; no two of them import each other.
+# The folders and files inside larger folders, from the bottom up; no two of them import each other.
 FOLDERS = {
     "models": [
         {"catalog", "checkpoint"},
@@ -37,6 +37,12 @@ FOLDERS = {
         {"synthetic"},
         {"locate"},
         {"drafts"},
+    ],
+    "models/quant": [
+        {"kernels"},
+        {"formats"},
+        {"autotune", "schemes"},
+        {"modules"},
     ],
     "engine": [
         {"attention", "kv_cache", "linear", "sampling", "streaming", "tree"},
@@ -142,13 +148,14 @@ def test_no_files_import_each_other():
 @pytest.mark.parametrize("package", FOLDERS)
 def test_folders_keep_their_order(package):
     floor_of = {name: i for i, names in enumerate(FOLDERS[package]) for name in names}
+    depth = len(Path(package).parts)
     inside = {
         path for path in FILES if name_of(path).startswith(f"{package}/") and path != PACKAGE / package / "__init__.py"
     }
     for path in inside:
-        own = Path(name_of(path)).parts[1].removesuffix(".py")
+        own = Path(name_of(path)).parts[depth].removesuffix(".py")
         for other in dependencies()[path] & inside:
-            theirs = Path(name_of(other)).parts[1].removesuffix(".py")
+            theirs = Path(name_of(other)).parts[depth].removesuffix(".py")
             assert theirs == own or floor_of[theirs] < floor_of[own], f"{name_of(path)} imports {name_of(other)}"
 
 

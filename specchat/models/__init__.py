@@ -1,1 +1,1 @@
-"""What models are and where their bytes lie."""
+"""Models: names, files, quantization, packs and sizes."""

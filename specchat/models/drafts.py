@@ -1,4 +1,4 @@
-"""Finding a draft for a target when none was named: one that the catalog knows, or a small relative in the cache."""
+"""The automatic choice of a draft: one from the catalog, or a small related model in the cache."""
 
 import json
 from collections.abc import Callable
@@ -12,17 +12,17 @@ from specchat.models.hub.cache import cached_models
 from specchat.models.locate import Missing, look_up
 from specchat.records.model import ModelSource
 
-# A draft reads all its weights several times for each pass of the target.
+# A draft reads all its weights several times per target pass, so it must be much smaller.
 _LARGEST_SHARE = 0.25
 
 
 @dataclass(frozen=True)
 class DraftChoice:
-    """A draft, or why there is none.
+    """A draft, or the reason for plain decoding.
 
     Attributes:
-        found: the draft, or what it takes to have it; None for plain decoding.
-        note: what to say in the draft's place.
+        found: draft, present or missing; None for plain decoding.
+        note: one line about plain decoding and its reason, shown instead of a draft.
     """
 
     found: ModelSource | Missing | None
@@ -30,12 +30,12 @@ class DraftChoice:
 
 
 def choose_draft(ref: ModelRef, *, offline: bool, warn: Callable[[str], None]) -> DraftChoice:
-    """The draft that the catalog knows for a target: one in the cache before one that must be downloaded.
+    """Choose the catalog's draft for a target; a cached draft comes before one that must be downloaded.
 
     Args:
-        ref: the target.
-        offline: the network is not touched.
-        warn: told in one line of a cached copy that cannot be checked for updates.
+        ref: target.
+        offline: whether the network must not be used.
+        warn: receives a one-line warning about a cached copy that cannot be checked for updates.
     """
     embedded = known_draft(ref)
     candidates = draft_candidates(ref)
@@ -56,7 +56,7 @@ def choose_draft(ref: ModelRef, *, offline: bool, warn: Callable[[str], None]) -
 
 
 def relative_in_cache(target: ModelSource) -> ModelSource | None:
-    """The smallest cached model of the target's kind and vocabulary that is small enough to draft for it."""
+    """Return the smallest cached model that has the target's type and vocabulary and is small enough for a draft."""
     largest_bytes = _LARGEST_SHARE * _num_bytes(target)
     sources = [look_up(parse_model(name), offline=True) for name in cached_models()]
     small = [
@@ -70,7 +70,7 @@ def relative_in_cache(target: ModelSource) -> ModelSource | None:
 
 
 def fits(target: ModelSource, draft: ModelSource) -> bool:
-    """Whether the two have one vocabulary, and its files can be read."""
+    """Return whether target and draft have readable files and one vocabulary."""
     try:
         check_pair(target, draft)
     except (VocabularyMismatchError, ModelError):

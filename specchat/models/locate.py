@@ -1,40 +1,34 @@
-"""From a model's name to a folder with its files, wherever it comes from: a folder, the hub, or made here."""
+"""Finding the files of a model by its name: in a folder, in the hub's cache, on the hub, or synthetic."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from specchat.errors import (
-    ModelNotFoundError,
-)
+from specchat.errors import ModelNotFoundError
 from specchat.models.catalog.ref import SHAPE_PREFIX, ModelRef, demo_source
 from specchat.models.catalog.shape import Shape
-from specchat.records.model import ModelSource
-
-if TYPE_CHECKING:
-    pass
 from specchat.models.hub.cache import look_up_cached, snapshot_source
 from specchat.models.hub.download import LOG, Download, fetch, look_up_online
 from specchat.models.hub.errors import hub_errors
+from specchat.records.model import ModelSource
 
-# What a model needs before it can be used: a download, or to be made.
+# A model that must be downloaded, or a synthetic one that must be created.
 Missing = Download | Shape
 
 
 def look_up(ref: ModelRef, *, offline: bool, warn: Callable[[str], None] = LOG.warning) -> ModelSource | Missing:
-    """Where the files of `ref` are, or what it takes to have them; nothing is downloaded or made.
+    """Find the files of `ref`, or else what is missing; download and create nothing.
 
     Args:
-        ref: from `parse_model`.
-        offline: the network is not touched (HF_HUB_OFFLINE=1 has the same effect).
-        warn: told in one line when the hub cannot be asked and a cached copy is used.
+        ref: parsed MODEL argument.
+        offline: whether the network must not be used; HF_HUB_OFFLINE=1 has the same effect.
+        warn: receives a one-line warning when a cached copy is used because the hub is unreachable.
 
     Raises:
-        ModelNotFoundError: no such folder, repository or revision, or no weights in it.
-        ModelGatedError: a login or an accepted licence is needed.
-        ModelNotCachedError: offline, and not completely in the cache.
+        ModelNotFoundError: a missing folder, repository or revision, or one without weights.
+        ModelGatedError: a missing login or licence agreement.
+        ModelNotCachedError: no complete copy in the cache, while offline.
         PickledCheckpointError: weights only as pickles.
-        ModelError: the hub cannot be reached or failed.
+        ModelError: an unreachable or failing hub.
     """
     if ref.kind == "demo":
         return demo_source("target")
@@ -56,15 +50,15 @@ def obtain(
     progress: Callable[[int, int], None] | None = None,
     warn: Callable[[str], None] = LOG.warning,
 ) -> ModelSource:
-    """Downloads or makes what `look_up` found missing, once the user has agreed.
+    """Download or create a missing model, after the user's consent.
 
     Args:
-        missing: from `look_up`.
-        progress: told (bytes done, bytes to download or to write), maybe from other threads, one at a time.
-        warn: told in one line what is written for a shape.
+        missing: result of `look_up`.
+        progress: receives (bytes done, bytes in total), possibly from other threads, but from one at a time.
+        warn: receives one line about the files of a synthetic model.
 
     Raises:
-        ModelError: the hub cannot be reached or failed.
+        ModelError: an unreachable or failing hub.
         DoesNotFitError: the disk is too small.
     """
     if isinstance(missing, Download):
@@ -75,14 +69,14 @@ def obtain(
 
 
 def sketch(missing: Missing, folder: Path) -> ModelSource:
-    """The configuration of what `look_up` found missing: enough to plan for it, at the cost of one small file.
+    """Download or write only the configuration of a missing model, one small file, which is enough for a plan.
 
     Args:
-        missing: from `look_up`.
-        folder: an existing one, for the configuration of a shape.
+        missing: result of `look_up`.
+        folder: existing folder for the configuration of a synthetic model.
 
     Raises:
-        ModelError: the hub cannot be reached or failed.
+        ModelError: an unreachable or failing hub.
     """
     if isinstance(missing, Download):
         from huggingface_hub import hf_hub_download
@@ -103,7 +97,7 @@ def sketch(missing: Missing, folder: Path) -> ModelSource:
 def _look_up_folder(ref: ModelRef) -> ModelSource:
     assert ref.path is not None
     if not ref.path.is_dir():
-        raise ModelNotFoundError(f"there is no folder {ref.path}", hint="a hub id has the form org/name, without ./")
+        raise ModelNotFoundError(f"folder {ref.path} does not exist", hint="a hub id has the form org/name, without ./")
     if not (ref.path / "config.json").is_file():
         raise ModelNotFoundError(f"{ref.path} has no config.json", hint="give the folder that holds config.json")
     return ModelSource(name=ref.text, path=ref.path)

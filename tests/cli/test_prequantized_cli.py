@@ -58,7 +58,7 @@ def test_what_cannot_be_is_told_by_exit_code_and_hint(run: Call, tmp_path: Path)
     source = quantized(awq(), tmp_path)
     code, out, err = run(source, "--quant", "int4")
     assert (code, out) == (2, "")
-    assert "comes quantized (awq int4)" in err
+    assert "is pre-quantized (awq int4)" in err
     assert "hint: " in err
     hide_tensors(source, "q_proj.scales")
     code, out, err = run(source)

@@ -208,7 +208,7 @@ def random_model_layers() -> list[torch.Tensor]:
 def test_prequantized_checkpoints_are_not_quantized_again(tmp_path: Path):
     _, pair = make_pair(Case("llama", awq()), tmp_path)
     for quant in ("int4", "int8"):
-        with pytest.raises(UsageError, match=re.escape("comes quantized (awq int4)")) as caught:
+        with pytest.raises(UsageError, match=re.escape("is pre-quantized (awq int4)")) as caught:
             plan_here(plan_request(target=pair.quantized, draft=None, device="cpu", quant=quant))
         assert caught.value.hint
     assert plan_here(plan_request(target=pair.quantized, draft=None, device="cpu", quant="none")).quant == "awq int4"

@@ -1,4 +1,4 @@
-"""Fixtures for whatever asks the hub."""
+"""Fixtures for tests that use the hub."""
 
 import pytest
 from huggingface_hub.utils import close_session

@@ -1,4 +1,4 @@
-"""Which draft a target gets when none was named: the loopback hub, real tiny checkpoints, the real cache."""
+"""The automatic choice of a draft, with a loopback hub, real tiny checkpoints and the real cache."""
 
 import json
 from pathlib import Path
@@ -20,13 +20,13 @@ OFFICIAL, COPY = "meta-llama/Llama-3.2-1B-Instruct", "unsloth/Llama-3.2-1B-Instr
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """A checkpoint's files."""
+    """Return the files of a checkpoint."""
     return files_of(save(random_model(make_config("llama")), tmp_path_factory.mktemp("small") / "model").path)
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
-    """The same vocabulary, ten times the size."""
+    """Return a model of the same vocabulary and ten times the size."""
     config = make_config("llama")
     config.num_hidden_layers = 60
     return save(random_model(config), tmp_path_factory.mktemp("large") / "model")
@@ -51,11 +51,11 @@ def cache(hub: FakeHub, name: str, files: dict[str, bytes]) -> ModelSource:
 
 
 @pytest.mark.parametrize("model", ["demo", "shape:llama-8b"])
-def test_embedded(model: str):
+def test_demo_and_synthetic_models_use_the_embedded_draft(model: str):
     assert choose(model).found == demo_source("draft")
 
 
-def test_a_known_draft_is_to_be_downloaded(hub: FakeHub, small):
+def test_a_known_draft_must_be_downloaded(hub: FakeHub, small):
     hub.publish(OFFICIAL, small)
     found = choose(TARGET).found
     assert isinstance(found, Download)
@@ -63,7 +63,7 @@ def test_a_known_draft_is_to_be_downloaded(hub: FakeHub, small):
     assert hub.num_downloads() == 0
 
 
-def test_one_in_the_cache_is_taken_without_a_request(hub: FakeHub, small):
+def test_a_cached_draft_is_chosen_without_a_request(hub: FakeHub, small):
     hub.publish(OFFICIAL, small)
     cached = cache(hub, COPY, small)
     hub.requests.clear()
@@ -71,7 +71,7 @@ def test_one_in_the_cache_is_taken_without_a_request(hub: FakeHub, small):
     assert not hub.requests
 
 
-def test_a_gated_one_gives_way_to_its_copy(hub: FakeHub, small):
+def test_an_open_copy_replaces_a_gated_draft(hub: FakeHub, small):
     hub.publish(OFFICIAL, small)
     hub.gated.add(OFFICIAL)
     hub.publish(COPY, small)
@@ -80,7 +80,7 @@ def test_a_gated_one_gives_way_to_its_copy(hub: FakeHub, small):
     assert found.name == COPY
 
 
-def test_the_same_publisher_comes_first(hub: FakeHub, small):
+def test_a_draft_of_the_same_publisher_comes_first(hub: FakeHub, small):
     for name in (OFFICIAL, COPY):
         hub.publish(name, small)
     found = choose("unsloth/Llama-3.3-70B-Instruct").found
@@ -88,14 +88,14 @@ def test_the_same_publisher_comes_first(hub: FakeHub, small):
     assert found.name == COPY
 
 
-def test_none_to_be_had_is_said(hub: FakeHub):
+def test_the_note_says_why_no_known_draft_is_available(hub: FakeHub):
     choice = choose(TARGET)
     assert choice.found is None
     assert choice.note == f"plain decoding: {COPY} is not on the hub, or is private"
     assert choose(TARGET, offline=True).note == f"plain decoding: {OFFICIAL} is not in the cache"
 
 
-def test_nothing_known_is_said(hub: FakeHub):
+def test_the_note_says_that_no_draft_is_known(hub: FakeHub):
     assert choose("org/name") == drafts.DraftChoice(None, "plain decoding: no draft known for this model")
     assert not hub.requests
 
@@ -103,14 +103,14 @@ def test_nothing_known_is_said(hub: FakeHub):
 # ---------------------------------------------------------------- relatives
 
 
-def test_a_small_relative_in_the_cache(hub: FakeHub, small, large: ModelSource):
+def test_a_small_related_model_in_the_cache_is_found(hub: FakeHub, small, large: ModelSource):
     assert relative_in_cache(large) is None
     relative = cache(hub, "org/small", small)
     assert relative_in_cache(large) == relative
     assert relative_in_cache(relative) is None  # itself, and as large
 
 
-def test_no_relatives(hub: FakeHub, small, large: ModelSource):
+def test_unrelated_models_are_not_chosen(hub: FakeHub, small, large: ModelSource):
     config = json.loads(small["config.json"])
     cache(hub, "org/other-kind", small | {"config.json": json.dumps(config | {"model_type": "qwen2"}).encode()})
     tokenizer = small["tokenizer.json"].replace(b'"w', b'"v')
@@ -122,7 +122,7 @@ def test_no_relatives(hub: FakeHub, small, large: ModelSource):
 
 
 def renamed(files: dict[str, bytes], folder: Path, share: float) -> ModelSource:
-    """The same model with a share of its tokens renamed, counted as `check_pair` counts."""
+    """Return a copy of the model with a share of its tokens renamed, counted as in `check_pair`."""
     words = json.loads(files["tokenizer.json"])
     size = 2000
     words["model"]["vocab"] = {f"w{i}": i for i in range(size)}

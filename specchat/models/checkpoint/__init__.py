@@ -1,1 +1,1 @@
-"""Weights on disk: safetensors headers, tensors read into given memory, and how a layer lies in its blob."""
+"""Checkpoints on disk: safetensors headers, tensor reads, dtypes, and the layout of a layer's blob."""

@@ -1,4 +1,4 @@
-"""The dtypes of tensors: their names in safetensors, in torch and in specchat, and the bytes of a number.
+"""Dtypes of tensors: their names in safetensors, torch and specchat, and the bytes per value.
 
 Only the functions that return torch's dtypes import torch.
 """
@@ -19,9 +19,9 @@ class StoredDtype:
     """A dtype that specchat reads.
 
     Attributes:
-        torch_name: its name in torch and in config.json.
-        nbytes: bytes of a number.
-        short: specchat's own name, of those that it computes in.
+        torch_name: name in torch and in config.json.
+        nbytes: bytes per value.
+        short: specchat's name, for a dtype that passes can compute in.
     """
 
     torch_name: str
@@ -33,7 +33,7 @@ def _computed(torch_name: str, short: Dtype) -> StoredDtype:
     return StoredDtype(torch_name, DTYPE_BYTES[short], short)
 
 
-# By safetensors' name.
+# Keys are safetensors' names.
 STORED_DTYPES: Mapping[str, StoredDtype] = {
     "F64": StoredDtype("float64", 8),
     "F32": _computed("float32", "fp32"),
@@ -48,7 +48,7 @@ STORED_DTYPES: Mapping[str, StoredDtype] = {
     "U8": StoredDtype("uint8", 1),
     "BOOL": StoredDtype("bool", 1),
 }
-# Sound in a file, but nothing that specchat runs stores its weights so.
+# Valid in safetensors, but no model that specchat runs stores its weights in these.
 UNREAD_DTYPES = frozenset(
     {"U16", "U32", "U64", "C64", "F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
 )
@@ -58,12 +58,12 @@ _SHORT = {stored.torch_name: short for short, stored in _COMPUTED.items()}
 
 
 def torch_name(dtype: Dtype) -> str:
-    """Return the name of a compute dtype as torch and config.json have it."""
+    """Return torch's name of a compute dtype, which config.json uses too."""
     return _COMPUTED[dtype].torch_name
 
 
 def short_name(name: str) -> Dtype | None:
-    """Return specchat's name of a dtype by torch's; None for one that nothing is computed in."""
+    """Return specchat's name of a dtype, given torch's; None for a dtype that passes cannot compute in."""
     return _SHORT.get(name.removeprefix("torch."))
 
 
@@ -73,7 +73,7 @@ def torch_dtype(dtype: Dtype) -> "torch.dtype":
 
 
 def stored_torch_dtype(name: str) -> "torch.dtype":
-    """Return torch's dtype by safetensors' name."""
+    """Return torch's dtype, given safetensors' name."""
     return _in_torch(STORED_DTYPES[name].torch_name)
 
 

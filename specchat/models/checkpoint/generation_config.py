@@ -1,4 +1,4 @@
-"""What a model's makers recommend for sampling, in generation_config.json."""
+"""The sampling defaults that a model's makers recommend in generation_config.json."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ from specchat.models.checkpoint.json_file import read_json
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """What the model's makers recommend; None where they are silent (transformers' own defaults are not applied)."""
+    """Sampling defaults of a model; None where the file has no value (transformers' own defaults are not applied)."""
 
     do_sample: bool | None = None
     temperature: float | None = None
@@ -20,7 +20,7 @@ class GenerationDefaults:
 
 
 def load_generation_defaults(folder: Path) -> GenerationDefaults:
-    """The sampling values and stop tokens in generation_config.json, the stop tokens else from config.json."""
+    """Read sampling values and stop tokens from generation_config.json; config.json is the fallback for stop tokens."""
     path = folder / "generation_config.json"
     values = read_json(path) if path.is_file() else {}
     eos = values.get("eos_token_id")

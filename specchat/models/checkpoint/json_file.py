@@ -1,4 +1,4 @@
-"""JSON files of a model folder, with errors that name the file."""
+"""Reading the JSON files of a model folder, with errors that name the file."""
 
 import json
 from pathlib import Path
@@ -15,11 +15,11 @@ REDOWNLOAD = "delete the file and download it again"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a model folder.
+    """Return the object in a JSON file of a model folder.
 
     Raises:
-        ModelNotFoundError: no such file.
-        CorruptCheckpointError: not JSON, or not an object.
+        ModelNotFoundError: a missing file.
+        CorruptCheckpointError: invalid JSON, or no object.
         ModelError: the file cannot be read.
     """
     try:
@@ -34,7 +34,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_object(data: bytes, what: str) -> dict[str, Any]:
-    """The JSON object in `data`; a key given twice is an error, since the first one would be lost silently."""
+    """Parse a JSON object; a duplicate key is an error, because its first value would be lost silently."""
     try:
         parsed = json.loads(data.decode("utf-8"), object_pairs_hook=_dict_of_unique)
     except (ValueError, RecursionError) as exc:
@@ -48,7 +48,7 @@ def _dict_of_unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
-            raise ValueError(f"key {key!r} given twice")
+            raise ValueError(f"duplicate key {key!r}")
         result[key] = value
     return result
 

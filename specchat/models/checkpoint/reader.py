@@ -1,4 +1,4 @@
-"""Reads tensors of a checkpoint into memory that the caller owns."""
+"""Reading tensors of a checkpoint into memory that the caller owns."""
 
 import math
 import os
@@ -8,31 +8,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specchat.closing import Closeable
-from specchat.errors import (
-    CorruptCheckpointError,
-)
+from specchat.errors import CorruptCheckpointError
+from specchat.models.checkpoint.dtypes import STORED_DTYPES, stored_torch_dtype
+from specchat.models.checkpoint.json_file import fail_to_read
+from specchat.models.checkpoint.safetensors import Checkpoint, TensorInfo, fail_truncated
 from specchat.units import MIB
 
 if TYPE_CHECKING:
     import torch
-from specchat.models.checkpoint.dtypes import STORED_DTYPES, stored_torch_dtype
-from specchat.models.checkpoint.json_file import fail_to_read
-from specchat.models.checkpoint.safetensors import Checkpoint, TensorInfo, fail_truncated
 
 
 class TensorReader(Closeable):
-    """Reads tensors of a checkpoint from disk, with a bounded amount of memory beside the destination.
+    """Reader of a checkpoint's tensors that needs a bounded amount of memory beside the destination.
 
-    Any number of threads may `read`; `read_into` is for one at a time, for its calls share the staging buffer. Files
-    are opened on first use.
+    Files are opened on first use. Any number of threads may `read` at once. Only one thread at a time may `read_into`,
+    because its calls share the staging buffer.
     """
 
     def __init__(self, checkpoint: Checkpoint, staging_bytes: int = 8 * MIB) -> None:
-        """Binds the reader to `checkpoint`.
+        """Create a reader of `checkpoint`.
 
         Args:
-            checkpoint: from `open_checkpoint`.
-            staging_bytes: the most that one read converts at a time; at least 8, the widest number.
+            checkpoint: checkpoint whose headers were checked by `open_checkpoint`.
+            staging_bytes: size of the staging buffer, in bytes; at least 8, the widest value.
         """
         assert staging_bytes >= 8
         self._tensors = checkpoint.tensors
@@ -40,21 +38,21 @@ class TensorReader(Closeable):
         self._staging_bytes = staging_bytes
         self._staging: torch.Tensor | None = None
         self._fds: dict[Path, int] = {}
-        self._opening = threading.Lock()  # several threads may be the first
+        self._opening = threading.Lock()  # several threads may use a file first
         self._closed = False
 
     def close(self) -> None:
-        """Closes the files and gives the staging buffer back; a second call does nothing."""
+        """Close the files and free the staging buffer; a second call does nothing."""
         self._closed = True
         self._staging = None
         while self._fds:
             os.close(self._fds.popitem()[1])
 
     def read(self, key: str) -> "torch.Tensor":
-        """The tensor as saved, in new CPU memory.
+        """Return a tensor as saved, in new CPU memory.
 
         Raises:
-            CorruptCheckpointError: no such tensor, or its file has been cut since it was opened.
+            CorruptCheckpointError: a missing tensor, or a file that was truncated after its header was read.
             ModelError: the file cannot be read.
         """
         import torch
@@ -65,12 +63,12 @@ class TensorReader(Closeable):
         return out
 
     def mapped(self, key: str) -> "torch.Tensor":
-        """The tensor as saved, in the pages of its file, of which only those that are used take memory.
+        """Return a tensor as saved, memory-mapped, so that only the pages in use take memory.
 
-        Where its numbers do not begin as torch wants them, or the system maps no such file, it is read.
+        The tensor is read instead if its offset is not aligned to its dtype, or if the system cannot map the file.
 
         Raises:
-            CorruptCheckpointError, ModelError: as `read`.
+            CorruptCheckpointError, ModelError: the faults that `read` reports.
         """
         import torch
 
@@ -87,22 +85,23 @@ class TensorReader(Closeable):
         return pages[info.offset : info.offset + info.nbytes].view(dtype).view(info.shape)
 
     def read_into(self, key: str, out: "torch.Tensor") -> None:
-        """Fills `out` with the tensor's numbers in row-major order, converted to its dtype.
+        """Fill `out` with a tensor's values in row-major order, converted to the dtype of `out`.
 
         Args:
-            key: the tensor's name.
-            out: as many numbers as saved, of any shape, strides, dtype and device. Contiguous CPU memory of the saved
-                dtype is read into directly; anything else goes through the staging buffer, piece by piece.
+            key: name of the tensor.
+            out: destination with equally many elements, of any shape, strides, dtype and device. Reads go directly into
+                contiguous CPU memory of the saved dtype, and else through the staging buffer, piece by piece.
 
         Raises:
-            CorruptCheckpointError: no such tensor, another number of elements, or a file cut since it was opened.
+            CorruptCheckpointError: a missing tensor, another number of elements, or a file that was truncated after its
+                header was read.
             ModelError: the file cannot be read.
         """
         info = self._find(key)
         if out.numel() != math.prod(info.shape):
             raise CorruptCheckpointError(
-                f"tensor {key!r} in {info.file} has shape {list(info.shape)}, the model wants {list(out.shape)}",
-                hint="config.json and the weights do not belong together: download both again",
+                f"tensor {key!r} in {info.file} has shape {list(info.shape)}, but the model expects {list(out.shape)}",
+                hint="config.json and the weights do not match; download both again",
             )
         out = out.detach()
         if out.dtype == stored_torch_dtype(info.dtype) and out.device.type == "cpu" and out.is_contiguous():
@@ -115,12 +114,12 @@ class TensorReader(Closeable):
         if info is None:
             raise CorruptCheckpointError(
                 f"the checkpoint in {self._folder} has no tensor {key!r}",
-                hint="the download may be incomplete: repeat it",
+                hint="the download may be incomplete; download the model again",
             )
         return info
 
     def _convert(self, info: TensorInfo, out: "torch.Tensor") -> None:
-        """Reads through the staging buffer: as many numbers at a time as it holds, cast and copied into `out`."""
+        """Read through the staging buffer: cast and copy as many values at a time as it holds."""
         width = STORED_DTYPES[info.dtype].nbytes
         step = self._staging_bytes // width
         done = 0  # bytes of the tensor
@@ -129,12 +128,12 @@ class TensorReader(Closeable):
                 part = piece[start : start + step]
                 raw = self._staging_view(part.numel() * width)
                 self._fill(info, done, _bytes_of(raw))
-                # Not asynchronous: the staging buffer is overwritten by the next round.
+                # The copy must be synchronous, because the next iteration overwrites the staging buffer.
                 part.copy_(raw.view(stored_torch_dtype(info.dtype)))
                 done += raw.numel()
 
     def _staging_view(self, num_bytes: int) -> "torch.Tensor":
-        """The first `num_bytes` of the staging buffer, which torch aligns for every dtype."""
+        """Return the first `num_bytes` of the staging buffer, which torch aligns for every dtype."""
         import torch
 
         if self._staging is None:
@@ -142,7 +141,7 @@ class TensorReader(Closeable):
         return self._staging[:num_bytes]
 
     def _fill(self, info: TensorInfo, skip: int, buffer: memoryview) -> None:
-        """Fills `buffer` with the tensor's bytes from its byte `skip` on."""
+        """Fill `buffer` with the tensor's bytes, starting at byte `skip` of the tensor."""
         fd = self._fd(info.file)
         done = 0
         while done < len(buffer):  # one call moves at most 2 GiB on Linux
@@ -166,16 +165,16 @@ class TensorReader(Closeable):
 
 
 def _bytes_of(tensor: "torch.Tensor") -> memoryview:
-    """The memory of a contiguous CPU tensor, writable."""
+    """Return a writable view of a contiguous CPU tensor's memory."""
     import torch
 
-    # Through numpy rather than ctypes: the view keeps the storage alive. reshape of contiguous memory never copies.
+    # numpy's view keeps the storage alive, unlike ctypes. reshape of contiguous memory never copies.
     array: Any = tensor.reshape(-1).view(torch.uint8).numpy()  # numpy's types hide the buffer protocol before 3.12
     return memoryview(array)
 
 
 def _flat_pieces(out: "torch.Tensor") -> Iterator["torch.Tensor"]:
-    """One-dimensional views that together cover `out` in row-major order; one if it is contiguous."""
+    """Yield one-dimensional views that cover `out` in row-major order; one view if `out` is contiguous."""
     if out.is_contiguous():
         yield out.view(-1)
     elif out.dim() == 1:

@@ -1,6 +1,6 @@
-"""Safetensors checkpoints without loading them: where each tensor lies, with every header checked.
+"""Checked headers of safetensors checkpoints: dtype, shape and place of every tensor, without reading the tensors.
 
-Headers need no torch, so a plan costs milliseconds for a checkpoint of any size. Nothing here opens a pickle.
+Headers need no torch, so a plan takes milliseconds for a checkpoint of any size. Nothing here opens a pickle.
 """
 
 import math
@@ -39,13 +39,13 @@ _SHARD_NAME = re.compile(r"(?P<stem>.*)-\d+-of-(?P<count>\d{1,6})\.safetensors")
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor's bytes are.
+    """The header entry of one tensor, and the place of its bytes.
 
     Attributes:
-        key: its name in the checkpoint.
-        dtype: safetensors' name, such as BF16.
-        shape: as saved; () for a single number.
-        file: the shard.
+        key: name in the checkpoint.
+        dtype: safetensors' name of the dtype, such as BF16.
+        shape: saved shape; () for a scalar.
+        file: shard that holds the tensor.
         offset: first byte, counted from the start of the file; any alignment.
         nbytes: length in bytes.
     """
@@ -63,8 +63,8 @@ class Checkpoint:
     """A folder of safetensors files whose headers have been checked.
 
     Attributes:
-        folder: as given.
-        tensors: by key, in the order of files and offsets.
+        folder: folder of the files.
+        tensors: header entries by key, in the order of files and offsets.
     """
 
     folder: Path
@@ -72,16 +72,17 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """The checkpoint in `folder`, every header read and checked; no tensor is.
+    """Read and check all headers of the checkpoint in `folder`, but no tensors.
 
     Args:
-        folder: has model.safetensors, or model.safetensors.index.json and its shards, or any *.safetensors files.
+        folder: folder with model.safetensors, with model.safetensors.index.json and its shards, or with any
+            *.safetensors files.
 
     Raises:
-        ModelNotFoundError: no such folder, or no weights in it.
+        ModelNotFoundError: a missing folder, or no weights in the folder.
         PickledCheckpointError: weights only as pickles.
-        CorruptCheckpointError: an index, header or file size that cannot be what was saved.
-        UnsupportedModelError: a tensor in a number format that specchat does not read.
+        CorruptCheckpointError: an invalid index or header, or a file of the wrong size.
+        UnsupportedModelError: a tensor in a dtype that specchat does not read.
     """
     names, weight_map = _shard_names(folder)
     tensors = _merge(folder / name for name in names)
@@ -90,21 +91,21 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that `open_checkpoint` would read; those that an index names may be missing.
+    """List the files that `open_checkpoint` reads; files that an index names may be missing.
 
     Raises:
-        ModelNotFoundError: no such folder, or no weights in it.
+        ModelNotFoundError: a missing folder, or no weights in the folder.
         PickledCheckpointError: weights only as pickles.
-        CorruptCheckpointError: an unreadable index, or shards missing by their numbering.
+        CorruptCheckpointError: an invalid index, or a gap in the numbering of the shards.
     """
     return [folder / name for name in _shard_names(folder)[0]]
 
 
 def _shard_names(folder: Path) -> tuple[list[str], dict[str, str]]:
-    """File names, and key -> file name where an index says so (else empty)."""
+    """Return the file names, and the index as key -> file name; empty without an index."""
     if not folder.is_dir():
         raise ModelNotFoundError(f"{folder} is not a folder", hint="give the folder that holds config.json")
-    # transformers prefers the single file too, so both read the same weights where a folder has both.
+    # transformers prefers the single file too. So both read the same weights if a folder has both layouts.
     if (folder / SINGLE_FILE).exists():
         return [SINGLE_FILE], {}
     if (folder / INDEX_FILE).exists():
@@ -114,19 +115,19 @@ def _shard_names(folder: Path) -> tuple[list[str], dict[str, str]]:
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
-    """Key -> file name, as the index says."""
+    """Read key -> file name from the index."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptCheckpointError(f"{index} has no weight_map", hint=REDOWNLOAD)
     for key, name in weight_map.items():
-        # A plain file name: an index must not reach outside its folder.
+        # Only plain file names are valid: an index must not reach outside its folder.
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise CorruptCheckpointError(f"{index} puts {key!r} into {name!r}, which is no shard", hint=REDOWNLOAD)
+            raise CorruptCheckpointError(f"{index} puts {key!r} into {name!r}, which is not a shard", hint=REDOWNLOAD)
     return weight_map
 
 
 def _names_without_index(folder: Path) -> list[str]:
-    """All *.safetensors files of a folder that has no index, sorted."""
+    """List all *.safetensors files of a folder without an index, sorted."""
     names = sorted(path.name for path in folder.glob("*.safetensors"))
     # Mistral's own layout repeats the weights under other keys.
     names = [name for name in names if not name.startswith(MISTRAL_PREFIX)] or names
@@ -137,19 +138,19 @@ def _names_without_index(folder: Path) -> list[str]:
     if pickles:
         raise PickledCheckpointError(
             f"{folder} has its weights only as pickles ({pickles[0]}), which may run code when opened",
-            hint="load it in transformers where you trust it, then model.save_pretrained(FOLDER) writes safetensors",
+            hint="if you trust it, load it in transformers and call model.save_pretrained(FOLDER) to write safetensors",
         )
     raise ModelNotFoundError(f"{folder} has no *.safetensors files", hint="specchat reads safetensors checkpoints only")
 
 
 def _check_numbering(folder: Path, names: list[str]) -> None:
-    """Names such as model-00001-of-00003.safetensors say how many there should be."""
+    """Check that all shards exist, where names such as model-00001-of-00003.safetensors give their number."""
     matches = [match for name in names if (match := _SHARD_NAME.fullmatch(name))]
     for match in matches:
         found = sum((other["stem"], other["count"]) == (match["stem"], match["count"]) for other in matches)
         if found != int(match["count"]):
             raise CorruptCheckpointError(
-                f"{folder} has {found} of the {int(match['count'])} shards that {match[0]} counts",
+                f"{folder} has only {found} of the {int(match['count'])} shards that {match[0]} implies",
                 hint="download the missing shards",
             )
 
@@ -161,7 +162,7 @@ def _merge(files: Iterable[Path]) -> dict[str, TensorInfo]:
             if info.key in tensors:
                 raise CorruptCheckpointError(
                     f"tensor {info.key!r} is in {tensors[info.key].file.name} and in {file}",
-                    hint="the folder mixes two checkpoints: keep one of them",
+                    hint="the folder mixes two checkpoints; keep one of them",
                 )
             tensors[info.key] = info
     return tensors
@@ -171,12 +172,12 @@ def _check_index(folder: Path, weight_map: dict[str, str], tensors: dict[str, Te
     for key, name in weight_map.items():
         if key not in tensors or tensors[key].file.name != name:
             raise CorruptCheckpointError(
-                f"{folder / name} lacks tensor {key!r}, which the index puts there", REDOWNLOAD
+                f"{folder / name} lacks tensor {key!r}, which the index lists there", REDOWNLOAD
             )
 
 
 def _read_header(file: Path) -> list[TensorInfo]:
-    """What one safetensors file holds, by ascending offset."""
+    """Return the tensors of one safetensors file, by ascending offset."""
     try:
         with file.open("rb") as stream:
             file_bytes = os.fstat(stream.fileno()).st_size
@@ -199,12 +200,12 @@ def _read_header(file: Path) -> list[TensorInfo]:
 
 
 def _header_bytes(file: Path, start: bytes, file_bytes: int) -> int:
-    """Length of the JSON header, in bytes, from the first bytes of the file."""
+    """Return the length of the JSON header in bytes, given the first bytes of the file."""
     if file_bytes < _LENGTH_BYTES:
         fail_truncated(file, _LENGTH_BYTES, file_bytes)
     header_bytes = int.from_bytes(start[:_LENGTH_BYTES], "little")
     if header_bytes > _MAX_HEADER_BYTES:
-        _fail_on_header(file, f"its length of {header_bytes} bytes is beyond the format's limit")
+        _fail_on_header(file, f"its length of {header_bytes} bytes exceeds the format's limit")
     if _LENGTH_BYTES + header_bytes > file_bytes:
         fail_truncated(file, _LENGTH_BYTES + header_bytes, file_bytes)
     return header_bytes
@@ -225,19 +226,19 @@ def _parse_entry(file: Path, key: str, entry: object, data_start: int) -> Tensor
     begin, end = offsets
     wanted = math.prod(shape) * STORED_DTYPES[dtype].nbytes
     if end - begin != wanted:
-        _fail_on_header(file, f"tensor {key!r} of {wanted} bytes is given {end - begin}")
+        _fail_on_header(file, f"tensor {key!r} needs {wanted} bytes, but its data offsets span {end - begin}")
     return TensorInfo(key, dtype, shape, file, data_start + begin, wanted)
 
 
 def _counts(file: Path, key: str, value: object) -> tuple[int, ...]:
-    """`value` as whole numbers >= 0 (JSON's true and false are no numbers)."""
+    """Return a list of integers >= 0 as a tuple; true and false do not count as integers."""
     if not isinstance(value, list) or any(type(item) is not int or item < 0 for item in value):
-        _fail_on_header(file, f"tensor {key!r} has a shape or an offset that is not a list of whole numbers")
+        _fail_on_header(file, f"tensor {key!r} has a shape or data offsets that are not a list of whole numbers")
     return tuple(value)
 
 
 def _check_layout(file: Path, infos: list[TensorInfo], data_start: int, file_bytes: int) -> None:
-    """The format has neither holes nor overlaps: either means that the header is not the one that was saved."""
+    """Check that the tensors leave no gaps and do not overlap, as the format demands."""
     end = data_start
     for info in infos:
         if info.offset != end:
@@ -250,7 +251,7 @@ def _check_layout(file: Path, infos: list[TensorInfo], data_start: int, file_byt
 
 def fail_truncated(file: Path, expected: int, actual: int) -> NoReturn:
     """Raise a `CorruptCheckpointError` for a file with fewer bytes than its header says."""
-    raise CorruptCheckpointError(f"{file} is truncated: {expected} bytes expected, {actual} there", hint=REDOWNLOAD)
+    raise CorruptCheckpointError(f"{file} is truncated: expected {expected} bytes, found {actual}", hint=REDOWNLOAD)
 
 
 def _fail_on_header(file: Path, why: str) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Our attention, masks and caches behind transformers' registries, and attention as textbooks have it."""
+"""specchat's attention, masks and caches behind transformers' registries, and unfused attention."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Takes what transformers gives its attention functions, but for the mask: that is what `row_scope` makes.
+# Takes the arguments of transformers' attention functions; `row_scope` makes the mask.
 AttentionFunction = Callable[..., tuple[Tensor, None]]
 
 _row_layout: ContextVar[Any] = ContextVar("row_layout")
@@ -16,7 +16,7 @@ _row_layout: ContextVar[Any] = ContextVar("row_layout")
 
 @contextmanager
 def row_scope(make_mask: Callable[[Any], Any]) -> Iterator[None]:
-    """While it lasts, masks are made by `make_mask(mask_function)`, once per kind of layer and pass.
+    """Make every mask by `make_mask(mask_function)` within the scope, once per kind of layer and pass.
 
     The mask function is transformers' own rule for the kind (causal, sliding, chunked): (batch, head, query position,
     key position) -> bool, broadcast over tensors.
@@ -29,19 +29,19 @@ def row_scope(make_mask: Callable[[Any], Any]) -> Iterator[None]:
 
 
 def register_attention(function: AttentionFunction) -> str:
-    """Make transformers know an attention function, whose masks `row_scope` makes; again is the same as once.
+    """Register an attention function with transformers, with masks from `row_scope`; a second call changes nothing.
 
     Returns:
-        The name that transformers knows the function by: the function's own, with its module's.
+        Name of the function in transformers: module and qualified name.
 
     Raises:
-        ValueError: another function has the same name, and modules that were built with it would change.
+        ValueError: another function of the same name; replacing it would change modules that were built with it.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
     name = f"{function.__module__}.{function.__qualname__}"
     if AttentionInterface().get(name, function) is not function:
-        raise ValueError(f"two attention functions are called {name}")
+        raise ValueError(f"two attention functions have the name {name}")
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, _make_mask)
     return name
@@ -54,19 +54,19 @@ def _make_mask(*, mask_function: Any, **_: Any) -> Any:
 def explicit_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float | None, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
-    """Compute the textbook product, for what fused kernels lack: caps on scores, and attention sinks.
+    """Compute unfused attention, for features that fused kernels lack: score caps and attention sinks.
 
     Args:
-        q: [H_kv, G, rows, D].
-        k: [H_kv, kv_length, D].
-        v: [H_kv, kv_length, D_v].
-        mask: added to the scores; broadcast to [H_kv, G, rows, kv_length].
+        q: queries [H_kv, G, rows, D].
+        k: keys [H_kv, kv_length, D].
+        v: values [H_kv, kv_length, D_v].
+        mask: additive mask, broadcast to [H_kv, G, rows, kv_length].
         scaling: factor on the scores; D^-0.5 if None.
         softcap: bound that tanh squashes the scores to.
-        sinks: one extra logit per head that takes probability and gives nothing, [H_kv * G].
+        sinks: one extra logit per head that takes probability but adds no value, [H_kv * G].
 
     Returns:
-        The mixed values [H_kv, G, rows, D_v].
+        Attention output [H_kv, G, rows, D_v].
     """
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     scores = torch.matmul(q.flatten(1, 2), k.transpose(1, 2)).unflatten(1, q.shape[1:3]) * scale
@@ -84,7 +84,7 @@ def explicit_attention(
 
 
 def cache_for(layers: Sequence[Any]) -> Any:
-    """Presents key-value buffers (with `length`, `capacity` and `append`) as a transformers cache."""
+    """Wrap key-value buffers (with `length`, `capacity` and `append`) as a transformers cache."""
     from transformers.cache_utils import Cache, CacheLayerMixin
 
     class Layer(CacheLayerMixin):
@@ -96,7 +96,7 @@ def cache_for(layers: Sequence[Any]) -> Any:
             self.is_initialized = True
 
         def lazy_initialization(self, key_states: Any, value_states: Any) -> None:
-            raise AssertionError("buffers are made before the first pass")
+            raise AssertionError("buffers are allocated before the first pass")
 
         def update(self, key_states: Any, value_states: Any, *_: Any, **__: Any) -> tuple[Any, Any]:
             keys, values = self.kv.append(key_states, value_states)

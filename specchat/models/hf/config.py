@@ -1,4 +1,4 @@
-"""A model's configuration: read, checked, and made small for the load-time check."""
+"""A model's configuration: reading, checking, and shrinking for the load-time self-check."""
 
 import copy
 from collections.abc import Mapping
@@ -17,10 +17,10 @@ _REFUSED = "use a model whose layers are all attention with rotary positions, su
 
 
 def load_config(folder: Path) -> Any:
-    """The model's configuration, checked against what the engine can verify trees on.
+    """Read a model's configuration and check that the engine can verify trees on the architecture.
 
     Raises:
-        CorruptCheckpointError: config.json is not a configuration.
+        CorruptCheckpointError: an invalid config.json.
         UnsupportedModelError: remote code, several modalities, recurrent layers, ALiBi, or an unknown architecture.
     """
     from transformers import AutoConfig
@@ -35,12 +35,12 @@ def load_config(folder: Path) -> Any:
             raise UnsupportedModelError(
                 f"model type '{kind}' is not supported", hint="specchat runs no code from model folders"
             ) from error
-        raise CorruptCheckpointError(f"{folder / 'config.json'} is not a model's configuration: {error}") from error
+        raise CorruptCheckpointError(f"{folder / 'config.json'} is not a valid model configuration: {error}") from error
     if "text_config" in values:
-        raise UnsupportedModelError(f"'{kind}' is a multimodal model: only text models are supported yet")
+        raise UnsupportedModelError(f"'{kind}' is a multimodal model, but only text models are supported")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UnsupportedModelError(f"'{kind}' is not a model that writes text")
-    for name in _QUANTIZATION:  # ours to read; transformers would look for quantizers of its own
+        raise UnsupportedModelError(f"'{kind}' is not a model that generates text")
+    for name in _QUANTIZATION:  # read by specchat; transformers would start its own quantizers
         vars(config).pop(name, None)
     _check_layer_kinds(config, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
     return config
@@ -64,7 +64,7 @@ def _check_layer_kinds(config: Any, model_class: Any) -> None:
 
 
 def max_positions(config: Any) -> int:
-    """The longest context, cut below the length at which longrope or dynamic scaling would change old positions."""
+    """Return the longest context, below the length where longrope or dynamic scaling would change earlier positions."""
     longest = int(config.max_position_embeddings)
     scaling = getattr(config, "rope_parameters", None) or {}
     variants = scaling.values() if all(isinstance(v, dict) for v in scaling.values()) else [scaling]
@@ -77,10 +77,10 @@ def max_positions(config: Any) -> int:
 
 
 def kv_shapes(config: Any) -> tuple[KvShape, ...]:
-    """What each layer stores per token. The load-time self-check holds this against the modules themselves."""
+    """Return the KV cache entry of each layer per token; the load-time self-check compares it with the modules."""
     heads = config.num_attention_heads
     if getattr(config, "kv_lora_rank", None) and hasattr(config, "qk_rope_head_dim"):
-        shape = KvShape(1, config.kv_lora_rank, config.qk_rope_head_dim)  # latent attention: cached before expansion
+        shape = KvShape(1, config.kv_lora_rank, config.qk_rope_head_dim)  # latent attention, cached before expansion
     else:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         shape = KvShape(getattr(config, "num_key_value_heads", None) or heads, head_dim, head_dim)
@@ -88,7 +88,7 @@ def kv_shapes(config: Any) -> tuple[KvShape, ...]:
 
 
 def mlp_size(config: Any) -> int:
-    """Width of the MLP's inner activation for one row, all active experts together (an upper bound for the ledger)."""
+    """Return the MLP's inner width per row, summed over the active experts: an upper bound for the ledger."""
     dense = int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
     expert = getattr(config, "moe_intermediate_size", None) or dense
     active = getattr(config, "num_experts_per_tok", None) or 1
@@ -96,9 +96,10 @@ def mlp_size(config: Any) -> int:
 
 
 def tiny_config(config: Any) -> Any:
-    """A configuration of the same architecture, small enough to run at every load.
+    """Shrink a configuration so far that a model of its architecture can run at every load.
 
-    Head dims and layer kinds stay; heads, widths, experts and vocabulary shrink; windows shrink so that they matter.
+    Head dimensions and layer kinds stay. Heads, widths, experts and vocabulary shrink. Windows shrink so that they have
+    an effect.
     """
     tiny = copy.deepcopy(config)
     heads = config.num_attention_heads

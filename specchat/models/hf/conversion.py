@@ -1,4 +1,4 @@
-"""Which checkpoint tensors fill which parameters, by the renaming and conversion rules of transformers."""
+"""The mapping from checkpoint tensors to parameters, by transformers' renaming and conversion rules."""
 
 import os
 import re
@@ -15,14 +15,14 @@ from specchat.models.hf.skeleton import Skeleton, modules_lock
 
 @dataclass(frozen=True)
 class WeightPlan:
-    """Which checkpoint tensors fill which parameters.
+    """The mapping from checkpoint tensors to parameters.
 
     Attributes:
-        direct: per layer, parameter or buffer name within the layer -> checkpoint key, where a copy is enough.
-        converted: per layer, the parameters that transformers merges from several tensors (fused experts), by name
-            within the layer (the first one, where one conversion fills several), and the checkpoint keys of each.
-        rest: checkpoint keys of everything outside the layers -> parameter or buffer.
-        places: checkpoint key -> where it is in its parameter, of those in `converted` that are only put together.
+        direct: parameter or buffer name within the layer -> key of the checkpoint tensor to copy, for each layer.
+        converted: name within the layer -> keys of the checkpoint tensors that transformers merges into the parameter
+            (fused experts), for each layer. If one conversion fills several parameters, the name is the first one's.
+        rest: checkpoint key -> parameter or buffer, for everything outside the layers.
+        places: checkpoint key -> place in its parameter, for tensors in `converted` that are only stacked.
     """
 
     direct: tuple[Mapping[str, str], ...]
@@ -32,7 +32,7 @@ class WeightPlan:
 
 
 def plan_weights(skeleton: Skeleton, keys: Iterable[str]) -> WeightPlan:
-    """Sorts checkpoint keys by the renaming and conversion rules that transformers has for this architecture."""
+    """Map checkpoint keys to parameters by transformers' renaming and conversion rules for the architecture."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     mapping = _weight_mapping(skeleton)
@@ -51,7 +51,7 @@ def plan_weights(skeleton: Skeleton, keys: Iterable[str]) -> WeightPlan:
         if name not in known:
             name, pattern = rename_source_key(key, [], [], prefix, known)
         if name not in known:
-            continue  # rotary tables of old checkpoints, heads of other tasks, extra prediction layers
+            continue  # rotary tables in old checkpoints, heads for other tasks, extra prediction layers
         match = in_layer.fullmatch(name)
         if match is None:
             rest[key] = name
@@ -66,13 +66,13 @@ def plan_weights(skeleton: Skeleton, keys: Iterable[str]) -> WeightPlan:
 
 @dataclass(frozen=True)
 class ModulePlace:
-    """Where in the model a matrix of the checkpoint belongs.
+    """The place in the model of one matrix of the checkpoint.
 
     Attributes:
-        path: of a module with a `weight`, or of the parameter that fuses the matrices of experts.
-        expert: which of them; 0 for others.
-        part: which of the parts that are put together, from the first row to the last.
-        num_parts: how many there are, of equal size.
+        path: path of a module with a `weight`, or of a parameter that fuses the matrices of experts.
+        expert: index of the expert; 0 without experts.
+        part: index of the row range that the matrix fills, from the first row to the last.
+        num_parts: number of row ranges, all of equal size.
     """
 
     path: str
@@ -82,14 +82,14 @@ class ModulePlace:
 
 
 def locate_modules(skeleton: Skeleton, modules: Iterable[str]) -> dict[str, ModulePlace]:
-    """Finds the places of a checkpoint's modules that have a `weight`, by the rules of `plan_weights`.
+    """Return the places in the model of checkpoint modules with a `weight`, by the rules of `plan_weights`.
 
     Args:
-        skeleton: nothing in it has been replaced.
-        modules: their paths in the checkpoint.
+        skeleton: skeleton whose modules have not been replaced.
+        modules: paths of the modules in the checkpoint.
 
     Returns:
-        By module; those that the model does not have, or merges in ways unknown here, are left out.
+        Places by module, without modules that the model lacks or merges in other ways than stacking.
     """
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -112,7 +112,7 @@ def locate_modules(skeleton: Skeleton, modules: Iterable[str]) -> dict[str, Modu
 
 
 def _place(name: str, key: str, pattern: str, converter: Any) -> ModulePlace:
-    """Where a tensor of one expert belongs, by the rule that it goes through."""
+    """Return the place of one expert's tensor, given the rule that converts it."""
     expert = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), key)
     assert expert is not None
     patterns = converter.source_patterns
@@ -120,12 +120,12 @@ def _place(name: str, key: str, pattern: str, converter: Any) -> ModulePlace:
 
 
 def _stacking(converters: Iterable[Any]) -> dict[str, Any]:
-    """The rules that only put experts' tensors together, by what they ask for."""
+    """Return the rules that only stack experts' tensors, by source pattern."""
     return {pattern: entry for entry in converters if _stacks(entry) for pattern in entry.source_patterns}
 
 
 def _stacks(converter: Any) -> bool:
-    """Whether tensors of experts are stacked, after those of one expert were put one above the other."""
+    """Return whether a rule only stacks experts, after it concatenates the rows of each expert's tensors."""
     operations = [(type(op).__name__, getattr(op, "dim", None)) for op in converter.operations]
     return operations in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
 
@@ -137,11 +137,11 @@ def _weight_mapping(skeleton: Skeleton) -> list[Any]:
     return mapping
 
 
-class TensorWhenAsked:
-    """A tensor that is read when a conversion gets to it, and forgotten by whoever holds only this.
+class LazyTensor:
+    """A tensor that is read when a conversion accesses it, and that is not kept afterwards.
 
     Args:
-        read: returns it.
+        read: returns the tensor.
     """
 
     def __init__(self, read: Callable[[], torch.Tensor]) -> None:
@@ -151,14 +151,12 @@ class TensorWhenAsked:
         return self._read()
 
 
-def load_converted(
-    skeleton: Skeleton, tensors: Mapping[str, torch.Tensor | TensorWhenAsked], dtype: torch.dtype
-) -> None:
-    """Loads checkpoint tensors into the skeleton's parameters through transformers' conversions.
+def load_converted(skeleton: Skeleton, tensors: Mapping[str, torch.Tensor | LazyTensor], dtype: torch.dtype) -> None:
+    """Load checkpoint tensors into the skeleton's parameters by transformers' conversions.
 
     Raises:
-        CorruptCheckpointError: a shape does not fit, or tensors that belong together are not all there.
-        MemoryError: there is not enough for a conversion.
+        CorruptCheckpointError: wrong shapes, or missing tensors among those that are merged.
+        MemoryError: too little memory for a conversion.
     """
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
@@ -170,22 +168,22 @@ def load_converted(
         raise MemoryError
     problems = [str(p) for p in (*info.mismatched_keys, *info.conversion_errors, *info.error_msgs)]
     if problems:
-        raise CorruptCheckpointError(f"tensors do not fit the configuration: {', '.join(sorted(problems)[:3])}")
+        raise CorruptCheckpointError(f"tensors do not match the configuration: {', '.join(sorted(problems)[:3])}")
 
 
-# Its threads gain nothing here, for tensors are at hand or read in order; and where memory is short, waiting for a
-# thread that died on its way has no end.
+# transformers' loading threads gain nothing here: tensors are in memory or are read in order. If memory runs out, the
+# wait for a dead thread never ends.
 _NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
 
 
 def _lacks_memory(trace: str) -> bool:
-    """Whether an error, of which transformers keeps only the text, was for lack of memory."""
+    """Return whether an error was due to a lack of memory; transformers keeps only its text."""
     return "MemoryError" in trace or is_lack_of_memory(RuntimeError(trace))
 
 
 @contextmanager
 def _without_threads() -> Iterator[None]:
-    """No threads of transformers."""
+    """Turn transformers' loading threads off within the scope."""
     before = os.environ.get(_NO_THREADS)
     os.environ[_NO_THREADS] = "1"
     try:
@@ -199,7 +197,7 @@ def _without_threads() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars of transformers on stderr."""
+    """Turn transformers' progress bars on stderr off within the scope."""
     from transformers.utils import logging
 
     was_enabled = logging.is_progress_bar_enabled()

@@ -9,14 +9,14 @@ import torch
 from specchat.models.hf.skeleton import Skeleton, path_of
 from specchat.models.quant.modules import Matrix, experts_forward
 
-# Which experts a row goes to is decided by small differences, and so is how much of a shared expert it gets.
+# Small differences decide which experts a row is routed to, and the weight of a shared expert. So routers stay plain.
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate", "wg"})
 
 
 def find_matrices(skeleton: Skeleton) -> list[Matrix]:
-    """Where a matrix may be stored in a number format: linears and fused experts of the layers, and the head.
+    """List the matrices that may be quantized: linears and fused experts of the layers, and the head.
 
-    Routers and whatever is more than a plain nn.Linear are left out.
+    Routers and subclasses of nn.Linear are left out.
     """
     matrices = []
     for index, layer in enumerate(skeleton.layers):
@@ -32,7 +32,7 @@ def find_matrices(skeleton: Skeleton) -> list[Matrix]:
 
 
 def _fuses_experts(module: Any) -> bool:
-    """Whether transformers would let another implementation compute the module's experts."""
+    """Return whether transformers allows another implementation of the module's experts."""
     return hasattr(module, "has_gate") and hasattr(module, "is_transposed") and not module.has_post_expert_norm
 
 
@@ -44,7 +44,7 @@ def _expert_matrices(path: str, layer: int, module: Any) -> Iterator[Matrix]:
 
 
 def use_quantized_experts(skeleton: Skeleton) -> None:
-    """Lets modules whose fused experts have been quantized compute with them."""
+    """Replace the forward of modules whose fused experts have been quantized."""
     for module in skeleton.layers.modules():
         if _fuses_experts(module) and isinstance(module.down_proj, torch.nn.ModuleList):
             module.forward = partial(experts_forward, module)

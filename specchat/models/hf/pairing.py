@@ -1,4 +1,4 @@
-"""Whether a draft may guess for a target: the same token ids must mean the same tokens."""
+"""Check of a draft against its target: equal token ids must mean equal tokens."""
 
 from pathlib import Path
 
@@ -6,16 +6,16 @@ from specchat.errors import VocabularyMismatchError
 from specchat.records.model import ModelSource
 
 _FILE = "tokenizer.json"
-# Relatives rename a few special tokens (Llama 3 and its distillations, Gemma 2 at 2B and 27B). A guess that means
-# something else to the target is a wrong guess, which costs speed and never changes the text.
+# Related models rename a few special tokens (Llama 3 and its distillations, Gemma 2 at 2B and 27B). The target rejects
+# a drafted token that has another meaning there. That costs speed, but never changes the text.
 _MOST_DIFFERENT = 0.005
 
 
 def check_pair(target: ModelSource, draft: ModelSource) -> None:
-    """Compares the two vocabularies, token by token; a few renamed tokens do no harm.
+    """Check that two vocabularies agree, token by token, except for a few renamed tokens.
 
     Raises:
-        VocabularyMismatchError: they differ.
+        VocabularyMismatchError: too many tokens differ.
     """
     if same_tokenizer_file(target.path, draft.path):
         return
@@ -26,13 +26,13 @@ def check_pair(target: ModelSource, draft: ModelSource) -> None:
     num_different = sum(theirs.get(token) != token_id for token, token_id in ours.items())
     if num_different > _MOST_DIFFERENT * len(ours):
         raise VocabularyMismatchError(
-            f"draft '{draft.name}' has another vocabulary than '{target.name}' "
+            f"the draft '{draft.name}' has another vocabulary than '{target.name}' "
             f"({num_different:,} of {len(ours):,} tokens differ)",
             hint="use a draft of the same family, or --draft none",
         )
 
 
 def same_tokenizer_file(target: Path, draft: Path) -> bool:
-    """Whether two models' folders hold the same tokenizer, byte for byte."""
+    """Return whether the tokenizer files in two model folders are equal byte for byte."""
     files = target / _FILE, draft / _FILE
     return all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes()

@@ -1,4 +1,4 @@
-"""The logits processors of transformers, in its order."""
+"""The logits processors of transformers for a sampling."""
 
 from typing import Any
 
@@ -6,12 +6,12 @@ from specchat.records.generation import Sampling
 
 
 def logits_processors(sampling: Sampling) -> Any:
-    """The processors of transformers in its order: penalty, then (if sampling) temperature, top-k, top-p, min-p.
+    """Return transformers' processors in its order: penalty, then (if sampling) temperature, top-k, top-p, min-p.
 
     Returns:
-        A callable (input_ids int64 [B, S], scores float32 [B, V]) -> scores float32 [B, V].
+        Callable (input_ids int64 [B, S], scores float32 [B, V]) -> scores float32 [B, V].
 
-    Source: transformers' GenerationMixin._get_logits_processor; a test compares the two.
+    Source: transformers' GenerationMixin._get_logits_processor; a test compares the results.
     """
     import transformers as hf
 

@@ -1,4 +1,4 @@
-"""Modules without weights: a causal LM on the meta device, its decoder layers and its head."""
+"""Skeletons: a causal LM whose parameters are on the meta device, with its decoder layers and head."""
 
 import copy
 import threading
@@ -11,8 +11,8 @@ import torch
 from specchat.errors import UnsupportedModelError
 from specchat.models.hf.attention import AttentionFunction, register_attention
 
-# Making a model on meta patches torch's Module for the whole process while it lasts, so a thread that sets parameters
-# meanwhile would lose them.
+# Building a model on meta patches torch's Module for the whole process. Parameters that another thread sets meanwhile
+# would be lost.
 modules_lock = threading.RLock()
 
 
@@ -21,11 +21,11 @@ class Skeleton:
     """A causal LM whose parameters are still on torch's meta device.
 
     Attributes:
-        config: its configuration.
-        model: the whole module.
-        decoder: input ids to final hidden states.
-        layers: the decoder layers, in order.
-        layers_name: their path in `model`, such as "model.layers".
+        config: configuration of the model.
+        model: causal LM as a module of transformers.
+        decoder: submodule from input ids to final hidden states.
+        layers: decoder layers, in order.
+        layers_name: path of the layers in `model`, such as "model.layers".
     """
 
     config: Any
@@ -35,13 +35,13 @@ class Skeleton:
     layers_name: str
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Scores [n, V] of hidden states [n, D], with whatever the architecture does between the two."""
+        """Compute scores [n, V] of final hidden states [n, D], including the architecture's scaling and caps."""
         head = _head_only(self.model, self.decoder)
         logits: torch.Tensor = head(inputs_embeds=hidden[None], use_cache=False).logits[0]
         return logits
 
     def hidden(self, token_ids: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
-        """Final hidden states [S, D] of token ids [S] at logical positions [S] (both int64), appended to the cache."""
+        """Compute final hidden states [S, D] of token ids [S] at logical positions [S] (int64); append to the cache."""
         out = self.decoder(
             input_ids=token_ids[None], position_ids=positions[None], past_key_values=cache, use_cache=True
         )
@@ -53,28 +53,28 @@ def build_skeleton(config: Any, dtype: torch.dtype, attention: AttentionFunction
     """Build the modules of a configuration, with parameters on meta and real buffers.
 
     Args:
-        config: the model's configuration, which stays as it is.
-        dtype: of the parameters.
-        attention: the function that the layers call; None for the architecture's own, where only sizes matter.
+        config: configuration of the model, not modified.
+        dtype: dtype of the parameters.
+        attention: attention function that the layers call; None for the architecture's own, if only sizes matter.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     name = "eager" if attention is None else register_attention(attention)
-    config = copy.deepcopy(config)  # transformers writes dtype and attention into it, and modules go by it ever after
+    config = copy.deepcopy(config)  # transformers writes dtype and attention into it, and modules keep it
     if getattr(config, "output_router_logits", False):
         config.output_router_logits = False
     with modules_lock, init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=name)
-    model.tie_weights()  # making parameters empty has untied them
+    model.tie_weights()  # init_empty_weights has untied them
     return skeleton_of(model.eval())
 
 
 def skeleton_of(model: Any) -> Skeleton:
-    """Finds decoder and layers in a causal LM.
+    """Find the decoder and its layers in a causal LM.
 
     Raises:
-        UnsupportedModelError: there is no list of decoder layers where one is expected.
+        UnsupportedModelError: no list of decoder layers in the decoder.
     """
     decoder = model.get_decoder()
     in_decoder = {id(module) for module in decoder.modules()}
@@ -86,22 +86,22 @@ def skeleton_of(model: Any) -> Skeleton:
 
 
 def path_of(model: Any, part: Any) -> str:
-    """Where a module is within another."""
+    """Return the path of a module within a model."""
     return next(path for path, module in model.named_modules() if module is part)
 
 
 def lookup_embeddings(skeleton: Skeleton) -> Any | None:
-    """The module of the input embeddings, if nothing but looking up tokens uses its weights: no head shares them."""
+    """Return the input embeddings if their weights are only used to look up tokens, so no head shares them."""
     try:
         module = skeleton.model.get_input_embeddings()
-    except NotImplementedError:  # an architecture that does not tell
+    except NotImplementedError:  # an architecture that does not name its embeddings
         return None
     uses = [p for _, p in skeleton.model.named_parameters(remove_duplicate=False) if p is module.weight]
     return module if len(uses) == 1 else None
 
 
 def head_names(skeleton: Skeleton) -> tuple[str, ...]:
-    """The parameters that the head's matrix may be read from, the right one first if a checkpoint has several."""
+    """Return the parameters that may hold the head's matrix, in order of preference if a checkpoint has both."""
     model = skeleton.model
     head, embedding = (
         f"{path_of(model, module)}.weight" for module in (model.get_output_embeddings(), model.get_input_embeddings())
@@ -110,7 +110,7 @@ def head_names(skeleton: Skeleton) -> tuple[str, ...]:
 
 
 class _GivenHidden(torch.nn.Module):
-    """Stands in the decoder's place and returns the hidden states it is given."""
+    """A replacement of the decoder that returns the hidden states that it receives."""
 
     def forward(self, inputs_embeds: torch.Tensor, **_: Any) -> Any:
         from transformers.modeling_outputs import MoeModelOutputWithPast
@@ -119,14 +119,14 @@ class _GivenHidden(torch.nn.Module):
 
 
 def _head_only(model: Any, decoder: Any) -> Any:
-    """A shallow copy of `model`, sharing all weights, whose decoder is skipped."""
+    """Return a shallow copy of `model` that shares all weights and skips the decoder."""
     head = getattr(model, "_specchat_head", None)
     if head is None:
         head = copy.copy(model)
         head._modules = dict(model._modules)
         name = next(name for name, child in model.named_children() if child is decoder)
         head._modules[name] = _GivenHidden()
-        object.__setattr__(model, "_specchat_head", head)  # not a submodule: it would be walked twice
+        object.__setattr__(model, "_specchat_head", head)  # not as a submodule, whose parameters would be listed twice
     return head
 
 
@@ -136,13 +136,13 @@ def build_random(
     """Build a float32 model of a configuration with random weights, and its plain forward.
 
     Args:
-        config: the model's configuration.
-        generator: source of the weights.
-        attention: the function that the skeleton's layers call.
+        config: configuration of the model.
+        generator: generator of the weights.
+        attention: attention function that the skeleton's layers call.
 
     Returns:
-        The skeleton (with real weights here), and a function from token ids [S] to logits [S, V] by the architecture's
-        own eager attention; to be called before the layers are wrapped for trees.
+        Skeleton, here with real weights, and a function from token ids [S] to logits [S, V] by the architecture's own
+        eager attention. Call the function before the layers are wrapped for trees.
     """
     from transformers import AutoModelForCausalLM
 

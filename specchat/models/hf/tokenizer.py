@@ -1,4 +1,4 @@
-"""A model's tokenizer and chat template, and the parser of its answers."""
+"""A model's tokenizer, chat template and response parser."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,30 +11,30 @@ from specchat.records.chat import Message, Part
 
 
 class Tokenizer:
-    """A model's tokenizer and chat template, as far as specchat needs them."""
+    """A model's tokenizer and chat template."""
 
     def __init__(self, hf: Any) -> None:
         self._hf = hf
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the model was made for chats (base models were not)."""
+        """Whether the model has a chat template; base models have none."""
         return bool(self._hf.chat_template)
 
     @property
     def eos_token_id(self) -> int | None:
-        """The end-of-sequence id, if the tokenizer names one."""
+        """End-of-sequence id; None if the tokenizer has none."""
         token_id = self._hf.eos_token_id
         return None if token_id is None else int(token_id)
 
     @property
     def backend(self) -> Any | None:
-        """The `tokenizers.Tokenizer` underneath, or None for a tokenizer written in Python."""
+        """Underlying `tokenizers.Tokenizer`; None for a tokenizer written in Python."""
         return getattr(self._hf, "backend_tokenizer", None)
 
     @cached_property
     def thinking_switch(self) -> str | None:
-        """The name of the template's variable that switches thinking on and off, if it has one."""
+        """Name of the template's variable that turns thinking on and off; None if there is none."""
         return next((name for name in _THINKING_SWITCHES if name in self._template_variables()), None)
 
     def render(
@@ -44,15 +44,16 @@ class Tokenizer:
         ending: Literal["answer", "continue", "none"] = "answer",
         thinking: bool | None = None,
     ) -> str:
-        """The chat as the model's template writes it.
+        """Render a chat by the model's template.
 
         Args:
-            messages: all of it, the system prompt first.
-            ending: up to where the next answer starts, or to where the last message leaves off, or no further.
-            thinking: the template's switch for thinking; without effect where there is none.
+            messages: all messages of the chat, the system prompt first.
+            ending: end of the text: "answer" adds the start of the next answer, "continue" stops within the last
+                message so that it can go on, "none" adds nothing.
+            thinking: value for the template's thinking switch; without effect if the template has none.
 
         Raises:
-            UsageError: the template refuses these messages (a system prompt it has no place for, say).
+            UsageError: messages that the template refuses, such as a system prompt that it does not support.
         """
         import jinja2
 
@@ -65,45 +66,45 @@ class Tokenizer:
                 turns, add_generation_prompt=ending == "answer", tokenize=False, **switches
             )
         except jinja2.TemplateError as error:
-            raise UsageError(f"the model's chat template refuses this chat: {error}") from error
+            raise UsageError(f"the model's chat template rejects this chat: {error}") from error
         assert isinstance(text, str)
         return _up_to_mark(text) if ending == "continue" else text
 
     def response_parser(self, prompt: str) -> "ResponseParser | None":
-        """What finds thinking and answer in the model's text, if it has a format that is described.
+        """Return a parser that separates thinking from the answer; None if no description of the format exists.
 
         Args:
-            prompt: the rendered chat, which may begin the answer.
+            prompt: rendered chat, which may contain the start of the answer.
         """
         template = getattr(self._hf, "response_template", None) or self._known_format()
         return None if template is None else ResponseParser(self._hf, template, prompt)
 
     def _known_format(self) -> Mapping[str, Any] | None:
-        """The format of models that need their special tokens to be understood and often ship no description."""
+        """Return the format of models that separate parts by special tokens and often ship no description of it."""
         tokens = set(self._hf.all_special_tokens)
         return _HARMONY if {"<|channel|>", "<|message|>"} <= tokens else None
 
     def _template_variables(self) -> set[str]:
-        """What the template asks of its caller, besides messages."""
+        """Return the variables that the template expects from its caller."""
         import jinja2
         from jinja2.meta import find_undeclared_variables
 
         template = self._hf.get_chat_template() if self.has_chat_template else ""
-        # blocks that mark answers for training mean nothing to plain jinja2
+        # plain jinja2 does not know the blocks that mark answers for training
         template = re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", template)
         environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
         try:
             return find_undeclared_variables(environment.parse(template))
-        except jinja2.TemplateError:  # rendering it will say what is wrong
+        except jinja2.TemplateError:  # `render` reports the error
             return set()
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        """Token ids of `text`; special tokens written out in it are recognised, none is added unless asked."""
+        """Return the token ids of `text`, in which special tokens are recognised; none are added by default."""
         ids = self._hf(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
         return [int(i) for i in ids]
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of `token_ids`, exactly as the tokenizer joins it (no clean-up of spaces)."""
+        """Return the text of `token_ids` exactly as the tokenizer joins it, without clean-up of spaces."""
         text = self._hf.decode(
             list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
@@ -111,18 +112,18 @@ class Tokenizer:
         return text
 
     def vocabulary(self) -> Mapping[str, int]:
-        """Every token and its id."""
+        """Return all tokens with their ids."""
         vocabulary: dict[str, int] = self._hf.get_vocab()
         return vocabulary
 
 
-# What templates call the variable that switches thinking (Qwen3, GLM-4.5, SmolLM3; Granite, DeepSeek-V3.1).
+# Names of the thinking switch in templates (Qwen3, GLM-4.5, SmolLM3; Granite, DeepSeek-V3.1).
 _THINKING_SWITCHES = ("enable_thinking", "thinking")
 
-# Marks in a rendered chat where the message to be continued leaves off.
+# Marks the end of the message to be continued in a rendered chat.
 _END_MARK = "[the message goes on here]"
 
-# OpenAI's harmony format (gpt-oss): channels for thinking and answer, told apart by special tokens only.
+# OpenAI's harmony format (gpt-oss): channels for thinking and answer, separated by special tokens only.
 _HARMONY: Mapping[str, Any] = {
     "defaults": {"role": "assistant"},
     "start_anchor": "<|start|>assistant",
@@ -142,7 +143,7 @@ _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 
 def _as_turn(message: Message) -> dict[str, str]:
-    """A message in the words of templates, which have several for thinking."""
+    """Convert a message for templates, which use several names for thinking."""
     turn = {"role": message.role, "content": message.content}
     if message.reasoning is not None:
         turn |= dict.fromkeys(_REASONING_FIELDS, message.reasoning)
@@ -150,28 +151,28 @@ def _as_turn(message: Message) -> dict[str, str]:
 
 
 def _mark_end(turn: dict[str, str]) -> None:
-    """Marks where the message leaves off: in its thinking, if it did not get further."""
+    """Append the end mark to the message, or to its thinking if there is no answer yet."""
     thinks = not turn["content"] and turn.get(_REASONING_FIELDS[0])
     for name in _REASONING_FIELDS if thinks else ("content",):
         turn[name] += _END_MARK
 
 
 def _up_to_mark(text: str) -> str:
-    # transformers' continue_final_message does the same, but not for thinking in all versions, and it drops blanks
-    # at the end that the continued text then has twice.
+    # transformers' continue_final_message does not handle thinking in all versions. It also drops trailing blanks,
+    # which the continued text would then repeat.
     begin, found, _ = text.rpartition(_END_MARK)
     if not found:
-        raise UsageError("the model's chat template cannot show this answer unfinished, so it cannot be continued")
+        raise UsageError("the answer cannot be continued: the model's chat template cannot render an unfinished answer")
     return begin
 
 
 class ResponseParser:
-    """Cuts a model's text, special tokens included, into thinking and answer, as its format is described.
+    """A parser that splits a model's text, special tokens included, into thinking and answer.
 
     Args:
-        hf: the tokenizer.
-        template: transformers' description of the format.
-        prompt: the rendered chat, which may begin the answer.
+        hf: tokenizer of transformers.
+        template: description of the format, as transformers defines it.
+        prompt: rendered chat, which may contain the start of the answer.
     """
 
     def __init__(self, hf: Any, template: Mapping[str, Any], prompt: str) -> None:
@@ -181,14 +182,14 @@ class ResponseParser:
         self._pieces(self._parser.initial_events)
 
     def feed(self, text: str) -> list[tuple[Part, str]]:
-        """The pieces that are certain after `text`; an empty one says that a part begins."""
+        """Parse more text and return the pieces that are certain now; an empty piece marks the start of a part."""
         return self._pieces(self._parser.feed(text))
 
     def finish(self) -> list[tuple[Part, str]]:
-        """What was held back, at the end of the text."""
+        """Return the pieces that were held back until the end of the text."""
         try:
             _, events = self._parser.finalize()
-        except ValueError:  # a part that must be there is not: nothing to a chat
+        except ValueError:  # a required part is missing, which does not matter in a chat
             return []
         return self._pieces(events)
 
@@ -208,10 +209,10 @@ class ResponseParser:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer in a model's folder; never remote code, never the network.
+    """Load the tokenizer from a model's folder, without remote code and without the network.
 
     Raises:
-        CorruptCheckpointError: the files are missing or cannot be read.
+        CorruptCheckpointError: missing or invalid files.
     """
     from transformers import AutoTokenizer
 
@@ -220,5 +221,5 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CorruptCheckpointError(
-            f"the tokenizer in {folder} cannot be read: {reason}", hint="download or copy the model's folder again"
+            f"cannot read the tokenizer in {folder}: {reason}", hint="download or copy the model's folder again"
         ) from error

@@ -2,7 +2,6 @@
 
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from specchat.errors import (
     CorruptCheckpointError,
@@ -12,11 +11,8 @@ from specchat.errors import (
 )
 from specchat.models.catalog.ref import ModelRef
 from specchat.models.checkpoint.safetensors import MISTRAL_PREFIX, weight_files
-from specchat.records.model import ModelSource
-
-if TYPE_CHECKING:
-    pass
 from specchat.models.hub.errors import hub_errors
+from specchat.records.model import ModelSource
 
 # Fixed patterns allow a completeness check of a cached snapshot without the hub's list of files.
 ALLOW = [

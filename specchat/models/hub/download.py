@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from specchat.errors import (
     DoesNotFitError,
@@ -22,13 +22,10 @@ from specchat.errors import (
 )
 from specchat.models.catalog.ref import ModelRef
 from specchat.models.checkpoint.safetensors import PICKLE_SUFFIXES
-from specchat.records.model import ModelSource
-from specchat.units import format_bytes
-
-if TYPE_CHECKING:
-    pass
 from specchat.models.hub.cache import ALLOW, IGNORE, find_snapshot, matches, snapshot_source
 from specchat.models.hub.errors import hub_errors, not_a_hub
+from specchat.records.model import ModelSource
+from specchat.units import format_bytes
 
 _T = TypeVar("_T")
 

@@ -1,4 +1,4 @@
-"""A checkpoint, as the source that packs are written from."""
+"""A checkpoint as the source of a pack."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from specchat.models.weights.reader import WeightReader
 
 
 class CheckpointLayers(Closeable):
-    """A checkpoint as a `pack.LayerSource`: layers under the model's own names and in its dtype, the rest as saved.
+    """The `LayerSource` of a checkpoint: layers in the model's names and dtype, everything else as saved.
 
     Args:
         weights: model whose layers are packed.
@@ -32,18 +32,18 @@ class CheckpointLayers(Closeable):
         self._blob = torch.empty(0, dtype=torch.uint8)
 
     def close(self) -> None:
-        """Close this source's own files and free its memory; the weights stay open."""
+        """Close this source's own files and free its memory; `weights` stay open."""
         self._tensors.close()
         self._blob = torch.empty(0, dtype=torch.uint8)
 
     @property
     def is_streamable(self) -> bool:
-        """Whether the checkpoint's own files are as good as a pack: `WeightReader.is_streamable`."""
+        """Whether the checkpoint needs no pack: `WeightReader.is_streamable`."""
         return self._weights.is_streamable
 
     @property
     def num_layers(self) -> int:
-        """Decoder layers."""
+        """Number of decoder layers."""
         return len(self._skeleton.layers)
 
     @property
@@ -52,15 +52,15 @@ class CheckpointLayers(Closeable):
         return self._skeleton.layers_name
 
     def layer_meta(self, layer: int) -> Mapping[str, Tensor]:
-        """The layer's parameters, whatever they are bound to."""
+        """Return the layer's parameters, on meta or filled."""
         return dict(self._skeleton.layers[layer].named_parameters())
 
     def read_layer(self, layer: int) -> Mapping[str, Tensor]:
-        """The layer's parameters, converted where transformers fuses tensors; valid until the next call.
+        """Return the layer's parameters, with tensors merged as in transformers; valid until the next call.
 
         Raises:
-            CorruptCheckpointError: tensors are missing or do not fit.
-            ModelError: a file cannot be read.
+            CorruptCheckpointError: missing tensors, or tensors of wrong shapes.
+            ModelError: an unreadable file.
         """
         layout = LayerLayout.of(self._skeleton.layers[layer])
         if self._blob.numel() < layout.nbytes:
@@ -70,20 +70,20 @@ class CheckpointLayers(Closeable):
         return views
 
     def rest_meta(self) -> Mapping[str, Tensor]:
-        """Embeddings, head, norms and persistent buffers, under the checkpoint's names and in its dtypes.
+        """Return embeddings, head, norms and persistent buffers as meta tensors, by the checkpoint's names.
 
-        A quantized head is there as its segments, under the model's names.
+        A quantized head is represented by its segments, by the model's names.
         """
         saved = {key: _meta(info) for key, info in self._rest.items()}
         return saved | self._weights.head_meta()
 
     def rest(self) -> Mapping[str, Tensor]:
-        """The same, each read when asked for: all together they may be larger than two layers."""
-        return _ReadWhenAsked(self._tensors, tuple(self._rest), self._weights)
+        """Return the tensors of `rest_meta`, each read on access: together they may be larger than two layers."""
+        return _LazyTensors(self._tensors, tuple(self._rest), self._weights)
 
 
 @dataclass(frozen=True)
-class _ReadWhenAsked(Mapping[str, Tensor]):
+class _LazyTensors(Mapping[str, Tensor]):
     reader: TensorReader
     saved: tuple[str, ...]
     weights: WeightReader

@@ -1,4 +1,4 @@
-"""Making a model's weights ready to stream: from its own files if they serve as they are, else from a pack."""
+"""The preparation of a model for streaming: its own files if they are streamable, else a pack."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from specchat.models.packs.pack import Pack, key_for, open_pack
 from specchat.models.weights.open import ModelWeights
 from specchat.units import MIB, format_bytes
 
-# Smaller models are read and cast for every pass faster than anyone would notice, and leave nothing on the disk.
+# Reading and casting a smaller model in every pass takes no noticeable time, and needs no disk space.
 SMALL_BYTES = 64 * MIB
 
 
@@ -19,20 +19,20 @@ def prepare(
 ) -> Pack | None:
     """Return the pack that a model is streamed from; None if its own files can be streamed layer by layer.
 
-    Casting, merging or quantizing tensors would otherwise be done again for every pass.
+    Without a pack, every pass would cast, merge or quantize tensors again.
 
     Args:
-        weights: model to stream.
+        weights: opened weights of the model.
         progress: receives the progress while a pack is written.
         warn: receives one line about a new pack, a damaged one, or a wait for another process.
 
     Raises:
-        DoesNotFitError: no space on the disk for the pack.
+        DoesNotFitError: too little disk space for the pack.
         ModelError: the files cannot be read.
     """
     source, dtype, recipe = weights.source, weights.dtype, weights.recipe
     quantizer = NOT_QUANTIZED if recipe is None else recipe.identity
-    if source.path.parent == packs_folder():  # a synthetic model, made as a pack
+    if source.path.parent == packs_folder():  # a synthetic model is created as a pack
         pack = open_pack(source.path.name, warn)
         if pack is not None and (pack.dtype, pack.quantizer) == (dtype, quantizer):
             return pack

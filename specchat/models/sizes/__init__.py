@@ -1,1 +1,1 @@
-"""What a model needs: bytes of weights, caches and activations, from its configuration alone."""
+"""Sizes of models: bytes of weights, KV cache entries and activations, from the configuration alone."""

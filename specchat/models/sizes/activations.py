@@ -1,8 +1,9 @@
-"""What a pass holds besides weights and caches, found by a rehearsal: the model's own modules, run without any memory.
+"""Activation profiling: the memory of a pass besides weights and caches, from a pass on the meta device.
 
-Modules run on torch's meta device, which computes shapes and nothing else, while every allocation is counted. A step's
-bytes are `a + b rows + c keys + d rows keys`, so rehearsals at four sizes give the formula for any other. So the ledger
-follows what an architecture does (grouped heads, latent attention, windows, experts), in a later transformers as well.
+The model's own modules run on torch's meta device, which only computes shapes, while every allocation is counted. The
+live bytes after an operation are `a + b rows + c keys + d rows keys`, so profiles at four sizes give the formula for
+any size. So the ledger follows the architecture (grouped heads, latent attention, windows, experts), also in later
+versions of transformers.
 """
 
 from __future__ import annotations
@@ -24,36 +25,36 @@ from specchat.models.hf.skeleton import Skeleton, build_skeleton
 from specchat.records.limits import MASK_FLAG_BYTES, MASK_POSITION_BYTES
 from specchat.records.model import Activations, RowCost
 
-# Multiples of the caches' alignment, far enough apart to tell the terms.
+# Multiples of the caches' alignment, far enough apart to separate the terms.
 _SIZES = ((16, 128), (48, 128), (16, 320), (48, 320))  # rows, keys
 
 _Place = Literal["outside", "entry", "layer"]
 
 
 def profiling_skeleton(config: Any) -> Skeleton:
-    """The modules of `config` as `profile_activations` wants them, in float32."""
+    """Build the modules of `config` for `profile_activations`, in float32."""
     return build_skeleton(config, torch.float32, _attention)
 
 
 def profile_activations(skeleton: Skeleton, dtype: torch.dtype) -> Activations | None:
-    """What passes over a model allocate.
+    """Profile the activations of passes over a model.
 
     Args:
-        skeleton: from `profiling_skeleton`; ends up on the meta device, in `dtype`.
-        dtype: of weights and activations.
+        skeleton: skeleton from `profiling_skeleton`; moved to the meta device and to `dtype`.
+        dtype: dtype of weights and activations.
 
     Returns:
-        Formulas; None for a model that cannot run without real numbers, because its control flow depends on them.
+        Formulas; None for a model whose control flow depends on values, so that it cannot run on meta.
     """
     skeleton.model.to(device="meta", dtype=dtype)
     try:
         with _few_layers(skeleton), torch.inference_mode():
             logs = [_pass(skeleton, rows, keys, dtype) for rows, keys in _SIZES]
             heads = [_head(skeleton, rows, dtype) for rows, _ in _SIZES]
-    except Exception:  # noqa: BLE001  whatever a model does with numbers that it has not got; the ledger then assumes
+    except Exception:  # noqa: BLE001  models fail in any way without values; the ledger then assumes
         return None
     if len({tuple(log.places) for log in logs}) > 1 or len({len(head.places) for head in heads}) > 1:
-        return None  # another number of steps for another size: no formula would hold
+        return None  # the operations depend on the size, so no formula holds
     return Activations(
         outside=_formulas(logs, "outside"),
         entry=_formulas(logs, "entry"),
@@ -64,13 +65,13 @@ def profile_activations(skeleton: Skeleton, dtype: torch.dtype) -> Activations |
 
 
 class _Log(TorchDispatchMode):
-    """Counts the bytes of living tensors that operations have made, after each operation.
+    """A log of the live bytes of tensors that operations have created, after each operation.
 
     Attributes:
-        live: bytes now.
-        places: for each note, whether it was taken outside of layers, on entering one, or inside.
-        values: and its bytes; inside a layer, those above what there was on entering it.
-        num_masks: kinds of masks that were asked for.
+        live: live bytes now.
+        places: place of each entry: outside the layers, at the entry of a layer, or inside a layer.
+        values: bytes of each entry; inside a layer, the bytes above those at its entry.
+        num_masks: kinds of masks that the model requested.
     """
 
     def __init__(self) -> None:
@@ -84,7 +85,7 @@ class _Log(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        # meta has this one in 16 bits only, and makes its result in either case
+        # On meta this operator exists for 16 bits only, but its result has the same shape for every dtype.
         is_grouped = func is torch.ops.aten._grouped_mm.default
         out = args[0].new_empty(args[0].shape[0], args[1].shape[-1]) if is_grouped else func(*args, **kwargs)
         given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
@@ -95,14 +96,14 @@ class _Log(TorchDispatchMode):
         return out
 
     def note(self, more: int = 0) -> None:
-        """Takes down what lives now, and `more`."""
+        """Log the live bytes plus `more`."""
         inside = self._at_entry is not None
         self.places.append("layer" if inside else "outside")
         self.values.append(self.live + more - (self._at_entry or 0))
 
     @contextmanager
     def in_layer(self) -> Iterator[None]:
-        """What is made meanwhile belongs to a layer."""
+        """Count tensors that are created within the scope for a layer."""
         self.places.append("entry")
         self.values.append(self.live)
         self._at_entry = self.live
@@ -126,7 +127,7 @@ class _Log(TorchDispatchMode):
 
 
 class _Rows:
-    """Stands where models expect a mask: knows the sizes of the pass that it would mask."""
+    """A replacement of the attention mask that gives attention functions access to the log."""
 
     def __init__(self, log: _Log, _mask_function: Any) -> None:
         self.log = log
@@ -134,14 +135,14 @@ class _Rows:
 
 
 class _Kv:
-    """A layer's cache that holds nothing: whatever is appended, there are so many keys and values."""
+    """A layer's cache without contents, whose number of keys and values is fixed."""
 
     def __init__(self, rows: int, keys: int) -> None:
         self.length, self.capacity = keys - rows, keys
         self._stored: tuple[Tensor, Tensor] | None = None
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the whole cache; the real one is accounted for elsewhere."""
+        """Return keys and values of the whole cache, which the ledger counts separately."""
         with _uncounted():
             return tuple(x.new_empty(1, x.shape[1], self.capacity, x.shape[3]) for x in (keys, values))  # type: ignore[return-value]
 
@@ -153,7 +154,7 @@ def _uncounted() -> Any:
 
 
 def _pass(skeleton: Skeleton, rows: int, keys: int, dtype: torch.dtype) -> _Log:
-    """A pass of so many new rows, at the end of which the cache has so many keys."""
+    """Log a pass of `rows` new rows that ends with `keys` keys in the cache."""
     num_layers = len(skeleton.layers)
     cache = cache_for([_Kv(rows, keys) for _ in range(num_layers)])
     ids, positions = (torch.empty(rows, dtype=torch.int64, device="meta") for _ in range(2))
@@ -177,7 +178,7 @@ def _logged(log: _Log, forward: Callable[..., Any], *args: Any, **kwargs: Any) -
 
 
 def _head(skeleton: Skeleton, rows: int, dtype: torch.dtype) -> _Log:
-    """Scores of so many hidden states, in float32."""
+    """Log the head on `rows` hidden states, with float32 scores."""
     hidden = torch.empty(rows, skeleton.config.hidden_size, dtype=dtype, device="meta")
     log = _Log()
     with log:
@@ -188,7 +189,7 @@ def _head(skeleton: Skeleton, rows: int, dtype: torch.dtype) -> _Log:
 
 @contextmanager
 def _few_layers(skeleton: Skeleton) -> Iterator[None]:
-    """Lets only the first two layers of each kind run: the others would allocate what those did."""
+    """Skip all but the first two layers of each kind within the scope: the others would allocate equally."""
     kinds = getattr(skeleton.config, "layer_types", None) or [""] * len(skeleton.layers)
     counts: dict[Any, int] = {}
     skipped = []
@@ -222,29 +223,29 @@ def _attention(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Allocates what the engine's tree attention does; a test holds the two against each other."""
+    """Allocate the memory that the engine's tree attention allocates; a test compares the two."""
     num_heads, num_kv_heads, rows = query.shape[1], key.shape[1], query.shape[2]
     attention_mask.log.note((MASK_FLAG_BYTES * rows + MASK_POSITION_BYTES) * key.shape[2])
     q = query[0].unflatten(0, (num_kv_heads, num_heads // num_kv_heads))  # [H_kv, G, rows, D]
     if softcap is None and s_aux is None:
         if key.shape[-1] == value.shape[-1]:
-            out = q.new_empty(*q.shape[:3], value.shape[-1])  # fused: scores never lie in memory
+            out = q.new_empty(*q.shape[:3], value.shape[-1])  # fused kernels never store the scores
         else:
             k, v = (x[0][:, None].expand(-1, q.shape[1], -1, -1) for x in (key, value))
             mask = q.new_empty(1, 1, 1, 1).expand(*q.shape[:3], key.shape[2])
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
     else:
-        with _uncounted():  # the mask is accounted for elsewhere
+        with _uncounted():  # the ledger counts masks separately
             mask = q.new_empty(1, 1, 1, 1)
         out = explicit_attention(q, key[0], value[0], mask, scaling, softcap, s_aux)
     return out.flatten(0, 1).transpose(0, 1)[None].contiguous(), None
 
 
-# --- from notes to formulas --------------------------------------------------------------------------------------
+# --- from log entries to formulas --------------------------------------------------------------------------------
 
 
 def _formulas(logs: Sequence[_Log], place: _Place) -> tuple[RowCost, ...]:
-    """The formulas of all notes taken at a place, without those that another one is never below."""
+    """Return the formulas of all entries at a place, without those that another formula dominates."""
     at = [i for i, found in enumerate(logs[0].places) if found == place]
     found = sorted({_formula([log.values[i] for log in logs]) for i in at}, key=_terms, reverse=True)
     kept: list[RowCost] = []
@@ -255,7 +256,7 @@ def _formulas(logs: Sequence[_Log], place: _Place) -> tuple[RowCost, ...]:
 
 
 def _formula(values: Sequence[int]) -> RowCost:
-    """`a + b rows + c keys + d rows keys` through four points."""
+    """Fit `a + b rows + c keys + d rows keys` to the values at the four `_SIZES`."""
     (r0, k0), (r1, _), (_, k1), _ = _SIZES
     few, many, few_far, many_far = values  # rows differ first, then keys
     slope = (many - few) / (r1 - r0)

@@ -1,7 +1,8 @@
-"""Descriptions of models that were made before: a file for each in the cache folder, replaced whole or not at all.
+"""A cache of model descriptions: one file each in the cache folder, replaced atomically.
 
-A description follows from a configuration, from the libraries that build its modules, and from our own code. The key
-has the first, the libraries' versions, and for our code a number that is raised when descriptions change.
+A description depends on the configuration, on the libraries that build the modules, and on specchat's code. The key
+contains the configuration's hash, the libraries' versions, and a number that is raised when specchat's code changes
+descriptions.
 """
 
 import hashlib
@@ -20,10 +21,10 @@ from specchat.models.checkpoint.safetensors import weight_files
 from specchat.paths import cache_folder
 from specchat.records.model import Activations, KvShape, ModelSource, ModelSpec, ParamSize, RowCost
 
-# Of descriptions. Raise it when our code describes a model otherwise; a test tells, and how to go on.
+# Version of descriptions. Raise it when descriptions change; a test fails then and says how to proceed.
 SPEC_VERSION = 1
 _LIBRARIES = ("torch", "transformers", "accelerate")
-# Matrices that come quantized are described by the headers of the files they are in.
+# The sizes of pre-quantized matrices follow from the headers of the weight files.
 _QUANTIZED = (b"quantization_config", b"compression_config")
 _MOST_FILES = 64
 
@@ -31,27 +32,27 @@ _remembered: dict[str, ModelSpec] = {}
 
 
 def key_of(source: ModelSource, quant: str) -> str | None:
-    """A name that changes whenever the description would; None if there is no configuration to describe.
+    """Return the key of a description, which changes with the description; None without a readable configuration.
 
     Args:
         source: local files.
-        quant: what its matrices are to be stored in.
+        quant: requested quantization of the matrices.
     """
     try:
         config = (source.path / "config.json").read_bytes()
         files = _stamps(source.path) if any(word in config for word in _QUANTIZED) else []
         facts = [hashlib.sha256(config).hexdigest(), quant, files, SPEC_VERSION, library_versions()]
-    except (OSError, ModelError):  # describing it will say what is wrong
+    except (OSError, ModelError):  # describing the model reports the error
         return None
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 
 def load(key: str | None, name: str) -> ModelSpec | None:
-    """The description, under a name; None if there is none, or none that can be trusted.
+    """Return a description with the given name; None if the cache holds no intact one.
 
     Args:
-        key: from `key_of`.
-        name: of the model now, which is not part of what it is.
+        key: key from `key_of`.
+        name: current name of the model, which the key does not cover.
     """
     if key is None:
         return None
@@ -61,13 +62,19 @@ def load(key: str | None, name: str) -> ModelSpec | None:
             if found["sha256"] != _digest(found["spec"]):
                 return None
             _remembered[key] = _parsed(found["spec"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # absent, damaged, or not ours
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+        ):  # missing, damaged, or written by another program
             return None
     return replace(_remembered[key], name=name)
 
 
 def save(key: str | None, spec: ModelSpec) -> None:
-    """Keeps a description; where nothing can be written, until the process ends."""
+    """Save a description; if the folder is not writable, keep it until the process ends."""
     if key is None:
         return
     _remembered[key] = spec
@@ -93,7 +100,7 @@ def _digest(values: Mapping[str, Any]) -> str:
 
 
 def _parsed(values: Mapping[str, Any]) -> ModelSpec:
-    """The reverse of `asdict` through JSON."""
+    """Restore a description from `asdict` and JSON."""
     return ModelSpec(
         **{
             **values,
@@ -120,7 +127,7 @@ def _file(key: str) -> Path:
 
 
 def _drop_oldest(folder: Path) -> None:
-    """Descriptions by older versions are never asked for again."""
+    """Delete the oldest files, which are mostly descriptions by older versions."""
     files = sorted(folder.iterdir(), key=lambda file: file.stat().st_mtime_ns, reverse=True)
     for file in files[_MOST_FILES:]:
         file.unlink()

@@ -1,6 +1,6 @@
-"""The sizes of a model from its configuration, remembered between runs.
+"""The sizes of a model from its configuration, cached between runs.
 
-Torch is imported only for a model that was never described before: so a plan can be shown at once.
+Torch is imported only for a model that was never described before, so most plans can be shown at once.
 """
 
 from specchat.models.sizes import cache
@@ -8,14 +8,14 @@ from specchat.records.model import ModelSource, ModelSpec, Quant
 
 
 def describe(source: ModelSource, quant: Quant = "none") -> ModelSpec:
-    """The sizes of a model; remembered, since finding them out takes seconds.
+    """Return the sizes of a model, cached because inspecting a model takes seconds.
 
     Args:
         source: local files.
-        quant: what its matrices are to be stored in.
+        quant: requested quantization of the matrices.
 
     Raises:
-        CorruptCheckpointError, UnsupportedModelError: as `load_config`; UsageError: as `choose_recipe`.
+        CorruptCheckpointError, UnsupportedModelError, UsageError: faults that `inspect_model` reports.
     """
     key = cache.key_of(source, quant)
     known = cache.load(key, source.name)

@@ -1,4 +1,4 @@
-"""Describing a model: its modules are built without weights, measured, and run through a rehearsal."""
+"""Describing a model: its modules are built without weights, measured and profiled."""
 
 from typing import Any
 
@@ -15,21 +15,22 @@ from specchat.records.model import Activations, Dtype, ModelSource, ModelSpec, P
 
 
 def inspect_model(source: ModelSource, quant: Quant) -> ModelSpec:
-    """The sizes of a model; `geometry.describe` remembers them.
+    """Measure the sizes of a model; `describe` caches them.
 
     Args:
         source: local files.
-        quant: what its matrices are to be stored in.
+        quant: requested quantization of the matrices.
 
     Raises:
-        CorruptCheckpointError, UnsupportedModelError: as `load_config`; UsageError: as `choose_recipe`.
+        CorruptCheckpointError, UnsupportedModelError: faults that `load_config` and `choose_recipe` report.
+        UsageError: a pre-quantized model with another quantization requested.
     """
     config = load_config(source.path)
     skeleton = activations.profiling_skeleton(config)
     num_params = sum(p.numel() for p in skeleton.model.parameters())
     num_layer_params = sum(p.numel() for layer in skeleton.layers for p in layer.parameters())
     buffer_bytes = sum(b.nbytes for b in skeleton.model.buffers())
-    rehearsed = _rehearsed(skeleton)  # before modules are replaced: their own workspace is `dequantize_bytes`
+    profiled = _profiled(skeleton)  # before modules are replaced: `dequantize_bytes` covers their scratch memory
     if (recipe := choose_recipe(source, skeleton, quant)) is not None:
         apply_recipe(skeleton, recipe)
     segments = segment_names(skeleton.model)
@@ -57,13 +58,13 @@ def inspect_model(source: ModelSource, quant: Quant) -> ModelSpec:
         quant=quant if recipe is None else recipe.name,
         quant_shapes=tuple(sorted({linear.shape for _, linear in quant_linears(skeleton.model)})),
         narrowed_bytes=_narrowed_bytes(config),
-        activations=rehearsed,
+        activations=profiled,
         lookup_params=_lookup_params(skeleton),
     )
 
 
 def _narrowed_bytes(config: Any) -> int:
-    """What is saved by buffers that follow the dtype of the model; told by a small one, for building takes its time."""
+    """Return the bytes that 16-bit buffers save over 32-bit ones, measured on a tiny model, which builds quickly."""
     tiny = tiny_config(config)
     wide, narrow = (build_skeleton(tiny, dtype) for dtype in (torch.float32, torch.bfloat16))
     layers = {id(b) for skeleton in (wide, narrow) for layer in skeleton.layers for b in layer.buffers()}
@@ -71,7 +72,7 @@ def _narrowed_bytes(config: Any) -> int:
     return int(sums[0] - sums[1])
 
 
-def _rehearsed(skeleton: Skeleton) -> dict[int, Activations]:
+def _profiled(skeleton: Skeleton) -> dict[int, Activations]:
     found = {
         dtype.itemsize: activations.profile_activations(skeleton, dtype) for dtype in (torch.float32, torch.bfloat16)
     }

@@ -1,7 +1,7 @@
-"""Sizes of known models by arithmetic alone: what `geometry.describe` finds in milliseconds instead of seconds.
+"""Sizes of known models by arithmetic, in milliseconds instead of the seconds that `describe` takes.
 
-The layers are those that transformers builds for a configuration; tests hold one against the other, and what a pass
-takes against rehearsals. No torch here: what a machine can run is shown at once.
+The layers match those that transformers builds for a configuration. Tests compare the two, and the activations with
+profiled ones. Nothing here imports torch, so recommendations are shown at once.
 """
 
 import math
@@ -16,7 +16,7 @@ from specchat.models.checkpoint.dtypes import short_name
 from specchat.records.limits import MASK_FLAG_BYTES, MASK_POSITION_BYTES
 from specchat.records.model import DTYPE_BYTES, Activations, Dtype, KvShape, ModelSpec, ParamSize, Quant, RowCost
 
-_FLOAT_BYTES = 4  # rotary frequencies and scores are float32, whatever the model computes in
+_FLOAT_BYTES = 4  # rotary frequencies and scores are float32 in every compute dtype
 
 
 def _int8(rows: int, cols: int) -> tuple[ParamSize, ...]:
@@ -34,11 +34,11 @@ def _awq(rows: int, cols: int) -> tuple[ParamSize, ...]:
     return ParamSize(rows * -(-cols // 2), 1), ParamSize(groups, 2), ParamSize(groups, 1)
 
 
-# The segments of a matrix [rows, cols], as models/quant has them.
+# Returns the segments of a matrix [rows, cols], as in models/quant.
 _Stored = Callable[[int, int], tuple[ParamSize, ...]]
-_OURS: Mapping[Quant, _Stored] = {"int8": _int8, "int4": _nf4}
-# What checkpoints come in: the name that plans give it, and how a layer's matrices are stored; heads stay plain.
-_THEIRS: Mapping[str, tuple[str, _Stored]] = {"awq": ("awq int4", _awq), "bnb-4bit": ("bitsandbytes 4-bit", _nf4)}
+_OWN_QUANTS: Mapping[Quant, _Stored] = {"int8": _int8, "int4": _nf4}
+# Pre-quantized checkpoints: name in plans, and segments of the layers' matrices; heads stay plain.
+_PREQUANTIZED: Mapping[str, tuple[str, _Stored]] = {"awq": ("awq int4", _awq), "bnb-4bit": ("bitsandbytes 4-bit", _nf4)}
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,14 @@ class _Architecture:
     """How the decoder layers of a model type differ from Llama's.
 
     Attributes:
-        model_class: transformers' name.
-        fused_qkv, fused_gate: whether those projections are one matrix.
+        model_class: class in transformers.
+        fused_qkv, fused_gate: whether the projections for q, k and v, or for gate and up, are one matrix.
         qkv_bias: whether queries, keys and values have biases.
-        head_norms: what queries and keys are normed over: "" not at all, "head" each head, "all" all heads together.
-        num_norms: of the layer, each as wide as the residual stream.
-        sinks: whether heads have a sink, all of the layer's projections a bias, and scores are kept for the softmax.
-        softcap: whether scores are kept for a cap.
-        windows: whether some layers see a window only, which takes a mask of its own.
+        head_norms: scope of the norms of queries and keys: "" for no norms, "head" for each head, "all" for all heads.
+        num_norms: number of norms per layer, each as wide as the residual stream.
+        sinks: whether heads have a sink, all projections a bias, and attention is unfused, so that scores take memory.
+        softcap: whether scores are capped by unfused attention, so that they take memory.
+        windows: whether some layers have sliding windows, which need another mask.
     """
 
     model_class: str
@@ -99,14 +99,14 @@ class _Weight:
         return math.prod(self.shape) * max(self.experts, 1)
 
     def sizes(self, stored: _Stored | None) -> tuple[ParamSize, ...]:
-        """The parameters that it becomes where matrices are stored in a format."""
+        """Return the parameters that store the weight; `stored` is the format of matrices, None for plain ones."""
         if stored is None or not self.is_matrix:
             return (ParamSize(self.count),)
         return stored(self.shape[0], self.shape[1]) * max(self.experts, 1)
 
 
 def known_spec(model_id: str, quant: Quant = "none") -> ModelSpec:
-    """`spec_of` one of `known_models`, by its id; worked out once."""
+    """Return `spec_of` one of `known_models`, by its id; cached."""
     return _known_spec(model_id, quant)
 
 
@@ -116,11 +116,11 @@ def _known_spec(model_id: str, quant: Quant) -> ModelSpec:
 
 
 def spec_of(model: KnownModel, quant: Quant = "none") -> ModelSpec:
-    """The sizes of a model.
+    """Compute the sizes of a model.
 
     Args:
-        model: its figures.
-        quant: what its matrices are to be stored in; those that come quantized stay as they are.
+        model: figures of the model.
+        quant: requested quantization; a pre-quantized model ignores it.
     """
     config = SimpleNamespace(**model.config)
     architecture = _ARCHITECTURES[config.model_type]
@@ -153,7 +153,7 @@ def spec_of(model: KnownModel, quant: Quant = "none") -> ModelSpec:
 
 
 def active_params(model: KnownModel) -> int:
-    """Weights that one token is multiplied with: all but those of the experts that it does not go to."""
+    """Return the number of weights that one token uses: all except those of inactive experts."""
     config = SimpleNamespace(**model.config)
     total, experts = known_spec(model.id).num_params, _num_experts(config)
     if not experts:
@@ -165,16 +165,16 @@ def active_params(model: KnownModel) -> int:
 
 
 def _formats(stored: str, quant: Quant) -> tuple[str, _Stored | None, _Stored | None]:
-    """The name of the quantization, and what it makes of the layers' matrices and of the head's."""
+    """Return the name of the quantization, the segments of the layers' matrices, and those of the head."""
     if stored:
-        return (*_THEIRS[stored], None)
+        return (*_PREQUANTIZED[stored], None)
     if quant == "none":
         return "none", None, None
-    return quant, _OURS[quant], _int8
+    return quant, _OWN_QUANTS[quant], _int8
 
 
 def _mlp_size(config: Any) -> int:
-    """Width of the MLP's inner activation for one row, all active experts together."""
+    """Return the MLP's inner width per row, summed over the active experts."""
     dense: int = config.intermediate_size
     active: int = getattr(config, "num_experts_per_tok", 1)
     return max(dense, _expert_width(config) * active)
@@ -182,12 +182,12 @@ def _mlp_size(config: Any) -> int:
 
 def _dtype(config: Any) -> Dtype:
     dtype = short_name(config.dtype)
-    assert dtype is not None, f"no model is known to come in {config.dtype}"
+    assert dtype is not None, f"no known model is stored in {config.dtype}"
     return dtype
 
 
 def _max_positions(config: Any) -> int:
-    """Positions that come scaled count as far as they are not."""
+    """Return the longest context without scaled positions."""
     longest: int = config.max_position_embeddings
     unscaled: int = getattr(config, "original_max_position_embeddings", longest)
     return min(longest, unscaled)
@@ -197,7 +197,7 @@ def _max_positions(config: Any) -> int:
 
 
 def _layer_weights(config: Any, architecture: _Architecture) -> tuple[_Weight, ...]:
-    """All that a decoder layer has."""
+    """Return all weights of a decoder layer."""
     experts = _num_experts(config)
     mlp = _expert_weights(config, architecture, experts) if experts else _mlp_weights(config, architecture)
     return (*_attention_weights(config, architecture), *mlp, *(_vector(config.hidden_size),) * architecture.num_norms)
@@ -227,7 +227,7 @@ def _mlp_weights(config: Any, architecture: _Architecture) -> list[_Weight]:
 
 
 def _expert_weights(config: Any, architecture: _Architecture, experts: int) -> list[_Weight]:
-    """A router, and fused experts."""
+    """Return the weights of a router and of fused experts."""
     hidden, inner = config.hidden_size, _expert_width(config)
     router = _Weight((experts, hidden), is_matrix=False)
     matrices = [_Weight((2 * inner, hidden), experts=experts), _Weight((hidden, inner), experts=experts)]
@@ -236,7 +236,7 @@ def _expert_weights(config: Any, architecture: _Architecture, experts: int) -> l
 
 
 def _num_experts(config: Any) -> int:
-    """0 for an MLP without experts."""
+    """Return the number of experts; 0 for a dense MLP."""
     experts: int = getattr(config, "num_experts", 0) or getattr(config, "num_local_experts", 0)
     return experts
 
@@ -251,13 +251,13 @@ def _vector(length: int) -> _Weight:
 
 
 def _num_rest(config: Any, embedding: _Weight) -> int:
-    """Numbers of embedding, head and final norm."""
+    """Return the number of weights in embedding, head and final norm."""
     rest: int = embedding.count * (1 if config.tie_word_embeddings else 2) + config.hidden_size
     return rest
 
 
 def _other_sizes(config: Any, embedding: _Weight, head_stored: _Stored | None) -> tuple[ParamSize, ...]:
-    """Embedding, final norm, and the head: one that is stored in a format shares nothing with the embedding."""
+    """Return the sizes of embedding, final norm and head; a quantized head is never tied to the embedding."""
     sizes = [ParamSize(embedding.count), ParamSize(config.hidden_size)]
     if _has_own_head(config, head_stored):
         sizes += embedding.sizes(head_stored)
@@ -265,7 +265,7 @@ def _other_sizes(config: Any, embedding: _Weight, head_stored: _Stored | None) -
 
 
 def _has_own_head(config: Any, head_stored: _Stored | None) -> bool:
-    """Whether the head multiplies with another matrix than the embeddings."""
+    """Return whether the head has its own matrix, not tied to the embeddings."""
     return head_stored is not None or not config.tie_word_embeddings
 
 
@@ -278,27 +278,27 @@ def _quant_shapes(
 
 
 def _buffer_bytes(config: Any, architecture: _Architecture) -> int:
-    """Rotary frequencies, as used and as they were before any scaling; a set of them for each kind of layer."""
+    """Return the bytes of rotary frequencies, scaled and unscaled, for each kind of layer."""
     head_dim: int = config.head_dim
     return head_dim * _FLOAT_BYTES * (2 if architecture.windows else 1)
 
 
-# --- what a pass takes -------------------------------------------------------------------------------------------
+# --- activations -------------------------------------------------------------------------------------------------
 
 
 def _activations(config: Any, architecture: _Architecture, element: int) -> Activations:
-    """The workspace of a pass in numbers of `element` bytes: at least what rehearsals find, and little more."""
+    """Return the activations of a pass in values of `element` bytes: never less than profiled, and little more."""
     hidden, head_dim, heads = config.hidden_size, config.head_dim, config.num_attention_heads
     q, kv = heads * head_dim, config.num_key_value_heads * head_dim
-    if architecture.sinks or architecture.softcap:  # scores, as they are and in float32; capping takes a copy
+    if architecture.sinks or architecture.softcap:  # scores in both dtypes; capping adds a copy
         score = 2 * _FLOAT_BYTES if architecture.sinks else 2 * element + _FLOAT_BYTES
         attending = RowCost(0, (hidden + 2 * q + 2 * head_dim) * element, 0, heads * score)
-    else:  # a mask row, made from positions
+    else:  # one mask row, and the positions it is made from
         kept = q + 2 * kv if architecture.fused_qkv else 0
         attending = RowCost(0, (hidden + q + kept) * element, MASK_POSITION_BYTES, MASK_FLAG_BYTES)
     projecting = (5 * q + 4 * kv) if architecture.head_norms == "all" else 4 * q + 2 * kv
-    most = 2 * hidden + max(projecting, _mlp_numbers(config, architecture))
-    # norms compute in float32, beside the rows that they read; positions turn at some speeds for each kind of layer
+    most = 2 * hidden + max(projecting, _mlp_values(config, architecture))
+    # Norms compute in float32 beside their input rows; each kind of layer has its own rotary embeddings.
     outside = (4 if element == _FLOAT_BYTES else 7) * hidden + 4 * head_dim + 4
     return Activations(
         outside=(RowCost(4 * hidden * element, outside * element),),
@@ -309,8 +309,8 @@ def _activations(config: Any, architecture: _Architecture, element: int) -> Acti
     )
 
 
-def _mlp_numbers(config: Any, architecture: _Architecture) -> int:
-    """Numbers for each row at the fullest moment of an MLP; of experts, those of all active ones at once."""
+def _mlp_values(config: Any, architecture: _Architecture) -> int:
+    """Return the peak number of values per row in an MLP; with experts, the sum over all active ones."""
     hidden: int = config.hidden_size
     if experts := _num_experts(config):
         inner = _expert_width(config)

@@ -1,1 +1,1 @@
-"""From checkpoints to parameters: recipes for matrices, and readers that fill layers."""
+"""Weights of models: recipes that choose how matrices are stored, and readers that fill layers."""

@@ -1,4 +1,4 @@
-"""Checkpoints that come quantized: how each matrix of the model is stored there, and how its segments are filled."""
+"""Pre-quantized checkpoints: how each matrix of the model is stored, and how its segments are filled."""
 
 import re
 from collections.abc import Mapping
@@ -21,8 +21,8 @@ from specchat.models.quant.kernels.chunked import Segments
 from specchat.models.quant.modules import Matrix, Part
 from specchat.models.quant.schemes.base import CheckpointScheme
 
-_VERSION = 1  # of what transcoding makes
-# A module's path, and the names of what quantizers store for its matrix. "weight" alone may be a norm's, too.
+_VERSION = 1  # of the transcoded bytes
+# A module's path, and the names of the tensors that quantizers store for its matrix. A norm has a "weight" too.
 _TENSOR = re.compile(r"(.+)\.(qweight|qzeros|scales|g_idx|SCB|weight(?:[._].*)?|(?:input|output|activation)_\w+)")
 
 
@@ -31,10 +31,10 @@ class _Stored:
     """A matrix in the checkpoint.
 
     Attributes:
-        module: its path there.
-        shape: (rows, cols).
-        tensors: by what follows the path.
-        format: None where it is plain.
+        module: path of its module in the checkpoint.
+        shape: (rows, cols) of the matrix.
+        tensors: tensors of the module, by the rest of their keys after the path.
+        format: quantization format; None for a plain matrix.
     """
 
     module: str
@@ -44,29 +44,29 @@ class _Stored:
 
     @property
     def part(self) -> Part:
-        """How it is stored as some rows of a matrix whose other rows may be quantized."""
+        """Row range of a fused matrix that this matrix fills; other ranges may be quantized differently."""
         own = self.format or Plain(stored_torch_dtype(self.tensors["weight"].dtype))
         return Part(self.shape[0], own)
 
 
 class CheckpointRecipe:
-    """The `weights.recipe.Recipe` of a checkpoint that comes quantized: every matrix as it is stored there.
+    """The `weights.recipe.Recipe` of a pre-quantized checkpoint: every matrix keeps its stored format.
 
     Args:
-        scheme: from config.json.
-        skeleton: of the model, before anything is replaced.
-        checkpoint: whose headers say how each matrix is stored.
+        scheme: scheme that config.json names.
+        skeleton: skeleton of the model, before modules are replaced.
+        checkpoint: checkpoint whose headers tell how each matrix is stored.
 
     Raises:
-        CorruptCheckpointError: tensors of a matrix are missing or have shapes that cannot be.
-        UnsupportedModelError: something is quantized that can only be read plain.
+        CorruptCheckpointError: missing tensors of a matrix, or tensors of impossible shapes.
+        UnsupportedModelError: a quantized parameter that specchat only reads plain.
     """
 
     def __init__(self, scheme: CheckpointScheme, skeleton: Skeleton, checkpoint: Checkpoint) -> None:
         self.scheme = scheme
         self.name = scheme.name
         self._folder = checkpoint.folder
-        # path of the matrix -> (expert, part) -> where it is
+        # path of the matrix -> (expert, part) -> matrix in the checkpoint
         self._stored: dict[str, dict[tuple[int, int], _Stored]] = {}
         self._num_parts: dict[str, int] = {}
         tensors = _by_module(checkpoint)
@@ -84,40 +84,40 @@ class CheckpointRecipe:
         self._quantized = {
             path for path, stored in self._stored.items() if any(each.format is not None for each in stored.values())
         }
-        # where numbers are needed: routers, which quantizers do not always leave alone
+        # Modules that compute with plain weights: routers, which some quantizers quantize too.
         self._unpacked = sorted(self._quantized - matrices.keys())
         self._check_unpacked(skeleton)
 
     @property
     def identity(self) -> str:
-        """What a pack's bytes depend on beside the checkpoint."""
+        """Identity of the transcoding, for the key of a pack."""
         return f"{self.name} {_VERSION}"
 
     def parts(self, matrix: Matrix, expert: int) -> tuple[Part, ...] | None:
-        """How one matrix is stored; None where it is plain, and so are those it is fused with.
+        """Return how one matrix is stored; None if it and all matrices that it is fused with are plain.
 
         Raises:
-            CorruptCheckpointError: it is nowhere, though others that it is fused with are quantized.
+            CorruptCheckpointError: a missing matrix among fused ones that are quantized.
         """
         if matrix.path not in self._quantized:
             return None
         return tuple(stored.part for stored in self._parts_of(matrix.path, expert))
 
     def without_quantized(self, checkpoint: Checkpoint) -> Checkpoint:
-        """The checkpoint's tensors that are parameters as they are."""
+        """Return the checkpoint without the tensors of quantized matrices."""
         parts = [stored for path in self._quantized for stored in self._stored[path].values()]
         used = {info.key for stored in parts for info in stored.tensors.values()}
         plain = {key: info for key, info in checkpoint.tensors.items() if key not in used}
         return Checkpoint(checkpoint.folder, MappingProxyType(plain))
 
     def fill(self, reader: TensorReader, matrix: Matrix, name: str, views: Segments) -> None:
-        """Reads a matrix, or all that a parameter fuses, into segments.
+        """Transcode a matrix, or all matrices that a parameter fuses, into segments.
 
         Args:
-            reader: of the whole checkpoint.
-            matrix: one that is stored in a format.
-            name: its name in `views`.
-            views: the segments' memory (CPU) by full name.
+            reader: reader of the whole checkpoint.
+            matrix: matrix that has been replaced.
+            name: prefix of the matrix in `views`.
+            views: memory of the segments (CPU), by full name.
         """
         for expert in range(max(matrix.num_experts, 1)):
             path = f"{name}.{expert}" if matrix.num_experts else name
@@ -128,11 +128,11 @@ class CheckpointRecipe:
                 self._fill_part(reader, stored, {each: views[f"{own_path}.{each}"] for each in names})
 
     def unpacked(self, prefix: str) -> list[str]:
-        """The parameters below a path that are numbers in the model but quantized in the checkpoint."""
+        """Return the parameters below a path that are plain in the model but quantized in the checkpoint."""
         return [f"{path.removeprefix(prefix)}.weight" for path in self._unpacked if path.startswith(prefix)]
 
-    def read_numbers(self, reader: TensorReader, parameter: str, out: Tensor) -> None:
-        """Reads a quantized matrix as numbers, into `out` [rows, cols] (CPU) in its dtype."""
+    def read_dequantized(self, reader: TensorReader, parameter: str, out: Tensor) -> None:
+        """Dequantize a matrix into `out` [rows, cols] (CPU), in the dtype of `out`."""
         (stored,) = self._stored[parameter.removesuffix(".weight")].values()
         assert stored.format is not None
         segments = {
@@ -150,15 +150,15 @@ class CheckpointRecipe:
             self.scheme.transcode(stored.module, stored.shape, tensors, segments)
 
     def _parts_of(self, path: str, expert: int) -> list[_Stored]:
-        """The matrices that make one, from its first row to its last."""
+        """Return the stored matrices that make up one matrix, from its first row to its last."""
         stored = self._stored[path]
         places = [(expert, part) for part in range(self._num_parts[path])]
         for place in places:
             if place not in stored:
                 example = next(iter(stored.values())).module
                 raise CorruptCheckpointError(
-                    f"expert {expert} of '{path}' is missing from {self._folder}, which has '{example}', say",
-                    hint="the download may be incomplete: repeat it",
+                    f"expert {expert} of '{path}' is missing from {self._folder}, which has '{example}'",
+                    hint="the download may be incomplete; download the model again",
                 )
         return [stored[place] for place in places]
 
@@ -169,7 +169,7 @@ class CheckpointRecipe:
 
 
 def _by_module(checkpoint: Checkpoint) -> dict[str, dict[str, TensorInfo]]:
-    """What may be a matrix's tensors: by module, then by what follows its path."""
+    """Group tensors that may belong to a matrix by module, then by the rest of their keys."""
     modules: dict[str, dict[str, TensorInfo]] = {}
     for key, info in checkpoint.tensors.items():
         if match := _TENSOR.fullmatch(key):

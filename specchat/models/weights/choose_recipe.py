@@ -1,4 +1,4 @@
-"""What becomes of a model's matrices: what its checkpoint has them in, or else what was asked for."""
+"""The choice of a recipe: the checkpoint's own quantization, or else the requested one."""
 
 from specchat.errors import UsageError
 from specchat.models.checkpoint.json_file import read_json
@@ -13,33 +13,33 @@ _AS_STORED = "none"
 
 
 def is_prequantized(source: ModelSource) -> bool:
-    """Whether a checkpoint's own matrices are quantized; only config.json is read.
+    """Return whether a checkpoint is pre-quantized; only config.json is read.
 
     Raises:
-        UnsupportedModelError: in a way that specchat does not read.
-        CorruptCheckpointError: the configuration contradicts itself.
+        UnsupportedModelError: a quantization that specchat does not read.
+        CorruptCheckpointError: a configuration that contradicts itself.
     """
     return scheme_of(read_json(source.path / "config.json")) is not None
 
 
 def choose_recipe(source: ModelSource, skeleton: Skeleton, quant: str) -> QuantizeRecipe | CheckpointRecipe | None:
-    """The recipe for a model; None where its matrices stay numbers of the compute dtype.
+    """Return the recipe for a model; None if its matrices stay plain.
 
     Args:
-        source: local files; if they are quantized, the weights' headers are read too.
-        skeleton: of the model, before anything is replaced.
-        quant: what was asked for, or what a plan says of a model that comes quantized.
+        source: local files; the headers of a pre-quantized checkpoint are read too.
+        skeleton: skeleton of the model, before modules are replaced.
+        quant: requested quantization, or a plan's name for the one of a pre-quantized model.
 
     Raises:
-        UsageError: the model comes quantized, and was to be quantized otherwise.
-        UnsupportedModelError: it is quantized in a way that specchat does not read.
-        CorruptCheckpointError: what is quantized cannot be as it is described.
+        UsageError: a pre-quantized model with another quantization requested.
+        UnsupportedModelError: a quantization that specchat does not read.
+        CorruptCheckpointError: quantized tensors that contradict their description.
     """
     scheme = scheme_of(read_json(source.path / "config.json"))
     if scheme is None:
         return recipe_for(quant)
     if quant not in {_AS_STORED, scheme.name}:
         raise UsageError(
-            f"{source.name} comes quantized ({scheme.name}) and cannot be quantized again", hint="leave out --quant"
+            f"{source.name} is pre-quantized ({scheme.name}) and cannot be quantized again", hint="leave out --quant"
         )
     return CheckpointRecipe(scheme, skeleton, open_checkpoint(source.path))

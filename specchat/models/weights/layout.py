@@ -1,4 +1,4 @@
-"""One layer's parameters as views of one contiguous blob."""
+"""The layout of one layer's parameters in one contiguous blob."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,14 +22,14 @@ class LayerLayout:
 
     @classmethod
     def of(cls, layer: Any) -> "LayerLayout":
-        """The layout of a decoder layer."""
+        """Compute the layout of a decoder layer."""
         named = dict(layer.named_parameters())
         offsets, nbytes = blob_offsets(p.nbytes for p in named.values())
         shapes, dtypes = tuple(p.shape for p in named.values()), tuple(p.dtype for p in named.values())
         return cls(tuple(named), shapes, dtypes, tuple(offsets), nbytes)
 
     def views(self, blob: Tensor) -> dict[str, Tensor]:
-        """The parameters as views of a blob: uint8 [>= nbytes]."""
+        """Return the parameters as views of a blob, uint8 [>= nbytes]."""
         return {
             name: blob[offset : offset + shape.numel() * dtype.itemsize].view(dtype).view(shape)
             for name, shape, dtype, offset in zip(self.names, self.shapes, self.dtypes, self.offsets, strict=True)
@@ -37,7 +37,7 @@ class LayerLayout:
 
 
 def bind(layer: Any, views: Mapping[str, Tensor]) -> None:
-    """Makes a layer's parameters views of memory that others fill; done once, afterwards only bytes move."""
+    """Replace a layer's parameters by views, once; afterwards only the bytes behind the views change."""
     for name, view in views.items():
         path, _, leaf = name.rpartition(".")
         layer.get_submodule(path)._parameters[leaf] = torch.nn.Parameter(view, requires_grad=False)

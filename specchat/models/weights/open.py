@@ -1,4 +1,4 @@
-"""Opening a model's weights: modules, recipe and reader, built once and handed to all who need them."""
+"""Opening a model's weights: modules, recipe and reader are built once and then passed on."""
 
 from dataclasses import dataclass
 
@@ -26,7 +26,7 @@ class ModelWeights(Closeable):
         dtype: dtype that passes compute in.
         skeleton: modules without weights; the matrices that `recipe` names have been replaced.
         checkpoint: tensors of `source`.
-        recipe: how matrices are stored; None leaves them plain.
+        recipe: storage of the matrices; None leaves them plain.
         reader: reader of `checkpoint`.
     """
 
@@ -50,13 +50,13 @@ def open_weights(
     Args:
         source: local files.
         dtype: dtype that passes compute in.
-        quant: quantization of the matrices, or what a plan says of a pre-quantized model.
-        attention: attention function that the layers call; None for the architecture's own, which reads no trees.
+        quant: requested quantization, or a plan's name for the one of a pre-quantized model.
+        attention: attention function that the layers call; None for the architecture's own, without trees.
 
     Raises:
         CorruptCheckpointError: a parameter has no tensor, or one of another shape.
         UnsupportedModelError: an architecture or quantization that specchat does not read.
-        UsageError: a pre-quantized model with another quantization asked for.
+        UsageError: a pre-quantized model with another quantization requested.
     """
     skeleton = build_skeleton(load_config(source.path), torch_dtype(dtype), attention)
     checkpoint = open_checkpoint(source.path)
@@ -67,7 +67,7 @@ def open_weights(
 def open_reader(
     skeleton: Skeleton, checkpoint: Checkpoint, recipe: QuantizeRecipe | CheckpointRecipe | None = None
 ) -> WeightReader:
-    """Open the reader of a checkpoint; the skeleton's matrices are replaced as the recipe says.
+    """Open the reader of a checkpoint, and replace the skeleton's matrices as the recipe demands.
 
     Raises:
         CorruptCheckpointError: a parameter has no tensor, or one of another shape.
@@ -77,7 +77,7 @@ def open_reader(
             apply_recipe(skeleton, recipe)
             return WeightReader(skeleton, checkpoint)
         case QuantizeRecipe():
-            reader = WeightReader(skeleton, checkpoint)  # compared with the plain modules
+            reader = WeightReader(skeleton, checkpoint)  # checks the checkpoint against the plain modules
             reader.fill_matrices_with(QuantizingFiller(skeleton, recipe, apply_recipe(skeleton, recipe)))
             return reader
         case CheckpointRecipe():
@@ -88,5 +88,5 @@ def open_reader(
 
 
 def _has_segments(checkpoint: Checkpoint) -> bool:
-    """Return whether the files hold segments in the place of matrices: a synthetic model, made quantized."""
+    """Return whether the files hold segments instead of matrices, as a quantized synthetic model does."""
     return any(key.endswith(".codes") for key in checkpoint.tensors)

@@ -21,7 +21,7 @@ class PrequantizedFiller:
         skeleton: modules whose matrices have been replaced.
         checkpoint: the whole checkpoint.
         recipe: recipe that knows how each matrix is stored.
-        matrices: matrices that have been replaced.
+        matrices: replaced matrices.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class PrequantizedFiller:
         self._tensors = TensorReader(checkpoint)
 
     def parameters(self, layer: int) -> Set[str]:
-        """Return the parameters of a layer that are no tensors of the checkpoint, by name within the layer."""
+        """Return the parameters of a layer that are not tensors of the checkpoint, by name within the layer."""
         return segment_names(self._skeleton.layers[layer]) | set(self._recipe.unpacked(self._prefix(layer)))
 
     def fill_layer(self, reader: WeightReader, layer: int, views: Mapping[str, Tensor]) -> None:
@@ -46,7 +46,7 @@ class PrequantizedFiller:
             views: memory of the layer's parameters (CPU), by name within the layer.
 
         Raises:
-            CorruptCheckpointError: impossible contents; otherwise as `WeightReader.read_layer`.
+            CorruptCheckpointError: impossible contents, and the faults that `WeightReader.read_layer` reports.
         """
         elsewhere = self.parameters(layer)
         reader.read_plain(layer, {name: view for name, view in views.items() if name not in elsewhere})
@@ -54,10 +54,10 @@ class PrequantizedFiller:
             self._recipe.fill(self._tensors, matrix, name, views)
         prefix = self._prefix(layer)
         for name in self._recipe.unpacked(prefix):
-            self._recipe.read_numbers(self._tensors, prefix + name, views[name])
+            self._recipe.read_dequantized(self._tensors, prefix + name, views[name])
 
     def rest_keys(self, rest: Mapping[str, str]) -> list[str]:
-        """Return all keys outside the layers: the reader's checkpoint has none of a quantized head."""
+        """Return all keys outside the layers; the reader's checkpoint has no keys of a quantized head."""
         return list(rest)
 
     def read_head(self, reader: WeightReader) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ class QuantizingFiller:
     Args:
         skeleton: modules whose matrices have been replaced.
         recipe: recipe that chooses the quantizer of each matrix.
-        matrices: matrices that have been replaced.
+        matrices: replaced matrices.
     """
 
     def __init__(self, skeleton: Skeleton, recipe: QuantizeRecipe, matrices: tuple[Matrix, ...]) -> None:
@@ -39,7 +39,7 @@ class QuantizingFiller:
             views: memory of the layer's parameters (CPU), by name within the layer.
 
         Raises:
-            CorruptCheckpointError: as `WeightReader.read_layer`.
+            CorruptCheckpointError: the faults that `WeightReader.read_layer` reports.
         """
         matrices, segments = self._matrices[layer], self.parameters(layer)
         rest = {name: view for name, view in views.items() if name not in segments}
@@ -55,12 +55,12 @@ class QuantizingFiller:
             self._quantize(name, matrices[name], weight, views)
 
     def rest_keys(self, rest: Mapping[str, str]) -> list[str]:
-        """Return all keys outside the layers but that of a quantized head."""
+        """Return all keys outside the layers except that of a quantized head."""
         head_name = None if self._head is None else f"{self._head.path}.weight"
         return [key for key, name in rest.items() if name != head_name]
 
     def read_head(self, reader: WeightReader) -> dict[str, Tensor]:
-        """Read the head's matrix and return its segments; the matrix may be that of tied embeddings."""
+        """Quantize the head's matrix, which may be that of tied embeddings, and return its segments."""
         keys = {name: key for key, name in reader.rest.items()}
         key = next((keys[name] for name in head_names(self._skeleton) if name in keys), None)
         if self._head is None or key is None:
@@ -70,7 +70,7 @@ class QuantizingFiller:
         return segments
 
     def close(self) -> None:
-        """Do nothing: all files are the reader's."""
+        """Do nothing: the reader owns all files."""
 
     def _quantize(self, name: str, matrix: Matrix, weight: Tensor, views: Mapping[str, Tensor]) -> None:
         """Fill the segments of one parameter: `weight` [rows, cols], or one such (or its transpose) per expert."""
@@ -104,5 +104,5 @@ def _empty(matrix: Matrix, dtype: torch.dtype) -> Tensor:
 
 
 def _dense_name(name: str, matrix: Matrix) -> str:
-    """Return the parameter of a matrix in the model that is not quantized."""
+    """Return the name of a matrix's parameter in the unquantized model."""
     return name if matrix.num_experts else f"{name}.weight"

@@ -1,4 +1,4 @@
-"""Moving weights from a checkpoint into memory that the caller owns: one contiguous blob per decoder layer."""
+"""Reading weights from a checkpoint into memory that the caller owns: one contiguous blob per decoder layer."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -13,7 +13,7 @@ from specchat.errors import CorruptCheckpointError
 from specchat.models.checkpoint.dtypes import stored_name
 from specchat.models.checkpoint.reader import TensorReader
 from specchat.models.checkpoint.safetensors import Checkpoint, TensorInfo
-from specchat.models.hf.conversion import TensorWhenAsked, load_converted, plan_weights
+from specchat.models.hf.conversion import LazyTensor, load_converted, plan_weights
 from specchat.models.hf.skeleton import Skeleton, build_skeleton, path_of
 from specchat.models.quant.modules import QuantLinear, segment_names
 from specchat.models.weights.layout import bind
@@ -22,7 +22,7 @@ _NUMBERED = re.compile(r"(.*\.|)(\d+)(\..*)")  # experts.3.w1.weight
 
 
 class MatrixFiller(Protocol):
-    """Fills the quantized matrices of a model, which are no tensors of the checkpoint."""
+    """A source of the quantized matrices of a model, which are not tensors of the checkpoint."""
 
     def parameters(self, layer: int) -> Set[str]:
         """Return the parameters of a layer that this filler fills, by name within the layer."""
@@ -37,7 +37,7 @@ class MatrixFiller(Protocol):
         """
 
     def rest_keys(self, rest: Mapping[str, str]) -> list[str]:
-        """Return the keys outside the layers that are read as they are.
+        """Return the keys outside the layers whose tensors are read unchanged.
 
         Args:
             rest: checkpoint key -> parameter, outside the layers.
@@ -51,12 +51,12 @@ class MatrixFiller(Protocol):
 
 
 class WeightReader(Closeable):
-    """Reads one model's weights, layer by layer.
+    """A reader of one model's weights, layer by layer.
 
     Args:
         skeleton: modules to fill; they define names, shapes and dtype.
         checkpoint: checkpoint with the tensors.
-        filler: filler of the matrices that are no tensors of the checkpoint.
+        filler: filler of the matrices that are not tensors of the checkpoint.
 
     Raises:
         CorruptCheckpointError: a parameter has no tensor, or one of another shape.
@@ -79,7 +79,7 @@ class WeightReader(Closeable):
             self._filler.close()
 
     def fill_matrices_with(self, filler: MatrixFiller) -> None:
-        """Leave the matrices to a filler from now on: modules have been replaced since the checkpoint was compared."""
+        """Leave the matrices to a filler; call this when modules are replaced after the checkpoint was checked."""
         self._filler = filler
 
     def read(self, key: str) -> Tensor:
@@ -102,18 +102,18 @@ class WeightReader(Closeable):
 
     @property
     def is_streamable(self) -> bool:
-        """Whether every layer can be read as it lies: nothing to merge, nothing to cast."""
+        """Whether every layer can be read straight from its file: no tensors to merge, cast or quantize."""
         keys = [key for layer in self._plan.direct for key in layer.values()]
         same = all(self._checkpoint.tensors[key].dtype == stored_name(self._dtype) for key in keys)
         return self._filler is None and same and not any(self._plan.converted)
 
     def places(self, layer: int) -> dict[str, TensorInfo]:
-        """Where each of a layer's parameters lies in the files; of a checkpoint that `serves`, and without buffers."""
+        """Return the file position of each parameter (not buffer) of a layer; the checkpoint must be streamable."""
         names = dict(self._skeleton.layers[layer].named_parameters())
         return {name: self._checkpoint.tensors[key] for name, key in self._plan.direct[layer].items() if name in names}
 
     def read_layer(self, layer: int, views: Mapping[str, Tensor]) -> None:
-        """Fills the views of one layer's parameters (CPU tensors), casting where the checkpoint has another dtype.
+        """Fill the views of one layer's parameters (CPU), and cast if the checkpoint has another dtype.
 
         Raises:
             CorruptCheckpointError: tensors to be merged into a parameter are missing, or do not fit together.
@@ -136,12 +136,11 @@ class WeightReader(Closeable):
         self._check_complete(layer, views.keys() - direct.keys() - converted)
 
     def read_rest(self, device: torch.device, on_host: torch.nn.Module | None = None) -> None:
-        """Fills everything that is not a decoder layer's parameter: embeddings, norms, head, and all buffers.
+        """Fill everything except the decoder layers' parameters: embeddings, norms, head and all buffers.
 
         Args:
-            device: where to.
-            on_host: a module with one matrix that stays in host memory nevertheless, in the pages of its file unless it
-                has to be cast.
+            device: destination.
+            on_host: module with one matrix that stays in host memory, memory-mapped unless it must be cast.
         """
         model = self._skeleton.model
         segments = segment_names(model)
@@ -173,23 +172,23 @@ class WeightReader(Closeable):
                     module._buffers[name] = buffer.to(device)
 
     def _key_of(self, name: str) -> str | None:
-        """The checkpoint key of a parameter outside the layers; None if it is missing."""
+        """Return the checkpoint key of a parameter outside the layers; None if it is missing."""
         return next((key for key, filled in self._plan.rest.items() if filled == name), None)
 
     def rest_keys(self) -> Iterable[str]:
-        """The checkpoint keys outside the layers that are read as they are."""
+        """Return the checkpoint keys outside the layers whose tensors are read unchanged."""
         if self._filler is not None:
             return self._filler.rest_keys(self._plan.rest)
         quantized = self.head_meta()
         return [key for key, name in self._plan.rest.items() if name not in quantized]
 
     def buffer_keys(self) -> Iterable[str]:
-        """The checkpoint keys of buffers within the layers."""
+        """Yield the checkpoint keys of buffers within the layers."""
         for layer, names in zip(self._skeleton.layers, self._plan.direct, strict=True):
             yield from (names[name] for name, _ in layer.named_buffers() if name in names)
 
     def head_meta(self) -> dict[str, Tensor]:
-        """The segments of a quantized head by full name, as meta tensors or whatever they are bound to; else none."""
+        """Return the segments of a quantized head by full name, on meta or filled; empty if the head is plain."""
         head = self._skeleton.model.get_output_embeddings()
         if not isinstance(head, QuantLinear):
             return {}
@@ -213,10 +212,10 @@ class WeightReader(Closeable):
             )
 
     def _read_converted(self, layer: int, views: Mapping[str, Tensor]) -> set[str]:
-        """Merges tensors (fused experts).
+        """Fill the parameters that merge several tensors, such as fused experts.
 
         Returns:
-            The parameters that were filled.
+            Names of the filled parameters.
         """
         filled = set()
         for name, keys in self._plan.converted[layer].items():
@@ -229,7 +228,7 @@ class WeightReader(Closeable):
         return filled
 
     def _read_stacked(self, layer: int, name: str, keys: Sequence[str], view: Tensor) -> None:
-        """Reads tensors that a parameter [experts, rows, ...] has one behind the other, each to where it belongs."""
+        """Read the tensors that a parameter [experts, rows, ...] stacks, each into its place."""
         places = [self._plan.places[key] for key in keys]
         num_parts = places[0].num_parts
         missing = {(e, p) for e in range(len(view)) for p in range(num_parts)} - {(p.expert, p.part) for p in places}
@@ -239,18 +238,18 @@ class WeightReader(Closeable):
             wanted, found = (rows, *view.shape[2:]), tuple(self._checkpoint.tensors[key].shape)
             if place.expert >= len(view) or found != wanted or rows * num_parts != view.shape[1]:
                 raise CorruptCheckpointError(
-                    f"tensor '{key}' has shape {found}, the configuration says {len(view)} experts of {wanted}"
+                    f"tensor '{key}' has shape {found}, but the configuration says {len(view)} experts of {wanted}"
                 )
             self._reader.read_into(key, view[place.expert, place.part * rows : (place.part + 1) * rows])
 
     def _convert(self, layer: int, keys: Sequence[str], views: Mapping[str, Tensor]) -> set[str]:
-        """Merges tensors as transformers does, on a second skeleton, for it replaces the parameters it fills.
+        """Merge tensors by transformers' conversion, on a second skeleton, because it replaces the parameters it fills.
 
-        Beside the layer's memory that takes twice the parameter's, and tensors are read when it is their turn.
+        Tensors are read when the conversion needs them. Beside the layer, that takes twice the parameter's memory.
         """
         if self._scratch is None:
             self._scratch = build_skeleton(self._skeleton.config, self._dtype)
-        tensors = {key: TensorWhenAsked(partial(self._reader.read, key)) for key in keys}
+        tensors = {key: LazyTensor(partial(self._reader.read, key)) for key in keys}
         load_converted(self._scratch, tensors, self._dtype)
         return _move_filled(self._scratch.layers[layer], views)
 
@@ -258,7 +257,7 @@ class WeightReader(Closeable):
         for index, layer in enumerate(self._skeleton.layers):
             direct = self._plan.direct[index]
             parameters = dict(layer.named_parameters())
-            if not self._plan.converted[index]:  # what conversion fills is only known afterwards
+            if not self._plan.converted[index]:  # the filled parameters are only known after a conversion
                 self._check_complete(index, parameters.keys() - direct.keys())
             for name, parameter in parameters.items():
                 if name not in direct:
@@ -266,13 +265,13 @@ class WeightReader(Closeable):
                 info = self._checkpoint.tensors[direct[name]]
                 if tuple(info.shape) != tuple(parameter.shape):
                     raise CorruptCheckpointError(
-                        f"tensor '{info.key}' has shape {tuple(info.shape)}, the configuration says "
+                        f"tensor '{info.key}' has shape {tuple(info.shape)}, but the configuration says "
                         f"{tuple(parameter.shape)}"
                     )
         self._check_parts()
 
     def _check_parts(self) -> None:
-        """Refuses layers that lack what others of the same shape have, or a part that its number calls for."""
+        """Check that layers of equal shapes have the same tensors, and that no numbered tensor is missing."""
         direct, parts = self._plan.direct, [_parts(*each) for each in enumerate(self._plan.converted)]
         shapes = [{name: p.shape for name, p in layer.named_parameters()} for layer in self._skeleton.layers]
         for layer, shape in enumerate(shapes):
@@ -284,12 +283,12 @@ class WeightReader(Closeable):
 
 
 def _parts(layer: int, converted: Mapping[str, Sequence[str]]) -> set[str]:
-    """The checkpoint's names of all tensors to be merged, within the layer."""
+    """Return the names in the checkpoint of all tensors to be merged, within the layer."""
     return {key.split(f".{layer}.", 1)[-1] for keys in converted.values() for key in keys}
 
 
 def _complete(parts: set[str]) -> set[str]:
-    """Numbered parts with those that are missing among them: every number has what one of them has."""
+    """Add missing numbered parts: every number up to the highest needs the suffixes that any number has."""
     numbers: dict[str, int] = {}
     suffixes: dict[str, set[str]] = {}
     for match in filter(None, map(_NUMBERED.fullmatch, parts)):
@@ -305,7 +304,7 @@ def _complete(parts: set[str]) -> set[str]:
 
 
 def _move_filled(scratch: Any, views: Mapping[str, Tensor]) -> set[str]:
-    """Moves a scratch layer's parameters that have been filled into `views`; returns their names."""
+    """Move the filled parameters of a scratch layer into `views`, and return their names."""
     filled = [(name, parameter.data) for name, parameter in scratch.named_parameters() if not parameter.is_meta]
     for name, data in filled:
         if name in views:

@@ -1,4 +1,4 @@
-"""Which matrices of a model are stored how, and how those that we quantize ourselves are filled."""
+"""Recipes: which matrices of a model are stored in which quantization format."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -12,31 +12,32 @@ from specchat.models.quant.modules import Matrix, Part, Scratch, replace_experts
 from specchat.records.model import Quant, own_quant
 
 QUANTIZERS: Mapping[Quant, Quantizer] = {"int4": Nf4Quantizer(), "int8": Int8Quantizer()}
-# Every emitted token is drawn from the head's scores, and it is not streamed: 8 bits there cost little and save much.
+# Every emitted token is drawn from the head's scores, and the head is not streamed. So it gets 8 bits: they lose little
+# and still save much memory.
 HEAD_QUANTIZER: Quantizer = QUANTIZERS["int8"]
 
 
 class Recipe(Protocol):
-    """What becomes of a model's matrices."""
+    """The quantization format of each matrix of a model."""
 
     @property
     def name(self) -> str:
-        """What banner and plan say."""
+        """Name of the quantization in banners and plans."""
 
     def parts(self, matrix: Matrix, expert: int) -> tuple[Part, ...] | None:
-        """How one matrix is stored, from its first row to its last; None where it stays as it is.
+        """Return the formats of one matrix, from its first row to its last; None if it stays plain.
 
         Args:
-            matrix: where.
-            expert: which of the fused ones; 0 for others.
+            matrix: place of the matrix.
+            expert: index of the expert; 0 without experts.
         """
 
 
 class QuantizeRecipe:
-    """Everything by one quantizer, but for the head, which gets 8 bits.
+    """A recipe that uses one quantizer for all layers, and 8 bits for the head.
 
     Args:
-        quant: one of `LOWER_QUANTS`.
+        quant: quantization, one of `LOWER_QUANTS`.
     """
 
     def __init__(self, quant: Quant) -> None:
@@ -44,30 +45,30 @@ class QuantizeRecipe:
         self.layer_quantizer = QUANTIZERS[quant]
 
     def quantizer(self, matrix: Matrix) -> Quantizer:
-        """What fills a matrix."""
+        """Return the quantizer of a matrix."""
         return HEAD_QUANTIZER if matrix.layer is None else self.layer_quantizer
 
     @property
     def identity(self) -> str:
-        """What a pack's bytes depend on beside the weights."""
+        """Identity of the quantizers, for the key of a pack."""
         return f"{self.layer_quantizer.identity}; head {HEAD_QUANTIZER.identity}"
 
     def parts(self, matrix: Matrix, expert: int) -> tuple[Part, ...]:
-        """The whole matrix in one piece."""
+        """Return one part that covers the whole matrix."""
         return (Part(matrix.shape[0], self.quantizer(matrix).format),)
 
 
 def recipe_for(quant: str) -> QuantizeRecipe | None:
-    """What `--quant` asks for; None where the matrices stay as they are."""
+    """Return the recipe for `--quant`; None if the matrices stay plain."""
     wanted = own_quant(quant)
     return None if wanted == "none" else QuantizeRecipe(wanted)
 
 
 def apply_recipe(skeleton: Skeleton, recipe: Recipe) -> tuple[Matrix, ...]:
-    """Replaces the modules of a skeleton, in place; its norms, routers and embeddings stay.
+    """Replace the quantized matrices of a skeleton in place; norms, routers and embeddings stay.
 
     Returns:
-        The matrices that are stored in a format from now on.
+        Replaced matrices.
     """
     scratch = Scratch()
     replaced = []

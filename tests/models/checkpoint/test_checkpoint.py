@@ -1,4 +1,4 @@
-"""Headers checked against hand-made files, reads against safetensors' own loader."""
+"""Checkpoint headers against hand-made files, and tensor reads against safetensors' own loader."""
 
 import json
 import os
@@ -180,13 +180,13 @@ def test_reads_a_set_without_index(tmp_path):
     assert set(open_checkpoint(tmp_path).tensors) == {"x", "y"}
 
 
-def test_leaves_out_mistral_duplicates(tmp_path):
+def test_mistrals_duplicate_files_are_left_out(tmp_path):
     save_file({"x": torch.ones(3)}, tmp_path / "part.safetensors")
     save_file({"x": torch.ones(3)}, tmp_path / "consolidated.safetensors")
     assert [info.file.name for info in open_checkpoint(tmp_path).tensors.values()] == ["part.safetensors"]
 
 
-def test_weight_files(tmp_path):
+def test_weight_files_lists_missing_shards_too(tmp_path):
     write_shards(tmp_path, a={"x": torch.ones(3)}, b={"y": torch.zeros(2)})
     (tmp_path / "b.safetensors").unlink()
     assert weight_files(tmp_path) == [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
@@ -198,7 +198,7 @@ def test_the_single_file_wins_over_an_index(tmp_path):
     assert set(open_checkpoint(tmp_path).tensors) == {"new"}
 
 
-def test_follows_links_as_the_hub_cache_has_them(tmp_path):
+def test_symbolic_links_of_the_hub_cache_are_followed(tmp_path):
     (tmp_path / "blobs").mkdir()
     (tmp_path / "snapshot").mkdir()
     save_file({"x": torch.ones(3)}, tmp_path / "blobs" / "abc")
@@ -207,7 +207,7 @@ def test_follows_links_as_the_hub_cache_has_them(tmp_path):
         assert torch.equal(reader.read("x"), torch.ones(3))
 
 
-def test_close_gives_the_files_back(tmp_path):
+def test_close_closes_the_files(tmp_path):
     save_file({"x": torch.ones(3)}, tmp_path / "model.safetensors")
     before = num_open_files()
     reader = TensorReader(open_checkpoint(tmp_path))
@@ -218,7 +218,7 @@ def test_close_gives_the_files_back(tmp_path):
     assert num_open_files() == before
 
 
-def test_needs_no_torch_for_headers(tmp_path):
+def test_headers_need_no_torch(tmp_path):
     save_file({"x": torch.ones(3)}, tmp_path / "model.safetensors")
     code = (
         "import sys; from pathlib import Path; from specchat.models.checkpoint.safetensors import open_checkpoint;"
@@ -231,7 +231,7 @@ def test_needs_no_torch_for_headers(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [1, 4, 11])
-def test_truncated_shard_is_named_with_both_sizes(tmp_path, cut):
+def test_the_error_for_a_truncated_shard_names_both_sizes(tmp_path, cut):
     save_file({"x": torch.ones(3)}, tmp_path / "model.safetensors")
     file = tmp_path / "model.safetensors"
     full = file.stat().st_size
@@ -239,19 +239,19 @@ def test_truncated_shard_is_named_with_both_sizes(tmp_path, cut):
     with pytest.raises(CorruptCheckpointError) as caught:
         open_checkpoint(tmp_path)
     assert str(file) in caught.value.message
-    assert f"{full} bytes expected, {full - cut} there" in caught.value.message
+    assert f"expected {full} bytes, found {full - cut}" in caught.value.message
     assert caught.value.hint
 
 
 @pytest.mark.parametrize("size", [0, 3, 8, 20])
-def test_a_file_cut_within_its_header(tmp_path, size):
+def test_a_file_truncated_within_its_header_is_refused(tmp_path, size):
     save_file({"x": torch.ones(3)}, tmp_path / "model.safetensors")
     os.truncate(tmp_path / "model.safetensors", size)
     with pytest.raises(CorruptCheckpointError, match="truncated"):
         open_checkpoint(tmp_path)
 
 
-def test_what_cannot_be_mapped_is_read(tmp_path, monkeypatch):
+def test_a_file_that_cannot_be_mapped_is_read(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise RuntimeError("unable to mmap")
 
@@ -261,7 +261,7 @@ def test_what_cannot_be_mapped_is_read(tmp_path, monkeypatch):
         assert torch.equal(reader.mapped("x"), torch.arange(5))
 
 
-def test_truncated_while_running(tmp_path):
+def test_a_file_truncated_after_opening_is_refused(tmp_path):
     save_file({"x": torch.ones(1000), "y": torch.ones(1000)}, tmp_path / "model.safetensors")
     checkpoint = open_checkpoint(tmp_path)
     with TensorReader(checkpoint, staging_bytes=256) as reader:
@@ -274,7 +274,7 @@ def test_truncated_while_running(tmp_path):
             reader.mapped("y")
 
 
-def test_removed_while_running(tmp_path):
+def test_a_file_removed_after_opening_cannot_be_read(tmp_path):
     save_file({"x": torch.ones(3)}, tmp_path / "model.safetensors")
     checkpoint = open_checkpoint(tmp_path)
     (tmp_path / "model.safetensors").unlink()
@@ -282,10 +282,10 @@ def test_removed_while_running(tmp_path):
         reader.read("x")
 
 
-def test_another_number_of_elements_or_an_unknown_key(tmp_path):
+def test_read_refuses_another_number_of_elements_and_unknown_keys(tmp_path):
     save_file({"x": torch.ones(3)}, tmp_path / "model.safetensors")
     with TensorReader(open_checkpoint(tmp_path)) as reader:
-        with pytest.raises(CorruptCheckpointError, match=r"\[3\], the model wants \[4\]"):
+        with pytest.raises(CorruptCheckpointError, match=r"\[3\], but the model expects \[4\]"):
             reader.read_into("x", torch.empty(4))
         with pytest.raises(CorruptCheckpointError, match="no tensor 'y'"):
             reader.read("y")
@@ -318,7 +318,7 @@ BAD_HEADERS = {
 
 
 @pytest.mark.parametrize("case", BAD_HEADERS)
-def test_corrupt_headers(tmp_path, case):
+def test_corrupt_headers_are_refused(tmp_path, case):
     header, data = BAD_HEADERS[case]
     file = write_raw(tmp_path / "model.safetensors", header, data)
     with pytest.raises(CorruptCheckpointError) as caught:
@@ -329,7 +329,7 @@ def test_corrupt_headers(tmp_path, case):
 
 
 @pytest.mark.parametrize("length", [(1 << 64) - 1, 100_000_001, 4000])
-def test_an_insane_header_length(tmp_path, length):
+def test_an_impossible_header_length_is_refused(tmp_path, length):
     write_raw(tmp_path / "model.safetensors", {}, length=length)
     with pytest.raises(CorruptCheckpointError):
         open_checkpoint(tmp_path)
@@ -356,13 +356,13 @@ def test_a_damaged_file_opens_or_raises_a_named_error(tmp_path, data):
             reader.read(key)
 
 
-def test_a_dtype_that_is_sound_but_not_read(tmp_path):
+def test_a_valid_dtype_that_specchat_does_not_read_is_named(tmp_path):
     write_raw(tmp_path / "model.safetensors", {"a": entry(0, 8, [1], "C64")}, b"x" * 8)
     with pytest.raises(UnsupportedModelError, match="C64"):
         open_checkpoint(tmp_path)
 
 
-def test_an_empty_file_set_and_extra_bytes_are_fine(tmp_path):
+def test_a_checkpoint_without_tensors_and_trailing_bytes_are_valid(tmp_path):
     write_raw(tmp_path / "model.safetensors", {"__metadata__": {"format": "pt"}}, b"trailing")
     assert not open_checkpoint(tmp_path).tensors
 
@@ -371,7 +371,7 @@ LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "other.safetensors"])
-def test_lfs_pointers(tmp_path, name):
+def test_lfs_pointers_are_named(tmp_path, name):
     (tmp_path / name).write_text(LFS_POINTER)
     with pytest.raises(CorruptCheckpointError, match="LFS pointer") as caught:
         open_checkpoint(tmp_path)
@@ -392,21 +392,21 @@ def test_pickles_beside_safetensors_do_not_matter(tmp_path):
     assert set(open_checkpoint(tmp_path).tensors) == {"x"}
 
 
-def test_nothing_there(tmp_path):
+def test_a_missing_folder_or_weights_are_named(tmp_path):
     with pytest.raises(ModelNotFoundError):
         open_checkpoint(tmp_path)
     with pytest.raises(ModelNotFoundError):
         open_checkpoint(tmp_path / "none")
 
 
-def test_missing_shard_named_by_the_index(tmp_path):
+def test_a_missing_shard_of_the_index_is_named(tmp_path):
     write_shards(tmp_path, a={"x": torch.ones(3)}, b={"y": torch.ones(3)})
     (tmp_path / "b.safetensors").unlink()
     with pytest.raises(CorruptCheckpointError, match=r"b\.safetensors is missing"):
         open_checkpoint(tmp_path)
 
 
-def test_dangling_link_is_a_missing_shard(tmp_path):
+def test_a_dangling_link_is_a_missing_shard(tmp_path):
     write_shards(tmp_path, a={"x": torch.ones(3)}, b={"y": torch.ones(3)})
     (tmp_path / "b.safetensors").unlink()
     (tmp_path / "b.safetensors").symlink_to("gone")
@@ -414,7 +414,7 @@ def test_dangling_link_is_a_missing_shard(tmp_path):
         open_checkpoint(tmp_path)
 
 
-def test_missing_shard_without_index(tmp_path):
+def test_a_missing_shard_is_found_by_its_number(tmp_path):
     save_file({"x": torch.ones(3)}, tmp_path / "model-00001-of-00002.safetensors")
     with pytest.raises(CorruptCheckpointError, match="1 of the 2 shards"):
         open_checkpoint(tmp_path)
@@ -422,14 +422,14 @@ def test_missing_shard_without_index(tmp_path):
     assert set(open_checkpoint(tmp_path).tensors) == {"x", "y"}
 
 
-def test_key_that_the_index_promises_is_absent(tmp_path):
+def test_a_key_of_the_index_that_no_shard_has_is_named(tmp_path):
     write_shards(tmp_path, a={"x": torch.ones(3), "y": torch.ones(3)})
     save_file({"x": torch.ones(3)}, tmp_path / "a.safetensors")
     with pytest.raises(CorruptCheckpointError, match="lacks tensor 'y'"):
         open_checkpoint(tmp_path)
 
 
-def test_key_in_two_shards(tmp_path):
+def test_a_key_in_two_shards_is_refused(tmp_path):
     save_file({"x": torch.ones(3)}, tmp_path / "a.safetensors")
     save_file({"x": torch.ones(3)}, tmp_path / "b.safetensors")
     with pytest.raises(CorruptCheckpointError, match=r"tensor 'x' is in a\.safetensors and in .*b\.safetensors"):
@@ -448,27 +448,27 @@ def test_key_in_two_shards(tmp_path):
         {"weight_map": {"x": "a.bin"}},
     ],
 )
-def test_bad_indexes(tmp_path, index):
+def test_invalid_indexes_are_refused(tmp_path, index):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CorruptCheckpointError):
         open_checkpoint(tmp_path)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_unreadable_file(tmp_path):
+def test_an_unreadable_file_is_named(tmp_path):
     save_file({"x": torch.ones(3)}, tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").chmod(0)
     with pytest.raises(ModelError, match="Permission denied"):
         open_checkpoint(tmp_path)
 
 
-def test_a_folder_in_place_of_a_shard(tmp_path):
+def test_a_folder_in_place_of_a_shard_is_refused(tmp_path):
     (tmp_path / "model.safetensors").mkdir()
     with pytest.raises(ModelError, match="Is a directory"):
         open_checkpoint(tmp_path)
 
 
-def test_read_json(tmp_path):
+def test_read_json_names_the_file(tmp_path):
     file = tmp_path / "config.json"
     with pytest.raises(ModelNotFoundError):
         read_json(file)

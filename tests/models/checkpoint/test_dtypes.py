@@ -1,4 +1,4 @@
-"""The one table of dtypes, against torch; `test_checkpoint` holds names and bytes against files."""
+"""The table of dtypes against torch and the safetensors library."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from specchat.records.model import DTYPE_BYTES, Dtype
 
 
 @pytest.mark.parametrize("name", dtypes.STORED_DTYPES)
-def test_names_are_those_of_the_library(name: str):
+def test_names_and_sizes_match_torch_and_safetensors(name: str):
     dtype = dtypes.stored_torch_dtype(name)
     assert dtype.itemsize == dtypes.STORED_DTYPES[name].nbytes
     assert dtypes.stored_name(dtype) == name
@@ -22,7 +22,7 @@ def test_names_are_those_of_the_library(name: str):
     assert load(data)["x"].dtype == dtype
 
 
-def test_compute_dtypes_are_all_there():
+def test_every_compute_dtype_has_names():
     assert set(DTYPE_BYTES) == set(get_args(Dtype))
     for short, nbytes in DTYPE_BYTES.items():
         dtype = dtypes.torch_dtype(short)

@@ -1,4 +1,4 @@
-"""Tensors that transformers puts together: without its threads, and with a name for what goes wrong."""
+"""Tensors that transformers merges: no threads are started, and failures have named errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from specchat.models.hf.skeleton import Skeleton, build_skeleton
 
 @pytest.fixture(scope="module")
 def tensors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """Of a model whose experts come one by one."""
+    """Return the tensors of a checkpoint that stores experts separately."""
     folder: Path = save(random_model(make_config("mixtral")), tmp_path_factory.mktemp("model")).path
     return load_file(folder / "model.safetensors")
 
@@ -30,7 +30,7 @@ def convert(tensors: dict[str, torch.Tensor]) -> Skeleton:
 
 
 def test_no_threads_are_started(tensors: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch):
-    """Where memory is short, transformers would wait for one that died, for ever."""
+    """If memory runs out, transformers would wait forever for a thread that died."""
     monkeypatch.setattr(ThreadPoolExecutor, "submit", lambda *_: pytest.fail("a thread"))
     before = threading.active_count()
     skeleton = convert(tensors)
@@ -41,7 +41,7 @@ def test_no_threads_are_started(tensors: dict[str, torch.Tensor], monkeypatch: p
 @pytest.mark.parametrize(
     "error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to")]
 )
-def test_lack_of_memory_is_not_taken_for_damage(
+def test_lack_of_memory_is_no_corrupt_checkpoint(
     tensors: dict[str, torch.Tensor], error: Exception, monkeypatch: pytest.MonkeyPatch
 ):
     def fail(*_: object, **__: object) -> None:
@@ -52,7 +52,7 @@ def test_lack_of_memory_is_not_taken_for_damage(
         convert(tensors)
 
 
-def test_damage_is_named(tensors: dict[str, torch.Tensor]):
+def test_a_wrong_shape_is_a_corrupt_checkpoint(tensors: dict[str, torch.Tensor]):
     name = next(name for name in tensors if "experts" in name)
-    with pytest.raises(CorruptCheckpointError, match="do not fit"):
+    with pytest.raises(CorruptCheckpointError, match="do not match the configuration"):
         convert({**tensors, name: tensors[name][:-1]})

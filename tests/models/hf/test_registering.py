@@ -1,4 +1,4 @@
-"""Attention is given to skeletons as a function; nothing is registered for whoever did not ask for it."""
+"""Skeletons call the attention function that they were built with; nothing is registered on import."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ calls: list[str] = []
 
 
 def called(skeleton: Skeleton) -> set[str]:
-    """The functions above that a pass over a skeleton calls."""
+    """Return which of the functions above a pass over a skeleton calls."""
     calls.clear()
     hidden = torch.empty(1, 3, skeleton.config.hidden_size, device="meta")
     rotary = tuple(torch.empty(1, 3, skeleton.config.head_dim, device="meta") for _ in range(2))
@@ -40,8 +40,8 @@ def called(skeleton: Skeleton) -> set[str]:
     return set(calls)
 
 
-def test_every_skeleton_calls_what_it_was_given():
-    """Also after others were built from the same configuration, or from that of the first one's modules."""
+def test_every_skeleton_calls_its_own_attention_function():
+    """Other skeletons from the same configuration, or from that of the first skeleton, change nothing."""
     config = make_config("llama")
     first = build_skeleton(config, torch.float32, zeros)
     second = build_skeleton(first.config, torch.float32, ones)
@@ -66,7 +66,7 @@ def test_another_function_of_the_same_name_is_refused():
         return attention
 
     register_attention(make())
-    with pytest.raises(ValueError, match=r"two attention functions are called .*make\.<locals>\.attention"):
+    with pytest.raises(ValueError, match=r"two attention functions have the name .*make\.<locals>\.attention"):
         register_attention(make())
 
 
@@ -81,8 +81,8 @@ def test_importing_the_engine_registers_nothing():
 
 @pytest.mark.parametrize("scaling", [None, 0.3])
 @pytest.mark.parametrize("value_dim", [8, 4])
-def test_the_textbook_product_is_torchs(scaling: float | None, value_dim: int):
-    """Without cap and sink; sinks far below all scores change nothing, nor does a cap far above them."""
+def test_explicit_attention_matches_torch(scaling: float | None, value_dim: int):
+    """Also with sinks far below all scores, and with a cap far above them."""
     generator = torch.Generator().manual_seed(3)
     q, k, v = (torch.randn(*size, generator=generator) for size in ((2, 3, 5, 8), (2, 7, 8), (2, 7, value_dim)))
     mask = torch.where(torch.rand(1, 1, 5, 7, generator=generator) < 0.3, float("-inf"), 0.0)

@@ -85,7 +85,7 @@ def files_in(folder: Path) -> set[str]:
 
 
 def test_a_folder_needs_a_config(tmp_path):
-    with pytest.raises(ModelNotFoundError, match="no folder"):
+    with pytest.raises(ModelNotFoundError, match="does not exist"):
         ask(str(tmp_path / "none"))
     with pytest.raises(ModelNotFoundError, match=r"no config\.json"):
         ask(str(tmp_path))

@@ -1,4 +1,4 @@
-"""The shipped figures: right by the published counts, and by the modules that transformers builds for them."""
+"""The shipped figures of known models against published counts and the modules that transformers builds."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from specchat.models.sizes.known_specs import known_spec
 from specchat.records.model import DTYPE_BYTES, ModelSource, ModelSpec
 
 MODELS = list(known_models().values())
-# One of each kind of layer, the smallest; the others only differ in figures.
+# The smallest model of each architecture; the others only differ in figures.
 KINDS = list({model.config["model_type"]: model for model in sorted(MODELS, key=lambda m: -m.billions)}.values())
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.id)
-def test_as_many_weights_as_published(model: KnownModel):
+def test_the_number_of_weights_is_the_published_one(model: KnownModel):
     assert known_spec(model.id).num_params == pytest.approx(model.billions * 1e9, rel=0.02)
 
 
-def test_the_file_names_what_there_is():
+def test_known_models_are_valid_and_supported():
     assert len(MODELS) >= 40
     assert all(parse_model(model.id).kind == "hub" for model in MODELS)
     assert all(model.stored in ("", "awq", "bnb-4bit") for model in MODELS)
@@ -56,7 +56,7 @@ def test_a_copy_has_the_figures_of_its_original():
 
 
 class StoredAs:
-    """Lets every layer's matrices be what checkpoints of that kind come in, and the head stay as it is."""
+    """Replace every layer's matrices by those of a pre-quantized checkpoint; the head stays plain."""
 
     def __init__(self, stored: str) -> None:
         self.name, self._format = {
@@ -69,7 +69,7 @@ class StoredAs:
 
 
 def built(model: KnownModel, quant: str, layers: int, folder: Path) -> ModelSpec:
-    """What `inspect_model` finds in the modules that transformers makes of the figures."""
+    """Return what `inspect_model` finds in the modules that transformers builds from the figures."""
     figures = model.config | {"num_hidden_layers": layers}
     (folder / "config.json").write_text(json.dumps(figures))
     with pytest.MonkeyPatch.context() as patch:
@@ -93,23 +93,23 @@ def compare(model: KnownModel, quant: str, layers: int, folder: Path) -> None:
 
 
 def same_workspace(known: ModelSpec, found: ModelSpec) -> None:
-    """A pass's: never less than rehearsed; a little more is the price of arithmetic."""
-    for size, rehearsed in found.activations.items():
+    """Check that the activations of a pass are never less than profiled, and little more."""
+    for size, profiled in found.activations.items():
         ours = known.activations[size]
-        assert ours.num_masks == rehearsed.num_masks
+        assert ours.num_masks == profiled.num_masks
         for rows, keys in ((512, 8704), (512, 512), (128, 2048)):
             for place in ("outside", "entry", "layer", "head"):
-                most, least = (max(c.at(rows, keys) for c in getattr(each, place)) for each in (ours, rehearsed))
+                most, least = (max(c.at(rows, keys) for c in getattr(each, place)) for each in (ours, profiled))
                 assert least <= most <= 2.1 * least, (size, rows, keys, place)
             pass_bytes = [
                 max(c.at(rows, keys) for c in each.entry) + max(c.at(rows, keys) for c in each.layer)
-                for each in (ours, rehearsed)
+                for each in (ours, profiled)
             ]
             assert pass_bytes[0] <= 1.3 * pass_bytes[1], (size, rows, keys)
 
 
 @pytest.mark.parametrize("model", KINDS, ids=lambda model: model.config["model_type"])
-def test_the_sizes_of_every_kind_of_layer(model: KnownModel, tmp_path: Path):
+def test_the_sizes_of_every_architecture_match(model: KnownModel, tmp_path: Path):
     compare(model, "none", 2, tmp_path)
 
 
@@ -123,18 +123,18 @@ def test_the_sizes_of_every_kind_of_layer(model: KnownModel, tmp_path: Path):
         ("unsloth/Meta-Llama-3.1-8B-Instruct-bnb-4bit", "none"),
     ],
 )
-def test_the_sizes_of_quantized_layers(model_id: str, quant: str, tmp_path: Path):
+def test_the_sizes_of_quantized_layers_match(model_id: str, quant: str, tmp_path: Path):
     compare(known_models()[model_id], quant, 2, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quant", ["none", "int8", "int4"])
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.id)
-def test_the_sizes_of_every_model(model: KnownModel, quant: str, tmp_path: Path):
+def test_the_sizes_of_every_known_model_match(model: KnownModel, quant: str, tmp_path: Path):
     compare(model, "none" if model.stored else quant, 4, tmp_path)
 
 
-def test_no_torch_is_needed():
+def test_known_specs_need_no_torch():
     program = (
         "import sys; from specchat.models.sizes.known_specs import known_spec;"
         "from specchat.models.catalog.ref import parse_model;"

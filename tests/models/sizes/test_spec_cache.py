@@ -1,4 +1,4 @@
-"""Descriptions of models that are remembered are those that would be made anew, or are made anew."""
+"""Cached descriptions of models equal new ones, or are replaced."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ from specchat.records.model import ModelSource
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """An empty cache folder, and nothing remembered."""
+    """Use an empty cache folder and an empty memory."""
     monkeypatch.setenv("SPECCHAT_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(cache, "_remembered", {})
     return tmp_path / "cache" / "specs"
@@ -37,7 +37,7 @@ def forget(monkeypatch):
 
 @pytest.mark.parametrize("quant", ["none", "int4"])
 @pytest.mark.parametrize("architecture", ["llama_tied", "gemma3", "deepseek_v3"])
-def test_what_comes_back_is_what_was_made(architecture, quant, tmp_path, monkeypatch):
+def test_a_loaded_description_equals_the_saved_one(architecture, quant, tmp_path, monkeypatch):
     source = model(tmp_path, architecture)
     made = describe(source, quant)
     assert made == inspect_model(source, quant)
@@ -47,7 +47,7 @@ def test_what_comes_back_is_what_was_made(architecture, quant, tmp_path, monkeyp
     assert describe(ModelSource("other name", tmp_path), quant).name == "other name"
 
 
-def test_whatever_changes_a_description_changes_its_key(tmp_path):
+def test_the_key_changes_with_the_description(tmp_path):
     source = model(tmp_path / "a")
     keys = [cache.key_of(source, quant) for quant in ("none", "int8")]
     keys.append(cache.key_of(model(tmp_path / "b", num_hidden_layers=3), "none"))
@@ -63,7 +63,7 @@ def test_whatever_changes_a_description_changes_its_key(tmp_path):
     assert cache.key_of(ModelSource("nothing", tmp_path / "e"), "none") is None
 
 
-def test_other_code_and_other_libraries_describe_anew(tmp_path, monkeypatch):
+def test_other_versions_of_code_or_libraries_change_the_key(tmp_path, monkeypatch):
     source = model(tmp_path / "model")
     keys = [cache.key_of(source, "none")]
     monkeypatch.setattr(cache, "SPEC_VERSION", cache.SPEC_VERSION + 1)
@@ -76,8 +76,8 @@ def test_other_code_and_other_libraries_describe_anew(tmp_path, monkeypatch):
     assert len(set(keys)) == len(keys) and None not in keys
 
 
-def test_descriptions_that_change_have_another_version(tmp_path):
-    """Or else what a cache holds from before would be taken for right."""
+def test_changed_descriptions_need_another_version(tmp_path):
+    """Otherwise descriptions cached by earlier versions would be used."""
     stored, found = read_stored(), found_now(tmp_path)
     names = changed(stored, found)
     if stored["version"] == found["version"] and stored["libraries"] != found["libraries"] and names:
@@ -88,7 +88,7 @@ def test_descriptions_that_change_have_another_version(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut", "digit", "empty", "other", "absent", "folder"])
-def test_damage_is_found_and_mended(damage, tmp_path, folder, monkeypatch):
+def test_damaged_files_are_found_and_replaced(damage, tmp_path, folder, monkeypatch):
     source = model(tmp_path / "model")
     made = describe(source)
     (file,) = folder.iterdir()
@@ -112,7 +112,7 @@ def test_damage_is_found_and_mended(damage, tmp_path, folder, monkeypatch):
         assert file.read_text() == text
 
 
-def test_where_nothing_can_be_written_the_process_remembers(tmp_path, folder, monkeypatch):
+def test_an_unwritable_cache_is_replaced_by_memory(tmp_path, folder, monkeypatch):
     folder.parent.write_text("a file where the folder would be")
     source = model(tmp_path / "model")
     made = describe(source)
@@ -120,7 +120,7 @@ def test_where_nothing_can_be_written_the_process_remembers(tmp_path, folder, mo
     assert describe(source) == made
 
 
-def test_few_are_kept(tmp_path, folder, monkeypatch):
+def test_only_the_newest_files_are_kept(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(cache, "_MOST_FILES", 2)
     made = describe(model(tmp_path / "model"))
     for number in range(4):

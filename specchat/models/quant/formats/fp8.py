@@ -9,7 +9,6 @@ from torch import Tensor
 from specchat.models.quant.formats.affine import num_groups, rounded, row_pieces, scale_groups
 from specchat.models.quant.formats.base import Segment, WeightFormat
 from specchat.models.quant.kernels.chunked import Segments
-from specchat.models.quant.schemes.settings import fail_contents
 
 _PLACES = 23 - 3  # shift from an e4m3 mantissa to a float32 mantissa
 _MASK = ~0x78000000  # clears the copies of the sign bit after the shift
@@ -68,17 +67,7 @@ def widen(codes: Tensor) -> Tensor:
     return bits.view(torch.float32).mul_(_FACTOR)
 
 
-def check_numbers(module: str, codes: Tensor) -> None:
-    """Check that no value is NaN: valid checkpoints have none, and `widen` cannot convert them.
-
-    Args:
-        module: owner of `weight`, for the message.
-        codes: stored values, float8_e4m3fn [rows, cols].
-
-    Raises:
-        CorruptCheckpointError: a value is NaN.
-    """
-    bits = codes.view(torch.uint8)
-    for begin in range(0, len(bits), _CHECKED_ROWS):
-        if bool(((bits[begin : begin + _CHECKED_ROWS] & 0x7F) == 0x7F).any()):
-            fail_contents(module, "weight", "contains NaN")
+def has_nan(codes: Tensor) -> bool:
+    """Return whether any of the values, float8_e4m3fn [rows, cols], is NaN, which `widen` cannot convert."""
+    chunks = codes.view(torch.uint8).split(_CHECKED_ROWS)
+    return any(bool(((bits & 0x7F) == 0x7F).any()) for bits in chunks)

@@ -17,12 +17,13 @@ from specchat.models.checkpoint.dtypes import stored_torch_dtype
 from specchat.models.checkpoint.safetensors import TensorInfo
 from specchat.models.quant.formats.affine import MIDDLE, Affine, num_groups, unpack_nibbles
 from specchat.models.quant.formats.base import WeightFormat
-from specchat.models.quant.formats.fp8 import Fp8, check_numbers
+from specchat.models.quant.formats.fp8 import Fp8
 from specchat.models.quant.kernels.chunked import Segments
 from specchat.models.quant.schemes.gptq import copy_codes, group_order, signed
 from specchat.models.quant.schemes.settings import (
     FLOATS,
     SchemeSettings,
+    check_fp8,
     expect,
     fail_contents,
     fill,
@@ -167,7 +168,7 @@ class CompressedScheme:
         own = self._own(module)
         scales = tensors["weight_scale"]
         if own.kind == "float":
-            check_numbers(module, tensors["weight"])
+            check_fp8(module, tensors["weight"])
             segments["codes"].copy_(tensors["weight"])
             fill(segments["scales"], scales)
             return

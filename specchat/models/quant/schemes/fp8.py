@@ -9,9 +9,9 @@ from torch import Tensor
 from specchat.models.checkpoint.safetensors import TensorInfo
 from specchat.models.quant.formats.affine import num_groups
 from specchat.models.quant.formats.base import WeightFormat
-from specchat.models.quant.formats.fp8 import Fp8, check_numbers
+from specchat.models.quant.formats.fp8 import Fp8
 from specchat.models.quant.kernels.chunked import Segments
-from specchat.models.quant.schemes.settings import FLOATS, SchemeSettings, expect, fill, is_plain, refuse
+from specchat.models.quant.schemes.settings import FLOATS, SchemeSettings, check_fp8, expect, fill, is_plain, refuse
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,6 @@ class BlockFp8Scheme:
 
     def transcode(self, module: str, shape: tuple[int, int], tensors: Mapping[str, Tensor], segments: Segments) -> None:
         """Fill the segments of one matrix; see `CheckpointScheme`."""
-        check_numbers(module, tensors["weight"])
+        check_fp8(module, tensors["weight"])
         segments["codes"].copy_(tensors["weight"])
         fill(segments["scales"], tensors["weight_scale_inv"])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from specchat.errors import CorruptCheckpointError, UnsupportedModelError
 from specchat.models.checkpoint.safetensors import TensorInfo
+from specchat.models.quant.formats.fp8 import has_nan
 
 FLOATS = ("F16", "BF16", "F32")  # dtypes of scales
 _PLAIN = (*FLOATS, "F64")  # dtypes of matrices that are not quantized
@@ -175,6 +176,16 @@ def fail_contents(module: str, name: str, why: str, hint: str = _HINT) -> NoRetu
         CorruptCheckpointError: always.
     """
     raise CorruptCheckpointError(f"tensor '{module}.{name}' {why}", hint=hint)
+
+
+def check_fp8(module: str, codes: Tensor) -> None:
+    """Check that no value of a module's `weight`, float8_e4m3fn [rows, cols], is NaN: valid checkpoints have none.
+
+    Raises:
+        CorruptCheckpointError: a value is NaN.
+    """
+    if has_nan(codes):
+        fail_contents(module, "weight", "contains NaN")
 
 
 def words(bits: int, count: int) -> int:
