@@ -16,6 +16,8 @@ PACKAGE = Path(__file__).parents[1] / "specchat"
 # Files and folders that were rewritten so far, relative to the package.
 DONE = (
     "closing.py",
+    "bench/",
+    "cli/",
     "hardware/",
     "models/quant/",
     "models/catalog/",
