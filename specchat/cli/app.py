@@ -115,12 +115,7 @@ _Yes = Annotated[bool, typer.Option("--yes", help="Download without asking.")]
 
 
 def _shared_settings(config: str | None, parameters: Mapping[str, Any]) -> Settings:
-    """Return the shared settings. Flags override the environment, and the environment overrides config.toml.
-
-    Args:
-        config: value of --config, or None.
-        parameters: parameters of the command, by name.
-    """
+    """Return the shared settings. Flags override the environment, and the environment overrides config.toml."""
     file, aliases = settings.config_file(config)
     layers = [_flags(parameters, settings.SHARED_KEYS), settings.environment(), file]
     return settings.resolve(settings.SHARED_KEYS, layers, aliases)
