@@ -10,8 +10,8 @@ class SpecchatError(Exception):
     """Base of every error shown to a user.
 
     Args:
-        message: what happened and why, in one line without a final full stop.
-        hint: what to do about the error, in one line; None if there is no advice.
+        message: one line without a final full stop: what happened and why.
+        hint: one line of advice, or None.
     """
 
     def __init__(self, message: str, hint: str | None = None) -> None:

@@ -1,1 +1,1 @@
-"""Measuring: how fast it is here, why, against what, and whether the text is still exactly the target's."""
+"""Measurements of speed: its parts, comparisons with baselines, and a check that the text is the target's own."""

@@ -1,7 +1,7 @@
-"""What specchat is measured against: transformers' own `generate` over accelerate's offloading, nothing of ours in it.
+"""The offloading baseline: transformers' own `generate` with accelerate's offloading, without code of the engine.
 
-Beside `models.hf` the only module that imports transformers. It is kept apart because it uses transformers as anyone
-would, through its public functions, while everything there bends it to the engine's needs.
+Apart from `models.hf`, this is the only module that imports transformers. It uses only public functions, as any user
+would, while `models.hf` adapts transformers to the engine.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from specchat.records.model import Dtype, ModelSource
 
 @dataclass(frozen=True)
 class OffloadedAnswer:
-    """What `generate` wrote, and when.
+    """Tokens that `generate` wrote, with the times of its passes.
 
     Attributes:
-        token_ids: without the prompt.
-        pass_tokens: tokens that each pass of the target brought.
-        pass_ends_s: when they came, seconds since the call, pauses between passes left out.
+        token_ids: tokens of the answer, without the prompt.
+        pass_tokens: number of tokens that each pass of the target emitted.
+        pass_ends_s: end of each pass in seconds since the call, without the pauses between passes.
     """
 
     token_ids: tuple[int, ...]
@@ -46,9 +46,9 @@ class OffloadedAnswer:
 
 @dataclass
 class _Watch:
-    """Follows one call of `generate`: tokens as they come, and a pause before each pass that is not its time.
+    """An observer of one call of `generate`: counts tokens and excludes the pauses before passes from their time.
 
-    It is `generate`'s streamer and, by `should_stop`, one of its stopping criteria.
+    Serves as `generate`'s streamer and, through `stops`, as one of its stopping criteria.
     """
 
     before_pass: Callable[[], None] | None
@@ -60,36 +60,36 @@ class _Watch:
     pass_ends_s: list[float] = field(default_factory=list)
 
     def put(self, value: torch.Tensor) -> None:
-        """New tokens; the prompt comes first."""
+        """Record new tokens; skip the first call, which passes the prompt."""
         if self.saw_prompt:
             self.pass_tokens.append(value.numel())
             self.pass_ends_s.append(time.perf_counter() - self.begin - self.paused_s)
         self.saw_prompt = True
 
     def end(self) -> None:
-        """The answer is over."""
+        """Ignore the end of the answer."""
 
     def pause(self, *_: Any) -> None:
-        """Runs before every pass of the target."""
+        """Call `before_pass` and count its time as a pause."""
         if self.before_pass is not None:
             begin = time.perf_counter()
             self.before_pass()
             self.paused_s += time.perf_counter() - begin
 
     def stops(self, input_ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
-        """Whether to stop after this pass: bool [B]."""
+        """Return whether to stop after this pass, bool [B]."""
         return torch.full((input_ids.shape[0],), self.should_stop(), device=input_ids.device)
 
 
 class OffloadedModel(Closeable):
-    """A model whose layers accelerate fetches for every pass: from disk when it computes on the CPU, else from RAM.
+    """A model whose layers accelerate fetches for every pass: from disk if the device is the CPU, else from RAM.
 
     Args:
-        source: local files.
-        dtype: of weights and activations.
-        device: where passes run.
-        resident: indices of layers that stay there; the others are fetched.
-        draft: drafts for `generate` (assisted generation), or None.
+        source: model with local files.
+        dtype: dtype of weights and activations.
+        device: device that computes passes.
+        resident: indices of the layers that stay on the device; accelerate fetches the others.
+        draft: draft model for assisted generation, or None.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class OffloadedModel(Closeable):
         self._vocab_size: int = self._model.config.vocab_size
 
     def close(self) -> None:
-        """Lets go of the weights."""
+        """Release the weights."""
         self._model = self._draft = None
         self._folders.close()
         if self._device.type == "cuda":
@@ -120,15 +120,17 @@ class OffloadedModel(Closeable):
         before_pass: Callable[[], None] | None = None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> OffloadedAnswer:
-        """transformers' answer to a prompt; sampled with its own random numbers, so only greedy text can be compared.
+        """Answer a prompt with transformers' `generate`.
+
+        Only greedy text can be compared with specchat's, because transformers samples with its own random numbers.
 
         Args:
-            prompt_ids: all tokens so far; every call computes all of them.
-            sampling: how tokens are drawn.
-            stop_ids: tokens that end the answer and are its last.
-            max_tokens: longest answer.
-            before_pass: called before each pass of the target; its time is not counted.
-            should_stop: asked after each pass.
+            prompt_ids: all tokens of the conversation; every call computes all of them.
+            sampling: sampling of the answer.
+            stop_ids: tokens that end the answer, of which they are the last.
+            max_tokens: longest answer in tokens.
+            before_pass: function called before each pass of the target; its time is not counted.
+            should_stop: function called after each pass; True ends the answer.
         """
         torch.manual_seed(sampling.seed)
         ids = torch.tensor([list(prompt_ids)], device=self._device)
@@ -152,7 +154,7 @@ class OffloadedModel(Closeable):
 
     @torch.inference_mode()
     def measure_pass(self, num_rows: int, seed: int = 0) -> float:
-        """Seconds that one pass over random tokens takes, from an empty cache and without the head."""
+        """Return the seconds that one pass over random tokens takes, with an empty KV cache and without the head."""
         tokens = torch.randint(0, self._vocab_size, (1, num_rows), generator=torch.Generator().manual_seed(seed))
         ids = tokens.to(self._device)
         begin = time.perf_counter()
@@ -164,7 +166,7 @@ class OffloadedModel(Closeable):
 
 @contextmanager
 def _with_index(folder: Path) -> Iterator[Path]:
-    """`folder`, or links to its files beside an index where it has none: packs do without, `from_pretrained` cannot."""
+    """Yield a folder with an index: `folder` itself, or links to its files and an index, which packs lack."""
     if (folder / SINGLE_FILE).exists() or (folder / INDEX_FILE).exists():
         yield folder
         return
@@ -180,7 +182,7 @@ def _with_index(folder: Path) -> Iterator[Path]:
 
 
 def _load_offloaded(folder: Path, dtype: torch.dtype, device: str, resident: set[int]) -> Any:
-    """`from_pretrained` with a device map that keeps the same layers on the device as our own plan does."""
+    """Load a model with a device map that keeps the same layers on the device as the engine's plan."""
     skeleton = build_skeleton(load_config(folder), dtype)
     num_layers = len(skeleton.layers)
     away = "disk" if device == "cpu" else "cpu"
@@ -196,7 +198,7 @@ def _load_offloaded(folder: Path, dtype: torch.dtype, device: str, resident: set
         trust_remote_code=False,
     ).eval()
     _own_memory(model)
-    model.generation_config = hf.GenerationConfig()  # what the model's makers recommend is not what is measured
+    model.generation_config = hf.GenerationConfig()  # the settings that the model recommends are not measured
     return model
 
 
@@ -212,9 +214,9 @@ def _load_whole(source: ModelSource, dtype: torch.dtype, device: str) -> Any:
 
 @torch.no_grad()
 def _own_memory(model: Any) -> None:
-    """Makes CPU weights private memory, like ours, where they are pages of the checkpoint that are mapped.
+    """Copy mapped checkpoint pages of CPU weights into private memory, where the engine's weights are too.
 
-    Writing to a private mapping copies the page. The addresses stay, by which accelerate knows tied weights.
+    Writing to a private mapping copies the page. Addresses stay, and accelerate recognizes tied weights by them.
     """
     for parameter in model.parameters():
         if parameter.device.type == "cpu":
@@ -222,7 +224,7 @@ def _own_memory(model: Any) -> None:
 
 
 def _device_map(module: Any, layers_name: str, prefix: str, device: str) -> list[tuple[str, str]]:
-    """Everything but the layers stays: (module path, device), as few of them as possible."""
+    """Return a device map that keeps all modules but the layers on the device, with as few entries as possible."""
     entries = []
     for name, child in module.named_children():
         path = f"{prefix}{name}"
@@ -256,7 +258,7 @@ def _generation_config(sampling: Sampling, stop_ids: frozenset[int], max_tokens:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Keeps notices and bars of transformers and accelerate off stderr; they are addressed to their own users."""
+    """Silence the notices and progress bars of transformers and accelerate, which are meant for their own users."""
     from transformers.utils import logging as hf_logging
 
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()

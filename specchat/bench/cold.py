@@ -1,7 +1,7 @@
-"""Passes by themselves, in turn with raw reads of the files they stream from; cold, each from an empty page cache.
+"""Single passes in turn with raw reads of the files that they stream; cold ones begin with an empty page cache.
 
-Every other round goes backwards: a disk that has rested, or that has just been read, may be faster or slower for a
-while, and nobody is to have the better turn in all rounds.
+Every other round runs in reverse order. A disk may be faster or slower for a while after a rest or a read, so no
+system may have the better turn in all rounds.
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ from threading import Event
 
 from specchat.hardware.disk import evict, read_raw, resident_share
 
-# One pass: seconds, and bytes that it streamed where that is known (for transformers it is what ours streams).
+# Runs one pass and returns its seconds and its streamed bytes. The bytes are None if unknown, as for transformers,
+# which streams as many bytes as specchat.
 TimePass = Callable[[], tuple[float, int | None]]
 
 PAIRS = 5
 _RAW = "raw"
-RESIDENT = "resident"  # our own passes with every layer in memory: as fast as streaming can become
+RESIDENT = "resident"  # specchat's passes with every layer in memory, the limit for streaming
 
 
 @dataclass(frozen=True)
 class PassSeries:
-    """One system's passes.
+    """The passes of one system.
 
     Attributes:
-        seconds: each pass, in order.
-        streamed_bytes: by one pass.
+        seconds: time of each pass, in order.
+        streamed_bytes: bytes that one pass streams.
     """
 
     seconds: tuple[float, ...]
@@ -36,7 +37,7 @@ class PassSeries:
 
     @property
     def pass_s(self) -> float:
-        """The median pass."""
+        """Time of the median pass."""
         return statistics.median(self.seconds)
 
     @property
@@ -50,12 +51,12 @@ class PassRounds:
     """Rounds of one raw read and one pass of each system, in turn.
 
     Attributes:
-        rows: of every pass.
-        cold: every read and pass began with an empty page cache.
-        raw: the raw reads, as a series of their own.
-        raw_direct: they went past the page cache.
-        systems: by name.
-        resident_share: of the files' pages in the page cache before a pass: the most (cold) or the least seen.
+        rows: number of rows of every pass.
+        cold: whether every read and pass began with an empty page cache.
+        raw: series of raw reads.
+        raw_direct: whether raw reads went past the page cache.
+        systems: series of passes by system name.
+        resident_share: share of the files' pages in the page cache before a pass: maximum if cold, else minimum.
     """
 
     rows: int
@@ -67,19 +68,19 @@ class PassRounds:
 
     @property
     def own_over_resident(self) -> float | None:
-        """Our median pass, in passes with every layer in memory; None where there were none."""
+        """Specchat's median pass divided by that with every layer in memory, or None if the latter was not timed."""
         if RESIDENT not in self.systems:
             return None
         return next(iter(self.systems.values())).pass_s / self.systems[RESIDENT].pass_s
 
 
 @dataclass(frozen=True)
-class Files:
-    """What passes read.
+class PassFiles:
+    """The files that passes read.
 
     Attributes:
-        own: by our own; raw reads read the same.
-        every: by any system; all of these are evicted.
+        own: files that specchat's passes and the raw reads read.
+        every: files that any system reads; cold rounds evict all of these.
     """
 
     own: Sequence[Path]
@@ -87,7 +88,7 @@ class Files:
 
 
 def measure_rounds(
-    files: Files,
+    files: PassFiles,
     systems: Mapping[str, TimePass],
     *,
     rows: int,
@@ -97,17 +98,17 @@ def measure_rounds(
     report: Callable[[str], None],
     num_rounds: int = PAIRS,
 ) -> PassRounds | None:
-    """Rounds of a raw read and a pass of each system; None when interrupted.
+    """Time rounds of a raw read and a pass of each system; return None if interrupted.
 
     Args:
-        files: what passes read.
-        systems: the first is ours, and says how much it streams.
-        rows: of every pass.
-        cold: evict the files before every read and pass.
-        direct: read past the page cache.
-        cancel: checked between passes.
-        report: told what comes.
-        num_rounds: how many.
+        files: files that passes read.
+        systems: timers by system name; the first is specchat's and reports its streamed bytes.
+        rows: number of rows of every pass.
+        cold: whether to evict the files before every read and pass.
+        direct: whether raw reads go past the page cache.
+        cancel: interrupts the rounds between two passes once set.
+        report: receives a line of progress before each round.
+        num_rounds: number of rounds, without the warm-up round.
     """
     shares: list[float] = []
     seconds: dict[str, list[float]] = {name: [] for name in (_RAW, *systems)}
@@ -125,7 +126,7 @@ def measure_rounds(
 
     turns = [(_RAW, time_raw), *systems.items()]
     what = "cold passes" if cold else "passes from the page cache"
-    for number in range(-1, num_rounds):  # round -1 warms up and does not count
+    for number in range(-1, num_rounds):  # round -1 is the warm-up and is not counted
         if cancel.is_set():
             return None
         report(f"{what}, round {number + 1} of {num_rounds}")

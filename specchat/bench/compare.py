@@ -1,4 +1,4 @@
-"""Two reports side by side: what changed, and whether it is more than chance."""
+"""Comparison of two reports: the change of each figure and its significance."""
 
 import json
 import math
@@ -15,8 +15,8 @@ from specchat.errors import UsageError
 
 Runs = Mapping[tuple[Any, ...], Mapping[str, Any]]
 
-# Fewer questions cannot show a difference at this level, however large it is: of n signs, all are equal by chance in
-# 2 cases of 2^n.
+# With fewer questions no difference is significant at this level, however large: n signs are all equal by chance with
+# probability 2 / 2^n.
 SIGNIFICANCE = 0.05
 MIN_QUESTIONS = 6
 
@@ -28,30 +28,32 @@ _FIGURES: dict[str, Callable[[Mapping[str, Any]], float]] = {
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """A report as `bench --json` printed it.
+    """Read a report that `bench --json` printed.
 
     Raises:
-        UsageError: the file cannot be read, or is none.
+        UsageError: the file cannot be read or is not a report.
     """
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
         raise UsageError(
-            f"cannot read {path}: {reason}", hint="specchat bench MODEL --json > FILE makes one"
+            f"cannot read {path}: {reason}", hint="make a report with specchat bench MODEL --json > FILE"
         ) from error
     if not isinstance(report, dict) or "runs" not in report or "summary" not in report:
-        raise UsageError(f"{path} is not a report of a measurement", "specchat bench MODEL --json > FILE makes one")
+        raise UsageError(
+            f"{path} is not a report of specchat bench", "make a report with specchat bench MODEL --json > FILE"
+        )
     if report.get("schema_version") != SCHEMA_VERSION:
         raise UsageError(f"{path} has schema_version {report.get('schema_version')}, not {SCHEMA_VERSION}")
     return report
 
 
 def comparison_object(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
-    """How the second report differs from the first, over the answers to prompts that both have.
+    """Compare the second report with the first, over the prompts that both have.
 
     Raises:
-        UsageError: they have none in common.
+        UsageError: the reports have no prompt in common.
     """
     runs_a, runs_b = _by_prompt(a), _by_prompt(b)
     common = runs_a.keys() & runs_b.keys()
@@ -68,17 +70,17 @@ def comparison_object(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, A
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> Table:
-    """The comparison for people."""
+    """Return the comparison as a table."""
     rows = []
     for name, change in comparison["figures"].items():
         if change is None:
-            rows.append((name, "-", "-", "-", "-", "no answers that count"))
+            rows.append((name, "-", "-", "-", "-", "no answers counted"))
             continue
         verdict = {True: "significant", False: "may be chance", None: f"fewer than {MIN_QUESTIONS} questions"}
         cells = number(change["a"]), number(change["b"]), ratio(change), number(change["p_value"])
         rows.append((name, *cells, verdict[change["significant"]]))
     note = (
-        f"{comparison['common_answers']} answers to the same prompts, {comparison['same_output']} of them the same; "
+        f"{comparison['common_answers']} answers to the same prompts, {comparison['same_output']} of them identical; "
         f"geometric mean of paired ratios [95% interval], sign-flip test over questions; "
         f"A: {comparison['a']['command']} ({comparison['a']['created']}); "
         f"B: {comparison['b']['command']} ({comparison['b']['created']})"

@@ -1,4 +1,4 @@
-"""A report in forms for other programs and pages: Markdown, JSON lines, CSV."""
+"""Reports as Markdown, JSON lines and CSV."""
 
 import csv
 import io
@@ -28,7 +28,7 @@ _COLUMNS = (
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """All tables, what to know about them, and what to pass on with them."""
+    """Return the notes, all tables, and the facts to share with the figures."""
     parts = [f"**{note}**" for note in notes(report)]
     parts += [markdown_table(table) for table in report_tables(report)]
     parts.append("\n".join(f"- {name}: {_code(name, value)}" for name, value in share_lines(report)))
@@ -36,13 +36,13 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 
 def markdown_table(table: Table) -> str:
-    """One table with its title and note."""
+    """Return one table with its title and note."""
     lines = [f"**{table.title}**", "", _row(table.header), _row(["---"] * len(table.header)), *map(_row, table.rows)]
     return "\n".join([*lines, "", table.note] if table.note else lines)
 
 
 def json_lines(report: Mapping[str, Any]) -> str:
-    """One line for each answer of each system, and the rest of the report as the last."""
+    """Return one line for each answer of each system, and the rest of the report as the last line."""
     lines = [{"type": "run", "system": name, **run} for name, run in _all_runs(report)]
     rest = {key: value for key, value in report.items() if key != "runs"}
     rest["baselines"] = [{k: v for k, v in each.items() if k != "runs"} for each in report["baselines"]]
@@ -51,7 +51,7 @@ def json_lines(report: Mapping[str, Any]) -> str:
 
 
 def comma_separated(report: Mapping[str, Any]) -> str:
-    """One row for each answer of each system."""
+    """Return one CSV row for each answer of each system."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(_COLUMNS)
@@ -68,7 +68,7 @@ def _all_runs(report: Mapping[str, Any]) -> Iterable[tuple[str, Mapping[str, Any
 
 
 def _flat(run: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's figures in one dict: ours have them in groups, as `run --json` prints them."""
+    """Return a run's figures without the groups in which `run --json` prints specchat's own."""
     flat = {**run, **run.get("timings", {})}
     flat["steps"] = run["speculation"]["steps"] if "speculation" in run else run["steps"]
     flat["tokens"] = len(run["token_ids"])

@@ -1,4 +1,7 @@
-"""What generating takes beside weights, and how fast it is, from point to point of a sweep (arXiv 2506.01986)."""
+"""Generation memory against speed over the points of a sweep (SpecMemo, arXiv 2506.01986).
+
+Generation memory is all device memory except the weights.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +15,17 @@ from specchat.bench.report import Outcome
 
 @dataclass(frozen=True)
 class CountedOutcome(Outcome):
-    """An outcome with its memory counted.
+    """An outcome with its generation memory.
 
     Attributes:
-        generation_peak_bytes: the most that a short answer took beside weights, or None if that was not counted.
+        generation_peak_bytes: peak generation memory of a short answer, or None if it was not counted.
     """
 
     generation_peak_bytes: int | None = None
 
 
 def generation_object(outcome: CountedOutcome, first: CountedOutcome) -> dict[str, Any]:
-    """A point's generation memory and speed, beside those of the first one."""
+    """Return a point's generation memory and speed, with their ratios to the first point's."""
     ours, theirs = outcome.measurement.of(OWN), first.measurement.of(OWN)
     speed = summary.speedup(ours, theirs)
     return {

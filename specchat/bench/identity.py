@@ -1,4 +1,4 @@
-"""Whether a baseline wrote the same tokens, and where it first did not."""
+"""Comparison of a baseline's tokens with specchat's, with the first difference of each answer."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -7,25 +7,25 @@ from specchat.bench.records import Run
 from specchat.records.generation import Sampling
 from specchat.records.model import Dtype
 
-# (tokens before, how the next is drawn) -> (margin of the best token over the second, largest score).
-Margin = Callable[[tuple[int, ...], Sampling], tuple[float, float]]
+# (context tokens, sampling) -> (margin of the next token's best score over the second best, largest score).
+MarginFunction = Callable[[tuple[int, ...], Sampling], tuple[float, float]]
 
-# Scores closer than this share of the largest score may change places when another batch shape changes the rounding:
-# float32 as in the tests of the engine; 16-bit from the type's own step, which a pass takes several times.
+# Scores closer than this share of the largest score may swap their order, because another batch shape rounds otherwise.
+# float32: as in the tests of the engine. 16-bit: four times the rounding error, because a pass rounds several times.
 _NEAR_TIE: dict[Dtype, float] = {"fp32": 1e-5, "fp16": 4 * 2.0**-11, "bf16": 4 * 2.0**-8}
 _NEAR_TIE_FLOOR = 1e-4
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The first token that two answers to one prompt do not share.
+    """The first difference of two answers to one prompt.
 
     Attributes:
-        question_id, turn, temperature: which prompt.
-        index: of the token in the answer, from 0.
-        own, other: the two tokens; None where an answer had ended.
-        margin: how far the target's best token is ahead of the second there.
-        near_tie: whether rounding alone may have decided.
+        question_id, turn, temperature: identity of the prompt.
+        index: position of the first different token in the answer, from 0.
+        own, other: two different tokens; None if that answer had ended.
+        margin: score of the target's best token minus that of the second best.
+        near_tie: whether rounding may explain the difference.
     """
 
     question_id: str
@@ -40,12 +40,12 @@ class Difference:
 
 @dataclass(frozen=True)
 class Identity:
-    """How two systems' texts compare.
+    """The result of comparing two systems' texts.
 
     Attributes:
-        answers: compared.
-        tokens: in them.
-        differences: one for each answer that differs.
+        answers: number of compared answers.
+        tokens: number of tokens in the compared answers.
+        differences: first difference of each answer that differs.
     """
 
     answers: int
@@ -54,19 +54,21 @@ class Identity:
 
     @property
     def identical(self) -> bool | None:
-        """Whether all are; None if nothing could be compared."""
+        """Whether all answers are identical; None if no answers were compared."""
         return not self.differences if self.answers else None
 
 
-def compare(ours: Iterable[Run], theirs: Iterable[Run], *, keyed: bool, dtype: Dtype, margin: Margin) -> Identity:
-    """Compares answers to the same prompts.
+def compare(
+    ours: Iterable[Run], theirs: Iterable[Run], *, keyed: bool, dtype: Dtype, margin: MarginFunction
+) -> Identity:
+    """Compare the answers of two systems to the same prompts.
 
     Args:
-        ours: runs of one system.
-        theirs: runs of another.
-        keyed: both draw by seed and position, so sampled answers are compared, too; else only greedy ones.
-        dtype: decides what a near-tie is.
-        margin: asked once for each difference.
+        ours: runs of specchat.
+        theirs: runs of the other system.
+        keyed: whether both sample by seed and position. If not, only greedy answers are compared.
+        dtype: dtype of the computation, which sets the size of a near-tie.
+        margin: function that returns the margin at a difference; called once for each difference.
     """
     base = {(run.prompt, run.repeat): run for run in theirs}
     pairs = [
@@ -79,7 +81,7 @@ def compare(ours: Iterable[Run], theirs: Iterable[Run], *, keyed: bool, dtype: D
     return Identity(len(pairs), num_tokens, tuple(difference for difference in found if difference is not None))
 
 
-def _difference(own: Run, other: Run, dtype: Dtype, margin: Margin) -> Difference | None:
+def _difference(own: Run, other: Run, dtype: Dtype, margin: MarginFunction) -> Difference | None:
     a, b = own.answer.token_ids, other.answer.token_ids
     if a == b:
         return None

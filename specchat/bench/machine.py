@@ -1,4 +1,4 @@
-"""Where a measurement was made: hardware and versions, as far as they bear on speed."""
+"""The machine and the library versions of a measurement, as far as they affect speed."""
 
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -12,10 +12,10 @@ _PACKAGES = ("torch", "transformers", "accelerate", "safetensors")
 
 
 def machine_object(device: str) -> dict[str, Any]:
-    """The machine as `probe --json` has it, without GPUs that were not used, and without the name of a user's folder.
+    """Return the machine as in `probe --json`, without unused GPUs and without the user's folder.
 
     Args:
-        device: "cpu" or "cuda:N", where passes run.
+        device: device that computes passes, "cpu" or "cuda:N".
     """
     machine = report.machine_object(find_hardware(cache_folder()))
     del machine["disk"]
@@ -25,7 +25,7 @@ def machine_object(device: str) -> dict[str, Any]:
 
 
 def versions_object() -> dict[str, str]:
-    """Our own version and those of the libraries that compute."""
+    """Return the versions of specchat and of the libraries that compute."""
     found = {"specchat": __version__}
     for name in _PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""One plan measured from loading to figures."""
+"""The measurement of one plan, from loading to the outcome."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from threading import Event
 from typing import TYPE_CHECKING
 
 from specchat.bench import identity, setup
-from specchat.bench.cold import PAIRS, Files, PassRounds, measure_rounds
+from specchat.bench.cold import PAIRS, PassFiles, PassRounds, measure_rounds
 from specchat.bench.generation import CountedOutcome
 from specchat.bench.prompts import Question
-from specchat.bench.records import OWN, Measurement, Settings
+from specchat.bench.records import OWN, BenchSettings, Measurement
 from specchat.bench.report import Baseline
 from specchat.bench.runner import Progress, Runner
 from specchat.bench.systems import System
@@ -31,31 +31,31 @@ if TYPE_CHECKING:
     from specchat.models.hf.tokenizer import Tokenizer
     from specchat.models.packs.pack import Pack
 
-# Rows of a pass by itself when there is no tree to take the number from.
+# Rows of a single pass if the plan has no tree.
 _DEFAULT_ROWS = 64
-# Enough to know a disk's rate by; a large model's files take minutes to read.
+# Enough bytes to measure a disk's rate; reading all files of a large model takes minutes.
 _LINK_BYTES = 2 * GIB
 _SPARE_RAM_BYTES = 4 * GIB
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be measured.
+    """The plan, the questions and the conditions of one measurement.
 
     Attributes:
-        plan: of the engine.
-        target, draft: the models.
-        tokenizer: the target's.
+        plan: plan of the engine.
+        target, draft: models; the draft may be None.
+        tokenizer: tokenizer of the target.
         stop_ids: tokens that end an answer.
-        questions: to be asked.
-        settings: how.
-        baselines: names.
-        cold: every pass starts from an empty page cache.
-        passes: passes by themselves are measured, too.
-        packs: packs of target and draft, None where a model's own files are read.
-        files: what passes read.
-        warn: told what the system refused.
-        counts_memory: what generating takes beside weights is counted in one answer that is not timed.
+        questions: questions to ask.
+        settings: settings of the measurement.
+        baselines: names of the baselines.
+        cold: whether every pass starts with an empty page cache.
+        passes: whether to time single passes too.
+        packs: packs of target and draft; None for a model whose own files are read.
+        files: files that passes read.
+        warn: receives one-line warnings.
+        counts_memory: whether to count generation memory in one answer that is not timed.
     """
 
     plan: Plan
@@ -64,23 +64,23 @@ class Job:
     tokenizer: Tokenizer
     stop_ids: frozenset[int]
     questions: Sequence[Question]
-    settings: Settings
+    settings: BenchSettings
     baselines: Sequence[str]
     cold: bool
     passes: bool
     packs: tuple[Pack | None, Pack | None]
-    files: Files
+    files: PassFiles
     warn: Callable[[str], None]
     counts_memory: bool = False
 
     @property
     def reads_past_cache(self) -> bool:
-        """Whether our own passes read the disk itself."""
+        """Whether specchat's passes read the disk past the page cache."""
         return "disk" in self.plan.placement.tiers and self.packs[0] is not None
 
 
 def measure(job: Job, cancel: Event, report: Callable[[Progress], None]) -> CountedOutcome:
-    """Loads everything, asks everything, compares, and lets go of everything."""
+    """Load the systems, ask all questions, compare the answers, time single passes, and unload."""
 
     def say(what: str) -> None:
         report(Progress(0, 0, None, what))
@@ -113,27 +113,27 @@ def measure(job: Job, cancel: Event, report: Callable[[Progress], None]) -> Coun
         warn=job.warn,
     ) as loaded:
         runner = make_runner(loaded.systems)
-        generation_peak_bytes = _warmed_up(runner, loaded, job)
+        generation_peak_bytes = _warm_up(runner, loaded, job)
         measurement = runner.run(job.questions)
         _check_not_empty(measurement, job)
-        baselines = tuple(_compared(loaded, system, measurement, job.plan) for system in loaded.systems[1:])
+        baselines = tuple(_compare(loaded, system, measurement, job.plan) for system in loaded.systems[1:])
         passes = _passes(job, loaded, cancel, say) if job.passes else None
         pack = _pack_for_page_cache(job)
         page_cache = None if pack is None else _page_cache_passes(job, pack, loaded, cancel, say)
-        is_there = {
+        is_complete = {
             "answers": not measurement.partial,
-            "cold passes" if job.cold else "passes by themselves": passes is not None or not job.passes,
+            "cold passes" if job.cold else "single passes": passes is not None or not job.passes,
             "passes from the page cache": page_cache is not None or pack is None,
         }
         return CountedOutcome(
             plan=job.plan,
             load_s=loaded.engine.load_s,
             measurement=replace(
-                measurement, missing=tuple(what for what, has_come in is_there.items() if not has_come)
+                measurement, missing=tuple(what for what, complete in is_complete.items() if not complete)
             ),
             baselines=baselines,
             memory=loaded.memory(),
-            link_bytes_per_s=passes.raw.bytes_per_s if passes is not None else _link(job),
+            link_bytes_per_s=passes.raw.bytes_per_s if passes is not None else _link_rate(job),
             disk_passes=passes,
             page_cache_passes=page_cache,
             generation_peak_bytes=generation_peak_bytes,
@@ -141,14 +141,14 @@ def measure(job: Job, cancel: Event, report: Callable[[Progress], None]) -> Coun
 
 
 def _passes_after(job: Job) -> dict[str, int]:
-    """Passes of each system that follow the answers, our own standing for as long raw reads as well; at the most."""
+    """Return the most single passes of each system after the answers; a raw read counts as a pass of specchat."""
     kinds = (2 if _pack_for_page_cache(job) is not None else 1) if job.passes else 0
     rounds = kinds * (PAIRS + 1)
     return {OWN: 2 * rounds} | ({"accelerate": rounds} if "accelerate" in job.baselines else {})
 
 
-def _warmed_up(runner: Runner, loaded: setup.Loaded, job: Job) -> int | None:
-    """Asks what is not timed; what that took beside weights, if it is to be counted."""
+def _warm_up(runner: Runner, loaded: setup.LoadedSystems, job: Job) -> int | None:
+    """Ask for one short answer of each system; return its peak generation memory in bytes if the job counts it."""
     if not job.counts_memory:
         runner.warm_up(job.questions[0])
         return None
@@ -164,7 +164,7 @@ def _check_not_empty(measurement: Measurement, job: Job) -> None:
         raise PromptTooLongError(
             f"none of the {len(job.questions)} questions fits into the context of {job.plan.work.ctx} tokens "
             f"with an answer of {job.settings.max_tokens}",
-            hint="a larger --ctx, a smaller --max-tokens, or other --prompts",
+            hint="use a larger --ctx, a smaller --max-tokens, or other --prompts",
         )
 
 
@@ -172,8 +172,8 @@ def _evict(files: Sequence[Path]) -> None:
     evict(files)
 
 
-def _link(job: Job) -> float | None:
-    """What the link gives alone: on the CPU what merely reading some of the weights does, else what a probe found."""
+def _link_rate(job: Job) -> float | None:
+    """Return the link's own rate in bytes/s: raw reads of some weights on the CPU, else the rate of the last probe."""
     plan = job.plan
     if not plan.placement.streamed:
         return None
@@ -190,9 +190,9 @@ def _link(job: Job) -> float | None:
 
 
 def probed_link(plan: Plan, measured: Measured | None) -> float | None:
-    """Bytes/s to a GPU from where the streamed layers lie, as the last `specchat probe` measured them.
+    """Return the host-to-device rate for the streamed layers in bytes/s, as the last `specchat probe` measured it.
 
-    None before any probe, and for layers that come from the disk first: no single rate is theirs.
+    Return None before any probe, and for layers that come from disk, because they have no single rate.
     """
     if measured is None or "disk" in plan.placement.tiers:
         return None
@@ -200,7 +200,7 @@ def probed_link(plan: Plan, measured: Measured | None) -> float | None:
     return links.h2d_pageable_bytes_per_s if measured.pinning_works is False else links.h2d_pinned_bytes_per_s
 
 
-def _compared(loaded: setup.Loaded, system: System, measurement: Measurement, plan: Plan) -> Baseline:
+def _compare(loaded: setup.LoadedSystems, system: System, measurement: Measurement, plan: Plan) -> Baseline:
     found = identity.compare(
         measurement.of(OWN),
         measurement.of(system.name),
@@ -211,8 +211,8 @@ def _compared(loaded: setup.Loaded, system: System, measurement: Measurement, pl
     return Baseline(system.name, found)
 
 
-def _passes(job: Job, loaded: setup.Loaded, cancel: Event, say: Callable[[str], None]) -> PassRounds | None:
-    """Rounds of passes; None when interrupted."""
+def _passes(job: Job, loaded: setup.LoadedSystems, cancel: Event, say: Callable[[str], None]) -> PassRounds | None:
+    """Time rounds of single passes; return None if interrupted."""
     rows = job.plan.work.tree_budget or _DEFAULT_ROWS
     return measure_rounds(
         job.files,
@@ -226,18 +226,18 @@ def _passes(job: Job, loaded: setup.Loaded, cancel: Event, say: Callable[[str], 
 
 
 def _pack_for_page_cache(job: Job) -> Pack | None:
-    """What cold passes are followed by passes from the page cache of; None for no such passes.
+    """Return the pack whose passes are also timed from the page cache, or None.
 
-    Without --cold the passes are such already, and memory must have room for the weights in the cache and beside it.
+    Without --cold, passes already read the page cache. Memory must hold the weights twice: in the cache and outside.
     """
     pack = job.packs[0]
     return pack if job.cold and pack is not None and _has_room(pack) else None
 
 
 def _page_cache_passes(
-    job: Job, pack: Pack, loaded: setup.Loaded, cancel: Event, say: Callable[[str], None]
+    job: Job, pack: Pack, loaded: setup.LoadedSystems, cancel: Event, say: Callable[[str], None]
 ) -> PassRounds | None:
-    """The same passes from the page cache, beside ones with every layer in memory; None when interrupted."""
+    """Time passes from the page cache and passes with every layer in memory; return None if interrupted."""
     if cancel.is_set():
         return None
     rows = job.plan.work.tree_budget or _DEFAULT_ROWS
@@ -247,5 +247,5 @@ def _page_cache_passes(
 
 
 def _has_room(pack: Pack) -> bool:
-    """Whether memory holds the weights twice, in the page cache and beside it, and a reserve for everything else."""
+    """Return whether memory holds the weights twice, in the page cache and outside, with a reserve for the rest."""
     return 2 * pack.nbytes + _SPARE_RAM_BYTES <= available_ram_bytes()

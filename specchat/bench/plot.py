@@ -1,6 +1,6 @@
-"""A sweep as a picture: speed, and the two figures that make it, over the option that was varied.
+"""Plots of sweeps: speed, tokens per pass and seconds per pass over the swept option.
 
-Over the tree budget it is SpecExec's curve (arXiv 2406.02532), over device memory SpecMemo's (arXiv 2506.01986).
+Over the tree budget this is SpecExec's curve (arXiv 2406.02532), over generation memory SpecMemo's (arXiv 2506.01986).
 """
 
 from __future__ import annotations
@@ -22,41 +22,41 @@ FORMATS = ("svg", "png")
 
 _AXES = {
     "tree-budget": "tree budget (nodes)",
-    "vram": "device memory budget",  # the values are typed with their units
+    "vram": "device memory budget",  # its values include their units
     "ctx": "context (tokens)",
     "slots": "slots (layers)",
     "draft": "draft",
-    "quant": "weights stored as",
+    "quant": "quantization",
     "memory": "memory without weights (MiB)",
 }
-_DOUBLING = ("tree-budget", "ctx", "memory")  # shown so that each doubling is as wide
-_KINDS = ("draft", "quant")  # have no order, so no line leads from one to the next
+_DOUBLING = ("tree-budget", "ctx", "memory")  # options with a logarithmic axis
+_KINDS = ("draft", "quant")  # options without an order: no line joins their points
 _MARKS = ("o", "s", "^", "d")
 _LINES = ("-", "--", ":", "-.")
-_APART = 0.06  # of two temperatures at the same kind
+_APART = 0.06  # horizontal distance of two temperatures at one value
 _CAP_POINTS = 3
-_TITLE_WIDTH = 72  # names of shapes are long, and have no spaces
+_TITLE_WIDTH = 72  # names of shapes are long and have no spaces
 _INCHES = (6.4, 8.0)
 _DOTS_PER_INCH = 150
 
 
 def check_plot(path: Path) -> None:
-    """Refuses a picture that could not be drawn in the end, before anything is measured.
+    """Refuse a plot that cannot be written, before anything is measured.
 
     Raises:
-        UsageError: neither .svg nor .png, or in no folder.
+        UsageError: the file is neither .svg nor .png, or its folder does not exist.
         NotAvailableError: matplotlib is not installed.
     """
     if path.suffix[1:].lower() not in FORMATS:
         raise UsageError(f"--plot draws .svg or .png, not '{path.name}'")
     if not path.absolute().parent.is_dir():
-        raise UsageError(f"--plot cannot write {path}: there is no folder {path.parent}")
+        raise UsageError(f"--plot cannot write {path}: the folder {path.parent} does not exist")
     if find_spec("matplotlib") is None:
-        raise NotAvailableError("--plot needs matplotlib, which is not installed", "pip install 'specchat[plot]'")
+        raise NotAvailableError("--plot needs matplotlib, which is not installed", "run pip install 'specchat[plot]'")
 
 
 def plot_sweep(report: Mapping[str, Any], path: Path) -> None:
-    """Draws a report's sweep into a file; the ending of its name says in what form.
+    """Draw a report's sweep into a file, in the format of its suffix.
 
     Raises:
         SpecchatError: the file cannot be written.
@@ -76,14 +76,14 @@ def plot_sweep(report: Mapping[str, Any], path: Path) -> None:
     speed.legend(frameon=False)
     figure.suptitle(_title(report), fontsize="medium", x=0.01, ha="left")
     try:
-        with rc_context({"svg.fonttype": "none"}):  # words stay words, to be found and read out
+        with rc_context({"svg.fonttype": "none"}):  # text stays text, for search and screen readers
             figure.savefig(path)
     except OSError as error:
         raise SpecchatError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _places(sweep: Mapping[str, Any]) -> list[float]:
-    """Where each value stands on the axis."""
+    """Return the position of each value on the axis."""
     points = sweep["points"]
     match sweep["option"]:
         case "vram":
@@ -98,7 +98,7 @@ def _places(sweep: Mapping[str, Any]) -> list[float]:
 
 
 def _draw(axes: Axes, sweep: Mapping[str, Any], places: Sequence[float], key: str, label: str) -> None:
-    """One figure over the option, a line for each temperature, with the standard deviation over answers."""
+    """Draw one figure over the option: a line for each temperature, with the standard deviation over answers."""
     entries = [point["summary"]["by_temperature"] for point in sweep["points"]]
     temperatures = sorted({entry["temperature"] for point in entries for entry in point})
     is_kind = sweep["option"] in _KINDS
@@ -124,11 +124,11 @@ def _mean_and_sd(figure: Mapping[str, Any] | float | None) -> tuple[float | None
 
 
 def _mark_values(axes: Axes, sweep: Mapping[str, Any], places: Sequence[float]) -> None:
-    """The values that were measured, as they were typed, and nothing between them."""
+    """Label the axis with the measured values as they were typed, and with nothing between them."""
     if sweep["option"] in _DOUBLING:
         axes.set_xscale("log", base=2)
     labels = [point["value"] for point in sweep["points"]]
-    if sweep["option"] == "memory":  # far more of it for large trees than for small ones, whose labels stand close
+    if sweep["option"] == "memory":  # large trees need far more, so the labels of small ones are close
         labels = [f"{place:,.0f} ({label})" for place, label in zip(places, labels, strict=True)]
         axes.tick_params(axis="x", rotation=60)
     axes.set_xticks(places, labels)

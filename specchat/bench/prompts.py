@@ -1,4 +1,4 @@
-"""What the bench asks: questions of our own writing, or a file in MT-Bench's form."""
+"""The questions of the bench: built-in ones, or a file in MT-Bench's format."""
 
 import json
 from dataclasses import dataclass
@@ -7,17 +7,17 @@ from typing import Any
 
 from specchat.errors import UsageError
 
-_FORM = 'each line is an object such as {"question_id": 1, "category": "math", "turns": ["...", "..."]}'
+_FORM = 'write one object per line, such as {"question_id": 1, "category": "math", "turns": ["...", "..."]}'
 
 
 @dataclass(frozen=True)
 class Question:
-    """One conversation to be held.
+    """The user's side of one conversation.
 
     Attributes:
-        question_id: names it, across runs and files.
-        category: what kind of answer it wants.
-        turns: the user's messages, in order.
+        question_id: name of the question, the same across runs and files.
+        category: kind of question, for example "math".
+        turns: messages of the user, in order.
     """
 
     question_id: str
@@ -97,13 +97,13 @@ BUILT_IN = (
 
 
 def read_questions(path: Path) -> tuple[Question, ...]:
-    """The questions in a JSONL file of MT-Bench's form; other keys are ignored.
+    """Read questions from a JSONL file in MT-Bench's format.
 
     Args:
-        path: one object a line: question_id, category, turns.
+        path: file with one object per line: question_id, category, turns. Other keys are ignored.
 
     Raises:
-        UsageError: the file cannot be read, has no questions, or a line is not one.
+        UsageError: the file cannot be read, has no questions, or has an invalid line.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -112,11 +112,13 @@ def read_questions(path: Path) -> tuple[Question, ...]:
         raise UsageError(f"--prompts cannot read {path}: {reason}") from error
     questions = tuple(_question(path, i, line) for i, line in enumerate(lines, start=1) if line.strip())
     if not questions:
-        raise UsageError(f"{path} has no questions in it", hint=_FORM)
+        raise UsageError(f"{path} has no questions", hint=_FORM)
     seen = [question.question_id for question in questions]
     twice = next((name for name in seen if seen.count(name) > 1), None)
     if twice is not None:
-        raise UsageError(f"{path} has two questions with the question_id {twice}", hint="each needs its own")
+        raise UsageError(
+            f"{path} has two questions with the question_id {twice}", hint="give each question its own question_id"
+        )
     return questions
 
 
@@ -129,7 +131,7 @@ def _question(path: Path, number: int, line: str) -> Question:
         raise UsageError(f"{path} line {number} is not an object", hint=_FORM)
     for key, is_right in (("question_id", _is_id), ("category", _is_text), ("turns", _are_turns)):
         if not is_right(values.get(key)):
-            raise UsageError(f"{path} line {number} has no usable {key}", hint=_FORM)
+            raise UsageError(f"{path} line {number} has no valid {key}", hint=_FORM)
     return Question(str(values["question_id"]), values["category"], tuple(values["turns"]))
 
 

@@ -1,4 +1,4 @@
-"""`python -m specchat.bench.readme docs/measured.md A.json ...`: write the figures of reports into a page.
+"""`python -m specchat.bench.readme docs/measured.md A.json ...` writes the tables of reports into a page.
 
 The text between two marks is replaced. Sweeps have their own section. A section without a report stays unchanged.
 """
@@ -31,7 +31,7 @@ def with_measured(page: str, sections: Sequence[str], begin_mark: str = BEGIN, e
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Rewrite the page, the first argument, with the reports, the other arguments."""
+    """Write reports into a page; the first argument is the page, the others are the reports."""
     page = Path(arguments[0])
     text = page.read_text(encoding="utf-8")
     reports = [read_report(Path(name)) for name in arguments[1:]]

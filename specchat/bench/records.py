@@ -1,25 +1,25 @@
-"""What a measurement consists of: requests, answers, and the runs that hold both."""
+"""Records of a measurement: requests, answers, and the runs that hold both."""
 
 from dataclasses import dataclass
 
 from specchat.bench.prompts import Question
 from specchat.records.generation import FinishReason, Sampling, Step
 
-OWN = "specchat"  # the system that is measured; the others are what it is compared with
+OWN = "specchat"  # the measured system; the others are its baselines
 MIN_DISTINCT = 0.5
 _GRAM = 4
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How a measurement is made.
+class BenchSettings:
+    """Settings of a measurement.
 
     Attributes:
-        temperatures: each question is answered at each; 0 is greedy.
-        max_tokens: longest answer.
-        repeats: how often everything is done.
-        seed: of all draws.
-        time_box_s: after this time, shared among the repeats, no further question is begun; None for no limit.
+        temperatures: temperatures at which each question is answered; 0 is greedy.
+        max_tokens: longest answer in tokens.
+        repeats: number of repetitions of all questions.
+        seed: seed of the sampling.
+        time_box_s: time in seconds, shared among the repeats, after which no question begins; None for no limit.
     """
 
     temperatures: tuple[float, ...] = (0.0, 0.7)
@@ -31,13 +31,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt, as every system gets it.
+    """One prompt with its limits, the same for every system.
 
     Attributes:
-        prompt_ids: the conversation so far, in tokens.
-        sampling: how tokens are drawn.
+        prompt_ids: tokens of the conversation so far.
+        sampling: sampling of the answer.
         stop_ids: tokens that end an answer.
-        max_tokens: longest answer.
+        max_tokens: longest answer in tokens.
     """
 
     prompt_ids: tuple[int, ...]
@@ -47,18 +47,18 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a system wrote, and what it took; times leave out what the bench itself does between passes.
+class AnswerRecord:
+    """An answer of one system with its times, which exclude the bench's own work between passes.
 
     Attributes:
-        token_ids: the stop token included.
-        finish_reason: why it ended.
-        ttft_s: from the request to the first token: prefill and first step.
-        decode_s: from the first token to the last.
-        num_passes: passes of the target that brought tokens.
-        first_tokens: tokens that the first of them brought.
-        cached_tokens: prompt tokens that needed no computing.
-        steps: the engine's records of its passes; empty for systems that are not ours.
+        token_ids: tokens of the answer, including the stop token.
+        finish_reason: reason for the end of the answer.
+        ttft_s: seconds from the request to the first token: prefill and first step.
+        decode_s: seconds from the first token to the last.
+        num_passes: number of target passes that emitted tokens.
+        first_tokens: number of tokens that the first of these passes emitted.
+        cached_tokens: number of prompt tokens that were in the KV cache.
+        steps: step records of the engine; empty for other systems.
     """
 
     token_ids: tuple[int, ...]
@@ -72,22 +72,22 @@ class Answer:
 
     @property
     def total_s(self) -> float:
-        """From the request to the last token."""
+        """Seconds from the request to the last token."""
         return self.ttft_s + self.decode_s
 
     @property
     def tok_per_s(self) -> float:
-        """Tokens of the answer per second, prefill included."""
+        """Tokens of the answer per second, including prefill."""
         return len(self.token_ids) / self.total_s
 
     @property
     def decode_tok_per_s(self) -> float | None:
-        """Tokens after those of the first pass, per second after it; None if there are none."""
+        """Tokens per second after the first pass; None if there was only one."""
         return (len(self.token_ids) - self.first_tokens) / self.decode_s if self.decode_s > 0 else None
 
     @property
     def tokens_per_step(self) -> float:
-        """Tokens that a pass of the target brought."""
+        """Mean number of tokens that a target pass emitted."""
         return len(self.token_ids) / self.num_passes
 
 
@@ -96,13 +96,14 @@ class Run:
     """One answer of one system to one turn.
 
     Attributes:
-        system: `OWN` or a baseline's name.
-        question: what was asked.
-        turn: which of its turns, from 1.
-        repeat: from 1.
-        sampling: how it was drawn.
-        prompt_ids: the conversation up to it, in tokens.
-        text: the answer without special tokens.
+        system: `OWN` or name of a baseline.
+        question: question of this conversation.
+        turn: number of the turn, from 1.
+        repeat: number of the repetition, from 1.
+        sampling: sampling of the answer.
+        prompt_ids: tokens of the conversation before the answer.
+        answer: tokens and times of the answer.
+        text: text of the answer without special tokens.
     """
 
     system: str
@@ -111,43 +112,43 @@ class Run:
     repeat: int
     sampling: Sampling
     prompt_ids: tuple[int, ...]
-    answer: Answer
+    answer: AnswerRecord
     text: str
 
     @property
     def temperature(self) -> float:
-        """0 is greedy."""
+        """Temperature of the sampling; 0 is greedy."""
         return self.sampling.temperature
 
     @property
     def prompt(self) -> tuple[str, int, float]:
-        """What two runs have in common when they answer the same: question, turn, temperature."""
+        """Question, turn and temperature, by which the runs of two systems are paired."""
         return self.question.question_id, self.turn, self.temperature
 
     @property
     def distinct_4gram(self) -> float:
-        """Different sequences of four tokens among all of the answer's; 1 for answers shorter than that."""
+        """Share of distinct 4-grams among all of the answer's 4-grams; 1 for answers of fewer than four tokens."""
         ids = self.answer.token_ids
         grams = [ids[i : i + _GRAM] for i in range(len(ids) - _GRAM + 1)]
         return len(set(grams)) / len(grams) if grams else 1.0
 
     @property
     def counted(self) -> bool:
-        """Whether it goes into means: a text that repeats itself is easy to guess, and says nothing of real ones."""
+        """Whether the run counts in means. Repetitive text does not, because it is too easy to guess."""
         return self.distinct_4gram >= MIN_DISTINCT
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Everything that was answered.
+    """All runs of a measurement, and what was left out.
 
     Attributes:
-        runs: of all systems, in order of time.
-        num_questions: that were asked.
-        too_long: turns left out because the context has no room for them.
-        not_begun: questions left out because the time was over.
-        partial: it was interrupted.
-        missing: everything that an interruption left out, in words.
+        runs: runs of all systems, in order of time.
+        num_questions: number of questions that were asked.
+        too_long: number of turns left out because they do not fit into the context.
+        not_begun: number of questions left out because the time limit was reached.
+        partial: whether the answers were interrupted.
+        missing: names of the parts that an interruption left out.
     """
 
     runs: tuple[Run, ...]
@@ -158,5 +159,5 @@ class Measurement:
     missing: tuple[str, ...] = ()
 
     def of(self, system: str) -> tuple[Run, ...]:
-        """The runs of one system."""
+        """Return the runs of one system."""
         return tuple(run for run in self.runs if run.system == system)

@@ -1,4 +1,4 @@
-"""The JSON of `bench --json`, built from a measurement. Bytes, seconds, raw numbers; `schema.json` describes it."""
+"""The JSON of `bench --json`, in bytes, seconds and unrounded values; `schema.json` describes it."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Any
 from specchat.bench import summary
 from specchat.bench.cold import PassRounds
 from specchat.bench.identity import Identity
-from specchat.bench.records import OWN, Measurement, Run, Settings
+from specchat.bench.records import OWN, BenchSettings, Measurement, Run
 from specchat.chat.answer import Speculation, Timings, Turn, Usage
 from specchat.chat.result import SCHEMA_VERSION, plan_object, run_object
 from specchat.records.chat import Message
 from specchat.records.model import ModelSource
 from specchat.records.plan import MemoryReport, Plan
 
-# What `summary.predict` goes by.
+# Describes `summary.predict`.
 PREDICTION_BASIS = (
-    "this run's link rate, computing time and tokens per pass: the slower of the first two, then the rest"
+    "the longer of streaming at the link's own rate and computing, plus drafting, head and host time of this run"
 )
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """A baseline's name, and how its texts compare with ours."""
+    """A baseline's name, and the comparison of its texts with specchat's."""
 
     name: str
     identity: Identity
@@ -32,17 +32,17 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Everything that one plan's measurement led to.
+    """All results of one plan's measurement.
 
     Attributes:
-        plan: it ran under.
-        load_s: loading the models.
-        measurement: the answers.
-        baselines: in the order they ran.
-        memory: our own, without the baselines'.
-        link_bytes_per_s: what the link gives when nothing else is done, or None if that was not measured.
-        disk_passes: passes by themselves, or None if they were not measured.
-        page_cache_passes: after cold ones, the same from the page cache, or None.
+        plan: measured plan.
+        load_s: seconds to load the models.
+        measurement: runs of all systems.
+        baselines: baselines in the order of their runs.
+        memory: memory of specchat, without the baselines'.
+        link_bytes_per_s: rate of the link without other work in bytes/s, or None if it was not measured.
+        disk_passes: rounds of single passes, or None if they were not timed.
+        page_cache_passes: rounds of passes from the page cache after cold passes, or None if they were not timed.
     """
 
     plan: Plan
@@ -56,7 +56,7 @@ class Outcome:
 
 
 def outcome_object(outcome: Outcome, target: ModelSource) -> dict[str, Any]:
-    """The part of the report that belongs to one plan: plan, runs, summary, baselines, speedup."""
+    """Return the part of the report for one plan: plan, runs, summary, baselines, speedup."""
     measurement = outcome.measurement
     ours = measurement.of(OWN)
     return {
@@ -69,7 +69,7 @@ def outcome_object(outcome: Outcome, target: ModelSource) -> dict[str, Any]:
 
 
 def counts_object(measurement: Measurement) -> dict[str, int]:
-    """Questions asked, and what was left out."""
+    """Return the number of questions asked, and the numbers of turns and questions left out."""
     return {
         "asked": measurement.num_questions,
         "turns_too_long": measurement.too_long,
@@ -77,8 +77,8 @@ def counts_object(measurement: Measurement) -> dict[str, int]:
     }
 
 
-def settings_object(settings: Settings, *, prompts: str, limit: int | None) -> dict[str, Any]:
-    """How it was measured."""
+def settings_object(settings: BenchSettings, *, prompts: str, limit: int | None) -> dict[str, Any]:
+    """Return the settings of the measurement."""
     return {
         "prompts": prompts,
         "limit": limit,
@@ -91,12 +91,12 @@ def settings_object(settings: Settings, *, prompts: str, limit: int | None) -> d
 
 
 def report_object(head: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
-    """The whole report, its version first."""
+    """Return the whole report, beginning with its schema version."""
     return {"schema_version": SCHEMA_VERSION, **head, **rest}
 
 
 def figures_object(runs: Iterable[Run]) -> dict[str, Any]:
-    """The figures of some runs of one system."""
+    """Return the figures of some runs of one system."""
     figures = summary.figures(runs)
     return {
         "answers": figures.answers,
@@ -142,7 +142,7 @@ def _summary(ours: Sequence[Run], outcome: Outcome) -> dict[str, Any]:
 
 
 def _predicted_host_bytes(outcome: Outcome) -> int:
-    """What the process should hold at most: libraries, host copies of layers, and on the CPU the ledger, too."""
+    """Return the most memory the process should hold: libraries, host copies of layers, and on the CPU the ledger."""
     plan, memory = outcome.plan, outcome.memory
     ledger = memory.predicted_device_bytes if plan.work.device == "cpu" else 0
     return memory.runtime_bytes + plan.host_bytes + ledger
@@ -191,7 +191,7 @@ def _baseline_at(temperature: float, measurement: Measurement, theirs: Sequence[
 
 
 def disk_passes_object(rounds: PassRounds | None, page_cache: PassRounds | None = None) -> dict[str, Any] | None:
-    """Passes by themselves beside raw reads; cold ones, and where they were measured those from the page cache."""
+    """Return rounds of single passes, with the later rounds from the page cache if they were timed."""
     if rounds is None:
         return None
     return _rounds(rounds) | {"page_cache": None if page_cache is None else _rounds(page_cache)}
@@ -227,7 +227,7 @@ def _rounds(rounds: PassRounds) -> dict[str, Any]:
 
 
 def _speedup(ours: Sequence[Run], theirs: Sequence[Run]) -> dict[str, Any] | None:
-    """How much faster we are, and how much faster our passes are."""
+    """Return specchat's speedup in tokens per second and in passes per second."""
     found, per_pass = summary.speedup(ours, theirs), summary.pass_speedup(ours, theirs)
     return None if found is None or per_pass is None else {**asdict(found), "per_pass": asdict(per_pass)}
 
@@ -245,7 +245,7 @@ def _place(run: Run) -> dict[str, Any]:
 
 
 def _own_run(run: Run, outcome: Outcome, target: ModelSource) -> dict[str, Any]:
-    """An object as `run --json` prints it, and where it belongs in the measurement."""
+    """Return a run as `run --json` prints it, with its place in the measurement."""
     turn = _turn(run, outcome)
     return _place(run) | run_object(turn, target=target, plan=outcome.plan, seed=run.sampling.seed)
 

@@ -1,4 +1,4 @@
-"""Asking every system everything, interleaved, so that whatever drifts on the machine hits all alike."""
+"""The conversations of all systems, interleaved, so that drifts of the machine affect all systems alike."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from specchat.bench.prompts import Question
-from specchat.bench.records import OWN, Answer, Measurement, Request, Run, Settings
+from specchat.bench.records import OWN, AnswerRecord, BenchSettings, Measurement, Request, Run
 from specchat.bench.systems import Clock, System
 from specchat.records.chat import Message
 from specchat.records.generation import Sampling
@@ -23,12 +23,12 @@ _WARM_UP_TOKENS = 8
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a measurement is.
+    """Progress of a measurement.
 
     Attributes:
-        done, total: answers.
-        left_s: what is left, as far as can be told; None at first.
-        what: what is being done now.
+        done, total: numbers of answers.
+        left_s: estimate of the remaining seconds; None at first.
+        what: description of the current work.
     """
 
     done: int
@@ -38,16 +38,16 @@ class Progress:
 
 
 @dataclass
-class _Pace:
-    """Answers of one system: how many are to come, and what they take.
+class _AnswerPace:
+    """Counts and times of one system's answers, to estimate the remaining time.
 
     Attributes:
-        total: answers, those that are done included.
-        warm_up_s: what an answer would take if it went on as the warm-up did.
-        warm_up_pass_s: a pass of the warm-up.
-        done: answers so far.
-        spent_s: on them.
-        passes: in them.
+        total: number of all answers, done and to come.
+        warm_up_s: seconds of a full-length answer at the speed of the warm-up.
+        warm_up_pass_s: seconds of a pass of the warm-up.
+        done: number of answers so far.
+        spent_s: seconds spent on the answers so far.
+        passes: number of passes in the answers so far.
     """
 
     total: int = 0
@@ -57,42 +57,42 @@ class _Pace:
     spent_s: float = 0.0
     passes: int = 0
 
-    def note(self, seconds: float, answer: Answer) -> None:
-        """One more answer."""
+    def note(self, seconds: float, answer: AnswerRecord) -> None:
+        """Add an answer."""
         self.done += 1
         self.spent_s += seconds
         self.passes += answer.num_passes
 
-    def note_warm_up(self, seconds: float, answer: Answer, max_tokens: int) -> None:
-        """The warm-up: its passes take what those of answers do, and a longer answer takes more of them."""
+    def note_warm_up(self, seconds: float, answer: AnswerRecord, max_tokens: int) -> None:
+        """Estimate the time of a full-length answer from the warm-up: passes take as long, but there are more."""
         self.warm_up_s = seconds * max(max_tokens / len(answer.token_ids), 1.0)
         self.warm_up_pass_s = seconds / answer.num_passes
 
     @property
     def is_known(self) -> bool:
-        """Whether anything is known of what its answers take."""
+        """Whether the time of an answer can be estimated."""
         return bool(self.done or self.warm_up_s)
 
     @property
     def answer_s(self) -> float:
-        """An answer; the warm-up counts as one, of full length, for the first ones may happen to be short."""
+        """Mean seconds of an answer. The warm-up counts as one of full length, because the first ones may be short."""
         counted = self.done + (self.warm_up_s > 0)
         return (self.spent_s + self.warm_up_s) / max(counted, 1)
 
     @property
     def pass_s(self) -> float:
-        """A pass, and what is done between passes."""
+        """Mean seconds of a pass, including the work between passes."""
         return self.spent_s / self.passes if self.passes else self.warm_up_pass_s
 
     @property
     def left_s(self) -> float:
-        """What is left of its answers."""
+        """Estimated seconds for the remaining answers."""
         return (self.total - self.done) * self.answer_s
 
 
 @dataclass(frozen=True)
 class _Session:
-    """One conversation: a question at a temperature, for the n-th time."""
+    """One conversation: a question, a temperature and the number of the repetition."""
 
     question: Question
     temperature: float
@@ -100,18 +100,18 @@ class _Session:
 
 
 class Runner:
-    """Holds the conversations.
+    """The conversations of all systems.
 
     Args:
-        systems: the first is `OWN`; its answers are the history that every system's next turn follows.
-        tokenizer: the target's.
+        systems: measured systems. The first is `OWN`; its answers are the history of every system's next turn.
+        tokenizer: tokenizer of the target.
         stop_ids: tokens that end an answer.
-        ctx: tokens that the context holds.
-        settings: what is measured.
-        cancel: set it to stop; what was measured by then stays.
-        passes_after: passes of each system that are timed when all answers are there, for the time that is left.
-        report: told how far it is.
-        clock: seconds.
+        ctx: context length in tokens.
+        settings: settings of the measurement.
+        cancel: ends the conversations once set; complete answers are kept.
+        passes_after: number of single passes of each system after all answers, for the estimate of remaining time.
+        report: receives the progress.
+        clock: clock in seconds.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class Runner:
         *,
         stop_ids: frozenset[int],
         ctx: int,
-        settings: Settings,
+        settings: BenchSettings,
         cancel: Event,
         passes_after: Mapping[str, int] = MappingProxyType({}),
         report: Callable[[Progress], None] = lambda _: None,
@@ -137,12 +137,12 @@ class Runner:
         self._report = report
         self._clock = clock
         self._passes_after = passes_after
-        self._paces = {system.name: _Pace() for system in systems}
+        self._paces = {system.name: _AnswerPace() for system in systems}
         self._box_began: float | None = None
         self._too_long: set[tuple[Question, int]] = set()
 
     def warm_up(self, question: Question) -> None:
-        """One short answer of each system that does not count: first passes build caches and fault pages in."""
+        """Ask each system for a short answer that is not counted: first passes build caches and fault pages in."""
         prompt_ids = self._encode([Message("user", question.turns[0])])[: self._ctx - _WARM_UP_TOKENS - 1]
         for system in self._systems:
             if not self._cancel.is_set():
@@ -155,14 +155,14 @@ class Runner:
                     self._paces[system.name].note_warm_up(spent_s, answer, self._settings.max_tokens)
 
     def run(self, questions: Sequence[Question]) -> Measurement:
-        """Everything, or what there was time for."""
+        """Ask all questions, or those that the time limit allows, and return the measurement."""
         runs: list[Run] = []
         asked = list(questions)
         self._plan_for(asked)
         self._box_began = begin = self._clock()
         for repeat in range(1, self._settings.repeats + 1):
             if repeat > 1:
-                self._box_began = None  # by now it is known what is asked
+                self._box_began = None  # the first repeat has settled the questions
             for number, question in enumerate(asked):
                 if repeat == 1 and number and self._is_late(begin):
                     asked = asked[:number]
@@ -179,13 +179,13 @@ class Runner:
         return Measurement(tuple(runs), num_questions, len(self._too_long), not_begun, partial)
 
     def _plan_for(self, questions: Sequence[Question]) -> None:
-        """So many answers of each system are to come in all."""
+        """Set the total number of answers of each system."""
         num_turns = sum(len(question.turns) for question in questions)
         for pace in self._paces.values():
             pace.total = num_turns * len(self._settings.temperatures) * self._settings.repeats
 
     def _progress(self, what: str) -> Progress:
-        """How far it is; a time box may leave out some of the answers that are left."""
+        """Return the progress; a time box limits the remaining time, because it may leave answers out."""
         paces = self._paces.values()
         answers_s = sum(pace.left_s for pace in paces)
         if self._settings.time_box_s is not None and self._box_began is not None:
@@ -199,7 +199,7 @@ class Runner:
         return box is not None and self._clock() - begin > box / self._settings.repeats
 
     def _converse(self, session: _Session) -> Iterator[Run]:
-        """Our own conversation, then each baseline's on the same history."""
+        """Yield specchat's answers of one conversation, then each baseline's on the same history."""
         own, *others = self._systems
         history: list[Message] = []
         prompts: list[tuple[int, ...]] = []
@@ -212,7 +212,7 @@ class Runner:
     def _prompts(
         self, question: Question, history: list[Message], prompts: list[tuple[int, ...]]
     ) -> Iterator[tuple[int, ...]]:
-        """Each turn behind what `history` holds by then, as long as it fits; noted in `prompts`, too."""
+        """Yield the prompt of each turn that fits into the context, after `history`; also append it to `prompts`."""
         for turn, text in enumerate(question.turns, start=1):
             history.append(Message("user", text))
             prompt_ids = self._encode(history)
@@ -223,7 +223,7 @@ class Runner:
             yield prompt_ids
 
     def _answers(self, system: System, session: _Session, prompts: Iterable[tuple[int, ...]]) -> Iterator[Run]:
-        """One system's answers, turn by turn, until one is interrupted."""
+        """Yield one system's answers, turn by turn, until one is interrupted."""
         system.begin()
         for turn, prompt_ids in enumerate(prompts, start=1):
             run = self._ask(system, session, turn, prompt_ids)
@@ -232,14 +232,14 @@ class Runner:
             yield run
 
     def _skip_from(self, question: Question, turn: int) -> None:
-        """Counts a turn that the context has no room for, and those that would have followed it."""
+        """Count a turn that does not fit into the context, and the turns after it, as left out."""
         left = range(turn, len(question.turns) + 1)
         self._too_long |= {(question, each) for each in left}
         for pace in self._paces.values():
             pace.total -= len(left)
 
     def _ask(self, system: System, session: _Session, turn: int, prompt_ids: tuple[int, ...]) -> Run | None:
-        """One answer; None when it was interrupted."""
+        """Return one answer, or None if it was interrupted."""
         if self._cancel.is_set():
             return None
         settings = self._settings
@@ -263,12 +263,12 @@ class Runner:
         )
 
     def _encode(self, history: Sequence[Message]) -> tuple[int, ...]:
-        """The conversation through the chat template; as plain text for models that have none."""
+        """Return the tokens of the conversation through the chat template, or of plain text if the model has none."""
         if self._tokenizer.has_chat_template:
             return tuple(self._tokenizer.encode(self._tokenizer.render(history)))
         text = "\n".join(message.content for message in history)
         return tuple(self._tokenizer.encode(text, add_special_tokens=True))
 
-    def _text(self, answer: Answer) -> str:
+    def _text(self, answer: AnswerRecord) -> str:
         ids = answer.token_ids[:-1] if answer.finish_reason == "stop" else answer.token_ids
         return self._tokenizer.decode(ids)

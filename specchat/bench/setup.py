@@ -1,4 +1,4 @@
-"""From a plan to the systems that are measured: everything loaded, each baseline on the same layers as we are."""
+"""Loads the measured systems of a plan; each baseline keeps the same layers on the device as specchat."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from specchat.bench.cold import RESIDENT, TimePass
-from specchat.bench.identity import Margin
+from specchat.bench.identity import MarginFunction
 from specchat.bench.records import OWN
 from specchat.bench.systems import EngineSystem, OffloadedSystem, System
 from specchat.errors import UsageError
@@ -25,27 +25,28 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """What a measurement works with.
+class LoadedSystems:
+    """The loaded systems of a measurement.
 
     Attributes:
-        engine: ours.
-        systems: ours first, then the baselines.
-        offloaded: the baselines' models, by name.
-        margin: of the target's best token over the second, after a text.
-        memory_before: what was held when our system was warm and no baseline loaded.
+        engine: engine of specchat.
+        systems: specchat, then the baselines.
+        offloaded: models of the offloading baselines, by name.
+        margin: function that returns the margin of the target's best next token over the second best.
+        memory_before: memory in use after specchat's warm-up, before any baseline was loaded.
     """
 
     engine: Engine
     systems: tuple[System, ...]
     offloaded: dict[str, OffloadedModel]
-    margin: Margin
+    margin: MarginFunction
     memory_before: MemoryReport
 
     def memory(self) -> MemoryReport:
-        """What our system holds, without the baselines: they live in the same process, and its peaks are theirs, too.
+        """Return the memory of specchat without the baselines.
 
-        On the CPU the device's peak is counted item by item and stays ours; all other peaks are taken from before.
+        Baselines run in the same process, so its later peaks include theirs. Use the peaks from before they were
+        loaded, except for the device's peak on the CPU, which is counted item by item.
         """
         now = self.engine.memory()
         if not self.offloaded:
@@ -56,7 +57,7 @@ class Loaded:
         return replace(self.memory_before, device_peak_bytes=device_peak)
 
     def pass_timers(self, rows: int) -> dict[str, TimePass]:
-        """What times one pass of `rows` rows, for every system that has passes of its own: ours first."""
+        """Return the timers of one pass of `rows` rows by system name: specchat, then accelerate if loaded."""
 
         def other(model: OffloadedModel) -> tuple[float, int | None]:
             return model.measure_pass(rows), None
@@ -71,14 +72,14 @@ class Loaded:
 def page_cache_timers(
     plan: Plan, target: ModelSource, pack: Pack, others: Mapping[str, TimePass], rows: int
 ) -> Iterator[dict[str, TimePass]]:
-    """What times passes while the page cache has the files, ours first: streamed from it, then all layers resident.
+    """Yield timers of passes with the files in the page cache: streamed, with all layers resident, and of baselines.
 
     Args:
-        plan: of the engine that was measured cold; the same layers stream here.
-        target: the model.
-        pack: its weights.
-        others: baselines, which read from the page cache what it has.
-        rows: of a pass.
+        plan: plan of the engine that was measured cold; the same layers stream here.
+        target: target model.
+        pack: pack of the target.
+        others: timers of all systems; those of the baselines are kept.
+        rows: number of rows of a pass.
     """
     placement = plan.placement
     alone = replace(plan, draft=None, work=replace(plan.work, draft_rows=0))
@@ -103,20 +104,20 @@ def _own_pass(engine: Engine, rows: int) -> tuple[float, int | None]:
 
 
 def check_baselines(names: Sequence[str], draft: ModelSource | None) -> None:
-    """Refuses a baseline that lacks what it needs.
+    """Refuse assisted generation without a draft.
 
     Raises:
-        UsageError: assisted generation without a draft.
+        UsageError: the baseline `assisted` was chosen and there is no draft.
     """
     if "assisted" in names and draft is None:
-        raise UsageError("the baseline 'assisted' needs a draft", hint="give one with --draft")
+        raise UsageError("the baseline 'assisted' needs a draft", hint="name one with --draft")
 
 
 def left_out(names: Sequence[str], plan: Plan) -> dict[str, str]:
-    """Baselines that would run other weights than those that are measured, and why; the others still run.
+    """Return the baselines that would run weights other than the measured ones, with the reason for each.
 
-    transformers loads a checkpoint as it is: unrounded where `--quant` rounds it, and one that comes quantized not at
-    all, or by other formulas than ours.
+    transformers ignores `--quant` and loads full-precision weights. It cannot offload a pre-quantized checkpoint, or
+    dequantizes it by other formulas than specchat.
     """
     reasons = {
         "accelerate": _why_not("target", plan.quant, "--quant"),
@@ -130,9 +131,10 @@ def _why_not(model: str, quant: str, option: str) -> str | None:
         return None
     if quant in LOWER_QUANTS:
         return (
-            f"transformers would run the {model}'s unrounded weights, not {quant}; compare with plain, or {option} none"
+            f"transformers would run the {model}'s full-precision weights, not {quant}; "
+            f"use --baseline plain or {option} none"
         )
-    return f"the {model} comes quantized ({quant}), which transformers cannot offload as it is; compare with plain"
+    return f"the {model} is pre-quantized ({quant}), and transformers cannot offload it; use --baseline plain"
 
 
 @contextmanager
@@ -147,19 +149,19 @@ def load(
     evict: Callable[[], None] | None = None,
     say: Callable[[str], None] = lambda _: None,
     warn: Callable[[str], None] = lambda _: None,
-) -> Iterator[Loaded]:
-    """Loads the engine and the baselines, and closes them.
+) -> Iterator[LoadedSystems]:
+    """Load the engine and the baselines, and close them at the end.
 
     Args:
-        plan: of the engine; the baselines keep the same layers on the device.
-        target: the model.
-        draft: its draft, or None.
-        packs: packs of target and draft, None where a model's own files are read.
-        baselines: plain, accelerate, assisted.
-        warm_up: run with our own system before any baseline is there, so that our memory is ours.
-        evict: takes the weights out of the page cache; then run before every pass of every system.
-        say: told what is being loaded.
-        warn: told what the system refused.
+        plan: plan of the engine; the baselines keep the same layers on the device.
+        target: target model.
+        draft: draft model, or None.
+        packs: packs of target and draft; None for a model whose own files are read.
+        baselines: names of the baselines: plain, accelerate, assisted.
+        warm_up: warms specchat up before any baseline is loaded, so that its memory can be read alone.
+        evict: evicts the weights from the page cache before every pass of every system; None for no eviction.
+        say: receives a line for each model that is loaded.
+        warn: receives one-line warnings.
     """
     from specchat.engine import measuring
 
@@ -184,7 +186,7 @@ def load(
             found = measuring.margin_after(engine, context, sampling)
             return found.margin, found.scale
 
-        yield Loaded(engine, tuple(systems), offloaded, margin, memory_before)
+        yield LoadedSystems(engine, tuple(systems), offloaded, margin, memory_before)
 
 
 def _own_system(name: str, engine: Engine, evict: Callable[[], None] | None) -> EngineSystem:

@@ -1,4 +1,4 @@
-"""From runs to figures: means, spreads, speedups with their uncertainty. Pure arithmetic over records."""
+"""Figures of runs: means, spreads, and speedups with their uncertainty. Pure functions of records."""
 
 import math
 import random
@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from specchat.bench.records import Run
 from specchat.records.generation import Step
 
-# Resampling with a fixed seed: the same runs give the same interval.
+# Resampling uses a fixed seed, so the same runs give the same interval.
 _RESAMPLES = 2000
 _CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and standard deviation over answers; None where there are too few for it."""
+    """Mean and standard deviation over answers; None where there are too few answers."""
 
     mean: float | None
     sd: float | None
@@ -25,14 +25,14 @@ class Spread:
 
 @dataclass(frozen=True)
 class PassSplit:
-    """Where the time of a mean pass goes; seconds, and together `pass_s`.
+    """The parts of the time of a mean pass, in seconds; their sum is `pass_s`.
 
     Attributes:
-        link_wait_s: the target waited for layers.
-        compute_s: the target computed.
-        draft_s: drafting that the pass did not hide.
-        head_s: head, processors, the walk.
-        host_s: the rest: caches, bookkeeping.
+        link_wait_s: time in which the target waited for layers.
+        compute_s: time in which the target computed.
+        draft_s: time of drafting, as far as it did not overlap with the target's pass.
+        head_s: time of the head, the logits processors and the walk down the tree.
+        host_s: remaining time: caches and bookkeeping.
     """
 
     link_wait_s: float
@@ -44,13 +44,13 @@ class PassSplit:
 
 @dataclass(frozen=True)
 class SourceShare:
-    """What one drafter's guesses were worth.
+    """The acceptance of one drafter's tokens.
 
     Attributes:
-        source: the drafter's name.
-        offered_per_step: its nodes in a mean tree.
-        accepted_per_step: those of them that the target took.
-        share: of its nodes, how many were taken.
+        source: name of the drafter.
+        offered_per_step: mean number of its nodes in a tree.
+        accepted_per_step: mean number of its nodes that the target accepted.
+        share: share of its nodes that the target accepted.
     """
 
     source: str
@@ -61,23 +61,23 @@ class SourceShare:
 
 @dataclass(frozen=True)
 class Figures:
-    """What a set of answers of one system comes to; means over the answers that count.
+    """Figures of one system's answers; means are over the counted answers.
 
     Attributes:
-        answers: of which there were so many.
-        counted: those that do not repeat themselves.
-        tok_per_s: prefill included.
-        decode_tok_per_s: after the first pass.
-        ttft_s: time to the first token.
-        prompt_tok_per_s: new prompt tokens per second of it.
+        answers: number of answers.
+        counted: number of answers that do not repeat themselves.
+        tok_per_s: tokens per second, including prefill.
+        decode_tok_per_s: tokens per second after the first pass.
+        ttft_s: seconds to the first token.
+        prompt_tok_per_s: new prompt tokens per second of `ttft_s`.
         tokens_per_step: tokens per pass of the target.
-        distinct_4gram: over all answers, also those that do not count.
-        pass_s: mean time of a pass, drafting included; None without records of passes, as all below.
-        draft_share: drafting's share of it.
-        split: where it goes.
-        achieved_bytes_per_s: streamed bytes per second of whole passes; None if nothing streams.
-        accept_by_depth: of the trees that went so deep, how many had their d-th guess accepted; from depth 1.
-        accept_by_source: what each drafter's guesses were worth, by name.
+        distinct_4gram: share of distinct 4-grams over all answers, counted or not.
+        pass_s: mean seconds of a pass with its drafting; None without step records, like `draft_share` and `split`.
+        draft_share: share of drafting in `pass_s`.
+        split: parts of `pass_s`.
+        achieved_bytes_per_s: streamed bytes per second of whole passes; None if nothing streamed.
+        accept_by_depth: shares of the trees reaching depth 1, 2, ... whose token at that depth was accepted.
+        accept_by_source: acceptance of each drafter's tokens, sorted by name.
     """
 
     answers: int
@@ -98,13 +98,13 @@ class Figures:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How much more one system does than another, over pairs of answers to the same prompt.
+    """The ratio of two systems' figures over pairs of answers to the same prompt.
 
     Attributes:
         ratio: geometric mean over the pairs.
-        low, high: 95% interval by resampling questions; None with one question only.
-        pairs: answers compared.
-        p_value: how often chance alone would give so unequal pairs; None with one question only.
+        low, high: bounds of the 95% interval from resampled questions; None for a single question.
+        pairs: number of pairs.
+        p_value: probability that chance alone gives a ratio as far from 1; None for a single question.
     """
 
     ratio: float
@@ -115,7 +115,7 @@ class Ratio:
 
 
 def figures(runs: Iterable[Run]) -> Figures:
-    """The figures of one system's runs."""
+    """Return the figures of one system's runs."""
     every = list(runs)
     counted = [run for run in every if run.counted]
     steps = [step for run in counted for step in run.answer.steps]
@@ -140,7 +140,7 @@ def figures(runs: Iterable[Run]) -> Figures:
 
 
 def spread(values: Iterable[float | None]) -> Spread:
-    """Mean and standard deviation of the values that are there."""
+    """Return mean and standard deviation of the values that are not None."""
     known = [value for value in values if value is not None]
     return Spread(
         statistics.fmean(known) if known else None,
@@ -149,7 +149,7 @@ def spread(values: Iterable[float | None]) -> Spread:
 
 
 def run_spread(runs: Iterable[Run]) -> float | None:
-    """How much the mean tok/s differs from repeat to repeat: standard deviation / mean; None with one repeat."""
+    """Return standard deviation / mean of the repeats' mean tokens per second; None for a single repeat."""
     by_repeat: dict[int, list[float]] = {}
     for run in runs:
         if run.counted:
@@ -159,14 +159,14 @@ def run_spread(runs: Iterable[Run]) -> float | None:
 
 
 def speedup(ours: Iterable[Run], theirs: Iterable[Run]) -> Ratio | None:
-    """Our tok/s over theirs, paired by prompt and repeat; None if no pair counts."""
+    """Return the ratio of tokens per second, paired by prompt and repeat; None without counted pairs."""
     return _paired(ours, theirs, lambda run: run.answer.tok_per_s)
 
 
 def pass_speedup(ours: Iterable[Run], theirs: Iterable[Run]) -> Ratio | None:
-    """Our passes per second over theirs: the speedup were both to bring as many tokens in a pass.
+    """Return the ratio of passes per second: the speedup at equal tokens per pass.
 
-    Below 1 it is the share of the tokens per pass that arrives as speed.
+    A ratio below 1 is the share of the gain in tokens per pass that becomes speed.
     """
     return _paired(ours, theirs, lambda run: run.answer.num_passes / run.answer.total_s)
 
@@ -182,28 +182,28 @@ def _paired(ours: Iterable[Run], theirs: Iterable[Run], rate: Callable[[Run], fl
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """What the link, and the parts of a pass that no link can hide, would let a pass take.
+class PassPrediction:
+    """The predicted time of a pass, from the link's rate and the measured parts of a pass.
 
     Attributes:
-        pass_s: of a mean pass.
-        tok_per_s: at the tokens per pass that were measured.
+        pass_s: seconds of a mean pass.
+        tok_per_s: tokens per second at the measured tokens per pass.
     """
 
     pass_s: float
     tok_per_s: float
 
 
-def predict(runs: Iterable[Run], streamed_bytes_per_step: int, link_bytes_per_s: float | None) -> Prediction | None:
-    """The slower of link and computing, which go on at the same time, and what goes on beside neither.
+def predict(runs: Iterable[Run], streamed_bytes_per_step: int, link_bytes_per_s: float | None) -> PassPrediction | None:
+    """Predict the time of a pass: the longer of streaming and computing, which overlap, plus all other parts.
 
     Args:
-        runs: ours.
-        streamed_bytes_per_step: by the plan.
-        link_bytes_per_s: what the link gives when nothing else is done.
+        runs: runs of specchat.
+        streamed_bytes_per_step: bytes that a pass streams by the plan.
+        link_bytes_per_s: rate of the link without other work in bytes/s, or None.
 
     Returns:
-        None if nothing streams, or there is nothing to predict from.
+        Prediction, or None if nothing streams, the rate is unknown, or there are no steps.
     """
     answers = [run.answer for run in runs if run.counted]
     split = _split([step for answer in answers for step in answer.steps])
@@ -212,13 +212,13 @@ def predict(runs: Iterable[Run], streamed_bytes_per_step: int, link_bytes_per_s:
     pass_s = max(streamed_bytes_per_step / link_bytes_per_s, split.compute_s)
     pass_s += split.draft_s + split.head_s + split.host_s
     num_tokens = sum(len(answer.token_ids) for answer in answers)
-    return Prediction(pass_s, num_tokens / sum(answer.num_passes for answer in answers) / pass_s)
+    return PassPrediction(pass_s, num_tokens / sum(answer.num_passes for answer in answers) / pass_s)
 
 
 def ratio_of(logs_by_question: dict[str, list[float]]) -> Ratio | None:
-    """A ratio and its uncertainty from the logarithms of paired ratios.
+    """Return a ratio and its uncertainty from the logarithms of paired ratios.
 
-    Answers to one question (turns, temperatures, repeats) go together: they are not independent of each other.
+    Answers to one question (turns, temperatures, repeats) form a group, because they are not independent.
     """
     groups = [logs for logs in logs_by_question.values() if logs]
     if not groups:
@@ -229,7 +229,7 @@ def ratio_of(logs_by_question: dict[str, list[float]]) -> Ratio | None:
 
 
 def _interval(groups: Sequence[Sequence[float]]) -> tuple[float | None, float | None]:
-    """The percentile bootstrap over groups."""
+    """Return the 95% interval by the percentile bootstrap over groups."""
     if len(groups) < 2:
         return None, None
     generator = random.Random(0)
@@ -243,7 +243,7 @@ def _interval(groups: Sequence[Sequence[float]]) -> tuple[float | None, float | 
 
 
 def _p_value(groups: Sequence[Sequence[float]]) -> float | None:
-    """The sign-flip test on the groups' means: were there no difference, each might as well have the other sign."""
+    """Return the p-value of the sign-flip test on group means, whose signs are random if there is no difference."""
     if len(groups) < 2:
         return None
     means = [statistics.fmean(logs) for logs in groups]

@@ -1,4 +1,4 @@
-"""The systems that answer: specchat itself, and what it is compared with, all asked in the same way."""
+"""The measured systems behind one interface: specchat and its baselines."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from threading import Event
 from typing import TYPE_CHECKING, Protocol
 
-from specchat.bench.records import Answer, Request
+from specchat.bench.records import AnswerRecord, Request
 from specchat.chat.generator import Generator
 from specchat.records.generation import Step
 
@@ -19,42 +19,42 @@ Clock = Callable[[], float]
 
 
 def _nothing() -> None:
-    """Does nothing, between passes that nothing is to be done between."""
+    """Do nothing between passes."""
 
 
 class System(Protocol):
-    """Something that answers prompts.
+    """A system that answers prompts.
 
     Attributes:
-        name: as in the report.
-        is_keyed: its draws depend on seed and position alone, so that sampled texts can be compared, too.
+        name: name in the report.
+        is_keyed: whether samples depend only on seed and position, so that sampled texts can be compared too.
     """
 
     name: str
     is_keyed: bool
 
     def begin(self) -> None:
-        """A new conversation: nothing of the last one may help."""
+        """Begin a new conversation and drop all caches of the last one."""
 
-    def answer(self, request: Request, cancel: Event) -> Answer | None:
-        """The answer; None when `cancel` cut it off."""
+    def answer(self, request: Request, cancel: Event) -> AnswerRecord | None:
+        """Return the answer, or None if `cancel` interrupted it."""
 
 
-class Measured(Generator, Protocol):
-    """The part of `specchat.engine.engine.Engine` that is measured."""
+class MeasuredEngine(Generator, Protocol):
+    """The part of `specchat.engine.engine.Engine` that the bench uses."""
 
     def forget(self) -> None: ...  # noqa: D102
 
 
 class EngineSystem:
-    """The engine, with its draft or without.
+    """The engine, with or without its draft.
 
     Args:
-        name: as in the report.
-        engine: is measured.
-        scope: holds while it answers (used to leave the draft out).
-        between_passes: done before every pass, and not part of its time.
-        clock: seconds.
+        name: name in the report.
+        engine: measured engine.
+        scope: makes a context that is entered for each answer, for example one without the draft.
+        between_passes: function called before every pass; its time is not counted.
+        clock: clock in seconds.
     """
 
     is_keyed = True
@@ -62,7 +62,7 @@ class EngineSystem:
     def __init__(
         self,
         name: str,
-        engine: Measured,
+        engine: MeasuredEngine,
         *,
         scope: Callable[[], AbstractContextManager[None]] = nullcontext,
         between_passes: Callable[[], None] = _nothing,
@@ -75,11 +75,11 @@ class EngineSystem:
         self._clock = clock
 
     def begin(self) -> None:
-        """Empties the caches."""
+        """Empty the KV caches."""
         self._engine.forget()
 
-    def answer(self, request: Request, cancel: Event) -> Answer | None:
-        """Runs the engine to the end of the answer."""
+    def answer(self, request: Request, cancel: Event) -> AnswerRecord | None:
+        """Run the engine to the end of the answer."""
         with self._scope():
             steps = self._engine.generate(
                 request.prompt_ids,
@@ -93,7 +93,7 @@ class EngineSystem:
         if reason is None or reason == "interrupt":
             return None
         ends = [end for step, end in timed if step.token_ids]
-        return Answer(
+        return AnswerRecord(
             token_ids=tuple(token for step, _ in timed for token in step.token_ids),
             finish_reason=reason,
             ttft_s=ends[0],
@@ -105,7 +105,7 @@ class EngineSystem:
         )
 
     def _timed(self, steps: Iterator[Step]) -> Iterator[tuple[Step, float]]:
-        """Steps and when they ended, in seconds since the request."""
+        """Yield steps with their end times, in seconds since the request."""
         spent_s = 0.0
         while True:
             self._between_passes()
@@ -120,12 +120,12 @@ class EngineSystem:
 
 
 class OffloadedSystem:
-    """transformers' `generate` over accelerate's offloading.
+    """The system of transformers' `generate` with accelerate's offloading.
 
     Args:
-        name: as in the report.
-        model: loaded.
-        between_passes: done before every pass, and not part of its time; None for nothing.
+        name: name in the report.
+        model: loaded model.
+        between_passes: function called before every pass, or None; its time is not counted.
     """
 
     is_keyed = False
@@ -136,10 +136,10 @@ class OffloadedSystem:
         self._between_passes = between_passes
 
     def begin(self) -> None:
-        """It keeps nothing from one answer to the next."""
+        """Do nothing: `generate` keeps no cache between answers."""
 
-    def answer(self, request: Request, cancel: Event) -> Answer | None:
-        """Runs `generate`."""
+    def answer(self, request: Request, cancel: Event) -> AnswerRecord | None:
+        """Run `generate` to the end of the answer."""
         out = self._model.generate(
             request.prompt_ids,
             request.sampling,
@@ -150,7 +150,7 @@ class OffloadedSystem:
         )
         if cancel.is_set():
             return None
-        return Answer(
+        return AnswerRecord(
             token_ids=out.token_ids,
             finish_reason="stop" if out.token_ids[-1] in request.stop_ids else "length",
             ttft_s=out.pass_ends_s[0],

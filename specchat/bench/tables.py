@@ -1,4 +1,4 @@
-"""A report as tables of text, for whatever shows them: the terminal, Markdown. Made from the JSON, also an old one."""
+"""Reports as tables of text, for the terminal and Markdown; made from the JSON, of older versions too."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ _MAX_DEPTHS = 12
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under a title.
+    """A table of text.
 
     Attributes:
-        title: what it shows.
+        title: title of the table.
         header: names of the columns.
-        rows: as many cells each.
-        note: what one must know to read it, or nothing.
+        rows: rows with a cell for each column.
+        note: explanation of the figures; may be empty.
     """
 
     title: str
@@ -28,7 +28,7 @@ class Table:
 
 
 def report_tables(report: Mapping[str, Any]) -> list[Table]:
-    """Everything that a report of `bench --json` has to say."""
+    """Return all tables of a report of `bench --json`."""
     if report.get("sweep"):
         return [_sweep(report["sweep"]), *_memory_against_speed(report["sweep"])]
     tables = [_systems(report)]
@@ -45,7 +45,7 @@ def report_tables(report: Mapping[str, Any]) -> list[Table]:
 
 
 def share_lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What belongs beside any figure that is passed on: (name, value)."""
+    """Return the facts that belong to shared figures, as (name, value)."""
     machine, plan, settings = report["machine"], report["plan"], report["settings"]
     gpus = ", ".join(gpu["name"] for gpu in machine["gpus"])
     ram = format_bytes(machine["ram"]["total_bytes"])
@@ -60,7 +60,7 @@ def share_lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items())),
         (
             "asked",
-            f"{report['questions']['asked']} questions ({settings['prompts']}), {settings['repeats']} times, "
+            f"{report['questions']['asked']} questions ({settings['prompts']}), {settings['repeats']} repeats, "
             f"at most {settings['max_tokens']} tokens, seed {settings['seed']}",
         ),
         ("command", report["command"]),
@@ -69,24 +69,24 @@ def share_lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def notes(report: Mapping[str, Any]) -> list[str]:
-    """What a reader must not miss."""
+    """Return the warnings about a report."""
     found = []
     if report["partial"]:
-        found.append("PARTIAL: the measurement was interrupted; these are the answers that were complete by then")
+        found.append("PARTIAL: the measurement was interrupted; the figures are of the answers completed before")
     elif report.get("missing"):
         found.append(f"interrupted after all answers; not measured: {', '.join(report['missing'])}")
     if report["label"]:
         found.append(f"{report['model']}: {report['label']}")
     questions = report["questions"]
     if questions["turns_too_long"]:
-        found.append(f"{questions['turns_too_long']} turns left out: the context has no room for them")
+        found.append(f"{questions['turns_too_long']} turns left out: they do not fit into the context")
     if questions["not_begun"]:
-        found.append(f"{questions['not_begun']} questions left out for time; --limit N asks N of them, however long")
+        found.append(f"{questions['not_begun']} questions left out for lack of time; use --limit N to ask N questions")
     return found
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A number to so many significant digits, without exponent."""
+    """Format a number with this many significant digits, without exponent."""
     if value is None:
         return _NOTHING
     if value == 0:
@@ -96,12 +96,12 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def spread(figure: Mapping[str, Any]) -> str:
-    """Mean and standard deviation."""
+    """Format mean and standard deviation."""
     return number(figure["mean"]) + (f" ± {number(figure['sd'])}" if figure["sd"] is not None else "")
 
 
 def ratio(figure: Mapping[str, Any] | None) -> str:
-    """A ratio and its interval."""
+    """Format a ratio and its interval."""
     if figure is None:
         return _NOTHING
     interval = "" if figure["low"] is None else f" [{number(figure['low'])}, {number(figure['high'])}]"
@@ -109,17 +109,17 @@ def ratio(figure: Mapping[str, Any] | None) -> str:
 
 
 def milliseconds(seconds: float | None) -> str:
-    """A short time."""
+    """Format seconds as milliseconds."""
     return _NOTHING if seconds is None else f"{number(seconds * 1e3)} ms"
 
 
 def share(value: float | None) -> str:
-    """A share of a whole."""
+    """Format a share as a percentage."""
     return _NOTHING if value is None else f"{value:.0%}" if value >= 0.1 else f"{value:.1%}"
 
 
 def temperature_label(value: float) -> str:
-    """How answers at a temperature are called."""
+    """Return the label of a temperature."""
     return "greedy" if value == 0 else f"t={value:g}"
 
 
@@ -138,11 +138,11 @@ def _systems(report: Mapping[str, Any]) -> Table:
     rows.sort(key=lambda row: row[1]["temperature"])
     run_spread = report["summary"]["run_spread"]
     note = (
-        "means ± standard deviation over answers, prefill and first step included; [95% interval]; "
-        "per pass: were both to bring as many tokens in a pass"
+        "means ± standard deviation over answers, including prefill and first step; speedups with [95% interval]; "
+        "per pass: speedup at equal tokens per pass"
     )
     if run_spread is not None:
-        note += f"; from repeat to repeat {share(run_spread)}"
+        note += f"; standard deviation between repeats: {share(run_spread)} of the mean"
     return Table(
         "speed",
         (
@@ -153,7 +153,7 @@ def _systems(report: Mapping[str, Any]) -> Table:
             "tok/pass",
             "distinct 4-grams",
             "answers",
-            "specchat is faster by",
+            "speedup of specchat",
             "per pass",
         ),
         tuple(
@@ -187,8 +187,8 @@ def _identity(report: Mapping[str, Any]) -> Table:
         )
         for baseline in report["baselines"]
     ]
-    note = "accelerate and assisted draw with transformers' own random numbers: only their greedy texts are compared"
-    return Table("same output?", ("against", "", "compared", "first difference"), tuple(rows), note)
+    note = "accelerate and assisted sample with transformers' own random numbers, so only greedy texts are compared"
+    return Table("identical output", ("baseline", "", "compared", "first difference"), tuple(rows), note)
 
 
 def _difference(baseline: Mapping[str, Any]) -> str:
@@ -198,7 +198,7 @@ def _difference(baseline: Mapping[str, Any]) -> str:
     temperature = temperature_label(first["temperature"])
     where = f"{first['question_id']} turn {first['turn']}, {temperature}, token {first['index']}"
     kind = "a near-tie" if first["near_tie"] else "NOT a near-tie"
-    count = f"{baseline['differing_answers']} answers differ, {baseline['near_ties']} of them by near-ties"
+    count = f"{baseline['differing_answers']} answers differ, {baseline['near_ties']} of them at near-ties"
     return f"{where}: {kind} (margin {number(first['margin'])}); {count}"
 
 
@@ -208,27 +208,31 @@ def _passes(summary: Mapping[str, Any]) -> Iterator[Table]:
         names = {
             "link_wait_s": "waiting for layers",
             "compute_s": "computing",
-            "draft_s": "drafting, not hidden",
+            "draft_s": "drafting, not overlapped",
             "head_s": "head and sampling",
             "host_s": "host",
         }
         rows = [(text, milliseconds(split[key]), share(split[key] / summary["pass_s"])) for key, text in names.items()]
-        rows.append(("all", milliseconds(summary["pass_s"]), ""))
+        rows.append(("total", milliseconds(summary["pass_s"]), ""))
         predicted = summary["predicted_pass_s"]
         if predicted is not None:
             rows.append(("predicted", milliseconds(predicted), share(predicted / summary["pass_s"])))
         note = "" if predicted is None else f"predicted: {summary['prediction_basis']}"
-        yield Table("a mean pass", ("", "time", "share"), tuple(rows), note)
+        yield Table("time of a mean pass", ("", "time", "share"), tuple(rows), note)
     depths = summary["accept_by_depth"][:_MAX_DEPTHS]
     if depths:
         header = ("depth", *(str(depth) for depth in range(1, len(depths) + 1)))
-        yield Table("guesses accepted, by depth", header, (("share", *map(share, depths)),))
+        yield Table("accepted draft tokens by tree depth", header, (("share", *map(share, depths)),))
     if summary["accept_by_source"]:
         sources = [
             (each["source"], number(each["offered_per_step"]), number(each["accepted_per_step"]), share(each["share"]))
             for each in summary["accept_by_source"]
         ]
-        yield Table("guesses accepted, by who made them", ("", "a pass", "accepted", "share"), tuple(sources))
+        yield Table(
+            "accepted draft tokens by drafter",
+            ("drafter", "drafted per pass", "accepted per pass", "share"),
+            tuple(sources),
+        )
 
 
 def _memory(summary: Mapping[str, Any], plan: Mapping[str, Any]) -> Table:
@@ -238,13 +242,13 @@ def _memory(summary: Mapping[str, Any], plan: Mapping[str, Any]) -> Table:
         ("device memory, planned", format_bytes(summary["predicted_device_bytes"])),
         ("host memory, peak", format_bytes(summary["host_peak_bytes"])),
         ("host memory, planned", format_bytes(summary["predicted_host_bytes"])),
-        ("streamed by a pass", format_bytes(plan["streamed_bytes_per_step"])),
+        ("streamed per pass", format_bytes(plan["streamed_bytes_per_step"])),
     ]
     if stream["achieved_bytes_per_s"] is not None:
-        rows.append(("link, achieved over whole passes", format_rate(stream["achieved_bytes_per_s"])))
+        rows.append(("link rate over whole passes", format_rate(stream["achieved_bytes_per_s"])))
     if stream["link_bytes_per_s"] is not None:
-        rows.append(("link, alone", format_rate(stream["link_bytes_per_s"])))
-    rows.append(("loading", f"{number(summary['load_s'])} s"))
+        rows.append(("link rate without other work", format_rate(stream["link_bytes_per_s"])))
+    rows.append(("load time", f"{number(summary['load_s'])} s"))
     return Table("memory and link", ("", ""), tuple(rows))
 
 
@@ -263,14 +267,14 @@ def _disk_passes(passes: Mapping[str, Any]) -> Table:
     ]
     how = "past the page cache" if raw["direct"] else "through the page cache"
     note = (
-        f"medians of {passes['rounds']} rounds in turn; {share(passes['resident_share'])} of the files' pages were "
-        f"in the page cache before a pass; raw reads {how}"
+        f"medians of {passes['rounds']} interleaved rounds; before a pass, {share(passes['resident_share'])} of the "
+        f"files' pages were in the page cache; raw reads went {how}"
     )
     if passes.get("own_over_resident") is not None:
-        note += f"; specchat takes {number(passes['own_over_resident'])}x of a pass with every layer in memory"
+        note += f"; specchat takes {number(passes['own_over_resident'])}x the time of a pass with every layer in memory"
     kind = "cold " if passes["cold"] else ""
     where = "" if passes["cold"] else ", files in the page cache"
-    header = ("", "pass", "rate", "of raw", "specchat's time")
+    header = ("", "pass", "rate", "share of raw rate", "time / specchat's")
     return Table(f"{kind}passes of {passes['rows']} rows{where}", header, tuple(rows), note)
 
 
@@ -290,12 +294,12 @@ def _sweep(sweep: Mapping[str, Any]) -> Table:
                 ", ".join(f"{name} {ratio(figure)}" for name, figure in point["speedup"].items()) or _NOTHING,
             )
         )
-    header = ("tok/s", "tok/pass", "pass", "drafting", "resident + streamed", "device memory", "faster than")
+    header = ("tok/s", "tok/pass", "pass", "drafting", "resident + streamed", "device memory", "speedup over")
     return Table(f"by {sweep['option']}", (sweep["option"], *header), tuple(rows))
 
 
 def _memory_against_speed(sweep: Mapping[str, Any]) -> list[Table]:
-    """What each point takes beside weights, and how fast it is, in parts of the first; none for reports without."""
+    """Return the table of generation memory against speed, or no table for reports without generation memory."""
     points = sweep["points"]
     if not all("generation" in point for point in points):
         return []
@@ -312,9 +316,9 @@ def _memory_against_speed(sweep: Mapping[str, Any]) -> list[Table]:
     )
     note = (
         "memory without weights: planned for a full context, and counted in one short answer; "
-        f"parts are of {sweep['option']}={points[0]['value']}, speed over pairs of answers [95% interval]"
+        f"ratios are to {sweep['option']}={points[0]['value']}, those of speed over pairs of answers [95% interval]"
     )
-    header = (sweep["option"], "planned", "counted", "of the first", "tok/s", "of the first's")
+    header = (sweep["option"], "planned", "counted", "planned / first", "tok/s", "speed / first")
     return [Table("memory against speed", header, rows, note)]
 
 

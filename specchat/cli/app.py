@@ -36,12 +36,7 @@ app = typer.Typer(
 
 
 def _shared_settings(config: str | None, given: Mapping[str, Any]) -> Settings:
-    """Return the shared settings. Flags override the environment, and the environment overrides config.toml.
-
-    Args:
-        config: value of --config, or None.
-        given: parameters of the command, by name.
-    """
+    """Return the shared settings. Flags override the environment, and the environment overrides config.toml."""
     file, aliases = settings.config_file(config)
     layers = [_flags(given, settings.SHARED_KEYS), settings.environment(), file]
     return settings.resolve(settings.SHARED_KEYS, layers, aliases)

@@ -26,11 +26,11 @@ from specchat.records.model import ModelSource, own_quant
 from specchat.records.plan import Plan
 
 if TYPE_CHECKING:
-    from specchat.bench.cold import Files
+    from specchat.bench.cold import PassFiles
     from specchat.bench.generation import CountedOutcome
     from specchat.bench.measure import Job
     from specchat.bench.prompts import Question
-    from specchat.bench.records import Settings
+    from specchat.bench.records import BenchSettings
     from specchat.bench.report import Outcome
     from specchat.models.packs.pack import Pack
     from specchat.ui.bench_view import ReportView
@@ -44,7 +44,7 @@ _TIME_BOX_S = 110.0
 
 
 def bench(options: BenchOptions) -> int:
-    """Does what `specchat bench` was asked to; returns the exit code."""
+    """Run `specchat bench` and return the exit code."""
     return _measure(options) if options.compare is None else _compare(options, *options.compare)
 
 
@@ -69,13 +69,13 @@ def _compare(options: BenchOptions, a: Path, b: Path) -> int:
 
 @dataclass(frozen=True)
 class _Point:
-    """One plan to be measured: all there is, or one value of a sweep.
+    """One plan to measure: the only one, or that of one value of a sweep.
 
     Attributes:
-        value: as typed.
-        request: choices that the plan is made from.
-        models: what was found.
-        trees: budget and rows of the head that the plan gets in the end, or None to leave it as it is.
+        value: value of the sweep as typed; empty without a sweep.
+        request: request that the plan is made from.
+        models: located target and draft.
+        trees: tree budget and rows of the head that replace those of the plan, or None to keep them.
     """
 
     value: str
@@ -113,12 +113,12 @@ def _measure(options: BenchOptions) -> int:
     _print_report(options, report)
     if options.plot is not None:
         plot_sweep(report, options.plot)
-        say.say(f"drawn: {options.plot}")
+        say.say(f"wrote {options.plot}")
     return _INTERRUPTED if cancel.is_set() else 0
 
 
 def _keep_statistics(outcome: "Outcome") -> None:
-    """What it has shown, for the next plan of these models."""
+    """Save tokens per step and times, for the next plan of these models."""
     from specchat.bench.records import OWN
     from specchat.planner.statistics import record
 
@@ -135,9 +135,9 @@ def _questions(options: BenchOptions) -> "tuple[Question, ...]":
 
 
 def _points(options: BenchOptions, say: "Talk") -> list[_Point]:
-    """What is to be measured, every model located."""
+    """Return the points to measure, with their models located."""
     if options.sweep is None:
-        # What is to come from the disk must not be planned to stay in the page cache.
+        # Without RAM in the plan, no layer is planned to stay in the page cache, so all streamed layers come from disk.
         chosen = _choosing(options.models, ram_bytes=0) if options.cold else options.models
         return [_located("", chosen, options, say)]
     name, values = options.sweep
@@ -217,10 +217,10 @@ def _job(
 
 
 def _with_trees(point: _Point, plan: Plan) -> Plan:
-    """The point's plan: of a sweep over generation memory, the first one's with smaller trees.
+    """Return the plan with the point's tree sizes, which a sweep over generation memory sets.
 
     Raises:
-        UsageError: trees without a draft.
+        UsageError: the point has tree sizes, and there is no draft.
     """
     if point.trees is None:
         return plan
@@ -228,27 +228,27 @@ def _with_trees(point: _Point, plan: Plan) -> Plan:
     from specchat.planner.memory import with_trees
 
     if point.models.draft is None:
-        raise UsageError("--sweep memory compares trees, and there is no draft", hint="give one with --draft")
+        raise UsageError("--sweep memory compares tree sizes, and there is no draft", hint="name one with --draft")
     target = describe(point.models.target, own_quant(plan.quant))
     draft = describe(point.models.draft, own_quant(plan.draft_quant))
     budget, head_rows = point.trees
     return with_trees(plan, target, draft, budget, HEAD_BLOCK_ROWS if head_rows is None else head_rows)
 
 
-def _files(target: ModelSource, plan: Plan, pack: "Pack | None") -> "Files":
-    """What our passes read, and what the baselines' do."""
-    from specchat.bench.cold import Files
+def _files(target: ModelSource, plan: Plan, pack: "Pack | None") -> "PassFiles":
+    """Return the files that specchat's passes read, and those that the baselines' passes read."""
+    from specchat.bench.cold import PassFiles
     from specchat.models.checkpoint.safetensors import weight_files
 
     theirs = weight_files(target.path)
     own = theirs if pack is None else [pack.layers[index].path for index in plan.placement.streamed]
-    return Files(own, sorted({*own, *theirs}))
+    return PassFiles(own, sorted({*own, *theirs}))
 
 
-def _settings(options: BenchOptions, num_points: int) -> "Settings":
-    from specchat.bench.records import Settings
+def _settings(options: BenchOptions, num_points: int) -> "BenchSettings":
+    from specchat.bench.records import BenchSettings
 
-    return Settings(
+    return BenchSettings(
         max_tokens=options.max_tokens or _DEFAULT_MAX_TOKENS,
         repeats=options.repeats or _DEFAULT_REPEATS,
         seed=_DEFAULT_SEED if options.seed is None else options.seed,
@@ -259,10 +259,10 @@ def _settings(options: BenchOptions, num_points: int) -> "Settings":
 def _check_cold(options: BenchOptions, plan: Plan) -> None:
     if options.cold and plan.work.device != "cpu":
         raise UsageError(
-            f"--cold measures streaming from disk, but {plan.work.device} streams from RAM", "--device cpu"
+            f"--cold measures streaming from disk, but {plan.work.device} streams from RAM", "use --device cpu"
         )
     if options.cold and not plan.placement.streamed:
-        raise UsageError("--cold measures streaming from disk, but every layer stays in memory", "a smaller --vram")
+        raise UsageError("--cold measures streaming from disk, but every layer stays in memory", "use a smaller --vram")
 
 
 # --- the report --------------------------------------------------------------------------------------------------
@@ -271,7 +271,7 @@ def _check_cold(options: BenchOptions, plan: Plan) -> None:
 def _report(
     options: BenchOptions, measured: "Sequence[tuple[_Point, Job, CountedOutcome]]", not_begun: Sequence[str]
 ) -> dict[str, Any]:
-    """The report; in a sweep, the fastest point's plan and answers stand at the top, and some may not be there."""
+    """Return the report. In a sweep, its plan and answers are those of the fastest point."""
     from specchat.bench import report
     from specchat.bench.generation import generation_object
 

@@ -1,4 +1,4 @@
-"""`specchat probe`: the machine, its rates, and what a model would get here."""
+"""`specchat probe`: the machine, its rates, and the models that it can run."""
 
 import sys
 from dataclasses import dataclass, replace
@@ -28,14 +28,16 @@ _DAMAGED = 3
 
 @dataclass(frozen=True)
 class ProbeOptions:
-    """Everything `specchat probe` can be told, checked.
+    """Checked options of `specchat probe`.
 
     Attributes:
-        models: the model whose plan is asked for, if one is, and the device.
+        models: options about model, memory and device; without a model, recommendations replace the plan.
         yes: whether to download without asking.
         quiet: whether only the report and errors are shown.
-        refresh: measure again.
-        verify: read every pack and check it.
+        json: whether to print one JSON object.
+        markdown: whether to print Markdown.
+        refresh: whether to measure again instead of using saved rates.
+        verify: whether to check every pack against its checksums.
     """
 
     models: ModelRequest
@@ -48,10 +50,10 @@ class ProbeOptions:
 
 
 def check_combination(options: ProbeOptions) -> ProbeOptions:
-    """Refuses flags that contradict each other.
+    """Refuse flags that contradict each other, and return the options unchanged.
 
     Raises:
-        UsageError: two of them do.
+        UsageError: two flags contradict each other.
     """
     if options.json and options.markdown:
         raise UsageError("--json and --markdown cannot be combined", hint="leave --json or --markdown out")
@@ -59,7 +61,7 @@ def check_combination(options: ProbeOptions) -> ProbeOptions:
 
 
 def probe(options: ProbeOptions) -> int:
-    """Does what `specchat probe` was asked to; returns the exit code."""
+    """Run `specchat probe` and return the exit code."""
     from specchat.hardware import probe as hardware
     from specchat.ui.console import talk
     from specchat.ui.probe_view import ProbeLine
@@ -87,11 +89,11 @@ def probe(options: ProbeOptions) -> int:
     return _DAMAGED if any(verdict.level == "error" for verdict in packs) else 0
 
 
-# --- what can run ------------------------------------------------------------------------------------------------
+# --- recommendations ------------------------------------------------------------------------------------------------
 
 
 def _offers(request: ModelRequest, report: "Report") -> "Recommendations":
-    """Plans for the models that are known without any download."""
+    """Return recommended models with their plans, made from known sizes without a download."""
     from specchat.hardware.probe import find_machine
     from specchat.models.hub.cache import cached_models
     from specchat.planner.rates import rates_of
@@ -110,7 +112,7 @@ def _offers(request: ModelRequest, report: "Report") -> "Recommendations":
 
 
 def _flags(request: ModelRequest) -> str:
-    """Return the choices that bear on plans, as they are typed."""
+    """Return the flags that affect plans, as they are typed."""
     choices = request.choices
     asked = {
         "--device": choices.device if choices.device != "auto" else None,
@@ -128,7 +130,7 @@ def _flags(request: ModelRequest) -> str:
 
 
 def _found_packs() -> "tuple[Verdict, ...]":
-    """What packs take of the disk, and those that nothing uses any more."""
+    """Return a verdict on the disk space of all packs, and a warning for each unused pack."""
     from specchat.hardware.verdicts import Verdict, from_home
     from specchat.models.packs.inventory import find_packs, packs_folder
     from specchat.units import format_bytes
@@ -137,15 +139,15 @@ def _found_packs() -> "tuple[Verdict, ...]":
     if not packs:
         return ()
     size = format_bytes(sum(pack.nbytes for pack in packs))
-    all_of_them = f"{len(packs)} in {from_home(packs_folder())}, {size} together"
+    total = f"{len(packs)} in {from_home(packs_folder())}, {size} in total"
     return (
-        Verdict("ok", "packs", all_of_them),
+        Verdict("ok", "packs", total),
         *(
             Verdict(
                 "warn",
                 "idle pack",
                 f"{pack.name}, {format_bytes(pack.nbytes)} in {from_home(pack.path)}: {pack.idle}",
-                "it may be deleted: what is missing is written again from the model when it is needed",
+                "delete it to free the space; specchat builds packs again when it needs them",
             )
             for pack in packs
             if pack.idle is not None
@@ -154,7 +156,7 @@ def _found_packs() -> "tuple[Verdict, ...]":
 
 
 def _verify(say: "Talk") -> "tuple[Verdict, ...]":
-    """A verdict on every pack, all of its bytes read."""
+    """Check every byte of every pack and return the verdicts."""
     from specchat.hardware.verdicts import Verdict
     from specchat.models.packs.inventory import packs_folder
     from specchat.models.packs.pack import list_packs
@@ -162,7 +164,7 @@ def _verify(say: "Talk") -> "tuple[Verdict, ...]":
     from specchat.ui.progress import ProgressLine
     from specchat.units import format_bytes
 
-    hint = "delete what is named: it is written again from the model when it is needed"
+    hint = "delete the named file or folder; specchat builds it again when it needs it"
     unreadable: list[str] = []
     packs = list_packs(warn=unreadable.append)
     verdicts = [Verdict("error", "pack", text, hint) for text in unreadable]
@@ -170,9 +172,9 @@ def _verify(say: "Talk") -> "tuple[Verdict, ...]":
         with ProgressLine(say, f"checking {pack.name}") as line:
             damages = verify_pack(pack, line.update)
         if not damages:
-            verdicts.append(Verdict("ok", "pack", f"{pack.name}, {pack.dtype}, {format_bytes(pack.nbytes)}: good"))
+            verdicts.append(Verdict("ok", "pack", f"{pack.name}, {pack.dtype}, {format_bytes(pack.nbytes)}: intact"))
         verdicts += [Verdict("error", "pack", f"{pack.name}: {each.path}: {each.reason}", hint) for each in damages]
-    return tuple(verdicts) or (Verdict("ok", "pack", f"there are none in {packs_folder()}"),)
+    return tuple(verdicts) or (Verdict("ok", "pack", f"no packs in {packs_folder()}"),)
 
 
 # --- the report --------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`specchat run`: from checked options to an answer, or to a chat."""
+"""`specchat run`: one answer or a chat, from checked options."""
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,7 +43,7 @@ _INTERRUPTED = 130
 
 
 def run(options: RunOptions) -> int:
-    """Does what `specchat run` was asked to; returns the exit code."""
+    """Run `specchat run` and return the exit code."""
     from specchat.ui.console import talk
     from specchat.ui.progress import TalkReporter
 
@@ -66,28 +66,28 @@ def run(options: RunOptions) -> int:
 
 
 def _prompt(options: RunOptions, say: "Talk") -> str | None:
-    """What to answer, from the arguments and from stdin; None for an interactive chat.
+    """Return the prompt from the arguments and stdin, or None for an interactive chat.
 
     Raises:
-        EmptyPromptError: there is neither a prompt nor anything on stdin.
-        UsageError: stdin is not text, or JSON was asked of an interactive chat.
+        EmptyPromptError: neither the arguments nor stdin have a prompt.
+        UsageError: stdin is not text, or an interactive chat was asked for JSON.
     """
     can_type = sys.stdin is not None and sys.stdin.isatty()
     if options.prompt is None and can_type and sys.stdout.isatty():
         if options.json or options.json_stream:
-            raise UsageError("--json and --json-stream need a PROMPT, or one on stdin")
+            raise UsageError("--json and --json-stream need a PROMPT or a prompt on stdin")
         return None
     if options.prompt is None and can_type:
-        say.say("reading the prompt from the terminal; Ctrl-D on a line of its own ends it")
+        say.say("reading the prompt from the terminal; end it with Ctrl-D on a line of its own")
     piped = "" if options.prompt is not None and can_type else _read_stdin()
     prompt = _joined(piped, options.prompt)
     if not prompt.strip():
-        raise EmptyPromptError("the prompt is empty", hint='specchat run MODEL "a question", or pipe one in')
+        raise EmptyPromptError("the prompt is empty", hint='use specchat run MODEL "QUESTION", or pipe the prompt in')
     return prompt
 
 
 def _joined(piped: str, prompt: str | None) -> str:
-    """What came on stdin, a blank line, and the question about it."""
+    """Join the text from stdin and the PROMPT argument with a blank line."""
     if not prompt:
         return piped
     text = piped.rstrip("\n")
@@ -100,7 +100,7 @@ def _read_stdin() -> str:
     try:
         return sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:
-        raise UsageError("what came on stdin is not UTF-8 text") from error
+        raise UsageError("stdin is not UTF-8 text") from error
 
 
 # --- the plan ----------------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def _chat(options: RunOptions, planned: "Planned", prompt: str | None, say: "Tal
 
 @dataclass(frozen=True)
 class _Parts:
-    """Everything a chat is made from."""
+    """The parts of a chat, from which it can be loaded."""
 
     options: RunOptions
     models: Models
@@ -158,10 +158,10 @@ class _Parts:
     transcript: "Transcript"
 
     def load(self, reporter: "Reporter") -> "ChatSession":
-        """The chat, new or where it was left, with its models loaded.
+        """Load the models and return the new or resumed chat.
 
         Raises:
-            UsageError: the target was not made for chats.
+            UsageError: the target has no chat template, and --base was not given.
         """
         from specchat.chat.session import check_has_template
         from specchat.models.hf.tokenizer import load_tokenizer
@@ -177,11 +177,11 @@ class _Parts:
             raise
 
     def settings(self, session: "ChatSession") -> list[Setting]:
-        """Everything that was or could have been chosen, and where it came from; for /info."""
+        """Return all settings with their origins, for /info."""
         return [*_model_settings(self.options, session.engine.plan), *session.settings()]
 
     def _opened(self, session: "ChatSession", reporter: "Reporter") -> "ChatSession":
-        """The chat, with what it runs on written down."""
+        """Record the setup of the chat in its transcript, and return the chat."""
         from specchat.chat.state import Opened
 
         options = self.options
@@ -213,7 +213,7 @@ class _Parts:
         )
 
     def _setup(self) -> dict[str, Any]:
-        """What a chat has to run on to go on as it would have gone on here."""
+        """Return the settings that a resumed chat needs to continue in the same way."""
         target, plan, options = self.models.target, self.plan, self.options
         return {
             "specchat": __version__,
@@ -231,7 +231,7 @@ class _Parts:
 
 
 def _model_settings(options: RunOptions, plan: Plan) -> list[Setting]:
-    """What the models run under."""
+    """Return the settings of the models."""
     values = {
         "model": plan.target,
         "draft": plan.draft or "none",
@@ -246,19 +246,19 @@ def _model_settings(options: RunOptions, plan: Plan) -> list[Setting]:
 
 
 def _keep_statistics(plan: Plan, steps: Sequence[Step], temperature: float) -> None:
-    """For the next plan of these models; names and numbers, nothing of what was said."""
+    """Save tokens per step and times for the next plan of these models, and no text."""
     from specchat.planner.statistics import record
 
     record(state_folder(), plan, temperature, steps)
 
 
 def _keep_nothing(_steps: Sequence[Step], _temperature: float) -> None:
-    """Of a chat that is not to be saved."""
+    """Save nothing, for a chat that is not saved."""
 
 
 @contextmanager
 def _transcript(options: RunOptions, say: "Talk", *, interactive: bool) -> "Iterator[Transcript]":
-    """The file that the chat is appended to; nobody else appends to it meanwhile."""
+    """Open the file that the chat is appended to, locked against other processes."""
     from specchat.chat.transcript import Transcript
 
     saved = options.resume
@@ -279,12 +279,12 @@ def _turns(saved: "Saved") -> str:
 
 
 def _notices(options: RunOptions, plan: Plan, models: Models) -> list[str]:
-    """What will not go as it was asked for."""
+    """Return a warning for each option that has no effect, and for a resumed chat with another model."""
     notices = []
     if options.models.choices.tree_budget is not None and plan.draft is None:
         notices.append(f"{options.sources['tree_budget']} has no effect: there is no draft")
     if options.base and options.system is not None:
-        notices.append("the system prompt has no effect: --base leaves the chat template out")
+        notices.append("the system prompt has no effect: --base uses no chat template")
     if options.resume is not None and not was_with(options.resume, models.target):
         notices.append(f"this chat was with {model_of(options.resume)} so far")
     return notices
@@ -343,7 +343,7 @@ def _print_delta(delta: "Delta") -> None:
 
 
 def _ignore(delta: "Delta") -> None:
-    """With --json, the text comes at the end."""
+    """Print nothing: with --json the text is printed at the end."""
 
 
 def _code(turn: "Turn") -> int:

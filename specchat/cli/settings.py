@@ -1,6 +1,6 @@
 """Settings from several sources, by precedence: flag, session, environment, config.toml.
 
-Settings that no source has come later from the model's generation_config.json or from defaults.
+Settings without a source come later from the model's generation_config.json or from defaults.
 """
 
 from __future__ import annotations

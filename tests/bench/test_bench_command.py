@@ -116,7 +116,7 @@ def test_sweep(specchat, tmp_path):
     picture = tmp_path / "picture.svg"
     result = specchat("bench", "demo", *SMALL, "--sweep", "tree-budget=4,16", "--plot", str(picture))
     assert result.code == 0, result.err
-    assert f"drawn: {picture}" in result.err
+    assert f"wrote {picture}" in result.err
     assert "tree budget (nodes)" in picture.read_text()
     assert "tok/s by tree-budget" in result.out
     assert "█" in result.out
@@ -281,7 +281,7 @@ def test_interrupted_after_the_answers_only_the_passes_are_missing(specchat, mon
     assert result.code == 130
     report = json.loads(result.out)
     jsonschema.validate(report, SCHEMA)
-    assert (report["partial"], report["missing"]) == (False, ["passes by themselves"])
+    assert (report["partial"], report["missing"]) == (False, ["single passes"])
     assert len(report["runs"]) == 4
 
 
@@ -291,17 +291,17 @@ def test_baselines_that_would_run_other_weights_are_left_out(specchat):
     report = json.loads(result.out)
     assert [each["name"] for each in report["baselines"]] == ["plain"]
     assert "the baseline 'accelerate' is left out" in result.err
-    assert "unrounded weights, not int8; compare with plain, or --quant none" in " ".join(result.err.split())
+    assert "full-precision weights, not int8; use --baseline plain or --quant none" in " ".join(result.err.split())
 
 
 @pytest.mark.parametrize(
     ("quants", "expected"),
     [
         ({}, {}),
-        ({"quant": "int4"}, {"accelerate": "unrounded", "assisted": "unrounded"}),
-        ({"quant": "gptq int4"}, {"accelerate": "comes quantized (gptq int4)", "assisted": "target comes quantized"}),
+        ({"quant": "int4"}, {"accelerate": "full-precision", "assisted": "full-precision"}),
+        ({"quant": "gptq int4"}, {"accelerate": "is pre-quantized (gptq int4)", "assisted": "target is pre-quantized"}),
         ({"draft_quant": "int8"}, {"assisted": "--draft-quant none"}),
-        ({"draft_quant": "awq int4"}, {"assisted": "the draft comes quantized"}),
+        ({"draft_quant": "awq int4"}, {"assisted": "the draft is pre-quantized"}),
     ],
 )
 def test_only_baselines_with_the_same_weights_are_run(quants, expected):

@@ -14,7 +14,7 @@ from support.loading import changed
 from support.machines import MEASURED
 
 from specchat.bench import measure, report, tables
-from specchat.bench.cold import RESIDENT, Files, PassRounds, PassSeries, measure_rounds
+from specchat.bench.cold import RESIDENT, PassFiles, PassRounds, PassSeries, measure_rounds
 from specchat.bench.records import OWN
 from specchat.errors import SpecchatError
 from specchat.hardware import disk
@@ -96,7 +96,7 @@ def test_rounds_take_turns_and_leave_the_first_out(file):
 
     systems = {"specchat": system("specchat", 1000), "accelerate": system("accelerate", None)}
     rounds = measure_rounds(
-        Files([file], [file]),
+        PassFiles([file], [file]),
         systems,
         rows=64,
         cold=True,
@@ -123,8 +123,8 @@ def test_the_link_to_a_gpu_is_what_the_probe_measured(monkeypatch, pinning_works
     plan = changed(PLAN, device="cuda:0", in_ram=PLAN.placement.streamed)
     monkeypatch.setattr(measure, "find_machine", lambda device: SimpleNamespace(device=device))
     monkeypatch.setattr(measure, "remembered", lambda folder, hardware, machine, device: measured)
-    assert measure._link(SimpleNamespace(plan=plan)) == getattr(measured.links, expected) > 0
-    assert measure._link(SimpleNamespace(plan=changed(plan, resident=range(4)))) is None  # nothing streams
+    assert measure._link_rate(SimpleNamespace(plan=plan)) == getattr(measured.links, expected) > 0
+    assert measure._link_rate(SimpleNamespace(plan=changed(plan, resident=range(4)))) is None  # nothing streams
     assert measure.probed_link(changed(plan, in_ram=()), measured) is None  # from the disk first
     assert measure.probed_link(plan, None) is None
 
@@ -132,7 +132,7 @@ def test_the_link_to_a_gpu_is_what_the_probe_measured(monkeypatch, pinning_works
 def test_interrupted_rounds_are_none(file):
     cancel = Event()
     cancel.set()
-    files = Files([file], [file])
+    files = PassFiles([file], [file])
     assert measure_rounds(files, {}, rows=1, cold=True, direct=True, cancel=cancel, report=lambda _: None) is None
 
 
@@ -153,4 +153,4 @@ def test_cold_passes_and_those_from_the_page_cache_in_one_object():
     assert both["page_cache"]["own_over_resident"] == 1.1
     resident = both["page_cache"]["systems"][1]
     assert (resident["name"], resident["utilisation"]) == (RESIDENT, None)  # it streams nothing
-    assert "1.10x of a pass with every layer in memory" in tables._disk_passes(both["page_cache"]).note
+    assert "1.10x the time of a pass with every layer in memory" in tables._disk_passes(both["page_cache"]).note

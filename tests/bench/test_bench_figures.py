@@ -13,7 +13,7 @@ from support.fake_bench import QUESTIONS, SETTINGS, STEP_S, TEXT, Clock, SlowSys
 from specchat.bench import export, report, summary, tables
 from specchat.bench.identity import compare
 from specchat.bench.prompts import Question
-from specchat.bench.records import OWN, Settings
+from specchat.bench.records import OWN, BenchSettings
 from specchat.records.model import ModelSource
 
 SCHEMA = json.loads(files("specchat.bench").joinpath("schema.json").read_text())
@@ -200,7 +200,7 @@ def test_prompts_beyond_the_context_are_counted():
 
 
 def test_the_time_box_stops_before_a_question_and_repeats_the_same_ones():
-    settings = Settings(max_tokens=32, repeats=2, time_box_s=2.0)
+    settings = BenchSettings(max_tokens=32, repeats=2, time_box_s=2.0)
     measurement = measured(settings=settings)
     assert measurement.not_begun == 1
     assert {run.question.question_id for run in measurement.runs} == {"one"}
@@ -249,7 +249,7 @@ def test_progress_foretells_the_rest():
 def test_what_is_left_is_told_by_system_and_before_the_first_answer():
     clock, seen = Clock(), []
     systems = [own_system(clock), SlowSystem(clock, text=TEXT * 3)]
-    settings = Settings(max_tokens=9, repeats=2)
+    settings = BenchSettings(max_tokens=9, repeats=2)
     made = runner(
         clock, systems, Event(), settings, report=lambda each: seen.append((clock.now, each)), passes_after={OWN: 4}
     )

@@ -69,7 +69,7 @@ def test_a_picture_that_cannot_be_written(tmp_path):
 def test_what_cannot_be_drawn_is_refused(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match=r"\.svg or \.png"):
         plot.check_plot(tmp_path / "a.pdf")
-    with pytest.raises(UsageError, match="no folder"):
+    with pytest.raises(UsageError, match="does not exist"):
         plot.check_plot(tmp_path / "none" / "a.svg")
     monkeypatch.setattr(plot, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
     with pytest.raises(NotAvailableError, match="matplotlib") as caught:

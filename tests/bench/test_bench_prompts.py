@@ -39,11 +39,11 @@ def test_files_in_the_form_of_mt_bench(tmp_path):
     [
         ("{", "line 2 is not JSON"),
         ("[1]", "line 2 is not an object"),
-        ({**GOOD, "turns": []}, "line 2 has no usable turns"),
-        ({**GOOD, "turns": ["a", 1]}, "line 2 has no usable turns"),
-        ({**GOOD, "turns": "a"}, "line 2 has no usable turns"),
-        ({**GOOD, "question_id": True}, "line 2 has no usable question_id"),
-        ({**GOOD, "category": " "}, "line 2 has no usable category"),
+        ({**GOOD, "turns": []}, "line 2 has no valid turns"),
+        ({**GOOD, "turns": ["a", 1]}, "line 2 has no valid turns"),
+        ({**GOOD, "turns": "a"}, "line 2 has no valid turns"),
+        ({**GOOD, "question_id": True}, "line 2 has no valid question_id"),
+        ({**GOOD, "category": " "}, "line 2 has no valid category"),
         (GOOD, "question_id 81"),
     ],
 )

@@ -163,12 +163,12 @@ def test_packs_are_checked(probe, tmp_path):
     from specchat.models.synthetic.layers import materialise
 
     code, out, _ = probe("--verify")
-    assert code == 0 and "there are none" in out
+    assert code == 0 and "no packs" in out
     source = materialise(
         parse_shape("hidden=256,layers=8,heads=4,kv_heads=2,head_dim=64,mlp=704,dtype=fp32"), warn=lambda _: None
     )
     code, out, _ = probe("--verify", "--json")
-    assert code == 0 and any("good" in each["text"] for each in json.loads(out)["verdicts"])
+    assert code == 0 and any("intact" in each["text"] for each in json.loads(out)["verdicts"])
     layer = source.path / "layer-00001.safetensors"
     with layer.open("r+b") as stream:
         stream.seek(-4096, 2)
@@ -195,7 +195,7 @@ def test_packs_that_nothing_uses_any_more_are_named(probe, tmp_path):
     shape = parse_shape("hidden=256,layers=8,heads=4,kv_heads=2,head_dim=64,mlp=704")
     path = materialise(shape, warn=lambda _: None).path
     size = sum(file.stat().st_size for file in path.iterdir())
-    assert verdicts() == [("ok", f"packs: 1 in {path.parent}, {format_bytes(size)} together")]
+    assert verdicts() == [("ok", f"packs: 1 in {path.parent}, {format_bytes(size)} in total")]
     for name in ("later", "earlier", "foreign", "unfinished"):
         shutil.copytree(path, path.parent / name)
     os.utime(path.parent / "later" / "manifest.json", (2e9, 2e9))

@@ -5,7 +5,7 @@ from types import MappingProxyType
 
 from specchat.bench.identity import Identity
 from specchat.bench.prompts import Question
-from specchat.bench.records import OWN, Answer, Settings
+from specchat.bench.records import OWN, AnswerRecord, BenchSettings
 from specchat.bench.report import Baseline, Outcome
 from specchat.bench.runner import Runner
 from specchat.bench.systems import EngineSystem
@@ -16,7 +16,7 @@ QUESTIONS = (
     Question("one", "writing", ("hello?", "and more?")),
     Question("two", "math", ("1 + 1?",)),
 )
-SETTINGS = Settings(max_tokens=32, repeats=2)
+SETTINGS = BenchSettings(max_tokens=32, repeats=2)
 TEXT = "abcdefgh"  # with the stop token 9 tokens: three steps
 
 
@@ -65,7 +65,7 @@ class SlowSystem:
         self.requests.append(request)
         ids = (*TOKENIZER.encode(self.text), EOS)
         self.clock.take(len(ids))
-        return Answer(ids, "stop", ttft_s=1.0, decode_s=len(ids) - 1.0, num_passes=len(ids), first_tokens=1)
+        return AnswerRecord(ids, "stop", ttft_s=1.0, decode_s=len(ids) - 1.0, num_passes=len(ids), first_tokens=1)
 
 
 def runner(
