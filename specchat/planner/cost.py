@@ -13,20 +13,19 @@ of the best unexplored nodes fall as a power of their rank.
 
 import math
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
+from functools import cache
 from typing import Literal
 
+from specchat.planner.compute import compute_times
 from specchat.planner.placement import TierSizes
 from specchat.planner.rates import Basis, Rates, least_sure
-from specchat.records.limits import HEAD_BLOCK_ROWS, draft_width
-from specchat.records.model import DTYPE_BYTES, Dtype, ModelSpec
+from specchat.records.limits import draft_width
+from specchat.records.model import Dtype, ModelSpec
 from specchat.records.plan import Expectation
 
 # Bottleneck of a step: moving layers to the device, computing them, or growing the tree.
 Bound = Literal["link", "compute", "draft"]
 
-# Keys that attention is priced for: a short chat. Longer chats are slower than predicted.
-_KEYS = 512
 # Cost of growing a tree, counted on the demo pair with 4 to 256 nodes: rows that the draft reads per node of the tree
 # (dropped nodes included), and the number of batches, which equals the depth of the tree.
 _READ_PER_NODE = 1.4
@@ -36,22 +35,14 @@ _DEPTH_GAIN, _DEPTH_KNEE = 6.5, 8.0
 # disk and readers occupy the cores and the interpreter. The draft's layers take 1.4 ms of both. Not measured beside a
 # GPU.
 _CPU_BATCH_S, _CPU_BATCH_BESIDE_READS_S = 0.5e-3, 3e-3
-# Sweeps over a row of float32 scores that turn the row into children of a node: scaling, softmax, top-k.
-_SCORE_SWEEPS = 10
-# Layers whose non-attention weights are at most this multiple of the active MLP width count as dense, without experts.
-# The margin covers norms, biases and gates.
-_DENSE_SHARE = 1.5
-# Visited nodes per computed block of the head.
-_VISITS_PER_BLOCK = 2.5
 # Lost share of the shorter of reading and computing, on a CPU and by slots. Both are uneven there, and a late layer
 # stalls the pass unless other layers are ready. Measured where both took about equally long: 0.76-0.93 of the raw read
 # rate with two slots, 0.95-1.04 with three.
 _STALLS = {1: 1.0, 2: 0.2}
 _STALL_OF_MANY = 0.03
-# Corrections from the probe's rates of single reads and matmuls to whole passes on a CPU: reading while two cores
-# compute; norms, activations and attention's small operations. Measured with tests/benchmarks/predicted.py.
+# Correction from the probe's rate of single reads to whole passes on a CPU: reading while two cores compute. Measured
+# with tests/benchmarks/predicted.py.
 _DISK_SHARE = 0.92
-_MATMUL_OVERHEAD = 1.12
 
 
 @dataclass(frozen=True)
@@ -131,8 +122,8 @@ class CostModel:
     ) -> None:
         self._on_cpu = device == "cpu"
         self._num_layers = target.num_layers
-        self._target = _compute_of(target, dtype, rates, on_cpu=self._on_cpu)
-        self._draft = None if draft is None else _compute_of(draft, dtype, rates, on_cpu=self._on_cpu)
+        self._target = compute_times(target, dtype, rates, on_cpu=self._on_cpu)
+        self._draft = None if draft is None else compute_times(draft, dtype, rates, on_cpu=self._on_cpu)
         self._rates = rates
         self._acceptance = acceptance
         self._timed: dict[tuple[int, bool], _StepCosts] = {}
@@ -348,140 +339,3 @@ def draft_batches(nodes: int) -> float:
 def _sizes_up_to(most: int) -> tuple[int, ...]:
     """Return the powers of two below `most`, then `most`."""
     return (*(1 << power for power in range(most.bit_length()) if 1 << power < most), most)
-
-
-@lru_cache(maxsize=512)
-def _compute_of(spec: ModelSpec, dtype: Dtype, rates: Rates, *, on_cpu: bool) -> "_Compute":
-    """Return the compute times of a model; cached, because one draft serves many targets."""
-    return _Compute(spec, _matmul_times(dtype, rates, on_cpu=on_cpu), rates, on_cpu=on_cpu)
-
-
-class _Compute:
-    """Compute times of a model's layers and head by number of rows."""
-
-    def __init__(self, spec: ModelSpec, matmul_times: "_MatmulTimes", rates: Rates, *, on_cpu: bool) -> None:
-        self._spec = spec
-        self._matmul_times = matmul_times
-        self._rates = rates
-        self._on_cpu = on_cpu
-        self._pass_s: dict[int, float] = {}
-        self._layer_s: dict[int, float] = {}
-
-    def pass_s(self, rows: int) -> float:
-        """Return the seconds of a draft batch: all layers, resident, and the scores of every row."""
-        if rows not in self._pass_s:
-            spec = self._spec
-            scoring = _SCORE_SWEEPS * rows * spec.vocab_size * 4 / self._rates.memory.per_s
-            head_s = self._head_weights * self._matmul_times.weight_s(rows)
-            self._pass_s[rows] = spec.num_layers * self.layer_s(rows) + head_s + scoring
-        return self._pass_s[rows]
-
-    def head_s(self, tokens: float) -> float:
-        """Return the seconds to score, in blocks, the nodes that a walk visits."""
-        blocks = max(tokens / _VISITS_PER_BLOCK, 1.0)
-        sweeps = _SCORE_SWEEPS * tokens * self._spec.vocab_size * 4 / self._rates.memory.per_s
-        matmul_s = blocks * self._head_weights * self._matmul_times.weight_s(HEAD_BLOCK_ROWS)
-        return self._rates.layer_s * blocks + matmul_s + sweeps
-
-    def layer_s(self, rows: int) -> float:
-        """Return the mean seconds of one layer whose weights are on the device."""
-        if rows not in self._layer_s:
-            used, rows_each = self._used_experts(rows)
-            weight_s = self._matmul_times.weight_s
-            shared = self._shared_weights + self._attention_weights
-            weights_s = shared * weight_s(rows) + used * self._expert_weights * weight_s(rows_each)
-            matmul_s = weights_s * (_MATMUL_OVERHEAD if self._on_cpu else 1.0)
-            self._layer_s[rows] = self._rates.layer_s + matmul_s + self._dequantizing_s(used)
-        return self._layer_s[rows]
-
-    def _dequantizing_s(self, used: float) -> float:
-        """Return the seconds to dequantize each used matrix once a pass, for a share `used` of the experts."""
-        quant = self._spec.quant
-        if quant == "none":
-            return 0.0
-        per_weight = self._rates.dequantize_s["int4" if "4" in quant else "int8"]
-        return per_weight * (self._shared_weights + used * self._expert_weights)
-
-    def _used_experts(self, rows: int) -> tuple[float, float]:
-        """Return the share of experts in use with random routing, and the mean rows per expert in use."""
-        active = self._active_share
-        used = 1.0 - (1.0 - active) ** rows
-        return used, max(rows * active / used, 1.0)
-
-    @cached_property
-    def _layer_weights(self) -> float:
-        """Mean number of weights in a layer."""
-        return self._spec.num_layer_params / max(self._spec.num_layers, 1)
-
-    @cached_property
-    def _mlp_weights(self) -> float:
-        """Number of MLP weights that one row uses: three matrices of the active width."""
-        return min(3.0 * self._spec.hidden_size * self._spec.mlp_size, self._layer_weights)
-
-    @cached_property
-    def _active_share(self) -> float:
-        """Share of the experts' weights that one row uses; 1 for models without experts."""
-        attention = (
-            self._spec.hidden_size
-            * sum(2 * self._spec.num_heads * shape.key_dim + shape.numbers_per_row for shape in self._spec.kv_shapes)
-            / max(len(self._spec.kv_shapes), 1)
-        )
-        experts = self._layer_weights - min(attention, self._layer_weights)
-        return 1.0 if experts <= _DENSE_SHARE * self._mlp_weights else self._mlp_weights / experts
-
-    @cached_property
-    def _expert_weights(self) -> float:
-        return 0.0 if self._active_share == 1.0 else self._mlp_weights / self._active_share
-
-    @cached_property
-    def _shared_weights(self) -> float:
-        return self._layer_weights - self._expert_weights
-
-    @cached_property
-    def _attention_weights(self) -> float:
-        """Attention to the keys of a short chat, expressed as a number of weights."""
-        dims = max((shape.key_dim + shape.value_dim for shape in self._spec.kv_shapes), default=0)
-        return float(self._spec.num_heads * dims * _KEYS)
-
-    @cached_property
-    def _head_weights(self) -> float:
-        return float(self._spec.vocab_size * self._spec.hidden_size)
-
-
-@lru_cache(maxsize=16)
-def _matmul_times(dtype: Dtype, rates: Rates, *, on_cpu: bool) -> "_MatmulTimes":
-    return _MatmulTimes(dtype, rates, on_cpu=on_cpu)
-
-
-class _MatmulTimes:
-    """Matmul times for matrices of a dtype."""
-
-    def __init__(self, dtype: Dtype, rates: Rates, *, on_cpu: bool) -> None:
-        self._dtype: Dtype = dtype
-        self._rates = rates
-        self._on_cpu = on_cpu
-        self._weight_s: dict[float, float] = {}
-
-    def weight_s(self, rows: float) -> float:
-        """Return the seconds per weight of a matmul with `rows` rows."""
-        if rows not in self._weight_s:  # a search needs the same value a hundred times
-            self._weight_s[rows] = self._interpolated(rows) * self._dtype_factor(rows)
-        return self._weight_s[rows]
-
-    def _interpolated(self, rows: float) -> float:
-        rates = self._rates.matmul
-        above = next((i for i, rate in enumerate(rates) if rate.rows >= rows), len(rates))
-        if above == 0 or len(rates) == 1:
-            return 2 * rates[0].rows / rates[0].flop_per_s
-        if above == len(rates):
-            return 2 * rows / rates[-1].flop_per_s
-        (x0, y0), (x1, y1) = ((r.rows, 2 * r.rows / r.flop_per_s) for r in rates[above - 1 : above + 1])
-        return y0 + (y1 - y0) * (rows - x0) / (x1 - x0)
-
-    def _dtype_factor(self, rows: float) -> float:
-        """Return the cost ratio of the dtype to the measured dtype: by bytes for few rows, by arithmetic for many."""
-        wide = DTYPE_BYTES[self._dtype] / DTYPE_BYTES[self._rates.matmul_dtype]
-        if wide == 1 or (wide < 1 and self._on_cpu):  # a CPU measured in float32 has no faster 16-bit arithmetic
-            return 1.0
-        many = min(math.log2(max(rows, 1.0)) / 6, 1.0)
-        return float(wide ** (1 + many))
