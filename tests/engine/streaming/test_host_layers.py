@@ -33,8 +33,8 @@ def test_pinning_stops_at_the_first_refusal_and_warns(room: int, num_pinned: int
         assert not said and not forgotten
     else:
         left = sum(blob.nbytes for blob in blobs[num_pinned:]) >> 20
-        assert len(said) == 1 and f"{left}.0 MiB of the 7.0 MiB" in said[0] and "half its rate" in said[0]
-        assert runtime.refusals == len(forgotten) == 1  # nothing more is asked for, no error left behind
+        assert len(said) == 1 and f"cannot pin {left}.0 MiB of 7.0 MiB" in said[0] and "half its rate" in said[0]
+        assert runtime.refusals == len(forgotten) == 1  # no further attempt, and no error left behind
     pin.close()
     assert not runtime.pinned
 
