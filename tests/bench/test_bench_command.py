@@ -1,4 +1,4 @@
-"""`specchat bench` itself: a real run on the demo, comparisons, sweeps, interrupts, and what it refuses."""
+"""`specchat bench` itself: a real run on the demo, comparisons, sweeps, interrupts, and invalid usage."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def specchat(capfd):
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
-    """Two files of the same measurement, made by the command."""
+    """Return two report files of the same measurement, made by the command."""
     folder = tmp_path_factory.mktemp("reports")
     made = []
     for name, extra in (("a", ("--baseline", "plain,accelerate,assisted")), ("b", ("--baseline", "none"))):
@@ -76,7 +76,7 @@ def test_demo_against_every_baseline(reports):
     assert {run["temperature"] for run in report["runs"]} == {0.0, 0.7}
 
 
-def test_the_same_seed_writes_the_same(reports):
+def test_same_seed_gives_same_tokens(reports):
     a, b = (json.loads(path.read_text()) for path in reports)
     assert [run["token_ids"] for run in a["runs"]] == [run["token_ids"] for run in b["runs"]]
     assert b["baselines"] == []
@@ -90,14 +90,14 @@ def test_compare(specchat, reports):
     assert comparison["common_answers"] == comparison["same_output"] == 4
     figure = comparison["figures"]["tokens_per_step"]
     assert figure["ratio"] == pytest.approx(1)
-    assert figure["significant"] is None  # one question tells nothing
+    assert figure["significant"] is None  # one question is not enough
     shown = specchat("bench", "--compare", *map(str, reports))
     assert "tok_per_s" in shown.out
     assert "fewer than 6 questions" in shown.out
     assert specchat("bench", "--compare", *map(str, reports), "-o", "md").out.startswith("**B against A**")
 
 
-def test_compare_tells_a_real_difference(specchat, tmp_path, reports):
+def test_compare_finds_a_real_difference(specchat, tmp_path, reports):
     report = json.loads(reports[0].read_text())
     run = report["runs"][0] | {"counted": True, "distinct_4gram": 1.0}
     runs = [run | {"question_id": f"q{i}"} for i in range(8)]
@@ -123,7 +123,7 @@ def test_sweep(specchat, tmp_path):
     assert "\x1b" not in result.out
 
 
-def test_slots_are_swept(specchat):
+def test_sweep_over_slots(specchat):
     result = specchat("bench", "demo", *SMALL, "--vram", "36MiB", "--sweep", "slots=1,3", "--json", "-q")
     assert result.code == 0, result.err
     points = json.loads(result.out)["sweep"]["points"]
@@ -132,7 +132,7 @@ def test_slots_are_swept(specchat):
     assert texts[0] == texts[1]
 
 
-def test_memory_against_speed(specchat):
+def test_sweep_over_generation_memory(specchat):
     options = (*SMALL, "--vram", "60MiB", "--sweep", "memory=64+head,64,8")
     result = specchat("bench", "demo", *options, "--json", "-q")
     assert result.code == 0, result.err
@@ -162,7 +162,7 @@ def test_sweep_as_json(specchat):
     jsonschema.validate(report, SCHEMA)
     own, none = report["sweep"]["points"]
     assert (own["value"], none["value"]) == ("demo", "none")
-    # a target that drafts for itself is always right
+    # drafts of the target itself are always accepted
     assert own["summary"]["tokens_per_step"]["mean"] > none["summary"]["tokens_per_step"]["mean"] == 1
 
 
@@ -220,20 +220,20 @@ def test_passes_from_the_page_cache(specchat):
         (["demo", "--nope"], "specchat bench --help"),
     ],
 )
-def test_asked_wrongly(specchat, arguments, words):
+def test_invalid_usage_exits_with_2(specchat, arguments, words):
     result = specchat("bench", *arguments)
     assert result.code == 2, result.err
     assert words in result.err
     assert result.out == ""
 
 
-def test_nothing_fits(specchat):
+def test_questions_too_long_for_the_context_exit_with_4(specchat):
     result = specchat("bench", "demo", *SMALL[:-2], "--max-tokens", "508", "--draft", "none", "--baseline", "none")
     assert result.code == 4, result.err
     assert "none of the 1 questions fits" in result.err
 
 
-def test_files_that_are_no_reports(specchat, tmp_path):
+def test_compare_refuses_files_that_are_not_reports(specchat, tmp_path):
     other = tmp_path / "other.json"
     other.write_text("{}")
     result = specchat("bench", "--compare", str(other), str(other))
@@ -241,7 +241,7 @@ def test_files_that_are_no_reports(specchat, tmp_path):
     assert "not a report" in result.err
 
 
-def test_interrupted_prints_what_there_is():
+def test_interrupt_prints_a_partial_report():
     with Terminal("specchat", "bench", "demo", "--baseline", "none", "-r", "9", columns=120, rows=50) as terminal:
         terminal.wait_for(lambda t: re.search(r"bench: [1-9]\d*/288 · specchat, .* · about \d+:\d\d left", t.screen))
         assert terminal.screen.count("bench: ") == 1  # in place
@@ -254,7 +254,7 @@ def test_interrupted_prints_what_there_is():
         assert b"Traceback" not in text
 
 
-def test_an_interrupted_sweep_has_the_points_that_were_measured(specchat, monkeypatch):
+def test_interrupted_sweep_reports_measured_points(specchat, monkeypatch):
     real = measure.measure
 
     def then_interrupted(job, cancel, report):
@@ -272,7 +272,7 @@ def test_an_interrupted_sweep_has_the_points_that_were_measured(specchat, monkey
     assert [point["value"] for point in report["sweep"]["points"]] == ["256"]
 
 
-def test_interrupted_after_the_answers_only_the_passes_are_missing(specchat, monkeypatch):
+def test_interrupt_after_the_answers_lists_missing_passes(specchat, monkeypatch):
     def interrupted(*_, cancel, **__):
         cancel.set()
 
@@ -323,7 +323,7 @@ def test_interrupted_before_anything_is_measured(specchat, monkeypatch):
     assert "interrupted before anything was measured" in result.err
 
 
-def test_a_command_writes_measurements_into_a_page(tmp_path, reports):
+def test_readme_command_writes_reports_into_a_page(tmp_path, reports):
     page = tmp_path / "page.md"
     page.write_text(f"before\n\n{BEGIN}\n\nold\n\n{END}\n\nafter\n")
     main([str(page), str(reports[0])])
@@ -348,7 +348,7 @@ def test_sweeps_have_their_own_section(tmp_path, reports):
     assert "kept" in kept and "by ctx" in swept and "old" not in swept
 
 
-def test_the_page_of_measurements_has_the_marks():
+def test_measured_page_has_the_marks():
     page = (ROOT / "docs" / "measured.md").read_text()
     assert with_measured(page, ["x"]) != page
     assert with_measured(page, ["x"], SWEEPS_BEGIN, SWEEPS_END) != page

@@ -1,4 +1,4 @@
-"""Emptying the page cache, proof of it, raw reads, and the rounds made of them."""
+"""Eviction from the page cache, raw reads, and rounds of passes."""
 
 import json
 import os
@@ -38,14 +38,14 @@ def _kind(folder):
     return max(inside, key=lambda mount: len(mount[0]))[1]
 
 
-def test_evict_empties_the_cache_and_says_so(file):
+def test_evict_empties_the_cache_and_returns_the_resident_share(file):
     file.read_bytes()
     assert disk.resident_share([file]) > 0.99
     assert disk.evict([file]) < disk.MAX_RESIDENT_SHARE
     assert disk.resident_share([file]) < disk.MAX_RESIDENT_SHARE
 
 
-def test_what_cannot_be_evicted_is_an_error(monkeypatch):
+def test_evict_fails_on_files_that_stay_in_memory(monkeypatch):
     if not TMPFS.is_dir() or _kind(TMPFS) != "tmpfs":
         pytest.skip("no tmpfs here")
     monkeypatch.setattr(disk, "_PATIENCE_S", 0.2)
@@ -70,7 +70,7 @@ def test_raw_reads(file, direct):
         assert disk.resident_share([file]) > 0.99
 
 
-def test_direct_reads_fall_back_where_they_are_refused(tmp_path, monkeypatch):
+def test_raw_reads_fall_back_without_direct_io(tmp_path, monkeypatch):
     path = tmp_path / "f"
     path.write_bytes(bytes(5000))
     real = os.open
@@ -84,7 +84,7 @@ def test_direct_reads_fall_back_where_they_are_refused(tmp_path, monkeypatch):
     assert disk.read_raw([path], direct=True).direct is False
 
 
-def test_rounds_take_turns_and_leave_the_first_out(file):
+def test_rounds_alternate_order_and_drop_the_warm_up(file):
     order = []
 
     def system(name, num_bytes):
@@ -118,14 +118,14 @@ def test_rounds_take_turns_and_leave_the_first_out(file):
 @pytest.mark.parametrize(
     ("pinning_works", "expected"), [(True, "h2d_pinned_bytes_per_s"), (False, "h2d_pageable_bytes_per_s")]
 )
-def test_the_link_to_a_gpu_is_what_the_probe_measured(monkeypatch, pinning_works, expected):
+def test_link_rate_to_a_gpu_comes_from_the_probe(monkeypatch, pinning_works, expected):
     measured = replace(MEASURED, device="cuda:0", pinning_works=pinning_works)
     plan = changed(PLAN, device="cuda:0", in_ram=PLAN.placement.streamed)
     monkeypatch.setattr(measure, "find_machine", lambda device: SimpleNamespace(device=device))
     monkeypatch.setattr(measure, "remembered", lambda folder, hardware, machine, device: measured)
     assert measure._link_rate(SimpleNamespace(plan=plan)) == getattr(measured.links, expected) > 0
     assert measure._link_rate(SimpleNamespace(plan=changed(plan, resident=range(4)))) is None  # nothing streams
-    assert measure.probed_link(changed(plan, in_ram=()), measured) is None  # from the disk first
+    assert measure.probed_link(changed(plan, in_ram=()), measured) is None  # disk streaming has no single rate
     assert measure.probed_link(plan, None) is None
 
 
@@ -136,7 +136,7 @@ def test_interrupted_rounds_are_none(file):
     assert measure_rounds(files, {}, rows=1, cold=True, direct=True, cancel=cancel, report=lambda _: None) is None
 
 
-def test_cold_passes_and_those_from_the_page_cache_in_one_object():
+def test_report_holds_cold_and_page_cache_passes():
     raw = PassSeries((1.0, 2.0, 4.0), 300)
     cold = PassRounds(64, True, raw, True, {OWN: PassSeries((2.5, 2.0, 9.0), 300)}, 0.0)
     systems = {OWN: PassSeries((1.0, 1.1, 1.2), 300), RESIDENT: PassSeries((1.0,), 0), "accelerate": raw}

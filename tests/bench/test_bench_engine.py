@@ -1,4 +1,4 @@
-"""What a measurement asks of the engine, and the transformers models that it is compared with."""
+"""The engine functions that the bench uses, and the offloading baseline."""
 
 import pytest
 from support.engines import NOTHING, make_plan, write
@@ -29,7 +29,7 @@ def engine(sources):
         yield engine
 
 
-def test_without_draft_the_text_is_the_same_one_token_a_pass(engine):
+def test_without_draft_gives_same_text_at_one_token_per_pass(engine):
     drafted, steps = write(engine, PROMPT, Sampling(temperature=0.7), NUM_TOKENS)
     engine.forget()
     with without_draft(engine):
@@ -40,7 +40,7 @@ def test_without_draft_the_text_is_the_same_one_token_a_pass(engine):
     assert len(write(engine, PROMPT, Sampling(temperature=0.7), NUM_TOKENS)[1]) == len(steps)  # the draft is back
 
 
-def test_forget_leaves_nothing_for_either_cache(engine):
+def test_forget_empties_both_caches(engine):
     write(engine, PROMPT, Sampling(), NUM_TOKENS)
     engine.forget()
     (draft,) = engine._drafter.models
@@ -50,15 +50,15 @@ def test_forget_leaves_nothing_for_either_cache(engine):
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 17])
-def test_a_pass_by_itself_streams_what_a_pass_streams(engine, num_rows):
+def test_single_pass_streams_as_much_as_a_step(engine, num_rows):
     timed = measure_pass(engine, num_rows)
     assert 0 <= timed.wait_s <= timed.pass_s
     _, steps = write(engine, PROMPT, Sampling(), 3)
     assert timed.streamed_bytes == steps[-1].streamed_bytes > 0
-    assert steps[0].cached_rows == 0  # it left nothing behind
+    assert steps[0].cached_rows == 0  # the single pass left the caches empty
 
 
-def test_dropping_what_was_prefetched_changes_no_text(engine):
+def test_dropping_prefetched_layers_keeps_the_text(engine):
     expected, _ = write(engine, PROMPT, Sampling(), NUM_TOKENS)
     engine.forget()
     tokens = []
@@ -69,7 +69,7 @@ def test_dropping_what_was_prefetched_changes_no_text(engine):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_margin_is_that_of_the_token_that_wins(engine, temperature):
+def test_margin_is_positive_and_repeatable(engine, temperature):
     sampling = Sampling(temperature=temperature)
     found = margin_after(engine, PROMPT, sampling)
     assert found.margin > 0
@@ -77,7 +77,7 @@ def test_margin_is_that_of_the_token_that_wins(engine, temperature):
     assert margin_after(engine, PROMPT, sampling).margin == pytest.approx(found.margin, rel=1e-4)
 
 
-def test_offloaded_generation_is_the_targets(engine, sources):
+def test_offloaded_generation_gives_the_targets_text(engine, sources):
     target, draft = sources
     greedy, _ = write(engine, PROMPT, Sampling(), NUM_TOKENS)
     paused = []
@@ -102,7 +102,7 @@ def test_offloaded_generation_is_the_targets(engine, sources):
     assert len(out.pass_tokens) < NUM_TOKENS  # the draft helped
 
 
-def test_offloaded_generation_stops(sources):
+def test_offloaded_generation_stops_at_a_stop_token(sources):
     with OffloadedModel(sources[0], dtype="fp32", device="cpu", resident=(), draft=None) as model:
         first = model.generate(PROMPT, Sampling(), stop_ids=NOTHING, max_tokens=1).token_ids[0]
         out = model.generate(PROMPT, Sampling(), stop_ids=frozenset({first}), max_tokens=NUM_TOKENS)
@@ -111,7 +111,7 @@ def test_offloaded_generation_stops(sources):
 
 def test_transformers_samples_from_the_whole_vocabulary():
     config = _generation_config(Sampling(temperature=0.7), NOTHING, 4)
-    assert (config.top_k, config.top_p, config.min_p) == (0, 1.0, None)  # it would keep 50 tokens unless told otherwise
+    assert (config.top_k, config.top_p, config.min_p) == (0, 1.0, None)  # by default it keeps 50 tokens
 
 
 def test_checkpoints_without_an_index_are_read_through_links(sources, tmp_path):

@@ -1,4 +1,4 @@
-"""On systems that take known times, every figure is known to the last digit."""
+"""Figures of fake systems with known times, which are known exactly."""
 
 import json
 from importlib.resources import files
@@ -57,7 +57,7 @@ def reported(measurement, **kwargs):
     return report.report_object(head, {**report.outcome_object(made, target), "disk_passes": None, "sweep": None})
 
 
-def test_every_question_is_asked_everywhere():
+def test_every_system_answers_every_question():
     measurement = measured()
     # 3 turns, 2 temperatures, 2 repeats
     assert len(measurement.of("specchat")) == len(measurement.of("accelerate")) == 12
@@ -101,7 +101,7 @@ def test_figures_are_exact():
     assert figures.distinct_4gram.mean == 1
 
 
-def test_a_later_turn_computes_only_what_is_new():
+def test_later_turns_compute_only_new_tokens():
     runs = measured(questions=QUESTIONS[:1]).of("specchat")
     first, second = runs[0], runs[1]
     assert first.answer.cached_tokens == 0
@@ -109,12 +109,12 @@ def test_a_later_turn_computes_only_what_is_new():
     assert second.answer.cached_tokens == len(first.prompt_ids) + TOKENS - 1
 
 
-def test_each_conversation_starts_from_nothing():
+def test_each_conversation_starts_with_empty_caches():
     runs = measured(questions=QUESTIONS[1:]).of("specchat")
     assert [run.answer.cached_tokens for run in runs] == [0] * 4
 
 
-def test_what_is_done_between_passes_takes_no_time():
+def test_work_between_passes_is_not_timed():
     def systems(clock):
         return [own_system(clock, between_passes=lambda: clock.take(100))]
 
@@ -164,7 +164,7 @@ def test_one_question_gives_no_interval():
 
 
 @given(st.lists(st.lists(st.floats(-2, 2), min_size=1, max_size=4), min_size=2, max_size=9))
-def test_intervals_hold_the_ratio_and_p_values_are_probabilities(logs):
+def test_intervals_contain_the_ratio_and_p_values_are_probabilities(logs):
     ratio = summary.ratio_of({str(i): values for i, values in enumerate(logs)})
     assert ratio.low <= ratio.high
     assert 0 < ratio.p_value <= 1
@@ -192,7 +192,7 @@ def test_repetitive_answers_are_listed_and_not_counted():
     assert any(table.title.startswith("answers that repeat") for table in tables.report_tables(made))
 
 
-def test_prompts_beyond_the_context_are_counted():
+def test_prompts_too_long_for_the_context_are_counted():
     long = Question("long", "stem", ("x" * 500, "y"))
     measurement = measured(questions=(long, *QUESTIONS))
     assert measurement.too_long == 2
@@ -207,7 +207,7 @@ def test_the_time_box_stops_before_a_question_and_repeats_the_same_ones():
     assert {run.repeat for run in measurement.runs} == {1, 2}
 
 
-def test_interrupted_keeps_what_was_complete():
+def test_interrupt_keeps_complete_answers():
     cancel = Event()
     seen = []
 
@@ -226,7 +226,7 @@ def test_interrupted_keeps_what_was_complete():
     assert seen[4].left_s > 0
 
 
-def test_an_answer_that_was_cut_off_is_dropped():
+def test_interrupted_answer_is_dropped():
     cancel = Event()
 
     def systems(clock):
@@ -238,7 +238,7 @@ def test_an_answer_that_was_cut_off_is_dropped():
     assert not measurement.runs
 
 
-def test_progress_foretells_the_rest():
+def test_progress_estimates_remaining_time():
     seen = []
     measured(report=seen.append)
     assert seen[0].left_s is None
@@ -246,7 +246,7 @@ def test_progress_foretells_the_rest():
     assert [each.done for each in seen] == list(range(24))
 
 
-def test_what_is_left_is_told_by_system_and_before_the_first_answer():
+def test_remaining_time_is_estimated_per_system_from_the_warm_up_on():
     clock, seen = Clock(), []
     systems = [own_system(clock), SlowSystem(clock, text=TEXT * 3)]
     settings = BenchSettings(max_tokens=9, repeats=2)
@@ -261,7 +261,7 @@ def test_what_is_left_is_told_by_system_and_before_the_first_answer():
     assert sum(asked[-1]) == pytest.approx(end, rel=0.01)
 
 
-def test_what_an_interruption_left_out_is_named():
+def test_notes_name_what_an_interrupt_left_out():
     made = reported(measured()) | {"missing": ["passes from the page cache"]}
     assert tables.notes(made)[0] == "interrupted after all answers; not measured: passes from the page cache"
     assert "PARTIAL" in tables.notes(made | {"partial": True})[0]
@@ -291,14 +291,14 @@ def test_report_fits_the_schema():
 
 
 @pytest.mark.parametrize("name", ["settings", "summary", "plan"])
-def test_schema_notices_what_is_missing(name):
+def test_schema_rejects_missing_keys(name):
     made = reported(measured())
     del made[name]
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(made, SCHEMA)
 
 
-def test_texts_are_compared_where_draws_can_be():
+def test_sampled_texts_are_compared_only_if_keyed():
     def systems(clock):
         other = own_system(clock, text="abcdefgX", name="plain")
         return [own_system(clock), other]
@@ -334,7 +334,7 @@ def test_a_longer_answer_differs_where_the_other_ends():
     assert found.differences[0].near_tie  # 16-bit scores near 20 are coarser than that
 
 
-def test_every_form_says_the_same():
+def test_all_output_formats_agree():
     made = reported(measured(), link=1e9)
     lines = [json.loads(line) for line in export.json_lines(made).splitlines()]
     assert [line["type"] for line in lines] == ["run"] * 24 + ["report"]

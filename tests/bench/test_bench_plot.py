@@ -1,4 +1,4 @@
-"""The picture of a sweep: drawn from a report, refused before anything is measured when it cannot be."""
+"""Plots of sweeps, and plots that are refused before anything is measured."""
 
 from importlib.util import find_spec
 
@@ -43,7 +43,7 @@ def report(option, points):
         ("draft", ("none", "demo"), "draft"),
     ],
 )
-def test_pictures_name_what_they_show(tmp_path, option, values, label):
+def test_plots_label_axes_and_lines(tmp_path, option, values, label):
     pytest.importorskip("matplotlib")
     typed = [value.partition("(")[2].rstrip(")") if option == "memory" else value for value in values]
     points = [point(value, 2.0 + i, (1 + i) << 30) for i, value in enumerate(typed)]
@@ -59,14 +59,14 @@ def test_points_without_a_figure_are_left_out(tmp_path):
     assert (tmp_path / "a.PNG").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_picture_that_cannot_be_written(tmp_path):
+def test_unwritable_plot_is_an_error(tmp_path):
     pytest.importorskip("matplotlib")
     (tmp_path / "a.svg").mkdir()
     with pytest.raises(SpecchatError, match="cannot write"):
         plot.plot_sweep(report("ctx", [point("512", 2.0)]), tmp_path / "a.svg")
 
 
-def test_what_cannot_be_drawn_is_refused(tmp_path, monkeypatch):
+def test_check_plot_refuses_bad_files_and_missing_matplotlib(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match=r"\.svg or \.png"):
         plot.check_plot(tmp_path / "a.pdf")
     with pytest.raises(UsageError, match="does not exist"):

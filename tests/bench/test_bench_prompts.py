@@ -1,4 +1,4 @@
-"""What is asked: our own questions, and files of others."""
+"""The built-in questions, and files of questions."""
 
 import json
 
@@ -14,7 +14,7 @@ def test_built_in_questions_cover_the_categories():
     assert {question.category for question in BUILT_IN} == CATEGORIES
     assert all(len(question.turns) == 2 for question in BUILT_IN)
     assert len({question.question_id for question in BUILT_IN}) == len(BUILT_IN)
-    # two turns and two answers have room in 1,024 tokens
+    # two turns and two answers fit into 1,024 tokens
     assert all(len(turn) < 400 for question in BUILT_IN for turn in question.turns)
 
 
@@ -52,7 +52,7 @@ def test_errors_name_line_and_key(tmp_path, line, words):
         read_questions(write(tmp_path / "q.jsonl", GOOD, line))
 
 
-def test_empty_missing_and_binary_files(tmp_path):
+def test_empty_missing_and_binary_files_are_refused(tmp_path):
     with pytest.raises(UsageError, match="no questions"):
         read_questions(write(tmp_path / "q.jsonl", ""))
     with pytest.raises(UsageError, match="No such file"):

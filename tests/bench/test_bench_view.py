@@ -1,4 +1,4 @@
-"""A measurement on the screen: progress, tables, charts."""
+"""The progress, tables and charts of a benchmark."""
 
 import io
 from types import SimpleNamespace
@@ -9,13 +9,13 @@ from specchat.ui.bench_view import BenchLine, ReportView, chart_lines, progress_
 from specchat.ui.console import Talk
 
 
-def test_progress_says_what_how_far_and_how_long():
+def test_progress_line_shows_work_and_times():
     line = progress_line(Progress(5, 24, 75.0, "specchat, math-1 turn 1, t=0"), 61.0)
     assert line == "bench: 5/24 · specchat, math-1 turn 1, t=0 · 1:01 · about 1:15 left"
     assert progress_line(Progress(0, 0, None, "loading demo"), 3.9, "ctx=512") == "bench: ctx=512 · loading demo · 0:03"
 
 
-def test_off_a_terminal_progress_is_a_line_now_and_then(monkeypatch):
+def test_off_a_terminal_progress_is_a_line_every_30_seconds(monkeypatch):
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr("specchat.ui.bench_view.time", SimpleNamespace(monotonic=lambda: clock.now))
     stream = io.StringIO()
@@ -44,7 +44,7 @@ def test_tables_are_plain_text_off_a_terminal():
         assert words in text
 
 
-def test_bars_are_as_long_as_speeds():
+def test_bars_are_proportional_to_speeds():
     sweep = {
         "option": "ctx",
         "points": [

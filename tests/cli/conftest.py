@@ -15,7 +15,7 @@ from specchat.cli.exit_status import EXIT_CODES
 
 @pytest.fixture
 def specchat(monkeypatch, capfd):
-    """The command line, in this process."""
+    """Return a function that runs the command line in this process."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
 
     def call(*arguments, stdin=b""):
@@ -33,12 +33,12 @@ def specchat(monkeypatch, capfd):
 
 @pytest.fixture
 def fake(specchat, monkeypatch):
-    """The same without a model."""
-    importlib.import_module("specchat.models.hf.tokenizer")  # now, so that nobody remembers what is put in its place
+    """Return a function that runs the command line with a fake model."""
+    importlib.import_module("specchat.models.hf.tokenizer")  # import it now, so that no module keeps the fake
     for name in ("specchat.engine.engine", "specchat.models.hf.tokenizer"):
         monkeypatch.setitem(sys.modules, name, sys.modules.get(name))
     for name in ("planning.make_plan", "engine.load_planned"):
-        monkeypatch.setattr(f"specchat.loading.{name}", None)  # puts back what is replaced next
+        monkeypatch.setattr(f"specchat.loading.{name}", None)  # restores the original after the test
     monkeypatch.setattr("specchat.models.checkpoint.generation_config.load_generation_defaults", None)
     fake_cli.install()
     return specchat

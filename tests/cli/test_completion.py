@@ -19,7 +19,7 @@ CASES = [
     ("specchat run demo --overflow ", {"stop", "drop-oldest"}),
     (f"specchat run {ROOT}/spec", {f"{ROOT}/specchat/"}),
 ]
-# What each shell runs to say what it would offer for the command line in $1.
+# Commands that print the completions of the command line in $1.
 ASK = {
     "bash": 'COMP_WORDS=($1); [ "${1% }" = "$1" ] || COMP_WORDS+=(""); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); '
     '_specchat_completion specchat; printf "%s\\n" "${COMPREPLY[@]}"',
@@ -29,7 +29,7 @@ ASK = {
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A `specchat` on the path, an alias, two sessions."""
+    """Return a home folder with `specchat` on the path, an alias and two sessions."""
     home = tmp_path_factory.mktemp("home")
     (home / "config" / "specchat").mkdir(parents=True)
     (home / "config" / "specchat" / "config.toml").write_text('[aliases]\nbig = "org/name"\n')
@@ -63,7 +63,7 @@ def test_shell_completes_options_models_and_sessions(home, shell):
         pytest.skip(f"there is no {shell} here")
     script = home / f"completion.{shell}"
     script.write_text(output(home, "specchat", "--show-completion", shell))
-    for line, expected in CASES if shell == "bash" else CASES[::3]:  # it is the same program that both ask
+    for line, expected in CASES if shell == "bash" else CASES[::3]:  # both shells ask the same program
         out = output(home, shell, "-c", f"source {script}; {ASK[shell]}", *(["bash"] if shell == "bash" else []), line)
         offered = {each.split("\t")[0] for each in out.splitlines()}
         assert expected <= offered, line

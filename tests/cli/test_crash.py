@@ -1,4 +1,4 @@
-"""Killed in the middle of a chat: every turn that was completed is there when the chat goes on."""
+"""A chat that is killed keeps every complete turn."""
 
 import json
 import random
@@ -25,9 +25,9 @@ def saved(state):
 
 
 def chat_and_die(state, number, rng):
-    """Some turns, then one that is killed somewhere; the questions that had their stats line on the screen."""
+    """Complete some turns, kill the chat during another, and return the questions of the complete turns."""
     questions = [f"q{number}-{i}" for i in range(rng.randint(0, 2))]
-    arguments = ("--overflow", "drop-oldest") if number == 0 else ("-c",)  # the fake's context is a small one
+    arguments = ("--overflow", "drop-oldest") if number == 0 else ("-c",)  # the fake's context is small
     with start(state, *arguments) as terminal:
         for question in questions:
             terminal.send(question + ENTER)

@@ -1,4 +1,4 @@
-"""Finding the models of a run on a loopback hub: in one way, whether they are loaded or only planned for."""
+"""The models of a run on a loopback hub: loading and planning find the same ones."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def hub(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, dict[str, bytes]]:
-    """Two checkpoints of one kind and vocabulary."""
+    """Return two checkpoints of one kind and vocabulary."""
     found = {}
     for name, layers in ((SMALL, 2), (LARGE, 60)):
         config = make_config("llama")
@@ -52,21 +52,21 @@ def sketch(asked: ModelRequest, folder: Path) -> Models:
 
 
 def weights_asked_for(hub: FakeHub) -> list[str]:
-    """Requests for weights themselves; those for their sizes do not count."""
+    """Return the requests for weights, without those for their sizes."""
     return [line for line in hub.requests if line.startswith("GET") and ("/cdn/" in line or ".safetensors" in line)]
 
 
-def test_an_unknown_model_has_no_draft_and_that_is_said(hub: FakeHub, files, tmp_path):
+def test_unknown_model_has_no_draft_and_a_note(hub: FakeHub, files, tmp_path):
     hub.publish(LARGE, files[LARGE])
     planned = sketch(options(), tmp_path)
     assert planned.draft is None and planned.draft_note == NO_DRAFT
     assert weights_asked_for(hub) == []
     located = locate(options())
     assert located.draft is None and located.draft_note == NO_DRAFT
-    assert sketch(options(), tmp_path) == located  # now that it is here
+    assert sketch(options(), tmp_path) == located  # from the cache
 
 
-def test_an_unknown_model_is_drafted_for_by_a_relative_in_the_cache(hub: FakeHub, files, tmp_path):
+def test_unknown_model_uses_a_cached_relative_as_draft(hub: FakeHub, files, tmp_path):
     for name in (SMALL, LARGE):
         hub.publish(name, files[name])
     locate(options(SMALL))
@@ -86,7 +86,7 @@ def test_a_known_draft_with_another_vocabulary_is_left_out(hub: FakeHub, files, 
         assert found.draft is None and found.draft_note == f"plain decoding: {draft} has another vocabulary"
 
 
-def test_one_question_is_asked_for_both_before_any_weights_are_downloaded(hub: FakeHub, files):
+def test_one_question_covers_both_downloads(hub: FakeHub, files):
     hub.publish("Qwen/Qwen3-8B", files[LARGE])
     hub.publish("Qwen/Qwen3-0.6B", files[SMALL])
     with pytest.raises(UsageError, match=r"Qwen/Qwen3-8B and Qwen/Qwen3-0\.6B"):
@@ -94,7 +94,7 @@ def test_one_question_is_asked_for_both_before_any_weights_are_downloaded(hub: F
     assert weights_asked_for(hub) == []
 
 
-def test_what_cannot_run_is_refused_before_the_hub_is_asked(hub: FakeHub, tmp_path):
+def test_unsupported_model_is_refused_before_any_request(hub: FakeHub, tmp_path):
     model = "Qwen/Qwen3-Next-80B-A3B-Instruct"
     for find in (locate, lambda asked: sketch(asked, tmp_path)):
         with pytest.raises(UnsupportedModelError, match="recurrent"):
@@ -109,7 +109,7 @@ def test_what_cannot_run_is_refused_before_the_hub_is_asked(hub: FakeHub, tmp_pa
         ({"quantization_config": {"quant_method": "mxfp4"}}, "mxfp4"),
     ],
 )
-def test_what_cannot_run_by_its_configuration_is_not_downloaded(hub: FakeHub, files, changes, reason):
+def test_unsupported_configuration_is_refused_before_the_download(hub: FakeHub, files, changes, reason):
     config = json.loads(files[LARGE]["config.json"]) | changes
     hub.publish(LARGE, files[LARGE] | {"config.json": json.dumps(config).encode()})
     with pytest.raises(UnsupportedModelError, match=reason):

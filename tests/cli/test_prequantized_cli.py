@@ -1,4 +1,4 @@
-"""`specchat run` on a checkpoint that comes quantized: what it says, and what it exits with when it cannot."""
+"""`specchat run` on a pre-quantized checkpoint: its answer and its errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Call = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path):
-    """`specchat run SOURCE ...` in this process: exit code, standard output and standard error."""
+    """Return a function that runs `specchat run SOURCE ...` and returns its exit code, stdout and stderr."""
     monkeypatch.setenv("SPECCHAT_CACHE_DIR", str(tmp_path / "cache"))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
 
@@ -45,7 +45,7 @@ def quantized(kind: Kind, folder: Path) -> ModelSource:
     return save_quantized(random_model(config), folder, kind).quantized
 
 
-def test_it_answers_and_says_what_the_weights_are(run: Call, tmp_path: Path):
+def test_answer_reports_the_quantization(run: Call, tmp_path: Path):
     source = quantized(gptq(act_order=True), tmp_path)
     code, out, err = run(source, "--json", "--max-tokens", "4")
     assert code == 0, err
@@ -54,7 +54,7 @@ def test_it_answers_and_says_what_the_weights_are(run: Call, tmp_path: Path):
     assert "gptq int4" in err
 
 
-def test_what_cannot_be_is_told_by_exit_code_and_hint(run: Call, tmp_path: Path):
+def test_unusable_prequantized_models_exit_with_hints(run: Call, tmp_path: Path):
     source = quantized(awq(), tmp_path)
     code, out, err = run(source, "--quant", "int4")
     assert (code, out) == (2, "")
@@ -73,10 +73,10 @@ def test_what_cannot_be_is_told_by_exit_code_and_hint(run: Call, tmp_path: Path)
     assert "hint: " in err
 
 
-def test_a_plan_for_what_is_not_here_takes_the_whole_checkpoint(
+def test_plan_of_a_prequantized_hub_model_downloads_it(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ):
-    """Its configuration alone does not say how large its matrices are: it is downloaded first, once agreed to."""
+    """Download it after consent, because its configuration alone does not give the sizes of its matrices."""
     whole = quantized(gptq(act_order=False), tmp_path / "whole")
     (tmp_path / "sketch").mkdir()
     (tmp_path / "sketch" / "config.json").write_bytes((whole.path / "config.json").read_bytes())

@@ -1,4 +1,4 @@
-"""`specchat probe`: the contract's JSON, exit codes, and nothing measured twice. Rates are given here, not measured."""
+"""`specchat probe`: its JSON, exit codes and saved rates. The rates are given here, not measured."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ON_CPU = replace(
 
 @pytest.fixture
 def probe(tmp_path, monkeypatch, capfd):
-    """The command line over a cache where this machine's rates are known."""
+    """Return a function that runs `specchat probe` with saved rates."""
     monkeypatch.setenv("SPECCHAT_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(probing, "_measure", None)  # would fail if it were called
 
@@ -47,7 +47,7 @@ def probe(tmp_path, monkeypatch, capfd):
     return call
 
 
-def test_the_object_of_the_contract(probe):
+def test_json_has_the_documented_keys(probe):
     code, out, err = probe("--json")
     report = json.loads(out)
     assert code == 0 and err == "" and report["schema_version"] == 1 and report["plan"] is None
@@ -73,7 +73,7 @@ def test_the_object_of_the_contract(probe):
     assert {each["level"] for each in report["verdicts"]} <= {"ok", "warn", "error"}
 
 
-def test_a_gpu_in_the_object(probe, monkeypatch):
+def test_json_describes_a_gpu(probe, monkeypatch):
     fake_nvml.install(monkeypatch, Driver([Card(width=8)]))
     code, out, _ = probe("--json", measured=replace(MEASURED, pcie_under_load=(4, 8)))
     (gpu,) = json.loads(out)["machine"]["gpus"]
@@ -89,14 +89,14 @@ def test_a_gpu_in_the_object(probe, monkeypatch):
     }
 
 
-def test_without_a_gpu_it_is_a_warning_and_no_failure(probe, monkeypatch):
+def test_missing_gpu_is_a_warning(probe, monkeypatch):
     fake_nvml.install(monkeypatch, Driver(init_error="NVML Shared Library Not Found"))
     code, out, _ = probe()
     assert code == 0 and "warn" in out and "GPU" in out and "\x1b" not in out
     assert all(line == line.rstrip() for line in out.splitlines())
 
 
-def test_a_device_asked_for_by_name(tmp_path, monkeypatch, capfd):
+def test_unusable_device_exits_with_5(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("SPECCHAT_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     fake_nvml.install(monkeypatch, Driver([Card()], version="535.1", cuda=12020))
@@ -116,7 +116,7 @@ def test_the_plan_of_a_model(probe):
     assert code == 0 and "resident layers" in out
 
 
-def test_what_this_machine_can_run(probe, tmp_path, monkeypatch):
+def test_recommendations_for_this_machine(probe, tmp_path, monkeypatch):
     monkeypatch.setattr("specchat.models.hub.cache.cached_models", lambda: ["Qwen/Qwen3-0.6B"])
     code, out, _ = probe("--json", "--vram", "4GiB", "--device", "cpu")
     models = json.loads(out)["models"]
@@ -143,7 +143,7 @@ def test_the_plan_of_a_shape_writes_no_model(probe, tmp_path):
     assert all(path.suffix == ".json" for path in tmp_path.rglob("*") if path.is_file())
 
 
-def test_a_budget_too_small_for_anything(probe):
+def test_budget_too_small_exits_with_4(probe):
     code, out, err = probe("demo", "--vram", "1MiB")
     assert code == 4 and out == "" and "hint:" in err
 
@@ -158,7 +158,7 @@ def test_markdown_for_a_bug_report(probe):
     assert probe("--markdown", "--json")[0] == 2
 
 
-def test_packs_are_checked(probe, tmp_path):
+def test_verify_checks_packs(probe, tmp_path):
     from specchat.models.catalog.shape import parse_shape
     from specchat.models.synthetic.layers import materialise
 
@@ -181,7 +181,7 @@ def test_packs_are_checked(probe, tmp_path):
     assert code == 3 and "layer-00000" in out
 
 
-def test_packs_that_nothing_uses_any_more_are_named(probe, tmp_path):
+def test_unused_packs_are_listed(probe, tmp_path):
     from specchat.models.catalog.shape import parse_shape
     from specchat.models.synthetic.layers import materialise
 
@@ -213,7 +213,7 @@ def test_packs_that_nothing_uses_any_more_are_named(probe, tmp_path):
     assert "idle pack" in probe()[1] and "idle pack" in probe("--markdown")[1]
 
 
-def test_what_is_remembered_needs_no_torch(tmp_path):
+def test_saved_rates_need_no_torch(tmp_path):
     (tmp_path / "packs" / "unfinished").mkdir(parents=True)
     program = (
         "import sys; from pathlib import Path; from support.machines import MEASURED;"

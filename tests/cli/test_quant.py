@@ -1,4 +1,4 @@
-"""`--quant`: what is asked wrongly, what is stored once, and what every output says of it."""
+"""`--quant`: invalid values, packs that are written once, and the quantization in every output."""
 
 from __future__ import annotations
 
@@ -66,13 +66,13 @@ def quiet(_: object) -> None:
         (["--draft-quant", "nf4"], ["--draft-quant", "auto, none, int8 or int4"]),
     ],
 )
-def test_asked_wrongly(specchat, arguments, words):
+def test_invalid_quant_exits_with_2(specchat, arguments, words):
     result = specchat("run", "demo", "hi", *arguments)
     assert result.code == 2 and result.out == ""
     assert all(word in result.err for word in words)
 
 
-def test_an_answer_says_what_the_weights_are(specchat):
+def test_answer_reports_the_quantization(specchat):
     arguments = (
         "run",
         "demo",
@@ -84,7 +84,7 @@ def test_an_answer_says_what_the_weights_are(specchat):
         "--max-tokens",
         "3",
         "--tree-budget",
-        "16",  # fixed: in 16 bits the rows of a tree round otherwise than fewer
+        "16",  # fixed: in 16 bits, rounding depends on the number of rows
         "--json",
         "--seed",
         "1",
@@ -100,7 +100,7 @@ def test_an_answer_says_what_the_weights_are(specchat):
     assert {pack.quantizer.split()[0] for pack in list_packs()} == {"int8-g128", "nf4-g64-nested"}
 
 
-def test_the_plan_is_smaller(specchat):
+def test_quantized_plan_is_smaller(specchat):
     little = ("--draft", "none", "--device", "cpu", "--ctx", "512", "--vram", "22MiB")
     plans = {
         quant: json.loads(specchat("run", "demo", "--plan", "--json", "--quant", quant, *little).out)
@@ -122,7 +122,7 @@ def auto_plan(monkeypatch: pytest.MonkeyPatch, total_bytes: int, quant: str = "a
     return plan_here(plan_request(source, None, dtype="fp32", quant=quant))  # type: ignore[arg-type]
 
 
-def test_auto_lowers_no_further_than_memory_demands(monkeypatch):
+def test_auto_quantizes_only_as_far_as_memory_requires(monkeypatch):
     source = demo_source("target")
     full, int8 = (weight_bytes(describe(source, quant), "fp32") for quant in ("none", "int8"))
     for total_bytes, quant, lowered_from in [
@@ -139,7 +139,7 @@ def test_auto_lowers_no_further_than_memory_demands(monkeypatch):
     assert auto_plan(monkeypatch, 1, quant="none").quant == "none"
 
 
-def test_the_banner_says_what_auto_did(monkeypatch):
+def test_banner_shows_automatic_quantization(monkeypatch):
     source = demo_source("target")
 
     def banner(plan: Plan) -> str:
@@ -156,8 +156,8 @@ def test_the_banner_says_what_auto_did(monkeypatch):
 
 
 @pytest.mark.parametrize("quant", ["int8", "int4"])
-def test_shapes_are_made_quantized(quant):
-    """The same layers as a checkpoint's, in module order, and at once: nothing in full precision is written."""
+def test_shapes_are_written_quantized(quant):
+    """Compare with the layers of a quantized checkpoint; no full-precision weights are written."""
     shape = replace(parse_shape(SHAPE), quant=quant)
     source = materialise(shape)
     (pack,) = list_packs()
@@ -174,7 +174,7 @@ def test_shapes_are_made_quantized(quant):
 
 
 def test_a_quantized_shape_still_computes_the_demo(specchat):
-    """In another compute dtype, too: its norms are then cast into a second pack."""
+    """Also use another compute dtype, for which the norms are cast into a second pack."""
     for quant, dtype in (("int8", "bf16"), ("int4", "fp32")):
         arguments = ("run", f"shape:{SHAPE}", "Tell me a story.", "--quant", quant, "--dtype", dtype, "--ctx", "128")
         arguments += ("--tree-budget", "16")  # fixed: the size of an adaptive tree depends on how long passes take
@@ -189,7 +189,7 @@ def test_a_quantized_shape_still_computes_the_demo(specchat):
         assert answer["speculation"]["tokens_per_step"] > 2, "the demo draft guesses what it computes"
 
 
-def test_a_model_that_is_quantized_says_so_in_its_size(tmp_path):
+def test_described_size_includes_quantization(tmp_path):
     source = save(random_model(make_config("llama")), tmp_path / "model")
     specs = {quant: describe(source, quant) for quant in ("none", "int8", "int4")}
     assert [spec.quant for spec in specs.values()] == list(specs)

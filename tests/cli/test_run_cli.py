@@ -102,7 +102,7 @@ def test_not_cached_while_offline(specchat):
     fails(specchat("run", "specchat-tests/no-such-model", "hi", "--offline"), 3, "cache")
 
 
-def test_every_error_has_an_exit_code_of_the_list():
+def test_every_error_has_a_documented_exit_code():
     def kinds(kind):
         yield kind
         for child in kind.__subclasses__():
@@ -117,7 +117,7 @@ def test_internal_error_is_one_line_and_debug_adds_a_traceback(fake, monkeypatch
     assert "Traceback" in fake("run", "demo", "crash").err
 
 
-# --- what can only be seen with a model --------------------------------------------------------------------------
+# --- errors that need a model ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -228,7 +228,7 @@ def test_json(answer):
     assert result["memory"]["resident_layers"] + result["memory"]["streamed_layers"] == 8
 
 
-def test_stderr_has_the_banner_and_nothing_of_the_libraries(answer):
+def test_stderr_has_only_the_banner(answer):
     first, second = answer.stderr.splitlines()
     assert first.startswith("specchat ")
     assert "a toy model for exercising the software" in first
@@ -249,7 +249,7 @@ def test_text_and_json_stream_have_the_same_answer(answer, specchat):
     assert (done["type"], done["draft"]) == ("done", None)
 
 
-def test_a_small_budget_streams_and_changes_nothing(answer, specchat):
+def test_small_budget_streams_and_keeps_the_text(answer, specchat):
     expected = json.loads(answer.stdout)
     small = json.loads(specchat(*QUESTION, "--vram", "40MiB", "--json").out)
     assert small["token_ids"] == expected["token_ids"]
@@ -373,7 +373,7 @@ def test_a_thread_that_cannot_start_makes_the_plan_smaller(specchat, monkeypatch
 
     def load_and_look(*arguments, **named):
         assert not any(model() is not None for model in models)
-        gc.disable()  # so that it is not by chance
+        gc.disable()  # so that reference counts alone free the models
         try:
             return load(*arguments, **named)
         finally:
@@ -401,7 +401,7 @@ def test_running_out_of_memory_exits_with_4(specchat, monkeypatch, error):
     fails(specchat("run", "demo", "hi"), 4, "out of memory")
 
 
-def test_no_standard_output_at_all():
+def test_closed_stdout_is_silent():
     command = f"{sys.executable} -m support.fake_cli run demo hi -q >&-"
     environment = os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
     done = subprocess.run(

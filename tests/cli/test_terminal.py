@@ -1,4 +1,4 @@
-"""The chat as a person has it: real keys, a pty, a screen. One chat is with `demo`, the rest without a model."""
+"""The chat on a terminal: keys, a pty, a screen. One chat uses `demo`, the others a fake model."""
 
 import re
 import signal
@@ -10,7 +10,7 @@ from specchat.models.catalog.ref import demo_source
 from specchat.models.sizes.describe import describe
 
 CTRL_C, CTRL_D, CTRL_J, ENTER = "\x03", "\x04", "\n", "\r"
-# What styles look like: colours, dim, bold. Moving the cursor is something else.
+# Escapes for colours, dim and bold, but not those that move the cursor.
 STYLE = re.compile(rb"\x1b\[[0-9;]*[1-9][0-9;]*m")
 
 
@@ -22,7 +22,7 @@ def chat(*arguments, **settings):
 
 @pytest.fixture(scope="module")
 def known_demo():
-    """The demo, described: its prompt appears at once, and its libraries are imported behind it."""
+    """Describe the demo's sizes, so that the prompt appears before the libraries are imported."""
     describe(demo_source("target"))
     describe(demo_source("draft"))
 
@@ -45,8 +45,8 @@ def test_two_turns_with_the_demo(known_demo):
         assert b"Traceback" not in terminal.raw
 
 
-def test_the_prompt_waits_for_no_library(known_demo, tmp_path):
-    """There is a torch whose import takes ten minutes."""
+def test_prompt_appears_before_torch_is_imported(known_demo, tmp_path):
+    """Use a torch whose import takes ten minutes."""
     torch = tmp_path / "torch"
     torch.mkdir()
     (torch / "version.py").write_text("__version__, cuda, hip = '2.13.0', None, None\n")
@@ -63,7 +63,7 @@ def test_the_prompt_waits_for_no_library(known_demo, tmp_path):
         assert terminal.exit_code() == 0
 
 
-def test_ctrl_c_keeps_what_is_there():
+def test_ctrl_c_keeps_the_partial_answer():
     with chat() as terminal:
         terminal.send("gated long" + ENTER)
         terminal.wait_for("word3")
@@ -76,7 +76,7 @@ def test_ctrl_c_keeps_what_is_there():
         terminal.wait_for(lambda t: re.search(r"prompt \d+ new \+ [1-9]\d* cached", t.screen))
 
 
-def test_ctrl_c_before_the_first_token_gives_the_message_back(tmp_path):
+def test_ctrl_c_before_the_first_token_restores_the_message(tmp_path):
     gate = tmp_path / "gate"
     with chat(environment={"FAKE_GATE": str(gate)}) as terminal:
         terminal.send("held begin" + ENTER)
@@ -89,7 +89,7 @@ def test_ctrl_c_before_the_first_token_gives_the_message_back(tmp_path):
         terminal.wait_for("You said: held begin!")
 
 
-def test_ctrl_c_at_the_prompt_drops_the_line_and_twice_leaves():
+def test_ctrl_c_clears_the_line_and_a_second_one_exits():
     with chat(environment={"FAKE_LEAVE_WITHIN_S": "60"}) as terminal:
         terminal.send("half a mess")
         terminal.wait_for("half a mess")
@@ -129,7 +129,7 @@ def test_a_message_of_several_lines_and_the_history():
         terminal.wait_for(lambda t: t.screen.count("> one") == 2)
 
 
-def test_what_a_model_writes_cannot_command_the_terminal():
+def test_answers_cannot_send_terminal_escapes():
     with chat() as terminal:
         terminal.send("escape" + ENTER)
         terminal.wait_for("a␛[31mb␇c")
@@ -147,7 +147,7 @@ def test_40_columns():
 
 
 @pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}], ids=["NO_COLOR", "dumb"])
-def test_no_styles_where_they_are_not_wanted(environment):
+def test_no_styles_with_no_color_or_dumb_terminal(environment):
     with chat(environment=environment) as terminal:
         terminal.send("hello" + ENTER)
         terminal.wait_for("You said: hello")
@@ -159,14 +159,14 @@ def test_no_styles_where_they_are_not_wanted(environment):
         assert not STYLE.findall(terminal.raw)
 
 
-def test_styles_where_they_are():
+def test_styles_on_a_terminal():
     with chat() as terminal:
         assert STYLE.findall(terminal.raw)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("at", ["prompt", "answer"])
-def test_signals_end_the_chat_in_order(number, at):
+def test_signals_close_the_engine(number, at):
     with chat(environment={"FAKE_SAYS_CLOSED": "1"}) as terminal:
         if at == "answer":
             terminal.send("gated long" + ENTER)
