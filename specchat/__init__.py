@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Delta", "Model", "__version__", "load"]
 
-_HOMES = {"load": "specchat.api", "Model": "specchat.api", "Delta": "specchat.chat.answer"}
-
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'specchat' has no attribute '{name}'")
-    from importlib import import_module
+    if name == "Delta":
+        from specchat.chat.answer import Delta
 
-    return getattr(import_module(_HOMES[name]), name)
+        return Delta
+    if name in ("Model", "load"):
+        from specchat import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'specchat' has no attribute '{name}'")

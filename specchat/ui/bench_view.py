@@ -15,7 +15,6 @@ from specchat.ui.console import Talk, neutral, report_console
 
 _LOG_EVERY_S = 30.0
 _WIDTH_OFF_TERMINAL = 200
-_WIDTH_OFF_TERMINAL = 200
 _CHART_COLUMNS = 50
 
 
