@@ -142,7 +142,7 @@ class Model(Closeable):
 
         Args:
             messages: the whole chat; each has a "role" (system, user, assistant) and a "content".
-            max_tokens: maximum length of the answer in tokens; None is limited only by the context.
+            max_tokens: maximum length of the answer in tokens; None sets no limit except the context.
             stop: strings that end the answer; the answer does not contain them.
             think: switch of the chat template for thinking; None uses the default of the template.
             seed: seed of the random draws.
@@ -178,7 +178,7 @@ class Model(Closeable):
 
         Args:
             prompt: text, or token ids of the target.
-            max_tokens: maximum length of the continuation in tokens; None is limited only by the context.
+            max_tokens: maximum length of the continuation in tokens; None sets no limit except the context.
             stop: strings that end the continuation; the continuation does not contain them.
             seed: seed of the random draws.
             **sampling: values of `SamplingOptions`; missing ones default to those of the model.
@@ -226,7 +226,7 @@ class Answering(Iterator[Delta]):
         answer: accumulated answer.
         ids: token ids of the prompt.
         sampling: sampling settings.
-        max_tokens: maximum length of the answer in tokens; None is limited only by the context.
+        max_tokens: maximum length of the answer in tokens; None sets no limit except the context.
     """
 
     def __init__(

@@ -82,13 +82,13 @@ class _Watch:
 
 
 class OffloadedModel(Closeable):
-    """A model whose layers accelerate fetches for every pass: from disk if the device is the CPU, else from RAM.
+    """A model offloaded by accelerate: for every pass, layers come from disk if the device is the CPU, else from RAM.
 
     Args:
         source: model with local files.
         dtype: dtype of weights and activations.
         device: device that computes passes.
-        resident: indices of the layers that stay on the device; accelerate fetches the others.
+        resident: indices of the layers that stay on the device; the others are offloaded.
         draft: draft model for assisted generation, or None.
     """
 
@@ -166,7 +166,7 @@ class OffloadedModel(Closeable):
 
 @contextmanager
 def _with_index(folder: Path) -> Iterator[Path]:
-    """Yield a folder with an index: `folder` itself, or links to its files and an index, which packs lack."""
+    """Yield a folder with an index: `folder` itself, or for a pack, which has none, links to its files and an index."""
     if (folder / SINGLE_FILE).exists() or (folder / INDEX_FILE).exists():
         yield folder
         return

@@ -1,7 +1,7 @@
-"""Single passes in turn with raw reads of the files that they stream; cold ones begin with an empty page cache.
+"""Single passes, alternating with raw reads of the same files. Cold passes begin with an empty page cache.
 
 Every other round runs in reverse order. A disk may be faster or slower for a while after a rest or a read, so no
-system may have the better turn in all rounds.
+system should have the same place in all rounds.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from threading import Event
 
 from specchat.hardware.disk import evict, read_raw, resident_share
 
-# Runs one pass and returns its seconds and its streamed bytes. The bytes are None if unknown, as for transformers,
-# which streams as many bytes as specchat.
+# Runs one pass and returns its seconds and its streamed bytes. The bytes are None for transformers, which does not
+# count them; it streams the same layers as specchat.
 TimePass = Callable[[], tuple[float, int | None]]
 
 PAIRS = 5

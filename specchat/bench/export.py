@@ -68,7 +68,7 @@ def _all_runs(report: Mapping[str, Any]) -> Iterable[tuple[str, Mapping[str, Any
 
 
 def _flat(run: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a run's figures without the groups in which `run --json` prints specchat's own."""
+    """Return a run's figures at one level: specchat's own runs group some of them in nested objects."""
     flat = {**run, **run.get("timings", {})}
     flat["steps"] = run["speculation"]["steps"] if "speculation" in run else run["steps"]
     flat["tokens"] = len(run["token_ids"])

@@ -10,7 +10,7 @@ from specchat.records.model import Dtype
 # (context tokens, sampling) -> (margin of the next token's best score over the second best, largest score).
 MarginFunction = Callable[[tuple[int, ...], Sampling], tuple[float, float]]
 
-# Scores closer than this share of the largest score may swap their order, because another batch shape rounds otherwise.
+# Scores closer than this share of the largest score may swap their order, because other batch shapes round differently.
 # float32: as in the tests of the engine. 16-bit: four times the rounding error, because a pass rounds several times.
 _NEAR_TIE: dict[Dtype, float] = {"fp32": 1e-5, "fp16": 4 * 2.0**-11, "bf16": 4 * 2.0**-8}
 _NEAR_TIE_FLOOR = 1e-4

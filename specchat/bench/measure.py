@@ -141,7 +141,7 @@ def measure(job: Job, cancel: Event, report: Callable[[Progress], None]) -> Coun
 
 
 def _passes_after(job: Job) -> dict[str, int]:
-    """Return the most single passes of each system after the answers; a raw read counts as a pass of specchat."""
+    """Return the maximum number of single passes per system; a raw read counts as a pass of specchat."""
     kinds = (2 if _pack_for_page_cache(job) is not None else 1) if job.passes else 0
     rounds = kinds * (PAIRS + 1)
     return {OWN: 2 * rounds} | ({"accelerate": rounds} if "accelerate" in job.baselines else {})
@@ -226,9 +226,9 @@ def _passes(job: Job, loaded: setup.LoadedSystems, cancel: Event, say: Callable[
 
 
 def _pack_for_page_cache(job: Job) -> Pack | None:
-    """Return the pack whose passes are also timed from the page cache, or None.
+    """Return the pack to time from the page cache too; None if memory cannot hold the weights twice.
 
-    Without --cold, passes already read the page cache. Memory must hold the weights twice: in the cache and outside.
+    Also return None without --cold, because all passes then read from the page cache anyway.
     """
     pack = job.packs[0]
     return pack if job.cold and pack is not None and _has_room(pack) else None

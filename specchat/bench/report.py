@@ -142,7 +142,7 @@ def _summary(ours: Sequence[Run], outcome: Outcome) -> dict[str, Any]:
 
 
 def _predicted_host_bytes(outcome: Outcome) -> int:
-    """Return the most memory the process should hold: libraries, host copies of layers, and on the CPU the ledger."""
+    """Return the predicted peak memory of the process: libraries, host copies of layers, and on the CPU the ledger."""
     plan, memory = outcome.plan, outcome.memory
     ledger = memory.predicted_device_bytes if plan.work.device == "cpu" else 0
     return memory.runtime_bytes + plan.host_bytes + ledger

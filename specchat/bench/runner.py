@@ -162,7 +162,7 @@ class Runner:
         self._box_began = begin = self._clock()
         for repeat in range(1, self._settings.repeats + 1):
             if repeat > 1:
-                self._box_began = None  # the first repeat has settled the questions
+                self._box_began = None  # the first repeat decides how many questions fit
             for number, question in enumerate(asked):
                 if repeat == 1 and number and self._is_late(begin):
                     asked = asked[:number]

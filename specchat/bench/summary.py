@@ -166,7 +166,7 @@ def speedup(ours: Iterable[Run], theirs: Iterable[Run]) -> Ratio | None:
 def pass_speedup(ours: Iterable[Run], theirs: Iterable[Run]) -> Ratio | None:
     """Return the ratio of passes per second: the speedup at equal tokens per pass.
 
-    A ratio below 1 is the share of the gain in tokens per pass that becomes speed.
+    A ratio of 0.8 means that 80% of the gain in tokens per pass becomes speed.
     """
     return _paired(ours, theirs, lambda run: run.answer.num_passes / run.answer.total_s)
 
@@ -243,7 +243,7 @@ def _interval(groups: Sequence[Sequence[float]]) -> tuple[float | None, float | 
 
 
 def _p_value(groups: Sequence[Sequence[float]]) -> float | None:
-    """Return the p-value of the sign-flip test on group means, whose signs are random if there is no difference."""
+    """Return the p-value of a sign-flip test: without a real difference, the signs of group means are random."""
     if len(groups) < 2:
         return None
     means = [statistics.fmean(logs) for logs in groups]

@@ -72,7 +72,7 @@ def notes(report: Mapping[str, Any]) -> list[str]:
     """Return the warnings about a report."""
     found = []
     if report["partial"]:
-        found.append("PARTIAL: the measurement was interrupted; the figures are of the answers completed before")
+        found.append("PARTIAL: the measurement was interrupted; the figures cover only the answers completed before")
     elif report.get("missing"):
         found.append(f"interrupted after all answers; not measured: {', '.join(report['missing'])}")
     if report["label"]:

@@ -40,7 +40,7 @@ class Generator(Protocol):
         """Forget committed tokens beyond `length`."""
 
     def memory(self) -> MemoryReport:
-        """Return the memory in use beside what the plan predicted."""
+        """Return the memory in use, next to the plan's prediction."""
 
     def close(self) -> None:
         """Free memory and end threads."""

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from specchat.models.hf.tokenizer import Tokenizer
 
 
-# Share of the context in use from which the user is warned.
+# Warn the user once this share of the context is in use.
 CONTEXT_WARNING = 0.8
 # With "drop-oldest", 1/4 of the context is kept free for the answer.
 _ANSWER_SHARE = 4

@@ -38,8 +38,8 @@ class Detokenizer:
         try:
             delta = self._stream.step(token_id)
         except _WindowLostError:
-            # The decoder changed text that was already shown; a byte run that turns invalid does this. Keep the shown
-            # text, and decode the tokens after it on their own.
+            # The decoder changed text that was already shown, for example because a run of bytes became invalid. Keep
+            # the shown text, and decode the later tokens separately.
             self._stream = _WindowStream(self._decode)
             delta = "".join(self._stream.step(pending) for pending in self._token_ids[self._num_shown_ids :])
         if delta:

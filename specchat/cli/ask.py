@@ -6,10 +6,10 @@ from specchat.loading.request import Ask
 
 
 def asker(*, yes: bool) -> Ask:
-    """Return what asks a yes-no question on the terminal; where nobody can answer, the answer is no.
+    """Return a function that asks a yes-no question on the terminal; without a terminal, the answer is no.
 
     Args:
-        yes: whether every answer is yes without a question.
+        yes: whether to answer yes without asking.
     """
     return lambda question: yes or _is_confirmed(question)
 

@@ -4,7 +4,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-# Typer's own completion options guess the shell and write to its start-up files. The functions below them are private.
+# Typer's own completion options guess the shell and write to its start-up files. So specchat calls the private
+# functions that these options use.
 from typer._completion_classes import completion_init
 from typer._completion_shared import get_completion_script
 

@@ -122,7 +122,7 @@ Stop = Annotated[
 ]
 System = Annotated[
     str | None,
-    typer.Option(metavar="TEXT|@FILE", help="System prompt, or @ and the file with it. [default: none]"),
+    typer.Option(metavar="TEXT|@FILE", help="System prompt, or @FILE to read it from FILE. [default: none]"),
 ]
 Think = Annotated[
     bool | None,

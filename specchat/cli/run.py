@@ -286,7 +286,7 @@ def _notices(options: RunOptions, plan: Plan, models: Models) -> list[str]:
     if options.base and options.system is not None:
         notices.append("the system prompt has no effect: --base uses no chat template")
     if options.resume is not None and not was_with(options.resume, models.target):
-        notices.append(f"this chat was with {model_of(options.resume)} so far")
+        notices.append(f"this chat used {model_of(options.resume)} so far")
     return notices
 
 

@@ -32,11 +32,11 @@ _NO_ALIASES = ("demo", "auto", "none", "self", "retrieval")
 
 @dataclass(frozen=True)
 class Key:
-    """A setting of config.toml and the environment. Its name is that of its flag, with underscores.
+    """A setting of config.toml and the environment, named like its flag, with underscores.
 
     Attributes:
         name: name in config.toml.
-        parse: maps a name for error messages and a raw value to the setting's value; raises UsageError.
+        parse: function (name for error messages, raw value) -> parsed value; raises UsageError.
     """
 
     name: str

@@ -91,7 +91,7 @@ class TreeModel:
 
     @property
     def generation_bytes(self) -> int:
-        """Bytes of the KV cache and of the dequantization scratch: `nbytes` without weights."""
+        """Bytes that generation needs besides weights: the KV cache and the dequantization scratch."""
         scratches = {linear.scratch for _, linear in quant_linears(self.skeleton.model)}
         return self.cache.nbytes + sum(scratch.memory.nbytes for scratch in scratches)
 

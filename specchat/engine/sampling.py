@@ -69,7 +69,7 @@ class Noise:
     def _draw(self, position: int) -> Tensor:
         key = _signed(_mix((self._seed_key + (position + 1) * _GAMMA) & _MASK64))
         bits = (_mix_tensor(self._steps + key) >> 12) & ((1 << 52) - 1)
-        # 52 bits plus one half keep u strictly inside (0, 1). Small e decide races, so log1p keeps precision near 0.
+        # 52 bits plus one half keep u strictly inside (0, 1). A small e wins the race, so log1p keeps precision near 0.
         u = (bits.double() + 0.5) * 2.0**-52
         return -torch.log(-torch.log1p(-u)).float()
 

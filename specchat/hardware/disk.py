@@ -94,7 +94,8 @@ def read_raw(files: Sequence[Path], *, direct: bool) -> RawRead:
     buffers = [_touched_memory() for _ in range(READ_THREADS)]
     begin = time.perf_counter()
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        # All threads take from one queue: with a share each they would drift apart, and disks are slower in two places.
+        # All threads take from one queue. If each thread had its own files, the reads would drift apart, and a disk is
+        # slower when it reads in two places.
         all_direct = all(pool.map(partial(_read_queue, jobs, direct), buffers))
     return RawRead(total_bytes(files), time.perf_counter() - begin, all_direct)
 
@@ -122,7 +123,7 @@ def _wait_until_quiet() -> None:
     while time.monotonic() < deadline:
         time.sleep(_QUIET_S)
         now = process.io_counters().read_chars
-        # psutil itself reads a few lines of /proc
+        # not exactly 0: psutil itself reads a few lines of /proc
         if now - before < MIB:
             return
         before = now

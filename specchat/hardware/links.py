@@ -101,7 +101,7 @@ def _read_cold(files: list[Path]) -> tuple[float, bool]:
     try:
         evict(files)
         evicted = True
-    except SpecchatError:  # in memory, or with a cache of its own: direct reads may still work
+    except SpecchatError:  # the files stay in memory, or in another cache; direct reads may still work
         evicted = False
     read = read_raw(files, direct=True)
     return read.bytes_per_s, evicted

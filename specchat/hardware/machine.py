@@ -71,12 +71,12 @@ class Trouble:
 
 @dataclass(frozen=True)
 class GpuSurvey:
-    """The NVIDIA driver's account of its GPUs.
+    """Facts that the NVIDIA driver reports about its GPUs.
 
     Attributes:
         gpus: GPUs that answered.
         cuda_version: newest CUDA version that the driver supports, such as (12, 4).
-        troubles: reasons why the account is incomplete.
+        troubles: reasons why facts are missing.
     """
 
     gpus: tuple[Gpu, ...] = ()
@@ -130,7 +130,7 @@ class Disk:
 
     @property
     def is_remote(self) -> bool:
-        """Whether the files are on another system, or on the one that this one is a guest of."""
+        """Whether the files are on another machine, or on the host of this virtual machine."""
         return self.filesystem in _REMOTE_FILESYSTEMS
 
 

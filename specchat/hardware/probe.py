@@ -69,7 +69,7 @@ def _unusable(device: str) -> DeviceUnusableError:
     trouble = why_no_cuda(survey, read_torch())
     why = "" if trouble is None else f": {trouble.text}"
     hint = trouble.hint if trouble is not None and trouble.hint and survey.gpus else "check with `nvidia-smi`"
-    return DeviceUnusableError(f"cannot use {device}: torch finds no CUDA device{why}", f"{hint}; or --device cpu")
+    return DeviceUnusableError(f"cannot use {device}: torch finds no CUDA device{why}", f"{hint}; or use --device cpu")
 
 
 def _cpu(ram: int) -> Machine:
@@ -122,9 +122,9 @@ def probe(
     measured = None if refresh else store.load(folder, key)
     if measured is None:
         measured = _measure(hardware, device, progress)
-        if measured.gpu_trouble is None:  # a failure may be temporary
+        if measured.gpu_trouble is None:  # do not save a failure, which may be temporary
             _keep(folder, key, measured)
-        hardware = find_hardware(folder)  # memory and disk as they are now
+        hardware = find_hardware(folder)  # free memory and disk space may have changed
     return Report(hardware, measured, judge(hardware, measured))
 
 

@@ -1,4 +1,4 @@
-"""The operating system's account of CPU, memory, disk, itself and the installed torch."""
+"""Facts from the operating system: CPU, memory, disk, its own version, and the installed torch."""
 
 import ctypes
 import os

@@ -127,7 +127,7 @@ def _refuse_without_model() -> NoReturn:
 
 
 def _stored(ref: ModelRef, quant: Literal["auto"] | Quant) -> ModelRef:
-    """Return a shape with its quantization; "auto" means full precision. Other references stay unchanged."""
+    """Store the quantization in a shape; "auto" keeps full precision, and other references stay unchanged."""
     return ref if ref.shape is None or quant == "auto" else replace(ref, shape=replace(ref.shape, quant=quant))
 
 
@@ -212,6 +212,6 @@ def _obtain(found: ModelSource | Missing, reporter: Reporter) -> ModelSource:
 def _download_question(downloads: Sequence[Download], target: ModelSource | Missing) -> str:
     what = " and ".join(f"{each.name} ({format_bytes(each.missing_bytes)})" for each in downloads)
     question = f"download {what} to {downloads[0].folder} ({format_bytes(downloads[0].free_disk_bytes)} free)?"
-    if downloads[0] is target:  # a repacked copy may be needed as well
+    if downloads[0] is target:  # the target may be stored a second time, in a form that streams
         question += f"\nstreaming may also need a copy of up to {format_bytes(downloads[0].num_bytes)}"
     return question

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan with its reasons and models, without a draft that plain decoding outruns."""
+    """A plan with its reasons and models; there is no draft if plain decoding is faster."""
 
     chosen: "ExplainedPlan"
     models: Models
@@ -58,7 +58,7 @@ def make_plan(
     chosen = choose_plan(asked, find_inputs(asked, reporter.warn))
     if models.draft is None or chosen.plan.draft is not None:
         return Planned(chosen, models)
-    note = f"plain decoding: predicted faster here than with {models.draft.name}"
+    note = f"plain decoding: predicted to be faster here than drafting with {models.draft.name}"
     return Planned(chosen, replace(models, draft=None, draft_note=note))
 
 

@@ -63,7 +63,7 @@ def obtain(
     """
     if isinstance(missing, Download):
         return snapshot_source(missing.ref, fetch(missing, progress))
-    from specchat.models.synthetic.layers import materialise  # with torch
+    from specchat.models.synthetic.layers import materialise  # imports torch
 
     return materialise(missing, progress=progress, warn=warn)
 
@@ -86,7 +86,7 @@ def sketch(missing: Missing, folder: Path) -> ModelSource:
         with hub_errors(ref):
             config = hf_hub_download(ref.repo_id, "config.json", revision=missing.revision)
         return snapshot_source(ref, Path(config).parent)
-    from specchat.models.synthetic.layers import LABEL, shape_files  # with torch
+    from specchat.models.synthetic.layers import LABEL, shape_files  # imports torch
 
     path = folder / missing.label.replace("/", "-")
     path.mkdir()

@@ -117,7 +117,7 @@ def _rounded(tok_per_s: float) -> float:
 
 
 class Candidates:
-    """All configurations that fit, per draft at the longest context at which one fits.
+    """All configurations that fit; for each draft, those with the longest context that fits.
 
     Args:
         request: models and choices.
@@ -255,7 +255,7 @@ class Candidates:
         return _workload(self._dtype, ctx, tree_budget, self._inputs.machine.device)
 
     def _host_budget(self, work: Workload, device_bytes: int) -> int:
-        """Return the host memory for streamed layers, less host embeddings, or less the device memory on a CPU."""
+        """Return the host memory left for streamed layers, after host embeddings or, on a CPU, all other memory."""
         on_cpu = self._inputs.machine.device == "cpu"
         taken = device_bytes if on_cpu else host_embedding_bytes(self._target, work)
         available = max(self._usable_ram - taken, 0)
@@ -298,7 +298,7 @@ def _with_host_embeddings(work: Workload) -> Workload:
 
 
 def _contexts(ctx: int, *, is_open: bool) -> tuple[int, ...]:
-    """Return the contexts to try, longest first; an open context is halved down to 512."""
+    """Return the contexts to try, longest first; a context that the user left open is halved down to 512."""
     found = [ctx]
     while is_open and found[-1] > _LEAST_CTX:
         found.append(max(found[-1] // 2, _LEAST_CTX))
@@ -342,6 +342,6 @@ def _default_budget(machine: Machine) -> int:
 
 
 def _host_bytes(sizes: Mapping[int, int], in_ram: Sequence[int], slots: int) -> int:
-    """Return host bytes beside a GPU: layers kept in RAM, and slots for layers read from disk."""
+    """Return the host memory of a plan for a GPU: layers kept in RAM, and slots for layers read from disk."""
     read = [size for i, size in sizes.items() if i not in in_ram]
     return sum(sizes[i] for i in in_ram) + min(slots, len(read)) * max(read, default=0)

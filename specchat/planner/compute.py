@@ -9,15 +9,15 @@ from specchat.records.model import DTYPE_BYTES, Dtype, ModelSpec
 
 # Keys that attention is priced for: a short chat. Longer chats are slower than predicted.
 _KEYS = 512
-# Sweeps over a row of float32 scores that turn the row into children of a node: scaling, softmax, top-k.
+# Reads and writes of a row of float32 scores to turn the row into children of a node: scaling, softmax, top-k.
 _SCORE_SWEEPS = 10
 # Layers whose non-attention weights are at most this multiple of the active MLP width count as dense, without experts.
 # The margin covers norms, biases and gates.
 _DENSE_SHARE = 1.5
 # Visited nodes per computed block of the head.
 _VISITS_PER_BLOCK = 2.5
-# Correction from the probe's rates of matmuls to whole passes on a CPU: norms, activations and attention's small
-# operations. Measured with tests/benchmarks/predicted.py.
+# Time of a whole pass on a CPU, relative to its matmuls at the probe's rates. The rest is norms, activations and small
+# operations of attention. Measured with tests/benchmarks/predicted.py.
 _MATMUL_OVERHEAD = 1.12
 
 

@@ -32,16 +32,16 @@ _READ_PER_NODE = 1.4
 _DEPTH_GAIN, _DEPTH_KNEE = 6.5, 8.0
 # Time of a batch on a CPU besides the draft's layers and scores: choosing the best paths, laying out the rows. Measured
 # on two cores with the demo's draft: 1.6 to 2 ms a batch with everything resident, 4.5 ms while layers are read from
-# disk and readers occupy the cores and the interpreter. The draft's layers take 1.4 ms of both. Not measured beside a
+# disk and readers occupy the cores and the interpreter. The draft's layers take 1.4 ms of both. Not measured with a
 # GPU.
 _CPU_BATCH_S, _CPU_BATCH_BESIDE_READS_S = 0.5e-3, 3e-3
-# Lost share of the shorter of reading and computing, on a CPU and by slots. Both are uneven there, and a late layer
-# stalls the pass unless other layers are ready. Measured where both took about equally long: 0.76-0.93 of the raw read
-# rate with two slots, 0.95-1.04 with three.
+# On a CPU, reading and computing overlap only partly. This share of the shorter of the two is lost, by slot count: a
+# late layer stalls the pass unless other layers are ready. Measured where both took about equally long:
+# 0.76-0.93 of the raw read rate with two slots, 0.95-1.04 with three.
 _STALLS = {1: 1.0, 2: 0.2}
 _STALL_OF_MANY = 0.03
-# Correction from the probe's rate of single reads to whole passes on a CPU: reading while two cores compute. Measured
-# with tests/benchmarks/predicted.py.
+# Read rate during whole passes on a CPU, relative to the probe's reads without other work: here two cores also compute.
+# Measured with tests/benchmarks/predicted.py.
 _DISK_SHARE = 0.92
 
 
@@ -65,10 +65,10 @@ class Acceptance:
 
 
 # SpecExec (arXiv 2406.02532) publishes 13.5 tokens per step for a 70B chat model with a 7B draft and up to 20 at 2,048
-# nodes, UMbreLLa about 13 with a 1B draft, SubSpec 11.9 for 7B with 1.5B. This form gives 8, 11 and 15 at 64, 256 and
-# 2,048 nodes: rather too low than too high.
+# nodes, UMbreLLa about 13 with a 1B draft, SubSpec 11.9 for 7B with 1.5B. The formula gives 8, 11 and 15 at 64, 256
+# and 2,048 nodes: rather too low than too high.
 TYPICAL_ACCEPTANCE = Acceptance(gain=2.0, knee=1.5, basis="typical")
-# Figures of the embedded pair, with trees of 1, 4, 16, 64 and 128 nodes.
+# Acceptance of the embedded demo pair, from trees of 1, 4, 16, 64 and 128 nodes.
 DEMO_ACCEPTANCE = Acceptance(gain=1.0, knee=1.0, basis="typical")
 
 

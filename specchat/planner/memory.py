@@ -102,7 +102,7 @@ def _target_needs(target: ModelSpec, work: Workload) -> tuple[int, int, int]:
 
 @lru_cache(maxsize=4096)
 def _draft_needs(draft: ModelSpec, work: Workload) -> tuple[int, int, int]:
-    """Return the same three figures for a draft; cached separately, because one draft serves many targets."""
+    """Return the figures of `_target_needs` for a draft; cached separately, because one draft serves many targets."""
     layers = sum(layer_sizes(draft, work.dtype))
     kept = layers + _other_bytes(draft, work.dtype) + _kv_bytes(draft, work.dtype, work.ctx + work.draft_rows)
     return (

@@ -12,8 +12,8 @@ from specchat.records.model import Dtype, ModelSpec
 from specchat.units import GIB
 
 NUM_SLOTS = 2
-# A third slot takes the place of a resident layer. Reads continue while one layer is computed and the next one waits.
-# So a pass that reads and computes for about equal times stays as fast as its reads alone.
+# A third slot takes the place of a resident layer. With it, reads continue while one layer is computed and the next one
+# waits. So if reading and computing take about equal times, a pass takes only the time of its reads.
 SLOTS = (NUM_SLOTS, 3)
 
 
@@ -76,7 +76,7 @@ class PlacementOptions:
         return next(iter(self._splits.values())).least_bytes
 
     def split(self, budgets: Sequence[int]) -> list[tuple[int, LayerSplit]]:
-        """Return the splits that keep most layers resident, per slot count; a later budget counts if it keeps more.
+        """Return the split with most resident layers for each slot count; later budgets only if they keep more layers.
 
         Args:
             budgets: bytes available for resident layers and slots, in order of preference.

@@ -13,7 +13,7 @@ from specchat.records.limits import MATMUL_ROWS
 from specchat.records.model import DTYPE_BYTES, Dtype
 from specchat.units import GIB
 
-# Origin of a figure, the most certain first.
+# Origins of a figure, the most certain first.
 Basis = Literal["measured", "typical", "guessed"]
 BASES: tuple[Basis, ...] = ("measured", "typical", "guessed")
 
@@ -180,7 +180,7 @@ def _gpu(hardware: Hardware, machine: Machine) -> Rates:
     memory = max(size, 1.0) * bytes_per_gib * _MEMORY_SHARE
     host = _pcie(gpu)
     ram = min(max(hardware.cpu.cores, 1) * _CORE_BYTES_PER_S, _CPU_BYTES_PER_S) / 2
-    dtype: Dtype = "bf16"  # 16 bits: where bf16 is slow, plans use fp16 at this rate
+    dtype: Dtype = "bf16"  # stands for fp16 too: where bf16 is slow, plans use fp16 at this rate
     return Rates(
         disk=_disk(hardware),
         ram=Rate(ram, "guessed"),

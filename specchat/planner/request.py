@@ -60,7 +60,7 @@ class PlanInputs:
     lower_drafts: tuple[ModelSpec, ...] = ()
 
     def acceptance(self, target: ModelSpec, draft: ModelSpec | None, *, samples: bool) -> Acceptance:
-        """Return the acceptance of a pair, measured if earlier chats have shown enough.
+        """Return the acceptance of a pair: measured in earlier chats if they had enough steps, else typical.
 
         Args:
             target: sizes of the target.

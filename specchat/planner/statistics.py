@@ -18,7 +18,7 @@ from specchat.records.plan import Plan
 
 _VERSION = 1
 _FILE = "statistics.json"
-# Fewer steps than the first are too few to count. Sums above the second are halved, so that recent chats count most.
+# Fewer than _ENOUGH_STEPS steps are ignored. Sums of more than _MOST_STEPS are halved, so that recent chats count most.
 _ENOUGH_STEPS = 30
 _MOST_STEPS = 2000
 _MOST_PLANS = 200

@@ -14,7 +14,7 @@ from specchat.ui.console import AnswerStream, Talk, wants_styles
 from specchat.ui.live import LiveRegion, Row, can_redraw
 from specchat.ui.markdown import MarkdownStream, PlainStream, TextStream, styled_row, tail_rows
 
-# Maximum share of the time for drawing, so that drawing does not slow generation down. A longer draw delays the next.
+# Maximum share of time spent on drawing, so that generation is not slowed down: a long draw delays the next draw.
 _SHARE_OF_TIME = 0.02
 _REDRAW_S = 0.05
 _TICK_S = 0.25

@@ -217,7 +217,7 @@ def _weights(plan: Plan) -> str:
     """Return the precision of the weights; if it was lowered automatically, also the flag that keeps the original."""
     if plan.lowered_from is None:
         return f"weights {plan.quant}"
-    return f"weights {plan.quant}, not the original {plan.lowered_from}: --quant none"
+    return f"weights {plan.quant}, not the original {plan.lowered_from} (keep it with --quant none)"
 
 
 def _draft(plan: Plan) -> str:

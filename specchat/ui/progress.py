@@ -10,7 +10,7 @@ from specchat.ui.console import Talk
 from specchat.units import format_bytes, format_rate
 
 _REDRAW_S = 0.2
-_RATE_AFTER_S = 1.0  # earlier, caches dominate the rate and not the disk or the network
+_RATE_AFTER_S = 1.0  # until then, caches determine the rate, not the disk or the network
 
 
 class Pace:

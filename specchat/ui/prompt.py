@@ -65,7 +65,7 @@ class PromptLine:
             tempfile_suffix=".md",
             enable_suspend=True,
         )
-        # Without cursor position reports prompt_toolkit only estimates the free lines below; no warning is needed.
+        # Without cursor position reports, prompt_toolkit only estimates the free lines below. Do not warn about that.
         self._session.app.renderer.cpr_not_supported_callback = None
 
     @property
@@ -114,7 +114,7 @@ class PromptLine:
 
     @contextmanager
     def _exiting_cleanly(self) -> Iterator[None]:
-        """Let signals that end the program end the prompt first, so that it restores the terminal."""
+        """On a signal that ends the program, end the prompt first, so that the terminal is restored."""
 
         def leave(signum: int, _frame: FrameType | None) -> None:
             app = self._session.app

@@ -229,7 +229,9 @@ class Repl:
         """Answer the last message again."""
         session = self._session()
         if session.sampling.greedy and session.history:
-            self._talk.say("greedy decoding repeats the same answer; for others, use /set temperature=0.7", "dim")
+            self._talk.say(
+                "greedy decoding repeats the same answer; for other answers, use /set temperature=0.7", "dim"
+            )
         self._answer(lambda session, cancel: session.retry(cancel))
 
     def edit(self) -> None:

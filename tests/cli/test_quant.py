@@ -146,7 +146,7 @@ def test_banner_shows_automatic_quantization(monkeypatch):
         return banner_lines(source, replace(CHOSEN, plan=plan), "no draft")[0]
 
     lowered = auto_plan(monkeypatch, 1)
-    assert "weights int4, not the original bf16: --quant none" in banner(lowered)
+    assert "weights int4, not the original bf16 (keep it with --quant none)" in banner(lowered)
     asked = replace(lowered, lowered_from=None)
     assert banner(asked).endswith("weights int4")
     assert "weights" not in banner(replace(asked, quant="none"))

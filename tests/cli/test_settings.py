@@ -214,7 +214,7 @@ def test_resuming_with_another_model_is_reported(fake):
     fake("run", "demo", "hi", "--session", "fox", "--draft", "none")
     folder = str(Path(__file__).parents[2] / "specchat" / "demo" / "target")
     result = fake("run", folder, "hi", "-c", "--json", "--draft", "none")
-    assert "this chat was with demo so far" in result.err
+    assert "this chat used demo so far" in result.err
     assert json.loads(fake("run", "-c", "--json", stdin=b"x").out)["model"] == folder
 
 

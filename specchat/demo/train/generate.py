@@ -19,7 +19,7 @@ from specchat.demo.train.model import KeyValueCache, Llama
 from specchat.demo.train.options import parse, resolve_device
 from specchat.demo.train.prepare import write_tokens
 
-TEMPERATURES = (0.7, 1.0)  # a common setting, and one that is wide enough to show the draft the target's mistakes
+TEMPERATURES = (0.7, 1.0)  # a common value, and a higher one, so that the draft also sees mistakes of the target
 
 
 @dataclass(frozen=True)

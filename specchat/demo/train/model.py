@@ -111,7 +111,7 @@ class Attention(nn.Module):
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         if queries.shape[2] == 1:
-            # Heads of a group act as positions, which avoids copying all keys for each token. No mask is needed.
+            # Treat the query heads of a group as positions, so that no keys are copied. One token needs no mask.
             grouped = queries.reshape(queries.shape[0], -1, self.group, self.head_dim)
             return F.scaled_dot_product_attention(grouped, keys, values).flatten(1, 2).unsqueeze(2)
         # No enable_gqa: not all fused kernels take it, and copying the keys costs less than leaving the fused kernels.

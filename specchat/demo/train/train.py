@@ -93,7 +93,7 @@ class Trainer:
         self._batches = Batches(options.data, options.written, options.batch_tokens, options.seed)
         self.target, self.draft = self._models()
         self._losses = torch.compile(pair_losses, dynamic=False) if options.compile else pair_losses
-        # A finished draft needs only small changes. Trained with the target, the small model tolerates a higher rate.
+        # A finished draft needs only small changes. While both train, the small draft tolerates a higher rate.
         factor, muon_factor = (0.3, 0.3) if options.draft_only else (1.3, 1.0)
         draft_optimizers = Optimizers(self.draft, factor * options.lr, muon_factor * options.muon_lr)
         self._trained = {"draft": (self.draft, draft_optimizers)}

@@ -1,4 +1,4 @@
-"""How long a pass takes by its rows: a predicted curve, corrected by what is measured."""
+"""The time of a pass by its number of rows: a predicted curve, corrected by measurements."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import pairwise
 
 # Old measurements fade by this factor with every new one: load and subject change within minutes.
 _KEEP = 0.98
-# The weight of what is assumed against what is measured, in measurements.
+# Weight of a predicted value: it counts like this number of measurements.
 PRIOR_WEIGHT = 4.0
 
 
@@ -33,14 +33,15 @@ class FadingRatio:
 
 
 class PassTimes:
-    """Seconds of a pass by its rows.
+    """Seconds of a pass by its number of rows.
 
-    The first measured pass corrects the whole curve. More of them correct it by size: each power of two has a
-    correction of its own, which starts from the common one; between measured sizes the correction is interpolated.
+    The first measured pass corrects the whole curve. Later passes correct it by size: each power of two has its own
+    correction, which starts from the correction of the whole curve. Between measured sizes, corrections are
+    interpolated.
 
     Args:
         predicted: (rows, seconds) pairs, ascending.
-        max_rows: Largest number of rows to look up.
+        max_rows: largest number of rows to look up.
     """
 
     def __init__(self, predicted: Sequence[tuple[int, float]], max_rows: int) -> None:
@@ -67,7 +68,7 @@ class PassTimes:
         self._common.add(correction, 1.0)
         size = round(self._places[rows])
         self._measured.setdefault(size, FadingRatio())
-        for each, ratio in self._measured.items():  # those of other sizes fade, too
+        for each, ratio in self._measured.items():  # old measurements of other sizes fade too
             is_measured = float(each == size)
             ratio.add(is_measured * correction, is_measured)
         common = self._common.value(1.0)
@@ -76,7 +77,7 @@ class PassTimes:
 
 
 def _interpolated(points: Sequence[tuple[int, float]], last: int, *, extrapolate: bool = True) -> list[float]:
-    """Return heights at 0 to `last`: linear between the points, constant before them, and after unless extrapolated."""
+    """Return values at 0 to `last`: linear between points, constant before them; after them linear if `extrapolate`."""
     first_place, first_height = points[0]
     heights, slope = [first_height] * (first_place + 1), 0.0
     for (x0, y0), (x1, y1) in pairwise(points):

@@ -1,9 +1,9 @@
 """Draft policies: whether to draft, how many nodes to grow and how many to verify.
 
-A step takes some time and emits 1 + (accepted nodes) tokens. Where tokens per second are most, a node pays if its
-probability of being accepted exceeds its time times that speed. (The stopping rule of a ratio of expectations:
+A step takes some time and emits 1 + (accepted nodes) tokens. A node pays off if its probability of being accepted
+exceeds its time multiplied by the best speed in tokens per second. (This rule maximizes a ratio of expectations:
 W. Dinkelbach, "On Nonlinear Fractional Programming", Management Science 13, 1967.) Speeds, times and probabilities are
-measured while answers are written. Only which rows are computed ahead depends on them, so the text never does.
+measured while answers are written. They only decide which rows are computed ahead, so they never change the text.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from specchat.engine.tree import ROOT, TokenTree
 from specchat.records.generation import Step
 from specchat.records.plan import Expectation
 
-# Draft only where that is faster by this factor: on a busy machine the two often come out even, and drafting is the one
-# whose loss has no bound.
+# Draft only if drafting is faster by this factor: on a busy machine both modes are often equally fast, and only
+# drafting can lose without a bound.
 _MARGIN = 1.1
 # Probe the other mode after 4 steps; triple the interval after each probe that changes nothing, up to 1024 steps.
 _PROBE_AFTER, _LONGER, _MAX_INTERVAL = 4, 3, 1024
-# Do not probe plain decoding where drafting is faster by this factor: on a slow disk each probe would take seconds.
+# Do not probe plain decoding if drafting is faster by this factor: on a slow disk each probe would take seconds.
 _FAR_FASTER = 2.0
-# Bins of log weights, each one wide; lighter nodes count with the last.
+# Number of bins for log weights; each bin has a width of 1, and the last bin also holds all lower weights.
 _NUM_BINS = 10
 
 
@@ -44,7 +44,7 @@ class DraftPolicy(Protocol):
         """Return how many open nodes the draft expands in its next pass, best first; 0 ends the tree.
 
         Args:
-            ranks: number of better nodes in the tree, per open node; at most one pass of open nodes, best first.
+            ranks: number of better nodes in the tree for each open node, best first; no more nodes than fit one pass.
             weights: log weights of the open nodes.
         """
 
@@ -75,26 +75,26 @@ class FixedPolicy:
     tree_budget: int
 
     def should_draft(self) -> bool:
-        """Return whether there may be nodes."""
+        """Return whether the tree budget allows any nodes."""
         return self.tree_budget > 0
 
     def num_to_expand(self, ranks: Sequence[int], weights: Sequence[float]) -> int:
-        """Return all."""
+        """Return the number of all open nodes."""
         return len(weights)
 
     def num_to_verify(self, weights: Sequence[float]) -> int:
-        """Return all."""
+        """Return the number of all nodes."""
         return len(weights)
 
     def record_draft_pass(self, rows: int, seconds: float) -> None:
-        """Do nothing."""
+        """Do nothing: this policy uses no measurements."""
 
     def record_step(self, step: Step, tree: TokenTree, path: Sequence[int]) -> None:
-        """Do nothing."""
+        """Do nothing: this policy uses no measurements."""
 
 
 class AdaptivePolicy:
-    """Drafts while it pays and decodes plainly otherwise; both speeds are measured while answers are written.
+    """Drafts while drafting pays off, else decodes plainly; both speeds are measured while answers are written.
 
     Args:
         tree_budget: most draft nodes of a tree.
@@ -118,7 +118,7 @@ class AdaptivePolicy:
         return self.tree_budget > 0 and self._drafts
 
     def num_to_expand(self, ranks: Sequence[int], weights: Sequence[float]) -> int:
-        """Return the count whose expected accepted children, less the time spent on them, are most."""
+        """Return the best number of nodes: expected accepted children, minus the tokens that the time is worth."""
         tokens_per_s = self._tokens_per_s()
         best, best_value, gained = 0, 0.0, 0.0
         for count, (rank, weight) in enumerate(zip(ranks, weights, strict=True), 1):
@@ -130,7 +130,7 @@ class AdaptivePolicy:
         return best
 
     def num_to_verify(self, weights: Sequence[float]) -> int:
-        """Return the count whose expected tokens, less what the pass's time is worth, are most."""
+        """Return the best number of nodes: expected tokens, minus the tokens that the time of the pass is worth."""
         tokens_per_s = self._tokens_per_s()
         tokens = accumulate(map(self._acceptance.of, weights), initial=1.0)
         values = [expected - tokens_per_s * self._target_times.at(1 + nodes) for nodes, expected in enumerate(tokens)]
@@ -156,13 +156,13 @@ class AdaptivePolicy:
     def _record_drafted(self, step: Step, tree: TokenTree) -> None:
         """Count a drafted step, but not the first one after plain decoding, in which the draft catches up."""
         if not self._catches_up:
-            # The mean of expected and emitted tokens: few steps decide, and luck counts half.
+            # The mean of expected and emitted tokens halves the effect of luck, which matters because few steps decide.
             tokens = (1.0 + sum(map(self._acceptance.of, tree.weights)) + len(step.token_ids)) / 2
             self._drafted_per_s.add(tokens, step.pass_s)
         self._catches_up = False
 
     def _choose_mode(self) -> None:
-        """Switch as soon as the other mode is faster; probe it, or trees of a third of the size, now and then."""
+        """Switch once the other mode is faster; sometimes probe the other mode, or trees of a third of the size."""
         self._steps_left -= 1
         is_probe = self._drafts != self._prefers_draft
         if self._steps_left > 0 and (is_probe or self._interval == _PROBE_AFTER):
@@ -180,7 +180,7 @@ class AdaptivePolicy:
             self._use(draft=not self._drafts, steps=1)
 
     def _is_far_faster(self, drafted_by_plain: float) -> bool:
-        """Return whether plain decoding needs no probe; it gets one later, should the estimate be wrong."""
+        """Return whether drafting is fast enough to postpone the next probe of plain decoding."""
         is_certain = self._interval == _PROBE_AFTER or (
             self._target_times.is_measured(1) and self._interval < _MAX_INTERVAL
         )
@@ -191,11 +191,11 @@ class AdaptivePolicy:
         self._drafts, self._steps_left = draft, steps + self._catches_up
 
     def _tokens_per_s(self) -> float:
-        """Return the speed of the faster mode: what a second is worth."""
+        """Return the speed of the faster mode, which tells how many tokens a second is worth."""
         return max(self._speeds())
 
     def _speeds(self) -> tuple[float, float]:
-        """Return tokens per second with and without drafting: measured, at first predicted from pass times."""
+        """Return tokens per second with and without drafting, measured or at first predicted from pass times."""
         expected = self._expected
         rows = max(round(expected.tree_nodes / expected.draft_passes), 1)
         step_s = self._target_times.at(1 + expected.tree_nodes) + expected.draft_passes * self._draft_times.at(rows)
@@ -203,7 +203,7 @@ class AdaptivePolicy:
 
 
 class _Acceptance:
-    """Probability that a node is accepted, by the draft's log weight of its path: counted in bins one wide."""
+    """The share of nodes that were accepted, counted in bins by the draft's log weight of their paths."""
 
     def __init__(self) -> None:
         self._accepted = [
@@ -212,7 +212,7 @@ class _Acceptance:
         self._expanded = FadingRatio(PRIOR_WEIGHT - 1, PRIOR_WEIGHT)
 
     def of(self, weight: float) -> float:
-        """Return the probability, linear between the bins' centres and never higher than that of the heavier bin."""
+        """Return the probability for a log weight, interpolated between bins; a lower weight never has a higher one."""
         place = min(max(-weight - 0.5, 0.0), _NUM_BINS - 1.0)
         left = min(int(place), _NUM_BINS - 2)
         heavier, lighter = (self._accepted[each].value(0.0) for each in (left, left + 1))

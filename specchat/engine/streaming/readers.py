@@ -70,7 +70,7 @@ class CheckpointLayerReader:
 
 
 class PackLayerReader:
-    """Reads packed layers in large aligned chunks, past the page cache if possible; small layers go through it.
+    """Reads packed layers in large aligned chunks, past the page cache if possible, except small layers.
 
     Args:
         pack: pack to read, with one file per layer and page-aligned data.
@@ -185,7 +185,7 @@ def layer_reader_for(
 
 
 class _Files:
-    """Open files, each opened to read through the page cache or past the page cache."""
+    """File descriptors by path, for reads through the page cache or past it."""
 
     def __init__(self) -> None:
         self._open: dict[tuple[Path, bool], int] = {}
@@ -227,7 +227,7 @@ def is_unbuffered(file: int) -> bool:
 
 
 def _read(path: Path, file: int, memory: memoryview, begin: int, least: int, hint: str) -> None:
-    """Fill `memory` with the file's bytes from `begin` on: completely, or at least `least` bytes at the file's end.
+    """Fill `memory` with the file's bytes from `begin` on; if the file ends earlier, `least` bytes are enough.
 
     Raises:
         CorruptCheckpointError: the file ends before `begin + least`.

@@ -1,4 +1,4 @@
-"""Families of models that share a vocabulary, known by name alone, before any download."""
+"""Families of models that share a vocabulary, recognized by name before any download."""
 
 import re
 import tomllib

@@ -46,7 +46,7 @@ def known_models() -> Mapping[str, KnownModel]:
 
 
 def known_model(name: str) -> KnownModel | None:
-    """Return the entry of a model, or of a copy by another publisher, which has the same figures."""
+    """Return the entry of a model; a copy by another publisher has the same figures and uses the same entry."""
     last = _last(name)
     same = [model for model in known_models().values() if _last(model.id) == last]
     return next((model for model in same if model.id == name), same[0] if same else None)

@@ -93,7 +93,9 @@ def _expand(text: str) -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError as exc:
-        raise ModelNotFoundError(f"'{text}' names no home folder here", hint="write the full path: /home/...") from exc
+        raise ModelNotFoundError(
+            f"'{text}' is not a home folder on this machine", hint="write the full path: /home/..."
+        ) from exc
 
 
 def _is_repo_id(repo_id: str) -> bool:

@@ -103,13 +103,13 @@ class Shape:
         return sum(math.prod(shape) for shape in tensors.values()) * DTYPE_BYTES[self.dtype]
 
 
-# Every shape must be able to hold this model.
+# Every shape computes this model inside its own layers, so no shape may be smaller.
 DEMO_TARGET = Shape(hidden=256, layers=8, heads=4, kv_heads=2, head_dim=64, mlp=704, name="demo target")
 
 
 @cache
 def known_shapes() -> Mapping[str, Shape]:
-    """Return the named shapes; the models that they come from are stored in 16 bits."""
+    """Return the named shapes, with the figures of known models and 16-bit weights."""
     return {model.shape: _shape_of(model.config) for model in known_models().values() if model.shape}
 
 
@@ -248,5 +248,5 @@ def _check_heads(shape: Shape) -> None:
 
 
 def num_live_kv_heads(shape: Shape) -> int:
-    """Return the key-value heads that hold the demo's: twice the demo's number if heads do not share any."""
+    """Return how many key-value heads hold the demo's two: two, or four if the shape's query heads share none."""
     return DEMO_TARGET.heads // min(shape.group, DEMO_TARGET.group)

@@ -10,9 +10,10 @@ from specchat.units import MIB
 # Within a layer's blob, tensors start at multiples of 256 bytes, which suits matmul kernels. Layers are page-aligned.
 TENSOR_ALIGNMENT = 256
 LAYER_ALIGNMENT = 4096
-# Chunks that are dequantized at a time. On a CPU, a chunk should stay in the cache until the matmul has read it. Sizes
-# from 2 to 8 MiB are equally fast (Zen 4), and smaller ones add calls. Transposed matmuls (`kernels.matmul`) with 4096
-# columns need less than 1024 rows. Matmuls run in blocks of rows. A GPU needs large matmuls.
+# Matrices are dequantized in chunks of rows. On a CPU, a chunk should stay in the cache until the matmul has read it.
+# Sizes from 2 to 8 MiB are equally fast (Zen 4), and smaller ones need more calls. Transposed matmuls
+# (`kernels.matmul`) with 4096 columns need less than 1024 rows. Matmuls run in blocks of rows. A GPU needs large
+# matmuls.
 _CHUNK_ROWS = 896
 _ROW_BLOCK = 64
 _CHUNK_BYTES = {"cpu": 8 * MIB, "cuda": 128 * MIB}

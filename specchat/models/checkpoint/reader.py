@@ -169,7 +169,8 @@ def _bytes_of(tensor: "torch.Tensor") -> memoryview:
     import torch
 
     # numpy's view keeps the storage alive, unlike ctypes. reshape of contiguous memory never copies.
-    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()  # numpy's types hide the buffer protocol before 3.12
+    # Any: before Python 3.12, numpy's types lack the buffer protocol.
+    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     return memoryview(array)
 
 

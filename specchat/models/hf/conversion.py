@@ -51,7 +51,7 @@ def plan_weights(skeleton: Skeleton, keys: Iterable[str]) -> WeightPlan:
         if name not in known:
             name, pattern = rename_source_key(key, [], [], prefix, known)
         if name not in known:
-            continue  # rotary tables in old checkpoints, heads for other tasks, extra prediction layers
+            continue  # not used: rotary tables of old checkpoints, heads for other tasks, extra prediction layers
         match = in_layer.fullmatch(name)
         if match is None:
             rest[key] = name

@@ -9,7 +9,7 @@ import torch
 from specchat.models.hf.skeleton import Skeleton, path_of
 from specchat.models.quant.modules import Matrix, experts_forward
 
-# Small differences decide which experts a row is routed to, and the weight of a shared expert. So routers stay plain.
+# Small rounding errors here change which experts compute a row, or the weight of a shared expert. So they stay plain.
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate", "wg"})
 
 

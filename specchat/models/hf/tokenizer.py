@@ -189,7 +189,7 @@ class ResponseParser:
         """Return the pieces that were held back until the end of the text."""
         try:
             _, events = self._parser.finalize()
-        except ValueError:  # a required part is missing, which does not matter in a chat
+        except ValueError:  # the text ended early, before a required part; a chat accepts that
             return []
         return self._pieces(events)
 

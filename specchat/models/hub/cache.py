@@ -41,7 +41,7 @@ def cached_models() -> list[str]:
     names = set()
     for repo in repos:
         for revision in repo.revisions:
-            # A MODEL cannot name old ids without an organization.
+            # Skip old ids without an organization, such as "gpt2": a MODEL argument cannot name them.
             if repo.repo_type == "model" and "/" in repo.repo_id and _is_complete(revision.snapshot_path):
                 labels = revision.refs or {revision.commit_hash}
                 names |= {repo.repo_id if label == "main" else f"{repo.repo_id}@{label}" for label in labels}

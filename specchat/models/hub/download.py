@@ -210,7 +210,7 @@ def fetch(download: Download, progress: Callable[[int, int], None] | None) -> Pa
     with hub_errors(ref):
         snapshot = Path(_run_until_interrupted(work, stop))
         _point_to(snapshot, ref.revision or "main")
-    report(download.missing_bytes)  # identical files are downloaded once
+    report(download.missing_bytes)  # the sum may be lower, because identical files are downloaded once
     return snapshot
 
 

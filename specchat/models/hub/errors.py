@@ -24,7 +24,8 @@ def hub_errors(ref: ModelRef) -> Iterator[None]:
     """Convert huggingface_hub's errors to specchat's."""
     from huggingface_hub.errors import DryRunError, HfHubHTTPError, LocalEntryNotFoundError
 
-    failures: tuple[type[Exception], ...] = (*_transport_errors(), OSError, ValueError, RuntimeError)  # Runtime: hf_xet
+    # hf_xet raises RuntimeError.
+    failures: tuple[type[Exception], ...] = (*_transport_errors(), OSError, ValueError, RuntimeError)
     try:
         yield
     except failures as exc:

@@ -161,7 +161,7 @@ class _Builder:
         try:
             manifest = read_manifest(self._folder)
         except ValueError:
-            manifest = None  # `open_pack` has warned
+            manifest = None  # damaged; `open_pack` has printed a warning
         if manifest is not None and manifest.key == self._folder.name:
             known |= {record.name: record for record in manifest.records}
         return {

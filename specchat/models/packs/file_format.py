@@ -245,7 +245,7 @@ def _pieces(layout: FileLayout, tensors: Mapping[str, Tensor]) -> Iterator[memor
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """Return the values of a CPU tensor in row-major order as bytes, without a copy if it is contiguous."""
-    array: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()  # numpy's types hide the protocol
+    array: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()  # as in TensorReader
     return memoryview(array)
 
 

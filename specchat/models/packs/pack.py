@@ -237,7 +237,7 @@ def _is_complete(manifest: Manifest) -> bool:
 
 
 def find_fault(folder: Path, manifest: Manifest) -> str | None:
-    """Describe the first fault of a pack's files; None if there is none. Only here are small files read whole."""
+    """Describe the first fault of a pack's files; None if there is none. Only this check reads small files whole."""
     for record in manifest.records:
         if fault := record.fault(folder):
             return fault

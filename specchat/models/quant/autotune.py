@@ -1,10 +1,10 @@
 """Choice of the fastest kernel for a matmul with a quantized matrix, measured once per installation.
 
-Two matmuls are of one kind if format, matrix shape, dtype and device agree, and the rows of x up to the next power of
-two. The first matmul of a kind runs every kernel of the format, in the memory that one of them needs anyway. The result
-is kept in the cache folder, so later passes and runs use the same kernel. An unreadable file is measured again. If no
-file can be written, the choice lasts as long as the process. With a single kernel, as on every CPU, nothing is
-measured.
+Matmuls of one kind have the same format, matrix shape, dtype, device, and rows of x rounded up to a power of two. The
+first matmul of a kind runs every kernel of the format, which takes no more memory than one kernel. The result is kept
+in the cache folder, so later passes and runs use the same kernel. If the file is unreadable, kernels are measured
+again. If no file can be written, the choice lasts as long as the process. With a single kernel, as on every CPU,
+nothing is measured.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from specchat.paths import cache_folder
 
 _VERSION = 1  # raise when measurements or specchat's kernels change
 _LIBRARIES = ("torch", "bitsandbytes", "triton")
-# Few enough that all kinds of a model take a few tenths of a second: launches overlap within a round.
+# Measuring all kinds of a model takes a few tenths of a second: within a round, kernel launches overlap.
 _ROUNDS = 2
 _CALLS = 3
 
@@ -102,7 +102,7 @@ def autotuner() -> Autotuner:
 
 
 def rows_class(x: Tensor, shape: tuple[int, int]) -> int:
-    """Return the rows of x [..., cols] for a matrix (rows, cols), up to the next power of two."""
+    """Return the number of rows of x [..., cols], rounded up to a power of two."""
     return 1 << max(x.numel() // shape[1] - 1, 0).bit_length()
 
 
@@ -133,7 +133,7 @@ def _wait_for(device: torch.device) -> None:
 
 @cache
 def _makers(device: torch.device) -> list[str]:
-    """Return what choices depend on besides the kind: own version, device and libraries."""
+    """Return the facts that make saved choices outdated when they change: own version, device and libraries."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return [str(_VERSION), name, *(f"{library} {_version(library)}" for library in _LIBRARIES)]
 

@@ -25,7 +25,7 @@ from specchat.models.hf.skeleton import Skeleton, build_skeleton
 from specchat.records.limits import MASK_FLAG_BYTES, MASK_POSITION_BYTES
 from specchat.records.model import Activations, RowCost
 
-# Multiples of the caches' alignment, far enough apart to separate the terms.
+# Multiples of the caches' alignment, far enough apart to tell the terms of the formula apart.
 _SIZES = ((16, 128), (48, 128), (16, 320), (48, 320))  # rows, keys
 
 _Place = Literal["outside", "entry", "layer"]
@@ -142,7 +142,7 @@ class _Kv:
         self._stored: tuple[Tensor, Tensor] | None = None
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values of the whole cache, which the ledger counts separately."""
+        """Return keys and values of the whole cache, not logged: the ledger counts the cache separately."""
         with _uncounted():
             return tuple(x.new_empty(1, x.shape[1], self.capacity, x.shape[3]) for x in (keys, values))  # type: ignore[return-value]
 
@@ -154,7 +154,7 @@ def _uncounted() -> Any:
 
 
 def _pass(skeleton: Skeleton, rows: int, keys: int, dtype: torch.dtype) -> _Log:
-    """Log a pass of `rows` new rows that ends with `keys` keys in the cache."""
+    """Log the allocations of a pass of `rows` new rows that ends with `keys` keys in the cache."""
     num_layers = len(skeleton.layers)
     cache = cache_for([_Kv(rows, keys) for _ in range(num_layers)])
     ids, positions = (torch.empty(rows, dtype=torch.int64, device="meta") for _ in range(2))
@@ -178,7 +178,7 @@ def _logged(log: _Log, forward: Callable[..., Any], *args: Any, **kwargs: Any) -
 
 
 def _head(skeleton: Skeleton, rows: int, dtype: torch.dtype) -> _Log:
-    """Log the head on `rows` hidden states, with float32 scores."""
+    """Log the allocations of the head when it scores `rows` hidden states in float32."""
     hidden = torch.empty(rows, skeleton.config.hidden_size, dtype=dtype, device="meta")
     log = _Log()
     with log:
@@ -258,7 +258,7 @@ def _formulas(logs: Sequence[_Log], place: _Place) -> tuple[RowCost, ...]:
 def _formula(values: Sequence[int]) -> RowCost:
     """Fit `a + b rows + c keys + d rows keys` to the values at the four `_SIZES`."""
     (r0, k0), (r1, _), (_, k1), _ = _SIZES
-    few, many, few_far, many_far = values  # rows differ first, then keys
+    few, many, few_far, many_far = values  # in the order of `_SIZES`: few and many rows, then the same with more keys
     slope = (many - few) / (r1 - r0)
     slope_far = (many_far - few_far) / (r1 - r0)
     both = (slope_far - slope) / (k1 - k0)

@@ -21,7 +21,7 @@ def describe(source: ModelSource, quant: Quant = "none") -> ModelSpec:
     known = cache.load(key, source.name)
     if known is not None:
         return known
-    from specchat.models.sizes.inspect import inspect_model  # with torch and transformers
+    from specchat.models.sizes.inspect import inspect_model  # imports torch and transformers
 
     spec = inspect_model(source, quant)
     cache.save(key, spec)

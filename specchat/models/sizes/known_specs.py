@@ -298,7 +298,7 @@ def _activations(config: Any, architecture: _Architecture, element: int) -> Acti
         attending = RowCost(0, (hidden + q + kept) * element, MASK_POSITION_BYTES, MASK_FLAG_BYTES)
     projecting = (5 * q + 4 * kv) if architecture.head_norms == "all" else 4 * q + 2 * kv
     most = 2 * hidden + max(projecting, _mlp_values(config, architecture))
-    # Norms compute in float32 beside their input rows; each kind of layer has its own rotary embeddings.
+    # Norms make a float32 copy of their input rows; each kind of layer has its own rotary embeddings.
     outside = (4 if element == _FLOAT_BYTES else 7) * hidden + 4 * head_dim + 4
     return Activations(
         outside=(RowCost(4 * hidden * element, outside * element),),

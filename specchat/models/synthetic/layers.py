@@ -60,8 +60,9 @@ _COPIED_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
-# Clear the exponent's highest bit of random bits, then add one to the exponent: 1 .. half of its maximum. So values are
-# neither subnormal nor infinite nor large. (mask, addend, bytes) of one value.
+# Turn random bits into moderate values: clear the exponent's highest bit, then add one to the exponent. The exponent is
+# then between 1 and half of its maximum, so no value is subnormal, infinite or large. Entries: (mask, addend, bytes per
+# value).
 _RANDOM_NUMBERS: dict[Dtype, tuple[int, int, int]] = {
     "bf16": (0xBFFF, 0x0080, 2),
     "fp16": (0xBFFF, 0x0400, 2),

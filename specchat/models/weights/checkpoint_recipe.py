@@ -84,7 +84,7 @@ class CheckpointRecipe:
         self._quantized = {
             path for path, stored in self._stored.items() if any(each.format is not None for each in stored.values())
         }
-        # Modules that compute with plain weights: routers, which some quantizers quantize too.
+        # Modules that need plain weights although the checkpoint quantizes them: routers.
         self._unpacked = sorted(self._quantized - matrices.keys())
         self._check_unpacked(skeleton)
 

@@ -288,7 +288,7 @@ def _parts(layer: int, converted: Mapping[str, Sequence[str]]) -> set[str]:
 
 
 def _complete(parts: set[str]) -> set[str]:
-    """Add missing numbered parts: every number up to the highest needs the suffixes that any number has."""
+    """Add the missing numbered parts: each number up to the highest must have every suffix that occurs."""
     numbers: dict[str, int] = {}
     suffixes: dict[str, set[str]] = {}
     for match in filter(None, map(_NUMBERED.fullmatch, parts)):

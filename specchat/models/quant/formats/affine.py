@@ -17,7 +17,7 @@ from specchat.models.quant.formats.base import Segment, WeightFormat
 from specchat.models.quant.kernels.chunked import Linear, Segments
 from specchat.models.quant.kernels.triton import triton_kernels
 
-# Implied zero point of a stored 4-bit number 0 .. 15. Bytes are signed and need none.
+# Zero point of 4-bit numbers (0 .. 15) if none is stored. 8-bit numbers are signed and need none.
 MIDDLE = 8
 
 

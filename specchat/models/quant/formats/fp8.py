@@ -13,7 +13,7 @@ from specchat.models.quant.kernels.chunked import Segments
 _PLACES = 23 - 3  # shift from an e4m3 mantissa to a float32 mantissa
 _MASK = ~0x78000000  # clears the copies of the sign bit after the shift
 _FACTOR = 2.0 ** (127 - 7)
-_CHECKED_ROWS = 1024  # at a time
+_CHECKED_ROWS = 1024  # rows searched for NaN at a time
 
 
 @dataclass(frozen=True)

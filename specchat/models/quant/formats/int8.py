@@ -16,7 +16,7 @@ from specchat.models.quant.kernels.triton import triton_kernels
 
 _VERSION = 1
 _LARGEST = 127
-_QUANTIZE_ROWS_BYTES = 8 << 20  # of float32 at a time
+_QUANTIZE_ROWS_BYTES = 8 << 20  # float32 bytes that are quantized at a time
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 _CPU_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-# The operator itself avoids its CPU kernel from this block size on.
+# bitsandbytes' own operator does not use its CPU kernel for blocks of this size or larger.
 _CPU_BLOCKS_BELOW = 2048
 
 
@@ -74,8 +74,8 @@ def _cpu_kernels() -> Any | None:
 def fused_product() -> Callable[..., Tensor] | None:
     """Return bitsandbytes' CUDA kernel that multiplies with 4-bit codes; None if this version has none.
 
-    The operator `gemm_4bit` calls it too, but dequantizes instead where it expects that to be faster. That takes memory
-    of its own, which no ledger counts.
+    The operator `gemm_4bit` calls this kernel too, but sometimes it dequantizes instead, because it expects that to be
+    faster. Dequantizing needs extra memory, which no ledger counts.
 
     Returns:
         Function of x [..., cols], codes, (rows, cols), the absmax (float32; if nested, the absmax of its codes), the

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# A oneDNN call takes some microseconds more, which a smaller matrix does not recover.
+# A oneDNN call costs a few extra microseconds, which pay off only for matrices of at least this size.
 MIN_NUMBERS = 1 << 20
 
 # Row counts of x at which a bfloat16 matmul is transposed; x is padded by a few rows to reach one.

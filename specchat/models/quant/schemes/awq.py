@@ -17,8 +17,8 @@ from specchat.models.quant.kernels.chunked import Segments
 from specchat.models.quant.schemes.settings import FLOATS, SchemeSettings, expect, fill, is_plain, refuse, words
 
 _BITS = 4
-_PER_WORD = 8  # values
-# The half byte of a word, lowest first, that holds each of its values.
+_PER_WORD = 8  # values in a word of 32 bits
+# For each value of a word, the half byte that holds the value; 0 is the lowest half byte.
 _PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
 _WORDS = 128  # words of each row of W^T per transcoding step
 

@@ -24,7 +24,8 @@ from specchat.models.quant.schemes.settings import SchemeSettings, expect, fail_
 
 _STATE = "weight.quant_state.bitsandbytes__"
 _KINDS: tuple[Literal["nf4", "fp4"], ...] = ("nf4", "fp4")
-# 64 first: small matrices may have equally many blocks of several sizes; the file's own block size is checked later.
+# 64 comes first: a small matrix can have the same number of blocks with several block sizes. The block size that the
+# file names is checked later.
 _BLOCKS = (64, 32, 128, 256, 512, 1024, 2048, 4096)
 _STEPS = 127  # LLM.int8's steps from 0 to the largest value of a row
 
@@ -107,16 +108,22 @@ def _transcode_four_bit(module: str, shape: tuple[int, int], tensors: Mapping[st
     state = _parse_state(module, state_name, tensors[state_name])
     num_blocks = segments["absmax"].numel()
     if -(-math.prod(shape) // state["blocksize"]) != num_blocks or state["quant_type"] != kind:
-        fail_contents(module, state_name, f"describes {state['quant_type']} in blocks of {state['blocksize']}")
+        fail_contents(
+            module,
+            state_name,
+            f"describes {state['quant_type']} in blocks of {state['blocksize']}, unlike its other tensors",
+        )
     if state["shape"] is not None and tuple(state["shape"]) != shape:
-        fail_contents(module, state_name, f"describes {state['shape']}, but the configuration {list(shape)}")
+        fail_contents(module, state_name, f"describes shape {state['shape']}, but config.json says {list(shape)}")
     _check_map(module, "weight.quant_map", tensors, _four_bit_map(kind))
     packed = tensors["weight"].contiguous().view(-1).view(torch.uint8)
     segments["codes"].copy_(packed[: segments["codes"].numel()])
     fill(segments["absmax"], tensors["weight.absmax"])
     if "offset" in segments:
         if state["nested_blocksize"] != NESTED_BLOCK:
-            fail_contents(module, state_name, f"describes nested blocks of {state['nested_blocksize']}")
+            fail_contents(
+                module, state_name, f"describes nested blocks of {state['nested_blocksize']}, not {NESTED_BLOCK}"
+            )
         _check_map(module, "weight.nested_quant_map", tensors, dynamic_map(torch.device("cpu")))
         segments["nested_absmax"].copy_(tensors["weight.nested_absmax"])
         segments["offset"].fill_(state["nested_offset"])

@@ -32,7 +32,7 @@ from specchat.models.quant.schemes.settings import (
     words,
 )
 
-_ROWS = 1024  # transcoded at a time
+_ROWS = 1024  # rows transcoded at a time
 _FORMATS = {"pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense"}
 _STRATEGIES = {"tensor", "channel", "group", "block"}
 
@@ -114,7 +114,7 @@ class CompressedScheme:
         if settings.text("format", "pack-quantized") not in _FORMATS:
             refuse(f"compressed-tensors in {settings.text('format', '')} packing")
         if settings.text("quantization_status", "compressed") != "compressed":
-            refuse("compressed-tensors, but with weights that were not compressed")
+            refuse("compressed-tensors settings for weights that were not compressed")
         for name, what in (("sparsity_config", "sparse"), ("transform_config", "rotated")):
             child = settings.child(name)
             if child is not None and (child.objects("config_groups") or child.text("format", "dense") != "dense"):
@@ -231,7 +231,7 @@ def _check_shape(module: str, shape: tuple[int, int], tensors: Mapping[str, Tens
 
 
 def _copy_zeros(bits: int, tensors: Mapping[str, Tensor], zeros: Tensor) -> None:
-    """Copy zero points, plain or packed along the rows, on the scale of the codes."""
+    """Copy zero points, plain or packed along the rows, in the same range as the codes."""
     stored = tensors["weight_zero_point"]
     if stored.dtype == torch.int32:
         rows = zeros.shape[0]

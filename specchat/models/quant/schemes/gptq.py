@@ -29,8 +29,8 @@ from specchat.models.quant.schemes.settings import (
     words,
 )
 
-_ROWS = 1024  # transcoded at a time
-_VERSIONS = {"gptq": 1, "gptq_v2": 0}  # what was subtracted from zero points
+_ROWS = 1024  # rows transcoded at a time
+_VERSIONS = {"gptq": 1, "gptq_v2": 0}  # amount subtracted from zero points
 _SETTING_HINT = "correct quantization_config in config.json, or download config.json again"
 
 
@@ -185,7 +185,7 @@ def _bits(settings: SchemeSettings) -> int:
 
 
 def _zeros(packed: Tensor, bits: int, less: int) -> Tensor:
-    """Unpack `qzeros` into int8 [groups, rows] on the scale of the codes.
+    """Unpack `qzeros` into int8 [groups, rows], in the same range as the codes.
 
     A stored zero point of 0 minus one wraps to 15 (255) and back, as in AutoGPTQ.
     """
