@@ -112,29 +112,29 @@ def chosen_object(chosen: ExplainedPlan) -> dict[str, Any]:
     }
 
 
-def offers_object(offers: Recommendations, flags: str) -> dict[str, Any]:
+def recommendations_object(recommendations: Recommendations, flags: str) -> dict[str, Any]:
     """Build the object of recommended models that `probe --json` prints.
 
     Args:
-        offers: recommendations for this machine.
+        recommendations: recommendations for this machine.
         flags: further flags of the user, appended to each command.
     """
     return {
-        "runs": [_offer_object(offer, flags) for offer in offers.best],
-        "too_large": list(offers.too_large),
-        "no_disk": list(offers.no_disk),
+        "runs": [_recommendation_object(recommendation, flags) for recommendation in recommendations.best],
+        "too_large": list(recommendations.too_large),
+        "no_disk": list(recommendations.no_disk),
     }
 
 
-def _offer_object(offer: Recommendation, flags: str) -> dict[str, Any]:
-    plan, prediction = offer.plan, offer.prediction
+def _recommendation_object(recommendation: Recommendation, flags: str) -> dict[str, Any]:
+    plan, prediction = recommendation.plan, recommendation.prediction
     return {
-        "model": offer.model.id,
-        "command": f"{offer.command}{flags}",
-        "cached": offer.is_cached,
-        "gated": offer.model.gated,
-        "download_bytes": offer.download_bytes,
-        "disk_bytes": offer.disk_bytes,
+        "model": recommendation.model.id,
+        "command": f"{recommendation.command}{flags}",
+        "cached": recommendation.is_cached,
+        "gated": recommendation.model.gated,
+        "download_bytes": recommendation.download_bytes,
+        "disk_bytes": recommendation.disk_bytes,
         "quant": plan.quant,
         "dtype": plan.work.dtype,
         "draft": plan.draft,

@@ -83,16 +83,16 @@ def probe(options: ProbeOptions) -> int:
             reporter = TalkReporter(say)
             found = sketch_models(options.models, refs, reporter, asker(yes=options.yes), Path(folder))
             planned = make_plan(options.models, found, reporter)
-    offers = _offers(options.models, report) if refs is None else None
+    recommendations = _recommendations(options.models, report) if refs is None else None
     packs = (*_found_packs(), *(_verify(say) if options.verify else ()))
-    _print(options, report, (*report.verdicts, *packs), planned, offers)
+    _print(options, report, (*report.verdicts, *packs), planned, recommendations)
     return _DAMAGED if any(verdict.level == "error" for verdict in packs) else 0
 
 
 # --- recommendations ------------------------------------------------------------------------------------------------
 
 
-def _offers(request: ModelRequest, report: "Report") -> "Recommendations":
+def _recommendations(request: ModelRequest, report: "Report") -> "Recommendations":
     """Return recommended models with their plans, made from known sizes without a download."""
     from specchat.hardware.probe import find_machine
     from specchat.models.hub.cache import cached_models
@@ -185,19 +185,19 @@ def _print(
     report: "Report",
     verdicts: "tuple[Verdict, ...]",
     planned: "Planned | None",
-    offers: "Recommendations | None",
+    recommendations: "Recommendations | None",
 ) -> None:
-    from specchat.chat.result import chosen_object, offers_object
+    from specchat.chat.result import chosen_object, recommendations_object
     from specchat.hardware.report import report_object
     from specchat.ui.console import columns
     from specchat.ui.plan_view import plan_text
     from specchat.ui.probe_view import ProbeView, markdown
-    from specchat.ui.recommendations_view import offer_lines, offer_table
+    from specchat.ui.recommendations_view import recommendation_lines, recommendation_table
 
     flags = _flags(options.models)
     if options.json:
         plan = None if planned is None else chosen_object(planned.chosen)
-        models = None if offers is None else offers_object(offers, flags)
+        models = None if recommendations is None else recommendations_object(recommendations, flags)
         print_line(to_json({**report_object(report, verdicts, plan), "models": models}))
         return
     table = None
@@ -205,6 +205,12 @@ def _print(
         width = columns(sys.stdout)
         table = plan_text(planned.models.target, planned.chosen, planned.models.draft_note, width)
     if options.markdown:
-        print_line(markdown(report, verdicts, table, [] if offers is None else offer_table(offers, flags)))
+        print_line(
+            markdown(
+                report, verdicts, table, [] if recommendations is None else recommendation_table(recommendations, flags)
+            )
+        )
     else:
-        ProbeView(sys.stdout).report(report, verdicts, table, [] if offers is None else offer_lines(offers, flags))
+        ProbeView(sys.stdout).report(
+            report, verdicts, table, [] if recommendations is None else recommendation_lines(recommendations, flags)
+        )

@@ -31,7 +31,11 @@ class ProbeView:
         self._console = report_console(stream, _WIDTH_OFF_TERMINAL)
 
     def report(
-        self, report: Report, verdicts: Sequence[Verdict], plan: str | None, offers: Sequence[RenderableType] = ()
+        self,
+        report: Report,
+        verdicts: Sequence[Verdict],
+        plan: str | None,
+        recommendations: Sequence[RenderableType] = (),
     ) -> None:
         """Print a whole report.
 
@@ -39,7 +43,7 @@ class ProbeView:
             report: hardware report of this machine.
             verdicts: verdicts of the report and of further checks.
             plan: full plan of a model, or None.
-            offers: lines with the recommended models.
+            recommendations: lines with the recommended models.
         """
         with self._console.capture() as captured:
             self._console.print(Text(neutral(headline(report)), "bold"))
@@ -53,9 +57,9 @@ class ProbeView:
             if plan is not None:
                 self._console.print()
                 self._console.print(Text(neutral(plan)))
-            if offers:
+            if recommendations:
                 self._console.print()
-            for each in offers:
+            for each in recommendations:
                 self._console.print(each)
         for line in captured.get().splitlines():
             self._console.file.write(f"{line.rstrip()}\n")  # rich pads the lines of a grid with spaces
@@ -84,7 +88,7 @@ def headline(report: Report) -> str:
     return f"specchat {__version__} · {system} · Python {hardware.platform.python} · {torch}"
 
 
-def markdown(report: Report, verdicts: Sequence[Verdict], plan: str | None, offers: Sequence[str] = ()) -> str:
+def markdown(report: Report, verdicts: Sequence[Verdict], plan: str | None, recommendations: Sequence[str] = ()) -> str:
     """Return the report as Markdown, to be pasted into a bug report."""
     rows = [
         f"| {verdict.level} | {_cell(verdict.topic)} | {_cell(verdict.text)} | {_cell(verdict.hint or '')} |"
@@ -94,8 +98,8 @@ def markdown(report: Report, verdicts: Sequence[Verdict], plan: str | None, offe
     lines += ["", f"Rates measured {report.measured.measured_at}."]
     if plan is not None:
         lines += ["", "```", plan, "```"]
-    if offers:
-        lines += ["", *offers]
+    if recommendations:
+        lines += ["", *recommendations]
     return "\n".join(lines)
 
 

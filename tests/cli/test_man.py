@@ -12,7 +12,7 @@ import typer
 from support.fake_engine import PLAN
 
 from specchat.chat.answer import Delta, Turn
-from specchat.chat.result import chosen_object, delta_object, done_object, offers_object
+from specchat.chat.result import chosen_object, delta_object, done_object, recommendations_object
 from specchat.cli.app import app
 from specchat.cli.exit_status import EXIT_CODES
 from specchat.models.catalog.known_models import known_models
@@ -60,7 +60,9 @@ def offer_keys():
     model = known_models()["Qwen/Qwen3-8B"]
     plan = PLAN
     prediction = Prediction(**{field.name: 0 for field in fields(Prediction)})
-    made = offers_object(Recommendations((Recommendation(model, None, plan, prediction, False, 0, 0, 0),), (), ()), "")
+    made = recommendations_object(
+        Recommendations((Recommendation(model, None, plan, prediction, False, 0, 0, 0),), (), ()), ""
+    )
     return sorted({"models", *made, *made["runs"][0]})
 
 

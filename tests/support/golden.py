@@ -43,10 +43,10 @@ def _essentials(machine: str, model: str) -> dict[str, str]:
     file = read_machine(machine)
     rates, typical = (rates_of(file.hardware, file.machine, measured) for measured in (file.measured, None))
     try:
-        offer = recommend(known_models()[model], ANYTHING, file.machine, rates, typical)
+        recommendation = recommend(known_models()[model], ANYTHING, file.machine, rates, typical)
     except DoesNotFitError as error:
         return {"plan": f"none: {error.message}"}
-    plan, prediction = offer.plan, offer.prediction
+    plan, prediction = recommendation.plan, recommendation.prediction
     tiers = plan.placement.tiers
     counts = [f"{tiers.count(tier)} {tier}" for tier in ("device", "ram", "disk") if tiers.count(tier)]
     stored = f" in {plan.draft_quant}" if plan.draft_quant in ("int8", "int4") else ""

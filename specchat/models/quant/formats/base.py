@@ -14,7 +14,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from specchat.models.quant.kernels.chunked import Linear, Segments, product_in_pieces
+from specchat.models.quant.kernels.chunked import Linear, Segments, matmul_in_chunks
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class WeightFormat(ABC):
         Returns:
             Result [..., rows] in the dtype of x.
         """
-        return product_in_pieces(self.dequantize, x, segments, shape, scratch, bias)
+        return matmul_in_chunks(self.dequantize, x, segments, shape, scratch, bias)
 
     def kernels(
         self, shape: tuple[int, int], num_rows: int, dtype: torch.dtype, device: torch.device

@@ -18,7 +18,7 @@ Dequantize = Callable[[Segments, int, int, Tensor], Tensor]
 Linear = Callable[[Tensor, Segments, tuple[int, int], Tensor, Tensor | None], Tensor]
 
 
-def product_in_pieces(
+def matmul_in_chunks(
     dequantize: Dequantize,
     x: Tensor,
     segments: Segments,

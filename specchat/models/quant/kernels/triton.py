@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specchat.models.quant.kernels.chunked import Dequantize, Linear, Segments, product_in_pieces
+from specchat.models.quant.kernels.chunked import Dequantize, Linear, Segments, matmul_in_chunks
 
 _CAPABILITY = (8, 0)  # the lowest compute capability that Triton supports
 
@@ -25,7 +25,7 @@ def triton_kernels(
     """
     if device.type != "cuda" or _kernels() is None or torch.cuda.get_device_capability(device) < _CAPABILITY:
         return {}
-    return {"triton": partial(product_in_pieces, partial(dequantize_by_triton, eager, bits, group, rounds))}
+    return {"triton": partial(matmul_in_chunks, partial(dequantize_by_triton, eager, bits, group, rounds))}
 
 
 def dequantize_by_triton(
