@@ -9,6 +9,7 @@ from specchat.errors import (
 )
 from specchat.models.catalog.ref import SHAPE_PREFIX, ModelRef, demo_source
 from specchat.models.catalog.shape import Shape
+from specchat.models.catalog.suggest import FORMS, folder_hint
 from specchat.records.model import ModelSource
 
 if TYPE_CHECKING:
@@ -102,6 +103,9 @@ def sketch(missing: Missing, folder: Path) -> ModelSource:
 
 def _look_up_folder(ref: ModelRef) -> ModelSource:
     assert ref.path is not None
+    if ref.path.is_file():
+        hint = folder_hint(ref.path) if (ref.path.parent / "config.json").is_file() else FORMS
+        raise ModelNotFoundError(f"{ref.path} is a file, not a model's folder", hint=hint)
     if not ref.path.is_dir():
         raise ModelNotFoundError(f"there is no folder {ref.path}", hint="a hub id has the form org/name, without ./")
     if not (ref.path / "config.json").is_file():
