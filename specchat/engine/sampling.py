@@ -6,6 +6,7 @@ own for any tree. Each `e_i` is a pure function of (seed, absolute position, tok
 in whatever batch, draws the same token, and a drafter may look at the very same noise.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -74,6 +75,10 @@ class Noise:
         return -torch.log(-torch.log1p(-u)).float()
 
 
+class ScoresNotFiniteError(Exception):
+    """Scores among which no best one exists: NaN, infinite, or all -inf. A score of -inf alone excludes a token."""
+
+
 class Sampler:
     """Draws the target's tokens: processors as transformers applies them, then argmax or the race.
 
@@ -96,8 +101,15 @@ class Sampler:
         Args:
             logits: the target's scores, float32 [V].
             context: every token before this position; its length is the position.
+
+        Raises:
+            ScoresNotFiniteError: the best score is NaN or infinite. For torch, NaN is larger than any number.
         """
-        return int(self.scores(logits, context).argmax())
+        scores = self.scores(logits, context)
+        token = int(scores.argmax())
+        if not math.isfinite(scores[token]):
+            raise ScoresNotFiniteError
+        return token
 
     def scores(self, logits: Tensor, context: Sequence[int]) -> Tensor:
         """What `draw` takes the argmax of: processed logits (greedy) or `log p - log e` up to a constant; [V]."""
