@@ -15,6 +15,7 @@ NUM_SLOTS = 2
 # A third slot takes a resident layer's place. While one layer is computed and the next one waits, its fill goes on, so
 # that a pass whose reading and computing take about as long stays as fast as its reads alone.
 SLOTS = (NUM_SLOTS, 3)
+_LARGEST_RESERVE = 4 * GIB
 
 
 @dataclass(frozen=True)
@@ -180,8 +181,12 @@ def _needed(sizes: Sequence[int], num_resident: int, slots: int) -> int:
 
 
 def usable_ram(available_bytes: int) -> int:
-    """What may be taken, or pinned, of the host's available memory without the rest of the system feeling it."""
-    return max(available_bytes - max(4 * GIB, available_bytes // 10), 0)
+    """Return the part of the available host memory that may be used or pinned.
+
+    A reserve of 25%, at most 4 GiB, stays for the rest of the system and for Python and its libraries. It shrinks with
+    the memory, so that small machines and containers can run models, too.
+    """
+    return available_bytes - min(_LARGEST_RESERVE, available_bytes // 4)
 
 
 def keep_in_ram(sizes: Mapping[int, int], budget: int) -> tuple[int, ...]:
