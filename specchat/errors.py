@@ -80,6 +80,10 @@ class PromptTooLongError(DoesNotFitError):
     """A prompt that leaves no room for an answer in the context."""
 
 
+class BrokenScoresError(SpecchatError):
+    """A target whose scores are NaN or infinite, so that no token can be drawn."""
+
+
 class SessionError(SpecchatError):
     """A saved chat that cannot be read or written."""
 

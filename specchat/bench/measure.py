@@ -116,6 +116,8 @@ def measure(job: Job, cancel: Event, report: Callable[[Progress], None]) -> Coun
         generation_peak_bytes = _warm_up(runner, loaded, job)
         measurement = runner.run(job.questions)
         _check_not_empty(measurement, job)
+        if loaded.engine.draft_lost is not None:
+            job.warn(loaded.engine.draft_lost)
         baselines = tuple(_compare(loaded, system, measurement, job.plan) for system in loaded.systems[1:])
         passes = _passes(job, loaded, cancel, say) if job.passes else None
         pack = _pack_for_page_cache(job)

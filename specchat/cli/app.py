@@ -1,5 +1,6 @@
 """The command line: commands, arguments and options. The work itself is done elsewhere."""
 
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -15,6 +16,7 @@ from specchat.cli.settings import Settings
 from specchat.errors import UsageError
 from specchat.loading.request import ModelRequest
 from specchat.loading.sampling import SamplingChoices
+from specchat.models.catalog.suggest import looks_like_prompt
 from specchat.records.plan import PlanChoices
 from specchat.version import __version__
 
@@ -33,6 +35,18 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+# Commands of similar tools, and what does the same here.
+_ELSEWHERE = {
+    **dict.fromkeys(("list", "ls", "models"), "`specchat run` without MODEL lists the models on this disk"),
+    **dict.fromkeys(("pull", "download", "get"), "`specchat run MODEL` downloads a missing model after asking"),
+    **dict.fromkeys(("rm", "remove", "delete"), "models lie in the cache of the hub: `hf cache rm` removes them"),
+    **dict.fromkeys(("show", "info"), "`specchat probe MODEL` shows the plan and the speed of a model"),
+    **dict.fromkeys(("chat", "generate", "start"), "`specchat run MODEL` starts a chat"),
+    "serve": "this version has no server; `specchat run MODEL` starts a chat",
+    "help": "`specchat --help` lists the commands",
+    "version": "`specchat --version` prints the version",
+}
 
 
 def _shared_settings(config: str | None, given: Mapping[str, Any]) -> Settings:
@@ -62,6 +76,7 @@ def _model_request(chosen: Settings, model: str | None) -> ModelRequest:
             draft_quant=chosen.get("draft_quant", "auto"),
         ),
         offline=chosen.get("offline", False),
+        aliases=tuple(chosen.aliases),
     )
 
 
@@ -297,8 +312,18 @@ def _parse(arguments: Sequence[str]) -> int | _Action | None:
 
 def _as_usage_error(error: Exception, arguments: Sequence[str]) -> UsageError:
     message = " ".join(str(getattr(error, "format_message", error.__str__)()).split()).rstrip(".")
+    if message.startswith("No such command") and (hint := _command_hint(arguments)):
+        return UsageError(f"there is no command '{arguments[0]}'", hint=hint)
     command = f"specchat {arguments[0]}" if arguments and arguments[0] in ("run", "bench", "probe") else "specchat"
     return UsageError(message[:1].lower() + message[1:], hint=f"{command} --help lists what it takes")
+
+
+def _command_hint(arguments: Sequence[str]) -> str | None:
+    """Return the hint for a model, a prompt or another tool's command in a command's place; None for other words."""
+    word = arguments[0]
+    if word == "demo" or "/" in word:
+        return f"did you mean specchat run {shlex.quote(word)}?"
+    return "usage: specchat run MODEL [PROMPT]" if looks_like_prompt(word) else _ELSEWHERE.get(word)
 
 
 def run_command_line(arguments: Sequence[str]) -> int:

@@ -18,14 +18,15 @@ from specchat.engine.drafting.drafter import Drafter, ModelDrafter, NoDrafter
 from specchat.engine.drafting.policy import AdaptivePolicy, DraftPolicy, FixedPolicy
 from specchat.engine.loading import load_model
 from specchat.engine.model import PassCancelledError, TreeModel
-from specchat.engine.sampling import Sampler
+from specchat.engine.sampling import Sampler, ScoresNotFiniteError
 from specchat.engine.selfcheck import check_architecture
 from specchat.engine.tree import ROOT, TokenTree, common_prefix
-from specchat.errors import AllocationError, PromptTooLongError, is_lack_of_memory
+from specchat.errors import AllocationError, BrokenScoresError, PromptTooLongError, is_lack_of_memory
 from specchat.models.hf.pairing import check_pair
 from specchat.models.packs.pack import Pack
 from specchat.models.weights.open import ModelWeights
 from specchat.records.generation import Activity, DraftTree, FinishReason, Phase, Sampling, Step
+from specchat.records.model import LOWER_QUANTS
 from specchat.records.plan import MemoryReport, Placement, Plan
 from specchat.units import format_bytes
 
@@ -61,6 +62,7 @@ class Engine(Closeable):
             self._policy = AdaptivePolicy(plan.work.tree_budget, plan.expected)
         self._cached: list[int] = []  # tokens whose rows are in the target's KV cache
         self._phase: Phase = "idle"
+        self._draft_lost: str | None = None
         self._meter = stats.MemoryMeter(plan, [target, *drafter.models], runtime_bytes)
 
     @classmethod
@@ -134,6 +136,7 @@ class Engine(Closeable):
 
         Raises:
             PromptTooLongError: the context has no room for one more token.
+            BrokenScoresError: the target computes NaN or infinity.
         """
         context = list(prompt_ids)
         assert context, "the chat layer refuses empty prompts"
@@ -152,10 +155,13 @@ class Engine(Closeable):
             cancel=cancel,
         )
         while True:
+            had_lost_draft = self._draft_lost is not None
             try:
                 step = self._step(context, answer)
             finally:
                 self._phase = "idle"
+            if not had_lost_draft:
+                step = replace(step, draft_lost=self._draft_lost)
             context += step.token_ids
             yield step
             if step.finish_reason is not None:
@@ -184,12 +190,17 @@ class Engine(Closeable):
     @contextmanager
     def drafting_with(self, drafter: Drafter) -> Iterator[None]:
         """Use another drafter inside the block, with trees of the planned size; the caller closes the drafter."""
-        own, self._drafter = (self._drafter, self._policy), drafter
-        self._policy = FixedPolicy(self.plan.work.tree_budget)
+        own = self._drafter, self._policy, self._draft_lost
+        self._drafter, self._policy, self._draft_lost = drafter, FixedPolicy(self.plan.work.tree_budget), None
         try:
             yield
         finally:
-            self._drafter, self._policy = own
+            self._drafter, self._policy, self._draft_lost = own
+
+    @property
+    def draft_lost(self) -> str | None:
+        """Reason why answers are decoded without the planned draft, in one line; None as long as drafting works."""
+        return self._draft_lost
 
     def memory(self) -> MemoryReport:
         """Return the memory held, next to the prediction of the plan's ledger."""
@@ -210,22 +221,16 @@ class Engine(Closeable):
         try:
             self._phase = "drafting"
             with clock.drafting():
-                max_depth = answer.max_length - len(context) - 1
-                tree = self._drafter.grow(context, self._policy, max_depth, answer.sampler, answer.cancel)
+                tree = self._grow(context, answer)
             self._phase = "prefill" if len(pending) > 1 else "verifying"
-            with clock.verifying():
-                rows = self._rows_for(context, len(pending), tree)
-                hidden = self._target.forward([*pending, *tree.tokens], rows, answer.cancel)
+            tree, tokens, path = self._verify(context, tree, answer, clock)
         except PassCancelledError:
             self._target.cache.truncate(num_cached)
             return clock.step((), "interrupt", 0, num_cached, tree_nodes=0, depth=0)
-        with clock.sampling():
-            tokens, path = self._walk(context, tree, hidden[len(pending) - 1 :], answer)
         first = num_cached + len(pending)
         self._target.cache.keep(first, [first + node for node in path])
         self._cached = context + [tree.tokens[node] for node in path]
         self._drafter.commit(path)
-        self._meter.saw_pass(hidden)
         reason = self._finish_reason(len(context) + len(tokens), tokens[-1], answer)
         offered = DraftTree(tree.tokens, tree.parents, tuple(path)) if len(tree) else None
         depth = max(tree.depths, default=0)
@@ -233,6 +238,47 @@ class Engine(Closeable):
         step = clock.step(tokens, reason, len(pending), num_cached, len(tree), depth, guesses, offered)
         self._policy.record_step(step, tree, path)
         return step
+
+    def _grow(self, context: list[int], answer: _Answer) -> TokenTree:
+        """Return the draft's tree; empty once the draft computes NaN or infinity, for as long as the engine lives."""
+        if self._draft_lost is None:
+            max_depth = answer.max_length - len(context) - 1
+            try:
+                return self._drafter.grow(context, self._policy, max_depth, answer.sampler, answer.cancel)
+            except ScoresNotFiniteError:
+                self._draft_lost = (
+                    f"the draft {self.plan.draft} computes NaN or infinity in {self.plan.work.dtype}: "
+                    "going on without a draft"
+                )
+        return TokenTree()
+
+    def _verify(
+        self, context: list[int], tree: TokenTree, answer: _Answer, clock: stats.StepClock
+    ) -> tuple[TokenTree, tuple[int, ...], list[int]]:
+        """Run the target's pass and draw its tokens.
+
+        A branch that overflows spoils every row of its pass: attention multiplies masked values by 0, and 0 x NaN is
+        NaN. So the pass is repeated without a tree before the answer is given up.
+
+        Returns:
+            The tree that was verified, the tokens drawn, and the accepted nodes.
+
+        Raises:
+            BrokenScoresError: plain decoding computes NaN or infinity, too.
+        """
+        pending = context[len(self._cached) :]
+        with clock.verifying():
+            rows = self._rows_for(context, len(pending), tree)
+            hidden = self._target.forward([*pending, *tree.tokens], rows, answer.cancel)
+        self._meter.saw_pass(hidden)
+        try:
+            with clock.sampling():
+                return tree, *self._walk(context, tree, hidden[len(pending) - 1 :], answer)
+        except ScoresNotFiniteError as error:
+            self._target.cache.wipe(len(self._cached))
+            if not len(tree):
+                raise _broken_scores(self.plan) from error
+        return self._verify(context, TokenTree(), answer, clock)
 
     def _walk(
         self, context: list[int], tree: TokenTree, hidden: Tensor, answer: _Answer
@@ -295,6 +341,19 @@ class _LazyScores:
             index = torch.tensor(block, device=self._hidden.device) + 1  # row 0 is the root's
             self._rows.update(zip(block, self._target.logits(self._hidden[index]), strict=True))
         return self._rows[node]
+
+
+def _broken_scores(plan: Plan) -> BrokenScoresError:
+    """Return the error for a target that computes NaN or infinity, with the remedy for its precision."""
+    if plan.quant in LOWER_QUANTS:
+        remedy = "use --quant none"
+    elif plan.work.dtype == "fp32":
+        remedy = "the weights are probably damaged: download or convert the model again"
+    else:
+        remedy = "use --dtype bf16 or --dtype fp32" if plan.work.dtype == "fp16" else "use --dtype fp32"
+    return BrokenScoresError(
+        f"{plan.target} computes NaN or infinity in {plan.work.dtype}, so no token can be drawn", hint=remedy
+    )
 
 
 @contextmanager

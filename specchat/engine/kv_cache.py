@@ -89,6 +89,13 @@ class TreeCache:
         for kv in self.layers:
             kv.keep(base, index)
 
+    def wipe(self, length: int) -> None:
+        """Forget every row from `length` on and zero it, after a pass that stored NaN or infinity."""
+        self.truncate(length)
+        for kv in self.layers:
+            kv.keys[:, :, length:] = 0
+            kv.values[:, :, length:] = 0
+
     def truncate(self, length: int) -> None:
         """Drop every row from `length` on, including rows of a pass that stopped between layers."""
         for kv in self.layers:

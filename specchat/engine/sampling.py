@@ -6,6 +6,7 @@ for any tree. Each `e_i` is a pure function of (seed, absolute position, token i
 in any batch, and the drafter can use the target's noise.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -74,6 +75,10 @@ class Noise:
         return -torch.log(-torch.log1p(-u)).float()
 
 
+class ScoresNotFiniteError(Exception):
+    """Scores among which no best one exists: NaN, infinite, or all -inf. A score of -inf alone excludes a token."""
+
+
 class Sampler:
     """Draws the target's tokens: logits processors, applied as in transformers, then argmax or the race.
 
@@ -96,8 +101,15 @@ class Sampler:
         Args:
             logits: the target's scores, float32 [V].
             context: all tokens before this position; the position is the context's length.
+
+        Raises:
+            ScoresNotFiniteError: the best score is NaN or infinite. For torch, NaN is larger than any number.
         """
-        return int(self.scores(logits, context).argmax())
+        scores = self.scores(logits, context)
+        token = int(scores.argmax())
+        if not math.isfinite(scores[token]):
+            raise ScoresNotFiniteError
+        return token
 
     def scores(self, logits: Tensor, context: Sequence[int]) -> Tensor:
         """Return the scores [V] that `draw` maximizes: processed logits if greedy, else `log p - log e + const`."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -56,8 +57,9 @@ def parse_models(request: ModelRequest) -> Refs:
         raise NotAvailableError(
             f"--draft {request.draft} is not available in this version", hint="use --draft MODEL, auto or none"
         )
-    draft = None if request.draft in ("auto", "none") else parse_model(request.draft)
-    target = _stored(parse_model(request.model), request.choices.quant)
+    parse = partial(parse_model, names_here=lambda: [*request.aliases, *cached_models()])
+    draft = None if request.draft in ("auto", "none") else parse(request.draft)
+    target = _stored(parse(request.model), request.choices.quant)
     return Refs(target, None if draft is None else _stored(draft, request.choices.draft_quant))
 
 

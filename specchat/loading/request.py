@@ -17,12 +17,14 @@ class ModelRequest:
         draft: MODEL argument of the draft, or auto, none, self, retrieval.
         choices: settings of the plan that the user has fixed.
         offline: whether network access is forbidden.
+        aliases: names that the user gave to models, for hints.
     """
 
     model: str | None = None
     draft: str = "auto"
     choices: PlanChoices = field(default_factory=PlanChoices)
     offline: bool = False
+    aliases: tuple[str, ...] = ()
 
 
 class Reporter(Protocol):

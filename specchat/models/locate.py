@@ -6,6 +6,7 @@ from pathlib import Path
 from specchat.errors import ModelNotFoundError
 from specchat.models.catalog.ref import SHAPE_PREFIX, ModelRef, demo_source
 from specchat.models.catalog.shape import Shape
+from specchat.models.catalog.suggest import FORMS, folder_hint
 from specchat.models.hub.cache import look_up_cached, snapshot_source
 from specchat.models.hub.download import LOG, Download, fetch, look_up_online
 from specchat.models.hub.errors import hub_errors
@@ -96,6 +97,9 @@ def sketch(missing: Missing, folder: Path) -> ModelSource:
 
 def _look_up_folder(ref: ModelRef) -> ModelSource:
     assert ref.path is not None
+    if ref.path.is_file():
+        hint = folder_hint(ref.path) if (ref.path.parent / "config.json").is_file() else FORMS
+        raise ModelNotFoundError(f"{ref.path} is a file, not a model's folder", hint=hint)
     if not ref.path.is_dir():
         raise ModelNotFoundError(f"folder {ref.path} does not exist", hint="a hub id has the form org/name, without ./")
     if not (ref.path / "config.json").is_file():

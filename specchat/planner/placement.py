@@ -15,6 +15,7 @@ NUM_SLOTS = 2
 # A third slot takes the place of a resident layer. With it, reads continue while one layer is computed and the next one
 # waits. So if reading and computing take about equal times, a pass takes only the time of its reads.
 SLOTS = (NUM_SLOTS, 3)
+_LARGEST_RESERVE = 4 * GIB
 
 
 @dataclass(frozen=True)
@@ -180,8 +181,12 @@ def _split_bytes(sizes: Sequence[int], num_resident: int, slots: int) -> int:
 
 
 def usable_ram(available_bytes: int) -> int:
-    """Return how much available host memory may be used or pinned; the larger of 4 GiB and 10% is left free."""
-    return max(available_bytes - max(4 * GIB, available_bytes // 10), 0)
+    """Return the part of the available host memory that may be used or pinned.
+
+    A reserve of 25%, at most 4 GiB, stays for the rest of the system and for Python and its libraries. It shrinks with
+    the memory, so that small machines and containers can run models, too.
+    """
+    return available_bytes - min(_LARGEST_RESERVE, available_bytes // 4)
 
 
 def keep_in_ram(sizes: Mapping[int, int], budget: int) -> tuple[int, ...]:

@@ -101,6 +101,7 @@ class Step:
         streamed_bytes: bytes moved over the link.
         guesses: number of draft nodes by drafter; empty without a tree.
         tree: the verified draft tree; None without draft nodes or after an interruption.
+        draft_lost: reason why the draft was given up in this step, in one line; None in all other steps.
     """
 
     token_ids: tuple[int, ...]
@@ -118,3 +119,4 @@ class Step:
     streamed_bytes: int
     guesses: tuple[Guesses, ...] = ()
     tree: DraftTree | None = None
+    draft_lost: str | None = None

@@ -170,6 +170,8 @@ class _Follower:
 
     def _take(self, delta: Delta) -> None:
         self._status.saw(len(delta.token_ids), delta.step)
+        if delta.step is not None and delta.step.draft_lost is not None:
+            self._shown.interlude(partial(self._talk.warn, delta.step.draft_lost))
         if self._write is not None:
             self._shown.elsewhere(partial(self._write, delta))
         elif delta.part == "reasoning":

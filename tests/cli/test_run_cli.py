@@ -4,6 +4,7 @@ import errno
 import gc
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 from support import fake_cli
 from support.threads import FAILURES, at_most, watched_threads
 
+from specchat.cli.app import _ELSEWHERE
 from specchat.cli.exit_status import EXIT_CODES, code_of
 from specchat.errors import AllocationError, SpecchatError
 from specchat.loading.sampling import SamplingChoices, resolve_sampling
@@ -87,6 +89,35 @@ def fails(result, code, *words):
 )
 def test_invalid_usage_exits_with_2(specchat, arguments, words):
     fails(specchat(*arguments), 2, *words)
+
+
+@pytest.mark.parametrize("word", sorted(_ELSEWHERE))
+def test_commands_of_other_tools_are_answered_with_ours(specchat, word):
+    result = specchat(word)
+    fails(result, 2, f"there is no command '{word}'")
+    ours = re.findall(r"`specchat ([a-z-]+)", result.err)
+    assert ours or "`hf cache rm`" in result.err
+    assert all(specchat(each, "--help").code == 0 for each in ours)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["demo"], 2, ["did you mean specchat run demo?"]),
+        (["Qwen/Qwen3-8B"], 2, ["did you mean specchat run Qwen/Qwen3-8B?"]),
+        (["Tell me a story"], 2, ["usage: specchat run MODEL [PROMPT]"]),
+        (["run", "Tell me a story"], 3, ["'Tell me a story' looks like a prompt", "specchat run MODEL [PROMPT]"]),
+        (["run", "llama3.2", "hi"], 3, ["did you mean meta-llama/Llama-3.2-1B-Instruct, "]),
+        (["run", "wrok", "hi"], 3, ["'wrok' is not a model", "did you mean work?"]),
+        (["run", "demo", "hi", "--draft", "wrok"], 3, ["did you mean work?"]),
+        (["run", str(DEMO / "config.json"), "hi"], 3, [f"did you mean its folder, {DEMO}?"]),
+    ],
+)
+def test_what_was_meant_is_suggested(specchat, tmp_path, monkeypatch, arguments, code, words):
+    config = tmp_path / "config.toml"
+    config.write_text('[aliases]\nwork = "demo"\n')
+    monkeypatch.setenv("SPECCHAT_CONFIG", str(config))
+    fails(specchat(*arguments), code, *words)
 
 
 def test_stdin_that_is_not_text(specchat):

@@ -21,7 +21,7 @@ from torch import Tensor
 from specchat.engine.attention import RowLayout
 from specchat.engine.drafting.policy import DraftPolicy
 from specchat.engine.model import TreeModel
-from specchat.engine.sampling import Sampler
+from specchat.engine.sampling import Sampler, ScoresNotFiniteError
 from specchat.engine.tree import ROOT, TokenTree, common_prefix
 from specchat.records.limits import DRAFT_BRANCH, draft_width
 
@@ -53,7 +53,11 @@ class Drafter(Protocol):
         sampler: Sampler,
         cancel: threading.Event | None,
     ) -> TokenTree:
-        """Return a tree below the last token of `context`, of at most `max_depth` levels and a size set by `policy`."""
+        """Return a tree below the last token of `context`, of at most `max_depth` levels and a size set by `policy`.
+
+        Raises:
+            ScoresNotFiniteError: the draft computes NaN or infinity, so its guesses mean nothing.
+        """
 
     def commit(self, path: Sequence[int]) -> None:
         """Commit the nodes of the last tree that the target accepted, root to leaf."""
@@ -268,8 +272,10 @@ class ModelDrafter:
         depths = torch.where(parents == ROOT, 0, paths.depth[parents.clamp(min=0)]) if len(paths) else parents + 1
         logits = logits[:, : sampler.vocab_size]  # padded vocabularies may differ in size
         weights = self._weights(logits, [length + int(depth) for depth in depths], sampler)
-        scores, tokens = weights.topk(min(self._branch, budget, weights.shape[-1]), dim=-1)
-        return paths.with_children(parents, scores.double().cpu(), tokens.cpu(), budget)
+        scores, tokens = (each.cpu() for each in weights.topk(min(self._branch, budget, weights.shape[-1]), dim=-1))
+        if scores[:, 0].isnan().any():  # softmax makes NaN of infinite scores, too, and topk puts NaN first
+            raise ScoresNotFiniteError
+        return paths.with_children(parents, scores.double(), tokens, budget)
 
     def _weights(self, logits: Tensor, positions: Sequence[int], sampler: Sampler) -> Tensor:
         """Return log weights [n, V]: the draft's estimate of how likely the target accepts each token."""

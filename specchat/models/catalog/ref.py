@@ -1,13 +1,16 @@
 """Parsing of MODEL arguments, and the drafts known for them. Uses names only, never the network."""
 
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from urllib.parse import unquote
 
 from specchat.errors import ModelNotFoundError
 from specchat.models.catalog.families import known_families
 from specchat.models.catalog.shape import Shape, parse_shape
+from specchat.models.catalog.suggest import FORMS, folder_hint, guess, looks_like_prompt, names_file, quoted
 from specchat.records.model import ModelSource
 
 DEMO = "demo"
@@ -17,8 +20,10 @@ SHAPE_PREFIX = "shape:"
 # The hub's own rules for names; revisions are branches, tags or commits.
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]{0,95}/\w[\w.-]{0,95})(?:@(?P<revision>.+))?", re.ASCII)
 _REVISION = re.compile(r"\w[\w./+-]*", re.ASCII)
-_HUB_URL = re.compile(r"https?://(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+)")
-_FORMS = "MODEL is demo, a folder such as ./x, a hub id such as org/name, or a shape such as shape:llama-8b"
+_HUB_HOST = re.compile(
+    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/+(?P<path>[^?#]*).*", re.IGNORECASE | re.DOTALL
+)
+_NOT_MODELS = {"datasets": "data set", "spaces": "space", "collections": "collection", "papers": "paper"}
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class ModelRef:
     """A parsed MODEL argument, not yet looked up.
 
     Attributes:
-        text: argument as the user typed it.
+        text: argument as the user typed it; for a web address, the hub id in it.
         kind: kind of model, which decides which of the other attributes are set.
         path: folder with `~` expanded; only for "folder".
         repo_id: org/name; only for "hub".
@@ -42,8 +47,12 @@ class ModelRef:
     shape: Shape | None = None
 
 
-def parse_model(text: str) -> ModelRef:
+def parse_model(text: str, names_here: Callable[[], Iterable[str]] = tuple) -> ModelRef:
     """Parse a MODEL argument without checking that the model exists.
+
+    Args:
+        text: MODEL as typed.
+        names_here: lists aliases and cached models; called only for the hint of an invalid MODEL.
 
     Raises:
         ModelNotFoundError: the text has no known form; the hint names the nearest one.
@@ -55,10 +64,15 @@ def parse_model(text: str) -> ModelRef:
         return ModelRef(text, "folder", path=_expand(text))
     if text.startswith(SHAPE_PREFIX):
         return ModelRef(text, "shape", shape=parse_shape(text.removeprefix(SHAPE_PREFIX)))
-    match = _HUB_ID.fullmatch(text)
+    if names_file(text):
+        raise ModelNotFoundError(f"'{text}' is a file, not a model", hint=folder_hint(Path(text)))
+    hub_id = _without_host(text)
+    match = _HUB_ID.fullmatch(hub_id)
     if match and _is_repo_id(match["repo"]):
-        return ModelRef(text, "hub", repo_id=match["repo"], revision=_check_revision(text, match["revision"]))
-    raise ModelNotFoundError(f"'{text}' is not a model", hint=_guess(text))
+        return ModelRef(hub_id, "hub", repo_id=match["repo"], revision=_check_revision(hub_id, match["revision"]))
+    if looks_like_prompt(text):
+        raise ModelNotFoundError(f"{quoted(text)} looks like a prompt", hint="usage: specchat run MODEL [PROMPT]")
+    raise ModelNotFoundError(f"{quoted(text)} is not a model", hint=guess(hub_id, names_here))
 
 
 def demo_source(role: Literal["target", "draft"]) -> ModelSource:
@@ -114,19 +128,26 @@ def _check_revision(text: str, revision: str | None) -> str | None:
     return revision
 
 
-def _guess(text: str) -> str:
-    """Suggest the likeliest meaning of an invalid MODEL."""
-    if text.strip().lower() == DEMO:
-        return f"did you mean {DEMO}?"
-    if url := _HUB_URL.match(text):
-        return f"did you mean {url[1]}?"
-    if text and _is_folder(Path(text)):
-        return f"did you mean ./{text}?"
-    return f"{_FORMS}; demo always works"
+def _without_host(text: str) -> str:
+    """Return the hub id in a web address such as hf.co/org/name; any other text as it is.
 
-
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):  # the name is too long, or contains NUL
-        return False
+    Raises:
+        ModelNotFoundError: an address of something else than a model.
+    """
+    match = _HUB_HOST.fullmatch(text)
+    if match is None:
+        if text.startswith(("http://", "https://")):
+            raise ModelNotFoundError(f"{quoted(text)} is not an address of the hub", hint=FORMS)
+        return text
+    owner, *parts = (unquote(part) for part in match["path"].strip("/").split("/"))
+    if owner in _NOT_MODELS:
+        raise ModelNotFoundError(f"{quoted(text)} is a {_NOT_MODELS[owner]}, not a model", hint=FORMS)
+    if len(parts) < 2:
+        return "/".join([owner, *parts])
+    name, view, *rest = parts
+    revision = f"@{rest[0]}" if rest and rest[0] != "main" else ""
+    if view != "tree" or len(rest) != 1:
+        raise ModelNotFoundError(
+            f"{quoted(text)} is a page of a model, not the model", hint=f"did you mean {owner}/{name}{revision}?"
+        )
+    return f"{owner}/{name}{revision}"

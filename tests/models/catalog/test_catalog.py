@@ -12,6 +12,7 @@ from specchat.errors import ModelNotFoundError, SpecchatError, UsageError
 from specchat.models.catalog.ref import ModelRef, demo_source, known_draft, parse_model
 from specchat.models.catalog.shape import parse_shape
 from specchat.models.checkpoint.safetensors import open_checkpoint
+from specchat.models.locate import look_up
 
 
 def test_demo_is_parsed():
@@ -65,7 +66,7 @@ def test_unknown_shapes_are_refused(text):
 
 @pytest.mark.parametrize(
     "text",
-    ["", " ", "llama", "a/b/c", "org/", "/".join("ab") + "/", "org/na me", "org/na--me", "org/x..y", "org/x.git"],
+    ["", " ", "hello", "a/b/c", "org/", "/".join("ab") + "/", "org/na me", "org/na--me", "org/x..y", "org/x.git"],
 )
 def test_other_texts_are_refused_with_the_forms(text):
     with pytest.raises(ModelNotFoundError) as caught:
@@ -80,21 +81,110 @@ def test_hints_suggest_the_likeliest_form(tmp_path, monkeypatch):
     for text, hint in {
         "llama": "./llama",
         "DEMO": "demo?",
-        "https://huggingface.co/org/name/tree/main": "org/name?",
     }.items():
         with pytest.raises(ModelNotFoundError) as caught:
             parse_model(text)
         assert hint in caught.value.hint
 
 
-@given(st.text(max_size=300))
+@pytest.mark.parametrize(
+    ("text", "hub_id"),
+    [
+        ("hf.co/org/name", "org/name"),
+        ("hf.co/org/name@v1.0", "org/name@v1.0"),
+        ("huggingface.co/org/name/", "org/name"),
+        ("https://huggingface.co/Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
+        ("http://www.huggingface.co/org/name?library=transformers#usage", "org/name"),
+        ("https://hf.co/org/name/tree/main", "org/name"),
+        ("https://huggingface.co/org/name/tree/v1.0/", "org/name@v1.0"),
+        ("https://huggingface.co/org/name/tree/refs%2Fpr%2F12", "org/name@refs/pr/12"),
+    ],
+)
+def test_addresses_of_the_hub_are_hub_ids(text, hub_id):
+    assert parse_model(text) == parse_model(hub_id)
+    assert parse_model(text).text == hub_id
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("https://huggingface.co/org/name/blob/main/config.json", "did you mean org/name?"),
+        ("https://huggingface.co/org/name/resolve/v2/model.safetensors", "did you mean org/name@v2?"),
+        ("https://huggingface.co/org/name/discussions", "did you mean org/name?"),
+        ("https://huggingface.co/org/name/tree/main/onnx", "did you mean org/name?"),
+        ("https://huggingface.co/datasets/org/name", "data set"),
+        ("https://example.com/org/name", "not an address of the hub"),
+        ("hf.co/qwen3-8b", "did you mean Qwen/Qwen3-8B?"),
+        ("hf.co/", "org/name"),
+        ("https://hf.co/org/name/tree/..", "revision"),
+    ],
+)
+def test_other_addresses_are_refused(text, words):
+    with pytest.raises(ModelNotFoundError) as caught:
+        parse_model(text)
+    assert words in f"{caught.value.message} {caught.value.hint}"
+
+
+def hint_for(text, *names_here):
+    with pytest.raises(ModelNotFoundError) as caught:
+        parse_model(text, lambda: names_here)
+    assert "\n" not in caught.value.message + caught.value.hint
+    return caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("gpt-oss-20b", "unsloth/gpt-oss-20b-BF16"),
+        ("llama3.2", "meta-llama/Llama-3.2-1B-Instruct"),
+        ("llama3:8b", "meta-llama/Llama-3.1-8B-Instruct"),
+        ("qwen2.5:7b", "Qwen/Qwen2.5-7B-Instruct"),
+        ("Qwen3-8B", "Qwen/Qwen3-8B"),
+        ("phi4", "microsoft/phi-4"),
+        ("gemma3:270m", "google/gemma-3-270m-it"),
+        ("mistral-small3.1", "mistralai/Mistral-Small-24B-Instruct-2501"),  # the nearest release
+        ("qwn3-8b", "Qwen/Qwen3-8B"),  # misspelt
+    ],
+)
+def test_short_names_are_answered_with_models(text, first):
+    assert hint_for(text).removeprefix("did you mean ").startswith((f"{first}?", f"{first},", f"{first} or "))
+
+
+def test_aliases_and_cached_models_are_suggested_first():
+    assert hint_for("llama3.2", "me/llama-3.2-tuned", "work").startswith("did you mean me/llama-3.2-tuned, ")
+    assert hint_for("wrok", "work") == "did you mean work?"
+    assert hint_for("Qwen3-8B", "me/Qwen3-8B@v2") == "did you mean me/Qwen3-8B@v2 or Qwen/Qwen3-8B?"
+    assert hint_for("mine", "me/qwen") == hint_for("mine")
+
+
+def test_prompts_are_recognised():
+    for text in ("Tell me a story", "what is\n3/4 of 8?", "word " * 1000):
+        assert hint_for(text) == "usage: specchat run MODEL [PROMPT]"
+    with pytest.raises(ModelNotFoundError, match="'Tell me a story' looks like a prompt"):
+        parse_model("Tell me a story")
+
+
+def test_a_file_names_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").mkdir()
+    for name in ("config.json", "model-00001-of-00002.safetensors"):
+        (tmp_path / "x" / name).write_text("{}")
+        assert hint_for(f"x/{name}") == "did you mean its folder, ./x?"
+        for folder in ("./x", tmp_path / "x"):
+            with pytest.raises(ModelNotFoundError, match="is a file") as caught:
+                look_up(parse_model(f"{folder}/{name}"), offline=True)
+            assert caught.value.hint == f"did you mean its folder, {folder}?"
+    assert parse_model("x/absent.json").kind == "hub"
+
+
+@given(st.text(max_size=300) | st.text("/.:@-huggingfaceco 8b", max_size=40))
 def test_any_text_is_parsed_or_refused_with_a_hint(text):
     try:
         ref = parse_model(text)
     except SpecchatError as error:
         assert error.hint
         return
-    assert ref.text == text
+    assert ref.text == text or text.endswith(ref.text)  # without the hub's host
     assert (ref.path is not None) == (ref.kind == "folder")
     assert (ref.repo_id is not None) == (ref.kind == "hub")
     assert (ref.shape is not None) == (ref.kind == "shape")
