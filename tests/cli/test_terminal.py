@@ -6,6 +6,7 @@ import signal
 import pytest
 from support.terminal import TESTS, Terminal
 
+from specchat.loading.checking import check_model
 from specchat.models.catalog.ref import demo_source
 from specchat.models.sizes.describe import describe
 
@@ -23,8 +24,9 @@ def chat(*arguments, **settings):
 @pytest.fixture(scope="module")
 def known_demo():
     """The demo, described: its prompt appears at once, and its libraries are imported behind it."""
-    describe(demo_source("target"))
-    describe(demo_source("draft"))
+    for name in ("target", "draft"):
+        describe(demo_source(name))
+        check_model(demo_source(name))
 
 
 def test_two_turns_with_the_demo(known_demo):
