@@ -201,9 +201,14 @@ def _first(output: Any) -> Tensor:
 
 
 def _rows(value: Any, num_rows: int, begin: int, end: int) -> Any:
-    """Return the chunk's rows of a layer input (rotary tables, positions, per-layer inputs); other values unchanged."""
+    """Return the chunk's rows of a layer input; other values unchanged.
+
+    Rows are dimension 1 of rotary tables, positions and per-layer inputs, and dimension 2 of values per head.
+    """
     if isinstance(value, tuple):
         return tuple(_rows(v, num_rows, begin, end) for v in value)
-    if isinstance(value, Tensor) and value.ndim >= 2 and value.shape[1] == num_rows:
-        return value[:, begin:end]
+    if isinstance(value, Tensor):
+        for dim in range(1, min(value.ndim, 3)):
+            if value.shape[dim] == num_rows:
+                return value.narrow(dim, begin, end - begin)
     return value
