@@ -173,9 +173,9 @@ class TreeModel:
     def _run_chunks(
         self, forward: Callable[..., Any], hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
-        """Run one layer over all rows [1, S, hidden], chunk by chunk; each chunk attends to the chunks before it."""
+        """Run one layer over all rows [..., S, hidden], chunk by chunk; each chunk attends to the chunks before it."""
         assert self._layout is not None
-        num_rows = hidden.shape[1]
+        num_rows = hidden.shape[-2]
         if num_rows <= self._chunk_rows:
             self._layout.chunk = (0, num_rows)
             return _first(forward(hidden, *args, **kwargs))
@@ -185,7 +185,7 @@ class TreeModel:
             self._layout.chunk = (begin, end)
             rows = partial(_rows, num_rows=num_rows, begin=begin, end=end)
             cut_kwargs = {name: rows(value) for name, value in kwargs.items()}
-            out[:, begin:end] = _first(forward(hidden[:, begin:end], *map(rows, args), **cut_kwargs))
+            out[..., begin:end, :] = _first(forward(hidden[..., begin:end, :], *map(rows, args), **cut_kwargs))
         return out
 
 

@@ -20,7 +20,8 @@ from specchat.engine.model import TreeModel
 from specchat.engine.streaming.base import NoStreamer
 from specchat.engine.tree import ROOT, TokenTree
 from specchat.errors import UnsupportedModelError
-from specchat.models.hf.config import kv_shapes, load_config, tiny_config
+from specchat.models.hf.config import load_config, tiny_config
+from specchat.models.hf.kv_shapes import record_kv_shapes
 from specchat.models.hf.refusals import CANNOT_RUN, CANNOT_SHRINK, HINT, refusing
 from specchat.models.hf.skeleton import Skeleton, build_random, build_skeleton
 from specchat.records.model import ModelSource
@@ -83,7 +84,7 @@ def _tree_scores(skeleton: Skeleton, prompt: list[int]) -> Tensor:
     """Return the scores of root and nodes, [1 + N, V], from one chunked pass."""
     num_rows = len(prompt) + len(_TREE)
     cpu = torch.device("cpu")
-    cache = TreeCache(kv_shapes(skeleton.config), num_rows, torch.float32, cpu)
+    cache = TreeCache(record_kv_shapes(skeleton), num_rows, torch.float32, cpu)
     model = TreeModel(skeleton, cache, NoStreamer(), (), _CHUNK_ROWS, cpu)
     positions = [*range(len(prompt)), *(len(prompt) - 1 + depth for depth in _TREE.depths)]
     layout = RowLayout(0, len(prompt), _TREE.ancestors, torch.tensor(positions))

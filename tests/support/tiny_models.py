@@ -75,7 +75,41 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 _OLD: dict[str, Any] = {"num_key_value_heads": None, "tie_word_embeddings": False, "is_decoder": True}
 # Architectures with something of their own: heads, decoders, windows or layer inputs. They have a test of their own.
+_GEMMA: dict[str, Any] = {
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "sliding_window": WINDOW,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": VOCAB,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "num_hidden_layers": 6,
+}
 SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3n": (
+        "Gemma3nTextConfig",
+        {**_GEMMA, "global_head_dim": None, "num_kv_shared_layers": 2, "laurel_rank": 8, "altup_num_inputs": 2},
+    ),
+    "gemma4": ("Gemma4TextConfig", _GEMMA),
+    "gemma4_shared": ("Gemma4TextConfig", {**_GEMMA, "num_kv_shared_layers": 2, "use_double_wide_mlp": True}),
+    "gemma4_moe": (
+        "Gemma4TextConfig",
+        {**_GEMMA, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
+    ),
+    "gemma4_k_eq_v": (
+        "Gemma4TextConfig",
+        {**_GEMMA, "attention_k_eq_v": True, "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0},
+    ),
+    "mimo_v2_flash": (
+        "MiMoV2FlashConfig",
+        {
+            "head_dim": 24,
+            "v_head_dim": 16,
+            "sliding_window": WINDOW,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+        },
+    ),
     "beam": ("BeamConfig", {}),
     "bert": ("BertConfig", _OLD),
     "cwm": ("CwmConfig", {"sliding_window": WINDOW, "head_dim": 16}),

@@ -112,9 +112,16 @@ def kv_shapes(config: Any) -> tuple[KvShape, ...]:
 
 def mlp_size(config: Any) -> int:
     """Return the MLP's inner width per row, summed over the active experts: an upper bound for the ledger."""
-    dense = int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+    return max(_layer_mlp_size(config, layer) for layer in range(config.num_hidden_layers))
+
+
+def _layer_mlp_size(config: Any, layer: int) -> int:
+    config = config.per_layer_config[layer]
+    dense = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    dense = int(dense[layer] if isinstance(dense, list) else dense)
+    dense *= 2 if getattr(config, "use_double_wide_mlp", False) else 1
     expert = getattr(config, "moe_intermediate_size", None) or dense
-    active = getattr(config, "num_experts_per_tok", None) or 1
+    active = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None) or 1
     return max(dense, int(expert) * int(active))
 
 
@@ -125,21 +132,25 @@ def tiny_config(config: Any) -> Any:
     an effect.
     """
     tiny = copy.deepcopy(config)
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    tiny.per_layer_config = None  # values of single layers are set last
+    whole = copy.deepcopy(tiny)
+    heads = whole.num_attention_heads
+    kv_heads = getattr(whole, "num_key_value_heads", None) or heads
     tiny_kv = min(kv_heads, 2)
     tiny_heads = tiny_kv * min(heads // kv_heads, 4)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kinds = list(getattr(config, "layer_types", None) or [])
-    num_layers = max(2, 1 + max((kinds.index(kind) for kind in set(kinds)), default=0))
+    head_dim = getattr(whole, "head_dim", None) or whole.hidden_size // heads
+    layers, num_shared = _kept_layers(whole)
+    kinds = getattr(whole, "layer_types", None)
     values: dict[str, Any] = {
         "num_attention_heads": tiny_heads,
         "num_key_value_heads": tiny_heads if heads == kv_heads else tiny_kv,
         "hidden_size": tiny_heads * head_dim,
         "head_dim": head_dim,
-        "num_hidden_layers": min(num_layers, config.num_hidden_layers),
-        "layer_types": kinds[:num_layers] or None,
+        "num_hidden_layers": len(layers),
+        "num_kv_shared_layers": num_shared,
+        "layer_types": [kinds[layer] for layer in layers] if kinds else None,
         "vocab_size": 64,
+        "vocab_size_per_layer_input": 64,
         "intermediate_size": 64,
         "moe_intermediate_size": 32,
         "shared_expert_intermediate_size": 32,
@@ -147,6 +158,7 @@ def tiny_config(config: Any) -> Any:
         "num_experts": 4,
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,
+        "top_k_experts": 2,
         "n_group": 1,
         "topk_group": 1,
         "first_k_dense_replace": 1,
@@ -159,8 +171,33 @@ def tiny_config(config: Any) -> Any:
     if heads == kv_heads:
         values["num_attention_heads"] = values["num_key_value_heads"] = min(heads, 2)
         values["hidden_size"] = min(heads, 2) * head_dim
+    for name in ("intermediate_size", "activation_sparsity_pattern"):
+        if isinstance(by_layer := getattr(whole, name, None), list):
+            values[name] = [min(by_layer[layer], 64) for layer in layers]
     for name, value in values.items():
         is_derived = isinstance(getattr(type(config), name, None), property)
-        if not is_derived and getattr(config, name, None):  # windows and experts of 0 mean that there are none
+        if not is_derived and getattr(whole, name, None):  # windows and experts of 0 mean that there are none
             setattr(tiny, name, value)
+    tiny.per_layer_config = _layer_overrides(config, whole, layers)
     return tiny
+
+
+def _kept_layers(config: Any) -> tuple[list[int], int]:
+    """Return the layers that a tiny model keeps, and how many of them use keys and values of the layers before."""
+    kinds = list(getattr(config, "layer_types", None) or [])
+    if getattr(config, "num_kv_shared_layers", None):
+        each = sorted({kinds.index(kind) for kind in kinds}, key=lambda layer: kinds[layer] == "full_attention")
+        return each + each, len(each)
+    num_layers = max(2, 1 + max((kinds.index(kind) for kind in set(kinds)), default=0))
+    return list(range(min(num_layers, config.num_hidden_layers))), 0
+
+
+def _layer_overrides(config: Any, whole: Any, layers: list[int]) -> dict[int, dict[str, Any]] | None:
+    """Return the values of a tiny model's layers that differ from those of the whole model."""
+    overrides: dict[int, dict[str, Any]] = {}
+    for index, layer in enumerate(layers):
+        own = config.per_layer_config[layer]
+        for name, value in (("head_dim", None), ("num_key_value_heads", 1)):
+            if getattr(own, name, None) != getattr(whole, name, None):
+                overrides.setdefault(index, {})[name] = value or getattr(own, name)
+    return overrides or None

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from specchat.models.checkpoint.dtypes import short_name
-from specchat.models.hf.config import kv_shapes, load_config, max_positions, mlp_size, tiny_config
+from specchat.models.hf.config import load_config, max_positions, mlp_size, tiny_config
+from specchat.models.hf.kv_shapes import record_kv_shapes
 from specchat.models.hf.refusals import CANNOT_BUILD, CANNOT_SHRINK, refusing
 from specchat.models.hf.skeleton import Skeleton, build_skeleton, lookup_embeddings
 from specchat.models.quant.modules import quant_linears, segment_names
@@ -63,7 +64,7 @@ def _measure(config: Any, skeleton: Skeleton) -> dict[str, Any]:
         "num_params": sum(p.numel() for p in skeleton.model.parameters()),
         "num_layer_params": sum(p.numel() for layer in skeleton.layers for p in layer.parameters()),
         "buffer_bytes": sum(b.nbytes for b in skeleton.model.buffers()),
-        "kv_shapes": kv_shapes(config),
+        "kv_shapes": record_kv_shapes(skeleton),
         "narrowed_bytes": _narrowed_bytes(config),
         "activations": _profiled(skeleton),  # `dequantize_bytes` covers the scratch memory of quantized modules
     }
