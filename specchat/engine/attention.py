@@ -96,6 +96,9 @@ class RowMask:
         self._key: tuple[Any, ...] | None = None
         self._tensor: Tensor | None = None
 
+    def __getitem__(self, _: Any) -> RowMask:
+        return self  # layers that reuse an earlier layer's keys cut masks to the number of keys
+
     def additive(self, kv_length: int, dtype: torch.dtype) -> Tensor:
         """Return the additive mask [1, 1, rows, kv_length]: 0 for visible rows, -inf for all others."""
         key = (*self._layout.chunk, kv_length, dtype)

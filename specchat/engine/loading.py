@@ -19,7 +19,6 @@ from specchat.engine.streaming.cuda import CudaStreamer
 from specchat.engine.streaming.host_layers import HostLayers, pinner
 from specchat.engine.streaming.readers import LayerReader, layer_reader_for
 from specchat.models.checkpoint.dtypes import torch_dtype
-from specchat.models.hf.config import kv_shapes
 from specchat.models.hf.skeleton import lookup_embeddings
 from specchat.models.packs.file_format import bytes_of
 from specchat.models.packs.pack import Pack
@@ -62,7 +61,7 @@ def load_model(
             blob = torch.zeros(layout.nbytes, dtype=torch.uint8)
             read_layer(index, layout, blob)
             bind(layers[index], layout.views(blob.to(device)))
-        cache = TreeCache(kv_shapes(skeleton.config), cache_rows, dtype, device)
+        cache = TreeCache(weights.kv_shapes, cache_rows, dtype, device)
         if device.type == "cpu":
             use_fast_matmuls(skeleton.model)
         streamer: LayerStreamer = NoStreamer()

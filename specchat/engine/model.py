@@ -173,9 +173,9 @@ class TreeModel:
     def _run_chunks(
         self, forward: Callable[..., Any], hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
-        """Run one layer over all rows [1, S, hidden], chunk by chunk; each chunk attends to the chunks before it."""
+        """Run one layer over all rows [..., S, hidden], chunk by chunk; each chunk attends to the chunks before it."""
         assert self._layout is not None
-        num_rows = hidden.shape[1]
+        num_rows = hidden.shape[-2]
         if num_rows <= self._chunk_rows:
             self._layout.chunk = (0, num_rows)
             return _first(forward(hidden, *args, **kwargs))
@@ -185,7 +185,7 @@ class TreeModel:
             self._layout.chunk = (begin, end)
             rows = partial(_rows, num_rows=num_rows, begin=begin, end=end)
             cut_kwargs = {name: rows(value) for name, value in kwargs.items()}
-            out[:, begin:end] = _first(forward(hidden[:, begin:end], *map(rows, args), **cut_kwargs))
+            out[..., begin:end, :] = _first(forward(hidden[..., begin:end, :], *map(rows, args), **cut_kwargs))
         return out
 
 
@@ -201,9 +201,14 @@ def _first(output: Any) -> Tensor:
 
 
 def _rows(value: Any, num_rows: int, begin: int, end: int) -> Any:
-    """Return the chunk's rows of a layer input (rotary tables, positions, per-layer inputs); other values unchanged."""
+    """Return the chunk's rows of a layer input; other values unchanged.
+
+    Rows are dimension 1 of rotary tables, positions and per-layer inputs, and dimension 2 of values per head.
+    """
     if isinstance(value, tuple):
         return tuple(_rows(v, num_rows, begin, end) for v in value)
-    if isinstance(value, Tensor) and value.ndim >= 2 and value.shape[1] == num_rows:
-        return value[:, begin:end]
+    if isinstance(value, Tensor):
+        for dim in range(1, min(value.ndim, 3)):
+            if value.shape[dim] == num_rows:
+                return value.narrow(dim, begin, end - begin)
     return value

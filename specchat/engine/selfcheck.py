@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,12 +20,15 @@ from specchat.engine.model import TreeModel
 from specchat.engine.streaming.base import NoStreamer
 from specchat.engine.tree import ROOT, TokenTree
 from specchat.errors import UnsupportedModelError
-from specchat.models.hf.config import kv_shapes, load_config, tiny_config
-from specchat.models.hf.skeleton import Skeleton, build_random
+from specchat.models.hf.config import load_config, tiny_config
+from specchat.models.hf.kv_shapes import record_kv_shapes
+from specchat.models.hf.refusals import CANNOT_RUN, CANNOT_SHRINK, HINT, refusing
+from specchat.models.hf.skeleton import Skeleton, build_random, build_skeleton
 from specchat.records.model import ModelSource
 
 _PROMPT_ROWS = 20  # more than the tiny model's window, so that windows matter
 _CHUNK_ROWS = 7
+_MOST_PARAMS = 64 << 20
 _TOLERANCE = 2e-3  # float32 rounding is near 1e-6 of the largest score; a wrong mask is near 1
 _TREE = TokenTree(tokens=(5, 9, 11, 7, 5, 13), parents=(ROOT, ROOT, 0, 0, 2, 4))
 
@@ -41,26 +45,27 @@ def check_architecture(source: ModelSource) -> None:
 @lru_cache(maxsize=16)
 def _check(folder: Path) -> None:
     config = load_config(folder)
-    refusal = f"'{config.model_type}' scores trees differently from plain text, so specchat would change its answers"
-    try:
-        error = _largest_error(tiny_config(config))
-    except Exception as cause:
-        raise UnsupportedModelError(
-            f"'{config.model_type}' cannot run with tree attention ({type(cause).__name__}: {cause})"
-        ) from cause
+    error = _largest_error(config)
     if not error <= _TOLERANCE:
-        raise UnsupportedModelError(f"{refusal} (error {error:.1e} in the load-time check)")
+        raise UnsupportedModelError(
+            f"'{config.model_type}' scores trees differently from plain text, so specchat would change its answers"
+            f" (error {error:.1e} in the check of a tiny model)"
+        )
 
 
 @torch.inference_mode()
-def _largest_error(config: object) -> float:
+def _largest_error(config: Any) -> float:
     """Return the largest difference between tree and plain scores, relative to the largest score."""
     generator = torch.Generator().manual_seed(0)
-    skeleton, plain = build_random(config, generator, tree_attention)
+    with refusing(config.model_type, CANNOT_SHRINK):
+        tiny = tiny_config(config)
+        _check_is_tiny(tiny)
+        skeleton, plain = build_random(tiny, generator, tree_attention)
     prompt = torch.randint(0, skeleton.config.vocab_size, (_PROMPT_ROWS,), generator=generator).tolist()
     paths = [_path(node) for node in (1, 3, len(_TREE) - 1)]
-    expected = [plain(torch.tensor(prompt + [_TREE.tokens[n] for n in path]))[_PROMPT_ROWS - 1 :] for path in paths]
-    ours = _tree_scores(skeleton, prompt)
+    with refusing(config.model_type, CANNOT_RUN):
+        expected = [plain(torch.tensor(prompt + [_TREE.tokens[n] for n in path]))[_PROMPT_ROWS - 1 :] for path in paths]
+        ours = _tree_scores(skeleton, prompt)
     error, scale = 0.0, 1.0
     for path, theirs in zip(paths, expected, strict=True):
         difference = (ours[[0, *(n + 1 for n in path)]] - theirs).abs().max()
@@ -68,11 +73,18 @@ def _largest_error(config: object) -> float:
     return error / scale
 
 
+def _check_is_tiny(config: Any) -> None:
+    """Check the size of a model before its weights take memory: some architectures name their sizes otherwise."""
+    model = build_skeleton(config, torch.float32, tree_attention).model
+    if sum(parameter.numel() for parameter in model.parameters()) > _MOST_PARAMS:
+        raise UnsupportedModelError(f"'{config.model_type}' {CANNOT_SHRINK}", HINT)
+
+
 def _tree_scores(skeleton: Skeleton, prompt: list[int]) -> Tensor:
     """Return the scores of root and nodes, [1 + N, V], from one chunked pass."""
     num_rows = len(prompt) + len(_TREE)
     cpu = torch.device("cpu")
-    cache = TreeCache(kv_shapes(skeleton.config), num_rows, torch.float32, cpu)
+    cache = TreeCache(record_kv_shapes(skeleton), num_rows, torch.float32, cpu)
     model = TreeModel(skeleton, cache, NoStreamer(), (), _CHUNK_ROWS, cpu)
     positions = [*range(len(prompt)), *(len(prompt) - 1 + depth for depth in _TREE.depths)]
     layout = RowLayout(0, len(prompt), _TREE.ancestors, torch.tensor(positions))

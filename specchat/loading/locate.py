@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from specchat.errors import NotAvailableError, UnsupportedModelError, UsageError
+from specchat.loading.checking import check_model
 from specchat.loading.request import Ask, ModelRequest, Reporter
 from specchat.models import locate
 from specchat.models.catalog.families import known_families
@@ -155,28 +156,27 @@ def _obtain_both(request: ModelRequest, refs: Refs, found: _Found, reporter: Rep
     """Download or write both models' files, after one question for all downloads.
 
     Raises:
-        UnsupportedModelError: the target's configuration is not supported; no weights are downloaded.
+        UnsupportedModelError: a model's configuration is not supported; no weights are downloaded.
     """
-    if isinstance(found.target, Download):
-        refuse_by_configuration(found.target)
     downloads = [each for each in (found.target, found.draft) if isinstance(each, Download)]
+    for each in downloads:
+        refuse_by_configuration(each)
     agree(downloads, lambda missing: ask(_download_question(missing, found.target)))
     target = _obtain(found.target, reporter)
     draft = None if found.draft is None else _obtain(found.draft, reporter)
     return _pair(request, refs, target, draft, found.draft_note)
 
 
-def refuse_by_configuration(target: Download) -> None:
+def refuse_by_configuration(model: Download) -> None:
     """Refuse a model with an unsupported configuration, before its weights are downloaded.
 
     Raises:
         UnsupportedModelError: the architecture or quantization is not supported.
     """
-    from specchat.models.hf.config import load_config  # imports torch
-    from specchat.models.weights.choose_recipe import is_prequantized
+    from specchat.models.weights.choose_recipe import is_prequantized  # imports torch
 
-    sketched = locate.sketch(target, Path())
-    load_config(sketched.path)
+    sketched = locate.sketch(model, Path())
+    check_model(sketched)
     is_prequantized(sketched)
 
 

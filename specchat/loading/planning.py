@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from specchat.loading.checking import check_model
 from specchat.loading.locate import Models
 from specchat.loading.request import ModelRequest, Reporter
 from specchat.loading.sampling import SamplingChoices, resolve_sampling
@@ -46,10 +47,14 @@ def make_plan(
 
     Raises:
         DoesNotFitError: no plan stays within the budget.
+        UnsupportedModelError: draft trees do not work on a model's architecture.
     """
     from specchat.planner.inputs import find_inputs
     from specchat.planner.search import choose_plan
 
+    for source in (models.target, models.draft):
+        if source is not None:
+            check_model(source)
     asked = plan_request(request, models, temperature)
     if as_given:
         given = "none" if asked.choices.draft_quant == "auto" else asked.choices.draft_quant

@@ -6,6 +6,7 @@ import signal
 import pytest
 from support.terminal import TESTS, Terminal
 
+from specchat.loading.checking import check_model
 from specchat.models.catalog.ref import demo_source
 from specchat.models.sizes.describe import describe
 
@@ -22,9 +23,10 @@ def chat(*arguments, **settings):
 
 @pytest.fixture(scope="module")
 def known_demo():
-    """Describe the demo's sizes, so that the prompt appears before the libraries are imported."""
-    describe(demo_source("target"))
-    describe(demo_source("draft"))
+    """Describe the demo's sizes and check it, so that the prompt appears before the libraries are imported."""
+    for name in ("target", "draft"):
+        describe(demo_source(name))
+        check_model(demo_source(name))
 
 
 def test_two_turns_with_the_demo(known_demo):

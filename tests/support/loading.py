@@ -17,6 +17,7 @@ from specchat.loading.engine import open_engine
 from specchat.loading.request import ModelRequest
 from specchat.models.checkpoint.dtypes import short_name
 from specchat.models.checkpoint.safetensors import Checkpoint
+from specchat.models.hf.kv_shapes import record_kv_shapes
 from specchat.models.hf.skeleton import Skeleton
 from specchat.models.packs.pack import Pack
 from specchat.models.packs.prepare import prepare as prepare_weights
@@ -86,7 +87,9 @@ def opened(skeleton: Skeleton, checkpoint: Checkpoint, recipe: Recipe | None = N
     """Weights of a skeleton that a test has built."""
     dtype = _short(next(skeleton.model.parameters()).dtype)
     source = ModelSource("a model", checkpoint.folder)
-    return ModelWeights(source, dtype, skeleton, checkpoint, recipe, open_reader(skeleton, checkpoint, recipe))
+    kv_shapes = record_kv_shapes(skeleton)
+    reader = open_reader(skeleton, checkpoint, recipe)
+    return ModelWeights(source, dtype, skeleton, checkpoint, recipe, reader, kv_shapes)
 
 
 def plan_request(target: ModelSource, draft: ModelSource | None, device: str = "auto", **asked: Any) -> PlanRequest:

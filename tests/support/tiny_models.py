@@ -73,6 +73,90 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+_OLD: dict[str, Any] = {"num_key_value_heads": None, "tie_word_embeddings": False, "is_decoder": True}
+# Architectures with something of their own: heads, decoders, windows or layer inputs. They have a test of their own.
+_GEMMA: dict[str, Any] = {
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "sliding_window": WINDOW,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": VOCAB,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "num_hidden_layers": 6,
+}
+SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3n": (
+        "Gemma3nTextConfig",
+        {**_GEMMA, "global_head_dim": None, "num_kv_shared_layers": 2, "laurel_rank": 8, "altup_num_inputs": 2},
+    ),
+    "gemma4": ("Gemma4TextConfig", _GEMMA),
+    "gemma4_shared": ("Gemma4TextConfig", {**_GEMMA, "num_kv_shared_layers": 2, "use_double_wide_mlp": True}),
+    "gemma4_moe": (
+        "Gemma4TextConfig",
+        {**_GEMMA, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
+    ),
+    "gemma4_k_eq_v": (
+        "Gemma4TextConfig",
+        {**_GEMMA, "attention_k_eq_v": True, "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0},
+    ),
+    "mimo_v2_flash": (
+        "MiMoV2FlashConfig",
+        {
+            "head_dim": 24,
+            "v_head_dim": 16,
+            "sliding_window": WINDOW,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+        },
+    ),
+    "beam": ("BeamConfig", {}),
+    "bert": ("BertConfig", _OLD),
+    "cwm": ("CwmConfig", {"sliding_window": WINDOW, "head_dim": 16}),
+    "gpt2": ("GPT2Config", {**_OLD, "n_positions": 512}),
+    "gpt_bigcode": ("GPTBigCodeConfig", {**_OLD, "n_positions": 512}),
+    "gpt_neox": ("GPTNeoXConfig", _OLD),
+    "granitemoehybrid": (
+        "GraniteMoeHybridConfig",
+        {"layer_types": ["full_attention"] * 4, "num_local_experts": 0, "shared_intermediate_size": 96},
+    ),
+    "llama4": (
+        "Llama4TextConfig",
+        {
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "attention_chunk_size": WINDOW,
+            "intermediate_size_mlp": 96,
+            "layer_types": ["chunked_attention", "full_attention"] * 2,
+            "no_rope_layers": [1, 0] * 2,
+        },
+    ),
+    "mistral4": (
+        "Mistral4Config",
+        {
+            "num_key_value_heads": 4,
+            "q_lora_rank": 24,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+        },
+    ),
+    "opt": ("OPTConfig", {**_OLD, "ffn_dim": 96, "word_embed_proj_dim": 64}),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+            "use_sliding_window": False,
+        },
+    ),
+}
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("MambaConfig", {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
     "qwen3_next": ("Qwen3NextConfig", {**_BASE, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2}),
@@ -83,21 +167,24 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def make_config(architecture: str) -> Any:
-    name, extra = ARCHITECTURES[architecture]
-    return getattr(hf, name)(**{**_BASE, **extra})
+    name, extra = (ARCHITECTURES | SPECIAL)[architecture]
+    values = {**_BASE, **extra}
+    return getattr(hf, name)(**{key: value for key, value in values.items() if value is not None})
 
 
 def random_model(config: Any, seed: int = 0) -> Any:
     """A float32 model with weights large enough that its texts differ and its scores are far apart."""
     generator = torch.Generator().manual_seed(seed)
-    model = hf.AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32).eval()
+    is_registered = type(config) in hf.MODEL_FOR_CAUSAL_LM_MAPPING
+    model_class = hf.AutoModelForCausalLM if is_registered else hf.AutoModelForImageTextToText
+    model = model_class.from_config(copy.deepcopy(config), dtype=torch.float32).eval()
     # a tied head with large rows would score the token just read highest, for ever
     embedding_std = 0.02 if config.tie_word_embeddings else 1.0
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim >= 2:
                 parameter.normal_(0.0, embedding_std if "embed" in name else 0.15, generator=generator)
-            elif "norm" not in name:
+            elif "norm" not in name.lower() and "ln_" not in name:
                 parameter.normal_(0.0, 0.1, generator=generator)
     return model
 

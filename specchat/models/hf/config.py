@@ -7,13 +7,12 @@ from typing import Any
 
 from specchat.errors import CorruptCheckpointError, UnsupportedModelError
 from specchat.models.checkpoint.json_file import read_json
+from specchat.models.hf.refusals import CANNOT_BUILD, HINT, refusing
 from specchat.records.model import KvShape
 
 _QUANTIZATION = ("quantization_config", "compression_config")
 
 _ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
-
-_REFUSED = "use a model whose layers are all attention with rotary positions, such as Llama, Qwen3 or Gemma"
 
 
 def load_config(folder: Path) -> Any:
@@ -24,26 +23,42 @@ def load_config(folder: Path) -> Any:
         UnsupportedModelError: remote code, several modalities, recurrent layers, ALiBi, or an unknown architecture.
     """
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     values = read_json(folder / "config.json")
     kind = values.get("model_type", "unknown")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:
         if "model_type" in values and kind not in _known_model_types():
             raise UnsupportedModelError(
                 f"model type '{kind}' is not supported", hint="specchat runs no code from model folders"
             ) from error
-        raise CorruptCheckpointError(f"{folder / 'config.json'} is not a valid model configuration: {error}") from error
+        problem = " ".join(str(error).split())
+        raise CorruptCheckpointError(f"{folder / 'config.json'} is not a valid configuration: {problem}") from error
     if "text_config" in values:
         raise UnsupportedModelError(f"'{kind}' is a multimodal model, but only text models are supported")
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    model_class = text_model_class(config)
+    if model_class is None:
         raise UnsupportedModelError(f"'{kind}' is not a model that generates text")
     for name in _QUANTIZATION:  # read by specchat; transformers would start its own quantizers
         vars(config).pop(name, None)
-    _check_layer_kinds(config, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+    with refusing(kind, CANNOT_BUILD):
+        _check_layer_kinds(config, model_class)
     return config
+
+
+def text_model_class(config: Any) -> Any | None:
+    """Return transformers' class of causal LMs for a configuration; None if there is none."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    )
+
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    # Mistral 4 is a causal LM that is only registered here.
+    found: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+    return found if found is not None and found.__name__.endswith("ForCausalLM") else None
 
 
 def _known_model_types() -> Mapping[str, Any]:
@@ -55,17 +70,25 @@ def _known_model_types() -> Mapping[str, Any]:
 
 def _check_layer_kinds(config: Any, model_class: Any) -> None:
     kind = config.model_type
-    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if layer_types - _ATTENTION_KINDS or getattr(model_class, "_is_stateful", False):
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"'{kind}' has an encoder, but only models of decoder layers are supported", HINT)
+    if not hasattr(config, "num_hidden_layers"):
+        raise UnsupportedModelError(f"'{kind}' has no plain list of decoder layers", HINT)
+    layer_types = set(getattr(config, "layer_types", None) or [])
+    is_recurrent = getattr(model_class, "_is_stateful", False) and not layer_types  # hybrid classes name their layers
+    if layer_types - _ATTENTION_KINDS or is_recurrent:
         names = ", ".join(sorted(layer_types - _ATTENTION_KINDS)) or "recurrent"
-        raise UnsupportedModelError(f"'{kind}' has {names} layers, on which specchat cannot verify trees yet", _REFUSED)
+        raise UnsupportedModelError(f"'{kind}' has {names} layers, on which specchat cannot verify trees yet", HINT)
     if kind in {"bloom", "mpt"} or getattr(config, "alibi", False):
-        raise UnsupportedModelError(f"'{kind}' has ALiBi positions, on which specchat cannot verify trees", _REFUSED)
+        raise UnsupportedModelError(f"'{kind}' has ALiBi positions, on which specchat cannot verify trees", HINT)
 
 
 def max_positions(config: Any) -> int:
     """Return the longest context, below the length where longrope or dynamic scaling would change earlier positions."""
-    longest = int(config.max_position_embeddings)
+    longest = getattr(config, "max_position_embeddings", None)
+    if not longest:
+        raise UnsupportedModelError(f"'{config.model_type}' names no longest context (max_position_embeddings)", HINT)
+    longest = int(longest)
     scaling = getattr(config, "rope_parameters", None) or {}
     variants = scaling.values() if all(isinstance(v, dict) for v in scaling.values()) else [scaling]
     for rope in variants:
@@ -89,9 +112,16 @@ def kv_shapes(config: Any) -> tuple[KvShape, ...]:
 
 def mlp_size(config: Any) -> int:
     """Return the MLP's inner width per row, summed over the active experts: an upper bound for the ledger."""
-    dense = int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+    return max(_layer_mlp_size(config, layer) for layer in range(config.num_hidden_layers))
+
+
+def _layer_mlp_size(config: Any, layer: int) -> int:
+    config = config.per_layer_config[layer]
+    dense = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    dense = int(dense[layer] if isinstance(dense, list) else dense)
+    dense *= 2 if getattr(config, "use_double_wide_mlp", False) else 1
     expert = getattr(config, "moe_intermediate_size", None) or dense
-    active = getattr(config, "num_experts_per_tok", None) or 1
+    active = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None) or 1
     return max(dense, int(expert) * int(active))
 
 
@@ -102,21 +132,25 @@ def tiny_config(config: Any) -> Any:
     an effect.
     """
     tiny = copy.deepcopy(config)
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    tiny.per_layer_config = None  # values of single layers are set last
+    whole = copy.deepcopy(tiny)
+    heads = whole.num_attention_heads
+    kv_heads = getattr(whole, "num_key_value_heads", None) or heads
     tiny_kv = min(kv_heads, 2)
     tiny_heads = tiny_kv * min(heads // kv_heads, 4)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kinds = list(getattr(config, "layer_types", None) or [])
-    num_layers = max(2, 1 + max((kinds.index(kind) for kind in set(kinds)), default=0))
+    head_dim = getattr(whole, "head_dim", None) or whole.hidden_size // heads
+    layers, num_shared = _kept_layers(whole)
+    kinds = getattr(whole, "layer_types", None)
     values: dict[str, Any] = {
         "num_attention_heads": tiny_heads,
         "num_key_value_heads": tiny_heads if heads == kv_heads else tiny_kv,
         "hidden_size": tiny_heads * head_dim,
         "head_dim": head_dim,
-        "num_hidden_layers": min(num_layers, config.num_hidden_layers),
-        "layer_types": kinds[:num_layers] or None,
+        "num_hidden_layers": len(layers),
+        "num_kv_shared_layers": num_shared,
+        "layer_types": [kinds[layer] for layer in layers] if kinds else None,
         "vocab_size": 64,
+        "vocab_size_per_layer_input": 64,
         "intermediate_size": 64,
         "moe_intermediate_size": 32,
         "shared_expert_intermediate_size": 32,
@@ -124,19 +158,46 @@ def tiny_config(config: Any) -> Any:
         "num_experts": 4,
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,
+        "top_k_experts": 2,
         "n_group": 1,
         "topk_group": 1,
         "first_k_dense_replace": 1,
-        "sliding_window": 8 if getattr(config, "sliding_window", None) else None,
+        "sliding_window": 8,
         "attention_chunk_size": 8,
-        "pad_token_id": None,
-        "bos_token_id": None,
-        "eos_token_id": None,
+        "pad_token_id": 0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
     }
     if heads == kv_heads:
         values["num_attention_heads"] = values["num_key_value_heads"] = min(heads, 2)
         values["hidden_size"] = min(heads, 2) * head_dim
+    for name in ("intermediate_size", "activation_sparsity_pattern"):
+        if isinstance(by_layer := getattr(whole, name, None), list):
+            values[name] = [min(by_layer[layer], 64) for layer in layers]
     for name, value in values.items():
-        if getattr(config, name, None) is not None:
+        is_derived = isinstance(getattr(type(config), name, None), property)
+        if not is_derived and getattr(whole, name, None):  # windows and experts of 0 mean that there are none
             setattr(tiny, name, value)
+    tiny.per_layer_config = _layer_overrides(config, whole, layers)
     return tiny
+
+
+def _kept_layers(config: Any) -> tuple[list[int], int]:
+    """Return the layers that a tiny model keeps, and how many of them use keys and values of the layers before."""
+    kinds = list(getattr(config, "layer_types", None) or [])
+    if getattr(config, "num_kv_shared_layers", None):
+        each = sorted({kinds.index(kind) for kind in kinds}, key=lambda layer: kinds[layer] == "full_attention")
+        return each + each, len(each)
+    num_layers = max(2, 1 + max((kinds.index(kind) for kind in set(kinds)), default=0))
+    return list(range(min(num_layers, config.num_hidden_layers))), 0
+
+
+def _layer_overrides(config: Any, whole: Any, layers: list[int]) -> dict[int, dict[str, Any]] | None:
+    """Return the values of a tiny model's layers that differ from those of the whole model."""
+    overrides: dict[int, dict[str, Any]] = {}
+    for index, layer in enumerate(layers):
+        own = config.per_layer_config[layer]
+        for name, value in (("head_dim", None), ("num_key_value_heads", 1)):
+            if getattr(own, name, None) != getattr(whole, name, None):
+                overrides.setdefault(index, {})[name] = value or getattr(own, name)
+    return overrides or None

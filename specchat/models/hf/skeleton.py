@@ -10,6 +10,7 @@ import torch
 
 from specchat.errors import UnsupportedModelError
 from specchat.models.hf.attention import AttentionFunction, register_attention
+from specchat.models.hf.config import text_model_class
 
 # Building a model on meta patches torch's Module for the whole process. Parameters that another thread sets meanwhile
 # would be lost.
@@ -58,16 +59,21 @@ def build_skeleton(config: Any, dtype: torch.dtype, attention: AttentionFunction
         attention: attention function that the layers call; None for the architecture's own, if only sizes matter.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     name = "eager" if attention is None else register_attention(attention)
     config = copy.deepcopy(config)  # transformers writes dtype and attention into it, and modules keep it
     if getattr(config, "output_router_logits", False):
         config.output_router_logits = False
     with modules_lock, init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=name)
+        model = _model_of(config, dtype, name)
     model.tie_weights()  # init_empty_weights has untied them
     return skeleton_of(model.eval())
+
+
+def _model_of(config: Any, dtype: torch.dtype, attention: str) -> Any:
+    model_class = text_model_class(config)
+    assert model_class is not None, "load_config refuses configurations without a causal LM"
+    return model_class._from_config(config, dtype=dtype, attn_implementation=attention)
 
 
 def skeleton_of(model: Any) -> Skeleton:
@@ -76,12 +82,16 @@ def skeleton_of(model: Any) -> Skeleton:
     Raises:
         UnsupportedModelError: no list of decoder layers in the decoder.
     """
-    decoder = model.get_decoder()
-    in_decoder = {id(module) for module in decoder.modules()}
-    for name, module in model.named_modules():
-        is_list = isinstance(module, torch.nn.ModuleList) and len(module) == model.config.num_hidden_layers
-        if is_list and id(module) in in_decoder:
-            return Skeleton(model.config, model, decoder, module, name)
+    found = model.get_decoder()
+    # With some names of submodules, transformers returns the whole model.
+    decoders = [found] if found is not model else list(model.children())
+    num_layers = getattr(model.config, "num_hidden_layers", None)
+    for decoder in decoders:
+        in_decoder = {id(module) for module in decoder.modules()}
+        for name, module in model.named_modules():
+            is_list = isinstance(module, torch.nn.ModuleList) and len(module) == num_layers
+            if is_list and id(module) in in_decoder:
+                return Skeleton(model.config, model, decoder, module, name)
     raise UnsupportedModelError(f"'{model.config.model_type}' has no plain list of decoder layers")
 
 
@@ -109,25 +119,42 @@ def head_names(skeleton: Skeleton) -> tuple[str, ...]:
     return (embedding, head) if getattr(skeleton.config, "tie_word_embeddings", False) else (head, embedding)
 
 
+class _Output(tuple[torch.Tensor, ...]):
+    """The output of a decoder: hidden states; everything else that a head may copy from it is None."""
+
+    @property
+    def last_hidden_state(self) -> torch.Tensor:
+        """Final hidden states [1, rows, D]."""
+        return self[0]
+
+    def __getattr__(self, _: str) -> None:
+        return None
+
+
 class _GivenHidden(torch.nn.Module):
-    """A replacement of the decoder that returns the hidden states that it receives."""
+    """A replacement of the decoder that returns the hidden states that it receives; some heads pass ids by position."""
 
-    def forward(self, inputs_embeds: torch.Tensor, **_: Any) -> Any:
-        from transformers.modeling_outputs import MoeModelOutputWithPast
-
-        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
+    def forward(self, *_: Any, inputs_embeds: torch.Tensor, **__: Any) -> _Output:
+        return _Output((inputs_embeds,))
 
 
 def _head_only(model: Any, decoder: Any) -> Any:
     """Return a shallow copy of `model` that shares all weights and skips the decoder."""
     head = getattr(model, "_specchat_head", None)
     if head is None:
-        head = copy.copy(model)
-        head._modules = dict(model._modules)
-        name = next(name for name, child in model.named_children() if child is decoder)
-        head._modules[name] = _GivenHidden()
+        head = _replaced(model, path_of(model, decoder).split("."), _GivenHidden())
         object.__setattr__(model, "_specchat_head", head)  # not as a submodule, whose parameters would be listed twice
     return head
+
+
+def _replaced(module: Any, path: list[str], part: Any) -> Any:
+    """Return a shallow copy of `module` with `part` at `path`; everything beside the path is shared."""
+    if not path:
+        return part
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    twin._modules[path[0]] = _replaced(module._modules[path[0]], path[1:], part)
+    return twin
 
 
 def build_random(
@@ -144,10 +171,8 @@ def build_random(
         Skeleton, here with real weights, and a function from token ids [S] to logits [S, V] by the architecture's own
         eager attention. Call the function before the layers are wrapped for trees.
     """
-    from transformers import AutoModelForCausalLM
-
     registered = register_attention(attention)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=registered).eval()
+    model = _model_of(config, torch.float32, registered).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim >= 2:

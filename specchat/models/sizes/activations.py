@@ -133,6 +133,9 @@ class _Rows:
         self.log = log
         log.num_masks += 1
 
+    def __getitem__(self, _: Any) -> _Rows:
+        return self
+
 
 class _Kv:
     """A layer's cache without contents, whose number of keys and values is fixed."""
@@ -189,11 +192,14 @@ def _head(skeleton: Skeleton, rows: int, dtype: torch.dtype) -> _Log:
 
 @contextmanager
 def _few_layers(skeleton: Skeleton) -> Iterator[None]:
-    """Skip all but the first two layers of each kind within the scope: the others would allocate equally."""
+    """Skip all but the last two layers of each kind within the scope: the others would allocate equally.
+
+    Later layers may reuse the keys and values of the last layer of a kind.
+    """
     kinds = getattr(skeleton.config, "layer_types", None) or [""] * len(skeleton.layers)
     counts: dict[Any, int] = {}
     skipped = []
-    for layer, kind in zip(skeleton.layers, kinds, strict=True):
+    for layer, kind in reversed(list(zip(skeleton.layers, kinds, strict=True))):
         key = (kind, tuple(tuple(p.shape) for p in layer.parameters()))
         counts[key] = counts.get(key, 0) + 1
         if counts[key] > 2:

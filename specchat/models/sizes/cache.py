@@ -1,4 +1,4 @@
-"""A cache of model descriptions: one file each in the cache folder, replaced atomically.
+"""A cache of model descriptions and checks: one file each in the cache folder, replaced atomically.
 
 A description depends on the configuration, on the libraries that build the modules, and on specchat's code. The key
 contains the configuration's hash, the libraries' versions, and a number that is raised when specchat's code changes
@@ -22,13 +22,14 @@ from specchat.paths import cache_folder
 from specchat.records.model import Activations, KvShape, ModelSource, ModelSpec, ParamSize, RowCost
 
 # Version of descriptions. Raise it when descriptions change; a test fails then and says how to proceed.
-SPEC_VERSION = 1
+SPEC_VERSION = 2
 _LIBRARIES = ("torch", "transformers", "accelerate")
 # The sizes of pre-quantized matrices follow from the headers of the weight files.
 _QUANTIZED = (b"quantization_config", b"compression_config")
 _MOST_FILES = 64
 
 _remembered: dict[str, ModelSpec] = {}
+_checked: set[str] = set()
 
 
 def key_of(source: ModelSource, quant: str) -> str | None:
@@ -36,7 +37,7 @@ def key_of(source: ModelSource, quant: str) -> str | None:
 
     Args:
         source: local files.
-        quant: requested quantization of the matrices.
+        quant: requested quantization of the matrices, or "check" for the key of the architecture's check.
     """
     try:
         config = (source.path / "config.json").read_bytes()
@@ -84,6 +85,21 @@ def save(key: str | None, spec: ModelSpec) -> None:
         _drop_oldest(_file(key).parent)
 
 
+def is_checked(key: str | None) -> bool:
+    """Return whether an architecture has passed its check; refusals are not kept, so newer versions try again."""
+    return key is not None and (key in _checked or _check_file(key).is_file())
+
+
+def save_check(key: str | None) -> None:
+    """Save that an architecture has passed its check; if the folder is not writable, until the process ends."""
+    if key is None:
+        return
+    _checked.add(key)
+    with suppress(OSError):
+        atomic_write_text(_check_file(key), "true")
+        _drop_oldest(_check_file(key).parent)
+
+
 def _stamps(folder: Path) -> list[tuple[str, int, int]]:
     found = [(file.name, file.stat()) for file in weight_files(folder)]
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
@@ -124,6 +140,10 @@ def _costs(values: Mapping[str, Any]) -> Activations:
 
 def _file(key: str) -> Path:
     return cache_folder() / "specs" / f"{key}.json"
+
+
+def _check_file(key: str) -> Path:
+    return cache_folder() / "checks" / f"{key}.json"
 
 
 def _drop_oldest(folder: Path) -> None:

@@ -5,7 +5,9 @@ from typing import Any
 import torch
 
 from specchat.models.checkpoint.dtypes import short_name
-from specchat.models.hf.config import kv_shapes, load_config, max_positions, mlp_size, tiny_config
+from specchat.models.hf.config import load_config, max_positions, mlp_size, tiny_config
+from specchat.models.hf.kv_shapes import record_kv_shapes
+from specchat.models.hf.refusals import CANNOT_BUILD, CANNOT_SHRINK, refusing
 from specchat.models.hf.skeleton import Skeleton, build_skeleton, lookup_embeddings
 from specchat.models.quant.modules import quant_linears, segment_names
 from specchat.models.sizes import activations
@@ -26,47 +28,53 @@ def inspect_model(source: ModelSource, quant: Quant) -> ModelSpec:
         UsageError: a pre-quantized model with another quantization requested.
     """
     config = load_config(source.path)
-    skeleton = activations.profiling_skeleton(config)
-    num_params = sum(p.numel() for p in skeleton.model.parameters())
-    num_layer_params = sum(p.numel() for layer in skeleton.layers for p in layer.parameters())
-    buffer_bytes = sum(b.nbytes for b in skeleton.model.buffers())
-    profiled = _profiled(skeleton)  # before modules are replaced: `dequantize_bytes` covers their scratch memory
+    with refusing(config.model_type, CANNOT_BUILD):
+        skeleton = activations.profiling_skeleton(config)
+        of_architecture = _measure(config, skeleton)  # before modules are replaced
     if (recipe := choose_recipe(source, skeleton, quant)) is not None:
         apply_recipe(skeleton, recipe)
     segments = segment_names(skeleton.model)
     layers_prefix = f"{skeleton.layers_name}."
     return ModelSpec(
+        **of_architecture,
         name=source.name,
-        architecture=type(skeleton.model).__name__,
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        num_layers=len(skeleton.layers),
-        mlp_size=mlp_size(config),
-        num_heads=config.num_attention_heads,
-        max_positions=max_positions(config),
-        dtype=_checkpoint_dtype(config),
-        num_params=num_params,
-        num_layer_params=num_layer_params,
         layer_params=tuple(_param_sizes(layer) for layer in skeleton.layers),
         other_params=tuple(
             _param_size(parameter, name in segments)
             for name, parameter in skeleton.model.named_parameters()
             if not name.startswith(layers_prefix)
         ),
-        buffer_bytes=buffer_bytes,
-        kv_shapes=kv_shapes(config),
         quant=quant if recipe is None else recipe.name,
         quant_shapes=tuple(sorted({linear.shape for _, linear in quant_linears(skeleton.model)})),
-        narrowed_bytes=_narrowed_bytes(config),
-        activations=profiled,
         lookup_params=_lookup_params(skeleton),
     )
 
 
+def _measure(config: Any, skeleton: Skeleton) -> dict[str, Any]:
+    """Return the fields of a description that do not depend on the quantization, and move the skeleton to meta."""
+    return {
+        "architecture": type(skeleton.model).__name__,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_layers": len(skeleton.layers),
+        "mlp_size": mlp_size(config),
+        "num_heads": config.num_attention_heads,
+        "max_positions": max_positions(config),
+        "dtype": _checkpoint_dtype(config),
+        "num_params": sum(p.numel() for p in skeleton.model.parameters()),
+        "num_layer_params": sum(p.numel() for layer in skeleton.layers for p in layer.parameters()),
+        "buffer_bytes": sum(b.nbytes for b in skeleton.model.buffers()),
+        "kv_shapes": record_kv_shapes(skeleton),
+        "narrowed_bytes": _narrowed_bytes(config),
+        "activations": _profiled(skeleton),  # `dequantize_bytes` covers the scratch memory of quantized modules
+    }
+
+
 def _narrowed_bytes(config: Any) -> int:
     """Return the bytes that 16-bit buffers save over 32-bit ones, measured on a tiny model, which builds quickly."""
-    tiny = tiny_config(config)
-    wide, narrow = (build_skeleton(tiny, dtype) for dtype in (torch.float32, torch.bfloat16))
+    with refusing(config.model_type, CANNOT_SHRINK):
+        tiny = tiny_config(config)
+        wide, narrow = (build_skeleton(tiny, dtype) for dtype in (torch.float32, torch.bfloat16))
     layers = {id(b) for skeleton in (wide, narrow) for layer in skeleton.layers for b in layer.buffers()}
     sums = [sum(b.nbytes for b in skeleton.model.buffers() if id(b) not in layers) for skeleton in (wide, narrow)]
     return int(sums[0] - sums[1])

@@ -7,6 +7,7 @@ from specchat.models.checkpoint.dtypes import torch_dtype
 from specchat.models.checkpoint.safetensors import Checkpoint, open_checkpoint
 from specchat.models.hf.attention import AttentionFunction
 from specchat.models.hf.config import load_config
+from specchat.models.hf.kv_shapes import record_kv_shapes
 from specchat.models.hf.skeleton import Skeleton, build_skeleton
 from specchat.models.weights.checkpoint_recipe import CheckpointRecipe
 from specchat.models.weights.choose_recipe import choose_recipe
@@ -14,7 +15,7 @@ from specchat.models.weights.prequantized import PrequantizedFiller
 from specchat.models.weights.quantizing import QuantizingFiller
 from specchat.models.weights.reader import WeightReader
 from specchat.models.weights.recipe import QuantizeRecipe, apply_recipe
-from specchat.records.model import Dtype, ModelSource
+from specchat.records.model import Dtype, KvShape, ModelSource
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class ModelWeights(Closeable):
         checkpoint: tensors of `source`.
         recipe: storage of the matrices; None leaves them plain.
         reader: reader of `checkpoint`.
+        kv_shapes: KV cache shape of each layer.
     """
 
     source: ModelSource
@@ -36,6 +38,7 @@ class ModelWeights(Closeable):
     checkpoint: Checkpoint
     recipe: QuantizeRecipe | CheckpointRecipe | None
     reader: WeightReader
+    kv_shapes: tuple[KvShape, ...]
 
     def close(self) -> None:
         """Close the files."""
@@ -59,9 +62,11 @@ def open_weights(
         UsageError: a pre-quantized model with another quantization requested.
     """
     skeleton = build_skeleton(load_config(source.path), torch_dtype(dtype), attention)
+    kv_shapes = () if attention is None else record_kv_shapes(skeleton)  # before modules are replaced
     checkpoint = open_checkpoint(source.path)
     recipe = choose_recipe(source, skeleton, quant)
-    return ModelWeights(source, dtype, skeleton, checkpoint, recipe, open_reader(skeleton, checkpoint, recipe))
+    reader = open_reader(skeleton, checkpoint, recipe)
+    return ModelWeights(source, dtype, skeleton, checkpoint, recipe, reader, kv_shapes)
 
 
 def open_reader(

@@ -9,6 +9,7 @@ import pytest
 from support import tiny_models
 from support.spec_digests import COMMAND, RAISE_IT, changed, found_now, read_stored
 
+from specchat.loading.checking import check_model
 from specchat.models.catalog.ref import demo_source
 from specchat.models.sizes import cache
 from specchat.models.sizes.describe import describe
@@ -21,6 +22,7 @@ def folder(tmp_path, monkeypatch):
     """Use an empty cache folder and an empty memory."""
     monkeypatch.setenv("SPECCHAT_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(cache, "_remembered", {})
+    monkeypatch.setattr(cache, "_checked", set())
     return tmp_path / "cache" / "specs"
 
 
@@ -128,9 +130,25 @@ def test_only_the_newest_files_are_kept(tmp_path, folder, monkeypatch):
     assert len(list(folder.iterdir())) == 2
 
 
+@pytest.mark.parametrize("is_writable", [True, False])
+def test_a_passed_check_is_not_repeated(is_writable, tmp_path, folder, monkeypatch):
+    if not is_writable:
+        folder.parent.write_text("a file where the folder would be")
+    source = model(tmp_path / "model")
+    check_model(source)
+    monkeypatch.setattr("specchat.engine.selfcheck.check_architecture", None)
+    check_model(source)
+    if is_writable:
+        monkeypatch.setattr(cache, "_checked", set())
+        check_model(source)
+    with pytest.raises(TypeError):
+        check_model(model(tmp_path / "other", num_hidden_layers=3))
+
+
 def test_a_plan_of_a_known_model_needs_no_torch():
-    describe(demo_source("target"))
-    describe(demo_source("draft"))
+    for name in ("target", "draft"):
+        describe(demo_source(name))
+        check_model(demo_source(name))
     code = (
         "import sys; from specchat.cli.app import run_command_line; "
         "code = run_command_line(('run', 'demo', '--plan', '--device', 'cpu')); "
