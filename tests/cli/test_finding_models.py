@@ -107,6 +107,7 @@ def test_what_cannot_run_is_refused_before_the_hub_is_asked(hub: FakeHub, tmp_pa
     [
         ({"model_type": "gemma3", "text_config": {}}, "multimodal"),
         ({"quantization_config": {"quant_method": "mxfp4"}}, "mxfp4"),
+        ({"model_type": "doge"}, "attention masks in its layers"),
     ],
 )
 def test_what_cannot_run_by_its_configuration_is_not_downloaded(hub: FakeHub, files, changes, reason):
