@@ -28,7 +28,7 @@ from specchat.records.model import ModelSource
 
 _PROMPT_ROWS = 20  # more than the tiny model's window, so that windows matter
 _CHUNK_ROWS = 7
-_MOST_PARAMS = 64 << 20
+_MOST_PARAMS = 1 << 30  # the tiny Phi 4 Multimodal keeps its encoders
 _TOLERANCE = 2e-3  # float32 rounding is near 1e-6 of the largest score; a wrong mask is near 1
 _TREE = TokenTree(tokens=(5, 9, 11, 7, 5, 13), parents=(ROOT, ROOT, 0, 0, 2, 4))
 

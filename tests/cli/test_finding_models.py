@@ -107,6 +107,7 @@ def test_unsupported_model_is_refused_before_any_request(hub: FakeHub, tmp_path)
     [
         ({"model_type": "gemma3", "text_config": {}}, "multimodal"),
         ({"quantization_config": {"quant_method": "mxfp4"}}, "mxfp4"),
+        ({"model_type": "doge"}, "attention masks in its layers"),
     ],
 )
 def test_unsupported_configuration_is_refused_before_the_download(hub: FakeHub, files, changes, reason):
