@@ -1,7 +1,9 @@
-"""Folders of specchat on this machine."""
+"""Folders of specchat on this machine, and paths that users type."""
 
 import os
 from pathlib import Path
+
+from specchat.errors import UsageError
 
 
 def cache_folder() -> Path:
@@ -12,7 +14,7 @@ def cache_folder() -> Path:
     import platformdirs
 
     cache = os.environ.get("SPECCHAT_CACHE_DIR") or platformdirs.user_cache_dir("specchat", appauthor=False)
-    return Path(cache).expanduser()
+    return user_path(cache)
 
 
 def state_folder() -> Path:
@@ -23,4 +25,20 @@ def state_folder() -> Path:
     import platformdirs
 
     chosen = os.environ.get("SPECCHAT_STATE_DIR") or platformdirs.user_state_dir("specchat", appauthor=False)
-    return Path(chosen).expanduser()
+    return user_path(chosen)
+
+
+def user_path(text: str) -> Path:
+    """Return the path that a user typed, with `~` expanded.
+
+    Raises:
+        UsageError: the text cannot be a path: it names an unknown home folder, or contains NUL.
+    """
+    if "\0" in text:
+        raise UsageError("a path cannot contain NUL", hint="check the name of the file")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UsageError(
+            f"'{text}' is not a home folder on this machine", hint="write the full path: /home/..."
+        ) from error

@@ -4,7 +4,6 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -17,6 +16,7 @@ from specchat.errors import UsageError
 from specchat.loading.request import ModelRequest
 from specchat.loading.sampling import SamplingChoices
 from specchat.models.catalog.suggest import looks_like_prompt
+from specchat.paths import user_path
 from specchat.records.plan import PlanChoices
 from specchat.version import __version__
 
@@ -241,14 +241,14 @@ def _bench(
         yes=yes,
         quiet=quiet,
         max_tokens=whole("--max-tokens", max_tokens, 1),
-        prompts=None if prompts is None else Path(prompts).expanduser(),
+        prompts=None if prompts is None else user_path(prompts),
         limit=whole("--limit", limit, 1),
         baselines=bench_options.baselines(baseline),
         repeats=whole("--repeats", repeats, 1),
         cold=cold,
         passes=passes,
         sweep=bench_options.sweep(sweep),
-        plot=None if plot is None else Path(plot).expanduser(),
+        plot=None if plot is None else user_path(plot),
         compare=bench_options.compared(compare),
         output=bench_options.output(output, json=json),
         command=tuple(sys.argv[1:]),

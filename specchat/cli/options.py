@@ -3,13 +3,13 @@
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from specchat.chat.settings import MAX_SEED, whole
 from specchat.errors import InvalidSizeError, UsageError
 from specchat.loading.request import ModelRequest
 from specchat.loading.sampling import SamplingChoices
+from specchat.paths import user_path
 from specchat.records.chat import Overflow
 from specchat.records.generation import Sampling
 from specchat.records.model import DTYPE_BYTES, QUANTS, Dtype, Quant
@@ -160,8 +160,8 @@ def system_prompt(name: str, text: str) -> str:
     if not text.startswith("@"):
         return text
     try:
-        return Path(text[1:]).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError, RuntimeError) as error:
+        return user_path(text[1:]).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UsageError(f"{name} cannot read {text[1:] or 'a file without a name'}: {reason}") from error
 

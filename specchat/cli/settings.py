@@ -17,6 +17,7 @@ from typing import Any
 from specchat.chat.settings import KINDS, suggestion
 from specchat.cli import options
 from specchat.errors import UsageError
+from specchat.paths import user_path
 
 # A value before parsing: the text of a flag or variable, or a TOML value.
 Raw = str | bool | tuple[str, ...]
@@ -182,7 +183,7 @@ def config_file(chosen: str | None) -> tuple[Layer, dict[str, str]]:
         UsageError: a named file is missing, or a file is invalid.
     """
     chosen = chosen or os.environ.get("SPECCHAT_CONFIG")
-    path = Path(chosen).expanduser() if chosen else default_config_path()
+    path = user_path(chosen) if chosen else default_config_path()
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -12,6 +12,7 @@ from specchat.chat.session import ChatSession
 from specchat.chat.state import Dropped
 from specchat.chat.transcript import Transcript
 from specchat.errors import PromptTooLongError, SessionError, SpecchatError, UsageError
+from specchat.paths import user_path
 from specchat.records.chat import Setting
 from specchat.ui import clipboard
 from specchat.ui.chat_view import ChatView, info_lines, plan_line, totals_lines
@@ -317,7 +318,7 @@ class Repl:
 
     def read(self, file: str) -> None:
         """Attach a file's text to the next message."""
-        path = Path(file).expanduser()
+        path = user_path(file)
         try:
             text = path.read_bytes().decode()
         except UnicodeDecodeError:
@@ -333,7 +334,7 @@ class Repl:
         """Write a copy of the chat, or show where the chat is saved."""
         if file:
             self._session()
-            path = Path(file).expanduser()
+            path = user_path(file)
             transcripts.export(self._chat.transcript.records, path)
             self._talk.tell(f"saved to {path}")
         elif self._chat.transcript.path is None:
@@ -346,7 +347,7 @@ class Repl:
 
     def load(self, file: str) -> None:
         """Replace the chat with the one in a file."""
-        session, path = self._session(), Path(file).expanduser()
+        session, path = self._session(), user_path(file)
         saved = transcripts.read(path)
         session.load(saved.records, str(path))
         if saved.repair:

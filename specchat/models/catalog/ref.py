@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import unquote
 
-from specchat.errors import ModelNotFoundError
+from specchat.errors import ModelNotFoundError, UsageError
 from specchat.models.catalog.families import known_families
 from specchat.models.catalog.shape import Shape, parse_shape
 from specchat.models.catalog.suggest import FORMS, folder_hint, guess, looks_like_prompt, names_file, quoted
+from specchat.paths import user_path
 from specchat.records.model import ModelSource
 
 DEMO = "demo"
@@ -105,11 +106,9 @@ def draft_candidates(ref: ModelRef) -> list[ModelRef]:
 
 def _expand(text: str) -> Path:
     try:
-        return Path(text).expanduser()
-    except RuntimeError as exc:
-        raise ModelNotFoundError(
-            f"'{text}' is not a home folder on this machine", hint="write the full path: /home/..."
-        ) from exc
+        return user_path(text)
+    except UsageError as error:
+        raise ModelNotFoundError(error.message, hint=error.hint) from error
 
 
 def _is_repo_id(repo_id: str) -> bool:

@@ -1,0 +1,31 @@
+"""Paths as users type them: expanded, or refused in words wherever a path may be given."""
+
+from pathlib import Path
+
+import pytest
+
+from specchat.cli.options import system_prompt
+from specchat.errors import ModelNotFoundError, UsageError
+from specchat.models.catalog.ref import parse_model
+from specchat.paths import user_path
+
+IMPOSSIBLE = ["~nosuchuser", "~nosuchuser/x", "~\0", "a\0b"]
+
+
+def test_home_is_expanded():
+    assert user_path("~/x") == Path.home() / "x"
+
+
+@pytest.mark.parametrize("text", IMPOSSIBLE)
+def test_impossible_paths_are_refused_with_a_hint(text):
+    with pytest.raises(UsageError) as caught:
+        user_path(text)
+    assert caught.value.hint and "\0" not in caught.value.message
+
+
+@pytest.mark.parametrize("text", ["~nosuchuser", "~\0"])
+def test_every_place_of_a_path_refuses_them(text):
+    with pytest.raises(ModelNotFoundError):
+        parse_model(text)
+    with pytest.raises(UsageError):
+        system_prompt("--system", f"@{text}")
