@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from support import reference
 from support.engines import make_plan, random_prompt, write
 from support.loading import load_engine, load_model, prepare
+from support.quantized import awq, save_quantized
 from support.streamed import silent, tiny_packs
 from support.tiny_models import VOCAB, perturbed, save
 from support.tiny_wrappers import WRAPPERS, random_wrapper, wrapper_config
@@ -93,6 +94,19 @@ def test_packs_of_text_halves_hold_the_same_numbers(name: str, quant: str, tmp_p
         pack = prepare(source, "fp32", quant, progress=silent, warn=silent)
         assert (pack is None) is (name == "gemma3" and quant == "none")  # nothing to convert
         assert torch.equal(_scores(source, quant=quant, pack=pack), _scores(source, quant=quant))
+
+
+@pytest.mark.parametrize("place", ["", "text_config"])
+def test_a_prequantized_text_half_has_the_values_of_its_format(place: str, tmp_path: Path):
+    """Some makers describe the quantization with the whole model, others with the text half."""
+    model = random_wrapper(wrapper_config("gemma3"))
+    pair = save_quantized(model, tmp_path, awq(), skip="embed|lm_head|vision|projector")
+    file = pair.quantized.path / "config.json"
+    config = json.loads(file.read_text())
+    if place:
+        config[place]["quantization_config"] = config.pop("quantization_config")
+    file.write_text(json.dumps(config))
+    assert torch.equal(_scores(pair.quantized, quant="awq int4"), _scores(pair.dense))
 
 
 def _expected(model) -> torch.Tensor:
