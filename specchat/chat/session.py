@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from specchat.chat.answer import Answer, Delta, Turn
 from specchat.chat.generator import Generator
 from specchat.chat.reasoning import Parts, PlainText, ThinkTags
-from specchat.chat.settings import Value, parse_value
+from specchat.chat.settings import parse_value, shown_values
 from specchat.chat.state import (
     Answered,
     ChatRecord,
@@ -129,11 +129,9 @@ class ChatSession:
         if base and system is not None:
             raise UsageError("a system prompt needs a chat template, which --base does not use")
         self.engine = engine
-        self.overflow: Overflow = overflow
-        self._state = ChatState(tuple(exchanges), system, sampling, max_tokens, thinking)
+        self._state = ChatState(tuple(exchanges), system, sampling, max_tokens, thinking, tuple(stop_texts), overflow)
         self._tokenizer = tokenizer
         self._stop_ids = stop_ids
-        self._stop_texts = tuple(stop_texts)
         self._base = base
         self._sources = dict(sources or {})
         self._journal = journal
@@ -190,14 +188,7 @@ class ChatSession:
 
     def settings(self) -> list[Setting]:
         """Return the settings of the next answer and the source of each."""
-        values = {**asdict(self._state.sampling), "max_tokens": self._state.max_tokens}
-        shown = {
-            **{key: _shown(value) for key, value in values.items()},
-            "stop": " ".join(map(repr, self._stop_texts)) or "none",
-            "system": self._state.system or "none",
-            "think": {True: "on", False: "off", None: "model default"}[self._state.thinking],
-            "overflow": self.overflow,
-        }
+        shown = shown_values(self._state)
         return [Setting(name, value, self._sources.get(name, "default")) for name, value in shown.items()]
 
     def token_text(self, token_id: int) -> str:
@@ -295,20 +286,26 @@ class ChatSession:
         self._record(SystemSet(system))
         self._sources["system"] = "/system"
 
-    def set_sampling(self, key: str, value: str) -> Value | None:
-        """Change a setting for the next answers, and return the parsed value.
+    def set_value(self, key: str, value: str) -> Setting:
+        """Change a setting for the next answers, and return it as `settings` shows it.
 
         Args:
-            key: name from `specchat.chat.settings.KINDS`; dashes are read as underscores.
-            value: value as typed; "none" removes the limit of max_tokens.
+            key: name from `specchat.chat.settings.SETTABLE`; dashes are read as underscores.
+            value: value as typed; "none" removes a limit or a text.
 
         Raises:
             UsageError: the setting is unknown (the hint names the closest one), or the value is not allowed.
         """
         name, parsed = parse_value(key, value)
-        self._record(ValueSet(name, parsed))
+        match name, parsed:
+            case "system", None | str():
+                self.set_system(parsed)
+            case "think", None | bool():
+                self.set_thinking(parsed)
+            case _:
+                self._record(ValueSet(name, parsed))
         self._sources[name] = "/set"
-        return parsed
+        return Setting(name, shown_values(self._state)[name], "/set")
 
     def set_thinking(self, thinking: bool | None) -> None:
         """Switch thinking on or off for the next answers; None restores the template's default.
@@ -381,7 +378,7 @@ class ChatSession:
     def _must_drop(self, num_prompt_tokens: int) -> bool:
         room = self.ctx // _ANSWER_SHARE
         room = min(room, self._state.max_tokens or room)
-        return self.overflow == "drop-oldest" and num_prompt_tokens + room > self.ctx
+        return self._state.overflow == "drop-oldest" and num_prompt_tokens + room > self.ctx
 
     def _prompt(self, before: tuple[Exchange, ...], question: str, so_far: Message | None) -> _Prompt:
         messages = [*ChatState(before).messages, Message("user", question)]
@@ -403,7 +400,7 @@ class ChatSession:
         return Answer(
             detokenizer=Detokenizer(self._tokenizer, skip_special_tokens=parser is None),
             parts=Parts(parser or tags, continuing=prompt.so_far is not None),
-            stops=StopStrings(self._stop_texts),
+            stops=StopStrings(self._state.stops),
             stop_ids=self._stop_ids,
             submitted=submitted,
         )
@@ -429,10 +426,6 @@ def _think_tags(prompt: _Prompt) -> ThinkTags:
         is_thinking = not prompt.so_far.content and bool(prompt.so_far.reasoning)
         return ThinkTags(opened=is_thinking, begun=not is_thinking)
     return ThinkTags(opened=prompt.text.rstrip().endswith("<think>"))
-
-
-def _shown(value: Value | None) -> str:
-    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _check_text(text: str) -> None:

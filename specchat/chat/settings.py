@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import difflib
 import math
+import secrets
+import shlex
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
+from specchat.chat.state import ChatState, Value
 from specchat.errors import UsageError
+from specchat.records.chat import Overflow
 
 MAX_SEED = 2**63 - 1
+OVERFLOWS: tuple[Overflow, ...] = ("stop", "drop-oldest")
 
-Value = float | int
+_QUOTES = ('"""', '"', "'")
+_THINKING: dict[str, bool | None] = {
+    "on": True,
+    "true": True,
+    "off": False,
+    "false": False,
+    "default": None,
+    "none": None,
+}
 
 
 def whole(name: str, text: str | None, minimum: int, maximum: int | None = None) -> int | None:
@@ -59,10 +72,10 @@ class Kind:
     """
 
     key: str
-    parse: Callable[[str, str], Value | None]
+    parse: Callable[[str, str], float | int | None]
 
 
-# The settings that /set can change.
+# The settings that are numbers.
 KINDS: dict[str, Kind] = {
     kind.key: kind
     for kind in (
@@ -77,22 +90,97 @@ KINDS: dict[str, Kind] = {
 }
 
 
-def parse_value(key: str, text: str) -> tuple[str, Value | None]:
-    """Return the setting that `key` names, and its value; "none" removes the limit of max_tokens.
+# All settings that /set lists and changes.
+SETTABLE = (*KINDS, "stop", "system", "think", "overflow")
+
+
+def random_seed() -> int:
+    """Return a random seed of 32 bits, short enough to type again."""
+    return secrets.randbits(32)
+
+
+def parse_value(key: str, text: str) -> tuple[str, Value | None]:  # noqa: PLR0911  one line for each kind of value
+    """Return the setting that `key` names, and its value.
+
+    "none" removes the limit of max_tokens, the stop strings and the system prompt; "random" draws a new seed.
 
     Args:
         key: name of the setting; dashes are read as underscores.
-        text: value as typed.
+        text: value as typed, possibly in quotes.
 
     Raises:
         UsageError: the setting is unknown, or the value is not allowed.
     """
     name = key.strip().lower().replace("-", "_")
-    if name not in KINDS:
-        raise UsageError(f"unknown setting '{key}'", hint=suggestion(name, KINDS))
-    if name == "max_tokens" and text.strip().lower() == "none":
-        return name, None
-    return name, KINDS[name].parse(name, text.strip())
+    text = text.strip()
+    if name not in SETTABLE:
+        raise UsageError(f"unknown setting '{key}'", hint=suggestion(name, SETTABLE))
+    word = unquoted(text).lower()
+    match name, word:
+        case "max_tokens" | "system", "none":
+            return name, None
+        case "seed", "random":
+            return name, random_seed()
+        case "stop", _:
+            return name, () if word == "none" else _texts(text)
+        case "system", _:
+            return name, unquoted(text)
+        case "think", _:
+            return name, _thinking(word)
+        case "overflow", _:
+            return name, overflow(name, word)
+    return name, KINDS[name].parse(name, unquoted(text))
+
+
+def overflow(name: str, text: str) -> Overflow:
+    """Check what to do when the context is full."""
+    for known in OVERFLOWS:
+        if text == known:
+            return known
+    raise UsageError(f"{name} must be {' or '.join(OVERFLOWS)}, not '{text}'")
+
+
+def unquoted(text: str) -> str:
+    """Return `text` without the quotes around it."""
+    for mark in _QUOTES:
+        if len(text) >= 2 * len(mark) and text.startswith(mark) and text.endswith(mark):
+            return text[len(mark) : -len(mark)]
+    return text
+
+
+def _texts(text: str) -> tuple[str, ...]:
+    """Return one or more strings in quotes, or the whole text as one string."""
+    if not text.startswith(("'", '"')):
+        return (text,)
+    try:
+        texts = tuple(shlex.split(text))
+    except ValueError:
+        raise UsageError("stop must be one text, or texts in quotes") from None
+    if not all(texts):
+        raise UsageError("stop must not be empty", hint="/set stop=none removes all stop strings")
+    return texts
+
+
+def _thinking(word: str) -> bool | None:
+    if word not in _THINKING:
+        raise UsageError(f"think must be on, off or default, not '{word}'")
+    return _THINKING[word]
+
+
+def shown_values(state: ChatState) -> dict[str, str]:
+    """Return the settings of a chat's next answer as text, by name."""
+    values = {**asdict(state.sampling), "max_tokens": state.max_tokens}
+    return {
+        **{key: _shown(value) for key, value in values.items()},
+        "stop": " ".join(map(repr, state.stops)) or "none",
+        "system": state.system or "none",
+        "think": {True: "on", False: "off", None: "model default"}[state.thinking],
+        "overflow": state.overflow,
+    }
+
+
+def _shown(value: float | None) -> str:
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any, Literal
 
-from specchat.records.chat import Message
+from specchat.records.chat import Message, Overflow
 from specchat.records.generation import FinishReason, Sampling
 
 How = Literal["ask", "retry", "edit", "continue"]
+# The value of a setting: a number, a word, or strings.
+Value = float | int | str | tuple[str, ...]
 DropCause = Literal["asked", "overflow"]
 
 _SEED_BITS = 63
@@ -45,6 +47,8 @@ class ChatState:
         sampling: sampling settings; the seed is the one of first attempts.
         max_tokens: maximum tokens of an answer; None for as many as the context allows.
         thinking: the template's switch for thinking; None keeps the template's default.
+        stops: strings that end an answer and are removed from it.
+        overflow: policy for a full context; "stop" refuses the message, "drop-oldest" drops old turns.
     """
 
     exchanges: tuple[Exchange, ...] = ()
@@ -52,6 +56,8 @@ class ChatState:
     sampling: Sampling = field(default_factory=Sampling)
     max_tokens: int | None = None
     thinking: bool | None = None
+    stops: tuple[str, ...] = ()
+    overflow: Overflow = "stop"
 
     @property
     def messages(self) -> list[Message]:
@@ -148,10 +154,10 @@ class SystemSet:
 
 @dataclass(frozen=True)
 class ValueSet:
-    """The record of a new value for a setting: a field of `Sampling`, or max_tokens."""
+    """The record of a new value for a setting: a field of `Sampling`, max_tokens, stop or overflow."""
 
     key: str
-    value: float | int | None
+    value: Value | None
 
 
 @dataclass(frozen=True)
@@ -183,6 +189,8 @@ def apply(state: ChatState, record: ChatRecord) -> ChatState:  # noqa: PLR0911  
                 sampling=record.sampling,
                 max_tokens=record.max_tokens,
                 thinking=record.thinking,
+                stops=tuple(record.setup.get("stop", ())),
+                overflow=record.setup.get("overflow", "stop"),
             )
         case Answered():
             kept = state.exchanges if record.how == "ask" else state.exchanges[:-1]
@@ -211,9 +219,8 @@ def state_of(records: Iterable[ChatRecord]) -> ChatState:
     return state
 
 
-def _with_value(state: ChatState, key: str, value: float | int | None) -> ChatState:
-    if key == "max_tokens":
-        assert value is None or isinstance(value, int)
-        return replace(state, max_tokens=value)
-    changes: dict[str, Any] = {key: value}
+def _with_value(state: ChatState, key: str, value: Value | None) -> ChatState:
+    changes: dict[str, Any] = {"stops" if key == "stop" else key: value}
+    if key in ("max_tokens", "stop", "overflow"):
+        return replace(state, **changes)
     return replace(state, sampling=replace(state.sampling, **changes))

@@ -209,6 +209,8 @@ def _from_json(values: dict[str, Any]) -> ChatRecord:
     elif kind is Answered:
         values["exchange"] = _exchange(values["exchange"])
         values["token_ids"] = tuple(values["token_ids"])
+    elif kind is ValueSet and isinstance(values["value"], list):
+        values["value"] = tuple(values["value"])
     elif kind is Dropped:
         values["questions"] = tuple(values["questions"])
     elif kind is Loaded:

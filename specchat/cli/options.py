@@ -1,6 +1,5 @@
 """Options of the commands. Every value is checked before slow work begins."""
 
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from specchat.models.checkpoint.generation_config import GenerationDefaults
 
 DTYPES: tuple[Literal["auto"] | Dtype, ...] = ("auto", *DTYPE_BYTES)
-OVERFLOWS: tuple[Overflow, ...] = ("stop", "drop-oldest")
 
 
 @dataclass(frozen=True)
@@ -94,11 +92,6 @@ def seed(text: str | None) -> int | None:
     return whole("--seed", text, 0, MAX_SEED)
 
 
-def random_seed() -> int:
-    """Return a random seed of 32 bits, short enough to type again."""
-    return secrets.randbits(32)
-
-
 def size(name: str, text: str) -> int:
     """Parse a SIZE and return bytes."""
     try:
@@ -145,14 +138,6 @@ def device(name: str, text: str) -> str:
     if text in ("auto", "cpu", "cuda") or (kind == "cuda" and colon and index.isdecimal() and index.isascii()):
         return text
     raise UsageError(f"{name} must be auto, cpu, cuda or cuda:N, not '{text}'")
-
-
-def overflow(name: str, text: str) -> Overflow:
-    """Check what to do when the context is full."""
-    for known in OVERFLOWS:
-        if text == known:
-            return known
-    raise UsageError(f"{name} must be {' or '.join(OVERFLOWS)}, not '{text}'")
 
 
 def system_prompt(name: str, text: str) -> str:

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from specchat.chat.settings import OVERFLOWS
 from specchat.cli import completion, options
 from specchat.records.model import QUANTS
 
@@ -135,7 +136,7 @@ Overflow = Annotated[
     str | None,
     typer.Option(
         metavar="HOW",
-        autocompletion=completion.words(*options.OVERFLOWS),
+        autocompletion=completion.words(*OVERFLOWS),
         help="When the context is full: stop or drop-oldest. [default: stop]",
     ),
 ]

@@ -10,8 +10,9 @@ from tempfile import TemporaryDirectory
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
+from specchat.chat.settings import random_seed
 from specchat.cli.ask import asker
-from specchat.cli.options import RunOptions, random_seed, sampling_sources, without_effect
+from specchat.cli.options import RunOptions, sampling_sources, without_effect
 from specchat.cli.output import print_line, to_json
 from specchat.cli.sessions import lasting, model_of, path_for, was_with
 from specchat.errors import EmptyPromptError, UsageError

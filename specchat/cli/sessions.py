@@ -52,8 +52,8 @@ def layers(saved: Saved | None, model: str | None) -> list[Layer]:
         "max_tokens": state.max_tokens,
         "system": state.system,
         "think": state.thinking,
-        "stop": tuple(setup["stop"]),
-        "overflow": setup["overflow"],
+        "stop": state.stops,
+        "overflow": state.overflow,
     }
     if model is None or lasting(model) in (setup["model"], model_of(saved)):
         values |= {"model": model_of(saved), **{key: setup[key] for key in _OF_THE_MODEL if setup[key] is not None}}

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from specchat.chat.settings import KINDS, suggestion
+from specchat.chat.settings import KINDS, overflow, suggestion
 from specchat.cli import options
 from specchat.errors import UsageError
 from specchat.paths import user_path
@@ -133,7 +133,7 @@ RUN_KEYS = (
     Key("stop", _texts),
     _key("system", options.system_prompt),
     Key("think", _flag),
-    _key("overflow", options.overflow),
+    _key("overflow", overflow),
     Key("save", _flag),
     Key("history", _flag),
     Key("raw", _flag),

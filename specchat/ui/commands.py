@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from specchat.chat.settings import KINDS
+from specchat.chat.settings import OVERFLOWS, SETTABLE
 from specchat.ui.completion import Words
 
 
@@ -31,7 +31,8 @@ class Command:
 
 
 def _settings() -> Iterable[str]:
-    return [f"{key}=" for key in KINDS]
+    closed = [f"overflow={word}" for word in OVERFLOWS] + [f"think={word}" for word in ("on", "off", "default")]
+    return [*(f"{key}=" for key in SETTABLE), *closed, "seed=random", "max_tokens=none", "stop=none", "system=none"]
 
 
 def _words(*words: str) -> Callable[[], Iterable[str]]:

@@ -16,6 +16,10 @@ class Interrupts:
     def __init__(self) -> None:
         self._last = float("-inf")
 
+    def forget(self) -> None:
+        """Count the next Ctrl-C as the first one, because the user has done something else since the last."""
+        self._last = float("-inf")
+
     def note(self) -> None:
         """Record one Ctrl-C.
 

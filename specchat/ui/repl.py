@@ -8,6 +8,7 @@ from threading import Event
 
 from specchat.chat import transcript as transcripts
 from specchat.chat.answer import Delta, Turn
+from specchat.chat.assignments import parse_assignment
 from specchat.chat.session import ChatSession
 from specchat.chat.state import Dropped
 from specchat.chat.transcript import Transcript
@@ -115,6 +116,7 @@ class Repl:
             self._is_editing = False
             self._interrupts.note()
             return True
+        self._interrupts.forget()
         self._show_load_warnings()
         return self._handle(text)
 
@@ -283,13 +285,8 @@ class Repl:
         if not assignment:
             self._tell_settings(session.settings())
             return
-        key, sign, value = assignment.partition("=")
-        if not sign:
-            key, _, value = assignment.partition(" ")
-        if not value.strip():
-            raise UsageError("/set takes KEY=VALUE", hint="list the keys with /set")
-        parsed = session.set_sampling(key.strip(), value.strip())
-        self._talk.tell(f"{key.strip()} = {'none' if parsed is None else parsed}")
+        changed = session.set_value(*parse_assignment(assignment))
+        self._talk.tell(f"{changed.name} = {changed.value}")
 
     def think(self, word: str) -> None:
         """Switch thinking on or off, or show or fold the thinking."""

@@ -65,6 +65,7 @@ def session_of(engine, state, journal=None):
         system=state.system,
         thinking=state.thinking,
         exchanges=state.exchanges,
+        stop_texts=state.stops,
         stop_ids=frozenset({EOS}),
         overflow="drop-oldest",
         journal=journal,
@@ -126,8 +127,10 @@ def change(session, rng):
         case "system":
             session.set_system(rng.choice([None, "Be brief.", "Be long."]))
         case "set":
-            session.set_sampling(
-                *rng.choice([("temperature", "0"), ("temperature", "1.2"), ("top_k", "9"), ("seed", "4")])
+            session.set_value(
+                *rng.choice(
+                    [("temperature", "0"), ("temperature", "1.2"), ("top_k", "9"), ("seed", "4"), ("stop", "e")]
+                )
             )
     return kind
 
@@ -136,7 +139,7 @@ def play(engines, path, number):
     """Run a random chat and return its actions and the next answer: in the chat, in a fresh run, and read back."""
     engine, plain = engines
     rng = random.Random(number)
-    opened = Opened({"model": "tiny"}, None, Sampling(temperature=0.8, seed=number), 5, None)
+    opened = Opened({"model": "tiny", "overflow": "drop-oldest"}, None, Sampling(temperature=0.8, seed=number), 5, None)
     journal = Transcript(path)
     session = session_of(engine, state_of([opened]), journal)
     journal(opened)
@@ -152,7 +155,7 @@ def play(engines, path, number):
     journal.close()
     state, saved = session.state, transcript.read(path).state
     assert saved == state, done
-    session.overflow = "stop"
+    session.set_value("overflow", "stop")
     answers = []
     for chat in (session, session_of(plain, state), session_of(plain, saved)):
         if chat is not session:

@@ -61,8 +61,8 @@ def everything_that_can_happen(session):
     finish(session.ask("four"))
     session.drop(1)
     session.set_system("Be long.")
-    session.set_sampling("top-k", "5")
-    session.set_sampling("max_tokens", "50")
+    session.set_value("top-k", "5")
+    session.set_value("max_tokens", "50")
     session.set_thinking(True)
 
 

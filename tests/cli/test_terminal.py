@@ -102,6 +102,22 @@ def test_ctrl_c_clears_the_line_and_a_second_one_exits():
         assert b"Traceback" not in terminal.raw
 
 
+def test_ctrl_c_is_counted_anew_after_a_message_is_sent(tmp_path):
+    gate = tmp_path / "gate"
+    with chat(environment={"FAKE_LEAVE_WITHIN_S": "60", "FAKE_GATE": str(gate)}) as terminal:
+        terminal.send("half a mess")
+        terminal.wait_for("half a mess")
+        terminal.send(CTRL_C)
+        terminal.wait_for_prompt()
+        terminal.send("gated long" + ENTER)
+        terminal.wait_for("word3")
+        terminal.send(CTRL_C)
+        terminal.wait_for("^C stopped")
+        terminal.wait_for_prompt()
+        terminal.send(CTRL_D)
+        assert terminal.exit_code() == 0
+
+
 def test_commands():
     with chat() as terminal:
         terminal.send("/help" + ENTER)

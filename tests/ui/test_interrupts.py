@@ -16,3 +16,5 @@ def test_a_second_ctrl_c_leaves_within_two_seconds_of_the_first(monkeypatch):
     clock.now += 1.9
     with pytest.raises(KeyboardInterrupt):
         interrupts.note()
+    interrupts.forget()
+    interrupts.note()
