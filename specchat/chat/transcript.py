@@ -40,6 +40,7 @@ from specchat.records.generation import Sampling
 
 VERSION = 1
 SUFFIX = ".jsonl"
+MARKDOWN_SUFFIXES = (".md", ".markdown")
 
 _TYPES: dict[str, type[ChatRecord]] = {
     "open": Opened,
@@ -338,7 +339,7 @@ def export(records: Sequence[ChatRecord], path: Path) -> None:
     Raises:
         UsageError: the file exists, or cannot be written.
     """
-    is_markdown = path.suffix.lower() in (".md", ".markdown")
+    is_markdown = path.suffix.lower() in MARKDOWN_SUFFIXES
     text = as_markdown(records) if is_markdown else as_json_lines(records)
     try:
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:

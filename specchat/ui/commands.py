@@ -57,7 +57,7 @@ COMMANDS = (
     ),
     Command(("read",), "FILE", "attach a text file to the next message", None),
     Command(("save",), "[FILE]", "show where the chat is saved, or write a copy (.md: Markdown, else JSON)", None),
-    Command(("load",), "FILE", "replace this chat with the one in FILE", None),
+    Command(("load",), "FILE|ID", "replace this chat with the one in FILE (.md or JSON) or with a saved chat", None),
     Command(("copy",), "", "copy the last answer to the clipboard"),
     Command(("stats",), "", "show the statistics of this chat"),
     Command(("info",), "", "show the plan, the context in use, and the source of each setting"),

@@ -9,6 +9,7 @@ from threading import Event
 from specchat.chat import transcript as transcripts
 from specchat.chat.answer import Delta, Turn
 from specchat.chat.assignments import parse_assignment
+from specchat.chat.copies import read_copy
 from specchat.chat.session import ChatSession
 from specchat.chat.state import Dropped
 from specchat.chat.transcript import Transcript
@@ -343,14 +344,13 @@ class Repl:
             )
 
     def load(self, file: str) -> None:
-        """Replace the chat with the one in a file."""
-        session, path = self._session(), user_path(file)
-        saved = transcripts.read(path)
-        session.load(saved.records, str(path))
-        if saved.repair:
-            self._talk.warn(saved.repair)
+        """Replace the chat with the one in a file or a saved session."""
+        session, copy = self._session(), read_copy(file)
+        session.load(copy.records, copy.source)
+        if copy.repair:
+            self._talk.warn(copy.repair)
         turns = len(session.state.exchanges)
-        self._talk.tell(f"loaded {turns} turn{'' if turns == 1 else 's'} from {path}")
+        self._talk.tell(f"loaded {turns} turn{'' if turns == 1 else 's'} from {copy.source}")
 
     def copy(self) -> None:
         """Copy the last answer to the clipboard."""

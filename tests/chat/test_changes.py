@@ -127,11 +127,7 @@ def change(session, rng):
         case "system":
             session.set_system(rng.choice([None, "Be brief.", "Be long."]))
         case "set":
-            session.set_value(
-                *rng.choice(
-                    [("temperature", "0"), ("temperature", "1.2"), ("top_k", "9"), ("seed", "4"), ("stop", "e")]
-                )
-            )
+            session.set_value(*rng.choice([*SETTINGS, ("stop", "e")]))
     return kind
 
 

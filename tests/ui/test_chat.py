@@ -379,6 +379,10 @@ def test_read_save_and_load(tmp_path):
         say(terminal, "/clear", "chat cleared")
         say(terminal, f"/load {tmp_path}/chat.jsonl", "loaded 1 turn from")
         say(terminal, "/retry", lambda t: t.screen.count("You said: the notes") == 2)
+        say(terminal, "/clear", lambda t: t.screen.count("chat cleared") == 2)
+        say(terminal, f"/load {tmp_path}/chat.md", r"loaded 1 turn from .*chat.md")
+        say(terminal, "/retry", lambda t: t.screen.count("You said: the notes") == 3)
+        say(terminal, "/load nosuch", "no file and no saved chat is named 'nosuch'")
     assert "You said: the notes" in (tmp_path / "chat.md").read_text()
 
 
