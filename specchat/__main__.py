@@ -1,6 +1,19 @@
-"""`python -m specchat`."""
+"""The `specchat` command, and `python -m specchat`."""
 
-from specchat.cli.app import main
+import os
+import signal
+
+
+def main() -> None:
+    """Run the command line; Ctrl-C ends the program without a traceback, even during its imports."""
+    if "_SPECCHAT_COMPLETE" in os.environ:  # the shell asks for completions: there is nobody to tell anything
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        from specchat.cli.app import main as run
+    except KeyboardInterrupt:
+        os._exit(128 + signal.SIGINT)
+    run()
+
 
 if __name__ == "__main__":
     main()

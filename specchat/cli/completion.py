@@ -61,6 +61,17 @@ def words(*known: str) -> Callable[[str], list[str]]:
     return complete
 
 
+def lists(*known: str) -> Callable[[str], list[str]]:
+    """Return a completer for lists of these words, separated by commas."""
+
+    def complete(incomplete: str) -> list[str]:
+        before, comma, last = incomplete.rpartition(",")
+        rest = [word for word in known if word not in before.split(",")]
+        return [f"{before}{comma}{word}" for word in _matching(rest, last)]
+
+    return complete
+
+
 def _matching(candidates: list[str], incomplete: str) -> list[str]:
     return [candidate for candidate in candidates if candidate.startswith(incomplete)]
 

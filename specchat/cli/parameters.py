@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from specchat.chat.settings import OVERFLOWS
-from specchat.cli import completion, options
+from specchat.cli import bench_options, completion, options
 from specchat.records.model import QUANTS
 
 Model = Annotated[
@@ -53,7 +53,12 @@ Ctx = Annotated[
     ),
 ]
 TreeBudget = Annotated[
-    str | None, typer.Option(metavar="N", help="Most draft tokens that one pass checks, or auto. [default: auto]")
+    str | None,
+    typer.Option(
+        metavar="N",
+        autocompletion=completion.words("auto"),
+        help="Most draft tokens that one pass checks, or auto. [default: auto]",
+    ),
 ]
 Dtype = Annotated[
     str | None,
@@ -174,7 +179,11 @@ BenchMaxTokens = Annotated[str | None, typer.Option(metavar="N", help="Longest a
 BenchSeed = Annotated[str | None, typer.Option(metavar="N", help="Seed of the sampling. [default: 0]")]
 Baseline = Annotated[
     str | None,
-    typer.Option(metavar="LIST", help="Compare with plain, accelerate, assisted, or none. [default: plain]"),
+    typer.Option(
+        metavar="LIST",
+        autocompletion=completion.lists(*bench_options.BASELINES, "none"),
+        help="Compare with plain, accelerate, assisted, or none. [default: plain]",
+    ),
 ]
 Cold = Annotated[bool, typer.Option("--cold", help="Drop the model's files from the page cache before every pass.")]
 Passes = Annotated[bool, typer.Option("--passes", help="Also time single passes, and raw reads of the model's files.")]
@@ -182,6 +191,7 @@ Sweep = Annotated[
     str | None,
     typer.Option(
         metavar="OPTION=A,B,C",
+        autocompletion=completion.words(*(f"{name}=" for name in bench_options.SWEEPS)),
         help="Measure each value of tree-budget, vram, ctx, draft, quant, slots or memory. [default: none]",
     ),
 ]
@@ -195,7 +205,11 @@ Compare = Annotated[
 Output = Annotated[
     str | None,
     typer.Option(
-        "--output", "-o", metavar="FORM", help="Report format: table, md, json, jsonl or csv. [default: table]"
+        "--output",
+        "-o",
+        metavar="FORM",
+        autocompletion=completion.words(*bench_options.FORMATS),
+        help="Report format: table, md, json, jsonl or csv. [default: table]",
     ),
 ]
 BenchJson = Annotated[bool, typer.Option("--json", help="Print JSON; short for -o json.")]

@@ -15,6 +15,7 @@ from specchat.cli.ask import asker
 from specchat.cli.options import RunOptions, sampling_sources, without_effect
 from specchat.cli.output import print_line, to_json
 from specchat.cli.sessions import lasting, model_of, path_for, was_with
+from specchat.cli.stdin import read_stdin
 from specchat.errors import EmptyPromptError, UsageError
 from specchat.loading import planning
 from specchat.loading.engine import load_engine, stop_ids
@@ -45,6 +46,7 @@ _INTERRUPTED = 130
 
 def run(options: RunOptions) -> int:
     """Run `specchat run` and return the exit code."""
+    from specchat.chat.templates import check_can_chat
     from specchat.ui.console import talk
     from specchat.ui.progress import TalkReporter
 
@@ -57,10 +59,14 @@ def run(options: RunOptions) -> int:
     if options.plan:
         with TemporaryDirectory(prefix="specchat-") as folder:
             models = sketch_models(options.models, refs, reporter, ask, Path(folder))
-            _print_plan(options, planning.make_plan(options.models, models, reporter, temperature=temperature))
+            planned = planning.make_plan(options.models, models, reporter, temperature=temperature)
+            check_can_chat(planned.models.target.path, base=options.base)
+            _print_plan(options, planned)
         return 0
     models = locate_models(options.models, refs, reporter, ask)
-    return _chat(options, planning.make_plan(options.models, models, reporter, temperature=temperature), prompt, say)
+    planned = planning.make_plan(options.models, models, reporter, temperature=temperature)
+    check_can_chat(planned.models.target.path, base=options.base)
+    return _chat(options, planned, prompt, say)
 
 
 # --- the prompt --------------------------------------------------------------------------------------------------
@@ -80,7 +86,7 @@ def _prompt(options: RunOptions, say: "Talk") -> str | None:
         return None
     if options.prompt is None and can_type:
         say.say("reading the prompt from the terminal; end it with Ctrl-D on a line of its own")
-    piped = "" if options.prompt is not None and can_type else _read_stdin()
+    piped = "" if options.prompt is not None and can_type else read_stdin(say)
     prompt = _joined(piped, options.prompt)
     if not prompt.strip():
         raise EmptyPromptError("the prompt is empty", hint='use specchat run MODEL "QUESTION", or pipe the prompt in')
@@ -93,15 +99,6 @@ def _joined(piped: str, prompt: str | None) -> str:
         return piped
     text = piped.rstrip("\n")
     return f"{text}\n\n{prompt}" if text else prompt
-
-
-def _read_stdin() -> str:
-    if sys.stdin is None:
-        return ""
-    try:
-        return sys.stdin.buffer.read().decode()
-    except UnicodeDecodeError as error:
-        raise UsageError("stdin is not UTF-8 text") from error
 
 
 # --- the plan ----------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from specchat.models import locate
 from specchat.models.catalog.families import known_families
 from specchat.models.catalog.ref import ModelRef, parse_model
 from specchat.models.drafts import DraftChoice, choose_draft, fits, relative_in_cache
+from specchat.models.hf.pairing import check_pair
 from specchat.models.hub.cache import cached_models
 from specchat.models.hub.download import Download, agree
 from specchat.models.locate import Missing
@@ -183,10 +184,16 @@ def refuse_by_configuration(model: Download) -> None:
 def _pair(request: ModelRequest, refs: Refs, target: ModelSource, draft: ModelSource | None, draft_note: str) -> Models:
     """Pair a target with its draft.
 
-    An automatic draft must share the vocabulary. If none was found, a cached model of the same family may replace it.
+    A draft must share the vocabulary. If no automatic one was found, a cached model of the same family may replace it.
+
+    Raises:
+        VocabularyMismatchError: the user named a draft with another vocabulary.
     """
     if draft is not None:
-        if request.draft != "auto" or fits(target, draft):
+        if request.draft != "auto":
+            check_pair(target, draft)
+            return Models(target, draft, "")
+        if fits(target, draft):
             return Models(target, draft, "")
         return Models(target, None, f"plain decoding: {draft.name} has another vocabulary")
     may_have_relatives = request.draft == "auto" and refs.target.kind in ("hub", "folder")

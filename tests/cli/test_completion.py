@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,9 @@ CASES = [
     ("specchat run demo --session ", {"fox", "bear"}),
     ("specchat run demo --dtype b", {"bf16"}),
     ("specchat run demo --overflow ", {"stop", "drop-oldest"}),
+    ("specchat run demo --tree-budget ", {"auto"}),
+    ("specchat bench demo -o j", {"json", "jsonl"}),
+    ("specchat bench demo --baseline plain,a", {"plain,accelerate", "plain,assisted"}),
     (f"specchat run {ROOT}/spec", {f"{ROOT}/specchat/"}),
 ]
 # Commands that print the completions of the command line in $1.
@@ -96,3 +100,18 @@ def test_completion_ignores_a_broken_config_file(home, tmp_path):
         ["specchat"], env=asked | {"SPECCHAT_CONFIG": str(path)}, capture_output=True, text=True, check=True
     )
     assert (done.stdout, done.stderr) == ("demo\n", "")
+
+
+@pytest.mark.parametrize("asked", [{"_SPECCHAT_COMPLETE": "complete_bash"}, {}], ids=["completion", "command"])
+def test_ctrl_c_during_the_imports_leaves_no_traceback(tmp_path, asked):
+    """Use a typer whose import takes ten minutes."""
+    (tmp_path / "typer.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(600)\n")
+    paths = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, "-m", "specchat", "run", "demo"]
+    with subprocess.Popen(
+        command, env=os.environ | paths | asked, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate()[1] == ""
+    assert process.returncode == (-signal.SIGINT if asked else 130)

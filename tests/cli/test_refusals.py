@@ -2,11 +2,16 @@
 
 import builtins
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import transformers as hf
 
+import specchat as public
+
+DEMO = Path(public.__file__).parent / "demo"
 RUN = "cannot run with specchat's attention"
 MASKS = "its own attention masks"
 FUNCTIONS = "its own choice of attention functions"
@@ -56,3 +61,35 @@ def test_refusals_say_why(specchat, tmp_path, kind):
     assert f"'{kind}'" in error and reason in error
     assert not [name for name in EXCEPTIONS if name in error]
     assert all(line.startswith("hint: ") for line in hints) and len(hints) <= 1
+
+
+def plans_and_runs_alike(specchat, *arguments):
+    """Return the error of `--plan`, which is that of the run, too; neither shows a plan."""
+    planned, ran = specchat("run", *arguments, "hi", "--plan"), specchat("run", *arguments, "hi")
+    assert (planned.code, planned.out, planned.err) == (ran.code, ran.out, ran.err)
+    assert ran.out == "" and ran.code == 2
+    return ran.err
+
+
+def test_a_model_without_template_is_refused_before_it_is_loaded(specchat, tmp_path):
+    folder = tmp_path / "target"
+    shutil.copytree(DEMO / "target", folder)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    weights = folder / "model.safetensors"
+    arguments = (str(folder), "--draft", "none", "--device", "cpu")
+    assert "hint: pass --base" in plans_and_runs_alike(specchat, *arguments)
+    assert weights.is_file() and specchat("run", *arguments, "hi", "--plan", "--base").code == 0
+
+
+def test_a_draft_with_another_vocabulary_is_refused_before_it_is_loaded(specchat, tmp_path):
+    folder = tmp_path / "draft"
+    shutil.copytree(DEMO / "draft", folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = dict(zip(vocabulary, reversed(vocabulary.values()), strict=True))
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    error = plans_and_runs_alike(specchat, "demo", "--draft", str(folder), "--device", "cpu")
+    assert "has another vocabulary than 'demo'" in error and "--draft none" in error

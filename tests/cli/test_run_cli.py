@@ -311,6 +311,27 @@ def test_prompt_comes_from_argument_stdin_or_both(fake, prompt, stdin, asked):
     assert fake("run", "demo", *prompt, stdin=stdin).out.strip() == f"You said: {asked}"
 
 
+def test_a_silent_pipe_is_remarked_on():
+    """The remark comes before anything is written to the pipe, and the text still counts."""
+    command = [sys.executable, "-m", "support.fake_cli", "run", "demo", "and more"]
+    environment = os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}", "FAKE_SILENT_S": "0"}
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, env=environment, text=True, **pipes) as process:
+        assert "waiting for the end of standard input" in process.stderr.readline()
+        out, err = process.communicate("a text")
+    assert out.strip() == "You said: a text\n\nand more"
+    assert "waiting" not in err
+
+
+def test_no_remark_on_stdin_without_a_pipe():
+    command = [sys.executable, "-m", "support.fake_cli", "run", "demo", "hello"]
+    environment = os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}", "FAKE_SILENT_S": "0"}
+    done = subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True
+    )
+    assert "waiting" not in done.stderr
+
+
 def test_stop_and_max_tokens(fake):
     stopped = json.loads(fake("run", "demo", "hi. there", "--stop", "zzz", "--stop", ". t", "--json").out)
     assert (stopped["message"]["content"], stopped["finish_reason"]) == ("You said: hi", "stop")

@@ -1,9 +1,10 @@
 """`python -m support.fake_cli ARGUMENTS`: the real command line, screen and keys around an engine without a model.
 
-FAKE_PAUSE_S is the time of a step, FAKE_LEAVE_WITHIN_S that within which a second Ctrl-C leaves. Loading ends when the
-file FAKE_LOAD_GATE exists, and fails with FAKE_LOAD_FAILS. The answer repeats the question, which may ask for something
-special (`TEXTS`). With "held" before it the first step lasts until the file FAKE_GATE exists, with "gated" one half
-way; with "stuck" the first lasts until the chat is left.
+FAKE_PAUSE_S is the time of a step, FAKE_LEAVE_WITHIN_S that within which a second Ctrl-C leaves, FAKE_SILENT_S that
+after which a silent stdin is remarked on. Loading ends when the file FAKE_LOAD_GATE exists, and fails with
+FAKE_LOAD_FAILS. The answer repeats the question, which may ask for something special (`TEXTS`). With "held" before it
+the first step lasts until the file FAKE_GATE exists, with "gated" one half way; with "stuck" the first lasts until the
+chat is left.
 """
 
 import itertools
@@ -15,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+from specchat.cli import stdin
 from specchat.cli.app import main
 from specchat.errors import DoesNotFitError
 from specchat.loading import engine as engine_loading
@@ -126,6 +128,7 @@ def install():
     sys.modules |= {"specchat.engine.engine": engine, "specchat.models.hf.tokenizer": compat}
     planning.make_plan = _plan
     engine_loading.load_planned = lambda _target, _draft, _plan, _reporter: Echo.load()
+    stdin._SILENT_S = float(os.environ.get("FAKE_SILENT_S", stdin._SILENT_S))
     interrupts._LEAVE_WITHIN_S = float(os.environ.get("FAKE_LEAVE_WITHIN_S", interrupts._LEAVE_WITHIN_S))
 
 
