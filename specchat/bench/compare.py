@@ -74,7 +74,7 @@ def comparison_table(comparison: Mapping[str, Any]) -> Table:
     rows = []
     for name, change in comparison["figures"].items():
         if change is None:
-            rows.append((name, "-", "-", "-", "-", "no answers counted"))
+            rows.append((name, "", "", "", "", "no answers counted"))
             continue
         verdict = {True: "significant", False: "may be chance", None: f"fewer than {MIN_QUESTIONS} questions"}
         cells = number(change["a"]), number(change["b"]), ratio(change), number(change["p_value"])
@@ -85,7 +85,7 @@ def comparison_table(comparison: Mapping[str, Any]) -> Table:
         f"A: {comparison['a']['command']} ({comparison['a']['created']}); "
         f"B: {comparison['b']['command']} ({comparison['b']['created']})"
     )
-    return Table("B against A", ("", "A", "B", "B / A", "p", ""), tuple(rows), note)
+    return Table("B against A", ("figure", "A", "B", "B / A", "p", "verdict"), tuple(rows), note)
 
 
 def _head(report: Mapping[str, Any]) -> dict[str, Any]:

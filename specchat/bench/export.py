@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from specchat.bench.tables import Table, notes, report_tables, share_lines
+from specchat.bench.tables import Table, headline, notes, report_tables, share_lines
 
 _COLUMNS = (
     "system",
@@ -29,7 +29,7 @@ _COLUMNS = (
 
 def markdown(report: Mapping[str, Any]) -> str:
     """Return the notes, all tables, and the facts to share with the figures."""
-    parts = [f"**{note}**" for note in notes(report)]
+    parts = [headline(report), *(f"**{note}**" for note in notes(report))]
     parts += [markdown_table(table) for table in report_tables(report)]
     parts.append("\n".join(f"- {name}: {_code(name, value)}" for name, value in share_lines(report)))
     return "\n\n".join(parts)

@@ -1,13 +1,14 @@
 """Reports as tables of text, for the terminal and Markdown; made from the JSON, of older versions too."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from specchat.units import format_bytes, format_rate
 
-_NOTHING = "-"
+_NOTHING = ""
 _MAX_DEPTHS = 12
+_STREAMED = "specchat bench shape:llama-8b --vram 2GiB"
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,46 @@ def share_lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items())),
         (
             "asked",
-            f"{report['questions']['asked']} questions ({settings['prompts']}), {settings['repeats']} repeats, "
+            f"{_counted(report['questions']['asked'], 'question')} ({settings['prompts']}), "
+            f"{_counted(settings['repeats'], 'repeat')}, "
             f"at most {settings['max_tokens']} tokens, seed {settings['seed']}",
         ),
         ("command", report["command"]),
         ("date", report["created"]),
     ]
+
+
+def headline(report: Mapping[str, Any]) -> str:
+    """Return the result in one or two sentences."""
+    if report.get("sweep"):
+        sweep = report["sweep"]
+        best = next(point for point in sweep["points"] if point["value"] == sweep["best"])
+        return f"Fastest with {sweep['option']}={sweep['best']}: {_speed(best['summary'])}."
+    parts = [f"{report['model']} writes {_speed(report['summary'])}"]
+    for baseline in report["baselines"]:
+        parts += _compared(baseline, report.get("speedup") or {})
+    sentence = ", ".join(parts) + "."
+    if report["plan"]["streamed_layers"] or not parts[1:]:
+        return sentence
+    return f"{sentence} Every layer was in memory; to measure one that streams: {_STREAMED}"
+
+
+def _speed(summary: Mapping[str, Any]) -> str:
+    rate = summary["tok_per_s"]["mean"]
+    return "no text that counts" if rate is None else f"about {number(rate, 2)} tokens per second"
+
+
+def _compared(baseline: Mapping[str, Any], speedups: Mapping[str, Any]) -> list[str]:
+    """Return the speed beside a baseline, and whether the texts are equal."""
+    name = "without a draft" if baseline["name"] == "plain" else f"with {baseline['name']}"
+    speedup = speedups.get(baseline["name"])
+    parts = [] if speedup is None else [f"{number(speedup['ratio'], 2)} times as fast as {name}"]
+    match baseline["identical_output"]:
+        case True:
+            parts.append("with the same text")
+        case False:
+            parts.append("with ANOTHER text")
+    return parts
 
 
 def notes(report: Mapping[str, Any]) -> list[str]:
@@ -79,10 +114,22 @@ def notes(report: Mapping[str, Any]) -> list[str]:
         found.append(f"{report['model']}: {report['label']}")
     questions = report["questions"]
     if questions["turns_too_long"]:
-        found.append(f"{questions['turns_too_long']} turns left out: they do not fit into the context")
+        found.append(f"{_counted(questions['turns_too_long'], 'turn')} left out: too long for the context")
     if questions["not_begun"]:
-        found.append(f"{questions['not_begun']} questions left out for lack of time; use --limit N to ask N questions")
+        asked = _counted(questions["not_begun"], "question")
+        found.append(f"{asked} left out for lack of time; use --limit N to ask N questions")
     return found
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
+
+
+def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]], note: str = "") -> Table:
+    """Return a table without the columns that have no cell."""
+    rows = [*rows]
+    kept = [i for i in range(len(header)) if any(row[i] for row in rows)]
+    return Table(title, tuple(header[i] for i in kept), tuple(tuple(row[i] for i in kept) for row in rows), note)
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -143,11 +190,11 @@ def _systems(report: Mapping[str, Any]) -> Table:
     )
     if run_spread is not None:
         note += f"; standard deviation between repeats: {share(run_spread)} of the mean"
-    return Table(
+    return _table(
         "speed",
         (
             "system",
-            "",
+            "sampling",
             "tok/s",
             "TTFT s",
             "tok/pass",
@@ -182,13 +229,13 @@ def _identity(report: Mapping[str, Any]) -> Table:
         (
             baseline["name"],
             {True: "identical", False: "DIFFERENT", None: _NOTHING}[baseline["identical_output"]],
-            f"{baseline['compared_answers']} answers, {baseline['compared_tokens']:,} tokens",
+            f"{_counted(baseline['compared_answers'], 'answer')}, {_counted(baseline['compared_tokens'], 'token')}",
             _difference(baseline),
         )
         for baseline in report["baselines"]
     ]
     note = "accelerate and assisted sample with transformers' own random numbers, so only greedy texts are compared"
-    return Table("identical output", ("baseline", "", "compared", "first difference"), tuple(rows), note)
+    return _table("identical output", ("baseline", "text", "compared", "first difference"), rows, note)
 
 
 def _difference(baseline: Mapping[str, Any]) -> str:
@@ -218,7 +265,7 @@ def _passes(summary: Mapping[str, Any]) -> Iterator[Table]:
         if predicted is not None:
             rows.append(("predicted", milliseconds(predicted), share(predicted / summary["pass_s"])))
         note = "" if predicted is None else f"predicted: {summary['prediction_basis']}"
-        yield Table("time of a mean pass", ("", "time", "share"), tuple(rows), note)
+        yield Table("time of a mean pass", ("part", "time", "share"), tuple(rows), note)
     depths = summary["accept_by_depth"][:_MAX_DEPTHS]
     if depths:
         header = ("depth", *(str(depth) for depth in range(1, len(depths) + 1)))
@@ -249,7 +296,7 @@ def _memory(summary: Mapping[str, Any], plan: Mapping[str, Any]) -> Table:
     if stream["link_bytes_per_s"] is not None:
         rows.append(("link rate without other work", format_rate(stream["link_bytes_per_s"])))
     rows.append(("load time", f"{number(summary['load_s'])} s"))
-    return Table("memory and link", ("", ""), tuple(rows))
+    return Table("memory and link", ("what", "figure"), tuple(rows))
 
 
 def _disk_passes(passes: Mapping[str, Any]) -> Table:
@@ -274,8 +321,8 @@ def _disk_passes(passes: Mapping[str, Any]) -> Table:
         note += f"; specchat takes {number(passes['own_over_resident'])}x the time of a pass with every layer in memory"
     kind = "cold " if passes["cold"] else ""
     where = "" if passes["cold"] else ", files in the page cache"
-    header = ("", "pass", "rate", "share of raw rate", "time / specchat's")
-    return Table(f"{kind}passes of {passes['rows']} rows{where}", header, tuple(rows), note)
+    header = ("system", "pass", "rate", "share of raw rate", "time / specchat's")
+    return _table(f"{kind}passes of {passes['rows']} rows{where}", header, rows, note)
 
 
 def _sweep(sweep: Mapping[str, Any]) -> Table:
@@ -295,7 +342,7 @@ def _sweep(sweep: Mapping[str, Any]) -> Table:
             )
         )
     header = ("tok/s", "tok/pass", "pass", "drafting", "resident + streamed", "device memory", "speedup over")
-    return Table(f"by {sweep['option']}", (sweep["option"], *header), tuple(rows))
+    return _table(f"by {sweep['option']}", (sweep["option"], *header), rows)
 
 
 def _memory_against_speed(sweep: Mapping[str, Any]) -> list[Table]:
@@ -319,7 +366,7 @@ def _memory_against_speed(sweep: Mapping[str, Any]) -> list[Table]:
         f"ratios are to {sweep['option']}={points[0]['value']}, those of speed over pairs of answers [95% interval]"
     )
     header = (sweep["option"], "planned", "counted", "planned / first", "tok/s", "speed / first")
-    return [Table("memory against speed", header, rows, note)]
+    return [_table("memory against speed", header, rows, note)]
 
 
 def _left_out(runs: Sequence[Mapping[str, Any]]) -> Table:
@@ -332,5 +379,5 @@ def _left_out(runs: Sequence[Mapping[str, Any]]) -> Table:
         for run in runs
         if not run["counted"]
     }
-    header = ("answer", "", "distinct 4-grams")
+    header = ("answer", "sampling", "distinct 4-grams")
     return Table("answers that repeat themselves, left out of means", header, tuple(sorted(rows)))

@@ -10,7 +10,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from specchat.bench.runner import Progress
-from specchat.bench.tables import Table, notes, number, report_tables, share_lines
+from specchat.bench.tables import Table, headline, notes, number, report_tables, share_lines
 from specchat.ui.console import Talk, neutral, report_console
 
 _LOG_EVERY_S = 30.0
@@ -78,6 +78,7 @@ class ReportView:
 
     def report(self, report: Mapping[str, Any]) -> None:
         """Print a whole report."""
+        self._console.print(Text(neutral(headline(report)), "bold"))
         for note in notes(report):
             self._console.print(Text(neutral(note), "yellow"))
         for table in report_tables(report):

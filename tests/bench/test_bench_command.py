@@ -18,7 +18,7 @@ from support.terminal import Terminal
 from specchat.bench import measure
 from specchat.bench.readme import BEGIN, END, SWEEPS_BEGIN, SWEEPS_END, main, with_measured
 from specchat.bench.setup import left_out
-from specchat.bench.tables import report_tables, share
+from specchat.bench.tables import report_tables, share, share_lines
 from specchat.cli import bench
 from specchat.cli.app import run_command_line
 from specchat.errors import UsageError
@@ -74,6 +74,16 @@ def test_demo_against_every_baseline(reports):
     split = report["summary"]["pass_split"]
     assert sum(split.values()) == pytest.approx(report["summary"]["pass_s"])
     assert {run["temperature"] for run in report["runs"]} == {0.0, 0.7}
+
+
+def test_tables_have_no_empty_headers_columns_or_dashes(reports):
+    for path in reports:
+        report = json.loads(path.read_text())
+        for table in report_tables(report):
+            assert all(table.header), table
+            assert all(any(column) for column in zip(*table.rows, strict=True)), table
+            assert "-" not in {cell for row in table.rows for cell in row}
+        assert dict(share_lines(report))["asked"].startswith("1 question (built-in), 1 repeat, ")
 
 
 def test_same_seed_gives_same_tokens(reports):
@@ -329,7 +339,7 @@ def test_readme_command_writes_reports_into_a_page(tmp_path, reports):
     main([str(page), str(reports[0])])
     text = page.read_text()
     assert "old" not in text
-    assert text.startswith(f"before\n\n{BEGIN}\n\n**")
+    assert text.startswith(f"before\n\n{BEGIN}\n\ndemo writes about ")
     assert text.endswith(f"{END}\n\nafter\n")
     main([str(page), str(reports[0])])
     assert page.read_text() == text

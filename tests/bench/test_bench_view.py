@@ -4,7 +4,7 @@ import io
 from types import SimpleNamespace
 
 from specchat.bench.runner import Progress
-from specchat.bench.tables import Table, milliseconds, number, ratio, share, spread
+from specchat.bench.tables import Table, headline, milliseconds, number, ratio, share, spread
 from specchat.ui.bench_view import BenchLine, ReportView, chart_lines, progress_line
 from specchat.ui.console import Talk
 
@@ -66,11 +66,35 @@ def test_numbers_have_three_digits():
         "1.50",
         "12.3",
         "1,234",
-        "-",
+        "",
     ]
     assert spread({"mean": 2.0, "sd": 0.5}) == "2.00 ± 0.500"
-    assert spread({"mean": None, "sd": None}) == "-"
+    assert spread({"mean": None, "sd": None}) == ""
     assert ratio({"ratio": 2.0, "low": 1.5, "high": 2.5}) == "2.00x [1.50, 2.50]"
-    assert ratio(None) == "-"
-    assert (share(0.953), share(0.0123), share(None)) == ("95%", "1.2%", "-")
+    assert ratio(None) == ""
+    assert (share(0.953), share(0.0123), share(None)) == ("95%", "1.2%", "")
     assert milliseconds(0.0123) == "12.3 ms"
+
+
+def report_of(streamed=4, baselines=(), speedup=None, rate=7.43):
+    return {
+        "model": "org/name",
+        "plan": {"streamed_layers": streamed},
+        "summary": {"tok_per_s": {"mean": rate}},
+        "baselines": [{"name": name, "identical_output": same} for name, same in baselines],
+        "speedup": speedup or {},
+        "sweep": None,
+    }
+
+
+def test_the_headline_is_one_sentence():
+    assert headline(report_of()) == "org/name writes about 7.4 tokens per second."
+    assert headline(report_of(rate=None)) == "org/name writes no text that counts."
+    plain = headline(report_of(baselines=[("plain", True)], speedup={"plain": {"ratio": 4.12}}))
+    assert plain == (
+        "org/name writes about 7.4 tokens per second, 4.1 times as fast as without a draft, with the same text."
+    )
+    other = headline(report_of(baselines=[("assisted", False)]))
+    assert other == "org/name writes about 7.4 tokens per second, with ANOTHER text."
+    resident = headline(report_of(streamed=0, baselines=[("plain", True)]))
+    assert "Every layer was in memory; to measure one that streams: specchat bench shape:" in resident
