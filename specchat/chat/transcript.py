@@ -251,6 +251,11 @@ class Transcript:
         return self.path.stem if self.path else None
 
     @property
+    def is_on_disk(self) -> bool:
+        """Whether anything of the session was written."""
+        return self._good_bytes > 0
+
+    @property
     def records(self) -> Sequence[ChatRecord]:
         """All records so far."""
         return self._records

@@ -159,6 +159,8 @@ def _run(
 
     resumed = sessions.resumed(session, continues=continue_)
     file, aliases = settings.config_file(config)
+    model, prompt = sessions.arguments(model, prompt, resumed, aliases)
+    given |= {"model": model}
     layers = [
         _flags(given, settings.RUN_KEYS),
         *sessions.layers(resumed, model and aliases.get(model, model)),
@@ -166,6 +168,7 @@ def _run(
         file,
     ]
     chosen = settings.resolve(settings.RUN_KEYS, layers, aliases)
+    sessions.check_new(session, resumed, chosen.model("model"))
     checked = options.RunOptions(
         models=_model_request(chosen, chosen.model("model")),
         seed=chosen.get("seed"),

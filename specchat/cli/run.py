@@ -14,7 +14,7 @@ from specchat.chat.settings import random_seed
 from specchat.cli.ask import asker
 from specchat.cli.options import RunOptions, sampling_sources, without_effect
 from specchat.cli.output import print_line, to_json
-from specchat.cli.sessions import lasting, model_of, path_for, was_with
+from specchat.cli.sessions import lasting, model_of, new_chat_note, path_for, resume_command, was_with
 from specchat.cli.stdin import read_stdin
 from specchat.errors import EmptyPromptError, UsageError
 from specchat.loading import planning
@@ -264,6 +264,8 @@ def _transcript(options: RunOptions, say: "Talk", *, interactive: bool) -> "Iter
         say.say(f"session {saved.session_id}: {_turns(saved)} so far", "dim")
         if saved.repair is not None:
             say.warn(saved.repair)
+    elif options.session_id is not None:
+        say.say(new_chat_note(options.session_id), "dim")
     transcript = Transcript(path_for(options, interactive=interactive), saved)
     try:
         yield transcript
@@ -304,8 +306,15 @@ def _interactive(parts: _Parts, view: "ChatView") -> int:
     try:
         open_chat(Chat(loading, parts.transcript, parts.settings), view, history_file=history)
     finally:
+        _say_how_to_resume(parts.transcript, view.talk)
         loading.close(lambda session: session.engine.close())
     return 0
+
+
+def _say_how_to_resume(transcript: "Transcript", say: "Talk") -> None:
+    """Name the command that resumes the chat, if anything of it was saved."""
+    if transcript.session_id is not None and transcript.is_on_disk:
+        say.say(f"resume this chat with: {resume_command(transcript.session_id)}", "dim")
 
 
 def _answer_as_text(session: "ChatSession", view: "ChatView", prompt: str) -> int:

@@ -1,5 +1,7 @@
 """Saved chats on the command line: which one to resume, and the settings it restores."""
 
+import difflib
+from collections.abc import Container
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -8,11 +10,14 @@ from specchat.chat import transcript
 from specchat.chat.transcript import Saved
 from specchat.cli.options import RunOptions
 from specchat.cli.settings import Layer
-from specchat.errors import UsageError
+from specchat.errors import ModelNotFoundError, SpecchatError, UsageError
+from specchat.models.catalog.ref import parse_model
+from specchat.models.catalog.suggest import looks_like_prompt
 from specchat.records.model import ModelSource
 
 # Settings of a session that are valid only for its own model.
 _OF_THE_MODEL = ("draft", "quant", "dtype", "ctx")
+_MOST_SHOWN = 3
 
 
 def resumed(session_id: str | None, *, continues: bool) -> Saved | None:
@@ -35,6 +40,77 @@ def resumed(session_id: str | None, *, continues: bool) -> Saved | None:
         return None
     path = transcript.path_of(session_id)
     return transcript.read(path) if transcript.has_begun(path) else None
+
+
+def arguments(
+    model: str | None, prompt: str | None, resumed: Saved | None, aliases: Container[str]
+) -> tuple[str | None, str | None]:
+    """Return MODEL and PROMPT; a lone argument beside a resumed chat is its PROMPT, unless it has the form of a model.
+
+    Args:
+        model: first argument, or None.
+        prompt: second argument, or None.
+        resumed: the chat to resume, or None.
+        aliases: names that the user gave to models.
+    """
+    is_alone = resumed is not None and model is not None and prompt is None
+    if not is_alone or model in aliases or (model is not None and _may_be_model(model)):
+        return model, prompt
+    return None, model
+
+
+def _may_be_model(text: str) -> bool:
+    """Return whether a text has the form of a model, or is a short name such as llama3.2 that stands for one."""
+    try:
+        parse_model(text)
+    except ModelNotFoundError:
+        return not looks_like_prompt(text) and any(character.isdigit() or character in "/:" for character in text)
+    except SpecchatError:
+        pass
+    return True
+
+
+def check_new(session_id: str | None, resumed: Saved | None, model: str | None) -> None:
+    """Refuse to begin a chat under a new name without a model: the name is probably misspelt.
+
+    Args:
+        session_id: name of the chat, or None.
+        resumed: the saved chat of this name, or None.
+        model: MODEL from the arguments or the settings, or None.
+
+    Raises:
+        UsageError: the name is new, and no model is given.
+    """
+    if session_id is not None and resumed is None and model is None:
+        raise UsageError(f"there is no saved chat '{session_id}'", hint=_hint(session_id))
+
+
+def new_chat_note(session_id: str) -> str:
+    """Return the note about a chat that begins under a name, with the saved chat that may have been meant."""
+    close = difflib.get_close_matches(session_id, _names(), n=1)
+    return f"session {session_id}: a new chat" + (f" (did you mean {close[0]}?)" if close else "")
+
+
+def resume_command(session_id: str) -> str:
+    """Return the command that resumes a chat: the short one if the chat is the last one."""
+    last = transcript.last_session()
+    is_last = last is not None and last.stem == session_id
+    return f"specchat run {'-c' if is_last else f'--session {session_id}'}"
+
+
+def _hint(session_id: str) -> str:
+    names = _names()
+    close = difflib.get_close_matches(session_id, names, n=1)
+    if close:
+        return f"did you mean {close[0]}?"
+    if not names:
+        return "start one with specchat run MODEL"
+    more = f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""
+    return f"the last ones are {', '.join(names[:_MOST_SHOWN])}{more}; to begin a new chat, name a MODEL"
+
+
+def _names() -> list[str]:
+    return [path.stem for path in transcript.all_sessions()]
 
 
 def layers(saved: Saved | None, model: str | None) -> list[Layer]:

@@ -6,7 +6,7 @@ from threading import Event
 
 from specchat.chat.answer import Delta, Turn
 from specchat.chat.session import ChatSession
-from specchat.chat.state import Dropped
+from specchat.chat.state import Dropped, Exchange
 from specchat.planner.explain import ExplainedPlan
 from specchat.records.chat import Setting
 from specchat.records.generation import Step
@@ -25,6 +25,9 @@ from specchat.units import GIB, MIB, format_bytes
 from specchat.version import __version__
 
 _POLL_S = 0.2
+# Lines of a resumed chat that are shown again.
+_QUESTION_LINES = 3
+_ANSWER_LINES = 12
 
 
 class ChatView:
@@ -51,6 +54,11 @@ class ChatView:
     def banner(self, target: ModelSource, chosen: ExplainedPlan, draft_note: str) -> None:
         """Show model, draft, plan and predicted speed, before anything is loaded."""
         for line in banner_lines(target, chosen, draft_note):
+            self.talk.say(line, "dim")
+
+    def recall(self, exchange: Exchange) -> None:
+        """Show the last question and answer of a resumed chat, dimmed; of a long one, the ends that matter."""
+        for line in recalled_lines(exchange):
             self.talk.say(line, "dim")
 
     def follow(
@@ -292,6 +300,16 @@ def stopped_line(turn: Turn) -> str:
     if not turn.token_ids:
         return "^C stopped before the first token · nothing kept"
     return f"^C stopped · {turn.usage.completion_tokens:,} tok · {turn.timings.tok_per_s:.1f} tok/s"
+
+
+def recalled_lines(exchange: Exchange) -> list[str]:
+    """Return the start of a question and the end of its answer."""
+    question = exchange.question.strip().splitlines()
+    answer = exchange.answer.content.strip().splitlines()
+    first = [f"{'  ' if i else '> '}{line}" for i, line in enumerate(question[:_QUESTION_LINES])]
+    first += ["  …"] if len(question) > _QUESTION_LINES else []
+    last = ["…"] if len(answer) > _ANSWER_LINES else []
+    return [*first, "", *last, *answer[-_ANSWER_LINES:]]
 
 
 def dropped_line(dropped: Dropped) -> str:

@@ -11,7 +11,7 @@ from specchat.chat.answer import Delta, Turn
 from specchat.chat.assignments import parse_assignment
 from specchat.chat.copies import read_copy
 from specchat.chat.session import ChatSession
-from specchat.chat.state import Dropped
+from specchat.chat.state import Dropped, state_of
 from specchat.chat.transcript import Transcript
 from specchat.errors import PromptTooLongError, SessionError, SpecchatError, UsageError
 from specchat.paths import user_path
@@ -96,6 +96,10 @@ class Repl:
             if note:
                 self._talk.warn(note)
         self._talk.say("type /help for commands, Ctrl-D to exit", "dim")
+        if exchanges := state_of(self._chat.transcript.records).exchanges:
+            self._talk.say("")
+            self._view.recall(exchanges[-1])
+            self._talk.say("")
         # Between answer and prompt a single Ctrl-C has nothing to stop, and must not end the chat.
         with typing_ahead(sys.stdin), self._interrupts.setting(Event()):
             while self._take_turn():

@@ -202,6 +202,28 @@ def test_invalid_session_options_are_refused(fake, arguments, code, word):
     assert (result.code, word in result.err) == (code, True)
 
 
+def test_a_lone_argument_beside_a_resumed_chat_is_the_prompt(fake):
+    fake("run", "demo", "hi", "--session", "fox")
+    assert fake("run", "-c", "And now?").out == "You said: And now?\n"
+    assert fake("run", "-c", "continue").out == "You said: continue\n"
+    assert fake("run", "--session", "fox", "more please").out == "You said: more please\n"
+    assert questions("fox") == ["hi", "And now?", "continue", "more please"]
+    assert fake("run", "-c", "demo", stdin=b"as a model").out == "You said: as a model\n"
+    for model in ("./nosuch", "org/nosuch", "llama3.2"):  # models, if misspelt or missing
+        assert fake("run", "-c", model, "--offline", stdin=b"x").code == 3
+    assert len(questions("fox")) == 5
+
+
+def test_a_new_session_says_so(fake):
+    assert "session fox: a new chat\n" in fake("run", "demo", "hi", "--session", "fox").err
+    assert "a new chat" not in fake("run", "demo", "hi", "--session", "fox").err
+    assert "session foxy: a new chat (did you mean fox?)" in fake("run", "demo", "hi", "--session", "foxy").err
+    missing = fake("run", "--session", "nosuch", stdin=b"hi")
+    assert (missing.code, missing.out) == (2, "")
+    assert "error: there is no saved chat 'nosuch'" in missing.err and "the last ones are foxy, fox" in missing.err
+    assert "did you mean foxy?" in fake("run", "--session", "fxy", stdin=b"hi").err
+
+
 def test_damaged_session_is_an_error(fake):
     fake("run", "demo", "hi", "--session", "fox")
     path = transcript.path_of("fox")

@@ -435,3 +435,32 @@ def test_exit_commands(word):
     with chat() as terminal:
         terminal.send(word + ENTER)
         assert terminal.exit_code() == 0
+
+
+# --- resuming ----------------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_chat_shows_where_it_was(tmp_path):
+    environment = {"SPECCHAT_STATE_DIR": str(tmp_path)}
+    with chat("--session", "fox", environment=environment) as terminal:
+        say(terminal, "the first", "You said: the first")
+        say(terminal, "the last", "You said: the last")
+        terminal.send(CTRL_D)
+        assert terminal.exit_code() == 0
+        assert terminal.screen.endswith("resume this chat with: specchat run -c")
+    with chat("-c", environment=environment) as terminal:
+        assert "session fox: 2 turns so far" in terminal.screen
+        assert "> the last\n\nYou said: the last\n\n>" in terminal.screen
+        assert "the first" not in terminal.screen
+        assert b"\x1b[2mYou said: the last" in terminal.raw
+        say(terminal, "and now", "You said: and now")
+        terminal.send("/exit" + ENTER)
+        assert terminal.exit_code() == 0
+
+
+def test_leaving_an_unsaved_chat_names_no_way_back():
+    with chat("--no-save") as terminal:
+        say(terminal, "one", "You said: one")
+        terminal.send(CTRL_D)
+        assert terminal.exit_code() == 0
+        assert "resume" not in terminal.screen

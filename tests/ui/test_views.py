@@ -9,11 +9,12 @@ from support.fake_engine import CHOSEN, MEMORY, PLAN
 from support.loading import changed
 
 from specchat.chat.answer import Speculation, Timings, Turn, Usage
+from specchat.chat.state import Exchange
 from specchat.records.chat import Message
 from specchat.records.generation import Step
 from specchat.records.model import ModelSource
 from specchat.records.plan import LedgerItem
-from specchat.ui.chat_view import banner_lines, plan_line, stats_line, step_line, stopped_line
+from specchat.ui.chat_view import banner_lines, plan_line, recalled_lines, stats_line, step_line, stopped_line
 from specchat.ui.console import AnswerStream, Talk, neutral
 from specchat.ui.plan_view import plan_text
 
@@ -62,6 +63,14 @@ def test_stats_line():
     )
     assert stats_line(TURN, PLAN).endswith("· RAM 9.9")
     assert stopped_line(TURN) == "^C stopped · 212 tok · 7.4 tok/s"
+
+
+def test_of_a_long_exchange_the_ends_are_recalled():
+    exchange = Exchange("a\nb\nc\nd", Message("assistant", "\n".join(f"line {i}" for i in range(20))))
+    lines = recalled_lines(exchange)
+    assert lines[:7] == ["> a", "  b", "  c", "  …", "", "…", "line 8"]
+    assert lines[-1] == "line 19"
+    assert recalled_lines(Exchange("q", Message("assistant", "a"))) == ["> q", "", "a"]
 
 
 def test_banner_names_the_model_and_the_draft():
