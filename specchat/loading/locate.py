@@ -11,7 +11,8 @@ from specchat.loading.checking import check_model
 from specchat.loading.request import Ask, ModelRequest, Reporter
 from specchat.models import locate
 from specchat.models.catalog.families import known_families
-from specchat.models.catalog.ref import ModelRef, parse_model
+from specchat.models.catalog.ref import SHAPE_PREFIX, ModelRef, parse_model
+from specchat.models.catalog.shape import Shape
 from specchat.models.drafts import DraftChoice, choose_draft, fits, relative_in_cache
 from specchat.models.hf.pairing import check_pair
 from specchat.models.hub.cache import cached_models
@@ -21,6 +22,8 @@ from specchat.records.model import ModelSource, Quant
 from specchat.units import format_bytes
 
 _MOST_SHOWN = 8
+# Smaller synthetic models are written without a question.
+_LARGE_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
@@ -163,9 +166,29 @@ def _obtain_both(request: ModelRequest, refs: Refs, found: _Found, reporter: Rep
     for each in downloads:
         refuse_by_configuration(each)
     agree(downloads, lambda missing: ask(_download_question(missing, found.target)))
+    for shape in (found.target, found.draft):
+        if isinstance(shape, Shape):
+            _agree_to_write(shape, ask)
     target = _obtain(found.target, reporter)
     draft = None if found.draft is None else _obtain(found.draft, reporter)
     return _pair(request, refs, target, draft, found.draft_note)
+
+
+def _agree_to_write(shape: Shape, ask: Ask) -> None:
+    """Ask before a large synthetic model is written.
+
+    Raises:
+        UsageError: the user declined.
+    """
+    from specchat.models.packs.inventory import packs_folder
+    from specchat.models.synthetic.layers import bytes_to_write  # imports torch
+
+    size = bytes_to_write(shape)
+    if size <= _LARGE_BYTES:
+        return
+    what = f"the synthetic model {SHAPE_PREFIX}{shape.label} ({format_bytes(size)})"
+    if not ask(f"write {what} to {packs_folder()}? it may be deleted afterwards"):
+        raise UsageError(f"writing {what} was not confirmed", hint="add --yes to write it without a question")
 
 
 def refuse_by_configuration(model: Download) -> None:

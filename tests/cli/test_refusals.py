@@ -93,3 +93,19 @@ def test_a_draft_with_another_vocabulary_is_refused_before_it_is_loaded(specchat
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     error = plans_and_runs_alike(specchat, "demo", "--draft", str(folder), "--device", "cpu")
     assert "has another vocabulary than 'demo'" in error and "--draft none" in error
+
+
+SMALL_SHAPE = "shape:hidden=256,layers=8,heads=4,kv_heads=2,head_dim=64,mlp=704"
+
+
+def test_a_large_synthetic_model_is_not_written_without_a_question(specchat, monkeypatch, tmp_path):
+    monkeypatch.setenv("SPECCHAT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("specchat.loading.locate._LARGE_BYTES", 1 << 20)
+    arguments = ("run", SMALL_SHAPE, "hi", "--device", "cpu", "--max-tokens", "1", "--quant", "none")
+    refused = specchat(*arguments)
+    assert (refused.code, refused.out) == (2, "")
+    assert "was not confirmed" in refused.err and "hint: add --yes to write it without a question" in refused.err
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert specchat(*arguments, "--plan").code == 0  # a plan writes nothing
+    assert specchat(*arguments, "--yes").code == 0
+    assert specchat(*arguments).code == 0  # it is there now

@@ -25,7 +25,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("small")
     paths = {f"SPECCHAT_{name}_DIR": str(folder / name.lower()) for name in ("CACHE", "STATE")}
     environment = os.environ | paths | {"PYTHONPATH": str(Path(__file__).parents[2]), "SPECCHAT_DEVICE": "cpu"}
-    prepare = [*COMMAND, "--quant", "none", "--max-tokens", "1"]
+    prepare = [*COMMAND, "--yes", "--quant", "none", "--max-tokens", "1"]
     subprocess.run(prepare, env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=True)
     weights = list(folder.rglob("*.safetensors"))
     assert sum(file.stat().st_size for file in weights) >= 2 * LIMIT

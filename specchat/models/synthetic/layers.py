@@ -307,6 +307,13 @@ def _config(shape: Shape, demo: Mapping[str, Any]) -> dict[str, Any]:
 # --- the cache ---------------------------------------------------------------------------------------------------
 
 
+def bytes_to_write(shape: Shape, *, seed: int = 0) -> int:
+    """Return the bytes that `materialise` would write; 0 if the shape's pack exists."""
+    layers = _layers(shape, seed)
+    pack = open_pack(_key(shape, seed), lambda _: None)
+    return 0 if pack is not None and pack.fits(layers) else _num_bytes(layers)
+
+
 def materialise(
     shape: Shape, *, seed: int = 0, progress: Progress | None = None, warn: Callable[[str], None] = lambda _: None
 ) -> ModelSource:
