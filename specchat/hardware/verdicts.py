@@ -32,7 +32,7 @@ class Verdict:
         topic: subject in a word or two.
         text: finding.
         hint: possible improvement; None if all is well.
-        share: length of the bar: used share of memory, or rate relative to the fastest; None for no bar.
+        share: length of the bar: share of memory or disk in use; None for no bar.
     """
 
     level: Level
@@ -225,7 +225,6 @@ def _disk(hardware: Hardware) -> Verdict:
 
 def _rates(measured: Measured, hardware: Hardware) -> Iterator[Verdict]:
     links = measured.links
-    fastest = max((rate for rate in vars(links).values() if rate), default=None)
     for topic, rate, level, hint in (
         ("pinned to GPU", links.h2d_pinned_bytes_per_s, *_against_pcie(measured, hardware)),
         ("pageable to GPU", links.h2d_pageable_bytes_per_s, "ok", None),
@@ -233,8 +232,8 @@ def _rates(measured: Measured, hardware: Hardware) -> Iterator[Verdict]:
         ("RAM copy", links.ram_copy_bytes_per_s, "ok", None),
         ("disk read", links.disk_read_bytes_per_s, *_against_ssd(links, measured)),
     ):
-        if rate is not None and fastest is not None:
-            yield Verdict(level, topic, format_rate(rate), hint, rate / fastest)
+        if rate is not None:
+            yield Verdict(level, topic, format_rate(rate), hint)
     if links.disk_read_bytes_per_s is None:
         hint = "set SPECCHAT_CACHE_DIR to a writable folder"
         yield Verdict("warn", "disk read", f"not measured: cannot write to {from_home(hardware.disk.path)}", hint)

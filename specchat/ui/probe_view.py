@@ -142,7 +142,7 @@ def _level(verdict: Verdict) -> Text:
 def _body(verdict: Verdict) -> Text:
     parts: list[str | tuple[str, str]] = []
     if verdict.share is not None:
-        parts += [(bar(verdict.share), "cyan"), "  "]
+        parts += [(bar(verdict.share), "cyan"), f" {verdict.share:.0%} in use; "]
     parts.append(neutral(verdict.text))
     if verdict.hint:
         parts.append((f"\n→ {neutral(verdict.hint)}", _STYLES[verdict.level]))
