@@ -36,7 +36,7 @@ FOLDERS = {
         {"packs", "sizes"},
         {"synthetic"},
         {"locate"},
-        {"drafts"},
+        {"drafts", "installed"},
     ],
     "models/quant": [
         {"kernels"},

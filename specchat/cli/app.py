@@ -38,9 +38,10 @@ app = typer.Typer(
 
 # Commands of similar tools, and what does the same here.
 _ELSEWHERE = {
-    **dict.fromkeys(("list", "ls", "models"), "`specchat run` without MODEL lists the models on this disk"),
+    **dict.fromkeys(("list", "ls", "ps"), "`specchat models` lists the models on this disk"),
     **dict.fromkeys(("pull", "download", "get"), "`specchat run MODEL` downloads a missing model after asking"),
-    **dict.fromkeys(("rm", "remove", "delete"), "models lie in the cache of the hub: `hf cache rm` removes them"),
+    **dict.fromkeys(("rm", "remove", "delete"), "`specchat models rm NAME` removes a model"),
+    **dict.fromkeys(("logs", "history", "chats"), "`specchat sessions` lists the saved chats"),
     **dict.fromkeys(("show", "info"), "`specchat probe MODEL` shows the plan and the speed of a model"),
     **dict.fromkeys(("chat", "generate", "start"), "`specchat run MODEL` starts a chat"),
     "serve": "this version has no server; `specchat run MODEL` starts a chat",
@@ -136,6 +137,7 @@ def _run(
     max_tokens: parameters.MaxTokens = None,
     stop: parameters.Stop = None,
     system: parameters.System = None,
+    file: parameters.File = None,
     think: parameters.Think = None,
     overflow: parameters.Overflow = None,
     base: parameters.Base = False,
@@ -158,14 +160,14 @@ def _run(
     from specchat.cli.run import run
 
     resumed = sessions.resumed(session, continues=continue_)
-    file, aliases = settings.config_file(config)
+    config_file, aliases = settings.config_file(config)
     model, prompt = sessions.arguments(model, prompt, resumed, aliases)
     given |= {"model": model}
     layers = [
         _flags(given, settings.RUN_KEYS),
         *sessions.layers(resumed, model and aliases.get(model, model)),
         settings.environment(),
-        file,
+        config_file,
     ]
     chosen = settings.resolve(settings.RUN_KEYS, layers, aliases)
     sessions.check_new(session, resumed, chosen.model("model"))
@@ -193,6 +195,10 @@ def _run(
         plan=plan,
         verbose=verbose,
         raw=chosen.get("raw", False),
+        files=options.files(file),
+        vi=chosen.get("vi", False),
+        bell=chosen.get("bell", False),
+        aliases=aliases,
         resume=resumed,
         session_id=session,
         saves=chosen.get("save", True),
@@ -298,6 +304,34 @@ def _probe(
     return partial(probe, check_combination(checked))
 
 
+@app.command("models")
+def _models(
+    *,
+    action: parameters.ModelsAction = None,
+    name: parameters.InstalledNames = None,
+    json: parameters.ProbeJson = False,
+    yes: parameters.YesRemove = False,
+) -> _Action:
+    """List or remove the models on this disk."""
+    from specchat.cli.models_command import check, manage_models
+
+    return partial(manage_models, check(action, name, json=json, yes=yes))
+
+
+@app.command("sessions")
+def _sessions(
+    *,
+    action: parameters.SessionsAction = None,
+    words: parameters.SessionWords = None,
+    json: parameters.ProbeJson = False,
+    yes: parameters.YesRemove = False,
+) -> _Action:
+    """List, search, show or remove saved chats."""
+    from specchat.cli.sessions_command import check, manage_sessions
+
+    return partial(manage_sessions, check(action, words, json=json, yes=yes))
+
+
 def _parse(arguments: Sequence[str]) -> int | _Action | None:
     """Parse the arguments. Return the work to do, or the exit code of work already done, such as --help.
 
@@ -317,7 +351,11 @@ def _as_usage_error(error: Exception, arguments: Sequence[str]) -> UsageError:
     message = " ".join(str(getattr(error, "format_message", error.__str__)()).split()).rstrip(".")
     if message.startswith("No such command") and (hint := _command_hint(arguments)):
         return UsageError(f"there is no command '{arguments[0]}'", hint=hint)
-    command = f"specchat {arguments[0]}" if arguments and arguments[0] in ("run", "bench", "probe") else "specchat"
+    command = (
+        f"specchat {arguments[0]}"
+        if arguments and arguments[0] in ("run", "bench", "probe", "models", "sessions")
+        else "specchat"
+    )
     return UsageError(message[:1].lower() + message[1:], hint=f"{command} --help lists what it takes")
 
 

@@ -52,6 +52,13 @@ def sessions(incomplete: str) -> list[str]:
     return _matching([path.stem for path in transcript.all_sessions()], incomplete)
 
 
+def installed(incomplete: str) -> list[str]:
+    """Complete the models and packs on this disk."""
+    from specchat.models.installed import find_installed
+
+    return _matching(sorted({each.name for each in find_installed()}), incomplete)
+
+
 def words(*known: str) -> Callable[[str], list[str]]:
     """Return a completer for a fixed list of words."""
 

@@ -130,6 +130,10 @@ System = Annotated[
     str | None,
     typer.Option(metavar="TEXT|@FILE", help="System prompt, or @FILE to read it from FILE. [default: none]"),
 ]
+File = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATH", help="Send a text file with the first message; may be repeated. [default: none]"),
+]
 Think = Annotated[
     bool | None,
     typer.Option(
@@ -221,3 +225,26 @@ Verify = Annotated[
     bool, typer.Option("--verify", help="Check every pack against its checksums; exit 3 if one is damaged.")
 ]
 ProbeQuiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the report and errors.")]
+ModelsAction = Annotated[
+    str | None,
+    typer.Argument(metavar="ACTION", autocompletion=completion.words("list", "rm"), help="list or rm. [default: list]"),
+]
+InstalledNames = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="NAME", autocompletion=completion.installed, help="For rm: a model or a pack's folder."),
+]
+SessionsAction = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="ACTION",
+        autocompletion=completion.words("list", "search", "show", "rm"),
+        help="list, search, show or rm. [default: list]",
+    ),
+]
+SessionWords = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="ID|TEXT", autocompletion=completion.sessions, help="For show and rm: chats. For search: a text."
+    ),
+]
+YesRemove = Annotated[bool, typer.Option("--yes", help="Remove without asking.")]

@@ -64,7 +64,7 @@ def test_summary_fits_on_a_terminal_of_80_columns(name):
     shown = subprocess.run(
         [sys.executable, "-m", "specchat", "--help"], capture_output=True, text=True, check=True, env={"COLUMNS": "80"}
     ).stdout
-    assert f"  {name:<5}  {summary}" in shown.splitlines()
+    assert f"  {name:<8}  {summary}" in shown.splitlines()
 
 
 @pytest.mark.parametrize("option", OPTIONS)

@@ -1,0 +1,91 @@
+"""`specchat models`: list and remove what models take on this disk."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from specchat.cli.ask import asker
+from specchat.cli.output import print_line, to_json
+from specchat.errors import UsageError
+from specchat.units import format_bytes
+
+if TYPE_CHECKING:
+    from specchat.models.installed import Installed
+
+ACTIONS = ("list", "rm")
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ModelsOptions:
+    """Checked options of `specchat models`.
+
+    Attributes:
+        action: one of `ACTIONS`.
+        names: models or packs to remove.
+        json: whether to print one JSON object.
+        yes: whether to remove without asking.
+    """
+
+    action: str = "list"
+    names: tuple[str, ...] = ()
+    json: bool = False
+    yes: bool = False
+
+
+def check(action: str | None, names: Sequence[str] | None, *, json: bool, yes: bool) -> ModelsOptions:
+    """Check the arguments.
+
+    Raises:
+        UsageError: the action is unknown, or its names are missing.
+    """
+    action = action or "list"
+    if action not in ACTIONS:
+        raise UsageError(f"specchat models has no '{action}'", hint=f"choose from {', '.join(ACTIONS)}")
+    if (action == "rm") != bool(names):
+        raise UsageError("usage: specchat models rm NAME" if action == "rm" else "usage: specchat models list")
+    return ModelsOptions(action, tuple(names or ()), json, yes)
+
+
+def manage_models(options: ModelsOptions) -> int:
+    """Run `specchat models` and return the exit code."""
+    from specchat.models.installed import find_installed
+    from specchat.ui.console import talk
+    from specchat.ui.lists_view import print_models
+
+    if options.action == "rm":
+        _remove(options)
+        return 0
+    found = find_installed()
+    if options.json:
+        print_line(to_json({"schema_version": _VERSION, "models": [_object(each) for each in found]}))
+    elif found:
+        print_models(found)
+    else:
+        talk().say("no models on this disk; demo is always there, and specchat probe names models that run here")
+    return 0
+
+
+def _remove(options: ModelsOptions) -> None:
+    from specchat.models.installed import installed_named, remove_installed
+    from specchat.ui.console import talk
+
+    entries = list(dict.fromkeys(each for name in options.names for each in installed_named(name)))
+    what = ", ".join(f"the {each.kind} {each.name} ({format_bytes(each.nbytes)})" for each in entries)
+    if not asker(yes=options.yes)(f"remove {what}?"):
+        raise UsageError(f"removing {what} was not confirmed", hint="add --yes to remove without a question")
+    remove_installed(entries)
+    talk().say(f"removed {what}")
+
+
+def _object(each: "Installed") -> dict[str, Any]:
+    used = None if each.used_at is None else datetime.fromtimestamp(each.used_at).astimezone()
+    return {
+        "name": each.name,
+        "kind": each.kind,
+        "bytes": each.nbytes,
+        "used": None if used is None else used.isoformat(timespec="seconds"),
+        "path": str(each.path),
+        "note": each.note or None,
+    }
