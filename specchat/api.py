@@ -8,7 +8,7 @@ from typing import Literal, TypedDict, Unpack
 
 from specchat.chat.answer import Answer, Delta
 from specchat.chat.reasoning import Parts, PlainText, ThinkTags
-from specchat.chat.session import check_has_template
+from specchat.chat.templates import check_has_template
 from specchat.chat.text import Detokenizer, StopStrings
 from specchat.closing import Closeable
 from specchat.engine.engine import Engine

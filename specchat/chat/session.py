@@ -26,6 +26,7 @@ from specchat.chat.state import (
     Exchange,
     How,
     Loaded,
+    Rewritten,
     SystemSet,
     ThinkingSet,
     Undone,
@@ -33,6 +34,7 @@ from specchat.chat.state import (
     apply,
     state_of,
 )
+from specchat.chat.templates import check_has_template
 from specchat.chat.text import Detokenizer, StopStrings
 from specchat.errors import EmptyPromptError, SessionError, UsageError
 from specchat.records.chat import Message, Overflow, Setting
@@ -46,23 +48,6 @@ if TYPE_CHECKING:
 CONTEXT_WARNING = 0.8
 # With "drop-oldest", 1/4 of the context is kept free for the answer.
 _ANSWER_SHARE = 4
-
-
-def check_has_template(tokenizer: Tokenizer, *, base: bool) -> None:
-    """Check that a model can chat.
-
-    Args:
-        tokenizer: tokenizer of the target.
-        base: whether the user asked for plain text continuation, which needs no chat template.
-
-    Raises:
-        UsageError: the model has no chat template, and `base` is false.
-    """
-    if not base and not tokenizer.has_chat_template:
-        raise UsageError(
-            "this model has no chat template, so it can only continue text",
-            hint="pass --base to continue the prompt as it stands",
-        )
 
 
 @dataclass(frozen=True)
@@ -186,6 +171,10 @@ class ChatSession:
         """Whether the chat fills the context to `CONTEXT_WARNING` or more."""
         return self.context_used >= CONTEXT_WARNING * self.ctx
 
+    def count_tokens(self, text: str) -> int:
+        """Return the number of tokens of a text."""
+        return len(self._encode(text))
+
     def settings(self) -> list[Setting]:
         """Return the settings of the next answer and the source of each."""
         shown = shown_values(self._state)
@@ -267,6 +256,17 @@ class ChatSession:
         dropped = Dropped(num_exchanges, "asked", questions)
         self._record(dropped)
         return dropped
+
+    def rewrite(self, text: str) -> None:
+        """Replace the text of the last answer; the thinking before it goes.
+
+        Raises:
+            UsageError: there is no answer yet.
+            EmptyPromptError: `text` is blank.
+        """
+        self._last("no answer to edit")
+        _check_text(text)
+        self._record(Rewritten(text))
 
     # --- changes -------------------------------------------------------------------------------------------------
 

@@ -126,6 +126,13 @@ class Undone:
 
 
 @dataclass(frozen=True)
+class Rewritten:
+    """The record of new words that the user put in the place of the last answer."""
+
+    content: str
+
+
+@dataclass(frozen=True)
 class Dropped:
     """The record that drops the oldest exchanges.
 
@@ -176,7 +183,7 @@ class Loaded:
     source: str
 
 
-ChatRecord = Opened | Answered | Undone | Dropped | Cleared | SystemSet | ValueSet | ThinkingSet | Loaded
+ChatRecord = Opened | Answered | Undone | Rewritten | Dropped | Cleared | SystemSet | ValueSet | ThinkingSet | Loaded
 
 
 def apply(state: ChatState, record: ChatRecord) -> ChatState:  # noqa: PLR0911  one line for each kind of record
@@ -197,6 +204,9 @@ def apply(state: ChatState, record: ChatRecord) -> ChatState:  # noqa: PLR0911  
             return replace(state, exchanges=(*kept, record.exchange))
         case Undone():
             return replace(state, exchanges=state.exchanges[:-1])
+        case Rewritten():
+            *before, last = state.exchanges
+            return replace(state, exchanges=(*before, replace(last, answer=Message("assistant", record.content))))
         case Dropped():
             return replace(state, exchanges=state.exchanges[record.num_exchanges :])
         case Cleared():

@@ -1,14 +1,35 @@
-"""The check for a chat template, from a model's files and before anything is loaded."""
+"""The checks for a chat template, one of them from a model's files before anything is loaded."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from specchat.chat.session import check_has_template
+from specchat.errors import UsageError
+
+if TYPE_CHECKING:
+    from specchat.models.hf.tokenizer import Tokenizer
 
 _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 _SETTINGS = "tokenizer_config.json"
+
+
+def check_has_template(tokenizer: Tokenizer, *, base: bool) -> None:
+    """Check that a model can chat.
+
+    Args:
+        tokenizer: tokenizer of the target.
+        base: whether the user asked for plain text continuation, which needs no chat template.
+
+    Raises:
+        UsageError: the model has no chat template, and `base` is false.
+    """
+    if not base and not tokenizer.has_chat_template:
+        raise UsageError(
+            "this model has no chat template, so it can only continue text",
+            hint="pass --base to continue the prompt as it stands",
+        )
 
 
 def check_can_chat(folder: Path, *, base: bool) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from specchat.chat.files import read_text
 from specchat.chat.settings import MAX_SEED, whole
 from specchat.errors import InvalidSizeError, UsageError
 from specchat.loading.request import ModelRequest
@@ -38,6 +39,10 @@ class RunOptions:
         saves: whether the chat is saved.
         keeps_history: whether typed lines are saved.
         raw: whether answers are shown without Markdown layout.
+        files: names and texts of the files that go with the first message.
+        vi: whether the keys of the prompt are those of vi.
+        bell: whether the terminal's bell rings after a slow answer.
+        aliases: models by the names that the user gave them.
         sources: origin of each setting, by its name in config.toml.
     """
 
@@ -62,6 +67,10 @@ class RunOptions:
     session_id: str | None = None
     saves: bool = True
     keeps_history: bool = False
+    files: tuple[tuple[str, str], ...] = ()
+    vi: bool = False
+    bell: bool = False
+    aliases: Mapping[str, str] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -149,6 +158,12 @@ def system_prompt(name: str, text: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UsageError(f"{name} cannot read {text[1:] or 'a file without a name'}: {reason}") from error
+
+
+def files(texts: Sequence[str] | None) -> tuple[tuple[str, str], ...]:
+    """Read the files of --file and return their names and texts."""
+    paths = [user_path(text) for text in texts or ()]
+    return tuple((path.name, read_text(path)) for path in paths)
 
 
 def stop_strings(name: str, texts: Sequence[str]) -> tuple[str, ...]:

@@ -1,9 +1,10 @@
 """`specchat run`: one answer or a chat, from checked options."""
 
+import gc
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +17,8 @@ from specchat.cli.options import RunOptions, sampling_sources, without_effect
 from specchat.cli.output import print_line, to_json
 from specchat.cli.sessions import lasting, model_of, new_chat_note, path_for, resume_command, was_with
 from specchat.cli.stdin import read_stdin
-from specchat.errors import EmptyPromptError, UsageError
+from specchat.cli.switching import switched
+from specchat.errors import EmptyPromptError, SpecchatError, UsageError
 from specchat.loading import planning
 from specchat.loading.engine import load_engine, stop_ids
 from specchat.loading.libraries import prepare_libraries
@@ -88,6 +90,8 @@ def _prompt(options: RunOptions, say: "Talk") -> str | None:
         say.say("reading the prompt from the terminal; end it with Ctrl-D on a line of its own")
     piped = "" if options.prompt is not None and can_type else read_stdin(say)
     prompt = _joined(piped, options.prompt)
+    if prompt.strip():
+        prompt = "\n\n".join([*(text for _, text in options.files), prompt])
     if not prompt.strip():
         raise EmptyPromptError("the prompt is empty", hint='use specchat run MODEL "QUESTION", or pipe the prompt in')
     return prompt
@@ -131,13 +135,15 @@ def _chat(options: RunOptions, planned: "Planned", prompt: str | None, say: "Tal
     sampling = resolve_sampling(options.sampling, defaults, seed)
     sources = sampling_sources(options.sources, defaults)
     view = ChatView(answer_stream(), say, verbose=options.verbose, raw=options.raw)
-    view.banner(models.target, planned.chosen, models.draft_note)
+    details = "/info" if prompt is None else "--plan"
+    view.banner(models.target, planned.chosen, models.draft_note, details=details)
     for notice in [*without_effect(sampling, sources), *_notices(options, plan, models)]:
         say.warn(notice)
     with _transcript(options, say, interactive=prompt is None) as transcript:
         parts = _Parts(options, models, plan, sampling, sources, defaults, transcript)
         if prompt is None:
-            return _interactive(parts, view)
+            model = _interactive(parts, view)
+            return 0 if model is None else _switch(options, model, transcript, say)
         session = parts.load(TalkReporter(say))
         with closing(session.engine):
             return _answer(options, models, session, view, prompt)
@@ -161,7 +167,7 @@ class _Parts:
         Raises:
             UsageError: the target has no chat template, and --base was not given.
         """
-        from specchat.chat.session import check_has_template
+        from specchat.chat.templates import check_has_template
         from specchat.models.hf.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(self.models.target.path)
@@ -260,11 +266,11 @@ def _transcript(options: RunOptions, say: "Talk", *, interactive: bool) -> "Iter
     from specchat.chat.transcript import Transcript
 
     saved = options.resume
-    if saved is not None:
+    if saved is not None and options.saves:
         say.say(f"session {saved.session_id}: {_turns(saved)} so far", "dim")
         if saved.repair is not None:
             say.warn(saved.repair)
-    elif options.session_id is not None:
+    elif saved is None and options.session_id is not None:
         say.say(new_chat_note(options.session_id), "dim")
     transcript = Transcript(path_for(options, interactive=interactive), saved)
     try:
@@ -296,19 +302,48 @@ def _answer(options: RunOptions, models: Models, session: "ChatSession", view: "
     return _answer_as_text(session, view, prompt)
 
 
-def _interactive(parts: _Parts, view: "ChatView") -> int:
+def _switch(options: RunOptions, model: str, transcript: "Transcript", say: "Talk") -> int:
+    """Go on with the chat and another model; if it cannot be loaded, with the model so far."""
+    transcript.close()
+    gc.collect()  # frees the memory of the model so far
+    try:
+        return run(switched(options, model, transcript))
+    except SpecchatError as error:
+        say.error(error.message, error.hint)
+        say.say(f"going on with {options.models.model}")
+    return run(replace(switched(options, model, transcript), models=options.models))
+
+
+def _interactive(parts: _Parts, view: "ChatView") -> str | None:
+    """Run a chat on the terminal, and return the model to go on with, or None."""
     from specchat.chat.transcript import history_file
+    from specchat.ui.desk import Chat
     from specchat.ui.loading import BackgroundLoad
-    from specchat.ui.repl import Chat, open_chat
+    from specchat.ui.repl import open_chat
 
     history = history_file() if parts.options.keeps_history else None
     loading = BackgroundLoad(parts.load)
+    options, model = parts.options, None
+    chat = Chat(
+        loading,
+        parts.transcript,
+        parts.settings,
+        check_model=lambda name: _check_model(options, name),
+        files=options.files,
+        rings=options.bell,
+    )
     try:
-        open_chat(Chat(loading, parts.transcript, parts.settings), view, history_file=history)
+        model = open_chat(chat, view, history_file=history, vi=options.vi)
     finally:
-        _say_how_to_resume(parts.transcript, view.talk)
+        if model is None:
+            _say_how_to_resume(parts.transcript, view.talk)
         loading.close(lambda session: session.engine.close())
-    return 0
+    return model
+
+
+def _check_model(options: RunOptions, name: str) -> None:
+    """Refuse a name that cannot be a model."""
+    parse_models(replace(options.models, model=options.aliases.get(name, name), draft="none"))
 
 
 def _say_how_to_resume(transcript: "Transcript", say: "Talk") -> None:

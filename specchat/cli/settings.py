@@ -136,6 +136,8 @@ RUN_KEYS = (
     _key("overflow", overflow),
     Key("save", _flag),
     Key("history", _flag),
+    Key("vi", _flag),
+    Key("bell", _flag),
     Key("raw", _flag),
 )
 

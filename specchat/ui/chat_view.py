@@ -18,6 +18,7 @@ from specchat.ui.live import LiveRegion, can_redraw
 from specchat.ui.loading import BackgroundLoad
 from specchat.ui.markdown import tail_rows
 from specchat.ui.plan_view import model_name, short_speed
+from specchat.ui.rows import figures, hanging, wrapped
 from specchat.ui.status import AnswerStatus, Watched, memory_text
 from specchat.ui.tree_view import tree_lines
 from specchat.ui.worker import Worker
@@ -51,10 +52,21 @@ class ChatView:
         self.shows_thinking = False
         self._raw = raw
 
-    def banner(self, target: ModelSource, chosen: ExplainedPlan, draft_note: str) -> None:
-        """Show model, draft, plan and predicted speed, before anything is loaded."""
-        for line in banner_lines(target, chosen, draft_note):
-            self.talk.say(line, "dim")
+    def banner(self, target: ModelSource, chosen: ExplainedPlan, draft_note: str, *, details: str = "--plan") -> None:
+        """Show model, draft, memory and predicted speed, before anything is loaded.
+
+        Args:
+            target: source of the target.
+            chosen: plan of the target, with reasons.
+            draft_note: text to show if there is no draft.
+            details: flag or command that shows the whole plan.
+        """
+        for line in banner_lines(target, chosen, draft_note, details):
+            self._say_figures(line)
+
+    def _say_figures(self, line: str) -> None:
+        for each in figures(line, self.talk.width):
+            self.talk.say(each, "dim")
 
     def recall(self, exchange: Exchange) -> None:
         """Show the last question and answer of a resumed chat, dimmed; of a long one, the ends that matter."""
@@ -116,7 +128,7 @@ class ChatView:
     def end(self, turn: Turn, plan: Plan) -> None:
         """Show the line under an answer, and its warnings."""
         self.out.end_line()
-        self.talk.say(stopped_line(turn) if turn.finish_reason == "interrupt" else stats_line(turn, plan), "dim")
+        self._say_figures(stopped_line(turn) if turn.finish_reason == "interrupt" else stats_line(turn, plan))
         if turn.unsaved is not None:
             self.talk.error(turn.unsaved, None)
         if turn.finish_reason == "context":
@@ -130,7 +142,7 @@ class ChatView:
             return None
 
         def show(number: int, step: Step) -> None:
-            self.talk.say(step_line(number, step), "dim")
+            self.talk.say(step_line(number, step, self.talk.width), "dim")
             if step.tree is not None:
                 for line in tree_lines(step.tree, step.token_ids, session.token_text, self.talk.console.width - 1):
                     self.talk.say_styled(line)
@@ -210,8 +222,8 @@ class _Follower:
 # --- lines -------------------------------------------------------------------------------------------------------
 
 
-def banner_lines(target: ModelSource, chosen: ExplainedPlan, draft_note: str) -> list[str]:
-    """Return the banner: model, draft, dtype, device, weights; then the plan and the predicted speed."""
+def banner_lines(target: ModelSource, chosen: ExplainedPlan, draft_note: str, details: str) -> list[str]:
+    """Return the banner: model, draft, dtype, device, weights; then memory, context and the predicted speed."""
     plan = chosen.plan
     facts = [
         model_name(target, plan),
@@ -222,8 +234,18 @@ def banner_lines(target: ModelSource, chosen: ExplainedPlan, draft_note: str) ->
         facts.append(_weights(plan))
     return [
         " · ".join([f"specchat {__version__}", *facts]),
-        f"{plan_line(plan)} · {short_speed(chosen.prediction)}",
+        f"{_places(plan)} · context {plan.work.ctx:,} · {short_speed(chosen.prediction)} (details: {details})",
     ]
+
+
+def _places(plan: Plan) -> str:
+    """Return where the layers are, in words."""
+    memory, placement = _memory_name(plan.work.device), plan.placement
+    if not placement.streamed:
+        return f"all in {memory} ({format_bytes(plan.device_bytes)})"
+    resident = f"{len(placement.resident)} of {placement.num_layers} layers in {memory}"
+    streamed = f"{format_bytes(plan.streamed_bytes_per_step)} streamed per pass"
+    return f"{resident} ({format_bytes(plan.device_bytes)}) · {streamed}"
 
 
 def _weights(plan: Plan) -> str:
@@ -235,6 +257,11 @@ def _weights(plan: Plan) -> str:
 
 def _draft(plan: Plan) -> str:
     return f"draft {plan.draft}" + (f" ({plan.draft_quant})" if plan.draft_quant != "none" else "")
+
+
+def plan_lines(plan: Plan, width: int) -> list[str]:
+    """Return the memory use and the streaming of a plan for /info, in lines that break between the figures."""
+    return [row for line in figures(plan_line(plan), width) for row in wrapped(line, max(width - 1, 20))]
 
 
 def plan_line(plan: Plan) -> str:
@@ -261,8 +288,8 @@ def stats_line(turn: Turn, plan: Plan) -> str:
             f"{timings.tok_per_s:.1f} tok/s",
             f"{turn.speculation.tokens_per_step:.1f} tok/pass",
             f"TTFT {timings.ttft_s:.1f} s",
-            f"prompt {new:,} new + {usage.cached_tokens:,} cached",
-            f"ctx {used:,}/{plan.work.ctx:,}",
+            f"prompt {new:,} new + {usage.cached_tokens:,} cached tok",
+            f"context {used:,}/{plan.work.ctx:,} tok",
             memory_text(turn.memory, plan.work.device),
         ]
     )
@@ -287,12 +314,16 @@ def totals_lines(turns: Sequence[Turn], plan: Plan) -> list[str]:
     ]
 
 
-def info_lines(settings: Sequence[Setting]) -> list[str]:
-    """Return one aligned line per setting: name, value and source."""
+def info_lines(settings: Sequence[Setting], width: int) -> list[str]:
+    """Return one aligned line per setting: name, value and source; on a narrow terminal the source stands below."""
     names = max((len(setting.name) for setting in settings), default=0)
     values = [_short(setting.value, 60) for setting in settings]
-    width = max(map(len, values), default=0)
-    return [f"{s.name:<{names}}  {value:<{width}}  {s.source}" for s, value in zip(settings, values, strict=True)]
+    column = max(map(len, values), default=0)
+    lines = [f"{s.name:<{names}}  {value:<{column}}  {s.source}" for s, value in zip(settings, values, strict=True)]
+    if max(map(len, lines), default=0) < width:
+        return lines
+    narrow = [f"{s.name} {value} ({s.source})" for s, value in zip(settings, values, strict=True)]
+    return [row for line in narrow for row in hanging(line, max(width - 1, 20))]
 
 
 def stopped_line(turn: Turn) -> str:
@@ -324,18 +355,34 @@ def _short(text: str, max_chars: int = 40) -> str:
     return line if len(line) <= max_chars else f"{line[: max_chars - 1]}…"
 
 
-def step_line(number: int, step: Step) -> str:
-    """Return the figures of one step in one line, for --verbose."""
-    return " · ".join(
-        [
-            f"step {number}: {len(step.token_ids)} tok",
-            f"tree {step.tree_nodes} nodes, depth {step.depth}, {step.accepted} accepted",
-            f"{step.new_rows:,} new + {step.cached_rows:,} cached rows",
-            f"{step.pass_s:.3f} s (draft {step.draft_s:.3f}, verify {step.verify_s:.3f} with {step.stream_wait_s:.3f} "
-            f"waiting, sample {step.sample_s:.3f})",
-            f"streamed {format_bytes(step.streamed_bytes)}",
-        ]
-    )
+def step_line(number: int, step: Step, width: int | None = None) -> str:
+    """Return the figures of one step in one line, for --verbose.
+
+    Args:
+        number: number of the step, from 1.
+        step: the step.
+        width: columns of the terminal; figures that do not fit are left out. None for no limit.
+    """
+    line = f"step {number}: {len(step.token_ids)} tok"
+    for part in (
+        _tree(step),
+        f"{step.pass_s:.3f} s",
+        f"draft {step.draft_s:.3f} s, verify {step.verify_s:.3f} s, waiting {step.stream_wait_s:.3f} s",
+        f"streamed {format_bytes(step.streamed_bytes)}",
+        f"{step.new_rows:,} new + {step.cached_rows:,} cached rows",
+        f"sample {step.sample_s:.3f} s",
+    ):
+        longer = f"{line} · {part}"
+        if width is not None and len(longer) >= width:
+            break
+        line = longer
+    return line
+
+
+def _tree(step: Step) -> str:
+    if not step.tree_nodes:
+        return "no draft tree"
+    return f"tree {step.tree_nodes} nodes, depth {step.depth}, {step.accepted} accepted"
 
 
 def _shares(plan: Plan) -> list[tuple[str, int, str]]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from specchat.chat.settings import OVERFLOWS, SETTABLE
 from specchat.ui.completion import Words
+from specchat.ui.rows import aligned
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,33 @@ def _words(*words: str) -> Callable[[], Iterable[str]]:
     return lambda: words
 
 
+def _models() -> Iterable[str]:
+    from specchat.models.hub.cache import cached_models
+
+    return ["demo", *cached_models()]
+
+
+# Commands of similar tools, and what does the same here.
+_ELSEWHERE = {
+    **dict.fromkeys(("show", "config", "settings"), "/info and /set show what is in use"),
+    **dict.fromkeys(
+        ("list", "ls", "models"), "`specchat models` lists the models on this disk; /model NAME changes it"
+    ),
+    **dict.fromkeys(("new", "reset", "restart"), "/clear starts over"),
+    **dict.fromkeys(("file", "attach", "add"), "/read FILE attaches a file"),
+    **dict.fromkeys(("multi", "multiline"), '""" begins and ends a message of several lines'),
+    **dict.fromkeys(("temperature", "temp", "seed", "parameter"), "/set KEY=VALUE changes a setting"),
+    **dict.fromkeys(
+        ("pull", "rm", "serve", "run"), "leave with Ctrl-D; specchat --help lists the commands of the shell"
+    ),
+}
+
 COMMANDS = (
-    Command(("help",), "", "list commands and keys"),
-    Command(("retry",), "", "answer the last message again, with a new seed"),
-    Command(("edit",), "", "edit the last message and answer it again"),
+    Command(("help", "?"), "", "list commands and keys"),
+    Command(("retry", "regen"), "", "answer the last message again, with a new seed"),
+    Command(
+        ("edit",), "[answer]", "edit the last message and answer it again, or edit the last answer", _words("answer")
+    ),
     Command(("continue",), "", "continue the last answer"),
     Command(("undo",), "", "remove the last message and its answer"),
     Command(("drop",), "N", "remove the N oldest messages and their answers"),
@@ -55,10 +79,15 @@ COMMANDS = (
         "turn thinking on or off; show or hide it",
         _words("on", "off", "show", "hide"),
     ),
-    Command(("read",), "FILE", "attach a text file to the next message", None),
+    Command(
+        ("read",), "[FILE]", "attach a text file to the next message ('none' removes it), or list such files", None
+    ),
     Command(("save",), "[FILE]", "show where the chat is saved, or write a copy (.md: Markdown, else JSON)", None),
     Command(("load",), "FILE|ID", "replace this chat with the one in FILE (.md or JSON) or with a saved chat", None),
-    Command(("copy",), "", "copy the last answer to the clipboard"),
+    Command(("copy",), "[code]", "copy the last answer to the clipboard, or its last code block", _words("code")),
+    Command(("history",), "", "show all messages of this chat"),
+    Command(("sessions",), "[TEXT]", "list the saved chats, or those that contain TEXT"),
+    Command(("model",), "NAME", "go on with another model", _models),
     Command(("stats",), "", "show the statistics of this chat"),
     Command(("info",), "", "show the plan, the context in use, and the source of each setting"),
     Command(("verbose",), "", "toggle the figures and the draft tree of each pass"),
@@ -76,15 +105,16 @@ _KEYS = (
 )
 
 
-def help_lines() -> list[str]:
-    """Return the lines that /help prints."""
+def help_lines(width: int) -> list[str]:
+    """Return the lines that /help prints, in two columns or, on a narrow terminal, below each other."""
     rows = [*((command.usage, command.help) for command in COMMANDS), *_KEYS]
-    width = max(len(usage) for usage, _ in rows)
-    return [f"{usage:<{width}}  {text}" for usage, text in rows]
+    return aligned(rows, width)
 
 
 def unknown(name: str) -> str:
     """Return the message for an unknown command."""
+    if name in _ELSEWHERE:
+        return f"there is no /{name}: {_ELSEWHERE[name]}"
     close = difflib.get_close_matches(name, BY_NAME, n=1)
     suggestion = f"did you mean /{close[0]}?" if close else "type /help for a list"
     return f"unknown command /{name}: {suggestion} (start with // to send it as a message)"

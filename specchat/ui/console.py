@@ -91,6 +91,11 @@ class Talk:
         self._is_terminal = stream.isatty()
         self.console = _console(stream, soft_wrap=not self._is_terminal)  # lines in a log are not wrapped
 
+    @property
+    def width(self) -> int | None:
+        """Columns of the terminal; None off a terminal, where lines are not broken."""
+        return self.console.width if self._is_terminal else None
+
     def say(self, text: str, style: str = "") -> None:
         """Print a notice, unless --quiet is set."""
         if not self.quiet:
@@ -122,6 +127,12 @@ class Talk:
             width = max(self.console.width - 1, 1)
             self.console.file.write(f"\r\x1b[K{neutral(text)[:width]}")
             self.console.file.flush()
+
+    def ring(self) -> None:
+        """Ring the terminal's bell."""
+        if self._is_terminal:
+            self.stream.write("\a")
+            self.stream.flush()
 
     def warn(self, text: str) -> None:
         """Print a warning, unless --quiet is set."""

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from specchat.planner.cost import Prediction
 from specchat.planner.explain import Choice, ExplainedPlan
+from specchat.planner.rates import Basis
 from specchat.records.model import ModelSource
 from specchat.records.plan import Plan
 from specchat.ui.console import neutral
@@ -17,6 +18,11 @@ from specchat.units import format_bytes
 
 _NARROW = 60
 _WIDEST = 110  # columns; longer lines are hard to read
+_BASES: dict[Basis, str] = {
+    "measured": "rates measured on this machine",
+    "typical": "rates typical of such machines and drafts",
+    "guessed": "rates guessed, on the slow side",
+}
 _WAITS_FOR = {"link": "waiting for layers", "compute": "computing", "draft": "drafting"}
 
 
@@ -30,7 +36,8 @@ def plan_text(target: ModelSource, chosen: ExplainedPlan, draft_note: str, width
         width: width in columns.
     """
     plan, width = chosen.plan, min(width, _WIDEST)
-    facts = [("model", model_name(target, plan)), ("expect", speed_text(chosen.prediction)), ("layers", _layers(plan))]
+    facts = [("model", model_name(target, plan)), ("expect", speed_text(chosen.prediction))]
+    facts += [("basis", _BASES[chosen.prediction.basis]), ("layers", _layers(plan))]
     if plan.draft is None and draft_note:
         facts.insert(1, ("draft", draft_note))
     if plan.placement.streamed:
@@ -60,15 +67,15 @@ def _host_account(plan: Plan, width: int) -> list[str]:
 
 
 def speed_text(prediction: Prediction) -> str:
-    """Return the predicted speed, its basis, the tokens per pass and the bottleneck of a pass."""
+    """Return the predicted speed, the tokens per pass and the bottleneck of a pass."""
     tokens = f"{prediction.tokens_per_step:.1f} tokens" if prediction.tokens_per_step > 1 else "1 token"
     passes = f"{tokens} per pass of {_seconds(prediction.pass_s)}, mostly {_WAITS_FOR[prediction.bound]}"
     return f"{short_speed(prediction)}: {passes}"
 
 
 def short_speed(prediction: Prediction) -> str:
-    """Return the predicted speed and its basis, for the banner."""
-    return f"{_tok_per_s(prediction.tok_per_s)} predicted ({prediction.basis})"
+    """Return the predicted speed, for the banner."""
+    return f"about {_tok_per_s(prediction.tok_per_s)}"
 
 
 def _seconds(seconds: float) -> str:

@@ -24,6 +24,7 @@ from prompt_toolkit.styles import Style
 _ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 _QUOTES = '"""'
 _POLL_S = 0.25
+_STYLES = {"bottom-toolbar": "noreverse fg:ansibrightblack", "prompt": "bold fg:ansicyan"}
 
 
 class Waiting(Protocol):
@@ -48,16 +49,26 @@ class PromptLine:
         styled: whether to use colours.
         history_file: file of the prompt history, readable by its owner only; None keeps the history in memory.
         completer: completer for Tab.
+        vi: whether the keys are those of vi.
     """
 
-    def __init__(self, *, styled: bool, history_file: Path | None = None, completer: Completer | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        styled: bool,
+        history_file: Path | None = None,
+        completer: Completer | None = None,
+        vi: bool = False,
+    ) -> None:
         self._history = _history(history_file)
+        self._depth = None if styled else ColorDepth.DEPTH_1_BIT
         self._session: PromptSession[str] = PromptSession(
             multiline=True,
             key_bindings=_keys(),
-            prompt_continuation=lambda width, _line, _wraps: "·".ljust(width),
-            color_depth=None if styled else ColorDepth.DEPTH_1_BIT,
-            style=Style.from_dict({"bottom-toolbar": "noreverse fg:ansibrightblack"}),
+            prompt_continuation=lambda width, _line, _wraps: " " * width,
+            color_depth=self._depth,
+            vi_mode=vi,
+            style=Style.from_dict(_STYLES if styled else {"bottom-toolbar": "noreverse"}),
             history=self._history,
             completer=completer,
             complete_while_typing=False,
@@ -90,8 +101,20 @@ class PromptLine:
         self._session.bottom_toolbar = None if watch is None else note
         with self._exiting_cleanly():
             return self._session.prompt(
-                "> ", default=restored, pre_run=None if watch is None else lambda: self._begin_watching(watch)
+                [("class:prompt", "> ")],
+                default=restored,
+                pre_run=None if watch is None else lambda: self._begin_watching(watch),
             )
+
+    def confirms(self, question: str) -> bool:
+        """Ask a yes-no question below the prompt; Enter and Ctrl-D mean yes, Ctrl-C means no."""
+        try:
+            answer = PromptSession[str](color_depth=self._depth, history=InMemoryHistory()).prompt(f"{question} [Y/n] ")
+        except EOFError:
+            return True
+        except KeyboardInterrupt:
+            return False
+        return answer.strip().lower() in ("", "y", "yes")
 
     def _begin_watching(self, waiting: Waiting) -> None:
         get_app().create_background_task(self._watch(waiting))

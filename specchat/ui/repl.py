@@ -1,67 +1,48 @@
 """The interactive chat: reads messages, shows answers, runs slash commands. Ctrl-C loses neither message nor answer."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Event
+from typing import Literal
 
-from specchat.chat import transcript as transcripts
 from specchat.chat.answer import Delta, Turn
-from specchat.chat.assignments import parse_assignment
-from specchat.chat.copies import read_copy
 from specchat.chat.session import ChatSession
 from specchat.chat.state import Dropped, state_of
-from specchat.chat.transcript import Transcript
 from specchat.errors import PromptTooLongError, SessionError, SpecchatError, UsageError
-from specchat.paths import user_path
-from specchat.records.chat import Setting
-from specchat.ui import clipboard
-from specchat.ui.chat_view import ChatView, info_lines, plan_line, totals_lines
-from specchat.ui.commands import BY_NAME, help_lines, unknown
+from specchat.ui import file_commands, info_commands
+from specchat.ui.chat_view import ChatView
+from specchat.ui.commands import BY_NAME, unknown
 from specchat.ui.completion import CommandCompleter
 from specchat.ui.console import typing_ahead, wants_styles
-from specchat.ui.interrupts import Interrupts
-from specchat.ui.loading import BackgroundLoad
+from specchat.ui.desk import Chat, Desk
 from specchat.ui.prompt import PromptLine, unquoted
 
 Records = Iterator[Delta | Dropped | Turn]
 
+# Words that end other programs; here they may be a message.
+_LEAVING = ("exit", "quit", "bye", ":q")
+# An answer that takes longer rings the bell, if the user wants that.
+_SLOW_S = 10.0
 _FULL_HINT = "free space with /clear or /drop N, or restart with a larger --ctx"
 
 
-@dataclass(frozen=True)
-class Chat:
-    """The parts of an interactive chat, except the screen.
-
-    Attributes:
-        load: background load of the session.
-        transcript: writer of the saved session.
-        settings: function that returns all settings and their sources.
-        notes: warnings to show at the start.
-    """
-
-    load: BackgroundLoad[ChatSession]
-    transcript: Transcript
-    settings: Callable[[ChatSession], Sequence[Setting]]
-    notes: Sequence[str] = ()
-
-
-def open_chat(chat: Chat, view: ChatView, history_file: Path | None) -> None:
-    """Run a chat on this terminal until the user exits.
+def open_chat(chat: Chat, view: ChatView, history_file: Path | None, *, vi: bool = False) -> str | None:
+    """Run a chat on this terminal until the user exits; return the model to go on with, or None.
 
     Args:
         chat: session and transcript.
         view: view of the answers.
         history_file: file of the prompt history; None keeps the history in memory.
+        vi: whether the keys are those of vi.
 
     Raises:
         KeyboardInterrupt: Ctrl-C was pressed twice within two seconds.
         SpecchatError: the model could not be loaded.
     """
     completer = CommandCompleter({name: command.words for name, command in BY_NAME.items()})
-    line = PromptLine(styled=wants_styles(sys.stdout), history_file=history_file, completer=completer)
-    Repl(chat, view, line).run()
+    line = PromptLine(styled=wants_styles(sys.stdout), history_file=history_file, completer=completer, vi=vi)
+    return Repl(chat, view, line).run()
 
 
 class Repl:
@@ -78,15 +59,14 @@ class Repl:
         self._view = view
         self._line = line
         self._talk = view.talk
+        self._desk = Desk(chat, view)
         self._restored = ""
-        self._attached: list[str] = []
-        self._is_editing = False
+        self._editing: Literal["question", "answer"] | None = None
         self._warned_of_context = False
-        self._turns: list[Turn] = []
-        self._interrupts = Interrupts()
+        self._next_model: str | None = None
 
-    def run(self) -> None:
-        """Run the chat until the user exits.
+    def run(self) -> str | None:
+        """Run the chat until the user exits; return the model to go on with, or None.
 
         Raises:
             KeyboardInterrupt: Ctrl-C was pressed twice within two seconds.
@@ -96,14 +76,17 @@ class Repl:
             if note:
                 self._talk.warn(note)
         self._talk.say("type /help for commands, Ctrl-D to exit", "dim")
+        self._talk.say("")
+        for name in file_commands.attach_unread(self._desk):
+            self._talk.say(f"{name} goes with the next message", "dim")
         if exchanges := state_of(self._chat.transcript.records).exchanges:
-            self._talk.say("")
             self._view.recall(exchanges[-1])
             self._talk.say("")
         # Between answer and prompt a single Ctrl-C has nothing to stop, and must not end the chat.
-        with typing_ahead(sys.stdin), self._interrupts.setting(Event()):
+        with typing_ahead(sys.stdin), self._desk.interrupts.setting(Event()):
             while self._take_turn():
                 self._talk.say("")
+        return self._next_model
 
     # --- reading -------------------------------------------------------------------------------------------------
 
@@ -118,11 +101,11 @@ class Repl:
         except EOFError:
             return False
         except KeyboardInterrupt:
-            self._is_editing = False
-            self._interrupts.note()
+            self._editing = None
+            self._desk.interrupts.note()
             return True
-        self._interrupts.forget()
-        self._show_load_warnings()
+        self._desk.interrupts.forget()
+        self._desk.show_load_warnings()
         return self._handle(text)
 
     def _handle(self, typed: str) -> bool:
@@ -136,6 +119,8 @@ class Repl:
             self._send(text[1:], typed)
         elif text.startswith("/"):
             return self._handle_command(text)
+        elif text.lower() in _LEAVING and self._line.confirms(f"leave the chat? (no sends '{text}' to the model)"):
+            return False
         else:
             self._send(text, typed)
         return True
@@ -143,7 +128,8 @@ class Repl:
     def _handle_command(self, text: str) -> bool:
         name, argument = (*text[1:].split(maxsplit=1), "", "")[:2]
         command = BY_NAME.get(name)
-        self._is_editing &= name == "read"
+        if name != "read":
+            self._editing = None
         if command is None:
             self._talk.tell(unknown(name))
         elif command.names[0] == "exit" and not argument:
@@ -154,11 +140,15 @@ class Repl:
             self._talk.tell(f"usage: /{name} {command.argument}")
         else:
             self._run_command(command.names[0], argument)
-        return True
+        return self._next_model is None
 
     def _run_command(self, name: str, argument: str) -> None:
+        arguments = [argument] if BY_NAME[name].argument else []
         try:
-            _ACTIONS[name](self, *([argument] if BY_NAME[name].argument else []))
+            if name in _ACTIONS:
+                _ACTIONS[name](self, *arguments)
+            else:
+                _DESK_ACTIONS[name](self._desk, *arguments)
         except SpecchatError as error:
             self._talk.error(error.message, error.hint)
 
@@ -166,22 +156,35 @@ class Repl:
 
     def _send(self, text: str, typed: str) -> None:
         """Send a message with its attached files; put it back at the prompt if there is no answer."""
-        is_edit, self._is_editing = self._is_editing, False
-        attached, self._attached = self._attached, []
-        message = "\n\n".join([*attached, text])
+        editing, self._editing = self._editing, None
+        if editing == "answer":
+            self._rewrite(text)
+            return
+        attached, self._desk.attached = self._desk.attached, []
+        message = "\n\n".join([*(each.text for each in attached), text])
 
         def ask(session: ChatSession, cancel: Event) -> Records:
-            return session.edit(message, cancel) if is_edit else session.ask(message, cancel)
+            return session.edit(message, cancel) if editing else session.ask(message, cancel)
 
         if not self._answer(ask):
-            self._restored, self._attached, self._is_editing = typed, attached, is_edit
+            self._restored, self._desk.attached, self._editing = typed, attached, editing
+
+    def _rewrite(self, text: str) -> None:
+        """Put the user's words in the place of the last answer."""
+        try:
+            self._desk.session().rewrite(text)
+        except SpecchatError as error:
+            self._talk.error(error.message, error.hint)
+        else:
+            self._talk.tell("changed the last answer; the next answers build on it")
 
     def _answer(self, ask: Callable[[ChatSession, Event], Records]) -> bool:
         """Show an answer and its statistics; return False if no token was generated."""
         cancel = Event()
+        self._view.out.write("\n")
         try:
-            with self._interrupts.setting(cancel):
-                session = self._loaded(cancel)
+            with self._desk.interrupts.setting(cancel):
+                session = self._desk.loaded(cancel)
                 if session is None:
                     self._talk.say("^C stopped before the model was loaded", "dim")
                     return False
@@ -196,33 +199,12 @@ class Repl:
             self._talk.error(error.message, _FULL_HINT if isinstance(error, PromptTooLongError) else error.hint)
             return False
         self._view.end(turn, session.engine.plan)
+        if self._chat.rings and turn.timings.ttft_s + turn.timings.decode_s >= _SLOW_S:
+            self._talk.ring()
         if turn.token_ids:
-            self._turns.append(turn)
+            self._desk.turns.append(turn)
         self._warn_of_context(session, turn)
         return bool(turn.token_ids)
-
-    def _loaded(self, cancel: Event) -> ChatSession | None:
-        """Wait for the session and return it, or None if the user cancelled the wait."""
-        self._view.wait_for(self._chat.load, cancel)
-        self._show_load_warnings()
-        return self._chat.load.result() if self._chat.load.is_done else None
-
-    def _session(self) -> ChatSession:
-        """Wait for the session and return it.
-
-        Raises:
-            UsageError: the user cancelled the wait.
-        """
-        cancel = Event()
-        with self._interrupts.setting(cancel):
-            session = self._loaded(cancel)
-        if session is None:
-            raise UsageError("the model is not loaded yet")
-        return session
-
-    def _show_load_warnings(self) -> None:
-        for warning in self._chat.load.reporter.take_warnings():
-            self._talk.warn(warning)
 
     def _warn_of_context(self, session: ChatSession, turn: Turn) -> None:
         """Warn once when the context is nearly full."""
@@ -235,19 +217,29 @@ class Repl:
 
     def retry(self) -> None:
         """Answer the last message again."""
-        session = self._session()
+        session = self._desk.session()
         if session.sampling.greedy and session.history:
             self._talk.say(
                 "greedy decoding repeats the same answer; for other answers, use /set temperature=0.7", "dim"
             )
         self._answer(lambda session, cancel: session.retry(cancel))
 
-    def edit(self) -> None:
-        """Put the last message back at the prompt; its answer stays until a new one begins."""
-        exchanges = self._session().state.exchanges
+    def edit(self, what: str) -> None:
+        """Put the last message or answer back at the prompt; the old one stays until the new one is sent."""
+        if what not in ("", "answer"):
+            raise UsageError(f"/edit takes answer or nothing, not '{what}'")
+        exchanges = self._desk.session().state.exchanges
         if not exchanges:
-            raise UsageError("no message to edit")
-        self._restored, self._is_editing = exchanges[-1].question, True
+            raise UsageError(f"no {what or 'message'} to edit")
+        last = exchanges[-1]
+        self._restored = last.answer.content if what else last.question
+        self._editing = "answer" if what else "question"
+
+    def model(self, name: str) -> None:
+        """Leave this model for another one, which goes on with the chat."""
+        self._chat.check_model(name)
+        self._desk.session()  # a load that has begun cannot be given up
+        self._next_model = name
 
     def continue_last(self) -> None:
         """Continue the last answer."""
@@ -255,14 +247,14 @@ class Repl:
 
     def undo(self) -> None:
         """Remove the last message and its answer, and put the message back at the prompt."""
-        self._restored = self._session().undo()
+        self._restored = self._desk.session().undo()
         self._talk.tell("removed the last message and its answer")
 
     def drop(self, number: str) -> None:
         """Drop the oldest turns."""
         if not number.isdecimal():
             raise UsageError(f"/drop takes a number of turns, not '{number}'")
-        session = self._session()
+        session = self._desk.session()
         dropped = session.drop(int(number))
         turns = "turn" if dropped.num_exchanges == 1 else "turns"
         self._talk.tell(
@@ -271,149 +263,34 @@ class Repl:
 
     def clear(self) -> None:
         """Clear the chat."""
-        self._session().clear()
-        self._attached = []
+        self._desk.session().clear()
+        self._desk.attached = []
         self._talk.tell("chat cleared")
 
-    # --- commands: settings --------------------------------------------------------------------------------------
 
-    def system(self, text: str) -> None:
-        """Show or change the system prompt."""
-        session = self._session()
-        if text:
-            session.set_system(None if text == "none" else unquoted(text) or text)
-        self._talk.tell(f"system prompt: {session.system or 'none'}")
-
-    def set(self, assignment: str) -> None:
-        """Show the settings of answers, or change one."""
-        session = self._session()
-        if not assignment:
-            self._tell_settings(session.settings())
-            return
-        changed = session.set_value(*parse_assignment(assignment))
-        self._talk.tell(f"{changed.name} = {changed.value}")
-
-    def think(self, word: str) -> None:
-        """Switch thinking on or off, or show or fold the thinking."""
-        session = self._session()
-        match word:
-            case "on" | "off":
-                session.set_thinking(word == "on")
-                self._talk.tell(f"thinking is {word}, starting with the next answer")
-            case "show":
-                self._view.shows_thinking = True
-                self._show_last_thinking(session)
-            case "hide":
-                self._view.shows_thinking = False
-                self._talk.tell("finished thinking will be hidden")
-            case "":
-                switch = {True: "on", False: "off", None: "model default"}[session.thinking]
-                self._talk.tell(f"thinking: {switch}, {'shown' if self._view.shows_thinking else 'hidden'}")
-            case _:
-                raise UsageError(f"/think takes on, off, show or hide, not '{word}'")
-
-    def _show_last_thinking(self, session: ChatSession) -> None:
-        reasoning = session.state.exchanges[-1].answer.reasoning if session.state.exchanges else None
-        self._talk.say(reasoning.strip() if reasoning else "thinking will be shown", "dim")
-
-    # --- commands: files -----------------------------------------------------------------------------------------
-
-    def read(self, file: str) -> None:
-        """Attach a file's text to the next message."""
-        path = user_path(file)
-        try:
-            text = path.read_bytes().decode()
-        except UnicodeDecodeError:
-            raise UsageError(f"{path} is not UTF-8 text") from None
-        except OSError as error:
-            raise UsageError(f"cannot read {path}: {error.strerror}") from error
-        if not text.strip():
-            raise UsageError(f"{path} is empty")
-        self._attached.append(text.rstrip("\n"))
-        self._talk.tell(f"attached {path.name} ({len(text):,} characters) to the next message")
-
-    def save(self, file: str) -> None:
-        """Write a copy of the chat, or show where the chat is saved."""
-        if file:
-            self._session()
-            path = user_path(file)
-            transcripts.export(self._chat.transcript.records, path)
-            self._talk.tell(f"saved to {path}")
-        elif self._chat.transcript.path is None:
-            raise UsageError("this chat is not saved (--no-save)", hint="write a copy with /save FILE")
-        else:
-            self._talk.tell(
-                f"chat saved in {self._chat.transcript.path}; "
-                f"resume it with: specchat run MODEL --session {self._chat.transcript.session_id}"
-            )
-
-    def load(self, file: str) -> None:
-        """Replace the chat with the one in a file or a saved session."""
-        session, copy = self._session(), read_copy(file)
-        session.load(copy.records, copy.source)
-        if copy.repair:
-            self._talk.warn(copy.repair)
-        turns = len(session.state.exchanges)
-        self._talk.tell(f"loaded {turns} turn{'' if turns == 1 else 's'} from {copy.source}")
-
-    def copy(self) -> None:
-        """Copy the last answer to the clipboard."""
-        exchanges = self._session().state.exchanges
-        if not exchanges:
-            raise UsageError("no answer to copy")
-        text = exchanges[-1].answer.content
-        how = clipboard.copy(text, self._view.out.stream)
-        self._talk.tell(f"copied {len(text):,} characters {how}")
-
-    # --- commands: information -----------------------------------------------------------------------------------
-
-    def help(self) -> None:
-        """List commands and keys."""
-        for line in help_lines():
-            self._talk.tell(line)
-
-    def stats(self) -> None:
-        """Show the statistics of this chat's answers."""
-        if not self._turns:
-            raise UsageError("no answers yet")
-        for line in totals_lines(self._turns, self._session().engine.plan):
-            self._talk.tell(line)
-
-    def info(self) -> None:
-        """Show the plan, the context in use, and the settings with their sources."""
-        session = self._session()
-        self._talk.tell(plan_line(session.engine.plan))
-        self._talk.tell(f"context: {session.context_used:,} of {session.ctx:,} tokens in use")
-        self._tell_settings(self._chat.settings(session))
-
-    def verbose(self) -> None:
-        """Toggle the display of each pass."""
-        self._view.verbose = not self._view.verbose
-        self._talk.tell("verbose on: each pass is shown" if self._view.verbose else "verbose off")
-
-    def _tell_settings(self, settings: Sequence[Setting]) -> None:
-        for line in info_lines(settings):
-            self._talk.tell(line)
-
-
-# Methods by the main name of their command; a method takes the argument if the command has one. `_handle_command`
+# Functions by the main name of their command; each takes the argument if the command has one. `_handle_command`
 # handles /exit.
 _ACTIONS: dict[str, Callable[..., None]] = {
-    "help": Repl.help,
     "retry": Repl.retry,
     "edit": Repl.edit,
     "continue": Repl.continue_last,
     "undo": Repl.undo,
     "drop": Repl.drop,
     "clear": Repl.clear,
-    "system": Repl.system,
-    "set": Repl.set,
-    "think": Repl.think,
-    "read": Repl.read,
-    "save": Repl.save,
-    "load": Repl.load,
-    "copy": Repl.copy,
-    "stats": Repl.stats,
-    "info": Repl.info,
-    "verbose": Repl.verbose,
+    "model": Repl.model,
+}
+_DESK_ACTIONS: dict[str, Callable[..., None]] = {
+    "help": info_commands.help_,
+    "system": info_commands.system,
+    "set": info_commands.set_value,
+    "think": info_commands.think,
+    "history": info_commands.history,
+    "stats": info_commands.stats,
+    "info": info_commands.info,
+    "verbose": info_commands.verbose,
+    "read": file_commands.read,
+    "save": file_commands.save,
+    "load": file_commands.load,
+    "sessions": file_commands.sessions,
+    "copy": file_commands.copy,
 }

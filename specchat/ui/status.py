@@ -100,12 +100,12 @@ def phase_text(activity: Activity) -> str:
 
 
 def memory_text(memory: MemoryReport, device: str) -> str:
-    """Return the memory in use, in GiB, as on the stats line."""
+    """Return the memory in use, as on the stats line."""
     if device == "cpu":
         return f"RAM {_gib(memory.device_peak_bytes)}"
     return f"VRAM {_gib(memory.device_peak_bytes)} · RAM {_gib(memory.host_peak_bytes)}"
 
 
 def _gib(num_bytes: int) -> str:
-    """Return a size in GiB without the unit; sizes below 1 GiB have their unit."""
-    return f"{num_bytes / GIB:.1f}" if num_bytes >= GIB else format_bytes(num_bytes)
+    """Return a size in GiB; sizes below 1 GiB have a smaller unit."""
+    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else format_bytes(num_bytes)

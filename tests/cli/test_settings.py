@@ -288,4 +288,4 @@ def test_every_command_has_the_parameters_of_its_settings(command):
 
     parameters = {parameter.name for parameter in typer.main.get_command(app).commands[command].params}
     keys = {key.name for key in (RUN_KEYS if command == "run" else settings.SHARED_KEYS)}
-    assert keys - parameters == ({"history"} if command == "run" else set())
+    assert keys - parameters == ({"history", "vi", "bell"} if command == "run" else set())

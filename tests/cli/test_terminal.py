@@ -34,13 +34,17 @@ def test_two_turns_with_the_demo(known_demo):
     with Terminal("specchat", "run", "demo", *arguments, columns=120) as terminal:
         terminal.wait_for_prompt()
         assert "a toy model for exercising the software" in terminal.screen
-        assert re.search(r"RAM .* \(resident .*, draft .*, KV .* @1024, work .*\) · nothing streamed", terminal.screen)
+        assert re.search(
+            r"all in RAM \([\d.]+ MiB\) · context 1,024 · about [\d.]+ tok/s \(details: /info\)", terminal.screen
+        )
         terminal.send("Tell me a story about a fox." + ENTER)
         terminal.wait_for("+ 0 cached")
         terminal.wait_for_prompt()
         assert re.search(r"\d+ tok · [\d.]+ tok/s · [\d.]+ tok/pass · TTFT [\d.]+ s · prompt \d+ new", terminal.screen)
         terminal.send("What happened next?" + ENTER)
-        terminal.wait_for(lambda t: re.search(r"prompt \d+ new \+ [1-9]\d* cached · ctx \d+/1,024 · RAM", t.screen))
+        terminal.wait_for(
+            lambda t: re.search(r"prompt \d+ new \+ [1-9]\d* cached tok · context \d+/1,024 tok", t.screen)
+        )
         terminal.wait_for_prompt()
         terminal.send(CTRL_D)
         assert terminal.exit_code() == 0
@@ -56,7 +60,7 @@ def test_prompt_appears_before_torch_is_imported(known_demo, tmp_path):
     environment = {"PYTHONPATH": f"{tmp_path}:{TESTS}:{TESTS.parent}"}
     with Terminal("specchat", "run", "demo", environment=environment) as terminal:
         terminal.wait_for(lambda t: t.cursor_line == ">" and "loading the model" in t.screen)
-        assert "nothing streamed" in terminal.screen
+        assert "all in RAM" in terminal.screen
         terminal.send("half a mess")
         terminal.wait_for("> half a mess")
         terminal.send(CTRL_C)
@@ -142,6 +146,7 @@ def test_a_message_of_several_lines_and_the_history():
     with chat() as terminal:
         terminal.send("one" + CTRL_J + "two\x1b" + ENTER + "three" + ENTER)
         terminal.wait_for("You said: one\ntwo\nthree")
+        assert "> one\n  two\n  three\n\nYou said: one\n" in terminal.screen
         terminal.wait_for_prompt()
         terminal.send("\x1b[A")
         terminal.wait_for(lambda t: t.screen.count("> one") == 2)

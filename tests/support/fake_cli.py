@@ -1,10 +1,10 @@
 """`python -m support.fake_cli ARGUMENTS`: the real command line, screen and keys around an engine without a model.
 
 FAKE_PAUSE_S is the time of a step, FAKE_LEAVE_WITHIN_S that within which a second Ctrl-C leaves, FAKE_SILENT_S that
-after which a silent stdin is remarked on. Loading ends when the file FAKE_LOAD_GATE exists, and fails with
-FAKE_LOAD_FAILS. The answer repeats the question, which may ask for something special (`TEXTS`). With "held" before it
-the first step lasts until the file FAKE_GATE exists, with "gated" one half way; with "stuck" the first lasts until the
-chat is left.
+after which a silent stdin is remarked on, FAKE_SLOW_S that of an answer which rings the bell. Loading ends when the file
+FAKE_LOAD_GATE exists, and fails with FAKE_LOAD_FAILS. The answer repeats the question, which may ask for something
+special (`TEXTS`). With "held" before it the first step lasts until the file FAKE_GATE exists, with "gated" one half
+way; with "stuck" the first lasts until the chat is left.
 """
 
 import itertools
@@ -23,7 +23,7 @@ from specchat.loading import engine as engine_loading
 from specchat.loading import planning
 from specchat.models.checkpoint import generation_config
 from specchat.models.checkpoint.generation_config import GenerationDefaults
-from specchat.ui import interrupts
+from specchat.ui import interrupts, repl
 from support.fake_engine import CHOSEN, EOS, PLAN, TOKENIZER, FakeEngine
 from support.loading import changed
 
@@ -129,6 +129,7 @@ def install():
     planning.make_plan = _plan
     engine_loading.load_planned = lambda _target, _draft, _plan, _reporter: Echo.load()
     stdin._SILENT_S = float(os.environ.get("FAKE_SILENT_S", stdin._SILENT_S))
+    repl._SLOW_S = float(os.environ.get("FAKE_SLOW_S", repl._SLOW_S))
     interrupts._LEAVE_WITHIN_S = float(os.environ.get("FAKE_LEAVE_WITHIN_S", interrupts._LEAVE_WITHIN_S))
 
 

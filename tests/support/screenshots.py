@@ -49,10 +49,14 @@ class Picture:
 
 
 def _chat(terminal: Terminal) -> None:
-    for message in ("Tell me a story about a fox.", "/verbose", "What happened next?"):
+    for message, shows in (
+        ("Tell me a story about a fox.", r"\+ 0\s+cached\s+tok"),
+        ("/verbose", "verbose on"),
+        ("What happened next?", r"\+\s+[1-9]\d*\s+cached\s+tok"),
+    ):
         terminal.wait_for_prompt()
         terminal.send(message + "\r")
-        terminal.wait_for(lambda t: not t.cursor_line.startswith(">"))
+        terminal.wait_for(lambda t, shows=shows: re.search(shows, t.scrollback))
     terminal.wait_for_prompt()
 
 

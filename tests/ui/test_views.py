@@ -10,13 +10,24 @@ from support.loading import changed
 
 from specchat.chat.answer import Speculation, Timings, Turn, Usage
 from specchat.chat.state import Exchange
-from specchat.records.chat import Message
+from specchat.records.chat import Message, Setting
 from specchat.records.generation import Step
 from specchat.records.model import ModelSource
 from specchat.records.plan import LedgerItem
-from specchat.ui.chat_view import banner_lines, plan_line, recalled_lines, stats_line, step_line, stopped_line
+from specchat.ui.chat_view import (
+    banner_lines,
+    info_lines,
+    plan_line,
+    plan_lines,
+    recalled_lines,
+    stats_line,
+    step_line,
+    stopped_line,
+)
+from specchat.ui.commands import COMMANDS, help_lines
 from specchat.ui.console import AnswerStream, Talk, neutral
 from specchat.ui.plan_view import plan_text
+from specchat.ui.rows import figures
 
 GIB = 1 << 30
 GPU_PLAN = changed(
@@ -58,10 +69,10 @@ def test_plan_line():
 
 def test_stats_line():
     assert stats_line(TURN, GPU_PLAN) == (
-        "212 tok · 7.4 tok/s · 14.1 tok/pass · TTFT 2.3 s · prompt 38 new + 1,904 cached · ctx 2,154/8,192 · "
-        "VRAM 9.9 · RAM 42.0"
+        "212 tok · 7.4 tok/s · 14.1 tok/pass · TTFT 2.3 s · prompt 38 new + 1,904 cached tok · "
+        "context 2,154/8,192 tok · VRAM 9.9 GiB · RAM 42.0 GiB"
     )
-    assert stats_line(TURN, PLAN).endswith("· RAM 9.9")
+    assert stats_line(TURN, PLAN).endswith("· RAM 9.9 GiB")
     assert stopped_line(TURN) == "^C stopped · 212 tok · 7.4 tok/s"
 
 
@@ -74,18 +85,28 @@ def test_of_a_long_exchange_the_ends_are_recalled():
 
 
 def test_banner_names_the_model_and_the_draft():
-    toy = banner_lines(ModelSource("demo", Path("x"), label="a toy model for exercising the software"), CHOSEN, "")[0]
+    label = "a toy model for exercising the software"
+    toy = banner_lines(ModelSource("demo", Path("x"), label=label), CHOSEN, "", "/info")[0]
     assert "demo (a toy model for exercising the software) · draft demo draft · fp32 on cpu" in toy
-    assert banner_lines(ModelSource("org/x", Path("x")), CHOSEN, "")[1].endswith("· 6.0 tok/s predicted (measured)")
-    plain = banner_lines(
-        ModelSource("org/x", Path("x")), replace(CHOSEN, plan=changed(PLAN, draft=None)), "plain decoding"
-    )[0]
+    streamed = banner_lines(ModelSource("org/x", Path("x")), CHOSEN, "", "/info")[1]
+    assert streamed == (
+        "2 of 4 layers in RAM (150 MiB) · 60.0 MiB streamed per pass · context 400 · about 6.0 tok/s (details: /info)"
+    )
+    resident = replace(CHOSEN, plan=changed(PLAN, resident=(0, 1, 2, 3)))
+    second = banner_lines(ModelSource("org/x", Path("x")), resident, "", "--plan")[1]
+    assert second == "all in RAM (150 MiB) · context 400 · about 6.0 tok/s (details: --plan)"
+    without = replace(CHOSEN, plan=changed(PLAN, draft=None))
+    plain = banner_lines(ModelSource("org/x", Path("x")), without, "plain decoding", "/info")[0]
     assert "org/x · plain decoding · fp32 on cpu" in plain
 
 
 def test_step_line_and_plan_text():
     step = Step((1, 2, 3), None, 1, 20, 64, 2, 7, 0.5, 0.1, 0.3, 0.1, 0.05, 60 << 20)
-    assert step_line(4, step).startswith("step 4: 3 tok · tree 64 nodes, depth 7, 2 accepted · 1 new + 20 cached rows")
+    assert step_line(4, step).startswith(
+        "step 4: 3 tok · tree 64 nodes, depth 7, 2 accepted · 0.500 s · draft 0.100 s, "
+    )
+    assert step_line(4, step).endswith("1 new + 20 cached rows · sample 0.100 s")
+    assert step_line(4, step, 70) == "step 4: 3 tok · tree 64 nodes, depth 7, 2 accepted · 0.500 s"
     source = ModelSource("demo", Path("x"), label="a toy model for exercising the software")
     table = plan_text(source, replace(CHOSEN, plan=GPU_PLAN), "", 80)
     assert "a toy model" in table
@@ -109,7 +130,8 @@ def test_plan_fits_any_width_and_is_complete(width):
     words = " ".join(text.split())
     for choice in CHOSEN.choices:
         assert choice.option in words and choice.value in words and choice.why in words
-    assert "int8: 9.0 tok/s" in words and "6.0 tok/s predicted (measured): 12.0 tokens per pass of 2.0 s" in words
+    assert "int8: 9.0 tok/s" in words and "about 6.0 tok/s: 12.0 tokens per pass of 2.0 s" in words
+    assert "rates measured on this machine" in words
 
 
 @pytest.mark.parametrize(
@@ -187,3 +209,30 @@ def test_quiet_silences_notices_but_not_errors_and_command_output():
     talk.tell("c")
     talk.error("d\ne", None)
     assert stream.written() == b"c\nerror: d e\n"
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_help_and_settings_fit_any_width_and_are_complete(width):
+    """No line is wider than the terminal, so none is broken inside a word."""
+    settings = [
+        Setting("repetition_penalty", "1.1", "the model's generation_config.json"),
+        Setting("seed", "7", "/set"),
+    ]
+    for lines, words in (
+        (help_lines(width), [text for command in COMMANDS for text in (command.usage, command.help)]),
+        (info_lines(settings, width), ["repetition_penalty", "1.1", "generation_config.json", "seed", "7", "/set"]),
+        (plan_lines(GPU_PLAN, width), plan_line(GPU_PLAN).split()),
+    ):
+        assert all(len(line) < width for line in lines)
+        flat = " ".join(" ".join(lines).split())
+        assert all(word in flat for word in words)
+
+
+def test_figures_break_between_each_other():
+    line = stats_line(TURN, GPU_PLAN)
+    assert figures(line, None) == figures(line, 300) == [line]
+    for width in (40, 60, 100):
+        lines = figures(line, width)
+        assert all(len(each) < width for each in lines)
+        assert " ".join(lines) == line
+        assert all(each.endswith(" ·") for each in lines[:-1])
