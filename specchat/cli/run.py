@@ -127,7 +127,6 @@ def _chat(options: RunOptions, planned: "Planned", prompt: str | None, say: "Tal
     from specchat.models.checkpoint.generation_config import load_generation_defaults
     from specchat.ui.chat_view import ChatView
     from specchat.ui.console import answer_stream
-    from specchat.ui.progress import TalkReporter
 
     models, plan = planned.models, planned.plan
     defaults = load_generation_defaults(models.target.path)
@@ -144,7 +143,7 @@ def _chat(options: RunOptions, planned: "Planned", prompt: str | None, say: "Tal
         if prompt is None:
             model = _interactive(parts, view)
             return 0 if model is None else _switch(options, model, transcript, say)
-        session = parts.load(TalkReporter(say))
+        session = _load(parts, view)
         with closing(session.engine):
             return _answer(options, models, session, view, prompt)
 
@@ -300,6 +299,29 @@ def _answer(options: RunOptions, models: Models, session: "ChatSession", view: "
     if options.json or options.json_stream:
         return _answer_as_json(options, models, session, view, prompt)
     return _answer_as_text(session, view, prompt)
+
+
+def _load(parts: _Parts, view: "ChatView") -> "ChatSession":
+    """Load the models; on a terminal, one live line on stderr shows the progress.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C was pressed.
+    """
+    from specchat.ui.interrupts import Interrupts
+    from specchat.ui.live import can_redraw
+    from specchat.ui.loading import BackgroundLoad
+    from specchat.ui.progress import TalkReporter
+
+    if view.talk.quiet or not can_redraw(view.talk.stream):
+        return parts.load(TalkReporter(view.talk))
+    load, cancel = BackgroundLoad(parts.load), Event()
+    with Interrupts().setting(cancel):
+        view.wait_for(load, cancel)
+    if not load.is_done:
+        raise KeyboardInterrupt
+    for warning in load.reporter.take_warnings():
+        view.talk.warn(warning)
+    return load.result()
 
 
 def _switch(options: RunOptions, model: str, transcript: "Transcript", say: "Talk") -> int:

@@ -106,6 +106,20 @@ def test_ctrl_c_clears_the_line_and_a_second_one_exits():
         assert b"Traceback" not in terminal.raw
 
 
+def test_one_live_line_while_a_single_answer_loads(tmp_path):
+    gate = tmp_path / "gate"
+    with Terminal("support.fake_cli", "run", "demo", "hi", environment={"FAKE_LOAD_GATE": str(gate)}) as terminal:
+        terminal.wait_for(lambda t: re.search(r"^loading the model · \d+ s$", t.screen, re.MULTILINE))
+        gate.touch()
+        assert terminal.exit_code() == 0
+        assert "You said: hi" in terminal.screen and "loading" not in terminal.scrollback
+    with Terminal("support.fake_cli", "run", "demo", "hi", environment={"FAKE_LOAD_GATE": "/nonexistent"}) as terminal:
+        terminal.wait_for("loading the model ·")
+        terminal.send(CTRL_C)
+        assert terminal.exit_code() == 130
+        assert b"Traceback" not in terminal.raw
+
+
 def test_ctrl_c_is_counted_anew_after_a_message_is_sent(tmp_path):
     gate = tmp_path / "gate"
     with chat(environment={"FAKE_LEAVE_WITHIN_S": "60", "FAKE_GATE": str(gate)}) as terminal:

@@ -1,8 +1,8 @@
 """`python -m support.fake_cli ARGUMENTS`: the real command line, screen and keys around an engine without a model.
 
 FAKE_PAUSE_S is the time of a step, FAKE_LEAVE_WITHIN_S that within which a second Ctrl-C leaves, FAKE_SILENT_S that
-after which a silent stdin is remarked on, FAKE_SLOW_S that of an answer which rings the bell. Loading ends when the file
-FAKE_LOAD_GATE exists, and fails with FAKE_LOAD_FAILS. The answer repeats the question, which may ask for something
+after which a silent stdin is remarked on, FAKE_SLOW_S that of an answer which rings the bell. Loading ends when the
+file FAKE_LOAD_GATE exists, and fails with FAKE_LOAD_FAILS. The answer repeats the question, which may ask for something
 special (`TEXTS`). With "held" before it the first step lasts until the file FAKE_GATE exists, with "gated" one half
 way; with "stuck" the first lasts until the chat is left.
 """
