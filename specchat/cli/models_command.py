@@ -22,7 +22,7 @@ class ModelsOptions:
     """Checked options of `specchat models`.
 
     Attributes:
-        action: one of `ACTIONS`.
+        action: task to do, from `ACTIONS`.
         names: models or packs to remove.
         json: whether to print one JSON object.
         yes: whether to remove without asking.

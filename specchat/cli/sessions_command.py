@@ -21,7 +21,7 @@ class SessionsOptions:
     """Checked options of `specchat sessions`.
 
     Attributes:
-        action: one of `ACTIONS`.
+        action: task to do, from `ACTIONS`.
         words: IDs to show or remove, or the words to search for.
         json: whether to print one JSON object.
         yes: whether to remove without asking.

@@ -20,7 +20,7 @@ class Attachment:
 
     Attributes:
         name: name of the file.
-        text: its text, without line breaks at the end.
+        text: text of the file, without line breaks at the end.
         num_tokens: tokens of the text; None if it was attached before the model was loaded.
     """
 

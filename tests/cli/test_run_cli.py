@@ -32,7 +32,8 @@ TESTS = Path(__file__).parents[1]
 def fails(result, code, *words):
     assert result.code == code, result.err
     assert result.out == ""
-    complaint = [line for line in result.err.splitlines() if not line.startswith(("specchat ", "RAM ", "VRAM "))]
+    banner = re.compile(r"specchat \d|.* \(details: --plan\)$")
+    complaint = [line for line in result.err.splitlines() if not banner.match(line)]
     assert 1 <= len(complaint) <= 3, result.err
     assert complaint[0].startswith("error: ")
     assert all(line.startswith("hint: ") for line in complaint[1:])
@@ -263,7 +264,7 @@ def test_stderr_has_only_the_banner(answer):
     first, second = answer.stderr.splitlines()
     assert first.startswith("specchat ")
     assert "a toy model for exercising the software" in first
-    assert second.startswith("RAM ")
+    assert re.fullmatch(r"all in RAM \([\d.]+ MiB\) · context 1,024 · about \d+ tok/s \(details: --plan\)", second)
 
 
 def test_text_and_json_stream_have_the_same_answer(answer, specchat):

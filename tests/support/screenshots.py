@@ -1,6 +1,6 @@
 """Makes the pictures in the README from real runs: the program on a pty, what it writes on a screen, the screen as SVG.
 
-    PYTHONPATH=.:tests python -m support.screenshots [chat|bench|probe ...]
+    PYTHONPATH=.:tests python -m support.screenshots [chat|chat-40|bench|probe ...]
 
 writes docs/images/NAME.svg. Nothing in them is staged but the keys that are pressed.
 """
@@ -60,6 +60,16 @@ def _chat(terminal: Terminal) -> None:
     terminal.wait_for_prompt()
 
 
+def _short_chat(terminal: Terminal) -> None:
+    terminal.wait_for_prompt()
+    terminal.send("Tell me a story about a fox.\r")
+    terminal.wait_for(lambda t: re.search(r"\+\s+0\s+cached\s+tok", t.screen))
+    terminal.wait_for_prompt()
+    terminal.send("/set\r")
+    terminal.wait_for("overflow")
+    terminal.wait_for_prompt()
+
+
 def _until_the_end(terminal: Terminal) -> None:
     assert terminal.exit_code(timeout_s=280) == 0, terminal.screen
 
@@ -67,6 +77,13 @@ def _until_the_end(terminal: Terminal) -> None:
 PICTURES = {
     "chat": Picture(
         "specchat run demo", ("run", "demo", "--seed", "7", "--max-tokens", "30", "--no-save"), _chat, rows=48
+    ),
+    "chat-40": Picture(
+        "specchat",
+        ("run", "demo", "--seed", "7", "--max-tokens", "30", "--no-save"),
+        _short_chat,
+        columns=40,
+        rows=30,
     ),
     "bench": Picture(
         "specchat bench demo --limit 2",
