@@ -1,5 +1,6 @@
 """The output of a chat: banner, plan, streamed answers and their statistics."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from threading import Event
@@ -26,6 +27,8 @@ from specchat.units import GIB, MIB, format_bytes
 from specchat.version import __version__
 
 _POLL_S = 0.2
+# Shorter times of a step are not shown.
+_SHOWN_S = 0.0005
 # Lines of a resumed chat that are shown again.
 _QUESTION_LINES = 3
 _ANSWER_LINES = 12
@@ -142,7 +145,8 @@ class ChatView:
             return None
 
         def show(number: int, step: Step) -> None:
-            self.talk.say(step_line(number, step, self.talk.width), "dim")
+            unseen = "" if step.tree is not None else "".join(map(session.token_text, step.token_ids))
+            self.talk.say(step_line(number, step, self.talk.width, unseen), "dim")
             if step.tree is not None:
                 for line in tree_lines(step.tree, step.token_ids, session.token_text, self.talk.console.width - 1):
                     self.talk.say_styled(line)
@@ -355,28 +359,34 @@ def _short(text: str, max_chars: int = 40) -> str:
     return line if len(line) <= max_chars else f"{line[: max_chars - 1]}…"
 
 
-def step_line(number: int, step: Step, width: int | None = None) -> str:
-    """Return the figures of one step in one line, for --verbose.
+def step_line(number: int, step: Step, width: int | None = None, text: str = "") -> str:
+    """Return the figures of one step in one line, for --verbose; times of what did not happen are left out.
 
     Args:
         number: number of the step, from 1.
         step: the step.
         width: columns of the terminal; figures that do not fit are left out. None for no limit.
+        text: text of a step without a tree, which would not be seen otherwise.
     """
-    line = f"step {number}: {len(step.token_ids)} tok"
+    line = f"step {number}: {len(step.token_ids)} tok{_quoted(text)}"
+    times = (("draft", step.draft_s), ("verify", step.verify_s), ("waiting", step.stream_wait_s))
     for part in (
         _tree(step),
         f"{step.pass_s:.3f} s",
-        f"draft {step.draft_s:.3f} s, verify {step.verify_s:.3f} s, waiting {step.stream_wait_s:.3f} s",
-        f"streamed {format_bytes(step.streamed_bytes)}",
+        ", ".join(f"{name} {seconds:.3f} s" for name, seconds in times if seconds >= _SHOWN_S),
+        f"streamed {format_bytes(step.streamed_bytes)}" if step.streamed_bytes else "",
         f"{step.new_rows:,} new + {step.cached_rows:,} cached rows",
         f"sample {step.sample_s:.3f} s",
     ):
-        longer = f"{line} · {part}"
+        longer = f"{line} · {part}" if part else line
         if width is not None and len(longer) >= width:
             break
         line = longer
     return line
+
+
+def _quoted(text: str) -> str:
+    return f" {json.dumps(text, ensure_ascii=False)}" if text else ""
 
 
 def _tree(step: Step) -> str:

@@ -39,6 +39,7 @@ class Picture:
         arguments: of `python -m specchat`.
         drive: presses keys and waits, until the screen is worth a picture.
         columns, rows: size of the terminal.
+        leave: keys that end the program once the picture is taken; none for one that ends by itself.
     """
 
     title: str
@@ -46,6 +47,7 @@ class Picture:
     drive: Callable[[Terminal], None]
     columns: int = 110
     rows: int = 36
+    leave: str = ""
 
 
 def _chat(terminal: Terminal) -> None:
@@ -76,23 +78,28 @@ def _until_the_end(terminal: Terminal) -> None:
 
 PICTURES = {
     "chat": Picture(
-        "specchat run demo", ("run", "demo", "--seed", "7", "--max-tokens", "30", "--no-save"), _chat, rows=48
+        "specchat run demo",
+        ("run", "demo", "--seed", "7", "--max-tokens", "30", "--no-save"),
+        _chat,
+        rows=48,
+        leave="\x04",
     ),
     "chat-40": Picture(
         "specchat",
         ("run", "demo", "--seed", "7", "--max-tokens", "30", "--no-save"),
         _short_chat,
         columns=40,
-        rows=30,
+        rows=36,
+        leave="\x04",
     ),
     "bench": Picture(
         "specchat bench demo --limit 2",
         ("bench", "demo", "--limit", "2", "-r", "1"),
         _until_the_end,
         columns=120,
-        rows=60,
+        rows=76,
     ),
-    "probe": Picture("specchat probe", ("probe",), _until_the_end, rows=30),
+    "probe": Picture("specchat probe", ("probe",), _until_the_end, rows=44),
 }
 
 
@@ -130,6 +137,9 @@ def main(names: list[str]) -> None:
         with Dimming("specchat", *picture.arguments, columns=picture.columns, rows=picture.rows) as terminal:
             picture.drive(terminal)
             (FOLDER / f"{name}.svg").write_text(as_svg(terminal, picture.title))
+            if picture.leave:
+                terminal.send(picture.leave)
+                terminal.exit_code()
         print(f"{name}.svg")
 
 

@@ -105,6 +105,10 @@ def test_step_line_and_plan_text():
     assert step_line(4, step).startswith(
         "step 4: 3 tok · tree 64 nodes, depth 7, 2 accepted · 0.500 s · draft 0.100 s, "
     )
+    plain = replace(step, tree_nodes=0, draft_s=0.0, stream_wait_s=0.0, streamed_bytes=0)
+    assert step_line(4, plain, text='a "b"\n').startswith(
+        'step 4: 3 tok "a \\"b\\"\\n" · no draft tree · 0.500 s · verify 0.300 s · 1 new'
+    )
     assert step_line(4, step).endswith("1 new + 20 cached rows · sample 0.100 s")
     assert step_line(4, step, 70) == "step 4: 3 tok · tree 64 nodes, depth 7, 2 accepted · 0.500 s"
     source = ModelSource("demo", Path("x"), label="a toy model for exercising the software")
