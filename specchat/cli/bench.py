@@ -13,8 +13,9 @@ from specchat.chat.settings import whole
 from specchat.cli import options as parse
 from specchat.cli.ask import asker
 from specchat.cli.bench_options import BenchOptions, trees
-from specchat.cli.output import print_line, to_json
+from specchat.cli.output import print_line
 from specchat.errors import UsageError
+from specchat.json_lines import to_json
 from specchat.loading import planning
 from specchat.loading.engine import make_packs, stop_ids
 from specchat.loading.libraries import prepare_libraries

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from specchat.cli.ask import asker
 from specchat.cli.options import RunOptions, random_seed, sampling_sources, without_effect
-from specchat.cli.output import print_line, to_json
+from specchat.cli.output import print_line
 from specchat.cli.sessions import lasting, model_of, path_for, was_with
 from specchat.errors import EmptyPromptError, UsageError
+from specchat.json_lines import to_json
 from specchat.loading import planning
 from specchat.loading.engine import load_engine, stop_ids
 from specchat.loading.libraries import prepare_libraries
