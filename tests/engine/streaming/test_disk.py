@@ -142,7 +142,7 @@ def test_a_pack_that_is_cut_short_between_passes_is_an_error(tier: str, tmp_path
             hidden(model, prompt)
             last = pack.layers[4]
             os.truncate(last.path, last.data_offset + last.nbytes // 2)
-            with pytest.raises(ModelError, match="truncated|shorter|cut"):
+            with pytest.raises(ModelError, match="truncated"):
                 for _ in range(2):  # a slot may hold the last layer of the pass before
                     hidden(model, prompt)
         finally:
