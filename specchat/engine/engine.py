@@ -19,7 +19,6 @@ from specchat.engine.drafting.policy import AdaptivePolicy, DraftPolicy, FixedPo
 from specchat.engine.loading import load_model
 from specchat.engine.model import PassCancelledError, TreeModel
 from specchat.engine.sampling import Sampler, ScoresNotFiniteError
-from specchat.engine.selfcheck import check_architecture
 from specchat.engine.tree import ROOT, TokenTree, common_prefix
 from specchat.errors import AllocationError, BrokenScoresError, PromptTooLongError, is_lack_of_memory
 from specchat.models.hf.pairing import check_pair
@@ -75,7 +74,7 @@ class Engine(Closeable):
         draft_pack: Pack | None = None,
         warn: Callable[[str], None] = lambda _: None,
     ) -> Engine:
-        """Read both models into memory as planned.
+        """Read both models into memory as planned; `loading.checking` has checked the architectures.
 
         Args:
             plan: sizes and placement.
@@ -87,7 +86,6 @@ class Engine(Closeable):
 
         Raises:
             VocabularyMismatchError: draft and target have different token ids.
-            UnsupportedModelError: tree scores differ from plain scores on this architecture.
             CorruptCheckpointError: the files are damaged or truncated.
             AllocationError: planned memory cannot be allocated.
         """
@@ -95,8 +93,6 @@ class Engine(Closeable):
         runtime_bytes = stats.resident_set_bytes()
         if draft is not None:
             check_pair(target.source, draft.source)
-            check_architecture(draft.source)
-        check_architecture(target.source)
         with _allocating(plan):
             # Load the drafter first: it has no threads to clean up if the target fails to load.
             drafter: Drafter = NoDrafter() if draft is None else _load_drafter(plan, draft, draft_pack)

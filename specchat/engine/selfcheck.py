@@ -7,8 +7,6 @@ architecture then leads to an error instead of wrong text.
 
 from __future__ import annotations
 
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,12 +37,7 @@ def check_architecture(source: ModelSource) -> None:
     Raises:
         UnsupportedModelError: scores or cache shapes differ, or the modules cannot run with tree attention.
     """
-    _check(source.path.resolve())
-
-
-@lru_cache(maxsize=16)
-def _check(folder: Path) -> None:
-    config = load_config(folder)
+    config = load_config(source.path)
     error = _largest_error(config)
     if not error <= _TOLERANCE:
         raise UnsupportedModelError(
