@@ -20,7 +20,13 @@ from specchat.engine.loading import load_model
 from specchat.engine.model import PassCancelledError, TreeModel
 from specchat.engine.sampling import Sampler, ScoresNotFiniteError
 from specchat.engine.tree import ROOT, TokenTree, common_prefix
-from specchat.errors import AllocationError, BrokenScoresError, PromptTooLongError, is_lack_of_memory
+from specchat.errors import (
+    AllocationError,
+    BrokenScoresError,
+    PromptTooLongError,
+    UnknownTokenError,
+    is_lack_of_memory,
+)
 from specchat.models.hf.pairing import check_pair
 from specchat.models.packs.pack import Pack
 from specchat.models.weights.open import ModelWeights
@@ -132,10 +138,12 @@ class Engine(Closeable):
 
         Raises:
             PromptTooLongError: the context has no room for one more token.
+            UnknownTokenError: the target has no embedding for a token.
             BrokenScoresError: the target computes NaN or infinity.
         """
         context = list(prompt_ids)
         assert context, "the chat layer refuses empty prompts"
+        self._check_are_known(context)
         if len(context) >= self.plan.work.ctx:
             raise PromptTooLongError(
                 f"the prompt has {len(context)} tokens, but the context holds {self.plan.work.ctx} with the answer",
@@ -307,6 +315,15 @@ class Engine(Closeable):
         begin, root = len(context) - num_pending, len(context) - 1
         positions = [*range(begin, len(context)), *(root + depth for depth in tree.depths)]
         return RowLayout(begin, num_pending, tree.ancestors.to(device), torch.tensor(positions, device=device))
+
+    def _check_are_known(self, token_ids: Sequence[int]) -> None:
+        num_known = self._target.vocab_size
+        for token_id in (min(token_ids), max(token_ids)):
+            if not 0 <= token_id < num_known:
+                raise UnknownTokenError(
+                    f"the prompt has token {token_id}, but {self.plan.target} has only {num_known:,} embeddings",
+                    hint="the tokenizer and the weights do not match: download or copy the model's folder again",
+                )
 
     def _reuse_prefix(self, context: list[int]) -> None:
         """Keep the cached prefix that the new prompt shares; the prompt's last token is always computed again."""
