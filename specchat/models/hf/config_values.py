@@ -1,6 +1,5 @@
 """Values of config.json: corrected where transformers would fail on a harmless one, refused by name where it must."""
 
-import copy
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -48,11 +47,16 @@ def make_config(file: Path, values: Mapping[str, Any]) -> Any:
     config_class = CONFIG_MAPPING[kind]
     corrected = _corrected(file, values)
     try:
-        return config_class.from_dict(copy.deepcopy(corrected))  # transformers adds to nested objects
+        return _configuration(config_class, corrected)
     except Exception as error:
         if isinstance(error, SpecchatError) or is_lack_of_memory(error):
             raise
         raise CorruptCheckpointError(f"{file}: {_reason(config_class, corrected, error)}", hint=_HINT) from error
+
+
+def _configuration(config_class: Any, values: Mapping[str, Any]) -> Any:
+    """Return a configuration; the values are copied, because transformers adds to nested objects."""
+    return config_class.from_dict(config_class._decode_special_floats(values))  # infinities, which JSON lacks
 
 
 def why_not_built(config: Any) -> str:
@@ -123,7 +127,7 @@ def _reason(config_class: Any, values: Mapping[str, Any], error: Exception) -> s
     for name in values:
         others = {key: value for key, value in values.items() if key != name}
         try:
-            config_class.from_dict(copy.deepcopy(others))
+            _configuration(config_class, others)
         except Exception:  # noqa: BLE001  the other values are not the only reason
             continue
         return f"{name} is {shown(values[name])}, which transformers does not accept"
