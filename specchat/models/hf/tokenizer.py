@@ -208,7 +208,7 @@ def _reason(error: Exception) -> str:
     """Return why a template failed, in words."""
     if isinstance(error, RecursionError):
         return "it calls itself without end"
-    if isinstance(error, MemoryError | OverflowError):
+    if isinstance(error, MemoryError):
         return "it needs too much memory"
     return " ".join(str(error).split()) or "it gives no reason"
 
