@@ -28,6 +28,7 @@ from specchat.errors import (
     is_lack_of_memory,
 )
 from specchat.models.hf.pairing import check_pair
+from specchat.models.hf.refusals import computing
 from specchat.models.packs.pack import Pack
 from specchat.models.weights.open import ModelWeights
 from specchat.records.generation import Activity, DraftTree, FinishReason, Phase, Sampling, Step
@@ -140,6 +141,7 @@ class Engine(Closeable):
             PromptTooLongError: the context has no room for one more token.
             UnknownTokenError: the target has no embedding for a token.
             BrokenScoresError: the target computes NaN or infinity.
+            UnsupportedModelError: the modules cannot compute with the values of config.json.
         """
         context = list(prompt_ids)
         assert context, "the chat layer refuses empty prompts"
@@ -161,7 +163,8 @@ class Engine(Closeable):
         while True:
             had_lost_draft = self._draft_lost is not None
             try:
-                step = self._step(context, answer)
+                with computing(self.plan.target):
+                    step = self._step(context, answer)
             finally:
                 self._phase = "idle"
             if not had_lost_draft:
@@ -248,7 +251,8 @@ class Engine(Closeable):
         if self._draft_lost is None:
             max_depth = answer.max_length - len(context) - 1
             try:
-                return self._drafter.grow(context, self._policy, max_depth, answer.sampler, answer.cancel)
+                with computing(self.plan.draft or "the draft"):
+                    return self._drafter.grow(context, self._policy, max_depth, answer.sampler, answer.cancel)
             except ScoresNotFiniteError:
                 self._draft_lost = (
                     f"the draft {self.plan.draft} computes NaN or infinity in {self.plan.work.dtype}: "

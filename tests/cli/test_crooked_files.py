@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.tiny_models import make_config, random_model, save
 
 import specchat as public
 
@@ -117,6 +118,14 @@ def test_impossible_values_are_named(specchat, folder, name):
     change(folder / "config.json", **values)
     refused(specchat("run", str(folder), *ASKED), code, words)
     refused(specchat("run", str(folder), *PLAN, "--plan"), code, words)
+
+
+def test_values_that_only_fail_in_passes_are_named(specchat, tmp_path):
+    """The check's tiny model has one group of experts, so it cannot see that there is none."""
+    source = save(random_model(make_config("deepseek_v3")), tmp_path / "model")
+    change(source.path / "config.json", n_group=-1)
+    result = specchat("run", str(source.path), "w5 w6", "--base", *ASKED[1:])
+    refused(result, 2, f"{source.path} has a config.json with which its modules cannot compute")
 
 
 @pytest.mark.parametrize("levels", [90, 100_000])

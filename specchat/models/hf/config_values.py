@@ -18,7 +18,7 @@ _LABELS = ("num_labels", "id2label", "label2id")
 _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
 # transformers builds modules one by one, and tables of positions in memory, so absurd numbers would never end.
 _MODULES = re.compile(r"(num_hidden|num_kv_shared|num_nextn_predict|num|n|decoder|encoder)_layers?|\w*_experts")
-_WIDTHS = re.compile(r"\w*_(size|dim|rank|heads)|n_embd|n_inner|n_head")
+_WIDTHS = re.compile(r"\w*(?<!window)(?<!chunk)_(size|dim|rank|heads)|n_embd|n_inner|n_head")  # windows may be -1
 _MOST_MODULES, _LARGEST_WIDTH, _LARGEST = 1 << 14, 1 << 24, 1 << 40
 
 
@@ -106,7 +106,7 @@ def _check_size(file: Path, name: str, value: int) -> None:
     if _MODULES.fullmatch(name):
         least, most = 0, _MOST_MODULES
     elif _WIDTHS.fullmatch(name):
-        most = _LARGEST_WIDTH
+        least, most = 0, _LARGEST_WIDTH
     if not least <= value <= most:
         limit = f"at least {least:,}" if value < least else f"at most {most:,}"
         raise CorruptCheckpointError(f"{file}: {name} is {shown(value)}, but must be {limit}", hint=_HINT)
