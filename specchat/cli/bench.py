@@ -199,12 +199,15 @@ def _job(
     _check_cold(options, plan)
     packs = make_packs(target, draft, plan, reporter)
     tokenizer = load_tokenizer(target.path)
+    defaults = load_generation_defaults(target.path)
+    for line in defaults.ignored:
+        say.warn(line)
     return Job(
         plan=plan,
         target=target,
         draft=draft,
         tokenizer=tokenizer,
-        stop_ids=stop_ids(load_generation_defaults(target.path), tokenizer),
+        stop_ids=stop_ids(defaults, tokenizer),
         questions=questions,
         settings=_settings(options, num_points),
         baselines=tuple(name for name in baselines if name not in without),

@@ -99,7 +99,7 @@ def _read_stdin() -> str:
     if sys.stdin is None:
         return ""
     try:
-        return sys.stdin.buffer.read().decode()
+        return sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError("stdin is not UTF-8 text") from error
 
@@ -135,7 +135,7 @@ def _chat(options: RunOptions, planned: "Planned", prompt: str | None, say: "Tal
     sources = sampling_sources(options.sources, defaults)
     view = ChatView(answer_stream(), say, verbose=options.verbose, raw=options.raw)
     view.banner(models.target, planned.chosen, models.draft_note)
-    for notice in [*without_effect(sampling, sources), *_notices(options, plan, models)]:
+    for notice in [*defaults.ignored, *without_effect(sampling, sources), *_notices(options, plan, models)]:
         say.warn(notice)
     with _transcript(options, say, interactive=prompt is None) as transcript:
         parts = _Parts(options, models, plan, sampling, sources, defaults, transcript)
@@ -164,7 +164,7 @@ class _Parts:
         Raises:
             UsageError: the target has no chat template, and --base was not given.
         """
-        from specchat.chat.session import check_has_template
+        from specchat.chat.prompt import check_has_template
         from specchat.models.hf.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(self.models.target.path)

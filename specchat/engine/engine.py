@@ -19,10 +19,16 @@ from specchat.engine.drafting.policy import AdaptivePolicy, DraftPolicy, FixedPo
 from specchat.engine.loading import load_model
 from specchat.engine.model import PassCancelledError, TreeModel
 from specchat.engine.sampling import Sampler, ScoresNotFiniteError
-from specchat.engine.selfcheck import check_architecture
 from specchat.engine.tree import ROOT, TokenTree, common_prefix
-from specchat.errors import AllocationError, BrokenScoresError, PromptTooLongError, is_lack_of_memory
+from specchat.errors import (
+    AllocationError,
+    BrokenScoresError,
+    PromptTooLongError,
+    UnknownTokenError,
+    is_lack_of_memory,
+)
 from specchat.models.hf.pairing import check_pair
+from specchat.models.hf.refusals import computing
 from specchat.models.packs.pack import Pack
 from specchat.models.weights.open import ModelWeights
 from specchat.records.generation import Activity, DraftTree, FinishReason, Phase, Sampling, Step
@@ -75,7 +81,7 @@ class Engine(Closeable):
         draft_pack: Pack | None = None,
         warn: Callable[[str], None] = lambda _: None,
     ) -> Engine:
-        """Read both models into memory as planned.
+        """Read both models into memory as planned; `loading.checking` has checked the architectures.
 
         Args:
             plan: sizes and placement.
@@ -87,7 +93,6 @@ class Engine(Closeable):
 
         Raises:
             VocabularyMismatchError: draft and target have different token ids.
-            UnsupportedModelError: tree scores differ from plain scores on this architecture.
             CorruptCheckpointError: the files are damaged or truncated.
             AllocationError: planned memory cannot be allocated.
         """
@@ -95,8 +100,6 @@ class Engine(Closeable):
         runtime_bytes = stats.resident_set_bytes()
         if draft is not None:
             check_pair(target.source, draft.source)
-            check_architecture(draft.source)
-        check_architecture(target.source)
         with _allocating(plan):
             # Load the drafter first: it has no threads to clean up if the target fails to load.
             drafter: Drafter = NoDrafter() if draft is None else _load_drafter(plan, draft, draft_pack)
@@ -136,10 +139,13 @@ class Engine(Closeable):
 
         Raises:
             PromptTooLongError: the context has no room for one more token.
+            UnknownTokenError: the target has no embedding for a token.
             BrokenScoresError: the target computes NaN or infinity.
+            UnsupportedModelError: the modules cannot compute with the values of config.json.
         """
         context = list(prompt_ids)
         assert context, "the chat layer refuses empty prompts"
+        self._check_are_known(context)
         if len(context) >= self.plan.work.ctx:
             raise PromptTooLongError(
                 f"the prompt has {len(context)} tokens, but the context holds {self.plan.work.ctx} with the answer",
@@ -157,7 +163,8 @@ class Engine(Closeable):
         while True:
             had_lost_draft = self._draft_lost is not None
             try:
-                step = self._step(context, answer)
+                with computing(self.plan.target):
+                    step = self._step(context, answer)
             finally:
                 self._phase = "idle"
             if not had_lost_draft:
@@ -244,7 +251,8 @@ class Engine(Closeable):
         if self._draft_lost is None:
             max_depth = answer.max_length - len(context) - 1
             try:
-                return self._drafter.grow(context, self._policy, max_depth, answer.sampler, answer.cancel)
+                with computing(self.plan.draft or "the draft"):
+                    return self._drafter.grow(context, self._policy, max_depth, answer.sampler, answer.cancel)
             except ScoresNotFiniteError:
                 self._draft_lost = (
                     f"the draft {self.plan.draft} computes NaN or infinity in {self.plan.work.dtype}: "
@@ -311,6 +319,15 @@ class Engine(Closeable):
         begin, root = len(context) - num_pending, len(context) - 1
         positions = [*range(begin, len(context)), *(root + depth for depth in tree.depths)]
         return RowLayout(begin, num_pending, tree.ancestors.to(device), torch.tensor(positions, device=device))
+
+    def _check_are_known(self, token_ids: Sequence[int]) -> None:
+        num_known = self._target.vocab_size
+        for token_id in (min(token_ids), max(token_ids)):
+            if not 0 <= token_id < num_known:
+                raise UnknownTokenError(
+                    f"the prompt has token {token_id}, but {self.plan.target} has only {num_known:,} embeddings",
+                    hint="the tokenizer and the weights do not match: download or copy the model's folder again",
+                )
 
     def _reuse_prefix(self, context: list[int]) -> None:
         """Keep the cached prefix that the new prompt shares; the prompt's last token is always computed again."""

@@ -7,8 +7,6 @@ architecture then leads to an error instead of wrong text.
 
 from __future__ import annotations
 
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from specchat.engine.streaming.base import NoStreamer
 from specchat.engine.tree import ROOT, TokenTree
 from specchat.errors import UnsupportedModelError
 from specchat.models.hf.config import load_config, tiny_config
+from specchat.models.hf.config_values import why_not_built
 from specchat.models.hf.kv_shapes import record_kv_shapes
 from specchat.models.hf.refusals import CANNOT_RUN, CANNOT_SHRINK, HINT, refusing
 from specchat.models.hf.skeleton import Skeleton, build_random, build_skeleton
@@ -39,12 +38,7 @@ def check_architecture(source: ModelSource) -> None:
     Raises:
         UnsupportedModelError: scores or cache shapes differ, or the modules cannot run with tree attention.
     """
-    _check(source.path.resolve())
-
-
-@lru_cache(maxsize=16)
-def _check(folder: Path) -> None:
-    config = load_config(folder)
+    config = load_config(source.path)
     error = _largest_error(config)
     if not error <= _TOLERANCE:
         raise UnsupportedModelError(
@@ -58,9 +52,13 @@ def _largest_error(config: Any) -> float:
     """Return the largest difference between tree and plain scores, relative to the largest score."""
     generator = torch.Generator().manual_seed(0)
     with refusing(config.model_type, CANNOT_SHRINK):
-        tiny = tiny_config(config)
-        _check_is_tiny(tiny)
-        skeleton, plain = build_random(tiny, generator, tree_attention)
+        try:
+            tiny = tiny_config(config)
+            _check_is_tiny(tiny)
+            skeleton, plain = build_random(tiny, generator, tree_attention)
+        except Exception:
+            _check_is_built(config)  # a better reason
+            raise
     prompt = torch.randint(0, skeleton.config.vocab_size, (_PROMPT_ROWS,), generator=generator).tolist()
     paths = [_path(node) for node in (1, 3, len(_TREE) - 1)]
     with refusing(config.model_type, CANNOT_RUN):
@@ -71,6 +69,12 @@ def _largest_error(config: Any) -> float:
         difference = (ours[[0, *(n + 1 for n in path)]] - theirs).abs().max()
         error, scale = max(error, float(difference)), max(scale, float(theirs.abs().max()))
     return error / scale
+
+
+def _check_is_built(config: Any) -> None:
+    """Check that transformers can build the modules of the whole model, without weights."""
+    with refusing(config.model_type, why_not_built(config)):
+        build_skeleton(config, torch.float32, tree_attention)
 
 
 def _check_is_tiny(config: Any) -> None:

@@ -1,12 +1,12 @@
 """A model's configuration: reading, checking, and shrinking for the load-time self-check."""
 
 import copy
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from specchat.errors import CorruptCheckpointError, UnsupportedModelError
+from specchat.errors import UnsupportedModelError
 from specchat.models.checkpoint.json_file import read_json
+from specchat.models.hf.config_values import make_config
 from specchat.models.hf.refusals import CANNOT_BUILD, HINT, refusing
 from specchat.models.hf.wrappers import text_half, text_half_class
 from specchat.records.model import KvShape
@@ -26,19 +26,9 @@ def load_config(folder: Path) -> Any:
         CorruptCheckpointError: an invalid config.json.
         UnsupportedModelError: remote code, recurrent layers, ALiBi, no text half, or an unknown architecture.
     """
-    from transformers import AutoConfig
-
     values = read_json(folder / "config.json")
-    kind = values.get("model_type", "unknown")
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        if "model_type" in values and kind not in _known_model_types():
-            raise UnsupportedModelError(
-                f"model type '{kind}' is not supported", hint="specchat runs no code from model folders"
-            ) from error
-        problem = " ".join(str(error).split())
-        raise CorruptCheckpointError(f"{folder / 'config.json'} is not a valid configuration: {problem}") from error
+    config = make_config(folder / "config.json", values)
+    kind = values["model_type"]
     with refusing(kind, CANNOT_BUILD):
         config = text_half(config)
         for name in _QUANTIZATION:  # read by specchat; transformers would start its own quantizers
@@ -64,13 +54,6 @@ def text_model_class(config: Any) -> Any | None:
     if found is not None and found.__name__.endswith("ForCausalLM"):
         return found
     return text_half_class(config)
-
-
-def _known_model_types() -> Mapping[str, Any]:
-    from transformers import CONFIG_MAPPING
-
-    known: Mapping[str, Any] = CONFIG_MAPPING
-    return known
 
 
 def _check_layer_kinds(config: Any, model_class: Any) -> None:
