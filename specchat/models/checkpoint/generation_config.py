@@ -81,7 +81,11 @@ def load_generation_defaults(folder: Path) -> GenerationDefaults:
         do_sample = None
     stop_ids = _stop_ids(_FILE, values, ignored)
     if stop_ids is None:
-        stop_ids = _stop_ids("config.json", read_json(folder / "config.json"), ignored)
+        config = read_json(folder / "config.json")
+        text = config.get("text_config")  # of multimodal models
+        stop_ids = _stop_ids("config.json", config, ignored)
+        if stop_ids is None and isinstance(text, dict):
+            stop_ids = _stop_ids("config.json", text, ignored)
     return GenerationDefaults(do_sample, **numbers, stop_ids=stop_ids or frozenset(), ignored=tuple(ignored))
 
 

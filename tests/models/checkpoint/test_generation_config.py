@@ -60,3 +60,10 @@ def test_stop_tokens_of_the_configuration_are_checked_too(tmp_path: Path):
 def test_no_file(tmp_path: Path):
     (tmp_path / "config.json").write_text("{}")
     assert load_generation_defaults(tmp_path) == GenerationDefaults()
+
+
+def test_the_text_half_names_stop_tokens_that_the_whole_does_not(tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"text_config": {"eos_token_id": [7, 9]}}')
+    assert load_generation_defaults(tmp_path).stop_ids == {7, 9}
+    (tmp_path / "config.json").write_text('{"eos_token_id": 5, "text_config": {"eos_token_id": [7, 9]}}')
+    assert load_generation_defaults(tmp_path).stop_ids == {5}
