@@ -45,7 +45,8 @@ FOLDERS = {
         {"modules"},
     ],
     "engine": [
-        {"attention", "kv_cache", "linear", "sampling", "streaming", "tree"},
+        {"layout", "linear", "sampling", "streaming", "tree"},
+        {"attention", "kv_cache"},
         {"model"},
         {"drafting", "loading", "selfcheck", "stats"},
         {"engine"},

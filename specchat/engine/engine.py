@@ -13,9 +13,9 @@ from torch import Tensor
 
 from specchat.closing import Closeable
 from specchat.engine import stats
-from specchat.engine.attention import RowLayout
 from specchat.engine.drafting.drafter import Drafter, ModelDrafter, NoDrafter
 from specchat.engine.drafting.policy import AdaptivePolicy, DraftPolicy, FixedPolicy
+from specchat.engine.layout import PassLayout, RowLayout
 from specchat.engine.loading import load_model
 from specchat.engine.model import PassCancelledError, TreeModel
 from specchat.engine.sampling import Sampler, ScoresNotFiniteError
@@ -170,7 +170,7 @@ class Engine(Closeable):
     def truncate(self, length: int) -> None:
         """Drop committed tokens beyond `length`; prompt and answer tokens count alike."""
         del self._cached[length:]
-        self._target.cache.truncate(len(self._cached))  # also drops uncommitted rows of a failed pass
+        self._target.cache.truncate(0, len(self._cached))  # also drops uncommitted rows of a failed pass
 
     def forget(self) -> None:
         """Empty all caches: target and drafter compute the next prompt from its first token."""
@@ -225,10 +225,10 @@ class Engine(Closeable):
             self._phase = "prefill" if len(pending) > 1 else "verifying"
             tree, tokens, path = self._verify(context, tree, answer, clock)
         except PassCancelledError:
-            self._target.cache.truncate(num_cached)
+            self._target.cache.truncate(0, num_cached)
             return clock.step((), "interrupt", 0, num_cached, tree_nodes=0, depth=0)
         first = num_cached + len(pending)
-        self._target.cache.keep(first, [first + node for node in path])
+        self._target.cache.keep(0, first, [first + node for node in path])
         self._cached = context + [tree.tokens[node] for node in path]
         self._drafter.commit(path)
         reason = self._finish_reason(len(context) + len(tokens), tokens[-1], answer)
@@ -275,7 +275,7 @@ class Engine(Closeable):
             with clock.sampling():
                 return tree, *self._walk(context, tree, hidden[len(pending) - 1 :], answer)
         except ScoresNotFiniteError as error:
-            self._target.cache.wipe(len(self._cached))
+            self._target.cache.wipe(0, len(self._cached))
             if not len(tree):
                 raise _broken_scores(self.plan) from error
         return self._verify(context, TokenTree(), answer, clock)
@@ -305,12 +305,13 @@ class Engine(Closeable):
             path.append(child)
             node = child
 
-    def _rows_for(self, context: list[int], num_pending: int, tree: TokenTree) -> RowLayout:
+    def _rows_for(self, context: list[int], num_pending: int, tree: TokenTree) -> PassLayout:
         """Return the layout of a pass: pending tokens in sequence, of which the last is the root, then the tree."""
         device = self._target.device
         begin, root = len(context) - num_pending, len(context) - 1
         positions = [*range(begin, len(context)), *(root + depth for depth in tree.depths)]
-        return RowLayout(begin, num_pending, tree.ancestors.to(device), torch.tensor(positions, device=device))
+        rows = RowLayout(begin, num_pending, tree.ancestors.to(device), torch.tensor(positions, device=device))
+        return PassLayout.single(rows)
 
     def _reuse_prefix(self, context: list[int]) -> None:
         """Keep the cached prefix that the new prompt shares; the prompt's last token is always computed again."""

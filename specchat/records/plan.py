@@ -72,12 +72,13 @@ class Workload:
         device: device that passes run on, "cpu" or "cuda:N".
         dtype: dtype of weights, activations and caches.
         ctx: committed tokens that the caches hold.
-        tree_budget: most draft nodes per tree, root excluded; 0 without a draft.
-        draft_rows: rows that one growing tree may take in the draft's cache; 0 without a draft.
+        tree_budget: most draft nodes of a pass, roots excluded; 0 without a draft.
+        draft_rows: rows that growing trees may take in the draft's cache; 0 without a draft.
         chunk_rows: rows that one layer computes at a time.
         reserve_bytes: bytes kept for libraries and for what the allocator rounds up.
         head_rows: nodes that the head scores at a time on the walk; blocks without a visited node are not scored.
         host_embeddings: whether input embeddings stay in host memory, and only the rows of a pass cross the link.
+        seats: most sequences of a pass, each with a context of `ctx` tokens; 1 for chats.
     """
 
     device: str
@@ -89,6 +90,7 @@ class Workload:
     reserve_bytes: int = 0
     head_rows: int = HEAD_BLOCK_ROWS
     host_embeddings: bool = False
+    seats: int = 1
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class SpecExecDrafter:
         self, context: Sequence[int], budget: int, max_depth: int, sampler: Sampler, cancel: threading.Event | None
     ) -> TokenTree:
         cache = self._model.cache
-        cache.truncate(0)
+        cache.truncate(0, 0)
         root = self._log_probs(list(context))
         best: list[Node] = []
         level = self._children(None, root)
@@ -56,11 +56,11 @@ class SpecExecDrafter:
             level = []
             for node in frontier:
                 if node.depth < max_depth:
-                    cache.truncate(len(context))
+                    cache.truncate(0, len(context))
                     level += self._children(node, self._log_probs(node.path()))
             threshold = best[-1].score if len(best) == budget else -math.inf
             level = [node for node in level if node.score > threshold]
-        cache.truncate(0)
+        cache.truncate(0, 0)
         index = {id(node): i for i, node in enumerate(best)}
         parents = [ROOT if node.parent is None else index[id(node.parent)] for node in best]
         return TokenTree(tuple(node.token for node in best), tuple(parents))

@@ -18,8 +18,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from specchat.engine.attention import RowLayout
 from specchat.engine.drafting.policy import DraftPolicy
+from specchat.engine.layout import PassLayout, RowLayout
 from specchat.engine.model import TreeModel
 from specchat.engine.sampling import Sampler, ScoresNotFiniteError
 from specchat.engine.tree import ROOT, TokenTree, common_prefix
@@ -222,7 +222,9 @@ class ModelDrafter:
             parents = paths.parent[nodes]
             parent_rows = torch.where(parents == ROOT, ROOT, paths.row[parents.clamp(min=0)])
             paths.row[nodes] = rows.add(parent_rows, paths.depth[nodes])
-            hidden = self._model.forward(paths.token[nodes].tolist(), rows.layout(len(nodes)), cancel)
+            hidden = self._model.forward(
+                paths.token[nodes].tolist(), PassLayout.single(rows.layout(len(nodes))), cancel
+            )
             paths = self._children(paths, nodes, self._model.logits(hidden), len(context), sampler, budget)
             policy.record_draft_pass(len(nodes), time.perf_counter() - begin)
         paths = paths.first(policy.num_to_verify(paths.score.tolist()))
@@ -236,13 +238,13 @@ class ModelDrafter:
         """Keep the rows of accepted nodes that were expanded; other accepted nodes are computed by the next `grow`."""
         known = [node for node in path if self._rows[node] >= 0]
         prefix = len(self._tokens)
-        self._model.cache.keep(prefix, [prefix + self._rows[node] for node in known])
+        self._model.cache.keep(0, prefix, [prefix + self._rows[node] for node in known])
         self._tokens += [self._tree.tokens[node] for node in known]
         self._tree, self._rows = TokenTree(), []
 
     def reset(self) -> None:
         """Empty the draft's cache."""
-        self._model.cache.truncate(0)
+        self._model.cache.truncate(0, 0)
         self._tokens, self._rows, self._tree = [], [], TokenTree()
 
     def close(self) -> None:
@@ -253,7 +255,7 @@ class ModelDrafter:
         """Compute the tokens of `context` that are not cached, and return the scores after its last token, [1, V]."""
         begin = time.perf_counter()
         shared = min(common_prefix(self._tokens, list(context)), len(context) - 1)
-        self._model.cache.truncate(shared)
+        self._model.cache.truncate(0, shared)
         self._tokens = list(context[:shared])
         hidden = self._model.append(self._known(context[shared:]), cancel)
         self._tokens = list(context)
