@@ -46,9 +46,9 @@ FOLDERS = {
     ],
     "engine": [
         {"layout", "linear", "sampling", "streaming", "tree"},
-        {"attention", "kv_cache"},
+        {"attention", "kv_cache", "requests", "sequence"},
         {"model"},
-        {"drafting", "loading", "selfcheck", "stats"},
+        {"drafting", "loading", "selfcheck", "stats", "walk"},
         {"engine"},
         {"measuring"},
     ],

@@ -1,7 +1,8 @@
 """A causal LM whose rows may form trees: a pass returns hidden states. Target and draft both use this class.
 
-A pass may compute rows of several sequences. transformers' modules run unmodified. specchat supplies the attention function, the KV cache, and a wrapper around each
-decoder layer. The wrapper acquires the layer's weights, checks for cancellation, and runs long passes in row chunks.
+A pass may compute rows of several sequences. transformers' modules run unmodified. specchat supplies the attention
+function, the KV cache, and a wrapper around each decoder layer. The wrapper acquires the layer's weights, checks for
+cancellation, and runs long passes in row chunks.
 """
 
 from __future__ import annotations

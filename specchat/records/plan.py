@@ -27,7 +27,8 @@ class Expectation:
         draft_s: (rows, seconds) of a draft pass, rows ascending.
         tree_nodes: number of draft nodes in the tree of a step.
         draft_passes: number of draft passes that growing this tree takes.
-        tokens_per_step: expected number of tokens that a step emits.
+        tokens_per_step: expected number of tokens that a pass emits, those of all its sequences together.
+        num_sequences: number of sequences of the pass that `tokens_per_step` belongs to.
     """
 
     pass_s: tuple[tuple[int, float], ...]
@@ -35,6 +36,7 @@ class Expectation:
     tree_nodes: int
     draft_passes: float
     tokens_per_step: float
+    num_sequences: int = 1
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,10 @@ class PlanChoices:
         ram_bytes: cap on host memory in bytes.
         slots: staging buffers for streamed layers.
         ctx: committed tokens that the caches hold.
-        tree_budget: draft nodes per tree, root excluded.
+        tree_budget: draft nodes per pass, roots excluded.
         quant: quantization of the target's matrices.
         draft_quant: quantization of the draft's matrices; it changes the speed, never the text.
+        seats: number of answers that share a pass; 1 for chats.
     """
 
     device: str = "auto"
@@ -62,6 +65,7 @@ class PlanChoices:
     tree_budget: int | None = None
     quant: Literal["auto"] | Quant = "auto"
     draft_quant: Literal["auto"] | Quant = "auto"
+    seats: int = 1
 
 
 @dataclass(frozen=True)
