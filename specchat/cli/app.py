@@ -145,6 +145,9 @@ def _run(
     raw: parameters.Raw = None,
     json: parameters.Json = False,
     json_stream: parameters.JsonStream = False,
+    prompts: parameters.PromptsFile = None,
+    output: parameters.Results = None,
+    batch: parameters.Batch = None,
     plan: parameters.Plan = False,
     config: parameters.Config = None,
     offline: parameters.Offline = None,
@@ -194,6 +197,9 @@ def _run(
         session_id=session,
         saves=chosen.get("save", True),
         keeps_history=chosen.get("history", True) and chosen.get("save", True),
+        prompts=None if prompts is None else user_path(prompts),
+        results=None if output is None else user_path(output),
+        batch=options.batch("--batch", batch),
         sources=chosen.sources,
     )
     return partial(run, options.check_combination(checked))

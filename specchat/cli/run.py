@@ -44,6 +44,10 @@ _INTERRUPTED = 130
 
 def run(options: RunOptions) -> int:
     """Run `specchat run` and return the exit code."""
+    if options.prompts is not None:
+        from specchat.cli.batch import run_prompts
+
+        return run_prompts(options)
     from specchat.ui.console import talk
     from specchat.ui.progress import TalkReporter
 
@@ -56,7 +60,7 @@ def run(options: RunOptions) -> int:
     if options.plan:
         with TemporaryDirectory(prefix="specchat-") as folder:
             models = sketch_models(options.models, refs, reporter, ask, Path(folder))
-            _print_plan(options, planning.make_plan(options.models, models, reporter, temperature=temperature))
+            print_plan(options, planning.make_plan(options.models, models, reporter, temperature=temperature))
         return 0
     models = locate_models(options.models, refs, reporter, ask)
     return _chat(options, planning.make_plan(options.models, models, reporter, temperature=temperature), prompt, say)
@@ -106,7 +110,8 @@ def _read_stdin() -> str:
 # --- the plan ----------------------------------------------------------------------------------------------------
 
 
-def _print_plan(options: RunOptions, planned: "Planned") -> None:
+def print_plan(options: RunOptions, planned: "Planned") -> None:
+    """Print the plan on stdout, as text or as JSON."""
     from specchat.chat.result import chosen_object
     from specchat.ui.console import columns
     from specchat.ui.plan_view import plan_text
