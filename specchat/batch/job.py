@@ -200,7 +200,7 @@ class Job:
 
     def _sampling(self, line: PromptLine) -> Sampling:
         """Return the sampling of a line: its own values, then those of the job, then the model's."""
-        own = {key: value for key, value in line.values.items() if key in _SAMPLING}
+        own: dict[str, Any] = {key: value for key, value in line.values.items() if key in _SAMPLING}
         seed = line.values.get("seed", (self._settings.seed + line.number - 1) % (MAX_SEED + 1))
         return resolve_sampling(replace(self._settings.sampling, **own), self._defaults, int(seed))
 

@@ -13,6 +13,7 @@ from specchat.batch.prompts import PromptLine, read_prompts
 from specchat.batch.results import JobSettings, Results, line_digest
 from specchat.cli.ask import asker
 from specchat.cli.options import RunOptions
+from specchat.cli.plan import print_plan
 from specchat.loading.batch import make_batch_plan
 from specchat.loading.engine import load_engine, stop_ids
 from specchat.loading.libraries import prepare_libraries
@@ -32,7 +33,6 @@ _CTX_STEP = 64
 
 def run_prompts(options: RunOptions) -> int:
     """Run `specchat run --prompts` and return the exit code."""
-    from specchat.cli.run import print_plan
     from specchat.ui.console import talk
     from specchat.ui.progress import TalkReporter
 
@@ -45,7 +45,7 @@ def run_prompts(options: RunOptions) -> int:
     if options.plan:
         with TemporaryDirectory(prefix="specchat-") as folder:
             models = sketch_models(options.models, refs, reporter, ask, Path(folder))
-            print_plan(options, _planned(options, options.models, models, reporter, len(lines)))
+            print_plan(_planned(options, options.models, models, reporter, len(lines)), as_json=options.json)
         return 0
     return _answer(options, locate_models(options.models, refs, reporter, ask), lines, reporter, say)
 

@@ -196,6 +196,10 @@ Sweep = Annotated[
         help="Measure each value of tree-budget, vram, ctx, draft, quant, slots or memory. [default: none]",
     ),
 ]
+Batches = Annotated[
+    str | None,
+    typer.Option("--batch", metavar="A,B,C", help="Measure A, B and C answers that share a pass. [default: none]"),
+]
 Plot = Annotated[
     str | None, typer.Option(metavar="FILE", help="Draw the sweep into an .svg or .png file. [default: none]")
 ]

@@ -144,9 +144,9 @@ class Engine(Closeable):
             yield step
 
     def generate_many(
-        self, requests: Iterable[Request], *, cancel: threading.Event | None = None
+        self, requests: Iterable[Request], *, seats: int | None = None, cancel: threading.Event | None = None
     ) -> Iterator[tuple[int, Step]]:
-        """Answer many requests, as many at once as the plan has seats; each text is that of the request alone.
+        """Answer many requests, as many at once as there are seats; each text is that of the request alone.
 
         A request that is answered gives its seat to the next one. Its prompt joins the trees of the others in the next
         pass. More prompts join at once as long as their rows cost no time. A seat keeps the rows of its last sequence,
@@ -154,13 +154,14 @@ class Engine(Closeable):
 
         Args:
             requests: requests in order; taken from the iterable when a seat is free.
+            seats: most answers at once; None for all seats of the plan.
             cancel: event that stops the current pass between two layers and ends all answers.
 
         Yields:
             Number of the request, and a step; a pass yields one step for each of its requests. The last step of each
             request has a finish_reason: "error" for a request that fails alone, "interrupt" after cancelling.
         """
-        yield from self._answer(requests, self.plan.work.seats, cancel)
+        yield from self._answer(requests, min(seats or self.plan.work.seats, self.plan.work.seats), cancel)
 
     def truncate(self, length: int) -> None:
         """Drop the first seat's committed tokens beyond `length`; prompt and answer tokens count alike."""

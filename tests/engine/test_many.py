@@ -262,7 +262,8 @@ def test_a_seat_reuses_what_prompts_share(pair: Pair):
     texts, steps = answer_all(pair.engine, requests)
     assert texts == pair.expected(requests)
     cached = [next(step.cached_rows for index, step in steps if index == i) for i in range(8)]
-    assert cached[:SEATS] == [0] * SEATS and min(cached[SEATS:]) >= len(system)
+    assert cached[0] == 0 and 0 < cached.count(0) <= SEATS
+    assert all(rows >= len(system) for rows in cached if rows)
 
 
 def test_a_chat_goes_on_in_the_first_seat_after_others_were_answered(pair: Pair):
