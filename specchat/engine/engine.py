@@ -1,7 +1,9 @@
 """The engine: draft trees, verify them in one target pass, keep the tokens that the target alone would write.
 
 One pass may serve several sequences, each in a seat of its own. While layers stream, a pass over ten sequences takes
-about as long as a pass over one. A chat is the case of one sequence.
+about as long as a pass over one. A chat is the case of one sequence. A sequence that ends gives its seat to the next
+request, whose prompt joins the trees of the others in the next pass. A seat keeps the rows of its last sequence, so
+prompts that begin alike are not computed again from their first token.
 """
 
 from __future__ import annotations
@@ -147,10 +149,6 @@ class Engine(Closeable):
         self, requests: Iterable[Request], *, seats: int | None = None, cancel: threading.Event | None = None
     ) -> Iterator[tuple[int, Step]]:
         """Answer many requests, as many at once as there are seats; each text is that of the request alone.
-
-        A request that is answered gives its seat to the next one. Its prompt joins the trees of the others in the next
-        pass. More prompts join at once as long as their rows cost no time. A seat keeps the rows of its last sequence,
-        so prompts that begin alike are not computed again from their first token.
 
         Args:
             requests: requests in order; taken from the iterable when a seat is free.

@@ -308,12 +308,10 @@ def _scoring_bytes(draft: ModelSpec, work: Workload, rows: int) -> int:
 
 
 def _noise_needs(target: ModelSpec, work: Workload) -> tuple[int, int]:
-    """Return the bytes of noise during the largest pass and during later passes.
-
-    A single sequence reads its prompt in the first step, whose noise has at most one row per tree node and the root.
-    With several sequences, some are far into their answers while another prompt is read.
-    """
+    """Return the bytes of noise during the largest pass and during later passes."""
     rows = noise_rows(work.seats)
+    # A single sequence reads its prompt in the first step, whose noise has at most one row per tree node and the root.
+    # With several sequences, some are far into their answers while another prompt is read.
     later = _noise_bytes(target, work.seats * rows)
     return later if work.seats > 1 else _noise_bytes(target, min(rows, 1 + work.tree_budget)), later
 
@@ -323,14 +321,7 @@ def _noise_bytes(target: ModelSpec, rows: int) -> int:
 
 
 def _max_bytes(costs: Iterable[RowCost], rows: int, keys: int, every_key: int) -> int:
-    """Return the largest cost of a pass; keys of other seats count only where a cost is per key, not per row and key.
-
-    Args:
-        costs: costs of operations that do not happen at the same time.
-        rows: rows of the operation.
-        keys: keys of one seat.
-        every_key: keys of all seats.
-    """
+    """Return the largest cost for rows that see the keys of one seat, where costs per key apply to every seat's keys."""
     return max(cost.at(rows, keys) + math.ceil(cost.per_key * (every_key - keys)) for cost in costs)
 
 

@@ -132,24 +132,25 @@ def test_truncate_drops_rows_of_a_cancelled_pass():
     check_rows(cache, [[0, 1, 2], [3]])
 
 
-def test_all_layers_go_back_to_the_length_that_the_slowest_one_reaches():
-    """A layer with snapshots of a state goes back to a snapshot before the given length."""
+def test_all_layers_go_back_to_a_length_that_each_one_reaches():
+    """Layers with snapshots of a state go back to a snapshot before the given length."""
     cache = TreeCache(SHAPES, CAPACITY, torch.float32, CPU, 2)
     append(cache, {0: list(range(20)), 1: [90, 91]})
-    cache.layers.append(Snapshots())
-    assert cache.truncate(0, 17) == 8
-    del cache.layers[-1]
-    check_rows(cache, [list(range(8)), [90, 91]])
+    cache.layers += [Snapshots(0, 6, 10), Snapshots(0, 6, 12)]
+    assert cache.truncate(0, 17) == 6
+    del cache.layers[-2:]
+    check_rows(cache, [list(range(6)), [90, 91]])
 
 
 class Snapshots(LayerKv):
-    """A layer's cache that only goes back to multiples of 8."""
+    """A layer's cache that only goes back to some lengths."""
 
-    def __init__(self) -> None:
+    def __init__(self, *lengths: int) -> None:
         super().__init__(SHAPES[0], 2, CAPACITY, torch.float32, CPU)
+        self._reachable = lengths
 
     def truncate(self, seat: int, length: int) -> int:
-        return super().truncate(seat, length // 8 * 8)
+        return super().truncate(seat, max(each for each in self._reachable if each <= length))
 
 
 # --- on real models --------------------------------------------------------------------------------------------------
