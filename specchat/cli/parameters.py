@@ -163,7 +163,12 @@ PromptsFile = Annotated[
 ]
 Results = Annotated[
     str | None,
-    typer.Option("--output", "-o", metavar="FILE", help="File of the results of --prompts, continued if it exists."),
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="File of the results of --prompts, continued if it exists. [default: none]",
+    ),
 ]
 Batch = Annotated[
     str | None,

@@ -321,7 +321,7 @@ def _noise_bytes(target: ModelSpec, rows: int) -> int:
 
 
 def _max_bytes(costs: Iterable[RowCost], rows: int, keys: int, every_key: int) -> int:
-    """Return the largest cost for rows that see the keys of one seat, where costs per key apply to every seat's keys."""
+    """Return the largest cost of rows that see the keys of one seat; costs per key alone apply to all seats' keys."""
     return max(cost.at(rows, keys) + math.ceil(cost.per_key * (every_key - keys)) for cost in costs)
 
 
