@@ -373,7 +373,8 @@ class ModelDrafter:
             own = logits[rows, : sequence.sampler.vocab_size]  # padded vocabularies may differ in size
             weights = self._weights(own, positions, sequence.sampler)
             found.append(weights.topk(min(self._branch, budget, weights.shape[-1]), dim=-1))
-        scores, tokens = (torch.cat(each).cpu() for each in zip(*found, strict=True))
+        best = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
+        scores, tokens = (each.cpu() for each in best)
         if scores[:, 0].isnan().any():  # softmax makes NaN of infinite scores, too, and topk puts NaN first
             raise ScoresNotFiniteError
         return paths.with_children(trees, parents, scores.double(), tokens, budget)
