@@ -82,22 +82,42 @@ def passes_of(steps: Iterable[tuple[int, Step]]) -> Iterator[list[tuple[int, Ste
 
 # Windows and caps, attention sinks, experts, latent attention, shared keys, another norm and layout: one of each.
 DEFAULT = ("llama", "gemma2", "gpt_oss", "qwen3_moe", "deepseek_v3", "gemma4_shared")
-QUANTIZED = ("llama_tied", "mixtral")
 
 
-def pair_of(architecture: str, folder: Path) -> tuple[ModelSource, ModelSource]:
-    model = random_model(make_config(architecture))
-    return save(model, folder / "target"), save(perturbed(model, 0.05), folder / "draft")
+@dataclass
+class Zoo:
+    """Models and the texts of each request alone, created on first use."""
+
+    folder: Path
+    pairs: dict[str, tuple[ModelSource, ModelSource]] = field(default_factory=dict)
+    texts: dict[tuple[str, str, bool], dict[int, list[int]]] = field(default_factory=dict)
+
+    def pair(self, architecture: str) -> tuple[ModelSource, ModelSource]:
+        if architecture not in self.pairs:
+            model, folder = random_model(make_config(architecture)), self.folder / architecture
+            self.pairs[architecture] = save(model, folder / "target"), save(perturbed(model, 0.05), folder / "draft")
+        return self.pairs[architecture]
+
+    def expected(self, architecture: str, quant: str, *, drawn: bool) -> dict[int, list[int]]:
+        """Return the texts of plain decoding with all layers resident, one request at a time."""
+        key = architecture, quant, drawn
+        if key not in self.texts:
+            target, _ = self.pair(architecture)
+            plan = make_plan(target, None, num_layers=make_config(architecture).num_hidden_layers)
+            with load_engine(replace(plan, quant=quant), target, None) as engine:
+                self.texts[key] = alone(engine, make_requests(drawn=drawn))
+        return self.texts[key]
 
 
-def check(architecture: str, folder: Path, quant: str, *, drawn: bool, chunk_rows: int, budget: int) -> None:
-    """Half of the layers stream; three seats for six requests; against plain decoding with all layers resident."""
-    target, draft = pair_of(architecture, folder)
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    return Zoo(tmp_path_factory.mktemp("zoo"))
+
+
+def check(zoo: Zoo, architecture: str, quant: str, *, drawn: bool, chunk_rows: int, budget: int) -> None:
+    """Check the texts of six requests in three seats, with half of the layers streamed."""
+    target, draft = zoo.pair(architecture)
     num_layers = make_config(architecture).num_hidden_layers
-    requests = make_requests(drawn=drawn)
-    plain = replace(make_plan(target, None, num_layers=num_layers), quant=quant)
-    with load_engine(plain, target, None) as engine:
-        expected = alone(engine, requests)
     plan = make_plan(
         target,
         draft if budget else None,
@@ -107,8 +127,9 @@ def check(architecture: str, folder: Path, quant: str, *, drawn: bool, chunk_row
         chunk_rows=chunk_rows,
         seats=SEATS,
     )
+    expected = zoo.expected(architecture, quant, drawn=drawn)
     with load_engine(replace(plan, quant=quant), target, draft if budget else None) as engine:
-        texts, steps = answer_all(engine, requests)
+        texts, steps = answer_all(engine, make_requests(drawn=drawn))
     assert texts == expected
     assert max(step.num_sharing for _, step in steps) == SEATS
     assert {index for index, step in steps if step.finish_reason == "length"} == set(expected)
@@ -120,27 +141,28 @@ def check(architecture: str, folder: Path, quant: str, *, drawn: bool, chunk_row
 
 @pytest.mark.parametrize("drawn", [False, True], ids=["greedy", "drawn"])
 @pytest.mark.parametrize("architecture", DEFAULT)
-def test_texts_are_those_of_each_request_alone(architecture: str, drawn: bool, tmp_path: Path):
-    check(architecture, tmp_path, "none", drawn=drawn, chunk_rows=7, budget=12)
+def test_texts_are_those_of_each_request_alone(zoo: Zoo, architecture: str, drawn: bool):
+    check(zoo, architecture, "none", drawn=drawn, chunk_rows=7, budget=12)
 
 
-@pytest.mark.parametrize("quant", ["int8", "int4"])
-def test_texts_of_quantized_models(quant: str, tmp_path: Path):
-    check("llama_tied", tmp_path, quant, drawn=True, chunk_rows=7, budget=12)
+def test_texts_of_a_quantized_model(zoo: Zoo):
+    check(zoo, "llama_tied", "int4", drawn=True, chunk_rows=7, budget=12)
+
+
+# Chunks that cut parts, one chunk, trees that take turns, and none.
+SHAPES = [(7, 12), (512, 40), (7, 0)]
+FULL_CROSS = [
+    *itertools.product([*ARCHITECTURES, *SPECIAL], ["none"], SHAPES),
+    *itertools.product(ARCHITECTURES, ["int8", "int4"], SHAPES[:1]),
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("budget", [0, 5, 40])
-@pytest.mark.parametrize("chunk_rows", [7, 512])
 @pytest.mark.parametrize("drawn", [False, True], ids=["greedy", "drawn"])
-@pytest.mark.parametrize("quant", ["none", "int4"])
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *SPECIAL])
-def test_texts_in_the_full_cross(
-    architecture: str, quant: str, drawn: bool, chunk_rows: int, budget: int, tmp_path: Path
-):
-    if quant != "none" and architecture not in ARCHITECTURES:
-        pytest.skip("the quantized ones of the usual architectures are enough")
-    check(architecture, tmp_path, quant, drawn=drawn, chunk_rows=chunk_rows, budget=budget)
+@pytest.mark.parametrize(("architecture", "quant", "shape"), FULL_CROSS, ids=str)
+def test_texts_in_the_full_cross(zoo: Zoo, architecture: str, quant: str, shape: tuple[int, int], drawn: bool):
+    chunk_rows, budget = shape
+    check(zoo, architecture, quant, drawn=drawn, chunk_rows=chunk_rows, budget=budget)
 
 
 # --- one pair, loaded once -------------------------------------------------------------------------------------------
