@@ -1,0 +1,204 @@
+"""Tiny configurations of all types of language models in transformers, made from the defaults of their classes.
+
+Sizes are known by the names of their fields. Every kind of layer occurs at least twice. Nothing here uses the product's
+own way of shrinking configurations, so its faults show.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from typing import Any
+
+import transformers as hf
+from transformers.models.auto import modeling_auto as auto
+
+VOCAB = 264
+WINDOW = 12
+POSITIONS = 512
+_MIN_LAYERS = 4
+_PART_LAYERS = 2  # of encoders and projectors
+
+# The first pattern that matches a field's whole name gives the most that its value may be.
+_SIZES = [
+    (re.compile(pattern), size)
+    for pattern, size in (
+        (r"(?!type_|additional_).*vocab_size(_per_layer_input)?", VOCAB),
+        (r".*position_embeddings|n_positions|n_ctx|max_seq_len|seq_length|max_sequence_length", POSITIONS),
+        (r"sliding_window(_size)?|attention_chunk_size|local_attention|attention_window_size", WINDOW),
+        (r"q_lora_rank", 24),
+        (r"kv_lora_rank|o_lora_rank|index_topk|query_pre_attn_scalar", 16),
+        (r"qk_rope_head_dim|laurel_rank|rotary_dim", 8),
+        (r"global_head_dim", 32),
+        (r".*(head_dim|dim_head|head_size|kv_channels|d_kv|d_head|hidden_size_per_layer_input|ple_embed_dim)", 16),
+        (r".*(kv_heads|key_value_heads|kv_n_heads)", 2),
+        (r"(?!.*router).*(attention_heads|n_heads|num_heads|n_head|_heads)", 4),
+        (r"(moe_)?num_(local_|routed_)?experts|n_routed_experts|moe_num_experts", 4),
+        (r".*(experts_per_tok(en)?|moe_k|moe_topk|moe_top_k|top_k_experts|num_selected_experts)", 2),
+        (r"n_group|topk_group|n_shared_experts|num_shared_experts|moe_num_shared_experts", 1),
+        (r"first_k_dense_replace|interleave_moe_layer_step", 2),
+        (r".*(moe|expert).*(size|dim)", 32),
+        (
+            r".*(intermediate_(size|dim)|ffn_dim|ffn_hidden_size|d_ff|d_inner|n_inner|dim_ff|dff|dim_feedforward|mlp_dim).*",
+            96,
+        ),
+        (
+            r".*(hidden_sizes?|hidden_dim|d_model|n_embd|emb_dim|embed_dims?|embedding_(size|dim)|output_dim|input_dim)",
+            64,
+        ),
+        (r".*(proj(ection|ector)?(_dims?|_size)|vit_dim|dim_model|width)|dim", 64),
+        (r"image_size", 56),
+        (r"patch_size", 14),
+        (r"num_position_embeddings", 16),
+        (r".*(num_hidden_layers|n_layers?|num_layers|encoder_layers|decoder_layers)|depth", _PART_LAYERS),
+    )
+]
+_NAMES_OF_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
+_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+# Values that no rule finds, by the type of a configuration or of a part of one.
+_OVERRIDES: dict[str, dict[str, Any]] = {
+    # transformers' own cached text differs from its uncached one once the window is full: the mask ignores the window
+    "moshi": {"sliding_window": POSITIONS},
+    # keys are wider than values
+    "mimo_v2_flash": {"head_dim": 24, "v_head_dim": 16},
+}
+
+
+def causal_types() -> list[str]:
+    """All types that transformers opens as causal LMs."""
+    return sorted(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def composite_types() -> list[str]:
+    """All types with a `text_config`, at any depth, that transformers opens for text."""
+    names = {*auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES}
+    return sorted(name for name in names if _has_text(hf.CONFIG_MAPPING[name]))
+
+
+def _has_text(config_class: Any) -> bool:
+    parts = getattr(config_class, "sub_configs", {})
+    return "text_config" in parts or any(_has_text(part) for part in parts.values())
+
+
+def all_types() -> list[str]:
+    """All of these, and the types that write text from images or sound without a `text_config`."""
+    return sorted({*causal_types(), *composite_types(), *auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES})
+
+
+def model_class(config: Any) -> Any:
+    """The class that transformers opens a checkpoint of this configuration with; for composites, the whole wrapper."""
+    mappings = (auto.MODEL_FOR_MULTIMODAL_LM_MAPPING, auto.MODEL_FOR_CAUSAL_LM_MAPPING)
+    for mapping in mappings if _has_text(type(config)) else reversed(mappings):
+        if type(config) in mapping:
+            return mapping[type(config)]
+    raise KeyError(config.model_type)
+
+
+def default_config(kind: str) -> Any:
+    """The configuration that transformers makes without values: a whole-size model of the family."""
+    config = hf.CONFIG_MAPPING[kind]()
+    config.architectures = [model_class(config).__name__]
+    return config
+
+
+def tiny_config(kind: str) -> Any:
+    """A tiny configuration; every kind of layer occurs at least twice."""
+    default = default_config(kind)
+    config = _shrunk(default, default.get_text_config(decoder=True))
+    config.architectures = default.architectures
+    return config
+
+
+def with_tie(config: Any, tie: bool) -> Any:
+    """The configuration with tied or untied embeddings."""
+    values = {name: getattr(config, name) for name in config.sub_configs}
+    twin = type(config).from_dict(config.to_dict())
+    for part in (twin, *(getattr(twin, name) for name in values)):
+        if part is not None and hasattr(part, "tie_word_embeddings"):
+            part.tie_word_embeddings = tie
+    return twin
+
+
+def _shrunk(config: Any, text: Any) -> Any:
+    names = {field.name for field in fields(config)}
+    values: dict[str, Any] = {}
+    for name in names:
+        value = getattr(config, name, None)
+        if isinstance(value, hf.PreTrainedConfig):
+            values[name] = _shrunk(value, text)
+        elif (size := _size(name, value)) is not None:
+            values[name] = size
+    if config is text:
+        values |= _layers(config, names) | _text_values(config, names)
+    _match_heads(values, config)
+    values |= {name: token for name, token in _TOKENS.items() if name in names}
+    values |= _OVERRIDES.get(config.model_type, {})
+    return type(config)(**values)
+
+
+def _size(name: str, value: Any) -> Any:
+    """The reduced value of a size; None for fields that are no sizes."""
+    is_list = isinstance(value, list | tuple) and value and all(type(each) is int for each in value)
+    if not is_list and (type(value) is not int or value <= 0):
+        return None
+    for pattern, size in _SIZES:
+        if pattern.fullmatch(name):
+            return [min(each, size) for each in value] if is_list else min(value, size)
+    return None
+
+
+def _match_heads(values: dict[str, Any], config: Any) -> None:
+    """Keep multi-head attention multi-head, and rotary sections as wide as the heads."""
+    heads = getattr(config, "num_attention_heads", None)
+    for name in ("num_key_value_heads", "num_kv_heads"):
+        if name in values and getattr(config, name) == heads:
+            values[name] = values.get("num_attention_heads", 4)
+    rope = getattr(config, "rope_parameters", None)
+    if isinstance(rope, dict) and "mrope_section" in rope:
+        share = sum(rope["mrope_section"]) / (16 * rope.get("partial_rotary_factor", 1.0) / 2)
+        sections = [max(1, int(each / share)) for each in rope["mrope_section"]]
+        sections[-1] += round(sum(rope["mrope_section"]) / share) - sum(sections)
+        values["rope_parameters"] = rope | {"mrope_section": sections}
+
+
+def _layers(config: Any, names: set[str]) -> dict[str, Any]:
+    """The number of layers and all values by layer, such that each kind of layer occurs twice or more."""
+    count = next((name for name in _NAMES_OF_LAYERS if isinstance(getattr(config, name, None), int)), None)
+    if count is None:
+        return {}
+    num_layers = getattr(config, count)
+    lists = {name: getattr(config, name, None) for name in names}
+    lists = {
+        name: list(value)
+        for name, value in lists.items()
+        if isinstance(value, list | tuple) and len(value) == num_layers and not _are_indices(value)
+    }
+    kinds = list(dict.fromkeys(zip(*lists.values(), strict=True))) if lists else [()]
+    tiny = kinds * max(2, -(-_MIN_LAYERS // len(kinds)))
+    by_layer = {name: [_smaller(name, kind[index]) for kind in tiny] for index, name in enumerate(lists)}
+    field = config.attribute_map.get(count, count)
+    return by_layer | ({field: len(tiny)} if field in names else {})
+
+
+def _smaller(name: str, value: Any) -> Any:
+    size = _size(name, value)
+    return value if size is None else size
+
+
+def _are_indices(values: Any) -> bool:
+    """Whether a list names layers, not one value for each layer."""
+    return len(values) > 1 and all(type(value) is int for value in values) and len(set(values)) == len(values)
+
+
+def _text_values(config: Any, names: set[str]) -> dict[str, Any]:
+    """Values that turn kinds of layers on which defaults leave out."""
+    values: dict[str, Any] = {}
+    if {"use_sliding_window", "layer_types"} <= names and not config.use_sliding_window:
+        kinds = ["sliding_attention", "full_attention"] * 2
+        values |= {"use_sliding_window": True, "sliding_window": WINDOW, "layer_types": kinds}
+    if "mlp_only_layers" in names and not config.mlp_only_layers:
+        values["mlp_only_layers"] = [1, 2]
+    if "is_decoder" in names and not getattr(config, "is_encoder_decoder", False):
+        values["is_decoder"] = True
+    return values

@@ -1,0 +1,173 @@
+"""A trial of one model type: does specchat open it, and does it write what transformers writes?"""
+
+from __future__ import annotations
+
+import builtins
+import copy
+import shutil
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from specchat.errors import SpecchatError, UnsupportedModelError
+from specchat.loading.checking import check_model
+from specchat.loading.engine import load_planned
+from specchat.models.sizes.inspect import inspect_model
+from specchat.records.generation import Sampling
+from specchat.records.model import ModelSource
+from support import reference
+from support.engines import make_plan, random_prompt, write
+from support.loading import Quiet
+from support.sweep.configs import default_config, model_class, tiny_config, with_tie
+from support.tiny_models import perturbed, randomize, save
+
+NUM_TOKENS = 24
+_PROMPT_ROWS = 40
+_PROMPT_VOCAB = 200  # ids above may be those of images
+_CHUNK_ROWS = 24
+_FEWEST_WORDS = 8  # a text of fewer different tokens compares little
+_EMBEDDING_STDS = (None, 0.1, 0.02, 3.0)  # some architectures repeat one token with the first ones
+_SAMPLING = Sampling(repetition_penalty=1.3)
+_EXCEPTIONS = {name for home in (builtins, torch) for name in dir(home) if name.endswith("Error")} | {"StopIteration"}
+_LONGEST_REASON = 200
+
+Result = Literal["exact", "refused", "broken"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a type.
+
+    Attributes:
+        kind: model type.
+        result: exact, refused or broken.
+        detail: the reason of a refusal; what is broken; what was compared.
+    """
+
+    kind: str
+    result: Result
+    detail: str
+
+
+class _RefusedError(Exception):
+    """specchat refuses a type and says why."""
+
+
+class _BrokenError(Exception):
+    """specchat fails on a type, and it is known how."""
+
+
+def try_type(kind: str, folder: Path) -> Outcome:
+    """Check the whole-size and a tiny configuration, and compare texts of tiny models with tied and untied heads."""
+    trial = _Trial(kind, folder)
+    try:
+        return Outcome(kind, "exact", trial.run())
+    except _RefusedError as refused:
+        return Outcome(kind, "refused", str(refused))
+    except Exception as error:  # noqa: BLE001  whatever specchat or transformers raises is the finding
+        return Outcome(kind, "broken", f"{trial.step}: {_cause(error)}")
+
+
+class _Trial:
+    def __init__(self, kind: str, folder: Path) -> None:
+        self.kind = kind
+        self.folder = folder
+        self.step = ""
+
+    def run(self) -> str:
+        """Returns what was compared."""
+        self.step = "check of the whole size"
+        self._check(self._whole_size())
+        self.step = "tiny configuration"
+        config = tiny_config(self.kind)
+        name = model_class(config).__name__
+        done = []
+        for variant, twin in self._variants(config):
+            self.step = f"{name}{variant}"
+            done.append(self._compare(twin))
+            shutil.rmtree(self.folder, ignore_errors=True)
+        return "; ".join(done)
+
+    def _whole_size(self) -> ModelSource:
+        folder = self.folder / "whole"
+        folder.mkdir(parents=True)
+        try:
+            default_config(self.kind).save_pretrained(folder)
+        except Exception:  # noqa: BLE001  a type of several parts that has no defaults
+            (folder / "config.json").write_text(f'{{"model_type": "{self.kind}"}}')
+        return ModelSource(self.kind, folder)
+
+    def _check(self, source: ModelSource) -> None:
+        try:
+            check_model(source)
+        except UnsupportedModelError as error:
+            raise _RefusedError(_in_words(self.kind, error.message)) from error
+
+    def _variants(self, config: Any) -> list[tuple[str, Any]]:
+        """The configuration with tied and untied embeddings if the class knows both; its own first."""
+        if not getattr(model_class(config), "_tied_weights_keys", None):
+            return [("", config)]
+        own = bool(getattr(config, "tie_word_embeddings", False))
+        return [(" tied" if tie else " untied", with_tie(config, tie)) for tie in (own, not own)]
+
+    def _compare(self, config: Any) -> str:
+        """Compare texts with all layers resident, with half of them and with all of them streamed."""
+        target, draft, expected = self._models(config)
+        try:
+            num_layers = inspect_model(target, "none").num_layers
+            counts = [
+                self._tokens(target, draft, expected, resident, num_layers)
+                for resident in (range(num_layers), range(0, num_layers, 2), ())
+            ]
+        except UnsupportedModelError as error:
+            reason = _in_words(self.kind, error.message)
+            raise _BrokenError(f"refused, while the whole size is accepted: {reason}") from error
+        return f"{NUM_TOKENS * len(counts)} tokens in {sum(counts)} steps"
+
+    def _models(self, config: Any) -> tuple[ModelSource, ModelSource, reference.Reference]:
+        """A target, its draft, and what transformers writes with the target's files: a text of many words."""
+        model = model_class(config)._from_config(copy.deepcopy(config), dtype=torch.float32).eval()
+        folder = self.folder / "target"
+        for embedding_std in _EMBEDDING_STDS:
+            target = save(randomize(model, embedding_std=embedding_std), folder)
+            loaded = model_class(config).from_pretrained(folder, dtype=torch.float32).eval()
+            expected = reference.generate(loaded, random_prompt(_PROMPT_ROWS, _PROMPT_VOCAB), _SAMPLING, NUM_TOKENS)
+            if len(set(expected.tokens)) >= _FEWEST_WORDS:
+                return target, save(perturbed(model, 0.02), self.folder / "draft"), expected
+        raise _BrokenError(f"transformers writes a text that compares little: {expected.tokens}")
+
+    def _tokens(self, target, draft, expected, resident, num_layers) -> int:
+        """Compare one text; returns the number of steps it took."""
+        plan = make_plan(target, draft, num_layers=num_layers, resident=resident, chunk_rows=_CHUNK_ROWS)
+        with load_planned(target, draft, plan, Quiet()) as engine:
+            ours, steps = write(engine, expected.prompt, _SAMPLING, NUM_TOKENS)
+        difference = expected.first_difference(ours)
+        where = f"with {len(plan.placement.resident)} of {num_layers} layers resident"
+        if difference is not None and not expected.is_near_tie(difference):
+            raise _BrokenError(f"token {difference} differs {where} (margin {expected.margins[difference]:.2g})")
+        if len(steps) == NUM_TOKENS:
+            raise _BrokenError(f"no drafted token is accepted {where}")
+        return len(steps)
+
+
+def _in_words(kind: str, message: str) -> str:
+    """The reason without the type's name, if it is in words and on one line."""
+    names = [name for name in _EXCEPTIONS if name in message]
+    if names or "\n" in message or len(message) > _LONGEST_REASON or "object has no attribute" in message:
+        raise _BrokenError(f"a reason that is not in words: {message}")
+    return message.removeprefix(f"'{kind}' ")
+
+
+def _cause(error: Exception) -> str:
+    if isinstance(error, _BrokenError):
+        return str(error)
+    if isinstance(error, SpecchatError):
+        return error.message
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if "/specchat/" in frame.filename]
+    frame = (ours or frames)[-1]
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]} ({'/'.join(Path(frame.filename).parts[-3:])}:{frame.lineno})"
