@@ -36,6 +36,7 @@ _SIZES = [
         (r"(moe_)?num_(local_|routed_)?experts|n_routed_experts|moe_num_experts", 4),
         (r".*(experts_per_tok(en)?|moe_k|moe_topk|moe_top_k|top_k_experts|num_selected_experts)", 2),
         (r"n_group|topk_group|n_shared_experts|num_shared_experts|moe_num_shared_experts", 1),
+        (r"num_kv_shared_layers", 2),
         (r"first_k_dense_replace|interleave_moe_layer_step", 2),
         (r".*(moe|expert).*(size|dim)", 32),
         (
@@ -56,10 +57,41 @@ _SIZES = [
 _NAMES_OF_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
+# Values of released models, by the type of a configuration or of a part of one: with its own defaults, transformers cannot
+# build a model, or builds one without the layers that distinguish the type.
+_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+_RELEASED: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {
+        "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 10,
+        "rope_parameters": {"sliding_attention": _ROPE | {"mrope_section": [24, 20, 20]}, "full_attention": None},
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 8, "rope_theta": 500_000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 10_752, "moe_num_experts": 16, "moe_top_k": 4},
+    },
+    "deepseek_v2": {"num_experts_per_tok": 6, "n_group": 1, "topk_group": 1},
+    "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6},
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
+    "hunyuan_v1_dense": {"head_dim": 128},
+    "hunyuan_v1_moe": {"head_dim": 128},
+    "lfm2": {"full_attn_idxs": [2, 5, 8, 10, 12, 14], "layer_types": None},
+    "lfm2_moe": {"layer_types": (["conv"] * 3 + ["full_attention"]) * 8},
+    "minimax_m3_vl_text": {"layer_types": None, "sparse_attention_config": {"sparse_attention_freq": [0, 1] * 30}},
+    "ministral": {"head_dim": 128},
+    "nemotron": {"num_key_value_heads": 8},
+}
+
 # Values that no rule finds, by the type of a configuration or of a part of one.
 _OVERRIDES: dict[str, dict[str, Any]] = {
     # transformers' own cached text differs from its uncached one once the window is full: the mask ignores the window
     "moshi": {"sliding_window": POSITIONS},
+    # heads of the recurrent part fill its width, 128
+    "bamba": {"mamba_n_heads": 4, "mamba_d_head": 32},
+    "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_ssm": 128},
+    "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 32},
+    "mamba2": {"num_heads": 4, "head_dim": 32},
+    # kinds of attention in a form of its own
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     # keys are wider than values
     "mimo_v2_flash": {"head_dim": 24, "v_head_dim": 16},
 }
@@ -87,19 +119,28 @@ def all_types() -> list[str]:
 
 
 def model_class(config: Any) -> Any:
-    """The class that transformers opens a checkpoint of this configuration with; for composites, the whole wrapper."""
+    """The class that transformers opens a checkpoint of this configuration with, or None; for composites, the wrapper."""
     mappings = (auto.MODEL_FOR_MULTIMODAL_LM_MAPPING, auto.MODEL_FOR_CAUSAL_LM_MAPPING)
     for mapping in mappings if _has_text(type(config)) else reversed(mappings):
         if type(config) in mapping:
             return mapping[type(config)]
-    raise KeyError(config.model_type)
+    return None
 
 
 def default_config(kind: str) -> Any:
     """The configuration that transformers makes without values: a whole-size model of the family."""
-    config = hf.CONFIG_MAPPING[kind]()
-    config.architectures = [model_class(config).__name__]
+    config = _released(hf.CONFIG_MAPPING[kind](**_RELEASED.get(kind, {})))
+    config.architectures = [found.__name__] if (found := model_class(config)) else None
     return config
+
+
+def _released(config: Any) -> Any:
+    """The configuration as a decoder, and with the values of released models in all of its parts."""
+    values = dict(_RELEASED.get(config.model_type, {}))
+    if hasattr(config, "is_decoder") and not config.is_encoder_decoder:
+        values["is_decoder"] = True
+    values |= {name: _released(part) for name in config.sub_configs if (part := getattr(config, name)) is not None}
+    return type(config).from_dict(config.to_dict() | values)
 
 
 def tiny_config(kind: str) -> Any:
@@ -122,9 +163,11 @@ def with_tie(config: Any, tie: bool) -> Any:
 
 def _shrunk(config: Any, text: Any) -> Any:
     names = {field.name for field in fields(config)}
-    values: dict[str, Any] = {}
+    values = dict(_RELEASED.get(config.model_type, {}))
+    if vars(config).get("is_decoder"):
+        values["is_decoder"] = True
     for name in names:
-        value = getattr(config, name, None)
+        value = vars(config).get(name)
         if isinstance(value, hf.PreTrainedConfig):
             values[name] = _shrunk(value, text)
         elif (size := _size(name, value)) is not None:
@@ -150,16 +193,25 @@ def _size(name: str, value: Any) -> Any:
 
 def _match_heads(values: dict[str, Any], config: Any) -> None:
     """Keep multi-head attention multi-head, and rotary sections as wide as the heads."""
-    heads = getattr(config, "num_attention_heads", None)
+    heads = vars(config).get("num_attention_heads")
     for name in ("num_key_value_heads", "num_kv_heads"):
-        if name in values and getattr(config, name) == heads:
+        if name in values and vars(config)[name] == heads:
             values[name] = values.get("num_attention_heads", 4)
-    rope = getattr(config, "rope_parameters", None)
-    if isinstance(rope, dict) and "mrope_section" in rope:
-        share = sum(rope["mrope_section"]) / (16 * rope.get("partial_rotary_factor", 1.0) / 2)
-        sections = [max(1, int(each / share)) for each in rope["mrope_section"]]
-        sections[-1] += round(sum(rope["mrope_section"]) / share) - sum(sections)
-        values["rope_parameters"] = rope | {"mrope_section": sections}
+    if isinstance(rope := vars(config).get("rope_parameters"), dict):
+        values["rope_parameters"] = {
+            name: _narrow_rope(value) if isinstance(value, dict) else value
+            for name, value in _narrow_rope(rope).items()
+        }
+
+
+def _narrow_rope(rope: dict[str, Any]) -> dict[str, Any]:
+    """Rotary parameters whose sections fill heads of 16 values as they filled wider ones."""
+    if not (wide := rope.get("mrope_section")):
+        return rope
+    width = int(16 * rope.get("partial_rotary_factor", 1.0)) // 2
+    sections = [max(1, each * width // sum(wide)) for each in wide]
+    sections[0] += width - sum(sections)
+    return rope | {"mrope_section": sections}
 
 
 def _layers(config: Any, names: set[str]) -> dict[str, Any]:
@@ -168,7 +220,7 @@ def _layers(config: Any, names: set[str]) -> dict[str, Any]:
     if count is None:
         return {}
     num_layers = getattr(config, count)
-    lists = {name: getattr(config, name, None) for name in names}
+    lists = {name: vars(config).get(name) for name in names}
     lists = {
         name: list(value)
         for name, value in lists.items()
@@ -199,6 +251,4 @@ def _text_values(config: Any, names: set[str]) -> dict[str, Any]:
         values |= {"use_sliding_window": True, "sliding_window": WINDOW, "layer_types": kinds}
     if "mlp_only_layers" in names and not config.mlp_only_layers:
         values["mlp_only_layers"] = [1, 2]
-    if "is_decoder" in names and not getattr(config, "is_encoder_decoder", False):
-        values["is_decoder"] = True
     return values

@@ -8,7 +8,7 @@ import shutil
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -29,8 +29,8 @@ _PROMPT_ROWS = 40
 _PROMPT_VOCAB = 200  # ids above may be those of images
 _CHUNK_ROWS = 24
 _FEWEST_WORDS = 8  # a text of fewer different tokens compares little
-_EMBEDDING_STDS = (None, 0.1, 0.02, 3.0)  # some architectures repeat one token with the first ones
-_SAMPLING = Sampling(repetition_penalty=1.3)
+# Embeddings and penalties, tried in turn: some architectures repeat one token with the first ones.
+_ATTEMPTS = ((None, 1.3), (0.1, 1.3), (0.02, 1.3), (None, 3.0))
 _EXCEPTIONS = {name for home in (builtins, torch) for name in dir(home) if name.endswith("Error")} | {"StopIteration"}
 _LONGEST_REASON = 200
 
@@ -50,6 +50,13 @@ class Outcome:
     kind: str
     result: Result
     detail: str
+
+
+class _Text(NamedTuple):
+    """What transformers writes, and with which sampling."""
+
+    sampling: Sampling
+    expected: reference.Reference
 
 
 class _RefusedError(Exception):
@@ -115,11 +122,11 @@ class _Trial:
 
     def _compare(self, config: Any) -> str:
         """Compare texts with all layers resident, with half of them and with all of them streamed."""
-        target, draft, expected = self._models(config)
+        target, draft, text = self._models(config)
         try:
             num_layers = inspect_model(target, "none").num_layers
             counts = [
-                self._tokens(target, draft, expected, resident, num_layers)
+                self._steps(target, draft, text, resident, num_layers)
                 for resident in (range(num_layers), range(0, num_layers, 2), ())
             ]
         except UnsupportedModelError as error:
@@ -127,27 +134,30 @@ class _Trial:
             raise _BrokenError(f"refused, while the whole size is accepted: {reason}") from error
         return f"{NUM_TOKENS * len(counts)} tokens in {sum(counts)} steps"
 
-    def _models(self, config: Any) -> tuple[ModelSource, ModelSource, reference.Reference]:
+    def _models(self, config: Any) -> tuple[ModelSource, ModelSource, _Text]:
         """A target, its draft, and what transformers writes with the target's files: a text of many words."""
         model = model_class(config)._from_config(copy.deepcopy(config), dtype=torch.float32).eval()
         folder = self.folder / "target"
-        for embedding_std in _EMBEDDING_STDS:
+        prompt = random_prompt(_PROMPT_ROWS, _PROMPT_VOCAB)
+        for embedding_std, penalty in _ATTEMPTS:
             target = save(randomize(model, embedding_std=embedding_std), folder)
             loaded = model_class(config).from_pretrained(folder, dtype=torch.float32).eval()
-            expected = reference.generate(loaded, random_prompt(_PROMPT_ROWS, _PROMPT_VOCAB), _SAMPLING, NUM_TOKENS)
+            sampling = Sampling(repetition_penalty=penalty)
+            expected = reference.generate(loaded, prompt, sampling, NUM_TOKENS)
             if len(set(expected.tokens)) >= _FEWEST_WORDS:
-                return target, save(perturbed(model, 0.02), self.folder / "draft"), expected
+                return target, save(perturbed(model, 0.02), self.folder / "draft"), _Text(sampling, expected)
         raise _BrokenError(f"transformers writes a text that compares little: {expected.tokens}")
 
-    def _tokens(self, target, draft, expected, resident, num_layers) -> int:
+    def _steps(self, target, draft, text, resident, num_layers) -> int:
         """Compare one text; returns the number of steps it took."""
         plan = make_plan(target, draft, num_layers=num_layers, resident=resident, chunk_rows=_CHUNK_ROWS)
         with load_planned(target, draft, plan, Quiet()) as engine:
-            ours, steps = write(engine, expected.prompt, _SAMPLING, NUM_TOKENS)
-        difference = expected.first_difference(ours)
+            ours, steps = write(engine, text.expected.prompt, text.sampling, NUM_TOKENS)
+        difference = text.expected.first_difference(ours)
         where = f"with {len(plan.placement.resident)} of {num_layers} layers resident"
-        if difference is not None and not expected.is_near_tie(difference):
-            raise _BrokenError(f"token {difference} differs {where} (margin {expected.margins[difference]:.2g})")
+        if difference is not None and not text.expected.is_near_tie(difference):
+            margin = text.expected.margins[difference]
+            raise _BrokenError(f"token {difference} differs {where} (margin {margin:.2g})")
         if len(steps) == NUM_TOKENS:
             raise _BrokenError(f"no drafted token is accepted {where}")
         return len(steps)
