@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import reference
 from support.engines import make_plan, random_prompt, write
-from support.loading import load_engine, load_model
+from support.loading import load_engine, load_model, prepare
+from support.quantized import awq, save_quantized
+from support.streamed import silent, tiny_packs
 from support.tiny_models import VOCAB, perturbed, save
 from support.tiny_wrappers import WRAPPERS, random_wrapper, wrapper_config
 
@@ -83,13 +85,37 @@ def test_a_configuration_without_a_text_part_is_split(tmp_path: Path):
     assert _scores(source).allclose(_expected(model), atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_vl_moe"])
+@pytest.mark.parametrize("quant", ["none", "int8"])
+def test_packs_of_text_halves_hold_the_same_numbers(name: str, quant: str, tmp_path: Path):
+    """Experts are transposed in the checkpoint, under the name that they have in the model."""
+    source = save(random_wrapper(wrapper_config(name)), tmp_path / "model")
+    with tiny_packs(tmp_path):
+        pack = prepare(source, "fp32", quant, progress=silent, warn=silent)
+        assert (pack is None) is (name == "gemma3" and quant == "none")  # nothing to convert
+        assert torch.equal(_scores(source, quant=quant, pack=pack), _scores(source, quant=quant))
+
+
+@pytest.mark.parametrize("place", ["", "text_config"])
+def test_a_prequantized_text_half_has_the_values_of_its_format(place: str, tmp_path: Path):
+    """Some makers describe the quantization with the whole model, others with the text half."""
+    model = random_wrapper(wrapper_config("gemma3"))
+    pair = save_quantized(model, tmp_path, awq(), skip="embed|lm_head|vision|projector")
+    file = pair.quantized.path / "config.json"
+    config = json.loads(file.read_text())
+    if place:
+        config[place]["quantization_config"] = config.pop("quantization_config")
+    file.write_text(json.dumps(config))
+    assert torch.equal(_scores(pair.quantized, quant="awq int4"), _scores(pair.dense))
+
+
 def _expected(model) -> torch.Tensor:
     with torch.inference_mode():
         return model(input_ids=torch.tensor([IDS])).logits[0].float()
 
 
-def _scores(source: ModelSource) -> torch.Tensor:
-    model = load_model(source, cache_rows=len(IDS), chunk_rows=16)
+def _scores(source: ModelSource, **kwargs) -> torch.Tensor:
+    model = load_model(source, cache_rows=len(IDS), chunk_rows=16, **kwargs)
     try:
         return model.logits(model.append(IDS))
     finally:

@@ -32,9 +32,16 @@ class WeightPlan:
     places: Mapping[str, "ModulePlace"]
 
 
-def plan_weights(skeleton: Skeleton, keys: Iterable[str]) -> WeightPlan:
-    """Map checkpoint keys to parameters by transformers' renaming and conversion rules for the architecture."""
-    names = _Names(skeleton)
+def plan_weights(skeleton: Skeleton, keys: Iterable[str], *, is_pack: bool = False) -> WeightPlan:
+    """Map checkpoint keys to parameters by transformers' renaming and conversion rules for the architecture.
+
+    Args:
+        skeleton: skeleton of the model.
+        keys: keys of the tensors.
+        is_pack: whether tensors that have the name of a parameter are the parameter, already merged and cast. Some
+            rules keep a tensor's name, so they would convert it twice.
+    """
+    names = _Names(skeleton, own_names_first=is_pack)
     places: dict[str, ModulePlace] = {}
     direct: list[dict[str, str]] = [{} for _ in skeleton.layers]
     converted: list[dict[str, list[str]]] = [{} for _ in skeleton.layers]
@@ -113,7 +120,7 @@ class _Found:
 class _Names:
     """transformers' rules from the keys of a checkpoint to the parameters and buffers of a model."""
 
-    def __init__(self, skeleton: Skeleton) -> None:
+    def __init__(self, skeleton: Skeleton, *, own_names_first: bool = False) -> None:
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 
         mapping = _weight_mapping(skeleton)
@@ -122,6 +129,7 @@ class _Names:
         # Rules that only stack experts' tensors.
         self._stacking = {p: entry for entry in self._converters if _stacks(entry) for p in entry.source_patterns}
         self._known = skeleton.model.state_dict()
+        self._own_names_first = own_names_first
         self._prefix = skeleton.model.base_model_prefix
         self._is_part = wrapper_type(skeleton.config) is not None
         self._outer = [rule for rule in wrapper_mapping(skeleton.config) if isinstance(rule, WeightRenaming)]
@@ -130,6 +138,8 @@ class _Names:
         """Return the parameter or buffer that a tensor fills or is merged into; None if the model does not use it."""
         from transformers.core_model_loading import rename_source_key
 
+        if self._own_names_first and key in self._known:
+            return _Found(key, key, None)
         for inner in self._inner_keys(key):
             for rules in ((self._renamings, self._converters), ([], [])):
                 name, pattern = rename_source_key(inner, *rules, self._prefix, self._known)
