@@ -50,6 +50,7 @@ _SIZES = [
         (r".*(proj(ection|ector)?(_dims?|_size)|vit_dim|dim_model|width)|dim", 64),
         (r"image_size", 56),
         (r"patch_size", 14),
+        (r"adapter_.*(dim|size)", 64),
         (r"num_position_embeddings", 16),
         (r".*(num_hidden_layers|n_layers?|num_layers|encoder_layers|decoder_layers)|depth", _PART_LAYERS),
     )
@@ -60,6 +61,7 @@ _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 # Values of released models, by the type of a configuration or of a part of one: with its own defaults, transformers cannot
 # build a model, or builds one without the layers that distinguish the type.
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+_MROPE = _ROPE | {"mrope_section": [16, 24, 24]}
 _RELEASED: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {
         "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 10,
@@ -69,19 +71,37 @@ _RELEASED: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 8, "rope_theta": 500_000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 10_752, "moe_num_experts": 16, "moe_top_k": 4},
     },
+    "deepseek_ocr2_text": {"num_experts_per_tok": 6, "mlp_layer_types": ["dense"] + ["sparse"] * 31},
     "deepseek_v2": {"num_experts_per_tok": 6, "n_group": 1, "topk_group": 1},
+    "diffusion_gemma_text": {"num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704},
     "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6},
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
+    "emu3": {"vocabulary_map": {"<image>": 260, "<|extra_200|>": 261, "<|visual token 000000|>": 262}},
+    "glm4v_moe_text": {"head_dim": 128},
+    "glm4v_text": {"rope_parameters": _ROPE | {"mrope_section": [8, 12, 12], "partial_rotary_factor": 0.5}},
+    "glm_ocr_text": {"rope_parameters": _ROPE | {"mrope_section": [8, 12, 12]}},
+    "granite4_vision": {
+        "deepstack_layer_map": [[-2, 9], [-1, 6]],
+        "downsample_rate": "1/2",
+    },
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
+    "hunyuan_vl_text": {"head_dim": 128},
     "lfm2": {"full_attn_idxs": [2, 5, 8, 10, 12, 14], "layer_types": None},
     "lfm2_moe": {"layer_types": (["conv"] * 3 + ["full_attention"]) * 8},
     "minimax_m3_vl_text": {"layer_types": None, "sparse_attention_config": {"sparse_attention_freq": [0, 1] * 30}},
     "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 8},
+    "paddleocr_vl_text": {"rope_parameters": _MROPE},
+    "qwen2_5_omni": {"enable_audio_output": False},
+    "qwen2_5_omni_text": {"rope_parameters": _MROPE},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 151_652, "vision_end_token_id": 151_653},
+    "qwen2_5_vl_text": {"rope_parameters": _MROPE},
+    "qwen2_vl_text": {"rope_parameters": _MROPE},
+    "step3p5": {"sliding_window": 512, "rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
 }
 
-# Values that no rule finds, by the type of a configuration or of a part of one.
+# Values that no rule finds, by the type of a configuration or of a part of one; by its class if it has no type.
 _OVERRIDES: dict[str, dict[str, Any]] = {
     # transformers' own cached text differs from its uncached one once the window is full: the mask ignores the window
     "moshi": {"sliding_window": POSITIONS},
@@ -92,6 +112,15 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 4, "head_dim": 32},
     # kinds of attention in a form of its own
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    # a quarter of the text's width
+    "FunAsrNanoAdaptorConfig": {"intermediate_size": 16},
+    # layers of parts
+    "molmo2_adapter": {"vision_feature_layer": [-1, -2]},
+    "granite4_vision": {"deepstack_layer_map": [[-2, 0], [-1, 1]], "spatial_target_layers": [2, 3]},
+    "nemotron3_5_transcribe_word_timestamp": {"blank_token_id": VOCAB - 1},
+    "radio": {"video_temporal_patch_size": 2},
+    "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 4, "downsampling_ratios": [2, 2], "depths": [1, 1, 1]},
+    "vibevoice_asr": {"acoustic_tokenizer_chunk_size": 64},
     # keys are wider than values
     "mimo_v2_flash": {"head_dim": 24, "v_head_dim": 16},
 }
@@ -163,21 +192,34 @@ def with_tie(config: Any, tie: bool) -> Any:
 
 def _shrunk(config: Any, text: Any) -> Any:
     names = {field.name for field in fields(config)}
-    values = dict(_RELEASED.get(config.model_type, {}))
-    if vars(config).get("is_decoder"):
-        values["is_decoder"] = True
+    values = _switches(config) | _RELEASED.get(config.model_type, {})
     for name in names:
-        value = vars(config).get(name)
+        value = _value(config, name)
         if isinstance(value, hf.PreTrainedConfig):
             values[name] = _shrunk(value, text)
         elif (size := _size(name, value)) is not None:
             values[name] = size
+    values |= _layers(config, names)
     if config is text:
-        values |= _layers(config, names) | _text_values(config, names)
+        values |= _text_values(config, names)
     _match_heads(values, config)
     values |= {name: token for name, token in _TOKENS.items() if name in names}
-    values |= _OVERRIDES.get(config.model_type, {})
+    values |= _OVERRIDES.get(config.model_type or type(config).__name__, {})
     return type(config)(**values)
+
+
+def _value(config: Any, name: str) -> Any:
+    """A field's value; attributes cannot be read where they differ from layer to layer."""
+    return vars(config).get(config.attribute_map.get(name, name))
+
+
+def _switches(config: Any) -> dict[str, Any]:
+    """Values that are no sizes, and that differ from the defaults of the class: a wrapper has defaults for its parts."""
+    return {
+        field.name: value
+        for field in fields(config)
+        if (value := _value(config, field.name)) != field.default and (not value or type(value) in (bool, str, float))
+    }
 
 
 def _size(name: str, value: Any) -> Any:
@@ -193,11 +235,11 @@ def _size(name: str, value: Any) -> Any:
 
 def _match_heads(values: dict[str, Any], config: Any) -> None:
     """Keep multi-head attention multi-head, and rotary sections as wide as the heads."""
-    heads = vars(config).get("num_attention_heads")
+    heads = _value(config, "num_attention_heads")
     for name in ("num_key_value_heads", "num_kv_heads"):
-        if name in values and vars(config)[name] == heads:
+        if name in values and _value(config, name) == heads:
             values[name] = values.get("num_attention_heads", 4)
-    if isinstance(rope := vars(config).get("rope_parameters"), dict):
+    if isinstance(rope := _value(config, "rope_parameters"), dict):
         values["rope_parameters"] = {
             name: _narrow_rope(value) if isinstance(value, dict) else value
             for name, value in _narrow_rope(rope).items()
@@ -220,7 +262,7 @@ def _layers(config: Any, names: set[str]) -> dict[str, Any]:
     if count is None:
         return {}
     num_layers = getattr(config, count)
-    lists = {name: vars(config).get(name) for name in names}
+    lists = {name: _value(config, name) for name in names}
     lists = {
         name: list(value)
         for name, value in lists.items()
