@@ -47,8 +47,9 @@ def text_half(config: Any) -> Any:
     if wrapper is None:
         raise UnsupportedModelError(f"'{config.model_type}' is not a model that generates text")
     setattr(text, _MARK, config.model_type)
-    if getattr(wrapper, "_tied_weights_keys", None):  # a wrapper that has the head itself
-        text.tie_word_embeddings = bool(getattr(config, "tie_word_embeddings", False))
+    owner = _owner(config, text)
+    if getattr(_wrapper_class(type(owner)) or wrapper, "_tied_weights_keys", None):  # a wrapper that has the head itself
+        text.tie_word_embeddings = bool(getattr(owner, "tie_word_embeddings", False))
     if getattr(text, "dtype", None) is None:
         text.dtype = getattr(config, "dtype", None)
     for name, value in _IGNORED_BY_HEAD.get(config.model_type, {}).items():
@@ -69,6 +70,15 @@ def _text_config(config: Any) -> Any:
         return config
     is_part = hasattr(text, "model_type") and type(text) is not type(config)
     return text if is_part else config
+
+
+def _owner(config: Any, text: Any) -> Any:
+    """Return the part of a multimodal configuration that holds the text configuration, or `config` itself."""
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if getattr(part, "sub_configs", None) and any(getattr(part, each, None) is text for each in part.sub_configs):
+            return part
+    return config
 
 
 def _wrapper_class(config_class: Any) -> Any | None:

@@ -62,6 +62,7 @@ _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 # build a model, or builds one without the layers that distinguish the type.
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 _MROPE = _ROPE | {"mrope_section": [16, 24, 24]}
+_VISION_TOKENS = {"vision_start_token_id": 151_652, "vision_end_token_id": 151_653}
 _RELEASED: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {
         "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 10,
@@ -86,7 +87,7 @@ _RELEASED: dict[str, dict[str, Any]] = {
     },
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
-    "hunyuan_vl_text": {"head_dim": 128},
+    "hunyuan_vl_text": {"head_dim": 128, "rope_parameters": _ROPE | {"mrope_section": [16, 16, 16, 16]}},
     "lfm2": {"full_attn_idxs": [2, 5, 8, 10, 12, 14], "layer_types": None},
     "lfm2_moe": {"layer_types": (["conv"] * 3 + ["full_attention"]) * 8},
     "minimax_m3_vl_text": {"layer_types": None, "sparse_attention_config": {"sparse_attention_freq": [0, 1] * 30}},
@@ -95,9 +96,12 @@ _RELEASED: dict[str, dict[str, Any]] = {
     "paddleocr_vl_text": {"rope_parameters": _MROPE},
     "qwen2_5_omni": {"enable_audio_output": False},
     "qwen2_5_omni_text": {"rope_parameters": _MROPE},
-    "qwen2_5_omni_thinker": {"vision_start_token_id": 151_652, "vision_end_token_id": 151_653},
+    "qwen2_5_omni_thinker": _VISION_TOKENS,
     "qwen2_5_vl_text": {"rope_parameters": _MROPE},
     "qwen2_vl_text": {"rope_parameters": _MROPE},
+    "qwen3_omni_moe": {"enable_audio_output": False},
+    "qwen3_omni_moe_thinker": _VISION_TOKENS,
+    "qwen3_omni_moe_text": {"num_attention_heads": 32, "head_dim": 128},
     "step3p5": {"sliding_window": 512, "rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
 }
 
@@ -119,6 +123,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "granite4_vision": {"deepstack_layer_map": [[-2, 0], [-1, 1]], "spatial_target_layers": [2, 3]},
     "nemotron3_5_transcribe_word_timestamp": {"blank_token_id": VOCAB - 1},
     "radio": {"video_temporal_patch_size": 2},
+    "timm_wrapper": {"hidden_size": 64, "model_args": {"embed_dim": 64}},
     "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 4, "downsampling_ratios": [2, 2], "depths": [1, 1, 1]},
     "vibevoice_asr": {"acoustic_tokenizer_chunk_size": 64},
     # keys are wider than values
@@ -248,12 +253,11 @@ def _match_heads(values: dict[str, Any], config: Any) -> None:
 
 def _narrow_rope(rope: dict[str, Any]) -> dict[str, Any]:
     """Rotary parameters whose sections fill heads of 16 values as they filled wider ones."""
-    if not (wide := rope.get("mrope_section")):
-        return rope
     width = int(16 * rope.get("partial_rotary_factor", 1.0)) // 2
-    sections = [max(1, each * width // sum(wide)) for each in wide]
-    sections[0] += width - sum(sections)
-    return rope | {"mrope_section": sections}
+    if wide := rope.get("mrope_section"):
+        sections = [max(1, each * width // sum(wide)) for each in wide]
+        rope["mrope_section"] = [sections[0] + width - sum(sections), *sections[1:]]
+    return rope
 
 
 def _layers(config: Any, names: set[str]) -> dict[str, Any]:

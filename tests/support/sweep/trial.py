@@ -143,6 +143,7 @@ class _Trial:
         prompt = random_prompt(_PROMPT_ROWS, _PROMPT_VOCAB)
         for embedding_std, penalty in _ATTEMPTS:
             target = save(randomize(model, embedding_std=embedding_std), folder)
+            torch.save({}, folder / "spk_dict.pt")  # Qwen 2.5 Omni wants a file of speakers
             loaded = model_class(config).from_pretrained(folder, dtype=torch.float32).eval()
             sampling = Sampling(repetition_penalty=penalty)
             expected = reference.generate(_writer(loaded), prompt, sampling, NUM_TOKENS)
@@ -166,7 +167,9 @@ class _Trial:
 
 
 def _writer(model: Any) -> Any:
-    """The part of a model that writes text from text alone: a few wrappers insist on an image."""
+    """The part of a model that writes text: a few wrappers insist on an image, or speak."""
+    if hasattr(model, "thinker"):  # beside a part that speaks
+        return model.thinker
     insists = next(iter(inspect.signature(model.generate).parameters)) == "pixel_values"
     return model.language_model if insists else model
 
