@@ -40,15 +40,20 @@ def text_half(config: Any) -> Any:
     Raises:
         UnsupportedModelError: a multimodal model that does not answer with text, or hides its language model.
     """
+    from transformers import GenerationMixin
+
     text = _text_config(config)
     if text is config:
         return config
     wrapper = _wrapper_class(type(config))
     if wrapper is None:
         raise UnsupportedModelError(f"'{config.model_type}' is not a model that generates text")
+    if not issubclass(wrapper, GenerationMixin):
+        raise UnsupportedModelError(f"'{config.model_type}' does not write its text token by token")
     setattr(text, _MARK, config.model_type)
     owner = _owner(config, text)
-    if getattr(_wrapper_class(type(owner)) or wrapper, "_tied_weights_keys", None):  # a wrapper that has the head itself
+    has_head = _wrapper_class(type(owner)) or wrapper
+    if getattr(has_head, "_tied_weights_keys", None):
         text.tie_word_embeddings = bool(getattr(owner, "tie_word_embeddings", False))
     if getattr(text, "dtype", None) is None:
         text.dtype = getattr(config, "dtype", None)

@@ -58,8 +58,8 @@ _SIZES = [
 _NAMES_OF_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
-# Values of released models, by the type of a configuration or of a part of one: with its own defaults, transformers cannot
-# build a model, or builds one without the layers that distinguish the type.
+# Values of released models, by the type of a configuration or of a part of one. With its own defaults, transformers
+# cannot build these models, or it builds them without the layers that distinguish the type.
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 _MROPE = _ROPE | {"mrope_section": [16, 24, 24]}
 _VISION_TOKENS = {"vision_start_token_id": 151_652, "vision_end_token_id": 151_653}
@@ -78,6 +78,7 @@ _RELEASED: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6},
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
     "emu3": {"vocabulary_map": {"<image>": 260, "<|extra_200|>": 261, "<|visual token 000000|>": 262}},
+    "ernie4_5_vl_moe_text": {"rope_parameters": _ROPE | {"mrope_section": [22, 22, 20]}},
     "glm4v_moe_text": {"head_dim": 128},
     "glm4v_text": {"rope_parameters": _ROPE | {"mrope_section": [8, 12, 12], "partial_rotary_factor": 0.5}},
     "glm_ocr_text": {"rope_parameters": _ROPE | {"mrope_section": [8, 12, 12]}},
@@ -116,6 +117,8 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 4, "head_dim": 32},
     # kinds of attention in a form of its own
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    # no field of its class
+    "DbrxAttentionConfig": {"rope_theta": 500_000.0},
     # a quarter of the text's width
     "FunAsrNanoAdaptorConfig": {"intermediate_size": 16},
     # layers of parts
@@ -153,7 +156,7 @@ def all_types() -> list[str]:
 
 
 def model_class(config: Any) -> Any:
-    """The class that transformers opens a checkpoint of this configuration with, or None; for composites, the wrapper."""
+    """The class that transformers opens such a checkpoint with, or None; for composites, the whole wrapper."""
     mappings = (auto.MODEL_FOR_MULTIMODAL_LM_MAPPING, auto.MODEL_FOR_CAUSAL_LM_MAPPING)
     for mapping in mappings if _has_text(type(config)) else reversed(mappings):
         if type(config) in mapping:
@@ -187,10 +190,9 @@ def tiny_config(kind: str) -> Any:
 
 def with_tie(config: Any, tie: bool) -> Any:
     """The configuration with tied or untied embeddings."""
-    values = {name: getattr(config, name) for name in config.sub_configs}
-    twin = type(config).from_dict(config.to_dict())
-    for part in (twin, *(getattr(twin, name) for name in values)):
-        if part is not None and hasattr(part, "tie_word_embeddings"):
+    twin = type(config).from_dict(config.to_dict() | {"tie_word_embeddings": tie})
+    for part in (getattr(twin, name) for name in config.sub_configs):
+        if hasattr(part, "tie_word_embeddings"):
             part.tie_word_embeddings = tie
     return twin
 
@@ -219,7 +221,7 @@ def _value(config: Any, name: str) -> Any:
 
 
 def _switches(config: Any) -> dict[str, Any]:
-    """Values that are no sizes, and that differ from the defaults of the class: a wrapper has defaults for its parts."""
+    """Values that are no sizes and not the defaults of the class; wrappers have defaults for their parts."""
     return {
         field.name: value
         for field in fields(config)
@@ -255,8 +257,9 @@ def _narrow_rope(rope: dict[str, Any]) -> dict[str, Any]:
     """Rotary parameters whose sections fill heads of 16 values as they filled wider ones."""
     width = int(16 * rope.get("partial_rotary_factor", 1.0)) // 2
     if wide := rope.get("mrope_section"):
-        sections = [max(1, each * width // sum(wide)) for each in wide]
-        rope["mrope_section"] = [sections[0] + width - sum(sections), *sections[1:]]
+        sections = [each * width // sum(wide) for each in wide]
+        left = width - sum(sections)
+        rope["mrope_section"] = [size + (index < left) for index, size in enumerate(sections)]
     return rope
 
 
