@@ -7,7 +7,7 @@ from typing import Any
 
 from specchat.errors import CorruptCheckpointError, UnsupportedModelError
 from specchat.models.checkpoint.json_file import read_json
-from specchat.models.hf.refusals import CANNOT_BUILD, HINT, refusing
+from specchat.models.hf.refusals import CANNOT_BUILD, HAS_ENCODER, HINT, refusing
 from specchat.models.hf.wrappers import text_half, text_half_class
 from specchat.records.model import KvShape
 
@@ -76,7 +76,7 @@ def _known_model_types() -> Mapping[str, Any]:
 def _check_layer_kinds(config: Any, model_class: Any) -> None:
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"'{kind}' has an encoder, but only models of decoder layers are supported", HINT)
+        raise UnsupportedModelError(f"'{kind}' {HAS_ENCODER}", HINT)
     if not hasattr(config, "num_hidden_layers"):
         raise UnsupportedModelError(f"'{kind}' has no plain list of decoder layers", HINT)
     layer_types = set(getattr(config, "layer_types", None) or [])

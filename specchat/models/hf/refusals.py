@@ -7,6 +7,7 @@ from specchat.errors import SpecchatError, UnsupportedModelError, is_lack_of_mem
 
 HINT = "use a model whose layers are all attention with rotary positions, such as Llama, Qwen3 or Gemma"
 
+HAS_ENCODER = "has an encoder, but only models of decoder layers are supported"
 CANNOT_BUILD = "has a config.json from which transformers cannot build the model"
 CANNOT_SHRINK = "cannot be shrunk to the tiny model on which specchat checks trees"
 CANNOT_RUN = "has modules that cannot run with specchat's attention, masks and cache"
@@ -15,6 +16,7 @@ CANNOT_RUN = "has modules that cannot run with specchat's attention, masks and c
 _REASONS = {
     "row_layout": "makes its own attention masks, so it cannot receive the masks of trees",
     "RowMask": "computes with attention masks in its layers, so it cannot receive the masks of trees",
+    "no attribute `embed_tokens`": "names its token embeddings in a way of its own, so specchat cannot find them",
     "'specchat.": "has its own choice of attention functions, so it cannot call tree attention",
 }
 

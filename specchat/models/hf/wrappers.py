@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from specchat.errors import UnsupportedModelError
+from specchat.models.hf.refusals import HAS_ENCODER, HINT
 
 # Where wrappers keep their language model, in today's modules and in older checkpoints.
 _TEXT_PREFIXES = (
@@ -48,6 +49,8 @@ def text_half(config: Any) -> Any:
     wrapper = _wrapper_class(type(config))
     if wrapper is None:
         raise UnsupportedModelError(f"'{config.model_type}' is not a model that generates text")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"'{config.model_type}' {HAS_ENCODER}", HINT)
     if not issubclass(wrapper, GenerationMixin):
         raise UnsupportedModelError(f"'{config.model_type}' does not write its text token by token")
     setattr(text, _MARK, config.model_type)
