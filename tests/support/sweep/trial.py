@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import copy
 import inspect
+import re
 import shutil
 import traceback
 from contextlib import suppress
@@ -115,7 +116,7 @@ class _Trial:
         try:
             check_model(source)
         except UnsupportedModelError as error:
-            raise _RefusedError(_in_words(self.kind, error.message)) from error
+            raise _RefusedError(_in_words(error.message)) from error
 
     def _variants(self, config: Any) -> list[tuple[str, Any]]:
         """The configuration with tied and untied embeddings if the class knows both; its own first."""
@@ -137,7 +138,7 @@ class _Trial:
                 for resident in (range(num_layers), range(0, num_layers, 2), ())
             ]
         except UnsupportedModelError as error:
-            reason = _in_words(self.kind, error.message)
+            reason = _in_words(error.message)
             raise _BrokenError(f"refused, while the whole size is accepted: {reason}") from error
         return f"{NUM_TOKENS * len(counts)} tokens in {sum(counts)} steps"
 
@@ -196,12 +197,12 @@ def _without_timm() -> None:
     timm_wrapper.TimmWrapperModel.__init__ = build_nothing
 
 
-def _in_words(kind: str, message: str) -> str:
-    """The reason without the type's name, if it is in words and on one line."""
+def _in_words(message: str) -> str:
+    """The reason without the name of the type, if it is in words and on one line."""
     names = [name for name in _EXCEPTIONS if name in message]
     if names or "\n" in message or len(message) > _LONGEST_REASON or "object has no attribute" in message:
         raise _BrokenError(f"a reason that is not in words: {message}")
-    return message.removeprefix(f"'{kind}' ")
+    return re.sub(r"^'[\w.-]+' ", "", message)  # its own name, or the one of its text half
 
 
 def _cause(error: Exception) -> str:
