@@ -8,6 +8,7 @@ from specchat.errors import DoesNotFitError, SpecchatError, UnsupportedModelErro
 
 HINT = "use a model whose layers are all attention with rotary positions, such as Llama, Qwen3 or Gemma"
 
+HAS_ENCODER = "has an encoder, but only models of decoder layers are supported"
 CANNOT_BUILD = "has a config.json from which transformers cannot build the model"
 CANNOT_SHRINK = "cannot be shrunk to the tiny model on which specchat checks trees"
 CANNOT_RUN = "has modules that cannot run with specchat's attention, masks and cache"
@@ -17,6 +18,7 @@ CANNOT_COMPUTE = "has a config.json with which its modules cannot compute"
 _REASONS = {
     "row_layout": "makes its own attention masks, so it cannot receive the masks of trees",
     "RowMask": "computes with attention masks in its layers, so it cannot receive the masks of trees",
+    "no attribute `embed_tokens`": "names its token embeddings in a way of its own, so specchat cannot find them",
     "'specchat.": "has its own choice of attention functions, so it cannot call tree attention",
 }
 
