@@ -83,7 +83,7 @@ def _text_config(config: Any) -> Any:
 def _owner(config: Any, text: Any) -> Any:
     """Return the part of a multimodal configuration that holds the text configuration, or `config` itself."""
     for name in config.sub_configs:
-        part = getattr(config, name, None)
+        part: Any = getattr(config, name, None)
         if getattr(part, "sub_configs", None) and any(getattr(part, each, None) is text for each in part.sub_configs):
             return part
     return config
