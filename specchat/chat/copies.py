@@ -70,7 +70,7 @@ def read_markdown(path: Path) -> Loaded:
         SessionError: the file cannot be read, or does not have the form of such a chat.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise SessionError(f"cannot read {path}: {reason}") from error

@@ -12,7 +12,7 @@ def read_text(path: Path) -> str:
         UsageError: the file cannot be read, is empty, or is not text.
     """
     try:
-        text = path.read_bytes().decode()
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UsageError(f"{path} is not UTF-8 text") from None
     except OSError as error:

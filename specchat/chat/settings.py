@@ -13,6 +13,8 @@ from specchat.chat.state import ChatState, Value
 from specchat.errors import UsageError
 from specchat.records.chat import Overflow
 
+Number = float | int
+
 MAX_SEED = 2**63 - 1
 OVERFLOWS: tuple[Overflow, ...] = ("stop", "drop-oldest")
 
@@ -72,7 +74,7 @@ class Kind:
     """
 
     key: str
-    parse: Callable[[str, str], float | int | None]
+    parse: Callable[[str, str], Number | None]
 
 
 # The settings that are numbers.

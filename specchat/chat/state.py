@@ -205,8 +205,8 @@ def apply(state: ChatState, record: ChatRecord) -> ChatState:  # noqa: PLR0911  
         case Undone():
             return replace(state, exchanges=state.exchanges[:-1])
         case Rewritten():
-            *before, last = state.exchanges
-            return replace(state, exchanges=(*before, replace(last, answer=Message("assistant", record.content))))
+            last = [replace(each, answer=Message("assistant", record.content)) for each in state.exchanges[-1:]]
+            return replace(state, exchanges=(*state.exchanges[:-1], *last))
         case Dropped():
             return replace(state, exchanges=state.exchanges[record.num_exchanges :])
         case Cleared():

@@ -1,35 +1,14 @@
-"""The checks for a chat template, one of them from a model's files before anything is loaded."""
+"""The check for a chat template, from a model's files and before anything is loaded."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from specchat.errors import UsageError
-
-if TYPE_CHECKING:
-    from specchat.models.hf.tokenizer import Tokenizer
+from specchat.chat.prompt import check_has_template
 
 _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 _SETTINGS = "tokenizer_config.json"
-
-
-def check_has_template(tokenizer: Tokenizer, *, base: bool) -> None:
-    """Check that a model can chat.
-
-    Args:
-        tokenizer: tokenizer of the target.
-        base: whether the user asked for plain text continuation, which needs no chat template.
-
-    Raises:
-        UsageError: the model has no chat template, and `base` is false.
-    """
-    if not base and not tokenizer.has_chat_template:
-        raise UsageError(
-            "this model has no chat template, so it can only continue text",
-            hint="pass --base to continue the prompt as it stands",
-        )
 
 
 def check_can_chat(folder: Path, *, base: bool) -> None:
@@ -55,7 +34,7 @@ def _declares_template(folder: Path) -> bool:
     if any((folder / name).is_file() for name in _TEMPLATE_FILES):
         return True
     try:
-        settings = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
+        settings = json.loads((folder / _SETTINGS).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError):
         return False
-    return isinstance(settings, dict) and bool(settings.get("chat_template"))
+    return isinstance(settings, dict) and isinstance(settings.get("chat_template"), str)

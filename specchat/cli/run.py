@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 from specchat.chat.settings import random_seed
 from specchat.cli.ask import asker
 from specchat.cli.options import RunOptions, sampling_sources, without_effect
-from specchat.cli.output import print_line, to_json
+from specchat.cli.output import print_line
+from specchat.cli.plan import print_plan
 from specchat.cli.sessions import lasting, model_of, new_chat_note, path_for, resume_command, was_with
 from specchat.cli.stdin import read_stdin
 from specchat.cli.switching import switched
 from specchat.errors import EmptyPromptError, SpecchatError, UsageError
+from specchat.json_lines import to_json
 from specchat.loading import planning
 from specchat.loading.engine import load_engine, stop_ids
 from specchat.loading.libraries import prepare_libraries
@@ -48,6 +50,10 @@ _INTERRUPTED = 130
 
 def run(options: RunOptions) -> int:
     """Run `specchat run` and return the exit code."""
+    if options.prompts is not None:
+        from specchat.cli.batch import run_prompts
+
+        return run_prompts(options)
     from specchat.chat.templates import check_can_chat
     from specchat.ui.console import talk
     from specchat.ui.progress import TalkReporter
@@ -63,7 +69,7 @@ def run(options: RunOptions) -> int:
             models = sketch_models(options.models, refs, reporter, ask, Path(folder))
             planned = planning.make_plan(options.models, models, reporter, temperature=temperature)
             check_can_chat(planned.models.target.path, base=options.base)
-            _print_plan(options, planned)
+            print_plan(planned, as_json=options.json)
         return 0
     models = locate_models(options.models, refs, reporter, ask)
     planned = planning.make_plan(options.models, models, reporter, temperature=temperature)
@@ -105,21 +111,6 @@ def _joined(piped: str, prompt: str | None) -> str:
     return f"{text}\n\n{prompt}" if text else prompt
 
 
-# --- the plan ----------------------------------------------------------------------------------------------------
-
-
-def _print_plan(options: RunOptions, planned: "Planned") -> None:
-    from specchat.chat.result import chosen_object
-    from specchat.ui.console import columns
-    from specchat.ui.plan_view import plan_text
-
-    chosen, models = planned.chosen, planned.models
-    if options.json:
-        print_line(to_json(chosen_object(chosen)))
-    else:
-        print_line(plan_text(models.target, chosen, models.draft_note, columns(sys.stdout)))
-
-
 # --- the chat ----------------------------------------------------------------------------------------------------
 
 
@@ -136,7 +127,7 @@ def _chat(options: RunOptions, planned: "Planned", prompt: str | None, say: "Tal
     view = ChatView(answer_stream(), say, verbose=options.verbose, raw=options.raw)
     details = "/info" if prompt is None else "--plan"
     view.banner(models.target, planned.chosen, models.draft_note, details=details)
-    for notice in [*without_effect(sampling, sources), *_notices(options, plan, models)]:
+    for notice in [*defaults.ignored, *without_effect(sampling, sources), *_notices(options, plan, models)]:
         say.warn(notice)
     with _transcript(options, say, interactive=prompt is None) as transcript:
         parts = _Parts(options, models, plan, sampling, sources, defaults, transcript)
@@ -166,7 +157,7 @@ class _Parts:
         Raises:
             UsageError: the target has no chat template, and --base was not given.
         """
-        from specchat.chat.templates import check_has_template
+        from specchat.chat.prompt import check_has_template
         from specchat.models.hf.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(self.models.target.path)

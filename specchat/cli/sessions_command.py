@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from specchat.chat.transcript import as_markdown, read
 from specchat.cli.ask import asker
-from specchat.cli.output import print_line, to_json
+from specchat.cli.output import print_line
 from specchat.errors import UsageError
+from specchat.json_lines import to_json
 
 if TYPE_CHECKING:
     from specchat.chat.saved_chats import SavedChat

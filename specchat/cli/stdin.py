@@ -31,7 +31,7 @@ def read_stdin(say: "Talk") -> str:
     except io.UnsupportedOperation:  # not a file of the system
         data = sys.stdin.buffer.read()
     try:
-        return data.decode()
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError("stdin is not UTF-8 text") from error
 
