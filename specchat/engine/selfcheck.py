@@ -59,9 +59,9 @@ def _largest_error(config: Any) -> float:
         except Exception:
             _check_is_built(config)  # a better reason
             raise
-    prompt = torch.randint(0, skeleton.config.vocab_size, (_PROMPT_ROWS,), generator=generator).tolist()
     paths = [_path(node) for node in (1, 3, len(_TREE) - 1)]
     with refusing(config.model_type, CANNOT_RUN):
+        prompt = torch.randint(0, skeleton.config.vocab_size, (_PROMPT_ROWS,), generator=generator).tolist()
         expected = [plain(torch.tensor(prompt + [_TREE.tokens[n] for n in path]))[_PROMPT_ROWS - 1 :] for path in paths]
         ours = _tree_scores(skeleton, prompt)
     error, scale = 0.0, 1.0
