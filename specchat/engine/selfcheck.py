@@ -61,12 +61,12 @@ def _largest_error(config: Any) -> float:
         except Exception:
             _check_is_built(config)  # a better reason
             raise
-    vocab_size = skeleton.config.vocab_size
-    prompt, other = (
-        torch.randint(0, vocab_size, (rows,), generator=generator).tolist() for rows in (_PROMPT_ROWS, _OTHER_ROWS)
-    )
     paths = [_path(node) for node in (1, 3, len(_TREE) - 1)]
     with refusing(config.model_type, CANNOT_RUN):
+        prompt, other = (
+            torch.randint(0, skeleton.config.vocab_size, (rows,), generator=generator).tolist()
+            for rows in (_PROMPT_ROWS, _OTHER_ROWS)
+        )
         expected = [plain(torch.tensor(prompt + [_TREE.tokens[n] for n in path]))[_PROMPT_ROWS - 1 :] for path in paths]
         expected.append(plain(torch.tensor(other)))
         others, ours = _scores(skeleton, other, prompt).split([_OTHER_ROWS, 1 + len(_TREE)])

@@ -19,6 +19,7 @@ _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
 # transformers builds modules one by one, and tables of positions in memory, so absurd numbers would never end.
 _MODULES = re.compile(r"(num_hidden|num_kv_shared|num_nextn_predict|num|n|decoder|encoder)_layers?|\w*_experts")
 _WIDTHS = re.compile(r"\w*(?<!window)(?<!chunk)_(size|dim|rank|heads)|n_embd|n_inner|n_head")  # windows may be -1
+_POSITIVE = ("vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers")
 _MOST_MODULES, _LARGEST_WIDTH, _LARGEST = 1 << 14, 1 << 24, 1 << 40
 
 
@@ -85,15 +86,21 @@ def _ropes(config: Any) -> Iterator[Mapping[str, Any]]:
     yield from nested or [rope]
 
 
-def _corrected(file: Path, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of the values, also of nested configurations, with harmless ones corrected."""
+def _corrected(file: Path, values: Mapping[str, Any], *, is_text: bool = True) -> dict[str, Any]:
+    """Return a copy of the values, also of nested configurations, with harmless ones corrected.
+
+    Args:
+        file: path of the file, for messages.
+        values: object in the file.
+        is_text: whether the values describe a language model, whose sizes are checked.
+    """
     corrected = {name: value for name, value in values.items() if name not in _LABELS}
     for name, value in values.items():
         if name.endswith("_config") and isinstance(value, dict):
-            corrected[name] = _corrected(file, value)
+            corrected[name] = _corrected(file, value, is_text=name == "text_config")
         elif name in _DTYPES:
             corrected[name] = _dtype(file, name, value)
-        elif type(value) is int:
+        elif is_text and type(value) is int:
             _check_size(file, name, value)
     pad, vocabulary = values.get("pad_token_id"), values.get("vocab_size")
     if type(pad) is int and type(vocabulary) is int and not -vocabulary <= pad < vocabulary:
@@ -107,6 +114,8 @@ def _check_size(file: Path, name: str, value: int) -> None:
         least, most = 0, _MOST_MODULES
     elif _WIDTHS.fullmatch(name):
         least, most = 0, _LARGEST_WIDTH
+    if name in _POSITIVE:
+        least = 1
     if not least <= value <= most:
         limit = f"at least {least:,}" if value < least else f"at most {most:,}"
         raise CorruptCheckpointError(f"{file}: {name} is {shown(value)}, but must be {limit}", hint=_HINT)
