@@ -14,7 +14,7 @@ CANNOT_RUN = "has modules that cannot run with specchat's attention, masks and c
 # Parts of foreign messages, and the reasons behind them.
 _REASONS = {
     "row_layout": "makes its own attention masks, so it cannot receive the masks of trees",
-    "RowMask": "computes with attention masks in its layers, so it cannot receive the masks of trees",
+    "PassMask": "computes with attention masks in its layers, so it cannot receive the masks of trees",
     "'specchat.": "has its own choice of attention functions, so it cannot call tree attention",
 }
 
