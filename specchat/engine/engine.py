@@ -283,6 +283,7 @@ class Engine(Closeable):
             index=index,
             seat=seat,
             tokens=tokens,
+            num_cached=len(self._held[seat]),
             sampler=Sampler(request.sampling, self._target.vocab_size, self._target.device, noise_rows(num_seats)),
             stop_ids=request.stop_ids,
             max_length=min(limit, ctx),
@@ -298,8 +299,7 @@ class Engine(Closeable):
     def _step(self, live: Sequence[TokenSequence], cancel: threading.Event | None) -> list[Step]:
         """Draft trees, verify them in one pass, commit the accepted paths; return empty steps on cancellation."""
         clock = stats.StepClock(self._target.streamer, len(live))
-        cached = [len(self._held[sequence.seat]) for sequence in live]
-        pending = [len(sequence.tokens) - rows for sequence, rows in zip(live, cached, strict=True)]
+        cached, pending = zip(*((each.num_cached, len(each.pending)) for each in live), strict=True)
         had_lost_draft = self._draft_lost is not None
         try:
             self._phase = "drafting"
@@ -360,9 +360,9 @@ class Engine(Closeable):
         """
         tokens, parts, walks = list[int](), list[tuple[int, RowLayout]](), list[Walk]()
         for sequence, tree in zip(live, trees, strict=True):
-            new = sequence.tokens[len(self._held[sequence.seat]) :]
+            new = sequence.pending
             walks.append(Walk(sequence, tree, root_row=len(tokens) + len(new) - 1))
-            parts.append((sequence.seat, self._rows_for(sequence, len(new), tree)))
+            parts.append((sequence.seat, self._rows_for(sequence, tree)))
             tokens += [*new, *tree.tokens]
         with clock.verifying():
             hidden = self._target.forward(tokens, PassLayout(parts), cancel)
@@ -374,7 +374,7 @@ class Engine(Closeable):
         repeats = any(map(len, trees))
         for sequence, walk in zip(live, walks, strict=True):
             if repeats or walk.is_broken:
-                self._target.cache.wipe(sequence.seat, len(self._held[sequence.seat]))
+                self._target.cache.wipe(sequence.seat, sequence.num_cached)
         return self._verify(live, [TokenTree() for _ in live], clock, cancel) if repeats else (trees, walks)
 
     def _commit(self, sequence: TokenSequence, tree: TokenTree, walk: Walk) -> None:
@@ -383,15 +383,16 @@ class Engine(Closeable):
             first = len(sequence.tokens)
             self._target.cache.keep(sequence.seat, first, [first + node for node in walk.path])
             self._held[sequence.seat] = sequence.tokens + [tree.tokens[node] for node in walk.path]
+            sequence.num_cached = len(self._held[sequence.seat])
             sequence.tokens += walk.tokens
         self._drafter.commit(sequence.seat, walk.path)
 
-    def _rows_for(self, sequence: TokenSequence, num_pending: int, tree: TokenTree) -> RowLayout:
+    def _rows_for(self, sequence: TokenSequence, tree: TokenTree) -> RowLayout:
         """Return the layout of a part: pending tokens in sequence, of which the last is the root, then the tree."""
-        device, length = self._target.device, len(sequence.tokens)
-        begin, root = length - num_pending, length - 1
+        device, begin, length = self._target.device, sequence.num_cached, len(sequence.tokens)
+        root = length - 1
         positions = [*range(begin, length), *(root + depth for depth in tree.depths)]
-        return RowLayout(begin, num_pending, tree.ancestors.to(device), torch.tensor(positions, device=device))
+        return RowLayout(begin, length - begin, tree.ancestors.to(device), torch.tensor(positions, device=device))
 
 
 def _fixed_policy(plan: Plan) -> FixedPolicy:

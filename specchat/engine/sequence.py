@@ -18,6 +18,7 @@ class TokenSequence:
         index: number of the request.
         seat: region of the caches that holds the sequence.
         tokens: committed tokens, the prompt's first; the last one is the root of the next tree.
+        num_cached: number of leading tokens whose rows are in the target's cache.
         sampler: draws of the target's tokens.
         stop_ids: token ids that end the answer.
         max_length: most tokens of prompt and answer together.
@@ -28,11 +29,17 @@ class TokenSequence:
     index: int
     seat: int
     tokens: list[int]
+    num_cached: int
     sampler: Sampler
     stop_ids: frozenset[int]
     max_length: int
     length_reason: FinishReason
     cancel: Event | None = None
+
+    @property
+    def pending(self) -> list[int]:
+        """Committed tokens that the next pass computes; the last one is the root."""
+        return self.tokens[self.num_cached :]
 
     @property
     def max_depth(self) -> int:

@@ -18,7 +18,7 @@ from support.loading import changed, load_engine, load_model
 from support.tiny_models import ARCHITECTURES, SPECIAL, VOCAB, make_config, perturbed, random_model, save
 
 from specchat.engine.drafting.drafter import ModelDrafter, NoDrafter
-from specchat.engine.drafting.policy import AdaptivePolicy, FixedPolicy
+from specchat.engine.drafting.policy import AdaptivePolicy, FixedPolicy, Roots
 from specchat.engine.engine import Engine
 from specchat.engine.layout import PassLayout, linear_layout
 from specchat.engine.model import PassCancelledError, TreeModel
@@ -560,8 +560,18 @@ def test_adaptive_trees_shrink_as_the_batch_grows():
     """Where every row costs, nodes must beat the speed of many sequences that share a pass."""
     policy = AdaptivePolicy(16, expectation(row_s=0.12), 10)
     weights = [-0.15 * node for node in range(16)]
-    sizes = [policy.num_to_verify(weights, num) for num in (1, 2, 4, 10)]
+    sizes = [policy.num_to_verify(weights, Roots(num, num)) for num in (1, 2, 4, 10)]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-1]
+
+
+def test_trees_leave_the_free_rows_to_prompts():
+    """Rows are free up to 40 here: beside a prompt of 35 rows, only likely nodes pay."""
+    policy = AdaptivePolicy(32, Expectation(((1, 1.0), (40, 1.0), (80, 3.0)), ((1, 0.01),), 16, 4.0, 6.0), 4)
+    weights = [-0.1 * node for node in range(32)]
+    alone, beside, after = (policy.num_to_verify(weights, Roots(4, rows)) for rows in (4, 39, 10**6))
+    assert alone == 32 > beside >= after
+    assert policy.num_to_expand(range(16), weights[:16], Roots(4, 4)) == 16
+    assert policy.num_to_expand(range(16), weights[:16], Roots(4, 39)) < 16
 
 
 def test_texts_do_not_depend_on_adaptive_trees(pair: Pair):

@@ -14,12 +14,14 @@ from specchat.hardware.machine import Gpu, GpuSurvey, Machine, PcieLink
 from specchat.models.catalog.ref import demo_source
 from specchat.planner.cost import TYPICAL_ACCEPTANCE, Acceptance, CostModel, LinkQueue, draft_batches
 from specchat.planner.explain import ExplainedPlan
+from specchat.planner.memory import build_ledger, bytes_beside_layers
 from specchat.planner.placement import TierSizes, interleaved
 from specchat.planner.rates import Rate, Rates, rates_of
 from specchat.planner.request import PlanInputs, PlanRequest
 from specchat.planner.search import choose_plan
 from specchat.records.limits import draft_width
 from specchat.records.model import KvShape, ModelSource, ModelSpec, ParamSize
+from specchat.records.plan import Placement, Workload
 
 TARGET = demo_source("target")
 DRAFT = demo_source("draft")
@@ -373,3 +375,39 @@ def test_adaptive_trees_start_from_the_prediction(device: str):
     assert list(passes) == sorted(passes) and max(passes) == 1 + found.plan.work.tree_budget
     pinned = chosen(asked(tree_budget=64), machine, rates)
     assert pinned.plan.expected is None
+
+
+# --- answers that share a pass ---------------------------------------------------------------------------------------
+
+
+def test_more_answers_bring_more_while_layers_stream():
+    """Each seat takes a context of memory from the resident layers; speeds are those of all answers together."""
+    machine, rates = with_card(card(24))
+    found = [chosen(asked(ctx=1024, tree_budget=64, seats=seats), machine, rates) for seats in (1, 4, 10)]
+    speeds = [each.prediction.tok_per_s for each in found]
+    assert speeds == sorted(speeds) and speeds[2] > 2 * speeds[0]
+    caches = [next(item.bytes for item in each.plan.ledger if item.item == "KV cache") for each in found]
+    assert caches == [caches[0], 4 * caches[0], 10 * caches[0]]
+    resident = [len(each.plan.placement.resident) for each in found]
+    assert resident == sorted(resident, reverse=True)
+    assert [each.plan.work.seats for each in found] == [1, 4, 10]
+    assert all(each.plan.device_bytes <= each.plan.vram_bytes for each in found)
+
+
+def test_the_expectation_is_that_of_a_full_pass():
+    machine, rates = with_card(card(24))
+    expected = chosen(asked(ctx=1024, seats=10), machine, rates).plan.expected
+    assert expected is not None and expected.num_sequences == 10
+    assert expected.pass_s[0][0] == 10 and expected.tokens_per_step > 10
+
+
+@pytest.mark.parametrize("seats", [1, 3, 10])
+@pytest.mark.parametrize("host_embeddings", [False, True])
+def test_the_quick_sum_is_that_of_the_ledger(seats: int, host_embeddings: bool):
+    for tree_budget, ctx in ((0, 512), (64, 1024), (256, 8192)):
+        draft = DRAFT_SPEC if tree_budget else None
+        work = Workload("cuda:0", "bf16", ctx, tree_budget, 2 * tree_budget, 512, host_embeddings=host_embeddings)
+        work = replace(work, seats=seats)
+        ledger = build_ledger(small(), draft, work, Placement(32, (0, 1), slots=2))
+        apart = sum(item.bytes for item in ledger if item.item not in ("resident layers", "slots"))
+        assert bytes_beside_layers(small(), draft, work) == apart

@@ -67,7 +67,9 @@ def random_prompt(length: int, vocab: int, seed: int = 11) -> list[int]:
 
 def sequence_of(tokens: Sequence[int], sampler: Sampler, max_depth: int = 50, seat: int = 0) -> TokenSequence:
     """A sequence whose trees may have so many levels."""
-    return TokenSequence(seat, seat, list(tokens), sampler, NOTHING, len(tokens) + 1 + max_depth, "length")
+    return TokenSequence(
+        seat, seat, list(tokens), len(tokens) - 1, sampler, NOTHING, len(tokens) + 1 + max_depth, "length"
+    )
 
 
 def grow(

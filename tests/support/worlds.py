@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from specchat.engine.drafting.policy import DraftPolicy, FixedPolicy
+from specchat.engine.drafting.policy import DraftPolicy, FixedPolicy, Roots
 from specchat.engine.tree import ROOT, TokenTree
 from specchat.records.generation import Step
 from specchat.records.limits import draft_width
@@ -195,6 +195,7 @@ class Simulation:
             return forest, 0.0, 0.0
         true_s, draft_s = self._draft(num_texts)
         budget, width = policy.tree_budget, draft_width(policy.tree_budget, num_texts)
+        roots = Roots(num_texts, num_texts)
         for number in range(num_texts):
             self._expand(forest, ROOT, number)
         forest.keep_best(budget)
@@ -202,7 +203,7 @@ class Simulation:
         while True:
             found = forest.frontier(min(width, room), budget)
             ranks, weights = [rank for rank, _ in found], [forest.weight[node] for _, node in found]
-            found = found[: policy.num_to_expand(ranks, weights, num_texts)]
+            found = found[: policy.num_to_expand(ranks, weights, roots)]
             if not found:
                 break
             room -= len(found)
@@ -211,7 +212,7 @@ class Simulation:
             forest.keep_best(budget)
             more_true_s, more_s = self._draft(len(found))
             true_s, draft_s = true_s + more_true_s, draft_s + more_s
-        del forest.order[policy.num_to_verify([forest.weight[node] for node in forest.order], num_texts) :]
+        del forest.order[policy.num_to_verify([forest.weight[node] for node in forest.order], roots) :]
         return forest, true_s, draft_s
 
     def _expand(self, forest: Forest, node: int, number: int) -> None:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from specchat.engine.drafting.paths import Paths, TreeRows
-from specchat.engine.drafting.policy import DraftPolicy
+from specchat.engine.drafting.policy import DraftPolicy, Roots
 from specchat.engine.layout import PassLayout, RowLayout, linear_layout
 from specchat.engine.model import TreeModel
 from specchat.engine.sampling import Sampler, ScoresNotFiniteError
@@ -151,7 +151,8 @@ class ModelDrafter:
         self._grown = {}
         growing = [sequence for sequence in sequences if self._max_depth(sequence) > 0]
         if growing and policy.should_draft():
-            self._grow(growing, policy, len(sequences), cancel)
+            roots = Roots(len(sequences), sum(len(sequence.pending) for sequence in sequences))
+            self._grow(growing, policy, roots, cancel)
         nothing = _Grown(TokenTree(), [])
         return [self._grown.get(sequence.seat, nothing).tree for sequence in sequences]
 
@@ -183,7 +184,7 @@ class ModelDrafter:
         self,
         sequences: Sequence[TokenSequence],
         policy: DraftPolicy,
-        num_sequences: int,
+        roots: Roots,
         cancel: threading.Event | None,
     ) -> None:
         """Grow a tree for each sequence, in joint passes.
@@ -191,20 +192,20 @@ class ModelDrafter:
         Args:
             sequences: sequences whose trees may have nodes.
             policy: sizes of the trees.
-            num_sequences: number of sequences of the target's pass.
+            roots: the target's pass without nodes.
             cancel: event that stops drafting.
         """
         budget, width = policy.tree_budget, draft_width(policy.tree_budget, len(sequences))
         max_depths = torch.tensor([self._max_depth(sequence) for sequence in sequences])
         rows = [TreeRows(self._max_rows, len(each.tokens), self._model.device) for each in sequences]
-        roots = torch.full((len(sequences),), ROOT)
+        parents = torch.full((len(sequences),), ROOT)
         root_logits = self._catch_up(sequences, policy, cancel)
-        paths = self._children(Paths.empty(), torch.arange(len(sequences)), roots, root_logits, sequences, budget)
+        paths = self._children(Paths.empty(), torch.arange(len(sequences)), parents, root_logits, sequences, budget)
         while True:
             begin = time.perf_counter()
             free = self._max_rows - sum(each.num_rows for each in rows)
             nodes = paths.frontier(min(width, free), budget, max_depths)
-            nodes = nodes[: policy.num_to_expand(nodes.tolist(), paths.score[nodes].tolist(), num_sequences)]
+            nodes = nodes[: policy.num_to_expand(nodes.tolist(), paths.score[nodes].tolist(), roots)]
             if not len(nodes):
                 break
             if len(sequences) > 1:
@@ -212,7 +213,7 @@ class ModelDrafter:
             logits = self._expand(paths, nodes, sequences, rows, cancel)
             paths = self._children(paths, paths.tree[nodes], nodes, logits, sequences, budget)
             policy.record_draft_pass(len(nodes), time.perf_counter() - begin)
-        paths = paths.first(policy.num_to_verify(paths.score.tolist(), num_sequences))
+        paths = paths.first(policy.num_to_verify(paths.score.tolist(), roots))
         for tree, sequence in enumerate(sequences):
             self._grown[sequence.seat] = _finished(paths.of_tree(tree) if len(sequences) > 1 else paths)
 

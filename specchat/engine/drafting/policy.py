@@ -36,6 +36,22 @@ _FREE = 1.1
 _MOST_ROWS = 512
 
 
+@dataclass(frozen=True)
+class Roots:
+    """The target's next pass without draft nodes.
+
+    Attributes:
+        num_sequences: number of sequences.
+        num_rows: rows of their committed tokens: one for each sequence, more for a prompt.
+    """
+
+    num_sequences: int = 1
+    num_rows: int = 1
+
+
+ONE_ROOT = Roots()
+
+
 class DraftPolicy(Protocol):
     """Decides how a drafter grows the trees of a pass."""
 
@@ -50,21 +66,21 @@ class DraftPolicy(Protocol):
     def should_draft(self) -> bool:
         """Return whether to draft at all in this step."""
 
-    def num_to_expand(self, ranks: Sequence[int], weights: Sequence[float], num_sequences: int = 1) -> int:
+    def num_to_expand(self, ranks: Sequence[int], weights: Sequence[float], roots: Roots = ONE_ROOT) -> int:
         """Return how many open nodes the draft expands in its next pass, best first; 0 ends the trees.
 
         Args:
             ranks: number of better nodes in the trees for each open node, best first; no more nodes than fit one pass.
             weights: log weights of the open nodes.
-            num_sequences: number of sequences of the target's pass.
+            roots: the target's pass without nodes.
         """
 
-    def num_to_verify(self, weights: Sequence[float], num_sequences: int = 1) -> int:
+    def num_to_verify(self, weights: Sequence[float], roots: Roots = ONE_ROOT) -> int:
         """Return how many nodes the target verifies, best first.
 
         Args:
             weights: log weights of all nodes of all trees, best first.
-            num_sequences: number of sequences of the target's pass.
+            roots: the target's pass without nodes.
         """
 
     def record_draft_pass(self, rows: int, seconds: float) -> None:
@@ -96,11 +112,11 @@ class FixedPolicy:
         """Return whether the tree budget allows any nodes."""
         return self.tree_budget > 0
 
-    def num_to_expand(self, ranks: Sequence[int], weights: Sequence[float], num_sequences: int = 1) -> int:
+    def num_to_expand(self, ranks: Sequence[int], weights: Sequence[float], roots: Roots = ONE_ROOT) -> int:
         """Return the number of all open nodes."""
         return len(weights)
 
-    def num_to_verify(self, weights: Sequence[float], num_sequences: int = 1) -> int:
+    def num_to_verify(self, weights: Sequence[float], roots: Roots = ONE_ROOT) -> int:
         """Return the number of all nodes."""
         return len(weights)
 
@@ -145,12 +161,12 @@ class AdaptivePolicy:
         """Return whether the mode in use, or the one being probed, is drafting."""
         return self.tree_budget > 0 and self._drafts
 
-    def num_to_expand(self, ranks: Sequence[int], weights: Sequence[float], num_sequences: int = 1) -> int:
+    def num_to_expand(self, ranks: Sequence[int], weights: Sequence[float], roots: Roots = ONE_ROOT) -> int:
         """Return the best number of nodes: expected accepted children, minus the tokens that the time is worth."""
-        tokens_per_s = self._tokens_per_s(num_sequences)
+        tokens_per_s, first = self._tokens_per_s(roots.num_sequences), self._known_rows(roots)
         best, best_value, gained = 0, 0.0, 0.0
         for count, (rank, weight) in enumerate(zip(ranks, weights, strict=True), 1):
-            rows = num_sequences + rank
+            rows = first + rank
             node_s = self._target_times.at(rows + 1) - self._target_times.at(rows)
             gained += self._acceptance.of_children(weight) - tokens_per_s * node_s
             value = gained - tokens_per_s * self._draft_times.at(count)
@@ -158,11 +174,13 @@ class AdaptivePolicy:
                 best, best_value = count, value
         return best
 
-    def num_to_verify(self, weights: Sequence[float], num_sequences: int = 1) -> int:
+    def num_to_verify(self, weights: Sequence[float], roots: Roots = ONE_ROOT) -> int:
         """Return the best number of nodes: expected tokens, minus the tokens that the time of the pass is worth."""
-        tokens_per_s, at = self._tokens_per_s(num_sequences), self._target_times.at
-        tokens = accumulate(map(self._acceptance.of, weights), initial=float(num_sequences))
-        values = [expected - tokens_per_s * at(num_sequences + nodes) for nodes, expected in enumerate(tokens)]
+        tokens_per_s, first = self._tokens_per_s(roots.num_sequences), self._known_rows(roots)
+        tokens = accumulate(map(self._acceptance.of, weights), initial=float(roots.num_sequences))
+        values = [
+            expected - tokens_per_s * self._target_times.at(first + nodes) for nodes, expected in enumerate(tokens)
+        ]
         best = values.index(max(values))
         return (best + 2) // 3 if self._probes_small_tree else best
 
@@ -226,6 +244,10 @@ class AdaptivePolicy:
     def _use(self, *, draft: bool, steps: int) -> None:
         self._catches_up = draft and not self._drafts
         self._drafts, self._steps_left = draft, steps + self._catches_up
+
+    def _known_rows(self, roots: Roots) -> int:
+        """Return the rows of the pass without nodes, as far as times of passes with nodes are known."""
+        return min(roots.num_rows, self._most_rows - self.tree_budget)
 
     def _tokens_per_s(self, num_sequences: int = 1) -> float:
         """Return the speed of the faster mode, which tells how many tokens a second is worth."""

@@ -17,7 +17,14 @@ from support.loading import changed, load_engine
 from support.tiny_models import VOCAB, make_config, perturbed, random_model, save
 
 from specchat.engine.drafting.drafter import NoDrafter
-from specchat.engine.drafting.policy import AdaptivePolicy, DraftPolicy, FixedPolicy, _Acceptance
+from specchat.engine.drafting.policy import (
+    ONE_ROOT,
+    AdaptivePolicy,
+    DraftPolicy,
+    FixedPolicy,
+    Roots,
+    _Acceptance,
+)
 from specchat.engine.engine import Engine
 from specchat.engine.tree import ROOT, TokenTree
 from specchat.records.generation import Sampling, Step
@@ -264,10 +271,10 @@ class Moody:
     def should_draft(self) -> bool:
         return self._rng.random() < 0.8
 
-    def num_to_expand(self, ranks: Sequence[int], weights: Sequence[float], num_sequences: int = 1) -> int:
+    def num_to_expand(self, ranks: Sequence[int], weights: Sequence[float], roots: Roots = ONE_ROOT) -> int:
         return self._rng.randint(0, len(weights))
 
-    def num_to_verify(self, weights: Sequence[float], num_sequences: int = 1) -> int:
+    def num_to_verify(self, weights: Sequence[float], roots: Roots = ONE_ROOT) -> int:
         return self._rng.randint(0, len(weights))
 
     def record_draft_pass(self, rows: int, seconds: float) -> None:
