@@ -129,6 +129,8 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "timm_wrapper": {"hidden_size": 64, "model_args": {"embed_dim": 64}},
     "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 4, "downsampling_ratios": [2, 2], "depths": [1, 1, 1]},
     "vibevoice_asr": {"acoustic_tokenizer_chunk_size": 64},
+    # half of each key is rotary, as the rotary parameters say
+    "mistral4": {"qk_nope_head_dim": 8},
     # keys are wider than values
     "mimo_v2_flash": {"head_dim": 24, "v_head_dim": 16},
 }

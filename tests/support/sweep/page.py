@@ -19,6 +19,7 @@ PAGE = Path(__file__).parents[3] / "docs" / "models.md"
 BEGIN = "<!-- sweep: PYTHONPATH=.:tests python -m support.sweep --write writes the text below -->"
 END = "<!-- sweep: end -->"
 _LIBRARIES = ("transformers", "torch")
+_ERROR = re.compile(r" \(error .*\)$")
 _LAYERS = re.compile(r"has (.*) layers, on")
 
 # Names that people know the models of a type by. Other types have the example of transformers' documentation.
@@ -147,8 +148,10 @@ def sections(outcomes: Sequence[Outcome]) -> Iterable[str]:
     for outcome in refused:
         groups.setdefault(_group(outcome.detail), []).append(outcome)
     for reason, members in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0])):
-        yield f"### A model of these types {reason} ({len(members)})"
-        yield _table(members, _layers if reason != members[0].detail else None)
+        title = reason.partition(", ")[0]
+        yield f"### {title[0].upper()}{title[1:]} ({len(members)})"
+        yield f"`specchat run` says: such a model {reason}."
+        yield _table(members, _layers if _LAYERS.match(members[0].detail) else None)
     if broken := [outcome for outcome in outcomes if outcome.result == "broken"]:
         yield f"## Models that fail ({len(broken)})"
         yield _table(broken, lambda detail: detail)
@@ -169,8 +172,8 @@ def _counts(outcomes: Sequence[Outcome]) -> str:
 
 
 def _group(reason: str) -> str:
-    """The reason with layers named by what they have in common."""
-    return _LAYERS.sub("has recurrent or sparse layers, on", reason)
+    """The reason without what differs from type to type."""
+    return _ERROR.sub("", _LAYERS.sub("has recurrent or sparse layers, on", reason))
 
 
 def _layers(reason: str) -> str:
@@ -178,7 +181,7 @@ def _layers(reason: str) -> str:
 
 
 def _table(outcomes: Sequence[Outcome], column: Callable[[str], str] | None = None) -> str:
-    rows = [["type", "models"] + ["why"] * (column is not None)]
+    rows = [["type", "models"] + ["kinds of layers" if column is _layers else "what fails"] * (column is not None)]
     rows.append(["---"] * len(rows[0]))
     for outcome in sorted(outcomes, key=lambda outcome: outcome.kind):
         detail = [] if column is None else [column(outcome.detail).replace("|", "\\|")]

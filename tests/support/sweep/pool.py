@@ -16,7 +16,7 @@ import torch
 
 from support.sweep.trial import Outcome, try_type
 
-_LONGEST_S = 300.0
+_LONGEST_S = 900.0
 _MOST_BYTES = 8 << 30  # private memory of one trial
 _FORK = multiprocessing.get_context("fork")
 
