@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
+from specchat.models.checkpoint.ggml_types import BLOCK_TYPES, PLAIN_TYPES
 from specchat.records.model import DTYPE_BYTES, Dtype
 
 if TYPE_CHECKING:
@@ -73,8 +74,9 @@ def torch_dtype(dtype: Dtype) -> "torch.dtype":
 
 
 def stored_torch_dtype(name: str) -> "torch.dtype":
-    """Return torch's dtype, given safetensors' name."""
-    return _in_torch(STORED_DTYPES[name].torch_name)
+    """Return torch's dtype, given safetensors' name, or the name of a GGUF block type, whose blocks are bytes."""
+    is_packed = name in BLOCK_TYPES and name not in PLAIN_TYPES
+    return _in_torch("uint8" if is_packed else STORED_DTYPES[name].torch_name)
 
 
 def stored_name(dtype: "torch.dtype") -> str:
