@@ -1,0 +1,80 @@
+"""Matrices in the blocks of GGUF files, whose bytes stay as they are in the file."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from specchat.models.checkpoint.dtypes import stored_torch_dtype
+from specchat.models.checkpoint.ggml_types import BLOCK_TYPES, PLAIN_TYPES
+from specchat.models.checkpoint.layout import PIECE_NUMBERS
+from specchat.models.quant.formats.base import Segment, WeightFormat
+from specchat.models.quant.formats.ggml_blocks import DECODERS
+from specchat.models.quant.formats.ggml_codebooks import CODEBOOK_DECODERS
+from specchat.models.quant.kernels.chunked import Segments
+
+_DECODERS = {**DECODERS, **CODEBOOK_DECODERS}
+
+
+@dataclass(frozen=True)
+class Blocks(WeightFormat):
+    """Blocks of one of ggml's types; values are computed in float32 and rounded once.
+
+    Segments: `blocks`, uint8 [rows, bytes per row].
+
+    Attributes:
+        kind: ggml's name of the type; F32, F16 and BF16 are blocks of one value.
+        heads: number of attention heads whose two halves of rows are stored interleaved; 0 for rows in order.
+    """
+
+    name: ClassVar[str] = "ggml"
+
+    kind: str
+    heads: int = 0
+
+    def segments(self, rows: int, cols: int) -> tuple[Segment, ...]:
+        """Return the segment that the class describes."""
+        return (Segment("blocks", (rows, BLOCK_TYPES[self.kind].row_bytes(cols)), torch.uint8),)
+
+    def dequantize(self, segments: Segments, begin: int, end: int, out: Tensor) -> Tensor:
+        """Dequantize rows of W; plain rows of the wanted dtype are a view."""
+        blocks = segments["blocks"]
+        order = self._stored_rows(blocks, begin, end) if self.heads else None
+        blocks = blocks[begin:end] if order is None else blocks.index_select(0, order)
+        if self.kind in PLAIN_TYPES:
+            rows = blocks.view(stored_torch_dtype(self.kind))
+            return rows if rows.dtype == out.dtype else out.copy_(rows)
+        return decode(self.kind, blocks, out)
+
+    def _stored_rows(self, blocks: Tensor, begin: int, end: int) -> Tensor:
+        """Return the stored row of each row: within a head, row i of half h is stored as row 2 i + h."""
+        head_rows = blocks.shape[0] // self.heads
+        rows = torch.arange(begin, end, device=blocks.device)
+        within = rows % head_rows
+        half, index = within // (head_rows // 2), within % (head_rows // 2)
+        return rows - within + 2 * index + half
+
+
+def decode(kind: str, rows: Tensor, out: Tensor) -> Tensor:
+    """Dequantize rows of blocks in pieces that a CPU's cache holds.
+
+    Args:
+        kind: ggml's name of the type; not a plain one.
+        rows: rows of blocks, uint8 [n, bytes per row].
+        out: contiguous memory [n, cols] of any float dtype.
+
+    Returns:
+        `out`, filled.
+    """
+    block, decoder, cols = BLOCK_TYPES[kind], _DECODERS[kind], out.shape[1]
+    step = max(PIECE_NUMBERS[out.device.type] // 2 // cols, 1)
+    is_wide = out.dtype == torch.float32
+    scratch = out if is_wide else torch.empty(min(step, len(out)), cols, device=out.device)
+    for begin in range(0, len(out), step):
+        piece = out[begin : begin + step]
+        values = piece if is_wide else scratch[: len(piece)]
+        decoder(rows[begin : begin + step].reshape(-1, block.nbytes), values.view(-1, block.numbers))
+        if not is_wide:
+            piece.copy_(values)
+    return out
