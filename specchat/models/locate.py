@@ -6,11 +6,13 @@ from pathlib import Path
 from specchat.errors import ModelNotFoundError
 from specchat.models.catalog.ref import SHAPE_PREFIX, ModelRef, demo_source
 from specchat.models.catalog.shape import Shape
-from specchat.models.catalog.suggest import FORMS, folder_hint
+from specchat.models.catalog.suggest import FORMS, folder_hint, is_gguf
+from specchat.models.gguf.folder import gguf_files, model_folder, total_bytes
 from specchat.models.hub.cache import look_up_cached, snapshot_source
 from specchat.models.hub.download import LOG, Download, fetch, look_up_online
 from specchat.models.hub.errors import hub_errors
 from specchat.records.model import ModelSource
+from specchat.units import format_bytes
 
 # A model that must be downloaded, or a synthetic one that must be created.
 Missing = Download | Shape
@@ -97,11 +99,29 @@ def sketch(missing: Missing, folder: Path) -> ModelSource:
 
 def _look_up_folder(ref: ModelRef) -> ModelSource:
     assert ref.path is not None
+    if ref.path.is_file() and is_gguf(ref.path):
+        return ModelSource(name=ref.text, path=model_folder(ref.path))
     if ref.path.is_file():
         hint = folder_hint(ref.path) if (ref.path.parent / "config.json").is_file() else FORMS
         raise ModelNotFoundError(f"{ref.path} is a file, not a model's folder", hint=hint)
     if not ref.path.is_dir():
         raise ModelNotFoundError(f"folder {ref.path} does not exist", hint="a hub id has the form org/name, without ./")
     if not (ref.path / "config.json").is_file():
-        raise ModelNotFoundError(f"{ref.path} has no config.json", hint="give the folder that holds config.json")
+        return _look_up_gguf(ref, gguf_files(ref.path))
     return ModelSource(name=ref.text, path=ref.path)
+
+
+def _look_up_gguf(ref: ModelRef, files: list[Path]) -> ModelSource:
+    """Return the model of the only GGUF file in a folder.
+
+    Raises:
+        ModelNotFoundError: no GGUF file, or several.
+    """
+    if not files:
+        raise ModelNotFoundError(
+            f"{ref.path} has no config.json and no GGUF files", hint="give the folder that holds config.json"
+        )
+    if len(files) > 1:
+        listed = ", ".join(f"{file.name} ({format_bytes(total_bytes(file))})" for file in files)
+        raise ModelNotFoundError(f"{ref.path} has several GGUF files: {listed}", hint=f"name one, such as {files[0]}")
+    return ModelSource(name=ref.text, path=model_folder(files[0]))

@@ -10,7 +10,7 @@ from urllib.parse import unquote
 from specchat.errors import ModelNotFoundError, UsageError
 from specchat.models.catalog.families import known_families
 from specchat.models.catalog.shape import Shape, parse_shape
-from specchat.models.catalog.suggest import FORMS, folder_hint, guess, looks_like_prompt, names_file, quoted
+from specchat.models.catalog.suggest import FORMS, folder_hint, guess, is_gguf, looks_like_prompt, names_file, quoted
 from specchat.paths import user_path
 from specchat.records.model import ModelSource
 
@@ -34,7 +34,7 @@ class ModelRef:
     Attributes:
         text: argument as the user typed it; for a web address, the hub id in it.
         kind: kind of model, which decides which of the other attributes are set.
-        path: folder with `~` expanded; only for "folder".
+        path: folder or GGUF file with `~` expanded; only for "folder".
         repo_id: org/name; only for "hub".
         revision: branch, tag or commit; None is the default branch; only for "hub".
         shape: shape of the synthetic model; only for "shape".
@@ -65,6 +65,8 @@ def parse_model(text: str, names_here: Callable[[], Iterable[str]] = tuple) -> M
         return ModelRef(text, "folder", path=_expand(text))
     if text.startswith(SHAPE_PREFIX):
         return ModelRef(text, "shape", shape=parse_shape(text.removeprefix(SHAPE_PREFIX)))
+    if is_gguf(Path(text)) and names_file(text):
+        return ModelRef(text, "folder", path=Path(text))
     if names_file(text):
         raise ModelNotFoundError(f"'{text}' is a file, not a model", hint=folder_hint(Path(text)))
     hub_id = _without_host(text)

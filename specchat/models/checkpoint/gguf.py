@@ -15,9 +15,10 @@ from typing import Any, BinaryIO, NoReturn
 
 from specchat.errors import CorruptCheckpointError, ModelNotFoundError, UnsupportedModelError
 from specchat.models.checkpoint.ggml_types import BlockType, block_type, type_name
-from specchat.models.checkpoint.json_file import LFS_MAGIC, REDOWNLOAD, fail_on_lfs_pointer, fail_to_read
+from specchat.models.checkpoint.json_file import LFS_MAGIC, REDOWNLOAD, fail_on_lfs_pointer, fail_to_read, read_json
 
-SUFFIX = ".gguf"
+# The list of GGUF files in the folder that stands for them.
+FILE_LIST = "gguf_files.json"
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _SPLIT_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
@@ -84,6 +85,16 @@ def split_files(file: Path) -> list[Path]:
         return [file]
     count = int(match["count"])
     return [file.with_name(f"{match['stem']}-{i:05}-of-{count:05}{file.suffix}") for i in range(1, count + 1)]
+
+
+def listed_files(folder: Path) -> list[Path] | None:
+    """Return the GGUF files that a folder stands for; None for a folder with weights of its own."""
+    if not (folder / FILE_LIST).is_file():
+        return None
+    files = read_json(folder / FILE_LIST).get("files")
+    if not isinstance(files, list) or not files:
+        raise CorruptCheckpointError(f"{folder / FILE_LIST} is damaged", hint=f"delete {folder}")
+    return [Path(str(file)) for file in files]
 
 
 def open_gguf(file: Path) -> GgufFile:

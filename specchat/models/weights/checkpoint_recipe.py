@@ -1,7 +1,7 @@
 """Pre-quantized checkpoints: how each matrix of the model is stored, and how its segments are filled."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -119,13 +119,32 @@ class CheckpointRecipe:
             name: prefix of the matrix in `views`.
             views: memory of the segments (CPU), by full name.
         """
+        for path, stored in self._segments_of(matrix, name):
+            names = [segment.name for segment in stored.part.format.segments(*stored.shape)]
+            self._fill_part(reader, stored, {each: views[f"{path}.{each}"] for each in names})
+
+    def places(self, matrix: Matrix, name: str) -> dict[str, TensorInfo] | None:
+        """Return where the segments of a matrix are stored, by full name; None if they must be transcoded.
+
+        Args:
+            matrix: matrix that has been replaced.
+            name: prefix of the segments' names.
+        """
+        found: dict[str, TensorInfo] = {}
+        for path, stored in self._segments_of(matrix, name):
+            verbatim = {} if stored.format is None else stored.format.verbatim
+            if not verbatim:
+                return None
+            found |= {f"{path}.{segment}": stored.tensors[tensor] for segment, tensor in verbatim.items()}
+        return found
+
+    def _segments_of(self, matrix: Matrix, name: str) -> Iterator[tuple[str, _Stored]]:
+        """Yield the stored matrices that make up a replaced one, each with the prefix of its segments' names."""
         for expert in range(max(matrix.num_experts, 1)):
             path = f"{name}.{expert}" if matrix.num_experts else name
             parts = self._parts_of(matrix.path, expert)
             for index, stored in enumerate(parts):
-                own_path = f"{path}.{index}" if len(parts) > 1 else path
-                names = [segment.name for segment in stored.part.format.segments(*stored.shape)]
-                self._fill_part(reader, stored, {each: views[f"{own_path}.{each}"] for each in names})
+                yield f"{path}.{index}" if len(parts) > 1 else path, stored
 
     def unpacked(self, prefix: str) -> list[str]:
         """Return the parameters below a path that are plain in the model but quantized in the checkpoint."""

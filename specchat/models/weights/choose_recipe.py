@@ -2,7 +2,7 @@
 
 from specchat.errors import UsageError
 from specchat.models.checkpoint.json_file import read_json
-from specchat.models.checkpoint.safetensors import open_checkpoint
+from specchat.models.gguf.tensors import open_tensors
 from specchat.models.hf.skeleton import Skeleton
 from specchat.models.quant.schemes.registry import scheme_of
 from specchat.models.weights.checkpoint_recipe import CheckpointRecipe
@@ -42,4 +42,4 @@ def choose_recipe(source: ModelSource, skeleton: Skeleton, quant: str) -> Quanti
         raise UsageError(
             f"{source.name} is pre-quantized ({scheme.name}) and cannot be quantized again", hint="leave out --quant"
         )
-    return CheckpointRecipe(scheme, skeleton, open_checkpoint(source.path))
+    return CheckpointRecipe(scheme, skeleton, open_tensors(source.path))

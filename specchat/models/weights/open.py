@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from specchat.closing import Closeable
 from specchat.models.checkpoint.dtypes import torch_dtype
-from specchat.models.checkpoint.safetensors import Checkpoint, open_checkpoint
+from specchat.models.checkpoint.safetensors import Checkpoint
+from specchat.models.gguf.tensors import open_tensors
 from specchat.models.hf.attention import AttentionFunction
 from specchat.models.hf.config import load_config
 from specchat.models.hf.kv_shapes import record_kv_shapes
@@ -63,7 +64,7 @@ def open_weights(
     """
     skeleton = build_skeleton(load_config(source.path), torch_dtype(dtype), attention)
     kv_shapes = () if attention is None else record_kv_shapes(skeleton)  # before modules are replaced
-    checkpoint = open_checkpoint(source.path)
+    checkpoint = open_tensors(source.path)
     recipe = choose_recipe(source, skeleton, quant)
     reader = open_reader(skeleton, checkpoint, recipe)
     return ModelWeights(source, dtype, skeleton, checkpoint, recipe, reader, kv_shapes)

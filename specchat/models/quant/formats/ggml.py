@@ -1,5 +1,6 @@
 """Matrices in the blocks of GGUF files, whose bytes stay as they are in the file."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -29,6 +30,7 @@ class Blocks(WeightFormat):
     """
 
     name: ClassVar[str] = "ggml"
+    verbatim: ClassVar[Mapping[str, str]] = {"blocks": "weight"}
 
     kind: str
     heads: int = 0
@@ -40,20 +42,29 @@ class Blocks(WeightFormat):
     def dequantize(self, segments: Segments, begin: int, end: int, out: Tensor) -> Tensor:
         """Dequantize rows of W; plain rows of the wanted dtype are a view."""
         blocks = segments["blocks"]
-        order = self._stored_rows(blocks, begin, end) if self.heads else None
+        order = stored_rows(blocks.shape[0], self.heads, begin, end, blocks.device) if self.heads else None
         blocks = blocks[begin:end] if order is None else blocks.index_select(0, order)
         if self.kind in PLAIN_TYPES:
             rows = blocks.view(stored_torch_dtype(self.kind))
             return rows if rows.dtype == out.dtype else out.copy_(rows)
         return decode(self.kind, blocks, out)
 
-    def _stored_rows(self, blocks: Tensor, begin: int, end: int) -> Tensor:
-        """Return the stored row of each row: within a head, row i of half h is stored as row 2 i + h."""
-        head_rows = blocks.shape[0] // self.heads
-        rows = torch.arange(begin, end, device=blocks.device)
-        within = rows % head_rows
-        half, index = within // (head_rows // 2), within % (head_rows // 2)
-        return rows - within + 2 * index + half
+
+def stored_rows(num_rows: int, heads: int, begin: int, end: int, device: torch.device) -> Tensor:
+    """Return where the rows begin .. end - 1 are stored: within a head, row i of half h is stored as row 2 i + h.
+
+    Args:
+        num_rows: rows of all heads.
+        heads: number of heads.
+        begin: first row.
+        end: row after the last.
+        device: device of the result, int64 [end - begin].
+    """
+    head_rows = num_rows // heads
+    rows = torch.arange(begin, end, device=device)
+    within = rows % head_rows
+    half, index = within // (head_rows // 2), within % (head_rows // 2)
+    return rows - within + 2 * index + half
 
 
 def decode(kind: str, rows: Tensor, out: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from specchat.models.quant.schemes.base import CheckpointScheme
 from specchat.models.quant.schemes.bnb import BnbScheme
 from specchat.models.quant.schemes.compressed_tensors import CompressedScheme
 from specchat.models.quant.schemes.fp8 import BlockFp8Scheme
+from specchat.models.quant.schemes.gguf import GgufScheme
 from specchat.models.quant.schemes.gptq import GptqScheme
 from specchat.models.quant.schemes.settings import SchemeSettings, refuse
 
@@ -18,6 +19,7 @@ _SCHEMES: dict[str, Callable[[SchemeSettings], CheckpointScheme]] = {
     "bitsandbytes": BnbScheme.of,
     "compressed-tensors": CompressedScheme.of,
     "fp8": BlockFp8Scheme.of,
+    "gguf": GgufScheme.of,  # in the folder that stands for a GGUF file
 }
 
 
