@@ -1,5 +1,6 @@
 """Typed access to the metadata of a GGUF file."""
 
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -7,6 +8,8 @@ from typing import Any, NoReturn
 from specchat.errors import CorruptCheckpointError, UnsupportedModelError
 from specchat.models.checkpoint.gguf import GgufFile
 from specchat.models.checkpoint.json_file import REDOWNLOAD
+
+_LARGEST = 3.4e38  # of float32
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Metadata:
         value = self.values.get(self._full(key), default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             self.fail(key, value, "a number")
-        return float(value)
+        return _shortest(float(value))
 
     def flags(self, key: str) -> list[bool] | None:
         """Return a list of flags, one per layer; None if the key is missing or is no list."""
@@ -77,3 +80,12 @@ class Metadata:
 
     def _full(self, key: str) -> str:
         return f"{self.file.architecture}.{key}"
+
+
+def _shortest(value: float) -> float:
+    """Return the shortest decimal that is the same float32: files store 1e-5 as 9.999999747378752e-06."""
+    single = struct.unpack("<f", struct.pack("<f", value))[0] if abs(value) < _LARGEST else value
+    if single != value:
+        return value
+    candidates = (float(f"{value:.{digits}g}") for digits in range(1, 10))
+    return next(each for each in candidates if struct.pack("<f", each) == struct.pack("<f", value))
