@@ -65,6 +65,7 @@ def _model_request(chosen: Settings, model: str | None) -> ModelRequest:
     return ModelRequest(
         model=model if model is None else chosen.aliases.get(model, model),
         draft=chosen.model("draft") or "auto",
+        tokenizer=chosen.model("tokenizer"),
         choices=PlanChoices(
             device=chosen.get("device", "auto"),
             dtype=chosen.get("dtype", "auto"),
@@ -119,6 +120,7 @@ def _run(
     model: parameters.Model = None,
     prompt: parameters.Prompt = None,
     draft: parameters.Draft = None,
+    tokenizer: parameters.Tokenizer = None,
     device: parameters.Device = None,
     vram: parameters.Vram = None,
     ram: parameters.Ram = None,
@@ -204,6 +206,7 @@ def _bench(
     *,
     model: parameters.Model = None,
     draft: parameters.Draft = None,
+    tokenizer: parameters.Tokenizer = None,
     device: parameters.Device = None,
     vram: parameters.Vram = None,
     ram: parameters.Ram = None,
@@ -261,6 +264,7 @@ def _probe(
     *,
     model: parameters.Model = None,
     draft: parameters.Draft = None,
+    tokenizer: parameters.Tokenizer = None,
     device: parameters.Device = None,
     vram: parameters.Vram = None,
     ram: parameters.Ram = None,

@@ -23,6 +23,13 @@ Draft = Annotated[
         help="Draft model: a MODEL, auto or none. [default: auto]",
     ),
 ]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="For GGUF: a folder or hub id whose tokenizer to use. [default: the file's own]",
+    ),
+]
 Device = Annotated[
     str | None,
     typer.Option(

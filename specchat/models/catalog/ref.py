@@ -19,7 +19,9 @@ TOY_LABEL = "a toy model for exercising the software"
 SHAPE_PREFIX = "shape:"
 
 # The hub's own rules for names; revisions are branches, tags or commits.
-_HUB_ID = re.compile(r"(?P<repo>\w[\w.-]{0,95}/\w[\w.-]{0,95})(?:@(?P<revision>.+))?", re.ASCII)
+_HUB_ID = re.compile(
+    r"(?P<repo>\w[\w.-]{0,95}/\w[\w.-]{0,95})(?::(?P<variant>\w[\w.-]*))?(?:@(?P<revision>.+))?", re.ASCII
+)
 _REVISION = re.compile(r"\w[\w./+-]*", re.ASCII)
 _HUB_HOST = re.compile(
     r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/+(?P<path>[^?#]*).*", re.IGNORECASE | re.DOTALL
@@ -38,6 +40,8 @@ class ModelRef:
         repo_id: org/name; only for "hub".
         revision: branch, tag or commit; None is the default branch; only for "hub".
         shape: shape of the synthetic model; only for "shape".
+        variant: quantization among the GGUF files of a repository, such as Q4_K_M; None for the only one, or for
+            safetensors; only for "hub".
     """
 
     text: str
@@ -46,6 +50,7 @@ class ModelRef:
     repo_id: str | None = None
     revision: str | None = None
     shape: Shape | None = None
+    variant: str | None = None
 
 
 def parse_model(text: str, names_here: Callable[[], Iterable[str]] = tuple) -> ModelRef:
@@ -72,7 +77,8 @@ def parse_model(text: str, names_here: Callable[[], Iterable[str]] = tuple) -> M
     hub_id = _without_host(text)
     match = _HUB_ID.fullmatch(hub_id)
     if match and _is_repo_id(match["repo"]):
-        return ModelRef(hub_id, "hub", repo_id=match["repo"], revision=_check_revision(hub_id, match["revision"]))
+        revision = _check_revision(hub_id, match["revision"])
+        return ModelRef(hub_id, "hub", repo_id=match["repo"], revision=revision, variant=match["variant"])
     if looks_like_prompt(text):
         raise ModelNotFoundError(f"{quoted(text)} looks like a prompt", hint="usage: specchat run MODEL [PROMPT]")
     raise ModelNotFoundError(f"{quoted(text)} is not a model", hint=guess(hub_id, names_here))

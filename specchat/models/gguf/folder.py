@@ -46,7 +46,7 @@ def model_folder(file: Path, tokenizer: Path | None = None) -> Path:
         UnsupportedModelError: an architecture or a tokenizer that specchat does not know.
         ModelError: a file cannot be read or written.
     """
-    file = file.resolve()
+    file = file.absolute()  # links of the hub's cache stay, because split files are known by their names
     found = open_gguf(file)
     folder = cache_folder() / "gguf" / _key(found.files, tokenizer)
     if not (folder / FILE_LIST).is_file():
