@@ -11,6 +11,7 @@ from specchat.errors import (
 )
 
 LFS_MAGIC = b"version https://git-lfs"
+MODELOPT_FILE = "hf_quant_config.json"
 REDOWNLOAD = "delete the file and download it again"
 
 

@@ -19,6 +19,7 @@ from specchat.models.checkpoint.ggml_types import PLAIN_TYPES
 from specchat.models.checkpoint.gguf import GgufFile, GgufTensor, listed_files, open_gguf
 from specchat.models.checkpoint.json_file import REDOWNLOAD
 from specchat.models.checkpoint.safetensors import Checkpoint, TensorInfo, open_checkpoint
+from specchat.models.checkpoint.stacks import unstack_experts
 from specchat.models.gguf.architectures import Architecture, architecture_of, is_in_config
 from specchat.models.gguf.config import num_layers
 from specchat.models.gguf.metadata import Metadata
@@ -36,7 +37,7 @@ def open_tensors(folder: Path) -> Checkpoint:
         UnsupportedModelError: a tensor that specchat does not know.
     """
     files = listed_files(folder)
-    return open_checkpoint(folder) if files is None else _open(folder, open_gguf(files[0]))
+    return unstack_experts(open_checkpoint(folder)) if files is None else _open(folder, open_gguf(files[0]))
 
 
 def _open(folder: Path, file: GgufFile) -> Checkpoint:
