@@ -12,7 +12,7 @@ Model = Annotated[
     typer.Argument(
         metavar="MODEL",
         autocompletion=completion.models,
-        help="demo, a folder (./x, /x, ~/x), a hub id (org/name) or shape:NAME.",
+        help="demo, a folder or GGUF file (./x, ~/x), a hub id (org/name, org/name:Q4_K_M) or shape:NAME.",
     ),
 ]
 Draft = Annotated[
