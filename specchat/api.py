@@ -99,9 +99,9 @@ def load(
     reporter = _Warnings()
     models = locate_models(request, parse_models(request), reporter, confirm)
     planned = make_plan(request, models, reporter)
-    tokenizer = load_tokenizer(models.target.path)
+    of_target = load_tokenizer(models.target.path)
     engine = load_engine(request, planned.models, planned.plan, reporter)
-    return Model(engine, tokenizer, load_generation_defaults(models.target.path))
+    return Model(engine, of_target, load_generation_defaults(models.target.path))
 
 
 class Model(Closeable):
