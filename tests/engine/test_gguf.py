@@ -84,6 +84,7 @@ CASES = [
     Case("qwen2_moe", "Qwen2MoeConfig"),
     Case("qwen3", "Qwen3Config", {"tie_word_embeddings": True}),
     Case("qwen3_moe", "Qwen3MoeConfig", {"norm_topk_prob": True}),
+    Case("gpt_oss", "GptOssConfig", {"layer_types": None}),
     Case("gemma2", "Gemma2Config"),
     Case("gemma3", "Gemma3TextConfig", GEMMA3),
     Case("phi3", "Phi3Config", {"sliding_window": None}),

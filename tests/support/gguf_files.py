@@ -31,6 +31,7 @@ ARCHES = {
     "qwen3_moe": "qwen3moe",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
+    "gpt_oss": "gpt-oss",
     "phi3": "phi3",
     "glm4": "glm4",
     "granite": "granite",
@@ -69,7 +70,7 @@ def save_gguf(model: Any, file: Path, kind: str | Kind = "F32", **metadata: Any)
     _add_tokenizer(writer, config.vocab_size)
     chosen = kind if callable(kind) else lambda _: kind
     for name, values in tensors(model, arch):
-        is_matrix = values.ndim >= 2 and "gate_inp" not in name
+        is_matrix = values.ndim >= 2 and "gate_inp" not in name and not name.endswith("bias")
         _add_tensor(writer, name, values, chosen(name) if is_matrix else "F32")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -95,6 +96,9 @@ def tensors(model: Any, arch: str) -> Iterator[tuple[str, np.ndarray]]:
         values = tensor.detach().float().numpy()
         layer = re.search(r"layers\.(\d+)\.", name)
         block = f"blk.{layer[1]}." if layer else ""
+        if arch == "gpt-oss" and ".experts." in name:
+            yield from _gpt_oss_experts(block, name, values)
+            continue
         if name.endswith("experts.gate_up_proj"):
             gate, up = np.split(values, 2, axis=1)
             yield f"{block}ffn_gate_exps.weight", gate.copy()
@@ -105,6 +109,7 @@ def tensors(model: Any, arch: str) -> Iterator[tuple[str, np.ndarray]]:
             continue
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert found is not None, name
+        found = found if found.endswith((".weight", ".bias")) else f"{found}.weight"
         if arch in _INTERLEAVED and re.search(r"attn_[qk]\.", found):
             heads = config.num_attention_heads if "attn_q." in found else config.num_key_value_heads
             halves = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
@@ -118,6 +123,17 @@ def tensors(model: Any, arch: str) -> Iterator[tuple[str, np.ndarray]]:
     if scaling.get("rope_type") == "longrope":
         for which in ("long", "short"):
             yield f"rope_factors_{which}.weight", np.array(scaling[f"{which}_factor"], dtype=np.float32)
+
+
+def _gpt_oss_experts(block: str, name: str, values: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Stacks [experts, rows, cols]: gate and up are the even and odd rows of transformers' transposed parameter."""
+    leaf = "bias" if name.endswith("bias") else "weight"
+    values = values if leaf == "bias" else values.swapaxes(1, 2)
+    if "down_proj" in name:
+        yield f"{block}ffn_down_exps.{leaf}", values.copy()
+    else:
+        yield f"{block}ffn_gate_exps.{leaf}", values[:, 0::2].copy()
+        yield f"{block}ffn_up_exps.{leaf}", values[:, 1::2].copy()
 
 
 def _llama3(scaling: Mapping[str, Any], head_dim: int) -> np.ndarray:
@@ -158,7 +174,7 @@ def _metadata(config: Any, arch: str) -> dict[str, Any]:
         "attention.sliding_window": "sliding_window",
         "attn_logit_softcapping": "attn_logit_softcapping",
         "final_logit_softcapping": "final_logit_softcapping",
-        "expert_count": "num_local_experts" if arch == "llama" else "num_experts",
+        "expert_count": "num_local_experts" if arch in ("llama", "gpt-oss") else "num_experts",
         "expert_used_count": "num_experts_per_tok",
         "expert_feed_forward_length": "moe_intermediate_size",
         "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
@@ -178,6 +194,8 @@ def _metadata(config: Any, arch: str) -> dict[str, Any]:
             "rope.scaling.factor": float(full["factor"]),
             "rope.scaling.original_context_length": full["original_max_position_embeddings"],
         }
+    if arch == "gpt-oss":
+        values["expert_feed_forward_length"] = config.intermediate_size
     if full.get("rope_type") == "linear":
         values |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(full["factor"])}
     if full.get("rope_type") == "longrope":

@@ -127,6 +127,24 @@ def open_gguf(file: Path) -> GgufFile:
     return GgufFile(tuple(files), metadata, MappingProxyType(tensors))
 
 
+def read_bytes(tensor: GgufTensor) -> bytes:
+    """Read a small tensor.
+
+    Raises:
+        CorruptCheckpointError: the file was truncated after its header was read.
+        ModelError: the file cannot be read.
+    """
+    try:
+        with tensor.file.open("rb") as stream:
+            stream.seek(tensor.offset)
+            data = stream.read(tensor.nbytes)
+    except OSError as exc:
+        fail_to_read(tensor.file, exc)
+    if len(data) != tensor.nbytes:
+        _fail(tensor.file, "it is truncated")
+    return data
+
+
 @dataclass(frozen=True)
 class _Header:
     metadata: Mapping[str, Any]

@@ -68,6 +68,19 @@ _HUNYUAN: Mapping[str, str] = {
     "attn_q_norm": "self_attn.query_layernorm",
     "attn_k_norm": "self_attn.key_layernorm",
 }
+# A key with a leaf stands for one tensor; an empty name means that another tensor of the table includes it.
+_GPT_OSS: Mapping[str, str] = {
+    **{stem: name for stem, name in _LLAMA.items() if not stem.startswith("ffn")},
+    "post_attention_norm": "post_attention_layernorm",
+    "attn_sinks.weight": "self_attn.sinks",
+    "ffn_gate_inp": "mlp.router",
+    "ffn_gate_exps.weight": "mlp.experts.gate_up_proj.*.weight_even",
+    "ffn_up_exps.weight": "mlp.experts.gate_up_proj.*.weight_odd",
+    "ffn_gate_exps.bias": "mlp.experts.gate_up_proj_bias",
+    "ffn_up_exps.bias": "",
+    "ffn_down_exps.weight": "mlp.experts.down_proj.*.weight",
+    "ffn_down_exps.bias": "mlp.experts.down_proj_bias",
+}
 # Outside the layers.
 _REST: Mapping[str, str] = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 # Tensors that the configuration is made from.
@@ -99,16 +112,17 @@ class Architecture:
     def rename(self, name: str) -> tuple[int | None, str] | None:
         """Return the layer of a tensor, None outside the layers, and its name in checkpoints; None if it is unknown.
 
-        The name of a tensor in a layer begins after the layer's index.
+        The name of a tensor in a layer begins after the layer's index. An empty name means that another tensor
+        includes it.
         """
         is_in_layer = name.startswith("blk.")
         index, _, rest = name.removeprefix("blk.").partition(".") if is_in_layer else ("", "", name)
         stem, _, leaf = rest.rpartition(".")
-        module = (self.names if is_in_layer else _REST).get(stem)
-        if module is None or (is_in_layer and not index.isdecimal()) or leaf not in ("weight", "bias"):
+        names = self.names if is_in_layer else _REST
+        if (is_in_layer and not index.isdecimal()) or leaf not in ("weight", "bias"):
             return None
-        full = "self_attn.sinks" if module == "self_attn.sinks" else f"{module}.{leaf}"
-        return (int(index) if is_in_layer else None), full
+        full = names[rest] if rest in names else f"{names[stem]}.{leaf}" if stem in names else None
+        return None if full is None else ((int(index) if is_in_layer else None), full)
 
 
 def is_in_config(name: str) -> bool:
@@ -162,6 +176,14 @@ def _mixtral(metadata: Metadata) -> dict[str, Any]:
     return {
         "num_local_experts": metadata.integer("expert_count"),
         "num_experts_per_tok": metadata.integer("expert_used_count"),
+    }
+
+
+def _gpt_oss(metadata: Metadata) -> dict[str, Any]:
+    return _mixtral(metadata) | {
+        "intermediate_size": metadata.integer("expert_feed_forward_length"),
+        "sliding_window": metadata.integer("attention.sliding_window"),
+        "layer_types": _layer_types(metadata, 2),
     }
 
 
@@ -276,6 +298,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen3moe": Architecture("qwen3_moe", {**_LLAMA, **_EXPERTS}, fixed={"norm_topk_prob": True}, extra=_experts),
     "gemma2": Architecture("gemma2", _FOUR_NORMS, adds_one=True, fixed=_GELU, extra=_gemma2),
     "gemma3": Architecture("gemma3_text", _FOUR_NORMS, adds_one=True, fixed=_GELU, extra=_gemma3),
+    "gpt-oss": Architecture("gpt_oss", _GPT_OSS, extra=_gpt_oss),
     "phi3": Architecture("phi3", _PHI3, extra=_phi3),
     "glm4": Architecture("glm4", _GLM4, extra=_glm4),
     "granite": Architecture("granite", interleaves=True, extra=_granite),

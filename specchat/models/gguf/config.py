@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from specchat.errors import UnsupportedModelError
-from specchat.models.checkpoint.gguf import GgufFile, GgufTensor
-from specchat.models.checkpoint.json_file import fail_to_read
+from specchat.models.checkpoint.gguf import GgufFile, GgufTensor, read_bytes
 from specchat.models.gguf.architectures import architecture_of
 from specchat.models.gguf.metadata import Metadata
 
@@ -157,7 +156,10 @@ def _scaling(metadata: Metadata, values: dict[str, Any]) -> dict[str, Any]:
         return {"rope_type": "linear", "factor": factor}
     if kind == "yarn":
         original = metadata.integer("rope.scaling.original_context_length", values["max_position_embeddings"])
-        return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+        scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+        if values["model_type"] == "gpt_oss":  # its bounds are not rounded, which no file states
+            scaling |= {"truncate": False, "beta_fast": 32.0, "beta_slow": 1.0}
+        return scaling
     raise UnsupportedModelError(
         f"{metadata.file.files[0]} scales its positions by '{kind}', which specchat does not read from GGUF files",
         hint="use the model in safetensors",
@@ -212,12 +214,7 @@ def _longrope(metadata: Metadata, values: dict[str, Any]) -> dict[str, Any]:
 
 def _read_floats(tensor: GgufTensor) -> list[float]:
     """Read a small float32 tensor."""
-    try:
-        with tensor.file.open("rb") as stream:
-            stream.seek(tensor.offset)
-            data = stream.read(tensor.nbytes)
-    except OSError as exc:
-        fail_to_read(tensor.file, exc)
-    if tensor.type.name != "F32" or len(data) != tensor.nbytes:
+    if tensor.type.name != "F32":
         raise UnsupportedModelError(f"tensor '{tensor.name}' in {tensor.file} is not stored as F32")
+    data = read_bytes(tensor)
     return list(struct.unpack(f"<{len(data) // 4}f", data))

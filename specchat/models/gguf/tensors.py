@@ -16,7 +16,7 @@ from torch import Tensor
 from specchat.errors import CorruptCheckpointError, UnsupportedModelError
 from specchat.models.checkpoint.dtypes import stored_torch_dtype
 from specchat.models.checkpoint.ggml_types import PLAIN_TYPES
-from specchat.models.checkpoint.gguf import GgufFile, GgufTensor, listed_files, open_gguf
+from specchat.models.checkpoint.gguf import GgufFile, GgufTensor, listed_files, open_gguf, read_bytes
 from specchat.models.checkpoint.json_file import REDOWNLOAD
 from specchat.models.checkpoint.safetensors import Checkpoint, TensorInfo, open_checkpoint
 from specchat.models.checkpoint.stacks import unstack_experts
@@ -26,7 +26,14 @@ from specchat.models.gguf.metadata import Metadata
 from specchat.models.quant.formats.ggml import decode, stored_rows
 
 # Matrices whose values the model needs plain: lookups, and routers, whose rounding would change the experts.
-_PLAIN = ("embed_tokens.weight", "mlp.gate.weight", "block_sparse_moe.gate.weight", "shared_expert_gate.weight")
+_PLAIN = (
+    "embed_tokens.weight",
+    "mlp.gate.weight",
+    "mlp.router.weight",
+    "block_sparse_moe.gate.weight",
+    "shared_expert_gate.weight",
+    "_bias",
+)
 
 
 def open_tensors(folder: Path) -> Checkpoint:
@@ -53,6 +60,8 @@ def _open(folder: Path, file: GgufFile) -> Checkpoint:
                 hint="use the model in safetensors",
             )
         layer, name = found
+        if not name:  # another tensor includes it
+            continue
         if layer is None:
             tensors |= _infos(file, architecture, tensor, name)
         elif layer < layers:  # later ones only predict further tokens
@@ -69,8 +78,21 @@ def _infos(file: GgufFile, architecture: Architecture, tensor: GgufTensor, name:
         (1, *tensor.shape) if name.endswith("shared_expert_gate.weight") and len(tensor.shape) == 1 else tensor.shape
     )
     adds_one = architecture.adds_one and "norm" in name
-    restore = Restore(tensor.type.name, shape, adds_one, _heads(file, architecture, name))
+    own = Restore(tensor.type.name, shape, adds_one, _heads(file, architecture, name))
+    restore: Restore | Alternating = own
+    if name.endswith("gate_up_proj_bias"):
+        other = _tensor(file, tensor.name.replace("gate", "up"), tensor)
+        restore = Alternating(own, Restore(other.type.name, shape), other)
+        shape = (*shape[:-1], 2 * shape[-1])
     return {name: TensorInfo(name, tensor.type.name, shape, tensor.file, tensor.offset, tensor.nbytes, restore)}
+
+
+def _tensor(file: GgufFile, name: str, like: GgufTensor) -> GgufTensor:
+    """Return another tensor, which must have the shape of `like`."""
+    found = file.tensors.get(name)
+    if found is None or found.shape != like.shape:
+        raise CorruptCheckpointError(f"{like.file} has '{like.name}' without an equal '{name}'", hint=REDOWNLOAD)
+    return found
 
 
 def _experts(tensor: GgufTensor, name: str) -> Iterator[tuple[str, TensorInfo]]:
@@ -131,3 +153,24 @@ class Restore:
         cols = self.shape[-1]
         rows = math.prod(self.shape) // cols
         return decode(self.kind, stored.view(rows, -1), torch.empty(rows, cols, dtype=dtype)).view(self.shape)
+
+
+@dataclass(frozen=True)
+class Alternating:
+    """The way from two tensors to one that alternates between their values in the last dimension.
+
+    Attributes:
+        even: way to the values at even places.
+        odd: way to the values at odd places.
+        odd_tensor: second tensor, which is small and is read when the first one is restored.
+    """
+
+    even: Restore
+    odd: Restore
+    odd_tensor: GgufTensor
+
+    def __call__(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the tensor in `dtype`, given the bytes of the first tensor, uint8 [n]."""
+        data = bytearray(read_bytes(self.odd_tensor))
+        odd = self.odd(torch.frombuffer(data, dtype=torch.uint8), dtype)
+        return torch.stack([self.even(stored, dtype), odd], -1).flatten(-2)

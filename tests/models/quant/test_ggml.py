@@ -6,7 +6,7 @@ import torch
 from gguf import GGMLQuantizationType, quants
 
 from specchat.models.checkpoint.ggml_types import BLOCK_TYPES, PLAIN_TYPES
-from specchat.models.quant.formats.ggml import Blocks
+from specchat.models.quant.formats.ggml import AlternatingBlocks, Blocks
 
 PACKED = sorted(BLOCK_TYPES.keys() - PLAIN_TYPES)
 ROWS, COLS = 40, 512
@@ -65,6 +65,18 @@ def test_interleaved_halves_of_heads_are_put_in_order():
     rows = stored.contiguous().view(torch.uint8)
     found = Blocks("F32", heads).dequantize({"blocks": rows}, 0, len(weight), torch.empty_like(weight))
     assert torch.equal(found, weight)
+
+
+@pytest.mark.parametrize(("begin", "end"), [(0, 2 * ROWS), (1, 8), (4, 9), (7, 7 + 1), (3, 10)])
+def test_alternating_rows_come_from_two_matrices(begin, end):
+    even, odd = random_rows("Q8_0"), torch.randn(ROWS, COLS).bfloat16()
+    whole = torch.empty(2 * ROWS, COLS)
+    whole[0::2], whole[1::2] = torch.from_numpy(reference("Q8_0", even)), odd.float()
+    own = AlternatingBlocks("Q8_0", "BF16")
+    segments = {"even": even, "odd": odd.view(torch.uint8)}
+    assert [segment.shape for segment in own.segments(2 * ROWS, COLS)] == [each.shape for each in segments.values()]
+    found = own.dequantize(segments, begin, end, torch.empty(end - begin, COLS))
+    assert torch.equal(found, whole[begin:end])
 
 
 def test_plain_rows_of_the_wanted_dtype_are_not_copied():

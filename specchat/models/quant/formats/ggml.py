@@ -50,6 +50,38 @@ class Blocks(WeightFormat):
         return decode(self.kind, blocks, out)
 
 
+@dataclass(frozen=True)
+class AlternatingBlocks(WeightFormat):
+    """Two matrices in blocks whose rows alternate in one: gate and up of gpt-oss.
+
+    Segments: `even` and `odd`, uint8 [rows / 2, bytes per row].
+
+    Attributes:
+        even_kind: ggml's name of the type of the even rows.
+        odd_kind: ggml's name of the type of the odd rows.
+    """
+
+    name: ClassVar[str] = "ggml pairs"
+    verbatim: ClassVar[Mapping[str, str]] = {"even": "weight_even", "odd": "weight_odd"}
+
+    even_kind: str
+    odd_kind: str
+
+    def segments(self, rows: int, cols: int) -> tuple[Segment, ...]:
+        """Return the segments that the class describes."""
+        kinds = (("even", self.even_kind), ("odd", self.odd_kind))
+        return tuple(Segment(name, (rows // 2, BLOCK_TYPES[kind].row_bytes(cols)), torch.uint8) for name, kind in kinds)
+
+    def dequantize(self, segments: Segments, begin: int, end: int, out: Tensor) -> Tensor:
+        """Dequantize rows of W, first the even ones."""
+        for first, name, kind in ((0, "even", self.even_kind), (1, "odd", self.odd_kind)):
+            rows = slice((begin + 1 - first) // 2, (end + 1 - first) // 2)
+            target = out[(begin + first) % 2 :: 2]
+            own = {"blocks": segments[name]}
+            target.copy_(Blocks(kind).dequantize(own, rows.start, rows.stop, torch.empty_like(target)))
+        return out
+
+
 def stored_rows(num_rows: int, heads: int, begin: int, end: int, device: torch.device) -> Tensor:
     """Return where the rows begin .. end - 1 are stored: within a head, row i of half h is stored as row 2 i + h.
 
