@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from specchat.cli.ask import asker
 from specchat.cli.options import RunOptions, random_seed, sampling_sources, without_effect
-from specchat.cli.output import print_line, to_json
+from specchat.cli.output import print_line
+from specchat.cli.plan import print_plan
 from specchat.cli.sessions import lasting, model_of, path_for, was_with
 from specchat.errors import EmptyPromptError, UsageError
+from specchat.json_lines import to_json
 from specchat.loading import planning
 from specchat.loading.engine import load_engine, stop_ids
 from specchat.loading.libraries import prepare_libraries
@@ -44,6 +46,10 @@ _INTERRUPTED = 130
 
 def run(options: RunOptions) -> int:
     """Run `specchat run` and return the exit code."""
+    if options.prompts is not None:
+        from specchat.cli.batch import run_prompts
+
+        return run_prompts(options)
     from specchat.ui.console import talk
     from specchat.ui.progress import TalkReporter
 
@@ -56,7 +62,9 @@ def run(options: RunOptions) -> int:
     if options.plan:
         with TemporaryDirectory(prefix="specchat-") as folder:
             models = sketch_models(options.models, refs, reporter, ask, Path(folder))
-            _print_plan(options, planning.make_plan(options.models, models, reporter, temperature=temperature))
+            print_plan(
+                planning.make_plan(options.models, models, reporter, temperature=temperature), as_json=options.json
+            )
         return 0
     models = locate_models(options.models, refs, reporter, ask)
     return _chat(options, planning.make_plan(options.models, models, reporter, temperature=temperature), prompt, say)
@@ -98,24 +106,9 @@ def _read_stdin() -> str:
     if sys.stdin is None:
         return ""
     try:
-        return sys.stdin.buffer.read().decode()
+        return sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError("stdin is not UTF-8 text") from error
-
-
-# --- the plan ----------------------------------------------------------------------------------------------------
-
-
-def _print_plan(options: RunOptions, planned: "Planned") -> None:
-    from specchat.chat.result import chosen_object
-    from specchat.ui.console import columns
-    from specchat.ui.plan_view import plan_text
-
-    chosen, models = planned.chosen, planned.models
-    if options.json:
-        print_line(to_json(chosen_object(chosen)))
-    else:
-        print_line(plan_text(models.target, chosen, models.draft_note, columns(sys.stdout)))
 
 
 # --- the chat ----------------------------------------------------------------------------------------------------
@@ -134,7 +127,7 @@ def _chat(options: RunOptions, planned: "Planned", prompt: str | None, say: "Tal
     sources = sampling_sources(options.sources, defaults)
     view = ChatView(answer_stream(), say, verbose=options.verbose, raw=options.raw)
     view.banner(models.target, planned.chosen, models.draft_note)
-    for notice in [*without_effect(sampling, sources), *_notices(options, plan, models)]:
+    for notice in [*defaults.ignored, *without_effect(sampling, sources), *_notices(options, plan, models)]:
         say.warn(notice)
     with _transcript(options, say, interactive=prompt is None) as transcript:
         parts = _Parts(options, models, plan, sampling, sources, defaults, transcript)
@@ -163,7 +156,7 @@ class _Parts:
         Raises:
             UsageError: the target has no chat template, and --base was not given.
         """
-        from specchat.chat.session import check_has_template
+        from specchat.chat.prompt import check_has_template
         from specchat.models.hf.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(self.models.target.path)

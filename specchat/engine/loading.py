@@ -44,7 +44,7 @@ def load_model(
         weights: model to load; the result owns its modules, and its files are closed as soon as nothing reads them.
         work: device, dtype and rows of passes.
         placement: tiers of the layers, and the number of slots.
-        cache_rows: rows that the KV cache must hold.
+        cache_rows: rows that each seat of the KV cache must hold.
         pack: pack to read layers from; None reads the checkpoint's own files.
         warn: receives one-line warnings about refused memory pinning and its cost.
     """
@@ -61,7 +61,7 @@ def load_model(
             blob = torch.zeros(layout.nbytes, dtype=torch.uint8)
             read_layer(index, layout, blob)
             bind(layers[index], layout.views(blob.to(device)))
-        cache = TreeCache(weights.kv_shapes, cache_rows, dtype, device)
+        cache = TreeCache(weights.kv_shapes, cache_rows, dtype, device, work.seats)
         if device.type == "cpu":
             use_fast_matmuls(skeleton.model)
         streamer: LayerStreamer = NoStreamer()

@@ -1,32 +1,33 @@
 """Check of an architecture before its weights are read: tree scores must equal plain scores.
 
-A tiny random model with the same configuration runs a small tree through specchat's attention and cache. It also runs
-every path of the tree through its own eager attention without a cache. A change in transformers or an unusual
-architecture then leads to an error instead of wrong text.
+A tiny random model with the same configuration runs a small tree through specchat's attention and cache, in a pass with
+another sequence before it. It also runs every path of the tree, and the other sequence, through its own eager attention
+without a cache. A change in transformers or an unusual architecture then leads to an error instead of wrong text.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from specchat.engine.attention import RowLayout, tree_attention
+from specchat.engine.attention import tree_attention
 from specchat.engine.kv_cache import TreeCache
+from specchat.engine.layout import PassLayout, RowLayout, linear_layout
 from specchat.engine.model import TreeModel
 from specchat.engine.streaming.base import NoStreamer
 from specchat.engine.tree import ROOT, TokenTree
 from specchat.errors import UnsupportedModelError
 from specchat.models.hf.config import load_config, tiny_config
+from specchat.models.hf.config_values import why_not_built
 from specchat.models.hf.kv_shapes import record_kv_shapes
 from specchat.models.hf.refusals import CANNOT_RUN, CANNOT_SHRINK, HINT, refusing
 from specchat.models.hf.skeleton import Skeleton, build_random, build_skeleton
 from specchat.records.model import ModelSource
 
 _PROMPT_ROWS = 20  # more than the tiny model's window, so that windows matter
+_OTHER_ROWS = 9  # rows of the other sequence: chunks end within both
 _CHUNK_ROWS = 7
 _MOST_PARAMS = 1 << 30  # the tiny Phi 4 Multimodal keeps its encoders
 _TOLERANCE = 2e-3  # float32 rounding is near 1e-6 of the largest score; a wrong mask is near 1
@@ -39,12 +40,7 @@ def check_architecture(source: ModelSource) -> None:
     Raises:
         UnsupportedModelError: scores or cache shapes differ, or the modules cannot run with tree attention.
     """
-    _check(source.path.resolve())
-
-
-@lru_cache(maxsize=16)
-def _check(folder: Path) -> None:
-    config = load_config(folder)
+    config = load_config(source.path)
     error = _largest_error(config)
     if not error <= _TOLERANCE:
         raise UnsupportedModelError(
@@ -58,19 +54,31 @@ def _largest_error(config: Any) -> float:
     """Return the largest difference between tree and plain scores, relative to the largest score."""
     generator = torch.Generator().manual_seed(0)
     with refusing(config.model_type, CANNOT_SHRINK):
-        tiny = tiny_config(config)
-        _check_is_tiny(tiny)
-        skeleton, plain = build_random(tiny, generator, tree_attention)
-    prompt = torch.randint(0, skeleton.config.vocab_size, (_PROMPT_ROWS,), generator=generator).tolist()
+        try:
+            tiny = tiny_config(config)
+            _check_is_tiny(tiny)
+            skeleton, plain = build_random(tiny, generator, tree_attention)
+        except Exception:
+            _check_is_built(config)  # a better reason
+            raise
+    vocab_size = skeleton.config.vocab_size
+    prompt, other = (
+        torch.randint(0, vocab_size, (rows,), generator=generator).tolist() for rows in (_PROMPT_ROWS, _OTHER_ROWS)
+    )
     paths = [_path(node) for node in (1, 3, len(_TREE) - 1)]
     with refusing(config.model_type, CANNOT_RUN):
         expected = [plain(torch.tensor(prompt + [_TREE.tokens[n] for n in path]))[_PROMPT_ROWS - 1 :] for path in paths]
-        ours = _tree_scores(skeleton, prompt)
-    error, scale = 0.0, 1.0
-    for path, theirs in zip(paths, expected, strict=True):
-        difference = (ours[[0, *(n + 1 for n in path)]] - theirs).abs().max()
-        error, scale = max(error, float(difference)), max(scale, float(theirs.abs().max()))
-    return error / scale
+        expected.append(plain(torch.tensor(other)))
+        others, ours = _scores(skeleton, other, prompt).split([_OTHER_ROWS, 1 + len(_TREE)])
+    found = [*(ours[[0, *(n + 1 for n in path)]] for path in paths), others]
+    error = max(float((each - theirs).abs().max()) for each, theirs in zip(found, expected, strict=True))
+    return error / max(1.0, *(float(theirs.abs().max()) for theirs in expected))
+
+
+def _check_is_built(config: Any) -> None:
+    """Check that transformers can build the modules of the whole model, without weights."""
+    with refusing(config.model_type, why_not_built(config)):
+        build_skeleton(config, torch.float32, tree_attention)
 
 
 def _check_is_tiny(config: Any) -> None:
@@ -80,16 +88,16 @@ def _check_is_tiny(config: Any) -> None:
         raise UnsupportedModelError(f"'{config.model_type}' {CANNOT_SHRINK}", HINT)
 
 
-def _tree_scores(skeleton: Skeleton, prompt: list[int]) -> Tensor:
-    """Return the scores of root and nodes, [1 + N, V], from one chunked pass."""
-    num_rows = len(prompt) + len(_TREE)
+def _scores(skeleton: Skeleton, other: list[int], prompt: list[int]) -> Tensor:
+    """Return the scores of another sequence, of the root and of all nodes, [others + 1 + N, V], from one pass."""
     cpu = torch.device("cpu")
-    cache = TreeCache(record_kv_shapes(skeleton), num_rows, torch.float32, cpu)
+    cache = TreeCache(record_kv_shapes(skeleton), len(prompt) + len(_TREE), torch.float32, cpu, seats=2)
     model = TreeModel(skeleton, cache, NoStreamer(), (), _CHUNK_ROWS, cpu)
     positions = [*range(len(prompt)), *(len(prompt) - 1 + depth for depth in _TREE.depths)]
-    layout = RowLayout(0, len(prompt), _TREE.ancestors, torch.tensor(positions))
-    hidden = model.forward([*prompt, *_TREE.tokens], layout)
-    return model.logits(hidden[len(prompt) - 1 :])
+    tree_rows = RowLayout(0, len(prompt), _TREE.ancestors, torch.tensor(positions))
+    layout = PassLayout([(1, linear_layout(0, len(other), cpu)), (0, tree_rows)])
+    hidden = model.forward([*other, *prompt, *_TREE.tokens], layout)
+    return model.logits(torch.cat([hidden[: len(other)], hidden[len(other) + len(prompt) - 1 :]]))
 
 
 def _path(node: int) -> list[int]:

@@ -175,7 +175,8 @@ class Candidates:
             fits, too_long = (
                 (middle, too_long) if self._least_bytes(draft, middle) <= self._vram_bytes else (fits, middle)
             )
-        advice = "raise --vram or lower --tree-budget" if draft is not None else "raise --vram"
+        lowered = ["--tree-budget"] * (draft is not None) + ["--batch"] * (self._choices.seats > 1)
+        advice = f"raise --vram or lower {' or '.join(lowered)}" if lowered else "raise --vram"
         return DoesNotFitError(
             f"{self._target.name} needs at least {format_bytes(self._least_bytes(draft, ctx))} with --ctx {ctx:,}, "
             f"but the budget is {format_bytes(self._vram_bytes)}",
@@ -253,7 +254,7 @@ class Candidates:
         return min(other_bytes for _, other_bytes in variants) + self._options.least_bytes
 
     def _workload(self, ctx: int, tree_budget: int) -> Workload:
-        return _workload(self._dtype, ctx, tree_budget, self._inputs.machine.device)
+        return _workload(self._dtype, ctx, tree_budget, self._inputs.machine.device, self._choices.seats)
 
     def _host_budget(self, work: Workload, device_bytes: int) -> int:
         """Return the host memory left for streamed layers, after host embeddings or, on a CPU, all other memory."""
@@ -271,7 +272,8 @@ class Candidates:
             inputs, target = self._inputs, self._target
             acceptance = inputs.acceptance(target, draft, samples=self._request.samples)
             device = inputs.machine.device
-            self._models[draft] = CostModel(target, draft, self._dtype, device, inputs.rates, acceptance)
+            seats = self._choices.seats
+            self._models[draft] = CostModel(target, draft, self._dtype, device, inputs.rates, acceptance, seats)
         return self._models[draft]
 
 
@@ -280,7 +282,7 @@ def _default_tree_budgets(device: str) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=512)
-def _workload(dtype: Dtype, ctx: int, tree_budget: int, device: str) -> Workload:
+def _workload(dtype: Dtype, ctx: int, tree_budget: int, device: str, seats: int) -> Workload:
     return Workload(
         device=device,
         dtype=dtype,
@@ -289,6 +291,7 @@ def _workload(dtype: Dtype, ctx: int, tree_budget: int, device: str) -> Workload
         draft_rows=DRAFT_ROWS_PER_NODE * tree_budget,
         chunk_rows=CHUNK_ROWS,
         reserve_bytes=0 if device == "cpu" else CUDA_RESERVE_BYTES,
+        seats=seats,
     )
 
 

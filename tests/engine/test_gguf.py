@@ -111,7 +111,7 @@ def load(source: ModelSource, resident: tuple[int, ...] | None, dtype: torch.dty
 
 
 def logits(model: TreeModel, prompt: list[int]) -> torch.Tensor:
-    model.cache.truncate(0)
+    model.cache.truncate(0, 0)
     return model.logits(model.append(prompt))
 
 

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any, BinaryIO, NoReturn
 
 from specchat.errors import CorruptCheckpointError, ModelNotFoundError, UnsupportedModelError
+from specchat.files import open_regular
 from specchat.models.checkpoint.ggml_types import BlockType, block_type, type_name
 from specchat.models.checkpoint.json_file import LFS_MAGIC, REDOWNLOAD, fail_on_lfs_pointer, fail_to_read, read_json
 
@@ -187,7 +188,7 @@ def _header_of(file: Path, *, is_first: bool) -> _Header:
 @lru_cache(maxsize=32)
 def _read_header(file: Path, file_bytes: int, _: int) -> _Header:
     try:
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             return _Cursor(file, stream, file_bytes).header()
     except OSError as exc:
         fail_to_read(file, exc)

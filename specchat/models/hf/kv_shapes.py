@@ -40,7 +40,7 @@ class _Record:
         self.shape = _NOTHING
         self.length, self.capacity = 0, 1
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def append(self, _layout: None, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Record the shape of keys [1, H_kv, rows, D] and values [1, H_kv, rows, D_v], and return both."""
         self.shape = KvShape(keys.shape[1], keys.shape[3], values.shape[3])
         return keys, values

@@ -144,7 +144,7 @@ class _Kv:
         self.length, self.capacity = keys - rows, keys
         self._stored: tuple[Tensor, Tensor] | None = None
 
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def append(self, _layout: None, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values of the whole cache, not logged: the ledger counts the cache separately."""
         with _uncounted():
             return tuple(x.new_empty(1, x.shape[1], self.capacity, x.shape[3]) for x in (keys, values))  # type: ignore[return-value]

@@ -4,6 +4,7 @@ from typing import Any
 
 from specchat.errors import UsageError
 from specchat.models.checkpoint.json_file import MODELOPT_FILE, read_json
+from specchat.models.checkpoint.safetensors import Checkpoint
 from specchat.models.gguf.tensors import open_tensors
 from specchat.models.hf.skeleton import Skeleton
 from specchat.models.quant.schemes.registry import CONFIG_KEYS, scheme_of
@@ -36,13 +37,16 @@ def _config(source: ModelSource) -> dict[str, Any]:
     }
 
 
-def choose_recipe(source: ModelSource, skeleton: Skeleton, quant: str) -> QuantizeRecipe | CheckpointRecipe | None:
+def choose_recipe(
+    source: ModelSource, skeleton: Skeleton, quant: str, checkpoint: Checkpoint | None = None
+) -> QuantizeRecipe | CheckpointRecipe | None:
     """Return the recipe for a model; None if its matrices stay plain.
 
     Args:
         source: local files; the headers of a pre-quantized checkpoint are read too.
         skeleton: skeleton of the model, before modules are replaced.
         quant: requested quantization, or a plan's name for the one of a pre-quantized model.
+        checkpoint: opened checkpoint; None opens it if it is pre-quantized.
 
     Raises:
         UsageError: a pre-quantized model with another quantization requested.
@@ -56,4 +60,4 @@ def choose_recipe(source: ModelSource, skeleton: Skeleton, quant: str) -> Quanti
         raise UsageError(
             f"{source.name} is pre-quantized ({scheme.name}) and cannot be quantized again", hint="leave out --quant"
         )
-    return CheckpointRecipe(scheme, skeleton, open_tensors(source.path))
+    return CheckpointRecipe(scheme, skeleton, open_tensors(source.path) if checkpoint is None else checkpoint)

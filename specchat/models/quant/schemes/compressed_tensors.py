@@ -100,7 +100,8 @@ def _extent(weights: SchemeSettings) -> tuple[int | None, int | None]:
     """Return the numbers of rows and columns that share a scale; None for all."""
     group = weights.group_size()
     strategy = weights.text("strategy", "group" if group else "channel" if weights.has("group_size") else "tensor")
-    if strategy not in _STRATEGIES:
+    is_fp4 = (weights.text("type", "int"), weights.integer("num_bits", 8)) == ("float", 4)
+    if strategy not in _STRATEGIES or (strategy == "tensor_group" and not is_fp4):
         refuse(f"compressed-tensors by {strategy}")
     if strategy == "group" and group is None:
         weights.fail("group_size", None, "a number of columns")
