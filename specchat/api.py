@@ -61,12 +61,13 @@ def load(
     quant: Literal["auto"] | Quant = "auto",
     draft_quant: Literal["auto"] | Quant = "auto",
     offline: bool = False,
+    tokenizer: str | None = None,
     confirm: Ask = lambda _question: True,
 ) -> "Model":
     """Find, plan and load a model; download missing files.
 
     Args:
-        model: MODEL as on the command line: demo, a folder, org/name, or a shape.
+        model: MODEL as on the command line: demo, a folder, a GGUF file, org/name, or a shape.
         draft: model that drafts trees, or auto, or none.
         device: auto, cpu, cuda or cuda:N.
         vram: device memory budget, in bytes or as text such as "8GiB"; None uses the free memory.
@@ -77,6 +78,7 @@ def load(
         quant: quantization of the target's matrices.
         draft_quant: quantization of the draft's matrices; it never changes the text.
         offline: whether network access is forbidden.
+        tokenizer: folder or hub id whose tokenizer replaces the one in a GGUF file; None for the file's own.
         confirm: receives a question before a download; a result of False refuses the download.
 
     Raises:
@@ -92,17 +94,17 @@ def load(
         quant=quant,
         draft_quant=draft_quant,
     )
-    request = ModelRequest(model, draft, choices, offline)
+    request = ModelRequest(model, draft, choices, offline, tokenizer=tokenizer)
     prepare_libraries()
     reporter = _Warnings()
     models = locate_models(request, parse_models(request), reporter, confirm)
     planned = make_plan(request, models, reporter)
-    tokenizer = load_tokenizer(models.target.path)
+    of_target = load_tokenizer(models.target.path)
     defaults = load_generation_defaults(models.target.path)
     for line in defaults.ignored:
         reporter.warn(line)
     engine = load_engine(request, planned.models, planned.plan, reporter)
-    return Model(engine, tokenizer, defaults)
+    return Model(engine, of_target, defaults)
 
 
 class Model(Closeable):

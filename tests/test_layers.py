@@ -31,7 +31,7 @@ FOLDERS = {
     "models": [
         {"catalog", "checkpoint"},
         {"quant", "hub"},
-        {"hf"},
+        {"hf", "gguf"},
         {"weights"},
         {"packs", "sizes"},
         {"synthetic"},

@@ -66,6 +66,7 @@ def _model_request(chosen: Settings, model: str | None) -> ModelRequest:
     return ModelRequest(
         model=model if model is None else chosen.aliases.get(model, model),
         draft=chosen.model("draft") or "auto",
+        tokenizer=chosen.model("tokenizer"),
         choices=PlanChoices(
             device=chosen.get("device", "auto"),
             dtype=chosen.get("dtype", "auto"),
@@ -120,6 +121,7 @@ def _run(
     model: parameters.Model = None,
     prompt: parameters.Prompt = None,
     draft: parameters.Draft = None,
+    tokenizer: parameters.Tokenizer = None,
     device: parameters.Device = None,
     vram: parameters.Vram = None,
     ram: parameters.Ram = None,
@@ -219,6 +221,7 @@ def _bench(
     *,
     model: parameters.Model = None,
     draft: parameters.Draft = None,
+    tokenizer: parameters.Tokenizer = None,
     device: parameters.Device = None,
     vram: parameters.Vram = None,
     ram: parameters.Ram = None,
@@ -278,6 +281,7 @@ def _probe(
     *,
     model: parameters.Model = None,
     draft: parameters.Draft = None,
+    tokenizer: parameters.Tokenizer = None,
     device: parameters.Device = None,
     vram: parameters.Vram = None,
     ram: parameters.Ram = None,

@@ -13,7 +13,7 @@ Model = Annotated[
     typer.Argument(
         metavar="MODEL",
         autocompletion=completion.models,
-        help="demo, a folder (./x, /x, ~/x), a hub id (org/name) or shape:NAME.",
+        help="demo, a folder or GGUF file (./x, ~/x), a hub id (org/name, org/name:Q4_K_M) or shape:NAME.",
     ),
 ]
 Draft = Annotated[
@@ -22,6 +22,13 @@ Draft = Annotated[
         metavar="MODEL",
         autocompletion=completion.drafts,
         help="Draft model: a MODEL, auto or none. [default: auto]",
+    ),
+]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="For GGUF: a folder or hub id whose tokenizer to use. [default: the file's own]",
     ),
 ]
 Device = Annotated[

@@ -117,6 +117,7 @@ def _as_it_is(_name: str, text: str) -> str:
 # Settings of every command, without `model` and `seed`, which differ from command to command.
 SHARED_KEYS = (
     _key("draft", _as_it_is),
+    _key("tokenizer", _as_it_is),
     _key("device", options.device),
     _key("vram", options.size),
     _key("ram", options.size),

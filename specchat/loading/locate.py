@@ -143,9 +143,17 @@ def _look_up(request: ModelRequest, refs: Refs, reporter: Reporter) -> _Found:
     why = known_families().why_unsupported(refs.target.text)
     if why is not None:
         raise UnsupportedModelError(f"{refs.target.text} is not supported: {why}")
-    target = locate.look_up(refs.target, offline=request.offline, warn=reporter.warn)
+    target = locate.look_up(
+        refs.target, offline=request.offline, warn=reporter.warn, tokenizer=_tokenizer_folder(request)
+    )
     choice = _choose_draft(request, refs, reporter)
     return _Found(target, choice.found, choice.note)
+
+
+def _tokenizer_folder(request: ModelRequest) -> Path | None:
+    if request.tokenizer is None:
+        return None
+    return locate.tokenizer_folder(parse_model(request.tokenizer), offline=request.offline)
 
 
 def _choose_draft(request: ModelRequest, refs: Refs, reporter: Reporter) -> DraftChoice:
@@ -164,12 +172,13 @@ def _obtain_both(request: ModelRequest, refs: Refs, found: _Found, reporter: Rep
     """
     downloads = [each for each in (found.target, found.draft) if isinstance(each, Download)]
     for each in downloads:
-        refuse_by_configuration(each)
+        if not each.files:  # the header of a GGUF file is only known after the download
+            refuse_by_configuration(each)
     agree(downloads, lambda missing: ask(_download_question(missing, found.target)))
     for shape in (found.target, found.draft):
         if isinstance(shape, Shape):
             _agree_to_write(shape, ask)
-    target = _obtain(found.target, reporter)
+    target = _obtain(found.target, reporter, _tokenizer_folder(request))
     draft = None if found.draft is None else _obtain(found.draft, reporter)
     return _pair(request, refs, target, draft, found.draft_note)
 
@@ -227,18 +236,20 @@ def _sketch(found: ModelSource | Missing, folder: Path) -> ModelSource | None:
     """Return a source that a plan can be made from; None for a model that must be downloaded whole."""
     if isinstance(found, ModelSource):
         return found
+    if isinstance(found, Download) and found.files:
+        return None
     from specchat.models.weights.choose_recipe import is_prequantized  # imports torch
 
     sketched = locate.sketch(found, folder)
     return None if is_prequantized(sketched) else sketched
 
 
-def _obtain(found: ModelSource | Missing, reporter: Reporter) -> ModelSource:
+def _obtain(found: ModelSource | Missing, reporter: Reporter, tokenizer: Path | None = None) -> ModelSource:
     if isinstance(found, ModelSource):
         return found
     what = f"downloading {found.name}" if isinstance(found, Download) else f"writing {found.label}"
     with reporter.moving(what) as update:
-        return locate.obtain(found, progress=update, warn=reporter.warn)
+        return locate.obtain(found, progress=update, warn=reporter.warn, tokenizer=tokenizer)
 
 
 def _download_question(downloads: Sequence[Download], target: ModelSource | Missing) -> str:

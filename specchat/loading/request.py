@@ -18,6 +18,7 @@ class ModelRequest:
         choices: settings of the plan that the user has fixed.
         offline: whether network access is forbidden.
         aliases: names that the user gave to models, for hints.
+        tokenizer: MODEL argument whose tokenizer the target uses, for GGUF files; None for the file's own.
     """
 
     model: str | None = None
@@ -25,6 +26,7 @@ class ModelRequest:
     choices: PlanChoices = field(default_factory=PlanChoices)
     offline: bool = False
     aliases: tuple[str, ...] = ()
+    tokenizer: str | None = None
 
 
 class Reporter(Protocol):

@@ -1,36 +1,50 @@
 """Finding the files of a model by its name: in a folder, in the hub's cache, on the hub, or synthetic."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-from specchat.errors import ModelNotFoundError
+from specchat.errors import ModelNotFoundError, UsageError
 from specchat.models.catalog.ref import SHAPE_PREFIX, ModelRef, demo_source
 from specchat.models.catalog.shape import Shape
-from specchat.models.catalog.suggest import FORMS, folder_hint
+from specchat.models.catalog.suggest import FORMS, folder_hint, is_gguf
+from specchat.models.gguf.folder import TOKENIZER_FILES, gguf_files, model_folder, total_bytes
 from specchat.models.hub.cache import look_up_cached, snapshot_source
 from specchat.models.hub.download import LOG, Download, fetch, look_up_online
 from specchat.models.hub.errors import hub_errors
+from specchat.models.hub.gguf_files import find_file
+from specchat.models.hub.small_files import fetch_small
 from specchat.records.model import ModelSource
+from specchat.units import format_bytes
 
 # A model that must be downloaded, or a synthetic one that must be created.
 Missing = Download | Shape
 
 
-def look_up(ref: ModelRef, *, offline: bool, warn: Callable[[str], None] = LOG.warning) -> ModelSource | Missing:
+def look_up(
+    ref: ModelRef, *, offline: bool, warn: Callable[[str], None] = LOG.warning, tokenizer: Path | None = None
+) -> ModelSource | Missing:
     """Find the files of `ref`, or else what is missing; download and create nothing.
 
     Args:
         ref: parsed MODEL argument.
         offline: whether the network must not be used; HF_HUB_OFFLINE=1 has the same effect.
         warn: receives a one-line warning when a cached copy is used because the hub is unreachable.
+        tokenizer: folder of the tokenizer that replaces the one in a GGUF file; None for the file's own.
 
     Raises:
+        UsageError: a tokenizer for a model that is no GGUF file.
         ModelNotFoundError: a missing folder, repository or revision, or one without weights.
         ModelGatedError: a missing login or licence agreement.
         ModelNotCachedError: no complete copy in the cache, while offline.
         PickledCheckpointError: weights only as pickles.
         ModelError: an unreachable or failing hub.
     """
+    found = _look_up(ref, offline=offline, warn=warn)
+    return _as_model(ref, found, tokenizer) if isinstance(found, ModelSource) else found
+
+
+def _look_up(ref: ModelRef, *, offline: bool, warn: Callable[[str], None]) -> ModelSource | Missing:
     if ref.kind == "demo":
         return demo_source("target")
     if ref.kind == "folder":
@@ -45,11 +59,28 @@ def look_up(ref: ModelRef, *, offline: bool, warn: Callable[[str], None] = LOG.w
     return look_up_online(ref, warn)
 
 
+def tokenizer_folder(ref: ModelRef, *, offline: bool) -> Path:
+    """Return a folder with the tokenizer of a model, and download the tokenizer's few files if they are missing.
+
+    Raises:
+        UsageError: a MODEL argument that is neither a folder nor a hub id.
+        ModelError: the folder or the repository does not exist.
+    """
+    if ref.kind == "hub":
+        return fetch_small(ref, TOKENIZER_FILES, offline=offline)
+    if ref.path is None:
+        raise UsageError(f"--tokenizer {ref.text} is not a folder or a hub id", hint="use ./folder or org/name")
+    if not any((ref.path / name).is_file() for name in TOKENIZER_FILES):
+        raise ModelNotFoundError(f"{ref.path} has no tokenizer files", hint="give the folder of the original model")
+    return ref.path
+
+
 def obtain(
     missing: Missing,
     *,
     progress: Callable[[int, int], None] | None = None,
     warn: Callable[[str], None] = LOG.warning,
+    tokenizer: Path | None = None,
 ) -> ModelSource:
     """Download or create a missing model, after the user's consent.
 
@@ -57,13 +88,14 @@ def obtain(
         missing: result of `look_up`.
         progress: receives (bytes done, bytes in total), possibly from other threads, but from one at a time.
         warn: receives one line about the files of a synthetic model.
+        tokenizer: folder of the tokenizer that replaces the one in a GGUF file, as for `look_up`.
 
     Raises:
         ModelError: an unreachable or failing hub.
         DoesNotFitError: the disk is too small.
     """
     if isinstance(missing, Download):
-        return snapshot_source(missing.ref, fetch(missing, progress))
+        return _as_model(missing.ref, snapshot_source(missing.ref, fetch(missing, progress)), tokenizer)
     from specchat.models.synthetic.layers import materialise  # imports torch
 
     return materialise(missing, progress=progress, warn=warn)
@@ -95,13 +127,55 @@ def sketch(missing: Missing, folder: Path) -> ModelSource:
     return ModelSource(name=f"{SHAPE_PREFIX}{missing.label}", path=path, label=LABEL)
 
 
+def _as_model(ref: ModelRef, found: ModelSource, tokenizer: Path | None) -> ModelSource:
+    """Return a model's source, with the folder that stands for its GGUF file if it has one.
+
+    Raises:
+        ModelNotFoundError: several GGUF files.
+        UsageError: a tokenizer for a model that is no GGUF file.
+    """
+    file = _gguf_of(ref, found.path)
+    if file is not None:
+        return replace(found, path=model_folder(file, tokenizer))
+    if tokenizer is not None:
+        raise UsageError(f"--tokenizer is for GGUF files, but {ref.text} is none", hint="leave out --tokenizer")
+    return found
+
+
+def _gguf_of(ref: ModelRef, path: Path) -> Path | None:
+    """Return the GGUF file at a path; None for a folder with a model of another kind."""
+    if path.is_file():
+        return path
+    if ref.kind == "hub":
+        is_other = ref.variant is None and (path / "config.json").is_file()
+        return None if is_other else find_file(path, ref.variant)
+    return None if (path / "config.json").is_file() else _only_gguf(path)
+
+
 def _look_up_folder(ref: ModelRef) -> ModelSource:
     assert ref.path is not None
+    if ref.path.is_file() and is_gguf(ref.path):
+        return ModelSource(name=ref.text, path=ref.path)
     if ref.path.is_file():
         hint = folder_hint(ref.path) if (ref.path.parent / "config.json").is_file() else FORMS
         raise ModelNotFoundError(f"{ref.path} is a file, not a model's folder", hint=hint)
     if not ref.path.is_dir():
         raise ModelNotFoundError(f"folder {ref.path} does not exist", hint="a hub id has the form org/name, without ./")
-    if not (ref.path / "config.json").is_file():
-        raise ModelNotFoundError(f"{ref.path} has no config.json", hint="give the folder that holds config.json")
     return ModelSource(name=ref.text, path=ref.path)
+
+
+def _only_gguf(folder: Path) -> Path:
+    """Return the only GGUF file in a folder.
+
+    Raises:
+        ModelNotFoundError: no GGUF file, or several.
+    """
+    files = gguf_files(folder)
+    if not files:
+        raise ModelNotFoundError(
+            f"{folder} has no config.json and no GGUF files", hint="give the folder that holds config.json"
+        )
+    if len(files) > 1:
+        listed = ", ".join(f"{file.name} ({format_bytes(total_bytes(file))})" for file in files)
+        raise ModelNotFoundError(f"{folder} has several GGUF files: {listed}", hint=f"name one, such as {files[0]}")
+    return files[0]

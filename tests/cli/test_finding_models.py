@@ -106,7 +106,7 @@ def test_unsupported_model_is_refused_before_any_request(hub: FakeHub, tmp_path)
     ("changes", "reason"),
     [
         ({"model_type": "paligemma", "text_config": {"model_type": "gemma"}}, "both directions"),
-        ({"quantization_config": {"quant_method": "mxfp4"}}, "mxfp4"),
+        ({"quantization_config": {"quant_method": "quip"}}, "quip"),
         ({"model_type": "doge"}, "attention masks in its layers"),
     ],
 )

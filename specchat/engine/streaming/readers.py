@@ -124,6 +124,7 @@ class ShardLayerReader:
         self._layouts = layouts
         small = {index for index, layout in layouts.items() if is_small(layout.nbytes)}
         self._cached = small | set(cached)
+        self._held = {index: reader.held(index) for index in layouts}
         self._files = _Files()
         self._windows = SimpleQueue[Tensor]()
         if self._cached < layouts.keys():
@@ -135,7 +136,14 @@ class ShardLayerReader:
         offsets = dict(zip(self._layouts[index].names, self._layouts[index].offsets, strict=True))
         tensors = [(info, offsets[name]) for name, info in self._reader.places(index).items()]
         is_cached = index in self._cached
-        return [self._task(path, extents, slot, cached=is_cached) for path, extents in _windows(tensors)]
+        tasks = [self._task(path, extents, slot, cached=is_cached) for path, extents in _windows(tensors)]
+        return [*tasks, partial(self._copy_held, index, slot)] if self._held[index] else tasks
+
+    def _copy_held(self, index: int, slot: Tensor) -> None:
+        """Copy the small parameters that are kept in memory because they are not stored as the model has them."""
+        views = self._layouts[index].views(slot)
+        for name, tensor in self._held[index].items():
+            views[name].copy_(tensor)
 
     def close(self) -> None:
         """Close the shards."""

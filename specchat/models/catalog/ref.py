@@ -10,7 +10,7 @@ from urllib.parse import unquote
 from specchat.errors import ModelNotFoundError, UsageError
 from specchat.models.catalog.families import known_families
 from specchat.models.catalog.shape import Shape, parse_shape
-from specchat.models.catalog.suggest import FORMS, folder_hint, guess, looks_like_prompt, names_file, quoted
+from specchat.models.catalog.suggest import FORMS, folder_hint, guess, is_gguf, looks_like_prompt, names_file, quoted
 from specchat.paths import user_path
 from specchat.records.model import ModelSource
 
@@ -19,7 +19,9 @@ TOY_LABEL = "a toy model for exercising the software"
 SHAPE_PREFIX = "shape:"
 
 # The hub's own rules for names; revisions are branches, tags or commits.
-_HUB_ID = re.compile(r"(?P<repo>\w[\w.-]{0,95}/\w[\w.-]{0,95})(?:@(?P<revision>.+))?", re.ASCII)
+_HUB_ID = re.compile(
+    r"(?P<repo>\w[\w.-]{0,95}/\w[\w.-]{0,95})(?::(?P<variant>\w[\w.-]*))?(?:@(?P<revision>.+))?", re.ASCII
+)
 _REVISION = re.compile(r"\w[\w./+-]*", re.ASCII)
 _HUB_HOST = re.compile(
     r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/+(?P<path>[^?#]*).*", re.IGNORECASE | re.DOTALL
@@ -34,10 +36,12 @@ class ModelRef:
     Attributes:
         text: argument as the user typed it; for a web address, the hub id in it.
         kind: kind of model, which decides which of the other attributes are set.
-        path: folder with `~` expanded; only for "folder".
+        path: folder or GGUF file with `~` expanded; only for "folder".
         repo_id: org/name; only for "hub".
         revision: branch, tag or commit; None is the default branch; only for "hub".
         shape: shape of the synthetic model; only for "shape".
+        variant: quantization among the GGUF files of a repository, such as Q4_K_M; None for the only one, or for
+            safetensors; only for "hub".
     """
 
     text: str
@@ -46,6 +50,7 @@ class ModelRef:
     repo_id: str | None = None
     revision: str | None = None
     shape: Shape | None = None
+    variant: str | None = None
 
 
 def parse_model(text: str, names_here: Callable[[], Iterable[str]] = tuple) -> ModelRef:
@@ -65,12 +70,15 @@ def parse_model(text: str, names_here: Callable[[], Iterable[str]] = tuple) -> M
         return ModelRef(text, "folder", path=_expand(text))
     if text.startswith(SHAPE_PREFIX):
         return ModelRef(text, "shape", shape=parse_shape(text.removeprefix(SHAPE_PREFIX)))
+    if is_gguf(Path(text)) and names_file(text):
+        return ModelRef(text, "folder", path=Path(text))
     if names_file(text):
         raise ModelNotFoundError(f"'{text}' is a file, not a model", hint=folder_hint(Path(text)))
     hub_id = _without_host(text)
     match = _HUB_ID.fullmatch(hub_id)
     if match and _is_repo_id(match["repo"]):
-        return ModelRef(hub_id, "hub", repo_id=match["repo"], revision=_check_revision(hub_id, match["revision"]))
+        revision = _check_revision(hub_id, match["revision"])
+        return ModelRef(hub_id, "hub", repo_id=match["repo"], revision=revision, variant=match["variant"])
     if looks_like_prompt(text):
         raise ModelNotFoundError(f"{quoted(text)} looks like a prompt", hint="usage: specchat run MODEL [PROMPT]")
     raise ModelNotFoundError(f"{quoted(text)} is not a model", hint=guess(hub_id, names_here))

@@ -9,7 +9,7 @@ from pathlib import Path
 from specchat.models.catalog.families import known_families
 from specchat.models.catalog.known_models import known_models
 
-FORMS = "MODEL is demo, a folder such as ./x, a hub id such as org/name, or a shape such as shape:llama-8b"
+FORMS = "MODEL is demo, a folder or GGUF file such as ./x, a hub id such as org/name, or a shape such as shape:llama-8b"
 # Endings of files that lie in a model's folder. No name on the hub ends like this.
 _FILE_ENDINGS = (".json", ".safetensors", ".gguf", ".bin", ".pth", ".pt")
 _MOST_SHOWN = 3
@@ -22,6 +22,11 @@ _TOKEN = re.compile(r"(?:\d+x)?\d+(?:\.\d+)?[bkm](?![a-z])|\d+(?:\.\d+)?|[a-z]+"
 def names_file(text: str) -> bool:
     """Return whether a MODEL argument names an existing file of a model."""
     return text.lower().endswith(_FILE_ENDINGS) and _exists(Path(text), Path.is_file)
+
+
+def is_gguf(path: Path) -> bool:
+    """Return whether a path has the ending of GGUF files."""
+    return path.suffix.lower() == ".gguf"
 
 
 def folder_hint(path: Path) -> str:

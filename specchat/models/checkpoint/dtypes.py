@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
+from specchat.models.checkpoint.ggml_types import BLOCK_TYPES, PLAIN_TYPES
 from specchat.records.model import DTYPE_BYTES, Dtype
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ STORED_DTYPES: Mapping[str, StoredDtype] = {
     "BF16": _computed("bfloat16", "bf16"),
     "F8_E4M3": StoredDtype("float8_e4m3fn", 1),
     "F8_E5M2": StoredDtype("float8_e5m2", 1),
+    "F8_E8M0": StoredDtype("float8_e8m0fnu", 1),  # scales that are powers of two
     "I64": StoredDtype("int64", 8),
     "I32": StoredDtype("int32", 4),
     "I16": StoredDtype("int16", 2),
@@ -49,9 +51,7 @@ STORED_DTYPES: Mapping[str, StoredDtype] = {
     "BOOL": StoredDtype("bool", 1),
 }
 # Valid in safetensors, but no model that specchat runs stores its weights in these.
-UNREAD_DTYPES = frozenset(
-    {"U16", "U32", "U64", "C64", "F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
-)
+UNREAD_DTYPES = frozenset({"U16", "U32", "U64", "C64", "F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 
 _COMPUTED = {stored.short: stored for stored in STORED_DTYPES.values() if stored.short is not None}
 _SHORT = {stored.torch_name: short for short, stored in _COMPUTED.items()}
@@ -73,8 +73,9 @@ def torch_dtype(dtype: Dtype) -> "torch.dtype":
 
 
 def stored_torch_dtype(name: str) -> "torch.dtype":
-    """Return torch's dtype, given safetensors' name."""
-    return _in_torch(STORED_DTYPES[name].torch_name)
+    """Return torch's dtype, given safetensors' name, or the name of a GGUF block type, whose blocks are bytes."""
+    is_packed = name in BLOCK_TYPES and name not in PLAIN_TYPES
+    return _in_torch("uint8" if is_packed else STORED_DTYPES[name].torch_name)
 
 
 def stored_name(dtype: "torch.dtype") -> str:

@@ -12,6 +12,7 @@ from specchat.errors import (
 )
 
 LFS_MAGIC = b"version https://git-lfs"
+MODELOPT_FILE = "hf_quant_config.json"
 REDOWNLOAD = "delete the file and download it again"
 # Libraries copy nested values by recursion, which ends in an error at some hundred levels.
 _MOST_LEVELS = 64

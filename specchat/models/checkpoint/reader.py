@@ -48,8 +48,12 @@ class TensorReader(Closeable):
         while self._fds:
             os.close(self._fds.popitem()[1])
 
-    def read(self, key: str) -> "torch.Tensor":
+    def read(self, key: str, dtype: "torch.dtype | None" = None) -> "torch.Tensor":
         """Return a tensor as saved, in new CPU memory.
+
+        Args:
+            key: name of the tensor.
+            dtype: dtype of a tensor that must be restored; None for float32. Other tensors keep their dtype.
 
         Raises:
             CorruptCheckpointError: a missing tensor, or a file that was truncated after its header was read.
@@ -58,14 +62,23 @@ class TensorReader(Closeable):
         import torch
 
         info = self._find(key)
+        if info.restore is not None:
+            stored = torch.empty(info.nbytes, dtype=torch.uint8)
+            self._fill(info, 0, _bytes_of(stored))
+            return info.restore(stored, dtype or torch.float32)
         out = torch.empty(info.shape, dtype=stored_torch_dtype(info.dtype), device="cpu")
         self.read_into(key, out)
         return out
 
-    def mapped(self, key: str) -> "torch.Tensor":
+    def mapped(self, key: str, dtype: "torch.dtype | None" = None) -> "torch.Tensor":
         """Return a tensor as saved, memory-mapped, so that only the pages in use take memory.
 
-        The tensor is read instead if its offset is not aligned to its dtype, or if the system cannot map the file.
+        The tensor is read instead if it must be restored, if its offset is not aligned to its dtype, or if the system
+        cannot map the file.
+
+        Args:
+            key: name of the tensor.
+            dtype: dtype of a tensor that must be restored, as for `read`.
 
         Raises:
             CorruptCheckpointError, ModelError: the faults that `read` reports.
@@ -73,16 +86,16 @@ class TensorReader(Closeable):
         import torch
 
         info = self._find(key)
-        dtype, file_bytes = stored_torch_dtype(info.dtype), os.fstat(self._fd(info.file)).st_size
-        if info.offset % dtype.itemsize:
-            return self.read(key)
+        stored, file_bytes = stored_torch_dtype(info.dtype), os.fstat(self._fd(info.file)).st_size
+        if info.restore is not None or info.offset % stored.itemsize:
+            return self.read(key, dtype)
         if file_bytes < info.offset + info.nbytes:
             fail_truncated(info.file, info.offset + info.nbytes, file_bytes)
         try:
             pages = torch.from_file(str(info.file), shared=False, size=file_bytes, dtype=torch.uint8)
         except RuntimeError:
             return self.read(key)
-        return pages[info.offset : info.offset + info.nbytes].view(dtype).view(info.shape)
+        return pages[info.offset : info.offset + info.nbytes].view(stored).view(info.shape)
 
     def read_into(self, key: str, out: "torch.Tensor") -> None:
         """Fill `out` with a tensor's values in row-major order, converted to the dtype of `out`.
@@ -104,7 +117,9 @@ class TensorReader(Closeable):
                 hint="config.json and the weights do not match; download both again",
             )
         out = out.detach()
-        if out.dtype == stored_torch_dtype(info.dtype) and out.device.type == "cpu" and out.is_contiguous():
+        if info.restore is not None:
+            out.copy_(self.read(key, out.dtype).view(out.shape))
+        elif out.dtype == stored_torch_dtype(info.dtype) and out.device.type == "cpu" and out.is_contiguous():
             self._fill(info, 0, _bytes_of(out))
         else:
             self._convert(info, out)

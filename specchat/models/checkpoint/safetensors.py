@@ -6,11 +6,11 @@ Headers need no torch, so a plan takes milliseconds for a checkpoint of any size
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from specchat.errors import (
     CorruptCheckpointError,
@@ -20,6 +20,7 @@ from specchat.errors import (
 )
 from specchat.files import open_regular
 from specchat.models.checkpoint.dtypes import STORED_DTYPES, UNREAD_DTYPES
+from specchat.models.checkpoint.gguf import listed_files
 from specchat.models.checkpoint.json_file import (
     LFS_MAGIC,
     REDOWNLOAD,
@@ -29,6 +30,9 @@ from specchat.models.checkpoint.json_file import (
     read_json,
 )
 from specchat.models.checkpoint.text_parts import shards_beside_text
+
+if TYPE_CHECKING:
+    import torch
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -50,6 +54,8 @@ class TensorInfo:
         file: shard that holds the tensor.
         offset: first byte, counted from the start of the file; any alignment.
         nbytes: length in bytes.
+        restore: makes the tensor of the model, in a dtype, from its bytes, uint8 [nbytes]; None for bytes that are the
+            tensor's values.
     """
 
     key: str
@@ -58,6 +64,7 @@ class TensorInfo:
     file: Path
     offset: int
     nbytes: int
+    restore: "Callable[[torch.Tensor, torch.dtype], torch.Tensor] | None" = None
 
 
 @dataclass(frozen=True)
@@ -93,14 +100,15 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """List the files that `open_checkpoint` reads; files that an index names may be missing.
+    """List the files of a model's weights; files that an index names may be missing.
 
     Raises:
         ModelNotFoundError: a missing folder, or no weights in the folder.
         PickledCheckpointError: weights only as pickles.
         CorruptCheckpointError: an invalid index, or a gap in the numbering of the shards.
     """
-    return [folder / name for name in _shard_names(folder)[0]]
+    listed = listed_files(folder)
+    return [folder / name for name in _shard_names(folder)[0]] if listed is None else listed
 
 
 def _shard_names(folder: Path) -> tuple[list[str], dict[str, str]]:

@@ -13,6 +13,7 @@ from specchat.errors import (
 from specchat.models.catalog.ref import ModelRef
 from specchat.models.checkpoint.safetensors import MISTRAL_PREFIX, weight_files
 from specchat.models.hub.errors import hub_errors
+from specchat.models.hub.gguf_files import find_file
 from specchat.records.model import ModelSource
 
 # Fixed patterns allow a completeness check of a cached snapshot without the hub's list of files.
@@ -26,6 +27,7 @@ ALLOW = [
     "vocab.txt",
 ]
 
+_NO_FILE = "no file"  # matches nothing
 _COMMIT = re.compile("[0-9a-f]{40}")
 
 # Subfolders hold other formats (original/, onnx/, ...). Mistral's own layout duplicates the weights.
@@ -83,12 +85,14 @@ def find_snapshot(ref: ModelRef) -> Path | None:
                 ref.repo_id,
                 revision=_commit_of(ref) or ref.revision,
                 local_files_only=True,
-                allow_patterns=ALLOW,
-                # `_is_complete` looks for the weights: the library does not know which of them text needs.
+                # The checks below look for the weights: the library does not know which of them text needs.
+                allow_patterns=ALLOW if ref.variant is None else [_NO_FILE],
                 ignore_patterns=[*IGNORE, "*.safetensors"],
             )
         except LocalEntryNotFoundError:
             return None
+    if ref.variant is not None:
+        return None if find_file(Path(folder), ref.variant) is None else Path(folder)
     return Path(folder) if _is_complete(Path(folder)) else None
 
 

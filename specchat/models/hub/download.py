@@ -9,7 +9,7 @@ import shutil
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +25,7 @@ from specchat.models.checkpoint.safetensors import INDEX_FILE, PICKLE_SUFFIXES, 
 from specchat.models.checkpoint.text_parts import shards_beside_text
 from specchat.models.hub.cache import ALLOW, IGNORE, find_snapshot, matches, snapshot_source
 from specchat.models.hub.errors import hub_errors, not_a_hub
+from specchat.models.hub.gguf_files import GGUF_PATTERNS, choose_files, means_gguf
 from specchat.records.model import ModelSource
 from specchat.units import format_bytes
 
@@ -46,6 +47,7 @@ class Download:
         folder: folder of the cache.
         has_older: whether the cache holds a complete older copy.
         skipped: shards that hold nothing that text needs.
+        files: GGUF files to download; empty for a model in safetensors.
     """
 
     ref: ModelRef
@@ -56,6 +58,7 @@ class Download:
     folder: Path
     has_older: bool = False
     skipped: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -109,9 +112,11 @@ def look_up_online(ref: ModelRef, warn: Callable[[str], None]) -> ModelSource | 
     if snapshot is not None and snapshot.name == ref.revision:  # a commit never changes
         return snapshot_source(ref, snapshot)
     try:
-        commit = _resolve(ref)
+        commit, is_gguf = _resolve(ref)
         if snapshot is not None and snapshot.name == commit:
             return snapshot_source(ref, snapshot)
+        if is_gguf:
+            return _measure_gguf(ref, commit, has_older=snapshot is not None)
         return _measure(ref, commit, has_older=snapshot is not None)
     except ModelError as exc:
         if snapshot is None:
@@ -120,8 +125,8 @@ def look_up_online(ref: ModelRef, warn: Callable[[str], None]) -> ModelSource | 
         return snapshot_source(ref, snapshot)
 
 
-def _resolve(ref: ModelRef) -> str:
-    """Return the hub's commit for `ref`, after checking that its files can be loaded."""
+def _resolve(ref: ModelRef) -> tuple[str, bool]:
+    """Return the hub's commit for `ref`, and whether it means GGUF files, after checking that files can be read."""
     from huggingface_hub import HfApi, constants
 
     assert ref.repo_id is not None
@@ -132,8 +137,11 @@ def _resolve(ref: ModelRef) -> str:
             raise not_a_hub(exc) from exc
     if info.sha is None or info.siblings is None:
         raise not_a_hub(None)
-    _check_files(ref, [sibling.rfilename for sibling in info.siblings])
-    return info.sha
+    names = [sibling.rfilename for sibling in info.siblings]
+    if means_gguf(ref, names):
+        return info.sha, True
+    _check_files(ref, names)
+    return info.sha, False
 
 
 def _check_files(ref: ModelRef, names: list[str]) -> None:
@@ -147,7 +155,7 @@ def _check_files(ref: ModelRef, names: list[str]) -> None:
             )
         raise ModelNotFoundError(
             f"{ref.text} has no weights in the transformers layout (*.safetensors)",
-            hint="choose the repository with the original weights, not one with GGUF files or adapters",
+            hint="choose the repository with the original weights or GGUF files, not one with adapters",
         )
     if "config.json" not in wanted:
         raise ModelNotFoundError(
@@ -157,20 +165,40 @@ def _check_files(ref: ModelRef, names: list[str]) -> None:
 
 def _measure(ref: ModelRef, commit: str, *, has_older: bool) -> Download:
     """Return the sizes of the files; each is requested, so a gated repository fails before the user's consent."""
-    from huggingface_hub import constants, snapshot_download
-
     assert ref.repo_id is not None
     with hub_errors(ref):
-        files = snapshot_download(
-            ref.repo_id,
-            revision=commit,
-            allow_patterns=ALLOW,
-            ignore_patterns=IGNORE,
-            dry_run=True,
-            tqdm_class=_bar_class(lambda done: None, threading.Event()),
-        )
+        files = _list_files(ref, commit, ALLOW, IGNORE)
         skipped = _shards_to_skip(ref.repo_id, commit, [file.filename for file in files])
     files = [file for file in files if file.filename not in skipped]
+    return replace(_download_of(ref, commit, files, has_older=has_older), skipped=tuple(sorted(skipped)))
+
+
+def _measure_gguf(ref: ModelRef, commit: str, *, has_older: bool) -> Download:
+    """Return the sizes of the GGUF files that `ref` names."""
+    with hub_errors(ref):
+        files = _list_files(ref, commit, GGUF_PATTERNS, None)
+    chosen = choose_files(ref, {file.filename: file.file_size or 0 for file in files})
+    files = [file for file in files if file.filename in chosen]
+    return replace(_download_of(ref, commit, files, has_older=has_older), files=chosen)
+
+
+def _list_files(ref: ModelRef, commit: str, patterns: list[str], ignored: list[str] | None) -> list[Any]:
+    from huggingface_hub import snapshot_download
+
+    assert ref.repo_id is not None
+    return snapshot_download(
+        ref.repo_id,
+        revision=commit,
+        allow_patterns=patterns,
+        ignore_patterns=ignored,
+        dry_run=True,
+        tqdm_class=_bar_class(lambda done: None, threading.Event()),
+    )
+
+
+def _download_of(ref: ModelRef, commit: str, files: Sequence[Any], *, has_older: bool) -> Download:
+    from huggingface_hub import constants
+
     folder = Path(constants.HF_HUB_CACHE)
     return Download(
         ref=ref,
@@ -180,7 +208,6 @@ def _measure(ref: ModelRef, commit: str, *, has_older: bool) -> Download:
         free_disk_bytes=_free_disk_bytes(folder),
         folder=folder,
         has_older=has_older,
-        skipped=tuple(sorted(skipped)),
     )
 
 
@@ -217,8 +244,8 @@ def fetch(download: Download, progress: Callable[[int, int], None] | None) -> Pa
         return snapshot_download(
             repo_id,
             revision=download.revision,
-            allow_patterns=ALLOW,
-            ignore_patterns=[*IGNORE, *download.skipped],
+            allow_patterns=list(download.files) or ALLOW,
+            ignore_patterns=None if download.files else [*IGNORE, *download.skipped],
             tqdm_class=_bar_class(report, stop),
         )
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from specchat.errors import ModelError
 from specchat.files import atomic_write_text
+from specchat.models.checkpoint.json_file import MODELOPT_FILE
 from specchat.models.checkpoint.safetensors import weight_files
 from specchat.paths import cache_folder
 from specchat.records.model import Activations, KvShape, ModelSource, ModelSpec, ParamSize, RowCost
@@ -42,7 +43,8 @@ def key_of(source: ModelSource, quant: str) -> str | None:
     """
     try:
         config = (source.path / "config.json").read_bytes()
-        files = [] if quant == "check" else _stamps(source.path, needed=any(word in config for word in _QUANTIZED))
+        is_quantized = any(word in config for word in _QUANTIZED) or (source.path / MODELOPT_FILE).is_file()
+        files = [] if quant == "check" else _stamps(source.path, needed=is_quantized)
         facts = [hashlib.sha256(config).hexdigest(), quant, files, SPEC_VERSION, library_versions()]
     except (OSError, ModelError):  # describing the model reports the error
         return None

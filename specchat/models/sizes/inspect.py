@@ -6,7 +6,8 @@ import torch
 
 from specchat.errors import ModelError
 from specchat.models.checkpoint.dtypes import STORED_DTYPES, short_name
-from specchat.models.checkpoint.safetensors import Checkpoint, open_checkpoint
+from specchat.models.checkpoint.safetensors import Checkpoint
+from specchat.models.gguf.tensors import open_tensors
 from specchat.models.hf.config import load_config, max_positions, mlp_size, tiny_config
 from specchat.models.hf.config_values import why_not_built
 from specchat.models.hf.kv_shapes import record_kv_shapes
@@ -113,7 +114,7 @@ def _param_size(parameter: torch.Tensor, is_segment: bool) -> ParamSize:
 def _checkpoint_here(source: ModelSource) -> Checkpoint | None:
     """Return the opened checkpoint; None if not all weights are here, as before a download."""
     try:
-        return open_checkpoint(source.path)
+        return open_tensors(source.path)
     except ModelError:  # loading the model reports the error
         return None
 

@@ -1,7 +1,7 @@
 """Pre-quantized checkpoints: how each matrix of the model is stored, and how its segments are filled."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -12,7 +12,7 @@ from specchat.errors import CorruptCheckpointError, UnsupportedModelError
 from specchat.models.checkpoint.dtypes import stored_torch_dtype
 from specchat.models.checkpoint.reader import TensorReader
 from specchat.models.checkpoint.safetensors import Checkpoint, TensorInfo
-from specchat.models.hf.conversion import locate_modules
+from specchat.models.hf.conversion import ModulePlace, locate_modules
 from specchat.models.hf.matrices import find_matrices
 from specchat.models.hf.skeleton import Skeleton
 from specchat.models.quant.formats.base import WeightFormat
@@ -23,7 +23,9 @@ from specchat.models.quant.schemes.base import CheckpointScheme
 
 _VERSION = 1  # of the transcoded bytes
 # A module's path, and the names of the tensors that quantizers store for its matrix. A norm has a "weight" too.
-_TENSOR = re.compile(r"(.+)\.(qweight|qzeros|scales|g_idx|SCB|weight(?:[._].*)?|(?:input|output|activation)_\w+)")
+_TENSOR = re.compile(
+    r"(.+)\.(qweight|qzeros|blocks|scales|g_idx|SCB|weight(?:[._].*)?|pre_quant_scale|(?:input|output|activation)_\w+)"
+)
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,9 @@ class CheckpointRecipe:
         tensors = _by_module(checkpoint)
         matrices = {matrix.path: matrix for matrix in find_matrices(skeleton)}
         shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.model.state_dict().items()}
-        for module, place in locate_modules(skeleton, tensors).items():
+        places = locate_modules(skeleton, tensors)
+        places |= {module: place for module in tensors if (place := _in_stack(module, matrices)) is not None}
+        for module, place in places.items():
             matrix = matrices.get(place.path)
             shape = matrix.shape if matrix else shapes.get(f"{place.path}.weight", ())
             if len(shape) == 2:
@@ -119,13 +123,32 @@ class CheckpointRecipe:
             name: prefix of the matrix in `views`.
             views: memory of the segments (CPU), by full name.
         """
+        for path, stored in self._segments_of(matrix, name):
+            names = [segment.name for segment in stored.part.format.segments(*stored.shape)]
+            self._fill_part(reader, stored, {each: views[f"{path}.{each}"] for each in names})
+
+    def places(self, matrix: Matrix, name: str) -> dict[str, TensorInfo] | None:
+        """Return where the segments of a matrix are stored, by full name; None if they must be transcoded.
+
+        Args:
+            matrix: matrix that has been replaced.
+            name: prefix of the segments' names.
+        """
+        found: dict[str, TensorInfo] = {}
+        for path, stored in self._segments_of(matrix, name):
+            verbatim = {} if stored.format is None else stored.format.verbatim
+            if not verbatim:
+                return None
+            found |= {f"{path}.{segment}": stored.tensors[tensor] for segment, tensor in verbatim.items()}
+        return found
+
+    def _segments_of(self, matrix: Matrix, name: str) -> Iterator[tuple[str, _Stored]]:
+        """Yield the stored matrices that make up a replaced one, each with the prefix of its segments' names."""
         for expert in range(max(matrix.num_experts, 1)):
             path = f"{name}.{expert}" if matrix.num_experts else name
             parts = self._parts_of(matrix.path, expert)
             for index, stored in enumerate(parts):
-                own_path = f"{path}.{index}" if len(parts) > 1 else path
-                names = [segment.name for segment in stored.part.format.segments(*stored.shape)]
-                self._fill_part(reader, stored, {each: views[f"{own_path}.{each}"] for each in names})
+                yield f"{path}.{index}" if len(parts) > 1 else path, stored
 
     def unpacked(self, prefix: str) -> list[str]:
         """Return the parameters below a path that are plain in the model but quantized in the checkpoint."""
@@ -166,6 +189,13 @@ class CheckpointRecipe:
         for path in self._unpacked:
             if not path.startswith(f"{skeleton.layers_name}."):
                 raise UnsupportedModelError(f"'{path}' is quantized, which specchat does not read outside the layers")
+
+
+def _in_stack(module: str, matrices: Mapping[str, Matrix]) -> ModulePlace | None:
+    """Return the place of one expert of a stack, whose module is named by the model's parameter and an index."""
+    path, _, expert = module.rpartition(".")
+    is_expert = expert.isdecimal() and path in matrices and matrices[path].num_experts
+    return ModulePlace(path, int(expert)) if is_expert else None
 
 
 def _by_module(checkpoint: Checkpoint) -> dict[str, dict[str, TensorInfo]]:

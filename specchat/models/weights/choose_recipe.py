@@ -1,10 +1,13 @@
 """The choice of a recipe: the checkpoint's own quantization, or else the requested one."""
 
+from typing import Any
+
 from specchat.errors import UsageError
-from specchat.models.checkpoint.json_file import read_json
-from specchat.models.checkpoint.safetensors import Checkpoint, open_checkpoint
+from specchat.models.checkpoint.json_file import MODELOPT_FILE, read_json
+from specchat.models.checkpoint.safetensors import Checkpoint
+from specchat.models.gguf.tensors import open_tensors
 from specchat.models.hf.skeleton import Skeleton
-from specchat.models.quant.schemes.registry import scheme_of
+from specchat.models.quant.schemes.registry import CONFIG_KEYS, scheme_of
 from specchat.models.weights.checkpoint_recipe import CheckpointRecipe
 from specchat.models.weights.recipe import QuantizeRecipe, recipe_for
 from specchat.records.model import ModelSource
@@ -19,7 +22,19 @@ def is_prequantized(source: ModelSource) -> bool:
         UnsupportedModelError: a quantization that specchat does not read.
         CorruptCheckpointError: a configuration that contradicts itself.
     """
-    return scheme_of(read_json(source.path / "config.json")) is not None
+    return scheme_of(_config(source)) is not None
+
+
+def _config(source: ModelSource) -> dict[str, Any]:
+    """Return config.json, with the quantization that older exports of modelopt describe in a file of their own."""
+    config, own = read_json(source.path / "config.json"), source.path / MODELOPT_FILE
+    if any(key in config for key in CONFIG_KEYS) or not own.is_file():
+        return config
+    described = read_json(own).get("quantization")
+    return {
+        **config,
+        CONFIG_KEYS[0]: {**(described if isinstance(described, dict) else {}), "quant_method": "modelopt"},
+    }
 
 
 def choose_recipe(
@@ -38,11 +53,11 @@ def choose_recipe(
         UnsupportedModelError: a quantization that specchat does not read.
         CorruptCheckpointError: quantized tensors that contradict their description.
     """
-    scheme = scheme_of(read_json(source.path / "config.json"))
+    scheme = scheme_of(_config(source))
     if scheme is None:
         return recipe_for(quant)
     if quant not in {_AS_STORED, scheme.name}:
         raise UsageError(
             f"{source.name} is pre-quantized ({scheme.name}) and cannot be quantized again", hint="leave out --quant"
         )
-    return CheckpointRecipe(scheme, skeleton, open_checkpoint(source.path) if checkpoint is None else checkpoint)
+    return CheckpointRecipe(scheme, skeleton, open_tensors(source.path) if checkpoint is None else checkpoint)

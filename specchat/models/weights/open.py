@@ -5,7 +5,8 @@ from functools import partial
 
 from specchat.closing import Closeable
 from specchat.models.checkpoint.dtypes import torch_dtype
-from specchat.models.checkpoint.safetensors import Checkpoint, open_checkpoint
+from specchat.models.checkpoint.safetensors import Checkpoint
+from specchat.models.gguf.tensors import open_tensors
 from specchat.models.hf.attention import AttentionFunction
 from specchat.models.hf.config import load_config
 from specchat.models.hf.config_values import why_not_built
@@ -65,7 +66,7 @@ def open_weights(
         UnsupportedModelError: an architecture or quantization that specchat does not read.
         UsageError: a pre-quantized model with another quantization requested.
     """
-    config, checkpoint = load_config(source.path), open_checkpoint(source.path)
+    config, checkpoint = load_config(source.path), open_tensors(source.path)
     build = partial(build_skeleton, dtype=torch_dtype(dtype), attention=attention)
     with refusing(config.model_type, why_not_built(config)):
         skeleton, checkpoint = match_checkpoint(config, checkpoint, build)

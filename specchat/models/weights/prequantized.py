@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from specchat.models.checkpoint.reader import TensorReader
-from specchat.models.checkpoint.safetensors import Checkpoint
+from specchat.models.checkpoint.safetensors import Checkpoint, TensorInfo
 from specchat.models.hf.skeleton import Skeleton
 from specchat.models.quant.modules import Matrix, segment_names
 from specchat.models.weights.checkpoint_recipe import CheckpointRecipe
@@ -55,6 +55,18 @@ class PrequantizedFiller:
         prefix = self._prefix(layer)
         for name in self._recipe.unpacked(prefix):
             self._recipe.read_dequantized(self._tensors, prefix + name, views[name])
+
+    def places(self, layer: int) -> dict[str, TensorInfo] | None:
+        """Return the places of a layer's segments; None if one of its matrices must be transcoded."""
+        found: dict[str, TensorInfo] = {}
+        if self._recipe.unpacked(self._prefix(layer)):
+            return None
+        for name, matrix in self._matrices[layer].items():
+            places = self._recipe.places(matrix, name)
+            if places is None:
+                return None
+            found |= places
+        return found
 
     def rest_keys(self, rest: Mapping[str, str]) -> list[str]:
         """Return all keys outside the layers; the reader's checkpoint has no keys of a quantized head."""

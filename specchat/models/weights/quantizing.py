@@ -69,6 +69,9 @@ class QuantizingFiller:
         self._quantize(self._head.path, self._head, reader.read(key), segments)
         return segments
 
+    def places(self, _: int) -> None:
+        """Return None: matrices are quantized when they are read."""
+
     def close(self) -> None:
         """Do nothing: the reader owns all files."""
 

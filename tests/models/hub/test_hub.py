@@ -317,7 +317,7 @@ def test_a_private_repository_is_an_error(hub, monkeypatch):
     ("files", "kind", "words"),
     [
         ({"config.json": b"{}", "pytorch_model.bin": b"x"}, PickledCheckpointError, "pickles"),
-        ({"config.json": b"{}", "x.Q4_K_M.gguf": b"x"}, ModelNotFoundError, "no weights"),
+        ({"config.json": b"{}", "mmproj-F16.gguf": b"x"}, ModelNotFoundError, "no weights"),
         ({"params.json": b"{}", "consolidated.safetensors": b"x"}, ModelNotFoundError, "no weights"),
         ({"model.safetensors": b"x"}, ModelNotFoundError, "config.json"),
         ({}, ModelNotFoundError, "no weights"),

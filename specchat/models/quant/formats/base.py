@@ -8,6 +8,7 @@ A new format is one file: a subclass of `WeightFormat`, and a `CheckpointScheme`
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -32,9 +33,12 @@ class WeightFormat(ABC):
 
     Attributes:
         name: short name for users, such as "int8", "nf4" or "affine4".
+        verbatim: segments that are the bytes of a tensor in a checkpoint, with the tensor's name after the module's
+            path; empty if segments differ from what checkpoints store.
     """
 
     name: ClassVar[str]
+    verbatim: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
     def segments(self, rows: int, cols: int) -> tuple[Segment, ...]:

@@ -1,4 +1,4 @@
-"""compressed-tensors checkpoints: int4 and int8 packed into words, plain int8 and FP8; by groups, rows or blocks.
+"""compressed-tensors checkpoints: int4 and int8 packed into words, plain int8, FP8 and FP4; by groups, rows or blocks.
 
 specchat reads quantized weights only: activations stay in full precision, whatever the file says about them.
 
@@ -17,8 +17,10 @@ from specchat.models.checkpoint.dtypes import stored_torch_dtype
 from specchat.models.checkpoint.safetensors import TensorInfo
 from specchat.models.quant.formats.affine import MIDDLE, Affine, num_groups, unpack_nibbles
 from specchat.models.quant.formats.base import WeightFormat
+from specchat.models.quant.formats.fp4 import MxFp4, NvFp4
 from specchat.models.quant.formats.fp8 import Fp8
 from specchat.models.quant.kernels.chunked import Segments
+from specchat.models.quant.schemes.fp4 import fill_fp4, packed_fp4
 from specchat.models.quant.schemes.gptq import copy_codes, group_order, signed
 from specchat.models.quant.schemes.settings import (
     FLOATS,
@@ -33,8 +35,18 @@ from specchat.models.quant.schemes.settings import (
 )
 
 _ROWS = 1024  # rows transcoded at a time
-_FORMATS = {"pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense"}
-_STRATEGIES = {"tensor", "channel", "group", "block"}
+_FORMATS = {
+    "pack-quantized",
+    "int-quantized",
+    "float-quantized",
+    "naive-quantized",
+    "mixed-precision",
+    "dense",
+    "mxfp4-pack-quantized",
+    "nvfp4-pack-quantized",
+}
+_STRATEGIES = {"tensor", "channel", "group", "tensor_group", "block"}
+_WHOLE = "weight_global_scale"  # of NVFP4
 
 
 @dataclass(frozen=True)
@@ -57,15 +69,22 @@ class _Numbers:
     cols: int | None
     act_order: bool
 
+    @property
+    def is_fp4(self) -> bool:
+        """Whether the weights are MXFP4 or NVFP4."""
+        return self.kind == "float" and self.bits == 4
+
     @classmethod
     def of(cls, weights: SchemeSettings) -> "_Numbers":
         kind, bits = weights.text("type", "int"), weights.integer("num_bits", 8)
-        if (kind, bits) not in {("int", 4), ("int", 8), ("float", 8)}:
+        if (kind, bits) not in {("int", 4), ("int", 8), ("float", 8), ("float", 4)}:
             refuse(f"compressed-tensors in {bits}-bit {kind} values")
         symmetric = weights.flag("symmetric", True)
         if kind == "float" and not symmetric:
-            refuse("compressed-tensors in FP8 with zero points")
+            refuse("compressed-tensors in floats with zero points")
         rows, cols = _extent(weights)
+        if kind == "float" and bits == 4 and cols not in (MxFp4.group, NvFp4.group):
+            refuse(f"compressed-tensors in 4-bit floats with scales for {cols} columns")
         if rows is not None and rows != 1 and kind == "int":
             refuse("compressed-tensors in blocks of integers")
         return cls("int" if kind == "int" else "float", bits, symmetric, rows, cols, _act_order(weights))
@@ -81,7 +100,8 @@ def _extent(weights: SchemeSettings) -> tuple[int | None, int | None]:
     """Return the numbers of rows and columns that share a scale; None for all."""
     group = weights.group_size()
     strategy = weights.text("strategy", "group" if group else "channel" if weights.has("group_size") else "tensor")
-    if strategy not in _STRATEGIES:
+    is_fp4 = (weights.text("type", "int"), weights.integer("num_bits", 8)) == ("float", 4)
+    if strategy not in _STRATEGIES or (strategy == "tensor_group" and not is_fp4):
         refuse(f"compressed-tensors by {strategy}")
     if strategy == "group" and group is None:
         weights.fail("group_size", None, "a number of columns")
@@ -90,7 +110,8 @@ def _extent(weights: SchemeSettings) -> tuple[int | None, int | None]:
         if block is None:
             weights.fail("block_structure", None, "rows and columns of a block")
         return block[0], block[1]
-    return {"tensor": (None, None), "channel": (1, None), "group": (1, group)}[strategy]
+    extents = {"tensor": (None, None), "channel": (1, None), "group": (1, group), "tensor_group": (1, group)}
+    return extents[strategy]
 
 
 @dataclass(frozen=True)
@@ -135,7 +156,7 @@ class CompressedScheme:
     @property
     def name(self) -> str:
         """Name for users."""
-        kinds = {f"int{numbers.bits}" if numbers.kind == "int" else "fp8" for _, numbers in self.groups}
+        kinds = {f"{'int' if numbers.kind == 'int' else 'fp'}{numbers.bits}" for _, numbers in self.groups}
         return f"compressed-tensors {' + '.join(sorted(kinds))}"
 
     def format_of(self, module: str, shape: tuple[int, int], tensors: Mapping[str, TensorInfo]) -> WeightFormat | None:
@@ -143,6 +164,9 @@ class CompressedScheme:
         if is_plain(module, shape, tensors):
             return None
         own = self._own(module)
+        if own.is_fp4:
+            whole = None if own.cols == MxFp4.group else _WHOLE
+            return packed_fp4(module, shape, tensors, "weight_packed", whole, divides=True)
         scale_shapes = _scale_shapes(own, shape)
         dtype = stored_torch_dtype(expect(module, tensors, "weight_scale", FLOATS, *scale_shapes).dtype)
         if own.kind == "float":
@@ -166,6 +190,9 @@ class CompressedScheme:
     def transcode(self, module: str, shape: tuple[int, int], tensors: Mapping[str, Tensor], segments: Segments) -> None:
         """Fill the segments of one matrix; see `CheckpointScheme`."""
         own = self._own(module)
+        if own.is_fp4:
+            fill_fp4(module, tensors, segments, "weight_packed", None if own.cols == MxFp4.group else _WHOLE)
+            return
         scales = tensors["weight_scale"]
         if own.kind == "float":
             check_fp8(module, tensors["weight"])

@@ -7,17 +7,22 @@ from specchat.models.quant.schemes.awq import AwqScheme
 from specchat.models.quant.schemes.base import CheckpointScheme
 from specchat.models.quant.schemes.bnb import BnbScheme
 from specchat.models.quant.schemes.compressed_tensors import CompressedScheme
+from specchat.models.quant.schemes.fp4 import GptOssScheme, ModeloptScheme
 from specchat.models.quant.schemes.fp8 import BlockFp8Scheme
+from specchat.models.quant.schemes.gguf import GgufScheme
 from specchat.models.quant.schemes.gptq import GptqScheme
 from specchat.models.quant.schemes.settings import SchemeSettings, refuse
 
-_KEYS = ("quantization_config", "compression_config")  # the second is the older name that compressed-tensors used
+CONFIG_KEYS = ("quantization_config", "compression_config")  # the second is the older name that compressed-tensors used
 _SCHEMES: dict[str, Callable[[SchemeSettings], CheckpointScheme]] = {
     "gptq": GptqScheme.of,
     "awq": AwqScheme.of,
     "bitsandbytes": BnbScheme.of,
     "compressed-tensors": CompressedScheme.of,
     "fp8": BlockFp8Scheme.of,
+    "mxfp4": GptOssScheme.of,
+    "modelopt": ModeloptScheme.of,
+    "gguf": GgufScheme.of,  # in the folder that stands for a GGUF file
 }
 
 
@@ -33,7 +38,7 @@ def scheme_of(config: Mapping[str, Any]) -> CheckpointScheme | None:
     """
     root = SchemeSettings(config, "")
     for part in (root, root.child("text_config")):  # multimodal models describe it at the top, or with their text half
-        found = [part.child(key) for key in _KEYS] if part is not None else []
+        found = [part.child(key) for key in CONFIG_KEYS] if part is not None else []
         for settings in found:
             if settings is not None:
                 return _scheme(settings)

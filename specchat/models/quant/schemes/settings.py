@@ -127,7 +127,7 @@ def refuse(what: str) -> NoReturn:
     """
     raise UnsupportedModelError(
         f"quantized with {what}, which specchat does not read",
-        hint="use bitsandbytes, GPTQ or AWQ (4 bits; GPTQ also 8), compressed-tensors int4, int8 or FP8, or block FP8; "
+        hint="use bitsandbytes, GPTQ or AWQ (4 bits; GPTQ also 8), compressed-tensors, block FP8, MXFP4 or NVFP4; "
         "or use the original model with --quant int4",
     )
 

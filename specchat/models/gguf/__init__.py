@@ -1,0 +1,1 @@
+"""GGUF files as models: configuration, tokenizer and tensors, made from the metadata by own tables."""

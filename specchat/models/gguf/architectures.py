@@ -1,0 +1,312 @@
+"""Architectures of GGUF files: names of tensors, changes of their values, and values of the configuration.
+
+An architecture that is missing here is refused by name. Names and changes are those of llama.cpp's converter.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from specchat.errors import UnsupportedModelError
+from specchat.models.checkpoint.gguf import GgufFile
+from specchat.models.gguf.metadata import Metadata
+
+# Modules within a layer: names in GGUF files -> names in checkpoints of transformers.
+_LLAMA: Mapping[str, str] = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_EXPERTS: Mapping[str, str] = {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.*.gate_proj",
+    "ffn_up_exps": "mlp.experts.*.up_proj",
+    "ffn_down_exps": "mlp.experts.*.down_proj",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+}
+_MIXTRAL: Mapping[str, str] = {
+    "ffn_gate_inp": "block_sparse_moe.gate",
+    "ffn_gate_exps": "block_sparse_moe.experts.*.w1",
+    "ffn_up_exps": "block_sparse_moe.experts.*.w3",
+    "ffn_down_exps": "block_sparse_moe.experts.*.w2",
+}
+_FOUR_NORMS: Mapping[str, str] = {
+    **_LLAMA,
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_NORMS_AFTER: Mapping[str, str] = {
+    **{stem: name for stem, name in _LLAMA.items() if stem not in {"attn_norm", "ffn_norm"}},
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_GLM4: Mapping[str, str] = {
+    **_LLAMA,
+    "post_attention_norm": "post_self_attn_layernorm",
+    "post_ffw_norm": "post_mlp_layernorm",
+    "ffn_up": "mlp.gate_up_proj",
+}
+_PHI3: Mapping[str, str] = {**_LLAMA, "attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
+_SEED: Mapping[str, str] = {
+    **{stem: name for stem, name in _LLAMA.items() if stem != "ffn_norm"},
+    "post_attention_norm": "post_attention_layernorm",
+}
+_HUNYUAN: Mapping[str, str] = {
+    **_LLAMA,
+    "attn_q_norm": "self_attn.query_layernorm",
+    "attn_k_norm": "self_attn.key_layernorm",
+}
+# A key with a leaf stands for one tensor; an empty name means that another tensor of the table includes it.
+_GPT_OSS: Mapping[str, str] = {
+    **{stem: name for stem, name in _LLAMA.items() if not stem.startswith("ffn")},
+    "post_attention_norm": "post_attention_layernorm",
+    "attn_sinks.weight": "self_attn.sinks",
+    "ffn_gate_inp": "mlp.router",
+    "ffn_gate_exps.weight": "mlp.experts.gate_up_proj.*.weight_even",
+    "ffn_up_exps.weight": "mlp.experts.gate_up_proj.*.weight_odd",
+    "ffn_gate_exps.bias": "mlp.experts.gate_up_proj_bias",
+    "ffn_up_exps.bias": "",
+    "ffn_down_exps.weight": "mlp.experts.down_proj.*.weight",
+    "ffn_down_exps.bias": "mlp.experts.down_proj_bias",
+}
+# Outside the layers.
+_REST: Mapping[str, str] = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+# Tensors that the configuration is made from.
+_IN_CONFIG = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
+
+Extra = Callable[[Metadata], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How llama.cpp's converter stores one architecture.
+
+    Attributes:
+        model_type: model type of transformers.
+        names: modules within a layer, GGUF's name -> name in checkpoints; "*" stands for the index of an expert.
+        interleaves: whether the two halves of each head's rows of q and k are interleaved.
+        adds_one: whether 1 has been added to the weights of norms.
+        fixed: values of the configuration that no file states.
+        extra: further values of the configuration.
+    """
+
+    model_type: str
+    names: Mapping[str, str] = field(default_factory=lambda: _LLAMA)
+    interleaves: bool = False
+    adds_one: bool = False
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    extra: Extra = lambda _: {}
+
+    def rename(self, name: str) -> tuple[int | None, str] | None:
+        """Return the layer of a tensor, None outside the layers, and its name in checkpoints; None if it is unknown.
+
+        The name of a tensor in a layer begins after the layer's index. An empty name means that another tensor
+        includes it.
+        """
+        is_in_layer = name.startswith("blk.")
+        index, _, rest = name.removeprefix("blk.").partition(".") if is_in_layer else ("", "", name)
+        stem, _, leaf = rest.rpartition(".")
+        names = self.names if is_in_layer else _REST
+        if (is_in_layer and not index.isdecimal()) or leaf not in ("weight", "bias"):
+            return None
+        full = names[rest] if rest in names else f"{names[stem]}.{leaf}" if stem in names else None
+        return None if full is None else ((int(index) if is_in_layer else None), full)
+
+
+def is_in_config(name: str) -> bool:
+    """Return whether a tensor only serves to make the configuration."""
+    return name in _IN_CONFIG
+
+
+def architecture_of(file: GgufFile) -> Architecture:
+    """Return the architecture of a file.
+
+    Raises:
+        UnsupportedModelError: specchat does not know the architecture.
+    """
+    name = file.architecture
+    if name == "llama" and file.metadata.get("llama.expert_count"):
+        return _MIXTRAL_ARCHITECTURE
+    if name == "olmo2" and "olmo2.attention.sliding_window" in file.metadata:
+        return _OLMO3
+    if name not in ARCHITECTURES:
+        raise UnsupportedModelError(
+            f"{file.files[0]} has the architecture '{name}', which specchat does not read from GGUF files",
+            hint=f"use the model in safetensors, or one of: {', '.join(sorted(ARCHITECTURES))}",
+        )
+    return ARCHITECTURES[name]
+
+
+# --- values of the configuration -----------------------------------------------------------------------------------
+
+
+def _attention_bias(metadata: Metadata) -> dict[str, Any]:
+    return {"attention_bias": "blk.0.attn_q.bias" in metadata.file.tensors}
+
+
+def _experts(metadata: Metadata) -> dict[str, Any]:
+    return {
+        "num_experts": metadata.integer("expert_count"),
+        "num_experts_per_tok": metadata.integer("expert_used_count"),
+        "moe_intermediate_size": metadata.integer("expert_feed_forward_length"),
+    }
+
+
+def _shared_expert(metadata: Metadata) -> dict[str, Any]:
+    shared = metadata.integer("expert_shared_feed_forward_length", 0)
+    stored = metadata.file.tensors.get("blk.0.ffn_up_shexp.weight")
+    return _experts(metadata) | {
+        "shared_expert_intermediate_size": shared or (0 if stored is None else stored.shape[0])
+    }
+
+
+def _mixtral(metadata: Metadata) -> dict[str, Any]:
+    return {
+        "num_local_experts": metadata.integer("expert_count"),
+        "num_experts_per_tok": metadata.integer("expert_used_count"),
+    }
+
+
+def _gpt_oss(metadata: Metadata) -> dict[str, Any]:
+    return _mixtral(metadata) | {
+        "intermediate_size": metadata.integer("expert_feed_forward_length"),
+        "sliding_window": metadata.integer("attention.sliding_window"),
+        "layer_types": _layer_types(metadata, 2),
+    }
+
+
+def _gemma2(metadata: Metadata) -> dict[str, Any]:
+    # As in llama.cpp, the 27B model is known by its number of layers: its attention is scaled by its width.
+    is_27b = metadata.integer("block_count") == 46
+    return {
+        "sliding_window": metadata.integer("attention.sliding_window"),
+        "attn_logit_softcapping": metadata.number("attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": metadata.number("final_logit_softcapping", 30.0),
+        "query_pre_attn_scalar": _width_per_head(metadata) if is_27b else _head_dim(metadata),
+    }
+
+
+def _gemma3(metadata: Metadata) -> dict[str, Any]:
+    is_27b = metadata.integer("block_count") == 62
+    return {
+        "sliding_window": metadata.integer("attention.sliding_window"),
+        "query_pre_attn_scalar": _width_per_head(metadata) if is_27b else _head_dim(metadata),
+        "layer_types": _layer_types(metadata, 6),
+        "final_logit_softcapping": metadata.number("final_logit_softcapping")
+        if metadata.has("final_logit_softcapping")
+        else None,
+    }
+
+
+def _layer_types(metadata: Metadata, default_period: int) -> list[str]:
+    """Return the kind of each layer; without a pattern in the file, the last layer of each period is a full one."""
+    pattern = metadata.flags("attention.sliding_window_pattern")
+    if pattern is None:
+        period = metadata.integer("attention.sliding_window_pattern", default_period) or 1
+        pattern = [(layer + 1) % period != 0 for layer in range(metadata.integer("block_count"))]
+    return ["sliding_attention" if slides else "full_attention" for slides in pattern]
+
+
+def _olmo3(metadata: Metadata) -> dict[str, Any]:
+    window = metadata.integer("attention.sliding_window")
+    return _attention_bias(metadata) | {"sliding_window": window, "layer_types": _layer_types(metadata, 4)}
+
+
+def _exaone4(metadata: Metadata) -> dict[str, Any]:
+    window = metadata.integer("attention.sliding_window", 0)
+    if not window:
+        kinds = ["full_attention"] * metadata.integer("block_count")
+        return {"sliding_window": None, "layer_types": kinds}
+    return {"sliding_window": window, "layer_types": _layer_types(metadata, 4)}
+
+
+def _cohere2(metadata: Metadata) -> dict[str, Any]:
+    return _attention_bias(metadata) | {
+        "sliding_window": metadata.integer("attention.sliding_window"),
+        "layer_types": _layer_types(metadata, 4),
+        "layer_norm_eps": metadata.number("attention.layer_norm_epsilon", 1e-5),
+        "logit_scale": metadata.number("logit_scale", 1.0),
+    }
+
+
+def _granite(metadata: Metadata) -> dict[str, Any]:
+    return _attention_bias(metadata) | {
+        "embedding_multiplier": metadata.number("embedding_scale", 1.0),
+        "residual_multiplier": metadata.number("residual_scale", 1.0),
+        "attention_multiplier": metadata.number("attention.scale", 1.0),
+        "logits_scaling": metadata.number("logit_scale", 1.0),
+    }
+
+
+def _partial_rotary(metadata: Metadata) -> dict[str, Any]:
+    head_dim = _head_dim(metadata)
+    return {"partial_rotary_factor": metadata.integer("rope.dimension_count", head_dim) / head_dim}
+
+
+def _glm4(metadata: Metadata) -> dict[str, Any]:
+    return _attention_bias(metadata) | _partial_rotary(metadata)
+
+
+def _phi3(metadata: Metadata) -> dict[str, Any]:
+    window = metadata.integer("attention.sliding_window", 0)
+    return _partial_rotary(metadata) | {
+        "sliding_window": window or None,
+        "original_max_position_embeddings": metadata.integer(
+            "rope.scaling.original_context_length", metadata.integer("context_length")
+        ),
+    }
+
+
+def _seed_oss(metadata: Metadata) -> dict[str, Any]:
+    return _attention_bias(metadata) | {"attention_out_bias": "blk.0.attn_output.bias" in metadata.file.tensors}
+
+
+def _ernie4_5(metadata: Metadata) -> dict[str, Any]:
+    return {"use_bias": "blk.0.attn_q.bias" in metadata.file.tensors}
+
+
+def _head_dim(metadata: Metadata) -> int:
+    return metadata.integer("attention.key_length", _width_per_head(metadata))
+
+
+def _width_per_head(metadata: Metadata) -> int:
+    return metadata.integer("embedding_length") // max(metadata.integer("attention.head_count"), 1)
+
+
+_MIXTRAL_ARCHITECTURE = Architecture("mixtral", {**_LLAMA, **_MIXTRAL}, interleaves=True, extra=_mixtral)
+_OLMO3 = Architecture("olmo3", _NORMS_AFTER, extra=_olmo3)
+_GELU = {"hidden_activation": "gelu_pytorch_tanh"}
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "llama": Architecture("llama", interleaves=True, extra=_attention_bias),
+    "qwen2": Architecture("qwen2"),
+    "qwen3": Architecture("qwen3", extra=_attention_bias),
+    "qwen2moe": Architecture(
+        "qwen2_moe", {**_LLAMA, **_EXPERTS}, fixed={"norm_topk_prob": False}, extra=_shared_expert
+    ),
+    "qwen3moe": Architecture("qwen3_moe", {**_LLAMA, **_EXPERTS}, fixed={"norm_topk_prob": True}, extra=_experts),
+    "gemma2": Architecture("gemma2", _FOUR_NORMS, adds_one=True, fixed=_GELU, extra=_gemma2),
+    "gemma3": Architecture("gemma3_text", _FOUR_NORMS, adds_one=True, fixed=_GELU, extra=_gemma3),
+    "gpt-oss": Architecture("gpt_oss", _GPT_OSS, extra=_gpt_oss),
+    "phi3": Architecture("phi3", _PHI3, extra=_phi3),
+    "glm4": Architecture("glm4", _GLM4, extra=_glm4),
+    "granite": Architecture("granite", interleaves=True, extra=_granite),
+    "smollm3": Architecture("smollm3", interleaves=True, extra=_attention_bias),
+    "olmo2": Architecture("olmo2", _NORMS_AFTER, extra=_attention_bias),
+    "cohere2": Architecture("cohere2", extra=_cohere2),
+    "exaone4": Architecture("exaone4", _NORMS_AFTER, extra=_exaone4),
+    "seed_oss": Architecture("seed_oss", _SEED, extra=_seed_oss),
+    "ernie4_5": Architecture("ernie4_5", extra=_ernie4_5),
+    "hunyuan-dense": Architecture("hunyuan_v1_dense", _HUNYUAN, extra=_attention_bias),
+}

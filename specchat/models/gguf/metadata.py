@@ -1,0 +1,91 @@
+"""Typed access to the metadata of a GGUF file."""
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from specchat.errors import CorruptCheckpointError, UnsupportedModelError
+from specchat.models.checkpoint.gguf import GgufFile
+from specchat.models.checkpoint.json_file import REDOWNLOAD
+
+_LARGEST = 3.4e38  # of float32
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """The values of a file, checked when they are read; `key` is written without the architecture's name.
+
+    Attributes:
+        file: GGUF file.
+    """
+
+    file: GgufFile
+
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """All values by full key."""
+        return self.file.metadata
+
+    def has(self, key: str) -> bool:
+        """Return whether the architecture has a value."""
+        return self._full(key) in self.values
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        """Return a whole number; a list of equal numbers, one per layer, counts as one number."""
+        value = self.values.get(self._full(key), default)
+        if isinstance(value, list) and value and len(set(value)) == 1:
+            value = value[0]
+        if isinstance(value, list):
+            raise UnsupportedModelError(
+                f"{self.file.files[0]} has layers with different values of {self._full(key)}, which specchat does not "
+                "read from GGUF files yet",
+                hint="use the model in safetensors",
+            )
+        if type(value) is not int or value < 0:
+            self.fail(key, value, "a whole number")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """Return a number."""
+        value = self.values.get(self._full(key), default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            self.fail(key, value, "a number")
+        return _shortest(float(value))
+
+    def flags(self, key: str) -> list[bool] | None:
+        """Return a list of flags, one per layer; None if the key is missing or is no list."""
+        value = self.values.get(self._full(key))
+        return [bool(each) for each in value] if isinstance(value, list) else None
+
+    def text(self, key: str) -> str | None:
+        """Return a text; None if it is missing."""
+        value = self.values.get(self._full(key))
+        return value if isinstance(value, str) else None
+
+    def token_id(self, name: str) -> int | None:
+        """Return the id of a special token, such as "eos"; None if the file names none."""
+        value = self.values.get(f"tokenizer.ggml.{name}_token_id")
+        return value if type(value) is int else None
+
+    def fail(self, key: str, value: object, wanted: str) -> NoReturn:
+        """Report an invalid value.
+
+        Raises:
+            CorruptCheckpointError: always.
+        """
+        raise CorruptCheckpointError(
+            f"{self.file.files[0]}: {self._full(key)} is {value!r}, not {wanted}", hint=REDOWNLOAD
+        )
+
+    def _full(self, key: str) -> str:
+        return f"{self.file.architecture}.{key}"
+
+
+def _shortest(value: float) -> float:
+    """Return the shortest decimal that is the same float32: files store 1e-5 as 9.999999747378752e-06."""
+    single = struct.unpack("<f", struct.pack("<f", value))[0] if abs(value) < _LARGEST else value
+    if single != value:
+        return value
+    candidates = (float(f"{value:.{digits}g}") for digits in range(1, 10))
+    return next(each for each in candidates if struct.pack("<f", each) == struct.pack("<f", value))

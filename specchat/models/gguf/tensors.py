@@ -1,0 +1,176 @@
+"""The tensors of a GGUF file as a checkpoint: names of transformers' checkpoints, and values as the model has them.
+
+Matrices of layers and of the head keep their blocks. Everything else is small or only looked up: it is dequantized when
+it is read.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from specchat.errors import CorruptCheckpointError, UnsupportedModelError
+from specchat.models.checkpoint.dtypes import stored_torch_dtype
+from specchat.models.checkpoint.ggml_types import PLAIN_TYPES
+from specchat.models.checkpoint.gguf import GgufFile, GgufTensor, listed_files, open_gguf, read_bytes
+from specchat.models.checkpoint.json_file import REDOWNLOAD
+from specchat.models.checkpoint.safetensors import Checkpoint, TensorInfo, open_checkpoint
+from specchat.models.checkpoint.stacks import unstack_experts
+from specchat.models.gguf.architectures import Architecture, architecture_of, is_in_config
+from specchat.models.gguf.config import num_layers
+from specchat.models.gguf.metadata import Metadata
+from specchat.models.quant.formats.ggml import decode, stored_rows
+
+# Matrices whose values the model needs plain: lookups, and routers, whose rounding would change the experts.
+_PLAIN = (
+    "embed_tokens.weight",
+    "mlp.gate.weight",
+    "mlp.router.weight",
+    "block_sparse_moe.gate.weight",
+    "shared_expert_gate.weight",
+    "_bias",
+)
+
+
+def open_tensors(folder: Path) -> Checkpoint:
+    """Open the tensors of a model's folder: those of the GGUF files that it stands for, or its safetensors files.
+
+    Raises:
+        CorruptCheckpointError: an invalid header.
+        UnsupportedModelError: a tensor that specchat does not know.
+    """
+    files = listed_files(folder)
+    return unstack_experts(open_checkpoint(folder)) if files is None else _open(folder, open_gguf(files[0]))
+
+
+def _open(folder: Path, file: GgufFile) -> Checkpoint:
+    architecture, layers = architecture_of(file), num_layers(Metadata(file))
+    tensors: dict[str, TensorInfo] = {}
+    for tensor in sorted(file.tensors.values(), key=lambda each: (each.file, each.offset)):
+        if is_in_config(tensor.name):
+            continue
+        found = architecture.rename(tensor.name)
+        if found is None:
+            raise UnsupportedModelError(
+                f"tensor '{tensor.name}' in {tensor.file} is not one that specchat knows of '{file.architecture}'",
+                hint="use the model in safetensors",
+            )
+        layer, name = found
+        if not name:  # another tensor includes it
+            continue
+        if layer is None:
+            tensors |= _infos(file, architecture, tensor, name)
+        elif layer < layers:  # later ones only predict further tokens
+            tensors |= _infos(file, architecture, tensor, f"model.layers.{layer}.{name}")
+    return Checkpoint(folder, MappingProxyType(tensors))
+
+
+def _infos(file: GgufFile, architecture: Architecture, tensor: GgufTensor, name: str) -> dict[str, TensorInfo]:
+    if "*" in name:
+        return dict(_experts(tensor, name))
+    if len(tensor.shape) == 2 and not name.endswith(_PLAIN):
+        return {name: _packed(tensor, name, tensor.shape, tensor.offset)}
+    shape = (
+        (1, *tensor.shape) if name.endswith("shared_expert_gate.weight") and len(tensor.shape) == 1 else tensor.shape
+    )
+    adds_one = architecture.adds_one and "norm" in name
+    own = Restore(tensor.type.name, shape, adds_one, _heads(file, architecture, name))
+    restore: Restore | Alternating = own
+    if name.endswith("gate_up_proj_bias"):
+        other = _tensor(file, tensor.name.replace("gate", "up"), tensor)
+        restore = Alternating(own, Restore(other.type.name, shape), other)
+        shape = (*shape[:-1], 2 * shape[-1])
+    return {name: TensorInfo(name, tensor.type.name, shape, tensor.file, tensor.offset, tensor.nbytes, restore)}
+
+
+def _tensor(file: GgufFile, name: str, like: GgufTensor) -> GgufTensor:
+    """Return another tensor, which must have the shape of `like`."""
+    found = file.tensors.get(name)
+    if found is None or found.shape != like.shape:
+        raise CorruptCheckpointError(f"{like.file} has '{like.name}' without an equal '{name}'", hint=REDOWNLOAD)
+    return found
+
+
+def _experts(tensor: GgufTensor, name: str) -> Iterator[tuple[str, TensorInfo]]:
+    """Yield one matrix per expert of a stack [experts, rows, cols]."""
+    if len(tensor.shape) != 3:
+        raise CorruptCheckpointError(f"tensor '{tensor.name}' in {tensor.file} is no stack of experts", hint=REDOWNLOAD)
+    num_experts, *shape = tensor.shape
+    nbytes = tensor.nbytes // max(num_experts, 1)
+    for expert in range(num_experts):
+        key = name.replace("*", str(expert))
+        yield key, _packed(tensor, key, tuple(shape), tensor.offset + expert * nbytes)
+
+
+def _packed(tensor: GgufTensor, key: str, shape: tuple[int, ...], offset: int) -> TensorInfo:
+    """Return a matrix whose blocks stay: plain values with their shape, packed ones as bytes [rows, bytes per row]."""
+    rows, cols = shape
+    width = cols if tensor.type.name in PLAIN_TYPES else tensor.type.row_bytes(cols)
+    return TensorInfo(key, tensor.type.name, (rows, width), tensor.file, offset, rows * tensor.type.row_bytes(cols))
+
+
+def _heads(file: GgufFile, architecture: Architecture, name: str) -> int:
+    """Return the number of heads whose rows are interleaved in a bias; 0 for tensors in order."""
+    if not architecture.interleaves or not name.endswith(("q_proj.bias", "k_proj.bias")):
+        return 0
+    metadata = Metadata(file)
+    heads = metadata.integer("attention.head_count")
+    return heads if name.endswith("q_proj.bias") else metadata.integer("attention.head_count_kv", heads)
+
+
+@dataclass(frozen=True)
+class Restore:
+    """The way from stored bytes to a tensor of the model.
+
+    Attributes:
+        kind: ggml's name of the type.
+        shape: shape in the model.
+        adds_one: whether 1 has been added to the values.
+        heads: number of heads whose two halves are interleaved; 0 for values in order.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    adds_one: bool = False
+    heads: int = 0
+
+    def __call__(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the tensor in `dtype`, given its bytes, uint8 [n]; values are rounded once."""
+        values = self._values(stored, torch.float32 if self.adds_one else dtype)
+        if self.adds_one:
+            values = values - 1
+        if self.heads:
+            values = values[stored_rows(len(values), self.heads, 0, len(values), values.device)]
+        return values.to(dtype)
+
+    def _values(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.kind in PLAIN_TYPES:
+            return stored.view(stored_torch_dtype(self.kind)).view(self.shape).to(dtype)
+        cols = self.shape[-1]
+        rows = math.prod(self.shape) // cols
+        return decode(self.kind, stored.view(rows, -1), torch.empty(rows, cols, dtype=dtype)).view(self.shape)
+
+
+@dataclass(frozen=True)
+class Alternating:
+    """The way from two tensors to one that alternates between their values in the last dimension.
+
+    Attributes:
+        even: way to the values at even places.
+        odd: way to the values at odd places.
+        odd_tensor: second tensor, which is small and is read when the first one is restored.
+    """
+
+    even: Restore
+    odd: Restore
+    odd_tensor: GgufTensor
+
+    def __call__(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the tensor in `dtype`, given the bytes of the first tensor, uint8 [n]."""
+        data = bytearray(read_bytes(self.odd_tensor))
+        odd = self.odd(torch.frombuffer(data, dtype=torch.uint8), dtype)
+        return torch.stack([self.even(stored, dtype), odd], -1).flatten(-2)

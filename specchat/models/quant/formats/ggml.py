@@ -1,0 +1,123 @@
+"""Matrices in the blocks of GGUF files, whose bytes stay as they are in the file."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from specchat.models.checkpoint.dtypes import stored_torch_dtype
+from specchat.models.checkpoint.ggml_types import BLOCK_TYPES, PLAIN_TYPES
+from specchat.models.checkpoint.layout import PIECE_NUMBERS
+from specchat.models.quant.formats.base import Segment, WeightFormat
+from specchat.models.quant.formats.ggml_blocks import DECODERS
+from specchat.models.quant.formats.ggml_codebooks import CODEBOOK_DECODERS
+from specchat.models.quant.kernels.chunked import Segments
+
+_DECODERS = {**DECODERS, **CODEBOOK_DECODERS}
+
+
+@dataclass(frozen=True)
+class Blocks(WeightFormat):
+    """Blocks of one of ggml's types; values are computed in float32 and rounded once.
+
+    Segments: `blocks`, uint8 [rows, bytes per row].
+
+    Attributes:
+        kind: ggml's name of the type; F32, F16 and BF16 are blocks of one value.
+        heads: number of attention heads whose two halves of rows are stored interleaved; 0 for rows in order.
+    """
+
+    name: ClassVar[str] = "ggml"
+    verbatim: ClassVar[Mapping[str, str]] = {"blocks": "weight"}
+
+    kind: str
+    heads: int = 0
+
+    def segments(self, rows: int, cols: int) -> tuple[Segment, ...]:
+        """Return the segment that the class describes."""
+        return (Segment("blocks", (rows, BLOCK_TYPES[self.kind].row_bytes(cols)), torch.uint8),)
+
+    def dequantize(self, segments: Segments, begin: int, end: int, out: Tensor) -> Tensor:
+        """Dequantize rows of W; plain rows of the wanted dtype are a view."""
+        blocks = segments["blocks"]
+        order = stored_rows(blocks.shape[0], self.heads, begin, end, blocks.device) if self.heads else None
+        blocks = blocks[begin:end] if order is None else blocks.index_select(0, order)
+        if self.kind in PLAIN_TYPES:
+            rows = blocks.view(stored_torch_dtype(self.kind))
+            return rows if rows.dtype == out.dtype else out.copy_(rows)
+        return decode(self.kind, blocks, out)
+
+
+@dataclass(frozen=True)
+class AlternatingBlocks(WeightFormat):
+    """Two matrices in blocks whose rows alternate in one: gate and up of gpt-oss.
+
+    Segments: `even` and `odd`, uint8 [rows / 2, bytes per row].
+
+    Attributes:
+        even_kind: ggml's name of the type of the even rows.
+        odd_kind: ggml's name of the type of the odd rows.
+    """
+
+    name: ClassVar[str] = "ggml pairs"
+    verbatim: ClassVar[Mapping[str, str]] = {"even": "weight_even", "odd": "weight_odd"}
+
+    even_kind: str
+    odd_kind: str
+
+    def segments(self, rows: int, cols: int) -> tuple[Segment, ...]:
+        """Return the segments that the class describes."""
+        kinds = (("even", self.even_kind), ("odd", self.odd_kind))
+        return tuple(Segment(name, (rows // 2, BLOCK_TYPES[kind].row_bytes(cols)), torch.uint8) for name, kind in kinds)
+
+    def dequantize(self, segments: Segments, begin: int, end: int, out: Tensor) -> Tensor:
+        """Dequantize rows of W, first the even ones."""
+        for first, name, kind in ((0, "even", self.even_kind), (1, "odd", self.odd_kind)):
+            rows = slice((begin + 1 - first) // 2, (end + 1 - first) // 2)
+            target = out[(begin + first) % 2 :: 2]
+            own = {"blocks": segments[name]}
+            target.copy_(Blocks(kind).dequantize(own, rows.start, rows.stop, torch.empty_like(target)))
+        return out
+
+
+def stored_rows(num_rows: int, heads: int, begin: int, end: int, device: torch.device) -> Tensor:
+    """Return where the rows begin .. end - 1 are stored: within a head, row i of half h is stored as row 2 i + h.
+
+    Args:
+        num_rows: rows of all heads.
+        heads: number of heads.
+        begin: first row.
+        end: row after the last.
+        device: device of the result, int64 [end - begin].
+    """
+    head_rows = num_rows // heads
+    rows = torch.arange(begin, end, device=device)
+    within = rows % head_rows
+    half, index = within // (head_rows // 2), within % (head_rows // 2)
+    return rows - within + 2 * index + half
+
+
+def decode(kind: str, rows: Tensor, out: Tensor) -> Tensor:
+    """Dequantize rows of blocks in pieces that a CPU's cache holds.
+
+    Args:
+        kind: ggml's name of the type; not a plain one.
+        rows: rows of blocks, uint8 [n, bytes per row].
+        out: contiguous memory [n, cols] of any float dtype.
+
+    Returns:
+        `out`, filled.
+    """
+    block, decoder, cols = BLOCK_TYPES[kind], _DECODERS[kind], out.shape[1]
+    step = max(PIECE_NUMBERS[out.device.type] // 2 // cols, 1)
+    is_wide = out.dtype == torch.float32
+    scratch = out if is_wide else torch.empty(min(step, len(out)), cols, device=out.device)
+    for begin in range(0, len(out), step):
+        piece = out[begin : begin + step]
+        values = piece if is_wide else scratch[: len(piece)]
+        decoder(rows[begin : begin + step].reshape(-1, block.nbytes), values.view(-1, block.numbers))
+        if not is_wide:
+            piece.copy_(values)
+    return out

@@ -1,0 +1,73 @@
+"""GGUF files: every matrix in blocks of its own type, which stay as they are in the file."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specchat.models.checkpoint.ggml_types import BLOCK_TYPES, PLAIN_TYPES
+from specchat.models.checkpoint.safetensors import TensorInfo
+from specchat.models.quant.formats.base import WeightFormat
+from specchat.models.quant.formats.ggml import AlternatingBlocks, Blocks
+from specchat.models.quant.kernels.chunked import Segments
+from specchat.models.quant.schemes.settings import SchemeSettings, expect
+
+
+@dataclass(frozen=True)
+class GgufScheme:
+    """Storage of matrices in a GGUF file.
+
+    Attributes:
+        file_type: name of the mixture of types, such as "q4_k_m".
+        q_heads: heads whose halves of rows are interleaved in query matrices; 0 for rows in order.
+        k_heads: heads whose halves of rows are interleaved in key matrices; 0 for rows in order.
+    """
+
+    file_type: str
+    q_heads: int
+    k_heads: int
+
+    @classmethod
+    def of(cls, settings: SchemeSettings) -> "GgufScheme":
+        """Parse the quantization_config that is made from a GGUF file.
+
+        Raises:
+            CorruptCheckpointError: a value is invalid.
+        """
+        return cls(settings.text("file_type", "blocks"), settings.integer("q_heads", 0), settings.integer("k_heads", 0))
+
+    @property
+    def name(self) -> str:
+        """Name for users."""
+        return f"gguf {self.file_type}"
+
+    def format_of(self, module: str, shape: tuple[int, int], tensors: Mapping[str, TensorInfo]) -> WeightFormat | None:
+        """Return the format of one matrix; see `CheckpointScheme`."""
+        rows, cols = shape
+        if "weight_even" in tensors:
+            kinds = (_kind(module, f"weight_{which}", (rows // 2, cols), tensors) for which in ("even", "odd"))
+            return AlternatingBlocks(*kinds)
+        info = tensors.get("weight")
+        if info is None or info.restore is not None:
+            return None
+        return Blocks(_kind(module, "weight", shape, tensors), self._heads(module))
+
+    def transcode(self, module: str, shape: tuple[int, int], tensors: Mapping[str, Tensor], segments: Segments) -> None:
+        """Fill the segments of one matrix; see `CheckpointScheme`."""
+        names = AlternatingBlocks.verbatim if "weight_even" in tensors else Blocks.verbatim
+        for segment, name in names.items():
+            segments[segment].copy_(tensors[name].view(torch.uint8))
+
+    def _heads(self, module: str) -> int:
+        return {"q_proj": self.q_heads, "k_proj": self.k_heads}.get(module.rpartition(".")[2], 0)
+
+
+def _kind(module: str, name: str, shape: tuple[int, int], tensors: Mapping[str, TensorInfo]) -> str:
+    """Return the block type of a tensor, after checking its shape."""
+    info = tensors.get(name)
+    if info is None:
+        return expect(module, tensors, name, ()).dtype
+    (rows, cols), block = shape, BLOCK_TYPES[info.dtype]
+    width = cols if info.dtype in PLAIN_TYPES else cols // block.numbers * block.nbytes
+    return expect(module, tensors, name, (info.dtype,), (rows, width)).dtype

@@ -1,0 +1,226 @@
+"""GGUF files run as the models that they were made from: resident, streamed as they lie, with and without a draft."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from support import reference
+from support.engines import make_plan, random_prompt, write
+from support.gguf_files import dequantized, save_gguf
+from support.loading import load_engine, load_model, prepare
+from support.streamed import silent
+from support.tiny_models import ARCHITECTURES, SPECIAL, VOCAB, WINDOW, perturbed, random_model
+
+from specchat.engine.model import TreeModel
+from specchat.engine.streaming.readers import ShardLayerReader
+from specchat.errors import CorruptCheckpointError, UnsupportedModelError
+from specchat.models.sizes.describe import describe
+from specchat.models.sizes.geometry import weight_bytes
+from specchat.models.weights.open import open_weights
+from specchat.records.generation import Sampling
+from specchat.records.model import ModelSource
+
+NUM_TOKENS = 20
+_BASE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+_LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0 + i / 8 for i in range(8)],
+    "long_factor": [2.0 + i for i in range(8)],
+    "original_max_position_embeddings": 256,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One architecture; `values` change the configuration that the tiny models have elsewhere."""
+
+    name: str
+    config: str
+    values: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def model(self) -> Any:
+        known = dict(reversed((ARCHITECTURES | SPECIAL).values())).get(self.config, {})  # the first of several
+        return random_model(getattr(hf, self.config)(**{**_BASE, **known, **self.values}))
+
+
+GEMMA3 = {"num_hidden_layers": 7, "layer_types": None}
+CASES = [
+    Case("llama", "LlamaConfig"),
+    Case("llama_3", "LlamaConfig", {"rope_parameters": _LLAMA3, "head_dim": 32, "tie_word_embeddings": True}),
+    Case("llama_bias", "LlamaConfig", {"attention_bias": True}),
+    Case("mistral", "MistralConfig", {"sliding_window": None, "head_dim": 32}),
+    Case("mixtral", "MixtralConfig", {"sliding_window": None}),
+    Case("qwen2", "Qwen2Config"),
+    Case("qwen2_yarn", "Qwen2Config", {"rope_parameters": _YARN}),
+    Case("qwen2_moe", "Qwen2MoeConfig"),
+    Case("qwen3", "Qwen3Config", {"tie_word_embeddings": True}),
+    Case("qwen3_moe", "Qwen3MoeConfig", {"norm_topk_prob": True}),
+    Case("gpt_oss", "GptOssConfig", {"layer_types": None}),
+    Case("gemma2", "Gemma2Config"),
+    Case("gemma3", "Gemma3TextConfig", GEMMA3),
+    Case("phi3", "Phi3Config", {"sliding_window": None}),
+    Case("phi3_long", "Phi3Config", {"rope_parameters": _LONG, "original_max_position_embeddings": 256}),
+    Case("glm4", "Glm4Config"),
+    Case(
+        "granite",
+        "GraniteConfig",
+        {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2, "logits_scaling": 2.0},
+    ),
+    Case("smollm3", "SmolLM3Config"),
+    Case("olmo2", "Olmo2Config"),
+    Case("olmo3", "Olmo3Config", {"layer_types": None}),
+    Case("cohere2", "Cohere2Config", {"layer_types": None, "logit_scale": 0.3}),
+    Case("exaone4", "Exaone4Config", {"sliding_window": WINDOW, "sliding_window_pattern": 4}),
+    Case("seed_oss", "SeedOssConfig", {"head_dim": 16, "attention_bias": True, "attention_out_bias": False}),
+    Case("ernie4_5", "Ernie4_5Config", {"head_dim": 16}),
+    Case("hunyuan", "HunYuanDenseV1Config", {"head_dim": 16}),
+]
+
+
+def load(source: ModelSource, resident: tuple[int, ...] | None, dtype: torch.dtype = torch.float32) -> TreeModel:
+    return load_model(source, dtype=dtype, resident=resident, num_slots=1, cache_rows=64, chunk_rows=16)
+
+
+def logits(model: TreeModel, prompt: list[int]) -> torch.Tensor:
+    model.cache.truncate(0, 0)
+    return model.logits(model.append(prompt))
+
+
+def plain_logits(model: Any, prompt: list[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(torch.tensor([prompt])).logits[0]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_scores_and_text_are_those_of_the_model(case: Case, tmp_path: Path):
+    model = case.model()
+    source = save_gguf(model, tmp_path / "x.gguf")
+    prompt = random_prompt(20, VOCAB)
+    expected = plain_logits(model, prompt)
+    resident = load(source, None)
+    ours = logits(resident, prompt)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=2e-4 * float(expected.std()))
+    for stays in ((), (0, 2)):
+        streamed = load(source, stays)
+        assert torch.equal(logits(streamed, prompt), ours)
+        streamed.close()
+    text = reference.generate(model, prompt, Sampling(), NUM_TOKENS)
+    draft = save_gguf(perturbed(model, 0.02), tmp_path / "draft.gguf", "F16")
+    plan = make_plan(source, draft, num_layers=model.config.num_hidden_layers, resident=())
+    with load_engine(plan, source, draft) as engine:
+        tokens, steps = write(engine, prompt, Sampling(), NUM_TOKENS)
+    assert text.first_difference(tokens) is None
+    assert len(steps) < NUM_TOKENS
+
+
+# --- blocks ----------------------------------------------------------------------------------------------------------
+
+WIDE = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32, "num_hidden_layers": 3}
+
+
+def mixed(name: str) -> str:
+    """A type for each matrix, as in real files."""
+    kinds = {"attn_v": "Q8_0", "ffn_down": "Q5_1", "attn_q": "Q5_0", "output.": "Q8_0", "token_embd": "Q4_1"}
+    return next((kind for part, kind in kinds.items() if part in name), "Q4_0")
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "MXFP4", "BF16", "F16", mixed], ids=str)
+@pytest.mark.parametrize("config", ["LlamaConfig", "Qwen3MoeConfig", "Gemma3TextConfig"])
+def test_packed_models_score_as_their_dequantized_twins(kind: Any, config: str, tmp_path: Path):
+    own = {"layer_types": None, "query_pre_attn_scalar": 32}
+    values = own if config.startswith("Gemma") else {"moe_intermediate_size": 64, "norm_topk_prob": True}
+    model = Case("x", config, WIDE | values).model()
+    source = save_gguf(model, tmp_path / "x.gguf", kind)
+    dequantized(model, kind)
+    prompt = random_prompt(20, VOCAB)
+    expected = plain_logits(model, prompt)
+    ours = logits(load(source, None), prompt)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=2e-4 * float(expected.std()))
+    streamed = load(source, (1,))
+    assert torch.equal(logits(streamed, prompt), ours)
+    streamed.close()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("config", ["LlamaConfig", "Gemma2Config", "MixtralConfig"])
+def test_files_are_streamed_as_they_lie(config: str, dtype: Any, tmp_path: Path):
+    model = Case("x", config, WIDE).model()
+    source = save_gguf(model, tmp_path / "x.gguf", "Q4_0")
+    weights = open_weights(source, dtype, "none")
+    assert weights.reader.is_streamable
+    assert prepare(source, dtype, progress=silent, warn=silent) is None
+    for index, layer in enumerate(weights.skeleton.layers):
+        segments = dict(layer.named_parameters())
+        places = weights.reader.places(index)
+        held = weights.reader.held(index)
+        assert places.keys() | held.keys() == segments.keys()
+        assert all(info.nbytes == segments[name].nbytes for name, info in places.items())
+        assert sum(t.nbytes for t in held.values()) < 0.05 * sum(info.nbytes for info in places.values())
+        begins = sorted((info.offset, info.offset + info.nbytes) for info in places.values())
+        assert begins[-1][1] - begins[0][0] < 1.05 * sum(info.nbytes for info in places.values()) + 4096  # one run
+    weights.close()
+
+
+def test_each_pass_reads_the_packed_bytes_of_streamed_layers(tmp_path: Path):
+    source = save_gguf(Case("x", "LlamaConfig", WIDE).model(), tmp_path / "x.gguf", "Q8_0")
+    model = load(source, ())
+    reader = model.streamer._reader
+    assert isinstance(reader, ShardLayerReader)
+    slot = torch.full((reader._layouts[1].nbytes,), 255, dtype=torch.uint8)
+    for task in reader.chunks(1, slot):
+        task()
+    resident = load(source, None).skeleton.layers[1]
+    for name, view in reader._layouts[1].views(slot).items():
+        assert torch.equal(view, resident.get_parameter(name)), name
+    model.close()
+
+
+def test_sizes_are_known_from_the_header(tmp_path: Path):
+    model = Case("x", "Qwen3MoeConfig", WIDE | {"moe_intermediate_size": 64}).model()
+    source = save_gguf(model, tmp_path / "x.gguf", mixed)
+    spec = describe(source)
+    assert spec.quant.startswith("gguf q")
+    assert spec.num_params == sum(p.numel() for p in model.parameters())
+    loaded = load(source, None)
+    in_layers = sum(p.nbytes for layer in loaded.skeleton.layers for p in layer.parameters())
+    others = sum(p.nbytes for p in loaded.skeleton.model.parameters()) - in_layers
+    padding = weight_bytes(spec, "fp32") - in_layers - others
+    assert 0 <= padding < 256 * sum(map(len, spec.layer_params)) + 4096 * spec.num_layers + spec.buffer_bytes
+
+
+def test_unknown_tensors_and_architectures_are_refused_by_name(tmp_path: Path):
+    model = Case("x", "LlamaConfig").model()
+    with pytest.raises(UnsupportedModelError, match="scales its positions by 'magic'") as caught:
+        save_gguf(model, tmp_path / "a.gguf", rope__scaling__type="magic", rope__scaling__factor=2.0)
+    assert caught.value.hint
+    with pytest.raises(CorruptCheckpointError, match="head_count"):
+        save_gguf(model, tmp_path / "b.gguf", attention__head_count="many")

@@ -1,0 +1,256 @@
+"""Tiny models as GGUF files, written as llama.cpp's converter does: names by the gguf package, values changed here.
+
+The name map of the package and the changes below are independent of specchat's own tables.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+
+from specchat.models.catalog.ref import parse_model
+from specchat.models.checkpoint.ggml_types import BLOCK_TYPES
+from specchat.models.locate import look_up
+from specchat.records.model import ModelSource
+
+# transformers' model type -> llama.cpp's architecture
+ARCHES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "mixtral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "gpt_oss": "gpt-oss",
+    "phi3": "phi3",
+    "glm4": "glm4",
+    "granite": "granite",
+    "smollm3": "smollm3",
+    "olmo2": "olmo2",
+    "olmo3": "olmo2",
+    "cohere2": "cohere2",
+    "exaone4": "exaone4",
+    "seed_oss": "seed_oss",
+    "ernie4_5": "ernie4_5",
+    "hunyuan_v1_dense": "hunyuan-dense",
+}
+_INTERLEAVED = {"llama", "granite", "smollm3"}
+_PLUS_ONE = {"gemma2", "gemma3"}
+_SPM = ["<unk>", "<s>", "</s>"]
+
+Kind = Callable[[str], str]
+
+
+def save_gguf(model: Any, file: Path, kind: str | Kind = "F32", **metadata: Any) -> ModelSource:
+    """Write a model and a small tokenizer as a GGUF file, and return it as specchat finds it.
+
+    Args:
+        model: causal LM of transformers.
+        file: path of the file.
+        kind: block type of the matrices, or a function from GGUF's name of a matrix to its type.
+        metadata: further keys, with "__" for dots, after the architecture's name.
+    """
+    config = model.config
+    arch = ARCHES[config.model_type]
+    writer = gguf.GGUFWriter(file, arch)
+    more = {key.replace("__", "."): value for key, value in metadata.items()}
+    for key, value in {**_metadata(config, arch), **more}.items():
+        full = f"{arch}.{key}"
+        writer.add_array(full, value) if isinstance(value, list) else _add(writer, full, value)
+    _add_tokenizer(writer, config.vocab_size)
+    chosen = kind if callable(kind) else lambda _: kind
+    for name, values in tensors(model, arch):
+        is_matrix = values.ndim >= 2 and "gate_inp" not in name and not name.endswith("bias")
+        _add_tensor(writer, name, values, chosen(name) if is_matrix else "F32")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return find(file)
+
+
+def find(path: Path) -> ModelSource:
+    """The model at a path, as the command line finds it."""
+    found = look_up(parse_model(str(path)), offline=True)
+    assert isinstance(found, ModelSource)
+    return found
+
+
+def tensors(model: Any, arch: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and values as llama.cpp's converter writes them."""
+    config = model.config
+    names = gguf.get_tensor_name_map({v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[arch], config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        values = tensor.detach().float().numpy()
+        layer = re.search(r"layers\.(\d+)\.", name)
+        block = f"blk.{layer[1]}." if layer else ""
+        if arch == "gpt-oss" and ".experts." in name:
+            yield from _gpt_oss_experts(block, name, values)
+            continue
+        if name.endswith("experts.gate_up_proj"):
+            gate, up = np.split(values, 2, axis=1)
+            yield f"{block}ffn_gate_exps.weight", gate.copy()
+            yield f"{block}ffn_up_exps.weight", up.copy()
+            continue
+        if name.endswith("experts.down_proj"):
+            yield f"{block}ffn_down_exps.weight", values
+            continue
+        found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert found is not None, name
+        found = found if found.endswith((".weight", ".bias")) else f"{found}.weight"
+        if arch in _INTERLEAVED and re.search(r"attn_[qk]\.", found):
+            heads = config.num_attention_heads if "attn_q." in found else config.num_key_value_heads
+            halves = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
+            values = halves.swapaxes(1, 2).reshape(values.shape)
+        if arch in _PLUS_ONE and "norm" in found:
+            values = values + 1
+        yield found, values[0] if found.endswith("ffn_gate_inp_shexp.weight") else values
+    scaling = config.rope_parameters if arch in ("llama", "phi3") else {}
+    if scaling.get("rope_type") == "llama3":
+        yield "rope_freqs.weight", _llama3(scaling, config.head_dim)
+    if scaling.get("rope_type") == "longrope":
+        for which in ("long", "short"):
+            yield f"rope_factors_{which}.weight", np.array(scaling[f"{which}_factor"], dtype=np.float32)
+
+
+def _gpt_oss_experts(block: str, name: str, values: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Stacks [experts, rows, cols]: gate and up are the even and odd rows of transformers' transposed parameter."""
+    leaf = "bias" if name.endswith("bias") else "weight"
+    values = values if leaf == "bias" else values.swapaxes(1, 2)
+    if "down_proj" in name:
+        yield f"{block}ffn_down_exps.{leaf}", values.copy()
+    else:
+        yield f"{block}ffn_gate_exps.{leaf}", values[:, 0::2].copy()
+        yield f"{block}ffn_up_exps.{leaf}", values[:, 1::2].copy()
+
+
+def _llama3(scaling: Mapping[str, Any], head_dim: int) -> np.ndarray:
+    frequencies = 1.0 / scaling["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    original, factors = scaling["original_max_position_embeddings"], []
+    for frequency in frequencies:
+        length = 2 * math.pi / frequency
+        if length < original / high:
+            factors.append(1.0)
+        elif length > original / low:
+            factors.append(scaling["factor"])
+        else:
+            smooth = (original / length - low) / (high - low)
+            factors.append(1 / ((1 - smooth) / scaling["factor"] + smooth))
+    return np.array(factors, dtype=np.float32)
+
+
+def _metadata(config: Any, arch: str) -> dict[str, Any]:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rope = config.rope_parameters
+    full = rope.get("full_attention", rope)
+    values: dict[str, Any] = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "rope.freq_base": float(full["rope_theta"]),
+        "rope.dimension_count": int(head_dim * full.get("partial_rotary_factor", 1.0)),
+    }
+    eps = "layer_norm_epsilon" if arch == "cohere2" else "layer_norm_rms_epsilon"
+    values[f"attention.{eps}"] = float(getattr(config, "layer_norm_eps", None) or config.rms_norm_eps)
+    optional = {
+        "attention.sliding_window": "sliding_window",
+        "attn_logit_softcapping": "attn_logit_softcapping",
+        "final_logit_softcapping": "final_logit_softcapping",
+        "expert_count": "num_local_experts" if arch in ("llama", "gpt-oss") else "num_experts",
+        "expert_used_count": "num_experts_per_tok",
+        "expert_feed_forward_length": "moe_intermediate_size",
+        "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+        "embedding_scale": "embedding_multiplier",
+        "residual_scale": "residual_multiplier",
+        "attention.scale": "attention_multiplier",
+        "logit_scale": "logits_scaling" if arch == "granite" else "logit_scale",
+    }
+    skipped = {"llama": {"attention.sliding_window"}, "qwen2moe": {"attention.sliding_window"}}.get(arch, set())
+    for key, name in optional.items():
+        value = getattr(config, name, None)
+        if value is not None and key not in skipped:
+            values[key] = value
+    if full.get("rope_type") == "yarn":
+        values |= {
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": float(full["factor"]),
+            "rope.scaling.original_context_length": full["original_max_position_embeddings"],
+        }
+    if arch == "gpt-oss":
+        values["expert_feed_forward_length"] = config.intermediate_size
+    if full.get("rope_type") == "linear":
+        values |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(full["factor"])}
+    if full.get("rope_type") == "longrope":
+        values["rope.scaling.original_context_length"] = full["original_max_position_embeddings"]
+    return values
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: object) -> None:
+    match value:
+        case bool():
+            writer.add_bool(key, value)
+        case int():
+            writer.add_uint32(key, value)
+        case float():
+            writer.add_float32(key, value)
+        case _:
+            writer.add_string(key, str(value))
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, vocab_size: int) -> None:
+    """A sentencepiece vocabulary of words w0, w1, ... of which no two merge."""
+    words = [*_SPM, *(f"▁w{i}" for i in range(vocab_size - len(_SPM)))]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(words)
+    writer.add_token_scores([0.0] * vocab_size)
+    writer.add_token_types([2, 3, 3, *[4] * (vocab_size - 3)])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+
+
+def _add_tensor(writer: gguf.GGUFWriter, name: str, values: np.ndarray, kind: str) -> None:
+    values = np.ascontiguousarray(values, dtype=np.float32)
+    number = gguf.GGMLQuantizationType[kind]
+    if kind == "F32" or values.shape[-1] % BLOCK_TYPES[kind].numbers:
+        writer.add_tensor(name, values)
+    else:
+        writer.add_tensor(name, gguf.quants.quantize(values, number), raw_dtype=number)
+
+
+def dequantized(model: Any, kind: str | Kind) -> Any:
+    """Round a model's matrices in place as GGUF stores them, and return the model."""
+    arch = ARCHES[model.config.model_type]
+    chosen = kind if callable(kind) else lambda _: kind
+    names = gguf.get_tensor_name_map(
+        {v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[arch], model.config.num_hidden_layers
+    )
+    stacks = {"experts.gate_up_proj": "ffn_gate_exps.weight", "experts.down_proj": "ffn_down_exps.weight"}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            stack = next((gguf_name for end, gguf_name in stacks.items() if name.endswith(end)), None)
+            found = stack or names.get_name(name, try_suffixes=(".weight", ".bias")) or ""
+            number = gguf.GGMLQuantizationType[chosen(found)]
+            if parameter.ndim < 2 or "gate_inp" in found or parameter.shape[-1] % BLOCK_TYPES[number.name].numbers:
+                continue
+            packed = gguf.quants.quantize(np.ascontiguousarray(parameter.numpy()), number)
+            parameter.copy_(torch.from_numpy(gguf.quants.dequantize(packed, number).reshape(parameter.shape)))
+    return model
