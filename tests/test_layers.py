@@ -45,7 +45,9 @@ FOLDERS = {
         {"modules"},
     ],
     "engine": [
-        {"attention", "kv_cache", "linear", "sampling", "streaming", "tree"},
+        {"attention", "linear", "sampling", "streaming", "tree"},
+        {"recurrent"},
+        {"kv_cache"},
         {"model"},
         {"drafting", "loading", "selfcheck", "stats"},
         {"engine"},

@@ -9,13 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from threading import Event
 from typing import TYPE_CHECKING, Literal
 
 from specchat.chat.answer import Answer, Delta, Turn
 from specchat.chat.generator import Generator
-from specchat.chat.reasoning import Parts, PlainText, ThinkTags
+from specchat.chat.prompt import Prompt, running_text
+from specchat.chat.reasoning import Parts, PlainText
 from specchat.chat.settings import Value, parse_value
 from specchat.chat.state import (
     Answered,
@@ -63,25 +64,6 @@ def check_has_template(tokenizer: Tokenizer, *, base: bool) -> None:
             "this model has no chat template, so it can only continue text",
             hint="pass --base to continue the prompt as it stands",
         )
-
-
-@dataclass(frozen=True)
-class _Prompt:
-    """The prompt of an answer.
-
-    Attributes:
-        before: exchanges before the question.
-        question: message of the user.
-        so_far: answer to continue, or None.
-        text: prompt as rendered by the chat template.
-        ids: token ids of `text`.
-    """
-
-    before: tuple[Exchange, ...]
-    question: str
-    so_far: Message | None
-    text: str
-    ids: list[int]
 
 
 class ChatSession:
@@ -357,7 +339,12 @@ class ChatSession:
         answer = self._begin(prompt, submitted)
         sampling = self._state.sampling_of(attempt)
         steps = self.engine.generate(
-            prompt.ids, sampling, stop_ids=self._stop_ids, max_tokens=self._state.max_tokens, cancel=cancel
+            prompt.ids,
+            sampling,
+            stop_ids=self._stop_ids,
+            max_tokens=self._state.max_tokens,
+            cancel=cancel,
+            restore_at=prompt.restore_at,
         )
         with closing(steps):  # type: ignore[type-var]  # a generator, whose `close` typing.Iterator does not know
             for step in steps:
@@ -383,23 +370,27 @@ class ChatSession:
         room = min(room, self._state.max_tokens or room)
         return self.overflow == "drop-oldest" and num_prompt_tokens + room > self.ctx
 
-    def _prompt(self, before: tuple[Exchange, ...], question: str, so_far: Message | None) -> _Prompt:
+    def _prompt(self, before: tuple[Exchange, ...], question: str, so_far: Message | None) -> Prompt:
         messages = [*ChatState(before).messages, Message("user", question)]
-        text = self._text(messages, "answer") if so_far is None else self._text([*messages, so_far], "continue")
-        return _Prompt(before, question, so_far, text, self._encode(text))
+        if so_far is not None:
+            text = self._text([*messages, so_far], "continue")
+            return Prompt(before, question, so_far, text, self._encode(text))
+        text, history = self._text(messages, "answer"), self._text(messages, "none")
+        ending = text.removeprefix(history) if text.startswith(history) else ""
+        return Prompt(before, question, so_far, text, self._encode(text), self._encode(ending) if ending else ())
 
     def _text(self, messages: Sequence[Message], ending: Literal["answer", "continue", "none"]) -> str:
         if self._base:
-            return _running_text(messages)
+            return running_text(messages)
         system = [] if self._state.system is None else [Message("system", self._state.system)]
         return self._tokenizer.render([*system, *messages], ending=ending, thinking=self._state.thinking)
 
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=self._base)
 
-    def _begin(self, prompt: _Prompt, submitted: float) -> Answer:
+    def _begin(self, prompt: Prompt, submitted: float) -> Answer:
         parser = None if self._base else self._tokenizer.response_parser(prompt.text)
-        tags = PlainText() if self._base else _think_tags(prompt)
+        tags = PlainText() if self._base else prompt.think_tags()
         return Answer(
             detokenizer=Detokenizer(self._tokenizer, skip_special_tokens=parser is None),
             parts=Parts(parser or tags, continuing=prompt.so_far is not None),
@@ -408,7 +399,7 @@ class ChatSession:
             submitted=submitted,
         )
 
-    def _turn(self, answer: Answer, prompt: _Prompt) -> Turn:
+    def _turn(self, answer: Answer, prompt: Prompt) -> Turn:
         assert answer.finish_reason is not None, "the engine's last step names a finish reason"
         so_far = prompt.so_far or Message("assistant", "")
         reasoning = (so_far.reasoning or "") + answer.text("reasoning")
@@ -423,14 +414,6 @@ class ChatSession:
         )
 
 
-def _think_tags(prompt: _Prompt) -> ThinkTags:
-    """Return a parser for models without one of their own, in the state in which the prompt ends."""
-    if prompt.so_far is not None:
-        is_thinking = not prompt.so_far.content and bool(prompt.so_far.reasoning)
-        return ThinkTags(opened=is_thinking, begun=not is_thinking)
-    return ThinkTags(opened=prompt.text.rstrip().endswith("<think>"))
-
-
 def _shown(value: Value | None) -> str:
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
@@ -442,9 +425,3 @@ def _check_text(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:  # Python decodes invalid bytes of arguments and keys to lone surrogates
         raise UsageError("the prompt is not UTF-8 text") from error
-
-
-def _running_text(messages: Sequence[Message]) -> str:
-    """Join the messages to one text for a base model; each later message of the user starts a new line."""
-    parts = [("\n" if i and m.role == "user" else "") + m.content for i, m in enumerate(messages)]
-    return "".join(parts)

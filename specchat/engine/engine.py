@@ -18,6 +18,7 @@ from specchat.engine.drafting.drafter import Drafter, ModelDrafter, NoDrafter
 from specchat.engine.drafting.policy import AdaptivePolicy, DraftPolicy, FixedPolicy
 from specchat.engine.loading import load_model
 from specchat.engine.model import PassCancelledError, TreeModel
+from specchat.engine.recurrent.restore import marks_of_prompt
 from specchat.engine.sampling import Sampler, ScoresNotFiniteError
 from specchat.engine.selfcheck import check_architecture
 from specchat.engine.tree import ROOT, TokenTree, common_prefix
@@ -119,6 +120,7 @@ class Engine(Closeable):
         stop_ids: frozenset[int],
         max_tokens: int | None = None,
         cancel: threading.Event | None = None,
+        restore_at: Sequence[int] = (),
     ) -> Iterator[Step]:
         """Yield the tokens that the target alone would write after `prompt_ids`, one step at a time.
 
@@ -130,6 +132,7 @@ class Engine(Closeable):
             stop_ids: token ids that end the answer; the stop token is the answer's last token.
             max_tokens: most tokens of the answer; None for no limit but the context.
             cancel: event that stops the current pass between two layers and discards its work.
+            restore_at: lengths of the prompt at which a later prompt may differ, besides its end.
 
         Yields:
             Steps; the last one has a finish_reason, and an interrupted one has no tokens.
@@ -145,7 +148,7 @@ class Engine(Closeable):
                 f"the prompt has {len(context)} tokens, but the context holds {self.plan.work.ctx} with the answer",
                 hint="shorten the prompt, start a new chat, or set a larger --ctx if the model allows it",
             )
-        self._reuse_prefix(context)
+        self._reuse_prefix(context, restore_at)
         limit = len(context) + (max_tokens if max_tokens is not None else self.plan.work.ctx)
         answer = _Answer(
             sampler=Sampler(sampling, self._target.vocab_size, self._target.device),
@@ -170,7 +173,8 @@ class Engine(Closeable):
     def truncate(self, length: int) -> None:
         """Drop committed tokens beyond `length`; prompt and answer tokens count alike."""
         del self._cached[length:]
-        self._target.cache.truncate(len(self._cached))  # also drops uncommitted rows of a failed pass
+        reached = self._target.cache.truncate(len(self._cached))  # also drops uncommitted rows of a failed pass
+        del self._cached[reached:]
 
     def forget(self) -> None:
         """Empty all caches: target and drafter compute the next prompt from its first token."""
@@ -225,7 +229,7 @@ class Engine(Closeable):
             self._phase = "prefill" if len(pending) > 1 else "verifying"
             tree, tokens, path = self._verify(context, tree, answer, clock)
         except PassCancelledError:
-            self._target.cache.truncate(num_cached)
+            self.truncate(num_cached)
             return clock.step((), "interrupt", 0, num_cached, tree_nodes=0, depth=0)
         first = num_cached + len(pending)
         self._target.cache.keep(first, [first + node for node in path])
@@ -312,9 +316,19 @@ class Engine(Closeable):
         positions = [*range(begin, len(context)), *(root + depth for depth in tree.depths)]
         return RowLayout(begin, num_pending, tree.ancestors.to(device), torch.tensor(positions, device=device))
 
-    def _reuse_prefix(self, context: list[int]) -> None:
-        """Keep the cached prefix that the new prompt shares; the prompt's last token is always computed again."""
-        self.truncate(min(common_prefix(self._cached, context), len(context) - 1))
+    def _reuse_prefix(self, context: list[int], restore_at: Sequence[int]) -> None:
+        """Keep the cached prefix that the new prompt shares; the prompt's last token is always computed again.
+
+        Recurrent layers return only to restore points. So one is saved at the end of the last answer if the new prompt
+        continues it, and others while the new prompt is read.
+        """
+        shared = min(common_prefix(self._cached, context), len(context) - 1)
+        if shared == len(self._cached):
+            self._target.cache.save()
+        self.truncate(shared)
+        marks = marks_of_prompt(len(self._cached), len(context), restore_at)
+        for model in (self._target, *self._drafter.models):
+            model.cache.mark(marks)
 
     @staticmethod
     def _finish_reason(length: int, last_token: int, answer: _Answer) -> FinishReason | None:
@@ -378,5 +392,5 @@ def _load_drafter(plan: Plan, draft: ModelWeights, pack: Pack | None) -> Drafter
     work = replace(plan.work, host_embeddings=False)
     num_layers = len(draft.skeleton.layers)
     placement = Placement(num_layers, tuple(range(num_layers)))
-    model = load_model(draft, work, placement, cache_rows=work.ctx + work.draft_rows, pack=pack)
+    model = load_model(draft, work, placement, cache_rows=work.ctx + work.draft_rows, pack=pack, grows=True)
     return ModelDrafter(model, max_rows=work.draft_rows, max_context=model.max_positions)

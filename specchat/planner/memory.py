@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from specchat.models.sizes.geometry import dequantize_bytes, layer_sizes
+from specchat.planner.states import draft_state_bytes, state_items
 from specchat.records.limits import (
     DRAFT_BRANCH,
     DRAWING_BYTES,
@@ -57,11 +58,14 @@ def build_ledger(
         LedgerItem("slots", placement.slots * slot_bytes),
         _outside_layers(target, work),
         LedgerItem("KV cache", _kv_bytes(target, work.dtype, work.ctx + work.tree_budget)),
+        *state_items(target, work.dtype, work.tree_budget),
     ]
     if draft is not None:
         layers = sum(layer_sizes(draft, work.dtype))
         items.append(LedgerItem("draft", layers + _other_bytes(draft, work.dtype)))
         items.append(LedgerItem("draft KV cache", _kv_bytes(draft, work.dtype, work.ctx + work.draft_rows)))
+        if states := draft_state_bytes(draft, work.dtype, work.draft_rows):
+            items.append(LedgerItem("draft states", states))
     models = [target] if draft is None else [target, draft]
     if dequantized := sum(dequantize_bytes(spec, work.dtype, work.device) for spec in models):
         items.append(LedgerItem("dequantized pieces", dequantized))
@@ -89,6 +93,7 @@ def _target_needs(target: ModelSpec, work: Workload) -> tuple[int, int, int]:
     """Return permanent bytes, and peak workspace bytes of the longest first step and of later steps."""
     rows = work.ctx + work.tree_budget
     kept = _outside_layers(target, work).bytes + _kv_bytes(target, work.dtype, rows)
+    kept += sum(item.bytes for item in state_items(target, work.dtype, work.tree_budget))
     first = _pass(target, work, rows, rows)
     later = _pass(target, work, 1 + work.tree_budget, rows)
     ancestors = _ancestors_bytes(work)
@@ -105,6 +110,7 @@ def _draft_needs(draft: ModelSpec, work: Workload) -> tuple[int, int, int]:
     """Return the figures of `_target_needs` for a draft; cached separately, because one draft serves many targets."""
     layers = sum(layer_sizes(draft, work.dtype))
     kept = layers + _other_bytes(draft, work.dtype) + _kv_bytes(draft, work.dtype, work.ctx + work.draft_rows)
+    kept += draft_state_bytes(draft, work.dtype, work.draft_rows)
     return (
         kept + dequantize_bytes(draft, work.dtype, work.device),
         _drafting_bytes(draft, work, reading=work.ctx),
@@ -113,7 +119,7 @@ def _draft_needs(draft: ModelSpec, work: Workload) -> tuple[int, int, int]:
 
 
 def build_host_ledger(
-    sizes: Mapping[int, int], in_ram: Sequence[int], slots: int, device: str, embeddings: Sequence[LedgerItem] = ()
+    sizes: Mapping[int, int], in_ram: Sequence[int], slots: int, device: str, others: Sequence[LedgerItem] = ()
 ) -> tuple[LedgerItem, ...]:
     """Return every item that occupies host memory besides the device ledger.
 
@@ -122,7 +128,7 @@ def build_host_ledger(
         in_ram: indices of the streamed layers that stay in host memory between passes.
         slots: number of staging buffers.
         device: device that passes run on.
-        embeddings: items of `host_embeddings`.
+        others: items of `host_embeddings` and `restore_items`.
 
     Returns:
         Items; names contain "page cache" where the system may reclaim the memory.
@@ -135,7 +141,7 @@ def build_host_ledger(
     else:
         items.append(LedgerItem("pinned layers", kept))
         items.append(LedgerItem("pinned slots", min(slots, len(read)) * max(read, default=0)))
-    items += embeddings
+    items += others
     if read:
         items.append(LedgerItem("reading", NUM_READERS * READ_WINDOW_BYTES))
     return tuple(item for item in items if item.bytes)

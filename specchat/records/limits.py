@@ -28,6 +28,14 @@ WEIGHING_COPIES = 4
 # Bytes per path of a growing tree: five values each, while the best of old paths and new children are selected.
 PATH_BYTES = 120
 
+# Rows that one triangular solve of a recurrent layer covers; larger blocks waste more work above the diagonal. Where
+# every channel has its own decay, differences of decays are computed for a few rows at a time.
+SCAN_BLOCK_ROWS, SCAN_CHANNEL_ROWS = 64, 16
+
+# States of recurrent layers that a model keeps in host memory, to go back in a text: about four turns of a chat, or
+# doubling distances over a prompt of 100,000 tokens.
+RESTORE_POINTS = 12
+
 # Packs are read in chunks of this size, each with its own checksum; the hardware probe measures reads of this size.
 READ_CHUNK_BYTES = 16 * MIB
 # Queue depth 2 saturates NVMe when idle. Under CPU load threads submit late, so use 4. On an idle machine, 2 to 4

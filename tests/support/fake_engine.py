@@ -84,7 +84,7 @@ class FakeEngine:
     closed: int = 0
     pause: Callable[[], None] = lambda: None
 
-    def generate(self, prompt_ids, sampling, *, stop_ids, max_tokens=None, cancel=None):
+    def generate(self, prompt_ids, sampling, *, stop_ids, max_tokens=None, cancel=None, restore_at=()):
         if len(prompt_ids) >= self.plan.work.ctx:
             raise PromptTooLongError("too long")
         self.prompts.append(list(prompt_ids))

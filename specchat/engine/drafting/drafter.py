@@ -34,6 +34,10 @@ from specchat.records.limits import DRAFT_BRANCH, draft_width
 NOISE_TEMPERATURE = 0.7
 GREEDY_TEMPERATURE = 0.5
 
+# Rows that a prompt has at least. Within a text, a step hands fewer rows to the draft, and recurrent layers can return
+# to the state before them. So restore points are saved before prompts only.
+_PROMPT_ROWS = 16
+
 # Name of the model drafter in `TokenTree.sources`.
 SOURCE = "model"
 
@@ -253,7 +257,9 @@ class ModelDrafter:
         """Compute the tokens of `context` that are not cached, and return the scores after its last token, [1, V]."""
         begin = time.perf_counter()
         shared = min(common_prefix(self._tokens, list(context)), len(context) - 1)
-        self._model.cache.truncate(shared)
+        if shared == len(self._tokens) and len(context) - shared > _PROMPT_ROWS:
+            self._model.cache.save()
+        shared = self._model.cache.truncate(shared)
         self._tokens = list(context[:shared])
         hidden = self._model.append(self._known(context[shared:]), cancel)
         self._tokens = list(context)

@@ -113,7 +113,8 @@ def locate_modules(skeleton: Skeleton, modules: Iterable[str]) -> dict[str, Modu
 
 def _place(name: str, key: str, pattern: str, converter: Any) -> ModulePlace:
     """Return the place of one expert's tensor, given the rule that converts it."""
-    expert = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), key)
+    pattern_text = pattern.replace("\\.", ".")  # some rules escape their dots
+    expert = re.search(re.escape(pattern_text).replace(r"\*", r"(\d+)"), key)
     assert expert is not None
     patterns = converter.source_patterns
     return ModulePlace(name, int(expert[1]), patterns.index(pattern), len(patterns))
