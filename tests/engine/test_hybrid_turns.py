@@ -15,6 +15,7 @@ from support.tiny_models import VOCAB, perturbed, save
 from specchat.engine.engine import Engine
 from specchat.engine.recurrent import restore
 from specchat.records.generation import Sampling
+from specchat.records.model import ModelSource
 
 OPERATIONS = ("ask", "ask", "retry", "edit", "undo", "cut", "cancel", "strip")
 
@@ -47,9 +48,7 @@ class Zoo:
         return load_engine(plan, target, draft)
 
 
-def load(folder: Path):
-    from specchat.records.model import ModelSource
-
+def load(folder: Path) -> ModelSource:
     return ModelSource(folder.name, folder)
 
 
@@ -128,9 +127,9 @@ def test_turns_read_only_what_is_new(zoo: Zoo):
         answer, rows = turn(engine, ask)
         assert rows == 50
         assert turn(engine, ask) == (answer, 1)  # a retry
-        second, rows = turn(engine, ask + answer + more)
+        _, rows = turn(engine, ask + answer + more)
         assert rows <= 1 + len(more)  # the last token drawn has not been read yet
-        edited, rows = turn(engine, ask + answer + more[:3])
+        _, rows = turn(engine, ask + answer + more[:3])
         assert rows <= 4
         assert turn(engine, ask) == (answer, 1)  # undone, and asked again
 
@@ -157,7 +156,7 @@ def test_a_long_prompt_can_be_cut_anywhere(zoo: Zoo, monkeypatch: pytest.MonkeyP
     for cut in (290, 250, 150, 20):
         with zoo.engine("qwen3_5_text", tree_budget=8, chunk_rows=64) as engine:
             turn(engine, prompt)
-            changed = prompt[:cut] + [5, 6, 7]
+            changed = [*prompt[:cut], 5, 6, 7]
             answer, rows = turn(engine, changed)
             assert answer == slow.generate(changed, Sampling(), 6).tokens
             assert rows <= 3 + max(16, 2 * (300 - cut))
