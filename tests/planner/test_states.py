@@ -8,12 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.hybrids import HYBRIDS, make_hybrid_config
+from support.engines import make_plan, random_prompt, write
+from support.hybrids import HYBRIDS, make_hybrid_config, random_hybrid
+from support.loading import load_engine
+from support.tiny_models import VOCAB, perturbed, save
 
 from specchat.engine.kv_cache import TreeCache
 from specchat.engine.measuring import GenerationMemory
 from specchat.models.sizes.describe import describe
+from specchat.planner.memory import build_ledger
 from specchat.planner.states import draft_state_bytes, restore_items, state_items
+from specchat.records.generation import Sampling
 from specchat.records.limits import RESTORE_POINTS
 from specchat.records.model import DTYPE_BYTES, Dtype, ModelSource, ModelSpec
 from specchat.records.plan import WEIGHT_ITEMS, Plan

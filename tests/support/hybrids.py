@@ -72,7 +72,7 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
             **{"head_dim": 16, "ssm_state_size": 16, "mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2},
             "chunk_size": 16,
             # With other values, the two forms of transformers clamp different time steps; see `unclamp_time_steps`.
-            "time_step_min": 0.0,
+            "time_step_min": 1e-9,
             "layers_block_type": ["mlp", "linear_attention", "full_attention", "linear_attention", "mlp"],
         },
     ),

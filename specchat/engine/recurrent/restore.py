@@ -85,7 +85,8 @@ class RestorePoints:
             return self._unused.pop()
         if len(self._points) + len(self._reserved) < self._capacity:
             cpu = torch.device("cpu")
-            return [StateBuffer.zeros(shape, self._dtype, cpu) for shape in self._shapes]
+            with torch.inference_mode(mode=False):  # passes make points, and so do callers outside of passes
+                return [StateBuffer.zeros(shape, self._dtype, cpu) for shape in self._shapes]
         return self._points.pop(cheapest(self.lengths, end))
 
 

@@ -71,11 +71,10 @@ class PassRows:
 
 def _nearest(ancestors: Tensor, size: int) -> Tensor:
     """Return the columns of `PassRows.taps` for new rows with these ancestors, bool [n, m]."""
-    num_rows, num_columns = ancestors.shape
-    rank = torch.zeros(num_rows, max(num_columns, size), dtype=torch.int64, device=ancestors.device)
-    rank[:, :num_columns] = ancestors * torch.arange(1, num_columns + 1, device=ancestors.device)
+    padded = torch.nn.functional.pad(ancestors, (0, max(size - ancestors.shape[1], 0)))
+    rank = padded * torch.arange(1, padded.shape[1] + 1, dtype=torch.int32, device=ancestors.device)
     # Parents come before their children, so the nearest ancestors are the last ones.
-    nearest = rank.topk(size, dim=1).values - 1
+    nearest = rank.topk(size, dim=1).values.long() - 1
     in_tree = nearest >= 0
     steps_above = torch.arange(size, device=ancestors.device)[None] - in_tree.sum(1, keepdim=True)
     return torch.where(in_tree, nearest + size - 1, size - 2 - steps_above).flip(1)

@@ -152,7 +152,9 @@ def _updates(
     strengths = rows.beta.unsqueeze(-1)
     system = _scores(rows.k, rows.k, sums, sums, ancestors) * strengths
     # A series for the inverse would blow up where keys repeat; substitution does not.
-    return torch.linalg.solve_triangular(system, (rows.v - known) * strengths, upper=False, unitriangular=True)
+    wanted = (rows.v - known) * strengths
+    u: Tensor = torch.linalg.solve_triangular(system, wanted, upper=False, unitriangular=True)
+    return u
 
 
 def _scores(a: Tensor, k: Tensor, sums: Tensor, key_sums: Tensor, ancestors: Tensor | None = None) -> Tensor:
@@ -174,7 +176,8 @@ def _scores(a: Tensor, k: Tensor, sums: Tensor, key_sums: Tensor, ancestors: Ten
         ancestors = torch.ones(a.shape[1], a.shape[1], dtype=torch.bool, device=a.device).tril()
     exponents = (sums.unsqueeze(-1) - key_sums.unsqueeze(-2)).masked_fill_(~ancestors, -torch.inf)
     decays = exponents.float().exp_().unflatten(0, (k.shape[0], -1))
-    return (decays * (a @ k.mT).unsqueeze(1)).flatten(0, 1)
+    scores: Tensor = (decays * (a @ k.mT).unsqueeze(1)).flatten(0, 1)
+    return scores
 
 
 def _chain_scores_by_channel(a: Tensor, k: Tensor, sums: Tensor) -> Tensor:
@@ -224,7 +227,8 @@ def _read(a: Tensor, sums: Tensor, state: Tensor) -> Tensor:
     if sums.ndim == 3:
         return (_per_head(a, heads) * sums.exp().float()) @ state
     groups = state.unflatten(0, (a.shape[0], -1))
-    return (a.unsqueeze(1) @ groups).flatten(0, 1) * sums.exp().float().unsqueeze(-1)
+    read: Tensor = (a.unsqueeze(1) @ groups).flatten(0, 1)
+    return read * sums.exp().float().unsqueeze(-1)
 
 
 def _fold(k: Tensor, sums: Tensor, u: Tensor, state: Tensor) -> None:

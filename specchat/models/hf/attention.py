@@ -90,7 +90,7 @@ def cache_for(layers: Sequence[Any], kinds: Sequence[LayerKind] = ()) -> Any:
 
     Args:
         layers: buffers of each layer.
-        kinds: what each layer keeps between passes; empty if all keep rows.
+        kinds: kind of each layer; empty if all layers keep rows.
     """
     from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, LinearAttentionCacheLayerMixin
 
@@ -150,7 +150,12 @@ def cache_for(layers: Sequence[Any], kinds: Sequence[LayerKind] = ()) -> Any:
         def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
             return query_length, 0
 
-    make = {"rows": Rows, "both": Both, "state": lambda _: State(), "nothing": lambda _: DummyLayer()}
-    kinds = kinds or ("rows",) * len(layers)
-    cache_class = Cache if {"rows", "both"} & set(kinds) else States
-    return cache_class(layers=[make[kind](kv) for kv, kind in zip(layers, kinds, strict=True)])
+    make: dict[LayerKind, Callable[[Any], Any]] = {
+        "rows": Rows,
+        "both": Both,
+        "state": lambda _: State(),
+        "nothing": lambda _: DummyLayer(),
+    }
+    of_layers: Sequence[LayerKind] = kinds or ["rows"] * len(layers)
+    cache_class = Cache if {"rows", "both"} & set(of_layers) else States
+    return cache_class(layers=[make[kind](kv) for kv, kind in zip(layers, of_layers, strict=True)])

@@ -47,7 +47,7 @@ class _Record:
     """A layer's cache that holds nothing but the shapes of what it received.
 
     Args:
-        kind: what the layer keeps between passes.
+        kind: kind of the layer.
     """
 
     def __init__(self, kind: LayerKind) -> None:

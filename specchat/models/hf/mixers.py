@@ -55,12 +55,14 @@ def mixers_of(layer: Any) -> list[Any]:
     return [module for module in layer.modules() if _is_mixer(module)]
 
 
+# transformers' form by chunks clamps Nemotron-H's time steps to at least `time_step_min`, a bound of their initialization
+# (0.001); its form for one token does not clamp. The published `time_step_limit` is (0, inf), which vLLM follows in all
+# rows. So specchat's reference clamps no row. `generate` of transformers may differ where a time step of the prompt is
+# below the bound.
 def unclamp_time_steps(model: Any) -> None:
-    """Let the mixers of Nemotron-H take time steps of any size.
+    """Let the mixers of Nemotron-H take time steps of the published range, which has no lower bound.
 
-    transformers' form by chunks clamps time steps to at least `time_step_min`, a bound of their initialization (0.001);
-    its form for one token does not. NVIDIA's code and vLLM clamp to `time_step_limit`, (0, inf), in all rows. So no row
-    is clamped here, and `generate` of transformers may differ where a time step of the prompt is below the bound.
+    The form of transformers that decodes one token does so, and is the reference.
     """
     for module in model.modules():
         if type(module).__name__ == "NemotronHMamba2Mixer":
