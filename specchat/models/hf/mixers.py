@@ -55,10 +55,10 @@ def mixers_of(layer: Any) -> list[Any]:
     return [module for module in layer.modules() if _is_mixer(module)]
 
 
-# transformers' form by chunks clamps Nemotron-H's time steps to at least `time_step_min`, a bound of their initialization
-# (0.001); its form for one token does not clamp. The published `time_step_limit` is (0, inf), which vLLM follows in all
-# rows. So specchat's reference clamps no row. `generate` of transformers may differ where a time step of the prompt is
-# below the bound.
+# transformers' form by chunks clamps Nemotron-H's time steps to at least `time_step_min`, a bound of their
+# initialization (0.001). Its form for one token does not clamp. The published `time_step_limit` is (0, inf), which vLLM
+# follows in all rows. So specchat's reference clamps no row. `generate` of transformers may differ where a time step of
+# the prompt is below the bound.
 def unclamp_time_steps(model: Any) -> None:
     """Let the mixers of Nemotron-H take time steps of the published range, which has no lower bound.
 
