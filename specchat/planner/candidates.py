@@ -101,6 +101,7 @@ class Candidate:
             streamed_bytes_per_step=sum(sizes.values()),
             adaptive=self.adaptive,
             draft_quant="none" if draft is None else draft.quant,
+            text_only=target.text_only,
             lowered_from=target.dtype if choices.quant == "auto" and target.quant in LOWER_QUANTS else None,
             host_ledger=build_host_ledger(sizes, in_ram, self.slots, machine.device, beside_layers),
             expected=self.model.expectation(self.sizes, work.tree_budget) if self.adaptive else None,

@@ -180,6 +180,7 @@ class ModelSpec:
         narrowed_bytes: bytes that buffers save in a 16-bit model.
         activations: memory of a pass by element size in bytes; sizes without a profile are absent.
         lookup_params: number of weights among other_params that are only looked up by token: untied input embeddings.
+        text_only: whether this is the text half of a multimodal model.
     """
 
     name: str
@@ -202,6 +203,7 @@ class ModelSpec:
     narrowed_bytes: int = 0
     activations: Mapping[int, Activations] = field(default_factory=dict)
     lookup_params: int = 0
+    text_only: bool = False
 
     def __hash__(self) -> int:  # hashing every field would cost more than the cached results save
         return hash((self.name, self.quant, self.num_params))

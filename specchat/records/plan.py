@@ -139,6 +139,7 @@ class Plan:
         lowered_from: the checkpoint's dtype if the planner chose a lower precision by itself, else None.
         host_ledger: host memory that the ledger does not count, item by item, including libraries and page cache.
         expected: predicted times and tokens of a step, from which an adaptive tree starts; None if unknown.
+        text_only: whether the target is the text half of a multimodal model.
     """
 
     target: str
@@ -155,6 +156,7 @@ class Plan:
     lowered_from: Dtype | None = None
     host_ledger: tuple[LedgerItem, ...] = ()
     expected: Expectation | None = None
+    text_only: bool = False
 
     @property
     def device_bytes(self) -> int:

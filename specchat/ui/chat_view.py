@@ -17,7 +17,7 @@ from specchat.ui.console import AnswerStream, Talk
 from specchat.ui.live import LiveRegion, can_redraw
 from specchat.ui.loading import BackgroundLoad
 from specchat.ui.markdown import tail_rows
-from specchat.ui.plan_view import short_speed
+from specchat.ui.plan_view import model_name, short_speed
 from specchat.ui.status import AnswerStatus, Watched, memory_text
 from specchat.ui.tree_view import tree_lines
 from specchat.ui.worker import Worker
@@ -205,8 +205,11 @@ class _Follower:
 def banner_lines(target: ModelSource, chosen: ExplainedPlan, draft_note: str) -> list[str]:
     """Return the banner: model, draft, dtype, device, weights; then the plan and the predicted speed."""
     plan = chosen.plan
-    model = f"{target.name} ({target.label})" if target.label else target.name
-    facts = [model, _draft(plan) if plan.draft else draft_note, f"{plan.work.dtype} on {plan.work.device}"]
+    facts = [
+        model_name(target, plan),
+        _draft(plan) if plan.draft else draft_note,
+        f"{plan.work.dtype} on {plan.work.device}",
+    ]
     if plan.quant != "none":
         facts.append(_weights(plan))
     return [

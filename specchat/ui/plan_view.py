@@ -30,8 +30,7 @@ def plan_text(target: ModelSource, chosen: ExplainedPlan, draft_note: str, width
         width: width in columns.
     """
     plan, width = chosen.plan, min(width, _WIDEST)
-    model = f"{target.name} ({target.label})" if target.label else target.name
-    facts = [("model", model), ("expect", speed_text(chosen.prediction)), ("layers", _layers(plan))]
+    facts = [("model", model_name(target, plan)), ("expect", speed_text(chosen.prediction)), ("layers", _layers(plan))]
     if plan.draft is None and draft_note:
         facts.insert(1, ("draft", draft_note))
     if plan.placement.streamed:
@@ -43,6 +42,12 @@ def plan_text(target: ModelSource, chosen: ExplainedPlan, draft_note: str, width
     choices = _stacked(chosen.choices, width) if width < _NARROW else _side_by_side(chosen.choices, width)
     account = [f"{memory}:", *_facts(ledger, width, indent="  "), *_host_account(plan, width)]
     return "\n".join([*_facts(facts, width), "", *choices, "", *account])
+
+
+def model_name(target: ModelSource, plan: Plan) -> str:
+    """Return the name of the target, with a note that every output must show."""
+    note = target.label or ("text only" if plan.text_only else "")
+    return f"{target.name} ({note})" if note else target.name
 
 
 def _host_account(plan: Plan, width: int) -> list[str]:

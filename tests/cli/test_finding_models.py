@@ -105,7 +105,7 @@ def test_unsupported_model_is_refused_before_any_request(hub: FakeHub, tmp_path)
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"model_type": "gemma3", "text_config": {}}, "multimodal"),
+        ({"model_type": "paligemma", "text_config": {"model_type": "gemma"}}, "both directions"),
         ({"quantization_config": {"quant_method": "mxfp4"}}, "mxfp4"),
         ({"model_type": "doge"}, "attention masks in its layers"),
     ],

@@ -28,7 +28,7 @@ REASONS = {
         FUNCTIONS,
     ),
     "gptj": ({"vocab_size": 211, "n_embd": 64, "n_layer": 2, "n_head": 4}, FUNCTIONS),
-    "musicgen": ({}, "encoder"),
+    "musicgen": ({}, "not a model that generates text"),
     "openai-gpt": (
         {"vocab_size": 211, "n_embd": 64, "n_layer": 2, "n_head": 4},
         RUN,

@@ -27,6 +27,7 @@ from specchat.models.checkpoint.json_file import (
     parse_object,
     read_json,
 )
+from specchat.models.checkpoint.text_parts import shards_beside_text
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -102,20 +103,26 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _shard_names(folder: Path) -> tuple[list[str], dict[str, str]]:
-    """Return the file names, and the index as key -> file name; empty without an index."""
+    """Return the file names, and the index as key -> file name, empty without one; shards beside text are left out."""
     if not folder.is_dir():
         raise ModelNotFoundError(f"{folder} is not a folder", hint="give the folder that holds config.json")
     # transformers prefers the single file too. So both read the same weights if a folder has both layouts.
     if (folder / SINGLE_FILE).exists():
         return [SINGLE_FILE], {}
     if (folder / INDEX_FILE).exists():
-        weight_map = _read_weight_map(folder / INDEX_FILE)
+        weight_map = read_weight_map(folder / INDEX_FILE)
+        unneeded = shards_beside_text(weight_map)
+        weight_map = {key: name for key, name in weight_map.items() if name not in unneeded}
         return sorted(set(weight_map.values())), weight_map
     return _names_without_index(folder), {}
 
 
-def _read_weight_map(index: Path) -> dict[str, str]:
-    """Read key -> file name from the index."""
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Read key -> file name from an index.
+
+    Raises:
+        CorruptCheckpointError: no map, or a file outside the folder.
+    """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptCheckpointError(f"{index} has no weight_map", hint=REDOWNLOAD)

@@ -9,6 +9,7 @@ from specchat.errors import CorruptCheckpointError, UnsupportedModelError
 from specchat.models.checkpoint.json_file import read_json
 from specchat.models.hf.hybrids import known_kinds, tiny_values
 from specchat.models.hf.refusals import CANNOT_BUILD, HINT, refusing
+from specchat.models.hf.wrappers import text_half, text_half_class
 from specchat.records.model import KvShape
 
 _QUANTIZATION = ("quantization_config", "compression_config")
@@ -19,9 +20,12 @@ _ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 def load_config(folder: Path) -> Any:
     """Read a model's configuration and check that the engine can verify trees on the architecture.
 
+    Returns:
+        Configuration of the text half where the model is multimodal.
+
     Raises:
         CorruptCheckpointError: an invalid config.json.
-        UnsupportedModelError: remote code, several modalities, recurrent layers, ALiBi, or an unknown architecture.
+        UnsupportedModelError: remote code, recurrent layers, ALiBi, no text half, or an unknown architecture.
     """
     from transformers import AutoConfig
 
@@ -36,14 +40,13 @@ def load_config(folder: Path) -> Any:
             ) from error
         problem = " ".join(str(error).split())
         raise CorruptCheckpointError(f"{folder / 'config.json'} is not a valid configuration: {problem}") from error
-    if "text_config" in values:
-        raise UnsupportedModelError(f"'{kind}' is a multimodal model, but only text models are supported")
-    model_class = text_model_class(config)
-    if model_class is None:
-        raise UnsupportedModelError(f"'{kind}' is not a model that generates text")
-    for name in _QUANTIZATION:  # read by specchat; transformers would start its own quantizers
-        vars(config).pop(name, None)
     with refusing(kind, CANNOT_BUILD):
+        config = text_half(config)
+        for name in _QUANTIZATION:  # read by specchat; transformers would start its own quantizers
+            vars(config).pop(name, None)
+        model_class = text_model_class(config)
+        if model_class is None:
+            raise UnsupportedModelError(f"'{kind}' is not a model that generates text")
         _check_layer_kinds(config, model_class)
     return config
 
@@ -59,7 +62,9 @@ def text_model_class(config: Any) -> Any | None:
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     # Mistral 4 is a causal LM that is only registered here.
     found: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
-    return found if found is not None and found.__name__.endswith("ForCausalLM") else None
+    if found is not None and found.__name__.endswith("ForCausalLM"):
+        return found
+    return text_half_class(config)
 
 
 def _known_model_types() -> Mapping[str, Any]:
@@ -83,6 +88,12 @@ def _check_layer_kinds(config: Any, model_class: Any) -> None:
         raise UnsupportedModelError(f"'{kind}' has {names} layers, on which specchat cannot verify trees yet", HINT)
     if kind in {"bloom", "mpt"} or getattr(config, "alibi", False):
         raise UnsupportedModelError(f"'{kind}' has ALiBi positions, on which specchat cannot verify trees", HINT)
+    if getattr(config, "cross_attention_layers", None):
+        raise UnsupportedModelError(
+            f"'{kind}' has layers that attend to images only, which a pass cannot skip yet", HINT
+        )
+    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
+        raise UnsupportedModelError(f"'{kind}' reads its prompt in both directions, but trees are causal", HINT)
 
 
 def max_positions(config: Any) -> int:

@@ -11,6 +11,7 @@ import torch
 
 from specchat.errors import CorruptCheckpointError, is_lack_of_memory
 from specchat.models.hf.skeleton import Skeleton, modules_lock
+from specchat.models.hf.wrappers import text_keys, wrapper_mapping, wrapper_type
 
 
 @dataclass(frozen=True)
@@ -31,36 +32,34 @@ class WeightPlan:
     places: Mapping[str, "ModulePlace"]
 
 
-def plan_weights(skeleton: Skeleton, keys: Iterable[str]) -> WeightPlan:
-    """Map checkpoint keys to parameters by transformers' renaming and conversion rules for the architecture."""
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+def plan_weights(skeleton: Skeleton, keys: Iterable[str], *, is_pack: bool = False) -> WeightPlan:
+    """Map checkpoint keys to parameters by transformers' renaming and conversion rules for the architecture.
 
-    mapping = _weight_mapping(skeleton)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    stacking = _stacking(converters)
-    known = skeleton.model.state_dict()
-    prefix = skeleton.model.base_model_prefix
+    Args:
+        skeleton: skeleton of the model.
+        keys: keys of the tensors.
+        is_pack: whether tensors that have the name of a parameter are the parameter, already merged and cast. Some
+            rules keep a tensor's name, so they would convert it twice.
+    """
+    names = _Names(skeleton, own_names_first=is_pack)
     places: dict[str, ModulePlace] = {}
     direct: list[dict[str, str]] = [{} for _ in skeleton.layers]
     converted: list[dict[str, list[str]]] = [{} for _ in skeleton.layers]
     rest: dict[str, str] = {}
     in_layer = re.compile(re.escape(skeleton.layers_name) + r"\.(\d+)\.(.+)")
     for key in keys:
-        name, pattern = rename_source_key(key, renamings, converters, prefix, known)
-        if name not in known:
-            name, pattern = rename_source_key(key, [], [], prefix, known)
-        if name not in known:
-            continue  # not used: rotary tables of old checkpoints, heads for other tasks, extra prediction layers
-        match = in_layer.fullmatch(name)
+        found = names.find(key)
+        if found is None:
+            continue  # not used: rotary tables of old checkpoints, heads for other tasks, extra layers, images
+        match = in_layer.fullmatch(found.name)
         if match is None:
-            rest[key] = name
-        elif pattern is None:
+            rest[key] = found.name
+        elif found.pattern is None:
             direct[int(match[1])][match[2]] = key
         else:
             converted[int(match[1])].setdefault(match[2], []).append(key)
-            if pattern in stacking:
-                places[key] = _place(name, key, pattern, stacking[pattern])
+            if (place := names.place(found)) is not None:
+                places[key] = place
     return WeightPlan(tuple(direct), tuple(converted), rest, places)
 
 
@@ -91,38 +90,79 @@ def locate_modules(skeleton: Skeleton, modules: Iterable[str]) -> dict[str, Modu
     Returns:
         Places by module, without modules that the model lacks or merges in other ways than stacking.
     """
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping = _weight_mapping(skeleton)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    stacking = _stacking(converters)
-    known = skeleton.model.state_dict()
+    names = _Names(skeleton)
     places = {}
     for module in modules:
-        key = f"{module}.weight"
-        name, pattern = rename_source_key(key, renamings, converters, skeleton.model.base_model_prefix, known)
-        if name not in known:
+        found = names.find(f"{module}.weight")
+        if found is None:
             continue
-        if pattern is None:
-            places[module] = ModulePlace(name.removesuffix(".weight"))
-        elif pattern in stacking:
-            places[module] = _place(name, key, pattern, stacking[pattern])
+        place = ModulePlace(found.name.removesuffix(".weight")) if found.pattern is None else names.place(found)
+        if place is not None:
+            places[module] = place
     return places
 
 
-def _place(name: str, key: str, pattern: str, converter: Any) -> ModulePlace:
-    """Return the place of one expert's tensor, given the rule that converts it."""
-    pattern_text = pattern.replace("\\.", ".")  # some rules escape their dots
-    expert = re.search(re.escape(pattern_text).replace(r"\*", r"(\d+)"), key)
-    assert expert is not None
-    patterns = converter.source_patterns
-    return ModulePlace(name, int(expert[1]), patterns.index(pattern), len(patterns))
+@dataclass(frozen=True)
+class _Found:
+    """A parameter or buffer, and the tensor that fills it.
+
+    Attributes:
+        name: name in the model.
+        key: key of the tensor as the model alone would save it, without the prefixes of a multimodal checkpoint.
+        pattern: source pattern of the conversion that merges the tensor; None for a tensor to copy.
+    """
+
+    name: str
+    key: str
+    pattern: str | None
 
 
-def _stacking(converters: Iterable[Any]) -> dict[str, Any]:
-    """Return the rules that only stack experts' tensors, by source pattern."""
-    return {pattern: entry for entry in converters if _stacks(entry) for pattern in entry.source_patterns}
+class _Names:
+    """transformers' rules from the keys of a checkpoint to the parameters and buffers of a model."""
+
+    def __init__(self, skeleton: Skeleton, *, own_names_first: bool = False) -> None:
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        mapping = _weight_mapping(skeleton)
+        self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        # Rules that only stack experts' tensors.
+        self._stacking = {p: entry for entry in self._converters if _stacks(entry) for p in entry.source_patterns}
+        self._known = skeleton.model.state_dict()
+        self._own_names_first = own_names_first
+        self._prefix = skeleton.model.base_model_prefix
+        self._is_part = wrapper_type(skeleton.config) is not None
+        self._outer = [rule for rule in wrapper_mapping(skeleton.config) if isinstance(rule, WeightRenaming)]
+
+    def find(self, key: str) -> _Found | None:
+        """Return the parameter or buffer that a tensor fills or is merged into; None if the model does not use it."""
+        from transformers.core_model_loading import rename_source_key
+
+        if self._own_names_first and key in self._known:
+            return _Found(key, key, None)
+        for inner in self._inner_keys(key):
+            for rules in ((self._renamings, self._converters), ([], [])):
+                name, pattern = rename_source_key(inner, *rules, self._prefix, self._known)
+                if name in self._known:
+                    return _Found(name, inner, pattern)
+        return None
+
+    def place(self, found: _Found) -> ModulePlace | None:
+        """Return the place of one expert's tensor; None if it is merged in other ways than stacking."""
+        if found.pattern not in self._stacking:
+            return None
+        patterns = self._stacking[found.pattern].source_patterns
+        pattern = found.pattern.replace("\\.", ".")  # some rules escape their dots
+        expert = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), found.key)
+        assert expert is not None
+        return ModulePlace(found.name, int(expert[1]), patterns.index(found.pattern), len(patterns))
+
+    def _inner_keys(self, key: str) -> list[str]:
+        from transformers.core_model_loading import rename_source_key
+
+        if not self._is_part:
+            return [key]
+        return [*text_keys(rename_source_key(key, self._outer, [])[0]), *text_keys(key)]
 
 
 def _stacks(converter: Any) -> bool:
@@ -133,9 +173,10 @@ def _stacks(converter: Any) -> bool:
 
 def _weight_mapping(skeleton: Skeleton) -> list[Any]:
     from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
 
     mapping: list[Any] = get_model_conversion_mapping(skeleton.model)
-    return mapping
+    return mapping + [rule for rule in wrapper_mapping(skeleton.config) if isinstance(rule, WeightConverter)]
 
 
 class LazyTensor:
@@ -162,9 +203,12 @@ def load_converted(skeleton: Skeleton, tensors: Mapping[str, torch.Tensor | Lazy
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
 
+    names = _Names(skeleton)
+    found = {key: names.find(key) for key in tensors}
+    inner = {key if each is None else each.key: tensors[key] for key, each in found.items()}
     settings = LoadStateDictConfig(dtype=dtype, weight_mapping=_weight_mapping(skeleton), device_map={"": "cpu"})
     with modules_lock, _quiet(), _without_threads():
-        info, _ = convert_and_load_state_dict_in_model(skeleton.model, dict(tensors), settings)
+        info, _ = convert_and_load_state_dict_in_model(skeleton.model, inner, settings)
     if any(_lacks_memory(text) for text in info.conversion_errors.values()):
         raise MemoryError
     problems = [str(p) for p in (*info.mismatched_keys, *info.conversion_errors, *info.error_msgs)]

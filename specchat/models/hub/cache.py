@@ -85,7 +85,8 @@ def find_snapshot(ref: ModelRef) -> Path | None:
                 revision=ref.revision,
                 local_files_only=True,
                 allow_patterns=ALLOW,
-                ignore_patterns=IGNORE,
+                # `_is_complete` looks for the weights: the library does not know which of them text needs.
+                ignore_patterns=[*IGNORE, "*.safetensors"],
             )
         except LocalEntryNotFoundError:
             return None

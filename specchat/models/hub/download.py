@@ -21,7 +21,8 @@ from specchat.errors import (
     UsageError,
 )
 from specchat.models.catalog.ref import ModelRef
-from specchat.models.checkpoint.safetensors import PICKLE_SUFFIXES
+from specchat.models.checkpoint.safetensors import INDEX_FILE, PICKLE_SUFFIXES, SINGLE_FILE, read_weight_map
+from specchat.models.checkpoint.text_parts import shards_beside_text
 from specchat.models.hub.cache import ALLOW, IGNORE, find_snapshot, matches, snapshot_source
 from specchat.models.hub.errors import hub_errors, not_a_hub
 from specchat.records.model import ModelSource
@@ -44,6 +45,7 @@ class Download:
         free_disk_bytes: free space on the cache's disk.
         folder: folder of the cache.
         has_older: whether the cache holds a complete older copy.
+        skipped: shards that hold nothing that text needs.
     """
 
     ref: ModelRef
@@ -53,6 +55,7 @@ class Download:
     free_disk_bytes: int
     folder: Path
     has_older: bool = False
+    skipped: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -166,6 +169,8 @@ def _measure(ref: ModelRef, commit: str, *, has_older: bool) -> Download:
             dry_run=True,
             tqdm_class=_bar_class(lambda done: None, threading.Event()),
         )
+        skipped = _shards_to_skip(ref.repo_id, commit, [file.filename for file in files])
+    files = [file for file in files if file.filename not in skipped]
     folder = Path(constants.HF_HUB_CACHE)
     return Download(
         ref=ref,
@@ -175,7 +180,17 @@ def _measure(ref: ModelRef, commit: str, *, has_older: bool) -> Download:
         free_disk_bytes=_free_disk_bytes(folder),
         folder=folder,
         has_older=has_older,
+        skipped=tuple(sorted(skipped)),
     )
+
+
+def _shards_to_skip(repo_id: str, commit: str, names: Sequence[str]) -> frozenset[str]:
+    """Return the shards that hold nothing that text needs; the index, a small file, is downloaded to see that."""
+    if INDEX_FILE not in names or SINGLE_FILE in names:
+        return frozenset()
+    from huggingface_hub import hf_hub_download
+
+    return shards_beside_text(read_weight_map(Path(hf_hub_download(repo_id, INDEX_FILE, revision=commit))))
 
 
 def _free_disk_bytes(folder: Path) -> int:
@@ -203,7 +218,7 @@ def fetch(download: Download, progress: Callable[[int, int], None] | None) -> Pa
             repo_id,
             revision=download.revision,
             allow_patterns=ALLOW,
-            ignore_patterns=IGNORE,
+            ignore_patterns=[*IGNORE, *download.skipped],
             tqdm_class=_bar_class(report, stop),
         )
 

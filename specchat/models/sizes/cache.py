@@ -22,7 +22,7 @@ from specchat.paths import cache_folder
 from specchat.records.model import Activations, KvShape, ModelSource, ModelSpec, ParamSize, RowCost, StateShape
 
 # Version of descriptions. Raise it when descriptions change; a test fails then and says how to proceed.
-SPEC_VERSION = 3
+SPEC_VERSION = 4
 _LIBRARIES = ("torch", "transformers", "accelerate")
 # The sizes of pre-quantized matrices follow from the headers of the weight files.
 _QUANTIZED = (b"quantization_config", b"compression_config")

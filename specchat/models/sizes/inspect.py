@@ -9,6 +9,7 @@ from specchat.models.hf.config import load_config, max_positions, mlp_size, tiny
 from specchat.models.hf.kv_shapes import record_kv_shapes
 from specchat.models.hf.refusals import CANNOT_BUILD, CANNOT_SHRINK, refusing
 from specchat.models.hf.skeleton import Skeleton, build_skeleton, lookup_embeddings
+from specchat.models.hf.wrappers import wrapper_type
 from specchat.models.quant.modules import quant_linears, segment_names
 from specchat.models.sizes import activations
 from specchat.models.weights.choose_recipe import choose_recipe
@@ -47,6 +48,7 @@ def inspect_model(source: ModelSource, quant: Quant) -> ModelSpec:
         quant=quant if recipe is None else recipe.name,
         quant_shapes=tuple(sorted({linear.shape for _, linear in quant_linears(skeleton.model)})),
         lookup_params=_lookup_params(skeleton),
+        text_only=wrapper_type(config) is not None,
     )
 
 

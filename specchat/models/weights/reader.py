@@ -57,17 +57,25 @@ class WeightReader(Closeable):
         skeleton: modules to fill; they define names, shapes and dtype.
         checkpoint: checkpoint with the tensors.
         filler: filler of the matrices that are not tensors of the checkpoint.
+        is_pack: whether the tensors of layers have been renamed, merged and cast already.
 
     Raises:
         CorruptCheckpointError: a parameter has no tensor, or one of another shape.
     """
 
-    def __init__(self, skeleton: Skeleton, checkpoint: Checkpoint, filler: MatrixFiller | None = None) -> None:
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        checkpoint: Checkpoint,
+        filler: MatrixFiller | None = None,
+        *,
+        is_pack: bool = False,
+    ) -> None:
         self._skeleton = skeleton
         self._checkpoint = checkpoint
         self._filler = filler
         self._dtype: torch.dtype = next(skeleton.model.parameters()).dtype
-        self._plan = plan_weights(skeleton, checkpoint.tensors)
+        self._plan = plan_weights(skeleton, checkpoint.tensors, is_pack=is_pack)
         self._reader = TensorReader(checkpoint)
         self._scratch: Skeleton | None = None
         self._check_layers()

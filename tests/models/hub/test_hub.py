@@ -235,6 +235,23 @@ def test_a_missing_shard_makes_the_cache_incomplete(hub):
     assert ask("org/name") == source
 
 
+def test_files_of_images_and_draft_heads_stay_on_the_hub(hub):
+    index = {"model.norm.weight": "a.safetensors", "visual.x": "b.safetensors", "mtp.y": "b.safetensors"}
+    files = MODEL | {
+        "model.safetensors.index.json": json.dumps({"weight_map": index}).encode(),
+        "a.safetensors": shard(10, "model.norm.weight"),
+        "b.safetensors": shard(5000, "visual.x"),
+    }
+    del files["model.safetensors"]
+    hub.publish("org/name", files)
+    asked = []
+    source = ask("org/name", confirm=lambda download: bool(asked.append(download)) or True)
+    assert asked[0].missing_bytes < 2000
+    assert set(open_checkpoint(source.path).tensors) == {"model.norm.weight"}
+    assert "b.safetensors" not in files_in(source.path)
+    assert ask("org/name", confirm=refuse) == ask("org/name", offline=True) == source
+
+
 def test_too_little_disk_is_an_error_before_the_question(hub, monkeypatch):
     hub.publish("org/name", MODEL)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=100))

@@ -32,10 +32,11 @@ def scheme_of(config: Mapping[str, Any]) -> CheckpointScheme | None:
         CorruptCheckpointError: the configuration contradicts itself or has invalid values.
     """
     root = SchemeSettings(config, "")
-    for key in _KEYS:
-        settings = root.child(key)
-        if settings is not None:
-            return _scheme(settings)
+    for part in (root, root.child("text_config")):  # multimodal models describe it at the top, or with their text half
+        found = [part.child(key) for key in _KEYS] if part is not None else []
+        for settings in found:
+            if settings is not None:
+                return _scheme(settings)
     return None
 
 
