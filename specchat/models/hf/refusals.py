@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from specchat.errors import SpecchatError, UnsupportedModelError, is_lack_of_memory
 
-HINT = "use a model whose layers are all attention with rotary positions, such as Llama, Qwen3 or Gemma"
+HINT = "use a model with rotary attention, such as Llama, Qwen3 or Gemma, or a hybrid such as Qwen3.5 or LFM2"
 
 CANNOT_BUILD = "has a config.json from which transformers cannot build the model"
 CANNOT_SHRINK = "cannot be shrunk to the tiny model on which specchat checks trees"
