@@ -21,7 +21,7 @@ FLOORS = [
     {"planner", "engine"},
     {"loading"},
     {"chat"},
-    {"bench", "api"},
+    {"batch", "bench", "api"},
     {"ui"},
     {"cli"},
     {"__init__"},  # the public names; nothing of ours imports them
@@ -45,11 +45,11 @@ FOLDERS = {
         {"modules"},
     ],
     "engine": [
-        {"attention", "linear", "sampling", "streaming", "tree"},
-        {"recurrent"},
+        {"layout", "linear", "sampling", "streaming", "tree"},
+        {"attention", "recurrent", "requests", "sequence"},
         {"kv_cache"},
         {"model"},
-        {"drafting", "loading", "selfcheck", "stats"},
+        {"drafting", "loading", "selfcheck", "stats", "walk"},
         {"engine"},
         {"measuring"},
     ],

@@ -45,6 +45,11 @@ _TIME_BOX_S = 110.0
 
 def bench(options: BenchOptions) -> int:
     """Run `specchat bench` and return the exit code."""
+    if options.batches is not None:
+        from specchat.cli.bench_batch import bench_batches
+        from specchat.ui.console import talk
+
+        return bench_batches(options, _settings(options, 1), talk(quiet=options.quiet))
     return _measure(options) if options.compare is None else _compare(options, *options.compare)
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from specchat.chat.settings import whole
 from specchat.cli.options import tree_budget
 from specchat.errors import NotAvailableError, UsageError
 from specchat.loading.request import ModelRequest
@@ -35,6 +36,7 @@ class BenchOptions:
         sweep: swept option and its values; None for no sweep.
         plot: image file to draw the sweep into, or None.
         compare: two reports to compare instead of measuring.
+        batches: numbers of answers that share a pass, or None to measure one answer at a time.
         output: format of the report.
         command: command line as typed, without the program's name.
     """
@@ -53,6 +55,7 @@ class BenchOptions:
     sweep: tuple[str, tuple[str, ...]] | None = None
     plot: Path | None = None
     compare: tuple[Path, Path] | None = None
+    batches: tuple[int, ...] | None = None
     output: Format = "table"
     command: tuple[str, ...] = ()
 
@@ -70,9 +73,34 @@ def check_combination(options: BenchOptions) -> BenchOptions:
     for flag, given in (("--cold", options.cold), ("--passes", options.passes)):
         if options.sweep is not None and given:
             raise UsageError(f"{flag} and --sweep cannot be combined", hint=f"leave {flag} or --sweep out")
+    if options.batches is not None:
+        _check_batches(options)
     if options.plot is not None and options.sweep is None:
         raise UsageError("--plot draws a sweep", hint="add --sweep OPTION=A,B,C")
     return options
+
+
+def _check_batches(options: BenchOptions) -> None:
+    given = {
+        "--cold": options.cold,
+        "--passes": options.passes,
+        "--sweep": options.sweep is not None,
+        "--compare": options.compare is not None,
+        "--baseline": options.baselines not in (None, ("plain",)),
+    }
+    for flag, is_given in given.items():
+        if is_given:
+            raise UsageError(f"--batch and {flag} cannot be combined", hint=f"leave --batch or {flag} out")
+    if options.output in ("jsonl", "csv"):
+        raise UsageError(f"--batch cannot be printed as {options.output}", hint="use -o table, md or json")
+
+
+def batches(text: str | None) -> tuple[int, ...] | None:
+    """Parse the numbers of answers that share a pass, such as 1,4,10."""
+    if text is None:
+        return None
+    found = tuple(dict.fromkeys(whole("--batch", each.strip(), 1) or 1 for each in text.split(",")))
+    return tuple(sorted(found))
 
 
 def output(text: str | None, *, json: bool) -> Format:

@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from specchat.chat.settings import MAX_SEED, whole
@@ -40,6 +41,9 @@ class RunOptions:
         saves: whether the chat is saved.
         keeps_history: whether typed lines are saved.
         raw: whether answers are shown without Markdown layout.
+        prompts: file of prompts to answer, or None.
+        results: file of their results, or None.
+        batch: number of answers that share a pass, or None to let the planner choose.
         sources: origin of each setting, by its name in config.toml.
     """
 
@@ -64,6 +68,9 @@ class RunOptions:
     session_id: str | None = None
     saves: bool = True
     keeps_history: bool = False
+    prompts: Path | None = None
+    results: Path | None = None
+    batch: int | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -73,16 +80,27 @@ def check_combination(options: RunOptions) -> RunOptions:
     Raises:
         UsageError: two flags contradict each other.
     """
+    has_prompts = options.prompts is not None
     has_system = options.system is not None and options.sources.get("system", "--system").startswith("--")
     pairs = (
         ("--json", options.json, "--json-stream", options.json_stream),
         ("--plan", options.plan, "--json-stream", options.json_stream),
         ("--quiet", options.quiet, "--verbose", options.verbose),
         ("--base", options.base, "--system", has_system),
+        ("--prompts", has_prompts, "PROMPT", options.prompt is not None),
+        ("--prompts", has_prompts, "--continue or --session", options.resume is not None or bool(options.session_id)),
+        ("--prompts", has_prompts, "--json-stream", options.json_stream),
+        ("--prompts", has_prompts, "--json", options.json and not options.plan),
     )
     for first, is_first, second, is_second in pairs:
         if is_first and is_second:
             raise UsageError(f"{first} and {second} cannot be combined", hint=f"leave {first} or {second} out")
+    if has_prompts and options.results is None and not options.plan:
+        raise UsageError("--prompts needs a file for the results", hint="add -o OUT.jsonl")
+    if not has_prompts and options.results is not None:
+        raise UsageError("-o is the file of the results of --prompts", hint="add --prompts IN.jsonl")
+    if not has_prompts and options.batch is not None:
+        raise UsageError("--batch is the number of answers of --prompts at once", hint="add --prompts IN.jsonl")
     return options
 
 
@@ -119,6 +137,11 @@ def tree_budget(name: str, text: str) -> int | None:
     if text == "0":
         raise UsageError(f"{name} must be auto or at least 1, not 0", hint="use --draft none to decode without a draft")
     return whole(name, text, 1)
+
+
+def batch(name: str, text: str | None) -> int | None:
+    """Parse the number of answers that share a pass, or None for auto."""
+    return None if text in (None, "auto") else whole(name, text, 1)
 
 
 def dtype(name: str, text: str) -> Literal["auto"] | Dtype:

@@ -157,6 +157,23 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 JsonStream = Annotated[
     bool, typer.Option("--json-stream", help="Print one JSON object per line while the answer is written.")
 ]
+PromptsFile = Annotated[
+    str | None,
+    typer.Option("--prompts", metavar="FILE", help="Answer the prompts of a file of JSON lines. [default: none]"),
+]
+Results = Annotated[
+    str | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="File of the results of --prompts, continued if it exists. [default: none]",
+    ),
+]
+Batch = Annotated[
+    str | None,
+    typer.Option(metavar="N", help="Answers of --prompts that share a pass, or auto. [default: auto]"),
+]
 Plan = Annotated[bool, typer.Option("--plan", help="Print the plan and its predicted speed; load nothing.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the answer and errors.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print one line for each pass, on stderr.")]
@@ -183,6 +200,10 @@ Sweep = Annotated[
         metavar="OPTION=A,B,C",
         help="Measure each value of tree-budget, vram, ctx, draft, quant, slots or memory. [default: none]",
     ),
+]
+Batches = Annotated[
+    str | None,
+    typer.Option("--batch", metavar="A,B,C", help="Measure A, B and C answers that share a pass. [default: none]"),
 ]
 Plot = Annotated[
     str | None, typer.Option(metavar="FILE", help="Draw the sweep into an .svg or .png file. [default: none]")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from specchat.cli.ask import asker
 from specchat.cli.options import RunOptions, random_seed, sampling_sources, without_effect
 from specchat.cli.output import print_line, to_json
+from specchat.cli.plan import print_plan
 from specchat.cli.sessions import lasting, model_of, path_for, was_with
 from specchat.errors import EmptyPromptError, UsageError
 from specchat.loading import planning
@@ -44,6 +45,10 @@ _INTERRUPTED = 130
 
 def run(options: RunOptions) -> int:
     """Run `specchat run` and return the exit code."""
+    if options.prompts is not None:
+        from specchat.cli.batch import run_prompts
+
+        return run_prompts(options)
     from specchat.ui.console import talk
     from specchat.ui.progress import TalkReporter
 
@@ -56,7 +61,9 @@ def run(options: RunOptions) -> int:
     if options.plan:
         with TemporaryDirectory(prefix="specchat-") as folder:
             models = sketch_models(options.models, refs, reporter, ask, Path(folder))
-            _print_plan(options, planning.make_plan(options.models, models, reporter, temperature=temperature))
+            print_plan(
+                planning.make_plan(options.models, models, reporter, temperature=temperature), as_json=options.json
+            )
         return 0
     models = locate_models(options.models, refs, reporter, ask)
     return _chat(options, planning.make_plan(options.models, models, reporter, temperature=temperature), prompt, say)
@@ -101,21 +108,6 @@ def _read_stdin() -> str:
         return sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:
         raise UsageError("stdin is not UTF-8 text") from error
-
-
-# --- the plan ----------------------------------------------------------------------------------------------------
-
-
-def _print_plan(options: RunOptions, planned: "Planned") -> None:
-    from specchat.chat.result import chosen_object
-    from specchat.ui.console import columns
-    from specchat.ui.plan_view import plan_text
-
-    chosen, models = planned.chosen, planned.models
-    if options.json:
-        print_line(to_json(chosen_object(chosen)))
-    else:
-        print_line(plan_text(models.target, chosen, models.draft_note, columns(sys.stdout)))
 
 
 # --- the chat ----------------------------------------------------------------------------------------------------

@@ -1,50 +1,49 @@
-"""The engine: draft a tree, verify the tree in one target pass, keep the tokens that the target alone would write."""
+"""The engine: draft trees, verify them in one target pass, keep the tokens that the target alone would write.
+
+One pass may serve several sequences, each in a seat of its own. While layers stream, a pass over ten sequences takes
+about as long as a pass over one. A chat is the case of one sequence. A sequence that ends gives its seat to the next
+request, whose prompt joins the trees of the others in the next pass. A seat keeps the rows of its last sequence, so
+prompts that begin alike are not computed again from their first token.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from heapq import heappop, heappush
 
 import torch
-from torch import Tensor
 
 from specchat.closing import Closeable
 from specchat.engine import stats
-from specchat.engine.attention import RowLayout
 from specchat.engine.drafting.drafter import Drafter, ModelDrafter, NoDrafter
 from specchat.engine.drafting.policy import AdaptivePolicy, DraftPolicy, FixedPolicy
+from specchat.engine.layout import PassLayout, RowLayout
 from specchat.engine.loading import load_model
 from specchat.engine.model import PassCancelledError, TreeModel
 from specchat.engine.recurrent.restore import marks_of_prompt
+from specchat.engine.requests import RequestQueue
 from specchat.engine.sampling import Sampler, ScoresNotFiniteError
 from specchat.engine.selfcheck import check_architecture
-from specchat.engine.tree import ROOT, TokenTree, common_prefix
+from specchat.engine.sequence import TokenSequence
+from specchat.engine.tree import TokenTree, common_prefix
+from specchat.engine.walk import Walk, walk_down
 from specchat.errors import AllocationError, BrokenScoresError, PromptTooLongError, is_lack_of_memory
 from specchat.models.hf.pairing import check_pair
 from specchat.models.packs.pack import Pack
 from specchat.models.weights.open import ModelWeights
-from specchat.records.generation import Activity, DraftTree, FinishReason, Phase, Sampling, Step
+from specchat.records.generation import Activity, Phase, Request, Sampling, Step
+from specchat.records.limits import noise_rows
 from specchat.records.model import LOWER_QUANTS
 from specchat.records.plan import MemoryReport, Placement, Plan
 from specchat.units import format_bytes
 
 
-@dataclass(frozen=True)
-class _Answer:
-    """Parameters of one call of `generate`."""
-
-    sampler: Sampler
-    stop_ids: frozenset[int]
-    max_length: int
-    length_reason: FinishReason
-    cancel: threading.Event | None
-
-
 class Engine(Closeable):
-    """A target, its drafter, and the committed tokens.
+    """A target, its drafter, and the committed tokens of every seat.
 
     Args:
         plan: sizes and placement.
@@ -58,10 +57,11 @@ class Engine(Closeable):
         self.load_s = 0.0
         self._target = target
         self._drafter = drafter
-        self._policy: DraftPolicy = FixedPolicy(plan.work.tree_budget)
+        self._policy: DraftPolicy = _fixed_policy(plan)
         if plan.adaptive and plan.expected is not None:
-            self._policy = AdaptivePolicy(plan.work.tree_budget, plan.expected)
-        self._cached: list[int] = []  # tokens whose rows are in the target's KV cache
+            self._policy = AdaptivePolicy(plan.work.tree_budget, plan.expected, plan.work.seats)
+        # For each seat, the tokens whose rows are in the target's KV cache.
+        self._held: list[list[int]] = [[] for _ in range(plan.work.seats)]
         self._phase: Phase = "idle"
         self._draft_lost: str | None = None
         self._meter = stats.MemoryMeter(plan, [target, *drafter.models], runtime_bytes)
@@ -124,7 +124,8 @@ class Engine(Closeable):
     ) -> Iterator[Step]:
         """Yield the tokens that the target alone would write after `prompt_ids`, one step at a time.
 
-        Caches keep their longest common prefix with the prompt. They stay consistent if the iterator is closed early.
+        The first seat is used. Caches keep their longest common prefix with the prompt. They stay consistent if the
+        iterator is closed early.
 
         Args:
             prompt_ids: all tokens so far, at least one.
@@ -141,44 +142,36 @@ class Engine(Closeable):
             PromptTooLongError: the context has no room for one more token.
             BrokenScoresError: the target computes NaN or infinity.
         """
-        context = list(prompt_ids)
-        assert context, "the chat layer refuses empty prompts"
-        if len(context) >= self.plan.work.ctx:
-            raise PromptTooLongError(
-                f"the prompt has {len(context)} tokens, but the context holds {self.plan.work.ctx} with the answer",
-                hint="shorten the prompt, start a new chat, or set a larger --ctx if the model allows it",
-            )
-        self._reuse_prefix(context, restore_at)
-        limit = len(context) + (max_tokens if max_tokens is not None else self.plan.work.ctx)
-        answer = _Answer(
-            sampler=Sampler(sampling, self._target.vocab_size, self._target.device),
-            stop_ids=stop_ids,
-            max_length=min(limit, self.plan.work.ctx),
-            length_reason="length" if limit <= self.plan.work.ctx else "context",
-            cancel=cancel,
-        )
-        while True:
-            had_lost_draft = self._draft_lost is not None
-            try:
-                step = self._step(context, answer)
-            finally:
-                self._phase = "idle"
-            if not had_lost_draft:
-                step = replace(step, draft_lost=self._draft_lost)
-            context += step.token_ids
+        request = Request(tuple(prompt_ids), sampling, stop_ids, max_tokens, restore_at=tuple(restore_at))
+        for _, step in self._answer([request], 1, cancel):
+            if step.error is not None:
+                raise step.error
             yield step
-            if step.finish_reason is not None:
-                return
+
+    def generate_many(
+        self, requests: Iterable[Request], *, seats: int | None = None, cancel: threading.Event | None = None
+    ) -> Iterator[tuple[int, Step]]:
+        """Answer many requests, as many at once as there are seats; each text is that of the request alone.
+
+        Args:
+            requests: requests in order; taken from the iterable when a seat is free.
+            seats: most answers at once; None for all seats of the plan.
+            cancel: event that stops the current pass between two layers and ends all answers.
+
+        Yields:
+            Number of the request, and a step; a pass yields one step for each of its requests. The last step of each
+            request has a finish_reason: "error" for a request that fails alone, "interrupt" after cancelling.
+        """
+        yield from self._answer(requests, min(seats or self.plan.work.seats, self.plan.work.seats), cancel)
 
     def truncate(self, length: int) -> None:
-        """Drop committed tokens beyond `length`; prompt and answer tokens count alike."""
-        del self._cached[length:]
-        reached = self._target.cache.truncate(len(self._cached))  # also drops uncommitted rows of a failed pass
-        del self._cached[reached:]
+        """Drop the first seat's committed tokens beyond `length`; prompt and answer tokens count alike."""
+        self._truncate(0, length)
 
     def forget(self) -> None:
         """Empty all caches: target and drafter compute the next prompt from its first token."""
-        self.truncate(0)
+        for seat in range(len(self._held)):
+            self._truncate(seat, 0)
         self._drafter.reset()
 
     @property
@@ -195,7 +188,7 @@ class Engine(Closeable):
     def drafting_with(self, drafter: Drafter) -> Iterator[None]:
         """Use another drafter inside the block, with trees of the planned size; the caller closes the drafter."""
         own = self._drafter, self._policy, self._draft_lost
-        self._drafter, self._policy, self._draft_lost = drafter, FixedPolicy(self.plan.work.tree_budget), None
+        self._drafter, self._policy, self._draft_lost = drafter, _fixed_policy(self.plan), None
         try:
             yield
         finally:
@@ -217,144 +210,194 @@ class Engine(Closeable):
         passing = phase in ("prefill", "verifying")
         return Activity(phase, self._target.layers_done if passing else 0, self.plan.placement.num_layers)
 
-    def _step(self, context: list[int], answer: _Answer) -> Step:
-        """Draft a tree, verify the tree, commit the accepted path; return an empty step on cancellation."""
-        clock = stats.StepClock(self._target.streamer)
-        num_cached = len(self._cached)
-        pending = context[num_cached:]
+    def _answer(
+        self, requests: Iterable[Request], num_seats: int, cancel: threading.Event | None
+    ) -> Iterator[tuple[int, Step]]:
+        """Answer requests in the first seats, pass by pass; see `generate_many`."""
+        queue, free, live = RequestQueue(requests), list(range(num_seats)), list[TokenSequence]()
+        while True:
+            for sequence in [each for each in live if each.is_cancelled]:
+                live.remove(sequence)
+                heappush(free, sequence.seat)
+                yield sequence.index, Step.without_pass("interrupt")
+            yield from self._admit(queue, free, live)
+            if not live:
+                return
+            try:
+                steps = self._step(live, cancel)
+            finally:
+                self._phase = "idle"
+            results = list(zip(live, steps, strict=True))
+            for sequence, step in results:
+                if step.finish_reason is not None:
+                    live.remove(sequence)
+                    heappush(free, sequence.seat)
+                yield sequence.index, step
+            if steps[0].finish_reason == "interrupt":
+                return
+
+    def _admit(self, queue: RequestQueue, free: list[int], live: list[TokenSequence]) -> Iterator[tuple[int, Step]]:
+        """Seat waiting requests: at least one, and more while their prompts' rows cost no time; yield refusals."""
+        num_rows, num_admitted = len(live), 0
+        while free and (request := queue.first) is not None:
+            # The ledger counts one prompt that fills the context, besides one row of each other sequence.
+            most_rows = min(self._policy.free_rows, self.plan.work.ctx)
+            if num_admitted and num_rows + len(request.prompt_ids) > most_rows:
+                return
+            index, request = queue.take()
+            if len(request.prompt_ids) >= self.plan.work.ctx:
+                yield index, Step.without_pass("error", _too_long(request, self.plan.work.ctx))
+                continue
+            live.append(self._seated(index, request, heappop(free)))
+            num_rows, num_admitted = num_rows + len(request.prompt_ids), num_admitted + 1
+
+    def _seated(self, index: int, request: Request, seat: int) -> TokenSequence:
+        """Return the sequence of a request, in a seat that keeps the rows that the prompt shares with it."""
+        tokens = list(request.prompt_ids)
+        assert tokens, "empty prompts are refused before"
+        self._reuse_prefix(seat, tokens, request.restore_at)
+        ctx, num_seats = self.plan.work.ctx, self.plan.work.seats
+        limit = len(tokens) + (request.max_tokens if request.max_tokens is not None else ctx)
+        return TokenSequence(
+            index=index,
+            seat=seat,
+            tokens=tokens,
+            sampler=Sampler(request.sampling, self._target.vocab_size, self._target.device, noise_rows(num_seats)),
+            stop_ids=request.stop_ids,
+            max_length=min(limit, ctx),
+            length_reason="length" if limit <= ctx else "context",
+            cancel=request.cancel,
+        )
+
+    def _reuse_prefix(self, seat: int, tokens: Sequence[int], restore_at: Sequence[int]) -> None:
+        """Keep a seat's rows that the new prompt shares; recurrent layers can only return to restore points.
+
+        The prompt's last token is always computed again: its hidden state is not kept. A point is saved at the end of
+        the last answer if the new prompt continues it, and others while the new prompt is read.
+        """
+        held = self._held[seat]
+        shared = min(common_prefix(held, tokens), len(tokens) - 1)
+        if shared == len(held):
+            self._target.cache.save(seat)
+        self._truncate(seat, shared)
+        marks = marks_of_prompt(len(held), len(tokens), restore_at)
+        for model in (self._target, *self._drafter.models):
+            model.cache.mark(seat, marks)
+
+    def _truncate(self, seat: int, length: int) -> None:
+        """Drop a seat's tokens beyond `length`, and uncommitted rows of a failed pass."""
+        held = self._held[seat]
+        del held[self._target.cache.truncate(seat, min(length, len(held))) :]
+
+    def _step(self, live: Sequence[TokenSequence], cancel: threading.Event | None) -> list[Step]:
+        """Draft trees, verify them in one pass, commit the accepted paths; return empty steps on cancellation."""
+        clock = stats.StepClock(self._target.streamer, len(live))
+        cached = [len(self._held[sequence.seat]) for sequence in live]
+        pending = [len(sequence.tokens) - rows for sequence, rows in zip(live, cached, strict=True)]
+        had_lost_draft = self._draft_lost is not None
         try:
             self._phase = "drafting"
             with clock.drafting():
-                tree = self._grow(context, answer)
-            self._phase = "prefill" if len(pending) > 1 else "verifying"
-            tree, tokens, path = self._verify(context, tree, answer, clock)
+                trees = self._grow(live, cancel)
+            self._phase = "prefill" if max(pending) > 1 else "verifying"
+            trees, walks = self._verify(live, trees, clock, cancel)
         except PassCancelledError:
-            self.truncate(num_cached)
-            return clock.step((), "interrupt", 0, num_cached, tree_nodes=0, depth=0)
-        first = num_cached + len(pending)
-        self._target.cache.keep(first, [first + node for node in path])
-        self._cached = context + [tree.tokens[node] for node in path]
-        self._drafter.commit(path)
-        reason = self._finish_reason(len(context) + len(tokens), tokens[-1], answer)
-        offered = DraftTree(tree.tokens, tree.parents, tuple(path)) if len(tree) else None
-        depth = max(tree.depths, default=0)
-        guesses = tree.by_source(path)
-        step = clock.step(tokens, reason, len(pending), num_cached, len(tree), depth, guesses, offered)
-        self._policy.record_step(step, tree, path)
-        return step
+            clock.stop()
+            return [clock.step((), "interrupt", 0, rows, TokenTree(), ()) for rows in cached]
+        for sequence, tree, walk in zip(live, trees, walks, strict=True):
+            self._commit(sequence, tree, walk)
+        clock.stop()
+        steps = [
+            clock.step(
+                walk.tokens,
+                "error" if walk.is_broken else sequence.finish_reason,
+                new_rows,
+                cached_rows,
+                tree,
+                walk.path,
+                _broken_scores(self.plan) if walk.is_broken else None,
+            )
+            for sequence, tree, walk, new_rows, cached_rows in zip(live, trees, walks, pending, cached, strict=True)
+        ]
+        if not had_lost_draft:
+            steps[0] = replace(steps[0], draft_lost=self._draft_lost)
+        self._policy.record_pass(steps, trees, [walk.path for walk in walks])
+        return steps
 
-    def _grow(self, context: list[int], answer: _Answer) -> TokenTree:
-        """Return the draft's tree; empty once the draft computes NaN or infinity, for as long as the engine lives."""
+    def _grow(self, live: Sequence[TokenSequence], cancel: threading.Event | None) -> list[TokenTree]:
+        """Return the draft's trees; empty once the draft computes NaN or infinity, for as long as the engine lives."""
         if self._draft_lost is None:
-            max_depth = answer.max_length - len(context) - 1
             try:
-                return self._drafter.grow(context, self._policy, max_depth, answer.sampler, answer.cancel)
+                return self._drafter.grow(live, self._policy, cancel)
             except ScoresNotFiniteError:
                 self._draft_lost = (
                     f"the draft {self.plan.draft} computes NaN or infinity in {self.plan.work.dtype}: "
                     "going on without a draft"
                 )
-        return TokenTree()
+        return [TokenTree() for _ in live]
 
     def _verify(
-        self, context: list[int], tree: TokenTree, answer: _Answer, clock: stats.StepClock
-    ) -> tuple[TokenTree, tuple[int, ...], list[int]]:
+        self,
+        live: Sequence[TokenSequence],
+        trees: list[TokenTree],
+        clock: stats.StepClock,
+        cancel: threading.Event | None,
+    ) -> tuple[list[TokenTree], list[Walk]]:
         """Run the target's pass and draw its tokens.
 
-        A branch that overflows spoils every row of its pass: attention multiplies masked values by 0, and 0 x NaN is
-        NaN. So the pass is repeated without a tree before the answer is given up.
+        A branch that overflows spoils every row of its part: attention multiplies masked values by 0, and 0 x NaN is
+        NaN. So the pass is repeated without trees before a sequence is given up.
 
         Returns:
-            The tree that was verified, the tokens drawn, and the accepted nodes.
-
-        Raises:
-            BrokenScoresError: plain decoding computes NaN or infinity, too.
+            The trees that were verified, and the finished walks; a walk is broken if plain decoding computes NaN, too.
         """
-        pending = context[len(self._cached) :]
+        tokens, parts, walks = list[int](), list[tuple[int, RowLayout]](), list[Walk]()
+        for sequence, tree in zip(live, trees, strict=True):
+            new = sequence.tokens[len(self._held[sequence.seat]) :]
+            walks.append(Walk(sequence, tree, root_row=len(tokens) + len(new) - 1))
+            parts.append((sequence.seat, self._rows_for(sequence, len(new), tree)))
+            tokens += [*new, *tree.tokens]
         with clock.verifying():
-            rows = self._rows_for(context, len(pending), tree)
-            hidden = self._target.forward([*pending, *tree.tokens], rows, answer.cancel)
+            hidden = self._target.forward(tokens, PassLayout(parts), cancel)
         self._meter.saw_pass(hidden)
-        try:
-            with clock.sampling():
-                return tree, *self._walk(context, tree, hidden[len(pending) - 1 :], answer)
-        except ScoresNotFiniteError as error:
-            self._target.cache.wipe(len(self._cached))
-            if not len(tree):
-                raise _broken_scores(self.plan) from error
-        return self._verify(context, TokenTree(), answer, clock)
+        with clock.sampling():
+            walk_down(self._target, walks, hidden, self.plan.work.head_rows)
+        if not any(walk.is_broken for walk in walks):
+            return trees, walks
+        repeats = any(map(len, trees))
+        for sequence, walk in zip(live, walks, strict=True):
+            if repeats or walk.is_broken:
+                self._target.cache.wipe(sequence.seat, len(self._held[sequence.seat]))
+        return self._verify(live, [TokenTree() for _ in live], clock, cancel) if repeats else (trees, walks)
 
-    def _walk(
-        self, context: list[int], tree: TokenTree, hidden: Tensor, answer: _Answer
-    ) -> tuple[tuple[int, ...], list[int]]:
-        """Draw the target's tokens from the root down until a token is not in the tree, or the answer ends.
+    def _commit(self, sequence: TokenSequence, tree: TokenTree, walk: Walk) -> None:
+        """Keep the rows of the accepted path, and append the drawn tokens; keep nothing of a broken walk."""
+        if not walk.is_broken:
+            first = len(sequence.tokens)
+            self._target.cache.keep(sequence.seat, first, [first + node for node in walk.path])
+            self._held[sequence.seat] = sequence.tokens + [tree.tokens[node] for node in walk.path]
+            sequence.tokens += walk.tokens
+        self._drafter.commit(sequence.seat, walk.path)
 
-        Args:
-            context: committed tokens; the last token is the root.
-            tree: draft tree of N nodes.
-            hidden: hidden states [1 + N, hidden]; row 0 is the root's.
-            answer: sampler and limits.
-
-        Returns:
-            The drawn tokens, and the tree nodes of all drawn tokens but the last.
-        """
-        scores = _LazyScores(self._target, tree, hidden, self.plan.work.head_rows)
-        text, path, node = list(context), list[int](), ROOT
-        while True:
-            token = answer.sampler.draw(scores.of(node), text)
-            text.append(token)
-            child = tree.children.get((node, token))
-            if child is None or token in answer.stop_ids or len(text) >= answer.max_length:
-                return tuple(text[len(context) :]), path
-            path.append(child)
-            node = child
-
-    def _rows_for(self, context: list[int], num_pending: int, tree: TokenTree) -> RowLayout:
-        """Return the layout of a pass: pending tokens in sequence, of which the last is the root, then the tree."""
-        device = self._target.device
-        begin, root = len(context) - num_pending, len(context) - 1
-        positions = [*range(begin, len(context)), *(root + depth for depth in tree.depths)]
+    def _rows_for(self, sequence: TokenSequence, num_pending: int, tree: TokenTree) -> RowLayout:
+        """Return the layout of a part: pending tokens in sequence, of which the last is the root, then the tree."""
+        device, length = self._target.device, len(sequence.tokens)
+        begin, root = length - num_pending, length - 1
+        positions = [*range(begin, length), *(root + depth for depth in tree.depths)]
         return RowLayout(begin, num_pending, tree.ancestors.to(device), torch.tensor(positions, device=device))
 
-    def _reuse_prefix(self, context: list[int], restore_at: Sequence[int]) -> None:
-        """Keep the cached prefix that the new prompt shares; the prompt's last token is always computed again.
 
-        Recurrent layers return only to restore points. So one is saved at the end of the last answer if the new prompt
-        continues it, and others while the new prompt is read.
-        """
-        shared = min(common_prefix(self._cached, context), len(context) - 1)
-        if shared == len(self._cached):
-            self._target.cache.save()
-        self.truncate(shared)
-        marks = marks_of_prompt(len(self._cached), len(context), restore_at)
-        for model in (self._target, *self._drafter.models):
-            model.cache.mark(marks)
-
-    @staticmethod
-    def _finish_reason(length: int, last_token: int, answer: _Answer) -> FinishReason | None:
-        if last_token in answer.stop_ids:
-            return "stop"
-        return answer.length_reason if length >= answer.max_length else None
+def _fixed_policy(plan: Plan) -> FixedPolicy:
+    """Return the policy of trees of the planned size; while layers stream, a chunk of rows is taken to be free."""
+    return FixedPolicy(plan.work.tree_budget, plan.work.chunk_rows if plan.placement.streamed else 1)
 
 
-class _LazyScores:
-    """The target's scores of visited nodes, computed in blocks of a node and its likeliest descendants."""
-
-    def __init__(self, target: TreeModel, tree: TokenTree, hidden: Tensor, block_rows: int) -> None:
-        self._target = target
-        self._tree = tree
-        self._hidden = hidden
-        self._block_rows = block_rows
-        self._rows: dict[int, Tensor] = {}
-
-    def of(self, node: int) -> Tensor:
-        """Return the scores of the token after `node`, float32 [V]."""
-        if node not in self._rows:
-            self._rows.clear()  # a walk never goes back, and the ledger counts one block
-            block = [node, *self._tree.likely_descendants(node, self._block_rows - 1)]
-            index = torch.tensor(block, device=self._hidden.device) + 1  # row 0 is the root's
-            self._rows.update(zip(block, self._target.logits(self._hidden[index]), strict=True))
-        return self._rows[node]
+def _too_long(request: Request, ctx: int) -> PromptTooLongError:
+    """Return the error for a prompt that leaves no room for one more token."""
+    return PromptTooLongError(
+        f"the prompt has {len(request.prompt_ids)} tokens, but the context holds {ctx} with the answer",
+        hint="shorten the prompt, start a new chat, or set a larger --ctx if the model allows it",
+    )
 
 
 def _broken_scores(plan: Plan) -> BrokenScoresError:

@@ -1,8 +1,17 @@
-"""The KV cache, in buffers allocated once: a pass appends rows, and accepted rows are kept.
+"""The KV cache, in buffers allocated once: a pass appends rows of several sequences, and accepted rows are kept.
 
-The buffers are plain tensors; `models.hf.attention` presents them to transformers as its cache. Layers with attention
-store one row per token and can be truncated at any row. Recurrent layers store a running state, which can only return
-to lengths that it still holds. So callers roll back only through `truncate`, and follow the length that it returns.
+Each sequence has a seat: a region of every layer's buffer. A layer's cache is asked seat by seat, so layers that keep
+something else than rows can take the place of `LayerKv`:
+
+- `append(layout, keys, values)` stores the rows of `layout.current`, each part's rows in its own seat.
+- `keep(seat, base, rows, index)` commits `base` rows and then the given ones, the accepted path of a tree.
+- `truncate(seat, length)` drops all rows from `length` on, and returns the length that it reached. Rows since the last
+  `keep` or `truncate` can always be dropped. A layer may reach less than a `length` before that; then all layers go
+  back to the smallest length, so nobody may assume that a committed prefix can be cut anywhere for free.
+- `wipe(seat, length)` also removes every trace of NaN in the rows dropped.
+
+The buffers are plain tensors; `models.hf.attention` presents them to transformers as its cache. Recurrent layers keep a
+running state instead of rows, or beside them; `RecurrentCache` holds the states of all of them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,62 +19,104 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from specchat.engine.attention import RowLayout
-from specchat.engine.recurrent.cache import RecurrentCache
-from specchat.engine.recurrent.state import LayerState
+from specchat.engine.layout import PassLayout
+from specchat.engine.recurrent.cache import LayerStates, RecurrentCache
 from specchat.records.limits import padded_rows
 from specchat.records.model import KvShape
 
 
 class LayerKv:
-    """One layer's keys and values.
+    """One layer's keys and values of all seats, in one buffer.
 
     Args:
         shape: number of heads, and sizes of keys and values.
-        capacity: number of rows, a multiple of the alignment.
+        seats: number of sequences.
+        capacity: number of rows of a seat, a multiple of the alignment.
         dtype: dtype of keys and values.
         device: device of the buffers.
     """
 
-    def __init__(self, shape: KvShape, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, shape: KvShape, seats: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
         # Zeros, not empty: padding rows have attention weight 0, and 0 x NaN would be NaN.
-        self.keys = torch.zeros(1, shape.heads, capacity, shape.key_dim, dtype=dtype, device=device)
-        self.values = torch.zeros(1, shape.heads, capacity, shape.value_dim, dtype=dtype, device=device)
+        rows = seats * capacity
+        self.keys = torch.zeros(1, shape.heads, rows, shape.key_dim, dtype=dtype, device=device)
+        self.values = torch.zeros(1, shape.heads, rows, shape.value_dim, dtype=dtype, device=device)
         self.capacity = capacity
-        self.length = 0
+        self.lengths = [0] * seats
 
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new rows, and return all rows padded to the alignment.
+    @property
+    def length(self) -> int:
+        """Number of rows of the longest sequence."""
+        return max(self.lengths)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        return self.keys.nbytes + self.values.nbytes
+
+    def append(self, layout: PassLayout, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the chunk's rows in their seats, and return the buffer from the pass's lowest to its highest seat.
+
+        Models with latent attention expand everything that is returned, so other seats are left out.
 
         Args:
-            keys: keys [1, H_kv, rows, D].
-            values: values [1, H_kv, rows, D_v].
-        """
-        begin, end = self.length, self.length + keys.shape[2]
-        assert end <= self.capacity, f"{end} rows in a cache of {self.capacity}"
-        self.keys[:, :, begin:end] = keys
-        self.values[:, :, begin:end] = values
-        self.length = end
-        padded = padded_rows(end)
-        return self.keys[:, :, :padded], self.values[:, :, :padded]
+            layout: parts of the pass, with the chunk that is computed now.
+            keys: keys [1, H_kv, rows, D] of the chunk.
+            values: values [1, H_kv, rows, D_v] of the chunk.
 
-    def keep(self, base: int, rows: Tensor) -> None:
-        """Move the given rows (int64 [n], all >= base) to `base`, in order, and drop all rows after them."""
-        end = base + rows.shape[0]
-        if rows.shape[0]:
-            self.keys[:, :, base:end] = self.keys.index_select(2, rows)
-            self.values[:, :, base:end] = self.values.index_select(2, rows)
-        self.length = end
+        Returns:
+            Keys and values of the seats; the last one is cut after its rows, padded to the alignment.
+        """
+        for part, rows in layout.current:
+            held = self.lengths[part.seat]
+            length = held + rows.stop - rows.start
+            assert length <= self.capacity, f"{length} rows in a seat of {self.capacity}"
+            offset = part.seat * self.capacity
+            self.keys[:, :, offset + held : offset + length] = keys[:, :, rows]
+            self.values[:, :, offset + held : offset + length] = values[:, :, rows]
+            self.lengths[part.seat] = length
+        begin, last = layout.first_seat * self.capacity, layout.last_seat
+        end = last * self.capacity + padded_rows(self.lengths[last])
+        return self.keys[:, :, begin:end], self.values[:, :, begin:end]
+
+    def keep(self, seat: int, base: int, rows: Sequence[int], index: Tensor | None) -> None:
+        """Move the given rows of a seat to `base`, in order, and drop all rows after them.
+
+        Args:
+            seat: region of the sequence.
+            base: number of rows that stay where they are.
+            rows: rows to keep, all >= base.
+            index: places of `rows` in the buffer, int64 [n]; None if the rows are at `base` already.
+        """
+        end = base + len(rows)
+        if index is not None:
+            to = slice(seat * self.capacity + base, seat * self.capacity + end)
+            self.keys[:, :, to] = self.keys.index_select(2, index)
+            self.values[:, :, to] = self.values.index_select(2, index)
+        self.lengths[seat] = end
+
+    def truncate(self, seat: int, length: int) -> int:
+        """Drop a seat's rows from `length` on, and return the length reached: always `length`."""
+        self.lengths[seat] = length
+        return length
+
+    def wipe(self, seat: int, length: int) -> None:
+        """Drop a seat's rows from `length` on, and zero them."""
+        self.truncate(seat, length)
+        rows = slice(seat * self.capacity + length, (seat + 1) * self.capacity)
+        self.keys[:, :, rows] = 0
+        self.values[:, :, rows] = 0
 
 
 class TreeCache:
-    """The caches of all layers, which have equal length between passes.
+    """The caches of all layers, whose seats have equal lengths between passes.
 
     Args:
         shapes: shape of what each layer caches.
-        capacity: number of rows that must fit; rounded up to the alignment.
+        capacity: number of rows that a seat must hold; rounded up to the alignment.
         dtype: dtype of keys and values.
         device: device of the buffers.
+        seats: number of sequences.
         tree_rows: most rows of a tree, which recurrent layers stash.
         grows: whether trees grow over several passes, as a draft's trees do.
         num_points: most restore points of recurrent layers.
@@ -80,40 +131,42 @@ class TreeCache:
         capacity: int,
         dtype: torch.dtype,
         device: torch.device,
+        seats: int = 1,
         *,
         tree_rows: int = 0,
         grows: bool = False,
         num_points: int = 0,
     ) -> None:
         self.capacity = padded_rows(capacity)
+        self.seats = seats
         self.device = device
-        self.layers = [LayerKv(shape, self.capacity, dtype, device) for shape in shapes]
+        self.layers = [LayerKv(shape, seats, self.capacity, dtype, device) for shape in shapes]
         self.recurrent: RecurrentCache | None = None
         states = [shape.state for shape in shapes]
         if any(states):
             self.recurrent = RecurrentCache(
-                states, tree_rows, grows=grows, num_points=num_points, dtype=dtype, device=device
+                states, tree_rows, seats=seats, grows=grows, num_points=num_points, dtype=dtype, device=device
             )
-        with_rows = [kv for kv, shape in zip(self.layers, shapes, strict=True) if shape.heads]
+        with_rows = [layer for layer, shape in zip(self.layers, shapes, strict=True) if shape.heads]
         self._measure: LayerKv | RecurrentCache = with_rows[0] if with_rows else self.recurrent or self.layers[0]
 
     @property
-    def states(self) -> list[LayerState | None]:
-        """State of each layer; None for layers without a state."""
+    def states(self) -> list[LayerStates | None]:
+        """States of each layer; None for layers without a state."""
         return [None] * len(self.layers) if self.recurrent is None else self.recurrent.layers
 
     @property
-    def length(self) -> int:
-        """Number of rows held."""
-        return self._measure.length
+    def lengths(self) -> list[int]:
+        """Number of rows held in each seat."""
+        return list(self._measure.lengths)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers, without restore points, which lie in host memory."""
-        rows = sum(kv.keys.nbytes + kv.values.nbytes for kv in self.layers)
+        rows = sum(layer.nbytes for layer in self.layers)
         return rows + (0 if self.recurrent is None else self.recurrent.nbytes)
 
-    def begin(self, layout: RowLayout) -> None:
+    def begin(self, layout: PassLayout) -> None:
         """Begin a pass over the rows of a layout."""
         if self.recurrent is not None:
             self.recurrent.begin(layout)
@@ -123,45 +176,42 @@ class TreeCache:
         if self.recurrent is not None:
             self.recurrent.end()
 
-    def mark(self, lengths: Iterable[int]) -> None:
-        """Set the lengths at which the next pass over rows in sequence saves restore points of recurrent layers."""
+    def mark(self, seat: int, lengths: Iterable[int]) -> None:
+        """Set the lengths at which a seat's next rows in sequence leave restore points of recurrent layers."""
         if self.recurrent is not None:
-            self.recurrent.mark(lengths)
+            self.recurrent.mark(seat, lengths)
 
-    def save(self) -> None:
-        """Save a restore point of recurrent layers at the current length."""
+    def save(self, seat: int) -> None:
+        """Save a restore point of recurrent layers at a seat's current length."""
         if self.recurrent is not None:
-            self.recurrent.save()
+            self.recurrent.save(seat)
 
-    def keep(self, base: int, rows: Sequence[int]) -> None:
-        """Keep the first `base` rows and then the given rows, in order; drop all others."""
-        index = torch.tensor(rows, dtype=torch.int64, device=self.device)
+    def keep(self, seat: int, base: int, rows: Sequence[int]) -> None:
+        """Keep a seat's first `base` rows and then the given rows, in order; drop all others."""
         if self.recurrent is not None:
-            self.recurrent.keep(base, index)
-        if list(rows) == list(range(base, base + len(rows))):  # already in place, as for a tree without branches
-            self._truncate_rows(base + len(rows))
-            return
-        for kv in self.layers:
-            kv.keep(base, index)
+            self.recurrent.keep(seat, base, rows)
+        index = None
+        if list(rows) != list(range(base, base + len(rows))):  # else already in place, as for a tree without branches
+            offset = seat * self.capacity
+            index = torch.tensor([offset + row for row in rows], dtype=torch.int64, device=self.device)
+        for layer in self.layers:
+            layer.keep(seat, base, rows, index)
 
-    def wipe(self, length: int) -> None:
-        """Forget every row from `length` on and zero it, after a pass that stored NaN or infinity."""
-        self.truncate(length)
-        for kv in self.layers:
-            kv.keys[:, :, length:] = 0
-            kv.values[:, :, length:] = 0
+    def wipe(self, seat: int, length: int) -> None:
+        """Forget a seat's rows from `length` on and zero them, after a pass that stored NaN or infinity."""
+        if self.recurrent is not None:
+            self.recurrent.truncate(seat, length)
+        for layer in self.layers:
+            layer.wipe(seat, length)
 
-    def truncate(self, length: int) -> int:
-        """Drop every row from `length` on, including rows of a pass that stopped between layers.
+    def truncate(self, seat: int, length: int) -> int:
+        """Drop a seat's rows from `length` on, including rows of a pass that stopped between layers.
 
         Returns:
-            The length reached: `length`, or less where recurrent layers hold no longer state.
+            Rows left, equal in all layers; `length`, or less if a layer cannot go back to `length` itself.
         """
         if self.recurrent is not None:
-            length = self.recurrent.truncate(length)
-        self._truncate_rows(length)
+            length = self.recurrent.truncate(seat, length)
+        while (reached := min(layer.truncate(seat, length) for layer in self.layers)) < length:
+            length = reached
         return length
-
-    def _truncate_rows(self, length: int) -> None:
-        for kv in self.layers:
-            kv.length = length

@@ -26,7 +26,7 @@ from specchat.models.packs.verify import ChunkVerifier
 from specchat.models.weights.layout import LayerLayout, bind
 from specchat.models.weights.open import ModelWeights
 from specchat.models.weights.reader import WeightReader
-from specchat.records.limits import RESTORE_POINTS
+from specchat.records.limits import restore_points
 from specchat.records.plan import Placement, Workload
 
 
@@ -47,7 +47,7 @@ def load_model(
         weights: model to load; the result owns its modules, and its files are closed as soon as nothing reads them.
         work: device, dtype and rows of passes.
         placement: tiers of the layers, and the number of slots.
-        cache_rows: rows that the KV cache must hold.
+        cache_rows: rows that each seat of the KV cache must hold.
         tree_rows: rows among them that a tree may take; None for all beyond the context.
         grows: whether trees grow over several passes, as a draft's trees do.
         pack: pack to read layers from; None reads the checkpoint's own files.
@@ -71,9 +71,10 @@ def load_model(
             cache_rows,
             dtype,
             device,
+            work.seats,
             tree_rows=cache_rows - work.ctx if tree_rows is None else tree_rows,
             grows=grows,
-            num_points=RESTORE_POINTS,
+            num_points=restore_points(work.seats),
         )
         if device.type == "cpu":
             use_fast_matmuls(skeleton.model)
@@ -99,7 +100,7 @@ def _pack_reader(weights: ModelWeights, pack: Pack) -> WeightReader:
     """Return the reader of a pack, after checking the pack's tensors outside the layers."""
     weights.close()
     pack.rest_checkpoint()
-    return WeightReader(weights.skeleton, pack.checkpoint(), is_pack=True)
+    return WeightReader(weights.skeleton, pack.checkpoint())
 
 
 def _read_layer(

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from specchat.engine.attention import RowLayout
 from specchat.engine.drafting.drafter import NoDrafter
 from specchat.engine.engine import Engine
+from specchat.engine.layout import PassLayout, RowLayout
 from specchat.engine.sampling import Sampler
 from specchat.engine.tree import ROOT, TokenTree
 from specchat.records.generation import Sampling
@@ -100,7 +100,7 @@ def measure_pass(engine: Engine, num_rows: int, seed: int = 0) -> PassTime:
     before = target.streamer.counters()
     begin = time.perf_counter()
     target.streamer.restart()
-    target.forward(tokens, layout)
+    target.forward(tokens, PassLayout.single(layout))
     if target.device.type == "cuda":
         torch.cuda.current_stream(target.device).synchronize()
     pass_s = time.perf_counter() - begin

@@ -1,7 +1,8 @@
-"""A causal LM whose rows may form a tree: a pass returns hidden states. Target and draft both use this class.
+"""A causal LM whose rows may form trees: a pass returns hidden states. Target and draft both use this class.
 
-transformers' modules run unmodified. specchat supplies the attention function, the KV cache, and a wrapper around each
-decoder layer. The wrapper acquires the layer's weights, checks for cancellation, and runs long passes in row chunks.
+A pass may compute rows of several sequences. transformers' modules run unmodified. specchat supplies the attention
+function, the KV cache, and a wrapper around each decoder layer. The wrapper acquires the layer's weights, checks for
+cancellation, and runs long passes in row chunks.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specchat.engine.attention import RowLayout, RowMask
+from specchat.engine.attention import PassMask
 from specchat.engine.kv_cache import TreeCache
+from specchat.engine.layout import PassLayout, linear_layout
 from specchat.engine.streaming.base import LayerStreamer
 from specchat.models.hf.attention import cache_for, row_scope
 from specchat.models.hf.config import max_positions
@@ -60,10 +62,10 @@ class TreeModel:
         self.streamer = streamer
         self.device = device
         self.vocab_size: int = skeleton.config.vocab_size
-        self._hf_cache = cache_for(cache.layers, layer_kinds(skeleton.config))
+        self._hf_cache = cache_for(cache.layers, lambda: self._layout, layer_kinds(skeleton.config))
         bind_mixers(skeleton.layers, cache.states)
         self._chunk_rows = chunk_rows
-        self._layout: RowLayout | None = None
+        self._layout: PassLayout | None = None
         self._token_ids: Tensor | None = None
         self._cancel: threading.Event | None = None
         self.layers_done = 0
@@ -99,33 +101,33 @@ class TreeModel:
         return self.cache.nbytes + sum(scratch.memory.nbytes for scratch in scratches)
 
     @torch.inference_mode()
-    def forward(self, token_ids: Sequence[int], layout: RowLayout, cancel: threading.Event | None = None) -> Tensor:
+    def forward(self, token_ids: Sequence[int], layout: PassLayout, cancel: threading.Event | None = None) -> Tensor:
         """Compute the final hidden states of new rows, and append the rows to the cache.
 
         Args:
-            token_ids: token id of each new row.
-            layout: position and visibility of the rows.
+            token_ids: token id of each new row, one sequence after another.
+            layout: position and visibility of the rows, sequence by sequence.
             cancel: event that cancels the pass before the next layer.
 
         Returns:
             Hidden states [rows, hidden] in the model's dtype, on its device.
 
         Raises:
-            PassCancelledError: `cancel` was set; the cache is unchanged.
+            PassCancelledError: `cancel` was set; the cache is unchanged in all seats, as after any other error.
         """
         assert len(token_ids) == layout.num_rows
-        length = self.cache.length
+        lengths = self.cache.lengths
         self._layout, self._cancel, self.layers_done = layout, cancel, 0
         ids = self._token_ids = torch.tensor(token_ids, dtype=torch.int64)
-        positions = layout.positions[layout.num_earlier :]
         self.cache.begin(layout)
         try:
-            with row_scope(partial(RowMask, layout)):
-                hidden = self.skeleton.hidden(ids.to(self.device), positions, self._hf_cache)
+            with row_scope(partial(PassMask, layout, self.cache.capacity)):
+                hidden = self.skeleton.hidden(ids.to(self.device), layout.positions, self._hf_cache)
             self.cache.end()
             return hidden
         except BaseException:
-            self.cache.truncate(length)
+            for seat, length in enumerate(lengths):
+                self.cache.truncate(seat, length)
             self.streamer.restart()
             raise
         finally:
@@ -136,12 +138,10 @@ class TreeModel:
         """Return scores, float32 [n, V], of hidden states [n, hidden]."""
         return self.skeleton.head(hidden).float()
 
-    def append(self, token_ids: Sequence[int], cancel: threading.Event | None = None) -> Tensor:
-        """Run `forward` on committed tokens in sequence, after the rows in the cache."""
-        prefix = self.cache.length
-        positions = torch.arange(prefix, prefix + len(token_ids), device=self.device)
-        nothing = torch.zeros(0, 0, dtype=torch.bool, device=self.device)
-        return self.forward(token_ids, RowLayout(prefix, len(token_ids), nothing, positions), cancel)
+    def append(self, token_ids: Sequence[int], cancel: threading.Event | None = None, seat: int = 0) -> Tensor:
+        """Run `forward` on committed tokens in sequence, after the rows of one seat in the cache."""
+        layout = linear_layout(self.cache.lengths[seat], len(token_ids), self.device)
+        return self.forward(token_ids, PassLayout.single(layout, seat), cancel)
 
     def close(self) -> None:
         """Stop streaming."""
@@ -187,12 +187,12 @@ class TreeModel:
         assert self._layout is not None
         num_rows = hidden.shape[-2]
         if num_rows <= self._chunk_rows:
-            self._layout.chunk = (0, num_rows)
+            self._layout.select(0, num_rows)
             return forward(hidden, *args, **kwargs)
         out = torch.empty_like(hidden)
         for begin in range(0, num_rows, self._chunk_rows):
             end = min(begin + self._chunk_rows, num_rows)
-            self._layout.chunk = (begin, end)
+            self._layout.select(begin, end)
             rows = partial(_rows, num_rows=num_rows, begin=begin, end=end)
             cut_kwargs = {name: rows(value) for name, value in kwargs.items()}
             given = forward(hidden[..., begin:end, :], *map(rows, args), **cut_kwargs)

@@ -86,12 +86,13 @@ class Sampler:
         sampling: parameters of the processors, and the seed.
         vocab_size: V.
         device: device of the logits.
+        noise_rows: number of rows of noise to cache.
     """
 
-    def __init__(self, sampling: Sampling, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, sampling: Sampling, vocab_size: int, device: torch.device, noise_rows: int = NOISE_ROWS) -> None:
         self.sampling = sampling
         self.vocab_size = vocab_size
-        self.noise = None if sampling.greedy else Noise(sampling.seed, vocab_size, device)
+        self.noise = None if sampling.greedy else Noise(sampling.seed, vocab_size, device, noise_rows)
         self._processors = logits_processors(sampling)
         self._needs_context = sampling.repetition_penalty != 1.0
 

@@ -1,8 +1,9 @@
 """Check of an architecture before its weights are read: tree scores must equal plain scores.
 
-A tiny random model with the same configuration runs a small tree through specchat's attention, scans and cache, keeps a
-path, and reads one more token. It also runs every path of the tree through its own modules without a cache. A change in
-transformers or an unusual architecture then leads to an error instead of wrong text.
+A tiny random model with the same configuration runs a small tree through specchat's attention, scans and cache, in a
+pass with another sequence before it. Then it keeps a path and reads one more token. It also runs every path of the
+tree, and the other sequence, through its own modules without a cache. A change in transformers or an unusual
+architecture then leads to an error instead of wrong text.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specchat.engine.attention import RowLayout, tree_attention
+from specchat.engine.attention import tree_attention
 from specchat.engine.kv_cache import TreeCache
+from specchat.engine.layout import PassLayout, RowLayout, linear_layout
 from specchat.engine.model import TreeModel
 from specchat.engine.streaming.base import NoStreamer
 from specchat.engine.tree import ROOT, TokenTree
@@ -27,6 +29,7 @@ from specchat.models.hf.skeleton import Skeleton, build_random, build_skeleton
 from specchat.records.model import ModelSource
 
 _PROMPT_ROWS = 20  # more than the tiny model's window, so that windows matter
+_OTHER_ROWS = 9  # rows of the other sequence: chunks end within both
 _CHUNK_ROWS = 7
 _MOST_PARAMS = 1 << 30  # the tiny Phi 4 Multimodal keeps its encoders
 _TOLERANCE = 2e-3  # float32 rounding is near 1e-6 of the largest score; a wrong mask is near 1
@@ -62,19 +65,21 @@ def _largest_error(config: Any) -> float:
         tiny = tiny_config(config)
         _check_is_tiny(tiny)
         skeleton, plain = build_random(tiny, generator, tree_attention)
-    prompt = torch.randint(0, skeleton.config.vocab_size, (_PROMPT_ROWS,), generator=generator).tolist()
+    vocab_size = skeleton.config.vocab_size
+    prompt, other = (
+        torch.randint(0, vocab_size, (rows,), generator=generator).tolist() for rows in (_PROMPT_ROWS, _OTHER_ROWS)
+    )
     paths = [_path(node) for node in (1, 3, len(_TREE) - 1)]
     texts = [prompt + [_TREE.tokens[node] for node in path] for path in paths]
     texts[-1].append(_NEXT_TOKEN)
     with refusing(config.model_type, CANNOT_RUN):
-        expected = [plain(torch.tensor(text))[_PROMPT_ROWS - 1 :] for text in texts]
-        of_tree, of_next = _tree_scores(skeleton, prompt, paths[-1])
-    ours = [of_tree[[0, *(node + 1 for node in path)]] for path in paths]
-    ours[-1] = torch.cat([ours[-1], of_next])
-    error, scale = 0.0, 1.0
-    for scores, theirs in zip(ours, expected, strict=True):
-        error, scale = max(error, float((scores - theirs).abs().max())), max(scale, float(theirs.abs().max()))
-    return error / scale
+        expected = [*(plain(torch.tensor(text))[_PROMPT_ROWS - 1 :] for text in texts), plain(torch.tensor(other))]
+        scores = _scores(skeleton, other, prompt, paths[-1])
+        others, ours, of_next = scores.split([_OTHER_ROWS, 1 + len(_TREE), 1])
+    found = [*(ours[[0, *(n + 1 for n in path)]] for path in paths), others]
+    found[-2] = torch.cat([found[-2], of_next])
+    error = max(float((each - theirs).abs().max()) for each, theirs in zip(found, expected, strict=True))
+    return error / max(1.0, *(float(theirs.abs().max()) for theirs in expected))
 
 
 def _check_is_tiny(config: Any) -> None:
@@ -84,17 +89,23 @@ def _check_is_tiny(config: Any) -> None:
         raise UnsupportedModelError(f"'{config.model_type}' {CANNOT_SHRINK}", HINT)
 
 
-def _tree_scores(skeleton: Skeleton, prompt: list[int], path: list[int]) -> tuple[Tensor, Tensor]:
-    """Return the scores of root and nodes, [1 + N, V], from one chunked pass, and of a token after a path, [1, V]."""
-    num_rows = len(prompt) + len(_TREE)
-    cpu = torch.device("cpu")
-    cache = TreeCache(record_kv_shapes(skeleton), num_rows, torch.float32, cpu, tree_rows=len(_TREE))
+def _scores(skeleton: Skeleton, other: list[int], prompt: list[int], path: list[int]) -> Tensor:
+    """Return the scores of another sequence, of the root and of all nodes, [others + 1 + N, V], from one pass.
+
+    The last row, [1, V], is that of a token after a path that is kept.
+    """
+    cpu, num_nodes = torch.device("cpu"), len(_TREE)
+    cache = TreeCache(
+        record_kv_shapes(skeleton), len(prompt) + num_nodes, torch.float32, cpu, seats=2, tree_rows=num_nodes
+    )
     model = TreeModel(skeleton, cache, NoStreamer(), (), _CHUNK_ROWS, cpu)
     positions = [*range(len(prompt)), *(len(prompt) - 1 + depth for depth in _TREE.depths)]
-    layout = RowLayout(0, len(prompt), _TREE.ancestors, torch.tensor(positions))
-    hidden = model.forward([*prompt, *_TREE.tokens], layout)
-    cache.keep(len(prompt), [len(prompt) + node for node in path])
-    return model.logits(hidden[len(prompt) - 1 :]), model.logits(model.append([_NEXT_TOKEN]))
+    tree_rows = RowLayout(0, len(prompt), _TREE.ancestors, torch.tensor(positions))
+    layout = PassLayout([(1, linear_layout(0, len(other), cpu)), (0, tree_rows)])
+    hidden = model.forward([*other, *prompt, *_TREE.tokens], layout)
+    cache.keep(0, len(prompt), [len(prompt) + node for node in path])
+    following = model.append([_NEXT_TOKEN])
+    return model.logits(torch.cat([hidden[: len(other)], hidden[len(other) + len(prompt) - 1 :], following]))
 
 
 def _path(node: int) -> list[int]:

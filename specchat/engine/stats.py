@@ -14,7 +14,9 @@ from torch import Tensor
 
 from specchat.engine.model import TreeModel
 from specchat.engine.streaming.base import LayerStreamer
-from specchat.records.generation import DraftTree, FinishReason, Guesses, Step
+from specchat.engine.tree import TokenTree
+from specchat.errors import SpecchatError
+from specchat.records.generation import DraftTree, FinishReason, Step
 from specchat.records.plan import MemoryReport, Plan
 
 
@@ -30,17 +32,19 @@ def peak_resident_set_bytes() -> int:
 
 
 class StepClock:
-    """Splits one step's wall time into phases.
+    """Splits the wall time of the steps of one pass into phases.
 
     Args:
         streamer: the target's streamer, whose counters give the waiting time of the pass.
+        num_sharing: number of sequences of the pass.
     """
 
-    def __init__(self, streamer: LayerStreamer) -> None:
+    def __init__(self, streamer: LayerStreamer, num_sharing: int = 1) -> None:
         self._streamer = streamer
-        self._at_start = streamer.counters()
+        self._num_sharing = num_sharing
+        self._at_start = self._at_end = streamer.counters()
         self._begin = time.perf_counter()
-        self._draft_s = self._verify_s = self._sample_s = 0.0
+        self._pass_s = self._draft_s = self._verify_s = self._sample_s = 0.0
 
     @contextmanager
     def drafting(self) -> Iterator[None]:
@@ -71,35 +75,50 @@ class StepClock:
         finally:
             self._sample_s += time.perf_counter() - begin
 
+    def stop(self) -> None:
+        """End the steps of the pass, which all take the same time."""
+        self._at_end = self._streamer.counters()
+        self._pass_s = time.perf_counter() - self._begin
+
     def step(
         self,
         tokens: tuple[int, ...],
         reason: FinishReason | None,
         new_rows: int,
         cached_rows: int,
-        tree_nodes: int,
-        depth: int,
-        guesses: tuple[Guesses, ...] = (),
-        tree: DraftTree | None = None,
+        tree: TokenTree,
+        path: Sequence[int],
+        error: SpecchatError | None = None,
     ) -> Step:
-        """Return the record of the step that ends now."""
-        counters = self._streamer.counters()
+        """Return the record of one sequence's step, after `stop`.
+
+        Args:
+            tokens: emitted tokens.
+            reason: reason of the end of the answer, or None.
+            new_rows: committed tokens that the pass computed.
+            cached_rows: committed tokens that were in the KV cache.
+            tree: verified tree.
+            path: accepted nodes, root to leaf.
+            error: reason of the finish reason "error".
+        """
         return Step(
             token_ids=tokens,
             finish_reason=reason,
             new_rows=new_rows,
             cached_rows=cached_rows,
-            tree_nodes=tree_nodes,
+            tree_nodes=len(tree),
             accepted=max(len(tokens) - 1, 0),
-            depth=depth,
-            pass_s=time.perf_counter() - self._begin,
+            depth=max(tree.depths, default=0),
+            pass_s=self._pass_s,
             draft_s=self._draft_s,
             verify_s=self._verify_s,
             sample_s=self._sample_s,
-            stream_wait_s=counters.wait_s - self._at_start.wait_s,
-            streamed_bytes=counters.num_bytes - self._at_start.num_bytes,
-            guesses=guesses,
-            tree=tree,
+            stream_wait_s=self._at_end.wait_s - self._at_start.wait_s,
+            streamed_bytes=self._at_end.num_bytes - self._at_start.num_bytes,
+            guesses=tree.by_source(path),
+            tree=DraftTree(tree.tokens, tree.parents, tuple(path)) if len(tree) else None,
+            num_sharing=self._num_sharing,
+            error=error,
         )
 
 

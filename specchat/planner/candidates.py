@@ -85,7 +85,7 @@ class Candidate:
         sizes = {i: size for i, size in enumerate(all_sizes) if i not in kept}
         in_ram = among(sizes, self.sizes.num_in_ram)
         placement = Placement(target.num_layers, resident, in_ram, self.slots)
-        points = restore_items(target, draft, work.dtype)
+        points = restore_items(target, draft, work)
         host_bytes = _host_bytes(sizes, in_ram, self.slots) + host_embedding_bytes(target, work)
         host_bytes += sum(item.bytes for item in points)
         beside_layers = (*host_embeddings(target, work), *points)
@@ -179,7 +179,8 @@ class Candidates:
             fits, too_long = (
                 (middle, too_long) if self._least_bytes(draft, middle) <= self._vram_bytes else (fits, middle)
             )
-        advice = "raise --vram or lower --tree-budget" if draft is not None else "raise --vram"
+        lowered = ["--tree-budget"] * (draft is not None) + ["--batch"] * (self._choices.seats > 1)
+        advice = f"raise --vram or lower {' or '.join(lowered)}" if lowered else "raise --vram"
         return DoesNotFitError(
             f"{self._target.name} needs at least {format_bytes(self._least_bytes(draft, ctx))} with --ctx {ctx:,}, "
             f"but the budget is {format_bytes(self._vram_bytes)}",
@@ -257,7 +258,7 @@ class Candidates:
         return min(other_bytes for _, other_bytes in variants) + self._options.least_bytes
 
     def _workload(self, ctx: int, tree_budget: int) -> Workload:
-        return _workload(self._dtype, ctx, tree_budget, self._inputs.machine.device)
+        return _workload(self._dtype, ctx, tree_budget, self._inputs.machine.device, self._choices.seats)
 
     def _host_budget(self, draft: ModelSpec | None, work: Workload, device_bytes: int) -> int:
         """Return the host memory left for streamed layers.
@@ -266,7 +267,7 @@ class Candidates:
         """
         on_cpu = self._inputs.machine.device == "cpu"
         taken = device_bytes if on_cpu else host_embedding_bytes(self._target, work)
-        taken += sum(item.bytes for item in restore_items(self._target, draft, work.dtype))
+        taken += sum(item.bytes for item in restore_items(self._target, draft, work))
         available = max(self._usable_ram - taken, 0)
         return available if self._choices.ram_bytes is None else min(available, self._choices.ram_bytes)
 
@@ -279,7 +280,8 @@ class Candidates:
             inputs, target = self._inputs, self._target
             acceptance = inputs.acceptance(target, draft, samples=self._request.samples)
             device = inputs.machine.device
-            self._models[draft] = CostModel(target, draft, self._dtype, device, inputs.rates, acceptance)
+            seats = self._choices.seats
+            self._models[draft] = CostModel(target, draft, self._dtype, device, inputs.rates, acceptance, seats)
         return self._models[draft]
 
 
@@ -288,7 +290,7 @@ def _default_tree_budgets(device: str) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=512)
-def _workload(dtype: Dtype, ctx: int, tree_budget: int, device: str) -> Workload:
+def _workload(dtype: Dtype, ctx: int, tree_budget: int, device: str, seats: int) -> Workload:
     return Workload(
         device=device,
         dtype=dtype,
@@ -297,6 +299,7 @@ def _workload(dtype: Dtype, ctx: int, tree_budget: int, device: str) -> Workload
         draft_rows=DRAFT_ROWS_PER_NODE * tree_budget,
         chunk_rows=CHUNK_ROWS,
         reserve_bytes=0 if device == "cpu" else CUDA_RESERVE_BYTES,
+        seats=seats,
     )
 
 

@@ -8,7 +8,8 @@ bound either by compute, or by the link until the last layer has arrived and bee
     pass = max(L c + (exposed wait for the first streamed layer),  s l - (filled ahead) + c)
 
 The accepted length grows with the logarithm of the tree size. A node is worth its probability, and the probabilities
-of the best unexplored nodes fall as a power of their rank.
+of the best unexplored nodes fall as a power of their rank. Sequences that share a pass also share its nodes, so each
+adds one row and the tokens of a tree of its share. Speeds are those of all sequences together.
 """
 
 import math
@@ -59,7 +60,7 @@ class Acceptance:
     knee: float
     basis: Basis
 
-    def tokens_per_step(self, nodes: int) -> float:
+    def tokens_per_step(self, nodes: float) -> float:
         """Return the expected tokens of a step, between 1 (the target's own token) and 1 + nodes."""
         return 1.0 if nodes == 0 else min(1.0 + self.gain * math.log1p(nodes / self.knee), 1.0 + nodes)
 
@@ -109,6 +110,7 @@ class CostModel:
         device: "cpu" or "cuda:N".
         rates: rates of the machine.
         acceptance: acceptance of the pair.
+        seats: number of sequences of every pass.
     """
 
     def __init__(
@@ -119,6 +121,7 @@ class CostModel:
         device: str,
         rates: Rates,
         acceptance: Acceptance,
+        seats: int = 1,
     ) -> None:
         self._on_cpu = device == "cpu"
         self._num_layers = target.num_layers
@@ -126,6 +129,7 @@ class CostModel:
         self._draft = None if draft is None else compute_times(draft, dtype, rates, on_cpu=self._on_cpu)
         self._rates = rates
         self._acceptance = acceptance
+        self._seats = seats
         self._timed: dict[tuple[int, bool], _StepCosts] = {}
         self._speeds: dict[TierSizes, dict[int, float]] = {}
 
@@ -145,12 +149,14 @@ class CostModel:
             return None
         steps = [self._step(placement, nodes) for nodes in (0, *_sizes_up_to(tree_budget))]
         best, reads = self.predict(placement, tree_budget, adaptive=True), self._reads(placement)
+        width = draft_width(tree_budget, self._seats)
         return Expectation(
-            pass_s=tuple((1 + step.tree_nodes, step.pass_s - step.draft_s) for step in steps),
-            draft_s=tuple((rows, self._batch_s(rows, reads=reads)) for rows in _sizes_up_to(draft_width(tree_budget))),
+            pass_s=tuple((self._seats + step.tree_nodes, step.pass_s - step.draft_s) for step in steps),
+            draft_s=tuple((rows, self._batch_s(rows, reads=reads)) for rows in _sizes_up_to(width)),
             tree_nodes=best.tree_nodes,
             draft_passes=1 + draft_batches(best.tree_nodes),
             tokens_per_step=best.tokens_per_step,
+            num_sequences=self._seats,
         )
 
     def tok_per_s(self, placement: TierSizes, tree_budget: int, *, adaptive: bool) -> float:
@@ -239,9 +245,9 @@ class CostModel:
         """Return the costs that depend only on the tree size and on `reads`."""
         key = nodes, reads
         if key not in self._timed:
-            tokens = self._acceptance.tokens_per_step(nodes)
+            tokens = self._seats * self._acceptance.tokens_per_step(nodes / self._seats)
             draft_s, head_s = self._draft_s(nodes, tokens, reads=reads), self._target.head_s(tokens)
-            self._timed[key] = _StepCosts(self._target.layer_s(1 + nodes), draft_s, draft_s + head_s, tokens)
+            self._timed[key] = _StepCosts(self._target.layer_s(self._seats + nodes), draft_s, draft_s + head_s, tokens)
         return self._timed[key]
 
     def _draft_s(self, nodes: int, tokens: float, *, reads: bool) -> float:

@@ -1,9 +1,13 @@
 """The ledger: device memory of a configuration, item by item, computed before any of it is allocated.
 
-Weights and caches are exact. A pass, the walk down the tree and the growth of the next tree reuse the same memory. So
+Weights and caches are exact. A pass, the walk down the trees and the growth of the next trees reuse the same memory. So
 the ledger lists the workspaces of a pass in full, and for the others only what exceeds them.
+
+With several seats, each has caches for a whole context. The largest pass reads one prompt that fills the context,
+besides the last token of each other sequence and all trees.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -14,13 +18,14 @@ from specchat.records.limits import (
     DRAFT_BRANCH,
     DRAWING_BYTES,
     HEAD_BLOCK_ROWS,
-    NOISE_ROWS,
     NUM_READERS,
     PATH_BYTES,
     PROCESSING_BYTES,
     READ_WINDOW_BYTES,
     WEIGHING_COPIES,
     draft_width,
+    head_block_rows,
+    noise_rows,
     padded_rows,
 )
 from specchat.records.model import DTYPE_BYTES, Activations, Dtype, ModelSpec, RowCost
@@ -57,14 +62,14 @@ def build_ledger(
         LedgerItem("resident layers", sum(sizes[i] for i in placement.resident)),
         LedgerItem("slots", placement.slots * slot_bytes),
         _outside_layers(target, work),
-        LedgerItem("KV cache", _kv_bytes(target, work.dtype, work.ctx + work.tree_budget)),
-        *state_items(target, work.dtype, work.tree_budget),
+        LedgerItem("KV cache", _kv_bytes(target, work, work.tree_budget)),
+        *state_items(target, work),
     ]
     if draft is not None:
         layers = sum(layer_sizes(draft, work.dtype))
         items.append(LedgerItem("draft", layers + _other_bytes(draft, work.dtype)))
-        items.append(LedgerItem("draft KV cache", _kv_bytes(draft, work.dtype, work.ctx + work.draft_rows)))
-        if states := draft_state_bytes(draft, work.dtype, work.draft_rows):
+        items.append(LedgerItem("draft KV cache", _kv_bytes(draft, work, work.draft_rows)))
+        if states := draft_state_bytes(draft, work):
             items.append(LedgerItem("draft states", states))
     models = [target] if draft is None else [target, draft]
     if dequantized := sum(dequantize_bytes(spec, work.dtype, work.device) for spec in models):
@@ -84,18 +89,16 @@ def bytes_beside_layers(target: ModelSpec, draft: ModelSpec | None, work: Worklo
     if draft is not None:
         draft_kept, drafting, later_drafting = _draft_needs(draft, work)
         kept, first, later = kept + draft_kept, max(first, drafting), max(later, later_drafting)
-    noise = _noise_bytes(target, min(NOISE_ROWS, 1 + work.tree_budget))
-    return kept + work.reserve_bytes + max(first + noise, later + _noise_bytes(target, NOISE_ROWS))
+    first_noise, later_noise = _noise_needs(target, work)
+    return kept + work.reserve_bytes + max(first + first_noise, later + later_noise)
 
 
 @lru_cache(maxsize=4096)
 def _target_needs(target: ModelSpec, work: Workload) -> tuple[int, int, int]:
     """Return permanent bytes, and peak workspace bytes of the longest first step and of later steps."""
-    rows = work.ctx + work.tree_budget
-    kept = _outside_layers(target, work).bytes + _kv_bytes(target, work.dtype, rows)
-    kept += sum(item.bytes for item in state_items(target, work.dtype, work.tree_budget))
-    first = _pass(target, work, rows, rows)
-    later = _pass(target, work, 1 + work.tree_budget, rows)
+    kept = _outside_layers(target, work).bytes + _kv_bytes(target, work, work.tree_budget)
+    kept += sum(item.bytes for item in state_items(target, work))
+    first, later = _target_passes(target, work)
     ancestors = _ancestors_bytes(work)
     walk_bytes = _walking_bytes(target, work)
     return (
@@ -109,12 +112,12 @@ def _target_needs(target: ModelSpec, work: Workload) -> tuple[int, int, int]:
 def _draft_needs(draft: ModelSpec, work: Workload) -> tuple[int, int, int]:
     """Return the figures of `_target_needs` for a draft; cached separately, because one draft serves many targets."""
     layers = sum(layer_sizes(draft, work.dtype))
-    kept = layers + _other_bytes(draft, work.dtype) + _kv_bytes(draft, work.dtype, work.ctx + work.draft_rows)
-    kept += draft_state_bytes(draft, work.dtype, work.draft_rows)
+    kept = layers + _other_bytes(draft, work.dtype) + _kv_bytes(draft, work, work.draft_rows)
+    kept += draft_state_bytes(draft, work)
     return (
         kept + dequantize_bytes(draft, work.dtype, work.device),
-        _drafting_bytes(draft, work, reading=work.ctx),
-        _drafting_bytes(draft, work, reading=1 + work.tree_budget),
+        _drafting_bytes(draft, work, reading=work.ctx + work.seats - 1),
+        _drafting_bytes(draft, work, reading=work.seats + work.tree_budget),
     )
 
 
@@ -192,7 +195,7 @@ def with_trees(
         plan.work,
         tree_budget=tree_budget,
         draft_rows=plan.work.draft_rows // plan.work.tree_budget * tree_budget,
-        chunk_rows=min(plan.work.chunk_rows, -(-(1 + tree_budget) // _CHUNK_STEP) * _CHUNK_STEP),
+        chunk_rows=min(plan.work.chunk_rows, -(-(plan.work.seats + tree_budget) // _CHUNK_STEP) * _CHUNK_STEP),
         head_rows=head_rows,
     )
     changed = replace(plan, work=work, adaptive=False, ledger=build_ledger(target, draft, work, plan.placement))
@@ -211,8 +214,10 @@ def _other_bytes(spec: ModelSpec, dtype: Dtype) -> int:
     return sum(size.nbytes(dtype) for size in spec.other_params) + spec.buffer_bytes - narrowed
 
 
-def _kv_bytes(spec: ModelSpec, dtype: Dtype, rows: int) -> int:
-    return padded_rows(rows) * spec.kv_numbers_per_row * DTYPE_BYTES[dtype]
+def _kv_bytes(spec: ModelSpec, work: Workload, tree_rows: int) -> int:
+    """Return the bytes of a cache whose seats hold a context and rows of trees."""
+    rows = work.seats * padded_rows(work.ctx + tree_rows)
+    return rows * spec.kv_numbers_per_row * DTYPE_BYTES[work.dtype]
 
 
 # --- workspaces --------------------------------------------------------------------------------------------------
@@ -232,75 +237,98 @@ class _Pass:
 
 
 def _workspaces(target: ModelSpec, draft: ModelSpec | None, work: Workload) -> list[LedgerItem]:
-    rows = work.ctx + work.tree_budget  # longest pass: a prompt that fills the context, and a tree
-    first = _pass(target, work, rows, rows)
-    # Only the first step reads a whole prompt; its sampling noise has at most one row per tree node and the root.
-    later = _pass(target, work, 1 + work.tree_budget, rows)
+    first, later = _target_passes(target, work)
     ancestors = _ancestors_bytes(work)
     walk_bytes = _walking_bytes(target, work) + ancestors
     pass_bytes = first.total + ancestors
-    drafting = 0 if draft is None else _drafting_bytes(draft, work, reading=work.ctx)
-    later_drafting = 0 if draft is None else _drafting_bytes(draft, work, reading=1 + work.tree_budget)
+    drafting, later_drafting = (0, 0) if draft is None else _draft_needs(draft, work)[1:]
     most = max(pass_bytes, first.hidden + walk_bytes, drafting)
     most_later = max(later.total + ancestors, later.hidden + walk_bytes, later_drafting)
-    noise = _noise_bytes(target, min(NOISE_ROWS, 1 + work.tree_budget))
+    first_noise, later_noise = _noise_needs(target, work)
     return [
         LedgerItem("hidden rows", first.hidden),
         LedgerItem("tree mask", first.masks + ancestors),
         LedgerItem("activations", first.rest),
         LedgerItem("head blocks", max(first.hidden + walk_bytes - pass_bytes, 0)),
         LedgerItem("drafting", max(drafting - max(pass_bytes, first.hidden + walk_bytes), 0)),
-        LedgerItem("sampling noise", max(noise, _noise_bytes(target, NOISE_ROWS) - (most - most_later))),
+        LedgerItem("sampling noise", max(first_noise, later_noise - (most - most_later))),
     ]
 
 
+def _target_passes(target: ModelSpec, work: Workload) -> tuple[_Pass, _Pass]:
+    """Return the bytes of the largest pass, which reads a prompt that fills a context, and of later passes."""
+    keys = work.ctx + work.tree_budget
+    largest = _pass(target, work, work.ctx + work.seats - 1 + work.tree_budget, keys)
+    return largest, _pass(target, work, work.seats + work.tree_budget, keys)
+
+
 def _pass(spec: ModelSpec, work: Workload, rows: int, keys: int) -> _Pass:
-    """Return the bytes of a pass over `rows` new rows, with `keys` keys in the cache at its end."""
+    """Return the bytes of a pass over `rows` new rows, with `keys` keys in the cache of a seat at its end."""
     element, costs = DTYPE_BYTES[work.dtype], _activations(spec, work.dtype)
     chunk, keys = min(rows, work.chunk_rows), padded_rows(keys)
+    every_key = work.seats * keys  # models with latent attention expand the keys of all seats
     hidden = rows * spec.hidden_size * element
     masks = costs.num_masks * chunk * keys * element
     indices = 2 * _INDEX_BYTES * rows
-    in_layer = _max_bytes(costs.entry, rows, keys) + _max_bytes(costs.layer, chunk, keys)
+    in_layer = _max_bytes(costs.entry, rows, keys, every_key) + _max_bytes(costs.layer, chunk, keys, every_key)
     if rows > chunk:
         in_layer += hidden  # the layer's output collects all chunks
-    return _Pass(hidden, masks, max(max(in_layer, _max_bytes(costs.outside, rows, keys)) + indices - hidden, 0))
+    outside = _max_bytes(costs.outside, rows, keys, every_key)
+    return _Pass(hidden, masks, max(max(in_layer, outside) + indices - hidden, 0))
 
 
 def _ancestors_bytes(work: Workload) -> int:
-    """Return the bytes of the ancestor matrix of a tree, one byte an entry, and of its device copy."""
+    """Return the bytes of the ancestor matrices of all trees, one byte an entry, and of their device copies."""
     return 2 * work.tree_budget**2
 
 
 def _head_bytes(spec: ModelSpec, work: Workload, rows: int) -> int:
     """Return the bytes of float32 scores of `rows` rows, and of the workspace to compute them."""
     hidden = rows * spec.hidden_size * DTYPE_BYTES[work.dtype]
-    return hidden + _max_bytes(_activations(spec, work.dtype).head, rows, 0)
+    return hidden + _max_bytes(_activations(spec, work.dtype).head, rows, 0, 0)
 
 
 def _walking_bytes(target: ModelSpec, work: Workload) -> int:
-    """Return the bytes of one block of scores, and of one score row in the logits processors."""
+    """Return the bytes of one block of scores for each walk, and of one score row in the logits processors."""
     processing = PROCESSING_BYTES * target.vocab_size + 2 * _INDEX_BYTES * work.ctx
-    return _head_bytes(target, work, work.head_rows) + processing
+    rows = max(walks * head_block_rows(work.head_rows, walks) for walks in range(1, work.seats + 1))
+    return _head_bytes(target, work, rows) + processing
 
 
 def _drafting_bytes(draft: ModelSpec, work: Workload, *, reading: int) -> int:
-    """Return the peak bytes of drafting: reading new context rows, then growing a tree in batches of nodes."""
-    width = draft_width(work.tree_budget)
-    read = _pass(draft, work, reading, work.ctx).total + _head_bytes(draft, work, 1)
-    keys = work.ctx + work.draft_rows
-    scoring = _head_bytes(draft, work, width) + WEIGHING_COPIES * width * draft.vocab_size * _FLOAT_BYTES
-    grown = max(_pass(draft, work, width, keys).total, scoring)
+    """Return the peak bytes of drafting: reading new context rows, then growing trees in batches of nodes."""
+    width, seats = draft_width(work.tree_budget, work.seats), work.seats
+    read = _pass(draft, work, reading, work.ctx).total + _head_bytes(draft, work, seats)
+    scoring = _scoring_bytes(draft, work, width)
+    grown = max(_pass(draft, work, width, work.ctx + work.draft_rows).total, scoring)
+    if seats > 1:
+        read = max(read, _scoring_bytes(draft, work, seats))
     paths = PATH_BYTES * (work.tree_budget + width * DRAFT_BRANCH)
-    return max(read, grown + paths + work.draft_rows * (2 * width + work.draft_rows + 2 * _INDEX_BYTES))
+    rows = work.draft_rows * (2 * width + seats * (work.draft_rows + 2 * _INDEX_BYTES))
+    return max(read, grown + paths + rows)
+
+
+def _scoring_bytes(draft: ModelSpec, work: Workload, rows: int) -> int:
+    """Return the bytes of the draft's scores of `rows` nodes, and of the weights of their children."""
+    return _head_bytes(draft, work, rows) + WEIGHING_COPIES * rows * draft.vocab_size * _FLOAT_BYTES
+
+
+def _noise_needs(target: ModelSpec, work: Workload) -> tuple[int, int]:
+    """Return the bytes of noise during the largest pass and during later passes."""
+    rows = noise_rows(work.seats)
+    # A single sequence reads its prompt in the first step, whose noise has at most one row per tree node and the root.
+    # With several sequences, some are far into their answers while another prompt is read.
+    later = _noise_bytes(target, work.seats * rows)
+    return later if work.seats > 1 else _noise_bytes(target, min(rows, 1 + work.tree_budget)), later
 
 
 def _noise_bytes(target: ModelSpec, rows: int) -> int:
     return target.vocab_size * (rows * _FLOAT_BYTES + _INDEX_BYTES + DRAWING_BYTES)
 
 
-def _max_bytes(costs: Iterable[RowCost], rows: int, keys: int) -> int:
-    return max(cost.at(rows, keys) for cost in costs)
+def _max_bytes(costs: Iterable[RowCost], rows: int, keys: int, every_key: int) -> int:
+    """Return the largest cost of rows that see the keys of one seat; costs per key alone apply to all seats' keys."""
+    return max(cost.at(rows, keys) + math.ceil(cost.per_key * (every_key - keys)) for cost in costs)
 
 
 def _activations(spec: ModelSpec, dtype: Dtype) -> Activations:

@@ -107,6 +107,7 @@ def plan_key(plan: Plan, *, samples: bool) -> str:
             list(plan.placement.resident),
             list(plan.placement.in_ram),
         ),
+        *([plan.work.seats] if plan.work.seats > 1 else []),
     ]
     return f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]} {_class_of(samples=samples)}"
 

@@ -1,13 +1,17 @@
-"""Records of generation: sampling parameters, and the steps that an engine yields."""
+"""Records of generation: requests with sampling parameters, and the steps that an engine yields."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import Event
 from typing import Literal
+
+from specchat.errors import SpecchatError
 
 # Current activity of an engine; "prefill" is a pass over more than one committed token.
 Phase = Literal["idle", "drafting", "prefill", "verifying"]
 
 
-FinishReason = Literal["stop", "length", "context", "interrupt"]
+# "error" ends one answer of several; the others go on.
+FinishReason = Literal["stop", "length", "context", "interrupt", "error"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,27 @@ class Sampling:
     def greedy(self) -> bool:
         """Whether the token with the highest score is taken, without a random draw."""
         return self.temperature == 0.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to answer.
+
+    Attributes:
+        prompt_ids: all tokens so far, at least one.
+        sampling: parameters of the draws, with the seed of this answer.
+        stop_ids: token ids that end the answer; the stop token is the answer's last token.
+        max_tokens: most tokens of the answer; None for no limit but the context.
+        cancel: event that ends this answer alone, before its next pass; None if nobody sets one.
+        restore_at: lengths of the prompt at which a later prompt may differ, besides its end.
+    """
+
+    prompt_ids: tuple[int, ...]
+    sampling: Sampling = Sampling()
+    stop_ids: frozenset[int] = frozenset()
+    max_tokens: int | None = None
+    cancel: Event | None = field(default=None, compare=False)
+    restore_at: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,10 +108,13 @@ class Activity:
 
 @dataclass(frozen=True)
 class Step:
-    """One target pass and its result: the engine's only output.
+    """One target pass and its result for one answer: the engine's only output.
+
+    A pass may serve several answers. Then each of them gets a step of its own: the tokens, rows and nodes are the
+    answer's, and the times and streamed bytes are those of the whole pass. Divide by `num_sharing` to sum over steps.
 
     Attributes:
-        token_ids: tokens emitted by this pass, in order; empty only for an interrupted pass.
+        token_ids: tokens emitted by this pass, in order; empty only for an interrupted pass and after an error.
         finish_reason: reason for the end of the answer; None while the answer continues.
         new_rows: committed tokens that the pass computed (the prompt in the first step, then 1 or more).
         cached_rows: committed tokens that were in the KV cache.
@@ -102,6 +130,8 @@ class Step:
         guesses: number of draft nodes by drafter; empty without a tree.
         tree: the verified draft tree; None without draft nodes or after an interruption.
         draft_lost: reason why the draft was given up in this step, in one line; None in all other steps.
+        num_sharing: number of answers that the pass served.
+        error: reason of the finish_reason "error", else None.
     """
 
     token_ids: tuple[int, ...]
@@ -120,3 +150,10 @@ class Step:
     guesses: tuple[Guesses, ...] = ()
     tree: DraftTree | None = None
     draft_lost: str | None = None
+    num_sharing: int = 1
+    error: SpecchatError | None = None
+
+    @classmethod
+    def without_pass(cls, reason: FinishReason, error: SpecchatError | None = None) -> "Step":
+        """Return the step that ends an answer although no pass served the answer."""
+        return cls((), reason, 0, 0, 0, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0, error=error)

@@ -6,8 +6,10 @@ from specchat.units import MIB
 # together with its likeliest descendants reads the head's weights only once.
 HEAD_BLOCK_ROWS = 8
 
-# Noise rows to keep: drafter and walk use the same few positions ahead.
+# Noise rows to keep: drafter and walk use the same few positions ahead. Sequences of one pass share the rows, but each
+# keeps enough for a deep tree.
 NOISE_ROWS = 64
+_LEAST_NOISE_ROWS = 16
 
 # Children that the drafter considers per node.
 DRAFT_BRANCH = 16
@@ -25,16 +27,12 @@ DRAWING_BYTES = 48
 # Copies of the draft's scores while path weights are computed: scaled, noise, sum, scaled, log-softmax; the scores
 # themselves are counted separately.
 WEIGHING_COPIES = 4
-# Bytes per path of a growing tree: five values each, while the best of old paths and new children are selected.
-PATH_BYTES = 120
+# Bytes per path of growing trees: six values each, while the best of old paths and new children are selected.
+PATH_BYTES = 144
 
 # Rows that one triangular solve of a recurrent layer covers; larger blocks waste more work above the diagonal. Where
 # every channel has its own decay, differences of decays are computed for a few rows at a time.
 SCAN_BLOCK_ROWS, SCAN_CHANNEL_ROWS = 64, 16
-
-# States of recurrent layers that a model keeps in host memory, to go back in a text: about four turns of a chat, or
-# doubling distances over a prompt of 100,000 tokens.
-RESTORE_POINTS = 12
 
 # Packs are read in chunks of this size, each with its own checksum; the hardware probe measures reads of this size.
 READ_CHUNK_BYTES = 16 * MIB
@@ -58,9 +56,32 @@ def padded_rows(num_rows: int) -> int:
     return -(-num_rows // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
-def draft_width(tree_budget: int) -> int:
-    """Return how many nodes one draft pass expands; wider passes expand more nodes that later drop out of the tree.
+def draft_width(tree_budget: int, num_sequences: int = 1) -> int:
+    """Return how many nodes one draft pass expands; wider passes expand more nodes that later drop out of the trees.
 
     Measured on the demo pair, budget 64, t=0.7: width 32 gives 4.77 tokens per step, 16 gives 5.11, 8 gives 5.16.
     """
-    return max(8, tree_budget // 8)
+    return max(8, tree_budget // 8, 4 * num_sequences)
+
+
+def noise_rows(num_sequences: int) -> int:
+    """Return the noise rows that each sequence of a pass keeps."""
+    return max(NOISE_ROWS // num_sequences, _LEAST_NOISE_ROWS)
+
+
+def head_block_rows(block_rows: int, num_sequences: int) -> int:
+    """Return the rows of one sequence that the head scores at a time.
+
+    The walks of all sequences go down together, so each call of the head serves all. Blocks shrink where many share a
+    call: four times a single walk's rows suffice, because most walks end within two or three calls.
+    """
+    return min(block_rows, max(4 * block_rows // num_sequences, 2))
+
+
+def restore_points(seats: int) -> int:
+    """Return how many copies of its recurrent states a model keeps in host memory, to go back in a chat.
+
+    They suffice for about four turns, or for doubling distances over a prompt of 100,000 tokens. Answers that share
+    passes are not continued, so they need no copies.
+    """
+    return 12 if seats == 1 else 0

@@ -27,7 +27,8 @@ class Expectation:
         draft_s: (rows, seconds) of a draft pass, rows ascending.
         tree_nodes: number of draft nodes in the tree of a step.
         draft_passes: number of draft passes that growing this tree takes.
-        tokens_per_step: expected number of tokens that a step emits.
+        tokens_per_step: expected number of tokens that a pass emits, those of all its sequences together.
+        num_sequences: number of sequences of the pass that `tokens_per_step` belongs to.
     """
 
     pass_s: tuple[tuple[int, float], ...]
@@ -35,6 +36,7 @@ class Expectation:
     tree_nodes: int
     draft_passes: float
     tokens_per_step: float
+    num_sequences: int = 1
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,10 @@ class PlanChoices:
         ram_bytes: cap on host memory in bytes.
         slots: staging buffers for streamed layers.
         ctx: committed tokens that the caches hold.
-        tree_budget: draft nodes per tree, root excluded.
+        tree_budget: draft nodes per pass, roots excluded.
         quant: quantization of the target's matrices.
         draft_quant: quantization of the draft's matrices; it changes the speed, never the text.
+        seats: number of answers that share a pass; 1 for chats.
     """
 
     device: str = "auto"
@@ -62,6 +65,7 @@ class PlanChoices:
     tree_budget: int | None = None
     quant: Literal["auto"] | Quant = "auto"
     draft_quant: Literal["auto"] | Quant = "auto"
+    seats: int = 1
 
 
 @dataclass(frozen=True)
@@ -72,12 +76,13 @@ class Workload:
         device: device that passes run on, "cpu" or "cuda:N".
         dtype: dtype of weights, activations and caches.
         ctx: committed tokens that the caches hold.
-        tree_budget: most draft nodes per tree, root excluded; 0 without a draft.
-        draft_rows: rows that one growing tree may take in the draft's cache; 0 without a draft.
+        tree_budget: most draft nodes of a pass, roots excluded; 0 without a draft.
+        draft_rows: rows that growing trees may take in the draft's cache; 0 without a draft.
         chunk_rows: rows that one layer computes at a time.
         reserve_bytes: bytes kept for libraries and for what the allocator rounds up.
         head_rows: nodes that the head scores at a time on the walk; blocks without a visited node are not scored.
         host_embeddings: whether input embeddings stay in host memory, and only the rows of a pass cross the link.
+        seats: most sequences of a pass, each with a context of `ctx` tokens; 1 for chats.
     """
 
     device: str
@@ -89,6 +94,7 @@ class Workload:
     reserve_bytes: int = 0
     head_rows: int = HEAD_BLOCK_ROWS
     host_embeddings: bool = False
+    seats: int = 1
 
 
 @dataclass(frozen=True)

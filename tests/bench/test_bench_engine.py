@@ -44,7 +44,7 @@ def test_forget_empties_both_caches(engine):
     write(engine, PROMPT, Sampling(), NUM_TOKENS)
     engine.forget()
     (draft,) = engine._drafter.models
-    assert engine.target.cache.length == draft.cache.length == 0
+    assert engine.target.cache.lengths == draft.cache.lengths == [0]
     _, steps = write(engine, PROMPT, Sampling(), NUM_TOKENS)
     assert (steps[0].cached_rows, steps[0].new_rows) == (0, len(PROMPT))
 

@@ -24,7 +24,7 @@ from support.loading import load_model
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support.tiny_models import make_config, random_model, save
 
-from specchat.engine.attention import RowLayout
+from specchat.engine.layout import PassLayout, linear_layout
 from specchat.engine.model import TreeModel
 from specchat.engine.streaming import slots
 from specchat.engine.streaming.base import NoStreamer
@@ -97,8 +97,9 @@ def load_systems(folder: Path) -> dict[str, TreeModel]:
 
 
 def time_layer(model: TreeModel) -> float:
-    model.cache.truncate(0)
-    layout = RowLayout(0, 1, torch.zeros(0, 0, dtype=torch.bool), torch.zeros(1, dtype=torch.int64), chunk=(0, 1))
+    model.cache.truncate(0, 0)
+    layout = PassLayout.single(linear_layout(0, 1, CPU))
+    layout.select(0, 1)  # the bare layers do not
     begin = time.perf_counter()
     model.forward([5], layout)
     return (time.perf_counter() - begin) / len(model.skeleton.layers)

@@ -55,7 +55,7 @@ def main() -> None:
             after = model.streamer.counters()
             waits[quant].append(after.wait_s - before.wait_s)
             num_bytes[quant] = after.num_bytes - before.num_bytes
-            model.cache.truncate(0)
+            model.cache.truncate(0, 0)
             time.sleep(0.5)  # its first slots fill before the next one begins
     full_s = statistics.median(times["none"][1:])
     print("| weights | streamed | of bf16 | pass | waiting | faster |\n|---|---|---|---|---|---|")

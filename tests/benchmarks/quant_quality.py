@@ -37,7 +37,7 @@ def texts(tokenizer: Tokenizer, chats: Path) -> Iterator[list[int]]:
 
 def log_probabilities(model: TreeModel, ids: list[int]) -> Tensor:
     """Of all tokens behind each prefix: float32 [S, V]."""
-    model.cache.truncate(0)
+    model.cache.truncate(0, 0)
     return model.logits(model.append(ids)).log_softmax(-1)
 
 

@@ -64,10 +64,10 @@ def measure(name: str, layer: torch.nn.Module, shape: StateShape, num_rows: int)
         cache = RecurrentCache([shape], num_rows, grows=False, num_points=0, dtype=torch.float32, device=CPU)
         bind_mixers([layer], cache.layers)
         layout = layout_of(0, linear, parents)
-        layout.chunk = (0, num_rows)
+        layout.select(0, num_rows)
 
         def run(cache: RecurrentCache = cache, layout: object = layout) -> None:
-            cache.truncate(0)
+            cache.truncate(0, 0)
             cache.begin(layout)
             mixer(rows)
 

@@ -23,7 +23,7 @@ from support.loading import load_model, prepare
 from torch import Tensor
 
 from specchat.engine import loading
-from specchat.engine.attention import RowLayout
+from specchat.engine.layout import PassLayout, RowLayout
 from specchat.engine.model import TreeModel
 from specchat.engine.streaming.readers import LayerReader, layer_reader_for
 from specchat.hardware.disk import evict, read_raw
@@ -92,7 +92,7 @@ class Timed:
 
     def run_pass(self, num_rows: int) -> Timeline:
         layout = tree_layout(num_rows)
-        self.model.cache.truncate(0)
+        self.model.cache.truncate(0, 0)
         self.timeline.reads, self.timeline.layers = [], []
         self.timeline.begin = CLOCK()
         self.model.streamer.restart()
@@ -125,12 +125,12 @@ class Timed:
         self._release(index)
 
 
-def tree_layout(num_rows: int) -> RowLayout:
+def tree_layout(num_rows: int) -> PassLayout:
     """A root and a binary tree below it."""
     ancestors = torch.eye(num_rows - 1, dtype=torch.bool)
     for node in range(2, num_rows - 1):
         ancestors[node] |= ancestors[node // 2 - 1]
-    return RowLayout(0, 1, ancestors, torch.tensor([0, *ancestors.sum(1).tolist()]))
+    return PassLayout.single(RowLayout(0, 1, ancestors, torch.tensor([0, *ancestors.sum(1).tolist()])))
 
 
 def report(name: str, line: Timeline, num_bytes: int, raw_rate: float) -> float:

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from specchat.engine.attention import RowLayout, RowMask, tree_attention
+from specchat.engine.attention import PassMask, RowMask, tree_attention
+from specchat.engine.layout import PassLayout, RowLayout
 from specchat.engine.tree import ROOT, TokenTree
 from specchat.records.limits import padded_rows
 
@@ -173,8 +174,9 @@ def slow_attention(
 def test_attention_equals_a_loop_over_rows(case: Case, seed, heads, dims, scaling, softcap, has_sinks, rule):
     generator = torch.Generator().manual_seed(seed)
     (num_heads, num_kv_heads), (dim, value_dim) = heads, dims
-    layout = case.layout
-    layout.chunk = (case.num_new // 3, case.num_new)
+    layout, whole = case.layout, PassLayout.single(case.layout)
+    layout = whole.parts[0].layout
+    whole.select(case.num_new // 3, case.num_new)
     num_rows, length = case.num_new - layout.chunk[0], case.cache_row(case.num_new)
     kv_length = padded_rows(length)
     query = torch.randn(1, num_heads, num_rows, dim, generator=generator)
@@ -182,7 +184,7 @@ def test_attention_equals_a_loop_over_rows(case: Case, seed, heads, dims, scalin
     key = torch.randn(1, num_kv_heads, kv_length, dim, generator=generator) * 3
     value = torch.randn(1, num_kv_heads, kv_length, value_dim, generator=generator) * 3
     sinks = torch.randn(num_heads, generator=generator) if has_sinks else None
-    mask = RowMask(layout, rule)
+    mask = PassMask(whole, kv_length, rule)
     out, weights = tree_attention(
         torch.nn.Identity(), query, key, value, mask, scaling=scaling, softcap=softcap, s_aux=sinks, dropout=0.0
     )
@@ -208,9 +210,51 @@ def test_siblings_do_not_see_each_other():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_that_sees_only_itself_gets_its_own_value(dtype: torch.dtype):
-    layout = RowLayout(0, 1, torch.zeros(0, 0, dtype=torch.bool), torch.tensor([0]), (0, 1))
+    layout = PassLayout.single(RowLayout(0, 1, torch.zeros(0, 0, dtype=torch.bool), torch.tensor([0])))
+    layout.select(0, 1)
     generator = torch.Generator().manual_seed(1)
     key, value = (torch.randn(1, 2, 16, 8, generator=generator).to(dtype) for _ in range(2))
     query = torch.randn(1, 4, 1, 8, generator=generator).to(dtype)
-    out, _ = tree_attention(torch.nn.Identity(), query, key, value, RowMask(layout, full))
+    out, _ = tree_attention(torch.nn.Identity(), query, key, value, PassMask(layout, 16, full))
     assert torch.equal(out[0, 0], value[0, :, 0].repeat_interleave(2, dim=0)) and out.dtype == dtype
+
+
+@given(
+    cases=st.lists(cases(), min_size=1, max_size=3),
+    chunk_rows=st.integers(1, 40),
+    seed=st.integers(0, 10**6),
+    softcap=st.sampled_from([None, 2.0]),
+    data=st.data(),
+)
+@settings(deadline=None, max_examples=60)
+def test_parts_attend_as_if_alone(cases: list[Case], chunk_rows: int, seed: int, softcap: float | None, data):
+    """Each sequence's output in a joint pass, in chunks that end anywhere, equals that of a pass of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    capacity, num_seats = 64, 4
+    cases = [case for case in cases if case.num_new] or [Case(0, 1, 0, TokenTree())]
+    seats = data.draw(st.permutations(range(num_seats)))[: len(cases)]
+    key, value = (torch.randn(1, 2, num_seats * capacity, 8, generator=generator) for _ in range(2))
+    query = torch.randn(1, 4, sum(case.num_new for case in cases), 8, generator=generator)
+    layout = PassLayout(zip(seats, (case.layout for case in cases), strict=True))
+    mask, begin_of_keys = PassMask(layout, capacity, full), min(seats) * capacity
+    outs = []
+    for begin, end in chunks_of(layout.num_rows, chunk_rows):
+        layout.select(begin, end)
+        keys, values = key[:, :, begin_of_keys:], value[:, :, begin_of_keys:]
+        out, _ = tree_attention(torch.nn.Identity(), query[:, :, begin:end], keys, values, mask, softcap=softcap)
+        outs.append(out)
+    first = 0
+    for seat, case in zip(seats, cases, strict=True):
+        alone, rows = PassLayout.single(case.layout), slice(first, first + case.num_new)
+        alone.select(0, case.num_new)
+        first += case.num_new
+        region = slice(seat * capacity, (seat + 1) * capacity)
+        expected, _ = tree_attention(
+            torch.nn.Identity(),
+            query[:, :, rows],
+            key[:, :, region],
+            value[:, :, region],
+            PassMask(alone, capacity, full),
+            softcap=softcap,
+        )
+        assert torch.allclose(torch.cat(outs, dim=1)[:, rows], expected, atol=1e-5)

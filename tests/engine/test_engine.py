@@ -201,14 +201,14 @@ class WatchedDrafter(ModelDrafter):
         super().__init__(*args, **kwargs)
         self.ended_at_leaf: list[bool] = []
 
-    def grow(self, *args: Any) -> TokenTree:
-        self.tree = super().grow(*args)
-        return self.tree
+    def grow(self, *args: Any) -> list[TokenTree]:
+        (self.tree,) = super().grow(*args)
+        return [self.tree]
 
-    def commit(self, path: Sequence[int]) -> None:
+    def commit(self, seat: int, path: Sequence[int]) -> None:
         end = path[-1] if path else ROOT
         self.ended_at_leaf.append(end not in self.tree.parents)
-        super().commit(path)
+        super().commit(seat, path)
 
 
 def watched(models: Models, draft: ModelSource, budget: int, branch: int) -> tuple[Engine, WatchedDrafter]:

@@ -196,7 +196,7 @@ def test_a_cancelled_pass_leaves_the_cache_as_it_was(pair: Pair):
         model.append(PROMPT[:25])
         expected = model.append(PROMPT[25:])
         for layer in range(4):
-            model.cache.truncate(25)
+            model.cache.truncate(0, 25)
             with pytest.raises(PassCancelledError):
                 model.append(random_prompt(30, VOCAB, seed=9), CancelAt(layer + 1))
             assert [kv.length for kv in model.cache.layers] == [25] * 4

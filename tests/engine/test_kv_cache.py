@@ -13,8 +13,8 @@ from support.engines import random_prompt
 from support.loading import load_model
 from support.tiny_models import VOCAB, make_config, random_model, save
 
-from specchat.engine.attention import RowLayout
-from specchat.engine.kv_cache import TreeCache
+from specchat.engine.kv_cache import LayerKv, TreeCache
+from specchat.engine.layout import PassLayout, RowLayout, linear_layout
 from specchat.engine.model import TreeModel
 from specchat.engine.tree import ROOT, TokenTree
 from specchat.records.limits import padded_rows
@@ -38,69 +38,119 @@ def rows_of(rows: list[int], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack(keys, 1)[None], torch.stack(values, 1)[None]
 
 
-def check_rows(cache: TreeCache, rows: list[int]) -> None:
-    assert cache.length == len(rows)
+def check_rows(cache: TreeCache, seats: list[list[int]]) -> None:
+    assert cache.lengths == [len(rows) for rows in seats]
     for layer, kv in enumerate(cache.layers):
-        assert kv.length == len(rows)
-        if rows:
-            keys, values = rows_of(rows, layer)
-            assert torch.equal(kv.keys[:, :, : len(rows)], keys)
-            assert torch.equal(kv.values[:, :, : len(rows)], values)
+        assert kv.lengths == cache.lengths
+        for seat, rows in enumerate(seats):
+            if rows:
+                keys, values = rows_of(rows, layer)
+                begin = seat * cache.capacity
+                assert torch.equal(kv.keys[:, :, begin : begin + len(rows)], keys)
+                assert torch.equal(kv.values[:, :, begin : begin + len(rows)], values)
         # what lies behind takes part in products with weight 0
         assert torch.isfinite(kv.keys).all() and torch.isfinite(kv.values).all()
 
 
-@given(data=st.data(), operations=st.lists(st.sampled_from(["append", "path", "rows", "truncate"]), max_size=25))
+@given(
+    data=st.data(),
+    num_seats=st.integers(1, 3),
+    operations=st.lists(st.sampled_from(["append", "path", "rows", "truncate", "wipe"]), max_size=25),
+)
 @settings(deadline=None, max_examples=100)
-def test_cache_is_a_list_of_rows(data: st.DataObject, operations: list[str]):
-    cache = TreeCache(SHAPES, CAPACITY, torch.float32, CPU)
+def test_each_seat_is_a_list_of_rows(data: st.DataObject, num_seats: int, operations: list[str]):
+    cache = TreeCache(SHAPES, CAPACITY, torch.float32, CPU, num_seats)
     buffers = [kv.keys.data_ptr() for kv in cache.layers]
-    nbytes, held, num_made = cache.nbytes, list[int](), 0
+    nbytes, seats, num_made = cache.nbytes, [list[int]() for _ in range(num_seats)], 0
     for operation in operations:
+        seat = data.draw(st.integers(0, num_seats - 1))
+        held = seats[seat]
         if operation == "append":
-            count = data.draw(st.integers(0, cache.capacity - len(held)))
-            new = list(range(num_made, num_made + count))
-            num_made, held = num_made + count, held + new
-            if new:
-                append(cache, new, len(held))
-        elif operation == "truncate":
-            held = held[: data.draw(st.integers(0, len(held)))]
-            cache.truncate(len(held))
+            new = {}
+            for each in data.draw(st.permutations(range(num_seats))):
+                count = data.draw(st.integers(0, cache.capacity - len(seats[each])))
+                new[each] = list(range(num_made, num_made + count))
+                num_made += count
+            append(cache, new, data.draw(st.integers(1, 50)))
+            for each, rows in new.items():
+                seats[each] += rows
+        elif operation in ("truncate", "wipe"):
+            del held[data.draw(st.integers(0, len(held))) :]
+            cache.truncate(seat, len(held)) if operation == "truncate" else cache.wipe(seat, len(held))
+            if operation == "wipe":
+                rows = slice(seat * cache.capacity + len(held), (seat + 1) * cache.capacity)
+                assert not any(each[:, :, rows].any() for kv in cache.layers for each in (kv.keys, kv.values))
         else:
             base = data.draw(st.integers(0, len(held)))
             behind = list(range(base, len(held)))
             rows = data.draw(st.lists(st.sampled_from(behind), unique=True)) if behind else []
             if operation == "path":  # as trees give it: ascending
                 rows.sort()
-            cache.keep(base, rows)
-            held = held[:base] + [held[row] for row in rows]
-        check_rows(cache, held)
+            cache.keep(seat, base, rows)
+            seats[seat] = held[:base] + [held[row] for row in rows]
+        check_rows(cache, seats)
     assert cache.nbytes == nbytes and buffers == [kv.keys.data_ptr() for kv in cache.layers]
 
 
-def append(cache: TreeCache, new: list[int], length: int) -> None:
+def append(cache: TreeCache, new: dict[int, list[int]], chunk_rows: int = 50) -> None:
+    """Append rows to seats in chunks that may end within a seat's rows, as a pass does, layer by layer."""
+    parts = {seat: rows for seat, rows in new.items() if rows}
+    if not parts:
+        return
+    lengths, flat = cache.lengths, [row for rows in parts.values() for row in rows]
     for layer, kv in enumerate(cache.layers):
-        keys, values = kv.append(*rows_of(new, layer))
-        assert keys.shape[2] == values.shape[2] == padded_rows(length)
-        assert keys.data_ptr() == kv.keys.data_ptr() and values.data_ptr() == kv.values.data_ptr()
+        layout = PassLayout((seat, linear_layout(lengths[seat], len(rows), CPU)) for seat, rows in parts.items())
+        for begin in range(0, len(flat), chunk_rows):
+            end = min(begin + chunk_rows, len(flat))
+            layout.select(begin, end)
+            keys, values = kv.append(layout, *rows_of(flat[begin:end], layer))
+            lowest, highest = min(parts), max(parts)
+            assert keys.shape[2] == (highest - lowest) * cache.capacity + padded_rows(kv.lengths[highest])
+            assert keys.shape[2] == values.shape[2]
+            assert torch.equal(keys, kv.keys[:, :, lowest * cache.capacity :][:, :, : keys.shape[2]])
+            assert keys.untyped_storage().data_ptr() == kv.keys.untyped_storage().data_ptr()
 
 
 def test_cache_bytes_are_the_sum_of_padded_rows():
     assert [padded_rows(n) for n in (0, 1, 15, 16, 17)] == [0, 16, 16, 16, 32]
-    cache = TreeCache(SHAPES, 17, torch.float16, CPU)
-    assert cache.capacity == 32
-    assert cache.nbytes == 32 * 2 * sum(shape.numbers_per_row for shape in SHAPES)
-    with pytest.raises(AssertionError):
-        append(cache, list(range(33)), 33)
+    for seats in (1, 3):
+        cache = TreeCache(SHAPES, 17, torch.float16, CPU, seats)
+        assert cache.capacity == 32
+        assert cache.nbytes == seats * 32 * 2 * sum(shape.numbers_per_row for shape in SHAPES)
+        with pytest.raises(AssertionError):
+            append(cache, {0: list(range(33))})
 
 
 def test_truncate_drops_rows_of_a_cancelled_pass():
     """A cancelled pass leaves more rows in the first layers than in the others."""
-    cache = TreeCache(SHAPES, CAPACITY, torch.float32, CPU)
-    append(cache, [0, 1, 2], 3)
-    cache.layers[0].append(*rows_of([3, 4], 0))
-    cache.truncate(3)
-    check_rows(cache, [0, 1, 2])
+    cache = TreeCache(SHAPES, CAPACITY, torch.float32, CPU, 2)
+    append(cache, {0: [0, 1, 2], 1: [3]})
+    layout = PassLayout([(0, linear_layout(3, 2, CPU)), (1, linear_layout(1, 1, CPU))])
+    layout.select(0, 3)
+    cache.layers[0].append(layout, *rows_of([4, 5, 6], 0))
+    assert [cache.truncate(0, 3), cache.truncate(1, 1)] == [3, 1]
+    check_rows(cache, [[0, 1, 2], [3]])
+
+
+def test_all_layers_go_back_to_a_length_that_each_one_reaches():
+    """Layers with snapshots of a state go back to a snapshot before the given length."""
+    cache = TreeCache(SHAPES, CAPACITY, torch.float32, CPU, 2)
+    append(cache, {0: list(range(20)), 1: [90, 91]})
+    cache.layers += [Snapshots(0, 6, 10), Snapshots(0, 6, 12)]
+    assert cache.truncate(0, 17) == 6
+    del cache.layers[-2:]
+    check_rows(cache, [list(range(6)), [90, 91]])
+
+
+class Snapshots(LayerKv):
+    """A layer's cache that only goes back to some lengths."""
+
+    def __init__(self, *lengths: int) -> None:
+        super().__init__(SHAPES[0], 2, CAPACITY, torch.float32, CPU)
+        self._reachable = lengths
+
+    def truncate(self, seat: int, length: int) -> int:
+        return super().truncate(seat, max(each for each in self._reachable if each <= length))
 
 
 # --- on real models --------------------------------------------------------------------------------------------------
@@ -134,11 +184,11 @@ def random_path(rng: random.Random, tree: TokenTree) -> list[int]:
 
 
 def forward_tree(model: TreeModel, pending: list[int], tree: TokenTree) -> None:
-    begin = model.cache.length
+    (begin,) = model.cache.lengths
     root = begin + len(pending) - 1
     positions = [*range(begin, begin + len(pending)), *(root + depth for depth in tree.depths)]
     layout = RowLayout(begin, len(pending), tree.ancestors, torch.tensor(positions))
-    model.forward([*pending, *tree.tokens], layout)
+    model.forward([*pending, *tree.tokens], PassLayout.single(layout))
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
@@ -150,7 +200,7 @@ def check_like_fresh(model: TreeModel, tokens: list[int], source: ModelSource, r
     """Check that every layer's rows and the next scores equal those of one plain prefill."""
     fresh = load(source)
     fresh.append(tokens)
-    assert model.cache.length == len(tokens)
+    assert model.cache.lengths == [len(tokens)]
     for ours, theirs in zip(model.cache.layers, fresh.cache.layers, strict=True):
         for name in ("keys", "values"):
             rows: Any = [getattr(kv, name)[:, :, : len(tokens)] for kv in (ours, theirs)]
@@ -158,7 +208,7 @@ def check_like_fresh(model: TreeModel, tokens: list[int], source: ModelSource, r
     following = [rng.randint(3, VOCAB - 1) for _ in range(3)]
     ours, theirs = (each.logits(each.append(following)) for each in (model, fresh))
     assert close(ours, theirs)
-    model.cache.truncate(len(tokens))
+    model.cache.truncate(0, len(tokens))
 
 
 def test_cache_after_keep_equals_a_fresh_prefill(source: ModelSource):
@@ -171,11 +221,11 @@ def test_cache_after_keep_equals_a_fresh_prefill(source: ModelSource):
         forward_tree(model, pending, tree)
         first = len(tokens) + len(pending)
         path = random_path(rng, tree)
-        model.cache.keep(first, [first + node for node in path])
+        model.cache.keep(0, first, [first + node for node in path])
         tokens = tokens + pending + [tree.tokens[node] for node in path]
         check_like_fresh(model, tokens, source, rng)
         if step == 2:
             tokens = tokens[: len(tokens) - 4]
-            model.cache.truncate(len(tokens))
+            model.cache.truncate(0, len(tokens))
             check_like_fresh(model, tokens, source, rng)
     assert len(tokens) > 20

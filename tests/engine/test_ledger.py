@@ -23,7 +23,7 @@ from specchat.errors import AllocationError
 from specchat.models.sizes.describe import describe
 from specchat.models.sizes.geometry import dequantize_bytes
 from specchat.planner.memory import build_ledger, with_trees
-from specchat.records.generation import Sampling
+from specchat.records.generation import Request, Sampling
 from specchat.records.limits import HEAD_BLOCK_ROWS
 from specchat.records.model import Dtype, ModelSource, Quant
 from specchat.records.plan import LedgerItem, Plan
@@ -63,6 +63,7 @@ class Case:
     dtype: Dtype
     num_resident: int = 1
     head_rows: int = HEAD_BLOCK_ROWS
+    seats: int = 1
 
 
 # Context and tree together are full chunks, so that the pass that the ledger counts with can come about.
@@ -97,6 +98,7 @@ def planned(case: Case, target: ModelSource, draft: ModelSource, quant: Quant = 
         ctx=case.ctx,
         tree_budget=case.tree_budget,
         chunk_rows=CHUNK_ROWS,
+        seats=case.seats,
     )
     work = replace(plan.work, dtype=case.dtype)
     plan = replace(plan, work=work, quant=quant, ledger=build_ledger(spec, draft_spec, work, plan.placement))
@@ -137,6 +139,39 @@ def check_ledger(case: Case, target: ModelSource, draft: ModelSource, quant: Qua
     promised = total(plan.ledger, weights=False)
     print(f"{case}: measured {living.peak:,}, promised {promised:,}, {promised / living.peak:.3f}")
     assert living.peak <= promised <= 1.25 * living.peak + pieces
+
+
+SHARED_CASES = [
+    Case("llama", 240, 16, "fp32", seats=3),
+    Case("gemma3", 224, 32, "bf16", seats=3),
+    Case("deepseek_v3", 224, 32, "fp32", seats=3),
+    Case("gpt_oss", 224, 32, "fp32", seats=10),
+]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=() if i == 0 else pytest.mark.slow) for i, case in enumerate(SHARED_CASES)],
+    ids=lambda case: f"{case.architecture}-{case.seats}",
+)
+def test_ledger_and_memory_of_many_seats(case: Case, tmp_path: Path):
+    """A prompt that fills the context joins the trees of all other seats."""
+    target, draft = pair(case, tmp_path)
+    plan = planned(case, target, draft)
+    lengths = [case.ctx - 100 - index for index in range(case.seats - 1)]
+    long = Request(tuple(random_prompt(case.ctx - 9, VOCAB)), Sampling(temperature=0.8, top_p=0.9, seed=1))
+    others = [
+        replace(long, prompt_ids=tuple(random_prompt(length, VOCAB, seed=length)), max_tokens=80) for length in lengths
+    ]
+    with load_engine(plan, target, draft) as engine:
+        assert engine.memory().device_peak_bytes == total(plan.ledger, weights=True)
+        living = Living()
+        with living:
+            steps = list(engine.generate_many([*others, long, *others]))
+    assert any(step.num_sharing == case.seats and step.new_rows == case.ctx - 9 for _, step in steps)
+    promised = total(plan.ledger, weights=False)
+    print(f"{case}: measured {living.peak:,}, promised {promised:,}, {promised / living.peak:.3f}")
+    assert living.peak <= promised <= 1.25 * living.peak
 
 
 # What the target's matrices are stored in; the draft is plain, or int8 beside int4.
@@ -243,7 +278,7 @@ from support.loading import Quiet, load_engine, model_request, yes
 from specchat.loading.engine import make_packs
 from specchat.loading.locate import locate_models, parse_models
 from specchat.loading.planning import make_plan
-from specchat.records.generation import Sampling
+from specchat.records.generation import Request, Sampling
 from specchat.engine.engine import Engine
 from specchat.engine.selfcheck import check_architecture
 from specchat.models.hf.tokenizer import load_tokenizer

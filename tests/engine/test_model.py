@@ -14,7 +14,7 @@ from support.engines import random_prompt
 from support.loading import load_model
 from support.tiny_models import VOCAB, make_config, random_model, save
 
-from specchat.engine.attention import RowLayout
+from specchat.engine.layout import PassLayout, RowLayout
 from specchat.engine.model import TreeModel
 from specchat.engine.tree import ROOT, TokenTree
 from specchat.records.model import ModelSource
@@ -108,7 +108,7 @@ def test_prompt_and_tree_in_one_pass(checkpoints: Checkpoints, architecture: str
     root = len(cached) + len(pending) - 1
     positions = [*range(len(cached), root + 1), *(root + depth for depth in tree.depths)]
     layout = RowLayout(len(cached), len(pending), tree.ancestors, torch.tensor(positions))
-    logits = model.logits(model.forward([*pending, *tree.tokens], layout))
+    logits = model.logits(model.forward([*pending, *tree.tokens], PassLayout.single(layout)))
     for leaf in (3, 5, 6):
         path = tree.ancestors[leaf].nonzero()[:, 0].tolist()
         theirs = plain_logits(plain, [*cached, *pending, *(tree.tokens[node] for node in path)])[len(cached) :]
@@ -127,7 +127,7 @@ def passes(model: TreeModel) -> list[torch.Tensor]:
     for i in range(NUM_PASSES):
         scores.append(model.logits(model.append(random_prompt(1 + i % 4, VOCAB, seed=i))))
         if i % 8 == 7:
-            model.cache.truncate(3)
+            model.cache.truncate(0, 3)
     return scores
 
 

@@ -136,7 +136,7 @@ def load(source: ModelSource, pack: Pack | None, *, resident: tuple[int, ...] | 
 
 
 def logits(model: TreeModel, prompt: list[int]) -> torch.Tensor:
-    model.cache.truncate(0)
+    model.cache.truncate(0, 0)
     return model.logits(model.append(prompt))
 
 

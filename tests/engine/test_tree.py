@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.engines import random_prompt
+from support.engines import grow, random_prompt
 from support.loading import load_model
 from support.tiny_models import VOCAB, make_config, random_model, save
 
@@ -101,7 +101,8 @@ def test_candidates_keep_exactly_the_best(data: st.DataObject, budget: int, bran
         children = torch.tensor(data.draw(weight_rows(len(parents), branch)), dtype=torch.float64)
         tokens = torch.arange(branch).repeat(len(parents), 1)
         before = paths_of(candidates)
-        candidates = candidates.with_children(torch.tensor(parents), children, tokens, budget)
+        trees = torch.zeros(len(parents), dtype=torch.int64)
+        candidates = candidates.with_children(trees, torch.tensor(parents), children, tokens, budget)
         for parent, row in zip(parents, children.tolist(), strict=True):
             path = () if parent == ROOT else before[parent]
             for token, weight in enumerate(row):
@@ -137,10 +138,10 @@ def test_frontier_is_the_best_nodes_that_can_still_enter(data: st.DataObject, bu
     n = len(scores)
     depths = [data.draw(st.integers(1, max_depth)) for _ in range(n)]
     rows = [data.draw(st.integers(-1, 1)) for _ in range(n)]
-    ints = [torch.tensor(x, dtype=torch.int64) for x in ([0] * n, [ROOT] * n, depths, rows)]
+    ints = [torch.tensor(x, dtype=torch.int64) for x in ([0] * n, [ROOT] * n, depths, rows, [0] * n)]
     candidates = _Candidates(torch.tensor(scores, dtype=torch.float64), *ints)
     expected = [i for i in range(n) if rows[i] < 0 and depths[i] < max_depth and (n < budget or scores[i] > scores[-1])]
-    assert candidates.frontier(width, budget, max_depth).tolist() == expected[:width]
+    assert candidates.frontier(width, budget, torch.tensor([max_depth])).tolist() == expected[:width]
 
 
 # --- growth ----------------------------------------------------------------------------------------------------------
@@ -222,7 +223,7 @@ def test_tree_is_the_likeliest_paths(draft: Draft, kind: str, budget: int, max_d
     sampler = Sampler(sampling, VOCAB, CPU)
     for seed in (1, 2):
         context = random_prompt(9, VOCAB, seed)
-        tree = drafter.grow(context, FixedPolicy(budget), max_depth, sampler, None)
+        tree = grow(drafter, context, FixedPolicy(budget), max_depth, sampler, None)
         best = best_paths(
             draft, context, budget, max_depth, lambda logits, position: log_weights(logits, position, sampling, shared)
         )
@@ -242,12 +243,12 @@ def test_growth_continues_from_the_accepted_path(draft: Draft, data: st.DataObje
     drafter = ModelDrafter(load(draft, 160), max_rows=max_rows, max_context=512)
     context = random_prompt(6, VOCAB, data.draw(st.integers(0, 50)))
     for _ in range(4):
-        tree = drafter.grow(context, FixedPolicy(16), 20, sampler, None)
+        tree = grow(drafter, context, FixedPolicy(16), 20, sampler, None)
         fresh = ModelDrafter(load(draft, 160), max_rows=max_rows, max_context=512)
-        expected = fresh.grow(context, FixedPolicy(16), 20, sampler, None)
+        expected = grow(fresh, context, FixedPolicy(16), 20, sampler, None)
         assert set(named(tree)) == set(named(expected))
         path = path_to(tree, data.draw(st.integers(ROOT, len(tree) - 1)))
-        drafter.commit(path)
+        drafter.commit(0, path)
         context = [*context, *(tree.tokens[node] for node in path), data.draw(st.integers(3, VOCAB - 1))]
         if data.draw(st.booleans()):  # the text goes back, as after /undo or a shorter answer
             context = context[: data.draw(st.integers(1, len(context)))]
@@ -261,7 +262,7 @@ def named(tree: TokenTree) -> list[Path]:
 def test_few_rows_shrink_the_search_but_keep_it_correct(draft: Draft, max_rows: int):
     drafter = ModelDrafter(load(draft, 60), max_rows=max_rows, max_context=512)
     context = random_prompt(9, VOCAB)
-    tree = drafter.grow(context, FixedPolicy(24), 50, Sampler(GREEDY, VOCAB, CPU), None)
+    tree = grow(drafter, context, FixedPolicy(24), 50, Sampler(GREEDY, VOCAB, CPU), None)
     assert len(tree) <= 24
     assert len({parent for parent in tree.parents if parent != ROOT}) <= max_rows
     best = best_paths(draft, context, 24, 50, lambda logits, position: log_weights(logits, position, GREEDY, False))
@@ -273,18 +274,18 @@ def test_tree_ends_where_the_drafts_positions_end(draft: Draft, left: int):
     """A draft with a shorter context than the target drafts up to its last position."""
     context = random_prompt(12, VOCAB)
     drafter = ModelDrafter(load(draft, 60), max_rows=32, max_context=len(context) + left, branch=1)
-    tree = drafter.grow(context, FixedPolicy(16), 50, Sampler(GREEDY, VOCAB, CPU), None)
+    tree = grow(drafter, context, FixedPolicy(16), 50, Sampler(GREEDY, VOCAB, CPU), None)
     assert tree.depths == tuple(range(1, left + 1))  # a chain, as nodes have one child here
-    drafter.commit(path_to(tree, len(tree) - 1))
-    assert len(drafter.grow([*context, *[4] * 60], FixedPolicy(16), 50, Sampler(GREEDY, VOCAB, CPU), None)) == 0
+    drafter.commit(0, path_to(tree, len(tree) - 1))
+    assert len(grow(drafter, [*context, *[4] * 60], FixedPolicy(16), 50, Sampler(GREEDY, VOCAB, CPU), None)) == 0
 
 
 def test_no_depth_or_budget_gives_an_empty_tree(draft: Draft):
     drafter = ModelDrafter(load(draft, 60), max_rows=32, max_context=512)
     for budget, max_depth in ((0, 5), (5, 0)):
-        assert len(drafter.grow([3, 4], FixedPolicy(budget), max_depth, Sampler(GREEDY, VOCAB, CPU), None)) == 0
-        drafter.commit([])
-    assert len(drafter.grow([3, 4], FixedPolicy(5), 5, Sampler(GREEDY, VOCAB, CPU), None)) == 5
+        assert len(grow(drafter, [3, 4], FixedPolicy(budget), max_depth, Sampler(GREEDY, VOCAB, CPU), None)) == 0
+        drafter.commit(0, [])
+    assert len(grow(drafter, [3, 4], FixedPolicy(5), 5, Sampler(GREEDY, VOCAB, CPU), None)) == 5
 
 
 def test_by_source_counts_nodes_per_drafter():

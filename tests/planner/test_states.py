@@ -19,9 +19,8 @@ from specchat.models.sizes.describe import describe
 from specchat.planner.memory import build_ledger
 from specchat.planner.states import draft_state_bytes, restore_items, state_items
 from specchat.records.generation import Sampling
-from specchat.records.limits import RESTORE_POINTS
 from specchat.records.model import DTYPE_BYTES, Dtype, ModelSource, ModelSpec
-from specchat.records.plan import WEIGHT_ITEMS, Plan
+from specchat.records.plan import WEIGHT_ITEMS, Plan, Workload
 from specchat.units import MIB
 
 # The text half of Qwen3.8-27B: three gated delta nets to one attention layer.
@@ -58,25 +57,31 @@ def test_states_of_a_27b_shape(large: ModelSpec):
     assert sum(shape.state is not None for shape in large.kv_shapes) == 48
     assert large.kv_numbers_per_row * 2 == 64 << 10
     for nodes, stash in ((64, 109.125), (256, 436.5)):
-        states, rows = state_items(large, "bf16", nodes)
+        work = Workload("cpu", "bf16", 8192, nodes, 2 * nodes, 512)
+        states, rows = state_items(large, work)
         assert states.bytes == 2 * one_state and one_state / MIB == pytest.approx(146.8, abs=0.05)
         workspace = nodes * (16 * 128 * 4 + 48 * 128 * 4 + 48 * 8)
         assert (rows.bytes - workspace) / MIB == stash
-    (points,) = restore_items(large, None, "bf16")
-    assert points.bytes == RESTORE_POINTS * one_state
+    (points,) = restore_items(large, None, work)
+    assert points.bytes == 12 * one_state
+    states, rows = state_items(large, replace(work, seats=3))
+    assert states.bytes == 6 * one_state
+    assert (rows.bytes - workspace) / MIB == 3 * stash
+    assert restore_items(large, None, replace(work, seats=3)) == ()
 
 
 @pytest.mark.parametrize("architecture", HYBRIDS)
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_the_engine_allocates_what_is_counted(architecture: str, dtype: Dtype, tmp_path: Path):
+@pytest.mark.parametrize(("dtype", "seats"), [("bf16", 1), ("fp32", 3)])
+def test_the_engine_allocates_what_is_counted(architecture: str, dtype: Dtype, seats: int, tmp_path: Path):
     make_hybrid_config(architecture).save_pretrained(tmp_path)
     spec = describe(ModelSource("tiny", tmp_path))
     torch_dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
-    rows = 32 * spec.kv_numbers_per_row * DTYPE_BYTES[dtype]
+    rows = seats * 32 * spec.kv_numbers_per_row * DTYPE_BYTES[dtype]
+    work = Workload("cpu", dtype, 23, 9, 9, 512, seats=seats)
     for grows in (False, True):
-        cache = TreeCache(spec.kv_shapes, 32, torch_dtype, torch.device("cpu"), tree_rows=9, grows=grows)
-        items = state_items(spec, dtype, 9)
-        counted = draft_state_bytes(spec, dtype, 9) if grows else sum(item.bytes for item in items)
+        cache = TreeCache(spec.kv_shapes, 32, torch_dtype, torch.device("cpu"), seats, tree_rows=9, grows=grows)
+        items = state_items(spec, work)
+        counted = draft_state_bytes(spec, work) if grows else sum(item.bytes for item in items)
         assert cache.nbytes == rows + counted
 
 
@@ -95,7 +100,7 @@ def test_memory_of_generation_stays_within_the_ledger(architecture: str, tmp_pat
             for left in (72, 9):
                 write(engine, random_prompt(224 - left, VOCAB, left), Sampling(temperature=0.8, seed=1), 8)
         models = engine.target, *engine._drafter.models
-        points = sum(model.cache.recurrent.points.nbytes for model in models)
+        points = sum(model.cache.recurrent.point_bytes for model in models)
     promised = plan.generation_bytes
     print(f"{architecture}: measured {memory.peak_bytes - points:,}, promised {promised:,}")
     assert memory.peak_bytes - points <= promised <= 1.5 * (memory.peak_bytes - points)

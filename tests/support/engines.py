@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Sequence
 
 import torch
 
+from specchat.engine.drafting.drafter import Drafter
+from specchat.engine.drafting.policy import DraftPolicy
 from specchat.engine.engine import Engine
+from specchat.engine.sampling import Sampler
+from specchat.engine.sequence import TokenSequence
+from specchat.engine.tree import TokenTree
 from specchat.records.generation import Sampling, Step
 from specchat.records.model import ModelSource
 from specchat.records.plan import Placement, Plan, Workload
@@ -24,6 +30,7 @@ def make_plan(
     tree_budget: int = 16,
     slots: int = 2,
     chunk_rows: int = 512,
+    seats: int = 1,
 ) -> Plan:
     stays = tuple(range(num_layers) if resident is None else resident)
     return Plan(
@@ -37,6 +44,7 @@ def make_plan(
             tree_budget=tree_budget if draft else 0,
             draft_rows=2 * tree_budget if draft else 0,
             chunk_rows=chunk_rows,
+            seats=seats,
         ),
         placement=Placement(num_layers, stays, (), slots if len(stays) < num_layers else 0),
         ledger=(),
@@ -55,3 +63,21 @@ def write(
 
 def random_prompt(length: int, vocab: int, seed: int = 11) -> list[int]:
     return torch.randint(3, vocab, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def sequence_of(tokens: Sequence[int], sampler: Sampler, max_depth: int = 50, seat: int = 0) -> TokenSequence:
+    """A sequence whose trees may have so many levels."""
+    return TokenSequence(seat, seat, list(tokens), sampler, NOTHING, len(tokens) + 1 + max_depth, "length")
+
+
+def grow(
+    drafter: Drafter,
+    context: Sequence[int],
+    policy: DraftPolicy,
+    max_depth: int,
+    sampler: Sampler,
+    cancel: threading.Event | None = None,
+) -> TokenTree:
+    """The tree of a single sequence."""
+    (tree,) = drafter.grow([sequence_of(context, sampler, max_depth)], policy, cancel)
+    return tree

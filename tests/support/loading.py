@@ -51,6 +51,7 @@ def load_model(
     host_embeddings: bool = False,
     pack: Pack | None = None,
     quant: str = "none",
+    seats: int = 1,
     warn: Callable[[str], None] = lambda _: None,
 ) -> TreeModel:
     """A model by itself; all layers are resident unless it is said which."""
@@ -59,7 +60,14 @@ def load_model(
     stays = tuple(range(num_layers)) if resident is None else tuple(resident)
     in_ram = tuple(index for index in in_ram if index not in stays and index < num_layers)
     work = Workload(
-        str(device), _short(dtype), cache_rows, 0, 0, chunk_rows=chunk_rows, host_embeddings=host_embeddings
+        device=str(device),
+        dtype=_short(dtype),
+        ctx=cache_rows,
+        tree_budget=0,
+        draft_rows=0,
+        chunk_rows=chunk_rows,
+        host_embeddings=host_embeddings,
+        seats=seats,
     )
     placement = Placement(num_layers, stays, in_ram, num_slots)
     return loading.load_model(weights, work, placement, cache_rows=cache_rows, pack=pack, warn=warn)

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specchat.engine.attention import RowLayout
-from specchat.engine.recurrent.cache import RecurrentCache
-from specchat.engine.recurrent.state import LayerState
+from specchat.engine.layout import PassLayout, RowLayout
+from specchat.engine.recurrent.cache import LayerStates, RecurrentCache
 from specchat.engine.tree import ROOT, TokenTree
 from specchat.records.model import StateShape
 
@@ -118,20 +117,25 @@ def path_to(parents: Sequence[int], node: int) -> list[int]:
     return [] if node == ROOT else [*path_to(parents, parents[node]), node]
 
 
-def layout_of(prefix: int, num_linear: int, parents: Sequence[int], num_earlier: int = 0) -> RowLayout:
+def layout_of(prefix: int, num_linear: int, parents: Sequence[int], num_earlier: int = 0) -> PassLayout:
     """Layout of a pass over rows in sequence and a tree, whose first `num_earlier` nodes are there already."""
+    return PassLayout.single(row_layout(prefix, num_linear, parents, num_earlier))
+
+
+def row_layout(prefix: int, num_linear: int, parents: Sequence[int], num_earlier: int = 0) -> RowLayout:
+    """Layout of one sequence's rows."""
     tree = TokenTree(tuple(range(len(parents))), tuple(parents))
     depths = [prefix + num_linear - 1 + depth for depth in tree.depths]
     positions = torch.tensor([*range(prefix, prefix + num_linear), *depths])
     return RowLayout(prefix, num_linear, tree.ancestors[num_earlier:], positions)
 
 
-def run_layer(state: LayerState, layer: Layer, layout: RowLayout, rows: Sequence[Row], chunk_rows: int):
+def run_layer(state: LayerStates, layer: Layer, layout: PassLayout, rows: Sequence[Row], chunk_rows: int):
     """Outputs of a pass over one layer, in chunks: convolved [n, C], scanned [n, H, D_v]."""
     convolved, scanned = [], []
     for begin in range(0, len(rows), chunk_rows):
         chunk = rows[begin : begin + chunk_rows]
-        layout.chunk = (begin, begin + len(chunk))
+        layout.select(begin, begin + len(chunk))
         x, q, k, v, g, beta = (
             torch.stack([getattr(row, name) for row in chunk]) for name in ("x", "q", "k", "v", "g", "beta")
         )
@@ -165,6 +169,10 @@ def check_pass(layer: Layer, found: tuple[Tensor, Tensor], before: Sequence[Row]
             assert error < 1e-5, f"{name}: {error}"
 
 
-def make_cache(kinds: Sequence[str], *, tree_rows: int = 40, grows: bool = False, num_points: int = 4):
+def make_cache(
+    kinds: Sequence[str], *, tree_rows: int = 40, seats: int = 1, grows: bool = False, num_points: int = 4
+) -> RecurrentCache:
     shapes = [SHAPES[kind] for kind in kinds]
-    return RecurrentCache(shapes, tree_rows, grows=grows, num_points=num_points, dtype=torch.float32, device=CPU)
+    return RecurrentCache(
+        shapes, tree_rows, seats=seats, grows=grows, num_points=num_points, dtype=torch.float32, device=CPU
+    )

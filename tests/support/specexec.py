@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
+from specchat.engine.drafting.policy import DraftPolicy
 from specchat.engine.model import TreeModel
-from specchat.engine.sampling import Sampler
+from specchat.engine.sequence import TokenSequence
 from specchat.engine.tree import ROOT, TokenTree
 
 WIDTH = 128
@@ -42,10 +43,13 @@ class SpecExecDrafter:
         self._model = model
 
     def grow(
-        self, context: Sequence[int], budget: int, max_depth: int, sampler: Sampler, cancel: threading.Event | None
-    ) -> TokenTree:
+        self, sequences: Sequence[TokenSequence], policy: DraftPolicy, cancel: threading.Event | None
+    ) -> list[TokenTree]:
+        return [self._grow(each.tokens, policy.tree_budget, each.max_depth) for each in sequences]
+
+    def _grow(self, context: Sequence[int], budget: int, max_depth: int) -> TokenTree:
         cache = self._model.cache
-        cache.truncate(0)
+        cache.truncate(0, 0)
         root = self._log_probs(list(context))
         best: list[Node] = []
         level = self._children(None, root)
@@ -56,16 +60,16 @@ class SpecExecDrafter:
             level = []
             for node in frontier:
                 if node.depth < max_depth:
-                    cache.truncate(len(context))
+                    cache.truncate(0, len(context))
                     level += self._children(node, self._log_probs(node.path()))
             threshold = best[-1].score if len(best) == budget else -math.inf
             level = [node for node in level if node.score > threshold]
-        cache.truncate(0)
+        cache.truncate(0, 0)
         index = {id(node): i for i, node in enumerate(best)}
         parents = [ROOT if node.parent is None else index[id(node.parent)] for node in best]
         return TokenTree(tuple(node.token for node in best), tuple(parents))
 
-    def commit(self, path: Sequence[int]) -> None:
+    def commit(self, seat: int, path: Sequence[int]) -> None:
         pass
 
     def close(self) -> None:

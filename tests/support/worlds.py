@@ -177,7 +177,7 @@ class Simulation:
             *(tuple(range(len(path) + 1)), None, 1, self.tokens, len(nodes), len(path), 0),
             *(draft_s + verify_s, draft_s, verify_s, 0.0, 0.0, 0),
         )
-        self._policy.record_step(step, verified, path)
+        self._policy.record_pass([step], [verified], [path])
 
     def _grow(self) -> tuple[Tree, float, float]:
         """As `ModelDrafter.grow`: the policy decides, a pass at a time; its seconds, and those that it was told."""

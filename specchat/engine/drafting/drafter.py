@@ -1,27 +1,33 @@
-"""Drafters, which grow the draft tree.
+"""Drafters, which grow the draft trees of a pass.
 
 Best-first search as in SpecExec (arXiv 2406.02532, algorithm 1): the tree holds the `budget` likeliest paths. The best
 unexpanded nodes are expanded in wide batches until no child could enter the tree. Two things differ from SpecExec. The
 tree does not grow level by level, so likely continuations go deep and unlikely ones stay shallow. And when the target
 samples, paths are ranked by the target's own race. The target's noise is added to the draft's scores, so a path's
 weight is its likelihood of being drawn with this noise, not its likelihood in general.
+
+The trees of all sequences grow together: one draft pass reads the new tokens of all, then each round expands the best
+open nodes of all trees in one pass. The best `budget` paths of all trees are kept, whichever trees they are in. With
+ten sequences this brings 3 to 13% more tokens than equal shares (demo pair, 40 to 320 nodes).
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from specchat.engine.attention import RowLayout
 from specchat.engine.drafting.policy import DraftPolicy
+from specchat.engine.layout import PassLayout, RowLayout, linear_layout
 from specchat.engine.model import TreeModel
 from specchat.engine.sampling import Sampler, ScoresNotFiniteError
+from specchat.engine.sequence import TokenSequence
 from specchat.engine.tree import ROOT, TokenTree, common_prefix
 from specchat.records.limits import DRAFT_BRANCH, draft_width
 
@@ -43,31 +49,35 @@ SOURCE = "model"
 
 
 class Drafter(Protocol):
-    """Drafts trees for the target; wrong guesses cost speed but never change the text."""
+    """Drafts trees for the target; wrong guesses cost speed but never change the text.
+
+    A drafter knows sequences by their seats. A seat may hold another sequence at any call of `grow`, whose tokens tell
+    what of the earlier work still counts.
+    """
 
     @property
     def models(self) -> Sequence[TreeModel]:
         """Models that the drafter holds in memory."""
 
     def grow(
-        self,
-        context: Sequence[int],
-        policy: DraftPolicy,
-        max_depth: int,
-        sampler: Sampler,
-        cancel: threading.Event | None,
-    ) -> TokenTree:
-        """Return a tree below the last token of `context`, of at most `max_depth` levels and a size set by `policy`.
+        self, sequences: Sequence[TokenSequence], policy: DraftPolicy, cancel: threading.Event | None
+    ) -> list[TokenTree]:
+        """Return a tree below the last token of each sequence, of at most `max_depth` levels.
+
+        Args:
+            sequences: sequences of the target's next pass, in different seats.
+            policy: sizes of the trees; its budget counts the nodes of all trees together.
+            cancel: event that stops drafting.
 
         Raises:
             ScoresNotFiniteError: the draft computes NaN or infinity, so its guesses mean nothing.
         """
 
-    def commit(self, path: Sequence[int]) -> None:
-        """Commit the nodes of the last tree that the target accepted, root to leaf."""
+    def commit(self, seat: int, path: Sequence[int]) -> None:
+        """Commit the nodes of a seat's last tree that the target accepted, root to leaf."""
 
     def reset(self) -> None:
-        """Drop all cached context."""
+        """Drop all cached context of all seats."""
 
     def close(self) -> None:
         """Release memory and threads."""
@@ -79,17 +89,12 @@ class NoDrafter:
     models: Sequence[TreeModel] = ()
 
     def grow(
-        self,
-        context: Sequence[int],
-        policy: DraftPolicy,
-        max_depth: int,
-        sampler: Sampler,
-        cancel: threading.Event | None,
-    ) -> TokenTree:
-        """Return an empty tree."""
-        return TokenTree()
+        self, sequences: Sequence[TokenSequence], policy: DraftPolicy, cancel: threading.Event | None
+    ) -> list[TokenTree]:
+        """Return empty trees."""
+        return [TokenTree() for _ in sequences]
 
-    def commit(self, path: Sequence[int]) -> None:
+    def commit(self, seat: int, path: Sequence[int]) -> None:
         """Do nothing: nothing was drafted."""
 
     def reset(self) -> None:
@@ -101,9 +106,9 @@ class NoDrafter:
 
 @dataclass
 class _Candidates:
-    """The best paths so far, best first; all tensors [M] on the CPU, M <= budget.
+    """The best paths of all trees so far, best first; all tensors [M] on the CPU, M <= budget.
 
-    `row` is the node's row among this tree's rows in the draft's cache, -1 until the node is expanded.
+    `row` is the node's row among its tree's rows in the draft's cache, -1 until the node is expanded.
     """
 
     score: Tensor  # sum of log weights along the path, float64
@@ -111,27 +116,35 @@ class _Candidates:
     parent: Tensor  # index into these tensors, or ROOT
     depth: Tensor
     row: Tensor
+    tree: Tensor
 
     @classmethod
     def empty(cls) -> _Candidates:
         """Return an empty set of paths."""
         ints = torch.zeros(0, dtype=torch.int64)
-        return cls(torch.zeros(0, dtype=torch.float64), ints, ints, ints, ints)
+        return cls(torch.zeros(0, dtype=torch.float64), ints, ints, ints, ints, ints)
 
     def __len__(self) -> int:
         return self.score.shape[0]
 
-    def frontier(self, width: int, budget: int, max_depth: int) -> Tensor:
-        """Return the best unexpanded nodes whose children could still enter the tree: indices [<= width]."""
-        open_ = (self.row < 0) & (self.depth < max_depth)
+    def frontier(self, width: int, budget: int, max_depths: Tensor) -> Tensor:
+        """Return the best unexpanded nodes whose children could still enter a tree: indices [<= width].
+
+        Args:
+            width: most nodes to return.
+            budget: number of paths that are kept.
+            max_depths: number of levels of each tree, int64 [trees].
+        """
+        open_ = (self.row < 0) & (self.depth < max_depths[self.tree])
         if len(self) >= budget:
             open_ &= self.score > self.score[-1]
         return open_.nonzero()[:width, 0]
 
-    def with_children(self, parents: Tensor, scores: Tensor, tokens: Tensor, budget: int) -> _Candidates:
+    def with_children(self, trees: Tensor, parents: Tensor, scores: Tensor, tokens: Tensor, budget: int) -> _Candidates:
         """Add children and keep the best `budget` paths.
 
         Args:
+            trees: trees of the expanded nodes [n].
             parents: indices of the expanded nodes [n], or ROOT.
             scores: log weights of the children [n, branch], float64.
             tokens: token ids of the children [n, branch].
@@ -153,29 +166,50 @@ class _Candidates:
             torch.cat([self.parent, parent]),
             torch.cat([self.depth, depth]),
             torch.cat([self.row, torch.full_like(parent, -1)]),
+            torch.cat([self.tree, trees.repeat_interleave(branch)]),
         )
         return merged._best(budget)
 
     def first(self, count: int) -> _Candidates:
         """Return the best `count` paths; every parent is included, because parents precede their children."""
-        columns = (self.score, self.token, self.parent, self.depth, self.row)
+        columns = (self.score, self.token, self.parent, self.depth, self.row, self.tree)
         return _Candidates(*(column[:count] for column in columns))
 
+    def of_tree(self, tree: int) -> _Candidates:
+        """Return the paths of one tree."""
+        return self._taken((self.tree == tree).nonzero()[:, 0])
+
     def _best(self, budget: int) -> _Candidates:
-        order = self.score.argsort(descending=True, stable=True)[:budget]
+        return self._taken(self.score.argsort(descending=True, stable=True)[:budget])
+
+    def _taken(self, nodes: Tensor) -> _Candidates:
+        """Return the paths that end at the given nodes, in this order; the parents must be among the nodes."""
         new_index = torch.full((len(self) + 1,), ROOT, dtype=torch.int64)  # ROOT = -1 indexes the last entry
-        new_index[order] = torch.arange(order.shape[0])
-        parent = new_index[self.parent[order]]
-        return _Candidates(self.score[order], self.token[order], parent, self.depth[order], self.row[order])
+        new_index[nodes] = torch.arange(nodes.shape[0])
+        columns = (self.score, self.token, new_index[self.parent], self.depth, self.row, self.tree)
+        return _Candidates(*(column[nodes] for column in columns))
+
+
+@dataclass(frozen=True)
+class _Grown:
+    """A finished tree.
+
+    Attributes:
+        tree: nodes that the target verifies.
+        rows: row of each node among the tree's rows in the draft's cache, -1 for nodes that were not expanded.
+    """
+
+    tree: TokenTree
+    rows: list[int]
 
 
 class ModelDrafter:
     """Grows trees with a small model that has its own KV cache.
 
     Args:
-        model: draft model.
+        model: draft model, with as many seats as the target.
         branch: number of children considered per node.
-        max_rows: rows that one tree may take in the draft's cache, including expanded nodes that later drop out.
+        max_rows: rows that growing trees may take in the draft's cache, including nodes that later drop out.
         max_context: longest context that the draft's positions support; no trees are drafted beyond it.
         shared_noise: whether to rank paths with the sampler's noise; False only to measure the gain of shared noise.
     """
@@ -195,93 +229,161 @@ class ModelDrafter:
         self._max_rows = max_rows
         self._max_context = max_context
         self._shared_noise = shared_noise
-        self._tokens: list[int] = []  # tokens whose rows are in the draft's cache
-        self._rows: list[int] = []  # for each node of the last tree: its row after the prefix, or -1
-        self._tree = TokenTree()
+        # For each seat, the tokens whose rows are in the draft's cache.
+        self._held: list[list[int]] = [[] for _ in range(model.cache.seats)]
+        self._grown: dict[int, _Grown] = {}  # last tree by seat
 
     def grow(
-        self,
-        context: Sequence[int],
-        policy: DraftPolicy,
-        max_depth: int,
-        sampler: Sampler,
-        cancel: threading.Event | None,
-    ) -> TokenTree:
-        """Draft a tree of the best paths; stop when another draft pass cannot change it or would not save time."""
-        self._tree, self._rows = TokenTree(), []
-        budget = policy.tree_budget
-        max_depth = min(max_depth, self._max_context - len(context))
-        if max_depth <= 0 or not policy.should_draft():
-            return self._tree
-        root_logits = self._catch_up(context, policy, cancel)
-        paths = self._children(_Candidates.empty(), torch.tensor([ROOT]), root_logits, len(context), sampler, budget)
-        rows = _TreeRows(self._max_rows, len(context), self._model.device)
-        width = draft_width(budget)
-        while True:
-            begin = time.perf_counter()
-            nodes = paths.frontier(min(width, rows.free), budget, max_depth)
-            nodes = nodes[: policy.num_to_expand(nodes.tolist(), paths.score[nodes].tolist())]
-            if not len(nodes):
-                break
-            parents = paths.parent[nodes]
-            parent_rows = torch.where(parents == ROOT, ROOT, paths.row[parents.clamp(min=0)])
-            paths.row[nodes] = rows.add(parent_rows, paths.depth[nodes])
-            hidden = self._model.forward(paths.token[nodes].tolist(), rows.layout(len(nodes)), cancel)
-            paths = self._children(paths, nodes, self._model.logits(hidden), len(context), sampler, budget)
-            policy.record_draft_pass(len(nodes), time.perf_counter() - begin)
-        paths = paths.first(policy.num_to_verify(paths.score.tolist()))
-        columns = (paths.token, paths.parent, paths.score)
-        token, parent, weight = (tuple(column.tolist()) for column in columns)
-        self._tree = TokenTree(token, parent, (SOURCE,) * len(paths), weight)
-        self._rows = paths.row.tolist()
-        return self._tree
+        self, sequences: Sequence[TokenSequence], policy: DraftPolicy, cancel: threading.Event | None
+    ) -> list[TokenTree]:
+        """Draft trees of the best paths; stop when another draft pass cannot change them or would not save time."""
+        self._grown = {}
+        growing = [sequence for sequence in sequences if self._max_depth(sequence) > 0]
+        if growing and policy.should_draft():
+            self._grow(growing, policy, len(sequences), cancel)
+        nothing = _Grown(TokenTree(), [])
+        return [self._grown.get(sequence.seat, nothing).tree for sequence in sequences]
 
-    def commit(self, path: Sequence[int]) -> None:
+    def commit(self, seat: int, path: Sequence[int]) -> None:
         """Keep the rows of accepted nodes that were expanded; other accepted nodes are computed by the next `grow`."""
-        known = [node for node in path if self._rows[node] >= 0]
-        prefix = len(self._tokens)
-        self._model.cache.keep(prefix, [prefix + self._rows[node] for node in known])
-        self._tokens += [self._tree.tokens[node] for node in known]
-        self._tree, self._rows = TokenTree(), []
+        grown = self._grown.pop(seat, None)
+        if grown is None:
+            return
+        known = [node for node in path if grown.rows[node] >= 0]
+        prefix = len(self._held[seat])
+        self._model.cache.keep(seat, prefix, [prefix + grown.rows[node] for node in known])
+        self._held[seat] += [grown.tree.tokens[node] for node in known]
 
     def reset(self) -> None:
         """Empty the draft's cache."""
-        self._model.cache.truncate(0)
-        self._tokens, self._rows, self._tree = [], [], TokenTree()
+        for seat, held in enumerate(self._held):
+            self._model.cache.truncate(seat, 0)
+            held.clear()
+        self._grown = {}
 
     def close(self) -> None:
         """Close the draft model."""
         self._model.close()
 
-    def _catch_up(self, context: Sequence[int], policy: DraftPolicy, cancel: threading.Event | None) -> Tensor:
-        """Compute the tokens of `context` that are not cached, and return the scores after its last token, [1, V]."""
+    def _max_depth(self, sequence: TokenSequence) -> int:
+        return min(sequence.max_depth, self._max_context - len(sequence.tokens))
+
+    def _grow(
+        self,
+        sequences: Sequence[TokenSequence],
+        policy: DraftPolicy,
+        num_sequences: int,
+        cancel: threading.Event | None,
+    ) -> None:
+        """Grow a tree for each sequence, in joint passes.
+
+        Args:
+            sequences: sequences whose trees may have nodes.
+            policy: sizes of the trees.
+            num_sequences: number of sequences of the target's pass.
+            cancel: event that stops drafting.
+        """
+        budget, width = policy.tree_budget, draft_width(policy.tree_budget, len(sequences))
+        max_depths = torch.tensor([self._max_depth(sequence) for sequence in sequences])
+        rows = [_TreeRows(self._max_rows, len(each.tokens), self._model.device) for each in sequences]
+        roots = torch.full((len(sequences),), ROOT)
+        root_logits = self._catch_up(sequences, policy, cancel)
+        paths = self._children(_Candidates.empty(), torch.arange(len(sequences)), roots, root_logits, sequences, budget)
+        while True:
+            begin = time.perf_counter()
+            free = self._max_rows - sum(each.num_rows for each in rows)
+            nodes = paths.frontier(min(width, free), budget, max_depths)
+            nodes = nodes[: policy.num_to_expand(nodes.tolist(), paths.score[nodes].tolist(), num_sequences)]
+            if not len(nodes):
+                break
+            if len(sequences) > 1:
+                nodes = nodes[paths.tree[nodes].argsort(stable=True)]
+            logits = self._expand(paths, nodes, sequences, rows, cancel)
+            paths = self._children(paths, paths.tree[nodes], nodes, logits, sequences, budget)
+            policy.record_draft_pass(len(nodes), time.perf_counter() - begin)
+        paths = paths.first(policy.num_to_verify(paths.score.tolist(), num_sequences))
+        for tree, sequence in enumerate(sequences):
+            self._grown[sequence.seat] = _finished(paths.of_tree(tree) if len(sequences) > 1 else paths)
+
+    def _catch_up(
+        self, sequences: Sequence[TokenSequence], policy: DraftPolicy, cancel: threading.Event | None
+    ) -> Tensor:
+        """Compute the tokens that are not cached, and return the scores after each sequence's last token, [n, V]."""
         begin = time.perf_counter()
-        shared = min(common_prefix(self._tokens, list(context)), len(context) - 1)
-        if shared == len(self._tokens) and len(context) - shared > _PROMPT_ROWS:
-            self._model.cache.save()
-        shared = self._model.cache.truncate(shared)
-        self._tokens = list(context[:shared])
-        hidden = self._model.append(self._known(context[shared:]), cancel)
-        self._tokens = list(context)
-        logits = self._model.logits(hidden[-1:])
-        policy.record_draft_pass(len(context) - shared, time.perf_counter() - begin)
+        tokens, parts, last = list[int](), list[tuple[int, RowLayout]](), list[int]()
+        for sequence in sequences:
+            held = self._held[sequence.seat]
+            shared = min(common_prefix(held, sequence.tokens), len(sequence.tokens) - 1)
+            if shared == len(held) and len(sequence.tokens) - shared > _PROMPT_ROWS:
+                self._model.cache.save(sequence.seat)
+            shared = self._model.cache.truncate(sequence.seat, shared)
+            del held[shared:]
+            new = sequence.tokens[shared:]
+            parts.append((sequence.seat, linear_layout(shared, len(new), self._model.device)))
+            tokens += self._known(new)
+            last.append(len(tokens) - 1)
+        hidden = self._model.forward(tokens, PassLayout(parts), cancel)
+        for sequence in sequences:
+            self._held[sequence.seat] = list(sequence.tokens)
+        logits = self._model.logits(hidden[last])
+        policy.record_draft_pass(len(tokens), time.perf_counter() - begin)
         return logits
+
+    def _expand(
+        self,
+        paths: _Candidates,
+        nodes: Tensor,
+        sequences: Sequence[TokenSequence],
+        rows: Sequence[_TreeRows],
+        cancel: threading.Event | None,
+    ) -> Tensor:
+        """Compute nodes, which are sorted by tree, and return the scores after them, [n, V]."""
+        parents = paths.parent[nodes]
+        parent_rows = torch.where(parents == ROOT, ROOT, paths.row[parents.clamp(min=0)])
+        parts = []
+        for tree, of_tree in _runs(paths.tree[nodes]):
+            own = nodes[of_tree]
+            paths.row[own] = rows[tree].add(parent_rows[of_tree], paths.depth[own])
+            parts.append((sequences[tree].seat, rows[tree].layout(len(own))))
+        hidden = self._model.forward(paths.token[nodes].tolist(), PassLayout(parts), cancel)
+        return self._model.logits(hidden)
 
     def _known(self, token_ids: Sequence[int]) -> list[int]:
         """Clamp token ids to the draft's vocabulary; the target may have further ids without meaning to the draft."""
         return [min(token_id, self._model.vocab_size - 1) for token_id in token_ids]
 
     def _children(
-        self, paths: _Candidates, parents: Tensor, logits: Tensor, length: int, sampler: Sampler, budget: int
+        self,
+        paths: _Candidates,
+        trees: Tensor,
+        parents: Tensor,
+        logits: Tensor,
+        sequences: Sequence[TokenSequence],
+        budget: int,
     ) -> _Candidates:
-        """Return `paths` with the best children of expanded nodes, given parents [n] and their logits [n, V]."""
+        """Return `paths` with the best children of expanded nodes.
+
+        Args:
+            paths: paths so far.
+            trees: trees of the expanded nodes [n], ascending.
+            parents: indices of the expanded nodes [n], or ROOT.
+            logits: scores after the expanded nodes, [n, V].
+            sequences: sequence of each tree.
+            budget: number of paths to keep.
+        """
         depths = torch.where(parents == ROOT, 0, paths.depth[parents.clamp(min=0)]) if len(paths) else parents + 1
-        logits = logits[:, : sampler.vocab_size]  # padded vocabularies may differ in size
-        weights = self._weights(logits, [length + int(depth) for depth in depths], sampler)
-        scores, tokens = (each.cpu() for each in weights.topk(min(self._branch, budget, weights.shape[-1]), dim=-1))
+        found = []
+        for tree, rows in _runs(trees):
+            sequence = sequences[tree]
+            positions = [len(sequence.tokens) + int(depth) for depth in depths[rows]]
+            own = logits[rows, : sequence.sampler.vocab_size]  # padded vocabularies may differ in size
+            weights = self._weights(own, positions, sequence.sampler)
+            found.append(weights.topk(min(self._branch, budget, weights.shape[-1]), dim=-1))
+        best = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
+        scores, tokens = (each.cpu() for each in best)
         if scores[:, 0].isnan().any():  # softmax makes NaN of infinite scores, too, and topk puts NaN first
             raise ScoresNotFiniteError
-        return paths.with_children(parents, scores.double(), tokens, budget)
+        return paths.with_children(trees, parents, scores.double(), tokens, budget)
 
     def _weights(self, logits: Tensor, positions: Sequence[int], sampler: Sampler) -> Tensor:
         """Return log weights [n, V]: the draft's estimate of how likely the target accepts each token."""
@@ -294,8 +396,23 @@ class ModelDrafter:
         return torch.log_softmax((scores + noise[:, : scores.shape[-1]]) / NOISE_TEMPERATURE, dim=-1)
 
 
+def _runs(trees: Tensor) -> Iterator[tuple[int, slice]]:
+    """Yield each tree of a sorted list with the places where the list names this tree."""
+    begin = 0
+    for tree, group in groupby(trees.tolist()):
+        end = begin + len(list(group))
+        yield tree, slice(begin, end)
+        begin = end
+
+
+def _finished(paths: _Candidates) -> _Grown:
+    """Return the tree of paths that all are in one tree."""
+    token, parent, weight = (tuple(column.tolist()) for column in (paths.token, paths.parent, paths.score))
+    return _Grown(TokenTree(token, parent, (SOURCE,) * len(paths), weight), paths.row.tolist())
+
+
 class _TreeRows:
-    """Rows of one growing tree in the draft's cache, in order of expansion."""
+    """Rows of one growing tree in its seat of the draft's cache, in order of expansion."""
 
     def __init__(self, max_rows: int, prefix: int, device: torch.device) -> None:
         self._seen = torch.zeros(max_rows, max_rows, dtype=torch.bool)
@@ -305,9 +422,9 @@ class _TreeRows:
         self._end = 0
 
     @property
-    def free(self) -> int:
-        """Number of rows left."""
-        return self._seen.shape[0] - self._end
+    def num_rows(self) -> int:
+        """Number of rows so far."""
+        return self._end
 
     def add(self, parent_rows: Tensor, depths: Tensor) -> Tensor:
         """Add rows below the given parent rows (ROOT for none), and return their indices [n]."""

@@ -1,9 +1,11 @@
 """Draft policies: whether to draft, how many nodes to grow and how many to verify.
 
-A step takes some time and emits 1 + (accepted nodes) tokens. A node pays off if its probability of being accepted
-exceeds its time multiplied by the best speed in tokens per second. (This rule maximizes a ratio of expectations:
-W. Dinkelbach, "On Nonlinear Fractional Programming", Management Science 13, 1967.) Speeds, times and probabilities are
-measured while answers are written. They only decide which rows are computed ahead, so they never change the text.
+A pass over n sequences takes some time and emits n + (accepted nodes) tokens. A node pays off if its probability of
+being accepted exceeds its time multiplied by the best speed in tokens per second. (This rule maximizes a ratio of
+expectations: W. Dinkelbach, "On Nonlinear Fractional Programming", Management Science 13, 1967.) The rule does not ask
+whose tree the node is in. So all trees of a pass share one threshold, and they shrink as the number of sequences grows.
+Speeds, times and probabilities are measured while answers are written. They only decide which rows are computed ahead,
+so they never change the text.
 """
 
 from __future__ import annotations
@@ -28,68 +30,84 @@ _PROBE_AFTER, _LONGER, _MAX_INTERVAL = 4, 3, 1024
 _FAR_FASTER = 2.0
 # Number of bins for log weights; each bin has a width of 1, and the last bin also holds all lower weights.
 _NUM_BINS = 10
+# Rows are free as long as a pass with them takes at most this much longer than a pass over one row.
+_FREE = 1.1
+# Passes of up to this many rows have an expected time of their own: trees, and short prompts beside them.
+_MOST_ROWS = 512
 
 
 class DraftPolicy(Protocol):
-    """Decides how a drafter grows its tree."""
+    """Decides how a drafter grows the trees of a pass."""
 
     @property
     def tree_budget(self) -> int:
-        """Most draft nodes of a tree; memory is planned for this many."""
+        """Most draft nodes of a pass; memory is planned for this many."""
+
+    @property
+    def free_rows(self) -> int:
+        """Number of rows up to which the target computes a pass in about the time of one row."""
 
     def should_draft(self) -> bool:
         """Return whether to draft at all in this step."""
 
-    def num_to_expand(self, ranks: Sequence[int], weights: Sequence[float]) -> int:
-        """Return how many open nodes the draft expands in its next pass, best first; 0 ends the tree.
+    def num_to_expand(self, ranks: Sequence[int], weights: Sequence[float], num_sequences: int = 1) -> int:
+        """Return how many open nodes the draft expands in its next pass, best first; 0 ends the trees.
 
         Args:
-            ranks: number of better nodes in the tree for each open node, best first; no more nodes than fit one pass.
+            ranks: number of better nodes in the trees for each open node, best first; no more nodes than fit one pass.
             weights: log weights of the open nodes.
+            num_sequences: number of sequences of the target's pass.
         """
 
-    def num_to_verify(self, weights: Sequence[float]) -> int:
+    def num_to_verify(self, weights: Sequence[float], num_sequences: int = 1) -> int:
         """Return how many nodes the target verifies, best first.
 
         Args:
-            weights: log weights of all nodes, best first.
+            weights: log weights of all nodes of all trees, best first.
+            num_sequences: number of sequences of the target's pass.
         """
 
     def record_draft_pass(self, rows: int, seconds: float) -> None:
         """Record the time of a draft pass over `rows` rows."""
 
-    def record_step(self, step: Step, tree: TokenTree, path: Sequence[int]) -> None:
-        """Record a finished step.
+    def record_pass(self, steps: Sequence[Step], trees: Sequence[TokenTree], paths: Sequence[Sequence[int]]) -> None:
+        """Record a finished pass.
 
         Args:
-            step: record of the step.
-            tree: verified nodes.
-            path: accepted nodes, root to leaf.
+            steps: record of the pass for each sequence.
+            trees: verified nodes of each sequence.
+            paths: accepted nodes of each sequence, root to leaf.
         """
 
 
 @dataclass(frozen=True)
 class FixedPolicy:
-    """Always grows and verifies the `tree_budget` likeliest nodes."""
+    """Always grows and verifies the `tree_budget` likeliest nodes.
+
+    Attributes:
+        tree_budget: nodes of a pass.
+        free_rows: assumed number of rows that a pass may have at no cost.
+    """
 
     tree_budget: int
+    free_rows: int = 1
 
     def should_draft(self) -> bool:
         """Return whether the tree budget allows any nodes."""
         return self.tree_budget > 0
 
-    def num_to_expand(self, ranks: Sequence[int], weights: Sequence[float]) -> int:
+    def num_to_expand(self, ranks: Sequence[int], weights: Sequence[float], num_sequences: int = 1) -> int:
         """Return the number of all open nodes."""
         return len(weights)
 
-    def num_to_verify(self, weights: Sequence[float]) -> int:
+    def num_to_verify(self, weights: Sequence[float], num_sequences: int = 1) -> int:
         """Return the number of all nodes."""
         return len(weights)
 
     def record_draft_pass(self, rows: int, seconds: float) -> None:
         """Do nothing: this policy uses no measurements."""
 
-    def record_step(self, step: Step, tree: TokenTree, path: Sequence[int]) -> None:
+    def record_pass(self, steps: Sequence[Step], trees: Sequence[TokenTree], paths: Sequence[Sequence[int]]) -> None:
         """Do nothing: this policy uses no measurements."""
 
 
@@ -97,43 +115,54 @@ class AdaptivePolicy:
     """Drafts while drafting pays off, else decodes plainly; both speeds are measured while answers are written.
 
     Args:
-        tree_budget: most draft nodes of a tree.
+        tree_budget: most draft nodes of a pass.
         expected: prediction to start from.
+        max_sequences: most sequences of a pass.
     """
 
-    def __init__(self, tree_budget: int, expected: Expectation) -> None:
+    def __init__(self, tree_budget: int, expected: Expectation, max_sequences: int = 1) -> None:
         self.tree_budget = tree_budget
         self._expected = expected
-        most_rows = 2 * max(tree_budget, expected.tree_nodes) + 1
-        self._target_times = PassTimes(expected.pass_s, most_rows)
-        self._draft_times = PassTimes(expected.draft_s, most_rows)
+        self._most_rows = max(2 * max(tree_budget, expected.tree_nodes) + max_sequences, _MOST_ROWS)
+        self._target_times = PassTimes(expected.pass_s, self._most_rows)
+        self._draft_times = PassTimes(expected.draft_s, self._most_rows)
         self._acceptance = _Acceptance()
+        # Speeds are measured at any number of sequences and compared by what was predicted for these numbers.
+        alone = self._predicted_per_s(1)
+        self._gains = [self._predicted_per_s(max(num, 1)) / alone for num in range(max_sequences + 1)]
         self._drafted_per_s = FadingRatio()
         self._prefers_draft = self._drafts = True
         self._catches_up = self._probes_small_tree = False
         self._interval = self._steps_left = _PROBE_AFTER
 
+    @property
+    def free_rows(self) -> int:
+        """Number of rows up to which the target computes a pass in about the time of one row."""
+        at, most_s = self._target_times.at, _FREE * self._target_times.at(1)
+        return next((rows for rows in range(1, self._most_rows) if at(rows + 1) > most_s), self._most_rows)
+
     def should_draft(self) -> bool:
         """Return whether the mode in use, or the one being probed, is drafting."""
         return self.tree_budget > 0 and self._drafts
 
-    def num_to_expand(self, ranks: Sequence[int], weights: Sequence[float]) -> int:
+    def num_to_expand(self, ranks: Sequence[int], weights: Sequence[float], num_sequences: int = 1) -> int:
         """Return the best number of nodes: expected accepted children, minus the tokens that the time is worth."""
-        tokens_per_s = self._tokens_per_s()
+        tokens_per_s = self._tokens_per_s(num_sequences)
         best, best_value, gained = 0, 0.0, 0.0
         for count, (rank, weight) in enumerate(zip(ranks, weights, strict=True), 1):
-            node_s = self._target_times.at(rank + 2) - self._target_times.at(rank + 1)
+            rows = num_sequences + rank
+            node_s = self._target_times.at(rows + 1) - self._target_times.at(rows)
             gained += self._acceptance.of_children(weight) - tokens_per_s * node_s
             value = gained - tokens_per_s * self._draft_times.at(count)
             if value > best_value:
                 best, best_value = count, value
         return best
 
-    def num_to_verify(self, weights: Sequence[float]) -> int:
+    def num_to_verify(self, weights: Sequence[float], num_sequences: int = 1) -> int:
         """Return the best number of nodes: expected tokens, minus the tokens that the time of the pass is worth."""
-        tokens_per_s = self._tokens_per_s()
-        tokens = accumulate(map(self._acceptance.of, weights), initial=1.0)
-        values = [expected - tokens_per_s * self._target_times.at(1 + nodes) for nodes, expected in enumerate(tokens)]
+        tokens_per_s, at = self._tokens_per_s(num_sequences), self._target_times.at
+        tokens = accumulate(map(self._acceptance.of, weights), initial=float(num_sequences))
+        values = [expected - tokens_per_s * at(num_sequences + nodes) for nodes, expected in enumerate(tokens)]
         best = values.index(max(values))
         return (best + 2) // 3 if self._probes_small_tree else best
 
@@ -142,32 +171,40 @@ class AdaptivePolicy:
         if rows <= self.tree_budget:
             self._draft_times.add(rows, seconds)
 
-    def record_step(self, step: Step, tree: TokenTree, path: Sequence[int]) -> None:
-        """Learn from a step, and choose the mode of the next one."""
-        if step.new_rows != 1 or not step.token_ids:
-            return  # a prompt's pass, or an interrupted one
-        self._target_times.add(1 + step.tree_nodes, step.pass_s - step.draft_s)
+    def record_pass(self, steps: Sequence[Step], trees: Sequence[TokenTree], paths: Sequence[Sequence[int]]) -> None:
+        """Learn from a pass, and choose the mode of the next one."""
+        if not any(step.new_rows == 1 and step.token_ids for step in steps):
+            return  # only prompts, or interrupted
+        rows = sum(step.new_rows + step.tree_nodes for step in steps)
+        if rows <= self._most_rows:
+            self._target_times.add(rows, steps[0].pass_s - steps[0].draft_s)
         if self._drafts:
-            self._record_drafted(step, tree)
-            self._acceptance.add(tree, path)
+            if rows <= self._most_rows:
+                self._record_drafted(steps, trees, rows)
+            for tree, path in zip(trees, paths, strict=True):
+                self._acceptance.add(tree, path)
             self._probes_small_tree = False
-        self._choose_mode()
+        self._choose_mode(len(steps))
 
-    def _record_drafted(self, step: Step, tree: TokenTree) -> None:
-        """Count a drafted step, but not the first one after plain decoding, in which the draft catches up."""
+    def _record_drafted(self, steps: Sequence[Step], trees: Sequence[TokenTree], rows: int) -> None:
+        """Count a drafted pass, but not the first one after plain decoding, in which the draft catches up."""
         if not self._catches_up:
             # The mean of expected and emitted tokens halves the effect of luck, which matters because few steps decide.
-            tokens = (1.0 + sum(map(self._acceptance.of, tree.weights)) + len(step.token_ids)) / 2
-            self._drafted_per_s.add(tokens, step.pass_s)
+            accepted = sum(self._acceptance.of(weight) for tree in trees for weight in tree.weights)
+            tokens = (len(steps) + accepted + sum(len(step.token_ids) for step in steps)) / 2
+            joining = sum(step.new_rows - 1 for step in steps)  # rows of prompts, whose time is not the trees'
+            joining_s = self._target_times.at(rows) - self._target_times.at(rows - joining)
+            seconds = max(steps[0].pass_s - joining_s, 0.0)
+            self._drafted_per_s.add(tokens, self._gains[len(steps)] * seconds)
         self._catches_up = False
 
-    def _choose_mode(self) -> None:
+    def _choose_mode(self, num_sequences: int) -> None:
         """Switch once the other mode is faster; sometimes probe the other mode, or trees of a third of the size."""
         self._steps_left -= 1
         is_probe = self._drafts != self._prefers_draft
         if self._steps_left > 0 and (is_probe or self._interval == _PROBE_AFTER):
             return  # too few steps to tell
-        drafted, plain = self._speeds()
+        drafted, plain = self._speeds(num_sequences)
         prefers_draft = drafted > _MARGIN * plain
         if prefers_draft != self._prefers_draft:
             self._prefers_draft = prefers_draft
@@ -190,16 +227,23 @@ class AdaptivePolicy:
         self._catches_up = draft and not self._drafts
         self._drafts, self._steps_left = draft, steps + self._catches_up
 
-    def _tokens_per_s(self) -> float:
+    def _tokens_per_s(self, num_sequences: int = 1) -> float:
         """Return the speed of the faster mode, which tells how many tokens a second is worth."""
-        return max(self._speeds())
+        return max(self._speeds(num_sequences))
 
-    def _speeds(self) -> tuple[float, float]:
+    def _speeds(self, num_sequences: int) -> tuple[float, float]:
         """Return tokens per second with and without drafting, measured or at first predicted from pass times."""
+        gain = self._gains[num_sequences]
+        drafted_per_s = gain * self._drafted_per_s.value(self._predicted_per_s(num_sequences) / gain)
+        return drafted_per_s, num_sequences / self._target_times.at(num_sequences)
+
+    def _predicted_per_s(self, num_sequences: int) -> float:
+        """Return the predicted speed with drafting: more sequences share the same number of nodes."""
         expected = self._expected
         rows = max(round(expected.tree_nodes / expected.draft_passes), 1)
-        step_s = self._target_times.at(1 + expected.tree_nodes) + expected.draft_passes * self._draft_times.at(rows)
-        return self._drafted_per_s.value(expected.tokens_per_step / step_s), 1 / self._target_times.at(1)
+        pass_s = self._target_times.at(num_sequences + expected.tree_nodes)
+        step_s = pass_s + expected.draft_passes * self._draft_times.at(rows)
+        return (num_sequences - expected.num_sequences + expected.tokens_per_step) / step_s
 
 
 class _Acceptance:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specchat.engine.attention import RowLayout
+from specchat.engine.layout import RowLayout
 
 
 class PassRows:

@@ -108,6 +108,7 @@ class LayerState:
         self, shape: StateShape, tree_rows: int, updates: TreeUpdates, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.shape = shape
+        self.device = device
         self.num_stashed = 0
         self._work, self._previous = (StateBuffer.zeros(shape, dtype, device) for _ in range(2))
         self._previous.length = _NO_LENGTH

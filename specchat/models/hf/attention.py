@@ -85,11 +85,12 @@ def explicit_attention(
     return mixed
 
 
-def cache_for(layers: Sequence[Any], kinds: Sequence[LayerKind] = ()) -> Any:
+def cache_for(layers: Sequence[Any], layout: Callable[[], Any] = lambda: None, kinds: Sequence[LayerKind] = ()) -> Any:
     """Wrap key-value buffers (with `length`, `capacity` and `append`) as a transformers cache.
 
     Args:
         layers: buffers of each layer.
+        layout: function that returns the layout of the current pass, which `append` receives.
         kinds: kind of each layer; empty if all layers keep rows.
     """
     from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, LinearAttentionCacheLayerMixin
@@ -106,7 +107,7 @@ def cache_for(layers: Sequence[Any], kinds: Sequence[LayerKind] = ()) -> Any:
             raise AssertionError("buffers are allocated before the first pass")
 
         def update(self, key_states: Any, value_states: Any, *_: Any, **__: Any) -> tuple[Any, Any]:
-            keys, values = self.kv.append(key_states, value_states)
+            keys, values = self.kv.append(layout(), key_states, value_states)
             return keys, values
 
         def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -62,7 +62,7 @@ class _Record:
         assert self.has_state == (self._state is not None), "a recurrent layer has a state"
         return replace(self._rows, state=self._state)
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def append(self, _layout: None, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Record the shape of keys [1, H_kv, rows, D] and values [1, H_kv, rows, D_v], and return both."""
         self._rows = KvShape(keys.shape[1], keys.shape[3], values.shape[3])
         return keys, values
@@ -118,8 +118,9 @@ def _run(skeleton: Skeleton, records: list[_Record]) -> None:
             mixer.forward = partial(_then_end, mixer.forward)
         layer.forward = partial(_until_mixer, config, None if kind == "nothing" else layer.forward)
     ids, positions = (torch.empty(1, 1, dtype=torch.int64, device="meta") for _ in range(2))
+    cache = cache_for(records, kinds=kinds)
     with row_scope(_Mask):
-        model(input_ids=ids, position_ids=positions, past_key_values=cache_for(records, kinds), use_cache=True)
+        model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
 
 
 def _then_end(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

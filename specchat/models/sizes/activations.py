@@ -147,7 +147,7 @@ class _Kv:
         self.length, self.capacity = keys - rows, keys
         self._stored: tuple[Tensor, Tensor] | None = None
 
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def append(self, _layout: None, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values of the whole cache, not logged: the ledger counts the cache separately."""
         with _uncounted():
             return tuple(x.new_empty(1, x.shape[1], self.capacity, x.shape[3]) for x in (keys, values))  # type: ignore[return-value]
@@ -162,7 +162,7 @@ def _uncounted() -> Any:
 def _pass(skeleton: Skeleton, rows: int, keys: int, dtype: torch.dtype) -> _Log:
     """Log the allocations of a pass of `rows` new rows that ends with `keys` keys in the cache."""
     kinds = layer_kinds(skeleton.config)
-    cache = cache_for([_Kv(rows, keys) for _ in kinds], kinds)
+    cache = cache_for([_Kv(rows, keys) for _ in kinds], kinds=kinds)
     ids, positions = (torch.empty(rows, dtype=torch.int64, device="meta") for _ in range(2))
     log = _Log()
     forwards = [layer.forward for layer in skeleton.layers]

@@ -73,7 +73,7 @@ class Machine:
             verify_s=verify_s,
             stream_wait_s=wait_s,
         )
-        policy.record_step(step, tree, range(accepted))
+        policy.record_pass([step], [tree], [range(accepted)])
         return step
 
     def expectation(self) -> Expectation:
@@ -258,22 +258,23 @@ class Moody:
     """Decides at random, also for nothing at all."""
 
     def __init__(self, seed: int) -> None:
-        self.tree_budget = 16
+        self.tree_budget, self.free_rows = 16, 1
         self._rng = random.Random(seed)
 
     def should_draft(self) -> bool:
         return self._rng.random() < 0.8
 
-    def num_to_expand(self, ranks: Sequence[int], weights: Sequence[float]) -> int:
+    def num_to_expand(self, ranks: Sequence[int], weights: Sequence[float], num_sequences: int = 1) -> int:
         return self._rng.randint(0, len(weights))
 
-    def num_to_verify(self, weights: Sequence[float]) -> int:
+    def num_to_verify(self, weights: Sequence[float], num_sequences: int = 1) -> int:
         return self._rng.randint(0, len(weights))
 
     def record_draft_pass(self, rows: int, seconds: float) -> None:
         pass
 
-    def record_step(self, step: Step, tree: TokenTree, path: Sequence[int]) -> None:
+    def record_pass(self, steps: Sequence[Step], trees: Sequence[TokenTree], paths: Sequence[Sequence[int]]) -> None:
+        ((_, tree, _),) = zip(steps, trees, paths, strict=True)
         assert len(tree.tokens) == len(tree.parents) == len(tree.weights)
         assert list(tree.weights) == sorted(tree.weights, reverse=True)
         assert all(parent < node for node, parent in enumerate(tree.parents) if parent != ROOT)

@@ -72,7 +72,7 @@ class Text:
         new = self.make(count)
         self.run(new, self.make(0), ())
         self.rows = [old + rows for old, rows in zip(self.rows, new, strict=True)]
-        self.cache.keep(self.length, torch.tensor([], dtype=torch.int64))
+        self.cache.keep(0, self.length, [])
 
     def step(self, cancel: bool = False) -> None:
         """A pass over some rows and a tree, of which a path is kept, or which is cancelled."""
@@ -81,21 +81,21 @@ class Text:
         if cancel:
             before = self.length
             self.run(linear, tree, parents, self.rng.randrange(len(self.layers)))
-            assert self.cache.truncate(before) == before
+            assert self.cache.truncate(0, before) == before
             return
         self.run(linear, tree, parents)
         node = self.rng.randrange(ROOT, len(parents))
         path = path_to(parents, node)
         self.rows = [old + rows for old, rows in zip(self.rows, linear, strict=True)]
-        self.cache.keep(self.length, torch.tensor(path, dtype=torch.int64) + self.length)
+        self.cache.keep(0, self.length, [self.length + node for node in path])
         self.rows = [old + [rows[n] for n in path] for old, rows in zip(self.rows, tree, strict=True)]
-        assert self.cache.length == self.length
+        assert self.cache.lengths[0] == self.length
 
     def go_back(self, length: int) -> int:
-        reached = self.cache.truncate(length)
+        reached = self.cache.truncate(0, length)
         assert 0 <= reached <= length
         self.rows = [rows[:reached] for rows in self.rows]
-        assert self.cache.length == self.length
+        assert self.cache.lengths[0] == self.length
         return length - reached
 
 
@@ -106,7 +106,7 @@ def test_any_sequence_of_operations_equals_a_fresh_run(seed: int):
         match text.rng.choice(["read", "step", "step", "cancel", "back", "save", "cut"]):
             case "read":
                 end = text.length + text.rng.randrange(1, 30)
-                text.cache.mark(marks_of_prompt(text.length, end, [text.rng.randrange(end)]))
+                text.cache.mark(0, marks_of_prompt(text.length, end, [text.rng.randrange(end)]))
                 text.read(end - text.length)
             case "step":
                 text.step()
@@ -115,7 +115,7 @@ def test_any_sequence_of_operations_equals_a_fresh_run(seed: int):
             case "back":
                 text.go_back(text.rng.randrange(text.length + 1))
             case "save":
-                text.cache.save()
+                text.cache.save(0)
             case "cut":
                 text.go_back(max(text.length - text.rng.randrange(4), 0))
     text.read(2)  # compares the states behind the last operation, too
@@ -128,7 +128,7 @@ def test_the_last_path_can_be_cut_anywhere():
         linear, tree = text.make(2), text.make(4)
         text.run(linear, tree, (ROOT, 0, 1, 2))
         text.rows = [old + new for old, new in zip(text.rows, linear, strict=True)]
-        text.cache.keep(8, torch.tensor([8, 9, 10, 11]))
+        text.cache.keep(0, 8, [8, 9, 10, 11])
         text.rows = [old + new for old, new in zip(text.rows, tree, strict=True)]
         assert text.go_back(12 - cut) == 0
         assert text.go_back(8) == 0  # and again
@@ -138,19 +138,19 @@ def test_the_last_path_can_be_cut_anywhere():
 def test_a_cancelled_pass_goes_back_for_free_and_keeps_older_points():
     text = Text.of(1)
     text.read(5)
-    text.cache.save()
+    text.cache.save(0)
     text.read(4)
     text.step(cancel=True)
-    assert text.cache.points.lengths == [5]
+    assert text.cache.seats[0].points.lengths == [5]
     assert text.go_back(7) == 2
     text.read(1)
 
 
 def test_points_are_at_the_marks_of_the_pass_that_reads_them():
     text = Text.of(2, num_points=3)
-    text.cache.mark((3, 9, 30))
+    text.cache.mark(0, (3, 9, 30))
     text.read(12)
-    assert text.cache.points.lengths == [3, 9]
+    assert text.cache.seats[0].points.lengths == [3, 9]
     for length, reread in ((10, 1), (4, 1), (2, 2)):
         assert text.go_back(length) == reread
         text.read(2)
@@ -159,10 +159,10 @@ def test_points_are_at_the_marks_of_the_pass_that_reads_them():
 def test_a_cancelled_pass_leaves_no_points():
     text = Text.of(2)
     text.read(5)
-    text.cache.mark((7,))
+    text.cache.mark(0, (7,))
     text.run(text.make(4), text.make(0), (), num_layers=2)
-    text.cache.truncate(5)
-    assert text.cache.points.lengths == []
+    text.cache.truncate(0, 5)
+    assert text.cache.seats[0].points.lengths == []
     text.read(4)
 
 
@@ -170,13 +170,13 @@ def test_points_use_their_buffers_again():
     text = Text.of(4, num_points=3)
     for _ in range(6):
         text.read(3)
-        text.cache.save()
-    held = text.cache.points
+        text.cache.save(0)
+    held = text.cache.seats[0].points
     assert len(held.lengths) == 3 and held.lengths[-1] == 18
     assert held.nbytes == 3 * sum(layer.shape.state_bytes(4) for layer in text.layers)
     text.go_back(0)
     text.read(2)
-    text.cache.save()
+    text.cache.save(0)
     assert held.nbytes == 3 * sum(layer.shape.state_bytes(4) for layer in text.layers)
 
 

@@ -74,7 +74,7 @@ def test_streamed_states_are_resident_states_bit_for_bit(
     expected = everything.append(prompt)
     model = load(source, torch.bfloat16, resident, num_slots, in_ram)
     for _ in range(NUM_PASSES):
-        model.cache.truncate(0)
+        model.cache.truncate(0, 0)
         assert torch.equal(model.append(prompt), expected)
     model.close()
 
@@ -108,7 +108,7 @@ def test_embeddings_in_host_memory_give_the_same_bits(num_rows: int, tmp_path: P
         assert embeddings.weight.device.type == "cpu"
         assert {p.device.type for p in model.skeleton.model.parameters() if p is not embeddings.weight} == {"cuda"}
         for _ in range(NUM_PASSES):
-            model.cache.truncate(0)
+            model.cache.truncate(0, 0)
             assert torch.equal(model.append(prompt), expected)
         model.close()
 
@@ -139,7 +139,7 @@ def test_restart_after_a_cancelled_pass_gives_the_same_bits(cut: int, tmp_path: 
                 model.streamer.acquire(index)
                 model.streamer.release(index)
             model.streamer.restart()
-            model.cache.truncate(0)
+            model.cache.truncate(0, 0)
             assert torch.equal(model.append(prompt), expected)
         model.close()
 
@@ -164,7 +164,7 @@ def test_memory_that_cannot_be_pinned_gives_the_same_bits(tmp_path: Path, monkey
     monkeypatch.setattr(Pinner, "_register", lambda *_: False)
     model = load(source, torch.bfloat16, (), 2, (0, 1, 3))
     for _ in range(NUM_PASSES):
-        model.cache.truncate(0)
+        model.cache.truncate(0, 0)
         assert torch.equal(model.append(prompt), expected)
     model.close()
 
@@ -195,7 +195,7 @@ def test_link_utilization(num_rows: int, tmp_path: Path, monkeypatch: pytest.Mon
     prompt = random_prompt(num_rows, 4096)
     rates = []
     for _ in range(6):
-        model.cache.truncate(0)
+        model.cache.truncate(0, 0)
         before, begin = model.streamer.counters().num_bytes, time.perf_counter()
         model.append(prompt)
         torch.cuda.current_stream().synchronize()

@@ -67,7 +67,7 @@ def load(
 
 
 def hidden(model: TreeModel, prompt: list[int]) -> torch.Tensor:
-    model.cache.truncate(0)
+    model.cache.truncate(0, 0)
     return model.append(prompt)
 
 
@@ -159,7 +159,7 @@ def test_cancelled_passes_leave_nothing_behind(tmp_path: Path):
     model = load(source, make_pack(source), resident=(), slots=2, tier="disk")
     expected, rng = hidden(model, prompt), random.Random(3)
     for _ in range(NUM_PASSES):
-        model.cache.truncate(0)
+        model.cache.truncate(0, 0)
         for index in range(rng.randrange(5)):
             model.streamer.acquire(index)
             model.streamer.release(index)

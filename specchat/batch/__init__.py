@@ -1,0 +1,1 @@
+"""Files of prompts: reading, answering many at once, and results that can be continued."""

@@ -1,0 +1,95 @@
+"""The walk: draw the target's tokens from the root of every tree down, until a token is not in the tree.
+
+The head and the processors only run on visited nodes. All walks of a pass go down together: one call of the head scores
+each walk's node with its likeliest descendants, so a pass over many sequences takes about as many calls as over one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from specchat.engine.model import TreeModel
+from specchat.engine.sampling import ScoresNotFiniteError
+from specchat.engine.sequence import TokenSequence
+from specchat.engine.tree import ROOT, TokenTree
+from specchat.records.limits import head_block_rows
+
+
+class Walk:
+    """The walk of one sequence.
+
+    Args:
+        sequence: committed tokens, and limits of the answer.
+        tree: draft tree of N nodes.
+        root_row: row of the root among the pass's hidden states; the rows of the nodes follow.
+
+    Attributes:
+        path: accepted nodes, root to leaf.
+        is_open: whether the walk goes on.
+        is_broken: whether the target's scores are NaN or infinite, so that no token can be drawn.
+    """
+
+    def __init__(self, sequence: TokenSequence, tree: TokenTree, root_row: int) -> None:
+        self.path: list[int] = []
+        self.is_open, self.is_broken = True, False
+        self._sequence = sequence
+        self._tree = tree
+        self._root_row = root_row
+        self._text = list(sequence.tokens)
+        self._num_before = len(sequence.tokens)
+        self._node = ROOT
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The drawn tokens: those of the path, and one more."""
+        return tuple(self._text[self._num_before :])
+
+    def next_block(self, num_rows: int) -> list[int]:
+        """Return the current node and its likeliest descendants."""
+        return [self._node, *self._tree.likely_descendants(self._node, num_rows - 1)]
+
+    def row_of(self, node: int) -> int:
+        """Return the row of a node, or of ROOT, among the pass's hidden states."""
+        return self._root_row + 1 + node
+
+    def advance(self, scores: Mapping[int, Tensor]) -> None:
+        """Draw tokens as long as the scores of the current node, float32 [V], are given."""
+        sequence = self._sequence
+        while self.is_open and self._node in scores:
+            try:
+                token = sequence.sampler.draw(scores[self._node], self._text)
+            except ScoresNotFiniteError:
+                self.is_open, self.is_broken = False, True
+                return
+            self._text.append(token)
+            child = self._tree.children.get((self._node, token))
+            if child is None or sequence.ends_with(self._text):
+                self.is_open = False
+                return
+            self.path.append(child)
+            self._node = child
+
+
+def walk_down(target: TreeModel, walks: Sequence[Walk], hidden: Tensor, block_rows: int) -> None:
+    """Finish all walks.
+
+    Args:
+        target: model whose head scores the nodes.
+        walks: walks of a pass.
+        hidden: hidden states of the pass, [rows, hidden].
+        block_rows: nodes that a single walk scores at a time.
+    """
+    while waiting := [walk for walk in walks if walk.is_open]:
+        _advance(target, waiting, hidden, head_block_rows(block_rows, len(waiting)))
+
+
+def _advance(target: TreeModel, walks: Sequence[Walk], hidden: Tensor, num_rows: int) -> None:
+    """Score one block of every walk, and draw as far as the blocks reach; the scores are freed at the end."""
+    blocks = [walk.next_block(num_rows) for walk in walks]
+    rows = [walk.row_of(node) for walk, block in zip(walks, blocks, strict=True) for node in block]
+    scores = target.logits(hidden[torch.tensor(rows, device=hidden.device)])
+    for walk, block, each in zip(walks, blocks, scores.split([len(block) for block in blocks]), strict=True):
+        walk.advance(dict(zip(block, each, strict=True)))

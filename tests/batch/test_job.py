@@ -1,0 +1,331 @@
+"""Jobs: every line gets one result, whatever happens, and a job that was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import pytest
+from support.fake_engine import EOS, TOKENIZER
+
+from specchat.batch.job import Job, Progress
+from specchat.batch.prompts import read_prompts
+from specchat.batch.results import JobSettings, Results, line_digest
+from specchat.chat.settings import MAX_SEED
+from specchat.errors import PromptTooLongError, UsageError
+from specchat.loading.sampling import SamplingChoices
+from specchat.models.checkpoint.generation_config import GenerationDefaults
+from specchat.records.generation import Request, Sampling, Step
+
+SETTINGS = JobSettings("demo", None, "none", "fp32", max_tokens=40)
+
+
+@dataclass
+class Echoes:
+    """Answers several requests at once: each repeats its prompt, two tokens a pass."""
+
+    seats: int = 3
+    ctx: int = 200
+    requests: list[Request] = field(default_factory=list)
+    num_passes: int = 0
+
+    def generate_many(self, requests: Iterable[Request], *, cancel: Event | None = None) -> Iterator[tuple[int, Step]]:
+        waiting, live = enumerate(requests), dict[int, tuple[Request, list[int], int]]()
+        while True:
+            for number in [each for each, (request, *_) in live.items() if request.cancel and request.cancel.is_set()]:
+                del live[number]
+                yield number, Step.without_pass("interrupt")
+            while len(live) < self.seats and (taken := next(waiting, None)) is not None:
+                number, request = taken
+                self.requests.append(request)
+                if len(request.prompt_ids) >= self.ctx:
+                    yield number, Step.without_pass("error", PromptTooLongError("the prompt is too long"))
+                    continue
+                said = TOKENIZER.decode(request.prompt_ids).rpartition("[user]")[2].partition("\n[assistant]")[0]
+                ids = [*TOKENIZER.encode(f"You said: {said}"), EOS]
+                live[number] = request, ids[: request.max_tokens], len(request.prompt_ids)
+            if not live:
+                return
+            self.num_passes += 1
+            for number, (request, ids, rows) in list(live.items()):
+                if cancel is not None and cancel.is_set():
+                    yield number, Step.without_pass("interrupt")
+                    continue
+                tokens = tuple(ids[:2])
+                reason = None if len(ids) > 2 else "stop" if tokens[-1] in request.stop_ids else "length"
+                step = Step(tokens, reason, rows, 0, 4, len(tokens) - 1, 2, 0.1, 0.0, 0.1, 0.0, 0.0, 0)
+                live[number] = request, ids[2:], 1
+                if reason is not None:
+                    del live[number]
+                yield number, replace(step, num_sharing=len(live))
+            if cancel is not None and cancel.is_set():
+                return
+
+
+def write_prompts(folder: Path, *lines: object) -> Path:
+    path = folder / "in.jsonl"
+    path.write_text("\n".join(each if isinstance(each, str) else json.dumps(each) for each in lines), encoding="utf-8")
+    return path
+
+
+@dataclass
+class World:
+    """A file of prompts, a file of results, and an engine."""
+
+    folder: Path
+    engine: Echoes = field(default_factory=Echoes)
+    settings: JobSettings = SETTINGS
+
+    @property
+    def out(self) -> Path:
+        return self.folder / "out.jsonl"
+
+    def run(self, cancel: Event | None = None, most: int | None = None) -> list[Progress]:
+        """Run the job, or only some of its steps."""
+        lines = read_prompts(self.folder / "in.jsonl")
+        digests = {line.number: line_digest(line) for line in lines}
+        found = []
+        with Results(self.out, self.settings.digest, digests) as results:
+            defaults = GenerationDefaults(stop_ids=frozenset({EOS}))
+            job = Job(self.engine, TOKENIZER, defaults, defaults.stop_ids, self.settings, lines, results)
+            for progress in job.run(cancel):
+                found.append(progress)
+                if len(found) == most:
+                    break
+        return found
+
+    def results(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.out.read_text(encoding="utf-8").splitlines()]
+
+
+def world(folder: Path, *lines: object, **settings: Any) -> World:
+    write_prompts(folder, *lines)
+    return World(folder, settings=replace(SETTINGS, **settings))
+
+
+def test_every_line_gets_its_answer(tmp_path: Path):
+    there = world(tmp_path, *({"id": f"p{i}", "prompt": f"hello {i}" + "!" * (i % 4)} for i in range(10)))
+    progress = there.run()
+    results = {each["id"]: each for each in there.results()}
+    assert len(results) == len(there.results()) == 10
+    for i in range(10):
+        result = results[f"p{i}"]
+        text = f"You said: hello {i}" + "!" * (i % 4)
+        assert (result["text"], result["finish_reason"], result["line"]) == (text, "stop", i + 1)
+        assert result["token_ids"] == [*TOKENIZER.encode(text), EOS]
+        prompt = TOKENIZER.encode(TOKENIZER.render(read_prompts(tmp_path / "in.jsonl")[i].messages))
+        assert result["usage"]["prompt_tokens"] == len(prompt)
+        assert result["usage"]["completion_tokens"] == len(result["token_ids"])
+        assert result["tokens_per_step"] == pytest.approx(2, rel=0.1)
+        assert result["seed"] == i
+    last = progress[-1]
+    assert (last.num_done, last.num_lines, last.num_failed, last.num_alive) == (10, 10, 0, 0)
+    assert last.num_tokens == sum(len(each["token_ids"]) for each in results.values())
+    assert max(each.num_alive for each in progress) == 3
+
+
+def test_results_come_in_order_of_completion(tmp_path: Path):
+    there = world(tmp_path, {"prompt": "a" * 25}, {"prompt": "b"}, {"prompt": "c" * 10})
+    there.run()
+    assert [each["line"] for each in there.results()] == [2, 3, 1]
+
+
+def test_values_of_lines_override_those_of_all(tmp_path: Path):
+    chosen = SamplingChoices(temperature=0.7, top_p=0.9)
+    there = world(
+        tmp_path,
+        {"prompt": "x", "temperature": 0.2, "max_tokens": 4},
+        {"prompt": "y", "seed": 99},
+        {"prompt": "z"},
+        sampling=chosen,
+        seed=5,
+    )
+    there.run()
+    assert [each.sampling for each in there.engine.requests] == [
+        Sampling(temperature=0.2, top_p=0.9, seed=5),
+        Sampling(temperature=0.7, top_p=0.9, seed=99),
+        Sampling(temperature=0.7, top_p=0.9, seed=7),
+    ]
+    assert [each.max_tokens for each in there.engine.requests] == [4, 40, 40]
+    assert sorted((each["line"], each["seed"], each["finish_reason"]) for each in there.results()) == [
+        (1, 5, "length"),
+        (2, 99, "stop"),
+        (3, 7, "stop"),
+    ]
+
+
+def test_seeds_stay_within_their_limit(tmp_path: Path):
+    there = world(tmp_path, {"prompt": "x"}, {"prompt": "y"}, seed=MAX_SEED)
+    there.run()
+    assert sorted(each["seed"] for each in there.results()) == [0, MAX_SEED]
+
+
+def test_system_prompt_and_base(tmp_path: Path):
+    chat = [{"role": "system", "content": "own"}, {"role": "user", "content": "b"}]
+    lines = {"prompt": "a"}, {"messages": chat}
+    there = world(tmp_path, *lines, system="Be brief.")
+    there.run()
+    prompts = [TOKENIZER.decode(each.prompt_ids) for each in there.engine.requests]
+    assert prompts == ["[system]Be brief.\n[user]a\n[assistant]", "[system]own\n[user]b\n[assistant]"]
+    there.out.unlink()
+    there = World(tmp_path, settings=replace(SETTINGS, base=True))
+    there.run()
+    assert [TOKENIZER.decode(each.prompt_ids) for each in there.engine.requests] == ["a", "own\nb"]
+
+
+def test_a_stop_text_ends_an_answer_and_frees_its_seat(tmp_path: Path):
+    lines = [{"prompt": "one STOP two three four five"}, *({"prompt": f"{i}"} for i in range(4))]
+    there = world(tmp_path, *lines, stops=("STOP",))
+    progress = there.run()
+    first = next(each for each in there.results() if each["line"] == 1)
+    assert first["text"] == "You said: one " and first["finish_reason"] == "stop"
+    assert there.engine.requests[0].cancel is not None and there.engine.requests[0].cancel.is_set()
+    assert progress[-1].num_done == 5
+
+
+def test_thinking_is_a_part_of_its_own(tmp_path: Path):
+    there = world(tmp_path, {"prompt": "x"}, thinking=True)
+    there.engine.generate_many = lambda requests, cancel=None: (  # type: ignore[method-assign]
+        (i, Step((*TOKENIZER.encode("so</think>yes"), EOS), "stop", 9, 0, 0, 0, 0, 0.1, 0.0, 0.1, 0.0, 0.0, 0))
+        for i, _ in enumerate(requests)
+    )
+    there.run()
+    (result,) = there.results()
+    assert (result["text"], result["reasoning"]) == ("yes", "so")
+    assert result["usage"]["reasoning_tokens"] > 0
+
+
+def test_bad_lines_and_long_prompts_fail_alone(tmp_path: Path):
+    there = world(tmp_path, {"prompt": "a"}, "{", {"id": "long", "prompt": "x" * 300}, {"prompt": "b", "top_p": 7})
+    progress = there.run()
+    results = {each["line"]: each for each in there.results()}
+    assert results[1]["text"] == "You said: a"
+    assert "not JSON" in results[2]["error"] and "too long" in results[3]["error"] and "top_p" in results[4]["error"]
+    assert results[3]["id"] == "long" and "text" not in results[3]
+    assert progress[-1].num_failed == 3 and progress[-1].num_done == 4
+
+
+# --- going on --------------------------------------------------------------------------------------------------------
+
+
+def many(folder: Path, num_lines: int = 30) -> World:
+    return world(folder, *({"id": i, "prompt": f"prompt {i} " + "." * (i % 7)} for i in range(num_lines)))
+
+
+@pytest.mark.parametrize("most", [1, 10, 40, 90])
+def test_a_stopped_job_goes_on_with_what_is_missing(tmp_path: Path, most: int):
+    there = many(tmp_path)
+    there.run(most=most)
+    first = there.out.read_bytes()
+    before = len(there.results())
+    there.engine.requests.clear()
+    progress = there.run()
+    assert there.out.read_bytes().startswith(first)
+    assert sorted(each["line"] for each in there.results()) == list(range(1, 31))
+    assert len(there.engine.requests) == 30 - before == progress[-1].num_answered
+    assert there.run()[-1].num_answered == 0 and there.results() == there.results()
+
+
+def test_an_interrupted_job_keeps_what_is_done(tmp_path: Path):
+    there, cancel = many(tmp_path), Event()
+    lines = read_prompts(tmp_path / "in.jsonl")
+    with Results(there.out, SETTINGS.digest, {line.number: line_digest(line) for line in lines}) as results:
+        defaults = GenerationDefaults(stop_ids=frozenset({EOS}))
+        for progress in Job(there.engine, TOKENIZER, defaults, defaults.stop_ids, SETTINGS, lines, results).run(cancel):
+            if progress.num_done == 4:
+                cancel.set()
+    assert 4 <= len(there.results()) < 30 and progress.num_alive == 0
+    assert all(each["text"].startswith("You said: prompt") for each in there.results())
+    there.run()
+    assert sorted(each["line"] for each in there.results()) == list(range(1, 31))
+
+
+@pytest.mark.parametrize("cut", [1, 5, 60, 200])
+def test_an_incomplete_last_line_is_removed(tmp_path: Path, cut: int):
+    there = many(tmp_path)
+    there.run()
+    whole = there.results()
+    there.out.write_bytes(there.out.read_bytes()[:-cut])
+    there.run()
+    assert sorted(there.results(), key=lambda each: each["line"]) == sorted(whole, key=lambda each: each["line"])
+
+
+def test_results_of_something_else_are_refused(tmp_path: Path):
+    there = many(tmp_path)
+    there.run()
+    content = there.out.read_bytes()
+    for settings in (replace(SETTINGS, seed=1), replace(SETTINGS, quant="int4"), replace(SETTINGS, stops=("x",))):
+        with pytest.raises(UsageError, match="other settings"):
+            World(tmp_path, settings=settings).run()
+    prompts = (tmp_path / "in.jsonl").read_text()
+    (tmp_path / "in.jsonl").write_text(prompts.replace("prompt 3", "prompt three"))
+    with pytest.raises(UsageError, match="other prompts"):
+        there.run()
+    (tmp_path / "in.jsonl").write_text(prompts.partition("\n")[0])
+    with pytest.raises(UsageError, match="other prompts"):
+        there.run()
+    assert there.out.read_bytes() == content, "nothing was lost"
+    (tmp_path / "in.jsonl").write_text(prompts + '\n{"prompt": "one more"}')
+    assert there.run()[-1].num_answered == 1, "more prompts may follow"
+    there.out.write_bytes(content + content.splitlines(keepends=True)[0])
+    with pytest.raises(UsageError, match="two results"):
+        there.run()
+    for other in (b"hello\n", b"[]\n", b'{"line": 1}\n'):
+        there.out.write_bytes(other)
+        with pytest.raises(UsageError, match="no result"):
+            there.run()
+        assert there.out.read_bytes() == other
+
+
+def test_two_jobs_do_not_share_a_file(tmp_path: Path):
+    there = many(tmp_path)
+    with Results(there.out, SETTINGS.digest, {}), pytest.raises(UsageError, match="another specchat"):
+        there.run()
+
+
+_KILLED = """
+import sys, time
+from pathlib import Path
+from batch.test_job import World
+there = World(Path(sys.argv[1]))
+ask = there.engine.generate_many
+def slowly(requests, cancel=None):
+    for each in ask(requests, cancel=cancel):
+        time.sleep(0.0005)
+        yield each
+there.engine.generate_many = slowly
+there.run()
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_job_loses_nothing_and_repeats_nothing(tmp_path: Path):
+    """1,000 prompts, killed at 10 random points and continued."""
+    there, rng = many(tmp_path, 1000), random.Random(5)
+    there.engine.seats = 16
+    tests = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(tests.parent), str(tests)))}
+    command = [sys.executable, "-c", _KILLED, str(tmp_path)]
+    counts = []
+    for _ in range(10):
+        process = subprocess.Popen(command, env=environment)
+        goal = (counts[-1] if counts else 0) + rng.randint(20, 80)
+        while process.poll() is None and not (there.out.exists() and there.out.read_bytes().count(b"\n") >= goal):
+            pass
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        counts.append(there.out.read_bytes().count(b"\n"))
+    assert counts == sorted(counts) and counts[-1] < 1000
+    subprocess.run(command, env=environment, check=True)
+    results = there.results()
+    assert sorted(each["line"] for each in results) == list(range(1, 1001))
+    assert all(each["text"] == f"You said: prompt {each['id']} " + "." * (each["id"] % 7) for each in results)
