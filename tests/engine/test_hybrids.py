@@ -15,6 +15,7 @@ from support.hybrids import HYBRIDS, OneByOne, random_hybrid
 from support.loading import load_engine
 from support.tiny_models import VOCAB, make_config, perturbed, random_model, save
 
+from specchat.engine.measuring import measure_pass
 from specchat.engine.selfcheck import check_architecture
 from specchat.records.generation import Sampling
 from specchat.records.model import ModelSource
@@ -146,6 +147,14 @@ def test_transformers_generates_the_same_text(zoo: Zoo, architecture: str):
     theirs = reference.generate(zoo.models[architecture], expected.prompt, Sampling(), NUM_TOKENS)
     difference = expected.first_difference(theirs.tokens)
     assert difference is None or expected.is_near_tie(difference)
+
+
+def test_passes_are_timed_with_and_without_room_for_trees(zoo: Zoo):
+    target, draft = (zoo.source("qwen3_5_text", role) for role in ("target", "perturbed"))
+    for source in (draft, None):
+        with load_engine(make_plan(target, source, num_layers=4, tree_budget=16), target, source) as engine:
+            assert measure_pass(engine, 16).pass_s > 0
+            assert measure_pass(engine, 40).pass_s > 0
 
 
 @pytest.mark.parametrize("architecture", HYBRIDS)
