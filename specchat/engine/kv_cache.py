@@ -123,6 +123,7 @@ class TreeCache:
 
     Attributes:
         recurrent: states of the recurrent layers; None without any.
+        max_tree_rows: most rows of a tree.
     """
 
     def __init__(
@@ -142,8 +143,10 @@ class TreeCache:
         self.device = device
         self.layers = [LayerKv(shape, seats, self.capacity, dtype, device) for shape in shapes]
         self.recurrent: RecurrentCache | None = None
+        self.max_tree_rows = self.capacity
         states = [shape.state for shape in shapes]
         if any(states):
+            self.max_tree_rows = tree_rows
             self.recurrent = RecurrentCache(
                 states, tree_rows, seats=seats, grows=grows, num_points=num_points, dtype=dtype, device=device
             )

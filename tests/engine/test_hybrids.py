@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers as hf
 from support import reference
 from support.engines import make_plan, random_prompt, write
 from support.hybrids import HYBRIDS, OneByOne, random_hybrid
-from support.loading import load_engine
+from support.loading import load_engine, load_model
 from support.tiny_models import VOCAB, make_config, perturbed, random_model, save
 
+from specchat.engine.measuring import measure_pass
 from specchat.engine.selfcheck import check_architecture
 from specchat.records.generation import Sampling
 from specchat.records.model import ModelSource
@@ -146,6 +149,29 @@ def test_transformers_generates_the_same_text(zoo: Zoo, architecture: str):
     theirs = reference.generate(zoo.models[architecture], expected.prompt, Sampling(), NUM_TOKENS)
     difference = expected.first_difference(theirs.tokens)
     assert difference is None or expected.is_near_tie(difference)
+
+
+@torch.inference_mode()
+def test_small_time_steps_of_nemotron_are_those_of_decoding(tmp_path: Path):
+    """transformers' form by chunks clamps them; its form for one token, and the publisher's limits, do not."""
+    theirs = random_hybrid("nemotron_h")
+    theirs.config.time_step_min = 0.5
+    source = save(theirs, tmp_path / "target")
+    prompt = random_prompt(24, VOCAB)
+    by_chunks = hf.AutoModelForCausalLM.from_pretrained(source.path)(torch.tensor([prompt])).logits[0]
+    one_by_one = OneByOne(theirs).scores(prompt)
+    ours = load_model(source, cache_rows=32, chunk_rows=7)
+    found = ours.logits(ours.append(prompt))
+    assert float((found - one_by_one).abs().max()) < 1e-4 * float(one_by_one.abs().max())
+    assert float((by_chunks - one_by_one).abs().max()) > 0.05 * float(one_by_one.abs().max())
+
+
+def test_passes_are_timed_with_and_without_room_for_trees(zoo: Zoo):
+    target, draft = (zoo.source("qwen3_5_text", role) for role in ("target", "perturbed"))
+    for source in (draft, None):
+        with load_engine(make_plan(target, source, num_layers=4, tree_budget=16), target, source) as engine:
+            assert measure_pass(engine, 16).pass_s > 0
+            assert measure_pass(engine, 40).pass_s > 0
 
 
 @pytest.mark.parametrize("architecture", HYBRIDS)

@@ -149,6 +149,11 @@ class OneByOne:
             scores = self._score(cache, text[-1], len(text) - 1)
         return Reference(prompt, text[len(prompt) :], margins)
 
+    def scores(self, prompt: list[int]) -> torch.Tensor:
+        """Scores after each token of a prompt, [S, V]."""
+        cache = hf.DynamicCache(config=self.model.config)
+        return torch.stack([self._score(cache, token, position) for position, token in enumerate(prompt)])
+
     def _score(self, cache: Any, token: int, position: int) -> torch.Tensor:
         """Read one token and return the scores of the next, [V]."""
         out = self.model(

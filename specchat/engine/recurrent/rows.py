@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from specchat.engine.layout import RowLayout
 
@@ -71,7 +72,7 @@ class PassRows:
 
 def _nearest(ancestors: Tensor, size: int) -> Tensor:
     """Return the columns of `PassRows.taps` for new rows with these ancestors, bool [n, m]."""
-    padded = torch.nn.functional.pad(ancestors, (0, max(size - ancestors.shape[1], 0)))
+    padded = functional.pad(ancestors, (0, max(size - ancestors.shape[1], 0)))
     rank = padded * torch.arange(1, padded.shape[1] + 1, dtype=torch.int32, device=ancestors.device)
     # Parents come before their children, so the nearest ancestors are the last ones.
     nearest = rank.topk(size, dim=1).values.long() - 1

@@ -41,7 +41,7 @@ class StateBuffer:
     def zeros(cls, shape: StateShape, dtype: torch.dtype, device: torch.device) -> StateBuffer:
         """Allocate the state before the first row."""
         window = torch.zeros(shape.taps - 1, shape.channels, dtype=dtype, device=device)
-        memory = torch.zeros(shape.heads, shape.key_dim, shape.value_dim, device=device)
+        memory = torch.zeros(shape.heads, shape.key_dim, shape.value_dim, dtype=torch.float32, device=device)
         return cls(window, memory, 0)
 
     @property
@@ -74,8 +74,8 @@ class TreeUpdates:
     """
 
     def __init__(self, shape: StateShape, capacity: int, device: torch.device) -> None:
-        self._k = torch.zeros(shape.key_heads, capacity, shape.key_dim, device=device)
-        self._u = torch.zeros(shape.heads, capacity, shape.value_dim, device=device)
+        self._k = torch.zeros(shape.key_heads, capacity, shape.key_dim, dtype=torch.float32, device=device)
+        self._u = torch.zeros(shape.heads, capacity, shape.value_dim, dtype=torch.float32, device=device)
         self._sums = torch.zeros(_decays_shape(shape, capacity), dtype=torch.float64, device=device)
 
     @property
@@ -117,8 +117,8 @@ class LayerState:
         self._inputs = torch.zeros(tree_rows, shape.channels, dtype=dtype, device=device)
         self._k = torch.zeros(shape.key_heads, tree_rows, shape.key_dim, dtype=dtype, device=device)
         self._v = torch.zeros(shape.heads, tree_rows, shape.value_dim, dtype=dtype, device=device)
-        self._g = torch.zeros(_decays_shape(shape, tree_rows), device=device)
-        self._beta = torch.zeros(shape.heads, tree_rows, device=device)
+        self._g = torch.zeros(_decays_shape(shape, tree_rows), dtype=torch.float32, device=device)
+        self._beta = torch.zeros(shape.heads, tree_rows, dtype=torch.float32, device=device)
         self._delta = False
         self._rows: PassRows | None = None
         self._marks: Mapping[int, StateBuffer] = {}
