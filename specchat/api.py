@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import Literal, TypedDict, Unpack
 
 from specchat.chat.answer import Answer, Delta
+from specchat.chat.prompt import check_has_template
 from specchat.chat.reasoning import Parts, PlainText, ThinkTags
-from specchat.chat.session import check_has_template
 from specchat.chat.text import Detokenizer, StopStrings
 from specchat.closing import Closeable
 from specchat.engine.engine import Engine
@@ -98,8 +98,11 @@ def load(
     models = locate_models(request, parse_models(request), reporter, confirm)
     planned = make_plan(request, models, reporter)
     tokenizer = load_tokenizer(models.target.path)
+    defaults = load_generation_defaults(models.target.path)
+    for line in defaults.ignored:
+        reporter.warn(line)
     engine = load_engine(request, planned.models, planned.plan, reporter)
-    return Model(engine, tokenizer, load_generation_defaults(models.target.path))
+    return Model(engine, tokenizer, defaults)
 
 
 class Model(Closeable):
@@ -163,6 +166,8 @@ class Model(Closeable):
         parser = self._tokenizer.response_parser(text)
         parts = Parts(parser or ThinkTags(opened=text.rstrip().endswith("<think>")), continuing=False)
         ids = self._tokenizer.encode(text)
+        if not ids:
+            raise EmptyPromptError("the model's tokenizer makes no tokens of the chat")
         return self._answering(ids, parts, parser is None, stop, max_tokens, self._sampling(sampling, seed))
 
     def generate(

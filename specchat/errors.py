@@ -64,6 +64,10 @@ class CorruptCheckpointError(ModelError):
     """A checkpoint whose header, index or shard is damaged or truncated."""
 
 
+class UnknownTokenError(ModelError):
+    """A token of the tokenizer for which the model has no embedding."""
+
+
 class PickledCheckpointError(ModelError):
     """A checkpoint that only has pickled weights. Pickles may run code when opened, so they are never read."""
 

@@ -1,8 +1,40 @@
-"""Atomic file writes: a file is complete or unchanged, even if writing is interrupted."""
+"""Reads that never block, and atomic writes: a file is complete or unchanged, even if writing is interrupted."""
 
+import errno
 import os
+import stat
 import tempfile
 from pathlib import Path
+from typing import BinaryIO
+
+
+def open_regular(file: Path) -> BinaryIO:
+    """Open a file for reading; refuse pipes and devices, whose bytes may never come or never end.
+
+    Raises:
+        OSError: the file cannot be opened, or is not a regular file.
+    """
+    handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        mode = os.fstat(handle).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", str(file))
+        return os.fdopen(handle, "rb")
+    except OSError:
+        os.close(handle)
+        raise
+
+
+def read_regular(file: Path) -> bytes:
+    """Return the bytes of a file; refuse pipes and devices.
+
+    Raises:
+        OSError: the file cannot be read, or is not a regular file.
+    """
+    with open_regular(file) as stream:
+        return stream.read()
 
 
 def atomic_write_text(file: Path, text: str, *, durably: bool = False) -> None:

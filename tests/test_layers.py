@@ -15,7 +15,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__ma
 FLOORS = [
     {"version"},
     {"errors"},
-    {"units", "closing", "files", "threads", "paths"},
+    {"units", "closing", "files", "terminal", "threads", "json_lines", "paths"},
     {"records"},
     {"hardware", "models"},
     {"planner", "engine"},

@@ -2,11 +2,11 @@
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from specchat.bench.tables import Table, notes, report_tables, share_lines
+from specchat.json_lines import to_json
 
 _COLUMNS = (
     "system",
@@ -47,7 +47,7 @@ def json_lines(report: Mapping[str, Any]) -> str:
     rest = {key: value for key, value in report.items() if key != "runs"}
     rest["baselines"] = [{k: v for k, v in each.items() if k != "runs"} for each in report["baselines"]]
     lines.append({"type": "report", **rest})
-    return "\n".join(json.dumps(line, ensure_ascii=False, allow_nan=False) for line in lines)
+    return "\n".join(map(to_json, lines))
 
 
 def comma_separated(report: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from specchat.chat.answer import Answer, Delta, Turn
 from specchat.chat.generator import Generator
-from specchat.chat.prompt import Prompt, running_text
+from specchat.chat.prompt import Prompt, check_has_template, check_text, running_text
 from specchat.chat.reasoning import Parts, PlainText
 from specchat.chat.settings import Value, parse_value
 from specchat.chat.state import (
@@ -47,23 +47,6 @@ if TYPE_CHECKING:
 CONTEXT_WARNING = 0.8
 # With "drop-oldest", 1/4 of the context is kept free for the answer.
 _ANSWER_SHARE = 4
-
-
-def check_has_template(tokenizer: Tokenizer, *, base: bool) -> None:
-    """Check that a model can chat.
-
-    Args:
-        tokenizer: tokenizer of the target.
-        base: whether the user asked for plain text continuation, which needs no chat template.
-
-    Raises:
-        UsageError: the model has no chat template, and `base` is false.
-    """
-    if not base and not tokenizer.has_chat_template:
-        raise UsageError(
-            "this model has no chat template, so it can only continue text",
-            hint="pass --base to continue the prompt as it stands",
-        )
 
 
 class ChatSession:
@@ -120,6 +103,7 @@ class ChatSession:
         self._sources = dict(sources or {})
         self._journal = journal
         self._observe = observe
+        self._num_last = 0  # tokens of the last prompt and its answer
 
     # --- state ---------------------------------------------------------------------------------------------------
 
@@ -163,7 +147,10 @@ class ChatSession:
         """Tokens of the chat so far, with which the next prompt starts."""
         if not self._state.exchanges:
             return 0
-        return len(self._encode(self._text(self._state.messages, "none")))
+        try:
+            return len(self._encode(self._text(self._state.messages, "none")))
+        except UsageError:  # some templates only render chats that end with a question
+            return self._num_last
 
     @property
     def context_is_low(self) -> bool:
@@ -203,7 +190,7 @@ class ChatSession:
             UsageError: `text` is not valid UTF-8.
             PromptTooLongError: the chat leaves no room for an answer in the context.
         """
-        _check_text(text)
+        check_text(text)
         return self._answer("ask", text, 0, cancel)
 
     def retry(self, cancel: Event | None = None) -> Iterator[Delta | Dropped | Turn]:
@@ -223,7 +210,7 @@ class ChatSession:
             UsageError: there is no question yet, or `text` is not valid UTF-8.
         """
         self._last("no message to edit")
-        _check_text(text)
+        check_text(text)
         return self._answer("edit", text, 0, cancel)
 
     def continue_last(self, cancel: Event | None = None) -> Iterator[Delta | Dropped | Turn]:
@@ -354,6 +341,7 @@ class ChatSession:
         if answer.cut_by_stop_string:
             self.engine.truncate(len(prompt.ids) + len(answer.token_ids))
         yield from answer.finish()
+        self._num_last = len(prompt.ids) + len(answer.token_ids)
         turn = self._turn(answer, prompt)
         if turn.token_ids:
             exchange = Exchange(question, turn.message, attempt)
@@ -373,11 +361,17 @@ class ChatSession:
     def _prompt(self, before: tuple[Exchange, ...], question: str, so_far: Message | None) -> Prompt:
         messages = [*ChatState(before).messages, Message("user", question)]
         if so_far is not None:
-            text = self._text([*messages, so_far], "continue")
-            return Prompt(before, question, so_far, text, self._encode(text))
+            return self._encoded(Prompt(before, question, so_far, self._text([*messages, so_far], "continue"), []))
         text, history = self._text(messages, "answer"), self._text(messages, "none")
         ending = text.removeprefix(history) if text.startswith(history) else ""
-        return Prompt(before, question, so_far, text, self._encode(text), self._encode(ending) if ending else ())
+        ending_ids = self._encode(ending) if ending else ()
+        return self._encoded(Prompt(before, question, so_far, text, [], ending_ids))
+
+    def _encoded(self, prompt: Prompt) -> Prompt:
+        ids = self._encode(prompt.text)
+        if not ids:
+            raise EmptyPromptError("the model's tokenizer makes no tokens of the prompt")
+        return replace(prompt, ids=ids)
 
     def _text(self, messages: Sequence[Message], ending: Literal["answer", "continue", "none"]) -> str:
         if self._base:
@@ -416,12 +410,3 @@ class ChatSession:
 
 def _shown(value: Value | None) -> str:
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _check_text(text: str) -> None:
-    if not text.strip():
-        raise EmptyPromptError("the prompt is empty")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # Python decodes invalid bytes of arguments and keys to lone surrogates
-        raise UsageError("the prompt is not UTF-8 text") from error

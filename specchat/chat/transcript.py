@@ -18,6 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from specchat.chat.saved_types import check_types
 from specchat.chat.state import (
     Answered,
     ChatRecord,
@@ -34,6 +35,7 @@ from specchat.chat.state import (
     state_of,
 )
 from specchat.errors import SessionError, UsageError
+from specchat.files import open_regular, read_regular
 from specchat.paths import state_folder
 from specchat.records.chat import Message
 from specchat.records.generation import Sampling
@@ -52,6 +54,7 @@ _TYPES: dict[str, type[ChatRecord]] = {
     "think": ThinkingSet,
     "load": Loaded,
 }
+_FIRST_BYTES = b'{"type": "open"'
 _NAMES = {kind: name for name, kind in _TYPES.items()}
 _ID = re.compile(r"[\w][\w.-]{0,99}", re.ASCII)
 
@@ -94,20 +97,43 @@ def last_session() -> Path | None:
 
 def all_sessions() -> list[Path]:
     """Return the files of all sessions, most recently written first."""
-    return sorted(sessions_folder().glob(f"*{SUFFIX}"), key=_written_at, reverse=True)
+    return sorted(filter(Path.exists, sessions_folder().glob(f"*{SUFFIX}")), key=_written_at, reverse=True)
 
 
 def has_begun(path: Path) -> bool:
     """Return whether a file holds a session; a crash during the first answer may leave an empty file."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return file.readline().endswith(b"\n")
     except OSError:
         return False
 
 
+def check_unused(path: Path) -> None:
+    """Check that a new session may be written to a path; the start of a torn first line is no loss.
+
+    Raises:
+        SessionError: the path holds something else than a session, or cannot be read.
+    """
+    try:
+        with open_regular(path) as file:
+            start = file.read(len(_FIRST_BYTES))
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise SessionError(f"{path} is a link to nowhere", hint="choose another name with --session ID") from None
+        return
+    except OSError as error:
+        raise SessionError(f"cannot read {path}: {error.strerror}") from error
+    if not _FIRST_BYTES.startswith(start):
+        raise SessionError(f"{path} is not a specchat session", hint="choose another name with --session ID")
+
+
 def _written_at(path: Path) -> int:
-    return path.stat().st_mtime_ns
+    """Return when a file was written; 0 for a file that has just been deleted."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
@@ -153,7 +179,7 @@ def read(path: Path) -> Saved:
         SessionError: the file is not a session, is damaged before its last line, or is from a newer version.
     """
     try:
-        data = path.read_bytes()
+        data = read_regular(path)
     except FileNotFoundError:
         raise UsageError(f"no session file at {path}") from None
     except OSError as error:
@@ -181,7 +207,7 @@ def _whole_lines(data: bytes) -> tuple[list[bytes], int]:
 def _is_json(line: bytes) -> bool:
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -194,11 +220,13 @@ def _read_line(path: Path, number: int, line: bytes) -> ChatRecord:
             raise SessionError(
                 f"{path} was written by a newer version of specchat", hint="update specchat to continue this chat"
             )
-        return _from_json(values)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        record = _from_json(values)
+        check_types(record)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise SessionError(
             f"line {number} of {path} is damaged", hint="copy the lines before it to another file to rescue the chat"
         ) from error
+    return record
 
 
 def _from_json(values: dict[str, Any]) -> ChatRecord:

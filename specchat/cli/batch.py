@@ -64,7 +64,7 @@ def _planned(
 
 
 def _answer(options: RunOptions, models: Models, lines: Sequence[PromptLine], reporter: "Reporter", say: "Talk") -> int:
-    from specchat.chat.session import check_has_template
+    from specchat.chat.prompt import check_has_template
     from specchat.models.checkpoint.generation_config import load_generation_defaults
     from specchat.models.hf.tokenizer import load_tokenizer
     from specchat.ui.chat_view import ChatView

@@ -13,8 +13,9 @@ from specchat.chat.settings import whole
 from specchat.cli import options as parse
 from specchat.cli.ask import asker
 from specchat.cli.bench_options import BenchOptions, trees
-from specchat.cli.output import print_line, to_json
+from specchat.cli.output import print_line
 from specchat.errors import UsageError
+from specchat.json_lines import to_json
 from specchat.loading import planning
 from specchat.loading.engine import make_packs, stop_ids
 from specchat.loading.libraries import prepare_libraries
@@ -203,12 +204,15 @@ def _job(
     _check_cold(options, plan)
     packs = make_packs(target, draft, plan, reporter)
     tokenizer = load_tokenizer(target.path)
+    defaults = load_generation_defaults(target.path)
+    for line in defaults.ignored:
+        say.warn(line)
     return Job(
         plan=plan,
         target=target,
         draft=draft,
         tokenizer=tokenizer,
-        stop_ids=stop_ids(load_generation_defaults(target.path), tokenizer),
+        stop_ids=stop_ids(defaults, tokenizer),
         questions=questions,
         settings=_settings(options, num_points),
         baselines=tuple(name for name in baselines if name not in without),

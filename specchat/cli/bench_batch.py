@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from specchat.cli.ask import asker
 from specchat.cli.bench_options import BenchOptions
-from specchat.cli.output import print_line, to_json
+from specchat.cli.output import print_line
 from specchat.errors import UsageError
+from specchat.json_lines import to_json
 from specchat.loading import planning
 from specchat.loading.engine import load_planned, stop_ids
 from specchat.loading.libraries import prepare_libraries

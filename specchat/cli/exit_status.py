@@ -19,6 +19,7 @@ from specchat.errors import (
     UsageError,
     is_lack_of_memory,
 )
+from specchat.terminal import leave_lost_terminal, terminal_is_lost
 
 EXIT_CODES: dict[int, str] = {
     0: "ok",
@@ -53,6 +54,8 @@ def guarded(action: Callable[[], int]) -> int:
     try:
         code = action()
         sys.stdout.flush()
+        if code == 0 and terminal_is_lost():  # a closed terminal may be read as its end before the signal arrives
+            code = 128 + signal.SIGHUP
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except BrokenPipeError:
@@ -60,7 +63,8 @@ def guarded(action: Callable[[], int]) -> int:
     except SystemExit as ending:
         code = _ended(ending)
     except Exception as error:  # noqa: BLE001  the last resort: a message instead of a traceback
-        code = _explained(error)
+        code = 128 + signal.SIGHUP if terminal_is_lost() else _explained(error)
+    leave_lost_terminal()
     return code
 
 
@@ -86,6 +90,7 @@ def _leave_on_signals() -> None:
     """Turn SIGTERM and SIGHUP into SystemExit, so that all resources are closed."""
 
     def leave(signum: int, _frame: FrameType | None) -> None:
+        leave_lost_terminal()
         raise SystemExit(128 + signum)
 
     for number in (signal.SIGTERM, signal.SIGHUP):

@@ -183,7 +183,7 @@ def system_prompt(name: str, text: str) -> str:
     if not text.startswith("@"):
         return text
     try:
-        return user_path(text[1:]).read_text(encoding="utf-8")
+        return user_path(text[1:]).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UsageError(f"{name} cannot read {text[1:] or 'a file without a name'}: {reason}") from error

@@ -1,13 +1,6 @@
-"""Whole lines of JSON or text, written to stdout and flushed."""
+"""Whole lines, written to stdout and flushed."""
 
-import json
 import sys
-from typing import Any
-
-
-def to_json(value: dict[str, Any]) -> str:
-    """Return an object as one line of JSON; refuse infinities and NaN, which JSON lacks."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 def print_line(line: str) -> None:

@@ -3,7 +3,8 @@
 import sys
 from typing import TYPE_CHECKING
 
-from specchat.cli.output import print_line, to_json
+from specchat.cli.output import print_line
+from specchat.json_lines import to_json
 
 if TYPE_CHECKING:
     from specchat.loading.planning import Planned

@@ -7,8 +7,9 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from specchat.cli.ask import asker
-from specchat.cli.output import print_line, to_json
+from specchat.cli.output import print_line
 from specchat.errors import UsageError
+from specchat.json_lines import to_json
 from specchat.loading.libraries import prepare_libraries
 from specchat.loading.locate import parse_models, sketch_models
 from specchat.loading.planning import make_plan

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from specchat.cli.ask import asker
 from specchat.cli.options import RunOptions, random_seed, sampling_sources, without_effect
-from specchat.cli.output import print_line, to_json
+from specchat.cli.output import print_line
 from specchat.cli.plan import print_plan
 from specchat.cli.sessions import lasting, model_of, path_for, was_with
 from specchat.errors import EmptyPromptError, UsageError
+from specchat.json_lines import to_json
 from specchat.loading import planning
 from specchat.loading.engine import load_engine, stop_ids
 from specchat.loading.libraries import prepare_libraries
@@ -105,7 +106,7 @@ def _read_stdin() -> str:
     if sys.stdin is None:
         return ""
     try:
-        return sys.stdin.buffer.read().decode()
+        return sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError("stdin is not UTF-8 text") from error
 
@@ -126,7 +127,7 @@ def _chat(options: RunOptions, planned: "Planned", prompt: str | None, say: "Tal
     sources = sampling_sources(options.sources, defaults)
     view = ChatView(answer_stream(), say, verbose=options.verbose, raw=options.raw)
     view.banner(models.target, planned.chosen, models.draft_note)
-    for notice in [*without_effect(sampling, sources), *_notices(options, plan, models)]:
+    for notice in [*defaults.ignored, *without_effect(sampling, sources), *_notices(options, plan, models)]:
         say.warn(notice)
     with _transcript(options, say, interactive=prompt is None) as transcript:
         parts = _Parts(options, models, plan, sampling, sources, defaults, transcript)
@@ -155,7 +156,7 @@ class _Parts:
         Raises:
             UsageError: the target has no chat template, and --base was not given.
         """
-        from specchat.chat.session import check_has_template
+        from specchat.chat.prompt import check_has_template
         from specchat.models.hf.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(self.models.target.path)

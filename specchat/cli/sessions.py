@@ -20,7 +20,7 @@ def resumed(session_id: str | None, *, continues: bool) -> Saved | None:
 
     Raises:
         UsageError: no chat was saved yet, or two chats were named.
-        SessionError: the saved chat cannot be read.
+        SessionError: the saved chat cannot be read, or the name is that of another file.
     """
     if continues and session_id is not None:
         raise UsageError(
@@ -34,7 +34,10 @@ def resumed(session_id: str | None, *, continues: bool) -> Saved | None:
     if session_id is None:
         return None
     path = transcript.path_of(session_id)
-    return transcript.read(path) if transcript.has_begun(path) else None
+    if transcript.has_begun(path):
+        return transcript.read(path)
+    transcript.check_unused(path)
+    return None
 
 
 def layers(saved: Saved | None, model: str | None) -> list[Layer]:

@@ -17,6 +17,7 @@ from typing import Any
 from specchat.chat.settings import KINDS, suggestion
 from specchat.cli import options
 from specchat.errors import UsageError
+from specchat.files import read_regular
 from specchat.paths import user_path
 
 # A value before parsing: the text of a flag or variable, or a TOML value.
@@ -185,13 +186,15 @@ def config_file(chosen: str | None) -> tuple[Layer, dict[str, str]]:
     chosen = chosen or os.environ.get("SPECCHAT_CONFIG")
     path = user_path(chosen) if chosen else default_config_path()
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(read_regular(path).decode())
     except FileNotFoundError as error:
         if chosen:
             raise UsageError(f"the configuration file {path} does not exist") from error
         table = {}
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    except RecursionError as error:
+        raise UsageError(f"{path} is nested too deeply") from error
     except ValueError as error:  # invalid TOML or invalid UTF-8
         raise UsageError(f"{path} is not TOML: {error}") from error
     aliases = _aliases(path, table.pop("aliases", {}))

@@ -27,12 +27,19 @@ from specchat.engine.model import PassCancelledError, TreeModel
 from specchat.engine.recurrent.restore import marks_of_prompt
 from specchat.engine.requests import RequestQueue
 from specchat.engine.sampling import Sampler, ScoresNotFiniteError
-from specchat.engine.selfcheck import check_architecture
 from specchat.engine.sequence import TokenSequence
 from specchat.engine.tree import TokenTree, common_prefix
 from specchat.engine.walk import Walk, walk_down
-from specchat.errors import AllocationError, BrokenScoresError, PromptTooLongError, is_lack_of_memory
+from specchat.errors import (
+    AllocationError,
+    BrokenScoresError,
+    PromptTooLongError,
+    SpecchatError,
+    UnknownTokenError,
+    is_lack_of_memory,
+)
 from specchat.models.hf.pairing import check_pair
+from specchat.models.hf.refusals import computing
 from specchat.models.packs.pack import Pack
 from specchat.models.weights.open import ModelWeights
 from specchat.records.generation import Activity, Phase, Request, Sampling, Step
@@ -76,7 +83,7 @@ class Engine(Closeable):
         draft_pack: Pack | None = None,
         warn: Callable[[str], None] = lambda _: None,
     ) -> Engine:
-        """Read both models into memory as planned.
+        """Read both models into memory as planned; `loading.checking` has checked the architectures.
 
         Args:
             plan: sizes and placement.
@@ -88,7 +95,6 @@ class Engine(Closeable):
 
         Raises:
             VocabularyMismatchError: draft and target have different token ids.
-            UnsupportedModelError: tree scores differ from plain scores on this architecture.
             CorruptCheckpointError: the files are damaged or truncated.
             AllocationError: planned memory cannot be allocated.
         """
@@ -96,8 +102,6 @@ class Engine(Closeable):
         runtime_bytes = stats.resident_set_bytes()
         if draft is not None:
             check_pair(target.source, draft.source)
-            check_architecture(draft.source)
-        check_architecture(target.source)
         with _allocating(plan):
             # Load the drafter first: it has no threads to clean up if the target fails to load.
             drafter: Drafter = NoDrafter() if draft is None else _load_drafter(plan, draft, draft_pack)
@@ -140,7 +144,9 @@ class Engine(Closeable):
 
         Raises:
             PromptTooLongError: the context has no room for one more token.
+            UnknownTokenError: the target has no embedding for a token.
             BrokenScoresError: the target computes NaN or infinity.
+            UnsupportedModelError: the modules cannot compute with the values of config.json.
         """
         request = Request(tuple(prompt_ids), sampling, stop_ids, max_tokens, restore_at=tuple(restore_at))
         for _, step in self._answer([request], 1, cancel):
@@ -224,7 +230,8 @@ class Engine(Closeable):
             if not live:
                 return
             try:
-                steps = self._step(live, cancel)
+                with computing(self.plan.target):
+                    steps = self._step(live, cancel)
             finally:
                 self._phase = "idle"
             results = list(zip(live, steps, strict=True))
@@ -245,11 +252,27 @@ class Engine(Closeable):
             if num_admitted and num_rows + len(request.prompt_ids) > most_rows:
                 return
             index, request = queue.take()
-            if len(request.prompt_ids) >= self.plan.work.ctx:
-                yield index, Step.without_pass("error", _too_long(request, self.plan.work.ctx))
+            if (error := self._why_refused(request)) is not None:
+                yield index, Step.without_pass("error", error)
                 continue
             live.append(self._seated(index, request, heappop(free)))
             num_rows, num_admitted = num_rows + len(request.prompt_ids), num_admitted + 1
+
+    def _why_refused(self, request: Request) -> SpecchatError | None:
+        """Return the error of a prompt that cannot be answered; None if it can."""
+        num_tokens, ctx, num_known = len(request.prompt_ids), self.plan.work.ctx, self._target.vocab_size
+        if num_tokens >= ctx:
+            return PromptTooLongError(
+                f"the prompt has {num_tokens} tokens, but the context holds {ctx} with the answer",
+                hint="shorten the prompt, start a new chat, or set a larger --ctx if the model allows it",
+            )
+        for token_id in (min(request.prompt_ids), max(request.prompt_ids)):
+            if not 0 <= token_id < num_known:
+                return UnknownTokenError(
+                    f"the prompt has token {token_id}, but {self.plan.target} has only {num_known:,} embeddings",
+                    hint="the tokenizer and the weights do not match: download or copy the model's folder again",
+                )
+        return None
 
     def _seated(self, index: int, request: Request, seat: int) -> TokenSequence:
         """Return the sequence of a request, in a seat that keeps the rows that the prompt shares with it."""
@@ -328,7 +351,8 @@ class Engine(Closeable):
         """Return the draft's trees; empty once the draft computes NaN or infinity, for as long as the engine lives."""
         if self._draft_lost is None:
             try:
-                return self._drafter.grow(live, self._policy, cancel)
+                with computing(self.plan.draft or "the draft"):
+                    return self._drafter.grow(live, self._policy, cancel)
             except ScoresNotFiniteError:
                 self._draft_lost = (
                     f"the draft {self.plan.draft} computes NaN or infinity in {self.plan.work.dtype}: "
@@ -390,14 +414,6 @@ class Engine(Closeable):
 def _fixed_policy(plan: Plan) -> FixedPolicy:
     """Return the policy of trees of the planned size; while layers stream, a chunk of rows is taken to be free."""
     return FixedPolicy(plan.work.tree_budget, plan.work.chunk_rows if plan.placement.streamed else 1)
-
-
-def _too_long(request: Request, ctx: int) -> PromptTooLongError:
-    """Return the error for a prompt that leaves no room for one more token."""
-    return PromptTooLongError(
-        f"the prompt has {len(request.prompt_ids)} tokens, but the context holds {ctx} with the answer",
-        hint="shorten the prompt, start a new chat, or set a larger --ctx if the model allows it",
-    )
 
 
 def _broken_scores(plan: Plan) -> BrokenScoresError:

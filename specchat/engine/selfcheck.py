@@ -8,8 +8,6 @@ architecture then leads to an error instead of wrong text.
 
 from __future__ import annotations
 
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from specchat.engine.streaming.base import NoStreamer
 from specchat.engine.tree import ROOT, TokenTree
 from specchat.errors import UnsupportedModelError
 from specchat.models.hf.config import load_config, tiny_config
+from specchat.models.hf.config_values import why_not_built
 from specchat.models.hf.kv_shapes import record_kv_shapes
 from specchat.models.hf.refusals import CANNOT_RUN, CANNOT_SHRINK, HINT, refusing
 from specchat.models.hf.skeleton import Skeleton, build_random, build_skeleton
@@ -43,12 +42,7 @@ def check_architecture(source: ModelSource) -> None:
     Raises:
         UnsupportedModelError: scores or cache shapes differ, or the modules cannot run with tree attention.
     """
-    _check(source.path.resolve())
-
-
-@lru_cache(maxsize=16)
-def _check(folder: Path) -> None:
-    config = load_config(folder)
+    config = load_config(source.path)
     error = _largest_error(config)
     if not error <= _TOLERANCE:
         raise UnsupportedModelError(
@@ -62,9 +56,13 @@ def _largest_error(config: Any) -> float:
     """Return the largest difference between tree and plain scores, relative to the largest score."""
     generator = torch.Generator().manual_seed(0)
     with refusing(config.model_type, CANNOT_SHRINK):
-        tiny = tiny_config(config)
-        _check_is_tiny(tiny)
-        skeleton, plain = build_random(tiny, generator, tree_attention)
+        try:
+            tiny = tiny_config(config)
+            _check_is_tiny(tiny)
+            skeleton, plain = build_random(tiny, generator, tree_attention)
+        except Exception:
+            _check_is_built(config)  # a better reason
+            raise
     vocab_size = skeleton.config.vocab_size
     prompt, other = (
         torch.randint(0, vocab_size, (rows,), generator=generator).tolist() for rows in (_PROMPT_ROWS, _OTHER_ROWS)
@@ -80,6 +78,12 @@ def _largest_error(config: Any) -> float:
     found[-2] = torch.cat([found[-2], of_next])
     error = max(float((each - theirs).abs().max()) for each, theirs in zip(found, expected, strict=True))
     return error / max(1.0, *(float(theirs.abs().max()) for theirs in expected))
+
+
+def _check_is_built(config: Any) -> None:
+    """Check that transformers can build the modules of the whole model, without weights."""
+    with refusing(config.model_type, why_not_built(config)):
+        build_skeleton(config, torch.float32, tree_attention)
 
 
 def _check_is_tiny(config: Any) -> None:

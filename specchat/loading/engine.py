@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from specchat.errors import AllocationError
+from specchat.loading.checking import check_model
 from specchat.loading.locate import Models
 from specchat.loading.planning import make_smaller_plan
 from specchat.loading.request import ModelRequest, Reporter
@@ -96,10 +97,13 @@ def open_engine(
 def _opened(
     target: ModelSource, draft: ModelSource | None, plan: Plan
 ) -> "Iterator[tuple[ModelWeights, ModelWeights | None]]":
-    """Open the weights of both models; close them after an error only."""
+    """Check both models and open their weights; close the weights after an error only."""
     from specchat.engine.attention import tree_attention
     from specchat.models.weights.open import open_weights
 
+    for source in (target, draft):
+        if source is not None:
+            check_model(source)  # at no cost after `make_plan`, which needs the check before any download
     with ExitStack() as undo:
         weights = undo.enter_context(open_weights(target, plan.work.dtype, plan.quant, tree_attention))
         draft_weights = None

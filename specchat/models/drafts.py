@@ -1,11 +1,12 @@
 """The automatic choice of a draft: one from the catalog, or a small related model in the cache."""
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
-from specchat.errors import ModelError, VocabularyMismatchError
+from specchat.errors import ModelError, UsageError
 from specchat.models.catalog.ref import ModelRef, draft_candidates, known_draft, parse_model
+from specchat.models.checkpoint.json_file import read_json
 from specchat.models.checkpoint.safetensors import weight_files
 from specchat.models.hf.pairing import check_pair
 from specchat.models.hub.cache import cached_models
@@ -58,22 +59,25 @@ def choose_draft(ref: ModelRef, *, offline: bool, warn: Callable[[str], None]) -
 def relative_in_cache(target: ModelSource) -> ModelSource | None:
     """Return the smallest cached model that has the target's type and vocabulary and is small enough for a draft."""
     largest_bytes = _LARGEST_SHARE * _num_bytes(target)
-    sources = [look_up(parse_model(name), offline=True) for name in cached_models()]
-    small = [
-        source
-        for source in sources
-        if isinstance(source, ModelSource)
-        and _model_type(source) == _model_type(target)
-        and _num_bytes(source) <= largest_bytes
-    ]
+    small = [source for source in _cached_like(target) if _num_bytes(source) <= largest_bytes]
     return next((source for source in sorted(small, key=_num_bytes) if fits(target, source)), None)
+
+
+def _cached_like(target: ModelSource) -> Iterator[ModelSource]:
+    """Yield the cached models of the target's type; models with unreadable files are skipped."""
+    kind = _model_type(target)
+    for name in cached_models():
+        with suppress(UsageError, ModelError):
+            source = look_up(parse_model(name), offline=True)
+            if isinstance(source, ModelSource) and _model_type(source) == kind:
+                yield source
 
 
 def fits(target: ModelSource, draft: ModelSource) -> bool:
     """Return whether target and draft have readable files and one vocabulary."""
     try:
         check_pair(target, draft)
-    except (VocabularyMismatchError, ModelError):
+    except (UsageError, ModelError):
         return False
     return True
 
@@ -83,5 +87,4 @@ def _num_bytes(source: ModelSource) -> int:
 
 
 def _model_type(source: ModelSource) -> object:
-    config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
-    return config.get("model_type") if isinstance(config, dict) else None
+    return read_json(source.path / "config.json").get("model_type")

@@ -320,7 +320,7 @@ class Repl:
         """Attach a file's text to the next message."""
         path = user_path(file)
         try:
-            text = path.read_bytes().decode()
+            text = path.read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError:
             raise UsageError(f"{path} is not UTF-8 text") from None
         except OSError as error:

@@ -15,6 +15,7 @@ from support import tiny_models
 from support.engines import make_plan
 from support.fake_engine import EOS, TOKENIZER
 from support.loading import load_engine
+from support.setups import setup
 
 from specchat.chat import transcript
 from specchat.chat.answer import Delta, Turn
@@ -136,7 +137,7 @@ def play(engines, path, number):
     """Run a random chat and return its actions and the next answer: in the chat, in a fresh run, and read back."""
     engine, plain = engines
     rng = random.Random(number)
-    opened = Opened({"model": "tiny"}, None, Sampling(temperature=0.8, seed=number), 5, None)
+    opened = Opened(setup(model="tiny"), None, Sampling(temperature=0.8, seed=number), 5, None)
     journal = Transcript(path)
     session = session_of(engine, state_of([opened]), journal)
     journal(opened)
@@ -179,7 +180,7 @@ def test_the_next_answer_is_that_of_a_fresh_run_for_220_sequences(engines, tmp_p
 
 def test_retries_differ_and_are_reproducible(engines):
     engine, plain = engines
-    state = state_of([Opened({}, None, Sampling(temperature=1.0, seed=1), 8, None)])
+    state = state_of([Opened(setup(), None, Sampling(temperature=1.0, seed=1), 8, None)])
     session = session_of(engine, state)
     attempts = [follow(session.ask("Hi"), Event(), None)]
     attempts += [follow(session.retry(), Event(), None) for _ in range(3)]
@@ -205,7 +206,7 @@ def begin_again(session, record):
 
 def test_a_saved_chat_replays_token_for_token(engines, tmp_path):
     engine, plain = engines
-    opened = Opened({"model": "tiny"}, "Be brief.", Sampling(temperature=0.9, seed=7), 6, None)
+    opened = Opened(setup(model="tiny"), "Be brief.", Sampling(temperature=0.9, seed=7), 6, None)
     journal = Transcript(tmp_path / "x.jsonl")
     session = session_of(engine, state_of([opened]), journal)
     journal(opened)

@@ -157,6 +157,25 @@ def test_template_error_is_reported_with_its_reason(tokenizer, name, messages, w
         tokenizer(name).render(messages)
 
 
+def test_a_template_that_only_renders_questions(tokenizer):
+    """The context in use is then that of the last answer."""
+    refusing = "{% if messages[-1].role != 'user' %}{{ raise_exception('no question') }}{% endif %}" + CHATML
+    tokenizer = tokenizer(refusing)
+    engine = FakeEngine([[*tokenizer.encode("Yes"), EOS]])
+    session = ChatSession(engine, tokenizer, sampling=Sampling(), stop_ids=frozenset({EOS}))
+    *_, turn = session.ask("One?")
+    assert isinstance(turn, Turn)
+    assert session.context_used == turn.usage.prompt_tokens + turn.usage.completion_tokens
+
+
+def test_messages_are_parts_where_the_template_wants_parts(tokenizer):
+    loop = "{% for p in m['content'] %}{{ p['text'] }}{% endfor %}"
+    plain, parts = tokenizer("chatml"), tokenizer(CHATML.replace("{{ m['content'] }}", loop))
+    assert parts.render(CHAT) == plain.render(CHAT)
+    begun = [CHAT[0], Message("assistant", "Hel")]
+    assert parts.render(begun, ending="continue") == plain.render(begun, ending="continue")
+
+
 def test_tokenizer_without_template(tokenizer):
     tokenizer = tokenizer("")
     assert not tokenizer.has_chat_template

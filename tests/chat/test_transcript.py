@@ -7,16 +7,18 @@ from pathlib import Path
 
 import pytest
 from support.fake_engine import EOS, TOKENIZER, FakeEngine
+from support.setups import setup
 
 from specchat.chat import transcript
 from specchat.chat.session import ChatSession
 from specchat.chat.state import Opened
 from specchat.chat.transcript import Transcript
+from specchat.cli import sessions
 from specchat.errors import SessionError, UsageError
 from specchat.records.chat import Message
 from specchat.records.generation import Sampling
 
-OPENED = Opened({"model": "demo"}, "Be brief.", Sampling(seed=3, temperature=0.5), None, None)
+OPENED = Opened(setup(), "Be brief.", Sampling(seed=3, temperature=0.5), None, None)
 
 
 @pytest.fixture
@@ -179,16 +181,56 @@ def test_zero_filled_last_line_is_skipped(path):
         (lambda lines: lines[1:], "not a specchat session"),
         (lambda lines: [lines[0].replace(b'"version": 1', b'"version": 2'), *lines[1:]], "newer version"),
         (lambda lines: [lines[0], lines[1].replace(b'"answer", "at"', b'"anser", "at"'), lines[0]], "line 2"),
+        (lambda lines: [lines[0].replace(b', "base": false', b""), *lines[1:]], "line 1"),
+        (lambda lines: [lines[0].replace(b'"stop": []', b'"stop": 7'), *lines[1:]], "line 1"),
+        (lambda lines: [lines[0].replace(b'"seed": 3', b'"seed": -3'), *lines[1:]], "line 1"),
+        (lambda lines: [lines[0], lines[1].replace(b'"question": "one"', b'"question": null'), lines[1]], "line 2"),
+        (lambda lines: [lines[0], b'{"type": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", lines[1]], "line 2"),
     ],
-    ids=["nonsense", "headless", "future", "unknown"],
+    ids=["nonsense", "headless", "future", "unknown", "incomplete", "number", "negative", "null", "deep"],
 )
 def test_damage_before_the_last_line_is_an_error(path, spoil, word):
     session, journal = chat(path, ["1"])
     finish(session.ask("one"))
     journal.close()
-    path.write_bytes(b"\n".join(spoil(path.read_bytes().splitlines())) + b"\n")
+    damaged = b"\n".join(spoil(path.read_bytes().splitlines())) + b"\n"
+    path.write_bytes(damaged)
     with pytest.raises(SessionError, match=word):
         transcript.read(path)
+    assert path.read_bytes() == damaged
+
+
+@pytest.mark.parametrize("content", [b"my notes", b"{}", b"\0"])
+@pytest.mark.parametrize("through_link", [False, True])
+def test_another_file_is_never_overwritten(path, tmp_path, content, through_link):
+    path.parent.mkdir(parents=True)
+    file = tmp_path / "notes" if through_link else path
+    file.write_bytes(content)
+    if through_link:
+        path.symlink_to(file)
+    with pytest.raises(SessionError, match="not a specchat session"):
+        sessions.resumed("fox", continues=False)
+    assert file.read_bytes() == content
+
+
+def test_names_that_cannot_be_read_are_errors(path, tmp_path):
+    path.parent.mkdir(parents=True)
+    os.mkfifo(path)
+    with pytest.raises(SessionError, match="regular file"):
+        sessions.resumed("fox", continues=False)
+    path.unlink()
+    path.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(SessionError, match="link to nowhere"):
+        sessions.resumed("fox", continues=False)
+    assert transcript.last_session() is None  # a dangling link is no session
+
+
+def test_the_start_of_a_torn_first_line_is_no_loss(path):
+    session, journal = chat(path, ["1"])
+    finish(session.ask("one"))
+    journal.close()
+    path.write_bytes(path.read_bytes().partition(b"\n")[0][:40])
+    assert sessions.resumed("fox", continues=False) is None
 
 
 def test_session_is_locked_against_a_second_writer(path):

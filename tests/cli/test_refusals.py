@@ -21,6 +21,7 @@ REASONS = {
         MASKS,
     ),
     "cpmant": ({**SMALL, "dim_head": 16, "dim_ff": 96}, RUN),
+    "diffusion_gemma": ({}, "token by token"),
     "doge": (DECODER, "attention masks in its layers"),
     "falcon": (SMALL, FUNCTIONS),
     "gpt_neo": (
@@ -34,7 +35,8 @@ REASONS = {
         RUN,
     ),
     "prophetnet": ({}, "encoder"),
-    "reformer": ({}, "cannot be shrunk"),
+    "reformer": ({}, "from which transformers cannot build the model"),
+    "t5gemma2": ({}, "encoder"),
     "trocr": ({"vocab_size": 211, "d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4}, "its own"),
     "xlm": ({"vocab_size": 211, "emb_dim": 64, "n_layers": 2, "n_heads": 4}, RUN),
     "xlnet": ({"vocab_size": 211, "d_model": 64, "n_layer": 2, "n_head": 4, "d_inner": 96}, "scores trees differently"),

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from support.setups import setup
 
 from specchat.chat import transcript
 from specchat.chat.state import Opened
@@ -219,8 +220,8 @@ def test_resuming_with_another_model_is_reported(fake):
 
 
 def test_resumed_hub_model_keeps_its_revision(monkeypatch, tmp_path):
-    setup = {"model": "org/name", "revision": "abc", "stop": [], "overflow": "stop", "dtype": "bf16", "ctx": 512}
-    record = Opened({**setup, "draft": "auto", "quant": "none"}, None, Sampling(), None, None)
+    facts = setup(model="org/name", revision="abc", dtype="bf16", ctx=512)
+    record = Opened(facts, None, Sampling(), None, None)
     saved = Saved(tmp_path / "fox.jsonl", (record,), 0)
     (layer,) = sessions.layers(saved, None)
     assert (layer.values["model"], layer.values["dtype"], layer.values["ctx"]) == ("org/name@abc", "bf16", 512)

@@ -166,6 +166,17 @@ def test_styles_on_a_terminal():
         assert STYLE.findall(terminal.raw)
 
 
+@pytest.mark.parametrize("at", ["prompt", "answer", "end of the answer"])
+def test_a_closed_terminal_ends_the_program(at, tmp_path):
+    told = tmp_path / "told"
+    with chat(environment={"FAKE_WRITES_CLOSED": str(told)}) as terminal:
+        if at != "prompt":
+            terminal.send(("gated long" if at == "answer" else "one") + ENTER)
+            terminal.wait_for("word3" if at == "answer" else "one")
+        assert terminal.hang_up() == 129
+    assert told.read_text() == "engine closed"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("at", ["prompt", "answer"])
 def test_signals_close_the_engine(number, at):

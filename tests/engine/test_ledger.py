@@ -280,7 +280,6 @@ from specchat.loading.locate import locate_models, parse_models
 from specchat.loading.planning import make_plan
 from specchat.records.generation import Request, Sampling
 from specchat.engine.engine import Engine
-from specchat.engine.selfcheck import check_architecture
 from specchat.models.hf.tokenizer import load_tokenizer
 
 def held():
@@ -294,8 +293,6 @@ options = model_request(
 found = locate_models(options, parse_models(options), Quiet(), yes)
 plan = make_plan(options, found, Quiet(), as_given=True).plan
 pack, _ = make_packs(found.target, found.draft, plan, Quiet())
-for source in (found.target, found.draft):
-    check_architecture(source)
 ids = load_tokenizer(found.target.path).encode("Tell me a story about a fox. " * 20)
 gc.collect()
 ctypes.CDLL(None).malloc_trim(0)  # else what planning freed would be taken again, and nothing would grow

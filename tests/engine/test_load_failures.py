@@ -17,7 +17,7 @@ from support.threads import FAILURES, at_most, watched_threads
 from support.tiny_models import make_config, random_model, save
 
 from specchat.engine.engine import Engine
-from specchat.errors import AllocationError
+from specchat.errors import AllocationError, UnsupportedModelError
 from specchat.records.model import ModelSource
 from specchat.records.plan import Plan
 
@@ -75,3 +75,13 @@ def test_pack_reader_threads_that_cannot_start(packed_model: PackedModel, in_ram
 def test_shard_reader_threads_that_cannot_start(failure: str, tmp_path: Path):
     source = save(random_model(make_config("mistral")), tmp_path / "model")
     check_every_start(lambda: load_engine(streaming_plan(source, 4), source, None), failure)
+
+
+def test_an_engine_without_a_plan_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A plan checks architectures, but an engine may be loaded under a plan that was made by hand."""
+    source = save(random_model(make_config("mistral")), tmp_path / "model")
+    monkeypatch.setenv("SPECCHAT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("specchat.models.sizes.cache._checked", set())
+    monkeypatch.setattr("specchat.engine.selfcheck._TOLERANCE", -1.0)
+    with nothing_stays(), pytest.raises(UnsupportedModelError, match="scores trees differently"):
+        load_engine(streaming_plan(source, 4), source, None)

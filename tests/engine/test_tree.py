@@ -16,7 +16,8 @@ from support.engines import grow, random_prompt
 from support.loading import load_model
 from support.tiny_models import VOCAB, make_config, random_model, save
 
-from specchat.engine.drafting.drafter import GREEDY_TEMPERATURE, NOISE_TEMPERATURE, ModelDrafter, _Candidates
+from specchat.engine.drafting.drafter import GREEDY_TEMPERATURE, NOISE_TEMPERATURE, ModelDrafter
+from specchat.engine.drafting.paths import Paths
 from specchat.engine.drafting.policy import FixedPolicy
 from specchat.engine.model import TreeModel
 from specchat.engine.sampling import Noise, Sampler
@@ -78,7 +79,7 @@ def test_common_prefix(a: list[int], b: list[int]):
 # --- the best paths so far -------------------------------------------------------------------------------------------
 
 
-def paths_of(candidates: _Candidates) -> list[Path]:
+def paths_of(candidates: Paths) -> list[Path]:
     paths: list[Path] = []
     for token, parent in zip(candidates.token.tolist(), candidates.parent.tolist(), strict=True):
         assert parent < len(paths), "a parent comes first"
@@ -93,7 +94,7 @@ LOG_WEIGHTS = st.one_of(st.just(0.0), st.floats(-30.0, -1e-6))
 @given(data=st.data(), budget=st.integers(1, 20), branch=st.integers(1, 4), rounds=st.integers(1, 5))
 @settings(deadline=None, max_examples=100)
 def test_candidates_keep_exactly_the_best(data: st.DataObject, budget: int, branch: int, rounds: int):
-    candidates = _Candidates.empty()
+    candidates = Paths.empty()
     scores: dict[Path, float] = {}
     expanded: dict[Path, int] = {}
     parents, num_rows = [ROOT], 0
@@ -139,7 +140,7 @@ def test_frontier_is_the_best_nodes_that_can_still_enter(data: st.DataObject, bu
     depths = [data.draw(st.integers(1, max_depth)) for _ in range(n)]
     rows = [data.draw(st.integers(-1, 1)) for _ in range(n)]
     ints = [torch.tensor(x, dtype=torch.int64) for x in ([0] * n, [ROOT] * n, depths, rows, [0] * n)]
-    candidates = _Candidates(torch.tensor(scores, dtype=torch.float64), *ints)
+    candidates = Paths(torch.tensor(scores, dtype=torch.float64), *ints)
     expected = [i for i in range(n) if rows[i] < 0 and depths[i] < max_depth and (n < budget or scores[i] > scores[-1])]
     assert candidates.frontier(width, budget, torch.tensor([max_depth])).tolist() == expected[:width]
 

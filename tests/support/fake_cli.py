@@ -69,7 +69,10 @@ class Echo(FakeEngine):
         return cls()
 
     def close(self):
-        print("engine closed", file=sys.stderr) if os.environ.get("FAKE_SAYS_CLOSED") else None
+        if os.environ.get("FAKE_SAYS_CLOSED"):
+            print("engine closed", file=sys.stderr)
+        if file := os.environ.get("FAKE_WRITES_CLOSED"):
+            Path(file).write_text("engine closed")
 
     def generate(self, prompt_ids, *arguments, **named):
         question = TOKENIZER.decode(prompt_ids).split("[user]")[-1].split("\n[assistant]")[0]

@@ -50,6 +50,7 @@ class ByteTokenizer:
         self.eos_token_id = EOS
 
     thinking_switch = "thinking"
+    other_templates = ()
 
     def render(self, messages, *, ending="answer", thinking=None):
         text = "".join(f"[{m.role}]{m.content}\n" for m in messages)

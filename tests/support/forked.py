@@ -51,6 +51,11 @@ class Forked(fdpexpect.fdspawn):
     def kill(self, number):
         os.kill(self._pid, number)
 
+    def hang_up(self):
+        """Closes the terminal, as its window does."""
+        os.close(self.child_fd)
+        self.child_fd = os.open(os.devnull, os.O_RDWR)
+
     def wait(self):
         if not self._has_ended:
             status = self._ask({"wait": self._pid})

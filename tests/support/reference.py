@@ -52,7 +52,8 @@ def generate(model: Any, prompt: list[int], sampling: Sampling, num_tokens: int)
             "top_p": sampling.top_p,
             "min_p": sampling.min_p or None,
         }
-    noise = Noise(sampling.seed, model.config.vocab_size, torch.device("cpu"))
+    vocab_size = model.config.get_text_config(decoder=True).vocab_size
+    noise = Noise(sampling.seed, vocab_size, torch.device("cpu"))
     position = len(prompt)
 
     def race(probabilities: torch.Tensor, num_samples: int, **_: Any) -> torch.Tensor:

@@ -101,6 +101,12 @@ class Terminal:
         self.wait_for(lambda terminal: terminal.cursor_line == ">")
         self._read(_SETTLED_S)
 
+    def hang_up(self):
+        """Closes the terminal under the program; returns how the program ends."""
+        self._process.hang_up()
+        self._process.wait()
+        return self._process.exitstatus if self._process.signalstatus is None else -self._process.signalstatus
+
     def exit_code(self, timeout_s=_PATIENCE_S):
         end = time.monotonic() + timeout_s
         while self._read():

@@ -173,12 +173,17 @@ def make_config(architecture: str) -> Any:
 
 def random_model(config: Any, seed: int = 0) -> Any:
     """A float32 model with weights large enough that its texts differ and its scores are far apart."""
-    generator = torch.Generator().manual_seed(seed)
     is_registered = type(config) in hf.MODEL_FOR_CAUSAL_LM_MAPPING
     model_class = hf.AutoModelForCausalLM if is_registered else hf.AutoModelForImageTextToText
-    model = model_class.from_config(copy.deepcopy(config), dtype=torch.float32).eval()
-    # a tied head with large rows would score the token just read highest, for ever
-    embedding_std = 0.02 if config.tie_word_embeddings else 1.0
+    return randomize(model_class.from_config(copy.deepcopy(config), dtype=torch.float32).eval(), seed)
+
+
+def randomize(model: Any, seed: int = 0, embedding_std: float | None = None) -> Any:
+    """The model with weights large enough that its texts differ and its scores are far apart."""
+    generator = torch.Generator().manual_seed(seed)
+    if embedding_std is None:
+        # a tied head with large rows would score the token just read highest, for ever
+        embedding_std = 0.02 if getattr(model.config, "tie_word_embeddings", False) else 1.0
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim >= 2:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from specchat.engine.drafting.policy import DraftPolicy, FixedPolicy
@@ -97,37 +97,39 @@ def guesses_of(world: World, rng: random.Random) -> list[float]:
 
 
 @dataclass
-class Tree:
-    """A growing tree: columns by node, and the nodes' order by weight."""
+class Forest:
+    """Growing trees of one or more texts: columns by node, and the order of all nodes by weight."""
 
     weight: list[float] = field(default_factory=list)
     parent: list[int] = field(default_factory=list)
     depth: list[int] = field(default_factory=list)
     is_true: list[bool] = field(default_factory=list)
+    text: list[int] = field(default_factory=list)
     expanded: set[int] = field(default_factory=set)
     order: list[int] = field(default_factory=list)
 
-    def expand(self, nodes: Sequence[int], text: Text, position: int, rng: random.Random, budget: int) -> None:
-        """Adds the children of nodes, ROOT for the first ones, and keeps the best of all."""
-        for node in nodes:
-            self._add_children(node, text, position, rng)
-        self.order.sort(key=self.weight.__getitem__, reverse=True)
-        del self.order[budget:]
-
-    def _add_children(self, node: int, text: Text, position: int, rng: random.Random) -> None:
+    def add_children(self, node: int, number: int, text: Text, position: int, rng: random.Random) -> None:
+        """Adds the children of a node of text `number`, ROOT for its root, whose guesses are those of `position`."""
         depth = 0 if node == ROOT else self.depth[node]
         above = 0.0 if node == ROOT else self.weight[node]
         if node == ROOT or self.is_true[node]:
             guesses, taken = text.at(position + depth)
         else:
             guesses, taken = text.elsewhere(rng), -1
-        self.expanded.add(node)
+        if node != ROOT:
+            self.expanded.add(node)
         for rank, weight in enumerate(guesses):
             self.order.append(len(self.weight))
             self.weight.append(above + weight)
             self.parent.append(node)
             self.depth.append(depth + 1)
             self.is_true.append(rank == taken)
+            self.text.append(number)
+
+    def keep_best(self, budget: int) -> None:
+        """Keeps the best nodes of all trees."""
+        self.order.sort(key=self.weight.__getitem__, reverse=True)
+        del self.order[budget:]
 
     def frontier(self, width: int, budget: int) -> list[tuple[int, int]]:
         """(rank, node) of the best nodes whose children could still enter."""
@@ -139,66 +141,81 @@ class Tree:
         ]
         return open_[:width]
 
+    def tree_of(self, number: int) -> tuple[TokenTree, list[int]]:
+        """The tree of a text, and its nodes that come."""
+        nodes = [node for node in self.order if self.text[node] == number]
+        place = {node: index for index, node in enumerate(nodes)}
+        tree = TokenTree(
+            tuple(range(len(nodes))),
+            tuple(place.get(self.parent[node], ROOT) for node in nodes),
+            weights=tuple(self.weight[node] for node in nodes),
+        )
+        return tree, sorted(place[node] for node in nodes if self.is_true[node])
+
 
 class Simulation:
-    """Writes a text with a policy; counts tokens and seconds."""
+    """Writes texts with a policy, each token by token in passes that all share; counts tokens and seconds."""
 
-    def __init__(self, world: World, policy: DraftPolicy, seed: int) -> None:
+    def __init__(self, world: World, policy: DraftPolicy, seed: int, num_texts: int = 1) -> None:
         self.tokens, self.seconds = 0, 0.0
         self.sizes: list[int] = []
         self._world, self._policy = world, policy
-        self._text = Text(world, seed)
+        self._texts = [Text(world, seed + 1000 * number) for number in range(num_texts)]
+        self._positions = [0] * num_texts
         self._rng = random.Random(f"{seed} luck")
 
     def write(self, num_tokens: int) -> float:
-        """Goes on until there are so many tokens; tokens per second since the beginning."""
+        """Goes on until there are so many tokens of all texts; tokens per second since the beginning."""
         while self.tokens < num_tokens:
             self._step()
         return self.tokens / self.seconds
 
     def _step(self) -> None:
-        tree, true_draft_s, draft_s = self._grow()
-        nodes = tree.order
-        place = {node: index for index, node in enumerate(nodes)}
-        path = sorted(place[node] for node in nodes if tree.is_true[node])
-        true_verify_s = self._taken(self._world.pass_s(1 + len(nodes)))
+        forest, true_draft_s, draft_s = self._grow()
+        num_texts, num_nodes = len(self._texts), len(forest.order)
+        true_verify_s = self._taken(self._world.pass_s(num_texts + num_nodes))
         verify_s = self._told(true_verify_s)
-        self.tokens += len(path) + 1
         self.seconds += true_draft_s + true_verify_s
-        self.sizes.append(len(nodes))
-        if isinstance(self._policy, FixedPolicy):
-            return  # which learns nothing
-        verified = TokenTree(
-            tuple(range(len(nodes))),
-            tuple(place.get(tree.parent[node], ROOT) for node in nodes),
-            weights=tuple(tree.weight[node] for node in nodes),
-        )
-        step = Step(
-            *(tuple(range(len(path) + 1)), None, 1, self.tokens, len(nodes), len(path), 0),
-            *(draft_s + verify_s, draft_s, verify_s, 0.0, 0.0, 0),
-        )
-        self._policy.record_pass([step], [verified], [path])
+        self.sizes.append(num_nodes)
+        trees, paths = zip(*(forest.tree_of(number) for number in range(num_texts)), strict=True)
+        times = draft_s + verify_s, draft_s, verify_s, 0.0, 0.0, 0
+        steps = []
+        for number, (tree, path) in enumerate(zip(trees, paths, strict=True)):
+            tokens, position = tuple(range(len(path) + 1)), self._positions[number]
+            steps.append(Step(tokens, None, 1, position, len(tree), len(path), 0, *times, num_sharing=num_texts))
+            self._positions[number] += len(tokens)
+            self.tokens += len(tokens)
+        if not isinstance(self._policy, FixedPolicy):  # which learns nothing
+            self._policy.record_pass(steps, trees, paths)
 
-    def _grow(self) -> tuple[Tree, float, float]:
+    def _grow(self) -> tuple[Forest, float, float]:
         """As `ModelDrafter.grow`: the policy decides, a pass at a time; its seconds, and those that it was told."""
-        policy, tree = self._policy, Tree()
+        policy, forest, num_texts = self._policy, Forest(), len(self._texts)
         if not policy.should_draft():
-            return tree, 0.0, 0.0
-        true_s, draft_s = self._draft(1)
-        budget, width, position = policy.tree_budget, draft_width(policy.tree_budget), self.tokens
-        tree.expand([ROOT], self._text, position, self._rng, budget)
+            return forest, 0.0, 0.0
+        true_s, draft_s = self._draft(num_texts)
+        budget, width = policy.tree_budget, draft_width(policy.tree_budget, num_texts)
+        for number in range(num_texts):
+            self._expand(forest, ROOT, number)
+        forest.keep_best(budget)
         room = 2 * budget
         while True:
-            found = tree.frontier(min(width, room), budget)
-            found = found[: policy.num_to_expand([rank for rank, _ in found], [tree.weight[node] for _, node in found])]
+            found = forest.frontier(min(width, room), budget)
+            ranks, weights = [rank for rank, _ in found], [forest.weight[node] for _, node in found]
+            found = found[: policy.num_to_expand(ranks, weights, num_texts)]
             if not found:
                 break
             room -= len(found)
-            tree.expand([node for _, node in found], self._text, position, self._rng, budget)
+            for _, node in found:
+                self._expand(forest, node, forest.text[node])
+            forest.keep_best(budget)
             more_true_s, more_s = self._draft(len(found))
             true_s, draft_s = true_s + more_true_s, draft_s + more_s
-        del tree.order[policy.num_to_verify([tree.weight[node] for node in tree.order]) :]
-        return tree, true_s, draft_s
+        del forest.order[policy.num_to_verify([forest.weight[node] for node in forest.order], num_texts) :]
+        return forest, true_s, draft_s
+
+    def _expand(self, forest: Forest, node: int, number: int) -> None:
+        forest.add_children(node, number, self._texts[number], self._positions[number], self._rng)
 
     def _draft(self, rows: int) -> tuple[float, float]:
         seconds = self._taken(self._world.draft_s(rows))

@@ -23,6 +23,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from specchat.engine.drafting.paths import Paths, TreeRows
 from specchat.engine.drafting.policy import DraftPolicy
 from specchat.engine.layout import PassLayout, RowLayout, linear_layout
 from specchat.engine.model import TreeModel
@@ -102,92 +103,6 @@ class NoDrafter:
 
     def close(self) -> None:
         """Do nothing: nothing is held."""
-
-
-@dataclass
-class _Candidates:
-    """The best paths of all trees so far, best first; all tensors [M] on the CPU, M <= budget.
-
-    `row` is the node's row among its tree's rows in the draft's cache, -1 until the node is expanded.
-    """
-
-    score: Tensor  # sum of log weights along the path, float64
-    token: Tensor
-    parent: Tensor  # index into these tensors, or ROOT
-    depth: Tensor
-    row: Tensor
-    tree: Tensor
-
-    @classmethod
-    def empty(cls) -> _Candidates:
-        """Return an empty set of paths."""
-        ints = torch.zeros(0, dtype=torch.int64)
-        return cls(torch.zeros(0, dtype=torch.float64), ints, ints, ints, ints, ints)
-
-    def __len__(self) -> int:
-        return self.score.shape[0]
-
-    def frontier(self, width: int, budget: int, max_depths: Tensor) -> Tensor:
-        """Return the best unexpanded nodes whose children could still enter a tree: indices [<= width].
-
-        Args:
-            width: most nodes to return.
-            budget: number of paths that are kept.
-            max_depths: number of levels of each tree, int64 [trees].
-        """
-        open_ = (self.row < 0) & (self.depth < max_depths[self.tree])
-        if len(self) >= budget:
-            open_ &= self.score > self.score[-1]
-        return open_.nonzero()[:width, 0]
-
-    def with_children(self, trees: Tensor, parents: Tensor, scores: Tensor, tokens: Tensor, budget: int) -> _Candidates:
-        """Add children and keep the best `budget` paths.
-
-        Args:
-            trees: trees of the expanded nodes [n].
-            parents: indices of the expanded nodes [n], or ROOT.
-            scores: log weights of the children [n, branch], float64.
-            tokens: token ids of the children [n, branch].
-            budget: number of paths to keep.
-        """
-        branch = tokens.shape[1]
-        parent = parents.repeat_interleave(branch)
-        is_root = parent == ROOT
-        if len(self):
-            base = torch.where(is_root, 0.0, self.score[parent.clamp(min=0)])
-            depth = torch.where(is_root, 1, self.depth[parent.clamp(min=0)] + 1)
-        else:
-            base, depth = torch.zeros(parent.shape, dtype=torch.float64), torch.ones_like(parent)
-        # Keep scores strictly below the parent's, so that sorting never puts a child before its parent.
-        score = base + scores.flatten().clamp(max=-1e-9)
-        merged = _Candidates(
-            torch.cat([self.score, score]),
-            torch.cat([self.token, tokens.flatten()]),
-            torch.cat([self.parent, parent]),
-            torch.cat([self.depth, depth]),
-            torch.cat([self.row, torch.full_like(parent, -1)]),
-            torch.cat([self.tree, trees.repeat_interleave(branch)]),
-        )
-        return merged._best(budget)
-
-    def first(self, count: int) -> _Candidates:
-        """Return the best `count` paths; every parent is included, because parents precede their children."""
-        columns = (self.score, self.token, self.parent, self.depth, self.row, self.tree)
-        return _Candidates(*(column[:count] for column in columns))
-
-    def of_tree(self, tree: int) -> _Candidates:
-        """Return the paths of one tree."""
-        return self._taken((self.tree == tree).nonzero()[:, 0])
-
-    def _best(self, budget: int) -> _Candidates:
-        return self._taken(self.score.argsort(descending=True, stable=True)[:budget])
-
-    def _taken(self, nodes: Tensor) -> _Candidates:
-        """Return the paths that end at the given nodes, in this order; the parents must be among the nodes."""
-        new_index = torch.full((len(self) + 1,), ROOT, dtype=torch.int64)  # ROOT = -1 indexes the last entry
-        new_index[nodes] = torch.arange(nodes.shape[0])
-        columns = (self.score, self.token, new_index[self.parent], self.depth, self.row, self.tree)
-        return _Candidates(*(column[nodes] for column in columns))
 
 
 @dataclass(frozen=True)
@@ -285,10 +200,10 @@ class ModelDrafter:
         """
         budget, width = policy.tree_budget, draft_width(policy.tree_budget, len(sequences))
         max_depths = torch.tensor([self._max_depth(sequence) for sequence in sequences])
-        rows = [_TreeRows(self._max_rows, len(each.tokens), self._model.device) for each in sequences]
+        rows = [TreeRows(self._max_rows, len(each.tokens), self._model.device) for each in sequences]
         roots = torch.full((len(sequences),), ROOT)
         root_logits = self._catch_up(sequences, policy, cancel)
-        paths = self._children(_Candidates.empty(), torch.arange(len(sequences)), roots, root_logits, sequences, budget)
+        paths = self._children(Paths.empty(), torch.arange(len(sequences)), roots, root_logits, sequences, budget)
         while True:
             begin = time.perf_counter()
             free = self._max_rows - sum(each.num_rows for each in rows)
@@ -331,10 +246,10 @@ class ModelDrafter:
 
     def _expand(
         self,
-        paths: _Candidates,
+        paths: Paths,
         nodes: Tensor,
         sequences: Sequence[TokenSequence],
-        rows: Sequence[_TreeRows],
+        rows: Sequence[TreeRows],
         cancel: threading.Event | None,
     ) -> Tensor:
         """Compute nodes, which are sorted by tree, and return the scores after them, [n, V]."""
@@ -354,13 +269,13 @@ class ModelDrafter:
 
     def _children(
         self,
-        paths: _Candidates,
+        paths: Paths,
         trees: Tensor,
         parents: Tensor,
         logits: Tensor,
         sequences: Sequence[TokenSequence],
         budget: int,
-    ) -> _Candidates:
+    ) -> Paths:
         """Return `paths` with the best children of expanded nodes.
 
         Args:
@@ -405,38 +320,7 @@ def _runs(trees: Tensor) -> Iterator[tuple[int, slice]]:
         begin = end
 
 
-def _finished(paths: _Candidates) -> _Grown:
+def _finished(paths: Paths) -> _Grown:
     """Return the tree of paths that all are in one tree."""
     token, parent, weight = (tuple(column.tolist()) for column in (paths.token, paths.parent, paths.score))
     return _Grown(TokenTree(token, parent, (SOURCE,) * len(paths), weight), paths.row.tolist())
-
-
-class _TreeRows:
-    """Rows of one growing tree in its seat of the draft's cache, in order of expansion."""
-
-    def __init__(self, max_rows: int, prefix: int, device: torch.device) -> None:
-        self._seen = torch.zeros(max_rows, max_rows, dtype=torch.bool)
-        self._positions = torch.zeros(max_rows, dtype=torch.int64)
-        self._prefix = prefix
-        self._device = device
-        self._end = 0
-
-    @property
-    def num_rows(self) -> int:
-        """Number of rows so far."""
-        return self._end
-
-    def add(self, parent_rows: Tensor, depths: Tensor) -> Tensor:
-        """Add rows below the given parent rows (ROOT for none), and return their indices [n]."""
-        rows = torch.arange(self._end, self._end + len(parent_rows))
-        below = parent_rows >= 0
-        self._seen[rows[below]] = self._seen[parent_rows[below]]
-        self._seen[rows, rows] = True
-        self._positions[rows] = self._prefix - 1 + depths
-        self._end += len(parent_rows)
-        return rows
-
-    def layout(self, num_new: int) -> RowLayout:
-        """Return the layout of a pass over the last `num_new` rows."""
-        ancestors = self._seen[self._end - num_new : self._end, : self._end].to(self._device)
-        return RowLayout(self._prefix, 0, ancestors, self._positions[: self._end].to(self._device))

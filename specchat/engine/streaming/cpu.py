@@ -12,6 +12,7 @@ from torch import Tensor
 from specchat.engine.streaming.base import LayerStreamer, StreamCounters
 from specchat.engine.streaming.readers import LayerReader
 from specchat.engine.streaming.slots import SlotQueue, is_small, page_aligned
+from specchat.models.checkpoint.safetensors import fail_truncated
 from specchat.models.packs.file_format import bytes_of
 from specchat.models.packs.pack import Pack, PackedLayer
 from specchat.models.packs.verify import ChunkVerifier
@@ -92,7 +93,12 @@ class MappedStreamer(LayerStreamer):
         self._num_bytes = 0
 
     def acquire(self, index: int) -> None:
-        """Request readahead and verify the layer's checksums, on first use only."""
+        """Request readahead and verify the layer's checksums, on first use only.
+
+        Raises:
+            CorruptCheckpointError: the file was cut short; the system ends programs that read lost pages of a file.
+        """
+        self._check_length(index)
         self._num_bytes += self._layers[index].nbytes
         if index in self._seen:
             return
@@ -102,6 +108,11 @@ class MappedStreamer(LayerStreamer):
             layer = self._layers[ahead]
             os.posix_fadvise(self._files[ahead], layer.data_offset, layer.nbytes, os.POSIX_FADV_WILLNEED)
         self._verifier.verify_layer(index, bytes_of(self._blobs[index]))
+
+    def _check_length(self, index: int) -> None:
+        layer, length = self._layers[index], os.fstat(self._files[index]).st_size
+        if length < layer.data_offset + layer.nbytes:
+            fail_truncated(layer.path, layer.data_offset + layer.nbytes, length)
 
     def release(self, index: int) -> None:
         """Do nothing: the system decides which pages stay in the page cache."""

@@ -1,5 +1,6 @@
 """Reading the JSON files of a model folder, with errors that name the file."""
 
+import codecs
 import json
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,6 +13,9 @@ from specchat.errors import (
 
 LFS_MAGIC = b"version https://git-lfs"
 REDOWNLOAD = "delete the file and download it again"
+# Libraries copy nested values by recursion, which ends in an error at some hundred levels.
+_MOST_LEVELS = 64
+_SHOWN_CHARACTERS = 60
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -19,7 +23,21 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         ModelNotFoundError: a missing file.
-        CorruptCheckpointError: invalid JSON, or no object.
+        CorruptCheckpointError: invalid JSON, no object, or values that are nested too deeply.
+        ModelError: the file cannot be read.
+    """
+    values = parse_object(read_data(path), str(path))
+    if _is_deeper(values, _MOST_LEVELS):
+        raise CorruptCheckpointError(f"{path} is nested too deeply", hint=REDOWNLOAD)
+    return values
+
+
+def read_data(path: Path) -> bytes:
+    """Return the bytes of a text file of a model folder, without a byte-order mark.
+
+    Raises:
+        ModelNotFoundError: a missing file.
+        CorruptCheckpointError: a Git LFS pointer in the place of the file.
         ModelError: the file cannot be read.
     """
     try:
@@ -30,14 +48,22 @@ def read_json(path: Path) -> dict[str, Any]:
         fail_to_read(path, exc)
     if data.startswith(LFS_MAGIC):
         fail_on_lfs_pointer(path)
-    return parse_object(data, str(path))
+    return data.removeprefix(codecs.BOM_UTF8)
+
+
+def shown(value: object) -> str:
+    """Return a value as JSON for a message, shortened to one short line."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
 
 
 def parse_object(data: bytes, what: str) -> dict[str, Any]:
     """Parse a JSON object; a duplicate key is an error, because its first value would be lost silently."""
     try:
         parsed = json.loads(data.decode("utf-8"), object_pairs_hook=_dict_of_unique)
-    except (ValueError, RecursionError) as exc:
+    except RecursionError as exc:
+        raise CorruptCheckpointError(f"{what} is nested too deeply", hint=REDOWNLOAD) from exc
+    except ValueError as exc:
         raise CorruptCheckpointError(f"{what} is not valid JSON: {exc}", hint=REDOWNLOAD) from exc
     if not isinstance(parsed, dict):
         raise CorruptCheckpointError(f"{what} is not a JSON object", hint=REDOWNLOAD)
@@ -51,6 +77,15 @@ def _dict_of_unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"duplicate key {key!r}")
         result[key] = value
     return result
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    """Return whether objects and lists are nested in more than `levels` levels."""
+    level = [value]
+    for _ in range(levels):
+        nested = [each for each in level if isinstance(each, dict | list)]
+        level = [item for each in nested for item in (each.values() if isinstance(each, dict) else each)]
+    return any(isinstance(each, dict | list) for each in level)
 
 
 def fail_on_lfs_pointer(file: Path) -> NoReturn:

@@ -18,6 +18,7 @@ from specchat.errors import (
     PickledCheckpointError,
     UnsupportedModelError,
 )
+from specchat.files import open_regular
 from specchat.models.checkpoint.dtypes import STORED_DTYPES, UNREAD_DTYPES
 from specchat.models.checkpoint.json_file import (
     LFS_MAGIC,
@@ -186,7 +187,7 @@ def _check_index(folder: Path, weight_map: dict[str, str], tensors: dict[str, Te
 def _read_header(file: Path) -> list[TensorInfo]:
     """Return the tensors of one safetensors file, by ascending offset."""
     try:
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             file_bytes = os.fstat(stream.fileno()).st_size
             start = stream.read(len(LFS_MAGIC))
             if start == LFS_MAGIC:

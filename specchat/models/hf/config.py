@@ -1,14 +1,14 @@
 """A model's configuration: reading, checking, and shrinking for the load-time self-check."""
 
 import copy
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from specchat.errors import CorruptCheckpointError, UnsupportedModelError
+from specchat.errors import UnsupportedModelError
 from specchat.models.checkpoint.json_file import read_json
+from specchat.models.hf.config_values import make_config
 from specchat.models.hf.hybrids import known_kinds, tiny_values
-from specchat.models.hf.refusals import CANNOT_BUILD, HINT, refusing
+from specchat.models.hf.refusals import CANNOT_BUILD, HAS_ENCODER, HINT, refusing
 from specchat.models.hf.wrappers import text_half, text_half_class
 from specchat.records.model import KvShape
 
@@ -27,19 +27,9 @@ def load_config(folder: Path) -> Any:
         CorruptCheckpointError: an invalid config.json.
         UnsupportedModelError: remote code, recurrent layers, ALiBi, no text half, or an unknown architecture.
     """
-    from transformers import AutoConfig
-
     values = read_json(folder / "config.json")
-    kind = values.get("model_type", "unknown")
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        if "model_type" in values and kind not in _known_model_types():
-            raise UnsupportedModelError(
-                f"model type '{kind}' is not supported", hint="specchat runs no code from model folders"
-            ) from error
-        problem = " ".join(str(error).split())
-        raise CorruptCheckpointError(f"{folder / 'config.json'} is not a valid configuration: {problem}") from error
+    config = make_config(folder / "config.json", values)
+    kind = values["model_type"]
     with refusing(kind, CANNOT_BUILD):
         config = text_half(config)
         for name in _QUANTIZATION:  # read by specchat; transformers would start its own quantizers
@@ -67,17 +57,10 @@ def text_model_class(config: Any) -> Any | None:
     return text_half_class(config)
 
 
-def _known_model_types() -> Mapping[str, Any]:
-    from transformers import CONFIG_MAPPING
-
-    known: Mapping[str, Any] = CONFIG_MAPPING
-    return known
-
-
 def _check_layer_kinds(config: Any, model_class: Any) -> None:
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"'{kind}' has an encoder, but only models of decoder layers are supported", HINT)
+        raise UnsupportedModelError(f"'{kind}' {HAS_ENCODER}", HINT)
     if not hasattr(config, "num_hidden_layers"):
         raise UnsupportedModelError(f"'{kind}' has no plain list of decoder layers", HINT)
     layer_types = set(getattr(config, "layer_types", None) or [])
@@ -133,9 +116,17 @@ def _layer_mlp_size(config: Any, layer: int) -> int:
     dense = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     dense = int(dense[layer] if isinstance(dense, list) else dense)
     dense *= 2 if getattr(config, "use_double_wide_mlp", False) else 1
+    ffn = getattr(config, "ffn_config", None)  # DBRX
+    if ffn is not None:
+        return int(ffn.ffn_hidden_size) * int(ffn.moe_top_k)
     expert = getattr(config, "moe_intermediate_size", None) or dense
+    expert = max(expert) if isinstance(expert, list) else expert  # of text and of images
     active = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None) or 1
     return max(dense, int(expert) * int(active))
+
+
+# Sizes that DBRX keeps in parts of its configuration, and values of them for a tiny model.
+_PART_VALUES = {"kv_n_heads": 1, "ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}
 
 
 def tiny_config(config: Any) -> Any:
@@ -190,8 +181,13 @@ def tiny_config(config: Any) -> Any:
     values |= tiny_values(whole, values["hidden_size"], layers)
     for name, value in values.items():
         is_derived = isinstance(getattr(type(config), config.attribute_map.get(name, name), None), property)
-        if not is_derived and getattr(whole, name, None):  # windows and experts of 0 mean that there are none
-            setattr(tiny, name, value)
+        own = getattr(whole, name, None)
+        if not is_derived and own:  # windows and experts of 0 mean that there are none
+            setattr(tiny, name, [value] * len(own) if isinstance(own, list) and isinstance(value, int) else value)
+    for part in ("attn_config", "ffn_config"):
+        for name, value in (_PART_VALUES | {"hidden_size": tiny.hidden_size}).items():
+            if hasattr(getattr(tiny, part, None), name):
+                setattr(getattr(tiny, part), name, value)
     tiny.per_layer_config = _layer_overrides(config, whole, layers)
     return tiny
 

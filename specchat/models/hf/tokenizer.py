@@ -7,14 +7,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 from specchat.errors import CorruptCheckpointError, UsageError
+from specchat.models.hf.tokenizer_files import read_tokenizer
 from specchat.records.chat import Message, Part
 
 
 class Tokenizer:
-    """A model's tokenizer and chat template."""
+    """A model's tokenizer and chat template.
+
+    Args:
+        hf: tokenizer of transformers, which this object owns.
+
+    Attributes:
+        other_templates: names of the chat templates if none of them is the default one.
+    """
 
     def __init__(self, hf: Any) -> None:
         self._hf = hf
+        self.other_templates: tuple[str, ...] = ()
+        if isinstance(hf.chat_template, dict):
+            named, hf.chat_template = hf.chat_template, hf.chat_template.get("default")
+            self.other_templates = () if hf.chat_template else tuple(sorted(named))
 
     @property
     def has_chat_template(self) -> bool:
@@ -53,31 +65,67 @@ class Tokenizer:
             thinking: value for the template's thinking switch; without effect if the template has none.
 
         Raises:
-            UsageError: messages that the template refuses, such as a system prompt that it does not support.
+            UsageError: messages that the template refuses, such as a system prompt that it does not support; or a
+                template that fails or renders nothing.
         """
-        import jinja2
-
         turns = [_as_turn(message) for message in messages]
         if ending == "continue":
             _mark_end(turns[-1])
+        if self._wants_parts:
+            turns = [_in_parts(turn) for turn in turns]
         switches = {} if thinking is None or self.thinking_switch is None else {self.thinking_switch: thinking}
-        try:
-            text = self._hf.apply_chat_template(
-                turns, add_generation_prompt=ending == "answer", tokenize=False, **switches
-            )
-        except jinja2.TemplateError as error:
-            raise UsageError(f"the model's chat template rejects this chat: {error}") from error
-        assert isinstance(text, str)
+        text = self._rendered(turns, is_prompt=ending == "answer", **switches)
+        if ending == "answer" and not text:
+            raise UsageError("the model's chat template renders nothing for this chat", hint=_WITHOUT_TEMPLATE)
         return _up_to_mark(text) if ending == "continue" else text
+
+    @cached_property
+    def _wants_parts(self) -> bool:
+        """Whether the template shows text only as a list of parts, as templates of multimodal models do."""
+        turn = {"role": "user", "content": _PROBE}
+        return not self._shows_probe(turn) and self._shows_probe(_in_parts(turn))
+
+    def _shows_probe(self, turn: dict[str, Any]) -> bool:
+        try:
+            return _PROBE in self._rendered([turn], is_prompt=True)
+        except UsageError:
+            return False
+
+    def _rendered(self, turns: list[dict[str, Any]], *, is_prompt: bool, **switches: bool) -> str:
+        import jinja2
+
+        try:
+            text = self._hf.apply_chat_template(turns, add_generation_prompt=is_prompt, tokenize=False, **switches)
+        except jinja2.TemplateError as error:
+            reason = " ".join(str(error).split())
+            raise UsageError(f"the model's chat template rejects this chat: {reason}") from error
+        except Exception as error:  # templates are programs, which fail in any way
+            raise UsageError(
+                f"the model's chat template fails on this chat: {_reason(error)}", hint=_WITHOUT_TEMPLATE
+            ) from error
+        if not _is_utf8(text):
+            raise UsageError("the model's chat template renders text that is not UTF-8", hint=_WITHOUT_TEMPLATE)
+        return str(text)
 
     def response_parser(self, prompt: str) -> "ResponseParser | None":
         """Return a parser that separates thinking from the answer; None if no description of the format exists.
 
         Args:
             prompt: rendered chat, which may contain the start of the answer.
+
+        Raises:
+            CorruptCheckpointError: the model's description of its format is invalid.
         """
         template = getattr(self._hf, "response_template", None) or self._known_format()
-        return None if template is None else ResponseParser(self._hf, template, prompt)
+        if template is None:
+            return None
+        try:
+            return ResponseParser(self._hf, template, prompt)
+        except Exception as error:
+            raise CorruptCheckpointError(
+                "tokenizer_config.json: response_template does not describe the parts of an answer",
+                hint="download or copy the model's folder again",
+            ) from error
 
     def _known_format(self) -> Mapping[str, Any] | None:
         """Return the format of models that separate parts by special tokens and often ship no description of it."""
@@ -95,7 +143,7 @@ class Tokenizer:
         environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
         try:
             return find_undeclared_variables(environment.parse(template))
-        except jinja2.TemplateError:  # `render` reports the error
+        except (jinja2.TemplateError, RecursionError):  # `render` reports the error
             return set()
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
@@ -120,6 +168,11 @@ class Tokenizer:
 # Names of the thinking switch in templates (Qwen3, GLM-4.5, SmolLM3; Granite, DeepSeek-V3.1).
 _THINKING_SWITCHES = ("enable_thinking", "thinking")
 
+_WITHOUT_TEMPLATE = "pass --base to continue the prompt as it stands, without the template"
+
+# Stands for the text of a message, to see whether a template shows the text.
+_PROBE = "specchatprobe"
+
 # Marks the end of the message to be continued in a rendered chat.
 _END_MARK = "[the message goes on here]"
 
@@ -142,7 +195,30 @@ _HARMONY: Mapping[str, Any] = {
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 
-def _as_turn(message: Message) -> dict[str, str]:
+def _is_utf8(text: str) -> bool:
+    """Return whether a text can be encoded: JSON files may hold halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _reason(error: Exception) -> str:
+    """Return why a template failed, in words."""
+    if isinstance(error, RecursionError):
+        return "it calls itself without end"
+    if isinstance(error, MemoryError):
+        return "it needs too much memory"
+    return " ".join(str(error).split()) or "it gives no reason"
+
+
+def _in_parts(turn: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a turn whose text is a list of parts."""
+    return {**turn, "content": [{"type": "text", "text": turn["content"]}]}
+
+
+def _as_turn(message: Message) -> dict[str, Any]:
     """Convert a message for templates, which use several names for thinking."""
     turn = {"role": message.role, "content": message.content}
     if message.reasoning is not None:
@@ -150,7 +226,7 @@ def _as_turn(message: Message) -> dict[str, str]:
     return turn
 
 
-def _mark_end(turn: dict[str, str]) -> None:
+def _mark_end(turn: dict[str, Any]) -> None:
     """Append the end mark to the message, or to its thinking if there is no answer yet."""
     thinks = not turn["content"] and turn.get(_REASONING_FIELDS[0])
     for name in _REASONING_FIELDS if thinks else ("content",):
@@ -212,14 +288,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """Load the tokenizer from a model's folder, without remote code and without the network.
 
     Raises:
-        CorruptCheckpointError: missing or invalid files.
+        ModelNotFoundError: there is no tokenizer.
+        CorruptCheckpointError: invalid files.
+        NotAvailableError: the tokenizer needs a package that is not installed, or a newer one.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        return Tokenizer(AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CorruptCheckpointError(
-            f"cannot read the tokenizer in {folder}: {reason}", hint="download or copy the model's folder again"
-        ) from error
+    return Tokenizer(read_tokenizer(folder))

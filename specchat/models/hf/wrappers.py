@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from specchat.errors import UnsupportedModelError
+from specchat.models.hf.refusals import HAS_ENCODER, HINT
 
 # Where wrappers keep their language model, in today's modules and in older checkpoints.
 _TEXT_PREFIXES = (
@@ -40,15 +41,23 @@ def text_half(config: Any) -> Any:
     Raises:
         UnsupportedModelError: a multimodal model that does not answer with text, or hides its language model.
     """
+    from transformers import GenerationMixin
+
     text = _text_config(config)
     if text is config:
         return config
     wrapper = _wrapper_class(type(config))
     if wrapper is None:
         raise UnsupportedModelError(f"'{config.model_type}' is not a model that generates text")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"'{config.model_type}' {HAS_ENCODER}", HINT)
+    if not issubclass(wrapper, GenerationMixin):
+        raise UnsupportedModelError(f"'{config.model_type}' does not write its text token by token")
     setattr(text, _MARK, config.model_type)
-    if getattr(wrapper, "_tied_weights_keys", None):  # a wrapper that has the head itself
-        text.tie_word_embeddings = bool(getattr(config, "tie_word_embeddings", False))
+    owner = _owner(config, text)
+    has_head = _wrapper_class(type(owner)) or wrapper
+    if getattr(has_head, "_tied_weights_keys", None):
+        text.tie_word_embeddings = bool(getattr(owner, "tie_word_embeddings", False))
     if getattr(text, "dtype", None) is None:
         text.dtype = getattr(config, "dtype", None)
     for name, value in _IGNORED_BY_HEAD.get(config.model_type, {}).items():
@@ -69,6 +78,15 @@ def _text_config(config: Any) -> Any:
         return config
     is_part = hasattr(text, "model_type") and type(text) is not type(config)
     return text if is_part else config
+
+
+def _owner(config: Any, text: Any) -> Any:
+    """Return the part of a multimodal configuration that holds the text configuration, or `config` itself."""
+    for name in config.sub_configs:
+        part: Any = getattr(config, name, None)
+        if getattr(part, "sub_configs", None) and any(getattr(part, each, None) is text for each in part.sub_configs):
+            return part
+    return config
 
 
 def _wrapper_class(config_class: Any) -> Any | None:

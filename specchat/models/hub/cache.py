@@ -1,5 +1,6 @@
 """The hub's local cache: complete snapshots, found without the network."""
 
+import re
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -25,26 +26,24 @@ ALLOW = [
     "vocab.txt",
 ]
 
+_COMMIT = re.compile("[0-9a-f]{40}")
+
 # Subfolders hold other formats (original/, onnx/, ...). Mistral's own layout duplicates the weights.
 IGNORE = ["*/*", f"{MISTRAL_PREFIX}*"]
 
 
 def cached_models() -> list[str]:
     """List MODEL arguments that the local cache can load offline, sorted: org/name, or org/name@revision."""
-    from huggingface_hub import constants, scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
+    from huggingface_hub import constants
 
-    try:
-        repos = scan_cache_dir(constants.HF_HUB_CACHE).repos
-    except CacheNotFound:
-        return []
-    names = set()
-    for repo in repos:
-        for revision in repo.revisions:
-            # Skip old ids without an organization, such as "gpt2": a MODEL argument cannot name them.
-            if repo.repo_type == "model" and "/" in repo.repo_id and _is_complete(revision.snapshot_path):
-                labels = revision.refs or {revision.commit_hash}
-                names |= {repo.repo_id if label == "main" else f"{repo.repo_id}@{label}" for label in labels}
+    names: set[str] = set()
+    # Old ids without an organization, such as "gpt2", are left out: a MODEL argument cannot name them.
+    for repo in Path(constants.HF_HUB_CACHE).glob("models--*--*"):
+        repo_id = repo.name.removeprefix("models--").replace("--", "/")
+        labels = _labels(repo)
+        for snapshot in filter(_is_complete, (repo / "snapshots").glob("*")):
+            found = labels.get(snapshot.name, [snapshot.name])
+            names |= {repo_id if label == "main" else f"{repo_id}@{label}" for label in found}
     return sorted(names)
 
 
@@ -82,7 +81,7 @@ def find_snapshot(ref: ModelRef) -> Path | None:
         try:
             folder = snapshot_download(
                 ref.repo_id,
-                revision=ref.revision,
+                revision=_commit_of(ref) or ref.revision,
                 local_files_only=True,
                 allow_patterns=ALLOW,
                 # `_is_complete` looks for the weights: the library does not know which of them text needs.
@@ -91,6 +90,38 @@ def find_snapshot(ref: ModelRef) -> Path | None:
         except LocalEntryNotFoundError:
             return None
     return Path(folder) if _is_complete(Path(folder)) else None
+
+
+def _commit_of(ref: ModelRef) -> str | None:
+    """Return the commit that the cache records for a branch or tag; None without a record.
+
+    huggingface_hub takes the record literally, so it does not find a commit with a line break after it, as an editor or
+    `git` writes it.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    assert ref.repo_id is not None
+    repo = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=ref.repo_id, repo_type="model")
+    commit = _recorded(repo / "refs" / (ref.revision or "main"))
+    return commit if commit is not None and _COMMIT.fullmatch(commit) else None
+
+
+def _labels(repo: Path) -> dict[str, list[str]]:
+    """Return the branches and tags of each commit that the cache records for a repository."""
+    labels: dict[str, list[str]] = {}
+    for file in (repo / "refs").rglob("*"):
+        commit = _recorded(file)
+        if commit is not None:
+            labels.setdefault(commit, []).append(file.relative_to(repo / "refs").as_posix())
+    return labels
+
+
+def _recorded(file: Path) -> str | None:
+    try:
+        return file.read_text(encoding="utf-8-sig").strip()
+    except (OSError, UnicodeDecodeError):  # missing, a folder, or damaged
+        return None
 
 
 def _is_complete(snapshot: Path) -> bool:

@@ -37,11 +37,6 @@ class CheckpointLayers(Closeable):
         self._blob = torch.empty(0, dtype=torch.uint8)
 
     @property
-    def is_streamable(self) -> bool:
-        """Whether the checkpoint needs no pack: `WeightReader.is_streamable`."""
-        return self._weights.is_streamable
-
-    @property
     def num_layers(self) -> int:
         """Number of decoder layers."""
         return len(self._skeleton.layers)

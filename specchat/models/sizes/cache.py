@@ -1,8 +1,9 @@
 """A cache of model descriptions and checks: one file each in the cache folder, replaced atomically.
 
-A description depends on the configuration, on the libraries that build the modules, and on specchat's code. The key
-contains the configuration's hash, the libraries' versions, and a number that is raised when specchat's code changes
-descriptions.
+A description depends on the configuration, on the headers of the weight files (a head of its own, a dtype that
+config.json does not name), on the libraries that build the modules, and on specchat's code. The key contains the
+configuration's hash, the files' sizes and times, the libraries' versions, and a number that is raised when specchat's
+code changes descriptions.
 """
 
 import hashlib
@@ -41,7 +42,7 @@ def key_of(source: ModelSource, quant: str) -> str | None:
     """
     try:
         config = (source.path / "config.json").read_bytes()
-        files = _stamps(source.path) if any(word in config for word in _QUANTIZED) else []
+        files = [] if quant == "check" else _stamps(source.path, needed=any(word in config for word in _QUANTIZED))
         facts = [hashlib.sha256(config).hexdigest(), quant, files, SPEC_VERSION, library_versions()]
     except (OSError, ModelError):  # describing the model reports the error
         return None
@@ -100,8 +101,14 @@ def save_check(key: str | None) -> None:
         _drop_oldest(_check_file(key).parent)
 
 
-def _stamps(folder: Path) -> list[tuple[str, int, int]]:
-    found = [(file.name, file.stat()) for file in weight_files(folder)]
+def _stamps(folder: Path, *, needed: bool) -> list[tuple[str, int, int]]:
+    """Return name, size and time of each weight file; empty before a download, unless they are needed."""
+    try:
+        found = [(file.name, file.stat()) for file in weight_files(folder)]
+    except (OSError, ModelError):
+        if needed:
+            raise
+        return []
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
 
 

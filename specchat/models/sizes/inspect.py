@@ -4,15 +4,19 @@ from typing import Any
 
 import torch
 
-from specchat.models.checkpoint.dtypes import short_name
+from specchat.errors import ModelError
+from specchat.models.checkpoint.dtypes import STORED_DTYPES, short_name
+from specchat.models.checkpoint.safetensors import Checkpoint, open_checkpoint
 from specchat.models.hf.config import load_config, max_positions, mlp_size, tiny_config
+from specchat.models.hf.config_values import why_not_built
 from specchat.models.hf.kv_shapes import record_kv_shapes
-from specchat.models.hf.refusals import CANNOT_BUILD, CANNOT_SHRINK, refusing
+from specchat.models.hf.refusals import CANNOT_SHRINK, refusing
 from specchat.models.hf.skeleton import Skeleton, build_skeleton, lookup_embeddings
 from specchat.models.hf.wrappers import wrapper_type
 from specchat.models.quant.modules import quant_linears, segment_names
 from specchat.models.sizes import activations
 from specchat.models.weights.choose_recipe import choose_recipe
+from specchat.models.weights.match import match_checkpoint
 from specchat.models.weights.recipe import apply_recipe
 from specchat.records.model import Activations, Dtype, ModelSource, ModelSpec, ParamSize, Quant
 
@@ -28,17 +32,21 @@ def inspect_model(source: ModelSource, quant: Quant) -> ModelSpec:
         CorruptCheckpointError, UnsupportedModelError: faults that `load_config` and `choose_recipe` report.
         UsageError: a pre-quantized model with another quantization requested.
     """
-    config = load_config(source.path)
-    with refusing(config.model_type, CANNOT_BUILD):
-        skeleton = activations.profiling_skeleton(config)
+    config, checkpoint = load_config(source.path), _checkpoint_here(source)
+    with refusing(config.model_type, why_not_built(config)):
+        if checkpoint is None:
+            skeleton = activations.profiling_skeleton(config)
+        else:
+            skeleton, checkpoint = match_checkpoint(config, checkpoint, activations.profiling_skeleton)
         of_architecture = _measure(config, skeleton)  # before modules are replaced
-    if (recipe := choose_recipe(source, skeleton, quant)) is not None:
+    if (recipe := choose_recipe(source, skeleton, quant, checkpoint)) is not None:
         apply_recipe(skeleton, recipe)
     segments = segment_names(skeleton.model)
     layers_prefix = f"{skeleton.layers_name}."
     return ModelSpec(
         **of_architecture,
         name=source.name,
+        dtype=_checkpoint_dtype(config, checkpoint),
         layer_params=tuple(_param_sizes(layer) for layer in skeleton.layers),
         other_params=tuple(
             _param_size(parameter, name in segments)
@@ -62,7 +70,6 @@ def _measure(config: Any, skeleton: Skeleton) -> dict[str, Any]:
         "mlp_size": mlp_size(config),
         "num_heads": config.num_attention_heads,
         "max_positions": max_positions(config),
-        "dtype": _checkpoint_dtype(config),
         "num_params": sum(p.numel() for p in skeleton.model.parameters()),
         "num_layer_params": sum(p.numel() for layer in skeleton.layers for p in layer.parameters()),
         "buffer_bytes": sum(b.nbytes for b in skeleton.model.buffers()),
@@ -103,5 +110,17 @@ def _param_size(parameter: torch.Tensor, is_segment: bool) -> ParamSize:
     return ParamSize(parameter.numel(), parameter.dtype.itemsize if is_segment else None)
 
 
-def _checkpoint_dtype(config: Any) -> Dtype:
-    return short_name(str(getattr(config, "dtype", None))) or "fp32"
+def _checkpoint_here(source: ModelSource) -> Checkpoint | None:
+    """Return the opened checkpoint; None if not all weights are here, as before a download."""
+    try:
+        return open_checkpoint(source.path)
+    except ModelError:  # loading the model reports the error
+        return None
+
+
+def _checkpoint_dtype(config: Any, checkpoint: Checkpoint | None) -> Dtype:
+    """Return the dtype that config.json names, or else that of the first tensor of real numbers, as transformers."""
+    if getattr(config, "dtype", None) is not None or checkpoint is None:
+        return short_name(str(getattr(config, "dtype", None))) or "fp32"
+    names = (STORED_DTYPES[info.dtype].torch_name for info in checkpoint.tensors.values())
+    return short_name(next((name for name in names if "float" in name), "float32")) or "fp32"

@@ -1,16 +1,20 @@
 """Opening a model's weights: modules, recipe and reader are built once and then passed on."""
 
 from dataclasses import dataclass
+from functools import partial
 
 from specchat.closing import Closeable
 from specchat.models.checkpoint.dtypes import torch_dtype
 from specchat.models.checkpoint.safetensors import Checkpoint, open_checkpoint
 from specchat.models.hf.attention import AttentionFunction
 from specchat.models.hf.config import load_config
+from specchat.models.hf.config_values import why_not_built
 from specchat.models.hf.kv_shapes import record_kv_shapes
+from specchat.models.hf.refusals import refusing
 from specchat.models.hf.skeleton import Skeleton, build_skeleton
 from specchat.models.weights.checkpoint_recipe import CheckpointRecipe
 from specchat.models.weights.choose_recipe import choose_recipe
+from specchat.models.weights.match import match_checkpoint
 from specchat.models.weights.prequantized import PrequantizedFiller
 from specchat.models.weights.quantizing import QuantizingFiller
 from specchat.models.weights.reader import WeightReader
@@ -61,10 +65,12 @@ def open_weights(
         UnsupportedModelError: an architecture or quantization that specchat does not read.
         UsageError: a pre-quantized model with another quantization requested.
     """
-    skeleton = build_skeleton(load_config(source.path), torch_dtype(dtype), attention)
+    config, checkpoint = load_config(source.path), open_checkpoint(source.path)
+    build = partial(build_skeleton, dtype=torch_dtype(dtype), attention=attention)
+    with refusing(config.model_type, why_not_built(config)):
+        skeleton, checkpoint = match_checkpoint(config, checkpoint, build)
     kv_shapes = () if attention is None else record_kv_shapes(skeleton)  # before modules are replaced
-    checkpoint = open_checkpoint(source.path)
-    recipe = choose_recipe(source, skeleton, quant)
+    recipe = choose_recipe(source, skeleton, quant, checkpoint)
     reader = open_reader(skeleton, checkpoint, recipe)
     return ModelWeights(source, dtype, skeleton, checkpoint, recipe, reader, kv_shapes)
 

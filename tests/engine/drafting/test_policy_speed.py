@@ -73,3 +73,49 @@ def test_it_is_never_slower_than_plain_decoding_on_a_busy_machine(name: str):
         speeds = [[each.write(length) for each in simulations] for simulations in (adaptive, plain)]
         share = sum(1 / each for each in speeds[1]) / sum(1 / each for each in speeds[0])
         assert share >= least, (length, share)
+
+
+# --- many texts in one pass ------------------------------------------------------------------------------------------
+
+# Passes wait for layers up to a knee in rows: with one sequence far below, with ten about there.
+SHARED = {
+    "knee at 65 rows": World(lambda rows: max(0.27, 0.0041 * rows), lambda rows: 0.004 + 0.0002 * rows),
+    "knee at 20 rows": World(lambda rows: max(0.27, 0.0135 * rows), lambda rows: 0.004 + 0.0002 * rows),
+    "free rows": World(lambda rows: 0.4, lambda rows: 0.003 + 0.0001 * rows),
+    "resident": World(lambda rows: 0.02 + 0.004 * rows, lambda rows: 0.004 + 0.0001 * rows),
+}
+QUICK = {("knee at 65 rows", 10), ("resident", 4)}
+
+
+@pytest.mark.parametrize(
+    ("name", "num_texts"),
+    [
+        pytest.param(name, num, marks=() if (name, num) in QUICK else pytest.mark.slow)
+        for name in SHARED
+        for num in (1, 4, 10)
+    ],
+)
+def test_it_is_as_fast_as_the_best_fixed_size_for_many_texts(name: str, num_texts: int):
+    """On average over three seeds, from the prediction for a full batch, which is too slow and too flat."""
+    world = SHARED[name]
+    expected = replace(
+        world.expectation(level=1.3, slope=0.7), tokens_per_step=3.0 + num_texts, num_sequences=num_texts
+    )
+    found = []
+    for seed in SEEDS:
+        adaptive = Simulation(world, AdaptivePolicy(128, expected, num_texts), seed, num_texts)
+        others = [Simulation(world, FixedPolicy(nodes), seed, num_texts) for nodes in FIXED]
+        length = 300 * num_texts
+        found.append(adaptive.write(length) / max(other.write(length) for other in others))
+    assert mean(found) >= 0.95, found
+
+
+def test_a_batch_that_grows_and_shrinks_keeps_its_speed():
+    """The policy learns at any number of texts, and uses what it learned at others."""
+    world = SHARED["knee at 65 rows"]
+    expected = replace(world.expectation(level=1.3, slope=0.7), tokens_per_step=13.0, num_sequences=10)
+    policy = AdaptivePolicy(128, expected, 10)
+    for num_texts in (1, 10, 4, 10, 2):
+        adaptive = Simulation(world, policy, 7, num_texts).write(200 * num_texts)
+        others = [Simulation(world, FixedPolicy(nodes), 7, num_texts).write(200 * num_texts) for nodes in FIXED]
+        assert adaptive >= 0.9 * max(others), num_texts

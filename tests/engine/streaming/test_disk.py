@@ -24,7 +24,7 @@ from support.tiny_models import VOCAB, make_config, random_model, save
 from specchat.engine.model import TreeModel
 from specchat.engine.streaming.cpu import MappedStreamer, MixedStreamer, ThreadStreamer
 from specchat.engine.streaming.readers import PackLayerReader, ShardLayerReader, is_unbuffered, open_unbuffered
-from specchat.errors import CorruptCheckpointError
+from specchat.errors import CorruptCheckpointError, ModelError
 from specchat.hardware.disk import evict, resident_share
 from specchat.models.checkpoint.safetensors import open_checkpoint
 from specchat.models.packs.pack import Pack
@@ -129,6 +129,24 @@ def test_any_mixture_of_tiers_gives_the_same_bits(packed: Packed, tiers: list[st
             model.streamer.restart()
     finally:
         model.close()
+
+
+@pytest.mark.parametrize("tier", ["ram", "disk"])
+def test_a_pack_that_is_cut_short_between_passes_is_an_error(tier: str, tmp_path: Path):
+    """A mapped file whose pages are gone would end the process without a word."""
+    with tiny_packs(tmp_path):
+        source, prompt = make_source("llama_tied", tmp_path / "model"), random_prompt(20, VOCAB)
+        pack = make_pack(source)
+        model = load(source, pack, resident=(0,), slots=1, tier=tier)
+        try:
+            hidden(model, prompt)
+            last = pack.layers[4]
+            os.truncate(last.path, last.data_offset + last.nbytes // 2)
+            with pytest.raises(ModelError, match="truncated"):
+                for _ in range(2):  # a slot may hold the last layer of the pass before
+                    hidden(model, prompt)
+        finally:
+            model.close()
 
 
 @pytest.mark.parametrize("small", ["all", "some"])

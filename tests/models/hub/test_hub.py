@@ -102,6 +102,17 @@ def test_demo_needs_no_network(monkeypatch, dead_url, tmp_path):
 # ---------------------------------------------------------------- downloads
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", " "])
+def test_a_line_break_after_a_recorded_commit(hub, tmp_path, end):
+    hub.publish("org/name", MODEL)
+    source = ask("org/name")
+    (record,) = tmp_path.rglob("refs/main")
+    record.write_text(f"{record.read_text()}{end}")
+    assert ask("org/name", offline=True, confirm=refuse) == source
+    assert cached_models() == ["org/name"]
+    assert ask("org/name", confirm=refuse) == source
+
+
 def test_only_needed_files_are_downloaded(hub, tmp_path):
     commit = hub.publish("org/name", MODEL)
     asked, told = [], []
