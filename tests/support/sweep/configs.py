@@ -111,10 +111,11 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     # transformers' own cached text differs from its uncached one once the window is full: the mask ignores the window
     "moshi": {"sliding_window": POSITIONS},
     # heads of the recurrent part fill its width, 128
-    "bamba": {"mamba_n_heads": 4, "mamba_d_head": 32},
+    "bamba": {"mamba_n_heads": 4, "mamba_d_head": 32, "attn_layer_indices": [1]},
     "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_ssm": 128},
-    "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 32},
+    "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 32, "layer_types": ["linear_attention", "full_attention"]},
     "mamba2": {"num_heads": 4, "head_dim": 32},
+    "nemotron_h": {"n_groups": 2},
     # kinds of attention in a form of its own
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     # no field of its class
