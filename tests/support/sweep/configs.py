@@ -86,6 +86,7 @@ _RELEASED: dict[str, dict[str, Any]] = {
         "deepstack_layer_map": [[-2, 9], [-1, 6]],
         "downsample_rate": "1/2",
     },
+    "granitemoehybrid": {"layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 8},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
     "hunyuan_vl_text": {"head_dim": 128, "rope_parameters": _ROPE | {"mrope_section": [16, 16, 16, 16]}},
@@ -113,7 +114,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     # heads of the recurrent part fill its width, 128
     "bamba": {"mamba_n_heads": 4, "mamba_d_head": 32, "attn_layer_indices": [1]},
     "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_ssm": 128},
-    "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 32, "layer_types": ["linear_attention", "full_attention"]},
+    "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 32},
     "mamba2": {"num_heads": 4, "head_dim": 32},
     "nemotron_h": {"n_groups": 2},
     # kinds of attention in a form of its own
