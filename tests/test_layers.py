@@ -46,7 +46,8 @@ FOLDERS = {
     ],
     "engine": [
         {"layout", "linear", "sampling", "streaming", "tree"},
-        {"attention", "kv_cache", "requests", "sequence"},
+        {"attention", "recurrent", "requests", "sequence"},
+        {"kv_cache"},
         {"model"},
         {"drafting", "loading", "selfcheck", "stats", "walk"},
         {"engine"},

@@ -33,6 +33,7 @@ class Generator(Protocol):
         stop_ids: frozenset[int],
         max_tokens: int | None = None,
         cancel: Event | None = None,
+        restore_at: Sequence[int] = (),
     ) -> Iterator[Step]:
         """Generate tokens after a prompt, one step at a time; see `Engine.generate`."""
 

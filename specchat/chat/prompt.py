@@ -1,15 +1,53 @@
-"""Prompts of a chat: what must hold before a model is asked."""
+"""Prompts of a chat: what must hold before a model is asked, and what the chat template renders."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from specchat.chat.reasoning import ThinkTags
+from specchat.chat.state import Exchange
 from specchat.errors import EmptyPromptError, UsageError
 from specchat.records.chat import Message
 
 if TYPE_CHECKING:
     from specchat.models.hf.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The prompt of an answer.
+
+    Attributes:
+        before: exchanges before the question.
+        question: message of the user.
+        so_far: answer to continue, or None.
+        text: prompt as rendered by the chat template.
+        ids: token ids of `text`.
+        ending_ids: token ids that ask for an answer, at the end of `ids`; empty if the prompt ends otherwise.
+    """
+
+    before: tuple[Exchange, ...]
+    question: str
+    so_far: Message | None
+    text: str
+    ids: list[int]
+    ending_ids: Sequence[int] = ()
+
+    @property
+    def restore_at(self) -> tuple[int, ...]:
+        """Lengths of the prompt at which a later prompt may differ: templates may end the next history there."""
+        num_ending = len(self.ending_ids)
+        ends_so = 0 < num_ending < len(self.ids) and self.ids[-num_ending:] == list(self.ending_ids)
+        return (len(self.ids) - num_ending,) if ends_so else ()
+
+    def think_tags(self) -> ThinkTags:
+        """Return a parser for models without one of their own, in the state in which the prompt ends."""
+        if self.so_far is not None:
+            is_thinking = not self.so_far.content and bool(self.so_far.reasoning)
+            return ThinkTags(opened=is_thinking, begun=not is_thinking)
+        return ThinkTags(opened=self.text.rstrip().endswith("<think>"))
 
 
 def check_has_template(tokenizer: Tokenizer, *, base: bool) -> None:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from threading import Event
 from typing import TYPE_CHECKING, Literal
 
 from specchat.chat.answer import Answer, Delta, Turn
 from specchat.chat.generator import Generator
-from specchat.chat.prompt import check_has_template, check_text, running_text
-from specchat.chat.reasoning import Parts, PlainText, ThinkTags
+from specchat.chat.prompt import Prompt, check_has_template, check_text, running_text
+from specchat.chat.reasoning import Parts, PlainText
 from specchat.chat.settings import parse_value, shown_values
 from specchat.chat.state import (
     Answered,
@@ -48,25 +48,6 @@ if TYPE_CHECKING:
 CONTEXT_WARNING = 0.8
 # With "drop-oldest", 1/4 of the context is kept free for the answer.
 _ANSWER_SHARE = 4
-
-
-@dataclass(frozen=True)
-class _Prompt:
-    """The prompt of an answer.
-
-    Attributes:
-        before: exchanges before the question.
-        question: message of the user.
-        so_far: answer to continue, or None.
-        text: prompt as rendered by the chat template.
-        ids: token ids of `text`.
-    """
-
-    before: tuple[Exchange, ...]
-    question: str
-    so_far: Message | None
-    text: str
-    ids: list[int]
 
 
 class ChatSession:
@@ -358,7 +339,12 @@ class ChatSession:
         answer = self._begin(prompt, submitted)
         sampling = self._state.sampling_of(attempt)
         steps = self.engine.generate(
-            prompt.ids, sampling, stop_ids=self._stop_ids, max_tokens=self._state.max_tokens, cancel=cancel
+            prompt.ids,
+            sampling,
+            stop_ids=self._stop_ids,
+            max_tokens=self._state.max_tokens,
+            cancel=cancel,
+            restore_at=prompt.restore_at,
         )
         with closing(steps):  # type: ignore[type-var]  # a generator, whose `close` typing.Iterator does not know
             for step in steps:
@@ -385,13 +371,20 @@ class ChatSession:
         room = min(room, self._state.max_tokens or room)
         return self._state.overflow == "drop-oldest" and num_prompt_tokens + room > self.ctx
 
-    def _prompt(self, before: tuple[Exchange, ...], question: str, so_far: Message | None) -> _Prompt:
+    def _prompt(self, before: tuple[Exchange, ...], question: str, so_far: Message | None) -> Prompt:
         messages = [*ChatState(before).messages, Message("user", question)]
-        text = self._text(messages, "answer") if so_far is None else self._text([*messages, so_far], "continue")
-        ids = self._encode(text)
+        if so_far is not None:
+            return self._encoded(Prompt(before, question, so_far, self._text([*messages, so_far], "continue"), []))
+        text, history = self._text(messages, "answer"), self._text(messages, "none")
+        ending = text.removeprefix(history) if text.startswith(history) else ""
+        ending_ids = self._encode(ending) if ending else ()
+        return self._encoded(Prompt(before, question, so_far, text, [], ending_ids))
+
+    def _encoded(self, prompt: Prompt) -> Prompt:
+        ids = self._encode(prompt.text)
         if not ids:
             raise EmptyPromptError("the model's tokenizer makes no tokens of the prompt")
-        return _Prompt(before, question, so_far, text, ids)
+        return replace(prompt, ids=ids)
 
     def _text(self, messages: Sequence[Message], ending: Literal["answer", "continue", "none"]) -> str:
         if self._base:
@@ -402,9 +395,9 @@ class ChatSession:
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=self._base)
 
-    def _begin(self, prompt: _Prompt, submitted: float) -> Answer:
+    def _begin(self, prompt: Prompt, submitted: float) -> Answer:
         parser = None if self._base else self._tokenizer.response_parser(prompt.text)
-        tags = PlainText() if self._base else _think_tags(prompt)
+        tags = PlainText() if self._base else prompt.think_tags()
         return Answer(
             detokenizer=Detokenizer(self._tokenizer, skip_special_tokens=parser is None),
             parts=Parts(parser or tags, continuing=prompt.so_far is not None),
@@ -413,7 +406,7 @@ class ChatSession:
             submitted=submitted,
         )
 
-    def _turn(self, answer: Answer, prompt: _Prompt) -> Turn:
+    def _turn(self, answer: Answer, prompt: Prompt) -> Turn:
         assert answer.finish_reason is not None, "the engine's last step names a finish reason"
         so_far = prompt.so_far or Message("assistant", "")
         reasoning = (so_far.reasoning or "") + answer.text("reasoning")
@@ -426,11 +419,3 @@ class ChatSession:
             speculation=answer.speculation(self.engine.plan.work.tree_budget),
             memory=self.engine.memory(),
         )
-
-
-def _think_tags(prompt: _Prompt) -> ThinkTags:
-    """Return a parser for models without one of their own, in the state in which the prompt ends."""
-    if prompt.so_far is not None:
-        is_thinking = not prompt.so_far.content and bool(prompt.so_far.reasoning)
-        return ThinkTags(opened=is_thinking, begun=not is_thinking)
-    return ThinkTags(opened=prompt.text.rstrip().endswith("<think>"))

@@ -24,6 +24,7 @@ from specchat.engine.drafting.policy import AdaptivePolicy, DraftPolicy, FixedPo
 from specchat.engine.layout import PassLayout, RowLayout
 from specchat.engine.loading import load_model
 from specchat.engine.model import PassCancelledError, TreeModel
+from specchat.engine.recurrent.restore import marks_of_prompt
 from specchat.engine.requests import RequestQueue
 from specchat.engine.sampling import Sampler, ScoresNotFiniteError
 from specchat.engine.sequence import TokenSequence
@@ -123,6 +124,7 @@ class Engine(Closeable):
         stop_ids: frozenset[int],
         max_tokens: int | None = None,
         cancel: threading.Event | None = None,
+        restore_at: Sequence[int] = (),
     ) -> Iterator[Step]:
         """Yield the tokens that the target alone would write after `prompt_ids`, one step at a time.
 
@@ -135,6 +137,7 @@ class Engine(Closeable):
             stop_ids: token ids that end the answer; the stop token is the answer's last token.
             max_tokens: most tokens of the answer; None for no limit but the context.
             cancel: event that stops the current pass between two layers and discards its work.
+            restore_at: lengths of the prompt at which a later prompt may differ, besides its end.
 
         Yields:
             Steps; the last one has a finish_reason, and an interrupted one has no tokens.
@@ -145,7 +148,7 @@ class Engine(Closeable):
             BrokenScoresError: the target computes NaN or infinity.
             UnsupportedModelError: the modules cannot compute with the values of config.json.
         """
-        request = Request(tuple(prompt_ids), sampling, stop_ids, max_tokens)
+        request = Request(tuple(prompt_ids), sampling, stop_ids, max_tokens, restore_at=tuple(restore_at))
         for _, step in self._answer([request], 1, cancel):
             if step.error is not None:
                 raise step.error
@@ -275,8 +278,7 @@ class Engine(Closeable):
         """Return the sequence of a request, in a seat that keeps the rows that the prompt shares with it."""
         tokens = list(request.prompt_ids)
         assert tokens, "empty prompts are refused before"
-        # The prompt's last token is always computed again: its hidden state is not kept.
-        self._truncate(seat, min(common_prefix(self._held[seat], tokens), len(tokens) - 1))
+        self._reuse_prefix(seat, tokens, request.restore_at)
         ctx, num_seats = self.plan.work.ctx, self.plan.work.seats
         limit = len(tokens) + (request.max_tokens if request.max_tokens is not None else ctx)
         return TokenSequence(
@@ -290,6 +292,21 @@ class Engine(Closeable):
             length_reason="length" if limit <= ctx else "context",
             cancel=request.cancel,
         )
+
+    def _reuse_prefix(self, seat: int, tokens: Sequence[int], restore_at: Sequence[int]) -> None:
+        """Keep a seat's rows that the new prompt shares; recurrent layers can only return to restore points.
+
+        The prompt's last token is always computed again: its hidden state is not kept. A point is saved at the end of
+        the last answer if the new prompt continues it, and others while the new prompt is read.
+        """
+        held = self._held[seat]
+        shared = min(common_prefix(held, tokens), len(tokens) - 1)
+        if shared == len(held):
+            self._target.cache.save(seat)
+        self._truncate(seat, shared)
+        marks = marks_of_prompt(len(held), len(tokens), restore_at)
+        for model in (self._target, *self._drafter.models):
+            model.cache.mark(seat, marks)
 
     def _truncate(self, seat: int, length: int) -> None:
         """Drop a seat's tokens beyond `length`, and uncommitted rows of a failed pass."""
@@ -435,5 +452,5 @@ def _load_drafter(plan: Plan, draft: ModelWeights, pack: Pack | None) -> Drafter
     work = replace(plan.work, host_embeddings=False)
     num_layers = len(draft.skeleton.layers)
     placement = Placement(num_layers, tuple(range(num_layers)))
-    model = load_model(draft, work, placement, cache_rows=work.ctx + work.draft_rows, pack=pack)
+    model = load_model(draft, work, placement, cache_rows=work.ctx + work.draft_rows, pack=pack, grows=True)
     return ModelDrafter(model, max_rows=work.draft_rows, max_context=model.max_positions)

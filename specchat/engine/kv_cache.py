@@ -1,7 +1,7 @@
 """The KV cache, in buffers allocated once: a pass appends rows of several sequences, and accepted rows are kept.
 
 Each sequence has a seat: a region of every layer's buffer. A layer's cache is asked seat by seat, so layers that keep
-something else than rows (recurrent states) can take the place of `LayerKv`:
+something else than rows can take the place of `LayerKv`:
 
 - `append(layout, keys, values)` stores the rows of `layout.current`, each part's rows in its own seat.
 - `keep(seat, base, rows, index)` commits `base` rows and then the given ones, the accepted path of a tree.
@@ -10,15 +10,17 @@ something else than rows (recurrent states) can take the place of `LayerKv`:
   back to the smallest length, so nobody may assume that a committed prefix can be cut anywhere for free.
 - `wipe(seat, length)` also removes every trace of NaN in the rows dropped.
 
-The buffers are plain tensors; `models.hf.attention` presents them to transformers as its cache.
+The buffers are plain tensors; `models.hf.attention` presents them to transformers as its cache. Recurrent layers keep a
+running state instead of rows, or beside them; `RecurrentCache` holds the states of all of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from specchat.engine.layout import PassLayout
+from specchat.engine.recurrent.cache import LayerStates, RecurrentCache
 from specchat.records.limits import padded_rows
 from specchat.records.model import KvShape
 
@@ -110,33 +112,87 @@ class TreeCache:
     """The caches of all layers, whose seats have equal lengths between passes.
 
     Args:
-        shapes: KV shape of each layer.
+        shapes: shape of what each layer caches.
         capacity: number of rows that a seat must hold; rounded up to the alignment.
         dtype: dtype of keys and values.
         device: device of the buffers.
         seats: number of sequences.
+        tree_rows: most rows of a tree, which recurrent layers stash.
+        grows: whether trees grow over several passes, as a draft's trees do.
+        num_points: most restore points of recurrent layers.
+
+    Attributes:
+        recurrent: states of the recurrent layers; None without any.
+        max_tree_rows: most rows of a tree.
     """
 
     def __init__(
-        self, shapes: Sequence[KvShape], capacity: int, dtype: torch.dtype, device: torch.device, seats: int = 1
+        self,
+        shapes: Sequence[KvShape],
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        seats: int = 1,
+        *,
+        tree_rows: int = 0,
+        grows: bool = False,
+        num_points: int = 0,
     ) -> None:
         self.capacity = padded_rows(capacity)
         self.seats = seats
         self.device = device
         self.layers = [LayerKv(shape, seats, self.capacity, dtype, device) for shape in shapes]
+        self.recurrent: RecurrentCache | None = None
+        self.max_tree_rows = self.capacity
+        states = [shape.state for shape in shapes]
+        if any(states):
+            self.max_tree_rows = tree_rows
+            self.recurrent = RecurrentCache(
+                states, tree_rows, seats=seats, grows=grows, num_points=num_points, dtype=dtype, device=device
+            )
+        with_rows = [layer for layer, shape in zip(self.layers, shapes, strict=True) if shape.heads]
+        self._measure: LayerKv | RecurrentCache = with_rows[0] if with_rows else self.recurrent or self.layers[0]
+
+    @property
+    def states(self) -> list[LayerStates | None]:
+        """States of each layer; None for layers without a state."""
+        return [None] * len(self.layers) if self.recurrent is None else self.recurrent.layers
 
     @property
     def lengths(self) -> list[int]:
         """Number of rows held in each seat."""
-        return list(self.layers[0].lengths)
+        return list(self._measure.lengths)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers."""
-        return sum(layer.nbytes for layer in self.layers)
+        """Bytes of all buffers, without restore points, which lie in host memory."""
+        rows = sum(layer.nbytes for layer in self.layers)
+        return rows + (0 if self.recurrent is None else self.recurrent.nbytes)
+
+    def begin(self, layout: PassLayout) -> None:
+        """Begin a pass over the rows of a layout."""
+        if self.recurrent is not None:
+            self.recurrent.begin(layout)
+
+    def end(self) -> None:
+        """End a pass that has computed all layers."""
+        if self.recurrent is not None:
+            self.recurrent.end()
+
+    def mark(self, seat: int, lengths: Iterable[int]) -> None:
+        """Set the lengths at which a seat's next rows in sequence leave restore points of recurrent layers."""
+        if self.recurrent is not None:
+            self.recurrent.mark(seat, lengths)
+
+    def save(self, seat: int) -> None:
+        """Save a restore point of recurrent layers at a seat's current length."""
+        if self.recurrent is not None:
+            self.recurrent.save(seat)
 
     def keep(self, seat: int, base: int, rows: Sequence[int]) -> None:
         """Keep a seat's first `base` rows and then the given rows, in order; drop all others."""
+        if self.recurrent is not None:
+            self.recurrent.keep(seat, base, rows)
         index = None
         if list(rows) != list(range(base, base + len(rows))):  # else already in place, as for a tree without branches
             offset = seat * self.capacity
@@ -146,6 +202,8 @@ class TreeCache:
 
     def wipe(self, seat: int, length: int) -> None:
         """Forget a seat's rows from `length` on and zero them, after a pass that stored NaN or infinity."""
+        if self.recurrent is not None:
+            self.recurrent.truncate(seat, length)
         for layer in self.layers:
             layer.wipe(seat, length)
 
@@ -155,6 +213,8 @@ class TreeCache:
         Returns:
             Rows left, equal in all layers; `length`, or less if a layer cannot go back to `length` itself.
         """
+        if self.recurrent is not None:
+            length = self.recurrent.truncate(seat, length)
         while (reached := min(layer.truncate(seat, length) for layer in self.layers)) < length:
             length = reached
         return length

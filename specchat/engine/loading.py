@@ -26,6 +26,7 @@ from specchat.models.packs.verify import ChunkVerifier
 from specchat.models.weights.layout import LayerLayout, bind
 from specchat.models.weights.open import ModelWeights
 from specchat.models.weights.reader import WeightReader
+from specchat.records.limits import restore_points
 from specchat.records.plan import Placement, Workload
 
 
@@ -35,6 +36,8 @@ def load_model(
     placement: Placement,
     *,
     cache_rows: int,
+    tree_rows: int | None = None,
+    grows: bool = False,
     pack: Pack | None = None,
     warn: Callable[[str], None] = lambda _: None,
 ) -> TreeModel:
@@ -45,6 +48,8 @@ def load_model(
         work: device, dtype and rows of passes.
         placement: tiers of the layers, and the number of slots.
         cache_rows: rows that each seat of the KV cache must hold.
+        tree_rows: rows among them that a tree may take; None for all beyond the context.
+        grows: whether trees grow over several passes, as a draft's trees do.
         pack: pack to read layers from; None reads the checkpoint's own files.
         warn: receives one-line warnings about refused memory pinning and its cost.
     """
@@ -61,7 +66,16 @@ def load_model(
             blob = torch.zeros(layout.nbytes, dtype=torch.uint8)
             read_layer(index, layout, blob)
             bind(layers[index], layout.views(blob.to(device)))
-        cache = TreeCache(weights.kv_shapes, cache_rows, dtype, device, work.seats)
+        cache = TreeCache(
+            weights.kv_shapes,
+            cache_rows,
+            dtype,
+            device,
+            work.seats,
+            tree_rows=cache_rows - work.ctx if tree_rows is None else tree_rows,
+            grows=grows,
+            num_points=restore_points(work.seats),
+        )
         if device.type == "cpu":
             use_fast_matmuls(skeleton.model)
         streamer: LayerStreamer = NoStreamer()
@@ -86,7 +100,7 @@ def _pack_reader(weights: ModelWeights, pack: Pack) -> WeightReader:
     """Return the reader of a pack, after checking the pack's tensors outside the layers."""
     weights.close()
     pack.rest_checkpoint()
-    return WeightReader(weights.skeleton, pack.checkpoint(), is_pack=True)
+    return WeightReader(weights.skeleton, pack.checkpoint())
 
 
 def _read_layer(

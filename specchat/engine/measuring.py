@@ -87,6 +87,8 @@ def drop_prefetched(engine: Engine) -> None:
 def measure_pass(engine: Engine, num_rows: int, seed: int = 0) -> PassTime:
     """Time one pass over random tokens: one committed token and a binary tree below it, with nothing read ahead.
 
+    Recurrent layers of an engine without trees have no room for nodes. Then all tokens are committed ones.
+
     Args:
         engine: engine whose target runs the pass; its caches are emptied.
         num_rows: rows of the pass, root included.
@@ -95,8 +97,12 @@ def measure_pass(engine: Engine, num_rows: int, seed: int = 0) -> PassTime:
     engine.forget()
     target = engine.target
     tokens = torch.randint(0, target.vocab_size, (num_rows,), generator=torch.Generator().manual_seed(seed)).tolist()
-    tree = TokenTree(tuple(tokens[1:]), tuple(ROOT if i < 2 else i // 2 - 1 for i in range(num_rows - 1)))
-    layout = RowLayout(0, 1, tree.ancestors.to(target.device), torch.tensor((0, *tree.depths), device=target.device))
+    num_nodes = num_rows - 1 if num_rows - 1 <= target.cache.max_tree_rows else 0
+    num_linear = num_rows - num_nodes
+    tree = TokenTree(tuple(tokens[num_linear:]), tuple(ROOT if i < 2 else i // 2 - 1 for i in range(num_nodes)))
+    positions = [*range(num_linear), *(num_linear - 1 + depth for depth in tree.depths)]
+    ancestors = tree.ancestors.to(target.device)
+    layout = RowLayout(0, num_linear, ancestors, torch.tensor(positions, device=target.device))
     before = target.streamer.counters()
     begin = time.perf_counter()
     target.streamer.restart()

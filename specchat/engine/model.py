@@ -21,6 +21,8 @@ from specchat.engine.layout import PassLayout, linear_layout
 from specchat.engine.streaming.base import LayerStreamer
 from specchat.models.hf.attention import cache_for, row_scope
 from specchat.models.hf.config import max_positions
+from specchat.models.hf.hybrids import layer_kinds
+from specchat.models.hf.mixers import bind_mixers
 from specchat.models.hf.skeleton import Skeleton
 from specchat.models.quant.modules import quant_linears
 
@@ -60,7 +62,8 @@ class TreeModel:
         self.streamer = streamer
         self.device = device
         self.vocab_size: int = skeleton.config.vocab_size
-        self._hf_cache = cache_for(cache.layers, lambda: self._layout)
+        self._hf_cache = cache_for(cache.layers, lambda: self._layout, layer_kinds(skeleton.config))
+        bind_mixers(skeleton.layers, cache.states)
         self._chunk_rows = chunk_rows
         self._layout: PassLayout | None = None
         self._token_ids: Tensor | None = None
@@ -116,9 +119,12 @@ class TreeModel:
         lengths = self.cache.lengths
         self._layout, self._cancel, self.layers_done = layout, cancel, 0
         ids = self._token_ids = torch.tensor(token_ids, dtype=torch.int64)
+        self.cache.begin(layout)
         try:
             with row_scope(partial(PassMask, layout, self.cache.capacity)):
-                return self.skeleton.hidden(ids.to(self.device), layout.positions, self._hf_cache)
+                hidden = self.skeleton.hidden(ids.to(self.device), layout.positions, self._hf_cache)
+            self.cache.end()
+            return hidden
         except BaseException:
             for seat, length in enumerate(lengths):
                 self.cache.truncate(seat, length)
@@ -160,7 +166,7 @@ class TreeModel:
 
     def _run_layer(
         self, index: int, streamed: bool, forward: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any
-    ) -> Tensor:
+    ) -> Any:
         self.layers_done = index
         if self._cancel is not None and self._cancel.is_set():
             raise PassCancelledError
@@ -173,32 +179,30 @@ class TreeModel:
 
     def _run_chunks(
         self, forward: Callable[..., Any], hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Tensor:
-        """Run one layer over all rows [..., S, hidden], chunk by chunk; each chunk attends to the chunks before it."""
+    ) -> Any:
+        """Run one layer over all rows [..., S, hidden], chunk by chunk; each chunk attends to the chunks before it.
+
+        The result has the form that the layer returns: hidden states, or a tuple that begins with them.
+        """
         assert self._layout is not None
         num_rows = hidden.shape[-2]
         if num_rows <= self._chunk_rows:
             self._layout.select(0, num_rows)
-            return _first(forward(hidden, *args, **kwargs))
+            return forward(hidden, *args, **kwargs)
         out = torch.empty_like(hidden)
         for begin in range(0, num_rows, self._chunk_rows):
             end = min(begin + self._chunk_rows, num_rows)
             self._layout.select(begin, end)
             rows = partial(_rows, num_rows=num_rows, begin=begin, end=end)
             cut_kwargs = {name: rows(value) for name, value in kwargs.items()}
-            out[..., begin:end, :] = _first(forward(hidden[..., begin:end, :], *map(rows, args), **cut_kwargs))
-        return out
+            given = forward(hidden[..., begin:end, :], *map(rows, args), **cut_kwargs)
+            out[..., begin:end, :] = given[0] if isinstance(given, tuple) else given
+        return (out, *given[1:]) if isinstance(given, tuple) else out
 
 
 def _tensors(module: Any) -> Iterator[Tensor]:
     yield from module.parameters()
     yield from module.buffers()
-
-
-def _first(output: Any) -> Tensor:
-    """Return a layer's hidden states; some architectures return a tuple that begins with them."""
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
 
 
 def _rows(value: Any, num_rows: int, begin: int, end: int) -> Any:

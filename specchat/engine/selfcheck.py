@@ -1,8 +1,9 @@
 """Check of an architecture before its weights are read: tree scores must equal plain scores.
 
-A tiny random model with the same configuration runs a small tree through specchat's attention and cache, in a pass with
-another sequence before it. It also runs every path of the tree, and the other sequence, through its own eager attention
-without a cache. A change in transformers or an unusual architecture then leads to an error instead of wrong text.
+A tiny random model with the same configuration runs a small tree through specchat's attention, scans and cache, in a
+pass with another sequence before it. Then it keeps a path and reads one more token. It also runs every path of the
+tree, and the other sequence, through its own modules without a cache. A change in transformers or an unusual
+architecture then leads to an error instead of wrong text.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ _OTHER_ROWS = 9  # rows of the other sequence: chunks end within both
 _CHUNK_ROWS = 7
 _MOST_PARAMS = 1 << 30  # the tiny Phi 4 Multimodal keeps its encoders
 _TOLERANCE = 2e-3  # float32 rounding is near 1e-6 of the largest score; a wrong mask is near 1
+_NEXT_TOKEN = 17
 _TREE = TokenTree(tokens=(5, 9, 11, 7, 5, 13), parents=(ROOT, ROOT, 0, 0, 2, 4))
 
 
@@ -67,10 +69,13 @@ def _largest_error(config: Any) -> float:
             torch.randint(0, skeleton.config.vocab_size, (rows,), generator=generator).tolist()
             for rows in (_PROMPT_ROWS, _OTHER_ROWS)
         )
-        expected = [plain(torch.tensor(prompt + [_TREE.tokens[n] for n in path]))[_PROMPT_ROWS - 1 :] for path in paths]
-        expected.append(plain(torch.tensor(other)))
-        others, ours = _scores(skeleton, other, prompt).split([_OTHER_ROWS, 1 + len(_TREE)])
+        texts = [prompt + [_TREE.tokens[node] for node in path] for path in paths]
+        texts[-1].append(_NEXT_TOKEN)
+        expected = [*(plain(torch.tensor(text))[_PROMPT_ROWS - 1 :] for text in texts), plain(torch.tensor(other))]
+        scores = _scores(skeleton, other, prompt, paths[-1])
+        others, ours, of_next = scores.split([_OTHER_ROWS, 1 + len(_TREE), 1])
     found = [*(ours[[0, *(n + 1 for n in path)]] for path in paths), others]
+    found[-2] = torch.cat([found[-2], of_next])
     error = max(float((each - theirs).abs().max()) for each, theirs in zip(found, expected, strict=True))
     return error / max(1.0, *(float(theirs.abs().max()) for theirs in expected))
 
@@ -88,16 +93,23 @@ def _check_is_tiny(config: Any) -> None:
         raise UnsupportedModelError(f"'{config.model_type}' {CANNOT_SHRINK}", HINT)
 
 
-def _scores(skeleton: Skeleton, other: list[int], prompt: list[int]) -> Tensor:
-    """Return the scores of another sequence, of the root and of all nodes, [others + 1 + N, V], from one pass."""
-    cpu = torch.device("cpu")
-    cache = TreeCache(record_kv_shapes(skeleton), len(prompt) + len(_TREE), torch.float32, cpu, seats=2)
+def _scores(skeleton: Skeleton, other: list[int], prompt: list[int], path: list[int]) -> Tensor:
+    """Return the scores of another sequence, of the root and of all nodes, [others + 1 + N, V], from one pass.
+
+    The last row, [1, V], is that of a token after a path that is kept.
+    """
+    cpu, num_nodes = torch.device("cpu"), len(_TREE)
+    cache = TreeCache(
+        record_kv_shapes(skeleton), len(prompt) + num_nodes, torch.float32, cpu, seats=2, tree_rows=num_nodes
+    )
     model = TreeModel(skeleton, cache, NoStreamer(), (), _CHUNK_ROWS, cpu)
     positions = [*range(len(prompt)), *(len(prompt) - 1 + depth for depth in _TREE.depths)]
     tree_rows = RowLayout(0, len(prompt), _TREE.ancestors, torch.tensor(positions))
     layout = PassLayout([(1, linear_layout(0, len(other), cpu)), (0, tree_rows)])
     hidden = model.forward([*other, *prompt, *_TREE.tokens], layout)
-    return model.logits(torch.cat([hidden[: len(other)], hidden[len(other) + len(prompt) - 1 :]]))
+    cache.keep(0, len(prompt), [len(prompt) + node for node in path])
+    following = model.append([_NEXT_TOKEN])
+    return model.logits(torch.cat([hidden[: len(other)], hidden[len(other) + len(prompt) - 1 :], following]))
 
 
 def _path(node: int) -> list[int]:

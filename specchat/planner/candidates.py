@@ -22,6 +22,7 @@ from specchat.planner.memory import (
 )
 from specchat.planner.placement import TierSizes, among, interleaved, placement_options, usable_ram
 from specchat.planner.request import EXACT_BYTES, PlanInputs, PlanRequest
+from specchat.planner.states import restore_items
 from specchat.records.model import DTYPE_BYTES, LOWER_QUANTS, Dtype, ModelSpec
 from specchat.records.plan import Placement, Plan, PlanChoices, Workload
 from specchat.units import GIB, MIB, format_bytes
@@ -84,7 +85,10 @@ class Candidate:
         sizes = {i: size for i, size in enumerate(all_sizes) if i not in kept}
         in_ram = among(sizes, self.sizes.num_in_ram)
         placement = Placement(target.num_layers, resident, in_ram, self.slots)
+        points = restore_items(target, draft, work)
         host_bytes = _host_bytes(sizes, in_ram, self.slots) + host_embedding_bytes(target, work)
+        host_bytes += sum(item.bytes for item in points)
+        beside_layers = (*host_embeddings(target, work), *points)
         return Plan(
             target=target.name,
             draft=None if draft is None else draft.name,
@@ -99,7 +103,7 @@ class Candidate:
             draft_quant="none" if draft is None else draft.quant,
             text_only=target.text_only,
             lowered_from=target.dtype if choices.quant == "auto" and target.quant in LOWER_QUANTS else None,
-            host_ledger=build_host_ledger(sizes, in_ram, self.slots, machine.device, host_embeddings(target, work)),
+            host_ledger=build_host_ledger(sizes, in_ram, self.slots, machine.device, beside_layers),
             expected=self.model.expectation(self.sizes, work.tree_budget) if self.adaptive else None,
         )
 
@@ -220,7 +224,7 @@ class Candidates:
         variants = self._workload_variants(draft, work)
         for index, split in self._options.split([self._vram_bytes - other_bytes for _, other_bytes in variants]):
             variant, other_bytes = variants[index]
-            sizes = self._options.place(split, self._host_budget(variant, other_bytes + split.num_bytes))
+            sizes = self._options.place(split, self._host_budget(draft, variant, other_bytes + split.num_bytes))
             per_s = model.tok_per_s(sizes, variant.tree_budget, adaptive=adaptive)
             yield Candidate(self._target, draft, variant, sizes, self._vram_bytes, per_s, adaptive, model)
 
@@ -256,10 +260,14 @@ class Candidates:
     def _workload(self, ctx: int, tree_budget: int) -> Workload:
         return _workload(self._dtype, ctx, tree_budget, self._inputs.machine.device, self._choices.seats)
 
-    def _host_budget(self, work: Workload, device_bytes: int) -> int:
-        """Return the host memory left for streamed layers, after host embeddings or, on a CPU, all other memory."""
+    def _host_budget(self, draft: ModelSpec | None, work: Workload, device_bytes: int) -> int:
+        """Return the host memory left for streamed layers.
+
+        Host embeddings and restore points are taken first and, on a CPU, all other memory.
+        """
         on_cpu = self._inputs.machine.device == "cpu"
         taken = device_bytes if on_cpu else host_embedding_bytes(self._target, work)
+        taken += sum(item.bytes for item in restore_items(self._target, draft, work))
         available = max(self._usable_ram - taken, 0)
         return available if self._choices.ram_bytes is None else min(available, self._choices.ram_bytes)
 

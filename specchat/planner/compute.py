@@ -110,9 +110,11 @@ class ComputeTimes:
 
     @cached_property
     def _attention_weights(self) -> float:
-        """Attention to the keys of a short chat, expressed as a number of weights."""
-        dims = max((shape.key_dim + shape.value_dim for shape in self._spec.kv_shapes), default=0)
-        return float(self._spec.num_heads * dims * _KEYS)
+        """Attention to the keys of a short chat, expressed as a number of weights of an average layer."""
+        shapes = self._spec.kv_shapes
+        dims = max((shape.key_dim + shape.value_dim for shape in shapes), default=0)
+        recurrent = sum(shape.state is not None and not shape.heads for shape in shapes)
+        return float(self._spec.num_heads * dims * _KEYS) * (1 - recurrent / max(len(shapes), 1))
 
     @cached_property
     def _head_weights(self) -> float:

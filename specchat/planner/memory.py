@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from specchat.models.sizes.geometry import dequantize_bytes, layer_sizes
+from specchat.planner.states import draft_state_bytes, state_items
 from specchat.records.limits import (
     DRAFT_BRANCH,
     DRAWING_BYTES,
@@ -62,11 +63,14 @@ def build_ledger(
         LedgerItem("slots", placement.slots * slot_bytes),
         _outside_layers(target, work),
         LedgerItem("KV cache", _kv_bytes(target, work, work.tree_budget)),
+        *state_items(target, work),
     ]
     if draft is not None:
         layers = sum(layer_sizes(draft, work.dtype))
         items.append(LedgerItem("draft", layers + _other_bytes(draft, work.dtype)))
         items.append(LedgerItem("draft KV cache", _kv_bytes(draft, work, work.draft_rows)))
+        if states := draft_state_bytes(draft, work):
+            items.append(LedgerItem("draft states", states))
     models = [target] if draft is None else [target, draft]
     if dequantized := sum(dequantize_bytes(spec, work.dtype, work.device) for spec in models):
         items.append(LedgerItem("dequantized pieces", dequantized))
@@ -93,6 +97,7 @@ def bytes_beside_layers(target: ModelSpec, draft: ModelSpec | None, work: Worklo
 def _target_needs(target: ModelSpec, work: Workload) -> tuple[int, int, int]:
     """Return permanent bytes, and peak workspace bytes of the longest first step and of later steps."""
     kept = _outside_layers(target, work).bytes + _kv_bytes(target, work, work.tree_budget)
+    kept += sum(item.bytes for item in state_items(target, work))
     first, later = _target_passes(target, work)
     ancestors = _ancestors_bytes(work)
     walk_bytes = _walking_bytes(target, work)
@@ -108,6 +113,7 @@ def _draft_needs(draft: ModelSpec, work: Workload) -> tuple[int, int, int]:
     """Return the figures of `_target_needs` for a draft; cached separately, because one draft serves many targets."""
     layers = sum(layer_sizes(draft, work.dtype))
     kept = layers + _other_bytes(draft, work.dtype) + _kv_bytes(draft, work, work.draft_rows)
+    kept += draft_state_bytes(draft, work)
     return (
         kept + dequantize_bytes(draft, work.dtype, work.device),
         _drafting_bytes(draft, work, reading=work.ctx + work.seats - 1),
@@ -116,7 +122,7 @@ def _draft_needs(draft: ModelSpec, work: Workload) -> tuple[int, int, int]:
 
 
 def build_host_ledger(
-    sizes: Mapping[int, int], in_ram: Sequence[int], slots: int, device: str, embeddings: Sequence[LedgerItem] = ()
+    sizes: Mapping[int, int], in_ram: Sequence[int], slots: int, device: str, others: Sequence[LedgerItem] = ()
 ) -> tuple[LedgerItem, ...]:
     """Return every item that occupies host memory besides the device ledger.
 
@@ -125,7 +131,7 @@ def build_host_ledger(
         in_ram: indices of the streamed layers that stay in host memory between passes.
         slots: number of staging buffers.
         device: device that passes run on.
-        embeddings: items of `host_embeddings`.
+        others: items of `host_embeddings` and `restore_items`.
 
     Returns:
         Items; names contain "page cache" where the system may reclaim the memory.
@@ -138,7 +144,7 @@ def build_host_ledger(
     else:
         items.append(LedgerItem("pinned layers", kept))
         items.append(LedgerItem("pinned slots", min(slots, len(read)) * max(read, default=0)))
-    items += embeddings
+    items += others
     if read:
         items.append(LedgerItem("reading", NUM_READERS * READ_WINDOW_BYTES))
     return tuple(item for item in items if item.bytes)

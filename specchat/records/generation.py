@@ -50,6 +50,7 @@ class Request:
         stop_ids: token ids that end the answer; the stop token is the answer's last token.
         max_tokens: most tokens of the answer; None for no limit but the context.
         cancel: event that ends this answer alone, before its next pass; None if nobody sets one.
+        restore_at: lengths of the prompt at which a later prompt may differ, besides its end.
     """
 
     prompt_ids: tuple[int, ...]
@@ -57,6 +58,7 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     max_tokens: int | None = None
     cancel: Event | None = field(default=None, compare=False)
+    restore_at: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -52,13 +52,59 @@ class ModelSource:
         return bool(self.label)
 
 
+# Bytes of a number in the states, decays and strengths of recurrent layers, which are float32 in every compute dtype.
+STATE_ITEM_BYTES = 4
+
+
+@dataclass(frozen=True)
+class StateShape:
+    """Shape of the running state of one recurrent layer, and of the rows that the layer stashes for draft nodes.
+
+    Attributes:
+        channels: number of channels of the short convolution.
+        taps: number of rows that the convolution sees, the current row included.
+        key_heads: number of heads of keys; each serves `heads // key_heads` heads of values.
+        heads: number of states, one per head of values; 0 for layers with a convolution only.
+        key_dim: rows of a state.
+        value_dim: columns of a state.
+        decays: number of decays per head: 1, or `key_dim` for layers that decay every channel separately.
+    """
+
+    channels: int
+    taps: int
+    key_heads: int = 0
+    heads: int = 0
+    key_dim: int = 0
+    value_dim: int = 0
+    decays: int = 1
+
+    def state_bytes(self, item_bytes: int) -> int:
+        """Return the bytes of one state: the matrices, and the last inputs of the convolution."""
+        matrices = self.heads * self.key_dim * self.value_dim * STATE_ITEM_BYTES
+        return matrices + (self.taps - 1) * self.channels * item_bytes
+
+    def stash_bytes(self, item_bytes: int) -> int:
+        """Return the bytes that one draft node stashes: the inputs of the convolution and of the recurrence."""
+        given = self.channels + self.key_heads * self.key_dim + self.heads * self.value_dim
+        return given * item_bytes + self.heads * (self.decays + 1) * STATE_ITEM_BYTES
+
+    def update_bytes(self) -> int:
+        """Return the bytes of one draft node's keys, updates and sums of decays while its tree is computed."""
+        numbers = self.key_heads * self.key_dim + self.heads * self.value_dim
+        return numbers * STATE_ITEM_BYTES + self.heads * self.decays * 2 * STATE_ITEM_BYTES  # sums are float64
+
+
 @dataclass(frozen=True)
 class KvShape:
-    """Shape of one layer's KV cache per token: `heads` keys of size `key_dim` and values of size `value_dim`."""
+    """What one layer caches: `heads` keys of size `key_dim` and values of size `value_dim` per token, and a state.
+
+    A layer that caches no rows has 0 heads. Only recurrent layers have a state.
+    """
 
     heads: int
     key_dim: int
     value_dim: int
+    state: StateShape | None = None
 
     @property
     def numbers_per_row(self) -> int:

@@ -45,6 +45,19 @@ def test_history_is_rendered_again_each_turn():
     assert session.history == []
 
 
+def test_the_end_of_the_history_is_a_restore_point():
+    """Templates that strip thinking, or the switch of one, change what comes after it."""
+    engine = FakeEngine([said("Hi"), said("Bye"), said(" now"), said("ab")])
+    session = session_of(engine)
+    ask(session, "Hello")
+    ask(session, "And?")
+    list(session.continue_last())
+    ask(session_of(engine, base=True), "x")
+    first = "[user]Hello\n"
+    second = "[user]Hello\n[assistant]Hi\n[user]And?\n"
+    assert engine.restore_points == [[first], [second], [], []]
+
+
 def test_end_token_is_counted_but_not_shown():
     turn = ask(session_of(FakeEngine([said("ab")])), "x")
     assert turn.token_ids == (*TOKENIZER.encode("ab"), EOS)

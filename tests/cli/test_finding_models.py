@@ -95,7 +95,7 @@ def test_one_question_covers_both_downloads(hub: FakeHub, files):
 
 
 def test_unsupported_model_is_refused_before_any_request(hub: FakeHub, tmp_path):
-    model = "Qwen/Qwen3-Next-80B-A3B-Instruct"
+    model = "tiiuae/falcon-mamba-7b-instruct"
     for find in (locate, lambda asked: sketch(asked, tmp_path)):
         with pytest.raises(UnsupportedModelError, match="recurrent"):
             find(options(model))

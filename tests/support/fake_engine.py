@@ -82,13 +82,15 @@ class FakeEngine:
     load_s: float = 1.5
     prompts: list = field(default_factory=list)
     committed: list = field(default_factory=list)
+    restore_points: list = field(default_factory=list)
     closed: int = 0
     pause: Callable[[], None] = lambda: None
 
-    def generate(self, prompt_ids, sampling, *, stop_ids, max_tokens=None, cancel=None):
+    def generate(self, prompt_ids, sampling, *, stop_ids, max_tokens=None, cancel=None, restore_at=()):
         if len(prompt_ids) >= self.plan.work.ctx:
             raise PromptTooLongError("too long")
         self.prompts.append(list(prompt_ids))
+        self.restore_points.append([TOKENIZER.decode(prompt_ids[:length]) for length in restore_at])
         answer = self.answers.pop(0)
         ids = (TOKENIZER.encode(answer) if isinstance(answer, str) else list(answer))[:max_tokens]
         cached = self._common(prompt_ids)

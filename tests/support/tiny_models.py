@@ -159,7 +159,6 @@ SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
 }
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("MambaConfig", {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
-    "qwen3_next": ("Qwen3NextConfig", {**_BASE, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2}),
     "bloom": ("BloomConfig", {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 2}),
     "mpt": ("MptConfig", {"vocab_size": VOCAB, "d_model": 32, "n_layers": 2, "n_heads": 2}),
     "jamba": ("JambaConfig", {**_BASE, "num_experts": 2}),

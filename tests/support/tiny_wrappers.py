@@ -40,6 +40,14 @@ _QWEN_VISION: dict[str, Any] = {
     "fullatt_block_indexes": [0],
 }
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+_PARTIAL = {**_MROPE, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5, "mrope_interleaved": True}
+_GDN = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "rope_parameters": _PARTIAL,
+}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _TOKENS = {"image_token_id": 200, "video_token_id": 201, "vision_start_token_id": 202, "vision_end_token_id": 203}
 
@@ -66,6 +74,13 @@ WRAPPERS: dict[str, _Sizes] = {
     "qwen2_vl": ("Qwen2VLConfig", {"rope_parameters": _MROPE}, {"depth": 1, "embed_dim": 32, "num_heads": 2}, _TOKENS),
     "qwen3_vl": ("Qwen3VLConfig", {"rope_parameters": _MROPE}, _QWEN_VISION, _TOKENS),
     "qwen3_vl_moe": ("Qwen3VLMoeConfig", {"rope_parameters": _MROPE, **_EXPERTS}, _QWEN_VISION, _TOKENS),
+    "qwen3_5": ("Qwen3_5Config", _GDN, _QWEN_VISION, _TOKENS),
+    "qwen3_5_moe": (
+        "Qwen3_5MoeConfig",
+        {**_GDN, **_EXPERTS, "shared_expert_intermediate_size": 32},
+        _QWEN_VISION,
+        _TOKENS,
+    ),
     "granite_docling": ("GraniteDoclingConfig", {"logits_scaling": 3.0}, {**_VISION, "out_hidden_size": 64}, {}),
     "llama4": (
         "Llama4Config",

@@ -41,6 +41,10 @@ from specchat.records.limits import DRAFT_BRANCH, draft_width
 NOISE_TEMPERATURE = 0.7
 GREEDY_TEMPERATURE = 0.5
 
+# Rows that a prompt has at least. Within a text, a step hands fewer rows to the draft, and recurrent layers can return
+# to the state before them. So restore points are saved before prompts only.
+_PROMPT_ROWS = 16
+
 # Name of the model drafter in `TokenTree.sources`.
 SOURCE = "model"
 
@@ -226,6 +230,8 @@ class ModelDrafter:
         for sequence in sequences:
             held = self._held[sequence.seat]
             shared = min(common_prefix(held, sequence.tokens), len(sequence.tokens) - 1)
+            if shared == len(held) and len(sequence.tokens) - shared > _PROMPT_ROWS:
+                self._model.cache.save(sequence.seat)
             shared = self._model.cache.truncate(sequence.seat, shared)
             del held[shared:]
             new = sequence.tokens[shared:]

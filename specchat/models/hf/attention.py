@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specchat.models.hf.hybrids import LayerKind
+
 # Takes the arguments of transformers' attention functions; `row_scope` makes the mask.
 AttentionFunction = Callable[..., tuple[Tensor, None]]
 
@@ -83,16 +85,17 @@ def explicit_attention(
     return mixed
 
 
-def cache_for(layers: Sequence[Any], layout: Callable[[], Any] = lambda: None) -> Any:
+def cache_for(layers: Sequence[Any], layout: Callable[[], Any] = lambda: None, kinds: Sequence[LayerKind] = ()) -> Any:
     """Wrap key-value buffers (with `length`, `capacity` and `append`) as a transformers cache.
 
     Args:
         layers: buffers of each layer.
         layout: function that returns the layout of the current pass, which `append` receives.
+        kinds: kind of each layer; empty if all layers keep rows.
     """
-    from transformers.cache_utils import Cache, CacheLayerMixin
+    from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, LinearAttentionCacheLayerMixin
 
-    class Layer(CacheLayerMixin):
+    class Rows(CacheLayerMixin):
         is_sliding = False
 
         def __init__(self, kv: Any) -> None:
@@ -116,4 +119,44 @@ def cache_for(layers: Sequence[Any], layout: Callable[[], Any] = lambda: None) -
         def get_max_length(self) -> int:
             return int(self.kv.capacity)
 
-    return Cache(layers=[Layer(kv) for kv in layers])
+    class State(LinearAttentionCacheLayerMixin):
+        """A layer without a state, so that mixers take their branch for many rows; specchat's scans have the state."""
+
+        def lazy_initialization(self, *_: Any, **__: Any) -> None:
+            raise AssertionError("states are allocated before the first pass")
+
+        def update_conv_state(self, conv_states: Any, state_idx: int = 0, **_: Any) -> Any:
+            assert state_idx == 0, "a mixer has one convolution"
+            return conv_states
+
+        def update_recurrent_state(self, recurrent_states: Any, state_idx: int = 0, **_: Any) -> Any:
+            assert not recurrent_states.numel(), "a mixer has called a scan that is not specchat's"
+            return recurrent_states
+
+    class Both(State, Rows):
+        is_croppable = False
+
+        def __init__(self, kv: Any) -> None:
+            State.__init__(self)
+            Rows.__init__(self, kv)
+
+        get_max_length = Rows.get_max_length
+
+    class States(Cache):
+        """A cache without rows of keys, whose length transformers cannot ask of any layer."""
+
+        def get_seq_length(self, layer_idx: int = 0) -> int:
+            return 0  # positions are always given
+
+        def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+            return query_length, 0
+
+    make: dict[LayerKind, Callable[[Any], Any]] = {
+        "rows": Rows,
+        "both": Both,
+        "state": lambda _: State(),
+        "nothing": lambda _: DummyLayer(),
+    }
+    of_layers: Sequence[LayerKind] = kinds or ["rows"] * len(layers)
+    cache_class = Cache if {"rows", "both"} & set(of_layers) else States
+    return cache_class(layers=[make[kind](kv) for kv, kind in zip(layers, of_layers, strict=True)])

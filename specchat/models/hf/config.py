@@ -7,6 +7,7 @@ from typing import Any
 from specchat.errors import UnsupportedModelError
 from specchat.models.checkpoint.json_file import read_json
 from specchat.models.hf.config_values import make_config
+from specchat.models.hf.hybrids import known_kinds, tiny_values
 from specchat.models.hf.refusals import CANNOT_BUILD, HAS_ENCODER, HINT, refusing
 from specchat.models.hf.wrappers import text_half, text_half_class
 from specchat.records.model import KvShape
@@ -64,8 +65,9 @@ def _check_layer_kinds(config: Any, model_class: Any) -> None:
         raise UnsupportedModelError(f"'{kind}' has no plain list of decoder layers", HINT)
     layer_types = set(getattr(config, "layer_types", None) or [])
     is_recurrent = getattr(model_class, "_is_stateful", False) and not layer_types  # hybrid classes name their layers
-    if layer_types - _ATTENTION_KINDS or is_recurrent:
-        names = ", ".join(sorted(layer_types - _ATTENTION_KINDS)) or "recurrent"
+    unknown = layer_types - _ATTENTION_KINDS - known_kinds(config)
+    if unknown or is_recurrent:
+        names = ", ".join(sorted(unknown)) or "recurrent"
         raise UnsupportedModelError(f"'{kind}' has {names} layers, on which specchat cannot verify trees yet", HINT)
     if kind in {"bloom", "mpt"} or getattr(config, "alibi", False):
         raise UnsupportedModelError(f"'{kind}' has ALiBi positions, on which specchat cannot verify trees", HINT)
@@ -176,8 +178,9 @@ def tiny_config(config: Any) -> Any:
     for name in ("intermediate_size", "activation_sparsity_pattern"):
         if isinstance(by_layer := getattr(whole, name, None), list):
             values[name] = [min(by_layer[layer], 64) for layer in layers]
+    values |= tiny_values(whole, values["hidden_size"], layers)
     for name, value in values.items():
-        is_derived = isinstance(getattr(type(config), name, None), property)
+        is_derived = isinstance(getattr(type(config), config.attribute_map.get(name, name), None), property)
         own = getattr(whole, name, None)
         if not is_derived and own:  # windows and experts of 0 mean that there are none
             setattr(tiny, name, [value] * len(own) if isinstance(own, list) and isinstance(value, int) else value)

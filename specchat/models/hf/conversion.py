@@ -152,7 +152,8 @@ class _Names:
         if found.pattern not in self._stacking:
             return None
         patterns = self._stacking[found.pattern].source_patterns
-        expert = re.search(re.escape(found.pattern).replace(r"\*", r"(\d+)"), found.key)
+        pattern = found.pattern.replace("\\.", ".")  # some rules escape their dots
+        expert = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), found.key)
         assert expert is not None
         return ModulePlace(found.name, int(expert[1]), patterns.index(found.pattern), len(patterns))
 

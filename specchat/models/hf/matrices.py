@@ -9,19 +9,21 @@ import torch
 from specchat.models.hf.skeleton import Skeleton, path_of
 from specchat.models.quant.modules import Matrix, experts_forward
 
-# Small rounding errors here change which experts compute a row, or the weight of a shared expert. So they stay plain.
+# Small rounding errors here change which experts compute a row, the weight of a shared expert, or how fast the state of
+# a recurrent layer decays. So they stay plain.
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate", "wg"})
+_GATES = frozenset({"in_proj_ba", "in_proj_a", "in_proj_b", "a_proj", "b_proj"})
 
 
 def find_matrices(skeleton: Skeleton) -> list[Matrix]:
     """List the matrices that may be quantized: linears and fused experts of the layers, and the head.
 
-    Routers and subclasses of nn.Linear are left out.
+    Routers, gates of recurrent layers and subclasses of nn.Linear are left out.
     """
     matrices = []
     for index, layer in enumerate(skeleton.layers):
         for path, module in layer.named_modules(prefix=f"{skeleton.layers_name}.{index}"):
-            if type(module) is torch.nn.Linear and path.rpartition(".")[2] not in _ROUTERS:
+            if type(module) is torch.nn.Linear and path.rpartition(".")[2] not in _ROUTERS | _GATES:
                 matrices.append(Matrix(path, index, (module.out_features, module.in_features)))
             elif _fuses_experts(module):
                 matrices += _expert_matrices(path, index, module)

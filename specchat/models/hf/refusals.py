@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from specchat.errors import DoesNotFitError, SpecchatError, UnsupportedModelError, is_lack_of_memory
 
-HINT = "use a model whose layers are all attention with rotary positions, such as Llama, Qwen3 or Gemma"
+HINT = "use a model with rotary attention, such as Llama, Qwen3 or Gemma, or a hybrid such as Qwen3.5 or LFM2"
 
 HAS_ENCODER = "has an encoder, but only models of decoder layers are supported"
 CANNOT_BUILD = "has a config.json from which transformers cannot build the model"

@@ -11,6 +11,7 @@ import torch
 from specchat.errors import UnsupportedModelError
 from specchat.models.hf.attention import AttentionFunction, register_attention
 from specchat.models.hf.config import text_model_class
+from specchat.models.hf.mixers import unclamp_time_steps
 
 # Building a model on meta patches torch's Module for the whole process. Parameters that another thread sets meanwhile
 # would be lost.
@@ -73,7 +74,9 @@ def build_skeleton(config: Any, dtype: torch.dtype, attention: AttentionFunction
 def _model_of(config: Any, dtype: torch.dtype, attention: str) -> Any:
     model_class = text_model_class(config)
     assert model_class is not None, "load_config refuses configurations without a causal LM"
-    return model_class._from_config(config, dtype=dtype, attn_implementation=attention)
+    model = model_class._from_config(config, dtype=dtype, attn_implementation=attention)
+    unclamp_time_steps(model)
+    return model
 
 
 def skeleton_of(model: Any) -> Skeleton:
@@ -132,7 +135,18 @@ class _Output(tuple[torch.Tensor, ...]):
 
 
 class _GivenHidden(torch.nn.Module):
-    """A replacement of the decoder that returns the hidden states that it receives; some heads pass ids by position."""
+    """A replacement of the decoder that returns the hidden states that it receives; some heads pass ids by position.
+
+    Args:
+        decoder: decoder whose other attributes heads may read, such as factors.
+    """
+
+    def __init__(self, decoder: Any) -> None:
+        super().__init__()
+        self.__dict__["_decoder"] = decoder  # not as a submodule, whose parameters would be listed twice
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_decoder"], name)
 
     def forward(self, *_: Any, inputs_embeds: torch.Tensor, **__: Any) -> _Output:
         return _Output((inputs_embeds,))
@@ -142,7 +156,7 @@ def _head_only(model: Any, decoder: Any) -> Any:
     """Return a shallow copy of `model` that shares all weights and skips the decoder."""
     head = getattr(model, "_specchat_head", None)
     if head is None:
-        head = _replaced(model, path_of(model, decoder).split("."), _GivenHidden())
+        head = _replaced(model, path_of(model, decoder).split("."), _GivenHidden(decoder))
         object.__setattr__(model, "_specchat_head", head)  # not as a submodule, whose parameters would be listed twice
     return head
 

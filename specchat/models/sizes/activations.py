@@ -21,7 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from specchat.models.hf.attention import cache_for, explicit_attention, row_scope
+from specchat.models.hf.hybrids import layer_kinds, layer_output
+from specchat.models.hf.mixers import bind_mixers, release_mixers
 from specchat.models.hf.skeleton import Skeleton, build_skeleton
+from specchat.models.sizes.scans import ScanAllocations
 from specchat.records.limits import MASK_FLAG_BYTES, MASK_POSITION_BYTES
 from specchat.records.model import Activations, RowCost
 
@@ -158,18 +161,20 @@ def _uncounted() -> Any:
 
 def _pass(skeleton: Skeleton, rows: int, keys: int, dtype: torch.dtype) -> _Log:
     """Log the allocations of a pass of `rows` new rows that ends with `keys` keys in the cache."""
-    num_layers = len(skeleton.layers)
-    cache = cache_for([_Kv(rows, keys) for _ in range(num_layers)])
+    kinds = layer_kinds(skeleton.config)
+    cache = cache_for([_Kv(rows, keys) for _ in kinds], kinds=kinds)
     ids, positions = (torch.empty(rows, dtype=torch.int64, device="meta") for _ in range(2))
     log = _Log()
     forwards = [layer.forward for layer in skeleton.layers]
     try:
         for layer, forward in zip(skeleton.layers, forwards, strict=True):
             layer.forward = partial(_logged, log, forward)
+        bind_mixers(skeleton.layers, [ScanAllocations() if kind in ("state", "both") else None for kind in kinds])
         with row_scope(partial(_Rows, log)), log:
             hidden = skeleton.hidden(ids, positions, cache)
         del hidden
     finally:
+        release_mixers(skeleton.layers)
         for layer, forward in zip(skeleton.layers, forwards, strict=True):
             layer.forward = forward
     return log
@@ -207,15 +212,15 @@ def _few_layers(skeleton: Skeleton) -> Iterator[None]:
     forwards = [layer.forward for layer in skipped]
     try:
         for layer in skipped:
-            layer.forward = _unchanged
+            layer.forward = partial(_unchanged, skeleton.config)
         yield
     finally:
         for layer, forward in zip(skipped, forwards, strict=True):
             layer.forward = forward
 
 
-def _unchanged(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-    return hidden
+def _unchanged(config: Any, hidden: Tensor, *_: Any, **__: Any) -> Any:
+    return layer_output(config, hidden)
 
 
 def _attention(

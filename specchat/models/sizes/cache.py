@@ -21,10 +21,10 @@ from specchat.files import atomic_write_text
 from specchat.models.checkpoint.json_file import MODELOPT_FILE
 from specchat.models.checkpoint.safetensors import weight_files
 from specchat.paths import cache_folder
-from specchat.records.model import Activations, KvShape, ModelSource, ModelSpec, ParamSize, RowCost
+from specchat.records.model import Activations, KvShape, ModelSource, ModelSpec, ParamSize, RowCost, StateShape
 
 # Version of descriptions. Raise it when descriptions change; a test fails then and says how to proceed.
-SPEC_VERSION = 3
+SPEC_VERSION = 4
 _LIBRARIES = ("torch", "transformers", "accelerate")
 # The sizes of pre-quantized matrices follow from the headers of the weight files.
 _QUANTIZED = (b"quantization_config", b"compression_config")
@@ -131,11 +131,15 @@ def _parsed(values: Mapping[str, Any]) -> ModelSpec:
             **values,
             "layer_params": tuple(_params(layer) for layer in values["layer_params"]),
             "other_params": _params(values["other_params"]),
-            "kv_shapes": tuple(KvShape(**shape) for shape in values["kv_shapes"]),
+            "kv_shapes": tuple(_kv_shape(**shape) for shape in values["kv_shapes"]),
             "quant_shapes": tuple((rows, cols) for rows, cols in values["quant_shapes"]),
             "activations": {int(item_bytes): _costs(costs) for item_bytes, costs in values["activations"].items()},
         }
     )
+
+
+def _kv_shape(state: Mapping[str, Any] | None, **rows: int) -> KvShape:
+    return KvShape(**rows, state=None if state is None else StateShape(**state))
 
 
 def _params(sizes: Sequence[Mapping[str, Any]]) -> tuple[ParamSize, ...]:

@@ -30,6 +30,10 @@ EXAMPLES = {
     "Qwen/Qwen3-30B-A3B-Instruct-2507": "Qwen/Qwen3-0.6B",
     "Qwen/Qwen3-Coder-30B-A3B-Instruct": "Qwen/Qwen3-0.6B",
     "Qwen/Qwen3-0.6B": None,
+    "Qwen/Qwen3-Next-80B-A3B-Instruct": "Qwen/Qwen3-0.6B",
+    "Qwen/Qwen3.5-35B-A3B": "Qwen/Qwen3.5-0.8B",
+    "Qwen/Qwen3.8-27B": "Qwen/Qwen3.5-0.8B",
+    "Qwen/Qwen3.5-0.8B": None,
     "google/gemma-2-27b-it": "google/gemma-2-2b-it",
     "google/gemma-3-27b-it": "google/gemma-3-270m-it",
     "mistralai/Mixtral-8x7B-Instruct-v0.1": "mistralai/Mistral-7B-Instruct-v0.2",
@@ -39,11 +43,13 @@ EXAMPLES = {
     "unsloth/gpt-oss-120b-BF16": "unsloth/gpt-oss-20b-BF16",
     "HuggingFaceTB/SmolLM2-1.7B-Instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "ibm-granite/granite-3.3-8b-instruct": "ibm-granite/granite-3.3-2b-instruct",
+    "ibm-granite/granite-4.0-h-small": "ibm-granite/granite-4.0-h-350m",
+    "LiquidAI/LFM2-8B-A1B": "LiquidAI/LFM2-350M",
     "/models/Llama-3.3-70B-Instruct/": "meta-llama/Llama-3.2-1B-Instruct",
     "~/qwen3-32b": "Qwen/Qwen3-0.6B",
     "someone/a-model-of-their-own": None,
 }
-UNSUPPORTED = ["Qwen/Qwen3-Next-80B-A3B-Instruct", "Qwen/Qwen3.5-35B-A3B", "tiiuae/Falcon-H1-34B-Instruct"]
+UNSUPPORTED = ["tiiuae/falcon-mamba-7b-instruct", "ai21labs/AI21-Jamba-Large-1.7", "MiniMaxAI/MiniMax-M1-80k"]
 
 
 @pytest.mark.parametrize(("target", "draft"), EXAMPLES.items())

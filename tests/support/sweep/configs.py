@@ -86,6 +86,7 @@ _RELEASED: dict[str, dict[str, Any]] = {
         "deepstack_layer_map": [[-2, 9], [-1, 6]],
         "downsample_rate": "1/2",
     },
+    "granitemoehybrid": {"layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 8},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
     "hunyuan_vl_text": {"head_dim": 128, "rope_parameters": _ROPE | {"mrope_section": [16, 16, 16, 16]}},
@@ -111,10 +112,11 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     # transformers' own cached text differs from its uncached one once the window is full: the mask ignores the window
     "moshi": {"sliding_window": POSITIONS},
     # heads of the recurrent part fill its width, 128
-    "bamba": {"mamba_n_heads": 4, "mamba_d_head": 32},
+    "bamba": {"mamba_n_heads": 4, "mamba_d_head": 32, "attn_layer_indices": [1]},
     "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_ssm": 128},
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 32},
     "mamba2": {"num_heads": 4, "head_dim": 32},
+    "nemotron_h": {"n_groups": 2},
     # kinds of attention in a form of its own
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     # no field of its class

@@ -1,0 +1,159 @@
+"""The recurrent mixers of hybrid models: gated delta nets, Kimi Delta Attention, Mamba2, and short convolutions.
+
+transformers' mixers call a convolution and a scan by global names. Each mixer gets a copy of its class's forward whose
+globals hold specchat's functions instead, bound to the state of the mixer's layer. Nothing outside of these modules
+changes, so unmodified models can run in the same process.
+
+transformers has two forms of each scan: by chunks for prompts, and one token at a time. They differ by rounding, and
+in 16 bits by more than that (Mamba2's second form computes its update in 16 bits). specchat has one form for all rows,
+float32 inside like the first: the prompt, the nodes of a tree, and a single token.
+"""
+
+import inspect
+import types
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class LayerScans(Protocol):
+    """The convolution and the recurrence of one layer, with the layer's state."""
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, /) -> Tensor:
+        """Convolve inputs [rows, C] with weights [C, taps], and return float32 [rows, C]."""
+
+    def scan(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, /, *, delta: bool) -> Tensor:
+        """Run the recurrence over queries, keys [rows, H_k, D] and values [rows, H, D_v]; return the outputs."""
+
+
+def bind_mixers(layers: Sequence[Any], scans: Sequence[LayerScans | None]) -> None:
+    """Let the mixer of each recurrent layer call the layer's own convolution and scan.
+
+    Args:
+        layers: decoder layers.
+        scans: convolution and recurrence of each layer; None for layers without a state.
+    """
+    for layer, own in zip(layers, scans, strict=True):
+        mixers = mixers_of(layer)
+        assert len(mixers) == (own is not None), f"{type(layer).__name__} has {len(mixers)} recurrent mixers"
+        for mixer in mixers:
+            mixer.forward = _forward_with(mixer, {name: partial(call, own) for name, call in _CALLS.items()})
+
+
+def release_mixers(layers: Sequence[Any]) -> None:
+    """Give the mixers the forward of their classes again."""
+    for layer in layers:
+        for mixer in mixers_of(layer):
+            vars(mixer).pop("forward", None)
+
+
+def mixers_of(layer: Any) -> list[Any]:
+    """Return the recurrent mixers of a layer: modules with a convolution, which know the layer's index."""
+    return [module for module in layer.modules() if _is_mixer(module)]
+
+
+# transformers' form by chunks clamps Nemotron-H's time steps to at least `time_step_min`, a bound of their
+# initialization (0.001). Its form for one token does not clamp. The published `time_step_limit` is (0, inf), which vLLM
+# follows in all rows. So specchat's reference clamps no row. `generate` of transformers may differ where a time step of
+# the prompt is below the bound.
+def unclamp_time_steps(model: Any) -> None:
+    """Let the mixers of Nemotron-H take time steps of the published range, which has no lower bound.
+
+    The form of transformers that decodes one token does so, and is the reference.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "NemotronHMamba2Mixer":
+            module.time_step_limit = tuple(model.config.time_step_limit)
+
+
+def _is_mixer(module: Any) -> bool:
+    has_convolution = any(isinstance(child, torch.nn.Conv1d) for child in module.children())
+    return has_convolution and hasattr(module, "layer_idx")
+
+
+def _forward_with(mixer: Any, calls: dict[str, Callable[..., Any]]) -> Any:
+    """Return a copy of a mixer's forward in which the functions of the given names are replaced."""
+    forward = inspect.unwrap(type(mixer).forward)
+    own = types.FunctionType(
+        forward.__code__,
+        {**forward.__globals__, **calls},
+        forward.__name__,
+        forward.__defaults__,
+        forward.__closure__,
+    )
+    own.__kwdefaults__ = forward.__kwdefaults__
+    return types.MethodType(own, mixer)
+
+
+# --- transformers' functions, computed by a layer's scans ---------------------------------------------------------
+
+
+def _convolution(
+    scans: LayerScans,
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    **_: Any,
+) -> Tensor:
+    """Compute `causal_conv1d_fn`: inputs and outputs [1, C, rows]."""
+    from transformers.activations import ACT2FN
+
+    out = scans.convolve(hidden_states[0].T, weight, bias).to(weight.dtype)
+    if activation is not None:
+        out = ACT2FN[activation](out)
+    return out.to(hidden_states.dtype).T[None]
+
+
+def _delta_rule(
+    scans: LayerScans,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    use_qk_l2norm_in_kernel: bool = False,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Compute `chunk_gated_delta_rule` and `chunk_kda`: keys [1, rows, H_k, D], values [1, rows, H, D_v]."""
+    assert use_qk_l2norm_in_kernel, "specchat's delta rule normalizes queries and keys"
+    out = scans.scan(query[0], key[0], value[0], g[0], beta[0], delta=True)
+    return out[None].to(query.dtype).contiguous(), out.new_empty(0)
+
+
+def _mamba2_scan(
+    scans: LayerScans,
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    *,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    return_final_states: bool = False,
+    **others: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute `mamba_chunk_scan_combined`: inputs [1, rows, H, D_v], time steps [1, rows, H], b and c per group."""
+    if dt_bias is not None:
+        dt = dt + dt_bias.to(dt.dtype)
+    if dt_softplus:
+        dt = torch.nn.functional.softplus(dt)
+    dt = dt.clamp(*dt_limit)[0].float()
+    out = scans.scan(c[0], b[0], x[0], dt * a.float(), dt, delta=False)
+    if (skip := others.get("D")) is not None:
+        out = out + skip.float()[:, None] * x[0].float()
+    out = out[None].contiguous()
+    return (out, out.new_empty(0)) if return_final_states else out
+
+
+_CALLS: dict[str, Callable[..., Any]] = {
+    "causal_conv1d_fn": _convolution,
+    "torch_chunk_gated_delta_rule": _delta_rule,
+    "chunk_kimi_delta_attention": _delta_rule,
+    "mamba2_chunk_scan": _mamba2_scan,
+}

@@ -1,0 +1,165 @@
+"""Tiny random hybrids, and their texts the slow way: one token at a time through transformers' own cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers as hf
+
+from specchat.engine.sampling import Sampler
+from specchat.records.generation import Sampling
+from support.reference import Reference
+from support.tiny_models import VOCAB, WINDOW, random_model
+
+_BASE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "intermediate_size": 96,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_FOUR = {**_BASE, "num_hidden_layers": 4}
+_GDN = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 16,
+    "head_dim": 16,
+}
+_MAMBA = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 16,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 16,
+}
+_ROPE = {
+    "rope_type": "default",
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 0.5,
+    "mrope_section": [2, 1, 1],
+    "mrope_interleaved": True,
+}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_SHARED = {**_EXPERTS, "shared_expert_intermediate_size": 32}
+_CONV = ["conv", "conv", "full_attention", "conv"]
+_LINEAR = ["linear_attention", "linear_attention", "full_attention", "linear_attention"]
+
+HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lfm2": ("Lfm2Config", {**_FOUR, "block_auto_adjust_ff_dim": False, "layer_types": _CONV}),
+    "lfm2_moe": ("Lfm2MoeConfig", {**_FOUR, **_EXPERTS, "num_dense_layers": 1, "layer_types": _CONV}),
+    "lfm3": (
+        "Lfm3Config",
+        {**_FOUR, "head_dim": 16, "sliding_window": WINDOW, "layer_types": ["conv", "sliding_attention", *_CONV[2:]]},
+    ),
+    "granitemoehybrid": (
+        "GraniteMoeHybridConfig",
+        {**_FOUR, **_MAMBA, "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 96}
+        | {"layer_types": _LINEAR},
+    ),
+    "bamba": ("BambaConfig", {**_FOUR, **_MAMBA, "attn_layer_indices": [2]}),
+    "falcon_h1": ("FalconH1Config", {**_FOUR, **_MAMBA, "head_dim": 16, "mamba_d_ssm": 128, "mamba_n_groups": 1}),
+    "nemotron_h": (
+        "NemotronHConfig",
+        {
+            **_BASE,
+            **{"head_dim": 16, "ssm_state_size": 16, "mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2},
+            "chunk_size": 16,
+            # With other values, the two forms of transformers clamp different time steps; see `unclamp_time_steps`.
+            "time_step_min": 1e-9,
+            "layers_block_type": ["mlp", "linear_attention", "full_attention", "linear_attention", "mlp"],
+        },
+    ),
+    "qwen3_next": ("Qwen3NextConfig", {**_FOUR, **_GDN, **_SHARED}),
+    "qwen3_5_text": ("Qwen3_5TextConfig", {**_FOUR, **_GDN, "rope_parameters": _ROPE}),
+    "qwen3_5_moe_text": ("Qwen3_5MoeTextConfig", {**_FOUR, **_GDN, **_SHARED, "rope_parameters": _ROPE}),
+    "olmo_hybrid": (
+        "OlmoHybridConfig",
+        {**_FOUR, **_GDN, "head_dim": None, "num_key_value_heads": 4, "linear_num_key_heads": 4},
+    ),
+    "kimi_linear": (
+        "KimiLinearConfig",
+        {
+            **_FOUR,
+            "num_key_value_heads": 4,
+            "moe_intermediate_size": 32,
+            "num_experts": 4,
+            "num_experts_per_token": 2,
+            "kv_lora_rank": 32,
+            "q_lora_rank": None,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 16,
+            "linear_num_heads": 4,
+            "linear_head_dim": 16,
+            "model_max_length": 512,
+            "layer_types": _LINEAR,
+        },
+    ),
+}
+
+
+def make_hybrid_config(architecture: str) -> Any:
+    name, values = HYBRIDS[architecture]
+    return getattr(hf, name)(**{key: value for key, value in values.items() if value is not None})
+
+
+def random_hybrid(architecture: str, seed: int = 0) -> Any:
+    """A float32 hybrid whose states decay slowly in some heads and fast in others."""
+    model = random_model(make_hybrid_config(architecture), seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            numbers = torch.randn(parameter.shape, generator=generator)
+            if "A_log" in name:
+                parameter.copy_((numbers.abs() + 0.05).log())
+            elif "dt_bias" in name:
+                parameter.copy_(numbers - 1)
+            elif "conv" in name and parameter.ndim == 3:
+                parameter.copy_(numbers / 2)
+    return model
+
+
+class OneByOne:
+    """Scores of texts through a model's own single-token form; prefixes that were read before are read again."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._vocab_size = model.config.vocab_size
+
+    @torch.inference_mode()
+    def generate(self, prompt: list[int], sampling: Sampling, num_tokens: int) -> Reference:
+        """Write tokens, drawn by specchat's own sampler, with the margins of the draws."""
+        sampler = Sampler(sampling, self._vocab_size, torch.device("cpu"))
+        cache = hf.DynamicCache(config=self.model.config)
+        text, margins = list(prompt), []
+        for position, token in enumerate(prompt):
+            scores = self._score(cache, token, position)
+        for _ in range(num_tokens):
+            noisy = scores if sampler.noise is None else scores / sampling.temperature + sampler.noise.row(len(text))
+            best = noisy.topk(2).values
+            margins.append(float(best[0] - best[1]))
+            text.append(sampler.draw(scores, text))
+            scores = self._score(cache, text[-1], len(text) - 1)
+        return Reference(prompt, text[len(prompt) :], margins)
+
+    def scores(self, prompt: list[int]) -> torch.Tensor:
+        """Scores after each token of a prompt, [S, V]."""
+        cache = hf.DynamicCache(config=self.model.config)
+        return torch.stack([self._score(cache, token, position) for position, token in enumerate(prompt)])
+
+    def _score(self, cache: Any, token: int, position: int) -> torch.Tensor:
+        """Read one token and return the scores of the next, [V]."""
+        out = self.model(
+            torch.tensor([[token]]),
+            past_key_values=cache,
+            use_cache=True,
+            position_ids=torch.tensor([[position]]),
+        )
+        return out.logits[0, -1].float()
