@@ -14,8 +14,8 @@ from support.sweep.page import BEGIN, PAGE
 
 TESTS = Path(__file__).parent
 
-# A plain type, one with sizes in parts of its configuration, and a text half; tests of the engine have more.
-RUN = ("llama", "dbrx", "gemma3n")
+# A plain type, one with sizes in parts of its configuration, and a text half whose head has an owner of its own.
+RUN = ("llama", "dbrx", "qwen2_5_omni")
 REFUSED = {
     "mamba": "linear_attention layers",
     "bart": "encoder",
