@@ -12,6 +12,7 @@ from specchat.models.catalog.known_models import known_models
 FORMS = "MODEL is demo, a folder or GGUF file such as ./x, a hub id such as org/name, or a shape such as shape:llama-8b"
 # Endings of files that lie in a model's folder. No name on the hub ends like this.
 _FILE_ENDINGS = (".json", ".safetensors", ".gguf", ".bin", ".pth", ".pt")
+_GGUF_MAGIC = b"GGUF"
 _MOST_SHOWN = 3
 _LONGEST_QUOTE = 48
 _LIKE = 0.75  # the least similarity of a misspelt name, from 0 to 1
@@ -25,8 +26,16 @@ def names_file(text: str) -> bool:
 
 
 def is_gguf(path: Path) -> bool:
-    """Return whether a path has the ending of GGUF files."""
-    return path.suffix.lower() == ".gguf"
+    """Return whether a path has the ending of GGUF files, or a file the beginning of one (as ollama names them)."""
+    if path.suffix.lower() == ".gguf":
+        return True
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as stream:
+            return stream.read(len(_GGUF_MAGIC)) == _GGUF_MAGIC
+    except (OSError, ValueError):
+        return False
 
 
 def folder_hint(path: Path) -> str:

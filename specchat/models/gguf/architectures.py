@@ -278,7 +278,8 @@ def _ernie4_5(metadata: Metadata) -> dict[str, Any]:
 
 
 def _head_dim(metadata: Metadata) -> int:
-    return metadata.integer("attention.key_length", _width_per_head(metadata))
+    size = metadata.integer("attention.key_length", _width_per_head(metadata))
+    return size or metadata.fail("attention.key_length", size, "the width of a head")
 
 
 def _width_per_head(metadata: Metadata) -> int:

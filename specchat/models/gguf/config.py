@@ -64,6 +64,8 @@ def config_values(file: GgufFile) -> dict[str, Any]:
     hidden, heads = metadata.integer("embedding_length"), metadata.integer("attention.head_count")
     if not heads or not hidden or "token_embd.weight" not in file.tensors:
         metadata.fail("attention.head_count", heads, "the number of heads of a language model")
+    if not 0 < num_layers(metadata) <= len(file.tensors):
+        metadata.fail("block_count", metadata.integer("block_count"), "the number of layers in the file")
     values = {
         "model_type": architecture.model_type,
         "hidden_size": hidden,

@@ -49,8 +49,8 @@ class Metadata:
     def number(self, key: str, default: float | None = None) -> float:
         """Return a number."""
         value = self.values.get(self._full(key), default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            self.fail(key, value, "a number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST:
+            self.fail(key, value, "a finite number")
         return _shortest(float(value))
 
     def flags(self, key: str) -> list[bool] | None:
@@ -84,8 +84,7 @@ class Metadata:
 
 def _shortest(value: float) -> float:
     """Return the shortest decimal that is the same float32: files store 1e-5 as 9.999999747378752e-06."""
-    single = struct.unpack("<f", struct.pack("<f", value))[0] if abs(value) < _LARGEST else value
-    if single != value:
+    if struct.unpack("<f", struct.pack("<f", value))[0] != value:
         return value
     candidates = (float(f"{value:.{digits}g}") for digits in range(1, 10))
     return next(each for each in candidates if struct.pack("<f", each) == struct.pack("<f", value))

@@ -57,6 +57,15 @@ def test_a_file_or_the_folder_of_one_is_a_model(contents, tmp_path, monkeypatch)
     assert file_of(ask("tiny.GGUF")) == "tiny.GGUF"
 
 
+def test_a_file_may_have_any_name(contents, tmp_path):
+    blob = tmp_path / "sha256-0123456789abcdef"  # as in ollama's store
+    blob.write_bytes(contents["tiny-Q4_0.gguf"])
+    assert file_of(ask(str(blob))) == blob.name
+    blob.write_bytes(b"GGML" + contents["tiny-Q4_0.gguf"][4:])
+    with pytest.raises(ModelNotFoundError, match="is a file, not a model's folder"):
+        ask(str(blob))
+
+
 def test_several_files_are_listed_with_sizes(contents, tmp_path):
     for name, data in contents.items():
         (tmp_path / name).write_bytes(data)
