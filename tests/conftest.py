@@ -29,6 +29,7 @@ os.environ.setdefault("SPECCHAT_CACHE_DIR", f"{_HOME}/cache")
 
 # Whoever starts the suite may ignore hang-ups (nohup does), and the programs under test would inherit that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells make programs in the background ignore it
 
 
 @pytest.fixture(autouse=True, scope="session")

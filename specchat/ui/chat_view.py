@@ -392,7 +392,8 @@ def _quoted(text: str) -> str:
 def _tree(step: Step) -> str:
     if not step.tree_nodes:
         return "no draft tree"
-    return f"tree {step.tree_nodes} nodes, depth {step.depth}, {step.accepted} accepted"
+    nodes = "1 node" if step.tree_nodes == 1 else f"{step.tree_nodes} nodes"
+    return f"tree {nodes}, depth {step.depth}, {step.accepted} accepted"
 
 
 def _shares(plan: Plan) -> list[tuple[str, int, str]]:

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.setups import setup
 
 from specchat.chat import transcript
 from specchat.chat.copies import read_copy, read_markdown
@@ -15,7 +16,7 @@ PIECES = ["one", "**You**, he said", "**Note**", "# title", "```\n**x**\n```", "
 
 
 def chat(turns, system=None, model="org/name"):
-    records = [Opened({"model": model}, system, Sampling(), None, None)]
+    records = [Opened(setup(model=model), system, Sampling(), None, None)]
     records += [Answered("ask", Exchange(q, Message("assistant", a)), 1, (1,), "stop") for q, a in turns]
     return records
 

@@ -84,7 +84,7 @@ def test_plan_of_a_prequantized_hub_model_downloads_it(
     monkeypatch.setattr(locate, "sketch", lambda *_: ModelSource("org/name", tmp_path / "sketch"))
     monkeypatch.setattr(locate, "obtain", lambda *_, **__: whole)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
-    arguments = ("run", "org/name", "--plan", "--json", "--draft", "none", "--dtype", "fp32")
+    arguments = ("run", "org/name", "--plan", "--json", "--draft", "none", "--dtype", "fp32", "--base")
     assert run_command_line(arguments) == 2
     capfd.readouterr()
     assert run_command_line((*arguments, "--yes")) == 0

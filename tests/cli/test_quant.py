@@ -143,7 +143,7 @@ def test_banner_shows_automatic_quantization(monkeypatch):
     source = demo_source("target")
 
     def banner(plan: Plan) -> str:
-        return banner_lines(source, replace(CHOSEN, plan=plan), "no draft")[0]
+        return banner_lines(source, replace(CHOSEN, plan=plan), "no draft", "--plan")[0]
 
     lowered = auto_plan(monkeypatch, 1)
     assert "weights int4, not the original bf16 (keep it with --quant none)" in banner(lowered)

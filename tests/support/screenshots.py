@@ -79,9 +79,9 @@ def _until_the_end(terminal: Terminal) -> None:
 PICTURES = {
     "chat": Picture(
         "specchat run demo",
-        ("run", "demo", "--seed", "7", "--max-tokens", "30", "--no-save"),
+        ("run", "demo", "--seed", "7", "--max-tokens", "18", "--no-save"),
         _chat,
-        rows=48,
+        rows=60,
         leave="\x04",
     ),
     "chat-40": Picture(
