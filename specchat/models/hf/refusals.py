@@ -17,7 +17,7 @@ CANNOT_COMPUTE = "has a config.json with which its modules cannot compute"
 # Parts of foreign messages, and the reasons behind them.
 _REASONS = {
     "row_layout": "makes its own attention masks, so it cannot receive the masks of trees",
-    "RowMask": "computes with attention masks in its layers, so it cannot receive the masks of trees",
+    "PassMask": "computes with attention masks in its layers, so it cannot receive the masks of trees",
     "no attribute `embed_tokens`": "names its token embeddings in a way of its own, so specchat cannot find them",
     "'specchat.": "has its own choice of attention functions, so it cannot call tree attention",
 }
