@@ -100,7 +100,7 @@ def _pack_reader(weights: ModelWeights, pack: Pack) -> WeightReader:
     """Return the reader of a pack, after checking the pack's tensors outside the layers."""
     weights.close()
     pack.rest_checkpoint()
-    return WeightReader(weights.skeleton, pack.checkpoint())
+    return WeightReader(weights.skeleton, pack.checkpoint(), is_pack=True)
 
 
 def _read_layer(
