@@ -25,7 +25,7 @@ from specchat.engine.layout import PassLayout, RowLayout
 from specchat.engine.loading import load_model
 from specchat.engine.model import PassCancelledError, TreeModel
 from specchat.engine.recurrent.restore import marks_of_prompt
-from specchat.engine.requests import RequestQueue
+from specchat.engine.requests import RequestQueue, why_refused
 from specchat.engine.sampling import Sampler, ScoresNotFiniteError
 from specchat.engine.sequence import TokenSequence
 from specchat.engine.tree import TokenTree, common_prefix
@@ -33,9 +33,6 @@ from specchat.engine.walk import Walk, walk_down
 from specchat.errors import (
     AllocationError,
     BrokenScoresError,
-    PromptTooLongError,
-    SpecchatError,
-    UnknownTokenError,
     is_lack_of_memory,
 )
 from specchat.models.hf.pairing import check_pair
@@ -252,27 +249,11 @@ class Engine(Closeable):
             if num_admitted and num_rows + len(request.prompt_ids) > most_rows:
                 return
             index, request = queue.take()
-            if (error := self._why_refused(request)) is not None:
+            if (error := why_refused(request, self.plan, self._target.vocab_size)) is not None:
                 yield index, Step.without_pass("error", error)
                 continue
             live.append(self._seated(index, request, heappop(free)))
             num_rows, num_admitted = num_rows + len(request.prompt_ids), num_admitted + 1
-
-    def _why_refused(self, request: Request) -> SpecchatError | None:
-        """Return the error of a prompt that cannot be answered; None if it can."""
-        num_tokens, ctx, num_known = len(request.prompt_ids), self.plan.work.ctx, self._target.vocab_size
-        if num_tokens >= ctx:
-            return PromptTooLongError(
-                f"the prompt has {num_tokens} tokens, but the context holds {ctx} with the answer",
-                hint="shorten the prompt, start a new chat, or set a larger --ctx if the model allows it",
-            )
-        for token_id in (min(request.prompt_ids), max(request.prompt_ids)):
-            if not 0 <= token_id < num_known:
-                return UnknownTokenError(
-                    f"the prompt has token {token_id}, but {self.plan.target} has only {num_known:,} embeddings",
-                    hint="the tokenizer and the weights do not match: download or copy the model's folder again",
-                )
-        return None
 
     def _seated(self, index: int, request: Request, seat: int) -> TokenSequence:
         """Return the sequence of a request, in a seat that keeps the rows that the prompt shares with it."""

@@ -1,10 +1,12 @@
-"""Requests that wait for a seat."""
+"""Requests that wait for a seat, and the reasons to refuse one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from specchat.errors import PromptTooLongError, SpecchatError, UnknownTokenError
 from specchat.records.generation import Request
+from specchat.records.plan import Plan
 
 
 class RequestQueue:
@@ -30,3 +32,26 @@ class RequestQueue:
         assert self._first is not None
         taken, self._first = self._first, None
         return taken
+
+
+def why_refused(request: Request, plan: Plan, num_known: int) -> SpecchatError | None:
+    """Return the error of a prompt that cannot be answered; None if it can.
+
+    Args:
+        request: request with at least one token.
+        plan: plan of the engine.
+        num_known: number of tokens for which the target has an embedding.
+    """
+    num_tokens, ctx = len(request.prompt_ids), plan.work.ctx
+    if num_tokens >= ctx:
+        return PromptTooLongError(
+            f"the prompt has {num_tokens} tokens, but the context holds {ctx} with the answer",
+            hint="shorten the prompt, start a new chat, or set a larger --ctx if the model allows it",
+        )
+    for token_id in (min(request.prompt_ids), max(request.prompt_ids)):
+        if not 0 <= token_id < num_known:
+            return UnknownTokenError(
+                f"the prompt has token {token_id}, but {plan.target} has only {num_known:,} embeddings",
+                hint="the tokenizer and the weights do not match: download or copy the model's folder again",
+            )
+    return None

@@ -74,7 +74,7 @@ def check(quantized: ModelSource, dense: Path, name: str) -> None:
         ("qwen3_moe", modelopt(), {"self_attn": modelopt_fp8()}, "modelopt nvfp4"),
         ("llama", modelopt_fp8(128), {"mlp": modelopt(), "o_proj": modelopt_fp8()}, "modelopt mixed"),
     ],
-    ids=str,
+    ids=lambda value: value.name if isinstance(value, Kind) else value if isinstance(value, str) else str(len(value)),
 )
 def test_scores_and_text_are_those_of_the_dequantized_model(
     architecture: str, kind: Kind, others: dict[str, Kind], name: str, tmp_path: Path
