@@ -1,5 +1,7 @@
-"""Check architectures before plans and downloads; config.json is all that a check needs."""
+"""Checks before plans and downloads: of the architecture, from config.json alone, and of a tokenizer that is here."""
 
+from specchat.errors import ModelError
+from specchat.models.checkpoint.safetensors import weight_files
 from specchat.models.sizes import cache
 from specchat.records.model import ModelSource
 
@@ -21,3 +23,30 @@ def check_model(source: ModelSource) -> None:
 
     check_architecture(source)
     cache.save_check(key)
+
+
+def check_tokenizer(source: ModelSource) -> None:
+    """Check that a model's tokenizer can be read, unless its files are not here yet; a success is remembered.
+
+    Args:
+        source: model whose answers need a tokenizer.
+
+    Raises:
+        ModelError, UsageError: a missing tokenizer, or one that cannot be read.
+    """
+    if source.is_toy or not _is_here(source):
+        return
+    key = cache.tokenizer_key(source)
+    if cache.is_checked(key):
+        return
+    from specchat.models.hf.tokenizer import load_tokenizer  # imports transformers
+
+    load_tokenizer(source.path)
+    cache.save_check(key)
+
+
+def _is_here(source: ModelSource) -> bool:
+    try:
+        return all(file.is_file() for file in weight_files(source.path))
+    except ModelError:
+        return False

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from specchat.loading.checking import check_model
+from specchat.loading.checking import check_model, check_tokenizer
 from specchat.loading.locate import Models
 from specchat.loading.request import ModelRequest, Reporter
 from specchat.loading.sampling import SamplingChoices, resolve_sampling
@@ -55,6 +55,7 @@ def make_plan(
     for source in (models.target, models.draft):
         if source is not None:
             check_model(source)
+    check_tokenizer(models.target)
     asked = plan_request(request, models, temperature)
     if as_given:
         given = "none" if asked.choices.draft_quant == "auto" else asked.choices.draft_quant

@@ -266,13 +266,16 @@ def test_a_newer_tokenizer_is_named(specchat, folder, name):
     change_tokenizer(folder, NEWER[name])
     result = specchat("run", str(folder), *ASKED)
     refused(result, 2, "tokenizer.json is not a tokenizer that tokenizers", "reads: ")
+    assert specchat("run", str(folder), *ASKED, "--plan").err == result.err
     assert name != "field" or "it has 'future'" in result.err
 
 
 def test_a_tokenizer_of_another_package(specchat, folder, monkeypatch):
     monkeypatch.setattr("specchat.models.hf.tokenizer_files.find_spec", lambda _: None)
     (folder / "tokenizer.json").unlink()
-    refused(specchat("run", str(folder), *ASKED), 3, "has no tokenizer (tokenizer.json)", "hint: copy tokenizer.json")
+    for more in ((), ("--plan",)):
+        result = specchat("run", str(folder), *ASKED, *more)
+        refused(result, 3, "has no tokenizer (tokenizer.json)", "hint: copy tokenizer.json")
     (folder / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
     refused(specchat("run", str(folder), *ASKED), 2, "only as tokenizer.model, which needs the package sentencepiece")
     (folder / "tokenizer.model").write_bytes(b"IQ== 0\n")

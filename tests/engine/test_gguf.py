@@ -153,7 +153,9 @@ def mixed(name: str) -> str:
     return next((kind for part, kind in kinds.items() if part in name), "Q4_0")
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "MXFP4", "BF16", "F16", mixed], ids=str)
+@pytest.mark.parametrize(
+    "kind", ["Q4_0", "Q8_0", "MXFP4", "BF16", "F16", mixed], ids=lambda kind: getattr(kind, "__name__", kind)
+)
 @pytest.mark.parametrize("config", ["LlamaConfig", "Qwen3MoeConfig", "Gemma3TextConfig"])
 def test_packed_models_score_as_their_dequantized_twins(kind: Any, config: str, tmp_path: Path):
     own = {"layer_types": None, "query_pre_attn_scalar": 32}

@@ -51,6 +51,17 @@ def key_of(source: ModelSource, quant: str) -> str | None:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 
+def tokenizer_key(source: ModelSource) -> str | None:
+    """Return the key of a check of a model's tokenizer, which changes with its small files; None if none can be read."""
+    try:
+        files = sorted(file for file in source.path.iterdir() if file.suffix != ".safetensors" and file.is_file())
+        stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    except OSError:  # reading the tokenizer reports the error
+        return None
+    facts = [stamps, library_versions(), version("tokenizers")]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+
+
 def load(key: str | None, name: str) -> ModelSpec | None:
     """Return a description with the given name; None if the cache holds no intact one.
 
