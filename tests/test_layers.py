@@ -36,7 +36,7 @@ FOLDERS = {
         {"packs", "sizes"},
         {"synthetic"},
         {"locate"},
-        {"drafts", "installed"},
+        {"drafts"},
     ],
     "models/quant": [
         {"kernels"},

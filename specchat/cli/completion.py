@@ -54,7 +54,7 @@ def sessions(incomplete: str) -> list[str]:
 
 def installed(incomplete: str) -> list[str]:
     """Complete the models and packs on this disk."""
-    from specchat.models.installed import find_installed
+    from specchat.models.packs.installed import find_installed
 
     return _matching(sorted({each.name for each in find_installed()}), incomplete)
 

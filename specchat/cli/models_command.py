@@ -12,7 +12,7 @@ from specchat.json_lines import to_json
 from specchat.units import format_bytes
 
 if TYPE_CHECKING:
-    from specchat.models.installed import Installed
+    from specchat.models.packs.installed import Installed
 
 ACTIONS = ("list", "rm")
 _VERSION = 1
@@ -51,7 +51,7 @@ def check(action: str | None, names: Sequence[str] | None, *, json: bool, yes: b
 
 def manage_models(options: ModelsOptions) -> int:
     """Run `specchat models` and return the exit code."""
-    from specchat.models.installed import find_installed
+    from specchat.models.packs.installed import find_installed
     from specchat.ui.console import talk
     from specchat.ui.lists_view import print_models
 
@@ -69,7 +69,7 @@ def manage_models(options: ModelsOptions) -> int:
 
 
 def _remove(options: ModelsOptions) -> None:
-    from specchat.models.installed import installed_named, remove_installed
+    from specchat.models.packs.installed import installed_named, remove_installed
     from specchat.ui.console import talk
 
     entries = list(dict.fromkeys(each for name in options.names for each in installed_named(name)))

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from specchat.chat.saved_chats import SavedChat
-from specchat.models.installed import Installed
+from specchat.models.packs.installed import Installed
 from specchat.ui.console import neutral, report_console
 from specchat.units import format_bytes
 

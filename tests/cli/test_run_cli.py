@@ -360,7 +360,7 @@ def test_download_needs_consent(fake, monkeypatch):
     """Ask once for both models."""
     asked = []
 
-    def look_up(ref, *, offline, warn=None):
+    def look_up(ref, *, offline, **_):
         return Download(ref, "abc", 10, 4, 100, Path("cache"))
 
     def agree(downloads, confirm):
@@ -377,8 +377,8 @@ def test_download_needs_consent(fake, monkeypatch):
 
 
 def test_unsupported_model_is_refused_before_a_download(fake):
-    result = fake("run", "Qwen/Qwen3-Next-80B-A3B-Instruct", "hi")
-    assert (result.code, "recurrent layers" in result.err) == (2, True)
+    result = fake("run", "tiiuae/Falcon-Mamba-7B-Instruct", "hi")
+    assert (result.code, "recurrent" in result.err) == (2, True)
 
 
 def test_less_free_memory_than_planned_makes_the_plan_smaller(specchat, monkeypatch):

@@ -1,12 +1,14 @@
 """Skeletons: a causal LM whose parameters are on the meta device, with its decoder layers and head."""
 
 import copy
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from specchat.errors import UnsupportedModelError
 from specchat.models.hf.attention import AttentionFunction, register_attention
@@ -65,10 +67,28 @@ def build_skeleton(config: Any, dtype: torch.dtype, attention: AttentionFunction
     config = copy.deepcopy(config)  # transformers writes dtype and attention into it, and modules keep it
     if getattr(config, "output_router_logits", False):
         config.output_router_logits = False
-    with modules_lock, init_empty_weights(include_buffers=False):
+    with modules_lock, init_empty_weights(include_buffers=False), _LargeTensorsOnMeta():
         model = _model_of(config, dtype, name)
     model.tie_weights()  # init_empty_weights has untied them
     return skeleton_of(model.eval())
+
+
+class _LargeTensorsOnMeta(TorchFunctionMode):
+    """Creates large uninitialized tensors on meta at once; they become parameters, which end there anyway.
+
+    The fused experts of one layer may be larger than the machine's memory, in which the system would refuse them.
+    """
+
+    _LARGE = 1 << 28
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and "device" not in kwargs:
+            size = kwargs.get("size", args)
+            size = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
+            if math.prod(size) > self._LARGE:
+                kwargs["device"] = "meta"
+        return func(*args, **kwargs)
 
 
 def _model_of(config: Any, dtype: torch.dtype, attention: str) -> Any:

@@ -52,7 +52,7 @@ def key_of(source: ModelSource, quant: str) -> str | None:
 
 
 def tokenizer_key(source: ModelSource) -> str | None:
-    """Return the key of a check of a model's tokenizer, which changes with its small files; None if none can be read."""
+    """Return the key of a tokenizer's check, which changes with the small files; None if none can be read."""
     try:
         files = sorted(file for file in source.path.iterdir() if file.suffix != ".safetensors" and file.is_file())
         stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
