@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, cycle
 from typing import Protocol
 
 from specchat.engine.drafting.pass_times import PRIOR_WEIGHT, FadingRatio, PassTimes
@@ -28,6 +28,10 @@ _MARGIN = 1.1
 _PROBE_AFTER, _LONGER, _MAX_INTERVAL = 4, 3, 1024
 # Do not probe plain decoding if drafting is faster by this factor: on a slow disk each probe would take seconds.
 _FAR_FASTER = 2.0
+# Sizes of trees to probe beside the best one: the times of sizes that are never tried stay predictions. On a disk whose
+# passes are free up to 128 rows, trees stayed at 64 nodes without the larger one, which cost 5% there. Larger trees are
+# only tried where drafting is far faster: elsewhere they can cost more than they teach.
+_SMALL, _PROBED_SIZES = 1 / 3, (2.0, 1 / 3)
 # Number of bins for log weights; each bin has a width of 1, and the last bin also holds all lower weights.
 _NUM_BINS = 10
 # Rows are free as long as a pass with them takes at most this much longer than a pass over one row.
@@ -148,7 +152,9 @@ class AdaptivePolicy:
         self._gains = [self._predicted_per_s(max(num, 1)) / alone for num in range(max_sequences + 1)]
         self._drafted_per_s = FadingRatio()
         self._prefers_draft = self._drafts = True
-        self._catches_up = self._probes_small_tree = False
+        self._catches_up = False
+        self._size_factors = cycle(_PROBED_SIZES)
+        self._size_factor = 1.0  # of the next trees, beside the best size
         self._interval = self._steps_left = _PROBE_AFTER
 
     @property
@@ -182,7 +188,7 @@ class AdaptivePolicy:
             expected - tokens_per_s * self._target_times.at(first + nodes) for nodes, expected in enumerate(tokens)
         ]
         best = values.index(max(values))
-        return (best + 2) // 3 if self._probes_small_tree else best
+        return min(math.ceil(self._size_factor * best), len(weights))
 
     def record_draft_pass(self, rows: int, seconds: float) -> None:
         """Learn how long a pass of the draft takes."""
@@ -201,7 +207,7 @@ class AdaptivePolicy:
                 self._record_drafted(steps, trees, rows)
             for tree, path in zip(trees, paths, strict=True):
                 self._acceptance.add(tree, path)
-            self._probes_small_tree = False
+            self._size_factor = 1.0
         self._choose_mode(len(steps))
 
     def _record_drafted(self, steps: Sequence[Step], trees: Sequence[TokenTree], rows: int) -> None:
@@ -217,7 +223,7 @@ class AdaptivePolicy:
         self._catches_up = False
 
     def _choose_mode(self, num_sequences: int) -> None:
-        """Switch once the other mode is faster; sometimes probe the other mode, or trees of a third of the size."""
+        """Switch once the other mode is faster; sometimes probe the other mode, or trees of another size."""
         self._steps_left -= 1
         is_probe = self._drafts != self._prefers_draft
         if self._steps_left > 0 and (is_probe or self._interval == _PROBE_AFTER):
@@ -229,10 +235,13 @@ class AdaptivePolicy:
             self._use(draft=prefers_draft, steps=self._interval)
         elif is_probe or (self._steps_left <= 0 and self._is_far_faster(drafted / plain)):
             self._interval = min(_LONGER * self._interval, _MAX_INTERVAL)
-            self._probes_small_tree = prefers_draft
+            self._size_factor = self._factor_to_probe(drafted / plain) if prefers_draft else 1.0
             self._use(draft=prefers_draft, steps=self._interval)
         elif self._steps_left <= 0:
             self._use(draft=not self._drafts, steps=1)
+
+    def _factor_to_probe(self, drafted_by_plain: float) -> float:
+        return next(self._size_factors) if drafted_by_plain > _FAR_FASTER else _SMALL
 
     def _is_far_faster(self, drafted_by_plain: float) -> bool:
         """Return whether drafting is fast enough to postpone the next probe of plain decoding."""
