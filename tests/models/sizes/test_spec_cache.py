@@ -145,7 +145,11 @@ def test_a_passed_check_is_not_repeated(is_writable, tmp_path, folder, monkeypat
         check_model(model(tmp_path / "other", num_hidden_layers=3))
 
 
-def test_a_plan_of_a_known_model_needs_no_torch():
+def test_a_plan_of_a_known_model_needs_no_torch(tmp_path, monkeypatch):
+    """In a cache of its own: the shared one drops its oldest files while other tests describe their models."""
+    monkeypatch.setenv("SPECCHAT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(cache, "_remembered", {})
+    monkeypatch.setattr(cache, "_checked", set())
     for name in ("target", "draft"):
         describe(demo_source(name))
         check_model(demo_source(name))
