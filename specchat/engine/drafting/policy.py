@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, cycle
+from itertools import accumulate
 from typing import Protocol
 
 from specchat.engine.drafting.pass_times import PRIOR_WEIGHT, FadingRatio, PassTimes
@@ -24,14 +24,16 @@ from specchat.records.plan import Expectation
 # Draft only if drafting is faster by this factor: on a busy machine both modes are often equally fast, and only
 # drafting can lose without a bound.
 _MARGIN = 1.1
-# Probe the other mode after 4 steps; triple the interval after each probe that changes nothing, up to 1024 steps.
-_PROBE_AFTER, _LONGER, _MAX_INTERVAL = 4, 3, 1024
+# Probe the other mode after 4 steps, then at longer and longer intervals of up to 1024 steps: three times as long after
+# each probe that changes nothing, or only twice where a probe costs little, because both modes are about equally fast.
+_PROBE_AFTER, _LONGER, _SLIGHTLY_LONGER, _MAX_INTERVAL = 4, 3, 2, 1024
 # Do not probe plain decoding if drafting is faster by this factor: on a slow disk each probe would take seconds.
 _FAR_FASTER = 2.0
-# Sizes of trees to probe beside the best one: the times of sizes that are never tried stay predictions. On a disk whose
-# passes are free up to 128 rows, trees stayed at 64 nodes without the larger one, which cost 5% there. Larger trees are
-# only tried where drafting is far faster: elsewhere they can cost more than they teach.
-_SMALL, _PROBED_SIZES = 1 / 3, (2.0, 1 / 3)
+# A probe takes this many steps, but one where drafting is far faster: a single pass on a busy machine tells little.
+_PROBE_STEPS = 3
+# Size of trees to probe after plain decoding, beside the best one: times of smaller sizes that are never tried stay
+# predictions.
+_PROBED_SIZE = 1 / 3
 # Number of bins for log weights; each bin has a width of 1, and the last bin also holds all lower weights.
 _NUM_BINS = 10
 # Rows are free as long as a pass with them takes at most this much longer than a pass over one row.
@@ -153,7 +155,6 @@ class AdaptivePolicy:
         self._drafted_per_s = FadingRatio()
         self._prefers_draft = self._drafts = True
         self._catches_up = False
-        self._size_factors = cycle(_PROBED_SIZES)
         self._size_factor = 1.0  # of the next trees, beside the best size
         self._interval = self._steps_left = _PROBE_AFTER
 
@@ -234,14 +235,12 @@ class AdaptivePolicy:
             self._prefers_draft = prefers_draft
             self._use(draft=prefers_draft, steps=self._interval)
         elif is_probe or (self._steps_left <= 0 and self._is_far_faster(drafted / plain)):
-            self._interval = min(_LONGER * self._interval, _MAX_INTERVAL)
-            self._size_factor = self._factor_to_probe(drafted / plain) if prefers_draft else 1.0
+            longer = _SLIGHTLY_LONGER if prefers_draft and drafted < _FAR_FASTER * plain else _LONGER
+            self._interval = min(longer * self._interval, _MAX_INTERVAL)
+            self._size_factor = _PROBED_SIZE if prefers_draft else 1.0
             self._use(draft=prefers_draft, steps=self._interval)
         elif self._steps_left <= 0:
-            self._use(draft=not self._drafts, steps=1)
-
-    def _factor_to_probe(self, drafted_by_plain: float) -> float:
-        return next(self._size_factors) if drafted_by_plain > _FAR_FASTER else _SMALL
+            self._use(draft=not self._drafts, steps=1 if drafted > _FAR_FASTER * plain else _PROBE_STEPS)
 
     def _is_far_faster(self, drafted_by_plain: float) -> bool:
         """Return whether drafting is fast enough to postpone the next probe of plain decoding."""

@@ -19,10 +19,32 @@ def test_it_starts_from_the_prediction():
     assert [times.at(rows) for rows in (1, 33, 65, 129)] == pytest.approx([1.0, 1.5, 2.0, 3.0])
 
 
-def test_the_first_pass_corrects_all_sizes_alike():
+def test_the_first_pass_corrects_all_smaller_sizes_alike():
     times, before = PassTimes(PREDICTED, 128), PassTimes(PREDICTED, 128)
-    times.add(20, 3 * before.at(20))
-    assert [times.at(rows) / before.at(rows) for rows in (1, 20, 100)] == pytest.approx([3.0] * 3)
+    times.add(64, 3 * before.at(64))
+    assert [times.at(rows) / before.at(rows) for rows in (1, 20, 64)] == pytest.approx([3.0] * 3)
+
+
+def test_larger_sizes_are_tried_and_then_believed():
+    """Twice the rows are taken to cost half of what was predicted, as an exponent, until they are measured."""
+    times, before = PassTimes(PREDICTED, 128), PassTimes(PREDICTED, 128)
+    times.add(32, before.at(32))
+    assert times.at(64) == pytest.approx(math.sqrt(before.at(32) * before.at(64)))
+    for _ in range(20):
+        times.add(64, 2 * before.at(64))
+    assert times.at(64) == pytest.approx(2 * before.at(64), rel=0.1)
+
+
+def test_a_size_that_is_rarely_measured_keeps_its_place_beside_the_others():
+    """Plain decoding is probed a few times per answer, while the load doubles and the draft's passes go on."""
+    times, before = PassTimes(PREDICTED, 128), PassTimes(PREDICTED, 128)
+    for load in (1.0, 2.0):
+        for _ in range(5):
+            for _ in range(4):
+                times.add(1, 0.4 * load * before.at(1))
+            for _ in range(40):
+                times.add(32, load * before.at(32))
+        assert times.at(1) == pytest.approx(0.4 * load * before.at(1), rel=0.15)
 
 
 def test_another_shape_is_learned():

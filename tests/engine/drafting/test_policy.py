@@ -154,16 +154,17 @@ def test_it_leaves_a_draft_that_loses_after_four_steps_and_probes_it_less_and_le
     modes = modes_of(AdaptivePolicy(64, machine.expectation()), machine, 3000)
     probes = [step for step in range(1, 3000) if modes[step] and not modes[step - 1]]
     assert modes[:5] == [True] * 4 + [False]
-    assert [after - before for before, after in pairwise([2, *probes])] == [
-        4 + 2,
-        12 + 2,
-        36 + 2,
-        108 + 2,
-        324 + 2,
-        972 + 2,
-        1024 + 2,
+    # A probe takes three steps, and one in which the draft catches up.
+    assert [after - before for before, after in pairwise([0, *probes])] == [
+        4 + 4,
+        12 + 4,
+        36 + 4,
+        108 + 4,
+        324 + 4,
+        972 + 4,
+        1024 + 4,
     ]
-    assert sum(modes) == 4 + 2 * len(probes)
+    assert sum(modes) == 4 + 4 * len(probes)
 
 
 def test_probes_lose_at_most_three_percent_of_the_time():
