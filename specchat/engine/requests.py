@@ -38,9 +38,10 @@ class RequestQueue:
 
 
 def choose_seat(seats: Sequence[int], held: Sequence[Sequence[int]], tokens: Sequence[int]) -> int:
-    """Return the seat for a prompt: the one whose rows it mostly keeps, else the one that waited longest.
+    """Return the seat for a prompt: the one whose text it goes on with, else the one that waited longest.
 
-    A prompt that keeps less than half of a seat's rows belongs to another text, which may be continued later.
+    A prompt that keeps less than half of a seat's rows belongs to another text, unless the seat holds all of it. The
+    seat's text may be continued later.
 
     Args:
         seats: free seats, the one that was used least recently first.
@@ -49,7 +50,7 @@ def choose_seat(seats: Sequence[int], held: Sequence[Sequence[int]], tokens: Seq
     """
     prompt = list(tokens)
     shared = {seat: common_prefix(held[seat], prompt) for seat in seats}
-    continued = [seat for seat in seats if 0 < len(held[seat]) <= 2 * shared[seat]]
+    continued = [seat for seat in seats if held[seat] and 2 * shared[seat] >= min(len(held[seat]), 2 * len(prompt))]
     return max(continued, key=shared.__getitem__) if continued else seats[0]
 
 

@@ -100,6 +100,7 @@ def test_each_of_two_chats_keeps_its_seat(engine: Engine):
         pytest.param(["abcd", "abcdef"], "abcdefg", [0, 1], 1, id="goes on with the longer one"),
         pytest.param(["abcd", ""], "abx", [1, 0], 0, id="keeps half"),
         pytest.param(["abcd", ""], "axy", [1, 0], 1, id="keeps less than half"),
+        pytest.param(["abcdefgh", ""], "abc", [1, 0], 0, id="answers again"),
         pytest.param(["abcd", "abcd"], "xyz", [1, 0], 1, id="all others: the least recent"),
         pytest.param(["abcd", "xy"], "abcdef", [1], 1, id="taken"),
     ],
