@@ -105,4 +105,4 @@ async def _events(job: Job, mailbox: Mailbox, objects: AnswerObjects, *, include
 
 
 def _event(values: dict[str, Any]) -> str:
-    return f"data: {json.dumps(values, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {json.dumps(values, separators=(',', ':'))}\n\n"

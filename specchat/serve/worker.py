@@ -189,8 +189,8 @@ class AnswerWorker(Closeable):
         self._end(job, None)
 
     def _end(self, job: Job, error: ApiError | None) -> None:
-        job.post(Ended(error))
         self._observe(job, error)
+        job.post(Ended(error))
 
 
 def _described(error: Exception) -> str:
