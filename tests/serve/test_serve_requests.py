@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import string
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -86,6 +88,14 @@ def test_an_answer_cut_within_a_character_ends_before_it(echo: Echoing):
 def test_a_text_held_back_for_a_stop_string_is_sent_at_the_end(echo: Echoing):
     events = echo.served.chat("no end", stream=True, stop=["endless", "d!"]).events
     assert text_of(events) == "You said: no end"
+
+
+def test_a_stop_string_frees_the_seat(fresh: Echoing):
+    """The engine knows nothing of stop strings: it is told, and the next answer has its passes for itself."""
+    assert fresh.served.chat("x" * 80, stop="said").json["choices"][0]["message"]["content"] == "You "
+    assert fresh.served.chat("y" * 40).status == 200
+    job, _ = fresh.served.ended[-1]
+    assert len(job.answer.steps) > 20 and max(step.num_sharing for step in job.answer.steps) == 1
 
 
 def test_thinking_has_a_field_of_its_own(echo: Echoing):
@@ -324,6 +334,14 @@ def test_a_key_is_asked_for():
         assert echo.served.post(CHAT, {"messages": [USER]}, Authorization="bearer sesame").status == 200
         assert echo.served.ask("GET", "/health").status == 200
         assert len(echo.engine.requests) == 1
+
+
+def test_the_man_page_has_all_of_our_figures(echo: Echoing):
+    page = (Path(__file__).parents[2] / "man" / "specchat.1").read_text().replace("\\", "")
+    section = page[page.index(".SH SERVE") : page.index(".SH MODELS")]
+    reply = echo.served.chat("hi").json
+    names = {*reply["specchat"], *echo.served.post(CHAT, {}).error}
+    assert not [name for name in names if not re.search(rf"\b{name}\b", section)]
 
 
 def test_pages_of_other_origins_are_refused(echo: Echoing):
