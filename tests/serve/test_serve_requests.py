@@ -7,7 +7,7 @@ import re
 import string
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from specchat.errors import AllocationError, BrokenScoresError
 from specchat.loading.sampling import SamplingChoices
 from specchat.models.checkpoint.generation_config import GenerationDefaults
 from specchat.records.generation import Step
+from specchat.serve import streams
 from specchat.serve.access import Access
 from specchat.serve.app import MOST_BODY_BYTES
 from specchat.serve.preparing import ServerDefaults
@@ -91,11 +92,27 @@ def test_a_text_held_back_for_a_stop_string_is_sent_at_the_end(echo: Echoing):
 
 
 def test_a_stop_string_frees_the_seat(fresh: Echoing):
-    """The engine knows nothing of stop strings: it is told, and the next answer has its passes for itself."""
+    """The engine knows nothing of stop strings: it is told, and computes no further pass of that answer."""
     assert fresh.served.chat("x" * 80, stop="said").json["choices"][0]["message"]["content"] == "You "
-    assert fresh.served.chat("y" * 40).status == 200
-    job, _ = fresh.served.ended[-1]
-    assert len(job.answer.steps) > 20 and max(step.num_sharing for step in job.answer.steps) == 1
+    assert fresh.served.chat("later").status == 200
+    assert fresh.gate.num_passes == sum(len(job.answer.steps) for job, _ in fresh.served.ended)
+
+
+def test_special_tokens_are_no_text(echo: Echoing):
+    assert echo.served.chat("hi").status == 200
+    assert echo.served.submitted[-1].answer.detokenizer.feed(EOS) == ""
+
+
+def test_comments_keep_a_client_waiting(fresh: Echoing, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(streams, "_COMMENT_AFTER_S", 0.01)
+    fresh.gate.close()
+    with closing(fresh.served.connect()) as connection:
+        connection.request("POST", CHAT, json.dumps({"messages": [USER], "stream": True}))
+        response = connection.getresponse()
+        lines = [response.readline() for _ in range(4)]
+        assert lines[0].startswith(b"data: {") and lines[1:] == [b"\n", b": waiting\n", b"\n"]
+        fresh.gate.open()
+        assert response.read().endswith(b"data: [DONE]\n\n")
 
 
 def test_thinking_has_a_field_of_its_own(echo: Echoing):
