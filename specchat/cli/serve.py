@@ -202,7 +202,7 @@ def _note(job: "Job", error: "ApiError | None", say: "Talk") -> None:
     answer = job.answer
     usage = answer.usage(len(job.request.prompt_ids))
     if error is not None:
-        say.say(f"answer failed: {error.message}", "dim")
+        say.say(f"answer not finished: {error.message}", "dim")
         return
     how = "" if answer.finish_reason is not None else " · the client left"
     new = usage.prompt_tokens - usage.cached_tokens

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp
 from specchat.errors import AddressUnusableError
 
 # Seconds to wait for clients that do not read the end of their answers.
-_GRACE_S = 5
+_GRACE_S = 3
 _BACKLOG = 128
 
 

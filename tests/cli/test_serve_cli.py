@@ -127,6 +127,11 @@ def test_a_server_without_a_model_lists_some(specchat):
     assert result.code == 2 and "demo" in result.err
 
 
+def test_more_seats_than_memory_are_refused(specchat):
+    result = specchat("serve", "demo", "--port", "0", "--parallel", "64", "--vram", "200MiB", "--ctx", "1024")
+    assert result.code == 4 and "or lower the number of answers at once" in result.err
+
+
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(installed, "_PACKAGES", ("starlette", "specchat_nosuch"))
     with pytest.raises(NotAvailableError, match="specchat_nosuch") as caught:
