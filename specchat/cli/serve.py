@@ -111,10 +111,10 @@ def serve(options: ServeOptions) -> int:
         view = ChatView(answer_stream(), say, raw=True)
         target = planned.models.target
         view.banner(target, planned.chosen, planned.models.draft_note, details=f"specchat probe {target.name}")
-        engine, tokenizer = load_watched(
+        tokenizer, engine = load_watched(
             lambda progress: (
-                load_engine(options.models, planned.models, planned.plan, progress, temperature),
                 _tokenizer(planned),
+                load_engine(options.models, planned.models, planned.plan, progress, temperature),
             ),
             view,
         )
@@ -174,6 +174,10 @@ def _api(
     from specchat.serve.preparing import Preparer, ServerDefaults
 
     model_defaults = load_generation_defaults(planned.models.target.path)
+    for line in model_defaults.ignored:
+        say.warn(line)
+    if not tokenizer.has_chat_template:
+        say.warn("this model has no chat template, so it can only continue texts: /v1/completions")
     preparer = Preparer(
         tokenizer,
         model_defaults,
@@ -192,7 +196,7 @@ def _served_model(options: ServeOptions, planned: Planned, engine: "Engine") -> 
 
     name, given = planned.models.target.name, options.models.model or ""
     aliases = [alias for alias, model in options.aliases.items() if model == given]
-    last_part = name.rstrip("/").rpartition("/")[2]
+    last_part = name.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
     names = frozenset({name, name.partition("@")[0], given, last_part, *aliases, "specchat", "default"})
     return ServedModel(name, names, engine.plan.work.ctx, int(time.time()))
 

@@ -82,7 +82,9 @@ class Api:
         return JSONResponse({"object": "list", "data": [self._model.as_object()]})
 
     async def _model_named(self, request: Request) -> Response:
-        self._check_model(request.path_params["name"])
+        if not (name := request.path_params["name"]):
+            return await self._models(request)
+        self._check_model(name)
         return JSONResponse(self._model.as_object())
 
     async def _chat(self, request: Request) -> Response:

@@ -69,6 +69,7 @@ class Preparer:
         self._plan = plan
         self._vocab_size = vocab_size
         self._defaults = defaults
+        tokenizer.encode(" ")  # the first call may change the tokenizer, which other threads must not see
 
     def prepare(self, asked: Asked) -> tuple[Request, Answer]:
         """Return the request for the engine, and the empty answer.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import random
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -114,6 +115,7 @@ def test_the_client_continues_texts(world: World):
 def test_the_client_lists_models(world: World):
     (model,) = world.client.models.list().data
     assert model.id == world.client.models.retrieve("org/tiny").id == world.client.models.retrieve("tiny").id
+    assert world.served.ask("GET", "/v1/models/").json == world.served.ask("GET", "/v1/models").json
     with pytest.raises(openai.NotFoundError) as caught:
         world.client.models.retrieve("gpt-4o")
     assert caught.value.code == "model_not_found"
@@ -284,6 +286,37 @@ def test_a_client_that_leaves_while_it_waits_costs_no_pass(world: World):
         assert all(each.result().status == 200 for each in others)
     wait_until(lambda: (job, None) in world.served.ended)
     assert job.answer.steps == [] and job.queue_s == 0
+
+
+@pytest.mark.slow
+def test_many_clients_that_come_and_go_at_random(world: World):
+    """Eight clients, of which some leave in the middle; each other one gets the text of the engine alone."""
+    questions = [f"{text}{'?' * (1 + number % 3)}" for number, text in enumerate(["Who are you", "Tell me more"] * 3)]
+    expected = {each: world.alone(each, 40) for each in questions}
+
+    def ask(number: int) -> None:
+        rng = random.Random(number)
+        question, num_tokens = rng.choice(questions), rng.choice([1, 7, 40])
+        if rng.random() < 0.4:
+            stream = world.client.chat.completions.create(
+                model="tiny", messages=messages(question), stream=True, temperature=0, max_tokens=200
+            )
+            with stream:
+                for _ in zip(range(rng.randint(0, 9)), stream, strict=False):
+                    pass
+            return
+        text = world.served.chat(question, stream=True, **greedy(max_tokens=num_tokens))
+        assert text_of(text.events) == expected[question] if num_tokens == 40 else text_of(text.events)
+
+    with ThreadPoolExecutor(8) as pool:
+        for each in [pool.submit(ask, number) for number in range(300)]:
+            each.result()
+    wait_until(lambda: len(world.served.ended) == len(world.served.submitted))
+    assert not [error for _, error in world.served.ended if error is not None]
+    assert (
+        world.served.chat(questions[0], **greedy(max_tokens=40)).json["choices"][0]["message"]["content"]
+        == (expected[questions[0]])
+    )
 
 
 # --- values at the edge ----------------------------------------------------------------------------------------------

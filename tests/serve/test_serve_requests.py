@@ -136,6 +136,8 @@ def test_parts_and_roles_make_the_prompt(echo: Echoing):
     assert echo.served.post(CHAT, {"messages": chat}).status == 200
     prompt = TOKENIZER.decode(echo.engine.requests[-1].prompt_ids)
     assert prompt == "[system]a\nb\n[user]q\n[assistant]r\n[user]\n[assistant]"
+    # A later request of the chat may differ from here on: recurrent layers keep a copy of their states.
+    assert echo.engine.requests[-1].restore_at == (len(prompt) - len("[assistant]"),)
 
 
 def test_a_text_begins_with_the_tokenizers_special_tokens(echo: Echoing):
