@@ -52,6 +52,22 @@ def server(state: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[str], st
             process.kill()
 
 
+def answer_to(client: openai.OpenAI, question: str) -> str | None:
+    asked = client.chat.completions.create(model="demo", messages=[{"role": "user", "content": question}])
+    return asked.choices[0].message.content
+
+
+def readme_example(url: str) -> list[str]:
+    """Run the example of the README with our server, and return what it prints, line by line."""
+    page = (ROOT / "README.md").read_text()
+    (code,) = [block.partition("```")[0] for block in page.split("```python\n")[1:] if "import OpenAI" in block]
+    assert "http://127.0.0.1:8000/v1" in code and 'api_key="none"' in code
+    code = code.replace("http://127.0.0.1:8000/v1", url).replace('api_key="none"', 'api_key="sesame"')
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split(
+        " CompletionUsage("
+    )
+
+
 def test_the_text_is_that_of_run_and_nothing_is_kept(tmp_path: Path):
     flags = ("--max-tokens", "32", "--temperature", "0", *PRECISE)
     run = [sys.executable, "-m", "specchat", "run", "demo", QUESTION, "--json", "--no-save", *flags]
@@ -69,10 +85,11 @@ def test_the_text_is_that_of_run_and_nothing_is_kept(tmp_path: Path):
             assert answer.usage.completion_tokens == expected["usage"]["completion_tokens"]
             assert answer.usage.prompt_tokens == expected["usage"]["prompt_tokens"]
         assert {answer.choices[0].finish_reason, answer.model} == {expected["finish_reason"], "demo"}
+        assert readme_example(url)[0] == answer_to(client, "Who are you?")
         process.send_signal(signal.SIGINT)
         log = "".join(lines) + process.stderr.read()
         assert process.wait() == 130
-    assert log.count("answer: 32 tok") == 3 and "Traceback" not in log
+    assert log.count("answer: ") == 5 and "Traceback" not in log
     assert "sea" not in log and answer.choices[0].message.content[:20] not in log and "sesame" not in log
     assert not state.exists() or not [each for each in state.rglob("*") if each.is_file()]
 
