@@ -44,6 +44,10 @@ class NotAvailableError(UsageError):
     """A capability that this version does not have."""
 
 
+class AddressUnusableError(UsageError):
+    """An address on which a server cannot listen, for example because another program uses the port."""
+
+
 class ModelError(SpecchatError):
     """A model that cannot be found, downloaded or read."""
 

@@ -21,7 +21,7 @@ FLOORS = [
     {"planner", "engine"},
     {"loading"},
     {"chat"},
-    {"batch", "bench", "api"},
+    {"batch", "bench", "serve", "api"},
     {"ui"},
     {"cli"},
     {"__init__"},  # the public names; nothing of ours imports them
@@ -59,6 +59,8 @@ HOMES = {
     "torch": ("engine/", "models/", "hardware/", "bench/baselines.py", "demo/"),
     # The baselines are what the engine is measured against: transformers used as anyone would, nothing of ours in it.
     "transformers": ("models/hf/", "bench/baselines.py", "demo/"),
+    "starlette": ("serve/",),
+    "uvicorn": ("serve/",),
     "triton": ("models/quant/kernels/triton_affine.py",),
     "rich": ("ui/",),
     "prompt_toolkit": ("ui/",),

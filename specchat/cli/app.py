@@ -1,6 +1,5 @@
 """The command line: commands, arguments and options. The work itself is done elsewhere."""
 
-import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -11,11 +10,10 @@ import typer
 from specchat.chat.settings import whole
 from specchat.cli import bench_options, completion, options, parameters, settings
 from specchat.cli.exit_status import guarded, leave
+from specchat.cli.misspelt import ParserError, usage_error
 from specchat.cli.settings import Settings
-from specchat.errors import UsageError
 from specchat.loading.request import ModelRequest
 from specchat.loading.sampling import SamplingChoices
-from specchat.models.catalog.suggest import looks_like_prompt
 from specchat.paths import user_path
 from specchat.records.plan import PlanChoices
 from specchat.version import __version__
@@ -23,9 +21,6 @@ from specchat.version import __version__
 # What a command returns: its work, to be called after typer has returned. Typer handles interrupts and closed pipes in
 # its own way, which must not apply to the work.
 _Action = Callable[[], int]
-
-# Base class of all errors of typer's parser. The class has no public name, but its direct subclass BadParameter has.
-_ParserError: type[Exception] = typer.BadParameter.__bases__[0]
 
 app = typer.Typer(
     name="specchat",
@@ -35,19 +30,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-# Commands of similar tools, and what does the same here.
-_ELSEWHERE = {
-    **dict.fromkeys(("list", "ls", "ps"), "`specchat models` lists the models on this disk"),
-    **dict.fromkeys(("pull", "download", "get"), "`specchat run MODEL` downloads a missing model after asking"),
-    **dict.fromkeys(("rm", "remove", "delete"), "`specchat models rm NAME` removes a model"),
-    **dict.fromkeys(("logs", "history", "chats"), "`specchat sessions` lists the saved chats"),
-    **dict.fromkeys(("show", "info"), "`specchat probe MODEL` shows the plan and the speed of a model"),
-    **dict.fromkeys(("chat", "generate", "start"), "`specchat run MODEL` starts a chat"),
-    "serve": "this version has no server; `specchat run MODEL` starts a chat",
-    "help": "`specchat --help` lists the commands",
-    "version": "`specchat --version` prints the version",
-}
 
 
 def _shared_settings(config: str | None, given: Mapping[str, Any]) -> Settings:
@@ -316,6 +298,48 @@ def _probe(
     return partial(probe, check_combination(checked))
 
 
+@app.command("serve")
+def _serve(
+    *,
+    model: parameters.Model = None,
+    host: parameters.Host = None,
+    port: parameters.Port = None,
+    api_key: parameters.ApiKey = None,
+    parallel: parameters.Parallel = None,
+    allow_origin: parameters.AllowOrigin = None,
+    draft: parameters.Draft = None,
+    tokenizer: parameters.Tokenizer = None,
+    device: parameters.Device = None,
+    vram: parameters.Vram = None,
+    ram: parameters.Ram = None,
+    ctx: parameters.Ctx = None,
+    tree_budget: parameters.TreeBudget = None,
+    dtype: parameters.Dtype = None,
+    quant: parameters.Quant = None,
+    draft_quant: parameters.DraftQuant = None,
+    temperature: parameters.Temperature = None,
+    top_p: parameters.TopP = None,
+    top_k: parameters.TopK = None,
+    min_p: parameters.MinP = None,
+    repetition_penalty: parameters.RepetitionPenalty = None,
+    max_tokens: parameters.MaxTokens = None,
+    think: parameters.Think = None,
+    config: parameters.Config = None,
+    offline: parameters.Offline = None,
+    yes: parameters.Yes = False,
+    quiet: parameters.ServeQuiet = False,
+) -> _Action:
+    """Serve MODEL to editors and apps, as OpenAI's API."""
+    given = locals()
+    from specchat.cli.serve import serve, serve_options
+
+    file, aliases = settings.config_file(config)
+    layers = [_flags(given, settings.SERVE_KEYS), settings.environment(), file]
+    chosen = settings.resolve(settings.SERVE_KEYS, layers, aliases)
+    request = _model_request(chosen, chosen.model("model"))
+    return partial(serve, serve_options(request, chosen, yes=yes, quiet=quiet))
+
+
 @app.command("models")
 def _models(
     *,
@@ -354,29 +378,9 @@ def _parse(arguments: Sequence[str]) -> int | _Action | None:
     command = typer.main.get_command(app)
     try:
         result: int | _Action | None = command.main(list(arguments), prog_name="specchat", standalone_mode=False)
-    except _ParserError as error:
-        raise _as_usage_error(error, arguments) from error
+    except ParserError as error:
+        raise usage_error(error, arguments) from error
     return result
-
-
-def _as_usage_error(error: Exception, arguments: Sequence[str]) -> UsageError:
-    message = " ".join(str(getattr(error, "format_message", error.__str__)()).split()).rstrip(".")
-    if message.startswith("No such command") and (hint := _command_hint(arguments)):
-        return UsageError(f"there is no command '{arguments[0]}'", hint=hint)
-    command = (
-        f"specchat {arguments[0]}"
-        if arguments and arguments[0] in ("run", "bench", "probe", "models", "sessions")
-        else "specchat"
-    )
-    return UsageError(message[:1].lower() + message[1:], hint=f"{command} --help lists what it takes")
-
-
-def _command_hint(arguments: Sequence[str]) -> str | None:
-    """Return the hint for a model, a prompt or another tool's command in a command's place; None for other words."""
-    word = arguments[0]
-    if word == "demo" or "/" in word:
-        return f"did you mean specchat run {shlex.quote(word)}?"
-    return "usage: specchat run MODEL [PROMPT]" if looks_like_prompt(word) else _ELSEWHERE.get(word)
 
 
 def run_command_line(arguments: Sequence[str]) -> int:

@@ -146,6 +146,23 @@ def batch(name: str, text: str | None) -> int | None:
     return None if text in (None, "auto") else whole(name, text, 1)
 
 
+def port(name: str, text: str) -> int | None:
+    """Parse a port; 0 takes a free one."""
+    return whole(name, text, 0, 65535)
+
+
+def parallel(name: str, text: str) -> int | None:
+    """Parse the number of answers at once."""
+    return whole(name, text, 1)
+
+
+def api_key(name: str, text: str) -> str:
+    """Check that a key can be sent in a header."""
+    if not text or not text.isascii() or not text.isprintable() or text != text.strip():
+        raise UsageError(f"{name} must be printable ASCII characters, without spaces around them")
+    return text
+
+
 def dtype(name: str, text: str) -> Literal["auto"] | Dtype:
     """Check the name of a dtype."""
     for known in DTYPES:

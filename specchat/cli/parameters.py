@@ -276,3 +276,22 @@ SessionWords = Annotated[
     ),
 ]
 YesRemove = Annotated[bool, typer.Option("--yes", help="Remove without asking.")]
+Host = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="Address to listen on; 0.0.0.0 is all networks. [default: 127.0.0.1]"),
+]
+Port = Annotated[str | None, typer.Option(metavar="N", help="Port to listen on; 0 takes a free one. [default: 8000]")]
+ApiKey = Annotated[
+    str | None, typer.Option(metavar="KEY", help="Key that every request must have. [default: none is needed]")
+]
+Parallel = Annotated[
+    str | None,
+    typer.Option(metavar="N", help="Answers at once, each with memory for a context; others wait. [default: 1]"),
+]
+AllowOrigin = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="ORIGIN", help="Let web pages of ORIGIN (or *) use the server; may be repeated. [default: none]"
+    ),
+]
+ServeQuiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")]

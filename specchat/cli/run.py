@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from specchat.chat.settings import random_seed
 from specchat.cli.ask import asker
+from specchat.cli.loading import load_watched
 from specchat.cli.options import RunOptions, sampling_sources, without_effect
 from specchat.cli.output import print_line
 from specchat.cli.plan import print_plan
@@ -134,7 +135,7 @@ def _chat(options: RunOptions, planned: "Planned", prompt: str | None, say: "Tal
         if prompt is None:
             model = _interactive(parts, view)
             return 0 if model is None else _switch(options, model, transcript, say)
-        session = _load(parts, view)
+        session = load_watched(parts.load, view)
         with closing(session.engine):
             return _answer(options, models, session, view, prompt)
 
@@ -290,29 +291,6 @@ def _answer(options: RunOptions, models: Models, session: "ChatSession", view: "
     if options.json or options.json_stream:
         return _answer_as_json(options, models, session, view, prompt)
     return _answer_as_text(session, view, prompt)
-
-
-def _load(parts: _Parts, view: "ChatView") -> "ChatSession":
-    """Load the models; on a terminal, one live line on stderr shows the progress.
-
-    Raises:
-        KeyboardInterrupt: Ctrl-C was pressed.
-    """
-    from specchat.ui.interrupts import Interrupts
-    from specchat.ui.live import can_redraw
-    from specchat.ui.loading import BackgroundLoad
-    from specchat.ui.progress import TalkReporter
-
-    if view.talk.quiet or not can_redraw(view.talk.stream):
-        return parts.load(TalkReporter(view.talk))
-    load, cancel = BackgroundLoad(parts.load), Event()
-    with Interrupts().setting(cancel):
-        view.wait_for(load, cancel)
-    if not load.is_done:
-        raise KeyboardInterrupt
-    for warning in load.reporter.take_warnings():
-        view.talk.warn(warning)
-    return load.result()
 
 
 def _switch(options: RunOptions, model: str, transcript: "Transcript", say: "Talk") -> int:

@@ -142,6 +142,22 @@ RUN_KEYS = (
     Key("bell", _flag),
     Key("raw", _flag),
 )
+# Settings of the server besides those of an answer.
+_SERVER_KEYS = (
+    _key("host", _as_it_is),
+    _key("port", options.port),
+    _key("api_key", options.api_key),
+    _key("parallel", options.parallel),
+    Key("allow_origin", _texts),
+)
+SERVE_KEYS = (
+    _key("model", _as_it_is),
+    *SHARED_KEYS,
+    *(_key(kind.key, kind.parse) for kind in KINDS.values()),
+    Key("think", _flag),
+    *_SERVER_KEYS,
+)
+_ALL_NAMES = tuple(key.name for key in (*RUN_KEYS, *_SERVER_KEYS))
 
 
 # --- sources -----------------------------------------------------------------------------------------------------
@@ -165,14 +181,14 @@ def environment() -> Layer:
     Raises:
         UsageError: a variable names no setting.
     """
-    known = {key.name for key in RUN_KEYS}
     values: dict[str, str] = {}
     for variable, text in os.environ.items():
         name = variable.removeprefix(ENVIRONMENT_PREFIX)
         if name == variable or name in _OTHER_VARIABLES:
             continue
-        if name.lower() not in known:
-            _refuse_unknown("unknown environment variable", variable, [ENVIRONMENT_PREFIX + k.upper() for k in known])
+        if name.lower() not in _ALL_NAMES:
+            known = [ENVIRONMENT_PREFIX + each.upper() for each in _ALL_NAMES]
+            _refuse_unknown("unknown environment variable", variable, known)
         values[name.lower()] = text
     return Layer(values, lambda key: ENVIRONMENT_PREFIX + key.upper())
 
@@ -201,12 +217,11 @@ def config_file(chosen: str | None) -> tuple[Layer, dict[str, str]]:
     except ValueError as error:  # invalid TOML or invalid UTF-8
         raise UsageError(f"{path} is not TOML: {error}") from error
     aliases = _aliases(path, table.pop("aliases", {}))
-    known = [key.name for key in RUN_KEYS]
     values = {}
     for name, value in table.items():
         key = name.replace("-", "_")
-        if key not in known:
-            _refuse_unknown(f"{path} has an unknown setting:", name, [*known, "aliases"])
+        if key not in _ALL_NAMES:
+            _refuse_unknown(f"{path} has an unknown setting:", name, [*_ALL_NAMES, "aliases"])
         values[key] = _raw(f"{name} in {path}", value)
     return Layer(values, lambda key: f"{key} in {path}"), aliases
 

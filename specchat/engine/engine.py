@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from heapq import heappop, heappush
 
 import torch
 
@@ -25,7 +24,7 @@ from specchat.engine.layout import PassLayout, RowLayout
 from specchat.engine.loading import load_model
 from specchat.engine.model import PassCancelledError, TreeModel
 from specchat.engine.recurrent.restore import marks_of_prompt
-from specchat.engine.requests import RequestQueue, why_refused
+from specchat.engine.requests import RequestQueue, choose_seat, why_refused
 from specchat.engine.sampling import Sampler, ScoresNotFiniteError
 from specchat.engine.sequence import TokenSequence
 from specchat.engine.tree import TokenTree, common_prefix
@@ -66,6 +65,7 @@ class Engine(Closeable):
             self._policy = AdaptivePolicy(plan.work.tree_budget, plan.expected, plan.work.seats)
         # For each seat, the tokens whose rows are in the target's KV cache.
         self._held: list[list[int]] = [[] for _ in range(plan.work.seats)]
+        self._by_use = list(range(plan.work.seats))  # seats, the one that was used least recently first
         self._phase: Phase = "idle"
         self._draft_lost: str | None = None
         self._meter = stats.MemoryMeter(plan, [target, *drafter.models], runtime_bytes)
@@ -152,12 +152,13 @@ class Engine(Closeable):
             yield step
 
     def generate_many(
-        self, requests: Iterable[Request], *, seats: int | None = None, cancel: threading.Event | None = None
+        self, requests: Iterable[Request | None], *, seats: int | None = None, cancel: threading.Event | None = None
     ) -> Iterator[tuple[int, Step]]:
         """Answer many requests, as many at once as there are seats; each text is that of the request alone.
 
         Args:
-            requests: requests in order; taken from the iterable when a seat is free.
+            requests: requests in order; taken from the iterable when a seat is free. None means that no request waits
+                now: the answers in progress go on, and without any the iterator ends.
             seats: most answers at once; None for all seats of the plan.
             cancel: event that stops the current pass between two layers and ends all answers.
 
@@ -175,6 +176,7 @@ class Engine(Closeable):
         """Empty all caches: target and drafter compute the next prompt from its first token."""
         for seat in range(len(self._held)):
             self._truncate(seat, 0)
+        self._by_use.sort()
         self._drafter.reset()
 
     @property
@@ -214,14 +216,14 @@ class Engine(Closeable):
         return Activity(phase, self._target.layers_done if passing else 0, self.plan.placement.num_layers)
 
     def _answer(
-        self, requests: Iterable[Request], num_seats: int, cancel: threading.Event | None
+        self, requests: Iterable[Request | None], num_seats: int, cancel: threading.Event | None
     ) -> Iterator[tuple[int, Step]]:
         """Answer requests in the first seats, pass by pass; see `generate_many`."""
-        queue, free, live = RequestQueue(requests), list(range(num_seats)), list[TokenSequence]()
+        queue, free, live = RequestQueue(requests), set(range(num_seats)), list[TokenSequence]()
         while True:
             for sequence in [each for each in live if each.is_cancelled]:
                 live.remove(sequence)
-                heappush(free, sequence.seat)
+                free.add(sequence.seat)
                 yield sequence.index, Step.without_pass("interrupt")
             yield from self._admit(queue, free, live)
             if not live:
@@ -235,12 +237,12 @@ class Engine(Closeable):
             for sequence, step in results:
                 if step.finish_reason is not None:
                     live.remove(sequence)
-                    heappush(free, sequence.seat)
+                    free.add(sequence.seat)
                 yield sequence.index, step
             if steps[0].finish_reason == "interrupt":
                 return
 
-    def _admit(self, queue: RequestQueue, free: list[int], live: list[TokenSequence]) -> Iterator[tuple[int, Step]]:
+    def _admit(self, queue: RequestQueue, free: set[int], live: list[TokenSequence]) -> Iterator[tuple[int, Step]]:
         """Seat waiting requests: at least one, and more while their prompts' rows cost no time; yield refusals."""
         num_rows, num_admitted = len(live), 0
         while free and (request := queue.first) is not None:
@@ -249,10 +251,17 @@ class Engine(Closeable):
             if num_admitted and num_rows + len(request.prompt_ids) > most_rows:
                 return
             index, request = queue.take()
+            if request.is_cancelled:
+                yield index, Step.without_pass("interrupt")
+                continue
             if (error := why_refused(request, self.plan, self._target.vocab_size)) is not None:
                 yield index, Step.without_pass("error", error)
                 continue
-            live.append(self._seated(index, request, heappop(free)))
+            seat = choose_seat([each for each in self._by_use if each in free], self._held, request.prompt_ids)
+            free.remove(seat)
+            self._by_use.remove(seat)
+            self._by_use.append(seat)
+            live.append(self._seated(index, request, seat))
             num_rows, num_admitted = num_rows + len(request.prompt_ids), num_admitted + 1
 
     def _seated(self, index: int, request: Request, seat: int) -> TokenSequence:

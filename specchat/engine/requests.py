@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
+from specchat.engine.tree import common_prefix
 from specchat.errors import PromptTooLongError, SpecchatError, UnknownTokenError
 from specchat.records.generation import Request
 from specchat.records.plan import Plan
@@ -13,25 +14,44 @@ class RequestQueue:
     """Requests in order, taken from an iterable one by one.
 
     Args:
-        requests: requests; the next one is only taken when it is looked at.
+        requests: requests; the next one is only taken when it is looked at. None means that no request waits now.
     """
 
-    def __init__(self, requests: Iterable[Request]) -> None:
-        self._rest: Iterator[tuple[int, Request]] = enumerate(requests)
-        self._first: tuple[int, Request] | None = None
+    def __init__(self, requests: Iterable[Request | None]) -> None:
+        self._rest: Iterator[Request | None] = iter(requests)
+        self._first: Request | None = None
+        self._num_taken = 0
 
     @property
     def first(self) -> Request | None:
-        """Next request; None if none is left."""
+        """Next request; None if none is left, or none waits now."""
         if self._first is None:
             self._first = next(self._rest, None)
-        return None if self._first is None else self._first[1]
+        return self._first
 
     def take(self) -> tuple[int, Request]:
         """Remove and return the next request and its number; only after a look at it."""
         assert self._first is not None
         taken, self._first = self._first, None
-        return taken
+        self._num_taken += 1
+        return self._num_taken - 1, taken
+
+
+def choose_seat(seats: Sequence[int], held: Sequence[Sequence[int]], tokens: Sequence[int]) -> int:
+    """Return the seat for a prompt: the one whose text it goes on with, else the one that waited longest.
+
+    A prompt that keeps less than half of a seat's rows belongs to another text, unless the seat holds all of it. The
+    seat's text may be continued later.
+
+    Args:
+        seats: free seats, the one that was used least recently first.
+        held: tokens whose rows each seat keeps.
+        tokens: tokens of the prompt.
+    """
+    prompt = list(tokens)
+    shared = {seat: common_prefix(held[seat], prompt) for seat in seats}
+    continued = [seat for seat in seats if held[seat] and 2 * shared[seat] >= min(len(held[seat]), 2 * len(prompt))]
+    return max(continued, key=shared.__getitem__) if continued else seats[0]
 
 
 def why_refused(request: Request, plan: Plan, num_known: int) -> SpecchatError | None:

@@ -179,7 +179,9 @@ class Candidates:
             fits, too_long = (
                 (middle, too_long) if self._least_bytes(draft, middle) <= self._vram_bytes else (fits, middle)
             )
-        lowered = ["--tree-budget"] * (draft is not None) + ["--batch"] * (self._choices.seats > 1)
+        lowered = ["--tree-budget"] * (draft is not None) + ["the number of answers at once"] * (
+            self._choices.seats > 1
+        )
         advice = f"raise --vram or lower {' or '.join(lowered)}" if lowered else "raise --vram"
         return DoesNotFitError(
             f"{self._target.name} needs at least {format_bytes(self._least_bytes(draft, ctx))} with --ctx {ctx:,}, "

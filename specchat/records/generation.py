@@ -60,6 +60,11 @@ class Request:
     cancel: Event | None = field(default=None, compare=False)
     restore_at: tuple[int, ...] = ()
 
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether nobody wants the answer any more."""
+        return self.cancel is not None and self.cancel.is_set()
+
 
 @dataclass(frozen=True)
 class Guesses:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from threading import Event
+from typing import Any
 
 from specchat.chat.answer import Delta, Turn
 from specchat.chat.session import ChatSession
@@ -112,7 +113,7 @@ class ChatView:
         finally:
             follower.end()
 
-    def wait_for(self, load: BackgroundLoad[ChatSession], cancel: Event) -> None:
+    def wait_for(self, load: BackgroundLoad[Any], cancel: Event) -> None:
         """Wait until the model is loaded or the user cancels, and show the progress of loading."""
         if load.is_done:
             return

@@ -8,67 +8,25 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 import pytest
+from support.echoes import Echoes
 from support.fake_engine import EOS, TOKENIZER
 
 from specchat.batch.job import Job, Progress
 from specchat.batch.prompts import read_prompts
 from specchat.batch.results import JobSettings, Results, line_digest
 from specchat.chat.settings import MAX_SEED
-from specchat.errors import PromptTooLongError, UsageError
+from specchat.errors import UsageError
 from specchat.loading.sampling import SamplingChoices
 from specchat.models.checkpoint.generation_config import GenerationDefaults
-from specchat.records.generation import Request, Sampling, Step
+from specchat.records.generation import Sampling, Step
 
 SETTINGS = JobSettings("demo", None, "none", "fp32", max_tokens=40)
-
-
-@dataclass
-class Echoes:
-    """Answers several requests at once: each repeats its prompt, two tokens a pass."""
-
-    seats: int = 3
-    ctx: int = 200
-    requests: list[Request] = field(default_factory=list)
-    num_passes: int = 0
-
-    def generate_many(self, requests: Iterable[Request], *, cancel: Event | None = None) -> Iterator[tuple[int, Step]]:
-        waiting, live = enumerate(requests), dict[int, tuple[Request, list[int], int]]()
-        while True:
-            for number in [each for each, (request, *_) in live.items() if request.cancel and request.cancel.is_set()]:
-                del live[number]
-                yield number, Step.without_pass("interrupt")
-            while len(live) < self.seats and (taken := next(waiting, None)) is not None:
-                number, request = taken
-                self.requests.append(request)
-                if len(request.prompt_ids) >= self.ctx:
-                    yield number, Step.without_pass("error", PromptTooLongError("the prompt is too long"))
-                    continue
-                said = TOKENIZER.decode(request.prompt_ids).rpartition("[user]")[2].partition("\n[assistant]")[0]
-                ids = [*TOKENIZER.encode(f"You said: {said}"), EOS]
-                live[number] = request, ids[: request.max_tokens], len(request.prompt_ids)
-            if not live:
-                return
-            self.num_passes += 1
-            for number, (request, ids, rows) in list(live.items()):
-                if cancel is not None and cancel.is_set():
-                    yield number, Step.without_pass("interrupt")
-                    continue
-                tokens = tuple(ids[:2])
-                reason = None if len(ids) > 2 else "stop" if tokens[-1] in request.stop_ids else "length"
-                step = Step(tokens, reason, rows, 0, 4, len(tokens) - 1, 2, 0.1, 0.0, 0.1, 0.0, 0.0, 0)
-                live[number] = request, ids[2:], 1
-                if reason is not None:
-                    del live[number]
-                yield number, replace(step, num_sharing=len(live))
-            if cancel is not None and cancel.is_set():
-                return
 
 
 def write_prompts(folder: Path, *lines: object) -> Path:

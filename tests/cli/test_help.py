@@ -9,7 +9,17 @@ import typer
 
 from specchat.cli.app import app
 
-HEAVY = ["torch", "transformers", "huggingface_hub", "prompt_toolkit", "tokenizers", "numpy", "rich"]
+HEAVY = [
+    "torch",
+    "transformers",
+    "huggingface_hub",
+    "prompt_toolkit",
+    "tokenizers",
+    "numpy",
+    "rich",
+    "starlette",
+    "uvicorn",
+]
 PROBE = """
 import sys
 from specchat.cli.app import run_command_line

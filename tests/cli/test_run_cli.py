@@ -17,8 +17,8 @@ import pytest
 from support import fake_cli
 from support.threads import FAILURES, at_most, watched_threads
 
-from specchat.cli.app import _ELSEWHERE
 from specchat.cli.exit_status import EXIT_CODES, code_of
+from specchat.cli.misspelt import _ELSEWHERE
 from specchat.errors import AllocationError, SpecchatError
 from specchat.loading.sampling import SamplingChoices, resolve_sampling
 from specchat.models.hub.download import Download

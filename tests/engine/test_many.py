@@ -290,6 +290,7 @@ def test_a_seat_reuses_what_prompts_share(pair: Pair):
 
 def test_a_chat_goes_on_in_the_first_seat_after_others_were_answered(pair: Pair):
     (request,) = make_requests(drawn=True, lengths=[25])
+    pair.engine.forget()
     answer_all(pair.engine, [request])
     text = pair.expected([request])[0]
     prompt = [*request.prompt_ids, *text[:6]]
