@@ -158,8 +158,10 @@ class _Parts:
             UsageError: the target has no chat template, and --base was not given.
         """
         from specchat.chat.prompt import check_has_template
+        from specchat.models.hf.light_imports import import_lightly
         from specchat.models.hf.tokenizer import load_tokenizer
 
+        import_lightly()
         tokenizer = load_tokenizer(self.models.target.path)
         check_has_template(tokenizer, base=self.options.base)
         temperature = self.sampling.temperature
