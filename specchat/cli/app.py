@@ -313,7 +313,8 @@ def _probe(
         refresh=refresh,
         verify=verify,
     )
-    return partial(probe, check_combination(checked))
+    same_config = [] if config is None else ["--config", config]
+    return partial(probe, check_combination(checked), lambda arguments: _perform([*arguments, *same_config]))
 
 
 @app.command("models")
@@ -381,12 +382,13 @@ def _command_hint(arguments: Sequence[str]) -> str | None:
 
 def run_command_line(arguments: Sequence[str]) -> int:
     """Run `specchat` with these arguments and return the exit code."""
+    return guarded(partial(_perform, arguments))
 
-    def act() -> int:
-        action = _parse(arguments)
-        return action() if callable(action) else action or 0
 
-    return guarded(act)
+def _perform(arguments: Sequence[str]) -> int:
+    """Parse the arguments, do their work and return the exit code."""
+    action = _parse(arguments)
+    return action() if callable(action) else action or 0
 
 
 def main() -> NoReturn:

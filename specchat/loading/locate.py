@@ -132,11 +132,18 @@ def names_here() -> list[str]:
     return [*cached_models(), *cached_gguf(), *runnable_names()]
 
 
-def _refuse_without_model() -> NoReturn:
+def models_here() -> str:
+    """Return the models that run without a download, as a text for messages."""
     here = names_here()
     more = f" and {len(here) - _MOST_SHOWN} more" if len(here) > _MOST_SHOWN else ""
-    shown = ", ".join(["demo (embedded, a toy)", *here[:_MOST_SHOWN]])
-    raise UsageError(f"no MODEL is given; available without a download: {shown}{more}", hint="try `specchat run demo`")
+    return ", ".join(["demo (embedded, a toy)", *here[:_MOST_SHOWN]]) + more
+
+
+def _refuse_without_model() -> NoReturn:
+    raise UsageError(
+        f"no MODEL is given; available without a download: {models_here()}",
+        hint="try `specchat run demo`, or `specchat probe` for the models that run on this machine",
+    )
 
 
 def _stored(ref: ModelRef, quant: Literal["auto"] | Quant) -> ModelRef:

@@ -11,7 +11,7 @@ from specchat.models.catalog.suggest import FORMS, folder_hint, is_gguf
 from specchat.models.checkpoint.gguf import gguf_files, total_bytes
 from specchat.models.gguf.folder import TOKENIZER_FILES, model_folder
 from specchat.models.hub.cache import look_up_cached, snapshot_source
-from specchat.models.hub.download import LOG, Download, fetch, look_up_online
+from specchat.models.hub.download import LOG, Download, fetch, look_up_online, silent_bars
 from specchat.models.hub.errors import hub_errors
 from specchat.models.hub.gguf_files import find_file
 from specchat.models.hub.small_files import fetch_small
@@ -122,7 +122,7 @@ def sketch(missing: Missing, folder: Path) -> ModelSource:
         ref = missing.ref
         assert ref.repo_id is not None
         with hub_errors(ref):
-            config = hf_hub_download(ref.repo_id, "config.json", revision=missing.revision)
+            config = hf_hub_download(ref.repo_id, "config.json", revision=missing.revision, tqdm_class=silent_bars())
         return snapshot_source(ref, Path(config).parent)
     from specchat.models.synthetic.layers import LABEL, shape_files  # imports torch
 

