@@ -1,6 +1,5 @@
 """The command line: commands, arguments and options. The work itself is done elsewhere."""
 
-import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -11,11 +10,11 @@ import typer
 from specchat.chat.settings import whole
 from specchat.cli import bench_options, completion, options, parameters, settings
 from specchat.cli.exit_status import guarded, leave
+from specchat.cli.other_tools import COMMANDS, hint_for_command, refuse_command
 from specchat.cli.settings import Settings
 from specchat.errors import UsageError
 from specchat.loading.request import ModelRequest
 from specchat.loading.sampling import SamplingChoices
-from specchat.models.catalog.suggest import looks_like_prompt
 from specchat.paths import user_path
 from specchat.records.plan import PlanChoices
 from specchat.version import __version__
@@ -35,19 +34,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-# Commands of similar tools, and what does the same here.
-_ELSEWHERE = {
-    **dict.fromkeys(("list", "ls", "ps"), "`specchat models` lists the models on this disk"),
-    **dict.fromkeys(("pull", "download", "get"), "`specchat run MODEL` downloads a missing model after asking"),
-    **dict.fromkeys(("rm", "remove", "delete"), "`specchat models rm NAME` removes a model"),
-    **dict.fromkeys(("logs", "history", "chats"), "`specchat sessions` lists the saved chats"),
-    **dict.fromkeys(("show", "info"), "`specchat probe MODEL` shows the plan and the speed of a model"),
-    **dict.fromkeys(("chat", "generate", "start"), "`specchat run MODEL` starts a chat"),
-    "serve": "this version has no server; `specchat run MODEL` starts a chat",
-    "help": "`specchat --help` lists the commands",
-    "version": "`specchat --version` prints the version",
-}
 
 
 def _shared_settings(config: str | None, given: Mapping[str, Any]) -> Settings:
@@ -167,6 +153,7 @@ def _run(
     resumed = sessions.resumed(session, continues=continue_)
     config_file, aliases = settings.config_file(config)
     model, prompt = sessions.arguments(model, prompt, resumed, aliases)
+    refuse_command(model, aliases)
     given |= {"model": model}
     layers = [
         _flags(given, settings.RUN_KEYS),
@@ -254,6 +241,7 @@ def _bench(
     from specchat.cli.bench import bench
 
     chosen = _shared_settings(config, given)
+    refuse_command(model, chosen.aliases)
     checked = bench_options.BenchOptions(
         models=_model_request(chosen, model),
         seed=options.seed(seed),
@@ -304,6 +292,7 @@ def _probe(
     from specchat.cli.probe import ProbeOptions, check_combination, probe
 
     chosen = _shared_settings(config, given)
+    refuse_command(model, chosen.aliases)
     checked = ProbeOptions(
         models=_model_request(chosen, model),
         yes=yes,
@@ -362,22 +351,10 @@ def _parse(arguments: Sequence[str]) -> int | _Action | None:
 
 def _as_usage_error(error: Exception, arguments: Sequence[str]) -> UsageError:
     message = " ".join(str(getattr(error, "format_message", error.__str__)()).split()).rstrip(".")
-    if message.startswith("No such command") and (hint := _command_hint(arguments)):
+    if message.startswith("No such command") and (hint := hint_for_command(arguments[0])):
         return UsageError(f"there is no command '{arguments[0]}'", hint=hint)
-    command = (
-        f"specchat {arguments[0]}"
-        if arguments and arguments[0] in ("run", "bench", "probe", "models", "sessions")
-        else "specchat"
-    )
+    command = f"specchat {arguments[0]}" if arguments and arguments[0] in COMMANDS else "specchat"
     return UsageError(message[:1].lower() + message[1:], hint=f"{command} --help lists what it takes")
-
-
-def _command_hint(arguments: Sequence[str]) -> str | None:
-    """Return the hint for a model, a prompt or another tool's command in a command's place; None for other words."""
-    word = arguments[0]
-    if word == "demo" or "/" in word:
-        return f"did you mean specchat run {shlex.quote(word)}?"
-    return "usage: specchat run MODEL [PROMPT]" if looks_like_prompt(word) else _ELSEWHERE.get(word)
 
 
 def run_command_line(arguments: Sequence[str]) -> int:
