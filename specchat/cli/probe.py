@@ -99,6 +99,7 @@ def probe(options: ProbeOptions, start: Callable[[Sequence[str]], int]) -> int:
         return _DAMAGED
     if recommendations is not None and can_ask() and not (options.json or options.markdown or options.quiet):
         best = best_to_start(recommendations, offline=options.models.offline)
+        say.say("")
         if best is not None and is_accepted(best, say):
             return start(f"run {best.model.id} --yes{_flags(options.models)}".split())
     return 0
