@@ -28,7 +28,8 @@ def parse_size(text: str) -> int:
 
 def size_text(num_bytes: int) -> str:
     """Return the shortest text that `parse_size` reads as exactly `num_bytes`."""
-    factor, unit = next((pair for pair in ((GIB, "GiB"), (MIB, "MiB")) if num_bytes % pair[0] == 0), (1, "B"))
+    units = ((GIB, "GiB"), (10**9, "GB"), (MIB, "MiB"), (10**6, "MB"))
+    factor, unit = next((pair for pair in units if num_bytes % pair[0] == 0), (1, "B"))
     return f"{num_bytes // factor}{unit}"
 
 

@@ -26,6 +26,7 @@ for variable in [name for name in os.environ if name.startswith("SPECCHAT_") and
 _HOME = tempfile.mkdtemp(prefix="specchat-tests-")
 os.environ |= {"XDG_STATE_HOME": f"{_HOME}/state", "XDG_CONFIG_HOME": f"{_HOME}/config"}
 os.environ.setdefault("SPECCHAT_CACHE_DIR", f"{_HOME}/cache")
+os.environ |= {"OLLAMA_MODELS": f"{_HOME}/ollama", "LLAMA_CACHE": f"{_HOME}/llama.cpp"}
 
 # Whoever starts the suite may ignore hang-ups (nohup does), and the programs under test would inherit that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -11,6 +11,7 @@ from specchat.chat.settings import whole
 from specchat.cli import bench_options, completion, options, parameters, settings
 from specchat.cli.exit_status import guarded, leave
 from specchat.cli.misspelt import ParserError, usage_error
+from specchat.cli.other_tools import refuse_command
 from specchat.cli.settings import Settings
 from specchat.loading.request import ModelRequest
 from specchat.loading.sampling import SamplingChoices
@@ -149,6 +150,7 @@ def _run(
     resumed = sessions.resumed(session, continues=continue_)
     config_file, aliases = settings.config_file(config)
     model, prompt = sessions.arguments(model, prompt, resumed, aliases)
+    refuse_command(model, aliases)
     given |= {"model": model}
     layers = [
         _flags(given, settings.RUN_KEYS),
@@ -236,6 +238,7 @@ def _bench(
     from specchat.cli.bench import bench
 
     chosen = _shared_settings(config, given)
+    refuse_command(model, chosen.aliases)
     checked = bench_options.BenchOptions(
         models=_model_request(chosen, model),
         seed=options.seed(seed),
@@ -286,6 +289,7 @@ def _probe(
     from specchat.cli.probe import ProbeOptions, check_combination, probe
 
     chosen = _shared_settings(config, given)
+    refuse_command(model, chosen.aliases)
     checked = ProbeOptions(
         models=_model_request(chosen, model),
         yes=yes,
@@ -295,7 +299,8 @@ def _probe(
         refresh=refresh,
         verify=verify,
     )
-    return partial(probe, check_combination(checked))
+    same_config = [] if config is None else ["--config", config]
+    return partial(probe, check_combination(checked), lambda arguments: _perform([*arguments, *same_config]))
 
 
 @app.command("serve")
@@ -336,6 +341,7 @@ def _serve(
     file, aliases = settings.config_file(config)
     layers = [_flags(given, settings.SERVE_KEYS), settings.environment(), file]
     chosen = settings.resolve(settings.SERVE_KEYS, layers, aliases)
+    refuse_command(model, chosen.aliases)
     request = _model_request(chosen, chosen.model("model"))
     return partial(serve, serve_options(request, chosen, yes=yes, quiet=quiet))
 
@@ -385,12 +391,13 @@ def _parse(arguments: Sequence[str]) -> int | _Action | None:
 
 def run_command_line(arguments: Sequence[str]) -> int:
     """Run `specchat` with these arguments and return the exit code."""
+    return guarded(partial(_perform, arguments))
 
-    def act() -> int:
-        action = _parse(arguments)
-        return action() if callable(action) else action or 0
 
-    return guarded(act)
+def _perform(arguments: Sequence[str]) -> int:
+    """Parse the arguments, do their work and return the exit code."""
+    action = _parse(arguments)
+    return action() if callable(action) else action or 0
 
 
 def main() -> NoReturn:

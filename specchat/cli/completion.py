@@ -93,9 +93,9 @@ def _aliases() -> list[str]:
 
 
 def _cached() -> list[str]:
-    from specchat.models.hub.cache import cached_models
+    from specchat.loading.locate import names_here
 
-    return cached_models()
+    return names_here()
 
 
 def _folders(incomplete: str) -> list[str]:

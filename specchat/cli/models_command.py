@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from specchat.cli.actions import checked_action
 from specchat.cli.ask import asker
 from specchat.cli.output import print_line
 from specchat.errors import UsageError
@@ -14,7 +15,9 @@ from specchat.units import format_bytes
 if TYPE_CHECKING:
     from specchat.models.packs.installed import Installed
 
-ACTIONS = ("list", "rm")
+# The words that each action needs.
+NEEDED = {"list": "", "rm": "NAME"}
+ACTIONS = tuple(NEEDED)
 _VERSION = 1
 
 
@@ -41,12 +44,7 @@ def check(action: str | None, names: Sequence[str] | None, *, json: bool, yes: b
     Raises:
         UsageError: the action is unknown, or its names are missing.
     """
-    action = action or "list"
-    if action not in ACTIONS:
-        raise UsageError(f"specchat models has no '{action}'", hint=f"choose from {', '.join(ACTIONS)}")
-    if (action == "rm") != bool(names):
-        raise UsageError("usage: specchat models rm NAME" if action == "rm" else "usage: specchat models list")
-    return ModelsOptions(action, tuple(names or ()), json, yes)
+    return ModelsOptions(*checked_action("models", action, names, NEEDED), json, yes)
 
 
 def manage_models(options: ModelsOptions) -> int:
@@ -85,6 +83,7 @@ def _object(each: "Installed") -> dict[str, Any]:
     return {
         "name": each.name,
         "kind": each.kind,
+        "origin": each.origin,
         "bytes": each.nbytes,
         "used": None if used is None else used.isoformat(timespec="seconds"),
         "path": str(each.path),

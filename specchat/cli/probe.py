@@ -1,18 +1,21 @@
 """`specchat probe`: the machine, its rates, and the models that it can run."""
 
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from specchat.cli.ask import asker
+from specchat.cli.offer import can_ask, is_accepted
 from specchat.cli.output import print_line
 from specchat.errors import UsageError
 from specchat.json_lines import to_json
 from specchat.loading.libraries import prepare_libraries
 from specchat.loading.locate import parse_models, sketch_models
 from specchat.loading.planning import make_plan
+from specchat.loading.recommending import best_to_start, recommend_models
 from specchat.loading.request import ModelRequest
 from specchat.paths import cache_folder
 from specchat.units import size_text
@@ -61,8 +64,13 @@ def check_combination(options: ProbeOptions) -> ProbeOptions:
     return options
 
 
-def probe(options: ProbeOptions) -> int:
-    """Run `specchat probe` and return the exit code."""
+def probe(options: ProbeOptions, start: Callable[[Sequence[str]], int]) -> int:
+    """Run `specchat probe` and return the exit code.
+
+    Args:
+        options: checked options.
+        start: runs a command line, for a user who takes the offered model; returns its exit code.
+    """
     from specchat.hardware import probe as hardware
     from specchat.ui.console import talk
     from specchat.ui.probe_view import ProbeLine
@@ -84,32 +92,20 @@ def probe(options: ProbeOptions) -> int:
             reporter = TalkReporter(say)
             found = sketch_models(options.models, refs, reporter, asker(yes=options.yes), Path(folder))
             planned = make_plan(options.models, found, reporter)
-    recommendations = _recommendations(options.models, report) if refs is None else None
+    recommendations = recommend_models(options.models, report.hardware, report.measured) if refs is None else None
     packs = (*_found_packs(), *(_verify(say) if options.verify else ()))
     _print(options, report, (*report.verdicts, *packs), planned, recommendations)
-    return _DAMAGED if any(verdict.level == "error" for verdict in packs) else 0
+    if any(verdict.level == "error" for verdict in packs):
+        return _DAMAGED
+    if recommendations is not None and can_ask() and not (options.json or options.markdown or options.quiet):
+        best = best_to_start(recommendations, offline=options.models.offline)
+        say.say("")
+        if best is not None and is_accepted(best, say):
+            return start(f"run {best.model.id} --yes{_flags(options.models)}".split())
+    return 0
 
 
-# --- recommendations ------------------------------------------------------------------------------------------------
-
-
-def _recommendations(request: ModelRequest, report: "Report") -> "Recommendations":
-    """Return recommended models with their plans, made from known sizes without a download."""
-    from specchat.hardware.probe import find_machine
-    from specchat.models.hub.cache import cached_models
-    from specchat.planner.rates import rates_of
-    from specchat.planner.recommendations import ANYTHING, find_recommendations
-
-    machine = find_machine(request.choices.device)
-    asked = replace(ANYTHING, choices=request.choices, draft_is_open=request.draft != "none")
-    return find_recommendations(
-        asked,
-        machine,
-        rates_of(report.hardware, machine, report.measured),
-        rates_of(report.hardware, machine),
-        cached=cached_models(),
-        free_disk_bytes=report.hardware.disk.free_bytes,
-    )
+# --- flags ------------------------------------------------------------------------------------------------------
 
 
 def _flags(request: ModelRequest) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from specchat.chat.settings import random_seed
 from specchat.cli.ask import asker
 from specchat.cli.loading import load_watched
+from specchat.cli.offer import with_offered_model
 from specchat.cli.options import RunOptions, sampling_sources, without_effect
 from specchat.cli.output import print_line
 from specchat.cli.plan import print_plan
@@ -27,6 +28,7 @@ from specchat.loading.engine import load_engine, stop_ids
 from specchat.loading.libraries import prepare_libraries
 from specchat.loading.locate import Models, locate_models, parse_models, sketch_models
 from specchat.loading.sampling import resolve_sampling
+from specchat.models.catalog.ref import DEMO, DEMO_PROMPTS
 from specchat.paths import state_folder
 from specchat.records.chat import Setting
 from specchat.records.generation import Sampling, Step
@@ -60,6 +62,8 @@ def run(options: RunOptions) -> int:
     from specchat.ui.progress import TalkReporter
 
     say = talk(quiet=options.quiet)
+    if options.models.model is None and not options.plan:
+        options = with_offered_model(options, say)
     refs = parse_models(options.models)
     prompt = None if options.plan else _prompt(options, say)
     temperature = options.sampling.temperature
@@ -128,6 +132,8 @@ def _chat(options: RunOptions, planned: "Planned", prompt: str | None, say: "Tal
     view = ChatView(answer_stream(), say, verbose=options.verbose, raw=options.raw)
     details = "/info" if prompt is None else "--plan"
     view.banner(models.target, planned.chosen, models.draft_note, details=details)
+    if models.target.name == DEMO and prompt is None and options.resume is None:
+        view.suggest(DEMO_PROMPTS)
     for notice in [*defaults.ignored, *without_effect(sampling, sources), *_notices(options, plan, models)]:
         say.warn(notice)
     with _transcript(options, say, interactive=prompt is None) as transcript:
@@ -159,8 +165,10 @@ class _Parts:
             UsageError: the target has no chat template, and --base was not given.
         """
         from specchat.chat.prompt import check_has_template
+        from specchat.models.hf.light_imports import import_lightly
         from specchat.models.hf.tokenizer import load_tokenizer
 
+        import_lightly()
         tokenizer = load_tokenizer(self.models.target.path)
         check_has_template(tokenizer, base=self.options.base)
         temperature = self.sampling.temperature

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from specchat.chat.transcript import as_markdown, read
+from specchat.cli.actions import checked_action
 from specchat.cli.ask import asker
 from specchat.cli.output import print_line
 from specchat.errors import UsageError
@@ -13,7 +14,9 @@ from specchat.json_lines import to_json
 if TYPE_CHECKING:
     from specchat.chat.saved_chats import SavedChat
 
-ACTIONS = ("list", "search", "show", "rm")
+# The words that each action needs.
+NEEDED = {"list": "", "search": "TEXT", "show": "ID", "rm": "ID"}
+ACTIONS = tuple(NEEDED)
 _VERSION = 1
 
 
@@ -40,14 +43,7 @@ def check(action: str | None, words: Sequence[str] | None, *, json: bool, yes: b
     Raises:
         UsageError: the action is unknown, or its words are missing.
     """
-    action = action or "list"
-    if action not in ACTIONS:
-        raise UsageError(f"specchat sessions has no '{action}'", hint=f"choose from {', '.join(ACTIONS)}")
-    if action != "list" and not words:
-        raise UsageError(f"usage: specchat sessions {action} {'TEXT' if action == 'search' else 'ID'}")
-    if action == "list" and words:
-        raise UsageError("usage: specchat sessions list", hint="specchat sessions search TEXT searches the chats")
-    return SessionsOptions(action, tuple(words or ()), json, yes)
+    return SessionsOptions(*checked_action("sessions", action, words, NEEDED), json, yes)
 
 
 def manage_sessions(options: SessionsOptions) -> int:

@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from specchat.errors import AllocationError
@@ -11,11 +12,12 @@ from specchat.loading.locate import Models
 from specchat.loading.planning import make_smaller_plan
 from specchat.loading.request import ModelRequest, Reporter
 from specchat.models.checkpoint.generation_config import GenerationDefaults
-from specchat.records.model import LOWER_QUANTS, ModelSource
+from specchat.records.model import LOWER_QUANTS, Dtype, ModelSource
 from specchat.records.plan import Plan
 
 if TYPE_CHECKING:
     from specchat.engine.engine import Engine
+    from specchat.models.hf.attention import AttentionFunction
     from specchat.models.hf.tokenizer import Tokenizer
     from specchat.models.packs.pack import Pack
     from specchat.models.weights.open import ModelWeights
@@ -99,18 +101,24 @@ def _opened(
 ) -> "Iterator[tuple[ModelWeights, ModelWeights | None]]":
     """Check both models and open their weights; close the weights after an error only."""
     from specchat.engine.attention import tree_attention
-    from specchat.models.weights.open import open_weights
 
     for source in (target, draft):
         if source is not None:
             check_model(source)  # at no cost after `make_plan`, which needs the check before any download
     with ExitStack() as undo:
-        weights = undo.enter_context(open_weights(target, plan.work.dtype, plan.quant, tree_attention))
-        draft_weights = None
-        if draft is not None:
-            draft_weights = undo.enter_context(open_weights(draft, plan.work.dtype, plan.draft_quant, tree_attention))
+        opened = partial(_open, attention=tree_attention, dtype=plan.work.dtype)
+        weights = undo.enter_context(opened(target, plan.quant))
+        draft_weights = None if draft is None else undo.enter_context(opened(draft, plan.draft_quant))
         yield weights, draft_weights
         undo.pop_all()
+
+
+def _open(source: ModelSource, quant: str, dtype: Dtype, attention: "AttentionFunction") -> "ModelWeights":
+    from specchat.models.sizes import cache
+    from specchat.models.weights.open import open_weights
+
+    described = cache.load(cache.key_of(source, quant), source.name)
+    return open_weights(source, dtype, quant, attention, () if described is None else described.kv_shapes)
 
 
 def _packs(

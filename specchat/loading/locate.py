@@ -15,8 +15,9 @@ from specchat.models.catalog.ref import SHAPE_PREFIX, ModelRef, parse_model
 from specchat.models.catalog.shape import Shape
 from specchat.models.drafts import DraftChoice, choose_draft, fits, relative_in_cache
 from specchat.models.hf.pairing import check_pair
-from specchat.models.hub.cache import cached_models
+from specchat.models.hub.cache import cached_gguf, cached_models
 from specchat.models.hub.download import Download, agree
+from specchat.models.hub.stores import listed_name, runnable_names
 from specchat.models.locate import Missing
 from specchat.records.model import ModelSource, Quant
 from specchat.units import format_bytes
@@ -62,7 +63,7 @@ def parse_models(request: ModelRequest) -> Refs:
         raise NotAvailableError(
             f"--draft {request.draft} is not available in this version", hint="use --draft MODEL, auto or none"
         )
-    parse = partial(parse_model, names_here=lambda: [*request.aliases, *cached_models()])
+    parse = partial(parse_model, names_here=lambda: [*request.aliases, *names_here()], listed_name=listed_name)
     draft = None if request.draft in ("auto", "none") else parse(request.draft)
     target = _stored(parse(request.model), request.choices.quant)
     return Refs(target, None if draft is None else _stored(draft, request.choices.draft_quant))
@@ -126,11 +127,23 @@ class _Found:
         return isinstance(self.target, ModelSource) and (self.draft is None or isinstance(self.draft, ModelSource))
 
 
+def names_here() -> list[str]:
+    """Return the models that run without a download: those of the hub's cache and of other programs' stores."""
+    return [*cached_models(), *cached_gguf(), *runnable_names()]
+
+
+def models_here() -> str:
+    """Return the models that run without a download, as a text for messages."""
+    here = names_here()
+    more = f" and {len(here) - _MOST_SHOWN} more" if len(here) > _MOST_SHOWN else ""
+    return ", ".join(["demo (embedded, a toy)", *here[:_MOST_SHOWN]]) + more
+
+
 def _refuse_without_model() -> NoReturn:
-    cached = cached_models()
-    more = f" and {len(cached) - _MOST_SHOWN} more" if len(cached) > _MOST_SHOWN else ""
-    shown = ", ".join(["demo (embedded, a toy)", *cached[:_MOST_SHOWN]])
-    raise UsageError(f"no MODEL is given; available without a download: {shown}{more}", hint="try `specchat run demo`")
+    raise UsageError(
+        f"no MODEL is given; available without a download: {models_here()}",
+        hint="try `specchat run demo`, or `specchat probe` for the models that run on this machine",
+    )
 
 
 def _stored(ref: ModelRef, quant: Literal["auto"] | Quant) -> ModelRef:
@@ -228,7 +241,7 @@ def _pair(request: ModelRequest, refs: Refs, target: ModelSource, draft: ModelSo
         if fits(target, draft):
             return Models(target, draft, "")
         return Models(target, None, f"plain decoding: {draft.name} has another vocabulary")
-    may_have_relatives = request.draft == "auto" and refs.target.kind in ("hub", "folder")
+    may_have_relatives = request.draft == "auto" and refs.target.kind in ("hub", "folder", "stored")
     return Models(target, relative_in_cache(target) if may_have_relatives else None, draft_note)
 
 

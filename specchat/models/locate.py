@@ -1,4 +1,4 @@
-"""Finding the files of a model by its name: in a folder, in the hub's cache, on the hub, or synthetic."""
+"""Finding the files of a model by its name: in a folder, in the hub's cache, on the hub, stored, or synthetic."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,12 +8,14 @@ from specchat.errors import ModelNotFoundError, UsageError
 from specchat.models.catalog.ref import SHAPE_PREFIX, ModelRef, demo_source
 from specchat.models.catalog.shape import Shape
 from specchat.models.catalog.suggest import FORMS, folder_hint, is_gguf
-from specchat.models.gguf.folder import TOKENIZER_FILES, gguf_files, model_folder, total_bytes
+from specchat.models.checkpoint.gguf import gguf_files, total_bytes
+from specchat.models.gguf.folder import TOKENIZER_FILES, model_folder
 from specchat.models.hub.cache import look_up_cached, snapshot_source
-from specchat.models.hub.download import LOG, Download, fetch, look_up_online
+from specchat.models.hub.download import LOG, Download, fetch, look_up_online, silent_bars
 from specchat.models.hub.errors import hub_errors
 from specchat.models.hub.gguf_files import find_file
 from specchat.models.hub.small_files import fetch_small
+from specchat.models.hub.stores import runnable_model
 from specchat.records.model import ModelSource
 from specchat.units import format_bytes
 
@@ -49,6 +51,9 @@ def _look_up(ref: ModelRef, *, offline: bool, warn: Callable[[str], None]) -> Mo
         return demo_source("target")
     if ref.kind == "folder":
         return _look_up_folder(ref)
+    if ref.kind == "stored":
+        stored = runnable_model(ref.text)
+        return ModelSource(name=stored.name, path=stored.path)
     if ref.kind == "shape":
         assert ref.shape is not None
         return ref.shape
@@ -117,7 +122,7 @@ def sketch(missing: Missing, folder: Path) -> ModelSource:
         ref = missing.ref
         assert ref.repo_id is not None
         with hub_errors(ref):
-            config = hf_hub_download(ref.repo_id, "config.json", revision=missing.revision)
+            config = hf_hub_download(ref.repo_id, "config.json", revision=missing.revision, tqdm_class=silent_bars())
         return snapshot_source(ref, Path(config).parent)
     from specchat.models.synthetic.layers import LABEL, shape_files  # imports torch
 

@@ -68,6 +68,10 @@ class ChatView:
         for line in banner_lines(target, chosen, draft_note, details):
             self._say_figures(line)
 
+    def suggest(self, prompts: Sequence[str]) -> None:
+        """Show messages that a new user may try."""
+        self._say_figures("try: " + " · ".join(prompts))
+
     def _say_figures(self, line: str) -> None:
         for each in figures(line, self.talk.width):
             self.talk.say(each, "dim")

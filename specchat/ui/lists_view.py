@@ -27,9 +27,12 @@ def print_sessions(chats: Sequence[SavedChat]) -> None:
 
 def print_models(found: Sequence[Installed]) -> None:
     """Print what models take on this disk, and the sum."""
-    rows = [(each.name, each.kind, format_bytes(each.nbytes), _day(each.used_at), each.note) for each in found]
-    _print(("name", "kind", "size", "last used", "note"), rows)
-    sys.stdout.write(f"{format_bytes(sum(each.nbytes for each in found))} in total\n")
+    rows = [
+        (each.name, each.kind, each.origin, format_bytes(each.nbytes), _day(each.used_at), each.note) for each in found
+    ]
+    _print(("name", "kind", "from", "size", "last used", "note"), rows)
+    total = sum({each.path: each.nbytes for each in found}.values())  # models may share a file
+    sys.stdout.write(f"{format_bytes(total)} in total\n")
 
 
 def _day(seconds: float | None) -> str:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from support.stores import point_stores_to
 from support.terminal import Terminal
 
 from specchat.chat import transcript
@@ -14,6 +15,7 @@ def state(monkeypatch, tmp_path):
     monkeypatch.setenv("SPECCHAT_STATE_DIR", str(tmp_path / "state"))
     monkeypatch.setenv("SPECCHAT_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    point_stores_to(monkeypatch, tmp_path)
     return tmp_path
 
 
@@ -57,7 +59,7 @@ def test_a_damaged_session_is_listed_and_can_be_removed(fake, state):
         (["sessions", "nope"], "choose from list, search, show, rm"),
         (["sessions", "show"], "usage: specchat sessions show ID"),
         (["sessions", "rm", "nosuch"], "there is no saved chat 'nosuch'"),
-        (["sessions", "list", "fox"], "sessions search TEXT"),
+        (["sessions", "list", "fox"], "search TEXT"),
         (["models", "nope"], "choose from list, rm"),
         (["models", "rm"], "usage: specchat models rm NAME"),
         (["models", "rm", "org/nosuch"], "nothing on this disk is named 'org/nosuch'"),
@@ -103,7 +105,7 @@ def test_models_are_listed_and_removed(fake, state):
     }
     assert found == sorted(found, key=lambda each: (-each["bytes"], each["name"]))
     lines = fake("models").out.splitlines()
-    assert lines[0].split() == ["name", "kind", "size", "last", "used", "note"]
+    assert lines[0].split() == ["name", "kind", "from", "size", "last", "used", "note"]
     assert lines[-1].endswith(" in total")
     assert fake("models", "rm", "org/name").code == 2 and repo.exists()
     assert fake("models", "rm", "org/name", "--yes").code == 0

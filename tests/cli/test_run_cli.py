@@ -18,7 +18,7 @@ from support import fake_cli
 from support.threads import FAILURES, at_most, watched_threads
 
 from specchat.cli.exit_status import EXIT_CODES, code_of
-from specchat.cli.misspelt import _ELSEWHERE
+from specchat.cli.other_tools import _ELSEWHERE, COMMANDS
 from specchat.errors import AllocationError, SpecchatError
 from specchat.loading.sampling import SamplingChoices, resolve_sampling
 from specchat.models.hub.download import Download
@@ -90,6 +90,20 @@ def fails(result, code, *words):
 )
 def test_invalid_usage_exits_with_2(specchat, arguments, words):
     fails(specchat(*arguments), 2, *words)
+
+
+@pytest.mark.parametrize("command", ["run", "bench", "probe"])
+@pytest.mark.parametrize("word", sorted({*_ELSEWHERE, *COMMANDS}))
+def test_commands_in_the_place_of_a_model_are_answered_with_ours(specchat, command, word):
+    result = specchat(command, word)
+    fails(result, 2, f"'{word}' is a command, not a model")
+    assert "hint: " in result.err and "specchat" in result.err.splitlines()[1]
+
+
+def test_an_alias_may_have_the_name_of_a_command(fake, tmp_path):
+    config = tmp_path / "config.toml"
+    config.write_text('[aliases]\nlist = "demo"\n')
+    assert fake("run", "list", "hi", "--config", str(config)).out == "You said: hi\n"
 
 
 @pytest.mark.parametrize("word", sorted(_ELSEWHERE))
@@ -264,7 +278,7 @@ def test_stderr_has_only_the_banner(answer):
     first, second = answer.stderr.splitlines()
     assert first.startswith("specchat ")
     assert "a toy model for exercising the software" in first
-    assert re.fullmatch(r"all in RAM \([\d.]+ MiB\) · context 1,024 · about \d+ tok/s \(details: --plan\)", second)
+    assert re.fullmatch(r"all in RAM \([\d.]+ MiB\) · context 1,024 · about [\d.]+ tok/s \(details: --plan\)", second)
 
 
 def test_text_and_json_stream_have_the_same_answer(answer, specchat):

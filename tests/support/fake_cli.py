@@ -128,7 +128,9 @@ def install():
     compat = ModuleType("specchat.models.hf.tokenizer")
     compat.load_tokenizer = lambda _folder: TOKENIZER
     generation_config.load_generation_defaults = lambda _folder: GenerationDefaults(stop_ids=frozenset({EOS}))
-    sys.modules |= {"specchat.engine.engine": engine, "specchat.models.hf.tokenizer": compat}
+    imports = ModuleType("specchat.models.hf.light_imports")
+    imports.import_lightly = lambda: None  # a fake needs no transformers
+    sys.modules |= {each.__name__: each for each in (engine, compat, imports)}
     planning.make_plan = _plan
     engine_loading.load_planned = lambda _target, _draft, _plan, _reporter: Echo.load()
     stdin._SILENT_S = float(os.environ.get("FAKE_SILENT_S", stdin._SILENT_S))

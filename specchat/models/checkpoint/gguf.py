@@ -88,6 +88,17 @@ def split_files(file: Path) -> list[Path]:
     return [file.with_name(f"{match['stem']}-{i:05}-of-{count:05}{file.suffix}") for i in range(1, count + 1)]
 
 
+def gguf_files(folder: Path) -> list[Path]:
+    """Return the GGUF files in a folder that are models or first files of one, sorted by name."""
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".gguf" and path.is_file())
+    return [path for path in files if split_files(path)[0].name == path.name and not path.name.startswith("mmproj")]
+
+
+def total_bytes(file: Path) -> int:
+    """Return the bytes of a GGUF file and the other files of its set."""
+    return sum(each.stat().st_size for each in split_files(file) if each.is_file())
+
+
 def listed_files(folder: Path) -> list[Path] | None:
     """Return the GGUF files that a folder stands for; None for a folder with weights of its own."""
     if not (folder / FILE_LIST).is_file():

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from specchat.errors import ModelError
-from specchat.models.checkpoint.gguf import FILE_LIST, GgufFile, open_gguf, split_files
+from specchat.models.checkpoint.gguf import FILE_LIST, GgufFile, open_gguf
 from specchat.models.gguf.config import config_values, generation_values
 from specchat.models.gguf.tokenizer import tokenizer_files
 from specchat.paths import cache_folder
@@ -102,14 +102,3 @@ def _drop_oldest(folder: Path) -> None:
     folders = sorted(folder.iterdir(), key=lambda each: each.stat().st_mtime_ns, reverse=True)
     for each in folders[_MOST_FOLDERS:]:
         shutil.rmtree(each, ignore_errors=True)
-
-
-def gguf_files(folder: Path) -> list[Path]:
-    """Return the GGUF files in a folder that are models or first files of one, sorted by name."""
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".gguf" and path.is_file())
-    return [path for path in files if split_files(path)[0].name == path.name and not path.name.startswith("mmproj")]
-
-
-def total_bytes(file: Path) -> int:
-    """Return the bytes of a GGUF file and the other files of its set."""
-    return sum(each.stat().st_size for each in split_files(file) if each.is_file())

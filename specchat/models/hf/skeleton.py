@@ -67,22 +67,26 @@ def build_skeleton(config: Any, dtype: torch.dtype, attention: AttentionFunction
     config = copy.deepcopy(config)  # transformers writes dtype and attention into it, and modules keep it
     if getattr(config, "output_router_logits", False):
         config.output_router_logits = False
-    with modules_lock, init_empty_weights(include_buffers=False), _LargeTensorsOnMeta():
+    with modules_lock, init_empty_weights(include_buffers=False), _NoValues():
         model = _model_of(config, dtype, name)
     model.tie_weights()  # init_empty_weights has untied them
     return skeleton_of(model.eval())
 
 
-class _LargeTensorsOnMeta(TorchFunctionMode):
-    """Creates large uninitialized tensors on meta at once; they become parameters, which end there anyway.
+class _NoValues(TorchFunctionMode):
+    """Creates large uninitialized tensors on meta at once, and draws no values for tensors on meta.
 
-    The fused experts of one layer may be larger than the machine's memory, in which the system would refuse them.
+    The fused experts of one layer may be larger than the machine's memory, in which the system would refuse them; as
+    parameters they end on meta anyway. The first drawing on meta would import torch's compiler, which takes 0.7 s.
     """
 
     _LARGE = 1 << 28
+    _DRAWING = ("torch.nn.init", "transformers.initialization")  # the second replaces the first in some scopes
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if getattr(func, "__module__", "") in self._DRAWING and kwargs["tensor"].is_meta:
+            return kwargs["tensor"]
         if func is torch.empty and "device" not in kwargs:
             size = kwargs.get("size", args)
             size = size[0] if len(size) == 1 and not isinstance(size[0], int) else size

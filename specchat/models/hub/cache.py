@@ -13,7 +13,7 @@ from specchat.errors import (
 from specchat.models.catalog.ref import ModelRef
 from specchat.models.checkpoint.safetensors import MISTRAL_PREFIX, weight_files
 from specchat.models.hub.errors import hub_errors
-from specchat.models.hub.gguf_files import find_file
+from specchat.models.hub.gguf_files import find_file, variants
 from specchat.records.model import ModelSource
 
 # Fixed patterns allow a completeness check of a cached snapshot without the hub's list of files.
@@ -46,6 +46,19 @@ def cached_models() -> list[str]:
         for snapshot in filter(_is_complete, (repo / "snapshots").glob("*")):
             found = labels.get(snapshot.name, [snapshot.name])
             names |= {repo_id if label == "main" else f"{repo_id}@{label}" for label in found}
+    return sorted(names)
+
+
+def cached_gguf() -> list[str]:
+    """List the GGUF files in the local cache as MODEL arguments, sorted: org/name:QUANT, of the default branch."""
+    from huggingface_hub import constants
+
+    names: set[str] = set()
+    for repo in Path(constants.HF_HUB_CACHE).glob("models--*--*"):
+        repo_id = repo.name.removeprefix("models--").replace("--", "/")
+        main = _recorded(repo / "refs" / "main")
+        if main is not None and _COMMIT.fullmatch(main):
+            names |= {f"{repo_id}:{variant}" for variant in variants(repo / "snapshots" / main)}
     return sorted(names)
 
 

@@ -192,7 +192,7 @@ def _list_files(ref: ModelRef, commit: str, patterns: list[str], ignored: list[s
         allow_patterns=patterns,
         ignore_patterns=ignored,
         dry_run=True,
-        tqdm_class=_bar_class(lambda done: None, threading.Event()),
+        tqdm_class=silent_bars(),
     )
 
 
@@ -297,6 +297,11 @@ def _point_to(snapshot: Path, revision: str) -> None:
 
 class _StoppedError(Exception):
     """Aborts a download from within its progress bar; only huggingface_hub's threads see it."""
+
+
+def silent_bars() -> type[Any]:
+    """Create a tqdm that shows nothing, for downloads of small files."""
+    return _bar_class(lambda done: None, threading.Event())
 
 
 def _bar_class(report: Callable[[int], None], stop: threading.Event) -> type[Any]:

@@ -1,7 +1,7 @@
 """The GGUF files of a repository: one model in several quantizations, each one file or a set of split ones."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 from specchat.errors import ModelNotFoundError
@@ -57,12 +57,23 @@ def choose_files(ref: ModelRef, sizes: Mapping[str, int]) -> tuple[str, ...]:
 
 def find_file(folder: Path, variant: str | None) -> Path | None:
     """Return the first GGUF file of a quantization below a folder; None if it is missing, incomplete or ambiguous."""
+    found = [file for name, file in _first_files(folder) if variant is None or name.lower() == variant.lower()]
+    return found[0] if len(found) == 1 and is_whole(found[0]) else None
+
+
+def variants(folder: Path) -> dict[str, Path]:
+    """Return the first GGUF file of each complete quantization below a folder, by the quantization's name."""
+    return {name: file for name, file in _first_files(folder) if is_whole(file)}
+
+
+def is_whole(file: Path) -> bool:
+    """Return whether all files of a GGUF file's set exist."""
+    return all(each.is_file() for each in split_files(file))
+
+
+def _first_files(folder: Path) -> Iterator[tuple[str, Path]]:
     names = [str(path.relative_to(folder)) for path in folder.rglob("*.gguf")]
-    found = [files for name, files in _sets(names).items() if variant is None or name.lower() == variant.lower()]
-    if len(found) != 1:
-        return None
-    first = folder / found[0][0]
-    return first if all(file.is_file() for file in split_files(first)) else None
+    return ((name, folder / files[0]) for name, files in _sets(names).items())
 
 
 def _sets(names: Iterable[str]) -> dict[str, tuple[str, ...]]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from specchat.errors import ModelNotFoundError
 from specchat.models.catalog.ref import ModelRef
+from specchat.models.hub.download import silent_bars
 from specchat.models.hub.errors import hub_errors
 
 
@@ -25,7 +26,13 @@ def fetch_small(ref: ModelRef, names: Sequence[str], *, offline: bool) -> Path:
     assert ref.repo_id is not None
     with hub_errors(ref):
         folder = Path(
-            snapshot_download(ref.repo_id, revision=ref.revision, allow_patterns=list(names), local_files_only=offline)
+            snapshot_download(
+                ref.repo_id,
+                revision=ref.revision,
+                allow_patterns=list(names),
+                local_files_only=offline,
+                tqdm_class=silent_bars(),
+            )
         )
     if not any((folder / name).is_file() for name in names):
         raise ModelNotFoundError(f"{ref.text} has no tokenizer files", hint="name the original model")

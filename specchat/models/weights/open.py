@@ -51,7 +51,11 @@ class ModelWeights(Closeable):
 
 
 def open_weights(
-    source: ModelSource, dtype: Dtype, quant: str, attention: AttentionFunction | None = None
+    source: ModelSource,
+    dtype: Dtype,
+    quant: str,
+    attention: AttentionFunction | None = None,
+    kv_shapes: tuple[KvShape, ...] = (),
 ) -> ModelWeights:
     """Build a model's modules without weights and open its checkpoint; headers are read, tensors are not.
 
@@ -60,6 +64,8 @@ def open_weights(
         dtype: dtype that passes compute in.
         quant: requested quantization, or a plan's name for the one of a pre-quantized model.
         attention: attention function that the layers call; None for the architecture's own, without trees.
+        kv_shapes: KV cache shape of each layer from the model's saved description; empty to record the shapes, which
+            takes a second of imports.
 
     Raises:
         CorruptCheckpointError: a parameter has no tensor, or one of another shape.
@@ -70,7 +76,8 @@ def open_weights(
     build = partial(build_skeleton, dtype=torch_dtype(dtype), attention=attention)
     with refusing(config.model_type, why_not_built(config)):
         skeleton, checkpoint = match_checkpoint(config, checkpoint, build)
-    kv_shapes = () if attention is None else record_kv_shapes(skeleton)  # before modules are replaced
+    if attention is not None and len(kv_shapes) != len(skeleton.layers):
+        kv_shapes = record_kv_shapes(skeleton)  # before modules are replaced
     recipe = choose_recipe(source, skeleton, quant, checkpoint)
     reader = open_reader(skeleton, checkpoint, recipe)
     return ModelWeights(source, dtype, skeleton, checkpoint, recipe, reader, kv_shapes)
