@@ -320,6 +320,7 @@ class Engine(Closeable):
                 tree,
                 walk.path,
                 _broken_scores(self.plan) if walk.is_broken else None,
+                self._drafter.work,
             )
             for sequence, tree, walk, new_rows, cached_rows in zip(live, trees, walks, pending, cached, strict=True)
         ]
@@ -366,7 +367,7 @@ class Engine(Closeable):
             hidden = self._target.forward(tokens, PassLayout(parts), cancel)
         self._meter.saw_pass(hidden)
         with clock.sampling():
-            walk_down(self._target, walks, hidden, self.plan.work.head_rows)
+            walk_down(self._target, walks, hidden, self.plan.work.head_rows, self._drafter.observe)
         if not any(walk.is_broken for walk in walks):
             return trees, walks
         repeats = any(map(len, trees))
@@ -383,7 +384,7 @@ class Engine(Closeable):
             self._held[sequence.seat] = sequence.tokens + [tree.tokens[node] for node in walk.path]
             sequence.num_cached = len(self._held[sequence.seat])
             sequence.tokens += walk.tokens
-        self._drafter.commit(sequence.seat, walk.path)
+        self._drafter.commit(sequence.seat, walk.path, walk.tokens)
 
     def _rows_for(self, sequence: TokenSequence, tree: TokenTree) -> RowLayout:
         """Return the layout of a part: pending tokens in sequence, of which the last is the root, then the tree."""
