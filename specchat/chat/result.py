@@ -29,6 +29,7 @@ def run_object(turn: Turn, *, target: ModelSource, plan: Plan, seed: int) -> dic
         "model": target.name,
         "revision": target.revision,
         "draft": plan.draft,
+        "retrieval": plan.retrieval,
         "quant": plan.quant,
         "device": plan.work.device,
         "seed": seed,
@@ -71,6 +72,7 @@ def plan_object(plan: Plan) -> dict[str, Any]:
     return {
         "target": plan.target,
         "draft": plan.draft,
+        "retrieval": plan.retrieval,
         "quant": plan.quant,
         "device": plan.work.device,
         "dtype": plan.work.dtype,

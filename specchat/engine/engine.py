@@ -19,7 +19,7 @@ import torch
 
 from specchat.closing import Closeable
 from specchat.engine import stats
-from specchat.engine.drafting.drafter import Drafter, ModelDrafter, NoDrafter
+from specchat.engine.drafting.drafter import Drafter, ModelDrafter, NoDrafter, TreeDrafter, free_sources
 from specchat.engine.drafting.policy import AdaptivePolicy, DraftPolicy, FixedPolicy
 from specchat.engine.layout import PassLayout, RowLayout
 from specchat.engine.loading import load_model
@@ -85,7 +85,7 @@ class Engine(Closeable):
         Args:
             plan: sizes and placement.
             target: weights of the target.
-            draft: weights of the draft; None for plain decoding.
+            draft: weights of the draft; None without a draft model.
             pack: pack of the target; None reads the checkpoint's own files.
             draft_pack: pack of the draft; None reads the checkpoint's own files.
             warn: receives one-line warnings about refused memory pinning and its cost.
@@ -101,7 +101,7 @@ class Engine(Closeable):
             check_pair(target.source, draft.source)
         with _allocating(plan):
             # Load the drafter first: it has no threads to clean up if the target fails to load.
-            drafter: Drafter = NoDrafter() if draft is None else _load_drafter(plan, draft, draft_pack)
+            drafter = _load_drafter(plan, draft, draft_pack)
             cache_rows = plan.work.ctx + plan.work.tree_budget
             model = load_model(target, plan.work, plan.placement, cache_rows=cache_rows, pack=pack, warn=warn)
         engine = cls(plan, model, drafter, runtime_bytes)
@@ -429,10 +429,13 @@ def _allocating(plan: Plan) -> Iterator[None]:
     )
 
 
-def _load_drafter(plan: Plan, draft: ModelWeights, pack: Pack | None) -> Drafter:
-    """Load a draft with all layers resident."""
+def _load_drafter(plan: Plan, draft: ModelWeights | None, pack: Pack | None) -> Drafter:
+    """Load a draft with all layers resident, and set up the sources that need no model."""
+    proposers = free_sources(plan.work.seats) if plan.retrieval else []
+    if draft is None:
+        return TreeDrafter(None, proposers) if proposers else NoDrafter()
     work = replace(plan.work, host_embeddings=False)
     num_layers = len(draft.skeleton.layers)
     placement = Placement(num_layers, tuple(range(num_layers)))
     model = load_model(draft, work, placement, cache_rows=work.ctx + work.draft_rows, pack=pack, grows=True)
-    return ModelDrafter(model, max_rows=work.draft_rows, max_context=model.max_positions)
+    return ModelDrafter(model, max_rows=work.draft_rows, max_context=model.max_positions, proposers=proposers)

@@ -260,7 +260,8 @@ def _weights(plan: Plan) -> str:
 
 
 def _draft(plan: Plan) -> str:
-    return f"draft {plan.draft}" + (f" ({plan.draft_quant})" if plan.draft_quant != "none" else "")
+    quant = f" ({plan.draft_quant})" if plan.draft_quant != "none" else ""
+    return f"draft {plan.draft}{quant}{' + retrieval' if plan.retrieval else ''}"
 
 
 def plan_lines(plan: Plan, width: int) -> list[str]:

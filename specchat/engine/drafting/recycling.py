@@ -13,11 +13,10 @@ from torch import Tensor
 
 from specchat.engine.drafting.sources import Priors, Proposal
 from specchat.engine.sequence import TokenSequence
+from specchat.records.limits import RECYCLED_RUNS
 
 # Best tokens kept for each run of tokens.
 _WIDTH = 8
-# Runs of tokens kept, the latest ones; a run takes about 300 bytes.
-_MOST_RUNS = 32768
 # Classes of the target's probability, by their least value.
 _PROBABILITIES = (0.0, 0.03, 0.1, 0.3, 0.6, 0.9)
 # Lengths of the runs, longest first.
@@ -60,7 +59,7 @@ class Recycling:
                 kept.pop(run, None)  # inserted anew below: the table is ordered by last use
                 first = place * len(_PROBABILITIES)
                 kept[run] = tuple(Proposal(token, first + kind) for token, kind in zip(tokens, classes, strict=True))
-                if len(kept) > _MOST_RUNS:
+                if len(kept) > RECYCLED_RUNS // len(_ORDERS):
                     del kept[next(iter(kept))]
 
     def propose(self, seat: int, tail: Sequence[int]) -> _Best:

@@ -15,13 +15,14 @@ from specchat.engine.drafting.sources import Priors, Proposal
 from specchat.engine.drafting.suffix_index import SuffixIndex
 from specchat.engine.sequence import TokenSequence
 from specchat.engine.tree import common_prefix
+from specchat.records.limits import RETRIEVAL_PAST_TOKENS
 
 # Least lengths of the classes of repeats.
 _LENGTHS = (2, 3, 4, 5, 7, 9, 13, 16)
 # Continuations proposed for each node: the one behind the longest repeat, and another one.
 _WAYS = 2
-# Tokens of earlier texts that are kept: when they are full, the older half is dropped. Shorter texts are not worth it.
-_MOST_PAST, _LEAST_TEXT = 32768, 8
+# Shorter texts are not worth keeping.
+_LEAST_TEXT = 8
 
 
 class Retrieval:
@@ -78,8 +79,9 @@ class Retrieval:
     def _remember(self, tokens: Sequence[int]) -> None:
         if len(tokens) < _LEAST_TEXT:
             return
-        if len(self._past.tokens) + len(tokens) > _MOST_PAST:
-            kept = self._past.tokens[-_MOST_PAST // 2 :]
+        most = RETRIEVAL_PAST_TOKENS
+        if len(self._past.tokens) + len(tokens) > most:  # drop the older half
+            kept = self._past.tokens[-most // 2 :]
             self._past = SuffixIndex()
             self._past.append(kept)
-        self._past.append(tokens[-_MOST_PAST // 2 :])
+        self._past.append(tokens[-most // 2 :])
