@@ -316,7 +316,7 @@ def _drafting_bytes(draft: ModelSpec, work: Workload, *, reading: int) -> int:
     grown = max(_pass(draft, work, width, work.ctx + work.draft_rows).total, scoring)
     if seats > 1:
         read = max(read, _scoring_bytes(draft, work, seats))
-    paths = PATH_BYTES * (work.tree_budget + width * DRAFT_BRANCH)
+    paths = PATH_BYTES * (2 * work.tree_budget + width * DRAFT_BRANCH)
     rows = work.draft_rows * (2 * width + seats * (work.draft_rows + 2 * _INDEX_BYTES))
     return max(read, grown + paths + rows)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -23,7 +23,7 @@ from specchat.engine.drafting.policy import FixedPolicy
 from specchat.engine.model import TreeModel
 from specchat.engine.sampling import Noise, Sampler
 from specchat.engine.tree import ROOT, TokenTree, common_prefix
-from specchat.records.generation import Guesses, Sampling
+from specchat.records.generation import Guesses, Sampling, SourceWork, Step, guesses_of
 from specchat.records.model import ModelSource
 
 CPU = torch.device("cpu")
@@ -293,6 +293,15 @@ def test_no_depth_or_budget_gives_an_empty_tree(draft: Draft):
 
 def test_by_source_counts_nodes_per_drafter():
     tree = TokenTree((5, 6, 7, 8), (ROOT, 0, ROOT, 2), ("model", "context", "context", "context"))
-    assert tree.by_source([0, 1]) == (Guesses("context", 3, 1), Guesses("model", 1, 1))
-    assert tree.by_source([]) == (Guesses("context", 3, 0), Guesses("model", 1, 0))
+    assert tree.by_source([0, 1]) == (Guesses("context", 3, 1, (1, 2), (0, 1)), Guesses("model", 1, 1, (1,), (1,)))
+    assert tree.by_source([]) == (Guesses("context", 3, 0, (1, 2)), Guesses("model", 1, 0, (1,)))
     assert TokenTree((5,), (ROOT,)).by_source([0]) == TokenTree().by_source([]) == ()
+    work = [SourceWork("model", 0.5, 3), SourceWork("other", 0.1)]
+    model, other = TokenTree((5,), (ROOT,), ("model",)).by_source([], work)
+    assert (model, other) == (Guesses("model", 1, 0, (1,), (), 0.5, 3), Guesses("other", 0, 0, draft_s=0.1))
+
+
+def test_guesses_are_summed_over_steps_and_sharing_answers():
+    step = replace(Step.without_pass("stop"), guesses=(Guesses("model", 2, 1, (1, 1), (1,), 0.5, 4),), num_sharing=2)
+    more = replace(step, guesses=(Guesses("a", 1, 0, (0, 0, 1)), *step.guesses), num_sharing=1)
+    assert guesses_of([step, more]) == (Guesses("a", 1, 0, (0, 0, 1)), Guesses("model", 4, 2, (2, 2), (2,), 0.75, 6))

@@ -1,9 +1,10 @@
-"""Calibration: how much a proposal of each kind is worth, learned from which proposals came true."""
+"""Calibration: how much a proposal is worth by its kind, and whether a source is worth its time; both are learned."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from specchat.engine.drafting.pass_times import FadingRatio
 from specchat.engine.drafting.sources import Priors
 
 # A prior counts like this number of proposals. Errors count by their variance, which is about a tenth here.
@@ -12,6 +13,10 @@ _PRIOR_PROPOSALS, _VARIANCE = 8.0, 0.1
 _MOST_PROPOSALS = 400
 # Bounds of the log odds: no run of luck makes a proposal certain or impossible.
 _LEAST, _MOST = -8.0, 8.0
+
+# Steps after which a source's worth is checked. A source that costs more than it brings rests for 64 steps, and twice
+# as long after each trial of 8 steps that changes nothing, up to 1024 steps. So a useless source costs little.
+_CHECK_AFTER, _TRIAL, _FIRST_REST, _LONGEST_REST = 32, 8, 64, 1024
 
 
 @dataclass(frozen=True)
@@ -56,3 +61,38 @@ class Calibration:
         seen[kind] = min(seen[kind] + 1.0, _MOST_PROPOSALS)
         step = (came - expected) / (_VARIANCE * (_PRIOR_PROPOSALS + seen[kind]))
         weights[kind] = min(max(weights[kind] + max(min(step, 1.0), -1.0), _LEAST), _MOST)
+
+
+class Worth:
+    """Decides whether a source is asked: its accepted nodes must be worth its time, at the present speed.
+
+    Attributes:
+        is_asked: whether the next step asks the source.
+    """
+
+    def __init__(self) -> None:
+        self.is_asked = True
+        self._accepted, self._seconds = FadingRatio(), FadingRatio()
+        self._steps_left, self._rest = _CHECK_AFTER, _FIRST_REST
+
+    def record(self, accepted: int, seconds: float, tokens_per_s: float) -> None:
+        """Learn from a step, and decide about the next one.
+
+        Args:
+            accepted: accepted nodes of the source.
+            seconds: seconds that the source took.
+            tokens_per_s: tokens that a second is worth; 0 if time does not count.
+        """
+        if self.is_asked:
+            self._accepted.add(accepted, 1.0)
+            self._seconds.add(seconds, 1.0)
+        self._steps_left -= 1
+        if self._steps_left > 0:
+            return
+        if not self.is_asked:
+            self.is_asked, self._steps_left = True, _TRIAL
+        elif self._accepted.value(0.0) < tokens_per_s * self._seconds.value(0.0):
+            self.is_asked, self._steps_left = False, self._rest
+            self._rest = min(2 * self._rest, _LONGEST_REST)
+        else:
+            self._steps_left, self._rest = _CHECK_AFTER, _FIRST_REST

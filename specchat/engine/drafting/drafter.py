@@ -185,6 +185,8 @@ class TreeDrafter:
         if self._scorer is not None:
             known = [node for node in path if grown.rows[node] >= 0]
             self._scorer.commit(seat, [grown.rows[node] for node in known], [grown.tree.tokens[node] for node in known])
+        for node in path:
+            self._proposers.count_accepted(self._names.index(grown.tree.sources[node]))
         for node, token in zip((ROOT, *path), tokens, strict=False):  # a broken walk draws no last token
             if grown.asked[node + 1] >= 0:
                 self._proposers.learn(grown.asked[node + 1], token)

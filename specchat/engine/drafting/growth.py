@@ -86,12 +86,14 @@ class Growth:
         self._roots = roots
         self._cancel = cancel
         self._budget = policy.tree_budget
+        # A proposal's guessed weight may be too high, so the paths that it displaces are not dropped at once.
+        self._most_paths = (2 if sources.proposers.sources else 1) * self._budget
         self._max_depths = torch.tensor([sources.max_depth(sequence) for sequence in sequences])
 
     def run(self) -> Paths:
         """Grow the trees and return the paths that the target verifies."""
         sources = self._sources
-        sources.proposers.begin(self._sequences)
+        sources.proposers.begin(self._sequences, self._policy.tokens_per_s)
         if sources.proposers.sources:
             self.asked_roots = [sources.proposers.ask(each, each.tokens[-TAIL:]) for each in self._sequences]
         paths = self._first_children(Paths.empty())
@@ -101,6 +103,7 @@ class Growth:
             logits = sources.scorer.expand(paths, nodes, self._cancel)
             paths = self._extended(self._scored(paths, paths.tree[nodes], nodes, logits))
             self._count_pass(len(nodes), begin)
+        paths = paths.first(self._budget)
         return paths.first(self._policy.num_to_verify(paths.score.tolist(), self._roots))
 
     def _count_pass(self, rows: int, begin: float) -> None:
@@ -137,17 +140,14 @@ class Growth:
             unscored = [(node, number) for node, number in zip(nodes, asked, strict=True) if paths.row[node] < 0]
             if not unscored:
                 break
-            before = len(paths)
             paths = self._with_proposed(paths, *map(list, zip(*unscored, strict=True)))
-            if len(paths) == before < self._budget:
-                break
         return paths
 
     def _with_proposed(self, paths: Paths, nodes: Sequence[int], numbers: Sequence[int]) -> Paths:
         """Add the proposed children of nodes that no draft has scored; for ROOT, one entry of `nodes` per tree."""
         parents, trees, children = list[int](), list[int](), list[Child]()
         above = paths.score.tolist()
-        least = above[-1] if len(paths) >= self._budget else -torch.inf
+        least = above[self._budget - 1] if len(paths) >= self._budget else -torch.inf
         for place, (node, number) in enumerate(zip(nodes, numbers, strict=True)):
             tree, depth, score = (
                 (place, 0, 0.0) if node == ROOT else (int(paths.tree[node]), int(paths.depth[node]), above[node])
@@ -163,7 +163,7 @@ class Growth:
             torch.tensor(parents),
             torch.tensor([[child.weight] for child in children], dtype=torch.float64),
             torch.tensor([[child.token] for child in children]),
-            self._budget,
+            self._most_paths,
             torch.tensor([[child.source] for child in children]),
         )
 
@@ -214,7 +214,7 @@ class Growth:
         if scores[:, 0].isnan().any():  # softmax makes NaN of infinite scores, too, and topk puts NaN first
             raise ScoresNotFiniteError
         if not proposed:
-            return paths.with_children(trees, parents, scores.double(), tokens, self._budget)
+            return paths.with_children(trees, parents, scores.double(), tokens, self._most_paths)
         return self._merged(paths, trees, parents, scores.double(), tokens, proposed)
 
     def _numbers(self, paths: Paths, tree: int, parents: Tensor) -> list[int]:
@@ -240,7 +240,7 @@ class Growth:
                 elif (child := proposed.get((row, token))) is not None:
                     sources[row, place] = child.source
         reweighted = paths.reweighted(edges) if edges else paths
-        return reweighted.with_children(trees, parents, scores, tokens, self._budget, sources)
+        return reweighted.with_children(trees, parents, scores, tokens, self._most_paths, sources)
 
     def _existing(
         self, paths: Paths, parents: Tensor, proposed: dict[tuple[int, int], Child]

@@ -17,7 +17,7 @@ _LEAST_LOSS = -1e-9
 
 @dataclass
 class Paths:
-    """The best paths of all trees so far, best first; all tensors [M] on the CPU, M <= budget.
+    """The best paths of all trees so far, best first; all tensors [M] on the CPU.
 
     `row` is the node's row among its tree's rows in the draft's cache, -1 until the node is expanded. `asked` is the
     number of the node's record of proposals, -1 until the proposing sources were asked.
@@ -47,7 +47,7 @@ class Paths:
 
         Args:
             width: most nodes to return.
-            budget: number of paths that are kept.
+            budget: number of paths that the trees will have.
             max_depths: number of levels of each tree, int64 [trees].
         """
         return (self._could_have_children(budget, max_depths) & (self.row < 0)).nonzero()[:width, 0]
@@ -58,16 +58,16 @@ class Paths:
         return nodes
 
     def with_children(
-        self, trees: Tensor, parents: Tensor, scores: Tensor, tokens: Tensor, budget: int, sources: Tensor | None = None
+        self, trees: Tensor, parents: Tensor, scores: Tensor, tokens: Tensor, most: int, sources: Tensor | None = None
     ) -> Paths:
-        """Add children and keep the best `budget` paths.
+        """Add children and keep the best paths.
 
         Args:
             trees: trees of the expanded nodes [n].
             parents: indices of the expanded nodes [n], or ROOT.
             scores: log weights of the children [n, branch], float64; -inf for a child that exists already.
             tokens: token ids of the children [n, branch].
-            budget: number of paths to keep.
+            most: number of paths to keep.
             sources: sources of the children [n, branch]; None for the first source.
         """
         branch = tokens.shape[1]
@@ -91,7 +91,7 @@ class Paths:
             torch.cat([self.row, unknown]),
             torch.cat([self.asked, unknown]),
         )
-        return merged._best(budget)
+        return merged._best(most)
 
     def reweighted(self, edges: Mapping[int, float]) -> Paths:
         """Return the paths, in the same order, with new log weights of some nodes below their parents."""
@@ -114,10 +114,10 @@ class Paths:
 
     def _could_have_children(self, budget: int, max_depths: Tensor) -> Tensor:
         could = self.depth < max_depths[self.tree]
-        return could & (self.score > self.score[-1]) if len(self) >= budget else could
+        return could & (self.score > self.score[budget - 1]) if len(self) >= budget else could
 
-    def _best(self, budget: int) -> Paths:
-        order = self.score.argsort(descending=True, stable=True)[:budget]
+    def _best(self, most: int) -> Paths:
+        order = self.score.argsort(descending=True, stable=True)[:most]
         return self._taken(order[self.score[order] > -torch.inf])
 
     def _taken(self, nodes: Tensor) -> Paths:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from specchat.engine.drafting.calibration import Calibration, Setting
+from specchat.engine.drafting.calibration import Calibration, Setting, Worth
 from specchat.engine.drafting.sources import ProposingSource
 from specchat.engine.sequence import TokenSequence
 from specchat.records.generation import SourceWork
@@ -53,11 +53,11 @@ class Child:
 
 
 class Proposers:
-    """Proposing sources, with the calibration and the time of each.
+    """Proposing sources, with the calibration, the time and the worth of each.
 
     Args:
         sources: sources, whose numbers begin at `first`.
-        first: number of the first source.
+        first: number of the first source: 1 after a draft model, else 0. Without a draft model, all sources are asked.
     """
 
     def __init__(self, sources: Sequence[ProposingSource], first: int) -> None:
@@ -65,14 +65,25 @@ class Proposers:
         self._first = first
         self._calibrations = [Calibration(source.priors) for source in sources]
         self._seconds = [0.0] * len(sources)
+        self._accepted = [0] * len(sources)
+        self._worths = [Worth() for _ in sources]
         self._records: list[_Record] = []
 
-    def begin(self, sequences: Sequence[TokenSequence]) -> None:
-        """Read the sequences' new tokens, and drop the records of earlier trees."""
-        self._records = []
+    def begin(self, sequences: Sequence[TokenSequence], tokens_per_s: float = 0.0) -> None:
+        """Choose the sources of the next trees, and let them read the sequences' new tokens.
+
+        Args:
+            sequences: sequences of the next trees; the records of earlier trees are dropped.
+            tokens_per_s: tokens that a second is worth.
+        """
+        if self._records and self._first:
+            for worth, accepted, seconds in zip(self._worths, self._accepted, self._seconds, strict=True):
+                worth.record(accepted, seconds, tokens_per_s)
+        self._records, self._accepted = [], [0] * len(self.sources)
         for number, source in enumerate(self.sources):
             begin = time.perf_counter()
-            source.begin(sequences)
+            if self._worths[number].is_asked:
+                source.begin(sequences)
             self._seconds[number] = time.perf_counter() - begin
 
     def reset(self) -> None:
@@ -91,6 +102,8 @@ class Proposers:
         """Ask all sources what follows the tail, and return the number of the record."""
         claims = list[_Claim]()
         for number, source in enumerate(self.sources):
+            if not self._worths[number].is_asked:
+                continue
             begin = time.perf_counter()
             claims += (_Claim(each.token, each.kind, number) for each in source.propose(sequence.seat, tail))
             self._seconds[number] += time.perf_counter() - begin
@@ -151,6 +164,11 @@ class Proposers:
             record.expected[token] = math.exp(merged)
             found[row, token] = Child(token, merged, self._label(record, token, own))
         return found
+
+    def count_accepted(self, source: int) -> None:
+        """Count an accepted node of the source with this number, which may be the draft model's."""
+        if source >= self._first:
+            self._accepted[source - self._first] += 1
 
     def learn(self, number: int, token: int) -> None:
         """Learn from the token that came after a node."""
