@@ -38,7 +38,7 @@ class Retrieval:
     name = "retrieval"
     # Log odds by kind: classes of length for the best continuation, then for the second best.
     priors = Priors(
-        alone=(-1.0, -0.5, 0.4, 0.5, 0.8, 1.8, 2.0, 2.6, -2.2, -1.8, -1.8, -1.5, -0.5, -0.8, -0.8, -0.8),
+        alone=(-0.3, 0.4, 1.0, 1.2, 1.5, 2.4, 2.8, 3.4, -1.8, -1.6, -1.6, -1.4, -0.6, -0.6, -0.6, -0.6),
         beside=(0.6, 0.6, 1.2, 1.2, 1.3, 1.8, 2.2, 3.0, 0.0, 0.4, 0.5, 0.5, 0.6, 1.0, 1.2, 1.2),
     )
 
