@@ -85,6 +85,8 @@ class Candidate:
     def plan(self, choices: PlanChoices, machine: Machine) -> Plan:
         """Build the plan, with placement and ledgers."""
         target, draft, work = self.target, self.draft, self.work
+        if draft is None:
+            work = replace(work, draft_rows=0)
         resident = interleaved(target.num_layers - self.num_streamed, target.num_layers)
         kept, all_sizes = set(resident), layer_sizes(target, work.dtype)
         sizes = {i: size for i, size in enumerate(all_sizes) if i not in kept}

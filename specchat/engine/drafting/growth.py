@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Sequence
@@ -29,6 +30,9 @@ from specchat.records.limits import draft_width
 NOISE_TEMPERATURE = 0.7
 GREEDY_TEMPERATURE = 0.5
 
+# Proposals above this log weight are expanded together with their parents.
+_LIKELY = math.log(0.5)
+
 
 @dataclass(frozen=True)
 class Sources:
@@ -54,9 +58,10 @@ class Sources:
 class Growth:
     """Growing trees for some sequences.
 
-    First the proposing sources extend the trees as far as their proposals are worth a node, which takes no pass. Then
-    the scoring source expands the best open nodes in one pass, a node and its proposed descendants together. Its scores
-    replace the guessed weights of proposals. Both repeat until no child could enter a tree.
+    Without a scoring source, the proposing sources extend the trees as far as their proposals are worth a node. A
+    scoring source expands the best open nodes pass by pass, until no child could enter a tree. Where the text copies, a
+    node and its likely proposed descendants are expanded in one pass; the scores replace the guessed weights of
+    proposals. In the end, proposals extend nodes whose expansion would not have been worth a pass.
 
     Args:
         sources: sources to ask.
@@ -97,14 +102,22 @@ class Growth:
         if sources.proposers.sources:
             self.asked_roots = [sources.proposers.ask(each, each.tokens[-TAIL:]) for each in self._sequences]
         paths = self._first_children(Paths.empty())
-        paths = self._extended(paths)
-        while sources.scorer is not None and len(nodes := self._nodes_to_expand(paths, sources.scorer)):
-            begin = time.perf_counter()
-            logits = sources.scorer.expand(paths, nodes, self._cancel)
-            paths = self._extended(self._scored(paths, paths.tree[nodes], nodes, logits))
-            self._count_pass(len(nodes), begin)
-        paths = paths.first(self._budget)
+        if sources.scorer is not None:
+            paths = self._expanded(paths, sources.scorer)
+        paths = self._extended(paths).first(self._budget)
         return paths.first(self._policy.num_to_verify(paths.score.tolist(), self._roots))
+
+    def _expanded(self, paths: Paths, scorer: ScoringSource) -> Paths:
+        """Expand nodes until another pass cannot change the trees or would not save time."""
+        while True:
+            begin = time.perf_counter()
+            paths = self._with_likely_chains(paths, scorer)
+            nodes = self._nodes_to_expand(paths, scorer)
+            if not len(nodes):
+                return paths
+            logits = scorer.expand(paths, nodes, self._cancel)
+            paths = self._scored(paths, paths.tree[nodes], nodes, logits)
+            self._count_pass(len(nodes), begin)
 
     def _count_pass(self, rows: int, begin: float) -> None:
         self.passes += 1
@@ -123,10 +136,14 @@ class Growth:
 
     def _nodes_to_expand(self, paths: Paths, scorer: ScoringSource) -> Tensor:
         """Return the nodes of the next pass, sorted by tree; none ends the growth."""
-        width = min(draft_width(self._budget, len(self._sequences)), scorer.num_free_rows)
-        nodes = paths.frontier(width, self._budget, self._max_depths)
+        nodes = self._open(paths, scorer)
         nodes = nodes[: self._policy.num_to_expand(nodes.tolist(), paths.score[nodes].tolist(), self._roots)]
         return nodes[paths.tree[nodes].argsort(stable=True)] if len(self._sequences) > 1 else nodes
+
+    def _open(self, paths: Paths, scorer: ScoringSource) -> Tensor:
+        """Return the best open nodes that one pass has room for."""
+        width = min(draft_width(self._budget, len(self._sequences)), scorer.num_free_rows)
+        return paths.frontier(width, self._budget, self._max_depths)
 
     # --- proposals ---------------------------------------------------------------------------------------------------
 
@@ -135,24 +152,46 @@ class Growth:
         if not self._sources.proposers.sources:
             return paths
         while nodes := paths.unasked(self._budget, self._max_depths):
-            asked = [self._sources.proposers.ask(*about) for about in self._tails(paths, nodes)]
-            paths.asked[nodes] = torch.tensor(asked)
-            unscored = [(node, number) for node, number in zip(nodes, asked, strict=True) if paths.row[node] < 0]
-            if not unscored:
-                break
-            paths = self._with_proposed(paths, *map(list, zip(*unscored, strict=True)))
+            paths = self._with_proposed(paths, nodes, self._ask(paths, nodes))
         return paths
 
-    def _with_proposed(self, paths: Paths, nodes: Sequence[int], numbers: Sequence[int]) -> Paths:
-        """Add the proposed children of nodes that no draft has scored; for ROOT, one entry of `nodes` per tree."""
+    def _with_likely_chains(self, paths: Paths, scorer: ScoringSource) -> Paths:
+        """Ask the proposing sources about the nodes of the next pass; add proposals that are likelier than not."""
+        if not self._sources.proposers.sources:
+            return paths
+        while nodes := [node for node in self._open(paths, scorer).tolist() if paths.asked[node] < 0]:
+            paths = self._with_proposed(paths, nodes, self._ask(paths, nodes), least=_LIKELY)
+        return paths
+
+    def _ask(self, paths: Paths, nodes: Sequence[int]) -> list[int]:
+        """Ask the proposing sources about nodes, and return the numbers of the records."""
+        asked = [self._sources.proposers.ask(*about) for about in self._tails(paths, nodes)]
+        paths.asked[nodes] = torch.tensor(asked)
+        return asked
+
+    def _with_proposed(
+        self, paths: Paths, nodes: Sequence[int], numbers: Sequence[int], least: float = -math.inf
+    ) -> Paths:
+        """Add the proposed children of nodes that no draft has scored.
+
+        Args:
+            paths: paths so far.
+            nodes: indices of the nodes; ROOT once for each tree.
+            numbers: numbers of the nodes' records of proposals.
+            least: log weight below its parent that a child must exceed.
+        """
         parents, trees, children = list[int](), list[int](), list[Child]()
         above = paths.score.tolist()
-        least = above[self._budget - 1] if len(paths) >= self._budget else -torch.inf
+        worst = above[self._budget - 1] if len(paths) >= self._budget else -math.inf
         for place, (node, number) in enumerate(zip(nodes, numbers, strict=True)):
             tree, depth, score = (
                 (place, 0, 0.0) if node == ROOT else (int(paths.tree[node]), int(paths.depth[node]), above[node])
             )
-            found = [child for child in self._alone(number, tree, depth) if score + child.weight > least]
+            found = [
+                child
+                for child in self._alone(number, tree, depth)
+                if child.weight > least and score + child.weight > worst
+            ]
             parents += [node] * len(found)
             trees += [tree] * len(found)
             children += found

@@ -119,10 +119,7 @@ class Proposers:
             noise: the sampler's noise at the children's position [V]; None if the answer is greedy.
         """
         record = self._records[number]
-        odds: dict[int, float] = {}
-        for claim in record.claims:
-            weight = self._calibrations[claim.source].weight(record.setting, claim.kind)
-            odds[claim.token] = odds.get(claim.token, 0.0) + weight
+        odds = self._sums(record)
         if noise is not None and odds:
             luck = noise[torch.tensor(list(odds), device=noise.device)].tolist()
             odds = {token: each + value - _MEAN_NOISE for (token, each), value in zip(odds.items(), luck, strict=True)}
@@ -182,11 +179,16 @@ class Proposers:
         """Return what the proposals add to a draft's log weights, by token."""
         record.setting = Setting(beside_draft=True, is_sampled=record.setting.is_sampled)
         record.expected = {}
-        extras: dict[int, float] = {}
+        return self._sums(record)
+
+    def _sums(self, record: _Record) -> dict[int, float]:
+        """Return the sums of the proposals' weights by token."""
+        sums: dict[int, float] = {}
         for claim in record.claims:
             weight = self._calibrations[claim.source].weight(record.setting, claim.kind)
-            extras[claim.token] = extras.get(claim.token, 0.0) + weight
-        return extras
+            if weight is not None:
+                sums[claim.token] = sums.get(claim.token, 0.0) + weight
+        return sums
 
     def _label(self, record: _Record, token: int, own: float) -> int:
         """Return the source of a merged child: the draft, unless the proposals made the child likelier than not."""

@@ -39,7 +39,7 @@ class Retrieval:
     # Log odds by kind: classes of length for the best continuation, then for the second best.
     priors = Priors(
         alone=(-0.3, 0.4, 1.0, 1.2, 1.5, 2.4, 2.8, 3.4, -1.8, -1.6, -1.6, -1.4, -0.6, -0.6, -0.6, -0.6),
-        beside=(0.6, 0.6, 1.2, 1.2, 1.3, 1.8, 2.2, 3.0, 0.0, 0.4, 0.5, 0.5, 0.6, 1.0, 1.2, 1.2),
+        beside=(0.3, 0.3, 0.6, 0.6, 0.65, 0.9, 1.1, 1.5, 0.0, 0.2, 0.25, 0.25, 0.3, 0.5, 0.6, 0.6),
     )
 
     def __init__(self, seats: int) -> None:

@@ -103,8 +103,9 @@ class Priors:
 
     Attributes:
         alone: log odds of a token that no draft model scores.
-        beside: addition to the score of a draft model, which knows of most repeats by itself.
+        beside: addition to the score of a draft model, which knows of most repeats by itself; None for proposals that
+            say nothing beside a draft model.
     """
 
     alone: tuple[float, ...]
-    beside: tuple[float, ...]
+    beside: tuple[float | None, ...]

@@ -16,7 +16,7 @@ from support.engines import make_plan, random_prompt, sequence_of, write
 from support.loading import load_engine
 from support.tiny_models import VOCAB, make_config, perturbed, random_model, save
 
-from specchat.engine.drafting.calibration import Calibration, Setting
+from specchat.engine.drafting.calibration import Calibration, Setting, Worth
 from specchat.engine.drafting.drafter import TreeDrafter, free_sources
 from specchat.engine.drafting.policy import FixedPolicy
 from specchat.engine.drafting.proposers import Proposers
@@ -210,17 +210,59 @@ def test_recycled_runs_are_bounded():
 # --- worth -----------------------------------------------------------------------------------------------------------
 
 
+def probability(log_odds: float | None) -> float:
+    assert log_odds is not None
+    return 1 / (1 + math.exp(-log_odds))
+
+
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.8, 1.0])
 def test_worth_approaches_the_share_that_comes_true(share: float):
     calibration = Calibration(Priors((0.0,), (0.0,)))
     setting = Setting(beside_draft=False, is_sampled=False)
     draws = torch.rand(3000, generator=torch.Generator().manual_seed(1)).tolist()
     for draw in draws:
-        expected = 1 / (1 + math.exp(-calibration.weight(setting, 0)))
+        expected = probability(calibration.weight(setting, 0))
         calibration.learn(setting, 0, expected, came=draw < share)
-    found = 1 / (1 + math.exp(-calibration.weight(setting, 0)))
-    assert abs(found - share) < 0.1
+    assert abs(probability(calibration.weight(setting, 0)) - share) < 0.1
     assert calibration.weight(Setting(beside_draft=True, is_sampled=False), 0) == 0.0
+
+
+def test_a_source_that_costs_more_than_it_brings_rests():
+    """Ever longer, but trials go on: once the text copies, the source is asked all the time."""
+    worth, asked = Worth(), []
+    for step in range(6000):
+        asked.append(worth.is_asked)
+        worth.record(accepted=int(step >= 4000 and worth.is_asked), seconds=0.01, tokens_per_s=5.0)
+    assert all(asked[:32]) and not any(asked[32:96]) and all(asked[96:104])
+    assert sum(asked[2000:4000]) < 0.02 * 2000
+    assert all(asked[5200:])
+
+
+def test_a_source_is_always_asked_if_time_does_not_count():
+    worth = Worth()
+    for _ in range(500):
+        worth.record(accepted=0, seconds=1.0, tokens_per_s=0.0)
+        assert worth.is_asked
+
+
+class Slow(Retrieval):
+    """Finds nothing, and counts how often it is asked."""
+
+    asks = 0
+
+    def propose(self, seat: int, tail: Sequence[int]) -> list[Proposal]:
+        self.asks += 1
+        return []
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["alone", "beside a draft model"])
+def test_useless_sources_rest_only_beside_a_draft_model(first: int):
+    source = Slow(1)
+    proposers = Proposers([source], first)
+    for _ in range(90):
+        proposers.begin([sequence([1, 2, 3])], tokens_per_s=1e9)
+        proposers.ask(sequence([1, 2, 3]), [1, 2, 3])
+    assert source.asks == (90 if first == 0 else 32)
 
 
 class Fixed:
@@ -243,6 +285,17 @@ class Fixed:
 
     def reset(self) -> None:
         pass
+
+
+def test_proposals_that_say_nothing_beside_a_draft_leave_its_scores():
+    source = Fixed({4: [Proposal(7, 0)]})
+    source.priors = Priors((0.5,), (None,))
+    proposers, text = Proposers([source], first=1), sequence([3, 4])
+    proposers.begin([text])
+    number, weights = proposers.ask(text, [3, 4]), torch.zeros(1, VOCAB).log_softmax(-1)
+    assert proposers.beside([number], weights) == {}
+    proposers.learn(number, 7)
+    assert proposers.alone(proposers.ask(text, [3, 4]), None)[0].token == 7
 
 
 def test_merged_weights_are_a_distribution_and_follow_what_comes():
