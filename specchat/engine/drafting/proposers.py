@@ -182,12 +182,11 @@ class Proposers:
         return self._sums(record)
 
     def _sums(self, record: _Record) -> dict[int, float]:
-        """Return the sums of the proposals' weights by token."""
+        """Return the sums of the proposals' weights by token; a proposal that says nothing counts as 0."""
         sums: dict[int, float] = {}
         for claim in record.claims:
             weight = self._calibrations[claim.source].weight(record.setting, claim.kind)
-            if weight is not None:
-                sums[claim.token] = sums.get(claim.token, 0.0) + weight
+            sums[claim.token] = sums.get(claim.token, 0.0) + (weight or 0.0)
         return sums
 
     def _label(self, record: _Record, token: int, own: float) -> int:

@@ -29,11 +29,12 @@ class Recycling:
     """A source that proposes the target's best tokens after the same run of tokens."""
 
     name = "recycling"
-    # Log odds by kind: classes of probability for runs of three tokens, of two, and of one. A single token says nothing
-    # that a draft model does not know.
+    # Log odds by kind: classes of probability for runs of three tokens, of two, and of one. Beside a
+    # draft model, a single token says nothing, and nothing does if the answer is sampled: the noise decides.
     priors = Priors(
         alone=(-4.3, -2.2, -1.0, -0.2, 1.2, 1.7, -4.8, -2.8, -1.2, -0.8, 0.3, 0.8, -5.0, -3.2, -1.8, -1.1, -0.3, -0.3),
         beside=(-0.05, 0.25, 0.45, 0.5, 0.45, 0.9, -0.15, 0.05, 0.45, 0.45, 0.45, 0.3, *[None] * 6),
+        beside_sampled=(None,) * 18,
     )
 
     def __init__(self) -> None:

@@ -36,10 +36,12 @@ class Retrieval:
     """
 
     name = "retrieval"
-    # Log odds by kind: classes of length for the best continuation, then for the second best.
+    # Log odds by kind: classes of length for the best continuation, then for the second best. Beside a draft that ranks
+    # by the sampler's own noise, short repeats say nothing: they only cost time.
     priors = Priors(
         alone=(-0.3, 0.4, 1.0, 1.2, 1.5, 2.4, 2.8, 3.4, -1.8, -1.6, -1.6, -1.4, -0.6, -0.6, -0.6, -0.6),
         beside=(0.3, 0.3, 0.6, 0.6, 0.65, 0.9, 1.1, 1.5, 0.0, 0.2, 0.25, 0.25, 0.3, 0.5, 0.6, 0.6),
+        beside_sampled=(*[None] * 4, 0.65, 0.9, 1.1, 1.5, *[None] * 8),
     )
 
     def __init__(self, seats: int) -> None:

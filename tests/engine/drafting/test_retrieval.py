@@ -86,6 +86,9 @@ def test_repeated_answers_are_copied_and_stay_the_targets_own(
         again, fewer = write(engine, PROMPT, sampling, NUM_TOKENS)
     assert first == again == expected
     assert between == pair.text(other, sampling)
+    for step in (*steps, *fewer):
+        edges = [] if step.tree is None else list(zip(step.tree.parents, step.tree.tokens, strict=True))
+        assert len(set(edges)) == len(edges) == step.tree_nodes, "a token is below its parent twice"
     assert len(fewer) <= 8
     assert "model" in sources or len(fewer) <= len(steps) / 2
     assert sum(each.accepted for step in fewer for each in step.guesses if each.source != "model") > 0
@@ -217,7 +220,7 @@ def probability(log_odds: float | None) -> float:
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.8, 1.0])
 def test_worth_approaches_the_share_that_comes_true(share: float):
-    calibration = Calibration(Priors((0.0,), (0.0,)))
+    calibration = Calibration(Priors((0.0,), (0.0,), (0.0,)))
     setting = Setting(beside_draft=False, is_sampled=False)
     draws = torch.rand(3000, generator=torch.Generator().manual_seed(1)).tolist()
     for draw in draws:
@@ -269,7 +272,7 @@ class Fixed:
     """A source that proposes fixed tokens after the last one."""
 
     name = "fixed"
-    priors = Priors(alone=(0.5, -1.0), beside=(1.5, -0.5))
+    priors = Priors(alone=(0.5, -1.0), beside=(1.5, -0.5), beside_sampled=(1.5, -0.5))
 
     def __init__(self, after: dict[int, list[Proposal]]) -> None:
         self.after = after
@@ -289,11 +292,13 @@ class Fixed:
 
 def test_proposals_that_say_nothing_beside_a_draft_leave_its_scores():
     source = Fixed({4: [Proposal(7, 0)]})
-    source.priors = Priors((0.5,), (None,))
+    source.priors = Priors((0.5,), (None,), (None,))
     proposers, text = Proposers([source], first=1), sequence([3, 4])
     proposers.begin([text])
     number, weights = proposers.ask(text, [3, 4]), torch.zeros(1, VOCAB).log_softmax(-1)
-    assert proposers.beside([number], weights) == {}
+    before = weights.clone()
+    assert proposers.beside([number], weights)[0, 7].weight == pytest.approx(float(before[0, 7]))
+    torch.testing.assert_close(weights, before)
     proposers.learn(number, 7)
     assert proposers.alone(proposers.ask(text, [3, 4]), None)[0].token == 7
 
@@ -348,4 +353,4 @@ def test_trees_without_a_model_are_the_likeliest_paths(sampling: Sampling):
 
 def test_free_sources_have_a_prior_for_each_kind():
     for source in free_sources(1):
-        assert len(source.priors.alone) == len(source.priors.beside)
+        assert len(source.priors.alone) == len(source.priors.beside) == len(source.priors.beside_sampled)
