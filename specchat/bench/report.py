@@ -111,8 +111,13 @@ def figures_object(runs: Iterable[Run]) -> dict[str, Any]:
         "draft_share": figures.draft_share,
         "pass_split": None if figures.split is None else asdict(figures.split),
         "accept_by_depth": list(figures.accept_by_depth),
-        "accept_by_source": [asdict(share) for share in figures.accept_by_source],
+        "accept_by_source": [_source_object(share) for share in figures.accept_by_source],
     }
+
+
+def _source_object(share: summary.SourceShare) -> dict[str, Any]:
+    """Return the acceptance of a source, with lists for tuples."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(share).items()}
 
 
 def _summary(ours: Sequence[Run], outcome: Outcome) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def page_cache_timers(
         rows: number of rows of a pass.
     """
     placement = plan.placement
-    alone = replace(plan, draft=None, work=replace(plan.work, draft_rows=0))
+    alone = replace(plan, draft=None, retrieval=False, work=replace(plan.work, draft_rows=0))
     placements = {
         OWN: replace(placement, in_ram=placement.streamed),
         RESIDENT: replace(placement, resident=tuple(range(placement.num_layers)), in_ram=(), slots=0),

@@ -3,12 +3,11 @@
 import math
 import random
 import statistics
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from specchat.bench.records import Run
-from specchat.records.generation import Step
+from specchat.records.generation import Step, guesses_of
 
 # Resampling uses a fixed seed, so the same runs give the same interval.
 _RESAMPLES = 2000
@@ -44,19 +43,27 @@ class PassSplit:
 
 @dataclass(frozen=True)
 class SourceShare:
-    """The acceptance of one drafter's tokens.
+    """The acceptance of one source's draft nodes, and their cost.
 
     Attributes:
-        source: name of the drafter.
+        source: name of the source.
         offered_per_step: mean number of its nodes in a tree.
         accepted_per_step: mean number of its nodes that the target accepted.
-        share: share of its nodes that the target accepted.
+        share: share of its nodes that the target accepted; 0 without nodes.
+        offered_by_depth: number of its nodes at depth 1, 2, ..., of all trees together.
+        accepted_by_depth: number of its accepted nodes at depth 1, 2, ...
+        draft_s: mean seconds of a step that the source took.
+        draft_passes: mean number of passes of a draft model in a step.
     """
 
     source: str
     offered_per_step: float
     accepted_per_step: float
     share: float
+    offered_by_depth: tuple[int, ...] = ()
+    accepted_by_depth: tuple[int, ...] = ()
+    draft_s: float = 0.0
+    draft_passes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ class Figures:
         split: parts of `pass_s`.
         achieved_bytes_per_s: streamed bytes per second of whole passes; None if nothing streamed.
         accept_by_depth: shares of the trees reaching depth 1, 2, ... whose token at that depth was accepted.
-        accept_by_source: acceptance of each drafter's tokens, sorted by name.
+        accept_by_source: acceptance of each source's draft nodes, sorted by name.
     """
 
     answers: int
@@ -293,12 +300,16 @@ def _accept_by_depth(steps: Sequence[Step]) -> tuple[float, ...]:
 
 
 def _accept_by_source(steps: Sequence[Step]) -> tuple[SourceShare, ...]:
-    offered, accepted = Counter[str](), Counter[str]()
-    for step in steps:
-        for guesses in step.guesses:
-            offered[guesses.source] += guesses.offered
-            accepted[guesses.source] += guesses.accepted
     return tuple(
-        SourceShare(name, offered[name] / len(steps), accepted[name] / len(steps), accepted[name] / offered[name])
-        for name in sorted(offered)
+        SourceShare(
+            each.source,
+            each.offered / len(steps),
+            each.accepted / len(steps),
+            each.accepted / max(each.offered, 1),
+            each.offered_by_depth,
+            each.accepted_by_depth,
+            each.draft_s / len(steps),
+            each.draft_passes / len(steps),
+        )
+        for each in guesses_of(steps)
     )

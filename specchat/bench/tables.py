@@ -272,12 +272,18 @@ def _passes(summary: Mapping[str, Any]) -> Iterator[Table]:
         yield Table("accepted draft tokens by tree depth", header, (("share", *map(share, depths)),))
     if summary["accept_by_source"]:
         sources = [
-            (each["source"], number(each["offered_per_step"]), number(each["accepted_per_step"]), share(each["share"]))
+            (
+                each["source"],
+                number(each["offered_per_step"]),
+                number(each["accepted_per_step"]),
+                share(each["share"]),
+                milliseconds(each["draft_s"]),
+            )
             for each in summary["accept_by_source"]
         ]
         yield Table(
-            "accepted draft tokens by drafter",
-            ("drafter", "drafted per pass", "accepted per pass", "share"),
+            "accepted draft tokens by source",
+            ("source", "drafted per pass", "accepted per pass", "share", "time per pass"),
             tuple(sources),
         )
 

@@ -10,7 +10,7 @@ from typing import Self
 from specchat.chat.reasoning import Parts, Piece
 from specchat.chat.text import Detokenizer, StopStrings
 from specchat.records.chat import Message, Part
-from specchat.records.generation import FinishReason, Step
+from specchat.records.generation import FinishReason, Guesses, Step, guesses_of
 from specchat.records.plan import MemoryReport
 
 
@@ -100,6 +100,7 @@ class Speculation:
         accepted_per_step: mean accepted draft tokens per step, bonus token excluded.
         mean_tree_nodes: mean draft nodes verified per step.
         tree_budget: maximum draft nodes per step.
+        by_source: draft nodes and drafting time of each source.
     """
 
     steps: int
@@ -108,6 +109,7 @@ class Speculation:
     accepted_per_step: float
     mean_tree_nodes: float
     tree_budget: int
+    by_source: tuple[Guesses, ...] = ()
 
     @classmethod
     def of_steps(cls, steps: Sequence[Step], num_tokens: int, num_accepted: int, tree_budget: int) -> Self:
@@ -121,6 +123,7 @@ class Speculation:
             accepted_per_step=num_accepted * per_step,
             mean_tree_nodes=sum(step.tree_nodes for step in emitting) * per_step,
             tree_budget=tree_budget,
+            by_source=guesses_of(emitting),
         )
 
 

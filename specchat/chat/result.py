@@ -6,7 +6,7 @@ The man page documents the objects; tests pin their keys.
 from dataclasses import asdict
 from typing import Any
 
-from specchat.chat.answer import Delta, Turn
+from specchat.chat.answer import Delta, Speculation, Turn
 from specchat.planner.explain import ExplainedPlan
 from specchat.planner.recommendations import Recommendation, Recommendations
 from specchat.records.model import ModelSource
@@ -29,6 +29,7 @@ def run_object(turn: Turn, *, target: ModelSource, plan: Plan, seed: int) -> dic
         "model": target.name,
         "revision": target.revision,
         "draft": plan.draft,
+        "retrieval": plan.retrieval,
         "quant": plan.quant,
         "device": plan.work.device,
         "seed": seed,
@@ -37,9 +38,18 @@ def run_object(turn: Turn, *, target: ModelSource, plan: Plan, seed: int) -> dic
         "finish_reason": turn.finish_reason,
         "usage": asdict(turn.usage),
         "timings": asdict(turn.timings),
-        "speculation": asdict(turn.speculation),
+        "speculation": _speculation_object(turn.speculation),
         "memory": asdict(turn.memory),
     }
+
+
+def _speculation_object(speculation: Speculation) -> dict[str, Any]:
+    """Build the figures of speculative decoding, with lists for tuples."""
+    sources = [
+        {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(each).items()}
+        for each in speculation.by_source
+    ]
+    return {**asdict(speculation), "by_source": sources}
 
 
 def delta_object(delta: Delta) -> dict[str, Any]:
@@ -62,6 +72,7 @@ def plan_object(plan: Plan) -> dict[str, Any]:
     return {
         "target": plan.target,
         "draft": plan.draft,
+        "retrieval": plan.retrieval,
         "quant": plan.quant,
         "device": plan.work.device,
         "dtype": plan.work.dtype,

@@ -359,6 +359,7 @@ class ChatSession:
         if turn.token_ids:
             exchange = Exchange(question, turn.message, attempt)
             facts = {**asdict(turn.usage), **asdict(turn.timings), **asdict(turn.speculation)}
+            del facts["by_source"]  # only sums are kept
             try:
                 self._record(Answered(how, exchange, sampling.seed, turn.token_ids, turn.finish_reason, facts))
             except SessionError as error:  # the answer itself is complete

@@ -118,7 +118,7 @@ def _flags(request: ModelRequest) -> str:
         "--ram": None if choices.ram_bytes is None else size_text(choices.ram_bytes),
         "--ctx": choices.ctx,
         "--quant": choices.quant if choices.quant != "auto" else None,
-        "--draft": "none" if request.draft == "none" else None,
+        "--draft": request.draft if request.draft_model == "none" else None,
     }
     return "".join(f" {flag} {value}" for flag, value in asked.items() if value is not None)
 

@@ -237,7 +237,7 @@ def _model_settings(options: RunOptions, plan: Plan) -> list[Setting]:
     """Return the settings of the models."""
     values = {
         "model": plan.target,
-        "draft": plan.draft or "none",
+        "draft": plan.sources,
         "quant": plan.quant,
         "device": plan.work.device,
         "dtype": plan.work.dtype,
@@ -286,7 +286,7 @@ def _turns(saved: "Saved") -> str:
 def _notices(options: RunOptions, plan: Plan, models: Models) -> list[str]:
     """Return a warning for each option that has no effect, and for a resumed chat with another model."""
     notices = []
-    if options.models.choices.tree_budget is not None and plan.draft is None:
+    if options.models.choices.tree_budget is not None and plan.sources == "none":
         notices.append(f"{options.sources['tree_budget']} has no effect: there is no draft")
     if options.base and options.system is not None:
         notices.append("the system prompt has no effect: --base uses no chat template")

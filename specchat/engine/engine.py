@@ -18,7 +18,7 @@ import torch
 
 from specchat.closing import Closeable
 from specchat.engine import stats
-from specchat.engine.drafting.drafter import Drafter, ModelDrafter, NoDrafter
+from specchat.engine.drafting.drafter import Drafter, ModelDrafter, NoDrafter, TreeDrafter, free_sources
 from specchat.engine.drafting.policy import AdaptivePolicy, DraftPolicy, FixedPolicy
 from specchat.engine.layout import PassLayout, RowLayout
 from specchat.engine.loading import load_model
@@ -85,7 +85,7 @@ class Engine(Closeable):
         Args:
             plan: sizes and placement.
             target: weights of the target.
-            draft: weights of the draft; None for plain decoding.
+            draft: weights of the draft; None without a draft model.
             pack: pack of the target; None reads the checkpoint's own files.
             draft_pack: pack of the draft; None reads the checkpoint's own files.
             warn: receives one-line warnings about refused memory pinning and its cost.
@@ -101,7 +101,7 @@ class Engine(Closeable):
             check_pair(target.source, draft.source)
         with _allocating(plan):
             # Load the drafter first: it has no threads to clean up if the target fails to load.
-            drafter: Drafter = NoDrafter() if draft is None else _load_drafter(plan, draft, draft_pack)
+            drafter = _load_drafter(plan, draft, draft_pack)
             cache_rows = plan.work.ctx + plan.work.tree_budget
             model = load_model(target, plan.work, plan.placement, cache_rows=cache_rows, pack=pack, warn=warn)
         engine = cls(plan, model, drafter, runtime_bytes)
@@ -329,6 +329,7 @@ class Engine(Closeable):
                 tree,
                 walk.path,
                 _broken_scores(self.plan) if walk.is_broken else None,
+                self._drafter.work,
             )
             for sequence, tree, walk, new_rows, cached_rows in zip(live, trees, walks, pending, cached, strict=True)
         ]
@@ -375,7 +376,7 @@ class Engine(Closeable):
             hidden = self._target.forward(tokens, PassLayout(parts), cancel)
         self._meter.saw_pass(hidden)
         with clock.sampling():
-            walk_down(self._target, walks, hidden, self.plan.work.head_rows)
+            walk_down(self._target, walks, hidden, self.plan.work.head_rows, self._drafter.observe)
         if not any(walk.is_broken for walk in walks):
             return trees, walks
         repeats = any(map(len, trees))
@@ -392,7 +393,7 @@ class Engine(Closeable):
             self._held[sequence.seat] = sequence.tokens + [tree.tokens[node] for node in walk.path]
             sequence.num_cached = len(self._held[sequence.seat])
             sequence.tokens += walk.tokens
-        self._drafter.commit(sequence.seat, walk.path)
+        self._drafter.commit(sequence.seat, walk.path, walk.tokens)
 
     def _rows_for(self, sequence: TokenSequence, tree: TokenTree) -> RowLayout:
         """Return the layout of a part: pending tokens in sequence, of which the last is the root, then the tree."""
@@ -437,10 +438,13 @@ def _allocating(plan: Plan) -> Iterator[None]:
     )
 
 
-def _load_drafter(plan: Plan, draft: ModelWeights, pack: Pack | None) -> Drafter:
-    """Load a draft with all layers resident."""
+def _load_drafter(plan: Plan, draft: ModelWeights | None, pack: Pack | None) -> Drafter:
+    """Load a draft with all layers resident, and set up the sources that need no model."""
+    proposers = free_sources(plan.work.seats) if plan.retrieval else []
+    if draft is None:
+        return TreeDrafter(None, proposers) if proposers else NoDrafter()
     work = replace(plan.work, host_embeddings=False)
     num_layers = len(draft.skeleton.layers)
     placement = Placement(num_layers, tuple(range(num_layers)))
     model = load_model(draft, work, placement, cache_rows=work.ctx + work.draft_rows, pack=pack, grows=True)
-    return ModelDrafter(model, max_rows=work.draft_rows, max_context=model.max_positions)
+    return ModelDrafter(model, max_rows=work.draft_rows, max_context=model.max_positions, proposers=proposers)

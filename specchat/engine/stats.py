@@ -16,7 +16,7 @@ from specchat.engine.model import TreeModel
 from specchat.engine.streaming.base import LayerStreamer
 from specchat.engine.tree import TokenTree
 from specchat.errors import SpecchatError
-from specchat.records.generation import DraftTree, FinishReason, Step
+from specchat.records.generation import DraftTree, FinishReason, SourceWork, Step
 from specchat.records.plan import MemoryReport, Plan
 
 
@@ -89,6 +89,7 @@ class StepClock:
         tree: TokenTree,
         path: Sequence[int],
         error: SpecchatError | None = None,
+        work: Sequence[SourceWork] = (),
     ) -> Step:
         """Return the record of one sequence's step, after `stop`.
 
@@ -100,6 +101,7 @@ class StepClock:
             tree: verified tree.
             path: accepted nodes, root to leaf.
             error: reason of the finish reason "error".
+            work: work of the sources of draft nodes.
         """
         return Step(
             token_ids=tokens,
@@ -115,7 +117,7 @@ class StepClock:
             sample_s=self._sample_s,
             stream_wait_s=self._at_end.wait_s - self._at_start.wait_s,
             streamed_bytes=self._at_end.num_bytes - self._at_start.num_bytes,
-            guesses=tree.by_source(path),
+            guesses=tree.by_source(path, work),
             tree=DraftTree(tree.tokens, tree.parents, tuple(path)) if len(tree) else None,
             num_sharing=self._num_sharing,
             error=error,

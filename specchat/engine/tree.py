@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from specchat.records.generation import Guesses
+from specchat.records.generation import Guesses, SourceWork
 
 ROOT = -1
 
@@ -59,11 +59,31 @@ class TokenTree:
             seen[nodes, nodes] = True
         return seen
 
-    def by_source(self, path: Sequence[int]) -> tuple[Guesses, ...]:
-        """Count each drafter's nodes, and its nodes on `path`."""
-        offered = Counter(self.sources)
-        accepted = Counter(self.sources[node] for node in path) if self.sources else Counter[str]()
-        return tuple(Guesses(source, offered[source], accepted[source]) for source in sorted(offered))
+    def by_source(self, path: Sequence[int], work: Sequence[SourceWork] = ()) -> tuple[Guesses, ...]:
+        """Count each source's nodes and its nodes on `path`, by depth.
+
+        Args:
+            path: accepted nodes, root to leaf.
+            work: work of each source on the trees of the pass.
+        """
+        costs = {each.source: each for each in work}
+        found = []
+        for source in sorted({*self.sources, *costs}):
+            offered = [depth for name, depth in zip(self.sources, self.depths, strict=False) if name == source]
+            accepted = [self.depths[node] for node in path if self.sources and self.sources[node] == source]
+            cost = costs.get(source, SourceWork(source))
+            found.append(
+                Guesses(
+                    source,
+                    len(offered),
+                    len(accepted),
+                    _counts(offered),
+                    _counts(accepted),
+                    cost.draft_s,
+                    cost.draft_passes,
+                )
+            )
+        return tuple(found)
 
     def likely_descendants(self, node: int, limit: int) -> list[int]:
         """Return up to `limit` nodes below `node` (ROOT for all), likeliest first."""
@@ -71,6 +91,12 @@ class TokenTree:
             return list(range(min(limit, len(self))))
         below = self.ancestors[node + 1 :, node].nonzero()[:limit, 0] + node + 1
         return [int(n) for n in below]
+
+
+def _counts(depths: Sequence[int]) -> tuple[int, ...]:
+    """Return how often depth 1, 2, ... up to the largest one occurs."""
+    counts = Counter(depths)
+    return tuple(counts[depth] for depth in range(1, max(depths, default=0) + 1))
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -6,7 +6,7 @@ each walk's node with its likeliest descendants, so a pass over many sequences t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from specchat.engine.sampling import ScoresNotFiniteError
 from specchat.engine.sequence import TokenSequence
 from specchat.engine.tree import ROOT, TokenTree
 from specchat.records.limits import head_block_rows
+
+# Tokens up to a scored node that a drafter is told.
+_TAIL = 3
 
 
 class Walk:
@@ -55,6 +58,16 @@ class Walk:
         """Return the row of a node, or of ROOT, among the pass's hidden states."""
         return self._root_row + 1 + node
 
+    def tail_of(self, node: int) -> list[int]:
+        """Return the last tokens up to a node, as many as a drafter learns from."""
+        below = list[int]()
+        while node != ROOT and len(below) < _TAIL:
+            below.append(self._tree.tokens[node])
+            node = self._tree.parents[node]
+        missing = _TAIL - len(below)
+        before = self._text[max(self._num_before - missing, 0) : self._num_before]
+        return [*before, *reversed(below)]
+
     def advance(self, scores: Mapping[int, Tensor]) -> None:
         """Draw tokens as long as the scores of the current node, float32 [V], are given."""
         sequence = self._sequence
@@ -73,7 +86,11 @@ class Walk:
             self._node = child
 
 
-def walk_down(target: TreeModel, walks: Sequence[Walk], hidden: Tensor, block_rows: int) -> None:
+# Function that takes the last tokens up to each scored row, and the scores of the rows, float32 [n, V].
+Observe = Callable[[Sequence[Sequence[int]], Tensor], None]
+
+
+def walk_down(target: TreeModel, walks: Sequence[Walk], hidden: Tensor, block_rows: int, observe: Observe) -> None:
     """Finish all walks.
 
     Args:
@@ -81,15 +98,18 @@ def walk_down(target: TreeModel, walks: Sequence[Walk], hidden: Tensor, block_ro
         walks: walks of a pass.
         hidden: hidden states of the pass, [rows, hidden].
         block_rows: nodes that a single walk scores at a time.
+        observe: receives all scores, also of nodes that no walk visits.
     """
     while waiting := [walk for walk in walks if walk.is_open]:
-        _advance(target, waiting, hidden, head_block_rows(block_rows, len(waiting)))
+        _advance(target, waiting, hidden, head_block_rows(block_rows, len(waiting)), observe)
 
 
-def _advance(target: TreeModel, walks: Sequence[Walk], hidden: Tensor, num_rows: int) -> None:
+def _advance(target: TreeModel, walks: Sequence[Walk], hidden: Tensor, num_rows: int, observe: Observe) -> None:
     """Score one block of every walk, and draw as far as the blocks reach; the scores are freed at the end."""
     blocks = [walk.next_block(num_rows) for walk in walks]
+    tails = [walk.tail_of(node) for walk, block in zip(walks, blocks, strict=True) for node in block]
     rows = [walk.row_of(node) for walk, block in zip(walks, blocks, strict=True) for node in block]
     scores = target.logits(hidden[torch.tensor(rows, device=hidden.device)])
+    observe(tails, scores)
     for walk, block, each in zip(walks, blocks, scores.split([len(block) for block in blocks]), strict=True):
         walk.advance(dict(zip(block, each, strict=True)))

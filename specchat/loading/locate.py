@@ -8,7 +8,7 @@ from typing import Literal, NoReturn
 
 from specchat.errors import NotAvailableError, UnsupportedModelError, UsageError
 from specchat.loading.checking import check_model
-from specchat.loading.request import Ask, ModelRequest, Reporter
+from specchat.loading.request import RETRIEVAL, Ask, ModelRequest, Reporter
 from specchat.models import locate
 from specchat.models.catalog.families import known_families
 from specchat.models.catalog.ref import SHAPE_PREFIX, ModelRef, parse_model
@@ -59,12 +59,15 @@ def parse_models(request: ModelRequest) -> Refs:
     """
     if request.model is None:
         _refuse_without_model()
-    if request.draft in ("self", "retrieval"):
+    if request.draft_model in ("self", "mtp"):
         raise NotAvailableError(
-            f"--draft {request.draft} is not available in this version", hint="use --draft MODEL, auto or none"
+            f"--draft {request.draft_model} is not available in this version",
+            hint="use --draft MODEL, retrieval, auto or none",
         )
+    if request.draft != "none" and "none" in request.draft.split("+"):
+        raise UsageError("--draft none drafts nothing, so nothing can be added", hint="use --draft retrieval")
     parse = partial(parse_model, names_here=lambda: [*request.aliases, *names_here()], listed_name=listed_name)
-    draft = None if request.draft in ("auto", "none") else parse(request.draft)
+    draft = None if request.draft_model in ("auto", "none") else parse(request.draft_model)
     target = _stored(parse(request.model), request.choices.quant)
     return Refs(target, None if draft is None else _stored(draft, request.choices.draft_quant))
 
@@ -172,8 +175,8 @@ def _tokenizer_folder(request: ModelRequest) -> Path | None:
 def _choose_draft(request: ModelRequest, refs: Refs, reporter: Reporter) -> DraftChoice:
     if refs.draft is not None:
         return DraftChoice(locate.look_up(refs.draft, offline=request.offline, warn=reporter.warn))
-    if request.draft == "none":
-        return DraftChoice(None, "no draft")
+    if request.draft_model == "none":
+        return DraftChoice(None, RETRIEVAL if request.retrieval else "no draft")
     return choose_draft(refs.target, offline=request.offline, warn=reporter.warn)
 
 
@@ -235,13 +238,13 @@ def _pair(request: ModelRequest, refs: Refs, target: ModelSource, draft: ModelSo
         VocabularyMismatchError: the user named a draft with another vocabulary.
     """
     if draft is not None:
-        if request.draft != "auto":
+        if request.draft_model != "auto":
             check_pair(target, draft)
             return Models(target, draft, "")
         if fits(target, draft):
             return Models(target, draft, "")
         return Models(target, None, f"plain decoding: {draft.name} has another vocabulary")
-    may_have_relatives = request.draft == "auto" and refs.target.kind in ("hub", "folder", "stored")
+    may_have_relatives = request.draft_model == "auto" and refs.target.kind in ("hub", "folder", "stored")
     return Models(target, relative_in_cache(target) if may_have_relatives else None, draft_note)
 
 

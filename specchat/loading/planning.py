@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from specchat.loading.checking import check_model, check_tokenizer
 from specchat.loading.locate import Models
-from specchat.loading.request import ModelRequest, Reporter
+from specchat.loading.request import RETRIEVAL, ModelRequest, Reporter
 from specchat.loading.sampling import SamplingChoices, resolve_sampling
 from specchat.models.checkpoint.generation_config import load_generation_defaults
 from specchat.records.plan import Plan
@@ -13,6 +13,8 @@ from specchat.records.plan import Plan
 if TYPE_CHECKING:
     from specchat.planner.explain import ExplainedPlan
     from specchat.planner.request import PlanRequest
+
+_PLAIN = "plain decoding"
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,19 @@ def make_plan(
         choices = replace(asked.choices, draft_quant=given)
         asked = replace(asked, choices=choices, draft_is_open=False, lowers_for_speed=False)
     chosen = choose_plan(asked, find_inputs(asked, reporter.warn))
-    if models.draft is None or chosen.plan.draft is not None:
+    if chosen.plan.draft is not None:
         return Planned(chosen, models)
-    note = f"plain decoding: predicted to be faster here than drafting with {models.draft.name}"
-    return Planned(chosen, replace(models, draft=None, draft_note=note))
+    return Planned(chosen, replace(models, draft=None, draft_note=_why_no_draft(chosen.plan, models)))
+
+
+def _why_no_draft(plan: Plan, models: Models) -> str:
+    """Return what decodes without a draft model, and why."""
+    instead = RETRIEVAL if plan.retrieval else _PLAIN
+    if models.draft is not None:
+        return f"{instead}: predicted to be faster here than drafting with {models.draft.name}"
+    if models.draft_note == RETRIEVAL and not plan.retrieval:
+        return f"{_PLAIN}: predicted to be faster here than retrieval"
+    return models.draft_note.replace(_PLAIN, instead, 1)
 
 
 def make_smaller_plan(
@@ -100,6 +111,7 @@ def plan_request(request: ModelRequest, models: Models, temperature: float | Non
         draft=models.draft,
         choices=choices,
         # A user who sets a tree budget or a draft precision wants a draft.
-        draft_is_open=request.draft == "auto" and choices.tree_budget is None and choices.draft_quant == "auto",
+        draft_is_open=request.draft_model == "auto" and choices.tree_budget is None and choices.draft_quant == "auto",
+        retrieval=request.retrieval,
         samples=not resolve_sampling(SamplingChoices(temperature=temperature), defaults, 0).greedy,
     )

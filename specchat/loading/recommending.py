@@ -25,7 +25,7 @@ def recommend_models(request: ModelRequest, hardware: "Hardware", measured: "Mea
 
     machine = find_machine(request.choices.device)
     return find_recommendations(
-        replace(ANYTHING, choices=request.choices, draft_is_open=request.draft != "none"),
+        replace(ANYTHING, choices=request.choices, draft_is_open=request.draft_model != "none"),
         machine,
         rates_of(hardware, machine, measured),
         rates_of(hardware, machine),

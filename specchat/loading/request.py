@@ -7,6 +7,9 @@ from typing import Protocol
 
 from specchat.records.plan import PlanChoices
 
+# Word of `--draft` for drafts without a model: repeats of the text, and the target's own earlier scores.
+RETRIEVAL = "retrieval"
+
 
 @dataclass(frozen=True)
 class ModelRequest:
@@ -14,7 +17,7 @@ class ModelRequest:
 
     Attributes:
         model: MODEL argument of the target, or None.
-        draft: MODEL argument of the draft, or auto, none, self, retrieval.
+        draft: MODEL argument of the draft, auto, none or retrieval; MODEL+retrieval for both.
         choices: settings of the plan that the user has fixed.
         offline: whether network access is forbidden.
         aliases: names that the user gave to models, for hints.
@@ -27,6 +30,21 @@ class ModelRequest:
     offline: bool = False
     aliases: tuple[str, ...] = ()
     tokenizer: str | None = None
+
+    @property
+    def draft_model(self) -> str:
+        """MODEL argument of the draft, or "auto" or "none"."""
+        models = [part for part in self._draft_parts if part != RETRIEVAL]
+        return "+".join(models) or "none"
+
+    @property
+    def retrieval(self) -> bool:
+        """Whether drafts may come from the text itself; "auto" includes such drafts where they cost nothing."""
+        return self.draft == "auto" or RETRIEVAL in self._draft_parts
+
+    @property
+    def _draft_parts(self) -> list[str]:
+        return self.draft.split("+") if RETRIEVAL in self.draft.split("+") else [self.draft]
 
 
 class Reporter(Protocol):

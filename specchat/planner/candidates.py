@@ -19,6 +19,7 @@ from specchat.planner.memory import (
     host_embedding_bytes,
     host_embeddings,
     lookup_bytes,
+    retrieval_items,
 )
 from specchat.planner.placement import TierSizes, among, interleaved, placement_options, usable_ram
 from specchat.planner.request import EXACT_BYTES, PlanInputs, PlanRequest
@@ -32,6 +33,8 @@ _LEAST_CTX = 512
 # Tree budgets to try, the default first; adaptive trees (engine/drafting) may stay smaller. A GPU computes hundreds of
 # rows while a layer is loaded; on two CPU cores, computing 128 rows takes longer than reading the layer from disk.
 TREE_BUDGETS = {"cpu": (128, 64, 32, 16), "cuda": (256, 512, 128, 64, 32)}
+# Tree budgets to try without a draft model, whose guesses run out earlier.
+RETRIEVAL_BUDGETS = (64, 32, 16)
 CHUNK_ROWS = 512
 # Memory for the workspaces of cuBLAS and for rounding in the CUDA allocator; not measured on a GPU yet.
 CUDA_RESERVE_BYTES = 96 * MIB
@@ -44,13 +47,14 @@ class Candidate:
     """A configuration that fits, with its predicted speed.
 
     Attributes:
-        target, draft: sizes of the models; a draft of None means plain decoding.
+        target, draft: sizes of the models; draft is None without a draft model.
         work: device, dtype, context and trees.
         sizes: layers and bytes in each tier.
         vram_bytes: device memory budget in bytes.
         tok_per_s: predicted speed.
         adaptive: whether trees may be smaller than the tree budget.
         model: cost model of the pair.
+        retrieval: whether draft nodes also come from the text itself.
     """
 
     target: ModelSpec
@@ -61,6 +65,7 @@ class Candidate:
     tok_per_s: float
     adaptive: bool
     model: CostModel
+    retrieval: bool = False
 
     @cached_property
     def prediction(self) -> Prediction:
@@ -80,6 +85,8 @@ class Candidate:
     def plan(self, choices: PlanChoices, machine: Machine) -> Plan:
         """Build the plan, with placement and ledgers."""
         target, draft, work = self.target, self.draft, self.work
+        if draft is None:
+            work = replace(work, draft_rows=0)
         resident = interleaved(target.num_layers - self.num_streamed, target.num_layers)
         kept, all_sizes = set(resident), layer_sizes(target, work.dtype)
         sizes = {i: size for i, size in enumerate(all_sizes) if i not in kept}
@@ -88,7 +95,7 @@ class Candidate:
         points = restore_items(target, draft, work)
         host_bytes = _host_bytes(sizes, in_ram, self.slots) + host_embedding_bytes(target, work)
         host_bytes += sum(item.bytes for item in points)
-        beside_layers = (*host_embeddings(target, work), *points)
+        beside_layers = (*host_embeddings(target, work), *points, *retrieval_items(work, used=self.retrieval))
         return Plan(
             target=target.name,
             draft=None if draft is None else draft.name,
@@ -102,6 +109,7 @@ class Candidate:
             adaptive=self.adaptive,
             draft_quant="none" if draft is None else draft.quant,
             text_only=target.text_only,
+            retrieval=self.retrieval,
             lowered_from=target.dtype if choices.quant == "auto" and target.quant in LOWER_QUANTS else None,
             host_ledger=build_host_ledger(sizes, in_ram, self.slots, machine.device, beside_layers),
             expected=self.model.expectation(self.sizes, work.tree_budget) if self.adaptive else None,
@@ -199,9 +207,18 @@ class Candidates:
     def _tree_budgets(self, draft: ModelSpec | None) -> tuple[int, ...]:
         """Return the tree budgets to try."""
         if draft is None:
-            return (0,)
+            return self._budgets_without_draft
         asked = self._choices.tree_budget
         return _default_tree_budgets(self._inputs.machine.device) if asked is None else (asked,)
+
+    @cached_property
+    def _budgets_without_draft(self) -> tuple[int, ...]:
+        asked = self._choices.tree_budget
+        if not self._request.retrieval:
+            return (0,)
+        if asked is not None:
+            return (asked,)
+        return (*RETRIEVAL_BUDGETS, 0) if self._request.draft_is_open else RETRIEVAL_BUDGETS
 
     def _with_draft(self, draft: ModelSpec | None) -> list[Candidate]:
         """Return all candidates with this draft, and cache them."""
@@ -228,7 +245,8 @@ class Candidates:
             variant, other_bytes = variants[index]
             sizes = self._options.place(split, self._host_budget(draft, variant, other_bytes + split.num_bytes))
             per_s = model.tok_per_s(sizes, variant.tree_budget, adaptive=adaptive)
-            yield Candidate(self._target, draft, variant, sizes, self._vram_bytes, per_s, adaptive, model)
+            retrieval = self._request.retrieval and variant.tree_budget > 0
+            yield Candidate(self._target, draft, variant, sizes, self._vram_bytes, per_s, adaptive, model, retrieval)
 
     def _workload_variants(self, draft: ModelSpec | None, work: Workload) -> list[tuple[Workload, int]]:
         """Return workloads with embeddings on the device and, if possible, on the host; each with its other bytes.
@@ -274,8 +292,9 @@ class Candidates:
         return available if self._choices.ram_bytes is None else min(available, self._choices.ram_bytes)
 
     def _most_tok_per_s(self, draft: ModelSpec | None) -> float:
-        adaptive = self._choices.tree_budget is None
-        return self._model(draft).most_tok_per_s(max(self._tree_budgets(draft)), adaptive=adaptive)
+        adaptive, budgets = self._choices.tree_budget is None, self._tree_budgets(draft)
+        model = self._model(draft)
+        return max(model.most_tok_per_s(budget, adaptive=adaptive) for budget in {min(budgets), max(budgets)})
 
     def _model(self, draft: ModelSpec | None) -> CostModel:
         if draft not in self._models:
@@ -283,7 +302,16 @@ class Candidates:
             acceptance = inputs.acceptance(target, draft, samples=self._request.samples)
             device = inputs.machine.device
             seats = self._choices.seats
-            self._models[draft] = CostModel(target, draft, self._dtype, device, inputs.rates, acceptance, seats)
+            self._models[draft] = CostModel(
+                target,
+                draft,
+                self._dtype,
+                device,
+                inputs.rates,
+                acceptance,
+                seats,
+                retrieval=self._request.retrieval,
+            )
         return self._models[draft]
 
 

@@ -36,6 +36,8 @@ _DEPTH_GAIN, _DEPTH_KNEE = 6.5, 8.0
 # disk and readers occupy the cores and the interpreter. The draft's layers take 1.4 ms of both. Not measured with a
 # GPU.
 _CPU_BATCH_S, _CPU_BATCH_BESIDE_READS_S = 0.5e-3, 3e-3
+# Time to look up what may follow a node, without a draft model. Measured on the demo, with trees of 16 and 64 nodes.
+_LOOKUP_S = 50e-6
 # On a CPU, reading and computing overlap only partly. This share of the shorter of the two is lost, by slot count: a
 # late layer stalls the pass unless other layers are ready. Measured where both took about equally long:
 # 0.76-0.93 of the raw read rate with two slots, 0.95-1.04 with three.
@@ -69,6 +71,9 @@ class Acceptance:
 # nodes, UMbreLLa about 13 with a 1B draft, SubSpec 11.9 for 7B with 1.5B. The formula gives 8, 11 and 15 at 64, 256
 # and 2,048 nodes: rather too low than too high.
 TYPICAL_ACCEPTANCE = Acceptance(gain=2.0, knee=1.5, basis="typical")
+# Repeats of the text, and the target's own best tokens after the same tokens. Measured with 64 nodes: 1.8 tokens per
+# step on the demo's chats, 3.5 and more where the text copies; Token Recycling (arXiv 2408.08696) publishes 2.7.
+RETRIEVAL_ACCEPTANCE = Acceptance(gain=0.25, knee=3.0, basis="typical")
 # Acceptance of the embedded demo pair, from trees of 1, 4, 16, 64 and 128 nodes.
 DEMO_ACCEPTANCE = Acceptance(gain=1.0, knee=1.0, basis="typical")
 
@@ -105,12 +110,13 @@ class CostModel:
 
     Args:
         target: sizes of the target, in the precision that is streamed.
-        draft: sizes of the draft, or None for plain decoding.
+        draft: sizes of the draft, or None without a draft model.
         dtype: dtype of weights and activations.
         device: "cpu" or "cuda:N".
         rates: rates of the machine.
         acceptance: acceptance of the pair.
         seats: number of sequences of every pass.
+        retrieval: whether draft nodes may come from the text itself.
     """
 
     def __init__(
@@ -122,11 +128,14 @@ class CostModel:
         rates: Rates,
         acceptance: Acceptance,
         seats: int = 1,
+        *,
+        retrieval: bool = False,
     ) -> None:
         self._on_cpu = device == "cpu"
         self._num_layers = target.num_layers
         self._target = compute_times(target, dtype, rates, on_cpu=self._on_cpu)
         self._draft = None if draft is None else compute_times(draft, dtype, rates, on_cpu=self._on_cpu)
+        self._drafts = draft is not None or retrieval
         self._rates = rates
         self._acceptance = acceptance
         self._seats = seats
@@ -144,8 +153,8 @@ class CostModel:
         return self._step(placement, self._best_size(placement, tree_budget, adaptive)[1])
 
     def expectation(self, placement: TierSizes, tree_budget: int) -> Expectation | None:
-        """Return the predictions that adaptive trees start from, for all tree sizes; None without a draft."""
-        if self._draft is None or tree_budget == 0:
+        """Return the predictions that adaptive trees start from, for all tree sizes; None for plain decoding."""
+        if not self._drafts or tree_budget == 0:
             return None
         steps = [self._step(placement, nodes) for nodes in (0, *_sizes_up_to(tree_budget))]
         best, reads = self.predict(placement, tree_budget, adaptive=True), self._reads(placement)
@@ -154,7 +163,7 @@ class CostModel:
             pass_s=tuple((self._seats + step.tree_nodes, step.pass_s - step.draft_s) for step in steps),
             draft_s=tuple((rows, self._batch_s(rows, reads=reads)) for rows in _sizes_up_to(width)),
             tree_nodes=best.tree_nodes,
-            draft_passes=1 + draft_batches(best.tree_nodes),
+            draft_passes=1 if self._draft is None else 1 + draft_batches(best.tree_nodes),
             tokens_per_step=best.tokens_per_step,
             num_sequences=self._seats,
         )
@@ -170,7 +179,7 @@ class CostModel:
 
     def _sizes(self, tree_budget: int, adaptive: bool) -> tuple[int, ...]:
         """Return the tree sizes to try."""
-        if self._draft is None or tree_budget == 0:
+        if not self._drafts or tree_budget == 0:
             return (0,)
         return _sizes_up_to(tree_budget) if adaptive else (tree_budget,)
 
@@ -252,15 +261,19 @@ class CostModel:
 
     def _draft_s(self, nodes: int, tokens: float, *, reads: bool) -> float:
         """Return the seconds of drafting: one pass over the last step's tokens, then one batch per tree level."""
-        if self._draft is None or nodes == 0:
+        if nodes == 0:
             return 0.0
+        if self._draft is None:
+            return _LOOKUP_S * nodes
         num_batches = draft_batches(nodes)
         rows = max(round(_READ_PER_NODE * nodes / num_batches), 1)
         return self._draft.pass_s(math.ceil(tokens)) + num_batches * self._batch_s(rows, reads=reads)
 
     def _batch_s(self, rows: int, *, reads: bool) -> float:
-        """Return the seconds of one draft batch: the pass and its bookkeeping."""
-        drafting_s = 0.0 if self._draft is None else self._draft.pass_s(rows)
+        """Return the seconds of one draft batch: the pass and its bookkeeping, or looking up proposals."""
+        if self._draft is None:
+            return _LOOKUP_S * rows
+        drafting_s = self._draft.pass_s(rows)
         beside_s = 0.0 if not self._on_cpu else _CPU_BATCH_BESIDE_READS_S if reads else _CPU_BATCH_S
         return drafting_s + beside_s
 

@@ -22,6 +22,10 @@ from specchat.records.limits import (
     PATH_BYTES,
     PROCESSING_BYTES,
     READ_WINDOW_BYTES,
+    RECYCLED_RUN_BYTES,
+    RECYCLED_RUNS,
+    RETRIEVAL_PAST_TOKENS,
+    RETRIEVAL_TOKEN_BYTES,
     WEIGHING_COPIES,
     draft_width,
     head_block_rows,
@@ -131,7 +135,7 @@ def build_host_ledger(
         in_ram: indices of the streamed layers that stay in host memory between passes.
         slots: number of staging buffers.
         device: device that passes run on.
-        others: items of `host_embeddings` and `restore_items`.
+        others: items of `host_embeddings`, `restore_items` and `retrieval_items`.
 
     Returns:
         Items; names contain "page cache" where the system may reclaim the memory.
@@ -171,6 +175,15 @@ def host_embeddings(target: ModelSpec, work: Workload) -> tuple[LedgerItem, ...]
 def host_embedding_bytes(target: ModelSpec, work: Workload) -> int:
     """Return the bytes of `host_embeddings` that the system cannot reclaim."""
     return sum(item.bytes for item in host_embeddings(target, work) if item.item != MAPPED_EMBEDDINGS)
+
+
+def retrieval_items(work: Workload, *, used: bool) -> tuple[LedgerItem, ...]:
+    """Return the item of texts and scores that drafts are looked up in, as large as it may become."""
+    if not used:
+        return ()
+    num_tokens = work.seats * work.ctx + RETRIEVAL_PAST_TOKENS
+    size = RETRIEVAL_TOKEN_BYTES * num_tokens + RECYCLED_RUN_BYTES * RECYCLED_RUNS
+    return (LedgerItem("text to draft from", size),)
 
 
 def with_trees(
@@ -303,7 +316,7 @@ def _drafting_bytes(draft: ModelSpec, work: Workload, *, reading: int) -> int:
     grown = max(_pass(draft, work, width, work.ctx + work.draft_rows).total, scoring)
     if seats > 1:
         read = max(read, _scoring_bytes(draft, work, seats))
-    paths = PATH_BYTES * (work.tree_budget + width * DRAFT_BRANCH)
+    paths = PATH_BYTES * (2 * work.tree_budget + width * DRAFT_BRANCH)
     rows = work.draft_rows * (2 * width + seats * (work.draft_rows + 2 * _INDEX_BYTES))
     return max(read, grown + paths + rows)
 

@@ -29,15 +29,15 @@ def explain_choices(
         Choice(
             "quant", best.target.quant, quant.why, request.choices.quant != "auto", _other_quant(request, inputs, quant)
         ),
-        _draft_choice(
-            request, inputs, best, best_other(lambda c: (c.draft is None) != (best.draft is None), _draft_name)
-        ),
+        _draft_choice(request, inputs, best, best_other(lambda c: _draft_kind(c) != _draft_kind(best), _draft_name)),
         Choice("ctx", f"{work.ctx:,}", _why_ctx(request, best), request.choices.ctx is not None),
     ]
     if best.draft is not None:
         found += _draft_quant_choice(request, inputs, best.draft, best_other)
+    if work.tree_budget:
         trees = best_other(
-            lambda c: c.draft is not None and c.work.tree_budget != work.tree_budget, lambda c: str(c.work.tree_budget)
+            lambda c: c.draft == best.draft and c.work.tree_budget not in (0, work.tree_budget),
+            lambda c: str(c.work.tree_budget),
         )
         nodes = best.prediction.tree_nodes
         why = (
@@ -89,15 +89,20 @@ def _why_budget(request: PlanRequest, device: str) -> str:
 
 
 def _draft_name(candidate: Candidate) -> str:
-    return "none" if candidate.draft is None else candidate.draft.name
+    names = [candidate.draft.name] if candidate.draft else []
+    return "+".join([*names, "retrieval"] if candidate.retrieval else names) or "none"
+
+
+def _draft_kind(candidate: Candidate) -> tuple[bool, bool]:
+    return candidate.draft is None, candidate.work.tree_budget == 0
 
 
 def _draft_choice(request: PlanRequest, inputs: PlanInputs, best: Candidate, other: Alternative | None) -> Choice:
-    if inputs.draft is None:
+    if inputs.draft is None and not request.retrieval:
         return Choice("draft", "none", "no draft known or requested")
     if not request.draft_is_open:
-        return Choice("draft", inputs.draft.name, "asked for", pinned=True, alternative=other)
-    why = "plain decoding is faster here" if best.draft is None else _why_draft(best.prediction)
+        return Choice("draft", _draft_name(best), "asked for", pinned=True, alternative=other)
+    why = _why_draft(best.prediction) if best.work.tree_budget else "plain decoding is faster here"
     return Choice("draft", _draft_name(best), why, alternative=other)
 
 

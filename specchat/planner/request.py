@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from specchat.hardware.machine import Machine
-from specchat.planner.cost import TYPICAL_ACCEPTANCE, Acceptance
+from specchat.planner.cost import RETRIEVAL_ACCEPTANCE, TYPICAL_ACCEPTANCE, Acceptance
 from specchat.planner.rates import Rates
-from specchat.planner.statistics import Statistics
+from specchat.planner.statistics import RETRIEVAL, Statistics
 from specchat.records.model import ModelSource, ModelSpec, Quant
 from specchat.records.plan import PlanChoices
 from specchat.units import MIB
@@ -20,11 +20,12 @@ class PlanRequest:
     """Request for a plan.
 
     Attributes:
-        target, draft: local models; a draft of None means plain decoding.
+        target, draft: local models; draft is None without a draft model.
         choices: settings that the user has fixed.
         draft_is_open: whether the plan may leave the draft out where plain decoding is faster.
         lowers_for_speed: whether "auto" may lower the precision of a target that fits, to gain speed.
         samples: whether answers are sampled rather than greedy; the accepted length depends on this.
+        retrieval: whether draft nodes may come from the text itself, with a draft model or without.
     """
 
     target: ModelSource
@@ -33,6 +34,7 @@ class PlanRequest:
     draft_is_open: bool = False
     lowers_for_speed: bool = True
     samples: bool = False
+    retrieval: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,9 @@ class PlanInputs:
 
         Args:
             target: sizes of the target.
-            draft: sizes of the draft; None for plain decoding.
+            draft: sizes of the draft; None for drafts without a model.
             samples: whether answers are sampled, as in `PlanRequest`.
         """
         if draft is None:
-            return self.prior
+            return self.statistics.acceptance(target.name, RETRIEVAL, RETRIEVAL_ACCEPTANCE, samples=samples)
         return self.statistics.acceptance(target.name, draft.name, self.prior, samples=samples)

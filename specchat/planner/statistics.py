@@ -22,6 +22,8 @@ _FILE = "statistics.json"
 _ENOUGH_STEPS = 30
 _MOST_STEPS = 2000
 _MOST_PLANS = 200
+# Name of drafts without a model, in place of a draft's name.
+RETRIEVAL = "retrieval"
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ def plan_key(plan: Plan, *, samples: bool) -> str:
             list(plan.placement.in_ram),
         ),
         *([plan.work.seats] if plan.work.seats > 1 else []),
+        *([RETRIEVAL] if plan.retrieval else []),
     ]
     return f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]} {_class_of(samples=samples)}"
 
@@ -144,8 +147,8 @@ def record(folder: Path, plan: Plan, temperature: float, steps: Iterable[Step]) 
     """
     before, found = load(folder), tuple(steps)
     pairs, plans = dict(before.pairs), dict(before.plans)
-    if plan.draft is not None:
-        key = _pair_key(plan.target, plan.draft, samples=temperature > 0)
+    if plan.work.tree_budget:
+        key = _pair_key(plan.target, plan.draft or RETRIEVAL, samples=temperature > 0)
         rows = dict(pairs.get(key, {}))
         for step in found:
             if step.token_ids and step.tree_nodes and step.finish_reason != "length":

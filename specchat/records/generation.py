@@ -1,6 +1,8 @@
 """Records of generation: requests with sampling parameters, and the steps that an engine yields."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from threading import Event
 from typing import Literal
 
@@ -67,18 +69,57 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Guesses:
-    """Draft nodes of one drafter in a tree.
+class SourceWork:
+    """The work of one source of draft nodes on the trees of a pass.
 
     Attributes:
-        source: the drafter's name.
-        offered: number of nodes that the drafter added.
+        source: the source's name.
+        draft_s: seconds that the source took.
+        draft_passes: number of passes of a draft model; a fraction if several answers share them.
+    """
+
+    source: str
+    draft_s: float = 0.0
+    draft_passes: float = 0.0
+
+
+@dataclass(frozen=True)
+class Guesses:
+    """Draft nodes of one source, and what they cost.
+
+    Attributes:
+        source: the source's name: "model", "retrieval" or "recycling".
+        offered: number of nodes that the source added.
         accepted: number of the offered nodes that the target accepted.
+        offered_by_depth: offered nodes at depth 1, 2, ... of the tree.
+        accepted_by_depth: accepted nodes at depth 1, 2, ...
+        draft_s: seconds that the source took, for all answers of the pass.
+        draft_passes: number of passes of a draft model.
     """
 
     source: str
     offered: int
     accepted: int
+    offered_by_depth: tuple[int, ...] = ()
+    accepted_by_depth: tuple[int, ...] = ()
+    draft_s: float = 0.0
+    draft_passes: float = 0.0
+
+    def plus(self, other: "Guesses", num_sharing: int = 1) -> "Guesses":
+        """Return the sum with guesses of the same source, whose cost is divided by the answers that share it."""
+        return Guesses(
+            self.source,
+            self.offered + other.offered,
+            self.accepted + other.accepted,
+            _sums(self.offered_by_depth, other.offered_by_depth),
+            _sums(self.accepted_by_depth, other.accepted_by_depth),
+            self.draft_s + other.draft_s / num_sharing,
+            self.draft_passes + other.draft_passes / num_sharing,
+        )
+
+
+def _sums(first: Sequence[int], second: Sequence[int]) -> tuple[int, ...]:
+    return tuple(one + other for one, other in zip_longest(first, second, fillvalue=0))
 
 
 @dataclass(frozen=True)
@@ -162,3 +203,13 @@ class Step:
     def without_pass(cls, reason: FinishReason, error: SpecchatError | None = None) -> "Step":
         """Return the step that ends an answer although no pass served the answer."""
         return cls((), reason, 0, 0, 0, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0, error=error)
+
+
+def guesses_of(steps: Iterable[Step]) -> tuple[Guesses, ...]:
+    """Return the sums over steps for each source, sorted by name."""
+    totals: dict[str, Guesses] = {}
+    for step in steps:
+        for each in step.guesses:
+            total = totals.get(each.source, Guesses(each.source, 0, 0))
+            totals[each.source] = total.plus(each, step.num_sharing)
+    return tuple(totals[source] for source in sorted(totals))

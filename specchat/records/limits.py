@@ -27,8 +27,13 @@ DRAWING_BYTES = 48
 # Copies of the draft's scores while path weights are computed: scaled, noise, sum, scaled, log-softmax; the scores
 # themselves are counted separately.
 WEIGHING_COPIES = 4
-# Bytes per path of growing trees: six values each, while the best of old paths and new children are selected.
-PATH_BYTES = 144
+# Bytes per path of growing trees: nine values each, while the best of old paths and new children are selected.
+PATH_BYTES = 216
+
+# Tokens of earlier texts that drafts are looked up in, and bytes of host memory for each token of any text.
+RETRIEVAL_PAST_TOKENS, RETRIEVAL_TOKEN_BYTES = 32768, 320
+# Runs of tokens (for each length of runs) after which the target's best tokens are kept, and bytes for each.
+RECYCLED_RUNS, RECYCLED_RUN_BYTES = 3 * 16384, 400
 
 # Rows that one triangular solve of a recurrent layer covers; larger blocks waste more work above the diagonal. Where
 # every channel has its own decay, differences of decays are computed for a few rows at a time.

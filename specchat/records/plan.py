@@ -76,7 +76,7 @@ class Workload:
         device: device that passes run on, "cpu" or "cuda:N".
         dtype: dtype of weights, activations and caches.
         ctx: committed tokens that the caches hold.
-        tree_budget: most draft nodes of a pass, roots excluded; 0 without a draft.
+        tree_budget: most draft nodes of a pass, roots excluded; 0 for plain decoding.
         draft_rows: rows that growing trees may take in the draft's cache; 0 without a draft.
         chunk_rows: rows that one layer computes at a time.
         reserve_bytes: bytes kept for libraries and for what the allocator rounds up.
@@ -132,7 +132,7 @@ class Plan:
     """All decisions that the engine needs before loading: the whole contract between planner and engine.
 
     Attributes:
-        target, draft: names of the models; draft is None for plain decoding.
+        target, draft: names of the models; draft is None without a draft model.
         quant: quantization of the target's matrices, as in `ModelSpec`.
         work: device, dtype, context and trees.
         placement: tiers of the target's layers, and the number of slots.
@@ -146,6 +146,7 @@ class Plan:
         host_ledger: host memory that the ledger does not count, item by item, including libraries and page cache.
         expected: predicted times and tokens of a step, from which an adaptive tree starts; None if unknown.
         text_only: whether the target is the text half of a multimodal model.
+        retrieval: whether draft nodes also come from the text itself and the target's earlier scores.
     """
 
     target: str
@@ -163,6 +164,12 @@ class Plan:
     host_ledger: tuple[LedgerItem, ...] = ()
     expected: Expectation | None = None
     text_only: bool = False
+    retrieval: bool = False
+
+    @property
+    def sources(self) -> str:
+        """Names of what drafts: the draft model, "retrieval", or both joined by "+"; "none" for plain decoding."""
+        return "+".join([*([self.draft] if self.draft else []), *(["retrieval"] if self.retrieval else [])]) or "none"
 
     @property
     def device_bytes(self) -> int:

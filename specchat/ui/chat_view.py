@@ -11,7 +11,7 @@ from specchat.chat.session import ChatSession
 from specchat.chat.state import Dropped, Exchange
 from specchat.planner.explain import ExplainedPlan
 from specchat.records.chat import Setting
-from specchat.records.generation import Step
+from specchat.records.generation import Guesses, Step
 from specchat.records.model import ModelSource
 from specchat.records.plan import LedgerItem, Plan
 from specchat.ui.answer_view import AnswerView
@@ -265,7 +265,8 @@ def _weights(plan: Plan) -> str:
 
 
 def _draft(plan: Plan) -> str:
-    return f"draft {plan.draft}" + (f" ({plan.draft_quant})" if plan.draft_quant != "none" else "")
+    quant = f" ({plan.draft_quant})" if plan.draft_quant != "none" else ""
+    return f"draft {plan.draft}{quant}{' + retrieval' if plan.retrieval else ''}"
 
 
 def plan_lines(plan: Plan, width: int) -> list[str]:
@@ -319,7 +320,20 @@ def totals_lines(turns: Sequence[Turn], plan: Plan) -> list[str]:
         f"{num_tokens / max(num_steps, 1):.1f} tok/pass",
         f"time: {ttft_s:.1f} s until first tokens (TTFT), {decode_s:.1f} s decoding",
         f"of this: {verify_s:.1f} s in target passes ({wait_s:.1f} s waiting for layers), {draft_s:.1f} s drafting",
+        *_source_lines(turns, num_steps),
         f"last answer: {stats_line(turns[-1], plan)}",
+    ]
+
+
+def _source_lines(turns: Sequence[Turn], num_steps: int) -> list[str]:
+    """Return one line for each source of draft nodes: nodes and accepted nodes of a mean pass, and its time."""
+    totals, steps = dict[str, Guesses](), max(num_steps, 1)
+    for each in (guesses for turn in turns for guesses in turn.speculation.by_source):
+        totals[each.source] = totals.get(each.source, Guesses(each.source, 0, 0)).plus(each)
+    return [
+        f"drafted by {each.source}: {each.offered / steps:.1f} tok/pass, {each.accepted / steps:.2f} accepted, "
+        f"{1e3 * each.draft_s / steps:.1f} ms"
+        for each in totals.values()
     ]
 
 

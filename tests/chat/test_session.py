@@ -163,19 +163,19 @@ def test_usage_timings_and_speculation_are_summed():
 # --- JSON --------------------------------------------------------------------------------------------------------
 
 RUN_KEYS = {
-    "": "schema_version model revision draft quant device seed message token_ids finish_reason usage timings "
+    "": "schema_version model revision draft retrieval quant device seed message token_ids finish_reason usage timings "
     "speculation memory",
     "message": "role content reasoning",
     "usage": "prompt_tokens cached_tokens completion_tokens reasoning_tokens",
     "timings": "load_s ttft_s decode_s draft_s verify_s stream_wait_s tok_per_s reasoning_s",
-    "speculation": "steps prefill_passes tokens_per_step accepted_per_step mean_tree_nodes tree_budget",
+    "speculation": "steps prefill_passes tokens_per_step accepted_per_step mean_tree_nodes tree_budget by_source",
     "memory": "device_budget_bytes device_peak_bytes predicted_device_bytes host_peak_bytes runtime_bytes "
     "resident_layers streamed_layers streamed_bytes_per_step",
 }
 PLAN_KEYS = (
-    "target draft quant device dtype ctx tree_budget slots resident_layers streamed_layers disk_layers ledger "
-    "device_bytes generation_bytes device_budget_bytes host_bytes host_ledger streamed_bytes_per_step predicted_pass_s "
-    "predicted_tokens_per_step predicted_tok_per_s basis alternatives bound choices"
+    "target draft retrieval quant device dtype ctx tree_budget slots resident_layers streamed_layers disk_layers "
+    "ledger device_bytes generation_bytes device_budget_bytes host_bytes host_ledger streamed_bytes_per_step "
+    "predicted_pass_s predicted_tokens_per_step predicted_tok_per_s basis alternatives bound choices"
 )
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import pytest
 from support.acceptance import CTX, Acceptance, load_demo, measure, model_drafter, prompts
+from support.growths import Eagle2Drafter, FixedBeamDrafter
 from support.specexec import SpecExecDrafter
 
+from specchat.engine.drafting.drafter import free_sources
 from specchat.records.generation import Sampling
 
 GREEDY = Sampling()
@@ -20,9 +22,16 @@ def ours(sampling: Sampling, budget: int, token_lists: list[list[int]], *, share
     return measure(model_drafter(budget, shared_noise=shared_noise), budget, sampling, token_lists)
 
 
-def specexec(sampling: Sampling, budget: int, token_lists: list[list[int]]) -> Acceptance:
+def merged(sampling: Sampling, budget: int, token_lists: list[list[int]]) -> Acceptance:
+    return measure(model_drafter(budget, proposers=free_sources(1)), budget, sampling, token_lists)
+
+
+OTHERS = {"SpecExec": SpecExecDrafter, "EAGLE-2": Eagle2Drafter, "fixed beam": FixedBeamDrafter}
+
+
+def other_growth(name: str, sampling: Sampling, budget: int, token_lists: list[list[int]]) -> Acceptance:
     # the longest path below a root may be as long as the budget
-    return measure(SpecExecDrafter(load_demo("draft", CTX + budget)), budget, sampling, token_lists)
+    return measure(OTHERS[name](load_demo("draft", CTX + budget)), budget, sampling, token_lists)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +58,18 @@ def test_thresholds_on_the_whole_set(token_lists: list[list[int]]):
 @pytest.mark.slow
 @pytest.mark.parametrize("budget", [16, 64])
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "t0.7"])
-def test_never_below_specexecs_growth(token_lists: list[list[int]], sampling: Sampling, budget: int):
-    mine, theirs = ours(sampling, budget, token_lists), specexec(sampling, budget, token_lists)
-    print(f"\nbudget {budget}: {mine.tokens_per_step:.2f} against {theirs.tokens_per_step:.2f}")
+@pytest.mark.parametrize("other", OTHERS)
+def test_never_below_other_growths(token_lists: list[list[int]], other: str, sampling: Sampling, budget: int):
+    mine, theirs = ours(sampling, budget, token_lists), other_growth(other, sampling, budget, token_lists)
+    print(f"\n{other}, budget {budget}: {mine.tokens_per_step:.2f} against {theirs.tokens_per_step:.2f}")
     assert mine.tokens_per_step >= theirs.tokens_per_step
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", [16, 64])
+def test_merged_sources_beside_the_draft_model(token_lists: list[list[int]], budget: int):
+    """Repeats and recycled tokens gain where texts repeat, and cost nothing where they do not."""
+    for sampling in (GREEDY, SAMPLED):
+        alone, both = ours(sampling, budget, token_lists), merged(sampling, budget, token_lists)
+        print(f"\nbudget {budget}, t={sampling.temperature}: {alone.tokens_per_step:.3f} -> {both.tokens_per_step:.3f}")
+        assert both.tokens_per_step >= 0.99 * alone.tokens_per_step

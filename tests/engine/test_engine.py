@@ -27,7 +27,7 @@ from specchat.errors import (
     UnsupportedModelError,
     VocabularyMismatchError,
 )
-from specchat.records.generation import Activity, Guesses, Sampling
+from specchat.records.generation import Activity, Sampling, Step
 from specchat.records.model import ModelSource
 
 CTX = 64
@@ -142,6 +142,21 @@ def test_a_prompt_of_one_token(models: Models, engine: Engine):
 # --- what steps say --------------------------------------------------------------------------------------------------
 
 
+def check_guesses(step: Step) -> None:
+    """Check that a step counts the nodes and the passes of its only source."""
+    if not step.tree_nodes:
+        assert step.guesses == ()
+        return
+    (guesses,) = step.guesses
+    assert (guesses.source, guesses.offered, guesses.accepted) == ("model", step.tree_nodes, step.accepted)
+    assert step.tree is not None
+    depths = TokenTree(step.tree.tokens, step.tree.parents).depths
+    assert guesses.offered_by_depth == tuple(depths.count(depth) for depth in range(1, step.depth + 1))
+    assert guesses.accepted_by_depth == (1,) * step.accepted
+    assert 0 < guesses.draft_s <= step.draft_s
+    assert 1 <= guesses.draft_passes <= 1 + step.tree_nodes
+
+
 @pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "sampled"])
 def test_step_counters_add_up(engine: Engine, sampling: Sampling):
     engine.truncate(0)
@@ -150,7 +165,7 @@ def test_step_counters_add_up(engine: Engine, sampling: Sampling):
     for step in steps:
         assert step.cached_rows + step.new_rows == length
         assert step.accepted == len(step.token_ids) - 1 <= step.depth <= step.tree_nodes <= BUDGET
-        assert step.guesses == ((Guesses("model", step.tree_nodes, step.accepted),) if step.tree_nodes else ())
+        check_guesses(step)
         assert 0 <= step.draft_s + step.verify_s + step.sample_s <= step.pass_s
         assert step.streamed_bytes == 0 and step.stream_wait_s == 0
         length += len(step.token_ids)
@@ -205,10 +220,10 @@ class WatchedDrafter(ModelDrafter):
         (self.tree,) = super().grow(*args)
         return [self.tree]
 
-    def commit(self, seat: int, path: Sequence[int]) -> None:
+    def commit(self, seat: int, path: Sequence[int], tokens: Sequence[int]) -> None:
         end = path[-1] if path else ROOT
         self.ended_at_leaf.append(end not in self.tree.parents)
-        super().commit(seat, path)
+        super().commit(seat, path, tokens)
 
 
 def watched(models: Models, draft: ModelSource, budget: int, branch: int) -> tuple[Engine, WatchedDrafter]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -16,13 +16,14 @@ from support.engines import grow, random_prompt
 from support.loading import load_model
 from support.tiny_models import VOCAB, make_config, random_model, save
 
-from specchat.engine.drafting.drafter import GREEDY_TEMPERATURE, NOISE_TEMPERATURE, ModelDrafter
+from specchat.engine.drafting.drafter import ModelDrafter
+from specchat.engine.drafting.growth import GREEDY_TEMPERATURE, NOISE_TEMPERATURE
 from specchat.engine.drafting.paths import Paths
 from specchat.engine.drafting.policy import FixedPolicy
 from specchat.engine.model import TreeModel
 from specchat.engine.sampling import Noise, Sampler
 from specchat.engine.tree import ROOT, TokenTree, common_prefix
-from specchat.records.generation import Guesses, Sampling
+from specchat.records.generation import Guesses, Sampling, SourceWork, Step, guesses_of
 from specchat.records.model import ModelSource
 
 CPU = torch.device("cpu")
@@ -139,8 +140,9 @@ def test_frontier_is_the_best_nodes_that_can_still_enter(data: st.DataObject, bu
     n = len(scores)
     depths = [data.draw(st.integers(1, max_depth)) for _ in range(n)]
     rows = [data.draw(st.integers(-1, 1)) for _ in range(n)]
-    ints = [torch.tensor(x, dtype=torch.int64) for x in ([0] * n, [ROOT] * n, depths, rows, [0] * n)]
-    candidates = Paths(torch.tensor(scores, dtype=torch.float64), *ints)
+    none, weights = [0] * n, torch.tensor(scores, dtype=torch.float64)
+    ints = [torch.tensor(x, dtype=torch.int64) for x in (none, [ROOT] * n, depths, none, none, rows, none)]
+    candidates = Paths(weights, weights, *ints)
     expected = [i for i in range(n) if rows[i] < 0 and depths[i] < max_depth and (n < budget or scores[i] > scores[-1])]
     assert candidates.frontier(width, budget, torch.tensor([max_depth])).tolist() == expected[:width]
 
@@ -249,7 +251,7 @@ def test_growth_continues_from_the_accepted_path(draft: Draft, data: st.DataObje
         expected = grow(fresh, context, FixedPolicy(16), 20, sampler, None)
         assert set(named(tree)) == set(named(expected))
         path = path_to(tree, data.draw(st.integers(ROOT, len(tree) - 1)))
-        drafter.commit(0, path)
+        drafter.commit(0, path, [])
         context = [*context, *(tree.tokens[node] for node in path), data.draw(st.integers(3, VOCAB - 1))]
         if data.draw(st.booleans()):  # the text goes back, as after /undo or a shorter answer
             context = context[: data.draw(st.integers(1, len(context)))]
@@ -277,7 +279,7 @@ def test_tree_ends_where_the_drafts_positions_end(draft: Draft, left: int):
     drafter = ModelDrafter(load(draft, 60), max_rows=32, max_context=len(context) + left, branch=1)
     tree = grow(drafter, context, FixedPolicy(16), 50, Sampler(GREEDY, VOCAB, CPU), None)
     assert tree.depths == tuple(range(1, left + 1))  # a chain, as nodes have one child here
-    drafter.commit(0, path_to(tree, len(tree) - 1))
+    drafter.commit(0, path_to(tree, len(tree) - 1), [])
     assert len(grow(drafter, [*context, *[4] * 60], FixedPolicy(16), 50, Sampler(GREEDY, VOCAB, CPU), None)) == 0
 
 
@@ -285,12 +287,21 @@ def test_no_depth_or_budget_gives_an_empty_tree(draft: Draft):
     drafter = ModelDrafter(load(draft, 60), max_rows=32, max_context=512)
     for budget, max_depth in ((0, 5), (5, 0)):
         assert len(grow(drafter, [3, 4], FixedPolicy(budget), max_depth, Sampler(GREEDY, VOCAB, CPU), None)) == 0
-        drafter.commit(0, [])
+        drafter.commit(0, [], [])
     assert len(grow(drafter, [3, 4], FixedPolicy(5), 5, Sampler(GREEDY, VOCAB, CPU), None)) == 5
 
 
 def test_by_source_counts_nodes_per_drafter():
     tree = TokenTree((5, 6, 7, 8), (ROOT, 0, ROOT, 2), ("model", "context", "context", "context"))
-    assert tree.by_source([0, 1]) == (Guesses("context", 3, 1), Guesses("model", 1, 1))
-    assert tree.by_source([]) == (Guesses("context", 3, 0), Guesses("model", 1, 0))
+    assert tree.by_source([0, 1]) == (Guesses("context", 3, 1, (1, 2), (0, 1)), Guesses("model", 1, 1, (1,), (1,)))
+    assert tree.by_source([]) == (Guesses("context", 3, 0, (1, 2)), Guesses("model", 1, 0, (1,)))
     assert TokenTree((5,), (ROOT,)).by_source([0]) == TokenTree().by_source([]) == ()
+    work = [SourceWork("model", 0.5, 3), SourceWork("other", 0.1)]
+    model, other = TokenTree((5,), (ROOT,), ("model",)).by_source([], work)
+    assert (model, other) == (Guesses("model", 1, 0, (1,), (), 0.5, 3), Guesses("other", 0, 0, draft_s=0.1))
+
+
+def test_guesses_are_summed_over_steps_and_sharing_answers():
+    step = replace(Step.without_pass("stop"), guesses=(Guesses("model", 2, 1, (1, 1), (1,), 0.5, 4),), num_sharing=2)
+    more = replace(step, guesses=(Guesses("a", 1, 0, (0, 0, 1)), *step.guesses), num_sharing=1)
+    assert guesses_of([step, more]) == (Guesses("a", 1, 0, (0, 0, 1)), Guesses("model", 4, 2, (2, 2), (2,), 0.75, 6))

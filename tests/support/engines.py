@@ -31,6 +31,7 @@ def make_plan(
     slots: int = 2,
     chunk_rows: int = 512,
     seats: int = 1,
+    retrieval: bool = False,
 ) -> Plan:
     stays = tuple(range(num_layers) if resident is None else resident)
     return Plan(
@@ -41,7 +42,7 @@ def make_plan(
             device="cpu",
             dtype="fp32",
             ctx=ctx,
-            tree_budget=tree_budget if draft else 0,
+            tree_budget=tree_budget if draft or retrieval else 0,
             draft_rows=2 * tree_budget if draft else 0,
             chunk_rows=chunk_rows,
             seats=seats,
@@ -51,6 +52,7 @@ def make_plan(
         vram_bytes=0,
         host_bytes=0,
         streamed_bytes_per_step=0,
+        retrieval=retrieval,
     )
 
 

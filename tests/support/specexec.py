@@ -17,6 +17,7 @@ from specchat.engine.drafting.policy import DraftPolicy
 from specchat.engine.model import TreeModel
 from specchat.engine.sequence import TokenSequence
 from specchat.engine.tree import ROOT, TokenTree
+from specchat.records.generation import SourceWork
 
 WIDTH = 128
 BRANCH = 32
@@ -40,6 +41,7 @@ class SpecExecDrafter:
 
     def __init__(self, model: TreeModel) -> None:
         self.models: Sequence[TreeModel] = (model,)
+        self.work: Sequence[SourceWork] = ()
         self._model = model
 
     def grow(
@@ -69,7 +71,10 @@ class SpecExecDrafter:
         parents = [ROOT if node.parent is None else index[id(node.parent)] for node in best]
         return TokenTree(tuple(node.token for node in best), tuple(parents))
 
-    def commit(self, seat: int, path: Sequence[int]) -> None:
+    def observe(self, tails: Sequence[Sequence[int]], scores: torch.Tensor) -> None:
+        pass
+
+    def commit(self, seat: int, path: Sequence[int], tokens: Sequence[int]) -> None:
         pass
 
     def close(self) -> None:

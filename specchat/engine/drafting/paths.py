@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -10,26 +11,33 @@ from torch import Tensor
 from specchat.engine.layout import RowLayout
 from specchat.engine.tree import ROOT
 
+# Scores stay strictly below the parent's, so that sorting never puts a child before its parent.
+_LEAST_LOSS = -1e-9
+
 
 @dataclass
 class Paths:
-    """The best paths of all trees so far, best first; all tensors [M] on the CPU, M <= budget.
+    """The best paths of all trees so far, best first; all tensors [M] on the CPU.
 
-    `row` is the node's row among its tree's rows in the draft's cache, -1 until the node is expanded.
+    `row` is the node's row among its tree's rows in the draft's cache, -1 until the node is expanded. `asked` is the
+    number of the node's record of proposals, -1 until the proposing sources were asked.
     """
 
     score: Tensor  # sum of log weights along the path, float64
+    edge: Tensor  # log weight of the node below its parent, float64
     token: Tensor
     parent: Tensor  # index into these tensors, or ROOT
     depth: Tensor
-    row: Tensor
     tree: Tensor
+    source: Tensor  # number of the source of the node
+    row: Tensor
+    asked: Tensor
 
     @classmethod
     def empty(cls) -> Paths:
         """Return an empty set of paths."""
-        ints = torch.zeros(0, dtype=torch.int64)
-        return cls(torch.zeros(0, dtype=torch.float64), ints, ints, ints, ints, ints)
+        ints, floats = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.float64)
+        return cls(floats, floats, ints, ints, ints, ints, ints, ints, ints)
 
     def __len__(self) -> int:
         return self.score.shape[0]
@@ -39,23 +47,28 @@ class Paths:
 
         Args:
             width: most nodes to return.
-            budget: number of paths that are kept.
+            budget: number of paths that the trees will have.
             max_depths: number of levels of each tree, int64 [trees].
         """
-        open_ = (self.row < 0) & (self.depth < max_depths[self.tree])
-        if len(self) >= budget:
-            open_ &= self.score > self.score[-1]
-        return open_.nonzero()[:width, 0]
+        return (self._could_have_children(budget, max_depths) & (self.row < 0)).nonzero()[:width, 0]
 
-    def with_children(self, trees: Tensor, parents: Tensor, scores: Tensor, tokens: Tensor, budget: int) -> Paths:
-        """Add children and keep the best `budget` paths.
+    def unasked(self, budget: int, max_depths: Tensor) -> list[int]:
+        """Return the nodes that no proposing source was asked about, and whose children could still enter a tree."""
+        nodes: list[int] = (self._could_have_children(budget, max_depths) & (self.asked < 0)).nonzero()[:, 0].tolist()
+        return nodes
+
+    def with_children(
+        self, trees: Tensor, parents: Tensor, scores: Tensor, tokens: Tensor, most: int, sources: Tensor | None = None
+    ) -> Paths:
+        """Add children and keep the best paths.
 
         Args:
             trees: trees of the expanded nodes [n].
             parents: indices of the expanded nodes [n], or ROOT.
-            scores: log weights of the children [n, branch], float64.
+            scores: log weights of the children [n, branch], float64; -inf for a child that exists already.
             tokens: token ids of the children [n, branch].
-            budget: number of paths to keep.
+            most: number of paths to keep.
+            sources: sources of the children [n, branch]; None for the first source.
         """
         branch = tokens.shape[1]
         parent = parents.repeat_interleave(branch)
@@ -65,36 +78,55 @@ class Paths:
             depth = torch.where(is_root, 1, self.depth[parent.clamp(min=0)] + 1)
         else:
             base, depth = torch.zeros(parent.shape, dtype=torch.float64), torch.ones_like(parent)
-        # Keep scores strictly below the parent's, so that sorting never puts a child before its parent.
-        score = base + scores.flatten().clamp(max=-1e-9)
+        edge = scores.flatten().clamp(max=_LEAST_LOSS)
+        unknown = torch.full_like(parent, -1)
         merged = Paths(
-            torch.cat([self.score, score]),
+            torch.cat([self.score, base + edge]),
+            torch.cat([self.edge, edge]),
             torch.cat([self.token, tokens.flatten()]),
             torch.cat([self.parent, parent]),
             torch.cat([self.depth, depth]),
-            torch.cat([self.row, torch.full_like(parent, -1)]),
             torch.cat([self.tree, trees.repeat_interleave(branch)]),
+            torch.cat([self.source, torch.zeros_like(parent) if sources is None else sources.flatten()]),
+            torch.cat([self.row, unknown]),
+            torch.cat([self.asked, unknown]),
         )
-        return merged._best(budget)
+        return merged._best(most)
+
+    def reweighted(self, edges: Mapping[int, float]) -> Paths:
+        """Return the paths, in the same order, with new log weights of some nodes below their parents."""
+        edge = self.edge.tolist()
+        for node, weight in edges.items():
+            edge[node] = min(weight, _LEAST_LOSS)
+        score = list[float]()
+        for weight, parent in zip(edge, self.parent.tolist(), strict=True):
+            score.append(weight + (0.0 if parent == ROOT else score[parent]))
+        columns = [getattr(self, field.name) for field in fields(self)][2:]
+        return Paths(torch.tensor(score, dtype=torch.float64), torch.tensor(edge, dtype=torch.float64), *columns)
 
     def first(self, count: int) -> Paths:
         """Return the best `count` paths; every parent is included, because parents precede their children."""
-        columns = (self.score, self.token, self.parent, self.depth, self.row, self.tree)
-        return Paths(*(column[:count] for column in columns))
+        return Paths(*(getattr(self, field.name)[:count] for field in fields(self)))
 
     def of_tree(self, tree: int) -> Paths:
         """Return the paths of one tree."""
         return self._taken((self.tree == tree).nonzero()[:, 0])
 
-    def _best(self, budget: int) -> Paths:
-        return self._taken(self.score.argsort(descending=True, stable=True)[:budget])
+    def _could_have_children(self, budget: int, max_depths: Tensor) -> Tensor:
+        could = self.depth < max_depths[self.tree]
+        return could & (self.score > self.score[budget - 1]) if len(self) >= budget else could
+
+    def _best(self, most: int) -> Paths:
+        order = self.score.argsort(descending=True, stable=True)[:most]
+        return self._taken(order[self.score[order] > -torch.inf])
 
     def _taken(self, nodes: Tensor) -> Paths:
         """Return the paths that end at the given nodes, in this order; the parents must be among the nodes."""
         new_index = torch.full((len(self) + 1,), ROOT, dtype=torch.int64)  # ROOT = -1 indexes the last entry
         new_index[nodes] = torch.arange(nodes.shape[0])
-        columns = (self.score, self.token, new_index[self.parent], self.depth, self.row, self.tree)
-        return Paths(*(column[nodes] for column in columns))
+        taken = Paths(*(getattr(self, field.name)[nodes] for field in fields(self)))
+        taken.parent = new_index[taken.parent]
+        return taken
 
 
 class TreeRows:
@@ -112,15 +144,19 @@ class TreeRows:
         """Number of rows so far."""
         return self._end
 
-    def add(self, parent_rows: Tensor, depths: Tensor) -> Tensor:
-        """Add rows below the given parent rows (ROOT for none), and return their indices [n]."""
-        rows = torch.arange(self._end, self._end + len(parent_rows))
-        below = parent_rows >= 0
-        self._seen[rows[below]] = self._seen[parent_rows[below]]
-        self._seen[rows, rows] = True
+    def next(self, count: int) -> Tensor:
+        """Return the indices [count] of the rows that `add` fills next."""
+        return torch.arange(self._end, self._end + count)
+
+    def add(self, parent_rows: Tensor, depths: Tensor) -> None:
+        """Add rows below the given parent rows, ROOT for none; a parent may be an earlier one of these rows."""
+        rows = self.next(len(parent_rows))
+        for level in depths.unique():  # ascending
+            below = (depths == level) & (parent_rows >= 0)
+            self._seen[rows[below]] = self._seen[parent_rows[below]]
+            self._seen[rows[depths == level], rows[depths == level]] = True
         self._positions[rows] = self._prefix - 1 + depths
         self._end += len(parent_rows)
-        return rows
 
     def layout(self, num_new: int) -> RowLayout:
         """Return the layout of a pass over the last `num_new` rows."""

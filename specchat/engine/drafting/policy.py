@@ -69,6 +69,10 @@ class DraftPolicy(Protocol):
     def free_rows(self) -> int:
         """Number of rows up to which the target computes a pass in about the time of one row."""
 
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens that a second is worth; 0 if time does not count."""
+
     def should_draft(self) -> bool:
         """Return whether to draft at all in this step."""
 
@@ -109,10 +113,12 @@ class FixedPolicy:
     Attributes:
         tree_budget: nodes of a pass.
         free_rows: assumed number of rows that a pass may have at no cost.
+        tokens_per_s: tokens that a second is worth; 0 if time does not count.
     """
 
     tree_budget: int
     free_rows: int = 1
+    tokens_per_s: float = 0.0
 
     def should_draft(self) -> bool:
         """Return whether the tree budget allows any nodes."""
@@ -163,6 +169,11 @@ class AdaptivePolicy:
         """Number of rows up to which the target computes a pass in about the time of one row."""
         at, most_s = self._target_times.at, _FREE * self._target_times.at(1)
         return next((rows for rows in range(1, self._most_rows) if at(rows + 1) > most_s), self._most_rows)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens that a second is worth: the speed of the faster mode for a single sequence."""
+        return self._tokens_per_s()
 
     def should_draft(self) -> bool:
         """Return whether the mode in use, or the one being probed, is drafting."""

@@ -1,0 +1,113 @@
+"""A small model as a source of draft nodes, with a KV cache of its own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from specchat.engine.drafting.paths import Paths, TreeRows
+from specchat.engine.layout import PassLayout, RowLayout, linear_layout
+from specchat.engine.model import TreeModel
+from specchat.engine.sequence import TokenSequence
+from specchat.engine.tree import ROOT, common_prefix
+
+# Rows that a prompt has at least. Within a text, a step hands fewer rows to the draft, and recurrent layers can return
+# to the state before them. So restore points are saved before prompts only.
+_PROMPT_ROWS = 16
+
+
+class DraftModel:
+    """A source that scores nodes with a small model.
+
+    Args:
+        model: draft model, with as many seats as the target.
+        max_rows: rows that growing trees may take in the draft's cache, including nodes that later drop out.
+        max_context: longest context that the draft's positions support; no trees are drafted beyond it.
+    """
+
+    name = "model"
+
+    def __init__(self, model: TreeModel, *, max_rows: int, max_context: int) -> None:
+        self.models: Sequence[TreeModel] = (model,)
+        self._model = model
+        self._max_rows = max_rows
+        self._max_context = max_context
+        # For each seat, the tokens whose rows are in the draft's cache.
+        self._held: list[list[int]] = [[] for _ in range(model.cache.seats)]
+        self._seats: list[int] = []
+        self._rows: list[TreeRows] = []
+
+    def max_depth(self, sequence: TokenSequence) -> int:
+        """Return the levels that the draft's positions have room for."""
+        return min(sequence.max_depth, self._max_context - len(sequence.tokens))
+
+    def begin(self, sequences: Sequence[TokenSequence], cancel: threading.Event | None) -> tuple[Tensor, int]:
+        """Compute the tokens that are not cached; return the scores after each sequence's last token, and the rows."""
+        tokens, parts, last = list[int](), list[tuple[int, RowLayout]](), list[int]()
+        for sequence in sequences:
+            held = self._held[sequence.seat]
+            shared = min(common_prefix(held, sequence.tokens), len(sequence.tokens) - 1)
+            if shared == len(held) and len(sequence.tokens) - shared > _PROMPT_ROWS:
+                self._model.cache.save(sequence.seat)
+            shared = self._model.cache.truncate(sequence.seat, shared)
+            del held[shared:]
+            new = sequence.tokens[shared:]
+            parts.append((sequence.seat, linear_layout(shared, len(new), self._model.device)))
+            tokens += self._known(new)
+            last.append(len(tokens) - 1)
+        hidden = self._model.forward(tokens, PassLayout(parts), cancel)
+        for sequence in sequences:
+            self._held[sequence.seat] = list(sequence.tokens)
+        self._seats = [sequence.seat for sequence in sequences]
+        self._rows = [TreeRows(self._max_rows, len(each.tokens), self._model.device) for each in sequences]
+        return self._model.logits(hidden[last]), len(tokens)
+
+    @property
+    def num_free_rows(self) -> int:
+        """Number of nodes that can still be expanded."""
+        return self._max_rows - sum(each.num_rows for each in self._rows)
+
+    def expand(self, paths: Paths, nodes: Tensor, cancel: threading.Event | None) -> Tensor:
+        """Compute nodes, sorted by tree, and return the scores after them, [n, V]."""
+        parts = []
+        for tree, of_tree in runs(paths.tree[nodes]):
+            own, rows = nodes[of_tree], self._rows[tree]
+            paths.row[own] = rows.next(len(own))
+            parents = paths.parent[own]
+            rows.add(torch.where(parents == ROOT, ROOT, paths.row[parents.clamp(min=0)]), paths.depth[own])
+            parts.append((self._seats[tree], rows.layout(len(own))))
+        hidden = self._model.forward(self._known(paths.token[nodes].tolist()), PassLayout(parts), cancel)
+        return self._model.logits(hidden)
+
+    def commit(self, seat: int, rows: Sequence[int], tokens: Sequence[int]) -> None:
+        """Keep the rows of accepted nodes; other accepted nodes are computed by the next `begin`."""
+        prefix = len(self._held[seat])
+        self._model.cache.keep(seat, prefix, [prefix + row for row in rows])
+        self._held[seat] += tokens
+
+    def reset(self) -> None:
+        """Empty the draft's cache."""
+        for seat, held in enumerate(self._held):
+            self._model.cache.truncate(seat, 0)
+            held.clear()
+
+    def close(self) -> None:
+        """Close the draft model."""
+        self._model.close()
+
+    def _known(self, token_ids: Sequence[int]) -> list[int]:
+        """Clamp token ids to the draft's vocabulary; the target may have further ids without meaning to the draft."""
+        return [min(token_id, self._model.vocab_size - 1) for token_id in token_ids]
+
+
+def runs(trees: Tensor) -> Iterator[tuple[int, slice]]:
+    """Yield each tree of a sorted list, and where its entries are."""
+    first = 0
+    for tree, entries in groupby(trees.tolist()):
+        count = len(list(entries))
+        yield tree, slice(first, first + count)
+        first += count

@@ -1,0 +1,305 @@
+"""One growth of the trees of a pass: the best-first loop, and the children that all sources know."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specchat.engine.drafting.draft_model import runs
+from specchat.engine.drafting.paths import Paths
+from specchat.engine.drafting.policy import DraftPolicy, Roots
+from specchat.engine.drafting.proposers import Child, Proposers
+from specchat.engine.drafting.sources import TAIL, ScoringSource
+from specchat.engine.sampling import Sampler, ScoresNotFiniteError
+from specchat.engine.sequence import TokenSequence
+from specchat.engine.tree import ROOT
+from specchat.records.limits import draft_width
+
+# Temperature of the softmax that turns the draft's scores into path weights. The draft's own softmax estimates how
+# likely a token is in general. A path weight must estimate how likely the target accepts the token. The target's choice
+# is more certain than the draft's softmax, so temperatures below 1 rank paths better.
+# Tokens per step by temperature, measured on the demo pair (budget 64, 90 held-out chats that no test uses):
+# greedy: 4.24 at 1.0, 5.1 at 0.6, 5.67 at 0.5, 5.40 at 0.35;
+# sampling at t=0.7: 4.72 at 1.0, 5.07 at 0.85, 5.11 at 0.7, 5.0 at 0.55.
+NOISE_TEMPERATURE = 0.7
+GREEDY_TEMPERATURE = 0.5
+
+# Proposals above this log weight are expanded together with their parents.
+_LIKELY = math.log(0.5)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a growth asks for children.
+
+    Attributes:
+        scorer: source that scores all tokens after a node; None if there is no draft model.
+        proposers: sources that propose tokens without scores.
+        branch: most children that the scorer adds below a node.
+        shared_noise: whether to rank paths with the sampler's noise.
+    """
+
+    scorer: ScoringSource | None
+    proposers: Proposers
+    branch: int
+    shared_noise: bool
+
+    def max_depth(self, sequence: TokenSequence) -> int:
+        """Return the most levels of a tree below the sequence's last token."""
+        return sequence.max_depth if self.scorer is None else self.scorer.max_depth(sequence)
+
+
+class Growth:
+    """Growing trees for some sequences.
+
+    Without a scoring source, the proposing sources extend the trees as far as their proposals are worth a node. A
+    scoring source expands the best open nodes pass by pass, until no child could enter a tree. Where the text copies, a
+    node and its likely proposed descendants are expanded in one pass; the scores replace the guessed weights of
+    proposals. In the end, proposals extend nodes whose expansion would not have been worth a pass.
+
+    Args:
+        sources: sources to ask.
+        sequences: sequences whose trees may have nodes.
+        policy: sizes of the trees.
+        roots: the target's pass without nodes.
+        cancel: event that stops drafting.
+
+    Attributes:
+        asked_roots: number of the record of proposals for each sequence's last token.
+        passes: number of passes of the scoring source.
+    """
+
+    def __init__(
+        self,
+        sources: Sources,
+        sequences: Sequence[TokenSequence],
+        policy: DraftPolicy,
+        roots: Roots,
+        cancel: threading.Event | None,
+    ) -> None:
+        self.asked_roots: list[int] = []
+        self.passes = 0
+        self._sources = sources
+        self._sequences = sequences
+        self._policy = policy
+        self._roots = roots
+        self._cancel = cancel
+        self._budget = policy.tree_budget
+        # A proposal's guessed weight may be too high, so the paths that it displaces are not dropped at once.
+        self._most_paths = (2 if sources.proposers.sources else 1) * self._budget
+        self._max_depths = torch.tensor([sources.max_depth(sequence) for sequence in sequences])
+
+    def run(self) -> Paths:
+        """Grow the trees and return the paths that the target verifies."""
+        sources = self._sources
+        sources.proposers.begin(self._sequences, self._policy.tokens_per_s)
+        if sources.proposers.sources:
+            self.asked_roots = [sources.proposers.ask(each, each.tokens[-TAIL:]) for each in self._sequences]
+        paths = self._first_children(Paths.empty())
+        if sources.scorer is not None:
+            paths = self._expanded(paths, sources.scorer)
+        paths = self._extended(paths).first(self._budget)
+        return paths.first(self._policy.num_to_verify(paths.score.tolist(), self._roots))
+
+    def _expanded(self, paths: Paths, scorer: ScoringSource) -> Paths:
+        """Expand nodes until another pass cannot change the trees or would not save time."""
+        while True:
+            begin = time.perf_counter()
+            paths = self._with_likely_chains(paths, scorer)
+            nodes = self._nodes_to_expand(paths, scorer)
+            if not len(nodes):
+                return paths
+            logits = scorer.expand(paths, nodes, self._cancel)
+            paths = self._scored(paths, paths.tree[nodes], nodes, logits)
+            self._count_pass(len(nodes), begin)
+
+    def _count_pass(self, rows: int, begin: float) -> None:
+        self.passes += 1
+        self._policy.record_draft_pass(rows, time.perf_counter() - begin)
+
+    def _first_children(self, paths: Paths) -> Paths:
+        scorer = self._sources.scorer
+        if scorer is None:
+            return self._with_proposed(paths, [ROOT] * len(self._sequences), self.asked_roots)
+        begin = time.perf_counter()
+        logits, rows = scorer.begin(self._sequences, self._cancel)
+        num_trees = len(self._sequences)
+        paths = self._scored(paths, torch.arange(num_trees), torch.full((num_trees,), ROOT), logits)
+        self._count_pass(rows, begin)
+        return paths
+
+    def _nodes_to_expand(self, paths: Paths, scorer: ScoringSource) -> Tensor:
+        """Return the nodes of the next pass, sorted by tree; none ends the growth."""
+        nodes = self._open(paths, scorer)
+        nodes = nodes[: self._policy.num_to_expand(nodes.tolist(), paths.score[nodes].tolist(), self._roots)]
+        return nodes[paths.tree[nodes].argsort(stable=True)] if len(self._sequences) > 1 else nodes
+
+    def _open(self, paths: Paths, scorer: ScoringSource) -> Tensor:
+        """Return the best open nodes that one pass has room for."""
+        width = min(draft_width(self._budget, len(self._sequences)), scorer.num_free_rows)
+        return paths.frontier(width, self._budget, self._max_depths)
+
+    # --- proposals ---------------------------------------------------------------------------------------------------
+
+    def _extended(self, paths: Paths) -> Paths:
+        """Ask the proposing sources about all nodes that may have children, and add what they propose."""
+        if not self._sources.proposers.sources:
+            return paths
+        while nodes := paths.unasked(self._budget, self._max_depths):
+            paths = self._with_proposed(paths, nodes, self._ask(paths, nodes))
+        return paths
+
+    def _with_likely_chains(self, paths: Paths, scorer: ScoringSource) -> Paths:
+        """Ask the proposing sources about the nodes of the next pass; add proposals that are likelier than not."""
+        if not self._sources.proposers.sources:
+            return paths
+        while nodes := [node for node in self._open(paths, scorer).tolist() if paths.asked[node] < 0]:
+            paths = self._with_proposed(paths, nodes, self._ask(paths, nodes), least=_LIKELY)
+        return paths
+
+    def _ask(self, paths: Paths, nodes: Sequence[int]) -> list[int]:
+        """Ask the proposing sources about nodes, and return the numbers of the records."""
+        asked = [self._sources.proposers.ask(*about) for about in self._tails(paths, nodes)]
+        paths.asked[nodes] = torch.tensor(asked)
+        return asked
+
+    def _with_proposed(
+        self, paths: Paths, nodes: Sequence[int], numbers: Sequence[int], least: float = -math.inf
+    ) -> Paths:
+        """Add the proposed children of nodes that no draft has scored.
+
+        Args:
+            paths: paths so far.
+            nodes: indices of the nodes; ROOT once for each tree.
+            numbers: numbers of the nodes' records of proposals.
+            least: log weight below its parent that a child must exceed.
+        """
+        parents, trees, children = list[int](), list[int](), list[Child]()
+        above = paths.score.tolist()
+        worst = above[self._budget - 1] if len(paths) >= self._budget else -math.inf
+        for place, (node, number) in enumerate(zip(nodes, numbers, strict=True)):
+            tree, depth, score = (
+                (place, 0, 0.0) if node == ROOT else (int(paths.tree[node]), int(paths.depth[node]), above[node])
+            )
+            found = [
+                child
+                for child in self._alone(number, tree, depth)
+                if child.weight > least and score + child.weight > worst
+            ]
+            parents += [node] * len(found)
+            trees += [tree] * len(found)
+            children += found
+        if not children:
+            return paths
+        return paths.with_children(
+            torch.tensor(trees),
+            torch.tensor(parents),
+            torch.tensor([[child.weight] for child in children], dtype=torch.float64),
+            torch.tensor([[child.token] for child in children]),
+            self._most_paths,
+            torch.tensor([[child.source] for child in children]),
+        )
+
+    def _alone(self, number: int, tree: int, depth: int) -> list[Child]:
+        sequence = self._sequences[tree]
+        noise = sequence.sampler.noise if self._sources.shared_noise else None
+        position = len(sequence.tokens) + depth
+        return self._sources.proposers.alone(number, None if noise is None else noise.row(position))
+
+    def _tails(self, paths: Paths, nodes: Sequence[int]) -> list[tuple[TokenSequence, list[int]]]:
+        """Return the sequence of each node, and the last tokens up to the node."""
+        tokens, parents, trees = paths.token.tolist(), paths.parent.tolist(), paths.tree.tolist()
+        found = []
+        for node in nodes:
+            sequence, below, place = self._sequences[trees[node]], list[int](), node
+            while place != ROOT and len(below) < TAIL:
+                below.append(tokens[place])
+                place = parents[place]
+            before = sequence.tokens[len(below) - TAIL :] if len(below) < TAIL else []
+            found.append((sequence, [*before, *reversed(below)]))
+        return found
+
+    # --- scores ------------------------------------------------------------------------------------------------------
+
+    def _scored(self, paths: Paths, trees: Tensor, parents: Tensor, logits: Tensor) -> Paths:
+        """Return `paths` with the best children of expanded nodes.
+
+        Args:
+            paths: paths so far.
+            trees: trees of the expanded nodes [n], ascending.
+            parents: indices of the expanded nodes [n], or ROOT.
+            logits: scores after the expanded nodes, [n, V].
+        """
+        depths = torch.where(parents == ROOT, 0, paths.depth[parents.clamp(min=0)]) if len(paths) else parents + 1
+        found, proposed = [], dict[tuple[int, int], Child]()
+        for tree, rows in runs(trees):
+            sequence = self._sequences[tree]
+            positions = [len(sequence.tokens) + int(depth) for depth in depths[rows]]
+            own = logits[rows, : sequence.sampler.vocab_size]  # padded vocabularies may differ in size
+            weights = self._weights(own, positions, sequence.sampler)
+            if self._sources.proposers.sources:
+                numbers = self._numbers(paths, tree, parents[rows])
+                merged = self._sources.proposers.beside(numbers, weights)
+                proposed.update({(rows.start + row, token): child for (row, token), child in merged.items()})
+            found.append(weights.topk(min(self._sources.branch, self._budget, weights.shape[-1]), dim=-1))
+        best = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
+        scores, tokens = (each.cpu() for each in best)
+        if scores[:, 0].isnan().any():  # softmax makes NaN of infinite scores, too, and topk puts NaN first
+            raise ScoresNotFiniteError
+        if not proposed:
+            return paths.with_children(trees, parents, scores.double(), tokens, self._most_paths)
+        return self._merged(paths, trees, parents, scores.double(), tokens, proposed)
+
+    def _numbers(self, paths: Paths, tree: int, parents: Tensor) -> list[int]:
+        """Return the numbers of the records of proposals below expanded nodes of a tree."""
+        return [self.asked_roots[tree] if node == ROOT else int(paths.asked[node]) for node in parents.tolist()]
+
+    def _merged(
+        self,
+        paths: Paths,
+        trees: Tensor,
+        parents: Tensor,
+        scores: Tensor,
+        tokens: Tensor,
+        proposed: dict[tuple[int, int], Child],
+    ) -> Paths:
+        """Add scored children, one for each token below a parent; children that exist already get a new weight."""
+        exists, edges = self._existing(paths, parents, proposed)
+        sources = torch.zeros_like(tokens)
+        for row, of_row in enumerate(tokens.tolist()):
+            for place, token in enumerate(of_row):
+                if (row, token) in exists:
+                    scores[row, place] = -torch.inf
+                elif (child := proposed.get((row, token))) is not None:
+                    sources[row, place] = child.source
+        reweighted = paths.reweighted(edges) if edges else paths
+        return reweighted.with_children(trees, parents, scores, tokens, self._most_paths, sources)
+
+    def _existing(
+        self, paths: Paths, parents: Tensor, proposed: dict[tuple[int, int], Child]
+    ) -> tuple[set[tuple[int, int]], dict[int, float]]:
+        """Return the children that exist, as (row, token), and their new weights by node."""
+        row_of = {node: row for row, node in enumerate(parents.tolist())}
+        exists, edges = set[tuple[int, int]](), dict[int, float]()
+        for node, (parent, token) in enumerate(zip(paths.parent.tolist(), paths.token.tolist(), strict=True)):
+            row = row_of.get(parent)
+            if parent != ROOT and row is not None and (child := proposed.get((row, token))) is not None:
+                exists.add((row, token))
+                edges[node] = child.weight
+        return exists, edges
+
+    def _weights(self, logits: Tensor, positions: Sequence[int], sampler: Sampler) -> Tensor:
+        """Return log weights [n, V]: the draft's estimate of how likely the target accepts each token."""
+        if sampler.noise is None:
+            return torch.log_softmax(logits / GREEDY_TEMPERATURE, dim=-1)
+        scores = logits / sampler.sampling.temperature
+        if not self._sources.shared_noise:
+            return torch.log_softmax(scores, dim=-1)
+        noise = torch.stack([sampler.noise.row(position) for position in positions])
+        return torch.log_softmax((scores + noise[:, : scores.shape[-1]]) / NOISE_TEMPERATURE, dim=-1)

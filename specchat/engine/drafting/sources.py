@@ -1,0 +1,113 @@
+"""Sources of draft nodes: what a drafter asks for the children of nodes, and what it records of their work."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from specchat.engine.drafting.paths import Paths
+from specchat.engine.model import TreeModel
+from specchat.engine.sequence import TokenSequence
+
+# Most tokens before a node that a proposing source is shown: longer repeats are no more certain.
+TAIL = 16
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A token that may follow a node, without a probability.
+
+    Attributes:
+        token: token id.
+        kind: number of the kind of proposal; the share of proposals that come true is learned by kind.
+    """
+
+    token: int
+    kind: int
+
+
+class ScoringSource(Protocol):
+    """A source that scores all tokens after a node, and computes rows to do so.
+
+    Attributes:
+        name: name of the source.
+        models: models that the source holds in memory.
+    """
+
+    name: str
+    models: Sequence[TreeModel]
+
+    def max_depth(self, sequence: TokenSequence) -> int:
+        """Return the most levels of a tree below the sequence's last token."""
+
+    def begin(self, sequences: Sequence[TokenSequence], cancel: threading.Event | None) -> tuple[Tensor, int]:
+        """Begin a tree for each sequence.
+
+        Returns:
+            Scores after the last token of each sequence [n, V], and the number of rows that were computed.
+        """
+
+    @property
+    def num_free_rows(self) -> int:
+        """Number of nodes that can still be expanded."""
+
+    def expand(self, paths: Paths, nodes: Tensor, cancel: threading.Event | None) -> Tensor:
+        """Compute nodes, sorted by tree, and return the scores after them, [n, V]; fill in their rows in `paths`."""
+
+    def commit(self, seat: int, rows: Sequence[int], tokens: Sequence[int]) -> None:
+        """Keep rows of a seat's last tree: those of the accepted nodes that were expanded, with their tokens."""
+
+    def reset(self) -> None:
+        """Drop all cached context of all seats."""
+
+    def close(self) -> None:
+        """Release memory and threads."""
+
+
+class ProposingSource(Protocol):
+    """A source that proposes tokens after a node in no time, without scores.
+
+    Attributes:
+        name: name of the source.
+        priors: log odds of each kind of proposal before any is tried.
+    """
+
+    name: str
+    priors: Priors
+
+    def begin(self, sequences: Sequence[TokenSequence]) -> None:
+        """Read the sequences' new tokens."""
+
+    def propose(self, seat: int, tail: Sequence[int]) -> Sequence[Proposal]:
+        """Return proposals for what follows the tail, at most one for a token.
+
+        Args:
+            seat: seat of the sequence.
+            tail: last `TAIL` tokens up to a node; all tokens of a shorter text.
+        """
+
+    def observe(self, tails: Sequence[Sequence[int]], scores: Tensor) -> None:
+        """Take scores that the target computed; see `Drafter.observe`."""
+
+    def reset(self) -> None:
+        """Forget all texts."""
+
+
+@dataclass(frozen=True)
+class Priors:
+    """Log odds of proposals before any is tried, by kind.
+
+    Attributes:
+        alone: log odds of a token that no draft model scores.
+        beside: addition to the score of a draft model, which knows of most repeats by itself; None for proposals that
+            say nothing beside a draft model.
+        beside_sampled: the same for sampled answers.
+    """
+
+    alone: tuple[float, ...]
+    beside: tuple[float | None, ...]
+    beside_sampled: tuple[float | None, ...]
