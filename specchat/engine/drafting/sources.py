@@ -105,7 +105,7 @@ class Priors:
         alone: log odds of a token that no draft model scores.
         beside: addition to the score of a draft model, which knows of most repeats by itself; None for proposals that
             say nothing beside a draft model.
-        beside_sampled: the same for sampled answers.
+        beside_sampled: additions for sampled answers.
     """
 
     alone: tuple[float, ...]
