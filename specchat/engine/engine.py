@@ -19,7 +19,7 @@ import torch
 from specchat.closing import Closeable
 from specchat.engine import stats
 from specchat.engine.drafting.drafter import Drafter, ModelDrafter, NoDrafter, TreeDrafter, free_sources
-from specchat.engine.drafting.policy import AdaptivePolicy, DraftPolicy, FixedPolicy
+from specchat.engine.drafting.policy import AdaptivePolicy, DraftPolicy, FixedPolicy, Roots
 from specchat.engine.layout import PassLayout, RowLayout
 from specchat.engine.loading import load_model
 from specchat.engine.model import PassCancelledError, TreeModel
@@ -29,11 +29,7 @@ from specchat.engine.sampling import Sampler, ScoresNotFiniteError
 from specchat.engine.sequence import TokenSequence
 from specchat.engine.tree import TokenTree, common_prefix
 from specchat.engine.walk import Walk, walk_down
-from specchat.errors import (
-    AllocationError,
-    BrokenScoresError,
-    is_lack_of_memory,
-)
+from specchat.errors import AllocationError, BrokenScoresError, is_lack_of_memory
 from specchat.models.hf.pairing import check_pair
 from specchat.models.hf.refusals import computing
 from specchat.models.packs.pack import Pack
@@ -243,12 +239,13 @@ class Engine(Closeable):
                 return
 
     def _admit(self, queue: RequestQueue, free: set[int], live: list[TokenSequence]) -> Iterator[tuple[int, Step]]:
-        """Seat waiting requests: at least one, and more while their prompts' rows cost no time; yield refusals."""
-        num_rows, num_admitted = len(live), 0
+        """Seat waiting requests: at least one, and more while their prompts cost little time; yield refusals."""
+        num_rows = num_live = len(live)
         while free and (request := queue.first) is not None:
             # The ledger counts one prompt that fills the context, besides one row of each other sequence.
-            most_rows = min(self._policy.free_rows, self.plan.work.ctx)
-            if num_admitted and num_rows + len(request.prompt_ids) > most_rows:
+            length = len(request.prompt_ids)
+            fits = num_rows + length <= self.plan.work.ctx
+            if len(live) > num_live and not (fits and self._policy.may_join(length, Roots(len(live), num_rows))):
                 return
             index, request = queue.take()
             if request.is_cancelled:
@@ -262,7 +259,7 @@ class Engine(Closeable):
             self._by_use.remove(seat)
             self._by_use.append(seat)
             live.append(self._seated(index, request, seat))
-            num_rows, num_admitted = num_rows + len(request.prompt_ids), num_admitted + 1
+            num_rows += length
 
     def _seated(self, index: int, request: Request, seat: int) -> TokenSequence:
         """Return the sequence of a request, in a seat that keeps the rows that the prompt shares with it."""

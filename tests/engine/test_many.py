@@ -316,10 +316,12 @@ def test_prompts_join_while_their_rows_are_free(pair: Pair, free_rows: int, expe
     assert joins(steps)[: len(expected)] == expected
 
 
-def test_free_rows_end_where_the_pass_takes_longer():
-    flat = AdaptivePolicy(16, Expectation(((1, 1.0), (65, 1.0), (129, 2.0)), ((1, 0.1),), 16, 4.0, 3.0), 4)
-    steep = AdaptivePolicy(16, Expectation(((1, 1.0), (65, 65.0)), ((1, 0.1),), 16, 4.0, 3.0), 4)
-    assert 65 <= flat.free_rows <= 72 and steep.free_rows == 1
+def test_prompts_join_if_they_cost_less_than_an_empty_seat():
+    """A pass takes 1 s up to 65 rows, and 1/64 s more with each further row: the third seat's share is 1/3 s."""
+    policy = AdaptivePolicy(16, Expectation(((1, 1.0), (65, 1.0), (129, 2.0)), ((1, 0.1),), 16, 4.0, 3.0), 10)
+    assert policy.may_join(21, Roots(2, 65)) and not policy.may_join(22, Roots(2, 65))
+    assert policy.may_join(60, Roots(2, 2)) and not policy.may_join(1000, Roots(2, 2))
+    assert policy.may_join(5, Roots(9, 65)) and not policy.may_join(8, Roots(9, 65))
 
 
 # --- refusals and broken requests ------------------------------------------------------------------------------------

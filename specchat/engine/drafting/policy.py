@@ -36,8 +36,6 @@ _PROBE_STEPS = 3
 _PROBED_SIZE = 1 / 3
 # Number of bins for log weights; each bin has a width of 1, and the last bin also holds all lower weights.
 _NUM_BINS = 10
-# Rows are free as long as a pass with them takes at most this much longer than a pass over one row.
-_FREE = 1.1
 # Passes of up to this many rows have an expected time of their own: trees, and short prompts beside them.
 _MOST_ROWS = 512
 
@@ -65,9 +63,13 @@ class DraftPolicy(Protocol):
     def tree_budget(self) -> int:
         """Most draft nodes of a pass; memory is planned for this many."""
 
-    @property
-    def free_rows(self) -> int:
-        """Number of rows up to which the target computes a pass in about the time of one row."""
+    def may_join(self, prompt_rows: int, roots: Roots) -> bool:
+        """Return whether one more prompt should join a pass, rather than wait for the next one.
+
+        Args:
+            prompt_rows: rows of the prompt.
+            roots: the pass without the prompt and without nodes, of at least one sequence.
+        """
 
     @property
     def tokens_per_s(self) -> float:
@@ -120,6 +122,10 @@ class FixedPolicy:
     free_rows: int = 1
     tokens_per_s: float = 0.0
 
+    def may_join(self, prompt_rows: int, roots: Roots) -> bool:
+        """Return whether the rows cost nothing."""
+        return roots.num_rows + prompt_rows <= self.free_rows
+
     def should_draft(self) -> bool:
         """Return whether the tree budget allows any nodes."""
         return self.tree_budget > 0
@@ -164,11 +170,13 @@ class AdaptivePolicy:
         self._size_factor = 1.0  # of the next trees, beside the best size
         self._interval = self._steps_left = _PROBE_AFTER
 
-    @property
-    def free_rows(self) -> int:
-        """Number of rows up to which the target computes a pass in about the time of one row."""
-        at, most_s = self._target_times.at, _FREE * self._target_times.at(1)
-        return next((rows for rows in range(1, self._most_rows) if at(rows + 1) > most_s), self._most_rows)
+    def may_join(self, prompt_rows: int, roots: Roots) -> bool:
+        """Return whether the rows take no more time than a seat that stays empty loses: its share of a pass."""
+        before, after = roots.num_rows, roots.num_rows + prompt_rows
+        if after > self._most_rows:
+            return False
+        pass_s = self._target_times.at(before)
+        return self._target_times.at(after) - pass_s <= pass_s / (roots.num_sequences + 1)
 
     @property
     def tokens_per_s(self) -> float:

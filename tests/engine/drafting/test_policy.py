@@ -266,8 +266,11 @@ class Moody:
     """Decides at random, also for nothing at all."""
 
     def __init__(self, seed: int) -> None:
-        self.tree_budget, self.free_rows = 16, 1
+        self.tree_budget = 16
         self._rng = random.Random(seed)
+
+    def may_join(self, prompt_rows: int, roots: Roots) -> bool:
+        return self._rng.random() < 0.5
 
     def should_draft(self) -> bool:
         return self._rng.random() < 0.8
