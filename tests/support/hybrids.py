@@ -104,15 +104,31 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+# The text half of Qwen3.8-27B: three gated delta nets to one attention layer.
+LIKE_QWEN_27B = {
+    "model_type": "qwen3_5_text",
+    "architectures": ["Qwen3_5ForCausalLM"],
+    "hidden_size": 5120,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "intermediate_size": 17408,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 48,
+    "vocab_size": 248320,
+    "dtype": "bfloat16",
+}
 
-def make_hybrid_config(architecture: str) -> Any:
+
+def make_hybrid_config(architecture: str, **changes: Any) -> Any:
     name, values = HYBRIDS[architecture]
-    return getattr(hf, name)(**{key: value for key, value in values.items() if value is not None})
+    return getattr(hf, name)(**{key: value for key, value in (values | changes).items() if value is not None})
 
 
-def random_hybrid(architecture: str, seed: int = 0) -> Any:
+def random_hybrid(architecture: str, seed: int = 0, **changes: Any) -> Any:
     """A float32 hybrid whose states decay slowly in some heads and fast in others."""
-    model = random_model(make_hybrid_config(architecture), seed)
+    model = random_model(make_hybrid_config(architecture, **changes), seed)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -76,7 +76,7 @@ def built(model: KnownModel, quant: str, layers: int, folder: Path) -> ModelSpec
     (folder / "config.json").write_text(json.dumps(figures))
     with pytest.MonkeyPatch.context() as patch:
         if model.stored:
-            patch.setattr(inspect, "choose_recipe", lambda *_: StoredAs(model.stored))
+            patch.setattr(inspect, "assume_recipe", lambda *_: StoredAs(model.stored))
         return inspect_model(ModelSource(model.id, folder), quant)
 
 
