@@ -79,6 +79,29 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_next": ("Qwen3NextConfig", {**_FOUR, **_GDN, **_SHARED}),
     "qwen3_5_text": ("Qwen3_5TextConfig", {**_FOUR, **_GDN, "rope_parameters": _ROPE}),
     "qwen3_5_moe_text": ("Qwen3_5MoeTextConfig", {**_FOUR, **_GDN, **_SHARED, "rope_parameters": _ROPE}),
+    "jamba": (
+        "JambaConfig",
+        {**_FOUR, "mamba_d_state": 8, "mamba_dt_rank": 4, "attn_layer_period": 3, "attn_layer_offset": 2}
+        | {"num_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "bailing_hybrid": (
+        "BailingHybridConfig",
+        {
+            **_FOUR,
+            **_EXPERTS,
+            "num_key_value_heads": 4,
+            "n_group": 2,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "kv_lora_rank": 32,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 16,
+            "head_dim": 16,
+            "num_mtp_layers": 0,
+            "layer_types": _LINEAR,
+        },
+    ),
     "olmo_hybrid": (
         "OlmoHybridConfig",
         {**_FOUR, **_GDN, "head_dim": None, "num_key_value_heads": 4, "linear_num_key_heads": 4},
