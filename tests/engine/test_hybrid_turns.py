@@ -122,21 +122,30 @@ def test_many_chats_equal_fresh_runs(zoo: Zoo, architecture: str, seed: int):
     fuzz(zoo, architecture, seed, num_texts=20)
 
 
-@pytest.mark.parametrize("architecture", ["qwen3_5_text", pytest.param("falcon_h1", marks=pytest.mark.slow)])
-def test_cancellations_at_any_layer_change_no_text(zoo: Zoo, architecture: str):
-    """Passes are cancelled after any number of layers of the draft's or the target's passes, again and again."""
-    prompt, sampling = random_prompt(40, VOCAB, 7), Sampling(temperature=0.8, seed=4)
-    expected = zoo.slow(architecture).generate(prompt, sampling, 24).tokens
-    rng, text, num_cancelled = random.Random(5), list(prompt), 0
+def interrupt(zoo: Zoo, architecture: str, num_cancelled: int) -> None:
+    """Write texts whose passes are cancelled after any number of layers, of draft or target, and compare them."""
+    rng, sampling = random.Random(5), Sampling(temperature=0.8, seed=4)
     with zoo.engine(architecture, tree_budget=12, chunk_rows=16) as engine:
-        while len(text) < len(prompt) + len(expected):
-            left = len(prompt) + len(expected) - len(text)
-            stop = CancelAfter(rng.randrange(1, 40))
-            for step in engine.generate(text, sampling, stop_ids=frozenset(), max_tokens=left, cancel=stop):
-                text += step.token_ids
-                num_cancelled += step.finish_reason == "interrupt"
-    assert text[len(prompt) :] == expected
-    assert num_cancelled > 10
+        while num_cancelled > 0:
+            prompt = random_prompt(40, VOCAB, rng.randrange(1000))
+            expected, text = zoo.slow(architecture).generate(prompt, sampling, 24).tokens, list(prompt)
+            while len(text) < len(prompt) + len(expected):
+                left = len(prompt) + len(expected) - len(text)
+                stop = CancelAfter(rng.randrange(1, 40))
+                for step in engine.generate(text, sampling, stop_ids=frozenset(), max_tokens=left, cancel=stop):
+                    text += step.token_ids
+                    num_cancelled -= step.finish_reason == "interrupt"
+            assert text[len(prompt) :] == expected
+
+
+def test_cancellations_at_any_layer_change_no_text(zoo: Zoo):
+    interrupt(zoo, "qwen3_5_text", num_cancelled=10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["qwen3_5_text", "falcon_h1", "jamba"])
+def test_200_cancellations_at_any_layer_change_no_text(zoo: Zoo, architecture: str):
+    interrupt(zoo, architecture, num_cancelled=200)
 
 
 def turn(engine: Engine, prompt: list[int], num_tokens: int = 6, **kwargs: object) -> tuple[list[int], int]:
