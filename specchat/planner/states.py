@@ -21,7 +21,7 @@ def state_items(spec: ModelSpec, work: Workload) -> tuple[LedgerItem, ...]:
     stashed = work.seats * sum(shape.stash_bytes(DTYPE_BYTES[work.dtype]) for shape in shapes)
     shared = sum(shape.update_bytes() for shape in set(shapes))
     items = (
-        LedgerItem("recurrent states", work.seats * 2 * _state_bytes(spec, work)),
+        LedgerItem("recurrent states", work.seats * _held_bytes(spec, work)),
         LedgerItem("stashed tree rows", work.tree_budget * (stashed + shared)),
     )
     return tuple(item for item in items if item.bytes)
@@ -30,7 +30,7 @@ def state_items(spec: ModelSpec, work: Workload) -> tuple[LedgerItem, ...]:
 def draft_state_bytes(spec: ModelSpec, work: Workload) -> int:
     """Return the bytes of a draft's recurrent layers, whose trees grow over several passes."""
     row = sum(shape.stash_bytes(DTYPE_BYTES[work.dtype]) + shape.update_bytes() for shape in _shapes(spec))
-    return work.seats * (2 * _state_bytes(spec, work) + work.draft_rows * row)
+    return work.seats * (_held_bytes(spec, work) + work.draft_rows * row)
 
 
 def restore_items(target: ModelSpec, draft: ModelSpec | None, work: Workload) -> tuple[LedgerItem, ...]:
@@ -80,6 +80,11 @@ def state_memory(target: ModelSpec, draft: ModelSpec | None, work: Workload, kv_
         point_bytes=point_bytes(target, draft, work),
         kv_bytes=kv_bytes,
     )
+
+
+def _held_bytes(spec: ModelSpec, work: Workload) -> int:
+    """Return the bytes of one seat's committed and working states, and of constant rates of decay."""
+    return 2 * _state_bytes(spec, work) + sum(shape.rate_bytes() for shape in _shapes(spec))
 
 
 def _state_bytes(spec: ModelSpec, work: Workload) -> int:

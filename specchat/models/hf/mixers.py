@@ -28,6 +28,9 @@ class LayerScans(Protocol):
     def scan(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, /, *, delta: bool) -> Tensor:
         """Run the recurrence over queries, keys [rows, H_k, D] and values [rows, H, D_v]; return the outputs."""
 
+    def scan_channels(self, q: Tensor, k: Tensor, v: Tensor, steps: Tensor, rates: Tensor, /) -> Tensor:
+        """Run the recurrence of Mamba 1 over queries, keys [rows, D] and values [rows, H]; return the outputs."""
+
 
 def bind_mixers(layers: Sequence[Any], scans: Sequence[LayerScans | None]) -> None:
     """Let the mixer of each recurrent layer call the layer's own convolution and scan.
@@ -165,18 +168,12 @@ def _mamba1_scan(
     return_last_state: bool = False,
     **others: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Compute `selective_scan_fn`: inputs, time steps and gates [1, C, rows], rates a [C, D], b and c [1, D, rows].
-
-    Every channel is a head with values of one number, whose keys decay at D rates.
-    """
+    """Compute `selective_scan_fn`: inputs, time steps and gates [1, C, rows], rates a [C, D], b and c [1, D, rows]."""
     if delta_bias is not None:
         dt = dt + delta_bias.to(dt.dtype)[:, None]
     if delta_softplus:
         dt = torch.nn.functional.softplus(dt)
-    steps = dt[0].T.float()
-    q, k = (each[0].T.unsqueeze(1) for each in (c, b))
-    out = scans.scan(q, k, x[0].T.unsqueeze(-1), steps.unsqueeze(-1) * a.float(), steps, delta=False)
-    out = out.squeeze(-1).T[None]
+    out = scans.scan_channels(c[0].T, b[0].T, x[0].T, dt[0].T.float(), a.float()).T[None]
     if (skip := others.get("D")) is not None:
         out = out + skip.float()[:, None] * x.float()
     if z is not None:
