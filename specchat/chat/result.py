@@ -10,7 +10,7 @@ from specchat.chat.answer import Delta, Speculation, Turn
 from specchat.planner.explain import ExplainedPlan
 from specchat.planner.recommendations import Recommendation, Recommendations
 from specchat.records.model import ModelSource
-from specchat.records.plan import Plan
+from specchat.records.plan import Plan, StateMemory
 
 SCHEMA_VERSION = 1
 
@@ -89,11 +89,25 @@ def plan_object(plan: Plan) -> dict[str, Any]:
         "host_bytes": plan.host_bytes,
         "host_ledger": [asdict(item) for item in plan.host_ledger],
         "streamed_bytes_per_step": plan.streamed_bytes_per_step,
+        "recurrent": None if plan.states is None else _states_object(plan.states),
         "predicted_pass_s": None,
         "predicted_tokens_per_step": None,
         "predicted_tok_per_s": None,
         "basis": "none",
         "alternatives": [],
+    }
+
+
+def _states_object(states: StateMemory) -> dict[str, Any]:
+    return {
+        "recurrent_layers": states.num_recurrent,
+        "attention_layers": states.num_attention,
+        "state_bytes": states.state_bytes,
+        "working_copy_bytes": states.working_bytes,
+        "stash_bytes": {str(nodes): nbytes for nodes, nbytes in states.stash_bytes},
+        "restore_points": states.num_points,
+        "restore_point_bytes": states.point_bytes,
+        "kv_bytes": states.kv_bytes,
     }
 
 
@@ -107,6 +121,7 @@ def chosen_object(chosen: ExplainedPlan) -> dict[str, Any]:
         "predicted_tok_per_s": prediction.tok_per_s,
         "bound": prediction.bound,
         "basis": prediction.basis,
+        "assumptions": list(chosen.assumptions),
         "choices": [
             {"option": each.option, "value": each.value, "why": each.why, "pinned": each.pinned}
             for each in chosen.choices

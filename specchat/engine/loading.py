@@ -26,7 +26,6 @@ from specchat.models.packs.verify import ChunkVerifier
 from specchat.models.weights.layout import LayerLayout, bind
 from specchat.models.weights.open import ModelWeights
 from specchat.models.weights.reader import WeightReader
-from specchat.records.limits import restore_points
 from specchat.records.plan import Placement, Workload
 
 
@@ -74,7 +73,7 @@ def load_model(
             work.seats,
             tree_rows=cache_rows - work.ctx if tree_rows is None else tree_rows,
             grows=grows,
-            num_points=restore_points(work.seats),
+            num_points=work.restore_points,
         )
         if device.type == "cpu":
             use_fast_matmuls(skeleton.model)

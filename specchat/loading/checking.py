@@ -1,7 +1,7 @@
 """Checks before plans and downloads: of the architecture, from config.json alone, and of a tokenizer that is here."""
 
 from specchat.errors import ModelError
-from specchat.models.checkpoint.safetensors import weight_files
+from specchat.models.checkpoint.safetensors import has_weights, weight_files
 from specchat.models.sizes import cache
 from specchat.records.model import ModelSource
 
@@ -43,6 +43,24 @@ def check_tokenizer(source: ModelSource) -> None:
 
     load_tokenizer(source.path)
     cache.save_check(key)
+
+
+def assumptions_about(source: ModelSource) -> tuple[str, ...]:
+    """Return what a plan takes for granted about a model; nothing if the model's weights are here.
+
+    Args:
+        source: folder with at least config.json.
+    """
+    if source.is_toy or has_weights(source.path):
+        return ()
+    from specchat.models.weights.choose_recipe import assume_recipe  # imports torch
+    from specchat.models.weights.recipe import AssumedRecipe
+
+    recipe = assume_recipe(source, "none")
+    matrices = ""
+    if isinstance(recipe, AssumedRecipe):
+        matrices = f", matrices with {recipe.bits} bits and a scale per 128 columns"
+    return (f"weights of {source.name} as config.json describes them{matrices}; no weights are here",)
 
 
 def _is_here(source: ModelSource) -> bool:

@@ -13,6 +13,7 @@ from specchat.models import locate
 from specchat.models.catalog.families import known_families
 from specchat.models.catalog.ref import SHAPE_PREFIX, ModelRef, parse_model
 from specchat.models.catalog.shape import Shape
+from specchat.models.checkpoint.safetensors import has_weights, weight_files
 from specchat.models.drafts import DraftChoice, choose_draft, fits, relative_in_cache
 from specchat.models.hf.pairing import check_pair
 from specchat.models.hub.cache import cached_gguf, cached_models
@@ -86,7 +87,11 @@ def locate_models(request: ModelRequest, refs: Refs, reporter: Reporter, ask: As
         UsageError: the user did not confirm a download.
         UnsupportedModelError: the target is known not to run.
     """
-    return _obtain_both(request, refs, _look_up(request, refs, reporter), reporter, ask)
+    models = _obtain_both(request, refs, _look_up(request, refs, reporter), reporter, ask)
+    for model in (models.target, models.draft):
+        if model is not None:
+            weight_files(model.path)  # raises without any
+    return models
 
 
 def sketch_models(request: ModelRequest, refs: Refs, reporter: Reporter, ask: Ask, folder: Path) -> Models:
@@ -111,7 +116,8 @@ def sketch_models(request: ModelRequest, refs: Refs, reporter: Reporter, ask: As
     draft = None if found.draft is None else _sketch(found.draft, folder)
     if target is None or (draft is None and found.draft is not None):
         return _obtain_both(request, refs, found, reporter, ask)
-    if found.are_here:
+    here = [model for model in (target, draft) if model is not None]
+    if found.are_here and all(has_weights(model.path) for model in here):
         return _pair(request, refs, target, draft, found.draft_note)
     return Models(target, draft, found.draft_note)  # the vocabularies are not available yet
 

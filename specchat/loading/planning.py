@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from specchat.loading.checking import check_model, check_tokenizer
+from specchat.loading.checking import assumptions_about, check_model, check_tokenizer
 from specchat.loading.locate import Models
 from specchat.loading.request import RETRIEVAL, ModelRequest, Reporter
 from specchat.loading.sampling import SamplingChoices, resolve_sampling
@@ -64,6 +64,8 @@ def make_plan(
         choices = replace(asked.choices, draft_quant=given)
         asked = replace(asked, choices=choices, draft_is_open=False, lowers_for_speed=False)
     chosen = choose_plan(asked, find_inputs(asked, reporter.warn))
+    sources = [models.target] if models.draft is None or chosen.plan.draft is None else [models.target, models.draft]
+    chosen = replace(chosen, assumptions=tuple(each for source in sources for each in assumptions_about(source)))
     if chosen.plan.draft is not None:
         return Planned(chosen, models)
     return Planned(chosen, replace(models, draft=None, draft_note=_why_no_draft(chosen.plan, models)))

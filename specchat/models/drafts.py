@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from specchat.errors import ModelError, UsageError
 from specchat.models.catalog.ref import ModelRef, draft_candidates, known_draft, parse_model
 from specchat.models.checkpoint.json_file import read_json
-from specchat.models.checkpoint.safetensors import weight_files
+from specchat.models.checkpoint.safetensors import has_weights, weight_files
 from specchat.models.hf.pairing import check_pair
 from specchat.models.hub.cache import cached_models
 from specchat.models.locate import Missing, look_up
@@ -57,7 +57,12 @@ def choose_draft(ref: ModelRef, *, offline: bool, warn: Callable[[str], None]) -
 
 
 def relative_in_cache(target: ModelSource) -> ModelSource | None:
-    """Return the smallest cached model that has the target's type and vocabulary and is small enough for a draft."""
+    """Return the smallest cached model that has the target's type and vocabulary and is small enough for a draft.
+
+    None is found for a target whose weights are not here.
+    """
+    if not has_weights(target.path):
+        return None
     largest_bytes = _LARGEST_SHARE * _num_bytes(target)
     small = [source for source in _cached_like(target) if _num_bytes(source) <= largest_bytes]
     return next((source for source in sorted(small, key=_num_bytes) if fits(target, source)), None)

@@ -18,12 +18,14 @@ from specchat.planner.memory import (
     bytes_beside_layers,
     host_embedding_bytes,
     host_embeddings,
+    kv_bytes,
     lookup_bytes,
     retrieval_items,
 )
 from specchat.planner.placement import TierSizes, among, interleaved, placement_options, usable_ram
 from specchat.planner.request import EXACT_BYTES, PlanInputs, PlanRequest
-from specchat.planner.states import restore_items
+from specchat.planner.states import num_points, point_bytes, restore_items, state_memory
+from specchat.records.limits import LEAST_RESTORE_POINTS
 from specchat.records.model import DTYPE_BYTES, LOWER_QUANTS, Dtype, ModelSpec
 from specchat.records.plan import Placement, Plan, PlanChoices, Workload
 from specchat.units import GIB, MIB, format_bytes
@@ -113,6 +115,7 @@ class Candidate:
             lowered_from=target.dtype if choices.quant == "auto" and target.quant in LOWER_QUANTS else None,
             host_ledger=build_host_ledger(sizes, in_ram, self.slots, machine.device, beside_layers),
             expected=self.model.expectation(self.sizes, work.tree_budget) if self.adaptive else None,
+            states=state_memory(target, draft, work, kv_bytes(target, work, work.tree_budget)),
         )
 
 
@@ -241,9 +244,14 @@ class Candidates:
         """Yield the candidates with most resident layers, per slot count, with embeddings on the device or the host."""
         model, adaptive = self._model(draft), self._choices.tree_budget is None
         variants = self._workload_variants(draft, work)
-        for index, split in self._options.split([self._vram_bytes - other_bytes for _, other_bytes in variants]):
+        one_point = point_bytes(self._target, draft, work) if self._choices.seats == 1 else 0
+        for index, split in self._options.split([self._room(other_bytes, one_point) for _, other_bytes in variants]):
             variant, other_bytes = variants[index]
-            sizes = self._options.place(split, self._host_budget(draft, variant, other_bytes + split.num_bytes))
+            host_bytes = self._host_budget(variant, other_bytes + split.num_bytes)
+            if one_point:
+                points = num_points(one_point, host_bytes, self._options.streamed_bytes(split))
+                variant, host_bytes = _with_points(variant, points), host_bytes - points * one_point
+            sizes = self._options.place(split, host_bytes)
             per_s = model.tok_per_s(sizes, variant.tree_budget, adaptive=adaptive)
             retrieval = self._request.retrieval and variant.tree_budget > 0
             yield Candidate(self._target, draft, variant, sizes, self._vram_bytes, per_s, adaptive, model, retrieval)
@@ -280,14 +288,24 @@ class Candidates:
     def _workload(self, ctx: int, tree_budget: int) -> Workload:
         return _workload(self._dtype, ctx, tree_budget, self._inputs.machine.device, self._choices.seats)
 
-    def _host_budget(self, draft: ModelSpec | None, work: Workload, device_bytes: int) -> int:
-        """Return the host memory left for streamed layers.
+    def _room(self, other_bytes: int, one_point: int) -> int:
+        """Return the device memory left for layers and slots.
 
-        Host embeddings and restore points are taken first and, on a CPU, all other memory.
+        On a CPU, restore points lie in the same memory, so room for the least of them stays free if layers can stream.
+        """
+        room = self._vram_bytes - other_bytes
+        if not one_point or self._inputs.machine.device != "cpu":
+            return room
+        beside_points = self._usable_ram - LEAST_RESTORE_POINTS * one_point - other_bytes
+        return min(room, max(beside_points, self._options.least_bytes))
+
+    def _host_budget(self, work: Workload, device_bytes: int) -> int:
+        """Return the host memory left for restore points and streamed layers.
+
+        Host embeddings are taken first and, on a CPU, all other memory.
         """
         on_cpu = self._inputs.machine.device == "cpu"
         taken = device_bytes if on_cpu else host_embedding_bytes(self._target, work)
-        taken += sum(item.bytes for item in restore_items(self._target, draft, work))
         available = max(self._usable_ram - taken, 0)
         return available if self._choices.ram_bytes is None else min(available, self._choices.ram_bytes)
 
@@ -331,6 +349,12 @@ def _workload(dtype: Dtype, ctx: int, tree_budget: int, device: str, seats: int)
         reserve_bytes=0 if device == "cpu" else CUDA_RESERVE_BYTES,
         seats=seats,
     )
+
+
+@lru_cache(maxsize=512)
+def _with_points(work: Workload, num_points: int) -> Workload:
+    """Return the workload with another number of restore points."""
+    return replace(work, most_points=num_points)
 
 
 @lru_cache(maxsize=512)

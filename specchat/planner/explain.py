@@ -53,11 +53,13 @@ class ExplainedPlan:
         plan: plan for the engine.
         prediction: expected speed.
         choices: settings of the plan with reasons, most important first.
+        assumptions: facts that the plan takes for granted about models whose weights are not here.
     """
 
     plan: Plan
     prediction: Prediction
     choices: tuple[Choice, ...]
+    assumptions: tuple[str, ...] = ()
 
     @property
     def pinned(self) -> tuple[str, ...]:

@@ -66,13 +66,13 @@ def build_ledger(
         LedgerItem("resident layers", sum(sizes[i] for i in placement.resident)),
         LedgerItem("slots", placement.slots * slot_bytes),
         _outside_layers(target, work),
-        LedgerItem("KV cache", _kv_bytes(target, work, work.tree_budget)),
+        LedgerItem("KV cache", kv_bytes(target, work, work.tree_budget)),
         *state_items(target, work),
     ]
     if draft is not None:
         layers = sum(layer_sizes(draft, work.dtype))
         items.append(LedgerItem("draft", layers + _other_bytes(draft, work.dtype)))
-        items.append(LedgerItem("draft KV cache", _kv_bytes(draft, work, work.draft_rows)))
+        items.append(LedgerItem("draft KV cache", kv_bytes(draft, work, work.draft_rows)))
         if states := draft_state_bytes(draft, work):
             items.append(LedgerItem("draft states", states))
     models = [target] if draft is None else [target, draft]
@@ -100,7 +100,7 @@ def bytes_beside_layers(target: ModelSpec, draft: ModelSpec | None, work: Worklo
 @lru_cache(maxsize=4096)
 def _target_needs(target: ModelSpec, work: Workload) -> tuple[int, int, int]:
     """Return permanent bytes, and peak workspace bytes of the longest first step and of later steps."""
-    kept = _outside_layers(target, work).bytes + _kv_bytes(target, work, work.tree_budget)
+    kept = _outside_layers(target, work).bytes + kv_bytes(target, work, work.tree_budget)
     kept += sum(item.bytes for item in state_items(target, work))
     first, later = _target_passes(target, work)
     ancestors = _ancestors_bytes(work)
@@ -116,7 +116,7 @@ def _target_needs(target: ModelSpec, work: Workload) -> tuple[int, int, int]:
 def _draft_needs(draft: ModelSpec, work: Workload) -> tuple[int, int, int]:
     """Return the figures of `_target_needs` for a draft; cached separately, because one draft serves many targets."""
     layers = sum(layer_sizes(draft, work.dtype))
-    kept = layers + _other_bytes(draft, work.dtype) + _kv_bytes(draft, work, work.draft_rows)
+    kept = layers + _other_bytes(draft, work.dtype) + kv_bytes(draft, work, work.draft_rows)
     kept += draft_state_bytes(draft, work)
     return (
         kept + dequantize_bytes(draft, work.dtype, work.device),
@@ -152,6 +152,12 @@ def build_host_ledger(
     if read:
         items.append(LedgerItem("reading", NUM_READERS * READ_WINDOW_BYTES))
     return tuple(item for item in items if item.bytes)
+
+
+def kv_bytes(spec: ModelSpec, work: Workload, tree_rows: int) -> int:
+    """Return the bytes of a cache whose seats hold a context and rows of trees."""
+    rows = work.seats * padded_rows(work.ctx + tree_rows)
+    return rows * spec.kv_numbers_per_row * DTYPE_BYTES[work.dtype]
 
 
 def lookup_bytes(spec: ModelSpec, dtype: Dtype) -> int:
@@ -225,12 +231,6 @@ def _outside_layers(target: ModelSpec, work: Workload) -> LedgerItem:
 def _other_bytes(spec: ModelSpec, dtype: Dtype) -> int:
     narrowed = spec.narrowed_bytes if DTYPE_BYTES[dtype] == 2 else 0
     return sum(size.nbytes(dtype) for size in spec.other_params) + spec.buffer_bytes - narrowed
-
-
-def _kv_bytes(spec: ModelSpec, work: Workload, tree_rows: int) -> int:
-    """Return the bytes of a cache whose seats hold a context and rows of trees."""
-    rows = work.seats * padded_rows(work.ctx + tree_rows)
-    return rows * spec.kv_numbers_per_row * DTYPE_BYTES[work.dtype]
 
 
 # --- workspaces --------------------------------------------------------------------------------------------------

@@ -101,6 +101,12 @@ class PlacementOptions:
             self._placements[key] = self._placement(*key)
         return self._placements[key]
 
+    def streamed_bytes(self, split: LayerSplit) -> int:
+        """Return the bytes of all streamed layers of a split."""
+        if self._is_uniform:
+            return (len(self._sizes) - split.num_resident) * self._sizes[0]
+        return sum(self.streamed_sizes(split.num_resident).values())
+
     def streamed_sizes(self, num_resident: int) -> dict[int, int]:
         """Return the bytes of the streamed layers, by index."""
         resident = set(interleaved(num_resident, len(self._sizes)))

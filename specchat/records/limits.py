@@ -39,6 +39,11 @@ RECYCLED_RUNS, RECYCLED_RUN_BYTES = 3 * 16384, 400
 # every channel has its own decay, differences of decays are computed for a few rows at a time.
 SCAN_BLOCK_ROWS, SCAN_CHANNEL_ROWS = 64, 16
 
+# Copies of its recurrent states that a model keeps in host memory, to go back in a chat. The most suffice for about
+# four turns, or for doubling distances over a prompt of 100,000 tokens. The least are the end of the last prompt, where
+# an answer is drawn again, and the end of its history, to which templates that strip thinking go back in every turn.
+MOST_RESTORE_POINTS, LEAST_RESTORE_POINTS = 12, 2
+
 # Packs are read in chunks of this size, each with its own checksum; the hardware probe measures reads of this size.
 READ_CHUNK_BYTES = 16 * MIB
 # Queue depth 2 saturates NVMe when idle. Under CPU load threads submit late, so use 4. On an idle machine, 2 to 4
@@ -81,12 +86,3 @@ def head_block_rows(block_rows: int, num_sequences: int) -> int:
     call: four times a single walk's rows suffice, because most walks end within two or three calls.
     """
     return min(block_rows, max(4 * block_rows // num_sequences, 2))
-
-
-def restore_points(seats: int) -> int:
-    """Return how many copies of its recurrent states a model keeps in host memory, to go back in a chat.
-
-    They suffice for about four turns, or for doubling distances over a prompt of 100,000 tokens. Answers that share
-    passes are not continued, so they need no copies.
-    """
-    return 12 if seats == 1 else 0

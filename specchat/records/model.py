@@ -68,6 +68,8 @@ class StateShape:
         key_dim: rows of a state.
         value_dim: columns of a state.
         decays: number of decays per head: 1, or `key_dim` for layers that decay every channel separately.
+        rates: number of constant rates per head that multiply its one decay: 0, or `key_dim` for Mamba 1, whose heads
+            have values of one number.
     """
 
     channels: int
@@ -77,19 +79,27 @@ class StateShape:
     key_dim: int = 0
     value_dim: int = 0
     decays: int = 1
+    rates: int = 0
 
     def state_bytes(self, item_bytes: int) -> int:
         """Return the bytes of one state: the matrices, and the last inputs of the convolution."""
         matrices = self.heads * self.key_dim * self.value_dim * STATE_ITEM_BYTES
         return matrices + (self.taps - 1) * self.channels * item_bytes
 
+    def rate_bytes(self) -> int:
+        """Return the bytes of the constant rates of decay, which paths are folded with."""
+        return self.heads * self.rates * STATE_ITEM_BYTES
+
     def stash_bytes(self, item_bytes: int) -> int:
         """Return the bytes that one draft node stashes: the inputs of the convolution and of the recurrence."""
         given = self.channels + self.key_heads * self.key_dim + self.heads * self.value_dim
-        return given * item_bytes + self.heads * (self.decays + 1) * STATE_ITEM_BYTES
+        floats = 1 if self.rates else self.decays + 1  # time steps, or decays and strengths
+        return given * item_bytes + self.heads * floats * STATE_ITEM_BYTES
 
     def update_bytes(self) -> int:
-        """Return the bytes of one draft node's keys, updates and sums of decays while its tree is computed."""
+        """Return the bytes of one draft node while its tree is computed: keys, updates, sums of decays; or a state."""
+        if self.rates:
+            return self.heads * self.key_dim * STATE_ITEM_BYTES
         numbers = self.key_heads * self.key_dim + self.heads * self.value_dim
         return numbers * STATE_ITEM_BYTES + self.heads * self.decays * 2 * STATE_ITEM_BYTES  # sums are float64
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from specchat.records.limits import HEAD_BLOCK_ROWS
+from specchat.records.limits import HEAD_BLOCK_ROWS, MOST_RESTORE_POINTS
 from specchat.records.model import Dtype, Quant, Tier
 
 # Ledger items that hold weights, resident or streamed.
@@ -83,6 +83,7 @@ class Workload:
         head_rows: nodes that the head scores at a time on the walk; blocks without a visited node are not scored.
         host_embeddings: whether input embeddings stay in host memory, and only the rows of a pass cross the link.
         seats: most sequences of a pass, each with a context of `ctx` tokens; 1 for chats.
+        most_points: most copies of recurrent states that a chat keeps in host memory.
     """
 
     device: str
@@ -95,6 +96,12 @@ class Workload:
     head_rows: int = HEAD_BLOCK_ROWS
     host_embeddings: bool = False
     seats: int = 1
+    most_points: int = MOST_RESTORE_POINTS
+
+    @property
+    def restore_points(self) -> int:
+        """Number of copies of recurrent states; none with several seats, whose answers are not continued."""
+        return self.most_points if self.seats == 1 else 0
 
 
 @dataclass(frozen=True)
@@ -128,6 +135,31 @@ class Placement:
 
 
 @dataclass(frozen=True)
+class StateMemory:
+    """Memory of a target's recurrent layers, all seats together.
+
+    Attributes:
+        num_recurrent: number of layers with a state.
+        num_attention: number of layers that cache keys and values; a layer may have both.
+        state_bytes: bytes of the states before the last change.
+        working_bytes: bytes of the working copy, which passes advance.
+        stash_bytes: (nodes, bytes) that trees of a few sizes stash until a path is accepted.
+        num_points: number of restore points in host memory.
+        point_bytes: bytes of one restore point, the draft's included.
+        kv_bytes: bytes of the keys and values of all layers that cache them.
+    """
+
+    num_recurrent: int
+    num_attention: int
+    state_bytes: int
+    working_bytes: int
+    stash_bytes: tuple[tuple[int, int], ...]
+    num_points: int
+    point_bytes: int
+    kv_bytes: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """All decisions that the engine needs before loading: the whole contract between planner and engine.
 
@@ -147,6 +179,7 @@ class Plan:
         expected: predicted times and tokens of a step, from which an adaptive tree starts; None if unknown.
         text_only: whether the target is the text half of a multimodal model.
         retrieval: whether draft nodes also come from the text itself and the target's earlier scores.
+        states: memory of recurrent layers; None for a target without any.
     """
 
     target: str
@@ -165,6 +198,7 @@ class Plan:
     expected: Expectation | None = None
     text_only: bool = False
     retrieval: bool = False
+    states: StateMemory | None = None
 
     @property
     def sources(self) -> str:

@@ -11,6 +11,7 @@ from rich.text import Text
 from specchat.planner.cost import Prediction
 from specchat.planner.explain import Choice, ExplainedPlan
 from specchat.planner.rates import Basis
+from specchat.records.limits import MOST_RESTORE_POINTS
 from specchat.records.model import ModelSource
 from specchat.records.plan import Plan
 from specchat.ui.console import neutral
@@ -38,6 +39,7 @@ def plan_text(target: ModelSource, chosen: ExplainedPlan, draft_note: str, width
     plan, width = chosen.plan, min(width, _WIDEST)
     facts = [("model", model_name(target, plan)), ("expect", speed_text(chosen.prediction))]
     facts += [("basis", _BASES[chosen.prediction.basis]), ("layers", _layers(plan))]
+    facts += [("assumes", assumption) for assumption in chosen.assumptions]
     if plan.draft is None and draft_note:
         facts.insert(1, ("draft", draft_note))
     if plan.placement.streamed:
@@ -48,6 +50,7 @@ def plan_text(target: ModelSource, chosen: ExplainedPlan, draft_note: str, width
     memory = "RAM" if plan.work.device == "cpu" else "VRAM"
     choices = _stacked(chosen.choices, width) if width < _NARROW else _side_by_side(chosen.choices, width)
     account = [f"{memory}:", *_facts(ledger, width, indent="  "), *_host_account(plan, width)]
+    account += _state_account(plan, width)
     return "\n".join([*_facts(facts, width), "", *choices, "", *account])
 
 
@@ -64,6 +67,26 @@ def _host_account(plan: Plan, width: int) -> list[str]:
     rows = [(item.item, format_bytes(item.bytes)) for item in plan.host_ledger]
     rows.append(("sum", format_bytes(sum(item.bytes for item in plan.host_ledger))))
     return ["", "other RAM:" if plan.work.device == "cpu" else "RAM:", *_facts(rows, width, indent="  ")]
+
+
+def _state_account(plan: Plan, width: int) -> list[str]:
+    """Return the lines about recurrent layers, part by part; the ledgers count them, too."""
+    states = plan.states
+    if states is None:
+        return []
+    stashes = ", ".join(f"{format_bytes(nbytes)} for {nodes} nodes" for nodes, nbytes in states.stash_bytes)
+    points = f"{format_bytes(states.num_points * states.point_bytes)}, {states.num_points} of "
+    rows = [
+        ("state", format_bytes(states.state_bytes)),
+        ("working copy", format_bytes(states.working_bytes)),
+        ("stash of a tree", stashes),
+        ("restore points", points + format_bytes(states.point_bytes)),
+        (f"KV cache of {states.num_attention} layers", format_bytes(states.kv_bytes)),
+    ]
+    if states.num_points < MOST_RESTORE_POINTS and plan.work.seats == 1:
+        rows[3] = (rows[3][0], f"{rows[3][1]} ({MOST_RESTORE_POINTS} with more RAM)")
+    of_all = f"{states.num_recurrent} of {plan.placement.num_layers}"
+    return ["", f"recurrent layers ({of_all}):", *_facts(rows, width, indent="  ")]
 
 
 def speed_text(prediction: Prediction) -> str:

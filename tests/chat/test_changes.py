@@ -5,7 +5,7 @@ chat read from its file must give the same answer, too.
 """
 
 import random
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from threading import Event
 
@@ -14,6 +14,7 @@ import transformers as hf
 from support import tiny_models
 from support.engines import make_plan
 from support.fake_engine import EOS, TOKENIZER
+from support.hybrids import random_hybrid
 from support.loading import load_engine
 from support.setups import setup
 
@@ -34,7 +35,6 @@ QUESTIONS = ["Hi", "Why? 🦊", "And then", "日本", "tell me more\nplease"]
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory):
     """Yield an engine that drafts and streams, and a plain engine."""
-    folder = tmp_path_factory.mktemp("models")
     config = hf.LlamaConfig(
         vocab_size=EOS + 1,
         hidden_size=48,
@@ -44,10 +44,23 @@ def engines(tmp_path_factory):
         num_key_value_heads=2,
         max_position_embeddings=512,
     )
-    model = tiny_models.random_model(config, seed=5)
+    with opened_engines(tiny_models.random_model(config, seed=5), tmp_path_factory.mktemp("models")) as both:
+        yield both
+
+
+@pytest.fixture(scope="module", params=["qwen3_5_text", "falcon_h1"])
+def hybrid_engines(request, tmp_path_factory):
+    """Yield the engines of a hybrid, whose draft is one, too."""
+    model = random_hybrid(request.param, vocab_size=EOS + 1)
+    with opened_engines(model, tmp_path_factory.mktemp("models")) as both:
+        yield both
+
+
+@contextmanager
+def opened_engines(model, folder):
     target = tiny_models.save(model, folder / "target")
     draft = tiny_models.save(tiny_models.perturbed(model, 0.2), folder / "draft")
-    sizes = {"num_layers": LAYERS, "ctx": CTX, "tree_budget": 8}
+    sizes = {"num_layers": model.config.num_hidden_layers, "ctx": CTX, "tree_budget": 8}
     with ExitStack() as stack:
         streamed = make_plan(target, draft, resident=[0], **sizes)
         plain = make_plan(target, None, **sizes)
@@ -175,6 +188,28 @@ def test_the_next_answer_is_that_of_a_fresh_run(engines, tmp_path):
 @pytest.mark.slow
 def test_the_next_answer_is_that_of_a_fresh_run_for_220_sequences(engines, tmp_path):
     check(engines, tmp_path, range(100, 320))
+
+
+def test_the_next_answer_of_a_hybrid_is_that_of_a_fresh_run(hybrid_engines, tmp_path):
+    check(hybrid_engines, tmp_path, range(6))
+
+
+@pytest.mark.slow
+def test_the_next_answer_of_a_hybrid_is_that_of_a_fresh_run_for_200_sequences(hybrid_engines, tmp_path):
+    check(hybrid_engines, tmp_path, range(100, 300))
+
+
+def test_turn_10_reads_no_more_than_turn_2_where_thinking_is_stripped(hybrid_engines):
+    """The template drops all thinking, and the last token of each prompt, from the next prompt."""
+    engine, _ = hybrid_engines
+    engine.truncate(0)
+    state = state_of([Opened(setup(), None, Sampling(temperature=0.8, seed=3), 8, True)])
+    session = session_of(engine, state)
+    turns = [follow(session.ask("Why not?"), Event(), None) for _ in range(10)]
+    assert all(turn.message.reasoning and not turn.message.content for turn in turns)
+    read = [turn.usage.prompt_tokens - turn.usage.cached_tokens for turn in turns]
+    assert read[9] <= 1.2 * read[1] and turns[9].usage.prompt_tokens > 4 * read[9]
+    print(f"read {read} of {[turn.usage.prompt_tokens for turn in turns]} prompt tokens")
 
 
 def test_retries_differ_and_are_reproducible(engines):

@@ -64,10 +64,12 @@ class CancelAfter(threading.Event):
         return self._left < 0
 
 
-def fuzz(zoo: Zoo, architecture: str, seed: int, num_texts: int) -> int:
+def fuzz(zoo: Zoo, architecture: str, seed: int, num_texts: int, most_points: int = 12) -> int:
     """Run random operations, compare every text, and return how many rows were read again in vain."""
     rng, slow, num_reread = random.Random(seed), zoo.slow(architecture), 0
-    with zoo.engine(architecture, tree_budget=20, chunk_rows=rng.choice([7, 16, 64])) as engine:
+    with zoo.engine(
+        architecture, tree_budget=20, chunk_rows=rng.choice([7, 16, 64]), most_points=most_points
+    ) as engine:
         history = [random_prompt(rng.randrange(1, 60), VOCAB, seed)]
         for number in range(num_texts):
             new = random_prompt(rng.randrange(1, 30), VOCAB, 100 * seed + number)
@@ -108,6 +110,11 @@ def test_any_chat_equals_a_fresh_run(zoo: Zoo, architecture: str, seed: int):
     fuzz(zoo, architecture, seed, num_texts=8)
 
 
+@pytest.mark.parametrize("most_points", [0, 2])
+def test_chats_with_few_restore_points_equal_fresh_runs(zoo: Zoo, most_points: int):
+    fuzz(zoo, "qwen3_5_text", 3, num_texts=5, most_points=most_points)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(40))
 @pytest.mark.parametrize("architecture", ["qwen3_5_text", "falcon_h1", "kimi_linear", "granitemoehybrid", "lfm2"])
@@ -115,21 +122,30 @@ def test_many_chats_equal_fresh_runs(zoo: Zoo, architecture: str, seed: int):
     fuzz(zoo, architecture, seed, num_texts=20)
 
 
-@pytest.mark.parametrize("architecture", ["qwen3_5_text", pytest.param("falcon_h1", marks=pytest.mark.slow)])
-def test_cancellations_at_any_layer_change_no_text(zoo: Zoo, architecture: str):
-    """Passes are cancelled after any number of layers of the draft's or the target's passes, again and again."""
-    prompt, sampling = random_prompt(40, VOCAB, 7), Sampling(temperature=0.8, seed=4)
-    expected = zoo.slow(architecture).generate(prompt, sampling, 24).tokens
-    rng, text, num_cancelled = random.Random(5), list(prompt), 0
+def interrupt(zoo: Zoo, architecture: str, num_cancelled: int) -> None:
+    """Write texts whose passes are cancelled after any number of layers, of draft or target, and compare them."""
+    rng, sampling = random.Random(5), Sampling(temperature=0.8, seed=4)
     with zoo.engine(architecture, tree_budget=12, chunk_rows=16) as engine:
-        while len(text) < len(prompt) + len(expected):
-            left = len(prompt) + len(expected) - len(text)
-            stop = CancelAfter(rng.randrange(1, 40))
-            for step in engine.generate(text, sampling, stop_ids=frozenset(), max_tokens=left, cancel=stop):
-                text += step.token_ids
-                num_cancelled += step.finish_reason == "interrupt"
-    assert text[len(prompt) :] == expected
-    assert num_cancelled > 10
+        while num_cancelled > 0:
+            prompt = random_prompt(40, VOCAB, rng.randrange(1000))
+            expected, text = zoo.slow(architecture).generate(prompt, sampling, 24).tokens, list(prompt)
+            while len(text) < len(prompt) + len(expected):
+                left = len(prompt) + len(expected) - len(text)
+                stop = CancelAfter(rng.randrange(1, 40))
+                for step in engine.generate(text, sampling, stop_ids=frozenset(), max_tokens=left, cancel=stop):
+                    text += step.token_ids
+                    num_cancelled -= step.finish_reason == "interrupt"
+            assert text[len(prompt) :] == expected
+
+
+def test_cancellations_at_any_layer_change_no_text(zoo: Zoo):
+    interrupt(zoo, "qwen3_5_text", num_cancelled=10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["qwen3_5_text", "falcon_h1", "jamba"])
+def test_200_cancellations_at_any_layer_change_no_text(zoo: Zoo, architecture: str):
+    interrupt(zoo, architecture, num_cancelled=200)
 
 
 def turn(engine: Engine, prompt: list[int], num_tokens: int = 6, **kwargs: object) -> tuple[list[int], int]:
@@ -151,17 +167,28 @@ def test_turns_read_only_what_is_new(zoo: Zoo):
         assert turn(engine, ask) == (answer, 1)  # undone, and asked again
 
 
-def test_templates_that_strip_thinking_read_one_turn(zoo: Zoo):
-    """Each answer is replaced by a shorter one in the next prompt, and the last tokens of the prompt are, too."""
+@pytest.mark.parametrize("most_points", [0, 2, 12])
+def test_templates_that_strip_thinking_read_one_turn(zoo: Zoo, most_points: int):
+    """Each answer is replaced by a shorter one in the next prompt, and the last tokens of the prompt are, too.
+
+    The two points that are kept in any case suffice. Without points, every turn reads the whole chat again.
+    """
     ending = random_prompt(3, VOCAB, 9)
-    with zoo.engine("qwen3_5_text", tree_budget=8) as engine:
-        history, read = [], []
+    with zoo.engine("qwen3_5_text", tree_budget=8, most_points=most_points) as engine:
+        history, read, lengths = [], [], []
         for number in range(8):
             history = history + random_prompt(12, VOCAB, number)
             answer, rows = turn(engine, history + ending, restore_at=[len(history)])
             read.append(rows)
+            lengths.append(len(history) + len(ending))
             history = history + ending[:1] + answer[-2:]
-        assert max(read[1:]) <= 12 + 3 + len(ending)
+        if most_points:
+            assert max(read[1:]) <= 12 + 3 + len(ending)
+        else:
+            assert read == lengths
+        recurrent = engine._target.cache.recurrent
+        one_point = sum(state.shape.state_bytes(4) for state in recurrent.seats[0].states)
+        assert recurrent.point_bytes <= most_points * one_point
         assert len(engine._drafter._held[0]) > 80
 
 

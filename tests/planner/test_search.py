@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.engines import write
 from support.loading import changed, load_engine, plan_here, plan_request
-from support.planning import UNKNOWN_RATES, plan_for, specs
+from support.planning import UNKNOWN_RATES, available, plan_for, specs
 
 from specchat.engine.engine import Engine
 from specchat.errors import DoesNotFitError, UsageError
@@ -284,13 +284,6 @@ def test_embeddings_move_to_the_host_only_if_more_layers_then_stay(spec: ModelSp
 def fits(spec: ModelSpec, plan: Plan, num_resident: int, budget: int) -> bool:
     slots = NUM_SLOTS if num_resident < spec.num_layers else 0
     return ledger_bytes(spec, None, plan, num_resident, slots) <= budget
-
-
-def available(usable_bytes: int) -> int:
-    """Return the memory of which `usable_bytes` are left by the reserve."""
-    found = usable_bytes + min(4 * GIB, usable_bytes // 3)
-    assert usable_ram(found) == usable_bytes
-    return found
 
 
 def test_embeddings_in_host_memory_free_device_memory_for_layers():

@@ -9,35 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 from support.engines import make_plan, random_prompt, write
-from support.hybrids import HYBRIDS, make_hybrid_config, random_hybrid
-from support.loading import load_engine
+from support.hybrids import HYBRIDS, LIKE_QWEN_27B, make_hybrid_config, random_hybrid
+from support.loading import load_engine, plan_request
+from support.planning import available, plan_for
 from support.tiny_models import VOCAB, perturbed, save
 
 from specchat.engine.kv_cache import TreeCache
 from specchat.engine.measuring import GenerationMemory
+from specchat.hardware.machine import Machine
 from specchat.models.sizes.describe import describe
 from specchat.planner.memory import build_ledger
-from specchat.planner.states import draft_state_bytes, restore_items, state_items
+from specchat.planner.states import draft_state_bytes, num_points, restore_items, state_items
 from specchat.records.generation import Sampling
 from specchat.records.model import DTYPE_BYTES, Dtype, ModelSource, ModelSpec
 from specchat.records.plan import WEIGHT_ITEMS, Plan, Workload
-from specchat.units import MIB
-
-# The text half of Qwen3.8-27B: three gated delta nets to one attention layer.
-LIKE_QWEN_27B = {
-    "model_type": "qwen3_5_text",
-    "architectures": ["Qwen3_5ForCausalLM"],
-    "hidden_size": 5120,
-    "num_hidden_layers": 64,
-    "num_attention_heads": 24,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "intermediate_size": 17408,
-    "linear_num_key_heads": 16,
-    "linear_num_value_heads": 48,
-    "vocab_size": 248320,
-    "dtype": "bfloat16",
-}
+from specchat.units import GIB, MIB
 
 
 def spec_of(folder: Path, values: dict[str, object]) -> ModelSpec:
@@ -68,6 +54,41 @@ def test_states_of_a_27b_shape(large: ModelSpec):
     assert states.bytes == 6 * one_state
     assert (rows.bytes - workspace) / MIB == 3 * stash
     assert restore_items(large, None, replace(work, seats=3)) == ()
+    assert restore_items(large, None, replace(work, most_points=3))[0].bytes == 3 * one_state
+
+
+def plan_with(target: ModelSpec, device: str, ram: int, **choices: int) -> Plan:
+    asked = plan_request(ModelSource("target", Path("target")), None, device, dtype="bf16", ctx=2048, **choices)
+    return plan_for(asked, Machine(device, 24 * GIB, available(ram), fast_bf16=True), target, None)
+
+
+@pytest.mark.parametrize(
+    ("ram", "num_points"), [(64 * GIB, 12), (16 * GIB, 12), (8 * GIB, 6), (2 * GIB, 2), (200 * MIB, 1), (100 * MIB, 0)]
+)
+@pytest.mark.parametrize("by", ["free memory", "--ram"])
+def test_restore_points_take_what_layers_leave(large: ModelSpec, ram: int, num_points: int, by: str):
+    """A 27B in 16 bits streams most layers: points take an eighth of the host memory, but two in any case."""
+    free, choices = (64 * GIB, {"ram_bytes": ram}) if by == "--ram" else (ram, {})
+    plan = plan_with(large, "cuda:0", free, **choices)
+    assert plan.states is not None and plan.work.restore_points == plan.states.num_points == num_points
+    host = {item.item: item.bytes for item in plan.host_ledger}
+    assert host.get("restore points", 0) == num_points * plan.states.point_bytes
+    assert host.get("restore points", 0) + host.get("pinned layers", 0) <= ram
+    if ram == 64 * GIB:
+        assert "disk" not in plan.placement.tiers
+
+
+def test_on_a_cpu_restore_points_lie_within_all_memory(large: ModelSpec):
+    """Resident layers fill the memory, and leave room for two points."""
+    plan = plan_with(large, "cpu", 24 * GIB)
+    points = next(item.bytes for item in plan.host_ledger if item.item == "restore points")
+    assert plan.placement.streamed and plan.states is not None and plan.states.num_points >= 2
+    assert plan.device_bytes + points <= 24 * GIB
+
+
+def test_all_points_are_kept_where_everything_fits(large: ModelSpec):
+    assert num_points(100, 1200, 0) == num_points(100, 5000, 3800) == 12
+    assert [num_points(100, ram, 10**6) for ram in (99, 100, 300, 2400, 9700)] == [0, 1, 2, 3, 12]
 
 
 @pytest.mark.parametrize("architecture", HYBRIDS)
@@ -85,7 +106,7 @@ def test_the_engine_allocates_what_is_counted(architecture: str, dtype: Dtype, s
         assert cache.nbytes == rows + counted
 
 
-@pytest.mark.parametrize("architecture", ["qwen3_5_text", "kimi_linear", "falcon_h1", "lfm2_moe"])
+@pytest.mark.parametrize("architecture", ["qwen3_5_text", "kimi_linear", "falcon_h1", "lfm2_moe", "jamba"])
 def test_memory_of_generation_stays_within_the_ledger(architecture: str, tmp_path: Path):
     """Operations create nothing that the ledger does not count, and the ledger does not count much more."""
     model = random_hybrid(architecture)

@@ -14,6 +14,7 @@ from specchat.engine.sampling import Sampler
 from specchat.engine.sequence import TokenSequence
 from specchat.engine.tree import TokenTree
 from specchat.records.generation import Sampling, Step
+from specchat.records.limits import MOST_RESTORE_POINTS
 from specchat.records.model import ModelSource
 from specchat.records.plan import Placement, Plan, Workload
 
@@ -32,6 +33,7 @@ def make_plan(
     chunk_rows: int = 512,
     seats: int = 1,
     retrieval: bool = False,
+    most_points: int = MOST_RESTORE_POINTS,
 ) -> Plan:
     stays = tuple(range(num_layers) if resident is None else resident)
     return Plan(
@@ -46,6 +48,7 @@ def make_plan(
             draft_rows=2 * tree_budget if draft else 0,
             chunk_rows=chunk_rows,
             seats=seats,
+            most_points=most_points,
         ),
         placement=Placement(num_layers, stays, (), slots if len(stays) < num_layers else 0),
         ledger=(),

@@ -56,7 +56,9 @@ class ByteTokenizer:
         text = "".join(f"[{m.role}]{m.content}\n" for m in messages)
         if ending == "continue":
             return text[:-1]
-        return text + ("[assistant]" if ending == "answer" else "") + ("<think>" if thinking else "")
+        if ending == "none":
+            return text
+        return f"{text}[assistant]<think>" if thinking else f"{text}[assistant]"
 
     def response_parser(self, prompt):
         return None

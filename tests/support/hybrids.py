@@ -79,6 +79,29 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_next": ("Qwen3NextConfig", {**_FOUR, **_GDN, **_SHARED}),
     "qwen3_5_text": ("Qwen3_5TextConfig", {**_FOUR, **_GDN, "rope_parameters": _ROPE}),
     "qwen3_5_moe_text": ("Qwen3_5MoeTextConfig", {**_FOUR, **_GDN, **_SHARED, "rope_parameters": _ROPE}),
+    "jamba": (
+        "JambaConfig",
+        {**_FOUR, "mamba_d_state": 8, "mamba_dt_rank": 4, "attn_layer_period": 3, "attn_layer_offset": 2}
+        | {"num_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "bailing_hybrid": (
+        "BailingHybridConfig",
+        {
+            **_FOUR,
+            **_EXPERTS,
+            "num_key_value_heads": 4,
+            "n_group": 2,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "kv_lora_rank": 32,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 16,
+            "head_dim": 16,
+            "num_mtp_layers": 0,
+            "layer_types": _LINEAR,
+        },
+    ),
     "olmo_hybrid": (
         "OlmoHybridConfig",
         {**_FOUR, **_GDN, "head_dim": None, "num_key_value_heads": 4, "linear_num_key_heads": 4},
@@ -104,15 +127,31 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+# The text half of Qwen3.8-27B: three gated delta nets to one attention layer.
+LIKE_QWEN_27B = {
+    "model_type": "qwen3_5_text",
+    "architectures": ["Qwen3_5ForCausalLM"],
+    "hidden_size": 5120,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "intermediate_size": 17408,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 48,
+    "vocab_size": 248320,
+    "dtype": "bfloat16",
+}
 
-def make_hybrid_config(architecture: str) -> Any:
+
+def make_hybrid_config(architecture: str, **changes: Any) -> Any:
     name, values = HYBRIDS[architecture]
-    return getattr(hf, name)(**{key: value for key, value in values.items() if value is not None})
+    return getattr(hf, name)(**{key: value for key, value in (values | changes).items() if value is not None})
 
 
-def random_hybrid(architecture: str, seed: int = 0) -> Any:
+def random_hybrid(architecture: str, seed: int = 0, **changes: Any) -> Any:
     """A float32 hybrid whose states decay slowly in some heads and fast in others."""
-    model = random_model(make_hybrid_config(architecture), seed)
+    model = random_model(make_hybrid_config(architecture, **changes), seed)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

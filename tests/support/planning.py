@@ -7,11 +7,13 @@ from dataclasses import replace
 from hypothesis import strategies as st
 
 from specchat.hardware.machine import Machine, MatmulRate
+from specchat.planner.placement import usable_ram
 from specchat.planner.rates import Rate, Rates
 from specchat.planner.request import PlanInputs, PlanRequest
 from specchat.planner.search import choose_plan
 from specchat.records.model import KvShape, ModelSpec, ParamSize
 from specchat.records.plan import Plan
+from specchat.units import GIB
 
 # A slow machine of a kind that nobody knows.
 UNKNOWN_RATES = Rates(
@@ -31,6 +33,13 @@ def plan_for(request: PlanRequest, machine: Machine, target: ModelSpec, draft: M
     """The plan for a target in this very precision."""
     known = PlanInputs(machine, UNKNOWN_RATES, UNKNOWN_RATES, lambda _: target, draft)
     return choose_plan(replace(request, lowers_for_speed=False), known).plan
+
+
+def available(usable_bytes: int) -> int:
+    """Return the memory of which `usable_bytes` are left by the reserve."""
+    found = usable_bytes + min(4 * GIB, usable_bytes // 3)
+    assert usable_ram(found) == usable_bytes
+    return found
 
 
 @st.composite

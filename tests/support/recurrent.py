@@ -15,14 +15,15 @@ from specchat.engine.tree import ROOT, TokenTree
 from specchat.records.model import StateShape
 
 CPU = torch.device("cpu")
-# What the families of models look like: gated delta nets, Kimi Delta Attention, Mamba2, and convolutions alone.
+# What the families of models look like: gated delta nets, Kimi Delta Attention, Mamba 2 and 1, convolutions alone.
 SHAPES = {
     "gdn": StateShape(channels=10, taps=4, key_heads=2, heads=4, key_dim=5, value_dim=3),
     "kda": StateShape(channels=6, taps=4, key_heads=2, heads=2, key_dim=4, value_dim=6, decays=4),
     "mamba2": StateShape(channels=7, taps=3, key_heads=1, heads=3, key_dim=4, value_dim=2),
+    "mamba1": StateShape(channels=5, taps=4, key_heads=1, heads=5, key_dim=3, value_dim=1, rates=3),
     "conv": StateShape(channels=8, taps=3),
 }
-DELTA = {"gdn": True, "kda": True, "mamba2": False, "conv": False}
+DELTA = {"gdn": True, "kda": True, "mamba2": False, "mamba1": False, "conv": False}
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer with random weights of its convolution."""
+    """A layer with random weights of its convolution, and random rates of decay."""
 
     shape: StateShape
     delta: bool
     weight: Tensor
     bias: Tensor | None
+    rates: Tensor
 
     def step(self, past: Past, row: Row) -> tuple[Past, Tensor, Tensor]:
         """Return the past behind a row, and the row's outputs of convolution and recurrence."""
@@ -59,7 +61,8 @@ class Layer:
         memory, out = past.memory.clone(), []
         for head in range(self.shape.heads):
             group = head * self.shape.key_heads // self.shape.heads
-            state = memory[head] * (g[head].exp()[:, None] if g.ndim == 2 else g[head].exp())
+            decay = beta[head] * self.rates[head].double() if self.shape.rates else g[head]
+            state = memory[head] * (decay.exp()[:, None] if decay.ndim == 1 else decay.exp())
             wanted = v[head] - state.T @ k[group] if self.delta else v[head]
             memory[head] = state + torch.outer(k[group], beta[head] * wanted)
             out.append(memory[head].T @ q[group])
@@ -83,7 +86,8 @@ def make_layer(kind: str, seed: int) -> Layer:
     generator, shape = torch.Generator().manual_seed(seed), SHAPES[kind]
     weight = torch.randn(shape.channels, shape.taps, generator=generator)
     bias = torch.randn(shape.channels, generator=generator) if kind in ("mamba2", "conv") else None
-    return Layer(shape, DELTA[kind], weight, bias)
+    rates = -torch.randn(shape.heads, shape.rates, generator=generator).exp()
+    return Layer(shape, DELTA[kind], weight, bias, rates)
 
 
 def make_row(shape: StateShape, generator: torch.Generator) -> Row:
@@ -140,7 +144,9 @@ def run_layer(state: LayerStates, layer: Layer, layout: PassLayout, rows: Sequen
             torch.stack([getattr(row, name) for row in chunk]) for name in ("x", "q", "k", "v", "g", "beta")
         )
         convolved.append(state.convolve(x, layer.weight, layer.bias))
-        if layer.shape.heads:
+        if layer.shape.rates:
+            scanned.append(state.scan_channels(q[:, 0], k[:, 0], v[..., 0], beta, layer.rates).unsqueeze(-1))
+        elif layer.shape.heads:
             scanned.append(state.scan(q, k, v, g, beta, delta=layer.delta))
     return torch.cat(convolved), torch.cat(scanned) if scanned else torch.zeros(len(rows), 0, 0)
 

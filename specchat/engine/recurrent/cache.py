@@ -35,6 +35,10 @@ class LayerStates:
             lambda state, rows: state.scan(q[rows], k[rows], v[rows], g[rows], beta[rows], delta=delta)
         )
 
+    def scan_channels(self, q: Tensor, k: Tensor, v: Tensor, steps: Tensor, rates: Tensor) -> Tensor:
+        """Run the recurrence of Mamba 1, each part by itself; see `LayerState.scan_channels`."""
+        return self._by_part(lambda state, rows: state.scan_channels(q[rows], k[rows], v[rows], steps[rows], rates))
+
     def _by_part(self, compute: Callable[[LayerState, slice], Tensor]) -> Tensor:
         assert self.layout is not None, "a recurrent layer ran outside of a pass"
         outputs = [compute(self.seats[part.seat], rows) for part, rows in self.layout.current]

@@ -58,6 +58,12 @@ class PassRows:
         earlier = self._layout.num_earlier
         return self._layout.ancestors[first - earlier : last - earlier, :last]
 
+    @property
+    def parents(self) -> list[int]:
+        """Parents of the chunk's tree rows, as indices of tree rows; -1 for the last row before the tree."""
+        parents: list[int] = (self.taps(2)[:, 0] - 1).tolist()
+        return parents
+
     def taps(self, size: int) -> Tensor:
         """Return the `size` rows that a convolution sees from each tree row of the chunk, oldest first.
 

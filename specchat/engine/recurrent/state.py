@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from specchat.engine.recurrent.channels import ChannelRows, advance_channels, scan_channels, scan_tree_channels
 from specchat.engine.recurrent.convolution import convolve_sequence, convolve_tree
 from specchat.engine.recurrent.rows import PassRows
 from specchat.engine.recurrent.scan import ScanRows, Seen, advance, path_sums, scan_sequence, scan_tree
@@ -63,7 +65,7 @@ class StateBuffer:
 
 
 class TreeUpdates:
-    """Keys, updates and sums of decays of tree rows, which later rows of the same tree need.
+    """Keys, updates and sums of decays of tree rows, or their states, which later rows of the same tree need.
 
     Layers may share a workspace if each layer computes whole trees before the next layer runs.
 
@@ -71,17 +73,22 @@ class TreeUpdates:
         shape: shape of the layer's state.
         capacity: number of tree rows.
         device: device of the buffers.
+
+    Attributes:
+        states: states of tree rows [m, H, D] of layers whose heads have rates of decay; else none.
     """
 
     def __init__(self, shape: StateShape, capacity: int, device: torch.device) -> None:
-        self._k = torch.zeros(shape.key_heads, capacity, shape.key_dim, dtype=torch.float32, device=device)
-        self._u = torch.zeros(shape.heads, capacity, shape.value_dim, dtype=torch.float32, device=device)
-        self._sums = torch.zeros(_decays_shape(shape, capacity), dtype=torch.float64, device=device)
+        rows, rows_with_states = (0, capacity) if shape.rates else (capacity, 0)
+        self._k = torch.zeros(shape.key_heads, rows, shape.key_dim, dtype=torch.float32, device=device)
+        self._u = torch.zeros(shape.heads, rows, shape.value_dim, dtype=torch.float32, device=device)
+        self._sums = torch.zeros(_decays_shape(shape, rows), dtype=torch.float64, device=device)
+        self.states = torch.zeros(rows_with_states, shape.heads, shape.key_dim, dtype=torch.float32, device=device)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the workspace."""
-        return self._k.nbytes + self._u.nbytes + self._sums.nbytes
+        return self._k.nbytes + self._u.nbytes + self._sums.nbytes + self.states.nbytes
 
     def before(self, row: int) -> Seen:
         """Return the tree rows before a row."""
@@ -118,7 +125,8 @@ class LayerState:
         self._k = torch.zeros(shape.key_heads, tree_rows, shape.key_dim, dtype=dtype, device=device)
         self._v = torch.zeros(shape.heads, tree_rows, shape.value_dim, dtype=dtype, device=device)
         self._g = torch.zeros(_decays_shape(shape, tree_rows), dtype=torch.float32, device=device)
-        self._beta = torch.zeros(shape.heads, tree_rows, dtype=torch.float32, device=device)
+        self._beta = torch.zeros(0 if shape.rates else shape.heads, tree_rows, dtype=torch.float32, device=device)
+        self._rates = torch.zeros(shape.heads, shape.rates, dtype=torch.float32, device=device)
         self._delta = False
         self._rows: PassRows | None = None
         self._marks: Mapping[int, StateBuffer] = {}
@@ -131,7 +139,7 @@ class LayerState:
     @property
     def nbytes(self) -> int:
         """Bytes of both states and of the stash."""
-        stash = (self._inputs, self._k, self._v, self._g, self._beta)
+        stash = (self._inputs, self._k, self._v, self._g, self._beta, self._rates)
         return self._work.nbytes + self._previous.nbytes + sum(tensor.nbytes for tensor in stash)
 
     # --- the cache's protocol ----------------------------------------------------------------------------------------
@@ -256,6 +264,36 @@ class LayerState:
             out[:, num_linear:] = self._scan_tree(q[:, num_linear:], first, last)
         return out.transpose(0, 1)
 
+    def scan_channels(self, q: Tensor, k: Tensor, v: Tensor, steps: Tensor, rates: Tensor) -> Tensor:
+        """Run the recurrence of Mamba 1 over the rows of the current chunk.
+
+        Args:
+            q: queries [rows, D].
+            k: keys [rows, D].
+            v: values [rows, H].
+            steps: time steps [rows, H], float32.
+            rates: rates of decay per unit of time [H, D], never positive.
+
+        Returns:
+            Outputs [rows, H], float32.
+        """
+        rows = self._pass
+        self._rates.copy_(rates)
+        num_linear, queries = rows.num_chunk_linear, q.float()
+        given = _channel_rows(k.to(self._k.dtype), v.T.to(self._v.dtype), steps.T)
+        out = given.v.new_empty(given.v.shape)
+        if num_linear:
+            out[:, :num_linear] = self._scan_channels(queries[:num_linear], given.cut(0, num_linear))
+        if num_linear < len(given):
+            first, last = rows.tree
+            tree = given.cut(num_linear, len(given))
+            self._k[0, first:last], self._v[:, first:last, 0], self._g[:, first:last] = tree.k, tree.v, tree.steps
+            state, states = self._work.memory[..., 0], self._updates.states
+            out[:, num_linear:] = scan_tree_channels(
+                queries[num_linear:], tree, self._rates, state, states, first, rows.parents
+            )
+        return out.T
+
     # --- internals ---------------------------------------------------------------------------------------------------
 
     @property
@@ -281,15 +319,32 @@ class LayerState:
 
     def _scan_sequence(self, q: Tensor, rows: ScanRows) -> Tensor:
         """Scan rows in sequence, whose inputs `convolve` has appended already, and copy the state at the marks."""
-        begin = self._work.length - len(rows)
-        marks = sorted(mark - begin for mark in self._marks if begin < mark <= self._work.length)
-        outputs, first = [], 0
-        for last in sorted({*marks, len(rows)}):
+        outputs = []
+        for first, last in self._pieces(len(rows)):
             outputs.append(scan_sequence(q[:, first:last], rows.cut(first, last), self._work.memory, self._delta))
-            if last in marks:
-                self._marks[begin + last].memory.copy_(self._work.memory)
-            first = last
+            self._copy_at_mark(len(rows) - last)
         return torch.cat(outputs, 1)
+
+    def _scan_channels(self, q: Tensor, rows: ChannelRows) -> Tensor:
+        """Scan rows in sequence like `_scan_sequence`."""
+        outputs = []
+        for first, last in self._pieces(len(rows)):
+            state = self._work.memory[..., 0]
+            outputs.append(scan_channels(q[first:last], rows.cut(first, last), self._rates, state))
+            self._copy_at_mark(len(rows) - last)
+        return torch.cat(outputs, 1)
+
+    def _pieces(self, num_rows: int) -> list[tuple[int, int]]:
+        """Return ranges of the last `num_rows` rows, cut at the marks."""
+        begin = self._work.length - num_rows
+        marks = (mark - begin for mark in self._marks if begin < mark <= self._work.length)
+        return list(pairwise([0, *sorted({*marks, num_rows})]))
+
+    def _copy_at_mark(self, num_left: int) -> None:
+        """Copy the recurrence's state if there is a mark where `num_left` rows in sequence are still to be scanned."""
+        copy = self._marks.get(self._work.length - num_left)
+        if copy is not None:
+            copy.memory.copy_(self._work.memory)
 
     def _scan_tree(self, q: Tensor, first: int, last: int) -> Tensor:
         """Scan the stashed rows first..last of the tree, block by block."""
@@ -311,7 +366,10 @@ class LayerState:
         inputs = torch.cat([self._work.window, self._inputs.index_select(0, path)])
         self._work.window.copy_(inputs[path.shape[0] :])
         self._work.length += path.shape[0]
-        if self.shape.heads:
+        if self.shape.rates:
+            k, v, steps = (x.index_select(1, path) for x in (self._k, self._v, self._g))
+            advance_channels(_channel_rows(k[0], v[..., 0], steps), self._rates, self._work.memory[..., 0])
+        elif self.shape.heads:
             stash = (self._k, self._v, self._g, self._beta)
             advance(self._scan_rows(*(x.index_select(1, path) for x in stash)), self._work.memory, self._delta)
 
@@ -319,6 +377,11 @@ class LayerState:
         """Return rows as the scan reads them, from what the layer was given or has stashed."""
         k = _unit(k.float()) if self._delta else k.float()
         return ScanRows(k, v.float(), g.float(), beta.float())
+
+
+def _channel_rows(k: Tensor, v: Tensor, steps: Tensor) -> ChannelRows:
+    """Return rows as the scan of channels reads them, from keys [n, D], values [H, n] and time steps [H, n]."""
+    return ChannelRows(k.float(), v.float(), steps)
 
 
 def _decays_shape(shape: StateShape, rows: int) -> tuple[int, ...]:

@@ -111,6 +111,20 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in _shard_names(folder)[0]] if listed is None else listed
 
 
+def has_weights(folder: Path) -> bool:
+    """Return whether a folder has weights, of which some files may be missing.
+
+    Raises:
+        PickledCheckpointError: weights only as pickles.
+        CorruptCheckpointError: an invalid index, or a gap in the numbering of the shards.
+    """
+    try:
+        weight_files(folder)
+    except ModelNotFoundError:
+        return False
+    return True
+
+
 def _shard_names(folder: Path) -> tuple[list[str], dict[str, str]]:
     """Return the file names, and the index as key -> file name, empty without one; shards beside text are left out."""
     if not folder.is_dir():

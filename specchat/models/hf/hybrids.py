@@ -10,8 +10,8 @@ LayerKind = Literal["rows", "state", "both", "nothing"]
 HYBRIDS = frozenset(
     {
         *("lfm2", "lfm2_moe", "lfm3"),
-        *("granitemoehybrid", "bamba", "falcon_h1", "nemotron_h"),
-        *("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "kimi_linear"),
+        *("granitemoehybrid", "bamba", "falcon_h1", "nemotron_h", "jamba"),
+        *("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "kimi_linear", "bailing_hybrid"),
     }
 )
 _KINDS: dict[str, LayerKind] = {
@@ -72,7 +72,7 @@ def _tiny_mamba(config: Any, hidden_size: int) -> dict[str, Any]:
         groups = min(config.mamba_n_groups, 2)
         heads = 2 * groups
         return {"mamba_n_groups": groups, "mamba_n_heads": heads, "mamba_d_ssm": heads * config.mamba_d_head}
-    if getattr(config, "mamba_expand", None):
+    if getattr(config, "mamba_d_head", None):  # Mamba 1 has channels instead of heads
         heads = config.mamba_expand * hidden_size // config.mamba_d_head
         return {"mamba_n_heads": heads, "mamba_n_groups": math.gcd(heads, config.mamba_n_groups)}
     return {}

@@ -88,6 +88,16 @@ class _Record:
         )
         return v.float()
 
+    def scan_channels(
+        self, _q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _steps: torch.Tensor, rates: torch.Tensor
+    ) -> torch.Tensor:
+        """Record the shape of a recurrence over keys [rows, D] and values [rows, H]."""
+        assert self._state is not None, "a recurrence follows on a convolution"
+        self._state = replace(
+            self._state, key_heads=1, heads=v.shape[1], key_dim=k.shape[1], value_dim=1, rates=rates.shape[1]
+        )
+        return v.float()
+
 
 class _AtAttentionError(Exception):
     """A layer has reached its attention function, or the end of its only mixer."""

@@ -1,4 +1,4 @@
-"""The recurrent mixers of hybrid models: gated delta nets, Kimi Delta Attention, Mamba2, and short convolutions.
+"""The recurrent mixers of hybrid models: gated delta nets, Kimi Delta Attention, Mamba 1 and 2, short convolutions.
 
 transformers' mixers call a convolution and a scan by global names. Each mixer gets a copy of its class's forward whose
 globals hold specchat's functions instead, bound to the state of the mixer's layer. Nothing outside of these modules
@@ -27,6 +27,9 @@ class LayerScans(Protocol):
 
     def scan(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, /, *, delta: bool) -> Tensor:
         """Run the recurrence over queries, keys [rows, H_k, D] and values [rows, H, D_v]; return the outputs."""
+
+    def scan_channels(self, q: Tensor, k: Tensor, v: Tensor, steps: Tensor, rates: Tensor, /) -> Tensor:
+        """Run the recurrence of Mamba 1 over queries, keys [rows, D] and values [rows, H]; return the outputs."""
 
 
 def bind_mixers(layers: Sequence[Any], scans: Sequence[LayerScans | None]) -> None:
@@ -151,9 +154,37 @@ def _mamba2_scan(
     return (out, out.new_empty(0)) if return_final_states else out
 
 
+def _mamba1_scan(
+    scans: LayerScans,
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    *,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    z: Tensor | None = None,
+    return_last_state: bool = False,
+    **others: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute `selective_scan_fn`: inputs, time steps and gates [1, C, rows], rates a [C, D], b and c [1, D, rows]."""
+    if delta_bias is not None:
+        dt = dt + delta_bias.to(dt.dtype)[:, None]
+    if delta_softplus:
+        dt = torch.nn.functional.softplus(dt)
+    out = scans.scan_channels(c[0].T, b[0].T, x[0].T, dt[0].T.float(), a.float()).T[None]
+    if (skip := others.get("D")) is not None:
+        out = out + skip.float()[:, None] * x.float()
+    if z is not None:
+        out = out * torch.nn.functional.silu(z)
+    return (out, out.new_empty(0)) if return_last_state else out
+
+
 _CALLS: dict[str, Callable[..., Any]] = {
     "causal_conv1d_fn": _convolution,
     "torch_chunk_gated_delta_rule": _delta_rule,
     "chunk_kimi_delta_attention": _delta_rule,
     "mamba2_chunk_scan": _mamba2_scan,
+    "mamba_selective_scan": _mamba1_scan,
 }

@@ -76,7 +76,7 @@ def load(key: str | None, name: str) -> ModelSpec | None:
             found = json.loads(_file(key).read_bytes())
             if found["sha256"] != _digest(found["spec"]):
                 return None
-            _remembered[key] = _parsed(found["spec"])
+            _remembered[key] = parsed(found["spec"])
         except (
             OSError,
             ValueError,
@@ -135,7 +135,7 @@ def _digest(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _parsed(values: Mapping[str, Any]) -> ModelSpec:
+def parsed(values: Mapping[str, Any]) -> ModelSpec:
     """Restore a description from `asdict` and JSON."""
     return ModelSpec(
         **{

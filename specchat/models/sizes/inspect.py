@@ -6,7 +6,7 @@ import torch
 
 from specchat.errors import ModelError
 from specchat.models.checkpoint.dtypes import STORED_DTYPES, short_name
-from specchat.models.checkpoint.safetensors import Checkpoint
+from specchat.models.checkpoint.safetensors import Checkpoint, has_weights
 from specchat.models.gguf.tensors import open_tensors
 from specchat.models.hf.config import load_config, max_positions, mlp_size, tiny_config
 from specchat.models.hf.config_values import why_not_built
@@ -16,9 +16,9 @@ from specchat.models.hf.skeleton import Skeleton, build_skeleton, lookup_embeddi
 from specchat.models.hf.wrappers import wrapper_type
 from specchat.models.quant.modules import quant_linears, segment_names
 from specchat.models.sizes import activations
-from specchat.models.weights.choose_recipe import choose_recipe
+from specchat.models.weights.choose_recipe import assume_recipe, choose_recipe
 from specchat.models.weights.match import match_checkpoint
-from specchat.models.weights.recipe import apply_recipe
+from specchat.models.weights.recipe import Recipe, apply_recipe
 from specchat.records.model import Activations, Dtype, ModelSource, ModelSpec, ParamSize, Quant
 
 
@@ -40,7 +40,11 @@ def inspect_model(source: ModelSource, quant: Quant) -> ModelSpec:
         else:
             skeleton, checkpoint = match_checkpoint(config, checkpoint, activations.profiling_skeleton)
         of_architecture = _measure(config, skeleton)  # before modules are replaced
-    if (recipe := choose_recipe(source, skeleton, quant, checkpoint)) is not None:
+    if checkpoint is not None or has_weights(source.path):
+        recipe: Recipe | None = choose_recipe(source, skeleton, quant, checkpoint)
+    else:
+        recipe = assume_recipe(source, quant)
+    if recipe is not None:
         apply_recipe(skeleton, recipe)
     segments = segment_names(skeleton.model)
     layers_prefix = f"{skeleton.layers_name}."

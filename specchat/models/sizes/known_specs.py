@@ -13,6 +13,7 @@ from typing import Any
 
 from specchat.models.catalog.known_models import KnownModel, known_models
 from specchat.models.checkpoint.dtypes import short_name
+from specchat.models.sizes.hybrid_specs import active_hybrid_params, hybrid_spec
 from specchat.records.limits import MASK_FLAG_BYTES, MASK_POSITION_BYTES
 from specchat.records.model import DTYPE_BYTES, Activations, Dtype, KvShape, ModelSpec, ParamSize, Quant, RowCost
 
@@ -122,6 +123,8 @@ def spec_of(model: KnownModel, quant: Quant = "none") -> ModelSpec:
         model: figures of the model.
         quant: requested quantization; a pre-quantized model ignores it.
     """
+    if is_hybrid(model):
+        return hybrid_spec(model.id, quant)
     config = SimpleNamespace(**model.config)
     architecture = _ARCHITECTURES[config.model_type]
     name, stored, head_stored = _formats(model.stored, quant)
@@ -152,8 +155,15 @@ def spec_of(model: KnownModel, quant: Quant = "none") -> ModelSpec:
     )
 
 
+def is_hybrid(model: KnownModel) -> bool:
+    """Return whether a model's sizes are recorded, because its layers differ in kind."""
+    return model.config["model_type"] not in _ARCHITECTURES
+
+
 def active_params(model: KnownModel) -> int:
     """Return the number of weights that one token uses: all except those of inactive experts."""
+    if is_hybrid(model):
+        return active_hybrid_params(model.id)
     config = SimpleNamespace(**model.config)
     total, experts = known_spec(model.id).num_params, _num_experts(config)
     if not experts:

@@ -34,3 +34,11 @@ class ScanAllocations:
         channels = g.new_empty(4, *g.shape[1:], SCAN_CHANNEL_ROWS, SCAN_CHANNEL_ROWS) if g.ndim == 3 else None
         del floats, sums, scores, channels
         return out
+
+    def scan_channels(self, q: Tensor, k: Tensor, v: Tensor, _steps: Tensor, rates: Tensor) -> Tensor:
+        """Allocate float32 copies of the inputs, outputs of pieces and of all rows, and the decays of one row."""
+        floats = [x.new_empty(x.shape, dtype=torch.float32) for x in (q, k, v)]
+        out, pieces = (v.new_empty(v.shape, dtype=torch.float32) for _ in range(2))
+        decays = [torch.empty_like(rates, dtype=torch.float32) for _ in range(2)]
+        del floats, pieces, decays
+        return out

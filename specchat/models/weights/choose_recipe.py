@@ -7,9 +7,10 @@ from specchat.models.checkpoint.json_file import MODELOPT_FILE, read_json
 from specchat.models.checkpoint.safetensors import Checkpoint
 from specchat.models.gguf.tensors import open_tensors
 from specchat.models.hf.skeleton import Skeleton
+from specchat.models.quant.schemes.base import CheckpointScheme
 from specchat.models.quant.schemes.registry import CONFIG_KEYS, scheme_of
 from specchat.models.weights.checkpoint_recipe import CheckpointRecipe
-from specchat.models.weights.recipe import QuantizeRecipe, recipe_for
+from specchat.models.weights.recipe import AssumedRecipe, QuantizeRecipe, recipe_for
 from specchat.records.model import ModelSource
 
 _AS_STORED = "none"
@@ -53,11 +54,32 @@ def choose_recipe(
         UnsupportedModelError: a quantization that specchat does not read.
         CorruptCheckpointError: quantized tensors that contradict their description.
     """
-    scheme = scheme_of(_config(source))
+    scheme = _own_scheme(source, quant)
     if scheme is None:
         return recipe_for(quant)
-    if quant not in {_AS_STORED, scheme.name}:
+    return CheckpointRecipe(scheme, skeleton, open_tensors(source.path) if checkpoint is None else checkpoint)
+
+
+def assume_recipe(source: ModelSource, quant: str) -> QuantizeRecipe | AssumedRecipe | None:
+    """Return the recipe that a plan assumes for a model whose weights are not here; None if its matrices stay plain.
+
+    Args:
+        source: folder with config.json.
+        quant: requested quantization.
+
+    Raises:
+        UsageError: a pre-quantized model with another quantization requested.
+        UnsupportedModelError: a quantization that specchat does not read.
+    """
+    scheme = _own_scheme(source, quant)
+    return recipe_for(quant) if scheme is None else AssumedRecipe(scheme.name)
+
+
+def _own_scheme(source: ModelSource, quant: str) -> CheckpointScheme | None:
+    """Return the scheme of a pre-quantized checkpoint; None for others."""
+    scheme = scheme_of(_config(source))
+    if scheme is not None and quant not in {_AS_STORED, scheme.name}:
         raise UsageError(
             f"{source.name} is pre-quantized ({scheme.name}) and cannot be quantized again", hint="leave out --quant"
         )
-    return CheckpointRecipe(scheme, skeleton, open_tensors(source.path) if checkpoint is None else checkpoint)
+    return scheme

@@ -3,8 +3,11 @@
 from collections.abc import Mapping
 from typing import Protocol
 
+import torch
+
 from specchat.models.hf.matrices import find_matrices, use_quantized_experts
 from specchat.models.hf.skeleton import Skeleton
+from specchat.models.quant.formats.affine import Affine
 from specchat.models.quant.formats.base import Quantizer
 from specchat.models.quant.formats.int8 import Int8Quantizer
 from specchat.models.quant.formats.nf4 import Nf4Quantizer
@@ -56,6 +59,23 @@ class QuantizeRecipe:
     def parts(self, matrix: Matrix, expert: int) -> tuple[Part, ...]:
         """Return one part that covers the whole matrix."""
         return (Part(matrix.shape[0], self.quantizer(matrix).format),)
+
+
+class AssumedRecipe:
+    """The storage that plans assume of a pre-quantized checkpoint without its files: one format for all layers.
+
+    Args:
+        name: name of the checkpoint's scheme, which tells the number of bits.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.bits = 4 if "4" in name else 8
+        self._format = Affine(4, 128, torch.float16, zeros=True) if self.bits == 4 else QUANTIZERS["int8"].format
+
+    def parts(self, matrix: Matrix, expert: int) -> tuple[Part, ...] | None:
+        """Return one part that covers a layer's matrix; None for the head."""
+        return None if matrix.layer is None else (Part(matrix.shape[0], self._format),)
 
 
 def recipe_for(quant: str) -> QuantizeRecipe | None:

@@ -26,7 +26,7 @@ from specchat.engine.recurrent.cache import RecurrentCache
 from specchat.engine.recurrent.restore import cheapest, marks_of_prompt
 from specchat.engine.tree import ROOT
 
-KINDS = ("gdn", "conv", "kda", "mamba2")
+KINDS = ("gdn", "conv", "kda", "mamba2", "mamba1")
 Rows = list[list[Row]]  # by layer
 
 
@@ -183,7 +183,7 @@ def test_points_use_their_buffers_again():
 def test_bytes_are_those_of_the_shapes():
     cache = make_cache(KINDS, tree_rows=8)
     shapes = [SHAPES[kind] for kind in KINDS]
-    per_layer = sum(2 * shape.state_bytes(4) + 8 * shape.stash_bytes(4) for shape in shapes)
+    per_layer = sum(2 * shape.state_bytes(4) + shape.rate_bytes() + 8 * shape.stash_bytes(4) for shape in shapes)
     assert cache.nbytes == per_layer + 8 * sum(shape.update_bytes() for shape in shapes)
 
 

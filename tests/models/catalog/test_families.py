@@ -49,7 +49,7 @@ EXAMPLES = {
     "~/qwen3-32b": "Qwen/Qwen3-0.6B",
     "someone/a-model-of-their-own": None,
 }
-UNSUPPORTED = ["tiiuae/falcon-mamba-7b-instruct", "ai21labs/AI21-Jamba-Large-1.7", "MiniMaxAI/MiniMax-M1-80k"]
+UNSUPPORTED = ["tiiuae/falcon-mamba-7b-instruct", "Zyphra/Zamba2-2.7B", "MiniMaxAI/MiniMax-M1-80k"]
 
 
 @pytest.mark.parametrize(("target", "draft"), EXAMPLES.items())

@@ -113,6 +113,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "moshi": {"sliding_window": POSITIONS},
     # heads of the recurrent part fill its width, 128
     "bamba": {"mamba_n_heads": 4, "mamba_d_head": 32, "attn_layer_indices": [1]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_ssm": 128},
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 32},
     "mamba2": {"num_heads": 4, "head_dim": 32},
