@@ -89,8 +89,9 @@ def locate_models(request: ModelRequest, refs: Refs, reporter: Reporter, ask: As
     """
     models = _obtain_both(request, refs, _look_up(request, refs, reporter), reporter, ask)
     for model in (models.target, models.draft):
-        if model is not None:
-            weight_files(model.path)  # raises without any
+        if model is not None and not has_weights(model.path):
+            check_model(model)  # a model of this kind may not run at all
+            weight_files(model.path)  # raises
     return models
 
 

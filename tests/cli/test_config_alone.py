@@ -31,7 +31,21 @@ def folder_with(values: dict[str, object], folder: Path) -> Path:
 
 def test_the_states_of_a_27b_are_named(specchat, tmp_path: Path):
     folder = folder_with(QWEN_27B, tmp_path / "qwen")
-    asked = ("run", str(folder), *PLAN, "--dtype", "bf16", "--quant", "int4", "--ctx", "8192", "--vram", "40GB")
+    asked = (
+        "run",
+        str(folder),
+        *PLAN,
+        "--dtype",
+        "bf16",
+        "--quant",
+        "int4",
+        "--ctx",
+        "8192",
+        "--vram",
+        "40GB",
+        "--draft",
+        "none",
+    )
     plan = json.loads(specchat(*asked, "--json").out)
     states = plan["recurrent"]
     assert (states["recurrent_layers"], states["attention_layers"]) == (48, 16)

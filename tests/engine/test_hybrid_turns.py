@@ -189,7 +189,7 @@ def test_templates_that_strip_thinking_read_one_turn(zoo: Zoo, most_points: int)
         recurrent = engine._target.cache.recurrent
         one_point = sum(state.shape.state_bytes(4) for state in recurrent.seats[0].states)
         assert recurrent.point_bytes <= most_points * one_point
-        assert len(engine._drafter._held[0]) > 80
+        assert len(engine._drafter._scorer._held[0]) > 80
 
 
 def test_a_long_prompt_can_be_cut_anywhere(zoo: Zoo, monkeypatch: pytest.MonkeyPatch):

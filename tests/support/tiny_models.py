@@ -161,7 +161,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("MambaConfig", {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
     "bloom": ("BloomConfig", {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 2}),
     "mpt": ("MptConfig", {"vocab_size": VOCAB, "d_model": 32, "n_layers": 2, "n_heads": 2}),
-    "jamba": ("JambaConfig", {**_BASE, "num_experts": 2}),
 }
 
 

@@ -266,7 +266,7 @@ class Moody:
     """Decides at random, also for nothing at all."""
 
     def __init__(self, seed: int) -> None:
-        self.tree_budget = 16
+        self.tree_budget, self.tokens_per_s = 16, 0.0
         self._rng = random.Random(seed)
 
     def may_join(self, prompt_rows: int, roots: Roots) -> bool:
