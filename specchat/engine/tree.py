@@ -99,6 +99,24 @@ def _counts(depths: Sequence[int]) -> tuple[int, ...]:
     return tuple(counts[depth] for depth in range(1, max(depths, default=0) + 1))
 
 
+def last_tokens(text: Sequence[int], tokens: Sequence[int], parents: Sequence[int], node: int, most: int) -> list[int]:
+    """Return the last `most` tokens up to a node of a tree, or all of a shorter text.
+
+    Args:
+        text: tokens up to the tree's root.
+        tokens: token of each node.
+        parents: parent of each node, or ROOT.
+        node: index of the node, or ROOT.
+        most: most tokens to return.
+    """
+    below = list[int]()
+    while node != ROOT and len(below) < most:
+        below.append(tokens[node])
+        node = parents[node]
+    missing = most - len(below)
+    return [*text[max(len(text) - missing, 0) :], *reversed(below)]
+
+
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """Return the number of leading tokens that two sequences share."""
     shorter = min(len(a), len(b))

@@ -14,7 +14,7 @@ from torch import Tensor
 from specchat.engine.model import TreeModel
 from specchat.engine.sampling import ScoresNotFiniteError
 from specchat.engine.sequence import TokenSequence
-from specchat.engine.tree import ROOT, TokenTree
+from specchat.engine.tree import ROOT, TokenTree, last_tokens
 from specchat.records.limits import head_block_rows
 
 # Tokens up to a scored node that a drafter is told.
@@ -60,13 +60,7 @@ class Walk:
 
     def tail_of(self, node: int) -> list[int]:
         """Return the last tokens up to a node, as many as a drafter learns from."""
-        below = list[int]()
-        while node != ROOT and len(below) < _TAIL:
-            below.append(self._tree.tokens[node])
-            node = self._tree.parents[node]
-        missing = _TAIL - len(below)
-        before = self._text[max(self._num_before - missing, 0) : self._num_before]
-        return [*before, *reversed(below)]
+        return last_tokens(self._sequence.tokens, self._tree.tokens, self._tree.parents, node, _TAIL)
 
     def advance(self, scores: Mapping[int, Tensor]) -> None:
         """Draw tokens as long as the scores of the current node, float32 [V], are given."""

@@ -18,7 +18,7 @@ from specchat.engine.drafting.proposers import Child, Proposers
 from specchat.engine.drafting.sources import TAIL, ScoringSource
 from specchat.engine.sampling import Sampler, ScoresNotFiniteError
 from specchat.engine.sequence import TokenSequence
-from specchat.engine.tree import ROOT
+from specchat.engine.tree import ROOT, last_tokens
 from specchat.records.limits import draft_width
 
 # Temperature of the softmax that turns the draft's scores into path weights. The draft's own softmax estimates how
@@ -215,15 +215,11 @@ class Growth:
     def _tails(self, paths: Paths, nodes: Sequence[int]) -> list[tuple[TokenSequence, list[int]]]:
         """Return the sequence of each node, and the last tokens up to the node."""
         tokens, parents, trees = paths.token.tolist(), paths.parent.tolist(), paths.tree.tolist()
-        found = []
-        for node in nodes:
-            sequence, below, place = self._sequences[trees[node]], list[int](), node
-            while place != ROOT and len(below) < TAIL:
-                below.append(tokens[place])
-                place = parents[place]
-            before = sequence.tokens[len(below) - TAIL :] if len(below) < TAIL else []
-            found.append((sequence, [*before, *reversed(below)]))
-        return found
+        sequences = [self._sequences[trees[node]] for node in nodes]
+        return [
+            (sequence, last_tokens(sequence.tokens, tokens, parents, node, TAIL))
+            for sequence, node in zip(sequences, nodes, strict=True)
+        ]
 
     # --- scores ------------------------------------------------------------------------------------------------------
 
