@@ -19,7 +19,7 @@ from specchat.chat.answer import Answer
 from specchat.records import generation
 from specchat.serve.access import Access
 from specchat.serve.asked import Asked, read_chat, read_completion, read_object
-from specchat.serve.errors import ApiError
+from specchat.serve.errors import ApiError, internal
 from specchat.serve.fields import Fields
 from specchat.serve.objects import ChatObjects, ServedModel, TextObjects
 from specchat.serve.preparing import Preparer
@@ -145,7 +145,7 @@ class Api:
                 return Response(status_code=_CLIENT_LEFT)
             except Exception as error:  # noqa: BLE001  a client gets no traceback, and the server goes on
                 self._warn(f"a request failed: {type(error).__name__}: {error}")
-                return _error_response(ApiError(500, "the server failed on this request", "internal_error"))
+                return _error_response(internal())
 
         return endpoint
 

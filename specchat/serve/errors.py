@@ -57,6 +57,11 @@ def stopping() -> ApiError:
     return ApiError(503, "the server is shutting down", "shutting_down")
 
 
+def internal() -> ApiError:
+    """Return the error of a request on which the server itself failed; a client gets no details."""
+    return ApiError(500, "the server failed on this request", "internal_error")
+
+
 def of_specchat(error: SpecchatError, param: str | None = None) -> ApiError:
     """Return the error for a client of an error of ours.
 

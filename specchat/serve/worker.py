@@ -13,7 +13,7 @@ from specchat.chat.answer import Answer, Delta
 from specchat.closing import Closeable
 from specchat.errors import SpecchatError
 from specchat.records.generation import Request, Step
-from specchat.serve.errors import ApiError, of_specchat, stopping
+from specchat.serve.errors import ApiError, internal, of_specchat, stopping
 from specchat.threads import Thread
 
 
@@ -151,7 +151,7 @@ class AnswerWorker(Closeable):
                     self._take(number, job, step)
         except Exception as caught:  # noqa: BLE001  the server goes on, whatever ended these answers
             self._warn(f"answers failed: {_described(caught)}")
-            error = of_specchat(caught) if isinstance(caught, SpecchatError) else _internal()
+            error = of_specchat(caught) if isinstance(caught, SpecchatError) else internal()
         for number in list(self._live):
             self._end(self._live.pop(number), error)
 
@@ -195,7 +195,3 @@ class AnswerWorker(Closeable):
 
 def _described(error: Exception) -> str:
     return error.message if isinstance(error, SpecchatError) else f"{type(error).__name__}: {error}"
-
-
-def _internal() -> ApiError:
-    return ApiError(500, "the server failed on this request", "internal_error")
