@@ -50,6 +50,16 @@ class Prompt:
         return ThinkTags(opened=self.text.rstrip().endswith("<think>"))
 
 
+def ending_after(history: str, text: str) -> str:
+    """Return the part of a prompt that asks for an answer; empty if the template changes the history for it.
+
+    Args:
+        history: messages as rendered without asking for an answer.
+        text: the same messages, and the part that asks.
+    """
+    return text.removeprefix(history) if text.startswith(history) else ""
+
+
 def check_has_template(tokenizer: Tokenizer, *, base: bool) -> None:
     """Check that a model can chat.
 

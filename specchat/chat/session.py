@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from specchat.chat.answer import Answer, Delta, Turn
 from specchat.chat.generator import Generator
-from specchat.chat.prompt import Prompt, check_has_template, check_text, running_text
+from specchat.chat.prompt import Prompt, check_has_template, check_text, ending_after, running_text
 from specchat.chat.reasoning import Parts, PlainText
 from specchat.chat.settings import parse_value, shown_values
 from specchat.chat.state import (
@@ -376,8 +376,8 @@ class ChatSession:
         messages = [*ChatState(before).messages, Message("user", question)]
         if so_far is not None:
             return self._encoded(Prompt(before, question, so_far, self._text([*messages, so_far], "continue"), []))
-        text, history = self._text(messages, "answer"), self._text(messages, "none")
-        ending = text.removeprefix(history) if text.startswith(history) else ""
+        text = self._text(messages, "answer")
+        ending = ending_after(self._text(messages, "none"), text)
         ending_ids = self._encode(ending) if ending else ()
         return self._encoded(Prompt(before, question, so_far, text, [], ending_ids))
 

@@ -9,12 +9,12 @@ from threading import Event
 from typing import TYPE_CHECKING
 
 from specchat.chat.answer import Answer
-from specchat.chat.prompt import Prompt, check_has_template
+from specchat.chat.prompt import Prompt, check_has_template, ending_after
 from specchat.chat.reasoning import Parser, Parts, PlainText
 from specchat.chat.settings import random_seed
 from specchat.chat.text import Detokenizer, StopStrings
 from specchat.engine.requests import why_refused
-from specchat.errors import SpecchatError, UsageError
+from specchat.errors import EmptyPromptError, SpecchatError
 from specchat.loading.sampling import SamplingChoices, resolve_sampling
 from specchat.models.checkpoint.generation_config import GenerationDefaults
 from specchat.records.chat import Message
@@ -109,8 +109,7 @@ class Preparer:
         check_has_template(self._tokenizer, base=False)
         thinking = self._defaults.thinking if thinking is None else thinking
         text = self._tokenizer.render(messages, thinking=thinking)
-        history = self._tokenizer.render(messages, ending="none", thinking=thinking)
-        ending = text.removeprefix(history) if text.startswith(history) else ""
+        ending = ending_after(self._tokenizer.render(messages, ending="none", thinking=thinking), text)
         ending_ids = self._encode(ending) if ending else []
         return _checked(Prompt((), "", None, text, self._encode(text), ending_ids))
 
@@ -133,5 +132,5 @@ class Preparer:
 
 def _checked(prompt: Prompt) -> Prompt:
     if not prompt.ids:
-        raise UsageError("the model's tokenizer makes no tokens of the prompt")
+        raise EmptyPromptError("the model's tokenizer makes no tokens of the prompt")
     return prompt
