@@ -14,7 +14,6 @@ from specchat.cli.misspelt import ParserError, usage_error
 from specchat.cli.other_tools import refuse_command
 from specchat.cli.settings import Settings
 from specchat.loading.request import ModelRequest
-from specchat.loading.sampling import SamplingChoices
 from specchat.paths import user_path
 from specchat.records.plan import PlanChoices
 from specchat.version import __version__
@@ -166,13 +165,7 @@ def _run(
         yes=yes,
         quiet=quiet,
         prompt=prompt,
-        sampling=SamplingChoices(
-            temperature=chosen.get("temperature"),
-            top_p=chosen.get("top_p"),
-            top_k=chosen.get("top_k"),
-            min_p=chosen.get("min_p"),
-            repetition_penalty=chosen.get("repetition_penalty"),
-        ),
+        sampling=chosen.sampling(),
         stops=chosen.get("stop", ()),
         max_tokens=chosen.get("max_tokens"),
         system=chosen.get("system"),

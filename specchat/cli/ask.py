@@ -14,8 +14,13 @@ def asker(*, yes: bool) -> Ask:
     return lambda question: yes or _is_confirmed(question)
 
 
+def can_ask() -> bool:
+    """Return whether somebody can answer questions on the terminal."""
+    return sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
+
+
 def _is_confirmed(question: str) -> bool:
-    if sys.stdin is None or not (sys.stdin.isatty() and sys.stderr.isatty()):
+    if not can_ask():
         return False
     sys.stderr.write(f"{question} [y/N] ")
     sys.stderr.flush()

@@ -1,10 +1,9 @@
 """The offer to run the best model for this machine, for users who have named none."""
 
-import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from specchat.cli.ask import asker
+from specchat.cli.ask import asker, can_ask
 from specchat.cli.options import RunOptions
 from specchat.errors import UsageError
 from specchat.loading.locate import models_here
@@ -39,11 +38,6 @@ def is_accepted(best: "Recommendation", say: "Talk") -> bool:
     """Offer a model, and return whether the user wants to run it."""
     say.say(f"best for this machine: {best.model.id}, about {best.prediction.tok_per_s:.2g} tok/s")
     return asker(yes=False)(_question(best))
-
-
-def can_ask() -> bool:
-    """Return whether somebody can answer questions on the terminal."""
-    return sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
 
 
 def _question(best: "Recommendation") -> str:

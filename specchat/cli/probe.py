@@ -7,8 +7,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from specchat.cli.ask import asker
-from specchat.cli.offer import can_ask, is_accepted
+from specchat.cli.ask import asker, can_ask
+from specchat.cli.offer import is_accepted
 from specchat.cli.output import print_line
 from specchat.errors import UsageError
 from specchat.json_lines import to_json

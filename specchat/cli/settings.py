@@ -9,7 +9,7 @@ import os
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from specchat.chat.settings import KINDS, overflow, suggestion
 from specchat.cli import options
 from specchat.errors import UsageError
 from specchat.files import read_regular
+from specchat.loading.sampling import SamplingChoices
 from specchat.paths import user_path
 
 # A value before parsing: the text of a flag or variable, or a TOML value.
@@ -82,6 +83,10 @@ class Settings:
         """Return the model that a setting names, with its alias resolved, or None."""
         text = self.get(key)
         return None if text is None else self.aliases.get(text, text)
+
+    def sampling(self) -> SamplingChoices:
+        """Return the chosen sampling values."""
+        return SamplingChoices(**{each.name: self.get(each.name) for each in fields(SamplingChoices)})
 
 
 def _text(parse: Callable[[str, str], Any], name: str, raw: Any) -> Any:
