@@ -142,11 +142,7 @@ def _mamba2_scan(
     **others: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute `mamba_chunk_scan_combined`: inputs [1, rows, H, D_v], time steps [1, rows, H], b and c per group."""
-    if dt_bias is not None:
-        dt = dt + dt_bias.to(dt.dtype)
-    if dt_softplus:
-        dt = torch.nn.functional.softplus(dt)
-    dt = dt.clamp(*dt_limit)[0].float()
+    dt = _time_steps(dt, dt_bias, softplus=dt_softplus).clamp(*dt_limit)[0].float()
     out = scans.scan(c[0], b[0], x[0], dt * a.float(), dt, delta=False)
     if (skip := others.get("D")) is not None:
         out = out + skip.float()[:, None] * x[0].float()
@@ -169,16 +165,20 @@ def _mamba1_scan(
     **others: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute `selective_scan_fn`: inputs, time steps and gates [1, C, rows], rates a [C, D], b and c [1, D, rows]."""
-    if delta_bias is not None:
-        dt = dt + delta_bias.to(dt.dtype)[:, None]
-    if delta_softplus:
-        dt = torch.nn.functional.softplus(dt)
+    dt = _time_steps(dt, None if delta_bias is None else delta_bias[:, None], softplus=delta_softplus)
     out = scans.scan_channels(c[0].T, b[0].T, x[0].T, dt[0].T.float(), a.float()).T[None]
     if (skip := others.get("D")) is not None:
         out = out + skip.float()[:, None] * x.float()
     if z is not None:
         out = out * torch.nn.functional.silu(z)
     return (out, out.new_empty(0)) if return_last_state else out
+
+
+def _time_steps(dt: Tensor, bias: Tensor | None, *, softplus: bool) -> Tensor:
+    """Return the time steps of Mamba from their logits, in the dtype of `dt`."""
+    if bias is not None:
+        dt = dt + bias.to(dt.dtype)
+    return torch.nn.functional.softplus(dt) if softplus else dt
 
 
 _CALLS: dict[str, Callable[..., Any]] = {
