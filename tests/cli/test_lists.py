@@ -14,7 +14,6 @@ from specchat.models.packs.inventory import packs_folder
 def state(monkeypatch, tmp_path):
     monkeypatch.setenv("SPECCHAT_STATE_DIR", str(tmp_path / "state"))
     monkeypatch.setenv("SPECCHAT_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     point_stores_to(monkeypatch, tmp_path)
     return tmp_path
 

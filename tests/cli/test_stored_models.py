@@ -3,24 +3,19 @@
 import json
 
 import pytest
-from support.gguf_files import save_gguf
-from support.stores import point_stores_to, put_into_ollama
+from support.stores import point_stores_to, put_into_ollama, save_tiny_gguf
 from support.terminal import Terminal
-from support.tiny_models import make_config, random_model
 
 
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory):
-    file = tmp_path_factory.mktemp("gguf") / "tiny-Q8_0.gguf"
-    save_gguf(random_model(make_config("llama")), file)
-    return file
+    return save_tiny_gguf(tmp_path_factory.mktemp("gguf"))
 
 
 @pytest.fixture
 def home(tmp_path, monkeypatch, gguf):
     """Return a home with a whole and a damaged model of ollama."""
     point_stores_to(monkeypatch, tmp_path)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     put_into_ollama(tmp_path / "ollama", "registry.ollama.ai/library/tiny/3b", gguf)
     put_into_ollama(tmp_path / "ollama", "registry.ollama.ai/library/bad/latest", gguf).write_text("{")
     return tmp_path

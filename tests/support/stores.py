@@ -5,11 +5,22 @@ import json
 import shutil
 from pathlib import Path
 
+from support.gguf_files import save_gguf
+from support.tiny_models import make_config, random_model
+
 MODEL = "application/vnd.ollama.image.model"
 
 
+def save_tiny_gguf(folder: Path) -> Path:
+    """Save a tiny model as a GGUF file, and return the file."""
+    file = folder / "tiny-Q8_0.gguf"
+    save_gguf(random_model(make_config("llama")), file)
+    return file
+
+
 def point_stores_to(monkeypatch, folder: Path) -> None:
-    """Make specchat look for the stores of other programs below a folder only."""
+    """Make specchat look for the hub's cache and the stores of other programs below a folder only."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "hub"))
     monkeypatch.setenv("HOME", str(folder))
     monkeypatch.setenv("OLLAMA_MODELS", str(folder / "ollama"))
     monkeypatch.setenv("LLAMA_CACHE", str(folder / "llama.cpp"))

@@ -5,8 +5,7 @@ import os
 import shutil
 
 import pytest
-from support.gguf_files import save_gguf
-from support.stores import MODEL, point_stores_to, put_into_ollama
+from support.stores import MODEL, point_stores_to, put_into_ollama, save_tiny_gguf
 from support.tiny_models import make_config, random_model, save
 
 from specchat.errors import ModelNotFoundError, UsageError
@@ -21,16 +20,13 @@ LIBRARY = "registry.ollama.ai/library"
 
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory):
-    file = tmp_path_factory.mktemp("gguf") / "tiny-Q8_0.gguf"
-    save_gguf(random_model(make_config("llama")), file)
-    return file
+    return save_tiny_gguf(tmp_path_factory.mktemp("gguf"))
 
 
 @pytest.fixture
 def stores(tmp_path, monkeypatch, gguf):
     """Return a home with a model in each store."""
     point_stores_to(monkeypatch, tmp_path)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     ollama = tmp_path / "ollama"
     for name in (f"{LIBRARY}/llama3.2/3b", f"{LIBRARY}/tiny/latest", "registry.ollama.ai/me/own/v1"):
         put_into_ollama(ollama, name, gguf)
