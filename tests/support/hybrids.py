@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import transformers as hf
+from transformers.models.minimax.modeling_minimax import MiniMaxCache
 
 from specchat.engine.sampling import Sampler
 from specchat.records.generation import Sampling
@@ -102,6 +103,11 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": _LINEAR,
         },
     ),
+    "minimax": (
+        "MiniMaxConfig",
+        {**_FOUR, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "block_size": 16}
+        | {"layer_types": _LINEAR},
+    ),
     "olmo_hybrid": (
         "OlmoHybridConfig",
         {**_FOUR, **_GDN, "head_dim": None, "num_key_value_heads": 4, "linear_num_key_heads": 4},
@@ -176,7 +182,7 @@ class OneByOne:
     def generate(self, prompt: list[int], sampling: Sampling, num_tokens: int) -> Reference:
         """Write tokens, drawn by specchat's own sampler, with the margins of the draws."""
         sampler = Sampler(sampling, self._vocab_size, torch.device("cpu"))
-        cache = hf.DynamicCache(config=self.model.config)
+        cache = self._new_cache()
         text, margins = list(prompt), []
         for position, token in enumerate(prompt):
             scores = self._score(cache, token, position)
@@ -190,8 +196,13 @@ class OneByOne:
 
     def scores(self, prompt: list[int]) -> torch.Tensor:
         """Scores after each token of a prompt, [S, V]."""
-        cache = hf.DynamicCache(config=self.model.config)
+        cache = self._new_cache()
         return torch.stack([self._score(cache, token, position) for position, token in enumerate(prompt)])
+
+    def _new_cache(self) -> Any:
+        if self.model.config.model_type == "minimax":
+            return MiniMaxCache()
+        return hf.DynamicCache(config=self.model.config)
 
     def _score(self, cache: Any, token: int, position: int) -> torch.Tensor:
         """Read one token and return the scores of the next, [V]."""

@@ -12,6 +12,7 @@ HYBRIDS = frozenset(
         *("lfm2", "lfm2_moe", "lfm3"),
         *("granitemoehybrid", "bamba", "falcon_h1", "nemotron_h", "jamba"),
         *("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "kimi_linear", "bailing_hybrid"),
+        "minimax",
     }
 )
 _KINDS: dict[str, LayerKind] = {
@@ -37,6 +38,11 @@ def layer_kinds(config: Any) -> tuple[LayerKind, ...]:
 def known_kinds(config: Any) -> set[str]:
     """Return the names of kinds of recurrent layers that specchat computes for a configuration."""
     return set(_KINDS) if config.model_type in HYBRIDS else set()
+
+
+def asks_for_caches(config: Any) -> bool:
+    """Return whether a model may be told to use its cache: MiniMax then only takes a cache of its own class."""
+    return bool(config.model_type != "minimax")
 
 
 def layer_output(config: Any, hidden: Any) -> Any:

@@ -12,7 +12,7 @@ import torch
 from specchat.errors import UnsupportedModelError
 from specchat.models.hf.attention import cache_for, row_scope
 from specchat.models.hf.config import kv_shapes
-from specchat.models.hf.hybrids import LayerKind, layer_kinds, layer_output
+from specchat.models.hf.hybrids import LayerKind, asks_for_caches, layer_kinds, layer_output
 from specchat.models.hf.mixers import bind_mixers, mixers_of
 from specchat.models.hf.refusals import CANNOT_RUN, HINT
 from specchat.models.hf.skeleton import Skeleton
@@ -130,7 +130,7 @@ def _run(skeleton: Skeleton, records: list[_Record]) -> None:
     ids, positions = (torch.empty(1, 1, dtype=torch.int64, device="meta") for _ in range(2))
     cache = cache_for(records, kinds=kinds)
     with row_scope(_Mask):
-        model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+        model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=asks_for_caches(config))
 
 
 def _then_end(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

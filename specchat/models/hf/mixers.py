@@ -1,4 +1,4 @@
-"""The recurrent mixers of hybrid models: gated delta nets, Kimi Delta Attention, Mamba 1 and 2, short convolutions.
+"""The recurrent mixers of hybrid models: delta nets, Mamba 1 and 2, lightning attention, and short convolutions.
 
 transformers' mixers call a convolution and a scan by global names. Each mixer gets a copy of its class's forward whose
 globals hold specchat's functions instead, bound to the state of the mixer's layer. Nothing outside of these modules
@@ -17,6 +17,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+# MiniMax's mixers compute their scan in their forward, and have no convolution.
+_LIGHTNING = "MiniMaxLightningAttention"
 
 
 class LayerScans(Protocol):
@@ -43,7 +46,10 @@ def bind_mixers(layers: Sequence[Any], scans: Sequence[LayerScans | None]) -> No
         mixers = mixers_of(layer)
         assert len(mixers) == (own is not None), f"{type(layer).__name__} has {len(mixers)} recurrent mixers"
         for mixer in mixers:
-            mixer.forward = _forward_with(mixer, {name: partial(call, own) for name, call in _CALLS.items()})
+            if type(mixer).__name__ == _LIGHTNING and own is not None:
+                mixer.forward = partial(_lightning_attention, mixer, own)
+            else:
+                mixer.forward = _forward_with(mixer, {name: partial(call, own) for name, call in _CALLS.items()})
 
 
 def release_mixers(layers: Sequence[Any]) -> None:
@@ -54,7 +60,7 @@ def release_mixers(layers: Sequence[Any]) -> None:
 
 
 def mixers_of(layer: Any) -> list[Any]:
-    """Return the recurrent mixers of a layer: modules with a convolution, which know the layer's index."""
+    """Return the recurrent mixers of a layer: modules with a convolution, which know its index, or MiniMax's."""
     return [module for module in layer.modules() if _is_mixer(module)]
 
 
@@ -74,7 +80,7 @@ def unclamp_time_steps(model: Any) -> None:
 
 def _is_mixer(module: Any) -> bool:
     has_convolution = any(isinstance(child, torch.nn.Conv1d) for child in module.children())
-    return has_convolution and hasattr(module, "layer_idx")
+    return (has_convolution and hasattr(module, "layer_idx")) or type(module).__name__ == _LIGHTNING
 
 
 def _forward_with(mixer: Any, calls: dict[str, Callable[..., Any]]) -> Any:
@@ -172,6 +178,20 @@ def _mamba1_scan(
     if z is not None:
         out = out * torch.nn.functional.silu(z)
     return (out, out.new_empty(0)) if return_last_state else out
+
+
+def _lightning_attention(
+    mixer: Any, scans: LayerScans, hidden_states: Tensor, *_: Any, **__: Any
+) -> tuple[Tensor, None]:
+    """Compute the forward of MiniMax's lightning attention: a scan whose heads decay at constant rates."""
+    rows, heads = hidden_states.shape[1], mixer.num_attention_heads
+    scans.convolve(hidden_states.new_empty(rows, 0), hidden_states.new_empty(0, 1), None)
+    mixed = mixer.act_fn(mixer.qkv_proj(hidden_states))[0].unflatten(-1, (heads, 3 * mixer.head_dim))
+    q, k, v = mixed.split(mixer.head_dim, dim=-1)
+    decays = -mixer.slope_rate.float().reshape(1, heads).to(q.device).expand(rows, heads)
+    out = scans.scan(q, k, v, decays, torch.ones_like(decays), delta=False)
+    out = mixer.norm(out.to(hidden_states.dtype).reshape(1, rows, -1))
+    return mixer.out_proj(torch.sigmoid(mixer.output_gate(hidden_states)) * out), None
 
 
 def _time_steps(dt: Tensor, bias: Tensor | None, *, softplus: bool) -> Tensor:

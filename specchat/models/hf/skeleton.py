@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from specchat.errors import UnsupportedModelError
 from specchat.models.hf.attention import AttentionFunction, register_attention
 from specchat.models.hf.config import text_model_class
+from specchat.models.hf.hybrids import asks_for_caches
 from specchat.models.hf.mixers import unclamp_time_steps
 
 # Building a model on meta patches torch's Module for the whole process. Parameters that another thread sets meanwhile
@@ -47,7 +48,10 @@ class Skeleton:
     def hidden(self, token_ids: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
         """Compute final hidden states [S, D] of token ids [S] at logical positions [S] (int64); append to the cache."""
         out = self.decoder(
-            input_ids=token_ids[None], position_ids=positions[None], past_key_values=cache, use_cache=True
+            input_ids=token_ids[None],
+            position_ids=positions[None],
+            past_key_values=cache,
+            use_cache=asks_for_caches(self.config),
         )
         hidden: torch.Tensor = out.last_hidden_state[0]
         return hidden
