@@ -108,6 +108,21 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
         {**_FOUR, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "block_size": 16}
         | {"layer_types": _LINEAR},
     ),
+    # The first block of attention serves the second and the last layer, and the second block one layer.
+    "zamba2": (
+        "Zamba2Config",
+        {
+            **_FOUR,
+            **{"mamba_d_state": 16, "mamba_ngroups": 2, "n_mamba_heads": 8, "chunk_size": 16, "adapter_rank": 8},
+            "num_hidden_layers": 5,
+            "num_key_value_heads": 4,
+            "num_mem_blocks": 2,
+            "use_shared_attention_adapter": True,
+            "use_mem_rope": True,
+            "time_step_min": 1e-9,  # as above
+            "layers_block_type": ["linear_attention", "hybrid", "hybrid", "linear_attention", "hybrid"],
+        },
+    ),
     "olmo_hybrid": (
         "OlmoHybridConfig",
         {**_FOUR, **_GDN, "head_dim": None, "num_key_value_heads": 4, "linear_num_key_heads": 4},

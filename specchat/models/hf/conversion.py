@@ -173,10 +173,15 @@ def _stacks(converter: Any) -> bool:
 
 def _weight_mapping(skeleton: Skeleton) -> list[Any]:
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
 
     mapping: list[Any] = get_model_conversion_mapping(skeleton.model)
-    return mapping + [rule for rule in wrapper_mapping(skeleton.config) if isinstance(rule, WeightConverter)]
+    mapping += [rule for rule in wrapper_mapping(skeleton.config) if isinstance(rule, WeightConverter)]
+    return mapping + [
+        WeightRenaming(rf"\b{re.escape(use)}\.", f"{block.path}.")
+        for block in skeleton.shared_blocks
+        for use in block.uses
+    ]
 
 
 class LazyTensor:

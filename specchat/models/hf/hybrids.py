@@ -10,7 +10,7 @@ LayerKind = Literal["rows", "state", "both", "nothing"]
 HYBRIDS = frozenset(
     {
         *("lfm2", "lfm2_moe", "lfm3"),
-        *("granitemoehybrid", "bamba", "falcon_h1", "nemotron_h", "jamba"),
+        *("granitemoehybrid", "bamba", "falcon_h1", "nemotron_h", "jamba", "zamba2"),
         *("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "kimi_linear", "bailing_hybrid"),
         "minimax",
     }
@@ -71,6 +71,8 @@ def tiny_values(config: Any, hidden_size: int, layers: list[int]) -> dict[str, A
 
 
 def _tiny_mamba(config: Any, hidden_size: int) -> dict[str, Any]:
+    if getattr(config, "hybrid_layer_ids", None):
+        return _tiny_zamba(config, hidden_size)
     if getattr(config, "mamba_num_heads", None):  # Nemotron-H
         groups = min(config.n_groups, 2)
         return {"n_groups": groups, "mamba_num_heads": 2 * groups}
@@ -82,3 +84,27 @@ def _tiny_mamba(config: Any, hidden_size: int) -> dict[str, Any]:
         heads = config.mamba_expand * hidden_size // config.mamba_d_head
         return {"mamba_n_heads": heads, "mamba_n_groups": math.gcd(heads, config.mamba_n_groups)}
     return {}
+
+
+def _tiny_zamba(config: Any, attention_size: int) -> dict[str, Any]:
+    """Return the sizes of a tiny Zamba 2, whose attention is twice as wide as its layers.
+
+    Its first block serves two layers. All blocks have adapters for each of their layers.
+    """
+    num_blocks = min(config.num_mem_blocks, 2)
+    hidden_size = attention_size // 2
+    head_dim = math.gcd(config.mamba_expand * hidden_size, config.mamba_headdim)
+    heads = config.mamba_expand * hidden_size // head_dim
+    kinds = ["linear_attention"] + ["hybrid"] * (num_blocks + 1)
+    return {
+        "hidden_size": hidden_size,
+        "attention_hidden_size": attention_size,
+        "num_hidden_layers": len(kinds),
+        "layer_types": kinds,
+        "hybrid_layer_ids": list(range(1, len(kinds))),
+        "num_mem_blocks": num_blocks,
+        "adapter_rank": 8,
+        "mamba_headdim": head_dim,
+        "n_mamba_heads": heads,
+        "mamba_ngroups": math.gcd(heads, config.mamba_ngroups),
+    }

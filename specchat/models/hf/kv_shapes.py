@@ -57,9 +57,14 @@ class _Record:
         self._state: StateShape | None = None
 
     @property
+    def lacks_state(self) -> bool:
+        """Whether a recurrent layer's mixer has not run."""
+        return self.has_state and self._state is None
+
+    @property
     def shape(self) -> KvShape:
         """Shape of what the layer caches."""
-        assert self.has_state == (self._state is not None), "a recurrent layer has a state"
+        assert not self.lacks_state, "a recurrent layer has a state"
         return replace(self._rows, state=self._state)
 
     def append(self, _layout: None, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,6 +136,10 @@ def _run(skeleton: Skeleton, records: list[_Record]) -> None:
     cache = cache_for(records, kinds=kinds)
     with row_scope(_Mask):
         model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=asks_for_caches(config))
+    hidden = torch.empty(1, 1, config.hidden_size, dtype=next(model.parameters()).dtype, device="meta")
+    for layer, record in zip(layers, records, strict=True):
+        for mixer in mixers_of(layer) if record.lacks_state else ():  # it comes after attention, as in Zamba 2
+            mixer(hidden)
 
 
 def _then_end(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

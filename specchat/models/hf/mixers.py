@@ -64,18 +64,18 @@ def mixers_of(layer: Any) -> list[Any]:
     return [module for module in layer.modules() if _is_mixer(module)]
 
 
-# transformers' form by chunks clamps Nemotron-H's time steps to at least `time_step_min`, a bound of their
-# initialization (0.001). Its form for one token does not clamp. The published `time_step_limit` is (0, inf), which vLLM
-# follows in all rows. So specchat's reference clamps no row. `generate` of transformers may differ where a time step of
-# the prompt is below the bound.
+# transformers' form by chunks clamps the time steps of Nemotron-H and Zamba 2 to at least `time_step_min`, a bound of
+# their initialization (0.001). Its form for one token does not clamp. The published `time_step_limit` of Nemotron-H is
+# (0, inf), which vLLM follows in all rows; Zamba 2 has none. So specchat's reference clamps no row. `generate` of
+# transformers may differ where a time step of the prompt is below the bound.
 def unclamp_time_steps(model: Any) -> None:
-    """Let the mixers of Nemotron-H take time steps of the published range, which has no lower bound.
+    """Let the mixers of Nemotron-H and Zamba 2 take time steps of the published range, which has no lower bound.
 
     The form of transformers that decodes one token does so, and is the reference.
     """
     for module in model.modules():
-        if type(module).__name__ == "NemotronHMamba2Mixer":
-            module.time_step_limit = tuple(model.config.time_step_limit)
+        if type(module).__name__ in ("NemotronHMamba2Mixer", "Zamba2MambaMixer"):
+            module.time_step_limit = tuple(getattr(model.config, "time_step_limit", None) or (0.0, float("inf")))
 
 
 def _is_mixer(module: Any) -> bool:

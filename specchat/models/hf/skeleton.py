@@ -15,6 +15,7 @@ from specchat.models.hf.attention import AttentionFunction, register_attention
 from specchat.models.hf.config import text_model_class
 from specchat.models.hf.hybrids import asks_for_caches
 from specchat.models.hf.mixers import unclamp_time_steps
+from specchat.models.hf.shared_blocks import SharedBlock, take_out_shared_blocks
 
 # Building a model on meta patches torch's Module for the whole process. Parameters that another thread sets meanwhile
 # would be lost.
@@ -31,6 +32,7 @@ class Skeleton:
         decoder: submodule from input ids to final hidden states.
         layers: decoder layers, in order.
         layers_name: path of the layers in `model`, such as "model.layers".
+        shared_blocks: blocks that several layers share, which belong to no layer; most models have none.
     """
 
     config: Any
@@ -38,6 +40,15 @@ class Skeleton:
     decoder: Any
     layers: Any
     layers_name: str
+    shared_blocks: tuple[SharedBlock, ...] = ()
+
+    @property
+    def shared_paths(self) -> tuple[str, ...]:
+        """Paths of the shared blocks in `model`."""
+        if not self.shared_blocks:
+            return ()
+        decoder = path_of(self.model, self.decoder)
+        return tuple(f"{decoder}.{block.path}" for block in self.shared_blocks)
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Compute scores [n, V] of final hidden states [n, D], including the architecture's scaling and caps."""
@@ -108,7 +119,7 @@ def _model_of(config: Any, dtype: torch.dtype, attention: str) -> Any:
 
 
 def skeleton_of(model: Any) -> Skeleton:
-    """Find the decoder and its layers in a causal LM.
+    """Find the decoder and its layers in a causal LM, and take blocks that layers share out of the layers.
 
     Raises:
         UnsupportedModelError: no list of decoder layers in the decoder.
@@ -122,7 +133,8 @@ def skeleton_of(model: Any) -> Skeleton:
         for name, module in model.named_modules():
             is_list = isinstance(module, torch.nn.ModuleList) and len(module) == num_layers
             if is_list and id(module) in in_decoder:
-                return Skeleton(model.config, model, decoder, module, name)
+                shared = take_out_shared_blocks(decoder, module, path_of(decoder, module))
+                return Skeleton(model.config, model, decoder, module, name, shared)
     raise UnsupportedModelError(f"'{model.config.model_type}' has no plain list of decoder layers")
 
 
