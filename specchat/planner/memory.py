@@ -65,13 +65,13 @@ def build_ledger(
     items = [
         LedgerItem("resident layers", sum(sizes[i] for i in placement.resident)),
         LedgerItem("slots", placement.slots * slot_bytes),
-        _outside_layers(target, work),
+        *_outside_layers(target, work),
         LedgerItem("KV cache", kv_bytes(target, work, work.tree_budget)),
         *state_items(target, work),
     ]
     if draft is not None:
         layers = sum(layer_sizes(draft, work.dtype))
-        items.append(LedgerItem("draft", layers + _other_bytes(draft, work.dtype)))
+        items.append(LedgerItem("draft", layers + _other_bytes(draft, work.dtype) + _shared_bytes(draft, work.dtype)))
         items.append(LedgerItem("draft KV cache", kv_bytes(draft, work, work.draft_rows)))
         if states := draft_state_bytes(draft, work):
             items.append(LedgerItem("draft states", states))
@@ -100,8 +100,8 @@ def bytes_beside_layers(target: ModelSpec, draft: ModelSpec | None, work: Worklo
 @lru_cache(maxsize=4096)
 def _target_needs(target: ModelSpec, work: Workload) -> tuple[int, int, int]:
     """Return permanent bytes, and peak workspace bytes of the longest first step and of later steps."""
-    kept = _outside_layers(target, work).bytes + kv_bytes(target, work, work.tree_budget)
-    kept += sum(item.bytes for item in state_items(target, work))
+    kept = kv_bytes(target, work, work.tree_budget)
+    kept += sum(item.bytes for item in (*_outside_layers(target, work), *state_items(target, work)))
     first, later = _target_passes(target, work)
     ancestors = _ancestors_bytes(work)
     walk_bytes = _walking_bytes(target, work)
@@ -116,8 +116,8 @@ def _target_needs(target: ModelSpec, work: Workload) -> tuple[int, int, int]:
 def _draft_needs(draft: ModelSpec, work: Workload) -> tuple[int, int, int]:
     """Return the figures of `_target_needs` for a draft; cached separately, because one draft serves many targets."""
     layers = sum(layer_sizes(draft, work.dtype))
-    kept = layers + _other_bytes(draft, work.dtype) + kv_bytes(draft, work, work.draft_rows)
-    kept += draft_state_bytes(draft, work)
+    kept = layers + _other_bytes(draft, work.dtype) + _shared_bytes(draft, work.dtype)
+    kept += kv_bytes(draft, work, work.draft_rows) + draft_state_bytes(draft, work)
     return (
         kept + dequantize_bytes(draft, work.dtype, work.device),
         _drafting_bytes(draft, work, reading=work.ctx + work.seats - 1),
@@ -221,11 +221,19 @@ def with_trees(
     return replace(changed, vram_bytes=max(plan.vram_bytes, changed.device_bytes))
 
 
-def _outside_layers(target: ModelSpec, work: Workload) -> LedgerItem:
+def _outside_layers(target: ModelSpec, work: Workload) -> Iterable[LedgerItem]:
+    """Yield the items of weights outside the layers; blocks that layers share are used by every pass, so they stay."""
+    if shared := _shared_bytes(target, work.dtype):
+        yield LedgerItem("shared blocks", shared)
     other = _other_bytes(target, work.dtype)
     if work.host_embeddings:
-        return LedgerItem("head", other - lookup_bytes(target, work.dtype))
-    return LedgerItem("embeddings and head", other)
+        yield LedgerItem("head", other - lookup_bytes(target, work.dtype))
+    else:
+        yield LedgerItem("embeddings and head", other)
+
+
+def _shared_bytes(spec: ModelSpec, dtype: Dtype) -> int:
+    return sum(size.nbytes(dtype) for size in spec.shared_params)
 
 
 def _other_bytes(spec: ModelSpec, dtype: Dtype) -> int:

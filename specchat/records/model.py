@@ -180,7 +180,8 @@ class ModelSpec:
         max_positions: longest context that the position encoding supports without changing its scaling.
         dtype: dtype of the weights, as the checkpoint declares.
         num_params: number of weights of the whole model in any format, tied weights counted once.
-        num_layer_params: number of weights of the decoder layers.
+        num_layer_params: number of weights that the decoder layers compute with; those of a block that layers share
+            count once for each of these layers.
         layer_params: parameters of each decoder layer, in module order.
         other_params: parameters outside the layers (embeddings, head, final norm), tied parameters counted once.
         buffer_bytes: bytes of persistent buffers, which always stay in device memory.
@@ -191,6 +192,7 @@ class ModelSpec:
         activations: memory of a pass by element size in bytes; sizes without a profile are absent.
         lookup_params: number of weights among other_params that are only looked up by token: untied input embeddings.
         text_only: whether this is the text half of a multimodal model.
+        shared_params: parameters of blocks that several layers share, which always stay in device memory.
     """
 
     name: str
@@ -214,6 +216,7 @@ class ModelSpec:
     activations: Mapping[int, Activations] = field(default_factory=dict)
     lookup_params: int = 0
     text_only: bool = False
+    shared_params: tuple[ParamSize, ...] = ()
 
     def __hash__(self) -> int:  # hashing every field would cost more than the cached results save
         return hash((self.name, self.quant, self.num_params))

@@ -7,7 +7,7 @@ from specchat.records.limits import HEAD_BLOCK_ROWS, MOST_RESTORE_POINTS
 from specchat.records.model import Dtype, Quant, Tier
 
 # Ledger items that hold weights, resident or streamed.
-WEIGHT_ITEMS = frozenset({"resident layers", "slots", "embeddings and head", "head", "draft"})
+WEIGHT_ITEMS = frozenset({"resident layers", "slots", "shared blocks", "embeddings and head", "head", "draft"})
 
 
 @dataclass(frozen=True)

@@ -430,7 +430,7 @@ def _share(item: LedgerItem) -> str:
         return "KV"
     if name == "draft":
         return "draft"
-    return "resident" if "resident" in name or "embedding" in name or name == "head" else "work"
+    return "resident" if "resident" in name or "embedding" in name or name in ("head", "shared blocks") else "work"
 
 
 def _memory_name(device: str) -> str:

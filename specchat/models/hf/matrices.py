@@ -16,21 +16,28 @@ _GATES = frozenset({"in_proj_ba", "in_proj_a", "in_proj_b", "a_proj", "b_proj"})
 
 
 def find_matrices(skeleton: Skeleton) -> list[Matrix]:
-    """List the matrices that may be quantized: linears and fused experts of the layers, and the head.
+    """List the matrices that may be quantized: linears and fused experts of layers and shared blocks, and the head.
 
     Routers, gates of recurrent layers and subclasses of nn.Linear are left out.
     """
-    matrices = []
+    matrices: list[Matrix] = []
     for index, layer in enumerate(skeleton.layers):
-        for path, module in layer.named_modules(prefix=f"{skeleton.layers_name}.{index}"):
-            if type(module) is torch.nn.Linear and path.rpartition(".")[2] not in _ROUTERS | _GATES:
-                matrices.append(Matrix(path, index, (module.out_features, module.in_features)))
-            elif _fuses_experts(module):
-                matrices += _expert_matrices(path, index, module)
+        matrices += _matrices_of(layer, f"{skeleton.layers_name}.{index}", index)
+    for path in skeleton.shared_paths:
+        matrices += _matrices_of(skeleton.model.get_submodule(path), path, None)
     head = skeleton.model.get_output_embeddings()
     if type(head) is torch.nn.Linear:
-        matrices.append(Matrix(path_of(skeleton.model, head), None, (head.out_features, head.in_features)))
+        shape = head.out_features, head.in_features
+        matrices.append(Matrix(path_of(skeleton.model, head), None, shape, is_head=True))
     return matrices
+
+
+def _matrices_of(part: Any, prefix: str, layer: int | None) -> Iterator[Matrix]:
+    for path, module in part.named_modules(prefix=prefix):
+        if type(module) is torch.nn.Linear and path.rpartition(".")[2] not in _ROUTERS | _GATES:
+            yield Matrix(path, layer, (module.out_features, module.in_features))
+        elif _fuses_experts(module):
+            yield from _expert_matrices(path, layer, module)
 
 
 def _fuses_experts(module: Any) -> bool:
@@ -38,7 +45,7 @@ def _fuses_experts(module: Any) -> bool:
     return hasattr(module, "has_gate") and hasattr(module, "is_transposed") and not module.has_post_expert_norm
 
 
-def _expert_matrices(path: str, layer: int, module: Any) -> Iterator[Matrix]:
+def _expert_matrices(path: str, layer: int | None, module: Any) -> Iterator[Matrix]:
     for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
         num_experts, *shape = getattr(module, name).shape
         rows, cols = reversed(shape) if module.is_transposed else shape

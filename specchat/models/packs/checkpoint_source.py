@@ -67,10 +67,10 @@ class CheckpointLayers(Closeable):
     def rest_meta(self) -> Mapping[str, Tensor]:
         """Return embeddings, head, norms and persistent buffers as meta tensors, by the checkpoint's names.
 
-        A quantized head is represented by its segments, by the model's names.
+        Quantized matrices are represented by their segments, by the model's names.
         """
         saved = {key: _meta(info) for key, info in self._rest.items()}
-        return saved | self._weights.head_meta()
+        return saved | self._weights.segments_meta()
 
     def rest(self) -> Mapping[str, Tensor]:
         """Return the tensors of `rest_meta`, each read on access: together they may be larger than two layers."""
@@ -84,17 +84,17 @@ class _LazyTensors(Mapping[str, Tensor]):
     weights: WeightReader
 
     def __getitem__(self, key: str) -> Tensor:
-        return self.reader.read(key) if key in self.saved else self._head[key]
+        return self.reader.read(key) if key in self.saved else self._segments[key]
 
     def __iter__(self) -> Iterator[str]:
-        return iter((*self.saved, *self.weights.head_meta()))
+        return iter((*self.saved, *self.weights.segments_meta()))
 
     def __len__(self) -> int:
-        return len(self.saved) + len(self.weights.head_meta())
+        return len(self.saved) + len(self.weights.segments_meta())
 
     @cached_property
-    def _head(self) -> Mapping[str, Tensor]:
-        return self.weights.read_head()
+    def _segments(self) -> Mapping[str, Tensor]:
+        return self.weights.read_segments()
 
 
 def _meta(info: TensorInfo) -> Tensor:

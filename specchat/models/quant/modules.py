@@ -92,10 +92,11 @@ class Matrix:
 
     Attributes:
         path: path within the model of an nn.Linear, or of the parameter that fuses the matrices of all experts.
-        layer: index of the decoder layer, or None for the head.
+        layer: index of the decoder layer; None for the head and for blocks that layers share.
         shape: (rows, cols) of one matrix W in x W^T.
         num_experts: number of matrices that the parameter fuses; 0 for an nn.Linear.
         transposed: whether a fused parameter holds [cols, rows] per expert.
+        is_head: whether the matrix scores tokens.
     """
 
     path: str
@@ -103,6 +104,7 @@ class Matrix:
     shape: tuple[int, int]
     num_experts: int = 0
     transposed: bool = False
+    is_head: bool = False
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from specchat.paths import cache_folder
 from specchat.records.model import Activations, KvShape, ModelSource, ModelSpec, ParamSize, RowCost, StateShape
 
 # Version of descriptions. Raise it when descriptions change; a test fails then and says how to proceed.
-SPEC_VERSION = 4
+SPEC_VERSION = 5
 _LIBRARIES = ("torch", "transformers", "accelerate")
 # The sizes of pre-quantized matrices follow from the headers of the weight files.
 _QUANTIZED = (b"quantization_config", b"compression_config")
@@ -142,6 +142,7 @@ def parsed(values: Mapping[str, Any]) -> ModelSpec:
             **values,
             "layer_params": tuple(_params(layer) for layer in values["layer_params"]),
             "other_params": _params(values["other_params"]),
+            "shared_params": _params(values["shared_params"]),
             "kv_shapes": tuple(_kv_shape(**shape) for shape in values["kv_shapes"]),
             "quant_shapes": tuple((rows, cols) for rows, cols in values["quant_shapes"]),
             "activations": {int(item_bytes): _costs(costs) for item_bytes, costs in values["activations"].items()},

@@ -28,7 +28,7 @@ def layer_sizes(spec: ModelSpec, dtype: Dtype) -> tuple[int, ...]:
 
 def weight_bytes(spec: ModelSpec, dtype: Dtype) -> int:
     """Return the bytes of all weights and buffers."""
-    rest = sum(size.nbytes(dtype) for size in spec.other_params) + spec.buffer_bytes
+    rest = sum(size.nbytes(dtype) for size in (*spec.other_params, *spec.shared_params)) + spec.buffer_bytes
     return rest + sum(layer_sizes(spec, dtype))
 
 

@@ -47,7 +47,7 @@ def inspect_model(source: ModelSource, quant: Quant) -> ModelSpec:
     if recipe is not None:
         apply_recipe(skeleton, recipe)
     segments = segment_names(skeleton.model)
-    layers_prefix = f"{skeleton.layers_name}."
+    within_layers = f"{skeleton.layers_name}.", *(f"{path}." for path in skeleton.shared_paths)
     return ModelSpec(
         **of_architecture,
         name=source.name,
@@ -56,12 +56,13 @@ def inspect_model(source: ModelSource, quant: Quant) -> ModelSpec:
         other_params=tuple(
             _param_size(parameter, name in segments)
             for name, parameter in skeleton.model.named_parameters()
-            if not name.startswith(layers_prefix)
+            if not name.startswith(within_layers)
         ),
         quant=quant if recipe is None else recipe.name,
         quant_shapes=tuple(sorted({linear.shape for _, linear in quant_linears(skeleton.model)})),
         lookup_params=_lookup_params(skeleton),
         text_only=wrapper_type(config) is not None,
+        shared_params=tuple(size for block in _shared_blocks(skeleton) for size in _param_sizes(block)),
     )
 
 
@@ -75,13 +76,27 @@ def _measure(config: Any, skeleton: Skeleton) -> dict[str, Any]:
         "mlp_size": mlp_size(config),
         "num_heads": config.num_attention_heads,
         "max_positions": max_positions(config),
-        "num_params": sum(p.numel() for p in skeleton.model.parameters()),
-        "num_layer_params": sum(p.numel() for layer in skeleton.layers for p in layer.parameters()),
+        "num_params": _num_params(skeleton.model),
+        "num_layer_params": sum(map(_num_params, skeleton.layers)) + _num_shared_params(skeleton),
         "buffer_bytes": sum(b.nbytes for b in skeleton.model.buffers()),
         "kv_shapes": record_kv_shapes(skeleton),
         "narrowed_bytes": _narrowed_bytes(config),
         "activations": _profiled(skeleton),  # `dequantize_bytes` covers the scratch memory of quantized modules
     }
+
+
+def _shared_blocks(skeleton: Skeleton) -> list[Any]:
+    return [skeleton.model.get_submodule(path) for path in skeleton.shared_paths]
+
+
+def _num_shared_params(skeleton: Skeleton) -> int:
+    """Return the number of weights of shared blocks, each as often as layers use it."""
+    uses = [len(block.uses) for block in skeleton.shared_blocks]
+    return sum(num * _num_params(block) for num, block in zip(uses, _shared_blocks(skeleton), strict=True))
+
+
+def _num_params(module: Any) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _narrowed_bytes(config: Any) -> int:

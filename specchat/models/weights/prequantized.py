@@ -10,7 +10,7 @@ from specchat.models.checkpoint.safetensors import Checkpoint, TensorInfo
 from specchat.models.hf.skeleton import Skeleton
 from specchat.models.quant.modules import Matrix, segment_names
 from specchat.models.weights.checkpoint_recipe import CheckpointRecipe
-from specchat.models.weights.quantizing import by_layer, head_of
+from specchat.models.weights.quantizing import by_layer, outside_layers
 from specchat.models.weights.reader import WeightReader
 
 
@@ -30,7 +30,7 @@ class PrequantizedFiller:
         self._skeleton = skeleton
         self._recipe = recipe
         self._matrices = by_layer(skeleton, matrices)
-        self._head = head_of(matrices)
+        self._outside = outside_layers(matrices)
         self._tensors = TensorReader(checkpoint)
 
     def parameters(self, layer: int) -> Set[str]:
@@ -69,14 +69,14 @@ class PrequantizedFiller:
         return found
 
     def rest_keys(self, rest: Mapping[str, str]) -> list[str]:
-        """Return all keys outside the layers; the reader's checkpoint has no keys of a quantized head."""
+        """Return all keys outside the layers; the reader's checkpoint has no keys of quantized matrices."""
         return list(rest)
 
-    def read_head(self, reader: WeightReader) -> dict[str, Tensor]:
-        """Return the segments of a quantized head by full name, as CPU tensors."""
-        segments = {name: torch.empty_like(segment, device="cpu") for name, segment in reader.head_meta().items()}
-        if self._head is not None:
-            self._recipe.fill(self._tensors, self._head, self._head.path, segments)
+    def read_segments(self, reader: WeightReader) -> dict[str, Tensor]:
+        """Return the segments of quantized matrices outside the layers by full name, as CPU tensors."""
+        segments = {name: torch.empty_like(segment, device="cpu") for name, segment in reader.segments_meta().items()}
+        for matrix in self._outside:
+            self._recipe.fill(self._tensors, matrix, matrix.path, segments)
         return segments
 
     def close(self) -> None:

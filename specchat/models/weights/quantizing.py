@@ -24,7 +24,7 @@ class QuantizingFiller:
         self._skeleton = skeleton
         self._recipe = recipe
         self._matrices = by_layer(skeleton, matrices)
-        self._head = head_of(matrices)
+        self._outside = outside_layers(matrices)
 
     def parameters(self, layer: int) -> Set[str]:
         """Return the segments of a layer, by name within the layer."""
@@ -55,19 +55,29 @@ class QuantizingFiller:
             self._quantize(name, matrices[name], weight, views)
 
     def rest_keys(self, rest: Mapping[str, str]) -> list[str]:
-        """Return all keys outside the layers except that of a quantized head."""
-        head_name = None if self._head is None else f"{self._head.path}.weight"
-        return [key for key, name in rest.items() if name != head_name]
+        """Return all keys outside the layers except those of quantized matrices."""
+        quantized = {_dense_name(matrix.path, matrix) for matrix in self._outside}
+        return [key for key, name in rest.items() if name not in quantized]
 
-    def read_head(self, reader: WeightReader) -> dict[str, Tensor]:
-        """Quantize the head's matrix, which may be that of tied embeddings, and return its segments."""
-        keys = {name: key for key, name in reader.rest.items()}
-        key = next((keys[name] for name in head_names(self._skeleton) if name in keys), None)
-        if self._head is None or key is None:
-            return {}
-        segments = {name: torch.empty_like(segment, device="cpu") for name, segment in reader.head_meta().items()}
-        self._quantize(self._head.path, self._head, reader.read(key), segments)
-        return segments
+    def read_segments(self, reader: WeightReader) -> dict[str, Tensor]:
+        """Quantize the matrices outside the layers, and return their segments.
+
+        The head's matrix may be that of tied embeddings.
+        """
+        keys, meta = {name: key for key, name in reader.rest.items()}, reader.segments_meta()
+        filled: dict[str, Tensor] = {}
+        for matrix in self._outside:
+            names = head_names(self._skeleton) if matrix.is_head else (_dense_name(matrix.path, matrix),)
+            key = next((keys[name] for name in names if name in keys), None)
+            if key is not None:  # the reader reports tensors that are missing
+                own = {
+                    name: torch.empty_like(meta[name], device="cpu")
+                    for name in meta
+                    if name.startswith(f"{matrix.path}.")
+                }
+                self._quantize(matrix.path, matrix, reader.read(key), own)
+                filled |= own
+        return filled
 
     def places(self, _: int) -> None:
         """Return None: matrices are quantized when they are read."""
@@ -95,9 +105,9 @@ def by_layer(skeleton: Skeleton, matrices: tuple[Matrix, ...]) -> list[dict[str,
     return layers
 
 
-def head_of(matrices: tuple[Matrix, ...]) -> Matrix | None:
-    """Return the head's matrix if it is among the matrices."""
-    return next((matrix for matrix in matrices if matrix.layer is None), None)
+def outside_layers(matrices: tuple[Matrix, ...]) -> list[Matrix]:
+    """Return the matrices of the head and of blocks that layers share."""
+    return [matrix for matrix in matrices if matrix.layer is None]
 
 
 def _empty(matrix: Matrix, dtype: torch.dtype) -> Tensor:

@@ -15,7 +15,7 @@ from specchat.models.checkpoint.reader import TensorReader
 from specchat.models.checkpoint.safetensors import Checkpoint, TensorInfo
 from specchat.models.hf.conversion import LazyTensor, load_converted, plan_weights
 from specchat.models.hf.skeleton import Skeleton, build_skeleton, path_of
-from specchat.models.quant.modules import QuantLinear, segment_names
+from specchat.models.quant.modules import QuantLinear, quant_linears, segment_names
 from specchat.models.weights.layout import bind
 
 _NUMBERED = re.compile(r"(.*\.|)(\d+)(\..*)")  # experts.3.w1.weight
@@ -43,8 +43,8 @@ class MatrixFiller(Protocol):
             rest: checkpoint key -> parameter, outside the layers.
         """
 
-    def read_head(self, reader: "WeightReader") -> dict[str, Tensor]:
-        """Return the segments of a quantized head by full name, as CPU tensors; empty if the head is plain."""
+    def read_segments(self, reader: "WeightReader") -> dict[str, Tensor]:
+        """Return the segments of all quantized matrices outside the layers by full name, as CPU tensors."""
 
     def places(self, layer: int) -> Mapping[str, TensorInfo] | None:
         """Return the place of each filled parameter whose bytes are stored as the model has them.
@@ -181,9 +181,8 @@ class WeightReader(Closeable):
         tensors = {key: self._reader.read(key, self._dtype) for key in self.rest_keys() if key != mapped}
         tensors |= {} if mapped is None else {mapped: self._reader.mapped(mapped, self._dtype)}
         load_converted(self._skeleton, tensors, self._dtype)
-        if self.head_meta():
-            bind(model, self.read_head())
-        else:
+        bind(model, self.read_segments())
+        if not isinstance(model.get_output_embeddings(), QuantLinear):
             model.tie_weights()
         for layer, names in zip(self._skeleton.layers, self._plan.direct, strict=True):
             for name, buffer in layer.named_buffers():
@@ -212,7 +211,7 @@ class WeightReader(Closeable):
         """Return the checkpoint keys outside the layers whose tensors are read unchanged."""
         if self._filler is not None:
             return self._filler.rest_keys(self._plan.rest)
-        quantized = self.head_meta()
+        quantized = self.segments_meta()
         return [key for key, name in self._plan.rest.items() if name not in quantized]
 
     def buffer_keys(self) -> Iterable[str]:
@@ -220,20 +219,24 @@ class WeightReader(Closeable):
         for layer, names in zip(self._skeleton.layers, self._plan.direct, strict=True):
             yield from (names[name] for name, _ in layer.named_buffers() if name in names)
 
-    def head_meta(self) -> dict[str, Tensor]:
-        """Return the segments of a quantized head by full name, on meta or filled; empty if the head is plain."""
-        head = self._skeleton.model.get_output_embeddings()
-        if not isinstance(head, QuantLinear):
-            return {}
-        path = path_of(self._skeleton.model, head)
-        return {f"{path}.{name}": segment for name, segment in head.segments.items()}
+    def segments_meta(self) -> dict[str, Tensor]:
+        """Return the segments of quantized matrices outside the layers by full name, on meta or filled.
 
-    def read_head(self) -> dict[str, Tensor]:
-        """Return the segments of a quantized head by full name, as CPU tensors."""
+        They belong to the head and to blocks that layers share.
+        """
+        model = self._skeleton.model
+        head = model.get_output_embeddings()
+        parts = [(path, model.get_submodule(path)) for path in self._skeleton.shared_paths]
+        parts += [] if head is None else [(path_of(model, head), head)]
+        found = [linear for path, part in parts for linear in quant_linears(part, path)]
+        return {f"{path}.{name}": segment for path, linear in found for name, segment in linear.segments.items()}
+
+    def read_segments(self) -> dict[str, Tensor]:
+        """Return the segments of quantized matrices outside the layers by full name, as CPU tensors."""
         if self._filler is not None:
-            return self._filler.read_head(self)
+            return self._filler.read_segments(self)
         keys = {name: key for key, name in self._plan.rest.items()}
-        return {name: self._reader.read(keys[name]) for name in self.head_meta() if name in keys}
+        return {name: self._reader.read(keys[name]) for name in self.segments_meta() if name in keys}
 
     def _check_complete(self, layer: int, missing: Set[str]) -> None:
         if self._filler is not None:

@@ -49,7 +49,7 @@ class QuantizeRecipe:
 
     def quantizer(self, matrix: Matrix) -> Quantizer:
         """Return the quantizer of a matrix."""
-        return HEAD_QUANTIZER if matrix.layer is None else self.layer_quantizer
+        return HEAD_QUANTIZER if matrix.is_head else self.layer_quantizer
 
     @property
     def identity(self) -> str:
@@ -74,8 +74,8 @@ class AssumedRecipe:
         self._format = Affine(4, 128, torch.float16, zeros=True) if self.bits == 4 else QUANTIZERS["int8"].format
 
     def parts(self, matrix: Matrix, expert: int) -> tuple[Part, ...] | None:
-        """Return one part that covers a layer's matrix; None for the head."""
-        return None if matrix.layer is None else (Part(matrix.shape[0], self._format),)
+        """Return one part that covers the whole matrix; None for the head."""
+        return None if matrix.is_head else (Part(matrix.shape[0], self._format),)
 
 
 def recipe_for(quant: str) -> QuantizeRecipe | None:

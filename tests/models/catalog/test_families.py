@@ -51,10 +51,10 @@ EXAMPLES = {
 }
 UNSUPPORTED = {
     "tiiuae/falcon-mamba-7b-instruct": "recurrent",
-    "Zyphra/Zamba2-2.7B": "recurrent",
+    "Zyphra/Zamba-7B-v1": "recurrent",
     "MiniMaxAI/MiniMax-M1-80k": "copies whose names end in -hf",
 }
-SUPPORTED = [*EXAMPLES, "MiniMaxAI/MiniMax-M1-80k-hf", "MiniMaxAI/MiniMax-Text-01-hf"]
+SUPPORTED = [*EXAMPLES, "MiniMaxAI/MiniMax-M1-80k-hf", "MiniMaxAI/MiniMax-Text-01-hf", "Zyphra/Zamba2-2.7B"]
 
 
 @pytest.mark.parametrize(("target", "draft"), EXAMPLES.items())
