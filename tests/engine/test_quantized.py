@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support import tiny_models
 from support.engines import make_plan, random_prompt, write
+from support.hybrids import HYBRIDS, make_hybrid_config, random_hybrid
 from support.loading import load_engine, load_model, prepare
-from support.tiny_models import ARCHITECTURES, VOCAB, make_config, perturbed, random_model, save
+from support.tiny_models import ARCHITECTURES, VOCAB, perturbed, save
 
 from specchat.engine.model import TreeModel
 from specchat.models.hf.matrices import find_matrices
@@ -29,7 +32,18 @@ from specchat.records.plan import Plan
 CPU = torch.device("cpu")
 QUANTS = ("int8", "int4")
 DEFAULT = ("llama", "llama_tied", "qwen2", "mixtral", "gpt_oss")
+SHARED = "zamba2"  # its layers share a block
 PROMPT = random_prompt(30, VOCAB)
+
+
+def make_config(architecture: str) -> Any:
+    return (make_hybrid_config if architecture in HYBRIDS else tiny_models.make_config)(architecture)
+
+
+def make_model(architecture: str) -> Any:
+    if architecture in HYBRIDS:
+        return random_hybrid(architecture)
+    return tiny_models.random_model(make_config(architecture))
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +53,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
     def get(architecture: str) -> tuple[Any, ModelSource, ModelSource]:
         if architecture not in made:
-            model = random_model(make_config(architecture))
+            model = make_model(architecture)
             draft = save(perturbed(model, 0.03), root / f"{architecture}-draft")
             made[architecture] = (model, save(model, root / architecture), draft)
         return made[architecture]
@@ -72,7 +86,7 @@ def quantize_in_place(model: Any, quant: str) -> None:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for matrix in find_matrices(skeleton):
         weight = parameters[matrix.path if matrix.num_experts else f"{matrix.path}.weight"]
-        if matrix.layer is None:  # the embeddings of a tied head stay as they are
+        if matrix.is_head:  # the embeddings of a tied head stay as they are
             head = model.get_output_embeddings()
             head.weight = torch.nn.Parameter(rounded(weight.detach(), recipe, matrix))
             continue
@@ -95,7 +109,7 @@ def logits(model: TreeModel) -> torch.Tensor:
 
 def check_numbers(architecture: str, quant: str, models: Any) -> None:
     model, source, _ = models(architecture)
-    twin = random_model(make_config(architecture))  # the same numbers
+    twin = make_model(architecture)  # the same numbers
     quantize_in_place(twin, quant)
     twin.set_attn_implementation("eager")
     with torch.inference_mode():
@@ -142,14 +156,14 @@ def check_speculation(architecture: str, quant: str, models: Any) -> None:
             assert tokens_per_step > 1.2
 
 
-@pytest.mark.parametrize("quant", QUANTS)
-@pytest.mark.parametrize("architecture", DEFAULT)
+@pytest.mark.parametrize(("architecture", "quant"), [*itertools.product(DEFAULT, QUANTS), (SHARED, "int4")])
 def test_scores_are_those_of_the_rounded_weights(architecture, quant, models):
     check_numbers(architecture, quant, models)
 
 
-@pytest.mark.parametrize("quant", QUANTS)
-@pytest.mark.parametrize("architecture", ["llama_tied", "mixtral"])
+@pytest.mark.parametrize(
+    ("architecture", "quant"), [*itertools.product(["llama_tied", "mixtral"], QUANTS), (SHARED, "int4")]
+)
 def test_streamed_equals_resident(architecture, quant, models, cache):
     check_streaming(architecture, quant, models)
 
@@ -161,7 +175,7 @@ def test_speculation_is_lossless(architecture, quant, models):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quant", QUANTS)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, SHARED])
 def test_scores_streaming_and_speculation_on_every_architecture(architecture, quant, models, cache):
     check_numbers(architecture, quant, models)
     check_streaming(architecture, quant, models)
@@ -170,8 +184,8 @@ def test_scores_streaming_and_speculation_on_every_architecture(architecture, qu
 
 @pytest.mark.parametrize("quant", QUANTS)
 def test_described_sizes_match_the_loaded_model(quant, models):
-    for architecture in ("llama_tied", "gpt_oss"):
-        _, source, _ = models(architecture)
+    for architecture in ("llama_tied", "gpt_oss", *([SHARED] if quant == "int8" else [])):
+        tiny, source, _ = models(architecture)
         spec, model = describe(source, quant), load(source, quant)
         logits(model)
         layers = model.skeleton.layers
@@ -182,7 +196,7 @@ def test_described_sizes_match_the_loaded_model(quant, models):
         assert weight_bytes(spec, "fp32") + pieces == model.nbytes - model.cache.nbytes
         scratches = {id(linear.scratch): linear.scratch for _, linear in quant_linears(model.skeleton.model)}
         assert [scratch.memory.numel() for scratch in scratches.values()] == [pieces]
-        assert spec.num_params == describe(source).num_params
+        assert spec.num_params == describe(source).num_params == tiny.num_parameters()
 
 
 def test_quantize_selects_large_matrices():

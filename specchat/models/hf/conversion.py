@@ -46,10 +46,11 @@ def plan_weights(skeleton: Skeleton, keys: Iterable[str], *, is_pack: bool = Fal
     direct: list[dict[str, str]] = [{} for _ in skeleton.layers]
     converted: list[dict[str, list[str]]] = [{} for _ in skeleton.layers]
     rest: dict[str, str] = {}
+    shared = _SharedNames(skeleton)
     in_layer = re.compile(re.escape(skeleton.layers_name) + r"\.(\d+)\.(.+)")
     for key in keys:
         found = names.find(key)
-        if found is None:
+        if found is None or shared.is_copy(found.name):
             continue  # not used: rotary tables of old checkpoints, heads for other tasks, extra layers, images
         match = in_layer.fullmatch(found.name)
         if match is None:
@@ -61,6 +62,22 @@ def plan_weights(skeleton: Skeleton, keys: Iterable[str], *, is_pack: bool = Fal
             if (place := names.place(found)) is not None:
                 places[key] = place
     return WeightPlan(tuple(direct), tuple(converted), rest, places)
+
+
+class _SharedNames:
+    """The parameters of shared blocks that have a tensor; checkpoints may store a block for each layer that uses it."""
+
+    def __init__(self, skeleton: Skeleton) -> None:
+        self._prefixes = tuple(f"{path}." for path in skeleton.shared_paths)
+        self._filled: set[str] = set()
+
+    def is_copy(self, name: str) -> bool:
+        """Return whether an earlier tensor fills a parameter of a shared block."""
+        if not name.startswith(self._prefixes):
+            return False
+        known = name in self._filled
+        self._filled.add(name)
+        return known
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, product
 from types import MappingProxyType
 from typing import Any
 
@@ -32,10 +32,11 @@ def match_checkpoint(
         build: function that builds the modules of a configuration.
 
     Raises:
-        CorruptCheckpointError: two tensors that belong to one parameter.
+        CorruptCheckpointError: two tensors that belong to one parameter, or different copies of a shared block.
     """
     skeleton = build(config)
     checkpoint = _unwrapped(skeleton, checkpoint)
+    _check_copies(skeleton, checkpoint)
     tied: Mapping[str, str] = skeleton.model.get_expanded_tied_weights_keys(all_submodels=True)
     keys = {name: key for key, name in plan_weights(skeleton, checkpoint.tensors).rest.items()} if tied else {}
     for head, embedding in tied.items():
@@ -45,6 +46,20 @@ def match_checkpoint(
             config.tie_word_embeddings = False
             return build(config), checkpoint
     return skeleton, checkpoint
+
+
+def _check_copies(skeleton: Skeleton, checkpoint: Checkpoint) -> None:
+    """Check that the copies of a shared block, which some programs store for each layer that uses it, are equal."""
+    for block in skeleton.shared_blocks:
+        first: dict[str, str] = {}
+        for use, key in product(block.uses, checkpoint.tensors):
+            _, is_of_block, name = key.rpartition(f"{use}.")
+            other = first.setdefault(name, key) if is_of_block else key
+            if other != key and not _are_equal(checkpoint, other, key):
+                raise CorruptCheckpointError(
+                    f"'{other}' and '{key}' in {checkpoint.folder} differ, but both layers share one block",
+                    hint="download the model again, or ask its publisher",
+                )
 
 
 def _unwrapped(skeleton: Skeleton, checkpoint: Checkpoint) -> Checkpoint:
