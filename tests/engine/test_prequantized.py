@@ -13,6 +13,7 @@ import torch
 import transformers as hf
 from support import reference
 from support.engines import make_plan, random_prompt, write
+from support.hybrids import HYBRIDS, random_hybrid
 from support.loading import load_engine, load_model, plan_here, plan_request, prepare
 from support.quantized import (
     EMBEDDINGS,
@@ -105,6 +106,8 @@ REST = [
     Case("qwen3_moe", block_fp8((32, 32)), rf"{USUAL}|experts"),
     Case("qwen3_moe", CT8),
     Case("deepseek_v3", gptq(8, -1)),
+    Case("zamba2", gptq(act_order=True), rf"{USUAL}|adapter"),  # its layers share a block
+    Case("zamba2", FP32_NF4, rf"{EMBEDDINGS}|{HEAD}"),
 ]
 CASES = [*BRIEF, *(pytest.param(case, marks=pytest.mark.slow) for case in REST)]
 
@@ -113,11 +116,14 @@ pytestmark = pytest.mark.usefixtures("packs_tiny_models")
 
 
 def make_pair(case: Case, folder: Path) -> tuple[Any, Pair]:
-    config = make_config(case.architecture)
-    config.num_hidden_layers = 2
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:2]
-    model = random_model(config)
+    if case.architecture in HYBRIDS:
+        model = random_hybrid(case.architecture)
+    else:
+        config = make_config(case.architecture)
+        config.num_hidden_layers = 2
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:2]
+        model = random_model(config)
     return model, save_quantized(model, folder, case.kind, skip=case.skip, others=dict(case.others))
 
 
@@ -171,7 +177,7 @@ def test_scores_and_text_are_those_of_the_dequantized_model(case: Case, tmp_path
     draft = save(perturbed(model, 0.02), tmp_path / "draft")
     text = reference.generate(dense, prompt, Sampling(), NUM_TOKENS)
     for guesses in (None, draft):
-        plan = make_plan(pair.quantized, guesses, num_layers=2, resident=())
+        plan = make_plan(pair.quantized, guesses, num_layers=model.config.num_hidden_layers, resident=())
         with load_engine(plan, pair.quantized, guesses, pack) as engine:
             tokens, steps = write(engine, prompt, Sampling(), NUM_TOKENS)
         assert text.first_difference(tokens) is None
