@@ -93,7 +93,7 @@ def cache_for(layers: Sequence[Any], layout: Callable[[], Any] = lambda: None, k
         layout: function that returns the layout of the current pass, which `append` receives.
         kinds: kind of each layer; empty if all layers keep rows.
     """
-    from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, LinearAttentionCacheLayerMixin
+    from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
 
     class Rows(CacheLayerMixin):
         is_sliding = False
@@ -155,7 +155,7 @@ def cache_for(layers: Sequence[Any], layout: Callable[[], Any] = lambda: None, k
         "rows": Rows,
         "both": Both,
         "state": lambda _: State(),
-        "nothing": lambda _: DummyLayer(),
+        "nothing": lambda _: State(),
     }
     of_layers: Sequence[LayerKind] = kinds or ["rows"] * len(layers)
     cache_class = Cache if {"rows", "both"} & set(of_layers) else States
