@@ -123,6 +123,7 @@ FAMILIES = {
     "smolvlm": "SmolVLM 1, 2",
     "stablelm": "StableLM, Stable LM 2",
     "starcoder2": "StarCoder2",
+    "zamba2": "Zamba2 1.2B, 2.7B, 7B",
 }
 
 
