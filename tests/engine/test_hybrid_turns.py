@@ -117,7 +117,9 @@ def test_chats_with_few_restore_points_equal_fresh_runs(zoo: Zoo, most_points: i
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(40))
-@pytest.mark.parametrize("architecture", ["qwen3_5_text", "falcon_h1", "kimi_linear", "granitemoehybrid", "lfm2"])
+@pytest.mark.parametrize(
+    "architecture", ["qwen3_5_text", "falcon_h1", "kimi_linear", "granitemoehybrid", "lfm2", "zamba2"]
+)
 def test_many_chats_equal_fresh_runs(zoo: Zoo, architecture: str, seed: int):
     fuzz(zoo, architecture, seed, num_texts=20)
 
@@ -143,7 +145,7 @@ def test_cancellations_at_any_layer_change_no_text(zoo: Zoo):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["qwen3_5_text", "falcon_h1", "jamba"])
+@pytest.mark.parametrize("architecture", ["qwen3_5_text", "falcon_h1", "jamba", "zamba2"])
 def test_200_cancellations_at_any_layer_change_no_text(zoo: Zoo, architecture: str):
     interrupt(zoo, architecture, num_cancelled=200)
 

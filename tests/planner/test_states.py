@@ -106,7 +106,9 @@ def test_the_engine_allocates_what_is_counted(architecture: str, dtype: Dtype, s
         assert cache.nbytes == rows + counted
 
 
-@pytest.mark.parametrize("architecture", ["qwen3_5_text", "kimi_linear", "falcon_h1", "lfm2_moe", "jamba", "zamba2", "minimax"])
+@pytest.mark.parametrize(
+    "architecture", ["qwen3_5_text", "kimi_linear", "falcon_h1", "lfm2_moe", "jamba", "zamba2", "minimax"]
+)
 def test_memory_of_generation_stays_within_the_ledger(architecture: str, tmp_path: Path):
     """Operations create nothing that the ledger does not count, and the ledger does not count much more."""
     model = random_hybrid(architecture)

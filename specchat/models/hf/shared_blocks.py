@@ -57,5 +57,5 @@ def _take_out(decoder: Any, layers: Any, uses: Sequence[tuple[int, str]]) -> Non
         decoder._tied_weights_keys = {}  # one module needs no tying
     getattr(decoder, _LIST).append(block)
     for index, name in uses:
-        del layers[index]._modules[name]
+        layers[index]._modules.pop(name, None)  # a layer may occur twice
         object.__setattr__(layers[index], name, block)  # not as a submodule, whose parameters would be the layer's
