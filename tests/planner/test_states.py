@@ -107,7 +107,16 @@ def test_the_engine_allocates_what_is_counted(architecture: str, dtype: Dtype, s
 
 
 @pytest.mark.parametrize(
-    "architecture", ["qwen3_5_text", "kimi_linear", "falcon_h1", "lfm2_moe", "jamba", "zamba2", "minimax"]
+    "architecture",
+    [
+        "qwen3_5_text",
+        "kimi_linear",
+        "falcon_h1",
+        "lfm2_moe",
+        "jamba",
+        "minimax",
+        pytest.param("zamba2", marks=pytest.mark.slow),
+    ],
 )
 def test_memory_of_generation_stays_within_the_ledger(architecture: str, tmp_path: Path):
     """Operations create nothing that the ledger does not count, and the ledger does not count much more."""
