@@ -33,6 +33,7 @@ class World:
         noise: standard deviation of the logarithm of the times that a policy is told; what counts are times without.
         preempted: Seconds of computing between two preemptions, and seconds that each takes; both are means of
             exponential distributions. Unlike noise, these seconds count.
+        preempted_for_s: seconds after which preemptions cease, and then begin again, and so on; they begin at once.
     """
 
     pass_s: Callable[[int], float]
@@ -41,6 +42,7 @@ class World:
     skill: float = 0.9
     noise: float = 0.1
     preempted: tuple[float, float] | None = None
+    preempted_for_s: float = math.inf
 
     def expectation(self, level: float = 1.0, slope: float = 1.0) -> Expectation:
         """What a planner would have said: true times, all `level` times too long and `slope` times too steep."""
@@ -170,6 +172,12 @@ class Simulation:
             self._step()
         return self.tokens / self.seconds
 
+    def write_for(self, seconds: float) -> int:
+        """Goes on for so many seconds; tokens of all texts."""
+        while self.seconds < seconds:
+            self._step()
+        return self.tokens
+
     def _step(self) -> None:
         forest, true_draft_s, draft_s = self._grow()
         num_texts, num_nodes = len(self._texts), len(forest.order)
@@ -226,7 +234,7 @@ class Simulation:
 
     def _taken(self, seconds: float) -> float:
         """Return the seconds of a pass that computes for so many, preemptions included."""
-        if self._world.preempted is None:
+        if self._world.preempted is None or self.seconds // self._world.preempted_for_s % 2:
             return seconds
         every_s, away_s = self._world.preempted
         taken_s, left_s = seconds, seconds - self._rng.expovariate(1 / every_s)

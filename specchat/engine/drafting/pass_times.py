@@ -8,6 +8,10 @@ from itertools import pairwise
 
 # Old measurements fade by this factor with every new one: load and subject change within minutes.
 _KEEP = 0.98
+# Load comes and goes within seconds. Times that are measured at different times are compared by the load at each time.
+_KEEP_LOAD = 0.8
+# A size that is hardly known tells this share of what a known one tells about the load.
+_LEAST_TRUST = 0.05
 # How the times of sizes compare changes more slowly than the load, which is shared by all sizes.
 _KEEP_SHAPE = 0.995
 # Weight of a predicted value: it counts like this number of measurements.
@@ -34,10 +38,14 @@ class FadingRatio:
         self._numerator = self._keep * self._numerator + numerator
         self._denominator = self._keep * self._denominator + denominator
 
-    def value(self, prior: float, weight: float = 0.0) -> float:
-        """Return the ratio, blended with a prior of the given weight; the prior itself if nothing was added."""
-        denominator = self._denominator + weight
-        return (self._numerator + prior * weight) / denominator if denominator else prior
+    @property
+    def total(self) -> float:
+        """Denominator: how much the ratio rests on."""
+        return self._denominator
+
+    def value(self, prior: float) -> float:
+        """Return the ratio; the prior if nothing was added."""
+        return self._numerator / self._denominator if self._denominator else prior
 
 
 class PassTimes:
@@ -56,7 +64,7 @@ class PassTimes:
     def __init__(self, predicted: Sequence[tuple[int, float]], max_rows: int) -> None:
         self._curve = _interpolated(predicted, max_rows)
         self._places = [math.log2(max(rows, 1)) for rows in range(max_rows + 1)]
-        self._level = FadingRatio()
+        self._level, self._load = FadingRatio(), FadingRatio(keep=_KEEP_LOAD)
         self._shape: dict[int, FadingRatio] = {}
         self._corrections = [1.0] * (max_rows.bit_length() + 2)  # for 1, 2, 4, ... rows
 
@@ -67,6 +75,16 @@ class PassTimes:
         lower, upper = self._corrections[left : left + 2]
         return self._curve[rows] * (lower + (upper - lower) * (place - left))
 
+    @property
+    def level(self) -> float:
+        """How many times the predicted seconds passes take, on average over the last ones."""
+        return self._level.value(1.0)
+
+    @property
+    def load(self) -> float:
+        """The same over the last few passes only: the load of the machine at the last pass."""
+        return self._load.value(1.0)
+
     def is_measured(self, rows: int) -> bool:
         """Return whether a pass of about this size was measured."""
         return round(self._places[rows]) in self._shape
@@ -75,13 +93,14 @@ class PassTimes:
         """Learn from one measured pass."""
         correction, size = seconds / self._curve[rows], round(self._places[rows])
         if size not in self._shape:
-            believed = self._corrections[size] / self._level.value(1.0)
+            believed = self._corrections[size] / self.level
             weight = _FAR_PRIOR_WEIGHT if self._shape and size > max(self._shape) else PRIOR_WEIGHT
             self._shape[size] = FadingRatio(weight * believed, weight, _KEEP_SHAPE)
-        self._level.add(correction / self._shape[size].value(1.0), 1.0)
-        level = self._level.value(1.0)
-        self._shape[size].add(correction / level, 1.0)
-        known = [(place, level * self._shape[place].value(1.0)) for place in sorted(self._shape)]
+        trust = max(1 - PRIOR_WEIGHT / self._shape[size].total, _LEAST_TRUST)
+        for level in (self._level, self._load):
+            level.add(trust * correction / self._shape[size].value(1.0), trust)
+        self._shape[size].add(correction / self.load, 1.0)
+        known = [(place, self.level * self._shape[place].value(1.0)) for place in sorted(self._shape)]
         known.append(self._beyond(*known[-1]))
         self._corrections = _interpolated(known, len(self._corrections) - 1, extrapolate=False)
 

@@ -24,18 +24,19 @@ from specchat.records.plan import Expectation
 # Draft only if drafting is faster by this factor: on a busy machine both modes are often equally fast, and only
 # drafting can lose without a bound.
 _MARGIN = 1.1
-# Probe the other mode after 4 steps, then at longer and longer intervals of up to 1024 steps: three times as long after
-# each probe that changes nothing, or only twice where a probe costs little, because both modes are about equally fast.
-_PROBE_AFTER, _LONGER, _SLIGHTLY_LONGER, _MAX_INTERVAL = 4, 3, 2, 1024
-# Do not probe plain decoding if drafting is faster by this factor: on a slow disk each probe would take seconds.
-_FAR_FASTER = 2.0
+# Probe the other mode after 4 steps, and three times as long after each probe that changes nothing, until probes lose
+# this share of the speed. So modes that are about equally fast are compared often, because load and subject change.
+_PROBE_AFTER, _LONGER, _PROBE_SHARE = 4, 3, 0.005
+# Probe plain decoding only every 1024 steps if drafting is faster by this factor: on a slow disk each probe would take
+# seconds.
+_FAR_FASTER, _MAX_INTERVAL = 2.0, 1024
 # A probe takes this many steps, but one where drafting is far faster: a single pass on a busy machine tells little.
 _PROBE_STEPS = 3
 # Size of trees to probe after plain decoding, beside the best one: times of smaller sizes that are never tried stay
 # predictions.
 _PROBED_SIZE = 1 / 3
-# Number of bins for log weights; each bin has a width of 1, and the last bin also holds all lower weights.
-_NUM_BINS = 10
+# Bins for log weights, by width and number; the last bin also holds all lower weights.
+_BIN_WIDTH, _NUM_BINS = 0.5, 20
 # Passes of up to this many rows have an expected time of their own: trees, and short prompts beside them.
 _MOST_ROWS = 512
 
@@ -239,7 +240,7 @@ class AdaptivePolicy:
             joining = sum(step.new_rows - 1 for step in steps)  # rows of prompts, whose time is not the trees'
             joining_s = self._target_times.at(rows) - self._target_times.at(rows - joining)
             seconds = max(steps[0].pass_s - joining_s, 0.0)
-            self._drafted_per_s.add(tokens, self._gains[len(steps)] * seconds)
+            self._drafted_per_s.add(tokens, self._gains[len(steps)] * seconds / self._target_times.load)
         self._catches_up = False
 
     def _choose_mode(self, num_sequences: int) -> None:
@@ -254,12 +255,19 @@ class AdaptivePolicy:
             self._prefers_draft = prefers_draft
             self._use(draft=prefers_draft, steps=self._interval)
         elif is_probe or (self._steps_left <= 0 and self._is_far_faster(drafted / plain)):
-            longer = _SLIGHTLY_LONGER if prefers_draft and drafted < _FAR_FASTER * plain else _LONGER
-            self._interval = min(longer * self._interval, _MAX_INTERVAL)
+            self._interval = self._longer_interval(drafted, plain)
             self._size_factor = _PROBED_SIZE if prefers_draft else 1.0
             self._use(draft=prefers_draft, steps=self._interval)
         elif self._steps_left <= 0:
             self._use(draft=not self._drafts, steps=1 if drafted > _FAR_FASTER * plain else _PROBE_STEPS)
+
+    def _longer_interval(self, drafted: float, plain: float) -> int:
+        """Return the steps until the next probe: more each time, until probes take no more than their share."""
+        longer = min(_LONGER * self._interval, _MAX_INTERVAL)
+        if drafted > _FAR_FASTER * plain:
+            return longer
+        lost_steps = _PROBE_STEPS * (1 - min(drafted, plain) / max(drafted, plain))
+        return min(longer, max(math.ceil(lost_steps / _PROBE_SHARE), 2 * _PROBE_AFTER))
 
     def _is_far_faster(self, drafted_by_plain: float) -> bool:
         """Return whether drafting is fast enough to postpone the next probe of plain decoding."""
@@ -282,8 +290,8 @@ class AdaptivePolicy:
 
     def _speeds(self, num_sequences: int) -> tuple[float, float]:
         """Return tokens per second with and without drafting, measured or at first predicted from pass times."""
-        gain = self._gains[num_sequences]
-        drafted_per_s = gain * self._drafted_per_s.value(self._predicted_per_s(num_sequences) / gain)
+        by_level = self._gains[num_sequences] / self._target_times.level
+        drafted_per_s = by_level * self._drafted_per_s.value(self._predicted_per_s(num_sequences) / by_level)
         return drafted_per_s, num_sequences / self._target_times.at(num_sequences)
 
     def _predicted_per_s(self, num_sequences: int) -> float:
@@ -300,13 +308,14 @@ class _Acceptance:
 
     def __init__(self) -> None:
         self._accepted = [
-            FadingRatio(PRIOR_WEIGHT * math.exp(-place - 0.5), PRIOR_WEIGHT) for place in range(_NUM_BINS)
+            FadingRatio(PRIOR_WEIGHT * math.exp(-_BIN_WIDTH * (place + 0.5)), PRIOR_WEIGHT)
+            for place in range(_NUM_BINS)
         ]
         self._expanded = FadingRatio(PRIOR_WEIGHT - 1, PRIOR_WEIGHT)
 
     def of(self, weight: float) -> float:
         """Return the probability for a log weight, interpolated between bins; a lower weight never has a higher one."""
-        place = min(max(-weight - 0.5, 0.0), _NUM_BINS - 1.0)
+        place = min(max(-weight / _BIN_WIDTH - 0.5, 0.0), _NUM_BINS - 1.0)
         left = min(int(place), _NUM_BINS - 2)
         heavier, lighter = (self._accepted[each].value(0.0) for each in (left, left + 1))
         return heavier + (min(lighter, heavier) - heavier) * (place - left)
@@ -325,4 +334,4 @@ class _Acceptance:
 
 
 def _bin(weight: float) -> int:
-    return int(min(-weight, _NUM_BINS - 1))
+    return int(min(-weight / _BIN_WIDTH, _NUM_BINS - 1))

@@ -84,4 +84,3 @@ def test_a_fading_ratio_is_that_of_weighted_sums(terms: list[tuple[float, float]
     above = sum(weight * term[0] for weight, term in zip(weights, terms, strict=True))
     below = sum(weight * term[1] for weight, term in zip(weights, terms, strict=True))
     assert ratio.value(prior) == pytest.approx(above / below)
-    assert ratio.value(prior, 2.0) == pytest.approx((above + 2.0 * prior) / (below + 2.0))

@@ -155,15 +155,9 @@ def test_it_leaves_a_draft_that_loses_after_four_steps_and_probes_it_less_and_le
     probes = [step for step in range(1, 3000) if modes[step] and not modes[step - 1]]
     assert modes[:5] == [True] * 4 + [False]
     # A probe takes three steps, and one in which the draft catches up.
-    assert [after - before for before, after in pairwise([0, *probes])] == [
-        4 + 4,
-        12 + 4,
-        36 + 4,
-        108 + 4,
-        324 + 4,
-        972 + 4,
-        1024 + 4,
-    ]
+    apart = [after - before - 4 for before, after in pairwise([0, *probes])]
+    assert apart[:4] == [4, 12, 36, 108]
+    assert all(190 <= steps <= 210 for steps in apart[4:]), "half of three steps lost is half a percent of 200 or so"
     assert sum(modes) == 4 + 4 * len(probes)
 
 
@@ -247,13 +241,13 @@ def test_acceptance_is_a_probability_and_lower_for_the_lighter_of_two_bins(weigh
         acceptance.add(tree, [node for node in range(len(weights)) if rng.random() < 0.3])
     for weight in (*weights, -math.inf):
         assert 0.0 <= acceptance.of(weight) <= 1.0
-        centre = -math.floor(-weight) - 0.5 if weight > -9 else -9.5
-        assert acceptance.of(centre) >= acceptance.of(centre - 0.5)
+        centre = -math.floor(-2 * weight) / 2 - 0.25 if weight > -9.5 else -9.75
+        assert acceptance.of(centre) >= acceptance.of(centre - 0.25)
 
 
 def test_acceptance_follows_what_is_counted():
     acceptance, rng = _Acceptance(), random.Random(1)
-    tree = TokenTree((1, 2, 3), (ROOT,) * 3, weights=(-0.5, -1.5, -2.5))
+    tree = TokenTree((1, 2, 3), (ROOT,) * 3, weights=(-0.25, -1.25, -2.25))
     for _ in range(400):
         acceptance.add(tree, [node for node, probability in enumerate((0.9, 0.5, 0.1)) if rng.random() < probability])
     assert [acceptance.of(weight) for weight in tree.weights] == pytest.approx([0.9, 0.5, 0.1], abs=0.1)

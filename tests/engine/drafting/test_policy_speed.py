@@ -75,6 +75,17 @@ def test_it_is_never_slower_than_plain_decoding_on_a_busy_machine(name: str):
         assert share >= least, (length, share)
 
 
+@pytest.mark.parametrize("name", BUSY)
+def test_it_is_never_slower_than_plain_decoding_while_load_comes_and_goes(name: str):
+    """Speeds of the two modes are measured under different loads. All that counts is which mode is faster now."""
+    world = replace(BUSY[name], preempted_for_s=5.0)
+    expected = world.expectation(level=1.3, slope=0.7)
+    adaptive = [Simulation(world, AdaptivePolicy(128, expected), seed) for seed in BUSY_SEEDS[:4]]
+    plain = [Simulation(world, FixedPolicy(0), seed) for seed in BUSY_SEEDS[:4]]
+    tokens = [sum(each.write_for(40.0) for each in simulations) for simulations in (adaptive, plain)]
+    assert tokens[0] >= 0.92 * tokens[1]
+
+
 # --- many texts in one pass ------------------------------------------------------------------------------------------
 
 # Passes wait for layers up to a knee in rows: with one sequence far below, with ten about there.
