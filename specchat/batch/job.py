@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from specchat.batch.prompts import PromptLine
 from specchat.batch.results import JobSettings, Results, left_of
 from specchat.chat.answer import Answer
+from specchat.chat.prompt import running_text
 from specchat.chat.reasoning import Parts, PlainText, ThinkTags
 from specchat.chat.settings import MAX_SEED
 from specchat.chat.text import Detokenizer, StopStrings
@@ -88,7 +89,7 @@ class Renderer:
         """
         settings, messages = self._settings, line.messages
         if settings.base:
-            return "\n".join(message.content for message in messages)
+            return running_text(messages)
         if settings.system is not None and messages[0].role != "system":
             messages = (Message("system", settings.system), *messages)
         return self._tokenizer.render(messages, thinking=settings.thinking)

@@ -140,6 +140,14 @@ def test_system_prompt_and_base(tmp_path: Path):
     assert [TOKENIZER.decode(each.prompt_ids) for each in there.engine.requests] == ["a", "own\nb"]
 
 
+def test_base_joins_messages_as_a_chat_does(tmp_path: Path):
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": " b"}, {"role": "user", "content": "c"}]
+    there = world(tmp_path, {"messages": chat}, base=True)
+    there.run()
+    (request,) = there.engine.requests
+    assert TOKENIZER.decode(request.prompt_ids) == "a b\nc"
+
+
 def test_a_stop_text_ends_an_answer_and_frees_its_seat(tmp_path: Path):
     lines = [{"prompt": "one STOP two three four five"}, *({"prompt": f"{i}"} for i in range(4))]
     there = world(tmp_path, *lines, stops=("STOP",))
