@@ -17,9 +17,10 @@ from specchat.cli.plan import print_plan
 from specchat.loading.batch import make_batch_plan
 from specchat.loading.engine import load_engine, stop_ids
 from specchat.loading.libraries import prepare_libraries
-from specchat.loading.locate import Models, locate_models, parse_models, sketch_models
+from specchat.loading.locate import Models, Refs, locate_models, parse_models, sketch_models
 from specchat.loading.planning import Planned
 from specchat.loading.request import ModelRequest
+from specchat.models.checkpoint.safetensors import has_weights
 
 if TYPE_CHECKING:
     from specchat.loading.request import Reporter
@@ -45,7 +46,8 @@ def run_prompts(options: RunOptions) -> int:
     if options.plan:
         with TemporaryDirectory(prefix="specchat-") as folder:
             models = sketch_models(options.models, refs, reporter, ask, Path(folder))
-            print_plan(_planned(options, options.models, models, reporter, len(lines)), as_json=options.json)
+            request = _request_for_plan(options, refs, models, lines, reporter)
+            print_plan(_planned(options, request, models, reporter, len(lines)), as_json=options.json)
         return 0
     return _answer(options, locate_models(options.models, refs, reporter, ask), lines, reporter, say)
 
@@ -61,6 +63,32 @@ def _planned(
         num_prompts=num_prompts,
         temperature=options.sampling.temperature,
     )
+
+
+def _request_for_plan(
+    options: RunOptions, refs: Refs, models: Models, lines: Sequence[PromptLine], reporter: "Reporter"
+) -> ModelRequest:
+    """Return the request as a job would make it; the files of the tokenizer are downloaded if they are missing.
+
+    Raises:
+        UsageError: the target has no chat template, and --base was not given.
+        ModelError: the tokenizer cannot be downloaded.
+    """
+    from specchat.chat.prompt import check_has_template
+    from specchat.models.hf.tokenizer import load_tokenizer
+    from specchat.models.locate import tokenizer_folder
+
+    folder = models.target.path
+    if not has_weights(folder) and not any(folder.glob("tokenizer*")):  # there is only a configuration
+        if options.models.choices.ctx is not None:
+            return options.models
+        if refs.target.kind != "hub":
+            reporter.warn(f"{folder} has no tokenizer, so the context that the prompts need is not known")
+            return options.models
+        folder = tokenizer_folder(refs.target, offline=options.models.offline)
+    tokenizer = load_tokenizer(folder)
+    check_has_template(tokenizer, base=options.base)
+    return _with_context(options, models, lines, tokenizer)
 
 
 def _answer(options: RunOptions, models: Models, lines: Sequence[PromptLine], reporter: "Reporter", say: "Talk") -> int:

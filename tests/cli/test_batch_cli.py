@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from specchat.models.catalog.ref import demo_source
+
 LINES = [
     {"id": "fox", "prompt": "Tell me about a fox.", "max_tokens": 12},
     {"id": "sea", "prompt": "What is the sea?", "temperature": 0.8, "seed": 31},
@@ -84,3 +86,26 @@ def test_the_plan_of_a_job_names_the_seats(specchat, tmp_path: Path):
     ran = specchat("run", "demo", "--prompts", str(source), "--batch", "4", "--plan", "--device", "cpu")
     assert ran.code == 0, ran.err
     assert "batch" in ran.out
+
+
+@pytest.mark.parametrize("model", ["demo", "shape:hidden=512,layers=9"])
+def test_the_plan_of_a_job_is_the_one_that_it_runs_under(specchat, tmp_path: Path, model: str):
+    """With the context that the prompts need, also for a model whose weights are not there yet."""
+    source, out = write(tmp_path, LINES[:1])
+    job = ("run", model, "--prompts", str(source), "--max-tokens", "16", "--device", "cpu")
+    plan = specchat(*job, "--plan", "--json")
+    assert plan.code == 0, plan.err
+    assert json.loads(plan.out)["ctx"] == 64
+    if model == "demo":
+        assert "context 64 ·" in specchat(*job, "-o", str(out)).err
+
+
+def test_a_plan_without_a_tokenizer_says_so(specchat, tmp_path: Path):
+    source, _ = write(tmp_path)
+    (tmp_path / "model").mkdir()
+    config = demo_source("target").path / "config.json"
+    (tmp_path / "model" / "config.json").write_bytes(config.read_bytes())
+    job = ("run", str(tmp_path / "model"), "--prompts", str(source), "--plan", "--device", "cpu", "--draft", "none")
+    ran = specchat(*job)
+    assert ran.code == 0 and "no tokenizer" in ran.err
+    assert "no tokenizer" not in specchat(*job, "--ctx", "512").err
