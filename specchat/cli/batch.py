@@ -9,6 +9,7 @@ from threading import Event
 from typing import TYPE_CHECKING
 
 from specchat.batch.job import Job, Progress, Renderer
+from specchat.batch.learning import Learning
 from specchat.batch.prompts import PromptLine, read_prompts
 from specchat.batch.results import JobSettings, Results, line_digest
 from specchat.cli.ask import asker
@@ -21,6 +22,8 @@ from specchat.loading.locate import Models, Refs, locate_models, parse_models, s
 from specchat.loading.planning import Planned
 from specchat.loading.request import ModelRequest
 from specchat.models.checkpoint.safetensors import has_weights
+from specchat.paths import state_folder
+from specchat.planner.statistics import SharedPass
 
 if TYPE_CHECKING:
     from specchat.loading.request import Reporter
@@ -115,10 +118,15 @@ def _answer(options: RunOptions, models: Models, lines: Sequence[PromptLine], re
         request = replace(request, choices=replace(request.choices, seats=planned.plan.work.seats))
         defaults = load_generation_defaults(planned.models.target.path)
         engine = load_engine(request, planned.models, planned.plan, reporter, options.sampling.temperature)
-        with closing(engine):
-            job = Job(engine, tokenizer, defaults, stop_ids(defaults, tokenizer), settings, lines, results)
+        with closing(engine), Learning(state_folder(), engine.plan) as learning:
+            observe = learning.add if options.saves else _learn_nothing
+            job = Job(engine, tokenizer, defaults, stop_ids(defaults, tokenizer), settings, lines, results, observe)
             interrupted = _run(job, say)
         return _INTERRUPTED if interrupted else _code(results, say)
+
+
+def _learn_nothing(_shared: SharedPass) -> None:
+    """Save nothing, for a job with --no-save."""
 
 
 def _run(job: Job, say: "Talk") -> bool:

@@ -24,6 +24,7 @@ from specchat.chat.settings import MAX_SEED
 from specchat.errors import UsageError
 from specchat.loading.sampling import SamplingChoices
 from specchat.models.checkpoint.generation_config import GenerationDefaults
+from specchat.planner.statistics import SharedPass
 from specchat.records.generation import Sampling, Step
 
 SETTINGS = JobSettings("demo", None, "none", "fp32", max_tokens=40)
@@ -47,6 +48,8 @@ class World:
     def out(self) -> Path:
         return self.folder / "out.jsonl"
 
+    passes: list[SharedPass] = field(default_factory=list)
+
     def run(self, cancel: Event | None = None, most: int | None = None) -> list[Progress]:
         """Run the job, or only some of its steps."""
         lines = read_prompts(self.folder / "in.jsonl")
@@ -54,7 +57,8 @@ class World:
         found = []
         with Results(self.out, self.settings.digest, digests) as results:
             defaults = GenerationDefaults(stop_ids=frozenset({EOS}))
-            job = Job(self.engine, TOKENIZER, defaults, defaults.stop_ids, self.settings, lines, results)
+            ends, observe = defaults.stop_ids, self.passes.append
+            job = Job(self.engine, TOKENIZER, defaults, ends, self.settings, lines, results, observe)
             for progress in job.run(cancel):
                 found.append(progress)
                 if len(found) == most:
@@ -89,6 +93,18 @@ def test_every_line_gets_its_answer(tmp_path: Path):
     assert (last.num_done, last.num_lines, last.num_failed, last.num_alive) == (10, 10, 0, 0)
     assert last.num_tokens == sum(len(each["token_ids"]) for each in results.values())
     assert max(each.num_alive for each in progress) == 3
+
+
+def test_every_pass_is_observed_once_with_the_steps_of_all_answers(tmp_path: Path):
+    lines = ({"prompt": "x" * (9 * i + 1), "temperature": i % 2} for i in range(7))
+    there = world(tmp_path, *lines, stops=("xxxxxxx",))
+    there.run()
+    assert len(there.passes) == there.engine.num_passes
+    assert {len(shared) for shared in there.passes} >= {1, 3}
+    assert all(each.step.num_sharing == len(shared) for shared in there.passes for each in shared)
+    assert {each.samples for shared in there.passes for each in shared} == {False, True}
+    num_tokens = sum(len(each.step.token_ids) for shared in there.passes for each in shared)
+    assert 0 <= num_tokens - sum(len(each["token_ids"]) for each in there.results()) <= 7, "but those after a stop text"
 
 
 def test_results_come_in_order_of_completion(tmp_path: Path):

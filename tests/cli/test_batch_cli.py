@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from specchat.models.catalog.ref import demo_source
+from specchat.paths import state_folder
+from specchat.planner.statistics import load as load_statistics
 
 LINES = [
     {"id": "fox", "prompt": "Tell me about a fox.", "max_tokens": 12},
@@ -52,6 +54,7 @@ def test_each_line_is_what_a_single_run_says(specchat, tmp_path: Path, batch: st
         assert result["text"] == expected["message"]["content"]
         assert result["token_ids"] == expected["token_ids"]
         assert result["finish_reason"] == expected["finish_reason"]
+    assert not load_statistics(state_folder()).plans, "--no-save"
     before = out.read_bytes()
     again = specchat(*job)
     assert again.code == 1 and "all 5 prompts are answered" in again.err and out.read_bytes() == before
@@ -98,6 +101,7 @@ def test_the_plan_of_a_job_is_the_one_that_it_runs_under(specchat, tmp_path: Pat
     assert json.loads(plan.out)["ctx"] == 64
     if model == "demo":
         assert "context 64 ·" in specchat(*job, "-o", str(out)).err
+        assert load_statistics(state_folder()).pairs, "a job teaches the planner"
 
 
 def test_a_plan_without_a_tokenizer_says_so(specchat, tmp_path: Path):
