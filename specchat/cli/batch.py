@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 from specchat.batch.job import Job, Progress, Renderer
 from specchat.batch.learning import Learning
 from specchat.batch.prompts import PromptLine, read_prompts
-from specchat.batch.results import JobSettings, Results, line_digest
+from specchat.batch.results import JobSettings, Results, first_settings, line_digest
 from specchat.cli.ask import asker
 from specchat.cli.options import RunOptions
 from specchat.cli.plan import print_plan
@@ -24,6 +25,7 @@ from specchat.loading.request import ModelRequest
 from specchat.models.checkpoint.safetensors import has_weights
 from specchat.paths import state_folder
 from specchat.planner.statistics import SharedPass
+from specchat.records.model import DTYPE_BYTES, QUANTS
 
 if TYPE_CHECKING:
     from specchat.loading.request import Reporter
@@ -106,6 +108,10 @@ def _answer(options: RunOptions, models: Models, lines: Sequence[PromptLine], re
     check_has_template(tokenizer, base=options.base)
     request = _with_context(options, models, lines, tokenizer)
     planned = _planned(options, request, models, reporter, len(lines))
+    as_begun = _as_begun(options, request, planned)
+    if as_begun is not None:
+        request = as_begun
+        planned = _planned(options, request, models, reporter, len(lines))
     view = ChatView(answer_stream(), say, verbose=options.verbose, raw=True)
     view.banner(planned.models.target, planned.chosen, planned.models.draft_note)
     settings = _settings(options, planned)
@@ -154,6 +160,24 @@ def _code(results: Results, say: "Talk | None" = None) -> int:
     what = "1 prompt" if results.num_failed == 1 else f"{results.num_failed:,} prompts"
     (say or talk()).error(f"{what} could not be answered", 'the reasons are in the lines with an "error"')
     return _FAILED
+
+
+def _as_begun(options: RunOptions, request: ModelRequest, planned: Planned) -> ModelRequest | None:
+    """Return the request with the precision that the job began with; None if it is the planned one, or unknown.
+
+    The planner may choose another one now: less memory is free, or statistics have changed.
+    """
+    assert options.results is not None
+    settings, began, choices = _settings(options, planned), first_settings(options.results), request.choices
+    if began is None or began == settings.digest:
+        return None
+    quants = QUANTS if choices.quant == "auto" else (choices.quant,)
+    dtypes = tuple(DTYPE_BYTES) if choices.dtype == "auto" else (choices.dtype,)
+    for quant, dtype in product(quants, dtypes):
+        name = quant if settings.quant in QUANTS else settings.quant  # of a pre-quantized model
+        if replace(settings, quant=name, dtype=dtype).digest == began:
+            return replace(request, choices=replace(choices, quant=quant, dtype=dtype))
+    return None
 
 
 def _settings(options: RunOptions, planned: Planned) -> JobSettings:

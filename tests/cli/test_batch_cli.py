@@ -113,3 +113,21 @@ def test_a_plan_without_a_tokenizer_says_so(specchat, tmp_path: Path):
     ran = specchat(*job)
     assert ran.code == 0 and "no tokenizer" in ran.err
     assert "no tokenizer" not in specchat(*job, "--ctx", "512").err
+
+
+def test_a_job_goes_on_only_with_what_its_answers_depend_on(specchat, tmp_path: Path):
+    """Draft, seats and memory do not change the text; model, precision and sampling do."""
+    source, out = write(tmp_path, [{"prompt": "A fox", "max_tokens": 4}])
+    job = ("run", "demo", "--prompts", str(source), "-o", str(out), "--device", "cpu")
+    assert specchat(*job, "--dtype", "bf16").code == 0
+    before = out.read_bytes()
+    for flags in (["--batch", "7"], ["--draft", "none"], ["--ctx", "256"], ["--tree-budget", "3"], ["--dtype", "bf16"]):
+        again = specchat(*job, *flags)
+        assert again.code == 0 and "all 1 prompts are answered" in again.err, (flags, again.err)
+    for flags in (["--temperature", "0.5"], ["--seed", "1"], ["--max-tokens", "9"], ["--dtype", "fp32"], ["--base"]):
+        other = specchat(*job, *flags)
+        assert other.code == 2 and "other settings" in other.err, (flags, other.err)
+    (tmp_path / "model").symlink_to(demo_source("target").path)
+    other = specchat("run", str(tmp_path / "model"), *job[2:])
+    assert other.code == 2 and "other settings" in other.err
+    assert out.read_bytes() == before
