@@ -297,12 +297,18 @@ class AdaptivePolicy:
         return drafted_per_s, num_sequences / self._target_times.at(num_sequences)
 
     def _predicted_per_s(self, num_sequences: int) -> float:
-        """Return the predicted speed with drafting: more sequences share the same number of nodes."""
-        expected = self._expected
-        rows = max(round(expected.tree_nodes / expected.draft_passes), 1)
-        pass_s = self._target_times.at(num_sequences + expected.tree_nodes)
+        """Return the predicted speed with drafting: any number of sequences shares the same number of nodes.
+
+        The accepted nodes of a tree grow with the logarithm of its size, as in the planner. So fewer of the nodes are
+        accepted if fewer sequences share them.
+        """
+        expected, nodes = self._expected, max(self._expected.tree_nodes, 1)
+        rows = max(round(nodes / expected.draft_passes), 1)
+        pass_s = self._target_times.at(num_sequences + nodes)
         step_s = pass_s + expected.draft_passes * self._draft_times.at(rows)
-        return (num_sequences - expected.num_sequences + expected.tokens_per_step) / step_s
+        accepted = expected.tokens_per_step - expected.num_sequences
+        shares = [num * math.log1p(nodes / num) for num in (num_sequences, expected.num_sequences)]
+        return (num_sequences + accepted * shares[0] / shares[1]) / step_s
 
 
 class _Acceptance:
