@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from threading import Event
 from typing import Any, Protocol
@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from specchat.batch.prompts import PromptLine
 from specchat.batch.results import JobSettings, Results, left_of
 from specchat.chat.answer import Answer
+from specchat.chat.prompt import running_text
 from specchat.chat.reasoning import Parts, PlainText, ThinkTags
 from specchat.chat.settings import MAX_SEED
 from specchat.chat.text import Detokenizer, StopStrings
@@ -18,6 +19,7 @@ from specchat.errors import SpecchatError
 from specchat.loading.sampling import SamplingChoices, resolve_sampling
 from specchat.models.checkpoint.generation_config import GenerationDefaults
 from specchat.models.hf.tokenizer import Tokenizer
+from specchat.planner.statistics import AnswerStep, SharedPass
 from specchat.records.chat import Message
 from specchat.records.generation import Request, Sampling, Step
 
@@ -88,7 +90,7 @@ class Renderer:
         """
         settings, messages = self._settings, line.messages
         if settings.base:
-            return "\n".join(message.content for message in messages)
+            return running_text(messages)
         if settings.system is not None and messages[0].role != "system":
             messages = (Message("system", settings.system), *messages)
         return self._tokenizer.render(messages, thinking=settings.thinking)
@@ -135,6 +137,7 @@ class Job:
         settings: settings of all lines.
         lines: lines of the file.
         results: file of the results.
+        observe: receives the steps of every pass.
     """
 
     def __init__(
@@ -146,7 +149,9 @@ class Job:
         settings: JobSettings,
         lines: Sequence[PromptLine],
         results: Results,
+        observe: Callable[[SharedPass], None] = lambda _: None,
     ) -> None:
+        self._observe = observe
         self._engine = engine
         self._tokenizer = tokenizer
         self._defaults = defaults
@@ -156,6 +161,7 @@ class Job:
         self._results = results
         self._renderer = Renderer(tokenizer, settings)
         self._open: dict[int, _Open] = {}  # by number of the request
+        self._shared: list[AnswerStep] = []  # steps of the pass whose steps arrive
         self._num_asked = self._num_tokens = 0
         self._num_before = len(results.finished)
         self._begin = time.perf_counter()
@@ -171,9 +177,18 @@ class Job:
         for number, step in self._engine.generate_many(self._requests(), cancel=cancel):
             current = self._open.get(number)
             if current is not None:  # else its text has ended before
+                self._note(current, step)
                 self._take(number, current, step)
             yield self._progress(step.draft_lost)
         yield self._progress()
+
+    def _note(self, current: _Open, step: Step) -> None:
+        """Pass on the steps of a pass when all have arrived: they arrive one after the other."""
+        if step.pass_s:  # else no pass served the answer
+            self._shared.append(AnswerStep(step, samples=not current.sampling.greedy))
+            if len(self._shared) == step.num_sharing:
+                self._observe(self._shared)
+                self._shared = []
 
     def _requests(self) -> Iterator[Request]:
         """Yield the request of each line without a result; write the error of a line that cannot be asked."""

@@ -13,12 +13,14 @@ import os
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
+from operator import index
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from specchat.batch.prompts import PromptLine
 from specchat.closing import Closeable
 from specchat.errors import SpecchatError, UsageError
+from specchat.files import open_regular
 from specchat.loading.sampling import SamplingChoices
 
 _DIGITS = 16
@@ -134,7 +136,7 @@ class Results(Closeable):
     def _check(self, number: int, text: bytes) -> None:
         try:
             values = json.loads(text)
-            line, settings, request = values["line"], values["settings"], values["request"]
+            line, settings, request = index(values["line"]), values["settings"], values["request"]
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(
                 f"line {number} of {self._path} is no result of specchat", hint="use another file for -o"
@@ -149,6 +151,16 @@ class Results(Closeable):
 
     def _refused(self, what: str, remedy: str) -> UsageError:
         return UsageError(f"{self._path} has results of other {what}", hint=f"{remedy}, or another file for -o")
+
+
+def first_settings(path: Path) -> str | None:
+    """Return the digest of the settings of a file's first result; None without a file or a result."""
+    try:
+        with open_regular(path) as file:
+            settings = json.loads(file.readline())["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # if the file is no file of results, `Results` says why
+    return settings if isinstance(settings, str) else None
 
 
 def _open_locked(path: Path) -> BinaryIO:

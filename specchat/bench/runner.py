@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from specchat.bench.prompts import Question
 from specchat.bench.records import OWN, AnswerRecord, BenchSettings, Measurement, Request, Run
 from specchat.bench.systems import Clock, System
+from specchat.chat.prompt import running_text
 from specchat.records.chat import Message
 from specchat.records.generation import Sampling
 
@@ -266,8 +267,7 @@ class Runner:
         """Return the tokens of the conversation through the chat template, or of plain text if the model has none."""
         if self._tokenizer.has_chat_template:
             return tuple(self._tokenizer.encode(self._tokenizer.render(history)))
-        text = "\n".join(message.content for message in history)
-        return tuple(self._tokenizer.encode(text, add_special_tokens=True))
+        return tuple(self._tokenizer.encode(running_text(history), add_special_tokens=True))
 
     def _text(self, answer: AnswerRecord) -> str:
         ids = answer.token_ids[:-1] if answer.finish_reason == "stop" else answer.token_ids

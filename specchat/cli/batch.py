@@ -3,23 +3,29 @@
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event
 from typing import TYPE_CHECKING
 
 from specchat.batch.job import Job, Progress, Renderer
+from specchat.batch.learning import Learning
 from specchat.batch.prompts import PromptLine, read_prompts
-from specchat.batch.results import JobSettings, Results, line_digest
+from specchat.batch.results import JobSettings, Results, first_settings, line_digest
 from specchat.cli.ask import asker
 from specchat.cli.options import RunOptions
 from specchat.cli.plan import print_plan
 from specchat.loading.batch import make_batch_plan
 from specchat.loading.engine import load_engine, stop_ids
 from specchat.loading.libraries import prepare_libraries
-from specchat.loading.locate import Models, locate_models, parse_models, sketch_models
+from specchat.loading.locate import Models, Refs, locate_models, parse_models, sketch_models
 from specchat.loading.planning import Planned
 from specchat.loading.request import ModelRequest
+from specchat.models.checkpoint.safetensors import has_weights
+from specchat.paths import state_folder
+from specchat.planner.statistics import SharedPass
+from specchat.records.model import DTYPE_BYTES, QUANTS
 
 if TYPE_CHECKING:
     from specchat.loading.request import Reporter
@@ -45,7 +51,8 @@ def run_prompts(options: RunOptions) -> int:
     if options.plan:
         with TemporaryDirectory(prefix="specchat-") as folder:
             models = sketch_models(options.models, refs, reporter, ask, Path(folder))
-            print_plan(_planned(options, options.models, models, reporter, len(lines)), as_json=options.json)
+            request = _request_for_plan(options, refs, models, lines, reporter)
+            print_plan(_planned(options, request, models, reporter, len(lines)), as_json=options.json)
         return 0
     return _answer(options, locate_models(options.models, refs, reporter, ask), lines, reporter, say)
 
@@ -63,6 +70,32 @@ def _planned(
     )
 
 
+def _request_for_plan(
+    options: RunOptions, refs: Refs, models: Models, lines: Sequence[PromptLine], reporter: "Reporter"
+) -> ModelRequest:
+    """Return the request as a job would make it; the files of the tokenizer are downloaded if they are missing.
+
+    Raises:
+        UsageError: the target has no chat template, and --base was not given.
+        ModelError: the tokenizer cannot be downloaded.
+    """
+    from specchat.chat.prompt import check_has_template
+    from specchat.models.hf.tokenizer import load_tokenizer
+    from specchat.models.locate import tokenizer_folder
+
+    folder = models.target.path
+    if not has_weights(folder) and not any(folder.glob("tokenizer*")):  # there is only a configuration
+        if options.models.choices.ctx is not None:
+            return options.models
+        if refs.target.kind != "hub":
+            reporter.warn(f"{folder} has no tokenizer, so the context that the prompts need is not known")
+            return options.models
+        folder = tokenizer_folder(refs.target, offline=options.models.offline)
+    tokenizer = load_tokenizer(folder)
+    check_has_template(tokenizer, base=options.base)
+    return _with_context(options, models, lines, tokenizer)
+
+
 def _answer(options: RunOptions, models: Models, lines: Sequence[PromptLine], reporter: "Reporter", say: "Talk") -> int:
     from specchat.chat.prompt import check_has_template
     from specchat.models.checkpoint.generation_config import load_generation_defaults
@@ -75,6 +108,10 @@ def _answer(options: RunOptions, models: Models, lines: Sequence[PromptLine], re
     check_has_template(tokenizer, base=options.base)
     request = _with_context(options, models, lines, tokenizer)
     planned = _planned(options, request, models, reporter, len(lines))
+    as_begun = _as_begun(options, request, planned)
+    if as_begun is not None:
+        request = as_begun
+        planned = _planned(options, request, models, reporter, len(lines))
     view = ChatView(answer_stream(), say, verbose=options.verbose, raw=True)
     view.banner(planned.models.target, planned.chosen, planned.models.draft_note)
     settings = _settings(options, planned)
@@ -87,10 +124,15 @@ def _answer(options: RunOptions, models: Models, lines: Sequence[PromptLine], re
         request = replace(request, choices=replace(request.choices, seats=planned.plan.work.seats))
         defaults = load_generation_defaults(planned.models.target.path)
         engine = load_engine(request, planned.models, planned.plan, reporter, options.sampling.temperature)
-        with closing(engine):
-            job = Job(engine, tokenizer, defaults, stop_ids(defaults, tokenizer), settings, lines, results)
+        with closing(engine), Learning(state_folder(), engine.plan) as learning:
+            observe = learning.add if options.saves else _learn_nothing
+            job = Job(engine, tokenizer, defaults, stop_ids(defaults, tokenizer), settings, lines, results, observe)
             interrupted = _run(job, say)
         return _INTERRUPTED if interrupted else _code(results, say)
+
+
+def _learn_nothing(_shared: SharedPass) -> None:
+    """Save nothing, for a job with --no-save."""
 
 
 def _run(job: Job, say: "Talk") -> bool:
@@ -118,6 +160,24 @@ def _code(results: Results, say: "Talk | None" = None) -> int:
     what = "1 prompt" if results.num_failed == 1 else f"{results.num_failed:,} prompts"
     (say or talk()).error(f"{what} could not be answered", 'the reasons are in the lines with an "error"')
     return _FAILED
+
+
+def _as_begun(options: RunOptions, request: ModelRequest, planned: Planned) -> ModelRequest | None:
+    """Return the request with the precision that the job began with; None if it is the planned one, or unknown.
+
+    The planner may choose another one now: less memory is free, or statistics have changed.
+    """
+    assert options.results is not None
+    settings, began, choices = _settings(options, planned), first_settings(options.results), request.choices
+    if began is None or began == settings.digest:
+        return None
+    quants = QUANTS if choices.quant == "auto" else (choices.quant,)
+    dtypes = tuple(DTYPE_BYTES) if choices.dtype == "auto" else (choices.dtype,)
+    for quant, dtype in product(quants, dtypes):
+        name = quant if settings.quant in QUANTS else settings.quant  # of a pre-quantized model
+        if replace(settings, quant=name, dtype=dtype).digest == began:
+            return replace(request, choices=replace(choices, quant=quant, dtype=dtype))
+    return None
 
 
 def _settings(options: RunOptions, planned: Planned) -> JobSettings:

@@ -242,9 +242,8 @@ class Engine(Closeable):
         """Seat waiting requests: at least one, and more while their prompts cost little time; yield refusals."""
         num_rows = num_live = len(live)
         while free and (request := queue.first) is not None:
-            # The ledger counts one prompt that fills the context, besides one row of each other sequence.
             length = len(request.prompt_ids)
-            fits = num_rows + length <= self.plan.work.ctx
+            fits = num_rows + length <= self.plan.work.prompt_rows
             if len(live) > num_live and not (fits and self._policy.may_join(length, Roots(len(live), num_rows))):
                 return
             index, request = queue.take()

@@ -107,11 +107,11 @@ def obtain(
 
 
 def sketch(missing: Missing, folder: Path) -> ModelSource:
-    """Download or write only the configuration of a missing model, one small file, which is enough for a plan.
+    """Download only the configuration of a missing model, one small file, which is enough for a plan.
 
     Args:
         missing: result of `look_up`.
-        folder: existing folder for the configuration of a synthetic model.
+        folder: existing folder for the files of a synthetic model, all but its weights.
 
     Raises:
         ModelError: an unreachable or failing hub.
@@ -128,7 +128,8 @@ def sketch(missing: Missing, folder: Path) -> ModelSource:
 
     path = folder / missing.label.replace("/", "-")
     path.mkdir()
-    (path / "config.json").write_bytes(shape_files(missing)["config.json"])
+    for name, content in shape_files(missing).items():
+        (path / name).write_bytes(content)
     return ModelSource(name=f"{SHAPE_PREFIX}{missing.label}", path=path, label=LABEL)
 
 

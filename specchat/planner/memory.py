@@ -3,8 +3,8 @@
 Weights and caches are exact. A pass, the walk down the trees and the growth of the next trees reuse the same memory. So
 the ledger lists the workspaces of a pass in full, and for the others only what exceeds them.
 
-With several seats, each has caches for a whole context. The largest pass reads one prompt that fills the context,
-besides the last token of each other sequence and all trees.
+With several seats, each has caches for a whole context. The largest pass reads a prompt that fills the context, or
+several that fill a chunk, besides the last token of each other sequence and all trees.
 """
 
 import math
@@ -120,7 +120,7 @@ def _draft_needs(draft: ModelSpec, work: Workload) -> tuple[int, int, int]:
     kept += kv_bytes(draft, work, work.draft_rows) + draft_state_bytes(draft, work)
     return (
         kept + dequantize_bytes(draft, work.dtype, work.device),
-        _drafting_bytes(draft, work, reading=work.ctx + work.seats - 1),
+        _drafting_bytes(draft, work, reading=work.prompt_rows + work.seats - 1),
         _drafting_bytes(draft, work, reading=work.seats + work.tree_budget),
     )
 
@@ -277,9 +277,9 @@ def _workspaces(target: ModelSpec, draft: ModelSpec | None, work: Workload) -> l
 
 
 def _target_passes(target: ModelSpec, work: Workload) -> tuple[_Pass, _Pass]:
-    """Return the bytes of the largest pass, which reads a prompt that fills a context, and of later passes."""
+    """Return the bytes of the largest pass, which reads as many prompts as it may, and of later passes."""
     keys = work.ctx + work.tree_budget
-    largest = _pass(target, work, work.ctx + work.seats - 1 + work.tree_budget, keys)
+    largest = _pass(target, work, work.prompt_rows + work.seats - 1 + work.tree_budget, keys)
     return largest, _pass(target, work, work.seats + work.tree_budget, keys)
 
 

@@ -1,14 +1,15 @@
-"""Statistics of chats on this machine: tokens per step of a pair of models, and the speed of plans.
+"""Statistics of answers on this machine: tokens per step of a pair of models, and the speed of plans.
 
 One small file in the state folder, replaced atomically. It only improves predictions, so a damaged file is just a
-warning. If two chats end at the same moment, one of them may be lost.
+warning. If two programs write at the same moment, one of them may be lost.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 from specchat.files import atomic_write_text
@@ -18,12 +19,24 @@ from specchat.records.plan import Plan
 
 _VERSION = 1
 _FILE = "statistics.json"
-# Fewer than _ENOUGH_STEPS steps are ignored. Sums of more than _MOST_STEPS are halved, so that recent chats count most.
+# Fewer than _ENOUGH_STEPS steps are ignored. Sums of more than _MOST_STEPS are halved: recent answers count most.
 _ENOUGH_STEPS = 30
 _MOST_STEPS = 2000
 _MOST_PLANS = 200
 # Name of drafts without a model, in place of a draft's name.
 RETRIEVAL = "retrieval"
+
+
+@dataclass(frozen=True)
+class AnswerStep:
+    """A step of an answer, and whether the answer is sampled."""
+
+    step: Step
+    samples: bool
+
+
+# The steps of one pass, one for each answer that shared it.
+SharedPass = Sequence[AnswerStep]
 
 
 @dataclass(frozen=True)
@@ -55,7 +68,7 @@ class Statistics:
 
     Attributes:
         pairs: tallies of steps with a tree, by pair and temperature class (greedy, sampled), then by tree size class.
-        plans: tallies of steps that read one new token, by `plan_key`.
+        plans: tallies of passes of all seats that read one new token of each answer, by `plan_key`.
     """
 
     pairs: Mapping[str, Mapping[str, Tally]] = field(default_factory=dict)
@@ -137,7 +150,7 @@ def load(folder: Path, warn: Callable[[str], None] = lambda _: None) -> Statisti
 
 
 def record(folder: Path, plan: Plan, temperature: float, steps: Iterable[Step]) -> None:
-    """Add the steps of an answer to the statistics; do nothing if the folder cannot be written to.
+    """Add the steps of an answer that shared its passes with no other; see `record_passes`.
 
     Args:
         folder: the state folder.
@@ -145,30 +158,62 @@ def record(folder: Path, plan: Plan, temperature: float, steps: Iterable[Step]) 
         temperature: sampling temperature of the answer.
         steps: steps of the answer in any order; interrupted ones are ignored.
     """
-    before, found = load(folder), tuple(steps)
+    record_passes(folder, plan, [[AnswerStep(step, samples=temperature > 0)] for step in steps])
+
+
+def record_passes(folder: Path, plan: Plan, passes: Iterable[SharedPass]) -> None:
+    """Add passes to the statistics; do nothing if the folder cannot be written to.
+
+    A pass counts for its plan if all seats were in use and no prompt was read. For the pair, every answer counts by
+    itself: the tokens of a tree depend on its own nodes, not on the other trees of the pass.
+
+    Args:
+        folder: the state folder.
+        plan: plan that the engine ran under.
+        passes: passes in any order; interrupted ones are ignored.
+    """
+    before, found = load(folder), tuple(passes)
     pairs, plans = dict(before.pairs), dict(before.plans)
     if plan.work.tree_budget:
-        key = _pair_key(plan.target, plan.draft or RETRIEVAL, samples=temperature > 0)
-        rows = dict(pairs.get(key, {}))
-        for step in found:
-            if step.token_ids and step.tree_nodes and step.finish_reason != "length":
-                size = str(step.tree_nodes.bit_length())
-                rows[size] = rows.get(size, Tally()).faded().plus(_tally_of(step))
-        pairs[key] = rows
-    key = plan_key(plan, samples=temperature > 0)
-    tally = plans.pop(key, Tally())  # reinserted below: plans are ordered by last use
-    for step in found:
-        if step.token_ids and step.new_rows == 1:
-            tally = tally.faded().plus(_tally_of(step))
-    plans[key] = tally
+        for each in chain.from_iterable(found):
+            _add_to_pair(pairs, _pair_key(plan.target, plan.draft or RETRIEVAL, samples=each.samples), each.step)
+    for shared in found:
+        _add_to_plan(plans, plan, shared)
     kept = dict(list(plans.items())[-_MOST_PLANS:])
     # An unwritable state folder must not disturb a chat; saving the chat reports the problem.
     with suppress(OSError):
         _write(folder, Statistics(pairs, kept))
 
 
-def _tally_of(step: Step) -> Tally:
-    return Tally(1.0, step.tree_nodes, len(step.token_ids), step.pass_s)
+def _add_to_pair(pairs: dict[str, Mapping[str, Tally]], key: str, step: Step) -> None:
+    rows = dict(pairs.get(key, {}))
+    if step.token_ids and step.tree_nodes and step.finish_reason != "length":
+        size = str(step.tree_nodes.bit_length())
+        rows[size] = rows.get(size, Tally()).faded().plus(_tally_of([step]))
+    pairs[key] = rows
+
+
+def _add_to_plan(plans: dict[str, Tally], plan: Plan, shared: SharedPass) -> None:
+    """Add a pass to the tally of its plan, which becomes the last one: plans are ordered by last use."""
+    classes = {each.samples for each in shared}
+    if len(classes) > 1:
+        return  # the speed of a mixture belongs to neither class
+    key = plan_key(plan, samples=classes.pop())
+    tally = plans.pop(key, Tally())
+    steps = [each.step for each in shared]
+    if len(steps) == plan.work.seats and all(step.token_ids and step.new_rows == 1 for step in steps):
+        tally = tally.faded().plus(_tally_of(steps))
+    plans[key] = tally
+
+
+def _tally_of(steps: Sequence[Step]) -> Tally:
+    """Return the tally of one pass, from all its steps or some; each step names the seconds of the whole pass."""
+    return Tally(
+        steps=1.0,
+        nodes=sum(step.tree_nodes for step in steps),
+        tokens=sum(len(step.token_ids) for step in steps),
+        seconds=sum(step.pass_s / step.num_sharing for step in steps),
+    )
 
 
 def _class_of(*, samples: bool) -> str:

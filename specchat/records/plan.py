@@ -99,6 +99,11 @@ class Workload:
     most_points: int = MOST_RESTORE_POINTS
 
     @property
+    def prompt_rows(self) -> int:
+        """Most rows of prompts in a pass: one prompt that fills the context, or several of a chunk together."""
+        return min(max(self.ctx, self.chunk_rows), self.seats * self.ctx)
+
+    @property
     def restore_points(self) -> int:
         """Number of copies of recurrent states; none with several seats, whose answers are not continued."""
         return self.most_points if self.seats == 1 else 0

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.echoes import Echoes
 from support.fake_engine import EOS, TOKENIZER
 
@@ -24,6 +21,7 @@ from specchat.chat.settings import MAX_SEED
 from specchat.errors import UsageError
 from specchat.loading.sampling import SamplingChoices
 from specchat.models.checkpoint.generation_config import GenerationDefaults
+from specchat.planner.statistics import SharedPass
 from specchat.records.generation import Sampling, Step
 
 SETTINGS = JobSettings("demo", None, "none", "fp32", max_tokens=40)
@@ -47,6 +45,8 @@ class World:
     def out(self) -> Path:
         return self.folder / "out.jsonl"
 
+    passes: list[SharedPass] = field(default_factory=list)
+
     def run(self, cancel: Event | None = None, most: int | None = None) -> list[Progress]:
         """Run the job, or only some of its steps."""
         lines = read_prompts(self.folder / "in.jsonl")
@@ -54,7 +54,8 @@ class World:
         found = []
         with Results(self.out, self.settings.digest, digests) as results:
             defaults = GenerationDefaults(stop_ids=frozenset({EOS}))
-            job = Job(self.engine, TOKENIZER, defaults, defaults.stop_ids, self.settings, lines, results)
+            ends, observe = defaults.stop_ids, self.passes.append
+            job = Job(self.engine, TOKENIZER, defaults, ends, self.settings, lines, results, observe)
             for progress in job.run(cancel):
                 found.append(progress)
                 if len(found) == most:
@@ -89,6 +90,18 @@ def test_every_line_gets_its_answer(tmp_path: Path):
     assert (last.num_done, last.num_lines, last.num_failed, last.num_alive) == (10, 10, 0, 0)
     assert last.num_tokens == sum(len(each["token_ids"]) for each in results.values())
     assert max(each.num_alive for each in progress) == 3
+
+
+def test_every_pass_is_observed_once_with_the_steps_of_all_answers(tmp_path: Path):
+    lines = ({"prompt": "x" * (9 * i + 1), "temperature": i % 2} for i in range(7))
+    there = world(tmp_path, *lines, stops=("xxxxxxx",))
+    there.run()
+    assert len(there.passes) == there.engine.num_passes
+    assert {len(shared) for shared in there.passes} >= {1, 3}
+    assert all(each.step.num_sharing == len(shared) for shared in there.passes for each in shared)
+    assert {each.samples for shared in there.passes for each in shared} == {False, True}
+    num_tokens = sum(len(each.step.token_ids) for shared in there.passes for each in shared)
+    assert 0 <= num_tokens - sum(len(each["token_ids"]) for each in there.results()) <= 7, "but those after a stop text"
 
 
 def test_results_come_in_order_of_completion(tmp_path: Path):
@@ -138,6 +151,14 @@ def test_system_prompt_and_base(tmp_path: Path):
     there = World(tmp_path, settings=replace(SETTINGS, base=True))
     there.run()
     assert [TOKENIZER.decode(each.prompt_ids) for each in there.engine.requests] == ["a", "own\nb"]
+
+
+def test_base_joins_messages_as_a_chat_does(tmp_path: Path):
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": " b"}, {"role": "user", "content": "c"}]
+    there = world(tmp_path, {"messages": chat}, base=True)
+    there.run()
+    (request,) = there.engine.requests
+    assert TOKENIZER.decode(request.prompt_ids) == "a b\nc"
 
 
 def test_a_stop_text_ends_an_answer_and_frees_its_seat(tmp_path: Path):
@@ -221,9 +242,9 @@ def test_results_of_something_else_are_refused(tmp_path: Path):
     there = many(tmp_path)
     there.run()
     content = there.out.read_bytes()
-    for settings in (replace(SETTINGS, seed=1), replace(SETTINGS, quant="int4"), replace(SETTINGS, stops=("x",))):
+    for other in (replace(SETTINGS, seed=1), replace(SETTINGS, quant="int4"), replace(SETTINGS, stops=("x",))):
         with pytest.raises(UsageError, match="other settings"):
-            World(tmp_path, settings=settings).run()
+            World(tmp_path, settings=other).run()
     prompts = (tmp_path / "in.jsonl").read_text()
     (tmp_path / "in.jsonl").write_text(prompts.replace("prompt 3", "prompt three"))
     with pytest.raises(UsageError, match="other prompts"):
@@ -250,40 +271,46 @@ def test_two_jobs_do_not_share_a_file(tmp_path: Path):
         there.run()
 
 
-_KILLED = """
-import sys, time
-from pathlib import Path
-from batch.test_job import World
-there = World(Path(sys.argv[1]))
-ask = there.engine.generate_many
-def slowly(requests, cancel=None):
-    for each in ask(requests, cancel=cancel):
-        time.sleep(0.0005)
-        yield each
-there.engine.generate_many = slowly
-there.run()
-"""
+TAILS = st.binary(max_size=40).map(lambda tail: tail.replace(b"\n", b""))
 
 
-@pytest.mark.slow
-def test_a_killed_job_loses_nothing_and_repeats_nothing(tmp_path: Path):
-    """1,000 prompts, killed at 10 random points and continued."""
-    there, rng = many(tmp_path, 1000), random.Random(5)
-    there.engine.seats = 16
-    tests = Path(__file__).parents[1]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(tests.parent), str(tests)))}
-    command = [sys.executable, "-c", _KILLED, str(tmp_path)]
-    counts = []
-    for _ in range(10):
-        process = subprocess.Popen(command, env=environment)
-        goal = (counts[-1] if counts else 0) + rng.randint(20, 80)
-        while process.poll() is None and not (there.out.exists() and there.out.read_bytes().count(b"\n") >= goal):
-            pass
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        counts.append(there.out.read_bytes().count(b"\n"))
-    assert counts == sorted(counts) and counts[-1] < 1000
-    subprocess.run(command, env=environment, check=True)
+@settings(max_examples=40)
+@given(data=st.data())
+def test_a_torn_file_goes_on_where_it_was_whole(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory):
+    """Bad lines between good ones, stopped anywhere, the last line cut anywhere or followed by anything."""
+    draw, folder = data.draw, tmp_path_factory.mktemp("torn")
+    kinds = draw(st.lists(st.sampled_from(["good", "long", "not JSON", "no prompt"]), min_size=1, max_size=8))
+    lines = {
+        "good": {"prompt": "h\u00e9llo \U0001f98a"},
+        "long": {"prompt": "x" * 300},
+        "not JSON": "{",
+        "no prompt": {},
+    }
+    there = world(folder, *(lines[kind] for kind in kinds))
+    for _ in range(draw(st.integers(1, 3))):
+        there.run(most=draw(st.integers(1, 12)))
+        content = there.out.read_bytes()
+        torn = content[: draw(st.integers(0, len(content)))] + draw(TAILS)
+        there.out.write_bytes(torn)
+        there.run(most=1)
+        assert there.out.read_bytes().startswith(torn[: torn.rfind(b"\n") + 1])
+        there.results()  # all of its lines are whole
+    there.run()
     results = there.results()
-    assert sorted(each["line"] for each in results) == list(range(1, 1001))
-    assert all(each["text"] == f"You said: prompt {each['id']} " + "." * (each["id"] % 7) for each in results)
+    assert sorted(each["line"] for each in results) == list(range(1, len(kinds) + 1))
+    assert all(("error" in each) == (kinds[each["line"] - 1] != "good") for each in results)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"", b"{", b"[1]", b"\xff\xfe", b"\x00" * 9, b'{"id": 1}', b'{"line": [1], "settings": "", "request": ""}'],
+)
+def test_a_bad_line_among_the_results_is_told(tmp_path: Path, line: bytes):
+    there = many(tmp_path, 3)
+    there.run()
+    first, second, third = there.out.read_bytes().splitlines(keepends=True)
+    for content in (first + line + b"\n" + second + third, first + second + third + line + b"\n"):
+        there.out.write_bytes(content)
+        with pytest.raises(UsageError, match=f"line {content.splitlines().index(line) + 1} of .* no result"):
+            there.run()
+        assert there.out.read_bytes() == content

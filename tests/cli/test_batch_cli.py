@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from specchat.models.catalog.ref import demo_source
+from specchat.paths import state_folder
+from specchat.planner.statistics import load as load_statistics
+
 LINES = [
     {"id": "fox", "prompt": "Tell me about a fox.", "max_tokens": 12},
     {"id": "sea", "prompt": "What is the sea?", "temperature": 0.8, "seed": 31},
@@ -50,6 +54,7 @@ def test_each_line_is_what_a_single_run_says(specchat, tmp_path: Path, batch: st
         assert result["text"] == expected["message"]["content"]
         assert result["token_ids"] == expected["token_ids"]
         assert result["finish_reason"] == expected["finish_reason"]
+    assert not load_statistics(state_folder()).plans, "--no-save"
     before = out.read_bytes()
     again = specchat(*job)
     assert again.code == 1 and "all 5 prompts are answered" in again.err and out.read_bytes() == before
@@ -84,3 +89,45 @@ def test_the_plan_of_a_job_names_the_seats(specchat, tmp_path: Path):
     ran = specchat("run", "demo", "--prompts", str(source), "--batch", "4", "--plan", "--device", "cpu")
     assert ran.code == 0, ran.err
     assert "batch" in ran.out
+
+
+@pytest.mark.parametrize("model", ["demo", "shape:hidden=512,layers=9"])
+def test_the_plan_of_a_job_is_the_one_that_it_runs_under(specchat, tmp_path: Path, model: str):
+    """With the context that the prompts need, also for a model whose weights are not there yet."""
+    source, out = write(tmp_path, LINES[:1])
+    job = ("run", model, "--prompts", str(source), "--max-tokens", "16", "--device", "cpu")
+    plan = specchat(*job, "--plan", "--json")
+    assert plan.code == 0, plan.err
+    assert json.loads(plan.out)["ctx"] == 64
+    if model == "demo":
+        assert "context 64 ·" in specchat(*job, "-o", str(out)).err
+        assert load_statistics(state_folder()).pairs, "a job teaches the planner"
+
+
+def test_a_plan_without_a_tokenizer_says_so(specchat, tmp_path: Path):
+    source, _ = write(tmp_path)
+    (tmp_path / "model").mkdir()
+    config = demo_source("target").path / "config.json"
+    (tmp_path / "model" / "config.json").write_bytes(config.read_bytes())
+    job = ("run", str(tmp_path / "model"), "--prompts", str(source), "--plan", "--device", "cpu", "--draft", "none")
+    ran = specchat(*job)
+    assert ran.code == 0 and "no tokenizer" in ran.err
+    assert "no tokenizer" not in specchat(*job, "--ctx", "512").err
+
+
+def test_a_job_goes_on_only_with_what_its_answers_depend_on(specchat, tmp_path: Path):
+    """Draft, seats and memory do not change the text; model, precision and sampling do."""
+    source, out = write(tmp_path, [{"prompt": "A fox", "max_tokens": 4}])
+    job = ("run", "demo", "--prompts", str(source), "-o", str(out), "--device", "cpu")
+    assert specchat(*job, "--dtype", "bf16").code == 0
+    before = out.read_bytes()
+    for flags in (["--batch", "7"], ["--draft", "none"], ["--ctx", "256"], ["--tree-budget", "3"], ["--dtype", "bf16"]):
+        again = specchat(*job, *flags)
+        assert again.code == 0 and "all 1 prompts are answered" in again.err, (flags, again.err)
+    for flags in (["--temperature", "0.5"], ["--seed", "1"], ["--max-tokens", "9"], ["--dtype", "fp32"], ["--base"]):
+        other = specchat(*job, *flags)
+        assert other.code == 2 and "other settings" in other.err, (flags, other.err)
+    (tmp_path / "model").symlink_to(demo_source("target").path)
+    other = specchat("run", str(tmp_path / "model"), *job[2:])
+    assert other.code == 2 and "other settings" in other.err
+    assert out.read_bytes() == before

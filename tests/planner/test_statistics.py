@@ -16,7 +16,7 @@ from specchat.models.sizes.describe import describe
 from specchat.planner.cost import TYPICAL_ACCEPTANCE
 from specchat.planner.request import PlanInputs
 from specchat.planner.search import choose_plan
-from specchat.planner.statistics import Statistics, Tally, load, plan_key, record
+from specchat.planner.statistics import AnswerStep, Statistics, Tally, load, plan_key, record, record_passes
 from specchat.records.generation import Step
 from specchat.units import GIB
 
@@ -69,6 +69,39 @@ def test_interrupted_and_truncated_steps_are_ignored(tmp_path):
     """Ignore steps without tokens, and the last step of an answer cut at its maximum length."""
     record(tmp_path, PLAN, 0.0, [step(0), step(1, finish_reason="length")])
     assert load(tmp_path).pairs == {"demo demo draft greedy": {}}
+
+
+def test_answers_that_share_a_pass_count_its_seconds_once(tmp_path):
+    plan = changed(PLAN, seats=3)
+    shared = [AnswerStep(step(tokens, nodes, 0.6, num_sharing=3), samples=False) for tokens, nodes in PASS]
+    record_passes(tmp_path, plan, [shared] * 40)
+    statistics = load(tmp_path)
+    assert statistics.plans == {plan_key(plan, samples=False): Tally(40, 40 * 34, 40 * 9, pytest.approx(24))}
+    found = statistics.corrected(plan, CHOSEN.prediction, samples=False)
+    assert (found.pass_s, found.tokens_per_step, found.tree_nodes) == (pytest.approx(0.6), 9, 34)
+    assert found.tok_per_s == pytest.approx(15)
+    rows = statistics.pairs["demo demo draft greedy"]
+    assert {size: (tally.steps, tally.tokens) for size, tally in rows.items()} == {"4": (40, 160), "5": (40, 160)}
+    acceptance = statistics.acceptance("demo", "demo draft", TYPICAL_ACCEPTANCE, samples=False)
+    assert acceptance.tokens_per_step(17) == pytest.approx(4, rel=0.1), "that of a tree of one answer"
+
+
+PASS = ((4, 10), (1, 0), (4, 24))
+
+
+@pytest.mark.parametrize(
+    "shared",
+    [
+        [AnswerStep(step(num_sharing=2), samples=False)] * 2,
+        [AnswerStep(step(num_sharing=3, new_rows=rows), samples=False) for rows in (1, 80, 1)],
+        [AnswerStep(step(num_sharing=3), samples=samples) for samples in (True, False, False)],
+        [AnswerStep(step(0, num_sharing=3, finish_reason="interrupt"), samples=False)] * 3,
+    ],
+    ids=["a free seat", "a prompt", "both classes", "interrupted"],
+)
+def test_other_passes_do_not_count_for_a_plan_of_several_seats(tmp_path, shared):
+    record_passes(tmp_path, changed(PLAN, seats=3), [shared])
+    assert not any(tally.steps for tally in load(tmp_path).plans.values())
 
 
 def test_old_chats_fade_and_old_plans_are_dropped(tmp_path):

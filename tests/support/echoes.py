@@ -47,6 +47,7 @@ class Echoes:
                 return
             self.num_passes += 1
             self.before_pass()
+            num_sharing = len(live)
             for number, (request, ids, rows) in list(live.items()):
                 if cancel is not None and cancel.is_set():
                     yield number, Step.without_pass("interrupt")
@@ -57,6 +58,6 @@ class Echoes:
                 live[number] = request, ids[2:], 1
                 if reason is not None:
                     del live[number]
-                yield number, replace(step, num_sharing=len(live))
+                yield number, replace(step, num_sharing=num_sharing)
             if cancel is not None and cancel.is_set():
                 return

@@ -172,12 +172,13 @@ class AdaptivePolicy:
         self._interval = self._steps_left = _PROBE_AFTER
 
     def may_join(self, prompt_rows: int, roots: Roots) -> bool:
-        """Return whether the rows take no more time than a seat that stays empty loses: its share of a pass."""
-        before, after = roots.num_rows, roots.num_rows + prompt_rows
-        if after > self._most_rows:
-            return False
-        pass_s = self._target_times.at(before)
-        return self._target_times.at(after) - pass_s <= pass_s / (roots.num_sequences + 1)
+        """Return whether waiting saves less time than a seat that stays empty loses: its share of a pass.
+
+        The prompt must be read anyway. Waiting saves the time of rows that the next pass has room for at no cost.
+        """
+        now_s = self._rows_s(roots.num_rows, prompt_rows)
+        later_s = self._rows_s(roots.num_sequences, prompt_rows)
+        return now_s - later_s <= self._pass_s(roots.num_rows) / (roots.num_sequences + 1)
 
     @property
     def tokens_per_s(self) -> float:
@@ -280,6 +281,15 @@ class AdaptivePolicy:
         self._catches_up = draft and not self._drafts
         self._drafts, self._steps_left = draft, steps + self._catches_up
 
+    def _rows_s(self, before: int, rows: int) -> float:
+        """Return the time that further rows add to a pass of `before` rows."""
+        return self._pass_s(before + rows) - self._pass_s(before)
+
+    def _pass_s(self, rows: int) -> float:
+        """Return the time of a pass without nodes; rows beyond the known ones are taken to cost as much as those."""
+        known = min(rows, self._most_rows)
+        return self._target_times.at(known) * rows / known
+
     def _known_rows(self, roots: Roots) -> int:
         """Return the rows of the pass without nodes, as far as times of passes with nodes are known."""
         return min(roots.num_rows, self._most_rows - self.tree_budget)
@@ -295,12 +305,18 @@ class AdaptivePolicy:
         return drafted_per_s, num_sequences / self._target_times.at(num_sequences)
 
     def _predicted_per_s(self, num_sequences: int) -> float:
-        """Return the predicted speed with drafting: more sequences share the same number of nodes."""
-        expected = self._expected
-        rows = max(round(expected.tree_nodes / expected.draft_passes), 1)
-        pass_s = self._target_times.at(num_sequences + expected.tree_nodes)
+        """Return the predicted speed with drafting: any number of sequences shares the same number of nodes.
+
+        The accepted nodes of a tree grow with the logarithm of its size, as in the planner. So fewer of the nodes are
+        accepted if fewer sequences share them.
+        """
+        expected, nodes = self._expected, max(self._expected.tree_nodes, 1)
+        rows = max(round(nodes / expected.draft_passes), 1)
+        pass_s = self._target_times.at(num_sequences + nodes)
         step_s = pass_s + expected.draft_passes * self._draft_times.at(rows)
-        return (num_sequences - expected.num_sequences + expected.tokens_per_step) / step_s
+        accepted = expected.tokens_per_step - expected.num_sequences
+        shares = [num * math.log1p(nodes / num) for num in (num_sequences, expected.num_sequences)]
+        return (num_sequences + accepted * shares[0] / shares[1]) / step_s
 
 
 class _Acceptance:

@@ -253,6 +253,17 @@ def test_acceptance_follows_what_is_counted():
     assert [acceptance.of(weight) for weight in tree.weights] == pytest.approx([0.9, 0.5, 0.1], abs=0.1)
 
 
+def test_few_sequences_accept_fewer_of_the_same_nodes():
+    """Ten sequences are expected to have 20 nodes of 64 accepted: two of them have at most 64, but about 5."""
+    expected = Expectation(((1, 0.4), (74, 0.4)), ((1, 0.005),), 64, 10.0, 30.0, num_sequences=10)
+    policy = AdaptivePolicy(64, expected, 10)
+    step_s = 0.4 + 10 * 0.005
+    assert policy._predicted_per_s(10) * step_s == pytest.approx(30)
+    speeds = [policy._predicted_per_s(num) * step_s for num in range(1, 11)]
+    assert speeds == sorted(speeds) and all(num < speed < 5 * num for num, speed in enumerate(speeds, 1) if num > 1)
+    assert speeds[1] == pytest.approx(9, rel=0.1)
+
+
 # --- the text --------------------------------------------------------------------------------------------------------
 
 
