@@ -52,7 +52,7 @@ _SHARED = {**_EXPERTS, "shared_expert_intermediate_size": 32}
 _CONV = ["conv", "conv", "full_attention", "conv"]
 _LINEAR = ["linear_attention", "linear_attention", "full_attention", "linear_attention"]
 
-HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
+_KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2": ("Lfm2Config", {**_FOUR, "block_auto_adjust_ff_dim": False, "layer_types": _CONV}),
     "lfm2_moe": ("Lfm2MoeConfig", {**_FOUR, **_EXPERTS, "num_dense_layers": 1, "layer_types": _CONV}),
     "lfm3": (
@@ -147,6 +147,8 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+# The oldest transformers that is allowed knows only some of them.
+HYBRIDS = {architecture: known for architecture, known in _KNOWN.items() if known[0] in dir(hf)}
 
 # The text half of Qwen3.8-27B: three gated delta nets to one attention layer.
 LIKE_QWEN_27B = {
