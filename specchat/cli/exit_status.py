@@ -19,6 +19,7 @@ from specchat.errors import (
     UsageError,
     is_lack_of_memory,
 )
+from specchat.masking import masked
 from specchat.terminal import leave_lost_terminal, terminal_is_lost
 
 EXIT_CODES: dict[int, str] = {
@@ -103,7 +104,7 @@ def _explained(error: Exception) -> int:
     from specchat.ui.console import talk
 
     if os.environ.get("SPECCHAT_DEBUG") == "1":
-        traceback.print_exception(error)
+        sys.stderr.write(masked("".join(traceback.format_exception(error))))
     shown = _as_shown(error)
     try:
         talk().error(shown.message, shown.hint)

@@ -9,6 +9,8 @@ from typing import TextIO
 from rich.console import Console
 from rich.text import Text
 
+from specchat.masking import masked
+
 
 def wants_styles(stream: TextIO) -> bool:
     """Return whether `stream` is a terminal that supports escape sequences, and NO_COLOR is not set."""
@@ -146,7 +148,8 @@ class Talk:
             self._labelled("hint", "cyan", hint)
 
     def _labelled(self, label: str, style: str, text: str) -> None:
-        self.console.print(Text.assemble((f"{label}: ", style), neutral(" ".join(text.split("\n")))))
+        line = neutral(" ".join(masked(text).split("\n")))
+        self.console.print(Text.assemble((f"{label}: ", style), line))
 
 
 def columns(stream: TextIO, off_terminal: int = 100) -> int:
