@@ -34,6 +34,9 @@ _PARTS = {
 }
 _FLAGS = ("lstrip", "rstrip", "normalized", "single_word")
 
+# The longest templates have 30,000 characters; compiling takes a second per million.
+_LONGEST_TEMPLATE = 1_000_000
+
 # Vocabularies without a tokenizer.json.
 _PLAIN = ("vocab.json", "vocab.txt", "tekken.json")
 _BINARY = (".model", ".tiktoken")
@@ -116,6 +119,16 @@ def _settings(folder: Path, known: set[str]) -> dict[str, Any]:
 
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | dict[str, str] | None:
     """Return the chat template, or several by name; None if there is none."""
+    found = _declared_template(folder, config)
+    texts = [found] if isinstance(found, str) else list((found or {}).values())
+    if any(len(text) > _LONGEST_TEMPLATE for text in texts):
+        raise CorruptCheckpointError(
+            f"the chat template in {folder} is longer than {_LONGEST_TEMPLATE:,} characters", hint=_HINT
+        )
+    return found
+
+
+def _declared_template(folder: Path, config: Mapping[str, Any]) -> str | dict[str, str] | None:
     if (folder / _TEMPLATE).is_file():
         try:
             return read_data(folder / _TEMPLATE).decode()
