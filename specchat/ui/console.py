@@ -34,6 +34,7 @@ def _controls() -> dict[int, str | None]:
 
 
 _CONTROLS = _controls()
+_LONGEST_LINE = 1_000  # characters of an error; a longer one repeats a long name or value
 
 
 def neutral(text: str) -> str:
@@ -149,6 +150,8 @@ class Talk:
 
     def _labelled(self, label: str, style: str, text: str) -> None:
         line = neutral(" ".join(masked(text).split("\n")))
+        if len(line) > _LONGEST_LINE:
+            line = f"{line[: _LONGEST_LINE // 2]} ... {line[-_LONGEST_LINE // 4 :]}"
         self.console.print(Text.assemble((f"{label}: ", style), line))
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from specchat.errors import CorruptCheckpointError, UsageError, is_lack_of_memory
 from specchat.models.hf.chat_template import WITHOUT_TEMPLATE, ChatTemplate
-from specchat.models.hf.tokenizer_files import read_tokenizer
+from specchat.models.hf.tokenizer_files import is_failure, read_tokenizer
 from specchat.records.chat import Message, Part
 from specchat.threads import run_within
 
@@ -220,9 +220,7 @@ def _converted(what: str) -> Iterator[None]:
     except TimeoutError as error:
         raise CorruptCheckpointError(f"the model's tokenizer does not end on {what}", hint=_HINT) from error
     except BaseException as error:
-        # A panic in Rust is no Exception, so that nobody goes on after it; here nothing of the tokenizer is changed.
-        is_panic = type(error).__name__ == "PanicException"
-        if not (is_panic or isinstance(error, Exception)) or is_lack_of_memory(error):
+        if not is_failure(error) or is_lack_of_memory(error):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CorruptCheckpointError(f"the model's tokenizer fails on {what}: {reason}", hint=_HINT) from error

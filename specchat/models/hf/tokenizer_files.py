@@ -79,8 +79,8 @@ def _backend(file: Path) -> Any:
     data = read_data(file)
     try:
         return Tokenizer.from_buffer(data)
-    except Exception as error:
-        if is_lack_of_memory(error):
+    except BaseException as error:
+        if not is_failure(error) or is_lack_of_memory(error):
             raise
         unknown = sorted(parse_object(data, str(file)).keys() - _PARTS)  # raises if the file is damaged
         reason = f"it has '{unknown[0]}'" if unknown else _first_line(error)
@@ -230,6 +230,11 @@ def _check_packages(folder: Path, names: Iterable[str]) -> None:
         )
 
 
-def _first_line(error: Exception) -> str:
+def is_failure(error: BaseException) -> bool:
+    """Return whether a tokenizer failed: by an error, or by a panic in Rust, which is no Exception."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def _first_line(error: BaseException) -> str:
     lines = (line.strip() for line in str(error).splitlines())
     return next((line for line in lines if line), "transformers cannot read its files")
