@@ -1,7 +1,7 @@
 """The campaign of faults: each ends with the promised exit code and in one to three lines, and changes no file.
 
-The default suite runs every second one of those that are refused before a model is looked at. `pytest -m slow tests/faults`
-runs the whole table.
+The default suite runs every second one of those that are refused before a model is looked at. The whole table is slow:
+`pytest -m slow tests/faults`.
 """
 
 from __future__ import annotations
