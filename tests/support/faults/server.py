@@ -7,6 +7,7 @@ systems that are full or read-only, and signals apply to the forked process only
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import os
 import random
@@ -89,6 +90,7 @@ class _Order:
         limits: limits by name.
         mounts: file systems in memory by path, with their options; "ro" mounts read-only what is there.
         signals: signals to send, each with its moment in seconds after the start.
+        constants: values of modules by full name, which are changed.
         timeout_s: time after which the run is killed.
         uid: user to become, or None.
     """
@@ -101,6 +103,7 @@ class _Order:
     limits: Mapping[str, int] = ()  # type: ignore[assignment]
     mounts: Mapping[str, str] = ()  # type: ignore[assignment]
     signals: Sequence[tuple[float, int]] = ()
+    constants: Mapping[str, Any] = ()  # type: ignore[assignment]
     timeout_s: float = 30.0
     uid: int | None = None
 
@@ -159,6 +162,9 @@ def _become(order: _Order) -> None:
         os.environ.pop(name, None)
         if value is not None:
             os.environ[name] = value
+    for name, number in dict(order.constants).items():
+        module, _, constant = name.rpartition(".")
+        setattr(importlib.import_module(module), constant, number)
     random.seed()
     _point_to_hub()
     for name, most in dict(order.limits).items():
@@ -207,13 +213,11 @@ def may_mount() -> bool:
 
 
 def main() -> None:
-    from importlib import import_module
-
     from specchat.cli.app import main as run
     from specchat.cli.app import run_command_line
 
     for name in _LIGHT:
-        import_module(name)
+        importlib.import_module(name)
     orders = socket.socket(fileno=os.dup(0))
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
     if "answers" in sys.argv:
