@@ -72,8 +72,12 @@ def guarded(action: Callable[[], int]) -> int:
 def leave(code: int) -> NoReturn:
     """End the process at once.
 
-    All resources of specchat are closed by now. A normal exit takes over a second to tear down torch's modules.
+    All resources of specchat are closed by now. A normal exit takes over a second to tear down torch's modules. Signals
+    that come while libraries tidy up change nothing about the result.
     """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda _signum, _frame: os._exit(code))
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()

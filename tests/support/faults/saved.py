@@ -24,7 +24,7 @@ def faults() -> Iterator[Fault]:
 
 # --- sessions ----------------------------------------------------------------------------------------------------
 
-_OPEN: dict[str, Any] = {
+OPENED: dict[str, Any] = {
     "type": "open",
     "version": 1,
     "at": "2026-01-01T00:00:00+00:00",
@@ -39,7 +39,7 @@ _OPEN: dict[str, Any] = {
     "max_tokens": None,
     "thinking": None,
 }
-_ANSWER: dict[str, Any] = {
+ANSWERED: dict[str, Any] = {
     "type": "answer",
     "how": "ask",
     "exchange": {
@@ -60,24 +60,24 @@ def lines(*records: object) -> str:
 
 def _session_texts() -> dict[str, str | bytes]:
     def opened(**values: Any) -> str:
-        return lines(_OPEN | values, _ANSWER)
+        return lines(OPENED | values, ANSWERED)
 
     def answered(**values: Any) -> str:
-        return lines(_OPEN, _ANSWER | values)
+        return lines(OPENED, ANSWERED | values)
 
-    setup, sampling, exchange = _OPEN["setup"], _OPEN["sampling"], _ANSWER["exchange"]
+    setup, sampling, exchange = OPENED["setup"], OPENED["sampling"], ANSWERED["exchange"]
     return {
         "other text": "Dear diary,\nnothing happened.\n",
         "binary": bytes(range(256)) * 4,
-        "nested": '{"type": ' + NESTED + "}\n" + lines(_ANSWER),
-        "list": lines([], _ANSWER),
+        "nested": '{"type": ' + NESTED + "}\n" + lines(ANSWERED),
+        "list": lines([], ANSWERED),
         "future version": opened(version=99),
         "huge version": opened(version=_HUGE),
         "version text": opened(version="1"),
-        "answer first": lines(_ANSWER, _ANSWER),
-        "unknown type": lines(_OPEN, {"type": "sing"}, _ANSWER),
-        "type list": lines(_OPEN, {"type": ["open"]}, _ANSWER),
-        "no setup": lines({k: v for k, v in _OPEN.items() if k != "setup"}, _ANSWER),
+        "answer first": lines(ANSWERED, ANSWERED),
+        "unknown type": lines(OPENED, {"type": "sing"}, ANSWERED),
+        "type list": lines(OPENED, {"type": ["open"]}, ANSWERED),
+        "no setup": lines({k: v for k, v in OPENED.items() if k != "setup"}, ANSWERED),
         "setup text": opened(setup="x"),
         "model number": opened(setup={**setup, "model": 3}),
         "context huge": opened(setup={**setup, "ctx": _HUGE}),
@@ -96,12 +96,14 @@ def _session_texts() -> dict[str, str | bytes]:
         "tokens null": answered(token_ids=None),
         "reason": answered(finish_reason="bored"),
         "how": answered(how="whistle"),
-        "dropped more": lines(_OPEN, {"type": "drop", "num_exchanges": 9, "reason": "asked", "questions": []}, _ANSWER),
-        "rewritten nothing": lines(_OPEN, {"type": "rewrite", "text": "x"}, _ANSWER),
-        "set unknown": lines(_OPEN, {"type": "set", "key": "mood", "value": 1}, _ANSWER),
-        "set huge": lines(_OPEN, {"type": "set", "key": "top_k", "value": _HUGE}, _ANSWER),
-        "not UTF-8": lines(_OPEN).encode() + b'{"type": "\xff"}\n' + lines(_ANSWER).encode(),
-        "NUL in the middle": lines(_OPEN) + "\0" * 500 + "\n" + lines(_ANSWER),
+        "dropped more": lines(
+            OPENED, {"type": "drop", "num_exchanges": 9, "reason": "asked", "questions": []}, ANSWERED
+        ),
+        "rewritten nothing": lines(OPENED, {"type": "rewrite", "text": "x"}, ANSWERED),
+        "set unknown": lines(OPENED, {"type": "set", "key": "mood", "value": 1}, ANSWERED),
+        "set huge": lines(OPENED, {"type": "set", "key": "top_k", "value": _HUGE}, ANSWERED),
+        "not UTF-8": lines(OPENED).encode() + b'{"type": "\xff"}\n' + lines(ANSWERED).encode(),
+        "NUL in the middle": lines(OPENED) + "\0" * 500 + "\n" + lines(ANSWERED),
     }
 
 
@@ -128,7 +130,7 @@ def _sessions() -> Iterator[Fault]:
         arguments = ("run", "demo", "Hi", f"--session={name}", *ASK[3:])
         if "\0" not in name:
             yield Fault(f"session name: {name[:9]!a}", arguments, codes=(2,), is_quick=True)
-    torn = put(_FILE, lines(_OPEN, _ANSWER) + '{"type": "ans')
+    torn = put(_FILE, lines(OPENED, ANSWERED) + '{"type": "ans')
     yield Fault("session show: torn last line", SHOW, torn, codes=(0,), is_quick=True)
     yield Fault("session list: mode", ("sessions",), all_of(torn, _mode(_FILE, 0)), codes=(0, 1), is_quick=True)
 

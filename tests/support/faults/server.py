@@ -27,6 +27,7 @@ _ORDER_BYTES = 1 << 20
 _NEW_NAMESPACE, _READ_ONLY, _PRIVATE, _RECURSIVE = 0x20000, 1, 1 << 18, 1 << 14
 # What runs import that are refused before a model is looked at.
 _LIGHT = ("specchat.cli.run", "specchat.cli.sessions_command", "specchat.cli.models_command", "specchat.ui.console")
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LIMITS = {"file bytes": resource.RLIMIT_FSIZE, "address bytes": resource.RLIMIT_AS, "files": resource.RLIMIT_NOFILE}
 
 
@@ -114,11 +115,13 @@ def serve(orders: socket.socket) -> None:
     while data := orders.recv(_ORDER_BYTES):
         order = _Order(**json.loads(data))
         begin = time.monotonic()
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # until the forked process is what it shall be
         child = os.fork()
         if not child:
             orders.close()
             _become(order)
             return
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         code = _wait(child, order, begin)
         orders.send(json.dumps({"code": code, "seconds": time.monotonic() - begin}).encode())
     os._exit(0)
@@ -143,7 +146,7 @@ def _wait(child: int, order: _Order, begin: float) -> int | None:
 
 def _become(order: _Order) -> None:
     """Make this process what the shell would have started."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in _SIGNALS:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     os.setsid()
     os.chdir(order.folder)
@@ -213,7 +216,7 @@ def may_mount() -> bool:
 
 
 def main() -> None:
-    from specchat.cli.app import main as run
+    from specchat.__main__ import main as run
     from specchat.cli.app import run_command_line
 
     for name in _LIGHT:
@@ -225,6 +228,10 @@ def main() -> None:
         os.dup2(0, 1)
         assert run_command_line(["run", "demo", "Tell me", *arguments]) == 0
     serve(orders)
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    except KeyboardInterrupt:
+        os._exit(128 + signal.SIGINT)
     run()
 
 
