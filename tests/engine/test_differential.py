@@ -35,7 +35,7 @@ def test_random_runs_for_an_hour(tmp_path: Path):
         while time.monotonic() < end:
             run_round(seed, tmp_path / "models", tally, engines=3, requests=4)
             shutil.rmtree(tmp_path / "models")
-            shutil.rmtree(tmp_path / "cache")
+            shutil.rmtree(tmp_path / "cache", ignore_errors=True)  # some models need no pack
             seed += 1
     print(f"TEST_SEED={first} to {seed - 1}: {tally}")
     assert len(tally.excused) <= max(1, tally.total // 10_000)
