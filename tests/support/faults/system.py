@@ -53,7 +53,7 @@ def _sizes() -> Iterator[Fault]:
             yield Fault(f"number: {option} {_name(text)}{len(text)}", arguments, codes=ANY)
 
 
-_LATE = ("prompt", "draft", "probe", "tokenizer")
+_LATE = ("prompt", "draft", "tokenizer")
 
 
 def _arguments() -> Iterator[Fault]:
@@ -73,7 +73,6 @@ def _arguments() -> Iterator[Fault]:
         "command": ((bad,), (2,)),
         "sessions": (("sessions", "show", bad), (2,)),
         "models": (("models", "rm", bad, "--yes"), (2, 3)),
-        "probe": (("probe", f"./{bad}"), (2, 3)),
         "tokenizer": (("run", "demo", "Hi", "--tokenizer", bad, "--no-save"), (2, 3)),
         "home": (("run", "~nosuchuser/model", "Hi", "--no-save"), (2, 3)),
         "escape": (("run", "\x1b[31m\u202e", "Hi", "--no-save"), (2, 3)),
