@@ -5,14 +5,15 @@ import signal
 
 
 def main() -> None:
-    """Run the command line; Ctrl-C ends the program without a traceback, even during its imports."""
+    """Run the command line; Ctrl-C ends the program without a traceback, even while it starts."""
     if "_SPECCHAT_COMPLETE" in os.environ:  # the shell asks for completions: there is nobody to tell anything
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         from specchat.cli.app import main as run
+
+        run()
     except KeyboardInterrupt:
         os._exit(128 + signal.SIGINT)
-    run()
 
 
 if __name__ == "__main__":

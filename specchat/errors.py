@@ -5,9 +5,11 @@ Only `specchat.cli.exit_status` turns these errors into exit codes. A broken int
 
 import errno
 
+from specchat.masking import masked
+
 
 class SpecchatError(Exception):
-    """Base of every error shown to a user.
+    """Base of every error shown to a user. Secrets in its texts are masked, because others may read them in a log.
 
     Args:
         message: one line without a final full stop: what happened and why.
@@ -15,9 +17,9 @@ class SpecchatError(Exception):
     """
 
     def __init__(self, message: str, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = masked(message)
+        self.hint = None if hint is None else masked(hint)
+        super().__init__(self.message)
 
 
 class UsageError(SpecchatError):

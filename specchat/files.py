@@ -7,6 +7,8 @@ import tempfile
 from pathlib import Path
 from typing import BinaryIO
 
+_SHELL_PIPES = ("/dev/fd/", "/dev/stdin", "/proc/")
+
 
 def open_regular(file: Path) -> BinaryIO:
     """Open a file for reading; refuse pipes and devices, whose bytes may never come or never end.
@@ -35,6 +37,17 @@ def read_regular(file: Path) -> bytes:
     """
     with open_regular(file) as stream:
         return stream.read()
+
+
+def read_given(file: Path) -> bytes:
+    """Return the bytes of a file that a user named: a regular file, or a pipe of the shell, such as <(command).
+
+    Raises:
+        OSError: the file cannot be read, or is neither.
+    """
+    if str(file).startswith(_SHELL_PIPES) and stat.S_ISFIFO(file.stat().st_mode):
+        return file.read_bytes()
+    return read_regular(file)
 
 
 def atomic_write_text(file: Path, text: str, *, durably: bool = False) -> None:

@@ -5,6 +5,9 @@ from pathlib import Path
 
 from specchat.errors import UsageError
 
+_LONGEST_NAME = 255  # bytes, on all common file systems
+_LONGEST_PATH = 4000
+
 
 def cache_folder() -> Path:
     """Return the folder of packs and measured rates; the folder need not exist yet.
@@ -32,8 +35,12 @@ def user_path(text: str) -> Path:
     """Return the path that a user typed, with `~` expanded.
 
     Raises:
-        UsageError: the text cannot be a path: it names an unknown home folder, or contains NUL.
+        UsageError: the text cannot be a path: it names an unknown home folder, contains NUL, or is too long.
     """
+    if any(len(os.fsencode(name)) > _LONGEST_NAME for name in text.split("/")) or len(text) > _LONGEST_PATH:
+        raise UsageError(
+            f"a path cannot be as long as {text[:20]}...", hint=f"names have at most {_LONGEST_NAME} bytes"
+        )
     if "\0" in text:
         raise UsageError("a path cannot contain NUL", hint="check the name of the file")
     try:

@@ -6,15 +6,22 @@ detects the end of a thread: the interpreter releases the thread's function when
 """
 
 import _thread
+import ctypes
+import time
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
+from typing import TypeVar
 
 from specchat.errors import AllocationError
 
+T = TypeVar("T")
+
 _BEGUN = "begun"
+# A process that was stopped for a while finds at most one such wait over, so its time limits do not run out.
+_LOOK_S = 0.1
 
 
 class Thread:
@@ -40,10 +47,7 @@ class Thread:
             _thread.start_new_thread(self._watched_function(), ())
             has_begun = self._events.get() is _BEGUN
         if not has_begun:
-            raise AllocationError(
-                "cannot start another thread: the system is out of memory or at its thread limit",
-                hint="close other programs, or lower --vram or --ctx",
-            )
+            raise _no_thread()
 
     @property
     def is_alive(self) -> bool:
@@ -55,6 +59,14 @@ class Thread:
         while self.is_alive:
             self._events.get()
 
+    def join_within(self, seconds: float) -> bool:
+        """Wait at most some seconds until the function has ended, and return whether it has."""
+        end = time.monotonic() + seconds
+        while self.is_alive and (left := end - time.monotonic()) > 0:
+            with suppress(Empty):
+                self._events.get(timeout=left)
+        return not self.is_alive
+
     def _watched_function(self) -> "partial[None]":
         """Return the function for the thread.
 
@@ -65,6 +77,59 @@ class Thread:
         return function
 
 
+def _no_thread() -> AllocationError:
+    return AllocationError(
+        "cannot start another thread: the system is out of memory or at its thread limit",
+        hint="close other programs, or lower --vram or --ctx",
+    )
+
+
 def _begin(events: SimpleQueue[object], run: Callable[[], None]) -> None:
     events.put(_BEGUN)
     run()
+
+
+def run_within(seconds: float, run: Callable[[], T]) -> T:
+    """Run a function in a thread of its own, and leave the thread behind if the function takes too long.
+
+    A thread that is left behind ends at its next Python instruction. Inside a library, it ends with that call.
+
+    Args:
+        seconds: time limit; a time in which the whole process was stopped does not count.
+        run: function to run.
+
+    Raises:
+        TimeoutError: the function did not end in time.
+        AllocationError: there is no memory for a thread.
+        BaseException: the function failed with this error.
+    """
+    results: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
+    idents: list[int] = []
+
+    def work() -> None:
+        idents.append(_thread.get_ident())
+        try:
+            results.put((run(), None))
+        except BaseException as error:  # noqa: BLE001  raised again where it is handled
+            results.put((None, error))
+
+    try:
+        _thread.start_new_thread(work, ())  # a thread that has no memory to begin runs into the time limit
+    except (MemoryError, RuntimeError) as refusal:
+        raise _no_thread() from refusal
+    try:
+        value, error = _first(results, seconds)
+    except BaseException:  # too late, or the waiting thread was interrupted
+        for ident in idents:
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(SystemExit))
+        raise
+    if error is not None:
+        raise error
+    return value  # type: ignore[return-value]  # None only if T has it
+
+
+def _first(results: SimpleQueue[T], seconds: float) -> T:
+    for _ in range(max(round(seconds / _LOOK_S), 1)):
+        with suppress(Empty):
+            return results.get(timeout=_LOOK_S)
+    raise TimeoutError

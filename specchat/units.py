@@ -10,17 +10,20 @@ GIB = 1 << 30
 
 _FACTORS = {f"{prefix}B": 1000**power for power, prefix in enumerate(("", "K", "M", "G", "T"))}
 _FACTORS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate(("K", "M", "G", "T"), start=1)}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)\s*", re.IGNORECASE)
+_MOST_BYTES = 1 << 63  # what the system can count
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)\s*", re.IGNORECASE | re.ASCII)
 
 
 def parse_size(text: str) -> int:
     """Return the bytes of a SIZE such as 900MiB, 8GiB or 8GB.
 
     Raises:
-        InvalidSizeError: the number or the unit is missing, the unit is unknown, or the size rounds to zero bytes.
+        InvalidSizeError: the number or the unit is missing, the unit is unknown, or the size rounds to zero bytes
+            or exceeds 63 bits.
     """
     match = _SIZE.fullmatch(text)
-    num_bytes = int(float(match[1]) * _FACTORS[match[2].upper()]) if match else 0
+    number = float(match[1]) * _FACTORS[match[2].upper()] if match else 0.0
+    num_bytes = int(number) if number < _MOST_BYTES else 0
     if num_bytes <= 0:
         raise InvalidSizeError(f"'{text}' is not a size", hint="write a number and a unit, such as 900MiB, 8GiB or 8GB")
     return num_bytes

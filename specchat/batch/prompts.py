@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from specchat.chat.settings import KINDS, Number
 from specchat.errors import UsageError
+from specchat.files import read_given
 from specchat.records.chat import Message
 
 _FORM = 'write one object per line, such as {"id": "a1", "prompt": "...", "max_tokens": 64, "seed": 7}'
@@ -48,7 +49,7 @@ def read_prompts(path: Path) -> tuple[PromptLine, ...]:
         UsageError: the file cannot be read, or has no lines.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = read_given(path).decode().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UsageError(f"--prompts cannot read {path}: {reason}") from error
@@ -68,6 +69,8 @@ def read_prompts(path: Path) -> tuple[PromptLine, ...]:
 def _read_line(number: int, text: str) -> PromptLine:
     try:
         values = json.loads(text)
+    except RecursionError:
+        return PromptLine(number, number, error="nested too deeply")
     except ValueError as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
         return PromptLine(number, number, error=f"not JSON: {reason}")

@@ -12,6 +12,7 @@ from specchat.bench.records import MIN_DISTINCT
 from specchat.bench.tables import Table, number, ratio
 from specchat.chat.result import SCHEMA_VERSION
 from specchat.errors import UsageError
+from specchat.files import read_given
 
 Runs = Mapping[tuple[Any, ...], Mapping[str, Any]]
 
@@ -34,8 +35,8 @@ def read_report(path: Path) -> dict[str, Any]:
         UsageError: the file cannot be read or is not a report.
     """
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        report = json.loads(read_given(path))
+    except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
         raise UsageError(
             f"cannot read {path}: {reason}", hint="make a report with specchat bench MODEL --json > FILE"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from specchat.errors import UsageError
+from specchat.files import read_given
 
 _FORM = 'write one object per line, such as {"question_id": 1, "category": "math", "turns": ["...", "..."]}'
 
@@ -106,7 +107,7 @@ def read_questions(path: Path) -> tuple[Question, ...]:
         UsageError: the file cannot be read, has no questions, or has an invalid line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_given(path).decode().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UsageError(f"--prompts cannot read {path}: {reason}") from error

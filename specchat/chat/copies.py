@@ -10,6 +10,7 @@ from pathlib import Path
 from specchat.chat import transcript
 from specchat.chat.state import ChatRecord, Exchange, Loaded
 from specchat.errors import SessionError, UsageError
+from specchat.files import read_regular
 from specchat.paths import user_path
 from specchat.records.chat import Message
 
@@ -70,7 +71,7 @@ def read_markdown(path: Path) -> Loaded:
         SessionError: the file cannot be read, or does not have the form of such a chat.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_regular(path).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise SessionError(f"cannot read {path}: {reason}") from error

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from specchat.errors import UsageError
+from specchat.files import read_given
 
 
 def read_text(path: Path) -> str:
@@ -12,7 +13,7 @@ def read_text(path: Path) -> str:
         UsageError: the file cannot be read, is empty, or is not text.
     """
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = read_given(path).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UsageError(f"{path} is not UTF-8 text") from None
     except OSError as error:

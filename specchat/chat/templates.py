@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from specchat.chat.prompt import check_has_template
+from specchat.files import read_regular
 
 _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 _SETTINGS = "tokenizer_config.json"
@@ -34,7 +35,7 @@ def _declares_template(folder: Path) -> bool:
     if any((folder / name).is_file() for name in _TEMPLATE_FILES):
         return True
     try:
-        settings = json.loads((folder / _SETTINGS).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError):
+        settings = json.loads(read_regular(folder / _SETTINGS))
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(settings, dict) and isinstance(settings.get("chat_template"), str)

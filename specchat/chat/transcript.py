@@ -320,8 +320,9 @@ class Transcript:
         file.seek(self._good_bytes)
         file.truncate()
         data = b"".join(self._unwritten)
-        file.write(data)
-        file.flush()
+        left = memoryview(data)
+        while left:  # a full disk may take a part, and reports its error on the next call only
+            left = left[file.write(left) :]
         os.fsync(file.fileno())
         if self._is_new:
             assert self.path is not None

@@ -19,6 +19,7 @@ from specchat.errors import (
     UsageError,
     is_lack_of_memory,
 )
+from specchat.masking import masked
 from specchat.terminal import leave_lost_terminal, terminal_is_lost
 
 EXIT_CODES: dict[int, str] = {
@@ -71,8 +72,12 @@ def guarded(action: Callable[[], int]) -> int:
 def leave(code: int) -> NoReturn:
     """End the process at once.
 
-    All resources of specchat are closed by now. A normal exit takes over a second to tear down torch's modules.
+    All resources of specchat are closed by now. A normal exit takes over a second to tear down torch's modules. Signals
+    that come while libraries tidy up change nothing about the result.
     """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda _signum, _frame: os._exit(code))
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
@@ -103,7 +108,7 @@ def _explained(error: Exception) -> int:
     from specchat.ui.console import talk
 
     if os.environ.get("SPECCHAT_DEBUG") == "1":
-        traceback.print_exception(error)
+        sys.stderr.write(masked("".join(traceback.format_exception(error))))
     shown = _as_shown(error)
     try:
         talk().error(shown.message, shown.hint)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from specchat.chat.files import read_text
 from specchat.chat.settings import MAX_SEED, whole
 from specchat.errors import InvalidSizeError, UsageError
+from specchat.files import read_given
 from specchat.loading.request import ModelRequest
 from specchat.loading.sampling import SamplingChoices
 from specchat.paths import user_path
@@ -192,9 +193,9 @@ def device(name: str, text: str) -> str:
 def system_prompt(name: str, text: str) -> str:
     """Return the system prompt; read text after @ from that file."""
     if not text.startswith("@"):
-        return text
+        return _utf8(name, text)
     try:
-        return user_path(text[1:]).read_text(encoding="utf-8-sig")
+        return read_given(user_path(text[1:])).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UsageError(f"{name} cannot read {text[1:] or 'a file without a name'}: {reason}") from error
@@ -210,7 +211,16 @@ def stop_strings(name: str, texts: Sequence[str]) -> tuple[str, ...]:
     """Return the stop strings; refuse an empty one, which would stop at once."""
     if not all(texts):
         raise UsageError(f"{name} must not be empty")
-    return tuple(texts)
+    return tuple(_utf8(name, text) for text in texts)
+
+
+def _utf8(name: str, text: str) -> str:
+    """Return a text; Python decodes invalid bytes of arguments to lone surrogates, which no file and no model takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{name} is not UTF-8 text") from error
+    return text
 
 
 # --- effective settings ------------------------------------------------------------------------------------------

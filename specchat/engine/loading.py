@@ -58,7 +58,9 @@ def load_model(
         reader = undo.enter_context(weights.reader if pack is None else _pack_reader(weights, pack))
         embeddings = lookup_embeddings(skeleton) if work.host_embeddings else None
         assert not work.host_embeddings or embeddings is not None, "embeddings tied to the head stay with the head"
-        reader.read_rest(device, on_host=embeddings)
+        mapped = reader.read_rest(device, on_host=embeddings)
+        if mapped is not None:
+            undo.enter_context(mapped)
         read_layer = partial(_read_layer, reader, None if pack is None else ChunkVerifier(pack))
         for index in placement.resident:
             layout = LayerLayout.of(layers[index])
@@ -92,7 +94,7 @@ def load_model(
         undo.pop_all()
     if pack is not None or not streamed:
         reader.close()
-    return TreeModel(skeleton, cache, streamer, streamed, work.chunk_rows, device, embeddings)
+    return TreeModel(skeleton, cache, streamer, streamed, work.chunk_rows, device, embeddings, mapped)
 
 
 def _pack_reader(weights: ModelWeights, pack: Pack) -> WeightReader:

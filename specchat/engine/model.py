@@ -19,6 +19,7 @@ from specchat.engine.attention import PassMask
 from specchat.engine.kv_cache import TreeCache
 from specchat.engine.layout import PassLayout, linear_layout
 from specchat.engine.streaming.base import LayerStreamer
+from specchat.models.checkpoint.mapped_file import MappedFile
 from specchat.models.hf.attention import cache_for, row_scope
 from specchat.models.hf.config import max_positions
 from specchat.models.hf.hybrids import layer_kinds
@@ -42,6 +43,7 @@ class TreeModel:
         chunk_rows: rows that one layer computes at a time.
         device: device that passes run on.
         host_embeddings: module of the input embeddings if it stays in host memory, else None.
+        mapped: file that these embeddings are mapped from, closed together with this object; None if they are not.
 
     Attributes:
         layers_done: number of layers that the current or last pass has computed; readable from other threads.
@@ -56,6 +58,7 @@ class TreeModel:
         chunk_rows: int,
         device: torch.device,
         host_embeddings: Any = None,
+        mapped: MappedFile | None = None,
     ) -> None:
         self.skeleton = skeleton
         self.cache = cache
@@ -70,6 +73,7 @@ class TreeModel:
         self._cancel: threading.Event | None = None
         self.layers_done = 0
         self._host_embeddings = host_embeddings
+        self._mapped = mapped
         if host_embeddings is not None:
             host_embeddings.forward = partial(self._look_up, host_embeddings.forward)
         streamed_set = set(streamed)
@@ -144,8 +148,10 @@ class TreeModel:
         return self.forward(token_ids, PassLayout.single(layout, seat), cancel)
 
     def close(self) -> None:
-        """Stop streaming."""
+        """Stop streaming, and close the files."""
         self.streamer.close()
+        if self._mapped is not None:
+            self._mapped.close()
 
     def _look_up(self, look_up: Callable[[Tensor], Tensor], _: Tensor) -> Tensor:
         """Return the embeddings of the pass's tokens, [1, S, hidden], looked up in host memory.
@@ -153,8 +159,13 @@ class TreeModel:
         The token ids are in host memory anyway. The rows cross the link in synchronous copies, one chunk at a time,
         because the host has nothing else to queue: 64 tree rows of 8,192 values are 1 MB. So the rows need no pinned
         memory, and no source is overwritten during its copy. The copies may wait for a slot fill in progress.
+
+        Raises:
+            CorruptCheckpointError: the file of the embeddings was cut short.
         """
         assert self._token_ids is not None
+        if self._mapped is not None:
+            self._mapped.check()
         chunks = self._token_ids.split(self._chunk_rows)
         if len(chunks) == 1:
             return look_up(chunks[0]).to(self.device)[None]

@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from specchat.files import atomic_write_text
+from specchat.files import atomic_write_text, read_regular
 from specchat.hardware.machine import Hardware, Links, MatmulRate, Measured
 
 _VERSION = 1  # raise when measurements change
@@ -29,7 +29,7 @@ def key_of(hardware: Hardware, device: str) -> str:
 def load(folder: Path, key: str) -> Measured | None:
     """Load saved rates; None if there are none, or if another version wrote them."""
     try:
-        values = json.loads(_file(folder, key).read_text())
+        values = json.loads(read_regular(_file(folder, key)))
         pcie = values["pcie_under_load"]
         values |= {
             "links": Links(**values["links"]),
@@ -37,7 +37,13 @@ def load(folder: Path, key: str) -> Measured | None:
             "pcie_under_load": None if pcie is None else (int(pcie[0]), int(pcie[1])),
         }
         return Measured(**values)
-    except (OSError, ValueError, KeyError, TypeError):  # absent, truncated by a full disk, or from another version
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,
+    ):  # absent, truncated by a full disk, or from another version
         return None
 
 

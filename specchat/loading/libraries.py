@@ -19,4 +19,5 @@ def prepare_libraries() -> None:
     for variable in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
         os.environ[variable] = "error"
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
+    os.environ["RUST_BACKTRACE"] = "0"  # of a panic in tokenizers, which is reported as an error
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
-from specchat.files import atomic_write_text
+from specchat.files import atomic_write_text, read_regular
 from specchat.planner.cost import Acceptance, Prediction
 from specchat.records.generation import Step
 from specchat.records.plan import Plan
@@ -137,14 +137,14 @@ def load(folder: Path, warn: Callable[[str], None] = lambda _: None) -> Statisti
     """
     path = folder / _FILE
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_regular(path))
         if values["version"] != _VERSION:
             return Statistics()
         pairs = {key: _tallies(rows) for key, rows in values["pairs"].items()}
         return Statistics(pairs, _tallies(values["plans"]))
     except FileNotFoundError:
         return Statistics()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         warn(f"cannot read {path}: speeds are predicted without the statistics of earlier chats")
         return Statistics()
 

@@ -9,6 +9,8 @@ from typing import TextIO
 from rich.console import Console
 from rich.text import Text
 
+from specchat.masking import masked
+
 
 def wants_styles(stream: TextIO) -> bool:
     """Return whether `stream` is a terminal that supports escape sequences, and NO_COLOR is not set."""
@@ -32,6 +34,7 @@ def _controls() -> dict[int, str | None]:
 
 
 _CONTROLS = _controls()
+_LONGEST_LINE = 1_000  # characters of an error; a longer one repeats a long name or value
 
 
 def neutral(text: str) -> str:
@@ -146,7 +149,10 @@ class Talk:
             self._labelled("hint", "cyan", hint)
 
     def _labelled(self, label: str, style: str, text: str) -> None:
-        self.console.print(Text.assemble((f"{label}: ", style), neutral(" ".join(text.split("\n")))))
+        line = neutral(" ".join(masked(text).split("\n")))
+        if len(line) > _LONGEST_LINE:
+            line = f"{line[: _LONGEST_LINE // 2]} ... {line[-_LONGEST_LINE // 4 :]}"
+        self.console.print(Text.assemble((f"{label}: ", style), line))
 
 
 def columns(stream: TextIO, off_terminal: int = 100) -> int:

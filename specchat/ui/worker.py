@@ -12,10 +12,14 @@ from specchat.threads import Thread
 T = TypeVar("T")
 
 _END = object()
+_LEAVE_WITHIN_S = 1.0
 
 
 class Worker(Generic[T]):
     """A thread that runs a generator and passes on its records in order. Leaving the context ends both.
+
+    After an error, for example a second Ctrl-C, the program is about to end. So the thread is then left behind if one
+    call of a library keeps it for more than a second.
 
     Args:
         records: generator; runs in the thread and is closed there.
@@ -53,9 +57,11 @@ class Worker(Generic[T]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
-            self._cancel.set()
-        self._thread.join()
+        if kind is None:
+            self._thread.join()  # all records were taken
+            return
+        self._cancel.set()
+        self._thread.join_within(_LEAVE_WITHIN_S)
 
     def _run(self) -> None:
         try:

@@ -107,6 +107,25 @@ def test_rendered_chat_ends_where_the_answer_begins(tokenizer, name):
     assert tokenizer.encode(rendered).count(EOS + 1) == rendered.count("<bos>") <= 1
 
 
+OPERATORS = (
+    "{{ 'ab' * 3 }}{{ 3 * 4 }}{{ 2 ** 10 }}{{ 2.5 * 2 }}{{ 7 % 4 }}{{ '%5.2f|%s|%%' % (1.5, 'x') }}{{ [1] + [2] }}"
+    "{{ 'a' + 'b' }}{{ messages[0].content | tojson }}{{ strftime_now('%%') }}{{ eos_token ~ tools ~ documents }}"
+    "{% set x = namespace(n=1) %}{% for i in range(30) %}{% set x.n = x.n * 7 %}{% endfor %}{{ x.n }}\n"
+    "{%- macro f(x) %}<{{ x }}>{% endmacro %}{{ f(1) }}{% set y %} z {% endset %}{{ y | trim }}"
+)
+
+
+@pytest.mark.parametrize("name", [*TEMPLATES, pytest.param(OPERATORS, id="operators")])
+@pytest.mark.parametrize("ending", ["answer", "none"])
+def test_text_is_the_same_as_from_transformers(tokenizer, name, ending):
+    ours = tokenizer(name)
+    turns = [{"role": each.role, "content": each.content} for each in CHAT]
+    for field in ("reasoning_content", "thinking", "reasoning"):
+        turns[1][field] = CHAT[1].reasoning
+    expected = ours._hf.apply_chat_template(turns, add_generation_prompt=ending == "answer", tokenize=False)
+    assert ours.render(CHAT, ending=ending) == expected
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("text", ["Hello", "Hello ", "Hello\n", "Hel"])
 def test_answer_is_continued_from_its_end(tokenizer, name, text):
@@ -141,6 +160,41 @@ def test_thinking_switch_is_found(tokenizer, name, switch):
 def test_template_decides_on_earlier_thinking(tokenizer):
     assert "Be nice." not in tokenizer("qwen3").render(CHAT)
     assert "<think>\nBe nice.\n</think>\n\nHello there" in tokenizer("qwen3").render(CHAT[:2], ending="none")
+
+
+TOO_LARGE = {
+    "macro": (
+        "{% macro f() %}{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}{% endmacro %}{{ f() }}",
+        "renders",
+    ),
+    "times": ("{{ 'x' * 30000000 }}", "it computes a value of more than 4,194,304 parts"),
+    "times less": ("{{ 10 ** 18 * 'x' }}", "it computes a value of more than"),
+    "power": ("{% set n = 9 ** 99 %}{{ 9 ** n }}", "it computes a value of more than 4,096"),
+    "factors": (
+        "{% set x = namespace(n=3) %}{% for i in range(99) %}{% set x.n = x.n * x.n %}{% endfor %}",
+        "more than",
+    ),
+    "width": ("{{ '%0999999999d' % 1 }}", "it computes a value of more than"),
+    "given width": ("{{ '%*d' % (999999999, 1) }}", "it computes a value of more than"),
+    "sums": (
+        "{% set x = namespace(s='x') %}{% for i in range(99) %}{% set x.s = x.s + x.s %}{% endfor %}",
+        "more than",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOO_LARGE)
+def test_templates_may_not_compute_large_values(tokenizer, name):
+    template, words = TOO_LARGE[name]
+    with pytest.raises(UsageError, match=words):
+        tokenizer(template).render(CHAT)
+
+
+def test_a_template_may_repeat_a_long_message(tokenizer):
+    text = "x" * 3_000_000
+    assert tokenizer("chatml").render([Message("user", text)], ending="none").count("x") == len(text)
+    twice = tokenizer("{% for m in messages * 2 %}{{ m.content }}{% endfor %}")
+    assert twice.render([Message("user", text)]) == text * 2
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import stat
 from pathlib import Path
 
@@ -313,3 +314,18 @@ def test_sessions_and_history_are_in_the_state_folder(monkeypatch, tmp_path):
     assert transcript.sessions_folder() == tmp_path / "specchat" / "sessions"
     monkeypatch.setenv("SPECCHAT_STATE_DIR", str(tmp_path / "x"))
     assert transcript.history_file() == Path(tmp_path / "x" / "history")
+
+
+def test_a_disk_that_takes_a_part_is_an_error(path, monkeypatch):
+    """An unbuffered write may write less than it is given, without an error; the next turn writes all of it."""
+    session, journal = chat(path, ["1", "2"])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))
+    try:
+        turn = finish(session.ask("one"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "cannot save the chat" in turn.unsaved
+    assert finish(session.ask("two")).unsaved is None
+    journal.close()
+    assert transcript.read(path).state == session.state

@@ -226,15 +226,20 @@ FAILING = {
     "undefined": ("{{ messages[7].content }}", "rejects this chat:"),
     "nothing": ("{# nothing #}", "the model's chat template renders nothing for this chat"),
     "surrogates": ("\ud800", "text that is not UTF-8"),
+    "loop": ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "it takes more than"),
+    "length": ("{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}", "it renders more than 4,194,"),
+    "source": ("{# " + "x" * 1_000_000 + " #}", "longer than 1,000,000 characters"),
 }
 
 
 @pytest.mark.parametrize("name", FAILING)
-def test_templates_that_fail(specchat, folder, name):
+def test_templates_that_fail(specchat, folder, name, monkeypatch):
+    monkeypatch.setattr("specchat.models.hf.chat_template._RENDER_S", 0.5)
     template, words = FAILING[name]
     set_template(folder, template)
-    refused(specchat("run", str(folder), *ASKED), 2, words)
-    assert specchat("run", str(folder), *ASKED, "--base").code == 0
+    code = 3 if name == "source" else 2
+    refused(specchat("run", str(folder), *ASKED), code, words)
+    assert specchat("run", str(folder), *ASKED, "--base").code == (3 if name == "source" else 0)
 
 
 @pytest.mark.parametrize("template", [3, [], [PLAIN], [{"name": ["x"], "template": PLAIN}], [{"name": "default"}]])
@@ -268,6 +273,37 @@ def test_a_newer_tokenizer_is_named(specchat, folder, name):
     refused(result, 2, "tokenizer.json is not a tokenizer that tokenizers", "reads: ")
     assert specchat("run", str(folder), *ASKED, "--plan").err == result.err
     assert name != "field" or "it has 'future'" in result.err
+
+
+FAILING_TOKENIZERS = {
+    "no unknown token": lambda values: values.update(
+        model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<none>"}, pre_tokenizer=None
+    ),
+    "panic": lambda values: values.update(
+        pre_tokenizer={
+            "type": "Split",
+            "pattern": {"Regex": "(o*)*(x*)*(o+)+$"},
+            "behavior": "Isolated",
+            "invert": False,
+        }
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAILING_TOKENIZERS)
+def test_tokenizers_that_fail_on_a_text(specchat, folder, name):
+    change_tokenizer(folder, FAILING_TOKENIZERS[name])
+    result = specchat("run", str(folder), "o" * 60 + "c", *ASKED[1:])
+    result.err = result.err[result.err.index("error: ") :]  # Rust says on its own that it panicked
+    refused(result, 3, "the model's tokenizer fails on this text: ")
+
+
+def test_a_tokenizer_that_does_not_end(specchat, folder, monkeypatch):
+    """A blow-up by steps: each rule makes the text ten times as long, and the time limit is that of a moment."""
+    monkeypatch.setattr("specchat.models.hf.tokenizer._ENCODE_S", 0.1)
+    step = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}
+    change_tokenizer(folder, lambda values: values.update(normalizer={"type": "Sequence", "normalizers": [step] * 6}))
+    refused(specchat("run", str(folder), "a", *ASKED[1:]), 3, "the model's tokenizer does not end on this text")
 
 
 def test_a_tokenizer_of_another_package(specchat, folder, monkeypatch):

@@ -164,6 +164,15 @@ def test_internal_error_is_one_line_and_debug_adds_a_traceback(fake, monkeypatch
     assert "Traceback" in fake("run", "demo", "crash").err
 
 
+def test_tracebacks_and_errors_mask_secrets(fake, monkeypatch):
+    monkeypatch.setenv("SPECCHAT_DEBUG", "1")
+    monkeypatch.setenv("HF_TOKEN", "the second")
+    monkeypatch.setenv("SPECCHAT_API_KEY", "first")
+    err = fake("run", "demo", "crash").err
+    assert "RuntimeError: the *** line\n*** line" in err and "internal error: RuntimeError: the *** line" in err
+    assert "second" not in err and " first" not in err
+
+
 # --- errors that need a model ------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ The device here knows only shapes and places, and refuses to mix devices; test_c
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from specchat.engine.attention import tree_attention
 from specchat.engine.kv_cache import TreeCache
 from specchat.engine.model import TreeModel
 from specchat.engine.streaming.base import NoStreamer
+from specchat.errors import CorruptCheckpointError
 from specchat.models.checkpoint.safetensors import open_checkpoint
 from specchat.models.hf.config import kv_shapes, load_config
 from specchat.models.hf.skeleton import build_skeleton, lookup_embeddings
@@ -95,6 +97,18 @@ def test_streamable_embeddings_stay_mapped_to_their_file(packed: bool, tmp_path:
         again.append(PROMPT),
         load(source, host_embeddings=False, chunk_rows=16, quant=quant, dtype=torch.float32, pack=pack).append(PROMPT),
     )
+
+
+@pytest.mark.parametrize("num_tokens", [5, 45], ids=["a chunk", "several"])
+def test_embeddings_whose_file_is_cut_short_end_the_pass(num_tokens: int, tmp_path: Path):
+    source = save(random_model(make_config("llama")), tmp_path / "m")
+    model = load(source, host_embeddings=True, chunk_rows=16, dtype=torch.float32)
+    model.append(PROMPT[:num_tokens])
+    (file,) = source.path.glob("*.safetensors")
+    os.truncate(file, 4096)
+    with pytest.raises(CorruptCheckpointError, match="is truncated"):
+        model.append(PROMPT[:num_tokens])
+    model.close()
 
 
 def mapped_file(weight: torch.Tensor) -> Path | None:

@@ -4,7 +4,7 @@ FAKE_PAUSE_S is the time of a step, FAKE_LEAVE_WITHIN_S that within which a seco
 after which a silent stdin is remarked on, FAKE_SLOW_S that of an answer which rings the bell. Loading ends when the
 file FAKE_LOAD_GATE exists, and fails with FAKE_LOAD_FAILS. The answer repeats the question, which may ask for something
 special (`TEXTS`). With "held" before it the first step lasts until the file FAKE_GATE exists, with "gated" one half
-way; with "stuck" the first lasts until the chat is left.
+way; with "stuck" the first lasts until the chat is left, with "frozen" for ever.
 """
 
 import itertools
@@ -80,10 +80,12 @@ class Echo(FakeEngine):
         question = TOKENIZER.decode(prompt_ids).split("[user]")[-1].split("\n[assistant]")[0]
         if question == "crash":
             raise RuntimeError("the first line\nthe second line")
-        text = TEXTS.get(re.sub("^(held|gated|stuck) ", "", question), f"You said: {question}")
+        text = TEXTS.get(re.sub("^(held|gated|stuck|frozen) ", "", question), f"You said: {question}")
         self.answers = [[*TOKENIZER.encode(text), EOS]]
         steps = super().generate(prompt_ids, *arguments, **named)
         cancel = named["cancel"]
+        if question.startswith("frozen"):
+            return self._gated(steps, 0, lambda: False)
         if question.startswith("stuck"):
             num_sets = _counting_sets(cancel)
             return self._gated(steps, 0, lambda: num_sets() > 1)

@@ -3,6 +3,7 @@
 import base64
 import os
 import re
+import signal
 import stat
 
 import pytest
@@ -253,6 +254,19 @@ def test_ctrl_c_twice_during_an_answer_exits():
         assert terminal.exit_code() == 130
         assert "engine closed" in terminal.screen
         assert b"Traceback" not in terminal.raw
+
+
+def test_a_call_that_never_ends_is_left_behind():
+    for end, code in ((CTRL_C, 130), (signal.SIGTERM, 143)):
+        with chat(environment={"FAKE_LEAVE_WITHIN_S": "60", "FAKE_SAYS_CLOSED": "1"}) as terminal:
+            terminal.send("frozen" + ENTER)
+            terminal.wait_for("verifying")
+            terminal.send(CTRL_C)
+            terminal.wait_for("stopping ·")
+            terminal.send(end) if end is CTRL_C else terminal.kill(end)
+            assert terminal.exit_code() == code
+            assert "engine closed" in terminal.screen
+            assert b"Traceback" not in terminal.raw
 
 
 def test_text_typed_during_an_answer_is_read_by_the_next_prompt(tmp_path):

@@ -12,7 +12,7 @@ from torch import Tensor
 from specchat.engine.streaming.base import LayerStreamer, StreamCounters
 from specchat.engine.streaming.readers import LayerReader
 from specchat.engine.streaming.slots import SlotQueue, is_small, page_aligned
-from specchat.models.checkpoint.safetensors import fail_truncated
+from specchat.models.checkpoint.mapped_file import MappedFile
 from specchat.models.packs.file_format import bytes_of
 from specchat.models.packs.pack import Pack, PackedLayer
 from specchat.models.packs.verify import ChunkVerifier
@@ -88,7 +88,7 @@ class MappedStreamer(LayerStreamer):
         self._blobs = {index: _map(pack.layers[index]) for index in streamed}
         for index, blob in self._blobs.items():
             bind(layers[index], LayerLayout.of(layers[index]).views(blob))
-        self._files = {index: os.open(pack.layers[index].path, os.O_RDONLY) for index in streamed}
+        self._files = {index: _file_of(pack.layers[index]) for index in streamed}
         self._seen: set[int] = set()
         self._num_bytes = 0
 
@@ -98,7 +98,7 @@ class MappedStreamer(LayerStreamer):
         Raises:
             CorruptCheckpointError: the file was cut short; the system ends programs that read lost pages of a file.
         """
-        self._check_length(index)
+        self._files[index].check()
         self._num_bytes += self._layers[index].nbytes
         if index in self._seen:
             return
@@ -106,13 +106,8 @@ class MappedStreamer(LayerStreamer):
         j = self._streamed.index(index)
         for ahead in self._streamed[j : j + 1 + _READAHEAD_LAYERS]:
             layer = self._layers[ahead]
-            os.posix_fadvise(self._files[ahead], layer.data_offset, layer.nbytes, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(self._files[ahead].descriptor, layer.data_offset, layer.nbytes, os.POSIX_FADV_WILLNEED)
         self._verifier.verify_layer(index, bytes_of(self._blobs[index]))
-
-    def _check_length(self, index: int) -> None:
-        layer, length = self._layers[index], os.fstat(self._files[index]).st_size
-        if length < layer.data_offset + layer.nbytes:
-            fail_truncated(layer.path, layer.data_offset + layer.nbytes, length)
 
     def release(self, index: int) -> None:
         """Do nothing: the system decides which pages stay in the page cache."""
@@ -127,8 +122,12 @@ class MappedStreamer(LayerStreamer):
     def close(self) -> None:
         """Close the files; the mappings live as long as the model."""
         for file in self._files.values():
-            os.close(file)
+            file.close()
         self._files.clear()
+
+
+def _file_of(layer: PackedLayer) -> MappedFile:
+    return MappedFile(layer.path, layer.data_offset + layer.nbytes)
 
 
 def _map(layer: PackedLayer) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
+from specchat.files import open_regular
 from specchat.models.catalog.families import known_families
 from specchat.models.catalog.known_models import known_models
 
@@ -32,7 +33,7 @@ def is_gguf(path: Path) -> bool:
     try:
         if not path.is_file():
             return False
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             return stream.read(len(_GGUF_MAGIC)) == _GGUF_MAGIC
     except (OSError, ValueError):
         return False

@@ -10,6 +10,8 @@ from specchat.errors import (
     ModelError,
     ModelNotFoundError,
 )
+from specchat.files import open_regular
+from specchat.units import MIB
 
 LFS_MAGIC = b"version https://git-lfs"
 MODELOPT_FILE = "hf_quant_config.json"
@@ -17,6 +19,8 @@ REDOWNLOAD = "delete the file and download it again"
 # Libraries copy nested values by recursion, which ends in an error at some hundred levels.
 _MOST_LEVELS = 64
 _SHOWN_CHARACTERS = 60
+# The largest files are tokenizers, of up to 40 MB.
+_MOST_BYTES = 512 * MIB
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -38,15 +42,18 @@ def read_data(path: Path) -> bytes:
 
     Raises:
         ModelNotFoundError: a missing file.
-        CorruptCheckpointError: a Git LFS pointer in the place of the file.
+        CorruptCheckpointError: a Git LFS pointer in the place of the file, or a file of an absurd size.
         ModelError: the file cannot be read.
     """
     try:
-        data = path.read_bytes()
+        with open_regular(path) as stream:
+            data = stream.read(_MOST_BYTES + 1)
     except FileNotFoundError as exc:
         raise ModelNotFoundError(f"{path} does not exist", hint="give the folder that holds config.json") from exc
     except OSError as exc:
         fail_to_read(path, exc)
+    if len(data) > _MOST_BYTES:
+        raise CorruptCheckpointError(f"{path} is larger than {_MOST_BYTES >> 20} MiB", hint=REDOWNLOAD)
     if data.startswith(LFS_MAGIC):
         fail_on_lfs_pointer(path)
     return data.removeprefix(codecs.BOM_UTF8)

@@ -11,6 +11,7 @@ from specchat.closing import Closeable
 from specchat.errors import CorruptCheckpointError
 from specchat.models.checkpoint.dtypes import STORED_DTYPES, stored_torch_dtype
 from specchat.models.checkpoint.json_file import fail_to_read
+from specchat.models.checkpoint.mapped_file import MappedFile
 from specchat.models.checkpoint.safetensors import Checkpoint, TensorInfo, fail_truncated
 from specchat.units import MIB
 
@@ -70,7 +71,7 @@ class TensorReader(Closeable):
         self.read_into(key, out)
         return out
 
-    def mapped(self, key: str, dtype: "torch.dtype | None" = None) -> "torch.Tensor":
+    def mapped(self, key: str, dtype: "torch.dtype | None" = None) -> "tuple[torch.Tensor, MappedFile | None]":
         """Return a tensor as saved, memory-mapped, so that only the pages in use take memory.
 
         The tensor is read instead if it must be restored, if its offset is not aligned to its dtype, or if the system
@@ -80,6 +81,9 @@ class TensorReader(Closeable):
             key: name of the tensor.
             dtype: dtype of a tensor that must be restored, as for `read`.
 
+        Returns:
+            The tensor, and its file, which the caller checks before each use and closes; None if the tensor was read.
+
         Raises:
             CorruptCheckpointError, ModelError: the faults that `read` reports.
         """
@@ -88,14 +92,34 @@ class TensorReader(Closeable):
         info = self._find(key)
         stored, file_bytes = stored_torch_dtype(info.dtype), os.fstat(self._fd(info.file)).st_size
         if info.restore is not None or info.offset % stored.itemsize:
-            return self.read(key, dtype)
+            return self.read(key, dtype), None
         if file_bytes < info.offset + info.nbytes:
             fail_truncated(info.file, info.offset + info.nbytes, file_bytes)
         try:
             pages = torch.from_file(str(info.file), shared=False, size=file_bytes, dtype=torch.uint8)
         except RuntimeError:
-            return self.read(key)
-        return pages[info.offset : info.offset + info.nbytes].view(stored).view(info.shape)
+            return self.read(key), None
+        tensor = pages[info.offset : info.offset + info.nbytes].view(stored).view(info.shape)
+        return tensor, MappedFile(info.file, info.offset + info.nbytes)
+
+    def are_equal(self, key: str, other: str) -> bool:
+        """Return whether two tensors are stored as the same bytes, reading a bounded number of bytes at a time.
+
+        Raises:
+            CorruptCheckpointError, ModelError: the faults that `read` reports.
+        """
+        left, right = self._find(key), self._find(other)
+        if (left.dtype, left.shape, left.nbytes) != (right.dtype, right.shape, right.nbytes):
+            return False
+        step = self._staging_bytes
+        blocks = bytearray(step), bytearray(step)
+        for begin in range(0, left.nbytes, step):
+            size = min(step, left.nbytes - begin)
+            for info, block in zip((left, right), blocks, strict=True):
+                self._fill(info, begin, memoryview(block)[:size])
+            if blocks[0][:size] != blocks[1][:size]:
+                return False
+        return True
 
     def read_into(self, key: str, out: "torch.Tensor") -> None:
         """Fill `out` with a tensor's values in row-major order, converted to the dtype of `out`.

@@ -28,6 +28,7 @@ from specchat.models.checkpoint.json_file import (
     fail_to_read,
     parse_object,
     read_json,
+    shown,
 )
 from specchat.models.checkpoint.text_parts import shards_beside_text
 
@@ -39,6 +40,7 @@ INDEX_FILE = "model.safetensors.index.json"
 MISTRAL_PREFIX = "consolidated"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _LENGTH_BYTES = 8
+_LONGEST_NAME = 255  # bytes of a file's name
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _SHARD_NAME = re.compile(r"(?P<stem>.*)-\d+-of-(?P<count>\d{1,6})\.safetensors")
 
@@ -151,9 +153,19 @@ def read_weight_map(index: Path) -> dict[str, str]:
         raise CorruptCheckpointError(f"{index} has no weight_map", hint=REDOWNLOAD)
     for key, name in weight_map.items():
         # Only plain file names are valid: an index must not reach outside its folder.
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise CorruptCheckpointError(f"{index} puts {key!r} into {name!r}, which is not a shard", hint=REDOWNLOAD)
+        if not isinstance(name, str) or Path(name).name != name or not _is_shard_name(name):
+            raise CorruptCheckpointError(
+                f"{index} puts {shown(key)} into {shown(name)}, which is not a shard", hint=REDOWNLOAD
+            )
     return weight_map
+
+
+def _is_shard_name(name: str) -> bool:
+    try:
+        length = len(os.fsencode(name))
+    except UnicodeEncodeError:  # JSON may hold halves of surrogate pairs
+        return False
+    return name.endswith(".safetensors") and length <= _LONGEST_NAME and "\0" not in name
 
 
 def _names_without_index(folder: Path) -> list[str]:

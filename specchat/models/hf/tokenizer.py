@@ -1,14 +1,17 @@
 """A model's tokenizer, chat template and response parser."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from specchat.errors import CorruptCheckpointError, UsageError
-from specchat.models.hf.tokenizer_files import read_tokenizer
+from specchat.errors import CorruptCheckpointError, UsageError, is_lack_of_memory
+from specchat.models.hf.chat_template import WITHOUT_TEMPLATE, ChatTemplate
+from specchat.models.hf.tokenizer_files import is_failure, read_tokenizer
 from specchat.records.chat import Message, Part
+from specchat.threads import run_within
 
 
 class Tokenizer:
@@ -76,7 +79,7 @@ class Tokenizer:
         switches = {} if thinking is None or self.thinking_switch is None else {self.thinking_switch: thinking}
         text = self._rendered(turns, is_prompt=ending == "answer", **switches)
         if ending == "answer" and not text:
-            raise UsageError("the model's chat template renders nothing for this chat", hint=_WITHOUT_TEMPLATE)
+            raise UsageError("the model's chat template renders nothing for this chat", hint=WITHOUT_TEMPLATE)
         return _up_to_mark(text) if ending == "continue" else text
 
     @cached_property
@@ -92,20 +95,12 @@ class Tokenizer:
             return False
 
     def _rendered(self, turns: list[dict[str, Any]], *, is_prompt: bool, **switches: bool) -> str:
-        import jinja2
+        names = {**self._hf.special_tokens_map, **switches}
+        return self._template.render(turns, is_prompt=is_prompt, names=names)
 
-        try:
-            text = self._hf.apply_chat_template(turns, add_generation_prompt=is_prompt, tokenize=False, **switches)
-        except jinja2.TemplateError as error:
-            reason = " ".join(str(error).split())
-            raise UsageError(f"the model's chat template rejects this chat: {reason}") from error
-        except Exception as error:  # templates are programs, which fail in any way
-            raise UsageError(
-                f"the model's chat template fails on this chat: {_reason(error)}", hint=_WITHOUT_TEMPLATE
-            ) from error
-        if not _is_utf8(text):
-            raise UsageError("the model's chat template renders text that is not UTF-8", hint=_WITHOUT_TEMPLATE)
-        return str(text)
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate(self._hf.get_chat_template())
 
     def response_parser(self, prompt: str) -> "ResponseParser | None":
         """Return a parser that separates thinking from the answer; None if no description of the format exists.
@@ -124,7 +119,7 @@ class Tokenizer:
         except Exception as error:
             raise CorruptCheckpointError(
                 "tokenizer_config.json: response_template does not describe the parts of an answer",
-                hint="download or copy the model's folder again",
+                hint=_HINT,
             ) from error
 
     def _known_format(self) -> Mapping[str, Any] | None:
@@ -147,15 +142,29 @@ class Tokenizer:
             return set()
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        """Return the token ids of `text`, in which special tokens are recognised; none are added by default."""
-        ids = self._hf(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
-        return [int(i) for i in ids]
+        """Return the token ids of `text`, in which special tokens are recognised; none are added by default.
+
+        Raises:
+            CorruptCheckpointError: the tokenizer fails on the text, or does not end within a generous time.
+        """
+
+        def run() -> list[int]:
+            return list(self._hf(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+
+        limit_s = _ENCODE_S + len(text) / _FEWEST_CHARACTERS_PER_S
+        with _converted("this text"):
+            return [int(i) for i in run_within(limit_s, run)]
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Return the text of `token_ids` exactly as the tokenizer joins it, without clean-up of spaces."""
-        text = self._hf.decode(
-            list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-        )
+        """Return the text of `token_ids` exactly as the tokenizer joins it, without clean-up of spaces.
+
+        Raises:
+            CorruptCheckpointError: the tokenizer fails on these tokens.
+        """
+        with _converted("these tokens"):
+            text = self._hf.decode(
+                list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+            )
         assert isinstance(text, str)
         return text
 
@@ -168,7 +177,11 @@ class Tokenizer:
 # Names of the thinking switch in templates (Qwen3, GLM-4.5, SmolLM3; Granite, DeepSeek-V3.1).
 _THINKING_SWITCHES = ("enable_thinking", "thinking")
 
-_WITHOUT_TEMPLATE = "pass --base to continue the prompt as it stands, without the template"
+_HINT = "download or copy the model's folder again"
+
+# Tokenizers take about a microsecond per character.
+_ENCODE_S = 20.0
+_FEWEST_CHARACTERS_PER_S = 20_000
 
 # Stands for the text of a message, to see whether a template shows the text.
 _PROBE = "specchatprobe"
@@ -195,22 +208,22 @@ _HARMONY: Mapping[str, Any] = {
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 
-def _is_utf8(text: str) -> bool:
-    """Return whether a text can be encoded: JSON files may hold halves of surrogate pairs."""
+@contextmanager
+def _converted(what: str) -> Iterator[None]:
+    """Convert any error of a tokenizer: its parts come from a file, and fail in any way on some texts.
+
+    Args:
+        what: input of the tokenizer, for the message.
+    """
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _reason(error: Exception) -> str:
-    """Return why a template failed, in words."""
-    if isinstance(error, RecursionError):
-        return "it calls itself without end"
-    if isinstance(error, MemoryError):
-        return "it needs too much memory"
-    return " ".join(str(error).split()) or "it gives no reason"
+        yield
+    except TimeoutError as error:
+        raise CorruptCheckpointError(f"the model's tokenizer does not end on {what}", hint=_HINT) from error
+    except BaseException as error:
+        if not is_failure(error) or is_lack_of_memory(error):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CorruptCheckpointError(f"the model's tokenizer fails on {what}: {reason}", hint=_HINT) from error
 
 
 def _in_parts(turn: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,6 +34,9 @@ _PARTS = {
 }
 _FLAGS = ("lstrip", "rstrip", "normalized", "single_word")
 
+# The longest templates have 30,000 characters; compiling takes a second per million.
+_LONGEST_TEMPLATE = 1_000_000
+
 # Vocabularies without a tokenizer.json.
 _PLAIN = ("vocab.json", "vocab.txt", "tekken.json")
 _BINARY = (".model", ".tiktoken")
@@ -76,8 +79,8 @@ def _backend(file: Path) -> Any:
     data = read_data(file)
     try:
         return Tokenizer.from_buffer(data)
-    except Exception as error:
-        if is_lack_of_memory(error):
+    except BaseException as error:
+        if not is_failure(error) or is_lack_of_memory(error):
             raise
         unknown = sorted(parse_object(data, str(file)).keys() - _PARTS)  # raises if the file is damaged
         reason = f"it has '{unknown[0]}'" if unknown else _first_line(error)
@@ -116,6 +119,16 @@ def _settings(folder: Path, known: set[str]) -> dict[str, Any]:
 
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | dict[str, str] | None:
     """Return the chat template, or several by name; None if there is none."""
+    found = _declared_template(folder, config)
+    texts = [found] if isinstance(found, str) else list((found or {}).values())
+    if any(len(text) > _LONGEST_TEMPLATE for text in texts):
+        raise CorruptCheckpointError(
+            f"the chat template in {folder} is longer than {_LONGEST_TEMPLATE:,} characters", hint=_HINT
+        )
+    return found
+
+
+def _declared_template(folder: Path, config: Mapping[str, Any]) -> str | dict[str, str] | None:
     if (folder / _TEMPLATE).is_file():
         try:
             return read_data(folder / _TEMPLATE).decode()
@@ -217,6 +230,11 @@ def _check_packages(folder: Path, names: Iterable[str]) -> None:
         )
 
 
-def _first_line(error: Exception) -> str:
+def is_failure(error: BaseException) -> bool:
+    """Return whether a tokenizer failed: by an error, or by a panic in Rust, which is no Exception."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def _first_line(error: BaseException) -> str:
     lines = (line.strip() for line in str(error).splitlines())
     return next((line for line in lines if line), "transformers cannot read its files")

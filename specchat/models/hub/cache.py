@@ -10,6 +10,7 @@ from specchat.errors import (
     ModelNotFoundError,
     PickledCheckpointError,
 )
+from specchat.files import read_regular
 from specchat.models.catalog.ref import ModelRef
 from specchat.models.checkpoint.safetensors import MISTRAL_PREFIX, weight_files
 from specchat.models.hub.errors import hub_errors
@@ -136,7 +137,7 @@ def _labels(repo: Path) -> dict[str, list[str]]:
 
 def _recorded(file: Path) -> str | None:
     try:
-        return file.read_text(encoding="utf-8-sig").strip()
+        return read_regular(file).decode("utf-8-sig").strip()
     except (OSError, UnicodeDecodeError):  # missing, a folder, or damaged
         return None
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from specchat.errors import AllocationError, DoesNotFitError, ModelError, SpecchatError, is_lack_of_memory
+from specchat.files import open_regular
 from specchat.models.checkpoint.dtypes import stored_name
 from specchat.models.checkpoint.layout import LAYER_ALIGNMENT, TENSOR_ALIGNMENT, aligned
 from specchat.records.limits import READ_CHUNK_BYTES
@@ -149,7 +150,7 @@ class FileRecord:
         path = folder / self.name
         with disk_errors(path, "read"):
             try:
-                with path.open("rb") as stream:
+                with open_regular(path) as stream:
                     nbytes = os.fstat(stream.fileno()).st_size
                     header = stream.read(self.data_offset)
             except FileNotFoundError:

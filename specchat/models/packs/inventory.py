@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from specchat.files import read_regular
 from specchat.paths import cache_folder
 
 FORMAT_VERSION = 1  # version of manifest and journal
@@ -71,8 +72,8 @@ def _purpose(body: dict[str, Any]) -> tuple[str, ...]:
 def _manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest's contents; empty if it is missing or unreadable."""
     try:
-        body = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError):
+        body = json.loads(read_regular(folder / MANIFEST))
+    except (OSError, ValueError, RecursionError):
         return {}
     return body if isinstance(body, dict) else {}
 

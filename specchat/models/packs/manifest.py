@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from specchat.files import read_regular
 from specchat.models.packs.file_format import (
     NOT_QUANTIZED,
     FileRecord,
@@ -144,7 +145,7 @@ def _read_if_there(path: Path) -> bytes | None:
     """Read a small file; None if it does not exist."""
     with disk_errors(path, "read"):
         try:
-            return path.read_bytes()
+            return read_regular(path)
         except (FileNotFoundError, NotADirectoryError):
             return None
 

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import NoReturn
 
 from specchat.errors import CorruptCheckpointError
+from specchat.files import read_regular
 from specchat.models.checkpoint.safetensors import Checkpoint, open_checkpoint
 from specchat.models.packs.file_format import (
     NOT_QUANTIZED,
@@ -76,7 +77,7 @@ def key_for(source: ModelSource, checkpoint: Checkpoint, dtype: Dtype, quantizer
     """
     config = source.path / "config.json"
     with disk_errors(config, "read", MODEL_HINT):
-        config_sha256 = hashlib.sha256(config.read_bytes()).hexdigest()
+        config_sha256 = hashlib.sha256(read_regular(config)).hexdigest()
     data_starts: dict[Path, int] = {}
     for info in checkpoint.tensors.values():
         data_starts[info.file] = min(info.offset, data_starts.get(info.file, info.offset))

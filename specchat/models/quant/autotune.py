@@ -21,7 +21,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from specchat.files import atomic_write_text
+from specchat.files import atomic_write_text, read_regular
 from specchat.models.quant.formats.base import WeightFormat
 from specchat.models.quant.kernels.chunked import Linear, Segments
 from specchat.paths import cache_folder
@@ -150,8 +150,8 @@ def _read(file: Path) -> dict[str, KernelChoice]:
     try:
         found = [
             KernelChoice(str(each["product"]), str(each["way"]), dict(each["times_s"]))
-            for each in json.loads(file.read_bytes())["choices"]
+            for each in json.loads(read_regular(file))["choices"]
         ]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
     return {choice.product: choice for choice in found}

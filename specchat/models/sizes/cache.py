@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from specchat.errors import ModelError
-from specchat.files import atomic_write_text
+from specchat.files import atomic_write_text, read_regular
 from specchat.models.checkpoint.json_file import MODELOPT_FILE
 from specchat.models.checkpoint.safetensors import weight_files
 from specchat.paths import cache_folder
@@ -42,7 +42,7 @@ def key_of(source: ModelSource, quant: str) -> str | None:
         quant: requested quantization of the matrices, or "check" for the key of the architecture's check.
     """
     try:
-        config = (source.path / "config.json").read_bytes()
+        config = read_regular(source.path / "config.json")
         is_quantized = any(word in config for word in _QUANTIZED) or (source.path / MODELOPT_FILE).is_file()
         files = [] if quant == "check" else _stamps(source.path, needed=is_quantized)
         facts = [hashlib.sha256(config).hexdigest(), quant, files, SPEC_VERSION, library_versions()]
@@ -73,7 +73,7 @@ def load(key: str | None, name: str) -> ModelSpec | None:
         return None
     if key not in _remembered:
         try:
-            found = json.loads(_file(key).read_bytes())
+            found = json.loads(read_regular(_file(key)))
             if found["sha256"] != _digest(found["spec"]):
                 return None
             _remembered[key] = parsed(found["spec"])
@@ -83,6 +83,7 @@ def load(key: str | None, name: str) -> ModelSpec | None:
             KeyError,
             TypeError,
             AttributeError,
+            RecursionError,
         ):  # missing, damaged, or written by another program
             return None
     return replace(_remembered[key], name=name)

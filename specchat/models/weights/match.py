@@ -6,8 +6,6 @@ from itertools import islice, product
 from types import MappingProxyType
 from typing import Any
 
-import torch
-
 from specchat.errors import CorruptCheckpointError
 from specchat.models.checkpoint.reader import TensorReader
 from specchat.models.checkpoint.safetensors import Checkpoint, TensorInfo
@@ -103,7 +101,6 @@ def _renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
 
 
 def _are_equal(checkpoint: Checkpoint, key: str, other: str) -> bool:
-    """Return whether two tensors hold the same values; only the pages in use take memory."""
+    """Return whether two tensors are stored as the same bytes."""
     with TensorReader(checkpoint) as reader:
-        left, right = reader.mapped(key), reader.mapped(other)
-        return left.dtype == right.dtype and torch.equal(left, right)
+        return reader.are_equal(key, other)

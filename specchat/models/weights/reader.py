@@ -11,6 +11,7 @@ from torch import Tensor
 from specchat.closing import Closeable
 from specchat.errors import CorruptCheckpointError
 from specchat.models.checkpoint.dtypes import stored_name
+from specchat.models.checkpoint.mapped_file import MappedFile
 from specchat.models.checkpoint.reader import TensorReader
 from specchat.models.checkpoint.safetensors import Checkpoint, TensorInfo
 from specchat.models.hf.conversion import LazyTensor, load_converted, plan_weights
@@ -168,18 +169,23 @@ class WeightReader(Closeable):
         converted = self._read_converted(layer, views) if self._plan.converted[layer] else set()
         self._check_complete(layer, views.keys() - direct.keys() - converted)
 
-    def read_rest(self, device: torch.device, on_host: torch.nn.Module | None = None) -> None:
+    def read_rest(self, device: torch.device, on_host: torch.nn.Module | None = None) -> MappedFile | None:
         """Fill everything except the decoder layers' parameters: embeddings, norms, head and all buffers.
 
         Args:
             device: destination.
             on_host: module with one matrix that stays in host memory, memory-mapped unless it must be cast.
+
+        Returns:
+            File of the mapped matrix, which the caller checks before each use and closes; None if nothing is mapped.
         """
         model = self._skeleton.model
         segments = segment_names(model)
         mapped = None if on_host is None else self._key_of(f"{path_of(model, on_host)}.weight")
         tensors = {key: self._reader.read(key, self._dtype) for key in self.rest_keys() if key != mapped}
-        tensors |= {} if mapped is None else {mapped: self._reader.mapped(mapped, self._dtype)}
+        file = None
+        if mapped is not None:
+            tensors[mapped], file = self._reader.mapped(mapped, self._dtype)
         load_converted(self._skeleton, tensors, self._dtype)
         bind(model, self.read_segments())
         if not isinstance(model.get_output_embeddings(), QuantLinear):
@@ -202,6 +208,7 @@ class WeightReader(Closeable):
             for name, buffer in module._buffers.items():
                 if buffer is not None and id(buffer) not in stays:
                     module._buffers[name] = buffer.to(device)
+        return file
 
     def _key_of(self, name: str) -> str | None:
         """Return the checkpoint key of a parameter outside the layers; None if it is missing."""

@@ -306,10 +306,11 @@ def test_a_flipped_byte_is_found_when_it_is_read(tier: Tier, layer: int, tmp_pat
         write(engine, random_prompt(20, VOCAB), Sampling(), 4)
 
 
-def test_a_pack_file_that_is_truncated_while_streaming(tmp_path: Path):
+@pytest.mark.parametrize("tier", ["disk", "ram"])
+def test_a_pack_file_that_is_truncated_while_streaming(tier: Tier, tmp_path: Path):
     source, prompt = make_source("llama_tied", tmp_path / "model"), random_prompt(20, VOCAB)
     pack = make_pack(source)
-    with load_engine(streaming_plan(source, "disk"), source, None, pack) as engine:
+    with load_engine(streaming_plan(source, tier), source, None, pack) as engine:
         write(engine, prompt, Sampling(), 2)
         os.truncate(pack.layers[3].path, pack.layers[3].data_offset)
         with pytest.raises(CorruptCheckpointError, match="is truncated"):

@@ -99,6 +99,14 @@ def test_demo_needs_no_network(monkeypatch, dead_url, tmp_path):
     assert ask("demo", confirm=refuse).is_toy
 
 
+def test_the_password_of_an_endpoint_is_masked(monkeypatch, dead_url, tmp_path):
+    point_to(monkeypatch, dead_url.replace("http://", "http://me:hunter2@"), tmp_path)
+    with pytest.raises(ModelError) as caught:
+        ask("org/name")
+    assert "http://***@127.0.0.1" in caught.value.message
+    assert "hunter2" not in f"{caught.value} {caught.value.hint}"
+
+
 # ---------------------------------------------------------------- downloads
 
 

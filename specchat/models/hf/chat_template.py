@@ -1,0 +1,163 @@
+"""A model's chat template: a program from a model's folder, which runs within limits of time and size.
+
+transformers' environment keeps a template from reaching anything outside it. This module adds limits: a template is
+ended after some seconds, no part of its text becomes too long, and no number becomes so large that computing it holds
+the interpreter.
+"""
+
+import re
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from specchat.errors import UsageError, is_lack_of_memory
+from specchat.threads import run_within
+
+WITHOUT_TEMPLATE = "pass --base to continue the prompt as it stands, without the template"
+
+# Real templates take milliseconds; one that was written to loop takes forever.
+_RENDER_S = 10.0
+# Real templates add some thousand characters, and repeat a message twice at most.
+_ADDED_CHARACTERS = 4 << 20
+_REPEATS = 4
+_LARGEST_BITS = 4096
+_LONGEST_FIELD = 10_000
+
+_RENDERING = threading.local()  # the limit of the rendering in this thread, in characters
+
+
+class ChatTemplate:
+    """A chat template of a model.
+
+    Args:
+        text: the template's source.
+    """
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def render(self, turns: Sequence[Mapping[str, Any]], *, is_prompt: bool, names: Mapping[str, Any]) -> str:
+        """Render a chat, with the names that transformers gives to templates.
+
+        Args:
+            turns: messages of the chat.
+            is_prompt: whether to add the start of the next answer.
+            names: special tokens, and switches of the template.
+
+        Raises:
+            UsageError: the template refuses the chat, fails, takes too long, or renders too much.
+        """
+        import jinja2
+
+        def run() -> str:
+            _RENDERING.limit = _ADDED_CHARACTERS + _REPEATS * sum(map(_num_characters, turns))
+            values = {"messages": turns, "tools": None, "documents": None, "add_generation_prompt": is_prompt, **names}
+            return str(self._compiled.render(**values))
+
+        try:
+            text = run_within(_RENDER_S, run)
+        except jinja2.TemplateError as error:
+            reason = " ".join(str(error).split())
+            raise UsageError(f"the model's chat template rejects this chat: {reason}") from error
+        except Exception as error:  # templates are programs, which fail in any way
+            if is_lack_of_memory(error) and not isinstance(error, MemoryError):
+                raise
+            raise UsageError(
+                f"the model's chat template fails on this chat: {_reason(error)}", hint=WITHOUT_TEMPLATE
+            ) from error
+        if not _is_utf8(text):
+            raise UsageError("the model's chat template renders text that is not UTF-8", hint=WITHOUT_TEMPLATE)
+        return text
+
+    @cached_property
+    def _compiled(self) -> Any:
+        """The compiled template, in an environment of transformers that checks operators before they compute."""
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        # Compiling also computes constants, so the operators are replaced first. transformers caches its own templates
+        # by their text; a text of a single blank is no model's, and its environment is copied.
+        environment = _compile_jinja_template(" ").environment.overlay()
+        environment.concat = _joined
+        environment.binop_table = {**environment.binop_table, **_CHECKED}
+        environment.intercepted_binops = frozenset(_CHECKED)
+        return environment.from_string(self._text)
+
+
+class _TooLargeError(Exception):
+    """A value that a template may not compute."""
+
+
+def _joined(pieces: Iterable[str]) -> str:
+    """Join the pieces of a text, unless they are longer than this rendering may become."""
+    kept, length, limit = [], 0, _RENDERING.limit
+    for piece in pieces:
+        length += len(piece)
+        if length > limit:
+            raise _TooLargeError(f"it renders more than {limit:,} characters")
+        kept.append(piece)
+    return "".join(kept)
+
+
+def _times(left: Any, right: Any) -> Any:
+    for text, number in ((left, right), (right, left)):
+        if isinstance(text, str | list | tuple) and isinstance(number, int):
+            _check(len(text) * number, _ADDED_CHARACTERS)
+    if isinstance(left, int) and isinstance(right, int):
+        _check(left.bit_length() + right.bit_length(), _LARGEST_BITS)
+    return left * right
+
+
+def _power(left: Any, right: Any) -> Any:
+    if isinstance(left, int) and isinstance(right, int):
+        _check(left.bit_length() * abs(right), _LARGEST_BITS)
+    return left**right
+
+
+def _modulo(left: Any, right: Any) -> Any:
+    if isinstance(left, str):
+        for width in re.findall(r"%[^%a-zA-Z]*?(\d+|\*)", left):
+            _check(_LONGEST_FIELD + 1 if width == "*" else int(width[:9]), _LONGEST_FIELD)
+    return left % right
+
+
+def _plus(left: Any, right: Any) -> Any:
+    if isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple):
+        _check(len(left) + len(right), _REPEATS * _ADDED_CHARACTERS)
+    return left + right
+
+
+def _check(size: int, limit: int) -> None:
+    if size > limit:
+        raise _TooLargeError(f"it computes a value of more than {limit:,} parts")
+
+
+_CHECKED: dict[str, Callable[[Any, Any], Any]] = {"*": _times, "**": _power, "%": _modulo, "+": _plus}
+
+
+def _num_characters(turn: Mapping[str, Any]) -> int:
+    """Return the characters of a message, whose text may be a list of parts."""
+    content = turn["content"]
+    parts = content if isinstance(content, list) else [{"text": content}]
+    reasoning = turn.get("reasoning") or ""
+    return len(reasoning) + sum(len(part["text"]) for part in parts)
+
+
+def _is_utf8(text: str) -> bool:
+    """Return whether a text can be encoded: JSON files may hold halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _reason(error: Exception) -> str:
+    """Return why a template failed, in words."""
+    if isinstance(error, TimeoutError):
+        return f"it takes more than {_RENDER_S:.0f} s"
+    if isinstance(error, RecursionError):
+        return "it calls itself without end"
+    if isinstance(error, MemoryError):
+        return "it needs too much memory"
+    return " ".join(str(error).split()) or "it gives no reason"
