@@ -58,6 +58,12 @@ class Walk:
         """Return the row of a node, or of ROOT, among the pass's hidden states."""
         return self._root_row + 1 + node
 
+    def final_rows(self, count: int) -> list[int]:
+        """Return the last `count` rows of the pass that became final: committed tokens, then the accepted path."""
+        num_linear = count - len(self.path)
+        first = self._root_row + 1 - num_linear
+        return [*range(first, first + num_linear), *(self.row_of(node) for node in self.path)]
+
     def tail_of(self, node: int) -> list[int]:
         """Return the last tokens up to a node, as many as a drafter learns from."""
         return last_tokens(self._sequence.tokens, self._tree.tokens, self._tree.parents, node, _TAIL)

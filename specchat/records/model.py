@@ -39,12 +39,14 @@ class ModelSource:
         path: local folder with config.json and safetensors files.
         revision: hub commit; None for local folders.
         label: note that every output must show for models that are not real (the demo, shapes); "" for real models.
+        part: part of the files that is meant: "mtp" for the layer that guesses further tokens; "" for the model.
     """
 
     name: str
     path: Path
     revision: str | None = None
     label: str = ""
+    part: Literal["", "mtp"] = ""
 
     @property
     def is_toy(self) -> bool:

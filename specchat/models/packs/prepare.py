@@ -40,7 +40,7 @@ def prepare(
     if small or weights.reader.is_streamable:
         return None
     with CheckpointLayers(weights) as layers:
-        key = key_for(source, weights.checkpoint, dtype, quantizer)
+        key = key_for(source, weights.checkpoint, dtype, f"{source.part}: {quantizer}" if source.part else quantizer)
         pack = open_pack(key, warn)
         if pack is not None and pack.fits(layers):
             return pack
