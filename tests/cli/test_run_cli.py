@@ -81,7 +81,6 @@ def fails(result, code, *words):
         (["run", "demo", "hi", "--plan", "--json-stream"], ["--plan"]),
         (["run", "demo", "hi", "-q", "-v"], ["--quiet", "--verbose"]),
         (["run", "demo", "hi", "--draft", "self"], ["self", "not available in this version"]),
-        (["run", "demo", "hi", "--draft", "mtp+retrieval"], ["mtp", "not available in this version"]),
         (["run", "demo", "hi", "--draft", "none+retrieval"], ["--draft none", "use --draft retrieval"]),
         (["run", "demo"], ["empty"]),
         (["run", "demo", ""], ["empty"]),

@@ -9,11 +9,16 @@ DeepSeek and GLM number it behind the last layer: `model.layers.L`, with `eh_pro
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from specchat.models.checkpoint.safetensors import Checkpoint, TensorInfo
+from specchat.models.checkpoint.gguf import listed_files
+from specchat.models.checkpoint.json_file import read_json
+from specchat.models.checkpoint.safetensors import Checkpoint, TensorInfo, open_checkpoint, open_single
 
+# File of a head that was trained for a model, beside the model's own weights; in Qwen's layout.
+MTP_FILE = "mtp.safetensors"
 # Keys of config.json that count the layers, at the top or in the text half.
 _COUNTS = ("mtp_num_hidden_layers", "num_nextn_predict_layers", "num_mtp_layers")
 # Model types whose config.json may leave the count out.
@@ -27,12 +32,14 @@ _SHARED = ("embed_tokens.", "shared_head.head.")
 
 @dataclass(frozen=True)
 class MtpPart:
-    """The first MTP layer of a checkpoint.
+    """The first MTP layer among a model's files.
 
     Attributes:
+        checkpoint: checkpoint that has the layer.
         names: name of each tensor within the layer, or "norm.weight" for the last norm, by key in the checkpoint.
     """
 
+    checkpoint: Checkpoint
     names: Mapping[str, str]
 
     @property
@@ -41,16 +48,38 @@ class MtpPart:
         return any(".experts." in name or name.startswith("mlp.gate.") for name in self.names.values())
 
 
-def announces_mtp(config: Mapping[str, Any]) -> bool:
-    """Return whether config.json speaks of MTP layers; only the tensors tell whether they are here.
+def find_mtp(folder: Path) -> MtpPart | None:
+    """Return the MTP layer of a model: one in a file of its own, else one that config.json announces; None without.
 
-    Args:
-        config: object in config.json.
+    Only config.json and headers are read, and headers only if config.json announces the layer. Heads in GGUF files are
+    not found: their names and formats are others.
+
+    Raises:
+        CorruptCheckpointError, UnsupportedModelError: faults of headers.
     """
+    own = folder / MTP_FILE
+    if own.is_file():
+        checkpoint, num_layers = open_single(own), 0
+    else:
+        config = read_json(folder / "config.json")
+        if listed_files(folder) is not None or not _announces(config):
+            return None
+        checkpoint, num_layers = open_checkpoint(folder), _num_layers(config)
+    names = layer_names(checkpoint.tensors, num_layers)
+    return None if names is None else MtpPart(checkpoint, names)
+
+
+def _announces(config: Mapping[str, Any]) -> bool:
+    """Return whether config.json speaks of MTP layers; only the tensors tell whether they are here."""
     counts = [part[key] for part in _parts(config) for key in _COUNTS if part.get(key) is not None]
     if not counts:
         return any(part.get("model_type") in _UNCOUNTED for part in _parts(config))
     return any(isinstance(count, int) and count > 0 for count in counts)
+
+
+def _num_layers(config: Mapping[str, Any]) -> int:
+    counts = [part["num_hidden_layers"] for part in _parts(config) if "num_hidden_layers" in part]
+    return counts[-1] if counts and isinstance(counts[-1], int) else -1
 
 
 def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -59,8 +88,8 @@ def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [config, text] if isinstance(text, Mapping) else [config]
 
 
-def find_mtp(keys: Iterable[str], num_layers: int) -> MtpPart | None:
-    """Return the first MTP layer among the tensors of a checkpoint; None if there is none.
+def layer_names(keys: Iterable[str], num_layers: int) -> Mapping[str, str] | None:
+    """Return the names of the tensors of an MTP layer, as in `MtpPart`; None if the keys have none.
 
     Args:
         keys: keys of all tensors.
@@ -69,9 +98,9 @@ def find_mtp(keys: Iterable[str], num_layers: int) -> MtpPart | None:
     found = list(keys)
     for key in found:
         if match := _QWEN_MARK.fullmatch(key):
-            return _checked(_qwen_names(found, match["prefix"]))
+            return _complete(_qwen_names(found, match["prefix"]))
         if (match := _LAYER_MARK.fullmatch(key)) and int(match["layer"]) == num_layers:
-            return _checked(_layer_names(found, match["prefix"]))
+            return _complete(_numbered_names(found, match["prefix"]))
     return None
 
 
@@ -90,23 +119,30 @@ def _qwen_names(keys: Iterable[str], prefix: str) -> dict[str, str]:
     return names
 
 
-def _layer_names(keys: Iterable[str], prefix: str) -> dict[str, str]:
+def _numbered_names(keys: Iterable[str], prefix: str) -> dict[str, str]:
     names = {key: key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
     kept = {key: name for key, name in names.items() if not name.startswith(_SHARED)}
     return {key: "norm.weight" if name == "shared_head.norm.weight" else name for key, name in kept.items()}
 
 
-def _checked(names: Mapping[str, str]) -> MtpPart | None:
-    """Return the part, or None without a projection and a last norm: then something else uses the place."""
+def _complete(names: Mapping[str, str]) -> Mapping[str, str] | None:
+    """Return the names, or None without a projection and all norms: then something else uses the place."""
     has_all = {"norm.weight", "enorm.weight", "hnorm.weight"} <= set(names.values())
-    return MtpPart(names) if has_all and any(name.startswith("eh_proj.") for name in names.values()) else None
+    return names if has_all and any(name.startswith("eh_proj.") for name in names.values()) else None
 
 
-def with_names(checkpoint: Checkpoint, part: MtpPart, layer: str, norm: str) -> Checkpoint:
+def qwen_name(name: str) -> str:
+    """Return the key in Qwen's layout of a tensor of the layer, or of "norm.weight"."""
+    own = next((each for each, inner in _QWEN_NAMES.items() if name.startswith(inner)), None)
+    if own is not None:
+        return f"mtp.{own}{name.removeprefix(_QWEN_NAMES[own])}"
+    return f"mtp.{name}" if name == "norm.weight" else f"mtp.layers.0.{name}"
+
+
+def with_names(part: MtpPart, layer: str, norm: str) -> Checkpoint:
     """Return the tensors of an MTP layer alone, under the names of a model with this one layer.
 
     Args:
-        checkpoint: checkpoint of the target.
         part: tensors of the layer.
         layer: path of the layer in the model.
         norm: path of the last norm in the model.
@@ -114,5 +150,5 @@ def with_names(checkpoint: Checkpoint, part: MtpPart, layer: str, norm: str) -> 
     tensors: dict[str, TensorInfo] = {}
     for key, name in part.names.items():
         full = f"{norm}.weight" if name == "norm.weight" else f"{layer}.{name}"
-        tensors[full] = replace(checkpoint.tensors[key], key=full)
-    return Checkpoint(checkpoint.folder, MappingProxyType(tensors))
+        tensors[full] = replace(part.checkpoint.tensors[key], key=full)
+    return Checkpoint(part.checkpoint.folder, MappingProxyType(tensors))

@@ -77,7 +77,7 @@ def open_weights(
         UsageError: a pre-quantized model with another quantization requested, or a model without the part.
     """
     if source.part == "mtp":
-        _, skeleton, checkpoint = open_mtp(source, torch_dtype(dtype), attention)
+        skeleton, checkpoint = open_mtp(source, torch_dtype(dtype), attention)
     else:
         skeleton, checkpoint = _open_whole(source, torch_dtype(dtype), attention)
     if attention is not None and len(kv_shapes) != len(skeleton.layers):
