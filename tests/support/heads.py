@@ -16,14 +16,23 @@ from specchat.engine import loading
 from specchat.engine.attention import tree_attention
 from specchat.engine.drafting.drafter import TreeDrafter, free_sources
 from specchat.engine.drafting.mtp import MtpHead, MtpModel
+from specchat.engine.drafting.paths import Paths
 from specchat.engine.engine import Engine
+from specchat.engine.model import TreeModel
+from specchat.engine.sampling import Sampler
+from specchat.engine.sequence import FinalStates, TokenSequence
+from specchat.engine.tree import ROOT
 from specchat.models.weights.open import open_weights
+from specchat.records.generation import Sampling
 from specchat.records.model import ModelSource
 from specchat.records.plan import Placement, Workload
 from support.engines import make_plan
 from support.hybrids import random_hybrid
+from support.loading import load_model
 from support.tiny_models import VOCAB, make_config, random_model, save
 
+CTX = 96
+CPU = torch.device("cpu")
 # Layout of the tensors, by architecture.
 LAYOUTS = {"deepseek_v3": "layer", "glm4_moe": "layer", "qwen3_5_text": "mtp", "qwen3_next": "mtp", "qwen3": "mtp"}
 _COUNTS = {"layer": "num_nextn_predict_layers", "mtp": "mtp_num_hidden_layers"}
@@ -134,3 +143,37 @@ def engine_with_head(
         load_head(target, cache_rows=ctx + rows, chunk_rows=chunk_rows, seats=seats), model, max_rows=rows, check=None
     )
     return Engine(plan, model, TreeDrafter(head, free_sources(seats) if retrieval else ()))
+
+
+class Follower:
+    """A target that reads tokens in sequence, and a head that is told of them."""
+
+    def __init__(self, source: ModelSource, chunk_rows: int = 512) -> None:
+        self.target: TreeModel = load_model(source, cache_rows=CTX, chunk_rows=chunk_rows)
+        self.model = load_head(source, cache_rows=CTX, chunk_rows=chunk_rows)
+        self.head = MtpHead(self.model, self.target, max_rows=32, check=None)
+        self.tokens: list[int] = []
+
+    def read(self, tokens: list[int], following: int) -> None:
+        """Let the target read tokens, and draw the one after them."""
+        first = len(self.tokens)
+        hidden = self.target.append(tokens)
+        self.tokens += tokens
+        self.head.receive(0, FinalStates([*self.tokens, following], first, hidden))
+
+    def sequence(self, following: int) -> TokenSequence:
+        text = [*self.tokens, following]
+        sampler = Sampler(Sampling(), VOCAB, CPU)
+        return TokenSequence(0, 0, text, len(text) - 1, sampler, frozenset(), CTX, "length")
+
+    def chain(self, following: int, tokens: list[int]) -> torch.Tensor:
+        """Scores after the last token, and after each token of a chain below it, [1 + n, V]."""
+        scores, _ = self.head.begin([self.sequence(following)], None)
+        rows, paths = [scores], Paths.empty()
+        for depth, token in enumerate(tokens):
+            parent = torch.tensor([ROOT if depth == 0 else depth - 1])
+            weight = torch.full((1, 1), -0.1, dtype=torch.float64)
+            paths = paths.with_children(torch.zeros(1, dtype=torch.int64), parent, weight, torch.tensor([[token]]), 64)
+            rows.append(self.head.expand(paths, torch.tensor([depth]), None))
+        self.head.commit(0, [], [])
+        return torch.cat(rows)

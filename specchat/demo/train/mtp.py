@@ -139,8 +139,7 @@ class Head:
             truth = torch.stack([self._target.head(each) for each in states]).float()
         length = ids.shape[1]
         starts = torch.arange(length - 2, device=self._device)
-        rows, cache = _Rows(), None
-        cache = cache_for([rows])
+        cache = cache_for([_Rows()])
         seen = starts[:, None] >= starts
         out = self._run(self._embed(ids[:, 1:-1]), states[:, :-2], starts, seen, cache)
         losses = [self._divergence(out, truth[:, 1:-1])]
@@ -154,6 +153,19 @@ class Head:
             losses.append(self._divergence(out, truth[:, some + level + 1]))
         total = torch.stack([_FADE**level * each for level, each in enumerate(losses)]).sum()
         return total, [each.item() for each in losses]
+
+    def scores(self, ids: Tensor) -> Tensor:
+        """Return the scores of the token after the next one for each token of a text but the last, [length - 1, V].
+
+        Args:
+            ids: token ids [1, length].
+        """
+        states = self._target.decoder(input_ids=ids, use_cache=False).last_hidden_state
+        places = torch.arange(ids.shape[1] - 1, device=self._device)
+        seen = places[:, None] >= places
+        return self._target.head(
+            self._run(self._embed(ids[:, 1:]), states[:, :-1], places, seen, cache_for([_Rows()]))[0]
+        )
 
     def _embed(self, ids: Tensor) -> Tensor:
         embeddings: Tensor = self._target.model.get_input_embeddings()(ids)

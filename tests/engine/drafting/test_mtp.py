@@ -9,57 +9,15 @@ import pytest
 import torch
 import transformers as hf
 from support.engines import random_prompt
-from support.heads import LAYOUTS, load_head, random_target, save_with_mtp
-from support.loading import load_model
+from support.heads import LAYOUTS, Follower, random_target, save_with_mtp
 from support.tiny_models import VOCAB
 
 from specchat.engine.drafting.head_check import HeadCheck, HeadDisagreesError
-from specchat.engine.drafting.mtp import MtpHead
-from specchat.engine.drafting.paths import Paths
-from specchat.engine.model import TreeModel
-from specchat.engine.sampling import Sampler
-from specchat.engine.sequence import FinalStates, TokenSequence
-from specchat.engine.tree import ROOT
-from specchat.records.generation import Sampling
 from specchat.records.model import ModelSource
 
 CTX = 96
 CPU = torch.device("cpu")
 TOLERANCE = 2e-5
-
-
-class Follower:
-    """A target that reads tokens in sequence, and a head that is told of them."""
-
-    def __init__(self, source: ModelSource, chunk_rows: int = 512) -> None:
-        self.target: TreeModel = load_model(source, cache_rows=CTX, chunk_rows=chunk_rows)
-        self.model = load_head(source, cache_rows=CTX, chunk_rows=chunk_rows)
-        self.head = MtpHead(self.model, self.target, max_rows=32, check=None)
-        self.tokens: list[int] = []
-
-    def read(self, tokens: list[int], following: int) -> None:
-        """Let the target read tokens, and draw the one after them."""
-        first = len(self.tokens)
-        hidden = self.target.append(tokens)
-        self.tokens += tokens
-        self.head.receive(0, FinalStates([*self.tokens, following], first, hidden))
-
-    def sequence(self, following: int) -> TokenSequence:
-        text = [*self.tokens, following]
-        sampler = Sampler(Sampling(), VOCAB, CPU)
-        return TokenSequence(0, 0, text, len(text) - 1, sampler, frozenset(), CTX, "length")
-
-    def chain(self, following: int, tokens: list[int]) -> torch.Tensor:
-        """Scores after the last token, and after each token of a chain below it, [1 + n, V]."""
-        scores, _ = self.head.begin([self.sequence(following)], None)
-        rows, paths = [scores], Paths.empty()
-        for depth, token in enumerate(tokens):
-            parent = torch.tensor([ROOT if depth == 0 else depth - 1])
-            weight = torch.full((1, 1), -0.1, dtype=torch.float64)
-            paths = paths.with_children(torch.zeros(1, dtype=torch.int64), parent, weight, torch.tensor([[token]]), 64)
-            rows.append(self.head.expand(paths, torch.tensor([depth]), None))
-        self.head.commit(0, [], [])
-        return torch.cat(rows)
 
 
 @pytest.fixture(scope="module")
