@@ -11,6 +11,7 @@ from support.heads import LAYOUTS, head_of, random_target, save_with_mtp
 from support.loading import Quiet, plan_request, yes
 from support.planning import UNKNOWN_RATES
 
+from specchat.bench.setup import check_baselines
 from specchat.errors import UsageError
 from specchat.hardware.machine import Machine, MatmulRate
 from specchat.loading.locate import Models, locate_models, parse_models
@@ -109,6 +110,13 @@ def test_the_word_mtp_takes_the_head_of_the_targets_files(target: ModelSource):
         assert planned.models.draft == head_of(models.target)
         spec = describe(head_of(target))
         assert spec.is_head and spec.num_layers == 1 and len(spec.other_params) == 1
+
+
+def test_assisted_generation_cannot_use_a_head(target: ModelSource):
+    check_baselines(["plain", "assisted"], target)
+    for draft in (None, head_of(target)):
+        with pytest.raises(UsageError, match="draft model"):
+            check_baselines(["plain", "assisted"], draft)
 
 
 def test_auto_finds_the_head(target: ModelSource):

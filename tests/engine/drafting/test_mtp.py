@@ -10,6 +10,7 @@ import torch
 import transformers as hf
 from support.engines import random_prompt
 from support.heads import LAYOUTS, Follower, random_target, save_with_mtp
+from support.loading import load_model
 from support.tiny_models import VOCAB
 
 from specchat.engine.drafting.head_check import HeadCheck, HeadDisagreesError
@@ -31,6 +32,13 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ModelSo
         return made[architecture]
 
     return source
+
+
+def test_embeddings_are_the_same_from_host_memory(sources: Callable[[str], ModelSource]):
+    source, tokens = sources("qwen3"), random_prompt(20, VOCAB)
+    plain, on_host = (load_model(source, cache_rows=CTX, chunk_rows=8, host_embeddings=each) for each in (False, True))
+    assert torch.equal(plain.embed(tokens), on_host.embed(tokens))
+    assert torch.equal(plain.append(tokens), on_host.append(tokens))  # a pass looks its own tokens up
 
 
 # --- transformers as the oracle --------------------------------------------------------------------------------------
