@@ -19,9 +19,9 @@ from torch import Tensor
 
 from specchat.closing import Closeable
 from specchat.engine import stats
-from specchat.engine.drafting.drafter import Drafter, ModelDrafter, NoDrafter, TreeDrafter, free_sources
-from specchat.engine.drafting.head_check import HeadCheck, HeadDisagreesError
-from specchat.engine.drafting.mtp import MtpHead, MtpModel
+from specchat.engine.drafters import load_draft, make_drafter
+from specchat.engine.drafting.drafter import Drafter
+from specchat.engine.drafting.head_check import HeadDisagreesError
 from specchat.engine.drafting.policy import AdaptivePolicy, DraftPolicy, FixedPolicy, Roots
 from specchat.engine.layout import PassLayout, RowLayout
 from specchat.engine.loading import load_model
@@ -40,7 +40,7 @@ from specchat.models.weights.open import ModelWeights
 from specchat.records.generation import Activity, Phase, Request, Sampling, Step
 from specchat.records.limits import noise_rows
 from specchat.records.model import LOWER_QUANTS
-from specchat.records.plan import MemoryReport, Placement, Plan
+from specchat.records.plan import MemoryReport, Plan
 from specchat.units import format_bytes
 
 
@@ -100,10 +100,10 @@ class Engine(Closeable):
             check_pair(target.source, draft.source)
         with _allocating(plan):
             # Load the draft first: it has no threads to clean up if the target fails to load.
-            small = None if draft is None else _load_draft(plan, draft, draft_pack)
+            small = None if draft is None else load_draft(plan, draft, draft_pack)
             cache_rows = plan.work.ctx + plan.work.tree_budget
             model = load_model(target, plan.work, plan.placement, cache_rows=cache_rows, pack=pack, warn=warn)
-            drafter = _make_drafter(plan, model, small)
+            drafter = make_drafter(plan, model, small)
         engine = cls(plan, model, drafter, runtime_bytes)
         engine.load_s = time.perf_counter() - begin
         return engine
@@ -442,24 +442,3 @@ def _allocating(plan: Plan) -> Iterator[None]:
         f"cannot allocate {format_bytes(plan.device_bytes)} on {plan.work.device}",
         hint="close other programs, or set a smaller --vram or --ctx",
     )
-
-
-def _load_draft(plan: Plan, draft: ModelWeights, pack: Pack | None) -> TreeModel:
-    """Load a draft model, or a head of the target, with all layers resident."""
-    work = replace(plan.work, host_embeddings=False)
-    num_layers = len(draft.skeleton.layers)
-    placement = Placement(num_layers, tuple(range(num_layers)))
-    model_class = MtpModel if draft.source.part == "mtp" else TreeModel
-    cache_rows = work.ctx + work.draft_rows
-    return load_model(draft, work, placement, cache_rows=cache_rows, pack=pack, grows=True, model_class=model_class)
-
-
-def _make_drafter(plan: Plan, target: TreeModel, small: TreeModel | None) -> Drafter:
-    """Return the drafter of a plan: a model or a head that scores, and the sources that need no model."""
-    proposers = free_sources(plan.work.seats) if plan.retrieval else []
-    max_rows = plan.work.draft_rows
-    if small is None:
-        return TreeDrafter(None, proposers) if proposers else NoDrafter()
-    if isinstance(small, MtpModel):
-        return TreeDrafter(MtpHead(small, target, max_rows=max_rows, check=HeadCheck()), proposers)
-    return ModelDrafter(small, max_rows=max_rows, max_context=small.max_positions, proposers=proposers)
