@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 from support import reference
-from support.engines import NOTHING, random_prompt, write
-from support.heads import LAYOUTS, engine_with_head, random_target, save_with_mtp
+from support.engines import NOTHING, make_plan, random_prompt, write
+from support.heads import LAYOUTS, engine_with_head, head_of, random_target, save_with_mtp
 from support.hybrids import OneByOne
+from support.loading import load_engine
 from support.tiny_models import VOCAB
 
 from specchat.records.generation import Request, Sampling
@@ -159,3 +160,20 @@ def test_interrupts_and_undo(targets: Targets, architecture: str):
         engine.forget()
         assert write(engine, longer, SAMPLINGS["greedy"], 8)[0] == ours
         assert steps[0].cached_rows >= len(other.prompt) and any(step.tree_nodes for step in steps[1:])
+
+
+def test_a_head_that_guesses_by_chance_is_given_up(targets: Targets):
+    """One warning, the target's own text, and retrieval goes on."""
+    source, prompt = targets.source("qwen3"), random_prompt(60, VOCAB)
+    plan = make_plan(source, head_of(source), num_layers=NUM_LAYERS, tree_budget=16, retrieval=True)
+    with load_engine(plan, source, None) as engine:
+        plain = write(engine, prompt, SAMPLINGS["greedy"], NUM_TOKENS)[0]
+    with load_engine(plan, source, head_of(source)) as engine:
+        ours, steps = write(engine, prompt, SAMPLINGS["greedy"], NUM_TOKENS)
+        again, later = write(engine, prompt, SAMPLINGS["greedy"], NUM_TOKENS)
+    assert ours == again == plain
+    warnings = [step.draft_lost for step in (*steps, *later) if step.draft_lost is not None]
+    assert len(warnings) == 1 and "mtp" in warnings[0] and "by chance" in warnings[0]
+    guesses = [guess for step in (*steps, *later) for guess in step.guesses]
+    assert {guess.source for guess in guesses if guess.offered} <= {"retrieval", "recycling"}
+    assert sum(guess.offered for guess in guesses) > 0
