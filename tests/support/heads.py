@@ -149,6 +149,7 @@ class Follower:
     """A target that reads tokens in sequence, and a head that is told of them."""
 
     def __init__(self, source: ModelSource, chunk_rows: int = 512) -> None:
+        self.source = source
         self.target: TreeModel = load_model(source, cache_rows=CTX, chunk_rows=chunk_rows)
         self.model = load_head(source, cache_rows=CTX, chunk_rows=chunk_rows)
         self.head = MtpHead(self.model, self.target, max_rows=32, check=None)

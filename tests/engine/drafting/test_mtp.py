@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ import transformers as hf
 from support.engines import random_prompt
 from support.heads import LAYOUTS, Follower, random_target, save_with_mtp
 from support.loading import load_model
+from support.quantized import Kind, awq, block_fp8, gptq, quantize_saved
 from support.tiny_models import VOCAB
 
 from specchat.engine.drafting.head_check import HeadCheck, HeadDisagreesError
+from specchat.models.quant.modules import quant_linears
 from specchat.records.model import ModelSource
 
 CTX = 96
@@ -108,6 +111,28 @@ def test_candidates_equal_transformers_generator(sources: Callable[[str], ModelS
         follower.read(new, text[-1])
         check_close(follower.chain(text[-1], [3, 4])[:1], theirs[0])
         text = [*text, 8, 21]
+
+
+QUANTIZED = [
+    ("qwen3", block_fp8((32, 32))),
+    ("qwen3", gptq()),
+    ("deepseek_v3", block_fp8((32, 32))),
+    ("glm4_moe", awq()),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("architecture", "kind"), QUANTIZED, ids=lambda each: getattr(each, "name", each))
+def test_quantized_heads_score_like_the_matrices_that_they_mean(tmp_path: Path, architecture: str, kind: Kind):
+    dense = save_with_mtp(random_target(architecture), tmp_path / "dense", LAYOUTS[architecture])
+    pair = quantize_saved(dense, tmp_path, kind)
+    text, chains = random_prompt(14, VOCAB), []
+    for follower in map(Follower, (pair.quantized, pair.dense)):
+        follower.read(text[:-1], text[-1])
+        chains.append(follower.chain(text[-1], [5, 9]))
+        names = {name.rpartition(".")[2] for name, _ in quant_linears(follower.model.skeleton.model)}
+        assert ("eh_proj" in names) == (follower.source == pair.quantized)
+    assert (chains[0] - chains[1]).abs().max() <= 2e-3 * float(chains[1].abs().max())
 
 
 # --- the cache -------------------------------------------------------------------------------------------------------
