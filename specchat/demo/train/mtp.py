@@ -1,11 +1,11 @@
 """Train an MTP head for a small target: one more layer that reads the target's states and guesses further tokens.
 
-    python -m specchat.demo.train.mtp --target FOLDER --data data/written.npy
+    python -m specchat.demo.train.mtp --target FOLDER --chats chats.jsonl
 
-The target is any model folder that specchat runs, unchanged. The token files hold text of the kind that the target will
-write: chats from prepare, and text that generate let the target write. The head learns the target's probabilities, not
-the text. It guesses chains of several tokens, and reads its own outputs for the later ones, as it does in a chat. The
-result is FOLDER/mtp.safetensors, which `--draft mtp` finds; --out writes another file.
+The target is any model folder that specchat runs, unchanged. The head learns the target's probabilities on chats of the
+kind that the target will write, and on token files, such as text that generate let the target write. It guesses chains
+of several tokens, and reads its own outputs for the later ones, as it does in a chat. The result is
+FOLDER/mtp.safetensors, which `--draft mtp` finds; --out writes another file.
 """
 
 import copy
@@ -23,12 +23,15 @@ from torch.nn import functional as F
 
 from specchat.demo.train.optimizers import Optimizers, schedule
 from specchat.demo.train.options import parse, resolve_device
+from specchat.demo.train.prepare import read_chats
 from specchat.errors import UsageError
 from specchat.models.checkpoint.mtp import MTP_FILE, qwen_name
 from specchat.models.hf.attention import cache_for, row_scope
 from specchat.models.hf.config import load_config, text_model_class
 from specchat.models.hf.mtp import MtpSkeleton, build_mtp, norm_path, without_shared
 from specchat.models.hf.skeleton import Skeleton, skeleton_of
+from specchat.models.hf.tokenizer import load_tokenizer
+from specchat.records.chat import Message
 
 LOG_EVERY = 20
 # Share of the rows at which chains of several tokens begin, and the weight of each further token of a chain.
@@ -37,10 +40,11 @@ _CHAIN_SHARE, _FADE = 1 / 3, 0.8
 
 @dataclass(frozen=True)
 class MtpOptions:
-    """Train an MTP head on token files that prepare or generate wrote."""
+    """Train an MTP head on chats and on token files that generate wrote."""
 
     target: Annotated[Path, "folder of the target"]
-    data: Annotated[str, "token files (.npy), joined by commas; each batch draws from all alike"]
+    chats: Annotated[Path | None, 'file of lines {"messages": [{"role", "content"}, ...]}'] = None
+    data: Annotated[str | None, "token files (.npy), joined by commas; batches draw from all files alike"] = None
     out: Annotated[Path | None, "file to write; mtp.safetensors in the target's folder by default"] = None
     steps: Annotated[int, "steps of the whole run; the schedules are relative to it"] = 1400
     rows: Annotated[int, "windows per step"] = 3
@@ -222,11 +226,11 @@ def train(options: MtpOptions) -> list[list[float]]:
     count = sum(parameter.numel() for parameter in head.skeleton.model.parameters())
     print(f"{count:,} weights", flush=True)
     optimizers = Optimizers(head.skeleton.model, options.lr, options.muon_lr)
-    files = [np.load(Path(name), mmap_mode="r", allow_pickle=False) for name in options.data.split(",")]
+    texts = _texts(options)
     rng, generator = np.random.default_rng(options.seed), torch.Generator().manual_seed(options.seed)
     history: list[list[float]] = []
     while len(history) < options.steps:
-        ids = torch.from_numpy(_windows(files, options.rows, options.length, rng)).to(device)
+        ids = torch.from_numpy(_windows(texts, options.rows, options.length, rng)).to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=options.bf16):
             loss, by_depth = head.loss(ids, options.depth, generator)
         if not np.isfinite(by_depth).all():
@@ -243,13 +247,38 @@ def train(options: MtpOptions) -> list[list[float]]:
     return history
 
 
-def _windows(files: list[NDArray[Any]], count: int, length: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Return random windows of the files, int64 [count, length]."""
+def _texts(options: MtpOptions) -> list[NDArray[Any]]:
+    """Return the token ids of the chats, with the target's own tokenizer and template, and of each token file.
+
+    Raises:
+        UsageError: neither is given.
+    """
+    names = options.data.split(",") if options.data else []
+    texts: list[NDArray[Any]] = [np.load(Path(name), mmap_mode="r", allow_pickle=False) for name in names]
+    if options.chats is not None:
+        tokenizer = load_tokenizer(options.target)
+        chats = [[_message(**message) for message in chat] for chat in read_chats(options.chats)]
+        rendered = (tokenizer.render(chat, ending="none") for chat in chats)
+        texts.append(np.concatenate([np.asarray(tokenizer.encode(text)) for text in rendered]))
+    if not texts:
+        raise UsageError("there is no text to learn from", hint="name a file of chats with --chats")
+    return texts
+
+
+def _message(role: str, content: str) -> Message:
+    match role:
+        case "system" | "user" | "assistant":
+            return Message(role, content)
+    raise UsageError(f"a chat has a message of the role '{role}'", hint="roles are system, user and assistant")
+
+
+def _windows(texts: list[NDArray[Any]], count: int, length: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Return random windows of the texts, int64 [count, length]."""
     rows = []
     for _ in range(count):
-        ids = files[rng.integers(len(files))]
+        ids = texts[rng.integers(len(texts))]
         if len(ids) < length:
-            raise UsageError(f"a token file has only {len(ids)} tokens", hint=f"a window needs {length} tokens")
+            raise UsageError(f"a text has only {len(ids)} tokens", hint=f"a window needs {length} tokens")
         begin = int(rng.integers(len(ids) - length + 1))
         rows.append(ids[begin : begin + length].astype(np.int64))
     return np.stack(rows)
