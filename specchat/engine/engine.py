@@ -398,8 +398,8 @@ class Engine(Closeable):
             sequence.tokens += walk.tokens
         self._drafter.commit(sequence.seat, walk.path, walk.tokens)
         if self._drafter.wants_states and not walk.is_broken:
-            rows = torch.tensor(walk.final_rows(sequence.num_cached - before), device=hidden.device)
-            self._drafter.receive(sequence.seat, FinalStates(list(sequence.tokens), before, hidden[rows]))
+            states = walk.final_states(hidden, sequence.num_cached - before)
+            self._drafter.receive(sequence.seat, FinalStates(list(sequence.tokens), before, states))
 
     def _rows_for(self, sequence: TokenSequence, tree: TokenTree) -> RowLayout:
         """Return the layout of a part: pending tokens in sequence, of which the last is the root, then the tree."""
