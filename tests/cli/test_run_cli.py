@@ -295,6 +295,16 @@ def test_text_and_json_stream_have_the_same_answer(answer, specchat):
     assert (done["type"], done["draft"]) == ("done", None)
 
 
+def test_the_head_of_the_demo_writes_the_same_text(answer, specchat):
+    expected, drafted = json.loads(answer.stdout), specchat(*QUESTION, "--draft", "mtp", "--json")
+    result = json.loads(drafted.out)
+    assert (result["draft"], result["retrieval"]) == ("mtp", False)
+    assert "draft mtp" in drafted.err and "warning" not in drafted.err
+    assert result["token_ids"] == expected["token_ids"]
+    (source,) = result["speculation"]["by_source"]
+    assert source["source"] == "mtp" and source["accepted"] > 0
+
+
 def test_small_budget_streams_and_keeps_the_text(answer, specchat):
     expected = json.loads(answer.stdout)
     small = json.loads(specchat(*QUESTION, "--vram", "40MiB", "--json").out)
