@@ -43,8 +43,6 @@ _CHUNK_STEP = 64
 _RESERVE = "library reserve"
 MAPPED_EMBEDDINGS = "embeddings in the page cache"
 _INDEX_BYTES = 8  # token ids and positions are int64
-# Rows of a chunk while a head joins embeddings and states: both, their norms, and both halves side by side.
-_JOIN_COPIES = 8
 _FLOAT_BYTES = 4  # scores are float32 in every compute dtype
 
 
@@ -322,8 +320,9 @@ def _drafting_bytes(draft: ModelSpec, work: Workload, *, reading: int) -> int:
     paths = PATH_BYTES * (2 * work.tree_budget + width * DRAFT_BRANCH)
     rows = work.draft_rows * (2 * width + seats * (work.draft_rows + 2 * _INDEX_BYTES))
     if draft.is_head:
+        # While a chunk is joined: embeddings, their norms, both halves side by side, and a norm's float32 copies.
         row_bytes = draft.hidden_size * DTYPE_BYTES[work.dtype]
-        joining = _JOIN_COPIES * min(reading, work.chunk_rows) * draft.hidden_size * _FLOAT_BYTES
+        joining = min(reading, work.chunk_rows) * (4 * row_bytes + 2 * draft.hidden_size * _FLOAT_BYTES)
         read = max(read, joining) + 2 * reading * row_bytes  # the target's states, and the layer's input
         rows += (seats * (1 + work.draft_rows) + 2 * width) * row_bytes  # outputs, which children read
     return max(read, grown + paths + rows)

@@ -80,7 +80,9 @@ def _inspect_mtp(source: ModelSource, quant: Quant) -> ModelSpec:
     """
     whole, checkpoint = open_mtp(source, torch.float32, activations.profiling_attention)
     config = whole.config
-    of_architecture = _measure(config, whole)
+    narrow = open_mtp(source, torch.bfloat16, activations.profiling_attention)[0]
+    narrowed_bytes = _outer_buffer_bytes(whole) - _outer_buffer_bytes(narrow)
+    of_architecture = _measure(config, whole) | {"narrowed_bytes": narrowed_bytes}
     skeleton = without_shared(whole)
     of_architecture["architecture"] += HEAD_SUFFIX
     of_architecture["num_params"] = sum(p.numel() for p in skeleton.model.parameters())
@@ -122,9 +124,13 @@ def _narrowed_bytes(config: Any) -> int:
     with refusing(config.model_type, CANNOT_SHRINK):
         tiny = tiny_config(config)
         wide, narrow = (build_skeleton(tiny, dtype) for dtype in (torch.float32, torch.bfloat16))
-    layers = {id(b) for skeleton in (wide, narrow) for layer in skeleton.layers for b in layer.buffers()}
-    sums = [sum(b.nbytes for b in skeleton.model.buffers() if id(b) not in layers) for skeleton in (wide, narrow)]
-    return int(sums[0] - sums[1])
+    return _outer_buffer_bytes(wide) - _outer_buffer_bytes(narrow)
+
+
+def _outer_buffer_bytes(skeleton: Skeleton) -> int:
+    """Return the bytes of the buffers outside the layers."""
+    layers = {id(buffer) for layer in skeleton.layers for buffer in layer.buffers()}
+    return sum(buffer.nbytes for buffer in skeleton.model.buffers() if id(buffer) not in layers)
 
 
 def _profiled(skeleton: Skeleton) -> dict[int, Activations]:
