@@ -87,10 +87,8 @@ def check(targets: Targets, case: Case) -> None:
 
 
 FEW: list[Case] = [
-    ("deepseek_v3", "all", 64, "greedy", False),
-    ("qwen3", "half", 1, "t0.8", False),
+    ("qwen3", "all", 16, "greedy", False),
     ("qwen3_5_text", "half", 64, "t0.8", True),
-    ("qwen3_5_text", "none", 16, "greedy", False),
 ]
 CROSS: list[Case] = list(
     itertools.product(
@@ -123,7 +121,7 @@ def test_a_batch_of_three_with_a_prompt_that_joins(targets: Targets):
         for each, length in zip(expected, (8, NUM_TOKENS, NUM_TOKENS, NUM_TOKENS), strict=True)
     ]
     texts, drafted = [list[int]() for _ in requests], 0
-    with engine_with_head(source, NUM_LAYERS, budget=64, seats=3, resident=(), chunk_rows=24) as engine:
+    with engine_with_head(source, NUM_LAYERS, budget=32, seats=3, resident=(), chunk_rows=24) as engine:
         for index, step in engine.generate_many(requests):
             texts[index] += step.token_ids
             drafted += step.tree_nodes
@@ -138,7 +136,7 @@ def test_interrupts_and_undo(targets: Targets, architecture: str):
     """After an interrupt, an undo and another question, texts are the target's own, and drafts go on."""
     expected = targets.text(architecture, "greedy")
     prompt, text = expected.prompt, expected.tokens
-    with engine_with_head(targets.source(architecture), NUM_LAYERS, budget=64, retrieval=False) as engine:
+    with engine_with_head(targets.source(architecture), NUM_LAYERS, budget=32) as engine:
         cancel = threading.Event()
         taken: list[int] = []
         for step in engine.generate(prompt, SAMPLINGS["greedy"], stop_ids=NOTHING, max_tokens=12, cancel=cancel):
