@@ -50,6 +50,7 @@ FOLDERS = {
         {"kv_cache"},
         {"model"},
         {"drafting", "loading", "selfcheck", "stats", "walk"},
+        {"drafters"},
         {"engine"},
         {"measuring"},
     ],

@@ -109,8 +109,8 @@ def check_baselines(names: Sequence[str], draft: ModelSource | None) -> None:
     Raises:
         UsageError: the baseline `assisted` was chosen and there is no draft.
     """
-    if "assisted" in names and draft is None:
-        raise UsageError("the baseline 'assisted' needs a draft", hint="name one with --draft")
+    if "assisted" in names and (draft is None or draft.part):
+        raise UsageError("the baseline 'assisted' needs a draft model", hint="name one with --draft")
 
 
 def left_out(names: Sequence[str], plan: Plan) -> dict[str, str]:

@@ -30,7 +30,7 @@ _OTHER_VARIABLES = ("CONFIG", "CACHE_DIR", "STATE_DIR", "DEBUG")
 _WORDS_FOR_YES = ("1", "true", "yes", "on")
 _WORDS_FOR_NO = ("0", "false", "no", "off", "")
 _ALIAS = re.compile(r"\w[\w.-]*", re.ASCII)
-_NO_ALIASES = ("demo", "auto", "none", "self", "retrieval")
+_NO_ALIASES = ("demo", "auto", "none", "self", "mtp", "retrieval")
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from specchat.closing import Closeable
 from specchat.engine import stats
-from specchat.engine.drafting.drafter import Drafter, ModelDrafter, NoDrafter, TreeDrafter, free_sources
+from specchat.engine.drafters import load_draft, make_drafter
+from specchat.engine.drafting.drafter import Drafter
+from specchat.engine.drafting.head_check import HeadDisagreesError
 from specchat.engine.drafting.policy import AdaptivePolicy, DraftPolicy, FixedPolicy, Roots
 from specchat.engine.layout import PassLayout, RowLayout
 from specchat.engine.loading import load_model
@@ -26,7 +29,7 @@ from specchat.engine.model import PassCancelledError, TreeModel
 from specchat.engine.recurrent.restore import marks_of_prompt
 from specchat.engine.requests import RequestQueue, choose_seat, why_refused
 from specchat.engine.sampling import Sampler, ScoresNotFiniteError
-from specchat.engine.sequence import TokenSequence
+from specchat.engine.sequence import FinalStates, TokenSequence
 from specchat.engine.tree import TokenTree, common_prefix
 from specchat.engine.walk import Walk, walk_down
 from specchat.errors import AllocationError, BrokenScoresError, is_lack_of_memory
@@ -37,7 +40,7 @@ from specchat.models.weights.open import ModelWeights
 from specchat.records.generation import Activity, Phase, Request, Sampling, Step
 from specchat.records.limits import noise_rows
 from specchat.records.model import LOWER_QUANTS
-from specchat.records.plan import MemoryReport, Placement, Plan
+from specchat.records.plan import MemoryReport, Plan
 from specchat.units import format_bytes
 
 
@@ -96,10 +99,11 @@ class Engine(Closeable):
         if draft is not None:
             check_pair(target.source, draft.source)
         with _allocating(plan):
-            # Load the drafter first: it has no threads to clean up if the target fails to load.
-            drafter = _load_drafter(plan, draft, draft_pack)
+            # Load the draft first: it has no threads to clean up if the target fails to load.
+            small = None if draft is None else load_draft(plan, draft, draft_pack)
             cache_rows = plan.work.ctx + plan.work.tree_budget
             model = load_model(target, plan.work, plan.placement, cache_rows=cache_rows, pack=pack, warn=warn)
+            drafter = make_drafter(plan, model, small)
         engine = cls(plan, model, drafter, runtime_bytes)
         engine.load_s = time.perf_counter() - begin
         return engine
@@ -309,12 +313,12 @@ class Engine(Closeable):
             with clock.drafting():
                 trees = self._grow(live, cancel)
             self._phase = "prefill" if max(pending) > 1 else "verifying"
-            trees, walks = self._verify(live, trees, clock, cancel)
+            trees, walks, hidden = self._verify(live, trees, clock, cancel)
         except PassCancelledError:
             clock.stop()
             return [clock.step((), "interrupt", 0, rows, TokenTree(), ()) for rows in cached]
         for sequence, tree, walk in zip(live, trees, walks, strict=True):
-            self._commit(sequence, tree, walk)
+            self._commit(sequence, tree, walk, hidden)
         clock.stop()
         steps = [
             clock.step(
@@ -335,17 +339,17 @@ class Engine(Closeable):
         return steps
 
     def _grow(self, live: Sequence[TokenSequence], cancel: threading.Event | None) -> list[TokenTree]:
-        """Return the draft's trees; empty once the draft computes NaN or infinity, for as long as the engine lives."""
-        if self._draft_lost is None:
-            try:
-                with computing(self.plan.draft or "the draft"):
-                    return self._drafter.grow(live, self._policy, cancel)
-            except ScoresNotFiniteError:
-                self._draft_lost = (
-                    f"the draft {self.plan.draft} computes NaN or infinity in {self.plan.work.dtype}: "
-                    "going on without a draft"
-                )
-        return [TokenTree() for _ in live]
+        """Return the draft's trees; once the draft's scores are of no use, do without them for good."""
+        try:
+            with computing(self.plan.draft or "the draft"):
+                return self._drafter.grow(live, self._policy, cancel)
+        except ScoresNotFiniteError:
+            fault = f"computes NaN or infinity in {self.plan.work.dtype}"
+        except HeadDisagreesError as error:
+            fault = str(error)
+        self._draft_lost = f"the draft {self.plan.draft} {fault}: going on without it"
+        self._drafter.without_scores()
+        return self._drafter.grow(live, self._policy, cancel)
 
     def _verify(
         self,
@@ -353,14 +357,15 @@ class Engine(Closeable):
         trees: list[TokenTree],
         clock: stats.StepClock,
         cancel: threading.Event | None,
-    ) -> tuple[list[TokenTree], list[Walk]]:
+    ) -> tuple[list[TokenTree], list[Walk], Tensor]:
         """Run the target's pass and draw its tokens.
 
         A branch that overflows spoils every row of its part: attention multiplies masked values by 0, and 0 x NaN is
         NaN. So the pass is repeated without trees before a sequence is given up.
 
         Returns:
-            The trees that were verified, and the finished walks; a walk is broken if plain decoding computes NaN, too.
+            The trees that were verified, the finished walks, and the pass's hidden states [rows, hidden]. A walk is
+            broken if plain decoding computes NaN, too.
         """
         tokens, parts, walks = list[int](), list[tuple[int, RowLayout]](), list[Walk]()
         for sequence, tree in zip(live, trees, strict=True):
@@ -374,15 +379,16 @@ class Engine(Closeable):
         with clock.sampling():
             walk_down(self._target, walks, hidden, self.plan.work.head_rows, self._drafter.observe)
         if not any(walk.is_broken for walk in walks):
-            return trees, walks
+            return trees, walks, hidden
         repeats = any(map(len, trees))
         for sequence, walk in zip(live, walks, strict=True):
             if repeats or walk.is_broken:
                 self._target.cache.wipe(sequence.seat, sequence.num_cached)
-        return self._verify(live, [TokenTree() for _ in live], clock, cancel) if repeats else (trees, walks)
+        return self._verify(live, [TokenTree() for _ in live], clock, cancel) if repeats else (trees, walks, hidden)
 
-    def _commit(self, sequence: TokenSequence, tree: TokenTree, walk: Walk) -> None:
+    def _commit(self, sequence: TokenSequence, tree: TokenTree, walk: Walk, hidden: Tensor) -> None:
         """Keep the rows of the accepted path, and append the drawn tokens; keep nothing of a broken walk."""
+        before = sequence.num_cached
         if not walk.is_broken:
             first = len(sequence.tokens)
             self._target.cache.keep(sequence.seat, first, [first + node for node in walk.path])
@@ -390,6 +396,9 @@ class Engine(Closeable):
             sequence.num_cached = len(self._held[sequence.seat])
             sequence.tokens += walk.tokens
         self._drafter.commit(sequence.seat, walk.path, walk.tokens)
+        if self._drafter.wants_states and not walk.is_broken:
+            states = walk.final_states(hidden, sequence.num_cached - before)
+            self._drafter.receive(sequence.seat, FinalStates(list(sequence.tokens), before, states))
 
     def _rows_for(self, sequence: TokenSequence, tree: TokenTree) -> RowLayout:
         """Return the layout of a part: pending tokens in sequence, of which the last is the root, then the tree."""
@@ -432,15 +441,3 @@ def _allocating(plan: Plan) -> Iterator[None]:
         f"cannot allocate {format_bytes(plan.device_bytes)} on {plan.work.device}",
         hint="close other programs, or set a smaller --vram or --ctx",
     )
-
-
-def _load_drafter(plan: Plan, draft: ModelWeights | None, pack: Pack | None) -> Drafter:
-    """Load a draft with all layers resident, and set up the sources that need no model."""
-    proposers = free_sources(plan.work.seats) if plan.retrieval else []
-    if draft is None:
-        return TreeDrafter(None, proposers) if proposers else NoDrafter()
-    work = replace(plan.work, host_embeddings=False)
-    num_layers = len(draft.skeleton.layers)
-    placement = Placement(num_layers, tuple(range(num_layers)))
-    model = load_model(draft, work, placement, cache_rows=work.ctx + work.draft_rows, pack=pack, grows=True)
-    return ModelDrafter(model, max_rows=work.draft_rows, max_context=model.max_positions, proposers=proposers)

@@ -39,6 +39,7 @@ def load_model(
     grows: bool = False,
     pack: Pack | None = None,
     warn: Callable[[str], None] = lambda _: None,
+    model_class: type[TreeModel] = TreeModel,
 ) -> TreeModel:
     """Load resident layers and all parameters outside the layers, and prepare streaming of the other layers.
 
@@ -51,6 +52,7 @@ def load_model(
         grows: whether trees grow over several passes, as a draft's trees do.
         pack: pack to read layers from; None reads the checkpoint's own files.
         warn: receives one-line warnings about refused memory pinning and its cost.
+        model_class: class of the result.
     """
     skeleton, device, dtype = weights.skeleton, torch.device(work.device), torch_dtype(work.dtype)
     layers, streamed = skeleton.layers, placement.streamed
@@ -94,7 +96,7 @@ def load_model(
         undo.pop_all()
     if pack is not None or not streamed:
         reader.close()
-    return TreeModel(skeleton, cache, streamer, streamed, work.chunk_rows, device, embeddings, mapped)
+    return model_class(skeleton, cache, streamer, streamed, work.chunk_rows, device, embeddings, mapped)
 
 
 def _pack_reader(weights: ModelWeights, pack: Pack) -> WeightReader:

@@ -126,7 +126,7 @@ class TreeModel:
         self.cache.begin(layout)
         try:
             with row_scope(partial(PassMask, layout, self.cache.capacity)):
-                hidden = self.skeleton.hidden(ids.to(self.device), layout.positions, self._hf_cache)
+                hidden = self._decode(ids, layout.positions)
             self.cache.end()
             return hidden
         except BaseException:
@@ -142,6 +142,16 @@ class TreeModel:
         """Return scores, float32 [n, V], of hidden states [n, hidden]."""
         return self.skeleton.head(hidden).float()
 
+    @torch.inference_mode()
+    def embed(self, token_ids: Sequence[int]) -> Tensor:
+        """Return the input embeddings [n, hidden] of token ids, as the first layer is given them."""
+        ids = self._token_ids = torch.tensor(token_ids, dtype=torch.int64)
+        try:
+            embeddings: Tensor = self.skeleton.model.get_input_embeddings()(ids.to(self.device)[None])[0]
+        finally:
+            self._token_ids = None
+        return embeddings
+
     def append(self, token_ids: Sequence[int], cancel: threading.Event | None = None, seat: int = 0) -> Tensor:
         """Run `forward` on committed tokens in sequence, after the rows of one seat in the cache."""
         layout = linear_layout(self.cache.lengths[seat], len(token_ids), self.device)
@@ -152,6 +162,10 @@ class TreeModel:
         self.streamer.close()
         if self._mapped is not None:
             self._mapped.close()
+
+    def _decode(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        """Run all layers over the rows of the pass, and return the states after the last norm."""
+        return self.skeleton.hidden(token_ids.to(self.device), positions, self._hf_cache)
 
     def _look_up(self, look_up: Callable[[Tensor], Tensor], _: Tensor) -> Tensor:
         """Return the embeddings of the pass's tokens, [1, S, hidden], looked up in host memory.

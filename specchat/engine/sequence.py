@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Event
 
+from torch import Tensor
+
 from specchat.engine.sampling import Sampler
 from specchat.records.generation import FinishReason
 
@@ -61,3 +63,18 @@ class TokenSequence:
         if self.tokens[-1] in self.stop_ids:
             return "stop"
         return self.length_reason if len(self.tokens) >= self.max_length else None
+
+
+@dataclass(frozen=True)
+class FinalStates:
+    """The target's hidden states of the rows of a pass that became final, for drafters that read them.
+
+    Attributes:
+        tokens: copy of the committed tokens of the sequence; all but the last one have states now.
+        first: number of tokens before the first of these rows.
+        hidden: states after the target's last norm, [len(tokens) - 1 - first, hidden].
+    """
+
+    tokens: list[int]
+    first: int
+    hidden: Tensor

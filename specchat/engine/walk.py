@@ -58,6 +58,21 @@ class Walk:
         """Return the row of a node, or of ROOT, among the pass's hidden states."""
         return self._root_row + 1 + node
 
+    def final_states(self, hidden: Tensor, count: int) -> Tensor:
+        """Return the states [count, hidden] of the rows that became final: committed tokens, then the accepted path.
+
+        Args:
+            hidden: hidden states of the pass, [rows, hidden]; a view of them without an accepted path, because a copy
+                of a long prompt's states would take memory that no ledger counts.
+            count: number of these rows.
+        """
+        end = self._root_row + 1
+        linear = hidden[end - count + len(self.path) : end]
+        if not self.path:
+            return linear
+        nodes = torch.tensor([self.row_of(node) for node in self.path], device=hidden.device)
+        return torch.cat([linear, hidden[nodes]])
+
     def tail_of(self, node: int) -> list[int]:
         """Return the last tokens up to a node, as many as a drafter learns from."""
         return last_tokens(self._sequence.tokens, self._tree.tokens, self._tree.parents, node, _TAIL)

@@ -103,7 +103,7 @@ def _opened(
     from specchat.engine.attention import tree_attention
 
     for source in (target, draft):
-        if source is not None:
+        if source is not None and not source.part:  # a part has the target's architecture
             check_model(source)  # at no cost after `make_plan`, which needs the check before any download
     with ExitStack() as undo:
         opened = partial(_open, attention=tree_attention, dtype=plan.work.dtype)

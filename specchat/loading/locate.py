@@ -6,15 +6,15 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NoReturn
 
-from specchat.errors import NotAvailableError, UnsupportedModelError, UsageError
+from specchat.errors import ModelError, NotAvailableError, UnsupportedModelError, UsageError
 from specchat.loading.checking import check_model
-from specchat.loading.request import RETRIEVAL, Ask, ModelRequest, Reporter
+from specchat.loading.request import MTP, RETRIEVAL, Ask, ModelRequest, Reporter
 from specchat.models import locate
 from specchat.models.catalog.families import known_families
 from specchat.models.catalog.ref import SHAPE_PREFIX, ModelRef, parse_model
 from specchat.models.catalog.shape import Shape
 from specchat.models.checkpoint.safetensors import has_weights, weight_files
-from specchat.models.drafts import DraftChoice, choose_draft, fits, relative_in_cache
+from specchat.models.drafts import DraftChoice, choose_draft, fits, head_in, mtp_head, relative_in_cache
 from specchat.models.hf.pairing import check_pair
 from specchat.models.hub.cache import cached_gguf, cached_models
 from specchat.models.hub.download import Download, agree
@@ -44,11 +44,13 @@ class Models:
         target: model that writes the text.
         draft: model that drafts trees, or None.
         draft_note: reason for plain decoding; empty with a draft.
+        head: head among the target's files that may draft instead of `draft`; None without one.
     """
 
     target: ModelSource
     draft: ModelSource | None
     draft_note: str
+    head: ModelSource | None = None
 
 
 def parse_models(request: ModelRequest) -> Refs:
@@ -60,15 +62,14 @@ def parse_models(request: ModelRequest) -> Refs:
     """
     if request.model is None:
         _refuse_without_model()
-    if request.draft_model in ("self", "mtp"):
+    if request.draft_model == "self":
         raise NotAvailableError(
-            f"--draft {request.draft_model} is not available in this version",
-            hint="use --draft MODEL, retrieval, auto or none",
+            "--draft self is not available in this version", hint="use --draft MODEL, mtp, retrieval, auto or none"
         )
     if request.draft != "none" and "none" in request.draft.split("+"):
         raise UsageError("--draft none drafts nothing, so nothing can be added", hint="use --draft retrieval")
     parse = partial(parse_model, names_here=lambda: [*request.aliases, *names_here()], listed_name=listed_name)
-    draft = None if request.draft_model in ("auto", "none") else parse(request.draft_model)
+    draft = None if request.draft_model in (MTP, "auto", "none") else parse(request.draft_model)
     target = _stored(parse(request.model), request.choices.quant)
     return Refs(target, None if draft is None else _stored(draft, request.choices.draft_quant))
 
@@ -115,11 +116,12 @@ def sketch_models(request: ModelRequest, refs: Refs, reporter: Reporter, ask: As
     found = _look_up(request, refs, reporter)
     target = _sketch(found.target, folder)
     draft = None if found.draft is None else _sketch(found.draft, folder)
-    if target is None or (draft is None and found.draft is not None):
+    lacks_head = request.draft_model == MTP and target is not None and not has_weights(target.path)
+    if target is None or (draft is None and found.draft is not None) or lacks_head:
         return _obtain_both(request, refs, found, reporter, ask)
     here = [model for model in (target, draft) if model is not None]
     if found.are_here and all(has_weights(model.path) for model in here):
-        return _pair(request, refs, target, draft, found.draft_note)
+        return _pair(request, refs, target, draft, found.draft_note, reporter)
     return Models(target, draft, found.draft_note)  # the vocabularies are not available yet
 
 
@@ -182,6 +184,8 @@ def _tokenizer_folder(request: ModelRequest) -> Path | None:
 def _choose_draft(request: ModelRequest, refs: Refs, reporter: Reporter) -> DraftChoice:
     if refs.draft is not None:
         return DraftChoice(locate.look_up(refs.draft, offline=request.offline, warn=reporter.warn))
+    if request.draft_model == MTP:
+        return DraftChoice(None)
     if request.draft_model == "none":
         return DraftChoice(None, RETRIEVAL if request.retrieval else "no draft")
     return choose_draft(refs.target, offline=request.offline, warn=reporter.warn)
@@ -203,7 +207,7 @@ def _obtain_both(request: ModelRequest, refs: Refs, found: _Found, reporter: Rep
             _agree_to_write(shape, ask)
     target = _obtain(found.target, reporter, _tokenizer_folder(request))
     draft = None if found.draft is None else _obtain(found.draft, reporter)
-    return _pair(request, refs, target, draft, found.draft_note)
+    return _pair(request, refs, target, draft, found.draft_note, reporter)
 
 
 def _agree_to_write(shape: Shape, ask: Ask) -> None:
@@ -236,23 +240,44 @@ def refuse_by_configuration(model: Download) -> None:
     is_prequantized(sketched)
 
 
-def _pair(request: ModelRequest, refs: Refs, target: ModelSource, draft: ModelSource | None, draft_note: str) -> Models:
+def _pair(
+    request: ModelRequest,
+    refs: Refs,
+    target: ModelSource,
+    draft: ModelSource | None,
+    draft_note: str,
+    reporter: Reporter,
+) -> Models:
     """Pair a target with its draft.
 
     A draft must share the vocabulary. If no automatic one was found, a cached model of the same family may replace it.
 
     Raises:
         VocabularyMismatchError: the user named a draft with another vocabulary.
+        UsageError: the user asked for a head that the target does not have.
     """
+    if request.draft_model == MTP:
+        return Models(target, head_in(target), "")
+    # The toy's own draft model is better than its head.
+    head = _head_if_readable(target, reporter) if request.draft_model == "auto" and not target.is_toy else None
     if draft is not None:
         if request.draft_model != "auto":
             check_pair(target, draft)
             return Models(target, draft, "")
         if fits(target, draft):
-            return Models(target, draft, "")
-        return Models(target, None, f"plain decoding: {draft.name} has another vocabulary")
+            return Models(target, draft, "", head)
+        return Models(target, None, f"plain decoding: {draft.name} has another vocabulary", head)
     may_have_relatives = request.draft_model == "auto" and refs.target.kind in ("hub", "folder", "stored")
-    return Models(target, relative_in_cache(target) if may_have_relatives else None, draft_note)
+    return Models(target, relative_in_cache(target) if may_have_relatives else None, draft_note, head)
+
+
+def _head_if_readable(target: ModelSource, reporter: Reporter) -> ModelSource | None:
+    """Return the head among a target's files; a damaged one must not keep the target from running."""
+    try:
+        return mtp_head(target)
+    except ModelError as error:
+        reporter.warn(f"the MTP layer of {target.name} is not used: {error.message}")
+        return None
 
 
 def _sketch(found: ModelSource | Missing, folder: Path) -> ModelSource | None:

@@ -64,6 +64,8 @@ def make_plan(
         choices = replace(asked.choices, draft_quant=given)
         asked = replace(asked, choices=choices, draft_is_open=False, lowers_for_speed=False)
     chosen = choose_plan(asked, find_inputs(asked, reporter.warn))
+    if models.head is not None and chosen.plan.draft == models.head.name:
+        models = replace(models, draft=models.head)
     sources = [models.target] if models.draft is None or chosen.plan.draft is None else [models.target, models.draft]
     chosen = replace(chosen, assumptions=tuple(each for source in sources for each in assumptions_about(source)))
     if chosen.plan.draft is not None:
@@ -115,5 +117,6 @@ def plan_request(request: ModelRequest, models: Models, temperature: float | Non
         # A user who sets a tree budget or a draft precision wants a draft.
         draft_is_open=request.draft_model == "auto" and choices.tree_budget is None and choices.draft_quant == "auto",
         retrieval=request.retrieval,
+        head=models.head,
         samples=not resolve_sampling(SamplingChoices(temperature=temperature), defaults, 0).greedy,
     )

@@ -9,6 +9,8 @@ from specchat.records.plan import PlanChoices
 
 # Word of `--draft` for drafts without a model: repeats of the text, and the target's own earlier scores.
 RETRIEVAL = "retrieval"
+# Word of `--draft` for the layer among the target's files that guesses further tokens.
+MTP = "mtp"
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class ModelRequest:
 
     Attributes:
         model: MODEL argument of the target, or None.
-        draft: MODEL argument of the draft, auto, none or retrieval; MODEL+retrieval for both.
+        draft: MODEL argument of the draft, mtp, auto, none or retrieval; MODEL+retrieval or mtp+retrieval for both.
         choices: settings of the plan that the user has fixed.
         offline: whether network access is forbidden.
         aliases: names that the user gave to models, for hints.
@@ -33,7 +35,7 @@ class ModelRequest:
 
     @property
     def draft_model(self) -> str:
-        """MODEL argument of the draft, or "auto" or "none"."""
+        """MODEL argument of the draft, or "mtp", "auto" or "none"."""
         models = [part for part in self._draft_parts if part != RETRIEVAL]
         return "+".join(models) or "none"
 

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from specchat.errors import ModelError, UsageError
 from specchat.models.catalog.ref import ModelRef, draft_candidates, known_draft, parse_model
+from specchat.models.checkpoint.gguf import listed_files
 from specchat.models.checkpoint.json_file import read_json
+from specchat.models.checkpoint.mtp import find_mtp
 from specchat.models.checkpoint.safetensors import has_weights, weight_files
 from specchat.models.hf.pairing import check_pair
 from specchat.models.hub.cache import cached_models
@@ -66,6 +68,27 @@ def relative_in_cache(target: ModelSource) -> ModelSource | None:
     largest_bytes = _LARGEST_SHARE * _num_bytes(target)
     small = [source for source in _cached_like(target) if _num_bytes(source) <= largest_bytes]
     return next((source for source in sorted(small, key=_num_bytes) if fits(target, source)), None)
+
+
+def mtp_head(target: ModelSource) -> ModelSource | None:
+    """Return the MTP head among a target's files; None without one."""
+    return None if find_mtp(target.path) is None else replace(target, name="mtp", part="mtp")
+
+
+def head_in(target: ModelSource) -> ModelSource:
+    """Return the MTP head among a target's files.
+
+    Raises:
+        UsageError: there is none.
+    """
+    head = mtp_head(target)
+    if head is not None:
+        return head
+    is_gguf = listed_files(target.path) is not None
+    raise UsageError(
+        f"{target.name} has no MTP layer" + (" that specchat reads: it is a GGUF file" if is_gguf else " in its files"),
+        hint="use --draft auto, MODEL or retrieval; quantized copies of a model often leave the layer out",
+    )
 
 
 def _cached_like(target: ModelSource) -> Iterator[ModelSource]:

@@ -203,9 +203,10 @@ class Candidates:
     @cached_property
     def _drafts(self) -> tuple[ModelSpec | None, ...]:
         inputs = self._inputs
-        if inputs.draft is None:
-            return (None,)
-        return (inputs.draft, *inputs.lower_drafts, *((None,) if self._request.draft_is_open else ()))
+        given = () if inputs.draft is None else (inputs.draft, *inputs.lower_drafts)
+        if not self._request.draft_is_open:
+            return given or (None,)
+        return (*given, *inputs.heads, None)
 
     def _tree_budgets(self, draft: ModelSpec | None) -> tuple[int, ...]:
         """Return the tree budgets to try."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import lru_cache
 
+from specchat.errors import ModelError
 from specchat.hardware.probe import find_hardware, find_machine, remembered
 from specchat.models.sizes.describe import describe
 from specchat.paths import cache_folder, state_folder
@@ -28,7 +29,7 @@ def find_inputs(request: PlanRequest, warn: Callable[[str], None] = lambda _: No
     folder = cache_folder()
     hardware = find_hardware(folder)
     measured = remembered(folder, hardware, machine, request.choices.device)
-    draft, *lower_drafts = _described_drafts(request)
+    draft, *lower_drafts = _described_drafts(request.draft, request)
     return PlanInputs(
         machine=machine,
         rates=rates_of(hardware, machine, measured),
@@ -38,6 +39,7 @@ def find_inputs(request: PlanRequest, warn: Callable[[str], None] = lambda _: No
         lower_drafts=tuple(each for each in lower_drafts if each is not None),
         prior=DEMO_ACCEPTANCE if request.target.is_toy else TYPICAL_ACCEPTANCE,
         statistics=load(state_folder(), warn),
+        heads=_described_heads(request, warn),
     )
 
 
@@ -46,11 +48,20 @@ def _describing(source: ModelSource) -> Callable[[Quant], ModelSpec]:
     return lru_cache(maxsize=None)(lambda quant: describe(source, quant))
 
 
-def _described_drafts(request: PlanRequest) -> list[ModelSpec | None]:
+def _described_drafts(source: ModelSource | None, request: PlanRequest) -> list[ModelSpec | None]:
     """Return the draft, followed by its lower precisions; [None] without a draft."""
-    if request.draft is None:
+    if source is None:
         return [None]
     if request.choices.draft_quant != "auto":
-        return [describe(request.draft, request.choices.draft_quant)]
-    draft = describe(request.draft)
-    return [draft, *(describe(request.draft, quant) for quant in lower_quants(draft))]
+        return [describe(source, request.choices.draft_quant)]
+    draft = describe(source)
+    return [draft, *(describe(source, quant) for quant in lower_quants(draft))]
+
+
+def _described_heads(request: PlanRequest, warn: Callable[[str], None]) -> tuple[ModelSpec, ...]:
+    """Return the head in its precisions; none if it cannot be read, which must not keep the target from running."""
+    try:
+        return tuple(each for each in _described_drafts(request.head, request) if each is not None)
+    except ModelError as error:
+        warn(f"the MTP layer of {request.target.name} is not used: {error.message}")
+        return ()

@@ -26,6 +26,7 @@ from specchat.records.limits import (
     RECYCLED_RUNS,
     RETRIEVAL_PAST_TOKENS,
     RETRIEVAL_TOKEN_BYTES,
+    UNREAD_STATES,
     WEIGHING_COPIES,
     draft_width,
     head_block_rows,
@@ -73,7 +74,7 @@ def build_ledger(
         layers = sum(layer_sizes(draft, work.dtype))
         items.append(LedgerItem("draft", layers + _other_bytes(draft, work.dtype) + _shared_bytes(draft, work.dtype)))
         items.append(LedgerItem("draft KV cache", kv_bytes(draft, work, work.draft_rows)))
-        if states := draft_state_bytes(draft, work):
+        if states := draft_state_bytes(draft, work) + _unread_bytes(draft, work):
             items.append(LedgerItem("draft states", states))
     models = [target] if draft is None else [target, draft]
     if dequantized := sum(dequantize_bytes(spec, work.dtype, work.device) for spec in models):
@@ -117,7 +118,7 @@ def _draft_needs(draft: ModelSpec, work: Workload) -> tuple[int, int, int]:
     """Return the figures of `_target_needs` for a draft; cached separately, because one draft serves many targets."""
     layers = sum(layer_sizes(draft, work.dtype))
     kept = layers + _other_bytes(draft, work.dtype) + _shared_bytes(draft, work.dtype)
-    kept += kv_bytes(draft, work, work.draft_rows) + draft_state_bytes(draft, work)
+    kept += kv_bytes(draft, work, work.draft_rows) + draft_state_bytes(draft, work) + _unread_bytes(draft, work)
     return (
         kept + dequantize_bytes(draft, work.dtype, work.device),
         _drafting_bytes(draft, work, reading=work.prompt_rows + work.seats - 1),
@@ -326,7 +327,19 @@ def _drafting_bytes(draft: ModelSpec, work: Workload, *, reading: int) -> int:
         read = max(read, _scoring_bytes(draft, work, seats))
     paths = PATH_BYTES * (2 * work.tree_budget + width * DRAFT_BRANCH)
     rows = work.draft_rows * (2 * width + seats * (work.draft_rows + 2 * _INDEX_BYTES))
+    if draft.is_head:
+        # While a chunk is joined: embeddings, their norms, both halves side by side, and a norm's float32 copies.
+        row_bytes = draft.hidden_size * DTYPE_BYTES[work.dtype]
+        joining = min(reading, work.chunk_rows) * (4 * row_bytes + 2 * draft.hidden_size * _FLOAT_BYTES)
+        read = max(read, joining) + 2 * reading * row_bytes  # the target's states, and the layer's input
+        rows += (seats * (1 + work.draft_rows) + 2 * width) * row_bytes  # outputs, which children read
     return max(read, grown + paths + rows)
+
+
+def _unread_bytes(draft: ModelSpec, work: Workload) -> int:
+    """Return the bytes of the target's states that a head keeps unread; none for other drafts."""
+    rows = work.seats * (UNREAD_STATES + 1) if draft.is_head else 0
+    return rows * draft.hidden_size * DTYPE_BYTES[work.dtype]
 
 
 def _scoring_bytes(draft: ModelSpec, work: Workload, rows: int) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from specchat.hardware.machine import Machine
-from specchat.planner.cost import RETRIEVAL_ACCEPTANCE, TYPICAL_ACCEPTANCE, Acceptance
+from specchat.planner.cost import MTP_ACCEPTANCE, RETRIEVAL_ACCEPTANCE, TYPICAL_ACCEPTANCE, Acceptance
 from specchat.planner.rates import Rates
 from specchat.planner.statistics import RETRIEVAL, Statistics
 from specchat.records.model import ModelSource, ModelSpec, Quant
@@ -26,6 +26,7 @@ class PlanRequest:
         lowers_for_speed: whether "auto" may lower the precision of a target that fits, to gain speed.
         samples: whether answers are sampled rather than greedy; the accepted length depends on this.
         retrieval: whether draft nodes may come from the text itself, with a draft model or without.
+        head: head among the target's files that may draft instead of `draft`; None without one.
     """
 
     target: ModelSource
@@ -35,6 +36,7 @@ class PlanRequest:
     lowers_for_speed: bool = True
     samples: bool = False
     retrieval: bool = False
+    head: ModelSource | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class PlanInputs:
         prior: typical acceptance of similar pairs.
         statistics: results of earlier chats.
         lower_drafts: sizes of the draft in lower precisions that the planner may choose.
+        heads: sizes of the head that may draft instead, in the precisions that the planner may choose.
     """
 
     machine: Machine
@@ -60,6 +63,7 @@ class PlanInputs:
     prior: Acceptance = TYPICAL_ACCEPTANCE
     statistics: Statistics = field(default_factory=Statistics)
     lower_drafts: tuple[ModelSpec, ...] = ()
+    heads: tuple[ModelSpec, ...] = ()
 
     def acceptance(self, target: ModelSpec, draft: ModelSpec | None, *, samples: bool) -> Acceptance:
         """Return the acceptance of a pair: measured in earlier chats if they had enough steps, else typical.
@@ -71,4 +75,5 @@ class PlanInputs:
         """
         if draft is None:
             return self.statistics.acceptance(target.name, RETRIEVAL, RETRIEVAL_ACCEPTANCE, samples=samples)
-        return self.statistics.acceptance(target.name, draft.name, self.prior, samples=samples)
+        prior = MTP_ACCEPTANCE if draft.is_head else self.prior
+        return self.statistics.acceptance(target.name, draft.name, prior, samples=samples)

@@ -44,6 +44,9 @@ SCAN_BLOCK_ROWS, SCAN_CHANNEL_ROWS = 64, 16
 # an answer is drawn again, and the end of its history, to which templates that strip thinking go back in every turn.
 MOST_RESTORE_POINTS, LEAST_RESTORE_POINTS = 12, 2
 
+# States of the target that a head keeps unread for each sequence; longer texts are read before the next pass.
+UNREAD_STATES = 64
+
 # Packs are read in chunks of this size, each with its own checksum; the hardware probe measures reads of this size.
 READ_CHUNK_BYTES = 16 * MIB
 # Queue depth 2 saturates NVMe when idle. Under CPU load threads submit late, so use 4. On an idle machine, 2 to 4

@@ -39,12 +39,14 @@ class ModelSource:
         path: local folder with config.json and safetensors files.
         revision: hub commit; None for local folders.
         label: note that every output must show for models that are not real (the demo, shapes); "" for real models.
+        part: part of the files that is meant: "mtp" for the layer that guesses further tokens; "" for the model.
     """
 
     name: str
     path: Path
     revision: str | None = None
     label: str = ""
+    part: Literal["", "mtp"] = ""
 
     @property
     def is_toy(self) -> bool:
@@ -167,13 +169,17 @@ class Activations:
     num_masks: int
 
 
+# End of the architecture's name of a head.
+HEAD_SUFFIX = " MTP"
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """Sizes of a model, from its config.json and file headers alone.
 
     Attributes:
         name: model name as the user typed it, for messages.
-        architecture: class name in transformers.
+        architecture: class name in transformers; with `HEAD_SUFFIX` for a head of such a model.
         vocab_size, hidden_size, num_layers: V, hidden width, L.
         mlp_size: width of the MLP's inner activation for one row, all active experts together.
         num_heads: number of query heads, H.
@@ -220,6 +226,11 @@ class ModelSpec:
 
     def __hash__(self) -> int:  # hashing every field would cost more than the cached results save
         return hash((self.name, self.quant, self.num_params))
+
+    @property
+    def is_head(self) -> bool:
+        """Whether this is a head, which reads the target's states and shares its embeddings and scores."""
+        return self.architecture.endswith(HEAD_SUFFIX)
 
     @cached_property
     def kv_numbers_per_row(self) -> int:

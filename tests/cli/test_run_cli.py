@@ -81,7 +81,6 @@ def fails(result, code, *words):
         (["run", "demo", "hi", "--plan", "--json-stream"], ["--plan"]),
         (["run", "demo", "hi", "-q", "-v"], ["--quiet", "--verbose"]),
         (["run", "demo", "hi", "--draft", "self"], ["self", "not available in this version"]),
-        (["run", "demo", "hi", "--draft", "mtp+retrieval"], ["mtp", "not available in this version"]),
         (["run", "demo", "hi", "--draft", "none+retrieval"], ["--draft none", "use --draft retrieval"]),
         (["run", "demo"], ["empty"]),
         (["run", "demo", ""], ["empty"]),
@@ -303,6 +302,16 @@ def test_text_and_json_stream_have_the_same_answer(answer, specchat):
     assert "".join(delta["text"] for delta in deltas) == done["message"]["content"] == expected["message"]["content"]
     assert [i for delta in deltas for i in delta["token_ids"]] == done["token_ids"] == expected["token_ids"]
     assert (done["type"], done["draft"]) == ("done", None)
+
+
+def test_the_head_of_the_demo_writes_the_same_text(answer, specchat):
+    expected, drafted = json.loads(answer.stdout), specchat(*QUESTION, "--draft", "mtp", "--json")
+    result = json.loads(drafted.out)
+    assert (result["draft"], result["retrieval"]) == ("mtp", False)
+    assert "draft mtp" in drafted.err and "warning" not in drafted.err
+    assert result["token_ids"] == expected["token_ids"]
+    (source,) = result["speculation"]["by_source"]
+    assert source["source"] == "mtp" and source["accepted"] > 0
 
 
 def test_small_budget_streams_and_keeps_the_text(answer, specchat):

@@ -7,7 +7,7 @@ steps depend only on the seed, so thresholds here do not depend on timing.
 from __future__ import annotations
 
 import pytest
-from support.acceptance import CTX, Acceptance, load_demo, measure, model_drafter, prompts
+from support.acceptance import CTX, Acceptance, load_demo, measure, model_drafter, mtp_drafter, prompts
 from support.growths import Eagle2Drafter, FixedBeamDrafter
 from support.specexec import SpecExecDrafter
 
@@ -63,6 +63,23 @@ def test_never_below_other_growths(token_lists: list[list[int]], other: str, sam
     mine, theirs = ours(sampling, budget, token_lists), other_growth(other, sampling, budget, token_lists)
     print(f"\n{other}, budget {budget}: {mine.tokens_per_step:.2f} against {theirs.tokens_per_step:.2f}")
     assert mine.tokens_per_step >= theirs.tokens_per_step
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sampling", "least"), [(GREEDY, 4.3), (SAMPLED, 3.4)], ids=["greedy", "t0.7"])
+def test_the_head_of_the_demo(token_lists: list[list[int]], sampling: Sampling, least: float):
+    """A head that was trained for a few minutes, beside the draft model that was trained with the target.
+
+    After the first step of each answer the draft model writes 3.85 and 3.32 tokens per step, the head 4.34 and 3.46.
+    Over the seeds 7 to 9, these are 3.67 and 3.56 at t=0.7.
+    """
+    alone = measure(lambda target: mtp_drafter(target, 64), 64, sampling, token_lists)
+    both = measure(lambda target: mtp_drafter(target, 64, free_sources(1)), 64, sampling, token_lists)
+    model = ours(sampling, 64, token_lists)
+    for name, each in (("head", alone), ("head+retrieval", both), ("draft model", model)):
+        print(f"\n{name}: {each.tokens_per_step:.2f}, after the first step {each.after_first:.2f}")
+    assert alone.after_first >= least
+    assert both.tokens_per_step >= 0.99 * alone.tokens_per_step
 
 
 @pytest.mark.slow

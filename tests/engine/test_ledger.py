@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.engines import NOTHING, make_plan, random_prompt
+from support.heads import LAYOUTS, head_of, random_target, save_with_mtp
 from support.loading import changed, load_engine
 from support.quantized import Kind, awq, block_fp8, compressed, gptq, save_quantized
 from support.threads import watched_threads
@@ -19,6 +20,7 @@ from support.tiny_models import VOCAB, make_config, perturbed, random_model, sav
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from specchat.engine.drafting.head_check import HeadCheck
 from specchat.errors import AllocationError
 from specchat.models.sizes.describe import describe
 from specchat.models.sizes.geometry import dequantize_bytes
@@ -139,6 +141,18 @@ def check_ledger(case: Case, target: ModelSource, draft: ModelSource, quant: Qua
     promised = total(plan.ledger, weights=False)
     print(f"{case}: measured {living.peak:,}, promised {promised:,}, {promised / living.peak:.3f}")
     assert living.peak <= promised <= 1.25 * living.peak + pieces
+
+
+HEAD_CASES = [Case("qwen3", 240, 16, "fp32"), Case("deepseek_v3", 224, 32, "fp32"), Case("qwen3", 192, 64, "bf16")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", HEAD_CASES, ids=lambda case: f"{case.architecture}-{case.dtype}-{case.tree_budget}")
+def test_ledger_and_memory_of_a_head(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A head reads the states of a whole prompt before its first tree."""
+    monkeypatch.setattr(HeadCheck, "compare", lambda *_: None)  # a random head would be given up
+    target = save_with_mtp(random_target(case.architecture), tmp_path / "target", LAYOUTS[case.architecture])
+    check_ledger(case, target, head_of(target))
 
 
 SHARED_CASES = [

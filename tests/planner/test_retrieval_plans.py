@@ -95,6 +95,8 @@ def test_a_draft_model_is_joined_by_retrieval():
         ("retrieval+org/x", "org/x", True),
         ("auto+retrieval", "auto", True),
         ("./a+b", "./a+b", False),
+        ("mtp", "mtp", False),
+        ("mtp+retrieval", "mtp", True),
     ],
 )
 def test_words_of_the_draft_option(draft: str, model: str, retrieval: bool):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from specchat.engine.drafting.drafter import Drafter, ModelDrafter
+from specchat.engine.drafting.drafter import Drafter, ModelDrafter, TreeDrafter
+from specchat.engine.drafting.head_check import HeadCheck
+from specchat.engine.drafting.mtp import MtpHead
+from specchat.engine.drafting.sources import ProposingSource
 from specchat.engine.engine import Engine
 from specchat.engine.model import TreeModel
 from specchat.models.catalog.ref import demo_source
@@ -17,6 +21,7 @@ from specchat.records.chat import Message
 from specchat.records.generation import Sampling
 from specchat.records.model import ModelSource
 from support.engines import make_plan
+from support.heads import load_head
 from support.loading import load_model
 
 CTX = 1024
@@ -29,10 +34,17 @@ class Acceptance:
     num_tokens: int
     num_steps: int
     num_skipped: int
+    num_later_tokens: int = 0  # without the first step of each answer, in which heads cannot draft
+    num_later_steps: int = 0
 
     @property
     def tokens_per_step(self) -> float:
         return self.num_tokens / self.num_steps
+
+    @property
+    def after_first(self) -> float:
+        """Tokens per step without the first step of each answer."""
+        return self.num_later_tokens / self.num_later_steps
 
 
 def load_demo(role: str, rows: int) -> TreeModel:
@@ -54,6 +66,13 @@ def model_drafter(budget: int, **kwargs: object) -> ModelDrafter:
     return ModelDrafter(model, max_rows=rows, max_context=CTX, **kwargs)  # type: ignore[arg-type]
 
 
+def mtp_drafter(target: TreeModel, budget: int, proposers: Sequence[ProposingSource] = ()) -> TreeDrafter:
+    """The demo's own head, under its check."""
+    rows = 2 * budget
+    head = load_head(demo_source("target"), cache_rows=CTX + rows)
+    return TreeDrafter(MtpHead(head, target, max_rows=rows, check=HeadCheck()), proposers)
+
+
 def prompts() -> list[list[int]]:
     tokenizer = load_tokenizer(demo_source("target").path)
     lines = map(json.loads, PROMPTS.read_text().splitlines())
@@ -61,18 +80,29 @@ def prompts() -> list[list[int]]:
 
 
 def measure(
-    drafter: Drafter, budget: int, sampling: Sampling, token_lists: list[list[int]], max_tokens: int = 64
+    drafter: Drafter | Callable[[TreeModel], Drafter],
+    budget: int,
+    sampling: Sampling,
+    token_lists: list[list[int]],
+    max_tokens: int = 64,
 ) -> Acceptance:
-    """Total tokens and steps of answers of at most `max_tokens`; prompts beyond the context are skipped."""
+    """Total tokens and steps of answers of at most `max_tokens`; prompts beyond the context are skipped.
+
+    A drafter that reads the target's states is given as a function of the target.
+    """
     target, draft = demo_source("target"), demo_source("draft")
     plan = make_plan(target, draft, num_layers=8, ctx=CTX, tree_budget=budget)
-    engine = Engine(plan, load_demo("target", CTX + budget), drafter)
-    tokens = steps = skipped = 0
+    model = load_demo("target", CTX + budget)
+    engine = Engine(plan, model, drafter(model) if callable(drafter) else drafter)
+    tokens = steps = skipped = later_tokens = later_steps = 0
     for ids in token_lists:
         if len(ids) + max_tokens > CTX:
             skipped += 1
             continue
-        for step in engine.generate(ids, sampling, stop_ids=STOP_IDS, max_tokens=max_tokens):
+        for number, step in enumerate(engine.generate(ids, sampling, stop_ids=STOP_IDS, max_tokens=max_tokens)):
+            assert step.draft_lost is None
             tokens += len(step.token_ids)
             steps += 1
-    return Acceptance(tokens, steps, skipped)
+            later_tokens += len(step.token_ids) * (number > 0)
+            later_steps += number > 0
+    return Acceptance(tokens, steps, skipped, later_tokens, later_steps)

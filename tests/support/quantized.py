@@ -420,8 +420,14 @@ def save_quantized(
         skip: regular expression (anywhere in a module's path) of matrices that stay as they are, in bfloat16.
         others: regular expressions of modules that are quantized otherwise; config.json is `kind`'s all the same.
     """
-    dense = save(model, folder / "dense")
-    file = folder / "dense" / "model.safetensors"
+    return quantize_saved(save(model, folder / "dense"), folder, kind, skip=skip, others=others)
+
+
+def quantize_saved(
+    dense: ModelSource, folder: Path, kind: Kind, *, skip: str = USUAL, others: dict[str, Kind] | None = None
+) -> Pair:
+    """Quantizes a saved model, and writes into it what the quantized matrices mean; else as `save_quantized`."""
+    file = dense.path / "model.safetensors"
     stored, meant = {}, {}
     for number, (key, tensor) in enumerate(load_file(file).items()):
         module = key.removesuffix(".weight")
@@ -435,7 +441,7 @@ def save_quantized(
         meant[key] = own.unpack(parts, tuple(tensor.shape)).float()
     save_file(meant, file, {"format": "pt"})
     quantized = folder / "quantized"
-    shutil.copytree(folder / "dense", quantized)
+    shutil.copytree(dense.path, quantized)
     save_file(stored, quantized / "model.safetensors", {"format": "pt"})
     config = json.loads((quantized / "config.json").read_text())
     (quantized / "config.json").write_text(json.dumps({**config, "quantization_config": kind.config}))

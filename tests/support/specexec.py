@@ -74,6 +74,8 @@ class SpecExecDrafter:
     def observe(self, tails: Sequence[Sequence[int]], scores: torch.Tensor) -> None:
         pass
 
+    wants_states = False
+
     def commit(self, seat: int, path: Sequence[int], tokens: Sequence[int]) -> None:
         pass
 

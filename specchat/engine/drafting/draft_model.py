@@ -12,7 +12,7 @@ from torch import Tensor
 from specchat.engine.drafting.paths import Paths, TreeRows
 from specchat.engine.layout import PassLayout, RowLayout, linear_layout
 from specchat.engine.model import TreeModel
-from specchat.engine.sequence import TokenSequence
+from specchat.engine.sequence import FinalStates, TokenSequence
 from specchat.engine.tree import ROOT, common_prefix
 
 # Rows that a prompt has at least. Within a text, a step hands fewer rows to the draft, and recurrent layers can return
@@ -30,6 +30,8 @@ class DraftModel:
     """
 
     name = "model"
+    wants_states = False
+    expands_chains = True
 
     def __init__(self, model: TreeModel, *, max_rows: int, max_context: int) -> None:
         self.models: Sequence[TreeModel] = (model,)
@@ -88,6 +90,9 @@ class DraftModel:
         prefix = len(self._held[seat])
         self._model.cache.keep(seat, prefix, [prefix + row for row in rows])
         self._held[seat] += tokens
+
+    def receive(self, seat: int, states: FinalStates) -> None:
+        """Do nothing: the draft reads tokens alone."""
 
     def reset(self) -> None:
         """Empty the draft's cache."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -34,7 +34,7 @@ from specchat.engine.drafting.recycling import Recycling
 from specchat.engine.drafting.retrieval import Retrieval
 from specchat.engine.drafting.sources import ProposingSource, ScoringSource
 from specchat.engine.model import TreeModel
-from specchat.engine.sequence import TokenSequence
+from specchat.engine.sequence import FinalStates, TokenSequence
 from specchat.engine.tree import ROOT, TokenTree
 from specchat.records.generation import SourceWork
 from specchat.records.limits import DRAFT_BRANCH
@@ -86,6 +86,16 @@ class Drafter(Protocol):
             tokens: tokens that the target drew: those of the path, and the one after it.
         """
 
+    @property
+    def wants_states(self) -> bool:
+        """Whether the drafter reads the target's hidden states of committed rows."""
+
+    def receive(self, seat: int, states: FinalStates) -> None:
+        """Take the target's states of a seat's rows that became final, after `commit`; only if `wants_states`."""
+
+    def without_scores(self) -> None:
+        """Give up the source that scores nodes, because its scores are of no use; other sources go on."""
+
     def reset(self) -> None:
         """Drop all cached context of all seats."""
 
@@ -98,6 +108,7 @@ class NoDrafter:
 
     models: Sequence[TreeModel] = ()
     work: Sequence[SourceWork] = ()
+    wants_states = False
 
     def grow(
         self, sequences: Sequence[TokenSequence], policy: DraftPolicy, cancel: threading.Event | None
@@ -110,6 +121,12 @@ class NoDrafter:
 
     def commit(self, seat: int, path: Sequence[int], tokens: Sequence[int]) -> None:
         """Do nothing: nothing was drafted."""
+
+    def receive(self, seat: int, states: FinalStates) -> None:
+        """Do nothing: nothing is drafted."""
+
+    def without_scores(self) -> None:
+        """Do nothing: nothing scores."""
 
     def reset(self) -> None:
         """Do nothing: nothing is cached."""
@@ -165,10 +182,10 @@ class TreeDrafter:
     ) -> list[TokenTree]:
         """Draft trees of the best paths; stop when another draft pass cannot change them or would not save time."""
         self._grown, self.work = {}, ()
-        growing = [sequence for sequence in sequences if self._sources.max_depth(sequence) > 0]
+        sources, growing = self._sources.serving(sequences)
         if growing and policy.should_draft():
             roots = Roots(len(sequences), sum(len(sequence.pending) for sequence in sequences))
-            self._grow(growing, policy, roots, cancel)
+            self._grow(sources, growing, policy, roots, cancel)
         nothing = _Grown(TokenTree(), [], [])
         return [self._grown.get(sequence.seat, nothing).tree for sequence in sequences]
 
@@ -182,14 +199,30 @@ class TreeDrafter:
         grown = self._grown.pop(seat, None)
         if grown is None:
             return
-        if self._scorer is not None:
+        if self._sources.scorer is not None:
             known = [node for node in path if grown.rows[node] >= 0]
-            self._scorer.commit(seat, [grown.rows[node] for node in known], [grown.tree.tokens[node] for node in known])
+            self._sources.scorer.commit(
+                seat, [grown.rows[node] for node in known], [grown.tree.tokens[node] for node in known]
+            )
         for node in path:
             self._proposers.count_accepted(self._names.index(grown.tree.sources[node]))
         for node, token in zip((ROOT, *path), tokens, strict=False):  # a broken walk draws no last token
             if grown.asked[node + 1] >= 0:
                 self._proposers.learn(grown.asked[node + 1], token)
+
+    @property
+    def wants_states(self) -> bool:
+        """Whether the scoring source reads the target's states."""
+        return self._sources.scorer is not None and self._sources.scorer.wants_states
+
+    def receive(self, seat: int, states: FinalStates) -> None:
+        """Hand the target's states to the scoring source."""
+        if self._sources.scorer is not None:
+            self._sources.scorer.receive(seat, states)
+
+    def without_scores(self) -> None:
+        """Draft with the proposing sources alone from now on."""
+        self._sources = replace(self._sources, scorer=None)
 
     def reset(self) -> None:
         """Empty the draft's cache, and forget all texts."""
@@ -205,6 +238,7 @@ class TreeDrafter:
 
     def _grow(
         self,
+        sources: Sources,
         sequences: Sequence[TokenSequence],
         policy: DraftPolicy,
         roots: Roots,
@@ -213,22 +247,23 @@ class TreeDrafter:
         """Grow a tree for each sequence, together.
 
         Args:
+            sources: sources of the trees.
             sequences: sequences whose trees may have nodes.
             policy: sizes of the trees.
             roots: the target's pass without nodes.
             cancel: event that stops drafting.
         """
         begin = time.perf_counter()
-        growth = Growth(self._sources, sequences, policy, roots, cancel)
+        growth = Growth(sources, sequences, policy, roots, cancel)
         paths = growth.run()
         asked_roots = growth.asked_roots or [-1] * len(sequences)
         for tree, sequence in enumerate(sequences):
             of_tree = paths.of_tree(tree) if len(sequences) > 1 else paths
             self._grown[sequence.seat] = self._finished(of_tree, asked_roots[tree])
         self.work = self._proposers.work
-        if self._scorer is not None:
+        if sources.scorer is not None:
             seconds = time.perf_counter() - begin - sum(each.draft_s for each in self.work)
-            self.work = (SourceWork(self._scorer.name, seconds, growth.passes), *self.work)
+            self.work = (SourceWork(sources.scorer.name, seconds, growth.passes), *self.work)
 
     def _finished(self, paths: Paths, asked_root: int) -> _Grown:
         """Return the tree of paths that all are in one tree."""

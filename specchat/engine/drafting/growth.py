@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -53,6 +53,17 @@ class Sources:
     def max_depth(self, sequence: TokenSequence) -> int:
         """Return the most levels of a tree below the sequence's last token."""
         return sequence.max_depth if self.scorer is None else self.scorer.max_depth(sequence)
+
+    def serving(self, sequences: Sequence[TokenSequence]) -> tuple[Sources, list[TokenSequence]]:
+        """Return the sources of the next trees, and the sequences that they serve.
+
+        A head serves no sequence whose prompt is still to be read. If there are no others, the sources without scores
+        serve all of them.
+        """
+        if self.scorer is None and not self.proposers.sources:
+            return self, []
+        served = [sequence for sequence in sequences if self.max_depth(sequence) > 0]
+        return (self, served) if served or self.scorer is None else replace(self, scorer=None).serving(sequences)
 
 
 class Growth:
@@ -160,7 +171,9 @@ class Growth:
         if not self._sources.proposers.sources:
             return paths
         while nodes := [node for node in self._open(paths, scorer).tolist() if paths.asked[node] < 0]:
-            paths = self._with_proposed(paths, nodes, self._ask(paths, nodes), least=_LIKELY)
+            asked = self._ask(paths, nodes)
+            if scorer.expands_chains:
+                paths = self._with_proposed(paths, nodes, asked, least=_LIKELY)
         return paths
 
     def _ask(self, paths: Paths, nodes: Sequence[int]) -> list[int]:

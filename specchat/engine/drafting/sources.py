@@ -11,7 +11,7 @@ from torch import Tensor
 
 from specchat.engine.drafting.paths import Paths
 from specchat.engine.model import TreeModel
-from specchat.engine.sequence import TokenSequence
+from specchat.engine.sequence import FinalStates, TokenSequence
 
 # Most tokens before a node that a proposing source is shown: longer repeats are no more certain.
 TAIL = 16
@@ -36,13 +36,17 @@ class ScoringSource(Protocol):
     Attributes:
         name: name of the source.
         models: models that the source holds in memory.
+        wants_states: whether the source reads the target's states, which `receive` hands over.
+        expands_chains: whether a pass can compute a node together with its descendants.
     """
 
     name: str
     models: Sequence[TreeModel]
+    wants_states: bool
+    expands_chains: bool
 
     def max_depth(self, sequence: TokenSequence) -> int:
-        """Return the most levels of a tree below the sequence's last token."""
+        """Return the most levels of a tree below the sequence's last token; 0 if the source cannot score the tree."""
 
     def begin(self, sequences: Sequence[TokenSequence], cancel: threading.Event | None) -> tuple[Tensor, int]:
         """Begin a tree for each sequence.
@@ -60,6 +64,9 @@ class ScoringSource(Protocol):
 
     def commit(self, seat: int, rows: Sequence[int], tokens: Sequence[int]) -> None:
         """Keep rows of a seat's last tree: those of the accepted nodes that were expanded, with their tokens."""
+
+    def receive(self, seat: int, states: FinalStates) -> None:
+        """Take the target's states of rows that became final, after `commit`; see `Drafter.receive`."""
 
     def reset(self) -> None:
         """Drop all cached context of all seats."""

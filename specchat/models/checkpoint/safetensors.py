@@ -101,6 +101,16 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, MappingProxyType(tensors))
 
 
+def open_single(file: Path) -> Checkpoint:
+    """Read and check the header of one safetensors file beside a model's own, but no tensors.
+
+    Raises:
+        CorruptCheckpointError: an invalid header, or a file of the wrong size.
+        UnsupportedModelError: a tensor in a dtype that specchat does not read.
+    """
+    return Checkpoint(file.parent, MappingProxyType(_merge([file])))
+
+
 def weight_files(folder: Path) -> list[Path]:
     """List the files of a model's weights; files that an index names may be missing.
 

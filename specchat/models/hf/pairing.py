@@ -17,7 +17,7 @@ def check_pair(target: ModelSource, draft: ModelSource) -> None:
     Raises:
         VocabularyMismatchError: too many tokens differ.
     """
-    if same_tokenizer_file(target.path, draft.path):
+    if target.path == draft.path or same_tokenizer_file(target.path, draft.path):
         return
     from specchat.models.hf.tokenizer import load_tokenizer
 

@@ -40,11 +40,12 @@ def prepare(
     if small or weights.reader.is_streamable:
         return None
     with CheckpointLayers(weights) as layers:
-        key = key_for(source, weights.checkpoint, dtype, quantizer)
+        key = key_for(source, weights.checkpoint, dtype, f"{source.part}: {quantizer}" if source.part else quantizer)
         pack = open_pack(key, warn)
         if pack is not None and pack.fits(layers):
             return pack
+        name = f"the {source.part} layer of {source.path.name}" if source.part else source.name
         size = format_bytes(sum(p.nbytes for p in weights.skeleton.model.parameters()))
-        what = f"repacking {source.name} as {dtype}" if recipe is None else f"packing {source.name} as {recipe.name}"
+        what = f"repacking {name} as {dtype}" if recipe is None else f"packing {name} as {recipe.name}"
         warn(f"{what} ({size}) in {packs_folder() / key}, which may be deleted afterwards")
-        return build_pack(key, layers, name=source.name, dtype=dtype, quantizer=quantizer, progress=progress, warn=warn)
+        return build_pack(key, layers, name=name, dtype=dtype, quantizer=quantizer, progress=progress, warn=warn)

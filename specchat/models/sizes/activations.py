@@ -36,7 +36,7 @@ _Place = Literal["outside", "entry", "layer"]
 
 def profiling_skeleton(config: Any) -> Skeleton:
     """Build the modules of `config` for `profile_activations`, in float32."""
-    return build_skeleton(config, torch.float32, _attention)
+    return build_skeleton(config, torch.float32, profiling_attention)
 
 
 def profile_activations(skeleton: Skeleton, dtype: torch.dtype) -> Activations | None:
@@ -223,7 +223,7 @@ def _unchanged(config: Any, hidden: Tensor, *_: Any, **__: Any) -> Any:
     return layer_output(config, hidden)
 
 
-def _attention(
+def profiling_attention(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,

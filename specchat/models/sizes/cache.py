@@ -45,7 +45,8 @@ def key_of(source: ModelSource, quant: str) -> str | None:
         config = read_regular(source.path / "config.json")
         is_quantized = any(word in config for word in _QUANTIZED) or (source.path / MODELOPT_FILE).is_file()
         files = [] if quant == "check" else _stamps(source.path, needed=is_quantized)
-        facts = [hashlib.sha256(config).hexdigest(), quant, files, SPEC_VERSION, library_versions()]
+        part = [source.part] if source.part else []
+        facts = [hashlib.sha256(config).hexdigest(), quant, files, SPEC_VERSION, library_versions(), *part]
     except (OSError, ModelError):  # describing the model reports the error
         return None
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]

@@ -11,6 +11,7 @@ from specchat.models.gguf.tensors import open_tensors
 from specchat.models.hf.config import load_config, max_positions, mlp_size, tiny_config
 from specchat.models.hf.config_values import why_not_built
 from specchat.models.hf.kv_shapes import record_kv_shapes
+from specchat.models.hf.mtp import without_shared
 from specchat.models.hf.refusals import CANNOT_SHRINK, refusing
 from specchat.models.hf.skeleton import Skeleton, build_skeleton, lookup_embeddings
 from specchat.models.hf.wrappers import wrapper_type
@@ -18,8 +19,10 @@ from specchat.models.quant.modules import quant_linears, segment_names
 from specchat.models.sizes import activations
 from specchat.models.weights.choose_recipe import assume_recipe, choose_recipe
 from specchat.models.weights.match import match_checkpoint
+from specchat.models.weights.mtp import open_mtp
+from specchat.models.weights.open import open_reader
 from specchat.models.weights.recipe import Recipe, apply_recipe
-from specchat.records.model import Activations, Dtype, ModelSource, ModelSpec, ParamSize, Quant
+from specchat.records.model import HEAD_SUFFIX, Activations, Dtype, ModelSource, ModelSpec, ParamSize, Quant
 
 
 def inspect_model(source: ModelSource, quant: Quant) -> ModelSpec:
@@ -33,6 +36,8 @@ def inspect_model(source: ModelSource, quant: Quant) -> ModelSpec:
         CorruptCheckpointError, UnsupportedModelError: faults that `load_config` and `choose_recipe` report.
         UsageError: a pre-quantized model with another quantization requested.
     """
+    if source.part == "mtp":
+        return _inspect_mtp(source, quant)
     config, checkpoint = load_config(source.path), _checkpoint_here(source)
     with refusing(config.model_type, why_not_built(config)):
         if checkpoint is None:
@@ -40,6 +45,7 @@ def inspect_model(source: ModelSource, quant: Quant) -> ModelSpec:
         else:
             skeleton, checkpoint = match_checkpoint(config, checkpoint, activations.profiling_skeleton)
         of_architecture = _measure(config, skeleton)  # before modules are replaced
+        of_architecture["narrowed_bytes"] = _narrowed_bytes(config)
     if checkpoint is not None or has_weights(source.path):
         recipe: Recipe | None = choose_recipe(source, skeleton, quant, checkpoint)
     else:
@@ -66,6 +72,36 @@ def inspect_model(source: ModelSource, quant: Quant) -> ModelSpec:
     )
 
 
+def _inspect_mtp(source: ModelSource, quant: Quant) -> ModelSpec:
+    """Measure the sizes of a model's MTP head, without the embeddings and the scores that are the target's.
+
+    Raises:
+        UsageError: the model has no MTP layer.
+        CorruptCheckpointError: a tensor of the layer is missing, or has another shape than the target's layers.
+    """
+    whole, checkpoint = open_mtp(source, torch.float32, activations.profiling_attention)
+    config = whole.config
+    narrow = open_mtp(source, torch.bfloat16, activations.profiling_attention)[0]
+    narrowed_bytes = _outer_buffer_bytes(whole) - _outer_buffer_bytes(narrow)
+    of_architecture = _measure(config, whole) | {"narrowed_bytes": narrowed_bytes}
+    skeleton = without_shared(whole)
+    of_architecture["architecture"] += HEAD_SUFFIX
+    of_architecture["num_params"] = sum(p.numel() for p in skeleton.model.parameters())
+    recipe = choose_recipe(source, skeleton, quant, checkpoint)
+    open_reader(skeleton, checkpoint, recipe).close()  # checks the tensors, and replaces the matrices
+    (layer,) = skeleton.layers
+    outside = [p for name, p in skeleton.model.named_parameters() if not name.startswith(f"{skeleton.layers_name}.")]
+    return ModelSpec(
+        **of_architecture,
+        name=source.name,
+        dtype=_checkpoint_dtype(config, checkpoint),
+        layer_params=(_param_sizes(layer),),
+        other_params=tuple(_param_size(parameter, is_segment=False) for parameter in outside),
+        quant=quant if recipe is None else recipe.name,
+        quant_shapes=tuple(sorted({linear.shape for _, linear in quant_linears(skeleton.model)})),
+    )
+
+
 def _measure(config: Any, skeleton: Skeleton) -> dict[str, Any]:
     """Return the fields of a description that do not depend on the quantization, and move the skeleton to meta."""
     return {
@@ -80,7 +116,6 @@ def _measure(config: Any, skeleton: Skeleton) -> dict[str, Any]:
         "num_layer_params": sum(map(_num_params, skeleton.layers)) + _num_shared_params(skeleton),
         "buffer_bytes": sum(b.nbytes for b in skeleton.model.buffers()),
         "kv_shapes": record_kv_shapes(skeleton),
-        "narrowed_bytes": _narrowed_bytes(config),
         "activations": _profiled(skeleton),  # `dequantize_bytes` covers the scratch memory of quantized modules
     }
 
@@ -104,9 +139,13 @@ def _narrowed_bytes(config: Any) -> int:
     with refusing(config.model_type, CANNOT_SHRINK):
         tiny = tiny_config(config)
         wide, narrow = (build_skeleton(tiny, dtype) for dtype in (torch.float32, torch.bfloat16))
-    layers = {id(b) for skeleton in (wide, narrow) for layer in skeleton.layers for b in layer.buffers()}
-    sums = [sum(b.nbytes for b in skeleton.model.buffers() if id(b) not in layers) for skeleton in (wide, narrow)]
-    return int(sums[0] - sums[1])
+    return _outer_buffer_bytes(wide) - _outer_buffer_bytes(narrow)
+
+
+def _outer_buffer_bytes(skeleton: Skeleton) -> int:
+    """Return the bytes of the buffers outside the layers."""
+    layers = {id(buffer) for layer in skeleton.layers for buffer in layer.buffers()}
+    return sum(buffer.nbytes for buffer in skeleton.model.buffers() if id(buffer) not in layers)
 
 
 def _profiled(skeleton: Skeleton) -> dict[int, Activations]:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from functools import partial
 
+import torch
+
 from specchat.closing import Closeable
 from specchat.models.checkpoint.dtypes import torch_dtype
 from specchat.models.checkpoint.safetensors import Checkpoint
@@ -11,11 +13,13 @@ from specchat.models.hf.attention import AttentionFunction
 from specchat.models.hf.config import load_config
 from specchat.models.hf.config_values import why_not_built
 from specchat.models.hf.kv_shapes import record_kv_shapes
+from specchat.models.hf.mtp import without_shared
 from specchat.models.hf.refusals import refusing
 from specchat.models.hf.skeleton import Skeleton, build_skeleton
 from specchat.models.weights.checkpoint_recipe import CheckpointRecipe
 from specchat.models.weights.choose_recipe import choose_recipe
 from specchat.models.weights.match import match_checkpoint
+from specchat.models.weights.mtp import open_mtp
 from specchat.models.weights.prequantized import PrequantizedFiller
 from specchat.models.weights.quantizing import QuantizingFiller
 from specchat.models.weights.reader import WeightReader
@@ -70,17 +74,29 @@ def open_weights(
     Raises:
         CorruptCheckpointError: a parameter has no tensor, or one of another shape.
         UnsupportedModelError: an architecture or quantization that specchat does not read.
-        UsageError: a pre-quantized model with another quantization requested.
+        UsageError: a pre-quantized model with another quantization requested, or a model without the part.
     """
-    config, checkpoint = load_config(source.path), open_tensors(source.path)
-    build = partial(build_skeleton, dtype=torch_dtype(dtype), attention=attention)
-    with refusing(config.model_type, why_not_built(config)):
-        skeleton, checkpoint = match_checkpoint(config, checkpoint, build)
+    if source.part == "mtp":
+        skeleton, checkpoint = open_mtp(source, torch_dtype(dtype), attention)
+    else:
+        skeleton, checkpoint = _open_whole(source, torch_dtype(dtype), attention)
     if attention is not None and len(kv_shapes) != len(skeleton.layers):
         kv_shapes = record_kv_shapes(skeleton)  # before modules are replaced
+    if source.part == "mtp":
+        skeleton = without_shared(skeleton)
     recipe = choose_recipe(source, skeleton, quant, checkpoint)
     reader = open_reader(skeleton, checkpoint, recipe)
     return ModelWeights(source, dtype, skeleton, checkpoint, recipe, reader, kv_shapes)
+
+
+def _open_whole(
+    source: ModelSource, dtype: torch.dtype, attention: AttentionFunction | None
+) -> tuple[Skeleton, Checkpoint]:
+    """Return the modules of a whole model, and its checkpoint under keys that belong to them."""
+    config, checkpoint = load_config(source.path), open_tensors(source.path)
+    build = partial(build_skeleton, dtype=dtype, attention=attention)
+    with refusing(config.model_type, why_not_built(config)):
+        return match_checkpoint(config, checkpoint, build)
 
 
 def open_reader(

@@ -82,7 +82,9 @@ class WeightReader(Closeable):
         self._skeleton = skeleton
         self._checkpoint = checkpoint
         self._filler = filler
-        self._dtype: torch.dtype = next(skeleton.model.parameters()).dtype
+        segments = segment_names(skeleton.model)
+        plain = (parameter for name, parameter in skeleton.model.named_parameters() if name not in segments)
+        self._dtype: torch.dtype = next(plain).dtype
         self._plan = plan_weights(skeleton, checkpoint.tensors, is_pack=is_pack)
         self._reader = TensorReader(checkpoint)
         self._scratch: Skeleton | None = None

@@ -1,0 +1,177 @@
+"""The text with an MTP head is the target's own: every placement, budget and sampling, batches, interrupts and undo."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import reference
+from support.engines import NOTHING, make_plan, random_prompt, write
+from support.heads import LAYOUTS, engine_with_head, head_of, random_target, save_with_mtp
+from support.hybrids import OneByOne
+from support.loading import load_engine
+from support.tiny_models import VOCAB
+
+from specchat.records.generation import Request, Sampling
+from specchat.records.model import ModelSource
+
+HYBRIDS = {"qwen3_5_text", "qwen3_next"}
+SAMPLINGS = {"greedy": Sampling(), "t0.8": Sampling(temperature=0.8, seed=5)}
+STREAMING = ("all", "half", "none")
+NUM_TOKENS = 20
+NUM_LAYERS = 4
+Case = tuple[str, str, int, str, bool]  # architecture, streamed layers, budget, sampling, retrieval
+
+
+@dataclass
+class Targets:
+    """Targets with heads and their texts, made on first use."""
+
+    root: Path
+
+    def __post_init__(self) -> None:
+        self._models: dict[str, Any] = {}
+        self._sources: dict[str, ModelSource] = {}
+        self._texts: dict[tuple[str, str, int], reference.Reference] = {}
+
+    def source(self, architecture: str) -> ModelSource:
+        if architecture not in self._sources:
+            model = self._models[architecture] = random_target(architecture)
+            self._sources[architecture] = save_with_mtp(model, self.root / architecture, LAYOUTS[architecture])
+        return self._sources[architecture]
+
+    def text(self, architecture: str, sampling: str, seed: int = 11) -> reference.Reference:
+        self.source(architecture)
+        key = architecture, sampling, seed
+        if key not in self._texts:
+            model, prompt = self._models[architecture], random_prompt(18, VOCAB, seed)
+            if architecture in HYBRIDS:
+                self._texts[key] = OneByOne(model).generate(prompt, SAMPLINGS[sampling], NUM_TOKENS)
+            else:
+                self._texts[key] = reference.generate(model, prompt, SAMPLINGS[sampling], NUM_TOKENS)
+        return self._texts[key]
+
+
+@pytest.fixture(scope="module")
+def targets(tmp_path_factory: pytest.TempPathFactory) -> Targets:
+    return Targets(tmp_path_factory.mktemp("mtp"))
+
+
+def check_text(expected: reference.Reference, ours: list[int]) -> None:
+    difference = expected.first_difference(ours)
+    assert difference is None or expected.is_near_tie(difference), (difference, ours, expected.tokens)
+
+
+def check(targets: Targets, case: Case) -> None:
+    architecture, streaming, budget, sampling, retrieval = case
+    expected = targets.text(architecture, sampling)
+    resident = {"all": (), "half": range(0, NUM_LAYERS, 2), "none": None}[streaming]
+    with engine_with_head(
+        targets.source(architecture),
+        NUM_LAYERS,
+        budget=budget,
+        resident=resident,
+        chunk_rows=24,
+        retrieval=retrieval,
+    ) as engine:
+        ours, steps = write(engine, expected.prompt, SAMPLINGS[sampling], NUM_TOKENS)
+    check_text(expected, ours)
+    assert retrieval or steps[0].tree_nodes == 0, "no states before the prompt is read"
+    drafted = [guess for step in steps[1:] for guess in step.guesses if guess.source == "mtp"]
+    assert sum(guess.offered for guess in drafted) > 0
+    assert (steps[0].streamed_bytes > 0) == (streaming != "none")
+
+
+FEW: list[Case] = [
+    ("qwen3", "all", 16, "greedy", False),
+    ("qwen3_5_text", "half", 64, "t0.8", True),
+]
+CROSS: list[Case] = list(
+    itertools.product(
+        ("deepseek_v3", "glm4_moe", "qwen3", "qwen3_5_text", "qwen3_next"),
+        STREAMING,
+        (1, 16, 64),
+        SAMPLINGS,
+        (False, True),
+    )
+)
+
+
+@pytest.mark.parametrize("case", FEW, ids=lambda case: "-".join(map(str, case)))
+def test_text_is_the_targets_own(targets: Targets, case: Case):
+    check(targets, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CROSS, ids=lambda case: "-".join(map(str, case)))
+def test_text_is_the_targets_own_full_cross(targets: Targets, case: Case):
+    check(targets, case)
+
+
+def test_a_batch_of_three_with_a_prompt_that_joins(targets: Targets):
+    """Each answer is the text alone, although prompts join passes in which other trees are verified."""
+    source = targets.source("qwen3_5_text")
+    expected = [targets.text("qwen3_5_text", "t0.8", seed) for seed in (11, 12, 13, 14)]
+    requests = [
+        Request(tuple(each.prompt), SAMPLINGS["t0.8"], NOTHING, length)
+        for each, length in zip(expected, (8, NUM_TOKENS, NUM_TOKENS, NUM_TOKENS), strict=True)
+    ]
+    texts, drafted = [list[int]() for _ in requests], 0
+    with engine_with_head(source, NUM_LAYERS, budget=32, seats=3, resident=(), chunk_rows=24) as engine:
+        for index, step in engine.generate_many(requests):
+            texts[index] += step.token_ids
+            drafted += step.tree_nodes
+    for each, ours, request in zip(expected, texts, requests, strict=True):
+        num_tokens = request.max_tokens or 0
+        check_text(reference.Reference(each.prompt, each.tokens[:num_tokens], each.margins), ours)
+    assert drafted > 0
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", pytest.param("qwen3_5_text", marks=pytest.mark.slow)])
+def test_interrupts_and_undo(targets: Targets, architecture: str):
+    """After an interrupt, an undo and another question, texts are the target's own, and drafts go on."""
+    expected = targets.text(architecture, "greedy")
+    prompt, text = expected.prompt, expected.tokens
+    with engine_with_head(targets.source(architecture), NUM_LAYERS, budget=32) as engine:
+        cancel = threading.Event()
+        taken: list[int] = []
+        for step in engine.generate(prompt, SAMPLINGS["greedy"], stop_ids=NOTHING, max_tokens=12, cancel=cancel):
+            taken += step.token_ids
+            if len(taken) >= 4:
+                cancel.set()
+        check_text(reference.Reference(prompt, text[: len(taken)], expected.margins), taken)
+        again, _ = write(engine, prompt, SAMPLINGS["greedy"], NUM_TOKENS)  # the same question
+        check_text(expected, again)
+        engine.truncate(len(prompt) // 2)
+        further, steps = write(engine, prompt, SAMPLINGS["greedy"], NUM_TOKENS)
+        check_text(expected, further)
+        assert sum(guess.accepted for step in steps for guess in step.guesses) > 0  # by luck: the head is random
+        other = targets.text(architecture, "greedy", 12)
+        check_text(other, write(engine, other.prompt, SAMPLINGS["greedy"], NUM_TOKENS)[0])
+        # a turn that goes on from the end of the last answer drafts at once, and writes what it writes anew
+        longer = [*other.prompt, *other.tokens, *random_prompt(5, VOCAB, 3)]
+        ours, steps = write(engine, longer, SAMPLINGS["greedy"], 8)
+        engine.forget()
+        assert write(engine, longer, SAMPLINGS["greedy"], 8)[0] == ours
+        assert steps[0].cached_rows >= len(other.prompt) and any(step.tree_nodes for step in steps[1:])
+
+
+def test_a_head_that_guesses_by_chance_is_given_up(targets: Targets):
+    """One warning, the target's own text, and retrieval goes on."""
+    source, prompt = targets.source("qwen3"), random_prompt(60, VOCAB)
+    plan = make_plan(source, head_of(source), num_layers=NUM_LAYERS, tree_budget=16, retrieval=True)
+    with load_engine(plan, source, None) as engine:
+        plain = write(engine, prompt, SAMPLINGS["greedy"], NUM_TOKENS)[0]
+    with load_engine(plan, source, head_of(source)) as engine:
+        ours, steps = write(engine, prompt, SAMPLINGS["greedy"], NUM_TOKENS)
+        again, later = write(engine, prompt, SAMPLINGS["greedy"], NUM_TOKENS)
+    assert ours == again == plain
+    warnings = [step.draft_lost for step in (*steps, *later) if step.draft_lost is not None]
+    assert len(warnings) == 1 and "mtp" in warnings[0] and "by chance" in warnings[0]
+    guesses = [guess for step in (*steps, *later) for guess in step.guesses]
+    assert {guess.source for guess in guesses if guess.offered} <= {"retrieval", "recycling"}
+    assert sum(guess.offered for guess in guesses) > 0
