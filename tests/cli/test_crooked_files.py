@@ -380,7 +380,7 @@ def test_an_index_that_leaves_its_folder(specchat, folder, name):
     index = folder / "model.safetensors.index.json"
     weight_map = json.loads(index.read_text())["weight_map"]
     change(index, weight_map=weight_map | {"model.norm.weight": name})
-    refused(specchat("run", str(folder), *ASKED), 3, "puts 'model.norm.weight' into", "which is not a shard")
+    refused(specchat("run", str(folder), *ASKED), 3, 'puts "model.norm.weight" into', "which is not a shard")
 
 
 PREFIXES = {
