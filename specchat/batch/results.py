@@ -139,7 +139,7 @@ class Results(Closeable):
         try:
             values = json.loads(text)
             line, settings, request = index(values["line"]), values["settings"], values["request"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UsageError(
                 f"line {number} of {self._path} is no result of specchat", hint="use another file for -o"
             ) from error
@@ -160,7 +160,7 @@ def first_settings(path: Path) -> str | None:
     try:
         with open_regular(path) as file:
             settings = json.loads(file.readline())["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None  # if the file is no file of results, `Results` says why
     return settings if isinstance(settings, str) else None
 

@@ -126,8 +126,11 @@ def read_questions(path: Path) -> tuple[Question, ...]:
 def _question(path: Path, number: int, line: str) -> Question:
     try:
         values = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{path} line {number} is not JSON: {error.msg}", hint=_FORM) from error
+    except RecursionError as error:
+        raise UsageError(f"{path} line {number} is nested too deeply", hint=_FORM) from error
+    except ValueError as error:  # invalid JSON, or a number with too many digits
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        raise UsageError(f"{path} line {number} is not JSON: {reason}", hint=_FORM) from error
     if not isinstance(values, dict):
         raise UsageError(f"{path} line {number} is not an object", hint=_FORM)
     for key, is_right in (("question_id", _is_id), ("category", _is_text), ("turns", _are_turns)):

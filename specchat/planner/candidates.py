@@ -204,9 +204,11 @@ class Candidates:
     def _drafts(self) -> tuple[ModelSpec | None, ...]:
         inputs = self._inputs
         given = () if inputs.draft is None else (inputs.draft, *inputs.lower_drafts)
-        if not self._request.draft_is_open:
-            return given or (None,)
-        return (*given, *inputs.heads, None)
+        if self._request.draft_is_open:
+            return (*given, *inputs.heads, None)
+        # A user who fixes the size of the trees or the draft's precision wants a draft, and a head is one.
+        heads = () if self._request.head is None else inputs.heads
+        return given or heads or (None,)
 
     def _tree_budgets(self, draft: ModelSpec | None) -> tuple[int, ...]:
         """Return the tree budgets to try."""

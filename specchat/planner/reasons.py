@@ -112,11 +112,12 @@ def _draft_quant_choice(
     """Return the choice of the draft's precision; empty if there was nothing to choose."""
     if request.choices.draft_quant != "auto":
         return [Choice("draft-quant", draft.quant, "asked for", pinned=True)]
-    if not inputs.lower_drafts:
+    if not (inputs.heads[1:] if draft in inputs.heads else inputs.lower_drafts):
         return []
     why = "same text, more layers resident" if draft.quant in LOWER_QUANTS else "not faster if quantized"
     other = best_other(
-        lambda c: c.draft is not None and c.draft.quant != draft.quant, lambda c: c.draft.quant if c.draft else ""
+        lambda c: c.draft is not None and c.draft.name == draft.name and c.draft.quant != draft.quant,
+        lambda c: c.draft.quant if c.draft else "",
     )
     return [Choice("draft-quant", draft.quant, why, alternative=other)]
 

@@ -16,7 +16,7 @@ from support.fake_engine import EOS, TOKENIZER
 
 from specchat.batch.job import Job, Progress
 from specchat.batch.prompts import read_prompts
-from specchat.batch.results import JobSettings, Results, line_digest
+from specchat.batch.results import JobSettings, Results, first_settings, line_digest
 from specchat.chat.settings import MAX_SEED
 from specchat.errors import UsageError
 from specchat.loading.sampling import SamplingChoices
@@ -24,6 +24,7 @@ from specchat.models.checkpoint.generation_config import GenerationDefaults
 from specchat.planner.statistics import SharedPass
 from specchat.records.generation import Sampling, Step
 
+DEEP = b"[" * 200_000
 SETTINGS = JobSettings("demo", None, "none", "fp32", max_tokens=40)
 
 
@@ -303,7 +304,8 @@ def test_a_torn_file_goes_on_where_it_was_whole(data: st.DataObject, tmp_path_fa
 
 @pytest.mark.parametrize(
     "line",
-    [b"", b"{", b"[1]", b"\xff\xfe", b"\x00" * 9, b'{"id": 1}', b'{"line": [1], "settings": "", "request": ""}'],
+    [b"", b"{", b"[1]", b"\xff\xfe", b"\x00" * 9, b'{"id": 1}', b'{"line": [1], "settings": "", "request": ""}', DEEP],
+    ids=lambda line: repr(line[:12]),
 )
 def test_a_bad_line_among_the_results_is_told(tmp_path: Path, line: bytes):
     there = many(tmp_path, 3)
@@ -314,3 +316,9 @@ def test_a_bad_line_among_the_results_is_told(tmp_path: Path, line: bytes):
         with pytest.raises(UsageError, match=f"line {content.splitlines().index(line) + 1} of .* no result"):
             there.run()
         assert there.out.read_bytes() == content
+
+
+def test_the_settings_of_a_file_that_is_no_result_are_not_known(tmp_path: Path):
+    path = tmp_path / "results.jsonl"
+    path.write_bytes(DEEP + b"\n")
+    assert first_settings(path) is None

@@ -38,6 +38,8 @@ def test_files_in_the_form_of_mt_bench(tmp_path):
     ("line", "words"),
     [
         ("{", "line 2 is not JSON"),
+        pytest.param("[" * 200_000, "line 2 is nested too deeply", id="deep"),
+        pytest.param("1" * 5000, "line 2 is not JSON: Exceeds the limit", id="long number"),
         ("[1]", "line 2 is not an object"),
         ({**GOOD, "turns": []}, "line 2 has no valid turns"),
         ({**GOOD, "turns": ["a", 1]}, "line 2 has no valid turns"),

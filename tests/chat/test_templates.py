@@ -8,11 +8,12 @@ import json
 import pytest
 import tokenizers
 from support.fake_engine import EOS, FakeEngine
+from support.threads import watched_threads
 from tokenizers import decoders, models, pre_tokenizers
 
 from specchat.chat.answer import Turn
 from specchat.chat.session import ChatSession
-from specchat.errors import UsageError
+from specchat.errors import AllocationError, UsageError
 from specchat.models.hf.tokenizer import load_tokenizer
 from specchat.records.chat import Message
 from specchat.records.generation import Sampling
@@ -252,3 +253,12 @@ def test_thinking_is_switched_in_a_chat(tokenizer):
     assert turn.message.content == "No and no"
     assert tokenizer.decode(session.engine.prompts[2]).endswith("<|im_start|>assistant\nNo")
     assert session.context_used == len(tokenizer.encode(tokenizer.render(session.history, ending="none")))
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "template"])
+def test_a_lack_of_threads_is_no_fault_of_the_model(tokenizer, part):
+    tokenizer = tokenizer("chatml")
+    run = (lambda: tokenizer.encode("a")) if part == "tokenizer" else lambda: tokenizer.render(CHAT)
+    run()
+    with watched_threads(1), pytest.raises(AllocationError, match="thread"):
+        run()

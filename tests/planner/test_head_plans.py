@@ -81,6 +81,22 @@ def test_the_faster_of_a_draft_model_and_a_head_is_chosen():
     assert choose_plan(open_request(source), inputs(draft=large)).plan.draft == "mtp"
 
 
+def test_a_head_drafts_trees_of_a_fixed_size():
+    fixed = plan_request(TARGET, None, quant="none", retrieval=True, tree_budget=16, head=head_of(TARGET))
+    plan = choose_plan(fixed, inputs()).plan
+    assert (plan.draft, plan.work.tree_budget) == ("mtp", 16)
+    without = choose_plan(replace(fixed, head=None), inputs()).plan
+    assert without.draft is None
+    assert smaller_plan(fixed, inputs(), without).draft is None
+
+
+def test_the_precision_of_a_head_is_explained():
+    target = known_spec(TARGET.name)
+    heads = (head_like(target), replace(head_like(target), quant="int8"))
+    choices = choose_plan(open_request(), replace(inputs(), heads=heads)).choices
+    assert "draft-quant" in {choice.option for choice in choices}
+
+
 # --- from files ------------------------------------------------------------------------------------------------------
 
 

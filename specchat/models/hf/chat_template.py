@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from specchat.errors import UsageError, is_lack_of_memory
+from specchat.errors import AllocationError, UsageError, is_lack_of_memory
 from specchat.threads import run_within
 
 WITHOUT_TEMPLATE = "pass --base to continue the prompt as it stands, without the template"
@@ -47,6 +47,7 @@ class ChatTemplate:
 
         Raises:
             UsageError: the template refuses the chat, fails, takes too long, or renders too much.
+            AllocationError: there is no memory for a thread.
         """
         import jinja2
 
@@ -61,8 +62,8 @@ class ChatTemplate:
             reason = " ".join(str(error).split())
             raise UsageError(f"the model's chat template rejects this chat: {reason}") from error
         except Exception as error:  # templates are programs, which fail in any way
-            if is_lack_of_memory(error) and not isinstance(error, MemoryError):
-                raise
+            if isinstance(error, AllocationError) or (is_lack_of_memory(error) and not isinstance(error, MemoryError)):
+                raise  # the machine's fault, not the template's
             raise UsageError(
                 f"the model's chat template fails on this chat: {_reason(error)}", hint=WITHOUT_TEMPLATE
             ) from error

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from specchat.errors import CorruptCheckpointError, UsageError, is_lack_of_memory
+from specchat.errors import AllocationError, CorruptCheckpointError, UsageError, is_lack_of_memory
 from specchat.models.hf.chat_template import WITHOUT_TEMPLATE, ChatTemplate
 from specchat.models.hf.tokenizer_files import is_failure, read_tokenizer
 from specchat.records.chat import Message, Part
@@ -146,6 +146,7 @@ class Tokenizer:
 
         Raises:
             CorruptCheckpointError: the tokenizer fails on the text, or does not end within a generous time.
+            AllocationError: there is no memory for a thread.
         """
 
         def run() -> list[int]:
@@ -217,6 +218,8 @@ def _converted(what: str) -> Iterator[None]:
     """
     try:
         yield
+    except AllocationError:  # the machine's fault, not the tokenizer's
+        raise
     except TimeoutError as error:
         raise CorruptCheckpointError(f"the model's tokenizer does not end on {what}", hint=_HINT) from error
     except BaseException as error:

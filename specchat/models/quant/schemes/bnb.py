@@ -137,7 +137,7 @@ def _parse_state(module: str, name: str, data: Tensor) -> dict[str, Any]:
             raise ValueError(state)
         if "nested_offset" in state and not isinstance(state["nested_offset"], int | float):
             raise ValueError(state)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         fail_contents(module, name, "is not bitsandbytes' description of a matrix")
     return {"shape": None, "nested_blocksize": None, "nested_offset": 0.0, **state}
 
