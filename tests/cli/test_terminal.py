@@ -207,7 +207,7 @@ def test_a_closed_terminal_ends_the_program(at, tmp_path):
     with chat(environment={"FAKE_WRITES_CLOSED": str(told)}) as terminal:
         if at != "prompt":
             terminal.send(("gated long" if at == "answer" else "one") + ENTER)
-            terminal.wait_for("word3" if at == "answer" else "one")
+            terminal.wait_for("word3" if at == "answer" else "You said: one")
         assert terminal.hang_up() == 129
     assert told.read_text() == "engine closed"
 
