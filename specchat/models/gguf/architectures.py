@@ -9,6 +9,7 @@ from typing import Any
 
 from specchat.errors import UnsupportedModelError
 from specchat.models.checkpoint.gguf import GgufFile
+from specchat.models.gguf import extras
 from specchat.models.gguf.metadata import Metadata
 
 # Modules within a layer: names in GGUF files -> names in checkpoints of transformers.
@@ -149,165 +150,28 @@ def architecture_of(file: GgufFile) -> Architecture:
     return ARCHITECTURES[name]
 
 
-# --- values of the configuration -----------------------------------------------------------------------------------
-
-
-def _attention_bias(metadata: Metadata) -> dict[str, Any]:
-    return {"attention_bias": "blk.0.attn_q.bias" in metadata.file.tensors}
-
-
-def _experts(metadata: Metadata) -> dict[str, Any]:
-    return {
-        "num_experts": metadata.integer("expert_count"),
-        "num_experts_per_tok": metadata.integer("expert_used_count"),
-        "moe_intermediate_size": metadata.integer("expert_feed_forward_length"),
-    }
-
-
-def _shared_expert(metadata: Metadata) -> dict[str, Any]:
-    shared = metadata.integer("expert_shared_feed_forward_length", 0)
-    stored = metadata.file.tensors.get("blk.0.ffn_up_shexp.weight")
-    return _experts(metadata) | {
-        "shared_expert_intermediate_size": shared or (0 if stored is None else stored.shape[0])
-    }
-
-
-def _mixtral(metadata: Metadata) -> dict[str, Any]:
-    return {
-        "num_local_experts": metadata.integer("expert_count"),
-        "num_experts_per_tok": metadata.integer("expert_used_count"),
-    }
-
-
-def _gpt_oss(metadata: Metadata) -> dict[str, Any]:
-    return _mixtral(metadata) | {
-        "intermediate_size": metadata.integer("expert_feed_forward_length"),
-        "sliding_window": metadata.integer("attention.sliding_window"),
-        "layer_types": _layer_types(metadata, 2),
-    }
-
-
-def _gemma2(metadata: Metadata) -> dict[str, Any]:
-    # As in llama.cpp, the 27B model is known by its number of layers: its attention is scaled by its width.
-    is_27b = metadata.integer("block_count") == 46
-    return {
-        "sliding_window": metadata.integer("attention.sliding_window"),
-        "attn_logit_softcapping": metadata.number("attn_logit_softcapping", 50.0),
-        "final_logit_softcapping": metadata.number("final_logit_softcapping", 30.0),
-        "query_pre_attn_scalar": _width_per_head(metadata) if is_27b else _head_dim(metadata),
-    }
-
-
-def _gemma3(metadata: Metadata) -> dict[str, Any]:
-    is_27b = metadata.integer("block_count") == 62
-    return {
-        "sliding_window": metadata.integer("attention.sliding_window"),
-        "query_pre_attn_scalar": _width_per_head(metadata) if is_27b else _head_dim(metadata),
-        "layer_types": _layer_types(metadata, 6),
-        "final_logit_softcapping": metadata.number("final_logit_softcapping")
-        if metadata.has("final_logit_softcapping")
-        else None,
-    }
-
-
-def _layer_types(metadata: Metadata, default_period: int) -> list[str]:
-    """Return the kind of each layer; without a pattern in the file, the last layer of each period is a full one."""
-    pattern = metadata.flags("attention.sliding_window_pattern")
-    if pattern is None:
-        period = metadata.integer("attention.sliding_window_pattern", default_period) or 1
-        pattern = [(layer + 1) % period != 0 for layer in range(metadata.integer("block_count"))]
-    return ["sliding_attention" if slides else "full_attention" for slides in pattern]
-
-
-def _olmo3(metadata: Metadata) -> dict[str, Any]:
-    window = metadata.integer("attention.sliding_window")
-    return _attention_bias(metadata) | {"sliding_window": window, "layer_types": _layer_types(metadata, 4)}
-
-
-def _exaone4(metadata: Metadata) -> dict[str, Any]:
-    window = metadata.integer("attention.sliding_window", 0)
-    if not window:
-        kinds = ["full_attention"] * metadata.integer("block_count")
-        return {"sliding_window": None, "layer_types": kinds}
-    return {"sliding_window": window, "layer_types": _layer_types(metadata, 4)}
-
-
-def _cohere2(metadata: Metadata) -> dict[str, Any]:
-    return _attention_bias(metadata) | {
-        "sliding_window": metadata.integer("attention.sliding_window"),
-        "layer_types": _layer_types(metadata, 4),
-        "layer_norm_eps": metadata.number("attention.layer_norm_epsilon", 1e-5),
-        "logit_scale": metadata.number("logit_scale", 1.0),
-    }
-
-
-def _granite(metadata: Metadata) -> dict[str, Any]:
-    return _attention_bias(metadata) | {
-        "embedding_multiplier": metadata.number("embedding_scale", 1.0),
-        "residual_multiplier": metadata.number("residual_scale", 1.0),
-        "attention_multiplier": metadata.number("attention.scale", 1.0),
-        "logits_scaling": metadata.number("logit_scale", 1.0),
-    }
-
-
-def _partial_rotary(metadata: Metadata) -> dict[str, Any]:
-    head_dim = _head_dim(metadata)
-    return {"partial_rotary_factor": metadata.integer("rope.dimension_count", head_dim) / head_dim}
-
-
-def _glm4(metadata: Metadata) -> dict[str, Any]:
-    return _attention_bias(metadata) | _partial_rotary(metadata)
-
-
-def _phi3(metadata: Metadata) -> dict[str, Any]:
-    window = metadata.integer("attention.sliding_window", 0)
-    return _partial_rotary(metadata) | {
-        "sliding_window": window or None,
-        "original_max_position_embeddings": metadata.integer(
-            "rope.scaling.original_context_length", metadata.integer("context_length")
-        ),
-    }
-
-
-def _seed_oss(metadata: Metadata) -> dict[str, Any]:
-    return _attention_bias(metadata) | {"attention_out_bias": "blk.0.attn_output.bias" in metadata.file.tensors}
-
-
-def _ernie4_5(metadata: Metadata) -> dict[str, Any]:
-    return {"use_bias": "blk.0.attn_q.bias" in metadata.file.tensors}
-
-
-def _head_dim(metadata: Metadata) -> int:
-    size = metadata.integer("attention.key_length", _width_per_head(metadata))
-    return size or metadata.fail("attention.key_length", size, "the width of a head")
-
-
-def _width_per_head(metadata: Metadata) -> int:
-    return metadata.integer("embedding_length") // max(metadata.integer("attention.head_count"), 1)
-
-
-_MIXTRAL_ARCHITECTURE = Architecture("mixtral", {**_LLAMA, **_MIXTRAL}, interleaves=True, extra=_mixtral)
-_OLMO3 = Architecture("olmo3", _NORMS_AFTER, extra=_olmo3)
+_MIXTRAL_ARCHITECTURE = Architecture("mixtral", {**_LLAMA, **_MIXTRAL}, interleaves=True, extra=extras.mixtral)
+_OLMO3 = Architecture("olmo3", _NORMS_AFTER, extra=extras.olmo3)
 _GELU = {"hidden_activation": "gelu_pytorch_tanh"}
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture("llama", interleaves=True, extra=_attention_bias),
+    "llama": Architecture("llama", interleaves=True, extra=extras.attention_bias),
     "qwen2": Architecture("qwen2"),
-    "qwen3": Architecture("qwen3", extra=_attention_bias),
+    "qwen3": Architecture("qwen3", extra=extras.attention_bias),
     "qwen2moe": Architecture(
-        "qwen2_moe", {**_LLAMA, **_EXPERTS}, fixed={"norm_topk_prob": False}, extra=_shared_expert
+        "qwen2_moe", {**_LLAMA, **_EXPERTS}, fixed={"norm_topk_prob": False}, extra=extras.shared_expert
     ),
-    "qwen3moe": Architecture("qwen3_moe", {**_LLAMA, **_EXPERTS}, fixed={"norm_topk_prob": True}, extra=_experts),
-    "gemma2": Architecture("gemma2", _FOUR_NORMS, adds_one=True, fixed=_GELU, extra=_gemma2),
-    "gemma3": Architecture("gemma3_text", _FOUR_NORMS, adds_one=True, fixed=_GELU, extra=_gemma3),
-    "gpt-oss": Architecture("gpt_oss", _GPT_OSS, extra=_gpt_oss),
-    "phi3": Architecture("phi3", _PHI3, extra=_phi3),
-    "glm4": Architecture("glm4", _GLM4, extra=_glm4),
-    "granite": Architecture("granite", interleaves=True, extra=_granite),
-    "smollm3": Architecture("smollm3", interleaves=True, extra=_attention_bias),
-    "olmo2": Architecture("olmo2", _NORMS_AFTER, extra=_attention_bias),
-    "cohere2": Architecture("cohere2", extra=_cohere2),
-    "exaone4": Architecture("exaone4", _NORMS_AFTER, extra=_exaone4),
-    "seed_oss": Architecture("seed_oss", _SEED, extra=_seed_oss),
-    "ernie4_5": Architecture("ernie4_5", extra=_ernie4_5),
-    "hunyuan-dense": Architecture("hunyuan_v1_dense", _HUNYUAN, extra=_attention_bias),
+    "qwen3moe": Architecture("qwen3_moe", {**_LLAMA, **_EXPERTS}, fixed={"norm_topk_prob": True}, extra=extras.experts),
+    "gemma2": Architecture("gemma2", _FOUR_NORMS, adds_one=True, fixed=_GELU, extra=extras.gemma2),
+    "gemma3": Architecture("gemma3_text", _FOUR_NORMS, adds_one=True, fixed=_GELU, extra=extras.gemma3),
+    "gpt-oss": Architecture("gpt_oss", _GPT_OSS, extra=extras.gpt_oss),
+    "phi3": Architecture("phi3", _PHI3, extra=extras.phi3),
+    "glm4": Architecture("glm4", _GLM4, extra=extras.glm4),
+    "granite": Architecture("granite", interleaves=True, extra=extras.granite),
+    "smollm3": Architecture("smollm3", interleaves=True, extra=extras.attention_bias),
+    "olmo2": Architecture("olmo2", _NORMS_AFTER, extra=extras.attention_bias),
+    "cohere2": Architecture("cohere2", extra=extras.cohere2),
+    "exaone4": Architecture("exaone4", _NORMS_AFTER, extra=extras.exaone4),
+    "seed_oss": Architecture("seed_oss", _SEED, extra=extras.seed_oss),
+    "ernie4_5": Architecture("ernie4_5", extra=extras.ernie4_5),
+    "hunyuan-dense": Architecture("hunyuan_v1_dense", _HUNYUAN, extra=extras.attention_bias),
 }

@@ -1,0 +1,153 @@
+"""Values of the configuration that only some architectures have, made from the metadata of a GGUF file."""
+
+from typing import Any
+
+from specchat.models.gguf.metadata import Metadata
+
+
+def attention_bias(metadata: Metadata) -> dict[str, Any]:
+    """Return whether q, k and v have a bias."""
+    return {"attention_bias": "blk.0.attn_q.bias" in metadata.file.tensors}
+
+
+def experts(metadata: Metadata) -> dict[str, Any]:
+    """Return the sizes of the experts."""
+    return {
+        "num_experts": metadata.integer("expert_count"),
+        "num_experts_per_tok": metadata.integer("expert_used_count"),
+        "moe_intermediate_size": metadata.integer("expert_feed_forward_length"),
+    }
+
+
+def shared_expert(metadata: Metadata) -> dict[str, Any]:
+    """Return the sizes of the experts and of the one that all tokens share."""
+    shared = metadata.integer("expert_shared_feed_forward_length", 0)
+    stored = metadata.file.tensors.get("blk.0.ffn_up_shexp.weight")
+    return experts(metadata) | {"shared_expert_intermediate_size": shared or (0 if stored is None else stored.shape[0])}
+
+
+def mixtral(metadata: Metadata) -> dict[str, Any]:
+    """Return the number of experts by the names of Mixtral."""
+    return {
+        "num_local_experts": metadata.integer("expert_count"),
+        "num_experts_per_tok": metadata.integer("expert_used_count"),
+    }
+
+
+def gpt_oss(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of gpt-oss."""
+    return mixtral(metadata) | {
+        "intermediate_size": metadata.integer("expert_feed_forward_length"),
+        "sliding_window": metadata.integer("attention.sliding_window"),
+        "layer_types": _layer_types(metadata, 2),
+    }
+
+
+def gemma2(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of Gemma 2."""
+    # As in llama.cpp, the 27B model is known by its number of layers: its attention is scaled by its width.
+    is_27b = metadata.integer("block_count") == 46
+    return {
+        "sliding_window": metadata.integer("attention.sliding_window"),
+        "attn_logit_softcapping": metadata.number("attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": metadata.number("final_logit_softcapping", 30.0),
+        "query_pre_attn_scalar": _width_per_head(metadata) if is_27b else _head_dim(metadata),
+    }
+
+
+def gemma3(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of Gemma 3."""
+    is_27b = metadata.integer("block_count") == 62
+    return {
+        "sliding_window": metadata.integer("attention.sliding_window"),
+        "query_pre_attn_scalar": _width_per_head(metadata) if is_27b else _head_dim(metadata),
+        "layer_types": _layer_types(metadata, 6),
+        "final_logit_softcapping": metadata.number("final_logit_softcapping")
+        if metadata.has("final_logit_softcapping")
+        else None,
+    }
+
+
+def _layer_types(metadata: Metadata, default_period: int) -> list[str]:
+    """Return the kind of each layer; without a pattern in the file, the last layer of each period is a full one."""
+    pattern = metadata.flags("attention.sliding_window_pattern")
+    if pattern is None:
+        period = metadata.integer("attention.sliding_window_pattern", default_period) or 1
+        pattern = [(layer + 1) % period != 0 for layer in range(metadata.integer("block_count"))]
+    return ["sliding_attention" if slides else "full_attention" for slides in pattern]
+
+
+def olmo3(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of OLMo 3."""
+    window = metadata.integer("attention.sliding_window")
+    return attention_bias(metadata) | {"sliding_window": window, "layer_types": _layer_types(metadata, 4)}
+
+
+def exaone4(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of EXAONE 4."""
+    window = metadata.integer("attention.sliding_window", 0)
+    if not window:
+        kinds = ["full_attention"] * metadata.integer("block_count")
+        return {"sliding_window": None, "layer_types": kinds}
+    return {"sliding_window": window, "layer_types": _layer_types(metadata, 4)}
+
+
+def cohere2(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of Cohere 2."""
+    return attention_bias(metadata) | {
+        "sliding_window": metadata.integer("attention.sliding_window"),
+        "layer_types": _layer_types(metadata, 4),
+        "layer_norm_eps": metadata.number("attention.layer_norm_epsilon", 1e-5),
+        "logit_scale": metadata.number("logit_scale", 1.0),
+    }
+
+
+def granite(metadata: Metadata) -> dict[str, Any]:
+    """Return Granite's multipliers."""
+    return attention_bias(metadata) | {
+        "embedding_multiplier": metadata.number("embedding_scale", 1.0),
+        "residual_multiplier": metadata.number("residual_scale", 1.0),
+        "attention_multiplier": metadata.number("attention.scale", 1.0),
+        "logits_scaling": metadata.number("logit_scale", 1.0),
+    }
+
+
+def partial_rotary(metadata: Metadata) -> dict[str, Any]:
+    """Return the part of each head that is rotated."""
+    head_dim = _head_dim(metadata)
+    return {"partial_rotary_factor": metadata.integer("rope.dimension_count", head_dim) / head_dim}
+
+
+def glm4(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of GLM-4."""
+    return attention_bias(metadata) | partial_rotary(metadata)
+
+
+def phi3(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of Phi 3."""
+    window = metadata.integer("attention.sliding_window", 0)
+    return partial_rotary(metadata) | {
+        "sliding_window": window or None,
+        "original_max_position_embeddings": metadata.integer(
+            "rope.scaling.original_context_length", metadata.integer("context_length")
+        ),
+    }
+
+
+def seed_oss(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of Seed-OSS."""
+    return attention_bias(metadata) | {"attention_out_bias": "blk.0.attn_output.bias" in metadata.file.tensors}
+
+
+def ernie4_5(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of ERNIE 4.5."""
+    return {"use_bias": "blk.0.attn_q.bias" in metadata.file.tensors}
+
+
+def _head_dim(metadata: Metadata) -> int:
+    size = metadata.integer("attention.key_length", _width_per_head(metadata))
+    return size or metadata.fail("attention.key_length", size, "the width of a head")
+
+
+def _width_per_head(metadata: Metadata) -> int:
+    return metadata.integer("embedding_length") // max(metadata.integer("attention.head_count"), 1)
