@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 from support import reference
 from support.engines import make_plan, random_prompt, write
-from support.gguf_files import dequantized, save_gguf
+from support.gguf_files import dequantized, differing, save_gguf
 from support.loading import load_engine, load_model, prepare
 from support.streamed import silent
 from support.tiny_models import ARCHITECTURES, SPECIAL, VOCAB, WINDOW, perturbed, random_model
@@ -69,9 +69,26 @@ class Case:
 
     def model(self) -> Any:
         known = dict(reversed((ARCHITECTURES | SPECIAL).values())).get(self.config, {})  # the first of several
-        return random_model(getattr(hf, self.config)(**{**_BASE, **known, **self.values}))
+        return varied(random_model(getattr(hf, self.config)(**{**_BASE, **known, **self.values})))
 
 
+def varied(model: Any) -> Any:
+    """The model with different values in each norm and router; they are multiples of 1/256, so adding 1 is exact."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if tensor.ndim == 1 and ("norm" in name or "correction_bias" in name):
+                tensor.add_((torch.randn(tensor.shape, generator=generator) * 40).round() / 256)
+    return model
+
+
+ROUTED = {
+    "head_dim": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+}
 GEMMA3 = {"num_hidden_layers": 7, "layer_types": None}
 CASES = [
     Case("llama", "LlamaConfig"),
@@ -90,6 +107,7 @@ CASES = [
     Case("phi3", "Phi3Config", {"sliding_window": None}),
     Case("phi3_long", "Phi3Config", {"rope_parameters": _LONG, "original_max_position_embeddings": 256}),
     Case("glm4", "Glm4Config"),
+    Case("glm4_moe", "Glm4MoeConfig", {**ROUTED, "use_qk_norm": True, "routed_scaling_factor": 1.5}),
     Case(
         "granite",
         "GraniteConfig",
@@ -103,6 +121,10 @@ CASES = [
     Case("seed_oss", "SeedOssConfig", {"head_dim": 16, "attention_bias": True, "attention_out_bias": False}),
     Case("ernie4_5", "Ernie4_5Config", {"head_dim": 16}),
     Case("hunyuan", "HunYuanDenseV1Config", {"head_dim": 16}),
+]
+# Their texts are compared among the slow tests.
+MORE_CASES = [
+    Case("glm4_moe_bias", "Glm4MoeConfig", {**ROUTED, "attention_bias": True, "norm_topk_prob": False}),
 ]
 
 
@@ -120,13 +142,26 @@ def plain_logits(model: Any, prompt: list[int]) -> torch.Tensor:
         return model(torch.tensor([prompt])).logits[0]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", MORE_CASES, ids=str)
+def test_every_parameter_is_reproduced(case: Case, tmp_path: Path):
+    model = case.model()
+    loaded = load(save_gguf(model, tmp_path / "x.gguf"), None)
+    assert not differing(loaded.skeleton.model, model)
+    some = loaded.skeleton.layers[0].input_layernorm.weight
+    some.data = some.data + 2**-20
+    assert differing(loaded.skeleton.model, model) == ["model.layers.0.input_layernorm.weight"]
+
+
+@pytest.mark.parametrize(
+    "case", [*CASES, *(pytest.param(each, marks=pytest.mark.slow) for each in MORE_CASES)], ids=str
+)
 def test_scores_and_text_are_those_of_the_model(case: Case, tmp_path: Path):
     model = case.model()
     source = save_gguf(model, tmp_path / "x.gguf")
     prompt = random_prompt(20, VOCAB)
     expected = plain_logits(model, prompt)
     resident = load(source, None)
+    assert not differing(resident.skeleton.model, model)
     ours = logits(resident, prompt)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=2e-4 * float(expected.std()))
     for stays in ((), (0, 2)):

@@ -18,6 +18,7 @@ import torch
 from specchat.models.catalog.ref import parse_model
 from specchat.models.checkpoint.ggml_types import BLOCK_TYPES
 from specchat.models.locate import look_up
+from specchat.models.quant.modules import QuantLinear, QuantParts
 from specchat.records.model import ModelSource
 
 # transformers' model type -> llama.cpp's architecture
@@ -34,6 +35,7 @@ ARCHES = {
     "gpt_oss": "gpt-oss",
     "phi3": "phi3",
     "glm4": "glm4",
+    "glm4_moe": "glm4moe",
     "granite": "granite",
     "smollm3": "smollm3",
     "olmo2": "olmo2",
@@ -46,6 +48,8 @@ ARCHES = {
 }
 _INTERLEAVED = {"llama", "granite", "smollm3"}
 _PLUS_ONE = {"gemma2", "gemma3"}
+_PREDICTS_FURTHER = {"glm4moe"}  # a layer after the others that predicts a further token
+_SIGMOID = {"glm4moe"}
 _SPM = ["<unk>", "<s>", "</s>"]
 
 Kind = Callable[[str], str]
@@ -107,6 +111,9 @@ def tensors(model: Any, arch: str) -> Iterator[tuple[str, np.ndarray]]:
         if name.endswith("experts.down_proj"):
             yield f"{block}ffn_down_exps.weight", values
             continue
+        if name.endswith("e_score_correction_bias"):
+            yield f"{block}exp_probs_b.bias", values
+            continue
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert found is not None, name
         found = found if found.endswith((".weight", ".bias")) else f"{found}.weight"
@@ -117,6 +124,8 @@ def tensors(model: Any, arch: str) -> Iterator[tuple[str, np.ndarray]]:
         if arch in _PLUS_ONE and "norm" in found:
             values = values + 1
         yield found, values[0] if found.endswith("ffn_gate_inp_shexp.weight") else values
+    if arch in _PREDICTS_FURTHER:
+        yield f"blk.{config.num_hidden_layers}.nextn.enorm.weight", np.ones(config.hidden_size, dtype=np.float32)
     scaling = config.rope_parameters if arch in ("llama", "phi3") else {}
     if scaling.get("rope_type") == "llama3":
         yield "rope_freqs.weight", _llama3(scaling, config.head_dim)
@@ -183,6 +192,20 @@ def _metadata(config: Any, arch: str) -> dict[str, Any]:
         "attention.scale": "attention_multiplier",
         "logit_scale": "logits_scaling" if arch == "granite" else "logit_scale",
     }
+    if hasattr(config, "n_routed_experts"):
+        optional |= {
+            "expert_count": "n_routed_experts",
+            "expert_shared_count": "n_shared_experts",
+            "expert_weights_norm": "norm_topk_prob",
+            "expert_weights_scale": "routed_scaling_factor",
+            "expert_group_count": "n_group",
+            "expert_group_used_count": "topk_group",
+            "leading_dense_block_count": "first_k_dense_replace",
+        }
+    if arch in _SIGMOID:
+        values["expert_gating_func"] = 2
+    if arch in _PREDICTS_FURTHER:
+        values |= {"block_count": config.num_hidden_layers + 1, "nextn_predict_layers": 1}
     skipped = {"llama": {"attention.sliding_window"}, "qwen2moe": {"attention.sliding_window"}}.get(arch, set())
     for key, name in optional.items():
         value = getattr(config, name, None)
@@ -234,6 +257,33 @@ def _add_tensor(writer: gguf.GGUFWriter, name: str, values: np.ndarray, kind: st
         writer.add_tensor(name, values)
     else:
         writer.add_tensor(name, gguf.quants.quantize(values, number), raw_dtype=number)
+
+
+def differing(loaded: torch.nn.Module, model: Any) -> list[str]:
+    """The tensors of `model` that `loaded`, read from its GGUF file in float32, does not hold bit for bit."""
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    expected = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    assert len(expected) > 2 * model.config.num_hidden_layers
+    return [name for name, tensor in expected.items() if not torch.equal(_loaded(loaded, name), tensor)]
+
+
+def _loaded(model: torch.nn.Module, name: str) -> torch.Tensor:
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    if isinstance(owner, QuantLinear) and leaf == "weight":
+        return _matrix(owner)
+    found = getattr(owner, leaf)
+    if isinstance(found, torch.Tensor):
+        return found
+    stack = torch.stack([_matrix(each) for each in found])
+    return stack.transpose(1, 2) if owner.is_transposed else stack
+
+
+def _matrix(module: torch.nn.Module) -> torch.Tensor:
+    if isinstance(module, QuantParts):
+        return torch.cat([_matrix(part) for part in module])
+    assert isinstance(module, QuantLinear)
+    return module.format.dequantize(module.segments, 0, module.shape[0], torch.empty(module.shape))
 
 
 def dequantized(model: Any, kind: str | Kind) -> Any:

@@ -36,6 +36,16 @@ _EXPERTS: Mapping[str, str] = {
     "ffn_up_shexp": "mlp.shared_expert.up_proj",
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }
+_SHARED: Mapping[str, str] = {
+    "ffn_gate_inp": "mlp.gate",
+    "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
+    "ffn_gate_exps": "mlp.experts.*.gate_proj",
+    "ffn_up_exps": "mlp.experts.*.up_proj",
+    "ffn_down_exps": "mlp.experts.*.down_proj",
+    "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+    "ffn_up_shexp": "mlp.shared_experts.up_proj",
+    "ffn_down_shexp": "mlp.shared_experts.down_proj",
+}
 _MIXTRAL: Mapping[str, str] = {
     "ffn_gate_inp": "block_sparse_moe.gate",
     "ffn_gate_exps": "block_sparse_moe.experts.*.w1",
@@ -58,6 +68,11 @@ _GLM4: Mapping[str, str] = {
     "post_attention_norm": "post_self_attn_layernorm",
     "post_ffw_norm": "post_mlp_layernorm",
     "ffn_up": "mlp.gate_up_proj",
+}
+_GLM4_MOE: Mapping[str, str] = {
+    **{stem: name for stem, name in _LLAMA.items() if stem != "ffn_norm"},
+    "post_attention_norm": "post_attention_layernorm",
+    **_SHARED,
 }
 _PHI3: Mapping[str, str] = {**_LLAMA, "attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
 _SEED: Mapping[str, str] = {
@@ -166,6 +181,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "gpt-oss": Architecture("gpt_oss", _GPT_OSS, extra=extras.gpt_oss),
     "phi3": Architecture("phi3", _PHI3, extra=extras.phi3),
     "glm4": Architecture("glm4", _GLM4, extra=extras.glm4),
+    "glm4moe": Architecture("glm4_moe", _GLM4_MOE, extra=extras.glm4_moe),
     "granite": Architecture("granite", interleaves=True, extra=extras.granite),
     "smollm3": Architecture("smollm3", interleaves=True, extra=extras.attention_bias),
     "olmo2": Architecture("olmo2", _NORMS_AFTER, extra=extras.attention_bias),

@@ -2,7 +2,11 @@
 
 from typing import Any
 
+from specchat.errors import UnsupportedModelError
 from specchat.models.gguf.metadata import Metadata
+
+# llama.cpp's numbers of functions that weigh experts.
+SOFTMAX, SIGMOID = 1, 2
 
 
 def attention_bias(metadata: Metadata) -> dict[str, Any]:
@@ -121,6 +125,40 @@ def partial_rotary(metadata: Metadata) -> dict[str, Any]:
 def glm4(metadata: Metadata) -> dict[str, Any]:
     """Return the values of GLM-4."""
     return attention_bias(metadata) | partial_rotary(metadata)
+
+
+def glm4_moe(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of GLM-4.5 and later ones with experts.
+
+    Raises:
+        UnsupportedModelError: experts are chosen by another function than a sigmoid.
+    """
+    if gating_function(metadata, SIGMOID) != SIGMOID:
+        raise UnsupportedModelError(
+            f"{metadata.file.files[0]} chooses its experts by another function than a sigmoid",
+            hint="use the model in safetensors",
+        )
+    return glm4(metadata) | _routed(metadata) | {"use_qk_norm": "blk.0.attn_q_norm.weight" in metadata.file.tensors}
+
+
+def gating_function(metadata: Metadata, default: int) -> int:
+    """Return llama.cpp's number of the function that weighs experts."""
+    return metadata.integer("expert_gating_func", default) or default
+
+
+def _routed(metadata: Metadata) -> dict[str, Any]:
+    """Return the sizes and the choice of routed experts, as DeepSeek names them."""
+    return {
+        "n_routed_experts": metadata.integer("expert_count"),
+        "num_experts_per_tok": metadata.integer("expert_used_count"),
+        "n_shared_experts": metadata.integer("expert_shared_count", 0),
+        "moe_intermediate_size": metadata.integer("expert_feed_forward_length"),
+        "first_k_dense_replace": metadata.integer("leading_dense_block_count", 0),
+        "norm_topk_prob": metadata.flag("expert_weights_norm"),
+        "routed_scaling_factor": metadata.number("expert_weights_scale", 1.0) or 1.0,
+        "n_group": metadata.integer("expert_group_count", 1) or 1,
+        "topk_group": metadata.integer("expert_group_used_count", 1) or 1,
+    }
 
 
 def phi3(metadata: Metadata) -> dict[str, Any]:

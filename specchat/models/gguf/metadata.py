@@ -53,6 +53,13 @@ class Metadata:
             self.fail(key, value, "a finite number")
         return _shortest(float(value))
 
+    def flag(self, key: str) -> bool:
+        """Return a flag; False if it is missing."""
+        value = self.values.get(self._full(key), False)
+        if not isinstance(value, bool):
+            self.fail(key, value, "a flag")
+        return value
+
     def flags(self, key: str) -> list[bool] | None:
         """Return a list of flags, one per layer; None if the key is missing or is no list."""
         value = self.values.get(self._full(key))

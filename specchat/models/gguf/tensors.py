@@ -31,6 +31,7 @@ _PLAIN = (
     "mlp.gate.weight",
     "mlp.router.weight",
     "block_sparse_moe.gate.weight",
+    "block_sparse_moe.router.weight",
     "shared_expert_gate.weight",
     "_bias",
 )
@@ -51,7 +52,7 @@ def _open(folder: Path, file: GgufFile) -> Checkpoint:
     architecture, layers = architecture_of(file), num_layers(Metadata(file))
     tensors: dict[str, TensorInfo] = {}
     for tensor in sorted(file.tensors.values(), key=lambda each: (each.file, each.offset)):
-        if is_in_config(tensor.name):
+        if is_in_config(tensor.name) or _is_after(tensor.name, layers):
             continue
         found = architecture.rename(tensor.name)
         if found is None:
@@ -64,9 +65,15 @@ def _open(folder: Path, file: GgufFile) -> Checkpoint:
             continue
         if layer is None:
             tensors |= _infos(file, architecture, tensor, name)
-        elif layer < layers:  # later ones only predict further tokens
+        else:
             tensors |= _infos(file, architecture, tensor, f"model.layers.{layer}.{name}")
     return Checkpoint(folder, MappingProxyType(tensors))
+
+
+def _is_after(name: str, layers: int) -> bool:
+    """Return whether a tensor belongs to a layer after the decoder's, which only predicts further tokens."""
+    index = name.removeprefix("blk.").partition(".")[0]
+    return name.startswith("blk.") and index.isdecimal() and int(index) >= layers
 
 
 def _infos(file: GgufFile, architecture: Architecture, tensor: GgufTensor, name: str) -> dict[str, TensorInfo]:
