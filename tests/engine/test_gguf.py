@@ -89,6 +89,18 @@ ROUTED = {
     "moe_intermediate_size": 32,
     "first_k_dense_replace": 1,
 }
+LATENT = {
+    **{name: value for name, value in ROUTED.items() if name != "head_dim"},
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 24,
+    "n_group": 1,
+    "topk_group": 1,
+}
+LATENT_YARN = {"mscale": 0.707, "mscale_all_dim": 0.707}
 GEMMA3 = {"num_hidden_layers": 7, "layer_types": None}
 CASES = [
     Case("llama", "LlamaConfig"),
@@ -108,6 +120,7 @@ CASES = [
     Case("phi3_long", "Phi3Config", {"rope_parameters": _LONG, "original_max_position_embeddings": 256}),
     Case("glm4", "Glm4Config"),
     Case("glm4_moe", "Glm4MoeConfig", {**ROUTED, "use_qk_norm": True, "routed_scaling_factor": 1.5}),
+    Case("deepseek_v3", "DeepseekV3Config", LATENT),
     Case(
         "granite",
         "GraniteConfig",
@@ -124,6 +137,10 @@ CASES = [
 ]
 # Their texts are compared among the slow tests.
 MORE_CASES = [
+    Case("deepseek_v2", "DeepseekV2Config", {**LATENT, "q_lora_rank": None, "topk_method": "greedy"}),
+    Case("deepseek_v2_groups", "DeepseekV2Config", {**LATENT, "n_group": 2, "topk_method": "group_limited_greedy"}),
+    Case("deepseek_v3_yarn", "DeepseekV3Config", {**LATENT, "rope_parameters": {**_YARN, **LATENT_YARN}}),
+    Case("glm4_moe_lite", "Glm4MoeLiteConfig", LATENT),
     Case("glm4_moe_bias", "Glm4MoeConfig", {**ROUTED, "attention_bias": True, "norm_topk_prob": False}),
 ]
 
@@ -175,6 +192,33 @@ def test_scores_and_text_are_those_of_the_model(case: Case, tmp_path: Path):
         tokens, steps = write(engine, prompt, Sampling(), NUM_TOKENS)
     assert text.first_difference(tokens) is None
     assert len(steps) < NUM_TOKENS
+
+
+def test_latent_attention_is_read_whole_and_in_packed_halves(tmp_path: Path):
+    wide = {"qk_nope_head_dim": 32, "kv_lora_rank": 32}
+    model = Case("x", "DeepseekV3Config", {**LATENT, **wide, "num_hidden_layers": 2}).model()
+    older = load(save_gguf(model, tmp_path / "older.gguf", splits_kv=False), None)
+    assert not differing(older.skeleton.model, model)
+    newer = load(save_gguf(model, tmp_path / "newer.gguf", "Q8_0"), None)
+    wanted = model.model.layers[1].self_attn.kv_b_proj.weight
+    error = (newer.skeleton.layers[1].self_attn.kv_b_proj.weight - wanted).abs().max()
+    assert 0 < error <= wanted.abs().max() / 250  # half a step of 8 bits
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({"expert_count": 256}, "older converter"),
+        ({"expert_gating_func": 1}, "as neither DeepSeek 2 nor 3"),
+        ({"attention__temperature_scale": 0.1}, "by the position"),
+        ({"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0}, "without a multiplier"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_unclear_variants_of_deepseek_are_refused(values: dict[str, Any], why: str, tmp_path: Path):
+    model = Case("x", "DeepseekV3Config", {**LATENT, "num_hidden_layers": 1, "n_group": None}).model()
+    with pytest.raises(UnsupportedModelError, match=why):
+        save_gguf(model, tmp_path / "x.gguf", **values)
 
 
 # --- blocks ----------------------------------------------------------------------------------------------------------

@@ -36,6 +36,9 @@ ARCHES = {
     "phi3": "phi3",
     "glm4": "glm4",
     "glm4_moe": "glm4moe",
+    "deepseek_v2": "deepseek2",
+    "deepseek_v3": "deepseek2",
+    "glm4_moe_lite": "deepseek2",
     "granite": "granite",
     "smollm3": "smollm3",
     "olmo2": "olmo2",
@@ -49,31 +52,34 @@ ARCHES = {
 _INTERLEAVED = {"llama", "granite", "smollm3"}
 _PLUS_ONE = {"gemma2", "gemma3"}
 _PREDICTS_FURTHER = {"glm4moe"}  # a layer after the others that predicts a further token
-_SIGMOID = {"glm4moe"}
+_SIGMOID = {"glm4_moe", "deepseek_v3", "glm4_moe_lite"}
 _SPM = ["<unk>", "<s>", "</s>"]
 
 Kind = Callable[[str], str]
 
 
-def save_gguf(model: Any, file: Path, kind: str | Kind = "F32", **metadata: Any) -> ModelSource:
+def save_gguf(
+    model: Any, file: Path, kind: str | Kind = "F32", *, splits_kv: bool = True, **metadata: Any
+) -> ModelSource:
     """Write a model and a small tokenizer as a GGUF file, and return it as specchat finds it.
 
     Args:
         model: causal LM of transformers.
         file: path of the file.
         kind: block type of the matrices, or a function from GGUF's name of a matrix to its type.
+        splits_kv: whether latent attention is stored as newer converters do.
         metadata: further keys, with "__" for dots, after the architecture's name.
     """
     config = model.config
     arch = ARCHES[config.model_type]
     writer = gguf.GGUFWriter(file, arch)
     more = {key.replace("__", "."): value for key, value in metadata.items()}
-    for key, value in {**_metadata(config, arch), **more}.items():
+    for key, value in {**_metadata(config, arch, splits_kv=splits_kv), **more}.items():
         full = f"{arch}.{key}"
         writer.add_array(full, value) if isinstance(value, list) else _add(writer, full, value)
     _add_tokenizer(writer, config.vocab_size)
     chosen = kind if callable(kind) else lambda _: kind
-    for name, values in tensors(model, arch):
+    for name, values in tensors(model, arch, splits_kv=splits_kv):
         is_matrix = values.ndim >= 2 and "gate_inp" not in name and not name.endswith("bias")
         _add_tensor(writer, name, values, chosen(name) if is_matrix else "F32")
     writer.write_header_to_file()
@@ -90,7 +96,7 @@ def find(path: Path) -> ModelSource:
     return found
 
 
-def tensors(model: Any, arch: str) -> Iterator[tuple[str, np.ndarray]]:
+def tensors(model: Any, arch: str, *, splits_kv: bool = True) -> Iterator[tuple[str, np.ndarray]]:
     """Names and values as llama.cpp's converter writes them."""
     config = model.config
     names = gguf.get_tensor_name_map({v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[arch], config.num_hidden_layers)
@@ -110,6 +116,11 @@ def tensors(model: Any, arch: str) -> Iterator[tuple[str, np.ndarray]]:
             continue
         if name.endswith("experts.down_proj"):
             yield f"{block}ffn_down_exps.weight", values
+            continue
+        if name.endswith("kv_b_proj.weight") and splits_kv:
+            heads = values.reshape(config.num_attention_heads, -1, values.shape[-1])
+            yield f"{block}attn_k_b.weight", heads[:, : config.qk_nope_head_dim].swapaxes(1, 2)
+            yield f"{block}attn_v_b.weight", heads[:, config.qk_nope_head_dim :]
             continue
         if name.endswith("e_score_correction_bias"):
             yield f"{block}exp_probs_b.bias", values
@@ -161,7 +172,7 @@ def _llama3(scaling: Mapping[str, Any], head_dim: int) -> np.ndarray:
     return np.array(factors, dtype=np.float32)
 
 
-def _metadata(config: Any, arch: str) -> dict[str, Any]:
+def _metadata(config: Any, arch: str, *, splits_kv: bool) -> dict[str, Any]:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rope = config.rope_parameters
     full = rope.get("full_attention", rope)
@@ -202,7 +213,9 @@ def _metadata(config: Any, arch: str) -> dict[str, Any]:
             "expert_group_used_count": "topk_group",
             "leading_dense_block_count": "first_k_dense_replace",
         }
-    if arch in _SIGMOID:
+    if arch == "deepseek2":
+        values |= _latent(config, splits_kv=splits_kv)
+    if config.model_type in _SIGMOID:
         values["expert_gating_func"] = 2
     if arch in _PREDICTS_FURTHER:
         values |= {"block_count": config.num_hidden_layers + 1, "nextn_predict_layers": 1}
@@ -217,6 +230,8 @@ def _metadata(config: Any, arch: str) -> dict[str, Any]:
             "rope.scaling.factor": float(full["factor"]),
             "rope.scaling.original_context_length": full["original_max_position_embeddings"],
         }
+    if "mscale_all_dim" in full:
+        values["rope.scaling.yarn_log_multiplier"] = 0.1 * full["mscale_all_dim"]
     if arch == "gpt-oss":
         values["expert_feed_forward_length"] = config.intermediate_size
     if full.get("rope_type") == "linear":
@@ -224,6 +239,22 @@ def _metadata(config: Any, arch: str) -> dict[str, Any]:
     if full.get("rope_type") == "longrope":
         values["rope.scaling.original_context_length"] = full["original_max_position_embeddings"]
     return values
+
+
+def _latent(config: Any, *, splits_kv: bool) -> dict[str, Any]:
+    """The sizes of latent attention; newer files describe it as attention with one shared head."""
+    nope, rope, latent = config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank
+    mla = {"attention.key_length_mla": nope + rope, "attention.value_length_mla": config.v_head_dim}
+    return {
+        "attention.head_count_kv": 1 if splits_kv else config.num_attention_heads,
+        "attention.key_length": latent + rope if splits_kv else nope + rope,
+        "attention.value_length": latent if splits_kv else config.v_head_dim,
+        **(mla if splits_kv else {}),
+        "attention.kv_lora_rank": latent,
+        **({"attention.q_lora_rank": config.q_lora_rank} if config.q_lora_rank else {}),
+        "rope.dimension_count": rope,
+        "leading_dense_block_count": 1,
+    }
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: object) -> None:

@@ -12,6 +12,8 @@ from specchat.models.checkpoint.gguf import GgufFile
 from specchat.models.gguf import extras
 from specchat.models.gguf.metadata import Metadata
 
+# Stands for `kv_b_proj` where a file holds it in two halves, of which this is the first.
+KEY_HALF = "self_attn.kv_b_proj.key_half"
 # Modules within a layer: names in GGUF files -> names in checkpoints of transformers.
 _LLAMA: Mapping[str, str] = {
     "attn_norm": "input_layernorm",
@@ -73,6 +75,19 @@ _GLM4_MOE: Mapping[str, str] = {
     **{stem: name for stem, name in _LLAMA.items() if stem != "ffn_norm"},
     "post_attention_norm": "post_attention_layernorm",
     **_SHARED,
+}
+# Newer files hold the two halves of kv_b_proj; see `tensors.Halves`.
+_DEEPSEEK2: Mapping[str, str] = {
+    **_LLAMA,
+    **_SHARED,
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": "self_attn.kv_b_proj",
+    "attn_k_b.weight": f"{KEY_HALF}.weight",
+    "attn_v_b.weight": "",
 }
 _PHI3: Mapping[str, str] = {**_LLAMA, "attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
 _SEED: Mapping[str, str] = {
@@ -182,6 +197,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "phi3": Architecture("phi3", _PHI3, extra=extras.phi3),
     "glm4": Architecture("glm4", _GLM4, extra=extras.glm4),
     "glm4moe": Architecture("glm4_moe", _GLM4_MOE, extra=extras.glm4_moe),
+    "deepseek2": Architecture("deepseek_v3", _DEEPSEEK2, extra=extras.deepseek2),
     "granite": Architecture("granite", interleaves=True, extra=extras.granite),
     "smollm3": Architecture("smollm3", interleaves=True, extra=extras.attention_bias),
     "olmo2": Architecture("olmo2", _NORMS_AFTER, extra=extras.attention_bias),

@@ -156,16 +156,31 @@ def _scaling(metadata: Metadata, values: dict[str, Any]) -> dict[str, Any]:
         return {}
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
-    if kind == "yarn":
-        original = metadata.integer("rope.scaling.original_context_length", values["max_position_embeddings"])
-        scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
-        if values["model_type"] == "gpt_oss":  # its bounds are not rounded, which no file states
-            scaling |= {"truncate": False, "beta_fast": 32.0, "beta_slow": 1.0}
-        return scaling
-    raise UnsupportedModelError(
-        f"{metadata.file.files[0]} scales its positions by '{kind}', which specchat does not read from GGUF files",
-        hint="use the model in safetensors",
-    )
+    if kind != "yarn":
+        metadata.refuse(f"scales its positions by '{kind}'")
+    original = metadata.integer("rope.scaling.original_context_length", values["max_position_embeddings"])
+    scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+    if values["model_type"] == "gpt_oss":  # its bounds are not rounded, which no file states
+        scaling |= {"truncate": False, "beta_fast": 32.0, "beta_slow": 1.0}
+    if "kv_lora_rank" in values:
+        scaling |= _latent_yarn(metadata)
+    return scaling
+
+
+def _latent_yarn(metadata: Metadata) -> dict[str, Any]:
+    """Return what yarn scales latent attention by: llama.cpp has one multiplier for both of transformers' values."""
+    tenth = metadata.number("rope.scaling.yarn_log_multiplier", 0.0)
+    if not tenth:
+        metadata.refuse("scales its positions by 'yarn' without a multiplier")
+    scale = float(f"{10 * tenth:.7g}")
+    return {"mscale": scale, "mscale_all_dim": scale, **_yarn_bounds(metadata)}
+
+
+def _yarn_bounds(metadata: Metadata) -> dict[str, Any]:
+    return {
+        "beta_fast": metadata.number("rope.scaling.yarn_beta_fast", 32.0),
+        "beta_slow": metadata.number("rope.scaling.yarn_beta_slow", 1.0),
+    }
 
 
 def _from_factors(factors: Sequence[float], theta: float) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from typing import Any
 
-from specchat.errors import UnsupportedModelError
 from specchat.models.gguf.metadata import Metadata
 
 # llama.cpp's numbers of functions that weigh experts.
-SOFTMAX, SIGMOID = 1, 2
+_SOFTMAX, _SIGMOID = 1, 2
+# From this number of experts on, DeepSeek's models choose among groups of them.
+_DEEPSEEK_GROUPED = 160
+_GLM_VOCABULARY = 154880
 
 
 def attention_bias(metadata: Metadata) -> dict[str, Any]:
@@ -133,17 +135,53 @@ def glm4_moe(metadata: Metadata) -> dict[str, Any]:
     Raises:
         UnsupportedModelError: experts are chosen by another function than a sigmoid.
     """
-    if gating_function(metadata, SIGMOID) != SIGMOID:
-        raise UnsupportedModelError(
-            f"{metadata.file.files[0]} chooses its experts by another function than a sigmoid",
-            hint="use the model in safetensors",
-        )
+    if (metadata.integer("expert_gating_func", 0) or _SIGMOID) != _SIGMOID:
+        metadata.refuse("chooses its experts by another function than a sigmoid")
     return glm4(metadata) | _routed(metadata) | {"use_qk_norm": "blk.0.attn_q_norm.weight" in metadata.file.tensors}
 
 
-def gating_function(metadata: Metadata, default: int) -> int:
-    """Return llama.cpp's number of the function that weighs experts."""
-    return metadata.integer("expert_gating_func", default) or default
+def deepseek2(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of DeepSeek 2 and 3, and of models with the same layers, such as GLM-4.7-Flash and Kimi K2.
+
+    Raises:
+        UnsupportedModelError: experts are chosen in a way that the file does not state or transformers does not know.
+    """
+    tensors, heads = metadata.file.tensors, metadata.integer("attention.head_count")
+    is_split = metadata.has("attention.key_length_mla")
+    head_dim = metadata.integer("attention.key_length_mla" if is_split else "attention.key_length")
+    rotated = metadata.integer("rope.dimension_count")
+    if not 0 < rotated < head_dim:
+        metadata.fail("rope.dimension_count", rotated, "the rotated part of a head")
+    if metadata.number("attention.temperature_scale", 0.0):
+        metadata.refuse("scales its attention by the position")
+    return _deepseek_experts(metadata) | {
+        "num_key_value_heads": heads,
+        "q_lora_rank": metadata.integer("attention.q_lora_rank") if "blk.0.attn_q_a.weight" in tensors else None,
+        "kv_lora_rank": metadata.integer("attention.kv_lora_rank"),
+        "head_dim": rotated,  # what transformers computes the frequencies of
+        "qk_rope_head_dim": rotated,
+        "qk_nope_head_dim": head_dim - rotated,
+        "v_head_dim": metadata.integer("attention.value_length_mla" if is_split else "attention.value_length"),
+        "rope_interleave": True,
+    }
+
+
+def _deepseek_experts(metadata: Metadata) -> dict[str, Any]:
+    """Return the choice of experts of a deepseek2 file; version 3 weighs them by a sigmoid, version 2 by a softmax."""
+    if not metadata.integer("expert_count", 0):
+        metadata.refuse("has the layers of DeepSeek without experts")
+    if metadata.integer("expert_count") >= _DEEPSEEK_GROUPED and not metadata.has("expert_group_count"):
+        metadata.refuse("comes from an older converter, which did not store the groups of its experts")
+    routed, function = _routed(metadata), metadata.integer("expert_gating_func", 0)
+    if not function:  # as in llama.cpp, files without a value are version 2 or GLM-4.7-Flash
+        function = _SIGMOID if metadata.file.tensors["token_embd.weight"].shape[0] == _GLM_VOCABULARY else _SOFTMAX
+    if function == _SIGMOID:
+        return routed
+    has_bias = any(name.endswith("exp_probs_b.bias") for name in metadata.file.tensors)
+    if function != _SOFTMAX or routed["norm_topk_prob"] or has_bias:
+        metadata.refuse("weighs its experts as neither DeepSeek 2 nor 3 does")
+    method = "group_limited_greedy" if routed["n_group"] > 1 else "greedy"
+    return routed | {"model_type": "deepseek_v2", "topk_method": method}
 
 
 def _routed(metadata: Metadata) -> dict[str, Any]:

@@ -37,11 +37,7 @@ class Metadata:
         if isinstance(value, list) and value and len(set(value)) == 1:
             value = value[0]
         if isinstance(value, list):
-            raise UnsupportedModelError(
-                f"{self.file.files[0]} has layers with different values of {self._full(key)}, which specchat does not "
-                "read from GGUF files yet",
-                hint="use the model in safetensors",
-            )
+            self.refuse(f"has layers with different values of {self._full(key)}")
         if type(value) is not int or value < 0:
             self.fail(key, value, "a whole number")
         return value
@@ -83,6 +79,17 @@ class Metadata:
         """
         raise CorruptCheckpointError(
             f"{self.file.files[0]}: {self._full(key)} is {value!r}, not {wanted}", hint=REDOWNLOAD
+        )
+
+    def refuse(self, what: str) -> NoReturn:
+        """Report a variant that specchat does not read; `what` follows the name of the file.
+
+        Raises:
+            UnsupportedModelError: always.
+        """
+        raise UnsupportedModelError(
+            f"{self.file.files[0]} {what}, which specchat does not read from GGUF files",
+            hint="use the model in safetensors",
         )
 
     def _full(self, key: str) -> str:

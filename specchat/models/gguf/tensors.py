@@ -20,7 +20,7 @@ from specchat.models.checkpoint.gguf import GgufFile, GgufTensor, listed_files, 
 from specchat.models.checkpoint.json_file import REDOWNLOAD
 from specchat.models.checkpoint.safetensors import Checkpoint, TensorInfo, open_checkpoint
 from specchat.models.checkpoint.stacks import unstack_experts
-from specchat.models.gguf.architectures import Architecture, architecture_of, is_in_config
+from specchat.models.gguf.architectures import KEY_HALF, Architecture, architecture_of, is_in_config
 from specchat.models.gguf.config import num_layers
 from specchat.models.gguf.metadata import Metadata
 from specchat.models.quant.formats.ggml import decode, stored_rows
@@ -79,6 +79,8 @@ def _is_after(name: str, layers: int) -> bool:
 def _infos(file: GgufFile, architecture: Architecture, tensor: GgufTensor, name: str) -> dict[str, TensorInfo]:
     if "*" in name:
         return dict(_experts(tensor, name))
+    if KEY_HALF in name:
+        return _joined_halves(file, tensor, name.replace(KEY_HALF, KEY_HALF.rpartition(".")[0]))
     if len(tensor.shape) == 2 and not name.endswith(_PLAIN):
         return {name: _packed(tensor, name, tensor.shape, tensor.offset)}
     shape = (
@@ -100,6 +102,19 @@ def _tensor(file: GgufFile, name: str, like: GgufTensor) -> GgufTensor:
     if found is None or found.shape != like.shape:
         raise CorruptCheckpointError(f"{like.file} has '{like.name}' without an equal '{name}'", hint=REDOWNLOAD)
     return found
+
+
+def _joined_halves(file: GgufFile, keys: GgufTensor, name: str) -> dict[str, TensorInfo]:
+    """Return kv_b_proj of latent attention, made from its halves; nothing if the file also has it whole."""
+    if keys.name.replace("attn_k_b", "attn_kv_b") in file.tensors:
+        return {}
+    values = file.tensors.get(keys.name.replace("attn_k_b", "attn_v_b"))
+    if values is None or len(keys.shape) != 3 or len(values.shape) != 3 or keys.shape[:2] != values.shape[::2]:
+        raise CorruptCheckpointError(f"{keys.file} has '{keys.name}' without values of its shape", hint=REDOWNLOAD)
+    heads, latent, width = keys.shape
+    restore = Halves(Restore(keys.type.name, keys.shape), Restore(values.type.name, values.shape), values)
+    shape = (heads * (width + values.shape[1]), latent)
+    return {name: TensorInfo(name, keys.type.name, shape, keys.file, keys.offset, keys.nbytes, restore)}
 
 
 def _experts(tensor: GgufTensor, name: str) -> Iterator[tuple[str, TensorInfo]]:
@@ -181,3 +196,25 @@ class Alternating:
         data = bytearray(read_bytes(self.odd_tensor))
         odd = self.odd(torch.frombuffer(data, dtype=torch.uint8), dtype)
         return torch.stack([self.even(stored, dtype), odd], -1).flatten(-2)
+
+
+@dataclass(frozen=True)
+class Halves:
+    """The way from the halves of latent attention's kv_b_proj, keys and values of each head, to the matrix.
+
+    Blocks of the keys run across the latent dimension, so the matrix cannot keep them.
+
+    Attributes:
+        keys: way to the keys [heads, latent, width].
+        values: way to the values [heads, width, latent].
+        value_tensor: tensor of the values, which is read when the matrix is restored.
+    """
+
+    keys: Restore
+    values: Restore
+    value_tensor: GgufTensor
+
+    def __call__(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the matrix in `dtype` [heads x (key width + value width), latent], given the keys, uint8 [n]."""
+        data = torch.frombuffer(bytearray(read_bytes(self.value_tensor)), dtype=torch.uint8)
+        return torch.cat([self.keys(stored, dtype).transpose(1, 2), self.values(data, dtype)], 1).flatten(0, 1)
