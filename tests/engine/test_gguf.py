@@ -100,6 +100,16 @@ LATENT = {
     "n_group": 1,
     "topk_group": 1,
 }
+HALF_ROTARY = {
+    "head_dim": 32,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+}
+MINISTRAL_YARN = {
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+    "original_max_position_embeddings": 8,
+}
 LATENT_YARN = {"mscale": 0.707, "mscale_all_dim": 0.707}
 GEMMA3 = {"num_hidden_layers": 7, "layer_types": None}
 CASES = [
@@ -137,6 +147,9 @@ CASES = [
 ]
 # Their texts are compared among the slow tests.
 MORE_CASES = [
+    Case("granite_moe", "GraniteMoeConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "logits_scaling": 2.0}),
+    Case("minimax_m2", "MiniMaxM2Config", {"num_local_experts": 4, "num_experts_per_tok": 2, **HALF_ROTARY}),
+    Case("ministral_3", "Ministral3Config", {"head_dim": 32, "rope_parameters": {**_YARN, **MINISTRAL_YARN}}),
     Case("deepseek_v2", "DeepseekV2Config", {**LATENT, "q_lora_rank": None, "topk_method": "greedy"}),
     Case("deepseek_v2_groups", "DeepseekV2Config", {**LATENT, "n_group": 2, "topk_method": "group_limited_greedy"}),
     Case("deepseek_v3_yarn", "DeepseekV3Config", {**LATENT, "rope_parameters": {**_YARN, **LATENT_YARN}}),
@@ -203,6 +216,15 @@ def test_latent_attention_is_read_whole_and_in_packed_halves(tmp_path: Path):
     wanted = model.model.layers[1].self_attn.kv_b_proj.weight
     error = (newer.skeleton.layers[1].self_attn.kv_b_proj.weight - wanted).abs().max()
     assert 0 < error <= wanted.abs().max() / 250  # half a step of 8 bits
+
+
+def test_mistral_models_before_ministral_3_are_read_as_llama(tmp_path: Path):
+    model = Case("x", "MistralConfig", {"sliding_window": None, "num_hidden_layers": 2}).model()
+    loaded = load(save_gguf(model, tmp_path / "x.gguf", arch="mistral3"), None)
+    assert not differing(loaded.skeleton.model, model)
+    prompt = random_prompt(20, VOCAB)
+    expected = plain_logits(model, prompt)
+    torch.testing.assert_close(logits(loaded, prompt), expected, rtol=1e-4, atol=2e-4 * float(expected.std()))
 
 
 @pytest.mark.parametrize(

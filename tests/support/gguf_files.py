@@ -40,6 +40,9 @@ ARCHES = {
     "deepseek_v3": "deepseek2",
     "glm4_moe_lite": "deepseek2",
     "granite": "granite",
+    "granitemoe": "granitemoe",
+    "minimax_m2": "minimax-m2",
+    "ministral3": "mistral3",
     "smollm3": "smollm3",
     "olmo2": "olmo2",
     "olmo3": "olmo2",
@@ -49,17 +52,24 @@ ARCHES = {
     "ernie4_5": "ernie4_5",
     "hunyuan_v1_dense": "hunyuan-dense",
 }
-_INTERLEAVED = {"llama", "granite", "smollm3"}
+_INTERLEAVED = {"llama", "granite", "granitemoe", "mistral3", "smollm3"}
 _PLUS_ONE = {"gemma2", "gemma3"}
 _PREDICTS_FURTHER = {"glm4moe"}  # a layer after the others that predicts a further token
-_SIGMOID = {"glm4_moe", "deepseek_v3", "glm4_moe_lite"}
+_SIGMOID = {"glm4_moe", "deepseek_v3", "glm4_moe_lite", "minimax_m2"}
+_LOCAL_EXPERTS = {"llama", "gpt-oss", "granitemoe", "minimax-m2"}
 _SPM = ["<unk>", "<s>", "</s>"]
 
 Kind = Callable[[str], str]
 
 
 def save_gguf(
-    model: Any, file: Path, kind: str | Kind = "F32", *, splits_kv: bool = True, **metadata: Any
+    model: Any,
+    file: Path,
+    kind: str | Kind = "F32",
+    *,
+    splits_kv: bool = True,
+    arch: str | None = None,
+    **metadata: Any,
 ) -> ModelSource:
     """Write a model and a small tokenizer as a GGUF file, and return it as specchat finds it.
 
@@ -68,10 +78,11 @@ def save_gguf(
         file: path of the file.
         kind: block type of the matrices, or a function from GGUF's name of a matrix to its type.
         splits_kv: whether latent attention is stored as newer converters do.
+        arch: llama.cpp's architecture, where a model type has several.
         metadata: further keys, with "__" for dots, after the architecture's name.
     """
     config = model.config
-    arch = ARCHES[config.model_type]
+    arch = arch or ARCHES[config.model_type]
     writer = gguf.GGUFWriter(file, arch)
     more = {key.replace("__", "."): value for key, value in metadata.items()}
     for key, value in {**_metadata(config, arch, splits_kv=splits_kv), **more}.items():
@@ -124,6 +135,9 @@ def tensors(model: Any, arch: str, *, splits_kv: bool = True) -> Iterator[tuple[
             continue
         if name.endswith("e_score_correction_bias"):
             yield f"{block}exp_probs_b.bias", values
+            continue
+        if name.endswith("block_sparse_moe.router.weight"):
+            yield f"{block}ffn_gate_inp.weight", values
             continue
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert found is not None, name
@@ -194,14 +208,14 @@ def _metadata(config: Any, arch: str, *, splits_kv: bool) -> dict[str, Any]:
         "attention.sliding_window": "sliding_window",
         "attn_logit_softcapping": "attn_logit_softcapping",
         "final_logit_softcapping": "final_logit_softcapping",
-        "expert_count": "num_local_experts" if arch in ("llama", "gpt-oss") else "num_experts",
+        "expert_count": "num_local_experts" if arch in _LOCAL_EXPERTS else "num_experts",
         "expert_used_count": "num_experts_per_tok",
         "expert_feed_forward_length": "moe_intermediate_size",
         "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
         "embedding_scale": "embedding_multiplier",
         "residual_scale": "residual_multiplier",
         "attention.scale": "attention_multiplier",
-        "logit_scale": "logits_scaling" if arch == "granite" else "logit_scale",
+        "logit_scale": "logits_scaling" if arch in ("granite", "granitemoe") else "logit_scale",
     }
     if hasattr(config, "n_routed_experts"):
         optional |= {
@@ -231,8 +245,10 @@ def _metadata(config: Any, arch: str, *, splits_kv: bool) -> dict[str, Any]:
             "rope.scaling.original_context_length": full["original_max_position_embeddings"],
         }
     if "mscale_all_dim" in full:
-        values["rope.scaling.yarn_log_multiplier"] = 0.1 * full["mscale_all_dim"]
-    if arch == "gpt-oss":
+        values["rope.scaling.yarn_log_multiplier"] = full["mscale_all_dim"] * (0.1 if arch == "deepseek2" else 1.0)
+    if "llama_4_scaling_beta" in full:
+        values["attention.temperature_scale"] = full["llama_4_scaling_beta"]
+    if arch in ("gpt-oss", "minimax-m2"):
         values["expert_feed_forward_length"] = config.intermediate_size
     if full.get("rope_type") == "linear":
         values |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(full["factor"])}

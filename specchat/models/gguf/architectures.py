@@ -54,6 +54,18 @@ _MIXTRAL: Mapping[str, str] = {
     "ffn_up_exps": "block_sparse_moe.experts.*.w3",
     "ffn_down_exps": "block_sparse_moe.experts.*.w2",
 }
+_MINIMAX: Mapping[str, str] = {
+    **_LLAMA,
+    **_MIXTRAL,
+    "exp_probs_b.bias": "block_sparse_moe.e_score_correction_bias",
+}
+_GRANITE_MOE: Mapping[str, str] = {
+    **_LLAMA,
+    "ffn_gate_inp": "block_sparse_moe.router.layer",
+    "ffn_gate_exps": "block_sparse_moe.experts.gate_up_proj.*.gate",
+    "ffn_up_exps": "block_sparse_moe.experts.gate_up_proj.*.up",
+    "ffn_down_exps": "block_sparse_moe.experts.down_proj.*",
+}
 _FOUR_NORMS: Mapping[str, str] = {
     **_LLAMA,
     "post_attention_norm": "post_attention_layernorm",
@@ -199,6 +211,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "glm4moe": Architecture("glm4_moe", _GLM4_MOE, extra=extras.glm4_moe),
     "deepseek2": Architecture("deepseek_v3", _DEEPSEEK2, extra=extras.deepseek2),
     "granite": Architecture("granite", interleaves=True, extra=extras.granite),
+    "granitemoe": Architecture("granitemoe", _GRANITE_MOE, interleaves=True, extra=extras.granite_moe),
+    "minimax-m2": Architecture("minimax_m2", _MINIMAX, extra=extras.minimax_m2),
+    "mistral3": Architecture("ministral3", interleaves=True, extra=extras.mistral3),
     "smollm3": Architecture("smollm3", interleaves=True, extra=extras.attention_bias),
     "olmo2": Architecture("olmo2", _NORMS_AFTER, extra=extras.attention_bias),
     "cohere2": Architecture("cohere2", extra=extras.cohere2),

@@ -152,6 +152,8 @@ def _scaling(metadata: Metadata, values: dict[str, Any]) -> dict[str, Any]:
     if "rope_factors_long.weight" in tensors and "rope_factors_short.weight" in tensors:
         return _longrope(metadata, values)
     factor = metadata.number("rope.scaling.factor", 1.0)
+    if values["model_type"] == "ministral3" and kind != "yarn":
+        metadata.refuse("scales its attention by the position without 'yarn'")
     if kind in ("none", "longrope") or (kind == "linear" and factor == 1.0):
         return {}
     if kind == "linear":
@@ -164,7 +166,18 @@ def _scaling(metadata: Metadata, values: dict[str, Any]) -> dict[str, Any]:
         scaling |= {"truncate": False, "beta_fast": 32.0, "beta_slow": 1.0}
     if "kv_lora_rank" in values:
         scaling |= _latent_yarn(metadata)
+    if values["model_type"] == "ministral3":
+        scaling |= _ministral_yarn(metadata)
     return scaling
+
+
+def _ministral_yarn(metadata: Metadata) -> dict[str, Any]:
+    """Return what yarn scales Ministral 3 by; as llama.cpp does, one of its two multipliers is taken for 1."""
+    multiplier = metadata.number("rope.scaling.yarn_log_multiplier", 0.0)
+    if not multiplier or not metadata.has("rope.scaling.original_context_length"):
+        metadata.refuse("scales its positions by 'yarn' without a multiplier")
+    beta = {"llama_4_scaling_beta": metadata.number("attention.temperature_scale")}
+    return {"mscale": 1.0, "mscale_all_dim": multiplier, **beta, **_yarn_bounds(metadata)}
 
 
 def _latent_yarn(metadata: Metadata) -> dict[str, Any]:

@@ -118,6 +118,34 @@ def granite(metadata: Metadata) -> dict[str, Any]:
     }
 
 
+def granite_moe(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of Granite with experts.
+
+    Raises:
+        UnsupportedModelError: one of the experts is shared by all tokens.
+    """
+    if metadata.integer("expert_shared_feed_forward_length", 0):
+        metadata.refuse("has Granite's layers with a shared expert")
+    return granite(metadata) | mixtral(metadata)
+
+
+def minimax_m2(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of MiniMax M2.
+
+    Raises:
+        UnsupportedModelError: experts are weighed by another function than a sigmoid.
+    """
+    _check_sigmoid(metadata)
+    size = {"intermediate_size": metadata.integer("expert_feed_forward_length")}
+    return mixtral(metadata) | partial_rotary(metadata) | size
+
+
+def mistral3(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of Ministral 3, which scales its attention by the position, or of earlier models like Llama."""
+    is_scaled = metadata.number("attention.temperature_scale", 0.0) > 0
+    return {} if is_scaled else {"model_type": "llama"} | attention_bias(metadata)
+
+
 def partial_rotary(metadata: Metadata) -> dict[str, Any]:
     """Return the part of each head that is rotated."""
     head_dim = _head_dim(metadata)
@@ -133,10 +161,9 @@ def glm4_moe(metadata: Metadata) -> dict[str, Any]:
     """Return the values of GLM-4.5 and later ones with experts.
 
     Raises:
-        UnsupportedModelError: experts are chosen by another function than a sigmoid.
+        UnsupportedModelError: experts are weighed by another function than a sigmoid.
     """
-    if (metadata.integer("expert_gating_func", 0) or _SIGMOID) != _SIGMOID:
-        metadata.refuse("chooses its experts by another function than a sigmoid")
+    _check_sigmoid(metadata)
     return glm4(metadata) | _routed(metadata) | {"use_qk_norm": "blk.0.attn_q_norm.weight" in metadata.file.tensors}
 
 
@@ -182,6 +209,11 @@ def _deepseek_experts(metadata: Metadata) -> dict[str, Any]:
         metadata.refuse("weighs its experts as neither DeepSeek 2 nor 3 does")
     method = "group_limited_greedy" if routed["n_group"] > 1 else "greedy"
     return routed | {"model_type": "deepseek_v2", "topk_method": method}
+
+
+def _check_sigmoid(metadata: Metadata) -> None:
+    if (metadata.integer("expert_gating_func", 0) or _SIGMOID) != _SIGMOID:
+        metadata.refuse("weighs its experts by another function than a sigmoid")
 
 
 def _routed(metadata: Metadata) -> dict[str, Any]:

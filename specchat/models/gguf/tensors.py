@@ -31,7 +31,7 @@ _PLAIN = (
     "mlp.gate.weight",
     "mlp.router.weight",
     "block_sparse_moe.gate.weight",
-    "block_sparse_moe.router.weight",
+    "block_sparse_moe.router.layer.weight",
     "shared_expert_gate.weight",
     "_bias",
 )
