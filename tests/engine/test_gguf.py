@@ -12,6 +12,7 @@ import transformers as hf
 from support import reference
 from support.engines import make_plan, random_prompt, write
 from support.gguf_files import dequantized, differing, save_gguf
+from support.hybrids import HYBRIDS, random_hybrid
 from support.loading import load_engine, load_model, prepare
 from support.streamed import silent
 from support.tiny_models import ARCHITECTURES, SPECIAL, VOCAB, WINDOW, perturbed, random_model
@@ -68,6 +69,8 @@ class Case:
         return self.name
 
     def model(self) -> Any:
+        if self.config in HYBRIDS:
+            return varied(random_hybrid(self.config, **self.values))
         known = dict(reversed((ARCHITECTURES | SPECIAL).values())).get(self.config, {})  # the first of several
         return varied(random_model(getattr(hf, self.config)(**{**_BASE, **known, **self.values})))
 
@@ -147,6 +150,8 @@ CASES = [
 ]
 # Their texts are compared among the slow tests.
 MORE_CASES = [
+    Case("qwen35", "qwen3_5_text", {"linear_num_value_heads": 6}),
+    Case("qwen35_moe", "qwen3_5_moe_text"),
     Case("granite_moe", "GraniteMoeConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "logits_scaling": 2.0}),
     Case("minimax_m2", "MiniMaxM2Config", {"num_local_experts": 4, "num_experts_per_tok": 2, **HALF_ROTARY}),
     Case("ministral_3", "Ministral3Config", {"head_dim": 32, "rope_parameters": {**_YARN, **MINISTRAL_YARN}}),
@@ -216,6 +221,19 @@ def test_latent_attention_is_read_whole_and_in_packed_halves(tmp_path: Path):
     wanted = model.model.layers[1].self_attn.kv_b_proj.weight
     error = (newer.skeleton.layers[1].self_attn.kv_b_proj.weight - wanted).abs().max()
     assert 0 < error <= wanted.abs().max() / 250  # half a step of 8 bits
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "BF16"])
+def test_value_heads_are_put_in_order_across_blocks(kind: str, tmp_path: Path):
+    """Heads are 16 wide and blocks 32, so that a block of the columns holds parts of two heads."""
+    model = Case("x", "qwen3_5_text", {"linear_num_value_heads": 6}).model()
+    loaded = load(save_gguf(model, tmp_path / "x.gguf", kind), None).skeleton.layers[1].linear_attn
+    for name in ("in_proj_qkv", "in_proj_z", "out_proj"):
+        matrix, wanted = getattr(loaded, name), getattr(model.model.layers[1].linear_attn, name).weight
+        ours = matrix.format.dequantize(matrix.segments, 0, len(wanted), torch.empty(wanted.shape))
+        assert 0 < (ours - wanted).abs().max() <= wanted.abs().max() / 250  # half a step of 8 bits
+        some = matrix.format.dequantize(matrix.segments, 5, 23, torch.empty(18, wanted.shape[1]))
+        assert torch.equal(some, ours[5:23])
 
 
 def test_mistral_models_before_ministral_3_are_read_as_llama(tmp_path: Path):

@@ -30,6 +30,8 @@ ARCHES = {
     "qwen3": "qwen3",
     "qwen2_moe": "qwen2moe",
     "qwen3_moe": "qwen3moe",
+    "qwen3_5_text": "qwen35",
+    "qwen3_5_moe_text": "qwen35moe",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
     "gpt_oss": "gpt-oss",
@@ -53,10 +55,18 @@ ARCHES = {
     "hunyuan_v1_dense": "hunyuan-dense",
 }
 _INTERLEAVED = {"llama", "granite", "granitemoe", "mistral3", "smollm3"}
-_PLUS_ONE = {"gemma2", "gemma3"}
+_PLUS_ONE = {"gemma2", "gemma3", "qwen35", "qwen35moe"}
 _PREDICTS_FURTHER = {"glm4moe"}  # a layer after the others that predicts a further token
 _SIGMOID = {"glm4_moe", "deepseek_v3", "glm4_moe_lite", "minimax_m2"}
 _LOCAL_EXPERTS = {"llama", "gpt-oss", "granitemoe", "minimax-m2"}
+# Names that the package's map does not know, by their ends.
+_UNMAPPED = {
+    "e_score_correction_bias": "exp_probs_b.bias",
+    "block_sparse_moe.router.weight": "ffn_gate_inp.weight",
+    "linear_attn.dt_bias": "ssm_dt.bias",
+    "linear_attn.A_log": "ssm_a",
+}
+_TILED = {"qwen35", "qwen35moe"}
 _SPM = ["<unk>", "<s>", "</s>"]
 
 Kind = Callable[[str], str]
@@ -91,7 +101,7 @@ def save_gguf(
     _add_tokenizer(writer, config.vocab_size)
     chosen = kind if callable(kind) else lambda _: kind
     for name, values in tensors(model, arch, splits_kv=splits_kv):
-        is_matrix = values.ndim >= 2 and "gate_inp" not in name and not name.endswith("bias")
+        is_matrix = values.ndim >= 2 and not re.search("gate_inp|ssm_conv1d", name) and not name.endswith("bias")
         _add_tensor(writer, name, values, chosen(name) if is_matrix else "F32")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -128,16 +138,16 @@ def tensors(model: Any, arch: str, *, splits_kv: bool = True) -> Iterator[tuple[
         if name.endswith("experts.down_proj"):
             yield f"{block}ffn_down_exps.weight", values
             continue
+        if arch in _TILED and "linear_attn" in name:
+            values = _tiled(name, values, config)
+        found = next((f"{block}{short}" for end, short in _UNMAPPED.items() if name.endswith(end)), None)
+        if found is not None:
+            yield found, -np.exp(values) if name.endswith("A_log") else values
+            continue
         if name.endswith("kv_b_proj.weight") and splits_kv:
             heads = values.reshape(config.num_attention_heads, -1, values.shape[-1])
             yield f"{block}attn_k_b.weight", heads[:, : config.qk_nope_head_dim].swapaxes(1, 2)
             yield f"{block}attn_v_b.weight", heads[:, config.qk_nope_head_dim :]
-            continue
-        if name.endswith("e_score_correction_bias"):
-            yield f"{block}exp_probs_b.bias", values
-            continue
-        if name.endswith("block_sparse_moe.router.weight"):
-            yield f"{block}ffn_gate_inp.weight", values
             continue
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert found is not None, name
@@ -146,7 +156,7 @@ def tensors(model: Any, arch: str, *, splits_kv: bool = True) -> Iterator[tuple[
             heads = config.num_attention_heads if "attn_q." in found else config.num_key_value_heads
             halves = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
             values = halves.swapaxes(1, 2).reshape(values.shape)
-        if arch in _PLUS_ONE and "norm" in found:
+        if arch in _PLUS_ONE and "norm" in found and "ssm_norm" not in found:
             values = values + 1
         yield found, values[0] if found.endswith("ffn_gate_inp_shexp.weight") else values
     if arch in _PREDICTS_FURTHER:
@@ -157,6 +167,28 @@ def tensors(model: Any, arch: str, *, splits_kv: bool = True) -> Iterator[tuple[
     if scaling.get("rope_type") == "longrope":
         for which in ("long", "short"):
             yield f"rope_factors_{which}.weight", np.array(scaling[f"{which}_factor"], dtype=np.float32)
+
+
+def _tiled(name: str, values: np.ndarray, config: Any) -> np.ndarray:
+    """A tensor of a gated delta net whose value heads [keys, per key] are put in the order [per key, keys]."""
+    keys, width = config.linear_num_key_heads, config.linear_value_head_dim
+    per_key = config.linear_num_value_heads // keys
+
+    def moved(rows: np.ndarray, each: int) -> np.ndarray:
+        return rows.reshape(keys, per_key, each, -1).swapaxes(0, 1).reshape(rows.shape)
+
+    match name.split("linear_attn.")[1].removesuffix(".weight"):
+        case "in_proj_a" | "in_proj_b" | "dt_bias" | "A_log":
+            return moved(values, 1)
+        case "in_proj_z":
+            return moved(values, width)
+        case "in_proj_qkv" | "conv1d":
+            values = values.squeeze(1) if values.ndim == 3 else values
+            skip = 2 * keys * config.linear_key_head_dim
+            return np.concatenate([values[:skip], moved(values[skip:], width)])
+        case "out_proj":
+            return np.ascontiguousarray(moved(values.T, width).T)
+    return values
 
 
 def _gpt_oss_experts(block: str, name: str, values: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
@@ -194,7 +226,7 @@ def _metadata(config: Any, arch: str, *, splits_kv: bool) -> dict[str, Any]:
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
+        "feed_forward_length": getattr(config, "intermediate_size", 0),
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.key_length": head_dim,
@@ -226,6 +258,16 @@ def _metadata(config: Any, arch: str, *, splits_kv: bool) -> dict[str, Any]:
             "expert_group_count": "n_group",
             "expert_group_used_count": "topk_group",
             "leading_dense_block_count": "first_k_dense_replace",
+        }
+    if arch in _TILED:
+        values |= {
+            "ssm.conv_kernel": config.linear_conv_kernel_dim,
+            "ssm.state_size": config.linear_key_head_dim,
+            "ssm.group_count": config.linear_num_key_heads,
+            "ssm.time_step_rank": config.linear_num_value_heads,
+            "ssm.inner_size": config.linear_num_value_heads * config.linear_value_head_dim,
+            "attention.recurrent_layers": [each == "linear_attention" for each in config.layer_types],
+            "rope.dimension_sections": [*full["mrope_section"], 0],
         }
     if arch == "deepseek2":
         values |= _latent(config, splits_kv=splits_kv)
@@ -311,7 +353,12 @@ def differing(loaded: torch.nn.Module, model: Any) -> list[str]:
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     expected = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     assert len(expected) > 2 * model.config.num_hidden_layers
-    return [name for name, tensor in expected.items() if not torch.equal(_loaded(loaded, name), tensor)]
+    return [name for name, tensor in expected.items() if not _is_same(name, _loaded(loaded, name), tensor)]
+
+
+def _is_same(name: str, ours: torch.Tensor, tensor: torch.Tensor) -> bool:
+    """Whether all bits agree; decays are stored as -exp(x), which rounds them."""
+    return torch.allclose(ours, tensor, 1e-5, 1e-6) if name.endswith("A_log") else torch.equal(ours, tensor)
 
 
 def _loaded(model: torch.nn.Module, name: str) -> torch.Tensor:

@@ -111,6 +111,26 @@ _HUNYUAN: Mapping[str, str] = {
     "attn_q_norm": "self_attn.query_layernorm",
     "attn_k_norm": "self_attn.key_layernorm",
 }
+_DELTA_NET: Mapping[str, str] = {
+    **{stem: name for stem, name in _LLAMA.items() if stem != "ffn_norm"},
+    "post_attention_norm": "post_attention_layernorm",
+    "attn_qkv": "linear_attn.in_proj_qkv",
+    "attn_gate": "linear_attn.in_proj_z",
+    "ssm_alpha": "linear_attn.in_proj_a",
+    "ssm_beta": "linear_attn.in_proj_b",
+    "ssm_conv1d": "linear_attn.conv1d",
+    "ssm_dt.bias": "linear_attn.dt_bias",
+    "ssm_a": "linear_attn.A_log",
+    "ssm_norm": "linear_attn.norm",
+    "ssm_out": "linear_attn.out_proj",
+}
+_STACKED_EXPERTS: Mapping[str, str] = {
+    **_EXPERTS,
+    "ffn_gate_exps": "mlp.experts.gate_up_proj.*.gate",
+    "ffn_up_exps": "mlp.experts.gate_up_proj.*.up",
+    "ffn_gate_up_exps": "mlp.experts.gate_up_proj.*",
+    "ffn_down_exps": "mlp.experts.down_proj.*",
+}
 # A key with a leaf stands for one tensor; an empty name means that another tensor of the table includes it.
 _GPT_OSS: Mapping[str, str] = {
     **{stem: name for stem, name in _LLAMA.items() if not stem.startswith("ffn")},
@@ -140,7 +160,8 @@ class Architecture:
         model_type: model type of transformers.
         names: modules within a layer, GGUF's name -> name in checkpoints; "*" stands for the index of an expert.
         interleaves: whether the two halves of each head's rows of q and k are interleaved.
-        adds_one: whether 1 has been added to the weights of norms.
+        adds_one: whether 1 has been added to the weights of norms, but for those within gated delta nets.
+        tiles_values: whether value heads of gated delta nets are in the order of `TiledHeads`.
         fixed: values of the configuration that no file states.
         extra: further values of the configuration.
     """
@@ -149,6 +170,7 @@ class Architecture:
     names: Mapping[str, str] = field(default_factory=lambda: _LLAMA)
     interleaves: bool = False
     adds_one: bool = False
+    tiles_values: bool = False
     fixed: Mapping[str, Any] = field(default_factory=dict)
     extra: Extra = lambda _: {}
 
@@ -162,7 +184,7 @@ class Architecture:
         index, _, rest = name.removeprefix("blk.").partition(".") if is_in_layer else ("", "", name)
         stem, _, leaf = rest.rpartition(".")
         names = self.names if is_in_layer else _REST
-        if (is_in_layer and not index.isdecimal()) or leaf not in ("weight", "bias"):
+        if (is_in_layer and not index.isdecimal()) or (leaf not in ("weight", "bias") and rest not in names):
             return None
         full = names[rest] if rest in names else f"{names[stem]}.{leaf}" if stem in names else None
         return None if full is None else ((int(index) if is_in_layer else None), full)
@@ -203,6 +225,14 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "qwen2_moe", {**_LLAMA, **_EXPERTS}, fixed={"norm_topk_prob": False}, extra=extras.shared_expert
     ),
     "qwen3moe": Architecture("qwen3_moe", {**_LLAMA, **_EXPERTS}, fixed={"norm_topk_prob": True}, extra=extras.experts),
+    "qwen35": Architecture("qwen3_5_text", _DELTA_NET, adds_one=True, tiles_values=True, extra=extras.qwen35),
+    "qwen35moe": Architecture(
+        "qwen3_5_moe_text",
+        {**_DELTA_NET, **_STACKED_EXPERTS},
+        adds_one=True,
+        tiles_values=True,
+        extra=extras.qwen35_moe,
+    ),
     "gemma2": Architecture("gemma2", _FOUR_NORMS, adds_one=True, fixed=_GELU, extra=extras.gemma2),
     "gemma3": Architecture("gemma3_text", _FOUR_NORMS, adds_one=True, fixed=_GELU, extra=extras.gemma3),
     "gpt-oss": Architecture("gpt_oss", _GPT_OSS, extra=extras.gpt_oss),

@@ -7,7 +7,7 @@ from typing import Any
 
 from specchat.errors import UnsupportedModelError
 from specchat.models.checkpoint.gguf import GgufFile, GgufTensor, read_bytes
-from specchat.models.gguf.architectures import architecture_of
+from specchat.models.gguf.architectures import Architecture, architecture_of
 from specchat.models.gguf.metadata import Metadata
 
 # Names of `general.file_type`.
@@ -86,7 +86,7 @@ def config_values(file: GgufFile) -> dict[str, Any]:
         **architecture.extra(metadata),
     }
     values["rope_parameters"] = _rope(metadata, values)
-    values["quantization_config"] = _quantization(file, values, interleaves=architecture.interleaves)
+    values["quantization_config"] = _quantization(file, values, architecture)
     return values
 
 
@@ -108,7 +108,7 @@ def _dtype(file: GgufFile) -> str:
     return _COMPUTED.get(kinds.pop(), "bfloat16") if len(kinds) == 1 else "bfloat16"
 
 
-def _quantization(file: GgufFile, values: dict[str, Any], *, interleaves: bool) -> dict[str, Any]:
+def _quantization(file: GgufFile, values: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
     """Return the description that `quant.schemes.gguf` reads."""
     file_type = file.metadata.get("general.file_type")
     return {
@@ -116,8 +116,20 @@ def _quantization(file: GgufFile, values: dict[str, Any], *, interleaves: bool) 
         "file_type": _FILE_TYPES.get(file_type, _commonest_type(file))
         if type(file_type) is int
         else _commonest_type(file),
-        "q_heads": values["num_attention_heads"] if interleaves else 0,
-        "k_heads": values["num_key_value_heads"] if interleaves else 0,
+        "q_heads": values["num_attention_heads"] if architecture.interleaves else 0,
+        "k_heads": values["num_key_value_heads"] if architecture.interleaves else 0,
+        **(_tiled(values) if architecture.tiles_values else {}),
+    }
+
+
+def _tiled(values: dict[str, Any]) -> dict[str, int]:
+    """Return the order of value heads, as `quant.schemes.gguf` reads it."""
+    keys = values["linear_num_key_heads"]
+    return {
+        "tiled_keys": keys,
+        "tiled_per_key": values["linear_num_value_heads"] // keys,
+        "tiled_width": values["linear_value_head_dim"],
+        "tiled_skip": 2 * keys * values["linear_key_head_dim"],
     }
 
 
@@ -134,6 +146,9 @@ def _rope(metadata: Metadata, values: dict[str, Any]) -> dict[str, Any]:
     full = {"rope_type": "default", "rope_theta": theta} | _scaling(metadata, values)
     if "partial_rotary_factor" in values:
         full["partial_rotary_factor"] = values["partial_rotary_factor"]
+    sections = metadata.integers("rope.dimension_sections")
+    if sections is not None:  # of images, whose positions have three parts
+        full |= {"mrope_section": sections[:3], "mrope_interleaved": True}
     if metadata.file.architecture != "gemma3":
         return full
     local = metadata.number("rope.freq_base_swa", 10000.0)

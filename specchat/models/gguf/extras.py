@@ -32,6 +32,36 @@ def shared_expert(metadata: Metadata) -> dict[str, Any]:
     return experts(metadata) | {"shared_expert_intermediate_size": shared or (0 if stored is None else stored.shape[0])}
 
 
+def qwen35(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of Qwen 3.5 and later ones: gated delta nets, with attention in every fourth layer or so."""
+    keys, values = metadata.integer("ssm.group_count"), metadata.integer("ssm.time_step_rank")
+    if not keys or not values or values % keys:
+        metadata.fail("ssm.group_count", keys, "a number of key heads")
+    return partial_rotary(metadata) | {
+        "linear_conv_kernel_dim": metadata.integer("ssm.conv_kernel"),
+        "linear_key_head_dim": metadata.integer("ssm.state_size"),
+        "linear_value_head_dim": metadata.integer("ssm.inner_size") // values,
+        "linear_num_key_heads": keys,
+        "linear_num_value_heads": values,
+        "layer_types": _recurrent_types(metadata),
+    }
+
+
+def qwen35_moe(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of Qwen 3.5 with experts."""
+    return qwen35(metadata) | shared_expert(metadata)
+
+
+def _recurrent_types(metadata: Metadata) -> list[str]:
+    """Return the kind of each layer; without a list in the file, the last layer of each period has attention."""
+    count = metadata.integer("block_count") - metadata.integer("nextn_predict_layers", 0)
+    is_recurrent = metadata.flags("attention.recurrent_layers")
+    if is_recurrent is None:
+        period = metadata.integer("full_attention_interval", 4) or 1
+        is_recurrent = [(layer + 1) % period != 0 for layer in range(count)]
+    return ["linear_attention" if each else "full_attention" for each in is_recurrent[:count]]
+
+
 def mixtral(metadata: Metadata) -> dict[str, Any]:
     """Return the number of experts by the names of Mixtral."""
     return {

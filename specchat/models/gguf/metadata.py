@@ -61,6 +61,13 @@ class Metadata:
         value = self.values.get(self._full(key))
         return [bool(each) for each in value] if isinstance(value, list) else None
 
+    def integers(self, key: str) -> list[int] | None:
+        """Return a list of whole numbers; None if the key is missing."""
+        value = self.values.get(self._full(key))
+        if value is not None and (not isinstance(value, list) or any(type(each) is not int for each in value)):
+            self.fail(key, value, "a list of whole numbers")
+        return value
+
     def text(self, key: str) -> str | None:
         """Return a text; None if it is missing."""
         value = self.values.get(self._full(key))

@@ -23,7 +23,7 @@ from specchat.models.checkpoint.stacks import unstack_experts
 from specchat.models.gguf.architectures import KEY_HALF, Architecture, architecture_of, is_in_config
 from specchat.models.gguf.config import num_layers
 from specchat.models.gguf.metadata import Metadata
-from specchat.models.quant.formats.ggml import decode, stored_rows
+from specchat.models.quant.formats.ggml import TiledHeads, decode, stored_rows
 
 # Matrices whose values the model needs plain: lookups, and routers, whose rounding would change the experts.
 _PLAIN = (
@@ -33,8 +33,13 @@ _PLAIN = (
     "block_sparse_moe.gate.weight",
     "block_sparse_moe.router.layer.weight",
     "shared_expert_gate.weight",
+    "in_proj_a.weight",
+    "in_proj_b.weight",
+    "conv1d.weight",
     "_bias",
 )
+# Small tensors that follow the order of the value heads.
+_TILED = ("in_proj_a.weight", "in_proj_b.weight", "conv1d.weight", "dt_bias", "A_log")
 
 
 def open_tensors(folder: Path) -> Checkpoint:
@@ -83,17 +88,38 @@ def _infos(file: GgufFile, architecture: Architecture, tensor: GgufTensor, name:
         return _joined_halves(file, tensor, name.replace(KEY_HALF, KEY_HALF.rpartition(".")[0]))
     if len(tensor.shape) == 2 and not name.endswith(_PLAIN):
         return {name: _packed(tensor, name, tensor.shape, tensor.offset)}
-    shape = (
-        (1, *tensor.shape) if name.endswith("shared_expert_gate.weight") and len(tensor.shape) == 1 else tensor.shape
+    shape = tensor.shape
+    if name.endswith("shared_expert_gate.weight") and len(shape) == 1:
+        shape = (1, *shape)
+    if name.endswith("conv1d.weight") and len(shape) == 2:
+        shape = (shape[0], 1, shape[1])
+    adds_one = architecture.adds_one and "norm" in name and "linear_attn" not in name
+    own = Restore(
+        tensor.type.name,
+        shape,
+        adds_one,
+        _heads(file, architecture, name),
+        is_log=name.endswith("A_log"),
+        tiled=_tiled(file, architecture, name),
     )
-    adds_one = architecture.adds_one and "norm" in name
-    own = Restore(tensor.type.name, shape, adds_one, _heads(file, architecture, name))
     restore: Restore | Alternating = own
     if name.endswith("gate_up_proj_bias"):
         other = _tensor(file, tensor.name.replace("gate", "up"), tensor)
         restore = Alternating(own, Restore(other.type.name, shape), other)
         shape = (*shape[:-1], 2 * shape[-1])
     return {name: TensorInfo(name, tensor.type.name, shape, tensor.file, tensor.offset, tensor.nbytes, restore)}
+
+
+def _tiled(file: GgufFile, architecture: Architecture, name: str) -> TiledHeads | None:
+    """Return the order of value heads in a small tensor of a gated delta net; None for tensors in order."""
+    if not architecture.tiles_values or not name.endswith(_TILED):
+        return None
+    metadata = Metadata(file)
+    keys, heads = metadata.integer("ssm.group_count"), metadata.integer("ssm.time_step_rank")
+    if name.endswith("conv1d.weight"):
+        width, skip = metadata.integer("ssm.inner_size") // heads, 2 * keys * metadata.integer("ssm.state_size")
+        return TiledHeads(keys, heads // keys, width, skip)
+    return TiledHeads(keys, heads // keys, 1)
 
 
 def _tensor(file: GgufFile, name: str, like: GgufTensor) -> GgufTensor:
@@ -153,20 +179,28 @@ class Restore:
         shape: shape in the model.
         adds_one: whether 1 has been added to the values.
         heads: number of heads whose two halves are interleaved; 0 for values in order.
+        is_log: whether the file holds -exp(x) of each value x.
+        tiled: order of the rows; None for rows in order.
     """
 
     kind: str
     shape: tuple[int, ...]
     adds_one: bool = False
     heads: int = 0
+    is_log: bool = False
+    tiled: TiledHeads | None = None
 
     def __call__(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the tensor in `dtype`, given its bytes, uint8 [n]; values are rounded once."""
-        values = self._values(stored, torch.float32 if self.adds_one else dtype)
+        values = self._values(stored, torch.float32 if self.adds_one or self.is_log else dtype)
         if self.adds_one:
             values = values - 1
         if self.heads:
             values = values[stored_rows(len(values), self.heads, 0, len(values), values.device)]
+        if self.is_log:
+            values = torch.log(-values)
+        if self.tiled is not None:
+            values = values[self.tiled.stored(len(values), values.device)]
         return values.to(dtype)
 
     def _values(self, stored: Tensor, dtype: torch.dtype) -> Tensor:

@@ -51,6 +51,66 @@ class Blocks(WeightFormat):
 
 
 @dataclass(frozen=True)
+class TiledHeads:
+    """The order in which files hold the value heads of gated delta nets: the first ones of all key heads come first.
+
+    Attributes:
+        keys: number of key heads.
+        per_key: number of value heads that belong to a key head.
+        width: numbers of one value head.
+        skip: numbers before the value heads, which stay in order.
+    """
+
+    keys: int
+    per_key: int
+    width: int
+    skip: int = 0
+
+    def stored(self, count: int, device: torch.device) -> Tensor:
+        """Return where each of `count` rows or columns is stored: int64 [count]."""
+        places = torch.arange(count, device=device)
+        heads, within = (places - self.skip) // self.width, (places - self.skip) % self.width
+        key, index = heads // self.per_key, heads % self.per_key
+        moved = self.skip + (index * self.keys + key) * self.width + within
+        return torch.where(places < self.skip, places, moved)
+
+
+@dataclass(frozen=True)
+class TiledBlocks(WeightFormat):
+    """Blocks of a matrix whose rows or columns are in the order of `TiledHeads`.
+
+    Columns are put in order after they are dequantized, since a block may hold columns of several heads.
+
+    Segments: `blocks`, uint8 [rows, bytes per row].
+
+    Attributes:
+        kind: ggml's name of the type.
+        heads: order of the rows, or of the columns.
+        is_by_column: whether it is the order of the columns.
+    """
+
+    name: ClassVar[str] = "ggml tiled"
+    verbatim: ClassVar[Mapping[str, str]] = {"blocks": "weight"}
+
+    kind: str
+    heads: TiledHeads
+    is_by_column: bool
+
+    def segments(self, rows: int, cols: int) -> tuple[Segment, ...]:
+        """Return the segment that the class describes."""
+        return Blocks(self.kind).segments(rows, cols)
+
+    def dequantize(self, segments: Segments, begin: int, end: int, out: Tensor) -> Tensor:
+        """Dequantize rows of W."""
+        blocks, plain = segments["blocks"], Blocks(self.kind)
+        if self.is_by_column:
+            stored = plain.dequantize(segments, begin, end, torch.empty_like(out))
+            return out.copy_(stored.index_select(1, self.heads.stored(out.shape[1], out.device)))
+        order = self.heads.stored(blocks.shape[0], blocks.device)[begin:end]
+        return plain.dequantize({"blocks": blocks.index_select(0, order)}, 0, end - begin, out)
+
+
+@dataclass(frozen=True)
 class AlternatingBlocks(WeightFormat):
     """Two matrices in blocks whose rows alternate in one: gate and up of gpt-oss.
 

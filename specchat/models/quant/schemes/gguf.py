@@ -1,7 +1,7 @@
 """GGUF files: every matrix in blocks of its own type, which stay as they are in the file."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -9,9 +9,13 @@ from torch import Tensor
 from specchat.models.checkpoint.ggml_types import BLOCK_TYPES, PLAIN_TYPES
 from specchat.models.checkpoint.safetensors import TensorInfo
 from specchat.models.quant.formats.base import WeightFormat
-from specchat.models.quant.formats.ggml import AlternatingBlocks, Blocks
+from specchat.models.quant.formats.ggml import AlternatingBlocks, Blocks, TiledBlocks, TiledHeads
 from specchat.models.quant.kernels.chunked import Segments
 from specchat.models.quant.schemes.settings import SchemeSettings, expect
+
+# Values of the description: key heads, value heads per key head, width of a value head, rows of queries and keys.
+_TILED = ("tiled_keys", "tiled_per_key", "tiled_width", "tiled_skip")
+_TILED_LEAVES = ("in_proj_qkv", "in_proj_z", "out_proj")
 
 
 @dataclass(frozen=True)
@@ -22,11 +26,13 @@ class GgufScheme:
         file_type: name of the mixture of types, such as "q4_k_m".
         q_heads: heads whose halves of rows are interleaved in query matrices; 0 for rows in order.
         k_heads: heads whose halves of rows are interleaved in key matrices; 0 for rows in order.
+        tiled: order of the value heads of gated delta nets, after queries and keys; None for models without them.
     """
 
     file_type: str
     q_heads: int
     k_heads: int
+    tiled: TiledHeads | None = None
 
     @classmethod
     def of(cls, settings: SchemeSettings) -> "GgufScheme":
@@ -35,7 +41,13 @@ class GgufScheme:
         Raises:
             CorruptCheckpointError: a value is invalid.
         """
-        return cls(settings.text("file_type", "blocks"), settings.integer("q_heads", 0), settings.integer("k_heads", 0))
+        tiled = TiledHeads(*(settings.integer(name, 0) for name in _TILED))
+        return cls(
+            settings.text("file_type", "blocks"),
+            settings.integer("q_heads", 0),
+            settings.integer("k_heads", 0),
+            tiled if tiled.keys else None,
+        )
 
     @property
     def name(self) -> str:
@@ -51,7 +63,11 @@ class GgufScheme:
         info = tensors.get("weight")
         if info is None or info.restore is not None:
             return None
-        return Blocks(_kind(module, "weight", shape, tensors), self._heads(module))
+        kind, leaf = _kind(module, "weight", shape, tensors), module.rpartition(".")[2]
+        if self.tiled is not None and leaf in _TILED_LEAVES:
+            skip = self.tiled.skip if leaf == "in_proj_qkv" else 0
+            return TiledBlocks(kind, replace(self.tiled, skip=skip), leaf == "out_proj")
+        return Blocks(kind, self._heads(module))
 
     def transcode(self, module: str, shape: tuple[int, int], tensors: Mapping[str, Tensor], segments: Segments) -> None:
         """Fill the segments of one matrix; see `CheckpointScheme`."""
