@@ -46,6 +46,8 @@ ARCHES = {
     "minimax_m2": "minimax-m2",
     "ministral3": "mistral3",
     "smollm3": "smollm3",
+    "lfm2": "lfm2",
+    "lfm2_moe": "lfm2moe",
     "olmo2": "olmo2",
     "olmo3": "olmo2",
     "cohere2": "cohere2",
@@ -57,16 +59,18 @@ ARCHES = {
 _INTERLEAVED = {"llama", "granite", "granitemoe", "mistral3", "smollm3"}
 _PLUS_ONE = {"gemma2", "gemma3", "qwen35", "qwen35moe"}
 _PREDICTS_FURTHER = {"glm4moe"}  # a layer after the others that predicts a further token
-_SIGMOID = {"glm4_moe", "deepseek_v3", "glm4_moe_lite", "minimax_m2"}
+_SIGMOID = {"glm4_moe", "deepseek_v3", "glm4_moe_lite", "minimax_m2", "lfm2_moe"}
 _LOCAL_EXPERTS = {"llama", "gpt-oss", "granitemoe", "minimax-m2"}
 # Names that the package's map does not know, by their ends.
 _UNMAPPED = {
+    "feed_forward.expert_bias": "exp_probs_b.bias",
     "e_score_correction_bias": "exp_probs_b.bias",
     "block_sparse_moe.router.weight": "ffn_gate_inp.weight",
     "linear_attn.dt_bias": "ssm_dt.bias",
     "linear_attn.A_log": "ssm_a",
 }
 _TILED = {"qwen35", "qwen35moe"}
+_EPS = ("layer_norm_eps", "rms_norm_eps", "norm_eps")
 _SPM = ["<unk>", "<s>", "</s>"]
 
 Kind = Callable[[str], str]
@@ -101,7 +105,9 @@ def save_gguf(
     _add_tokenizer(writer, config.vocab_size)
     chosen = kind if callable(kind) else lambda _: kind
     for name, values in tensors(model, arch, splits_kv=splits_kv):
-        is_matrix = values.ndim >= 2 and not re.search("gate_inp|ssm_conv1d", name) and not name.endswith("bias")
+        is_matrix = (
+            values.ndim >= 2 and not re.search("gate_inp|ssm_conv1d|shortconv.conv", name) and not name.endswith("bias")
+        )
         _add_tensor(writer, name, values, chosen(name) if is_matrix else "F32")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -138,6 +144,7 @@ def tensors(model: Any, arch: str, *, splits_kv: bool = True) -> Iterator[tuple[
         if name.endswith("experts.down_proj"):
             yield f"{block}ffn_down_exps.weight", values
             continue
+        values = values.squeeze(1) if "conv.conv." in name else values
         if arch in _TILED and "linear_attn" in name:
             values = _tiled(name, values, config)
         found = next((f"{block}{short}" for end, short in _UNMAPPED.items() if name.endswith(end)), None)
@@ -235,7 +242,7 @@ def _metadata(config: Any, arch: str, *, splits_kv: bool) -> dict[str, Any]:
         "rope.dimension_count": int(head_dim * full.get("partial_rotary_factor", 1.0)),
     }
     eps = "layer_norm_epsilon" if arch == "cohere2" else "layer_norm_rms_epsilon"
-    values[f"attention.{eps}"] = float(getattr(config, "layer_norm_eps", None) or config.rms_norm_eps)
+    values[f"attention.{eps}"] = float(next(getattr(config, name) for name in _EPS if hasattr(config, name)))
     optional = {
         "attention.sliding_window": "sliding_window",
         "attn_logit_softcapping": "attn_logit_softcapping",
@@ -259,6 +266,11 @@ def _metadata(config: Any, arch: str, *, splits_kv: bool) -> dict[str, Any]:
             "expert_group_used_count": "topk_group",
             "leading_dense_block_count": "first_k_dense_replace",
         }
+    if arch in ("lfm2", "lfm2moe"):
+        heads = [config.num_key_value_heads * (kind == "full_attention") for kind in config.layer_types]
+        values |= {"attention.head_count_kv": heads, "shortconv.l_cache": config.conv_L_cache}
+    if arch == "lfm2moe":
+        values["leading_dense_block_count"] = config.num_dense_layers
     if arch in _TILED:
         values |= {
             "ssm.conv_kernel": config.linear_conv_kernel_dim,

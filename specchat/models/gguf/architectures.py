@@ -131,6 +131,28 @@ _STACKED_EXPERTS: Mapping[str, str] = {
     "ffn_gate_up_exps": "mlp.experts.gate_up_proj.*",
     "ffn_down_exps": "mlp.experts.down_proj.*",
 }
+_LFM2: Mapping[str, str] = {
+    **{stem: name for stem, name in _LLAMA.items() if stem.startswith(("attn_q", "attn_k", "attn_v"))},
+    "attn_norm": "operator_norm",
+    "ffn_norm": "ffn_norm",
+    "attn_output": "self_attn.out_proj",
+    "attn_q_norm": "self_attn.q_layernorm",
+    "attn_k_norm": "self_attn.k_layernorm",
+    "shortconv.conv": "conv.conv",
+    "shortconv.in_proj": "conv.in_proj",
+    "shortconv.out_proj": "conv.out_proj",
+    "ffn_gate": "feed_forward.w1",
+    "ffn_up": "feed_forward.w3",
+    "ffn_down": "feed_forward.w2",
+}
+_LFM2_MOE: Mapping[str, str] = {
+    **_LFM2,
+    "ffn_gate_inp": "feed_forward.gate",
+    "exp_probs_b.bias": "feed_forward.expert_bias",
+    "ffn_gate_exps": "feed_forward.experts.*.w1",
+    "ffn_up_exps": "feed_forward.experts.*.w3",
+    "ffn_down_exps": "feed_forward.experts.*.w2",
+}
 # A key with a leaf stands for one tensor; an empty name means that another tensor of the table includes it.
 _GPT_OSS: Mapping[str, str] = {
     **{stem: name for stem, name in _LLAMA.items() if not stem.startswith("ffn")},
@@ -145,7 +167,12 @@ _GPT_OSS: Mapping[str, str] = {
     "ffn_down_exps.bias": "mlp.experts.down_proj_bias",
 }
 # Outside the layers.
-_REST: Mapping[str, str] = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_REST: Mapping[str, str] = {
+    "token_embd": "model.embed_tokens",
+    "token_embd_norm": "model.embedding_norm",  # of LFM2, in the place of output_norm
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
 # Tensors that the configuration is made from.
 _IN_CONFIG = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
 
@@ -245,6 +272,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "minimax-m2": Architecture("minimax_m2", _MINIMAX, extra=extras.minimax_m2),
     "mistral3": Architecture("ministral3", interleaves=True, extra=extras.mistral3),
     "smollm3": Architecture("smollm3", interleaves=True, extra=extras.attention_bias),
+    "lfm2": Architecture("lfm2", _LFM2, extra=extras.lfm2),
+    "lfm2moe": Architecture("lfm2_moe", _LFM2_MOE, extra=extras.lfm2_moe),
     "olmo2": Architecture("olmo2", _NORMS_AFTER, extra=extras.attention_bias),
     "cohere2": Architecture("cohere2", extra=extras.cohere2),
     "exaone4": Architecture("exaone4", _NORMS_AFTER, extra=extras.exaone4),

@@ -72,7 +72,7 @@ def config_values(file: GgufFile) -> dict[str, Any]:
         "intermediate_size": metadata.integer("feed_forward_length", 0),
         "num_hidden_layers": num_layers(metadata),
         "num_attention_heads": heads,
-        "num_key_value_heads": metadata.integer("attention.head_count_kv", heads),
+        "num_key_value_heads": metadata.integer("attention.head_count_kv", heads, skips_zeros=True),
         "head_dim": metadata.integer("attention.key_length", hidden // heads),
         "max_position_embeddings": metadata.integer("context_length"),
         "rms_norm_eps": metadata.number("attention.layer_norm_rms_epsilon", 1e-5),

@@ -62,6 +62,39 @@ def _recurrent_types(metadata: Metadata) -> list[str]:
     return ["linear_attention" if each else "full_attention" for each in is_recurrent[:count]]
 
 
+def lfm2(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of LFM2; layers without heads of keys and values are short convolutions."""
+    heads = metadata.integers("attention.head_count_kv")
+    if heads is None or len(heads) != metadata.integer("block_count"):
+        metadata.fail("attention.head_count_kv", heads, "a number of heads for each layer")
+    return {
+        "norm_eps": metadata.number("attention.layer_norm_rms_epsilon"),
+        "conv_L_cache": metadata.integer("shortconv.l_cache"),
+        "conv_bias": any(name.endswith("shortconv.conv.bias") for name in metadata.file.tensors),
+        "block_auto_adjust_ff_dim": False,  # the file has the adjusted size
+        "layer_types": ["full_attention" if each else "conv" for each in heads],
+    }
+
+
+def lfm2_moe(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of LFM2 with experts, which are weighed as llama.cpp does where the file says nothing.
+
+    Raises:
+        UnsupportedModelError: experts are weighed by another function than a sigmoid.
+    """
+    _check_sigmoid(metadata)
+    return (
+        lfm2(metadata)
+        | experts(metadata)
+        | {
+            "num_dense_layers": metadata.integer("leading_dense_block_count"),
+            "use_expert_bias": any(name.endswith("exp_probs_b.bias") for name in metadata.file.tensors),
+            "norm_topk_prob": True,
+            "routed_scaling_factor": metadata.number("expert_weights_scale", 1.0) or 1.0,
+        }
+    )
+
+
 def mixtral(metadata: Metadata) -> dict[str, Any]:
     """Return the number of experts by the names of Mixtral."""
     return {

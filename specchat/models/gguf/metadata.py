@@ -31,9 +31,17 @@ class Metadata:
         """Return whether the architecture has a value."""
         return self._full(key) in self.values
 
-    def integer(self, key: str, default: int | None = None) -> int:
-        """Return a whole number; a list of equal numbers, one per layer, counts as one number."""
+    def integer(self, key: str, default: int | None = None, *, skips_zeros: bool = False) -> int:
+        """Return a whole number; a list of equal numbers, one per layer, counts as one number.
+
+        Args:
+            key: name of the value.
+            default: number for a missing value; None requires it.
+            skips_zeros: whether zeros in a list do not count, because these layers have nothing of the kind.
+        """
         value = self.values.get(self._full(key), default)
+        if skips_zeros and isinstance(value, list):
+            value = [each for each in value if each != 0]
         if isinstance(value, list) and value and len(set(value)) == 1:
             value = value[0]
         if isinstance(value, list):

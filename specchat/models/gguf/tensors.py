@@ -36,6 +36,8 @@ _PLAIN = (
     "in_proj_a.weight",
     "in_proj_b.weight",
     "conv1d.weight",
+    "conv.conv.weight",
+    "feed_forward.gate.weight",
     "_bias",
 )
 # Small tensors that follow the order of the value heads.
@@ -91,7 +93,7 @@ def _infos(file: GgufFile, architecture: Architecture, tensor: GgufTensor, name:
     shape = tensor.shape
     if name.endswith("shared_expert_gate.weight") and len(shape) == 1:
         shape = (1, *shape)
-    if name.endswith("conv1d.weight") and len(shape) == 2:
+    if name.endswith(("conv1d.weight", "conv.conv.weight")) and len(shape) == 2:
         shape = (shape[0], 1, shape[1])
     adds_one = architecture.adds_one and "norm" in name and "linear_attn" not in name
     own = Restore(
