@@ -150,6 +150,7 @@ CASES = [
 ]
 # Their texts are compared among the slow tests.
 MORE_CASES = [
+    Case("qwen3_next", "qwen3_next"),
     Case("lfm2", "lfm2"),
     Case("lfm2_moe", "lfm2_moe"),
     Case("qwen35", "qwen3_5_text", {"linear_num_value_heads": 6}),
@@ -184,10 +185,9 @@ def test_every_parameter_is_reproduced(case: Case, tmp_path: Path):
     model = case.model()
     loaded = load(save_gguf(model, tmp_path / "x.gguf"), None)
     assert not differing(loaded.skeleton.model, model)
-    name, some = next(found for found in loaded.skeleton.model.named_parameters() if "layers.0." in found[0])
-    if some.is_floating_point():
-        some.data = some.data + 2**-20
-        assert differing(loaded.skeleton.model, model) == [name]
+    name, some = next((name, each) for name, each in loaded.skeleton.model.named_parameters() if "norm" in name)
+    some.data = some.data + 2**-20
+    assert differing(loaded.skeleton.model, model) == [name]
 
 
 @pytest.mark.parametrize(
@@ -223,18 +223,22 @@ def test_latent_attention_is_read_whole_and_in_packed_halves(tmp_path: Path):
     newer = load(save_gguf(model, tmp_path / "newer.gguf", "Q8_0"), None)
     wanted = model.model.layers[1].self_attn.kv_b_proj.weight
     error = (newer.skeleton.layers[1].self_attn.kv_b_proj.weight - wanted).abs().max()
-    assert 0 < error <= wanted.abs().max() / 250  # half a step of 8 bits
+    assert 0 < error <= wanted.abs().max() / 220  # half a step of 8 bits, and the scale's rounding
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "BF16"])
-def test_value_heads_are_put_in_order_across_blocks(kind: str, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("config", "kind"), [("qwen3_5_text", "Q8_0"), ("qwen3_5_text", "BF16"), ("qwen3_next", "Q8_0")]
+)
+def test_value_heads_are_put_in_order_across_blocks(config: str, kind: str, tmp_path: Path):
     """Heads are 16 wide and blocks 32, so that a block of the columns holds parts of two heads."""
-    model = Case("x", "qwen3_5_text", {"linear_num_value_heads": 6}).model()
+    model = Case("x", config, {"linear_num_value_heads": 6}).model()
     loaded = load(save_gguf(model, tmp_path / "x.gguf", kind), None).skeleton.layers[1].linear_attn
-    for name in ("in_proj_qkv", "in_proj_z", "out_proj"):
+    for name in ("in_proj_qkv", "in_proj_z", "out_proj") if config != "qwen3_next" else ("in_proj_qkvz", "out_proj"):
         matrix, wanted = getattr(loaded, name), getattr(model.model.layers[1].linear_attn, name).weight
         ours = matrix.format.dequantize(matrix.segments, 0, len(wanted), torch.empty(wanted.shape))
-        assert 0 < (ours - wanted).abs().max() <= wanted.abs().max() / 250  # half a step of 8 bits
+        assert (
+            0 < (ours - wanted).abs().max() <= wanted.abs().max() / 220
+        )  # half a step of 8 bits, and the scale's rounding
         some = matrix.format.dequantize(matrix.segments, 5, 23, torch.empty(18, wanted.shape[1]))
         assert torch.equal(some, ours[5:23])
 

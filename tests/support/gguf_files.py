@@ -30,6 +30,7 @@ ARCHES = {
     "qwen3": "qwen3",
     "qwen2_moe": "qwen2moe",
     "qwen3_moe": "qwen3moe",
+    "qwen3_next": "qwen3next",
     "qwen3_5_text": "qwen35",
     "qwen3_5_moe_text": "qwen35moe",
     "gemma2": "gemma2",
@@ -57,7 +58,7 @@ ARCHES = {
     "hunyuan_v1_dense": "hunyuan-dense",
 }
 _INTERLEAVED = {"llama", "granite", "granitemoe", "mistral3", "smollm3"}
-_PLUS_ONE = {"gemma2", "gemma3", "qwen35", "qwen35moe"}
+_PLUS_ONE = {"gemma2", "gemma3", "qwen3next", "qwen35", "qwen35moe"}
 _PREDICTS_FURTHER = {"glm4moe"}  # a layer after the others that predicts a further token
 _SIGMOID = {"glm4_moe", "deepseek_v3", "glm4_moe_lite", "minimax_m2", "lfm2_moe"}
 _LOCAL_EXPERTS = {"llama", "gpt-oss", "granitemoe", "minimax-m2"}
@@ -144,7 +145,10 @@ def tensors(model: Any, arch: str, *, splits_kv: bool = True) -> Iterator[tuple[
         if name.endswith("experts.down_proj"):
             yield f"{block}ffn_down_exps.weight", values
             continue
-        values = values.squeeze(1) if "conv.conv." in name else values
+        values = values.squeeze(1) if "conv.conv." in name or "conv1d.weight" in name else values
+        if name.endswith("in_proj_qkvz.weight"):
+            yield from _split_projection(block, values, config)
+            continue
         if arch in _TILED and "linear_attn" in name:
             values = _tiled(name, values, config)
         found = next((f"{block}{short}" for end, short in _UNMAPPED.items() if name.endswith(end)), None)
@@ -190,12 +194,21 @@ def _tiled(name: str, values: np.ndarray, config: Any) -> np.ndarray:
         case "in_proj_z":
             return moved(values, width)
         case "in_proj_qkv" | "conv1d":
-            values = values.squeeze(1) if values.ndim == 3 else values
             skip = 2 * keys * config.linear_key_head_dim
             return np.concatenate([values[:skip], moved(values[skip:], width)])
         case "out_proj":
             return np.ascontiguousarray(moved(values.T, width).T)
     return values
+
+
+def _split_projection(block: str, values: np.ndarray, config: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """The rows of each key head, sorted into queries, keys and values of all heads, and gates."""
+    keys, width = config.linear_num_key_heads, config.linear_key_head_dim
+    own = config.linear_num_value_heads // keys * config.linear_value_head_dim
+    heads = values.reshape(keys, 2 * width + 2 * own, -1)
+    q, k, v, z = np.split(heads, [width, 2 * width, 2 * width + own], axis=1)
+    yield f"{block}attn_qkv.weight", np.concatenate([part.reshape(-1, values.shape[1]) for part in (q, k, v)])
+    yield f"{block}attn_gate.weight", z.reshape(-1, values.shape[1])
 
 
 def _gpt_oss_experts(block: str, name: str, values: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
@@ -271,7 +284,7 @@ def _metadata(config: Any, arch: str, *, splits_kv: bool) -> dict[str, Any]:
         values |= {"attention.head_count_kv": heads, "shortconv.l_cache": config.conv_L_cache}
     if arch == "lfm2moe":
         values["leading_dense_block_count"] = config.num_dense_layers
-    if arch in _TILED:
+    if arch in _TILED or arch == "qwen3next":
         values |= {
             "ssm.conv_kernel": config.linear_conv_kernel_dim,
             "ssm.state_size": config.linear_key_head_dim,
@@ -279,7 +292,7 @@ def _metadata(config: Any, arch: str, *, splits_kv: bool) -> dict[str, Any]:
             "ssm.time_step_rank": config.linear_num_value_heads,
             "ssm.inner_size": config.linear_num_value_heads * config.linear_value_head_dim,
             "attention.recurrent_layers": [each == "linear_attention" for each in config.layer_types],
-            "rope.dimension_sections": [*full["mrope_section"], 0],
+            **({"rope.dimension_sections": [*full["mrope_section"], 0]} if "mrope_section" in full else {}),
         }
     if arch == "deepseek2":
         values |= _latent(config, splits_kv=splits_kv)

@@ -124,6 +124,14 @@ _DELTA_NET: Mapping[str, str] = {
     "ssm_norm": "linear_attn.norm",
     "ssm_out": "linear_attn.out_proj",
 }
+_QWEN3_NEXT: Mapping[str, str] = {
+    **_DELTA_NET,
+    **_EXPERTS,
+    "attn_qkv.weight": "linear_attn.in_proj_qkvz.weight_first",
+    "attn_gate.weight": "linear_attn.in_proj_qkvz.weight_second",
+    "ssm_in": "linear_attn.in_proj_qkvz",  # of older files
+    "ssm_ba": "linear_attn.in_proj_ba",
+}
 _STACKED_EXPERTS: Mapping[str, str] = {
     **_EXPERTS,
     "ffn_gate_exps": "mlp.experts.gate_up_proj.*.gate",
@@ -252,6 +260,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "qwen2_moe", {**_LLAMA, **_EXPERTS}, fixed={"norm_topk_prob": False}, extra=extras.shared_expert
     ),
     "qwen3moe": Architecture("qwen3_moe", {**_LLAMA, **_EXPERTS}, fixed={"norm_topk_prob": True}, extra=extras.experts),
+    "qwen3next": Architecture(
+        "qwen3_next", _QWEN3_NEXT, adds_one=True, fixed={"norm_topk_prob": True}, extra=extras.qwen35_moe
+    ),
     "qwen35": Architecture("qwen3_5_text", _DELTA_NET, adds_one=True, tiles_values=True, extra=extras.qwen35),
     "qwen35moe": Architecture(
         "qwen3_5_moe_text",

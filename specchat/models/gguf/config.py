@@ -119,6 +119,7 @@ def _quantization(file: GgufFile, values: dict[str, Any], architecture: Architec
         "q_heads": values["num_attention_heads"] if architecture.interleaves else 0,
         "k_heads": values["num_key_value_heads"] if architecture.interleaves else 0,
         **(_tiled(values) if architecture.tiles_values else {}),
+        **(_joined(values) if values["model_type"] == "qwen3_next" else {}),
     }
 
 
@@ -130,6 +131,16 @@ def _tiled(values: dict[str, Any]) -> dict[str, int]:
         "tiled_per_key": values["linear_num_value_heads"] // keys,
         "tiled_width": values["linear_value_head_dim"],
         "tiled_skip": 2 * keys * values["linear_key_head_dim"],
+    }
+
+
+def _joined(values: dict[str, Any]) -> dict[str, int]:
+    """Return the sizes of a joined input projection, as `quant.schemes.gguf` reads it."""
+    per_key = values["linear_num_value_heads"] // values["linear_num_key_heads"]
+    return {
+        "joined_keys": values["linear_num_key_heads"],
+        "joined_key_width": values["linear_key_head_dim"],
+        "joined_value_width": per_key * values["linear_value_head_dim"],
     }
 
 
@@ -147,7 +158,9 @@ def _rope(metadata: Metadata, values: dict[str, Any]) -> dict[str, Any]:
     if "partial_rotary_factor" in values:
         full["partial_rotary_factor"] = values["partial_rotary_factor"]
     sections = metadata.integers("rope.dimension_sections")
-    if sections is not None:  # of images, whose positions have three parts
+    if sections is not None and values["model_type"].startswith(
+        "qwen3_5"
+    ):  # of images, whose positions have three parts
         full |= {"mrope_section": sections[:3], "mrope_interleaved": True}
     if metadata.file.architecture != "gemma3":
         return full

@@ -48,7 +48,7 @@ def qwen35(metadata: Metadata) -> dict[str, Any]:
 
 
 def qwen35_moe(metadata: Metadata) -> dict[str, Any]:
-    """Return the values of Qwen 3.5 with experts."""
+    """Return the values of Qwen 3.5 and Qwen3-Next with experts."""
     return qwen35(metadata) | shared_expert(metadata)
 
 

@@ -35,6 +35,7 @@ _PLAIN = (
     "shared_expert_gate.weight",
     "in_proj_a.weight",
     "in_proj_b.weight",
+    "in_proj_ba.weight",
     "conv1d.weight",
     "conv.conv.weight",
     "feed_forward.gate.weight",
