@@ -15,7 +15,7 @@ from support.gguf_files import dequantized, differing, save_gguf
 from support.hybrids import HYBRIDS, random_hybrid
 from support.loading import load_engine, load_model, prepare
 from support.streamed import silent
-from support.tiny_models import ARCHITECTURES, SPECIAL, VOCAB, WINDOW, perturbed, random_model
+from support.tiny_models import ARCHITECTURES, SPECIAL, VOCAB, WINDOW, make_config, perturbed, random_model
 
 from specchat.engine.model import TreeModel
 from specchat.engine.streaming.readers import ShardLayerReader
@@ -71,6 +71,8 @@ class Case:
     def model(self) -> Any:
         if self.config in HYBRIDS:
             return varied(random_hybrid(self.config, **self.values))
+        if self.config in SPECIAL:
+            return varied(random_model(make_config(self.config)))
         known = dict(reversed((ARCHITECTURES | SPECIAL).values())).get(self.config, {})  # the first of several
         return varied(random_model(getattr(hf, self.config)(**{**_BASE, **known, **self.values})))
 
@@ -150,6 +152,7 @@ CASES = [
 ]
 # Their texts are compared among the slow tests.
 MORE_CASES = [
+    *(Case(name, name) for name in ("gemma4", "gemma4_shared", "gemma4_moe", "gemma4_k_eq_v")),
     Case("qwen3_next", "qwen3_next"),
     Case("lfm2", "lfm2"),
     Case("lfm2_moe", "lfm2_moe"),

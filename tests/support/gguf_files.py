@@ -35,6 +35,7 @@ ARCHES = {
     "qwen3_5_moe_text": "qwen35moe",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
+    "gemma4_text": "gemma4",
     "gpt_oss": "gpt-oss",
     "phi3": "phi3",
     "glm4": "glm4",
@@ -64,6 +65,8 @@ _SIGMOID = {"glm4_moe", "deepseek_v3", "glm4_moe_lite", "minimax_m2", "lfm2_moe"
 _LOCAL_EXPERTS = {"llama", "gpt-oss", "granitemoe", "minimax-m2"}
 # Names that the package's map does not know, by their ends.
 _UNMAPPED = {
+    "router.scale": "ffn_gate_inp.scale",
+    "router.per_expert_scale": "ffn_down_exps.scale",
     "feed_forward.expert_bias": "exp_probs_b.bias",
     "e_score_correction_bias": "exp_probs_b.bias",
     "block_sparse_moe.router.weight": "ffn_gate_inp.weight",
@@ -137,6 +140,9 @@ def tensors(model: Any, arch: str, *, splits_kv: bool = True) -> Iterator[tuple[
         if arch == "gpt-oss" and ".experts." in name:
             yield from _gpt_oss_experts(block, name, values)
             continue
+        if arch == "gemma4" and name.endswith("experts.gate_up_proj"):
+            yield f"{block}ffn_gate_up_exps.weight", values
+            continue
         if name.endswith("experts.gate_up_proj"):
             gate, up = np.split(values, 2, axis=1)
             yield f"{block}ffn_gate_exps.weight", gate.copy()
@@ -175,6 +181,10 @@ def tensors(model: Any, arch: str, *, splits_kv: bool = True) -> Iterator[tuple[
     scaling = config.rope_parameters if arch in ("llama", "phi3") else {}
     if scaling.get("rope_type") == "llama3":
         yield "rope_freqs.weight", _llama3(scaling, config.head_dim)
+    if arch == "gemma4":
+        half = config.per_layer_config[config.layer_types.index("full_attention")].head_dim // 2
+        rotated = int(half * config.rope_parameters["full_attention"]["partial_rotary_factor"])
+        yield "rope_freqs.weight", np.array([1.0] * rotated + [1e30] * (half - rotated), dtype=np.float32)
     if scaling.get("rope_type") == "longrope":
         for which in ("long", "short"):
             yield f"rope_factors_{which}.weight", np.array(scaling[f"{which}_factor"], dtype=np.float32)
@@ -239,6 +249,8 @@ def _llama3(scaling: Mapping[str, Any], head_dim: int) -> np.ndarray:
 
 
 def _metadata(config: Any, arch: str, *, splits_kv: bool) -> dict[str, Any]:
+    if arch == "gemma4":
+        return _gemma4(config)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rope = config.rope_parameters
     full = rope.get("full_attention", rope)
@@ -322,6 +334,37 @@ def _metadata(config: Any, arch: str, *, splits_kv: bool) -> dict[str, Any]:
     if full.get("rope_type") == "longrope":
         values["rope.scaling.original_context_length"] = full["original_max_position_embeddings"]
     return values
+
+
+def _gemma4(config: Any) -> dict[str, Any]:
+    """The sizes of Gemma 4, whose layers differ."""
+    count, kinds = config.num_hidden_layers, config.layer_types
+    layers = [config.per_layer_config[index] for index in range(count)]
+    full, sliding = layers[kinds.index("full_attention")], layers[kinds.index("sliding_attention")]
+    wide = [1 + (config.use_double_wide_mlp and index >= count - config.num_kv_shared_layers) for index in range(count)]
+    experts = {
+        "expert_count": config.num_experts,
+        "expert_used_count": config.top_k_experts,
+        "expert_feed_forward_length": config.moe_intermediate_size,
+    }
+    return {
+        "block_count": count,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "embedding_length_per_layer_input": config.hidden_size_per_layer_input,
+        "feed_forward_length": [config.intermediate_size * each for each in wide],
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": [layer.num_key_value_heads for layer in layers],
+        "attention.key_length": full.head_dim,
+        "attention.key_length_swa": sliding.head_dim,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "attention.sliding_window": config.sliding_window,
+        "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in kinds],
+        "attention.shared_kv_layers": config.num_kv_shared_layers,
+        "rope.freq_base": float(config.rope_parameters["full_attention"]["rope_theta"]),
+        "rope.freq_base_swa": float(config.rope_parameters["sliding_attention"]["rope_theta"]),
+        **(experts if config.enable_moe_block else {}),
+    }
 
 
 def _latent(config: Any, *, splits_kv: bool) -> dict[str, Any]:

@@ -72,6 +72,23 @@ _FOUR_NORMS: Mapping[str, str] = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+_GEMMA4: Mapping[str, str] = {
+    **_FOUR_NORMS,
+    "layer_output_scale.weight": "layer_scalar",
+    "inp_gate": "per_layer_input_gate",
+    "proj": "per_layer_projection",
+    "post_norm": "post_per_layer_input_norm",
+    "pre_ffw_norm_2": "pre_feedforward_layernorm_2",
+    "post_ffw_norm_1": "post_feedforward_layernorm_1",
+    "post_ffw_norm_2": "post_feedforward_layernorm_2",
+    "ffn_gate_inp": "router.proj",
+    "ffn_gate_inp.scale": "router.scale",
+    "ffn_gate_up_exps": "experts.gate_up_proj.*",
+    "ffn_gate_exps": "experts.gate_up_proj.*.gate",
+    "ffn_up_exps": "experts.gate_up_proj.*.up",
+    "ffn_down_exps": "experts.down_proj.*",
+    "ffn_down_exps.scale": "router.per_expert_scale",
+}
 _NORMS_AFTER: Mapping[str, str] = {
     **{stem: name for stem, name in _LLAMA.items() if stem not in {"attn_norm", "ffn_norm"}},
     "post_attention_norm": "post_attention_layernorm",
@@ -179,6 +196,9 @@ _REST: Mapping[str, str] = {
     "token_embd": "model.embed_tokens",
     "token_embd_norm": "model.embedding_norm",  # of LFM2, in the place of output_norm
     "output_norm": "model.norm",
+    "per_layer_token_embd": "model.embed_tokens_per_layer",
+    "per_layer_model_proj": "model.per_layer_model_projection",
+    "per_layer_proj_norm": "model.per_layer_projection_norm",
     "output": "lm_head",
 }
 # Tensors that the configuration is made from.
@@ -197,6 +217,7 @@ class Architecture:
         interleaves: whether the two halves of each head's rows of q and k are interleaved.
         adds_one: whether 1 has been added to the weights of norms, but for those within gated delta nets.
         tiles_values: whether value heads of gated delta nets are in the order of `TiledHeads`.
+        varies: whether layers may have different sizes, which `extra` describes.
         fixed: values of the configuration that no file states.
         extra: further values of the configuration.
     """
@@ -206,6 +227,7 @@ class Architecture:
     interleaves: bool = False
     adds_one: bool = False
     tiles_values: bool = False
+    varies: bool = False
     fixed: Mapping[str, Any] = field(default_factory=dict)
     extra: Extra = lambda _: {}
 
@@ -273,6 +295,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
     "gemma2": Architecture("gemma2", _FOUR_NORMS, adds_one=True, fixed=_GELU, extra=extras.gemma2),
     "gemma3": Architecture("gemma3_text", _FOUR_NORMS, adds_one=True, fixed=_GELU, extra=extras.gemma3),
+    "gemma4": Architecture("gemma4_text", _GEMMA4, varies=True, fixed=_GELU, extra=extras.gemma4),
     "gpt-oss": Architecture("gpt_oss", _GPT_OSS, extra=extras.gpt_oss),
     "phi3": Architecture("phi3", _PHI3, extra=extras.phi3),
     "glm4": Architecture("glm4", _GLM4, extra=extras.glm4),

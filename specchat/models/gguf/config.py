@@ -51,6 +51,7 @@ _COMPUTED = {"F32": "float32", "F16": "float16"}
 # Llama 3's scaling of rotary frequencies, which files only hold as one factor per frequency.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _NEARLY = 1e-5
+_NEVER = 1e29  # a factor that stands for no rotation
 
 
 def config_values(file: GgufFile) -> dict[str, Any]:
@@ -66,13 +67,19 @@ def config_values(file: GgufFile) -> dict[str, Any]:
         metadata.fail("attention.head_count", heads, "the number of heads of a language model")
     if not 0 < num_layers(metadata) <= len(file.tensors):
         metadata.fail("block_count", metadata.integer("block_count"), "the number of layers in the file")
+
+    def size(key: str, default: int) -> int:
+        if architecture.varies:
+            return metadata.each(key, 1, default)[0]
+        return metadata.integer(key, default, skips_zeros=True)
+
     values = {
         "model_type": architecture.model_type,
         "hidden_size": hidden,
-        "intermediate_size": metadata.integer("feed_forward_length", 0),
+        "intermediate_size": size("feed_forward_length", 0),
         "num_hidden_layers": num_layers(metadata),
         "num_attention_heads": heads,
-        "num_key_value_heads": metadata.integer("attention.head_count_kv", heads, skips_zeros=True),
+        "num_key_value_heads": size("attention.head_count_kv", heads),
         "head_dim": metadata.integer("attention.key_length", hidden // heads),
         "max_position_embeddings": metadata.integer("context_length"),
         "rms_norm_eps": metadata.number("attention.layer_norm_rms_epsilon", 1e-5),
@@ -154,6 +161,8 @@ def _commonest_type(file: GgufFile) -> str:
 
 def _rope(metadata: Metadata, values: dict[str, Any]) -> dict[str, Any]:
     theta = metadata.number("rope.freq_base", 10000.0)
+    if metadata.file.architecture == "gemma4":
+        return _gemma4_rope(metadata, theta)
     full = {"rope_type": "default", "rope_theta": theta} | _scaling(metadata, values)
     if "partial_rotary_factor" in values:
         full["partial_rotary_factor"] = values["partial_rotary_factor"]
@@ -166,6 +175,24 @@ def _rope(metadata: Metadata, values: dict[str, Any]) -> dict[str, Any]:
         return full
     local = metadata.number("rope.freq_base_swa", 10000.0)
     return {"full_attention": full, "sliding_attention": {"rope_type": "default", "rope_theta": local}}
+
+
+def _gemma4_rope(metadata: Metadata, theta: float) -> dict[str, Any]:
+    """Return the rotary values of Gemma 4, whose full layers only rotate the part of a head that has a factor of 1."""
+    tensor = metadata.file.tensors.get("rope_freqs.weight")
+    factors = [] if tensor is None else _read_floats(tensor)
+    rotated = sum(factor == 1.0 for factor in factors)
+    if not rotated or any(factor < _NEVER for factor in factors[rotated:]):
+        metadata.refuse("rotates its heads otherwise than Gemma 4")
+    local = metadata.number("rope.freq_base_swa", 10000.0)
+    return {
+        "full_attention": {
+            "rope_type": "proportional",
+            "rope_theta": theta,
+            "partial_rotary_factor": rotated / len(factors),
+        },
+        "sliding_attention": {"rope_type": "default", "rope_theta": local},
+    }
 
 
 def _scaling(metadata: Metadata, values: dict[str, Any]) -> dict[str, Any]:

@@ -137,6 +137,43 @@ def gemma3(metadata: Metadata) -> dict[str, Any]:
     }
 
 
+def gemma4(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of Gemma 4, whose full layers have other heads than the sliding ones."""
+    count, tensors = metadata.integer("block_count"), metadata.file.tensors
+    kinds = _layer_types(metadata, 6)
+    sizes, heads = metadata.each("feed_forward_length", count), metadata.each("attention.head_count_kv", count)
+    if set(kinds) != {"sliding_attention", "full_attention"} or len(kinds) != count:
+        metadata.fail("attention.sliding_window_pattern", kinds, "a pattern of both kinds of layers")
+    full, sliding = kinds.index("full_attention"), kinds.index("sliding_attention")
+    has_experts = metadata.integer("expert_count", 0) > 0
+    lookup = tensors.get("per_layer_token_embd.weight")
+    return {
+        "layer_types": kinds,
+        "head_dim": metadata.integer("attention.key_length_swa"),
+        "global_head_dim": metadata.integer("attention.key_length"),
+        "num_key_value_heads": heads[sliding],
+        "num_global_key_value_heads": heads[full] if heads[full] != heads[sliding] else None,
+        "attention_k_eq_v": f"blk.{full}.attn_v.weight" not in tensors,
+        "num_kv_shared_layers": metadata.integer("attention.shared_kv_layers", 0),
+        "sliding_window": metadata.integer("attention.sliding_window"),
+        "final_logit_softcapping": metadata.number("final_logit_softcapping", 0.0) or None,
+        "intermediate_size": sizes[0],
+        "use_double_wide_mlp": sizes[-1] == 2 * sizes[0],
+        "hidden_size_per_layer_input": metadata.integer("embedding_length_per_layer_input", 0),
+        **({} if lookup is None else {"vocab_size_per_layer_input": lookup.shape[0]}),
+        **(_gemma4_experts(metadata) if has_experts else {}),
+    }
+
+
+def _gemma4_experts(metadata: Metadata) -> dict[str, Any]:
+    return {
+        "enable_moe_block": True,
+        "num_experts": metadata.integer("expert_count"),
+        "top_k_experts": metadata.integer("expert_used_count"),
+        "moe_intermediate_size": metadata.integer("expert_feed_forward_length"),
+    }
+
+
 def _layer_types(metadata: Metadata, default_period: int) -> list[str]:
     """Return the kind of each layer; without a pattern in the file, the last layer of each period is a full one."""
     pattern = metadata.flags("attention.sliding_window_pattern")

@@ -50,6 +50,14 @@ class Metadata:
             self.fail(key, value, "a whole number")
         return value
 
+    def each(self, key: str, count: int, default: int | None = None) -> list[int]:
+        """Return a whole number for each of `count` layers; one number in the file counts for all."""
+        value = self.values.get(self._full(key), default)
+        numbers = value if isinstance(value, list) else [value] * count
+        if len(numbers) < count or any(type(number) is not int or number < 0 for number in numbers):
+            self.fail(key, value, "a whole number for each layer")
+        return numbers[:count]
+
     def number(self, key: str, default: float | None = None) -> float:
         """Return a number."""
         value = self.values.get(self._full(key), default)

@@ -28,6 +28,9 @@ from specchat.models.quant.formats.ggml import TiledHeads, decode, stored_rows
 # Matrices whose values the model needs plain: lookups, and routers, whose rounding would change the experts.
 _PLAIN = (
     "embed_tokens.weight",
+    "embed_tokens_per_layer.weight",
+    "per_layer_model_projection.weight",
+    "router.proj.weight",
     "mlp.gate.weight",
     "mlp.router.weight",
     "block_sparse_moe.gate.weight",
