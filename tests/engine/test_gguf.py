@@ -11,10 +11,11 @@ import torch
 import transformers as hf
 from support import reference
 from support.engines import make_plan, random_prompt, write
-from support.gguf_files import dequantized, save_gguf
+from support.gguf_files import dequantized, differing, save_gguf
+from support.hybrids import HYBRIDS, random_hybrid
 from support.loading import load_engine, load_model, prepare
 from support.streamed import silent
-from support.tiny_models import ARCHITECTURES, SPECIAL, VOCAB, WINDOW, perturbed, random_model
+from support.tiny_models import ARCHITECTURES, SPECIAL, VOCAB, WINDOW, make_config, perturbed, random_model
 
 from specchat.engine.model import TreeModel
 from specchat.engine.streaming.readers import ShardLayerReader
@@ -68,10 +69,53 @@ class Case:
         return self.name
 
     def model(self) -> Any:
+        if self.config in HYBRIDS:
+            return varied(random_hybrid(self.config, **self.values))
+        if self.config in SPECIAL:
+            return varied(random_model(make_config(self.config)))
         known = dict(reversed((ARCHITECTURES | SPECIAL).values())).get(self.config, {})  # the first of several
-        return random_model(getattr(hf, self.config)(**{**_BASE, **known, **self.values}))
+        return varied(random_model(getattr(hf, self.config)(**{**_BASE, **known, **self.values})))
 
 
+def varied(model: Any) -> Any:
+    """The model with different values in each norm and router; they are multiples of 1/256, so adding 1 is exact."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if tensor.ndim == 1 and ("norm" in name or "correction_bias" in name or "expert_bias" in name):
+                tensor.add_((torch.randn(tensor.shape, generator=generator) * 40).round() / 256)
+    return model
+
+
+ROUTED = {
+    "head_dim": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+}
+LATENT = {
+    **{name: value for name, value in ROUTED.items() if name != "head_dim"},
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 24,
+    "n_group": 1,
+    "topk_group": 1,
+}
+HALF_ROTARY = {
+    "head_dim": 32,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+}
+MINISTRAL_YARN = {
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+    "original_max_position_embeddings": 8,
+}
+LATENT_YARN = {"mscale": 0.707, "mscale_all_dim": 0.707}
 GEMMA3 = {"num_hidden_layers": 7, "layer_types": None}
 CASES = [
     Case("llama", "LlamaConfig"),
@@ -90,6 +134,8 @@ CASES = [
     Case("phi3", "Phi3Config", {"sliding_window": None}),
     Case("phi3_long", "Phi3Config", {"rope_parameters": _LONG, "original_max_position_embeddings": 256}),
     Case("glm4", "Glm4Config"),
+    Case("glm4_moe", "Glm4MoeConfig", {**ROUTED, "use_qk_norm": True, "routed_scaling_factor": 1.5}),
+    Case("deepseek_v3", "DeepseekV3Config", LATENT),
     Case(
         "granite",
         "GraniteConfig",
@@ -103,6 +149,23 @@ CASES = [
     Case("seed_oss", "SeedOssConfig", {"head_dim": 16, "attention_bias": True, "attention_out_bias": False}),
     Case("ernie4_5", "Ernie4_5Config", {"head_dim": 16}),
     Case("hunyuan", "HunYuanDenseV1Config", {"head_dim": 16}),
+]
+# Their texts are compared among the slow tests.
+MORE_CASES = [
+    *(Case(name, name) for name in ("gemma4", "gemma4_shared", "gemma4_moe", "gemma4_k_eq_v")),
+    Case("qwen3_next", "qwen3_next"),
+    Case("lfm2", "lfm2"),
+    Case("lfm2_moe", "lfm2_moe"),
+    Case("qwen35", "qwen3_5_text", {"linear_num_value_heads": 6}),
+    Case("qwen35_moe", "qwen3_5_moe_text"),
+    Case("granite_moe", "GraniteMoeConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "logits_scaling": 2.0}),
+    Case("minimax_m2", "MiniMaxM2Config", {"num_local_experts": 4, "num_experts_per_tok": 2, **HALF_ROTARY}),
+    Case("ministral_3", "Ministral3Config", {"head_dim": 32, "rope_parameters": {**_YARN, **MINISTRAL_YARN}}),
+    Case("deepseek_v2", "DeepseekV2Config", {**LATENT, "q_lora_rank": None, "topk_method": "greedy"}),
+    Case("deepseek_v2_groups", "DeepseekV2Config", {**LATENT, "n_group": 2, "topk_method": "group_limited_greedy"}),
+    Case("deepseek_v3_yarn", "DeepseekV3Config", {**LATENT, "rope_parameters": {**_YARN, **LATENT_YARN}}),
+    Case("glm4_moe_lite", "Glm4MoeLiteConfig", LATENT),
+    Case("glm4_moe_bias", "Glm4MoeConfig", {**ROUTED, "attention_bias": True, "norm_topk_prob": False}),
 ]
 
 
@@ -120,13 +183,26 @@ def plain_logits(model: Any, prompt: list[int]) -> torch.Tensor:
         return model(torch.tensor([prompt])).logits[0]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", MORE_CASES, ids=str)
+def test_every_parameter_is_reproduced(case: Case, tmp_path: Path):
+    model = case.model()
+    loaded = load(save_gguf(model, tmp_path / "x.gguf"), None)
+    assert not differing(loaded.skeleton.model, model)
+    name, some = next((name, each) for name, each in loaded.skeleton.model.named_parameters() if "norm" in name)
+    some.data = some.data + 2**-20
+    assert differing(loaded.skeleton.model, model) == [name]
+
+
+@pytest.mark.parametrize(
+    "case", [*CASES, *(pytest.param(each, marks=pytest.mark.slow) for each in MORE_CASES)], ids=str
+)
 def test_scores_and_text_are_those_of_the_model(case: Case, tmp_path: Path):
     model = case.model()
     source = save_gguf(model, tmp_path / "x.gguf")
     prompt = random_prompt(20, VOCAB)
     expected = plain_logits(model, prompt)
     resident = load(source, None)
+    assert not differing(resident.skeleton.model, model)
     ours = logits(resident, prompt)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=2e-4 * float(expected.std()))
     for stays in ((), (0, 2)):
@@ -140,6 +216,59 @@ def test_scores_and_text_are_those_of_the_model(case: Case, tmp_path: Path):
         tokens, steps = write(engine, prompt, Sampling(), NUM_TOKENS)
     assert text.first_difference(tokens) is None
     assert len(steps) < NUM_TOKENS
+
+
+def test_latent_attention_is_read_whole_and_in_packed_halves(tmp_path: Path):
+    wide = {"qk_nope_head_dim": 32, "kv_lora_rank": 32}
+    model = Case("x", "DeepseekV3Config", {**LATENT, **wide, "num_hidden_layers": 2}).model()
+    older = load(save_gguf(model, tmp_path / "older.gguf", splits_kv=False), None)
+    assert not differing(older.skeleton.model, model)
+    newer = load(save_gguf(model, tmp_path / "newer.gguf", "Q8_0"), None)
+    wanted = model.model.layers[1].self_attn.kv_b_proj.weight
+    error = (newer.skeleton.layers[1].self_attn.kv_b_proj.weight - wanted).abs().max()
+    assert 0 < error <= wanted.abs().max() / 220  # half a step of 8 bits, and the scale's rounding
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"), [("qwen3_5_text", "Q8_0"), ("qwen3_5_text", "BF16"), ("qwen3_next", "Q8_0")]
+)
+def test_value_heads_are_put_in_order_across_blocks(config: str, kind: str, tmp_path: Path):
+    """Heads are 16 wide and blocks 32, so that a block of the columns holds parts of two heads."""
+    model = Case("x", config, {"linear_num_value_heads": 6}).model()
+    loaded = load(save_gguf(model, tmp_path / "x.gguf", kind), None).skeleton.layers[1].linear_attn
+    for name in ("in_proj_qkv", "in_proj_z", "out_proj") if config != "qwen3_next" else ("in_proj_qkvz", "out_proj"):
+        matrix, wanted = getattr(loaded, name), getattr(model.model.layers[1].linear_attn, name).weight
+        ours = matrix.format.dequantize(matrix.segments, 0, len(wanted), torch.empty(wanted.shape))
+        assert (
+            0 < (ours - wanted).abs().max() <= wanted.abs().max() / 220
+        )  # half a step of 8 bits, and the scale's rounding
+        some = matrix.format.dequantize(matrix.segments, 5, 23, torch.empty(18, wanted.shape[1]))
+        assert torch.equal(some, ours[5:23])
+
+
+def test_mistral_models_before_ministral_3_are_read_as_llama(tmp_path: Path):
+    model = Case("x", "MistralConfig", {"sliding_window": None, "num_hidden_layers": 2}).model()
+    loaded = load(save_gguf(model, tmp_path / "x.gguf", arch="mistral3"), None)
+    assert not differing(loaded.skeleton.model, model)
+    prompt = random_prompt(20, VOCAB)
+    expected = plain_logits(model, prompt)
+    torch.testing.assert_close(logits(loaded, prompt), expected, rtol=1e-4, atol=2e-4 * float(expected.std()))
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({"expert_count": 256}, "older converter"),
+        ({"expert_gating_func": 1}, "as neither DeepSeek 2 nor 3"),
+        ({"attention__temperature_scale": 0.1}, "by the position"),
+        ({"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0}, "without a multiplier"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_unclear_variants_of_deepseek_are_refused(values: dict[str, Any], why: str, tmp_path: Path):
+    model = Case("x", "DeepseekV3Config", {**LATENT, "num_hidden_layers": 1, "n_group": None}).model()
+    with pytest.raises(UnsupportedModelError, match=why):
+        save_gguf(model, tmp_path / "x.gguf", **values)
 
 
 # --- blocks ----------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import torch
 from specchat.models.catalog.ref import parse_model
 from specchat.models.checkpoint.ggml_types import BLOCK_TYPES
 from specchat.models.locate import look_up
+from specchat.models.quant.modules import QuantLinear, QuantParts
 from specchat.records.model import ModelSource
 
 # transformers' model type -> llama.cpp's architecture
@@ -29,13 +30,26 @@ ARCHES = {
     "qwen3": "qwen3",
     "qwen2_moe": "qwen2moe",
     "qwen3_moe": "qwen3moe",
+    "qwen3_next": "qwen3next",
+    "qwen3_5_text": "qwen35",
+    "qwen3_5_moe_text": "qwen35moe",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
+    "gemma4_text": "gemma4",
     "gpt_oss": "gpt-oss",
     "phi3": "phi3",
     "glm4": "glm4",
+    "glm4_moe": "glm4moe",
+    "deepseek_v2": "deepseek2",
+    "deepseek_v3": "deepseek2",
+    "glm4_moe_lite": "deepseek2",
     "granite": "granite",
+    "granitemoe": "granitemoe",
+    "minimax_m2": "minimax-m2",
+    "ministral3": "mistral3",
     "smollm3": "smollm3",
+    "lfm2": "lfm2",
+    "lfm2_moe": "lfm2moe",
     "olmo2": "olmo2",
     "olmo3": "olmo2",
     "cohere2": "cohere2",
@@ -44,33 +58,60 @@ ARCHES = {
     "ernie4_5": "ernie4_5",
     "hunyuan_v1_dense": "hunyuan-dense",
 }
-_INTERLEAVED = {"llama", "granite", "smollm3"}
-_PLUS_ONE = {"gemma2", "gemma3"}
+_INTERLEAVED = {"llama", "granite", "granitemoe", "mistral3", "smollm3"}
+_PLUS_ONE = {"gemma2", "gemma3", "qwen3next", "qwen35", "qwen35moe"}
+_PREDICTS_FURTHER = {"glm4moe"}  # a layer after the others that predicts a further token
+_SIGMOID = {"glm4_moe", "deepseek_v3", "glm4_moe_lite", "minimax_m2", "lfm2_moe"}
+_LOCAL_EXPERTS = {"llama", "gpt-oss", "granitemoe", "minimax-m2"}
+# Names that the package's map does not know, by their ends.
+_UNMAPPED = {
+    "router.scale": "ffn_gate_inp.scale",
+    "router.per_expert_scale": "ffn_down_exps.scale",
+    "feed_forward.expert_bias": "exp_probs_b.bias",
+    "e_score_correction_bias": "exp_probs_b.bias",
+    "block_sparse_moe.router.weight": "ffn_gate_inp.weight",
+    "linear_attn.dt_bias": "ssm_dt.bias",
+    "linear_attn.A_log": "ssm_a",
+}
+_TILED = {"qwen35", "qwen35moe"}
+_EPS = ("layer_norm_eps", "rms_norm_eps", "norm_eps")
 _SPM = ["<unk>", "<s>", "</s>"]
 
 Kind = Callable[[str], str]
 
 
-def save_gguf(model: Any, file: Path, kind: str | Kind = "F32", **metadata: Any) -> ModelSource:
+def save_gguf(
+    model: Any,
+    file: Path,
+    kind: str | Kind = "F32",
+    *,
+    splits_kv: bool = True,
+    arch: str | None = None,
+    **metadata: Any,
+) -> ModelSource:
     """Write a model and a small tokenizer as a GGUF file, and return it as specchat finds it.
 
     Args:
         model: causal LM of transformers.
         file: path of the file.
         kind: block type of the matrices, or a function from GGUF's name of a matrix to its type.
+        splits_kv: whether latent attention is stored as newer converters do.
+        arch: llama.cpp's architecture, where a model type has several.
         metadata: further keys, with "__" for dots, after the architecture's name.
     """
     config = model.config
-    arch = ARCHES[config.model_type]
+    arch = arch or ARCHES[config.model_type]
     writer = gguf.GGUFWriter(file, arch)
     more = {key.replace("__", "."): value for key, value in metadata.items()}
-    for key, value in {**_metadata(config, arch), **more}.items():
+    for key, value in {**_metadata(config, arch, splits_kv=splits_kv), **more}.items():
         full = f"{arch}.{key}"
         writer.add_array(full, value) if isinstance(value, list) else _add(writer, full, value)
     _add_tokenizer(writer, config.vocab_size)
     chosen = kind if callable(kind) else lambda _: kind
-    for name, values in tensors(model, arch):
-        is_matrix = values.ndim >= 2 and "gate_inp" not in name and not name.endswith("bias")
+    for name, values in tensors(model, arch, splits_kv=splits_kv):
+        is_matrix = (
+            values.ndim >= 2 and not re.search("gate_inp|ssm_conv1d|shortconv.conv", name) and not name.endswith("bias")
+        )
         _add_tensor(writer, name, values, chosen(name) if is_matrix else "F32")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -86,7 +127,7 @@ def find(path: Path) -> ModelSource:
     return found
 
 
-def tensors(model: Any, arch: str) -> Iterator[tuple[str, np.ndarray]]:
+def tensors(model: Any, arch: str, *, splits_kv: bool = True) -> Iterator[tuple[str, np.ndarray]]:
     """Names and values as llama.cpp's converter writes them."""
     config = model.config
     names = gguf.get_tensor_name_map({v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[arch], config.num_hidden_layers)
@@ -99,6 +140,9 @@ def tensors(model: Any, arch: str) -> Iterator[tuple[str, np.ndarray]]:
         if arch == "gpt-oss" and ".experts." in name:
             yield from _gpt_oss_experts(block, name, values)
             continue
+        if arch == "gemma4" and name.endswith("experts.gate_up_proj"):
+            yield f"{block}ffn_gate_up_exps.weight", values
+            continue
         if name.endswith("experts.gate_up_proj"):
             gate, up = np.split(values, 2, axis=1)
             yield f"{block}ffn_gate_exps.weight", gate.copy()
@@ -107,6 +151,21 @@ def tensors(model: Any, arch: str) -> Iterator[tuple[str, np.ndarray]]:
         if name.endswith("experts.down_proj"):
             yield f"{block}ffn_down_exps.weight", values
             continue
+        values = values.squeeze(1) if "conv.conv." in name or "conv1d.weight" in name else values
+        if name.endswith("in_proj_qkvz.weight"):
+            yield from _split_projection(block, values, config)
+            continue
+        if arch in _TILED and "linear_attn" in name:
+            values = _tiled(name, values, config)
+        found = next((f"{block}{short}" for end, short in _UNMAPPED.items() if name.endswith(end)), None)
+        if found is not None:
+            yield found, -np.exp(values) if name.endswith("A_log") else values
+            continue
+        if name.endswith("kv_b_proj.weight") and splits_kv:
+            heads = values.reshape(config.num_attention_heads, -1, values.shape[-1])
+            yield f"{block}attn_k_b.weight", heads[:, : config.qk_nope_head_dim].swapaxes(1, 2)
+            yield f"{block}attn_v_b.weight", heads[:, config.qk_nope_head_dim :]
+            continue
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert found is not None, name
         found = found if found.endswith((".weight", ".bias")) else f"{found}.weight"
@@ -114,15 +173,52 @@ def tensors(model: Any, arch: str) -> Iterator[tuple[str, np.ndarray]]:
             heads = config.num_attention_heads if "attn_q." in found else config.num_key_value_heads
             halves = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
             values = halves.swapaxes(1, 2).reshape(values.shape)
-        if arch in _PLUS_ONE and "norm" in found:
+        if arch in _PLUS_ONE and "norm" in found and "ssm_norm" not in found:
             values = values + 1
         yield found, values[0] if found.endswith("ffn_gate_inp_shexp.weight") else values
+    if arch in _PREDICTS_FURTHER:
+        yield f"blk.{config.num_hidden_layers}.nextn.enorm.weight", np.ones(config.hidden_size, dtype=np.float32)
     scaling = config.rope_parameters if arch in ("llama", "phi3") else {}
     if scaling.get("rope_type") == "llama3":
         yield "rope_freqs.weight", _llama3(scaling, config.head_dim)
+    if arch == "gemma4":
+        half = config.per_layer_config[config.layer_types.index("full_attention")].head_dim // 2
+        rotated = int(half * config.rope_parameters["full_attention"]["partial_rotary_factor"])
+        yield "rope_freqs.weight", np.array([1.0] * rotated + [1e30] * (half - rotated), dtype=np.float32)
     if scaling.get("rope_type") == "longrope":
         for which in ("long", "short"):
             yield f"rope_factors_{which}.weight", np.array(scaling[f"{which}_factor"], dtype=np.float32)
+
+
+def _tiled(name: str, values: np.ndarray, config: Any) -> np.ndarray:
+    """A tensor of a gated delta net whose value heads [keys, per key] are put in the order [per key, keys]."""
+    keys, width = config.linear_num_key_heads, config.linear_value_head_dim
+    per_key = config.linear_num_value_heads // keys
+
+    def moved(rows: np.ndarray, each: int) -> np.ndarray:
+        return rows.reshape(keys, per_key, each, -1).swapaxes(0, 1).reshape(rows.shape)
+
+    match name.split("linear_attn.")[1].removesuffix(".weight"):
+        case "in_proj_a" | "in_proj_b" | "dt_bias" | "A_log":
+            return moved(values, 1)
+        case "in_proj_z":
+            return moved(values, width)
+        case "in_proj_qkv" | "conv1d":
+            skip = 2 * keys * config.linear_key_head_dim
+            return np.concatenate([values[:skip], moved(values[skip:], width)])
+        case "out_proj":
+            return np.ascontiguousarray(moved(values.T, width).T)
+    return values
+
+
+def _split_projection(block: str, values: np.ndarray, config: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """The rows of each key head, sorted into queries, keys and values of all heads, and gates."""
+    keys, width = config.linear_num_key_heads, config.linear_key_head_dim
+    own = config.linear_num_value_heads // keys * config.linear_value_head_dim
+    heads = values.reshape(keys, 2 * width + 2 * own, -1)
+    q, k, v, z = np.split(heads, [width, 2 * width, 2 * width + own], axis=1)
+    yield f"{block}attn_qkv.weight", np.concatenate([part.reshape(-1, values.shape[1]) for part in (q, k, v)])
+    yield f"{block}attn_gate.weight", z.reshape(-1, values.shape[1])
 
 
 def _gpt_oss_experts(block: str, name: str, values: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
@@ -152,7 +248,9 @@ def _llama3(scaling: Mapping[str, Any], head_dim: int) -> np.ndarray:
     return np.array(factors, dtype=np.float32)
 
 
-def _metadata(config: Any, arch: str) -> dict[str, Any]:
+def _metadata(config: Any, arch: str, *, splits_kv: bool) -> dict[str, Any]:
+    if arch == "gemma4":
+        return _gemma4(config)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rope = config.rope_parameters
     full = rope.get("full_attention", rope)
@@ -160,7 +258,7 @@ def _metadata(config: Any, arch: str) -> dict[str, Any]:
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
+        "feed_forward_length": getattr(config, "intermediate_size", 0),
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.key_length": head_dim,
@@ -169,20 +267,51 @@ def _metadata(config: Any, arch: str) -> dict[str, Any]:
         "rope.dimension_count": int(head_dim * full.get("partial_rotary_factor", 1.0)),
     }
     eps = "layer_norm_epsilon" if arch == "cohere2" else "layer_norm_rms_epsilon"
-    values[f"attention.{eps}"] = float(getattr(config, "layer_norm_eps", None) or config.rms_norm_eps)
+    values[f"attention.{eps}"] = float(next(getattr(config, name) for name in _EPS if hasattr(config, name)))
     optional = {
         "attention.sliding_window": "sliding_window",
         "attn_logit_softcapping": "attn_logit_softcapping",
         "final_logit_softcapping": "final_logit_softcapping",
-        "expert_count": "num_local_experts" if arch in ("llama", "gpt-oss") else "num_experts",
+        "expert_count": "num_local_experts" if arch in _LOCAL_EXPERTS else "num_experts",
         "expert_used_count": "num_experts_per_tok",
         "expert_feed_forward_length": "moe_intermediate_size",
         "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
         "embedding_scale": "embedding_multiplier",
         "residual_scale": "residual_multiplier",
         "attention.scale": "attention_multiplier",
-        "logit_scale": "logits_scaling" if arch == "granite" else "logit_scale",
+        "logit_scale": "logits_scaling" if arch in ("granite", "granitemoe") else "logit_scale",
     }
+    if hasattr(config, "n_routed_experts"):
+        optional |= {
+            "expert_count": "n_routed_experts",
+            "expert_shared_count": "n_shared_experts",
+            "expert_weights_norm": "norm_topk_prob",
+            "expert_weights_scale": "routed_scaling_factor",
+            "expert_group_count": "n_group",
+            "expert_group_used_count": "topk_group",
+            "leading_dense_block_count": "first_k_dense_replace",
+        }
+    if arch in ("lfm2", "lfm2moe"):
+        heads = [config.num_key_value_heads * (kind == "full_attention") for kind in config.layer_types]
+        values |= {"attention.head_count_kv": heads, "shortconv.l_cache": config.conv_L_cache}
+    if arch == "lfm2moe":
+        values["leading_dense_block_count"] = config.num_dense_layers
+    if arch in _TILED or arch == "qwen3next":
+        values |= {
+            "ssm.conv_kernel": config.linear_conv_kernel_dim,
+            "ssm.state_size": config.linear_key_head_dim,
+            "ssm.group_count": config.linear_num_key_heads,
+            "ssm.time_step_rank": config.linear_num_value_heads,
+            "ssm.inner_size": config.linear_num_value_heads * config.linear_value_head_dim,
+            "attention.recurrent_layers": [each == "linear_attention" for each in config.layer_types],
+            **({"rope.dimension_sections": [*full["mrope_section"], 0]} if "mrope_section" in full else {}),
+        }
+    if arch == "deepseek2":
+        values |= _latent(config, splits_kv=splits_kv)
+    if config.model_type in _SIGMOID:
+        values["expert_gating_func"] = 2
+    if arch in _PREDICTS_FURTHER:
+        values |= {"block_count": config.num_hidden_layers + 1, "nextn_predict_layers": 1}
     skipped = {"llama": {"attention.sliding_window"}, "qwen2moe": {"attention.sliding_window"}}.get(arch, set())
     for key, name in optional.items():
         value = getattr(config, name, None)
@@ -194,13 +323,64 @@ def _metadata(config: Any, arch: str) -> dict[str, Any]:
             "rope.scaling.factor": float(full["factor"]),
             "rope.scaling.original_context_length": full["original_max_position_embeddings"],
         }
-    if arch == "gpt-oss":
+    if "mscale_all_dim" in full:
+        values["rope.scaling.yarn_log_multiplier"] = full["mscale_all_dim"] * (0.1 if arch == "deepseek2" else 1.0)
+    if "llama_4_scaling_beta" in full:
+        values["attention.temperature_scale"] = full["llama_4_scaling_beta"]
+    if arch in ("gpt-oss", "minimax-m2"):
         values["expert_feed_forward_length"] = config.intermediate_size
     if full.get("rope_type") == "linear":
         values |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(full["factor"])}
     if full.get("rope_type") == "longrope":
         values["rope.scaling.original_context_length"] = full["original_max_position_embeddings"]
     return values
+
+
+def _gemma4(config: Any) -> dict[str, Any]:
+    """The sizes of Gemma 4, whose layers differ."""
+    count, kinds = config.num_hidden_layers, config.layer_types
+    layers = [config.per_layer_config[index] for index in range(count)]
+    full, sliding = layers[kinds.index("full_attention")], layers[kinds.index("sliding_attention")]
+    wide = [1 + (config.use_double_wide_mlp and index >= count - config.num_kv_shared_layers) for index in range(count)]
+    experts = {
+        "expert_count": config.num_experts,
+        "expert_used_count": config.top_k_experts,
+        "expert_feed_forward_length": config.moe_intermediate_size,
+    }
+    return {
+        "block_count": count,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "embedding_length_per_layer_input": config.hidden_size_per_layer_input,
+        "feed_forward_length": [config.intermediate_size * each for each in wide],
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": [layer.num_key_value_heads for layer in layers],
+        "attention.key_length": full.head_dim,
+        "attention.key_length_swa": sliding.head_dim,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "attention.sliding_window": config.sliding_window,
+        "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in kinds],
+        "attention.shared_kv_layers": config.num_kv_shared_layers,
+        "rope.freq_base": float(config.rope_parameters["full_attention"]["rope_theta"]),
+        "rope.freq_base_swa": float(config.rope_parameters["sliding_attention"]["rope_theta"]),
+        **(experts if config.enable_moe_block else {}),
+    }
+
+
+def _latent(config: Any, *, splits_kv: bool) -> dict[str, Any]:
+    """The sizes of latent attention; newer files describe it as attention with one shared head."""
+    nope, rope, latent = config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank
+    mla = {"attention.key_length_mla": nope + rope, "attention.value_length_mla": config.v_head_dim}
+    return {
+        "attention.head_count_kv": 1 if splits_kv else config.num_attention_heads,
+        "attention.key_length": latent + rope if splits_kv else nope + rope,
+        "attention.value_length": latent if splits_kv else config.v_head_dim,
+        **(mla if splits_kv else {}),
+        "attention.kv_lora_rank": latent,
+        **({"attention.q_lora_rank": config.q_lora_rank} if config.q_lora_rank else {}),
+        "rope.dimension_count": rope,
+        "leading_dense_block_count": 1,
+    }
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: object) -> None:
@@ -234,6 +414,38 @@ def _add_tensor(writer: gguf.GGUFWriter, name: str, values: np.ndarray, kind: st
         writer.add_tensor(name, values)
     else:
         writer.add_tensor(name, gguf.quants.quantize(values, number), raw_dtype=number)
+
+
+def differing(loaded: torch.nn.Module, model: Any) -> list[str]:
+    """The tensors of `model` that `loaded`, read from its GGUF file in float32, does not hold bit for bit."""
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    expected = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    assert len(expected) > 2 * model.config.num_hidden_layers
+    return [name for name, tensor in expected.items() if not _is_same(name, _loaded(loaded, name), tensor)]
+
+
+def _is_same(name: str, ours: torch.Tensor, tensor: torch.Tensor) -> bool:
+    """Whether all bits agree; decays are stored as -exp(x), which rounds them."""
+    return torch.allclose(ours, tensor, 1e-5, 1e-6) if name.endswith("A_log") else torch.equal(ours, tensor)
+
+
+def _loaded(model: torch.nn.Module, name: str) -> torch.Tensor:
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    if isinstance(owner, QuantLinear) and leaf == "weight":
+        return _matrix(owner)
+    found = getattr(owner, leaf)
+    if isinstance(found, torch.Tensor):
+        return found
+    stack = torch.stack([_matrix(each) for each in found])
+    return stack.transpose(1, 2) if owner.is_transposed else stack
+
+
+def _matrix(module: torch.nn.Module) -> torch.Tensor:
+    if isinstance(module, QuantParts):
+        return torch.cat([_matrix(part) for part in module])
+    assert isinstance(module, QuantLinear)
+    return module.format.dequantize(module.segments, 0, module.shape[0], torch.empty(module.shape))
 
 
 def dequantized(model: Any, kind: str | Kind) -> Any:

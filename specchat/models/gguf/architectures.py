@@ -9,8 +9,11 @@ from typing import Any
 
 from specchat.errors import UnsupportedModelError
 from specchat.models.checkpoint.gguf import GgufFile
+from specchat.models.gguf import extras
 from specchat.models.gguf.metadata import Metadata
 
+# Stands for `kv_b_proj` where a file holds it in two halves, of which this is the first.
+KEY_HALF = "self_attn.kv_b_proj.key_half"
 # Modules within a layer: names in GGUF files -> names in checkpoints of transformers.
 _LLAMA: Mapping[str, str] = {
     "attn_norm": "input_layernorm",
@@ -35,17 +38,56 @@ _EXPERTS: Mapping[str, str] = {
     "ffn_up_shexp": "mlp.shared_expert.up_proj",
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }
+_SHARED: Mapping[str, str] = {
+    "ffn_gate_inp": "mlp.gate",
+    "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
+    "ffn_gate_exps": "mlp.experts.*.gate_proj",
+    "ffn_up_exps": "mlp.experts.*.up_proj",
+    "ffn_down_exps": "mlp.experts.*.down_proj",
+    "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+    "ffn_up_shexp": "mlp.shared_experts.up_proj",
+    "ffn_down_shexp": "mlp.shared_experts.down_proj",
+}
 _MIXTRAL: Mapping[str, str] = {
     "ffn_gate_inp": "block_sparse_moe.gate",
     "ffn_gate_exps": "block_sparse_moe.experts.*.w1",
     "ffn_up_exps": "block_sparse_moe.experts.*.w3",
     "ffn_down_exps": "block_sparse_moe.experts.*.w2",
 }
+_MINIMAX: Mapping[str, str] = {
+    **_LLAMA,
+    **_MIXTRAL,
+    "exp_probs_b.bias": "block_sparse_moe.e_score_correction_bias",
+}
+_GRANITE_MOE: Mapping[str, str] = {
+    **_LLAMA,
+    "ffn_gate_inp": "block_sparse_moe.router.layer",
+    "ffn_gate_exps": "block_sparse_moe.experts.gate_up_proj.*.gate",
+    "ffn_up_exps": "block_sparse_moe.experts.gate_up_proj.*.up",
+    "ffn_down_exps": "block_sparse_moe.experts.down_proj.*",
+}
 _FOUR_NORMS: Mapping[str, str] = {
     **_LLAMA,
     "post_attention_norm": "post_attention_layernorm",
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
+}
+_GEMMA4: Mapping[str, str] = {
+    **_FOUR_NORMS,
+    "layer_output_scale.weight": "layer_scalar",
+    "inp_gate": "per_layer_input_gate",
+    "proj": "per_layer_projection",
+    "post_norm": "post_per_layer_input_norm",
+    "pre_ffw_norm_2": "pre_feedforward_layernorm_2",
+    "post_ffw_norm_1": "post_feedforward_layernorm_1",
+    "post_ffw_norm_2": "post_feedforward_layernorm_2",
+    "ffn_gate_inp": "router.proj",
+    "ffn_gate_inp.scale": "router.scale",
+    "ffn_gate_up_exps": "experts.gate_up_proj.*",
+    "ffn_gate_exps": "experts.gate_up_proj.*.gate",
+    "ffn_up_exps": "experts.gate_up_proj.*.up",
+    "ffn_down_exps": "experts.down_proj.*",
+    "ffn_down_exps.scale": "router.per_expert_scale",
 }
 _NORMS_AFTER: Mapping[str, str] = {
     **{stem: name for stem, name in _LLAMA.items() if stem not in {"attn_norm", "ffn_norm"}},
@@ -58,6 +100,24 @@ _GLM4: Mapping[str, str] = {
     "post_ffw_norm": "post_mlp_layernorm",
     "ffn_up": "mlp.gate_up_proj",
 }
+_GLM4_MOE: Mapping[str, str] = {
+    **{stem: name for stem, name in _LLAMA.items() if stem != "ffn_norm"},
+    "post_attention_norm": "post_attention_layernorm",
+    **_SHARED,
+}
+# Newer files hold the two halves of kv_b_proj; see `tensors.Halves`.
+_DEEPSEEK2: Mapping[str, str] = {
+    **_LLAMA,
+    **_SHARED,
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": "self_attn.kv_b_proj",
+    "attn_k_b.weight": f"{KEY_HALF}.weight",
+    "attn_v_b.weight": "",
+}
 _PHI3: Mapping[str, str] = {**_LLAMA, "attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
 _SEED: Mapping[str, str] = {
     **{stem: name for stem, name in _LLAMA.items() if stem != "ffn_norm"},
@@ -67,6 +127,56 @@ _HUNYUAN: Mapping[str, str] = {
     **_LLAMA,
     "attn_q_norm": "self_attn.query_layernorm",
     "attn_k_norm": "self_attn.key_layernorm",
+}
+_DELTA_NET: Mapping[str, str] = {
+    **{stem: name for stem, name in _LLAMA.items() if stem != "ffn_norm"},
+    "post_attention_norm": "post_attention_layernorm",
+    "attn_qkv": "linear_attn.in_proj_qkv",
+    "attn_gate": "linear_attn.in_proj_z",
+    "ssm_alpha": "linear_attn.in_proj_a",
+    "ssm_beta": "linear_attn.in_proj_b",
+    "ssm_conv1d": "linear_attn.conv1d",
+    "ssm_dt.bias": "linear_attn.dt_bias",
+    "ssm_a": "linear_attn.A_log",
+    "ssm_norm": "linear_attn.norm",
+    "ssm_out": "linear_attn.out_proj",
+}
+_QWEN3_NEXT: Mapping[str, str] = {
+    **_DELTA_NET,
+    **_EXPERTS,
+    "attn_qkv.weight": "linear_attn.in_proj_qkvz.weight_first",
+    "attn_gate.weight": "linear_attn.in_proj_qkvz.weight_second",
+    "ssm_in": "linear_attn.in_proj_qkvz",  # of older files
+    "ssm_ba": "linear_attn.in_proj_ba",
+}
+_STACKED_EXPERTS: Mapping[str, str] = {
+    **_EXPERTS,
+    "ffn_gate_exps": "mlp.experts.gate_up_proj.*.gate",
+    "ffn_up_exps": "mlp.experts.gate_up_proj.*.up",
+    "ffn_gate_up_exps": "mlp.experts.gate_up_proj.*",
+    "ffn_down_exps": "mlp.experts.down_proj.*",
+}
+_LFM2: Mapping[str, str] = {
+    **{stem: name for stem, name in _LLAMA.items() if stem.startswith(("attn_q", "attn_k", "attn_v"))},
+    "attn_norm": "operator_norm",
+    "ffn_norm": "ffn_norm",
+    "attn_output": "self_attn.out_proj",
+    "attn_q_norm": "self_attn.q_layernorm",
+    "attn_k_norm": "self_attn.k_layernorm",
+    "shortconv.conv": "conv.conv",
+    "shortconv.in_proj": "conv.in_proj",
+    "shortconv.out_proj": "conv.out_proj",
+    "ffn_gate": "feed_forward.w1",
+    "ffn_up": "feed_forward.w3",
+    "ffn_down": "feed_forward.w2",
+}
+_LFM2_MOE: Mapping[str, str] = {
+    **_LFM2,
+    "ffn_gate_inp": "feed_forward.gate",
+    "exp_probs_b.bias": "feed_forward.expert_bias",
+    "ffn_gate_exps": "feed_forward.experts.*.w1",
+    "ffn_up_exps": "feed_forward.experts.*.w3",
+    "ffn_down_exps": "feed_forward.experts.*.w2",
 }
 # A key with a leaf stands for one tensor; an empty name means that another tensor of the table includes it.
 _GPT_OSS: Mapping[str, str] = {
@@ -82,7 +192,15 @@ _GPT_OSS: Mapping[str, str] = {
     "ffn_down_exps.bias": "mlp.experts.down_proj_bias",
 }
 # Outside the layers.
-_REST: Mapping[str, str] = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_REST: Mapping[str, str] = {
+    "token_embd": "model.embed_tokens",
+    "token_embd_norm": "model.embedding_norm",  # of LFM2, in the place of output_norm
+    "output_norm": "model.norm",
+    "per_layer_token_embd": "model.embed_tokens_per_layer",
+    "per_layer_model_proj": "model.per_layer_model_projection",
+    "per_layer_proj_norm": "model.per_layer_projection_norm",
+    "output": "lm_head",
+}
 # Tensors that the configuration is made from.
 _IN_CONFIG = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
 
@@ -97,7 +215,9 @@ class Architecture:
         model_type: model type of transformers.
         names: modules within a layer, GGUF's name -> name in checkpoints; "*" stands for the index of an expert.
         interleaves: whether the two halves of each head's rows of q and k are interleaved.
-        adds_one: whether 1 has been added to the weights of norms.
+        adds_one: whether 1 has been added to the weights of norms, but for those within gated delta nets.
+        tiles_values: whether value heads of gated delta nets are in the order of `TiledHeads`.
+        varies: whether layers may have different sizes, which `extra` describes.
         fixed: values of the configuration that no file states.
         extra: further values of the configuration.
     """
@@ -106,6 +226,8 @@ class Architecture:
     names: Mapping[str, str] = field(default_factory=lambda: _LLAMA)
     interleaves: bool = False
     adds_one: bool = False
+    tiles_values: bool = False
+    varies: bool = False
     fixed: Mapping[str, Any] = field(default_factory=dict)
     extra: Extra = lambda _: {}
 
@@ -119,7 +241,7 @@ class Architecture:
         index, _, rest = name.removeprefix("blk.").partition(".") if is_in_layer else ("", "", name)
         stem, _, leaf = rest.rpartition(".")
         names = self.names if is_in_layer else _REST
-        if (is_in_layer and not index.isdecimal()) or leaf not in ("weight", "bias"):
+        if (is_in_layer and not index.isdecimal()) or (leaf not in ("weight", "bias") and rest not in names):
             return None
         full = names[rest] if rest in names else f"{names[stem]}.{leaf}" if stem in names else None
         return None if full is None else ((int(index) if is_in_layer else None), full)
@@ -149,165 +271,47 @@ def architecture_of(file: GgufFile) -> Architecture:
     return ARCHITECTURES[name]
 
 
-# --- values of the configuration -----------------------------------------------------------------------------------
-
-
-def _attention_bias(metadata: Metadata) -> dict[str, Any]:
-    return {"attention_bias": "blk.0.attn_q.bias" in metadata.file.tensors}
-
-
-def _experts(metadata: Metadata) -> dict[str, Any]:
-    return {
-        "num_experts": metadata.integer("expert_count"),
-        "num_experts_per_tok": metadata.integer("expert_used_count"),
-        "moe_intermediate_size": metadata.integer("expert_feed_forward_length"),
-    }
-
-
-def _shared_expert(metadata: Metadata) -> dict[str, Any]:
-    shared = metadata.integer("expert_shared_feed_forward_length", 0)
-    stored = metadata.file.tensors.get("blk.0.ffn_up_shexp.weight")
-    return _experts(metadata) | {
-        "shared_expert_intermediate_size": shared or (0 if stored is None else stored.shape[0])
-    }
-
-
-def _mixtral(metadata: Metadata) -> dict[str, Any]:
-    return {
-        "num_local_experts": metadata.integer("expert_count"),
-        "num_experts_per_tok": metadata.integer("expert_used_count"),
-    }
-
-
-def _gpt_oss(metadata: Metadata) -> dict[str, Any]:
-    return _mixtral(metadata) | {
-        "intermediate_size": metadata.integer("expert_feed_forward_length"),
-        "sliding_window": metadata.integer("attention.sliding_window"),
-        "layer_types": _layer_types(metadata, 2),
-    }
-
-
-def _gemma2(metadata: Metadata) -> dict[str, Any]:
-    # As in llama.cpp, the 27B model is known by its number of layers: its attention is scaled by its width.
-    is_27b = metadata.integer("block_count") == 46
-    return {
-        "sliding_window": metadata.integer("attention.sliding_window"),
-        "attn_logit_softcapping": metadata.number("attn_logit_softcapping", 50.0),
-        "final_logit_softcapping": metadata.number("final_logit_softcapping", 30.0),
-        "query_pre_attn_scalar": _width_per_head(metadata) if is_27b else _head_dim(metadata),
-    }
-
-
-def _gemma3(metadata: Metadata) -> dict[str, Any]:
-    is_27b = metadata.integer("block_count") == 62
-    return {
-        "sliding_window": metadata.integer("attention.sliding_window"),
-        "query_pre_attn_scalar": _width_per_head(metadata) if is_27b else _head_dim(metadata),
-        "layer_types": _layer_types(metadata, 6),
-        "final_logit_softcapping": metadata.number("final_logit_softcapping")
-        if metadata.has("final_logit_softcapping")
-        else None,
-    }
-
-
-def _layer_types(metadata: Metadata, default_period: int) -> list[str]:
-    """Return the kind of each layer; without a pattern in the file, the last layer of each period is a full one."""
-    pattern = metadata.flags("attention.sliding_window_pattern")
-    if pattern is None:
-        period = metadata.integer("attention.sliding_window_pattern", default_period) or 1
-        pattern = [(layer + 1) % period != 0 for layer in range(metadata.integer("block_count"))]
-    return ["sliding_attention" if slides else "full_attention" for slides in pattern]
-
-
-def _olmo3(metadata: Metadata) -> dict[str, Any]:
-    window = metadata.integer("attention.sliding_window")
-    return _attention_bias(metadata) | {"sliding_window": window, "layer_types": _layer_types(metadata, 4)}
-
-
-def _exaone4(metadata: Metadata) -> dict[str, Any]:
-    window = metadata.integer("attention.sliding_window", 0)
-    if not window:
-        kinds = ["full_attention"] * metadata.integer("block_count")
-        return {"sliding_window": None, "layer_types": kinds}
-    return {"sliding_window": window, "layer_types": _layer_types(metadata, 4)}
-
-
-def _cohere2(metadata: Metadata) -> dict[str, Any]:
-    return _attention_bias(metadata) | {
-        "sliding_window": metadata.integer("attention.sliding_window"),
-        "layer_types": _layer_types(metadata, 4),
-        "layer_norm_eps": metadata.number("attention.layer_norm_epsilon", 1e-5),
-        "logit_scale": metadata.number("logit_scale", 1.0),
-    }
-
-
-def _granite(metadata: Metadata) -> dict[str, Any]:
-    return _attention_bias(metadata) | {
-        "embedding_multiplier": metadata.number("embedding_scale", 1.0),
-        "residual_multiplier": metadata.number("residual_scale", 1.0),
-        "attention_multiplier": metadata.number("attention.scale", 1.0),
-        "logits_scaling": metadata.number("logit_scale", 1.0),
-    }
-
-
-def _partial_rotary(metadata: Metadata) -> dict[str, Any]:
-    head_dim = _head_dim(metadata)
-    return {"partial_rotary_factor": metadata.integer("rope.dimension_count", head_dim) / head_dim}
-
-
-def _glm4(metadata: Metadata) -> dict[str, Any]:
-    return _attention_bias(metadata) | _partial_rotary(metadata)
-
-
-def _phi3(metadata: Metadata) -> dict[str, Any]:
-    window = metadata.integer("attention.sliding_window", 0)
-    return _partial_rotary(metadata) | {
-        "sliding_window": window or None,
-        "original_max_position_embeddings": metadata.integer(
-            "rope.scaling.original_context_length", metadata.integer("context_length")
-        ),
-    }
-
-
-def _seed_oss(metadata: Metadata) -> dict[str, Any]:
-    return _attention_bias(metadata) | {"attention_out_bias": "blk.0.attn_output.bias" in metadata.file.tensors}
-
-
-def _ernie4_5(metadata: Metadata) -> dict[str, Any]:
-    return {"use_bias": "blk.0.attn_q.bias" in metadata.file.tensors}
-
-
-def _head_dim(metadata: Metadata) -> int:
-    size = metadata.integer("attention.key_length", _width_per_head(metadata))
-    return size or metadata.fail("attention.key_length", size, "the width of a head")
-
-
-def _width_per_head(metadata: Metadata) -> int:
-    return metadata.integer("embedding_length") // max(metadata.integer("attention.head_count"), 1)
-
-
-_MIXTRAL_ARCHITECTURE = Architecture("mixtral", {**_LLAMA, **_MIXTRAL}, interleaves=True, extra=_mixtral)
-_OLMO3 = Architecture("olmo3", _NORMS_AFTER, extra=_olmo3)
+_MIXTRAL_ARCHITECTURE = Architecture("mixtral", {**_LLAMA, **_MIXTRAL}, interleaves=True, extra=extras.mixtral)
+_OLMO3 = Architecture("olmo3", _NORMS_AFTER, extra=extras.olmo3)
 _GELU = {"hidden_activation": "gelu_pytorch_tanh"}
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture("llama", interleaves=True, extra=_attention_bias),
+    "llama": Architecture("llama", interleaves=True, extra=extras.attention_bias),
     "qwen2": Architecture("qwen2"),
-    "qwen3": Architecture("qwen3", extra=_attention_bias),
+    "qwen3": Architecture("qwen3", extra=extras.attention_bias),
     "qwen2moe": Architecture(
-        "qwen2_moe", {**_LLAMA, **_EXPERTS}, fixed={"norm_topk_prob": False}, extra=_shared_expert
+        "qwen2_moe", {**_LLAMA, **_EXPERTS}, fixed={"norm_topk_prob": False}, extra=extras.shared_expert
     ),
-    "qwen3moe": Architecture("qwen3_moe", {**_LLAMA, **_EXPERTS}, fixed={"norm_topk_prob": True}, extra=_experts),
-    "gemma2": Architecture("gemma2", _FOUR_NORMS, adds_one=True, fixed=_GELU, extra=_gemma2),
-    "gemma3": Architecture("gemma3_text", _FOUR_NORMS, adds_one=True, fixed=_GELU, extra=_gemma3),
-    "gpt-oss": Architecture("gpt_oss", _GPT_OSS, extra=_gpt_oss),
-    "phi3": Architecture("phi3", _PHI3, extra=_phi3),
-    "glm4": Architecture("glm4", _GLM4, extra=_glm4),
-    "granite": Architecture("granite", interleaves=True, extra=_granite),
-    "smollm3": Architecture("smollm3", interleaves=True, extra=_attention_bias),
-    "olmo2": Architecture("olmo2", _NORMS_AFTER, extra=_attention_bias),
-    "cohere2": Architecture("cohere2", extra=_cohere2),
-    "exaone4": Architecture("exaone4", _NORMS_AFTER, extra=_exaone4),
-    "seed_oss": Architecture("seed_oss", _SEED, extra=_seed_oss),
-    "ernie4_5": Architecture("ernie4_5", extra=_ernie4_5),
-    "hunyuan-dense": Architecture("hunyuan_v1_dense", _HUNYUAN, extra=_attention_bias),
+    "qwen3moe": Architecture("qwen3_moe", {**_LLAMA, **_EXPERTS}, fixed={"norm_topk_prob": True}, extra=extras.experts),
+    "qwen3next": Architecture(
+        "qwen3_next", _QWEN3_NEXT, adds_one=True, fixed={"norm_topk_prob": True}, extra=extras.qwen35_moe
+    ),
+    "qwen35": Architecture("qwen3_5_text", _DELTA_NET, adds_one=True, tiles_values=True, extra=extras.qwen35),
+    "qwen35moe": Architecture(
+        "qwen3_5_moe_text",
+        {**_DELTA_NET, **_STACKED_EXPERTS},
+        adds_one=True,
+        tiles_values=True,
+        extra=extras.qwen35_moe,
+    ),
+    "gemma2": Architecture("gemma2", _FOUR_NORMS, adds_one=True, fixed=_GELU, extra=extras.gemma2),
+    "gemma3": Architecture("gemma3_text", _FOUR_NORMS, adds_one=True, fixed=_GELU, extra=extras.gemma3),
+    "gemma4": Architecture("gemma4_text", _GEMMA4, varies=True, fixed=_GELU, extra=extras.gemma4),
+    "gpt-oss": Architecture("gpt_oss", _GPT_OSS, extra=extras.gpt_oss),
+    "phi3": Architecture("phi3", _PHI3, extra=extras.phi3),
+    "glm4": Architecture("glm4", _GLM4, extra=extras.glm4),
+    "glm4moe": Architecture("glm4_moe", _GLM4_MOE, extra=extras.glm4_moe),
+    "deepseek2": Architecture("deepseek_v3", _DEEPSEEK2, extra=extras.deepseek2),
+    "granite": Architecture("granite", interleaves=True, extra=extras.granite),
+    "granitemoe": Architecture("granitemoe", _GRANITE_MOE, interleaves=True, extra=extras.granite_moe),
+    "minimax-m2": Architecture("minimax_m2", _MINIMAX, extra=extras.minimax_m2),
+    "mistral3": Architecture("ministral3", interleaves=True, extra=extras.mistral3),
+    "smollm3": Architecture("smollm3", interleaves=True, extra=extras.attention_bias),
+    "lfm2": Architecture("lfm2", _LFM2, extra=extras.lfm2),
+    "lfm2moe": Architecture("lfm2_moe", _LFM2_MOE, extra=extras.lfm2_moe),
+    "olmo2": Architecture("olmo2", _NORMS_AFTER, extra=extras.attention_bias),
+    "cohere2": Architecture("cohere2", extra=extras.cohere2),
+    "exaone4": Architecture("exaone4", _NORMS_AFTER, extra=extras.exaone4),
+    "seed_oss": Architecture("seed_oss", _SEED, extra=extras.seed_oss),
+    "ernie4_5": Architecture("ernie4_5", extra=extras.ernie4_5),
+    "hunyuan-dense": Architecture("hunyuan_v1_dense", _HUNYUAN, extra=extras.attention_bias),
 }

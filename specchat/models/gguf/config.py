@@ -7,7 +7,7 @@ from typing import Any
 
 from specchat.errors import UnsupportedModelError
 from specchat.models.checkpoint.gguf import GgufFile, GgufTensor, read_bytes
-from specchat.models.gguf.architectures import architecture_of
+from specchat.models.gguf.architectures import Architecture, architecture_of
 from specchat.models.gguf.metadata import Metadata
 
 # Names of `general.file_type`.
@@ -51,6 +51,7 @@ _COMPUTED = {"F32": "float32", "F16": "float16"}
 # Llama 3's scaling of rotary frequencies, which files only hold as one factor per frequency.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _NEARLY = 1e-5
+_NEVER = 1e29  # a factor that stands for no rotation
 
 
 def config_values(file: GgufFile) -> dict[str, Any]:
@@ -66,13 +67,19 @@ def config_values(file: GgufFile) -> dict[str, Any]:
         metadata.fail("attention.head_count", heads, "the number of heads of a language model")
     if not 0 < num_layers(metadata) <= len(file.tensors):
         metadata.fail("block_count", metadata.integer("block_count"), "the number of layers in the file")
+
+    def size(key: str, default: int) -> int:
+        if architecture.varies:
+            return metadata.each(key, 1, default)[0]
+        return metadata.integer(key, default, skips_zeros=True)
+
     values = {
         "model_type": architecture.model_type,
         "hidden_size": hidden,
-        "intermediate_size": metadata.integer("feed_forward_length", 0),
+        "intermediate_size": size("feed_forward_length", 0),
         "num_hidden_layers": num_layers(metadata),
         "num_attention_heads": heads,
-        "num_key_value_heads": metadata.integer("attention.head_count_kv", heads),
+        "num_key_value_heads": size("attention.head_count_kv", heads),
         "head_dim": metadata.integer("attention.key_length", hidden // heads),
         "max_position_embeddings": metadata.integer("context_length"),
         "rms_norm_eps": metadata.number("attention.layer_norm_rms_epsilon", 1e-5),
@@ -86,7 +93,7 @@ def config_values(file: GgufFile) -> dict[str, Any]:
         **architecture.extra(metadata),
     }
     values["rope_parameters"] = _rope(metadata, values)
-    values["quantization_config"] = _quantization(file, values, interleaves=architecture.interleaves)
+    values["quantization_config"] = _quantization(file, values, architecture)
     return values
 
 
@@ -108,7 +115,7 @@ def _dtype(file: GgufFile) -> str:
     return _COMPUTED.get(kinds.pop(), "bfloat16") if len(kinds) == 1 else "bfloat16"
 
 
-def _quantization(file: GgufFile, values: dict[str, Any], *, interleaves: bool) -> dict[str, Any]:
+def _quantization(file: GgufFile, values: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
     """Return the description that `quant.schemes.gguf` reads."""
     file_type = file.metadata.get("general.file_type")
     return {
@@ -116,8 +123,31 @@ def _quantization(file: GgufFile, values: dict[str, Any], *, interleaves: bool) 
         "file_type": _FILE_TYPES.get(file_type, _commonest_type(file))
         if type(file_type) is int
         else _commonest_type(file),
-        "q_heads": values["num_attention_heads"] if interleaves else 0,
-        "k_heads": values["num_key_value_heads"] if interleaves else 0,
+        "q_heads": values["num_attention_heads"] if architecture.interleaves else 0,
+        "k_heads": values["num_key_value_heads"] if architecture.interleaves else 0,
+        **(_tiled(values) if architecture.tiles_values else {}),
+        **(_joined(values) if values["model_type"] == "qwen3_next" else {}),
+    }
+
+
+def _tiled(values: dict[str, Any]) -> dict[str, int]:
+    """Return the order of value heads, as `quant.schemes.gguf` reads it."""
+    keys = values["linear_num_key_heads"]
+    return {
+        "tiled_keys": keys,
+        "tiled_per_key": values["linear_num_value_heads"] // keys,
+        "tiled_width": values["linear_value_head_dim"],
+        "tiled_skip": 2 * keys * values["linear_key_head_dim"],
+    }
+
+
+def _joined(values: dict[str, Any]) -> dict[str, int]:
+    """Return the sizes of a joined input projection, as `quant.schemes.gguf` reads it."""
+    per_key = values["linear_num_value_heads"] // values["linear_num_key_heads"]
+    return {
+        "joined_keys": values["linear_num_key_heads"],
+        "joined_key_width": values["linear_key_head_dim"],
+        "joined_value_width": per_key * values["linear_value_head_dim"],
     }
 
 
@@ -131,13 +161,38 @@ def _commonest_type(file: GgufFile) -> str:
 
 def _rope(metadata: Metadata, values: dict[str, Any]) -> dict[str, Any]:
     theta = metadata.number("rope.freq_base", 10000.0)
+    if metadata.file.architecture == "gemma4":
+        return _gemma4_rope(metadata, theta)
     full = {"rope_type": "default", "rope_theta": theta} | _scaling(metadata, values)
     if "partial_rotary_factor" in values:
         full["partial_rotary_factor"] = values["partial_rotary_factor"]
+    sections = metadata.integers("rope.dimension_sections")
+    if sections is not None and values["model_type"].startswith(
+        "qwen3_5"
+    ):  # of images, whose positions have three parts
+        full |= {"mrope_section": sections[:3], "mrope_interleaved": True}
     if metadata.file.architecture != "gemma3":
         return full
     local = metadata.number("rope.freq_base_swa", 10000.0)
     return {"full_attention": full, "sliding_attention": {"rope_type": "default", "rope_theta": local}}
+
+
+def _gemma4_rope(metadata: Metadata, theta: float) -> dict[str, Any]:
+    """Return the rotary values of Gemma 4, whose full layers only rotate the part of a head that has a factor of 1."""
+    tensor = metadata.file.tensors.get("rope_freqs.weight")
+    factors = [] if tensor is None else _read_floats(tensor)
+    rotated = sum(factor == 1.0 for factor in factors)
+    if not rotated or any(factor < _NEVER for factor in factors[rotated:]):
+        metadata.refuse("rotates its heads otherwise than Gemma 4")
+    local = metadata.number("rope.freq_base_swa", 10000.0)
+    return {
+        "full_attention": {
+            "rope_type": "proportional",
+            "rope_theta": theta,
+            "partial_rotary_factor": rotated / len(factors),
+        },
+        "sliding_attention": {"rope_type": "default", "rope_theta": local},
+    }
 
 
 def _scaling(metadata: Metadata, values: dict[str, Any]) -> dict[str, Any]:
@@ -152,20 +207,48 @@ def _scaling(metadata: Metadata, values: dict[str, Any]) -> dict[str, Any]:
     if "rope_factors_long.weight" in tensors and "rope_factors_short.weight" in tensors:
         return _longrope(metadata, values)
     factor = metadata.number("rope.scaling.factor", 1.0)
+    if values["model_type"] == "ministral3" and kind != "yarn":
+        metadata.refuse("scales its attention by the position without 'yarn'")
     if kind in ("none", "longrope") or (kind == "linear" and factor == 1.0):
         return {}
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
-    if kind == "yarn":
-        original = metadata.integer("rope.scaling.original_context_length", values["max_position_embeddings"])
-        scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
-        if values["model_type"] == "gpt_oss":  # its bounds are not rounded, which no file states
-            scaling |= {"truncate": False, "beta_fast": 32.0, "beta_slow": 1.0}
-        return scaling
-    raise UnsupportedModelError(
-        f"{metadata.file.files[0]} scales its positions by '{kind}', which specchat does not read from GGUF files",
-        hint="use the model in safetensors",
-    )
+    if kind != "yarn":
+        metadata.refuse(f"scales its positions by '{kind}'")
+    original = metadata.integer("rope.scaling.original_context_length", values["max_position_embeddings"])
+    scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+    if values["model_type"] == "gpt_oss":  # its bounds are not rounded, which no file states
+        scaling |= {"truncate": False, "beta_fast": 32.0, "beta_slow": 1.0}
+    if "kv_lora_rank" in values:
+        scaling |= _latent_yarn(metadata)
+    if values["model_type"] == "ministral3":
+        scaling |= _ministral_yarn(metadata)
+    return scaling
+
+
+def _ministral_yarn(metadata: Metadata) -> dict[str, Any]:
+    """Return what yarn scales Ministral 3 by; as llama.cpp does, one of its two multipliers is taken for 1."""
+    multiplier = metadata.number("rope.scaling.yarn_log_multiplier", 0.0)
+    if not multiplier or not metadata.has("rope.scaling.original_context_length"):
+        metadata.refuse("scales its positions by 'yarn' without a multiplier")
+    beta = {"llama_4_scaling_beta": metadata.number("attention.temperature_scale")}
+    return {"mscale": 1.0, "mscale_all_dim": multiplier, **beta, **_yarn_bounds(metadata)}
+
+
+def _latent_yarn(metadata: Metadata) -> dict[str, Any]:
+    """Return what yarn scales latent attention by: llama.cpp has one multiplier for both of transformers' values."""
+    tenth = metadata.number("rope.scaling.yarn_log_multiplier", 0.0)
+    if not tenth:
+        metadata.refuse("scales its positions by 'yarn' without a multiplier")
+    scale = float(f"{10 * tenth:.7g}")
+    return {"mscale": scale, "mscale_all_dim": scale, **_yarn_bounds(metadata)}
+
+
+def _yarn_bounds(metadata: Metadata) -> dict[str, Any]:
+    return {
+        "beta_fast": metadata.number("rope.scaling.yarn_beta_fast", 32.0),
+        "beta_slow": metadata.number("rope.scaling.yarn_beta_slow", 1.0),
+    }
 
 
 def _from_factors(factors: Sequence[float], theta: float) -> dict[str, Any]:

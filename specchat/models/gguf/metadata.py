@@ -31,20 +31,32 @@ class Metadata:
         """Return whether the architecture has a value."""
         return self._full(key) in self.values
 
-    def integer(self, key: str, default: int | None = None) -> int:
-        """Return a whole number; a list of equal numbers, one per layer, counts as one number."""
+    def integer(self, key: str, default: int | None = None, *, skips_zeros: bool = False) -> int:
+        """Return a whole number; a list of equal numbers, one per layer, counts as one number.
+
+        Args:
+            key: name of the value.
+            default: number for a missing value; None requires it.
+            skips_zeros: whether zeros in a list do not count, because these layers have nothing of the kind.
+        """
         value = self.values.get(self._full(key), default)
+        if skips_zeros and isinstance(value, list):
+            value = [each for each in value if each != 0]
         if isinstance(value, list) and value and len(set(value)) == 1:
             value = value[0]
         if isinstance(value, list):
-            raise UnsupportedModelError(
-                f"{self.file.files[0]} has layers with different values of {self._full(key)}, which specchat does not "
-                "read from GGUF files yet",
-                hint="use the model in safetensors",
-            )
+            self.refuse(f"has layers with different values of {self._full(key)}")
         if type(value) is not int or value < 0:
             self.fail(key, value, "a whole number")
         return value
+
+    def each(self, key: str, count: int, default: int | None = None) -> list[int]:
+        """Return a whole number for each of `count` layers; one number in the file counts for all."""
+        value = self.values.get(self._full(key), default)
+        numbers = value if isinstance(value, list) else [value] * count
+        if len(numbers) < count or any(type(number) is not int or number < 0 for number in numbers):
+            self.fail(key, value, "a whole number for each layer")
+        return numbers[:count]
 
     def number(self, key: str, default: float | None = None) -> float:
         """Return a number."""
@@ -53,10 +65,24 @@ class Metadata:
             self.fail(key, value, "a finite number")
         return _shortest(float(value))
 
+    def flag(self, key: str) -> bool:
+        """Return a flag; False if it is missing."""
+        value = self.values.get(self._full(key), False)
+        if not isinstance(value, bool):
+            self.fail(key, value, "a flag")
+        return value
+
     def flags(self, key: str) -> list[bool] | None:
         """Return a list of flags, one per layer; None if the key is missing or is no list."""
         value = self.values.get(self._full(key))
         return [bool(each) for each in value] if isinstance(value, list) else None
+
+    def integers(self, key: str) -> list[int] | None:
+        """Return a list of whole numbers; None if the key is missing."""
+        value = self.values.get(self._full(key))
+        if value is not None and (not isinstance(value, list) or any(type(each) is not int for each in value)):
+            self.fail(key, value, "a list of whole numbers")
+        return value
 
     def text(self, key: str) -> str | None:
         """Return a text; None if it is missing."""
@@ -76,6 +102,17 @@ class Metadata:
         """
         raise CorruptCheckpointError(
             f"{self.file.files[0]}: {self._full(key)} is {value!r}, not {wanted}", hint=REDOWNLOAD
+        )
+
+    def refuse(self, what: str) -> NoReturn:
+        """Report a variant that specchat does not read; `what` follows the name of the file.
+
+        Raises:
+            UnsupportedModelError: always.
+        """
+        raise UnsupportedModelError(
+            f"{self.file.files[0]} {what}, which specchat does not read from GGUF files",
+            hint="use the model in safetensors",
         )
 
     def _full(self, key: str) -> str:

@@ -20,20 +20,32 @@ from specchat.models.checkpoint.gguf import GgufFile, GgufTensor, listed_files, 
 from specchat.models.checkpoint.json_file import REDOWNLOAD
 from specchat.models.checkpoint.safetensors import Checkpoint, TensorInfo, open_checkpoint
 from specchat.models.checkpoint.stacks import unstack_experts
-from specchat.models.gguf.architectures import Architecture, architecture_of, is_in_config
+from specchat.models.gguf.architectures import KEY_HALF, Architecture, architecture_of, is_in_config
 from specchat.models.gguf.config import num_layers
 from specchat.models.gguf.metadata import Metadata
-from specchat.models.quant.formats.ggml import decode, stored_rows
+from specchat.models.quant.formats.ggml import TiledHeads, decode, stored_rows
 
 # Matrices whose values the model needs plain: lookups, and routers, whose rounding would change the experts.
 _PLAIN = (
     "embed_tokens.weight",
+    "embed_tokens_per_layer.weight",
+    "per_layer_model_projection.weight",
+    "router.proj.weight",
     "mlp.gate.weight",
     "mlp.router.weight",
     "block_sparse_moe.gate.weight",
+    "block_sparse_moe.router.layer.weight",
     "shared_expert_gate.weight",
+    "in_proj_a.weight",
+    "in_proj_b.weight",
+    "in_proj_ba.weight",
+    "conv1d.weight",
+    "conv.conv.weight",
+    "feed_forward.gate.weight",
     "_bias",
 )
+# Small tensors that follow the order of the value heads.
+_TILED = ("in_proj_a.weight", "in_proj_b.weight", "conv1d.weight", "dt_bias", "A_log")
 
 
 def open_tensors(folder: Path) -> Checkpoint:
@@ -51,7 +63,7 @@ def _open(folder: Path, file: GgufFile) -> Checkpoint:
     architecture, layers = architecture_of(file), num_layers(Metadata(file))
     tensors: dict[str, TensorInfo] = {}
     for tensor in sorted(file.tensors.values(), key=lambda each: (each.file, each.offset)):
-        if is_in_config(tensor.name):
+        if is_in_config(tensor.name) or _is_after(tensor.name, layers):
             continue
         found = architecture.rename(tensor.name)
         if found is None:
@@ -64,21 +76,38 @@ def _open(folder: Path, file: GgufFile) -> Checkpoint:
             continue
         if layer is None:
             tensors |= _infos(file, architecture, tensor, name)
-        elif layer < layers:  # later ones only predict further tokens
+        else:
             tensors |= _infos(file, architecture, tensor, f"model.layers.{layer}.{name}")
     return Checkpoint(folder, MappingProxyType(tensors))
+
+
+def _is_after(name: str, layers: int) -> bool:
+    """Return whether a tensor belongs to a layer after the decoder's, which only predicts further tokens."""
+    index = name.removeprefix("blk.").partition(".")[0]
+    return name.startswith("blk.") and index.isdecimal() and int(index) >= layers
 
 
 def _infos(file: GgufFile, architecture: Architecture, tensor: GgufTensor, name: str) -> dict[str, TensorInfo]:
     if "*" in name:
         return dict(_experts(tensor, name))
+    if KEY_HALF in name:
+        return _joined_halves(file, tensor, name.replace(KEY_HALF, KEY_HALF.rpartition(".")[0]))
     if len(tensor.shape) == 2 and not name.endswith(_PLAIN):
         return {name: _packed(tensor, name, tensor.shape, tensor.offset)}
-    shape = (
-        (1, *tensor.shape) if name.endswith("shared_expert_gate.weight") and len(tensor.shape) == 1 else tensor.shape
+    shape = tensor.shape
+    if name.endswith("shared_expert_gate.weight") and len(shape) == 1:
+        shape = (1, *shape)
+    if name.endswith(("conv1d.weight", "conv.conv.weight")) and len(shape) == 2:
+        shape = (shape[0], 1, shape[1])
+    adds_one = architecture.adds_one and "norm" in name and "linear_attn" not in name
+    own = Restore(
+        tensor.type.name,
+        shape,
+        adds_one,
+        _heads(file, architecture, name),
+        is_log=name.endswith("A_log"),
+        tiled=_tiled(file, architecture, name),
     )
-    adds_one = architecture.adds_one and "norm" in name
-    own = Restore(tensor.type.name, shape, adds_one, _heads(file, architecture, name))
     restore: Restore | Alternating = own
     if name.endswith("gate_up_proj_bias"):
         other = _tensor(file, tensor.name.replace("gate", "up"), tensor)
@@ -87,12 +116,37 @@ def _infos(file: GgufFile, architecture: Architecture, tensor: GgufTensor, name:
     return {name: TensorInfo(name, tensor.type.name, shape, tensor.file, tensor.offset, tensor.nbytes, restore)}
 
 
+def _tiled(file: GgufFile, architecture: Architecture, name: str) -> TiledHeads | None:
+    """Return the order of value heads in a small tensor of a gated delta net; None for tensors in order."""
+    if not architecture.tiles_values or not name.endswith(_TILED):
+        return None
+    metadata = Metadata(file)
+    keys, heads = metadata.integer("ssm.group_count"), metadata.integer("ssm.time_step_rank")
+    if name.endswith("conv1d.weight"):
+        width, skip = metadata.integer("ssm.inner_size") // heads, 2 * keys * metadata.integer("ssm.state_size")
+        return TiledHeads(keys, heads // keys, width, skip)
+    return TiledHeads(keys, heads // keys, 1)
+
+
 def _tensor(file: GgufFile, name: str, like: GgufTensor) -> GgufTensor:
     """Return another tensor, which must have the shape of `like`."""
     found = file.tensors.get(name)
     if found is None or found.shape != like.shape:
         raise CorruptCheckpointError(f"{like.file} has '{like.name}' without an equal '{name}'", hint=REDOWNLOAD)
     return found
+
+
+def _joined_halves(file: GgufFile, keys: GgufTensor, name: str) -> dict[str, TensorInfo]:
+    """Return kv_b_proj of latent attention, made from its halves; nothing if the file also has it whole."""
+    if keys.name.replace("attn_k_b", "attn_kv_b") in file.tensors:
+        return {}
+    values = file.tensors.get(keys.name.replace("attn_k_b", "attn_v_b"))
+    if values is None or len(keys.shape) != 3 or len(values.shape) != 3 or keys.shape[:2] != values.shape[::2]:
+        raise CorruptCheckpointError(f"{keys.file} has '{keys.name}' without values of its shape", hint=REDOWNLOAD)
+    heads, latent, width = keys.shape
+    restore = Halves(Restore(keys.type.name, keys.shape), Restore(values.type.name, values.shape), values)
+    shape = (heads * (width + values.shape[1]), latent)
+    return {name: TensorInfo(name, keys.type.name, shape, keys.file, keys.offset, keys.nbytes, restore)}
 
 
 def _experts(tensor: GgufTensor, name: str) -> Iterator[tuple[str, TensorInfo]]:
@@ -131,20 +185,28 @@ class Restore:
         shape: shape in the model.
         adds_one: whether 1 has been added to the values.
         heads: number of heads whose two halves are interleaved; 0 for values in order.
+        is_log: whether the file holds -exp(x) of each value x.
+        tiled: order of the rows; None for rows in order.
     """
 
     kind: str
     shape: tuple[int, ...]
     adds_one: bool = False
     heads: int = 0
+    is_log: bool = False
+    tiled: TiledHeads | None = None
 
     def __call__(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the tensor in `dtype`, given its bytes, uint8 [n]; values are rounded once."""
-        values = self._values(stored, torch.float32 if self.adds_one else dtype)
+        values = self._values(stored, torch.float32 if self.adds_one or self.is_log else dtype)
         if self.adds_one:
             values = values - 1
         if self.heads:
             values = values[stored_rows(len(values), self.heads, 0, len(values), values.device)]
+        if self.is_log:
+            values = torch.log(-values)
+        if self.tiled is not None:
+            values = values[self.tiled.stored(len(values), values.device)]
         return values.to(dtype)
 
     def _values(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
@@ -174,3 +236,25 @@ class Alternating:
         data = bytearray(read_bytes(self.odd_tensor))
         odd = self.odd(torch.frombuffer(data, dtype=torch.uint8), dtype)
         return torch.stack([self.even(stored, dtype), odd], -1).flatten(-2)
+
+
+@dataclass(frozen=True)
+class Halves:
+    """The way from the halves of latent attention's kv_b_proj, keys and values of each head, to the matrix.
+
+    Blocks of the keys run across the latent dimension, so the matrix cannot keep them.
+
+    Attributes:
+        keys: way to the keys [heads, latent, width].
+        values: way to the values [heads, width, latent].
+        value_tensor: tensor of the values, which is read when the matrix is restored.
+    """
+
+    keys: Restore
+    values: Restore
+    value_tensor: GgufTensor
+
+    def __call__(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the matrix in `dtype` [heads x (key width + value width), latent], given the keys, uint8 [n]."""
+        data = torch.frombuffer(bytearray(read_bytes(self.value_tensor)), dtype=torch.uint8)
+        return torch.cat([self.keys(stored, dtype).transpose(1, 2), self.values(data, dtype)], 1).flatten(0, 1)

@@ -29,6 +29,8 @@ def tokenizer_files(file: GgufFile) -> dict[str, str]:
         parts = _byte_level(values)
     elif kind == "llama":
         parts = _sentencepiece(values, is_gemma=file.architecture.startswith("gemma"))
+    elif kind == "gemma4":
+        parts = _gemma4(values)
     else:
         _refuse(values, f"the kind of tokenizer '{kind}'")
     whole = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": _added_tokens(values), **parts}
@@ -205,6 +207,16 @@ def _sentencepiece(values: _Values, *, is_gemma: bool) -> dict[str, Any]:
         "decoder": {"type": "Sequence", "decoders": [spaces, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
         "model": _bpe(values, tokens, merges, unk_token=values.token("unknown"), fuse_unk=True, byte_fallback=True),
     }
+
+
+def _gemma4(values: _Values) -> dict[str, Any]:
+    """Return the tokenizer of Gemma 4, whose merges are in the file.
+
+    The file says that texts begin with a special token, but the model's own tokenizer leaves that to the chat template.
+    """
+    if values.merges() is None:
+        values.fail("it has no merges")
+    return _sentencepiece(values, is_gemma=True) | {"post_processor": None}
 
 
 def _merges_of(vocabulary: Mapping[str, int], ranks: Sequence[float]) -> list[list[str]]:

@@ -26,6 +26,7 @@ _VERSION = 1  # of the transcoded bytes
 _TENSOR = re.compile(
     r"(.+)\.(qweight|qzeros|blocks|scales|g_idx|SCB|weight(?:[._].*)?|pre_quant_scale|(?:input|output|activation)_\w+)"
 )
+_IN_STACK = re.compile(r"(.+?)\.(\d{1,9})(?:\.(gate|up))?")
 
 
 @dataclass(frozen=True)
@@ -192,10 +193,15 @@ class CheckpointRecipe:
 
 
 def _in_stack(module: str, matrices: Mapping[str, Matrix]) -> ModulePlace | None:
-    """Return the place of one expert of a stack, whose module is named by the model's parameter and an index."""
-    path, _, expert = module.rpartition(".")
-    is_expert = expert.isdecimal() and path in matrices and matrices[path].num_experts
-    return ModulePlace(path, int(expert)) if is_expert else None
+    """Return the place of one expert of a stack, or of its gate or up half.
+
+    Its module is named by the model's parameter and an index: "gate_up_proj.3", or "gate_up_proj.3.up".
+    """
+    found = _IN_STACK.fullmatch(module)
+    if found is None or found[1] not in matrices or not matrices[found[1]].num_experts:
+        return None
+    path, expert, half = found[1], int(found[2]), found[3]
+    return ModulePlace(path, expert) if half is None else ModulePlace(path, expert, int(half == "up"), 2)
 
 
 def _by_module(checkpoint: Checkpoint) -> dict[str, dict[str, TensorInfo]]:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.gguf_files import save_gguf
+from support.hybrids import HYBRIDS, random_hybrid
 from support.tiny_models import make_config, random_model
 
 from specchat.errors import SpecchatError
@@ -42,9 +43,13 @@ def test_damage_never_ends_in_a_traceback(whole, tmp_path, data):
         assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] > 0
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3", "phi3", "gpt_oss", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "architecture",
+    ["llama", "gemma3", "phi3", "gpt_oss", "qwen3_moe", "deepseek_v3", "gemma4_moe", "lfm2_moe", "qwen3_5_moe_text"],
+)
 def test_no_value_ends_in_a_traceback(architecture, tmp_path):
-    save_gguf(random_model(make_config(architecture)), tmp_path / "x.gguf")
+    model = random_hybrid(architecture) if architecture in HYBRIDS else random_model(make_config(architecture))
+    save_gguf(model, tmp_path / "x.gguf")
     good = open_gguf(tmp_path / "x.gguf")
     num_refused = 0
     for key in good.metadata:

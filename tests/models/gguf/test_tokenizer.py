@@ -131,6 +131,20 @@ def test_sentencepiece_ids_are_those_of_the_original(arch, tmp_path):
         assert ours.encode(text, add_special_tokens=True) == [1, *expected]
 
 
+def test_gemma_4_merges_as_its_file_says_and_adds_no_token(tmp_path):
+    theirs, values = sentencepiece(gemma=True)
+    merges = json.loads(theirs.to_str())["model"]["merges"]
+    values |= {"model": "gemma4", "merges": [" ".join(merge) for merge in merges], "add_bos_token": True}
+    del values["scores"]
+    ours = tokenizer_of(write(tmp_path / "x.gguf", "gemma4", **values), tmp_path / "t")
+    for text in [*TEXTS, "a<turn>b"]:
+        expected = theirs.encode(text, add_special_tokens=False).ids
+        assert ours.encode(text) == ours.encode(text, add_special_tokens=True) == expected, text
+    del values["merges"]
+    with pytest.raises(CorruptCheckpointError, match="no merges"):
+        tokenizer_files(write(tmp_path / "y.gguf", "gemma4", **values))
+
+
 def test_splits_are_those_of_transformers():
     mapping = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping")
     shared = PRE_TOKENIZERS.keys() & mapping.GGUF_PRE_TOKENIZER_SPLITS.keys()

@@ -51,6 +51,122 @@ class Blocks(WeightFormat):
 
 
 @dataclass(frozen=True)
+class TiledHeads:
+    """The order in which files hold the value heads of gated delta nets: the first ones of all key heads come first.
+
+    Attributes:
+        keys: number of key heads.
+        per_key: number of value heads that belong to a key head.
+        width: numbers of one value head.
+        skip: numbers before the value heads, which stay in order.
+    """
+
+    keys: int
+    per_key: int
+    width: int
+    skip: int = 0
+
+    def stored(self, count: int, device: torch.device) -> Tensor:
+        """Return where each of `count` rows or columns is stored: int64 [count]."""
+        places = torch.arange(count, device=device)
+        heads, within = (places - self.skip) // self.width, (places - self.skip) % self.width
+        key, index = heads // self.per_key, heads % self.per_key
+        moved = self.skip + (index * self.keys + key) * self.width + within
+        return torch.where(places < self.skip, places, moved)
+
+
+@dataclass(frozen=True)
+class TiledBlocks(WeightFormat):
+    """Blocks of a matrix whose rows or columns are in the order of `TiledHeads`.
+
+    Columns are put in order after they are dequantized, since a block may hold columns of several heads.
+
+    Segments: `blocks`, uint8 [rows, bytes per row].
+
+    Attributes:
+        kind: ggml's name of the type.
+        heads: order of the rows, or of the columns.
+        is_by_column: whether it is the order of the columns.
+    """
+
+    name: ClassVar[str] = "ggml tiled"
+    verbatim: ClassVar[Mapping[str, str]] = {"blocks": "weight"}
+
+    kind: str
+    heads: TiledHeads
+    is_by_column: bool
+
+    def segments(self, rows: int, cols: int) -> tuple[Segment, ...]:
+        """Return the segment that the class describes."""
+        return Blocks(self.kind).segments(rows, cols)
+
+    def dequantize(self, segments: Segments, begin: int, end: int, out: Tensor) -> Tensor:
+        """Dequantize rows of W."""
+        blocks, plain = segments["blocks"], Blocks(self.kind)
+        if self.is_by_column:
+            stored = plain.dequantize(segments, begin, end, torch.empty_like(out))
+            return out.copy_(stored.index_select(1, self.heads.stored(out.shape[1], out.device)))
+        order = self.heads.stored(blocks.shape[0], blocks.device)[begin:end]
+        return plain.dequantize({"blocks": blocks.index_select(0, order)}, 0, end - begin, out)
+
+
+@dataclass(frozen=True)
+class JoinedBlocks(WeightFormat):
+    """The input projection of Qwen3-Next in blocks of two matrices: queries, keys and values, and gates.
+
+    The model has the rows of each key head together: its query, its key, its values, and their gates.
+
+    Segments: `first` and `second`, uint8 [rows, bytes per row].
+
+    Attributes:
+        first_kind: ggml's name of the type of queries, keys and values.
+        second_kind: ggml's name of the type of gates.
+        keys: number of key heads.
+        key_width: rows of the key, and of the query, of a key head.
+        value_width: rows of all values, and of all gates, of a key head.
+    """
+
+    name: ClassVar[str] = "ggml joined"
+    verbatim: ClassVar[Mapping[str, str]] = {"first": "weight_first", "second": "weight_second"}
+
+    first_kind: str
+    second_kind: str
+    keys: int
+    key_width: int
+    value_width: int
+
+    @property
+    def first_rows(self) -> int:
+        """Rows of the first matrix."""
+        return self.keys * (2 * self.key_width + self.value_width)
+
+    def segments(self, rows: int, cols: int) -> tuple[Segment, ...]:
+        """Return the segments that the class describes."""
+        parts = (("first", self.first_kind, self.first_rows), ("second", self.second_kind, rows - self.first_rows))
+        return tuple(Segment(name, (own, BLOCK_TYPES[kind].row_bytes(cols)), torch.uint8) for name, kind, own in parts)
+
+    def dequantize(self, segments: Segments, begin: int, end: int, out: Tensor) -> Tensor:
+        """Dequantize rows of W, first those of the first matrix."""
+        stored = self._stored(out.device)[begin:end]
+        is_first = stored < self.first_rows
+        for name, kind, own, rows in (
+            ("first", self.first_kind, is_first, stored),
+            ("second", self.second_kind, ~is_first, stored - self.first_rows),
+        ):
+            blocks = segments[name].index_select(0, rows[own])
+            target = out.new_empty(len(blocks), out.shape[1])
+            out[own] = Blocks(kind).dequantize({"blocks": blocks}, 0, len(blocks), target)
+        return out
+
+    def _stored(self, device: torch.device) -> Tensor:
+        """Return where each row is stored, counted through both matrices: int64 [rows]."""
+        widths = (self.key_width, self.key_width, self.value_width, self.value_width)
+        rows = torch.arange(self.keys * sum(widths), device=device)
+        parts = rows.split([self.keys * width for width in widths])
+        return torch.cat([part.view(self.keys, -1) for part in parts], 1).flatten()
+
+
+@dataclass(frozen=True)
 class AlternatingBlocks(WeightFormat):
     """Two matrices in blocks whose rows alternate in one: gate and up of gpt-oss.
 

@@ -1,0 +1,361 @@
+"""Values of the configuration that only some architectures have, made from the metadata of a GGUF file."""
+
+from typing import Any
+
+from specchat.models.gguf.metadata import Metadata
+
+# llama.cpp's numbers of functions that weigh experts.
+_SOFTMAX, _SIGMOID = 1, 2
+# From this number of experts on, DeepSeek's models choose among groups of them.
+_DEEPSEEK_GROUPED = 160
+_GLM_VOCABULARY = 154880
+
+
+def attention_bias(metadata: Metadata) -> dict[str, Any]:
+    """Return whether q, k and v have a bias."""
+    return {"attention_bias": "blk.0.attn_q.bias" in metadata.file.tensors}
+
+
+def experts(metadata: Metadata) -> dict[str, Any]:
+    """Return the sizes of the experts."""
+    return {
+        "num_experts": metadata.integer("expert_count"),
+        "num_experts_per_tok": metadata.integer("expert_used_count"),
+        "moe_intermediate_size": metadata.integer("expert_feed_forward_length"),
+    }
+
+
+def shared_expert(metadata: Metadata) -> dict[str, Any]:
+    """Return the sizes of the experts and of the one that all tokens share."""
+    shared = metadata.integer("expert_shared_feed_forward_length", 0)
+    stored = metadata.file.tensors.get("blk.0.ffn_up_shexp.weight")
+    return experts(metadata) | {"shared_expert_intermediate_size": shared or (0 if stored is None else stored.shape[0])}
+
+
+def qwen35(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of Qwen 3.5 and later ones: gated delta nets, with attention in every fourth layer or so."""
+    keys, values = metadata.integer("ssm.group_count"), metadata.integer("ssm.time_step_rank")
+    if not keys or not values or values % keys:
+        metadata.fail("ssm.group_count", keys, "a number of key heads")
+    return partial_rotary(metadata) | {
+        "linear_conv_kernel_dim": metadata.integer("ssm.conv_kernel"),
+        "linear_key_head_dim": metadata.integer("ssm.state_size"),
+        "linear_value_head_dim": metadata.integer("ssm.inner_size") // values,
+        "linear_num_key_heads": keys,
+        "linear_num_value_heads": values,
+        "layer_types": _recurrent_types(metadata),
+    }
+
+
+def qwen35_moe(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of Qwen 3.5 and Qwen3-Next with experts."""
+    return qwen35(metadata) | shared_expert(metadata)
+
+
+def _recurrent_types(metadata: Metadata) -> list[str]:
+    """Return the kind of each layer; without a list in the file, the last layer of each period has attention."""
+    count = metadata.integer("block_count") - metadata.integer("nextn_predict_layers", 0)
+    is_recurrent = metadata.flags("attention.recurrent_layers")
+    if is_recurrent is None:
+        period = metadata.integer("full_attention_interval", 4) or 1
+        is_recurrent = [(layer + 1) % period != 0 for layer in range(count)]
+    return ["linear_attention" if each else "full_attention" for each in is_recurrent[:count]]
+
+
+def lfm2(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of LFM2; layers without heads of keys and values are short convolutions."""
+    heads = metadata.integers("attention.head_count_kv")
+    if heads is None or len(heads) != metadata.integer("block_count"):
+        metadata.fail("attention.head_count_kv", heads, "a number of heads for each layer")
+    return {
+        "norm_eps": metadata.number("attention.layer_norm_rms_epsilon"),
+        "conv_L_cache": metadata.integer("shortconv.l_cache"),
+        "conv_bias": any(name.endswith("shortconv.conv.bias") for name in metadata.file.tensors),
+        "block_auto_adjust_ff_dim": False,  # the file has the adjusted size
+        "layer_types": ["full_attention" if each else "conv" for each in heads],
+    }
+
+
+def lfm2_moe(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of LFM2 with experts, which are weighed as llama.cpp does where the file says nothing.
+
+    Raises:
+        UnsupportedModelError: experts are weighed by another function than a sigmoid.
+    """
+    _check_sigmoid(metadata)
+    return (
+        lfm2(metadata)
+        | experts(metadata)
+        | {
+            "num_dense_layers": metadata.integer("leading_dense_block_count"),
+            "use_expert_bias": any(name.endswith("exp_probs_b.bias") for name in metadata.file.tensors),
+            "norm_topk_prob": True,
+            "routed_scaling_factor": metadata.number("expert_weights_scale", 1.0) or 1.0,
+        }
+    )
+
+
+def mixtral(metadata: Metadata) -> dict[str, Any]:
+    """Return the number of experts by the names of Mixtral."""
+    return {
+        "num_local_experts": metadata.integer("expert_count"),
+        "num_experts_per_tok": metadata.integer("expert_used_count"),
+    }
+
+
+def gpt_oss(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of gpt-oss."""
+    return mixtral(metadata) | {
+        "intermediate_size": metadata.integer("expert_feed_forward_length"),
+        "sliding_window": metadata.integer("attention.sliding_window"),
+        "layer_types": _layer_types(metadata, 2),
+    }
+
+
+def gemma2(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of Gemma 2."""
+    # As in llama.cpp, the 27B model is known by its number of layers: its attention is scaled by its width.
+    is_27b = metadata.integer("block_count") == 46
+    return {
+        "sliding_window": metadata.integer("attention.sliding_window"),
+        "attn_logit_softcapping": metadata.number("attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": metadata.number("final_logit_softcapping", 30.0),
+        "query_pre_attn_scalar": _width_per_head(metadata) if is_27b else _head_dim(metadata),
+    }
+
+
+def gemma3(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of Gemma 3."""
+    is_27b = metadata.integer("block_count") == 62
+    return {
+        "sliding_window": metadata.integer("attention.sliding_window"),
+        "query_pre_attn_scalar": _width_per_head(metadata) if is_27b else _head_dim(metadata),
+        "layer_types": _layer_types(metadata, 6),
+        "final_logit_softcapping": metadata.number("final_logit_softcapping")
+        if metadata.has("final_logit_softcapping")
+        else None,
+    }
+
+
+def gemma4(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of Gemma 4, whose full layers have other heads than the sliding ones."""
+    count, tensors = metadata.integer("block_count"), metadata.file.tensors
+    kinds = _layer_types(metadata, 6)
+    sizes, heads = metadata.each("feed_forward_length", count), metadata.each("attention.head_count_kv", count)
+    if set(kinds) != {"sliding_attention", "full_attention"} or len(kinds) != count:
+        metadata.fail("attention.sliding_window_pattern", kinds, "a pattern of both kinds of layers")
+    full, sliding = kinds.index("full_attention"), kinds.index("sliding_attention")
+    has_experts = metadata.integer("expert_count", 0) > 0
+    lookup = tensors.get("per_layer_token_embd.weight")
+    return {
+        "layer_types": kinds,
+        "head_dim": metadata.integer("attention.key_length_swa"),
+        "global_head_dim": metadata.integer("attention.key_length"),
+        "num_key_value_heads": heads[sliding],
+        "num_global_key_value_heads": heads[full] if heads[full] != heads[sliding] else None,
+        "attention_k_eq_v": f"blk.{full}.attn_v.weight" not in tensors,
+        "num_kv_shared_layers": metadata.integer("attention.shared_kv_layers", 0),
+        "sliding_window": metadata.integer("attention.sliding_window"),
+        "final_logit_softcapping": metadata.number("final_logit_softcapping", 0.0) or None,
+        "intermediate_size": sizes[0],
+        "use_double_wide_mlp": sizes[-1] == 2 * sizes[0],
+        "hidden_size_per_layer_input": metadata.integer("embedding_length_per_layer_input", 0),
+        **({} if lookup is None else {"vocab_size_per_layer_input": lookup.shape[0]}),
+        **(_gemma4_experts(metadata) if has_experts else {}),
+    }
+
+
+def _gemma4_experts(metadata: Metadata) -> dict[str, Any]:
+    return {
+        "enable_moe_block": True,
+        "num_experts": metadata.integer("expert_count"),
+        "top_k_experts": metadata.integer("expert_used_count"),
+        "moe_intermediate_size": metadata.integer("expert_feed_forward_length"),
+    }
+
+
+def _layer_types(metadata: Metadata, default_period: int) -> list[str]:
+    """Return the kind of each layer; without a pattern in the file, the last layer of each period is a full one."""
+    pattern = metadata.flags("attention.sliding_window_pattern")
+    if pattern is None:
+        period = metadata.integer("attention.sliding_window_pattern", default_period) or 1
+        pattern = [(layer + 1) % period != 0 for layer in range(metadata.integer("block_count"))]
+    return ["sliding_attention" if slides else "full_attention" for slides in pattern]
+
+
+def olmo3(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of OLMo 3."""
+    window = metadata.integer("attention.sliding_window")
+    return attention_bias(metadata) | {"sliding_window": window, "layer_types": _layer_types(metadata, 4)}
+
+
+def exaone4(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of EXAONE 4."""
+    window = metadata.integer("attention.sliding_window", 0)
+    if not window:
+        kinds = ["full_attention"] * metadata.integer("block_count")
+        return {"sliding_window": None, "layer_types": kinds}
+    return {"sliding_window": window, "layer_types": _layer_types(metadata, 4)}
+
+
+def cohere2(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of Cohere 2."""
+    return attention_bias(metadata) | {
+        "sliding_window": metadata.integer("attention.sliding_window"),
+        "layer_types": _layer_types(metadata, 4),
+        "layer_norm_eps": metadata.number("attention.layer_norm_epsilon", 1e-5),
+        "logit_scale": metadata.number("logit_scale", 1.0),
+    }
+
+
+def granite(metadata: Metadata) -> dict[str, Any]:
+    """Return Granite's multipliers."""
+    return attention_bias(metadata) | {
+        "embedding_multiplier": metadata.number("embedding_scale", 1.0),
+        "residual_multiplier": metadata.number("residual_scale", 1.0),
+        "attention_multiplier": metadata.number("attention.scale", 1.0),
+        "logits_scaling": metadata.number("logit_scale", 1.0),
+    }
+
+
+def granite_moe(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of Granite with experts.
+
+    Raises:
+        UnsupportedModelError: one of the experts is shared by all tokens.
+    """
+    if metadata.integer("expert_shared_feed_forward_length", 0):
+        metadata.refuse("has Granite's layers with a shared expert")
+    return granite(metadata) | mixtral(metadata)
+
+
+def minimax_m2(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of MiniMax M2.
+
+    Raises:
+        UnsupportedModelError: experts are weighed by another function than a sigmoid.
+    """
+    _check_sigmoid(metadata)
+    size = {"intermediate_size": metadata.integer("expert_feed_forward_length")}
+    return mixtral(metadata) | partial_rotary(metadata) | size
+
+
+def mistral3(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of Ministral 3, which scales its attention by the position, or of earlier models like Llama."""
+    is_scaled = metadata.number("attention.temperature_scale", 0.0) > 0
+    return {} if is_scaled else {"model_type": "llama"} | attention_bias(metadata)
+
+
+def partial_rotary(metadata: Metadata) -> dict[str, Any]:
+    """Return the part of each head that is rotated."""
+    head_dim = _head_dim(metadata)
+    return {"partial_rotary_factor": metadata.integer("rope.dimension_count", head_dim) / head_dim}
+
+
+def glm4(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of GLM-4."""
+    return attention_bias(metadata) | partial_rotary(metadata)
+
+
+def glm4_moe(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of GLM-4.5 and later ones with experts.
+
+    Raises:
+        UnsupportedModelError: experts are weighed by another function than a sigmoid.
+    """
+    _check_sigmoid(metadata)
+    return glm4(metadata) | _routed(metadata) | {"use_qk_norm": "blk.0.attn_q_norm.weight" in metadata.file.tensors}
+
+
+def deepseek2(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of DeepSeek 2 and 3, and of models with the same layers, such as GLM-4.7-Flash and Kimi K2.
+
+    Raises:
+        UnsupportedModelError: experts are chosen in a way that the file does not state or transformers does not know.
+    """
+    tensors, heads = metadata.file.tensors, metadata.integer("attention.head_count")
+    is_split = metadata.has("attention.key_length_mla")
+    head_dim = metadata.integer("attention.key_length_mla" if is_split else "attention.key_length")
+    rotated = metadata.integer("rope.dimension_count")
+    if not 0 < rotated < head_dim:
+        metadata.fail("rope.dimension_count", rotated, "the rotated part of a head")
+    if metadata.number("attention.temperature_scale", 0.0):
+        metadata.refuse("scales its attention by the position")
+    return _deepseek_experts(metadata) | {
+        "num_key_value_heads": heads,
+        "q_lora_rank": metadata.integer("attention.q_lora_rank") if "blk.0.attn_q_a.weight" in tensors else None,
+        "kv_lora_rank": metadata.integer("attention.kv_lora_rank"),
+        "head_dim": rotated,  # what transformers computes the frequencies of
+        "qk_rope_head_dim": rotated,
+        "qk_nope_head_dim": head_dim - rotated,
+        "v_head_dim": metadata.integer("attention.value_length_mla" if is_split else "attention.value_length"),
+        "rope_interleave": True,
+    }
+
+
+def _deepseek_experts(metadata: Metadata) -> dict[str, Any]:
+    """Return the choice of experts of a deepseek2 file; version 3 weighs them by a sigmoid, version 2 by a softmax."""
+    if not metadata.integer("expert_count", 0):
+        metadata.refuse("has the layers of DeepSeek without experts")
+    if metadata.integer("expert_count") >= _DEEPSEEK_GROUPED and not metadata.has("expert_group_count"):
+        metadata.refuse("comes from an older converter, which did not store the groups of its experts")
+    routed, function = _routed(metadata), metadata.integer("expert_gating_func", 0)
+    if not function:  # as in llama.cpp, files without a value are version 2 or GLM-4.7-Flash
+        function = _SIGMOID if metadata.file.tensors["token_embd.weight"].shape[0] == _GLM_VOCABULARY else _SOFTMAX
+    if function == _SIGMOID:
+        return routed
+    has_bias = any(name.endswith("exp_probs_b.bias") for name in metadata.file.tensors)
+    if function != _SOFTMAX or routed["norm_topk_prob"] or has_bias:
+        metadata.refuse("weighs its experts as neither DeepSeek 2 nor 3 does")
+    method = "group_limited_greedy" if routed["n_group"] > 1 else "greedy"
+    return routed | {"model_type": "deepseek_v2", "topk_method": method}
+
+
+def _check_sigmoid(metadata: Metadata) -> None:
+    if (metadata.integer("expert_gating_func", 0) or _SIGMOID) != _SIGMOID:
+        metadata.refuse("weighs its experts by another function than a sigmoid")
+
+
+def _routed(metadata: Metadata) -> dict[str, Any]:
+    """Return the sizes and the choice of routed experts, as DeepSeek names them."""
+    return {
+        "n_routed_experts": metadata.integer("expert_count"),
+        "num_experts_per_tok": metadata.integer("expert_used_count"),
+        "n_shared_experts": metadata.integer("expert_shared_count", 0),
+        "moe_intermediate_size": metadata.integer("expert_feed_forward_length"),
+        "first_k_dense_replace": metadata.integer("leading_dense_block_count", 0),
+        "norm_topk_prob": metadata.flag("expert_weights_norm"),
+        "routed_scaling_factor": metadata.number("expert_weights_scale", 1.0) or 1.0,
+        "n_group": metadata.integer("expert_group_count", 1) or 1,
+        "topk_group": metadata.integer("expert_group_used_count", 1) or 1,
+    }
+
+
+def phi3(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of Phi 3."""
+    window = metadata.integer("attention.sliding_window", 0)
+    return partial_rotary(metadata) | {
+        "sliding_window": window or None,
+        "original_max_position_embeddings": metadata.integer(
+            "rope.scaling.original_context_length", metadata.integer("context_length")
+        ),
+    }
+
+
+def seed_oss(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of Seed-OSS."""
+    return attention_bias(metadata) | {"attention_out_bias": "blk.0.attn_output.bias" in metadata.file.tensors}
+
+
+def ernie4_5(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of ERNIE 4.5."""
+    return {"use_bias": "blk.0.attn_q.bias" in metadata.file.tensors}
+
+
+def _head_dim(metadata: Metadata) -> int:
+    size = metadata.integer("attention.key_length", _width_per_head(metadata))
+    return size or metadata.fail("attention.key_length", size, "the width of a head")
+
+
+def _width_per_head(metadata: Metadata) -> int:
+    return metadata.integer("embedding_length") // max(metadata.integer("attention.head_count"), 1)
