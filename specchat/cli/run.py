@@ -3,7 +3,7 @@
 import gc
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -331,12 +331,13 @@ def _interactive(parts: _Parts, view: "ChatView") -> str | None:
         files=options.files,
         rings=options.bell,
     )
-    try:
-        model = open_chat(chat, view, history_file=history, vi=options.vi)
-    finally:
-        if model is None:
-            _say_how_to_resume(parts.transcript, view.talk)
-        loading.close(lambda session: session.engine.close())
+    with ExitStack() as stack:
+        stack.callback(loading.close, lambda session: session.engine.close())  # even if nothing can be said any more
+        try:
+            model = open_chat(chat, view, history_file=history, vi=options.vi)
+        finally:
+            if model is None:
+                _say_how_to_resume(parts.transcript, view.talk)
     return model
 
 
