@@ -152,6 +152,8 @@ CASES = [
 ]
 # Their texts are compared among the slow tests.
 MORE_CASES = [
+    Case("granite_hybrid", "granitemoehybrid"),
+    Case("granite_hybrid_dense", "granitemoehybrid", {"num_local_experts": 0}),
     *(Case(name, name) for name in ("gemma4", "gemma4_shared", "gemma4_moe", "gemma4_k_eq_v")),
     Case("qwen3_next", "qwen3_next"),
     Case("lfm2", "lfm2"),

@@ -45,6 +45,7 @@ ARCHES = {
     "glm4_moe_lite": "deepseek2",
     "granite": "granite",
     "granitemoe": "granitemoe",
+    "granitemoehybrid": "granitehybrid",
     "minimax_m2": "minimax-m2",
     "ministral3": "mistral3",
     "smollm3": "smollm3",
@@ -58,11 +59,11 @@ ARCHES = {
     "ernie4_5": "ernie4_5",
     "hunyuan_v1_dense": "hunyuan-dense",
 }
-_INTERLEAVED = {"llama", "granite", "granitemoe", "mistral3", "smollm3"}
+_INTERLEAVED = {"llama", "granite", "granitemoe", "granitehybrid", "mistral3", "smollm3"}
 _PLUS_ONE = {"gemma2", "gemma3", "qwen3next", "qwen35", "qwen35moe"}
 _PREDICTS_FURTHER = {"glm4moe"}  # a layer after the others that predicts a further token
 _SIGMOID = {"glm4_moe", "deepseek_v3", "glm4_moe_lite", "minimax_m2", "lfm2_moe"}
-_LOCAL_EXPERTS = {"llama", "gpt-oss", "granitemoe", "minimax-m2"}
+_LOCAL_EXPERTS = {"llama", "gpt-oss", "granitemoe", "granitehybrid", "minimax-m2"}
 # Names that the package's map does not know, by their ends.
 _UNMAPPED = {
     "router.scale": "ffn_gate_inp.scale",
@@ -72,6 +73,9 @@ _UNMAPPED = {
     "block_sparse_moe.router.weight": "ffn_gate_inp.weight",
     "linear_attn.dt_bias": "ssm_dt.bias",
     "linear_attn.A_log": "ssm_a",
+    "mamba.dt_bias": "ssm_dt.bias",
+    "mamba.A_log": "ssm_a",
+    "mamba.D": "ssm_d",
 }
 _TILED = {"qwen35", "qwen35moe"}
 _EPS = ("layer_norm_eps", "rms_norm_eps", "norm_eps")
@@ -110,7 +114,9 @@ def save_gguf(
     chosen = kind if callable(kind) else lambda _: kind
     for name, values in tensors(model, arch, splits_kv=splits_kv):
         is_matrix = (
-            values.ndim >= 2 and not re.search("gate_inp|ssm_conv1d|shortconv.conv", name) and not name.endswith("bias")
+            values.ndim >= 2
+            and not re.search("gate_inp|ssm_(conv1d|a|d|norm)|shortconv.conv", name)
+            and not name.endswith("bias")
         )
         _add_tensor(writer, name, values, chosen(name) if is_matrix else "F32")
     writer.write_header_to_file()
@@ -152,6 +158,13 @@ def tensors(model: Any, arch: str, *, splits_kv: bool = True) -> Iterator[tuple[
             yield f"{block}ffn_down_exps.weight", values
             continue
         values = values.squeeze(1) if "conv.conv." in name or "conv1d.weight" in name else values
+        if arch == "granitehybrid" and "shared_mlp.input_linear" in name:
+            end = "_shexp.weight" if config.num_local_experts else ".weight"
+            gate, up = np.split(values, 2)
+            yield from ((f"{block}ffn_gate{end}", gate), (f"{block}ffn_up{end}", up))
+            continue
+        if arch == "granitehybrid" and "mamba." in name and name.endswith(("A_log", ".D", "norm.weight")):
+            values = values.reshape(config.mamba_n_groups if "norm" in name else len(values), -1)
         if name.endswith("in_proj_qkvz.weight"):
             yield from _split_projection(block, values, config)
             continue
@@ -175,6 +188,8 @@ def tensors(model: Any, arch: str, *, splits_kv: bool = True) -> Iterator[tuple[
             values = halves.swapaxes(1, 2).reshape(values.shape)
         if arch in _PLUS_ONE and "norm" in found and "ssm_norm" not in found:
             values = values + 1
+        if arch == "granitehybrid" and not config.num_local_experts:
+            found = found.replace("_shexp", "")
         yield found, values[0] if found.endswith("ffn_gate_inp_shexp.weight") else values
     if arch in _PREDICTS_FURTHER:
         yield f"blk.{config.num_hidden_layers}.nextn.enorm.weight", np.ones(config.hidden_size, dtype=np.float32)
@@ -279,7 +294,7 @@ def _metadata(config: Any, arch: str, *, splits_kv: bool) -> dict[str, Any]:
         "embedding_scale": "embedding_multiplier",
         "residual_scale": "residual_multiplier",
         "attention.scale": "attention_multiplier",
-        "logit_scale": "logits_scaling" if arch in ("granite", "granitemoe") else "logit_scale",
+        "logit_scale": "logits_scaling" if arch in ("granite", "granitemoe", "granitehybrid") else "logit_scale",
     }
     if hasattr(config, "n_routed_experts"):
         optional |= {
@@ -290,6 +305,22 @@ def _metadata(config: Any, arch: str, *, splits_kv: bool) -> dict[str, Any]:
             "expert_group_count": "n_group",
             "expert_group_used_count": "topk_group",
             "leading_dense_block_count": "first_k_dense_replace",
+        }
+    if arch == "granitehybrid":
+        values |= {
+            "attention.head_count_kv": [
+                config.num_key_value_heads * (kind == "full_attention") for kind in config.layer_types
+            ],
+            "expert_shared_feed_forward_length": config.shared_intermediate_size,
+            "feed_forward_length": config.intermediate_size
+            if config.num_local_experts
+            else config.shared_intermediate_size,
+            "rope.scaling.finetuned": False,
+            "ssm.conv_kernel": config.mamba_d_conv,
+            "ssm.state_size": config.mamba_d_state,
+            "ssm.group_count": config.mamba_n_groups,
+            "ssm.inner_size": config.mamba_n_heads * config.mamba_d_head,
+            "ssm.time_step_rank": config.mamba_n_heads,
         }
     if arch in ("lfm2", "lfm2moe"):
         heads = [config.num_key_value_heads * (kind == "full_attention") for kind in config.layer_types]
