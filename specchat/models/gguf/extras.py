@@ -222,7 +222,7 @@ def granite_moe(metadata: Metadata) -> dict[str, Any]:
     """Return the values of Granite with experts.
 
     Raises:
-        UnsupportedModelError: one of the experts is shared by all tokens.
+        UnsupportedModelError: an expert that all tokens share.
     """
     if metadata.integer("expert_shared_feed_forward_length", 0):
         metadata.refuse("has Granite's layers with a shared expert")
