@@ -134,8 +134,6 @@ CASES = [
     Case("phi3", "Phi3Config", {"sliding_window": None}),
     Case("phi3_long", "Phi3Config", {"rope_parameters": _LONG, "original_max_position_embeddings": 256}),
     Case("glm4", "Glm4Config"),
-    Case("glm4_moe", "Glm4MoeConfig", {**ROUTED, "use_qk_norm": True, "routed_scaling_factor": 1.5}),
-    Case("deepseek_v3", "DeepseekV3Config", LATENT),
     Case(
         "granite",
         "GraniteConfig",
@@ -152,6 +150,10 @@ CASES = [
 ]
 # Their texts are compared among the slow tests.
 MORE_CASES = [
+    Case("glm4_moe", "Glm4MoeConfig", {**ROUTED, "use_qk_norm": True, "routed_scaling_factor": 1.5}),
+    Case("deepseek_v3", "DeepseekV3Config", LATENT),
+    Case("granite_hybrid", "granitemoehybrid"),
+    Case("granite_hybrid_dense", "granitemoehybrid", {"num_local_experts": 0}),
     *(Case(name, name) for name in ("gemma4", "gemma4_shared", "gemma4_moe", "gemma4_k_eq_v")),
     Case("qwen3_next", "qwen3_next"),
     Case("lfm2", "lfm2"),

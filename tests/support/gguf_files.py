@@ -20,6 +20,7 @@ from specchat.models.checkpoint.ggml_types import BLOCK_TYPES
 from specchat.models.locate import look_up
 from specchat.models.quant.modules import QuantLinear, QuantParts
 from specchat.records.model import ModelSource
+from support.gguf_metadata import PREDICTS_FURTHER, TILED, metadata_of
 
 # transformers' model type -> llama.cpp's architecture
 ARCHES = {
@@ -45,6 +46,7 @@ ARCHES = {
     "glm4_moe_lite": "deepseek2",
     "granite": "granite",
     "granitemoe": "granitemoe",
+    "granitemoehybrid": "granitehybrid",
     "minimax_m2": "minimax-m2",
     "ministral3": "mistral3",
     "smollm3": "smollm3",
@@ -58,11 +60,8 @@ ARCHES = {
     "ernie4_5": "ernie4_5",
     "hunyuan_v1_dense": "hunyuan-dense",
 }
-_INTERLEAVED = {"llama", "granite", "granitemoe", "mistral3", "smollm3"}
+_INTERLEAVED = {"llama", "granite", "granitemoe", "granitehybrid", "mistral3", "smollm3"}
 _PLUS_ONE = {"gemma2", "gemma3", "qwen3next", "qwen35", "qwen35moe"}
-_PREDICTS_FURTHER = {"glm4moe"}  # a layer after the others that predicts a further token
-_SIGMOID = {"glm4_moe", "deepseek_v3", "glm4_moe_lite", "minimax_m2", "lfm2_moe"}
-_LOCAL_EXPERTS = {"llama", "gpt-oss", "granitemoe", "minimax-m2"}
 # Names that the package's map does not know, by their ends.
 _UNMAPPED = {
     "router.scale": "ffn_gate_inp.scale",
@@ -72,9 +71,10 @@ _UNMAPPED = {
     "block_sparse_moe.router.weight": "ffn_gate_inp.weight",
     "linear_attn.dt_bias": "ssm_dt.bias",
     "linear_attn.A_log": "ssm_a",
+    "mamba.dt_bias": "ssm_dt.bias",
+    "mamba.A_log": "ssm_a",
+    "mamba.D": "ssm_d",
 }
-_TILED = {"qwen35", "qwen35moe"}
-_EPS = ("layer_norm_eps", "rms_norm_eps", "norm_eps")
 _SPM = ["<unk>", "<s>", "</s>"]
 
 Kind = Callable[[str], str]
@@ -103,14 +103,16 @@ def save_gguf(
     arch = arch or ARCHES[config.model_type]
     writer = gguf.GGUFWriter(file, arch)
     more = {key.replace("__", "."): value for key, value in metadata.items()}
-    for key, value in {**_metadata(config, arch, splits_kv=splits_kv), **more}.items():
+    for key, value in {**metadata_of(config, arch, splits_kv=splits_kv), **more}.items():
         full = f"{arch}.{key}"
         writer.add_array(full, value) if isinstance(value, list) else _add(writer, full, value)
     _add_tokenizer(writer, config.vocab_size)
     chosen = kind if callable(kind) else lambda _: kind
     for name, values in tensors(model, arch, splits_kv=splits_kv):
         is_matrix = (
-            values.ndim >= 2 and not re.search("gate_inp|ssm_conv1d|shortconv.conv", name) and not name.endswith("bias")
+            values.ndim >= 2
+            and not re.search("gate_inp|ssm_(conv1d|a|d|norm)|shortconv.conv", name)
+            and not name.endswith("bias")
         )
         _add_tensor(writer, name, values, chosen(name) if is_matrix else "F32")
     writer.write_header_to_file()
@@ -152,10 +154,17 @@ def tensors(model: Any, arch: str, *, splits_kv: bool = True) -> Iterator[tuple[
             yield f"{block}ffn_down_exps.weight", values
             continue
         values = values.squeeze(1) if "conv.conv." in name or "conv1d.weight" in name else values
+        if arch == "granitehybrid" and "shared_mlp.input_linear" in name:
+            end = "_shexp.weight" if config.num_local_experts else ".weight"
+            gate, up = np.split(values, 2)
+            yield from ((f"{block}ffn_gate{end}", gate), (f"{block}ffn_up{end}", up))
+            continue
+        if arch == "granitehybrid" and "mamba." in name and name.endswith(("A_log", ".D", "norm.weight")):
+            values = values.reshape(config.mamba_n_groups if "norm" in name else len(values), -1)
         if name.endswith("in_proj_qkvz.weight"):
             yield from _split_projection(block, values, config)
             continue
-        if arch in _TILED and "linear_attn" in name:
+        if arch in TILED and "linear_attn" in name:
             values = _tiled(name, values, config)
         found = next((f"{block}{short}" for end, short in _UNMAPPED.items() if name.endswith(end)), None)
         if found is not None:
@@ -175,8 +184,10 @@ def tensors(model: Any, arch: str, *, splits_kv: bool = True) -> Iterator[tuple[
             values = halves.swapaxes(1, 2).reshape(values.shape)
         if arch in _PLUS_ONE and "norm" in found and "ssm_norm" not in found:
             values = values + 1
+        if arch == "granitehybrid" and not config.num_local_experts:
+            found = found.replace("_shexp", "")
         yield found, values[0] if found.endswith("ffn_gate_inp_shexp.weight") else values
-    if arch in _PREDICTS_FURTHER:
+    if arch in PREDICTS_FURTHER:
         yield f"blk.{config.num_hidden_layers}.nextn.enorm.weight", np.ones(config.hidden_size, dtype=np.float32)
     scaling = config.rope_parameters if arch in ("llama", "phi3") else {}
     if scaling.get("rope_type") == "llama3":
@@ -246,141 +257,6 @@ def _llama3(scaling: Mapping[str, Any], head_dim: int) -> np.ndarray:
             smooth = (original / length - low) / (high - low)
             factors.append(1 / ((1 - smooth) / scaling["factor"] + smooth))
     return np.array(factors, dtype=np.float32)
-
-
-def _metadata(config: Any, arch: str, *, splits_kv: bool) -> dict[str, Any]:
-    if arch == "gemma4":
-        return _gemma4(config)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    rope = config.rope_parameters
-    full = rope.get("full_attention", rope)
-    values: dict[str, Any] = {
-        "block_count": config.num_hidden_layers,
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "feed_forward_length": getattr(config, "intermediate_size", 0),
-        "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "attention.key_length": head_dim,
-        "attention.value_length": head_dim,
-        "rope.freq_base": float(full["rope_theta"]),
-        "rope.dimension_count": int(head_dim * full.get("partial_rotary_factor", 1.0)),
-    }
-    eps = "layer_norm_epsilon" if arch == "cohere2" else "layer_norm_rms_epsilon"
-    values[f"attention.{eps}"] = float(next(getattr(config, name) for name in _EPS if hasattr(config, name)))
-    optional = {
-        "attention.sliding_window": "sliding_window",
-        "attn_logit_softcapping": "attn_logit_softcapping",
-        "final_logit_softcapping": "final_logit_softcapping",
-        "expert_count": "num_local_experts" if arch in _LOCAL_EXPERTS else "num_experts",
-        "expert_used_count": "num_experts_per_tok",
-        "expert_feed_forward_length": "moe_intermediate_size",
-        "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
-        "embedding_scale": "embedding_multiplier",
-        "residual_scale": "residual_multiplier",
-        "attention.scale": "attention_multiplier",
-        "logit_scale": "logits_scaling" if arch in ("granite", "granitemoe") else "logit_scale",
-    }
-    if hasattr(config, "n_routed_experts"):
-        optional |= {
-            "expert_count": "n_routed_experts",
-            "expert_shared_count": "n_shared_experts",
-            "expert_weights_norm": "norm_topk_prob",
-            "expert_weights_scale": "routed_scaling_factor",
-            "expert_group_count": "n_group",
-            "expert_group_used_count": "topk_group",
-            "leading_dense_block_count": "first_k_dense_replace",
-        }
-    if arch in ("lfm2", "lfm2moe"):
-        heads = [config.num_key_value_heads * (kind == "full_attention") for kind in config.layer_types]
-        values |= {"attention.head_count_kv": heads, "shortconv.l_cache": config.conv_L_cache}
-    if arch == "lfm2moe":
-        values["leading_dense_block_count"] = config.num_dense_layers
-    if arch in _TILED or arch == "qwen3next":
-        values |= {
-            "ssm.conv_kernel": config.linear_conv_kernel_dim,
-            "ssm.state_size": config.linear_key_head_dim,
-            "ssm.group_count": config.linear_num_key_heads,
-            "ssm.time_step_rank": config.linear_num_value_heads,
-            "ssm.inner_size": config.linear_num_value_heads * config.linear_value_head_dim,
-            "attention.recurrent_layers": [each == "linear_attention" for each in config.layer_types],
-            **({"rope.dimension_sections": [*full["mrope_section"], 0]} if "mrope_section" in full else {}),
-        }
-    if arch == "deepseek2":
-        values |= _latent(config, splits_kv=splits_kv)
-    if config.model_type in _SIGMOID:
-        values["expert_gating_func"] = 2
-    if arch in _PREDICTS_FURTHER:
-        values |= {"block_count": config.num_hidden_layers + 1, "nextn_predict_layers": 1}
-    skipped = {"llama": {"attention.sliding_window"}, "qwen2moe": {"attention.sliding_window"}}.get(arch, set())
-    for key, name in optional.items():
-        value = getattr(config, name, None)
-        if value is not None and key not in skipped:
-            values[key] = value
-    if full.get("rope_type") == "yarn":
-        values |= {
-            "rope.scaling.type": "yarn",
-            "rope.scaling.factor": float(full["factor"]),
-            "rope.scaling.original_context_length": full["original_max_position_embeddings"],
-        }
-    if "mscale_all_dim" in full:
-        values["rope.scaling.yarn_log_multiplier"] = full["mscale_all_dim"] * (0.1 if arch == "deepseek2" else 1.0)
-    if "llama_4_scaling_beta" in full:
-        values["attention.temperature_scale"] = full["llama_4_scaling_beta"]
-    if arch in ("gpt-oss", "minimax-m2"):
-        values["expert_feed_forward_length"] = config.intermediate_size
-    if full.get("rope_type") == "linear":
-        values |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(full["factor"])}
-    if full.get("rope_type") == "longrope":
-        values["rope.scaling.original_context_length"] = full["original_max_position_embeddings"]
-    return values
-
-
-def _gemma4(config: Any) -> dict[str, Any]:
-    """The sizes of Gemma 4, whose layers differ."""
-    count, kinds = config.num_hidden_layers, config.layer_types
-    layers = [config.per_layer_config[index] for index in range(count)]
-    full, sliding = layers[kinds.index("full_attention")], layers[kinds.index("sliding_attention")]
-    wide = [1 + (config.use_double_wide_mlp and index >= count - config.num_kv_shared_layers) for index in range(count)]
-    experts = {
-        "expert_count": config.num_experts,
-        "expert_used_count": config.top_k_experts,
-        "expert_feed_forward_length": config.moe_intermediate_size,
-    }
-    return {
-        "block_count": count,
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "embedding_length_per_layer_input": config.hidden_size_per_layer_input,
-        "feed_forward_length": [config.intermediate_size * each for each in wide],
-        "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": [layer.num_key_value_heads for layer in layers],
-        "attention.key_length": full.head_dim,
-        "attention.key_length_swa": sliding.head_dim,
-        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "attention.sliding_window": config.sliding_window,
-        "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in kinds],
-        "attention.shared_kv_layers": config.num_kv_shared_layers,
-        "rope.freq_base": float(config.rope_parameters["full_attention"]["rope_theta"]),
-        "rope.freq_base_swa": float(config.rope_parameters["sliding_attention"]["rope_theta"]),
-        **(experts if config.enable_moe_block else {}),
-    }
-
-
-def _latent(config: Any, *, splits_kv: bool) -> dict[str, Any]:
-    """The sizes of latent attention; newer files describe it as attention with one shared head."""
-    nope, rope, latent = config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank
-    mla = {"attention.key_length_mla": nope + rope, "attention.value_length_mla": config.v_head_dim}
-    return {
-        "attention.head_count_kv": 1 if splits_kv else config.num_attention_heads,
-        "attention.key_length": latent + rope if splits_kv else nope + rope,
-        "attention.value_length": latent if splits_kv else config.v_head_dim,
-        **(mla if splits_kv else {}),
-        "attention.kv_lora_rank": latent,
-        **({"attention.q_lora_rank": config.q_lora_rank} if config.q_lora_rank else {}),
-        "rope.dimension_count": rope,
-        "leading_dense_block_count": 1,
-    }
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: object) -> None:

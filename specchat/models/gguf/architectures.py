@@ -66,6 +66,23 @@ _GRANITE_MOE: Mapping[str, str] = {
     "ffn_up_exps": "block_sparse_moe.experts.gate_up_proj.*.up",
     "ffn_down_exps": "block_sparse_moe.experts.down_proj.*",
 }
+_GRANITE_HYBRID: Mapping[str, str] = {
+    **_GRANITE_MOE,
+    "ssm_in": "mamba.in_proj",
+    "ssm_conv1d": "mamba.conv1d",
+    "ssm_dt.bias": "mamba.dt_bias",
+    "ssm_a": "mamba.A_log",
+    "ssm_d": "mamba.D",
+    "ssm_norm": "mamba.norm",
+    "ssm_out": "mamba.out_proj",
+    "ffn_gate_shexp.weight": "shared_mlp.input_linear.weight_top",
+    "ffn_up_shexp.weight": "shared_mlp.input_linear.weight_bottom",
+    "ffn_down_shexp": "shared_mlp.output_linear",
+    # without other experts, the shared one has plain names
+    "ffn_gate.weight": "shared_mlp.input_linear.weight_top",
+    "ffn_up.weight": "shared_mlp.input_linear.weight_bottom",
+    "ffn_down": "shared_mlp.output_linear",
+}
 _FOUR_NORMS: Mapping[str, str] = {
     **_LLAMA,
     "post_attention_norm": "post_attention_layernorm",
@@ -303,6 +320,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "deepseek2": Architecture("deepseek_v3", _DEEPSEEK2, extra=extras.deepseek2),
     "granite": Architecture("granite", interleaves=True, extra=extras.granite),
     "granitemoe": Architecture("granitemoe", _GRANITE_MOE, interleaves=True, extra=extras.granite_moe),
+    "granitehybrid": Architecture("granitemoehybrid", _GRANITE_HYBRID, interleaves=True, extra=extras.granite_hybrid),
     "minimax-m2": Architecture("minimax_m2", _MINIMAX, extra=extras.minimax_m2),
     "mistral3": Architecture("ministral3", interleaves=True, extra=extras.mistral3),
     "smollm3": Architecture("smollm3", interleaves=True, extra=extras.attention_bias),

@@ -222,11 +222,41 @@ def granite_moe(metadata: Metadata) -> dict[str, Any]:
     """Return the values of Granite with experts.
 
     Raises:
-        UnsupportedModelError: one of the experts is shared by all tokens.
+        UnsupportedModelError: an expert that all tokens share.
     """
     if metadata.integer("expert_shared_feed_forward_length", 0):
         metadata.refuse("has Granite's layers with a shared expert")
     return granite(metadata) | mixtral(metadata)
+
+
+def granite_hybrid(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of Granite 4 H; layers without heads of keys and values are Mamba 2.
+
+    Raises:
+        UnsupportedModelError: attention with rotated positions.
+    """
+    if metadata.has("rope.scaling.finetuned") and metadata.flag("rope.scaling.finetuned"):
+        metadata.refuse("has Granite's recurrent layers beside rotated positions")
+    kv_heads = metadata.each("attention.head_count_kv", metadata.integer("block_count"))
+    hidden, inner = metadata.integer("embedding_length"), metadata.integer("ssm.inner_size")
+    heads, count = metadata.integer("ssm.time_step_rank"), metadata.integer("expert_count", 0)
+    if not heads or inner % heads or not hidden or inner % hidden:
+        metadata.fail("ssm.inner_size", inner, "a multiple of the width")
+    shared = "expert_shared_feed_forward_length" if count else "feed_forward_length"
+    return granite(metadata) | {
+        "layer_types": ["attention" if each else "mamba" for each in kv_heads],
+        "position_embedding_type": "nope",
+        "num_local_experts": count,
+        "num_experts_per_tok": metadata.integer("expert_used_count", 0),
+        "shared_intermediate_size": metadata.integer(shared),
+        "mamba_n_heads": heads,
+        "mamba_d_head": inner // heads,
+        "mamba_expand": inner // hidden,
+        "mamba_n_groups": metadata.integer("ssm.group_count"),
+        "mamba_d_state": metadata.integer("ssm.state_size"),
+        "mamba_d_conv": metadata.integer("ssm.conv_kernel"),
+        "mamba_conv_bias": any(name.endswith("ssm_conv1d.bias") for name in metadata.file.tensors),
+    }
 
 
 def minimax_m2(metadata: Metadata) -> dict[str, Any]:

@@ -44,6 +44,8 @@ _PLAIN = (
     "feed_forward.gate.weight",
     "_bias",
 )
+# Vectors that files hold as matrices.
+_FLAT = ("A_log", "mamba.D", "mamba.norm.weight")
 # Small tensors that follow the order of the value heads.
 _TILED = ("in_proj_a.weight", "in_proj_b.weight", "conv1d.weight", "dt_bias", "A_log")
 
@@ -92,13 +94,15 @@ def _infos(file: GgufFile, architecture: Architecture, tensor: GgufTensor, name:
         return dict(_experts(tensor, name))
     if KEY_HALF in name:
         return _joined_halves(file, tensor, name.replace(KEY_HALF, KEY_HALF.rpartition(".")[0]))
-    if len(tensor.shape) == 2 and not name.endswith(_PLAIN):
+    if len(tensor.shape) == 2 and not name.endswith((*_PLAIN, *_FLAT)):
         return {name: _packed(tensor, name, tensor.shape, tensor.offset)}
     shape = tensor.shape
     if name.endswith("shared_expert_gate.weight") and len(shape) == 1:
         shape = (1, *shape)
     if name.endswith(("conv1d.weight", "conv.conv.weight")) and len(shape) == 2:
         shape = (shape[0], 1, shape[1])
+    if name.endswith(_FLAT):
+        shape = (math.prod(shape),)
     adds_one = architecture.adds_one and "norm" in name and "linear_attn" not in name
     own = Restore(
         tensor.type.name,

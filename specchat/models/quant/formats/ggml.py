@@ -167,6 +167,40 @@ class JoinedBlocks(WeightFormat):
 
 
 @dataclass(frozen=True)
+class StackedBlocks(WeightFormat):
+    """Two matrices of equal shapes in blocks, one below the other in the model: gate and up of Granite's shared expert.
+
+    Segments: `top` and `bottom`, uint8 [rows / 2, bytes per row].
+
+    Attributes:
+        top_kind: ggml's name of the type of the first rows.
+        bottom_kind: ggml's name of the type of the last rows.
+    """
+
+    name: ClassVar[str] = "ggml stacked"
+    verbatim: ClassVar[Mapping[str, str]] = {"top": "weight_top", "bottom": "weight_bottom"}
+
+    top_kind: str
+    bottom_kind: str
+
+    def segments(self, rows: int, cols: int) -> tuple[Segment, ...]:
+        """Return the segments that the class describes."""
+        kinds = (("top", self.top_kind), ("bottom", self.bottom_kind))
+        return tuple(Segment(name, (rows // 2, BLOCK_TYPES[kind].row_bytes(cols)), torch.uint8) for name, kind in kinds)
+
+    def dequantize(self, segments: Segments, begin: int, end: int, out: Tensor) -> Tensor:
+        """Dequantize rows of W, first those of the top."""
+        half = segments["top"].shape[0]
+        for name, kind, offset in (("top", self.top_kind, 0), ("bottom", self.bottom_kind, half)):
+            first, last = max(begin, offset), min(end, offset + half)
+            if first < last:
+                target, own = out[first - begin : last - begin], {"blocks": segments[name]}
+                rows = Blocks(kind).dequantize(own, first - offset, last - offset, torch.empty_like(target))
+                target.copy_(rows)
+        return out
+
+
+@dataclass(frozen=True)
 class AlternatingBlocks(WeightFormat):
     """Two matrices in blocks whose rows alternate in one: gate and up of gpt-oss.
 

@@ -9,7 +9,14 @@ from torch import Tensor
 from specchat.models.checkpoint.ggml_types import BLOCK_TYPES, PLAIN_TYPES
 from specchat.models.checkpoint.safetensors import TensorInfo
 from specchat.models.quant.formats.base import WeightFormat
-from specchat.models.quant.formats.ggml import AlternatingBlocks, Blocks, JoinedBlocks, TiledBlocks, TiledHeads
+from specchat.models.quant.formats.ggml import (
+    AlternatingBlocks,
+    Blocks,
+    JoinedBlocks,
+    StackedBlocks,
+    TiledBlocks,
+    TiledHeads,
+)
 from specchat.models.quant.kernels.chunked import Segments
 from specchat.models.quant.schemes.settings import SchemeSettings, expect
 
@@ -67,6 +74,9 @@ class GgufScheme:
         if "weight_even" in tensors:
             kinds = (_kind(module, f"weight_{which}", (rows // 2, cols), tensors) for which in ("even", "odd"))
             return AlternatingBlocks(*kinds)
+        if "weight_top" in tensors:
+            kinds = (_kind(module, f"weight_{which}", (rows // 2, cols), tensors) for which in ("top", "bottom"))
+            return StackedBlocks(*kinds)
         if "weight_first" in tensors:
             return self._joined(module, shape, tensors)
         info = tensors.get("weight")
@@ -80,7 +90,11 @@ class GgufScheme:
 
     def transcode(self, module: str, shape: tuple[int, int], tensors: Mapping[str, Tensor], segments: Segments) -> None:
         """Fill the segments of one matrix; see `CheckpointScheme`."""
-        stored: Mapping[str, type[WeightFormat]] = {"weight_even": AlternatingBlocks, "weight_first": JoinedBlocks}
+        stored: Mapping[str, type[WeightFormat]] = {
+            "weight_even": AlternatingBlocks,
+            "weight_first": JoinedBlocks,
+            "weight_top": StackedBlocks,
+        }
         names = next((each.verbatim for name, each in stored.items() if name in tensors), Blocks.verbatim)
         for segment, name in names.items():
             segments[segment].copy_(tensors[name].view(torch.uint8))
