@@ -64,7 +64,7 @@ def find_mtp(folder: Path) -> MtpPart | None:
         config = read_json(folder / "config.json")
         if listed_files(folder) is not None or not _announces(config):
             return None
-        checkpoint, num_layers = open_checkpoint(folder), _num_layers(config)
+        checkpoint, num_layers = open_checkpoint(folder, with_head=True), _num_layers(config)
     names = layer_names(checkpoint.tensors, num_layers)
     return None if names is None else MtpPart(checkpoint, names)
 

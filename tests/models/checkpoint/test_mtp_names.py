@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from specchat.models.checkpoint.mtp import MTP_FILE, find_mtp, layer_names, qwen_name
+from specchat.models.checkpoint.safetensors import INDEX_FILE, open_checkpoint
+from specchat.models.checkpoint.text_parts import shards_beside_text
 
 QWEN = (
     "mtp.fc.weight",
@@ -91,6 +93,20 @@ def test_config_and_tensors_decide_together(
     tmp_path: Path, config: dict[str, object], keys: tuple[str, ...], found: bool
 ):
     assert (find_mtp(model_folder(tmp_path / "model", config, (*OTHERS, *keys))) is not None) == found
+
+
+def test_a_shard_of_its_own_is_read_for_the_head_alone(tmp_path: Path):
+    """As published: an index that names a shard with nothing but the head, which an older download lacks."""
+    folder = model_folder(tmp_path, {"mtp_num_hidden_layers": 1}, OTHERS, "a.safetensors")
+    model_folder(tmp_path, {"mtp_num_hidden_layers": 1}, QWEN, "b.safetensors")
+    weight_map = dict.fromkeys(OTHERS, "a.safetensors") | dict.fromkeys(QWEN, "b.safetensors")
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+    assert set(open_checkpoint(folder).tensors) == set(OTHERS)
+    part = find_mtp(folder)
+    assert part is not None and set(part.names) == set(QWEN)
+    assert shards_beside_text(weight_map, with_head=True) == frozenset()
+    (folder / "b.safetensors").unlink()
+    assert find_mtp(folder) is None
 
 
 def test_a_file_beside_the_model_comes_first(tmp_path: Path):
