@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MISTRAL_PREFIX = "consolidated"
+# File of a head that was trained for a model, beside the model's own weights; in Qwen's layout.
+MTP_FILE = "mtp.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _LENGTH_BYTES = 8
 _LONGEST_NAME = 255  # bytes of a file's name
@@ -184,7 +186,8 @@ def _is_shard_name(name: str) -> bool:
 
 def _names_without_index(folder: Path) -> list[str]:
     """List all *.safetensors files of a folder without an index, sorted."""
-    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    # A head's file must not keep the model from running: it may repeat the head's tensors, or be damaged.
+    names = sorted(path.name for path in folder.glob("*.safetensors") if path.name != MTP_FILE)
     # Mistral's own layout repeats the weights under other keys.
     names = [name for name in names if not name.startswith(MISTRAL_PREFIX)] or names
     if names:
