@@ -119,7 +119,7 @@ def save_check(key: str | None) -> None:
 def _stamps(source: ModelSource, *, needed: bool) -> list[tuple[str, int, int]]:
     """Return name, size and time of each weight file; empty before a download, unless they are needed."""
     try:
-        # A head may be in a file that is none of the model's own.
+        # A head may be in a file beside those of the model.
         files = sorted(source.path.glob("*.safetensors")) if source.part else weight_files(source.path)
         found = [(file.name, file.stat()) for file in files]
     except (OSError, ModelError):
