@@ -14,7 +14,7 @@ from support.tiny_models import VOCAB, save
 from specchat.demo.train.mtp import Head, MtpOptions, train
 from specchat.errors import UsageError
 from specchat.models.catalog.ref import demo_source
-from specchat.models.checkpoint.mtp import MTP_FILE
+from specchat.models.checkpoint.safetensors import MTP_FILE
 from specchat.records.model import ModelSource
 
 

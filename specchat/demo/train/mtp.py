@@ -25,7 +25,8 @@ from specchat.demo.train.optimizers import Optimizers, schedule
 from specchat.demo.train.options import parse, resolve_device
 from specchat.demo.train.prepare import read_chats
 from specchat.errors import UsageError
-from specchat.models.checkpoint.mtp import MTP_FILE, qwen_name
+from specchat.models.checkpoint.mtp import qwen_name
+from specchat.models.checkpoint.safetensors import MTP_FILE
 from specchat.models.hf.attention import cache_for, row_scope
 from specchat.models.hf.config import load_config, text_model_class
 from specchat.models.hf.mtp import MtpSkeleton, build_mtp, norm_path, without_shared

@@ -15,10 +15,8 @@ from typing import Any
 
 from specchat.models.checkpoint.gguf import listed_files
 from specchat.models.checkpoint.json_file import read_json
-from specchat.models.checkpoint.safetensors import Checkpoint, TensorInfo, open_checkpoint, open_single
+from specchat.models.checkpoint.safetensors import MTP_FILE, Checkpoint, TensorInfo, open_checkpoint, open_single
 
-# File of a head that was trained for a model, beside the model's own weights; in Qwen's layout.
-MTP_FILE = "mtp.safetensors"
 # Keys of config.json that count the layers, at the top or in the text half.
 _COUNTS = ("mtp_num_hidden_layers", "num_nextn_predict_layers", "num_mtp_layers")
 # Model types whose config.json may leave the count out.
@@ -64,7 +62,7 @@ def find_mtp(folder: Path) -> MtpPart | None:
         config = read_json(folder / "config.json")
         if listed_files(folder) is not None or not _announces(config):
             return None
-        checkpoint, num_layers = open_checkpoint(folder), _num_layers(config)
+        checkpoint, num_layers = open_checkpoint(folder, with_head=True), _num_layers(config)
     names = layer_names(checkpoint.tensors, num_layers)
     return None if names is None else MtpPart(checkpoint, names)
 

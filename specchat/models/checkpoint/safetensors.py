@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MISTRAL_PREFIX = "consolidated"
+# File of a head that was trained for a model, beside the model's own weights; in Qwen's layout.
+MTP_FILE = "mtp.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _LENGTH_BYTES = 8
 _LONGEST_NAME = 255  # bytes of a file's name
@@ -82,12 +84,13 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, *, with_head: bool = False) -> Checkpoint:
     """Read and check all headers of the checkpoint in `folder`, but no tensors.
 
     Args:
         folder: folder with model.safetensors, with model.safetensors.index.json and its shards, or with any
             *.safetensors files.
+        with_head: whether to read shards that hold nothing but an MTP head, too.
 
     Raises:
         ModelNotFoundError: a missing folder, or no weights in the folder.
@@ -95,7 +98,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         CorruptCheckpointError: an invalid index or header, or a file of the wrong size.
         UnsupportedModelError: a tensor in a dtype that specchat does not read.
     """
-    names, weight_map = _shard_names(folder)
+    names, weight_map = _shard_names(folder, with_head=with_head)
     tensors = _merge(folder / name for name in names)
     _check_index(folder, weight_map, tensors)
     return Checkpoint(folder, MappingProxyType(tensors))
@@ -137,7 +140,7 @@ def has_weights(folder: Path) -> bool:
     return True
 
 
-def _shard_names(folder: Path) -> tuple[list[str], dict[str, str]]:
+def _shard_names(folder: Path, *, with_head: bool = False) -> tuple[list[str], dict[str, str]]:
     """Return the file names, and the index as key -> file name, empty without one; shards beside text are left out."""
     if not folder.is_dir():
         raise ModelNotFoundError(f"{folder} is not a folder", hint="give the folder that holds config.json")
@@ -146,7 +149,10 @@ def _shard_names(folder: Path) -> tuple[list[str], dict[str, str]]:
         return [SINGLE_FILE], {}
     if (folder / INDEX_FILE).exists():
         weight_map = read_weight_map(folder / INDEX_FILE)
-        unneeded = shards_beside_text(weight_map)
+        unneeded = shards_beside_text(weight_map, with_head=with_head)
+        if with_head:  # an older download may lack the head's files, without which the model runs
+            beside = shards_beside_text(weight_map)
+            unneeded |= {name for name in beside if not (folder / name).exists()}
         weight_map = {key: name for key, name in weight_map.items() if name not in unneeded}
         return sorted(set(weight_map.values())), weight_map
     return _names_without_index(folder), {}
@@ -180,7 +186,8 @@ def _is_shard_name(name: str) -> bool:
 
 def _names_without_index(folder: Path) -> list[str]:
     """List all *.safetensors files of a folder without an index, sorted."""
-    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    # A head's file must not keep the model from running: it may repeat the head's tensors, or be damaged.
+    names = sorted(path.name for path in folder.glob("*.safetensors") if path.name != MTP_FILE)
     # Mistral's own layout repeats the weights under other keys.
     names = [name for name in names if not name.startswith(MISTRAL_PREFIX)] or names
     if names:

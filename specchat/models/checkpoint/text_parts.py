@@ -25,6 +25,9 @@ _BESIDE_TEXT = frozenset(
         "vit",
     }
 )
+_HEAD = "mtp"
+# The name that tells an MTP head of Qwen's layout from other drafters under the same prefix, which are not read.
+_HEAD_MARK = "mtp.pre_fc_norm_hidden.weight"
 _DEPTH = 2  # "visual.blocks.0", "model.vision_tower.encoder"
 
 
@@ -33,7 +36,14 @@ def is_beside_text(key: str) -> bool:
     return not _BESIDE_TEXT.isdisjoint(key.split(".")[:_DEPTH])
 
 
-def shards_beside_text(weight_map: Mapping[str, str]) -> frozenset[str]:
-    """Return the files of an index, key -> file name, that hold nothing that text needs."""
+def shards_beside_text(weight_map: Mapping[str, str], *, with_head: bool = False) -> frozenset[str]:
+    """Return the files of an index that hold nothing that text needs.
+
+    Args:
+        weight_map: file name of each tensor.
+        with_head: whether an MTP head is needed, too.
+    """
     needed = {file for key, file in weight_map.items() if not is_beside_text(key)}
+    if with_head and any(key.endswith(_HEAD_MARK) for key in weight_map):
+        needed |= {file for key, file in weight_map.items() if _HEAD in key.split(".")[:_DEPTH]}
     return frozenset(weight_map.values()) - needed

@@ -1,8 +1,8 @@
 """A model's chat template: a program from a model's folder, which runs within limits of time and size.
 
 transformers' environment keeps a template from reaching anything outside it. This module adds limits: a template is
-ended after some seconds, no part of its text becomes too long, and no number becomes so large that computing it holds
-the interpreter.
+ended after some seconds, its text has a greatest length, and arithmetic makes no value so large that computing it holds
+the interpreter. Single operations of Jinja (`~`, filters, methods of strings) may still build one long text.
 """
 
 import re

@@ -185,6 +185,7 @@ def _lightning_attention(
 ) -> tuple[Tensor, None]:
     """Compute the forward of MiniMax's lightning attention: a scan whose heads decay at constant rates."""
     rows, heads = hidden_states.shape[1], mixer.num_attention_heads
+    # Without channels: the call alone tells the state which rows of a tree its scan will keep.
     scans.convolve(hidden_states.new_empty(rows, 0), hidden_states.new_empty(0, 1), None)
     mixed = mixer.act_fn(mixer.qkv_proj(hidden_states))[0].unflatten(-1, (heads, 3 * mixer.head_dim))
     q, k, v = mixed.split(mixer.head_dim, dim=-1)

@@ -217,7 +217,8 @@ def _shards_to_skip(repo_id: str, commit: str, names: Sequence[str]) -> frozense
         return frozenset()
     from huggingface_hub import hf_hub_download
 
-    return shards_beside_text(read_weight_map(Path(hf_hub_download(repo_id, INDEX_FILE, revision=commit))))
+    weight_map = read_weight_map(Path(hf_hub_download(repo_id, INDEX_FILE, revision=commit)))
+    return shards_beside_text(weight_map, with_head=True)
 
 
 def _free_disk_bytes(folder: Path) -> int:

@@ -8,10 +8,21 @@ from specchat.models.packs.file_format import NOT_QUANTIZED
 from specchat.models.packs.inventory import packs_folder
 from specchat.models.packs.pack import Pack, key_for, open_pack
 from specchat.models.weights.open import ModelWeights
+from specchat.records.model import ModelSource
 from specchat.units import MIB, format_bytes
 
 # Reading and casting a smaller model in every pass takes no noticeable time, and needs no disk space.
 SMALL_BYTES = 64 * MIB
+
+
+def pack_name(source: ModelSource) -> str:
+    """Return the name of a model's pack for messages and lists; that of a head names its target."""
+    if not source.part:
+        return source.name
+    folder = source.path
+    if source.revision is not None and folder.parent.name == "snapshots":  # the folder's own name is the commit
+        folder = folder.parents[1]
+    return f"the {source.part.upper()} layer of {folder.name.removeprefix('models--').replace('--', '/')}"
 
 
 def prepare(
@@ -44,7 +55,7 @@ def prepare(
         pack = open_pack(key, warn)
         if pack is not None and pack.fits(layers):
             return pack
-        name = f"the {source.part} layer of {source.path.name}" if source.part else source.name
+        name = pack_name(source)
         size = format_bytes(sum(p.nbytes for p in weights.skeleton.model.parameters()))
         what = f"repacking {name} as {dtype}" if recipe is None else f"packing {name} as {recipe.name}"
         warn(f"{what} ({size}) in {packs_folder() / key}, which may be deleted afterwards")

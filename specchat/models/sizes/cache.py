@@ -44,7 +44,7 @@ def key_of(source: ModelSource, quant: str) -> str | None:
     try:
         config = read_regular(source.path / "config.json")
         is_quantized = any(word in config for word in _QUANTIZED) or (source.path / MODELOPT_FILE).is_file()
-        files = [] if quant == "check" else _stamps(source.path, needed=is_quantized)
+        files = [] if quant == "check" else _stamps(source, needed=is_quantized)
         part = [source.part] if source.part else []
         facts = [hashlib.sha256(config).hexdigest(), quant, files, SPEC_VERSION, library_versions(), *part]
     except (OSError, ModelError):  # describing the model reports the error
@@ -116,10 +116,12 @@ def save_check(key: str | None) -> None:
         _drop_oldest(_check_file(key).parent)
 
 
-def _stamps(folder: Path, *, needed: bool) -> list[tuple[str, int, int]]:
+def _stamps(source: ModelSource, *, needed: bool) -> list[tuple[str, int, int]]:
     """Return name, size and time of each weight file; empty before a download, unless they are needed."""
     try:
-        found = [(file.name, file.stat()) for file in weight_files(folder)]
+        # A head may be in a file beside those of the model.
+        files = sorted(source.path.glob("*.safetensors")) if source.part else weight_files(source.path)
+        found = [(file.name, file.stat()) for file in files]
     except (OSError, ModelError):
         if needed:
             raise

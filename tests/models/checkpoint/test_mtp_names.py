@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from specchat.models.checkpoint.mtp import MTP_FILE, find_mtp, layer_names, qwen_name
+from specchat.errors import CorruptCheckpointError
+from specchat.models.checkpoint.mtp import find_mtp, layer_names, qwen_name
+from specchat.models.checkpoint.safetensors import INDEX_FILE, MTP_FILE, open_checkpoint
+from specchat.models.checkpoint.text_parts import shards_beside_text
+from specchat.models.sizes.cache import key_of
+from specchat.records.model import ModelSource
 
 QWEN = (
     "mtp.fc.weight",
@@ -91,6 +97,37 @@ def test_config_and_tensors_decide_together(
     tmp_path: Path, config: dict[str, object], keys: tuple[str, ...], found: bool
 ):
     assert (find_mtp(model_folder(tmp_path / "model", config, (*OTHERS, *keys))) is not None) == found
+
+
+def test_a_shard_of_its_own_is_read_for_the_head_alone(tmp_path: Path):
+    """As published: an index that names a shard with nothing but the head, which an older download lacks."""
+    folder = model_folder(tmp_path, {"mtp_num_hidden_layers": 1}, OTHERS, "a.safetensors")
+    model_folder(tmp_path, {"mtp_num_hidden_layers": 1}, QWEN, "b.safetensors")
+    weight_map = dict.fromkeys(OTHERS, "a.safetensors") | dict.fromkeys(QWEN, "b.safetensors")
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+    assert set(open_checkpoint(folder).tensors) == set(OTHERS)
+    part = find_mtp(folder)
+    assert part is not None and set(part.names) == set(QWEN)
+    assert shards_beside_text(weight_map, with_head=True) == frozenset()
+    (folder / "b.safetensors").unlink()
+    assert find_mtp(folder) is None
+
+
+def test_a_damaged_file_of_a_head_does_not_keep_the_model_from_running(tmp_path: Path):
+    folder = model_folder(tmp_path, {}, OTHERS, "weights.safetensors")
+    (folder / MTP_FILE).write_bytes(b"damaged")
+    assert set(open_checkpoint(folder).tensors) == set(OTHERS)
+    with pytest.raises(CorruptCheckpointError, match=MTP_FILE):
+        find_mtp(folder)
+
+
+def test_a_new_head_is_described_anew(tmp_path: Path):
+    target = ModelSource("target", model_folder(tmp_path, {}, OTHERS))
+    keys = set()
+    for head in (QWEN, QWEN[:-1]):
+        model_folder(tmp_path, {}, head, MTP_FILE)
+        keys.add(key_of(replace(target, name="mtp", part="mtp"), "none"))
+    assert len(keys) == 2
 
 
 def test_a_file_beside_the_model_comes_first(tmp_path: Path):

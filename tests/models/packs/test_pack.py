@@ -43,6 +43,7 @@ from specchat.models.packs.file_format import (
 from specchat.models.packs.inventory import packs_folder
 from specchat.models.packs.manifest import Journal, read_journal
 from specchat.models.packs.pack import PackKey, key_for, list_packs, open_pack
+from specchat.models.packs.prepare import pack_name
 from specchat.models.packs.verify import ChunkVerifier, verify_pack
 from specchat.models.quant.kernels.bnb import bnb
 from specchat.models.weights.layout import LayerLayout
@@ -993,3 +994,16 @@ def test_system_errors_become_named_errors(number, kind):
     with pytest.raises(kind, match="cannot read x: ") as caught, disk_errors(Path("x"), "read"):
         raise OSError(number, os.strerror(number))
     assert type(caught.value) is kind and caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        (ModelSource("org/name", Path("models--org--name/snapshots/0a1"), "0a1"), "org/name"),
+        (ModelSource("mtp", Path("models--org--name/snapshots/0a1"), "0a1", part="mtp"), "the MTP layer of org/name"),
+        (ModelSource("mtp", Path("snapshots/mine"), part="mtp"), "the MTP layer of mine"),
+    ],
+    ids=["model", "head on the hub", "head in a folder"],
+)
+def test_the_pack_of_a_head_names_its_target(source: ModelSource, name: str):
+    assert pack_name(source) == name
