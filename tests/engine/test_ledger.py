@@ -210,7 +210,7 @@ QUANTIZED_CASES = [
 
 @pytest.mark.parametrize(
     ("quant", "case"),
-    [pytest.param(*each, marks=() if i < 4 else pytest.mark.slow) for i, each in enumerate(QUANTIZED_CASES)],
+    [pytest.param(*each, marks=() if i < 3 else pytest.mark.slow) for i, each in enumerate(QUANTIZED_CASES)],
     ids=lambda value: value if isinstance(value, str) else f"{value.architecture}-{value.dtype}",
 )
 def test_ledger_and_memory_of_quantized_targets(quant: str, case: Case, tmp_path: Path):

@@ -15,7 +15,7 @@ from support.faults.fault import Fault
 from support.faults.server import Server, may_mount
 
 FAULTS = [*models.faults(), *saved.faults(), *system.faults()]
-QUICK = [fault for fault in FAULTS if fault.is_quick][::3]
+QUICK = [fault for fault in FAULTS if fault.is_quick][::6]
 
 
 @pytest.fixture(scope="module")

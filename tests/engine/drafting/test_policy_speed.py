@@ -75,7 +75,9 @@ def test_it_is_never_slower_than_plain_decoding_on_a_busy_machine(name: str):
         assert share >= least, (length, share)
 
 
-@pytest.mark.parametrize("name", BUSY)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "expensive draft" else pytest.mark.slow) for name in BUSY]
+)
 def test_it_is_never_slower_than_plain_decoding_while_load_comes_and_goes(name: str):
     """Speeds of the two modes are measured under different loads. All that counts is which mode is faster now."""
     world = replace(BUSY[name], preempted_for_s=5.0)
