@@ -1,6 +1,6 @@
 """The campaign of faults: each ends with the promised exit code and in one to three lines, and changes no file.
 
-The default suite runs every third one of those that are refused before a model is looked at. The whole table is slow:
+The default suite runs every sixth one of those that are refused before a model is looked at. The whole table is slow:
 `pytest -m slow tests/faults`.
 """
 
