@@ -62,7 +62,12 @@ def test_it_is_as_fast_as_the_best_fixed_size(name: str):
     assert third >= 0.97
 
 
-@pytest.mark.parametrize("name", BUSY)
+QUICK_BUSY = {"resident", "sure draft"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK_BUSY else pytest.mark.slow) for name in BUSY]
+)
 def test_it_is_never_slower_than_plain_decoding_on_a_busy_machine(name: str):
     """Sum over 32 texts: single passes take up to 30 times as long as they compute."""
     world = BUSY[name]
