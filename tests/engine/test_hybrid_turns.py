@@ -133,7 +133,8 @@ def interrupt(zoo: Zoo, architecture: str, num_cancelled: int) -> None:
             expected, text = zoo.slow(architecture).generate(prompt, sampling, 24).tokens, list(prompt)
             while len(text) < len(prompt) + len(expected):
                 left = len(prompt) + len(expected) - len(text)
-                stop = CancelAfter(rng.randrange(1, 40))
+                # Passes of deep models look more often; some passes must end, or the text never does.
+                stop = CancelAfter(rng.randrange(1, rng.choice((40, 200))))
                 for step in engine.generate(text, sampling, stop_ids=frozenset(), max_tokens=left, cancel=stop):
                     text += step.token_ids
                     num_cancelled -= step.finish_reason == "interrupt"
