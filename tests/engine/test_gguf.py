@@ -15,7 +15,7 @@ from support.gguf_files import dequantized, differing, save_gguf
 from support.hybrids import HYBRIDS, random_hybrid
 from support.loading import load_engine, load_model, prepare
 from support.streamed import silent
-from support.tiny_models import ARCHITECTURES, SPECIAL, VOCAB, WINDOW, make_config, perturbed, random_model
+from support.tiny_models import ARCHITECTURES, BASE, SPECIAL, VOCAB, WINDOW, make_config, perturbed, random_model
 
 from specchat.engine.model import TreeModel
 from specchat.engine.streaming.readers import ShardLayerReader
@@ -27,18 +27,6 @@ from specchat.records.generation import Sampling
 from specchat.records.model import ModelSource
 
 NUM_TOKENS = 20
-_BASE: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 _LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -74,7 +62,7 @@ class Case:
         if self.config in SPECIAL:
             return varied(random_model(make_config(self.config)))
         known = dict(reversed((ARCHITECTURES | SPECIAL).values())).get(self.config, {})  # the first of several
-        return varied(random_model(getattr(hf, self.config)(**{**_BASE, **known, **self.values})))
+        return varied(random_model(getattr(hf, self.config)(**{**BASE, **known, **self.values})))
 
 
 def varied(model: Any) -> Any:

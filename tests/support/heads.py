@@ -29,7 +29,7 @@ from specchat.records.plan import Placement, Workload
 from support.engines import make_plan
 from support.hybrids import random_hybrid
 from support.loading import load_model
-from support.tiny_models import VOCAB, make_config, random_model, save
+from support.tiny_models import BASE, VOCAB, make_config, random_model, save
 
 CTX = 96
 CPU = torch.device("cpu")
@@ -37,14 +37,8 @@ CPU = torch.device("cpu")
 LAYOUTS = {"deepseek_v3": "layer", "glm4_moe": "layer", "qwen3_5_text": "mtp", "qwen3_next": "mtp", "qwen3": "mtp"}
 _COUNTS = {"layer": "num_nextn_predict_layers", "mtp": "mtp_num_hidden_layers"}
 _GLM: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    **BASE,
     "head_dim": 16,
-    "max_position_embeddings": 512,
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 32,
@@ -52,9 +46,6 @@ _GLM: dict[str, Any] = {
     "topk_group": 1,
     "first_k_dense_replace": 1,
     "use_qk_norm": True,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
 }
 
 

@@ -11,20 +11,10 @@ from transformers.models.minimax.modeling_minimax import MiniMaxCache
 from specchat.engine.sampling import Sampler
 from specchat.records.generation import Sampling
 from support.reference import Reference
-from support.tiny_models import VOCAB, WINDOW, random_model
+from support.tiny_models import BASE, WINDOW, random_model
 
-_BASE: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "intermediate_size": 96,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_FOUR = {**_BASE, "num_hidden_layers": 4}
+# Of a model whose number of layers follows from their kinds.
+_ANY_DEPTH = {key: value for key, value in BASE.items() if key != "num_hidden_layers"}
 _GDN = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
@@ -53,23 +43,23 @@ _CONV = ["conv", "conv", "full_attention", "conv"]
 _LINEAR = ["linear_attention", "linear_attention", "full_attention", "linear_attention"]
 
 _KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
-    "lfm2": ("Lfm2Config", {**_FOUR, "block_auto_adjust_ff_dim": False, "layer_types": _CONV}),
-    "lfm2_moe": ("Lfm2MoeConfig", {**_FOUR, **_EXPERTS, "num_dense_layers": 1, "layer_types": _CONV}),
+    "lfm2": ("Lfm2Config", {**BASE, "block_auto_adjust_ff_dim": False, "layer_types": _CONV}),
+    "lfm2_moe": ("Lfm2MoeConfig", {**BASE, **_EXPERTS, "num_dense_layers": 1, "layer_types": _CONV}),
     "lfm3": (
         "Lfm3Config",
-        {**_FOUR, "head_dim": 16, "sliding_window": WINDOW, "layer_types": ["conv", "sliding_attention", *_CONV[2:]]},
+        {**BASE, "head_dim": 16, "sliding_window": WINDOW, "layer_types": ["conv", "sliding_attention", *_CONV[2:]]},
     ),
     "granitemoehybrid": (
         "GraniteMoeHybridConfig",
-        {**_FOUR, **_MAMBA, "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 96}
+        {**BASE, **_MAMBA, "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 96}
         | {"layer_types": _LINEAR},
     ),
-    "bamba": ("BambaConfig", {**_FOUR, **_MAMBA, "attn_layer_indices": [2]}),
-    "falcon_h1": ("FalconH1Config", {**_FOUR, **_MAMBA, "head_dim": 16, "mamba_d_ssm": 128, "mamba_n_groups": 1}),
+    "bamba": ("BambaConfig", {**BASE, **_MAMBA, "attn_layer_indices": [2]}),
+    "falcon_h1": ("FalconH1Config", {**BASE, **_MAMBA, "head_dim": 16, "mamba_d_ssm": 128, "mamba_n_groups": 1}),
     "nemotron_h": (
         "NemotronHConfig",
         {
-            **_BASE,
+            **_ANY_DEPTH,
             **{"head_dim": 16, "ssm_state_size": 16, "mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2},
             "chunk_size": 16,
             # With other values, the two forms of transformers clamp different time steps; see `unclamp_time_steps`.
@@ -77,18 +67,18 @@ _KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
             "layers_block_type": ["mlp", "linear_attention", "full_attention", "linear_attention", "mlp"],
         },
     ),
-    "qwen3_next": ("Qwen3NextConfig", {**_FOUR, **_GDN, **_SHARED}),
-    "qwen3_5_text": ("Qwen3_5TextConfig", {**_FOUR, **_GDN, "rope_parameters": _ROPE}),
-    "qwen3_5_moe_text": ("Qwen3_5MoeTextConfig", {**_FOUR, **_GDN, **_SHARED, "rope_parameters": _ROPE}),
+    "qwen3_next": ("Qwen3NextConfig", {**BASE, **_GDN, **_SHARED}),
+    "qwen3_5_text": ("Qwen3_5TextConfig", {**BASE, **_GDN, "rope_parameters": _ROPE}),
+    "qwen3_5_moe_text": ("Qwen3_5MoeTextConfig", {**BASE, **_GDN, **_SHARED, "rope_parameters": _ROPE}),
     "jamba": (
         "JambaConfig",
-        {**_FOUR, "mamba_d_state": 8, "mamba_dt_rank": 4, "attn_layer_period": 3, "attn_layer_offset": 2}
+        {**BASE, "mamba_d_state": 8, "mamba_dt_rank": 4, "attn_layer_period": 3, "attn_layer_offset": 2}
         | {"num_experts": 4, "num_experts_per_tok": 2},
     ),
     "bailing_hybrid": (
         "BailingHybridConfig",
         {
-            **_FOUR,
+            **BASE,
             **_EXPERTS,
             "num_key_value_heads": 4,
             "n_group": 2,
@@ -105,14 +95,14 @@ _KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "minimax": (
         "MiniMaxConfig",
-        {**_FOUR, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "block_size": 16}
+        {**BASE, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "block_size": 16}
         | {"layer_types": _LINEAR},
     ),
     # The first block of attention serves the second and the last layer, and the second block one layer.
     "zamba2": (
         "Zamba2Config",
         {
-            **_FOUR,
+            **BASE,
             **{"mamba_d_state": 16, "mamba_ngroups": 2, "n_mamba_heads": 8, "chunk_size": 16, "adapter_rank": 8},
             "num_hidden_layers": 5,
             "num_key_value_heads": 4,
@@ -125,12 +115,12 @@ _KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "olmo_hybrid": (
         "OlmoHybridConfig",
-        {**_FOUR, **_GDN, "head_dim": None, "num_key_value_heads": 4, "linear_num_key_heads": 4},
+        {**BASE, **_GDN, "head_dim": None, "num_key_value_heads": 4, "linear_num_key_heads": 4},
     ),
     "kimi_linear": (
         "KimiLinearConfig",
         {
-            **_FOUR,
+            **BASE,
             "num_key_value_heads": 4,
             "moe_intermediate_size": 32,
             "num_experts": 4,

@@ -19,7 +19,7 @@ from specchat.records.model import ModelSource
 VOCAB = 211
 WINDOW = 12
 
-_BASE: dict[str, Any] = {
+BASE: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -166,7 +166,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
 
 def make_config(architecture: str) -> Any:
     name, extra = (ARCHITECTURES | SPECIAL)[architecture]
-    values = {**_BASE, **extra}
+    values = {**BASE, **extra}
     return getattr(hf, name)(**{key: value for key, value in values.items() if value is not None})
 
 

@@ -7,21 +7,9 @@ from typing import Any
 import torch
 import transformers as hf
 
-from support.tiny_models import VOCAB, WINDOW
+from support.tiny_models import BASE, VOCAB, WINDOW
 
-_TEXT: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+_TEXT: dict[str, Any] = {**BASE, "head_dim": 16}
 _VISION: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,

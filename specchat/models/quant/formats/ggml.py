@@ -185,8 +185,7 @@ class StackedBlocks(WeightFormat):
 
     def segments(self, rows: int, cols: int) -> tuple[Segment, ...]:
         """Return the segments that the class describes."""
-        kinds = (("top", self.top_kind), ("bottom", self.bottom_kind))
-        return tuple(Segment(name, (rows // 2, BLOCK_TYPES[kind].row_bytes(cols)), torch.uint8) for name, kind in kinds)
+        return _halves({"top": self.top_kind, "bottom": self.bottom_kind}, rows, cols)
 
     def dequantize(self, segments: Segments, begin: int, end: int, out: Tensor) -> Tensor:
         """Dequantize rows of W, first those of the top."""
@@ -219,8 +218,7 @@ class AlternatingBlocks(WeightFormat):
 
     def segments(self, rows: int, cols: int) -> tuple[Segment, ...]:
         """Return the segments that the class describes."""
-        kinds = (("even", self.even_kind), ("odd", self.odd_kind))
-        return tuple(Segment(name, (rows // 2, BLOCK_TYPES[kind].row_bytes(cols)), torch.uint8) for name, kind in kinds)
+        return _halves({"even": self.even_kind, "odd": self.odd_kind}, rows, cols)
 
     def dequantize(self, segments: Segments, begin: int, end: int, out: Tensor) -> Tensor:
         """Dequantize rows of W, first the even ones."""
@@ -271,3 +269,10 @@ def decode(kind: str, rows: Tensor, out: Tensor) -> Tensor:
         if not is_wide:
             piece.copy_(values)
     return out
+
+
+def _halves(kinds: Mapping[str, str], rows: int, cols: int) -> tuple[Segment, ...]:
+    """Return the segments of two matrices that have half of the rows each, by name and ggml's name of the type."""
+    return tuple(
+        Segment(name, (rows // 2, BLOCK_TYPES[kind].row_bytes(cols)), torch.uint8) for name, kind in kinds.items()
+    )
