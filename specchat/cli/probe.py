@@ -79,19 +79,19 @@ def probe(options: ProbeOptions, start: Callable[[Sequence[str]], int]) -> int:
     say = talk(quiet=options.quiet)
     refs = None if options.models.model is None else parse_models(options.models)
     prepare_libraries()
-    line = ProbeLine(say)
-    try:
-        report = hardware.probe(
-            cache_folder(), options.models.choices.device, refresh=options.refresh, progress=line.update
-        )
-    finally:
-        line.end()
     with TemporaryDirectory(prefix="specchat-") as folder:
-        planned = None
-        if refs is not None:
-            reporter = TalkReporter(say)
-            found = sketch_models(options.models, refs, reporter, asker(yes=options.yes), Path(folder))
-            planned = make_plan(options.models, found, reporter)
+        reporter = TalkReporter(say)
+        # A model that does not exist is refused before the rates are measured.
+        ask = asker(yes=options.yes)
+        found = None if refs is None else sketch_models(options.models, refs, reporter, ask, Path(folder))
+        line = ProbeLine(say)
+        try:
+            report = hardware.probe(
+                cache_folder(), options.models.choices.device, refresh=options.refresh, progress=line.update
+            )
+        finally:
+            line.end()
+        planned = None if found is None else make_plan(options.models, found, reporter)
     recommendations = recommend_models(options.models, report.hardware, report.measured) if refs is None else None
     packs = (*_found_packs(), *(_verify(say) if options.verify else ()))
     _print(options, report, (*report.verdicts, *packs), planned, recommendations)

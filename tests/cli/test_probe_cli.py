@@ -47,6 +47,12 @@ def probe(tmp_path, monkeypatch, capfd):
     return call
 
 
+def test_a_missing_model_is_refused_before_anything_is_measured(probe):
+    code, _, err = probe("./missing", "--refresh")
+    assert code == 3, err
+    assert "missing" in err
+
+
 def test_json_has_the_documented_keys(probe):
     code, out, err = probe("--json")
     report = json.loads(out)
