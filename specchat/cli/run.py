@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from specchat.ui.chat_view import ChatView
     from specchat.ui.console import Talk
 
-_INTERRUPTED = 130
+_FAILED, _INTERRUPTED = 1, 130
 
 
 def run(options: RunOptions) -> int:
@@ -389,4 +389,6 @@ def _ignore(delta: "Delta") -> None:
 
 
 def _code(turn: "Turn") -> int:
-    return _INTERRUPTED if turn.finish_reason == "interrupt" else 0
+    if turn.finish_reason == "interrupt":
+        return _INTERRUPTED
+    return 0 if turn.unsaved is None else _FAILED

@@ -1,6 +1,8 @@
 """Settings from all sources: their precedence, their origin, and the errors about invalid ones."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -177,6 +179,16 @@ def test_resumed_chat_can_stay_unsaved(fake):
     result = json.loads(fake("run", "-c", "--no-save", "--json", stdin=b"ho").out)
     assert result["usage"]["prompt_tokens"] > len("[user]hi\n[assistant]You said: hi\n[user]ho")
     assert questions("fox") == ["hi"]
+
+
+@pytest.mark.parametrize("options", [(), ("--json",), ("--json-stream",)], ids=["text", "json", "json-stream"])
+def test_an_answer_that_could_not_be_saved_is_a_failure(fake, monkeypatch, options):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    result = fake("run", "demo", "hi", "--session", "fox", *options)
+    assert (result.code, "hi" in result.out, "No space left" in result.err) == (1, True, True)
 
 
 def test_repaired_session_is_reported(fake):
