@@ -166,7 +166,7 @@ class Model(Closeable):
         if not text:
             raise EmptyPromptError("the chat has no message to answer")
         parser = self._tokenizer.response_parser(text)
-        parts = Parts(parser or ThinkTags(opened=text.rstrip().endswith("<think>")), continuing=False)
+        parts = Parts(parser or ThinkTags.after(text), continuing=False)
         ids = self._tokenizer.encode(text)
         if not ids:
             raise EmptyPromptError("the model's tokenizer makes no tokens of the chat")

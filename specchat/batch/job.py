@@ -221,7 +221,7 @@ class Job:
 
     def _answer(self, text: str) -> Answer:
         parser = None if self._settings.base else self._tokenizer.response_parser(text)
-        tags = PlainText() if self._settings.base else ThinkTags(opened=text.rstrip().endswith("<think>"))
+        tags = PlainText() if self._settings.base else ThinkTags.after(text)
         return Answer(
             detokenizer=Detokenizer(self._tokenizer, skip_special_tokens=parser is None),
             parts=Parts(parser or tags, continuing=False),

@@ -47,7 +47,7 @@ class Prompt:
         if self.so_far is not None:
             is_thinking = not self.so_far.content and bool(self.so_far.reasoning)
             return ThinkTags(opened=is_thinking, begun=not is_thinking)
-        return ThinkTags(opened=self.text.rstrip().endswith("<think>"))
+        return ThinkTags.after(self.text)
 
 
 def ending_after(history: str, text: str) -> str:

@@ -54,6 +54,11 @@ class ThinkTags:
         self._held = ""
         self.part: Part = "reasoning" if opened else "answer"
 
+    @classmethod
+    def after(cls, prompt: str) -> ThinkTags:
+        """Return a parser for the answer to a rendered prompt, which may end with an opening tag."""
+        return cls(opened=prompt.rstrip().endswith("<think>"))
+
     def feed(self, text: str) -> list[Piece]:
         """Add `text` and return the certain pieces; text that may become a tag is held back."""
         self._held += text
