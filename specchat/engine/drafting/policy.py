@@ -28,7 +28,7 @@ _MARGIN = 1.1
 # this share of the speed. So modes that are about equally fast are compared often, because load and subject change.
 _PROBE_AFTER, _LONGER, _PROBE_SHARE = 4, 3, 0.005
 # Probe plain decoding only every 1024 steps if drafting is faster by this factor: on a slow disk each probe would take
-# seconds.
+# seconds. The first probe comes later the faster drafting is: the more the prediction would have to be wrong.
 _FAR_FASTER, _MAX_INTERVAL = 2.0, 1024
 # A probe takes this many steps, but one where drafting is far faster: a single pass on a busy machine tells little.
 _PROBE_STEPS = 3
@@ -169,16 +169,19 @@ class AdaptivePolicy:
         self._prefers_draft = self._drafts = True
         self._catches_up = False
         self._size_factor = 1.0  # of the next trees, beside the best size
+        self._num_nodes = min(tree_budget, expected.tree_nodes)  # of all trees in the last pass
         self._interval = self._steps_left = _PROBE_AFTER
 
     def may_join(self, prompt_rows: int, roots: Roots) -> bool:
         """Return whether waiting saves less time than a seat that stays empty loses: its share of a pass.
 
-        The prompt must be read anyway. Waiting saves the time of rows that the next pass has room for at no cost.
+        The prompt must be read anyway. Waiting saves the time of rows that the next pass has room for at no cost,
+        beside trees of the last size.
         """
-        now_s = self._rows_s(roots.num_rows, prompt_rows)
-        later_s = self._rows_s(roots.num_sequences, prompt_rows)
-        return now_s - later_s <= self._pass_s(roots.num_rows) / (roots.num_sequences + 1)
+        nodes = self._num_nodes if self.should_draft() else 0
+        now_s = self._rows_s(roots.num_rows + nodes, prompt_rows)
+        later_s = self._rows_s(roots.num_sequences + nodes, prompt_rows)
+        return now_s - later_s <= self._pass_s(roots.num_rows + nodes) / (roots.num_sequences + 1)
 
     @property
     def tokens_per_s(self) -> float:
@@ -230,6 +233,7 @@ class AdaptivePolicy:
             for tree, path in zip(trees, paths, strict=True):
                 self._acceptance.add(tree, path)
             self._size_factor = 1.0
+            self._num_nodes = sum(step.tree_nodes for step in steps)
         self._choose_mode(len(steps))
 
     def _record_drafted(self, steps: Sequence[Step], trees: Sequence[TokenTree], rows: int) -> None:
@@ -272,10 +276,8 @@ class AdaptivePolicy:
 
     def _is_far_faster(self, drafted_by_plain: float) -> bool:
         """Return whether drafting is fast enough to postpone the next probe of plain decoding."""
-        is_certain = self._interval == _PROBE_AFTER or (
-            self._target_times.is_measured(1) and self._interval < _MAX_INTERVAL
-        )
-        return drafted_by_plain > _FAR_FASTER and is_certain
+        is_known = self._target_times.is_measured(1) and self._interval < _MAX_INTERVAL
+        return drafted_by_plain > _FAR_FASTER and (is_known or self._interval <= drafted_by_plain**2)
 
     def _use(self, *, draft: bool, steps: int) -> None:
         self._catches_up = draft and not self._drafts
