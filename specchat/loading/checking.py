@@ -34,7 +34,7 @@ def check_tokenizer(source: ModelSource) -> None:
     Raises:
         ModelError, UsageError: a missing tokenizer, or one that cannot be read.
     """
-    if source.is_toy or not _is_here(source):
+    if source.is_toy or source.headers_only or not _is_here(source):
         return
     key = cache.tokenizer_key(source)
     if cache.is_checked(key):

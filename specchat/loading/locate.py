@@ -99,7 +99,7 @@ def locate_models(request: ModelRequest, refs: Refs, reporter: Reporter, ask: As
 def sketch_models(request: ModelRequest, refs: Refs, reporter: Reporter, ask: Ask, folder: Path) -> Models:
     """Find the models for a plan; for a missing model, download only the configuration.
 
-    Pre-quantized checkpoints are downloaded whole, because only their headers hold the sizes of their matrices.
+    Of pre-quantized checkpoints the headers are downloaded too: only they hold the sizes of the matrices.
 
     Args:
         request: models and choices.
@@ -289,7 +289,9 @@ def _sketch(found: ModelSource | Missing, folder: Path) -> ModelSource | None:
     from specchat.models.weights.choose_recipe import is_prequantized  # imports torch
 
     sketched = locate.sketch(found, folder)
-    return None if is_prequantized(sketched) else sketched
+    if isinstance(found, Download) and is_prequantized(sketched):
+        return locate.sketch_weights(found, folder)
+    return sketched
 
 
 def _obtain(found: ModelSource | Missing, reporter: Reporter, tokenizer: Path | None = None) -> ModelSource:

@@ -11,9 +11,9 @@ from specchat.models.catalog.suggest import FORMS, folder_hint, is_gguf
 from specchat.models.checkpoint.gguf import gguf_files, total_bytes
 from specchat.models.gguf.folder import TOKENIZER_FILES, model_folder
 from specchat.models.hub.cache import look_up_cached, snapshot_source
-from specchat.models.hub.download import LOG, Download, fetch, look_up_online, silent_bars
-from specchat.models.hub.errors import hub_errors
+from specchat.models.hub.download import LOG, Download, fetch, look_up_online
 from specchat.models.hub.gguf_files import find_file
+from specchat.models.hub.headers import fetch_configs, fetch_headers
 from specchat.models.hub.small_files import fetch_small
 from specchat.models.hub.stores import runnable_model
 from specchat.records.model import ModelSource
@@ -107,7 +107,7 @@ def obtain(
 
 
 def sketch(missing: Missing, folder: Path) -> ModelSource:
-    """Download only the configuration of a missing model, one small file, which is enough for a plan.
+    """Download only the configuration of a missing model, in small files, which is enough for most plans.
 
     Args:
         missing: result of `look_up`.
@@ -117,13 +117,7 @@ def sketch(missing: Missing, folder: Path) -> ModelSource:
         ModelError: an unreachable or failing hub.
     """
     if isinstance(missing, Download):
-        from huggingface_hub import hf_hub_download
-
-        ref = missing.ref
-        assert ref.repo_id is not None
-        with hub_errors(ref):
-            config = hf_hub_download(ref.repo_id, "config.json", revision=missing.revision, tqdm_class=silent_bars())
-        return snapshot_source(ref, Path(config).parent)
+        return snapshot_source(missing.ref, fetch_configs(missing))
     from specchat.models.synthetic.layers import LABEL, shape_files  # imports torch
 
     path = folder / missing.label.replace("/", "-")
@@ -131,6 +125,21 @@ def sketch(missing: Missing, folder: Path) -> ModelSource:
     for name, content in shape_files(missing).items():
         (path / name).write_bytes(content)
     return ModelSource(name=f"{SHAPE_PREFIX}{missing.label}", path=path, label=LABEL)
+
+
+def sketch_weights(missing: Download, folder: Path) -> ModelSource:
+    """Download the configuration and the headers of the weights: enough for a plan of a pre-quantized model.
+
+    Args:
+        missing: result of `look_up`, a model in safetensors.
+        folder: existing folder; the files come into a new one in it.
+
+    Raises:
+        ModelError: an unreachable or failing hub.
+    """
+    path = folder / f"{missing.name.replace('/', '-')}-{missing.revision}"
+    path.mkdir()
+    return fetch_headers(missing, path)
 
 
 def _as_model(ref: ModelRef, found: ModelSource, tokenizer: Path | None) -> ModelSource:

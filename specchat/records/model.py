@@ -40,6 +40,7 @@ class ModelSource:
         revision: hub commit; None for local folders.
         label: note that every output must show for models that are not real (the demo, shapes); "" for real models.
         part: part of the files that is meant: "mtp" for the layer that guesses further tokens; "" for the model.
+        headers_only: whether files of weights hold their headers and zeros only, and there is no tokenizer.
     """
 
     name: str
@@ -47,6 +48,7 @@ class ModelSource:
     revision: str | None = None
     label: str = ""
     part: Literal["", "mtp"] = ""
+    headers_only: bool = False
 
     @property
     def is_toy(self) -> bool:

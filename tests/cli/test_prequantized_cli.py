@@ -7,15 +7,15 @@ import json
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.quantized import Kind, awq, gptq, hide_tensors, save_quantized
+from support.fake_hub import FakeHub, point_to, serving
+from support.quantized import Kind, awq, block_fp8, gptq, hide_tensors, save_quantized
 from support.tiny_models import make_config, random_model
 
 from specchat.cli.app import run_command_line
-from specchat.models import locate
-from specchat.models.hub.download import Download
 from specchat.records.model import ModelSource
 
 Call = Callable[..., tuple[int, str, str]]
@@ -73,19 +73,26 @@ def test_unusable_prequantized_models_exit_with_hints(run: Call, tmp_path: Path)
     assert "hint: " in err
 
 
-def test_plan_of_a_prequantized_hub_model_downloads_it(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
-):
-    """Download it after consent, because its configuration alone does not give the sizes of its matrices."""
-    whole = quantized(gptq(act_order=False), tmp_path / "whole")
-    (tmp_path / "sketch").mkdir()
-    (tmp_path / "sketch" / "config.json").write_bytes((whole.path / "config.json").read_bytes())
-    monkeypatch.setattr(locate, "look_up", lambda ref, **_: Download(ref, "abc", 10, 4, 1000, tmp_path))
-    monkeypatch.setattr(locate, "sketch", lambda *_: ModelSource("org/name", tmp_path / "sketch"))
-    monkeypatch.setattr(locate, "obtain", lambda *_, **__: whole)
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
-    arguments = ("run", "org/name", "--plan", "--json", "--draft", "none", "--dtype", "fp32", "--base")
-    assert run_command_line(arguments) == 2
-    capfd.readouterr()
-    assert run_command_line((*arguments, "--yes")) == 0
-    assert json.loads(capfd.readouterr().out)["quant"] == "gptq int4"
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    with serving() as hub:
+        point_to(monkeypatch, hub.url, tmp_path / "hub")
+        yield hub
+
+
+@pytest.mark.parametrize("kind", [gptq(act_order=True), awq(), block_fp8()], ids=["GPTQ", "AWQ", "FP8"])
+def test_a_plan_needs_no_more_than_headers_from_the_hub(run: Call, hub: FakeHub, tmp_path: Path, kind: Kind):
+    """The plan is that of the downloaded model, and no tensor is downloaded."""
+    config = make_config("llama")
+    config.intermediate_size = 4096  # large files, whose headers are a small part
+    source = save_quantized(random_model(config), tmp_path / "model", kind).quantized
+    files = {file.name: file.read_bytes() for file in source.path.iterdir()}
+    hub.publish("org/name", files)
+    plans = []
+    for name in (str(source.path), "org/name"):
+        code, out, err = run(replace(source, path=Path(name)), "--plan", "--json", "--vram", "256MiB")
+        assert code == 0, err
+        plans.append(json.loads(out))
+    assert {key: value for key, value in plans[0].items() if plans[1][key] != value}.keys() <= {"target"}
+    total = sum(len(body) for name, body in files.items() if name.endswith(".safetensors"))
+    assert 0 < hub.weight_bytes < total / 4

@@ -28,6 +28,7 @@ class FakeHub:
     status: int | None = None  # every answer fails with it
     body: bytes | None = None  # every answer is this
     requests: list[str] = field(default_factory=list)
+    weight_bytes: int = 0  # sent of files of weights
 
     def publish(self, repo_id: str, files: dict[str, bytes], branch: str = "main") -> str:
         commit = hashlib.sha1(repr((repo_id, sorted(files.items()))).encode()).hexdigest()
@@ -72,7 +73,7 @@ class Handler(BaseHTTPRequestHandler):
             self.serve_api("/".join(parts[2:4]), parts[4:])
         elif parts[0] == "cdn":
             assert "Authorization" not in self.headers  # the token is the hub's alone
-            self.reply(200, next(body for body in self.all_files() if hashlib.sha256(body).hexdigest() == parts[1]))
+            self.serve_weights(next(body for body in self.all_files() if hashlib.sha256(body).hexdigest() == parts[1]))
         elif parts[2:3] == ["resolve"]:
             self.serve_file("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
         else:
@@ -131,6 +132,15 @@ class Handler(BaseHTTPRequestHandler):
             )
         else:
             self.reply(200, body, X_Repo_Commit=commit, ETag=f'"{hashlib.sha1(body).hexdigest()}"')
+
+    def serve_weights(self, body: bytes) -> None:
+        """Send the bytes that were asked for, or all of them."""
+        asked, status = self.headers.get("Range"), 200
+        if asked is not None:
+            first, last = asked.removeprefix("bytes=").split("-")
+            body, status = body[int(first) : int(last or len(body)) + 1], 206
+        self.hub.weight_bytes += len(body) * (self.command == "GET")
+        self.reply(status, body)
 
 
 @contextmanager

@@ -48,6 +48,7 @@ class Download:
         has_older: whether the cache holds a complete older copy.
         skipped: shards that hold nothing that text needs.
         files: GGUF files to download; empty for a model in safetensors.
+        weights: files of the weights to download, for a model in safetensors.
     """
 
     ref: ModelRef
@@ -59,6 +60,7 @@ class Download:
     has_older: bool = False
     skipped: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -170,7 +172,9 @@ def _measure(ref: ModelRef, commit: str, *, has_older: bool) -> Download:
         files = _list_files(ref, commit, ALLOW, IGNORE)
         skipped = _shards_to_skip(ref.repo_id, commit, [file.filename for file in files])
     files = [file for file in files if file.filename not in skipped]
-    return replace(_download_of(ref, commit, files, has_older=has_older), skipped=tuple(sorted(skipped)))
+    weights = sorted(file.filename for file in files if file.filename.endswith(".safetensors"))
+    download = _download_of(ref, commit, files, has_older=has_older)
+    return replace(download, skipped=tuple(sorted(skipped)), weights=tuple(weights))
 
 
 def _measure_gguf(ref: ModelRef, commit: str, *, has_older: bool) -> Download:
