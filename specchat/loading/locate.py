@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal, NoReturn
 
 from specchat.errors import ModelError, NotAvailableError, UnsupportedModelError, UsageError
@@ -99,7 +100,7 @@ def locate_models(request: ModelRequest, refs: Refs, reporter: Reporter, ask: As
 def sketch_models(request: ModelRequest, refs: Refs, reporter: Reporter, ask: Ask, folder: Path) -> Models:
     """Find the models for a plan; for a missing model, download only the configuration.
 
-    Of pre-quantized checkpoints the headers are downloaded too: only they hold the sizes of the matrices.
+    Of pre-quantized checkpoints and GGUF files the headers are downloaded: only they hold the sizes of the matrices.
 
     Args:
         request: models and choices.
@@ -114,10 +115,9 @@ def sketch_models(request: ModelRequest, refs: Refs, reporter: Reporter, ask: As
         UnsupportedModelError: the target is known not to run.
     """
     found = _look_up(request, refs, reporter)
-    target = _sketch(found.target, folder)
+    target = _sketch(found.target, folder, _tokenizer_folder(request))
     draft = None if found.draft is None else _sketch(found.draft, folder)
-    lacks_head = request.draft_model == MTP and target is not None and not has_weights(target.path)
-    if target is None or (draft is None and found.draft is not None) or lacks_head:
+    if request.draft_model == MTP and not has_weights(target.path):
         return _obtain_both(request, refs, found, reporter, ask)
     here = [model for model in (target, draft) if model is not None]
     if found.are_here and all(has_weights(model.path) for model in here):
@@ -199,8 +199,7 @@ def _obtain_both(request: ModelRequest, refs: Refs, found: _Found, reporter: Rep
     """
     downloads = [each for each in (found.target, found.draft) if isinstance(each, Download)]
     for each in downloads:
-        if not each.files:  # the header of a GGUF file is only known after the download
-            refuse_by_configuration(each)
+        refuse_by_configuration(each, _tokenizer_folder(request) if each is found.target else None)
     agree(downloads, lambda missing: ask(_download_question(missing, found.target)))
     for shape in (found.target, found.draft):
         if isinstance(shape, Shape):
@@ -227,17 +226,25 @@ def _agree_to_write(shape: Shape, ask: Ask) -> None:
         raise UsageError(f"writing {what} was not confirmed", hint="add --yes to write it without a question")
 
 
-def refuse_by_configuration(model: Download) -> None:
-    """Refuse a model with an unsupported configuration, before its weights are downloaded.
+def refuse_by_configuration(model: Download, tokenizer: Path | None = None) -> None:
+    """Refuse an unsupported model by its configuration or its GGUF header, before its weights are downloaded.
+
+    Args:
+        model: model to download.
+        tokenizer: folder of the tokenizer that replaces the one in a GGUF file.
 
     Raises:
-        UnsupportedModelError: the architecture or quantization is not supported.
+        UnsupportedModelError: the architecture, the quantization or the tokenizer is not supported.
     """
     from specchat.models.weights.choose_recipe import is_prequantized  # imports torch
 
-    sketched = locate.sketch(model, Path())
-    check_model(sketched)
-    is_prequantized(sketched)
+    with TemporaryDirectory(prefix="specchat-") as folder:
+        if model.files:
+            sketched = locate.sketch_weights(model, Path(folder), tokenizer)
+        else:
+            sketched = locate.sketch(model, Path(folder))
+        check_model(sketched)
+        is_prequantized(sketched)
 
 
 def _pair(
@@ -280,12 +287,12 @@ def _head_if_readable(target: ModelSource, reporter: Reporter) -> ModelSource | 
         return None
 
 
-def _sketch(found: ModelSource | Missing, folder: Path) -> ModelSource | None:
-    """Return a source that a plan can be made from; None for a model that must be downloaded whole."""
+def _sketch(found: ModelSource | Missing, folder: Path, tokenizer: Path | None = None) -> ModelSource:
+    """Return a source that a plan can be made from."""
     if isinstance(found, ModelSource):
         return found
     if isinstance(found, Download) and found.files:
-        return None
+        return locate.sketch_weights(found, folder, tokenizer)
     from specchat.models.weights.choose_recipe import is_prequantized  # imports torch
 
     sketched = locate.sketch(found, folder)

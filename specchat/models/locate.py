@@ -127,19 +127,21 @@ def sketch(missing: Missing, folder: Path) -> ModelSource:
     return ModelSource(name=f"{SHAPE_PREFIX}{missing.label}", path=path, label=LABEL)
 
 
-def sketch_weights(missing: Download, folder: Path) -> ModelSource:
-    """Download the configuration and the headers of the weights: enough for a plan of a pre-quantized model.
+def sketch_weights(missing: Download, folder: Path, tokenizer: Path | None = None) -> ModelSource:
+    """Download the configuration and the headers of the weights, for plans that need the sizes of the tensors.
 
     Args:
-        missing: result of `look_up`, a model in safetensors.
+        missing: result of `look_up`.
         folder: existing folder; the files come into a new one in it.
+        tokenizer: folder of the tokenizer that replaces the one in a GGUF file, as for `look_up`.
 
     Raises:
-        ModelError: an unreachable or failing hub.
+        ModelError: an unreachable or failing hub, or an invalid header.
+        UnsupportedModelError: a GGUF file of an architecture or with a tokenizer that specchat does not know.
     """
-    path = folder / f"{missing.name.replace('/', '-')}-{missing.revision}"
+    path = folder / f"{missing.name.replace('/', '-').replace(':', '-')}-{missing.revision}"
     path.mkdir()
-    return fetch_headers(missing, path)
+    return _as_model(missing.ref, fetch_headers(missing, path), tokenizer)
 
 
 def _as_model(ref: ModelRef, found: ModelSource, tokenizer: Path | None) -> ModelSource:

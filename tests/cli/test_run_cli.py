@@ -401,7 +401,7 @@ def test_download_needs_consent(fake, monkeypatch):
 
     monkeypatch.setattr("specchat.models.locate.look_up", look_up)
     monkeypatch.setattr("specchat.loading.locate.agree", agree)
-    monkeypatch.setattr("specchat.loading.locate.refuse_by_configuration", lambda _: None)  # there is none
+    monkeypatch.setattr("specchat.loading.locate.refuse_by_configuration", lambda *_: None)  # there is none
     monkeypatch.setattr("specchat.models.locate.obtain", lambda download, **_: ModelSource(download.name, DEMO))
     monkeypatch.setattr("specchat.loading.locate.relative_in_cache", lambda _: None)
     assert "no draft known for this model" in fake("run", "org/name", "hi").err

@@ -121,7 +121,7 @@ class Handler(BaseHTTPRequestHandler):
         body = self.hub.repos[repo_id][commit].get(name)
         if body is None:
             self.reply(404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
-        elif name.endswith(".safetensors"):  # as for large files: a redirect to the content's own address
+        elif name.endswith((".safetensors", ".gguf")):  # as for large files: a redirect to the content's own address
             digest = hashlib.sha256(body).hexdigest()
             self.reply(
                 302,
@@ -135,12 +135,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def serve_weights(self, body: bytes) -> None:
         """Send the bytes that were asked for, or all of them."""
-        asked, status = self.headers.get("Range"), 200
+        asked, status, headers = self.headers.get("Range"), 200, {}
         if asked is not None:
-            first, last = asked.removeprefix("bytes=").split("-")
-            body, status = body[int(first) : int(last or len(body)) + 1], 206
+            first, last = (int(each or len(body)) for each in asked.removeprefix("bytes=").split("-"))
+            headers["Content-Range"] = f"bytes {first}-{min(last, len(body) - 1)}/{len(body)}"
+            body, status = body[first : last + 1], 206
         self.hub.weight_bytes += len(body) * (self.command == "GET")
-        self.reply(status, body)
+        self.reply(status, body, **headers)
 
 
 @contextmanager

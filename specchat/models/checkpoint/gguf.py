@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from specchat.errors import CorruptCheckpointError, ModelNotFoundError, UnsupportedModelError
 from specchat.files import open_regular
@@ -139,6 +139,31 @@ def open_gguf(file: Path) -> GgufFile:
     return GgufFile(tuple(files), metadata, MappingProxyType(tensors))
 
 
+class Content(Protocol):
+    """Content of a file, read from its begin; fewer bytes than wanted are the last ones."""
+
+    def read(self, size: int, /) -> bytes:
+        """Return the next bytes."""
+
+    def seek(self, offset: int, /) -> int:
+        """Go to an offset from the begin, and return it."""
+
+
+def check_header(file: Path, stream: Content, file_bytes: int) -> None:
+    """Check a header that comes from somewhere else, and read no more of it than the header.
+
+    Args:
+        file: name for messages.
+        stream: content of the file, from its begin.
+        file_bytes: size of the file.
+
+    Raises:
+        CorruptCheckpointError: an invalid header, or a file of the wrong size.
+        UnsupportedModelError: a file that is big-endian, or has tensors of a type that specchat does not read.
+    """
+    _Cursor(file, stream, file_bytes).header()
+
+
 def read_bytes(tensor: GgufTensor) -> bytes:
     """Read a small tensor.
 
@@ -208,7 +233,7 @@ def _read_header(file: Path, file_bytes: int, _: int) -> _Header:
 class _Cursor:
     """A position in a header; every read is checked against the size of the file before memory is allocated."""
 
-    def __init__(self, file: Path, stream: BinaryIO, file_bytes: int) -> None:
+    def __init__(self, file: Path, stream: Content, file_bytes: int) -> None:
         self._file = file
         self._stream = stream
         self._left = file_bytes

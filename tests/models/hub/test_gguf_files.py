@@ -12,12 +12,22 @@ from support.gguf_files import save_gguf
 from support.locating import locate
 from support.tiny_models import make_config, random_model
 
-from specchat.errors import ModelNotCachedError, ModelNotFoundError, UnsupportedModelError, UsageError
+from specchat.errors import (
+    CorruptCheckpointError,
+    ModelNotCachedError,
+    ModelNotFoundError,
+    UnsupportedModelError,
+    UsageError,
+)
+from specchat.loading.locate import refuse_by_configuration
 from specchat.models.catalog.ref import demo_source, parse_model
 from specchat.models.checkpoint.gguf import listed_files
 from specchat.models.gguf.folder import model_folder
 from specchat.models.hf.tokenizer import load_tokenizer
-from specchat.models.locate import look_up, tokenizer_folder
+from specchat.models.hub import headers
+from specchat.models.hub.download import Download
+from specchat.models.locate import look_up, sketch_weights, tokenizer_folder
+from specchat.models.sizes.describe import describe
 from specchat.records.model import ModelSource
 
 KINDS = {"Q4_0": "Q4_0", "Q8_0": "Q8_0", "BF16": "BF16"}
@@ -114,8 +124,7 @@ def test_a_quantization_is_downloaded_by_name(hub: FakeHub, contents):
     hub.publish("org/tiny-GGUF", {**contents, "mmproj-F16.gguf": b"x", "README.md": b"x", "config.json": b"{}"})
     source = ask("org/tiny-GGUF:q8_0")
     assert file_of(source) == "tiny-Q8_0.gguf"
-    fetched = [line for line in hub.requests if line.startswith("GET") and "/resolve/" in line]
-    assert fetched and all("Q8_0" in line for line in fetched)
+    assert hub.weight_bytes == len(contents["tiny-Q8_0.gguf"])
     assert ask("org/tiny-GGUF:Q8_0", confirm=pytest.fail).path == source.path
     assert ask("org/tiny-GGUF:Q8_0", offline=True).path == source.path
     with pytest.raises(ModelNotCachedError):
@@ -130,6 +139,31 @@ def test_quantizations_are_listed_with_sizes(text, problem, hub: FakeHub, conten
     listed = caught.value.message
     assert listed.index("Q4_0 (") < listed.index("Q8_0 (") < listed.index("BF16 (")
     assert caught.value.hint == "choose one: org/tiny-GGUF:Q4_0"
+
+
+@pytest.mark.parametrize("step", [1000, 1 << 20], ids=["many steps", "one step"])
+def test_a_header_gives_the_sizes_of_the_model(step, hub: FakeHub, contents, tmp_path, monkeypatch):
+    monkeypatch.setattr(headers, "_STEP", step)
+    hub.publish("org/tiny-GGUF", contents)
+    missing = look_up(parse_model("org/tiny-GGUF:Q8_0"), offline=False)
+    assert isinstance(missing, Download)
+    found = describe(sketch_weights(missing, tmp_path))
+    fetched, size = hub.weight_bytes, len(contents["tiny-Q8_0.gguf"])
+    assert fetched < size / 2 if step == 1000 else fetched == size
+    assert found == describe(ask("org/tiny-GGUF:Q8_0"))
+
+
+def test_files_that_cannot_run_are_refused_before_the_download(hub: FakeHub, contents, monkeypatch):
+    monkeypatch.setattr(headers, "_STEP", 1000)
+    file = contents["tiny-Q8_0.gguf"]
+    hub.publish("org/odd-GGUF", {"odd-Q8_0.gguf": file.replace(b"llama", b"odder")})
+    hub.publish("org/torn-GGUF", {"torn-Q8_0.gguf": file[: len(file) // 2]})
+    for name, kind, words in (("odd", UnsupportedModelError, "odder"), ("torn", CorruptCheckpointError, "truncated")):
+        missing = look_up(parse_model(f"org/{name}-GGUF"), offline=False)
+        assert isinstance(missing, Download)
+        with pytest.raises(kind, match=words):
+            refuse_by_configuration(missing)
+    assert hub.weight_bytes < len(file)
 
 
 def test_the_only_quantization_needs_no_name(hub: FakeHub, contents):
