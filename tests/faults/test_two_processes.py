@@ -84,7 +84,7 @@ def test_two_processes_pack_one_model(both: Both, folder: Path):
         for ended in ends:
             check_no_traces(ended)
             assert ended.code == 0, ended.err
-            waited += b"another" in ended.err
+            waited += b"another process" in ended.err
         assert ends[0].out == ends[1].out and ends[0].out
         (pack,) = list_packs(pytest.fail)
         assert not verify_pack(pack) and not list(pack.folder.glob("*.tmp"))
@@ -103,9 +103,11 @@ def test_two_processes_on_one_session(both: Both, folder: Path):
             check_no_traces(ended)
             assert ended.code in (0, 1), ended.err
             if ended.code:
-                assert b"is open in another specchat" in ended.err
+                assert b"is open in another specchat" in ended.err or b"changed by another specchat" in ended.err
                 refused += 1
-            elif b"cannot save" not in ended.err:
+            elif b"cannot save" in ended.err or b"is open in another" in ended.err:
+                refused += 1
+            else:
                 given.append(question)
         saved = transcript.read(path)
         assert saved.repair is None
@@ -128,4 +130,6 @@ def test_two_processes_download_one_model(both: Both, folder: Path):
                 assert ended.code == 0, ended.err
             assert ends[0].out == ends[1].out
             snapshot = next((folder / "hub").glob("models--org--fox/snapshots/*"))
-            assert all((snapshot / name).read_bytes() == content for name, content in files.items())
+            found = {path.name: path.read_bytes() for path in snapshot.iterdir()}
+            assert found.keys() >= {"config.json", "model.safetensors", "tokenizer.json"}
+            assert all(files[name] == content for name, content in found.items())
