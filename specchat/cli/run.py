@@ -212,7 +212,7 @@ class _Parts:
             exchanges=options.resume.state.exchanges if options.resume else (),
             sources=self.sources,
             journal=self.transcript,
-            observe=partial(_keep_statistics, engine.plan) if options.saves else _keep_nothing,
+            observe=partial(_keep_statistics, engine, engine.plan) if options.saves else _keep_nothing,
         )
 
     def _setup(self) -> dict[str, Any]:
@@ -248,11 +248,15 @@ def _model_settings(options: RunOptions, plan: Plan) -> list[Setting]:
     return [Setting(name, value, options.sources.get(name, "default")) for name, value in values.items()]
 
 
-def _keep_statistics(plan: Plan, steps: Sequence[Step], temperature: float) -> None:
-    """Save tokens per step and times for the next plan of these models, and no text."""
+def _keep_statistics(engine: "Engine", plan: Plan, steps: Sequence[Step], temperature: float) -> None:
+    """Save tokens per step and times for the next plan of these models, and no text.
+
+    Once layers were given back, the times are not those of the plan any more.
+    """
     from specchat.planner.statistics import record
 
-    record(state_folder(), plan, temperature, steps)
+    if engine.plan is plan:
+        record(state_folder(), plan, temperature, steps)
 
 
 def _keep_nothing(_steps: Sequence[Step], _temperature: float) -> None:

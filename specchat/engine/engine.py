@@ -24,15 +24,17 @@ from specchat.engine.drafting.drafter import Drafter
 from specchat.engine.drafting.head_check import HeadDisagreesError
 from specchat.engine.drafting.policy import AdaptivePolicy, DraftPolicy, FixedPolicy, Roots
 from specchat.engine.layout import PassLayout, RowLayout
-from specchat.engine.loading import load_model
+from specchat.engine.loading import allocating, check_room, load_model
 from specchat.engine.model import PassCancelledError, TreeModel
 from specchat.engine.recurrent.restore import marks_of_prompt
+from specchat.engine.relief import MemoryRelief
 from specchat.engine.requests import RequestQueue, choose_seat, why_refused
 from specchat.engine.sampling import Sampler, ScoresNotFiniteError
 from specchat.engine.sequence import FinalStates, TokenSequence
 from specchat.engine.tree import TokenTree, common_prefix
 from specchat.engine.walk import Walk, walk_down
-from specchat.errors import AllocationError, BrokenScoresError, is_lack_of_memory
+from specchat.errors import BrokenScoresError
+from specchat.hardware.pressure import MemoryWatch
 from specchat.models.hf.pairing import check_pair
 from specchat.models.hf.refusals import computing
 from specchat.models.packs.pack import Pack
@@ -41,7 +43,6 @@ from specchat.records.generation import Activity, Phase, Request, Sampling, Step
 from specchat.records.limits import noise_rows
 from specchat.records.model import LOWER_QUANTS
 from specchat.records.plan import MemoryReport, Plan
-from specchat.units import format_bytes
 
 
 class Engine(Closeable):
@@ -52,9 +53,21 @@ class Engine(Closeable):
         target: model that determines the text.
         drafter: drafter of the target's trees.
         runtime_bytes: memory of the process before any weight was read, in bytes.
+        watch: tells when memory is short; None keeps all layers.
+
+    Attributes:
+        plan: sizes, and the present placement of layers.
+        load_s: seconds that loading took.
     """
 
-    def __init__(self, plan: Plan, target: TreeModel, drafter: Drafter, runtime_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        target: TreeModel,
+        drafter: Drafter,
+        runtime_bytes: int = 0,
+        watch: MemoryWatch | None = None,
+    ) -> None:
         self.plan = plan
         self.load_s = 0.0
         self._target = target
@@ -67,7 +80,8 @@ class Engine(Closeable):
         self._by_use = list(range(plan.work.seats))  # seats, the one that was used least recently first
         self._phase: Phase = "idle"
         self._draft_lost: str | None = None
-        self._meter = stats.MemoryMeter(plan, [target, *drafter.models], runtime_bytes)
+        self._meter = stats.MemoryMeter([target, *drafter.models], runtime_bytes)
+        self._relief = MemoryRelief(target, watch)
 
     @classmethod
     def load(
@@ -78,6 +92,7 @@ class Engine(Closeable):
         pack: Pack | None = None,
         draft_pack: Pack | None = None,
         warn: Callable[[str], None] = lambda _: None,
+        watch: MemoryWatch | None = None,
     ) -> Engine:
         """Read both models into memory as planned; `loading.checking` has checked the architectures.
 
@@ -88,6 +103,7 @@ class Engine(Closeable):
             pack: pack of the target; None reads the checkpoint's own files.
             draft_pack: pack of the draft; None reads the checkpoint's own files.
             warn: receives one-line warnings about refused memory pinning and its cost.
+            watch: tells when memory is short, so that layers are given back; None keeps all layers.
 
         Raises:
             VocabularyMismatchError: draft and target have different token ids.
@@ -98,13 +114,14 @@ class Engine(Closeable):
         runtime_bytes = stats.resident_set_bytes()
         if draft is not None:
             check_pair(target.source, draft.source)
-        with _allocating(plan):
+        with allocating(plan):
+            check_room(plan, watch)
             # Load the draft first: it has no threads to clean up if the target fails to load.
             small = None if draft is None else load_draft(plan, draft, draft_pack)
             cache_rows = plan.work.ctx + plan.work.tree_budget
             model = load_model(target, plan.work, plan.placement, cache_rows=cache_rows, pack=pack, warn=warn)
             drafter = make_drafter(plan, model, small)
-        engine = cls(plan, model, drafter, runtime_bytes)
+        engine = cls(plan, model, drafter, runtime_bytes, watch)
         engine.load_s = time.perf_counter() - begin
         return engine
 
@@ -204,9 +221,13 @@ class Engine(Closeable):
         """Reason why answers are decoded without the planned draft, in one line; None as long as drafting works."""
         return self._draft_lost
 
+    def relieve(self) -> None:
+        """Give kept layers back to the system if memory is short; between passes only. The next step warns."""
+        self.plan = self._relief.relieve(self.plan)
+
     def memory(self) -> MemoryReport:
         """Return the memory held, next to the prediction of the plan's ledger."""
-        return self._meter.report()
+        return self._meter.report(self.plan, self._relief)
 
     @property
     def activity(self) -> Activity:
@@ -228,6 +249,7 @@ class Engine(Closeable):
             yield from self._admit(queue, free, live)
             if not live:
                 return
+            self.relieve()
             try:
                 with computing(self.plan.target):
                     steps = self._step(live, cancel)
@@ -333,8 +355,8 @@ class Engine(Closeable):
             )
             for sequence, tree, walk, new_rows, cached_rows in zip(live, trees, walks, pending, cached, strict=True)
         ]
-        if not had_lost_draft:
-            steps[0] = replace(steps[0], draft_lost=self._draft_lost)
+        news = [None if had_lost_draft else self._draft_lost, self._relief.take_news()]
+        steps[0] = replace(steps[0], warning="; ".join(filter(None, news)) or None)
         self._policy.record_pass(steps, trees, [walk.path for walk in walks])
         return steps
 
@@ -423,21 +445,4 @@ def _broken_scores(plan: Plan) -> BrokenScoresError:
         remedy = "use --dtype bf16 or --dtype fp32" if plan.work.dtype == "fp16" else "use --dtype fp32"
     return BrokenScoresError(
         f"{plan.target} computes NaN or infinity in {plan.work.dtype}, so no token can be drawn", hint=remedy
-    )
-
-
-@contextmanager
-def _allocating(plan: Plan) -> Iterator[None]:
-    """Convert out-of-memory errors of libraries into AllocationError."""
-    try:
-        yield
-    except (MemoryError, OSError, RuntimeError) as error:
-        if not is_lack_of_memory(error):
-            raise
-    else:
-        return
-    # Raise outside the handler: the caught error's frames keep earlier allocations alive.
-    raise AllocationError(
-        f"cannot allocate {format_bytes(plan.device_bytes)} on {plan.work.device}",
-        hint="close other programs, or set a smaller --vram or --ctx",
     )

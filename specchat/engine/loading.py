@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +13,12 @@ from specchat.engine.kv_cache import TreeCache
 from specchat.engine.linear import use_fast_matmuls
 from specchat.engine.model import TreeModel
 from specchat.engine.streaming.base import LayerStreamer, NoStreamer
-from specchat.engine.streaming.cpu import MappedStreamer, MixedStreamer, ThreadStreamer
 from specchat.engine.streaming.cuda import CudaStreamer
 from specchat.engine.streaming.host_layers import HostLayers, pinner
-from specchat.engine.streaming.readers import LayerReader, layer_reader_for
+from specchat.engine.streaming.kept import CpuTiers, KeptLayers, NothingKept, PinnedLayers
+from specchat.engine.streaming.readers import layer_reader_for
+from specchat.errors import AllocationError, is_lack_of_memory
+from specchat.hardware.pressure import MemoryWatch
 from specchat.models.checkpoint.dtypes import torch_dtype
 from specchat.models.hf.skeleton import lookup_embeddings
 from specchat.models.packs.file_format import bytes_of
@@ -26,7 +27,8 @@ from specchat.models.packs.verify import ChunkVerifier
 from specchat.models.weights.layout import LayerLayout, bind
 from specchat.models.weights.open import ModelWeights
 from specchat.models.weights.reader import WeightReader
-from specchat.records.plan import Placement, Workload
+from specchat.records.plan import Placement, Plan, Workload
+from specchat.units import format_bytes
 
 
 def load_model(
@@ -82,21 +84,23 @@ def load_model(
         if device.type == "cpu":
             use_fast_matmuls(skeleton.model)
         streamer: LayerStreamer = NoStreamer()
-        if streamed:
+        kept: KeptLayers = NothingKept()
+        if device.type == "cpu":
+            open_reader = partial(layer_reader_for, layers, reader, pack, placement.in_ram)
+            kept = tiers = CpuTiers(layers, placement, open_reader, pack, reader.close)
+            streamer = tiers.streamer
+        elif streamed:
             slots, in_ram = placement.slots, placement.in_ram
-            cached = in_ram if device.type == "cpu" else ()
-            layer_reader = layer_reader_for(layers, streamed, reader, pack, cached=cached)
+            layer_reader = layer_reader_for(layers, reader, pack, cached=())
             undo.callback(layer_reader.close)
-            if device.type == "cuda":
-                host = HostLayers(layers, streamed, in_ram, slots, read_layer, layer_reader, pinner(device, warn))
-                undo.callback(host.close)
-                streamer = CudaStreamer(layers, streamed, slots, host, device)
-            else:
-                streamer = _cpu_streamer(layers, streamed, in_ram, slots, layer_reader, pack)
+            host = HostLayers(layers, streamed, in_ram, slots, read_layer, layer_reader, pinner(device, warn))
+            undo.callback(host.close)
+            streamer = CudaStreamer(layers, streamed, slots, host, device)
+            kept = PinnedLayers(streamer)
         undo.pop_all()
-    if pack is not None or not streamed:
+    if pack is not None or (device.type != "cpu" and not streamed):
         reader.close()
-    return model_class(skeleton, cache, streamer, streamed, work.chunk_rows, device, embeddings, mapped)
+    return model_class(skeleton, cache, streamer, streamed, work.chunk_rows, device, embeddings, mapped, kept)
 
 
 def _pack_reader(weights: ModelWeights, pack: Pack) -> WeightReader:
@@ -115,25 +119,33 @@ def _read_layer(
         verifier.verify_layer(index, bytes_of(blob[: layout.nbytes]))
 
 
-def _cpu_streamer(
-    layers: Sequence[Any],
-    streamed: Sequence[int],
-    in_ram: Sequence[int],
-    num_slots: int,
-    reader: LayerReader,
-    pack: Pack | None,
-) -> LayerStreamer:
-    """Return a streamer that maps packed layers in `in_ram` from the page cache and reads all others into slots."""
-    if pack is None:
-        return ThreadStreamer(layers, streamed, num_slots, reader)
-    mapped, read = in_ram, [index for index in streamed if index not in set(in_ram)]
-    streamers: dict[int, LayerStreamer] = {}
-    with ExitStack() as undo:
-        if mapped:
-            in_place = MappedStreamer(layers, mapped, pack)
-            undo.callback(in_place.close)
-            streamers |= dict.fromkeys(mapped, in_place)
-        if read:
-            streamers |= dict.fromkeys(read, ThreadStreamer(layers, read, min(num_slots, len(read)), reader))
-        undo.pop_all()
-    return MixedStreamer(streamers) if mapped and read else streamers[streamed[0]]
+def check_room(plan: Plan, watch: MemoryWatch | None) -> None:
+    """Check that the host memory of a plan is free, because the system would swap, or end the process, without a word.
+
+    Raises:
+        AllocationError: less is free.
+    """
+    needed = plan.device_bytes if plan.work.device == "cpu" else plan.host_bytes
+    free = None if watch is None else watch.available_bytes()
+    if free is not None and needed > free:
+        raise AllocationError(
+            f"cannot allocate {format_bytes(needed)} of RAM: {format_bytes(free)} of it is free",
+            hint="close other programs, or set a smaller --vram, --ram or --ctx",
+        )
+
+
+@contextmanager
+def allocating(plan: Plan) -> Iterator[None]:
+    """Convert out-of-memory errors of libraries into AllocationError."""
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError) as error:
+        if not is_lack_of_memory(error):
+            raise
+    else:
+        return
+    # Raise outside the handler: the caught error's frames keep earlier allocations alive.
+    raise AllocationError(
+        f"cannot allocate {format_bytes(plan.device_bytes)} on {plan.work.device}",
+        hint="close other programs, or set a smaller --vram or --ctx",
+    )

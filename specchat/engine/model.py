@@ -8,7 +8,7 @@ cancellation, and runs long passes in row chunks.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from specchat.engine.attention import PassMask
 from specchat.engine.kv_cache import TreeCache
 from specchat.engine.layout import PassLayout, linear_layout
 from specchat.engine.streaming.base import LayerStreamer
+from specchat.engine.streaming.kept import KeptLayers, NothingKept
 from specchat.models.checkpoint.mapped_file import MappedFile
 from specchat.models.hf.attention import cache_for, row_scope
 from specchat.models.hf.config import max_positions
@@ -44,6 +45,7 @@ class TreeModel:
         device: device that passes run on.
         host_embeddings: module of the input embeddings if it stays in host memory, else None.
         mapped: file that these embeddings are mapped from, closed together with this object; None if they are not.
+        kept: layers in host memory that can be given back, closed together with this object; None if there are none.
 
     Attributes:
         layers_done: number of layers that the current or last pass has computed; readable from other threads.
@@ -59,6 +61,7 @@ class TreeModel:
         device: torch.device,
         host_embeddings: Any = None,
         mapped: MappedFile | None = None,
+        kept: KeptLayers | None = None,
     ) -> None:
         self.skeleton = skeleton
         self.cache = cache
@@ -76,9 +79,10 @@ class TreeModel:
         self._mapped = mapped
         if host_embeddings is not None:
             host_embeddings.forward = partial(self._look_up, host_embeddings.forward)
-        streamed_set = set(streamed)
+        self.kept = kept or NothingKept()
+        self._streamed = set(streamed)
         for index, layer in enumerate(skeleton.layers):
-            layer.forward = partial(self._run_layer, index, index in streamed_set, layer.forward)
+            layer.forward = partial(self._run_layer, index, layer.forward)
 
     @property
     def max_positions(self) -> int:
@@ -157,9 +161,15 @@ class TreeModel:
         layout = linear_layout(self.cache.lengths[seat], len(token_ids), self.device)
         return self.forward(token_ids, PassLayout.single(layout, seat), cancel)
 
+    def give_back(self, given: Collection[int]) -> None:
+        """Release the host memory of layers, which are read from the disk from now on; only between passes."""
+        self.streamer = self.kept.give_back(given)
+        self._streamed.update(given)
+
     def close(self) -> None:
         """Stop streaming, and close the files."""
         self.streamer.close()
+        self.kept.close()
         if self._mapped is not None:
             self._mapped.close()
 
@@ -189,13 +199,11 @@ class TreeModel:
             rows.copy_(look_up(ids))
         return out[None]
 
-    def _run_layer(
-        self, index: int, streamed: bool, forward: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
+    def _run_layer(self, index: int, forward: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.layers_done = index
         if self._cancel is not None and self._cancel.is_set():
             raise PassCancelledError
-        if not streamed:
+        if index not in self._streamed:
             return self._run_chunks(forward, hidden, args, kwargs)
         self.streamer.acquire(index)
         out = self._run_chunks(forward, hidden, args, kwargs)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from specchat.engine.model import TreeModel
+from specchat.engine.relief import MemoryRelief
 from specchat.engine.streaming.base import LayerStreamer
 from specchat.engine.tree import TokenTree
 from specchat.errors import SpecchatError
@@ -128,13 +129,11 @@ class MemoryMeter:
     """Measures the memory that the engine holds.
 
     Args:
-        plan: plan with the budget and the predicted memory.
         models: target and draft models.
         runtime_bytes: memory of the process before loading, in bytes.
     """
 
-    def __init__(self, plan: Plan, models: Sequence[TreeModel], runtime_bytes: int) -> None:
-        self._plan = plan
+    def __init__(self, models: Sequence[TreeModel], runtime_bytes: int) -> None:
         self._models = models
         self._runtime_bytes = runtime_bytes
         self._largest_pass_bytes = 0
@@ -143,9 +142,13 @@ class MemoryMeter:
         """Record the hidden rows of a pass; two copies live at once, a layer's input and output."""
         self._largest_pass_bytes = max(self._largest_pass_bytes, 2 * hidden.nbytes)
 
-    def report(self) -> MemoryReport:
-        """Return the totals so far; on the CPU the device peak is a sum of weights, slots, caches and hidden rows."""
-        plan = self._plan
+    def report(self, plan: Plan, relief: MemoryRelief) -> MemoryReport:
+        """Return the totals so far; on the CPU the device peak is a sum of weights, slots, caches and hidden rows.
+
+        Args:
+            plan: plan with the budget, the predicted memory and the present places of layers.
+            relief: knows the layers that were given back.
+        """
         if plan.work.device == "cpu":
             device_peak = sum(model.nbytes for model in self._models) + self._largest_pass_bytes
         else:
@@ -159,4 +162,6 @@ class MemoryMeter:
             resident_layers=len(plan.placement.resident),
             streamed_layers=len(plan.placement.streamed),
             streamed_bytes_per_step=plan.streamed_bytes_per_step,
+            given_back_layers=relief.num_layers,
+            given_back_bytes=relief.num_bytes,
         )

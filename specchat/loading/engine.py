@@ -17,6 +17,7 @@ from specchat.records.plan import Plan
 
 if TYPE_CHECKING:
     from specchat.engine.engine import Engine
+    from specchat.hardware.pressure import MemoryWatch
     from specchat.models.hf.attention import AttentionFunction
     from specchat.models.hf.tokenizer import Tokenizer
     from specchat.models.packs.pack import Pack
@@ -42,6 +43,7 @@ def load_engine(
         try:
             return load_planned(models.target, models.draft, plan, reporter)
         except AllocationError as error:
+            gc.collect()  # the next plan depends on free memory
             plan = make_smaller_plan(request, models, reporter, plan, temperature)
             reporter.warn(f"{error.message}; trying again with {_size_of(plan)}")
         gc.collect()  # modules and their buffers refer to each other, so only the collector frees them
@@ -55,10 +57,11 @@ def load_planned(target: ModelSource, draft: ModelSource | None, plan: Plan, rep
         ModelError: the files cannot be read.
     """
     from specchat.engine.engine import Engine
+    from specchat.hardware.pressure import MemoryWatch
 
     with _opened(target, draft, plan) as (weights, draft_weights):
         packs = _packs(weights, draft_weights, plan, reporter)
-        return Engine.load(plan, weights, draft_weights, *packs, warn=reporter.warn)
+        return Engine.load(plan, weights, draft_weights, *packs, warn=reporter.warn, watch=MemoryWatch())
 
 
 def make_packs(
@@ -79,6 +82,7 @@ def open_engine(
     plan: Plan,
     packs: "tuple[Pack | None, Pack | None]",
     warn: Callable[[str], None] = lambda _: None,
+    watch: "MemoryWatch | None" = None,
 ) -> "Engine":
     """Load an engine whose packs exist.
 
@@ -88,11 +92,12 @@ def open_engine(
         plan: plan to load.
         packs: packs of target and draft, as `make_packs` returns them.
         warn: receives one-line warnings about requests that the system refused.
+        watch: tells when memory is short, so that layers are given back; None keeps all layers, as measurements need.
     """
     from specchat.engine.engine import Engine
 
     with _opened(target, draft, plan) as (weights, draft_weights):
-        return Engine.load(plan, weights, draft_weights, *packs, warn=warn)
+        return Engine.load(plan, weights, draft_weights, *packs, warn=warn, watch=watch)
 
 
 @contextmanager

@@ -59,9 +59,10 @@ def smaller_plan(request: PlanRequest, inputs: PlanInputs, plan: Plan) -> Plan:
     Raises:
         DoesNotFitError: nothing smaller is left to try.
     """
+    most = plan.device_bytes - 1
     choices = replace(
         request.choices,
-        vram_bytes=plan.device_bytes - 1,
+        vram_bytes=min(most, inputs.machine.ram_available_bytes) if inputs.machine.device == "cpu" else most,
         ctx=plan.work.ctx,
         tree_budget=plan.work.tree_budget or None,
         quant=_as_planned(plan.quant, request.choices.quant),

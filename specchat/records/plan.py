@@ -223,7 +223,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """Measured memory of the engine next to the ledger's prediction, in bytes."""
+    """Measured memory of the engine next to the ledger's prediction, in bytes.
+
+    Attributes:
+        given_back_layers: number of layers that left host memory because memory was short.
+        given_back_bytes: bytes of these layers.
+    """
 
     device_budget_bytes: int
     device_peak_bytes: int
@@ -233,3 +238,5 @@ class MemoryReport:
     resident_layers: int
     streamed_layers: int
     streamed_bytes_per_step: int
+    given_back_layers: int = 0
+    given_back_bytes: int = 0

@@ -145,8 +145,8 @@ class AnswerWorker(Closeable):
         error = stopping()
         try:
             for number, step in self._engine.generate_many(self._requests(first), cancel=self._stop):
-                if step.draft_lost is not None:
-                    self._warn(step.draft_lost)
+                if step.warning is not None:
+                    self._warn(step.warning)
                 if (job := self._live.get(number)) is not None:  # else its text has ended before
                     self._take(number, job, step)
         except Exception as caught:  # noqa: BLE001  the server goes on, whatever ended these answers

@@ -21,7 +21,7 @@ from specchat.ui.loading import BackgroundLoad
 from specchat.ui.markdown import tail_rows
 from specchat.ui.plan_view import model_name, short_speed
 from specchat.ui.rows import figures, hanging, wrapped
-from specchat.ui.status import AnswerStatus, Watched, memory_text
+from specchat.ui.status import AnswerStatus, Watched, given_back_lines, memory_text
 from specchat.ui.tree_view import tree_lines
 from specchat.ui.worker import Worker
 from specchat.units import GIB, MIB, format_bytes
@@ -199,8 +199,8 @@ class _Follower:
 
     def _take(self, delta: Delta) -> None:
         self._status.saw(len(delta.token_ids), delta.step)
-        if delta.step is not None and delta.step.draft_lost is not None:
-            self._shown.interlude(partial(self._talk.warn, delta.step.draft_lost))
+        if delta.step is not None and delta.step.warning is not None:
+            self._shown.interlude(partial(self._talk.warn, delta.step.warning))
         if self._write is not None:
             self._shown.elsewhere(partial(self._write, delta))
         elif delta.part == "reasoning":
@@ -321,6 +321,7 @@ def totals_lines(turns: Sequence[Turn], plan: Plan) -> list[str]:
         f"time: {ttft_s:.1f} s until first tokens (TTFT), {decode_s:.1f} s decoding",
         f"of this: {verify_s:.1f} s in target passes ({wait_s:.1f} s waiting for layers), {draft_s:.1f} s drafting",
         *_source_lines(turns, num_steps),
+        *given_back_lines(turns[-1].memory),
         f"last answer: {stats_line(turns[-1], plan)}",
     ]
 

@@ -100,7 +100,7 @@ def measure(
             skipped += 1
             continue
         for number, step in enumerate(engine.generate(ids, sampling, stop_ids=STOP_IDS, max_tokens=max_tokens)):
-            assert step.draft_lost is None
+            assert step.warning is None
             tokens += len(step.token_ids)
             steps += 1
             later_tokens += len(step.token_ids) * (number > 0)

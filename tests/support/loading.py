@@ -13,6 +13,7 @@ from specchat.engine import loading
 from specchat.engine.attention import tree_attention
 from specchat.engine.engine import Engine
 from specchat.engine.model import TreeModel
+from specchat.hardware.pressure import MemoryWatch
 from specchat.loading.engine import open_engine
 from specchat.loading.request import ModelRequest
 from specchat.models.checkpoint.dtypes import short_name
@@ -80,9 +81,10 @@ def load_engine(
     pack: Pack | None = None,
     draft_pack: Pack | None = None,
     warn: Callable[[str], None] = lambda _: None,
+    watch: MemoryWatch | None = None,
 ) -> Engine:
     """An engine under a plan."""
-    return open_engine(target, draft, plan, (pack, draft_pack), warn)
+    return open_engine(target, draft, plan, (pack, draft_pack), warn, watch)
 
 
 def prepare(source: ModelSource, dtype: Dtype, quant: str = "none", **reports: Any) -> Pack | None:

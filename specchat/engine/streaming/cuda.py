@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class CudaStreamer(LayerStreamer):
     def __init__(
         self, layers: Sequence[Any], streamed: Sequence[int], num_slots: int, host: HostLayers, device: torch.device
     ) -> None:
+        self._streamed = list(streamed)
         self._position = {index: j for j, index in enumerate(streamed)}
         layouts = [LayerLayout.of(layers[index]) for index in streamed]
         self._nbytes = [layout.nbytes for layout in layouts]
@@ -76,6 +77,22 @@ class CudaStreamer(LayerStreamer):
         """Refill the slots with the first layers, after all queued work."""
         self._free_slots()
         self._host.restart()
+        self._fill_first_slots()
+
+    @property
+    def kept(self) -> dict[int, int]:
+        """Bytes of the layers that stay in host memory, by layer index."""
+        return {self._streamed[j]: nbytes for j, nbytes in self._host.kept.items()}
+
+    def host_slots(self, given: Collection[int]) -> tuple[int, int]:
+        """Return number and size in bytes of the slots in host memory if these layers do not stay there."""
+        return self._host.slots_without({self._position[index] for index in given})
+
+    def give_up(self, given: Collection[int]) -> None:
+        """Release host memory of layers, which are read from the disk from now on; only between passes."""
+        self._copies.synchronize()
+        self._free_slots()
+        self._host.give_up({self._position[index] for index in given})
         self._fill_first_slots()
 
     def counters(self) -> StreamCounters:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
 
@@ -23,7 +23,7 @@ ReadLayer = Callable[[int, LayerLayout, Tensor], None]
 class HostLayers:
     """Streamed layers in host memory: blobs of layers that stay there, and slots for layers read from disk every pass.
 
-    Blobs and slots are two slabs, pinned directly: torch's pinned allocator rounds every block up to a power of two.
+    Each is a mapping of its own, pinned directly: torch's pinned allocator rounds every block up to a power of two.
 
     Args:
         layers: decoder layers.
@@ -48,31 +48,35 @@ class HostLayers:
         layouts = [LayerLayout.of(layers[index]) for index in streamed]
         kept = set(in_ram)
         self._nbytes = [layout.nbytes for layout in layouts]
-        read = [j for j, index in enumerate(streamed) if index not in kept]
-        self._turn = {j: k for k, j in enumerate(read)}  # j-th streamed layer -> k-th layer read from disk
+        self._streamed = list(streamed)
+        self._num_slots = num_slots
         self._reader = reader
         self._pin = pin
-        # Pin slots first: many layers pass through a slot, but a blob holds one layer.
-        slot_bytes = max((self._nbytes[j] for j in read), default=0)
-        self._slots = _blobs([slot_bytes] * min(num_slots, len(read)))
-        kept_positions = [j for j in range(len(streamed)) if j not in self._turn]
-        blobs = _blobs([self._nbytes[j] for j in kept_positions])
-        self._kept = dict(zip(kept_positions, blobs, strict=True))
+        self._kept = {j: page_aligned(self._nbytes[j]) for j, index in enumerate(streamed) if index in kept}
+        self._turn = self._turns()
+        num_slots, nbytes = self.slots_without(())
+        self._slots = [page_aligned(nbytes) for _ in range(num_slots)]
+        self._queue: SlotQueue | None = None
+        self._past_wait_s = 0.0
         with ExitStack() as undo:  # unpin on errors: memory that is freed while pinned stays locked
             undo.callback(pin.close)
-            pin([*self._slots, *blobs])
+            # Pin slots first: many layers pass through a slot, but a blob holds one layer.
+            pin([*self._slots, *self._kept.values()])
             for j, blob in self._kept.items():
                 read_layer(streamed[j], layouts[j], blob)
-            tasks = [reader.chunks(streamed[j], self._slots[k % len(self._slots)]) for k, j in enumerate(read)]
-            small = [is_small(self._nbytes[j]) for j in read]
-            self._queue = SlotQueue(tasks, small, len(self._slots), reader.num_workers) if read else None
+            self._queue = self._new_queue()
             undo.pop_all()
         self._lent: tuple[int, Callable[[], None]] | None = None
 
     @property
     def wait_s(self) -> float:
         """Seconds that `take` waited for the disk."""
-        return 0.0 if self._queue is None else self._queue.wait_s
+        return self._past_wait_s + (0.0 if self._queue is None else self._queue.wait_s)
+
+    @property
+    def kept(self) -> dict[int, int]:
+        """Bytes of the layers that stay in host memory, by their position among the streamed ones."""
+        return {j: self._nbytes[j] for j in self._kept}
 
     def keeps(self, j: int) -> bool:
         """Whether the j-th streamed layer stays in host memory."""
@@ -99,12 +103,53 @@ class HostLayers:
             self._reuse_slot()
             self._queue.restart()
 
+    def slots_without(self, given: Collection[int]) -> tuple[int, int]:
+        """Return number and size in bytes of the slots if the j-th layers given do not stay in host memory."""
+        read = [nbytes for j, nbytes in enumerate(self._nbytes) if j not in self._kept or j in given]
+        return min(self._num_slots, len(read)), max(read, default=0)
+
+    def give_up(self, given: Collection[int]) -> None:
+        """Release the memory of the j-th layers given, which are read from the disk from now on.
+
+        Between passes, after the copies out of these layers and out of slots have ended.
+        """
+        self._lent = None
+        if self._queue is not None:
+            self._queue.close()
+            self._past_wait_s += self._queue.wait_s
+            self._queue = None
+        num_slots, nbytes = self.slots_without(given)
+        for j in given:
+            self._pin.release(self._kept.pop(j))
+        self._turn = self._turns()
+        if len(self._slots) < num_slots or self._slots[0].nbytes < nbytes:
+            while self._slots:
+                self._pin.release(self._slots.pop())
+            self._slots = [page_aligned(nbytes) for _ in range(num_slots)]
+            self._pin(self._slots)
+        self._queue = self._new_queue()
+
     def close(self) -> None:
         """Stop reading, close the layer reader and unpin the memory."""
         if self._queue is not None:
             self._queue.close()
         self._reader.close()
         self._pin.close()
+
+    def _turns(self) -> dict[int, int]:
+        """Return the order of the layers read from the disk: j-th streamed layer -> k-th read."""
+        read = [j for j in range(len(self._streamed)) if j not in self._kept]
+        return {j: k for k, j in enumerate(read)}
+
+    def _new_queue(self) -> SlotQueue | None:
+        """Begin to read the first layers into slots; None if all layers stay in host memory."""
+        if not self._turn:
+            return None
+        tasks = [
+            self._reader.chunks(self._streamed[j], self._slots[k % len(self._slots)]) for j, k in self._turn.items()
+        ]
+        small = [is_small(self._nbytes[j]) for j in self._turn]
+        return SlotQueue(tasks, small, len(self._slots), self._reader.num_workers)
 
     def _reuse_slot(self) -> None:
         if self._lent is not None:
@@ -113,12 +158,6 @@ class HostLayers:
             copied()
             self._queue.give_back(turn)
             self._lent = None
-
-
-def _blobs(sizes: Sequence[int]) -> list[Tensor]:
-    """Return page-aligned blobs of one slab; sizes must be multiples of a page."""
-    slab = page_aligned(sum(sizes)) if sum(sizes) else torch.empty(0, dtype=torch.uint8)
-    return list(slab.split(list(sizes))) if sizes else []
 
 
 class Pinner:
@@ -150,6 +189,12 @@ class Pinner:
                 f"cannot pin {format_bytes(left)} of {format_bytes(total)} for streamed layers: "
                 "these layers cross the link at about half its rate, and computation waits for them"
             )
+
+    def release(self, blob: Tensor) -> None:
+        """Unpin one blob, if it is pinned; its memory may be freed afterwards."""
+        if blob.data_ptr() in self._pinned:
+            self._pinned.remove(blob.data_ptr())
+            self._runtime.cudaHostUnregister(blob.data_ptr())
 
     def close(self) -> None:
         """Unpin everything."""

@@ -172,20 +172,19 @@ class ShardLayerReader:
 
 
 def layer_reader_for(
-    layers: Sequence[Any], streamed: Sequence[int], reader: WeightReader, pack: Pack | None, cached: Collection[int]
+    layers: Sequence[Any], reader: WeightReader, pack: Pack | None, cached: Collection[int]
 ) -> LayerReader:
     """Return the layer reader for a pack or a checkpoint; the result owns the files that it reads.
 
     Args:
-        layers: decoder layers.
-        streamed: indices of the streamed layers.
+        layers: decoder layers, any of which may be read.
         reader: weight reader of the checkpoint; unused with a pack.
         pack: pack of the weights; None reads the checkpoint.
         cached: indices of the layers that fit in the page cache.
     """
     if pack is not None:
         return PackLayerReader(pack)
-    layouts = {index: LayerLayout.of(layers[index]) for index in streamed}
+    layouts = {index: LayerLayout.of(layer) for index, layer in enumerate(layers)}
     return ShardLayerReader(reader, layouts, cached) if reader.is_streamable else CheckpointLayerReader(reader, layouts)
 
 

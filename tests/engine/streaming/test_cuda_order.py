@@ -178,13 +178,19 @@ class Passes:
     tiers=st.lists(st.sampled_from(["device", "ram", "ram", "disk"]), min_size=NUM_LAYERS, max_size=NUM_LAYERS),
     num_slots=st.integers(1, 4),
     cuts=st.lists(st.tuples(st.integers(0, NUM_LAYERS - 1), st.booleans()), max_size=3),
+    givings=st.dictionaries(st.integers(1, 5), st.integers(0, NUM_LAYERS - 1), max_size=3),
     seed=st.integers(0, 1 << 32),
 )
 @settings(deadline=None, max_examples=60)
 def test_layers_see_their_own_bytes_in_every_order_of_work(
-    packed_model: PackedModel, tiers: list[str], num_slots: int, cuts: list[tuple[int, bool]], seed: int
+    packed_model: PackedModel,
+    tiers: list[str],
+    num_slots: int,
+    cuts: list[tuple[int, bool]],
+    givings: dict[int, int],
+    seed: int,
 ):
-    """Run whole passes, and between them passes that stop before a layer or within one."""
+    """Run whole passes, and between them passes that stop before a layer or within one; some layers are given back."""
     streamed = [index for index, tier in enumerate(tiers) if tier != "device"]
     if not streamed:
         return
@@ -201,7 +207,11 @@ def test_layers_see_their_own_bytes_in_every_order_of_work(
         streamer = CudaStreamer(layers, streamed, num_slots, host, CPU)
         passes = Passes(packed_model, layers, device)
         whole = (NUM_LAYERS, False)
-        for length, fails in [whole, whole, *cuts, whole]:
+        for number, (length, fails) in enumerate([whole, whole, *cuts, whole]):
+            if givings.get(number) in streamer.kept:
+                streamer.give_up({givings[number]})
+                slots, nbytes = streamer.host_slots(())
+                assert sum(runtime.pinned.values()) == sum(streamer.kept.values()) + slots * nbytes
             passes.run(streamer, [index for index in streamed if index < length], fails=fails)
             if length < NUM_LAYERS:
                 streamer.restart()
