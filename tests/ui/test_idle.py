@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from specchat.serve.worker import AnswerWorker
 from specchat.ui import idle
 
 
@@ -40,3 +41,17 @@ def test_an_error_is_raised_where_the_prompt_ends(monkeypatch: pytest.MonkeyPatc
 def test_a_model_that_loads_is_not_asked():
     with idle.watching_memory(None):
         pass
+
+
+def test_a_server_asks_while_nobody_is_answered(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("specchat.serve.worker._IDLE_S", 0.001)
+    engine: Any = Engine(OSError("no"))
+    warned = Event()
+    worker = AnswerWorker(engine, most_waiting=1, warn=lambda text: warned.set())
+    worker.start()
+    try:
+        assert engine.seen.wait(30) and warned.wait(30)
+        engine.seen.clear()
+        assert engine.seen.wait(30), "the server ended with the error"
+    finally:
+        worker.close()
