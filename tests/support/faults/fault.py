@@ -94,13 +94,13 @@ class Fault:
     def _broken_by(self, ended: Ended) -> Iterator[str]:
         err = _PANIC.sub("", ended.err.decode(errors="replace"))
         if ended.code is None:
-            yield f"hangs; stderr: {err[-600:]}"
+            yield f"hangs; stderr: {err[-3000:]}"
             return
         if ended.code not in self.codes:
             yield f"ends with {ended.code}, not {self.codes}"
         for word in ("Traceback", "internal error"):
             if word in err:
-                yield f"says {word}"
+                yield f"says {word}: {err[-3000:]}"
         if _CONTROLS.search(err):
             yield "writes controls"
         if " ".join(self.words.split()) not in " ".join(err.split()):
