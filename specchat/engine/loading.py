@@ -17,6 +17,7 @@ from specchat.engine.streaming.cuda import CudaStreamer
 from specchat.engine.streaming.host_layers import HostLayers, pinner
 from specchat.engine.streaming.kept import CpuTiers, KeptLayers, NothingKept, PinnedLayers
 from specchat.engine.streaming.readers import layer_reader_for
+from specchat.engine.streaming.slots import page_aligned
 from specchat.errors import AllocationError, is_lack_of_memory
 from specchat.hardware.pressure import MemoryWatch
 from specchat.models.checkpoint.dtypes import torch_dtype
@@ -68,7 +69,7 @@ def load_model(
         read_layer = partial(_read_layer, reader, None if pack is None else ChunkVerifier(pack))
         for index in placement.resident:
             layout = LayerLayout.of(layers[index])
-            blob = torch.zeros(layout.nbytes, dtype=torch.uint8)
+            blob = page_aligned(layout.nbytes)  # a mapping of its own, so that its memory can be given back
             read_layer(index, layout, blob)
             bind(layers[index], layout.views(blob.to(device)))
         cache = TreeCache(

@@ -87,7 +87,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Small]:
         st.integers(0, 8), st.one_of(st.integers(1, 1500).map(lambda kib: kib * KIB), st.just(60.0)), max_size=4
     ),
 )
-@settings(deadline=None, max_examples=6)
+@settings(deadline=None, max_examples=5)
 def test_the_text_does_not_depend_on_moments_of_pressure(
     small: Small,
     tmp_path_factory: pytest.TempPathFactory,
@@ -178,30 +178,30 @@ def resident_pages() -> tuple[int, int]:
     return int(lines["RssAnon"].split()[0]) << 10, int(lines["RssFile"].split()[0]) << 10
 
 
-@pytest.mark.parametrize("tier", ["device", "ram"])
+@pytest.mark.parametrize("tier", ["device", pytest.param("ram", marks=pytest.mark.slow)])
 def test_the_memory_is_returned(tier: str, tmp_path: Path):
-    """Layers of 8 MiB: what is given back leaves this process, and slots stay."""
+    """Layers of 6 MiB: what is given back leaves this process, and slots stay."""
     with tiny_packs(tmp_path):
         config = make_config("llama")
-        config.hidden_size, config.intermediate_size, config.num_hidden_layers = 512, 1024, 6
+        config.hidden_size, config.intermediate_size, config.num_hidden_layers = 512, 1024, 5
         target = save(random_model(config).bfloat16(), tmp_path / "target")
         pack = prepare(target, "fp32", progress=silent, warn=silent)
         assert pack is not None
         machine, size = ShortMachine(tmp_path), pack.layers[0].nbytes
-        layers = tuple(range(6))
-        plan = make_plan(target, None, num_layers=6, resident=layers if tier == "device" else ())
+        layers = tuple(range(5))
+        plan = make_plan(target, None, num_layers=5, resident=layers if tier == "device" else ())
         plan = changed(plan, in_ram=() if tier == "device" else layers, slots=2)
         with load_engine(plan, target, None, pack, watch=machine.watch()) as engine:
             prompt = random_prompt(20, VOCAB)
             write(engine, prompt, machine, {})
             anonymous, mapped = resident_pages()
-            text = tokens(write(engine, prompt, machine, {1: 3 * size}))
+            text = tokens(write(engine, prompt, machine, {1: 2 * size}))
             anonymous_after, mapped_after = resident_pages()
             assert tokens(write(engine, prompt, machine, {})) == text
-    assert size >= 8 * MIB
+    assert size >= 6 * MIB
     lost = anonymous - anonymous_after if tier == "device" else mapped - mapped_after
     num_given = engine.plan.placement.tiers.count("disk")
-    assert num_given == 5  # two of them make room for slots
+    assert num_given == 4  # two of them make room for slots
     assert lost >= (num_given - (2 if tier == "device" else 0)) * size - 2 * MIB
 
 
