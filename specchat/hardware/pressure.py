@@ -12,7 +12,7 @@ from pathlib import Path
 from specchat.hardware.system import cgroup_memory, own_groups
 from specchat.units import GIB, KIB, MIB, format_bytes
 
-# A look reads up to eight small files, which takes about 0.1 ms.
+# A look reads up to eight small files, which takes 0.1 to 0.3 ms.
 _LOOK_EVERY_S = 0.5
 # The system averages stalls over 10 seconds, so the effect of a change is not seen earlier.
 _STALLS_OVER_S = 10.0
