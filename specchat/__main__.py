@@ -32,8 +32,8 @@ def _keep_ends(dropped: "sys.UnraisableHookArgs") -> None:
     Source: CPython, importlib._bootstrap._get_module_lock.
     """
     error = dropped.exc_value
-    ends = isinstance(error, (KeyboardInterrupt, SystemExit))
-    if not ends or threading.current_thread() is not threading.main_thread():
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or not isinstance(error, (KeyboardInterrupt, SystemExit)):
         sys.__unraisablehook__(dropped)
         return
 
