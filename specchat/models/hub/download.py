@@ -135,6 +135,8 @@ def _resolve(ref: ModelRef) -> tuple[str, bool]:
     if info.sha is None or info.siblings is None:
         raise not_a_hub(None)
     names = [sibling.rfilename for sibling in info.siblings]
+    if not all(isinstance(name, str) for name in names):
+        raise not_a_hub(None)
     if means_gguf(ref, names):
         return info.sha, True
     _check_files(ref, names)

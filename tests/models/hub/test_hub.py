@@ -152,8 +152,11 @@ def test_the_hub_is_asked_for_the_model_alone(hub):
     assert hub.requests and all("org/name" in request or "/cdn/" in request for request in hub.requests)
 
 
+ODD_NAME = b'{"id": "org/name", "sha": "0", "siblings": [{"rfilename": 3}]}'
+
+
 def test_an_answer_of_another_form_is_no_hubs(hub):
-    for body in (b"[]", b"3", b'"x"', b"null", b'{"siblings": 3}'):
+    for body in (b"[]", b"3", b'"x"', b"null", b'{"siblings": 3}', ODD_NAME):
         hub.body = body
         with pytest.raises(ModelError, match="does not respond like a hub"):
             ask("org/name")
