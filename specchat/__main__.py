@@ -36,9 +36,10 @@ def _keep_ends(dropped: "sys.UnraisableHookArgs") -> None:
     if not in_main or not isinstance(error, (KeyboardInterrupt, SystemExit)):
         sys.__unraisablehook__(dropped)
         return
+    ending: BaseException = error
 
     def raise_again(_signum: int, _frame: FrameType | None) -> None:
-        raise error
+        raise ending
 
     signal.signal(signal.SIGALRM, raise_again)
     signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)
