@@ -193,11 +193,12 @@ def _job(
     from specchat.ui.progress import TalkReporter
 
     reporter = TalkReporter(say)
-    target, draft = point.models.target, point.models.draft
+    planned = planning.make_plan(point.request, point.models, reporter, as_given=True)
+    target, draft = planned.models.target, planned.models.draft
     default = () if options.sweep else ("plain",)
     baselines = default if options.baselines is None else options.baselines
     check_baselines(baselines, draft)
-    plan = _with_trees(point, planning.make_plan(point.request, point.models, reporter, as_given=True).plan)
+    plan = planned.plan if point.trees is None else _with_trees(planned, *point.trees)
     without = left_out(baselines, plan)
     for name, why in without.items():
         say.warn(f"the baseline '{name}' is left out: {why}")
@@ -225,23 +226,26 @@ def _job(
     )
 
 
-def _with_trees(point: _Point, plan: Plan) -> Plan:
-    """Return the plan with the point's tree sizes, which a sweep over generation memory sets.
+def _with_trees(planned: planning.Planned, tree_budget: int, head_rows: int | None) -> Plan:
+    """Return the plan with other tree sizes, which a sweep over generation memory sets.
+
+    Args:
+        planned: plan to change.
+        tree_budget: nodes of every tree.
+        head_rows: nodes scored per block; None for the usual number.
 
     Raises:
-        UsageError: the point has tree sizes, and there is no draft.
+        UsageError: there is no draft.
     """
-    if point.trees is None:
-        return plan
     from specchat.models.sizes.describe import describe
     from specchat.planner.memory import with_trees
 
-    if point.models.draft is None:
+    plan, models = planned.plan, planned.models
+    if models.draft is None:
         raise UsageError("--sweep memory compares tree sizes, and there is no draft", hint="name one with --draft")
-    target = describe(point.models.target, own_quant(plan.quant))
-    draft = describe(point.models.draft, own_quant(plan.draft_quant))
-    budget, head_rows = point.trees
-    return with_trees(plan, target, draft, budget, HEAD_BLOCK_ROWS if head_rows is None else head_rows)
+    target = describe(models.target, own_quant(plan.quant))
+    draft = describe(models.draft, own_quant(plan.draft_quant))
+    return with_trees(plan, target, draft, tree_budget, HEAD_BLOCK_ROWS if head_rows is None else head_rows)
 
 
 def _files(target: ModelSource, plan: Plan, pack: "Pack | None") -> "PassFiles":

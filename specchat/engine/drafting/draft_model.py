@@ -94,6 +94,9 @@ class DraftModel:
     def receive(self, seat: int, states: FinalStates) -> None:
         """Do nothing: the draft reads tokens alone."""
 
+    def catch_up(self, cancel: threading.Event | None) -> None:
+        """Do nothing: no states wait."""
+
     def reset(self) -> None:
         """Empty the draft's cache."""
         for seat, held in enumerate(self._held):

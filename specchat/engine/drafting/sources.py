@@ -68,6 +68,9 @@ class ScoringSource(Protocol):
     def receive(self, seat: int, states: FinalStates) -> None:
         """Take the target's states of rows that became final, after `commit`; see `Drafter.receive`."""
 
+    def catch_up(self, cancel: threading.Event | None) -> None:
+        """Read states that wait, unless they are few: the target's next pass has no memory for them."""
+
     def reset(self) -> None:
         """Drop all cached context of all seats."""
 
