@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from specchat.closing import Closeable
 from specchat.engine import stats
-from specchat.engine.drafters import load_draft, make_drafter
+from specchat.engine.drafters import load_copy, load_draft, make_drafter
 from specchat.engine.drafting.drafter import Drafter
 from specchat.engine.drafting.head_check import HeadDisagreesError
 from specchat.engine.drafting.policy import AdaptivePolicy, DraftPolicy, FixedPolicy, Roots
@@ -99,11 +99,17 @@ class Engine(Closeable):
         if draft is not None:
             check_pair(target.source, draft.source)
         with _allocating(plan):
+            is_copy = draft is not None and draft.source.is_copy
             # Load the draft first: it has no threads to clean up if the target fails to load.
-            small = None if draft is None else load_draft(plan, draft, draft_pack)
-            cache_rows = plan.work.ctx + plan.work.tree_budget
+            small = None if draft is None or is_copy else load_draft(plan, draft, draft_pack)
+            cache_rows = plan.work.ctx + plan.work.tree_rows
             model = load_model(target, plan.work, plan.placement, cache_rows=cache_rows, pack=pack, warn=warn)
-            drafter = make_drafter(plan, model, small)
+            with ExitStack() as undo:
+                undo.callback(model.close)
+                if draft is not None and is_copy:
+                    small = load_copy(plan, model, draft, draft_pack)
+                drafter = make_drafter(plan, model, small)
+                undo.pop_all()
         engine = cls(plan, model, drafter, runtime_bytes)
         engine.load_s = time.perf_counter() - begin
         return engine

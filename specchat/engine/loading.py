@@ -64,11 +64,7 @@ def load_model(
         if mapped is not None:
             undo.enter_context(mapped)
         read_layer = partial(_read_layer, reader, None if pack is None else ChunkVerifier(pack))
-        for index in placement.resident:
-            layout = LayerLayout.of(layers[index])
-            blob = torch.zeros(layout.nbytes, dtype=torch.uint8)
-            read_layer(index, layout, blob)
-            bind(layers[index], layout.views(blob.to(device)))
+        _read_resident(layers, placement.resident, read_layer, device)
         cache = TreeCache(
             weights.kv_shapes,
             cache_rows,
@@ -97,6 +93,42 @@ def load_model(
     if pack is not None or not streamed:
         reader.close()
     return model_class(skeleton, cache, streamer, streamed, work.chunk_rows, device, embeddings, mapped)
+
+
+def load_layers(weights: ModelWeights, indices: Sequence[int], device: torch.device, pack: Pack | None) -> Any:
+    """Load some layers of a model into device memory, and close its files; nothing outside these layers is read.
+
+    Args:
+        weights: model whose layers are loaded; the result owns its modules.
+        indices: indices of the layers.
+        device: destination.
+        pack: pack to read from; None reads the checkpoint's own files.
+
+    Returns:
+        All layers of the model, of which the given ones have weights; their buffers are not read.
+    """
+    layers = weights.skeleton.layers
+    with weights.reader if pack is None else _pack_reader(weights, pack) as reader:
+        read_layer = partial(_read_layer, reader, None if pack is None else ChunkVerifier(pack))
+        _read_resident(layers, indices, read_layer, device)
+    if device.type == "cpu":
+        for index in indices:
+            use_fast_matmuls(layers[index])
+    return layers
+
+
+def _read_resident(
+    layers: Sequence[Any],
+    indices: Sequence[int],
+    read_layer: Callable[[int, LayerLayout, Tensor], None],
+    device: torch.device,
+) -> None:
+    """Read layers into device memory, each into a blob of its own."""
+    for index in indices:
+        layout = LayerLayout.of(layers[index])
+        blob = torch.zeros(layout.nbytes, dtype=torch.uint8)
+        read_layer(index, layout, blob)
+        bind(layers[index], layout.views(blob.to(device)))
 
 
 def _pack_reader(weights: ModelWeights, pack: Pack) -> WeightReader:

@@ -46,6 +46,9 @@ class TreeModel:
         mapped: file that these embeddings are mapped from, closed together with this object; None if they are not.
 
     Attributes:
+        chunk_rows: rows that one layer computes at a time.
+        host_embeddings: module of the input embeddings if it stays in host memory, else None.
+        mapped: file that these embeddings are mapped from, or None.
         layers_done: number of layers that the current or last pass has computed; readable from other threads.
     """
 
@@ -67,13 +70,13 @@ class TreeModel:
         self.vocab_size: int = skeleton.config.vocab_size
         self._hf_cache = cache_for(cache.layers, lambda: self._layout, layer_kinds(skeleton.config))
         bind_mixers(skeleton.layers, cache.states)
-        self._chunk_rows = chunk_rows
+        self.chunk_rows = chunk_rows
         self._layout: PassLayout | None = None
         self._token_ids: Tensor | None = None
         self._cancel: threading.Event | None = None
         self.layers_done = 0
-        self._host_embeddings = host_embeddings
-        self._mapped = mapped
+        self.host_embeddings = host_embeddings
+        self.mapped = mapped
         if host_embeddings is not None:
             host_embeddings.forward = partial(self._look_up, host_embeddings.forward)
         streamed_set = set(streamed)
@@ -91,7 +94,7 @@ class TreeModel:
 
         Embeddings that stay in host memory are excluded.
         """
-        apart = set() if self._host_embeddings is None else set(_tensors(self._host_embeddings))
+        apart = set() if self.host_embeddings is None else set(_tensors(self.host_embeddings))
         tensors = set(_tensors(self.skeleton.model)) - apart
         storages: dict[int, int] = {
             t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_meta
@@ -160,8 +163,8 @@ class TreeModel:
     def close(self) -> None:
         """Stop streaming, and close the files."""
         self.streamer.close()
-        if self._mapped is not None:
-            self._mapped.close()
+        if self.mapped is not None:
+            self.mapped.close()
 
     def _decode(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """Run all layers over the rows of the pass, and return the states after the last norm."""
@@ -178,14 +181,14 @@ class TreeModel:
             CorruptCheckpointError: the file of the embeddings was cut short.
         """
         assert self._token_ids is not None
-        if self._mapped is not None:
-            self._mapped.check()
-        chunks = self._token_ids.split(self._chunk_rows)
+        if self.mapped is not None:
+            self.mapped.check()
+        chunks = self._token_ids.split(self.chunk_rows)
         if len(chunks) == 1:
             return look_up(chunks[0]).to(self.device)[None]
-        weight = self._host_embeddings.weight
+        weight = self.host_embeddings.weight
         out = torch.empty(len(self._token_ids), weight.shape[1], dtype=weight.dtype, device=self.device)
-        for rows, ids in zip(out.split(self._chunk_rows), chunks, strict=True):
+        for rows, ids in zip(out.split(self.chunk_rows), chunks, strict=True):
             rows.copy_(look_up(ids))
         return out[None]
 
@@ -211,12 +214,12 @@ class TreeModel:
         """
         assert self._layout is not None
         num_rows = hidden.shape[-2]
-        if num_rows <= self._chunk_rows:
+        if num_rows <= self.chunk_rows:
             self._layout.select(0, num_rows)
             return forward(hidden, *args, **kwargs)
         out = torch.empty_like(hidden)
-        for begin in range(0, num_rows, self._chunk_rows):
-            end = min(begin + self._chunk_rows, num_rows)
+        for begin in range(0, num_rows, self.chunk_rows):
+            end = min(begin + self.chunk_rows, num_rows)
             self._layout.select(begin, end)
             rows = partial(_rows, num_rows=num_rows, begin=begin, end=end)
             cut_kwargs = {name: rows(value) for name, value in kwargs.items()}

@@ -47,6 +47,9 @@ MOST_RESTORE_POINTS, LEAST_RESTORE_POINTS = 12, 2
 # States of the target that a head keeps unread for each sequence; longer texts are read before the next pass.
 UNREAD_STATES = 64
 
+# Most tokens in sequence that the target's own copy computes before a tree; the target reads longer prompts first.
+COPY_ROOT_ROWS = 16
+
 # Packs are read in chunks of this size, each with its own checksum; the hardware probe measures reads of this size.
 READ_CHUNK_BYTES = 16 * MIB
 # Queue depth 2 saturates NVMe when idle. Under CPU load threads submit late, so use 4. On an idle machine, 2 to 4

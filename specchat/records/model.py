@@ -39,19 +39,25 @@ class ModelSource:
         path: local folder with config.json and safetensors files.
         revision: hub commit; None for local folders.
         label: note that every output must show for models that are not real (the demo, shapes); "" for real models.
-        part: part of the files that is meant: "mtp" for the layer that guesses further tokens; "" for the model.
+        part: part of the files that is meant: "mtp" for the layer that guesses further tokens; "self" for the layers
+            as a low-bit copy beside the model itself; "" for the model.
     """
 
     name: str
     path: Path
     revision: str | None = None
     label: str = ""
-    part: Literal["", "mtp"] = ""
+    part: Literal["", "mtp", "self"] = ""
 
     @property
     def is_toy(self) -> bool:
         """Whether the model only exists to exercise the software."""
         return bool(self.label)
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether a low-bit copy of the model is meant, which drafts for the model itself."""
+        return self.part == "self"
 
 
 # Bytes of a number in the states, decays and strengths of recurrent layers, which are float32 in every compute dtype.
@@ -169,8 +175,8 @@ class Activations:
     num_masks: int
 
 
-# End of the architecture's name of a head.
-HEAD_SUFFIX = " MTP"
+# End of the architecture's name of a head, and of a model's low-bit copy.
+HEAD_SUFFIX, COPY_SUFFIX = " MTP", " copy"
 
 
 @dataclass(frozen=True)
@@ -179,7 +185,8 @@ class ModelSpec:
 
     Attributes:
         name: model name as the user typed it, for messages.
-        architecture: class name in transformers; with `HEAD_SUFFIX` for a head of such a model.
+        architecture: class name in transformers; with `HEAD_SUFFIX` for a head of such a model, with `COPY_SUFFIX` for
+            its low-bit copy.
         vocab_size, hidden_size, num_layers: V, hidden width, L.
         mlp_size: width of the MLP's inner activation for one row, all active experts together.
         num_heads: number of query heads, H.
@@ -231,6 +238,11 @@ class ModelSpec:
     def is_head(self) -> bool:
         """Whether this is a head, which reads the target's states and shares its embeddings and scores."""
         return self.architecture.endswith(HEAD_SUFFIX)
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether this is a low-bit copy of the target, which shares all but the layers that the target streams."""
+        return self.architecture.endswith(COPY_SUFFIX)
 
     @cached_property
     def kv_numbers_per_row(self) -> int:

@@ -84,6 +84,7 @@ class Workload:
         host_embeddings: whether input embeddings stay in host memory, and only the rows of a pass cross the link.
         seats: most sequences of a pass, each with a context of `ctx` tokens; 1 for chats.
         most_points: most copies of recurrent states that a chat keeps in host memory.
+        shares_cache: whether the draft's rows are in the target's cache.
     """
 
     device: str
@@ -97,6 +98,12 @@ class Workload:
     host_embeddings: bool = False
     seats: int = 1
     most_points: int = MOST_RESTORE_POINTS
+    shares_cache: bool = False
+
+    @property
+    def tree_rows(self) -> int:
+        """Rows of trees in each seat of the target's cache."""
+        return max(self.tree_budget, self.draft_rows) if self.shares_cache else self.tree_budget
 
     @property
     def prompt_rows(self) -> int:

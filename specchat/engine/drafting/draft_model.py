@@ -85,6 +85,9 @@ class DraftModel:
         hidden = self._model.forward(self._known(paths.token[nodes].tolist()), PassLayout(parts), cancel)
         return self._model.logits(hidden)
 
+    def end(self) -> None:
+        """Do nothing: the rows are in the draft's own cache."""
+
     def commit(self, seat: int, rows: Sequence[int], tokens: Sequence[int]) -> None:
         """Keep the rows of accepted nodes; other accepted nodes are computed by the next `begin`."""
         prefix = len(self._held[seat])

@@ -259,7 +259,11 @@ class TreeDrafter:
         """
         begin = time.perf_counter()
         growth = Growth(sources, sequences, policy, roots, cancel)
-        paths = growth.run()
+        try:
+            paths = growth.run()
+        finally:
+            if sources.scorer is not None:
+                sources.scorer.end()
         asked_roots = growth.asked_roots or [-1] * len(sequences)
         for tree, sequence in enumerate(sequences):
             of_tree = paths.of_tree(tree) if len(sequences) > 1 else paths

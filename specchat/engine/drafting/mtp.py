@@ -55,7 +55,7 @@ class MtpModel(TreeModel):
         Raises:
             PassCancelledError: `cancel` was set; the cache is unchanged.
         """
-        size = self._chunk_rows
+        size = self.chunk_rows
         chunks = [
             self.skeleton.join(target.embed(token_ids[begin : begin + size]), states[begin : begin + size])
             for begin in range(0, len(token_ids), size)
@@ -215,6 +215,9 @@ class MtpHead:
         for tree, of_tree, new in places:
             self._outputs[tree][new] = outputs[of_tree]
         return self._target.logits(outputs)
+
+    def end(self) -> None:
+        """Do nothing: the rows are in the head's own cache."""
 
     def commit(self, seat: int, rows: Sequence[int], tokens: Sequence[int]) -> None:
         """Drop the rows of the tree: they were computed from guessed states."""

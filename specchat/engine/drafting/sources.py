@@ -62,6 +62,9 @@ class ScoringSource(Protocol):
     def expand(self, paths: Paths, nodes: Tensor, cancel: threading.Event | None) -> Tensor:
         """Compute nodes, sorted by tree, and return the scores after them, [n, V]; fill in their rows in `paths`."""
 
+    def end(self) -> None:
+        """End the growth of the trees, also after an error: drop the rows that the target's pass must not find."""
+
     def commit(self, seat: int, rows: Sequence[int], tokens: Sequence[int]) -> None:
         """Keep rows of a seat's last tree: those of the accepted nodes that were expanded, with their tokens."""
 

@@ -17,7 +17,7 @@ SMALL_BYTES = 64 * MIB
 
 def pack_name(source: ModelSource) -> str:
     """Return the name of a model's pack for messages and lists; that of a head names its target."""
-    if not source.part:
+    if source.part != "mtp":
         return source.name
     folder = source.path
     if source.revision is not None and folder.parent.name == "snapshots":  # the folder's own name is the commit
@@ -51,7 +51,9 @@ def prepare(
     if small or weights.reader.is_streamable:
         return None
     with CheckpointLayers(weights) as layers:
-        key = key_for(source, weights.checkpoint, dtype, f"{source.part}: {quantizer}" if source.part else quantizer)
+        # A low-bit copy has the pack of the model in the same precision.
+        what_for = f"mtp: {quantizer}" if source.part == "mtp" else quantizer
+        key = key_for(source, weights.checkpoint, dtype, what_for)
         pack = open_pack(key, warn)
         if pack is not None and pack.fits(layers):
             return pack

@@ -36,6 +36,13 @@ class LayerLayout:
         }
 
 
+def share_buffers(layer: Any, other: Any) -> None:
+    """Replace a layer's buffers by those of a layer of the same class."""
+    for name, buffer in other.named_buffers():
+        path, _, leaf = name.rpartition(".")
+        layer.get_submodule(path)._buffers[leaf] = buffer
+
+
 def bind(layer: Any, views: Mapping[str, Tensor]) -> None:
     """Replace a layer's parameters by views, once; afterwards only the bytes behind the views change."""
     for name, view in views.items():
