@@ -21,7 +21,7 @@ Draft = Annotated[
     typer.Option(
         metavar="MODEL",
         autocompletion=completion.drafts,
-        help="Draft: a MODEL, mtp, retrieval, MODEL+retrieval, auto or none. [default: auto]",
+        help="Draft: a MODEL, mtp, self, retrieval, MODEL+retrieval, auto or none. [default: auto]",
     ),
 ]
 Tokenizer = Annotated[

@@ -11,6 +11,7 @@ from functools import cached_property, lru_cache
 from specchat.errors import DoesNotFitError, UsageError
 from specchat.hardware.machine import Machine
 from specchat.models.sizes.geometry import layer_sizes
+from specchat.planner.copies import smaller_copies
 from specchat.planner.cost import CostModel, Prediction
 from specchat.planner.memory import (
     build_host_ledger,
@@ -22,7 +23,14 @@ from specchat.planner.memory import (
     lookup_bytes,
     retrieval_items,
 )
-from specchat.planner.placement import TierSizes, among, interleaved, placement_options, usable_ram
+from specchat.planner.placement import (
+    PlacementOptions,
+    TierSizes,
+    among,
+    interleaved,
+    placement_options,
+    usable_ram,
+)
 from specchat.planner.request import EXACT_BYTES, PlanInputs, PlanRequest
 from specchat.planner.states import num_points, point_bytes, restore_items, state_memory
 from specchat.records.limits import LEAST_RESTORE_POINTS
@@ -115,7 +123,7 @@ class Candidate:
             lowered_from=target.dtype if choices.quant == "auto" and target.quant in LOWER_QUANTS else None,
             host_ledger=build_host_ledger(sizes, in_ram, self.slots, machine.device, beside_layers),
             expected=self.model.expectation(self.sizes, work.tree_budget) if self.adaptive else None,
-            states=state_memory(target, draft, work, kv_bytes(target, work, work.tree_budget)),
+            states=state_memory(target, draft, work, kv_bytes(target, work, work.tree_rows)),
         )
 
 
@@ -150,7 +158,6 @@ class Candidates:
         self._inputs = inputs
         self._target = target
         self._dtype = dtype_for(request, inputs.machine, target)
-        self._options = placement_options(target, self._dtype, request.choices.slots)
         self._vram_bytes = (
             request.choices.vram_bytes if request.choices.vram_bytes is not None else _default_budget(inputs.machine)
         )
@@ -204,6 +211,8 @@ class Candidates:
     def _drafts(self) -> tuple[ModelSpec | None, ...]:
         inputs = self._inputs
         given = () if inputs.draft is None else (inputs.draft, *inputs.lower_drafts)
+        if inputs.draft is not None and inputs.draft.is_copy:
+            given = smaller_copies(self._target, given)
         if self._request.draft_is_open:
             return (*given, *inputs.heads, None)
         # A user who fixes the size of the trees or the draft's precision wants a draft, and a head is one.
@@ -240,7 +249,7 @@ class Candidates:
         if self._least_bytes(draft, self._contexts[-1]) > self._vram_bytes:
             return []
         ctx = next(ctx for ctx in self._contexts if self._least_bytes(draft, ctx) <= self._vram_bytes)
-        works = [self._workload(ctx, tree_budget) for tree_budget in self._tree_budgets(draft)]
+        works = [self._workload(draft, ctx, tree_budget) for tree_budget in self._tree_budgets(draft)]
         return [candidate for work in works for candidate in self._with_workload(draft, work)]
 
     def _with_workload(self, draft: ModelSpec | None, work: Workload) -> Iterator[Candidate]:
@@ -248,13 +257,14 @@ class Candidates:
         model, adaptive = self._model(draft), self._choices.tree_budget is None
         variants = self._workload_variants(draft, work)
         one_point = point_bytes(self._target, draft, work) if self._choices.seats == 1 else 0
-        for index, split in self._options.split([self._room(other_bytes, one_point) for _, other_bytes in variants]):
+        options = self._options(draft)
+        for index, split in options.split([self._room(other_bytes, one_point) for _, other_bytes in variants]):
             variant, other_bytes = variants[index]
             host_bytes = self._host_budget(variant, other_bytes + split.num_bytes)
             if one_point:
-                points = num_points(one_point, host_bytes, self._options.streamed_bytes(split))
+                points = num_points(one_point, host_bytes, options.streamed_bytes(split))
                 variant, host_bytes = _with_points(variant, points), host_bytes - points * one_point
-            sizes = self._options.place(split, host_bytes)
+            sizes = options.place(split, host_bytes)
             per_s = model.tok_per_s(sizes, variant.tree_budget, adaptive=adaptive)
             retrieval = self._request.retrieval and variant.tree_budget > 0
             yield Candidate(self._target, draft, variant, sizes, self._vram_bytes, per_s, adaptive, model, retrieval)
@@ -279,17 +289,23 @@ class Candidates:
         if self._inputs.machine.device == "cpu" or not self._target.lookup_params:
             return False
         return (
-            host_embedding_bytes(self._target, _with_host_embeddings(self._workload(self._contexts[-1], 0)))
+            host_embedding_bytes(self._target, _with_host_embeddings(self._workload(None, self._contexts[-1], 0)))
             <= self._usable_ram
         )
 
     def _least_bytes(self, draft: ModelSpec | None, ctx: int) -> int:
         """Return the least device memory that any configuration at this context needs."""
-        variants = self._workload_variants(draft, self._workload(ctx, min(self._tree_budgets(draft))))
-        return min(other_bytes for _, other_bytes in variants) + self._options.least_bytes
+        variants = self._workload_variants(draft, self._workload(draft, ctx, min(self._tree_budgets(draft))))
+        return min(other_bytes for _, other_bytes in variants) + self._options(draft).least_bytes
 
-    def _workload(self, ctx: int, tree_budget: int) -> Workload:
-        return _workload(self._dtype, ctx, tree_budget, self._inputs.machine.device, self._choices.seats)
+    def _options(self, draft: ModelSpec | None) -> PlacementOptions:
+        copy = draft if draft is not None and draft.is_copy else None
+        return placement_options(self._target, self._dtype, self._choices.slots, copy)
+
+    def _workload(self, draft: ModelSpec | None, ctx: int, tree_budget: int) -> Workload:
+        device, seats = self._inputs.machine.device, self._choices.seats
+        is_copy = draft is not None and draft.is_copy
+        return _workload(self._dtype, ctx, tree_budget, device, seats, shares_cache=is_copy)
 
     def _room(self, other_bytes: int, one_point: int) -> int:
         """Return the device memory left for layers and slots.
@@ -300,7 +316,7 @@ class Candidates:
         if not one_point or self._inputs.machine.device != "cpu":
             return room
         beside_points = self._usable_ram - LEAST_RESTORE_POINTS * one_point - other_bytes
-        return min(room, max(beside_points, self._options.least_bytes))
+        return min(room, max(beside_points, self._options(None).least_bytes))
 
     def _host_budget(self, work: Workload, device_bytes: int) -> int:
         """Return the host memory left for restore points and streamed layers.
@@ -341,7 +357,7 @@ def _default_tree_budgets(device: str) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=512)
-def _workload(dtype: Dtype, ctx: int, tree_budget: int, device: str, seats: int) -> Workload:
+def _workload(dtype: Dtype, ctx: int, tree_budget: int, device: str, seats: int, *, shares_cache: bool) -> Workload:
     return Workload(
         device=device,
         dtype=dtype,
@@ -351,6 +367,7 @@ def _workload(dtype: Dtype, ctx: int, tree_budget: int, device: str, seats: int)
         chunk_rows=CHUNK_ROWS,
         reserve_bytes=0 if device == "cpu" else CUDA_RESERVE_BYTES,
         seats=seats,
+        shares_cache=shares_cache,
     )
 
 

@@ -41,11 +41,13 @@ class ComputeTimes:
     def pass_s(self, rows: int) -> float:
         """Return the seconds of a draft batch: all layers, resident, and the scores of every row."""
         if rows not in self._pass_s:
-            spec = self._spec
-            scoring = _SCORE_SWEEPS * rows * spec.vocab_size * 4 / self._rates.memory.per_s
-            head_s = self._head_weights * self._matmul_times.weight_s(rows)
-            self._pass_s[rows] = spec.num_layers * self.layer_s(rows) + head_s + scoring
+            self._pass_s[rows] = self._spec.num_layers * self.layer_s(rows) + self.scoring_s(rows)
         return self._pass_s[rows]
+
+    def scoring_s(self, rows: int) -> float:
+        """Return the seconds to score every row, and to turn the scores into children of nodes."""
+        scoring = _SCORE_SWEEPS * rows * self._spec.vocab_size * 4 / self._rates.memory.per_s
+        return self._head_weights * self._matmul_times.weight_s(rows) + scoring
 
     def head_s(self, tokens: float) -> float:
         """Return the seconds to score, in blocks, the nodes that a walk visits."""

@@ -15,6 +15,7 @@ from functools import lru_cache
 from specchat.models.sizes.geometry import dequantize_bytes, layer_sizes
 from specchat.planner.states import draft_state_bytes, state_items
 from specchat.records.limits import (
+    COPY_PROMPT_ROWS,
     DRAFT_BRANCH,
     DRAWING_BYTES,
     HEAD_BLOCK_ROWS,
@@ -67,13 +68,15 @@ def build_ledger(
         LedgerItem("resident layers", sum(sizes[i] for i in placement.resident)),
         LedgerItem("slots", placement.slots * slot_bytes),
         *_outside_layers(target, work),
-        LedgerItem("KV cache", kv_bytes(target, work, work.tree_budget)),
+        LedgerItem("KV cache", kv_bytes(target, work, work.tree_rows)),
         *state_items(target, work),
     ]
     if draft is not None:
-        layers = sum(layer_sizes(draft, work.dtype))
-        items.append(LedgerItem("draft", layers + _other_bytes(draft, work.dtype) + _shared_bytes(draft, work.dtype)))
-        items.append(LedgerItem("draft KV cache", kv_bytes(draft, work, work.draft_rows)))
+        layers = layer_sizes(draft, work.dtype)
+        held = sum(layers[i] for i in placement.streamed) if draft.is_copy else sum(layers)
+        items.append(LedgerItem("draft", held + _other_bytes(draft, work.dtype) + _shared_bytes(draft, work.dtype)))
+        if kv := _draft_kv_bytes(draft, work):
+            items.append(LedgerItem("draft KV cache", kv))
         if states := draft_state_bytes(draft, work) + _unread_bytes(draft, work):
             items.append(LedgerItem("draft states", states))
     models = [target] if draft is None else [target, draft]
@@ -86,7 +89,7 @@ def build_ledger(
 
 
 def bytes_beside_layers(target: ModelSpec, draft: ModelSpec | None, work: Workload) -> int:
-    """Return the sum of a ledger without resident layers and slots, faster than `build_ledger`.
+    """Return the sum of a ledger without resident layers, slots and copies of layers, faster than `build_ledger`.
 
     A search needs hundreds of these sums. The sum never shrinks with a longer context or a larger tree.
     """
@@ -101,7 +104,7 @@ def bytes_beside_layers(target: ModelSpec, draft: ModelSpec | None, work: Worklo
 @lru_cache(maxsize=4096)
 def _target_needs(target: ModelSpec, work: Workload) -> tuple[int, int, int]:
     """Return permanent bytes, and peak workspace bytes of the longest first step and of later steps."""
-    kept = kv_bytes(target, work, work.tree_budget)
+    kept = kv_bytes(target, work, work.tree_rows)
     kept += sum(item.bytes for item in (*_outside_layers(target, work), *state_items(target, work)))
     first, later = _target_passes(target, work)
     ancestors = _ancestors_bytes(work)
@@ -116,13 +119,16 @@ def _target_needs(target: ModelSpec, work: Workload) -> tuple[int, int, int]:
 @lru_cache(maxsize=4096)
 def _draft_needs(draft: ModelSpec, work: Workload) -> tuple[int, int, int]:
     """Return the figures of `_target_needs` for a draft; cached separately, because one draft serves many targets."""
-    layers = sum(layer_sizes(draft, work.dtype))
+    layers = 0 if draft.is_copy else sum(layer_sizes(draft, work.dtype))  # copies count with the placement
     kept = layers + _other_bytes(draft, work.dtype) + _shared_bytes(draft, work.dtype)
-    kept += kv_bytes(draft, work, work.draft_rows) + draft_state_bytes(draft, work) + _unread_bytes(draft, work)
+    kept += _draft_kv_bytes(draft, work) + draft_state_bytes(draft, work) + _unread_bytes(draft, work)
+    first, later = work.prompt_rows + work.seats - 1, work.seats + work.tree_budget
+    if draft.is_copy:
+        first = min(work.seats * COPY_PROMPT_ROWS[work.device.partition(":")[0]], first)
     return (
         kept + dequantize_bytes(draft, work.dtype, work.device),
-        _drafting_bytes(draft, work, reading=work.prompt_rows + work.seats - 1),
-        _drafting_bytes(draft, work, reading=work.seats + work.tree_budget),
+        _drafting_bytes(draft, work, reading=first),
+        _drafting_bytes(draft, work, reading=later),
     )
 
 
@@ -159,6 +165,11 @@ def kv_bytes(spec: ModelSpec, work: Workload, tree_rows: int) -> int:
     """Return the bytes of a cache whose seats hold a context and rows of trees."""
     rows = work.seats * padded_rows(work.ctx + tree_rows)
     return rows * spec.kv_numbers_per_row * DTYPE_BYTES[work.dtype]
+
+
+def _draft_kv_bytes(draft: ModelSpec, work: Workload) -> int:
+    """Return the bytes of the draft's own cache; a copy uses the target's."""
+    return 0 if draft.is_copy else kv_bytes(draft, work, work.draft_rows)
 
 
 def lookup_bytes(spec: ModelSpec, dtype: Dtype) -> int:

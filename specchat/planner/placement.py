@@ -49,7 +49,7 @@ class LayerSplit:
     Attributes:
         num_resident: number of resident layers.
         slots: number of staging buffers for streamed layers; 0 if all layers are resident.
-        num_bytes: bytes of resident layers and slots.
+        num_bytes: bytes of resident layers, of slots and of copies of streamed layers.
     """
 
     num_resident: int
@@ -63,12 +63,15 @@ class PlacementOptions:
     Args:
         sizes: bytes of each layer.
         slots: slot counts to try.
+        copies: bytes that each streamed layer takes besides, as a low-bit copy; empty without copies.
     """
 
-    def __init__(self, sizes: tuple[int, ...], slots: tuple[int, ...]) -> None:
+    def __init__(self, sizes: tuple[int, ...], slots: tuple[int, ...], copies: tuple[int, ...] = ()) -> None:
         self._sizes = sizes
         self._is_uniform = min(sizes) == max(sizes)  # as in most models
-        self._splits = {each: _SplitsBySlots(sizes, each, is_uniform=self._is_uniform) for each in slots}
+        splits_alike = self._is_uniform and not copies
+        copies = copies or (0,) * len(sizes)
+        self._splits = {each: _SplitsBySlots(sizes, copies, each, is_uniform=splits_alike) for each in slots}
         self._placements: dict[tuple[int, int, int], TierSizes] = {}
 
     @property
@@ -129,15 +132,19 @@ class PlacementOptions:
 
 
 @lru_cache(maxsize=512)
-def placement_options(target: ModelSpec, dtype: Dtype, slots: int | None) -> PlacementOptions:
+def placement_options(
+    target: ModelSpec, dtype: Dtype, slots: int | None, copy: ModelSpec | None = None
+) -> PlacementOptions:
     """Return the placement options of a model; cached, because a search needs them several times.
 
     Args:
         target: sizes of the model.
         dtype: dtype of the stored layers.
         slots: requested slot count; None tries all of `SLOTS`.
+        copy: sizes of the low-bit copy that streamed layers have on the device, or None.
     """
-    return PlacementOptions(layer_sizes(target, dtype), SLOTS if slots is None else (slots,))
+    copies = () if copy is None else layer_sizes(copy, dtype)
+    return PlacementOptions(layer_sizes(target, dtype), SLOTS if slots is None else (slots,), copies)
 
 
 class _SplitsBySlots:
@@ -146,7 +153,7 @@ class _SplitsBySlots:
     With unequal layers, memory is not monotonic in the resident count, so bisect over its running minimum.
     """
 
-    def __init__(self, sizes: tuple[int, ...], slots: int, *, is_uniform: bool) -> None:
+    def __init__(self, sizes: tuple[int, ...], copies: tuple[int, ...], slots: int, *, is_uniform: bool) -> None:
         self._slots = slots
         num_layers = len(sizes)
         # Skip splits with at least as many slots as streamed layers: these layers could as well be resident.
@@ -154,7 +161,7 @@ class _SplitsBySlots:
         if is_uniform:
             needs = [num_layers * sizes[0], *((count + slots) * sizes[0] for count in self._counts[1:])]
         else:
-            needs = [_split_bytes(sizes, count, slots) for count in self._counts]
+            needs = [_split_bytes(sizes, copies, count, slots) for count in self._counts]
         self._running_min: list[int] = list(accumulate(needs, min))
 
     @property
@@ -179,11 +186,12 @@ def _improving_splits(splits: _SplitsBySlots, budgets: Sequence[int]) -> Iterato
             yield index, split
 
 
-def _split_bytes(sizes: Sequence[int], num_resident: int, slots: int) -> int:
-    """Return the bytes of resident layers and of slots that hold the largest streamed layer."""
+def _split_bytes(sizes: Sequence[int], copies: Sequence[int], num_resident: int, slots: int) -> int:
+    """Return the bytes of resident layers, of slots that hold the largest streamed layer, and of copies."""
     resident = set(interleaved(num_resident, len(sizes)))
-    streamed = [size for i, size in enumerate(sizes) if i not in resident]
-    return sum(sizes) - sum(streamed) + slots * max(streamed, default=0)
+    streamed = [i for i in range(len(sizes)) if i not in resident]
+    held = sum(size for i, size in enumerate(sizes) if i in resident) + sum(copies[i] for i in streamed)
+    return held + slots * max((sizes[i] for i in streamed), default=0)
 
 
 def usable_ram(available_bytes: int) -> int:

@@ -1,10 +1,16 @@
 """Inputs of the planner: the request of the user, and the facts about machine, models and earlier chats."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from specchat.hardware.machine import Machine
-from specchat.planner.cost import MTP_ACCEPTANCE, RETRIEVAL_ACCEPTANCE, TYPICAL_ACCEPTANCE, Acceptance
+from specchat.planner.cost import (
+    COPY_GAIN,
+    MTP_ACCEPTANCE,
+    RETRIEVAL_ACCEPTANCE,
+    TYPICAL_ACCEPTANCE,
+    Acceptance,
+)
 from specchat.planner.rates import Rates
 from specchat.planner.statistics import RETRIEVAL, Statistics
 from specchat.records.model import ModelSource, ModelSpec, Quant
@@ -75,5 +81,6 @@ class PlanInputs:
         """
         if draft is None:
             return self.statistics.acceptance(target.name, RETRIEVAL, RETRIEVAL_ACCEPTANCE, samples=samples)
-        prior = MTP_ACCEPTANCE if draft.is_head else self.prior
+        of_copy = replace(self.prior, gain=COPY_GAIN * self.prior.gain)
+        prior = of_copy if draft.is_copy else MTP_ACCEPTANCE if draft.is_head else self.prior
         return self.statistics.acceptance(target.name, draft.name, prior, samples=samples)

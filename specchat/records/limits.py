@@ -47,8 +47,9 @@ MOST_RESTORE_POINTS, LEAST_RESTORE_POINTS = 12, 2
 # States of the target that a head keeps unread for each sequence; longer texts are read before the next pass.
 UNREAD_STATES = 64
 
-# Most tokens in sequence that the target's own copy computes before a tree; the target reads longer prompts first.
-COPY_ROOT_ROWS = 16
+# Longest prompts that the target's own copy reads for a first tree, by kind of device. The target reads longer ones
+# alone: on a CPU, every row takes as long as a row of the target's pass.
+COPY_PROMPT_ROWS = {"cpu": 64, "cuda": 512}
 
 # Packs are read in chunks of this size, each with its own checksum; the hardware probe measures reads of this size.
 READ_CHUNK_BYTES = 16 * MIB

@@ -2,8 +2,8 @@
 
 The copy computes with the target's modules, but for the streamed layers it has quantized ones in device memory. So a
 tree grows without streaming. Copy and target share one KV cache: the copy reads the rows that the target has computed,
-and needs no prefill of its own. Its own rows, those of the root and of the nodes, come after the committed rows, and
-are dropped before the target's pass. That pass stores its own rows in their places.
+and reads nothing twice. Its own rows, those of new tokens and of the nodes, come after the committed rows, and are
+dropped before the target's pass. That pass stores its own rows in their places.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from specchat.engine.sequence import TokenSequence
 from specchat.engine.streaming.base import NoStreamer
 from specchat.models.hf.skeleton import with_modules
 from specchat.models.quant.modules import quant_linears
-from specchat.records.limits import COPY_ROOT_ROWS
+from specchat.records.limits import COPY_PROMPT_ROWS
 
 
 class CopyModel(TreeModel):
@@ -77,12 +77,13 @@ class OwnCopy(DraftModel):
 
     def __init__(self, model: CopyModel, *, max_rows: int) -> None:
         super().__init__(model, max_rows=max_rows, max_context=model.max_positions)
+        self._most_new = COPY_PROMPT_ROWS[model.device.type]
         # For each seat of the growing trees, the rows that the target has computed.
         self._committed: dict[int, int] = {}
 
     def max_depth(self, sequence: TokenSequence) -> int:
-        """Return the most levels of a tree; 0 before a prompt, which the target reads first."""
-        return super().max_depth(sequence) if len(sequence.pending) <= COPY_ROOT_ROWS else 0
+        """Return the most levels of a tree; 0 before a long prompt, which the target reads first."""
+        return super().max_depth(sequence) if len(sequence.pending) <= self._most_new else 0
 
     def begin(self, sequences: Sequence[TokenSequence], cancel: threading.Event | None) -> tuple[Tensor, int]:
         """Compute the tokens that the target has not; return the scores after the last ones, and the rows."""

@@ -16,13 +16,14 @@ SMALL_BYTES = 64 * MIB
 
 
 def pack_name(source: ModelSource) -> str:
-    """Return the name of a model's pack for messages and lists; that of a head names its target."""
-    if source.part != "mtp":
+    """Return the name of a model's pack for messages and lists; that of a part names its target."""
+    if not source.part:
         return source.name
     folder = source.path
     if source.revision is not None and folder.parent.name == "snapshots":  # the folder's own name is the commit
         folder = folder.parents[1]
-    return f"the {source.part.upper()} layer of {folder.name.removeprefix('models--').replace('--', '/')}"
+    target = folder.name.removeprefix("models--").replace("--", "/")
+    return target if source.is_copy else f"the {source.part.upper()} layer of {target}"
 
 
 def prepare(

@@ -20,7 +20,7 @@ def describe(source: ModelSource, quant: Quant = "none") -> ModelSpec:
         CorruptCheckpointError, UnsupportedModelError, UsageError: faults that `inspect_model` reports.
     """
     if source.is_copy:
-        return _as_copy(describe(replace(source, part=""), quant), source.name)
+        return as_copy(describe(replace(source, part=""), quant), source.name)
     key = cache.key_of(source, quant)
     known = cache.load(key, source.name)
     if known is not None:
@@ -32,7 +32,7 @@ def describe(source: ModelSource, quant: Quant = "none") -> ModelSpec:
     return spec
 
 
-def _as_copy(spec: ModelSpec, name: str) -> ModelSpec:
+def as_copy(spec: ModelSpec, name: str) -> ModelSpec:
     """Return the sizes of a model's low-bit copy: its layers alone, in the precision of the description."""
     return replace(
         spec,
