@@ -14,7 +14,16 @@ from specchat.models.catalog.families import known_families
 from specchat.models.catalog.ref import SHAPE_PREFIX, ModelRef, parse_model
 from specchat.models.catalog.shape import Shape
 from specchat.models.checkpoint.safetensors import has_weights, weight_files
-from specchat.models.drafts import DraftChoice, choose_draft, fits, head_in, mtp_head, own_copy, relative_in_cache
+from specchat.models.drafts import (
+    DraftChoice,
+    choose_draft,
+    copy_of,
+    fits,
+    head_in,
+    mtp_head,
+    own_copy,
+    relative_in_cache,
+)
 from specchat.models.hf.pairing import check_pair
 from specchat.models.hub.cache import cached_gguf, cached_models
 from specchat.models.hub.download import Download, agree
@@ -45,12 +54,14 @@ class Models:
         draft: model that drafts trees, or None.
         draft_note: reason for plain decoding; empty with a draft.
         head: head among the target's files that may draft instead of `draft`; None without one.
+        copy: the target's own low-bit copy that may draft instead of `draft`; None to leave it out.
     """
 
     target: ModelSource
     draft: ModelSource | None
     draft_note: str
     head: ModelSource | None = None
+    copy: ModelSource | None = None
 
 
 def parse_models(request: ModelRequest) -> Refs:
@@ -257,17 +268,19 @@ def _pair(
         return Models(target, head_in(target), "")
     if request.draft_model == SELF:
         return Models(target, own_copy(target), "")
-    # The toy's own draft model is better than its head.
-    head = _head_if_readable(target, reporter) if request.draft_model == "auto" and not target.is_toy else None
-    if draft is not None:
-        if request.draft_model != "auto":
+    if request.draft_model != "auto":
+        if draft is not None:
             check_pair(target, draft)
-            return Models(target, draft, "")
-        if fits(target, draft):
-            return Models(target, draft, "", head)
-        return Models(target, None, f"plain decoding: {draft.name} has another vocabulary", head)
-    may_have_relatives = request.draft_model == "auto" and refs.target.kind in ("hub", "folder", "stored")
-    return Models(target, relative_in_cache(target) if may_have_relatives else None, draft_note, head)
+        return Models(target, draft, draft_note if draft is None else "")
+    note = draft_note if draft is None else ""
+    if draft is not None and not fits(target, draft):
+        note = f"plain decoding: {draft.name} has another vocabulary"
+        draft = None
+    elif draft is None and refs.target.kind in ("hub", "folder", "stored"):
+        draft = relative_in_cache(target)
+    if target.is_toy:  # the toy has a draft model of its own
+        return Models(target, draft, note)
+    return Models(target, draft, note, _head_if_readable(target, reporter), copy_of(target))
 
 
 def _head_if_readable(target: ModelSource, reporter: Reporter) -> ModelSource | None:

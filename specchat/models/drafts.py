@@ -91,8 +91,13 @@ def head_in(target: ModelSource) -> ModelSource:
     )
 
 
+def copy_of(target: ModelSource) -> ModelSource:
+    """Return a target's own low-bit copy, whether or not the target can have one."""
+    return replace(target, name="self", part="self")
+
+
 def own_copy(target: ModelSource) -> ModelSource:
-    """Return a target's own low-bit copy.
+    """Return the low-bit copy that the user asked for.
 
     Raises:
         UsageError: the target is quantized already.
@@ -104,7 +109,7 @@ def own_copy(target: ModelSource) -> ModelSource:
             f"{target.name} is pre-quantized, so it cannot have a copy in lower precision as its draft",
             hint="use --draft auto, MODEL, mtp or retrieval",
         )
-    return replace(target, name="self", part="self")
+    return copy_of(target)
 
 
 def _cached_like(target: ModelSource) -> Iterator[ModelSource]:

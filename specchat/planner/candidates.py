@@ -11,7 +11,7 @@ from functools import cached_property, lru_cache
 from specchat.errors import DoesNotFitError, UsageError
 from specchat.hardware.machine import Machine
 from specchat.models.sizes.geometry import layer_sizes
-from specchat.planner.copies import smaller_copies
+from specchat.planner.copies import COPY_IF_FASTER_BY, open_copies, smaller_copies
 from specchat.planner.cost import CostModel, Prediction
 from specchat.planner.memory import (
     build_host_ledger,
@@ -179,9 +179,16 @@ class Candidates:
             if best is not None and _rounded(self._most_tok_per_s(draft)) < _rounded(best.tok_per_s):
                 continue
             for candidate in self._with_draft(draft):
-                if (found := preference(candidate)) > best_preference:
+                if (found := preference(candidate)) > best_preference and self._is_worth_it(candidate, best):
                     best, best_preference = candidate, found
         return best
+
+    def _is_worth_it(self, candidate: Candidate, best: Candidate | None) -> bool:
+        """Return whether a faster candidate is worth the disk space of a copy that nobody asked for."""
+        is_open = candidate.draft is not None and candidate.draft in self._open_copies
+        if not is_open or best is None or best.draft in self._open_copies:
+            return True
+        return candidate.tok_per_s >= COPY_IF_FASTER_BY * best.tok_per_s
 
     @property
     def all(self) -> list[Candidate]:
@@ -190,7 +197,7 @@ class Candidates:
 
     def refusal(self) -> DoesNotFitError:
         """Build the error for a budget that is too small; the hint names the longest context that fits."""
-        draft, ctx = self._drafts[-1], self._contexts[-1]
+        draft, ctx = (None if None in self._drafts else self._drafts[-1]), self._contexts[-1]
         fits, too_long = 0, ctx
         while too_long - fits > 1:
             middle = (fits + too_long) // 2
@@ -214,7 +221,7 @@ class Candidates:
         if inputs.draft is not None and inputs.draft.is_copy:
             given = smaller_copies(self._target, given)
         if self._request.draft_is_open:
-            return (*given, *inputs.heads, None)
+            return (*given, *inputs.heads, None, *self._open_copies)
         # A user who fixes the size of the trees or the draft's precision wants a draft, and a head is one.
         heads = () if self._request.head is None else inputs.heads
         return given or heads or (None,)
@@ -225,6 +232,10 @@ class Candidates:
             return self._budgets_without_draft
         asked = self._choices.tree_budget
         return _default_tree_budgets(self._inputs.machine.device) if asked is None else (asked,)
+
+    @cached_property
+    def _open_copies(self) -> tuple[ModelSpec, ...]:
+        return open_copies(self._request, self._inputs, self._target, self._dtype, self._vram_bytes)
 
     @cached_property
     def _budgets_without_draft(self) -> tuple[int, ...]:

@@ -40,6 +40,7 @@ def find_inputs(request: PlanRequest, warn: Callable[[str], None] = lambda _: No
         prior=DEMO_ACCEPTANCE if request.target.is_toy else TYPICAL_ACCEPTANCE,
         statistics=load(state_folder(), warn),
         heads=_described_heads(request, warn),
+        free_disk_bytes=hardware.disk.free_bytes,
     )
 
 

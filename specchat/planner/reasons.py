@@ -112,7 +112,7 @@ def _draft_quant_choice(
     """Return the choice of the draft's precision; empty if there was nothing to choose."""
     if request.choices.draft_quant != "auto":
         return [Choice("draft-quant", draft.quant, "asked for", pinned=True)]
-    if not (inputs.heads[1:] if draft in inputs.heads else inputs.lower_drafts):
+    if not (inputs.heads[1:] if draft in inputs.heads else draft.is_copy or inputs.lower_drafts):
         return []
     why = "same text, more layers resident" if draft.quant in LOWER_QUANTS else "not faster if quantized"
     other = best_other(

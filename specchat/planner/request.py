@@ -33,6 +33,7 @@ class PlanRequest:
         samples: whether answers are sampled rather than greedy; the accepted length depends on this.
         retrieval: whether draft nodes may come from the text itself, with a draft model or without.
         head: head among the target's files that may draft instead of `draft`; None without one.
+        copy: the target's own low-bit copy that may draft instead of `draft`; None to leave it out.
     """
 
     target: ModelSource
@@ -43,6 +44,7 @@ class PlanRequest:
     samples: bool = False
     retrieval: bool = False
     head: ModelSource | None = None
+    copy: ModelSource | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class PlanInputs:
         statistics: results of earlier chats.
         lower_drafts: sizes of the draft in lower precisions that the planner may choose.
         heads: sizes of the head that may draft instead, in the precisions that the planner may choose.
+        free_disk_bytes: free bytes on the disk of packs.
     """
 
     machine: Machine
@@ -70,6 +73,7 @@ class PlanInputs:
     statistics: Statistics = field(default_factory=Statistics)
     lower_drafts: tuple[ModelSpec, ...] = ()
     heads: tuple[ModelSpec, ...] = ()
+    free_disk_bytes: int = 0
 
     def acceptance(self, target: ModelSpec, draft: ModelSpec | None, *, samples: bool) -> Acceptance:
         """Return the acceptance of a pair: measured in earlier chats if they had enough steps, else typical.

@@ -91,3 +91,20 @@ def test_recurrent_targets_have_no_copy():
     request = plan_request(TARGET, COPY, quant="none")
     with pytest.raises(UsageError, match="recurrent"):
         choose_plan(request, inputs("Qwen/Qwen3.6-35B-A3B"))
+
+
+def chosen(draft: str | None, free_disk_bytes: int) -> str | None:
+    small = None if draft is None else known_spec(draft)
+    facts = PlanInputs(
+        GPU, FAST, FAST, lambda quant: known_spec(TARGET.name, quant), small, free_disk_bytes=free_disk_bytes
+    )
+    source = None if draft is None else ModelSource(draft, TARGET.path)
+    request = plan_request(TARGET, source, quant="none", retrieval=True, draft_is_open=True, copy=COPY)
+    return choose_plan(request, facts).plan.draft
+
+
+def test_a_copy_is_chosen_where_it_is_much_faster_and_the_disk_has_room():
+    """With the rates of this test, a copy's passes cost more than those of a small draft model."""
+    assert chosen(None, 100 * GIB) == "self"
+    assert chosen(None, GIB) is None
+    assert chosen("Qwen/Qwen3-0.6B", 100 * GIB) == "Qwen/Qwen3-0.6B"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from specchat.engine.drafting.paths import Paths, TreeRows
+from specchat.engine.drafting.sources import SMALL_DRAFT
 from specchat.engine.layout import PassLayout, RowLayout, linear_layout
 from specchat.engine.model import TreeModel
 from specchat.engine.sequence import FinalStates, TokenSequence
@@ -32,6 +33,7 @@ class DraftModel:
     name = "model"
     wants_states = False
     expands_chains = True
+    temperatures = SMALL_DRAFT
 
     def __init__(self, model: TreeModel, *, max_rows: int, max_context: int) -> None:
         self.models: Sequence[TreeModel] = (model,)

@@ -15,20 +15,11 @@ from specchat.engine.drafting.draft_model import runs
 from specchat.engine.drafting.paths import Paths
 from specchat.engine.drafting.policy import DraftPolicy, Roots
 from specchat.engine.drafting.proposers import Child, Proposers
-from specchat.engine.drafting.sources import TAIL, ScoringSource
+from specchat.engine.drafting.sources import TAIL, ScoringSource, Temperatures
 from specchat.engine.sampling import Sampler, ScoresNotFiniteError
 from specchat.engine.sequence import TokenSequence
 from specchat.engine.tree import ROOT, last_tokens
 from specchat.records.limits import draft_width
-
-# Temperature of the softmax that turns the draft's scores into path weights. The draft's own softmax estimates how
-# likely a token is in general. A path weight must estimate how likely the target accepts the token. The target's choice
-# is more certain than the draft's softmax, so temperatures below 1 rank paths better.
-# Tokens per step by temperature, measured on the demo pair (budget 64, 90 held-out chats that no test uses):
-# greedy: 4.24 at 1.0, 5.1 at 0.6, 5.67 at 0.5, 5.40 at 0.35;
-# sampling at t=0.7: 4.72 at 1.0, 5.07 at 0.85, 5.11 at 0.7, 5.0 at 0.55.
-NOISE_TEMPERATURE = 0.7
-GREEDY_TEMPERATURE = 0.5
 
 # Proposals above this log weight are expanded together with their parents.
 _LIKELY = math.log(0.5)
@@ -127,7 +118,7 @@ class Growth:
             if not len(nodes):
                 return paths
             logits = scorer.expand(paths, nodes, self._cancel)
-            paths = self._scored(paths, paths.tree[nodes], nodes, logits)
+            paths = self._scored(paths, scorer, paths.tree[nodes], nodes, logits)
             self._count_pass(len(nodes), begin)
 
     def _count_pass(self, rows: int, begin: float) -> None:
@@ -141,7 +132,7 @@ class Growth:
         begin = time.perf_counter()
         logits, rows = scorer.begin(self._sequences, self._cancel)
         num_trees = len(self._sequences)
-        paths = self._scored(paths, torch.arange(num_trees), torch.full((num_trees,), ROOT), logits)
+        paths = self._scored(paths, scorer, torch.arange(num_trees), torch.full((num_trees,), ROOT), logits)
         self._count_pass(rows, begin)
         return paths
 
@@ -236,11 +227,12 @@ class Growth:
 
     # --- scores ------------------------------------------------------------------------------------------------------
 
-    def _scored(self, paths: Paths, trees: Tensor, parents: Tensor, logits: Tensor) -> Paths:
+    def _scored(self, paths: Paths, scorer: ScoringSource, trees: Tensor, parents: Tensor, logits: Tensor) -> Paths:
         """Return `paths` with the best children of expanded nodes.
 
         Args:
             paths: paths so far.
+            scorer: source of the scores.
             trees: trees of the expanded nodes [n], ascending.
             parents: indices of the expanded nodes [n], or ROOT.
             logits: scores after the expanded nodes, [n, V].
@@ -251,7 +243,7 @@ class Growth:
             sequence = self._sequences[tree]
             positions = [len(sequence.tokens) + int(depth) for depth in depths[rows]]
             own = logits[rows, : sequence.sampler.vocab_size]  # padded vocabularies may differ in size
-            weights = self._weights(own, positions, sequence.sampler)
+            weights = self._weights(own, positions, sequence.sampler, scorer.temperatures)
             if self._sources.proposers.sources:
                 numbers = self._numbers(paths, tree, parents[rows])
                 merged = self._sources.proposers.beside(numbers, weights)
@@ -303,12 +295,14 @@ class Growth:
                 edges[node] = child.weight
         return exists, edges
 
-    def _weights(self, logits: Tensor, positions: Sequence[int], sampler: Sampler) -> Tensor:
+    def _weights(
+        self, logits: Tensor, positions: Sequence[int], sampler: Sampler, temperatures: Temperatures
+    ) -> Tensor:
         """Return log weights [n, V]: the draft's estimate of how likely the target accepts each token."""
         if sampler.noise is None:
-            return torch.log_softmax(logits / GREEDY_TEMPERATURE, dim=-1)
+            return torch.log_softmax(logits / temperatures.greedy, dim=-1)
         scores = logits / sampler.sampling.temperature
         if not self._sources.shared_noise:
             return torch.log_softmax(scores, dim=-1)
         noise = torch.stack([sampler.noise.row(position) for position in positions])
-        return torch.log_softmax((scores + noise[:, : scores.shape[-1]]) / NOISE_TEMPERATURE, dim=-1)
+        return torch.log_softmax((scores + noise[:, : scores.shape[-1]]) / temperatures.noise, dim=-1)

@@ -21,6 +21,7 @@ from torch import Tensor
 from specchat.engine.drafting.draft_model import runs
 from specchat.engine.drafting.head_check import HeadCheck
 from specchat.engine.drafting.paths import Paths, TreeRows
+from specchat.engine.drafting.sources import SMALL_DRAFT
 from specchat.engine.layout import PassLayout, RowLayout, linear_layout
 from specchat.engine.model import TreeModel
 from specchat.engine.sequence import FinalStates, TokenSequence
@@ -151,6 +152,7 @@ class MtpHead:
     name = "mtp"
     wants_states = True
     expands_chains = False
+    temperatures = SMALL_DRAFT
 
     def __init__(self, model: MtpModel, target: TreeModel, *, max_rows: int, check: HeadCheck | None) -> None:
         self.models: Sequence[TreeModel] = (model,)

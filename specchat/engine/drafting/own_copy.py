@@ -18,6 +18,7 @@ from torch import Tensor
 
 from specchat.engine.drafting.draft_model import DraftModel
 from specchat.engine.drafting.paths import TreeRows
+from specchat.engine.drafting.sources import Temperatures
 from specchat.engine.layout import PassLayout, RowLayout, linear_layout
 from specchat.engine.model import TreeModel
 from specchat.engine.sequence import TokenSequence
@@ -74,6 +75,10 @@ class OwnCopy(DraftModel):
     """
 
     name = "self"
+    # Tokens per step by temperature, measured on the demo's 4-bit copy (budget 64, 40 chats that no test uses):
+    # greedy: 7.2 at 0.5, 8.3 at 0.35, 9.1 at 0.25, 9.2 at 0.15, 9.0 at 0.1;
+    # sampling at t=0.7: 7.5 at 0.7, 8.7 at 0.5, 9.4 at 0.35 and at 0.2, 9.3 at 0.1.
+    temperatures = Temperatures(greedy=0.2, noise=0.3)
 
     def __init__(self, model: CopyModel, *, max_rows: int) -> None:
         super().__init__(model, max_rows=max_rows, max_context=model.max_positions)
