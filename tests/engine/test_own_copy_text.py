@@ -14,9 +14,10 @@ import pytest
 import torch
 from support import reference
 from support.engines import NOTHING, make_plan, random_prompt, write
-from support.loading import changed, load_engine
+from support.loading import changed, load_engine, load_model
 from support.tiny_models import VOCAB, make_config, random_model, save
 
+from specchat.engine.drafting.own_copy import CopyModel
 from specchat.engine.drafting.policy import FixedPolicy
 from specchat.engine.engine import Engine
 from specchat.engine.model import PassCancelledError
@@ -187,6 +188,17 @@ def test_the_target_never_finds_rows_of_the_copy(targets: Targets, fault: str):
             assert torch.equal(layer.keys[:, :, :length], rows)
             assert layer.keys.isfinite().all() and layer.values.isfinite().all()
         check_text(expected, write(engine, expected.prompt, SAMPLINGS["greedy"], NUM_TOKENS)[0])
+
+
+@pytest.mark.parametrize("on_host", [False, True], ids=["device", "host"])
+def test_a_copy_without_layers_of_its_own_is_the_target(targets: Targets, on_host: bool):
+    target = load_model(targets.source("llama"), cache_rows=64, chunk_rows=8, host_embeddings=on_host)
+    copy, tokens = CopyModel(target, {}), random_prompt(20, VOCAB)
+    hidden = copy.append(tokens)
+    assert target.cache.lengths == [20] and copy.nbytes == 0
+    target.cache.truncate(0, 0)
+    assert torch.equal(hidden, target.append(tokens))
+    assert torch.equal(copy.logits(hidden), target.logits(hidden))
 
 
 def test_a_copy_shares_all_but_the_streamed_layers(targets: Targets):

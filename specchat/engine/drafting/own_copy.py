@@ -41,7 +41,7 @@ class CopyModel(TreeModel):
         embeddings = None if target.host_embeddings is None else _unwrapped(target.host_embeddings)
         skeleton = target.skeleton
         twins = {
-            f"{skeleton.layers_name}.{index}": layers.get(index) or _unwrapped(layer)
+            f"{skeleton.layers_name}.{index}": layers[index] if index in layers else _unwrapped(layer)
             for index, layer in enumerate(skeleton.layers)
         }
         skeleton = with_modules(skeleton, twins, embeddings)
