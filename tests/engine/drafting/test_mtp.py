@@ -50,8 +50,8 @@ def test_embeddings_are_the_same_from_host_memory(sources: Callable[[str], Model
 def their_head(source: ModelSource) -> tuple[Any, Any, Any]:
     """transformers' model, its MTP module and an empty cache."""
     layers = pytest.importorskip("transformers.modeling_layers")
-    if not hasattr(layers, "MtpModel"):
-        pytest.skip("this version of transformers has no MTP")
+    if not hasattr(getattr(layers, "MtpModel", None), "forward_layer"):
+        pytest.skip("this version of transformers has no MTP, or runs it in another way")
     from transformers.cache_utils import MtpCache
 
     model = hf.AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32).eval()
