@@ -45,7 +45,7 @@ FOLDERS = {
         {"modules"},
     ],
     "engine": [
-        {"layout", "linear", "sampling", "streaming", "tree"},
+        {"device", "layout", "linear", "sampling", "streaming", "tree"},
         {"attention", "recurrent", "requests", "sequence"},
         {"kv_cache"},
         {"model"},

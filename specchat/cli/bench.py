@@ -93,6 +93,7 @@ class _Point:
 def _measure(options: BenchOptions) -> int:
     from specchat.bench.measure import measure
     from specchat.bench.plot import check_plot, plot_sweep
+    from specchat.engine.device import release_memory
     from specchat.ui.bench_view import BenchLine
     from specchat.ui.console import talk
     from specchat.ui.interrupts import Interrupts
@@ -107,6 +108,8 @@ def _measure(options: BenchOptions) -> int:
         jobs = [_job(options, point, questions, len(points), say) for point in points]
         for point, job in zip(points, jobs, strict=True):
             if not cancel.is_set():
+                if outcomes:
+                    release_memory()  # of the last point; a GPU has no room for two
                 progress.part = f"{options.sweep[0]}={point.value}" if options.sweep else ""
                 outcomes.append((point, job, measure(job, cancel, progress.update)))
                 _keep_statistics(outcomes[-1][2])

@@ -1,6 +1,5 @@
 """`specchat run`: one answer or a chat, from checked options."""
 
-import gc
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -303,8 +302,10 @@ def _answer(options: RunOptions, models: Models, session: "ChatSession", view: "
 
 def _switch(options: RunOptions, model: str, transcript: "Transcript", say: "Talk") -> int:
     """Go on with the chat and another model; if it cannot be loaded, with the model so far."""
+    from specchat.engine.device import release_memory
+
     transcript.close()
-    gc.collect()  # frees the memory of the model so far
+    release_memory()  # of the model so far
     try:
         return run(switched(options, model, transcript))
     except SpecchatError as error:

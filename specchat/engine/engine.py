@@ -19,6 +19,7 @@ from torch import Tensor
 
 from specchat.closing import Closeable
 from specchat.engine import stats
+from specchat.engine.device import current, prepare
 from specchat.engine.drafters import load_draft, make_drafter
 from specchat.engine.drafting.drafter import Drafter
 from specchat.engine.drafting.head_check import HeadDisagreesError
@@ -36,6 +37,7 @@ from specchat.errors import AllocationError, BrokenScoresError, is_lack_of_memor
 from specchat.models.hf.pairing import check_pair
 from specchat.models.hf.refusals import computing
 from specchat.models.packs.pack import Pack
+from specchat.models.quant.autotune import autotuner
 from specchat.models.weights.open import ModelWeights
 from specchat.records.generation import Activity, Phase, Request, Sampling, Step
 from specchat.records.limits import noise_rows
@@ -98,7 +100,9 @@ class Engine(Closeable):
         runtime_bytes = stats.resident_set_bytes()
         if draft is not None:
             check_pair(target.source, draft.source)
-        with _allocating(plan):
+        device = torch.device(plan.work.device)
+        with _allocating(plan), current(device):
+            prepare(device)
             # Load the draft first: it has no threads to clean up if the target fails to load.
             small = None if draft is None else load_draft(plan, draft, draft_pack)
             cache_rows = plan.work.ctx + plan.work.tree_budget
@@ -110,8 +114,9 @@ class Engine(Closeable):
 
     def close(self) -> None:
         """Stop threads and close files."""
-        self._target.close()
-        self._drafter.close()
+        with current(self._target.device):
+            self._target.close()
+            self._drafter.close()
 
     def generate(
         self,
@@ -229,7 +234,7 @@ class Engine(Closeable):
             if not live:
                 return
             try:
-                with computing(self.plan.target):
+                with computing(self.plan.target), current(self._target.device):
                     steps = self._step(live, cancel)
             finally:
                 self._phase = "idle"
@@ -305,9 +310,9 @@ class Engine(Closeable):
 
     def _step(self, live: Sequence[TokenSequence], cancel: threading.Event | None) -> list[Step]:
         """Draft trees, verify them in one pass, commit the accepted paths; return empty steps on cancellation."""
-        clock = stats.StepClock(self._target.streamer, len(live))
+        clock = stats.StepClock(self._target.streamer, len(live), self._target.device)
         cached, pending = zip(*((each.num_cached, len(each.pending)) for each in live), strict=True)
-        had_lost_draft = self._draft_lost is not None
+        had_lost_draft, measured = self._draft_lost is not None, autotuner().num_measured
         try:
             self._phase = "drafting"
             with clock.drafting():
@@ -335,7 +340,8 @@ class Engine(Closeable):
         ]
         if not had_lost_draft:
             steps[0] = replace(steps[0], draft_lost=self._draft_lost)
-        self._policy.record_pass(steps, trees, [walk.path for walk in walks])
+        if measured == autotuner().num_measured:  # else the pass has measured kernels, and others will be faster
+            self._policy.record_pass(steps, trees, [walk.path for walk in walks])
         return steps
 
     def _grow(self, live: Sequence[TokenSequence], cancel: threading.Event | None) -> list[TokenTree]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from specchat.engine.device import wait_for
 from specchat.engine.drafting.drafter import NoDrafter
 from specchat.engine.engine import Engine
 from specchat.engine.layout import PassLayout, RowLayout
@@ -107,8 +108,7 @@ def measure_pass(engine: Engine, num_rows: int, seed: int = 0) -> PassTime:
     begin = time.perf_counter()
     target.streamer.restart()
     target.forward(tokens, PassLayout.single(layout))
-    if target.device.type == "cuda":
-        torch.cuda.current_stream(target.device).synchronize()
+    wait_for(target.device)
     pass_s = time.perf_counter() - begin
     after = target.streamer.counters()
     engine.forget()

@@ -12,6 +12,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from specchat.engine.device import wait_for
 from specchat.engine.model import TreeModel
 from specchat.engine.streaming.base import LayerStreamer
 from specchat.engine.tree import TokenTree
@@ -37,10 +38,12 @@ class StepClock:
     Args:
         streamer: the target's streamer, whose counters give the waiting time of the pass.
         num_sharing: number of sequences of the pass.
+        device: device of the pass.
     """
 
-    def __init__(self, streamer: LayerStreamer, num_sharing: int = 1) -> None:
+    def __init__(self, streamer: LayerStreamer, num_sharing: int, device: torch.device) -> None:
         self._streamer = streamer
+        self._device = device
         self._num_sharing = num_sharing
         self._at_start = self._at_end = streamer.counters()
         self._begin = time.perf_counter()
@@ -62,8 +65,7 @@ class StepClock:
         try:
             yield
         finally:
-            if torch.cuda.is_initialized():
-                torch.cuda.current_stream().synchronize()
+            wait_for(self._device)
             self._verify_s += time.perf_counter() - begin
 
     @contextmanager

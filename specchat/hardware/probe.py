@@ -48,6 +48,8 @@ def find_machine(device: str) -> Machine:
         return _cpu(ram)
     import torch
 
+    from specchat.hardware.cuda import gpu_uuid
+
     if not torch.cuda.is_available():
         if device == "auto":
             return _cpu(ram)
@@ -61,7 +63,15 @@ def find_machine(device: str) -> Machine:
     free, total = torch.cuda.mem_get_info(index)
     major, _ = torch.cuda.get_device_capability(index)
     all_bytes = int(total) + total_ram_bytes()
-    return Machine(f"cuda:{index}", int(free), ram, major >= 8, total_bytes=all_bytes, device_total_bytes=int(total))
+    return Machine(
+        f"cuda:{index}",
+        int(free),
+        ram,
+        major >= 8,
+        total_bytes=all_bytes,
+        device_total_bytes=int(total),
+        gpu_uuid=gpu_uuid(index),
+    )
 
 
 def _unusable(device: str) -> DeviceUnusableError:

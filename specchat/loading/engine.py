@@ -1,6 +1,5 @@
 """Load the engine of a plan; if memory is no longer free, load a smaller plan."""
 
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -38,13 +37,15 @@ def load_engine(
     Raises:
         DoesNotFitError: nothing smaller is left to try.
     """
+    from specchat.engine.device import release_memory
+
     while True:
         try:
             return load_planned(models.target, models.draft, plan, reporter)
         except AllocationError as error:
             plan = make_smaller_plan(request, models, reporter, plan, temperature)
             reporter.warn(f"{error.message}; trying again with {_size_of(plan)}")
-        gc.collect()  # modules and their buffers refer to each other, so only the collector frees them
+        release_memory()
 
 
 def load_planned(target: ModelSource, draft: ModelSource | None, plan: Plan, reporter: Reporter) -> "Engine":

@@ -198,8 +198,10 @@ def _gpu(hardware: Hardware, machine: Machine) -> Rates:
 
 
 def _gpu_of(hardware: Hardware, machine: Machine) -> Gpu | None:
+    """Return the device's description; by number only if no identifier matches, as for MIG instances."""
     gpus, index = hardware.survey.gpus, int(machine.device.partition(":")[2] or 0)
-    return gpus[index] if index < len(gpus) else None
+    by_uuid = next((gpu for gpu in gpus if gpu.uuid == machine.gpu_uuid), None)
+    return by_uuid or (gpus[index] if index < len(gpus) else None)
 
 
 def _pcie(gpu: Gpu | None) -> Rate:

@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from specchat.engine.drafting.sources import TAIL, ScoringSource
 from specchat.engine.sampling import Sampler, ScoresNotFiniteError
 from specchat.engine.sequence import TokenSequence
 from specchat.engine.tree import ROOT, last_tokens
+from specchat.models.quant.autotune import autotuner
 from specchat.records.limits import draft_width
 
 # Temperature of the softmax that turns the draft's scores into path weights. The draft's own softmax estimates how
@@ -64,6 +65,17 @@ class Sources:
             return self, []
         served = [sequence for sequence in sequences if self.max_depth(sequence) > 0]
         return (self, served) if served or self.scorer is None else replace(self, scorer=None).serving(sequences)
+
+
+@dataclass(frozen=True)
+class _Begin:
+    """The begin of a draft pass: the time, and how many kinds of matmuls were measured before.
+
+    A pass that measures kernels says nothing about the passes after it, so its time is not recorded.
+    """
+
+    at: float = field(default_factory=time.perf_counter)
+    measured: int = field(default_factory=lambda: autotuner().num_measured)
 
 
 class Growth:
@@ -121,7 +133,7 @@ class Growth:
     def _expanded(self, paths: Paths, scorer: ScoringSource) -> Paths:
         """Expand nodes until another pass cannot change the trees or would not save time."""
         while True:
-            begin = time.perf_counter()
+            begin = _Begin()
             paths = self._with_likely_chains(paths, scorer)
             nodes = self._nodes_to_expand(paths, scorer)
             if not len(nodes):
@@ -130,15 +142,16 @@ class Growth:
             paths = self._scored(paths, paths.tree[nodes], nodes, logits)
             self._count_pass(len(nodes), begin)
 
-    def _count_pass(self, rows: int, begin: float) -> None:
+    def _count_pass(self, rows: int, begin: _Begin) -> None:
         self.passes += 1
-        self._policy.record_draft_pass(rows, time.perf_counter() - begin)
+        if begin.measured == autotuner().num_measured:
+            self._policy.record_draft_pass(rows, time.perf_counter() - begin.at)
 
     def _first_children(self, paths: Paths) -> Paths:
         scorer = self._sources.scorer
         if scorer is None:
             return self._with_proposed(paths, [ROOT] * len(self._sequences), self.asked_roots)
-        begin = time.perf_counter()
+        begin = _Begin()
         logits, rows = scorer.begin(self._sequences, self._cancel)
         num_trees = len(self._sequences)
         paths = self._scored(paths, torch.arange(num_trees), torch.full((num_trees,), ROOT), logits)

@@ -38,7 +38,8 @@ class CudaStreamer(LayerStreamer):
         self._copies = torch.cuda.Stream(device)
         self._filled = [torch.cuda.Event(enable_timing=True) for _ in streamed]
         self._used = [torch.cuda.Event() for _ in range(num_slots)]
-        self._done = [torch.cuda.Event() for _ in streamed]
+        # The host waits for these in every pass; without `blocking`, it would spin on one core.
+        self._done = [torch.cuda.Event(blocking=True) for _ in streamed]
         self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._num_bytes = 0
         self._wait_s = 0.0

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from specchat.engine.streaming.readers import LayerReader
 from specchat.engine.streaming.slots import SlotQueue, is_small, page_aligned
+from specchat.hardware.cuda import forget_error
 from specchat.models.weights.layout import LayerLayout
 from specchat.units import format_bytes
 
@@ -166,11 +168,4 @@ class Pinner:
 
 def pinner(device: torch.device, warn: Callable[[str], None]) -> Pinner:
     """Return a pinner of host memory for copies to `device`."""
-
-    def forget_error() -> None:
-        # The runtime keeps a refusal as its last error, and the next kernel launch reports and clears it.
-        with suppress(RuntimeError):
-            torch.zeros(1, device=device).add_(1)
-        torch.zeros(1, device=device).add_(1)  # raises only for a different error
-
-    return Pinner(torch.cuda.cudart(), forget_error, warn)
+    return Pinner(torch.cuda.cudart(), partial(forget_error, device), warn)

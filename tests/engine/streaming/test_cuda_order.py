@@ -131,7 +131,7 @@ class Device:
 def fake_cuda(device: Device) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "Stream", device.new_stream)
-        patch.setattr(torch.cuda, "Event", lambda enable_timing=False: Event(device))
+        patch.setattr(torch.cuda, "Event", lambda **_: Event(device))
         patch.setattr(torch.cuda, "stream", device.using)
         patch.setattr(torch.cuda, "current_stream", lambda _: device.current)
         patch.setattr("specchat.engine.streaming.cuda._new_slots", device.new_slots)
