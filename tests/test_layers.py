@@ -49,7 +49,7 @@ FOLDERS = {
         {"attention", "recurrent", "requests", "sequence"},
         {"kv_cache"},
         {"model"},
-        {"drafting", "loading", "selfcheck", "stats", "walk"},
+        {"drafting", "loading", "selfcheck", "stages", "stats", "walk"},
         {"drafters"},
         {"engine"},
         {"measuring"},

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from specchat.bench.prompts import Question
 from specchat.records.generation import FinishReason, Sampling, Step
 
+# Baselines that load the target a second time, with accelerate's offloading.
+OFFLOADED = frozenset({"accelerate", "assisted"})
 OWN = "specchat"  # the measured system; the others are its baselines
 MIN_DISTINCT = 0.5
 _GRAM = 4

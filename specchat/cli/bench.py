@@ -9,6 +9,7 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
+from specchat.bench.records import OFFLOADED
 from specchat.chat.settings import whole
 from specchat.cli import options as parse
 from specchat.cli.ask import asker
@@ -20,11 +21,11 @@ from specchat.loading import planning
 from specchat.loading.engine import make_packs, stop_ids
 from specchat.loading.libraries import prepare_libraries
 from specchat.loading.locate import Models, locate_models, parse_models
-from specchat.loading.request import ModelRequest
+from specchat.loading.request import ModelRequest, Reporter
 from specchat.paths import state_folder
-from specchat.records.limits import HEAD_BLOCK_ROWS
 from specchat.records.model import ModelSource, own_quant
 from specchat.records.plan import Plan
+from specchat.units import format_bytes
 
 if TYPE_CHECKING:
     from specchat.bench.cold import PassFiles
@@ -103,7 +104,8 @@ def _measure(options: BenchOptions) -> int:
         check_plot(options.plot)
     questions = _questions(options)
     points = _points(options, say)
-    cancel, outcomes = Event(), []
+    cancel = Event()
+    outcomes: list[tuple[_Point, Job, CountedOutcome]] = []
     with BenchLine(say) as progress, Interrupts().setting(cancel):
         jobs = [_job(options, point, questions, len(points), say) for point in points]
         for point, job in zip(points, jobs, strict=True):
@@ -200,7 +202,9 @@ def _job(
     default = () if options.sweep else ("plain",)
     baselines = default if options.baselines is None else options.baselines
     check_baselines(baselines, draft)
-    plan = _with_trees(point, planning.make_plan(point.request, point.models, reporter, as_given=True).plan)
+    plan = _with_trees(point, _plan(point.request, point.models, baselines, reporter))
+    if options.cold or OFFLOADED & set(baselines):
+        plan = replace(plan, stages=())  # the baselines keep their layers where the plan's placement says
     without = left_out(baselines, plan)
     for name, why in without.items():
         say.warn(f"the baseline '{name}' is left out: {why}")
@@ -228,6 +232,20 @@ def _job(
     )
 
 
+def _plan(request: ModelRequest, models: Models, baselines: Sequence[str], reporter: Reporter) -> Plan:
+    """Return the plan to measure. On a GPU, offloading baselines hold their layers beside specchat's.
+
+    So unless the user set a budget, each system gets an equal share of the device memory.
+    """
+    plan = planning.make_plan(request, models, reporter, as_given=True).plan
+    num_others = len(OFFLOADED & set(baselines))
+    if plan.work.device == "cpu" or request.choices.vram_bytes is not None or not num_others:
+        return plan
+    share = plan.vram_bytes // (1 + num_others)
+    reporter.warn(f"the baselines hold layers on {plan.work.device}, too: each system gets {format_bytes(share)}")
+    return planning.make_plan(_choosing(request, vram_bytes=share), models, reporter, as_given=True).plan
+
+
 def _with_trees(point: _Point, plan: Plan) -> Plan:
     """Return the plan with the point's tree sizes, which a sweep over generation memory sets.
 
@@ -244,7 +262,7 @@ def _with_trees(point: _Point, plan: Plan) -> Plan:
     target = describe(point.models.target, own_quant(plan.quant))
     draft = describe(point.models.draft, own_quant(plan.draft_quant))
     budget, head_rows = point.trees
-    return with_trees(plan, target, draft, budget, HEAD_BLOCK_ROWS if head_rows is None else head_rows)
+    return with_trees(plan, target, draft, budget, plan.work.head_rows if head_rows is None else head_rows)
 
 
 def _files(target: ModelSource, plan: Plan, pack: "Pack | None") -> "PassFiles":

@@ -20,8 +20,16 @@ def load_draft(plan: Plan, draft: ModelWeights, pack: Pack | None) -> TreeModel:
     num_layers = len(draft.skeleton.layers)
     placement = Placement(num_layers, tuple(range(num_layers)))
     model_class = MtpModel if draft.source.part == "mtp" else TreeModel
-    cache_rows = work.ctx + work.draft_rows
-    return load_model(draft, work, placement, cache_rows=cache_rows, pack=pack, grows=True, model_class=model_class)
+    return load_model(
+        draft,
+        work,
+        placement,
+        cache_rows=plan.first_stage.ctx + work.draft_rows,
+        tree_rows=work.draft_rows,
+        pack=pack,
+        grows=True,
+        model_class=model_class,
+    )
 
 
 def make_drafter(plan: Plan, target: TreeModel, small: TreeModel | None) -> Drafter:

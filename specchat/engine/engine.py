@@ -28,12 +28,12 @@ from specchat.engine.layout import PassLayout, RowLayout
 from specchat.engine.loading import load_model
 from specchat.engine.model import PassCancelledError, TreeModel
 from specchat.engine.recurrent.restore import marks_of_prompt
-from specchat.engine.requests import RequestQueue, choose_seat, why_refused
+from specchat.engine.requests import RequestQueue, broken_scores, choose_seat, why_refused
 from specchat.engine.sampling import Sampler, ScoresNotFiniteError
 from specchat.engine.sequence import FinalStates, TokenSequence
+from specchat.engine.stages import Stages, allocating
 from specchat.engine.tree import TokenTree, common_prefix
 from specchat.engine.walk import Walk, walk_down
-from specchat.errors import AllocationError, BrokenScoresError, is_lack_of_memory
 from specchat.models.hf.pairing import check_pair
 from specchat.models.hf.refusals import computing
 from specchat.models.packs.pack import Pack
@@ -41,9 +41,7 @@ from specchat.models.quant.autotune import autotuner
 from specchat.models.weights.open import ModelWeights
 from specchat.records.generation import Activity, Phase, Request, Sampling, Step
 from specchat.records.limits import noise_rows
-from specchat.records.model import LOWER_QUANTS
 from specchat.records.plan import MemoryReport, Plan
-from specchat.units import format_bytes
 
 
 class Engine(Closeable):
@@ -69,6 +67,7 @@ class Engine(Closeable):
         self._by_use = list(range(plan.work.seats))  # seats, the one that was used least recently first
         self._phase: Phase = "idle"
         self._draft_lost: str | None = None
+        self._stages = Stages(plan, target, drafter.models)
         self._meter = stats.MemoryMeter(plan, [target, *drafter.models], runtime_bytes)
 
     @classmethod
@@ -101,12 +100,21 @@ class Engine(Closeable):
         if draft is not None:
             check_pair(target.source, draft.source)
         device = torch.device(plan.work.device)
-        with _allocating(plan), current(device):
+        with allocating(plan), current(device):
             prepare(device)
             # Load the draft first: it has no threads to clean up if the target fails to load.
             small = None if draft is None else load_draft(plan, draft, draft_pack)
-            cache_rows = plan.work.ctx + plan.work.tree_budget
-            model = load_model(target, plan.work, plan.placement, cache_rows=cache_rows, pack=pack, warn=warn)
+            stage, rows = plan.first_stage, plan.work.tree_budget
+            model = load_model(
+                target,
+                plan.work,
+                plan.placement,
+                cache_rows=stage.ctx + rows,
+                resident=stage.resident,
+                tree_rows=rows,
+                pack=pack,
+                warn=warn,
+            )
             drafter = make_drafter(plan, model, small)
         engine = cls(plan, model, drafter, runtime_bytes)
         engine.load_s = time.perf_counter() - begin
@@ -193,6 +201,14 @@ class Engine(Closeable):
     def target(self) -> TreeModel:
         """The target model; callers that run passes on it must call `forget` before and after."""
         return self._target
+
+    def make_room(self, num_tokens: int) -> None:
+        """Prepare the caches for a text; a chat that outgrows a stage of the plan gives up resident layers.
+
+        Raises:
+            AllocationError: planned memory cannot be allocated.
+        """
+        self._stages.make_room(num_tokens)
 
     @contextmanager
     def drafting_with(self, drafter: Drafter) -> Iterator[None]:
@@ -310,6 +326,7 @@ class Engine(Closeable):
 
     def _step(self, live: Sequence[TokenSequence], cancel: threading.Event | None) -> list[Step]:
         """Draft trees, verify them in one pass, commit the accepted paths; return empty steps on cancellation."""
+        self.make_room(max(len(each.tokens) for each in live))
         clock = stats.StepClock(self._target.streamer, len(live), self._target.device)
         cached, pending = zip(*((each.num_cached, len(each.pending)) for each in live), strict=True)
         had_lost_draft, measured = self._draft_lost is not None, autotuner().num_measured
@@ -333,7 +350,7 @@ class Engine(Closeable):
                 cached_rows,
                 tree,
                 walk.path,
-                _broken_scores(self.plan) if walk.is_broken else None,
+                broken_scores(self.plan) if walk.is_broken else None,
                 self._drafter.work,
             )
             for sequence, tree, walk, new_rows, cached_rows in zip(live, trees, walks, pending, cached, strict=True)
@@ -408,42 +425,12 @@ class Engine(Closeable):
 
     def _rows_for(self, sequence: TokenSequence, tree: TokenTree) -> RowLayout:
         """Return the layout of a part: pending tokens in sequence, of which the last is the root, then the tree."""
-        device, begin, length = self._target.device, sequence.num_cached, len(sequence.tokens)
+        begin, length = sequence.num_cached, len(sequence.tokens)
         root = length - 1
         positions = [*range(begin, length), *(root + depth for depth in tree.depths)]
-        return RowLayout(begin, length - begin, tree.ancestors.to(device), torch.tensor(positions, device=device))
+        return RowLayout(begin, length - begin, tree.ancestors, torch.tensor(positions))
 
 
 def _fixed_policy(plan: Plan) -> FixedPolicy:
     """Return the policy of trees of the planned size; while layers stream, a chunk of rows is taken to be free."""
     return FixedPolicy(plan.work.tree_budget, plan.work.chunk_rows if plan.placement.streamed else 1)
-
-
-def _broken_scores(plan: Plan) -> BrokenScoresError:
-    """Return the error for a target that computes NaN or infinity, with the remedy for its precision."""
-    if plan.quant in LOWER_QUANTS:
-        remedy = "use --quant none"
-    elif plan.work.dtype == "fp32":
-        remedy = "the weights are probably damaged: download or convert the model again"
-    else:
-        remedy = "use --dtype bf16 or --dtype fp32" if plan.work.dtype == "fp16" else "use --dtype fp32"
-    return BrokenScoresError(
-        f"{plan.target} computes NaN or infinity in {plan.work.dtype}, so no token can be drawn", hint=remedy
-    )
-
-
-@contextmanager
-def _allocating(plan: Plan) -> Iterator[None]:
-    """Convert out-of-memory errors of libraries into AllocationError."""
-    try:
-        yield
-    except (MemoryError, OSError, RuntimeError) as error:
-        if not is_lack_of_memory(error):
-            raise
-    else:
-        return
-    # Raise outside the handler: the caught error's frames keep earlier allocations alive.
-    raise AllocationError(
-        f"cannot allocate {format_bytes(plan.device_bytes)} on {plan.work.device}",
-        hint="close other programs, or set a smaller --vram or --ctx",
-    )

@@ -35,6 +35,7 @@ def load_model(
     placement: Placement,
     *,
     cache_rows: int,
+    resident: Sequence[int] | None = None,
     tree_rows: int | None = None,
     grows: bool = False,
     pack: Pack | None = None,
@@ -47,7 +48,9 @@ def load_model(
         weights: model to load; the result owns its modules, and its files are closed as soon as nothing reads them.
         work: device, dtype and rows of passes.
         placement: tiers of the layers, and the number of slots.
-        cache_rows: rows that each seat of the KV cache must hold.
+        cache_rows: rows that each seat of the KV cache must hold at first.
+        resident: indices of the layers that stay in device memory at first, ascending, among them those of the
+            placement; None for those alone.
         tree_rows: rows among them that a tree may take; None for all beyond the context.
         grows: whether trees grow over several passes, as a draft's trees do.
         pack: pack to read layers from; None reads the checkpoint's own files.
@@ -55,7 +58,10 @@ def load_model(
         model_class: class of the result.
     """
     skeleton, device, dtype = weights.skeleton, torch.device(work.device), torch_dtype(work.dtype)
-    layers, streamed = skeleton.layers, placement.streamed
+    layers, later = skeleton.layers, placement.streamed
+    kept = placement.resident if resident is None else resident
+    streamed = [index for index in later if index not in set(kept)]
+    assert not later or streamed, "a layer that will be streamed is streamed at first, too"
     with ExitStack() as undo:  # after an error, free the memory of files and threads for a retry with a smaller plan
         reader = undo.enter_context(weights.reader if pack is None else _pack_reader(weights, pack))
         embeddings = lookup_embeddings(skeleton) if work.host_embeddings else None
@@ -64,7 +70,7 @@ def load_model(
         if mapped is not None:
             undo.enter_context(mapped)
         read_layer = partial(_read_layer, reader, None if pack is None else ChunkVerifier(pack))
-        for index in placement.resident:
+        for index in kept:
             layout = LayerLayout.of(layers[index])
             blob = torch.zeros(layout.nbytes, dtype=torch.uint8)
             read_layer(index, layout, blob)
@@ -85,14 +91,16 @@ def load_model(
         if streamed:
             slots, in_ram = placement.slots, placement.in_ram
             cached = in_ram if device.type == "cpu" else ()
-            layer_reader = layer_reader_for(layers, streamed, reader, pack, cached=cached)
+            layer_reader = layer_reader_for(layers, later, reader, pack, cached=cached)
             undo.callback(layer_reader.close)
             if device.type == "cuda":
-                host = HostLayers(layers, streamed, in_ram, slots, read_layer, layer_reader, pinner(device, warn))
+                host = HostLayers(layers, later, in_ram, slots, read_layer, layer_reader, pinner(device, warn))
                 undo.callback(host.close)
+                if len(streamed) < len(later):
+                    host.select(streamed)
                 streamer = CudaStreamer(layers, streamed, slots, host, device)
             else:
-                streamer = _cpu_streamer(layers, streamed, in_ram, slots, layer_reader, pack)
+                streamer = _cpu_streamer(layers, streamed, placement, layer_reader, pack)
         undo.pop_all()
     if pack is not None or not streamed:
         reader.close()
@@ -116,24 +124,29 @@ def _read_layer(
 
 
 def _cpu_streamer(
-    layers: Sequence[Any],
-    streamed: Sequence[int],
-    in_ram: Sequence[int],
-    num_slots: int,
-    reader: LayerReader,
-    pack: Pack | None,
+    layers: Sequence[Any], streamed: Sequence[int], placement: Placement, reader: LayerReader, pack: Pack | None
 ) -> LayerStreamer:
-    """Return a streamer that maps packed layers in `in_ram` from the page cache and reads all others into slots."""
+    """Return a streamer that maps packed layers in RAM from the page cache and reads all others into slots.
+
+    Args:
+        layers: decoder layers.
+        streamed: indices of the layers that are streamed at first.
+        placement: tiers of all layers that may be streamed, and the number of slots.
+        reader: reader of the layers that are not mapped.
+        pack: pack of the layers; None without one.
+    """
     if pack is None:
-        return ThreadStreamer(layers, streamed, num_slots, reader)
-    mapped, read = in_ram, [index for index in streamed if index not in set(in_ram)]
+        return ThreadStreamer(layers, streamed, placement.slots, reader)
+    in_ram = set(placement.in_ram)
+    mapped, read = placement.in_ram, [index for index in placement.streamed if index not in in_ram]
     streamers: dict[int, LayerStreamer] = {}
     with ExitStack() as undo:
         if mapped:
-            in_place = MappedStreamer(layers, mapped, pack)
+            in_place = MappedStreamer(layers, [index for index in streamed if index in in_ram], pack)
             undo.callback(in_place.close)
             streamers |= dict.fromkeys(mapped, in_place)
         if read:
-            streamers |= dict.fromkeys(read, ThreadStreamer(layers, read, min(num_slots, len(read)), reader))
+            first = [index for index in streamed if index not in in_ram]
+            streamers |= dict.fromkeys(read, ThreadStreamer(layers, first, min(placement.slots, len(read)), reader))
         undo.pop_all()
     return MixedStreamer(streamers) if mapped and read else streamers[streamed[0]]

@@ -96,14 +96,14 @@ def measure_pass(engine: Engine, num_rows: int, seed: int = 0) -> PassTime:
         seed: seed of the random tokens.
     """
     engine.forget()
+    engine.make_room(num_rows)
     target = engine.target
     tokens = torch.randint(0, target.vocab_size, (num_rows,), generator=torch.Generator().manual_seed(seed)).tolist()
     num_nodes = num_rows - 1 if num_rows - 1 <= target.cache.max_tree_rows else 0
     num_linear = num_rows - num_nodes
     tree = TokenTree(tuple(tokens[num_linear:]), tuple(ROOT if i < 2 else i // 2 - 1 for i in range(num_nodes)))
     positions = [*range(num_linear), *(num_linear - 1 + depth for depth in tree.depths)]
-    ancestors = tree.ancestors.to(target.device)
-    layout = RowLayout(0, num_linear, ancestors, torch.tensor(positions, device=target.device))
+    layout = RowLayout(0, num_linear, tree.ancestors, torch.tensor(positions))
     before = target.streamer.counters()
     begin = time.perf_counter()
     target.streamer.restart()
@@ -127,6 +127,7 @@ class Margin:
 def margin_after(engine: Engine, context: Sequence[int], sampling: Sampling) -> Margin:
     """Return the margin by which the target's next token wins; with sampling, the margin includes the noise."""
     engine.forget()
+    engine.make_room(len(context))
     target = engine.target
     logits = target.logits(target.append(list(context))[-1:])[0]
     engine.forget()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from specchat.engine.attention import PassMask
+from specchat.engine.device import copied_together
 from specchat.engine.kv_cache import TreeCache
 from specchat.engine.layout import PassLayout, linear_layout
 from specchat.engine.streaming.base import LayerStreamer
@@ -39,7 +41,7 @@ class TreeModel:
         skeleton: modules whose parameters are bound to memory, or to the streamer's slots.
         cache: KV cache, kept between passes.
         streamer: provides the layers that are not resident.
-        streamed: indices of the streamed layers.
+        streamed: indices of the layers that are streamed at first.
         chunk_rows: rows that one layer computes at a time.
         device: device that passes run on.
         host_embeddings: module of the input embeddings if it stays in host memory, else None.
@@ -76,9 +78,24 @@ class TreeModel:
         self._mapped = mapped
         if host_embeddings is not None:
             host_embeddings.forward = partial(self._look_up, host_embeddings.forward)
-        streamed_set = set(streamed)
+        self._streamed = frozenset(streamed)
         for index, layer in enumerate(skeleton.layers):
-            layer.forward = partial(self._run_layer, index, index in streamed_set, layer.forward)
+            layer.forward = partial(self._run_layer, index, layer.forward)
+
+    @property
+    def streamed(self) -> frozenset[int]:
+        """Indices of the layers that are streamed now."""
+        return self._streamed
+
+    def restream(self, streamed: Sequence[int]) -> None:
+        """Stream further layers from now on, and free their memory; only between passes.
+
+        Args:
+            streamed: indices of the streamed layers, ascending; among them all that were streamed so far.
+        """
+        assert self._streamed <= set(streamed)
+        self.streamer.restream(streamed)
+        self._streamed = frozenset(streamed)
 
     @property
     def max_positions(self) -> int:
@@ -110,7 +127,7 @@ class TreeModel:
 
         Args:
             token_ids: token id of each new row, one sequence after another.
-            layout: position and visibility of the rows, sequence by sequence.
+            layout: position and visibility of the rows, sequence by sequence; in host memory or on the device.
             cancel: event that cancels the pass before the next layer.
 
         Returns:
@@ -121,8 +138,9 @@ class TreeModel:
         """
         assert len(token_ids) == layout.num_rows
         lengths = self.cache.lengths
+        self._token_ids = torch.tensor(token_ids, dtype=torch.int64)
+        ids, layout = self._on_device(self._token_ids, layout)
         self._layout, self._cancel, self.layers_done = layout, cancel, 0
-        ids = self._token_ids = torch.tensor(token_ids, dtype=torch.int64)
         self.cache.begin(layout)
         try:
             with row_scope(partial(PassMask, layout, self.cache.capacity)):
@@ -136,6 +154,18 @@ class TreeModel:
             raise
         finally:
             self._layout = self._cancel = self._token_ids = None
+
+    def _on_device(self, ids: Tensor, layout: PassLayout) -> tuple[Tensor, PassLayout]:
+        """Return token ids and layout on the device; what is in host memory crosses the link in one copy."""
+        if self.device.type == "cpu":
+            return ids, layout
+        parts = [part.layout for part in layout.parts]
+        needed = [ids, *(each.positions for each in parts), *(each.ancestors for each in parts)]
+        there = iter(copied_together(needed, self.device))
+        ids = next(there)
+        positions = [next(there) for _ in parts]
+        moved = [replace(part, positions=at, ancestors=next(there)) for part, at in zip(parts, positions, strict=True)]
+        return ids, PassLayout((part.seat, each) for part, each in zip(layout.parts, moved, strict=True))
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -165,7 +195,7 @@ class TreeModel:
 
     def _decode(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """Run all layers over the rows of the pass, and return the states after the last norm."""
-        return self.skeleton.hidden(token_ids.to(self.device), positions, self._hf_cache)
+        return self.skeleton.hidden(token_ids, positions, self._hf_cache)
 
     def _look_up(self, look_up: Callable[[Tensor], Tensor], _: Tensor) -> Tensor:
         """Return the embeddings of the pass's tokens, [1, S, hidden], looked up in host memory.
@@ -189,13 +219,11 @@ class TreeModel:
             rows.copy_(look_up(ids))
         return out[None]
 
-    def _run_layer(
-        self, index: int, streamed: bool, forward: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
+    def _run_layer(self, index: int, forward: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.layers_done = index
         if self._cancel is not None and self._cancel.is_set():
             raise PassCancelledError
-        if not streamed:
+        if index not in self._streamed:
             return self._run_chunks(forward, hidden, args, kwargs)
         self.streamer.acquire(index)
         out = self._run_chunks(forward, hidden, args, kwargs)

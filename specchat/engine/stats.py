@@ -152,13 +152,14 @@ class MemoryMeter:
             device_peak = sum(model.nbytes for model in self._models) + self._largest_pass_bytes
         else:
             device_peak = torch.cuda.max_memory_allocated(plan.work.device)
+        num_streamed = len(self._models[0].streamed)
         return MemoryReport(
             device_budget_bytes=plan.vram_bytes,
             device_peak_bytes=device_peak,
             predicted_device_bytes=plan.device_bytes,
             host_peak_bytes=peak_resident_set_bytes(),
             runtime_bytes=self._runtime_bytes,
-            resident_layers=len(plan.placement.resident),
-            streamed_layers=len(plan.placement.streamed),
+            resident_layers=plan.placement.num_layers - num_streamed,
+            streamed_layers=num_streamed,
             streamed_bytes_per_step=plan.streamed_bytes_per_step,
         )

@@ -218,7 +218,8 @@ def with_trees(
         chunk_rows=min(plan.work.chunk_rows, -(-(plan.work.seats + tree_budget) // _CHUNK_STEP) * _CHUNK_STEP),
         head_rows=head_rows,
     )
-    changed = replace(plan, work=work, adaptive=False, ledger=build_ledger(target, draft, work, plan.placement))
+    ledger = build_ledger(target, draft, work, plan.placement)
+    changed = replace(plan, work=work, adaptive=False, ledger=ledger, stages=())
     return replace(changed, vram_bytes=max(plan.vram_bytes, changed.device_bytes))
 
 

@@ -140,6 +140,19 @@ class Placement:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A chat that is still short: caches are small, and more layers are resident than in the plan's placement.
+
+    Attributes:
+        ctx: committed tokens that the caches hold.
+        resident: indices of the layers that stay in device memory, ascending; among them those of later stages.
+    """
+
+    ctx: int
+    resident: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class StateMemory:
     """Memory of a target's recurrent layers, all seats together.
 
@@ -185,6 +198,8 @@ class Plan:
         text_only: whether the target is the text half of a multimodal model.
         retrieval: whether draft nodes also come from the text itself and the target's earlier scores.
         states: memory of recurrent layers; None for a target without any.
+        stages: stages of a chat, by ascending context; `work` and `placement` follow the last one. No stage takes more
+            memory than the ledger.
     """
 
     target: str
@@ -204,6 +219,12 @@ class Plan:
     text_only: bool = False
     retrieval: bool = False
     states: StateMemory | None = None
+    stages: tuple[Stage, ...] = ()
+
+    @property
+    def first_stage(self) -> Stage:
+        """What is loaded at first."""
+        return self.stages[0] if self.stages else Stage(self.work.ctx, self.placement.resident)
 
     @property
     def sources(self) -> str:

@@ -113,7 +113,11 @@ def _layers(plan: Plan) -> str:
     if not plan.placement.streamed:
         return f"{plan.placement.num_layers}, all resident"
     placement = plan.placement
-    return f"{len(placement.resident)} resident, {len(placement.streamed)} streamed through {placement.slots} slots"
+    text = f"{len(placement.resident)} resident, {len(placement.streamed)} streamed through {placement.slots} slots"
+    if not plan.stages:
+        return text
+    first = plan.first_stage
+    return f"{text}; {len(first.resident)} resident up to {first.ctx:,} tokens"
 
 
 def _places(plan: Plan) -> str:

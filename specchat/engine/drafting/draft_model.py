@@ -65,7 +65,7 @@ class DraftModel:
         for sequence in sequences:
             self._held[sequence.seat] = list(sequence.tokens)
         self._seats = [sequence.seat for sequence in sequences]
-        self._rows = [TreeRows(self._max_rows, len(each.tokens), self._model.device) for each in sequences]
+        self._rows = [TreeRows(self._max_rows, len(each.tokens)) for each in sequences]
         return self._model.logits(hidden[last]), len(tokens)
 
     @property

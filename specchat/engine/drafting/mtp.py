@@ -156,7 +156,7 @@ class MtpHead:
             self._check.compare(self._target, outputs, states)
         last = torch.stack([each[-1] for each in outputs])
         self._seats = [sequence.seat for sequence in sequences]
-        self._rows = [TreeRows(self._max_rows, len(each.tokens) - 1, self._model.device) for each in sequences]
+        self._rows = [TreeRows(self._max_rows, len(each.tokens) - 1) for each in sequences]
         self._outputs = [last.new_empty(1 + self._max_rows, last.shape[-1]) for _ in sequences]
         for kept, each in zip(self._outputs, last, strict=True):
             kept[0] = each

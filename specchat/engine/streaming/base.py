@@ -8,6 +8,7 @@ machines without a GPU are in cpu.py, the streamer for CUDA is in cuda.py.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -38,6 +39,14 @@ class LayerStreamer(ABC):
         """Start again with the first streamed layer, after a pass that stopped early."""
 
     @abstractmethod
+    def restream(self, streamed: Sequence[int]) -> None:
+        """Stream the given layers from now on, and start with the first one; only between passes.
+
+        Args:
+            streamed: indices of the streamed layers, ascending; among them all that were streamed so far.
+        """
+
+    @abstractmethod
     def counters(self) -> StreamCounters:
         """Return the totals so far."""
 
@@ -57,6 +66,10 @@ class NoStreamer(LayerStreamer):
 
     def restart(self) -> None:
         """Do nothing: there are no slots."""
+
+    def restream(self, streamed: Sequence[int]) -> None:
+        """Do nothing: there is no source of layers."""
+        assert not streamed
 
     def counters(self) -> StreamCounters:
         """Return zeros."""

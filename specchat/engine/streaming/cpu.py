@@ -32,18 +32,29 @@ class ThreadStreamer(LayerStreamer):
     """
 
     def __init__(self, layers: Sequence[Any], streamed: Sequence[int], num_slots: int, reader: LayerReader) -> None:
-        self._position = {index: j for j, index in enumerate(streamed)}
-        layouts = [LayerLayout.of(layers[index]) for index in streamed]
-        self._nbytes = [layout.nbytes for layout in layouts]
-        slots = [page_aligned(max(self._nbytes)) for _ in range(num_slots)]
-        for j, index in enumerate(streamed):
-            bind(layers[index], layouts[j].views(slots[j % num_slots]))
-        # A layer always uses the same slot, so its read tasks are built once.
-        tasks = [reader.chunks(index, slots[j % num_slots]) for j, index in enumerate(streamed)]
-        small = [is_small(nbytes) for nbytes in self._nbytes]
+        self._layers = layers
+        self._num_slots = num_slots
         self._reader = reader
+        self._slots: list[Tensor] = []
         self._num_bytes = 0
-        self._queue = SlotQueue(tasks, small, num_slots, reader.num_workers)
+        self._waited_s = 0.0
+        self._begin(streamed)
+
+    def _begin(self, streamed: Sequence[int]) -> None:
+        """Bind the layers to slots and start reading; slots that are large enough stay."""
+        self._position = {index: j for j, index in enumerate(streamed)}
+        layouts = [LayerLayout.of(self._layers[index]) for index in streamed]
+        self._nbytes = [layout.nbytes for layout in layouts]
+        largest, count = max(self._nbytes, default=0), self._num_slots if streamed else 0
+        if len(self._slots) < count or any(slot.numel() < largest for slot in self._slots):
+            self._slots = [page_aligned(largest) for _ in range(count)]
+        slots = [self._slots[j % count] for j in range(len(streamed))]
+        for index, layout, slot in zip(streamed, layouts, slots, strict=True):
+            bind(self._layers[index], layout.views(slot))
+        # A layer always uses the same slot, so its read tasks are built once.
+        tasks = [self._reader.chunks(index, slot) for index, slot in zip(streamed, slots, strict=True)]
+        small = [is_small(nbytes) for nbytes in self._nbytes]
+        self._queue = SlotQueue(tasks, small, count, self._reader.num_workers)
 
     def acquire(self, index: int) -> None:
         """Wait until the layer is in its slot, and raise errors of its read tasks."""
@@ -59,9 +70,15 @@ class ThreadStreamer(LayerStreamer):
         """Start again with the first layers, after the current read tasks have ended."""
         self._queue.restart()
 
+    def restream(self, streamed: Sequence[int]) -> None:
+        """Stream the given layers from now on."""
+        self._queue.close()
+        self._waited_s += self._queue.wait_s
+        self._begin(streamed)
+
     def counters(self) -> StreamCounters:
         """Return the bytes that passes used and the seconds that `acquire` waited."""
-        return StreamCounters(self._num_bytes, self._queue.wait_s)
+        return StreamCounters(self._num_bytes, self._waited_s + self._queue.wait_s)
 
     def close(self) -> None:
         """Stop reading and close the layer reader."""
@@ -83,14 +100,14 @@ class MappedStreamer(LayerStreamer):
 
     def __init__(self, layers: Sequence[Any], streamed: Sequence[int], pack: Pack) -> None:
         self._verifier = ChunkVerifier(pack)
-        self._streamed = list(streamed)
+        self._modules = layers
         self._layers = pack.layers
-        self._blobs = {index: _map(pack.layers[index]) for index in streamed}
-        for index, blob in self._blobs.items():
-            bind(layers[index], LayerLayout.of(layers[index]).views(blob))
-        self._files = {index: _file_of(pack.layers[index]) for index in streamed}
+        self._streamed: list[int] = []
+        self._blobs: dict[int, Tensor] = {}
+        self._files: dict[int, MappedFile] = {}
         self._seen: set[int] = set()
         self._num_bytes = 0
+        self.restream(streamed)
 
     def acquire(self, index: int) -> None:
         """Request readahead and verify the layer's checksums, on first use only.
@@ -114,6 +131,15 @@ class MappedStreamer(LayerStreamer):
 
     def restart(self) -> None:
         """Do nothing: mapped layers need no order."""
+
+    def restream(self, streamed: Sequence[int]) -> None:
+        """Map the layers that are not mapped yet."""
+        for index in streamed:
+            if index not in self._blobs:
+                blob = self._blobs[index] = _map(self._layers[index])
+                bind(self._modules[index], LayerLayout.of(self._modules[index]).views(blob))
+                self._files[index] = _file_of(self._layers[index])
+        self._streamed = list(streamed)
 
     def counters(self) -> StreamCounters:
         """Return the bytes that passes used; waiting is not measured."""
@@ -140,7 +166,7 @@ class MixedStreamer(LayerStreamer):
     """Combines streamers, each with its own order of layers: some layers are mapped, the others read into slots.
 
     Args:
-        by_layer: streamer of each streamed layer, by layer index.
+        by_layer: streamer of each layer that may be streamed, by layer index.
     """
 
     def __init__(self, by_layer: Mapping[int, LayerStreamer]) -> None:
@@ -159,6 +185,11 @@ class MixedStreamer(LayerStreamer):
         """Restart every streamer."""
         for streamer in self._streamers:
             streamer.restart()
+
+    def restream(self, streamed: Sequence[int]) -> None:
+        """Divide the layers among the streamers."""
+        for streamer in self._streamers:
+            streamer.restream([index for index in streamed if self._by_layer[index] is streamer])
 
     def counters(self) -> StreamCounters:
         """Return the totals of all streamers."""

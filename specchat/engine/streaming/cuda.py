@@ -27,22 +27,31 @@ class CudaStreamer(LayerStreamer):
     def __init__(
         self, layers: Sequence[Any], streamed: Sequence[int], num_slots: int, host: HostLayers, device: torch.device
     ) -> None:
-        self._position = {index: j for j, index in enumerate(streamed)}
-        layouts = [LayerLayout.of(layers[index]) for index in streamed]
-        self._nbytes = [layout.nbytes for layout in layouts]
-        self._slots = _new_slots(num_slots, max(self._nbytes), device)
-        for j, index in enumerate(streamed):
-            bind(layers[index], layouts[j].views(self._slots[j % num_slots]))
+        self._layers = layers
+        self._num_slots = num_slots
         self._host = host
         self._device = device
         self._copies = torch.cuda.Stream(device)
-        self._filled = [torch.cuda.Event(enable_timing=True) for _ in streamed]
-        self._used = [torch.cuda.Event() for _ in range(num_slots)]
-        # The host waits for these in every pass; without `blocking`, it would spin on one core.
-        self._done = [torch.cuda.Event(blocking=True) for _ in streamed]
-        self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._slots: list[Tensor] = []
         self._num_bytes = 0
         self._wait_s = 0.0
+        self._begin(streamed)
+
+    def _begin(self, streamed: Sequence[int]) -> None:
+        """Bind the layers to slots and start copying; slots that are large enough stay."""
+        self._position = {index: j for j, index in enumerate(streamed)}
+        layouts = [LayerLayout.of(self._layers[index]) for index in streamed]
+        self._nbytes = [layout.nbytes for layout in layouts]
+        largest = max(self._nbytes)
+        if any(slot.numel() < largest for slot in self._slots) or not self._slots:
+            self._slots = _new_slots(self._num_slots, largest, self._device)
+        for j, index in enumerate(streamed):
+            bind(self._layers[index], layouts[j].views(self._slots[j % self._num_slots]))
+        # The host waits for these events in every pass; without `blocking`, it would spin on one core.
+        self._filled = [torch.cuda.Event(blocking=True) for _ in streamed]
+        self._used = [torch.cuda.Event() for _ in self._slots]
+        self._done = [torch.cuda.Event(blocking=True) for _ in streamed]
+        self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._free_slots()
         self._fill_first_slots()
 
@@ -78,6 +87,13 @@ class CudaStreamer(LayerStreamer):
         self._free_slots()
         self._host.restart()
         self._fill_first_slots()
+
+    def restream(self, streamed: Sequence[int]) -> None:
+        """Stream the given layers from now on, after all queued work."""
+        self.counters()
+        self._copies.synchronize()
+        self._host.select(streamed)
+        self._begin(streamed)
 
     def counters(self) -> StreamCounters:
         """Return the bytes copied, and the seconds that the device waited for copies and the host for the disk.

@@ -29,7 +29,7 @@ class HostLayers:
 
     Args:
         layers: decoder layers.
-        streamed: indices of the streamed layers, ascending.
+        streamed: indices of all layers that may be streamed, ascending.
         in_ram: indices of the streamed layers that stay in host memory, ascending; read by the constructor.
         num_slots: number of slots for the other layers.
         read_layer: fills a blob with one layer.
@@ -47,48 +47,65 @@ class HostLayers:
         reader: LayerReader,
         pin: Pinner,
     ) -> None:
-        layouts = [LayerLayout.of(layers[index]) for index in streamed]
-        kept = set(in_ram)
-        self._nbytes = [layout.nbytes for layout in layouts]
-        read = [j for j, index in enumerate(streamed) if index not in kept]
-        self._turn = {j: k for k, j in enumerate(read)}  # j-th streamed layer -> k-th layer read from disk
+        layouts = {index: LayerLayout.of(layers[index]) for index in streamed}
+        in_ram = [index for index in streamed if index in set(in_ram)]
+        read = [index for index in streamed if index not in set(in_ram)]
+        self._sizes = {index: layout.nbytes for index, layout in layouts.items()}
         self._reader = reader
         self._pin = pin
+        self._queue: SlotQueue | None = None
+        self._waited_s = 0.0
+        self._lent: tuple[int, Callable[[], None]] | None = None
         # Pin slots first: many layers pass through a slot, but a blob holds one layer.
-        slot_bytes = max((self._nbytes[j] for j in read), default=0)
+        slot_bytes = max((self._sizes[index] for index in read), default=0)
         self._slots = _blobs([slot_bytes] * min(num_slots, len(read)))
-        kept_positions = [j for j in range(len(streamed)) if j not in self._turn]
-        blobs = _blobs([self._nbytes[j] for j in kept_positions])
-        self._kept = dict(zip(kept_positions, blobs, strict=True))
+        blobs = _blobs([self._sizes[index] for index in in_ram])
+        self._kept = dict(zip(in_ram, blobs, strict=True))
         with ExitStack() as undo:  # unpin on errors: memory that is freed while pinned stays locked
             undo.callback(pin.close)
             pin([*self._slots, *blobs])
-            for j, blob in self._kept.items():
-                read_layer(streamed[j], layouts[j], blob)
-            tasks = [reader.chunks(streamed[j], self._slots[k % len(self._slots)]) for k, j in enumerate(read)]
-            small = [is_small(self._nbytes[j]) for j in read]
-            self._queue = SlotQueue(tasks, small, len(self._slots), reader.num_workers) if read else None
+            for index, blob in self._kept.items():
+                read_layer(index, layouts[index], blob)
+            self.select(streamed)
             undo.pop_all()
-        self._lent: tuple[int, Callable[[], None]] | None = None
+
+    def select(self, streamed: Sequence[int]) -> None:
+        """Take only the given layers from now on, and read those on disk in this order; no copy may be in progress.
+
+        Args:
+            streamed: indices of layers, ascending; the j-th of them is the j-th streamed layer of the other functions.
+        """
+        if self._queue is not None:
+            self._queue.close()
+            self._waited_s += self._queue.wait_s
+        self._lent = None
+        self._order = list(streamed)
+        read = [index for index in streamed if index not in self._kept]
+        # j-th streamed layer -> k-th layer read from disk
+        self._turn = {j: k for k, j in enumerate(j for j, i in enumerate(streamed) if i not in self._kept)}
+        tasks = [self._reader.chunks(index, self._slots[k % len(self._slots)]) for k, index in enumerate(read)]
+        small = [is_small(self._sizes[index]) for index in read]
+        self._queue = SlotQueue(tasks, small, len(self._slots), self._reader.num_workers) if read else None
 
     @property
     def wait_s(self) -> float:
         """Seconds that `take` waited for the disk."""
-        return 0.0 if self._queue is None else self._queue.wait_s
+        return self._waited_s + (0.0 if self._queue is None else self._queue.wait_s)
 
     def keeps(self, j: int) -> bool:
         """Whether the j-th streamed layer stays in host memory."""
-        return j in self._kept
+        return self._order[j] in self._kept
 
     def take(self, j: int) -> Tensor:
         """Wait for the j-th streamed layer and return its bytes, uint8 [nbytes]."""
-        if j in self._kept:
-            return self._kept[j]
+        index = self._order[j]
+        if index in self._kept:
+            return self._kept[index]
         assert self._queue is not None
         self._reuse_slot()
         turn = self._turn[j]
         self._queue.take(turn)
-        return self._slots[turn % len(self._slots)][: self._nbytes[j]]
+        return self._slots[turn % len(self._slots)][: self._sizes[index]]
 
     def give_back(self, j: int, copied: Callable[[], None]) -> None:
         """Record that the j-th layer is being copied; `copied` waits for the copy, before its slot is reused."""

@@ -1,0 +1,31 @@
+"""What `specchat bench` plans on a GPU, where the baselines need memory beside the engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.loading import Quiet, model_request
+from support.pretended_gpu import PretendedGpu
+from support.tiny_models import make_config, random_model, save
+
+from specchat.cli.bench import _plan
+from specchat.loading.locate import Models
+
+
+@pytest.mark.slow
+def test_systems_share_the_memory_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    warnings = list[str]()
+    monkeypatch.setattr(Quiet, "warn", lambda _, text: warnings.append(text))
+    models = Models(save(random_model(make_config("llama")), tmp_path / "m"), None, "none")
+    request = model_request("m", draft="none", device="cuda:0")
+    with PretendedGpu():
+        whole = _plan(request, models, ("plain",), Quiet())
+        assert not warnings
+        shared = [_plan(request, models, names, Quiet()) for names in (("accelerate",), ("accelerate", "assisted"))]
+        asked = _plan(
+            model_request("m", draft="none", device="cuda:0", vram_bytes=1 << 30), models, ("accelerate",), Quiet()
+        )
+    assert [plan.vram_bytes for plan in shared] == [whole.vram_bytes // 2, whole.vram_bytes // 3]
+    assert len(warnings) == 2 and asked.vram_bytes == 1 << 30
+    assert {plan.work.head_rows for plan in (whole, *shared)} == {32}
