@@ -25,7 +25,7 @@ from specchat.planner.memory import (
 from specchat.planner.placement import TierSizes, among, interleaved, placement_options, usable_ram
 from specchat.planner.request import EXACT_BYTES, PlanInputs, PlanRequest
 from specchat.planner.states import num_points, point_bytes, restore_items, state_memory
-from specchat.records.limits import LEAST_RESTORE_POINTS
+from specchat.records.limits import CUDA_HEAD_BLOCK_ROWS, HEAD_BLOCK_ROWS, LEAST_RESTORE_POINTS
 from specchat.records.model import DTYPE_BYTES, LOWER_QUANTS, Dtype, ModelSpec
 from specchat.records.plan import Placement, Plan, PlanChoices, Workload
 from specchat.units import GIB, MIB, format_bytes
@@ -350,6 +350,7 @@ def _workload(dtype: Dtype, ctx: int, tree_budget: int, device: str, seats: int)
         draft_rows=DRAFT_ROWS_PER_NODE * tree_budget,
         chunk_rows=CHUNK_ROWS,
         reserve_bytes=0 if device == "cpu" else CUDA_RESERVE_BYTES,
+        head_rows=HEAD_BLOCK_ROWS if device == "cpu" else CUDA_HEAD_BLOCK_ROWS,
         seats=seats,
     )
 

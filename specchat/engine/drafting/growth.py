@@ -271,12 +271,14 @@ class Growth:
                 proposed.update({(rows.start + row, token): child for (row, token), child in merged.items()})
             found.append(weights.topk(min(self._sources.branch, self._budget, weights.shape[-1]), dim=-1))
         best = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
-        scores, tokens = (each.cpu() for each in best)
+        # One copy to the host, because each one waits for a GPU; a double holds every token id.
+        scores, numbers = torch.stack([each.double() for each in best]).cpu()
+        tokens = numbers.long()
         if scores[:, 0].isnan().any():  # softmax makes NaN of infinite scores, too, and topk puts NaN first
             raise ScoresNotFiniteError
         if not proposed:
-            return paths.with_children(trees, parents, scores.double(), tokens, self._most_paths)
-        return self._merged(paths, trees, parents, scores.double(), tokens, proposed)
+            return paths.with_children(trees, parents, scores, tokens, self._most_paths)
+        return self._merged(paths, trees, parents, scores, tokens, proposed)
 
     def _numbers(self, paths: Paths, tree: int, parents: Tensor) -> list[int]:
         """Return the numbers of the records of proposals below expanded nodes of a tree."""
