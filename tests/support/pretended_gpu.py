@@ -57,6 +57,7 @@ INDEXED = frozenset({"index", "index_put", "index_put_", "_index_put_impl_", "_u
 # Operations that take no number from the CPU in place of a tensor.
 STRICT = frozenset({"cat", "stack", "index_select", "gather", "embedding", "mm", "addmm", "bmm"})
 _FILLED = _names("zeros ones full arange eye rand randn randint linspace tril_indices")
+_NUMBERS = _names("item __bool__ __int__ __float__ __index__")
 _FROM_HOST = frozenset({"tensor", "as_tensor", "from_numpy"})
 
 
@@ -260,6 +261,10 @@ class _Functions(TorchFunctionMode):
             raise TypeError(f"can't convert {there} device type tensor to numpy")
         if name == "tolist":
             self._gpu.note("d2h", name, args[0].nbytes)
+            self._gpu.note("wait", name)
+            with self._gpu.silent():
+                return func(*args, **kwargs)
+        if name in _NUMBERS:  # in inference mode, torch does not hand these to dispatch modes
             self._gpu.note("wait", name)
             with self._gpu.silent():
                 return func(*args, **kwargs)
