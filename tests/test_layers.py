@@ -46,7 +46,7 @@ FOLDERS = {
     ],
     "engine": [
         {"layout", "linear", "sampling", "streaming", "tree"},
-        {"attention", "recurrent", "requests", "sequence"},
+        {"attention", "experts", "recurrent", "requests", "sequence"},
         {"kv_cache"},
         {"model"},
         {"drafting", "loading", "selfcheck", "stats", "walk"},

@@ -270,6 +270,8 @@ def _check_cold(options: BenchOptions, plan: Plan) -> None:
         raise UsageError(
             f"--cold measures streaming from disk, but {plan.work.device} streams from RAM", "use --device cpu"
         )
+    if options.cold and plan.placement.experts is not None:
+        raise UsageError("--cold measures whole layers from disk, but single experts are read", "leave out --cold")
     if options.cold and not plan.placement.streamed:
         raise UsageError("--cold measures streaming from disk, but every layer stays in memory", "use a smaller --vram")
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specchat.engine.experts.loading import PooledExperts, read_beside
 from specchat.engine.kv_cache import TreeCache
 from specchat.engine.linear import use_fast_matmuls
 from specchat.engine.model import TreeModel
@@ -63,11 +64,17 @@ def load_model(
         mapped = reader.read_rest(device, on_host=embeddings)
         if mapped is not None:
             undo.enter_context(mapped)
-        read_layer = partial(_read_layer, reader, None if pack is None else ChunkVerifier(pack))
+        verifier = None if pack is None else ChunkVerifier(pack)
+        read_layer = partial(_read_layer, reader, verifier)
+        pooled = None if placement.experts is None else PooledExperts.of(skeleton, reader)
         for index in placement.resident:
-            layout = LayerLayout.of(layers[index])
+            pooled_names = frozenset[str]() if pooled is None else pooled.names(index)
+            layout = LayerLayout.of(layers[index], without=pooled_names)
             blob = torch.zeros(layout.nbytes, dtype=torch.uint8)
-            read_layer(index, layout, blob)
+            if pooled_names:
+                read_beside(reader, verifier, index, layout.views(blob))
+            else:
+                read_layer(index, layout, blob)
             bind(layers[index], layout.views(blob.to(device)))
         cache = TreeCache(
             weights.kv_shapes,
@@ -82,6 +89,11 @@ def load_model(
         if device.type == "cpu":
             use_fast_matmuls(skeleton.model)
         streamer: LayerStreamer = NoStreamer()
+        if pooled is not None:
+            assert placement.experts is not None and device.type == "cpu" and not streamed
+            tree_passes = work.seats + work.tree_budget
+            streamer = pooled.make_pool(placement.experts, reader, verifier, placement.in_ram, tree_passes)
+            undo.callback(streamer.close)
         if streamed:
             slots, in_ram = placement.slots, placement.in_ram
             cached = in_ram if device.type == "cpu" else ()

@@ -96,7 +96,7 @@ class TreeModel:
         storages: dict[int, int] = {
             t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_meta
         }
-        return sum(storages.values()) + self.generation_bytes
+        return sum(storages.values()) + self.streamer.kept_bytes + self.generation_bytes
 
     @property
     def generation_bytes(self) -> int:
@@ -124,6 +124,7 @@ class TreeModel:
         self._layout, self._cancel, self.layers_done = layout, cancel, 0
         ids = self._token_ids = torch.tensor(token_ids, dtype=torch.int64)
         self.cache.begin(layout)
+        self.streamer.begin(layout.num_rows)
         try:
             with row_scope(partial(PassMask, layout, self.cache.capacity)):
                 hidden = self._decode(ids, layout.positions)

@@ -117,6 +117,8 @@ class StepClock:
             sample_s=self._sample_s,
             stream_wait_s=self._at_end.wait_s - self._at_start.wait_s,
             streamed_bytes=self._at_end.num_bytes - self._at_start.num_bytes,
+            expert_hits=self._at_end.expert_hits - self._at_start.expert_hits,
+            expert_misses=self._at_end.expert_misses - self._at_start.expert_misses,
             guesses=tree.by_source(path, work),
             tree=DraftTree(tree.tokens, tree.parents, tuple(path)) if len(tree) else None,
             num_sharing=self._num_sharing,
@@ -150,6 +152,7 @@ class MemoryMeter:
             device_peak = sum(model.nbytes for model in self._models) + self._largest_pass_bytes
         else:
             device_peak = torch.cuda.max_memory_allocated(plan.work.device)
+        streamed = self._models[0].streamer.counters()
         return MemoryReport(
             device_budget_bytes=plan.vram_bytes,
             device_peak_bytes=device_peak,
@@ -159,4 +162,6 @@ class MemoryMeter:
             resident_layers=len(plan.placement.resident),
             streamed_layers=len(plan.placement.streamed),
             streamed_bytes_per_step=plan.streamed_bytes_per_step,
+            expert_hits=streamed.expert_hits,
+            expert_misses=streamed.expert_misses,
         )

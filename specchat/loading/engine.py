@@ -124,8 +124,9 @@ def _open(source: ModelSource, quant: str, dtype: Dtype, attention: "AttentionFu
 def _packs(
     weights: "ModelWeights", draft_weights: "ModelWeights | None", plan: Plan, reporter: Reporter
 ) -> "tuple[Pack | None, Pack | None]":
-    is_packed = plan.placement.streamed or plan.quant in LOWER_QUANTS
-    pack = _packed(weights, plan.quant, reporter) if is_packed else None
+    is_packed = plan.placement.streams or plan.quant in LOWER_QUANTS
+    by_experts = plan.placement.experts is not None
+    pack = _packed(weights, plan.quant, reporter, by_experts=by_experts) if is_packed else None
     if draft_weights is None or plan.draft_quant not in LOWER_QUANTS:
         return pack, None
     return pack, _packed(draft_weights, plan.draft_quant, reporter)
@@ -140,14 +141,21 @@ def stop_ids(defaults: GenerationDefaults, tokenizer: "Tokenizer") -> frozenset[
     return defaults.stop_ids if eos is None else defaults.stop_ids | {eos}
 
 
-def _packed(weights: "ModelWeights", quant: str, reporter: Reporter) -> "Pack | None":
+def _packed(weights: "ModelWeights", quant: str, reporter: Reporter, *, by_experts: bool = False) -> "Pack | None":
     from specchat.models.packs.prepare import prepare
 
     what = f"{'quantizing' if quant in LOWER_QUANTS else 'repacking'} {weights.source.name}"
     with reporter.moving(what) as update:
-        return prepare(weights, progress=lambda at: update(at.bytes_done, at.bytes_total), warn=reporter.warn)
+        return prepare(
+            weights,
+            by_experts=by_experts,
+            progress=lambda at: update(at.bytes_done, at.bytes_total),
+            warn=reporter.warn,
+        )
 
 
 def _size_of(plan: Plan) -> str:
+    if plan.experts is not None and plan.placement.experts is not None:
+        return f"{plan.placement.experts.quota} of {plan.experts.num_experts} experts of each layer in memory"
     layers = f"{len(plan.placement.resident)} of {plan.placement.num_layers} layers resident"
     return f"{layers} and a tree of {plan.work.tree_budget}" if plan.work.tree_budget else layers

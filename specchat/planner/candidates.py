@@ -12,10 +12,12 @@ from specchat.errors import DoesNotFitError, UsageError
 from specchat.hardware.machine import Machine
 from specchat.models.sizes.geometry import layer_sizes
 from specchat.planner.cost import CostModel, Prediction
+from specchat.planner.experts import expert_options, with_experts
 from specchat.planner.memory import (
     build_host_ledger,
     build_ledger,
     bytes_beside_layers,
+    expert_host_items,
     host_embedding_bytes,
     host_embeddings,
     kv_bytes,
@@ -93,11 +95,15 @@ class Candidate:
         kept, all_sizes = set(resident), layer_sizes(target, work.dtype)
         sizes = {i: size for i, size in enumerate(all_sizes) if i not in kept}
         in_ram = among(sizes, self.sizes.num_in_ram)
-        placement = Placement(target.num_layers, resident, in_ram, self.slots)
+        tier, placement = self.sizes.experts, Placement(target.num_layers, resident, in_ram, self.slots)
+        if tier is not None:
+            placement = with_experts(placement, target, work.dtype, tier)
+        forecast = None if tier is None else tier.forecast(work.seats + self.prediction.tree_nodes)
         points = restore_items(target, draft, work)
         host_bytes = _host_bytes(sizes, in_ram, self.slots) + host_embedding_bytes(target, work)
         host_bytes += sum(item.bytes for item in points)
-        beside_layers = (*host_embeddings(target, work), *points, *retrieval_items(work, used=self.retrieval))
+        found_by_lookup = retrieval_items(work, used=self.retrieval)
+        beside_layers = (*host_embeddings(target, work), *points, *found_by_lookup, *expert_host_items(tier))
         return Plan(
             target=target.name,
             draft=None if draft is None else draft.name,
@@ -107,7 +113,7 @@ class Candidate:
             ledger=build_ledger(target, draft, work, placement),
             vram_bytes=self.vram_bytes,
             host_bytes=0 if machine.device == "cpu" else host_bytes,
-            streamed_bytes_per_step=sum(sizes.values()),
+            streamed_bytes_per_step=sum(sizes.values()) if forecast is None else forecast.missed_bytes,
             adaptive=self.adaptive,
             draft_quant="none" if draft is None else draft.quant,
             text_only=target.text_only,
@@ -116,6 +122,7 @@ class Candidate:
             host_ledger=build_host_ledger(sizes, in_ram, self.slots, machine.device, beside_layers),
             expected=self.model.expectation(self.sizes, work.tree_budget) if self.adaptive else None,
             states=state_memory(target, draft, work, kv_bytes(target, work, work.tree_budget)),
+            experts=forecast,
         )
 
 
@@ -151,6 +158,8 @@ class Candidates:
         self._target = target
         self._dtype = dtype_for(request, inputs.machine, target)
         self._options = placement_options(target, self._dtype, request.choices.slots)
+        whole_layers = inputs.machine.device != "cpu" or request.choices.slots is not None
+        self._expert_options = None if whole_layers else expert_options(target, self._dtype)
         self._vram_bytes = (
             request.choices.vram_bytes if request.choices.vram_bytes is not None else _default_budget(inputs.machine)
         )
@@ -245,19 +254,43 @@ class Candidates:
 
     def _with_workload(self, draft: ModelSpec | None, work: Workload) -> Iterator[Candidate]:
         """Yield the candidates with most resident layers, per slot count, with embeddings on the device or the host."""
-        model, adaptive = self._model(draft), self._choices.tree_budget is None
         variants = self._workload_variants(draft, work)
         one_point = point_bytes(self._target, draft, work) if self._choices.seats == 1 else 0
-        for index, split in self._options.split([self._room(other_bytes, one_point) for _, other_bytes in variants]):
+        rooms = [self._room(other_bytes, one_point, self._options.least_bytes) for _, other_bytes in variants]
+        for index, split in self._options.split(rooms):
             variant, other_bytes = variants[index]
             host_bytes = self._host_budget(variant, other_bytes + split.num_bytes)
             if one_point:
                 points = num_points(one_point, host_bytes, self._options.streamed_bytes(split))
                 variant, host_bytes = _with_points(variant, points), host_bytes - points * one_point
-            sizes = self._options.place(split, host_bytes)
-            per_s = model.tok_per_s(sizes, variant.tree_budget, adaptive=adaptive)
-            retrieval = self._request.retrieval and variant.tree_budget > 0
-            yield Candidate(self._target, draft, variant, sizes, self._vram_bytes, per_s, adaptive, model, retrieval)
+            yield self._candidate(draft, variant, self._options.place(split, host_bytes))
+        yield from self._with_experts(draft, work)
+
+    def _with_experts(self, draft: ModelSpec | None, work: Workload) -> Iterator[Candidate]:
+        """Yield the candidate that reads experts one by one, with as many of them in memory as fit.
+
+        Everything besides experts is resident. On a GPU, whole layers stream: the grouped product of quantized experts
+        is missing there.
+        """
+        options = self._expert_options
+        if options is None:
+            return
+        other_bytes = bytes_beside_layers(self._target, draft, work)
+        one_point = point_bytes(self._target, draft, work) if self._choices.seats == 1 else 0
+        tier = options.fit(self._room(other_bytes, one_point, options.least_bytes))
+        if tier is None:
+            return
+        host_bytes = self._host_budget(work, other_bytes + options.nbytes(tier.quota))
+        if one_point:
+            points = num_points(one_point, host_bytes, tier.all_bytes)
+            work, host_bytes = _with_points(work, points), host_bytes - points * one_point
+        yield self._candidate(draft, work, TierSizes(self._target.num_layers, experts=tier.cached(host_bytes)))
+
+    def _candidate(self, draft: ModelSpec | None, work: Workload, sizes: TierSizes) -> Candidate:
+        model, adaptive = self._model(draft), self._choices.tree_budget is None
+        per_s = model.tok_per_s(sizes, work.tree_budget, adaptive=adaptive)
+        retrieval = self._request.retrieval and work.tree_budget > 0
+        return Candidate(self._target, draft, work, sizes, self._vram_bytes, per_s, adaptive, model, retrieval)
 
     def _workload_variants(self, draft: ModelSpec | None, work: Workload) -> list[tuple[Workload, int]]:
         """Return workloads with embeddings on the device and, if possible, on the host; each with its other bytes.
@@ -286,12 +319,13 @@ class Candidates:
     def _least_bytes(self, draft: ModelSpec | None, ctx: int) -> int:
         """Return the least device memory that any configuration at this context needs."""
         variants = self._workload_variants(draft, self._workload(ctx, min(self._tree_budgets(draft))))
-        return min(other_bytes for _, other_bytes in variants) + self._options.least_bytes
+        ways = [each.least_bytes for each in (self._options, self._expert_options) if each is not None]
+        return min(other_bytes for _, other_bytes in variants) + min(ways)
 
     def _workload(self, ctx: int, tree_budget: int) -> Workload:
         return _workload(self._dtype, ctx, tree_budget, self._inputs.machine.device, self._choices.seats)
 
-    def _room(self, other_bytes: int, one_point: int) -> int:
+    def _room(self, other_bytes: int, one_point: int, least_bytes: int) -> int:
         """Return the device memory left for layers and slots.
 
         On a CPU, restore points lie in the same memory, so room for the least of them stays free if layers can stream.
@@ -300,7 +334,7 @@ class Candidates:
         if not one_point or self._inputs.machine.device != "cpu":
             return room
         beside_points = self._usable_ram - LEAST_RESTORE_POINTS * one_point - other_bytes
-        return min(room, max(beside_points, self._options.least_bytes))
+        return min(room, max(beside_points, least_bytes))
 
     def _host_budget(self, work: Workload, device_bytes: int) -> int:
         """Return the host memory left for restore points and streamed layers.

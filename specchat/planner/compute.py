@@ -3,6 +3,7 @@
 import math
 from functools import cached_property, lru_cache
 
+from specchat.planner.experts import used_share
 from specchat.planner.rates import Rates
 from specchat.records.limits import HEAD_BLOCK_ROWS
 from specchat.records.model import DTYPE_BYTES, Dtype, ModelSpec
@@ -65,18 +66,27 @@ class ComputeTimes:
             self._layer_s[rows] = self._rates.layer_s + matmul_s + self._dequantizing_s(used)
         return self._layer_s[rows]
 
+    def experts_s(self, rows: int) -> float:
+        """Return the mean seconds of the experts of one layer, a part of `layer_s`."""
+        used, rows_each = self._used_experts(rows)
+        weights = used * self._expert_weights
+        matmul_s = weights * self._matmul_times.weight_s(rows_each) * (_MATMUL_OVERHEAD if self._on_cpu else 1.0)
+        return matmul_s + self._weight_dequantize_s * weights
+
     def _dequantizing_s(self, used: float) -> float:
         """Return the seconds to dequantize each used matrix once a pass, for a share `used` of the experts."""
+        return self._weight_dequantize_s * (self._shared_weights + used * self._expert_weights)
+
+    @cached_property
+    def _weight_dequantize_s(self) -> float:
+        """Seconds to dequantize one weight; 0 for plain matrices."""
         quant = self._spec.quant
-        if quant == "none":
-            return 0.0
-        per_weight = self._rates.dequantize_s["int4" if "4" in quant else "int8"]
-        return per_weight * (self._shared_weights + used * self._expert_weights)
+        return 0.0 if quant == "none" else self._rates.dequantize_s["int4" if "4" in quant else "int8"]
 
     def _used_experts(self, rows: int) -> tuple[float, float]:
-        """Return the share of experts in use with random routing, and the mean rows per expert in use."""
+        """Return the share of experts in use, and the mean rows per expert in use."""
         active = self._active_share
-        used = 1.0 - (1.0 - active) ** rows
+        used = used_share(active, rows)
         return used, max(rows * active / used, 1.0)
 
     @cached_property

@@ -46,6 +46,11 @@ _STALL_OF_MANY = 0.03
 # Read rate during whole passes on a CPU, relative to the probe's reads without other work: here two cores also compute.
 # Measured with tests/benchmarks/predicted.py.
 _DISK_SHARE = 0.92
+# Seconds of a layer to find its missing experts, to begin reading them, and to take them over as they arrive. Measured
+# with tests/benchmarks/expert_passes.py: 12 layers of 128 experts at 1 to 16 rows.
+_FETCH_S = 500e-6
+# Rate of small reads from the page cache, relative to copies within host memory: each copies once, on one thread.
+_CACHED_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -199,20 +204,20 @@ class CostModel:
             if per_s is None:
                 queue = queue or self._queue(placement)
                 costs = self._step_costs(nodes, reads=self._reads(placement))
-                per_s = speeds[nodes] = costs.tokens / self._pass_s(queue, costs)
+                per_s = speeds[nodes] = costs.tokens / self._pass_s(placement, queue, costs)
             if per_s > best_per_s:
                 best_per_s, best = per_s, nodes
         return best_per_s, best
 
     def _step(self, placement: TierSizes, nodes: int) -> Prediction:
         costs, queue = self._step_costs(nodes, reads=self._reads(placement)), self._queue(placement)
-        pass_s = self._pass_s(queue, costs)
+        pass_s = self._pass_s(placement, queue, costs)
         compute_s = placement.num_layers * costs.layer_s
-        linked_s = self._linked_s(queue, costs)
+        linked_s = self._linked_s(queue, costs) if placement.experts is None else self._missing_s(placement, costs)
         bound: Bound = "link" if linked_s > compute_s else "draft" if costs.draft_s > compute_s else "compute"
         return Prediction(
             pass_s=pass_s,
-            link_s=self._link_load(placement)[0],
+            link_s=self._link_load(placement)[0] if placement.experts is None else linked_s,
             compute_s=compute_s,
             draft_s=costs.draft_s,
             tokens_per_step=costs.tokens,
@@ -222,10 +227,26 @@ class CostModel:
             basis=self._basis(placement, nodes),
         )
 
-    def _pass_s(self, queue: "LinkQueue", costs: "_StepCosts") -> float:
-        """Return the seconds of a whole step: drafting and scoring, then the later end of link and compute."""
+    def _pass_s(self, placement: TierSizes, queue: "LinkQueue", costs: "_StepCosts") -> float:
+        """Return the seconds of a whole step: drafting and scoring, then the later end of link and compute.
+
+        Experts that are missing are read while others are computed, but not before their router has been computed.
+        """
+        if placement.experts is not None:
+            computed_s, experts_s = placement.num_layers * costs.layer_s, placement.num_layers * costs.experts_s
+            waited_s = max(self._missing_s(placement, costs) - experts_s, 0.0)
+            return costs.outside_s + computed_s + waited_s + placement.experts.num_layers * _FETCH_S
         computed_s = queue.computed_s(costs.layer_s, costs.outside_s)
         return costs.outside_s + max(computed_s, self._linked_s(queue, costs))
+
+    def _missing_s(self, placement: TierSizes, costs: "_StepCosts") -> float:
+        """Return the seconds that a pass waits for missing experts."""
+        experts = placement.experts
+        assert experts is not None and self._on_cpu
+        missed, cached = experts.missed_bytes(costs.rows), experts.num_cached / experts.num_layers
+        from_disk_s = (1 - cached) * missed / (_DISK_SHARE * self._rates.disk.per_s)
+        from_cache_s = cached * missed / (_CACHED_SHARE * self._rates.ram.per_s)
+        return from_disk_s + from_cache_s
 
     def _linked_s(self, queue: "LinkQueue", costs: "_StepCosts") -> float:
         stalled_s = queue.num_linked * min(queue.arrival_s, costs.layer_s) * self._stall(queue.slots)
@@ -251,7 +272,9 @@ class CostModel:
 
     def _reads(self, placement: TierSizes) -> bool:
         """Return whether disk readers occupy the cores that the draft runs on."""
-        return self._on_cpu and placement.num_on_disk > 0
+        experts = placement.experts
+        reads_experts = experts is not None and experts.num_cached < experts.num_layers
+        return self._on_cpu and (placement.num_on_disk > 0 or reads_experts)
 
     def _step_costs(self, nodes: int, *, reads: bool) -> "_StepCosts":
         """Return the costs that depend only on the tree size and on `reads`."""
@@ -259,7 +282,9 @@ class CostModel:
         if key not in self._timed:
             tokens = self._seats * self._acceptance.tokens_per_step(nodes / self._seats)
             draft_s, head_s = self._draft_s(nodes, tokens, reads=reads), self._target.head_s(tokens)
-            self._timed[key] = _StepCosts(self._target.layer_s(self._seats + nodes), draft_s, draft_s + head_s, tokens)
+            rows = self._seats + nodes
+            layer_s, experts_s = self._target.layer_s(rows), self._target.experts_s(rows)
+            self._timed[key] = _StepCosts(rows, layer_s, experts_s, draft_s, draft_s + head_s, tokens)
         return self._timed[key]
 
     def _draft_s(self, nodes: int, tokens: float, *, reads: bool) -> float:
@@ -282,7 +307,7 @@ class CostModel:
 
     def _basis(self, placement: TierSizes, nodes: int) -> Basis:
         bases: list[Basis] = [self._rates.compute_basis]
-        if placement.disk_bytes:
+        if placement.disk_bytes or (placement.experts is not None and self._reads(placement)):
             bases.append(self._rates.disk.basis)
         if placement.ram_bytes and not self._on_cpu:
             bases.append(self._rates.host.basis)
@@ -337,9 +362,20 @@ class LinkQueue:
 
 @dataclass(frozen=True)
 class _StepCosts:
-    """Costs of a step by tree size: seconds per target layer, of drafting, and outside the pass; expected tokens."""
+    """Costs of a step by tree size.
 
+    Attributes:
+        rows: rows of the pass.
+        layer_s: seconds of a layer of the target.
+        experts_s: part of `layer_s` for the experts.
+        draft_s: seconds of drafting.
+        outside_s: seconds of drafting and of the head.
+        tokens: expected tokens.
+    """
+
+    rows: int
     layer_s: float
+    experts_s: float
     draft_s: float
     outside_s: float
     tokens: float

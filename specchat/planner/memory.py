@@ -12,15 +12,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from specchat.models.sizes.geometry import dequantize_bytes, layer_sizes
+from specchat.models.sizes.geometry import dequantize_bytes, held_bytes, layer_sizes, sizes_beside_experts, slot_bytes
+from specchat.planner.experts import ExpertTier
 from specchat.planner.states import draft_state_bytes, state_items
 from specchat.records.limits import (
     DRAFT_BRANCH,
     DRAWING_BYTES,
+    EXPERT_WINDOW_BYTES,
     HEAD_BLOCK_ROWS,
     NUM_READERS,
     PATH_BYTES,
     PROCESSING_BYTES,
+    READ_THREADS,
     READ_WINDOW_BYTES,
     RECYCLED_RUN_BYTES,
     RECYCLED_RUNS,
@@ -61,11 +64,8 @@ def build_ledger(
         Items, most important first. Weights, slots and caches are exact; workspaces are the maximum for a
         conversation of `ctx` tokens.
     """
-    sizes = layer_sizes(target, work.dtype)
-    slot_bytes = max((sizes[i] for i in placement.streamed), default=0)
     items = [
-        LedgerItem("resident layers", sum(sizes[i] for i in placement.resident)),
-        LedgerItem("slots", placement.slots * slot_bytes),
+        *_layer_items(target, work.dtype, placement),
         *_outside_layers(target, work),
         LedgerItem("KV cache", kv_bytes(target, work, work.tree_budget)),
         *state_items(target, work),
@@ -83,6 +83,33 @@ def build_ledger(
     if work.reserve_bytes:
         items.append(LedgerItem(_RESERVE, work.reserve_bytes))
     return tuple(items)
+
+
+def _layer_items(target: ModelSpec, dtype: Dtype, placement: Placement) -> list[LedgerItem]:
+    """Return the items of layers and experts."""
+    sizes, experts = layer_sizes(target, dtype), placement.experts
+    if experts is None:
+        slot = max((sizes[i] for i in placement.streamed), default=0)
+        resident = sum(sizes[i] for i in placement.resident)
+        return [LedgerItem("resident layers", resident), LedgerItem("slots", placement.slots * slot)]
+    routed, sizes = target.experts, sizes_beside_experts(target, dtype)
+    assert routed is not None
+    slot, held = slot_bytes(routed, dtype), held_bytes(routed, dtype)
+    items = [
+        LedgerItem("resident layers", sum(sizes[i] for i in placement.resident)),
+        LedgerItem("expert pool", len(routed.layers) * experts.quota * slot),
+        LedgerItem("expert slots", experts.shared * slot),
+    ]
+    return [*items, LedgerItem("small tensors of experts", held)] if held else items
+
+
+def expert_host_items(tier: ExpertTier | None) -> tuple[LedgerItem, ...]:
+    """Return the items of host memory for single experts: those in the page cache, and windows to read past it."""
+    if tier is None:
+        return ()
+    cached = LedgerItem("experts in the page cache", tier.num_cached * tier.num_experts * tier.read_bytes)
+    reads_past = tier.num_cached < tier.num_layers
+    return (cached, LedgerItem("reading", READ_THREADS * EXPERT_WINDOW_BYTES)) if reads_past else (cached,)
 
 
 def bytes_beside_layers(target: ModelSpec, draft: ModelSpec | None, work: Workload) -> int:

@@ -8,6 +8,7 @@ from itertools import accumulate
 from operator import neg
 
 from specchat.models.sizes.geometry import layer_sizes
+from specchat.planner.experts import ExpertTier
 from specchat.records.model import Dtype, ModelSpec
 from specchat.units import GIB
 
@@ -27,14 +28,16 @@ class TierSizes:
         num_in_ram, num_on_disk: numbers of streamed layers in host memory and on disk.
         ram_bytes, disk_bytes: total bytes of these layers.
         slots: number of staging buffers.
+        experts: experts that are read one by one, while everything else is resident; None if whole layers stream.
     """
 
     num_layers: int
-    num_in_ram: int
-    num_on_disk: int
-    ram_bytes: int
-    disk_bytes: int
-    slots: int
+    num_in_ram: int = 0
+    num_on_disk: int = 0
+    ram_bytes: int = 0
+    disk_bytes: int = 0
+    slots: int = 0
+    experts: ExpertTier | None = None
 
     @property
     def num_streamed(self) -> int:

@@ -47,11 +47,23 @@ def explain_choices(
         )
         found.append(Choice("tree-budget", str(work.tree_budget), why, request.choices.tree_budget is not None, trees))
     found.append(Choice("vram", format_bytes(best.vram_bytes), _why_budget(request, device), _is_set(request)))
+    if (experts := best.sizes.experts) is not None:
+        layers = best_other(lambda c: c.sizes.experts is None, lambda _: "whole layers")
+        kept = f"{experts.quota} of {experts.num_experts}"
+        found.append(Choice("experts", kept, "of each layer stay in memory, others are read when used", False, layers))
+    elif best.num_streamed and best.target.experts is not None:
+        found.append(Choice("experts", "whole layers", _why_whole_layers(request, device)))
     if best.num_streamed:
         slots = best_other(lambda c: c.slots != best.slots, lambda c: str(c.slots))
         why = "asked for" if request.choices.slots is not None else "layers loading while one is computed"
         found.append(Choice("slots", str(best.slots), why, request.choices.slots is not None, slots))
     return tuple(found)
+
+
+def _why_whole_layers(request: PlanRequest, device: str) -> str:
+    if device != "cpu":
+        return "on a GPU, experts are streamed with their layers"
+    return "slots were asked for" if request.choices.slots is not None else "faster here than single experts"
 
 
 def _is_set(request: PlanRequest) -> bool:

@@ -178,6 +178,8 @@ class Step:
         draft_lost: reason why the draft was given up in this step, in one line; None in all other steps.
         num_sharing: number of answers that the pass served.
         error: reason of the finish_reason "error", else None.
+        expert_hits: experts that were in their slots when a layer of the pass used them.
+        expert_misses: experts that the pass had to read.
     """
 
     token_ids: tuple[int, ...]
@@ -198,6 +200,8 @@ class Step:
     draft_lost: str | None = None
     num_sharing: int = 1
     error: SpecchatError | None = None
+    expert_hits: int = 0
+    expert_misses: int = 0
 
     @classmethod
     def without_pass(cls, reason: FinishReason, error: SpecchatError | None = None) -> "Step":

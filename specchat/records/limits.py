@@ -60,6 +60,9 @@ NUM_READERS = 2
 # Bytes of a checkpoint shard that each thread reads at a time, into a window of its own.
 READ_WINDOW_BYTES = 8 * MIB
 
+# Most bytes of one read of experts, into a window of each of `READ_THREADS`.
+EXPERT_WINDOW_BYTES = 4 * MIB
+
 # Row counts of the matmuls that the probe measures; the planner interpolates between them. They span the tree sizes.
 MATMUL_ROWS = (1, 16, 64, 256, 512)
 

@@ -1,8 +1,9 @@
 """Records of a model: where its files are, and the sizes of its parts."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, get_args
@@ -169,6 +170,47 @@ class Activations:
     num_masks: int
 
 
+@dataclass(frozen=True)
+class RoutedExperts:
+    """Routed experts that can be read one by one.
+
+    Attributes:
+        layers: indices of the layers that have such experts.
+        num_experts: experts of each of these layers, N.
+        per_row: experts that one row uses, k.
+        params: parameters of one expert, in the order of a slot.
+    """
+
+    layers: tuple[int, ...]
+    num_experts: int
+    per_row: int
+    params: tuple[ParamSize, ...]
+
+    def beside(self, layer_params: tuple[ParamSize, ...]) -> tuple[ParamSize, ...]:
+        """Return the parameters of a layer besides its experts, which are stacked or apart."""
+        stored, in_experts = Counter(layer_params), Counter[ParamSize]()
+        for each in self.params:
+            stack = replace(each, count=self.num_experts * each.count)
+            in_experts.update([stack] if stored[stack] else [each] * self.num_experts)
+        beside = []
+        for each in layer_params:
+            if in_experts[each]:
+                in_experts[each] -= 1
+            else:
+                beside.append(each)
+        return tuple(beside)
+
+    def is_held(self, param: ParamSize, dtype: Dtype) -> bool:
+        """Return whether a parameter of an expert is so small that it stays in memory for all experts."""
+        total = sum(each.nbytes(dtype) for each in self.params)
+        return param.item_bytes is None and is_held_piece(param.nbytes(dtype), total)
+
+
+def is_held_piece(nbytes: int, expert_bytes: int) -> bool:
+    """Return whether a piece of an expert, such as its biases, is too small for a read of its own."""
+    return 64 * nbytes < expert_bytes
+
+
 # End of the architecture's name of a head.
 HEAD_SUFFIX = " MTP"
 
@@ -199,6 +241,7 @@ class ModelSpec:
         lookup_params: number of weights among other_params that are only looked up by token: untied input embeddings.
         text_only: whether this is the text half of a multimodal model.
         shared_params: parameters of blocks that several layers share, which always stay in device memory.
+        experts: experts that can be read one by one; None without any.
     """
 
     name: str
@@ -223,6 +266,7 @@ class ModelSpec:
     lookup_params: int = 0
     text_only: bool = False
     shared_params: tuple[ParamSize, ...] = ()
+    experts: RoutedExperts | None = None
 
     def __hash__(self) -> int:  # hashing every field would cost more than the cached results save
         return hash((self.name, self.quant, self.num_params))

@@ -7,7 +7,12 @@ from specchat.records.limits import HEAD_BLOCK_ROWS, MOST_RESTORE_POINTS
 from specchat.records.model import Dtype, Quant, Tier
 
 # Ledger items that hold weights, resident or streamed.
-WEIGHT_ITEMS = frozenset({"resident layers", "slots", "shared blocks", "embeddings and head", "head", "draft"})
+WEIGHT_ITEMS = frozenset(
+    {
+        *("resident layers", "slots", "shared blocks", "embeddings and head", "head", "draft"),
+        *("expert pool", "expert slots", "small tensors of experts"),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,19 @@ class Workload:
 
 
 @dataclass(frozen=True)
+class ExpertSlots:
+    """Slots for routed experts in device memory.
+
+    Attributes:
+        quota: slots of each layer, for the experts that passes use most.
+        shared: slots that the other experts of all layers pass through.
+    """
+
+    quota: int
+    shared: int
+
+
+@dataclass(frozen=True)
 class Placement:
     """Where the target's layers lie.
 
@@ -117,20 +135,29 @@ class Placement:
         num_layers: decoder layers of the target, L.
         resident: indices of the layers that stay in device memory, ascending.
         in_ram: indices of the streamed layers whose bytes stay in host memory between passes, ascending; the other
-            streamed layers are read from the disk for every pass.
+            streamed layers are read from the disk for every pass. If experts are streamed, the layers whose experts
+            stay in host memory.
         slots: staging buffers for streamed layers; 0 when nothing streams.
+        experts: slots for routed experts, which are then not part of the resident layers; None if whole layers are
+            streamed.
     """
 
     num_layers: int
     resident: tuple[int, ...]
     in_ram: tuple[int, ...] = ()
     slots: int = 0
+    experts: ExpertSlots | None = None
 
     @property
     def streamed(self) -> tuple[int, ...]:
         """Indices of the layers that are streamed for every pass, ascending."""
         resident = set(self.resident)
         return tuple(i for i in range(self.num_layers) if i not in resident)
+
+    @property
+    def streams(self) -> bool:
+        """Whether passes read layers or experts."""
+        return bool(self.streamed) or self.experts is not None
 
     @property
     def tiers(self) -> tuple[Tier, ...]:
@@ -165,6 +192,34 @@ class StateMemory:
 
 
 @dataclass(frozen=True)
+class ExpertForecast:
+    """Experts that are read one by one, and what is expected of a pass.
+
+    Attributes:
+        num_layers: number of layers with such experts.
+        num_experts: experts of each of these layers.
+        expert_bytes: bytes that are read for one expert.
+        rows: rows of the expected pass.
+        used: expected experts of a layer that the pass uses.
+        hit_rate: expected share of these experts that are in their slots.
+        missed_bytes: expected bytes of the other ones, which the pass reads.
+    """
+
+    num_layers: int
+    num_experts: int
+    expert_bytes: int
+    rows: int
+    used: float
+    hit_rate: float
+    missed_bytes: int
+
+    @property
+    def all_bytes(self) -> int:
+        """Bytes of all experts, which a pass over whole layers would move."""
+        return self.num_layers * self.num_experts * self.expert_bytes
+
+
+@dataclass(frozen=True)
 class Plan:
     """All decisions that the engine needs before loading: the whole contract between planner and engine.
 
@@ -185,6 +240,7 @@ class Plan:
         text_only: whether the target is the text half of a multimodal model.
         retrieval: whether draft nodes also come from the text itself and the target's earlier scores.
         states: memory of recurrent layers; None for a target without any.
+        experts: experts that are read one by one; None if whole layers stream, or nothing does.
     """
 
     target: str
@@ -204,6 +260,7 @@ class Plan:
     text_only: bool = False
     retrieval: bool = False
     states: StateMemory | None = None
+    experts: ExpertForecast | None = None
 
     @property
     def sources(self) -> str:
@@ -223,7 +280,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """Measured memory of the engine next to the ledger's prediction, in bytes."""
+    """Measured memory of the engine next to the ledger's prediction, in bytes.
+
+    Attributes:
+        expert_hits: experts that were in their slots when a layer used them, since loading.
+        expert_misses: experts that had to be read.
+    """
 
     device_budget_bytes: int
     device_peak_bytes: int
@@ -233,3 +295,11 @@ class MemoryReport:
     resident_layers: int
     streamed_layers: int
     streamed_bytes_per_step: int
+    expert_hits: int = 0
+    expert_misses: int = 0
+
+    @property
+    def expert_hit_rate(self) -> float | None:
+        """Share of used experts that were in their slots; None if no experts are read one by one."""
+        used = self.expert_hits + self.expert_misses
+        return self.expert_hits / used if used else None

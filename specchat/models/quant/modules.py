@@ -82,6 +82,20 @@ class QuantParts(nn.ModuleList):
         return torch.cat([part(x) for part in self], -1)
 
 
+def same_format(module: nn.Module) -> nn.Module:
+    """Return a module for another matrix in the formats of a `QuantLinear` or `QuantParts`, without a bias, on meta."""
+    if isinstance(module, QuantParts):
+        return QuantParts(same_format(part) for part in module)
+    assert isinstance(module, QuantLinear)
+    return QuantLinear(module.format, module.shape, None, module.scratch)
+
+
+def format_key(module: nn.Module) -> tuple[object, ...]:
+    """Return what two matrices have in common if one module can hold either."""
+    linears = [linear for _, linear in quant_linears(module)]
+    return tuple((linear.format, linear.shape) for linear in linears)
+
+
 def _empty(segment: Segment) -> nn.Parameter:
     return nn.Parameter(torch.empty(segment.shape, dtype=segment.dtype, device="meta"), requires_grad=False)
 

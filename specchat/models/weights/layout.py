@@ -1,6 +1,6 @@
 """The layout of one layer's parameters in one contiguous blob."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +21,9 @@ class LayerLayout:
     nbytes: int
 
     @classmethod
-    def of(cls, layer: Any) -> "LayerLayout":
-        """Compute the layout of a decoder layer."""
-        named = dict(layer.named_parameters())
+    def of(cls, layer: Any, without: Set[str] = frozenset()) -> "LayerLayout":
+        """Compute the layout of a decoder layer, except the parameters `without`."""
+        named = {name: p for name, p in layer.named_parameters() if name not in without}
         offsets, nbytes = blob_offsets(p.nbytes for p in named.values())
         shapes, dtypes = tuple(p.shape for p in named.values()), tuple(p.dtype for p in named.values())
         return cls(tuple(named), shapes, dtypes, tuple(offsets), nbytes)
