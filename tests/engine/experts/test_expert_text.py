@@ -133,11 +133,12 @@ def test_experts_are_read_from_packs(pairs: Pairs, tmp_path: Path):
 @pytest.mark.parametrize(
     ("architecture", "quant"),
     [
-        ("gpt_oss", "int4"),
+        ("gpt_oss", "int8"),
         *(
             pytest.param(architecture, quant, marks=pytest.mark.slow)
             for architecture in ARCHITECTURES
             for quant in ("int8", "int4")
+            if (architecture, quant) != ("gpt_oss", "int8")
         ),
     ],
 )
