@@ -42,7 +42,7 @@ FOLDERS = {
         {"kernels"},
         {"formats"},
         {"autotune", "schemes"},
-        {"modules"},
+        {"modules", "packing"},
     ],
     "engine": [
         {"layout", "linear", "sampling", "streaming", "tree"},

@@ -80,6 +80,7 @@ def plan_object(plan: Plan) -> dict[str, Any]:
         "tree_budget": plan.work.tree_budget,
         "slots": plan.placement.slots,
         "resident_layers": len(plan.placement.resident),
+        "expanded_layers": len(plan.placement.expanded),
         "streamed_layers": len(plan.placement.streamed),
         "disk_layers": plan.placement.tiers.count("disk"),
         "ledger": [asdict(item) for item in plan.ledger],

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from specchat.engine.kv_cache import TreeCache
-from specchat.engine.linear import use_fast_matmuls
+from specchat.engine.linear import settle, use_fast_matmuls
 from specchat.engine.model import TreeModel
 from specchat.engine.streaming.base import LayerStreamer, NoStreamer
 from specchat.engine.streaming.cpu import MappedStreamer, MixedStreamer, ThreadStreamer
@@ -19,6 +19,7 @@ from specchat.engine.streaming.cuda import CudaStreamer
 from specchat.engine.streaming.host_layers import HostLayers, pinner
 from specchat.engine.streaming.readers import LayerReader, layer_reader_for
 from specchat.models.checkpoint.dtypes import torch_dtype
+from specchat.models.hf.matrices import plain_linears
 from specchat.models.hf.skeleton import lookup_embeddings
 from specchat.models.packs.file_format import bytes_of
 from specchat.models.packs.pack import Pack
@@ -64,11 +65,15 @@ def load_model(
         if mapped is not None:
             undo.enter_context(mapped)
         read_layer = partial(_read_layer, reader, None if pack is None else ChunkVerifier(pack))
+        expanded = set(placement.expanded)
         for index in placement.resident:
             layout = LayerLayout.of(layers[index])
             blob = torch.zeros(layout.nbytes, dtype=torch.uint8)
             read_layer(index, layout, blob)
             bind(layers[index], layout.views(blob.to(device)))
+            if device.type == "cpu":
+                del blob
+                settle(layers[index], plain_linears(layers[index]), dtype, expands=index in expanded)
         cache = TreeCache(
             weights.kv_shapes,
             cache_rows,

@@ -18,6 +18,7 @@ from torch import Tensor
 from specchat.engine.attention import PassMask
 from specchat.engine.kv_cache import TreeCache
 from specchat.engine.layout import PassLayout, linear_layout
+from specchat.engine.linear import held_bytes
 from specchat.engine.streaming.base import LayerStreamer
 from specchat.models.checkpoint.mapped_file import MappedFile
 from specchat.models.hf.attention import cache_for, row_scope
@@ -96,7 +97,7 @@ class TreeModel:
         storages: dict[int, int] = {
             t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_meta
         }
-        return sum(storages.values()) + self.generation_bytes
+        return sum(storages.values()) + held_bytes(self.skeleton.model) + self.generation_bytes
 
     @property
     def generation_bytes(self) -> int:

@@ -73,9 +73,10 @@ def _unusable(device: str) -> DeviceUnusableError:
 
 
 def _cpu(ram: int) -> Machine:
-    fast_bf16 = cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"} != set()
-    total = total_ram_bytes()
-    return Machine("cpu", ram, ram, fast_bf16, total_bytes=total, device_total_bytes=total)
+    flags, total = cpu_flags(), total_ram_bytes()
+    fast_bf16 = flags & {"avx512_bf16", "amx_bf16", "bf16"} != set()
+    has_kernel = "avx512_bf16" in flags
+    return Machine("cpu", ram, ram, fast_bf16, total_bytes=total, device_total_bytes=total, has_row_kernel=has_kernel)
 
 
 def find_hardware(folder: Path) -> Hardware:

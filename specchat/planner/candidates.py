@@ -10,7 +10,7 @@ from functools import cached_property, lru_cache
 
 from specchat.errors import DoesNotFitError, UsageError
 from specchat.hardware.machine import Machine
-from specchat.models.sizes.geometry import layer_sizes
+from specchat.models.sizes.geometry import expanded_sizes, layer_sizes
 from specchat.planner.cost import CostModel, Prediction
 from specchat.planner.memory import (
     build_host_ledger,
@@ -22,7 +22,7 @@ from specchat.planner.memory import (
     lookup_bytes,
     retrieval_items,
 )
-from specchat.planner.placement import TierSizes, among, interleaved, placement_options, usable_ram
+from specchat.planner.placement import TierSizes, among, interleaved, num_expanded, placement_options, usable_ram
 from specchat.planner.request import EXACT_BYTES, PlanInputs, PlanRequest
 from specchat.planner.states import num_points, point_bytes, restore_items, state_memory
 from specchat.records.limits import LEAST_RESTORE_POINTS
@@ -93,7 +93,10 @@ class Candidate:
         kept, all_sizes = set(resident), layer_sizes(target, work.dtype)
         sizes = {i: size for i, size in enumerate(all_sizes) if i not in kept}
         in_ram = among(sizes, self.sizes.num_in_ram)
-        placement = Placement(target.num_layers, resident, in_ram, self.slots)
+        expanded = interleaved(self.sizes.num_expanded, target.num_layers)
+        larger = expanded_sizes(target, work.dtype, has_row_kernel=machine.has_row_kernel) if expanded else all_sizes
+        more = sum(larger[i] - all_sizes[i] for i in expanded)
+        placement = Placement(target.num_layers, resident, in_ram, self.slots, expanded, more)
         points = restore_items(target, draft, work)
         host_bytes = _host_bytes(sizes, in_ram, self.slots) + host_embedding_bytes(target, work)
         host_bytes += sum(item.bytes for item in points)
@@ -255,6 +258,9 @@ class Candidates:
                 points = num_points(one_point, host_bytes, self._options.streamed_bytes(split))
                 variant, host_bytes = _with_points(variant, points), host_bytes - points * one_point
             sizes = self._options.place(split, host_bytes)
+            if not sizes.num_streamed:
+                room = self._room(other_bytes, one_point) - split.num_bytes
+                sizes = replace(sizes, num_expanded=self._num_expanded(room))
             per_s = model.tok_per_s(sizes, variant.tree_budget, adaptive=adaptive)
             retrieval = self._request.retrieval and variant.tree_budget > 0
             yield Candidate(self._target, draft, variant, sizes, self._vram_bytes, per_s, adaptive, model, retrieval)
@@ -282,6 +288,14 @@ class Candidates:
             host_embedding_bytes(self._target, _with_host_embeddings(self._workload(self._contexts[-1], 0)))
             <= self._usable_ram
         )
+
+    def _num_expanded(self, room: int) -> int:
+        """Return the number of layers that may take `room` more bytes to be faster; only on a CPU."""
+        if self._inputs.machine.device != "cpu" or not self._target.layer_quant or self._dtype == "fp16":
+            return 0
+        has_kernel = self._inputs.machine.has_row_kernel
+        expanded = expanded_sizes(self._target, self._dtype, has_row_kernel=has_kernel)
+        return num_expanded(layer_sizes(self._target, self._dtype), expanded, room)
 
     def _least_bytes(self, draft: ModelSpec | None, ctx: int) -> int:
         """Return the least device memory that any configuration at this context needs."""

@@ -142,7 +142,7 @@ class CostModel:
         self._rates = rates
         self._acceptance = acceptance
         self._seats = seats
-        self._timed: dict[tuple[int, bool], _StepCosts] = {}
+        self._timed: dict[tuple[int, bool, float], _StepCosts] = {}
         self._speeds: dict[TierSizes, dict[int, float]] = {}
 
     def predict(self, placement: TierSizes, tree_budget: int, *, adaptive: bool) -> Prediction:
@@ -178,7 +178,9 @@ class CostModel:
     def most_tok_per_s(self, tree_budget: int, *, adaptive: bool) -> float:
         """Return an upper bound of `tok_per_s` over all placements: the speed with every layer resident."""
         sizes = self._sizes(tree_budget, adaptive)
-        return max(self._step_costs(nodes, reads=False).most_tok_per_s(self._num_layers) for nodes in sizes)
+        fastest = 1.0 if self._on_cpu else 0.0  # with every layer expanded
+        costs = (self._step_costs(nodes, reads=False, expanded=fastest) for nodes in sizes)
+        return max(each.most_tok_per_s(self._num_layers) for each in costs)
 
     def _sizes(self, tree_budget: int, adaptive: bool) -> tuple[int, ...]:
         """Return the tree sizes to try."""
@@ -198,14 +200,14 @@ class CostModel:
             per_s = speeds.get(nodes)
             if per_s is None:
                 queue = queue or self._queue(placement)
-                costs = self._step_costs(nodes, reads=self._reads(placement))
+                costs = self._costs(placement, nodes)
                 per_s = speeds[nodes] = costs.tokens / self._pass_s(queue, costs)
             if per_s > best_per_s:
                 best_per_s, best = per_s, nodes
         return best_per_s, best
 
     def _step(self, placement: TierSizes, nodes: int) -> Prediction:
-        costs, queue = self._step_costs(nodes, reads=self._reads(placement)), self._queue(placement)
+        costs, queue = self._costs(placement, nodes), self._queue(placement)
         pass_s = self._pass_s(queue, costs)
         compute_s = placement.num_layers * costs.layer_s
         linked_s = self._linked_s(queue, costs)
@@ -253,13 +255,20 @@ class CostModel:
         """Return whether disk readers occupy the cores that the draft runs on."""
         return self._on_cpu and placement.num_on_disk > 0
 
-    def _step_costs(self, nodes: int, *, reads: bool) -> "_StepCosts":
-        """Return the costs that depend only on the tree size and on `reads`."""
-        key = nodes, reads
+    def _costs(self, placement: TierSizes, nodes: int) -> "_StepCosts":
+        share = placement.num_expanded / placement.num_layers
+        return self._step_costs(nodes, reads=self._reads(placement), expanded=share)
+
+    def _step_costs(self, nodes: int, *, reads: bool, expanded: float) -> "_StepCosts":
+        """Return the costs that depend only on the tree size, on `reads` and on the share of expanded layers."""
+        key = nodes, reads, expanded
         if key not in self._timed:
             tokens = self._seats * self._acceptance.tokens_per_step(nodes / self._seats)
             draft_s, head_s = self._draft_s(nodes, tokens, reads=reads), self._target.head_s(tokens)
-            self._timed[key] = _StepCosts(self._target.layer_s(self._seats + nodes), draft_s, draft_s + head_s, tokens)
+            rows = self._seats + nodes
+            layer_s = (1 - expanded) * self._target.layer_s(rows) if expanded < 1 else 0.0
+            layer_s += expanded * self._target.layer_s(rows, expanded=True) if expanded else 0.0
+            self._timed[key] = _StepCosts(layer_s, draft_s, draft_s + head_s, tokens)
         return self._timed[key]
 
     def _draft_s(self, nodes: int, tokens: float, *, reads: bool) -> float:

@@ -64,7 +64,7 @@ def build_ledger(
     sizes = layer_sizes(target, work.dtype)
     slot_bytes = max((sizes[i] for i in placement.streamed), default=0)
     items = [
-        LedgerItem("resident layers", sum(sizes[i] for i in placement.resident)),
+        LedgerItem("resident layers", sum(sizes[i] for i in placement.resident) + placement.expanded_bytes),
         LedgerItem("slots", placement.slots * slot_bytes),
         *_outside_layers(target, work),
         LedgerItem("KV cache", kv_bytes(target, work, work.tree_budget)),

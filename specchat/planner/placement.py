@@ -16,6 +16,7 @@ NUM_SLOTS = 2
 # waits. So if reading and computing take about equal times, a pass takes only the time of its reads.
 SLOTS = (NUM_SLOTS, 3)
 _LARGEST_RESERVE = 4 * GIB
+_LEAST_EXPANDED = 0.5  # share of the layers
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class TierSizes:
         num_in_ram, num_on_disk: numbers of streamed layers in host memory and on disk.
         ram_bytes, disk_bytes: total bytes of these layers.
         slots: number of staging buffers.
+        num_expanded: number of resident layers whose quantized matrices take more memory to be faster.
     """
 
     num_layers: int
@@ -35,6 +37,7 @@ class TierSizes:
     ram_bytes: int
     disk_bytes: int
     slots: int
+    num_expanded: int = 0
 
     @property
     def num_streamed(self) -> int:
@@ -214,6 +217,21 @@ def among(streamed: Mapping[int, int], num_chosen: int) -> tuple[int, ...]:
     """Return `num_chosen` streamed layers, spread evenly: the disk reads others while these are computed."""
     layers = tuple(streamed)
     return tuple(layers[j] for j in interleaved(num_chosen, len(layers)))
+
+
+def num_expanded(sizes: Sequence[int], expanded: Sequence[int], room: int) -> int:
+    """Return how many resident layers take more memory to be faster: as many as fit, or none.
+
+    Dequantizing and packing take a second per GB while loading, so a small share of the layers is not worth it.
+
+    Args:
+        sizes: bytes of each layer.
+        expanded: bytes of each layer if it takes more memory.
+        room: bytes that the plan leaves.
+    """
+    most = max(large - size for large, size in zip(expanded, sizes, strict=True))
+    count = min(len(sizes), max(room, 0) // most) if most > 0 else len(sizes)
+    return count if count >= _LEAST_EXPANDED * len(sizes) else 0
 
 
 @cache

@@ -199,6 +199,7 @@ class ModelSpec:
         lookup_params: number of weights among other_params that are only looked up by token: untied input embeddings.
         text_only: whether this is the text half of a multimodal model.
         shared_params: parameters of blocks that several layers share, which always stay in device memory.
+        layer_quant: number of weights of each layer in quantized matrices; empty without any.
     """
 
     name: str
@@ -223,6 +224,7 @@ class ModelSpec:
     lookup_params: int = 0
     text_only: bool = False
     shared_params: tuple[ParamSize, ...] = ()
+    layer_quant: tuple[int, ...] = ()
 
     def __hash__(self) -> int:  # hashing every field would cost more than the cached results save
         return hash((self.name, self.quant, self.num_params))

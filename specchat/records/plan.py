@@ -119,12 +119,17 @@ class Placement:
         in_ram: indices of the streamed layers whose bytes stay in host memory between passes, ascending; the other
             streamed layers are read from the disk for every pass.
         slots: staging buffers for streamed layers; 0 when nothing streams.
+        expanded: indices of the resident layers whose quantized matrices take more memory to be faster: dequantized, or
+            with a copy in another order. Only on a CPU.
+        expanded_bytes: most bytes that these layers take beyond their stored size.
     """
 
     num_layers: int
     resident: tuple[int, ...]
     in_ram: tuple[int, ...] = ()
     slots: int = 0
+    expanded: tuple[int, ...] = ()
+    expanded_bytes: int = 0
 
     @property
     def streamed(self) -> tuple[int, ...]:

@@ -110,9 +110,10 @@ def _tok_per_s(rate: float) -> str:
 
 
 def _layers(plan: Plan) -> str:
-    if not plan.placement.streamed:
-        return f"{plan.placement.num_layers}, all resident"
     placement = plan.placement
+    if not placement.streamed:
+        expanded = f", {len(placement.expanded)} of them larger to be faster" if placement.expanded else ""
+        return f"{placement.num_layers}, all resident{expanded}"
     return f"{len(placement.resident)} resident, {len(placement.streamed)} streamed through {placement.slots} slots"
 
 

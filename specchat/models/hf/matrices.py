@@ -32,9 +32,18 @@ def find_matrices(skeleton: Skeleton) -> list[Matrix]:
     return matrices
 
 
+def plain_linears(layer: Any) -> Iterator[Any]:
+    """Yield the linear layers of a decoder layer whose weights only their own forward reads."""
+    yield from (module for path, module in layer.named_modules() if _is_linear(path, module))
+
+
+def _is_linear(path: str, module: Any) -> bool:
+    return type(module) is torch.nn.Linear and path.rpartition(".")[2] not in _ROUTERS | _GATES
+
+
 def _matrices_of(part: Any, prefix: str, layer: int | None) -> Iterator[Matrix]:
     for path, module in part.named_modules(prefix=prefix):
-        if type(module) is torch.nn.Linear and path.rpartition(".")[2] not in _ROUTERS | _GATES:
+        if _is_linear(path, module):
             yield Matrix(path, layer, (module.out_features, module.in_features))
         elif _fuses_experts(module):
             yield from _expert_matrices(path, layer, module)

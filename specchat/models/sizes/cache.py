@@ -24,7 +24,7 @@ from specchat.paths import cache_folder
 from specchat.records.model import Activations, KvShape, ModelSource, ModelSpec, ParamSize, RowCost, StateShape
 
 # Version of descriptions. Raise it when descriptions change; a test fails then and says how to proceed.
-SPEC_VERSION = 5
+SPEC_VERSION = 6
 _LIBRARIES = ("torch", "transformers", "accelerate")
 # The sizes of pre-quantized matrices follow from the headers of the weight files.
 _QUANTIZED = (b"quantization_config", b"compression_config")
@@ -149,6 +149,7 @@ def parsed(values: Mapping[str, Any]) -> ModelSpec:
             "shared_params": _params(values["shared_params"]),
             "kv_shapes": tuple(_kv_shape(**shape) for shape in values["kv_shapes"]),
             "quant_shapes": tuple((rows, cols) for rows, cols in values["quant_shapes"]),
+            "layer_quant": tuple(values.get("layer_quant", ())),
             "activations": {int(item_bytes): _costs(costs) for item_bytes, costs in values["activations"].items()},
         }
     )

@@ -9,6 +9,7 @@ from specchat.models.checkpoint.layout import PIECE_NUMBERS, blob_offsets, dequa
 from specchat.records.model import DTYPE_BYTES, QUANTS, Dtype, ModelSpec
 
 _PIECE_ITEM_BYTES = 6
+_COPY_BLOCK = 64  # values that share a 16-bit absmax in the copy of 4-bit codes
 
 
 def layer_bytes(spec: ModelSpec, layer: int, dtype: Dtype) -> int:
@@ -24,6 +25,31 @@ def layer_sizes(spec: ModelSpec, dtype: Dtype) -> tuple[int, ...]:
         if id(params) not in known:
             known[id(params)] = blob_offsets(size.nbytes(dtype) for size in params)[1]
     return tuple(known[id(params)] for params in spec.layer_params)
+
+
+@lru_cache(maxsize=512)
+def expanded_sizes(spec: ModelSpec, dtype: Dtype, *, has_row_kernel: bool) -> tuple[int, ...]:
+    """Return the most bytes of each layer whose quantized matrices take more memory to be faster on a CPU.
+
+    Args:
+        spec: sizes of the model.
+        dtype: dtype of weights and activations.
+        has_row_kernel: whether 4-bit codes get a copy in the order of a kernel for few rows in bfloat16.
+    """
+    sizes = layer_sizes(spec, dtype)
+    if not spec.layer_quant or dtype == "fp16":
+        return sizes
+    if has_row_kernel and dtype == "bf16" and is_4bit_float(spec.quant):
+        copies = (count // 2 + -(-count // _COPY_BLOCK) * 2 for count in spec.layer_quant)
+        return tuple(size + copy for size, copy in zip(sizes, copies, strict=True))
+    plain = (sum(each.nbytes(dtype) for each in params if each.item_bytes is None) for params in spec.layer_params)
+    dense = zip(plain, spec.layer_quant, strict=True)
+    return tuple(max(rest + count * DTYPE_BYTES[dtype], size) for (rest, count), size in zip(dense, sizes, strict=True))
+
+
+def is_4bit_float(quant: str) -> bool:
+    """Return whether matrices of a quantization are bitsandbytes' 4-bit codes."""
+    return quant in ("int4", "bitsandbytes 4-bit")
 
 
 def weight_bytes(spec: ModelSpec, dtype: Dtype) -> int:

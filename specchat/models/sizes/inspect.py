@@ -1,5 +1,6 @@
 """Describing a model: its modules are built without weights, measured and profiled."""
 
+import math
 from typing import Any
 
 import torch
@@ -68,6 +69,7 @@ def inspect_model(source: ModelSource, quant: Quant) -> ModelSpec:
         quant_shapes=tuple(sorted({linear.shape for _, linear in quant_linears(skeleton.model)})),
         lookup_params=_lookup_params(skeleton),
         text_only=wrapper_type(config) is not None,
+        layer_quant=_layer_quant(skeleton),
         shared_params=tuple(size for block in _shared_blocks(skeleton) for size in _param_sizes(block)),
     )
 
@@ -99,6 +101,7 @@ def _inspect_mtp(source: ModelSource, quant: Quant) -> ModelSpec:
         other_params=tuple(_param_size(parameter, is_segment=False) for parameter in outside),
         quant=quant if recipe is None else recipe.name,
         quant_shapes=tuple(sorted({linear.shape for _, linear in quant_linears(skeleton.model)})),
+        layer_quant=_layer_quant(skeleton),
     )
 
 
@@ -118,6 +121,12 @@ def _measure(config: Any, skeleton: Skeleton) -> dict[str, Any]:
         "kv_shapes": record_kv_shapes(skeleton),
         "activations": _profiled(skeleton),  # `dequantize_bytes` covers the scratch memory of quantized modules
     }
+
+
+def _layer_quant(skeleton: Skeleton) -> tuple[int, ...]:
+    """Return the number of weights of each layer in quantized matrices; empty without any."""
+    found = tuple(sum(math.prod(each.shape) for _, each in quant_linears(layer)) for layer in skeleton.layers)
+    return found if any(found) else ()
 
 
 def _shared_blocks(skeleton: Skeleton) -> list[Any]:

@@ -5,7 +5,7 @@ profiled ones. Nothing here imports torch, so recommendations are shown at once.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
@@ -150,9 +150,15 @@ def spec_of(model: KnownModel, quant: Quant = "none") -> ModelSpec:
         kv_shapes=(KvShape(config.num_key_value_heads, config.head_dim, config.head_dim),) * config.num_hidden_layers,
         quant=name,
         quant_shapes=_quant_shapes(layer, stored, embedding, head_stored),
+        layer_quant=_layer_quant(layer, stored, config.num_hidden_layers),
         activations={size: _activations(config, architecture, size) for size in set(DTYPE_BYTES.values())},
         lookup_params=embedding.count if _has_own_head(config, head_stored) else 0,
     )
+
+
+def _layer_quant(layer: Sequence[_Weight], stored: _Stored | None, num_layers: int) -> tuple[int, ...]:
+    """Return the number of weights of each layer in quantized matrices; empty without any."""
+    return () if stored is None else (sum(weight.count for weight in layer if weight.is_matrix),) * num_layers
 
 
 def is_hybrid(model: KnownModel) -> bool:
