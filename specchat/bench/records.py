@@ -20,6 +20,7 @@ class BenchSettings:
         repeats: number of repetitions of all questions.
         seed: seed of the sampling.
         time_box_s: time in seconds, shared among the repeats, after which no question begins; None for no limit.
+        limit_memory_bytes: limit of memory and page cache of each system's process; None for no limit.
     """
 
     temperatures: tuple[float, ...] = (0.0, 0.7)
@@ -27,6 +28,7 @@ class BenchSettings:
     repeats: int = 3
     seed: int = 0
     time_box_s: float | None = None
+    limit_memory_bytes: int | None = None
 
 
 @dataclass(frozen=True)

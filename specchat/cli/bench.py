@@ -51,7 +51,15 @@ def bench(options: BenchOptions) -> int:
         from specchat.ui.console import talk
 
         return bench_batches(options, _settings(options, 1), talk(quiet=options.quiet))
-    return _measure(options) if options.compare is None else _compare(options, *options.compare)
+    if options.compare is not None:
+        return _compare(options, *options.compare)
+    if options.limit_memory is None:
+        return _measure(options)
+    from specchat.hardware.memory_group import MemoryGroup
+
+    with MemoryGroup(options.limit_memory) as group:
+        group.enter()
+        return _measure(options)
 
 
 # --- comparing ---------------------------------------------------------------------------------------------------
@@ -196,7 +204,7 @@ def _job(
     target, draft = point.models.target, point.models.draft
     default = () if options.sweep else ("plain",)
     baselines = default if options.baselines is None else options.baselines
-    check_baselines(baselines, draft)
+    check_baselines(baselines, target, draft)
     plan = _with_trees(point, planning.make_plan(point.request, point.models, reporter, as_given=True).plan)
     without = left_out(baselines, plan)
     for name, why in without.items():
@@ -262,6 +270,7 @@ def _settings(options: BenchOptions, num_points: int) -> "BenchSettings":
         repeats=options.repeats or _DEFAULT_REPEATS,
         seed=_DEFAULT_SEED if options.seed is None else options.seed,
         time_box_s=_TIME_BOX_S / num_points if options.limit is None else None,
+        limit_memory_bytes=options.limit_memory,
     )
 
 

@@ -74,6 +74,11 @@ class GenerationMemory(TorchDispatchMode):
         self._living -= nbytes
 
 
+def num_threads() -> int:
+    """Return the number of threads that compute on a CPU."""
+    return torch.get_num_threads()
+
+
 def without_draft(engine: Engine) -> AbstractContextManager[None]:
     """Return a context in which the engine decodes without a draft, with unchanged weights and placement."""
     return engine.drafting_with(NoDrafter())

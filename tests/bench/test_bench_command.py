@@ -205,7 +205,7 @@ def test_passes_from_the_page_cache(specchat):
     [
         (["demo", "--baseline", "vllm"], "'vllm' is not a baseline"),
         (["demo", "--baseline", "assisted", "--draft", "none"], "needs a draft"),
-        (["demo", "--baseline", "llama.cpp"], "runs GGUF models"),
+        (["demo", "--baseline", "llama.cpp", "--limit", "1"], "runs GGUF files"),
         (["demo", "--plot", "a.svg"], "--plot draws a sweep"),
         (["demo", "--sweep", "ctx=256", "--plot", "a.pdf"], "--plot draws .svg or .png"),
         (["demo", "--sweep", "slots=0"], "--sweep slots must be at least 1"),
