@@ -281,8 +281,8 @@ class Answering(Iterator[Delta]):
     ) -> Generator[Delta, None, None]:
         answer = self._answer
         for step in engine.generate(ids, sampling, stop_ids=answer.stop_ids, max_tokens=max_tokens):
-            if step.draft_lost is not None:
-                warnings.warn(step.draft_lost, stacklevel=3)
+            if step.warning is not None:
+                warnings.warn(step.warning, stacklevel=3)
             yield from answer.take(step)
             if answer.cut_by_stop_string:
                 break

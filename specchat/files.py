@@ -1,12 +1,14 @@
-"""Reads that never block, and atomic writes: a file is complete or unchanged, even if writing is interrupted."""
+"""Reads that never block, atomic writes (a file is complete or unchanged, even if interrupted), and times of files."""
 
 import errno
 import os
 import stat
 import tempfile
+from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
+_LATEST = 253_370_764_800  # the year 9999; some file systems keep later times
 _SHELL_PIPES = ("/dev/fd/", "/dev/stdin", "/proc/")
 
 
@@ -73,3 +75,8 @@ def atomic_write_text(file: Path, text: str, *, durably: bool = False) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def local_time(seconds: float) -> datetime:
+    """Return the local time of a file's date, given in seconds since the epoch; times beyond the calendar are cut."""
+    return datetime.fromtimestamp(min(max(seconds, 0), _LATEST)).astimezone()

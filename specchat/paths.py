@@ -14,10 +14,11 @@ def cache_folder() -> Path:
 
     SPECCHAT_CACHE_DIR overrides the platform's cache folder.
     """
+    if chosen := os.environ.get("SPECCHAT_CACHE_DIR"):
+        return user_path(chosen)
     import platformdirs
 
-    cache = os.environ.get("SPECCHAT_CACHE_DIR") or platformdirs.user_cache_dir("specchat", appauthor=False)
-    return user_path(cache)
+    return user_path(platformdirs.user_cache_dir("specchat", appauthor=False))
 
 
 def state_folder() -> Path:
@@ -25,10 +26,11 @@ def state_folder() -> Path:
 
     SPECCHAT_STATE_DIR overrides the platform's state folder.
     """
+    if chosen := os.environ.get("SPECCHAT_STATE_DIR"):
+        return user_path(chosen)
     import platformdirs
 
-    chosen = os.environ.get("SPECCHAT_STATE_DIR") or platformdirs.user_state_dir("specchat", appauthor=False)
-    return user_path(chosen)
+    return user_path(platformdirs.user_state_dir("specchat", appauthor=False))
 
 
 def user_path(text: str) -> Path:

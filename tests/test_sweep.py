@@ -51,15 +51,18 @@ def outcomes(tmp_path_factory):
     return sweep(tmp_path_factory.mktemp("sweep"), *RUN, *REFUSED, "--jobs", "1")
 
 
+@pytest.mark.slow
 def test_types_that_run_write_what_transformers_writes(outcomes):
     assert {kind: outcomes[kind] for kind in RUN if outcomes[kind]["result"] != "exact"} == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", REFUSED)
 def test_types_that_are_refused_say_why(outcomes, kind):
     assert outcomes[kind]["result"] == "refused" and REFUSED[kind] in outcomes[kind]["detail"]
 
 
+@pytest.mark.slow
 def test_page_agrees_with_the_sweep(outcomes):
     words = {"exact": "run", "refused": "refused"}
     page = documented()

@@ -45,7 +45,7 @@ class Progress:
         num_tokens: number of tokens written in this run.
         seconds: seconds since the first prompt of this run.
         num_answered: number of lines that got their result in this run.
-        draft_lost: reason why the draft was given up in this pass, or None.
+        warning: news of this pass for the user, in one line, or None.
     """
 
     num_done: int
@@ -55,7 +55,7 @@ class Progress:
     num_tokens: int
     seconds: float
     num_answered: int
-    draft_lost: str | None = None
+    warning: str | None = None
 
     @property
     def tok_per_s(self) -> float:
@@ -179,7 +179,7 @@ class Job:
             if current is not None:  # else its text has ended before
                 self._note(current, step)
                 self._take(number, current, step)
-            yield self._progress(step.draft_lost)
+            yield self._progress(step.warning)
         yield self._progress()
 
     def _note(self, current: _Open, step: Step) -> None:
@@ -249,7 +249,7 @@ class Job:
             del self._open[number]
             self._results.add(current.line, _result(current))
 
-    def _progress(self, draft_lost: str | None = None) -> Progress:
+    def _progress(self, warning: str | None = None) -> Progress:
         num_done = len(self._results.finished)
         return Progress(
             num_done=num_done,
@@ -259,7 +259,7 @@ class Job:
             num_tokens=self._num_tokens,
             seconds=time.perf_counter() - self._begin,
             num_answered=num_done - self._num_before,
-            draft_lost=draft_lost,
+            warning=warning,
         )
 
 

@@ -193,7 +193,6 @@ def _load_offloaded(folder: Path, dtype: torch.dtype, device: str, resident: set
         folder,
         dtype=dtype,
         device_map=device_map,
-        attn_implementation="sdpa",
         local_files_only=True,
         trust_remote_code=False,
     ).eval()
@@ -204,7 +203,7 @@ def _load_offloaded(folder: Path, dtype: torch.dtype, device: str, resident: set
 
 def _load_whole(source: ModelSource, dtype: torch.dtype, device: str) -> Any:
     model: Any = hf.AutoModelForCausalLM.from_pretrained(
-        source.path, dtype=dtype, attn_implementation="sdpa", local_files_only=True, trust_remote_code=False
+        source.path, dtype=dtype, local_files_only=True, trust_remote_code=False
     )
     model = model.to(device).eval()
     _own_memory(model)

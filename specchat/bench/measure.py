@@ -101,6 +101,8 @@ def measure(job: Job, cancel: Event, report: Callable[[Progress], None]) -> Coun
         make_runner([system]).warm_up(job.questions[0])
 
     evicts = partial(_evict, job.files.every) if job.cold else None
+    if job.settings.limit_memory_bytes is not None:  # a page is charged to the group that reads it first
+        _evict(job.files.every)
     with setup.load(
         job.plan,
         job.target,
@@ -109,6 +111,8 @@ def measure(job: Job, cancel: Event, report: Callable[[Progress], None]) -> Coun
         job.baselines,
         warm_up=warm_up,
         evict=evicts,
+        limit_bytes=job.settings.limit_memory_bytes,
+        cancel=cancel,
         say=say,
         warn=job.warn,
     ) as loaded:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from specchat.bench.prompts import Question
 from specchat.records.generation import FinishReason, Sampling, Step
 
+# Baselines that load the target a second time, with accelerate's offloading.
+OFFLOADED = frozenset({"accelerate", "assisted"})
 OWN = "specchat"  # the measured system; the others are its baselines
 MIN_DISTINCT = 0.5
 _GRAM = 4
@@ -20,6 +22,7 @@ class BenchSettings:
         repeats: number of repetitions of all questions.
         seed: seed of the sampling.
         time_box_s: time in seconds, shared among the repeats, after which no question begins; None for no limit.
+        limit_memory_bytes: limit of memory and page cache of each system's process; None for no limit.
     """
 
     temperatures: tuple[float, ...] = (0.0, 0.7)
@@ -27,6 +30,7 @@ class BenchSettings:
     repeats: int = 3
     seed: int = 0
     time_box_s: float | None = None
+    limit_memory_bytes: int | None = None
 
 
 @dataclass(frozen=True)

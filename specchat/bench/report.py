@@ -87,6 +87,7 @@ def settings_object(settings: BenchSettings, *, prompts: str, limit: int | None)
         "repeats": settings.repeats,
         "seed": settings.seed,
         "time_box_s": settings.time_box_s,
+        "limit_memory_bytes": settings.limit_memory_bytes,
     }
 
 

@@ -6,14 +6,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING
 
 from specchat.bench.cold import RESIDENT, TimePass
 from specchat.bench.identity import MarginFunction
+from specchat.bench.llama_cpp import LLAMA_CPP, WITH_DRAFT, LlamaModel, LlamaServer, LlamaSystem, find_server
 from specchat.bench.records import OWN
 from specchat.bench.systems import EngineSystem, OffloadedSystem, System
 from specchat.errors import UsageError
 from specchat.loading.engine import open_engine
+from specchat.models.checkpoint.gguf import listed_files
 from specchat.records.generation import Sampling
 from specchat.records.model import LOWER_QUANTS, ModelSource
 from specchat.records.plan import MemoryReport, Plan
@@ -103,12 +107,22 @@ def _own_pass(engine: Engine, rows: int) -> tuple[float, int | None]:
     return timed.pass_s, timed.streamed_bytes or None
 
 
-def check_baselines(names: Sequence[str], draft: ModelSource | None) -> None:
-    """Refuse assisted generation without a draft.
+def check_baselines(names: Sequence[str], target: ModelSource, draft: ModelSource | None) -> None:
+    """Refuse assisted generation without a draft, and llama.cpp without its files or its program.
 
     Raises:
-        UsageError: the baseline `assisted` was chosen and there is no draft.
+        UsageError: `assisted` was chosen without a draft, or llama.cpp for a model or a draft that is no GGUF file.
+        NotAvailableError: llama.cpp was chosen and is not installed.
     """
+    chosen = [name for name in names if name in LLAMA_CPP]
+    if chosen:
+        if listed_files(target.path) is None:
+            raise UsageError(f"the baseline '{chosen[0]}' runs GGUF files, and {target.name} is none")
+        if WITH_DRAFT in chosen and _gguf_draft(draft) is None:
+            raise UsageError(
+                f"the baseline '{WITH_DRAFT}' needs a draft that is a GGUF file", hint="use --draft x.gguf"
+            )
+        find_server()
     if "assisted" in names and (draft is None or draft.part):
         raise UsageError("the baseline 'assisted' needs a draft model", hint="name one with --draft")
 
@@ -137,6 +151,12 @@ def _why_not(model: str, quant: str, option: str) -> str | None:
     return f"the {model} is pre-quantized ({quant}), and transformers cannot offload it; use --baseline plain"
 
 
+def _gguf_draft(draft: ModelSource | None) -> Path | None:
+    """Return the file of a draft model that llama.cpp reads too; None for other drafts."""
+    files = None if draft is None or draft.part else listed_files(draft.path)
+    return None if files is None else files[0]
+
+
 @contextmanager
 def load(
     plan: Plan,
@@ -147,6 +167,8 @@ def load(
     *,
     warm_up: Callable[[EngineSystem], None],
     evict: Callable[[], None] | None = None,
+    limit_bytes: int | None = None,
+    cancel: Event | None = None,
     say: Callable[[str], None] = lambda _: None,
     warn: Callable[[str], None] = lambda _: None,
 ) -> Iterator[LoadedSystems]:
@@ -157,9 +179,11 @@ def load(
         target: target model.
         draft: draft model, or None.
         packs: packs of target and draft; None for a model whose own files are read.
-        baselines: names of the baselines: plain, accelerate, assisted.
+        baselines: names of the baselines: plain, accelerate, assisted, and those of `LLAMA_CPP`.
         warm_up: warms specchat up before any baseline is loaded, so that its memory can be read alone.
         evict: evicts the weights from the page cache before every pass of every system; None for no eviction.
+        limit_bytes: limit of memory and page cache of llama.cpp's server; None for no limit.
+        cancel: stops waiting for llama.cpp's server once set.
         say: receives a line for each model that is loaded.
         warn: receives one-line warnings.
     """
@@ -178,6 +202,11 @@ def load(
                 systems.append(_own_system(name, engine, evict))
                 continue
             say(f"loading {target.name} for {name}")
+            if name in LLAMA_CPP:
+                model = _llama_model(plan, target, draft if name == WITH_DRAFT else None, limit_bytes)
+                server = stack.enter_context(LlamaServer(model, LLAMA_CPP[name], cancel or Event()))
+                systems.append(LlamaSystem(name, server))
+                continue
             offloaded[name] = stack.enter_context(_offloaded(plan, target, draft if name == "assisted" else None))
             systems.append(OffloadedSystem(name, offloaded[name], evict))
 
@@ -202,6 +231,21 @@ def _own_system(name: str, engine: Engine, evict: Callable[[], None] | None) -> 
         engine,
         scope=nullcontext if name == OWN else partial(measuring.without_draft, engine),
         between_passes=between_passes,
+    )
+
+
+def _llama_model(plan: Plan, target: ModelSource, draft: ModelSource | None, limit_bytes: int | None) -> LlamaModel:
+    from specchat.engine import measuring
+
+    files = listed_files(target.path)
+    assert files is not None, "checked by `check_baselines`"
+    return LlamaModel(
+        file=files[0],
+        ctx=plan.work.ctx,
+        threads=measuring.num_threads(),
+        on_cpu=plan.work.device == "cpu",
+        draft=_gguf_draft(draft),
+        limit_bytes=limit_bytes,
     )
 
 

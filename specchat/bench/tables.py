@@ -234,7 +234,9 @@ def _identity(report: Mapping[str, Any]) -> Table:
         )
         for baseline in report["baselines"]
     ]
-    note = "accelerate and assisted sample with transformers' own random numbers, so only greedy texts are compared"
+    names = [baseline["name"] for baseline in report["baselines"]]
+    others = " and ".join(names[1:] if names[:1] == ["plain"] else names) or "other programs"
+    note = f"{others} sample with their own random numbers, so only greedy texts are compared"
     return _table("identical output", ("baseline", "text", "compared", "first difference"), rows, note)
 
 

@@ -40,6 +40,9 @@ class Generator(Protocol):
     def truncate(self, length: int) -> None:
         """Forget committed tokens beyond `length`."""
 
+    def relieve(self) -> None:
+        """Give layers back to the system if memory is short; only while nothing is generated."""
+
     def memory(self) -> MemoryReport:
         """Return the memory in use, next to the plan's prediction."""
 

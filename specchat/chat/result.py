@@ -10,7 +10,7 @@ from specchat.chat.answer import Delta, Speculation, Turn
 from specchat.planner.explain import ExplainedPlan
 from specchat.planner.recommendations import Recommendation, Recommendations
 from specchat.records.model import ModelSource
-from specchat.records.plan import Plan, StateMemory
+from specchat.records.plan import ExpertForecast, Plan, StateMemory
 
 SCHEMA_VERSION = 1
 
@@ -80,6 +80,7 @@ def plan_object(plan: Plan) -> dict[str, Any]:
         "tree_budget": plan.work.tree_budget,
         "slots": plan.placement.slots,
         "resident_layers": len(plan.placement.resident),
+        "expanded_layers": len(plan.placement.expanded),
         "streamed_layers": len(plan.placement.streamed),
         "disk_layers": plan.placement.tiers.count("disk"),
         "ledger": [asdict(item) for item in plan.ledger],
@@ -89,12 +90,31 @@ def plan_object(plan: Plan) -> dict[str, Any]:
         "host_bytes": plan.host_bytes,
         "host_ledger": [asdict(item) for item in plan.host_ledger],
         "streamed_bytes_per_step": plan.streamed_bytes_per_step,
+        "experts": None if plan.experts is None else _experts_object(plan, plan.experts),
         "recurrent": None if plan.states is None else _states_object(plan.states),
         "predicted_pass_s": None,
         "predicted_tokens_per_step": None,
         "predicted_tok_per_s": None,
         "basis": "none",
         "alternatives": [],
+    }
+
+
+def _experts_object(plan: Plan, experts: ExpertForecast) -> dict[str, Any]:
+    slots = plan.placement.experts
+    assert slots is not None
+    return {
+        "layers": experts.num_layers,
+        "experts_per_layer": experts.num_experts,
+        "expert_bytes": experts.expert_bytes,
+        "kept_per_layer": slots.quota,
+        "shared_slots": slots.shared,
+        "cached_layers": len(plan.placement.in_ram),
+        "predicted_rows": experts.rows,
+        "predicted_used": experts.used,
+        "predicted_hit_rate": experts.hit_rate,
+        "predicted_missed_bytes": experts.missed_bytes,
+        "all_bytes": experts.all_bytes,
     }
 
 

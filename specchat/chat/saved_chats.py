@@ -11,6 +11,7 @@ from specchat.chat import transcript
 from specchat.chat.state import Answered
 from specchat.chat.transcript import Saved
 from specchat.errors import SessionError, UsageError
+from specchat.files import local_time
 
 _TITLE_CHARS = 60
 _UNREADABLE = "(cannot be read)"
@@ -62,7 +63,7 @@ def _found(text: str) -> Iterator[SavedChat]:
 
 def _entry(path: Path, title: str, model: str | None, turns: int) -> SavedChat:
     facts = path.stat()
-    changed = datetime.fromtimestamp(facts.st_mtime).astimezone()
+    changed = local_time(facts.st_mtime)
     return SavedChat(path.stem, path, title, model, turns, changed, facts.st_size)
 
 

@@ -150,12 +150,14 @@ class Saved:
         path: path of the file.
         records: all records.
         good_bytes: length of the file up to the end of its last complete line.
+        num_bytes: length of the whole file when it was read.
         repair: warning about an incomplete last line, or None.
     """
 
     path: Path
     records: tuple[ChatRecord, ...]
     good_bytes: int
+    num_bytes: int
     repair: str | None = None
 
     @property
@@ -192,7 +194,7 @@ def read(path: Path) -> Saved:
     if not records or not isinstance(records[0], Opened):
         raise SessionError(f"{path} is not a specchat session")
     repair = f"skipped the incomplete last line of {path} ({torn} bytes)" if torn else None
-    return Saved(path, tuple(records), len(data) - torn, repair)
+    return Saved(path, tuple(records), len(data) - torn, len(data), repair)
 
 
 def _whole_lines(data: bytes) -> tuple[list[bytes], int]:
@@ -272,8 +274,13 @@ class Transcript:
         self._records: list[ChatRecord] = list(saved.records if saved else ())
         self._unwritten: list[bytes] = []
         self._good_bytes = saved.good_bytes if saved else 0
-        self._file: BinaryIO | None = self._open() if saved and path else None
         self._is_new = saved is None
+        self._file: BinaryIO | None = None
+        if saved and path:
+            self._file = self._open()
+            if os.fstat(self._file.fileno()).st_size != saved.num_bytes:
+                self.close()
+                raise SessionError(f"session {path.stem} was just changed by another specchat", hint="try again")
 
     @property
     def session_id(self) -> str | None:
@@ -347,6 +354,12 @@ class Transcript:
             raise SessionError(
                 f"session {self.session_id} is open in another specchat", hint="choose another one with --session ID"
             ) from error
+        if self._is_new and has_begun(self.path):  # since it was looked for
+            file.close()
+            raise SessionError(
+                f"cannot save the chat to {self.path}: another specchat has begun this session meanwhile",
+                hint="write a copy with /save FILE, or choose another name with --session ID",
+            )
         return file
 
 

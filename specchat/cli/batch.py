@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,8 +27,10 @@ from specchat.models.checkpoint.safetensors import has_weights
 from specchat.paths import state_folder
 from specchat.planner.statistics import SharedPass
 from specchat.records.model import DTYPE_BYTES, QUANTS
+from specchat.records.plan import Plan
 
 if TYPE_CHECKING:
+    from specchat.engine.engine import Engine
     from specchat.loading.request import Reporter
     from specchat.models.hf.tokenizer import Tokenizer
     from specchat.ui.console import Talk
@@ -125,10 +128,16 @@ def _answer(options: RunOptions, models: Models, lines: Sequence[PromptLine], re
         defaults = load_generation_defaults(planned.models.target.path)
         engine = load_engine(request, planned.models, planned.plan, reporter, options.sampling.temperature)
         with closing(engine), Learning(state_folder(), engine.plan) as learning:
-            observe = learning.add if options.saves else _learn_nothing
+            observe = partial(_learn, engine, engine.plan, learning) if options.saves else _learn_nothing
             job = Job(engine, tokenizer, defaults, stop_ids(defaults, tokenizer), settings, lines, results, observe)
             interrupted = _run(job, say)
         return _INTERRUPTED if interrupted else _code(results, say)
+
+
+def _learn(engine: "Engine", plan: Plan, learning: Learning, shared: SharedPass) -> None:
+    """Learn from a pass, unless layers were given back: the times are not those of the plan any more."""
+    if engine.plan is plan:
+        learning.add(shared)
 
 
 def _learn_nothing(_shared: SharedPass) -> None:

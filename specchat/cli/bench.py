@@ -9,6 +9,7 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
+from specchat.bench.records import OFFLOADED
 from specchat.chat.settings import whole
 from specchat.cli import options as parse
 from specchat.cli.ask import asker
@@ -20,11 +21,11 @@ from specchat.loading import planning
 from specchat.loading.engine import make_packs, stop_ids
 from specchat.loading.libraries import prepare_libraries
 from specchat.loading.locate import Models, locate_models, parse_models
-from specchat.loading.request import ModelRequest
+from specchat.loading.request import ModelRequest, Reporter
 from specchat.paths import state_folder
-from specchat.records.limits import HEAD_BLOCK_ROWS
 from specchat.records.model import ModelSource, own_quant
 from specchat.records.plan import Plan
+from specchat.units import format_bytes
 
 if TYPE_CHECKING:
     from specchat.bench.cold import PassFiles
@@ -51,7 +52,15 @@ def bench(options: BenchOptions) -> int:
         from specchat.ui.console import talk
 
         return bench_batches(options, _settings(options, 1), talk(quiet=options.quiet))
-    return _measure(options) if options.compare is None else _compare(options, *options.compare)
+    if options.compare is not None:
+        return _compare(options, *options.compare)
+    if options.limit_memory is None:
+        return _measure(options)
+    from specchat.hardware.memory_group import MemoryGroup
+
+    with MemoryGroup(options.limit_memory) as group:
+        group.enter()
+        return _measure(options)
 
 
 # --- comparing ---------------------------------------------------------------------------------------------------
@@ -93,6 +102,7 @@ class _Point:
 def _measure(options: BenchOptions) -> int:
     from specchat.bench.measure import measure
     from specchat.bench.plot import check_plot, plot_sweep
+    from specchat.engine.device import release_memory
     from specchat.ui.bench_view import BenchLine
     from specchat.ui.console import talk
     from specchat.ui.interrupts import Interrupts
@@ -102,11 +112,14 @@ def _measure(options: BenchOptions) -> int:
         check_plot(options.plot)
     questions = _questions(options)
     points = _points(options, say)
-    cancel, outcomes = Event(), []
+    cancel = Event()
+    outcomes: list[tuple[_Point, Job, CountedOutcome]] = []
     with BenchLine(say) as progress, Interrupts().setting(cancel):
         jobs = [_job(options, point, questions, len(points), say) for point in points]
         for point, job in zip(points, jobs, strict=True):
             if not cancel.is_set():
+                if outcomes:
+                    release_memory()  # of the last point; a GPU has no room for two
                 progress.part = f"{options.sweep[0]}={point.value}" if options.sweep else ""
                 outcomes.append((point, job, measure(job, cancel, progress.update)))
                 _keep_statistics(outcomes[-1][2])
@@ -193,11 +206,15 @@ def _job(
     from specchat.ui.progress import TalkReporter
 
     reporter = TalkReporter(say)
-    target, draft = point.models.target, point.models.draft
+    planned = planning.make_plan(point.request, point.models, reporter, as_given=True)
+    target, draft = planned.models.target, planned.models.draft
     default = () if options.sweep else ("plain",)
     baselines = default if options.baselines is None else options.baselines
-    check_baselines(baselines, draft)
-    plan = _with_trees(point, planning.make_plan(point.request, point.models, reporter, as_given=True).plan)
+    check_baselines(baselines, target, draft)
+    planned = _shared(planned, point.request, baselines, reporter)
+    plan = planned.plan if point.trees is None else _with_trees(planned, *point.trees)
+    if options.cold or OFFLOADED & set(baselines):
+        plan = replace(plan, stages=())  # the baselines keep their layers where the plan's placement says
     without = left_out(baselines, plan)
     for name, why in without.items():
         say.warn(f"the baseline '{name}' is left out: {why}")
@@ -225,23 +242,47 @@ def _job(
     )
 
 
-def _with_trees(point: _Point, plan: Plan) -> Plan:
-    """Return the plan with the point's tree sizes, which a sweep over generation memory sets.
+def _shared(
+    planned: planning.Planned, request: ModelRequest, baselines: Sequence[str], reporter: Reporter
+) -> planning.Planned:
+    """Return the plan to measure. On a GPU, offloading baselines hold their layers beside specchat's.
+
+    So unless the user set a budget, each system gets an equal share of the device memory.
+
+    Args:
+        planned: plan that has the device for itself.
+        request: what was asked for.
+        baselines: systems to compare with.
+        reporter: receives a warning about the share.
+    """
+    plan, num_others = planned.plan, len(OFFLOADED & set(baselines))
+    if plan.work.device == "cpu" or request.choices.vram_bytes is not None or not num_others:
+        return planned
+    share = plan.vram_bytes // (1 + num_others)
+    reporter.warn(f"the baselines hold layers on {plan.work.device}, too: each system gets {format_bytes(share)}")
+    return planning.make_plan(_choosing(request, vram_bytes=share), planned.models, reporter, as_given=True)
+
+
+def _with_trees(planned: planning.Planned, tree_budget: int, head_rows: int | None) -> Plan:
+    """Return the plan with other tree sizes, which a sweep over generation memory sets.
+
+    Args:
+        planned: plan to change.
+        tree_budget: nodes of every tree.
+        head_rows: nodes scored per block; None for the usual number.
 
     Raises:
-        UsageError: the point has tree sizes, and there is no draft.
+        UsageError: there is no draft.
     """
-    if point.trees is None:
-        return plan
     from specchat.models.sizes.describe import describe
     from specchat.planner.memory import with_trees
 
-    if point.models.draft is None:
+    plan, models = planned.plan, planned.models
+    if models.draft is None:
         raise UsageError("--sweep memory compares tree sizes, and there is no draft", hint="name one with --draft")
-    target = describe(point.models.target, own_quant(plan.quant))
-    draft = describe(point.models.draft, own_quant(plan.draft_quant))
-    budget, head_rows = point.trees
-    return with_trees(plan, target, draft, budget, HEAD_BLOCK_ROWS if head_rows is None else head_rows)
+    target = describe(models.target, own_quant(plan.quant))
+    draft = describe(models.draft, own_quant(plan.draft_quant))
+    return with_trees(plan, target, draft, tree_budget, plan.work.head_rows if head_rows is None else head_rows)
 
 
 def _files(target: ModelSource, plan: Plan, pack: "Pack | None") -> "PassFiles":
@@ -262,6 +303,7 @@ def _settings(options: BenchOptions, num_points: int) -> "BenchSettings":
         repeats=options.repeats or _DEFAULT_REPEATS,
         seed=_DEFAULT_SEED if options.seed is None else options.seed,
         time_box_s=_TIME_BOX_S / num_points if options.limit is None else None,
+        limit_memory_bytes=options.limit_memory,
     )
 
 
@@ -270,6 +312,8 @@ def _check_cold(options: BenchOptions, plan: Plan) -> None:
         raise UsageError(
             f"--cold measures streaming from disk, but {plan.work.device} streams from RAM", "use --device cpu"
         )
+    if options.cold and plan.placement.experts is not None:
+        raise UsageError("--cold measures whole layers from disk, but single experts are read", "leave out --cold")
     if options.cold and not plan.placement.streamed:
         raise UsageError("--cold measures streaming from disk, but every layer stays in memory", "use a smaller --vram")
 

@@ -6,12 +6,13 @@ from typing import Literal
 
 from specchat.chat.settings import whole
 from specchat.cli.options import tree_budget
-from specchat.errors import NotAvailableError, UsageError
+from specchat.errors import UsageError
 from specchat.loading.request import ModelRequest
 
 Format = Literal["table", "md", "json", "jsonl", "csv"]
 FORMATS: tuple[Format, ...] = ("table", "md", "json", "jsonl", "csv")
-BASELINES = ("plain", "accelerate", "assisted")
+LLAMA_BASELINES = ("llama.cpp", "llama.cpp-ngram", "llama.cpp-draft")
+BASELINES = ("plain", "accelerate", "assisted", *LLAMA_BASELINES)
 # "memory" varies the tree size but keeps the layer split of the first value, so only generation memory changes.
 SWEEPS = ("tree-budget", "vram", "ctx", "draft", "quant", "slots", "memory")
 _WHOLE_HEAD = "+head"  # suffix of a tree budget: score all nodes at once
@@ -37,6 +38,7 @@ class BenchOptions:
         plot: image file to draw the sweep into, or None.
         compare: two reports to compare instead of measuring.
         batches: numbers of answers that share a pass, or None to measure one answer at a time.
+        limit_memory: limit of memory and page cache of each system, in bytes; None for no limit.
         output: format of the report.
         command: command line as typed, without the program's name.
     """
@@ -56,6 +58,7 @@ class BenchOptions:
     plot: Path | None = None
     compare: tuple[Path, Path] | None = None
     batches: tuple[int, ...] | None = None
+    limit_memory: int | None = None
     output: Format = "table"
     command: tuple[str, ...] = ()
 
@@ -73,6 +76,8 @@ def check_combination(options: BenchOptions) -> BenchOptions:
     for flag, given in (("--cold", options.cold), ("--passes", options.passes)):
         if options.sweep is not None and given:
             raise UsageError(f"{flag} and --sweep cannot be combined", hint=f"leave {flag} or --sweep out")
+    if options.cold and any(name in LLAMA_BASELINES for name in options.baselines or ()):
+        raise UsageError("--cold cannot be combined with llama.cpp, whose passes run in another program")
     if options.batches is not None:
         _check_batches(options)
     if options.plot is not None and options.sweep is None:
@@ -86,6 +91,7 @@ def _check_batches(options: BenchOptions) -> None:
         "--passes": options.passes,
         "--sweep": options.sweep is not None,
         "--compare": options.compare is not None,
+        "--limit-memory": options.limit_memory is not None,
         "--baseline": options.baselines not in (None, ("plain",)),
     }
     for flag, is_given in given.items():
@@ -121,11 +127,6 @@ def baselines(text: str | None) -> tuple[str, ...] | None:
         return None if text is None else ()
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
     for name in names:
-        if name == "llama.cpp":
-            raise NotAvailableError(
-                "the baseline 'llama.cpp' runs GGUF models, which this version does not read",
-                hint=f"--baseline takes {', '.join(BASELINES)} or none",
-            )
         if name not in BASELINES:
             raise UsageError(f"'{name}' is not a baseline", hint=f"--baseline takes {', '.join(BASELINES)} or none")
     return names

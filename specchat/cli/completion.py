@@ -44,7 +44,7 @@ def models(incomplete: str) -> list[str]:
 
 def drafts(incomplete: str) -> list[str]:
     """Complete --draft."""
-    return _matching(["auto", "retrieval", "mtp", "none"], incomplete) + models(incomplete)
+    return _matching(["auto", "retrieval", "mtp", "self", "none"], incomplete) + models(incomplete)
 
 
 def sessions(incomplete: str) -> list[str]:

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from specchat.cli.actions import checked_action
 from specchat.cli.ask import asker
 from specchat.cli.output import print_line
 from specchat.errors import UsageError
+from specchat.files import local_time
 from specchat.json_lines import to_json
 from specchat.units import format_bytes
 
@@ -79,7 +79,7 @@ def _remove(options: ModelsOptions) -> None:
 
 
 def _object(each: "Installed") -> dict[str, Any]:
-    used = None if each.used_at is None else datetime.fromtimestamp(each.used_at).astimezone()
+    used = None if each.used_at is None else local_time(each.used_at)
     return {
         "name": each.name,
         "kind": each.kind,

@@ -21,7 +21,7 @@ Draft = Annotated[
     typer.Option(
         metavar="MODEL",
         autocompletion=completion.drafts,
-        help="Draft: a MODEL, mtp, retrieval, MODEL+retrieval, auto or none. [default: auto]",
+        help="Draft: a MODEL, mtp, self, retrieval, MODEL+retrieval, auto or none. [default: auto]",
     ),
 ]
 Tokenizer = Annotated[
@@ -210,8 +210,12 @@ Baseline = Annotated[
     typer.Option(
         metavar="LIST",
         autocompletion=completion.lists(*bench_options.BASELINES, "none"),
-        help="Compare with plain, accelerate, assisted, or none. [default: plain]",
+        help="Compare with plain, accelerate, assisted, llama.cpp, or none. [default: plain]",
     ),
+]
+LimitMemory = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Limit memory and page cache of each system. [default: no limit]"),
 ]
 Cold = Annotated[bool, typer.Option("--cold", help="Drop the model's files from the page cache before every pass.")]
 Passes = Annotated[bool, typer.Option("--passes", help="Also time single passes, and raw reads of the model's files.")]

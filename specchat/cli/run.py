@@ -1,6 +1,5 @@
 """`specchat run`: one answer or a chat, from checked options."""
 
-import gc
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -212,7 +211,7 @@ class _Parts:
             exchanges=options.resume.state.exchanges if options.resume else (),
             sources=self.sources,
             journal=self.transcript,
-            observe=partial(_keep_statistics, engine.plan) if options.saves else _keep_nothing,
+            observe=partial(_keep_statistics, engine, engine.plan) if options.saves else _keep_nothing,
         )
 
     def _setup(self) -> dict[str, Any]:
@@ -248,11 +247,15 @@ def _model_settings(options: RunOptions, plan: Plan) -> list[Setting]:
     return [Setting(name, value, options.sources.get(name, "default")) for name, value in values.items()]
 
 
-def _keep_statistics(plan: Plan, steps: Sequence[Step], temperature: float) -> None:
-    """Save tokens per step and times for the next plan of these models, and no text."""
+def _keep_statistics(engine: "Engine", plan: Plan, steps: Sequence[Step], temperature: float) -> None:
+    """Save tokens per step and times for the next plan of these models, and no text.
+
+    Once layers were given back, the times are not those of the plan any more.
+    """
     from specchat.planner.statistics import record
 
-    record(state_folder(), plan, temperature, steps)
+    if engine.plan is plan:
+        record(state_folder(), plan, temperature, steps)
 
 
 def _keep_nothing(_steps: Sequence[Step], _temperature: float) -> None:
@@ -303,8 +306,10 @@ def _answer(options: RunOptions, models: Models, session: "ChatSession", view: "
 
 def _switch(options: RunOptions, model: str, transcript: "Transcript", say: "Talk") -> int:
     """Go on with the chat and another model; if it cannot be loaded, with the model so far."""
+    from specchat.engine.device import release_memory
+
     transcript.close()
-    gc.collect()  # frees the memory of the model so far
+    release_memory()  # of the model so far
     try:
         return run(switched(options, model, transcript))
     except SpecchatError as error:

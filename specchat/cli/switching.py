@@ -47,4 +47,4 @@ def _saved(chat: Transcript, state: ChatState) -> Saved | None:
     """Return the chat as a saved one; None if nothing of it was written or said."""
     if chat.path is not None:
         return transcript.read(chat.path) if chat.is_on_disk else None
-    return Saved(Path("unsaved"), tuple(chat.records), 0) if state.exchanges else None
+    return Saved(Path("unsaved"), tuple(chat.records), 0, 0) if state.exchanges else None

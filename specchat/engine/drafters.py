@@ -1,17 +1,37 @@
-"""The drafter of a plan: the draft model or the head that scores, and the sources that need no model."""
+"""The drafter of a plan: the model, head or copy of the target that scores, and the sources that need no model."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 
 from specchat.engine.drafting.drafter import Drafter, ModelDrafter, NoDrafter, TreeDrafter, free_sources
 from specchat.engine.drafting.head_check import HeadCheck
 from specchat.engine.drafting.mtp import MtpHead, MtpModel
-from specchat.engine.loading import load_model
+from specchat.engine.drafting.own_copy import CopyModel, OwnCopy
+from specchat.engine.loading import load_layers, load_model
 from specchat.engine.model import TreeModel
 from specchat.models.packs.pack import Pack
+from specchat.models.weights.layout import share_buffers
 from specchat.models.weights.open import ModelWeights
 from specchat.records.plan import Placement, Plan
+
+
+def load_copy(plan: Plan, target: TreeModel, copy: ModelWeights, pack: Pack | None) -> CopyModel:
+    """Load the target's own low-bit copy: its streamed layers, quantized and resident.
+
+    Args:
+        plan: sizes and placement.
+        target: loaded target, whose other modules and KV cache the copy shares.
+        copy: weights of the target in the copy's precision.
+        pack: pack of these weights; None quantizes the checkpoint's own files.
+    """
+    assert target.cache.recurrent is None, "the planner offers no copies of recurrent layers"
+    streamed = plan.placement.streamed
+    layers = load_layers(copy, streamed, target.device, pack)
+    for index in streamed:
+        share_buffers(layers[index], target.skeleton.layers[index])
+    return CopyModel(target, {index: layers[index] for index in streamed})
 
 
 def load_draft(plan: Plan, draft: ModelWeights, pack: Pack | None) -> TreeModel:
@@ -20,16 +40,47 @@ def load_draft(plan: Plan, draft: ModelWeights, pack: Pack | None) -> TreeModel:
     num_layers = len(draft.skeleton.layers)
     placement = Placement(num_layers, tuple(range(num_layers)))
     model_class = MtpModel if draft.source.part == "mtp" else TreeModel
-    cache_rows = work.ctx + work.draft_rows
-    return load_model(draft, work, placement, cache_rows=cache_rows, pack=pack, grows=True, model_class=model_class)
+    return load_model(
+        draft,
+        work,
+        placement,
+        cache_rows=plan.first_stage.ctx + work.draft_rows,
+        tree_rows=work.draft_rows,
+        pack=pack,
+        grows=True,
+        model_class=model_class,
+    )
 
 
-def make_drafter(plan: Plan, target: TreeModel, small: TreeModel | None) -> Drafter:
-    """Return the drafter of a plan: a model or a head that scores, and the sources that need no model."""
+def complete_drafter(
+    plan: Plan, target: TreeModel, small: TreeModel | None, draft: ModelWeights | None, pack: Pack | None
+) -> Drafter:
+    """Return the drafter of a plan, after loading what needs the loaded target; if that fails, close the target.
+
+    Args:
+        plan: sizes and placement.
+        target: loaded target.
+        small: loaded draft model or head; None without one.
+        draft: weights of the draft; None to draft without a model.
+        pack: pack of these weights; None reads the checkpoint's own files.
+    """
+    with ExitStack() as undo:
+        undo.callback(target.close)
+        if draft is not None and draft.source.is_copy:
+            small = load_copy(plan, target, draft, pack)
+        drafter = _make_drafter(plan, target, small)
+        undo.pop_all()
+    return drafter
+
+
+def _make_drafter(plan: Plan, target: TreeModel, small: TreeModel | None) -> Drafter:
+    """Return the drafter of a plan: a model, head or copy that scores, and the sources that need no model."""
     proposers = free_sources(plan.work.seats) if plan.retrieval else []
     max_rows = plan.work.draft_rows
     if small is None:
         return TreeDrafter(None, proposers) if proposers else NoDrafter()
+    if isinstance(small, CopyModel):
+        return TreeDrafter(OwnCopy(small, max_rows=max_rows), proposers)
     if isinstance(small, MtpModel):
         return TreeDrafter(MtpHead(small, target, max_rows=max_rows, check=HeadCheck()), proposers)
     return ModelDrafter(small, max_rows=max_rows, max_context=small.max_positions, proposers=proposers)

@@ -19,29 +19,31 @@ from torch import Tensor
 
 from specchat.closing import Closeable
 from specchat.engine import stats
-from specchat.engine.drafters import load_draft, make_drafter
+from specchat.engine.device import current, prepare
+from specchat.engine.drafters import complete_drafter, load_draft
 from specchat.engine.drafting.drafter import Drafter
 from specchat.engine.drafting.head_check import HeadDisagreesError
-from specchat.engine.drafting.policy import AdaptivePolicy, DraftPolicy, FixedPolicy, Roots
+from specchat.engine.drafting.policy import AdaptivePolicy, DraftPolicy, Roots, fixed_policy
 from specchat.engine.layout import PassLayout, RowLayout
-from specchat.engine.loading import load_model
+from specchat.engine.loading import allocating, check_room, load_target
 from specchat.engine.model import PassCancelledError, TreeModel
 from specchat.engine.recurrent.restore import marks_of_prompt
-from specchat.engine.requests import RequestQueue, choose_seat, why_refused
+from specchat.engine.relief import MemoryRelief
+from specchat.engine.requests import RequestQueue, broken_scores, choose_seat, why_refused
 from specchat.engine.sampling import Sampler, ScoresNotFiniteError
 from specchat.engine.sequence import FinalStates, TokenSequence
+from specchat.engine.stages import Stages
 from specchat.engine.tree import TokenTree, common_prefix
 from specchat.engine.walk import Walk, walk_down
-from specchat.errors import AllocationError, BrokenScoresError, is_lack_of_memory
+from specchat.hardware.pressure import MemoryWatch
 from specchat.models.hf.pairing import check_pair
 from specchat.models.hf.refusals import computing
 from specchat.models.packs.pack import Pack
+from specchat.models.quant.autotune import autotuner
 from specchat.models.weights.open import ModelWeights
 from specchat.records.generation import Activity, Phase, Request, Sampling, Step
 from specchat.records.limits import noise_rows
-from specchat.records.model import LOWER_QUANTS
 from specchat.records.plan import MemoryReport, Plan
-from specchat.units import format_bytes
 
 
 class Engine(Closeable):
@@ -52,14 +54,27 @@ class Engine(Closeable):
         target: model that determines the text.
         drafter: drafter of the target's trees.
         runtime_bytes: memory of the process before any weight was read, in bytes.
+        watch: tells when memory is short; None keeps all layers.
+
+    Attributes:
+        plan: sizes, and the placement of layers: the one of the last stage, without layers that were given back.
+        stages: makes room in the caches; callers that run passes on the target ask it before.
+        load_s: seconds that loading took.
     """
 
-    def __init__(self, plan: Plan, target: TreeModel, drafter: Drafter, runtime_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        target: TreeModel,
+        drafter: Drafter,
+        runtime_bytes: int = 0,
+        watch: MemoryWatch | None = None,
+    ) -> None:
         self.plan = plan
         self.load_s = 0.0
         self._target = target
         self._drafter = drafter
-        self._policy: DraftPolicy = _fixed_policy(plan)
+        self._policy: DraftPolicy = fixed_policy(plan)
         if plan.adaptive and plan.expected is not None:
             self._policy = AdaptivePolicy(plan.work.tree_budget, plan.expected, plan.work.seats)
         # For each seat, the tokens whose rows are in the target's KV cache.
@@ -67,7 +82,10 @@ class Engine(Closeable):
         self._by_use = list(range(plan.work.seats))  # seats, the one that was used least recently first
         self._phase: Phase = "idle"
         self._draft_lost: str | None = None
-        self._meter = stats.MemoryMeter(plan, [target, *drafter.models], runtime_bytes)
+        self._draft_news: str | None = None  # the same reason, until a step has told it
+        self._meter = stats.MemoryMeter([target, *drafter.models], runtime_bytes)
+        self._relief = MemoryRelief(target, watch)
+        self.stages = Stages(plan, target, drafter.models)
 
     @classmethod
     def load(
@@ -78,6 +96,7 @@ class Engine(Closeable):
         pack: Pack | None = None,
         draft_pack: Pack | None = None,
         warn: Callable[[str], None] = lambda _: None,
+        watch: MemoryWatch | None = None,
     ) -> Engine:
         """Read both models into memory as planned; `loading.checking` has checked the architectures.
 
@@ -88,6 +107,7 @@ class Engine(Closeable):
             pack: pack of the target; None reads the checkpoint's own files.
             draft_pack: pack of the draft; None reads the checkpoint's own files.
             warn: receives one-line warnings about refused memory pinning and its cost.
+            watch: tells when memory is short, so that layers are given back; None keeps all layers.
 
         Raises:
             VocabularyMismatchError: draft and target have different token ids.
@@ -98,20 +118,23 @@ class Engine(Closeable):
         runtime_bytes = stats.resident_set_bytes()
         if draft is not None:
             check_pair(target.source, draft.source)
-        with _allocating(plan):
+        device = torch.device(plan.work.device)
+        with allocating(plan), current(device):
+            check_room(plan, watch)
+            prepare(device)
             # Load the draft first: it has no threads to clean up if the target fails to load.
-            small = None if draft is None else load_draft(plan, draft, draft_pack)
-            cache_rows = plan.work.ctx + plan.work.tree_budget
-            model = load_model(target, plan.work, plan.placement, cache_rows=cache_rows, pack=pack, warn=warn)
-            drafter = make_drafter(plan, model, small)
-        engine = cls(plan, model, drafter, runtime_bytes)
+            small = None if draft is None or draft.source.is_copy else load_draft(plan, draft, draft_pack)
+            model = load_target(plan, target, pack, warn)
+            drafter = complete_drafter(plan, model, small, draft, draft_pack)
+        engine = cls(plan, model, drafter, runtime_bytes, watch)
         engine.load_s = time.perf_counter() - begin
         return engine
 
     def close(self) -> None:
         """Stop threads and close files."""
-        self._target.close()
-        self._drafter.close()
+        with current(self._target.device):
+            self._target.close()
+            self._drafter.close()
 
     def generate(
         self,
@@ -192,21 +215,30 @@ class Engine(Closeable):
     @contextmanager
     def drafting_with(self, drafter: Drafter) -> Iterator[None]:
         """Use another drafter inside the block, with trees of the planned size; the caller closes the drafter."""
-        own = self._drafter, self._policy, self._draft_lost
-        self._drafter, self._policy, self._draft_lost = drafter, _fixed_policy(self.plan), None
+        own = self._drafter, self._policy, self._draft_lost, self._draft_news
+        self._drafter, self._policy = drafter, fixed_policy(self.plan)
+        self._draft_lost = self._draft_news = None
         try:
             yield
         finally:
-            self._drafter, self._policy, self._draft_lost = own
+            self._drafter, self._policy, self._draft_lost, self._draft_news = own
 
     @property
     def draft_lost(self) -> str | None:
         """Reason why answers are decoded without the planned draft, in one line; None as long as drafting works."""
         return self._draft_lost
 
+    def relieve(self) -> None:
+        """Give kept layers back to the system if memory is short; between passes only. The next step warns."""
+        resident = self.plan.placement.resident
+        self.plan = self._relief.relieve(self.plan)
+        is_copy = any(model.cache is self._target.cache for model in self._drafter.models)
+        if is_copy and self.plan.placement.resident != resident:
+            self._lose_draft("needs layers that were given back")
+
     def memory(self) -> MemoryReport:
         """Return the memory held, next to the prediction of the plan's ledger."""
-        return self._meter.report()
+        return self._meter.report(self.plan, self._relief)
 
     @property
     def activity(self) -> Activity:
@@ -228,8 +260,9 @@ class Engine(Closeable):
             yield from self._admit(queue, free, live)
             if not live:
                 return
+            self.relieve()
             try:
-                with computing(self.plan.target):
+                with computing(self.plan.target), current(self._target.device):
                     steps = self._step(live, cancel)
             finally:
                 self._phase = "idle"
@@ -305,9 +338,10 @@ class Engine(Closeable):
 
     def _step(self, live: Sequence[TokenSequence], cancel: threading.Event | None) -> list[Step]:
         """Draft trees, verify them in one pass, commit the accepted paths; return empty steps on cancellation."""
-        clock = stats.StepClock(self._target.streamer, len(live))
+        self.stages.make_room(max(len(each.tokens) for each in live))
+        clock = stats.StepClock(self._target.streamer, len(live), self._target.device)
         cached, pending = zip(*((each.num_cached, len(each.pending)) for each in live), strict=True)
-        had_lost_draft = self._draft_lost is not None
+        measured = autotuner().num_measured
         try:
             self._phase = "drafting"
             with clock.drafting():
@@ -328,14 +362,16 @@ class Engine(Closeable):
                 cached_rows,
                 tree,
                 walk.path,
-                _broken_scores(self.plan) if walk.is_broken else None,
+                broken_scores(self.plan) if walk.is_broken else None,
                 self._drafter.work,
             )
             for sequence, tree, walk, new_rows, cached_rows in zip(live, trees, walks, pending, cached, strict=True)
         ]
-        if not had_lost_draft:
-            steps[0] = replace(steps[0], draft_lost=self._draft_lost)
-        self._policy.record_pass(steps, trees, [walk.path for walk in walks])
+        news = [self._relief.take_news(), self._draft_news]
+        self._draft_news = None
+        steps[0] = replace(steps[0], warning="; ".join(filter(None, news)) or None)
+        if measured == autotuner().num_measured:  # else the pass has measured kernels, and others will be faster
+            self._policy.record_pass(steps, trees, [walk.path for walk in walks])
         return steps
 
     def _grow(self, live: Sequence[TokenSequence], cancel: threading.Event | None) -> list[TokenTree]:
@@ -347,9 +383,13 @@ class Engine(Closeable):
             fault = f"computes NaN or infinity in {self.plan.work.dtype}"
         except HeadDisagreesError as error:
             fault = str(error)
-        self._draft_lost = f"the draft {self.plan.draft} {fault}: going on without it"
-        self._drafter.without_scores()
+        self._lose_draft(fault)
         return self._drafter.grow(live, self._policy, cancel)
+
+    def _lose_draft(self, fault: str) -> None:
+        if self._draft_lost is None:
+            self._draft_lost = self._draft_news = f"the draft {self.plan.draft} {fault}: going on without it"
+        self._drafter.without_scores()
 
     def _verify(
         self,
@@ -402,42 +442,7 @@ class Engine(Closeable):
 
     def _rows_for(self, sequence: TokenSequence, tree: TokenTree) -> RowLayout:
         """Return the layout of a part: pending tokens in sequence, of which the last is the root, then the tree."""
-        device, begin, length = self._target.device, sequence.num_cached, len(sequence.tokens)
+        begin, length = sequence.num_cached, len(sequence.tokens)
         root = length - 1
         positions = [*range(begin, length), *(root + depth for depth in tree.depths)]
-        return RowLayout(begin, length - begin, tree.ancestors.to(device), torch.tensor(positions, device=device))
-
-
-def _fixed_policy(plan: Plan) -> FixedPolicy:
-    """Return the policy of trees of the planned size; while layers stream, a chunk of rows is taken to be free."""
-    return FixedPolicy(plan.work.tree_budget, plan.work.chunk_rows if plan.placement.streamed else 1)
-
-
-def _broken_scores(plan: Plan) -> BrokenScoresError:
-    """Return the error for a target that computes NaN or infinity, with the remedy for its precision."""
-    if plan.quant in LOWER_QUANTS:
-        remedy = "use --quant none"
-    elif plan.work.dtype == "fp32":
-        remedy = "the weights are probably damaged: download or convert the model again"
-    else:
-        remedy = "use --dtype bf16 or --dtype fp32" if plan.work.dtype == "fp16" else "use --dtype fp32"
-    return BrokenScoresError(
-        f"{plan.target} computes NaN or infinity in {plan.work.dtype}, so no token can be drawn", hint=remedy
-    )
-
-
-@contextmanager
-def _allocating(plan: Plan) -> Iterator[None]:
-    """Convert out-of-memory errors of libraries into AllocationError."""
-    try:
-        yield
-    except (MemoryError, OSError, RuntimeError) as error:
-        if not is_lack_of_memory(error):
-            raise
-    else:
-        return
-    # Raise outside the handler: the caught error's frames keep earlier allocations alive.
-    raise AllocationError(
-        f"cannot allocate {format_bytes(plan.device_bytes)} on {plan.work.device}",
-        hint="close other programs, or set a smaller --vram or --ctx",
-    )
+        return RowLayout(begin, length - begin, tree.ancestors, torch.tensor(positions))

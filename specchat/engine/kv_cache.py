@@ -37,12 +37,29 @@ class LayerKv:
     """
 
     def __init__(self, shape: KvShape, seats: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
-        # Zeros, not empty: padding rows have attention weight 0, and 0 x NaN would be NaN.
         rows = seats * capacity
-        self.keys = torch.zeros(1, shape.heads, rows, shape.key_dim, dtype=dtype, device=device)
-        self.values = torch.zeros(1, shape.heads, rows, shape.value_dim, dtype=dtype, device=device)
+        # One buffer for both where they have one shape: accepted rows then move in two kernels instead of four.
+        sizes = [(2, shape.key_dim)] if shape.key_dim == shape.value_dim else [(1, shape.key_dim), (1, shape.value_dim)]
+        # Zeros, not empty: padding rows have attention weight 0, and 0 x NaN would be NaN.
+        self._buffers = [torch.zeros(n, shape.heads, rows, size, dtype=dtype, device=device) for n, size in sizes]
         self.capacity = capacity
         self.lengths = [0] * seats
+
+    @property
+    def keys(self) -> Tensor:
+        """Keys of all seats [1, H_kv, rows, D]."""
+        return self._buffers[0][:1]
+
+    @property
+    def values(self) -> Tensor:
+        """Values of all seats [1, H_kv, rows, D_v]."""
+        return self._buffers[-1][-1:]
+
+    def grow(self, capacity: int) -> None:
+        """Give each seat more rows, and keep all rows held; the old buffers are freed one by one."""
+        for place, rows in enumerate(self._buffers):
+            self._buffers[place] = _grown(rows, len(self.lengths), capacity)
+        self.capacity = capacity
 
     @property
     def length(self) -> int:
@@ -52,7 +69,7 @@ class LayerKv:
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers."""
-        return self.keys.nbytes + self.values.nbytes
+        return sum(rows.nbytes for rows in self._buffers)
 
     def append(self, layout: PassLayout, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store the chunk's rows in their seats, and return the buffer from the pass's lowest to its highest seat.
@@ -91,8 +108,8 @@ class LayerKv:
         end = base + len(rows)
         if index is not None:
             to = slice(seat * self.capacity + base, seat * self.capacity + end)
-            self.keys[:, :, to] = self.keys.index_select(2, index)
-            self.values[:, :, to] = self.values.index_select(2, index)
+            for buffer in self._buffers:
+                buffer[:, :, to] = buffer.index_select(2, index)
         self.lengths[seat] = end
 
     def truncate(self, seat: int, length: int) -> int:
@@ -104,8 +121,16 @@ class LayerKv:
         """Drop a seat's rows from `length` on, and zero them."""
         self.truncate(seat, length)
         rows = slice(seat * self.capacity + length, (seat + 1) * self.capacity)
-        self.keys[:, :, rows] = 0
-        self.values[:, :, rows] = 0
+        for buffer in self._buffers:
+            buffer[:, :, rows] = 0
+
+
+def _grown(rows: Tensor, seats: int, capacity: int) -> Tensor:
+    """Return a copy of a buffer [n, H, rows, D] whose seats have `capacity` rows each."""
+    held = rows.unflatten(2, (seats, -1))
+    grown = rows.new_zeros(*rows.shape[:2], seats * capacity, rows.shape[3])
+    grown.unflatten(2, (seats, capacity))[:, :, :, : held.shape[3]] = held
+    return grown
 
 
 class TreeCache:
@@ -168,6 +193,17 @@ class TreeCache:
         """Bytes of all buffers, without restore points, which lie in host memory."""
         rows = sum(layer.nbytes for layer in self.layers)
         return rows + (0 if self.recurrent is None else self.recurrent.nbytes)
+
+    def grow(self, capacity: int) -> None:
+        """Give each seat room for more rows, rounded up to the alignment; only between passes."""
+        capacity = padded_rows(capacity)
+        assert capacity >= self.capacity
+        if capacity > self.capacity:
+            for layer in self.layers:
+                layer.grow(capacity)
+            if self.recurrent is None:
+                self.max_tree_rows = capacity
+            self.capacity = capacity
 
     def begin(self, layout: PassLayout) -> None:
         """Begin a pass over the rows of a layout."""

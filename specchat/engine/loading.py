@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from specchat.engine.experts.loading import PooledExperts, read_beside
 from specchat.engine.kv_cache import TreeCache
-from specchat.engine.linear import use_fast_matmuls
+from specchat.engine.linear import settle, use_fast_matmuls
 from specchat.engine.model import TreeModel
 from specchat.engine.streaming.base import LayerStreamer, NoStreamer
-from specchat.engine.streaming.cpu import MappedStreamer, MixedStreamer, ThreadStreamer
 from specchat.engine.streaming.cuda import CudaStreamer
 from specchat.engine.streaming.host_layers import HostLayers, pinner
-from specchat.engine.streaming.readers import LayerReader, layer_reader_for
+from specchat.engine.streaming.kept import CpuTiers, KeptLayers, NothingKept, PinnedLayers
+from specchat.engine.streaming.readers import layer_reader_for
+from specchat.engine.streaming.slots import page_aligned
+from specchat.errors import AllocationError, is_lack_of_memory
+from specchat.hardware.pressure import MemoryWatch
 from specchat.models.checkpoint.dtypes import torch_dtype
+from specchat.models.hf.matrices import plain_linears
 from specchat.models.hf.skeleton import lookup_embeddings
 from specchat.models.packs.file_format import bytes_of
 from specchat.models.packs.pack import Pack
@@ -26,7 +31,8 @@ from specchat.models.packs.verify import ChunkVerifier
 from specchat.models.weights.layout import LayerLayout, bind
 from specchat.models.weights.open import ModelWeights
 from specchat.models.weights.reader import WeightReader
-from specchat.records.plan import Placement, Workload
+from specchat.records.plan import Placement, Plan, Workload
+from specchat.units import format_bytes
 
 
 def load_model(
@@ -35,6 +41,7 @@ def load_model(
     placement: Placement,
     *,
     cache_rows: int,
+    resident: Sequence[int] | None = None,
     tree_rows: int | None = None,
     grows: bool = False,
     pack: Pack | None = None,
@@ -47,7 +54,9 @@ def load_model(
         weights: model to load; the result owns its modules, and its files are closed as soon as nothing reads them.
         work: device, dtype and rows of passes.
         placement: tiers of the layers, and the number of slots.
-        cache_rows: rows that each seat of the KV cache must hold.
+        cache_rows: rows that each seat of the KV cache must hold at first.
+        resident: indices of the layers that stay in device memory at first, ascending, among them those of the
+            placement; None for those alone.
         tree_rows: rows among them that a tree may take; None for all beyond the context.
         grows: whether trees grow over several passes, as a draft's trees do.
         pack: pack to read layers from; None reads the checkpoint's own files.
@@ -55,7 +64,10 @@ def load_model(
         model_class: class of the result.
     """
     skeleton, device, dtype = weights.skeleton, torch.device(work.device), torch_dtype(work.dtype)
-    layers, streamed = skeleton.layers, placement.streamed
+    layers, later = skeleton.layers, placement.streamed
+    resident = placement.resident if resident is None else resident
+    streamed = [index for index in later if index not in set(resident)]
+    assert not later or streamed, "a layer that will be streamed is streamed at first, too"
     with ExitStack() as undo:  # after an error, free the memory of files and threads for a retry with a smaller plan
         reader = undo.enter_context(weights.reader if pack is None else _pack_reader(weights, pack))
         embeddings = lookup_embeddings(skeleton) if work.host_embeddings else None
@@ -63,12 +75,16 @@ def load_model(
         mapped = reader.read_rest(device, on_host=embeddings)
         if mapped is not None:
             undo.enter_context(mapped)
-        read_layer = partial(_read_layer, reader, None if pack is None else ChunkVerifier(pack))
-        for index in placement.resident:
-            layout = LayerLayout.of(layers[index])
-            blob = torch.zeros(layout.nbytes, dtype=torch.uint8)
-            read_layer(index, layout, blob)
-            bind(layers[index], layout.views(blob.to(device)))
+        verifier = None if pack is None else ChunkVerifier(pack)
+        read_layer = partial(_read_layer, reader, verifier)
+        pooled = None if placement.experts is None else PooledExperts.of(skeleton, reader)
+        if pooled is None:
+            bound = _read_resident(layers, resident, read_layer, device)
+        else:
+            bound = _read_beside_experts(layers, resident, pooled, reader, verifier)
+        for index in bound:
+            if device.type == "cpu" and pooled is None:
+                settle(layers[index], plain_linears(layers[index]), dtype, expands=index in placement.expanded)
         cache = TreeCache(
             weights.kv_shapes,
             cache_rows,
@@ -82,21 +98,108 @@ def load_model(
         if device.type == "cpu":
             use_fast_matmuls(skeleton.model)
         streamer: LayerStreamer = NoStreamer()
-        if streamed:
+        kept: KeptLayers = NothingKept()
+        if pooled is not None:
+            assert placement.experts is not None and device.type == "cpu" and not streamed
+            tree_passes = work.seats + work.tree_budget
+            streamer = pooled.make_pool(placement.experts, reader, verifier, placement.in_ram, tree_passes)
+            undo.callback(streamer.close)
+        elif device.type == "cpu":
+            open_reader = partial(layer_reader_for, layers, reader, pack, placement.in_ram)
+            kept = tiers = CpuTiers(layers, placement, resident, open_reader, pack, reader.close)
+            streamer = tiers.streamer
+        elif streamed:
             slots, in_ram = placement.slots, placement.in_ram
-            cached = in_ram if device.type == "cpu" else ()
-            layer_reader = layer_reader_for(layers, streamed, reader, pack, cached=cached)
+            layer_reader = layer_reader_for(layers, reader, pack, cached=())
             undo.callback(layer_reader.close)
-            if device.type == "cuda":
-                host = HostLayers(layers, streamed, in_ram, slots, read_layer, layer_reader, pinner(device, warn))
-                undo.callback(host.close)
-                streamer = CudaStreamer(layers, streamed, slots, host, device)
-            else:
-                streamer = _cpu_streamer(layers, streamed, in_ram, slots, layer_reader, pack)
+            host = HostLayers(layers, later, in_ram, slots, read_layer, layer_reader, pinner(device, warn))
+            undo.callback(host.close)
+            if len(streamed) < len(later):
+                host.select(streamed)
+            streamer = CudaStreamer(layers, streamed, slots, host, device)
+            kept = PinnedLayers(streamer)
         undo.pop_all()
-    if pack is not None or not streamed:
+    if pack is not None or pooled is not None or (device.type != "cpu" and not streamed):
         reader.close()
-    return model_class(skeleton, cache, streamer, streamed, work.chunk_rows, device, embeddings, mapped)
+    return model_class(skeleton, cache, streamer, streamed, work.chunk_rows, device, embeddings, mapped, kept)
+
+
+def load_target(plan: Plan, weights: ModelWeights, pack: Pack | None, warn: Callable[[str], None]) -> TreeModel:
+    """Load a target for the first stage of a chat.
+
+    Args:
+        plan: sizes and placement.
+        weights: weights of the target.
+        pack: pack of the target; None reads the checkpoint's own files.
+        warn: receives one-line warnings about refused memory pinning and its cost.
+    """
+    stage, tree_rows = plan.first_stage, plan.work.tree_rows
+    return load_model(
+        weights,
+        plan.work,
+        plan.placement,
+        cache_rows=stage.ctx + tree_rows,
+        resident=stage.resident,
+        tree_rows=tree_rows,
+        pack=pack,
+        warn=warn,
+    )
+
+
+def load_layers(weights: ModelWeights, indices: Sequence[int], device: torch.device, pack: Pack | None) -> Any:
+    """Load some layers of a model into device memory, and close its files; nothing outside these layers is read.
+
+    Args:
+        weights: model whose layers are loaded; the result owns its modules.
+        indices: indices of the layers.
+        device: destination.
+        pack: pack to read from; None reads the checkpoint's own files.
+
+    Returns:
+        All layers of the model, of which the given ones have weights; their buffers are not read.
+    """
+    layers = weights.skeleton.layers
+    with weights.reader if pack is None else _pack_reader(weights, pack) as reader:
+        read_layer = partial(_read_layer, reader, None if pack is None else ChunkVerifier(pack))
+        for index in _read_resident(layers, indices, read_layer, device):
+            if device.type == "cpu":
+                use_fast_matmuls(layers[index])
+    return layers
+
+
+def _read_resident(
+    layers: Sequence[Any],
+    indices: Sequence[int],
+    read_layer: Callable[[int, LayerLayout, Tensor], None],
+    device: torch.device,
+) -> Iterator[int]:
+    """Read layers into device memory, each into a blob of its own, and yield the index of each."""
+    for index in indices:
+        layout = LayerLayout.of(layers[index])
+        blob = page_aligned(layout.nbytes)  # a mapping of its own, so that its memory can be given back
+        read_layer(index, layout, blob)
+        bind(layers[index], layout.views(blob.to(device)))
+        del blob  # the caller may replace the layer's parameters
+        yield index
+
+
+def _read_beside_experts(
+    layers: Sequence[Any],
+    indices: Sequence[int],
+    pooled: PooledExperts,
+    reader: WeightReader,
+    verifier: ChunkVerifier | None,
+) -> Iterator[int]:
+    """Read everything but the pooled experts of layers, each into a blob of its own, and yield the index of each."""
+    for index in indices:
+        layout = LayerLayout.of(layers[index], without=pooled.names(index))
+        blob = page_aligned(layout.nbytes)
+        if pooled.names(index):
+            read_beside(reader, verifier, index, layout.views(blob))
+        else:
+            _read_layer(reader, verifier, index, layout, blob)
+        bind(layers[index], layout.views(blob))
+        yield index
 
 
 def _pack_reader(weights: ModelWeights, pack: Pack) -> WeightReader:
@@ -115,25 +218,33 @@ def _read_layer(
         verifier.verify_layer(index, bytes_of(blob[: layout.nbytes]))
 
 
-def _cpu_streamer(
-    layers: Sequence[Any],
-    streamed: Sequence[int],
-    in_ram: Sequence[int],
-    num_slots: int,
-    reader: LayerReader,
-    pack: Pack | None,
-) -> LayerStreamer:
-    """Return a streamer that maps packed layers in `in_ram` from the page cache and reads all others into slots."""
-    if pack is None:
-        return ThreadStreamer(layers, streamed, num_slots, reader)
-    mapped, read = in_ram, [index for index in streamed if index not in set(in_ram)]
-    streamers: dict[int, LayerStreamer] = {}
-    with ExitStack() as undo:
-        if mapped:
-            in_place = MappedStreamer(layers, mapped, pack)
-            undo.callback(in_place.close)
-            streamers |= dict.fromkeys(mapped, in_place)
-        if read:
-            streamers |= dict.fromkeys(read, ThreadStreamer(layers, read, min(num_slots, len(read)), reader))
-        undo.pop_all()
-    return MixedStreamer(streamers) if mapped and read else streamers[streamed[0]]
+def check_room(plan: Plan, watch: MemoryWatch | None) -> None:
+    """Check that the host memory of a plan is free, because the system would swap, or end the process, without a word.
+
+    Raises:
+        AllocationError: less is free.
+    """
+    needed = plan.device_bytes if plan.work.device == "cpu" else plan.host_bytes
+    free = None if watch is None else watch.available_bytes()
+    if free is not None and needed > free:
+        raise AllocationError(
+            f"cannot allocate {format_bytes(needed)} of RAM: {format_bytes(free)} of it is free",
+            hint="close other programs, or set a smaller --vram, --ram or --ctx",
+        )
+
+
+@contextmanager
+def allocating(plan: Plan) -> Iterator[None]:
+    """Convert out-of-memory errors of libraries into AllocationError."""
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError) as error:
+        if not is_lack_of_memory(error):
+            raise
+    else:
+        return
+    # Raise outside the handler: the caught error's frames keep earlier allocations alive.
+    raise AllocationError(
+        f"cannot allocate {format_bytes(plan.device_bytes)} on {plan.work.device}",
+        hint="close other programs, or set a smaller --vram or --ctx",
+    )

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from specchat.engine.device import wait_for
 from specchat.engine.drafting.drafter import NoDrafter
 from specchat.engine.engine import Engine
 from specchat.engine.layout import PassLayout, RowLayout
@@ -74,6 +75,11 @@ class GenerationMemory(TorchDispatchMode):
         self._living -= nbytes
 
 
+def num_threads() -> int:
+    """Return the number of threads that compute on a CPU."""
+    return torch.get_num_threads()
+
+
 def without_draft(engine: Engine) -> AbstractContextManager[None]:
     """Return a context in which the engine decodes without a draft, with unchanged weights and placement."""
     return engine.drafting_with(NoDrafter())
@@ -95,20 +101,19 @@ def measure_pass(engine: Engine, num_rows: int, seed: int = 0) -> PassTime:
         seed: seed of the random tokens.
     """
     engine.forget()
+    engine.stages.make_room(num_rows)
     target = engine.target
     tokens = torch.randint(0, target.vocab_size, (num_rows,), generator=torch.Generator().manual_seed(seed)).tolist()
     num_nodes = num_rows - 1 if num_rows - 1 <= target.cache.max_tree_rows else 0
     num_linear = num_rows - num_nodes
     tree = TokenTree(tuple(tokens[num_linear:]), tuple(ROOT if i < 2 else i // 2 - 1 for i in range(num_nodes)))
     positions = [*range(num_linear), *(num_linear - 1 + depth for depth in tree.depths)]
-    ancestors = tree.ancestors.to(target.device)
-    layout = RowLayout(0, num_linear, ancestors, torch.tensor(positions, device=target.device))
+    layout = RowLayout(0, num_linear, tree.ancestors, torch.tensor(positions))
     before = target.streamer.counters()
     begin = time.perf_counter()
     target.streamer.restart()
     target.forward(tokens, PassLayout.single(layout))
-    if target.device.type == "cuda":
-        torch.cuda.current_stream(target.device).synchronize()
+    wait_for(target.device)
     pass_s = time.perf_counter() - begin
     after = target.streamer.counters()
     engine.forget()
@@ -127,6 +132,7 @@ class Margin:
 def margin_after(engine: Engine, context: Sequence[int], sampling: Sampling) -> Margin:
     """Return the margin by which the target's next token wins; with sampling, the margin includes the noise."""
     engine.forget()
+    engine.stages.make_room(len(context))
     target = engine.target
     logits = target.logits(target.append(list(context))[-1:])[0]
     engine.forget()

@@ -8,7 +8,8 @@ cancellation, and runs long passes in row chunks.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence, Set
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,9 +17,12 @@ import torch
 from torch import Tensor
 
 from specchat.engine.attention import PassMask
+from specchat.engine.device import copied_together
 from specchat.engine.kv_cache import TreeCache
 from specchat.engine.layout import PassLayout, linear_layout
+from specchat.engine.linear import held_bytes, unsettle
 from specchat.engine.streaming.base import LayerStreamer
+from specchat.engine.streaming.kept import KeptLayers, NothingKept
 from specchat.models.checkpoint.mapped_file import MappedFile
 from specchat.models.hf.attention import cache_for, row_scope
 from specchat.models.hf.config import max_positions
@@ -39,13 +43,17 @@ class TreeModel:
         skeleton: modules whose parameters are bound to memory, or to the streamer's slots.
         cache: KV cache, kept between passes.
         streamer: provides the layers that are not resident.
-        streamed: indices of the streamed layers.
+        streamed: indices of the layers that are streamed at first.
         chunk_rows: rows that one layer computes at a time.
         device: device that passes run on.
         host_embeddings: module of the input embeddings if it stays in host memory, else None.
         mapped: file that these embeddings are mapped from, closed together with this object; None if they are not.
+        kept: layers in host memory that can be given back, closed together with this object; None if there are none.
 
     Attributes:
+        chunk_rows: rows that one layer computes at a time.
+        host_embeddings: module of the input embeddings if it stays in host memory, else None.
+        mapped: file that these embeddings are mapped from, or None.
         layers_done: number of layers that the current or last pass has computed; readable from other threads.
     """
 
@@ -59,6 +67,7 @@ class TreeModel:
         device: torch.device,
         host_embeddings: Any = None,
         mapped: MappedFile | None = None,
+        kept: KeptLayers | None = None,
     ) -> None:
         self.skeleton = skeleton
         self.cache = cache
@@ -67,18 +76,24 @@ class TreeModel:
         self.vocab_size: int = skeleton.config.vocab_size
         self._hf_cache = cache_for(cache.layers, lambda: self._layout, layer_kinds(skeleton.config))
         bind_mixers(skeleton.layers, cache.states)
-        self._chunk_rows = chunk_rows
+        self.chunk_rows = chunk_rows
         self._layout: PassLayout | None = None
         self._token_ids: Tensor | None = None
         self._cancel: threading.Event | None = None
         self.layers_done = 0
-        self._host_embeddings = host_embeddings
-        self._mapped = mapped
+        self.host_embeddings = host_embeddings
+        self.mapped = mapped
         if host_embeddings is not None:
             host_embeddings.forward = partial(self._look_up, host_embeddings.forward)
-        streamed_set = set(streamed)
+        self.kept = kept or NothingKept()
+        self._streamed = set(streamed)
         for index, layer in enumerate(skeleton.layers):
-            layer.forward = partial(self._run_layer, index, index in streamed_set, layer.forward)
+            layer.forward = partial(self._run_layer, index, layer.forward)
+
+    @property
+    def streamed(self) -> Set[int]:
+        """Indices of the layers that are streamed now."""
+        return self._streamed
 
     @property
     def max_positions(self) -> int:
@@ -91,12 +106,13 @@ class TreeModel:
 
         Embeddings that stay in host memory are excluded.
         """
-        apart = set() if self._host_embeddings is None else set(_tensors(self._host_embeddings))
+        apart = set() if self.host_embeddings is None else set(_tensors(self.host_embeddings))
         tensors = set(_tensors(self.skeleton.model)) - apart
         storages: dict[int, int] = {
             t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_meta
         }
-        return sum(storages.values()) + self.generation_bytes
+        held = held_bytes(self.skeleton.model) + self.streamer.kept_bytes
+        return sum(storages.values()) + held + self.generation_bytes
 
     @property
     def generation_bytes(self) -> int:
@@ -110,7 +126,7 @@ class TreeModel:
 
         Args:
             token_ids: token id of each new row, one sequence after another.
-            layout: position and visibility of the rows, sequence by sequence.
+            layout: position and visibility of the rows, sequence by sequence; in host memory or on the device.
             cancel: event that cancels the pass before the next layer.
 
         Returns:
@@ -121,9 +137,11 @@ class TreeModel:
         """
         assert len(token_ids) == layout.num_rows
         lengths = self.cache.lengths
+        self._token_ids = torch.tensor(token_ids, dtype=torch.int64)
+        ids, layout = self._on_device(self._token_ids, layout)
         self._layout, self._cancel, self.layers_done = layout, cancel, 0
-        ids = self._token_ids = torch.tensor(token_ids, dtype=torch.int64)
         self.cache.begin(layout)
+        self.streamer.begin(layout.num_rows)
         try:
             with row_scope(partial(PassMask, layout, self.cache.capacity)):
                 hidden = self._decode(ids, layout.positions)
@@ -136,6 +154,18 @@ class TreeModel:
             raise
         finally:
             self._layout = self._cancel = self._token_ids = None
+
+    def _on_device(self, ids: Tensor, layout: PassLayout) -> tuple[Tensor, PassLayout]:
+        """Return token ids and layout on the device; what is in host memory crosses the link in one copy."""
+        if self.device.type == "cpu":
+            return ids, layout
+        parts = [part.layout for part in layout.parts]
+        needed = [ids, *(each.positions for each in parts), *(each.ancestors for each in parts)]
+        there = iter(copied_together(needed, self.device))
+        ids = next(there)
+        positions = [next(there) for _ in parts]
+        moved = [replace(part, positions=at, ancestors=next(there)) for part, at in zip(parts, positions, strict=True)]
+        return ids, PassLayout((part.seat, each) for part, each in zip(layout.parts, moved, strict=True))
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -157,15 +187,34 @@ class TreeModel:
         layout = linear_layout(self.cache.lengths[seat], len(token_ids), self.device)
         return self.forward(token_ids, PassLayout.single(layout, seat), cancel)
 
+    def restream(self, leaving: Collection[int], given: Collection[int] = ()) -> None:
+        """Stream resident layers from now on, and release host memory of layers; only between passes.
+
+        Args:
+            leaving: resident layers that leave device memory; the next passes stream them, too.
+            given: layers that are read from the disk whenever they are streamed, instead of kept in host memory.
+        """
+        if self.device.type == "cpu":
+            for index in leaving:
+                unsettle(self.skeleton.layers[index])
+        self.streamer = self.kept.restream(leaving, given)
+        self._streamed.update(leaving)
+
+    def give_back(self, given: Collection[int]) -> None:
+        """Release the host memory of layers, which are read from the disk from now on; only between passes."""
+        on_host = self.device.type == "cpu"  # resident layers of a GPU stay there, and only lose their host copy
+        self.restream([index for index in given if on_host and index not in self._streamed], given)
+
     def close(self) -> None:
         """Stop streaming, and close the files."""
         self.streamer.close()
-        if self._mapped is not None:
-            self._mapped.close()
+        self.kept.close()
+        if self.mapped is not None:
+            self.mapped.close()
 
     def _decode(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """Run all layers over the rows of the pass, and return the states after the last norm."""
-        return self.skeleton.hidden(token_ids.to(self.device), positions, self._hf_cache)
+        return self.skeleton.hidden(token_ids, positions, self._hf_cache)
 
     def _look_up(self, look_up: Callable[[Tensor], Tensor], _: Tensor) -> Tensor:
         """Return the embeddings of the pass's tokens, [1, S, hidden], looked up in host memory.
@@ -178,24 +227,22 @@ class TreeModel:
             CorruptCheckpointError: the file of the embeddings was cut short.
         """
         assert self._token_ids is not None
-        if self._mapped is not None:
-            self._mapped.check()
-        chunks = self._token_ids.split(self._chunk_rows)
+        if self.mapped is not None:
+            self.mapped.check()
+        chunks = self._token_ids.split(self.chunk_rows)
         if len(chunks) == 1:
             return look_up(chunks[0]).to(self.device)[None]
-        weight = self._host_embeddings.weight
+        weight = self.host_embeddings.weight
         out = torch.empty(len(self._token_ids), weight.shape[1], dtype=weight.dtype, device=self.device)
-        for rows, ids in zip(out.split(self._chunk_rows), chunks, strict=True):
+        for rows, ids in zip(out.split(self.chunk_rows), chunks, strict=True):
             rows.copy_(look_up(ids))
         return out[None]
 
-    def _run_layer(
-        self, index: int, streamed: bool, forward: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
+    def _run_layer(self, index: int, forward: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.layers_done = index
         if self._cancel is not None and self._cancel.is_set():
             raise PassCancelledError
-        if not streamed:
+        if index not in self._streamed:
             return self._run_chunks(forward, hidden, args, kwargs)
         self.streamer.acquire(index)
         out = self._run_chunks(forward, hidden, args, kwargs)
@@ -211,12 +258,12 @@ class TreeModel:
         """
         assert self._layout is not None
         num_rows = hidden.shape[-2]
-        if num_rows <= self._chunk_rows:
+        if num_rows <= self.chunk_rows:
             self._layout.select(0, num_rows)
             return forward(hidden, *args, **kwargs)
         out = torch.empty_like(hidden)
-        for begin in range(0, num_rows, self._chunk_rows):
-            end = min(begin + self._chunk_rows, num_rows)
+        for begin in range(0, num_rows, self.chunk_rows):
+            end = min(begin + self.chunk_rows, num_rows)
             self._layout.select(begin, end)
             rows = partial(_rows, num_rows=num_rows, begin=begin, end=end)
             cut_kwargs = {name: rows(value) for name, value in kwargs.items()}

@@ -1,12 +1,13 @@
-"""Requests that wait for a seat, and the reasons to refuse one."""
+"""Requests that wait for a seat, and the reasons to refuse or to give up one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
 from specchat.engine.tree import common_prefix
-from specchat.errors import PromptTooLongError, SpecchatError, UnknownTokenError
+from specchat.errors import BrokenScoresError, PromptTooLongError, SpecchatError, UnknownTokenError
 from specchat.records.generation import Request
+from specchat.records.model import LOWER_QUANTS
 from specchat.records.plan import Plan
 
 
@@ -75,3 +76,16 @@ def why_refused(request: Request, plan: Plan, num_known: int) -> SpecchatError |
                 hint="the tokenizer and the weights do not match: download or copy the model's folder again",
             )
     return None
+
+
+def broken_scores(plan: Plan) -> BrokenScoresError:
+    """Return the error for a target that computes NaN or infinity, with the remedy for its precision."""
+    if plan.quant in LOWER_QUANTS:
+        remedy = "use --quant none"
+    elif plan.work.dtype == "fp32":
+        remedy = "the weights are probably damaged: download or convert the model again"
+    else:
+        remedy = "use --dtype bf16 or --dtype fp32" if plan.work.dtype == "fp16" else "use --dtype fp32"
+    return BrokenScoresError(
+        f"{plan.target} computes NaN or infinity in {plan.work.dtype}, so no token can be drawn", hint=remedy
+    )

@@ -8,6 +8,7 @@ in any batch, and the drafter can use the target's noise.
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from torch import Tensor
 from specchat.models.hf.processors import logits_processors
 from specchat.records.generation import Sampling
 from specchat.records.limits import NOISE_ROWS
+
+# Tokens in host memory, or on the device.
+Known = TypeVar("Known", Sequence[int], Tensor)
 
 _MASK64 = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
@@ -106,14 +110,46 @@ class Sampler:
         Raises:
             ScoresNotFiniteError: the best score is NaN or infinite. For torch, NaN is larger than any number.
         """
-        scores = self.scores(logits, context)
-        token = int(scores.argmax())
-        if not math.isfinite(scores[token]):
-            raise ScoresNotFiniteError
-        return token
+        return checked_token(*_best(self.scores(logits, context)).tolist())
 
     def scores(self, logits: Tensor, context: Sequence[int]) -> Tensor:
         """Return the scores [V] that `draw` maximizes: processed logits if greedy, else `log p - log e + const`."""
-        ids = torch.tensor([context if self._needs_context else context[-1:]], device=logits.device)
+        ids = torch.tensor([self.known_of(context)], device=logits.device)
+        return self._scores(logits, ids, len(context))
+
+    def best_tokens(self, logits: Tensor, contexts: Sequence[Tensor], positions: Sequence[int]) -> Tensor:
+        """Return the best token of each row and its score, float64 [n, 2]; the host waits for nothing.
+
+        Rows are processed one by one, because the processors' workspace is counted for a single row.
+
+        Args:
+            logits: the target's scores, float32 [n, V].
+            contexts: what `known_of` returns for the tokens before each row, int64 [length] on the device.
+            positions: absolute positions of the drawn tokens.
+        """
+        rows = zip(logits, contexts, positions, strict=True)
+        return torch.stack([_best(self._scores(row, ids[None], position)) for row, ids, position in rows])
+
+    def known_of(self, context: Known) -> Known:
+        """Return the tokens of a context that the processors read: all, or the last one."""
+        return context if self._needs_context else context[-1:]
+
+    def _scores(self, logits: Tensor, ids: Tensor, position: int) -> Tensor:
         processed: Tensor = self._processors(ids, logits[None].float())[0]
-        return processed if self.noise is None else processed + self.noise.row(len(context))
+        return processed if self.noise is None else processed + self.noise.row(position)
+
+
+def _best(scores: Tensor) -> Tensor:
+    """Return the best token and its score, float64 [2], in one tensor: each copy to the host is a wait."""
+    return torch.stack([scores.argmax().double(), scores.amax().double()])
+
+
+def checked_token(token: float, score: float) -> int:
+    """Return a drawn token.
+
+    Raises:
+        ScoresNotFiniteError: the best score is NaN or infinite.
+    """
+    if not math.isfinite(score):
+        raise ScoresNotFiniteError
+    return int(token)

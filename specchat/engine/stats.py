@@ -12,7 +12,9 @@ import psutil
 import torch
 from torch import Tensor
 
+from specchat.engine.device import wait_for
 from specchat.engine.model import TreeModel
+from specchat.engine.relief import MemoryRelief
 from specchat.engine.streaming.base import LayerStreamer
 from specchat.engine.tree import TokenTree
 from specchat.errors import SpecchatError
@@ -37,10 +39,12 @@ class StepClock:
     Args:
         streamer: the target's streamer, whose counters give the waiting time of the pass.
         num_sharing: number of sequences of the pass.
+        device: device of the pass.
     """
 
-    def __init__(self, streamer: LayerStreamer, num_sharing: int = 1) -> None:
+    def __init__(self, streamer: LayerStreamer, num_sharing: int, device: torch.device) -> None:
         self._streamer = streamer
+        self._device = device
         self._num_sharing = num_sharing
         self._at_start = self._at_end = streamer.counters()
         self._begin = time.perf_counter()
@@ -62,8 +66,7 @@ class StepClock:
         try:
             yield
         finally:
-            if torch.cuda.is_initialized():
-                torch.cuda.current_stream().synchronize()
+            wait_for(self._device)
             self._verify_s += time.perf_counter() - begin
 
     @contextmanager
@@ -117,6 +120,8 @@ class StepClock:
             sample_s=self._sample_s,
             stream_wait_s=self._at_end.wait_s - self._at_start.wait_s,
             streamed_bytes=self._at_end.num_bytes - self._at_start.num_bytes,
+            expert_hits=self._at_end.expert_hits - self._at_start.expert_hits,
+            expert_misses=self._at_end.expert_misses - self._at_start.expert_misses,
             guesses=tree.by_source(path, work),
             tree=DraftTree(tree.tokens, tree.parents, tuple(path)) if len(tree) else None,
             num_sharing=self._num_sharing,
@@ -128,13 +133,11 @@ class MemoryMeter:
     """Measures the memory that the engine holds.
 
     Args:
-        plan: plan with the budget and the predicted memory.
         models: target and draft models.
         runtime_bytes: memory of the process before loading, in bytes.
     """
 
-    def __init__(self, plan: Plan, models: Sequence[TreeModel], runtime_bytes: int) -> None:
-        self._plan = plan
+    def __init__(self, models: Sequence[TreeModel], runtime_bytes: int) -> None:
         self._models = models
         self._runtime_bytes = runtime_bytes
         self._largest_pass_bytes = 0
@@ -143,20 +146,30 @@ class MemoryMeter:
         """Record the hidden rows of a pass; two copies live at once, a layer's input and output."""
         self._largest_pass_bytes = max(self._largest_pass_bytes, 2 * hidden.nbytes)
 
-    def report(self) -> MemoryReport:
-        """Return the totals so far; on the CPU the device peak is a sum of weights, slots, caches and hidden rows."""
-        plan = self._plan
+    def report(self, plan: Plan, relief: MemoryRelief) -> MemoryReport:
+        """Return the totals so far; on the CPU the device peak is a sum of weights, slots, caches and hidden rows.
+
+        Args:
+            plan: plan with the budget, the predicted memory and the present places of layers.
+            relief: knows the layers that were given back.
+        """
         if plan.work.device == "cpu":
             device_peak = sum(model.nbytes for model in self._models) + self._largest_pass_bytes
         else:
             device_peak = torch.cuda.max_memory_allocated(plan.work.device)
+        streamed = self._models[0].streamer.counters()
+        num_streamed = len(self._models[0].streamed)
         return MemoryReport(
             device_budget_bytes=plan.vram_bytes,
             device_peak_bytes=device_peak,
             predicted_device_bytes=plan.device_bytes,
             host_peak_bytes=peak_resident_set_bytes(),
             runtime_bytes=self._runtime_bytes,
-            resident_layers=len(plan.placement.resident),
-            streamed_layers=len(plan.placement.streamed),
+            resident_layers=plan.placement.num_layers - num_streamed,
+            streamed_layers=num_streamed,
             streamed_bytes_per_step=plan.streamed_bytes_per_step,
+            given_back_layers=relief.num_layers,
+            given_back_bytes=relief.num_bytes,
+            expert_hits=streamed.expert_hits,
+            expert_misses=streamed.expert_misses,
         )

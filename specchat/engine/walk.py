@@ -6,13 +6,15 @@ each walk's node with its likeliest descendants, so a pass over many sequences t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from specchat.engine.model import TreeModel
-from specchat.engine.sampling import ScoresNotFiniteError
+from specchat.engine.sampling import Sampler, ScoresNotFiniteError, checked_token
 from specchat.engine.sequence import TokenSequence
 from specchat.engine.tree import ROOT, TokenTree, last_tokens
 from specchat.records.limits import head_block_rows
@@ -77,12 +79,35 @@ class Walk:
         """Return the last tokens up to a node, as many as a drafter learns from."""
         return last_tokens(self._sequence.tokens, self._tree.tokens, self._tree.parents, node, _TAIL)
 
-    def advance(self, scores: Mapping[int, Tensor]) -> None:
-        """Draw tokens as long as the scores of the current node, float32 [V], are given."""
+    @property
+    def text(self) -> Sequence[int]:
+        """Tokens up to the current node."""
+        return self._text
+
+    @property
+    def sampler(self) -> Sampler:
+        """Sampler of the sequence."""
+        return self._sequence.sampler
+
+    def tokens_to(self, node: int) -> list[int]:
+        """Return the tokens from below the current node down to one of its descendants."""
+        below = list[int]()
+        while node != self._node:
+            below.append(self._tree.tokens[node])
+            node = self._tree.parents[node]
+        return below[::-1]
+
+    def advance(self, draw: Draw, known: Container[int]) -> None:
+        """Draw tokens as long as the current node is among the known ones.
+
+        Args:
+            draw: function that draws the token after a node.
+            known: nodes whose scores are known.
+        """
         sequence = self._sequence
-        while self.is_open and self._node in scores:
+        while self.is_open and self._node in known:
             try:
-                token = sequence.sampler.draw(scores[self._node], self._text)
+                token = draw(self._node)
             except ScoresNotFiniteError:
                 self.is_open, self.is_broken = False, True
                 return
@@ -95,6 +120,8 @@ class Walk:
             self._node = child
 
 
+# Function that draws the token after a node; it may raise ScoresNotFiniteError.
+Draw = Callable[[int], int]
 # Function that takes the last tokens up to each scored row, and the scores of the rows, float32 [n, V].
 Observe = Callable[[Sequence[Sequence[int]], Tensor], None]
 
@@ -114,11 +141,65 @@ def walk_down(target: TreeModel, walks: Sequence[Walk], hidden: Tensor, block_ro
 
 
 def _advance(target: TreeModel, walks: Sequence[Walk], hidden: Tensor, num_rows: int, observe: Observe) -> None:
-    """Score one block of every walk, and draw as far as the blocks reach; the scores are freed at the end."""
+    """Score one block of every walk, and draw as far as the blocks reach; the scores are freed at the end.
+
+    A CPU draws after visited nodes only. On a GPU, a wait of the host takes longer than a draw. So all nodes of the
+    blocks are drawn after, with one copy to the device before and one wait at the end.
+    """
     blocks = [walk.next_block(num_rows) for walk in walks]
     tails = [walk.tail_of(node) for walk, block in zip(walks, blocks, strict=True) for node in block]
     rows = [walk.row_of(node) for walk, block in zip(walks, blocks, strict=True) for node in block]
-    scores = target.logits(hidden[torch.tensor(rows, device=hidden.device)])
+    on_cpu = target.device.type == "cpu"
+    contexts = [] if on_cpu else [_contexts(walk, block) for walk, block in zip(walks, blocks, strict=True)]
+    ids = torch.tensor([*rows, *chain.from_iterable(chain(*contexts))], device=hidden.device)
+    scores = target.logits(hidden[ids[: len(rows)]])
     observe(tails, scores)
-    for walk, block, each in zip(walks, blocks, scores.split([len(block) for block in blocks]), strict=True):
-        walk.advance(dict(zip(block, each, strict=True)))
+    parts = scores.split([len(block) for block in blocks])
+    if on_cpu:
+        draws = [_draw_one_by_one(walk, block, each) for walk, block, each in zip(walks, blocks, parts, strict=True)]
+    else:
+        draws = _draw_at_once(walks, blocks, parts, contexts, ids[len(rows) :])
+    for walk, block, draw in zip(walks, blocks, draws, strict=True):
+        walk.advance(draw, block)
+
+
+def _draw_one_by_one(walk: Walk, block: Sequence[int], scores: Tensor) -> Draw:
+    """Return a function that draws after a node of a block when it is asked to."""
+    of_node = dict(zip(block, scores, strict=True))
+    return lambda node: walk.sampler.draw(of_node[node], walk.text)
+
+
+def _contexts(walk: Walk, block: Sequence[int]) -> list[Sequence[int]]:
+    """Return the tokens that processors read up to the current node, then those from there down to each node."""
+    return [walk.sampler.known_of(walk.text), *(walk.tokens_to(node) for node in block)]
+
+
+def _draw_at_once(
+    walks: Sequence[Walk],
+    blocks: Sequence[Sequence[int]],
+    scores: Sequence[Tensor],
+    contexts: Sequence[Sequence[Sequence[int]]],
+    ids: Tensor,
+) -> list[Draw]:
+    """Draw after all nodes of all blocks, and return functions that tell the results; the host waits once.
+
+    Args:
+        walks: walks of a pass.
+        blocks: nodes of each walk.
+        scores: scores of each block, float32 [n, V].
+        contexts: what `_contexts` returns for each walk.
+        ids: all tokens of the contexts on the device, int64.
+    """
+    pieces = iter(ids.split([len(tokens) for of_walk in contexts for tokens in of_walk]))
+    best = list[Tensor]()
+    for walk, of_walk, each in zip(walks, contexts, scores, strict=True):
+        text, *paths = (next(pieces) for _ in of_walk)
+        known = [walk.sampler.known_of(torch.cat([text, path])) if len(path) else text for path in paths]
+        best.append(walk.sampler.best_tokens(each, known, [len(walk.text) + len(path) for path in paths]))
+    drawn = iter(torch.cat(best).tolist())
+    found = [{node: next(drawn) for node in block} for block in blocks]
+    return [partial(_told, of_walk) for of_walk in found]
+
+
+def _told(best: Mapping[int, tuple[float, float]], node: int) -> int:
+    return checked_token(*best[node])

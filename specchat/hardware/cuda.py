@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 
 import torch
@@ -37,31 +37,50 @@ class CudaLinks:
 
 
 def measure_cuda_links(index: int) -> CudaLinks:
-    """Measure copies between host and GPU `index`, timed by events on the device."""
+    """Measure copies between host and GPU `index`, timed by events on the device.
+
+    The GPU is CUDA's current device meanwhile: an event without a stream is recorded on the current device's.
+    """
     device = torch.device("cuda", index)
     free, _ = torch.cuda.mem_get_info(device)
     size = min(_BYTES, free // _FREE_SHARE)
-    on_device = torch.empty(size, dtype=torch.uint8, device=device)
-    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    uuid = gpu_uuid(index)
     pageable = torch.zeros(size, dtype=torch.uint8)
-    with closing(_PinnedCopy(pageable)) as host:
-        pinned, pcie = _rate(on_device, host.memory, host.is_pinned, lambda: read_pcie(uuid))
-        back, _ = _rate(host.memory, on_device, host.is_pinned, None)
-    slow, _ = _rate(on_device, pageable, True, None)
+    with torch.cuda.device(device):
+        on_device = torch.empty(size, dtype=torch.uint8, device=device)
+        with closing(_PinnedCopy(pageable, device)) as host:
+            pinned, pcie = _rate(on_device, host.memory, host.is_pinned, lambda: read_pcie(uuid))
+            back, _ = _rate(host.memory, on_device, host.is_pinned, None)
+        slow, _ = _rate(on_device, pageable, True, None)
     assert slow is not None
     return CudaLinks(uuid, pinned, slow, back, pcie)
 
 
-class _PinnedCopy:
-    """Host memory that CUDA registers directly, as the engine does.
+def gpu_uuid(index: int) -> str:
+    """Return the identifier of a GPU, as NVML writes it; NVML numbers GPUs in another order than CUDA."""
+    return f"GPU-{torch.cuda.get_device_properties(index).uuid}"
 
-    torch's own pinning would keep the error of a failed attempt.
+
+def forget_error(device: torch.device) -> None:
+    """Clear the error that a refused CUDA call has left; the next kernel would report it.
+
+    Raises:
+        RuntimeError: another error, which stays.
     """
+    with suppress(RuntimeError):
+        torch.zeros(1, device=device).add_(1)
+    torch.zeros(1, device=device).add_(1)
 
-    def __init__(self, like: Tensor) -> None:
+
+class _PinnedCopy:
+    """Host memory that CUDA registers directly, as the engine does; WSL and containers may refuse."""
+
+    def __init__(self, like: Tensor, device: torch.device) -> None:
         self.memory = torch.zeros_like(like)
         error = torch.cuda.cudart().cudaHostRegister(self.memory.data_ptr(), self.memory.nbytes, 0)
         self.is_pinned = int(error) == 0
+        if not self.is_pinned:
+            forget_error(device)
 
     def close(self) -> None:
         """Unpin the memory."""

@@ -17,6 +17,8 @@ class Machine:
         fast_bf16: whether the device multiplies bfloat16 faster than float32.
         total_bytes: memory of host and device together, used or free; constant for a machine.
         device_total_bytes: memory of the device, used or free; on the CPU equal to total_bytes.
+        gpu_uuid: identifier of the GPU, as NVML writes it; None for the CPU, and where it is unknown.
+        has_row_kernel: whether a CPU multiplies few rows of bfloat16 with 4-bit codes by a kernel of bitsandbytes.
     """
 
     device: str
@@ -25,6 +27,8 @@ class Machine:
     fast_bf16: bool
     total_bytes: int = 1 << 62
     device_total_bytes: int = 1 << 62
+    gpu_uuid: str | None = None
+    has_row_kernel: bool = False
 
 
 @dataclass(frozen=True)

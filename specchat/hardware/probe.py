@@ -48,6 +48,8 @@ def find_machine(device: str) -> Machine:
         return _cpu(ram)
     import torch
 
+    from specchat.hardware.cuda import gpu_uuid
+
     if not torch.cuda.is_available():
         if device == "auto":
             return _cpu(ram)
@@ -61,7 +63,15 @@ def find_machine(device: str) -> Machine:
     free, total = torch.cuda.mem_get_info(index)
     major, _ = torch.cuda.get_device_capability(index)
     all_bytes = int(total) + total_ram_bytes()
-    return Machine(f"cuda:{index}", int(free), ram, major >= 8, total_bytes=all_bytes, device_total_bytes=int(total))
+    return Machine(
+        f"cuda:{index}",
+        int(free),
+        ram,
+        major >= 8,
+        total_bytes=all_bytes,
+        device_total_bytes=int(total),
+        gpu_uuid=gpu_uuid(index),
+    )
 
 
 def _unusable(device: str) -> DeviceUnusableError:
@@ -73,9 +83,10 @@ def _unusable(device: str) -> DeviceUnusableError:
 
 
 def _cpu(ram: int) -> Machine:
-    fast_bf16 = cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"} != set()
-    total = total_ram_bytes()
-    return Machine("cpu", ram, ram, fast_bf16, total_bytes=total, device_total_bytes=total)
+    flags, total = cpu_flags(), total_ram_bytes()
+    fast_bf16 = flags & {"avx512_bf16", "amx_bf16", "bf16"} != set()
+    has_kernel = "avx512_bf16" in flags
+    return Machine("cpu", ram, ram, fast_bf16, total_bytes=total, device_total_bytes=total, has_row_kernel=has_kernel)
 
 
 def find_hardware(folder: Path) -> Hardware:

@@ -5,6 +5,7 @@ import os
 import platform
 import resource
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -75,23 +76,31 @@ def total_ram_bytes() -> int:
     return total if limit is None else min(total, limit[0])
 
 
-def cgroup_memory(root: Path = _CGROUP, own: Path = _OWN_CGROUP) -> tuple[int, int] | None:
+def cgroup_memory(
+    root: Path = _CGROUP, own: Path = _OWN_CGROUP, droppable: Sequence[str] = ("inactive_file",)
+) -> tuple[int, int] | None:
     """Return the tightest memory limit of this process's control groups (v2 or v1), and the least that is left.
 
     Parent groups limit a process too. psutil ignores control groups. Reclaimable file pages count as free.
 
+    Args:
+        root: folder of the control groups.
+        own: file that names this process's groups.
+        droppable: kinds of pages that count as free, by their names in v2.
+
     Returns:
         Pair (limit, left) in bytes; None where there is no limit.
     """
-    v2, v1 = _own_groups(own)
+    v2, v1 = own_groups(own)
+    in_v1 = [f"total_{each}" for each in droppable]
     found = [
-        *_limits(root, v2, "memory.max", "memory.current", "inactive_file"),
-        *_limits(root / "memory", v1, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        *_limits(root, v2, "memory.max", "memory.current", droppable),
+        *_limits(root / "memory", v1, "memory.limit_in_bytes", "memory.usage_in_bytes", in_v1),
     ]
     return (min(limit for limit, _ in found), min(left for _, left in found)) if found else None
 
 
-def _own_groups(own: Path) -> tuple[str, str]:
+def own_groups(own: Path = _OWN_CGROUP) -> tuple[str, str]:
     """Return the paths of this process's groups below the mount points of v2 and of v1's memory controller."""
     v2 = v1 = "/"
     for line in (_text(own) or "").splitlines():
@@ -103,7 +112,9 @@ def _own_groups(own: Path) -> tuple[str, str]:
     return v2, v1
 
 
-def _limits(root: Path, group: str, limit_file: str, usage_file: str, droppable: str) -> list[tuple[int, int]]:
+def _limits(
+    root: Path, group: str, limit_file: str, usage_file: str, droppable: Sequence[str]
+) -> list[tuple[int, int]]:
     """Return (limit, left) of a group and its parents; a container shows only some of the parents."""
     parts = [part for part in group.split("/") if part not in ("", "..")]
     found = []
@@ -112,11 +123,8 @@ def _limits(root: Path, group: str, limit_file: str, usage_file: str, droppable:
         limit, usage = _text(folder / limit_file), _text(folder / usage_file)
         if limit is None or usage is None or not limit.strip().isdigit() or int(limit) >= _NO_LIMIT:
             continue
-        dropped = next(
-            (int(line.split()[1]) for line in (_text(folder / "memory.stat") or "").splitlines()
-             if line.split()[0] == droppable),
-            0,
-        )  # fmt: skip
+        pairs = (line.split() for line in (_text(folder / "memory.stat") or "").splitlines())
+        dropped = sum(int(pair[1]) for pair in pairs if pair[0] in droppable)
         found.append((int(limit), max(int(limit) - max(int(usage) - dropped, 0), 0)))
     return found
 

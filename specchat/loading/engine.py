@@ -17,6 +17,7 @@ from specchat.records.plan import Plan
 
 if TYPE_CHECKING:
     from specchat.engine.engine import Engine
+    from specchat.hardware.pressure import MemoryWatch
     from specchat.models.hf.attention import AttentionFunction
     from specchat.models.hf.tokenizer import Tokenizer
     from specchat.models.packs.pack import Pack
@@ -38,13 +39,16 @@ def load_engine(
     Raises:
         DoesNotFitError: nothing smaller is left to try.
     """
+    from specchat.engine.device import release_memory
+
     while True:
         try:
             return load_planned(models.target, models.draft, plan, reporter)
         except AllocationError as error:
+            gc.collect()  # the next plan depends on free memory
             plan = make_smaller_plan(request, models, reporter, plan, temperature)
             reporter.warn(f"{error.message}; trying again with {_size_of(plan)}")
-        gc.collect()  # modules and their buffers refer to each other, so only the collector frees them
+        release_memory()
 
 
 def load_planned(target: ModelSource, draft: ModelSource | None, plan: Plan, reporter: Reporter) -> "Engine":
@@ -55,10 +59,11 @@ def load_planned(target: ModelSource, draft: ModelSource | None, plan: Plan, rep
         ModelError: the files cannot be read.
     """
     from specchat.engine.engine import Engine
+    from specchat.hardware.pressure import MemoryWatch
 
     with _opened(target, draft, plan) as (weights, draft_weights):
         packs = _packs(weights, draft_weights, plan, reporter)
-        return Engine.load(plan, weights, draft_weights, *packs, warn=reporter.warn)
+        return Engine.load(plan, weights, draft_weights, *packs, warn=reporter.warn, watch=MemoryWatch())
 
 
 def make_packs(
@@ -79,6 +84,7 @@ def open_engine(
     plan: Plan,
     packs: "tuple[Pack | None, Pack | None]",
     warn: Callable[[str], None] = lambda _: None,
+    watch: "MemoryWatch | None" = None,
 ) -> "Engine":
     """Load an engine whose packs exist.
 
@@ -88,11 +94,12 @@ def open_engine(
         plan: plan to load.
         packs: packs of target and draft, as `make_packs` returns them.
         warn: receives one-line warnings about requests that the system refused.
+        watch: tells when memory is short, so that layers are given back; None keeps all layers, as measurements need.
     """
     from specchat.engine.engine import Engine
 
     with _opened(target, draft, plan) as (weights, draft_weights):
-        return Engine.load(plan, weights, draft_weights, *packs, warn=warn)
+        return Engine.load(plan, weights, draft_weights, *packs, warn=warn, watch=watch)
 
 
 @contextmanager
@@ -124,10 +131,13 @@ def _open(source: ModelSource, quant: str, dtype: Dtype, attention: "AttentionFu
 def _packs(
     weights: "ModelWeights", draft_weights: "ModelWeights | None", plan: Plan, reporter: Reporter
 ) -> "tuple[Pack | None, Pack | None]":
-    is_packed = plan.placement.streamed or plan.quant in LOWER_QUANTS
-    pack = _packed(weights, plan.quant, reporter) if is_packed else None
+    is_packed = plan.placement.streams or plan.quant in LOWER_QUANTS
+    by_experts = plan.placement.experts is not None
+    pack = _packed(weights, plan.quant, reporter, by_experts=by_experts) if is_packed else None
     if draft_weights is None or plan.draft_quant not in LOWER_QUANTS:
         return pack, None
+    if draft_weights.source.is_copy and not plan.placement.streamed:
+        return pack, None  # a copy has no layers of its own then
     return pack, _packed(draft_weights, plan.draft_quant, reporter)
 
 
@@ -140,14 +150,21 @@ def stop_ids(defaults: GenerationDefaults, tokenizer: "Tokenizer") -> frozenset[
     return defaults.stop_ids if eos is None else defaults.stop_ids | {eos}
 
 
-def _packed(weights: "ModelWeights", quant: str, reporter: Reporter) -> "Pack | None":
+def _packed(weights: "ModelWeights", quant: str, reporter: Reporter, *, by_experts: bool = False) -> "Pack | None":
     from specchat.models.packs.prepare import prepare
 
     what = f"{'quantizing' if quant in LOWER_QUANTS else 'repacking'} {weights.source.name}"
     with reporter.moving(what) as update:
-        return prepare(weights, progress=lambda at: update(at.bytes_done, at.bytes_total), warn=reporter.warn)
+        return prepare(
+            weights,
+            by_experts=by_experts,
+            progress=lambda at: update(at.bytes_done, at.bytes_total),
+            warn=reporter.warn,
+        )
 
 
 def _size_of(plan: Plan) -> str:
+    if plan.experts is not None and plan.placement.experts is not None:
+        return f"{plan.placement.experts.quota} of {plan.experts.num_experts} experts of each layer in memory"
     layers = f"{len(plan.placement.resident)} of {plan.placement.num_layers} layers resident"
     return f"{layers} and a tree of {plan.work.tree_budget}" if plan.work.tree_budget else layers

@@ -7,15 +7,24 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal, NoReturn
 
-from specchat.errors import ModelError, NotAvailableError, UnsupportedModelError, UsageError
+from specchat.errors import ModelError, UnsupportedModelError, UsageError
 from specchat.loading.checking import check_model
-from specchat.loading.request import MTP, RETRIEVAL, Ask, ModelRequest, Reporter
+from specchat.loading.request import MTP, RETRIEVAL, SELF, Ask, ModelRequest, Reporter
 from specchat.models import locate
 from specchat.models.catalog.families import known_families
 from specchat.models.catalog.ref import SHAPE_PREFIX, ModelRef, parse_model
 from specchat.models.catalog.shape import Shape
 from specchat.models.checkpoint.safetensors import has_weights, weight_files
-from specchat.models.drafts import DraftChoice, choose_draft, fits, head_in, mtp_head, relative_in_cache
+from specchat.models.drafts import (
+    DraftChoice,
+    choose_draft,
+    copy_of,
+    fits,
+    head_in,
+    mtp_head,
+    own_copy,
+    relative_in_cache,
+)
 from specchat.models.hf.pairing import check_pair
 from specchat.models.hub.cache import cached_gguf, cached_models
 from specchat.models.hub.download import Download, agree
@@ -46,12 +55,14 @@ class Models:
         draft: model that drafts trees, or None.
         draft_note: reason for plain decoding; empty with a draft.
         head: head among the target's files that may draft instead of `draft`; None without one.
+        copy: the target's own low-bit copy that may draft instead of `draft`; None to leave it out.
     """
 
     target: ModelSource
     draft: ModelSource | None
     draft_note: str
     head: ModelSource | None = None
+    copy: ModelSource | None = None
 
 
 def parse_models(request: ModelRequest) -> Refs:
@@ -59,18 +70,16 @@ def parse_models(request: ModelRequest) -> Refs:
 
     Raises:
         UsageError: no model is named, or a name is not valid.
-        NotAvailableError: this version does not have the kind of draft.
     """
     if request.model is None:
         _refuse_without_model()
-    if request.draft_model == "self":
-        raise NotAvailableError(
-            "--draft self is not available in this version", hint="use --draft MODEL, mtp, retrieval, auto or none"
-        )
     if request.draft != "none" and "none" in request.draft.split("+"):
         raise UsageError("--draft none drafts nothing, so nothing can be added", hint="use --draft retrieval")
+    words = {MTP, SELF, "auto"} & set(request.draft.split("+"))
+    if words and request.draft_model not in words:
+        raise UsageError(f"--draft {request.draft} merges more than one drafter", hint="only +retrieval can be added")
     parse = partial(parse_model, names_here=lambda: [*request.aliases, *names_here()], listed_name=listed_name)
-    draft = None if request.draft_model in (MTP, "auto", "none") else parse(request.draft_model)
+    draft = None if request.draft_model in (MTP, SELF, "auto", "none") else parse(request.draft_model)
     target = _stored(parse(request.model), request.choices.quant)
     return Refs(target, None if draft is None else _stored(draft, request.choices.draft_quant))
 
@@ -122,6 +131,8 @@ def sketch_models(request: ModelRequest, refs: Refs, reporter: Reporter, ask: As
     here = [model for model in (target, draft) if model is not None]
     if found.are_here and all(has_weights(model.path) for model in here):
         return _pair(request, refs, target, draft, found.draft_note, reporter)
+    if request.draft_model == SELF:
+        return Models(target, own_copy(target), "")
     return Models(target, draft, found.draft_note)  # the vocabularies are not available yet
 
 
@@ -184,7 +195,7 @@ def _tokenizer_folder(request: ModelRequest) -> Path | None:
 def _choose_draft(request: ModelRequest, refs: Refs, reporter: Reporter) -> DraftChoice:
     if refs.draft is not None:
         return DraftChoice(locate.look_up(refs.draft, offline=request.offline, warn=reporter.warn))
-    if request.draft_model == MTP:
+    if request.draft_model in (MTP, SELF):
         return DraftChoice(None)
     if request.draft_model == "none":
         return DraftChoice(None, RETRIEVAL if request.retrieval else "no draft")
@@ -261,21 +272,25 @@ def _pair(
 
     Raises:
         VocabularyMismatchError: the user named a draft with another vocabulary.
-        UsageError: the user asked for a head that the target does not have.
+        UsageError: the user asked for a head or a copy that the target cannot have.
     """
     if request.draft_model == MTP:
         return Models(target, head_in(target), "")
-    # The toy's own draft model is better than its head.
-    head = _head_if_readable(target, reporter) if request.draft_model == "auto" and not target.is_toy else None
-    if draft is not None:
-        if request.draft_model != "auto":
+    if request.draft_model == SELF:
+        return Models(target, own_copy(target), "")
+    if request.draft_model != "auto":
+        if draft is not None:
             check_pair(target, draft)
-            return Models(target, draft, "")
-        if fits(target, draft):
-            return Models(target, draft, "", head)
-        return Models(target, None, f"plain decoding: {draft.name} has another vocabulary", head)
-    may_have_relatives = request.draft_model == "auto" and refs.target.kind in ("hub", "folder", "stored")
-    return Models(target, relative_in_cache(target) if may_have_relatives else None, draft_note, head)
+        return Models(target, draft, draft_note if draft is None else "")
+    note = draft_note if draft is None else ""
+    if draft is not None and not fits(target, draft):
+        note = f"plain decoding: {draft.name} has another vocabulary"
+        draft = None
+    elif draft is None and refs.target.kind in ("hub", "folder", "stored"):
+        draft = relative_in_cache(target)
+    if target.is_toy:  # the toy has a draft model of its own
+        return Models(target, draft, note)
+    return Models(target, draft, note, _head_if_readable(target, reporter), copy_of(target))
 
 
 def _head_if_readable(target: ModelSource, reporter: Reporter) -> ModelSource | None:

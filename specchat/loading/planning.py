@@ -55,7 +55,7 @@ def make_plan(
     from specchat.planner.search import choose_plan
 
     for source in (models.target, models.draft):
-        if source is not None:
+        if source is not None and not source.part:  # a part has the target's architecture
             check_model(source)
     check_tokenizer(models.target)
     asked = plan_request(request, models, temperature)
@@ -66,7 +66,10 @@ def make_plan(
     chosen = choose_plan(asked, find_inputs(asked, reporter.warn))
     if models.head is not None and chosen.plan.draft == models.head.name:
         models = replace(models, draft=models.head)
+    if models.copy is not None and chosen.plan.draft == models.copy.name:
+        models = replace(models, draft=models.copy)
     sources = [models.target] if models.draft is None or chosen.plan.draft is None else [models.target, models.draft]
+    sources = [source for source in sources if not source.is_copy]
     chosen = replace(chosen, assumptions=tuple(each for source in sources for each in assumptions_about(source)))
     if chosen.plan.draft is not None:
         return Planned(chosen, models)
@@ -118,5 +121,6 @@ def plan_request(request: ModelRequest, models: Models, temperature: float | Non
         draft_is_open=request.draft_model == "auto" and choices.tree_budget is None and choices.draft_quant == "auto",
         retrieval=request.retrieval,
         head=models.head,
+        copy=models.copy,
         samples=not resolve_sampling(SamplingChoices(temperature=temperature), defaults, 0).greedy,
     )

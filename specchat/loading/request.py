@@ -11,6 +11,8 @@ from specchat.records.plan import PlanChoices
 RETRIEVAL = "retrieval"
 # Word of `--draft` for the layer among the target's files that guesses further tokens.
 MTP = "mtp"
+# Word of `--draft` for the target's own low-bit copy.
+SELF = "self"
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class ModelRequest:
 
     Attributes:
         model: MODEL argument of the target, or None.
-        draft: MODEL argument of the draft, mtp, auto, none or retrieval; MODEL+retrieval or mtp+retrieval for both.
+        draft: MODEL argument of the draft, mtp, self, auto, none or retrieval; with +retrieval for both.
         choices: settings of the plan that the user has fixed.
         offline: whether network access is forbidden.
         aliases: names that the user gave to models, for hints.
@@ -35,7 +37,7 @@ class ModelRequest:
 
     @property
     def draft_model(self) -> str:
-        """MODEL argument of the draft, or "mtp", "auto" or "none"."""
+        """MODEL argument of the draft, or "mtp", "self", "auto" or "none"."""
         models = [part for part in self._draft_parts if part != RETRIEVAL]
         return "+".join(models) or "none"
 

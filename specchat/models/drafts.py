@@ -91,6 +91,27 @@ def head_in(target: ModelSource) -> ModelSource:
     )
 
 
+def copy_of(target: ModelSource) -> ModelSource:
+    """Return a target's own low-bit copy, whether or not the target can have one."""
+    return replace(target, name="self", part="self")
+
+
+def own_copy(target: ModelSource) -> ModelSource:
+    """Return the low-bit copy that the user asked for.
+
+    Raises:
+        UsageError: the target is quantized already.
+    """
+    from specchat.models.weights.choose_recipe import is_prequantized  # imports torch
+
+    if is_prequantized(target):
+        raise UsageError(
+            f"{target.name} is pre-quantized, so it cannot have a copy in lower precision as its draft",
+            hint="use --draft auto, MODEL, mtp or retrieval",
+        )
+    return copy_of(target)
+
+
 def _cached_like(target: ModelSource) -> Iterator[ModelSource]:
     """Yield the cached models of the target's type; models with unreadable files are skipped."""
     kind = _model_type(target)

@@ -4,44 +4,56 @@ The search varies the draft, the tree budget, the slots and the resident layers,
 does not fit. Settings that the user has fixed are not varied.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 
-from specchat.errors import DoesNotFitError, UsageError
+from specchat.errors import DoesNotFitError
 from specchat.hardware.machine import Machine
-from specchat.models.sizes.geometry import layer_sizes
+from specchat.models.sizes.geometry import expanded_sizes, layer_sizes
+from specchat.planner.copies import COPY_IF_FASTER_BY, open_copies, smaller_copies
 from specchat.planner.cost import CostModel, Prediction
+from specchat.planner.experts import expert_options, with_experts
 from specchat.planner.memory import (
     build_host_ledger,
     build_ledger,
     bytes_beside_layers,
+    expert_host_items,
     host_embedding_bytes,
     host_embeddings,
     kv_bytes,
     lookup_bytes,
     retrieval_items,
 )
-from specchat.planner.placement import TierSizes, among, interleaved, placement_options, usable_ram
-from specchat.planner.request import EXACT_BYTES, PlanInputs, PlanRequest
+from specchat.planner.placement import (
+    PlacementOptions,
+    TierSizes,
+    among,
+    interleaved,
+    num_expanded,
+    placement_options,
+    usable_ram,
+)
+from specchat.planner.request import PlanInputs, PlanRequest
 from specchat.planner.states import num_points, point_bytes, restore_items, state_memory
+from specchat.planner.workload import (
+    contexts,
+    default_budget,
+    default_tree_budgets,
+    dtype_for,
+    layer_host_bytes,
+    usual_ctx,
+    with_host_embeddings,
+    with_points,
+    workload,
+)
 from specchat.records.limits import LEAST_RESTORE_POINTS
-from specchat.records.model import DTYPE_BYTES, LOWER_QUANTS, Dtype, ModelSpec
+from specchat.records.model import LOWER_QUANTS, ModelSpec
 from specchat.records.plan import Placement, Plan, PlanChoices, Workload
-from specchat.units import GIB, MIB, format_bytes
+from specchat.units import format_bytes
 
-DEFAULT_CTX = 8192
-_LEAST_CTX = 512
-# Tree budgets to try, the default first; adaptive trees (engine/drafting) may stay smaller. A GPU computes hundreds of
-# rows while a layer is loaded; on two CPU cores, computing 128 rows takes longer than reading the layer from disk.
-TREE_BUDGETS = {"cpu": (128, 64, 32, 16), "cuda": (256, 512, 128, 64, 32)}
 # Tree budgets to try without a draft model, whose guesses run out earlier.
 RETRIEVAL_BUDGETS = (64, 32, 16)
-CHUNK_ROWS = 512
-# Memory for the workspaces of cuBLAS and for rounding in the CUDA allocator; not measured on a GPU yet.
-CUDA_RESERVE_BYTES = 96 * MIB
-# Expanded nodes may be cut from the tree again, so the draft needs more rows than the tree has nodes.
-DRAFT_ROWS_PER_NODE = 2
 
 
 @dataclass(frozen=True)
@@ -93,11 +105,19 @@ class Candidate:
         kept, all_sizes = set(resident), layer_sizes(target, work.dtype)
         sizes = {i: size for i, size in enumerate(all_sizes) if i not in kept}
         in_ram = among(sizes, self.sizes.num_in_ram)
-        placement = Placement(target.num_layers, resident, in_ram, self.slots)
+        expanded = interleaved(self.sizes.num_expanded, target.num_layers)
+        larger = expanded_sizes(target, work.dtype, has_row_kernel=machine.has_row_kernel) if expanded else all_sizes
+        more = sum(larger[i] - all_sizes[i] for i in expanded)
+        tier = self.sizes.experts
+        placement = Placement(target.num_layers, resident, in_ram, self.slots, expanded=expanded, expanded_bytes=more)
+        if tier is not None:
+            placement = with_experts(placement, target, work.dtype, tier)
+        forecast = None if tier is None else tier.forecast(work.seats + self.prediction.tree_nodes)
         points = restore_items(target, draft, work)
-        host_bytes = _host_bytes(sizes, in_ram, self.slots) + host_embedding_bytes(target, work)
+        host_bytes = layer_host_bytes(sizes, in_ram, self.slots) + host_embedding_bytes(target, work)
         host_bytes += sum(item.bytes for item in points)
-        beside_layers = (*host_embeddings(target, work), *points, *retrieval_items(work, used=self.retrieval))
+        found_by_lookup = retrieval_items(work, used=self.retrieval)
+        beside_layers = (*host_embeddings(target, work), *points, *found_by_lookup, *expert_host_items(tier))
         return Plan(
             target=target.name,
             draft=None if draft is None else draft.name,
@@ -107,7 +127,7 @@ class Candidate:
             ledger=build_ledger(target, draft, work, placement),
             vram_bytes=self.vram_bytes,
             host_bytes=0 if machine.device == "cpu" else host_bytes,
-            streamed_bytes_per_step=sum(sizes.values()),
+            streamed_bytes_per_step=sum(sizes.values()) if forecast is None else forecast.missed_bytes,
             adaptive=self.adaptive,
             draft_quant="none" if draft is None else draft.quant,
             text_only=target.text_only,
@@ -115,13 +135,14 @@ class Candidate:
             lowered_from=target.dtype if choices.quant == "auto" and target.quant in LOWER_QUANTS else None,
             host_ledger=build_host_ledger(sizes, in_ram, self.slots, machine.device, beside_layers),
             expected=self.model.expectation(self.sizes, work.tree_budget) if self.adaptive else None,
-            states=state_memory(target, draft, work, kv_bytes(target, work, work.tree_budget)),
+            states=state_memory(target, draft, work, kv_bytes(target, work, work.tree_rows)),
+            experts=forecast,
         )
 
 
 def preference(candidate: Candidate) -> tuple[float, ...]:
     """Return a sort key, larger is better: speed, then an unquantized draft, the default tree budget, fewer slots."""
-    budgets, budget = _default_tree_budgets(candidate.work.device), candidate.work.tree_budget
+    budgets, budget = default_tree_budgets(candidate.work.device), candidate.work.tree_budget
     rank = budgets.index(budget) if budget in budgets else 0
     is_lower = candidate.draft is not None and candidate.draft.quant in LOWER_QUANTS
     return _rounded(candidate.tok_per_s), -is_lower, -rank, -candidate.slots
@@ -150,11 +171,12 @@ class Candidates:
         self._inputs = inputs
         self._target = target
         self._dtype = dtype_for(request, inputs.machine, target)
-        self._options = placement_options(target, self._dtype, request.choices.slots)
+        whole_layers = inputs.machine.device != "cpu" or request.choices.slots is not None
+        self._expert_options = None if whole_layers else expert_options(target, self._dtype)
         self._vram_bytes = (
-            request.choices.vram_bytes if request.choices.vram_bytes is not None else _default_budget(inputs.machine)
+            request.choices.vram_bytes if request.choices.vram_bytes is not None else default_budget(inputs.machine)
         )
-        self._contexts = _contexts(usual_ctx(request, target), is_open=request.choices.ctx is None)
+        self._contexts = contexts(usual_ctx(request, target), is_open=request.choices.ctx is None)
         self._usable_ram = usable_ram(inputs.machine.ram_available_bytes)
         self._models: dict[ModelSpec | None, CostModel] = {}
         self._found: dict[ModelSpec | None, list[Candidate]] = {}
@@ -172,9 +194,16 @@ class Candidates:
             if best is not None and _rounded(self._most_tok_per_s(draft)) < _rounded(best.tok_per_s):
                 continue
             for candidate in self._with_draft(draft):
-                if (found := preference(candidate)) > best_preference:
+                if (found := preference(candidate)) > best_preference and self._is_worth_it(candidate, best):
                     best, best_preference = candidate, found
         return best
+
+    def _is_worth_it(self, candidate: Candidate, best: Candidate | None) -> bool:
+        """Return whether a faster candidate is worth the disk space of a copy that nobody asked for."""
+        is_open = candidate.draft is not None and candidate.draft in self._open_copies
+        if not is_open or best is None or best.draft in self._open_copies:
+            return True
+        return candidate.tok_per_s >= COPY_IF_FASTER_BY * best.tok_per_s
 
     @property
     def all(self) -> list[Candidate]:
@@ -183,7 +212,7 @@ class Candidates:
 
     def refusal(self) -> DoesNotFitError:
         """Build the error for a budget that is too small; the hint names the longest context that fits."""
-        draft, ctx = self._drafts[-1], self._contexts[-1]
+        draft, ctx = (None if None in self._drafts else self._drafts[-1]), self._contexts[-1]
         fits, too_long = 0, ctx
         while too_long - fits > 1:
             middle = (fits + too_long) // 2
@@ -204,8 +233,10 @@ class Candidates:
     def _drafts(self) -> tuple[ModelSpec | None, ...]:
         inputs = self._inputs
         given = () if inputs.draft is None else (inputs.draft, *inputs.lower_drafts)
+        if inputs.draft is not None and inputs.draft.is_copy:
+            given = smaller_copies(self._target, given)
         if self._request.draft_is_open:
-            return (*given, *inputs.heads, None)
+            return (*given, *inputs.heads, None, *self._open_copies)
         # A user who fixes the size of the trees or the draft's precision wants a draft, and a head is one.
         heads = () if self._request.head is None else inputs.heads
         return given or heads or (None,)
@@ -215,7 +246,11 @@ class Candidates:
         if draft is None:
             return self._budgets_without_draft
         asked = self._choices.tree_budget
-        return _default_tree_budgets(self._inputs.machine.device) if asked is None else (asked,)
+        return default_tree_budgets(self._inputs.machine.device) if asked is None else (asked,)
+
+    @cached_property
+    def _open_copies(self) -> tuple[ModelSpec, ...]:
+        return open_copies(self._request, self._inputs, self._target, self._dtype, self._vram_bytes)
 
     @cached_property
     def _budgets_without_draft(self) -> tuple[int, ...]:
@@ -240,24 +275,54 @@ class Candidates:
         if self._least_bytes(draft, self._contexts[-1]) > self._vram_bytes:
             return []
         ctx = next(ctx for ctx in self._contexts if self._least_bytes(draft, ctx) <= self._vram_bytes)
-        works = [self._workload(ctx, tree_budget) for tree_budget in self._tree_budgets(draft)]
+        works = [self._workload(draft, ctx, tree_budget) for tree_budget in self._tree_budgets(draft)]
         return [candidate for work in works for candidate in self._with_workload(draft, work)]
 
     def _with_workload(self, draft: ModelSpec | None, work: Workload) -> Iterator[Candidate]:
         """Yield the candidates with most resident layers, per slot count, with embeddings on the device or the host."""
-        model, adaptive = self._model(draft), self._choices.tree_budget is None
         variants = self._workload_variants(draft, work)
         one_point = point_bytes(self._target, draft, work) if self._choices.seats == 1 else 0
-        for index, split in self._options.split([self._room(other_bytes, one_point) for _, other_bytes in variants]):
+        options = self._options(draft)
+        rooms = [self._room(other_bytes, one_point, options.least_bytes) for _, other_bytes in variants]
+        for index, split in options.split(rooms):
             variant, other_bytes = variants[index]
             host_bytes = self._host_budget(variant, other_bytes + split.num_bytes)
             if one_point:
-                points = num_points(one_point, host_bytes, self._options.streamed_bytes(split))
-                variant, host_bytes = _with_points(variant, points), host_bytes - points * one_point
-            sizes = self._options.place(split, host_bytes)
-            per_s = model.tok_per_s(sizes, variant.tree_budget, adaptive=adaptive)
-            retrieval = self._request.retrieval and variant.tree_budget > 0
-            yield Candidate(self._target, draft, variant, sizes, self._vram_bytes, per_s, adaptive, model, retrieval)
+                points = num_points(one_point, host_bytes, options.streamed_bytes(split))
+                variant, host_bytes = with_points(variant, points), host_bytes - points * one_point
+            sizes = options.place(split, host_bytes)
+            if not sizes.num_streamed:
+                room = self._room(other_bytes, one_point, options.least_bytes) - split.num_bytes
+                sizes = replace(sizes, num_expanded=self._num_expanded(room))
+            yield self._candidate(draft, variant, sizes)
+        if draft is None or not draft.is_copy:  # a copy has streamed layers
+            yield from self._with_experts(draft, work)
+
+    def _with_experts(self, draft: ModelSpec | None, work: Workload) -> Iterator[Candidate]:
+        """Yield the candidate that reads experts one by one, with as many of them in memory as fit.
+
+        Everything besides experts is resident. On a GPU, whole layers stream: the grouped product of quantized experts
+        is missing there.
+        """
+        options = self._expert_options
+        if options is None:
+            return
+        other_bytes = bytes_beside_layers(self._target, draft, work)
+        one_point = point_bytes(self._target, draft, work) if self._choices.seats == 1 else 0
+        tier = options.fit(self._room(other_bytes, one_point, options.least_bytes))
+        if tier is None:
+            return
+        host_bytes = self._host_budget(work, other_bytes + options.nbytes(tier.quota))
+        if one_point:
+            points = num_points(one_point, host_bytes, tier.all_bytes)
+            work, host_bytes = with_points(work, points), host_bytes - points * one_point
+        yield self._candidate(draft, work, TierSizes(self._target.num_layers, experts=tier.cached(host_bytes)))
+
+    def _candidate(self, draft: ModelSpec | None, work: Workload, sizes: TierSizes) -> Candidate:
+        model, adaptive = self._model(draft), self._choices.tree_budget is None
+        per_s = model.tok_per_s(sizes, work.tree_budget, adaptive=adaptive)
+        retrieval = self._request.retrieval and work.tree_budget > 0
+        return Candidate(self._target, draft, work, sizes, self._vram_bytes, per_s, adaptive, model, retrieval)
 
     def _workload_variants(self, draft: ModelSpec | None, work: Workload) -> list[tuple[Workload, int]]:
         """Return workloads with embeddings on the device and, if possible, on the host; each with its other bytes.
@@ -270,7 +335,7 @@ class Candidates:
             return [(work, other_bytes)]
         return [
             (work, other_bytes),
-            (_with_host_embeddings(work), other_bytes - lookup_bytes(self._target, self._dtype)),
+            (with_host_embeddings(work), other_bytes - lookup_bytes(self._target, self._dtype)),
         ]
 
     @cached_property
@@ -279,19 +344,34 @@ class Candidates:
         if self._inputs.machine.device == "cpu" or not self._target.lookup_params:
             return False
         return (
-            host_embedding_bytes(self._target, _with_host_embeddings(self._workload(self._contexts[-1], 0)))
+            host_embedding_bytes(self._target, with_host_embeddings(self._workload(None, self._contexts[-1], 0)))
             <= self._usable_ram
         )
 
+    def _num_expanded(self, room: int) -> int:
+        """Return the number of layers that may take `room` more bytes to be faster; only on a CPU."""
+        if self._inputs.machine.device != "cpu" or not self._target.layer_quant or self._dtype == "fp16":
+            return 0
+        has_kernel = self._inputs.machine.has_row_kernel
+        expanded = expanded_sizes(self._target, self._dtype, has_row_kernel=has_kernel)
+        return num_expanded(layer_sizes(self._target, self._dtype), expanded, room)
+
     def _least_bytes(self, draft: ModelSpec | None, ctx: int) -> int:
         """Return the least device memory that any configuration at this context needs."""
-        variants = self._workload_variants(draft, self._workload(ctx, min(self._tree_budgets(draft))))
-        return min(other_bytes for _, other_bytes in variants) + self._options.least_bytes
+        variants = self._workload_variants(draft, self._workload(draft, ctx, min(self._tree_budgets(draft))))
+        ways = [each.least_bytes for each in (self._options(draft), self._expert_options) if each is not None]
+        return min(other_bytes for _, other_bytes in variants) + min(ways)
 
-    def _workload(self, ctx: int, tree_budget: int) -> Workload:
-        return _workload(self._dtype, ctx, tree_budget, self._inputs.machine.device, self._choices.seats)
+    def _options(self, draft: ModelSpec | None) -> PlacementOptions:
+        copy = draft if draft is not None and draft.is_copy else None
+        return placement_options(self._target, self._dtype, self._choices.slots, copy)
 
-    def _room(self, other_bytes: int, one_point: int) -> int:
+    def _workload(self, draft: ModelSpec | None, ctx: int, tree_budget: int) -> Workload:
+        device, seats = self._inputs.machine.device, self._choices.seats
+        is_copy = draft is not None and draft.is_copy
+        return workload(self._dtype, ctx, tree_budget, device, seats, shares_cache=is_copy)
+
+    def _room(self, other_bytes: int, one_point: int, least_bytes: int) -> int:
         """Return the device memory left for layers and slots.
 
         On a CPU, restore points lie in the same memory, so room for the least of them stays free if layers can stream.
@@ -300,7 +380,7 @@ class Candidates:
         if not one_point or self._inputs.machine.device != "cpu":
             return room
         beside_points = self._usable_ram - LEAST_RESTORE_POINTS * one_point - other_bytes
-        return min(room, max(beside_points, self._options.least_bytes))
+        return min(room, max(beside_points, least_bytes))
 
     def _host_budget(self, work: Workload, device_bytes: int) -> int:
         """Return the host memory left for restore points and streamed layers.
@@ -334,83 +414,3 @@ class Candidates:
                 retrieval=self._request.retrieval,
             )
         return self._models[draft]
-
-
-def _default_tree_budgets(device: str) -> tuple[int, ...]:
-    return TREE_BUDGETS["cpu" if device == "cpu" else "cuda"]
-
-
-@lru_cache(maxsize=512)
-def _workload(dtype: Dtype, ctx: int, tree_budget: int, device: str, seats: int) -> Workload:
-    return Workload(
-        device=device,
-        dtype=dtype,
-        ctx=ctx,
-        tree_budget=tree_budget,
-        draft_rows=DRAFT_ROWS_PER_NODE * tree_budget,
-        chunk_rows=CHUNK_ROWS,
-        reserve_bytes=0 if device == "cpu" else CUDA_RESERVE_BYTES,
-        seats=seats,
-    )
-
-
-@lru_cache(maxsize=512)
-def _with_points(work: Workload, num_points: int) -> Workload:
-    """Return the workload with another number of restore points."""
-    return replace(work, most_points=num_points)
-
-
-@lru_cache(maxsize=512)
-def _with_host_embeddings(work: Workload) -> Workload:
-    """Return the workload with input embeddings in host memory."""
-    return replace(work, host_embeddings=True)
-
-
-def _contexts(ctx: int, *, is_open: bool) -> tuple[int, ...]:
-    """Return the contexts to try, longest first; a context that the user left open is halved down to 512."""
-    found = [ctx]
-    while is_open and found[-1] > _LEAST_CTX:
-        found.append(max(found[-1] // 2, _LEAST_CTX))
-    return tuple(found)
-
-
-def usual_ctx(request: PlanRequest, target: ModelSpec) -> int:
-    """Return the requested context, or the default limited to the model's maximum.
-
-    Raises:
-        UsageError: the context is longer than the model allows.
-    """
-    if request.choices.ctx is None:
-        return min(target.max_positions, DEFAULT_CTX)
-    if request.choices.ctx > target.max_positions:
-        raise UsageError(
-            f"--ctx {request.choices.ctx:,} exceeds the {target.max_positions:,} positions of {target.name}",
-            hint=f"use --ctx {target.max_positions} or less",
-        )
-    return request.choices.ctx
-
-
-def dtype_for(request: PlanRequest, machine: Machine, target: ModelSpec) -> Dtype:
-    """Return the dtype of weights, activations and caches."""
-    match request.choices.dtype:
-        case "bf16" | "fp16" | "fp32":
-            return request.choices.dtype
-    if target.num_params * DTYPE_BYTES["fp32"] <= EXACT_BYTES:
-        return "fp32"
-    if machine.device == "cpu":
-        return "bf16" if target.dtype == "bf16" and machine.fast_bf16 else "fp32"
-    if target.dtype == "fp16" or not machine.fast_bf16:
-        return "fp16"
-    return "bf16"
-
-
-def _default_budget(machine: Machine) -> int:
-    """Return free device memory minus a reserve for other programs."""
-    free = machine.device_free_bytes
-    return usable_ram(free) if machine.device == "cpu" else max(free - GIB, 0)
-
-
-def _host_bytes(sizes: Mapping[int, int], in_ram: Sequence[int], slots: int) -> int:
-    """Return the host memory of a plan for a GPU: layers kept in RAM, and slots for layers read from disk."""
-    read = [size for i, size in sizes.items() if i not in in_ram]
-    return sum(sizes[i] for i in in_ram) + min(slots, len(read)) * max(read, default=0)

@@ -3,6 +3,8 @@
 import math
 from functools import cached_property, lru_cache
 
+from specchat.models.sizes.geometry import is_4bit_float
+from specchat.planner.experts import used_share
 from specchat.planner.rates import Rates
 from specchat.records.limits import HEAD_BLOCK_ROWS
 from specchat.records.model import DTYPE_BYTES, Dtype, ModelSpec
@@ -19,6 +21,7 @@ _VISITS_PER_BLOCK = 2.5
 # Time of a whole pass on a CPU, relative to its matmuls at the probe's rates. The rest is norms, activations and small
 # operations of attention. Measured with tests/benchmarks/predicted.py.
 _MATMUL_OVERHEAD = 1.12
+_COPY_ROWS = 32  # with more rows, copies of 4-bit codes are not used
 
 
 @lru_cache(maxsize=512)
@@ -36,16 +39,18 @@ class ComputeTimes:
         self._rates = rates
         self._on_cpu = on_cpu
         self._pass_s: dict[int, float] = {}
-        self._layer_s: dict[int, float] = {}
+        self._layer_s: dict[tuple[int, bool], float] = {}
 
     def pass_s(self, rows: int) -> float:
         """Return the seconds of a draft batch: all layers, resident, and the scores of every row."""
         if rows not in self._pass_s:
-            spec = self._spec
-            scoring = _SCORE_SWEEPS * rows * spec.vocab_size * 4 / self._rates.memory.per_s
-            head_s = self._head_weights * self._matmul_times.weight_s(rows)
-            self._pass_s[rows] = spec.num_layers * self.layer_s(rows) + head_s + scoring
+            self._pass_s[rows] = self._spec.num_layers * self.layer_s(rows) + self.scoring_s(rows)
         return self._pass_s[rows]
+
+    def scoring_s(self, rows: int) -> float:
+        """Return the seconds to score every row, and to turn the scores into children of nodes."""
+        scoring = _SCORE_SWEEPS * rows * self._spec.vocab_size * 4 / self._rates.memory.per_s
+        return self._head_weights * self._matmul_times.weight_s(rows) + scoring
 
     def head_s(self, tokens: float) -> float:
         """Return the seconds to score, in blocks, the nodes that a walk visits."""
@@ -54,29 +59,53 @@ class ComputeTimes:
         matmul_s = blocks * self._head_weights * self._matmul_times.weight_s(HEAD_BLOCK_ROWS)
         return self._rates.layer_s * blocks + matmul_s + sweeps
 
-    def layer_s(self, rows: int) -> float:
-        """Return the mean seconds of one layer whose weights are on the device."""
-        if rows not in self._layer_s:
+    def layer_s(self, rows: int, *, expanded: bool = False) -> float:
+        """Return the mean seconds of one layer whose weights are on the device.
+
+        Args:
+            rows: rows of the pass.
+            expanded: whether quantized matrices take more memory to be faster, as in `Placement.expanded`.
+        """
+        if (rows, expanded) not in self._layer_s:
             used, rows_each = self._used_experts(rows)
             weight_s = self._matmul_times.weight_s
             shared = self._shared_weights + self._attention_weights
             weights_s = shared * weight_s(rows) + used * self._expert_weights * weight_s(rows_each)
             matmul_s = weights_s * (_MATMUL_OVERHEAD if self._on_cpu else 1.0)
-            self._layer_s[rows] = self._rates.layer_s + matmul_s + self._dequantizing_s(used)
-        return self._layer_s[rows]
+            plain_s = matmul_s + (0.0 if expanded and not self._has_copies else self._dequantizing_s(used))
+            if expanded and self._has_copies and rows_each <= _COPY_ROWS:
+                fixed_s, row_s = self._rates.copy_s
+                plain_s = min(plain_s, (shared + used * self._expert_weights) * (fixed_s + row_s * rows_each))
+            self._layer_s[rows, expanded] = self._rates.layer_s + plain_s
+        return self._layer_s[rows, expanded]
+
+    def experts_s(self, rows: int) -> float:
+        """Return the mean seconds of the experts of one layer, a part of `layer_s`."""
+        used, rows_each = self._used_experts(rows)
+        weights = used * self._expert_weights
+        matmul_s = weights * self._matmul_times.weight_s(rows_each) * (_MATMUL_OVERHEAD if self._on_cpu else 1.0)
+        return matmul_s + self._weight_dequantize_s * weights
 
     def _dequantizing_s(self, used: float) -> float:
         """Return the seconds to dequantize each used matrix once a pass, for a share `used` of the experts."""
+        return self._weight_dequantize_s * (self._shared_weights + used * self._expert_weights)
+
+    @cached_property
+    def _weight_dequantize_s(self) -> float:
+        """Seconds to dequantize one weight; 0 for plain matrices."""
         quant = self._spec.quant
-        if quant == "none":
-            return 0.0
-        per_weight = self._rates.dequantize_s["int4" if "4" in quant else "int8"]
-        return per_weight * (self._shared_weights + used * self._expert_weights)
+        return 0.0 if quant == "none" else self._rates.dequantize_s["int4" if "4" in quant else "int8"]
+
+    @property
+    def _has_copies(self) -> bool:
+        """Whether expanded layers keep copies of 4-bit codes, instead of dequantized matrices."""
+        has_kernel = self._on_cpu and self._rates.has_row_kernel and self._matmul_times.dtype == "bf16"
+        return has_kernel and is_4bit_float(self._spec.quant)
 
     def _used_experts(self, rows: int) -> tuple[float, float]:
-        """Return the share of experts in use with random routing, and the mean rows per expert in use."""
+        """Return the share of experts in use, and the mean rows per expert in use."""
         active = self._active_share
-        used = 1.0 - (1.0 - active) ** rows
+        used = used_share(active, rows)
         return used, max(rows * active / used, 1.0)
 
     @cached_property
@@ -130,7 +159,7 @@ class _MatmulTimes:
     """Matmul times for matrices of a dtype."""
 
     def __init__(self, dtype: Dtype, rates: Rates, *, on_cpu: bool) -> None:
-        self._dtype: Dtype = dtype
+        self.dtype: Dtype = dtype
         self._rates = rates
         self._on_cpu = on_cpu
         self._weight_s: dict[float, float] = {}
@@ -153,7 +182,7 @@ class _MatmulTimes:
 
     def _dtype_factor(self, rows: float) -> float:
         """Return the cost ratio of the dtype to the measured dtype: by bytes for few rows, by arithmetic for many."""
-        wide = DTYPE_BYTES[self._dtype] / DTYPE_BYTES[self._rates.matmul_dtype]
+        wide = DTYPE_BYTES[self.dtype] / DTYPE_BYTES[self._rates.matmul_dtype]
         if wide == 1 or (wide < 1 and self._on_cpu):  # a CPU measured in float32 has no faster 16-bit arithmetic
             return 1.0
         many = min(math.log2(max(rows, 1.0)) / 6, 1.0)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from specchat.planner.compute import compute_times
+from specchat.planner.compute import ComputeTimes, compute_times
 from specchat.planner.placement import TierSizes
 from specchat.planner.rates import Basis, Rates, least_sure
 from specchat.records.limits import draft_width
@@ -46,6 +46,11 @@ _STALL_OF_MANY = 0.03
 # Read rate during whole passes on a CPU, relative to the probe's reads without other work: here two cores also compute.
 # Measured with tests/benchmarks/predicted.py.
 _DISK_SHARE = 0.92
+# Seconds of a layer to find its missing experts, to begin reading them, and to take them over as they arrive. Measured
+# with tests/benchmarks/expert_passes.py: 12 layers of 128 experts at 1 to 16 rows.
+_FETCH_S = 500e-6
+# Rate of small reads from the page cache, relative to copies within host memory: each copies once, on one thread.
+_CACHED_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,9 @@ RETRIEVAL_ACCEPTANCE = Acceptance(gain=0.25, knee=3.0, basis="typical")
 # Heads of one layer. Chains of 7 tokens bring 2.8 tokens per step on Qwen3.8-27B (llama.cpp, pull request 27342). Trees
 # of 16 and 64 nodes bring 3.2 and 3.9 on the demo, whose head was trained for a few minutes.
 MTP_ACCEPTANCE = Acceptance(gain=0.7, knee=1.0, basis="typical")
+# Gain of the target's own copy in 8 or 4 bits, relative to a small draft model. On the demo, a 4-bit copy brings 5.6
+# and 9.2 tokens per step with 16 and 64 nodes, a draft model 3.9 and 5.1.
+COPY_GAIN = 1.7
 # Acceptance of the embedded demo pair, from trees of 1, 4, 16, 64 and 128 nodes.
 DEMO_ACCEPTANCE = Acceptance(gain=1.0, knee=1.0, basis="typical")
 
@@ -138,11 +146,12 @@ class CostModel:
         self._num_layers = target.num_layers
         self._target = compute_times(target, dtype, rates, on_cpu=self._on_cpu)
         self._draft = None if draft is None else compute_times(draft, dtype, rates, on_cpu=self._on_cpu)
+        self._drafts_by_copy = draft is not None and draft.is_copy
         self._drafts = draft is not None or retrieval
         self._rates = rates
         self._acceptance = acceptance
         self._seats = seats
-        self._timed: dict[tuple[int, bool], _StepCosts] = {}
+        self._timed: dict[tuple[int, _Drafting, float], _StepCosts] = {}
         self._speeds: dict[TierSizes, dict[int, float]] = {}
 
     def predict(self, placement: TierSizes, tree_budget: int, *, adaptive: bool) -> Prediction:
@@ -160,11 +169,11 @@ class CostModel:
         if not self._drafts or tree_budget == 0:
             return None
         steps = [self._step(placement, nodes) for nodes in (0, *_sizes_up_to(tree_budget))]
-        best, reads = self.predict(placement, tree_budget, adaptive=True), self._reads(placement)
+        best, drafting = self.predict(placement, tree_budget, adaptive=True), self._drafting(placement)
         width = draft_width(tree_budget, self._seats)
         return Expectation(
             pass_s=tuple((self._seats + step.tree_nodes, step.pass_s - step.draft_s) for step in steps),
-            draft_s=tuple((rows, self._batch_s(rows, reads=reads)) for rows in _sizes_up_to(width)),
+            draft_s=tuple((rows, self._batch_s(rows, drafting)) for rows in _sizes_up_to(width)),
             tree_nodes=best.tree_nodes,
             draft_passes=1 if self._draft is None else 1 + draft_batches(best.tree_nodes),
             tokens_per_step=best.tokens_per_step,
@@ -177,8 +186,10 @@ class CostModel:
 
     def most_tok_per_s(self, tree_budget: int, *, adaptive: bool) -> float:
         """Return an upper bound of `tok_per_s` over all placements: the speed with every layer resident."""
-        sizes = self._sizes(tree_budget, adaptive)
-        return max(self._step_costs(nodes, reads=False).most_tok_per_s(self._num_layers) for nodes in sizes)
+        sizes, drafting = self._sizes(tree_budget, adaptive), _Drafting(reads=False, num_copied=0)
+        fastest = 1.0 if self._on_cpu else 0.0  # with every layer expanded
+        costs = (self._step_costs(nodes, drafting, fastest) for nodes in sizes)
+        return max(each.most_tok_per_s(self._num_layers) for each in costs)
 
     def _sizes(self, tree_budget: int, adaptive: bool) -> tuple[int, ...]:
         """Return the tree sizes to try."""
@@ -198,21 +209,21 @@ class CostModel:
             per_s = speeds.get(nodes)
             if per_s is None:
                 queue = queue or self._queue(placement)
-                costs = self._step_costs(nodes, reads=self._reads(placement))
-                per_s = speeds[nodes] = costs.tokens / self._pass_s(queue, costs)
+                costs = self._costs(placement, nodes)
+                per_s = speeds[nodes] = costs.tokens / self._pass_s(placement, queue, costs)
             if per_s > best_per_s:
                 best_per_s, best = per_s, nodes
         return best_per_s, best
 
     def _step(self, placement: TierSizes, nodes: int) -> Prediction:
-        costs, queue = self._step_costs(nodes, reads=self._reads(placement)), self._queue(placement)
-        pass_s = self._pass_s(queue, costs)
+        costs, queue = self._costs(placement, nodes), self._queue(placement)
+        pass_s = self._pass_s(placement, queue, costs)
         compute_s = placement.num_layers * costs.layer_s
-        linked_s = self._linked_s(queue, costs)
+        linked_s = self._linked_s(queue, costs) if placement.experts is None else self._missing_s(placement, costs)
         bound: Bound = "link" if linked_s > compute_s else "draft" if costs.draft_s > compute_s else "compute"
         return Prediction(
             pass_s=pass_s,
-            link_s=self._link_load(placement)[0],
+            link_s=self._link_load(placement)[0] if placement.experts is None else linked_s,
             compute_s=compute_s,
             draft_s=costs.draft_s,
             tokens_per_step=costs.tokens,
@@ -222,10 +233,26 @@ class CostModel:
             basis=self._basis(placement, nodes),
         )
 
-    def _pass_s(self, queue: "LinkQueue", costs: "_StepCosts") -> float:
-        """Return the seconds of a whole step: drafting and scoring, then the later end of link and compute."""
+    def _pass_s(self, placement: TierSizes, queue: "LinkQueue", costs: "_StepCosts") -> float:
+        """Return the seconds of a whole step: drafting and scoring, then the later end of link and compute.
+
+        Experts that are missing are read while others are computed, but not before their router has been computed.
+        """
+        if placement.experts is not None:
+            computed_s, experts_s = placement.num_layers * costs.layer_s, placement.num_layers * costs.experts_s
+            waited_s = max(self._missing_s(placement, costs) - experts_s, 0.0)
+            return costs.outside_s + computed_s + waited_s + placement.experts.num_layers * _FETCH_S
         computed_s = queue.computed_s(costs.layer_s, costs.outside_s)
         return costs.outside_s + max(computed_s, self._linked_s(queue, costs))
+
+    def _missing_s(self, placement: TierSizes, costs: "_StepCosts") -> float:
+        """Return the seconds that a pass waits for missing experts."""
+        experts = placement.experts
+        assert experts is not None and self._on_cpu
+        missed, cached = experts.missed_bytes(costs.rows), experts.num_cached / experts.num_layers
+        from_disk_s = (1 - cached) * missed / (_DISK_SHARE * self._rates.disk.per_s)
+        from_cache_s = cached * missed / (_CACHED_SHARE * self._rates.ram.per_s)
+        return from_disk_s + from_cache_s
 
     def _linked_s(self, queue: "LinkQueue", costs: "_StepCosts") -> float:
         stalled_s = queue.num_linked * min(queue.arrival_s, costs.layer_s) * self._stall(queue.slots)
@@ -249,40 +276,61 @@ class CostModel:
     def _stall(self, slots: int) -> float:
         return _STALLS.get(slots, _STALL_OF_MANY) if self._on_cpu else 0.0
 
-    def _reads(self, placement: TierSizes) -> bool:
-        """Return whether disk readers occupy the cores that the draft runs on."""
-        return self._on_cpu and placement.num_on_disk > 0
+    def _drafting(self, placement: TierSizes) -> "_Drafting":
+        """Return whether disk readers occupy the cores that the draft runs on, and what a copy computes with."""
+        experts = placement.experts
+        reads_experts = experts is not None and experts.num_cached < experts.num_layers
+        reads = self._on_cpu and (placement.num_on_disk > 0 or reads_experts)
+        return _Drafting(reads, placement.num_streamed if self._drafts_by_copy else 0)
 
-    def _step_costs(self, nodes: int, *, reads: bool) -> "_StepCosts":
-        """Return the costs that depend only on the tree size and on `reads`."""
-        key = nodes, reads
+    def _costs(self, placement: TierSizes, nodes: int) -> "_StepCosts":
+        share = placement.num_expanded / placement.num_layers
+        return self._step_costs(nodes, self._drafting(placement), share)
+
+    def _step_costs(self, nodes: int, drafting: "_Drafting", expanded: float) -> "_StepCosts":
+        """Return the costs that depend only on the tree size, the conditions of drafting, and the expanded share."""
+        key = nodes, drafting, expanded
         if key not in self._timed:
             tokens = self._seats * self._acceptance.tokens_per_step(nodes / self._seats)
-            draft_s, head_s = self._draft_s(nodes, tokens, reads=reads), self._target.head_s(tokens)
-            self._timed[key] = _StepCosts(self._target.layer_s(self._seats + nodes), draft_s, draft_s + head_s, tokens)
+            draft_s, head_s = self._draft_s(nodes, tokens, drafting), self._target.head_s(tokens)
+            rows = self._seats + nodes
+            layer_s = (1 - expanded) * self._target.layer_s(rows) if expanded < 1 else 0.0
+            layer_s += expanded * self._target.layer_s(rows, expanded=True) if expanded else 0.0
+            experts_s = self._target.experts_s(rows)
+            self._timed[key] = _StepCosts(rows, layer_s, experts_s, draft_s, draft_s + head_s, tokens)
         return self._timed[key]
 
-    def _draft_s(self, nodes: int, tokens: float, *, reads: bool) -> float:
-        """Return the seconds of drafting: one pass over the last step's tokens, then one batch per tree level."""
+    def _draft_s(self, nodes: int, tokens: float, drafting: "_Drafting") -> float:
+        """Return the seconds of drafting: one pass over the last step's tokens, then one batch per tree level.
+
+        A copy has the target's rows of these tokens, and computes the root alone.
+        """
         if nodes == 0:
             return 0.0
         if self._draft is None:
             return _LOOKUP_S * nodes
         num_batches = draft_batches(nodes)
         rows = max(round(_READ_PER_NODE * nodes / num_batches), 1)
-        return self._draft.pass_s(math.ceil(tokens)) + num_batches * self._batch_s(rows, reads=reads)
+        new = self._seats if self._drafts_by_copy else math.ceil(tokens)
+        return self._draft_pass_s(self._draft, new, drafting) + num_batches * self._batch_s(rows, drafting)
 
-    def _batch_s(self, rows: int, *, reads: bool) -> float:
+    def _draft_pass_s(self, draft: ComputeTimes, rows: int, drafting: "_Drafting") -> float:
+        """Return the seconds of a draft pass; a copy has the target's own layers beside those that are copied."""
+        if not self._drafts_by_copy:
+            return draft.pass_s(rows)
+        resident_s = (self._num_layers - drafting.num_copied) * self._target.layer_s(rows)
+        return resident_s + drafting.num_copied * draft.layer_s(rows) + self._target.scoring_s(rows)
+
+    def _batch_s(self, rows: int, drafting: "_Drafting") -> float:
         """Return the seconds of one draft batch: the pass and its bookkeeping, or looking up proposals."""
         if self._draft is None:
             return _LOOKUP_S * rows
-        drafting_s = self._draft.pass_s(rows)
-        beside_s = 0.0 if not self._on_cpu else _CPU_BATCH_BESIDE_READS_S if reads else _CPU_BATCH_S
-        return drafting_s + beside_s
+        beside_s = 0.0 if not self._on_cpu else _CPU_BATCH_BESIDE_READS_S if drafting.reads else _CPU_BATCH_S
+        return self._draft_pass_s(self._draft, rows, drafting) + beside_s
 
     def _basis(self, placement: TierSizes, nodes: int) -> Basis:
         bases: list[Basis] = [self._rates.compute_basis]
-        if placement.disk_bytes:
+        if placement.disk_bytes or (placement.experts is not None and self._drafting(placement).reads):
             bases.append(self._rates.disk.basis)
         if placement.ram_bytes and not self._on_cpu:
             bases.append(self._rates.host.basis)
@@ -336,10 +384,34 @@ class LinkQueue:
 
 
 @dataclass(frozen=True)
-class _StepCosts:
-    """Costs of a step by tree size: seconds per target layer, of drafting, and outside the pass; expected tokens."""
+class _Drafting:
+    """Conditions of drafting.
 
+    Attributes:
+        reads: whether disk readers occupy the cores that the draft runs on.
+        num_copied: number of layers that the target's own copy has in low precision; 0 for other drafts.
+    """
+
+    reads: bool
+    num_copied: int
+
+
+@dataclass(frozen=True)
+class _StepCosts:
+    """Costs of a step by tree size.
+
+    Attributes:
+        rows: rows of the pass.
+        layer_s: seconds of a layer of the target.
+        experts_s: part of `layer_s` for the experts.
+        draft_s: seconds of drafting.
+        outside_s: seconds of drafting and of the head.
+        tokens: expected tokens.
+    """
+
+    rows: int
     layer_s: float
+    experts_s: float
     draft_s: float
     outside_s: float
     tokens: float

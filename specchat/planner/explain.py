@@ -24,7 +24,7 @@ class Choice:
     """One setting of the plan, with its reason.
 
     Attributes:
-        option: name of the flag, without leading dashes.
+        option: name of the flag, without leading dashes; "experts", which has no flag.
         value: chosen value, as text.
         why: short reason.
         pinned: whether the user set the value.

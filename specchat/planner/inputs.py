@@ -12,7 +12,7 @@ from specchat.planner.precision import lower_quants
 from specchat.planner.rates import rates_of
 from specchat.planner.request import PlanInputs, PlanRequest
 from specchat.planner.statistics import load
-from specchat.records.model import ModelSource, ModelSpec, Quant
+from specchat.records.model import LOWER_QUANTS, ModelSource, ModelSpec, Quant
 
 
 def find_inputs(request: PlanRequest, warn: Callable[[str], None] = lambda _: None) -> PlanInputs:
@@ -40,6 +40,7 @@ def find_inputs(request: PlanRequest, warn: Callable[[str], None] = lambda _: No
         prior=DEMO_ACCEPTANCE if request.target.is_toy else TYPICAL_ACCEPTANCE,
         statistics=load(state_folder(), warn),
         heads=_described_heads(request, warn),
+        free_disk_bytes=hardware.disk.free_bytes,
     )
 
 
@@ -54,6 +55,8 @@ def _described_drafts(source: ModelSource | None, request: PlanRequest) -> list[
         return [None]
     if request.choices.draft_quant != "auto":
         return [describe(source, request.choices.draft_quant)]
+    if source.is_copy:
+        return [describe(source, quant) for quant in LOWER_QUANTS]
     draft = describe(source)
     return [draft, *(describe(source, quant) for quant in lower_quants(draft))]
 

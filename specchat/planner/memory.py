@@ -12,15 +12,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from specchat.models.sizes.geometry import dequantize_bytes, layer_sizes
+from specchat.models.sizes.geometry import dequantize_bytes, held_bytes, layer_sizes, sizes_beside_experts, slot_bytes
+from specchat.planner.experts import ExpertTier
 from specchat.planner.states import draft_state_bytes, state_items
 from specchat.records.limits import (
+    COPY_PROMPT_ROWS,
     DRAFT_BRANCH,
     DRAWING_BYTES,
+    EXPERT_WINDOW_BYTES,
     HEAD_BLOCK_ROWS,
     NUM_READERS,
     PATH_BYTES,
     PROCESSING_BYTES,
+    READ_THREADS,
     READ_WINDOW_BYTES,
     RECYCLED_RUN_BYTES,
     RECYCLED_RUNS,
@@ -61,19 +65,18 @@ def build_ledger(
         Items, most important first. Weights, slots and caches are exact; workspaces are the maximum for a
         conversation of `ctx` tokens.
     """
-    sizes = layer_sizes(target, work.dtype)
-    slot_bytes = max((sizes[i] for i in placement.streamed), default=0)
     items = [
-        LedgerItem("resident layers", sum(sizes[i] for i in placement.resident)),
-        LedgerItem("slots", placement.slots * slot_bytes),
+        *_layer_items(target, work.dtype, placement),
         *_outside_layers(target, work),
-        LedgerItem("KV cache", kv_bytes(target, work, work.tree_budget)),
+        LedgerItem("KV cache", kv_bytes(target, work, work.tree_rows)),
         *state_items(target, work),
     ]
     if draft is not None:
-        layers = sum(layer_sizes(draft, work.dtype))
-        items.append(LedgerItem("draft", layers + _other_bytes(draft, work.dtype) + _shared_bytes(draft, work.dtype)))
-        items.append(LedgerItem("draft KV cache", kv_bytes(draft, work, work.draft_rows)))
+        layers = layer_sizes(draft, work.dtype)
+        held = sum(layers[i] for i in placement.streamed) if draft.is_copy else sum(layers)
+        items.append(LedgerItem("draft", held + _other_bytes(draft, work.dtype) + _shared_bytes(draft, work.dtype)))
+        if kv := _draft_kv_bytes(draft, work):
+            items.append(LedgerItem("draft KV cache", kv))
         if states := draft_state_bytes(draft, work) + _unread_bytes(draft, work):
             items.append(LedgerItem("draft states", states))
     models = [target] if draft is None else [target, draft]
@@ -85,8 +88,35 @@ def build_ledger(
     return tuple(items)
 
 
+def _layer_items(target: ModelSpec, dtype: Dtype, placement: Placement) -> list[LedgerItem]:
+    """Return the items of layers and experts."""
+    sizes, experts = layer_sizes(target, dtype), placement.experts
+    if experts is None:
+        slot = max((sizes[i] for i in placement.streamed), default=0)
+        resident = sum(sizes[i] for i in placement.resident) + placement.expanded_bytes
+        return [LedgerItem("resident layers", resident), LedgerItem("slots", placement.slots * slot)]
+    routed, sizes = target.experts, sizes_beside_experts(target, dtype)
+    assert routed is not None
+    slot, held = slot_bytes(routed, dtype), held_bytes(routed, dtype)
+    items = [
+        LedgerItem("resident layers", sum(sizes[i] for i in placement.resident)),
+        LedgerItem("expert pool", len(routed.layers) * experts.quota * slot),
+        LedgerItem("expert slots", experts.shared * slot),
+    ]
+    return [*items, LedgerItem("small tensors of experts", held)] if held else items
+
+
+def expert_host_items(tier: ExpertTier | None) -> tuple[LedgerItem, ...]:
+    """Return the items of host memory for single experts: those in the page cache, and windows to read past it."""
+    if tier is None:
+        return ()
+    cached = LedgerItem("experts in the page cache", tier.num_cached * tier.num_experts * tier.read_bytes)
+    reads_past = tier.num_cached < tier.num_layers
+    return (cached, LedgerItem("reading", READ_THREADS * EXPERT_WINDOW_BYTES)) if reads_past else (cached,)
+
+
 def bytes_beside_layers(target: ModelSpec, draft: ModelSpec | None, work: Workload) -> int:
-    """Return the sum of a ledger without resident layers and slots, faster than `build_ledger`.
+    """Return the sum of a ledger without resident layers, slots and copies of layers, faster than `build_ledger`.
 
     A search needs hundreds of these sums. The sum never shrinks with a longer context or a larger tree.
     """
@@ -101,7 +131,7 @@ def bytes_beside_layers(target: ModelSpec, draft: ModelSpec | None, work: Worklo
 @lru_cache(maxsize=4096)
 def _target_needs(target: ModelSpec, work: Workload) -> tuple[int, int, int]:
     """Return permanent bytes, and peak workspace bytes of the longest first step and of later steps."""
-    kept = kv_bytes(target, work, work.tree_budget)
+    kept = kv_bytes(target, work, work.tree_rows)
     kept += sum(item.bytes for item in (*_outside_layers(target, work), *state_items(target, work)))
     first, later = _target_passes(target, work)
     ancestors = _ancestors_bytes(work)
@@ -116,13 +146,16 @@ def _target_needs(target: ModelSpec, work: Workload) -> tuple[int, int, int]:
 @lru_cache(maxsize=4096)
 def _draft_needs(draft: ModelSpec, work: Workload) -> tuple[int, int, int]:
     """Return the figures of `_target_needs` for a draft; cached separately, because one draft serves many targets."""
-    layers = sum(layer_sizes(draft, work.dtype))
+    layers = 0 if draft.is_copy else sum(layer_sizes(draft, work.dtype))  # copies count with the placement
     kept = layers + _other_bytes(draft, work.dtype) + _shared_bytes(draft, work.dtype)
-    kept += kv_bytes(draft, work, work.draft_rows) + draft_state_bytes(draft, work) + _unread_bytes(draft, work)
+    kept += _draft_kv_bytes(draft, work) + draft_state_bytes(draft, work) + _unread_bytes(draft, work)
+    first, later = work.prompt_rows + work.seats - 1, work.seats + work.tree_budget
+    if draft.is_copy:
+        first = min(work.seats * COPY_PROMPT_ROWS[work.device.partition(":")[0]], first)
     return (
         kept + dequantize_bytes(draft, work.dtype, work.device),
-        _drafting_bytes(draft, work, reading=work.prompt_rows + work.seats - 1),
-        _drafting_bytes(draft, work, reading=work.seats + work.tree_budget),
+        _drafting_bytes(draft, work, reading=first),
+        _drafting_bytes(draft, work, reading=later),
     )
 
 
@@ -159,6 +192,11 @@ def kv_bytes(spec: ModelSpec, work: Workload, tree_rows: int) -> int:
     """Return the bytes of a cache whose seats hold a context and rows of trees."""
     rows = work.seats * padded_rows(work.ctx + tree_rows)
     return rows * spec.kv_numbers_per_row * DTYPE_BYTES[work.dtype]
+
+
+def _draft_kv_bytes(draft: ModelSpec, work: Workload) -> int:
+    """Return the bytes of the draft's own cache; a copy uses the target's."""
+    return 0 if draft.is_copy else kv_bytes(draft, work, work.draft_rows)
 
 
 def lookup_bytes(spec: ModelSpec, dtype: Dtype) -> int:
@@ -218,7 +256,8 @@ def with_trees(
         chunk_rows=min(plan.work.chunk_rows, -(-(plan.work.seats + tree_budget) // _CHUNK_STEP) * _CHUNK_STEP),
         head_rows=head_rows,
     )
-    changed = replace(plan, work=work, adaptive=False, ledger=build_ledger(target, draft, work, plan.placement))
+    ledger = build_ledger(target, draft, work, plan.placement)
+    changed = replace(plan, work=work, adaptive=False, ledger=ledger, stages=())
     return replace(changed, vram_bytes=max(plan.vram_bytes, changed.device_bytes))
 
 

@@ -8,6 +8,7 @@ from itertools import accumulate
 from operator import neg
 
 from specchat.models.sizes.geometry import layer_sizes
+from specchat.planner.experts import ExpertTier
 from specchat.records.model import Dtype, ModelSpec
 from specchat.units import GIB
 
@@ -16,6 +17,7 @@ NUM_SLOTS = 2
 # waits. So if reading and computing take about equal times, a pass takes only the time of its reads.
 SLOTS = (NUM_SLOTS, 3)
 _LARGEST_RESERVE = 4 * GIB
+_LEAST_EXPANDED = 0.5  # share of the layers
 
 
 @dataclass(frozen=True)
@@ -27,14 +29,18 @@ class TierSizes:
         num_in_ram, num_on_disk: numbers of streamed layers in host memory and on disk.
         ram_bytes, disk_bytes: total bytes of these layers.
         slots: number of staging buffers.
+        experts: experts that are read one by one, while everything else is resident; None if whole layers stream.
+        num_expanded: number of resident layers whose quantized matrices take more memory to be faster.
     """
 
     num_layers: int
-    num_in_ram: int
-    num_on_disk: int
-    ram_bytes: int
-    disk_bytes: int
-    slots: int
+    num_in_ram: int = 0
+    num_on_disk: int = 0
+    ram_bytes: int = 0
+    disk_bytes: int = 0
+    slots: int = 0
+    experts: ExpertTier | None = None
+    num_expanded: int = 0
 
     @property
     def num_streamed(self) -> int:
@@ -49,7 +55,7 @@ class LayerSplit:
     Attributes:
         num_resident: number of resident layers.
         slots: number of staging buffers for streamed layers; 0 if all layers are resident.
-        num_bytes: bytes of resident layers and slots.
+        num_bytes: bytes of resident layers, of slots and of copies of streamed layers.
     """
 
     num_resident: int
@@ -63,12 +69,15 @@ class PlacementOptions:
     Args:
         sizes: bytes of each layer.
         slots: slot counts to try.
+        copies: bytes that each streamed layer takes besides, as a low-bit copy; empty without copies.
     """
 
-    def __init__(self, sizes: tuple[int, ...], slots: tuple[int, ...]) -> None:
+    def __init__(self, sizes: tuple[int, ...], slots: tuple[int, ...], copies: tuple[int, ...] = ()) -> None:
         self._sizes = sizes
         self._is_uniform = min(sizes) == max(sizes)  # as in most models
-        self._splits = {each: _SplitsBySlots(sizes, each, is_uniform=self._is_uniform) for each in slots}
+        splits_alike = self._is_uniform and not copies
+        copies = copies or (0,) * len(sizes)
+        self._splits = {each: _SplitsBySlots(sizes, copies, each, is_uniform=splits_alike) for each in slots}
         self._placements: dict[tuple[int, int, int], TierSizes] = {}
 
     @property
@@ -129,15 +138,19 @@ class PlacementOptions:
 
 
 @lru_cache(maxsize=512)
-def placement_options(target: ModelSpec, dtype: Dtype, slots: int | None) -> PlacementOptions:
+def placement_options(
+    target: ModelSpec, dtype: Dtype, slots: int | None, copy: ModelSpec | None = None
+) -> PlacementOptions:
     """Return the placement options of a model; cached, because a search needs them several times.
 
     Args:
         target: sizes of the model.
         dtype: dtype of the stored layers.
         slots: requested slot count; None tries all of `SLOTS`.
+        copy: sizes of the low-bit copy that streamed layers have on the device, or None.
     """
-    return PlacementOptions(layer_sizes(target, dtype), SLOTS if slots is None else (slots,))
+    copies = () if copy is None else layer_sizes(copy, dtype)
+    return PlacementOptions(layer_sizes(target, dtype), SLOTS if slots is None else (slots,), copies)
 
 
 class _SplitsBySlots:
@@ -146,7 +159,7 @@ class _SplitsBySlots:
     With unequal layers, memory is not monotonic in the resident count, so bisect over its running minimum.
     """
 
-    def __init__(self, sizes: tuple[int, ...], slots: int, *, is_uniform: bool) -> None:
+    def __init__(self, sizes: tuple[int, ...], copies: tuple[int, ...], slots: int, *, is_uniform: bool) -> None:
         self._slots = slots
         num_layers = len(sizes)
         # Skip splits with at least as many slots as streamed layers: these layers could as well be resident.
@@ -154,7 +167,7 @@ class _SplitsBySlots:
         if is_uniform:
             needs = [num_layers * sizes[0], *((count + slots) * sizes[0] for count in self._counts[1:])]
         else:
-            needs = [_split_bytes(sizes, count, slots) for count in self._counts]
+            needs = [_split_bytes(sizes, copies, count, slots) for count in self._counts]
         self._running_min: list[int] = list(accumulate(needs, min))
 
     @property
@@ -179,11 +192,12 @@ def _improving_splits(splits: _SplitsBySlots, budgets: Sequence[int]) -> Iterato
             yield index, split
 
 
-def _split_bytes(sizes: Sequence[int], num_resident: int, slots: int) -> int:
-    """Return the bytes of resident layers and of slots that hold the largest streamed layer."""
+def _split_bytes(sizes: Sequence[int], copies: Sequence[int], num_resident: int, slots: int) -> int:
+    """Return the bytes of resident layers, of slots that hold the largest streamed layer, and of copies."""
     resident = set(interleaved(num_resident, len(sizes)))
-    streamed = [size for i, size in enumerate(sizes) if i not in resident]
-    return sum(sizes) - sum(streamed) + slots * max(streamed, default=0)
+    streamed = [i for i in range(len(sizes)) if i not in resident]
+    held = sum(size for i, size in enumerate(sizes) if i in resident) + sum(copies[i] for i in streamed)
+    return held + slots * max((sizes[i] for i in streamed), default=0)
 
 
 def usable_ram(available_bytes: int) -> int:
@@ -214,6 +228,21 @@ def among(streamed: Mapping[int, int], num_chosen: int) -> tuple[int, ...]:
     """Return `num_chosen` streamed layers, spread evenly: the disk reads others while these are computed."""
     layers = tuple(streamed)
     return tuple(layers[j] for j in interleaved(num_chosen, len(layers)))
+
+
+def num_expanded(sizes: Sequence[int], expanded: Sequence[int], room: int) -> int:
+    """Return how many resident layers take more memory to be faster: as many as fit, or none.
+
+    Dequantizing and packing take a second per GB while loading, so a small share of the layers is not worth it.
+
+    Args:
+        sizes: bytes of each layer.
+        expanded: bytes of each layer if it takes more memory.
+        room: bytes that the plan leaves.
+    """
+    most = max(large - size for large, size in zip(expanded, sizes, strict=True))
+    count = min(len(sizes), max(room, 0) // most) if most > 0 else len(sizes)
+    return count if count >= _LEAST_EXPANDED * len(sizes) else 0
 
 
 @cache

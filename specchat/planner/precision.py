@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 
 from specchat.hardware.machine import Machine
 from specchat.models.sizes.geometry import weight_bytes
-from specchat.planner.candidates import Candidates, dtype_for
+from specchat.planner.candidates import Candidates
 from specchat.planner.request import EXACT_BYTES, PlanInputs, PlanRequest
 from specchat.planner.statistics import Statistics
+from specchat.planner.workload import dtype_for
 from specchat.records.model import DTYPE_BYTES, LOWER_QUANTS, ModelSpec, Quant
 
 # int8 has no measurable loss (perplexity +0.00%), but it changes the weights, so the speed-up has to justify it.
@@ -54,6 +55,7 @@ def choose_quant(request: PlanRequest, inputs: PlanInputs) -> Precision:
 def _full_or_int8(request: PlanRequest, inputs: PlanInputs, full: ModelSpec) -> Precision:
     """Return the original weights if they fit the device or int8 would be less than 1.3 times as fast, else int8."""
     idle = replace(inputs, machine=_idle(inputs.machine), rates=inputs.typical, statistics=Statistics())
+    request = replace(request, copy=None)  # a copy depends on the free space of the disk
     plain = Candidates(request, idle, full).best
     if plain is not None and not plain.num_streamed:
         return Precision(full, "original weights fit the device")

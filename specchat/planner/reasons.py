@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 
-from specchat.planner.candidates import Candidate, Candidates, preference, usual_ctx
+from specchat.planner.candidates import Candidate, Candidates, preference
 from specchat.planner.cost import Prediction
 from specchat.planner.explain import Alternative, Choice
 from specchat.planner.precision import Precision
 from specchat.planner.request import EXACT_BYTES, PlanInputs, PlanRequest
+from specchat.planner.workload import usual_ctx
 from specchat.records.model import DTYPE_BYTES, LOWER_QUANTS, ModelSpec
 from specchat.units import format_bytes
 
@@ -33,7 +34,7 @@ def explain_choices(
         Choice("ctx", f"{work.ctx:,}", _why_ctx(request, best), request.choices.ctx is not None),
     ]
     if best.draft is not None:
-        found += _draft_quant_choice(request, inputs, best.draft, best_other)
+        found += _draft_quant_choice(request, inputs, best, best.draft, best_other)
     if work.tree_budget:
         trees = best_other(
             lambda c: c.draft == best.draft and c.work.tree_budget not in (0, work.tree_budget),
@@ -47,11 +48,23 @@ def explain_choices(
         )
         found.append(Choice("tree-budget", str(work.tree_budget), why, request.choices.tree_budget is not None, trees))
     found.append(Choice("vram", format_bytes(best.vram_bytes), _why_budget(request, device), _is_set(request)))
+    if (experts := best.sizes.experts) is not None:
+        layers = best_other(lambda c: c.sizes.experts is None, lambda _: "whole layers")
+        kept = f"{experts.quota} of {experts.num_experts}"
+        found.append(Choice("experts", kept, "of each layer stay in memory, others are read when used", False, layers))
+    elif best.num_streamed and best.target.experts is not None:
+        found.append(Choice("experts", "whole layers", _why_whole_layers(request, device)))
     if best.num_streamed:
         slots = best_other(lambda c: c.slots != best.slots, lambda c: str(c.slots))
         why = "asked for" if request.choices.slots is not None else "layers loading while one is computed"
         found.append(Choice("slots", str(best.slots), why, request.choices.slots is not None, slots))
     return tuple(found)
+
+
+def _why_whole_layers(request: PlanRequest, device: str) -> str:
+    if device != "cpu":
+        return "on a GPU, experts are streamed with their layers"
+    return "slots were asked for" if request.choices.slots is not None else "faster here than single experts"
 
 
 def _is_set(request: PlanRequest) -> bool:
@@ -107,13 +120,15 @@ def _draft_choice(request: PlanRequest, inputs: PlanInputs, best: Candidate, oth
 
 
 def _draft_quant_choice(
-    request: PlanRequest, inputs: PlanInputs, draft: ModelSpec, best_other: _FindAlternative
+    request: PlanRequest, inputs: PlanInputs, best: Candidate, draft: ModelSpec, best_other: _FindAlternative
 ) -> list[Choice]:
     """Return the choice of the draft's precision; empty if there was nothing to choose."""
     if request.choices.draft_quant != "auto":
         return [Choice("draft-quant", draft.quant, "asked for", pinned=True)]
-    if not (inputs.heads[1:] if draft in inputs.heads else inputs.lower_drafts):
+    if not (inputs.heads[1:] if draft in inputs.heads else draft.is_copy or inputs.lower_drafts):
         return []
+    if draft.is_copy and not best.num_streamed:
+        return [Choice("draft-quant", draft.quant, "not used: no layer is streamed, so none is copied")]
     why = "same text, more layers resident" if draft.quant in LOWER_QUANTS else "not faster if quantized"
     other = best_other(
         lambda c: c.draft is not None and c.draft.name == draft.name and c.draft.quant != draft.quant,

@@ -1,10 +1,16 @@
 """Inputs of the planner: the request of the user, and the facts about machine, models and earlier chats."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from specchat.hardware.machine import Machine
-from specchat.planner.cost import MTP_ACCEPTANCE, RETRIEVAL_ACCEPTANCE, TYPICAL_ACCEPTANCE, Acceptance
+from specchat.planner.cost import (
+    COPY_GAIN,
+    MTP_ACCEPTANCE,
+    RETRIEVAL_ACCEPTANCE,
+    TYPICAL_ACCEPTANCE,
+    Acceptance,
+)
 from specchat.planner.rates import Rates
 from specchat.planner.statistics import RETRIEVAL, Statistics
 from specchat.records.model import ModelSource, ModelSpec, Quant
@@ -27,6 +33,7 @@ class PlanRequest:
         samples: whether answers are sampled rather than greedy; the accepted length depends on this.
         retrieval: whether draft nodes may come from the text itself, with a draft model or without.
         head: head among the target's files that may draft instead of `draft`; None without one.
+        copy: the target's own low-bit copy that may draft instead of `draft`; None to leave it out.
     """
 
     target: ModelSource
@@ -37,6 +44,7 @@ class PlanRequest:
     samples: bool = False
     retrieval: bool = False
     head: ModelSource | None = None
+    copy: ModelSource | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,7 @@ class PlanInputs:
         statistics: results of earlier chats.
         lower_drafts: sizes of the draft in lower precisions that the planner may choose.
         heads: sizes of the head that may draft instead, in the precisions that the planner may choose.
+        free_disk_bytes: free bytes on the disk of packs.
     """
 
     machine: Machine
@@ -64,6 +73,7 @@ class PlanInputs:
     statistics: Statistics = field(default_factory=Statistics)
     lower_drafts: tuple[ModelSpec, ...] = ()
     heads: tuple[ModelSpec, ...] = ()
+    free_disk_bytes: int = 0
 
     def acceptance(self, target: ModelSpec, draft: ModelSpec | None, *, samples: bool) -> Acceptance:
         """Return the acceptance of a pair: measured in earlier chats if they had enough steps, else typical.
@@ -75,5 +85,6 @@ class PlanInputs:
         """
         if draft is None:
             return self.statistics.acceptance(target.name, RETRIEVAL, RETRIEVAL_ACCEPTANCE, samples=samples)
-        prior = MTP_ACCEPTANCE if draft.is_head else self.prior
+        of_copy = replace(self.prior, gain=COPY_GAIN * self.prior.gain)
+        prior = of_copy if draft.is_copy else MTP_ACCEPTANCE if draft.is_head else self.prior
         return self.statistics.acceptance(target.name, draft.name, prior, samples=samples)

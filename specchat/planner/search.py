@@ -10,6 +10,7 @@ from specchat.planner.explain import ExplainedPlan
 from specchat.planner.precision import choose_quant
 from specchat.planner.reasons import explain_choices
 from specchat.planner.request import PlanInputs, PlanRequest
+from specchat.planner.stages import with_stages
 from specchat.records.model import QUANTS, Quant
 from specchat.records.plan import Plan
 from specchat.units import format_bytes
@@ -30,6 +31,7 @@ def choose_plan(request: PlanRequest, inputs: PlanInputs) -> ExplainedPlan:
     found = Candidates(request, inputs, quant.spec)
     best = _best_of(found)
     plan, prediction = _planned(request, inputs, best)
+    plan = with_stages(plan, best.target, best.draft)
     pace = prediction.tok_per_s / best.tok_per_s  # scale alternatives by the measured speed
     reasons = explain_choices(request, inputs, quant, best, found)
     return ExplainedPlan(plan, prediction, tuple(choice.at_pace(pace) for choice in reasons))
@@ -38,6 +40,12 @@ def choose_plan(request: PlanRequest, inputs: PlanInputs) -> ExplainedPlan:
 def choose_quickly(request: PlanRequest, inputs: PlanInputs) -> tuple[Plan, Prediction]:
     """Return the plan of `choose_plan` without reasons; fast enough to rank every known model."""
     return _planned(request, inputs, _best_of(Candidates(request, inputs, choose_quant(request, inputs).spec)))
+
+
+def _with_stages(request: PlanRequest, inputs: PlanInputs) -> Plan:
+    """Return the plan of `choose_plan` without reasons and prediction."""
+    best = _best_of(Candidates(request, inputs, choose_quant(request, inputs).spec))
+    return with_stages(_planned(request, inputs, best)[0], best.target, best.draft)
 
 
 def _best_of(found: Candidates) -> Candidate:
@@ -59,18 +67,19 @@ def smaller_plan(request: PlanRequest, inputs: PlanInputs, plan: Plan) -> Plan:
     Raises:
         DoesNotFitError: nothing smaller is left to try.
     """
+    most = plan.device_bytes - 1
     choices = replace(
         request.choices,
-        vram_bytes=plan.device_bytes - 1,
+        vram_bytes=min(most, inputs.machine.ram_available_bytes) if inputs.machine.device == "cpu" else most,
         ctx=plan.work.ctx,
         tree_budget=plan.work.tree_budget or None,
         quant=_as_planned(plan.quant, request.choices.quant),
         draft_quant=_as_planned(plan.draft_quant, request.choices.draft_quant),
     )
     draft = request.draft if plan.draft is not None else None
-    smaller_request = replace(request, choices=choices, draft=draft, head=None, draft_is_open=False)
+    smaller_request = replace(request, choices=choices, draft=draft, head=None, copy=None, draft_is_open=False)
     try:
-        smaller = choose_quickly(smaller_request, inputs)[0]
+        smaller = _with_stages(smaller_request, inputs)
     except DoesNotFitError:
         if plan.work.tree_budget <= 1:
             raise DoesNotFitError(
@@ -79,7 +88,7 @@ def smaller_plan(request: PlanRequest, inputs: PlanInputs, plan: Plan) -> Plan:
                 hint="close other programs, or lower --ctx",
             ) from None
         halved = replace(choices, tree_budget=plan.work.tree_budget // 2)
-        smaller = choose_quickly(replace(smaller_request, choices=halved), inputs)[0]
+        smaller = _with_stages(replace(smaller_request, choices=halved), inputs)
     return replace(smaller, adaptive=plan.adaptive, expected=plan.expected, lowered_from=plan.lowered_from)
 
 

@@ -122,6 +122,7 @@ def plan_key(plan: Plan, *, samples: bool) -> str:
             list(plan.placement.resident),
             list(plan.placement.in_ram),
         ),
+        *([] if plan.placement.experts is None else ["experts", plan.placement.experts.quota]),
         *([plan.work.seats] if plan.work.seats > 1 else []),
         *([RETRIEVAL] if plan.retrieval else []),
     ]

@@ -175,9 +175,11 @@ class Step:
         streamed_bytes: bytes moved over the link.
         guesses: number of draft nodes by drafter; empty without a tree.
         tree: the verified draft tree; None without draft nodes or after an interruption.
-        draft_lost: reason why the draft was given up in this step, in one line; None in all other steps.
+        warning: news for the user in one line, such as a draft that was given up, or None.
         num_sharing: number of answers that the pass served.
         error: reason of the finish_reason "error", else None.
+        expert_hits: experts that were in their slots when a layer of the pass used them.
+        expert_misses: experts that the pass had to read.
     """
 
     token_ids: tuple[int, ...]
@@ -195,9 +197,11 @@ class Step:
     streamed_bytes: int
     guesses: tuple[Guesses, ...] = ()
     tree: DraftTree | None = None
-    draft_lost: str | None = None
+    warning: str | None = None
     num_sharing: int = 1
     error: SpecchatError | None = None
+    expert_hits: int = 0
+    expert_misses: int = 0
 
     @classmethod
     def without_pass(cls, reason: FinishReason, error: SpecchatError | None = None) -> "Step":

@@ -5,6 +5,9 @@ from specchat.units import MIB
 # Rows that the head scores at a time, a workspace that the ledger counts. The walk visits few nodes. Scoring a node
 # together with its likeliest descendants reads the head's weights only once.
 HEAD_BLOCK_ROWS = 8
+# On a GPU the host waits once for each block, and a quantized head is dequantized for each block: 6.5 to 13 ms for a
+# vocabulary of 128,256 or 151,936 entries by the memory rates of an RTX 4090 and a 3060.
+CUDA_HEAD_BLOCK_ROWS = 32
 
 # Noise rows to keep: drafter and walk use the same few positions ahead. Sequences of one pass share the rows, but each
 # keeps enough for a deep tree.
@@ -47,6 +50,10 @@ MOST_RESTORE_POINTS, LEAST_RESTORE_POINTS = 12, 2
 # States of the target that a head keeps unread for each sequence; longer texts are read before the next pass.
 UNREAD_STATES = 64
 
+# Longest prompts that the target's own copy reads for a first tree, by kind of device. The target reads longer ones
+# alone: on a CPU, every row takes as long as a row of the target's pass.
+COPY_PROMPT_ROWS = {"cpu": 64, "cuda": 512}
+
 # Packs are read in chunks of this size, each with its own checksum; the hardware probe measures reads of this size.
 READ_CHUNK_BYTES = 16 * MIB
 # Queue depth 2 saturates NVMe when idle. Under CPU load threads submit late, so use 4. On an idle machine, 2 to 4
@@ -59,6 +66,9 @@ NUM_READERS = 2
 
 # Bytes of a checkpoint shard that each thread reads at a time, into a window of its own.
 READ_WINDOW_BYTES = 8 * MIB
+
+# Most bytes of one read of experts, into a window of each of `READ_THREADS`.
+EXPERT_WINDOW_BYTES = 4 * MIB
 
 # Row counts of the matmuls that the probe measures; the planner interpolates between them. They span the tree sizes.
 MATMUL_ROWS = (1, 16, 64, 256, 512)

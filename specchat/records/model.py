@@ -1,8 +1,9 @@
 """Records of a model: where its files are, and the sizes of its parts."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, get_args
@@ -39,7 +40,8 @@ class ModelSource:
         path: local folder with config.json and safetensors files.
         revision: hub commit; None for local folders.
         label: note that every output must show for models that are not real (the demo, shapes); "" for real models.
-        part: part of the files that is meant: "mtp" for the layer that guesses further tokens; "" for the model.
+        part: part of the files that is meant: "mtp" for the layer that guesses further tokens; "self" for the layers
+            as a low-bit copy beside the model itself; "" for the model.
         headers_only: whether files of weights hold their headers and zeros only, and there is no tokenizer.
     """
 
@@ -47,13 +49,18 @@ class ModelSource:
     path: Path
     revision: str | None = None
     label: str = ""
-    part: Literal["", "mtp"] = ""
+    part: Literal["", "mtp", "self"] = ""
     headers_only: bool = False
 
     @property
     def is_toy(self) -> bool:
         """Whether the model only exists to exercise the software."""
         return bool(self.label)
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether a low-bit copy of the model is meant, which drafts for the model itself."""
+        return self.part == "self"
 
 
 # Bytes of a number in the states, decays and strengths of recurrent layers, which are float32 in every compute dtype.
@@ -171,8 +178,49 @@ class Activations:
     num_masks: int
 
 
-# End of the architecture's name of a head.
-HEAD_SUFFIX = " MTP"
+@dataclass(frozen=True)
+class RoutedExperts:
+    """Routed experts that can be read one by one.
+
+    Attributes:
+        layers: indices of the layers that have such experts.
+        num_experts: experts of each of these layers, N.
+        per_row: experts that one row uses, k.
+        params: parameters of one expert, in the order of a slot.
+    """
+
+    layers: tuple[int, ...]
+    num_experts: int
+    per_row: int
+    params: tuple[ParamSize, ...]
+
+    def beside(self, layer_params: tuple[ParamSize, ...]) -> tuple[ParamSize, ...]:
+        """Return the parameters of a layer besides its experts, which are stacked or apart."""
+        stored, in_experts = Counter(layer_params), Counter[ParamSize]()
+        for each in self.params:
+            stack = replace(each, count=self.num_experts * each.count)
+            in_experts.update([stack] if stored[stack] else [each] * self.num_experts)
+        beside = []
+        for each in layer_params:
+            if in_experts[each]:
+                in_experts[each] -= 1
+            else:
+                beside.append(each)
+        return tuple(beside)
+
+    def is_held(self, param: ParamSize, dtype: Dtype) -> bool:
+        """Return whether a parameter of an expert is so small that it stays in memory for all experts."""
+        total = sum(each.nbytes(dtype) for each in self.params)
+        return param.item_bytes is None and is_held_piece(param.nbytes(dtype), total)
+
+
+def is_held_piece(nbytes: int, expert_bytes: int) -> bool:
+    """Return whether a piece of an expert, such as its biases, is too small for a read of its own."""
+    return 64 * nbytes < expert_bytes
+
+
+# End of the architecture's name of a head, and of a model's low-bit copy.
+HEAD_SUFFIX, COPY_SUFFIX = " MTP", " copy"
 
 
 @dataclass(frozen=True)
@@ -181,7 +229,8 @@ class ModelSpec:
 
     Attributes:
         name: model name as the user typed it, for messages.
-        architecture: class name in transformers; with `HEAD_SUFFIX` for a head of such a model.
+        architecture: class name in transformers; with `HEAD_SUFFIX` for a head of such a model, with `COPY_SUFFIX` for
+            its low-bit copy.
         vocab_size, hidden_size, num_layers: V, hidden width, L.
         mlp_size: width of the MLP's inner activation for one row, all active experts together.
         num_heads: number of query heads, H.
@@ -201,6 +250,8 @@ class ModelSpec:
         lookup_params: number of weights among other_params that are only looked up by token: untied input embeddings.
         text_only: whether this is the text half of a multimodal model.
         shared_params: parameters of blocks that several layers share, which always stay in device memory.
+        experts: experts that can be read one by one; None without any.
+        layer_quant: number of weights of each layer in quantized matrices; empty without any.
     """
 
     name: str
@@ -225,6 +276,8 @@ class ModelSpec:
     lookup_params: int = 0
     text_only: bool = False
     shared_params: tuple[ParamSize, ...] = ()
+    experts: RoutedExperts | None = None
+    layer_quant: tuple[int, ...] = ()
 
     def __hash__(self) -> int:  # hashing every field would cost more than the cached results save
         return hash((self.name, self.quant, self.num_params))
@@ -233,6 +286,11 @@ class ModelSpec:
     def is_head(self) -> bool:
         """Whether this is a head, which reads the target's states and shares its embeddings and scores."""
         return self.architecture.endswith(HEAD_SUFFIX)
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether this is a low-bit copy of the target, which shares all but the layers that the target streams."""
+        return self.architecture.endswith(COPY_SUFFIX)
 
     @cached_property
     def kv_numbers_per_row(self) -> int:

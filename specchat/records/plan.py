@@ -7,7 +7,12 @@ from specchat.records.limits import HEAD_BLOCK_ROWS, MOST_RESTORE_POINTS
 from specchat.records.model import Dtype, Quant, Tier
 
 # Ledger items that hold weights, resident or streamed.
-WEIGHT_ITEMS = frozenset({"resident layers", "slots", "shared blocks", "embeddings and head", "head", "draft"})
+WEIGHT_ITEMS = frozenset(
+    {
+        *("resident layers", "slots", "shared blocks", "embeddings and head", "head", "draft"),
+        *("expert pool", "expert slots", "small tensors of experts"),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,7 @@ class Workload:
         host_embeddings: whether input embeddings stay in host memory, and only the rows of a pass cross the link.
         seats: most sequences of a pass, each with a context of `ctx` tokens; 1 for chats.
         most_points: most copies of recurrent states that a chat keeps in host memory.
+        shares_cache: whether the draft's rows are in the target's cache.
     """
 
     device: str
@@ -97,6 +103,12 @@ class Workload:
     host_embeddings: bool = False
     seats: int = 1
     most_points: int = MOST_RESTORE_POINTS
+    shares_cache: bool = False
+
+    @property
+    def tree_rows(self) -> int:
+        """Rows of trees in each seat of the target's cache."""
+        return max(self.tree_budget, self.draft_rows) if self.shares_cache else self.tree_budget
 
     @property
     def prompt_rows(self) -> int:
@@ -110,6 +122,19 @@ class Workload:
 
 
 @dataclass(frozen=True)
+class ExpertSlots:
+    """Slots for routed experts in device memory.
+
+    Attributes:
+        quota: slots of each layer, for the experts that passes use most.
+        shared: slots that the other experts of all layers pass through.
+    """
+
+    quota: int
+    shared: int
+
+
+@dataclass(frozen=True)
 class Placement:
     """Where the target's layers lie.
 
@@ -117,14 +142,23 @@ class Placement:
         num_layers: decoder layers of the target, L.
         resident: indices of the layers that stay in device memory, ascending.
         in_ram: indices of the streamed layers whose bytes stay in host memory between passes, ascending; the other
-            streamed layers are read from the disk for every pass.
+            streamed layers are read from the disk for every pass. If experts are streamed, the layers whose experts
+            stay in host memory.
         slots: staging buffers for streamed layers; 0 when nothing streams.
+        experts: slots for routed experts, which are then not part of the resident layers; None if whole layers are
+            streamed.
+        expanded: indices of the resident layers whose quantized matrices take more memory to be faster: dequantized, or
+            with a copy in another order. Only on a CPU.
+        expanded_bytes: most bytes that these layers take beyond their stored size.
     """
 
     num_layers: int
     resident: tuple[int, ...]
     in_ram: tuple[int, ...] = ()
     slots: int = 0
+    experts: ExpertSlots | None = None
+    expanded: tuple[int, ...] = ()
+    expanded_bytes: int = 0
 
     @property
     def streamed(self) -> tuple[int, ...]:
@@ -132,11 +166,36 @@ class Placement:
         resident = set(self.resident)
         return tuple(i for i in range(self.num_layers) if i not in resident)
 
+    def more_bytes(self, index: int) -> int:
+        """Return the part of `expanded_bytes` that belongs to a layer: equal parts, which together are the whole."""
+        if index not in self.expanded:
+            return 0
+        share, rest = divmod(self.expanded_bytes, len(self.expanded))
+        return share + (self.expanded.index(index) < rest)
+
+    @property
+    def streams(self) -> bool:
+        """Whether passes read layers or experts."""
+        return bool(self.streamed) or self.experts is not None
+
     @property
     def tiers(self) -> tuple[Tier, ...]:
         """The tier of every layer, in order."""
         resident, in_ram = set(self.resident), set(self.in_ram)
         return tuple("device" if i in resident else "ram" if i in in_ram else "disk" for i in range(self.num_layers))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A chat that is still short: caches are small, and more layers are resident than in the plan's placement.
+
+    Attributes:
+        ctx: committed tokens that the caches hold.
+        resident: indices of the layers that stay in device memory, ascending; among them those of later stages.
+    """
+
+    ctx: int
+    resident: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -165,6 +224,34 @@ class StateMemory:
 
 
 @dataclass(frozen=True)
+class ExpertForecast:
+    """Experts that are read one by one, and what is expected of a pass.
+
+    Attributes:
+        num_layers: number of layers with such experts.
+        num_experts: experts of each of these layers.
+        expert_bytes: bytes that are read for one expert.
+        rows: rows of the expected pass.
+        used: expected experts of a layer that the pass uses.
+        hit_rate: expected share of these experts that are in their slots.
+        missed_bytes: expected bytes of the other ones, which the pass reads.
+    """
+
+    num_layers: int
+    num_experts: int
+    expert_bytes: int
+    rows: int
+    used: float
+    hit_rate: float
+    missed_bytes: int
+
+    @property
+    def all_bytes(self) -> int:
+        """Bytes of all experts, which a pass over whole layers would move."""
+        return self.num_layers * self.num_experts * self.expert_bytes
+
+
+@dataclass(frozen=True)
 class Plan:
     """All decisions that the engine needs before loading: the whole contract between planner and engine.
 
@@ -185,6 +272,9 @@ class Plan:
         text_only: whether the target is the text half of a multimodal model.
         retrieval: whether draft nodes also come from the text itself and the target's earlier scores.
         states: memory of recurrent layers; None for a target without any.
+        experts: experts that are read one by one; None if whole layers stream, or nothing does.
+        stages: stages of a chat, by ascending context; `work` and `placement` follow the last one. No stage takes more
+            memory than the ledger.
     """
 
     target: str
@@ -204,6 +294,13 @@ class Plan:
     text_only: bool = False
     retrieval: bool = False
     states: StateMemory | None = None
+    experts: ExpertForecast | None = None
+    stages: tuple[Stage, ...] = ()
+
+    @property
+    def first_stage(self) -> Stage:
+        """What is loaded at first."""
+        return self.stages[0] if self.stages else Stage(self.work.ctx, self.placement.resident)
 
     @property
     def sources(self) -> str:
@@ -223,7 +320,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """Measured memory of the engine next to the ledger's prediction, in bytes."""
+    """Measured memory of the engine next to the ledger's prediction, in bytes.
+
+    Attributes:
+        given_back_layers: number of layers that left host memory because memory was short.
+        given_back_bytes: bytes of these layers.
+        expert_hits: experts that were in their slots when a layer used them, since loading.
+        expert_misses: experts that had to be read.
+    """
 
     device_budget_bytes: int
     device_peak_bytes: int
@@ -233,3 +337,13 @@ class MemoryReport:
     resident_layers: int
     streamed_layers: int
     streamed_bytes_per_step: int
+    given_back_layers: int = 0
+    given_back_bytes: int = 0
+    expert_hits: int = 0
+    expert_misses: int = 0
+
+    @property
+    def expert_hit_rate(self) -> float | None:
+        """Share of used experts that were in their slots; None if no experts are read one by one."""
+        used = self.expert_hits + self.expert_misses
+        return self.expert_hits / used if used else None

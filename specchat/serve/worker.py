@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from threading import Event
 from typing import Protocol
 
@@ -24,6 +24,13 @@ class ManyGenerator(Protocol):
         self, requests: Iterable[Request | None], *, cancel: Event | None = None
     ) -> Iterator[tuple[int, Step]]:
         """Answer many requests; see `Engine.generate_many`."""
+
+    def relieve(self) -> None:
+        """Give layers back to the system if memory is short; only while nothing is generated."""
+
+
+# Seconds between two looks at the memory while nobody is answered: another program may need it.
+_IDLE_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -132,7 +139,11 @@ class AnswerWorker(Closeable):
 
     def _run(self) -> None:
         while not self._stop.is_set():
-            job = self._waiting.get()
+            try:
+                job = self._waiting.get(timeout=_IDLE_S)
+            except Empty:
+                self._relieve()
+                continue
             if job is not None:
                 self._answer(job)
         while not self._waiting.empty():
@@ -140,13 +151,20 @@ class AnswerWorker(Closeable):
             if job is not None:
                 self._end(job, stopping())
 
+    def _relieve(self) -> None:
+        """Give layers back if memory is short while nobody is answered."""
+        try:
+            self._engine.relieve()
+        except Exception as caught:  # noqa: BLE001  the next answer says what is wrong
+            self._warn(f"memory is short: {_described(caught)}")
+
     def _answer(self, first: Job) -> None:
         """Answer a job, and all that come until no answer is in progress."""
         error = stopping()
         try:
             for number, step in self._engine.generate_many(self._requests(first), cancel=self._stop):
-                if step.draft_lost is not None:
-                    self._warn(step.draft_lost)
+                if step.warning is not None:
+                    self._warn(step.warning)
                 if (job := self._live.get(number)) is not None:  # else its text has ended before
                     self._take(number, job, step)
         except Exception as caught:  # noqa: BLE001  the server goes on, whatever ended these answers

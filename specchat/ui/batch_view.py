@@ -52,9 +52,9 @@ class BatchView:
 
     def show(self, progress: Progress) -> None:
         """Show the progress, at most a few times a second."""
-        if progress.draft_lost is not None:
+        if progress.warning is not None:
             self.clear()
-            self._talk.warn(progress.draft_lost)
+            self._talk.warn(progress.warning)
         now = time.monotonic()
         if now - self._drawn_at >= _REDRAW_S:
             self._drawn_at = now

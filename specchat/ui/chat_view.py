@@ -19,9 +19,10 @@ from specchat.ui.console import AnswerStream, Talk
 from specchat.ui.live import LiveRegion, can_redraw
 from specchat.ui.loading import BackgroundLoad
 from specchat.ui.markdown import tail_rows
+from specchat.ui.placement_view import expert_lines, places_of, step_experts
 from specchat.ui.plan_view import model_name, short_speed
 from specchat.ui.rows import figures, hanging, wrapped
-from specchat.ui.status import AnswerStatus, Watched, memory_text
+from specchat.ui.status import AnswerStatus, Watched, given_back_lines, memory_text
 from specchat.ui.tree_view import tree_lines
 from specchat.ui.worker import Worker
 from specchat.units import GIB, MIB, format_bytes
@@ -199,8 +200,8 @@ class _Follower:
 
     def _take(self, delta: Delta) -> None:
         self._status.saw(len(delta.token_ids), delta.step)
-        if delta.step is not None and delta.step.draft_lost is not None:
-            self._shown.interlude(partial(self._talk.warn, delta.step.draft_lost))
+        if delta.step is not None and delta.step.warning is not None:
+            self._shown.interlude(partial(self._talk.warn, delta.step.warning))
         if self._write is not None:
             self._shown.elsewhere(partial(self._write, delta))
         elif delta.part == "reasoning":
@@ -241,20 +242,11 @@ def banner_lines(target: ModelSource, chosen: ExplainedPlan, draft_note: str, de
     ]
     if plan.quant != "none":
         facts.append(_weights(plan))
+    places = places_of(plan, _memory_name(plan.work.device))
     return [
         " · ".join([f"specchat {__version__}", *facts]),
-        f"{_places(plan)} · context {plan.work.ctx:,} · {short_speed(chosen.prediction)} (details: {details})",
+        f"{places} · context {plan.work.ctx:,} · {short_speed(chosen.prediction)} (details: {details})",
     ]
-
-
-def _places(plan: Plan) -> str:
-    """Return where the layers are, in words."""
-    memory, placement = _memory_name(plan.work.device), plan.placement
-    if not placement.streamed:
-        return f"all in {memory} ({format_bytes(plan.device_bytes)})"
-    resident = f"{len(placement.resident)} of {placement.num_layers} layers in {memory}"
-    streamed = f"{format_bytes(plan.streamed_bytes_per_step)} streamed per pass"
-    return f"{resident} ({format_bytes(plan.device_bytes)}) · {streamed}"
 
 
 def _weights(plan: Plan) -> str:
@@ -282,7 +274,7 @@ def plan_line(plan: Plan) -> str:
     if _unit(plan.vram_bytes) == unit:
         total = f"{_scaled(plan.device_bytes, unit)}/{format_bytes(plan.vram_bytes)}"
     streamed = (
-        f"streamed {format_bytes(plan.streamed_bytes_per_step)}/pass" if plan.placement.streamed else "nothing streamed"
+        f"streamed {format_bytes(plan.streamed_bytes_per_step)}/pass" if plan.placement.streams else "nothing streamed"
     )
     return f"{_memory_name(plan.work.device)} {total} ({shares}) · {streamed}"
 
@@ -321,6 +313,8 @@ def totals_lines(turns: Sequence[Turn], plan: Plan) -> list[str]:
         f"time: {ttft_s:.1f} s until first tokens (TTFT), {decode_s:.1f} s decoding",
         f"of this: {verify_s:.1f} s in target passes ({wait_s:.1f} s waiting for layers), {draft_s:.1f} s drafting",
         *_source_lines(turns, num_steps),
+        *given_back_lines(turns[-1].memory),
+        *expert_lines(turns[-1].memory, plan),
         f"last answer: {stats_line(turns[-1], plan)}",
     ]
 
@@ -394,6 +388,7 @@ def step_line(number: int, step: Step, width: int | None = None, text: str = "")
         f"{step.pass_s:.3f} s",
         ", ".join(f"{name} {seconds:.3f} s" for name, seconds in times if seconds >= _SHOWN_S),
         f"streamed {format_bytes(step.streamed_bytes)}" if step.streamed_bytes else "",
+        step_experts(step),
         f"{step.new_rows:,} new + {step.cached_rows:,} cached rows",
         f"sample {step.sample_s:.3f} s",
     ):

@@ -2,12 +2,12 @@
 
 import sys
 from collections.abc import Sequence
-from datetime import datetime
 
 from rich.table import Table
 from rich.text import Text
 
 from specchat.chat.saved_chats import SavedChat
+from specchat.files import local_time
 from specchat.models.packs.installed import Installed
 from specchat.ui.console import neutral, report_console
 from specchat.units import format_bytes
@@ -36,7 +36,7 @@ def print_models(found: Sequence[Installed]) -> None:
 
 
 def _day(seconds: float | None) -> str:
-    return "" if seconds is None else f"{datetime.fromtimestamp(seconds).astimezone():%Y-%m-%d}"
+    return "" if seconds is None else f"{local_time(seconds):%Y-%m-%d}"
 
 
 def _print(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

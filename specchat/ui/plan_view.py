@@ -15,6 +15,7 @@ from specchat.records.limits import MOST_RESTORE_POINTS
 from specchat.records.model import ModelSource
 from specchat.records.plan import Plan
 from specchat.ui.console import neutral
+from specchat.ui.placement_view import expert_facts
 from specchat.units import format_bytes
 
 _NARROW = 60
@@ -42,7 +43,9 @@ def plan_text(target: ModelSource, chosen: ExplainedPlan, draft_note: str, width
     facts += [("assumes", assumption) for assumption in chosen.assumptions]
     if plan.draft is None and draft_note:
         facts.insert(1, ("draft", draft_note))
-    if plan.placement.streamed:
+    if plan.experts is not None:
+        facts += expert_facts(plan, plan.experts)
+    elif plan.placement.streamed:
         facts.append(("streamed", f"{format_bytes(plan.streamed_bytes_per_step)} per pass, from {_places(plan)}"))
     ledger = [(item.item, format_bytes(item.bytes)) for item in plan.ledger]
     ledger.append(("sum", f"{format_bytes(plan.device_bytes)} of {format_bytes(plan.vram_bytes)}"))
@@ -110,10 +113,17 @@ def _tok_per_s(rate: float) -> str:
 
 
 def _layers(plan: Plan) -> str:
-    if not plan.placement.streamed:
-        return f"{plan.placement.num_layers}, all resident"
+    if plan.experts is not None:
+        return f"{plan.placement.num_layers}, all resident besides their experts"
     placement = plan.placement
-    return f"{len(placement.resident)} resident, {len(placement.streamed)} streamed through {placement.slots} slots"
+    if not placement.streamed:
+        expanded = f", {len(placement.expanded)} of them larger to be faster" if placement.expanded else ""
+        return f"{placement.num_layers}, all resident{expanded}"
+    text = f"{len(placement.resident)} resident, {len(placement.streamed)} streamed through {placement.slots} slots"
+    if not plan.stages:
+        return text
+    first = plan.first_stage
+    return f"{text}; {len(first.resident)} resident up to {first.ctx:,} tokens"
 
 
 def _places(plan: Plan) -> str:

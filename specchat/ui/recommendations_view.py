@@ -7,6 +7,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from specchat.planner.recommendations import READING_TOK_PER_S, Recommendation, Recommendations
+from specchat.ui.placement_view import kept_experts
 from specchat.units import format_bytes
 
 _MOST_SHOWN = 12
@@ -88,7 +89,10 @@ def _download(recommendation: Recommendation) -> str:
 
 def _place(recommendation: Recommendation) -> str:
     """Return the places of the model's layers between passes."""
-    tiers = recommendation.plan.placement.tiers
+    plan = recommendation.plan
+    if plan.experts is not None:
+        return f"in RAM with {kept_experts(plan)}"
+    tiers = plan.placement.tiers
     on_cpu = recommendation.plan.work.device == "cpu"
     counts = {
         "in VRAM": 0 if on_cpu else tiers.count("device"),

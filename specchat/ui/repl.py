@@ -16,6 +16,7 @@ from specchat.ui.commands import BY_NAME, unknown
 from specchat.ui.completion import CommandCompleter
 from specchat.ui.console import typing_ahead, wants_styles
 from specchat.ui.desk import Chat, Desk
+from specchat.ui.idle import watching_memory
 from specchat.ui.prompt import PromptLine, unquoted
 
 Records = Iterator[Delta | Dropped | Turn]
@@ -97,7 +98,8 @@ class Repl:
         if load.is_done:
             load.result()  # raises if loading failed while a command ran
         try:
-            text = self._line.read(restored, waiting=load, note=load.reporter.line)
+            with watching_memory(load.result().engine if load.is_done else None):
+                text = self._line.read(restored, waiting=load, note=load.reporter.line)
         except EOFError:
             return False
         except KeyboardInterrupt:

@@ -106,6 +106,15 @@ def memory_text(memory: MemoryReport, device: str) -> str:
     return f"VRAM {_gib(memory.device_peak_bytes)} · RAM {_gib(memory.host_peak_bytes)}"
 
 
+def given_back_lines(memory: MemoryReport) -> list[str]:
+    """Return a line about layers that left the memory while it was short."""
+    if not memory.given_back_layers:
+        return []
+    layers = "1 layer" if memory.given_back_layers == 1 else f"{memory.given_back_layers} layers"
+    size = format_bytes(memory.given_back_bytes)
+    return [f"memory was short: {layers} ({size}) given back to the system, and read from the disk since"]
+
+
 def _gib(num_bytes: int) -> str:
     """Return a size in GiB; sizes below 1 GiB have a smaller unit."""
     return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else format_bytes(num_bytes)

@@ -21,7 +21,11 @@ from specchat.bench.setup import left_out
 from specchat.bench.tables import report_tables, share, share_lines
 from specchat.cli import bench
 from specchat.cli.app import run_command_line
+from specchat.cli.bench_options import BenchOptions
 from specchat.errors import UsageError
+from specchat.loading.request import ModelRequest
+from specchat.records.plan import PlanChoices
+from specchat.ui.console import talk
 
 SCHEMA = json.loads(files("specchat.bench").joinpath("schema.json").read_text())
 ROOT = Path(__file__).parents[2]
@@ -54,6 +58,16 @@ def reports(tmp_path_factory):
             assert run_command_line(["bench", "demo", *SMALL, *extra, "--json", "-q"]) == 0
         made.append(path)
     return made
+
+
+def test_the_automatic_draft_may_be_a_head_in_the_targets_files(tmp_path):
+    for file in files("specchat.demo").joinpath("target").iterdir():  # a folder that is no toy
+        (tmp_path / file.name).symlink_to(file)
+    options = BenchOptions(ModelRequest(str(tmp_path), choices=PlanChoices(ctx=512)), quiet=True)
+    say = talk(quiet=True)
+    (point,) = bench._points(options, say)
+    job = bench._job(options, point, (), 1, say)
+    assert job.draft is not None and (job.draft.part, job.plan.draft) == ("mtp", "mtp")
 
 
 def test_demo_against_every_baseline(reports):
@@ -205,7 +219,7 @@ def test_passes_from_the_page_cache(specchat):
     [
         (["demo", "--baseline", "vllm"], "'vllm' is not a baseline"),
         (["demo", "--baseline", "assisted", "--draft", "none"], "needs a draft"),
-        (["demo", "--baseline", "llama.cpp"], "runs GGUF models"),
+        (["demo", "--baseline", "llama.cpp", "--limit", "1"], "runs GGUF files"),
         (["demo", "--plot", "a.svg"], "--plot draws a sweep"),
         (["demo", "--sweep", "ctx=256", "--plot", "a.pdf"], "--plot draws .svg or .png"),
         (["demo", "--sweep", "slots=0"], "--sweep slots must be at least 1"),

@@ -102,6 +102,13 @@ def test_offloaded_generation_gives_the_targets_text(engine, sources):
     assert len(out.pass_tokens) < NUM_TOKENS  # the draft helped
 
 
+@pytest.mark.parametrize("architecture", ["gemma2", "gpt_oss"])
+def test_models_without_fused_attention_are_offloaded_with_their_own(architecture, tmp_path):
+    source = save(random_model(make_config(architecture)), tmp_path / "m")
+    with OffloadedModel(source, dtype="fp32", device="cpu", resident=(0,), draft=source) as model:
+        assert len(model.generate(PROMPT, Sampling(), stop_ids=NOTHING, max_tokens=4).token_ids) == 4
+
+
 def test_offloaded_generation_stops_at_a_stop_token(sources):
     with OffloadedModel(sources[0], dtype="fp32", device="cpu", resident=(), draft=None) as model:
         first = model.generate(PROMPT, Sampling(), stop_ids=NOTHING, max_tokens=1).token_ids[0]

@@ -181,7 +181,54 @@ TOO_LARGE = {
         "{% set x = namespace(s='x') %}{% for i in range(99) %}{% set x.s = x.s + x.s %}{% endfor %}",
         "more than",
     ),
+    **{
+        name: (
+            f"{{% set x = namespace(s=messages[0].content) %}}{{% for i in range(99) %}}{grow}{{% endfor %}}",
+            "more than",
+        )
+        for name, grow in {
+            "tilde": "{% set x.s = x.s ~ x.s %}",
+            "tilde of many": "{% set x.s = x.s ~ 1 ~ x.s ~ x.s %}",
+            "join": "{% set x.s = [x.s, x.s, x.s] | join(x.s) %}",
+            "join method": "{% set x.s = x.s.join([x.s, x.s]) %}",
+            "join of attributes": "{% set x.s = [{'a': x.s}, {'a': x.s}] | join('', attribute='a') %}",
+            "join by map": "{% set x.s = [[x.s, x.s]] | map('join') | first %}",
+            "replace": "{% set x.s = x.s | replace('', x.s) %}",
+            "replace method": "{% set x.s = x.s.replace('i', x.s ~ 'i') %}",
+            "format": "{% set x.s = '%s%s' | format(x.s, x.s) %}",
+            "format by name": "{% set x.s = '%(a)s%(a)s' | format(a=x.s) %}",
+            "format method": "{% set x.s = '{0}{0}'.format(x.s) %}",
+            "format map": "{% set x.s = '{a}{a}'.format_map({'a': x.s}) %}",
+            "percent": "{% set x.s = '%s%s' % (x.s, x.s) %}",
+            "indent": "{% set x.s = ('a\n' * 4000) | indent(x.s) %}",
+            "block": "{% set y %}{{ x.s }}{{ x.s }}{% endset %}{% set x.s = y %}",
+        }.items()
+    },
+    "center": ("{{ 'x' | center(999999999) }}", "more than"),
+    "ljust": ("{{ 'x'.ljust(999999999) }}", "more than"),
+    "zfill": ("{{ 'x'.zfill(999999999) }}", "more than"),
+    "tabs": ("{{ ('\t' * 9999).expandtabs(999999999) }}", "more than"),
+    "indent width": ("{{ 'x\ny' | indent(999999999) }}", "more than"),
+    "format width": ("{{ '{:999999999}'.format('x') }}", "more than"),
+    "format given width": ("{{ '{:{}}'.format('x', 999999999) }}", "more than"),
 }
+USED = {
+    "tilde": ("{{ 'a' ~ 1 ~ messages[0].role }}", "a1user"),
+    "join": ("{{ [1, 'b'] | join(', ') }}{{ '-'.join(['c', 'd']) }}", "1, bc-d"),
+    "join of attributes": ("{{ messages | join(' ', attribute='role') }}", "user assistant user"),
+    "replace": ("{{ 'abab' | replace('a', 'x', 1) }}{{ 'abab'.replace('b', 'y') }}", "xbabayay"),
+    "format": (
+        "{{ '%s %5.2f %(a)s'|replace('%(a)s', '') | format('x', 1.5) }}{{ '{:>3}|{a}'.format(1, a=2) }}",
+        "x  1.50   1|2",
+    ),
+    "widths": ("{{ 'x' | center(3) }}{{ 'y'.ljust(2) }}{{ 'a\nb' | indent(2) }}", " x y a\n  b"),
+}
+
+
+@pytest.mark.parametrize("name", USED)
+def test_checked_operations_give_what_they_gave(tokenizer, name):
+    template, text = USED[name]
+    assert tokenizer(template).render(CHAT) == text
 
 
 @pytest.mark.parametrize("name", TOO_LARGE)

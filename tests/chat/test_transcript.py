@@ -329,3 +329,28 @@ def test_a_disk_that_takes_a_part_is_an_error(path, monkeypatch):
     assert finish(session.ask("two")).unsaved is None
     journal.close()
     assert transcript.read(path).state == session.state
+
+
+def test_a_session_that_another_process_begins_meanwhile_is_not_overwritten(path):
+    """Both looked before the first answer: the turns of the first stay, and the others are said to be unsaved."""
+    (first, ours), (second, theirs) = (chat(path, ["1", "2"]) for _ in range(2))
+    assert finish(first.ask("one")).unsaved is None
+    ours.close()
+    for question in ("uno", "due"):
+        unsaved = finish(second.ask(question)).unsaved
+        assert unsaved is not None and "another specchat has begun this session" in unsaved
+    assert [each.question for each in transcript.read(path).state.exchanges] == ["one"]
+    theirs.close()
+
+
+def test_a_session_that_another_process_continues_meanwhile_is_not_cut(path):
+    session, journal = chat(path, ["1"])
+    finish(session.ask("one"))
+    journal.close()
+    saved = transcript.read(path)
+    other, journal = chat(path, ["2"], transcript.read(path))
+    finish(other.ask("two"))
+    journal.close()
+    with pytest.raises(SessionError, match="changed by another specchat"):
+        Transcript(path, saved)
+    assert [each.question for each in transcript.read(path).state.exchanges] == ["one", "two"]

@@ -116,3 +116,10 @@ def test_unsupported_configuration_is_refused_before_the_download(hub: FakeHub, 
     with pytest.raises(UnsupportedModelError, match=reason):
         locate(options())
     assert weights_asked_for(hub) == []
+
+
+@pytest.mark.parametrize("draft", ["mtp+demo", "self+mtp", "auto+demo+retrieval"])
+def test_only_retrieval_can_be_added_to_another_drafter(draft):
+    with pytest.raises(UsageError, match="more than one drafter"):
+        parse_models(options("demo", draft=draft))
+    assert parse_models(options("demo", draft=f"{draft.partition('+')[0]}+retrieval")).draft is None

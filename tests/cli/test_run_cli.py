@@ -80,7 +80,7 @@ def fails(result, code, *words):
         (["run", "demo", "hi", "--json", "--json-stream"], ["--json-stream"]),
         (["run", "demo", "hi", "--plan", "--json-stream"], ["--plan"]),
         (["run", "demo", "hi", "-q", "-v"], ["--quiet", "--verbose"]),
-        (["run", "demo", "hi", "--draft", "self"], ["self", "not available in this version"]),
+        (["run", "demo", "hi", "--draft", "self", "--quant", "int4"], ["--draft self", "(int4)", "--quant none"]),
         (["run", "demo", "hi", "--draft", "none+retrieval"], ["--draft none", "use --draft retrieval"]),
         (["run", "demo"], ["empty"]),
         (["run", "demo", ""], ["empty"]),

@@ -256,7 +256,7 @@ def test_resuming_with_another_model_is_reported(fake):
 def test_resumed_hub_model_keeps_its_revision(monkeypatch, tmp_path):
     facts = setup(model="org/name", revision="abc", dtype="bf16", ctx=512)
     record = Opened(facts, None, Sampling(), None, None)
-    saved = Saved(tmp_path / "fox.jsonl", (record,), 0)
+    saved = Saved(tmp_path / "fox.jsonl", (record,), 0, 0)
     (layer,) = sessions.layers(saved, None)
     assert (layer.values["model"], layer.values["dtype"], layer.values["ctx"]) == ("org/name@abc", "bf16", 512)
     assert sessions.layers(saved, "org/name")[0].values["model"] == "org/name@abc"

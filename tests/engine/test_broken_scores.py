@@ -175,9 +175,9 @@ def test_only_scores_without_a_best_one_are_refused(sampling: Sampling):
 
 def check_lost_once(steps: list[Step], draft: ModelSource) -> int:
     """Return the index of the only step that tells of the loss."""
-    (index,) = [index for index, step in enumerate(steps) if step.draft_lost is not None]
-    assert draft.name in steps[index].draft_lost and "fp32" in steps[index].draft_lost
-    assert "\n" not in steps[index].draft_lost
+    (index,) = [index for index, step in enumerate(steps) if step.warning is not None]
+    assert draft.name in steps[index].warning and "fp32" in steps[index].warning
+    assert "\n" not in steps[index].warning
     assert all(step.tree_nodes == 0 for step in steps[index:])
     return index
 
@@ -192,7 +192,7 @@ def test_a_broken_draft_is_given_up_for_good(models: Models, plain: list[list[in
         assert check_lost_once([step for answer in steps for step in answer], draft) == 0
         engine.forget()
         again, later = write(engine, PROMPT, GREEDY, NUM_TOKENS)
-        assert again == plain[0] and all(step.draft_lost is None and not step.tree_nodes for step in later)
+        assert again == plain[0] and all(step.warning is None and not step.tree_nodes for step in later)
 
 
 @pytest.mark.parametrize("number", range(len(SAMPLINGS)))

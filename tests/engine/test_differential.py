@@ -1,6 +1,7 @@
-"""Random runs against plain decoding; each round prints its seed.
+"""Random runs against the target alone; each round prints its seed.
 
-TEST_SEED repeats a round. `pytest -m soak tests/engine/test_differential.py` goes on for TEST_MINUTES, 60 by default.
+TEST_SEED repeats a round. `pytest -m soak -s tests/engine/test_differential.py` goes on for TEST_MINUTES, 60 by
+default, and takes one architecture after the other.
 """
 
 from __future__ import annotations
@@ -12,18 +13,34 @@ import time
 from pathlib import Path
 
 import pytest
-from support.differential import Tally, run_round
+from support.differential import NAMES, Tally, Target, run_round
+from support.engines import random_prompt
 from support.streamed import tiny_packs
+from support.tiny_models import VOCAB, make_config, random_model
+
+from specchat.records.generation import Request, Sampling
 
 
-@pytest.mark.parametrize("number", range(1))
-def test_random_runs_write_the_targets_text(number: int, tmp_path: Path):
+def test_random_runs_write_the_targets_text(tmp_path: Path):
     seed = int(os.environ.get("TEST_SEED", random.randrange(1 << 30)))
     print(f"TEST_SEED={seed}")
     tally = Tally()
     with tiny_packs(tmp_path):
-        run_round(seed, tmp_path / "models", tally, engines=1)
-    assert tally.total and len(tally.excused) <= 1
+        run_round(seed, tmp_path / "models", tally, engines=2, requests=2)
+    assert tally.total and tally.is_good
+
+
+def test_a_token_that_the_target_would_not_write_is_found():
+    model, prompt = random_model(make_config("llama")), random_prompt(9, VOCAB)
+    best = int(Target(model).scores(prompt, "fp32")[-1].argmax())
+    twin, other = VOCAB - 1, (best + 1) % (VOCAB - 1)
+    model.lm_head.weight.data[twin] = model.lm_head.weight.data[best]
+    target, request = Target(model), Request(tuple(prompt), Sampling(), max_tokens=1)
+    assert [target.differences(request, [token], "fp32") for token in (best, twin, other)] == [
+        [],
+        [(0, True)],
+        [(0, False)],
+    ]
 
 
 @pytest.mark.soak
@@ -33,9 +50,12 @@ def test_random_runs_for_an_hour(tmp_path: Path):
     tally = Tally()
     with tiny_packs(tmp_path):
         while time.monotonic() < end:
-            run_round(seed, tmp_path / "models", tally, engines=3, requests=4)
+            before, begin = tally.total, time.monotonic()
+            name = run_round(seed, tmp_path / "models", tally, engines=4, requests=6, most_tokens=400)
+            seconds = time.monotonic() - begin
+            print(f"TEST_SEED={seed} {name}: {tally.total - before:,} tokens in {seconds:.0f} s", flush=True)
             shutil.rmtree(tmp_path / "models")
             shutil.rmtree(tmp_path / "cache", ignore_errors=True)  # some models need no pack
             seed += 1
     print(f"TEST_SEED={first} to {seed - 1}: {tally}")
-    assert len(tally.excused) <= max(1, tally.total // 10_000)
+    assert tally.is_good and (len(tally.tokens) == len(NAMES) or seed - first < len(NAMES))

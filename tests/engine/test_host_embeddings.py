@@ -156,6 +156,7 @@ def divided_model(architecture: str, *, looks_up_on_host: bool = True) -> TreeMo
     return TreeModel(skeleton, cache, NoStreamer(), (), 16, DEVICE, embeddings if looks_up_on_host else None)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="fake parameters of torch 2.11 cannot be put on meta again")
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "phi3", "gpt_oss", "deepseek_v3"])
 def test_only_embedding_rows_cross_to_the_device(architecture: str):
     with FakeTensorMode():

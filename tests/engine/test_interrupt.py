@@ -16,6 +16,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from support.engines import NOTHING, make_plan, random_prompt, write
+from support.interrupts import CancelAt
 from support.loading import load_engine, load_model
 from support.threads import at_most, watched_threads
 from support.tiny_models import VOCAB, make_config, perturbed, random_model, save
@@ -33,19 +34,6 @@ SAMPLINGS = {
     "greedy": Sampling(),
     "sampled": Sampling(temperature=0.9, top_p=0.95, repetition_penalty=1.1, seed=8),
 }
-
-
-class CancelAt(threading.Event):
-    """An event that is set from the n-th check on, and counts the checks."""
-
-    def __init__(self, n: float = float("inf")) -> None:
-        super().__init__()
-        self.n = n
-        self.looks = 0
-
-    def is_set(self) -> bool:
-        self.looks += 1
-        return self.looks >= self.n
 
 
 @dataclass

@@ -26,7 +26,7 @@ from specchat.models.sizes.describe import describe
 from specchat.models.sizes.geometry import dequantize_bytes
 from specchat.planner.memory import build_ledger, with_trees
 from specchat.records.generation import Request, Sampling
-from specchat.records.limits import HEAD_BLOCK_ROWS
+from specchat.records.limits import COPY_PROMPT_ROWS, HEAD_BLOCK_ROWS
 from specchat.records.model import Dtype, ModelSource, Quant
 from specchat.records.plan import LedgerItem, Plan
 
@@ -89,8 +89,10 @@ def pair(case: Case, folder: Path) -> tuple[ModelSource, ModelSource]:
     return save(target, folder / "target"), save(perturbed(target, 0.05), folder / "draft")
 
 
-def planned(case: Case, target: ModelSource, draft: ModelSource, quant: Quant = "none") -> Plan:
-    spec, draft_spec = describe(target, quant), describe(draft)
+def planned(
+    case: Case, target: ModelSource, draft: ModelSource, quant: Quant = "none", draft_quant: Quant = "none"
+) -> Plan:
+    spec, draft_spec = describe(target, quant), describe(draft, draft_quant)
     resident = tuple(range(case.num_resident))
     plan = make_plan(
         target,
@@ -102,8 +104,9 @@ def planned(case: Case, target: ModelSource, draft: ModelSource, quant: Quant = 
         chunk_rows=CHUNK_ROWS,
         seats=case.seats,
     )
-    work = replace(plan.work, dtype=case.dtype)
-    plan = replace(plan, work=work, quant=quant, ledger=build_ledger(spec, draft_spec, work, plan.placement))
+    work = replace(plan.work, dtype=case.dtype, shares_cache=draft.is_copy)
+    ledger = build_ledger(spec, draft_spec, work, plan.placement)
+    plan = replace(plan, work=work, quant=quant, draft_quant=draft_quant, ledger=ledger)
     larger = with_trees(plan, spec, draft_spec, case.tree_budget, case.head_rows)
     return plan if case.head_rows == HEAD_BLOCK_ROWS else larger
 
@@ -125,17 +128,22 @@ def test_ledger_and_memory(case: Case, tmp_path: Path):
     check_ledger(case, *pair(case, tmp_path))
 
 
-def check_ledger(case: Case, target: ModelSource, draft: ModelSource, quant: Quant = "none") -> None:
+def check_ledger(
+    case: Case, target: ModelSource, draft: ModelSource, quant: Quant = "none", draft_quant: Quant = "none"
+) -> None:
     """Return the bytes that pre-quantized checkpoints need per read (6 MiB at most), planned on top of the peak."""
-    plan, spec = planned(case, target, draft, quant), describe(target, quant)
+    plan, spec = planned(case, target, draft, quant, draft_quant), describe(target, quant)
     ours = dequantize_bytes(replace(spec, quant="int8"), case.dtype, "cpu")
     pieces = dequantize_bytes(spec, case.dtype, "cpu") - ours
     with load_engine(plan, target, draft) as engine:
         assert engine.memory().device_peak_bytes == total(plan.ledger, weights=True)
         living = Living()
         with living:
-            for left in (72, 9):  # one fills the noise, one has the longest pass
-                prompt = random_prompt(case.ctx - left, VOCAB, seed=left)
+            prompts = [random_prompt(case.ctx - left, VOCAB, seed=left) for left in (72, 9)]
+            if draft.is_copy:  # and one whose new tokens the copy reads for a first tree
+                new = COPY_PROMPT_ROWS["cpu"]
+                prompts.append([*prompts[-1][:-new], *random_prompt(new, VOCAB, seed=1)])
+            for prompt in prompts:  # one fills the noise, one has the longest pass
                 for _ in engine.generate(prompt, Sampling(temperature=0.8, top_p=0.9, seed=1), stop_ids=NOTHING):
                     pass
     promised = total(plan.ledger, weights=False)
@@ -153,6 +161,19 @@ def test_ledger_and_memory_of_a_head(case: Case, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(HeadCheck, "compare", lambda *_: None)  # a random head would be given up
     target = save_with_mtp(random_target(case.architecture), tmp_path / "target", LAYOUTS[case.architecture])
     check_ledger(case, target, head_of(target))
+
+
+# Small trees: the ledger counts a tree beside the longest prompt, which retrieval may grow, but a copy does not.
+COPY_CASES = [Case("llama", 240, 16, "fp32"), Case("gemma3", 240, 16, "bf16"), Case("deepseek_v3", 368, 16, "fp32")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+@pytest.mark.parametrize("case", COPY_CASES, ids=lambda case: f"{case.architecture}-{case.dtype}-{case.tree_budget}")
+def test_ledger_and_memory_of_an_own_copy(case: Case, tmp_path: Path, quant: Quant):
+    """A copy has nothing but the streamed layers; its trees take rows of the target's cache."""
+    target = save(random_model(make_config(case.architecture)), tmp_path / "target")
+    check_ledger(case, target, replace(target, name="self", part="self"), draft_quant=quant)
 
 
 SHARED_CASES = [

@@ -170,7 +170,7 @@ def test_a_head_that_guesses_by_chance_is_given_up(targets: Targets):
         ours, steps = write(engine, prompt, SAMPLINGS["greedy"], NUM_TOKENS)
         again, later = write(engine, prompt, SAMPLINGS["greedy"], NUM_TOKENS)
     assert ours == again == plain
-    warnings = [step.draft_lost for step in (*steps, *later) if step.draft_lost is not None]
+    warnings = [step.warning for step in (*steps, *later) if step.warning is not None]
     assert len(warnings) == 1 and "mtp" in warnings[0] and "by chance" in warnings[0]
     guesses = [guess for step in (*steps, *later) for guess in step.guesses]
     assert {guess.source for guess in guesses if guess.offered} <= {"retrieval", "recycling"}

@@ -17,9 +17,9 @@ from support.loading import load_model
 from support.tiny_models import VOCAB, make_config, random_model, save
 
 from specchat.engine.drafting.drafter import ModelDrafter
-from specchat.engine.drafting.growth import GREEDY_TEMPERATURE, NOISE_TEMPERATURE
 from specchat.engine.drafting.paths import Paths
 from specchat.engine.drafting.policy import FixedPolicy
+from specchat.engine.drafting.sources import SMALL_DRAFT
 from specchat.engine.model import TreeModel
 from specchat.engine.sampling import Noise, Sampler
 from specchat.engine.tree import ROOT, TokenTree, common_prefix
@@ -177,11 +177,11 @@ WARM = Sampling(temperature=0.4, seed=21)
 def log_weights(logits: torch.Tensor, position: int, sampling: Sampling, shared_noise: bool) -> torch.Tensor:
     """Return the weights that rank children at `position`, by the design's formula."""
     if sampling.greedy:
-        return torch.log_softmax(logits / GREEDY_TEMPERATURE, -1)
+        return torch.log_softmax(logits / SMALL_DRAFT.greedy, -1)
     scores = logits / sampling.temperature
     if not shared_noise:
         return torch.log_softmax(scores, -1)
-    return torch.log_softmax((scores + Noise(sampling.seed, VOCAB, CPU).row(position)) / NOISE_TEMPERATURE, -1)
+    return torch.log_softmax((scores + Noise(sampling.seed, VOCAB, CPU).row(position)) / SMALL_DRAFT.noise, -1)
 
 
 @torch.inference_mode()

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.faults import models, saved, system
+from support.faults import hub, models, saved, system
 from support.faults.fault import Fault
 from support.faults.server import Server, may_mount
 
-FAULTS = [*models.faults(), *saved.faults(), *system.faults()]
+FAULTS = [*models.faults(), *saved.faults(), *system.faults(), *hub.faults()]
 QUICK = [fault for fault in FAULTS if fault.is_quick][::6]
 
 

@@ -102,8 +102,9 @@ def test_signals_at_random_moments(server: Server, folder: Path, rng: random.Ran
             code = 128 - ended.code if ended.code in (-signal.SIGTERM, -signal.SIGHUP) else ended.code
             ends[code] = ends.get(code, 0) + 1
             assert code in (0, 128 + number), (moment, number, ended)
-            # The answer was complete, and libraries were tidying up.
-            assert ended.code or ended.seconds <= moment + 0.5, f"{number!r} was lost"
+            # The answer was complete, and libraries were tidying up: that is a small part of a run on a busy machine.
+            late = moment > 0.75 * ended.seconds or ended.seconds <= moment + 0.5
+            assert ended.code or late, f"{number!r} was lost at {moment} of {ended.seconds} s"
             assert b"Traceback" not in ended.err and b"internal" not in ended.err, ended
     print(f"exit codes: {ends}")
     assert len(ends) == 4

@@ -360,6 +360,17 @@ def test_rates_name_their_basis():
     assert widths == sorted(widths) and widths[-1] == 8 * widths[0]
 
 
+def test_rates_are_those_of_the_card_that_cuda_means():
+    """The driver numbers cards by slot, CUDA by speed or as CUDA_VISIBLE_DEVICES says."""
+    slow, fast = replace(card(8, gen=3, width=8), uuid="GPU-slow"), replace(card(24), uuid="GPU-fast")
+    found = hardware(GpuSurvey((slow, fast)))
+    machine, _ = with_card(fast)
+    by_uuid = rates_of(found, replace(machine, gpu_uuid="GPU-fast"))
+    by_number = rates_of(found, replace(machine, gpu_uuid="MIG-another"))
+    assert by_uuid == with_card(fast)[1]
+    assert by_number.host == with_card(slow)[1].host
+
+
 @pytest.mark.parametrize("device", ["cuda:0", "cpu"])
 def test_adaptive_trees_start_from_the_prediction(device: str):
     machine, rates = with_card(card(24))

@@ -13,19 +13,13 @@ from support.planning import UNKNOWN_RATES, specs
 from specchat.hardware.machine import Machine, MatmulRate
 from specchat.models.catalog.ref import demo_source
 from specchat.models.sizes.geometry import layer_sizes
-from specchat.planner.candidates import (
-    CHUNK_ROWS,
-    CUDA_RESERVE_BYTES,
-    DRAFT_ROWS_PER_NODE,
-    TREE_BUDGETS,
-    Candidate,
-    Candidates,
-)
+from specchat.planner.candidates import Candidate, Candidates
 from specchat.planner.cost import Acceptance, CostModel, Prediction
 from specchat.planner.memory import build_ledger, bytes_beside_layers, host_embedding_bytes
 from specchat.planner.placement import TierSizes, interleaved, usable_ram
 from specchat.planner.rates import Rate
 from specchat.planner.request import PlanInputs, PlanRequest
+from specchat.planner.workload import CHUNK_ROWS, CUDA_RESERVE_BYTES, DRAFT_ROWS_PER_NODE, TREE_BUDGETS
 from specchat.records.model import ModelSource, ModelSpec, ParamSize
 from specchat.records.plan import Placement, Workload
 
@@ -112,8 +106,13 @@ def workload(request: PlanRequest, inputs: PlanInputs, ctx: int, tree_budget: in
         chunk_rows=CHUNK_ROWS,
         device=device,
         reserve_bytes=0 if device == "cpu" else CUDA_RESERVE_BYTES,
+        head_rows=head_rows(device),
         host_embeddings=on_host,
     )
+
+
+def head_rows(device: str) -> int:
+    return 8 if device == "cpu" else 32
 
 
 def most_resident(
@@ -265,7 +264,16 @@ def beside_layers(request: PlanRequest, device: str, target: ModelSpec, draft: M
     nodes = nodes if draft is not None else 0
     reserve = 0 if device == "cpu" else CUDA_RESERVE_BYTES
     dtype, ctx = request.choices.dtype, request.choices.ctx or 512
-    work = Workload(device, dtype, ctx, nodes, DRAFT_ROWS_PER_NODE * nodes, CHUNK_ROWS, reserve)  # type: ignore[arg-type]
+    work = Workload(
+        device,
+        dtype,  # type: ignore[arg-type]
+        ctx,
+        nodes,
+        DRAFT_ROWS_PER_NODE * nodes,
+        CHUNK_ROWS,
+        reserve,
+        head_rows(device),
+    )
     return ledger_bytes(target, draft, work, Placement(target.num_layers, ()))
 
 

@@ -129,10 +129,10 @@ def test_the_word_mtp_takes_the_head_of_the_targets_files(target: ModelSource):
 
 
 def test_assisted_generation_cannot_use_a_head(target: ModelSource):
-    check_baselines(["plain", "assisted"], target)
+    check_baselines(["plain", "assisted"], target, target)
     for draft in (None, head_of(target)):
         with pytest.raises(UsageError, match="draft model"):
-            check_baselines(["plain", "assisted"], draft)
+            check_baselines(["plain", "assisted"], target, draft)
 
 
 def test_auto_finds_the_head(target: ModelSource):

@@ -23,13 +23,13 @@ from specchat.models.catalog.ref import demo_source
 from specchat.models.hf.tokenizer import load_tokenizer
 from specchat.models.sizes.describe import describe
 from specchat.models.sizes.geometry import layer_bytes
-from specchat.planner.candidates import CUDA_RESERVE_BYTES
 from specchat.planner.inputs import find_inputs
 from specchat.planner.memory import RUNTIME_BYTES, build_ledger
 from specchat.planner.placement import NUM_SLOTS, interleaved, usable_ram
 from specchat.planner.rates import Rate
 from specchat.planner.request import EXACT_BYTES, PlanInputs, PlanRequest
 from specchat.planner.search import choose_plan, smaller_plan
+from specchat.planner.workload import CUDA_RESERVE_BYTES
 from specchat.records.chat import Message
 from specchat.records.generation import Sampling
 from specchat.records.model import ModelSource, ModelSpec, ParamSize

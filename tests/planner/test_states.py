@@ -112,9 +112,9 @@ def test_the_engine_allocates_what_is_counted(architecture: str, dtype: Dtype, s
         "qwen3_5_text",
         "kimi_linear",
         "falcon_h1",
-        "lfm2_moe",
-        "jamba",
-        "minimax",
+        pytest.param("lfm2_moe", marks=pytest.mark.slow),
+        pytest.param("jamba", marks=pytest.mark.slow),
+        pytest.param("minimax", marks=pytest.mark.slow),
         pytest.param("zamba2", marks=pytest.mark.slow),
     ],
 )

@@ -9,17 +9,22 @@ from pathlib import Path
 
 import torch
 
+from specchat.engine.attention import tree_attention
 from specchat.engine.drafting.drafter import Drafter, ModelDrafter, TreeDrafter
 from specchat.engine.drafting.head_check import HeadCheck
 from specchat.engine.drafting.mtp import MtpHead
+from specchat.engine.drafting.own_copy import CopyModel, OwnCopy
 from specchat.engine.drafting.sources import ProposingSource
 from specchat.engine.engine import Engine
+from specchat.engine.loading import load_layers
 from specchat.engine.model import TreeModel
 from specchat.models.catalog.ref import demo_source
 from specchat.models.hf.tokenizer import load_tokenizer
+from specchat.models.weights.layout import share_buffers
+from specchat.models.weights.open import open_weights
 from specchat.records.chat import Message
 from specchat.records.generation import Sampling
-from specchat.records.model import ModelSource
+from specchat.records.model import ModelSource, Quant
 from support.engines import make_plan
 from support.heads import load_head
 from support.loading import load_model
@@ -73,6 +78,17 @@ def mtp_drafter(target: TreeModel, budget: int, proposers: Sequence[ProposingSou
     return TreeDrafter(MtpHead(head, target, max_rows=rows, check=HeadCheck()), proposers)
 
 
+def copy_drafter(
+    target: TreeModel, budget: int, quant: Quant, proposers: Sequence[ProposingSource] = ()
+) -> TreeDrafter:
+    """The demo's own copy in low precision, of all layers."""
+    weights = open_weights(demo_source("target"), "fp32", quant, tree_attention)
+    layers = load_layers(weights, range(8), target.device, None)
+    for layer, own in zip(layers, target.skeleton.layers, strict=True):
+        share_buffers(layer, own)
+    return TreeDrafter(OwnCopy(CopyModel(target, dict(enumerate(layers))), max_rows=2 * budget), proposers)
+
+
 def prompts() -> list[list[int]]:
     tokenizer = load_tokenizer(demo_source("target").path)
     lines = map(json.loads, PROMPTS.read_text().splitlines())
@@ -92,7 +108,7 @@ def measure(
     """
     target, draft = demo_source("target"), demo_source("draft")
     plan = make_plan(target, draft, num_layers=8, ctx=CTX, tree_budget=budget)
-    model = load_demo("target", CTX + budget)
+    model = load_demo("target", CTX + 2 * budget)  # a copy drafts in the target's cache
     engine = Engine(plan, model, drafter(model) if callable(drafter) else drafter)
     tokens = steps = skipped = later_tokens = later_steps = 0
     for ids in token_lists:
@@ -100,7 +116,7 @@ def measure(
             skipped += 1
             continue
         for number, step in enumerate(engine.generate(ids, sampling, stop_ids=STOP_IDS, max_tokens=max_tokens)):
-            assert step.draft_lost is None
+            assert step.warning is None
             tokens += len(step.token_ids)
             steps += 1
             later_tokens += len(step.token_ids) * (number > 0)

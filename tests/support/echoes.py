@@ -23,7 +23,11 @@ class Echoes:
     ctx: int = 200
     requests: list[Request] = field(default_factory=list)
     num_passes: int = 0
+    num_relieved: int = 0
     before_pass: Callable[[], None] = lambda: None
+
+    def relieve(self) -> None:
+        self.num_relieved += 1
 
     def generate_many(
         self, requests: Iterable[Request | None], *, cancel: Event | None = None

@@ -122,6 +122,9 @@ class FakeEngine:
     def forget(self):
         self.truncate(0)
 
+    def relieve(self):
+        pass
+
     def memory(self):
         return MEMORY
 

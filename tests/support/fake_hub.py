@@ -27,6 +27,8 @@ class FakeHub:
     private: set[str] = field(default_factory=set)
     status: int | None = None  # every answer fails with it
     body: bytes | None = None  # every answer is this
+    answers: dict[str, tuple[int, bytes, dict[str, str]]] = field(default_factory=dict)  # part of a path -> answer
+    cuts: str | None = None  # answers to paths with this in them end in the middle
     requests: list[str] = field(default_factory=list)
     weight_bytes: int = 0  # sent of files of weights
 
@@ -57,7 +59,9 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(body)
+            is_cut = self.hub.cuts is not None and self.hub.cuts in self.path
+            self.wfile.write(body[: len(body) // 2] if is_cut else body)
+            self.close_connection = self.close_connection or is_cut
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -69,6 +73,8 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(self.hub.status)
         elif self.hub.body is not None:
             self.reply(200, self.hub.body)
+        elif (answer := next((each for part, each in self.hub.answers.items() if part in self.path), None)) is not None:
+            self.reply(answer[0], answer[1], **answer[2])
         elif parts[:2] == ["api", "models"]:
             self.serve_api("/".join(parts[2:4]), parts[4:])
         elif parts[0] == "cdn":

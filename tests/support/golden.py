@@ -52,6 +52,8 @@ def _essentials(machine: str, model: str) -> dict[str, str]:
     stored = f" in {plan.draft_quant}" if plan.draft_quant in ("int8", "int4") else ""
     draft = f"draft {plan.draft}{stored}, tree {plan.work.tree_budget}" if plan.draft else "no draft"
     slots = f", {plan.placement.slots} slots" if plan.placement.slots else ""
+    if plan.experts is not None and plan.placement.experts is not None:
+        slots = f" with {plan.placement.experts.quota} of {plan.experts.num_experts} experts"
     return {
         "plan": f"{plan.quant} in {plan.work.dtype}, ctx {plan.work.ctx}, layers {' + '.join(counts)}{slots}, {draft}",
         "speed": f"{_two_digits(prediction.tok_per_s)} tok/s, {prediction.basis}: "

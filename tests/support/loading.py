@@ -13,6 +13,7 @@ from specchat.engine import loading
 from specchat.engine.attention import tree_attention
 from specchat.engine.engine import Engine
 from specchat.engine.model import TreeModel
+from specchat.hardware.pressure import MemoryWatch
 from specchat.loading.engine import open_engine
 from specchat.loading.request import ModelRequest
 from specchat.models.checkpoint.dtypes import short_name
@@ -27,7 +28,7 @@ from specchat.planner.inputs import find_inputs
 from specchat.planner.request import PlanRequest
 from specchat.planner.search import choose_plan
 from specchat.records.model import Dtype, ModelSource
-from specchat.records.plan import Placement, Plan, PlanChoices, Workload
+from specchat.records.plan import ExpertSlots, Placement, Plan, PlanChoices, Workload
 
 CPU = torch.device("cpu")
 
@@ -52,24 +53,27 @@ def load_model(
     pack: Pack | None = None,
     quant: str = "none",
     seats: int = 1,
+    tree_budget: int = 0,
+    experts: ExpertSlots | None = None,
     warn: Callable[[str], None] = lambda _: None,
 ) -> TreeModel:
     """A model by itself; all layers are resident unless it is said which."""
     weights = open_weights(source, _short(dtype), quant, tree_attention)
     num_layers = len(weights.skeleton.layers)
     stays = tuple(range(num_layers)) if resident is None else tuple(resident)
-    in_ram = tuple(index for index in in_ram if index not in stays and index < num_layers)
+    if experts is None:
+        in_ram = tuple(index for index in in_ram if index not in stays and index < num_layers)
     work = Workload(
         device=str(device),
         dtype=_short(dtype),
-        ctx=cache_rows,
-        tree_budget=0,
+        ctx=cache_rows - tree_budget,
+        tree_budget=tree_budget,
         draft_rows=0,
         chunk_rows=chunk_rows,
         host_embeddings=host_embeddings,
         seats=seats,
     )
-    placement = Placement(num_layers, stays, in_ram, num_slots)
+    placement = Placement(num_layers, stays, in_ram, num_slots, experts)
     return loading.load_model(weights, work, placement, cache_rows=cache_rows, pack=pack, warn=warn)
 
 
@@ -80,9 +84,10 @@ def load_engine(
     pack: Pack | None = None,
     draft_pack: Pack | None = None,
     warn: Callable[[str], None] = lambda _: None,
+    watch: MemoryWatch | None = None,
 ) -> Engine:
     """An engine under a plan."""
-    return open_engine(target, draft, plan, (pack, draft_pack), warn)
+    return open_engine(target, draft, plan, (pack, draft_pack), warn, watch)
 
 
 def prepare(source: ModelSource, dtype: Dtype, quant: str = "none", **reports: Any) -> Pack | None:

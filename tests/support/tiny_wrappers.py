@@ -89,6 +89,8 @@ WRAPPERS: dict[str, _Sizes] = {
         {},
     ),
 }
+# The oldest transformers that is allowed knows only some of them.
+WRAPPERS = {name: sizes for name, sizes in WRAPPERS.items() if sizes[0] in dir(hf)}
 
 
 def wrapper_config(name: str, *, tied: bool = False) -> Any:

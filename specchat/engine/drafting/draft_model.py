@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from specchat.engine.drafting.paths import Paths, TreeRows
+from specchat.engine.drafting.sources import SMALL_DRAFT
 from specchat.engine.layout import PassLayout, RowLayout, linear_layout
 from specchat.engine.model import TreeModel
 from specchat.engine.sequence import FinalStates, TokenSequence
@@ -32,6 +33,7 @@ class DraftModel:
     name = "model"
     wants_states = False
     expands_chains = True
+    temperatures = SMALL_DRAFT
 
     def __init__(self, model: TreeModel, *, max_rows: int, max_context: int) -> None:
         self.models: Sequence[TreeModel] = (model,)
@@ -65,7 +67,7 @@ class DraftModel:
         for sequence in sequences:
             self._held[sequence.seat] = list(sequence.tokens)
         self._seats = [sequence.seat for sequence in sequences]
-        self._rows = [TreeRows(self._max_rows, len(each.tokens), self._model.device) for each in sequences]
+        self._rows = [TreeRows(self._max_rows, len(each.tokens)) for each in sequences]
         return self._model.logits(hidden[last]), len(tokens)
 
     @property
@@ -85,6 +87,9 @@ class DraftModel:
         hidden = self._model.forward(self._known(paths.token[nodes].tolist()), PassLayout(parts), cancel)
         return self._model.logits(hidden)
 
+    def end(self) -> None:
+        """Do nothing: the rows are in the draft's own cache."""
+
     def commit(self, seat: int, rows: Sequence[int], tokens: Sequence[int]) -> None:
         """Keep the rows of accepted nodes; other accepted nodes are computed by the next `begin`."""
         prefix = len(self._held[seat])
@@ -93,6 +98,9 @@ class DraftModel:
 
     def receive(self, seat: int, states: FinalStates) -> None:
         """Do nothing: the draft reads tokens alone."""
+
+    def catch_up(self, cancel: threading.Event | None) -> None:
+        """Do nothing: no states wait."""
 
     def reset(self) -> None:
         """Empty the draft's cache."""

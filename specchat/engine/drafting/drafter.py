@@ -186,6 +186,8 @@ class TreeDrafter:
         if growing and policy.should_draft():
             roots = Roots(len(sequences), sum(len(sequence.pending) for sequence in sequences))
             self._grow(sources, growing, policy, roots, cancel)
+        if self._sources.scorer is not None:
+            self._sources.scorer.catch_up(cancel)
         nothing = _Grown(TokenTree(), [], [])
         return [self._grown.get(sequence.seat, nothing).tree for sequence in sequences]
 
@@ -221,7 +223,9 @@ class TreeDrafter:
             self._sources.scorer.receive(seat, states)
 
     def without_scores(self) -> None:
-        """Draft with the proposing sources alone from now on."""
+        """Draft with the proposing sources alone from now on; the scoring source keeps its memory, but no text."""
+        if self._scorer is not None:
+            self._scorer.reset()
         self._sources = replace(self._sources, scorer=None)
 
     def reset(self) -> None:
@@ -255,7 +259,11 @@ class TreeDrafter:
         """
         begin = time.perf_counter()
         growth = Growth(sources, sequences, policy, roots, cancel)
-        paths = growth.run()
+        try:
+            paths = growth.run()
+        finally:
+            if sources.scorer is not None:
+                sources.scorer.end()
         asked_roots = growth.asked_roots or [-1] * len(sequences)
         for tree, sequence in enumerate(sequences):
             of_tree = paths.of_tree(tree) if len(sequences) > 1 else paths

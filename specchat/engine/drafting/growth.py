@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -15,20 +15,12 @@ from specchat.engine.drafting.draft_model import runs
 from specchat.engine.drafting.paths import Paths
 from specchat.engine.drafting.policy import DraftPolicy, Roots
 from specchat.engine.drafting.proposers import Child, Proposers
-from specchat.engine.drafting.sources import TAIL, ScoringSource
+from specchat.engine.drafting.sources import TAIL, ScoringSource, Temperatures
 from specchat.engine.sampling import Sampler, ScoresNotFiniteError
 from specchat.engine.sequence import TokenSequence
 from specchat.engine.tree import ROOT, last_tokens
+from specchat.models.quant.autotune import autotuner
 from specchat.records.limits import draft_width
-
-# Temperature of the softmax that turns the draft's scores into path weights. The draft's own softmax estimates how
-# likely a token is in general. A path weight must estimate how likely the target accepts the token. The target's choice
-# is more certain than the draft's softmax, so temperatures below 1 rank paths better.
-# Tokens per step by temperature, measured on the demo pair (budget 64, 90 held-out chats that no test uses):
-# greedy: 4.24 at 1.0, 5.1 at 0.6, 5.67 at 0.5, 5.40 at 0.35;
-# sampling at t=0.7: 4.72 at 1.0, 5.07 at 0.85, 5.11 at 0.7, 5.0 at 0.55.
-NOISE_TEMPERATURE = 0.7
-GREEDY_TEMPERATURE = 0.5
 
 # Proposals above this log weight are expanded together with their parents.
 _LIKELY = math.log(0.5)
@@ -64,6 +56,17 @@ class Sources:
             return self, []
         served = [sequence for sequence in sequences if self.max_depth(sequence) > 0]
         return (self, served) if served or self.scorer is None else replace(self, scorer=None).serving(sequences)
+
+
+@dataclass(frozen=True)
+class _Begin:
+    """The begin of a draft pass: the time, and how many kinds of matmuls were measured before.
+
+    A pass that measures kernels says nothing about the passes after it, so its time is not recorded.
+    """
+
+    at: float = field(default_factory=time.perf_counter)
+    measured: int = field(default_factory=lambda: autotuner().num_measured)
 
 
 class Growth:
@@ -109,7 +112,7 @@ class Growth:
     def run(self) -> Paths:
         """Grow the trees and return the paths that the target verifies."""
         sources = self._sources
-        sources.proposers.begin(self._sequences, self._policy.tokens_per_s)
+        sources.proposers.begin(self._sequences, self._policy.tokens_per_s, alone=sources.scorer is None)
         if sources.proposers.sources:
             self.asked_roots = [sources.proposers.ask(each, each.tokens[-TAIL:]) for each in self._sequences]
         paths = self._first_children(Paths.empty())
@@ -121,27 +124,28 @@ class Growth:
     def _expanded(self, paths: Paths, scorer: ScoringSource) -> Paths:
         """Expand nodes until another pass cannot change the trees or would not save time."""
         while True:
-            begin = time.perf_counter()
+            begin = _Begin()
             paths = self._with_likely_chains(paths, scorer)
             nodes = self._nodes_to_expand(paths, scorer)
             if not len(nodes):
                 return paths
             logits = scorer.expand(paths, nodes, self._cancel)
-            paths = self._scored(paths, paths.tree[nodes], nodes, logits)
+            paths = self._scored(paths, scorer, paths.tree[nodes], nodes, logits)
             self._count_pass(len(nodes), begin)
 
-    def _count_pass(self, rows: int, begin: float) -> None:
+    def _count_pass(self, rows: int, begin: _Begin) -> None:
         self.passes += 1
-        self._policy.record_draft_pass(rows, time.perf_counter() - begin)
+        if begin.measured == autotuner().num_measured:
+            self._policy.record_draft_pass(rows, time.perf_counter() - begin.at)
 
     def _first_children(self, paths: Paths) -> Paths:
         scorer = self._sources.scorer
         if scorer is None:
             return self._with_proposed(paths, [ROOT] * len(self._sequences), self.asked_roots)
-        begin = time.perf_counter()
+        begin = _Begin()
         logits, rows = scorer.begin(self._sequences, self._cancel)
         num_trees = len(self._sequences)
-        paths = self._scored(paths, torch.arange(num_trees), torch.full((num_trees,), ROOT), logits)
+        paths = self._scored(paths, scorer, torch.arange(num_trees), torch.full((num_trees,), ROOT), logits)
         self._count_pass(rows, begin)
         return paths
 
@@ -236,11 +240,12 @@ class Growth:
 
     # --- scores ------------------------------------------------------------------------------------------------------
 
-    def _scored(self, paths: Paths, trees: Tensor, parents: Tensor, logits: Tensor) -> Paths:
+    def _scored(self, paths: Paths, scorer: ScoringSource, trees: Tensor, parents: Tensor, logits: Tensor) -> Paths:
         """Return `paths` with the best children of expanded nodes.
 
         Args:
             paths: paths so far.
+            scorer: source of the scores.
             trees: trees of the expanded nodes [n], ascending.
             parents: indices of the expanded nodes [n], or ROOT.
             logits: scores after the expanded nodes, [n, V].
@@ -251,19 +256,21 @@ class Growth:
             sequence = self._sequences[tree]
             positions = [len(sequence.tokens) + int(depth) for depth in depths[rows]]
             own = logits[rows, : sequence.sampler.vocab_size]  # padded vocabularies may differ in size
-            weights = self._weights(own, positions, sequence.sampler)
+            weights = self._weights(own, positions, sequence.sampler, scorer.temperatures)
             if self._sources.proposers.sources:
                 numbers = self._numbers(paths, tree, parents[rows])
                 merged = self._sources.proposers.beside(numbers, weights)
                 proposed.update({(rows.start + row, token): child for (row, token), child in merged.items()})
             found.append(weights.topk(min(self._sources.branch, self._budget, weights.shape[-1]), dim=-1))
         best = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
-        scores, tokens = (each.cpu() for each in best)
+        # One copy to the host, because each one waits for a GPU; a double holds every token id.
+        scores, numbers = torch.stack([each.double() for each in best]).cpu()
+        tokens = numbers.long()
         if scores[:, 0].isnan().any():  # softmax makes NaN of infinite scores, too, and topk puts NaN first
             raise ScoresNotFiniteError
         if not proposed:
-            return paths.with_children(trees, parents, scores.double(), tokens, self._most_paths)
-        return self._merged(paths, trees, parents, scores.double(), tokens, proposed)
+            return paths.with_children(trees, parents, scores, tokens, self._most_paths)
+        return self._merged(paths, trees, parents, scores, tokens, proposed)
 
     def _numbers(self, paths: Paths, tree: int, parents: Tensor) -> list[int]:
         """Return the numbers of the records of proposals below expanded nodes of a tree."""
@@ -303,12 +310,14 @@ class Growth:
                 edges[node] = child.weight
         return exists, edges
 
-    def _weights(self, logits: Tensor, positions: Sequence[int], sampler: Sampler) -> Tensor:
+    def _weights(
+        self, logits: Tensor, positions: Sequence[int], sampler: Sampler, temperatures: Temperatures
+    ) -> Tensor:
         """Return log weights [n, V]: the draft's estimate of how likely the target accepts each token."""
         if sampler.noise is None:
-            return torch.log_softmax(logits / GREEDY_TEMPERATURE, dim=-1)
+            return torch.log_softmax(logits / temperatures.greedy, dim=-1)
         scores = logits / sampler.sampling.temperature
         if not self._sources.shared_noise:
             return torch.log_softmax(scores, dim=-1)
         noise = torch.stack([sampler.noise.row(position) for position in positions])
-        return torch.log_softmax((scores + noise[:, : scores.shape[-1]]) / NOISE_TEMPERATURE, dim=-1)
+        return torch.log_softmax((scores + noise[:, : scores.shape[-1]]) / temperatures.noise, dim=-1)

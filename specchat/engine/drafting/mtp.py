@@ -4,6 +4,9 @@ Row t of the head's cache reads the target's state behind token t and token t + 
 only, so the cache covers the tokens that the target's cache covers. Nodes read their parent's output in place of a
 state. Such rows are guesses: they are dropped when the target has verified the tree, and accepted tokens are computed
 anew with the target's own states.
+
+A head may come to a text late, as after steps with another drafter. The states before are gone then, and the head
+reads the text from the first state that it is given. Positions count from there: heads encode them relatively.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from torch import Tensor
 from specchat.engine.drafting.draft_model import runs
 from specchat.engine.drafting.head_check import HeadCheck
 from specchat.engine.drafting.paths import Paths, TreeRows
+from specchat.engine.drafting.sources import SMALL_DRAFT
 from specchat.engine.layout import PassLayout, RowLayout, linear_layout
 from specchat.engine.model import TreeModel
 from specchat.engine.sequence import FinalStates, TokenSequence
@@ -52,7 +56,7 @@ class MtpModel(TreeModel):
         Raises:
             PassCancelledError: `cancel` was set; the cache is unchanged.
         """
-        size = self._chunk_rows
+        size = self.chunk_rows
         chunks = [
             self.skeleton.join(target.embed(token_ids[begin : begin + size]), states[begin : begin + size])
             for begin in range(0, len(token_ids), size)
@@ -69,12 +73,14 @@ class _Seat:
     """What the head knows of the sequence in a seat.
 
     Attributes:
+        start: number of leading tokens that the head never had states of; all else counts from there.
         text: committed tokens; all but the last one have had states.
         first: number of tokens before the first state that is held.
         states: states of the tokens from `first` on, but the last one, [rows, hidden]; None without states.
         read: tokens of the rows in the cache, and the token after them; row t was computed with token t + 1.
     """
 
+    start: int = 0
     text: list[int] = field(default_factory=list)
     first: int = 0
     states: Tensor | None = None
@@ -95,12 +101,42 @@ class _Seat:
         is_gone = self.states is not None and self.first == shared <= self.num_read
         return shared if is_gone else min(self.num_read, max(shared - 1, 0))
 
+    @property
+    def num_states(self) -> int:
+        """Number of states that are held."""
+        return 0 if self.states is None else len(self.states)
+
+    def known(self, tokens: Sequence[int]) -> list[int]:
+        """Return the part of a text that the head reads."""
+        return list(tokens[self.start :])
+
     def follows(self, text: Sequence[int]) -> bool:
-        """Return whether rows and states together reach up to the last token of a text."""
+        """Return whether rows and states together reach up to the last token of a known text."""
         last = len(text) - 1
         if self.states is None or len(self.text) - 1 != last or self.text[:last] != list(text[:last]):
             return False
         return self.first <= self.num_usable(text)
+
+    def receive(self, states: FinalStates) -> None:
+        """Take states: after those that are held, in place of some, or as the first ones of a text."""
+        if states.first < self.start:
+            self._begin_at(states.first)
+        first, end = states.first - self.start, self.first + self.num_states
+        if self.states is not None and self.first <= first <= end:
+            self.states = torch.cat([self.states[: first - self.first], states.hidden])
+        else:
+            # The states of a long text stay where the pass left them: a copy would take memory that no ledger counts.
+            # Few states are copied, because they would keep those of the whole pass.
+            few = len(states.hidden) <= UNREAD_STATES
+            self.first, self.states = first, states.hidden.clone() if few else states.hidden
+        self.text = self.known(states.tokens)
+        if not self.follows(self.text):  # states before these are missing
+            self._begin_at(states.first)
+            self.text = self.known(states.tokens)
+
+    def _begin_at(self, start: int) -> None:
+        """Read the text from a state on."""
+        self.start, self.first, self.text, self.read = start, 0, [], []
 
 
 class MtpHead:
@@ -116,6 +152,7 @@ class MtpHead:
     name = "mtp"
     wants_states = True
     expands_chains = False
+    temperatures = SMALL_DRAFT
 
     def __init__(self, model: MtpModel, target: TreeModel, *, max_rows: int, check: HeadCheck | None) -> None:
         self.models: Sequence[TreeModel] = (model,)
@@ -131,32 +168,26 @@ class MtpHead:
 
     def max_depth(self, sequence: TokenSequence) -> int:
         """Return the most levels of a tree; 0 if a token before the last one has no state, as before a prompt."""
-        return sequence.max_depth if self._held[sequence.seat].follows(sequence.tokens) else 0
+        held = self._held[sequence.seat]
+        return sequence.max_depth if held.follows(held.known(sequence.tokens)) else 0
 
     def receive(self, seat: int, states: FinalStates) -> None:
         """Take the target's states of rows that became final."""
-        # Seats that wait, or whose answer goes on without drafts, must not hold the states of long texts.
-        behind = [(each, held.text) for each, held in enumerate(self._held) if _num_states(held) > UNREAD_STATES]
+        self._held[seat].receive(states)
+
+    def catch_up(self, cancel: threading.Event | None) -> None:
+        """Read the states of seats that no tree was grown for, if they are many."""
+        behind = [(each, held.text) for each, held in enumerate(self._held) if held.num_states > UNREAD_STATES]
         if behind:
-            self._catch_up(behind, None)
-        held = self._held[seat]
-        end = held.first + _num_states(held)
-        if held.states is not None and held.first <= states.first <= end:
-            held.states = torch.cat([held.states[: states.first - held.first], states.hidden])
-        else:
-            held.first, held.states = states.first, states.hidden
-        held.text = states.tokens
-        if not held.follows(held.text):  # rows are missing, as after steps with another drafter
-            held.states = None
+            self._read(behind, cancel)
 
     def begin(self, sequences: Sequence[TokenSequence], cancel: threading.Event | None) -> tuple[Tensor, int]:
         """Compute the rows that are not cached; return the scores after each sequence's last token, and the rows."""
-        outputs, states = self._catch_up([(each.seat, list(each.tokens)) for each in sequences], cancel)
-        if self._check is not None:
-            self._check.compare(self._target, outputs, states)
+        texts = [(each.seat, self._held[each.seat].known(each.tokens)) for each in sequences]
+        outputs = self._read(texts, cancel)
         last = torch.stack([each[-1] for each in outputs])
-        self._seats = [sequence.seat for sequence in sequences]
-        self._rows = [TreeRows(self._max_rows, len(each.tokens) - 1, self._model.device) for each in sequences]
+        self._seats = [seat for seat, _ in texts]
+        self._rows = [TreeRows(self._max_rows, len(text) - 1) for _, text in texts]
         self._outputs = [last.new_empty(1 + self._max_rows, last.shape[-1]) for _ in sequences]
         for kept, each in zip(self._outputs, last, strict=True):
             kept[0] = each
@@ -187,6 +218,9 @@ class MtpHead:
             self._outputs[tree][new] = outputs[of_tree]
         return self._target.logits(outputs)
 
+    def end(self) -> None:
+        """Do nothing: the rows are in the head's own cache."""
+
     def commit(self, seat: int, rows: Sequence[int], tokens: Sequence[int]) -> None:
         """Drop the rows of the tree: they were computed from guessed states."""
         self._model.cache.truncate(seat, self._held[seat].num_read)
@@ -201,13 +235,18 @@ class MtpHead:
         """Close the head."""
         self._model.close()
 
-    def _catch_up(
-        self, texts: Sequence[tuple[int, list[int]]], cancel: threading.Event | None
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Compute the rows of texts from the states that are held, at least the last row.
+    def _read(self, texts: Sequence[tuple[int, list[int]]], cancel: threading.Event | None) -> list[Tensor]:
+        """Compute the rows of texts from the states that are held, at least the last row; check them.
+
+        Args:
+            texts: seats with their known texts.
+            cancel: event that cancels the pass.
 
         Returns:
-            Outputs of the new rows of each text, and the target's states of the same rows, [rows, hidden] each.
+            Outputs of the new rows of each text, [rows, hidden].
+
+        Raises:
+            HeadDisagreesError: the head's choices are hardly better than chance.
         """
         tokens, states, parts = list[int](), list[Tensor](), list[tuple[int, RowLayout]]()
         for seat, text in texts:
@@ -219,14 +258,13 @@ class MtpHead:
             tokens += text[begin + 1 :]
             states.append(held.states[begin - held.first :])
             parts.append((seat, linear_layout(begin, len(text) - 1 - begin, self._model.device)))
-        outputs = self._model.read(self._target, tokens, torch.cat(states), PassLayout(parts), cancel)
+        read = self._model.read(self._target, tokens, torch.cat(states), PassLayout(parts), cancel)
+        outputs = list(read.split([len(each) for each in states]))
         for (seat, text), each in zip(texts, states, strict=True):
             held = self._held[seat]
             held.text = held.read = text
             # A text that goes on differently needs the last state again.
             held.first, held.states = len(text) - 2, each[-1:].clone()
-        return list(outputs.split([len(each) for each in states])), states
-
-
-def _num_states(held: _Seat) -> int:
-    return 0 if held.states is None else len(held.states)
+        if self._check is not None:
+            self._check.compare(self._target, outputs, states)
+        return outputs

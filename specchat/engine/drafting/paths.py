@@ -132,11 +132,10 @@ class Paths:
 class TreeRows:
     """Rows of one growing tree in its seat of the draft's cache, in order of expansion."""
 
-    def __init__(self, max_rows: int, prefix: int, device: torch.device) -> None:
+    def __init__(self, max_rows: int, prefix: int) -> None:
         self._seen = torch.zeros(max_rows, max_rows, dtype=torch.bool)
         self._positions = torch.zeros(max_rows, dtype=torch.int64)
         self._prefix = prefix
-        self._device = device
         self._end = 0
 
     @property
@@ -159,6 +158,6 @@ class TreeRows:
         self._end += len(parent_rows)
 
     def layout(self, num_new: int) -> RowLayout:
-        """Return the layout of a pass over the last `num_new` rows."""
-        ancestors = self._seen[self._end - num_new : self._end, : self._end].to(self._device)
-        return RowLayout(self._prefix, 0, ancestors, self._positions[: self._end].to(self._device))
+        """Return the layout of a pass over the last `num_new` rows, in host memory."""
+        ancestors = self._seen[self._end - num_new : self._end, : self._end]
+        return RowLayout(self._prefix, 0, ancestors, self._positions[: self._end])

@@ -19,7 +19,7 @@ from typing import Protocol
 from specchat.engine.drafting.pass_times import PRIOR_WEIGHT, FadingRatio, PassTimes
 from specchat.engine.tree import ROOT, TokenTree
 from specchat.records.generation import Step
-from specchat.records.plan import Expectation
+from specchat.records.plan import Expectation, Plan
 
 # Draft only if drafting is faster by this factor: on a busy machine both modes are often equally fast, and only
 # drafting can lose without a bound.
@@ -144,6 +144,11 @@ class FixedPolicy:
 
     def record_pass(self, steps: Sequence[Step], trees: Sequence[TokenTree], paths: Sequence[Sequence[int]]) -> None:
         """Do nothing: this policy uses no measurements."""
+
+
+def fixed_policy(plan: Plan) -> FixedPolicy:
+    """Return the policy of trees of the planned size; while layers stream, a chunk of rows is taken to be free."""
+    return FixedPolicy(plan.work.tree_budget, plan.work.chunk_rows if plan.placement.streamed else 1)
 
 
 class AdaptivePolicy:

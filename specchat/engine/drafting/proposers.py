@@ -57,7 +57,7 @@ class Proposers:
 
     Args:
         sources: sources, whose numbers begin at `first`.
-        first: number of the first source: 1 after a draft model, else 0. Without a draft model, all sources are asked.
+        first: number of the first source: 1 after a scoring source, else 0.
     """
 
     def __init__(self, sources: Sequence[ProposingSource], first: int) -> None:
@@ -67,22 +67,26 @@ class Proposers:
         self._seconds = [0.0] * len(sources)
         self._accepted = [0] * len(sources)
         self._worths = [Worth() for _ in sources]
+        self._asked = [True] * len(sources)  # whether each source is asked for the present trees
+        self._are_alone = True  # whether no source scores the present trees
         self._records: list[_Record] = []
 
-    def begin(self, sequences: Sequence[TokenSequence], tokens_per_s: float = 0.0) -> None:
+    def begin(self, sequences: Sequence[TokenSequence], tokens_per_s: float = 0.0, *, alone: bool) -> None:
         """Choose the sources of the next trees, and let them read the sequences' new tokens.
 
         Args:
             sequences: sequences of the next trees; the records of earlier trees are dropped.
             tokens_per_s: tokens that a second is worth.
+            alone: whether no source scores the next trees; then all sources are asked.
         """
-        if self._records and self._first:
+        if self._records and not self._are_alone:
             for worth, accepted, seconds in zip(self._worths, self._accepted, self._seconds, strict=True):
                 worth.record(accepted, seconds, tokens_per_s)
         self._records, self._accepted = [], [0] * len(self.sources)
+        self._are_alone, self._asked = alone, [alone or worth.is_asked for worth in self._worths]
         for number, source in enumerate(self.sources):
             begin = time.perf_counter()
-            if self._worths[number].is_asked:
+            if self._asked[number]:
                 source.begin(sequences)
             self._seconds[number] = time.perf_counter() - begin
 
@@ -102,7 +106,7 @@ class Proposers:
         """Ask all sources what follows the tail, and return the number of the record."""
         claims = list[_Claim]()
         for number, source in enumerate(self.sources):
-            if not self._worths[number].is_asked:
+            if not self._asked[number]:
                 continue
             begin = time.perf_counter()
             claims += (_Claim(each.token, each.kind, number) for each in source.propose(sequence.seat, tail))

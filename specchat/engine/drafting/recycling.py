@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from specchat.engine.drafting.sources import Priors, Proposal
@@ -52,7 +53,10 @@ class Recycling:
         """
         best = scores.topk(min(_WIDTH, scores.shape[-1]), dim=-1)
         shares = (best.values - scores.logsumexp(-1, keepdim=True)).exp()
-        for tail, tokens, each in zip(tails, best.indices.tolist(), shares.tolist(), strict=True):
+        # One copy to the host, because each one waits for a GPU; a double holds every token id.
+        found = torch.stack([best.indices.double(), shares.double()], 1).tolist()
+        for tail, (numbers, each) in zip(tails, found, strict=True):
+            tokens = [int(number) for number in numbers]
             classes = [bisect_right(_PROBABILITIES, share) - 1 for share in each]
             for place, (order, kept) in enumerate(zip(_ORDERS, self._best, strict=True)):
                 if len(tail) < order:

@@ -13,17 +13,34 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class StreamCounters:
-    """Bytes of streamed layers that passes used, and seconds that passes waited for them, since loading."""
+    """Totals since loading.
+
+    Attributes:
+        num_bytes: bytes of streamed layers that passes used, or of experts that passes read.
+        wait_s: seconds that passes waited for them.
+        expert_hits: experts that were in their slots when a layer used them.
+        expert_misses: experts that had to be read.
+    """
 
     num_bytes: int
     wait_s: float
+    expert_hits: int = 0
+    expert_misses: int = 0
 
 
 class LayerStreamer(ABC):
     """Provides streamed layers to passes, in order.
 
+    Attributes:
+        kept_bytes: bytes of device memory besides the parameters.
+
     A pass acquires and releases every streamed layer once, ascending. Call `restart` after a pass that stopped early.
     """
+
+    kept_bytes: int = 0
+
+    def begin(self, num_rows: int) -> None:  # noqa: B027 - most streamers need not know
+        """Begin a pass over some rows."""
 
     @abstractmethod
     def acquire(self, index: int) -> None:

@@ -29,13 +29,22 @@ class ThreadStreamer(LayerStreamer):
         streamed: indices of the streamed layers, ascending.
         num_slots: number of slots to allocate.
         reader: reader of layers, closed together with this streamer.
+        slots: slots to use instead, each as large as the largest layer; None to allocate them.
     """
 
-    def __init__(self, layers: Sequence[Any], streamed: Sequence[int], num_slots: int, reader: LayerReader) -> None:
+    def __init__(
+        self,
+        layers: Sequence[Any],
+        streamed: Sequence[int],
+        num_slots: int,
+        reader: LayerReader,
+        slots: Sequence[Tensor] | None = None,
+    ) -> None:
         self._position = {index: j for j, index in enumerate(streamed)}
         layouts = [LayerLayout.of(layers[index]) for index in streamed]
         self._nbytes = [layout.nbytes for layout in layouts]
-        slots = [page_aligned(max(self._nbytes)) for _ in range(num_slots)]
+        if slots is None:
+            slots = [page_aligned(max(self._nbytes)) for _ in range(num_slots)]
         for j, index in enumerate(streamed):
             bind(layers[index], layouts[j].views(slots[j % num_slots]))
         # A layer always uses the same slot, so its read tasks are built once.
@@ -63,9 +72,13 @@ class ThreadStreamer(LayerStreamer):
         """Return the bytes that passes used and the seconds that `acquire` waited."""
         return StreamCounters(self._num_bytes, self._queue.wait_s)
 
+    def stop(self) -> None:
+        """Stop reading; the layer reader stays open."""
+        self._queue.close()
+
     def close(self) -> None:
         """Stop reading and close the layer reader."""
-        self._queue.close()
+        self.stop()
         self._reader.close()
 
 
@@ -79,10 +92,11 @@ class MappedStreamer(LayerStreamer):
         layers: decoder layers; the parameters of streamed layers become views of mapped files.
         streamed: indices of the streamed layers, ascending.
         pack: pack that holds the layers.
+        verifier: verifier of the pack.
     """
 
-    def __init__(self, layers: Sequence[Any], streamed: Sequence[int], pack: Pack) -> None:
-        self._verifier = ChunkVerifier(pack)
+    def __init__(self, layers: Sequence[Any], streamed: Sequence[int], pack: Pack, verifier: ChunkVerifier) -> None:
+        self._verifier = verifier
         self._streamed = list(streamed)
         self._layers = pack.layers
         self._blobs = {index: _map(pack.layers[index]) for index in streamed}
@@ -141,10 +155,12 @@ class MixedStreamer(LayerStreamer):
 
     Args:
         by_layer: streamer of each streamed layer, by layer index.
+        past: totals of the streamers that these replace; None at first.
     """
 
-    def __init__(self, by_layer: Mapping[int, LayerStreamer]) -> None:
+    def __init__(self, by_layer: Mapping[int, LayerStreamer], past: StreamCounters | None = None) -> None:
         self._by_layer = by_layer
+        self._past = past or StreamCounters(0, 0.0)
         self._streamers = tuple(dict.fromkeys(by_layer.values()))
 
     def acquire(self, index: int) -> None:
@@ -161,8 +177,8 @@ class MixedStreamer(LayerStreamer):
             streamer.restart()
 
     def counters(self) -> StreamCounters:
-        """Return the totals of all streamers."""
-        totals = [streamer.counters() for streamer in self._streamers]
+        """Return the totals of all streamers, and of those before them."""
+        totals = [self._past, *(streamer.counters() for streamer in self._streamers)]
         return StreamCounters(sum(each.num_bytes for each in totals), sum(each.wait_s for each in totals))
 
     def close(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -18,30 +18,37 @@ class CudaStreamer(LayerStreamer):
 
     Args:
         layers: decoder layers; the parameters of streamed layers become views of slots.
-        streamed: indices of the streamed layers, ascending.
-        num_slots: number of slots to allocate.
-        host: streamed layers in host memory, closed together with this streamer.
+        streamed: indices of the layers that are streamed at first, ascending.
+        num_slots: number of slots to allocate, each for the largest layer of the host memory.
+        host: layers in host memory, those of later stages among them; closed together with this streamer.
         device: CUDA device of the slots.
     """
 
     def __init__(
         self, layers: Sequence[Any], streamed: Sequence[int], num_slots: int, host: HostLayers, device: torch.device
     ) -> None:
-        self._position = {index: j for j, index in enumerate(streamed)}
-        layouts = [LayerLayout.of(layers[index]) for index in streamed]
-        self._nbytes = [layout.nbytes for layout in layouts]
-        self._slots = _new_slots(num_slots, max(self._nbytes), device)
-        for j, index in enumerate(streamed):
-            bind(layers[index], layouts[j].views(self._slots[j % num_slots]))
+        self._layers = layers
         self._host = host
         self._device = device
         self._copies = torch.cuda.Stream(device)
-        self._filled = [torch.cuda.Event(enable_timing=True) for _ in streamed]
-        self._used = [torch.cuda.Event() for _ in range(num_slots)]
-        self._done = [torch.cuda.Event() for _ in streamed]
-        self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._slots = _new_slots(num_slots, host.largest_bytes, device)
         self._num_bytes = 0
         self._wait_s = 0.0
+        self._begin(streamed)
+
+    def _begin(self, streamed: Sequence[int]) -> None:
+        """Bind the layers to slots and start copying."""
+        self._streamed = list(streamed)
+        self._position = {index: j for j, index in enumerate(streamed)}
+        layouts = [LayerLayout.of(self._layers[index]) for index in streamed]
+        self._nbytes = [layout.nbytes for layout in layouts]
+        for j, index in enumerate(streamed):
+            bind(self._layers[index], layouts[j].views(self._slots[j % len(self._slots)]))
+        # The host waits for these events in every pass; without `blocking`, it would spin on one core.
+        self._filled = [torch.cuda.Event(blocking=True) for _ in streamed]
+        self._used = [torch.cuda.Event() for _ in self._slots]
+        self._done = [torch.cuda.Event(blocking=True) for _ in streamed]
+        self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._free_slots()
         self._fill_first_slots()
 
@@ -77,6 +84,28 @@ class CudaStreamer(LayerStreamer):
         self._free_slots()
         self._host.restart()
         self._fill_first_slots()
+
+    @property
+    def kept(self) -> dict[int, int]:
+        """Bytes of the layers that stay in host memory, by index; among them those that are streamed only later."""
+        return self._host.kept
+
+    def host_slots(self, given: Collection[int]) -> tuple[int, int]:
+        """Return number and size in bytes of the slots in host memory if these layers do not stay there."""
+        return self._host.slots_without(given)
+
+    def restream(self, leaving: Collection[int], given: Collection[int] = ()) -> None:
+        """Stream further layers from now on, and release host memory of layers; between passes, after all queued work.
+
+        Args:
+            leaving: layers that were not streamed so far.
+            given: layers that are read from the disk from now on, whenever they are streamed.
+        """
+        self.counters()
+        self._copies.synchronize()
+        streamed = sorted({*self._streamed, *leaving})
+        self._host.select(streamed, given)
+        self._begin(streamed)
 
     def counters(self) -> StreamCounters:
         """Return the bytes copied, and the seconds that the device waited for copies and the host for the disk.

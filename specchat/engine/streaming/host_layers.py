@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from specchat.engine.streaming.readers import LayerReader
 from specchat.engine.streaming.slots import SlotQueue, is_small, page_aligned
+from specchat.hardware.cuda import forget_error
 from specchat.models.weights.layout import LayerLayout
 from specchat.units import format_bytes
 
@@ -23,11 +25,11 @@ ReadLayer = Callable[[int, LayerLayout, Tensor], None]
 class HostLayers:
     """Streamed layers in host memory: blobs of layers that stay there, and slots for layers read from disk every pass.
 
-    Blobs and slots are two slabs, pinned directly: torch's pinned allocator rounds every block up to a power of two.
+    Each is a mapping of its own, pinned directly: torch's pinned allocator rounds every block up to a power of two.
 
     Args:
         layers: decoder layers.
-        streamed: indices of the streamed layers, ascending.
+        streamed: indices of all layers that may be streamed, ascending.
         in_ram: indices of the streamed layers that stay in host memory, ascending; read by the constructor.
         num_slots: number of slots for the other layers.
         read_layer: fills a blob with one layer.
@@ -45,48 +47,77 @@ class HostLayers:
         reader: LayerReader,
         pin: Pinner,
     ) -> None:
-        layouts = [LayerLayout.of(layers[index]) for index in streamed]
+        layouts = {index: LayerLayout.of(layers[index]) for index in streamed}
         kept = set(in_ram)
-        self._nbytes = [layout.nbytes for layout in layouts]
-        read = [j for j, index in enumerate(streamed) if index not in kept]
-        self._turn = {j: k for k, j in enumerate(read)}  # j-th streamed layer -> k-th layer read from disk
+        self._sizes = {index: layout.nbytes for index, layout in layouts.items()}
+        self._num_slots = num_slots
         self._reader = reader
         self._pin = pin
-        # Pin slots first: many layers pass through a slot, but a blob holds one layer.
-        slot_bytes = max((self._nbytes[j] for j in read), default=0)
-        self._slots = _blobs([slot_bytes] * min(num_slots, len(read)))
-        kept_positions = [j for j in range(len(streamed)) if j not in self._turn]
-        blobs = _blobs([self._nbytes[j] for j in kept_positions])
-        self._kept = dict(zip(kept_positions, blobs, strict=True))
+        self._kept = {index: page_aligned(self._sizes[index]) for index in streamed if index in kept}
+        num_slots, nbytes = self.slots_without(())
+        self._slots = [page_aligned(nbytes) for _ in range(num_slots)]
+        self._queue: SlotQueue | None = None
+        self._past_wait_s = 0.0
+        self._lent: tuple[int, Callable[[], None]] | None = None
         with ExitStack() as undo:  # unpin on errors: memory that is freed while pinned stays locked
             undo.callback(pin.close)
-            pin([*self._slots, *blobs])
-            for j, blob in self._kept.items():
-                read_layer(streamed[j], layouts[j], blob)
-            tasks = [reader.chunks(streamed[j], self._slots[k % len(self._slots)]) for k, j in enumerate(read)]
-            small = [is_small(self._nbytes[j]) for j in read]
-            self._queue = SlotQueue(tasks, small, len(self._slots), reader.num_workers) if read else None
+            # Pin slots first: many layers pass through a slot, but a blob holds one layer.
+            pin([*self._slots, *self._kept.values()])
+            for index, blob in self._kept.items():
+                read_layer(index, layouts[index], blob)
+            self.select(streamed)
             undo.pop_all()
-        self._lent: tuple[int, Callable[[], None]] | None = None
+
+    def select(self, streamed: Sequence[int], given: Collection[int] = ()) -> None:
+        """Take the given order of layers from now on; between passes, after the copies out of this memory have ended.
+
+        Args:
+            streamed: indices of layers, ascending; the j-th of them is the j-th streamed layer of the other functions.
+            given: indices of layers whose memory is released: they are read from the disk from now on.
+        """
+        self._lent = None
+        if self._queue is not None:
+            self._queue.close()
+            self._past_wait_s += self._queue.wait_s
+            self._queue = None
+        self._release(given)
+        self._order = list(streamed)
+        read = [(j, index) for j, index in enumerate(streamed) if index not in self._kept]
+        self._turn = {j: k for k, (j, _) in enumerate(read)}  # j-th streamed layer -> k-th layer read from disk
+        tasks = [self._reader.chunks(index, self._slots[k % len(self._slots)]) for k, (_, index) in enumerate(read)]
+        small = [is_small(self._sizes[index]) for _, index in read]
+        if read:
+            self._queue = SlotQueue(tasks, small, len(self._slots), self._reader.num_workers)
 
     @property
     def wait_s(self) -> float:
         """Seconds that `take` waited for the disk."""
-        return 0.0 if self._queue is None else self._queue.wait_s
+        return self._past_wait_s + (0.0 if self._queue is None else self._queue.wait_s)
+
+    @property
+    def kept(self) -> dict[int, int]:
+        """Bytes of the layers that stay in host memory, by index."""
+        return {index: self._sizes[index] for index in self._kept}
+
+    @property
+    def largest_bytes(self) -> int:
+        """Bytes of the largest layer that may be streamed."""
+        return max(self._sizes.values())
 
     def keeps(self, j: int) -> bool:
         """Whether the j-th streamed layer stays in host memory."""
-        return j in self._kept
+        return self._order[j] in self._kept
 
     def take(self, j: int) -> Tensor:
         """Wait for the j-th streamed layer and return its bytes, uint8 [nbytes]."""
-        if j in self._kept:
-            return self._kept[j]
+        index = self._order[j]
+        if index in self._kept:
+            return self._kept[index]
         assert self._queue is not None
         self._reuse_slot()
         turn = self._turn[j]
         self._queue.take(turn)
-        return self._slots[turn % len(self._slots)][: self._nbytes[j]]
+        return self._slots[turn % len(self._slots)][: self._sizes[index]]
 
     def give_back(self, j: int, copied: Callable[[], None]) -> None:
         """Record that the j-th layer is being copied; `copied` waits for the copy, before its slot is reused."""
@@ -99,12 +130,28 @@ class HostLayers:
             self._reuse_slot()
             self._queue.restart()
 
+    def slots_without(self, given: Collection[int]) -> tuple[int, int]:
+        """Return number and size in bytes of the slots if these layers do not stay in host memory."""
+        read = [nbytes for index, nbytes in self._sizes.items() if index not in self._kept or index in given]
+        return min(self._num_slots, len(read)), max(read, default=0)
+
     def close(self) -> None:
         """Stop reading, close the layer reader and unpin the memory."""
         if self._queue is not None:
             self._queue.close()
         self._reader.close()
         self._pin.close()
+
+    def _release(self, given: Collection[int]) -> None:
+        """Release the memory of layers, and make slots for them, too."""
+        for index in given:
+            self._pin.release(self._kept.pop(index))
+        num_slots, nbytes = self.slots_without(())
+        if len(self._slots) < num_slots or (num_slots and self._slots[0].nbytes < nbytes):
+            while self._slots:
+                self._pin.release(self._slots.pop())
+            self._slots = [page_aligned(nbytes) for _ in range(num_slots)]
+            self._pin(self._slots)
 
     def _reuse_slot(self) -> None:
         if self._lent is not None:
@@ -113,12 +160,6 @@ class HostLayers:
             copied()
             self._queue.give_back(turn)
             self._lent = None
-
-
-def _blobs(sizes: Sequence[int]) -> list[Tensor]:
-    """Return page-aligned blobs of one slab; sizes must be multiples of a page."""
-    slab = page_aligned(sum(sizes)) if sum(sizes) else torch.empty(0, dtype=torch.uint8)
-    return list(slab.split(list(sizes))) if sizes else []
 
 
 class Pinner:
@@ -151,6 +192,12 @@ class Pinner:
                 "these layers cross the link at about half its rate, and computation waits for them"
             )
 
+    def release(self, blob: Tensor) -> None:
+        """Unpin one blob, if it is pinned; its memory may be freed afterwards."""
+        if blob.data_ptr() in self._pinned:
+            self._pinned.remove(blob.data_ptr())
+            self._runtime.cudaHostUnregister(blob.data_ptr())
+
     def close(self) -> None:
         """Unpin everything."""
         while self._pinned:
@@ -166,11 +213,4 @@ class Pinner:
 
 def pinner(device: torch.device, warn: Callable[[str], None]) -> Pinner:
     """Return a pinner of host memory for copies to `device`."""
-
-    def forget_error() -> None:
-        # The runtime keeps a refusal as its last error, and the next kernel launch reports and clears it.
-        with suppress(RuntimeError):
-            torch.zeros(1, device=device).add_(1)
-        torch.zeros(1, device=device).add_(1)  # raises only for a different error
-
-    return Pinner(torch.cuda.cudart(), forget_error, warn)
+    return Pinner(torch.cuda.cudart(), partial(forget_error, device), warn)

@@ -81,7 +81,7 @@ class PackLayerReader:
     def __init__(self, pack: Pack) -> None:
         self._layers = pack.layers
         self._verifier = ChunkVerifier(pack)
-        self._files = _Files()
+        self._files = OpenFiles()
 
     def chunks(self, index: int, slot: Tensor) -> Sequence[Callable[[], None]]:
         """Return one read task for each of the layer's chunks, in file order."""
@@ -99,7 +99,7 @@ class PackLayerReader:
         self._files.close()
 
     def _read(self, index: int, chunk: int, file: int, memory: memoryview, begin: int) -> None:
-        _read(self._layers[index].path, file, memory, begin, len(memory), _DAMAGED_PACK)
+        read_fully(self._layers[index].path, file, memory, begin, len(memory), _DAMAGED_PACK)
         self._verifier.verify(index, chunk, memory)
 
 
@@ -125,7 +125,7 @@ class ShardLayerReader:
         small = {index for index, layout in layouts.items() if is_small(layout.nbytes)}
         self._cached = small | set(cached)
         self._held = {index: reader.held(index) for index in layouts}
-        self._files = _Files()
+        self._files = OpenFiles()
         self._windows = SimpleQueue[Tensor]()
         if self._cached < layouts.keys():
             for _ in range(self.num_workers):
@@ -162,7 +162,7 @@ class ShardLayerReader:
         window = self._windows.get()
         try:
             memory = bytes_of(window)[: -(-(end - begin) // _PAGE) * _PAGE]
-            _read(path, file, memory, begin, end - begin, _DAMAGED_SHARD)
+            read_fully(path, file, memory, begin, end - begin, _DAMAGED_SHARD)
             source: Any = window.numpy()
             for extent in extents:  # numpy's copies release the GIL and run on one thread
                 skip = extent.begin - begin
@@ -172,27 +172,26 @@ class ShardLayerReader:
 
 
 def layer_reader_for(
-    layers: Sequence[Any], streamed: Sequence[int], reader: WeightReader, pack: Pack | None, cached: Collection[int]
+    layers: Sequence[Any], reader: WeightReader, pack: Pack | None, cached: Collection[int]
 ) -> LayerReader:
     """Return the layer reader for a pack or a checkpoint; the result owns the files that it reads.
 
     Args:
-        layers: decoder layers.
-        streamed: indices of the streamed layers.
+        layers: decoder layers, any of which may be read.
         reader: weight reader of the checkpoint; unused with a pack.
         pack: pack of the weights; None reads the checkpoint.
         cached: indices of the layers that fit in the page cache.
     """
     if pack is not None:
         return PackLayerReader(pack)
-    layouts = {index: LayerLayout.of(layers[index]) for index in streamed}
+    layouts = {index: LayerLayout.of(layer) for index, layer in enumerate(layers)}
     return ShardLayerReader(reader, layouts, cached) if reader.is_streamable else CheckpointLayerReader(reader, layouts)
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
-class _Files:
+class OpenFiles:
     """File descriptors by path, for reads through the page cache or past it."""
 
     def __init__(self) -> None:
@@ -234,7 +233,7 @@ def is_unbuffered(file: int) -> bool:
     return bool(fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT)
 
 
-def _read(path: Path, file: int, memory: memoryview, begin: int, least: int, hint: str) -> None:
+def read_fully(path: Path, file: int, memory: memoryview, begin: int, least: int, hint: str) -> None:
     """Fill `memory` with the file's bytes from `begin` on; if the file ends earlier, `least` bytes are enough.
 
     Raises:
@@ -258,7 +257,7 @@ def _read(path: Path, file: int, memory: memoryview, begin: int, least: int, hin
 
 def _read_extents(path: Path, file: int, extents: Sequence[tuple[memoryview, int]]) -> None:
     for memory, begin in extents:
-        _read(path, file, memory, begin, len(memory), _DAMAGED_SHARD)
+        read_fully(path, file, memory, begin, len(memory), _DAMAGED_SHARD)
 
 
 # --- windows of shards ---------------------------------------------------------------------------------------------

@@ -46,8 +46,8 @@ def dequantized_rows(rows: int, cols: int, item_bytes: int, device_type: str) ->
         device_type: "cpu" or "cuda".
     """
     limit = max(_CHUNK_BYTES[device_type] // (cols * item_bytes), 1)
-    if device_type != "cpu":
-        return min(rows, limit)
+    if device_type != "cpu":  # rows of results that are no multiples of 16 bytes would take slower matmul kernels
+        return min(rows, limit // _ROW_BLOCK * _ROW_BLOCK or limit)
     limit = min(limit, _CHUNK_ROWS)
     num_pieces = -(-rows // limit)
     return min(rows, limit, aligned(-(-rows // num_pieces), _ROW_BLOCK))  # chunks of similar size

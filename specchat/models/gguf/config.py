@@ -171,9 +171,12 @@ def _rope(metadata: Metadata, values: dict[str, Any]) -> dict[str, Any]:
         "qwen3_5"
     ):  # of images, whose positions have three parts
         full |= {"mrope_section": sections[:3], "mrope_interleaved": True}
-    if metadata.file.architecture != "gemma3":
+    if metadata.file.architecture == "gemma3":
+        local = metadata.number("rope.freq_base_swa", 10000.0)
+    elif values["model_type"] == "olmo3":  # only its layers with full attention are scaled
+        local = theta
+    else:
         return full
-    local = metadata.number("rope.freq_base_swa", 10000.0)
     return {"full_attention": full, "sliding_attention": {"rope_type": "default", "rope_theta": local}}
 
 

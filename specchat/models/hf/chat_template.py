@@ -1,30 +1,24 @@
 """A model's chat template: a program from a model's folder, which runs within limits of time and size.
 
 transformers' environment keeps a template from reaching anything outside it. This module adds limits: a template is
-ended after some seconds, its text has a greatest length, and arithmetic makes no value so large that computing it holds
-the interpreter. Single operations of Jinja (`~`, filters, methods of strings) may still build one long text.
+ended after some seconds, its text has a greatest length, and no operation makes a value so large that computing it
+holds the interpreter or fills the memory; see template_limits.py.
 """
 
-import re
-import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 from specchat.errors import AllocationError, UsageError, is_lack_of_memory
+from specchat.models.hf.template_limits import LONGEST_TEXT, limit_texts, with_limits
 from specchat.threads import run_within
 
 WITHOUT_TEMPLATE = "pass --base to continue the prompt as it stands, without the template"
 
 # Real templates take milliseconds; one that was written to loop takes forever.
 _RENDER_S = 10.0
-# Real templates add some thousand characters, and repeat a message twice at most.
-_ADDED_CHARACTERS = 4 << 20
+# Real templates repeat a message twice at most.
 _REPEATS = 4
-_LARGEST_BITS = 4096
-_LONGEST_FIELD = 10_000
-
-_RENDERING = threading.local()  # the limit of the rendering in this thread, in characters
 
 
 class ChatTemplate:
@@ -52,7 +46,7 @@ class ChatTemplate:
         import jinja2
 
         def run() -> str:
-            _RENDERING.limit = _ADDED_CHARACTERS + _REPEATS * sum(map(_num_characters, turns))
+            limit_texts(LONGEST_TEXT + _REPEATS * sum(map(_num_characters, turns)))
             values = {"messages": turns, "tools": None, "documents": None, "add_generation_prompt": is_prompt, **names}
             return str(self._compiled.render(**values))
 
@@ -73,67 +67,13 @@ class ChatTemplate:
 
     @cached_property
     def _compiled(self) -> Any:
-        """The compiled template, in an environment of transformers that checks operators before they compute."""
+        """The compiled template, in an environment of transformers that checks operations before they compute."""
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
         # Compiling also computes constants, so the operators are replaced first. transformers caches its own templates
         # by their text; a text of a single blank is no model's, and its environment is copied.
-        environment = _compile_jinja_template(" ").environment.overlay()
-        environment.concat = _joined
-        environment.binop_table = {**environment.binop_table, **_CHECKED}
-        environment.intercepted_binops = frozenset(_CHECKED)
+        environment = with_limits(_compile_jinja_template(" ").environment.overlay())
         return environment.from_string(self._text)
-
-
-class _TooLargeError(Exception):
-    """A value that a template may not compute."""
-
-
-def _joined(pieces: Iterable[str]) -> str:
-    """Join the pieces of a text, unless they are longer than this rendering may become."""
-    kept, length, limit = [], 0, _RENDERING.limit
-    for piece in pieces:
-        length += len(piece)
-        if length > limit:
-            raise _TooLargeError(f"it renders more than {limit:,} characters")
-        kept.append(piece)
-    return "".join(kept)
-
-
-def _times(left: Any, right: Any) -> Any:
-    for text, number in ((left, right), (right, left)):
-        if isinstance(text, str | list | tuple) and isinstance(number, int):
-            _check(len(text) * number, _ADDED_CHARACTERS)
-    if isinstance(left, int) and isinstance(right, int):
-        _check(left.bit_length() + right.bit_length(), _LARGEST_BITS)
-    return left * right
-
-
-def _power(left: Any, right: Any) -> Any:
-    if isinstance(left, int) and isinstance(right, int):
-        _check(left.bit_length() * abs(right), _LARGEST_BITS)
-    return left**right
-
-
-def _modulo(left: Any, right: Any) -> Any:
-    if isinstance(left, str):
-        for width in re.findall(r"%[^%a-zA-Z]*?(\d+|\*)", left):
-            _check(_LONGEST_FIELD + 1 if width == "*" else int(width[:9]), _LONGEST_FIELD)
-    return left % right
-
-
-def _plus(left: Any, right: Any) -> Any:
-    if isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple):
-        _check(len(left) + len(right), _REPEATS * _ADDED_CHARACTERS)
-    return left + right
-
-
-def _check(size: int, limit: int) -> None:
-    if size > limit:
-        raise _TooLargeError(f"it computes a value of more than {limit:,} parts")
-
-
-_CHECKED: dict[str, Callable[[Any, Any], Any]] = {"*": _times, "**": _power, "%": _modulo, "+": _plus}
 
 
 def _num_characters(turn: Mapping[str, Any]) -> int:

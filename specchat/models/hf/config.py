@@ -121,8 +121,12 @@ def _layer_mlp_size(config: Any, layer: int) -> int:
         return int(ffn.ffn_hidden_size) * int(ffn.moe_top_k)
     expert = getattr(config, "moe_intermediate_size", None) or dense
     expert = max(expert) if isinstance(expert, list) else expert  # of text and of images
-    active = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None) or 1
-    return max(dense, int(expert) * int(active))
+    return max(dense, int(expert) * experts_per_row(config))
+
+
+def experts_per_row(config: Any) -> int:
+    """Return the number of routed experts that one row uses; 1 without experts."""
+    return int(getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None) or 1)
 
 
 # Sizes that DBRX keeps in parts of its configuration, and values of them for a tiny model.

@@ -12,7 +12,7 @@ from specchat.models.quant.modules import Matrix, experts_forward
 # Small rounding errors here change which experts compute a row, the weight of a shared expert, or how fast the state of
 # a recurrent layer decays. So they stay plain.
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate", "wg"})
-_GATES = frozenset({"in_proj_ba", "in_proj_a", "in_proj_b", "a_proj", "b_proj"})
+_GATES = frozenset({"in_proj_ba", "in_proj_a", "in_proj_b", "a_proj", "b_proj", "dt_proj"})
 
 
 def find_matrices(skeleton: Skeleton) -> list[Matrix]:
@@ -32,17 +32,30 @@ def find_matrices(skeleton: Skeleton) -> list[Matrix]:
     return matrices
 
 
+def plain_linears(layer: Any) -> Iterator[Any]:
+    """Yield the linear layers of a decoder layer whose weights only their own forward reads."""
+    yield from (module for path, module in layer.named_modules() if _is_linear(path, module))
+
+
+def _is_linear(path: str, module: Any) -> bool:
+    return type(module) is torch.nn.Linear and path.rpartition(".")[2] not in _ROUTERS | _GATES
+
+
 def _matrices_of(part: Any, prefix: str, layer: int | None) -> Iterator[Matrix]:
     for path, module in part.named_modules(prefix=prefix):
-        if type(module) is torch.nn.Linear and path.rpartition(".")[2] not in _ROUTERS | _GATES:
+        if _is_linear(path, module):
             yield Matrix(path, layer, (module.out_features, module.in_features))
         elif _fuses_experts(module):
             yield from _expert_matrices(path, layer, module)
 
 
 def _fuses_experts(module: Any) -> bool:
-    """Return whether transformers allows another implementation of the module's experts."""
-    return hasattr(module, "has_gate") and hasattr(module, "is_transposed") and not module.has_post_expert_norm
+    """Return whether transformers allows another implementation of the module's experts.
+
+    transformers 5.17 and 5.18 know no norms after experts, and their modules have no such attribute.
+    """
+    is_fused = hasattr(module, "has_gate") and hasattr(module, "is_transposed")
+    return is_fused and not getattr(module, "has_post_expert_norm", False)
 
 
 def _expert_matrices(path: str, layer: int | None, module: Any) -> Iterator[Matrix]:

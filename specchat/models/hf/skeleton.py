@@ -3,8 +3,8 @@
 import copy
 import math
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -209,6 +209,23 @@ def _replaced(module: Any, path: list[str], part: Any) -> Any:
     twin._modules = dict(module._modules)
     twin._modules[path[0]] = _replaced(module._modules[path[0]], path[1:], part)
     return twin
+
+
+def with_modules(skeleton: Skeleton, modules: Mapping[str, Any], embeddings: Any | None = None) -> Skeleton:
+    """Return a skeleton that shares everything with the given one, but for some of its modules.
+
+    Args:
+        skeleton: skeleton to share.
+        modules: modules to put in, by path.
+        embeddings: input embeddings to put in; None to share them.
+    """
+    model, decoder = skeleton.model, path_of(skeleton.model, skeleton.decoder)
+    if embeddings is not None:
+        modules = {**modules, path_of(model, model.get_input_embeddings()): embeddings}
+    for path, module in modules.items():
+        model = _replaced(model, path.split("."), module)
+    layers = model.get_submodule(skeleton.layers_name)
+    return replace(skeleton, model=model, decoder=model.get_submodule(decoder), layers=layers)
 
 
 def build_random(

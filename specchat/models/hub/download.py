@@ -133,13 +133,12 @@ def _resolve(ref: ModelRef) -> tuple[str, bool]:
 
     assert ref.repo_id is not None
     with hub_errors(ref):
-        try:
-            info = HfApi().model_info(ref.repo_id, revision=ref.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        except KeyError as exc:
-            raise not_a_hub(exc) from exc
+        info = HfApi().model_info(ref.repo_id, revision=ref.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     if info.sha is None or info.siblings is None:
         raise not_a_hub(None)
     names = [sibling.rfilename for sibling in info.siblings]
+    if not all(isinstance(name, str) for name in names):
+        raise not_a_hub(None)
     if means_gguf(ref, names):
         return info.sha, True
     _check_files(ref, names)

@@ -21,9 +21,15 @@ if TYPE_CHECKING:
 
 @contextmanager
 def hub_errors(ref: ModelRef) -> Iterator[None]:
-    """Convert huggingface_hub's errors to specchat's."""
+    """Convert huggingface_hub's errors to specchat's, and ask the hub for nothing else than what the context asks for.
+
+    Otherwise huggingface_hub would also fetch a list of programs, in order to tell the hub which one runs here. It
+    keeps whatever answer it gets for a day, and one that is no list ends every later request.
+    """
+    from huggingface_hub import constants
     from huggingface_hub.errors import DryRunError, HfHubHTTPError, LocalEntryNotFoundError
 
+    constants.HF_HUB_DISABLE_TELEMETRY = True
     # hf_xet raises RuntimeError.
     failures: tuple[type[Exception], ...] = (*_transport_errors(), OSError, ValueError, RuntimeError)
     try:
@@ -35,6 +41,8 @@ def hub_errors(ref: ModelRef) -> Iterator[None]:
         if isinstance(cause, HfHubHTTPError):
             raise _translate_answer(ref, cause) from exc
         raise _translate_failure(ref, cause) from exc
+    except (AttributeError, LookupError, TypeError) as exc:  # huggingface_hub takes the form of answers for granted
+        raise not_a_hub(exc) from exc
 
 
 def _transport_errors() -> tuple[type[Exception], ...]:

@@ -1,5 +1,6 @@
 """Verification of a pack's data: chunk by chunk when first read, or all at once."""
 
+import os
 import threading
 import zlib
 from collections.abc import Callable, Sequence
@@ -7,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from specchat.errors import ModelError
-from specchat.models.packs.file_format import chunk_span
+from specchat.models.packs.file_format import chunk_span, disk_errors
 from specchat.models.packs.pack import Pack, fail_on_chunk
+from specchat.records.limits import READ_CHUNK_BYTES
 
 
 class ChunkVerifier:
@@ -41,6 +43,27 @@ class ChunkVerifier:
             fail_on_chunk(packed.path, chunk)
         with self._lock:
             self._verified.add((layer, chunk))
+
+    def verify_stored(self, layer: int, begin: int, end: int) -> None:
+        """Read and verify the chunks that hold bytes of a layer's file, unless they were verified before.
+
+        Args:
+            layer: index of the decoder layer.
+            begin: first byte in the file.
+            end: end of the bytes in the file.
+
+        Raises:
+            CorruptCheckpointError: a chunk does not match its checksum.
+            ModelError: the file cannot be read.
+        """
+        packed = self._layers[layer]
+        first, last = ((at - packed.data_offset) // READ_CHUNK_BYTES for at in (begin, end - 1))
+        for chunk in range(first, last + 1):
+            if not self.is_verified(layer, chunk):
+                start, stop = packed.chunk(chunk)
+                with disk_errors(packed.path, "read"), packed.path.open("rb", buffering=0) as stream:
+                    data = os.pread(stream.fileno(), stop - start, packed.data_offset + start)
+                self.verify(layer, chunk, data)
 
     def verify_layer(self, layer: int, data: bytes | bytearray | memoryview) -> None:
         """Verify all chunks of a whole blob."""

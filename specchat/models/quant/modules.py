@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from specchat.models.quant.autotune import autotuner, rows_class
-from specchat.models.quant.formats.base import Segment, WeightFormat
+from specchat.models.quant.formats.base import RowCopy, Segment, WeightFormat
 from specchat.models.quant.kernels.chunked import Linear, Segments, scratch_bytes
+from specchat.models.quant.kernels.packed import PackedMatrix, can_pack, pack
 
 
 class Scratch:
@@ -57,6 +58,7 @@ class QuantLinear(nn.Module):
             self.register_parameter(segment.name, _empty(segment))
             self._names.append(segment.name)
         self.register_parameter("bias", bias)
+        self._held: PackedMatrix | RowCopy | None = None
 
     @property
     def segments(self) -> Segments:
@@ -64,14 +66,58 @@ class QuantLinear(nn.Module):
         parameters = self._parameters
         return {name: parameters[name] for name in self._names}  # type: ignore[misc]  # only a bias may be None
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the segments."""
+        return sum(segment.nbytes for segment in self.segments.values())
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of what `hold` has made."""
+        return 0 if self._held is None else self._held.nbytes
+
+    def hold(self, dtype: torch.dtype) -> None:
+        """Keep a copy of the matrix for few rows, or the matrix dequantized instead of its segments, if possible.
+
+        The segments must stay as they are from now on.
+
+        Args:
+            dtype: dtype of the activations.
+        """
+        self._held = self.format.row_copy(self.segments, self.shape, dtype)
+        if self._held is not None:
+            self.format = self.format.beside_row_copy()
+        elif can_pack(self.shape, dtype):
+            weight = torch.empty(self.shape, dtype=dtype)
+            weight = self.format.dequantize(self.segments, 0, self.shape[0], weight)
+            self._held = pack(weight)
+            if self._held is not None:
+                for name in self._names:
+                    drop(self, name)
+
+    def release(self) -> None:
+        """Let go of what `hold` has made, so that other segments can be bound; the numbers of the matrix stay."""
+        self._held = None
+        self._kernels.clear()
+
     def forward(self, x: Tensor) -> Tensor:
         """Compute x W^T + bias: [..., cols] -> [..., rows]."""
+        held, bias = self._held, self._parameters["bias"]
+        if isinstance(held, PackedMatrix):
+            return held.linear(x, bias)
         scratch, segments = self.scratch.of(self.shape, x.dtype, x.device), self.segments
         kind = x.device, x.dtype, rows_class(x, self.shape)
         linear = self._kernels.get(kind)
         if linear is None:
-            linear = self._kernels[kind] = autotuner().linear(self.format, x, segments, self.shape, scratch)
-        return linear(x, segments, self.shape, scratch, self._parameters["bias"])
+            linear = self._kernels[kind] = autotuner().linear(self.format, x, segments, self.shape, scratch, held)
+        return linear(x, segments, self.shape, scratch, bias)
+
+
+def drop(module: nn.Module, name: str) -> None:
+    """Replace a parameter by one on meta, of the same shape and dtype, so that its memory can be freed."""
+    parameter = module._parameters[name]
+    assert parameter is not None
+    module._parameters[name] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
 
 
 class QuantParts(nn.ModuleList):
@@ -80,6 +126,20 @@ class QuantParts(nn.ModuleList):
     def forward(self, x: Tensor) -> Tensor:
         """Compute x W^T: [..., cols] -> [..., rows of all parts]."""
         return torch.cat([part(x) for part in self], -1)
+
+
+def same_format(module: nn.Module) -> nn.Module:
+    """Return a module for another matrix in the formats of a `QuantLinear` or `QuantParts`, without a bias, on meta."""
+    if isinstance(module, QuantParts):
+        return QuantParts(same_format(part) for part in module)
+    assert isinstance(module, QuantLinear)
+    return QuantLinear(module.format, module.shape, None, module.scratch)
+
+
+def format_key(module: nn.Module) -> tuple[object, ...]:
+    """Return what two matrices have in common if one module can hold either."""
+    linears = [linear for _, linear in quant_linears(module)]
+    return tuple((linear.format, linear.shape) for linear in linears)
 
 
 def _empty(segment: Segment) -> nn.Parameter:

@@ -21,10 +21,19 @@ from specchat.files import atomic_write_text, read_regular
 from specchat.models.checkpoint.json_file import MODELOPT_FILE
 from specchat.models.checkpoint.safetensors import weight_files
 from specchat.paths import cache_folder
-from specchat.records.model import Activations, KvShape, ModelSource, ModelSpec, ParamSize, RowCost, StateShape
+from specchat.records.model import (
+    Activations,
+    KvShape,
+    ModelSource,
+    ModelSpec,
+    ParamSize,
+    RoutedExperts,
+    RowCost,
+    StateShape,
+)
 
 # Version of descriptions. Raise it when descriptions change; a test fails then and says how to proceed.
-SPEC_VERSION = 5
+SPEC_VERSION = 7
 _LIBRARIES = ("torch", "transformers", "accelerate")
 # The sizes of pre-quantized matrices follow from the headers of the weight files.
 _QUANTIZED = (b"quantization_config", b"compression_config")
@@ -149,7 +158,21 @@ def parsed(values: Mapping[str, Any]) -> ModelSpec:
             "shared_params": _params(values["shared_params"]),
             "kv_shapes": tuple(_kv_shape(**shape) for shape in values["kv_shapes"]),
             "quant_shapes": tuple((rows, cols) for rows, cols in values["quant_shapes"]),
+            "experts": _experts(values["experts"]),
+            "layer_quant": tuple(values.get("layer_quant", ())),
             "activations": {int(item_bytes): _costs(costs) for item_bytes, costs in values["activations"].items()},
+        }
+    )
+
+
+def _experts(values: Mapping[str, Any] | None) -> RoutedExperts | None:
+    if values is None:
+        return None
+    return RoutedExperts(
+        **{
+            **values,
+            "layers": tuple(values["layers"]),
+            "params": _params(values["params"]),
         }
     )
 

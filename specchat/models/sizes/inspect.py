@@ -1,5 +1,6 @@
 """Describing a model: its modules are built without weights, measured and profiled."""
 
+import math
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from specchat.errors import ModelError
 from specchat.models.checkpoint.dtypes import STORED_DTYPES, short_name
 from specchat.models.checkpoint.safetensors import Checkpoint, has_weights
 from specchat.models.gguf.tensors import open_tensors
-from specchat.models.hf.config import load_config, max_positions, mlp_size, tiny_config
+from specchat.models.hf.config import experts_per_row, load_config, max_positions, mlp_size, tiny_config
 from specchat.models.hf.config_values import why_not_built
 from specchat.models.hf.kv_shapes import record_kv_shapes
 from specchat.models.hf.mtp import without_shared
@@ -18,11 +19,21 @@ from specchat.models.hf.wrappers import wrapper_type
 from specchat.models.quant.modules import quant_linears, segment_names
 from specchat.models.sizes import activations
 from specchat.models.weights.choose_recipe import assume_recipe, choose_recipe
+from specchat.models.weights.experts import pooled_experts
 from specchat.models.weights.match import match_checkpoint
 from specchat.models.weights.mtp import open_mtp
 from specchat.models.weights.open import open_reader
 from specchat.models.weights.recipe import Recipe, apply_recipe
-from specchat.records.model import HEAD_SUFFIX, Activations, Dtype, ModelSource, ModelSpec, ParamSize, Quant
+from specchat.records.model import (
+    HEAD_SUFFIX,
+    Activations,
+    Dtype,
+    ModelSource,
+    ModelSpec,
+    ParamSize,
+    Quant,
+    RoutedExperts,
+)
 
 
 def inspect_model(source: ModelSource, quant: Quant) -> ModelSpec:
@@ -68,7 +79,9 @@ def inspect_model(source: ModelSource, quant: Quant) -> ModelSpec:
         quant_shapes=tuple(sorted({linear.shape for _, linear in quant_linears(skeleton.model)})),
         lookup_params=_lookup_params(skeleton),
         text_only=wrapper_type(config) is not None,
+        layer_quant=_layer_quant(skeleton),
         shared_params=tuple(size for block in _shared_blocks(skeleton) for size in _param_sizes(block)),
+        experts=_routed_experts(config, skeleton),
     )
 
 
@@ -99,6 +112,7 @@ def _inspect_mtp(source: ModelSource, quant: Quant) -> ModelSpec:
         other_params=tuple(_param_size(parameter, is_segment=False) for parameter in outside),
         quant=quant if recipe is None else recipe.name,
         quant_shapes=tuple(sorted({linear.shape for _, linear in quant_linears(skeleton.model)})),
+        layer_quant=_layer_quant(skeleton),
     )
 
 
@@ -118,6 +132,23 @@ def _measure(config: Any, skeleton: Skeleton) -> dict[str, Any]:
         "kv_shapes": record_kv_shapes(skeleton),
         "activations": _profiled(skeleton),  # `dequantize_bytes` covers the scratch memory of quantized modules
     }
+
+
+def _routed_experts(config: Any, skeleton: Skeleton) -> RoutedExperts | None:
+    """Measure the experts that can be read one by one; None without any."""
+    pooled = pooled_experts(skeleton)
+    if not pooled:
+        return None
+    first = pooled[0]
+    pieces = (_param_size(tensor, not first.is_stacked(name)) for name, tensor in first.pieces.items())
+    layers = tuple(each.layer for each in pooled)
+    return RoutedExperts(layers, first.num_experts, experts_per_row(config), tuple(pieces))
+
+
+def _layer_quant(skeleton: Skeleton) -> tuple[int, ...]:
+    """Return the number of weights of each layer in quantized matrices; empty without any."""
+    found = tuple(sum(math.prod(each.shape) for _, each in quant_linears(layer)) for layer in skeleton.layers)
+    return found if any(found) else ()
 
 
 def _shared_blocks(skeleton: Skeleton) -> list[Any]:

@@ -5,7 +5,7 @@ profiled ones. Nothing here imports torch, so recommendations are shown at once.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
@@ -15,7 +15,17 @@ from specchat.models.catalog.known_models import KnownModel, known_models
 from specchat.models.checkpoint.dtypes import short_name
 from specchat.models.sizes.hybrid_specs import active_hybrid_params, hybrid_spec
 from specchat.records.limits import MASK_FLAG_BYTES, MASK_POSITION_BYTES
-from specchat.records.model import DTYPE_BYTES, Activations, Dtype, KvShape, ModelSpec, ParamSize, Quant, RowCost
+from specchat.records.model import (
+    DTYPE_BYTES,
+    Activations,
+    Dtype,
+    KvShape,
+    ModelSpec,
+    ParamSize,
+    Quant,
+    RoutedExperts,
+    RowCost,
+)
 
 _FLOAT_BYTES = 4  # rotary frequencies and scores are float32 in every compute dtype
 
@@ -150,9 +160,32 @@ def spec_of(model: KnownModel, quant: Quant = "none") -> ModelSpec:
         kv_shapes=(KvShape(config.num_key_value_heads, config.head_dim, config.head_dim),) * config.num_hidden_layers,
         quant=name,
         quant_shapes=_quant_shapes(layer, stored, embedding, head_stored),
+        layer_quant=_layer_quant(layer, stored, config.num_hidden_layers),
         activations={size: _activations(config, architecture, size) for size in set(DTYPE_BYTES.values())},
         lookup_params=embedding.count if _has_own_head(config, head_stored) else 0,
+        experts=_routed_experts(config, layer, stored),
     )
+
+
+def _routed_experts(config: Any, layer: tuple[_Weight, ...], stored: _Stored | None) -> RoutedExperts | None:
+    """Return the experts that can be read one by one, in the order of the modules: segments follow the biases."""
+    fused = [weight for weight in layer if weight.experts]
+    if not fused:
+        return None
+    matrices = [_Weight(weight.shape).sizes(stored) for weight in fused]
+    has_biases = _ARCHITECTURES[config.model_type].sinks
+    biases = [(ParamSize(weight.shape[0]),) if has_biases else () for weight in fused]
+    if stored is None:
+        parts = [each for pair in zip(matrices, biases, strict=True) for each in pair]
+    else:
+        parts = [*biases, *matrices]
+    params = tuple(size for part in parts for size in part)
+    return RoutedExperts(tuple(range(config.num_hidden_layers)), fused[0].experts, config.num_experts_per_tok, params)
+
+
+def _layer_quant(layer: Sequence[_Weight], stored: _Stored | None, num_layers: int) -> tuple[int, ...]:
+    """Return the number of weights of each layer in quantized matrices; empty without any."""
+    return () if stored is None else (sum(weight.count for weight in layer if weight.is_matrix),) * num_layers
 
 
 def is_hybrid(model: KnownModel) -> bool:

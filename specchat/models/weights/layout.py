@@ -1,6 +1,6 @@
 """The layout of one layer's parameters in one contiguous blob."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +21,9 @@ class LayerLayout:
     nbytes: int
 
     @classmethod
-    def of(cls, layer: Any) -> "LayerLayout":
-        """Compute the layout of a decoder layer."""
-        named = dict(layer.named_parameters())
+    def of(cls, layer: Any, without: Set[str] = frozenset()) -> "LayerLayout":
+        """Compute the layout of a decoder layer, except the parameters `without`."""
+        named = {name: p for name, p in layer.named_parameters() if name not in without}
         offsets, nbytes = blob_offsets(p.nbytes for p in named.values())
         shapes, dtypes = tuple(p.shape for p in named.values()), tuple(p.dtype for p in named.values())
         return cls(tuple(named), shapes, dtypes, tuple(offsets), nbytes)
@@ -34,6 +34,13 @@ class LayerLayout:
             name: blob[offset : offset + shape.numel() * dtype.itemsize].view(dtype).view(shape)
             for name, shape, dtype, offset in zip(self.names, self.shapes, self.dtypes, self.offsets, strict=True)
         }
+
+
+def share_buffers(layer: Any, other: Any) -> None:
+    """Replace a layer's buffers by those of a layer of the same class."""
+    for name, buffer in other.named_buffers():
+        path, _, leaf = name.rpartition(".")
+        layer.get_submodule(path)._buffers[leaf] = buffer
 
 
 def bind(layer: Any, views: Mapping[str, Tensor]) -> None:

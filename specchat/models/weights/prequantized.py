@@ -43,7 +43,8 @@ class PrequantizedFiller:
         Args:
             reader: reader of the checkpoint's plain tensors.
             layer: index of the decoder layer.
-            views: memory of the layer's parameters (CPU), by name within the layer.
+            views: memory of the layer's parameters (CPU), by name within the layer; those of other matrices are left
+                out.
 
         Raises:
             CorruptCheckpointError: impossible contents, and the faults that `WeightReader.read_layer` reports.
@@ -51,10 +52,12 @@ class PrequantizedFiller:
         elsewhere = self.parameters(layer)
         reader.read_plain(layer, {name: view for name, view in views.items() if name not in elsewhere})
         for name, matrix in self._matrices[layer].items():
-            self._recipe.fill(self._tensors, matrix, name, views)
+            if any(view.startswith(f"{name}.") for view in views):
+                self._recipe.fill(self._tensors, matrix, name, views)
         prefix = self._prefix(layer)
         for name in self._recipe.unpacked(prefix):
-            self._recipe.read_dequantized(self._tensors, prefix + name, views[name])
+            if name in views:
+                self._recipe.read_dequantized(self._tensors, prefix + name, views[name])
 
     def places(self, layer: int) -> dict[str, TensorInfo] | None:
         """Return the places of a layer's segments; None if one of its matrices must be transcoded."""

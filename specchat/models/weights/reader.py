@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ from specchat.models.checkpoint.dtypes import stored_name
 from specchat.models.checkpoint.mapped_file import MappedFile
 from specchat.models.checkpoint.reader import TensorReader
 from specchat.models.checkpoint.safetensors import Checkpoint, TensorInfo
-from specchat.models.hf.conversion import LazyTensor, load_converted, plan_weights
+from specchat.models.hf.conversion import LazyTensor, ModulePlace, load_converted, plan_weights
 from specchat.models.hf.skeleton import Skeleton, build_skeleton, path_of
 from specchat.models.quant.modules import QuantLinear, quant_linears, segment_names
 from specchat.models.weights.layout import bind
@@ -274,18 +275,69 @@ class WeightReader(Closeable):
 
     def _read_stacked(self, layer: int, name: str, keys: Sequence[str], view: Tensor) -> None:
         """Read the tensors that a parameter [experts, rows, ...] stacks, each into its place."""
+        for key, place in self._stacked(layer, name, keys, view.shape):
+            rows = view.shape[1] // place.num_parts
+            self._reader.read_into(key, view[place.expert, place.part * rows : (place.part + 1) * rows])
+
+    def _stacked(
+        self, layer: int, name: str, keys: Sequence[str], shape: Sequence[int]
+    ) -> list[tuple[str, ModulePlace]]:
+        """Return the tensors that a parameter of this shape, [experts, rows, ...], stacks, and check their shapes."""
+        num_experts, num_rows, *others = shape
         places = [self._plan.places[key] for key in keys]
         num_parts = places[0].num_parts
-        missing = {(e, p) for e in range(len(view)) for p in range(num_parts)} - {(p.expert, p.part) for p in places}
+        missing = {(e, p) for e in range(num_experts) for p in range(num_parts)} - {(p.expert, p.part) for p in places}
         self._check_complete(layer, {f"{name}.{expert}" for expert, _ in missing})
         for key, place in zip(keys, places, strict=True):
-            rows = view.shape[1] // num_parts
-            wanted, found = (rows, *view.shape[2:]), tuple(self._checkpoint.tensors[key].shape)
-            if place.expert >= len(view) or found != wanted or rows * num_parts != view.shape[1]:
+            rows = num_rows // num_parts
+            wanted, found = (rows, *others), tuple(self._checkpoint.tensors[key].shape)
+            if place.expert >= num_experts or found != wanted or rows * num_parts != num_rows:
                 raise CorruptCheckpointError(
-                    f"tensor '{key}' has shape {found}, but the configuration says {len(view)} experts of {wanted}"
+                    f"tensor '{key}' has shape {found}, but the configuration says {num_experts} experts of {wanted}"
                 )
-            self._reader.read_into(key, view[place.expert, place.part * rows : (place.part + 1) * rows])
+        return list(zip(keys, places, strict=True))
+
+    def stored_places(self, layer: int, names: Sequence[str]) -> list[list[TensorInfo]] | None:
+        """Return the places in the files of parameters of a layer that are each stored apart, such as segments.
+
+        Returns:
+            One tensor for each parameter; None if one of them must be converted.
+        """
+        if self._filler is not None:
+            filled = self._filled[layer] or {}
+            return [[filled[name]] for name in names] if filled.keys() >= set(names) else None
+        tensors, parameters = self._checkpoint.tensors, self._skeleton.layers[layer]
+        keys = [self.key_of(layer, name) for name in names]
+        found = [tensors[key] for key in keys if key is not None]
+        stored = [stored_name(parameters.get_parameter(name).dtype) for name in names]
+        if [info.dtype for info in found] != stored or any(info.restore for info in found):
+            return None
+        return [[info] for info in found]
+
+    def stack_places(self, layer: int, name: str) -> list[list[TensorInfo]] | None:
+        """Return the places in the files of a parameter [experts, ...] of a layer, expert by expert.
+
+        Returns:
+            The tensors, or parts of one, whose bytes follow each other in an expert's part of the parameter; None if
+            the parameter must be converted.
+
+        Raises:
+            CorruptCheckpointError: tensors to be stacked are missing, or do not fit together.
+        """
+        parameter = self._skeleton.layers[layer].get_parameter(name)
+        if (key := self.key_of(layer, name)) is not None:
+            found = [[each] for each in _split(self._checkpoint.tensors[key], len(parameter))]
+        else:
+            keys = self._plan.converted[layer].get(name, ())
+            if self._filler is not None or not keys or not self._plan.places.keys() >= set(keys):
+                return None
+            stacked = sorted(self._stacked(layer, name, keys, parameter.shape), key=_in_order)
+            infos = [self._checkpoint.tensors[key] for key, _ in stacked]
+            num_parts = len(infos) // len(parameter)
+            found = [infos[begin : begin + num_parts] for begin in range(0, len(infos), num_parts)]
+        stored = stored_name(parameter.dtype)
+        same = all(info.dtype == stored and info.restore is None for infos in found for info in infos)
+        return found if same else None
 
     def _convert(self, layer: int, keys: Sequence[str], views: Mapping[str, Tensor]) -> set[str]:
         """Merge tensors by transformers' conversion, on a second skeleton, because it replaces the parameters it fills.
@@ -325,6 +377,17 @@ class WeightReader(Closeable):
                 names = set().union(*(direct[other].keys() & shape.keys() for other in alike))
                 expected = _complete(set().union(*(parts[other] for other in alike)))
                 self._check_complete(layer, (names - direct[layer].keys()) | (expected - parts[layer]))
+
+
+def _split(info: TensorInfo, num_parts: int) -> list[TensorInfo]:
+    """Return the places of a tensor's first dimension, one by one."""
+    nbytes = info.nbytes // num_parts
+    part = replace(info, shape=info.shape[1:], nbytes=nbytes)
+    return [replace(part, offset=info.offset + index * nbytes) for index in range(num_parts)]
+
+
+def _in_order(stacked: tuple[str, ModulePlace]) -> tuple[int, int]:
+    return stacked[1].expert, stacked[1].part
 
 
 def _parts(layer: int, converted: Mapping[str, Sequence[str]]) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from support.quantized import Kind, awq, block_fp8, gptq, quantize_saved
 from support.tiny_models import VOCAB
 
 from specchat.engine.drafting.head_check import HeadCheck, HeadDisagreesError
+from specchat.engine.model import PassCancelledError
+from specchat.engine.sequence import FinalStates
 from specchat.models.quant.modules import quant_linears
 from specchat.records.model import ModelSource
 
@@ -50,8 +53,8 @@ def test_embeddings_are_the_same_from_host_memory(sources: Callable[[str], Model
 def their_head(source: ModelSource) -> tuple[Any, Any, Any]:
     """transformers' model, its MTP module and an empty cache."""
     layers = pytest.importorskip("transformers.modeling_layers")
-    if not hasattr(layers, "MtpModel"):
-        pytest.skip("this version of transformers has no MTP")
+    if not hasattr(getattr(layers, "MtpModel", None), "forward_layer"):
+        pytest.skip("this version of transformers has no MTP, or runs it in another way")
     from transformers.cache_utils import MtpCache
 
     model = hf.AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32).eval()
@@ -171,21 +174,57 @@ def test_states_that_wait_are_bounded(sources: Callable[[str], ModelSource]):
     follower.read(text[:70], text[70])
     held = follower.head._held[0].states
     assert held is not None and len(held) == 70
-    follower.read([text[70]], text[71])  # no tree was grown: the prompt is read now
+    cancel = threading.Event()
+    cancel.set()
+    with pytest.raises(PassCancelledError):
+        follower.head.catch_up(cancel)
+    assert held is follower.head._held[0].states  # nothing is lost
+    follower.head.catch_up(None)  # no tree is grown
+    follower.read([text[70]], text[71])
     held = follower.head._held[0].states
     assert held is not None and len(held) == 2
     check_close(follower.chain(text[71], [1]), fresh_chain(source, text[:72], [1]))
 
 
-def test_a_head_that_missed_rows_drafts_nothing(sources: Callable[[str], ModelSource]):
-    source, text = sources("qwen3"), random_prompt(20, VOCAB)
+def test_few_states_do_not_keep_those_of_a_whole_pass(sources: Callable[[str], ModelSource]):
+    follower, text = Follower(sources("qwen3")), random_prompt(5, VOCAB)
+    hidden = torch.zeros(500, follower.target.append(text[:4]).shape[-1])
+    follower.head.receive(0, FinalStates(text, 0, hidden[100:104]))
+    held = follower.head._held[0].states
+    assert held is not None and held.untyped_storage().nbytes() == held.nbytes
+
+
+def test_a_head_that_missed_rows_goes_on_with_the_next_ones(sources: Callable[[str], ModelSource]):
+    """After rows without states, the head reads the text from its next states on, as if the text began there."""
+    source, text, chain = sources("qwen3"), random_prompt(30, VOCAB), [4, 6]
     follower = Follower(source)
-    follower.target.append(text[:5])  # read while another drafter was in use
-    follower.tokens = text[:5]
-    follower.read(text[5:9], text[9])
-    assert follower.head.max_depth(follower.sequence(text[9])) == 0
-    follower.target.cache.truncate(0, 0)
-    follower.tokens = []
+    follower.read(text[:6], text[6])
+    follower.chain(text[6], chain)
+    follower.target.append(text[6:9])  # read while another drafter was in use
+    follower.tokens = text[:9]
+    for place in range(9, 15):
+        follower.read([text[place]], text[place + 1])
+        assert follower.head.max_depth(follower.sequence(text[place + 1])) > 0
+        scores = follower.chain(text[place + 1], chain)
+    check_close(scores, after_rows_without_states(source, text[:16], 9, chain))
+    assert not torch.allclose(scores, fresh_chain(source, text[:16], chain))
+    follower.target.cache.truncate(0, 4)  # back before the first of these states: all of them are known again
+    follower.tokens = text[:4]
+    follower.read(text[4:15], text[15])
+    check_close(follower.chain(text[15], chain), after_rows_without_states(source, text[:16], 4, chain))
+
+
+def after_rows_without_states(source: ModelSource, text: list[int], start: int, chain: list[int]) -> torch.Tensor:
+    """Scores of a head that has states from `start` on."""
+    follower = Follower(source)
+    follower.target.append(text[:start])
+    follower.tokens = text[:start]
+    follower.read(text[start:-1], text[-1])
+    return follower.chain(text[-1], chain)
+
+
+def test_roots_and_texts_that_a_head_can_serve(sources: Callable[[str], ModelSource]):
+    follower, text = Follower(sources("qwen3")), random_prompt(20, VOCAB)
     follower.read(text[:9], text[9])
     assert follower.head.max_depth(follower.sequence(text[9])) > 0
     assert follower.head.max_depth(follower.sequence(text[8])) > 0  # another root: its row is computed anew

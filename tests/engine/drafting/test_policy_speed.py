@@ -51,7 +51,12 @@ def shares(world: World, expected: Expectation, seed: int, lengths: tuple[int, .
     return [adaptive.write(length) / max(other.write(length) for other in others) for length in lengths]
 
 
-@pytest.mark.parametrize("name", WORLDS)
+QUICK_WORLDS = {"disk", "resident", "computing takes over", "expensive draft", "noisy resident"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK_WORLDS else pytest.mark.slow) for name in WORLDS]
+)
 def test_it_is_as_fast_as_the_best_fixed_size(name: str):
     """On average over three texts: what one of them brings with a tree of some size is luck."""
     world = WORLDS[name]
@@ -102,7 +107,7 @@ SHARED = {
     "free rows": World(lambda rows: 0.4, lambda rows: 0.003 + 0.0001 * rows),
     "resident": World(lambda rows: 0.02 + 0.004 * rows, lambda rows: 0.004 + 0.0001 * rows),
 }
-QUICK = {("knee at 65 rows", 10), ("resident", 4)}
+QUICK = {("resident", 4)}
 
 
 @pytest.mark.parametrize(

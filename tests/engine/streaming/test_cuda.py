@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -187,11 +188,18 @@ def pinned_rate(num_bytes: int = 512 << 20) -> float:
     return sorted(rates)[1]
 
 
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelSource]:
+    """Four layers of a 70B model's shape, 7 GB, written once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPECCHAT_CACHE_DIR", str(tmp_path_factory.mktemp("large")))
+        yield materialise(parse_shape("llama-70b,layers=4"))
+
+
 @pytest.mark.parametrize("num_rows", [1, 64, 512])
-def test_link_utilization(num_rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_link_utilization(num_rows: int, large: ModelSource):
     """Stream a few layers of a 70B model's shape; print the utilization and check it against its threshold."""
-    monkeypatch.setenv("SPECCHAT_CACHE_DIR", str(tmp_path))
-    model = load(materialise(parse_shape("llama-70b,layers=10")), torch.bfloat16, (), 2)
+    model = load(large, torch.bfloat16, (), 2)
     prompt = random_prompt(num_rows, 4096)
     rates = []
     for _ in range(6):

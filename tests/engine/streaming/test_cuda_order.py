@@ -131,7 +131,7 @@ class Device:
 def fake_cuda(device: Device) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "Stream", device.new_stream)
-        patch.setattr(torch.cuda, "Event", lambda enable_timing=False: Event(device))
+        patch.setattr(torch.cuda, "Event", lambda **_: Event(device))
         patch.setattr(torch.cuda, "stream", device.using)
         patch.setattr(torch.cuda, "current_stream", lambda _: device.current)
         patch.setattr("specchat.engine.streaming.cuda._new_slots", device.new_slots)
@@ -178,13 +178,26 @@ class Passes:
     tiers=st.lists(st.sampled_from(["device", "ram", "ram", "disk"]), min_size=NUM_LAYERS, max_size=NUM_LAYERS),
     num_slots=st.integers(1, 4),
     cuts=st.lists(st.tuples(st.integers(0, NUM_LAYERS - 1), st.booleans()), max_size=3),
+    givings=st.dictionaries(st.integers(1, 5), st.integers(0, NUM_LAYERS - 1), max_size=3),
+    num_late=st.integers(0, NUM_LAYERS - 1),
+    stage_end=st.integers(1, 4),
     seed=st.integers(0, 1 << 32),
 )
 @settings(deadline=None, max_examples=60)
 def test_layers_see_their_own_bytes_in_every_order_of_work(
-    packed_model: PackedModel, tiers: list[str], num_slots: int, cuts: list[tuple[int, bool]], seed: int
+    packed_model: PackedModel,
+    tiers: list[str],
+    num_slots: int,
+    cuts: list[tuple[int, bool]],
+    givings: dict[int, int],
+    num_late: int,
+    stage_end: int,
+    seed: int,
 ):
-    """Run whole passes, and between them passes that stop before a layer or within one."""
+    """Run whole passes, and between them passes that stop before a layer or within one.
+
+    Meanwhile some layers are given back, streamed or not yet, and a stage of the chat ends: further layers stream.
+    """
     streamed = [index for index, tier in enumerate(tiers) if tier != "device"]
     if not streamed:
         return
@@ -198,16 +211,28 @@ def test_layers_see_their_own_bytes_in_every_order_of_work(
     pin = Pinner(runtime, lambda: None, lambda _: None)
     with watched_threads() as threads, fake_cuda(device):
         host = HostLayers(layers, streamed, in_ram, num_slots, read_layer, PackLayerReader(packed_model.pack), pin)
-        streamer = CudaStreamer(layers, streamed, num_slots, host, CPU)
+        first = streamed[num_late:] or streamed[-1:]
+        host.select(first)
+        streamer = CudaStreamer(layers, first, num_slots, host, CPU)
         passes = Passes(packed_model, layers, device)
         whole = (NUM_LAYERS, False)
-        for length, fails in [whole, whole, *cuts, whole]:
-            passes.run(streamer, [index for index in streamed if index < length], fails=fails)
+        end, num_bytes, now = min(stage_end, len(cuts) + 2), 0, first
+        for number, (length, fails) in enumerate([whole, whole, *cuts, whole]):
+            given = {givings[number]} & set(streamer.kept) if number in givings else set()
+            if number == end:
+                streamer.restream(set(streamed) - set(first), given)
+                now = streamed
+            elif given:
+                streamer.restream((), given)
+            slots, nbytes = streamer.host_slots(())
+            assert sum(runtime.pinned.values()) == sum(streamer.kept.values()) + slots * nbytes
+            passes.run(streamer, [index for index in now if index < length], fails=fails)
+            num_bytes += sum(packed_model.layouts[index].nbytes for index in now if index < length)
             if length < NUM_LAYERS:
                 streamer.restart()
             else:
                 device.streams[0].synchronize()  # whoever asked for the pass reads what came out of it
-        assert streamer.counters().num_bytes >= 3 * sum(packed_model.layouts[index].nbytes for index in streamed)
+        assert streamer.counters().num_bytes == num_bytes
         streamer.close()
     assert passes.most_ahead <= num_slots + 1, "the host is too far ahead to be stopped between layers"
     assert not any(stream.work for stream in device.streams)

@@ -147,6 +147,8 @@ def test_gemma_4_merges_as_its_file_says_and_adds_no_token(tmp_path):
 
 def test_splits_are_those_of_transformers():
     mapping = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping")
+    if not hasattr(mapping, "GGUF_PRE_TOKENIZER_SPLITS"):
+        pytest.skip("this version of transformers keeps its splits elsewhere")
     shared = PRE_TOKENIZERS.keys() & mapping.GGUF_PRE_TOKENIZER_SPLITS.keys()
     assert len(shared) > 12
     for name in shared:

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[3]
 HEAVY = ("torch._dynamo", "torch.distributed.tensor", "sympy", "scipy.optimize")
 ANSWER = """
@@ -50,6 +52,7 @@ def test_answer_imports_no_compiler():
     assert python(ANSWER.replace("{heavy}", repr(HEAVY))).stderr.splitlines()[-1] == "[]"
 
 
+@pytest.mark.slow
 def test_what_was_left_out_comes_back_when_needed():
     found = json.loads(python(AFTERWARDS).stdout)
     plain = json.loads(python(AFTERWARDS.replace("import_lightly()\nfound", "found")).stdout)

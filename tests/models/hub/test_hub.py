@@ -143,6 +143,25 @@ def test_only_needed_files_are_downloaded(hub, tmp_path):
     assert cached_models() == ["org/name"]
 
 
+def test_the_hub_is_asked_for_the_model_alone(hub):
+    """huggingface_hub would also fetch a list of programs, to say which one runs here, and keep it."""
+    hub.publish("org/name", MODEL)
+    hub.answers["agent-harnesses"] = (200, b"3", {})
+    ask("org/name")
+    ask("org/name")
+    assert hub.requests and all("org/name" in request or "/cdn/" in request for request in hub.requests)
+
+
+ODD_NAME = b'{"id": "org/name", "sha": "0", "siblings": [{"rfilename": 3}]}'
+
+
+def test_an_answer_of_another_form_is_no_hubs(hub):
+    for body in (b"[]", b"3", b'"x"', b"null", b'{"siblings": 3}', ODD_NAME):
+        hub.body = body
+        with pytest.raises(ModelError, match="does not respond like a hub"):
+            ask("org/name")
+
+
 def test_a_second_run_makes_one_request_and_no_question(hub):
     hub.publish("org/name", MODEL)
     first = ask("org/name")

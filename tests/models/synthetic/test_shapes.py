@@ -360,7 +360,7 @@ def test_the_checkpoint_has_the_described_size(cache_dir):
         assert (folder / name).read_bytes() == (demo_source("target").path / name).read_bytes()
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_the_engine_generates_the_demo_target_s_text(cache_dir, monkeypatch, dtype):
     """Streamed, with the demo draft's trees, in float32."""
     monkeypatch.setattr("specchat.models.packs.prepare.SMALL_BYTES", 0)

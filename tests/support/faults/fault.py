@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import specchat
+from support.fake_hub import FakeHub, serving
 from support.faults.server import Ended, Server
 
 DEMO = Path(specchat.__file__).parent / "demo" / "draft"
@@ -47,6 +48,7 @@ class Fault:
         writes: files and folders that the run may change.
         prints: whether a refused run may print on stdout.
         is_quick: whether the fault belongs to the default suite.
+        hub: makes the hub's faults, for models that must be downloaded; the demo is published as org/fox.
     """
 
     name: str
@@ -58,9 +60,19 @@ class Fault:
     writes: tuple[str, ...] = ()
     prints: bool = False
     is_quick: bool = False
+    hub: Callable[[FakeHub], None] | None = None
 
     def broken_promises(self, server: Server, folder: Path) -> list[str]:
         """Make the fault in an empty folder, run the command line, and return what was not as promised."""
+        if self.hub is None:
+            return self._broken_promises(server, folder, {})
+        with serving() as hub:
+            hub.publish("org/fox", {path.name: path.read_bytes() for path in DEMO.iterdir()})
+            self.hub(hub)
+            env = {"HF_ENDPOINT": hub.url, "NO_PROXY": "127.0.0.1,localhost", "HF_HUB_DOWNLOAD_TIMEOUT": "2"}
+            return self._broken_promises(server, folder, env)
+
+    def _broken_promises(self, server: Server, folder: Path, hub: Mapping[str, str]) -> list[str]:
         make_model(folder)
         self.make(folder)
         before = dict(contents(folder, self.writes))
@@ -68,6 +80,7 @@ class Fault:
             # The cache is shared, because it keeps what was found out about a config for seconds.
             **{"SPECCHAT_STATE_DIR": f"{folder}/state", "SPECCHAT_CACHE_DIR": f"{folder.parent}/cache"},
             **{"XDG_CONFIG_HOME": f"{folder}/config", "HF_HUB_CACHE": f"{folder}/hub", "SPECCHAT_DEBUG": None},
+            **hub,
             **self.order.get("env", {}),
         }
         arguments = [each.replace("{model}", str(folder / "model")) for each in self.arguments]
@@ -81,13 +94,13 @@ class Fault:
     def _broken_by(self, ended: Ended) -> Iterator[str]:
         err = _PANIC.sub("", ended.err.decode(errors="replace"))
         if ended.code is None:
-            yield f"hangs; stderr: {err[-600:]}"
+            yield f"hangs; stderr: {err[-3000:]}"
             return
         if ended.code not in self.codes:
             yield f"ends with {ended.code}, not {self.codes}"
         for word in ("Traceback", "internal error"):
             if word in err:
-                yield f"says {word}"
+                yield f"says {word}: {err[-3000:]}"
         if _CONTROLS.search(err):
             yield "writes controls"
         if " ".join(self.words.split()) not in " ".join(err.split()):

@@ -147,6 +147,10 @@ def _disks() -> Iterator[Fault]:
         job = ("run", "{model}", "--prompts", "in.jsonl", "-o", "disk/out.jsonl", *ASK[3:])
         prompts = put("in.jsonl", '{"prompt": "Hi"}\n' * 3)
         yield Fault(f"disk: {name} for results", job, prompts, codes=(0, 1, 2, 4), order=order, **answers)
+    for name, step_s in {"back": -86_400.0, "forth": 86_400.0, "far back": -1e10, "far forth": 1e11}.items():
+        order = {"clock_step_s": step_s}
+        yield Fault(f"clock: {name}", save, codes=(0,), order=order, **answers)
+        yield Fault(f"clock: {name}, sessions", ("sessions",), codes=(0,), order=order, is_quick=True)
     sizes = put_json("model/config.json", {"model_type": "llama"})
     small = {"limits": {"address bytes": 1 << 20}}
     yield Fault("memory: too little to import", ("probe", "{model}"), all_of(sizes), codes=(1, 4), order=small)

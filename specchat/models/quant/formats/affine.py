@@ -14,7 +14,8 @@ from torch import Tensor
 
 from specchat.models.checkpoint.layout import PIECE_NUMBERS
 from specchat.models.quant.formats.base import Segment, WeightFormat
-from specchat.models.quant.kernels.chunked import Linear, Segments
+from specchat.models.quant.kernels.chunked import Linear, Multiply, Segments
+from specchat.models.quant.kernels.matmul import product
 from specchat.models.quant.kernels.triton import triton_kernels
 
 # Zero point of 4-bit numbers (0 .. 15) if none is stored. 8-bit numbers are signed and need none.
@@ -83,12 +84,20 @@ class Affine(WeightFormat):
         return (q.sub_(MIDDLE) if zeros is None else _subtract(q, zeros, self.group)).float()
 
     def linear(
-        self, x: Tensor, segments: Segments, shape: tuple[int, int], scratch: Tensor, bias: Tensor | None = None
+        self,
+        x: Tensor,
+        segments: Segments,
+        shape: tuple[int, int],
+        scratch: Tensor,
+        bias: Tensor | None = None,
+        *,
+        multiply: Multiply = product,
     ) -> Tensor:
         """Compute as `WeightFormat.linear`; reorder x instead of W, which is far larger."""
         if not self.reordered:
-            return super().linear(x, segments, shape, scratch, bias)
-        return _in_order(replace(self, reordered=False).linear, x, segments, shape, scratch, bias)
+            return super().linear(x, segments, shape, scratch, bias, multiply=multiply)
+        in_order = partial(replace(self, reordered=False).linear, multiply=multiply)
+        return _in_order(in_order, x, segments, shape, scratch, bias)
 
     def kernels(
         self, shape: tuple[int, int], num_rows: int, dtype: torch.dtype, device: torch.device

@@ -7,15 +7,19 @@ a matrix of its own. A format is a frozen dataclass: equal formats store matrice
 A new format is one file: a subclass of `WeightFormat`, and a `CheckpointScheme` if checkpoints use the format.
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from specchat.models.quant.kernels.chunked import Linear, Segments, matmul_in_chunks
+from specchat.models.quant.kernels.chunked import Linear, Multiply, Segments, matmul_in_chunks
+from specchat.models.quant.kernels.matmul import MIN_NUMBERS, product, product_of_one_row
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,14 @@ class WeightFormat(ABC):
         """
 
     def linear(
-        self, x: Tensor, segments: Segments, shape: tuple[int, int], scratch: Tensor, bias: Tensor | None = None
+        self,
+        x: Tensor,
+        segments: Segments,
+        shape: tuple[int, int],
+        scratch: Tensor,
+        bias: Tensor | None = None,
+        *,
+        multiply: Multiply = product,
     ) -> Tensor:
         """Compute x W^T + bias with a few rows of W at a time; works on every device.
 
@@ -69,11 +80,12 @@ class WeightFormat(ABC):
             shape: (rows, cols) of W.
             scratch: scratch memory, uint8 [>= scratch_bytes(shape, x.dtype, x.device)]; it is overwritten.
             bias: bias [rows] or None.
+            multiply: matmul with the dequantized rows.
 
         Returns:
             Result [..., rows] in the dtype of x.
         """
-        return matmul_in_chunks(self.dequantize, x, segments, shape, scratch, bias)
+        return matmul_in_chunks(self.dequantize, x, segments, shape, scratch, bias, multiply=multiply)
 
     def kernels(
         self, shape: tuple[int, int], num_rows: int, dtype: torch.dtype, device: torch.device
@@ -89,7 +101,33 @@ class WeightFormat(ABC):
             dtype: dtype of x.
             device: device of x.
         """
-        return {"dequantize": self.linear}
+        ways: dict[str, Linear] = {"dequantize": self.linear}
+        is_large = shape[0] * shape[1] >= MIN_NUMBERS
+        if num_rows == 1 and is_large and dtype == torch.bfloat16 and device.type == "cpu":
+            ways["dequantize for a row"] = partial(self.linear, multiply=product_of_one_row)
+        return ways
+
+    def row_copy(self, segments: Segments, shape: tuple[int, int], dtype: torch.dtype) -> RowCopy | None:
+        """Return a copy of a matrix for a kernel that multiplies few rows of x with codes; None without such a kernel.
+
+        Args:
+            segments: segments of W.
+            shape: (rows, cols) of W.
+            dtype: dtype of x.
+        """
+        return None
+
+    def beside_row_copy(self) -> WeightFormat:
+        """Return the format whose `dequantize` gives the numbers that a `row_copy` multiplies by."""
+        return self
+
+
+class RowCopy(Protocol):
+    """A matrix in the order of a kernel for few rows, next to its segments; it multiplies by the same numbers."""
+
+    nbytes: int
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor: ...  # noqa: D102
 
 
 class Quantizer(Protocol):

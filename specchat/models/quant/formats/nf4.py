@@ -7,14 +7,24 @@ block.
 Source: QLoRA, arXiv 2305.14314 (NF4, double quantization); bitsandbytes 0.50.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from specchat.models.quant.formats.base import Segment, WeightFormat
-from specchat.models.quant.kernels.bnb import bnb, bnb_version, dynamic_map, fill_from_4bit, fused_product
+from specchat.models.quant.kernels.bnb import (
+    RowCodes,
+    bnb,
+    bnb_version,
+    dynamic_map,
+    fill_from_4bit,
+    fused_product,
+    has_row_kernel,
+)
 from specchat.models.quant.kernels.chunked import Linear, Segments
 
 NESTED_BLOCK = 256  # absmax values that share one scale
@@ -30,6 +40,7 @@ class Bnb4(WeightFormat):
         kind: table of the 16 values that the codes stand for.
         block: number of values that share an absmax.
         nested: whether absmax values are 8-bit codes around `offset`, else float32.
+        rounds: whether absmax is rounded to bfloat16 before use, as by the kernel of `RowCodes`.
     """
 
     name: ClassVar[str] = "nf4"
@@ -37,6 +48,7 @@ class Bnb4(WeightFormat):
     kind: Literal["nf4", "fp4"] = "nf4"
     block: int = 64
     nested: bool = True
+    rounds: bool = field(default=False, repr=False)
 
     def segments(self, rows: int, cols: int) -> tuple[Segment, ...]:
         """Return codes [rows * cols / 2], absmax per block, and if nested the absmax's own scales and offset."""
@@ -59,6 +71,8 @@ class Bnb4(WeightFormat):
         count = min(last * self.block, 2 * codes.numel()) - first * self.block
         part = codes[first * self.block // 2 : first * self.block // 2 + count // 2]
         absmax = self._absmax(segments, first, last)
+        if self.rounds:
+            absmax = absmax.bfloat16().float()
         skipped = begin * cols - first * self.block
         if skipped == 0 and count == out.numel() and count % self.block == 0:
             fill_from_4bit(part, absmax, self.block, self.kind, out)
@@ -66,6 +80,18 @@ class Bnb4(WeightFormat):
         whole = (count // self.block, self.block) if count % self.block == 0 else (1, count)
         numbers: Tensor = bnb().dequantize_4bit(part, absmax, self.block, self.kind, whole, out.dtype)
         return numbers.view(-1)[skipped : skipped + out.numel()].view_as(out)
+
+    def row_copy(self, segments: Segments, shape: tuple[int, int], dtype: torch.dtype) -> RowCodes | None:
+        """Return the codes in the order of bitsandbytes' kernel for few rows in bfloat16, if there is one."""
+        codes = segments["codes"]
+        if dtype != torch.bfloat16 or codes.is_cuda or not has_row_kernel(shape, self.block):
+            return None
+        absmax = self._absmax(segments, 0, shape[0] * shape[1] // self.block)
+        return RowCodes(codes, absmax, shape, self.block, self.kind)
+
+    def beside_row_copy(self) -> Bnb4:
+        """Return the format that rounds absmax."""
+        return replace(self, rounds=True)
 
     def kernels(
         self, shape: tuple[int, int], num_rows: int, dtype: torch.dtype, device: torch.device

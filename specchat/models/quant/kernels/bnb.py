@@ -14,6 +14,7 @@ from torch import Tensor
 _CPU_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # bitsandbytes' own operator does not use its CPU kernel for blocks of this size or larger.
 _CPU_BLOCKS_BELOW = 2048
+_INTERLEAVED_ROWS = 32  # rows whose codes lie together in `RowCodes`
 
 
 @cache
@@ -59,6 +60,72 @@ def fill_from_4bit(codes: Tensor, absmax: Tensor, block: int, kind: str, out: Te
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (codes, absmax, out)]
     sizes = [ctypes.c_longlong(size) for size in (block, *whole)]
     getattr(kernels, f"cdequantize_blockwise_cpu_{kind}_{_CPU_NAMES[out.dtype]}")(*pointers, *sizes)
+
+
+class RowCodes:
+    """A matrix of 4-bit codes in the order of bitsandbytes' CPU kernel for few rows of activations.
+
+    The kernel needs AVX-512 with bfloat16. It multiplies by the 16 values and the absmax, both rounded to bfloat16, and
+    sums in float32.
+
+    Args:
+        codes: 4-bit codes, two to a byte, high nibble first, uint8 [rows * cols / 2].
+        absmax: absmax of each block, float32 [rows * cols / block].
+        shape: (rows, cols), which `has_row_kernel` accepts.
+        block: number of values that share an absmax.
+        kind: "nf4" or "fp4".
+
+    Attributes:
+        nbytes: bytes of the copy.
+    """
+
+    def __init__(self, codes: Tensor, absmax: Tensor, shape: tuple[int, int], block: int, kind: str) -> None:
+        self._shape, self._block = shape, block
+        self._codes = _interleaved(codes.view(shape[0], -1))
+        self._absmax = absmax.view(shape[0], -1).T.to(torch.bfloat16).contiguous()
+        self._multiply = getattr(_cpu_kernels(), f"gemv_4bit_inference_cpu_{kind}_bf16")
+        self.nbytes = self._codes.nbytes + self._absmax.nbytes
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Compute x W^T + bias in bfloat16: [..., cols] -> [..., rows]."""
+        rows, cols = self._shape
+        given = x.reshape(-1, cols).contiguous()
+        out = x.new_empty(given.shape[0], rows)
+        sizes = [ctypes.c_int64(size) for size in (given.shape[0], rows, cols)]
+        pointers = [ctypes.c_void_p(each.data_ptr()) for each in (given, self._codes, self._absmax, out)]
+        self._multiply(*sizes, *pointers, *map(ctypes.c_int64, (self._block, cols, rows)))
+        if bias is not None:
+            out += bias
+        return out.view(*x.shape[:-1], rows)
+
+
+def has_row_kernel(shape: tuple[int, int], block: int) -> bool:
+    """Return whether `RowCodes` can hold a matrix on this processor."""
+    rows, cols = shape
+    is_whole = rows % _INTERLEAVED_ROWS == 0 and cols % block == 0 and block % 2 == 0
+    return is_whole and block < _CPU_BLOCKS_BELOW and _has_row_kernels()
+
+
+@cache
+def _has_row_kernels() -> bool:
+    kernels = _cpu_kernels()
+    if kernels is None:
+        return False
+    try:
+        return bool(kernels.has_avx512bf16_cpu()) and all(
+            hasattr(kernels, f"gemv_4bit_inference_cpu_{kind}_bf16") for kind in ("nf4", "fp4")
+        )
+    except (AttributeError, OSError):
+        return False
+
+
+def _interleaved(codes: Tensor) -> Tensor:
+    """Return codes, uint8 [rows, cols / 2], in the kernel's order: 2 columns of 32 rows, 16 in low nibbles."""
+    by_column = codes.view(-1, 2, _INTERLEAVED_ROWS // 2, codes.shape[1]).permute(0, 3, 1, 2)
+    first, last = by_column.unbind(2)  # rows 0 .. 15 and 16 .. 31: [rows / 32, cols / 2, 16]
+    even = (first >> 4) | (last & 0xF0)
+    odd = (first & 0x0F) | (last << 4)
+    return torch.stack([even, odd], -1).view(codes.shape)
 
 
 @cache

@@ -15,6 +15,10 @@ Segments = Mapping[str, Tensor]
 Dequantize = Callable[[Segments, int, int, Tensor], Tensor]
 
 
+# The signature of `matmul.product`.
+Multiply = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
 Linear = Callable[[Tensor, Segments, tuple[int, int], Tensor, Tensor | None], Tensor]
 
 
@@ -25,6 +29,8 @@ def matmul_in_chunks(
     shape: tuple[int, int],
     scratch: Tensor,
     bias: Tensor | None = None,
+    *,
+    multiply: Multiply = product,
 ) -> Tensor:
     """Compute `WeightFormat.linear` with rows of W from `dequantize`."""
     rows, cols = shape
@@ -33,7 +39,7 @@ def matmul_in_chunks(
     for begin in range(0, rows, step):
         end = min(begin + step, rows)
         weight = dequantize(segments, begin, end, view_scratch(scratch, end - begin, cols, x.dtype))
-        part = product(x, weight, None if bias is None else bias[begin:end])
+        part = multiply(x, weight, None if bias is None else bias[begin:end])
         if y is None:
             return part.contiguous()  # callers take views of the result
         y[..., begin:end] = part

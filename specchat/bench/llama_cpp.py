@@ -1,0 +1,274 @@
+"""The llama.cpp baseline: its own server on the same GGUF file, asked for tokens by token ids.
+
+The server is a process of its own: it maps the file, and gets the same context and number of threads, and if memory is
+limited a control group of the same size. Its activations are 8-bit numbers for most types of blocks, so greedy texts
+may differ at near-ties.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import select
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from specchat.bench.records import AnswerRecord, Request
+from specchat.closing import Closeable
+from specchat.errors import ModelError, NotAvailableError
+from specchat.hardware.memory_group import MemoryGroup
+
+PROGRAM = "llama-server"
+# Baselines by name, with the options of the server that make it speculate.
+LLAMA_CPP: Mapping[str, tuple[str, ...]] = {
+    "llama.cpp": (),
+    "llama.cpp-ngram": ("--spec-type", "ngram-cache"),
+    "llama.cpp-draft": ("--spec-type", "draft-simple"),
+}
+WITH_DRAFT = "llama.cpp-draft"
+_START_S = 600.0
+_POLL_S = 0.1
+_LOG_LINES = 3
+
+
+@dataclass(frozen=True)
+class LlamaModel:
+    """What the server runs.
+
+    Attributes:
+        file: GGUF file, the first of a split set.
+        ctx: context in tokens.
+        threads: number of threads that compute.
+        on_cpu: whether no layer may be computed by a GPU.
+        draft: GGUF file of a draft model, or None.
+        limit_bytes: limit of memory and page cache, or None.
+    """
+
+    file: Path
+    ctx: int
+    threads: int
+    on_cpu: bool = True
+    draft: Path | None = None
+    limit_bytes: int | None = None
+
+
+def find_server() -> str:
+    """Return the path of llama.cpp's server.
+
+    Raises:
+        NotAvailableError: no such program on PATH.
+    """
+    found = shutil.which(PROGRAM)
+    if found is None:
+        raise NotAvailableError(
+            f"the baseline 'llama.cpp' needs {PROGRAM}, which is not on PATH",
+            hint="build or install llama.cpp, and add the folder of its programs to PATH",
+        )
+    return found
+
+
+class LlamaServer(Closeable):
+    """A running server of llama.cpp.
+
+    Args:
+        model: model, context, threads and limit.
+        options: options that make the server speculate; empty for plain decoding.
+        cancel: stops waiting for the server once set.
+
+    Raises:
+        NotAvailableError: a missing program, one that ended early, or memory that cannot be limited.
+    """
+
+    def __init__(self, model: LlamaModel, options: Sequence[str], cancel: Event) -> None:
+        program = find_server()
+        with ExitStack() as undo:
+            self._log = undo.enter_context(tempfile.TemporaryFile())
+            self._port = _free_port()
+            command = [program, *_arguments(model, self._port), *options]
+            if model.limit_bytes is not None:
+                command = undo.enter_context(MemoryGroup(model.limit_bytes)).command(command)
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._log
+            )
+            undo.callback(self._stop)
+            self._wait_until_ready(cancel)
+            self._undo = undo.pop_all()
+
+    def close(self) -> None:
+        """End the server."""
+        self._undo.close()
+
+    def complete(self, body: Mapping[str, Any], cancel: Event) -> dict[str, Any] | None:
+        """Return the server's answer to a request for a completion; None if `cancel` interrupted it.
+
+        Raises:
+            ModelError: the server refused the request or ended.
+        """
+        connection = http.client.HTTPConnection("127.0.0.1", self._port)
+        try:
+            connection.request("POST", "/completion", json.dumps(body), {"Content-Type": "application/json"})
+            while not select.select([connection.sock], [], [], _POLL_S)[0]:
+                if cancel.is_set():  # the server stops when the connection closes
+                    return None
+            response = connection.getresponse()
+            text = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise ModelError(f"{PROGRAM} ended: {self._why() or error}") from error
+        finally:
+            connection.close()
+        if response.status != http.client.OK:
+            raise ModelError(f"{PROGRAM} refused a prompt: {text.decode(errors='replace')[:200]}")
+        found: dict[str, Any] = json.loads(text)
+        return found
+
+    def _wait_until_ready(self, cancel: Event) -> None:
+        deadline = time.monotonic() + _START_S
+        while not self._is_ready():
+            if self._process.poll() is not None or time.monotonic() > deadline or cancel.is_set():
+                raise NotAvailableError(
+                    f"{PROGRAM} did not start: {self._why() or 'it took too long'}",
+                    hint="leave the baseline out, or update llama.cpp",
+                )
+            time.sleep(_POLL_S)
+
+    def _is_ready(self) -> bool:
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=5)
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status == http.client.OK
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+    def _why(self) -> str:
+        """Return the last lines of the server's log that are errors, or of all."""
+        self._log.seek(0)
+        lines = [line.strip() for line in self._log.read().decode(errors="replace").splitlines() if line.strip()]
+        errors = [line for line in lines if "error" in line.lower()]
+        return "; ".join((errors or lines)[-_LOG_LINES:])
+
+    def _stop(self) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+class LlamaSystem:
+    """The system of llama.cpp's server.
+
+    Args:
+        name: name in the report.
+        server: running server.
+        before_answer: function called before every answer; its time is not counted.
+        clock: clock in seconds.
+    """
+
+    is_keyed = False
+
+    def __init__(
+        self,
+        name: str,
+        server: LlamaServer,
+        before_answer: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.name = name
+        self._server = server
+        self._before_answer = before_answer
+        self._clock = clock
+        self._keeps = False
+
+    def begin(self) -> None:
+        """Begin a new conversation: the first prompt is computed from its beginning."""
+        self._keeps = False
+
+    def answer(self, request: Request, cancel: Event) -> AnswerRecord | None:
+        """Return the server's answer."""
+        self._before_answer()
+        begin = self._clock()
+        found = self._server.complete(_body(request, keeps=self._keeps), cancel)
+        spent_s = self._clock() - begin
+        self._keeps = True
+        return None if found is None else _record(found, request, spent_s)
+
+
+def _arguments(model: LlamaModel, port: int) -> list[str]:
+    """Return the server's options: one conversation, no cache beside its context, nothing that changes the context."""
+    given = {
+        "--model": str(model.file),
+        "--ctx-size": str(model.ctx),
+        "--threads": str(model.threads),
+        "--host": "127.0.0.1",
+        "--port": str(port),
+        "--parallel": "1",
+        "--cache-ram": "0",
+        "--fit": "off",
+    }
+    if model.on_cpu:
+        given["--n-gpu-layers"] = "0"
+    if model.draft is not None:
+        given["--model-draft"] = str(model.draft)
+    return [word for pair in given.items() for word in pair]
+
+
+def _body(request: Request, *, keeps: bool) -> dict[str, Any]:
+    sampling = request.sampling
+    return {
+        "prompt": list(request.prompt_ids),
+        "n_predict": request.max_tokens,
+        "return_tokens": True,
+        "cache_prompt": keeps,
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+        "min_p": sampling.min_p,
+        "repeat_penalty": sampling.repetition_penalty,
+        "seed": sampling.seed,
+        "samplers": ["penalties", "top_k", "top_p", "min_p", "temperature"],
+    }
+
+
+def _record(found: Mapping[str, Any], request: Request, spent_s: float) -> AnswerRecord:
+    """Return the record of an answer, cut after its first stop token.
+
+    The server reports the seconds between its first and its last token. Each pass of the model emits one token and the
+    draft's accepted ones.
+
+    Raises:
+        ModelError: the answer has no tokens.
+    """
+    tokens, timings = [int(token) for token in found.get("tokens") or ()], found.get("timings") or {}
+    if not tokens:
+        raise ModelError(f"{PROGRAM} returned no tokens", hint="update llama.cpp: it must support return_tokens")
+    decode_s = min(float(timings.get("predicted_ms", 0.0)) / 1e3, spent_s)
+    num_passes = max(len(tokens) - int(timings.get("draft_n_accepted") or 0), 1)
+    end = next((i + 1 for i, token in enumerate(tokens) if token in request.stop_ids), None)
+    return AnswerRecord(
+        token_ids=tuple(tokens[:end]),
+        finish_reason="length" if end is None else "stop",
+        ttft_s=spent_s - decode_s,
+        decode_s=decode_s,
+        num_passes=num_passes,
+        first_tokens=1,
+        cached_tokens=int(timings.get("cache_n") or 0),
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as chosen:
+        chosen.bind(("127.0.0.1", 0))
+        port: int = chosen.getsockname()[1]
+        return port

@@ -1,0 +1,1 @@
+"""Experts as the unit of residency: a pool of expert slots, and the reads that fill it."""

@@ -1,0 +1,167 @@
+"""Reads experts from the files of a model into slots: one batch per layer, neighbours in a file together.
+
+O_DIRECT needs page-aligned reads, but experts start anywhere in a file. So read an aligned window and copy the experts
+out, as for layers of checkpoint shards. Reads through the page cache go directly into the slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from queue import SimpleQueue
+from typing import Any
+
+from torch import Tensor
+
+from specchat.engine.experts.batch import ReadBatch, ReadTask, ReadThreads
+from specchat.engine.streaming.readers import OpenFiles, is_unbuffered, read_fully
+from specchat.engine.streaming.slots import page_aligned
+from specchat.models.packs.file_format import bytes_of
+from specchat.models.weights.experts import Extent
+from specchat.records.limits import EXPERT_WINDOW_BYTES, READ_THREADS
+
+_PAGE = 4096
+# Experts in one file that are no further apart are read together.
+_LARGEST_GAP = 64 * 1024
+_LEAST_READ = 256 * 1024
+_DAMAGED = "delete the file and download it again"
+
+# Byte ranges of a layer's experts: one tuple for each expert.
+LayerExtents = Sequence[Sequence[Extent]]
+# Verifies the bytes of a layer's file from `begin` to `end` before they are read; raises if they are damaged.
+Verify = Callable[[int, int, int], None]
+# Number of the file, start in the file, start in the slot, and size: plain numbers sort fast.
+_Range = tuple[int, int, int, int]
+# Start in the file, start in the slab, and size.
+_Part = tuple[int, int, int]
+
+
+@dataclass
+class _Read:
+    """One read of a file, and where the parts of it go.
+
+    Attributes:
+        file: number of the file to read.
+        begin, end: bytes of the file.
+        parts: parts by ascending start in the file.
+    """
+
+    file: int
+    begin: int
+    end: int
+    parts: list[_Part] = field(default_factory=list)
+
+
+class ExpertReader:
+    """Reads experts into the slots of a slab, by threads.
+
+    Args:
+        extents: byte ranges of the experts, by decoder layer.
+        slab: memory of the slots, uint8 [slots * slot_bytes].
+        slot_bytes: length of a slot.
+        cached: layers that are read through the page cache; the others bypass it.
+        verify: verifies bytes of a layer's file before they are first read; None if they have no checksums.
+
+    Attributes:
+        expert_bytes: bytes that are read for one expert.
+    """
+
+    def __init__(
+        self,
+        extents: Mapping[int, LayerExtents],
+        slab: Tensor,
+        slot_bytes: int,
+        cached: Collection[int] = (),
+        verify: Verify | None = None,
+    ) -> None:
+        self._paths = list(dict.fromkeys(each.path for layer in extents.values() for own in layer for each in own))
+        number = {path: file for file, path in enumerate(self._paths)}
+        self._ranges: dict[int, list[list[_Range]]] = {
+            layer: [[(number[each.path], each.begin, each.target, each.nbytes) for each in own] for own in experts]
+            for layer, experts in extents.items()
+        }
+        self.expert_bytes = sum(nbytes for *_, nbytes in next(iter(self._ranges.values()))[0])
+        self._slab: Any = slab.numpy()
+        self._memory = bytes_of(slab)
+        self._slot_bytes = slot_bytes
+        self._cached = set(cached)
+        self._verify = verify
+        self._opened: dict[tuple[int, bool], tuple[int, bool]] = {}  # descriptor, and whether it bypasses the cache
+        self._windows = SimpleQueue[Tensor]()
+        with ExitStack() as undo:
+            self._files = OpenFiles()
+            undo.callback(self._files.close)
+            if self._cached < extents.keys():
+                for _ in range(READ_THREADS):
+                    self._windows.put(page_aligned(EXPERT_WINDOW_BYTES + 2 * _PAGE))
+            self._threads = ReadThreads(READ_THREADS)
+            undo.pop_all()
+
+    def begin(self, layer: int, wanted: Sequence[tuple[int, int]]) -> ReadBatch:
+        """Begin to read experts of a layer, and return at once.
+
+        Args:
+            layer: index of the decoder layer.
+            wanted: experts, each with its slot.
+        """
+        return self._threads.begin([self._task(layer, read) for read in self._reads(layer, wanted)])
+
+    def drain(self) -> None:
+        """Wait until all reads have ended, whatever they failed with."""
+        self._threads.drain()
+
+    def close(self) -> None:
+        """Wait for all reads, and close the files."""
+        self._threads.close()
+        self._files.close()
+
+    def _reads(self, layer: int, wanted: Sequence[tuple[int, int]]) -> list[_Read]:
+        """Return the reads of one batch, with neighbours merged, and cut so that all threads take part."""
+        ranges = [
+            (file, begin, slot * self._slot_bytes + target, nbytes)
+            for expert, slot in wanted
+            for file, begin, target, nbytes in self._ranges[layer][expert]
+        ]
+        share = sum(nbytes for *_, nbytes in ranges) // READ_THREADS
+        longest = min(max(share, _LEAST_READ), EXPERT_WINDOW_BYTES)
+        reads: list[_Read] = []
+        last = _Read(-1, 0, 0)
+        for file, begin, target, nbytes in sorted(ranges):
+            for done in range(0, nbytes, longest):
+                first, part = begin + done, min(longest, nbytes - done)
+                if file != last.file or first - last.end > _LARGEST_GAP or first + part - last.begin > longest:
+                    last = _Read(file, first, first)
+                    reads.append(last)
+                last.parts.append((first, target + done, part))
+                last.end = first + part
+        return reads
+
+    def _task(self, layer: int, read: _Read) -> ReadTask:
+        key = read.file, layer in self._cached
+        if key not in self._opened:
+            file = self._files.open(self._paths[read.file], cached=key[1])
+            self._opened[key] = file, is_unbuffered(file)
+        file, unbuffered = self._opened[key]
+        return partial(self._read_window if unbuffered else self._read_parts, layer, file, read)
+
+    def _read_parts(self, layer: int, file: int, read: _Read) -> None:
+        if self._verify is not None:
+            self._verify(layer, read.begin, read.end)
+        for begin, target, nbytes in read.parts:
+            read_fully(self._paths[read.file], file, self._memory[target : target + nbytes], begin, nbytes, _DAMAGED)
+
+    def _read_window(self, layer: int, file: int, read: _Read) -> None:
+        if self._verify is not None:
+            self._verify(layer, read.begin, read.end)
+        first = read.begin // _PAGE * _PAGE
+        window = self._windows.get()
+        try:
+            memory = bytes_of(window)[: -(-(read.end - first) // _PAGE) * _PAGE]
+            read_fully(self._paths[read.file], file, memory, first, read.end - first, _DAMAGED)
+            source: Any = window.numpy()
+            for begin, target, nbytes in read.parts:  # numpy's copies release the GIL and run on one thread
+                self._slab[target : target + nbytes] = source[begin - first : begin - first + nbytes]
+        finally:
+            self._windows.put(window)

@@ -1,0 +1,77 @@
+"""Stages of a chat: as long as it is short, memory of the context is lent to resident layers.
+
+A plan promises its whole context, so its caches and workspaces are large. Most chats are short. While a chat fits in
+a smaller context, the difference holds layers that would be streamed otherwise. When the chat outgrows a stage, these
+layers are streamed again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from specchat.models.sizes.geometry import layer_sizes
+from specchat.planner.memory import build_ledger
+from specchat.planner.placement import among
+from specchat.records.model import ModelSpec
+from specchat.records.plan import Placement, Plan, Stage, Workload
+
+_FIRST_CTX = 1024
+# A later stage is longer than the one before by this share of it, and at least by `_FIRST_CTX`. Beginning a stage
+# copies the caches once.
+_GROWTH = 4
+
+
+def with_stages(plan: Plan, target: ModelSpec, draft: ModelSpec | None) -> Plan:
+    """Return the plan with stages, for chats of models whose layers stream; other plans unchanged.
+
+    A copy of the target has layers for those that stream in the last stage, and shares the target's caches. So plans
+    with a copy stay as they are, and those with layers that take more memory to be faster.
+
+    Args:
+        plan: plan without stages.
+        target: sizes of the target.
+        draft: sizes of the draft, or None.
+    """
+    fixed = plan.placement.expanded or (draft is not None and draft.is_copy)
+    if not plan.placement.streamed or plan.work.seats > 1 or fixed:
+        return plan
+    stages, resident = list[Stage](), plan.placement.resident
+    for ctx in reversed(_contexts(plan.work.ctx)):
+        resident = _resident(plan, target, draft, replace(plan.work, ctx=ctx), resident)
+        if not stages or len(resident) > len(stages[-1].resident):
+            stages.append(Stage(ctx, resident))
+    useful = [stage for stage in stages if len(stage.resident) > len(plan.placement.resident)]
+    return replace(plan, stages=tuple(reversed(useful)))
+
+
+def _contexts(most: int) -> list[int]:
+    """Return the contexts of the stages, ascending and below `most`."""
+    contexts, ctx = list[int](), _FIRST_CTX
+    while ctx < most:
+        contexts.append(ctx)
+        ctx += max(_FIRST_CTX, ctx // _GROWTH)
+    return contexts
+
+
+def _resident(
+    plan: Plan, target: ModelSpec, draft: ModelSpec | None, work: Workload, later: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Return the resident layers of a stage: those of later stages, and as many more as the plan's memory holds."""
+    sizes, placement = layer_sizes(target, work.dtype), replace(plan.placement, resident=later)
+    streamed = {index: sizes[index] for index in placement.streamed}
+    spare = plan.device_bytes - _bytes(target, draft, work, placement, plan.placement)
+    # With no more streamed layers than slots, each slot could as well hold a resident layer, without any streaming.
+    most = min(len(streamed) - placement.slots - 1, spare // min(streamed.values()))
+    for count in range(most, 0, -1):
+        resident = tuple(sorted((*later, *among(streamed, count))))
+        if _bytes(target, draft, work, replace(placement, resident=resident), plan.placement) <= plan.device_bytes:
+            return resident
+    return later
+
+
+def _bytes(target: ModelSpec, draft: ModelSpec | None, work: Workload, placement: Placement, final: Placement) -> int:
+    """Return the bytes of a stage; its slots have their final size from the beginning."""
+    sizes = layer_sizes(target, work.dtype)
+    largest = max(sizes[index] for index in placement.streamed)
+    late = max(sizes[index] for index in final.streamed) - largest
+    return placement.slots * late + sum(item.bytes for item in build_ledger(target, draft, work, placement))

@@ -1,0 +1,235 @@
+"""What a step may ask of a GPU, counted on a pretended one: kernels, copies over the link, and waits of the host.
+
+Every number that grows here costs every user time, and every number that falls is written down lower. Faults that leave
+something on the wrong device are planted, and must be caught by an error or by a count.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from support.engines import NOTHING, make_plan, random_prompt
+from support.loading import changed, load_engine
+from support.pretended_gpu import CPU, Event, PretendedGpu, WrongDeviceError, move_in
+from support.tiny_models import VOCAB, make_config, perturbed, random_model, save
+
+from specchat.engine import engine as engine_module
+from specchat.engine import loading, walk
+from specchat.engine.drafting import paths
+from specchat.engine.engine import Engine
+from specchat.engine.kv_cache import LayerKv, TreeCache
+from specchat.engine.model import TreeModel
+from specchat.engine.sampling import Noise, Sampler
+from specchat.engine.streaming import host_layers
+from specchat.models.quant.formats import nf4
+from specchat.models.quant.modules import Scratch
+from specchat.records.generation import Sampling, Step
+from specchat.records.model import ModelSource
+
+NUM_LAYERS = 4
+BUDGET = 64
+FEW_TOKENS = 16
+SAMPLED = Sampling(temperature=0.8, seed=5)
+PENALIZED = replace(SAMPLED, repetition_penalty=1.1)
+Pair = tuple[ModelSource, ModelSource]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    folder, model = tmp_path_factory.mktemp("pair"), random_model(make_config("llama"))
+    return save(model, folder / "target"), save(perturbed(model, 0.03), folder / "draft")
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """One step's events."""
+
+    step: Step
+    events: tuple[Event, ...]
+
+    def of(self, *phases: str) -> Counter[str]:
+        """Number of events by kind; copies of layers are apart."""
+        mine = [event for event in self.events if event.phase in phases]
+        return Counter("layer" if event.kind == "h2d" and event.stream != "compute" else event.kind for event in mine)
+
+
+def counted(pair: Pair, sampling: Sampling = SAMPLED, num_tokens: int = 24, **changes: Any) -> list[StepCounts]:
+    """All steps of an answer but the first one, which reads the prompt, and the last one, whose tree may be small."""
+    with PretendedGpu(kernel="triton") as gpu, engine_of(pair, **changes) as engine:
+        found = list[StepCounts]()
+        prompt = random_prompt(30, VOCAB)
+        for step in engine.generate(prompt, sampling, stop_ids=NOTHING, max_tokens=num_tokens):
+            found.append(StepCounts(step, tuple(gpu.events)))
+            gpu.events.clear()
+    return found[1:-1]
+
+
+def engine_of(pair: Pair, **changes: Any) -> Engine:
+    plan = make_plan(*pair, num_layers=NUM_LAYERS, resident=(), tree_budget=BUDGET)
+    plan = changed(
+        plan, **{"device": "cuda:0", "dtype": "bf16", "in_ram": range(NUM_LAYERS), "head_rows": 32, **changes}
+    )
+    return load_engine(plan, *pair)
+
+
+def check_step(each: StepCounts, num_streamed: int) -> None:
+    """The budgets that every step keeps."""
+    drafting, verifying, walking = each.of("drafting"), each.of("verifying"), each.of("sampling")
+    # One copy and one wait a draft pass, and the places of the last rows.
+    assert drafting["d2h"] == drafting["wait"] and drafting["h2d"] <= drafting["d2h"] + 1
+    # The layers, one other copy, and the waits of the streamer and of the end.
+    assert verifying["layer"] == num_streamed and verifying["h2d"] <= 1 and verifying["d2h"] == 0
+    assert verifying["wait"] <= max(num_streamed - 3, 0) + 1
+    layers = {event.name for event in each.events if event.kind == "h2d" and event.stream != "compute"}
+    assert layers == {"copy_ of pinned"}
+    # One copy and one wait for each block of 32 nodes.
+    assert walking["h2d"] == walking["wait"] <= 2
+
+
+SLOWER = [pytest.param(*each, marks=pytest.mark.slow) for each in (("none", 44), ("int4", 64))]
+
+
+@pytest.mark.parametrize(("quant", "kernels"), [("int8", 58), *SLOWER])
+def test_budgets_of_a_step(quant: str, kernels: int, pair: Pair):
+    for each in counted(pair, quant=quant):
+        check_step(each, NUM_LAYERS)
+        assert each.of("drafting")["wait"] >= 2
+        assert each.of("verifying")["kernel"] <= kernels * NUM_LAYERS + 40
+        rest = each.of("rest")
+        # Keeping the path: its rows' places in both caches; the streamer's events have happened by then.
+        assert rest["h2d"] <= 2 and rest["d2h"] == 0
+        assert rest["kernel"] <= 2 * (NUM_LAYERS + NUM_LAYERS) + 4
+
+
+@pytest.mark.slow
+def test_a_walk_with_a_penalty_asks_for_no_more(pair: Pair):
+    for each in counted(pair, PENALIZED):
+        walking = each.of("sampling")
+        assert walking["h2d"] == walking["wait"] <= 2
+
+
+@pytest.mark.slow
+def test_a_text_that_copies_waits_once_more_for_each_block(pair: Pair):
+    for each in counted(pair, Sampling(), retrieval=True):
+        walking = each.of("sampling")
+        assert walking["h2d"] <= 2 and walking["wait"] <= 2 * walking["h2d"]
+
+
+# --- planted faults --------------------------------------------------------------------------------------------------
+
+
+def on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, whose result stays on the CPU."""
+
+    def moved(*args: Any, **kwargs: Any) -> Any:
+        out = function(*args, **kwargs).clone()  # what the function keeps stays where it is
+        move_in(out, None)
+        return out
+
+    return moved
+
+
+def buffers_on_cpu(load: Callable[..., TreeModel]) -> Callable[..., TreeModel]:
+    """Loading that leaves the tables of rotary positions on the CPU, from where transformers moves them every pass."""
+
+    def left(*args: Any, **kwargs: Any) -> TreeModel:
+        model = load(*args, **kwargs)
+        for buffer in model.skeleton.model.buffers():
+            move_in(buffer, None)
+        return model
+
+    return left
+
+
+def caches_on_cpu(*args: Any, **kwargs: Any) -> TreeCache:
+    return TreeCache(args[0], args[1], args[2], CPU, *args[4:], **kwargs)
+
+
+def looking(append: Callable[..., Any]) -> Callable[..., Any]:
+    """Appending that looks at a value of every layer."""
+
+    def appends(self: LayerKv, layout: Any, keys: torch.Tensor, values: torch.Tensor) -> Any:
+        assert values.sum().item() is not None
+        return append(self, layout, keys, values)
+
+    return appends
+
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+def plant(owner: Any, name: str, change: Callable[[Any], Any]) -> Plant:
+    return lambda patch: patch.setattr(owner, name, change(getattr(owner, name)))
+
+
+# Name -> the fault, and changes of the plan in which it shows.
+FAULTS: dict[str, tuple[Plant, dict[str, Any]]] = {
+    "resident layers stay on the CPU": (
+        plant(loading, "bind", lambda bind: lambda layer, views: (bind(layer, views), _to_cpu(layer))[0]),
+        {"resident": (1,), "in_ram": (0, 2, 3)},
+    ),
+    "caches are made on the CPU": (plant(loading, "TreeCache", lambda _: caches_on_cpu), {}),
+    "noise is drawn on the CPU": (plant(Noise, "_draw", on_cpu), {}),
+    "scratch memory is taken on the CPU": (plant(Scratch, "of", on_cpu), {"quant": "int8"}),
+    "a table of codes stays on the CPU": (plant(nf4, "dynamic_map", on_cpu), {"quant": "int4"}),
+    "scores are brought to the CPU": (plant(TreeModel, "logits", on_cpu), {}),
+    "rotary tables stay on the CPU": (plant(engine_module, "load_model", buffers_on_cpu), {}),
+    "layers are copied from pageable memory": (
+        plant(host_layers.Pinner, "__call__", lambda _: lambda self, blobs: None),
+        {},
+    ),
+    "every layer waits for a value": (plant(LayerKv, "append", looking), {}),
+    "draws wait one by one": (
+        plant(Sampler, "best_tokens", lambda best: lambda *args: torch.stack([row.cpu() for row in best(*args)])),
+        {},
+    ),
+    "the walk scores one node at a time": (plant(walk, "head_block_rows", lambda _: lambda *_: 1), {}),
+    "ancestors cross the link by themselves": (
+        plant(paths.TreeRows, "layout", lambda layout: lambda self, n: _moved(layout(self, n))),
+        {},
+    ),
+}
+
+
+def _to_cpu(layer: Any) -> None:
+    for parameter in layer.parameters():
+        move_in(parameter, None)
+
+
+def _moved(layout: Any) -> Any:
+    return replace(layout, ancestors=layout.ancestors.to("cuda:0"), positions=layout.positions.to("cuda:0"))
+
+
+@contextmanager
+def planted(fault: str) -> Iterator[dict[str, Any]]:
+    make, changes = FAULTS[fault]
+    with pytest.MonkeyPatch.context() as patch:
+        make(patch)
+        yield changes
+
+
+# One that raises, and one that only counts show.
+QUICK = {"noise is drawn on the CPU", "ancestors cross the link by themselves"}
+
+
+@pytest.mark.parametrize(
+    "fault", [pytest.param(each, marks=[] if each in QUICK else pytest.mark.slow) for each in FAULTS]
+)
+def test_planted_faults_are_caught(fault: str, pair: Pair):
+    with planted(fault) as changes, pytest.raises((WrongDeviceError, AssertionError, TypeError)):
+        for each in counted(pair, num_tokens=FEW_TOKENS, **changes):
+            check_step(each, NUM_LAYERS - len(changes.get("resident", ())))
+
+
+@pytest.mark.slow
+def test_nothing_is_caught_without_a_fault(pair: Pair):
+    steps = counted(pair, num_tokens=FEW_TOKENS, resident=(1,), in_ram=(0, 2, 3), quant="int4")
+    assert steps and counted(pair, num_tokens=FEW_TOKENS)
+    for each in steps:
+        check_step(each, NUM_LAYERS - 1)

@@ -1,0 +1,248 @@
+"""The text with the target's own low-bit copy is the target's own: placements, budgets, batches, interrupts, undo."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import reference
+from support.engines import NOTHING, make_plan, random_prompt, write
+from support.loading import Quiet, changed, load_engine, load_model
+from support.shortages import ShortMachine
+from support.streamed import tiny_packs
+from support.tiny_models import VOCAB, make_config, random_model, save
+
+from specchat.engine.drafting.own_copy import CopyModel
+from specchat.engine.drafting.policy import FixedPolicy
+from specchat.engine.engine import Engine
+from specchat.engine.model import PassCancelledError
+from specchat.hardware.pressure import MemoryWatch
+from specchat.loading.engine import make_packs
+from specchat.records.generation import Request, Sampling
+from specchat.records.model import ModelSource
+from specchat.units import MIB
+
+SAMPLINGS = {"greedy": Sampling(), "t0.8": Sampling(temperature=0.8, seed=5)}
+RESIDENT: dict[str, tuple[int, ...] | None] = {"all": (), "half": (0, 2), "none": None}  # by streamed layers
+NUM_TOKENS = 20
+NUM_LAYERS = 4
+Case = tuple[str, str, int, str, bool]  # architecture, streamed layers, budget, sampling, retrieval
+
+
+@dataclass
+class Targets:
+    """Targets and their texts, made on first use."""
+
+    root: Path
+
+    def __post_init__(self) -> None:
+        self._models: dict[str, Any] = {}
+        self._sources: dict[str, ModelSource] = {}
+        self._texts: dict[tuple[str, str, int], reference.Reference] = {}
+
+    def source(self, architecture: str) -> ModelSource:
+        if architecture not in self._sources:
+            model = self._models[architecture] = random_model(make_config(architecture))
+            self._sources[architecture] = save(model, self.root / architecture)
+        return self._sources[architecture]
+
+    def text(self, architecture: str, sampling: str, seed: int = 11) -> reference.Reference:
+        self.source(architecture)
+        key = architecture, sampling, seed
+        if key not in self._texts:
+            prompt = random_prompt(18, VOCAB, seed)
+            self._texts[key] = reference.generate(self._models[architecture], prompt, SAMPLINGS[sampling], NUM_TOKENS)
+        return self._texts[key]
+
+
+@pytest.fixture(scope="module")
+def targets(tmp_path_factory: pytest.TempPathFactory) -> Targets:
+    return Targets(tmp_path_factory.mktemp("copies"))
+
+
+@contextmanager
+def engine_with_copy(
+    target: ModelSource,
+    *,
+    budget: int,
+    streamed: str = "all",
+    quant: str = "int8",
+    watch: MemoryWatch | None = None,
+    **options: Any,
+) -> Iterator[Engine]:
+    copy = replace(target, name="self", part="self")
+    plan = make_plan(
+        target, copy, num_layers=NUM_LAYERS, resident=RESIDENT[streamed], tree_budget=budget, chunk_rows=24, **options
+    )
+    with load_engine(changed(plan, draft_quant=quant, shares_cache=True), target, copy, watch=watch) as engine:
+        yield engine
+
+
+def check_text(expected: reference.Reference, ours: list[int]) -> None:
+    difference = expected.first_difference(ours)
+    assert difference is None or expected.is_near_tie(difference), (difference, ours, expected.tokens)
+
+
+def check(targets: Targets, case: Case) -> None:
+    architecture, streamed, budget, sampling, retrieval = case
+    expected = targets.text(architecture, sampling)
+    with engine_with_copy(
+        targets.source(architecture), budget=budget, streamed=streamed, retrieval=retrieval
+    ) as engine:
+        ours, steps = write(engine, expected.prompt, SAMPLINGS[sampling], NUM_TOKENS)
+    check_text(expected, ours)
+    by_copy = [guess for step in steps for guess in step.guesses if guess.source == "self"]
+    assert sum(guess.offered for guess in by_copy) > 0
+    assert retrieval or sum(guess.accepted for guess in by_copy) >= len(steps) - 3  # 8 bits: hardly a wrong guess
+    assert (steps[0].streamed_bytes > 0) == (streamed != "none")
+
+
+FEW: list[Case] = [("llama", "all", 16, "greedy", False), ("gemma2", "half", 16, "t0.8", True)]
+CROSS: list[Case] = list(
+    itertools.product(("llama", "gemma2", "qwen3_moe", "deepseek_v3"), RESIDENT, (1, 16, 64), SAMPLINGS, (False, True))
+)
+
+
+@pytest.mark.parametrize("case", FEW, ids=lambda case: "-".join(map(str, case)))
+def test_text_is_the_targets_own(targets: Targets, case: Case):
+    check(targets, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CROSS, ids=lambda case: "-".join(map(str, case)))
+def test_text_is_the_targets_own_full_cross(targets: Targets, case: Case):
+    check(targets, case)
+
+
+def test_a_batch_of_three_with_a_prompt_that_joins(targets: Targets):
+    expected = [targets.text("llama", "t0.8", seed) for seed in (11, 12, 13, 14)]
+    requests = [
+        Request(tuple(each.prompt), SAMPLINGS["t0.8"], NOTHING, length)
+        for each, length in zip(expected, (8, NUM_TOKENS, NUM_TOKENS, NUM_TOKENS), strict=True)
+    ]
+    texts, drafted = [list[int]() for _ in requests], 0
+    with engine_with_copy(targets.source("llama"), budget=32, seats=3) as engine:
+        for index, step in engine.generate_many(requests):
+            texts[index] += step.token_ids
+            drafted += step.tree_nodes
+    for each, ours, request in zip(expected, texts, requests, strict=True):
+        check_text(reference.Reference(each.prompt, each.tokens[: request.max_tokens], each.margins), ours)
+    assert drafted > 0
+
+
+def test_interrupts_and_undo(targets: Targets):
+    """After an interrupt, an undo and another question, texts are the target's own, and drafts go on."""
+    expected = targets.text("llama", "greedy")
+    prompt, text = expected.prompt, expected.tokens
+    with engine_with_copy(targets.source("llama"), budget=16, streamed="half", quant="int4") as engine:
+        cancel, taken = threading.Event(), list[int]()
+        for step in engine.generate(prompt, SAMPLINGS["greedy"], stop_ids=NOTHING, max_tokens=12, cancel=cancel):
+            taken += step.token_ids
+            if len(taken) >= 4:
+                cancel.set()
+        check_text(reference.Reference(prompt, text[: len(taken)], expected.margins), taken)
+        check_text(expected, write(engine, prompt, SAMPLINGS["greedy"], NUM_TOKENS)[0])
+        engine.truncate(len(prompt) // 2)
+        check_text(expected, write(engine, prompt, SAMPLINGS["greedy"], NUM_TOKENS)[0])
+        other = targets.text("llama", "greedy", 12)
+        ours, steps = write(engine, other.prompt, SAMPLINGS["greedy"], NUM_TOKENS)
+        check_text(other, ours)
+        assert sum(guess.accepted for step in steps for guess in step.guesses if guess.source == "self") > 0
+        for length, reads in ((60, True), (80, False)):  # the copy reads short turns for a first tree
+            turn = [*other.prompt, *other.tokens, *random_prompt(length, VOCAB, length)]
+            ours, steps = write(engine, turn, SAMPLINGS["greedy"], 8)
+            assert (steps[0].tree_nodes > 0) == reads and steps[1].tree_nodes > 0
+            engine.forget()
+            assert write(engine, turn, SAMPLINGS["greedy"], 8)[0] == ours
+
+
+# --- the shared cache ------------------------------------------------------------------------------------------------
+
+
+def rows_of(engine: Engine, length: int) -> list[torch.Tensor]:
+    return [layer.keys[:, :, :length].clone() for layer in engine.target.cache.layers]
+
+
+@pytest.mark.parametrize("fault", ["none", "cancelled", "nan"])
+def test_the_target_never_finds_rows_of_the_copy(targets: Targets, fault: str):
+    """Growth leaves the committed rows and their number, whether it ends, is cancelled, or computes NaN."""
+    expected = targets.text("llama", "greedy")
+    with engine_with_copy(targets.source("llama"), budget=16) as engine:
+        write(engine, expected.prompt, SAMPLINGS["greedy"], 6)
+        length = engine.target.cache.lengths[0]
+        before = rows_of(engine, length)
+        sequence = engine._seated(0, Request((*expected.prompt, *expected.tokens[:6]), SAMPLINGS["greedy"], NOTHING), 0)
+        copy, cancel = engine._drafter.models[0], threading.Event()
+        if fault == "cancelled":
+            cancel.set()
+            with pytest.raises(PassCancelledError):
+                engine._drafter.grow([sequence], FixedPolicy(16, 16), cancel)
+        elif fault == "nan":
+            own = next(iter(copy.skeleton.layers))
+            for parameter in own.parameters():
+                if parameter.is_floating_point():
+                    parameter.data.fill_(torch.nan)
+            assert len(engine._grow([sequence], None)[0]) == 0
+            assert engine.draft_lost is not None
+        else:
+            (tree,) = engine._drafter.grow([sequence], FixedPolicy(16, 16), cancel)
+            assert len(tree) == 16 and len(set(tree.depths)) > 1
+        assert engine.target.cache.lengths == [length]
+        for layer, rows in zip(engine.target.cache.layers, before, strict=True):
+            assert torch.equal(layer.keys[:, :, :length], rows)
+            assert layer.keys.isfinite().all() and layer.values.isfinite().all()
+        check_text(expected, write(engine, expected.prompt, SAMPLINGS["greedy"], NUM_TOKENS)[0])
+
+
+@pytest.mark.parametrize("streamed", ["half", "none"])
+def test_a_warning_says_that_layers_given_back_end_the_copy(targets: Targets, tmp_path: Path, streamed: str):
+    """The copy computes with the resident layers, so it ends with them, and the text goes on."""
+    expected, machine = targets.text("llama", "greedy"), ShortMachine(tmp_path)
+    with engine_with_copy(targets.source("llama"), budget=16, streamed=streamed, watch=machine.watch()) as engine:
+        machine.lacks(MIB)
+        ours, steps = write(engine, expected.prompt, SAMPLINGS["greedy"], NUM_TOKENS)
+        resident = engine.plan.placement.resident
+    check_text(expected, ours)
+    assert not resident and not any(step.tree_nodes for step in steps)
+    told = [number for number, step in enumerate(steps) if step.warning is not None]
+    assert told == [0] and steps[0].warning is not None
+    assert steps[0].warning.startswith("memory is short (")
+    assert steps[0].warning.endswith("; the draft self needs layers that were given back: going on without it")
+
+
+@pytest.mark.parametrize("streamed", ["half", "none"])
+def test_nothing_is_quantized_for_a_copy_without_layers(targets: Targets, tmp_path: Path, streamed: str):
+    target = targets.source("llama")
+    copy = replace(target, name="self", part="self")
+    plan = make_plan(target, copy, num_layers=NUM_LAYERS, resident=RESIDENT[streamed], tree_budget=16, chunk_rows=24)
+    plan = changed(plan, draft_quant="int8", shares_cache=True)
+    with tiny_packs(tmp_path):
+        _, pack = make_packs(target, copy, plan, Quiet())
+    assert (pack is None) == (streamed == "none")
+
+
+@pytest.mark.parametrize("on_host", [False, True], ids=["device", "host"])
+def test_a_copy_without_layers_of_its_own_is_the_target(targets: Targets, on_host: bool):
+    target = load_model(targets.source("llama"), cache_rows=64, chunk_rows=8, host_embeddings=on_host)
+    copy, tokens = CopyModel(target, {}), random_prompt(20, VOCAB)
+    hidden = copy.append(tokens)
+    assert target.cache.lengths == [20] and copy.nbytes == 0
+    target.cache.truncate(0, 0)
+    assert torch.equal(hidden, target.append(tokens))
+    assert torch.equal(copy.logits(hidden), target.logits(hidden))
+
+
+def test_a_copy_shares_all_but_the_streamed_layers(targets: Targets):
+    with engine_with_copy(targets.source("llama"), budget=16, streamed="half", quant="int8") as engine:
+        (copy,) = engine._drafter.models
+        theirs = {id(p) for p in engine.target.skeleton.model.parameters()}
+        own = {name for name, p in copy.skeleton.model.named_parameters() if id(p) not in theirs}
+        assert own and {name.split(".")[2] for name in own} == {"1", "3"}
+        assert copy.cache is engine.target.cache and copy.generation_bytes < copy.nbytes

@@ -1,0 +1,117 @@
+"""Plans with the target's own low-bit copy: memory of the streamed layers' copies, speed, and targets without one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from support.loading import plan_request
+from support.planning import UNKNOWN_RATES
+
+from specchat.errors import UsageError
+from specchat.hardware.machine import Machine, MatmulRate
+from specchat.models.catalog.ref import demo_source
+from specchat.models.sizes.describe import as_copy
+from specchat.models.sizes.geometry import layer_sizes
+from specchat.models.sizes.known_specs import known_spec
+from specchat.planner.memory import build_ledger
+from specchat.planner.placement import PlacementOptions, interleaved
+from specchat.planner.request import PlanInputs
+from specchat.planner.search import choose_plan, smaller_plan
+from specchat.records.model import ModelSource
+from specchat.records.plan import Plan
+from specchat.units import GIB
+
+GPU = Machine("cuda:0", 14 * GIB, 32 * GIB, fast_bf16=True)
+FAST = replace(UNKNOWN_RATES, matmul=(MatmulRate(1, 3e11), MatmulRate(512, 3e13)), matmul_dtype="bf16")
+TARGET = ModelSource("Qwen/Qwen3-14B", demo_source("target").path)
+COPY = replace(TARGET, name="self", part="self")
+
+
+def inputs(target: str = TARGET.name) -> PlanInputs:
+    copies = [as_copy(known_spec(target, quant), "self") for quant in ("int8", "int4")]
+    return PlanInputs(
+        GPU, FAST, FAST, lambda quant: known_spec(target, quant), copies[0], lower_drafts=tuple(copies[1:])
+    )
+
+
+def planned(**asked: object) -> Plan:
+    return choose_plan(plan_request(TARGET, COPY, **{"quant": "none", **asked}), inputs()).plan
+
+
+def test_a_copy_takes_memory_from_resident_layers_and_none_outside_the_layers():
+    plan = planned()
+    names = {item.item: item.bytes for item in plan.ledger}
+    low = layer_sizes(as_copy(known_spec(TARGET.name, "int4"), "self"), "bf16")
+    assert (plan.draft, plan.draft_quant, plan.sources) == ("self", "int4", "self")
+    assert names["draft"] == sum(low[index] for index in plan.placement.streamed)
+    assert "draft KV cache" not in names and plan.work.shares_cache
+    assert plan.device_bytes <= plan.vram_bytes
+    # with one resident layer more, and its copy less, the plan would not fit
+    spec, more = known_spec(TARGET.name), interleaved(len(plan.placement.resident) + 1, 40)
+    larger = replace(plan.placement, resident=more)
+    copy = as_copy(known_spec(TARGET.name, "int4"), "self")
+    assert sum(each.bytes for each in build_ledger(spec, copy, plan.work, larger)) > plan.vram_bytes
+    smaller = smaller_plan(plan_request(TARGET, COPY, quant="none"), inputs(), plan)
+    assert smaller.device_bytes < plan.device_bytes and smaller.draft == "self"
+
+
+def test_a_copy_of_a_target_that_does_not_stream_is_said_to_be_unused():
+    found = choose_plan(plan_request(TARGET, COPY, quant="none", vram_bytes=100 * GIB), inputs())
+    assert not found.plan.placement.streamed and found.plan.draft == "self"
+    (choice,) = (each for each in found.choices if each.option == "draft-quant")
+    assert choice.why == "not used: no layer is streamed, so none is copied"
+
+
+def test_trees_of_a_copy_take_rows_of_the_targets_cache():
+    plan = planned(tree_budget=64)
+    work, spec = plan.work, known_spec(TARGET.name)
+    assert work.tree_rows == work.draft_rows == 128
+    kv = next(item.bytes for item in plan.ledger if item.item == "KV cache")
+    assert kv == (work.ctx + 128) * spec.kv_numbers_per_row * 2
+
+
+def test_splits_count_copies_of_streamed_layers():
+    """Against a count of every split."""
+    sizes, copies = (100, 100, 60, 100, 100, 80), (30, 25, 20, 30, 25, 20)
+    options = PlacementOptions(sizes, (2,), copies)
+    for budget in range(300, 600, 7):
+        fitting = [
+            count
+            for count in (0, 1, 2, 3, 6)
+            if sum(sizes[i] if i in interleaved(count, 6) else copies[i] for i in range(6))
+            + 2 * (count < 6) * max((sizes[i] for i in range(6) if i not in interleaved(count, 6)), default=0)
+            <= budget
+        ]
+        found = [split.num_resident for _, split in options.split([budget])]
+        assert found == ([max(fitting)] if fitting else [])
+
+
+def test_the_text_of_a_lower_target_has_a_lower_copy():
+    plan = planned(quant="int8")
+    assert (plan.quant, plan.draft_quant) == ("int8", "int4")
+    with pytest.raises(UsageError, match=r"lower precision than .* has \(int4\)"):
+        planned(quant="int4")
+
+
+def test_recurrent_targets_have_no_copy():
+    request = plan_request(TARGET, COPY, quant="none")
+    with pytest.raises(UsageError, match="recurrent"):
+        choose_plan(request, inputs("Qwen/Qwen3.6-35B-A3B"))
+
+
+def chosen(draft: str | None, free_disk_bytes: int) -> str | None:
+    small = None if draft is None else known_spec(draft)
+    facts = PlanInputs(
+        GPU, FAST, FAST, lambda quant: known_spec(TARGET.name, quant), small, free_disk_bytes=free_disk_bytes
+    )
+    source = None if draft is None else ModelSource(draft, TARGET.path)
+    request = plan_request(TARGET, source, quant="none", retrieval=True, draft_is_open=True, copy=COPY)
+    return choose_plan(request, facts).plan.draft
+
+
+def test_a_copy_is_chosen_where_it_is_much_faster_and_the_disk_has_room():
+    """With the rates of this test, a copy's passes cost more than those of a small draft model."""
+    assert chosen(None, 100 * GIB) == "self"
+    assert chosen(None, GIB) is None
+    assert chosen("Qwen/Qwen3-0.6B", 100 * GIB) == "Qwen/Qwen3-0.6B"

@@ -1,0 +1,72 @@
+"""Plans that read experts one by one: the formulas against simulated pools, the ledger, and which plan is chosen."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from support.machines import read_machine
+from support.routing import COMMITTED, Router
+
+from specchat.models.sizes.geometry import layer_sizes, weight_bytes
+from specchat.models.sizes.known_specs import known_spec
+from specchat.planner.experts import ExpertTier, expert_options, hit_rate, used_share
+
+MOE = "Qwen/Qwen3-30B-A3B"
+
+
+def simulated(rows: int, share: float, num_layers: int = 4, passes: int = 60) -> tuple[float, float]:
+    """The experts that a pass uses, and the share of them that the pool has, with a decayed count for each expert."""
+    num_experts, quota = 128, int(128 * share)
+    router, uses = Router(num_layers, num_experts, 8, seed=2), np.zeros((num_layers, num_experts))
+    kept = [set[int]() for _ in range(num_layers)]
+    hits = used = 0
+    for number in range(passes):
+        for layer, ids in enumerate(router.tree(rows)):
+            wanted = set(np.unique(ids).tolist())
+            if number >= passes // 2:
+                used, hits = used + len(wanted), hits + len(wanted & kept[layer])
+            uses[layer] *= 0.97
+            uses[layer, list(wanted)] += 1
+            best = sorted(kept[layer] | wanted, key=lambda expert: -uses[layer, expert])
+            kept[layer] = set(best[:quota])
+        router.commit(COMMITTED[rows])
+    return used / (passes - passes // 2) / num_layers, hits / used
+
+
+@pytest.mark.parametrize(("rows", "share"), [(1, 0.25), (8, 0.25), (8, 0.5), (16, 0.125), (64, 0.25)])
+def test_formulas_fit_simulated_pools(rows: int, share: float):
+    used, hits = simulated(rows, share)
+    assert used_share(8 / 128, rows) * 128 == pytest.approx(used, rel=0.1)
+    assert hit_rate(share, used / 128) == pytest.approx(hits, abs=0.05)
+
+
+def test_more_rows_and_smaller_pools_miss_more():
+    tier = ExpertTier(12, 128, 8, 1000, quota=32, num_cached=0)
+    missed = [tier.missed_bytes(rows) for rows in (1, 2, 4, 8, 16, 32, 64)]
+    assert missed == sorted(missed) and missed[-1] < tier.all_bytes
+    assert replace(tier, quota=64).missed_bytes(8) < tier.missed_bytes(8) < replace(tier, quota=8).missed_bytes(8)
+
+
+@pytest.mark.parametrize("quant", ["none", "int4", "int8"])
+def test_slots_for_all_experts_take_what_layers_take(quant: str):
+    spec = known_spec(MOE, quant)
+    options = expert_options(spec, "bf16")
+    assert options is not None
+    all_slots = options.nbytes(options.tier.num_experts) - options.nbytes(0) + options.beside_bytes
+    assert all_slots == pytest.approx(sum(layer_sizes(spec, "bf16")), rel=0.01)
+    fits = {17: options.nbytes(17), 16: options.nbytes(17) - 1, 0: options.least_bytes}
+    for quota, room in fits.items():
+        tier = options.fit(room)
+        assert tier is not None and tier.quota == quota
+    assert options.fit(options.least_bytes - 1) is None
+    assert options.fit(2 * weight_bytes(spec, "bf16")) is None
+
+
+def test_a_machine_without_a_gpu_reads_experts_of_what_does_not_fit():
+    from support.golden import golden_plans
+
+    plan = golden_plans("laptop-none-avx2-16gb")[MOE]
+    assert read_machine("laptop-none-avx2-16gb").machine.device == "cpu"
+    assert "experts" in plan["plan"], plan
