@@ -96,6 +96,11 @@ class Candidate:
         """Number of streamed layers."""
         return self.sizes.num_streamed
 
+    @property
+    def streams(self) -> bool:
+        """Whether passes read layers or experts."""
+        return self.num_streamed > 0 or self.sizes.experts is not None
+
     def plan(self, choices: PlanChoices, machine: Machine) -> Plan:
         """Build the plan, with placement and ledgers."""
         target, draft, work = self.target, self.draft, self.work

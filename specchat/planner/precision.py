@@ -57,7 +57,7 @@ def _full_or_int8(request: PlanRequest, inputs: PlanInputs, full: ModelSpec) -> 
     idle = replace(inputs, machine=_idle(inputs.machine), rates=inputs.typical, statistics=Statistics())
     request = replace(request, copy=None)  # a copy depends on the free space of the disk
     plain = Candidates(request, idle, full).best
-    if plain is not None and not plain.num_streamed:
+    if plain is not None and not plain.streams:
         return Precision(full, "original weights fit the device")
     int8 = inputs.target("int8")
     lower = Candidates(request, idle, int8).best

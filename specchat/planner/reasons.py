@@ -55,7 +55,7 @@ def explain_choices(
     elif best.num_streamed and best.target.experts is not None:
         found.append(Choice("experts", "whole layers", _why_whole_layers(request, device)))
     if best.num_streamed:
-        slots = best_other(lambda c: c.slots != best.slots, lambda c: str(c.slots))
+        slots = best_other(lambda c: c.slots not in (0, best.slots), lambda c: str(c.slots))
         why = "asked for" if request.choices.slots is not None else "layers loading while one is computed"
         found.append(Choice("slots", str(best.slots), why, request.choices.slots is not None, slots))
     return tuple(found)

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from support.loading import plan_request
 from support.machines import read_machine
+from support.planning import UNKNOWN_RATES
 from support.routing import COMMITTED, Router
 
+from specchat.hardware.machine import Machine
 from specchat.models.sizes.geometry import layer_sizes, weight_bytes
 from specchat.models.sizes.known_specs import known_spec
 from specchat.planner.experts import ExpertTier, expert_options, hit_rate, used_share
+from specchat.planner.explain import ExplainedPlan
+from specchat.planner.request import PlanInputs
+from specchat.planner.search import choose_plan
+from specchat.records.model import ModelSource
+from specchat.units import GIB
 
 MOE = "Qwen/Qwen3-30B-A3B"
 
@@ -70,3 +79,21 @@ def test_a_machine_without_a_gpu_reads_experts_of_what_does_not_fit():
     plan = golden_plans("laptop-none-avx2-16gb")[MOE]
     assert read_machine("laptop-none-avx2-16gb").machine.device == "cpu"
     assert "experts" in plan["plan"], plan
+
+
+def test_original_weights_whose_experts_are_read_do_not_fit_the_device():
+    """Their precision is weighed as that of models whose layers stream."""
+    machine = Machine("cpu", 60 * GIB, 60 * GIB, fast_bf16=True, total_bytes=64 * GIB, device_total_bytes=64 * GIB)
+    inputs = PlanInputs(machine, UNKNOWN_RATES, UNKNOWN_RATES, lambda quant: known_spec(MOE, quant), None)
+    target = ModelSource(MOE, Path())
+
+    def planned(gib: int, **asked: object) -> ExplainedPlan:
+        return choose_plan(plan_request(target, None, vram_bytes=gib * GIB, lowers_for_speed=True, **asked), inputs)
+
+    original = planned(40, quant="none")
+    assert original.plan.experts is not None and not original.plan.placement.streamed
+    chosen = planned(40)
+    why = {choice.option: choice.why for choice in chosen.choices}["quant"]
+    is_much_faster = planned(40, quant="int8").prediction.tok_per_s >= 1.3 * original.prediction.tok_per_s
+    assert chosen.plan.quant == ("int8" if is_much_faster else "none")
+    assert why != "original weights fit the device"
