@@ -15,7 +15,7 @@ from specchat.cli import options as parse
 from specchat.cli.ask import asker
 from specchat.cli.bench_options import BenchOptions, trees
 from specchat.cli.output import print_line
-from specchat.errors import UsageError
+from specchat.errors import DoesNotFitError, UsageError
 from specchat.json_lines import to_json
 from specchat.loading import planning
 from specchat.loading.engine import make_packs, stop_ids
@@ -57,7 +57,14 @@ def bench(options: BenchOptions) -> int:
     if options.limit_memory is None:
         return _measure(options)
     from specchat.hardware.memory_group import MemoryGroup
+    from specchat.planner.memory import RUNTIME_BYTES
 
+    if options.limit_memory < RUNTIME_BYTES:  # the system would end the process without a word
+        raise DoesNotFitError(
+            f"--limit-memory {format_bytes(options.limit_memory)} is less than Python and its libraries take "
+            f"({format_bytes(RUNTIME_BYTES)})",
+            hint="set a limit that has room for them and for the plan, which `specchat run MODEL --plan` shows",
+        )
     with MemoryGroup(options.limit_memory) as group:
         group.enter()
         return _measure(options)

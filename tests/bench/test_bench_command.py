@@ -257,6 +257,13 @@ def test_questions_too_long_for_the_context_exit_with_4(specchat):
     assert "none of the 1 questions fits" in result.err
 
 
+def test_a_limit_below_the_libraries_is_refused(specchat):
+    """The system would end the process without a word."""
+    result = specchat("bench", "demo", *SMALL, "--limit-memory", "300MiB")
+    assert result.code == 4 and result.out == ""
+    assert "--limit-memory 300 MiB is less than Python and its libraries take (400 MiB)" in result.err
+
+
 def test_compare_refuses_files_that_are_not_reports(specchat, tmp_path):
     other = tmp_path / "other.json"
     other.write_text("{}")
