@@ -11,6 +11,7 @@ def expert_facts(plan: Plan, experts: ExpertForecast) -> list[tuple[str, str]]:
     assert slots is not None
     kept = format_bytes(slots.quota * experts.num_layers * experts.expert_bytes)
     all_bytes = format_bytes(experts.all_bytes)
+    rows = "1 row" if experts.rows == 1 else f"{experts.rows} rows"
     return [
         (
             "experts",
@@ -19,7 +20,7 @@ def expert_facts(plan: Plan, experts: ExpertForecast) -> list[tuple[str, str]]:
         ),
         (
             "streamed",
-            f"{format_bytes(experts.missed_bytes)} per pass of {experts.rows} rows, from {_places(plan, experts)}: it "
+            f"{format_bytes(experts.missed_bytes)} per pass of {rows}, from {_places(plan, experts)}: it "
             f"uses about {experts.used:.0f} experts of a layer, of which {experts.hit_rate:.0%} are in memory (all "
             f"experts: {all_bytes})",
         ),
