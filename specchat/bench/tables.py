@@ -234,9 +234,9 @@ def _identity(report: Mapping[str, Any]) -> Table:
         )
         for baseline in report["baselines"]
     ]
-    names = [baseline["name"] for baseline in report["baselines"]]
-    others = " and ".join(names[1:] if names[:1] == ["plain"] else names) or "other programs"
-    note = f"{others} sample with their own random numbers, so only greedy texts are compared"
+    others = [baseline["name"] for baseline in report["baselines"] if baseline["name"] != "plain"]
+    samples = "samples with its" if len(others) == 1 else "sample with their"
+    note = f"{' and '.join(others)} {samples} own random numbers, so only greedy texts are compared" if others else ""
     return _table("identical output", ("baseline", "text", "compared", "first difference"), rows, note)
 
 

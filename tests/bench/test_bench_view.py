@@ -4,7 +4,7 @@ import io
 from types import SimpleNamespace
 
 from specchat.bench.runner import Progress
-from specchat.bench.tables import Table, headline, milliseconds, number, ratio, share, spread
+from specchat.bench.tables import Table, _identity, headline, milliseconds, number, ratio, share, spread
 from specchat.ui.bench_view import BenchLine, ReportView, chart_lines, progress_line
 from specchat.ui.console import Talk
 
@@ -98,3 +98,22 @@ def test_the_headline_is_one_sentence():
     assert other == "org/name writes about 7.4 tokens per second, with ANOTHER text."
     resident = headline(report_of(streamed=0, baselines=[("plain", True)]))
     assert "Every layer was in memory; to measure one that streams: specchat bench shape:" in resident
+
+
+def test_only_other_programs_are_said_to_sample_with_their_own_numbers():
+    def note(*names: str) -> str:
+        baselines = [
+            {
+                "name": name,
+                "identical_output": True,
+                "compared_answers": 1,
+                "compared_tokens": 8,
+                "first_difference": None,
+            }
+            for name in names
+        ]
+        return _identity({"baselines": baselines}).note
+
+    assert note("plain") == ""
+    assert note("plain", "accelerate").startswith("accelerate samples with its own random numbers")
+    assert note("accelerate", "llama.cpp").startswith("accelerate and llama.cpp sample with their own random numbers")
