@@ -258,7 +258,7 @@ def _shared(
 
     Args:
         planned: plan that has the device for itself.
-        request: what was asked for.
+        request: request that the plan was made from.
         baselines: systems to compare with.
         reporter: receives a warning about the share.
     """

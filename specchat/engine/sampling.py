@@ -124,7 +124,7 @@ class Sampler:
 
         Args:
             logits: the target's scores, float32 [n, V].
-            contexts: what `known_of` returns for the tokens before each row, int64 [length] on the device.
+            contexts: results of `known_of` for the tokens before each row, int64 [length], on the device.
             positions: absolute positions of the drawn tokens.
         """
         rows = zip(logits, contexts, positions, strict=True)

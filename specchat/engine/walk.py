@@ -187,7 +187,7 @@ def _draw_at_once(
         walks: walks of a pass.
         blocks: nodes of each walk.
         scores: scores of each block, float32 [n, V].
-        contexts: what `_contexts` returns for each walk.
+        contexts: results of `_contexts`, by walk.
         ids: all tokens of the contexts on the device, int64.
     """
     pieces = iter(ids.split([len(tokens) for of_walk in contexts for tokens in of_walk]))

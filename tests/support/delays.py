@@ -33,7 +33,7 @@ _LONG_SHARE = 0.01
 DELAYED = {
     "specchat.engine.model": ("TreeModel.forward", "TreeModel.logits"),
     "specchat.engine.streaming.slots": ("SlotQueue.take", "SlotQueue._run"),
-    "specchat.engine.streaming.readers": ("_read",),
+    "specchat.engine.streaming.readers": ("read_fully",),
     "specchat.models.weights.reader": ("WeightReader.read_layer",),
     "support.fake_engine": ("FakeEngine._step",),
 }
