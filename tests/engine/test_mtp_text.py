@@ -4,66 +4,28 @@ from __future__ import annotations
 
 import itertools
 import threading
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pytest
 from support import reference
 from support.engines import NOTHING, make_plan, random_prompt, write
 from support.heads import LAYOUTS, engine_with_head, head_of, random_target, save_with_mtp
-from support.hybrids import OneByOne
 from support.loading import load_engine
+from support.targets import NUM_TOKENS, SAMPLINGS, Targets, check_text
 from support.tiny_models import VOCAB
 
-from specchat.records.generation import Request, Sampling
-from specchat.records.model import ModelSource
+from specchat.records.generation import Request
 
-HYBRIDS = {"qwen3_5_text", "qwen3_next"}
-SAMPLINGS = {"greedy": Sampling(), "t0.8": Sampling(temperature=0.8, seed=5)}
 STREAMING = ("all", "half", "none")
-NUM_TOKENS = 20
 NUM_LAYERS = 4
 Case = tuple[str, str, int, str, bool]  # architecture, streamed layers, budget, sampling, retrieval
 
 
-@dataclass
-class Targets:
-    """Targets with heads and their texts, made on first use."""
-
-    root: Path
-
-    def __post_init__(self) -> None:
-        self._models: dict[str, Any] = {}
-        self._sources: dict[str, ModelSource] = {}
-        self._texts: dict[tuple[str, str, int], reference.Reference] = {}
-
-    def source(self, architecture: str) -> ModelSource:
-        if architecture not in self._sources:
-            model = self._models[architecture] = random_target(architecture)
-            self._sources[architecture] = save_with_mtp(model, self.root / architecture, LAYOUTS[architecture])
-        return self._sources[architecture]
-
-    def text(self, architecture: str, sampling: str, seed: int = 11) -> reference.Reference:
-        self.source(architecture)
-        key = architecture, sampling, seed
-        if key not in self._texts:
-            model, prompt = self._models[architecture], random_prompt(18, VOCAB, seed)
-            if architecture in HYBRIDS:
-                self._texts[key] = OneByOne(model).generate(prompt, SAMPLINGS[sampling], NUM_TOKENS)
-            else:
-                self._texts[key] = reference.generate(model, prompt, SAMPLINGS[sampling], NUM_TOKENS)
-        return self._texts[key]
-
-
 @pytest.fixture(scope="module")
 def targets(tmp_path_factory: pytest.TempPathFactory) -> Targets:
-    return Targets(tmp_path_factory.mktemp("mtp"))
-
-
-def check_text(expected: reference.Reference, ours: list[int]) -> None:
-    difference = expected.first_difference(ours)
-    assert difference is None or expected.is_near_tie(difference), (difference, ours, expected.tokens)
+    root = tmp_path_factory.mktemp("mtp")
+    return Targets(
+        root, random_target, lambda model, folder, architecture: save_with_mtp(model, folder, LAYOUTS[architecture])
+    )
 
 
 def check(targets: Targets, case: Case) -> None:

@@ -6,7 +6,7 @@ import itertools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from support.engines import NOTHING, make_plan, random_prompt, write
 from support.loading import Quiet, changed, load_engine, load_model
 from support.shortages import ShortMachine
 from support.streamed import tiny_packs
+from support.targets import NUM_TOKENS, SAMPLINGS, Targets, check_text
 from support.tiny_models import VOCAB, make_config, random_model, save
 
 from specchat.engine.drafting.own_copy import CopyModel
@@ -25,46 +26,21 @@ from specchat.engine.engine import Engine
 from specchat.engine.model import PassCancelledError
 from specchat.hardware.pressure import MemoryWatch
 from specchat.loading.engine import make_packs
-from specchat.records.generation import Request, Sampling
+from specchat.records.generation import Request
 from specchat.records.model import ModelSource
 from specchat.units import MIB
 
-SAMPLINGS = {"greedy": Sampling(), "t0.8": Sampling(temperature=0.8, seed=5)}
 RESIDENT: dict[str, tuple[int, ...] | None] = {"all": (), "half": (0, 2), "none": None}  # by streamed layers
-NUM_TOKENS = 20
 NUM_LAYERS = 4
 Case = tuple[str, str, int, str, bool]  # architecture, streamed layers, budget, sampling, retrieval
 
 
-@dataclass
-class Targets:
-    """Targets and their texts, made on first use."""
-
-    root: Path
-
-    def __post_init__(self) -> None:
-        self._models: dict[str, Any] = {}
-        self._sources: dict[str, ModelSource] = {}
-        self._texts: dict[tuple[str, str, int], reference.Reference] = {}
-
-    def source(self, architecture: str) -> ModelSource:
-        if architecture not in self._sources:
-            model = self._models[architecture] = random_model(make_config(architecture))
-            self._sources[architecture] = save(model, self.root / architecture)
-        return self._sources[architecture]
-
-    def text(self, architecture: str, sampling: str, seed: int = 11) -> reference.Reference:
-        self.source(architecture)
-        key = architecture, sampling, seed
-        if key not in self._texts:
-            prompt = random_prompt(18, VOCAB, seed)
-            self._texts[key] = reference.generate(self._models[architecture], prompt, SAMPLINGS[sampling], NUM_TOKENS)
-        return self._texts[key]
-
-
 @pytest.fixture(scope="module")
 def targets(tmp_path_factory: pytest.TempPathFactory) -> Targets:
-    return Targets(tmp_path_factory.mktemp("copies"))
+    root = tmp_path_factory.mktemp("copies")
+    return Targets(
+        root, lambda architecture: random_model(make_config(architecture)), lambda model, folder, _: save(model, folder)
+    )
 
 
 @contextmanager
@@ -83,11 +59,6 @@ def engine_with_copy(
     )
     with load_engine(changed(plan, draft_quant=quant, shares_cache=True), target, copy, watch=watch) as engine:
         yield engine
-
-
-def check_text(expected: reference.Reference, ours: list[int]) -> None:
-    difference = expected.first_difference(ours)
-    assert difference is None or expected.is_near_tie(difference), (difference, ours, expected.tokens)
 
 
 def check(targets: Targets, case: Case) -> None:
