@@ -143,20 +143,37 @@ def _written(file: Path) -> list[Path]:
     return [file]
 
 
-def measure_matmul(device: "torch.device", dtype: Literal["bf16", "fp32"]) -> tuple[MatmulRate, ...]:
+@dataclass(frozen=True)
+class MatmulRates:
+    """Matmul rates by rows.
+
+    Attributes:
+        stored: rates with a matrix as a checkpoint stores it, as in layers that stream.
+        packed: rates with a matrix that a CPU keeps packed or stored, whichever is faster, as in resident layers; empty
+            where nothing can be packed.
+    """
+
+    stored: tuple[MatmulRate, ...] = ()
+    packed: tuple[MatmulRate, ...] = ()
+
+
+def measure_matmul(device: "torch.device", dtype: Literal["bf16", "fp32"]) -> MatmulRates:
     """Measure matmuls of tree-sized activations with a matrix of a layer's size."""
     import torch
 
     kind = torch.bfloat16 if dtype == "bf16" else torch.float32
     weight = torch.ones(_MATRIX, _MATRIX, dtype=kind, device=device)
-    ways = _packed(weight)
-    ways.append(partial(torch.nn.functional.linear, weight=weight))
-    rates = []
+    packed = _packed(weight)
+    stored_rates, packed_rates = [], []
     for rows in MATMUL_ROWS:
         x = torch.ones(rows, _MATRIX, dtype=kind, device=device)
-        seconds = min(_median_seconds(partial(_multiply, way, x)) for way in ways)
-        rates.append(MatmulRate(rows, 2 * rows * _MATRIX**2 / seconds))
-    return tuple(rates)
+        stored_s = _median_seconds(partial(_multiply, partial(torch.nn.functional.linear, weight=weight), x))
+        flop = 2 * rows * _MATRIX**2
+        stored_rates.append(MatmulRate(rows, flop / stored_s))
+        if packed is not None:
+            packed_s = min(stored_s, _median_seconds(partial(_multiply, packed, x)))
+            packed_rates.append(MatmulRate(rows, flop / packed_s))
+    return MatmulRates(tuple(stored_rates), tuple(packed_rates))
 
 
 def _multiply(way: "Callable[[torch.Tensor], torch.Tensor]", x: "torch.Tensor") -> None:
@@ -168,24 +185,24 @@ def _multiply(way: "Callable[[torch.Tensor], torch.Tensor]", x: "torch.Tensor") 
         torch.cuda.synchronize(x.device)
 
 
-def _packed(weight: "torch.Tensor") -> "list[Callable[[torch.Tensor], torch.Tensor]]":
-    """Return the matmul of layers that are packed in a CPU's memory, with few rows padded; empty where it is none."""
+def _packed(weight: "torch.Tensor") -> "Callable[[torch.Tensor], torch.Tensor] | None":
+    """Return the matmul of layers that are packed in a CPU's memory, with few rows padded; None where it is none."""
     import torch
 
     operators = torch.ops.mkldnn
     if weight.is_cuda or not torch.backends.mkldnn.is_available() or not hasattr(operators, "_reorder_linear_weight"):
-        return []
+        return None
     try:
         packed = operators._reorder_linear_weight(weight, _PACKING_ROWS)
     except RuntimeError:  # processors without kernels for the dtype
-        return []
+        return None
 
     def multiply(x: "torch.Tensor") -> "torch.Tensor":
         rows = torch.nn.functional.pad(x, (0, 0, 0, max(_LEAST_ROWS - len(x), 0)))
         out: torch.Tensor = operators._linear_pointwise(rows, packed, None, "none", [], "")
         return out
 
-    return [multiply]
+    return multiply
 
 
 def _median_seconds(work: Callable[[], None]) -> float:

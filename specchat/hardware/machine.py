@@ -216,7 +216,8 @@ class Measured:
     Attributes:
         device: device that passes would run on.
         links: measured rates of memory, disk and GPU links.
-        matmul: matmul rates of the device in `matmul_dtype`, by rows.
+        matmul: matmul rates of the device in `matmul_dtype`, by rows, with a matrix as a checkpoint stores it.
+        packed: rates with a matrix that a CPU keeps packed or stored, whichever is faster; empty for GPUs.
         matmul_dtype: "bf16" or "fp32".
         gpu_uuid: identifier of the GPU; None for the CPU.
         pcie_under_load: generation and width of the GPU's link during copies; None where unknown.
@@ -229,6 +230,7 @@ class Measured:
     device: str
     links: Links
     matmul: tuple[MatmulRate, ...]
+    packed: tuple[MatmulRate, ...]
     matmul_dtype: str
     gpu_uuid: str | None
     pcie_under_load: tuple[int, int] | None

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from specchat.errors import DeviceUnusableError, UsageError
 from specchat.hardware import links, store
-from specchat.hardware.machine import Hardware, Links, Machine, MatmulRate, Measured
+from specchat.hardware.machine import Hardware, Links, Machine, Measured
 from specchat.hardware.nvml import survey_gpus
 from specchat.hardware.system import (
     available_ram_bytes,
@@ -180,7 +180,8 @@ def _measure(hardware: Hardware, device: str, progress: Progress) -> Measured:
             ram_copy_bytes_per_s=ram_copy,
             disk_read_bytes_per_s=None if disk is None else disk.bytes_per_s,
         ),
-        matmul=on_device.matmul,
+        matmul=on_device.matmul.stored,
+        packed=on_device.matmul.packed,
         matmul_dtype=_matmul_dtype(machine),
         gpu_uuid=None if copies is None else copies.uuid,
         pcie_under_load=None if copies is None else copies.pcie,
@@ -196,7 +197,7 @@ class _OnDevice:
     """Measurements on the device itself; `trouble` is the error that stopped them."""
 
     copies: "CudaLinks | None" = None
-    matmul: tuple[MatmulRate, ...] = ()
+    matmul: links.MatmulRates = field(default_factory=links.MatmulRates)
     trouble: str | None = None
 
 

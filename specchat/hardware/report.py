@@ -54,6 +54,7 @@ def report_object(report: Report, verdicts: Sequence[Verdict], plan: dict[str, A
             "device": measured.device,
             "dtype": measured.matmul_dtype,
             "matmul": [asdict(rate) for rate in measured.matmul],
+            "packed": [asdict(rate) for rate in measured.packed],
         },
         "measured_at": measured.measured_at,
         "verdicts": [

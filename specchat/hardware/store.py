@@ -8,7 +8,7 @@ from pathlib import Path
 from specchat.files import atomic_write_text, read_regular
 from specchat.hardware.machine import Hardware, Links, MatmulRate, Measured
 
-_VERSION = 2  # raise when measurements change
+_VERSION = 3  # raise when measurements change
 
 
 def key_of(hardware: Hardware, device: str) -> str:
@@ -34,6 +34,7 @@ def load(folder: Path, key: str) -> Measured | None:
         values |= {
             "links": Links(**values["links"]),
             "matmul": tuple(MatmulRate(**rate) for rate in values["matmul"]),
+            "packed": tuple(MatmulRate(**rate) for rate in values["packed"]),
             "pcie_under_load": None if pcie is None else (int(pcie[0]), int(pcie[1])),
         }
         return Measured(**values)

@@ -3,6 +3,7 @@
 import math
 from functools import cached_property, lru_cache
 
+from specchat.hardware.machine import MatmulRate
 from specchat.models.sizes.geometry import is_4bit_float
 from specchat.planner.experts import used_share
 from specchat.planner.rates import Rates
@@ -27,48 +28,51 @@ _COPY_ROWS = 32  # with more rows, copies of 4-bit codes are not used
 @lru_cache(maxsize=512)
 def compute_times(spec: ModelSpec, dtype: Dtype, rates: Rates, *, on_cpu: bool) -> "ComputeTimes":
     """Return the compute times of a model; cached, because one draft serves many targets."""
-    return ComputeTimes(spec, _matmul_times(dtype, rates, on_cpu=on_cpu), rates, on_cpu=on_cpu)
+    return ComputeTimes(spec, dtype, rates, on_cpu=on_cpu)
 
 
 class ComputeTimes:
     """Compute times of a model's layers and head by number of rows."""
 
-    def __init__(self, spec: ModelSpec, matmul_times: "_MatmulTimes", rates: Rates, *, on_cpu: bool) -> None:
+    def __init__(self, spec: ModelSpec, dtype: Dtype, rates: Rates, *, on_cpu: bool) -> None:
         self._spec = spec
-        self._matmul_times = matmul_times
+        self._stored = _matmul_times(dtype, rates, rates.matmul, on_cpu=on_cpu)
+        self._packed = _matmul_times(dtype, rates, rates.packed or rates.matmul, on_cpu=on_cpu)
         self._rates = rates
         self._on_cpu = on_cpu
         self._pass_s: dict[int, float] = {}
-        self._layer_s: dict[tuple[int, bool], float] = {}
+        self._layer_s: dict[tuple[int, bool, bool], float] = {}
 
     def pass_s(self, rows: int) -> float:
         """Return the seconds of a draft batch: all layers, resident, and the scores of every row."""
         if rows not in self._pass_s:
-            self._pass_s[rows] = self._spec.num_layers * self.layer_s(rows) + self.scoring_s(rows)
+            self._pass_s[rows] = self._spec.num_layers * self.layer_s(rows, resident=True) + self.scoring_s(rows)
         return self._pass_s[rows]
 
     def scoring_s(self, rows: int) -> float:
         """Return the seconds to score every row, and to turn the scores into children of nodes."""
         scoring = _SCORE_SWEEPS * rows * self._spec.vocab_size * 4 / self._rates.memory.per_s
-        return self._head_weights * self._matmul_times.weight_s(rows) + scoring
+        return self._head_weights * self._stored.weight_s(rows) + scoring
 
     def head_s(self, tokens: float) -> float:
         """Return the seconds to score, in blocks, the nodes that a walk visits."""
         blocks = max(tokens / _VISITS_PER_BLOCK, 1.0)
         sweeps = _SCORE_SWEEPS * tokens * self._spec.vocab_size * 4 / self._rates.memory.per_s
-        matmul_s = blocks * self._head_weights * self._matmul_times.weight_s(HEAD_BLOCK_ROWS)
+        matmul_s = blocks * self._head_weights * self._stored.weight_s(HEAD_BLOCK_ROWS)
         return self._rates.layer_s * blocks + matmul_s + sweeps
 
-    def layer_s(self, rows: int, *, expanded: bool = False) -> float:
+    def layer_s(self, rows: int, *, resident: bool, expanded: bool = False) -> float:
         """Return the mean seconds of one layer whose weights are on the device.
 
         Args:
             rows: rows of the pass.
+            resident: whether the layer stays on the device, so that a CPU packs its matrices.
             expanded: whether quantized matrices take more memory to be faster, as in `Placement.expanded`.
         """
-        if (rows, expanded) not in self._layer_s:
+        if (rows, resident, expanded) not in self._layer_s:
             used, rows_each = self._used_experts(rows)
-            weight_s = self._matmul_times.weight_s
+            is_packed = resident and (expanded or self._spec.quant == "none")
+            weight_s = (self._packed if is_packed else self._stored).weight_s
             shared = self._shared_weights + self._attention_weights
             weights_s = shared * weight_s(rows) + used * self._expert_weights * weight_s(rows_each)
             matmul_s = weights_s * (_MATMUL_OVERHEAD if self._on_cpu else 1.0)
@@ -76,14 +80,14 @@ class ComputeTimes:
             if expanded and self._has_copies and rows_each <= _COPY_ROWS:
                 fixed_s, row_s = self._rates.copy_s
                 plain_s = min(plain_s, (shared + used * self._expert_weights) * (fixed_s + row_s * rows_each))
-            self._layer_s[rows, expanded] = self._rates.layer_s + plain_s
-        return self._layer_s[rows, expanded]
+            self._layer_s[rows, resident, expanded] = self._rates.layer_s + plain_s
+        return self._layer_s[rows, resident, expanded]
 
     def experts_s(self, rows: int) -> float:
         """Return the mean seconds of the experts of one layer, a part of `layer_s`."""
         used, rows_each = self._used_experts(rows)
         weights = used * self._expert_weights
-        matmul_s = weights * self._matmul_times.weight_s(rows_each) * (_MATMUL_OVERHEAD if self._on_cpu else 1.0)
+        matmul_s = weights * self._stored.weight_s(rows_each) * (_MATMUL_OVERHEAD if self._on_cpu else 1.0)
         return matmul_s + self._weight_dequantize_s * weights
 
     def _dequantizing_s(self, used: float) -> float:
@@ -99,7 +103,7 @@ class ComputeTimes:
     @property
     def _has_copies(self) -> bool:
         """Whether expanded layers keep copies of 4-bit codes, instead of dequantized matrices."""
-        has_kernel = self._on_cpu and self._rates.has_row_kernel and self._matmul_times.dtype == "bf16"
+        has_kernel = self._on_cpu and self._rates.has_row_kernel and self._stored.dtype == "bf16"
         return has_kernel and is_4bit_float(self._spec.quant)
 
     def _used_experts(self, rows: int) -> tuple[float, float]:
@@ -150,16 +154,17 @@ class ComputeTimes:
         return float(self._spec.vocab_size * self._spec.hidden_size)
 
 
-@lru_cache(maxsize=16)
-def _matmul_times(dtype: Dtype, rates: Rates, *, on_cpu: bool) -> "_MatmulTimes":
-    return _MatmulTimes(dtype, rates, on_cpu=on_cpu)
+@lru_cache(maxsize=32)
+def _matmul_times(dtype: Dtype, rates: Rates, matmul: tuple[MatmulRate, ...], *, on_cpu: bool) -> "_MatmulTimes":
+    return _MatmulTimes(dtype, rates.matmul_dtype, matmul, on_cpu=on_cpu)
 
 
 class _MatmulTimes:
-    """Matmul times for matrices of a dtype."""
+    """Matmul times for matrices of a dtype, from rates in `measured_dtype`."""
 
-    def __init__(self, dtype: Dtype, rates: Rates, *, on_cpu: bool) -> None:
+    def __init__(self, dtype: Dtype, measured_dtype: Dtype, rates: tuple[MatmulRate, ...], *, on_cpu: bool) -> None:
         self.dtype: Dtype = dtype
+        self._measured_dtype: Dtype = measured_dtype
         self._rates = rates
         self._on_cpu = on_cpu
         self._weight_s: dict[float, float] = {}
@@ -171,7 +176,7 @@ class _MatmulTimes:
         return self._weight_s[rows]
 
     def _interpolated(self, rows: float) -> float:
-        rates = self._rates.matmul
+        rates = self._rates
         above = next((i for i, rate in enumerate(rates) if rate.rows >= rows), len(rates))
         if above == 0 or len(rates) == 1:
             return 2 * rates[0].rows / rates[0].flop_per_s
@@ -182,7 +187,7 @@ class _MatmulTimes:
 
     def _dtype_factor(self, rows: float) -> float:
         """Return the cost ratio of the dtype to the measured dtype: by bytes for few rows, by arithmetic for many."""
-        wide = DTYPE_BYTES[self.dtype] / DTYPE_BYTES[self._rates.matmul_dtype]
+        wide = DTYPE_BYTES[self.dtype] / DTYPE_BYTES[self._measured_dtype]
         if wide == 1 or (wide < 1 and self._on_cpu):  # a CPU measured in float32 has no faster 16-bit arithmetic
             return 1.0
         many = min(math.log2(max(rows, 1.0)) / 6, 1.0)

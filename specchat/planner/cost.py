@@ -7,9 +7,8 @@ bound either by compute, or by the link until the last layer has arrived and bee
 
     pass = max(L c + (exposed wait for the first streamed layer),  s l - (filled ahead) + c)
 
-The accepted length grows with the logarithm of the tree size. A node is worth its probability, and the probabilities
-of the best unexplored nodes fall as a power of their rank. Sequences that share a pass also share its nodes, so each
-adds one row and the tokens of a tree of its share. Speeds are those of all sequences together.
+Sequences that share a pass also share its nodes, so each adds one row and the tokens of a tree of its share. Speeds
+are those of all sequences together.
 """
 
 import math
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
+from specchat.planner.acceptance import Acceptance
 from specchat.planner.compute import ComputeTimes, compute_times
 from specchat.planner.placement import TierSizes
 from specchat.planner.rates import Basis, Rates, least_sure
@@ -36,6 +36,8 @@ _DEPTH_GAIN, _DEPTH_KNEE = 6.5, 8.0
 # disk and readers occupy the cores and the interpreter. The draft's layers take 1.4 ms of both. Not measured with a
 # GPU.
 _CPU_BATCH_S, _CPU_BATCH_BESIDE_READS_S = 0.5e-3, 3e-3
+# Most rows of a pass to predict for adaptive trees.
+_MOST_PREDICTED = 512
 # Time to look up what may follow a node, without a draft model. Measured on the demo, with trees of 16 and 64 nodes.
 _LOOKUP_S = 50e-6
 # On a CPU, reading and computing overlap only partly. This share of the shorter of the two is lost, by slot count: a
@@ -51,42 +53,6 @@ _DISK_SHARE = 0.92
 _FETCH_S = 500e-6
 # Rate of small reads from the page cache, relative to copies within host memory: each copies once, on one thread.
 _CACHED_SHARE = 0.5
-
-
-@dataclass(frozen=True)
-class Acceptance:
-    """Expected accepted length of a tree by its number of nodes: `1 + gain ln(1 + nodes / knee)`.
-
-    Attributes:
-        gain: additional tokens per e-fold of a large tree.
-        knee: number of nodes at which the logarithm sets in.
-        basis: origin of the figures: "measured" on this pair, or "typical" of such pairs.
-    """
-
-    gain: float
-    knee: float
-    basis: Basis
-
-    def tokens_per_step(self, nodes: float) -> float:
-        """Return the expected tokens of a step, between 1 (the target's own token) and 1 + nodes."""
-        return 1.0 if nodes == 0 else min(1.0 + self.gain * math.log1p(nodes / self.knee), 1.0 + nodes)
-
-
-# SpecExec (arXiv 2406.02532) publishes 13.5 tokens per step for a 70B chat model with a 7B draft and up to 20 at 2,048
-# nodes, UMbreLLa about 13 with a 1B draft, SubSpec 11.9 for 7B with 1.5B. The formula gives 8, 11 and 15 at 64, 256
-# and 2,048 nodes: rather too low than too high.
-TYPICAL_ACCEPTANCE = Acceptance(gain=2.0, knee=1.5, basis="typical")
-# Repeats of the text, and the target's own best tokens after the same tokens. Measured with 64 nodes: 1.8 tokens per
-# step on the demo's chats, 3.5 and more where the text copies; Token Recycling (arXiv 2408.08696) publishes 2.7.
-RETRIEVAL_ACCEPTANCE = Acceptance(gain=0.25, knee=3.0, basis="typical")
-# Heads of one layer. Chains of 7 tokens bring 2.8 tokens per step on Qwen3.8-27B (llama.cpp, pull request 27342). Trees
-# of 16 and 64 nodes bring 3.2 and 3.9 on the demo, whose head was trained for a few minutes.
-MTP_ACCEPTANCE = Acceptance(gain=0.7, knee=1.0, basis="typical")
-# Gain of the target's own copy in 8 or 4 bits, relative to a small draft model. On the demo, a 4-bit copy brings 5.6
-# and 9.2 tokens per step with 16 and 64 nodes, a draft model 3.9 and 5.1.
-COPY_GAIN = 1.7
-# Acceptance of the embedded demo pair, from trees of 1, 4, 16, 64 and 128 nodes.
-DEMO_ACCEPTANCE = Acceptance(gain=1.0, knee=1.0, basis="typical")
 
 
 @dataclass(frozen=True)
@@ -151,7 +117,7 @@ class CostModel:
         self._rates = rates
         self._acceptance = acceptance
         self._seats = seats
-        self._timed: dict[tuple[int, _Drafting, float], _StepCosts] = {}
+        self._timed: dict[tuple[int, _Drafting, _LayerKinds], _StepCosts] = {}
         self._speeds: dict[TierSizes, dict[int, float]] = {}
 
     def predict(self, placement: TierSizes, tree_budget: int, *, adaptive: bool) -> Prediction:
@@ -165,10 +131,13 @@ class CostModel:
         return self._step(placement, self._best_size(placement, tree_budget, adaptive)[1])
 
     def expectation(self, placement: TierSizes, tree_budget: int) -> Expectation | None:
-        """Return the predictions that adaptive trees start from, for all tree sizes; None for plain decoding."""
+        """Return the predictions that adaptive trees start from; None for plain decoding.
+
+        Passes are predicted beyond the largest tree, because trees share passes with the rows of prompts.
+        """
         if not self._drafts or tree_budget == 0:
             return None
-        steps = [self._step(placement, nodes) for nodes in (0, *_sizes_up_to(tree_budget))]
+        steps = [self._step(placement, nodes) for nodes in (0, *_sizes_up_to(max(tree_budget, _MOST_PREDICTED)))]
         best, drafting = self.predict(placement, tree_budget, adaptive=True), self._drafting(placement)
         width = draft_width(tree_budget, self._seats)
         return Expectation(
@@ -187,7 +156,7 @@ class CostModel:
     def most_tok_per_s(self, tree_budget: int, *, adaptive: bool) -> float:
         """Return an upper bound of `tok_per_s` over all placements: the speed with every layer resident."""
         sizes, drafting = self._sizes(tree_budget, adaptive), _Drafting(reads=False, num_copied=0)
-        fastest = 1.0 if self._on_cpu else 0.0  # with every layer expanded
+        fastest = _LayerKinds(num_streamed=0, num_expanded=self._num_layers if self._on_cpu else 0)
         costs = (self._step_costs(nodes, drafting, fastest) for nodes in sizes)
         return max(each.most_tok_per_s(self._num_layers) for each in costs)
 
@@ -242,8 +211,12 @@ class CostModel:
             computed_s, experts_s = placement.num_layers * costs.layer_s, placement.num_layers * costs.experts_s
             waited_s = max(self._missing_s(placement, costs) - experts_s, 0.0)
             return costs.outside_s + computed_s + waited_s + placement.experts.num_layers * _FETCH_S
-        computed_s = queue.computed_s(costs.layer_s, costs.outside_s)
+        computed_s = queue.computed_s(costs.layer_s, costs.outside_s) + self._reading_s(placement)
         return costs.outside_s + max(computed_s, self._linked_s(queue, costs))
+
+    def _reading_s(self, placement: TierSizes) -> float:
+        """Return the seconds by which reads slow down a CPU that computes beside them."""
+        return self._rates.reading_s * placement.disk_bytes if self._on_cpu else 0.0
 
     def _missing_s(self, placement: TierSizes, costs: "_StepCosts") -> float:
         """Return the seconds that a pass waits for missing experts."""
@@ -284,21 +257,31 @@ class CostModel:
         return _Drafting(reads, placement.num_streamed if self._drafts_by_copy else 0)
 
     def _costs(self, placement: TierSizes, nodes: int) -> "_StepCosts":
-        share = placement.num_expanded / placement.num_layers
-        return self._step_costs(nodes, self._drafting(placement), share)
+        kinds = _LayerKinds(placement.num_streamed, placement.num_expanded)
+        return self._step_costs(nodes, self._drafting(placement), kinds)
 
-    def _step_costs(self, nodes: int, drafting: "_Drafting", expanded: float) -> "_StepCosts":
-        """Return the costs that depend only on the tree size, the conditions of drafting, and the expanded share."""
-        key = nodes, drafting, expanded
+    def _step_costs(self, nodes: int, drafting: "_Drafting", kinds: "_LayerKinds") -> "_StepCosts":
+        """Return the costs that depend only on the tree size, the conditions of drafting, and the layers' kinds."""
+        key = nodes, drafting, kinds
         if key not in self._timed:
             tokens = self._seats * self._acceptance.tokens_per_step(nodes / self._seats)
             draft_s, head_s = self._draft_s(nodes, tokens, drafting), self._target.head_s(tokens)
             rows = self._seats + nodes
-            layer_s = (1 - expanded) * self._target.layer_s(rows) if expanded < 1 else 0.0
-            layer_s += expanded * self._target.layer_s(rows, expanded=True) if expanded else 0.0
-            experts_s = self._target.experts_s(rows)
+            layer_s, experts_s = self._mean_layer_s(rows, kinds), self._target.experts_s(rows)
             self._timed[key] = _StepCosts(rows, layer_s, experts_s, draft_s, draft_s + head_s, tokens)
         return self._timed[key]
+
+    def _mean_layer_s(self, rows: int, kinds: "_LayerKinds") -> float:
+        """Return the mean seconds of a layer over streamed, resident and expanded ones.
+
+        The sum begins with the fastest kind, so that rounding makes no mean faster than that.
+        """
+        layer_s = self._target.layer_s
+        streamed_s, resident_s = layer_s(rows, resident=False), layer_s(rows, resident=True)
+        fastest_s = layer_s(rows, resident=True, expanded=True) if kinds.num_expanded else resident_s
+        num_plain = self._num_layers - kinds.num_streamed - kinds.num_expanded
+        beside_s = kinds.num_streamed * (streamed_s - fastest_s) + num_plain * (resident_s - fastest_s)
+        return fastest_s + beside_s / self._num_layers
 
     def _draft_s(self, nodes: int, tokens: float, drafting: "_Drafting") -> float:
         """Return the seconds of drafting: one pass over the last step's tokens, then one batch per tree level.
@@ -318,8 +301,8 @@ class CostModel:
         """Return the seconds of a draft pass; a copy has the target's own layers beside those that are copied."""
         if not self._drafts_by_copy:
             return draft.pass_s(rows)
-        resident_s = (self._num_layers - drafting.num_copied) * self._target.layer_s(rows)
-        return resident_s + drafting.num_copied * draft.layer_s(rows) + self._target.scoring_s(rows)
+        resident_s = (self._num_layers - drafting.num_copied) * self._target.layer_s(rows, resident=True)
+        return resident_s + drafting.num_copied * draft.layer_s(rows, resident=True) + self._target.scoring_s(rows)
 
     def _batch_s(self, rows: int, drafting: "_Drafting") -> float:
         """Return the seconds of one draft batch: the pass and its bookkeeping, or looking up proposals."""
@@ -394,6 +377,14 @@ class _Drafting:
 
     reads: bool
     num_copied: int
+
+
+@dataclass(frozen=True)
+class _LayerKinds:
+    """Numbers of the target's layers that stream, and of resident ones that are expanded."""
+
+    num_streamed: int
+    num_expanded: int
 
 
 @dataclass(frozen=True)

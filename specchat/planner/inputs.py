@@ -7,7 +7,7 @@ from specchat.errors import ModelError
 from specchat.hardware.probe import find_hardware, find_machine, remembered
 from specchat.models.sizes.describe import describe
 from specchat.paths import cache_folder, state_folder
-from specchat.planner.cost import DEMO_ACCEPTANCE, TYPICAL_ACCEPTANCE
+from specchat.planner.acceptance import DEMO_ACCEPTANCE, TYPICAL_ACCEPTANCE
 from specchat.planner.precision import lower_quants
 from specchat.planner.rates import rates_of
 from specchat.planner.request import PlanInputs, PlanRequest

@@ -60,6 +60,10 @@ _DEQUANTIZE_CORE_S = {"int8": 3.1e-10, "int4": 1.2e-10}
 # on one core (Zen 4, a 7168 x 2048 matrix: 0.52 ms at 1 row, 0.92 at 4, 3.3 at 16).
 _COPY_CORE_S = (2.4e-11, 1.3e-11)
 
+# Core seconds to read a byte from the disk and to check it, which a CPU loses beside computing. Measured on 2 cores
+# with 9 layers of 109 MB, at 1 to 128 rows.
+_READING_CORE_S = 1.1e-10
+
 
 @dataclass(frozen=True)
 class Rate:
@@ -79,13 +83,15 @@ class Rates:
         pinned: bytes/s from pinned host memory to the device; None if memory cannot be pinned.
         pageable: bytes/s from pageable host memory to the device.
         memory: bytes/s that the device reads from its own memory.
-        matmul: matmul rates of the device in `matmul_dtype`, by ascending rows.
+        matmul: matmul rates of the device in `matmul_dtype`, by ascending rows, with matrices as they are stored.
         matmul_dtype: dtype of the matmul rates.
         compute_basis: origin of the matmul rates.
         dequantize_s: typical seconds to dequantize one weight, by stored precision.
         layer_s: fixed seconds of a layer, independent of its size.
         copy_s: typical seconds per weight, and per weight and row, of a CPU's kernel for few rows with 4-bit codes.
+        reading_s: typical seconds that a CPU loses to each byte of the disk that it reads beside computing.
         has_row_kernel: whether the CPU has this kernel.
+        packed: matmul rates with matrices that a CPU's resident layers keep packed; empty where they are as stored.
     """
 
     disk: Rate
@@ -99,7 +105,9 @@ class Rates:
     dequantize_s: dict[str, float]
     layer_s: float = _LAYER_S
     copy_s: tuple[float, float] = _COPY_CORE_S
+    reading_s: float = _READING_CORE_S
     has_row_kernel: bool = False
+    packed: tuple[MatmulRate, ...] = ()
 
     def __hash__(self) -> int:  # key of caches during a search
         return hash((self.disk.per_s, self.memory.per_s, self.host.per_s, self.layer_s))
@@ -130,7 +138,7 @@ def rates_of(hardware: Hardware, machine: Machine, measured: Measured | None = N
 def _with_measured(typical: Rates, measured: Measured) -> Rates:
     links = measured.links
     pinned = _measured(links.h2d_pinned_bytes_per_s, typical.pinned)
-    matmul = tuple(sorted(measured.matmul, key=lambda rate: rate.rows)) or typical.matmul
+    matmul = _by_rows(measured.matmul) or typical.matmul
     is_measured = bool(measured.matmul)
     dtype: Dtype = ("bf16" if measured.matmul_dtype == "bf16" else "fp32") if is_measured else typical.matmul_dtype
     return Rates(
@@ -145,8 +153,14 @@ def _with_measured(typical: Rates, measured: Measured) -> Rates:
         dequantize_s=typical.dequantize_s,
         layer_s=typical.layer_s,
         copy_s=typical.copy_s,
+        reading_s=typical.reading_s,
         has_row_kernel=typical.has_row_kernel,
+        packed=_by_rows(measured.packed),
     )
+
+
+def _by_rows(rates: tuple[MatmulRate, ...]) -> tuple[MatmulRate, ...]:
+    return tuple(sorted(rates, key=lambda rate: rate.rows))
 
 
 def _measured(per_s: float | None, otherwise: Rate | None) -> Rate | None:
@@ -178,6 +192,7 @@ def _cpu(hardware: Hardware, machine: Machine) -> Rates:
         dequantize_s={quant: seconds / cores for quant, seconds in _DEQUANTIZE_CORE_S.items()},
         layer_s=_CPU_LAYER_S,
         copy_s=(_COPY_CORE_S[0] / cores, _COPY_CORE_S[1] / cores),
+        reading_s=_READING_CORE_S / cores,
         has_row_kernel=machine.has_row_kernel,
     )
 

@@ -4,13 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from specchat.hardware.machine import Machine
-from specchat.planner.cost import (
-    COPY_GAIN,
-    MTP_ACCEPTANCE,
-    RETRIEVAL_ACCEPTANCE,
-    TYPICAL_ACCEPTANCE,
-    Acceptance,
-)
+from specchat.planner.acceptance import COPY_GAIN, MTP_ACCEPTANCE, RETRIEVAL_ACCEPTANCE, TYPICAL_ACCEPTANCE, Acceptance
 from specchat.planner.rates import Rates
 from specchat.planner.statistics import RETRIEVAL, Statistics
 from specchat.records.model import ModelSource, ModelSpec, Quant

@@ -13,7 +13,8 @@ from itertools import chain
 from pathlib import Path
 
 from specchat.files import atomic_write_text, read_regular
-from specchat.planner.cost import Acceptance, Prediction
+from specchat.planner.acceptance import Acceptance
+from specchat.planner.cost import Prediction
 from specchat.records.generation import Step
 from specchat.records.plan import Plan
 

@@ -24,7 +24,8 @@ from specchat.loading.locate import locate_models, parse_models
 from specchat.models.checkpoint.dtypes import torch_dtype
 from specchat.models.sizes.describe import describe
 from specchat.paths import cache_folder
-from specchat.planner.cost import DEMO_ACCEPTANCE, CostModel
+from specchat.planner.acceptance import DEMO_ACCEPTANCE
+from specchat.planner.cost import CostModel
 from specchat.planner.placement import TierSizes
 from specchat.planner.rates import Rates, rates_of
 

@@ -70,6 +70,9 @@ def test_probe_measures_once_and_reuses_the_rates(quick, tmp_path):
     assert found.ram_copy_bytes_per_s > 200 * MIB / took_s, "all of it took as long as copying alone"
     assert found.disk_read_bytes_per_s > 60 * MIB / took_s
     assert found.h2d_pinned_bytes_per_s is None and len(first.measured.matmul) == 5
+    rates = zip(first.measured.matmul, first.measured.packed, strict=False)
+    assert all(packed.rows == stored.rows and packed.flop_per_s >= stored.flop_per_s for stored, packed in rates)
+    assert len(first.measured.packed) == (5 if torch.backends.mkldnn.is_available() else 0)
     told.clear()
     again = probing.probe(tmp_path, "cpu", progress=lambda *what: told.append(what))
     assert not told and again.measured == first.measured

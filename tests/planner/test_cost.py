@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.loading import asking, plan_request
-from support.machines import CUDA_TORCH, GIB, MEASURED, hardware
+from support.machines import CUDA_TORCH, GIB, MEASURED, hardware, read_machine
 
 from specchat.hardware.machine import Gpu, GpuSurvey, Machine, PcieLink
 from specchat.models.catalog.ref import demo_source
-from specchat.planner.cost import TYPICAL_ACCEPTANCE, Acceptance, CostModel, LinkQueue, draft_batches
+from specchat.planner.acceptance import TYPICAL_ACCEPTANCE, Acceptance
+from specchat.planner.cost import CostModel, LinkQueue, draft_batches
 from specchat.planner.explain import ExplainedPlan
 from specchat.planner.memory import build_ledger, bytes_beside_layers
 from specchat.planner.placement import TierSizes, interleaved
@@ -205,6 +206,40 @@ def test_a_cpu_adds_fixed_costs_per_layer_and_per_draft_batch():
     assert draft_s("cpu", 10) > draft_s("cpu", 0) > draft_s(gpu.device, 0) == draft_s(gpu.device, 10)
 
 
+def test_only_resident_layers_are_predicted_at_the_rates_of_packed_matrices():
+    found = read_machine("desktop-none-avx512bf16-64gb")
+    rates = rates_of(found.hardware, found.machine)
+    packed = replace(rates, packed=tuple(replace(rate, flop_per_s=3 * rate.flop_per_s) for rate in rates.matmul))
+
+    def compute_s(rates: Rates, quant: str, **tiers: int) -> float:
+        model = CostModel(small(quant), None, "bf16", "cpu", rates, TYPICAL_ACCEPTANCE)
+        return model.predict(TierSizes(32, **tiers), 0, adaptive=False).compute_s
+
+    streamed = {"num_on_disk": 32, "disk_bytes": 14 * GIB, "slots": 3}
+    half = {"num_on_disk": 16, "disk_bytes": 7 * GIB, "slots": 3}
+    before_s = compute_s(rates, "none")
+    assert compute_s(packed, "none", **streamed) == compute_s(rates, "none", **streamed) == before_s
+    assert compute_s(packed, "none") < 0.5 * before_s
+    assert compute_s(packed, "none", **half) == pytest.approx((compute_s(packed, "none") + before_s) / 2)
+    # Quantized matrices are only packed where they are kept dequantized.
+    assert compute_s(packed, "int8") == compute_s(rates, "int8")
+    assert compute_s(packed, "int8", num_expanded=32) < 0.5 * compute_s(rates, "int8", num_expanded=32)
+
+
+def test_reads_slow_down_a_cpu_that_computes():
+    """A pass that waits for its computing takes longer by the time of the reads, shared by all cores."""
+    found = read_machine("desktop-none-avx512bf16-64gb")
+    rates = replace(rates_of(found.hardware, found.machine), disk=Rate(1e12, "typical"))
+    free = replace(rates, reading_s=0.0)
+    streamed = TierSizes(32, num_on_disk=32, disk_bytes=14 * GIB, slots=3)
+    slow_s, fast_s = (
+        CostModel(small(), None, "bf16", "cpu", each, TYPICAL_ACCEPTANCE).predict(streamed, 0, adaptive=False).pass_s
+        for each in (rates, free)
+    )
+    assert slow_s - fast_s == pytest.approx(14 * GIB * rates.reading_s)
+    assert rates.reading_s * found.hardware.cpu.cores == pytest.approx(1.1e-10)
+
+
 # --- plans -----------------------------------------------------------------------------------------------------------
 
 
@@ -383,7 +418,7 @@ def test_adaptive_trees_start_from_the_prediction(device: str):
     assert passes[1 + prediction.tree_nodes] == pytest.approx(prediction.pass_s - prediction.draft_s)
     least, most = min(batches.values()), max(batches.values())
     assert least <= 1.1 * prediction.draft_s / expected.draft_passes <= 1.2 * most
-    assert list(passes) == sorted(passes) and max(passes) == 1 + found.plan.work.tree_budget
+    assert list(passes) == sorted(passes) and max(passes) == 1 + max(found.plan.work.tree_budget, 512)
     pinned = chosen(asked(tree_budget=64), machine, rates)
     assert pinned.plan.expected is None
 

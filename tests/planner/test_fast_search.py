@@ -13,8 +13,9 @@ from support.planning import UNKNOWN_RATES, specs
 from specchat.hardware.machine import Machine, MatmulRate
 from specchat.models.catalog.ref import demo_source
 from specchat.models.sizes.geometry import layer_sizes
+from specchat.planner.acceptance import Acceptance
 from specchat.planner.candidates import Candidate, Candidates
-from specchat.planner.cost import Acceptance, CostModel, Prediction
+from specchat.planner.cost import CostModel, Prediction
 from specchat.planner.memory import build_ledger, bytes_beside_layers, host_embedding_bytes
 from specchat.planner.placement import TierSizes, interleaved, usable_ram
 from specchat.planner.rates import Rate

@@ -350,7 +350,7 @@ def test_a_third_slot_is_used_when_reading_and_computing_take_equal_time():
     spec = demo_specs()[0]
     many = replace(spec, layer_params=spec.layer_params * 4, num_layers=32, kv_shapes=spec.kv_shapes * 4)
     layer = layer_bytes(many, 0, "fp32")
-    rates = replace(UNKNOWN_RATES, layer_s=1e-3)
+    rates = replace(UNKNOWN_RATES, layer_s=1e-3, reading_s=0.0)
     for device, read_s, expected in (("cpu", 1.2e-3, 3), ("cpu", 0.1, 2), ("cpu", 1e-4, 2), ("cuda:0", 1.2e-3, 2)):
         slow = replace(rates, disk=Rate(layer / read_s, "measured"), pinned=Rate(layer / read_s, "measured"))
         machine = Machine(device, 64 * GIB, 64 * GIB, fast_bf16=False)

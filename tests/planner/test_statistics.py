@@ -13,7 +13,7 @@ from support.planning import UNKNOWN_RATES
 from specchat.hardware.machine import Machine
 from specchat.models.catalog.ref import demo_source
 from specchat.models.sizes.describe import describe
-from specchat.planner.cost import TYPICAL_ACCEPTANCE
+from specchat.planner.acceptance import TYPICAL_ACCEPTANCE
 from specchat.planner.request import PlanInputs
 from specchat.planner.search import choose_plan
 from specchat.planner.statistics import AnswerStep, Statistics, Tally, load, plan_key, record, record_passes
