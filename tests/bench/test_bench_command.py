@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import jsonschema
 import pytest
 from support.fake_engine import PLAN
-from support.loading import changed
+from support.plans import changed
 from support.terminal import Terminal
 
 from specchat.bench import measure

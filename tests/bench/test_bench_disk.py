@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import jsonschema
 import pytest
 from support.fake_engine import PLAN
-from support.loading import changed
 from support.machines import MEASURED
+from support.plans import changed
 
 from specchat.bench import measure, report, tables
 from specchat.bench.cold import RESIDENT, PassFiles, PassRounds, PassSeries, measure_rounds

@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.fake_engine import CHOSEN
-from support.loading import changed, load_engine, plan_here, plan_request, prepare
+from support.loading import load_engine, plan_here, plan_request, prepare
 from support.planning import plan_for
+from support.plans import changed
 from support.tiny_models import make_config, random_model, save
 
 from specchat.cli.app import run_command_line

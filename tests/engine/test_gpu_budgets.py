@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 from support.engines import NOTHING, make_plan, random_prompt
-from support.loading import changed, load_engine
+from support.loading import load_engine
+from support.plans import changed
 from support.pretended_gpu import CPU, Event, PretendedGpu, WrongDeviceError, move_in
 from support.tiny_models import VOCAB, make_config, perturbed, random_model, save
 

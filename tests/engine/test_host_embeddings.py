@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 from support.engines import make_plan, random_prompt, write
-from support.loading import changed, load_engine, load_model, prepare
+from support.loading import load_engine, load_model, prepare
+from support.plans import changed
 from support.tiny_models import VOCAB, make_config, perturbed, random_model, save
 from torch._subclasses.fake_tensor import FakeTensorMode
 

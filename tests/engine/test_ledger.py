@@ -13,7 +13,8 @@ import pytest
 import torch
 from support.engines import NOTHING, make_plan, random_prompt
 from support.heads import LAYOUTS, head_of, random_target, save_with_mtp
-from support.loading import changed, load_engine
+from support.loading import load_engine
+from support.plans import changed
 from support.quantized import Kind, awq, block_fp8, compressed, gptq, save_quantized
 from support.threads import watched_threads
 from support.tiny_models import VOCAB, make_config, perturbed, random_model, save

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from support.engines import make_plan
-from support.loading import changed, load_engine
+from support.loading import load_engine
+from support.plans import changed
 from support.streamed import NUM_LAYERS, PackedModel
 from support.threads import FAILURES, at_most, watched_threads
 from support.tiny_models import make_config, random_model, save

@@ -14,7 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.engines import make_plan, random_prompt, sequence_of, write
-from support.loading import changed, load_engine, load_model
+from support.loading import load_engine, load_model
+from support.plans import changed
 from support.tiny_models import ARCHITECTURES, SPECIAL, VOCAB, make_config, perturbed, random_model, save
 
 from specchat.engine.drafting.drafter import ModelDrafter, NoDrafter
@@ -444,7 +445,7 @@ def test_one_answer_is_cancelled_alone(pair: Pair):
     points=st.lists(st.tuples(st.integers(1, 60), st.booleans()), min_size=1, max_size=5),
     order=st.permutations(range(5)),
 )
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=8)
 def test_cancelled_and_failed_passes_leave_all_seats_right(pair: Pair, drawn: bool, points: list, order: list[int]):
     requests = [make_requests(drawn=drawn)[i] for i in order]
     events = [FailAt(n, OSError("the disk is gone") if fails else None) for n, fails in points]

@@ -14,7 +14,8 @@ import pytest
 import torch
 from support import reference
 from support.engines import NOTHING, make_plan, random_prompt, write
-from support.loading import Quiet, changed, load_engine, load_model
+from support.loading import Quiet, load_engine, load_model
+from support.plans import changed
 from support.shortages import ShortMachine
 from support.streamed import tiny_packs
 from support.targets import NUM_TOKENS, SAMPLINGS, Targets, check_text

@@ -9,7 +9,8 @@ import torch
 import transformers as hf
 from support.engines import make_plan, random_prompt, write
 from support.gguf_files import save_gguf
-from support.loading import changed, load_engine, load_model
+from support.loading import load_engine, load_model
+from support.plans import changed
 from support.tiny_models import BASE, VOCAB, perturbed, save
 
 from specchat.engine import linear

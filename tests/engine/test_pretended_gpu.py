@@ -22,7 +22,8 @@ from support.fp4 import modelopt, mxfp4, nvfp4
 from support.gguf_files import save_gguf
 from support.heads import LAYOUTS, head_of, random_target, save_with_mtp
 from support.hybrids import HYBRIDS, random_hybrid
-from support.loading import changed, load_engine
+from support.loading import load_engine
+from support.plans import changed
 from support.pretended_gpu import PretendedGpu, WrongDeviceError
 from support.quantized import Kind, awq, block_fp8, bnb4, bnb8, compressed, gptq, save_quantized
 from support.tiny_models import ARCHITECTURES, BASE, SPECIAL, VOCAB, make_config, perturbed, random_model, save

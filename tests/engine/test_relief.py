@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.engines import NOTHING, make_plan, random_prompt
-from support.loading import changed, load_engine, prepare
+from support.loading import load_engine, prepare
+from support.plans import changed
 from support.pretended_gpu import PretendedGpu
 from support.shortages import ShortMachine
 from support.streamed import silent, tiny_packs

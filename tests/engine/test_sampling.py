@@ -269,7 +269,9 @@ def joint_probabilities(small: SmallVocabulary, sampling: Sampling) -> dict[tupl
     return joint
 
 
-@pytest.mark.parametrize("name", SAMPLINGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "combined" else pytest.mark.slow) for name in SAMPLINGS]
+)
 def test_answers_have_the_exact_joint_distribution(small: SmallVocabulary, name: str):
     sampling = SAMPLINGS[name]
     drafters: dict[str, Callable[[], Drafter]] = {

@@ -11,7 +11,8 @@ import pytest
 import torch
 from support.engines import NOTHING, make_plan, random_prompt, write
 from support.hybrids import HYBRIDS, random_hybrid
-from support.loading import changed, load_engine, prepare
+from support.loading import load_engine, prepare
+from support.plans import changed
 from support.pretended_gpu import PretendedGpu
 from support.streamed import silent, tiny_packs
 from support.tiny_models import VOCAB, make_config, perturbed, random_model, save

@@ -10,7 +10,8 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 from support import reference
 from support.engines import make_plan, random_prompt, write
-from support.loading import changed, load_engine, plan_here, plan_request, prepare
+from support.loading import load_engine, plan_here, plan_request, prepare
+from support.plans import changed
 from support.tiny_models import make_config, random_model, save
 
 from specchat.models.hf.config import load_config

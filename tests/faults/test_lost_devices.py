@@ -14,8 +14,9 @@ from support.delays import python_path
 from support.engines import NOTHING, make_plan, random_prompt
 from support.faults.fault import DEMO
 from support.faults.saved import OPENED
-from support.loading import changed, load_engine
+from support.loading import load_engine
 from support.mounts import breaking_disk, resize, small_disk
+from support.plans import changed
 from support.streamed import tiny_packs
 from support.tiny_models import VOCAB, make_config, random_model, save
 

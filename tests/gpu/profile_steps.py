@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from support.engines import NOTHING, make_plan, random_prompt
-from support.loading import changed, load_engine, prepare
+from support.loading import load_engine, prepare
+from support.plans import changed
 from support.streamed import silent
 
 from specchat.models.catalog.shape import parse_shape

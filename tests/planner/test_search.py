@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.engines import write
-from support.loading import changed, load_engine, plan_here, plan_request
+from support.loading import load_engine, plan_here, plan_request
 from support.planning import UNKNOWN_RATES, available, plan_for, specs
+from support.plans import changed
 
 from specchat.engine.engine import Engine
 from specchat.errors import DoesNotFitError, UsageError

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 from support.fake_engine import CHOSEN, PLAN
-from support.loading import changed, plan_request
+from support.loading import plan_request
 from support.planning import UNKNOWN_RATES
+from support.plans import changed
 
 from specchat.hardware.machine import Machine
 from specchat.models.catalog.ref import demo_source

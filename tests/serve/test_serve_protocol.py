@@ -205,7 +205,7 @@ def test_developer_is_system(world: World):
 # --- stop strings ----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_stop_strings_end_the_text_and_never_show(world: World, data: st.DataObject):
     full = world.alone(QUESTION, 24)

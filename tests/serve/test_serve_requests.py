@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.echoes import Echoes
 from support.fake_engine import EOS, PLAN, TOKENIZER, ByteTokenizer
-from support.loading import changed
+from support.plans import changed
 from support.serving import Gate, Served, serving, text_of, wait_until
 
 from specchat.errors import AllocationError, BrokenScoresError

@@ -27,7 +27,8 @@ from specchat.records.plan import Plan
 from specchat.units import KIB
 from support.engines import NOTHING, make_plan, random_prompt
 from support.hybrids import HYBRIDS, random_hybrid
-from support.loading import changed, load_engine, prepare
+from support.loading import load_engine, prepare
+from support.plans import changed
 from support.reference import NEAR_TIE
 from support.shortages import ShortMachine
 from support.tiny_models import ARCHITECTURES, SPECIAL, VOCAB, make_config, perturbed, random_model, save

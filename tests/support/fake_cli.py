@@ -25,7 +25,7 @@ from specchat.models.checkpoint import generation_config
 from specchat.models.checkpoint.generation_config import GenerationDefaults
 from specchat.ui import interrupts, repl
 from support.fake_engine import CHOSEN, EOS, PLAN, TOKENIZER, FakeEngine
-from support.loading import changed
+from support.plans import changed
 
 PAUSE_S = float(os.environ.get("FAKE_PAUSE_S", "0"))
 GATE = Path(os.environ.get("FAKE_GATE", "/nonexistent"))
@@ -132,7 +132,9 @@ def install():
     generation_config.load_generation_defaults = lambda _folder: GenerationDefaults(stop_ids=frozenset({EOS}))
     imports = ModuleType("specchat.models.hf.light_imports")
     imports.import_lightly = lambda: None  # a fake needs no transformers
-    sys.modules |= {each.__name__: each for each in (engine, compat, imports)}
+    device = ModuleType("specchat.engine.device")
+    device.release_memory = lambda: None  # and no torch
+    sys.modules |= {each.__name__: each for each in (engine, compat, imports, device)}
     planning.make_plan = _plan
     engine_loading.load_planned = lambda _target, _draft, _plan, _reporter: Echo.load()
     stdin._SILENT_S = float(os.environ.get("FAKE_SILENT_S", stdin._SILENT_S))

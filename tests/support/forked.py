@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import termios
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -135,6 +136,8 @@ def _import_all():
     names = ("cli.run", "loading.engine", "chat.session", "chat.transcript", "ui.repl", "ui.chat_view", "ui.prompt")
     for name in ("support.fake_engine", "pyte", *(f"specchat.{each}" for each in names)):
         import_module(name)
+    with suppress(ModuleNotFoundError):  # what Typer imports when it parses, in its newer versions
+        import_module("typer._adapters")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from specchat.planner.request import PlanRequest
 from specchat.planner.search import choose_plan
 from specchat.records.model import Dtype, ModelSource
 from specchat.records.plan import ExpertSlots, Placement, Plan, PlanChoices, Workload
+from support.plans import split_values
 
 CPU = torch.device("cpu")
 
@@ -107,38 +108,25 @@ def opened(skeleton: Skeleton, checkpoint: Checkpoint, recipe: Recipe | None = N
 
 def plan_request(target: ModelSource, draft: ModelSource | None, device: str = "auto", **asked: Any) -> PlanRequest:
     """A request with its choices given flat."""
-    choices, others = _split(PlanChoices, {"device": device, **asked})
+    choices, others = split_values(PlanChoices, {"device": device, **asked})
     return PlanRequest(target, draft, PlanChoices(**choices), **others)
 
 
 def model_request(model: str | None = None, **asked: Any) -> ModelRequest:
     """A request for models with its choices given flat."""
-    choices, others = _split(PlanChoices, asked)
+    choices, others = split_values(PlanChoices, asked)
     return ModelRequest(model, choices=PlanChoices(**choices), **others)
 
 
 def asking(request: PlanRequest, **changes: Any) -> PlanRequest:
     """The request with choices replaced."""
-    choices, others = _split(PlanChoices, changes)
+    choices, others = split_values(PlanChoices, changes)
     return replace(request, choices=replace(request.choices, **choices), **others)
-
-
-def changed(plan: Plan, **changes: Any) -> Plan:
-    """The plan with values replaced, in whichever of its records they are."""
-    work, rest = _split(Workload, changes)
-    placement, rest = _split(Placement, rest)
-    return replace(plan, work=replace(plan.work, **work), placement=replace(plan.placement, **placement), **rest)
 
 
 def plan_here(request: PlanRequest) -> Plan:
     """The plan for this machine."""
     return choose_plan(request, find_inputs(request)).plan
-
-
-def _split(record: type, values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The values that are fields of a record, and the others."""
-    names = {field.name for field in fields(record)}
-    return {k: v for k, v in values.items() if k in names}, {k: v for k, v in values.items() if k not in names}
 
 
 class Quiet:

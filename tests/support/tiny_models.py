@@ -110,7 +110,16 @@ SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
             "moe_intermediate_size": 32,
         },
     ),
-    "beam": ("BeamConfig", {}),
+    "beam": (
+        "BeamConfig",
+        {
+            "sliding_window": WINDOW,
+            "head_dim": 16,
+            "moe_intermediate_size": 32,
+            "num_experts": 16,
+            "num_experts_per_tok": 4,
+        },
+    ),
     "bert": ("BertConfig", _OLD),
     "cwm": ("CwmConfig", {"sliding_window": WINDOW, "head_dim": 16}),
     "gpt2": ("GPT2Config", {**_OLD, "n_positions": 512}),

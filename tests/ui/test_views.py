@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from support.fake_engine import CHOSEN, MEMORY, PLAN
-from support.loading import changed
+from support.plans import changed
 
 from specchat.chat.answer import Speculation, Timings, Turn, Usage
 from specchat.chat.state import Exchange

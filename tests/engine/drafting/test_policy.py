@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.engines import make_plan, random_prompt, write
-from support.loading import changed, load_engine
+from support.loading import load_engine
+from support.plans import changed
 from support.tiny_models import VOCAB, make_config, perturbed, random_model, save
 
 from specchat.engine.drafting.drafter import NoDrafter

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 from support.engines import NOTHING, make_plan, random_prompt, write
-from support.loading import changed, load_engine, load_model
+from support.loading import load_engine, load_model
+from support.plans import changed
 from support.tiny_models import VOCAB, make_config, perturbed, random_model, save
 
 from specchat.engine.model import TreeModel

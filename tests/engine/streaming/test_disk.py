@@ -16,7 +16,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.engines import make_plan, random_prompt, write
-from support.loading import changed, load_engine, load_model, prepare
+from support.loading import load_engine, load_model, prepare
+from support.plans import changed
 from support.streamed import silent, tiny_packs
 from support.threads import watched_threads
 from support.tiny_models import VOCAB, make_config, random_model, save
