@@ -147,6 +147,7 @@ def test_sweep(specchat, tmp_path):
     assert "\x1b" not in result.out
 
 
+@pytest.mark.slow
 def test_sweep_over_slots(specchat):
     result = specchat("bench", "demo", *SMALL, "--vram", "36MiB", "--sweep", "slots=1,3", "--json", "-q")
     assert result.code == 0, result.err
@@ -179,6 +180,7 @@ def test_sweep_over_generation_memory(specchat):
     assert [row[3] for row in table.rows] == ["100%", share(planned[1] / planned[0]), share(planned[2] / planned[0])]
 
 
+@pytest.mark.slow
 def test_sweep_as_json(specchat):
     result = specchat("bench", "demo", *SMALL, "--vram", "200MiB", "--sweep", "draft=demo,none", "--json", "-q")
     assert result.code == 0, result.err

@@ -35,7 +35,8 @@ def specchat(monkeypatch, capfd):
 def fake(specchat, monkeypatch):
     """Return a function that runs the command line with a fake model."""
     importlib.import_module("specchat.models.hf.tokenizer")  # import it now, so that no module keeps the fake
-    for name in ("specchat.engine.engine", "specchat.models.hf.tokenizer", "specchat.models.hf.light_imports"):
+    for module in ("engine.engine", "engine.device", "models.hf.tokenizer", "models.hf.light_imports"):
+        name = f"specchat.{module}"
         monkeypatch.setitem(sys.modules, name, sys.modules.get(name))
     for name in ("planning.make_plan", "engine.load_planned"):
         monkeypatch.setattr(f"specchat.loading.{name}", None)  # restores the original after the test

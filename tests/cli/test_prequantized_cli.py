@@ -84,7 +84,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 def test_a_plan_needs_no_more_than_headers_from_the_hub(run: Call, hub: FakeHub, tmp_path: Path, kind: Kind):
     """The plan is that of the downloaded model, and no tensor is downloaded."""
     config = make_config("llama")
-    config.intermediate_size = 4096  # large files, whose headers are a small part
+    config.vocab_size = 8192  # large files, whose headers are a small part
     source = save_quantized(random_model(config), tmp_path / "model", kind).quantized
     files = {file.name: file.read_bytes() for file in source.path.iterdir()}
     hub.publish("org/name", files)

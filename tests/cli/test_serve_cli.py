@@ -10,9 +10,10 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import openai
 import pytest
@@ -68,10 +69,9 @@ def readme_example(url: str) -> list[str]:
     )
 
 
-def test_the_text_is_that_of_run_and_nothing_is_kept(tmp_path: Path):
+def test_the_text_is_that_of_run_and_nothing_is_kept(specchat: Callable[..., SimpleNamespace], tmp_path: Path):
     flags = ("--max-tokens", "32", "--temperature", "0", *PRECISE)
-    run = [sys.executable, "-m", "specchat", "run", "demo", QUESTION, "--json", "--no-save", *flags]
-    expected = json.loads(subprocess.run(run, check=True, capture_output=True, env=environment(tmp_path)).stdout)
+    expected = json.loads(specchat("run", "demo", QUESTION, "--json", "--no-save", *flags).out)
     state = tmp_path / "state"
     with server(state, "--api-key", "sesame", "--parallel", "2", *flags) as (process, url, lines):
         client = openai.OpenAI(base_url=url, api_key="sesame", max_retries=0)

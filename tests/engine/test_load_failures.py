@@ -66,7 +66,9 @@ def check_every_start(load: Callable[[], Engine], failure: str) -> None:
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-@pytest.mark.parametrize("in_ram", [(), (2, 3)], ids=["disk", "some mapped"])
+@pytest.mark.parametrize(
+    "in_ram", [pytest.param((), id="disk"), pytest.param((2, 3), id="some mapped", marks=pytest.mark.slow)]
+)
 def test_pack_reader_threads_that_cannot_start(packed_model: PackedModel, in_ram: tuple[int, ...], failure: str):
     plan, source = streaming_plan(packed_model.source, NUM_LAYERS, in_ram), packed_model.source
     check_every_start(lambda: load_engine(plan, source, None, packed_model.pack), failure)

@@ -140,8 +140,14 @@ def check(zoo: Zoo, architecture: str, quant: str, *, drawn: bool, chunk_rows: i
         assert any(step.accepted for _, step in steps)
 
 
-@pytest.mark.parametrize("drawn", [False, True], ids=["greedy", "drawn"])
-@pytest.mark.parametrize("architecture", DEFAULT)
+@pytest.mark.parametrize(
+    ("architecture", "drawn"),
+    [
+        pytest.param(name, drawn, marks=() if (number + drawn) % 2 else pytest.mark.slow)
+        for number, name in enumerate(DEFAULT)
+        for drawn in (False, True)
+    ],
+)
 def test_texts_are_those_of_each_request_alone(zoo: Zoo, architecture: str, drawn: bool):
     check(zoo, architecture, "none", drawn=drawn, chunk_rows=7, budget=12)
 
