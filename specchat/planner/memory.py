@@ -319,12 +319,15 @@ def _workspaces(target: ModelSpec, draft: ModelSpec | None, work: Workload) -> l
 def _target_passes(target: ModelSpec, work: Workload) -> tuple[_Pass, _Pass]:
     """Return the bytes of the largest pass, which reads as many prompts as it may, and of later passes."""
     keys = work.ctx + work.tree_budget
-    largest = _pass(target, work, work.prompt_rows + work.seats - 1 + work.tree_budget, keys)
-    return largest, _pass(target, work, work.seats + work.tree_budget, keys)
+    largest = _pass(target, work, work.prompt_rows + work.seats - 1 + work.tree_budget, keys, work.tapped_width)
+    return largest, _pass(target, work, work.seats + work.tree_budget, keys, work.tapped_width)
 
 
-def _pass(spec: ModelSpec, work: Workload, rows: int, keys: int) -> _Pass:
-    """Return the bytes of a pass over `rows` new rows, with `keys` keys in the cache of a seat at its end."""
+def _pass(spec: ModelSpec, work: Workload, rows: int, keys: int, tapped_width: int = 0) -> _Pass:
+    """Return the bytes of a pass over `rows` new rows, with `keys` keys in the cache of a seat at its end.
+
+    `tapped_width` is the number of numbers that taps keep of each row.
+    """
     element, costs = DTYPE_BYTES[work.dtype], _activations(spec, work.dtype)
     chunk, keys = min(rows, work.chunk_rows), padded_rows(keys)
     every_key = work.seats * keys  # models with latent attention expand the keys of all seats
@@ -335,7 +338,8 @@ def _pass(spec: ModelSpec, work: Workload, rows: int, keys: int) -> _Pass:
     if rows > chunk:
         in_layer += hidden  # the layer's output collects all chunks
     outside = _max_bytes(costs.outside, rows, keys, every_key)
-    return _Pass(hidden, masks, max(max(in_layer, outside) + indices - hidden, 0))
+    tapped = rows * tapped_width * element
+    return _Pass(hidden + tapped, masks, max(max(in_layer, outside) + indices - hidden, 0))
 
 
 def _ancestors_bytes(work: Workload) -> int:
@@ -366,12 +370,16 @@ def _drafting_bytes(draft: ModelSpec, work: Workload, *, reading: int) -> int:
         read = max(read, _scoring_bytes(draft, work, seats))
     paths = PATH_BYTES * (2 * work.tree_budget + width * DRAFT_BRANCH)
     rows = work.draft_rows * (2 * width + seats * (work.draft_rows + 2 * _INDEX_BYTES))
+    row_bytes = draft.hidden_size * DTYPE_BYTES[work.dtype]
     if draft.is_head:
         # While a chunk is joined: embeddings, their norms, both halves side by side, and a norm's float32 copies.
-        row_bytes = draft.hidden_size * DTYPE_BYTES[work.dtype]
         joining = min(reading, work.chunk_rows) * (4 * row_bytes + 2 * draft.hidden_size * _FLOAT_BYTES)
         read = max(read, joining) + 2 * reading * row_bytes  # the target's states, and the layer's input
         rows += (seats * (1 + work.draft_rows) + 2 * width) * row_bytes  # outputs, which children read
+    if draft.tapped_width:
+        # Rows of the layer hold embeddings, too: the input, the output, and both norms side by side.
+        read += (2 * reading + 3 * min(reading, work.chunk_rows)) * row_bytes
+        rows += 5 * width * row_bytes
     return max(read, grown + paths + rows)
 
 
