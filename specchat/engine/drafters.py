@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import replace
 
+from specchat.engine.drafting.dflash import DFlashHead, DFlashModel
 from specchat.engine.drafting.drafter import Drafter, ModelDrafter, NoDrafter, TreeDrafter, free_sources
 from specchat.engine.drafting.eagle3 import Eagle3Head, Eagle3Model
 from specchat.engine.drafting.head_check import HeadCheck
@@ -18,7 +19,7 @@ from specchat.models.weights.open import ModelWeights
 from specchat.records.plan import Placement, Plan
 
 # Class of the modules of each kind of head, by the part of its source.
-_HEADS: dict[str, type[TreeModel]] = {"mtp": MtpModel, "eagle3": Eagle3Model}
+_HEADS: dict[str, type[TreeModel]] = {"mtp": MtpModel, "eagle3": Eagle3Model, "dflash": DFlashModel}
 
 
 def load_copy(plan: Plan, target: TreeModel, copy: ModelWeights, pack: Pack | None) -> CopyModel:
@@ -88,6 +89,8 @@ def _make_drafter(plan: Plan, target: TreeModel, small: TreeModel | None) -> Dra
     if isinstance(small, Eagle3Model):
         small.skeleton.check_vocabulary()
         return TreeDrafter(Eagle3Head(small, target, max_rows=max_rows, check=HeadCheck()), proposers)
+    if isinstance(small, DFlashModel):
+        return TreeDrafter(DFlashHead(small, target, max_rows=max_rows, check=HeadCheck()), proposers)
     if isinstance(small, MtpModel):
         return TreeDrafter(MtpHead(small, target, max_rows=max_rows, check=HeadCheck()), proposers)
     return ModelDrafter(small, max_rows=max_rows, max_context=small.max_positions, proposers=proposers)

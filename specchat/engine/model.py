@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specchat.engine.attention import PassMask
+from specchat.engine.attention import MaskFunction, PassMask
 from specchat.engine.device import copied_together
 from specchat.engine.kv_cache import TreeCache
 from specchat.engine.layout import PassLayout, linear_layout
@@ -155,7 +155,7 @@ class TreeModel:
         self.cache.begin(layout)
         self.streamer.begin(layout.num_rows)
         try:
-            with row_scope(partial(PassMask, layout, self.cache.capacity)):
+            with row_scope(partial(self._mask_of, layout)):
                 hidden = self._decode(ids, layout.positions)
             self.cache.end()
             return hidden
@@ -229,6 +229,10 @@ class TreeModel:
     def _decode(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """Run all layers over the rows of the pass, and return the states after the last norm."""
         return self.skeleton.hidden(token_ids, positions, self._hf_cache)
+
+    def _mask_of(self, layout: PassLayout, rule: MaskFunction) -> PassMask:
+        """Return the mask of the layers with this rule of transformers."""
+        return PassMask(layout, self.cache.capacity, rule)
 
     def _look_up(self, look_up: Callable[[Tensor], Tensor], _: Tensor) -> Tensor:
         """Return the embeddings of the pass's tokens, [1, S, hidden], looked up in host memory.

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from specchat.errors import ModelError, UsageError
 from specchat.models.catalog.ref import ModelRef, draft_candidates, known_draft, parse_model
+from specchat.models.checkpoint.dflash import is_dflash
 from specchat.models.checkpoint.eagle3 import is_eagle3
 from specchat.models.checkpoint.gguf import listed_files
 from specchat.models.checkpoint.json_file import read_json
@@ -72,8 +73,16 @@ def relative_in_cache(target: ModelSource) -> ModelSource | None:
 
 
 def as_draft(source: ModelSource) -> ModelSource:
-    """Return a draft's source, which says so if the files are an EAGLE-3 head."""
-    return replace(source, part="eagle3") if not source.part and is_eagle3(source.path) else source
+    """Return a draft's source, which says so if the files are an EAGLE-3 or a DFlash head.
+
+    Raises:
+        UnsupportedModelError: a kind of head that is not read.
+    """
+    if source.part:
+        return source
+    if is_dflash(source.path):
+        return replace(source, part="dflash")
+    return replace(source, part="eagle3") if is_eagle3(source.path) else source
 
 
 def mtp_head(target: ModelSource) -> ModelSource | None:

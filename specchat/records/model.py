@@ -41,7 +41,8 @@ class ModelSource:
         revision: hub commit; None for local folders.
         label: note that every output must show for models that are not real (the demo, shapes); "" for real models.
         part: part of the files that is meant: "mtp" for the layer that guesses further tokens; "self" for the layers
-            as a low-bit copy beside the model itself; "" for the model. "eagle3" for files that are an EAGLE-3 head.
+            as a low-bit copy beside the model itself; "" for the model. "eagle3" and "dflash" for files that are
+            such a head.
         headers_only: whether files of weights hold their headers and zeros only, and there is no tokenizer.
     """
 
@@ -49,7 +50,7 @@ class ModelSource:
     path: Path
     revision: str | None = None
     label: str = ""
-    part: Literal["", "mtp", "self", "eagle3"] = ""
+    part: Literal["", "mtp", "self", "eagle3", "dflash"] = ""
     headers_only: bool = False
 
     @property
@@ -225,7 +226,7 @@ def is_held_piece(nbytes: int, expert_bytes: int) -> bool:
 
 
 # End of the architecture's name of a head, by the part of a source, and of a model's low-bit copy.
-HEAD_SUFFIXES = {"mtp": " MTP", "eagle3": " EAGLE-3"}
+HEAD_SUFFIXES = {"mtp": " MTP", "eagle3": " EAGLE-3", "dflash": " DFlash"}
 COPY_SUFFIX = " copy"
 
 
@@ -296,7 +297,12 @@ class ModelSpec:
     @property
     def tapped_width(self) -> int:
         """Numbers of each row that a head keeps of the states between the target's layers; 0 if it reads none."""
-        return self.hidden_size if self.architecture.endswith(HEAD_SUFFIXES["eagle3"]) else 0
+        return self.hidden_size if self.is_head and not self.architecture.endswith(HEAD_SUFFIXES["mtp"]) else 0
+
+    @property
+    def is_block(self) -> bool:
+        """Whether this is a head that guesses all levels of a tree in one pass."""
+        return self.architecture.endswith(HEAD_SUFFIXES["dflash"])
 
     @property
     def is_copy(self) -> bool:

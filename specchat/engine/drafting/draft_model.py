@@ -34,6 +34,7 @@ class DraftModel:
     name = "model"
     wants_states = False
     taps: LayerTaps | None = None
+    knows_all_levels = False
     expands_chains = True
     temperatures = SMALL_DRAFT
 

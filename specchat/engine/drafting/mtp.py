@@ -63,7 +63,11 @@ class MtpModel(TreeModel):
             for begin in range(0, len(token_ids), size)
         ]
         self._rows = chunks[0] if len(chunks) == 1 else torch.cat(chunks)
-        return self.forward(token_ids, layout, cancel)
+        del chunks
+        try:
+            return self.forward(token_ids, layout, cancel)
+        finally:
+            del self._rows  # no ledger counts these rows after the pass
 
     def embedded(self, target: TreeModel, token_ids: Sequence[int]) -> Tensor:
         """Return the embeddings [n, hidden] of token ids, which are the target's."""
@@ -161,6 +165,7 @@ class MtpHead:
     name = "mtp"
     wants_states = True
     taps: LayerTaps | None = None
+    knows_all_levels = False
     expands_chains = False
     temperatures = SMALL_DRAFT
 

@@ -63,6 +63,7 @@ class ScoringSource(Protocol):
         models: models that the source holds in memory.
         wants_states: whether the source reads the target's states, which `receive` hands over.
         taps: what the source reads of the states between the target's layers; None if nothing.
+        knows_all_levels: whether `begin` computes the scores of all levels, so that expanding nodes takes no pass.
         expands_chains: whether a pass can compute a node together with its descendants.
         temperatures: temperatures of path weights.
     """
@@ -71,6 +72,7 @@ class ScoringSource(Protocol):
     models: Sequence[TreeModel]
     wants_states: bool
     taps: LayerTaps | None
+    knows_all_levels: bool
     expands_chains: bool
     temperatures: Temperatures
 

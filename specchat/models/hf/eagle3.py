@@ -22,7 +22,7 @@ from specchat.errors import CorruptCheckpointError, UnsupportedModelError
 from specchat.models.checkpoint.eagle3 import Eagle3Config
 from specchat.models.hf.attention import AttentionFunction
 from specchat.models.hf.mtp import MtpSkeleton, last_norm, one_layer
-from specchat.models.hf.skeleton import Skeleton, build_skeleton, path_of
+from specchat.models.hf.skeleton import Skeleton, build_skeleton, norm_like, path_of
 
 # Scores of tokens that the head does not know lie this far below its lowest score, so that they come last. They are
 # finite, because other sources add to them.
@@ -117,12 +117,16 @@ class Eagle3Layer(torch.nn.Module):
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """Compute rows [1, S, 2 D], with the decoder's keywords."""
         embeddings, states = hidden_states.chunk(2, dim=-1)
-        normed = self.hidden_norm(states)
-        residual = normed if self._norm_before_residual else states
-        mixed, _ = self.self_attn(hidden_states=torch.cat([self.input_layernorm(embeddings), normed], dim=-1), **kwargs)
-        out = residual + mixed
+        out = self._attended(embeddings, states, kwargs)
         out = out + self.mlp(self.post_attention_layernorm(out))
         return torch.cat([embeddings, out], dim=-1)
+
+    def _attended(self, embeddings: Tensor, states: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Return the residual stream after attention; what it needs is freed before the MLP."""
+        normed = self.hidden_norm(states)
+        both = torch.cat([self.input_layernorm(embeddings), normed], dim=-1)
+        mixed: Tensor = self.self_attn(hidden_states=both, **kwargs)[0]
+        return (normed if self._norm_before_residual else states) + mixed
 
 
 def build_plain(config: Any, dtype: torch.dtype, attention: AttentionFunction | None = None) -> Skeleton:
@@ -159,9 +163,7 @@ def as_eagle3(skeleton: Skeleton, settings: Eagle3Config, *, has_embeddings: boo
     decoder.norm, decoder.head_norm = torch.nn.Identity(), norm
     decoder.fc = _linear(settings.num_states * settings.target_size, width, has_bias=settings.has_bias, dtype=dtype)
     if settings.norm_states:
-        decoder.fc_norm = torch.nn.ModuleList(
-            _norm_like(norm, settings.target_size) for _ in range(settings.num_states)
-        )
+        decoder.fc_norm = torch.nn.ModuleList(norm_like(norm, settings.target_size) for _ in range(settings.num_states))
     if not has_embeddings:
         decoder.embed_tokens = None
     model.lm_head = _linear(width, settings.num_tokens, has_bias=False, dtype=dtype)
@@ -177,10 +179,3 @@ def _twice_as_wide(linear: Any) -> torch.nn.Linear:
 
 def _linear(columns: int, rows: int, *, has_bias: bool, dtype: torch.dtype) -> torch.nn.Linear:
     return torch.nn.Linear(columns, rows, bias=has_bias, device="meta", dtype=dtype)
-
-
-def _norm_like(norm: Any, width: int) -> Any:
-    """Return a norm of the same kind for rows of another width."""
-    twin = copy.deepcopy(norm)
-    twin.weight = torch.nn.Parameter(torch.empty(width, device="meta", dtype=norm.weight.dtype))
-    return twin

@@ -143,6 +143,13 @@ def path_of(model: Any, part: Any) -> str:
     return next(path for path, module in model.named_modules() if module is part)
 
 
+def norm_like(norm: Any, width: int) -> Any:
+    """Return a norm of the same kind without weights, for rows of another width."""
+    twin = copy.deepcopy(norm)
+    twin.weight = torch.nn.Parameter(torch.empty(width, device="meta", dtype=norm.weight.dtype), requires_grad=False)
+    return twin
+
+
 def lookup_embeddings(skeleton: Skeleton) -> Any | None:
     """Return the input embeddings if their weights are only used to look up tokens, so no head shares them."""
     try:

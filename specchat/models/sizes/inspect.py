@@ -97,20 +97,20 @@ def _inspect_head(source: ModelSource, quant: Quant) -> ModelSpec:
     narrow = open_head(source, torch.bfloat16, activations.profiling_attention).whole
     narrowed_bytes = _outer_buffer_bytes(whole) - _outer_buffer_bytes(narrow)
     of_architecture = _measure(config, whole) | {"narrowed_bytes": narrowed_bytes}
+    profiled_bytes = _buffer_bytes(whole)  # profiling has changed their dtype
     skeleton = head.finish(whole)
     of_architecture["architecture"] += HEAD_SUFFIXES[source.part]
     of_architecture["num_params"] = sum(p.numel() for p in skeleton.model.parameters())
-    of_architecture["num_layer_params"] = _num_params(skeleton.layers[0])
-    of_architecture["buffer_bytes"] = sum(b.nbytes for b in skeleton.model.buffers())
+    of_architecture["num_layer_params"] = sum(map(_num_params, skeleton.layers))
+    of_architecture["buffer_bytes"] += _buffer_bytes(skeleton) - profiled_bytes
     recipe = choose_recipe(source, skeleton, quant, checkpoint)
     open_reader(skeleton, checkpoint, recipe).close()  # checks the tensors, and replaces the matrices
-    (layer,) = skeleton.layers
     outside = [p for name, p in skeleton.model.named_parameters() if not name.startswith(f"{skeleton.layers_name}.")]
     return ModelSpec(
         **of_architecture,
         name=source.name,
         dtype=_checkpoint_dtype(config, checkpoint),
-        layer_params=(_param_sizes(layer),),
+        layer_params=tuple(_param_sizes(layer) for layer in skeleton.layers),
         other_params=tuple(_param_size(parameter, is_segment=False) for parameter in outside),
         quant=quant if recipe is None else recipe.name,
         quant_shapes=tuple(sorted({linear.shape for _, linear in quant_linears(skeleton.model)})),
@@ -130,7 +130,7 @@ def _measure(config: Any, skeleton: Skeleton) -> dict[str, Any]:
         "max_positions": max_positions(config),
         "num_params": _num_params(skeleton.model),
         "num_layer_params": sum(map(_num_params, skeleton.layers)) + _num_shared_params(skeleton),
-        "buffer_bytes": sum(b.nbytes for b in skeleton.model.buffers()),
+        "buffer_bytes": _buffer_bytes(skeleton),
         "kv_shapes": record_kv_shapes(skeleton),
         "activations": _profiled(skeleton),  # `dequantize_bytes` covers the scratch memory of quantized modules
     }
@@ -161,6 +161,10 @@ def _num_shared_params(skeleton: Skeleton) -> int:
     """Return the number of weights of shared blocks, each as often as layers use it."""
     uses = [len(block.uses) for block in skeleton.shared_blocks]
     return sum(num * _num_params(block) for num, block in zip(uses, _shared_blocks(skeleton), strict=True))
+
+
+def _buffer_bytes(skeleton: Skeleton) -> int:
+    return sum(buffer.nbytes for buffer in skeleton.model.buffers())
 
 
 def _num_params(module: Any) -> int:

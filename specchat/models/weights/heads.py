@@ -6,15 +6,17 @@ from functools import partial
 
 import torch
 
-from specchat.models.checkpoint.eagle3 import eagle3_config, layer_values, named_tensors, with_module_names
+from specchat.models.checkpoint import dflash, eagle3
+from specchat.models.checkpoint.json_file import read_json
 from specchat.models.checkpoint.safetensors import Checkpoint, open_checkpoint
 from specchat.models.hf.attention import AttentionFunction
 from specchat.models.hf.config import without_quantization
 from specchat.models.hf.config_values import make_config, why_not_built
+from specchat.models.hf.dflash import as_dflash
 from specchat.models.hf.eagle3 import as_eagle3, build_plain
 from specchat.models.hf.mtp import without_shared
 from specchat.models.hf.refusals import refusing
-from specchat.models.hf.skeleton import Skeleton, path_of
+from specchat.models.hf.skeleton import Skeleton, build_skeleton, path_of
 from specchat.models.weights.mtp import open_mtp
 from specchat.records.model import ModelSource
 
@@ -48,13 +50,27 @@ def open_head(source: ModelSource, dtype: torch.dtype, attention: AttentionFunct
     """
     if source.part == "mtp":
         return OpenHead(*open_mtp(source, dtype, attention), without_shared)
+    if source.part == "dflash":
+        return _open_dflash(source, dtype, attention)
     checkpoint = open_checkpoint(source.path)
-    tensors = named_tensors(checkpoint)
-    settings = eagle3_config(source.path, tensors)
-    config = without_quantization(make_config(source.path / "config.json", layer_values(source.path)))
+    tensors = eagle3.named_tensors(checkpoint)
+    settings = eagle3.eagle3_config(source.path, tensors)
+    config = without_quantization(make_config(source.path / "config.json", eagle3.layer_values(source.path)))
     with refusing(config.model_type, why_not_built(config)):
         whole = build_plain(config, dtype, attention)
     decoder = path_of(whole.model, whole.decoder)
-    named = with_module_names(checkpoint, tensors, f"{whole.layers_name}.0", decoder)
+    named = eagle3.with_module_names(checkpoint, tensors, f"{whole.layers_name}.0", decoder)
     has_embeddings = "embed_tokens.weight" in tensors
     return OpenHead(whole, named, partial(as_eagle3, settings=settings, has_embeddings=has_embeddings))
+
+
+def _open_dflash(source: ModelSource, dtype: torch.dtype, attention: AttentionFunction | None) -> OpenHead:
+    settings = dflash.dflash_config(source.path)
+    file = source.path / "config.json"
+    config = without_quantization(make_config(file, read_json(file)))
+    config.tie_word_embeddings = False
+    with refusing(config.model_type, why_not_built(config)):
+        whole = build_skeleton(config, dtype, attention)
+    decoder = path_of(whole.model, whole.decoder)
+    named = dflash.with_module_names(open_checkpoint(source.path), whole.layers_name, decoder)
+    return OpenHead(whole, named, partial(as_dflash, settings=settings))
