@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -216,9 +216,11 @@ def known_tokens(saved: Saved) -> Tensor:
 # --- loading ---------------------------------------------------------------------------------------------------------
 
 
-def load_eagle3(source: ModelSource, *, cache_rows: int, chunk_rows: int = 512, seats: int = 1) -> Eagle3Model:
+def load_eagle3(
+    source: ModelSource, *, cache_rows: int, chunk_rows: int = 512, seats: int = 1, quant: str = "none"
+) -> Eagle3Model:
     """The modules of a head, resident in float32."""
-    weights = open_weights(source, "fp32", "none", tree_attention)
+    weights = open_weights(source, "fp32", quant, tree_attention)
     work = Workload("cpu", "fp32", cache_rows, 0, 0, chunk_rows, seats=seats)
     model = loading.load_model(weights, work, Placement(1, (0,)), cache_rows=cache_rows, model_class=Eagle3Model)
     assert isinstance(model, Eagle3Model)
@@ -261,11 +263,16 @@ class Eagle3Follower(Follower):
     """A target that reads tokens in sequence, and an EAGLE-3 head that is told of them."""
 
     def __init__(
-        self, target: ModelSource, head: ModelSource, chunk_rows: int = 512, check: HeadCheck | None = None
+        self,
+        target: ModelSource,
+        head: ModelSource,
+        chunk_rows: int = 512,
+        check: HeadCheck | None = None,
+        quant: str = "none",
     ) -> None:
         self.source = target
         self.target = load_model(target, cache_rows=CTX, chunk_rows=chunk_rows)
-        self.model = load_eagle3(head, cache_rows=CTX, chunk_rows=chunk_rows)
+        self.model = load_eagle3(head, cache_rows=CTX, chunk_rows=chunk_rows, quant=quant)
         self.head = Eagle3Head(self.model, self.target, max_rows=32, check=check)
         self.tokens = []
 
@@ -277,8 +284,3 @@ class Eagle3Follower(Follower):
         hidden = self.target.forward(tokens, layout, taps=taps)
         self.tokens += tokens
         self.head.receive(0, FinalStates([*self.tokens, following], first, hidden, taps.take()))
-
-
-def renamed(source: ModelSource, name: str) -> ModelSource:
-    """The same files under another name."""
-    return replace(source, name=name)

@@ -12,6 +12,7 @@ from support.engines import random_prompt
 from support.tiny_models import VOCAB, make_config, random_model, save
 
 from specchat.engine.drafting.head_check import HeadCheck
+from specchat.models.sizes.describe import describe
 from specchat.records.model import ModelSource
 
 TOLERANCE = 2e-5
@@ -45,6 +46,18 @@ def test_scores_equal_the_equations(target: tuple[Any, ModelSource], heads: dict
     follower = Eagle3Follower(source, saved.source, chunk_rows=8)
     follower.read(text[:-1], text[-1])
     check_scores(follower.chain(text[-1], chain), saved, slow_chain(model, saved, text, chain))
+
+
+@pytest.mark.parametrize("kind", ["specforge", "speculators"])  # with the target's embeddings, and with its own
+def test_quantized_heads_score_alike(target: tuple[Any, ModelSource], heads: dict[str, Saved], kind: str):
+    source, saved, text = target[1], heads[kind], random_prompt(21, VOCAB)
+    assert describe(saved.source, "int8").quant == "int8"
+    scores = []
+    for quant in ("none", "int8"):
+        follower = Eagle3Follower(source, saved.source, quant=quant)
+        follower.read(text[:-1], text[-1])
+        scores.append(follower.chain(text[-1], [5])[:, known_tokens(saved)])
+    assert 0 < (scores[0] - scores[1]).abs().max() < 0.1 * scores[0].abs().max()
 
 
 def test_rows_follow_the_committed_text(target: tuple[Any, ModelSource], heads: dict[str, Saved]):
