@@ -83,7 +83,9 @@ CROSS: list[Case] = list(
 )
 
 
-@pytest.mark.parametrize("case", FEW, ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize(
+    "case", [FEW[1], pytest.param(FEW[0], marks=pytest.mark.slow)], ids=lambda case: "-".join(map(str, case))
+)
 def test_text_is_the_targets_own(world: World, case: Case):
     check(world, case)
 
@@ -114,6 +116,7 @@ def test_a_batch_of_three_with_a_prompt_that_joins(world: World):
     assert drafted > 0
 
 
+@pytest.mark.slow
 def test_interrupts_and_undo(world: World):
     """After an interrupt, an undo and another question, texts are the target's own, and drafts go on."""
     expected = world.targets.text("qwen3", "greedy")
@@ -135,6 +138,7 @@ def test_interrupts_and_undo(world: World):
         assert any(step.tree_nodes for step in steps[1:])
 
 
+@pytest.mark.slow
 def test_a_head_that_guesses_by_chance_is_given_up(world: World):
     """One warning, the target's own text, and retrieval goes on."""
     source, head, prompt = world.targets.source("qwen3"), world.head("full"), random_prompt(60, VOCAB)

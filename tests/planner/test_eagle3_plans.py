@@ -38,7 +38,7 @@ def located(target: ModelSource, draft: str) -> tuple[ModelRequest, Models]:
     return request, locate_models(request, parse_models(request), Quiet(), yes)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["speculators", pytest.param("3.1", marks=pytest.mark.slow)])
 def test_a_heads_folder_is_a_draft(target: ModelSource, tmp_path: Path, kind: str):
     folder = save_eagle3(64, tmp_path / "head", KINDS[kind]).source.path
     request, models = located(target, f"{folder}+retrieval")
