@@ -131,6 +131,7 @@ def test_interrupts_and_undo(world: World):
         assert any(step.tree_nodes for step in steps[1:])
 
 
+@pytest.mark.slow
 def test_a_head_that_guesses_by_chance_is_given_up(world: World):
     """One warning, the target's own text, and retrieval goes on."""
     source, head, prompt = world.targets.source("qwen3"), world.head("specforge"), random_prompt(60, VOCAB)

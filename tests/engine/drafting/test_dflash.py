@@ -137,6 +137,7 @@ def test_rows_follow_the_committed_text(target: tuple[Any, ModelSource], tmp_pat
     check_close(reader.levels(5), fresh(source, saved, [*text[:10], 7, 7, 5]))
 
 
+@pytest.mark.slow
 def test_a_head_that_missed_rows_goes_on_with_the_next_ones(target: tuple[Any, ModelSource], tmp_path: Path):
     source, text, saved = target[1], random_prompt(30, VOCAB), save_dflash(tmp_path / "head")
     reader = Reader(load_pair(source, saved.source))

@@ -48,7 +48,8 @@ def test_scores_equal_the_equations(target: tuple[Any, ModelSource], heads: dict
     check_scores(follower.chain(text[-1], chain), saved, slow_chain(model, saved, text, chain))
 
 
-@pytest.mark.parametrize("kind", ["specforge", pytest.param("speculators", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["specforge", "speculators"])  # with the target's embeddings, and with its own
 def test_quantized_heads_score_alike(target: tuple[Any, ModelSource], heads: dict[str, Saved], kind: str):
     source, saved, text = target[1], heads[kind], random_prompt(21, VOCAB)
     assert describe(saved.source, "int8").quant == "int8"
