@@ -45,7 +45,7 @@ FOLDERS = {
         {"modules", "packing"},
     ],
     "engine": [
-        {"device", "layout", "linear", "sampling", "streaming", "tree"},
+        {"device", "layout", "linear", "sampling", "streaming", "taps", "tree"},
         {"attention", "experts", "recurrent", "requests", "sequence"},
         {"kv_cache"},
         {"model"},

@@ -5,7 +5,9 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import replace
 
+from specchat.engine.drafting.dflash import DFlashHead, DFlashModel
 from specchat.engine.drafting.drafter import Drafter, ModelDrafter, NoDrafter, TreeDrafter, free_sources
+from specchat.engine.drafting.eagle3 import Eagle3Head, Eagle3Model
 from specchat.engine.drafting.head_check import HeadCheck
 from specchat.engine.drafting.mtp import MtpHead, MtpModel
 from specchat.engine.drafting.own_copy import CopyModel, OwnCopy
@@ -15,6 +17,9 @@ from specchat.models.packs.pack import Pack
 from specchat.models.weights.layout import share_buffers
 from specchat.models.weights.open import ModelWeights
 from specchat.records.plan import Placement, Plan
+
+# Class of the modules of each kind of head, by the part of its source.
+_HEADS: dict[str, type[TreeModel]] = {"mtp": MtpModel, "eagle3": Eagle3Model, "dflash": DFlashModel}
 
 
 def load_copy(plan: Plan, target: TreeModel, copy: ModelWeights, pack: Pack | None) -> CopyModel:
@@ -39,7 +44,7 @@ def load_draft(plan: Plan, draft: ModelWeights, pack: Pack | None) -> TreeModel:
     work = replace(plan.work, host_embeddings=False)
     num_layers = len(draft.skeleton.layers)
     placement = Placement(num_layers, tuple(range(num_layers)))
-    model_class = MtpModel if draft.source.part == "mtp" else TreeModel
+    model_class = _HEADS.get(draft.source.part, TreeModel)
     return load_model(
         draft,
         work,
@@ -81,6 +86,11 @@ def _make_drafter(plan: Plan, target: TreeModel, small: TreeModel | None) -> Dra
         return TreeDrafter(None, proposers) if proposers else NoDrafter()
     if isinstance(small, CopyModel):
         return TreeDrafter(OwnCopy(small, max_rows=max_rows), proposers)
+    if isinstance(small, Eagle3Model):
+        small.skeleton.check_vocabulary()
+        return TreeDrafter(Eagle3Head(small, target, max_rows=max_rows, check=HeadCheck()), proposers)
+    if isinstance(small, DFlashModel):
+        return TreeDrafter(DFlashHead(small, target, max_rows=max_rows, check=HeadCheck()), proposers)
     if isinstance(small, MtpModel):
         return TreeDrafter(MtpHead(small, target, max_rows=max_rows, check=HeadCheck()), proposers)
     return ModelDrafter(small, max_rows=max_rows, max_context=small.max_positions, proposers=proposers)

@@ -31,7 +31,7 @@ from specchat.engine.recurrent.restore import marks_of_prompt
 from specchat.engine.relief import MemoryRelief
 from specchat.engine.requests import RequestQueue, broken_scores, choose_seat, why_refused
 from specchat.engine.sampling import Sampler, ScoresNotFiniteError
-from specchat.engine.sequence import FinalStates, TokenSequence
+from specchat.engine.sequence import TokenSequence
 from specchat.engine.stages import Stages
 from specchat.engine.tree import TokenTree, common_prefix
 from specchat.engine.walk import Walk, walk_down
@@ -351,8 +351,9 @@ class Engine(Closeable):
         except PassCancelledError:
             clock.stop()
             return [clock.step((), "interrupt", 0, rows, TokenTree(), ()) for rows in cached]
+        tapped = None if self._drafter.taps is None else self._drafter.taps.take()
         for sequence, tree, walk in zip(live, trees, walks, strict=True):
-            self._commit(sequence, tree, walk, hidden)
+            self._commit(sequence, tree, walk, hidden, tapped)
         clock.stop()
         steps = [
             clock.step(
@@ -414,7 +415,7 @@ class Engine(Closeable):
             parts.append((sequence.seat, self._rows_for(sequence, tree)))
             tokens += [*new, *tree.tokens]
         with clock.verifying():
-            hidden = self._target.forward(tokens, PassLayout(parts), cancel)
+            hidden = self._target.forward(tokens, PassLayout(parts), cancel, self._drafter.taps)
         self._meter.saw_pass(hidden)
         with clock.sampling():
             walk_down(self._target, walks, hidden, self.plan.work.head_rows, self._drafter.observe)
@@ -426,7 +427,9 @@ class Engine(Closeable):
                 self._target.cache.wipe(sequence.seat, sequence.num_cached)
         return self._verify(live, [TokenTree() for _ in live], clock, cancel) if repeats else (trees, walks, hidden)
 
-    def _commit(self, sequence: TokenSequence, tree: TokenTree, walk: Walk, hidden: Tensor) -> None:
+    def _commit(
+        self, sequence: TokenSequence, tree: TokenTree, walk: Walk, hidden: Tensor, tapped: Tensor | None
+    ) -> None:
         """Keep the rows of the accepted path, and append the drawn tokens; keep nothing of a broken walk."""
         before = sequence.num_cached
         if not walk.is_broken:
@@ -437,8 +440,7 @@ class Engine(Closeable):
             sequence.tokens += walk.tokens
         self._drafter.commit(sequence.seat, walk.path, walk.tokens)
         if self._drafter.wants_states and not walk.is_broken:
-            states = walk.final_states(hidden, sequence.num_cached - before)
-            self._drafter.receive(sequence.seat, FinalStates(list(sequence.tokens), before, states))
+            self._drafter.receive(sequence.seat, walk.final_states(before, hidden, tapped))
 
     def _rows_for(self, sequence: TokenSequence, tree: TokenTree) -> RowLayout:
         """Return the layout of a part: pending tokens in sequence, of which the last is the root, then the tree."""

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specchat.engine.attention import PassMask
+from specchat.engine.attention import MaskFunction, PassMask
 from specchat.engine.device import copied_together
 from specchat.engine.kv_cache import TreeCache
 from specchat.engine.layout import PassLayout, linear_layout
 from specchat.engine.linear import held_bytes, unsettle
 from specchat.engine.streaming.base import LayerStreamer
 from specchat.engine.streaming.kept import KeptLayers, NothingKept
+from specchat.engine.taps import LayerTaps
 from specchat.models.checkpoint.mapped_file import MappedFile
 from specchat.models.hf.attention import cache_for, row_scope
 from specchat.models.hf.config import max_positions
@@ -80,6 +81,7 @@ class TreeModel:
         self._layout: PassLayout | None = None
         self._token_ids: Tensor | None = None
         self._cancel: threading.Event | None = None
+        self._taps: LayerTaps | None = None
         self.layers_done = 0
         self.host_embeddings = host_embeddings
         self.mapped = mapped
@@ -121,13 +123,20 @@ class TreeModel:
         return self.cache.nbytes + sum(scratch.memory.nbytes for scratch in scratches)
 
     @torch.inference_mode()
-    def forward(self, token_ids: Sequence[int], layout: PassLayout, cancel: threading.Event | None = None) -> Tensor:
+    def forward(
+        self,
+        token_ids: Sequence[int],
+        layout: PassLayout,
+        cancel: threading.Event | None = None,
+        taps: LayerTaps | None = None,
+    ) -> Tensor:
         """Compute the final hidden states of new rows, and append the rows to the cache.
 
         Args:
             token_ids: token id of each new row, one sequence after another.
             layout: position and visibility of the rows, sequence by sequence; in host memory or on the device.
             cancel: event that cancels the pass before the next layer.
+            taps: receives the states between layers; None if nobody reads them.
 
         Returns:
             Hidden states [rows, hidden] in the model's dtype, on its device.
@@ -140,10 +149,13 @@ class TreeModel:
         self._token_ids = torch.tensor(token_ids, dtype=torch.int64)
         ids, layout = self._on_device(self._token_ids, layout)
         self._layout, self._cancel, self.layers_done = layout, cancel, 0
+        self._taps = taps
+        if taps is not None:
+            taps.begin()
         self.cache.begin(layout)
         self.streamer.begin(layout.num_rows)
         try:
-            with row_scope(partial(PassMask, layout, self.cache.capacity)):
+            with row_scope(partial(self._mask_of, layout)):
                 hidden = self._decode(ids, layout.positions)
             self.cache.end()
             return hidden
@@ -151,9 +163,11 @@ class TreeModel:
             for seat, length in enumerate(lengths):
                 self.cache.truncate(seat, length)
             self.streamer.restart()
+            if taps is not None:
+                taps.begin()
             raise
         finally:
-            self._layout = self._cancel = self._token_ids = None
+            self._layout = self._cancel = self._token_ids = self._taps = None
 
     def _on_device(self, ids: Tensor, layout: PassLayout) -> tuple[Tensor, PassLayout]:
         """Return token ids and layout on the device; what is in host memory crosses the link in one copy."""
@@ -216,6 +230,10 @@ class TreeModel:
         """Run all layers over the rows of the pass, and return the states after the last norm."""
         return self.skeleton.hidden(token_ids, positions, self._hf_cache)
 
+    def _mask_of(self, layout: PassLayout, rule: MaskFunction) -> PassMask:
+        """Return the mask of the layers with this rule of transformers."""
+        return PassMask(layout, self.cache.capacity, rule)
+
     def _look_up(self, look_up: Callable[[Tensor], Tensor], _: Tensor) -> Tensor:
         """Return the embeddings of the pass's tokens, [1, S, hidden], looked up in host memory.
 
@@ -242,11 +260,16 @@ class TreeModel:
         self.layers_done = index
         if self._cancel is not None and self._cancel.is_set():
             raise PassCancelledError
-        if index not in self._streamed:
-            return self._run_chunks(forward, hidden, args, kwargs)
-        self.streamer.acquire(index)
+        if self._taps is not None:
+            self._taps.enter(index, hidden)
+        is_streamed = index in self._streamed
+        if is_streamed:
+            self.streamer.acquire(index)
         out = self._run_chunks(forward, hidden, args, kwargs)
-        self.streamer.release(index)
+        if is_streamed:
+            self.streamer.release(index)
+        if self._taps is not None and index + 1 == len(self.skeleton.layers):
+            self._taps.enter(index + 1, out[0] if isinstance(out, tuple) else out)
         return out
 
     def _run_chunks(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from specchat.engine.model import TreeModel
 from specchat.engine.sampling import Sampler, ScoresNotFiniteError, checked_token
-from specchat.engine.sequence import TokenSequence
+from specchat.engine.sequence import FinalStates, TokenSequence
 from specchat.engine.tree import ROOT, TokenTree, last_tokens
 from specchat.records.limits import head_block_rows
 
@@ -60,20 +60,31 @@ class Walk:
         """Return the row of a node, or of ROOT, among the pass's hidden states."""
         return self._root_row + 1 + node
 
-    def final_states(self, hidden: Tensor, count: int) -> Tensor:
-        """Return the states [count, hidden] of the rows that became final: committed tokens, then the accepted path.
+    def final_states(self, first: int, hidden: Tensor, tapped: Tensor | None) -> FinalStates:
+        """Return the states of the rows that became final, after the sequence has taken the drawn tokens.
 
         Args:
-            hidden: hidden states of the pass, [rows, hidden]; a view of them without an accepted path, because a copy
-                of a long prompt's states would take memory that no ledger counts.
-            count: number of these rows.
+            first: number of tokens before the first of these rows.
+            hidden: hidden states of the pass, [rows, hidden].
+            tapped: what taps have collected of the rows of the pass, [rows, width]; None without taps.
+        """
+        sequence = self._sequence
+        count = sequence.num_cached - first
+        kept = None if tapped is None else self._final_rows(tapped, count)
+        return FinalStates(list(sequence.tokens), first, self._final_rows(hidden, count), kept)
+
+    def _final_rows(self, rows: Tensor, count: int) -> Tensor:
+        """Return the `count` rows that became final: committed tokens, then the accepted path.
+
+        Without an accepted path, the result is a view: a copy of a long prompt's states would take memory that no
+        ledger counts.
         """
         end = self._root_row + 1
-        linear = hidden[end - count + len(self.path) : end]
+        linear = rows[end - count + len(self.path) : end]
         if not self.path:
             return linear
-        nodes = torch.tensor([self.row_of(node) for node in self.path], device=hidden.device)
-        return torch.cat([linear, hidden[nodes]])
+        nodes = torch.tensor([self.row_of(node) for node in self.path], device=rows.device)
+        return torch.cat([linear, rows[nodes]])
 
     def tail_of(self, node: int) -> list[int]:
         """Return the last tokens up to a node, as many as a drafter learns from."""

@@ -17,6 +17,7 @@ from specchat.models.catalog.shape import Shape
 from specchat.models.checkpoint.safetensors import has_weights, weight_files
 from specchat.models.drafts import (
     DraftChoice,
+    as_draft,
     choose_draft,
     copy_of,
     fits,
@@ -101,7 +102,8 @@ def locate_models(request: ModelRequest, refs: Refs, reporter: Reporter, ask: As
     models = _obtain_both(request, refs, _look_up(request, refs, reporter), reporter, ask)
     for model in (models.target, models.draft):
         if model is not None and not has_weights(model.path):
-            check_model(model)  # a model of this kind may not run at all
+            if not model.part:
+                check_model(model)  # a model of this kind may not run at all
             weight_files(model.path)  # raises
     return models
 
@@ -125,7 +127,7 @@ def sketch_models(request: ModelRequest, refs: Refs, reporter: Reporter, ask: As
     """
     found = _look_up(request, refs, reporter)
     target = _sketch(found.target, folder, _tokenizer_folder(request))
-    draft = None if found.draft is None else _sketch(found.draft, folder)
+    draft = None if found.draft is None else _sketch_draft(found.draft, folder)
     if request.draft_model == MTP and not has_weights(target.path):
         return _obtain_both(request, refs, found, reporter, ask)
     here = [model for model in (target, draft) if model is not None]
@@ -216,7 +218,7 @@ def _obtain_both(request: ModelRequest, refs: Refs, found: _Found, reporter: Rep
         if isinstance(shape, Shape):
             _agree_to_write(shape, ask)
     target = _obtain(found.target, reporter, _tokenizer_folder(request))
-    draft = None if found.draft is None else _obtain(found.draft, reporter)
+    draft = None if found.draft is None else as_draft(_obtain(found.draft, reporter))
     return _pair(request, refs, target, draft, found.draft_note, reporter)
 
 
@@ -254,7 +256,8 @@ def refuse_by_configuration(model: Download, tokenizer: Path | None = None) -> N
             sketched = locate.sketch_weights(model, Path(folder), tokenizer)
         else:
             sketched = locate.sketch(model, Path(folder))
-        check_model(sketched)
+        if not as_draft(sketched).part:
+            check_model(sketched)
         is_prequantized(sketched)
 
 
@@ -314,6 +317,14 @@ def _sketch(found: ModelSource | Missing, folder: Path, tokenizer: Path | None =
     if isinstance(found, Download) and is_prequantized(sketched):
         return locate.sketch_weights(found, folder)
     return sketched
+
+
+def _sketch_draft(found: ModelSource | Missing, folder: Path) -> ModelSource:
+    """Return a draft that a plan can be made from; the sizes of a head follow from the headers of its files."""
+    draft = as_draft(_sketch(found, folder))
+    if draft.part and isinstance(found, Download):
+        return as_draft(locate.sketch_weights(found, folder))
+    return draft
 
 
 def _obtain(found: ModelSource | Missing, reporter: Reporter, tokenizer: Path | None = None) -> ModelSource:

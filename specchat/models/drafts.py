@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 from specchat.errors import ModelError, UsageError
 from specchat.models.catalog.ref import ModelRef, draft_candidates, known_draft, parse_model
+from specchat.models.checkpoint.dflash import is_dflash
+from specchat.models.checkpoint.eagle3 import is_eagle3
 from specchat.models.checkpoint.gguf import listed_files
 from specchat.models.checkpoint.json_file import read_json
 from specchat.models.checkpoint.mtp import find_mtp
@@ -68,6 +70,19 @@ def relative_in_cache(target: ModelSource) -> ModelSource | None:
     largest_bytes = _LARGEST_SHARE * _num_bytes(target)
     small = [source for source in _cached_like(target) if _num_bytes(source) <= largest_bytes]
     return next((source for source in sorted(small, key=_num_bytes) if fits(target, source)), None)
+
+
+def as_draft(source: ModelSource) -> ModelSource:
+    """Return a draft's source, which says so if the files are an EAGLE-3 or a DFlash head.
+
+    Raises:
+        UnsupportedModelError: a kind of head that is not read.
+    """
+    if source.part:
+        return source
+    if is_dflash(source.path):
+        return replace(source, part="dflash")
+    return replace(source, part="eagle3") if is_eagle3(source.path) else source
 
 
 def mtp_head(target: ModelSource) -> ModelSource | None:

@@ -37,8 +37,13 @@ TYPICAL_ACCEPTANCE = Acceptance(gain=2.0, knee=1.5, basis="typical")
 # step on the demo's chats, 3.5 and more where the text copies; Token Recycling (arXiv 2408.08696) publishes 2.7.
 RETRIEVAL_ACCEPTANCE = Acceptance(gain=0.25, knee=3.0, basis="typical")
 # Heads of one layer. Chains of 7 tokens bring 2.8 tokens per step on Qwen3.8-27B (llama.cpp, pull request 27342). Trees
-# of 16 and 64 nodes bring 3.2 and 3.9 on the demo, whose head was trained for a few minutes.
-MTP_ACCEPTANCE = Acceptance(gain=0.7, knee=1.0, basis="typical")
+# of 16 and 64 nodes bring 3.2 and 3.9 on the demo, whose head was trained for a few minutes. EAGLE-3 and 3.1 heads
+# bring 2.8 and 3.0 tokens per step with chains of 5 on Qwen3-8B (vllm-project/speculators, pull request 610).
+HEAD_ACCEPTANCE = Acceptance(gain=0.7, knee=1.0, basis="typical")
+# Heads that guess in blocks. 3.7 tokens per step are published for chains of DFlash on Muse-Glimmer-30B, and 22% more
+# for trees of 32 nodes than for chains (sgl-project/sglang, pull request 31069). The formula gives 4.1 at 32 nodes, and
+# 4.8 at 64.
+BLOCK_ACCEPTANCE = Acceptance(gain=0.9, knee=1.0, basis="typical")
 # Gain of the target's own copy in 8 or 4 bits, relative to a small draft model. On the demo, a 4-bit copy brings 5.6
 # and 9.2 tokens per step with 16 and 64 nodes, a draft model 3.9 and 5.1.
 COPY_GAIN = 1.7

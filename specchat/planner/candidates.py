@@ -374,7 +374,8 @@ class Candidates:
     def _workload(self, draft: ModelSpec | None, ctx: int, tree_budget: int) -> Workload:
         device, seats = self._inputs.machine.device, self._choices.seats
         is_copy = draft is not None and draft.is_copy
-        return workload(self._dtype, ctx, tree_budget, device, seats, shares_cache=is_copy)
+        tapped = 0 if draft is None else draft.tapped_width
+        return workload(self._dtype, ctx, tree_budget, device, seats, shares_cache=is_copy, tapped_width=tapped)
 
     def _room(self, other_bytes: int, one_point: int, least_bytes: int) -> int:
         """Return the device memory left for layers and slots.

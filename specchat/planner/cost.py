@@ -20,7 +20,7 @@ from specchat.planner.acceptance import Acceptance
 from specchat.planner.compute import ComputeTimes, compute_times
 from specchat.planner.placement import TierSizes
 from specchat.planner.rates import Basis, Rates, least_sure
-from specchat.records.limits import draft_width
+from specchat.records.limits import MOST_BLOCK_ROWS, draft_width
 from specchat.records.model import Dtype, ModelSpec
 from specchat.records.plan import Expectation
 
@@ -113,6 +113,7 @@ class CostModel:
         self._target = compute_times(target, dtype, rates, on_cpu=self._on_cpu)
         self._draft = None if draft is None else compute_times(draft, dtype, rates, on_cpu=self._on_cpu)
         self._drafts_by_copy = draft is not None and draft.is_copy
+        self._drafts_by_block = draft is not None and draft.is_block
         self._drafts = draft is not None or retrieval
         self._rates = rates
         self._acceptance = acceptance
@@ -144,7 +145,7 @@ class CostModel:
             pass_s=tuple((self._seats + step.tree_nodes, step.pass_s - step.draft_s) for step in steps),
             draft_s=tuple((rows, self._batch_s(rows, drafting)) for rows in _sizes_up_to(width)),
             tree_nodes=best.tree_nodes,
-            draft_passes=1 if self._draft is None else 1 + draft_batches(best.tree_nodes),
+            draft_passes=self._draft_passes(best.tree_nodes),
             tokens_per_step=best.tokens_per_step,
             num_sequences=self._seats,
         )
@@ -283,6 +284,13 @@ class CostModel:
         beside_s = kinds.num_streamed * (streamed_s - fastest_s) + num_plain * (resident_s - fastest_s)
         return fastest_s + beside_s / self._num_layers
 
+    def _draft_passes(self, nodes: int) -> float:
+        """Return the expected passes of the draft for a tree: one for the new tokens, then one per level.
+
+        A head that guesses in blocks needs the first one only.
+        """
+        return 1 if self._draft is None or self._drafts_by_block else 1 + draft_batches(nodes)
+
     def _draft_s(self, nodes: int, tokens: float, drafting: "_Drafting") -> float:
         """Return the seconds of drafting: one pass over the last step's tokens, then one batch per tree level.
 
@@ -293,6 +301,9 @@ class CostModel:
         if self._draft is None:
             return _LOOKUP_S * nodes
         num_batches = draft_batches(nodes)
+        if self._drafts_by_block:
+            block_s = self._draft_pass_s(self._draft, self._seats * MOST_BLOCK_ROWS, drafting)
+            return block_s + num_batches * self._beside_s(drafting)
         rows = max(round(_READ_PER_NODE * nodes / num_batches), 1)
         new = self._seats if self._drafts_by_copy else math.ceil(tokens)
         return self._draft_pass_s(self._draft, new, drafting) + num_batches * self._batch_s(rows, drafting)
@@ -308,8 +319,11 @@ class CostModel:
         """Return the seconds of one draft batch: the pass and its bookkeeping, or looking up proposals."""
         if self._draft is None:
             return _LOOKUP_S * rows
-        beside_s = 0.0 if not self._on_cpu else _CPU_BATCH_BESIDE_READS_S if drafting.reads else _CPU_BATCH_S
-        return self._draft_pass_s(self._draft, rows, drafting) + beside_s
+        return self._draft_pass_s(self._draft, rows, drafting) + self._beside_s(drafting)
+
+    def _beside_s(self, drafting: "_Drafting") -> float:
+        """Return the seconds of a draft batch besides its pass."""
+        return 0.0 if not self._on_cpu else _CPU_BATCH_BESIDE_READS_S if drafting.reads else _CPU_BATCH_S
 
     def _basis(self, placement: TierSizes, nodes: int) -> Basis:
         bases: list[Basis] = [self._rates.compute_basis]

@@ -21,6 +21,7 @@ from specchat.records.limits import (
     DRAWING_BYTES,
     EXPERT_WINDOW_BYTES,
     HEAD_BLOCK_ROWS,
+    MOST_BLOCK_ROWS,
     NUM_READERS,
     PATH_BYTES,
     PROCESSING_BYTES,
@@ -319,12 +320,12 @@ def _workspaces(target: ModelSpec, draft: ModelSpec | None, work: Workload) -> l
 def _target_passes(target: ModelSpec, work: Workload) -> tuple[_Pass, _Pass]:
     """Return the bytes of the largest pass, which reads as many prompts as it may, and of later passes."""
     keys = work.ctx + work.tree_budget
-    largest = _pass(target, work, work.prompt_rows + work.seats - 1 + work.tree_budget, keys)
-    return largest, _pass(target, work, work.seats + work.tree_budget, keys)
+    largest = _pass(target, work, work.prompt_rows + work.seats - 1 + work.tree_budget, keys, work.tapped_width)
+    return largest, _pass(target, work, work.seats + work.tree_budget, keys, work.tapped_width)
 
 
-def _pass(spec: ModelSpec, work: Workload, rows: int, keys: int) -> _Pass:
-    """Return the bytes of a pass over `rows` new rows, with `keys` keys in the cache of a seat at its end."""
+def _pass(spec: ModelSpec, work: Workload, rows: int, keys: int, tapped_width: int = 0) -> _Pass:
+    """Return the bytes of a pass over `rows` new rows, with `keys` keys in a seat at its end; taps keep their width."""
     element, costs = DTYPE_BYTES[work.dtype], _activations(spec, work.dtype)
     chunk, keys = min(rows, work.chunk_rows), padded_rows(keys)
     every_key = work.seats * keys  # models with latent attention expand the keys of all seats
@@ -335,7 +336,8 @@ def _pass(spec: ModelSpec, work: Workload, rows: int, keys: int) -> _Pass:
     if rows > chunk:
         in_layer += hidden  # the layer's output collects all chunks
     outside = _max_bytes(costs.outside, rows, keys, every_key)
-    return _Pass(hidden, masks, max(max(in_layer, outside) + indices - hidden, 0))
+    tapped = rows * tapped_width * element
+    return _Pass(hidden + tapped, masks, max(max(in_layer, outside) + indices - hidden, 0))
 
 
 def _ancestors_bytes(work: Workload) -> int:
@@ -358,6 +360,8 @@ def _walking_bytes(target: ModelSpec, work: Workload) -> int:
 
 def _drafting_bytes(draft: ModelSpec, work: Workload, *, reading: int) -> int:
     """Return the peak bytes of drafting: reading new context rows, then growing trees in batches of nodes."""
+    if draft.is_block:
+        return _block_drafting_bytes(draft, work, reading)
     width, seats = draft_width(work.tree_budget, work.seats), work.seats
     read = _pass(draft, work, reading, work.ctx).total + _head_bytes(draft, work, seats)
     scoring = _scoring_bytes(draft, work, width)
@@ -366,18 +370,37 @@ def _drafting_bytes(draft: ModelSpec, work: Workload, *, reading: int) -> int:
         read = max(read, _scoring_bytes(draft, work, seats))
     paths = PATH_BYTES * (2 * work.tree_budget + width * DRAFT_BRANCH)
     rows = work.draft_rows * (2 * width + seats * (work.draft_rows + 2 * _INDEX_BYTES))
+    row_bytes = draft.hidden_size * DTYPE_BYTES[work.dtype]
     if draft.is_head:
         # While a chunk is joined: embeddings, their norms, both halves side by side, and a norm's float32 copies.
-        row_bytes = draft.hidden_size * DTYPE_BYTES[work.dtype]
         joining = min(reading, work.chunk_rows) * (4 * row_bytes + 2 * draft.hidden_size * _FLOAT_BYTES)
         read = max(read, joining) + 2 * reading * row_bytes  # the target's states, and the layer's input
         rows += (seats * (1 + work.draft_rows) + 2 * width) * row_bytes  # outputs, which children read
+    if draft.tapped_width:
+        # Rows of the layer hold embeddings, too: the input, the output, and the norms of both.
+        read += (2 * reading + min(reading, work.chunk_rows)) * row_bytes
+        rows += 3 * width * row_bytes
     return max(read, grown + paths + rows)
+
+
+def _block_drafting_bytes(draft: ModelSpec, work: Workload, reading: int) -> int:
+    """Return the peak bytes of a head that guesses in blocks: keys and values of new rows; blocks, and their scores."""
+    element, seats = DTYPE_BYTES[work.dtype], work.seats
+    chunk, width = min(reading, work.chunk_rows), draft_width(work.tree_budget, work.seats)
+    most_numbers = max(shape.numbers_per_row for shape in draft.kv_shapes)
+    in_chunk = draft.hidden_size * (2 * element + 2 * _FLOAT_BYTES) + 3 * most_numbers * element
+    stored = reading * draft.hidden_size * element + chunk * in_chunk
+    rows = seats * min(MOST_BLOCK_ROWS, work.draft_rows)
+    guessed = _pass(draft, work, rows, work.ctx + work.draft_rows).total + rows * draft.hidden_size * element
+    levels = rows * draft.vocab_size * _FLOAT_BYTES
+    paths = PATH_BYTES * (2 * work.tree_budget + width * DRAFT_BRANCH)
+    scored = max(_head_bytes(draft, work, rows), _scoring_bytes(draft, work, max(width, seats)))
+    return max(stored, guessed, levels + scored + paths)
 
 
 def _unread_bytes(draft: ModelSpec, work: Workload) -> int:
     """Return the bytes of the target's states that a head keeps unread; none for other drafts."""
-    rows = work.seats * (UNREAD_STATES + 1) if draft.is_head else 0
+    rows = work.seats * (UNREAD_STATES + 1) if draft.is_head and not draft.is_block else 0
     return rows * draft.hidden_size * DTYPE_BYTES[work.dtype]
 
 

@@ -4,7 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from specchat.hardware.machine import Machine
-from specchat.planner.acceptance import COPY_GAIN, MTP_ACCEPTANCE, RETRIEVAL_ACCEPTANCE, TYPICAL_ACCEPTANCE, Acceptance
+from specchat.planner.acceptance import (
+    BLOCK_ACCEPTANCE,
+    COPY_GAIN,
+    HEAD_ACCEPTANCE,
+    RETRIEVAL_ACCEPTANCE,
+    TYPICAL_ACCEPTANCE,
+    Acceptance,
+)
 from specchat.planner.rates import Rates
 from specchat.planner.statistics import RETRIEVAL, Statistics
 from specchat.records.model import ModelSource, ModelSpec, Quant
@@ -80,5 +87,6 @@ class PlanInputs:
         if draft is None:
             return self.statistics.acceptance(target.name, RETRIEVAL, RETRIEVAL_ACCEPTANCE, samples=samples)
         of_copy = replace(self.prior, gain=COPY_GAIN * self.prior.gain)
-        prior = of_copy if draft.is_copy else MTP_ACCEPTANCE if draft.is_head else self.prior
+        of_head = BLOCK_ACCEPTANCE if draft.is_block else HEAD_ACCEPTANCE
+        prior = of_copy if draft.is_copy else of_head if draft.is_head else self.prior
         return self.statistics.acceptance(target.name, draft.name, prior, samples=samples)

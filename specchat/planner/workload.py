@@ -31,7 +31,9 @@ def default_tree_budgets(device: str) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=512)
-def workload(dtype: Dtype, ctx: int, tree_budget: int, device: str, seats: int, *, shares_cache: bool) -> Workload:
+def workload(
+    dtype: Dtype, ctx: int, tree_budget: int, device: str, seats: int, *, shares_cache: bool, tapped_width: int
+) -> Workload:
     """Return a workload with the usual rows and reserve."""
     return Workload(
         device=device,
@@ -44,6 +46,7 @@ def workload(dtype: Dtype, ctx: int, tree_budget: int, device: str, seats: int, 
         head_rows=HEAD_BLOCK_ROWS if device == "cpu" else CUDA_HEAD_BLOCK_ROWS,
         seats=seats,
         shares_cache=shares_cache,
+        tapped_width=tapped_width,
     )
 
 

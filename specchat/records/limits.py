@@ -50,6 +50,9 @@ MOST_RESTORE_POINTS, LEAST_RESTORE_POINTS = 12, 2
 # States of the target that a head keeps unread for each sequence; longer texts are read before the next pass.
 UNREAD_STATES = 64
 
+# Rows of the largest block that a head guesses at once; published DFlash heads have blocks of 8 to 16 rows.
+MOST_BLOCK_ROWS = 16
+
 # Longest prompts that the target's own copy reads for a first tree, by kind of device. The target reads longer ones
 # alone: on a CPU, every row takes as long as a row of the target's pass.
 COPY_PROMPT_ROWS = {"cpu": 64, "cuda": 512}

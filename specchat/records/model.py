@@ -41,7 +41,8 @@ class ModelSource:
         revision: hub commit; None for local folders.
         label: note that every output must show for models that are not real (the demo, shapes); "" for real models.
         part: part of the files that is meant: "mtp" for the layer that guesses further tokens; "self" for the layers
-            as a low-bit copy beside the model itself; "" for the model.
+            as a low-bit copy beside the model itself; "" for the model. "eagle3" and "dflash" for files that are
+            such a head.
         headers_only: whether files of weights hold their headers and zeros only, and there is no tokenizer.
     """
 
@@ -49,13 +50,18 @@ class ModelSource:
     path: Path
     revision: str | None = None
     label: str = ""
-    part: Literal["", "mtp", "self"] = ""
+    part: Literal["", "mtp", "self", "eagle3", "dflash"] = ""
     headers_only: bool = False
 
     @property
     def is_toy(self) -> bool:
         """Whether the model only exists to exercise the software."""
         return bool(self.label)
+
+    @property
+    def is_head(self) -> bool:
+        """Whether a head is meant, which reads the states of its target."""
+        return self.part in HEAD_SUFFIXES
 
     @property
     def is_copy(self) -> bool:
@@ -219,8 +225,9 @@ def is_held_piece(nbytes: int, expert_bytes: int) -> bool:
     return 64 * nbytes < expert_bytes
 
 
-# End of the architecture's name of a head, and of a model's low-bit copy.
-HEAD_SUFFIX, COPY_SUFFIX = " MTP", " copy"
+# End of the architecture's name of a head, by the part of a source, and of a model's low-bit copy.
+HEAD_SUFFIXES = {"mtp": " MTP", "eagle3": " EAGLE-3", "dflash": " DFlash"}
+COPY_SUFFIX = " copy"
 
 
 @dataclass(frozen=True)
@@ -229,8 +236,8 @@ class ModelSpec:
 
     Attributes:
         name: model name as the user typed it, for messages.
-        architecture: class name in transformers; with `HEAD_SUFFIX` for a head of such a model, with `COPY_SUFFIX` for
-            its low-bit copy.
+        architecture: class name in transformers; with one of `HEAD_SUFFIXES` for a head of such a model, with
+            `COPY_SUFFIX` for its low-bit copy.
         vocab_size, hidden_size, num_layers: V, hidden width, L.
         mlp_size: width of the MLP's inner activation for one row, all active experts together.
         num_heads: number of query heads, H.
@@ -284,8 +291,18 @@ class ModelSpec:
 
     @property
     def is_head(self) -> bool:
-        """Whether this is a head, which reads the target's states and shares its embeddings and scores."""
-        return self.architecture.endswith(HEAD_SUFFIX)
+        """Whether this is a head, which reads the target's states."""
+        return self.architecture.endswith(tuple(HEAD_SUFFIXES.values()))
+
+    @property
+    def tapped_width(self) -> int:
+        """Numbers of each row that a head keeps of the states between the target's layers; 0 if it reads none."""
+        return self.hidden_size if self.is_head and not self.architecture.endswith(HEAD_SUFFIXES["mtp"]) else 0
+
+    @property
+    def is_block(self) -> bool:
+        """Whether this is a head that guesses all levels of a tree in one pass."""
+        return self.architecture.endswith(HEAD_SUFFIXES["dflash"])
 
     @property
     def is_copy(self) -> bool:

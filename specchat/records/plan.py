@@ -90,6 +90,7 @@ class Workload:
         seats: most sequences of a pass, each with a context of `ctx` tokens; 1 for chats.
         most_points: most copies of recurrent states that a chat keeps in host memory.
         shares_cache: whether the draft's rows are in the target's cache.
+        tapped_width: numbers of each row of a pass that a head keeps of the states between the layers; 0 without.
     """
 
     device: str
@@ -104,6 +105,7 @@ class Workload:
     seats: int = 1
     most_points: int = MOST_RESTORE_POINTS
     shares_cache: bool = False
+    tapped_width: int = 0
 
     @property
     def tree_rows(self) -> int:

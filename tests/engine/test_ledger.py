@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.dflash import save_dflash
+from support.eagle3 import KINDS, save_eagle3
 from support.engines import NOTHING, make_plan, random_prompt
 from support.heads import LAYOUTS, head_of, random_target, save_with_mtp
 from support.loading import load_engine
@@ -105,7 +107,7 @@ def planned(
         chunk_rows=CHUNK_ROWS,
         seats=case.seats,
     )
-    work = replace(plan.work, dtype=case.dtype, shares_cache=draft.is_copy)
+    work = replace(plan.work, dtype=case.dtype, shares_cache=draft.is_copy, tapped_width=draft_spec.tapped_width)
     ledger = build_ledger(spec, draft_spec, work, plan.placement)
     plan = replace(plan, work=work, quant=quant, draft_quant=draft_quant, ledger=ledger)
     larger = with_trees(plan, spec, draft_spec, case.tree_budget, case.head_rows)
@@ -152,7 +154,7 @@ def check_ledger(
     assert living.peak <= promised <= 1.25 * living.peak + pieces
 
 
-HEAD_CASES = [Case("qwen3", 240, 16, "fp32"), Case("deepseek_v3", 224, 32, "fp32"), Case("qwen3", 192, 64, "bf16")]
+HEAD_CASES = [Case("qwen3", 240, 16, "fp32"), Case("deepseek_v3", 224, 32, "fp32"), Case("qwen3", 240, 16, "bf16")]
 
 
 @pytest.mark.slow
@@ -162,6 +164,29 @@ def test_ledger_and_memory_of_a_head(case: Case, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(HeadCheck, "compare", lambda *_: None)  # a random head would be given up
     target = save_with_mtp(random_target(case.architecture), tmp_path / "target", LAYOUTS[case.architecture])
     check_ledger(case, target, head_of(target))
+
+
+OTHER_CASES = [Case("qwen3", 240, 16, "fp32"), Case("llama", 240, 16, "bf16")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", OTHER_CASES, ids=lambda case: f"{case.architecture}-{case.dtype}-{case.tree_budget}")
+def test_ledger_and_memory_of_an_eagle3_head(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Taps keep a row of the head's width for each row of a prompt."""
+    monkeypatch.setattr(HeadCheck, "count", lambda *_: None)  # a random head would be given up
+    target = save(random_model(make_config(case.architecture)), tmp_path / "target")
+    check_ledger(case, target, save_eagle3(64, tmp_path / "head", KINDS["specforge"]).source)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case", OTHER_CASES[:1], ids=lambda case: f"{case.architecture}-{case.dtype}-{case.tree_budget}"
+)
+def test_ledger_and_memory_of_a_dflash_head(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The scores of all levels are held while a tree grows; small trees, because no tree grows beside a prompt."""
+    monkeypatch.setattr(HeadCheck, "count", lambda *_: None)
+    target = save(random_model(make_config(case.architecture)), tmp_path / "target")
+    check_ledger(case, target, save_dflash(tmp_path / "head").source)
 
 
 # Small trees: the ledger counts a tree beside the longest prompt, which retrieval may grow, but a copy does not.

@@ -24,7 +24,7 @@ from specchat.models.sizes.known_specs import known_spec
 from specchat.planner.request import PlanInputs, PlanRequest
 from specchat.planner.search import choose_plan, smaller_plan
 from specchat.records.limits import UNREAD_STATES
-from specchat.records.model import HEAD_SUFFIX, ModelSource, ModelSpec, ParamSize
+from specchat.records.model import HEAD_SUFFIXES, ModelSource, ModelSpec, ParamSize
 from specchat.units import GIB
 
 GPU = Machine("cuda:0", 8 * GIB, 32 * GIB, fast_bf16=True)
@@ -46,7 +46,7 @@ def head_like(target: ModelSpec) -> ModelSpec:
         other_params=(ParamSize(target.hidden_size),),
         kv_shapes=target.kv_shapes[:1],
         lookup_params=0,
-        architecture=target.architecture + HEAD_SUFFIX,
+        architecture=target.architecture + HEAD_SUFFIXES["mtp"],
     )
 
 

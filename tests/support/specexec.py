@@ -75,6 +75,7 @@ class SpecExecDrafter:
         pass
 
     wants_states = False
+    taps = None
 
     def commit(self, seat: int, path: Sequence[int], tokens: Sequence[int]) -> None:
         pass

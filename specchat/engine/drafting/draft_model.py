@@ -14,6 +14,7 @@ from specchat.engine.drafting.sources import SMALL_DRAFT
 from specchat.engine.layout import PassLayout, RowLayout, linear_layout
 from specchat.engine.model import TreeModel
 from specchat.engine.sequence import FinalStates, TokenSequence
+from specchat.engine.taps import LayerTaps
 from specchat.engine.tree import ROOT, common_prefix
 
 # Rows that a prompt has at least. Within a text, a step hands fewer rows to the draft, and recurrent layers can return
@@ -32,6 +33,8 @@ class DraftModel:
 
     name = "model"
     wants_states = False
+    taps: LayerTaps | None = None
+    knows_all_levels = False
     expands_chains = True
     temperatures = SMALL_DRAFT
 

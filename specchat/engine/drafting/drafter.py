@@ -35,6 +35,7 @@ from specchat.engine.drafting.retrieval import Retrieval
 from specchat.engine.drafting.sources import ProposingSource, ScoringSource
 from specchat.engine.model import TreeModel
 from specchat.engine.sequence import FinalStates, TokenSequence
+from specchat.engine.taps import LayerTaps
 from specchat.engine.tree import ROOT, TokenTree
 from specchat.records.generation import SourceWork
 from specchat.records.limits import DRAFT_BRANCH
@@ -90,6 +91,10 @@ class Drafter(Protocol):
     def wants_states(self) -> bool:
         """Whether the drafter reads the target's hidden states of committed rows."""
 
+    @property
+    def taps(self) -> LayerTaps | None:
+        """What the drafter reads of the target's layers in every pass; None if it reads the last states or none."""
+
     def receive(self, seat: int, states: FinalStates) -> None:
         """Take the target's states of a seat's rows that became final, after `commit`; only if `wants_states`."""
 
@@ -109,6 +114,7 @@ class NoDrafter:
     models: Sequence[TreeModel] = ()
     work: Sequence[SourceWork] = ()
     wants_states = False
+    taps: LayerTaps | None = None
 
     def grow(
         self, sequences: Sequence[TokenSequence], policy: DraftPolicy, cancel: threading.Event | None
@@ -216,6 +222,11 @@ class TreeDrafter:
     def wants_states(self) -> bool:
         """Whether the scoring source reads the target's states."""
         return self._sources.scorer is not None and self._sources.scorer.wants_states
+
+    @property
+    def taps(self) -> LayerTaps | None:
+        """What the scoring source reads of the target's layers."""
+        return None if self._sources.scorer is None else self._sources.scorer.taps
 
     def receive(self, seat: int, states: FinalStates) -> None:
         """Hand the target's states to the scoring source."""

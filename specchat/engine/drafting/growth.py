@@ -131,7 +131,8 @@ class Growth:
                 return paths
             logits = scorer.expand(paths, nodes, self._cancel)
             paths = self._scored(paths, scorer, paths.tree[nodes], nodes, logits)
-            self._count_pass(len(nodes), begin)
+            if not scorer.knows_all_levels:
+                self._count_pass(len(nodes), begin)
 
     def _count_pass(self, rows: int, begin: _Begin) -> None:
         self.passes += 1
@@ -152,7 +153,8 @@ class Growth:
     def _nodes_to_expand(self, paths: Paths, scorer: ScoringSource) -> Tensor:
         """Return the nodes of the next pass, sorted by tree; none ends the growth."""
         nodes = self._open(paths, scorer)
-        nodes = nodes[: self._policy.num_to_expand(nodes.tolist(), paths.score[nodes].tolist(), self._roots)]
+        if not scorer.knows_all_levels:
+            nodes = nodes[: self._policy.num_to_expand(nodes.tolist(), paths.score[nodes].tolist(), self._roots)]
         return nodes[paths.tree[nodes].argsort(stable=True)] if len(self._sequences) > 1 else nodes
 
     def _open(self, paths: Paths, scorer: ScoringSource) -> Tensor:

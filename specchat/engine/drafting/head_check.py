@@ -7,7 +7,7 @@ cost most of the speed, so nothing but agreement shows them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from specchat.records.limits import HEAD_BLOCK_ROWS
 
 # Rows to compare: few enough to cost nothing, enough to tell a head from chance. Published heads agree on half of the
 # rows and more; a head of shifted rows agrees on 2% (tenstorrent/vllm, pull request 442).
-_LEAST_ROWS, _MOST_ROWS = 48, 96
+_LEAST_ROWS, MOST_CHECKED_ROWS = 48, 96
 # Least share of the rows on which chance would not agree.
 _LEAST_SKILL = 0.1
 
@@ -35,12 +35,16 @@ class HeadDisagreesError(Exception):
 
 
 class HeadCheck:
-    """Compares the first choices of a head and the target until enough rows are known; then it is done."""
+    """Compares the first choices of a head and the target until enough rows are known.
+
+    Attributes:
+        is_done: whether enough rows are known, so that nothing more is compared.
+    """
 
     def __init__(self) -> None:
         self._ours: list[int] = []
         self._theirs: list[int] = []
-        self._is_done = False
+        self.is_done = False
 
     def compare(self, target: TreeModel, outputs: Sequence[Tensor], states: Sequence[Tensor]) -> None:
         """Compare more rows.
@@ -54,15 +58,25 @@ class HeadCheck:
         Raises:
             HeadDisagreesError: the head's choices are hardly better than chance.
         """
-        if self._is_done:
+        if self.is_done:
             return
-        for ours, theirs in zip(outputs, states, strict=True):
-            self._ours += _choices(target, ours[:-1][-_MOST_ROWS:])
-            self._theirs += _choices(target, theirs[1:][-_MOST_ROWS:])
+        for one, other in zip(outputs, states, strict=True):
+            rows = slice(-MOST_CHECKED_ROWS, None)
+            self._ours += choices(target.logits, one[:-1][rows])
+            self._theirs += choices(target.logits, other[1:][rows])
+        self._judge()
+
+    def count(self, ours: Sequence[int], theirs: Sequence[int]) -> None:
+        """Compare the choices of head and target, row by row; see `compare`."""
+        self._ours += ours
+        self._theirs += theirs
+        self._judge()
+
+    def _judge(self) -> None:
         num_rows = len(self._ours)
         if num_rows < _LEAST_ROWS:
             return
-        self._is_done = True
+        self.is_done = True
         num_agreed = sum(one == other for one, other in zip(self._ours, self._theirs, strict=True))
         their_counts = Counter(self._theirs)
         by_chance = sum(their_counts[token] for token in self._ours) / num_rows
@@ -70,7 +84,7 @@ class HeadCheck:
             raise HeadDisagreesError(num_agreed, num_rows)
 
 
-def _choices(target: TreeModel, hidden: Tensor) -> list[int]:
-    """Return the likeliest token after each row, scored in blocks."""
-    blocks = [target.logits(block).argmax(-1) for block in hidden.split(HEAD_BLOCK_ROWS)] if len(hidden) else []
+def choices(score: Callable[[Tensor], Tensor], hidden: Tensor) -> list[int]:
+    """Return the likeliest token after each row of `hidden`, scored in blocks by `score`."""
+    blocks = [score(block).argmax(-1) for block in hidden.split(HEAD_BLOCK_ROWS)] if len(hidden) else []
     return torch.cat(blocks).tolist() if blocks else []

@@ -25,6 +25,7 @@ from specchat.engine.drafting.sources import SMALL_DRAFT
 from specchat.engine.layout import PassLayout, RowLayout, linear_layout
 from specchat.engine.model import TreeModel
 from specchat.engine.sequence import FinalStates, TokenSequence
+from specchat.engine.taps import LayerTaps
 from specchat.engine.tree import ROOT, common_prefix
 from specchat.models.hf.mtp import MtpSkeleton
 from specchat.records.limits import UNREAD_STATES
@@ -47,7 +48,7 @@ class MtpModel(TreeModel):
         """Compute the outputs of new rows [rows, hidden], and append the rows to the cache.
 
         Args:
-            target: model whose embeddings the head shares.
+            target: model whose embeddings the head may share.
             token_ids: token after each row.
             states: the target's state of each row, or the parent's output in place of a state, [rows, hidden].
             layout: positions and visibility of the rows.
@@ -58,11 +59,23 @@ class MtpModel(TreeModel):
         """
         size = self.chunk_rows
         chunks = [
-            self.skeleton.join(target.embed(token_ids[begin : begin + size]), states[begin : begin + size])
+            self.skeleton.join(self.embedded(target, token_ids[begin : begin + size]), states[begin : begin + size])
             for begin in range(0, len(token_ids), size)
         ]
         self._rows = chunks[0] if len(chunks) == 1 else torch.cat(chunks)
-        return self.forward(token_ids, layout, cancel)
+        del chunks
+        try:
+            return self.forward(token_ids, layout, cancel)
+        finally:
+            del self._rows  # no ledger counts these rows after the pass
+
+    def embedded(self, target: TreeModel, token_ids: Sequence[int]) -> Tensor:
+        """Return the embeddings [n, hidden] of token ids, which are the target's."""
+        return target.embed(token_ids)
+
+    def scores(self, target: TreeModel, outputs: Tensor) -> Tensor:
+        """Return the scores, float32 [n, V], of outputs [n, hidden], by the target's head."""
+        return target.logits(outputs)
 
     def _decode(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         return self.skeleton.hidden_of(self._rows, positions, self._hf_cache)
@@ -151,6 +164,8 @@ class MtpHead:
 
     name = "mtp"
     wants_states = True
+    taps: LayerTaps | None = None
+    knows_all_levels = False
     expands_chains = False
     temperatures = SMALL_DRAFT
 
@@ -191,7 +206,7 @@ class MtpHead:
         self._outputs = [last.new_empty(1 + self._max_rows, last.shape[-1]) for _ in sequences]
         for kept, each in zip(self._outputs, last, strict=True):
             kept[0] = each
-        return self._target.logits(last), sum(map(len, outputs))
+        return self._model.scores(self._target, last), sum(map(len, outputs))
 
     @property
     def num_free_rows(self) -> int:
@@ -216,7 +231,7 @@ class MtpHead:
         )
         for tree, of_tree, new in places:
             self._outputs[tree][new] = outputs[of_tree]
-        return self._target.logits(outputs)
+        return self._model.scores(self._target, outputs)
 
     def end(self) -> None:
         """Do nothing: the rows are in the head's own cache."""
@@ -260,11 +275,25 @@ class MtpHead:
             parts.append((seat, linear_layout(begin, len(text) - 1 - begin, self._model.device)))
         read = self._model.read(self._target, tokens, torch.cat(states), PassLayout(parts), cancel)
         outputs = list(read.split([len(each) for each in states]))
-        for (seat, text), each in zip(texts, states, strict=True):
+        for (seat, text), each, own in zip(texts, states, outputs, strict=True):
             held = self._held[seat]
+            self._compare(seat, held.start + len(text) - 1 - len(own), own, each)
             held.text = held.read = text
             # A text that goes on differently needs the last state again.
             held.first, held.states = len(text) - 2, each[-1:].clone()
-        if self._check is not None:
-            self._check.compare(self._target, outputs, states)
         return outputs
+
+    def _compare(self, seat: int, first: int, outputs: Tensor, states: Tensor) -> None:
+        """Let the check compare new rows.
+
+        Args:
+            seat: seat of the rows.
+            first: number of tokens before the first row.
+            outputs: outputs of the rows, [rows, hidden].
+            states: what the head read in place of the target's states, [rows, hidden].
+
+        Raises:
+            HeadDisagreesError: the head's choices are hardly better than chance.
+        """
+        if self._check is not None:
+            self._check.compare(self._target, [outputs], [states])

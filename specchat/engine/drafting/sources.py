@@ -12,6 +12,7 @@ from torch import Tensor
 from specchat.engine.drafting.paths import Paths
 from specchat.engine.model import TreeModel
 from specchat.engine.sequence import FinalStates, TokenSequence
+from specchat.engine.taps import LayerTaps
 
 # Most tokens before a node that a proposing source is shown: longer repeats are no more certain.
 TAIL = 16
@@ -61,6 +62,8 @@ class ScoringSource(Protocol):
         name: name of the source.
         models: models that the source holds in memory.
         wants_states: whether the source reads the target's states, which `receive` hands over.
+        taps: what the source reads of the states between the target's layers; None if nothing.
+        knows_all_levels: whether `begin` computes the scores of all levels, so that expanding nodes takes no pass.
         expands_chains: whether a pass can compute a node together with its descendants.
         temperatures: temperatures of path weights.
     """
@@ -68,6 +71,8 @@ class ScoringSource(Protocol):
     name: str
     models: Sequence[TreeModel]
     wants_states: bool
+    taps: LayerTaps | None
+    knows_all_levels: bool
     expands_chains: bool
     temperatures: Temperatures
 

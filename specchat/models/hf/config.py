@@ -31,13 +31,21 @@ def load_config(folder: Path) -> Any:
     config = make_config(folder / "config.json", values)
     kind = values["model_type"]
     with refusing(kind, CANNOT_BUILD):
-        config = text_half(config)
-        for name in _QUANTIZATION:  # read by specchat; transformers would start its own quantizers
-            vars(config).pop(name, None)
+        config = without_quantization(text_half(config))
         model_class = text_model_class(config)
         if model_class is None:
             raise UnsupportedModelError(f"'{kind}' is not a model that generates text")
         _check_layer_kinds(config, model_class)
+    return config
+
+
+def without_quantization(config: Any) -> Any:
+    """Return a configuration that no longer says how its tensors are quantized.
+
+    specchat reads this itself, and transformers would start its own quantizers.
+    """
+    for name in _QUANTIZATION:
+        vars(config).pop(name, None)
     return config
 
 

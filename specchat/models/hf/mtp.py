@@ -52,8 +52,8 @@ def build_mtp(
         attention: attention function that the layer calls; None for the architecture's own.
         has_experts: whether the head's layer is a mixture of experts.
     """
-    skeleton = build_skeleton(_one_layer(config, has_experts=has_experts), dtype, attention)
-    layer, norm = skeleton.layers[0], _last_norm(skeleton)
+    skeleton = build_skeleton(one_layer(config, has_experts=has_experts), dtype, attention)
+    layer, norm = skeleton.layers[0], last_norm(skeleton)
     layer.enorm, layer.hnorm = copy.deepcopy(norm), copy.deepcopy(norm)
     width = skeleton.config.hidden_size
     layer.eh_proj = torch.nn.Linear(2 * width, width, bias=False, device="meta", dtype=dtype)
@@ -63,7 +63,7 @@ def build_mtp(
 
 def norm_path(skeleton: Skeleton) -> str:
     """Return the path of the last norm in the model."""
-    return path_of(skeleton.model, _last_norm(skeleton))
+    return path_of(skeleton.model, last_norm(skeleton))
 
 
 def without_shared(skeleton: Skeleton) -> MtpSkeleton:
@@ -75,7 +75,8 @@ def without_shared(skeleton: Skeleton) -> MtpSkeleton:
     return MtpSkeleton(skeleton.config, model, skeleton.decoder, skeleton.layers, skeleton.layers_name)
 
 
-def _one_layer(config: Any, *, has_experts: bool) -> Any:
+def one_layer(config: Any, *, has_experts: bool) -> Any:
+    """Return a copy of a configuration for a model with a single layer of full attention."""
     one = copy.deepcopy(config)
     one.per_layer_config = getattr(config, "mtp_per_layer_config", None)
     if getattr(config, "layer_types", None) is not None:
@@ -90,7 +91,12 @@ def _one_layer(config: Any, *, has_experts: bool) -> Any:
     return one
 
 
-def _last_norm(skeleton: Skeleton) -> Any:
+def last_norm(skeleton: Skeleton) -> Any:
+    """Return the norm after the last layer.
+
+    Raises:
+        UnsupportedModelError: there is none, or more than one.
+    """
     norms = [child for name, child in skeleton.decoder.named_children() if "norm" in name]
     if len(norms) != 1:
         raise UnsupportedModelError(f"'{skeleton.config.model_type}' has no single norm after its last layer")

@@ -143,6 +143,13 @@ def path_of(model: Any, part: Any) -> str:
     return next(path for path, module in model.named_modules() if module is part)
 
 
+def norm_like(norm: Any, width: int) -> Any:
+    """Return a norm of the same kind without weights, for rows of another width."""
+    twin = copy.deepcopy(norm)
+    twin.weight = torch.nn.Parameter(torch.empty(width, device="meta", dtype=norm.weight.dtype), requires_grad=False)
+    return twin
+
+
 def lookup_embeddings(skeleton: Skeleton) -> Any | None:
     """Return the input embeddings if their weights are only used to look up tokens, so no head shares them."""
     try:
@@ -156,9 +163,10 @@ def lookup_embeddings(skeleton: Skeleton) -> Any | None:
 def head_names(skeleton: Skeleton) -> tuple[str, ...]:
     """Return the parameters that may hold the head's matrix, in order of preference if a checkpoint has both."""
     model = skeleton.model
-    head, embedding = (
-        f"{path_of(model, module)}.weight" for module in (model.get_output_embeddings(), model.get_input_embeddings())
-    )
+    head, inputs = f"{path_of(model, model.get_output_embeddings())}.weight", model.get_input_embeddings()
+    if inputs is None:  # of a head with the target's embeddings
+        return (head,)
+    embedding = f"{path_of(model, inputs)}.weight"
     return (embedding, head) if getattr(skeleton.config, "tie_word_embeddings", False) else (head, embedding)
 
 

@@ -18,7 +18,7 @@ SMALL_BYTES = 64 * MIB
 
 def pack_name(source: ModelSource) -> str:
     """Return the name of a model's pack for messages and lists; that of a part names its target."""
-    if not source.part:
+    if source.part not in {"mtp", "self"}:
         return source.name
     folder = source.path
     if source.revision is not None and folder.parent.name == "snapshots":  # the folder's own name is the commit

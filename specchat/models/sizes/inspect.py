@@ -12,7 +12,6 @@ from specchat.models.gguf.tensors import open_tensors
 from specchat.models.hf.config import experts_per_row, load_config, max_positions, mlp_size, tiny_config
 from specchat.models.hf.config_values import why_not_built
 from specchat.models.hf.kv_shapes import record_kv_shapes
-from specchat.models.hf.mtp import without_shared
 from specchat.models.hf.refusals import CANNOT_SHRINK, refusing
 from specchat.models.hf.skeleton import Skeleton, build_skeleton, lookup_embeddings
 from specchat.models.hf.wrappers import wrapper_type
@@ -20,12 +19,12 @@ from specchat.models.quant.modules import quant_linears, segment_names
 from specchat.models.sizes import activations
 from specchat.models.weights.choose_recipe import assume_recipe, choose_recipe
 from specchat.models.weights.experts import pooled_experts
+from specchat.models.weights.heads import open_head
 from specchat.models.weights.match import match_checkpoint
-from specchat.models.weights.mtp import open_mtp
 from specchat.models.weights.open import open_reader
 from specchat.models.weights.recipe import Recipe, apply_recipe
 from specchat.records.model import (
-    HEAD_SUFFIX,
+    HEAD_SUFFIXES,
     Activations,
     Dtype,
     ModelSource,
@@ -47,8 +46,8 @@ def inspect_model(source: ModelSource, quant: Quant) -> ModelSpec:
         CorruptCheckpointError, UnsupportedModelError: faults that `load_config` and `choose_recipe` report.
         UsageError: a pre-quantized model with another quantization requested.
     """
-    if source.part == "mtp":
-        return _inspect_mtp(source, quant)
+    if source.is_head:
+        return _inspect_head(source, quant)
     config, checkpoint = load_config(source.path), _checkpoint_here(source)
     with refusing(config.model_type, why_not_built(config)):
         if checkpoint is None:
@@ -85,30 +84,33 @@ def inspect_model(source: ModelSource, quant: Quant) -> ModelSpec:
     )
 
 
-def _inspect_mtp(source: ModelSource, quant: Quant) -> ModelSpec:
-    """Measure the sizes of a model's MTP head, without the embeddings and the scores that are the target's.
+def _inspect_head(source: ModelSource, quant: Quant) -> ModelSpec:
+    """Measure the sizes of a head, without embeddings and scores that are the target's.
 
     Raises:
-        UsageError: the model has no MTP layer.
-        CorruptCheckpointError: a tensor of the layer is missing, or has another shape than the target's layers.
+        UsageError: the model has no such head.
+        CorruptCheckpointError: a tensor of the head is missing, or has another shape than the configuration says.
     """
-    whole, checkpoint = open_mtp(source, torch.float32, activations.profiling_attention)
+    head = open_head(source, torch.float32, activations.profiling_attention)
+    whole, checkpoint = head.whole, head.checkpoint
     config = whole.config
-    narrow = open_mtp(source, torch.bfloat16, activations.profiling_attention)[0]
+    narrow = open_head(source, torch.bfloat16, activations.profiling_attention).whole
     narrowed_bytes = _outer_buffer_bytes(whole) - _outer_buffer_bytes(narrow)
     of_architecture = _measure(config, whole) | {"narrowed_bytes": narrowed_bytes}
-    skeleton = without_shared(whole)
-    of_architecture["architecture"] += HEAD_SUFFIX
+    profiled_bytes = _buffer_bytes(whole)  # profiling has changed their dtype
+    skeleton = head.finish(whole)
+    of_architecture["architecture"] += HEAD_SUFFIXES[source.part]
     of_architecture["num_params"] = sum(p.numel() for p in skeleton.model.parameters())
+    of_architecture["num_layer_params"] = sum(map(_num_params, skeleton.layers))
+    of_architecture["buffer_bytes"] += _buffer_bytes(skeleton) - profiled_bytes
     recipe = choose_recipe(source, skeleton, quant, checkpoint)
     open_reader(skeleton, checkpoint, recipe).close()  # checks the tensors, and replaces the matrices
-    (layer,) = skeleton.layers
     outside = [p for name, p in skeleton.model.named_parameters() if not name.startswith(f"{skeleton.layers_name}.")]
     return ModelSpec(
         **of_architecture,
         name=source.name,
         dtype=_checkpoint_dtype(config, checkpoint),
-        layer_params=(_param_sizes(layer),),
+        layer_params=tuple(_param_sizes(layer) for layer in skeleton.layers),
         other_params=tuple(_param_size(parameter, is_segment=False) for parameter in outside),
         quant=quant if recipe is None else recipe.name,
         quant_shapes=tuple(sorted({linear.shape for _, linear in quant_linears(skeleton.model)})),
@@ -128,7 +130,7 @@ def _measure(config: Any, skeleton: Skeleton) -> dict[str, Any]:
         "max_positions": max_positions(config),
         "num_params": _num_params(skeleton.model),
         "num_layer_params": sum(map(_num_params, skeleton.layers)) + _num_shared_params(skeleton),
-        "buffer_bytes": sum(b.nbytes for b in skeleton.model.buffers()),
+        "buffer_bytes": _buffer_bytes(skeleton),
         "kv_shapes": record_kv_shapes(skeleton),
         "activations": _profiled(skeleton),  # `dequantize_bytes` covers the scratch memory of quantized modules
     }
@@ -159,6 +161,10 @@ def _num_shared_params(skeleton: Skeleton) -> int:
     """Return the number of weights of shared blocks, each as often as layers use it."""
     uses = [len(block.uses) for block in skeleton.shared_blocks]
     return sum(num * _num_params(block) for num, block in zip(uses, _shared_blocks(skeleton), strict=True))
+
+
+def _buffer_bytes(skeleton: Skeleton) -> int:
+    return sum(buffer.nbytes for buffer in skeleton.model.buffers())
 
 
 def _num_params(module: Any) -> int:

@@ -13,13 +13,12 @@ from specchat.models.hf.attention import AttentionFunction
 from specchat.models.hf.config import load_config
 from specchat.models.hf.config_values import why_not_built
 from specchat.models.hf.kv_shapes import record_kv_shapes
-from specchat.models.hf.mtp import without_shared
 from specchat.models.hf.refusals import refusing
 from specchat.models.hf.skeleton import Skeleton, build_skeleton
 from specchat.models.weights.checkpoint_recipe import CheckpointRecipe
 from specchat.models.weights.choose_recipe import choose_recipe
+from specchat.models.weights.heads import open_head
 from specchat.models.weights.match import match_checkpoint
-from specchat.models.weights.mtp import open_mtp
 from specchat.models.weights.prequantized import PrequantizedFiller
 from specchat.models.weights.quantizing import QuantizingFiller
 from specchat.models.weights.reader import WeightReader
@@ -76,14 +75,15 @@ def open_weights(
         UnsupportedModelError: an architecture or quantization that specchat does not read.
         UsageError: a pre-quantized model with another quantization requested, or a model without the part.
     """
-    if source.part == "mtp":
-        skeleton, checkpoint = open_mtp(source, torch_dtype(dtype), attention)
+    head = open_head(source, torch_dtype(dtype), attention) if source.is_head else None
+    if head is not None:
+        skeleton, checkpoint = head.whole, head.checkpoint
     else:
         skeleton, checkpoint = _open_whole(source, torch_dtype(dtype), attention)
     if attention is not None and len(kv_shapes) != len(skeleton.layers):
         kv_shapes = record_kv_shapes(skeleton)  # before modules are replaced
-    if source.part == "mtp":
-        skeleton = without_shared(skeleton)
+    if head is not None:
+        skeleton = head.finish(skeleton)
     recipe = choose_recipe(source, skeleton, quant, checkpoint)
     reader = open_reader(skeleton, checkpoint, recipe)
     return ModelWeights(source, dtype, skeleton, checkpoint, recipe, reader, kv_shapes)

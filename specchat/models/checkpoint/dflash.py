@@ -1,0 +1,119 @@
+"""DFlash heads on disk: what config.json says of them, and their tensors under the names of the modules."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from specchat.errors import CorruptCheckpointError, UnsupportedModelError
+from specchat.models.checkpoint.json_file import read_json
+from specchat.models.checkpoint.safetensors import Checkpoint, TensorInfo
+
+_CLASS = "DFlashDraftModel"
+# Classes of relatives with more parts, which would be left out.
+_RELATIVES = ("DFlash2DraftModel", "DSparkDraftModel")
+_OWN = ("fc.", "hidden_norm.")
+_REDOWNLOAD = "config.json and the weights do not match; download both again"
+
+
+@dataclass(frozen=True)
+class DFlashConfig:
+    """What the files of a DFlash head say of it.
+
+    Attributes:
+        layers: layers of the target whose outputs the head reads.
+        target_size: hidden width of the target.
+        mask_token: token of the places that are guessed.
+        block_size: rows of a block: the last token of the text, and the places to guess.
+        target_layers: number of layers of the target; None if config.json does not say.
+        sliding_is_causal: whether a row of a block sees only earlier rows, in layers with sliding windows.
+    """
+
+    layers: tuple[int, ...]
+    target_size: int
+    mask_token: int
+    block_size: int
+    target_layers: int | None
+    sliding_is_causal: bool
+
+
+def is_dflash(folder: Path) -> bool:
+    """Return whether a folder's config.json is that of a DFlash head.
+
+    Raises:
+        UnsupportedModelError: a relative of DFlash that is not read.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        return False
+    config = read_json(file)
+    found = config.get("architectures")
+    classes = found if isinstance(found, list) else []
+    for relative in _RELATIVES:
+        if relative in classes:
+            name = relative.removesuffix("DraftModel")
+            raise UnsupportedModelError(f"{folder} is a {name} head, but only DFlash and EAGLE-3 heads are supported")
+    return _CLASS in classes
+
+
+def dflash_config(folder: Path) -> DFlashConfig:
+    """Return what a head's config.json says.
+
+    Raises:
+        CorruptCheckpointError: a value that every head has is missing.
+    """
+    config = read_json(folder / "config.json")
+    own = config.get("dflash_config")
+    values: Mapping[str, Any] = {**config, **(own if isinstance(own, Mapping) else {})}
+    layers, target_layers = values.get("target_layer_ids"), values.get("num_target_layers")
+    if not isinstance(layers, list) or not layers or not all(isinstance(each, int) and each >= 0 for each in layers):
+        raise _lacks(folder, "target_layer_ids")
+    return DFlashConfig(
+        layers=tuple(layers),
+        target_size=_count(folder, values, "hidden_size", 1),  # embeddings are the target's, so both have one width
+        mask_token=_count(folder, values, "mask_token_id", 0),
+        block_size=_count(folder, values, "block_size", 2),
+        target_layers=target_layers if isinstance(target_layers, int) else None,
+        sliding_is_causal=bool(values.get("causal", values.get("is_causal", True))),
+    )
+
+
+def _count(folder: Path, values: Mapping[str, Any], name: str, least: int) -> int:
+    found = values.get(name)
+    if not isinstance(found, int) or found < least:
+        raise _lacks(folder, name)
+    return found
+
+
+def _lacks(folder: Path, name: str) -> CorruptCheckpointError:
+    return CorruptCheckpointError(
+        f"{folder / 'config.json'} has no valid {name} of a DFlash head", hint="download the head's files again"
+    )
+
+
+def with_module_names(checkpoint: Checkpoint, layers: str, decoder: str) -> Checkpoint:
+    """Return a head's tensors under the names of the modules.
+
+    Args:
+        checkpoint: checkpoint of the head.
+        layers: path of the layers in the model.
+        decoder: path of the decoder in the model.
+
+    Raises:
+        CorruptCheckpointError: tensors that every head has are missing.
+    """
+    found: dict[str, TensorInfo] = {}
+    for key, info in checkpoint.tensors.items():
+        name = key.removeprefix("model.")
+        if name.startswith("layers."):
+            full = f"{layers}.{name.removeprefix('layers.')}"
+        elif name.startswith((*_OWN, "norm.")):
+            full = f"{decoder}.{name}"
+        else:
+            continue  # copies of the target's embeddings and head
+        found[full] = replace(info, key=full)
+    missing = {f"{decoder}.{name}weight" for name in _OWN} - found.keys()
+    if missing:
+        raise CorruptCheckpointError(f"tensor '{min(missing)}' is missing from {checkpoint.folder}", hint=_REDOWNLOAD)
+    return Checkpoint(checkpoint.folder, MappingProxyType(found))

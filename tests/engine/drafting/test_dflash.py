@@ -1,0 +1,183 @@
+"""DFlash heads: scores equal transformers' own generator, and the cache follows what the target has committed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from support.dflash import BLOCK, Saved, load_pair, save_dflash
+from support.engines import random_prompt
+from support.heads import CPU, CTX
+from support.tiny_models import VOCAB, make_config, random_model, save
+
+from specchat.engine.drafting.dflash import DFlashHead
+from specchat.engine.drafting.head_check import HeadCheck
+from specchat.engine.drafting.paths import Paths
+from specchat.engine.layout import PassLayout, linear_layout
+from specchat.engine.sampling import Sampler
+from specchat.engine.sequence import FinalStates, TokenSequence
+from specchat.engine.tree import ROOT
+from specchat.errors import CorruptCheckpointError, UnsupportedModelError
+from specchat.models.checkpoint.dflash import dflash_config, is_dflash
+from specchat.records.generation import Sampling
+from specchat.records.model import ModelSource
+
+TOLERANCE = 2e-5
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ModelSource]:
+    model = random_model(make_config("qwen3"))
+    return model, save(model, tmp_path_factory.mktemp("target") / "qwen3")
+
+
+@pytest.fixture(scope="module", params=["full", "sliding"])
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    return save_dflash(tmp_path_factory.mktemp("heads") / request.param, sliding=request.param == "sliding")
+
+
+class Reader:
+    """A target that reads tokens in sequence, and a head that is told of them."""
+
+    def __init__(self, head: DFlashHead) -> None:
+        self.head = head
+        self.tokens: list[int] = []
+
+    def read(self, tokens: list[int], following: int) -> None:
+        target, taps, first = self.head._target, self.head.taps, len(self.tokens)
+        assert taps is not None
+        hidden = target.forward(tokens, PassLayout.single(linear_layout(first, len(tokens), CPU)), taps=taps)
+        self.tokens += tokens
+        self.head.receive(0, FinalStates([*self.tokens, following], first, hidden, taps.take()))
+
+    def sequence(self, following: int) -> TokenSequence:
+        text = [*self.tokens, following]
+        return TokenSequence(0, 0, text, len(text) - 1, Sampler(Sampling(), VOCAB, CPU), frozenset(), CTX, "length")
+
+    def levels(self, following: int) -> torch.Tensor:
+        """Scores of all levels below the last token, [levels, V], asked node by node."""
+        first, rows = self.head.begin([self.sequence(following)], None)
+        assert rows == BLOCK
+        scores, paths = [first], Paths.empty()
+        for depth in range(BLOCK - 2):
+            parent = torch.tensor([ROOT if depth == 0 else depth - 1])
+            weight = torch.full((1, 1), -0.1, dtype=torch.float64)
+            paths = paths.with_children(torch.zeros(1, dtype=torch.int64), parent, weight, torch.tensor([[7]]), 64)
+            scores.append(self.head.expand(paths, torch.tensor([depth]), None))
+        self.head.end()
+        self.head.commit(0, [], [])
+        return torch.cat(scores)
+
+
+class Theirs:
+    """transformers' generator for the same target and head."""
+
+    def __init__(self, model: Any, saved: Saved) -> None:
+        module = pytest.importorskip("transformers.generation.candidate_generator")
+        self.model = model
+        self.generator = module.DFlashTokenCandidateGenerator(
+            saved.module, model.model.embed_tokens, model.lm_head, hf.GenerationConfig(do_sample=False, max_length=200)
+        )
+
+    @torch.no_grad()
+    def levels(self, text: list[int], num_new: int) -> torch.Tensor:
+        """Scores after a text whose last pass has read `num_new` tokens."""
+        ids = torch.tensor([text])
+        states = self.model.model(ids[:, :-1], output_hidden_states=True).hidden_states
+        first = len(text) - 1 - num_new
+        outputs = type("Outputs", (), {"hidden_states": [each[:, first:] for each in states]})()
+        named = {"position_ids": torch.arange(len(text))[None], "attention_mask": torch.ones_like(ids)}
+        _, scores = self.generator.get_candidates(ids, named, outputs, False, num_new - 1)
+        return scores[0]
+
+
+def check_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    assert ours.shape == theirs.shape == (BLOCK - 1, VOCAB)
+    assert (ours - theirs).abs().max() <= TOLERANCE * max(1.0, float(theirs.abs().max()))
+    assert theirs.std() > 0.1 and not torch.allclose(theirs[0], theirs[1])
+
+
+def test_scores_equal_transformers_generator(target: tuple[Any, ModelSource], saved: Saved):
+    """Two steps: after the prompt, and after two accepted tokens."""
+    (model, source), text = target, random_prompt(30, VOCAB)
+    reader, theirs = Reader(load_pair(source, saved.source, chunk_rows=8)), Theirs(model, saved)
+    reader.read(text[:20], text[20])
+    check_close(reader.levels(text[20]), theirs.levels(text[:21], 20))
+    reader.read(text[20:23], text[23])
+    check_close(reader.levels(text[23]), theirs.levels(text[:24], 3))
+
+
+def fresh(target: ModelSource, saved: Saved, text: list[int]) -> torch.Tensor:
+    reader = Reader(load_pair(target, saved.source))
+    reader.read(text[:-1], text[-1])
+    return reader.levels(text[-1])
+
+
+def test_rows_follow_the_committed_text(target: tuple[Any, ModelSource], tmp_path: Path):
+    """Blocks, steps without drafts, another last token and a text that goes back leave the rows of a new head."""
+    source, text, saved = target[1], random_prompt(30, VOCAB), save_dflash(tmp_path / "head")
+    reader = Reader(load_pair(source, saved.source))
+    assert reader.head.max_depth(reader.sequence(5)) == 0
+    reader.read(text[:10], text[10])
+    assert reader.head.max_depth(reader.sequence(text[10])) == BLOCK - 1
+    reader.levels(text[10])  # dropped
+    reader.read(text[10:13], 99)
+    check_close(reader.levels(99), fresh(source, saved, [*text[:13], 99]))
+    for place in range(13, 18):
+        reader.read([text[place]], text[place + 1])  # without drafts
+    check_close(reader.levels(text[18]), fresh(source, saved, text[:19]))
+    reader.head._target.cache.truncate(0, 8)
+    reader.tokens = reader.tokens[:8]
+    assert reader.head.max_depth(reader.sequence(text[8])) == 0
+    reader.read([*text[8:10], 7, 7], 5)
+    check_close(reader.levels(5), fresh(source, saved, [*text[:10], 7, 7, 5]))
+
+
+@pytest.mark.slow
+def test_a_head_that_missed_rows_goes_on_with_the_next_ones(target: tuple[Any, ModelSource], tmp_path: Path):
+    source, text, saved = target[1], random_prompt(30, VOCAB), save_dflash(tmp_path / "head")
+    reader = Reader(load_pair(source, saved.source))
+    reader.head._target.append(text[:6])  # read while another drafter was in use
+    reader.tokens = text[:6]
+    reader.read(text[6:12], text[12])
+    assert reader.head.max_depth(reader.sequence(text[12])) == BLOCK - 1
+    scores = reader.levels(text[12])
+    reader.read(text[12:15], text[15])
+    assert scores.isfinite().all() and not torch.allclose(scores, reader.levels(text[15]))
+
+
+class Heard(HeadCheck):
+    """A check that keeps what it is told."""
+
+    def count(self, ours: Any, theirs: Any) -> None:
+        self.pairs = [list(ours), list(theirs)]
+
+
+def test_the_check_compares_guesses_of_the_same_token(target: tuple[Any, ModelSource], tmp_path: Path):
+    (model, source), text, check = target, random_prompt(20, VOCAB), Heard()
+    reader = Reader(load_pair(source, save_dflash(tmp_path / "head").source, check=check))
+    reader.read(text[:10], text[10])
+    guessed = reader.levels(text[10]).argmax(-1).tolist()
+    reader.read(text[10:12], text[12])  # the root and one accepted node
+    reader.levels(text[12])
+    with torch.no_grad():
+        theirs = model(torch.tensor([text[:12]])).logits[0].argmax(-1).tolist()
+    assert check.pairs == [guessed[:2], theirs[10:12]]
+
+
+def test_configurations_that_are_refused(tmp_path: Path):
+    folder = save_dflash(tmp_path / "head").source.path
+    assert is_dflash(folder) and not is_dflash(tmp_path)
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    for name, value in (("block_size", 1), ("dflash_config", {}), ("hidden_size", None)):
+        file.write_text(json.dumps(config | {name: value}))
+        with pytest.raises(CorruptCheckpointError):
+            dflash_config(folder)
+    file.write_text(json.dumps(config | {"architectures": ["DFlash2DraftModel"]}))
+    with pytest.raises(UnsupportedModelError, match="DFlash2"):
+        is_dflash(folder)
