@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from specchat.hardware.machine import Machine
 from specchat.planner.acceptance import COPY_GAIN, MTP_ACCEPTANCE, RETRIEVAL_ACCEPTANCE, TYPICAL_ACCEPTANCE, Acceptance
+from specchat.planner.experts import NOTHING_LEARNT, LearntExperts
 from specchat.planner.rates import Rates
 from specchat.planner.statistics import RETRIEVAL, Statistics
 from specchat.records.model import ModelSource, ModelSpec, Quant
@@ -53,6 +54,7 @@ class PlanInputs:
         draft: sizes of the draft, or None.
         prior: typical acceptance of similar pairs.
         statistics: results of earlier chats.
+        experts: what earlier chats have shown about the target's experts.
         lower_drafts: sizes of the draft in lower precisions that the planner may choose.
         heads: sizes of the head that may draft instead, in the precisions that the planner may choose.
         free_disk_bytes: free bytes on the disk of packs.
@@ -65,6 +67,7 @@ class PlanInputs:
     draft: ModelSpec | None = None
     prior: Acceptance = TYPICAL_ACCEPTANCE
     statistics: Statistics = field(default_factory=Statistics)
+    experts: LearntExperts = NOTHING_LEARNT
     lower_drafts: tuple[ModelSpec, ...] = ()
     heads: tuple[ModelSpec, ...] = ()
     free_disk_bytes: int = 0
