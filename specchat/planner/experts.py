@@ -61,7 +61,7 @@ class LearntExperts:
 
     Attributes:
         uses: share of the passes that used each expert, by layer with experts.
-        factors: for numbers of rows, ascending: used and missed experts of these passes, relative to the prediction.
+        factors: ratios of used and of missed experts to the predicted ones, by rows of the passes, ascending.
     """
 
     uses: tuple[tuple[float, ...], ...] = ()
@@ -95,7 +95,7 @@ class ExpertTier:
         read_bytes: bytes that are read for one expert.
         quota: slots of each layer.
         num_cached: layers whose experts stay in the page cache.
-        learnt: what earlier passes have shown.
+        learnt: uses and ratios that earlier passes have shown.
     """
 
     num_layers: int

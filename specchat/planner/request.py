@@ -54,7 +54,7 @@ class PlanInputs:
         draft: sizes of the draft, or None.
         prior: typical acceptance of similar pairs.
         statistics: results of earlier chats.
-        experts: what earlier chats have shown about the target's experts.
+        experts: uses of the target's experts in earlier chats.
         lower_drafts: sizes of the draft in lower precisions that the planner may choose.
         heads: sizes of the head that may draft instead, in the precisions that the planner may choose.
         free_disk_bytes: free bytes on the disk of packs.
