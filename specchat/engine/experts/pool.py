@@ -83,6 +83,7 @@ class ExpertPool(LayerStreamer):
         self._used: Any = np.zeros((len(layers), num_experts), dtype=bool)  # by the pass in progress
         self._counts_uses = False
         self._next_shared = 0
+        self._ring: Any = np.tile(np.arange(self._first_shared, num_slots), 2)  # so that any round of it is a slice
         self._unfinished: Any = None  # slots that are being filled; None if all reads have ended
         self.kept_bytes = sum(stack.nbytes for stacks in held.values() for stack in stacks.values())
         self._hits = self._misses = 0
@@ -202,12 +203,13 @@ class ExpertPool(LayerStreamer):
 
     def _shared(self, count: int) -> Any:
         """Return shared slots that the layer in progress does not use, in the order of a ring."""
-        ring = np.arange(self._first_shared, self.num_slots)
-        ring = np.roll(ring, -self._next_shared)
+        if not count:
+            return self._ring[:0]
+        num_shared = self.num_slots - self._first_shared
+        ring = self._ring[self._next_shared : self._next_shared + num_shared]
         free = ring[~self._is_busy[ring]][:count]
         assert len(free) == count, "the shared slots hold the experts of a layer"
-        if count:
-            self._next_shared = (int(free[-1]) + 1 - self._first_shared) % len(ring)
+        self._next_shared = (int(free[-1]) + 1 - self._first_shared) % num_shared
         return free
 
     def _give_to(self, position: int, experts: Any, slots: Any) -> None:
