@@ -14,7 +14,7 @@ How a large model embeds a small one (d, h0: the demo's width and head dim; D, h
 - Every expert of a live layer computes the demo's MLP, so the text does not depend on the router. Routers are random.
   They read the first copy in idle layers too, where experts add zero: so hidden states choose experts in all layers.
   Measured in a text of 113 tokens with 8 of 128 experts: a token shares 27% of them with the one before, and finds 81%
-  among the 32 that were used most; llama.cpp's pull request 27861 measured as many on Qwen3-Next.
+  among the 32 that were used most (by decayed counts, after 60 tokens; one router, mean of 8 layers).
 
 All arbitrary weights are random: uniform bits except the exponent's highest. So weights stay below 4, none is subnormal
 (slow on CPUs), and zlib saves 1.5 % of an idle layer, 3 to 6 % of a live one (of Gaussian weights: 21 %).
