@@ -47,6 +47,7 @@ class StepClock:
         self._device = device
         self._num_sharing = num_sharing
         self._at_start = self._at_end = streamer.counters()
+        self._experts_used = b""
         self._begin = time.perf_counter()
         self._pass_s = self._draft_s = self._verify_s = self._sample_s = 0.0
 
@@ -81,6 +82,7 @@ class StepClock:
     def stop(self) -> None:
         """End the steps of the pass, which all take the same time."""
         self._at_end = self._streamer.counters()
+        self._experts_used = self._streamer.experts_used()
         self._pass_s = time.perf_counter() - self._begin
 
     def step(
@@ -122,6 +124,7 @@ class StepClock:
             streamed_bytes=self._at_end.num_bytes - self._at_start.num_bytes,
             expert_hits=self._at_end.expert_hits - self._at_start.expert_hits,
             expert_misses=self._at_end.expert_misses - self._at_start.expert_misses,
+            experts_used=self._experts_used,
             guesses=tree.by_source(path, work),
             tree=DraftTree(tree.tokens, tree.parents, tuple(path)) if len(tree) else None,
             num_sharing=self._num_sharing,

@@ -177,7 +177,7 @@ class Candidates:
         self._target = target
         self._dtype = dtype_for(request, inputs.machine, target)
         whole_layers = inputs.machine.device != "cpu" or request.choices.slots is not None
-        self._expert_options = None if whole_layers else expert_options(target, self._dtype)
+        self._expert_options = None if whole_layers else expert_options(target, self._dtype, inputs.experts)
         self._vram_bytes = (
             request.choices.vram_bytes if request.choices.vram_bytes is not None else default_budget(inputs.machine)
         )

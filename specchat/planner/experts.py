@@ -1,7 +1,8 @@
 """Predict how many experts a pass uses, how many of them the pool has, and the bytes that are missing."""
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from specchat.models.sizes.geometry import held_bytes, read_bytes, sizes_beside_experts, slot_bytes
@@ -24,14 +25,63 @@ def used_share(active_share: float, rows: int) -> float:
 def hit_rate(pool_share: float, used: float) -> float:
     """Return the expected share of a pass's experts that the pool has.
 
-    The pool keeps the experts of the highest decayed number of uses. Fitted to simulated passes of 1 to 64 rows over
-    128 experts, with an eighth, a quarter and half of them in the pool: within 0.05.
+    The pool keeps the experts of the highest decayed number of uses. Fitted to simulated passes of 1 to 64 rows over 32
+    to 512 experts, with an eighth to three quarters of them in the pool.
 
     Args:
         pool_share: share of a layer's experts that the pool keeps.
         used: share of a layer's experts that the pass uses.
     """
-    return 1.0 - math.pow(1.0 - pool_share, 1.0 + 3.4 * math.pow(1.0 - used, 1.5))
+    exponent = 1.0 + 3.9 * math.pow(1.0 - used, 1.45) * (1.0 - 0.6 * pool_share)
+    return 1.0 - math.pow(1.0 - pool_share, exponent)
+
+
+def hit_rate_with_shared(num_layers: int, pool_share: float, used: float) -> float:
+    """Return the expected share of a pass's experts that are in the pool, or still in the slots that layers share.
+
+    The shared slots hold one layer's experts, those that were read last. They add to the pool of every layer if the
+    misses of a whole pass fit, and nothing if a pass gives all of them away.
+
+    Args:
+        num_layers: number of layers that share these slots.
+        pool_share: share of a layer's experts that the pool keeps.
+        used: share of a layer's experts that the pass uses.
+    """
+    found = hit_rate(pool_share, used)
+    for _ in range(3):  # what the shared slots have need not be read, so it leaves more of them
+        missed = max(num_layers * used * (1.0 - found), 1e-9)
+        left = min(max(1.1 * (1.0 / missed - 1.0), 0.0), 1.0)
+        found = hit_rate(min(pool_share + left / num_layers, 1.0), used)
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class LearntExperts:
+    """What earlier passes of a model have shown about its experts.
+
+    Attributes:
+        uses: share of the passes that used each expert, by layer with experts.
+        factors: ratios of used and of missed experts to the predicted ones, by rows of the passes, ascending.
+    """
+
+    uses: tuple[tuple[float, ...], ...] = ()
+    factors: Mapping[float, tuple[float, float]] = field(default_factory=dict)
+
+    def factor(self, rows: int) -> tuple[float, float]:
+        """Return the factors for a number of rows, between those of its neighbours; 1 before anything was learned."""
+        known = list(self.factors.items())
+        if not known:
+            return 1.0, 1.0
+        above = next((i for i, (each, _) in enumerate(known) if each >= rows), len(known))
+        if above in (0, len(known)):
+            return known[min(above, len(known) - 1)][1]
+        (low, less), (high, more) = known[above - 1 : above + 1]
+        share = math.log(rows / low) / math.log(high / low)
+        used, missed = (math.pow(a, 1.0 - share) * math.pow(b, share) for a, b in zip(less, more, strict=True))
+        return used, missed
+
+
+NOTHING_LEARNT = LearntExperts()
 
 
 @dataclass(frozen=True)
@@ -45,6 +95,7 @@ class ExpertTier:
         read_bytes: bytes that are read for one expert.
         quota: slots of each layer.
         num_cached: layers whose experts stay in the page cache.
+        learnt: uses and ratios that earlier passes have shown.
     """
 
     num_layers: int
@@ -53,18 +104,26 @@ class ExpertTier:
     read_bytes: int
     quota: int
     num_cached: int
+    learnt: LearntExperts = NOTHING_LEARNT
 
     def used(self, rows: int) -> float:
         """Return the expected experts of a layer that a pass uses."""
-        return self.num_experts * used_share(self.per_row / self.num_experts, rows)
+        share = used_share(self.per_row / self.num_experts, rows)
+        return self.num_experts * min(share * self.learnt.factor(rows)[0], 1.0)
+
+    def missed(self, rows: int) -> float:
+        """Return the expected experts of a layer that a pass reads."""
+        share = used_share(self.per_row / self.num_experts, rows)
+        missed = share * (1.0 - hit_rate_with_shared(self.num_layers, self.quota / self.num_experts, share))
+        return min(self.num_experts * missed * self.learnt.factor(rows)[1], self.used(rows))
 
     def hit_rate(self, rows: int) -> float:
         """Return the expected share of these experts that are in their slots."""
-        return hit_rate(self.quota / self.num_experts, self.used(rows) / self.num_experts)
+        return 1.0 - self.missed(rows) / self.used(rows)
 
     def missed_bytes(self, rows: int) -> float:
         """Return the expected bytes of experts that a pass reads."""
-        return self.num_layers * self.read_bytes * self.used(rows) * (1.0 - self.hit_rate(rows))
+        return self.num_layers * self.read_bytes * self.missed(rows)
 
     def cached(self, host_bytes: int) -> "ExpertTier":
         """Return the tier with as many layers in the page cache as fit."""
@@ -75,6 +134,7 @@ class ExpertTier:
         return ExpertForecast(
             num_layers=self.num_layers,
             num_experts=self.num_experts,
+            per_row=self.per_row,
             expert_bytes=self.read_bytes,
             rows=rows,
             used=self.used(rows),
@@ -129,12 +189,14 @@ class ExpertOptions:
 
 
 @lru_cache(maxsize=512)
-def expert_options(target: ModelSpec, dtype: Dtype) -> ExpertOptions | None:
+def expert_options(target: ModelSpec, dtype: Dtype, learnt: LearntExperts = NOTHING_LEARNT) -> ExpertOptions | None:
     """Return the bytes of a model whose experts are read one by one; None without such experts."""
     experts = target.experts
     if experts is None:
         return None
-    tier = ExpertTier(len(experts.layers), experts.num_experts, experts.per_row, read_bytes(experts, dtype), 0, 0)
+    tier = ExpertTier(
+        len(experts.layers), experts.num_experts, experts.per_row, read_bytes(experts, dtype), 0, 0, learnt
+    )
     beside = sum(sizes_beside_experts(target, dtype)) + held_bytes(experts, dtype)
     return ExpertOptions(beside, slot_bytes(experts, dtype), experts.layers, tier)
 
@@ -143,5 +205,6 @@ def with_experts(placement: Placement, target: ModelSpec, dtype: Dtype, tier: Ex
     """Return the placement of resident layers whose experts are read one by one."""
     options = expert_options(target, dtype)
     assert options is not None
-    slots = ExpertSlots(tier.quota, options.num_shared)
+    is_known = [len(own) for own in tier.learnt.uses] == [tier.num_experts] * tier.num_layers
+    slots = ExpertSlots(tier.quota, options.num_shared, tier.learnt.uses if is_known else ())
     return replace(placement, in_ram=options.layers[: tier.num_cached], experts=slots)

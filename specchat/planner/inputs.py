@@ -8,6 +8,7 @@ from specchat.hardware.probe import find_hardware, find_machine, remembered
 from specchat.models.sizes.describe import describe
 from specchat.paths import cache_folder, state_folder
 from specchat.planner.acceptance import DEMO_ACCEPTANCE, TYPICAL_ACCEPTANCE
+from specchat.planner.expert_statistics import load_experts
 from specchat.planner.precision import lower_quants
 from specchat.planner.rates import rates_of
 from specchat.planner.request import PlanInputs, PlanRequest
@@ -39,6 +40,7 @@ def find_inputs(request: PlanRequest, warn: Callable[[str], None] = lambda _: No
         lower_drafts=tuple(each for each in lower_drafts if each is not None),
         prior=DEMO_ACCEPTANCE if request.target.is_toy else TYPICAL_ACCEPTANCE,
         statistics=load(state_folder(), warn),
+        experts=load_experts(state_folder(), request.target.name, warn),
         heads=_described_heads(request, warn),
         free_disk_bytes=hardware.disk.free_bytes,
     )

@@ -12,6 +12,7 @@ from specchat.planner.acceptance import (
     TYPICAL_ACCEPTANCE,
     Acceptance,
 )
+from specchat.planner.experts import NOTHING_LEARNT, LearntExperts
 from specchat.planner.rates import Rates
 from specchat.planner.statistics import RETRIEVAL, Statistics
 from specchat.records.model import ModelSource, ModelSpec, Quant
@@ -60,6 +61,7 @@ class PlanInputs:
         draft: sizes of the draft, or None.
         prior: typical acceptance of similar pairs.
         statistics: results of earlier chats.
+        experts: uses of the target's experts in earlier chats.
         lower_drafts: sizes of the draft in lower precisions that the planner may choose.
         heads: sizes of the head that may draft instead, in the precisions that the planner may choose.
         free_disk_bytes: free bytes on the disk of packs.
@@ -72,6 +74,7 @@ class PlanInputs:
     draft: ModelSpec | None = None
     prior: Acceptance = TYPICAL_ACCEPTANCE
     statistics: Statistics = field(default_factory=Statistics)
+    experts: LearntExperts = NOTHING_LEARNT
     lower_drafts: tuple[ModelSpec, ...] = ()
     heads: tuple[ModelSpec, ...] = ()
     free_disk_bytes: int = 0

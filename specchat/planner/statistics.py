@@ -15,6 +15,7 @@ from pathlib import Path
 from specchat.files import atomic_write_text, read_regular
 from specchat.planner.acceptance import Acceptance
 from specchat.planner.cost import Prediction
+from specchat.planner.expert_statistics import record_experts
 from specchat.records.generation import Step
 from specchat.records.plan import Plan
 
@@ -185,6 +186,7 @@ def record_passes(folder: Path, plan: Plan, passes: Iterable[SharedPass]) -> Non
     # An unwritable state folder must not disturb a chat; saving the chat reports the problem.
     with suppress(OSError):
         _write(folder, Statistics(pairs, kept))
+        record_experts(folder, plan, [[each.step for each in shared] for shared in found])
 
 
 def _add_to_pair(pairs: dict[str, Mapping[str, Tally]], key: str, step: Step) -> None:

@@ -180,6 +180,8 @@ class Step:
         error: reason of the finish_reason "error", else None.
         expert_hits: experts that were in their slots when a layer of the pass used them.
         expert_misses: experts that the pass had to read.
+        experts_used: one bit for each layer with experts and each expert, set if the pass used the expert, packed as by
+            numpy; empty for passes over prompts, and if no experts are read one by one.
     """
 
     token_ids: tuple[int, ...]
@@ -202,6 +204,7 @@ class Step:
     error: SpecchatError | None = None
     expert_hits: int = 0
     expert_misses: int = 0
+    experts_used: bytes = b""
 
     @classmethod
     def without_pass(cls, reason: FinishReason, error: SpecchatError | None = None) -> "Step":

@@ -130,10 +130,13 @@ class ExpertSlots:
     Attributes:
         quota: slots of each layer, for the experts that passes use most.
         shared: slots that the other experts of all layers pass through.
+        uses: share of earlier passes that used each expert, by layer with experts; the slots of each layer are filled
+            with the most used ones at loading. Empty before anything was learned.
     """
 
     quota: int
     shared: int
+    uses: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -232,6 +235,7 @@ class ExpertForecast:
     Attributes:
         num_layers: number of layers with such experts.
         num_experts: experts of each of these layers.
+        per_row: experts that one row uses.
         expert_bytes: bytes that are read for one expert.
         rows: rows of the expected pass.
         used: expected experts of a layer that the pass uses.
@@ -241,6 +245,7 @@ class ExpertForecast:
 
     num_layers: int
     num_experts: int
+    per_row: int
     expert_bytes: int
     rows: int
     used: float

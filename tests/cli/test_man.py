@@ -71,7 +71,7 @@ def keys_of(record):
 
 def json_keys():
     placement = replace(PLAN.placement, experts=ExpertSlots(1, 1))
-    forecast = ExpertForecast(1, 1, 1, 1, 1.0, 1.0, 1)
+    forecast = ExpertForecast(1, 1, 1, 1, 1, 1.0, 1.0, 1)
     plan = replace(PLAN, placement=placement, experts=forecast, states=StateMemory(1, 1, 0, 0, (), 1, 0, 0))
     choices = (Choice("", "", "", False, Alternative("", None)),)
     made = chosen_object(ExplainedPlan(plan, Prediction(**{field.name: 0 for field in fields(Prediction)}), choices))

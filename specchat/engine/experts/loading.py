@@ -89,6 +89,8 @@ class PooledExperts:
                 {piece.name: stacks[piece.name] for piece in layout.held},
                 most_rows,
             )
+            if slots.uses:
+                pool.fill(slots.uses)
             undo.pop_all()
         lists = slot_lists(self.layers[0], stacks, num_slots)
         for position, each in enumerate(self.layers):

@@ -6,7 +6,7 @@ out, as for layers of checkpoint shards. Reads through the page cache go directl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -79,7 +79,9 @@ class ExpertReader:
         self._paths = list(dict.fromkeys(each.path for layer in extents.values() for own in layer for each in own))
         number = {path: file for file, path in enumerate(self._paths)}
         self._ranges: dict[int, list[list[_Range]]] = {
-            layer: [[(number[each.path], each.begin, each.target, each.nbytes) for each in own] for own in experts]
+            layer: [
+                _merged((number[each.path], each.begin, each.target, each.nbytes) for each in own) for own in experts
+            ]
             for layer, experts in extents.items()
         }
         self.expert_bytes = sum(nbytes for *_, nbytes in next(iter(self._ranges.values()))[0])
@@ -165,3 +167,16 @@ class ExpertReader:
                 self._slab[target : target + nbytes] = source[begin - first : begin - first + nbytes]
         finally:
             self._windows.put(window)
+
+
+def _merged(ranges: Iterable[_Range]) -> list[_Range]:
+    """Return the ranges of an expert with neighbours joined that follow each other in the file and in the slot."""
+    merged: list[_Range] = []
+    for file, begin, target, nbytes in sorted(ranges):
+        if merged:
+            last_file, first, to, size = merged[-1]
+            if (file, begin, target) == (last_file, first + size, to + size):
+                merged[-1] = file, first, to, size + nbytes
+                continue
+        merged.append((file, begin, target, nbytes))
+    return merged

@@ -58,6 +58,10 @@ class LayerStreamer(ABC):
     def counters(self) -> StreamCounters:
         """Return the totals so far."""
 
+    def experts_used(self) -> bytes:
+        """Return the experts that the last pass used, as `Step.experts_used`; empty if none are read one by one."""
+        return b""
+
     @abstractmethod
     def close(self) -> None:
         """Stop filling, and release memory and threads."""

@@ -1,4 +1,4 @@
-"""Parsing of `shape:` arguments: the figures of a Llama-like model. No weights here, and no torch."""
+"""Parsing of `shape:` arguments: the figures of a Llama-like model, or of one like Mixtral. No weights, no torch."""
 
 import math
 import re
@@ -15,6 +15,7 @@ from specchat.units import format_bytes
 VOCAB_SIZE = 4096  # all shapes use the demo's tokenizer and embeddings
 
 _NUMBERS = ("hidden", "layers", "heads", "kv_heads", "head_dim", "mlp")
+_EXPERT_NUMBERS = ("experts", "experts_per_token")
 _NUMBER = re.compile(r"[0-9]{1,7}")
 # Matmul kernels need row lengths that are multiples of this; real models have no others.
 _WIDTH_STEP = 64
@@ -30,9 +31,10 @@ class Shape:
         layers: number of decoder layers.
         heads, kv_heads: number of query heads, and of key-value heads that they share in equal groups.
         head_dim: width of a head.
-        mlp: width of the MLP's inner activation.
+        mlp: width of the MLP's inner activation, or of each expert's.
         dtype: dtype of the weights.
         quant: quantization of the matrices.
+        experts, experts_per_token: experts of a layer, and experts that compute a token; 0 for a plain MLP.
         name: text that the user typed; ignored by comparisons.
     """
 
@@ -44,12 +46,15 @@ class Shape:
     mlp: int
     dtype: Dtype = "bf16"
     quant: Quant = "none"
+    experts: int = 0
+    experts_per_token: int = 0
     name: str = field(default="", compare=False)
 
     @property
     def label(self) -> str:
         """Text after `shape:` in a MODEL argument for this shape."""
-        return self.name or ",".join(f"{key}={getattr(self, key)}" for key in (*_NUMBERS, "dtype"))
+        numbers = (*_NUMBERS, *_EXPERT_NUMBERS) if self.experts else _NUMBERS
+        return self.name or ",".join(f"{key}={getattr(self, key)}" for key in (*numbers, "dtype"))
 
     @property
     def group(self) -> int:
@@ -57,18 +62,32 @@ class Shape:
         return self.heads // self.kv_heads
 
     def layer_tensors(self) -> Mapping[str, tuple[int, ...]]:
-        """Return name -> shape of a decoder layer's parameters, in module order of transformers' LlamaDecoderLayer."""
+        """Return name -> shape of a decoder layer's parameters, in module order of transformers.
+
+        The modules are those of LlamaDecoderLayer, or of MixtralDecoderLayer with experts.
+        """
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {
             "self_attn.q_proj.weight": (q, self.hidden),
             "self_attn.k_proj.weight": (kv, self.hidden),
             "self_attn.v_proj.weight": (kv, self.hidden),
             "self_attn.o_proj.weight": (self.hidden, q),
+            **self._mlp_tensors(),
+            "input_layernorm.weight": (self.hidden,),
+            "post_attention_layernorm.weight": (self.hidden,),
+        }
+
+    def _mlp_tensors(self) -> Mapping[str, tuple[int, ...]]:
+        if self.experts:
+            return {
+                "mlp.gate.weight": (self.experts, self.hidden),
+                "mlp.experts.gate_up_proj": (self.experts, 2 * self.mlp, self.hidden),
+                "mlp.experts.down_proj": (self.experts, self.hidden, self.mlp),
+            }
+        return {
             "mlp.gate_proj.weight": (self.mlp, self.hidden),
             "mlp.up_proj.weight": (self.mlp, self.hidden),
             "mlp.down_proj.weight": (self.hidden, self.mlp),
-            "input_layernorm.weight": (self.hidden,),
-            "post_attention_layernorm.weight": (self.hidden,),
         }
 
     def rest_tensors(self) -> Mapping[str, tuple[int, ...]]:
@@ -92,9 +111,11 @@ class Shape:
 
     def describe(self) -> str:
         """Describe the model in one line that marks it as synthetic."""
+        experts = f"{self.experts} experts of {self.mlp:,}, {self.experts_per_token} for a token"
         return (
             f"synthetic model of shape {self.label} (hidden {self.hidden:,}, {self.layers} layers, "
-            f"{self.heads} heads and {self.kv_heads} key-value heads of {self.head_dim}, MLP {self.mlp:,}, "
+            f"{self.heads} heads and {self.kv_heads} key-value heads of {self.head_dim}, "
+            f"{experts if self.experts else f'MLP {self.mlp:,}'}, "
             f"{self.dtype}, {format_bytes(self.num_bytes)}) computing the demo target; "
             f"vocabulary {VOCAB_SIZE:,} of the demo"
         )
@@ -120,7 +141,9 @@ def _shape_of(config: Mapping[str, Any]) -> Shape:
         heads=config["num_attention_heads"],
         kv_heads=config["num_key_value_heads"],
         head_dim=config["head_dim"],
-        mlp=config["intermediate_size"],
+        mlp=config.get("moe_intermediate_size") or config["intermediate_size"],
+        experts=config.get("num_experts", 0),
+        experts_per_token=config.get("num_experts_per_tok", 0),
     )
 
 
@@ -150,9 +173,10 @@ def _split(text: str) -> tuple[str | None, dict[str, str]]:
     values: dict[str, str] = {}
     for item in items:
         key, _, value = item.partition("=")
-        if key not in (*_NUMBERS, "dtype"):
+        if key not in (*_NUMBERS, *_EXPERT_NUMBERS, "dtype"):
             raise UsageError(
-                f"'{key}' in shape:{text} is not a figure of a shape", hint=f"use {', '.join(_NUMBERS)}, dtype"
+                f"'{key}' in shape:{text} is not a figure of a shape",
+                hint=f"use {', '.join((*_NUMBERS, *_EXPERT_NUMBERS))}, dtype",
             )
         if key in values:
             raise UsageError(f"shape:{text} gives {key} twice", hint=_WRITE)
@@ -190,8 +214,22 @@ def _complete(numbers: Mapping[str, int]) -> Shape:
     head_dim = numbers.get("head_dim") or _default_head_dim(hidden, numbers.get("heads"))
     heads = numbers.get("heads") or _default_heads(hidden, head_dim)
     kv_heads = numbers.get("kv_heads") or _default_kv_heads(heads)
-    mlp = numbers.get("mlp") or -(-7 * hidden // 512) * 256  # 3.5 times the width, as in Llama 3
-    return Shape(hidden, numbers["layers"], heads, kv_heads, head_dim, mlp)
+    experts = numbers.get("experts", 0)
+    per_token = numbers.get("experts_per_token") or -(-experts // 16)  # as in Qwen3-30B-A3B
+    mlp = numbers.get("mlp") or (_default_expert(hidden) if experts else _default_mlp(hidden))
+    return Shape(
+        hidden, numbers["layers"], heads, kv_heads, head_dim, mlp, experts=experts, experts_per_token=per_token
+    )
+
+
+def _default_mlp(hidden: int) -> int:
+    """Return 3.5 times the width, as in Llama 3."""
+    return -(-7 * hidden // 512) * 256
+
+
+def _default_expert(hidden: int) -> int:
+    """Return 3/8 of the width, as in Qwen3-30B-A3B, and no less than the demo target needs."""
+    return max(-(-3 * hidden // (8 * _WIDTH_STEP)) * _WIDTH_STEP, DEMO_TARGET.mlp)
 
 
 def _default_head_dim(hidden: int, heads: int | None) -> int:
@@ -226,6 +264,11 @@ def _check(shape: Shape) -> None:
     for key in ("hidden", "mlp", "head_dim"):
         if getattr(shape, key) % _WIDTH_STEP:
             raise UsageError(f"{key}={getattr(shape, key)} is not a multiple of {_WIDTH_STEP}", hint=_WRITE)
+    if shape.experts_per_token > shape.experts or (shape.experts and not shape.experts_per_token):
+        raise UsageError(
+            f"{shape.experts_per_token} of {shape.experts} experts cannot compute a token",
+            hint="write experts=128,experts_per_token=8",
+        )
     _check_heads(shape)
 
 

@@ -11,6 +11,10 @@ How a large model embeds a small one (d, h0: the demo's width and head dim; D, h
 - Idle heads and neurons cost as much as live ones and add exactly zero. v_proj and up_proj have zeros in the live
   columns of rows that are not live. o_proj is zero where an idle query head reads live values.
 - In idle layers the norms' weights are zero, and everything else is arbitrary.
+- Every expert of a live layer computes the demo's MLP, so the text does not depend on the router. Routers are random.
+  They read the first copy in idle layers too, where experts add zero: so hidden states choose experts in all layers.
+  Measured in a text of 113 tokens with 8 of 128 experts: a token shares 27% of them with the one before, and finds 81%
+  among the 32 that were used most (by decayed counts, after 60 tokens; one router, mean of 8 layers).
 
 All arbitrary weights are random: uniform bits except the exponent's highest. So weights stay below 4, none is subnormal
 (slow on CPUs), and zlib saves 1.5 % of an idle layer, 3 to 6 % of a live one (of Gaussian weights: 21 %).
@@ -130,7 +134,7 @@ class ShapeLayers:
         if not self._memory:
             self._memory = self._empty(self.shape.layer_tensors(), "cpu")
         weights = dict(self._memory)
-        matrices = [weight for weight in weights.values() if weight.ndim == 2]
+        matrices = [weight for weight in weights.values() if weight.ndim >= 2]
         _fill_random(matrices, self.shape.dtype, f"specchat shape {LAYOUT_VERSION} {self._seed} {layer}")
         if self.shape.quant != "none":  # values that share a scale with live ones must not be larger
             for matrix in matrices:
@@ -139,6 +143,9 @@ class ShapeLayers:
             weights[name].zero_()
         if layer < DEMO_TARGET.layers:
             self._place_attention(layer, weights)
+        if self.shape.experts:
+            self._place_experts(layer, weights)
+        elif layer < DEMO_TARGET.layers:
             self._place_mlp(layer, weights)
         return weights
 
@@ -225,6 +232,21 @@ class ShapeLayers:
         weights["mlp.up_proj.weight"][:neurons, :width] = self._live(layer, "mlp.up_proj.weight")
         weights["mlp.down_proj.weight"][:, :neurons] = self._stack(self._live(layer, "mlp.down_proj.weight"))
 
+    def _place_experts(self, layer: int, weights: Mapping[str, Tensor]) -> None:
+        """Write a router, and the demo's MLP over the random weights of all experts; in idle layers they add zero."""
+        width, neurons, inner = DEMO_TARGET.hidden, DEMO_TARGET.mlp, self.shape.mlp
+        generator = torch.Generator().manual_seed(zlib.crc32(f"router {self._seed} {layer}".encode()))
+        router = torch.randn(self.shape.experts, width, generator=generator)
+        weights["mlp.gate.weight"][:, :width] = router * width**-0.5
+        norm = self._live(min(layer, DEMO_TARGET.layers - 1), "post_attention_layernorm.weight")
+        weights["post_attention_layernorm.weight"][:width] = norm * self._norm_factor
+        gates, ups = weights["mlp.experts.gate_up_proj"].split(inner, dim=1)
+        ups[:, :, :width] = 0
+        if layer < DEMO_TARGET.layers:
+            gates[:, :neurons, :width] = self._live(layer, "mlp.gate_proj.weight")
+            ups[:, :neurons, :width] = self._live(layer, "mlp.up_proj.weight")
+            weights["mlp.experts.down_proj"][:, :, :neurons] = self._stack(self._live(layer, "mlp.down_proj.weight"))
+
 
 def _read_demo() -> dict[str, Tensor]:
     """Read the demo target's weights in float32."""
@@ -288,7 +310,7 @@ def shape_files(shape: Shape) -> dict[str, bytes]:
 
 
 def _config(shape: Shape, demo: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the demo's LlamaConfig with the shape's figures."""
+    """Return the demo's LlamaConfig with the shape's figures; a MixtralConfig with experts."""
     used = shape.hidden // DEMO_TARGET.hidden * DEMO_TARGET.hidden
     return {
         **demo,
@@ -301,6 +323,17 @@ def _config(shape: Shape, demo: Mapping[str, Any]) -> dict[str, Any]:
         "rms_norm_eps": demo["rms_norm_eps"] * used / shape.hidden,
         "torch_dtype": torch_name(shape.dtype),
         "specchat_synthetic": True,
+        **(_expert_config(shape) if shape.experts else {}),
+    }
+
+
+def _expert_config(shape: Shape) -> dict[str, Any]:
+    return {
+        "model_type": "mixtral",
+        "architectures": ["MixtralForCausalLM"],
+        "num_local_experts": shape.experts,
+        "num_experts_per_tok": shape.experts_per_token,
+        "sliding_window": None,
     }
 
 
@@ -379,5 +412,7 @@ def _key(shape: Shape, seed: int) -> str:
     for name in ("config.json", "model.safetensors", *_COPIED_FILES):
         digest.update((folder / name).read_bytes())
     figures = f"h{shape.hidden}-l{shape.layers}-q{shape.heads}-kv{shape.kv_heads}-d{shape.head_dim}-m{shape.mlp}"
+    if shape.experts:
+        figures += f"-e{shape.experts}-k{shape.experts_per_token}"
     stored = shape.dtype if shape.quant == "none" else f"{shape.dtype}-{shape.quant}"
     return f"shape-{figures}-{stored}-seed{seed}-{digest.hexdigest()[:12]}"

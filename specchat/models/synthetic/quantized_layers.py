@@ -10,13 +10,15 @@ from specchat.models.quant.formats.base import Quantizer
 from specchat.models.weights.recipe import HEAD_QUANTIZER, QuantizeRecipe
 
 _WEIGHT = ".weight"
+_ROUTER = "mlp.gate.weight"
 
 
 class QuantizedLayers:
     """A `LayerSource` that quantizes the matrices of a Llama-like model without fused tensors.
 
     Args:
-        source: layers in full precision; two-dimensional tensors are matrices.
+        source: layers in full precision; two-dimensional tensors are matrices, besides routers, and three-dimensional
+            ones are the matrices of experts.
         recipe: recipe for quantizing the matrices.
         head: full name of the head's weight, which is kept next to the head's segments.
     """
@@ -41,19 +43,22 @@ class QuantizedLayers:
         """Return the result of `read_layer` as meta tensors, in module order."""
         tensors: dict[str, Tensor] = {}
         for name, tensor in self._source.layer_meta(layer).items():
-            tensors |= _empty(name, tensor, self._quantizer, "meta") if tensor.ndim == 2 else {name: tensor}
+            matrices = _matrices(name, tensor)
+            for own, matrix in matrices.items():
+                tensors |= _empty(own, matrix, self._quantizer, "meta")
+            tensors |= {} if matrices else {name: tensor}
         return tensors
 
     def read_layer(self, layer: int) -> dict[str, Tensor]:
         """Return one layer's segments and other tensors, valid until the next call."""
         tensors: dict[str, Tensor] = {}
         for name, tensor in self._source.read_layer(layer).items():
-            if tensor.ndim == 2:
-                segments = self._segments(name, tensor)
-                _quantize(name, tensor, self._quantizer, segments)
+            matrices = _matrices(name, tensor)
+            for own, matrix in matrices.items():
+                segments = self._segments(own, matrix)
+                _quantize(own, matrix, self._quantizer, segments)
                 tensors |= segments
-            else:
-                tensors[name] = tensor
+            tensors |= {} if matrices else {name: tensor}
         return tensors
 
     def rest_meta(self) -> dict[str, Tensor]:
@@ -73,6 +78,13 @@ class QuantizedLayers:
         if name not in self._memory:
             self._memory[name] = _empty(name, tensor, self._quantizer, "cpu")
         return self._memory[name]
+
+
+def _matrices(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Return the matrices to quantize in a tensor by name; none for norms and routers."""
+    if tensor.ndim == 3:
+        return {f"{name}.{expert}": matrix for expert, matrix in enumerate(tensor)}
+    return {name: tensor} if tensor.ndim == 2 and name != _ROUTER else {}
 
 
 def _empty(name: str, matrix: Tensor, quantizer: Quantizer, device: str) -> dict[str, Tensor]:

@@ -192,7 +192,7 @@ def test_cancelled_passes_leave_no_trace(pairs: Pairs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_many_cancelled_passes_leave_no_trace(pairs: Pairs, architecture: str):
     check_cancelled(pairs, architecture, 200)
 

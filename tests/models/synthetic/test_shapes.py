@@ -78,6 +78,7 @@ def test_the_demo_target_has_the_figures_of_its_config():
         ("qwen-4b", 151936, 1, 4.02),
         ("qwen-8b", 151936, 2, 8.19),
         ("qwen-14b", 151936, 2, 14.77),
+        ("qwen-30b-a3b", 151936, 2, 30.53),
         ("qwen-32b", 151936, 2, 32.76),
         ("qwen-72b", 152064, 2, 72.71),
     ],
