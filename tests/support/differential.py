@@ -115,18 +115,26 @@ class Target:
         for position in range(begin, len(tokens)):
             before, ours = tokens[:position], tokens[position]
             if sampler.draw(scores[0][position - 1], before) != ours:
-                near = any(_is_near(sampler, each[position - 1], before, ours, dtype) for each in scores)
+                near = any(is_near(sampler, each[position - 1], before, ours, dtype) for each in scores)
                 found.append((position - begin, near))
         return found
 
 
-def _is_near(sampler: Sampler, scores: torch.Tensor, before: Sequence[int], token: int, dtype: Dtype) -> bool:
+def is_near(sampler: Sampler, scores: torch.Tensor, before: Sequence[int], token: int, dtype: Dtype) -> bool:
     """Whether scores [V] within the error of others draw a token.
 
-    Better tokens are lowered one after the other: top-k, top-p or min-p may then leave them out.
+    Better tokens are lowered one after the other: top-k, top-p or min-p may then leave them out. The token itself may
+    have been left out, at the border of the kept ones: then all tokens above it are lowered first.
     """
     error = max(NEAR_TIE, _ERRORS[dtype] * float(scores.abs().max())) / 2
-    lowered = set[int]()
+    above = set((scores > scores[token]).nonzero()[:, 0].tolist())
+    return any(_wins(sampler, scores, before, token, error, lowered) for lowered in (set[int](), above))
+
+
+def _wins(
+    sampler: Sampler, scores: torch.Tensor, before: Sequence[int], token: int, error: float, lowered: set[int]
+) -> bool:
+    """Whether a token is drawn while some others, and then each that is drawn before it, are lowered."""
     while True:
         near = scores + error
         for each in lowered:
