@@ -127,7 +127,7 @@ def _limited(template: Mapping[str, Any], budget: "_Budget") -> Any:
     def bounded(pattern: Any) -> "_BoundedPattern | None":
         return None if pattern is None else _BoundedPattern(pattern, budget)
 
-    loaded = load_response_template(template)
+    loaded = load_response_template(dict(template))
     text_only: dict[str, Any] = {
         **{"content": "text", "content_args": {}, "transform": None, "transform_each": False, "optional": True}
     }
