@@ -155,7 +155,7 @@ class _Models:
 
 
 def run_round(
-    seed: int, folder: Path, tally: Tally, *, engines: int = 2, requests: int = 3, most_tokens: int = 60
+    seed: int, folder: Path, tally: Tally, *, engines: int = 2, requests: int = 2, most_tokens: int = 30
 ) -> str:
     """Make a model, and compare the texts of random engines with the model's own scores.
 
@@ -164,7 +164,7 @@ def run_round(
         folder: empty folder for the models.
         tally: receives what was compared.
         engines: number of engines.
-        requests: number of texts of each engine.
+        requests: number of texts of each seat of an engine.
         most_tokens: most tokens of a text.
 
     Returns:
@@ -175,8 +175,8 @@ def run_round(
     model = _random_model(rng, name)
     models, target = _save(rng, name, model, folder), Target(model)
     for _ in range(engines):
-        asked = [_request(rng, most_tokens) for _ in range(requests)]
         plan, draft = _plan(rng, models)
+        asked = [_request(rng, most_tokens) for _ in range(requests * plan.work.seats)]
         pack = models.pack if plan.placement.in_ram or rng.random() < 0.5 else None
         if plan.work.dtype != "fp32":
             pack = None
@@ -247,7 +247,7 @@ def _plan(rng: random.Random, models: _Models) -> tuple[Plan, ModelSource | None
         tree_budget=rng.choice((1, 3, 16, 16, 64, 200)),
         slots=rng.randint(1, 3),
         chunk_rows=rng.choice((7, 24, 512)),
-        seats=rng.choice((1, 1, 3, 4)),
+        seats=rng.choice((1, 3, 4, 8)),
         retrieval=retrieval,
     )
     dtype: Dtype = rng.choice(_DTYPES) if models.name in _DENSE else "fp32"
