@@ -11,7 +11,6 @@ from threading import Event
 from typing import TYPE_CHECKING
 
 from specchat.batch.job import Job, Progress, Renderer
-from specchat.batch.learning import Learning
 from specchat.batch.prompts import PromptLine, read_prompts
 from specchat.batch.results import JobSettings, Results, first_settings, line_digest
 from specchat.cli.ask import asker
@@ -25,6 +24,7 @@ from specchat.loading.planning import Planned
 from specchat.loading.request import ModelRequest
 from specchat.models.checkpoint.safetensors import has_weights
 from specchat.paths import state_folder
+from specchat.planner.learning import Learning
 from specchat.planner.statistics import SharedPass
 from specchat.records.model import DTYPE_BYTES, QUANTS
 from specchat.records.plan import Plan

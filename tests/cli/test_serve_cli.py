@@ -68,7 +68,7 @@ def readme_example(url: str) -> list[str]:
     )
 
 
-def test_the_text_is_that_of_run_and_nothing_is_kept(tmp_path: Path):
+def test_the_text_is_that_of_run_and_none_is_kept(tmp_path: Path):
     flags = ("--max-tokens", "32", "--temperature", "0", *PRECISE)
     run = [sys.executable, "-m", "specchat", "run", "demo", QUESTION, "--json", "--no-save", *flags]
     expected = json.loads(subprocess.run(run, check=True, capture_output=True, env=environment(tmp_path)).stdout)
@@ -91,7 +91,9 @@ def test_the_text_is_that_of_run_and_nothing_is_kept(tmp_path: Path):
         assert process.wait() == 130
     assert log.count("answer: ") == 5 and "Traceback" not in log
     assert "sea" not in log and answer.choices[0].message.content[:20] not in log and "sesame" not in log
-    assert not state.exists() or not [each for each in state.rglob("*") if each.is_file()]
+    (kept,) = (each for each in state.rglob("*") if each.is_file())
+    plan, pair = (json.loads(kept.read_text())[name] for name in ("plans", "pairs"))
+    assert kept.name == "statistics.json" and plan.keys() and list(pair) == ["demo demo-draft greedy"]
 
 
 def test_sigterm_ends_an_answer_in_progress(tmp_path: Path):
