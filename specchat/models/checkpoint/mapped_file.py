@@ -58,7 +58,8 @@ class MappedFile(Closeable):
         """
         if self._is_leased and fcntl.fcntl(self.descriptor, fcntl.F_GETLEASE) != fcntl.F_RDLCK:
             self._is_leased, self._is_wanted = False, True
-            fcntl.fcntl(self.descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)  # the other program waits for this
+            with suppress(OSError):  # the system has already taken the lease away
+                fcntl.fcntl(self.descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)  # the other program waits for this
         if self._is_wanted:
             raise CorruptCheckpointError(
                 f"another program writes to {self._path}", hint="start again when nobody changes the model's files"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -51,6 +52,14 @@ def test_a_writer_waits_until_the_file_is_used_no_more(path: Path, code: str):
         for _ in range(2):
             with pytest.raises(CorruptCheckpointError):
                 file.check()
+
+
+def test_a_lease_that_the_system_took_away(path: Path):
+    """As it does after 45 seconds without a check."""
+    with MappedFile(path, 8192) as file:
+        fcntl.fcntl(file.descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        with pytest.raises(CorruptCheckpointError, match="another program writes to"):
+            file.check()
 
 
 def test_reading_and_replacing_disturb_nobody(path: Path):
