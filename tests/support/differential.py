@@ -105,28 +105,33 @@ class Target:
     def differences(self, request: Request, text: Sequence[int], dtype: Dtype) -> list[tuple[int, bool]]:
         """Positions of a text with another token than the target's, and whether near scores draw that token.
 
-        In 16 bits, scores are near those in 16 or in 32 bits.
+        In 16 bits, scores are near those in 16 or in 32 bits. Other orders of additions differ from both by as much as
+        the two differ.
         """
         tokens = [*request.prompt_ids, *text]
         begin = len(request.prompt_ids)
         scores = [self.scores(tokens, each) for each in dict.fromkeys((dtype, "fp32"))]
+        spreads = (scores[0] - scores[-1]).abs().amax(dim=-1).tolist()
         sampler = Sampler(request.sampling, VOCAB, torch.device("cpu"))
         found = []
         for position in range(begin, len(tokens)):
             before, ours = tokens[:position], tokens[position]
             if sampler.draw(scores[0][position - 1], before) != ours:
-                near = any(is_near(sampler, each[position - 1], before, ours, dtype) for each in scores)
+                spread = spreads[position - 1]
+                near = any(is_near(sampler, each[position - 1], before, ours, dtype, spread) for each in scores)
                 found.append((position - begin, near))
         return found
 
 
-def is_near(sampler: Sampler, scores: torch.Tensor, before: Sequence[int], token: int, dtype: Dtype) -> bool:
+def is_near(
+    sampler: Sampler, scores: torch.Tensor, before: Sequence[int], token: int, dtype: Dtype, spread: float = 0.0
+) -> bool:
     """Whether scores [V] within the error of others draw a token.
 
     Better tokens are lowered one after the other: top-k, top-p or min-p may then leave them out. The token itself may
     have been left out, at the border of the kept ones: then all tokens above it are lowered first.
     """
-    error = max(NEAR_TIE, _ERRORS[dtype] * float(scores.abs().max())) / 2
+    error = max(NEAR_TIE, _ERRORS[dtype] * float(scores.abs().max()), spread) / 2
     above = set((scores > scores[token]).nonzero()[:, 0].tolist())
     return any(_wins(sampler, scores, before, token, error, lowered) for lowered in (set[int](), above))
 
