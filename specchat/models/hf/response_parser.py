@@ -38,7 +38,7 @@ _HINT = "download or copy the model's folder again"
 
 # Real expressions take microseconds per token.
 PARSE_S = 10.0
-# The parser's next step depends on the open part and on the place alone, so many steps at one place never end.
+# The parser's next step depends on the open part and on the place alone: a long stay at one place never ends.
 _MOST_AT_ONE_PLACE = 10_000
 
 
