@@ -19,7 +19,8 @@ from specchat.errors import SpecchatError
 from specchat.loading.sampling import SamplingChoices, resolve_sampling
 from specchat.models.checkpoint.generation_config import GenerationDefaults
 from specchat.models.hf.tokenizer import Tokenizer
-from specchat.planner.statistics import AnswerStep, SharedPass
+from specchat.planner.learning import PassSteps
+from specchat.planner.statistics import SharedPass
 from specchat.records.chat import Message
 from specchat.records.generation import Request, Sampling, Step
 
@@ -161,7 +162,7 @@ class Job:
         self._results = results
         self._renderer = Renderer(tokenizer, settings)
         self._open: dict[int, _Open] = {}  # by number of the request
-        self._shared: list[AnswerStep] = []  # steps of the pass whose steps arrive
+        self._pass_steps = PassSteps()
         self._num_asked = self._num_tokens = 0
         self._num_before = len(results.finished)
         self._begin = time.perf_counter()
@@ -177,18 +178,12 @@ class Job:
         for number, step in self._engine.generate_many(self._requests(), cancel=cancel):
             current = self._open.get(number)
             if current is not None:  # else its text has ended before
-                self._note(current, step)
+                shared = self._pass_steps.add(step, samples=not current.sampling.greedy)
+                if shared is not None:
+                    self._observe(shared)
                 self._take(number, current, step)
             yield self._progress(step.warning)
         yield self._progress()
-
-    def _note(self, current: _Open, step: Step) -> None:
-        """Pass on the steps of a pass when all have arrived: they arrive one after the other."""
-        if step.pass_s:  # else no pass served the answer
-            self._shared.append(AnswerStep(step, samples=not current.sampling.greedy))
-            if len(self._shared) == step.num_sharing:
-                self._observe(self._shared)
-                self._shared = []
 
     def _requests(self) -> Iterator[Request]:
         """Yield the request of each line without a result; write the error of a line that cannot be asked."""

@@ -82,7 +82,7 @@ class LlamaServer(Closeable):
     Args:
         model: model, context, threads and limit.
         options: options that make the server speculate; empty for plain decoding.
-        cancel: stops waiting for the server once set.
+        cancel: stops waiting for the server once set; the server may not be ready then, and is asked nothing.
 
     Raises:
         NotAvailableError: a missing program, one that ended early, or memory that cannot be limited.
@@ -97,7 +97,11 @@ class LlamaServer(Closeable):
             if model.limit_bytes is not None:
                 command = undo.enter_context(MemoryGroup(model.limit_bytes)).command(command)
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._log
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self._log,
+                process_group=0,  # a terminal sends Ctrl-C to the whole group of the foreground
             )
             undo.callback(self._stop)
             self._wait_until_ready(cancel)
@@ -132,8 +136,8 @@ class LlamaServer(Closeable):
 
     def _wait_until_ready(self, cancel: Event) -> None:
         deadline = time.monotonic() + _START_S
-        while not self._is_ready():
-            if self._process.poll() is not None or time.monotonic() > deadline or cancel.is_set():
+        while not cancel.is_set() and not self._is_ready():
+            if self._process.poll() is not None or time.monotonic() > deadline:
                 raise NotAvailableError(
                     f"{PROGRAM} did not start: {self._why() or 'it took too long'}",
                     hint="leave the baseline out, or update llama.cpp",

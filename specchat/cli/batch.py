@@ -11,7 +11,6 @@ from threading import Event
 from typing import TYPE_CHECKING
 
 from specchat.batch.job import Job, Progress, Renderer
-from specchat.batch.learning import Learning
 from specchat.batch.prompts import PromptLine, read_prompts
 from specchat.batch.results import JobSettings, Results, first_settings, line_digest
 from specchat.cli.ask import asker
@@ -25,6 +24,7 @@ from specchat.loading.planning import Planned
 from specchat.loading.request import ModelRequest
 from specchat.models.checkpoint.safetensors import has_weights
 from specchat.paths import state_folder
+from specchat.planner.learning import Learning
 from specchat.planner.statistics import SharedPass
 from specchat.records.model import DTYPE_BYTES, QUANTS
 from specchat.records.plan import Plan
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 _INTERRUPTED, _FAILED = 130, 1
 # Contexts are planned in steps, so that jobs of about equal lengths have equal plans.
 _CTX_STEP = 64
+_WHY_CTX = "the longest prompt and its answer"
 
 
 def run_prompts(options: RunOptions) -> int:
@@ -63,7 +64,7 @@ def run_prompts(options: RunOptions) -> int:
 def _planned(
     options: RunOptions, request: ModelRequest, models: Models, reporter: "Reporter", num_prompts: int
 ) -> Planned:
-    return make_batch_plan(
+    planned = make_batch_plan(
         request,
         models,
         reporter,
@@ -71,6 +72,12 @@ def _planned(
         num_prompts=num_prompts,
         temperature=options.sampling.temperature,
     )
+    if request.choices.ctx == options.models.choices.ctx:
+        return planned
+    choices = tuple(
+        replace(each, why=_WHY_CTX, pinned=False) if each.option == "ctx" else each for each in planned.chosen.choices
+    )
+    return replace(planned, chosen=replace(planned.chosen, choices=choices))
 
 
 def _request_for_plan(

@@ -16,6 +16,9 @@ from specchat.loading.locate import locate_models, parse_models
 from specchat.loading.planning import Planned, make_plan
 from specchat.loading.request import ModelRequest
 from specchat.loading.sampling import SamplingChoices
+from specchat.paths import state_folder
+from specchat.planner.learning import Learning
+from specchat.planner.statistics import SharedPass
 from specchat.serve.installed import check_installed
 
 if TYPE_CHECKING:
@@ -49,6 +52,7 @@ class ServeOptions:
         aliases: models by the names that the user gave them.
         yes: whether to download without asking.
         quiet: whether only errors are shown.
+        saves: whether speeds are saved for later plans.
     """
 
     models: ModelRequest
@@ -62,6 +66,7 @@ class ServeOptions:
     aliases: Mapping[str, str] = field(default_factory=dict)
     yes: bool = False
     quiet: bool = False
+    saves: bool = True
 
 
 def serve_options(models: ModelRequest, chosen: Settings, *, yes: bool, quiet: bool) -> ServeOptions:
@@ -78,6 +83,7 @@ def serve_options(models: ModelRequest, chosen: Settings, *, yes: bool, quiet: b
         aliases=chosen.aliases,
         yes=yes,
         quiet=quiet,
+        saves=chosen.get("save", True),
     )
 
 
@@ -142,9 +148,21 @@ def _serve(
     from specchat.serve.http import HttpServer, start_listening, url_of
     from specchat.serve.worker import AnswerWorker
 
-    with AnswerWorker(
-        engine, most_waiting=_MOST_WAITING, observe=lambda job, error: _note(job, error, say), warn=say.warn
-    ) as worker:
+    def learn(shared: SharedPass) -> None:
+        if options.saves and engine.plan is plan:  # else layers were given back, and passes take other times
+            learning.add(shared)
+
+    plan = engine.plan
+    with (
+        Learning(state_folder(), plan) as learning,
+        AnswerWorker(
+            engine,
+            most_waiting=_MOST_WAITING,
+            observe=lambda job, error: _note(job, error, say),
+            learn=learn,
+            warn=say.warn,
+        ) as worker,
+    ):
         worker.start()
         server = HttpServer(_api(options, planned, engine, tokenizer, worker, say).app(), worker.stop)
         start_listening(bound)

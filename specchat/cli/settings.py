@@ -160,6 +160,7 @@ SERVE_KEYS = (
     *SHARED_KEYS,
     *(_key(kind.key, kind.parse) for kind in KINDS.values()),
     Key("think", _flag),
+    Key("save", _flag),
     *_SERVER_KEYS,
 )
 _ALL_NAMES = tuple(key.name for key in (*RUN_KEYS, *_SERVER_KEYS))

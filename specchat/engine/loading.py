@@ -221,14 +221,16 @@ def _read_layer(
 def check_room(plan: Plan, watch: MemoryWatch | None) -> None:
     """Check that the host memory of a plan is free, because the system would swap, or end the process, without a word.
 
+    What the watch keeps available must stay so. Libraries take a part of it while an engine is loaded.
+
     Raises:
         AllocationError: less is free.
     """
     needed = plan.device_bytes if plan.work.device == "cpu" else plan.host_bytes
-    free = None if watch is None else watch.available_bytes()
-    if free is not None and needed > free:
+    spare = None if watch is None else watch.spare_bytes()
+    if spare is not None and needed > spare:
         raise AllocationError(
-            f"cannot allocate {format_bytes(needed)} of RAM: {format_bytes(free)} of it is free",
+            f"cannot allocate {format_bytes(needed)} of RAM: {format_bytes(spare)} of it may be used",
             hint="close other programs, or set a smaller --vram, --ram or --ctx",
         )
 

@@ -69,7 +69,7 @@ class MemoryWatch:
             return None
         self._next_look = now + _LOOK_EVERY_S
         total, available = self._memory()
-        floor = min(max(total // _LEAST_SHARE, _LEAST_FLOOR), _LARGEST_FLOOR, total // 8)
+        floor = _floor(total)
         if available < floor:
             figures = f"{format_bytes(available)} of {format_bytes(total)} available"
             return Shortage(2 * floor - available, figures)
@@ -81,16 +81,21 @@ class MemoryWatch:
         self._next_stall = now + _STALLS_OVER_S
         return Shortage(None, f"programs wait for memory {stalled:.0f}% of the time")
 
-    def available_bytes(self) -> int | None:
-        """Return the memory that is available now; None if the system does not say."""
+    def spare_bytes(self) -> int | None:
+        """Return the memory that may be taken before any is missing; None if the system does not say."""
         total, available = self._memory()
-        return available if total else None
+        return max(available - _floor(total), 0) if total else None
 
     def _memory(self) -> tuple[int, int]:
         """Return the memory of the system, or of the control group that has less left, and the available part."""
         system = _meminfo(self._proc / "meminfo")
         group = cgroup_memory(self._cgroups, self._own, _FILE_PAGES)
         return min((each for each in (system, group) if each is not None), key=lambda each: each[1], default=(0, 0))
+
+
+def _floor(total_bytes: int) -> int:
+    """Return the memory that stays available."""
+    return min(max(total_bytes // _LEAST_SHARE, _LEAST_FLOOR), _LARGEST_FLOOR, total_bytes // 8)
 
 
 def _meminfo(path: Path) -> tuple[int, int] | None:

@@ -12,6 +12,8 @@ from typing import Protocol
 from specchat.chat.answer import Answer, Delta
 from specchat.closing import Closeable
 from specchat.errors import SpecchatError
+from specchat.planner.learning import PassSteps
+from specchat.planner.statistics import SharedPass
 from specchat.records.generation import Request, Step
 from specchat.serve.errors import ApiError, internal, of_specchat, stopping
 from specchat.threads import Thread
@@ -81,6 +83,7 @@ class AnswerWorker(Closeable):
         engine: engine that answers.
         most_waiting: most jobs that wait for a seat; further ones are refused.
         observe: receives each finished job and its error; called in the engine's thread.
+        learn: receives the steps of each pass; called in the engine's thread.
         warn: receives one line when the draft is given up, or about an error that is no answer's own.
     """
 
@@ -90,11 +93,13 @@ class AnswerWorker(Closeable):
         *,
         most_waiting: int,
         observe: Callable[[Job, ApiError | None], None] = lambda _job, _error: None,
+        learn: Callable[[SharedPass], None] = lambda _: None,
         warn: Callable[[str], None] = lambda _text: None,
     ) -> None:
         self._engine = engine
         self._most_waiting = most_waiting
         self._observe = observe
+        self._learn = learn
         self._warn = warn
         self._waiting: SimpleQueue[Job | None] = SimpleQueue()
         self._live: dict[int, Job] = {}  # by number of the request
@@ -160,13 +165,16 @@ class AnswerWorker(Closeable):
 
     def _answer(self, first: Job) -> None:
         """Answer a job, and all that come until no answer is in progress."""
-        error = stopping()
+        error, pass_steps = stopping(), PassSteps()
         try:
             for number, step in self._engine.generate_many(self._requests(first), cancel=self._stop):
                 if step.warning is not None:
                     self._warn(step.warning)
                 if (job := self._live.get(number)) is not None:  # else its text has ended before
+                    shared = pass_steps.add(step, samples=not job.request.sampling.greedy)
                     self._take(number, job, step)
+                    if shared is not None:
+                        self._learn(shared)
         except Exception as caught:  # noqa: BLE001  the server goes on, whatever ended these answers
             self._warn(f"answers failed: {_described(caught)}")
             error = of_specchat(caught) if isinstance(caught, SpecchatError) else internal()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from threading import Event, Timer
@@ -24,6 +25,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 arguments = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 if "broken" in arguments["--model"]:
     sys.exit("error: unknown model architecture")
+
+if "slow" in arguments["--model"]:
+    time.sleep(60)
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
@@ -89,6 +93,16 @@ def test_answers_carry_tokens_and_times(stand_in):
 def test_a_server_that_does_not_start_says_why(stand_in):
     with pytest.raises(NotAvailableError, match="did not start: error: unknown model architecture"):
         LlamaServer(LlamaModel(Path("broken.gguf"), 512, 2), (), Event())
+
+
+def test_ctrl_c_ends_the_wait_for_a_server(stand_in):
+    """The server itself gets no Ctrl-C from the terminal, and is ended like any other."""
+    cancel = Event()
+    Timer(0.2, cancel.set).start()
+    with LlamaServer(LlamaModel(Path("slow.gguf"), 512, 2), (), cancel) as server:
+        assert cancel.is_set() and server._process.poll() is None
+        assert os.getpgid(server._process.pid) != os.getpgrp()
+    assert server._process.poll() is not None
 
 
 def test_baselines_are_checked_before_anything_is_loaded(tmp_path, monkeypatch, stand_in):

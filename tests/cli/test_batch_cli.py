@@ -99,6 +99,8 @@ def test_the_plan_of_a_job_is_the_one_that_it_runs_under(specchat, tmp_path: Pat
     plan = specchat(*job, "--plan", "--json")
     assert plan.code == 0, plan.err
     assert json.loads(plan.out)["ctx"] == 64
+    (ctx,) = (choice for choice in json.loads(plan.out)["choices"] if choice["option"] == "ctx")
+    assert ctx["why"] == "the longest prompt and its answer", "nobody asked for it"
     if model == "demo":
         assert "context 64 ·" in specchat(*job, "-o", str(out)).err
         assert load_statistics(state_folder()).pairs, "a job teaches the planner"

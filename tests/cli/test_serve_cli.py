@@ -69,7 +69,7 @@ def readme_example(url: str) -> list[str]:
     )
 
 
-def test_the_text_is_that_of_run_and_nothing_is_kept(specchat: Callable[..., SimpleNamespace], tmp_path: Path):
+def test_the_text_is_that_of_run_and_none_is_kept(specchat: Callable[..., SimpleNamespace], tmp_path: Path):
     flags = ("--max-tokens", "32", "--temperature", "0", *PRECISE)
     expected = json.loads(specchat("run", "demo", QUESTION, "--json", "--no-save", *flags).out)
     state = tmp_path / "state"
@@ -91,7 +91,10 @@ def test_the_text_is_that_of_run_and_nothing_is_kept(specchat: Callable[..., Sim
         assert process.wait() == 130
     assert log.count("answer: ") == 5 and "Traceback" not in log
     assert "sea" not in log and answer.choices[0].message.content[:20] not in log and "sesame" not in log
-    assert not state.exists() or not [each for each in state.rglob("*") if each.is_file()]
+    (kept,) = (each for each in state.rglob("*") if each.is_file())
+    assert kept.name == "statistics.json" and answer.choices[0].message.content[:20] not in kept.read_text()
+    (pair,) = json.loads(kept.read_text())["pairs"]
+    assert pair.startswith("demo ") and pair.endswith(" greedy")
 
 
 def test_sigterm_ends_an_answer_in_progress(tmp_path: Path):

@@ -37,7 +37,10 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_a_budget_above_the_groups_memory_is_no_reason_to_be_killed(tmp_path: Path):
-    """The group has 95% of what the plan with all layers in memory would take, libraries included."""
+    """Groups that have almost what the plan with all layers in memory would take, libraries included, and less.
+
+    Files of libraries count for the group that read them first, so 90% may suffice.
+    """
     model = "shape:hidden=1024,layers=20,heads=16,kv_heads=4,head_dim=64,mlp=3584,dtype=fp32"
     paths = {f"SPECCHAT_{name}_DIR": str(tmp_path / name.lower()) for name in ("CACHE", "STATE")}
     environment = os.environ | paths | {"PYTHONPATH": str(Path(__file__).parents[2]), "SPECCHAT_DEVICE": "cpu"}
@@ -46,15 +49,17 @@ def test_a_budget_above_the_groups_memory_is_no_reason_to_be_killed(tmp_path: Pa
     free = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=True)
     expected = json.loads(free.stdout)
     assert expected["memory"]["streamed_layers"] == 0
-    limit = int(0.95 * expected["memory"]["host_peak_bytes"])
-    with memory_group(limit) as group:
-        done = group.run(command, env=environment, stdin=subprocess.DEVNULL, timeout=600)
-    assert done.returncode == 0, (done.returncode, done.stderr)
-    result = json.loads(done.stdout)
-    assert result["token_ids"] == expected["token_ids"]
-    assert "cannot allocate" in done.stderr or "memory is short" in done.stderr
-    assert result["memory"]["streamed_layers"] > 0 and result["memory"]["host_peak_bytes"] < limit
-    print(f"limit {limit >> 20} MiB, peak {result['memory']['host_peak_bytes'] >> 20} MiB: {done.stderr.strip()}")
+    for share in (0.95, 0.88, 0.85, 0.80):
+        limit = int(share * expected["memory"]["host_peak_bytes"])
+        with memory_group(limit) as group:
+            done = group.run(command, env=environment, stdin=subprocess.DEVNULL, timeout=600)
+        assert done.returncode == 0, (share, done.returncode, done.stderr)
+        result = json.loads(done.stdout)
+        assert result["token_ids"] == expected["token_ids"]
+        streamed, peak = (result["memory"][name] for name in ("streamed_layers", "host_peak_bytes"))
+        assert bool(streamed) == ("cannot allocate" in done.stderr or "memory is short" in done.stderr)
+        print(f"limit {limit >> 20} MiB, peak {peak >> 20} MiB, {streamed} layers streamed")
+    assert streamed
 
 
 @pytest.mark.slow

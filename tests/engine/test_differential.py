@@ -11,13 +11,16 @@ import random
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-from support.differential import NAMES, Tally, Target, run_round
+import torch
+from support.differential import NAMES, Tally, Target, is_near, run_round
 from support.engines import random_prompt
 from support.streamed import tiny_packs
 from support.tiny_models import VOCAB, make_config, random_model
 
+from specchat.engine.sampling import Sampler
 from specchat.records.generation import Request, Sampling
 
 
@@ -26,7 +29,7 @@ def test_random_runs_write_the_targets_text(tmp_path: Path):
     print(f"TEST_SEED={seed}")
     tally = Tally()
     with tiny_packs(tmp_path):
-        run_round(seed, tmp_path / "models", tally, engines=2, requests=2)
+        run_round(seed, tmp_path / "models", tally)
     assert tally.total and tally.is_good
 
 
@@ -43,6 +46,31 @@ def test_a_token_that_the_target_would_not_write_is_found():
     ]
 
 
+BORDERS: list[tuple[dict[str, Any], tuple[float, float, float], bool]] = [
+    ({"top_k": 2}, (0.5, 0.25001, 0.24999), True),
+    ({"top_k": 2}, (0.5, 0.3, 0.2), False),
+    ({"top_p": 0.79999}, (0.5, 0.3, 0.2), True),
+    ({"top_p": 0.75}, (0.5, 0.3, 0.2), False),
+    ({"min_p": 0.40001}, (0.5, 0.3, 0.2), True),
+    ({"min_p": 0.45}, (0.5, 0.3, 0.2), False),
+]
+
+
+@pytest.mark.parametrize("limit, probabilities, expected", BORDERS, ids=str)
+def test_a_token_that_is_left_out_by_a_hair_is_near(
+    limit: dict[str, Any], probabilities: tuple[float, ...], expected: bool
+):
+    """Token 2 would win its race, but it is not among the kept tokens."""
+    scores = torch.tensor(probabilities).log()
+
+    def sampler(seed: int, **kept: Any) -> Sampler:
+        return Sampler(Sampling(1.0, seed=seed, **kept), 3, torch.device("cpu"))
+
+    seed = next(seed for seed in range(99) if sampler(seed).draw(scores, [0]) == 2)
+    assert sampler(seed, **limit).draw(scores, [0]) != 2
+    assert is_near(sampler(seed, **limit), scores, [0], 2, "fp32") is expected
+
+
 @pytest.mark.soak
 def test_random_runs_for_an_hour(tmp_path: Path):
     end = time.monotonic() + 60 * float(os.environ.get("TEST_MINUTES", "60"))
@@ -51,7 +79,7 @@ def test_random_runs_for_an_hour(tmp_path: Path):
     with tiny_packs(tmp_path):
         while time.monotonic() < end:
             before, begin = tally.total, time.monotonic()
-            name = run_round(seed, tmp_path / "models", tally, engines=4, requests=6, most_tokens=400)
+            name = run_round(seed, tmp_path / "models", tally, engines=2, requests=3, most_tokens=400)
             seconds = time.monotonic() - begin
             print(f"TEST_SEED={seed} {name}: {tally.total - before:,} tokens in {seconds:.0f} s", flush=True)
             shutil.rmtree(tmp_path / "models")

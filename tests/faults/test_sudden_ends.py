@@ -1,6 +1,6 @@
 """Ends at random moments: a signal gives its exit code, and a kill loses no completed turn, pack or download.
 
-Every test prints its seed, and TEST_SEED sets it.
+Every test prints its seed, which TEST_SEED sets, and how many ends came at which point.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ import os
 import random
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.fake_hub import serving
@@ -53,10 +55,11 @@ class Runs:
             self.seconds = ended.seconds
         return ended
 
-    def kill(self, rng: random.Random, **kwargs: str) -> Ended:
+    def kill(self, rng: random.Random, **kwargs: str) -> bool:
+        """Kill a run at a random moment, and return whether it had not ended before."""
         ended = self.run((rng.uniform(0, self.seconds), signal.SIGKILL), **kwargs)
         assert ended.code in (0, -signal.SIGKILL)
-        return ended
+        return ended.code != 0
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +90,8 @@ def test_signals_at_random_moments(server: Server, folder: Path, rng: random.Ran
     model = str(folder / "model")
     answering = Runs(server, folder, ("run", model, "{prompt}", *ANSWER, "--no-save"), **cache)
     packing = Runs(server, folder, ("run", model, "{prompt}", *STREAMED, "--no-save"), **cache)
-    ends: dict[int, int] = {}
-    for runs in (answering, packing):
+    ends, points = Counter[int](), Counter[str]()
+    for what, runs in {"answering": answering, "packing": packing}.items():
         runs.run()
         shutil.rmtree(folder / "cache" / "packs", ignore_errors=True)
         runs.run()
@@ -100,13 +103,14 @@ def test_signals_at_random_moments(server: Server, folder: Path, rng: random.Ran
             assert ended.code is not None
             # A process that starts has the system's own answer to TERM and HUP; the shell shows 128 + n for both.
             code = 128 - ended.code if ended.code in (-signal.SIGTERM, -signal.SIGHUP) else ended.code
-            ends[code] = ends.get(code, 0) + 1
+            ends[code] += 1
+            points[f"{what}, {_tenth(moment, runs.seconds)}"] += 1
             assert code in (0, 128 + number), (moment, number, ended)
             # The answer was complete, and libraries were tidying up: that is a small part of a run on a busy machine.
             late = moment > 0.75 * ended.seconds or ended.seconds <= moment + 0.5
             assert ended.code or late, f"{number!r} was lost at {moment} of {ended.seconds} s"
             assert b"Traceback" not in ended.err and b"internal" not in ended.err, ended
-    print(f"exit codes: {ends}")
+    print(f"{ends.total()} signals; exit codes: {_counts(ends)}; when: {_counts(points)}")
     assert len(ends) == 4
 
 
@@ -116,12 +120,14 @@ def test_kills_while_packing(server: Server, folder: Path, rng: random.Random):
     expected = runs.run().out
     shutil.rmtree(folder / "cache" / "packs")
     runs.run()
+    points = Counter[str]()
     for _ in range(20):
         shutil.rmtree(folder / "cache" / "packs", ignore_errors=True)
-        runs.kill(rng)
+        points[_point_of_pack(folder) if runs.kill(rng) else "after the end"] += 1
         assert runs.run().out == expected
         (pack,) = list_packs(pytest.fail)
         assert not verify_pack(pack) and not list(pack.folder.glob("*.tmp"))
+    print(f"{points.total()} kills while packing: {_counts(points)}")
 
 
 def test_kills_while_chatting(server: Server, folder: Path, rng: random.Random):
@@ -132,14 +138,19 @@ def test_kills_while_chatting(server: Server, folder: Path, rng: random.Random):
     asked = ["first", "second"]
     for question in asked:
         runs.run(prompt=question)
+    points = Counter[str]()
     for number in range(15):
         before = transcript.read(path).records
-        ended = runs.kill(rng, prompt=f"question {number}")
+        was_killed = runs.kill(rng, prompt=f"question {number}")
         saved = transcript.read(path)
         assert saved.records[: len(before)] == before
-        assert ended.code or saved.state.exchanges[-1].question == f"question {number}"
+        is_saved = saved.state.exchanges[-1].question == f"question {number}"
+        assert was_killed or is_saved
+        point = "within a line" if saved.repair else "after the turn was saved" if is_saved else "before it was saved"
+        points[point if was_killed else "after the end"] += 1
     runs.run(prompt="last")
     assert transcript.read(path).state.exchanges[-1].question == "last"
+    print(f"{points.total()} kills while chatting: {_counts(points)}")
 
 
 def test_kills_while_downloading(server: Server, folder: Path, rng: random.Random):
@@ -152,9 +163,36 @@ def test_kills_while_downloading(server: Server, folder: Path, rng: random.Rando
         arguments = ("run", "org/fox", "{prompt}", *ANSWER, "--no-save", "--yes")
         runs = Runs(server, folder, arguments, **env, **cache)
         expected = runs.run().out
+        points = Counter[str]()
         for _ in range(15):
             shutil.rmtree(hub_folder)
-            runs.kill(rng)
+            points[_point_of_download(hub_folder) if runs.kill(rng) else "after the end"] += 1
             assert runs.run().out == expected
             snapshot = next(hub_folder.glob("models--org--fox/snapshots/*"))
             assert all((snapshot / name).read_bytes() == files[name] for name in ("model.safetensors", "config.json"))
+        print(f"{points.total()} kills while downloading: {_counts(points)}")
+
+
+def _tenth(moment: float, seconds: float) -> str:
+    return f"{10 * int(10 * moment / seconds)}%"
+
+
+def _counts(points: Counter[Any]) -> str:
+    return ", ".join(f"{point}: {number}" for point, number in sorted(points.items()))
+
+
+def _point_of_pack(folder: Path) -> str:
+    """Return how far a killed run had come with its pack."""
+    files = [path for path in (folder / "cache" / "packs").glob("*/*") if path.is_file()]
+    if not files:
+        return "before the pack"
+    return "within the pack" if not list_packs(lambda _: None) else "after the pack"
+
+
+def _point_of_download(hub_folder: Path) -> str:
+    """Return how far a killed run had come with its download."""
+    if any(hub_folder.rglob("*.incomplete")):
+        return "within a file"
+    if any(hub_folder.glob("models--*/snapshots/*/model.safetensors")):
+        return "after the download"
+    return "between two files" if any(hub_folder.glob("models--*/blobs/*")) else "before the download"

@@ -106,28 +106,41 @@ class Target:
     def differences(self, request: Request, text: Sequence[int], dtype: Dtype) -> list[tuple[int, bool]]:
         """Positions of a text with another token than the target's, and whether near scores draw that token.
 
-        In 16 bits, scores are near those in 16 or in 32 bits.
+        In 16 bits, scores are near those in 16 or in 32 bits. Other orders of additions differ from both by as much as
+        the two differ.
         """
         tokens = [*request.prompt_ids, *text]
         begin = len(request.prompt_ids)
         scores = [self.scores(tokens, each) for each in dict.fromkeys((dtype, "fp32"))]
+        spreads = (scores[0] - scores[-1]).abs().amax(dim=-1).tolist()
         sampler = Sampler(request.sampling, VOCAB, torch.device("cpu"))
         found = []
         for position in range(begin, len(tokens)):
             before, ours = tokens[:position], tokens[position]
             if sampler.draw(scores[0][position - 1], before) != ours:
-                near = any(_is_near(sampler, each[position - 1], before, ours, dtype) for each in scores)
+                spread = spreads[position - 1]
+                near = any(is_near(sampler, each[position - 1], before, ours, dtype, spread) for each in scores)
                 found.append((position - begin, near))
         return found
 
 
-def _is_near(sampler: Sampler, scores: torch.Tensor, before: Sequence[int], token: int, dtype: Dtype) -> bool:
+def is_near(
+    sampler: Sampler, scores: torch.Tensor, before: Sequence[int], token: int, dtype: Dtype, spread: float = 0.0
+) -> bool:
     """Whether scores [V] within the error of others draw a token.
 
-    Better tokens are lowered one after the other: top-k, top-p or min-p may then leave them out.
+    Better tokens are lowered one after the other: top-k, top-p or min-p may then leave them out. The token itself may
+    have been left out, at the border of the kept ones: then all tokens above it are lowered first.
     """
-    error = max(NEAR_TIE, _ERRORS[dtype] * float(scores.abs().max())) / 2
-    lowered = set[int]()
+    error = max(NEAR_TIE, _ERRORS[dtype] * float(scores.abs().max()), spread) / 2
+    above = set((scores > scores[token]).nonzero()[:, 0].tolist())
+    return any(_wins(sampler, scores, before, token, error, lowered) for lowered in (set[int](), above))
+
+
+def _wins(
+    sampler: Sampler, scores: torch.Tensor, before: Sequence[int], token: int, error: float, lowered: set[int]
+) -> bool:
+    """Whether a token is drawn while some others, and then each that is drawn before it, are lowered."""
     while True:
         near = scores + error
         for each in lowered:
@@ -148,7 +161,7 @@ class _Models:
 
 
 def run_round(
-    seed: int, folder: Path, tally: Tally, *, engines: int = 2, requests: int = 3, most_tokens: int = 60
+    seed: int, folder: Path, tally: Tally, *, engines: int = 2, requests: int = 2, most_tokens: int = 30
 ) -> str:
     """Make a model, and compare the texts of random engines with the model's own scores.
 
@@ -157,7 +170,7 @@ def run_round(
         folder: empty folder for the models.
         tally: receives what was compared.
         engines: number of engines.
-        requests: number of texts of each engine.
+        requests: number of texts of each seat of an engine.
         most_tokens: most tokens of a text.
 
     Returns:
@@ -168,8 +181,8 @@ def run_round(
     model = _random_model(rng, name)
     models, target = _save(rng, name, model, folder), Target(model)
     for _ in range(engines):
-        asked = [_request(rng, most_tokens) for _ in range(requests)]
         plan, draft = _plan(rng, models)
+        asked = [_request(rng, most_tokens) for _ in range(requests * plan.work.seats)]
         pack = models.pack if plan.placement.in_ram or rng.random() < 0.5 else None
         if plan.work.dtype != "fp32":
             pack = None
@@ -240,7 +253,7 @@ def _plan(rng: random.Random, models: _Models) -> tuple[Plan, ModelSource | None
         tree_budget=rng.choice((1, 3, 16, 16, 64, 200)),
         slots=rng.randint(1, 3),
         chunk_rows=rng.choice((7, 24, 512)),
-        seats=rng.choice((1, 1, 3, 4)),
+        seats=rng.choice((1, 3, 4, 8)),
         retrieval=retrieval,
     )
     dtype: Dtype = rng.choice(_DTYPES) if models.name in _DENSE else "fp32"

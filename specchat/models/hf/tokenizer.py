@@ -1,7 +1,7 @@
 """A model's tokenizer, chat template and response parser."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 from specchat.errors import AllocationError, CorruptCheckpointError, UsageError, is_lack_of_memory
 from specchat.models.hf.chat_template import WITHOUT_TEMPLATE, ChatTemplate
+from specchat.models.hf.response_parser import HARMONY, REASONING_FIELDS, ResponseParser
 from specchat.models.hf.tokenizer_files import is_failure, read_tokenizer
-from specchat.records.chat import Message, Part
+from specchat.records.chat import Message
 from specchat.threads import run_within
 
 
@@ -102,30 +103,22 @@ class Tokenizer:
     def _template(self) -> ChatTemplate:
         return ChatTemplate(self._hf.get_chat_template())
 
-    def response_parser(self, prompt: str) -> "ResponseParser | None":
+    def response_parser(self, prompt: str) -> ResponseParser | None:
         """Return a parser that separates thinking from the answer; None if no description of the format exists.
 
         Args:
             prompt: rendered chat, which may contain the start of the answer.
 
         Raises:
-            CorruptCheckpointError: the model's description of its format is invalid.
+            CorruptCheckpointError: the model's description of its format is invalid, or takes too long on the prompt.
         """
         template = getattr(self._hf, "response_template", None) or self._known_format()
-        if template is None:
-            return None
-        try:
-            return ResponseParser(self._hf, template, prompt)
-        except Exception as error:
-            raise CorruptCheckpointError(
-                "tokenizer_config.json: response_template does not describe the parts of an answer",
-                hint=_HINT,
-            ) from error
+        return None if template is None else ResponseParser(self._hf, template, prompt)
 
     def _known_format(self) -> Mapping[str, Any] | None:
         """Return the format of models that separate parts by special tokens and often ship no description of it."""
         tokens = set(self._hf.all_special_tokens)
-        return _HARMONY if {"<|channel|>", "<|message|>"} <= tokens else None
+        return HARMONY if {"<|channel|>", "<|message|>"} <= tokens else None
 
     def _template_variables(self) -> set[str]:
         """Return the variables that the template expects from its caller."""
@@ -190,24 +183,6 @@ _PROBE = "specchatprobe"
 # Marks the end of the message to be continued in a rendered chat.
 _END_MARK = "[the message goes on here]"
 
-# OpenAI's harmony format (gpt-oss): channels for thinking and answer, separated by special tokens only.
-_HARMONY: Mapping[str, Any] = {
-    "defaults": {"role": "assistant"},
-    "start_anchor": "<|start|>assistant",
-    "fields": {
-        "reasoning_content": {
-            "open_pattern": r"<\|channel\|>(?:analysis|commentary)[^<]*<\|message\|>",
-            "close": ["<|end|>", "<|call|>"],
-            "repeats": True,
-            "join": "\n",
-            "content": "text",
-        },
-        "content": {"open_pattern": r"<\|channel\|>final[^<]*<\|message\|>", "close": ["<|return|>", "<|end|>"]},
-    },
-}
-
-_REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
-
 
 @contextmanager
 def _converted(what: str) -> Iterator[None]:
@@ -238,14 +213,14 @@ def _as_turn(message: Message) -> dict[str, Any]:
     """Convert a message for templates, which use several names for thinking."""
     turn = {"role": message.role, "content": message.content}
     if message.reasoning is not None:
-        turn |= dict.fromkeys(_REASONING_FIELDS, message.reasoning)
+        turn |= dict.fromkeys(REASONING_FIELDS, message.reasoning)
     return turn
 
 
 def _mark_end(turn: dict[str, Any]) -> None:
     """Append the end mark to the message, or to its thinking if there is no answer yet."""
-    thinks = not turn["content"] and turn.get(_REASONING_FIELDS[0])
-    for name in _REASONING_FIELDS if thinks else ("content",):
+    thinks = not turn["content"] and turn.get(REASONING_FIELDS[0])
+    for name in REASONING_FIELDS if thinks else ("content",):
         turn[name] += _END_MARK
 
 
@@ -256,48 +231,6 @@ def _up_to_mark(text: str) -> str:
     if not found:
         raise UsageError("the answer cannot be continued: the model's chat template cannot render an unfinished answer")
     return begin
-
-
-class ResponseParser:
-    """A parser that splits a model's text, special tokens included, into thinking and answer.
-
-    Args:
-        hf: tokenizer of transformers.
-        template: description of the format, as transformers defines it.
-        prompt: rendered chat, which may contain the start of the answer.
-    """
-
-    def __init__(self, hf: Any, template: Mapping[str, Any], prompt: str) -> None:
-        self._parser = hf.get_response_parser(template, prefix=prompt)
-        self._special_tokens = tuple(hf.all_special_tokens)
-        self.part: Part = "answer"
-        self._pieces(self._parser.initial_events)
-
-    def feed(self, text: str) -> list[tuple[Part, str]]:
-        """Parse more text and return the pieces that are certain now; an empty piece marks the start of a part."""
-        return self._pieces(self._parser.feed(text))
-
-    def finish(self) -> list[tuple[Part, str]]:
-        """Return the pieces that were held back until the end of the text."""
-        try:
-            _, events = self._parser.finalize()
-        except ValueError:  # the text ended early, before a required part; a chat accepts that
-            return []
-        return self._pieces(events)
-
-    def _pieces(self, events: Iterable[Mapping[str, Any]]) -> list[tuple[Part, str]]:
-        pieces: list[tuple[Part, str]] = []
-        for event in events:
-            part: Part = "reasoning" if event["field"] in _REASONING_FIELDS else "answer"
-            self.part = "answer" if event["type"] == "region_close" else part
-            if event["type"] != "region_close":
-                pieces.append((part, self._without_special_tokens(event.get("text", ""))))
-        return pieces
-
-    def _without_special_tokens(self, text: str) -> str:
-        for token in self._special_tokens:
-            text = text.replace(token, "")
-        return text
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

@@ -136,11 +136,12 @@ def _disks() -> Iterator[Fault]:
     }.items():
         yield Fault(f"disk: {name}", ASK, put("file", "x"), codes=(0,), order={"env": env})
     limits: dict[str, Any] = {"limits": {"file bytes": 300}}
-    words = "cannot save the chat"  # the answer itself is complete
-    yield Fault("disk: session at its limit", save, codes=(0,), order=limits, words=words, **answers)
+    unsaved = {"codes": (1,), "words": "cannot save the chat", **answers}  # the answer itself is complete
+    yield Fault("disk: session at its limit", save, order=limits, **unsaved)
     for name, options in {"full": "size=4k", "read-only": "ro", "without names": "nr_inodes=1"}.items():
         order = {"mounts": {"disk": options}, "env": {"SPECCHAT_STATE_DIR": "disk/state"}}
-        yield Fault(f"disk: {name} for sessions", save, codes=(0, 1), order=order, **answers)
+        long = (*save, "--stop", "x" * 5000)  # the saved chat takes more than a page
+        yield Fault(f"disk: {name} for sessions", long, order=order, **unsaved)
         order = {"mounts": {"disk": options}, "env": {"SPECCHAT_CACHE_DIR": "disk/cache"}}
         yield Fault(f"disk: {name} for the cache", ASK, codes=(0,), order=order, **answers)
         order = {"mounts": {"disk": options}}
