@@ -73,7 +73,7 @@ class FinalStates:
         tokens: copy of the committed tokens of the sequence; all but the last one have states now.
         first: number of tokens before the first of these rows.
         hidden: states after the target's last norm, [len(tokens) - 1 - first, hidden].
-        tapped: what the drafter's taps have collected of these rows, [len(tokens) - 1 - first, width]; None without.
+        tapped: states that the drafter's taps collected of these rows, [len(tokens) - 1 - first, width]; None without.
     """
 
     tokens: list[int]

@@ -66,7 +66,7 @@ class Walk:
         Args:
             first: number of tokens before the first of these rows.
             hidden: hidden states of the pass, [rows, hidden].
-            tapped: what taps have collected of the rows of the pass, [rows, width]; None without taps.
+            tapped: collected states of the rows of the pass, [rows, width]; None without taps.
         """
         sequence = self._sequence
         count = sequence.num_cached - first

@@ -157,6 +157,7 @@ def test_sweep_over_slots(specchat):
     assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 def test_sweep_over_generation_memory(specchat):
     options = (*SMALL, "--vram", "60MiB", "--sweep", "memory=64+head,64,8")
     result = specchat("bench", "demo", *options, "--json", "-q")
@@ -192,6 +193,7 @@ def test_sweep_as_json(specchat):
     assert own["summary"]["tokens_per_step"]["mean"] > none["summary"]["tokens_per_step"]["mean"] == 1
 
 
+@pytest.mark.slow
 def test_cold_passes(specchat):
     result = specchat("bench", "demo", *SMALL, "--max-tokens", "4", "--cold", "--baseline", "accelerate", "--json")
     if "page cache" in result.err and result.code == 1:

@@ -191,7 +191,7 @@ def test_the_next_answer_is_that_of_a_fresh_run_for_220_sequences(engines, tmp_p
 
 
 def test_the_next_answer_of_a_hybrid_is_that_of_a_fresh_run(hybrid_engines, tmp_path):
-    check(hybrid_engines, tmp_path, range(6))
+    check(hybrid_engines, tmp_path, range(3))
 
 
 @pytest.mark.slow

@@ -105,7 +105,7 @@ def fuzz(zoo: Zoo, architecture: str, seed: int, num_texts: int, most_points: in
     return num_reread
 
 
-@pytest.mark.parametrize(("architecture", "seed"), [("qwen3_5_text", 0), ("falcon_h1", 1), ("lfm2", 2)])
+@pytest.mark.parametrize(("architecture", "seed"), [("qwen3_5_text", 0), ("falcon_h1", 1)])
 def test_any_chat_equals_a_fresh_run(zoo: Zoo, architecture: str, seed: int):
     fuzz(zoo, architecture, seed, num_texts=8)
 

@@ -65,7 +65,7 @@ def check_every_start(load: Callable[[], Engine], failure: str) -> None:
         assert threads.count == failing and not threads.num_running
 
 
-@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("failure", [FAILURES[0], pytest.param(FAILURES[1], marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "in_ram", [pytest.param((), id="disk"), pytest.param((2, 3), id="some mapped", marks=pytest.mark.slow)]
 )
@@ -74,7 +74,7 @@ def test_pack_reader_threads_that_cannot_start(packed_model: PackedModel, in_ram
     check_every_start(lambda: load_engine(plan, source, None, packed_model.pack), failure)
 
 
-@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("failure", [pytest.param(FAILURES[0], marks=pytest.mark.slow), FAILURES[1]])
 def test_shard_reader_threads_that_cannot_start(failure: str, tmp_path: Path):
     source = save(random_model(make_config("mistral")), tmp_path / "model")
     check_every_start(lambda: load_engine(streaming_plan(source, 4), source, None), failure)

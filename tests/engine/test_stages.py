@@ -91,7 +91,14 @@ def test_layers_of_a_pack(in_ram: tuple[int, ...], make: Callable[[str, bool], M
     check(make("llama", True), in_ram=in_ram)
 
 
-@pytest.mark.parametrize("in_ram", [(), (0, 2), (0, 1, 2, 3)], ids=["disk", "mixed", "ram"])
+@pytest.mark.parametrize(
+    "in_ram",
+    [
+        pytest.param((), id="disk", marks=pytest.mark.slow),
+        pytest.param((0, 2), id="mixed"),
+        pytest.param((0, 1, 2, 3), id="ram", marks=pytest.mark.slow),
+    ],
+)
 def test_layers_on_a_gpu(in_ram: tuple[int, ...], make: Callable[[str, bool], Models]):
     with PretendedGpu() as gpu:
         models = make("llama", False)

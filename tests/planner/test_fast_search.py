@@ -286,7 +286,7 @@ def shown(candidate: Candidate, request: PlanRequest, inputs: PlanInputs) -> Con
 
 
 @given(question=questions())
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=60)
 def test_the_search_equals_an_exhaustive_search(question: tuple[PlanRequest, PlanInputs, ModelSpec]):
     """Compare the best candidate and all candidates, to the last bit."""
     request, inputs, target = question

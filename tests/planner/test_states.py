@@ -91,8 +91,14 @@ def test_all_points_are_kept_where_everything_fits(large: ModelSpec):
     assert [num_points(100, ram, 10**6) for ram in (99, 100, 300, 2400, 9700)] == [0, 1, 2, 3, 12]
 
 
-@pytest.mark.parametrize("architecture", HYBRIDS)
-@pytest.mark.parametrize(("dtype", "seats"), [("bf16", 1), ("fp32", 3)])
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "seats"),
+    [
+        pytest.param(name, *work, marks=pytest.mark.slow if (number + place) % 2 else ())
+        for number, name in enumerate(HYBRIDS)
+        for place, work in enumerate([("bf16", 1), ("fp32", 3)])
+    ],
+)
 def test_the_engine_allocates_what_is_counted(architecture: str, dtype: Dtype, seats: int, tmp_path: Path):
     make_hybrid_config(architecture).save_pretrained(tmp_path)
     spec = describe(ModelSource("tiny", tmp_path))

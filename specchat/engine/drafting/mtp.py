@@ -284,16 +284,6 @@ class MtpHead:
         return outputs
 
     def _compare(self, seat: int, first: int, outputs: Tensor, states: Tensor) -> None:
-        """Let the check compare new rows.
-
-        Args:
-            seat: seat of the rows.
-            first: number of tokens before the first row.
-            outputs: outputs of the rows, [rows, hidden].
-            states: what the head read in place of the target's states, [rows, hidden].
-
-        Raises:
-            HeadDisagreesError: the head's choices are hardly better than chance.
-        """
+        """Compare outputs [rows, hidden] of new rows and the states that the head read, while the check lasts."""
         if self._check is not None:
             self._check.compare(self._target, [outputs], [states])

@@ -62,7 +62,7 @@ class ScoringSource(Protocol):
         name: name of the source.
         models: models that the source holds in memory.
         wants_states: whether the source reads the target's states, which `receive` hands over.
-        taps: what the source reads of the states between the target's layers; None if nothing.
+        taps: reader of the states between the target's layers; None if the source reads none.
         knows_all_levels: whether `begin` computes the scores of all levels, so that expanding nodes takes no pass.
         expands_chains: whether a pass can compute a node together with its descendants.
         temperatures: temperatures of path weights.

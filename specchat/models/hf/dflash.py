@@ -31,7 +31,7 @@ class DFlashSkeleton(Skeleton):
     """A DFlash head without embeddings and head, which are the target's.
 
     Attributes:
-        settings: what the head's files say of it.
+        settings: settings of the head's own files.
     """
 
     settings: DFlashConfig = field(kw_only=True)
@@ -81,7 +81,7 @@ def as_dflash(skeleton: Skeleton, settings: DFlashConfig) -> DFlashSkeleton:
 
     Args:
         skeleton: causal LM, changed in place.
-        settings: what the head's files say of it.
+        settings: settings of the head's own files.
 
     Raises:
         UnsupportedModelError: layers without plain queries, keys and values.

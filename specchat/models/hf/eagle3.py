@@ -34,7 +34,7 @@ class Eagle3Skeleton(MtpSkeleton):
     """An EAGLE-3 head.
 
     Attributes:
-        settings: what the head's files say of it.
+        settings: settings of the head's own files.
     """
 
     settings: Eagle3Config = field(kw_only=True)
@@ -102,7 +102,7 @@ class Eagle3Layer(torch.nn.Module):
 
     Args:
         layer: decoder layer of transformers, whose parts are taken over.
-        settings: what the head's files say of it.
+        settings: settings of the head's own files.
     """
 
     def __init__(self, layer: Any, settings: Eagle3Config) -> None:
@@ -145,7 +145,7 @@ def as_eagle3(skeleton: Skeleton, settings: Eagle3Config, *, has_embeddings: boo
 
     Args:
         skeleton: model with one layer, changed in place.
-        settings: what the head's files say of it.
+        settings: settings of the head's own files.
         has_embeddings: whether the head has input embeddings of its own.
 
     Raises:

@@ -51,7 +51,7 @@ def shares(world: World, expected: Expectation, seed: int, lengths: tuple[int, .
     return [adaptive.write(length) / max(other.write(length) for other in others) for length in lengths]
 
 
-QUICK_WORLDS = {"disk", "resident", "computing takes over"}
+QUICK_WORLDS = {"disk", "resident"}
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,7 @@ def python(code):
     return done
 
 
+@pytest.mark.slow
 def test_answer_imports_no_compiler():
     command = [sys.executable, "-m", "specchat", "run", "demo", "--plan", "-q"]  # saves the description of the models
     subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, stdout=subprocess.DEVNULL)

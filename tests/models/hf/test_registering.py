@@ -70,6 +70,7 @@ def test_another_function_of_the_same_name_is_refused():
         register_attention(make())
 
 
+@pytest.mark.slow
 def test_importing_the_engine_registers_nothing():
     code = (
         "import specchat.engine.engine, specchat.models.sizes.inspect, transformers as hf; "
