@@ -1,5 +1,6 @@
 """Settings for the whole suite."""
 
+import gc
 import os
 import shutil
 import signal
@@ -53,6 +54,12 @@ def _no_statistics():
     """Plans do not depend on what other tests' answers have shown."""
     yield
     Path(_HOME, "state", "specchat", "statistics.json").unlink(missing_ok=True)
+
+
+def pytest_collection_finish():
+    """Collections of garbage need not look at the tests and the modules, of which none is freed."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure():
