@@ -48,6 +48,7 @@ def token_lists() -> list[list[int]]:
     return prompts()
 
 
+@pytest.mark.slow
 def test_trees_of_a_few_prompts(token_lists: list[list[int]]):
     few = token_lists[::6]
     assert ours(GREEDY, 64, few).tokens_per_step >= 3.3

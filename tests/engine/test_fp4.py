@@ -66,9 +66,9 @@ def check(quantized: ModelSource, dense: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("architecture", "kind", "others", "name"),
     [
-        ("llama", mxfp4(), {}, "compressed-tensors fp4"),
+        pytest.param("llama", mxfp4(), {}, "compressed-tensors fp4", marks=pytest.mark.slow),
         ("qwen3_moe", mxfp4(), {}, "compressed-tensors fp4"),
-        ("llama", nvfp4(), {}, "compressed-tensors fp4"),
+        pytest.param("llama", nvfp4(), {}, "compressed-tensors fp4", marks=pytest.mark.slow),
         ("qwen3_moe", nvfp4(), {}, "compressed-tensors fp4"),
         ("llama", modelopt(), {}, "modelopt nvfp4"),
         ("qwen3_moe", modelopt(), {"self_attn": modelopt_fp8()}, "modelopt nvfp4"),

@@ -133,6 +133,7 @@ def test_it_is_as_fast_as_the_best_fixed_size_for_many_texts(name: str, num_text
     assert mean(found) >= 0.95, found
 
 
+@pytest.mark.slow
 def test_a_batch_that_grows_and_shrinks_keeps_its_speed():
     """The policy learns at any number of texts, and uses what it learned at others."""
     world = SHARED["knee at 65 rows"]
