@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import itertools
-import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from support import reference
 from support.eagle3 import KINDS, engine_with_eagle3, save_eagle3
-from support.engines import NOTHING, make_plan, random_prompt, write
+from support.engines import make_plan, random_prompt, write
 from support.loading import load_engine
-from support.targets import NUM_TOKENS, SAMPLINGS, Targets, check_text
+from support.targets import (
+    NUM_TOKENS,
+    SAMPLINGS,
+    Targets,
+    check_batch,
+    check_head,
+    check_interrupt_and_undo,
+)
 from support.tiny_models import VOCAB, make_config, random_model, save
 
-from specchat.records.generation import Request
 from specchat.records.model import ModelSource
 
 NUM_LAYERS, WIDTH = 4, 64
@@ -58,12 +62,7 @@ def check(world: World, case: Case) -> None:
         chunk_rows=24,
         retrieval=retrieval,
     ) as engine:
-        ours, steps = write(engine, expected.prompt, SAMPLINGS[sampling], NUM_TOKENS)
-    check_text(expected, ours)
-    assert retrieval or steps[0].tree_nodes == 0, "no states before the prompt is read"
-    drafted = [guess for step in steps[1:] for guess in step.guesses if guess.source == "eagle3"]
-    assert sum(guess.offered for guess in drafted) > 0
-    assert (steps[0].streamed_bytes > 0) == (streaming != "none")
+        check_head(engine, expected, sampling, "eagle3", streams=streaming != "none", retrieval=retrieval)
 
 
 FEW: list[Case] = [
@@ -92,42 +91,18 @@ def test_text_is_the_targets_own_full_cross(world: World, case: Case):
 
 @pytest.mark.slow
 def test_a_batch_of_three_with_a_prompt_that_joins(world: World):
-    """Each answer is the text alone, although prompts join passes in which other trees are verified."""
-    expected = [world.targets.text("qwen3", "t0.8", seed) for seed in (11, 12, 13, 14)]
-    requests = [
-        Request(tuple(each.prompt), SAMPLINGS["t0.8"], NOTHING, length)
-        for each, length in zip(expected, (8, NUM_TOKENS, NUM_TOKENS, NUM_TOKENS), strict=True)
-    ]
-    texts, drafted = [list[int]() for _ in requests], 0
     source, head = world.targets.source("qwen3"), world.head("3.1")
     with engine_with_eagle3(source, head, NUM_LAYERS, budget=32, seats=3, resident=(), chunk_rows=24) as engine:
-        for index, step in engine.generate_many(requests):
-            texts[index] += step.token_ids
-            drafted += step.tree_nodes
-    for each, ours, request in zip(expected, texts, requests, strict=True):
-        num_tokens = request.max_tokens or 0
-        check_text(reference.Reference(each.prompt, each.tokens[:num_tokens], each.margins), ours)
-    assert drafted > 0
+        check_batch(engine, world.targets, "qwen3")
 
 
 def test_interrupts_and_undo(world: World):
     """After an interrupt, an undo and another question, texts are the target's own, and drafts go on."""
     expected = world.targets.text("qwen3", "greedy")
-    prompt, text = expected.prompt, expected.tokens
     with engine_with_eagle3(
         world.targets.source("qwen3"), world.head("3.1"), NUM_LAYERS, budget=32, resident=()
     ) as engine:
-        cancel = threading.Event()
-        taken: list[int] = []
-        for step in engine.generate(prompt, SAMPLINGS["greedy"], stop_ids=NOTHING, max_tokens=12, cancel=cancel):
-            taken += step.token_ids
-            if len(taken) >= 4:
-                cancel.set()
-        check_text(reference.Reference(prompt, text[: len(taken)], expected.margins), taken)
-        check_text(expected, write(engine, prompt, SAMPLINGS["greedy"], NUM_TOKENS)[0])  # the same question
-        engine.truncate(len(prompt) // 2)
-        further, steps = write(engine, prompt, SAMPLINGS["greedy"], NUM_TOKENS)
-        check_text(expected, further)
+        steps = check_interrupt_and_undo(engine, expected)
         assert any(step.tree_nodes for step in steps[1:])
 
 

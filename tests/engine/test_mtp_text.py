@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import threading
 
 import pytest
-from support import reference
-from support.engines import NOTHING, make_plan, random_prompt, write
+from support.engines import make_plan, random_prompt, write
 from support.heads import LAYOUTS, engine_with_head, head_of, random_target, save_with_mtp
 from support.loading import load_engine
-from support.targets import NUM_TOKENS, SAMPLINGS, Targets, check_text
+from support.targets import (
+    NUM_TOKENS,
+    SAMPLINGS,
+    Targets,
+    check_batch,
+    check_head,
+    check_interrupt_and_undo,
+    check_text,
+)
 from support.tiny_models import VOCAB
-
-from specchat.records.generation import Request
 
 STREAMING = ("all", "half", "none")
 NUM_LAYERS = 4
@@ -40,12 +44,7 @@ def check(targets: Targets, case: Case) -> None:
         chunk_rows=24,
         retrieval=retrieval,
     ) as engine:
-        ours, steps = write(engine, expected.prompt, SAMPLINGS[sampling], NUM_TOKENS)
-    check_text(expected, ours)
-    assert retrieval or steps[0].tree_nodes == 0, "no states before the prompt is read"
-    drafted = [guess for step in steps[1:] for guess in step.guesses if guess.source == "mtp"]
-    assert sum(guess.offered for guess in drafted) > 0
-    assert (steps[0].streamed_bytes > 0) == (streaming != "none")
+        check_head(engine, expected, sampling, "mtp", streams=streaming != "none", retrieval=retrieval)
 
 
 FEW: list[Case] = [
@@ -75,42 +74,17 @@ def test_text_is_the_targets_own_full_cross(targets: Targets, case: Case):
 
 
 def test_a_batch_of_three_with_a_prompt_that_joins(targets: Targets):
-    """Each answer is the text alone, although prompts join passes in which other trees are verified."""
     source = targets.source("qwen3_5_text")
-    expected = [targets.text("qwen3_5_text", "t0.8", seed) for seed in (11, 12, 13, 14)]
-    requests = [
-        Request(tuple(each.prompt), SAMPLINGS["t0.8"], NOTHING, length)
-        for each, length in zip(expected, (8, NUM_TOKENS, NUM_TOKENS, NUM_TOKENS), strict=True)
-    ]
-    texts, drafted = [list[int]() for _ in requests], 0
     with engine_with_head(source, NUM_LAYERS, budget=32, seats=3, resident=(), chunk_rows=24) as engine:
-        for index, step in engine.generate_many(requests):
-            texts[index] += step.token_ids
-            drafted += step.tree_nodes
-    for each, ours, request in zip(expected, texts, requests, strict=True):
-        num_tokens = request.max_tokens or 0
-        check_text(reference.Reference(each.prompt, each.tokens[:num_tokens], each.margins), ours)
-    assert drafted > 0
+        check_batch(engine, targets, "qwen3_5_text")
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", pytest.param("qwen3_5_text", marks=pytest.mark.slow)])
 def test_interrupts_and_undo(targets: Targets, architecture: str):
     """After an interrupt, an undo and another question, texts are the target's own, and drafts go on."""
     expected = targets.text(architecture, "greedy")
-    prompt, text = expected.prompt, expected.tokens
     with engine_with_head(targets.source(architecture), NUM_LAYERS, budget=32) as engine:
-        cancel = threading.Event()
-        taken: list[int] = []
-        for step in engine.generate(prompt, SAMPLINGS["greedy"], stop_ids=NOTHING, max_tokens=12, cancel=cancel):
-            taken += step.token_ids
-            if len(taken) >= 4:
-                cancel.set()
-        check_text(reference.Reference(prompt, text[: len(taken)], expected.margins), taken)
-        again, _ = write(engine, prompt, SAMPLINGS["greedy"], NUM_TOKENS)  # the same question
-        check_text(expected, again)
-        engine.truncate(len(prompt) // 2)
-        further, steps = write(engine, prompt, SAMPLINGS["greedy"], NUM_TOKENS)
-        check_text(expected, further)
+        steps = check_interrupt_and_undo(engine, expected)
         assert sum(guess.accepted for step in steps for guess in step.guesses) > 0  # by luck: the head is random
         other = targets.text(architecture, "greedy", 12)
         check_text(other, write(engine, other.prompt, SAMPLINGS["greedy"], NUM_TOKENS)[0])

@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from support import reference
 from support.engines import NOTHING, make_plan, random_prompt, write
 from support.loading import Quiet, load_engine, load_model
 from support.plans import changed
 from support.shortages import ShortMachine
 from support.streamed import tiny_packs
-from support.targets import NUM_TOKENS, SAMPLINGS, Targets, check_text
+from support.targets import NUM_TOKENS, SAMPLINGS, Targets, check_batch, check_interrupt_and_undo, check_text
 from support.tiny_models import VOCAB, make_config, random_model, save
 
 from specchat.engine.drafting.own_copy import CopyModel
@@ -94,35 +93,15 @@ def test_text_is_the_targets_own_full_cross(targets: Targets, case: Case):
 
 
 def test_a_batch_of_three_with_a_prompt_that_joins(targets: Targets):
-    expected = [targets.text("llama", "t0.8", seed) for seed in (11, 12, 13, 14)]
-    requests = [
-        Request(tuple(each.prompt), SAMPLINGS["t0.8"], NOTHING, length)
-        for each, length in zip(expected, (8, NUM_TOKENS, NUM_TOKENS, NUM_TOKENS), strict=True)
-    ]
-    texts, drafted = [list[int]() for _ in requests], 0
     with engine_with_copy(targets.source("llama"), budget=32, seats=3) as engine:
-        for index, step in engine.generate_many(requests):
-            texts[index] += step.token_ids
-            drafted += step.tree_nodes
-    for each, ours, request in zip(expected, texts, requests, strict=True):
-        check_text(reference.Reference(each.prompt, each.tokens[: request.max_tokens], each.margins), ours)
-    assert drafted > 0
+        check_batch(engine, targets, "llama")
 
 
 def test_interrupts_and_undo(targets: Targets):
     """After an interrupt, an undo and another question, texts are the target's own, and drafts go on."""
     expected = targets.text("llama", "greedy")
-    prompt, text = expected.prompt, expected.tokens
     with engine_with_copy(targets.source("llama"), budget=16, streamed="half", quant="int4") as engine:
-        cancel, taken = threading.Event(), list[int]()
-        for step in engine.generate(prompt, SAMPLINGS["greedy"], stop_ids=NOTHING, max_tokens=12, cancel=cancel):
-            taken += step.token_ids
-            if len(taken) >= 4:
-                cancel.set()
-        check_text(reference.Reference(prompt, text[: len(taken)], expected.margins), taken)
-        check_text(expected, write(engine, prompt, SAMPLINGS["greedy"], NUM_TOKENS)[0])
-        engine.truncate(len(prompt) // 2)
-        check_text(expected, write(engine, prompt, SAMPLINGS["greedy"], NUM_TOKENS)[0])
+        check_interrupt_and_undo(engine, expected)
         other = targets.text("llama", "greedy", 12)
         ours, steps = write(engine, other.prompt, SAMPLINGS["greedy"], NUM_TOKENS)
         check_text(other, ours)

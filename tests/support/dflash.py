@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,11 @@ import torch
 import transformers as hf
 from safetensors.torch import save_file
 
-from specchat.engine import loading
-from specchat.engine.attention import tree_attention
 from specchat.engine.drafting.dflash import DFlashHead, DFlashModel
-from specchat.engine.drafting.drafter import TreeDrafter, free_sources
 from specchat.engine.drafting.head_check import HeadCheck
 from specchat.engine.engine import Engine
-from specchat.models.weights.open import open_weights
 from specchat.records.model import ModelSource
-from specchat.records.plan import Placement, Workload
-from support.engines import make_plan
-from support.heads import CTX
+from support.heads import CTX, engine_beside, load_head_model
 from support.loading import load_model
 from support.tiny_models import VOCAB
 
@@ -89,47 +83,14 @@ def save_dflash(folder: Path, *, sliding: bool = False, seed: int = 3) -> Saved:
     return Saved(ModelSource(f"./{folder.name}", folder, part="dflash"), module)
 
 
-def load_dflash(source: ModelSource, *, cache_rows: int, chunk_rows: int = 512, seats: int = 1) -> DFlashModel:
+def load_dflash(source: ModelSource, **sizes: int) -> DFlashModel:
     """The modules of a head, resident in float32."""
-    weights = open_weights(source, "fp32", "none", tree_attention)
-    work = Workload("cpu", "fp32", cache_rows, 0, 0, chunk_rows, seats=seats)
-    placement = Placement(2, (0, 1))
-    model = loading.load_model(weights, work, placement, cache_rows=cache_rows, model_class=DFlashModel)
-    assert isinstance(model, DFlashModel)
-    return model
+    return load_head_model(source, DFlashModel, 2, **sizes)
 
 
-def engine_with_dflash(
-    target: ModelSource,
-    head: ModelSource,
-    num_layers: int,
-    *,
-    budget: int,
-    resident: Iterable[int] | None = None,
-    chunk_rows: int = 512,
-    ctx: int = 256,
-    seats: int = 1,
-    retrieval: bool = False,
-    check: HeadCheck | None = None,
-) -> Engine:
-    """An engine whose head is not checked, because a random one agrees by chance only."""
-    plan = make_plan(
-        target,
-        head,
-        num_layers=num_layers,
-        resident=resident,
-        ctx=ctx,
-        tree_budget=budget,
-        chunk_rows=chunk_rows,
-        seats=seats,
-        retrieval=retrieval,
-    )
-    weights = open_weights(target, "fp32", "none", tree_attention)
-    model = loading.load_model(weights, plan.work, plan.placement, cache_rows=ctx + budget)
-    rows = 2 * budget
-    small = load_dflash(head, cache_rows=ctx + rows, chunk_rows=chunk_rows, seats=seats)
-    source = DFlashHead(small, model, max_rows=rows, check=check)
-    return Engine(plan, model, TreeDrafter(source, free_sources(seats) if retrieval else ()))
+def engine_with_dflash(target: ModelSource, head: ModelSource, num_layers: int, **settings: Any) -> Engine:
+    """An engine with a DFlash head; its settings are those of `engine_beside`."""
+    return engine_beside(target, head, num_layers, partial(load_dflash, head), DFlashHead, **settings)
 
 
 def load_pair(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from specchat.engine import loading
-from specchat.engine.attention import tree_attention
-from specchat.engine.drafting.drafter import TreeDrafter, free_sources
 from specchat.engine.drafting.eagle3 import Eagle3Head, Eagle3Model
 from specchat.engine.drafting.head_check import HeadCheck
 from specchat.engine.engine import Engine
 from specchat.engine.layout import PassLayout, linear_layout
 from specchat.engine.sequence import FinalStates
-from specchat.models.weights.open import open_weights
 from specchat.records.model import ModelSource
-from specchat.records.plan import Placement, Workload
-from support.engines import make_plan
-from support.heads import CPU, CTX, Follower
+from support.heads import CPU, CTX, Follower, engine_beside, load_head_model
 from support.loading import load_model
 from support.tiny_models import VOCAB
 
@@ -216,47 +210,14 @@ def known_tokens(saved: Saved) -> Tensor:
 # --- loading ---------------------------------------------------------------------------------------------------------
 
 
-def load_eagle3(
-    source: ModelSource, *, cache_rows: int, chunk_rows: int = 512, seats: int = 1, quant: str = "none"
-) -> Eagle3Model:
-    """The modules of a head, resident in float32."""
-    weights = open_weights(source, "fp32", quant, tree_attention)
-    work = Workload("cpu", "fp32", cache_rows, 0, 0, chunk_rows, seats=seats)
-    model = loading.load_model(weights, work, Placement(1, (0,)), cache_rows=cache_rows, model_class=Eagle3Model)
-    assert isinstance(model, Eagle3Model)
-    return model
+def load_eagle3(source: ModelSource, **sizes: Any) -> Eagle3Model:
+    """The modules of a head, resident in float32; `sizes` are those of `load_head_model`."""
+    return load_head_model(source, Eagle3Model, **sizes)
 
 
-def engine_with_eagle3(
-    target: ModelSource,
-    head: ModelSource,
-    num_layers: int,
-    *,
-    budget: int,
-    resident: Iterable[int] | None = None,
-    chunk_rows: int = 512,
-    ctx: int = 256,
-    seats: int = 1,
-    retrieval: bool = False,
-) -> Engine:
-    """An engine whose head is not checked, because a random one agrees by chance only."""
-    plan = make_plan(
-        target,
-        head,
-        num_layers=num_layers,
-        resident=resident,
-        ctx=ctx,
-        tree_budget=budget,
-        chunk_rows=chunk_rows,
-        seats=seats,
-        retrieval=retrieval,
-    )
-    weights = open_weights(target, "fp32", "none", tree_attention)
-    model = loading.load_model(weights, plan.work, plan.placement, cache_rows=ctx + budget)
-    rows = 2 * budget
-    small = load_eagle3(head, cache_rows=ctx + rows, chunk_rows=chunk_rows, seats=seats)
-    source = Eagle3Head(small, model, max_rows=rows, check=None)
-    return Engine(plan, model, TreeDrafter(source, free_sources(seats) if retrieval else ()))
+def engine_with_eagle3(target: ModelSource, head: ModelSource, num_layers: int, **settings: Any) -> Engine:
+    """An engine with an EAGLE-3 head; its settings are those of `engine_beside`."""
+    return engine_beside(target, head, num_layers, partial(load_eagle3, head), Eagle3Head, **settings)
 
 
 class Eagle3Follower(Follower):

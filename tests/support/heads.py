@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers as hf
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from specchat.engine import loading
 from specchat.engine.attention import tree_attention
 from specchat.engine.drafting.drafter import TreeDrafter, free_sources
+from specchat.engine.drafting.head_check import HeadCheck
 from specchat.engine.drafting.mtp import MtpHead, MtpModel
 from specchat.engine.drafting.paths import Paths
 from specchat.engine.engine import Engine
@@ -24,12 +26,14 @@ from specchat.engine.sequence import FinalStates, TokenSequence
 from specchat.engine.tree import ROOT
 from specchat.models.weights.open import open_weights
 from specchat.records.generation import Sampling
-from specchat.records.model import ModelSource
+from specchat.records.model import ModelSource, Quant
 from specchat.records.plan import Placement, Workload
 from support.engines import make_plan
 from support.hybrids import random_hybrid
 from support.loading import load_model
 from support.tiny_models import BASE, VOCAB, make_config, random_model, save
+
+HeadModel = TypeVar("HeadModel", bound=TreeModel)
 
 CTX = 96
 CPU = torch.device("cpu")
@@ -95,18 +99,36 @@ def head_of(target: ModelSource) -> ModelSource:
     return replace(target, name="mtp", part="mtp")
 
 
-def load_head(target: ModelSource, *, cache_rows: int, chunk_rows: int = 512, seats: int = 1) -> MtpModel:
-    """The modules of a head, resident in float32."""
-    weights = open_weights(head_of(target), "fp32", "none", tree_attention)
+def load_head_model(
+    source: ModelSource,
+    model_class: type[HeadModel],
+    num_layers: int = 1,
+    *,
+    cache_rows: int,
+    chunk_rows: int = 512,
+    seats: int = 1,
+    quant: Quant = "none",
+) -> HeadModel:
+    """The modules of a head of any kind, resident in float32."""
+    weights = open_weights(source, "fp32", quant, tree_attention)
     work = Workload("cpu", "fp32", cache_rows, 0, 0, chunk_rows, seats=seats)
-    model = loading.load_model(weights, work, Placement(1, (0,)), cache_rows=cache_rows, model_class=MtpModel)
-    assert isinstance(model, MtpModel)
+    placement = Placement(num_layers, tuple(range(num_layers)))
+    model = loading.load_model(weights, work, placement, cache_rows=cache_rows, model_class=model_class)
+    assert isinstance(model, model_class)
     return model
 
 
-def engine_with_head(
+def load_head(target: ModelSource, **sizes: int) -> MtpModel:
+    """The modules of the MTP head in a target's files."""
+    return load_head_model(head_of(target), MtpModel, **sizes)
+
+
+def engine_beside(
     target: ModelSource,
+    head: ModelSource,
     num_layers: int,
+    load: Callable[..., HeadModel],
+    make: Callable[..., Any],
     *,
     budget: int,
     resident: Iterable[int] | None = None,
@@ -114,11 +136,22 @@ def engine_with_head(
     ctx: int = 256,
     seats: int = 1,
     retrieval: bool = False,
+    check: HeadCheck | None = None,
 ) -> Engine:
-    """An engine whose head is not checked, because a random one agrees by chance only."""
+    """An engine whose head is not checked, because a random one agrees by chance only.
+
+    Args:
+        target, head: their files.
+        num_layers: number of the target's layers.
+        load: function that loads the head's modules, with the sizes of `load_head_model`.
+        make: function from these modules and the target to a source of draft nodes.
+        budget: nodes of a tree.
+        resident, chunk_rows, ctx, seats, retrieval: as in `make_plan`.
+        check: check of the head's guesses; None for no check.
+    """
     plan = make_plan(
         target,
-        head_of(target),
+        head,
         num_layers=num_layers,
         resident=resident,
         ctx=ctx,
@@ -130,10 +163,13 @@ def engine_with_head(
     weights = open_weights(target, "fp32", "none", tree_attention)
     model = loading.load_model(weights, plan.work, plan.placement, cache_rows=ctx + budget)
     rows = 2 * budget
-    head = MtpHead(
-        load_head(target, cache_rows=ctx + rows, chunk_rows=chunk_rows, seats=seats), model, max_rows=rows, check=None
-    )
-    return Engine(plan, model, TreeDrafter(head, free_sources(seats) if retrieval else ()))
+    source = make(load(cache_rows=ctx + rows, chunk_rows=chunk_rows, seats=seats), model, max_rows=rows, check=check)
+    return Engine(plan, model, TreeDrafter(source, free_sources(seats) if retrieval else ()))
+
+
+def engine_with_head(target: ModelSource, num_layers: int, **settings: Any) -> Engine:
+    """An engine with the MTP head in the target's files."""
+    return engine_beside(target, head_of(target), num_layers, partial(load_head, target), MtpHead, **settings)
 
 
 class Follower:
