@@ -37,9 +37,14 @@ def user_path(text: str) -> Path:
     """Return the path that a user typed, with `~` expanded.
 
     Raises:
-        UsageError: the text cannot be a path: it names an unknown home folder, contains NUL, or is too long.
+        UsageError: the text cannot be a path: it names an unknown home folder, contains NUL or half of a character, or
+            is too long.
     """
-    if any(len(os.fsencode(name)) > _LONGEST_NAME for name in text.split("/")) or len(text) > _LONGEST_PATH:
+    try:
+        names = os.fsencode(text).split(b"/")
+    except UnicodeEncodeError as error:  # from a file of JSON; arguments of a command line always have bytes
+        raise UsageError("a path cannot contain half of a character", hint="check the name of the file") from error
+    if any(len(name) > _LONGEST_NAME for name in names) or len(text) > _LONGEST_PATH:
         raise UsageError(
             f"a path cannot be as long as {text[:20]}...", hint=f"names have at most {_LONGEST_NAME} bytes"
         )

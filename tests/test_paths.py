@@ -10,7 +10,7 @@ from specchat.errors import ModelNotFoundError, UsageError
 from specchat.models.catalog.ref import parse_model
 from specchat.paths import cache_folder, state_folder, user_path
 
-IMPOSSIBLE = ["~nosuchuser", "~nosuchuser/x", "~\0", "a\0b"]
+IMPOSSIBLE = ["~nosuchuser", "~nosuchuser/x", "~\0", "a\0b", "~\ud800", "./\ud800"]
 
 
 def test_home_is_expanded():
@@ -31,7 +31,7 @@ def test_impossible_paths_are_refused_with_a_hint(text):
     assert caught.value.hint and "\0" not in caught.value.message
 
 
-@pytest.mark.parametrize("text", ["~nosuchuser", "~\0"])
+@pytest.mark.parametrize("text", ["~nosuchuser", "~\0", "~\ud800"])
 def test_every_place_of_a_path_refuses_them(text):
     with pytest.raises(ModelNotFoundError):
         parse_model(text)

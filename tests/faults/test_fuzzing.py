@@ -1,26 +1,35 @@
 """Random bytes and values for everything that is read from files, arguments and requests: only named errors come out.
 
-TEST_EXAMPLES sets the number of examples of each property, and hypothesis keeps those that fail.
+`pytest -n0 -s -m soak tests/faults/test_fuzzing.py` goes on for TEST_MINUTES with each target, 10
+by default, and prints the seeds. TEST_SEED repeats a run; hypothesis keeps the inputs that fail.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import random
+import shutil
 import struct
+import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import chdir, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
+from support import fake_engine
 from support.faults.saved import ANSWERED, OPENED
+from support.mutations import damage, mutations, use, write_models
 
 from specchat.chat import transcript
 from specchat.chat.assignments import parse_assignment
+from specchat.chat.session import ChatSession
 from specchat.chat.settings import parse_value
+from specchat.chat.state import Opened
 from specchat.cli.settings import RUN_KEYS, config_file, resolve
 from specchat.errors import SpecchatError
 from specchat.masking import masked
@@ -32,8 +41,15 @@ from specchat.models.checkpoint.json_file import read_json
 from specchat.models.checkpoint.safetensors import open_checkpoint, read_weight_map
 from specchat.models.hf.tokenizer import load_tokenizer
 from specchat.models.packs.manifest import read_manifest
+from specchat.records.generation import Sampling
 from specchat.serve.asked import read_chat, read_completion, read_object
 from specchat.serve.errors import ApiError
+from specchat.ui.chat_view import ChatView
+from specchat.ui.commands import COMMANDS
+from specchat.ui.console import AnswerStream, Talk
+from specchat.ui.desk import Chat
+from specchat.ui.loading import BackgroundLoad
+from specchat.ui.repl import Repl
 from specchat.units import parse_size
 
 NAMED = (SpecchatError, ApiError)
@@ -45,11 +61,13 @@ VALUES: st.SearchStrategy[Any] = st.recursive(
 NAMES = st.text(st.characters(codec=None, exclude_categories=()), max_size=24)
 
 
-def fuzz(few: int = 25) -> Callable[[Any], Any]:
-    checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.filter_too_much]
-    return settings(
-        max_examples=max(few, int(os.environ.get("TEST_EXAMPLES", "0"))), deadline=None, suppress_health_check=checks
-    )
+Target = Callable[[Path, st.DataObject], None]
+TARGETS: dict[str, Target] = {}
+
+
+def target(check: Target) -> Target:
+    TARGETS[check.__name__] = check
+    return check
 
 
 def changes(values: Any, data: st.DataObject) -> Any:
@@ -86,9 +104,8 @@ HEADER = {
 }
 
 
-@fuzz(40)
-@given(st.data())
-def test_headers(tmp_path: Path, data: st.DataObject):
+@target
+def headers(tmp_path: Path, data: st.DataObject) -> None:
     text = json.dumps(changes(HEADER, data)).encode()
     content = struct.pack("<Q", len(text)) + text + bytes(32)
     if data.draw(st.booleans()):
@@ -97,9 +114,8 @@ def test_headers(tmp_path: Path, data: st.DataObject):
     refused_or_read(lambda: open_checkpoint(tmp_path))
 
 
-@fuzz()
-@given(st.data())
-def test_indices(tmp_path: Path, data: st.DataObject):
+@target
+def indices(tmp_path: Path, data: st.DataObject) -> None:
     file = tmp_path / "model.safetensors.index.json"
     names = data.draw(st.dictionaries(NAMES, NAMES | st.just("x.safetensors"), max_size=3))
     file.write_text(json.dumps(changes({"metadata": {"total_size": 3}, "weight_map": names}, data)))
@@ -107,17 +123,16 @@ def test_indices(tmp_path: Path, data: st.DataObject):
     refused_or_read(lambda: open_checkpoint(tmp_path))
 
 
-@fuzz()
-@given(st.binary(max_size=60) | VALUES.map(lambda value: json.dumps(value).encode()))
-def test_json_and_generation_configs(tmp_path: Path, content: bytes):
+@target
+def json_and_generation_configs(tmp_path: Path, data: st.DataObject) -> None:
+    content = data.draw(st.binary(max_size=60) | VALUES.map(lambda value: json.dumps(value).encode()))
     (tmp_path / "generation_config.json").write_bytes(content)
     refused_or_read(lambda: read_json(tmp_path / "generation_config.json"))
     refused_or_read(lambda: load_generation_defaults(tmp_path))
 
 
-@fuzz()
-@given(st.data())
-def test_generation_values(tmp_path: Path, data: st.DataObject):
+@target
+def generation_values(tmp_path: Path, data: st.DataObject) -> None:
     values = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "do_sample": True, "eos_token_id": [2, 3]}
     (tmp_path / "generation_config.json").write_text(json.dumps(changes(values, data)))
     refused_or_read(lambda: load_generation_defaults(tmp_path))
@@ -134,9 +149,8 @@ TOKENIZER: dict[str, Any] = {
 }
 
 
-@fuzz(20)
-@given(st.data())
-def test_tokenizers(tmp_path: Path, data: st.DataObject):
+@target
+def tokenizers(tmp_path: Path, data: st.DataObject) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(changes(TOKENIZER, data)))
     settings_ = changes({"bos_token": "<s>", "chat_template": "{{ messages }}", "added_tokens_decoder": {}}, data)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings_))
@@ -161,18 +175,16 @@ GGUF = (
 )
 
 
-@fuzz(60)
-@given(st.data())
-def test_gguf_files(tmp_path: Path, data: st.DataObject):
+@target
+def gguf_files(tmp_path: Path, data: st.DataObject) -> None:
     file = tmp_path / "x.gguf"
     content = GGUF + bytes(-len(GGUF) % 32) + bytes(64)
     file.write_bytes(damaged(content, data))
     refused_or_read(lambda: open_gguf(file))
 
 
-@fuzz(60)
-@given(st.data())
-def test_sessions(tmp_path: Path, data: st.DataObject):
+@target
+def sessions(tmp_path: Path, data: st.DataObject) -> None:
     records = [OPENED, ANSWERED, {"type": "drop", "num_exchanges": 1, "reason": "asked", "questions": ["x"]}]
     content = b"".join(json.dumps(changes(each, data)).encode() + b"\n" for each in records)
     if data.draw(st.booleans()):
@@ -189,17 +201,15 @@ def test_sessions(tmp_path: Path, data: st.DataObject):
     assert file.read_bytes() == content
 
 
-@fuzz()
-@given(st.data())
-def test_manifests(tmp_path: Path, data: st.DataObject):
+@target
+def manifests(tmp_path: Path, data: st.DataObject) -> None:
     (tmp_path / "manifest.json").write_bytes(json.dumps(data.draw(VALUES)).encode()[: data.draw(st.integers(0, 400))])
     with suppress(ValueError):
         refused_or_read(lambda: read_manifest(tmp_path))
 
 
-@fuzz()
-@given(st.data())
-def test_settings(tmp_path: Path, data: st.DataObject):
+@target
+def config_files(tmp_path: Path, data: st.DataObject) -> None:
     lines = []
     for key in data.draw(st.lists(st.sampled_from([each.name for each in RUN_KEYS]), unique=True, max_size=4)):
         value = data.draw(st.sampled_from(["3", "-1", "true", "1e999", "nan", "[]", "{a = 1}", "2026-01-01", "9" * 30]))
@@ -214,9 +224,10 @@ def test_settings(tmp_path: Path, data: st.DataObject):
     refused_or_read(read)
 
 
-@fuzz(60)
-@given(NAMES)
-def test_sizes_models_and_assignments(text: str):
+@target
+def sizes_models_and_assignments(tmp_path: Path, data: st.DataObject) -> None:
+    text = data.draw(NAMES)
+
     def assign() -> None:
         if text.split():  # /set alone lists the settings
             parse_value(*parse_assignment(text))
@@ -234,14 +245,101 @@ CHAT = {
 }
 
 
-@fuzz(60)
-@given(st.data())
-def test_requests(data: st.DataObject):
+@target
+def requests(tmp_path: Path, data: st.DataObject) -> None:
     body = json.dumps(changes(CHAT, data)).encode()
     if data.draw(st.booleans()):
         body = damaged(body, data)
     refused_or_read(lambda: read_chat(read_object(body)))
     refused_or_read(lambda: read_completion(read_object(body)))
+
+
+class Typed:
+    """A prompt at which these lines are typed, and then Ctrl-D."""
+
+    trouble = None
+
+    def __init__(self, lines: list[str]) -> None:
+        self._lines = lines
+
+    def read(self, restored: str, **_: Any) -> str:
+        if not self._lines:
+            raise EOFError
+        return restored[:3] + self._lines.pop(0)
+
+    def confirms(self, question: str) -> bool:
+        return not question
+
+
+COMMAND_NAMES = st.sampled_from([name for command in COMMANDS for name in command.names]) | NAMES
+# Nothing is written outside of the folder of the test.
+ARGUMENTS = st.sampled_from(["notes.txt", "notes.md", "notes.jsonl", ".", "none", "on", "7", "seed=7", "stop="]) | (
+    NAMES.map(lambda text: text.translate({ord("/"): ":", ord("~"): "-"}))
+)
+
+
+@target
+def slash_commands(tmp_path: Path, data: st.DataObject) -> None:
+    commands = st.tuples(COMMAND_NAMES, ARGUMENTS).map(lambda parts: f"/{parts[0]} {parts[1]}")
+    lines = data.draw(st.lists(commands | st.just("Hello") | NAMES, min_size=1, max_size=5))
+    for name in ("notes.txt", "notes.md", "notes.jsonl"):
+        (tmp_path / name).write_bytes(damaged(b"# Chat\n\n## User\n\nHi\n\n## Assistant\n\nHello\n", data))
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
+    transcript_ = transcript.Transcript(None)
+
+    def load(_: object) -> ChatSession:
+        transcript_(Opened({}, None, Sampling(), None, None))
+        engine, tokenizer = fake_engine.FakeEngine(["Hi."] * 9), fake_engine.TOKENIZER
+        return ChatSession(engine, tokenizer, sampling=Sampling(), stop_ids=frozenset(), journal=transcript_)
+
+    with chdir(tmp_path):
+        loading = BackgroundLoad(load)
+        loading.start()
+        chat = Chat(loading, transcript_, lambda session: session.settings())
+        Repl(chat, ChatView(AnswerStream(screen), Talk(screen)), Typed(lines)).run()
+    assert screen.buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    write_models(folder := tmp_path_factory.mktemp("models"))
+    return folder
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_only_named_errors_come_out(name: str, tmp_path: Path, data: st.DataObject):
+    TARGETS[name](tmp_path, data)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", [*TARGETS, "damaged_models"])
+def test_only_named_errors_come_out_for_minutes(name: str, tmp_path: Path, models: Path):
+    def damaged_models(tmp_path: Path, data: st.DataObject) -> None:
+        mutation = data.draw(mutations())
+        shutil.copytree(models / mutation.model, tmp_path / "model")
+        try:
+            damage(tmp_path / "model" / mutation.file, mutation)
+            use(tmp_path / "model")
+        finally:
+            shutil.rmtree(tmp_path / "model")
+
+    check, num_inputs = TARGETS.get(name, damaged_models), 0
+
+    def count(data: st.DataObject) -> None:
+        nonlocal num_inputs
+        num_inputs += 1
+        check(tmp_path, data)
+
+    first = number = int(os.environ.get("TEST_SEED", random.randrange(1 << 30)))
+    end = time.monotonic() + 60 * float(os.environ.get("TEST_MINUTES", "10"))
+    print(f"\nTEST_SEED={first} {name}", flush=True)
+    while time.monotonic() < end:
+        run = given(data=st.data())(count)
+        seed(number)(settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))(run))()
+        number += 1
+    print(f"TEST_SEED={first} to {number - 1}: {num_inputs:,} inputs")
 
 
 def test_an_error_without_a_name_is_seen():

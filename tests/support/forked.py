@@ -20,6 +20,7 @@ from pathlib import Path
 
 from pexpect import fdpexpect
 
+from support.alone import wait_until_alone
 from support.delays import python_path
 
 TESTS = Path(__file__).parents[1]
@@ -96,6 +97,7 @@ def _nursery():
 
 def _serve(orders):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the tests' own terminal is for the tests
+    wait_until_alone()
     while True:
         data, files, _, _ = socket.recv_fds(orders, _ORDER_BYTES, 1)
         if not data:

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from support.alone import wait_until_alone
+
 TESTS = Path(__file__).parents[2]
 _ORDER_BYTES = 1 << 20
 _NEW_NAMESPACE, _READ_ONLY, _PRIVATE, _RECURSIVE = 0x20000, 1, 1 << 18, 1 << 14
@@ -53,7 +55,8 @@ class Server:
     def __init__(self, cache: Path, *, answers: bool) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         paths = {"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "SPECCHAT_CACHE_DIR": str(cache)}
-        environment = os.environ | paths | {"OMP_NUM_THREADS": "1"}  # a forked process has no other threads
+        # A forked process has one thread, and would wait for ever for those of a pool.
+        environment = os.environ | paths | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         command = [sys.executable, "-m", __name__, *(["answers"] if answers else [])]
         self._process = subprocess.Popen(command, stdin=theirs, env=environment)
         theirs.close()
@@ -115,6 +118,7 @@ class _Order:
 def serve(orders: socket.socket) -> None:
     """Answer orders until the other end closes; return in the forked process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    wait_until_alone()
     while data := orders.recv(_ORDER_BYTES):
         order = _Order(**json.loads(data))
         begin = time.monotonic()
