@@ -143,15 +143,18 @@ def test_a_long_prompt_begins_a_late_stage(make: Callable[[str, bool], Models], 
 
 
 def check_return(models: Models, **changes: Any) -> None:
-    """A short text after a long one has the speed, the memory and the text of one that comes first."""
+    """A short text after a long one has the speed, the memory and the text of one that comes first.
+
+    Its first step still has the place of the long text: until then, the draft holds that text's rows.
+    """
     short = PROMPT[:8]
     with loaded(models, stages=STAGES, **changes) as engine:
-        expected, steps = write(engine, short, SAMPLED, 4)
+        expected, steps = write(engine, short, SAMPLED, 8)
         before = engine.target.nbytes, engine.target.cache.capacity
         first = steps[-1].streamed_bytes
         long = write(engine, PROMPT, SAMPLED, NUM_TOKENS)[0]
         assert engine.memory().resident_layers == 0
-        text, steps = write(engine, short, SAMPLED, 4)
+        text, steps = write(engine, short, SAMPLED, 8)
         assert text == expected and steps[-1].streamed_bytes == first
         assert engine.memory().resident_layers == 3
         assert (engine.target.nbytes, engine.target.cache.capacity) == before
