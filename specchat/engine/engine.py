@@ -338,7 +338,7 @@ class Engine(Closeable):
 
     def _step(self, live: Sequence[TokenSequence], cancel: threading.Event | None) -> list[Step]:
         """Draft trees, verify them in one pass, commit the accepted paths; return empty steps on cancellation."""
-        self.stages.make_room(max(len(each.tokens) for each in live))
+        self.stages.fit(max(map(len, [*self._held, *(each.tokens for each in live)])), self._relief.layers)
         clock = stats.StepClock(self._target.streamer, len(live), self._target.device)
         cached, pending = zip(*((each.num_cached, len(each.pending)) for each in live), strict=True)
         measured = autotuner().num_measured

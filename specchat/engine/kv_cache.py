@@ -55,10 +55,11 @@ class LayerKv:
         """Values of all seats [1, H_kv, rows, D_v]."""
         return self._buffers[-1][-1:]
 
-    def grow(self, capacity: int) -> None:
-        """Give each seat more rows, and keep all rows held; the old buffers are freed one by one."""
+    def resize(self, capacity: int) -> None:
+        """Give each seat another number of rows, and keep all rows held; the old buffers are freed one by one."""
+        assert self.length <= capacity
         for place, rows in enumerate(self._buffers):
-            self._buffers[place] = _grown(rows, len(self.lengths), capacity)
+            self._buffers[place] = _resized(rows, len(self.lengths), capacity)
         self.capacity = capacity
 
     @property
@@ -125,12 +126,12 @@ class LayerKv:
             buffer[:, :, rows] = 0
 
 
-def _grown(rows: Tensor, seats: int, capacity: int) -> Tensor:
+def _resized(rows: Tensor, seats: int, capacity: int) -> Tensor:
     """Return a copy of a buffer [n, H, rows, D] whose seats have `capacity` rows each."""
-    held = rows.unflatten(2, (seats, -1))
-    grown = rows.new_zeros(*rows.shape[:2], seats * capacity, rows.shape[3])
-    grown.unflatten(2, (seats, capacity))[:, :, :, : held.shape[3]] = held
-    return grown
+    held = rows.unflatten(2, (seats, -1))[:, :, :, :capacity]
+    resized = rows.new_zeros(*rows.shape[:2], seats * capacity, rows.shape[3])
+    resized.unflatten(2, (seats, capacity))[:, :, :, : held.shape[3]] = held
+    return resized
 
 
 class TreeCache:
@@ -194,13 +195,12 @@ class TreeCache:
         rows = sum(layer.nbytes for layer in self.layers)
         return rows + (0 if self.recurrent is None else self.recurrent.nbytes)
 
-    def grow(self, capacity: int) -> None:
-        """Give each seat room for more rows, rounded up to the alignment; only between passes."""
+    def resize(self, capacity: int) -> None:
+        """Give each seat room for more rows, or fewer, rounded up to the alignment; only between passes."""
         capacity = padded_rows(capacity)
-        assert capacity >= self.capacity
-        if capacity > self.capacity:
+        if capacity != self.capacity:
             for layer in self.layers:
-                layer.grow(capacity)
+                layer.resize(capacity)
             if self.recurrent is None:
                 self.max_tree_rows = capacity
             self.capacity = capacity

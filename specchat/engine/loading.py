@@ -82,9 +82,10 @@ def load_model(
             bound = _read_resident(layers, resident, read_layer, device)
         else:
             bound = _read_beside_experts(layers, resident, pooled, reader, verifier)
+        settle_layer = partial(_settle, layers, dtype, placement.expanded)
         for index in bound:
             if device.type == "cpu" and pooled is None:
-                settle(layers[index], plain_linears(layers[index]), dtype, expands=index in placement.expanded)
+                settle_layer(index)
         cache = TreeCache(
             weights.kv_shapes,
             cache_rows,
@@ -106,7 +107,7 @@ def load_model(
             undo.callback(streamer.close)
         elif device.type == "cpu":
             open_reader = partial(layer_reader_for, layers, reader, pack, placement.in_ram)
-            kept = tiers = CpuTiers(layers, placement, resident, open_reader, pack, reader.close)
+            kept = tiers = CpuTiers(layers, placement, resident, open_reader, pack, reader.close, settle_layer)
             streamer = tiers.streamer
         elif streamed:
             slots, in_ram = placement.slots, placement.in_ram
@@ -181,6 +182,10 @@ def _read_resident(
         bind(layers[index], layout.views(blob.to(device)))
         del blob  # the caller may replace the layer's parameters
         yield index
+
+
+def _settle(layers: Sequence[Any], dtype: torch.dtype, expanded: Sequence[int], index: int) -> None:
+    settle(layers[index], plain_linears(layers[index]), dtype, expands=index in expanded)
 
 
 def _read_beside_experts(

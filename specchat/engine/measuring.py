@@ -101,7 +101,7 @@ def measure_pass(engine: Engine, num_rows: int, seed: int = 0) -> PassTime:
         seed: seed of the random tokens.
     """
     engine.forget()
-    engine.stages.make_room(num_rows)
+    engine.stages.fit(num_rows)
     target = engine.target
     tokens = torch.randint(0, target.vocab_size, (num_rows,), generator=torch.Generator().manual_seed(seed)).tolist()
     num_nodes = num_rows - 1 if num_rows - 1 <= target.cache.max_tree_rows else 0
@@ -132,7 +132,7 @@ class Margin:
 def margin_after(engine: Engine, context: Sequence[int], sampling: Sampling) -> Margin:
     """Return the margin by which the target's next token wins; with sampling, the margin includes the noise."""
     engine.forget()
-    engine.stages.make_room(len(context))
+    engine.stages.fit(len(context))
     target = engine.target
     logits = target.logits(target.append(list(context))[-1:])[0]
     engine.forget()

@@ -214,6 +214,11 @@ class TreeModel:
         self.streamer = self.kept.restream(leaving, given)
         self._streamed.update(leaving)
 
+    def bring_back(self, returning: Sequence[int]) -> None:
+        """Keep streamed layers resident again, which were resident before; only between passes."""
+        self.streamer = self.kept.bring_back(returning)
+        self._streamed.difference_update(returning)
+
     def give_back(self, given: Collection[int]) -> None:
         """Release the host memory of layers, which are read from the disk from now on; only between passes."""
         on_host = self.device.type == "cpu"  # resident layers of a GPU stay there, and only lose their host copy

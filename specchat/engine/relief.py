@@ -29,7 +29,7 @@ class MemoryRelief:
         watch: tells whether memory is short; None gives nothing back.
 
     Attributes:
-        num_layers: number of layers given back so far.
+        layers: layers given back so far.
         num_bytes: bytes of these layers.
     """
 
@@ -37,7 +37,7 @@ class MemoryRelief:
         self._model = model
         self._watch = watch
         self._news: str | None = None
-        self.num_layers = 0
+        self.layers: set[int] = set()
         self.num_bytes = 0
 
     def relieve(self, plan: Plan) -> Plan:
@@ -57,12 +57,12 @@ class MemoryRelief:
             return plan
         self._model.give_back(given)
         num_bytes = sum(given.values())
-        if not self.num_layers:
+        if not self.layers:
             self._news = (
                 f"memory is short ({shortage.reason}): gave {_layers(len(given))} ({format_bytes(num_bytes)}) back to "
                 "the system, which are read from the disk from now on; the text stays the same, answers take longer"
             )
-        self.num_layers += len(given)
+        self.layers |= given.keys()
         self.num_bytes += num_bytes
         return plan_without(plan, given, kept)
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from specchat.engine.loading import allocating
 from specchat.engine.model import TreeModel
 from specchat.records.plan import Plan, Stage
 
+# The share of a stage's context that a text may fill for the engine to go back to that stage: a longer text would soon
+# outgrow it again.
+_MOST_USED = 0.5
+
 
 class Stages:
-    """Moves memory from resident layers to the caches when a chat outgrows a stage.
+    """Moves memory from resident layers to the caches when a chat outgrows a stage, and back for a new one.
 
     Args:
         plan: plan with the stages; without stages, everything has its final size from the beginning.
@@ -26,27 +30,48 @@ class Stages:
         self._stages = (*plan.stages, last)
         self._ctx = plan.first_stage.ctx
 
-    def make_room(self, num_tokens: int) -> None:
-        """Begin the first stage whose context holds the tokens, if the present one does not.
+    def fit(self, num_tokens: int, lost: Set[int] = frozenset()) -> None:
+        """Begin the stage of the longest text, if it is another one than the present one.
 
-        First further layers are streamed, then the caches take their memory; so no more is held at any time than in
-        one of the two stages, except for the old buffer of one layer's keys.
+        To a later stage, layers are streamed before the caches grow. Back to an earlier one, the caches shrink before
+        layers are read once more. So no more is held at any time than in one of the two stages, except for the old
+        buffer of one layer's keys.
+
+        Args:
+            num_tokens: tokens of the longest text that a seat holds.
+            lost: layers that were given back while memory was short, and stay away.
 
         Raises:
             AllocationError: planned memory cannot be allocated.
+            CorruptCheckpointError: the files are damaged or truncated.
         """
-        if num_tokens <= self._ctx:
-            return
-        stage = next(each for each in self._stages if num_tokens <= each.ctx)
-        with allocating(self._plan):
-            self._begin(stage)
+        if num_tokens > self._ctx:
+            self._go_on(next(stage for stage in self._stages if num_tokens <= stage.ctx))
+        else:
+            # A draft keeps the rows of the text before until it drafts for the next one.
+            rows = max((length for draft in self._drafts for length in draft.cache.lengths), default=0)
+            earlier = [stage for stage in self._stages if rows <= stage.ctx < self._ctx]
+            roomy = next((stage for stage in earlier if num_tokens <= _MOST_USED * stage.ctx), None)
+            if roomy is not None:
+                self._go_back(roomy, lost)
 
-    def _begin(self, stage: Stage) -> None:
-        # Layers that were given back while memory was short are streamed already.
-        leaving = set(range(self._plan.placement.num_layers)) - set(stage.resident) - self._target.streamed
-        if leaving:
-            self._target.restream(leaving)
-        self._target.cache.grow(stage.ctx + self._plan.work.tree_rows)
+    def _go_on(self, stage: Stage) -> None:
+        with allocating(self._plan):
+            # Layers that were given back while memory was short are streamed already.
+            leaving = set(range(self._plan.placement.num_layers)) - set(stage.resident) - self._target.streamed
+            if leaving:
+                self._target.restream(leaving)
+            self._resize_caches(stage)
+
+    def _go_back(self, stage: Stage, lost: Set[int]) -> None:
+        with allocating(self._plan):
+            self._resize_caches(stage)
+            returning = (set(stage.resident) & self._target.streamed) - lost
+            if returning:
+                self._target.bring_back(sorted(returning))
+
+    def _resize_caches(self, stage: Stage) -> None:
+        self._target.cache.resize(stage.ctx + self._plan.work.tree_rows)
         for draft in self._drafts:
-            draft.cache.grow(stage.ctx + self._plan.work.draft_rows)
+            draft.cache.resize(stage.ctx + self._plan.work.draft_rows)
         self._ctx = stage.ctx

@@ -171,7 +171,7 @@ class MemoryMeter:
             resident_layers=plan.placement.num_layers - num_streamed,
             streamed_layers=num_streamed,
             streamed_bytes_per_step=plan.streamed_bytes_per_step,
-            given_back_layers=relief.num_layers,
+            given_back_layers=len(relief.layers),
             given_back_bytes=relief.num_bytes,
             expert_hits=streamed.expert_hits,
             expert_misses=streamed.expert_misses,

@@ -2,7 +2,7 @@
 
 A plan promises its whole context, so its caches and workspaces are large. Most chats are short. While a chat fits in
 a smaller context, the difference holds layers that would be streamed otherwise. When the chat outgrows a stage, these
-layers are streamed again.
+layers are streamed again, and for the next short text they are resident again.
 """
 
 from __future__ import annotations

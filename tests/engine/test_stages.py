@@ -142,6 +142,57 @@ def test_a_long_prompt_begins_a_late_stage(make: Callable[[str, bool], Models], 
         assert engine.memory().resident_layers == 1 and engine.target.cache.capacity == 64
 
 
+def check_return(models: Models, **changes: Any) -> None:
+    """A short text after a long one has the speed, the memory and the text of one that comes first.
+
+    Its first step still has the place of the long text: until then, the draft holds that text's rows.
+    """
+    short = PROMPT[:8]
+    with loaded(models, stages=STAGES, **changes) as engine:
+        expected, steps = write(engine, short, SAMPLED, 8)
+        before = engine.target.nbytes, engine.target.cache.capacity
+        first = steps[-1].streamed_bytes
+        long = write(engine, PROMPT, SAMPLED, NUM_TOKENS)[0]
+        assert engine.memory().resident_layers == 0
+        text, steps = write(engine, short, SAMPLED, 8)
+        assert text == expected and steps[-1].streamed_bytes == first
+        assert engine.memory().resident_layers == 3
+        assert (engine.target.nbytes, engine.target.cache.capacity) == before
+        assert write(engine, PROMPT, SAMPLED, NUM_TOKENS)[0] == long
+        assert engine.memory().resident_layers == 0
+
+
+def test_layers_come_back_for_a_short_text(make: Callable[[str, bool], Models]):
+    check_return(make("llama", False))
+
+
+@pytest.mark.parametrize("in_ram", [(), (0, 2), (0, 1, 2, 3)], ids=["disk", "mixed", "mapped"])
+def test_layers_of_a_pack_come_back(in_ram: tuple[int, ...], make: Callable[[str, bool], Models]):
+    check_return(make("llama", True), in_ram=in_ram)
+
+
+def test_layers_given_back_to_the_system_stay_away(make: Callable[[str, bool], Models]):
+    with loaded(make("llama", False), stages=STAGES) as engine:
+        write(engine, PROMPT, SAMPLED, NUM_TOKENS)
+        engine.forget()
+        engine.stages.fit(4, {0})
+        assert engine.memory().resident_layers == 2 and 0 in engine.target.streamed
+
+
+@pytest.mark.parametrize("in_ram", [pytest.param((), marks=pytest.mark.slow), (0, 2)], ids=["disk", "mixed"])
+def test_layers_come_back_to_a_gpu(in_ram: tuple[int, ...], make: Callable[[str, bool], Models]):
+    with PretendedGpu() as gpu:
+        check_return(make("llama", False), device="cuda:0", in_ram=in_ram)
+        assert not gpu.runtime.pinned
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["gemma3", "qwen3_moe", "deepseek_v3", "gpt_oss", "lfm2", "qwen3_next"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_kind_of_layer_comes_back(architecture: str, packed: bool, make: Callable[[str, bool], Models]):
+    check_return(make(architecture, packed))
+
+
 def test_rows_of_every_seat_survive_growth():
     shapes = (KvShape(2, 3, 5), KvShape(1, 4, 4))
     cache = TreeCache(shapes, 16, torch.float32, torch.device("cpu"), seats=3)
@@ -149,7 +200,7 @@ def test_rows_of_every_seat_survive_growth():
         layer.keys.normal_()
         layer.values.normal_()
     before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
-    cache.grow(40)
+    cache.resize(40)
     assert cache.capacity == 48 and cache.max_tree_rows == 48
     for layer, olds in zip(cache.layers, before, strict=True):
         for new, old in zip((layer.keys, layer.values), olds, strict=True):

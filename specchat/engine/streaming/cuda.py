@@ -107,6 +107,18 @@ class CudaStreamer(LayerStreamer):
         self._host.select(streamed, given)
         self._begin(streamed)
 
+    def bring_back(self, returning: Sequence[int]) -> None:
+        """Copy streamed layers into device memory of their own; between passes, after all queued work."""
+        self.counters()
+        self._copies.synchronize()
+        self._host.select([])
+        for index in returning:
+            layout = LayerLayout.of(self._layers[index])
+            bind(self._layers[index], layout.views(self._host.read(index).to(self._device)))
+        streamed = [index for index in self._streamed if index not in set(returning)]
+        self._host.select(streamed)
+        self._begin(streamed)
+
     def counters(self) -> StreamCounters:
         """Return the bytes copied, and the seconds that the device waited for copies and the host for the disk.
 

@@ -119,6 +119,19 @@ class HostLayers:
         self._queue.take(turn)
         return self._slots[turn % len(self._slots)][: self._sizes[index]]
 
+    def read(self, index: int) -> Tensor:
+        """Return the bytes of a layer, uint8 [nbytes], while no layers are read ahead.
+
+        Args:
+            index: index of a layer that may be streamed.
+        """
+        if index in self._kept:
+            return self._kept[index]
+        blob = page_aligned(self._sizes[index])
+        for read in self._reader.chunks(index, blob):
+            read()
+        return blob
+
     def give_back(self, j: int, copied: Callable[[], None]) -> None:
         """Record that the j-th layer is being copied; `copied` waits for the copy, before its slot is reused."""
         if j in self._turn:

@@ -22,7 +22,7 @@ from specchat.engine.streaming.slots import page_aligned
 from specchat.models.packs.file_format import disk_errors
 from specchat.models.packs.pack import Pack, PackedLayer
 from specchat.models.packs.verify import ChunkVerifier
-from specchat.models.weights.layout import LayerLayout
+from specchat.models.weights.layout import LayerLayout, bind
 from specchat.records.plan import Placement
 
 # Slots of a model that kept all its layers: one is computed while the next one is read.
@@ -53,6 +53,9 @@ class KeptLayers(Protocol):
             given: layers that are read from the disk whenever they are streamed; on a CPU, none of them stays resident.
         """
 
+    def bring_back(self, returning: Sequence[int]) -> LayerStreamer:
+        """Keep streamed layers resident from now on, as before they left, and return the streamer of later passes."""
+
     def close(self) -> None:
         """Close the files that the streamer does not own."""
 
@@ -74,6 +77,10 @@ class NothingKept:
         """Fail: there is nothing to let go."""
         raise AssertionError(f"layers {leaving} and {given} cannot leave memory")
 
+    def bring_back(self, returning: Sequence[int]) -> LayerStreamer:
+        """Fail: no layer has left."""
+        raise AssertionError(f"layers {returning} have never left")
+
     def close(self) -> None:
         """Do nothing: there are no files."""
 
@@ -88,6 +95,7 @@ class CpuTiers:
         open_reader: opens the reader of layers, as soon as a layer is read into a slot.
         pack: pack of the weights; None reads the checkpoint.
         close_files: closes the checkpoint, whose files stay open for layers that are given back later.
+        settle: prepares a resident layer whose parameters are bound.
 
     Attributes:
         streamer: streamer of the passes; `restream` replaces it.
@@ -101,8 +109,10 @@ class CpuTiers:
         open_reader: Callable[[], LayerReader],
         pack: Pack | None,
         close_files: Callable[[], None],
+        settle: Callable[[int], None],
     ) -> None:
         self._layers = layers
+        self._settle = settle
         self._sizes = [LayerLayout.of(layer).nbytes for layer in layers]
         self._more = [placement.more_bytes(index) for index in range(len(layers))]
         self._pack = pack
@@ -136,12 +146,8 @@ class CpuTiers:
 
     def restream(self, leaving: Collection[int], given: Collection[int] = ()) -> LayerStreamer:
         """Stream layers from now on, given ones from the disk, and return the streamer of all later passes."""
-        past, unmapped = self.streamer.counters(), [index for index in self._mapped() if index in given]
-        if self._slotted is not None:
-            self._slotted.stop()
-        if self._in_place is not None:
-            self._in_place.close()
-        self._slotted = self._in_place = None
+        unmapped = [index for index in self._mapped() if index in given]
+        past = self._stop()
         self._resident = [index for index in self._resident if index not in leaving]
         assert not set(given) & set(self._resident), "what is given back to the system leaves, too"
         self._stays -= set(leaving)
@@ -151,6 +157,32 @@ class CpuTiers:
             assert self._pack is not None
             _drop_pages(self._pack.layers[index])
         return self.streamer
+
+    def bring_back(self, returning: Sequence[int]) -> LayerStreamer:
+        """Read streamed layers into memory of their own, and return the streamer of all later passes."""
+        past = self._stop()
+        if self._reader is None:
+            self._reader = self._open_reader()
+        for index in returning:
+            blob = page_aligned(self._sizes[index])
+            for read in self._reader.chunks(index, blob):
+                read()
+            bind(self._layers[index], LayerLayout.of(self._layers[index]).views(blob))
+            del blob  # settling may replace the layer's parameters
+            self._settle(index)
+        self._resident = sorted({*self._resident, *returning})
+        self.streamer = self._new_streamer(past)
+        return self.streamer
+
+    def _stop(self) -> StreamCounters:
+        """Stop reading ahead, and return the totals so far."""
+        past = self.streamer.counters()
+        if self._slotted is not None:
+            self._slotted.stop()
+        if self._in_place is not None:
+            self._in_place.close()
+        self._slotted = self._in_place = None
+        return past
 
     def close(self) -> None:
         """Close the reader of layers, and the checkpoint."""
@@ -225,6 +257,11 @@ class PinnedLayers:
     def restream(self, leaving: Collection[int], given: Collection[int] = ()) -> LayerStreamer:
         """Stream resident layers from now on, and release host memory of given ones; the streamer stays."""
         self._streamer.restream(leaving, given)
+        return self._streamer
+
+    def bring_back(self, returning: Sequence[int]) -> LayerStreamer:
+        """Copy streamed layers into device memory of their own; the streamer stays."""
+        self._streamer.bring_back(returning)
         return self._streamer
 
     def close(self) -> None:
