@@ -43,6 +43,7 @@ FOLDERS = {
         {"formats"},
         {"autotune", "schemes"},
         {"modules", "packing"},
+        {"experts"},
     ],
     "engine": [
         {"device", "layout", "linear", "sampling", "streaming", "taps", "tree"},
@@ -63,7 +64,7 @@ HOMES = {
     "transformers": ("models/hf/", "bench/baselines.py", "demo/"),
     "starlette": ("serve/",),
     "uvicorn": ("serve/",),
-    "triton": ("models/quant/kernels/triton_affine.py",),
+    "triton": ("models/quant/kernels/triton_",),
     "rich": ("ui/",),
     "prompt_toolkit": ("ui/",),
     "typer": ("cli/",),

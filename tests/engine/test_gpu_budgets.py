@@ -10,15 +10,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from support.engines import NOTHING, make_plan, random_prompt
 from support.loading import load_engine
 from support.plans import changed
 from support.pretended_gpu import CPU, Event, PretendedGpu, WrongDeviceError, move_in
-from support.tiny_models import VOCAB, make_config, perturbed, random_model, save
+from support.tiny_models import BASE, VOCAB, make_config, perturbed, random_model, save
 
 from specchat.engine import engine as engine_module
 from specchat.engine import loading, walk
@@ -72,9 +74,10 @@ def counted(pair: Pair, sampling: Sampling = SAMPLED, num_tokens: int = 24, **ch
 
 
 def engine_of(pair: Pair, **changes: Any) -> Engine:
-    plan = make_plan(*pair, num_layers=NUM_LAYERS, resident=(), tree_budget=BUDGET)
+    num_layers = changes.pop("num_layers", NUM_LAYERS)
+    plan = make_plan(*pair, num_layers=num_layers, resident=(), tree_budget=BUDGET)
     plan = changed(
-        plan, **{"device": "cuda:0", "dtype": "bf16", "in_ram": range(NUM_LAYERS), "head_rows": 32, **changes}
+        plan, **{"device": "cuda:0", "dtype": "bf16", "in_ram": range(num_layers), "head_rows": 32, **changes}
     )
     return load_engine(plan, *pair)
 
@@ -106,6 +109,21 @@ def test_budgets_of_a_step(quant: str, kernels: int, pair: Pair):
         # Keeping the path: its rows' places in both caches; the streamer's events have happened by then.
         assert rest["h2d"] <= 2 and rest["d2h"] == 0
         assert rest["kernel"] <= 2 * (NUM_LAYERS + NUM_LAYERS) + 4
+
+
+MANY = [pytest.param(*each, marks=pytest.mark.slow) for each in (("int4", 128), ("int8", 128))]
+
+
+@pytest.mark.parametrize(("quant", "num_experts"), [("int4", 24), *MANY])
+def test_experts_of_a_layer_are_computed_together(quant: str, num_experts: int, tmp_path: Path):
+    """A loop starts a dozen kernels for each expert, and waits for the numbers of their rows."""
+    values = {"num_experts": num_experts, "num_experts_per_tok": 8, "moe_intermediate_size": 32, "num_hidden_layers": 2}
+    model = random_model(hf.Qwen3MoeConfig(**{**BASE, **values}))
+    pair = save(model, tmp_path / "target"), save(random_model(make_config("llama")), tmp_path / "draft")
+    for each in counted(pair, quant=quant, num_layers=2, num_tokens=5):
+        verifying = each.of("verifying")
+        assert verifying["kernel"] <= 86 * 2 + 40
+        assert verifying["wait"] == 1 and verifying["h2d"] <= 1 and verifying["d2h"] == 0
 
 
 @pytest.mark.slow

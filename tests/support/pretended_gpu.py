@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -27,8 +28,9 @@ from torch.utils._pytree import tree_leaves
 from specchat.engine.stats import StepClock
 from specchat.models.quant import autotune
 from specchat.models.quant.formats import nf4
-from specchat.models.quant.kernels import triton
+from specchat.models.quant.kernels import grouped, triton
 from specchat.models.quant.kernels.bnb import bnb, dynamic_map
+from support import tiles
 from support.pretended_runtime import PretendedRuntime
 
 CPU = torch.device("cpu")
@@ -140,6 +142,9 @@ class PretendedGpu:
         enter(mock.patch.object(nf4, "fused_product", lambda: self._fused_product))
         enter(mock.patch.object(triton, "_kernels", SimpleNamespace))
         enter(mock.patch.object(triton, "dequantize_by_triton", self._dequantize))
+        experts = SimpleNamespace(multiply=self._multiply_experts)
+        enter(mock.patch.object(grouped, "_kernels", lambda: experts))
+        enter(mock.patch.object(grouped, "_values", cache(grouped._values.__wrapped__)))  # of this device only
         enter(mock.patch.object(autotune, "_measured", self._chosen))
         enter(_Functions(self))
         enter(_Kernels(self))
@@ -219,6 +224,14 @@ class PretendedGpu:
     ) -> Tensor:
         given = [*segments.values(), out]
         return self.one_kernel("triton_affine", given, lambda: eager(segments, begin, end, out))
+
+    def _multiply_experts(self, *given: Any) -> bool:
+        def compute() -> Tensor:
+            assert tiles.multiply(*given)
+            return given[5]
+
+        self.one_kernel("experts", tensors_of(given[:6]), compute)
+        return True
 
     def dequantize_4bit(self, given: Sequence[Any], out: Tensor) -> None:
         codes, absmax, block, kind, shape, dtype = given[:6]

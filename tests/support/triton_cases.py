@@ -15,8 +15,13 @@ import torch
 from torch import Tensor
 
 from specchat.models.quant.formats.affine import Affine
+from specchat.models.quant.formats.base import WeightFormat
+from specchat.models.quant.formats.fp4 import MxFp4
+from specchat.models.quant.formats.fp8 import Fp8
 from specchat.models.quant.formats.int8 import Int8
+from specchat.models.quant.formats.nf4 import Bnb4
 from specchat.models.quant.kernels.chunked import Dequantize, scratch_bytes
+from specchat.models.quant.kernels.grouped import Grouping, multiply_grouped
 from specchat.models.quant.kernels.triton import dequantize_by_triton
 
 CPU = torch.device("cpu")
@@ -105,6 +110,76 @@ def check(case: Case, device: torch.device) -> None:
     assert memory[out.numel() :].eq(7).all(), case
 
 
+# Formats of experts, and the columns that their matrices have here: the last block of columns is not full.
+EXPERT_FORMS: list[tuple[WeightFormat, int]] = [
+    (Int8(), 200),
+    (Int8(32), 70),
+    *((Affine(bits, group, dtype, zeros), 72) for bits, group in ((4, 32), (8, None)) for dtype in FLOATS[1:]
+      for zeros in (False, True)),
+    (Affine(4, 8, torch.float16), 33),
+    (Bnb4(), 200),
+    (Bnb4("fp4", 32, nested=False), 66),
+    (Fp8(None, None, torch.float32), 70),
+    (Fp8(1, None, torch.bfloat16), 70),
+    (Fp8(16, 32, torch.bfloat16), 70),
+    (MxFp4(), 96),
+]  # fmt: skip
+
+
+def expert_segments(form: WeightFormat, shape: tuple[int, int], seed: int) -> dict[str, Tensor]:
+    """Any codes; scales around 1, powers of two if Triton's interpreter would cut them off."""
+    generator = torch.Generator().manual_seed(seed)
+    segments = {}
+    for each in form.segments(*shape):
+        codes = torch.randint(0, 256, each.shape, dtype=torch.uint8, generator=generator)
+        if each.dtype == torch.float8_e4m3fn:
+            codes[codes & 0x7F == 0x7F] = 3  # NaN
+        segments[each.name] = codes.view(each.dtype) if each.dtype.itemsize == 1 else codes
+        if each.dtype.itemsize > 1:
+            segments[each.name] = 2.0 ** (codes % 4).float().sub(2).to(each.dtype)
+        elif isinstance(form, MxFp4) and each.name == "scales":
+            segments[each.name] = codes % 9 + 123
+        elif each.name == "zeros":
+            segments[each.name] = codes.view(torch.int8) // 8
+    return segments
+
+
+def check_experts(form: WeightFormat, cols: int, dtype: torch.dtype, device: torch.device) -> None:
+    """The kernel for many experts gives the products of single matrices, whatever other pairs there are.
+
+    Triton's interpreter multiplies the bits of bfloat16 as if they were integers, so 16 bits are float16 there.
+    """
+    num_experts, rows, first = 5, 67, 3
+    shape = rows, cols
+    matrices = [expert_segments(form, shape, seed) for seed in range(num_experts)]
+    there = [{name: segment.to(device) for name, segment in each.items()} for each in matrices]
+    addresses = torch.tensor([[each[name].data_ptr() for each in there] for name in there[0]], device=device)
+    tile = form.tile_form(shape)
+    assert tile is not None
+    # Expert 2 has no pair, expert 4 more than one block of them; the number of experts stands for none.
+    ids = torch.tensor([[4, 0], [4, 1], [3, 5], [0, 4], *[[4, 1]] * 20])
+    x = torch.randn(len(ids), cols, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    def product(x: Tensor, ids: Tensor) -> Tensor:
+        out = torch.full((ids.numel(), first + rows + 2), 7.0, dtype=dtype, device=device)
+        grouping = Grouping.of(ids.reshape(-1).to(device), num_experts)
+        assert multiply_grouped(x.to(device), grouping, addresses, tile, shape, out, first=first, per_row=2)
+        kept = out.cpu()
+        assert kept[:, :first].eq(7).all() and kept[:, first + rows :].eq(7).all()
+        assert kept[ids.reshape(-1) == num_experts].eq(7).all()
+        return kept[:, first : first + rows]
+
+    found = product(x, ids)
+    for pair, expert in enumerate(ids.reshape(-1).tolist()):
+        if expert < num_experts:
+            weight = form.dequantize(matrices[expert], 0, rows, torch.empty(shape, dtype=dtype))
+            expected = x[pair // 2].double() @ weight.double().T
+            limit = (1e-6 if dtype == torch.float32 else 2**-7) * float(expected.abs().max())
+            assert (found[pair].double() - expected).abs().max() <= limit, (form, dtype, pair)
+    for row in (0, 3):
+        assert torch.equal(product(x[row : row + 1], ids[row : row + 1]), found[2 * row : 2 * row + 2]), form
+
+
 def check_products() -> None:
     """The formats ask the kernel for the right numbers: the same products as without it, as if this were a GPU."""
     torch.cuda.get_device_capability = lambda _: (9, 0)  # type: ignore[assignment]
@@ -125,7 +200,7 @@ def check_products() -> None:
 
 def check_failure() -> None:
     """A kernel that does not compile is tried once; the numbers come from torch."""
-    from specchat.models.quant.kernels import triton_affine
+    from specchat.models.quant.kernels import triton_affine, triton_start
 
     class Failing:
         calls = 0
@@ -146,13 +221,16 @@ def check_failure() -> None:
     assert Failing.calls == len(said) == 1
     assert "no compiler" in str(said[0].message)
     triton_affine._kernel = kernel
-    triton_affine._refused.clear()
+    triton_start._refused.clear()
 
 
 if __name__ == "__main__":
     cases = list(small_cases())
     for each in cases:
         check(each, CPU)
+    for form, cols in EXPERT_FORMS:
+        for dtype in (torch.float32, torch.float16):
+            check_experts(form, cols, dtype, CPU)
     check_products()
     check_failure()
     print(f"{len(cases)} matrices")

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from specchat.models.hf.skeleton import Skeleton, path_of
-from specchat.models.quant.modules import Matrix, experts_forward
+from specchat.models.quant.experts import experts_forward
+from specchat.models.quant.modules import Matrix
 
 # Small rounding errors here change which experts compute a row, the weight of a shared expert, or how fast the state of
 # a recurrent layer decays. So they stay plain.

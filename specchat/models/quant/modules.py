@@ -3,7 +3,7 @@
 Layout, packing, streaming and binding treat segments like any other parameter; only the matmul knows the format.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,60 +177,8 @@ class Part:
 
 def replace_linear(model: Any, matrix: Matrix, part: Part, scratch: Scratch) -> None:
     """Replace an nn.Linear by a `QuantLinear`."""
-    parent, leaf = _parent(model, matrix.path)
+    parent, leaf = parent_of(model, matrix.path)
     setattr(parent, leaf, QuantLinear(part.format, matrix.shape, getattr(parent, leaf).bias, scratch))
-
-
-def replace_experts(model: Any, matrix: Matrix, experts: Sequence[Sequence[Part]], scratch: Scratch) -> None:
-    """Replace a fused parameter by a list of `QuantLinear` or `QuantParts`, one per expert."""
-    parent, leaf = _parent(model, matrix.path)
-    modules = []
-    for parts in experts:
-        linears = [QuantLinear(part.format, (part.rows, matrix.shape[1]), None, scratch) for part in parts]
-        modules.append(linears[0] if len(linears) == 1 else QuantParts(linears))
-    delattr(parent, leaf)
-    setattr(parent, leaf, nn.ModuleList(modules))
-
-
-def experts_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Compute a fused-experts module of transformers, dequantizing one matrix of one used expert at a time.
-
-    Args:
-        module: module with act_fn or _apply_gate, has_gate, has_bias, and the lists of `replace_experts`.
-        hidden: hidden states [rows, width].
-        top_k_index: experts of each row, int64 [rows, k].
-        top_k_weights: weights of these experts [rows, k].
-
-    Returns:
-        Mixed outputs of the experts [rows, width].
-    """
-    num_rows, k = top_k_index.shape
-    ups = module.gate_up_proj if module.has_gate else module.up_proj
-    up_biases, down_biases = _expert_biases(module)
-    order = top_k_index.reshape(-1).argsort(stable=True)  # row-expert pairs, grouped by expert
-    counts = top_k_index.reshape(-1).bincount(minlength=module.num_experts).tolist()
-    pairs = hidden.new_empty(num_rows * k, hidden.shape[1])
-    end = 0
-    for expert, count in enumerate(counts[: module.num_experts]):
-        if count == 0:
-            continue
-        begin, end = end, end + count
-        inner = ups[expert](hidden[order[begin:end] // k])  # [count, 2 * inner]
-        if up_biases is not None:
-            inner = inner + up_biases[expert]
-        inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-        outer = module.down_proj[expert](inner)
-        if down_biases is not None:
-            outer = outer + down_biases[expert]
-        pairs[order[begin:end]] = outer.to(pairs.dtype)
-    weighted = pairs * top_k_weights.reshape(-1, 1)
-    return weighted.view(num_rows, k, -1).sum(1).to(hidden.dtype)
-
-
-def _expert_biases(module: Any) -> tuple[Tensor | None, Tensor | None]:
-    if not module.has_bias:
-        return None, None
-    return module.gate_up_proj_bias if module.has_gate else module.up_proj_bias, module.down_proj_bias
 
 
 def quant_linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, QuantLinear]]:
@@ -246,7 +194,7 @@ def segment_names(module: nn.Module) -> frozenset[str]:
     return frozenset(f"{path}.{name}" if path else name for path, linear in linears for name in linear.segments)
 
 
-def _parent(model: Any, path: str) -> tuple[Any, str]:
+def parent_of(model: Any, path: str) -> tuple[Any, str]:
     """Return the module that owns `path` as a child or parameter, and the name in it."""
     parent, _, leaf = path.rpartition(".")
     return model.get_submodule(parent), leaf

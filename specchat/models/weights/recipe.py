@@ -7,11 +7,12 @@ import torch
 
 from specchat.models.hf.matrices import find_matrices, use_quantized_experts
 from specchat.models.hf.skeleton import Skeleton
+from specchat.models.quant.experts import replace_experts
 from specchat.models.quant.formats.affine import Affine
 from specchat.models.quant.formats.base import Quantizer
 from specchat.models.quant.formats.int8 import Int8Quantizer
 from specchat.models.quant.formats.nf4 import Nf4Quantizer
-from specchat.models.quant.modules import Matrix, Part, Scratch, replace_experts, replace_linear
+from specchat.models.quant.modules import Matrix, Part, Scratch, replace_linear
 from specchat.records.model import Quant, own_quant
 
 QUANTIZERS: Mapping[Quant, Quantizer] = {"int4": Nf4Quantizer(), "int8": Int8Quantizer()}

@@ -1,4 +1,4 @@
-"""The Triton kernel equals torch bit for bit, in Triton's interpreter and on a GPU.
+"""The Triton kernels equal torch, in Triton's interpreter and on a GPU.
 
     python -m pytest -m gpu tests/models/quant/test_triton.py
 
@@ -15,7 +15,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.triton_cases import Case, check, large_cases, small_cases
+from support import tiles
+from support.triton_cases import (
+    EXPERT_FORMS,
+    Case,
+    check,
+    check_experts,
+    expert_segments,
+    large_cases,
+    small_cases,
+)
+
+from specchat.models.quant.formats.base import WeightFormat
 
 ROOT = Path(__file__).parents[3]
 
@@ -51,6 +62,54 @@ def test_the_kernel_compiles_for_gpus(bits: int, capability: int, tmp_path: Path
     assert len(made.asm["cubin"]) > 1000
     assert ".ftz" not in made.asm["ptx"]
     assert "st.global.v4.b32" in made.asm["ptx"]
+
+
+@pytest.mark.parametrize("form, cols", EXPERT_FORMS, ids=str)
+def test_what_the_kernel_for_experts_is_told_gives_the_values(form: WeightFormat, cols: int):
+    shape = 67, cols
+    tile, segments = form.tile_form(shape), expert_segments(form, shape, 3)
+    assert tile is not None
+    values = torch.tensor(tile.values or (0.0,))
+    found = tiles.weights([each.data_ptr() for each in segments.values()], values, tile, shape)
+    assert torch.equal(found, form.dequantize(segments, 0, 67, torch.empty(shape)))
+
+
+@pytest.mark.parametrize("capability", [80, 89, 120])
+@pytest.mark.parametrize("form", dict(EXPERT_FORMS), ids=str)
+def test_the_kernel_for_experts_compiles(
+    form: WeightFormat, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """16-bit products use the tensor cores, and the tile stays in registers."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from specchat.models.quant.kernels import triton_experts
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    tile = form.tile_form((128, 192))
+    assert tile is not None
+    sizes = {"per_row": 8, "block_pairs": 16, "block_rows": 64, "block_cols": 64}
+    constants = triton_experts.constants_of(tile) | sizes
+    pointers = {"x": "*bf16", "order": "*i64", "starts": "*i64", "addresses": "*i64", "values": "*fp32", "out": "*bf16"}
+    numbers = dict.fromkeys(("rows", "cols", "first", "width", "num_experts"), "i32")
+    aligned = {(place,): [["tt.divisibility", 16]] for place in range(len(pointers))}
+    signature = pointers | numbers | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(triton_experts._kernel, signature, constants, aligned)
+    made = triton.compile(source, GPUTarget("cuda", capability, 32), {"enable_fp_fusion": False})
+    assert len(made.asm["cubin"]) > 1000
+    assert ".ftz" not in made.asm["ptx"]
+    assert "mma.sync" in made.asm["ptx"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form, cols", EXPERT_FORMS, ids=str)
+def test_a_gpu_gives_the_products_of_experts(form: WeightFormat, cols: int, dtype: torch.dtype):
+    pytest.importorskip("triton")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    check_experts(form, cols, dtype, torch.device("cuda:0"))
 
 
 @pytest.mark.gpu

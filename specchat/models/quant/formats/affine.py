@@ -16,6 +16,7 @@ from specchat.models.checkpoint.layout import PIECE_NUMBERS
 from specchat.models.quant.formats.base import Segment, WeightFormat
 from specchat.models.quant.kernels.chunked import Linear, Multiply, Segments
 from specchat.models.quant.kernels.matmul import product
+from specchat.models.quant.kernels.tiles import TileForm
 from specchat.models.quant.kernels.triton import triton_kernels
 
 # Zero point of 4-bit numbers (0 .. 15) if none is stored. 8-bit numbers are signed and need none.
@@ -108,6 +109,13 @@ class Affine(WeightFormat):
             return {name: partial(_in_order, way) for name, way in in_order.items()}
         ways = super().kernels(shape, num_rows, dtype, device)
         return ways | triton_kernels(self.dequantize, self.bits, self.group, rounds=True, device=device)
+
+    def tile_form(self, shape: tuple[int, int]) -> TileForm | None:
+        """Return the format as the kernel for many experts reads it; None if columns are reordered."""
+        if self.reordered:
+            return None
+        middle = MIDDLE if self.bits == 4 and not self.zeros else 0
+        return TileForm("affine", self.bits, self.group or 0, 1, middle, self.zeros, self.scale_dtype, rounds=True)
 
 
 def _in_order(

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from specchat.models.quant.kernels.chunked import Linear, Multiply, Segments, matmul_in_chunks
 from specchat.models.quant.kernels.matmul import MIN_NUMBERS, product, product_of_one_row
+from specchat.models.quant.kernels.tiles import TileForm
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,14 @@ class WeightFormat(ABC):
         if num_rows == 1 and is_large and dtype == torch.bfloat16 and device.type == "cpu":
             ways["dequantize for a row"] = partial(self.linear, multiply=product_of_one_row)
         return ways
+
+    def tile_form(self, shape: tuple[int, int]) -> TileForm | None:
+        """Return how the kernel for many experts dequantizes matrices of a shape; None if it cannot.
+
+        Args:
+            shape: (rows, cols) of W.
+        """
+        return None
 
     def row_copy(self, segments: Segments, shape: tuple[int, int], dtype: torch.dtype) -> RowCopy | None:
         """Return a copy of a matrix for a kernel that multiplies few rows of x with codes; None without such a kernel.

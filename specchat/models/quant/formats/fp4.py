@@ -12,6 +12,7 @@ from specchat.models.quant.formats.base import Segment, WeightFormat
 from specchat.models.quant.formats.fp8 import widen
 from specchat.models.quant.formats.ggml_blocks import power_of_two
 from specchat.models.quant.kernels.chunked import Segments
+from specchat.models.quant.kernels.tiles import TileForm
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _BIAS = 127  # of exponents
@@ -40,6 +41,10 @@ class MxFp4(WeightFormat):
             scales = power_of_two(segments["scales"][rows].int() - _BIAS)
             out[piece] = _scaled(segments["codes"][rows], scales)
         return out
+
+    def tile_form(self, shape: tuple[int, int]) -> TileForm:
+        """Return the format as the kernel for many experts reads it."""
+        return TileForm("mxfp4", values=E2M1)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 from specchat.models.quant.formats.affine import num_groups, rounded, row_pieces, scale_groups
 from specchat.models.quant.formats.base import Segment, WeightFormat
 from specchat.models.quant.kernels.chunked import Segments
+from specchat.models.quant.kernels.tiles import TileForm
 
 _PLACES = 23 - 3  # shift from an e4m3 mantissa to a float32 mantissa
 _MASK = ~0x78000000  # clears the copies of the sign bit after the shift
@@ -47,6 +48,11 @@ class Fp8(WeightFormat):
             scale_groups(numbers, self._row_scales(segments["scales"], first, last), self.block_cols)
             out[piece] = rounded(numbers, self.scale_dtype, out.dtype)
         return out
+
+    def tile_form(self, shape: tuple[int, int]) -> TileForm:
+        """Return the format as the kernel for many experts reads it."""
+        group, rows = self.block_cols or 0, self.block_rows or 0
+        return TileForm("fp8", group=group, group_rows=rows, scale_dtype=self.scale_dtype, rounds=True)
 
     def _row_scales(self, scale: Tensor, begin: int, end: int) -> Tensor:
         """Return the scales of each row: float32 [end - begin, groups of columns]."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from specchat.models.quant.formats.base import Segment, WeightFormat
 from specchat.models.quant.kernels.chunked import Linear, Segments
+from specchat.models.quant.kernels.tiles import TileForm
 from specchat.models.quant.kernels.triton import triton_kernels
 
 _VERSION = 1
@@ -51,6 +52,10 @@ class Int8(WeightFormat):
         """Return the kernels of `WeightFormat.kernels` and the Triton kernel."""
         ways = super().kernels(shape, num_rows, dtype, device)
         return ways | triton_kernels(self.dequantize, 8, self.group, rounds=False, device=device)
+
+    def tile_form(self, shape: tuple[int, int]) -> TileForm:
+        """Return the format as the kernel for many experts reads it."""
+        return TileForm("affine", group=self.group, scale_dtype=torch.bfloat16)
 
     def _groups(self, numbers: Tensor, scales: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return views of values [r, g, group] with scales [r, g, 1]: the whole groups, and a shorter last group."""

@@ -10,6 +10,7 @@ Source: QLoRA, arXiv 2305.14314 (NF4, double quantization); bitsandbytes 0.50.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import ClassVar, Literal
 
 import torch
@@ -26,6 +27,7 @@ from specchat.models.quant.kernels.bnb import (
     has_row_kernel,
 )
 from specchat.models.quant.kernels.chunked import Linear, Segments
+from specchat.models.quant.kernels.tiles import TileForm
 
 NESTED_BLOCK = 256  # absmax values that share one scale
 _FUSED_ROWS = 64  # with more rows, dequantizing pays off and torch multiplies faster
@@ -109,6 +111,13 @@ class Bnb4(WeightFormat):
             ways["fused"] = self._multiply_fused
         return ways
 
+    def tile_form(self, shape: tuple[int, int]) -> TileForm | None:
+        """Return the format as the kernel for many experts reads it; None if a byte has two rows."""
+        if shape[1] % 2 or self.rounds:
+            return None
+        values = (*_steps(self.kind), *dynamic_map(torch.device("cpu")).tolist())
+        return TileForm("nf4 nested" if self.nested else "nf4", group=self.block, values=values)
+
     def _multiply_fused(
         self, x: Tensor, segments: Segments, shape: tuple[int, int], scratch: Tensor, bias: Tensor | None
     ) -> Tensor:
@@ -159,3 +168,11 @@ class Nf4Quantizer:
         segments["offset"].copy_(offset)
         segments["absmax"].copy_(nested)
         segments["nested_absmax"].copy_(scales)
+
+
+@cache
+def _steps(kind: Literal["nf4", "fp4"]) -> tuple[float, ...]:
+    """Return the 16 values that codes stand for, as bitsandbytes has them."""
+    codes = torch.arange(16, dtype=torch.uint8) << 4  # high halves; low ones are 0
+    numbers: Tensor = bnb().dequantize_4bit(codes, torch.ones(1), 32, kind, (1, 32), torch.float32)
+    return tuple(numbers[0, ::2].tolist())

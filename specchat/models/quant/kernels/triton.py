@@ -8,7 +8,7 @@ from torch import Tensor
 
 from specchat.models.quant.kernels.chunked import Dequantize, Linear, Segments, matmul_in_chunks
 
-_CAPABILITY = (8, 0)  # the lowest compute capability that Triton supports
+CAPABILITY = (8, 0)  # the lowest compute capability that Triton supports
 
 
 def triton_kernels(
@@ -23,7 +23,7 @@ def triton_kernels(
         rounds: whether to round to the dtype of the scales, as in `triton_affine.fill`.
         device: device of the matmul.
     """
-    if device.type != "cuda" or _kernels() is None or torch.cuda.get_device_capability(device) < _CAPABILITY:
+    if device.type != "cuda" or _kernels() is None or torch.cuda.get_device_capability(device) < CAPABILITY:
         return {}
     return {"triton": partial(matmul_in_chunks, partial(dequantize_by_triton, eager, bits, group, rounds))}
 

@@ -4,20 +4,13 @@ torch needs a kernel each for unpacking, subtracting, scaling and casting, with 
 module imports Triton, so only GPU code imports it.
 """
 
-import subprocess
-import warnings
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.errors import TritonError
+
+from specchat.models.quant.kernels.triton_start import start
 
 _BLOCK = 1024  # columns of one program: with Triton's four warps a thread has eight, 16 bytes of a 16-bit type
-# Errors of a compiler that is missing, too old or failing.
-_FAILURES = (TritonError, RuntimeError, NotImplementedError, OSError, subprocess.SubprocessError)
-
-_refused: set[torch.device] = set()
 
 
 def fill(
@@ -39,31 +32,26 @@ def fill(
     Returns:
         Whether `out` was filled. The kernel may not compile; a device on which it failed is not tried again.
     """
-    if out.device in _refused:
-        return False
     rows, cols = out.shape
-    try:
-        with torch.cuda.device_of(out):
-            _kernel[rows, triton.cdiv(cols, _BLOCK)](
-                codes,
-                scales,
-                scales if zeros is None else zeros,
-                out,
-                cols,
-                codes.shape[1],
-                scales.shape[1],
-                bits=bits,
-                group=group or 0,
-                has_zeros=zeros is not None,
-                rounds=rounds,
-                block=_BLOCK,
-                enable_fp_fusion=False,
-            )
-    except _FAILURES as error:
-        _refused.add(out.device)
-        warnings.warn(f"Triton fails on {out.device}, so torch dequantizes: {error}", RuntimeWarning, stacklevel=2)
-        return False
-    return True
+
+    def call() -> None:
+        _kernel[rows, triton.cdiv(cols, _BLOCK)](
+            codes,
+            scales,
+            scales if zeros is None else zeros,
+            out,
+            cols,
+            codes.shape[1],
+            scales.shape[1],
+            bits=bits,
+            group=group or 0,
+            has_zeros=zeros is not None,
+            rounds=rounds,
+            block=_BLOCK,
+            enable_fp_fusion=False,
+        )
+
+    return start("affine", out, call)
 
 
 @triton.jit(do_not_specialize=["num_groups"])  # type: ignore[untyped-decorator]
