@@ -63,7 +63,7 @@ HOMES = {
     "transformers": ("models/hf/", "bench/baselines.py", "demo/"),
     "starlette": ("serve/",),
     "uvicorn": ("serve/",),
-    "triton": ("models/quant/kernels/triton_affine.py",),
+    "triton": ("models/quant/kernels/triton_affine.py", "models/quant/kernels/triton_blocks.py"),
     "rich": ("ui/",),
     "prompt_toolkit": ("ui/",),
     "typer": ("cli/",),

@@ -20,7 +20,9 @@ from torch.nn import functional as F
 
 from specchat.models.quant.formats.affine import row_pieces, scale_groups
 from specchat.models.quant.formats.base import Segment, WeightFormat
-from specchat.models.quant.kernels.chunked import Segments
+from specchat.models.quant.kernels.chunked import Linear, Segments
+from specchat.models.quant.kernels.triton import unpacking_kernels
+from specchat.models.quant.kernels.unpacked import INT3, Unpacked
 
 _VERSION = 1
 GROUP = 128
@@ -69,6 +71,18 @@ class Int3(WeightFormat):
             if not is_direct:
                 target.copy_(numbers[:, :cols])
         return out
+
+    def kernels(
+        self, shape: tuple[int, int], num_rows: int, dtype: torch.dtype, device: torch.device
+    ) -> dict[str, Linear]:
+        """Return the kernels of `WeightFormat.kernels`, and those in Triton."""
+        ways = super().kernels(shape, num_rows, dtype, device)
+        return ways | unpacking_kernels(self.dequantize, self.unpack, lambda _: None, num_rows, dtype, device)
+
+    def unpack(self, segments: Segments, begin: int, end: int) -> Unpacked:
+        """Return rows for the Triton kernels."""
+        codes, signs, ninths, scales = (segments[name][begin:end] for name in (*_PER_BYTE, "scales"))
+        return Unpacked(INT3, GROUP, 0, (codes, signs, ninths, scales), _kernel_table(codes.device))
 
 
 def _quads(numbers: Tensor) -> Tensor:
@@ -129,6 +143,12 @@ def _scale_table(device: torch.device) -> Tensor:
     code = torch.arange(256)
     scales = (8 + code % 8) / 8 * 2.0 ** (code // 8 - 31)
     return scales.masked_fill_(code == 0, 0.0).masked_fill_(code == _NO_SCALE, torch.nan).to(device)
+
+
+@cache
+def _kernel_table(device: torch.device) -> Tensor:
+    """Return the entries and the scales for the Triton kernels: float32 [512 * 4 + 256]."""
+    return torch.cat([book().float().view(-1), _scale_table(torch.device("cpu"))]).to(device)
 
 
 class Int3Quantizer:
