@@ -55,8 +55,8 @@ _LAYER_S = 150e-6
 # layers of 0.7, 14 and 55 million weights, at 1 to 16 rows.
 _CPU_LAYER_S = 650e-6
 # Core seconds to dequantize a weight on a CPU; measured on 2 cores (an 11008 x 4096 matrix: 7 and 2.8 ms).
-# int3 takes 0.5 ns to float32 and 0.9 to 1.05 ns to bfloat16 (a 2048 x 4096 matrix, one core of a busy machine).
-_DEQUANTIZE_CORE_S = {"int8": 3.1e-10, "int4": 1.2e-10, "int3": 1e-9}
+# int3 takes 0.58 ns on one core of a busy machine (tests/benchmarks/block_speed.py), int8 0.13 to 0.29, int4 0.15.
+_DEQUANTIZE_CORE_S = {"int8": 3.1e-10, "int4": 1.2e-10, "int3": 5.8e-10}
 # Bytes of a stored weight, by precision.
 _STORED_BYTES = {"int8": 1.0, "int4": 0.5, "int3": 0.41}
 # Core seconds for a weight, and for a weight and a row, of bitsandbytes' kernel for few rows with 4-bit codes; measured
