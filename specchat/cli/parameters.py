@@ -80,7 +80,7 @@ Quant = Annotated[
     typer.Option(
         metavar="TYPE",
         autocompletion=completion.words("auto", *QUANTS),
-        help="Quantize the model: auto, none, int8 or int4. [default: auto]",
+        help="Quantize the model: auto, none, int8, int4, int3. [default: auto]",
     ),
 ]
 DraftQuant = Annotated[

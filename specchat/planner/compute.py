@@ -98,7 +98,10 @@ class ComputeTimes:
     def _weight_dequantize_s(self) -> float:
         """Seconds to dequantize one weight; 0 for plain matrices."""
         quant = self._spec.quant
-        return 0.0 if quant == "none" else self._rates.dequantize_s["int4" if "4" in quant else "int8"]
+        if quant == "none":
+            return 0.0
+        known = self._rates.dequantize_s
+        return known[quant] if quant in known else known["int4" if "4" in quant else "int8"]
 
     @property
     def _has_copies(self) -> bool:

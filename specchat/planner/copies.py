@@ -6,7 +6,7 @@ from specchat.errors import UsageError
 from specchat.models.sizes.describe import as_copy
 from specchat.models.sizes.geometry import weight_bytes
 from specchat.planner.request import EXACT_BYTES, PlanInputs, PlanRequest
-from specchat.records.model import DTYPE_BYTES, QUANTS, Dtype, ModelSpec, Quant
+from specchat.records.model import AUTO_QUANTS, DTYPE_BYTES, QUANTS, Dtype, ModelSpec, Quant
 
 # A copy that nobody asked for must be this much faster than all other drafts: quantizing it takes minutes at the first
 # start, and its pack takes disk space.
@@ -54,7 +54,9 @@ def open_copies(
         return ()
     if weight_bytes(target, dtype) <= vram_bytes or target.num_params * DTYPE_BYTES["fp32"] <= EXACT_BYTES:
         return ()
-    copies = (as_copy(inputs.target(quant), request.copy.name) for quant in _lower_quants(target))
+    copies = (
+        as_copy(inputs.target(quant), request.copy.name) for quant in _lower_quants(target) if quant in AUTO_QUANTS
+    )
     return tuple(copy for copy in copies if weight_bytes(copy, dtype) <= inputs.free_disk_bytes)
 
 

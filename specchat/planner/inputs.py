@@ -13,7 +13,7 @@ from specchat.planner.precision import lower_quants
 from specchat.planner.rates import rates_of
 from specchat.planner.request import PlanInputs, PlanRequest
 from specchat.planner.statistics import load
-from specchat.records.model import LOWER_QUANTS, ModelSource, ModelSpec, Quant
+from specchat.records.model import AUTO_QUANTS, ModelSource, ModelSpec, Quant
 
 
 def find_inputs(request: PlanRequest, warn: Callable[[str], None] = lambda _: None) -> PlanInputs:
@@ -58,7 +58,7 @@ def _described_drafts(source: ModelSource | None, request: PlanRequest) -> list[
     if request.choices.draft_quant != "auto":
         return [describe(source, request.choices.draft_quant)]
     if source.is_copy:
-        return [describe(source, quant) for quant in LOWER_QUANTS]
+        return [describe(source, quant) for quant in AUTO_QUANTS]
     draft = describe(source)
     return [draft, *(describe(source, quant) for quant in lower_quants(draft))]
 

@@ -12,16 +12,16 @@ from specchat.planner.candidates import Candidates
 from specchat.planner.request import EXACT_BYTES, PlanInputs, PlanRequest
 from specchat.planner.statistics import Statistics
 from specchat.planner.workload import dtype_for
-from specchat.records.model import DTYPE_BYTES, LOWER_QUANTS, ModelSpec, Quant
+from specchat.records.model import AUTO_QUANTS, DTYPE_BYTES, ModelSpec, Quant
 
 # int8 has no measurable loss (perplexity +0.00%), but it changes the weights, so the speed-up has to justify it.
 LOWERED_IF_FASTER_BY = 1.3
 
 
 def lower_quants(draft: ModelSpec) -> tuple[Quant, ...]:
-    """Return the precisions that a draft may be quantized to; none for small or pre-quantized drafts."""
+    """Return the precisions that plans may quantize a draft to; none for small or pre-quantized drafts."""
     is_small = draft.num_params * DTYPE_BYTES["fp32"] <= EXACT_BYTES
-    return () if is_small or draft.quant != "none" else LOWER_QUANTS
+    return () if is_small or draft.quant != "none" else AUTO_QUANTS
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,10 @@ _LAYER_S = 150e-6
 # layers of 0.7, 14 and 55 million weights, at 1 to 16 rows.
 _CPU_LAYER_S = 650e-6
 # Core seconds to dequantize a weight on a CPU; measured on 2 cores (an 11008 x 4096 matrix: 7 and 2.8 ms).
-_DEQUANTIZE_CORE_S = {"int8": 3.1e-10, "int4": 1.2e-10}
+# int3 takes 0.58 ns on one core of a busy machine (tests/benchmarks/block_speed.py), int8 0.13 to 0.29, int4 0.15.
+_DEQUANTIZE_CORE_S = {"int8": 3.1e-10, "int4": 1.2e-10, "int3": 5.8e-10}
+# Bytes of a stored weight, by precision.
+_STORED_BYTES = {"int8": 1.0, "int4": 0.5, "int3": 0.41}
 # Core seconds for a weight, and for a weight and a row, of bitsandbytes' kernel for few rows with 4-bit codes; measured
 # on one core (Zen 4, a 7168 x 2048 matrix: 0.52 ms at 1 row, 0.92 at 4, 3.3 at 16).
 _COPY_CORE_S = (2.4e-11, 1.3e-11)
@@ -217,9 +220,7 @@ def _gpu(hardware: Hardware, machine: Machine) -> Rates:
         matmul_dtype=dtype,
         compute_basis=basis,
         # Dequantizing reads stored weights and writes them at full width; the matmul reads them as unquantized ones.
-        dequantize_s={
-            quant: (stored + DTYPE_BYTES[dtype]) / memory for quant, stored in (("int8", 1.0), ("int4", 0.5))
-        },
+        dequantize_s={quant: (stored + DTYPE_BYTES[dtype]) / memory for quant, stored in _STORED_BYTES.items()},
     )
 
 

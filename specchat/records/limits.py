@@ -102,3 +102,16 @@ def head_block_rows(block_rows: int, num_sequences: int) -> int:
     call: four times a single walk's rows suffice, because most walks end within two or three calls.
     """
     return min(block_rows, max(4 * block_rows // num_sequences, 2))
+
+
+def is_sensitive(name: str, layer: int, num_layers: int) -> bool:
+    """Return whether rounding errors of a matrix change scores more than those of others: int3 stores it in int4.
+
+    Experts are never sensitive: all layers have to store them in the same way.
+
+    Args:
+        name: last part of the path of the matrix's module.
+        layer: index of the decoder layer.
+        num_layers: number of decoder layers.
+    """
+    return name == "v_proj" or layer in {0, num_layers - 1}

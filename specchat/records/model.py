@@ -17,10 +17,12 @@ Tier = Literal["device", "ram", "disk"]
 
 # Quantization formats that specchat converts full-precision weights to. Pre-quantized checkpoints have names of their
 # own ("gptq int4").
-Quant = Literal["none", "int8", "int4"]
+Quant = Literal["none", "int8", "int4", "int3"]
 QUANTS: tuple[Quant, ...] = get_args(Quant)
 # Formats below full precision, highest quality first.
 LOWER_QUANTS: tuple[Quant, ...] = tuple(quant for quant in QUANTS if quant != "none")
+# Those that plans may choose by themselves. int3 changes a text too much for that.
+AUTO_QUANTS: tuple[Quant, ...] = ("int8", "int4")
 
 
 DTYPE_BYTES: dict[Dtype, int] = {"bf16": 2, "fp16": 2, "fp32": 4}

@@ -1,4 +1,4 @@
-"""What int8 and int4 cost in quality: next-token KL and perplexity against full precision.
+"""What int8, int4 and int3 cost in quality: next-token KL and perplexity against full precision.
 
     PYTHONPATH=. python tests/benchmarks/quant_quality.py CHATS.jsonl [MODEL_FOLDER]
 
@@ -23,9 +23,8 @@ from specchat.engine.model import TreeModel
 from specchat.models.catalog.ref import demo_source
 from specchat.models.hf.tokenizer import Tokenizer, load_tokenizer
 from specchat.records.chat import Message
-from specchat.records.model import ModelSource
+from specchat.records.model import QUANTS, ModelSource
 
-QUANTS = ("none", "int8", "int4")
 CTX = 1024
 
 

@@ -27,7 +27,7 @@ from specchat.models.quant.formats.base import Quantizer
 from specchat.models.quant.kernels.chunked import scratch_bytes
 from specchat.models.synthetic.layers import materialise
 from specchat.models.weights.recipe import QUANTIZERS
-from specchat.records.model import Quant
+from specchat.records.model import LOWER_QUANTS
 
 ROWS, COLS = 11008, 4096
 REPEATS = 30
@@ -91,8 +91,7 @@ def _anonymous_bytes() -> int:
 def measure_packing(text: str) -> None:
     shape = parse_shape(text)
     source = materialise(shape)
-    quants: tuple[Quant, ...] = ("int8", "int4")
-    for quant in quants:
+    for quant in LOWER_QUANTS:
         small = prepare(materialise(parse_shape("hidden=512,layers=8")), "bf16", quant, progress=_quiet, warn=_quiet)
         _delete(small)  # it was for the imports
         begin = time.perf_counter()

@@ -31,6 +31,7 @@ from specchat.models.weights.layout import LayerLayout
 from specchat.models.weights.open import open_reader
 from specchat.models.weights.recipe import QuantizeRecipe
 from specchat.records.generation import Sampling
+from specchat.records.model import QUANTS
 from specchat.records.plan import Plan
 from specchat.ui.chat_view import banner_lines
 
@@ -63,8 +64,8 @@ def quiet(_: object) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--quant", "int3"], ["--quant", "auto, none, int8 or int4", "'int3'"]),
-        (["--draft-quant", "nf4"], ["--draft-quant", "auto, none, int8 or int4"]),
+        (["--quant", "int2"], ["--quant", "auto, none, int8, int4 or int3", "'int2'"]),
+        (["--draft-quant", "nf4"], ["--draft-quant", "auto, none, int8, int4 or int3"]),
     ],
 )
 def test_invalid_quant_exits_with_2(specchat, arguments, words):
@@ -156,7 +157,7 @@ def test_banner_shows_automatic_quantization(monkeypatch):
 # --- shapes ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("quant", ["int8", "int4"])
+@pytest.mark.parametrize("quant", ["int8", "int4", pytest.param("int3", marks=pytest.mark.slow)])
 def test_shapes_are_written_quantized(quant):
     """Compare with the layers of a quantized checkpoint; no full-precision weights are written."""
     shape = replace(parse_shape(SHAPE), quant=quant)
@@ -194,8 +195,10 @@ def test_a_quantized_shape_still_computes_the_demo(specchat):
 
 def test_described_size_includes_quantization(tmp_path):
     source = save(random_model(make_config("llama")), tmp_path / "model")
-    specs = {quant: describe(source, quant) for quant in ("none", "int8", "int4")}
+    specs = {quant: describe(source, quant) for quant in QUANTS}
     assert [spec.quant for spec in specs.values()] == list(specs)
+    sizes = [weight_bytes(spec, "fp32") for spec in specs.values()]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(QUANTS)
     plan = plan_for(plan_request(source, None), Machine("cpu", 8 * GIB, 8 * GIB, False), specs["int4"], None)
     assert plan.quant == "int4"
     items = {item.item for item in plan.ledger}

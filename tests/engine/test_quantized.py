@@ -26,11 +26,11 @@ from specchat.models.sizes.geometry import dequantize_bytes, layer_bytes, weight
 from specchat.models.weights.layout import LayerLayout
 from specchat.models.weights.recipe import QuantizeRecipe, apply_recipe
 from specchat.records.generation import Sampling
-from specchat.records.model import ModelSource
+from specchat.records.model import LOWER_QUANTS, ModelSource
 from specchat.records.plan import Plan
 
 CPU = torch.device("cpu")
-QUANTS = ("int8", "int4")
+QUANTS = LOWER_QUANTS
 DEFAULT = ("llama", "llama_tied", "qwen2", "mixtral", "gpt_oss")
 SHARED = "zamba2"  # its layers share a block
 PROMPT = random_prompt(30, VOCAB)
@@ -75,7 +75,7 @@ def load(source: ModelSource, quant: str, **kwargs: Any) -> TreeModel:
 
 def pack_of(source: ModelSource, quant: str) -> Pack:
     pack = prepare(source, "fp32", quant, progress=lambda _: None, warn=lambda _: None)
-    assert pack is not None and pack.quantizer.startswith({"int8": "int8", "int4": "nf4"}[quant])
+    assert pack is not None and pack.quantizer.startswith({"int8": "int8", "int4": "nf4", "int3": "int3"}[quant])
     return pack
 
 
@@ -153,16 +153,20 @@ def check_speculation(architecture: str, quant: str, models: Any) -> None:
         for draft_quant in ("none", quant):
             found, tokens_per_step = text(dataclasses.replace(tree, draft_quant=draft_quant), sampling)
             assert found == expected
-            assert tokens_per_step > 1.2
+            assert tokens_per_step > (1.1 if quant == "int3" else 1.2)  # random weights lose much in 3 bits
 
 
-@pytest.mark.parametrize(("architecture", "quant"), [*itertools.product(DEFAULT, QUANTS), (SHARED, "int4")])
+@pytest.mark.parametrize(
+    ("architecture", "quant"),
+    [*itertools.product(DEFAULT, ("int8", "int4")), (SHARED, "int4"), ("mixtral", "int3")],
+)
 def test_scores_are_those_of_the_rounded_weights(architecture, quant, models):
     check_numbers(architecture, quant, models)
 
 
 @pytest.mark.parametrize(
-    ("architecture", "quant"), [*itertools.product(["llama_tied", "mixtral"], QUANTS), (SHARED, "int4")]
+    ("architecture", "quant"),
+    [*itertools.product(["llama_tied", "mixtral"], ("int8", "int4")), (SHARED, "int4"), ("llama_tied", "int3")],
 )
 def test_streamed_equals_resident(architecture, quant, models, cache):
     check_streaming(architecture, quant, models)
@@ -193,6 +197,8 @@ def test_described_sizes_match_the_loaded_model(quant, models):
             LayerLayout.of(layer).nbytes for layer in layers
         ]
         pieces = dequantize_bytes(spec, "fp32", "cpu")
+        if quant == "int3":  # beside four bytes of a value, it takes up to six that come and go
+            pieces = pieces * 4 // 10
         assert weight_bytes(spec, "fp32") + pieces == model.nbytes - model.cache.nbytes
         scratches = {id(linear.scratch): linear.scratch for _, linear in quant_linears(model.skeleton.model)}
         assert [scratch.memory.numel() for scratch in scratches.values()] == [pieces]

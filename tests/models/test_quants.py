@@ -15,5 +15,5 @@ def test_tables_have_every_own_quant(table: dict[str, object]):
 
 def test_only_own_quants_have_recipes():
     assert [own_quant(name) for name in (*QUANTS, "gptq int4", "int2")] == [*QUANTS, "none", "none"]
-    assert [recipe_for(name) is None for name in (*QUANTS, "gptq int4")] == [True, False, False, True]
+    assert [recipe_for(name) is None for name in (*QUANTS, "gptq int4")] == [True, False, False, False, True]
     assert recipe_for("int4").name == "int4"

@@ -141,6 +141,7 @@ class PretendedGpu:
             enter(mock.patch.object(StepClock, name, self._in_phase(name, getattr(StepClock, name))))
         enter(mock.patch.object(nf4, "fused_product", lambda: self._fused_product))
         enter(mock.patch.object(triton, "_kernels", SimpleNamespace))
+        enter(mock.patch.object(triton, "_block_kernels", lambda: None))
         enter(mock.patch.object(triton, "dequantize_by_triton", self._dequantize))
         experts = SimpleNamespace(multiply=self._multiply_experts)
         enter(mock.patch.object(grouped, "_kernels", lambda: experts))

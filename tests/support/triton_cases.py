@@ -14,15 +14,19 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from specchat.models.checkpoint.ggml_types import BLOCK_TYPES
 from specchat.models.quant.formats.affine import Affine
 from specchat.models.quant.formats.base import WeightFormat
 from specchat.models.quant.formats.fp4 import MxFp4
 from specchat.models.quant.formats.fp8 import Fp8
+from specchat.models.quant.formats.ggml import Blocks
+from specchat.models.quant.formats.int3 import Int3
 from specchat.models.quant.formats.int8 import Int8
 from specchat.models.quant.formats.nf4 import Bnb4
 from specchat.models.quant.kernels.chunked import Dequantize, scratch_bytes
 from specchat.models.quant.kernels.grouped import Grouping, multiply_grouped
 from specchat.models.quant.kernels.triton import dequantize_by_triton
+from specchat.models.quant.kernels.unpacked import INT3, KINDS
 
 CPU = torch.device("cpu")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -224,6 +228,105 @@ def check_failure() -> None:
     triton_start._refused.clear()
 
 
+def form_of(kind: str) -> Blocks | Int3:
+    return Int3() if kind == INT3 else Blocks(kind)
+
+
+def random_codes(kind: str, shape: tuple[int, int], *, exact: bool = False) -> dict[str, Tensor]:
+    """Any codes, without infinite scales.
+
+    Args:
+        exact: scales are so simple that bfloat16 has all the numbers, as far as the type allows it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    form = form_of(kind)
+    found = {s.name: torch.randint(0, 256, s.shape, dtype=s.dtype, generator=generator) for s in form.segments(*shape)}
+    if kind == INT3:
+        found["scales"] = found["scales"] % 255 // 8 * 8 if exact else found["scales"] % 255
+        return found
+    nbytes = BLOCK_TYPES[kind].nbytes
+    blocks = found["blocks"].view(-1, nbytes)
+    for at in {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "MXFP4": (), "NVFP4": ()}.get(kind, (0,)):
+        scales = torch.randn(len(blocks), generator=generator) * 10.0 ** torch.randint(-5, 3, (len(blocks),))
+        halves = (scales.sign() * scales.abs().log2().floor().exp2() if exact else scales).half()
+        blocks[:, at : at + 2] = halves.view(torch.uint8).view(-1, 2)
+    return found
+
+
+# Values of these types have so few bits that bfloat16 has them, if scales are powers of two.
+EXACT = ("Q4_0", "Q8_0", "IQ4_NL", "MXFP4", INT3)
+
+
+def check_blocks(
+    kind: str, shape: tuple[int, int], rows: tuple[int, int], wanted: torch.dtype, device: torch.device
+) -> None:
+    """The kernels give the values that torch gives on a CPU, and write nothing but them."""
+    form, (begin, end), cols = form_of(kind), rows, shape[1]
+    segments = random_codes(kind, shape, exact=device == CPU and wanted == torch.bfloat16)
+    expected = form.dequantize(segments, begin, end, torch.empty(end - begin, cols, dtype=wanted))
+    memory = torch.full(((end - begin) * cols + 64,), 7.0, dtype=wanted, device=device)
+    out = memory[: (end - begin) * cols].view(end - begin, cols)
+    there = {name: segment.to(device) for name, segment in segments.items()}
+    from specchat.models.quant.kernels.triton_blocks import fill
+
+    assert fill(form.unpack(there, begin, end), out)
+    assert torch.equal(out.cpu().view(torch.uint8), expected.view(torch.uint8)), (kind, shape, wanted)
+    assert memory[out.numel() :].eq(7).all(), (kind, shape)
+
+
+def check_product(kind: str, shape: tuple[int, int], m: int, device: torch.device) -> None:
+    """The product has the bits of partial sums over every `PRODUCT_BLOCK`-th column, and of these sums' sum."""
+    from specchat.models.quant.kernels.triton_blocks import PRODUCT_BLOCK, multiply
+
+    form, (rows, cols) = form_of(kind), shape
+    segments = random_codes(kind, shape)
+    if kind == "MXFP4":  # sums are to stay finite
+        segments["blocks"].view(-1, BLOCK_TYPES[kind].nbytes)[:, 0] %= 140
+    x = torch.randn(m, cols, generator=torch.Generator().manual_seed(1))
+    values = form.dequantize(segments, 0, rows, torch.empty(shape))
+    sums = torch.zeros(m, rows, PRODUCT_BLOCK)
+    for begin in range(0, cols, PRODUCT_BLOCK):
+        part = slice(begin, begin + PRODUCT_BLOCK)
+        sums[:, :, : values[:, part].shape[1]] += x[:, None, part] * values[:, part]
+    expected = torch.from_numpy(sums.numpy().sum(2))
+    there = {name: segment.to(device) for name, segment in segments.items()}
+    memory = torch.full((m * rows + 64,), 7.0, device=device)
+    out = memory[: m * rows].view(m, rows)
+    assert multiply(form.unpack(there, 0, rows), x.to(device), out)
+    assert memory[m * rows :].eq(7).all(), (kind, shape)
+    if device == CPU:
+        assert torch.equal(out, expected), (kind, m)
+    else:  # a GPU adds up the partial sums in another order
+        torch.testing.assert_close(out.cpu(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def check_order() -> None:
+    """Interleaved rows come out in order, by both kernels and with a bias, as if this were a GPU."""
+    torch.cuda.get_device_capability = lambda _: (9, 0)  # type: ignore[assignment]
+    form, shape = Blocks("Q8_0", heads=2), (16, 64)
+    segments = random_codes("Q8_0", shape)
+    ones = torch.ones(1, dtype=torch.float16).view(torch.uint8)
+    segments["blocks"].view(-1, BLOCK_TYPES["Q8_0"].nbytes)[:, :2] = ones  # sums of integers are exact
+    x, bias = torch.randint(-4, 5, (2, shape[1])).float(), torch.arange(16.0)
+    scratch = torch.empty(scratch_bytes(shape, x.dtype, CPU), dtype=torch.uint8)
+    cuda = torch.device("cuda")
+    assert [*form.kernels(shape, 2, torch.float32, cuda)] == ["dequantize", "triton"]
+    assert [*form.kernels(shape, 17, torch.bfloat16, cuda)] == ["dequantize", "triton"]
+    ways = form.kernels(shape, 2, torch.bfloat16, cuda)
+    assert [*ways] == ["dequantize", "triton", "fused"]
+    expected, *found = (way(x, segments, shape, scratch, bias) for way in ways.values())
+    assert all(torch.equal(each, expected) for each in found)
+
+
+def block_cases() -> Iterator[tuple[str, tuple[int, int], tuple[int, int], torch.dtype]]:
+    for kind in (*KINDS, INT3):
+        for wanted in FLOATS:
+            if wanted != torch.bfloat16 or kind in EXACT:
+                yield kind, (3, 1280), (1, 3), wanted
+    yield INT3, (3, 333), (0, 3), torch.float32
+    yield INT3, (2, 5), (1, 2), torch.float32
+
+
 if __name__ == "__main__":
     cases = list(small_cases())
     for each in cases:
@@ -233,4 +336,11 @@ if __name__ == "__main__":
             check_experts(form, cols, dtype, CPU)
     check_products()
     check_failure()
-    print(f"{len(cases)} matrices")
+    blocks = list(block_cases())
+    for each_block in blocks:
+        check_blocks(*each_block, CPU)
+    for each_kind in (*KINDS, INT3):
+        check_product(each_kind, (3, 1280), 3, CPU)
+    check_product(INT3, (2, 333), 1, CPU)
+    check_order()
+    print(f"{len(cases)} matrices, {len(blocks)} of blocks")

@@ -1,6 +1,7 @@
 """The matrices of a model that may be stored in a quantization format."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from specchat.models.hf.skeleton import Skeleton, path_of
 from specchat.models.quant.experts import experts_forward
 from specchat.models.quant.modules import Matrix
+from specchat.records.limits import is_sensitive
 
 # Small rounding errors here change which experts compute a row, the weight of a shared expert, or how fast the state of
 # a recurrent layer decays. So they stay plain.
@@ -23,7 +25,10 @@ def find_matrices(skeleton: Skeleton) -> list[Matrix]:
     """
     matrices: list[Matrix] = []
     for index, layer in enumerate(skeleton.layers):
-        matrices += _matrices_of(layer, f"{skeleton.layers_name}.{index}", index)
+        for matrix in _matrices_of(layer, f"{skeleton.layers_name}.{index}", index):
+            leaf = matrix.path.rpartition(".")[2]
+            sensitive = not matrix.num_experts and is_sensitive(leaf, index, len(skeleton.layers))
+            matrices.append(replace(matrix, is_sensitive=sensitive))
     for path in skeleton.shared_paths:
         matrices += _matrices_of(skeleton.model.get_submodule(path), path, None)
     head = skeleton.model.get_output_embeddings()

@@ -157,6 +157,7 @@ class Matrix:
         num_experts: number of matrices that the parameter fuses; 0 for an nn.Linear.
         transposed: whether a fused parameter holds [cols, rows] per expert.
         is_head: whether the matrix scores tokens.
+        is_sensitive: whether the matrix is `limits.is_sensitive`.
     """
 
     path: str
@@ -165,6 +166,7 @@ class Matrix:
     num_experts: int = 0
     transposed: bool = False
     is_head: bool = False
+    is_sensitive: bool = False
 
 
 @dataclass(frozen=True)

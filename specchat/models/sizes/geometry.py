@@ -88,6 +88,6 @@ def dequantize_bytes(spec: ModelSpec, dtype: Dtype, device: str) -> int:
     """Return the bytes of scratch memory for dequantizing one matrix at a time, including intermediate values."""
     item_bytes, kind = DTYPE_BYTES[dtype], device.partition(":")[0]
     numbers = max((dequantized_rows(*shape, item_bytes, kind) * shape[1] for shape in spec.quant_shapes), default=0)
-    # The formats of `QUANTS` dequantize straight into the scratch memory, without intermediate values.
-    at_once = 0 if spec.quant in QUANTS else min(numbers, PIECE_NUMBERS[kind])
+    # Most formats of `QUANTS` dequantize straight into the scratch memory, without intermediate values.
+    at_once = 0 if spec.quant in set(QUANTS) - {"int3"} else min(numbers, PIECE_NUMBERS[kind])
     return numbers * item_bytes + at_once * _PIECE_ITEM_BYTES

@@ -14,7 +14,7 @@ from typing import Any
 from specchat.models.catalog.known_models import KnownModel, known_models
 from specchat.models.checkpoint.dtypes import short_name
 from specchat.models.sizes.hybrid_specs import active_hybrid_params, hybrid_spec
-from specchat.records.limits import MASK_FLAG_BYTES, MASK_POSITION_BYTES
+from specchat.records.limits import MASK_FLAG_BYTES, MASK_POSITION_BYTES, is_sensitive
 from specchat.records.model import (
     DTYPE_BYTES,
     Activations,
@@ -34,6 +34,10 @@ def _int8(rows: int, cols: int) -> tuple[ParamSize, ...]:
     return ParamSize(rows * cols, 1), ParamSize(rows * -(-cols // 128), 2)
 
 
+def _int3(rows: int, cols: int) -> tuple[ParamSize, ...]:
+    return tuple(ParamSize(rows * -(-cols // columns), 1) for columns in (4, 8, 32, 128))
+
+
 def _nf4(rows: int, cols: int) -> tuple[ParamSize, ...]:
     blocks = -(-rows * cols // 64)
     codes = -(-rows * cols // 2)
@@ -47,7 +51,9 @@ def _awq(rows: int, cols: int) -> tuple[ParamSize, ...]:
 
 # Returns the segments of a matrix [rows, cols], as in models/quant.
 _Stored = Callable[[int, int], tuple[ParamSize, ...]]
-_OWN_QUANTS: Mapping[Quant, _Stored] = {"int8": _int8, "int4": _nf4}
+_OWN_QUANTS: Mapping[Quant, _Stored] = {"int8": _int8, "int4": _nf4, "int3": _int3}
+# Formats of sensitive matrices, where they are not those of the others.
+_SENSITIVE: Mapping[str, _Stored] = {"int3": _nf4}
 # Pre-quantized checkpoints: name in plans, and segments of the layers' matrices; heads stay plain.
 _PREQUANTIZED: Mapping[str, tuple[str, _Stored]] = {"awq": ("awq int4", _awq), "bnb-4bit": ("bitsandbytes 4-bit", _nf4)}
 
@@ -99,11 +105,12 @@ _ARCHITECTURES: Mapping[str, _Architecture] = {
 
 @dataclass(frozen=True)
 class _Weight:
-    """A parameter, or one matrix (rows, cols) for each of `experts`."""
+    """A parameter, or one matrix (rows, cols) for each of `experts`; `name` as in `limits.is_sensitive`."""
 
     shape: tuple[int, ...]
     is_matrix: bool = True
     experts: int = 0
+    name: str = ""
 
     @property
     def count(self) -> int:
@@ -141,7 +148,6 @@ def spec_of(model: KnownModel, quant: Quant = "none") -> ModelSpec:
     layer = _layer_weights(config, architecture)
     embedding = _Weight((config.vocab_size, config.hidden_size))
     num_layer_params = config.num_hidden_layers * sum(weight.count for weight in layer)
-    layer_sizes = tuple(size for weight in layer for size in weight.sizes(stored))
     return ModelSpec(
         name=model.id,
         architecture=architecture.model_class,
@@ -154,7 +160,7 @@ def spec_of(model: KnownModel, quant: Quant = "none") -> ModelSpec:
         dtype=_dtype(config),
         num_params=num_layer_params + _num_rest(config, embedding),
         num_layer_params=num_layer_params,
-        layer_params=(layer_sizes,) * config.num_hidden_layers,
+        layer_params=_layer_params(layer, name, stored, config.num_hidden_layers),
         other_params=_other_sizes(config, embedding, head_stored),
         buffer_bytes=_buffer_bytes(config, architecture),
         kv_shapes=(KvShape(config.num_key_value_heads, config.head_dim, config.head_dim),) * config.num_hidden_layers,
@@ -181,6 +187,24 @@ def _routed_experts(config: Any, layer: tuple[_Weight, ...], stored: _Stored | N
         parts = [*biases, *matrices]
     params = tuple(size for part in parts for size in part)
     return RoutedExperts(tuple(range(config.num_hidden_layers)), fused[0].experts, config.num_experts_per_tok, params)
+
+
+def _layer_params(
+    layer: tuple[_Weight, ...], quant: str, stored: _Stored | None, num_layers: int
+) -> tuple[tuple[ParamSize, ...], ...]:
+    """Return the parameters of each layer; equal layers share one tuple."""
+    known: dict[bool, tuple[ParamSize, ...]] = {}
+    for index in range(num_layers):
+        is_end = is_sensitive("", index, num_layers)
+        if is_end not in known:
+            formats = {True: _SENSITIVE.get(quant, stored), False: stored}
+            sizes = (
+                weight.sizes(formats[not weight.experts and is_sensitive(weight.name, index, num_layers)])
+                for weight in layer
+            )
+            known[is_end] = tuple(size for own in sizes for size in own)
+    layers = tuple(known[is_sensitive("", index, num_layers)] for index in range(num_layers))
+    return layers if quant in _SENSITIVE else (layers[0],) * num_layers
 
 
 def _layer_quant(layer: Sequence[_Weight], stored: _Stored | None, num_layers: int) -> tuple[int, ...]:
@@ -250,7 +274,9 @@ def _attention_weights(config: Any, architecture: _Architecture) -> list[_Weight
     hidden, head_dim = config.hidden_size, config.head_dim
     q, kv = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
     projections = [q + 2 * kv] if architecture.fused_qkv else [q, kv, kv]
-    weights = [*(_Weight((rows, hidden)) for rows in projections), _Weight((hidden, q))]
+    names = [""] if architecture.fused_qkv else ["q_proj", "k_proj", "v_proj"]
+    weights = [_Weight((rows, hidden), name=name) for rows, name in zip(projections, names, strict=True)]
+    weights.append(_Weight((hidden, q)))
     if architecture.qkv_bias or getattr(config, "attention_bias", False):
         weights += [_vector(rows) for rows in projections]
     if architecture.sinks:

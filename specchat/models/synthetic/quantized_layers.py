@@ -8,6 +8,7 @@ from torch import Tensor
 from specchat.models.packs.source import LayerSource
 from specchat.models.quant.formats.base import Quantizer
 from specchat.models.weights.recipe import HEAD_QUANTIZER, QuantizeRecipe
+from specchat.records.limits import is_sensitive
 
 _WEIGHT = ".weight"
 _ROUTER = "mlp.gate.weight"
@@ -25,9 +26,9 @@ class QuantizedLayers:
 
     def __init__(self, source: LayerSource, recipe: QuantizeRecipe, head: str) -> None:
         self._source = source
-        self._quantizer = recipe.layer_quantizer
+        self._recipe = recipe
         self._head = head
-        self._memory: dict[str, dict[str, Tensor]] = {}
+        self._memory: dict[tuple[str, str], dict[str, Tensor]] = {}
 
     @property
     def num_layers(self) -> int:
@@ -45,7 +46,7 @@ class QuantizedLayers:
         for name, tensor in self._source.layer_meta(layer).items():
             matrices = _matrices(name, tensor)
             for own, matrix in matrices.items():
-                tensors |= _empty(own, matrix, self._quantizer, "meta")
+                tensors |= _empty(own, matrix, self._quantizer(own, layer), "meta")
             tensors |= {} if matrices else {name: tensor}
         return tensors
 
@@ -55,8 +56,9 @@ class QuantizedLayers:
         for name, tensor in self._source.read_layer(layer).items():
             matrices = _matrices(name, tensor)
             for own, matrix in matrices.items():
-                segments = self._segments(own, matrix)
-                _quantize(own, matrix, self._quantizer, segments)
+                quantizer = self._quantizer(own, layer)
+                segments = self._segments(own, matrix, quantizer)
+                _quantize(own, matrix, quantizer, segments)
                 tensors |= segments
             tensors |= {} if matrices else {name: tensor}
         return tensors
@@ -73,11 +75,18 @@ class QuantizedLayers:
         _quantize("lm_head.weight", rest[self._head], HEAD_QUANTIZER, segments)
         return rest | segments
 
-    def _segments(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        """Return memory for one matrix, reused by every layer."""
-        if name not in self._memory:
-            self._memory[name] = _empty(name, tensor, self._quantizer, "cpu")
-        return self._memory[name]
+    def _quantizer(self, name: str, layer: int) -> Quantizer:
+        """Return the quantizer of a matrix; experts have a name without `_WEIGHT`."""
+        path, ending, _ = name.rpartition(_WEIGHT)
+        sensitive = bool(ending) and is_sensitive(path.rpartition(".")[2], layer, self.num_layers)
+        return self._recipe.sensitive_quantizer if sensitive else self._recipe.layer_quantizer
+
+    def _segments(self, name: str, tensor: Tensor, quantizer: Quantizer) -> dict[str, Tensor]:
+        """Return memory for one matrix, reused by every layer that stores it with the same quantizer."""
+        key = name, quantizer.identity
+        if key not in self._memory:
+            self._memory[key] = _empty(name, tensor, quantizer, "cpu")
+        return self._memory[key]
 
 
 def _matrices(name: str, tensor: Tensor) -> dict[str, Tensor]:

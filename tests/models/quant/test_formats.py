@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from specchat.models.quant.formats.base import Quantizer
+from specchat.models.quant.formats.int3 import Int3, Int3Quantizer, book
 from specchat.models.quant.formats.int8 import Int8Quantizer
 from specchat.models.quant.formats.nf4 import Nf4Quantizer
 from specchat.models.quant.formats.plain import Plain
@@ -17,7 +18,7 @@ from specchat.models.quant.kernels.bnb import bnb, bnb_version
 from specchat.models.quant.kernels.chunked import chunk_rows, scratch_bytes
 
 CPU = torch.device("cpu")
-QUANTIZERS = [Int8Quantizer(), Nf4Quantizer()]
+QUANTIZERS = [Int8Quantizer(), Nf4Quantizer(), Int3Quantizer()]
 quantizers = st.sampled_from(QUANTIZERS)
 shapes = st.tuples(st.integers(1, 70), st.integers(1, 300))
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -108,6 +109,59 @@ def test_int8_of_a_large_matrix_does_not_depend_on_the_pieces(monkeypatch: pytes
         assert all(torch.equal(pieces[name], segment) for name, segment in whole.items())
 
 
+def int3_scale(code: int) -> float:
+    return 0.0 if code == 0 else (1 + code % 8 / 8) * 2.0 ** (code // 8 - 31)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.tuples(st.integers(1, 5), st.integers(1, 300)), dtypes)
+def test_int3_matches_its_definition(shape, wanted):
+    generator = torch.Generator().manual_seed(shape[1])
+    stored = {
+        s.name: torch.randint(0, 255, s.shape, dtype=s.dtype, generator=generator) for s in Int3().segments(*shape)
+    }
+    expected = torch.empty(shape)
+    for row in range(shape[0]):
+        codes, signs, ninths, scales = (stored[name][row].tolist() for name in ("codes", "signs", "ninths", "scales"))
+        for column in range(shape[1]):
+            quad = column // 4
+            entry = book()[codes[quad] + 256 * (ninths[quad // 8] >> quad % 8 & 1)]
+            sign = -1 if signs[column // 8] >> column % 8 & 1 else 1
+            expected[row, column] = sign * int(entry[column % 4]) * int3_scale(scales[column // 128])
+    assert torch.equal(Int3().dequantize(stored, 0, shape[0], torch.empty(shape, dtype=wanted)), expected.to(wanted))
+
+
+def test_int3_finds_nearly_the_best_entries():
+    """Compare with a search among all entries, for the scales that were taken and for others."""
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    found = quantized(Int3Quantizer(), weight)
+    entries, groups = book().float(), weight.abs().view(-1, 128)
+    usual = found["scales"].view(-1).int()
+
+    def least_errors(codes: torch.Tensor) -> torch.Tensor:
+        scales = torch.tensor([int3_scale(int(code)) for code in codes])[:, None]
+        nearest = torch.cdist((groups / scales).view(-1, 4), entries).argmin(1)
+        return (entries[nearest].view_as(groups) * scales - groups).square().sum(1)
+
+    best = torch.stack([least_errors(usual + offset) for offset in range(-4, 5)]).amin(0)
+    error = (numbers(Int3Quantizer(), weight) - weight).square().sum()
+    assert best.sum() <= error < 1.05 * best.sum()
+
+
+def test_int3_does_not_depend_on_the_pieces_and_keeps_faults(monkeypatch: pytest.MonkeyPatch):
+    weight = matrix((37, 200))
+    weight[3, 7], weight[4, 150] = torch.nan, torch.inf
+    whole = quantized(Int3Quantizer(), weight)
+    faulty = numbers(Int3Quantizer(), weight).isnan()
+    assert faulty[3, :128].all() and faulty[4, 128:].all() and faulty.sum() == 128 + 72
+    for rows in (1, 5):
+        monkeypatch.setattr("specchat.models.quant.formats.int3._QUANTIZE_NUMBERS", rows * 200)
+        pieces = quantized(Int3Quantizer(), weight)
+        assert all(torch.equal(pieces[name], segment) for name, segment in whole.items())
+    transposed = quantized(Int3Quantizer(), weight.T.contiguous().T)
+    assert all(torch.equal(transposed[name], segment) for name, segment in whole.items())
+
+
 def test_identities_of_quantizers():
     """Another version of bitsandbytes makes another pack."""
     assert bnb_version() in Nf4Quantizer().identity
@@ -123,7 +177,9 @@ def test_plain_matrices_are_cast(shape, saved, wanted, data):
     assert out.dtype == wanted and torch.equal(out, weight[begin:end].to(wanted))
 
 
-@pytest.mark.parametrize(("quantizer", "error"), [(QUANTIZERS[0], 0.0068), (QUANTIZERS[1], 0.094)])
+@pytest.mark.parametrize(
+    ("quantizer", "error"), [(QUANTIZERS[0], 0.0068), (QUANTIZERS[1], 0.094), (QUANTIZERS[2], 0.137)]
+)
 def test_error_of_a_gaussian_matrix(quantizer, error):
     weight = torch.randn(256, 1024, generator=torch.Generator().manual_seed(0))
     assert (numbers(quantizer, weight) - weight).norm() / weight.norm() < error

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,14 +20,19 @@ from support import tiles
 from support.triton_cases import (
     EXPERT_FORMS,
     Case,
+    block_cases,
     check,
+    check_blocks,
     check_experts,
+    check_product,
     expert_segments,
     large_cases,
     small_cases,
 )
 
+from specchat.models.checkpoint.ggml_types import BLOCK_TYPES, BlockType
 from specchat.models.quant.formats.base import WeightFormat
+from specchat.models.quant.kernels.unpacked import INT3, KINDS
 
 ROOT = Path(__file__).parents[3]
 
@@ -119,3 +125,51 @@ def test_a_gpu_gives_the_same_values(case: Case):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     check(case, torch.device("cuda:0"))
+
+
+@pytest.mark.parametrize("capability", [80, 89])
+@pytest.mark.parametrize("kind", [*KINDS, INT3])
+@pytest.mark.slow
+def test_the_kernels_of_blocks_compile_for_gpus(kind: str, capability: int, tmp_path: Path, monkeypatch):
+    """No number is so small that it is taken for zero, and nothing is multiplied and added in one rounding."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from specchat.models.quant.kernels import triton_blocks
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    block = BLOCK_TYPES.get(kind, BlockType(INT3, 128, 0))
+    stored = dict.fromkeys(("codes", "signs", "ninths", "scales"), "*u8") | {"book": "*fp32"}
+    widths = dict.fromkeys(("code_cols", "sign_cols", "ninth_cols", "scale_cols"), "i32")
+    constants = {"kind": kind, "numbers": block.numbers, "nbytes": block.nbytes}
+    fill = stored | {"out": "*bf16", "cols": "i32"} | widths
+    multiply = stored | {"x": "*bf16", "out": "*bf16", "rows": "i32", "cols": "i32"} | widths | {"m": "i32"}
+    for kernel, signature, own in (
+        (triton_blocks._fill_kernel, fill, {"block": triton_blocks.FILL_BLOCK}),
+        (triton_blocks._product_kernel, multiply, {"block": triton_blocks.PRODUCT_BLOCK, "padded": 4, "steps": 8}),
+    ):
+        all_constants = constants | own
+        source = ASTSource(kernel, signature | dict.fromkeys(all_constants, "constexpr"), all_constants)
+        made = triton.compile(source, GPUTarget("cuda", capability, 32), {"enable_fp_fusion": False})
+        assert len(made.asm["cubin"]) > 1000
+        assert ".ftz" not in made.asm["ptx"] and "fma.rn.f32" not in made.asm["ptx"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [*block_cases()], ids=str)
+def test_a_gpu_unpacks_the_same_values(case: tuple[Any, ...]):
+    pytest.importorskip("triton")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    check_blocks(*case, torch.device("cuda:0"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 3, 16])
+@pytest.mark.parametrize("kind", [*KINDS, INT3])
+def test_a_gpu_multiplies_few_rows(kind: str, m: int):
+    pytest.importorskip("triton")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    check_product(kind, (300, 4096), m, torch.device("cuda:0"))

@@ -10,6 +10,7 @@ from support import hybrid_specs
 from specchat.models.catalog.known_models import KnownModel
 from specchat.models.sizes.hybrid_specs import FILE, active_hybrid_params, hybrid_spec
 from specchat.models.sizes.known_specs import known_spec
+from specchat.records.model import QUANTS
 
 MODELS = hybrid_specs.known_hybrids()
 HINT = "write the file again: PYTHONPATH=.:tests python -m support.hybrid_specs"
@@ -30,7 +31,7 @@ def test_the_sizes_of_small_hybrids_are_recorded(model_id: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.id)
 def test_the_sizes_of_all_known_hybrids_are_recorded(model: KnownModel):
-    check(model, ("none", "int8", "int4"))
+    check(model, QUANTS)
 
 
 def test_every_known_hybrid_is_recorded_and_no_other():

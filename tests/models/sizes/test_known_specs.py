@@ -21,7 +21,7 @@ from specchat.models.sizes import inspect, known_specs
 from specchat.models.sizes.geometry import layer_bytes, weight_bytes
 from specchat.models.sizes.inspect import inspect_model
 from specchat.models.sizes.known_specs import known_spec
-from specchat.records.model import DTYPE_BYTES, ModelSource, ModelSpec
+from specchat.records.model import DTYPE_BYTES, QUANTS, ModelSource, ModelSpec
 
 MODELS = list(known_models().values())
 UNIFORM = [model for model in MODELS if not known_specs.is_hybrid(model)]
@@ -130,8 +130,12 @@ def test_the_sizes_of_quantized_layers_match(model_id: str, quant: str, tmp_path
     compare(known_models()[model_id], quant, 2, tmp_path)
 
 
+def test_the_sizes_match_where_the_first_and_last_layers_differ(tmp_path: Path):
+    compare(known_models()["Qwen/Qwen2.5-0.5B-Instruct"], "int3", 3, tmp_path)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("quant", ["none", "int8", "int4"])
+@pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.parametrize("model", UNIFORM, ids=lambda model: model.id)
 def test_the_sizes_of_every_known_model_match(model: KnownModel, quant: str, tmp_path: Path):
     compare(model, "none" if model.stored else quant, 4, tmp_path)

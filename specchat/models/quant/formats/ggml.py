@@ -13,7 +13,10 @@ from specchat.models.checkpoint.layout import PIECE_NUMBERS
 from specchat.models.quant.formats.base import Segment, WeightFormat
 from specchat.models.quant.formats.ggml_blocks import DECODERS
 from specchat.models.quant.formats.ggml_codebooks import CODEBOOK_DECODERS
-from specchat.models.quant.kernels.chunked import Segments
+from specchat.models.quant.formats.ggml_kernels import unpacked_blocks
+from specchat.models.quant.kernels.chunked import Linear, Segments
+from specchat.models.quant.kernels.triton import unpacking_kernels
+from specchat.models.quant.kernels.unpacked import KINDS, Unpacked
 
 _DECODERS = {**DECODERS, **CODEBOOK_DECODERS}
 
@@ -48,6 +51,24 @@ class Blocks(WeightFormat):
             rows = blocks.view(stored_torch_dtype(self.kind))
             return rows if rows.dtype == out.dtype else out.copy_(rows)
         return decode(self.kind, blocks, out)
+
+    def kernels(
+        self, shape: tuple[int, int], num_rows: int, dtype: torch.dtype, device: torch.device
+    ) -> dict[str, Linear]:
+        """Return the kernels of `WeightFormat.kernels`, and those in Triton for the types that they can unpack."""
+        ways = super().kernels(shape, num_rows, dtype, device)
+        if self.kind not in KINDS:
+            return ways
+        return ways | unpacking_kernels(self.dequantize, self.unpack, self.order, num_rows, dtype, device)
+
+    def unpack(self, segments: Segments, begin: int, end: int) -> Unpacked:
+        """Return rows in stored order for the Triton kernels."""
+        return unpacked_blocks(self.kind, segments["blocks"][begin:end])
+
+    def order(self, segments: Segments) -> Tensor | None:
+        """Return where each row is stored: int64 [rows]; None for rows in order."""
+        blocks = segments["blocks"]
+        return stored_rows(len(blocks), self.heads, 0, len(blocks), blocks.device) if self.heads else None
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from torch import Tensor
 
 Decoder = Callable[[Tensor, Tensor], None]
 
-_IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 # Twice the values of e2m1, as in ggml, whose scales are halved.
-_E2M1_TWICE = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+E2M1_TWICE = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 
 # --- bytes ---------------------------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def _q6_k(blocks: Tensor, out: Tensor) -> None:
 
 
 def _iq4_nl(blocks: Tensor, out: Tensor) -> None:
-    look_up(_nibbles(blocks[:, 2:]), _IQ4_VALUES, out)
+    look_up(_nibbles(blocks[:, 2:]), IQ4_VALUES, out)
     out.mul_(half_at(blocks, 0))
 
 
@@ -192,12 +192,12 @@ def _iq4_xs(blocks: Tensor, out: Tensor) -> None:
     shifts = torch.arange(0, 16, 2, dtype=torch.int32, device=blocks.device)
     high = (blocks[:, 2:4].contiguous().view(torch.int16).int() >> shifts) & 3
     scales = (low_and_high(blocks[:, 4:8]) | high << 4) - 32
-    look_up(_nibbles(blocks[:, 8:].unflatten(1, (8, 16))), _IQ4_VALUES, out)
+    look_up(_nibbles(blocks[:, 8:].unflatten(1, (8, 16))), IQ4_VALUES, out)
     scale_groups(out, half_at(blocks, 0) * scales)
 
 
 def _mxfp4(blocks: Tensor, out: Tensor) -> None:
-    look_up(_nibbles(blocks[:, 1:]), _E2M1_TWICE, out)
+    look_up(_nibbles(blocks[:, 1:]), E2M1_TWICE, out)
     out.mul_(power_of_two(blocks[:, :1].int() - 128))
 
 
@@ -207,11 +207,11 @@ def _nvfp4(blocks: Tensor, out: Tensor) -> None:
     codes = packed.new_empty(packed.shape[0], 4, 2, 8)
     for half in range(2):
         _words(codes)[:, :, half] = _words(_masked(packed, 4 * half, 15))
-    look_up(codes, _E2M1_TWICE, out)
-    scale_groups(out, _unsigned_e4m3(blocks[:, :4].contiguous()) * 0.5)
+    look_up(codes, E2M1_TWICE, out)
+    scale_groups(out, unsigned_e4m3(blocks[:, :4].contiguous()) * 0.5)
 
 
-def _unsigned_e4m3(codes: Tensor) -> Tensor:
+def unsigned_e4m3(codes: Tensor) -> Tensor:
     """Convert 8-bit floats to float32; ggml reads the code of NaN as 0."""
     values = (codes & 127).view(torch.float8_e4m3fn).float()
     return values.nan_to_num_(0.0)

@@ -19,14 +19,14 @@ _SHIFT = 0.125  # of IQ1's values, up or down
 
 def _iq3_xxs(blocks: Tensor, out: Tensor) -> None:
     words = _u32(blocks[:, 66:98])
-    _gather(_book("IQ3_XXS", blocks.device), blocks[:, 2:66], out)
+    _gather(codebook("IQ3_XXS", blocks.device), blocks[:, 2:66], out)
     _apply_signs(out, _even_signs(blocks.device), _fields(words, 7, 4))
     scale_groups(out, half_at(blocks, 0) * (0.5 + (words >> 28)) * 0.5)
 
 
 def _iq3_s(blocks: Tensor, out: Tensor) -> None:
     ninth = _fields(blocks[:, 66:74].int(), 1, 8).flatten(1) << 8
-    _gather(_book("IQ3_S", blocks.device), blocks[:, 2:66].int() | ninth, out)
+    _gather(codebook("IQ3_S", blocks.device), blocks[:, 2:66].int() | ninth, out)
     _apply_signs(out, _signs(blocks.device), blocks[:, 74:106])
     scale_groups(out, half_at(blocks, 0) * (1 + 2 * low_and_high(blocks[:, 106:110])))
 
@@ -34,28 +34,28 @@ def _iq3_s(blocks: Tensor, out: Tensor) -> None:
 def _iq2_xxs(blocks: Tensor, out: Tensor) -> None:
     groups = blocks[:, 2:66].unflatten(1, (8, 8))
     words = _u32(groups[:, :, 4:])[..., 0]
-    _gather(_book("IQ2_XXS", blocks.device), groups[:, :, :4], out)
+    _gather(codebook("IQ2_XXS", blocks.device), groups[:, :, :4], out)
     _apply_signs(out, _even_signs(blocks.device), _fields(words, 7, 4))
     scale_groups(out, half_at(blocks, 0) * (0.5 + (words >> 28)) * 0.25)
 
 
 def _iq2_xs(blocks: Tensor, out: Tensor) -> None:
     codes = _u16(blocks[:, 2:66])
-    _gather(_book("IQ2_XS", blocks.device), codes & 511, out)
+    _gather(codebook("IQ2_XS", blocks.device), codes & 511, out)
     _apply_signs(out, _even_signs(blocks.device), codes >> 9)
     scale_groups(out, half_at(blocks, 0) * (0.5 + low_and_high(blocks[:, 66:74])) * 0.25)
 
 
 def _iq2_s(blocks: Tensor, out: Tensor) -> None:
     high = _fields(blocks[:, 66:74].int(), 2, 4).flatten(1)
-    _gather(_book("IQ2_S", blocks.device), blocks[:, 2:34].int() | high << 8, out)
+    _gather(codebook("IQ2_S", blocks.device), blocks[:, 2:34].int() | high << 8, out)
     _apply_signs(out, _signs(blocks.device), blocks[:, 34:66])
     scale_groups(out, half_at(blocks, 0) * (0.5 + low_and_high(blocks[:, 74:82])) * 0.25)
 
 
 def _iq1_s(blocks: Tensor, out: Tensor) -> None:
     high = _u16(blocks[:, 34:50])
-    _gather(_book("IQ1", blocks.device), blocks[:, 2:34].int() | _fields(high, 3, 4).flatten(1) << 8, out)
+    _gather(codebook("IQ1", blocks.device), blocks[:, 2:34].int() | _fields(high, 3, 4).flatten(1) << 8, out)
     out.view(-1, 8, 32).add_((_SHIFT - 2 * _SHIFT * (high >> 15))[..., None])
     scale_groups(out, half_at(blocks, 0) * (2 * (high >> 12 & 7) + 1))
 
@@ -65,7 +65,7 @@ def _iq1_m(blocks: Tensor, out: Tensor) -> None:
     top = packed >> 12  # the scale of the block, 4 bits in each word
     bits = top[:, 0] | top[:, 1] << 4 | top[:, 2] << 8 | top[:, 3] << 12
     scale = bits.to(torch.int16).view(torch.float16).float()
-    _gather(_book("IQ1", blocks.device), blocks[:, :32].int() | (high & 7) << 8, out)
+    _gather(codebook("IQ1", blocks.device), blocks[:, :32].int() | (high & 7) << 8, out)
     out.view(-1, 32, 8).add_((_SHIFT - 2 * _SHIFT * (high >> 3))[..., None])
     scale_groups(out, scale[:, None] * (2 * _fields(packed, 3, 4).flatten(1) + 1))
 
@@ -102,7 +102,7 @@ def _apply_signs(out: Tensor, book: Tensor, index: Tensor) -> None:
 
 
 @cache
-def _book(name: str, device: torch.device) -> Tensor:
+def codebook(name: str, device: torch.device) -> Tensor:
     """Return a codebook: float32 [entries, 4 or 8]."""
     found = tomllib.loads(_BOOKS.read_text(encoding="ascii"))[name]
     packed = torch.frombuffer(bytearray(bytes.fromhex(found["hex"])), dtype=torch.uint8)

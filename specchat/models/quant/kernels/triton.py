@@ -1,4 +1,4 @@
-"""Matmul by specchat's Triton kernel for the formats that it supports, and by torch where it fails."""
+"""Matmul by specchat's Triton kernels for the formats that they support, and by torch where they fail."""
 
 from functools import cache, partial
 from typing import Any
@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from specchat.models.quant.kernels.chunked import Dequantize, Linear, Segments, matmul_in_chunks
+from specchat.models.quant.kernels.unpacked import Order, Unpack
 
 CAPABILITY = (8, 0)  # the lowest compute capability that Triton supports
+_FUSED_ROWS = 16  # more partial sums do not fit into the registers
 
 
 def triton_kernels(
@@ -52,6 +54,69 @@ def dequantize_by_triton(
     return out if filled else eager(segments, begin, end, out)
 
 
+def unpacking_kernels(
+    eager: Dequantize, unpack: Unpack, order: Order, num_rows: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, Linear]:
+    """Return the Triton kernels for a format, by name; empty without Triton.
+
+    The fused kernel multiplies by the same values as the other one and sums in another order, which can tip a near-tie
+    between one row and many. So float32 does not use it.
+
+    Args:
+        eager: fallback with the same values, in case a kernel does not compile.
+        unpack: function that returns rows for the kernels.
+        order: function that returns the order of the rows.
+        num_rows: maximum rows of x.
+        dtype: dtype of x.
+        device: device of the matmul.
+    """
+    if device.type != "cuda" or _block_kernels() is None or torch.cuda.get_device_capability(device) < CAPABILITY:
+        return {}
+    ways: dict[str, Linear] = {
+        "triton": partial(matmul_in_chunks, partial(dequantize_unpacked, eager, unpack, order)),
+    }
+    if dtype != torch.float32 and num_rows <= _FUSED_ROWS:
+        ways["fused"] = partial(multiply_unpacked, eager, unpack, order)
+    return ways
+
+
+def dequantize_unpacked(
+    eager: Dequantize, unpack: Unpack, order: Order, segments: Segments, begin: int, end: int, out: Tensor
+) -> Tensor:
+    """Dequantize rows as `WeightFormat.dequantize`; the first arguments are those of `unpacking_kernels`."""
+    stored = order(segments)
+    if stored is None:
+        filled = _block_kernels().fill(unpack(segments, begin, end), out)
+    else:
+        gathered = {name: segment.index_select(0, stored[begin:end]) for name, segment in segments.items()}
+        filled = _block_kernels().fill(unpack(gathered, 0, end - begin), out)
+    return out if filled else eager(segments, begin, end, out)
+
+
+def multiply_unpacked(
+    eager: Dequantize,
+    unpack: Unpack,
+    order: Order,
+    x: Tensor,
+    segments: Segments,
+    shape: tuple[int, int],
+    scratch: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """Compute `WeightFormat.linear`; the first arguments are those of `unpacking_kernels`."""
+    rows, cols = shape
+    given = x.reshape(-1, cols).contiguous()
+    y = x.new_empty(len(given), rows)
+    if not _block_kernels().multiply(unpack(segments, 0, rows), given, y):
+        return matmul_in_chunks(eager, x, segments, shape, scratch, bias)
+    stored = order(segments)
+    if stored is not None:
+        y = y.index_select(1, stored)
+    if bias is not None:
+        y += bias
+    return y.view(*x.shape[:-1], rows)
+
+
 @cache
 def _kernels() -> Any:
     """Import the module with the kernel; None without Triton. The import is slow."""
@@ -60,3 +125,13 @@ def _kernels() -> Any:
     except ImportError:
         return None
     return triton_affine
+
+
+@cache
+def _block_kernels() -> Any:
+    """Import the module with the kernels of blocks and int3; None without Triton."""
+    try:
+        from specchat.models.quant.kernels import triton_blocks
+    except ImportError:
+        return None
+    return triton_blocks
