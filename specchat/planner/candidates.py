@@ -304,8 +304,9 @@ class Candidates:
             yield from self._with_experts(draft, work)
 
     def _with_experts(self, draft: ModelSpec | None, work: Workload) -> Iterator[Candidate]:
-        """Yield the candidate that reads experts one by one, with as many of them in memory as fit.
+        """Yield the candidates that read experts one by one, with as many of them in memory as fit.
 
+        One reads nothing ahead, the other likely experts of the next layer, which costs a call of its router.
         Everything besides experts is resident. On a GPU, whole layers stream: the grouped product of quantized experts
         is missing there.
         """
@@ -321,7 +322,9 @@ class Candidates:
         if one_point:
             points = num_points(one_point, host_bytes, tier.all_bytes)
             work, host_bytes = with_points(work, points), host_bytes - points * one_point
-        yield self._candidate(draft, work, TierSizes(self._target.num_layers, experts=tier.cached(host_bytes)))
+        for looks_ahead in (False, True):
+            experts = replace(tier.cached(host_bytes), looks_ahead=looks_ahead)
+            yield self._candidate(draft, work, TierSizes(self._target.num_layers, experts=experts))
 
     def _candidate(self, draft: ModelSpec | None, work: Workload, sizes: TierSizes) -> Candidate:
         model, adaptive = self._model(draft), self._choices.tree_budget is None

@@ -58,6 +58,14 @@ def test_more_rows_and_smaller_pools_miss_more():
     assert replace(tier, quota=64).missed_bytes(8) < tier.missed_bytes(8) < replace(tier, quota=8).missed_bytes(8)
 
 
+def test_reading_ahead_is_planned_where_passes_wait_for_experts():
+    """It hides reads behind the layers that are computed, and costs a little time in every layer."""
+    plain = ExpertTier(12, 128, 8, 1000, quota=32, num_cached=0)
+    ahead = replace(plain, looks_ahead=True)
+    assert 0.4 - 0.3 <= ahead.waited_s(0.4, 0.3, 0.1) < plain.waited_s(0.4, 0.3, 0.1)
+    assert plain.waited_s(0.05, 0.3, 0.1) < ahead.waited_s(0.05, 0.3, 0.1), "where nothing waits, it only costs"
+
+
 @pytest.mark.parametrize("quant", ["none", "int4", "int8"])
 def test_slots_for_all_experts_take_what_layers_take(quant: str):
     spec = known_spec(MOE, quant)
