@@ -44,6 +44,12 @@ def kept_experts(plan: Plan) -> str:
     return f"{plan.placement.experts.quota} of {plan.experts.num_experts} experts of each layer"
 
 
+def expected_hits(experts: ExpertForecast) -> str:
+    """Return the expected share of used experts that is in memory, and the bytes that a pass reads."""
+    moved, all_bytes = format_bytes(experts.missed_bytes), format_bytes(experts.all_bytes)
+    return f"{experts.hit_rate:.0%} of those used; {moved} of {all_bytes} read per pass"
+
+
 def expert_lines(memory: MemoryReport, plan: Plan) -> list[str]:
     """Return the lines of /stats about experts; none if no experts are read one by one."""
     if plan.experts is None or memory.expert_hit_rate is None:

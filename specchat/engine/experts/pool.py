@@ -203,7 +203,7 @@ class ExpertPool(LayerStreamer):
         Args:
             position: position of the layer.
             missing: experts that must be read.
-            new: missing and guessed experts; guessed ones exchange their slots for the layer's own if they are used often.
+            new: missing and guessed experts; the latter exchange their slots for the layer's own if used often.
             rows: number of rows that use each expert.
         """
         slot_of = self._slot_of[position]
