@@ -1,6 +1,6 @@
 """What passes cost that read single experts, beside passes that read whole layers, in the same memory.
 
-    PYTHONPATH=.:tests python tests/benchmarks/expert_passes.py FOLDER [LAYERS] [PASSES]
+    PYTHONPATH=.:tests python tests/benchmarks/expert_passes.py FOLDER [LAYERS] [PASSES] [ROWS ...]
 
 A model of Qwen3-30B-A3B's experts (128, 8 of them for a row) in 12 layers, 3.6 GB in bf16, is written into FOLDER once,
 and a pack for whole layers. A synthetic router chooses the experts. Both read past the page cache. Prints for 1, 8, 16
@@ -150,7 +150,7 @@ def main() -> None:
         closing(load_model(source, **given, resident=kept, num_slots=2, pack=pack)) as layered,
     ):
         spoil(ahead)
-        for rows in ROWS:
+        for rows in [int(each) for each in sys.argv[4:]] or ROWS:
             ways = [(model, Routed(model, seed=rows)) for model in (pooled, ahead, layered)]
             for model, routed in ways:
                 model.cache.truncate(0, 0)

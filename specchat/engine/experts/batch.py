@@ -89,8 +89,9 @@ class ReadThreads:
     def begin(self, tasks: Sequence[ReadTask]) -> ReadBatch:
         """Queue tasks behind those of earlier batches, and return their batch at once."""
         batch = ReadBatch(len(tasks))
+        put = self._queue.put
         for task in tasks:
-            self._queue.put((batch, task))
+            put((batch, task))
         return batch
 
     def drain(self) -> None:

@@ -47,6 +47,11 @@ class Guesses:
         self._guesses: list[Guess] = []
         self._ending: list[Guess] = []
 
+    @property
+    def any(self) -> bool:
+        """Whether there are guesses, or wrong ones whose reads have not ended."""
+        return bool(self._guesses or self._ending)
+
     def add(self, guess: Guess) -> None:
         """Add experts that are being read."""
         self.is_taken[guess.slots] = True

@@ -26,6 +26,7 @@ from specchat.engine.experts.batch import ReadBatch
 from specchat.engine.experts.guesses import Guess, Guesses
 from specchat.engine.experts.reader import ExpertReader
 from specchat.engine.streaming.base import LayerStreamer, StreamCounters
+from specchat.records.limits import READ_THREADS
 
 # Factor on an expert's number of uses for each pass over its layer.
 _DECAY = 0.97
@@ -84,11 +85,17 @@ class ExpertPool(LayerStreamer):
         self._likely = likely
         num_slots = self._first_shared + num_shared
         self.num_slots = num_slots
-        # By layer and expert; one more entry stands for no expert.
-        self._slot_of: Any = np.full((len(layers), num_experts + 1), _NOWHERE, dtype=np.int64)
+        # By layer and expert; one more entry of each layer stands for no expert. An owner is an index into the flat
+        # array, whose last entry belongs to slots without an owner, so nothing asks whether there is one.
+        self._width = num_experts + 1
+        self._flat: Any = np.full(len(layers) * self._width + 1, _NOWHERE, dtype=np.int64)
+        self._slot_of: Any = self._flat[:-1].reshape(len(layers), self._width)
         self._slot_of[:, num_experts] = num_slots
-        self._owner: Any = np.full((num_slots, 2), _NOWHERE, dtype=np.int64)
-        self._uses: Any = np.zeros((len(layers), num_experts), dtype=np.float32)
+        self._slots_by_id = [torch.from_numpy(own) for own in self._slot_of]
+        self._owner: Any = np.full(num_slots, _NOWHERE, dtype=np.int64)
+        self._flat_uses: Any = np.zeros(len(self._flat), dtype=np.float32)
+        self._flat_uses[-1] = -1.0  # a slot without an owner goes first
+        self._uses: Any = self._flat_uses[:-1].reshape(len(layers), self._width)[:, :num_experts]
         self._is_busy: Any = np.zeros(num_slots, dtype=bool)  # used by the layer in progress
         self._visited = _NOWHERE
         self._used: Any = np.zeros((len(layers), num_experts), dtype=bool)  # by the pass in progress
@@ -118,8 +125,8 @@ class ExpertPool(LayerStreamer):
             best = np.sort(best[own[best] > 0])
             slots = self._own[position, : len(best)]
             self._give_to(position, best, slots)
-            reads.append(self._read(position, best, slots))
-        for batch in reads:
+            reads += self._read_together(position, best, slots)
+        for _, batch in reads:
             batch.wait()
 
     def begin(self, num_rows: int) -> None:
@@ -157,9 +164,9 @@ class ExpertPool(LayerStreamer):
         self._misses += len(wanted) - len(ready)
         reads = [(guess.slots.tolist(), guess.batch) for guess in guesses]
         if len(missing) or guesses:
-            guessed = [self._owner[guess.slots, 1] for guess in guesses]
+            guessed = [self._owner[guess.slots] - position * self._width for guess in guesses]
             reads += self._begin_reads(position, missing, np.concatenate([missing, *guessed]), rows)
-        slots = torch.from_numpy(slot_of)[ids]
+        slots = self._slots_by_id[position][ids]
         self._look_ahead(position, len(ids))
         return slots, self._arriving(ready.tolist(), reads)
 
@@ -172,9 +179,11 @@ class ExpertPool(LayerStreamer):
         if ready:
             yield ready
         for slots, batch in reads:
-            begin = time.perf_counter()
+            if not batch.is_over:
+                begin = time.perf_counter()
+                batch.wait_until_over()
+                self._wait_s += time.perf_counter() - begin
             batch.wait()
-            self._wait_s += time.perf_counter() - begin
             self._num_bytes += len(slots) * self._expert_bytes
             yield slots
         self._unfinished = None
@@ -186,16 +195,17 @@ class ExpertPool(LayerStreamer):
         self._visited = position
         self._is_busy[:] = False
         self._guessed = False
-        self._empty(self._guesses.release(but=position))
+        if self._guesses.any:
+            self._empty(self._guesses.release(but=position))
         if self._counts_uses:
             self._uses[position] *= _DECAY
 
     def _count(self, position: int, wanted: Any) -> None:
         """Count the uses of the experts of a layer, once per pass and expert."""
         if self._counts_uses:
-            new = wanted[~self._used[position, wanted]]
-            self._uses[position, new] += 1
-            self._used[position, new] = True
+            used = self._used[position]
+            self._uses[position, wanted] += ~used[wanted]
+            used[wanted] = True
 
     def _begin_reads(self, position: int, missing: Any, new: Any, rows: Any) -> list[tuple[list[int], ReadBatch]]:
         """Give slots to missing experts, and begin to read them.
@@ -207,15 +217,19 @@ class ExpertPool(LayerStreamer):
             rows: number of rows that use each expert.
         """
         slot_of = self._slot_of[position]
-        new = new[np.lexsort((-rows[new], -self._uses[position, new]))]
-        own = self._own_for(position, new)
-        is_guess = slot_of[new] >= 0
-        keeps_guess = is_guess[: len(own)]
-        self._exchange(position, slot_of[new[: len(own)][keeps_guess]], own[keeps_guess])
-        slots = np.concatenate(
-            [self._own[position, own[~keeps_guess]], self._shared(int((~is_guess[len(own) :]).sum()))]
-        )
-        missing = new[~is_guess]
+        worth = self._uses[position, new]
+        order = np.argsort(-(worth * np.float64(1 << 20) + rows[new]), kind="stable")
+        new, worth = new[order], worth[order]
+        own = self._own_for(position, worth)
+        is_missing = slot_of[new] < 0
+        takes = is_missing[: len(own)]
+        if not takes.all():
+            self._exchange(position, slot_of[new[: len(own)][~takes]], own[~takes])
+        missing = new[is_missing]
+        slots = np.empty_like(missing)
+        num_own = int(takes.sum())
+        slots[:num_own] = self._own[position, own[takes]]
+        slots[num_own:] = self._shared(len(missing) - num_own)
         self._give_to(position, missing, slots)
         self._is_busy[slots] = True
         self._unfinished = slot_of[new]
@@ -223,32 +237,28 @@ class ExpertPool(LayerStreamer):
         return self._read_together(position, missing[order], slots[order])
 
     def _read_together(self, position: int, experts: Any, slots: Any) -> list[tuple[list[int], ReadBatch]]:
-        """Begin to read experts of a layer, a few at a time, so that neighbours in the file are read together."""
-        parts = [slice(first, first + _READ_TOGETHER) for first in range(0, len(experts), _READ_TOGETHER)]
-        return [(slots[part].tolist(), self._read(position, experts[part], slots[part])) for part in parts]
-
-    def _read(self, position: int, experts: Any, slots: Any) -> ReadBatch:
-        """Begin to read experts of a layer into slots, and copy their small tensors."""
+        """Begin to read experts of a layer into slots, a few at a time, and copy their small tensors."""
         layer = self._layers[position]
         for name, stack in self._held[layer].items():
             self._stacks[name][torch.from_numpy(slots)] = stack[torch.from_numpy(experts)]
-        return self._reader.begin(layer, list(zip(experts.tolist(), slots.tolist(), strict=True)))
+        wanted, places = experts.tolist(), slots.tolist()
+        parts = [slice(first, first + _READ_TOGETHER) for first in range(0, len(wanted), _READ_TOGETHER)]
+        is_few = len(wanted) < READ_THREADS
+        return [(places[part], self._reader.begin(layer, wanted[part], places[part], is_few)) for part in parts]
 
-    def _own_for(self, position: int, new: Any) -> Any:
+    def _own_for(self, position: int, worth: Any) -> Any:
         """Return which of the layer's own slots go to new experts that were used more often than those there.
 
         Args:
             position: position of the layer.
-            new: experts, the most used first; the first of them get the slots.
+            worth: uses of the new experts, the most used first; the first of them get the slots.
         """
         slots = self._own[position]
-        there = self._owner[slots, 1]
-        uses = np.where(there < 0, -1.0, self._uses[position, there])
-        own = (~self._is_busy[slots]).nonzero()[0]
-        own = own[np.argsort(uses[own], kind="stable")[: len(new)]]
-        better = self._uses[position, new[: len(own)]] > uses[own]
-        if not self._counts_uses:
-            better &= uses[own] < 0
+        uses = self._flat_uses[self._owner[slots]]
+        uses[self._is_busy[slots]] = np.inf
+        own = np.argsort(uses, kind="stable")[: len(worth)]
+        uses = uses[own]
+        better = (worth[: len(own)] > uses) & (self._counts_uses or uses < 0)
         return own if better.all() else own[: int(better.argmin())]
 
     def _exchange(self, position: int, guessed: Any, own: Any) -> None:
@@ -308,9 +318,9 @@ class ExpertPool(LayerStreamer):
         likely = likely[:room]
         slots = self._shared(len(likely))
         self._give_to(following, likely, slots)
-        for first in range(0, len(likely), _READ_TOGETHER):
-            some = slice(first, first + _READ_TOGETHER)
-            self._guesses.add(Guess(following, slots[some], self._read(following, likely[some], slots[some])))
+        reads = self._read_together(following, likely, slots)
+        for first, (_, batch) in zip(range(0, len(likely), _READ_TOGETHER), reads, strict=True):
+            self._guesses.add(Guess(following, slots[first : first + _READ_TOGETHER], batch))
 
     def _all_of(self, position: int) -> Any:
         """Return all experts of a layer that are in no slot, the most used first."""
@@ -323,15 +333,13 @@ class ExpertPool(LayerStreamer):
         return max(len(self._free_shared()) - absent, 0)
 
     def _give_to(self, position: int, experts: Any, slots: Any) -> None:
-        self._empty(slots)
-        self._owner[slots, 0], self._owner[slots, 1] = position, experts
+        self._flat[self._owner[slots]] = _NOWHERE
+        self._owner[slots] = position * self._width + experts
         self._slot_of[position, experts] = slots
 
     def _empty(self, slots: Any) -> None:
         """Forget the experts in slots."""
-        layers, experts = self._owner[slots].T
-        is_used = layers >= 0
-        self._slot_of[layers[is_used], experts[is_used]] = _NOWHERE
+        self._flat[self._owner[slots]] = _NOWHERE
         self._owner[slots] = _NOWHERE
 
     # --- the interface of streamers: layers themselves are resident ---------------------------------------------
