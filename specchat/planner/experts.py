@@ -17,9 +17,10 @@ _EXPONENT, _FALL = 0.885, 0.0325
 # with tests/benchmarks/expert_passes.py: 12 layers of 128 experts at 1 to 16 rows.
 _FETCH_S = 500e-6
 # Share of missing experts that the next layer's router names while a layer is computed: published measurements of
-# trained models found 0.84 to 0.87 of the experts of a token. Seconds of a layer to compute norm and router once more
-# and to begin the reads, measured with tests/benchmarks/expert_fetch.py.
-_KNOWN_AHEAD, _LOOK_AHEAD_S = 0.8, 250e-6
+# trained models found 0.84 to 0.87 of the experts of a token, and the least sure ones are not read. Seconds of a layer
+# to compute norm and router once more and to begin the reads: an estimate, of which tests/benchmarks/expert_fetch.py
+# measured 60 to 100 us for the reads.
+_KNOWN_AHEAD, _LOOK_AHEAD_S = 0.75, 250e-6
 _MOST_ROWS = 8192  # beyond which the fit would fall; a pass uses all experts long before
 
 

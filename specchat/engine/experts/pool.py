@@ -14,6 +14,7 @@ for the present states, or all of them in passes over prompts.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -38,6 +39,11 @@ _FILLED_USES = 2.0
 _NOWHERE = -1
 # Missing experts that are read together; the first are computed while the next are read.
 _READ_TOGETHER = 4
+
+# Share of the named experts that are read ahead, those of most rows and uses first. Simulated with a quarter of 128
+# experts in the pool, 8 rows and routers that name 85% of a row's experts: passes read 0.142 of all experts instead of
+# 0.158 with all named ones, and 0.118 without; 74% of the missing ones are read ahead instead of 81%.
+_SURE_SHARE = 0.8
 
 # From the position of a layer to the experts that it will probably choose, int64 [rows, k]; None if nothing is known.
 Likely = Callable[[int], Tensor | None]
@@ -313,7 +319,9 @@ class ExpertPool(LayerStreamer):
             rows = self._rows_of(ids)
             likely = rows.nonzero()[0]
             likely = likely[self._slot_of[following, likely] < 0]
-            likely = likely[np.argsort(-rows[likely], kind="stable")]
+            worth = self._uses[following, likely]
+            likely = likely[np.argsort(-(rows[likely] + worth / (1.0 + worth)), kind="stable")]
+            likely = likely[: math.ceil(_SURE_SHARE * len(likely))]
             room = len(self._free_shared())
         likely = likely[:room]
         slots = self._shared(len(likely))

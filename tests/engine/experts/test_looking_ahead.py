@@ -70,7 +70,7 @@ def test_guesses_change_no_bit(architecture: str, kind: str, tmp_path: Path, mon
             with closing(load_model(source, **given, experts=ExpertSlots(quota, NUM_EXPERTS))) as model:
                 found, counters = list(passes(model)), model.streamer.counters()
             assert all(map(torch.equal, expected, found))
-            assert counters.useful_guesses and counters.useless_guesses
+            assert counters.useful_guesses if kind == "right" else counters.useless_guesses
 
 
 def test_a_router_that_chooses_otherwise_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
