@@ -96,10 +96,13 @@ class Guesses:
         """
         released = [guess for guess in self._guesses if guess.position != but]
         self._guesses = [guess for guess in self._guesses if guess.position == but]
-        unused = [Guess(each.position, each.slots[self.is_taken[each.slots]], each.batch) for each in released]
-        for guess in unused:
-            if not guess.batch.withdraw():
-                self.useless += len(guess.slots)
+        unused = []
+        for guess in released:
+            left = guess.slots[self.is_taken[guess.slots]]
+            is_used = len(left) < len(guess.slots)  # so that the layer in progress may wait for these reads
+            if is_used or not guess.batch.withdraw():
+                self.useless += len(left)
+            unused.append(Guess(guess.position, left, guess.batch))
         self._ending += unused
         self.settle()
         return _slots_of(unused)

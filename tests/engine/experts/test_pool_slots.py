@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from specchat.engine.experts.batch import ReadThreads
+from specchat.engine.experts.guesses import Guess, Guesses
 from specchat.engine.experts.pool import ExpertPool, Likely
 from specchat.engine.experts.reader import ExpertReader
 from specchat.engine.streaming.slots import page_aligned
@@ -139,6 +143,25 @@ def test_guesses_are_counted(file: Path):
         pool.begin(1)
         visit(pool, 1, [2, 3])
         assert pool.counters().expert_hits, "a guess that was used stays as other experts do"
+
+
+def test_reads_that_a_layer_waits_for_are_not_taken_back(file: Path):
+    """All threads are busy, so no read has begun when the guesses beside a used one are released."""
+    guesses, gate = Guesses(8), threading.Event()
+    with closing(ReadThreads(1)) as threads:
+        threads.begin([lambda: gate.wait(10) and None])
+        done: list[int] = []
+        batches = [threads.begin([partial(done.append, number)]) for number in range(2)]
+        for batch, slots in zip(batches, ([2, 3], [5]), strict=True):
+            guesses.add(Guess(1, np.array(slots), batch))
+        (used,) = guesses.take(1, np.array([3]))
+        assert used.slots.tolist() == [3] and sorted(guesses.release().tolist()) == [2, 5]
+        assert guesses.is_taken.nonzero()[0].tolist() == [2], "its read has not ended"
+        gate.set()
+        used.batch.wait()
+        guesses.settle(wait=True)
+    assert done == [0] and not guesses.is_taken.any()
+    assert (guesses.useful, guesses.useless) == (1, 1)
 
 
 def test_useful_guesses_become_the_layers_own(file: Path):
