@@ -21,6 +21,9 @@ from specchat.loading.request import Ask, ModelRequest
 from specchat.loading.sampling import SamplingChoices, resolve_sampling
 from specchat.models.checkpoint.generation_config import GenerationDefaults, load_generation_defaults
 from specchat.models.hf.tokenizer import Tokenizer, load_tokenizer
+from specchat.paths import state_folder
+from specchat.planner.learning import Learning
+from specchat.planner.statistics import AnswerStep
 from specchat.records.chat import Message
 from specchat.records.generation import FinishReason, Sampling
 from specchat.records.model import Dtype, Quant
@@ -62,6 +65,7 @@ def load(
     draft_quant: Literal["auto"] | Quant = "auto",
     offline: bool = False,
     tokenizer: str | None = None,
+    learn: bool = True,
     confirm: Ask = lambda _question: True,
 ) -> "Model":
     """Find, plan and load a model; download missing files.
@@ -79,6 +83,7 @@ def load(
         draft_quant: quantization of the draft's matrices; it never changes the text.
         offline: whether network access is forbidden.
         tokenizer: folder or hub id whose tokenizer replaces the one in a GGUF file; None for the file's own.
+        learn: whether tokens per pass, times, and numbers of uses of experts are kept for the next plan; never a text.
         confirm: receives a question before a download; a result of False refuses the download.
 
     Raises:
@@ -104,7 +109,7 @@ def load(
     for line in defaults.ignored:
         reporter.warn(line)
     engine = load_engine(request, planned.models, planned.plan, reporter)
-    return Model(engine, of_target, defaults)
+    return Model(engine, of_target, defaults, Learning(state_folder(), planned.plan) if learn else None)
 
 
 class Model(Closeable):
@@ -114,10 +119,14 @@ class Model(Closeable):
         engine: engine of the model.
         tokenizer: tokenizer of the target.
         defaults: sampling values that the model recommends.
+        learning: keeps what passes show for the next plan; None keeps nothing.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, defaults: GenerationDefaults) -> None:
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, defaults: GenerationDefaults, learning: Learning | None = None
+    ) -> None:
         self._engine = engine
+        self._learning = learning
         self._tokenizer = tokenizer
         self._defaults = defaults
         self._stop_ids = stop_ids(defaults, tokenizer)
@@ -222,7 +231,7 @@ class Model(Closeable):
             stop_ids=self._stop_ids,
             submitted=time.perf_counter(),
         )
-        return Answering(self._engine, answer, ids, sampling, max_tokens)
+        return Answering(self._engine, answer, ids, sampling, max_tokens, self._learning)
 
 
 class Answering(Iterator[Delta]):
@@ -234,12 +243,20 @@ class Answering(Iterator[Delta]):
         ids: token ids of the prompt.
         sampling: sampling settings.
         max_tokens: maximum length of the answer in tokens; None sets no limit except the context.
+        learning: keeps what passes show for the next plan; None keeps nothing.
     """
 
     def __init__(
-        self, engine: Engine, answer: Answer, ids: list[int], sampling: Sampling, max_tokens: int | None
+        self,
+        engine: Engine,
+        answer: Answer,
+        ids: list[int],
+        sampling: Sampling,
+        max_tokens: int | None,
+        learning: Learning | None = None,
     ) -> None:
         self._answer = answer
+        self._learning = learning
         self._pieces = self._write(engine, ids, sampling, max_tokens)
 
     def __next__(self) -> Delta:
@@ -279,14 +296,20 @@ class Answering(Iterator[Delta]):
     def _write(
         self, engine: Engine, ids: list[int], sampling: Sampling, max_tokens: int | None
     ) -> Generator[Delta, None, None]:
-        answer = self._answer
-        for step in engine.generate(ids, sampling, stop_ids=answer.stop_ids, max_tokens=max_tokens):
-            if step.warning is not None:
-                warnings.warn(step.warning, stacklevel=3)
-            yield from answer.take(step)
-            if answer.cut_by_stop_string:
-                break
-        yield from answer.finish()
+        answer, learning = self._answer, self._learning
+        try:
+            for step in engine.generate(ids, sampling, stop_ids=answer.stop_ids, max_tokens=max_tokens):
+                if step.warning is not None:
+                    warnings.warn(step.warning, stacklevel=3)
+                if learning is not None and engine.plan is learning.plan:
+                    learning.add([AnswerStep(step, samples=not sampling.greedy)])
+                yield from answer.take(step)
+                if answer.cut_by_stop_string:
+                    break
+            yield from answer.finish()
+        finally:
+            if learning is not None:
+                learning.close()
 
 
 class _Warnings:

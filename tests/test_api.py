@@ -71,6 +71,34 @@ def test_an_answer_can_be_left(model):
     assert model.chat(STORY, max_tokens=8).read()
 
 
+def test_answers_teach_the_next_plan(model, monkeypatch, tmp_path):
+    monkeypatch.setattr(model._learning, "_folder", tmp_path)
+    model.chat(STORY, max_tokens=8).read()
+    left = model.chat(STORY, max_tokens=24)
+    next(left)
+    left.close()
+    saved = json.loads((tmp_path / "statistics.json").read_text())
+    assert saved["pairs"] and "fox" not in (tmp_path / "statistics.json").read_text()
+
+
+@pytest.mark.slow
+def test_uses_of_experts_are_kept_unless_nothing_is_learned(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPECCHAT_STATE_DIR", str(tmp_path))
+    shape = "shape:hidden=512,layers=8,experts=16,experts_per_token=2,dtype=fp32"
+
+    def load(**choices):
+        return specchat.load(shape, device="cpu", vram="140MiB", ctx=128, draft="none", **choices)
+
+    with load(learn=False) as model:
+        model.generate("Once upon", max_tokens=4).read()
+    assert not list(tmp_path.iterdir())
+    with load() as model:
+        assert not model.plan.placement.experts.uses
+        model.generate("Once upon", max_tokens=4).read()
+    with load() as model:
+        assert len(model.plan.placement.experts.uses) == model.plan.experts.num_layers == 8
+
+
 def test_the_plan_is_shown(model):
     assert model.plan.target == "demo" and model.plan.vram_bytes == 1 << 30
     assert model.plan.work.tree_budget == 16

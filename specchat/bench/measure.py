@@ -72,6 +72,7 @@ class Job:
     files: PassFiles
     warn: Callable[[str], None]
     counts_memory: bool = False
+    layers: setup.WholeLayers | None = None
 
     @property
     def reads_past_cache(self) -> bool:
@@ -112,6 +113,7 @@ def measure(job: Job, cancel: Event, report: Callable[[Progress], None]) -> Coun
         warm_up=warm_up,
         evict=evicts,
         limit_bytes=job.settings.limit_memory_bytes,
+        layers=job.layers,
         cancel=cancel,
         say=say,
         warn=job.warn,

@@ -7,6 +7,7 @@ from specchat.records.generation import FinishReason, Sampling, Step
 
 # Baselines that load the target a second time, with accelerate's offloading.
 OFFLOADED = frozenset({"accelerate", "assisted"})
+LAYERS = "layers"  # the baseline of specchat's own passes over whole layers, where single experts are read
 OWN = "specchat"  # the measured system; the others are its baselines
 MIN_DISTINCT = 0.5
 _GRAM = 4

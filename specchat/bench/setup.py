@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from specchat.bench.cold import RESIDENT, TimePass
 from specchat.bench.identity import MarginFunction
 from specchat.bench.llama_cpp import LLAMA_CPP, WITH_DRAFT, LlamaModel, LlamaServer, LlamaSystem, find_server
-from specchat.bench.records import OWN
+from specchat.bench.records import LAYERS, OWN
 from specchat.bench.systems import EngineSystem, OffloadedSystem, System
 from specchat.errors import UsageError
 from specchat.loading.engine import open_engine
@@ -128,12 +128,13 @@ def check_baselines(names: Sequence[str], target: ModelSource, draft: ModelSourc
 
 
 def left_out(names: Sequence[str], plan: Plan) -> dict[str, str]:
-    """Return the baselines that would run weights other than the measured ones, with the reason for each.
+    """Return the baselines that would show nothing, with the reason for each.
 
-    transformers ignores `--quant` and loads full-precision weights. It cannot offload a pre-quantized checkpoint, or
-    dequantizes it by other formulas than specchat.
+    Whole layers are compared with single experts only. transformers ignores `--quant` and loads full-precision
+    weights. It cannot offload a pre-quantized checkpoint, or dequantizes it by other formulas than specchat.
     """
     reasons = {
+        LAYERS: None if plan.experts is not None else "the plan reads no single experts",
         "accelerate": _why_not("target", plan.quant, "--quant"),
         "assisted": _why_not("target", plan.quant, "--quant") or _why_not("draft", plan.draft_quant, "--draft-quant"),
     }
@@ -157,6 +158,21 @@ def _gguf_draft(draft: ModelSource | None) -> Path | None:
     return None if files is None else files[0]
 
 
+@dataclass(frozen=True)
+class WholeLayers:
+    """What the baseline of whole layers runs.
+
+    Attributes:
+        plan: best plan that streams whole layers in the same memory.
+        draft: draft model, or None.
+        packs: packs of target and draft; None for a model whose own files are read.
+    """
+
+    plan: Plan
+    draft: ModelSource | None
+    packs: tuple[Pack | None, Pack | None]
+
+
 @contextmanager
 def load(
     plan: Plan,
@@ -168,6 +184,7 @@ def load(
     warm_up: Callable[[EngineSystem], None],
     evict: Callable[[], None] | None = None,
     limit_bytes: int | None = None,
+    layers: WholeLayers | None = None,
     cancel: Event | None = None,
     say: Callable[[str], None] = lambda _: None,
     warn: Callable[[str], None] = lambda _: None,
@@ -179,10 +196,11 @@ def load(
         target: target model.
         draft: draft model, or None.
         packs: packs of target and draft; None for a model whose own files are read.
-        baselines: names of the baselines: plain, accelerate, assisted, and those of `LLAMA_CPP`.
+        baselines: names of the baselines: plain, layers, accelerate, assisted, and those of `LLAMA_CPP`.
         warm_up: warms specchat up before any baseline is loaded, so that its memory can be read alone.
         evict: evicts the weights from the page cache before every pass of every system; None for no eviction.
         limit_bytes: limit of memory and page cache of llama.cpp's server; None for no limit.
+        layers: plan and packs of the baseline of whole layers; None without this baseline.
         cancel: stops waiting for llama.cpp's server once set.
         say: receives a line for each model that is loaded.
         warn: receives one-line warnings.
@@ -202,6 +220,11 @@ def load(
                 systems.append(_own_system(name, engine, evict))
                 continue
             say(f"loading {target.name} for {name}")
+            if name == LAYERS:
+                assert layers is not None
+                whole = stack.enter_context(open_engine(target, layers.draft, layers.plan, layers.packs, warn))
+                systems.append(_own_system(name, whole, evict))
+                continue
             if name in LLAMA_CPP:
                 model = _llama_model(plan, target, draft if name == WITH_DRAFT else None, limit_bytes)
                 server = stack.enter_context(LlamaServer(model, LLAMA_CPP[name], cancel or Event()))
@@ -229,7 +252,7 @@ def _own_system(name: str, engine: Engine, evict: Callable[[], None] | None) -> 
     return EngineSystem(
         name,
         engine,
-        scope=nullcontext if name == OWN else partial(measuring.without_draft, engine),
+        scope=nullcontext if name in (OWN, LAYERS) else partial(measuring.without_draft, engine),
         between_passes=between_passes,
     )
 

@@ -109,6 +109,7 @@ def _experts_object(plan: Plan, experts: ExpertForecast) -> dict[str, Any]:
         "expert_bytes": experts.expert_bytes,
         "kept_per_layer": slots.quota,
         "shared_slots": slots.shared,
+        "looks_ahead": slots.looks_ahead,
         "cached_layers": len(plan.placement.in_ram),
         "predicted_rows": experts.rows,
         "predicted_used": experts.used,

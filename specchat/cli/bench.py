@@ -9,7 +9,7 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
-from specchat.bench.records import OFFLOADED
+from specchat.bench.records import LAYERS, OFFLOADED
 from specchat.chat.settings import whole
 from specchat.cli import options as parse
 from specchat.cli.ask import asker
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from specchat.bench.prompts import Question
     from specchat.bench.records import BenchSettings
     from specchat.bench.report import Outcome
+    from specchat.bench.setup import WholeLayers
     from specchat.models.packs.pack import Pack
     from specchat.ui.bench_view import ReportView
     from specchat.ui.console import Talk
@@ -226,6 +227,7 @@ def _job(
     for name, why in without.items():
         say.warn(f"the baseline '{name}' is left out: {why}")
     _check_cold(options, plan)
+    names = tuple(name for name in baselines if name not in without)
     packs = make_packs(target, draft, plan, reporter)
     tokenizer = load_tokenizer(target.path)
     defaults = load_generation_defaults(target.path)
@@ -239,14 +241,28 @@ def _job(
         stop_ids=stop_ids(defaults, tokenizer),
         questions=questions,
         settings=_settings(options, num_points),
-        baselines=tuple(name for name in baselines if name not in without),
+        baselines=names,
         cold=options.cold,
         passes=options.passes or options.cold,
         packs=packs,
         files=_files(target, plan, packs[0]),
         warn=say.warn,
         counts_memory=options.sweep is not None,
+        layers=_whole_layers(point, plan, reporter) if LAYERS in names else None,
     )
+
+
+def _whole_layers(point: _Point, plan: Plan, reporter: Reporter) -> "WholeLayers":
+    """Return the best plan over whole layers with the precision of the measured plan, and its packs."""
+    from specchat.bench.setup import WholeLayers
+
+    same = _choosing(point.request, quant=own_quant(plan.quant), vram_bytes=plan.vram_bytes)
+    plans = [
+        planning.make_plan(_choosing(same, slots=slots), point.models, reporter, as_given=True) for slots in (2, 3)
+    ]
+    best = max(plans, key=lambda planned: planned.chosen.prediction.tok_per_s)
+    whole, draft = replace(best.plan, stages=()), best.models.draft
+    return WholeLayers(whole, draft, make_packs(best.models.target, draft, whole, reporter))
 
 
 def _shared(

@@ -11,8 +11,9 @@ from specchat.loading.request import ModelRequest
 
 Format = Literal["table", "md", "json", "jsonl", "csv"]
 FORMATS: tuple[Format, ...] = ("table", "md", "json", "jsonl", "csv")
+LAYERS = "layers"
 LLAMA_BASELINES = ("llama.cpp", "llama.cpp-ngram", "llama.cpp-draft")
-BASELINES = ("plain", "accelerate", "assisted", *LLAMA_BASELINES)
+BASELINES = ("plain", LAYERS, "accelerate", "assisted", *LLAMA_BASELINES)
 # "memory" varies the tree size but keeps the layer split of the first value, so only generation memory changes.
 SWEEPS = ("tree-budget", "vram", "ctx", "draft", "quant", "slots", "memory")
 _WHOLE_HEAD = "+head"  # suffix of a tree budget: score all nodes at once

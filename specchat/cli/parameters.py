@@ -210,7 +210,7 @@ Baseline = Annotated[
     typer.Option(
         metavar="LIST",
         autocompletion=completion.lists(*bench_options.BASELINES, "none"),
-        help="Compare with plain, accelerate, assisted, llama.cpp, or none. [default: plain]",
+        help="Compare with plain, layers, accelerate, assisted, llama.cpp. [default: plain]",
     ),
 ]
 LimitMemory = Annotated[

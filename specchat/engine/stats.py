@@ -124,6 +124,8 @@ class StepClock:
             streamed_bytes=self._at_end.num_bytes - self._at_start.num_bytes,
             expert_hits=self._at_end.expert_hits - self._at_start.expert_hits,
             expert_misses=self._at_end.expert_misses - self._at_start.expert_misses,
+            useful_guesses=self._at_end.useful_guesses - self._at_start.useful_guesses,
+            useless_guesses=self._at_end.useless_guesses - self._at_start.useless_guesses,
             experts_used=self._experts_used,
             guesses=tree.by_source(path, work),
             tree=DraftTree(tree.tokens, tree.parents, tuple(path)) if len(tree) else None,
@@ -175,4 +177,6 @@ class MemoryMeter:
             given_back_bytes=relief.num_bytes,
             expert_hits=streamed.expert_hits,
             expert_misses=streamed.expert_misses,
+            useful_guesses=streamed.useful_guesses,
+            useless_guesses=streamed.useless_guesses,
         )

@@ -4,7 +4,7 @@ The search varies the draft, the tree budget, the slots and the resident layers,
 does not fit. Settings that the user has fixed are not varied.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -54,6 +54,8 @@ from specchat.units import format_bytes
 
 # Tree budgets to try without a draft model, whose guesses run out earlier.
 RETRIEVAL_BUDGETS = (64, 32, 16)
+# A plan with a shorter context must be this many times as fast.
+SHORTER_IF_FASTER_BY = 2.0
 
 
 @dataclass(frozen=True)
@@ -281,7 +283,24 @@ class Candidates:
             return []
         ctx = next(ctx for ctx in self._contexts if self._least_bytes(draft, ctx) <= self._vram_bytes)
         works = [self._workload(draft, ctx, tree_budget) for tree_budget in self._tree_budgets(draft)]
-        return [candidate for work in works for candidate in self._with_workload(draft, work)]
+        found = [candidate for work in works for candidate in self._with_workload(draft, work)]
+        return found + self._with_shorter_context(draft, found)
+
+    def _with_shorter_context(self, draft: ModelSpec | None, found: Sequence[Candidate]) -> list[Candidate]:
+        """Return candidates that read experts one by one where only whole layers leave room for the context.
+
+        Everything besides experts is resident then, which takes more memory than a few slots for layers. A context that
+        nobody asked for is shortened only where that is much faster.
+        """
+        best = max((candidate.tok_per_s for candidate in found), default=0.0)
+        if not found or any(candidate.sizes.experts or not candidate.streams for candidate in found):
+            return []
+        for ctx in self._contexts[self._contexts.index(found[0].work.ctx) + 1 :]:
+            works = [self._workload(draft, ctx, tree_budget) for tree_budget in self._tree_budgets(draft)]
+            shorter = [candidate for work in works for candidate in self._with_experts(draft, work)]
+            if shorter:
+                return [each for each in shorter if each.tok_per_s >= SHORTER_IF_FASTER_BY * best]
+        return []
 
     def _with_workload(self, draft: ModelSpec | None, work: Workload) -> Iterator[Candidate]:
         """Yield the candidates with most resident layers, per slot count, with embeddings on the device or the host."""
@@ -304,8 +323,9 @@ class Candidates:
             yield from self._with_experts(draft, work)
 
     def _with_experts(self, draft: ModelSpec | None, work: Workload) -> Iterator[Candidate]:
-        """Yield the candidate that reads experts one by one, with as many of them in memory as fit.
+        """Yield the candidates that read experts one by one, with as many of them in memory as fit.
 
+        One reads nothing ahead, the other likely experts of the next layer, which costs a call of its router.
         Everything besides experts is resident. On a GPU, whole layers stream: the grouped product of quantized experts
         is missing there.
         """
@@ -321,7 +341,9 @@ class Candidates:
         if one_point:
             points = num_points(one_point, host_bytes, tier.all_bytes)
             work, host_bytes = with_points(work, points), host_bytes - points * one_point
-        yield self._candidate(draft, work, TierSizes(self._target.num_layers, experts=tier.cached(host_bytes)))
+        for looks_ahead in (False, True):
+            experts = replace(tier.cached(host_bytes), looks_ahead=looks_ahead)
+            yield self._candidate(draft, work, TierSizes(self._target.num_layers, experts=experts))
 
     def _candidate(self, draft: ModelSpec | None, work: Workload, sizes: TierSizes) -> Candidate:
         model, adaptive = self._model(draft), self._choices.tree_budget is None

@@ -48,9 +48,6 @@ _STALL_OF_MANY = 0.03
 # Read rate during whole passes on a CPU, relative to the probe's reads without other work: here two cores also compute.
 # Measured with tests/benchmarks/predicted.py.
 _DISK_SHARE = 0.92
-# Seconds of a layer to find its missing experts, to begin reading them, and to take them over as they arrive. Measured
-# with tests/benchmarks/expert_passes.py: 12 layers of 128 experts at 1 to 16 rows.
-_FETCH_S = 500e-6
 # Rate of small reads from the page cache, relative to copies within host memory: each copies once, on one thread.
 _CACHED_SHARE = 0.5
 
@@ -210,8 +207,8 @@ class CostModel:
         """
         if placement.experts is not None:
             computed_s, experts_s = placement.num_layers * costs.layer_s, placement.num_layers * costs.experts_s
-            waited_s = max(self._missing_s(placement, costs) - experts_s, 0.0)
-            return costs.outside_s + computed_s + waited_s + placement.experts.num_layers * _FETCH_S
+            missing_s = self._missing_s(placement, costs)
+            return costs.outside_s + computed_s + placement.experts.waited_s(missing_s, computed_s, experts_s)
         computed_s = queue.computed_s(costs.layer_s, costs.outside_s) + self._reading_s(placement)
         return costs.outside_s + max(computed_s, self._linked_s(queue, costs))
 

@@ -13,6 +13,14 @@ from specchat.records.plan import ExpertForecast, ExpertSlots, Placement
 # a = _EXPONENT - _FALL log2(rows). Fitted to a synthetic router whose neighbouring tokens share experts as measured for
 # trained ones (tests/support/routing.py): a is 0.85, 0.80, 0.76 and 0.69 at 2, 8, 16 and 64 rows.
 _EXPONENT, _FALL = 0.885, 0.0325
+# Seconds of a layer to find its missing experts, to begin reading them, and to take them over as they arrive. Measured
+# with tests/benchmarks/expert_passes.py: 12 layers of 128 experts at 1 to 16 rows.
+_FETCH_S = 500e-6
+# Share of missing experts that the next layer's router names while a layer is computed: published measurements of
+# trained models found 0.84 to 0.87 of the experts of a token, and the least sure ones are not read. Seconds of a layer
+# to compute norm and router once more and to begin the reads: an estimate, of which tests/benchmarks/expert_fetch.py
+# measured 60 to 100 us for the reads.
+_KNOWN_AHEAD, _LOOK_AHEAD_S = 0.75, 250e-6
 _MOST_ROWS = 8192  # beyond which the fit would fall; a pass uses all experts long before
 
 
@@ -95,6 +103,7 @@ class ExpertTier:
         read_bytes: bytes that are read for one expert.
         quota: slots of each layer.
         num_cached: layers whose experts stay in the page cache.
+        looks_ahead: whether likely experts of the next layer are read while a layer is computed.
         learnt: uses and ratios that earlier passes have shown.
     """
 
@@ -104,6 +113,7 @@ class ExpertTier:
     read_bytes: int
     quota: int
     num_cached: int
+    looks_ahead: bool = False
     learnt: LearntExperts = NOTHING_LEARNT
 
     def used(self, rows: int) -> float:
@@ -124,6 +134,22 @@ class ExpertTier:
     def missed_bytes(self, rows: int) -> float:
         """Return the expected bytes of experts that a pass reads."""
         return self.num_layers * self.read_bytes * self.missed(rows)
+
+    def waited_s(self, missing_s: float, computed_s: float, experts_s: float) -> float:
+        """Return the seconds of a pass in which nothing is computed: waits for experts, and their bookkeeping.
+
+        Experts that are known ahead are read while a whole layer is computed, others only beside other experts.
+
+        Args:
+            missing_s: seconds of reading the missing experts.
+            computed_s: seconds of computing all layers.
+            experts_s: part of `computed_s` for the experts.
+        """
+        if not self.looks_ahead:
+            return max(missing_s - experts_s, 0.0) + self.num_layers * _FETCH_S
+        unknown_s = (1.0 - _KNOWN_AHEAD) * missing_s
+        waited_s = max(unknown_s - experts_s, missing_s - computed_s, 0.0)
+        return waited_s + self.num_layers * (_FETCH_S + _LOOK_AHEAD_S)
 
     def cached(self, host_bytes: int) -> "ExpertTier":
         """Return the tier with as many layers in the page cache as fit."""
@@ -195,7 +221,7 @@ def expert_options(target: ModelSpec, dtype: Dtype, learnt: LearntExperts = NOTH
     if experts is None:
         return None
     tier = ExpertTier(
-        len(experts.layers), experts.num_experts, experts.per_row, read_bytes(experts, dtype), 0, 0, learnt
+        len(experts.layers), experts.num_experts, experts.per_row, read_bytes(experts, dtype), 0, 0, learnt=learnt
     )
     beside = sum(sizes_beside_experts(target, dtype)) + held_bytes(experts, dtype)
     return ExpertOptions(beside, slot_bytes(experts, dtype), experts.layers, tier)
@@ -206,5 +232,5 @@ def with_experts(placement: Placement, target: ModelSpec, dtype: Dtype, tier: Ex
     options = expert_options(target, dtype)
     assert options is not None
     is_known = [len(own) for own in tier.learnt.uses] == [tier.num_experts] * tier.num_layers
-    slots = ExpertSlots(tier.quota, options.num_shared, tier.learnt.uses if is_known else ())
+    slots = ExpertSlots(tier.quota, options.num_shared, tier.learnt.uses if is_known else (), tier.looks_ahead)
     return replace(placement, in_ram=options.layers[: tier.num_cached], experts=slots)

@@ -45,7 +45,7 @@ class Learning(Closeable):
 
     def __init__(self, folder: Path, plan: Plan) -> None:
         self._folder = folder
-        self._plan = plan
+        self.plan = plan
         self._passes: list[SharedPass] = []
 
     def add(self, shared: SharedPass) -> None:
@@ -57,5 +57,5 @@ class Learning(Closeable):
     def close(self) -> None:
         """Save the passes that are not saved yet."""
         if self._passes:
-            record_passes(self._folder, self._plan, self._passes)
+            record_passes(self._folder, self.plan, self._passes)
             self._passes = []

@@ -124,7 +124,11 @@ def plan_key(plan: Plan, *, samples: bool) -> str:
             list(plan.placement.resident),
             list(plan.placement.in_ram),
         ),
-        *([] if plan.placement.experts is None else ["experts", plan.placement.experts.quota]),
+        *(
+            []
+            if plan.placement.experts is None
+            else ["experts", plan.placement.experts.quota, *["ahead"] * plan.placement.experts.looks_ahead]
+        ),
         *([plan.work.seats] if plan.work.seats > 1 else []),
         *([RETRIEVAL] if plan.retrieval else []),
     ]

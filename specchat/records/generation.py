@@ -179,7 +179,9 @@ class Step:
         num_sharing: number of answers that the pass served.
         error: reason of the finish_reason "error", else None.
         expert_hits: experts that were in their slots when a layer of the pass used them.
-        expert_misses: experts that the pass had to read.
+        expert_misses: experts that the pass had to read, among them useful guesses.
+        useful_guesses: experts that were read before their router named them.
+        useless_guesses: experts that were read, but that no router named.
         experts_used: one bit for each layer with experts and each expert, set if the pass used the expert, packed as by
             numpy; empty for passes over prompts, and if no experts are read one by one.
     """
@@ -204,6 +206,8 @@ class Step:
     error: SpecchatError | None = None
     expert_hits: int = 0
     expert_misses: int = 0
+    useful_guesses: int = 0
+    useless_guesses: int = 0
     experts_used: bytes = b""
 
     @classmethod

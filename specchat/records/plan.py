@@ -132,11 +132,13 @@ class ExpertSlots:
         shared: slots that the other experts of all layers pass through.
         uses: share of earlier passes that used each expert, by layer with experts; the slots of each layer are filled
             with the most used ones at loading. Empty before anything was learned.
+        looks_ahead: whether likely experts of the next layer are read while a layer is computed.
     """
 
     quota: int
     shared: int
     uses: tuple[tuple[float, ...], ...] = ()
+    looks_ahead: bool = True
 
 
 @dataclass(frozen=True)
@@ -333,7 +335,9 @@ class MemoryReport:
         given_back_layers: number of layers that left host memory because memory was short.
         given_back_bytes: bytes of these layers.
         expert_hits: experts that were in their slots when a layer used them, since loading.
-        expert_misses: experts that had to be read.
+        expert_misses: experts that had to be read, among them useful guesses.
+        useful_guesses: experts that were read before their router named them, and then used.
+        useless_guesses: experts that were read, but that no router named.
     """
 
     device_budget_bytes: int
@@ -348,6 +352,8 @@ class MemoryReport:
     given_back_bytes: int = 0
     expert_hits: int = 0
     expert_misses: int = 0
+    useful_guesses: int = 0
+    useless_guesses: int = 0
 
     @property
     def expert_hit_rate(self) -> float | None:

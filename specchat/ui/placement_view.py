@@ -1,7 +1,7 @@
 """Where layers and experts are, in words."""
 
 from specchat.records.generation import Step
-from specchat.records.plan import ExpertForecast, MemoryReport, Plan
+from specchat.records.plan import ExpertForecast, ExpertSlots, MemoryReport, Plan
 from specchat.units import format_bytes
 
 
@@ -16,7 +16,7 @@ def expert_facts(plan: Plan, experts: ExpertForecast) -> list[tuple[str, str]]:
         (
             "experts",
             f"{experts.num_experts} in each of {experts.num_layers} layers, {format_bytes(experts.expert_bytes)} each, "
-            f"{all_bytes}; {slots.quota} of each layer stay in memory ({kept})",
+            f"{all_bytes}; {slots.quota} of each layer stay in memory ({kept}){_ahead(slots)}",
         ),
         (
             "streamed",
@@ -25,6 +25,10 @@ def expert_facts(plan: Plan, experts: ExpertForecast) -> list[tuple[str, str]]:
             f"experts: {all_bytes})",
         ),
     ]
+
+
+def _ahead(slots: ExpertSlots) -> str:
+    return "; likely ones of the next layer are read ahead" if slots.looks_ahead else ""
 
 
 def _places(plan: Plan, experts: ExpertForecast) -> str:
@@ -40,16 +44,29 @@ def kept_experts(plan: Plan) -> str:
     return f"{plan.placement.experts.quota} of {plan.experts.num_experts} experts of each layer"
 
 
+def expected_hits(experts: ExpertForecast) -> str:
+    """Return the expected share of used experts that is in memory, and the bytes that a pass reads."""
+    moved, all_bytes = format_bytes(experts.missed_bytes), format_bytes(experts.all_bytes)
+    return f"{experts.hit_rate:.0%} of those used; {moved} of {all_bytes} read per pass"
+
+
 def expert_lines(memory: MemoryReport, plan: Plan) -> list[str]:
-    """Return the line of /stats about experts; none if no experts are read one by one."""
+    """Return the lines of /stats about experts; none if no experts are read one by one."""
     if plan.experts is None or memory.expert_hit_rate is None:
         return []
     used = memory.expert_hits + memory.expert_misses
-    moved = format_bytes(memory.expert_misses * plan.experts.expert_bytes)
-    return [
+    num_read = memory.expert_misses + memory.useless_guesses
+    lines = [
         f"experts: {memory.expert_hit_rate:.0%} of {used:,} were in memory (expected: {plan.experts.hit_rate:.0%}), "
-        f"{moved} read"
+        f"{format_bytes(num_read * plan.experts.expert_bytes)} read"
     ]
+    if guesses := memory.useful_guesses + memory.useless_guesses:
+        share = memory.useful_guesses / max(memory.expert_misses, 1)
+        lines.append(
+            f"experts read ahead: {guesses:,}, of which {memory.useful_guesses / guesses:.0%} were used; "
+            f"{share:.0%} of what was missing"
+        )
+    return lines
 
 
 def step_experts(step: Step) -> str:

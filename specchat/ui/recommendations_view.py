@@ -7,7 +7,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from specchat.planner.recommendations import READING_TOK_PER_S, Recommendation, Recommendations
-from specchat.ui.placement_view import kept_experts
+from specchat.ui.placement_view import expected_hits, kept_experts
 from specchat.units import format_bytes
 
 _MOST_SHOWN = 12
@@ -91,7 +91,7 @@ def _place(recommendation: Recommendation) -> str:
     """Return the places of the model's layers between passes."""
     plan = recommendation.plan
     if plan.experts is not None:
-        return f"in RAM with {kept_experts(plan)}"
+        return f"in RAM with {kept_experts(plan)} ({expected_hits(plan.experts)})"
     tiers = plan.placement.tiers
     on_cpu = recommendation.plan.work.device == "cpu"
     counts = {

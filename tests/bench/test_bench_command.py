@@ -5,6 +5,7 @@ import os
 import re
 import signal
 from contextlib import redirect_stdout
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from specchat.cli.app import run_command_line
 from specchat.cli.bench_options import BenchOptions
 from specchat.errors import UsageError
 from specchat.loading.request import ModelRequest
-from specchat.records.plan import PlanChoices
+from specchat.records.plan import ExpertForecast, PlanChoices
 from specchat.ui.console import talk
 
 SCHEMA = json.loads(files("specchat.bench").joinpath("schema.json").read_text())
@@ -343,6 +344,26 @@ def test_only_baselines_with_the_same_weights_are_run(quants, expected):
     found = left_out(("plain", "accelerate", "assisted"), changed(PLAN, **quants))
     assert set(found) == set(expected)
     assert all(words in found[name] for name, words in expected.items())
+
+
+def test_whole_layers_are_compared_with_single_experts_only():
+    assert set(left_out(("plain", "layers"), PLAN)) == {"layers"}
+    with_experts = replace(PLAN, experts=ExpertForecast(1, 1, 1, 1, 1, 1.0, 1.0, 1))
+    assert not left_out(("plain", "layers"), with_experts)
+
+
+@pytest.mark.slow
+def test_whole_layers_answer_in_turn_with_single_experts(specchat):
+    """In the same memory, with the same text."""
+    shape = "shape:hidden=256,layers=9,mlp=704,experts=8,experts_per_token=2,dtype=fp32"
+    limits = ("--device", "cpu", "--vram", "100MiB", "--ram", "1MiB", "--ctx", "256", "--max-tokens", "8")
+    result = specchat("bench", shape, *limits, "--baseline", "layers", "--limit", "1", "--repeats", "1", "--json")
+    assert result.code == 0, result.err
+    report = json.loads(result.out)
+    jsonschema.validate(report, SCHEMA)
+    (layers,) = report["baselines"]
+    assert layers["name"] == "layers" and layers["identical_output"] is True
+    assert report["plan"]["experts"]["kept_per_layer"] < 8
 
 
 def test_interrupted_before_anything_is_measured(specchat, monkeypatch):

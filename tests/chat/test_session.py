@@ -171,7 +171,7 @@ RUN_KEYS = {
     "speculation": "steps prefill_passes tokens_per_step accepted_per_step mean_tree_nodes tree_budget by_source",
     "memory": "device_budget_bytes device_peak_bytes predicted_device_bytes host_peak_bytes runtime_bytes "
     "resident_layers streamed_layers streamed_bytes_per_step given_back_layers given_back_bytes "
-    "expert_hits expert_misses",
+    "expert_hits expert_misses useful_guesses useless_guesses",
 }
 PLAN_KEYS = (
     "target draft retrieval quant device dtype ctx tree_budget slots resident_layers expanded_layers "

@@ -7,16 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.loading import plan_request
+from support.loading import asking, plan_request
 from support.machines import read_machine
 from support.planning import UNKNOWN_RATES
 from support.routing import COMMITTED, Router
 
 from specchat.hardware.machine import Machine
+from specchat.models.catalog.known_models import known_models
 from specchat.models.sizes.geometry import layer_sizes, weight_bytes
 from specchat.models.sizes.known_specs import known_spec
+from specchat.planner.candidates import Candidates
 from specchat.planner.experts import ExpertTier, expert_options, hit_rate, used_share
 from specchat.planner.explain import ExplainedPlan
+from specchat.planner.rates import rates_of
+from specchat.planner.recommendations import ANYTHING, recommend
 from specchat.planner.request import PlanInputs
 from specchat.planner.search import choose_plan
 from specchat.records.model import ModelSource
@@ -56,6 +60,50 @@ def test_more_rows_and_smaller_pools_miss_more():
     missed = [tier.missed_bytes(rows) for rows in (1, 2, 4, 8, 16, 32, 64)]
     assert missed == sorted(missed) and missed[-1] < tier.all_bytes
     assert replace(tier, quota=64).missed_bytes(8) < tier.missed_bytes(8) < replace(tier, quota=8).missed_bytes(8)
+
+
+def test_reading_ahead_is_planned_where_passes_wait_for_experts():
+    """It hides reads behind the layers that are computed, and costs a little time in every layer."""
+    plain = ExpertTier(12, 128, 8, 1000, quota=32, num_cached=0)
+    ahead = replace(plain, looks_ahead=True)
+    assert 0.4 - 0.3 <= ahead.waited_s(0.4, 0.3, 0.1) < plain.waited_s(0.4, 0.3, 0.1)
+    assert plain.waited_s(0.05, 0.3, 0.1) < ahead.waited_s(0.05, 0.3, 0.1), "where nothing waits, it only costs"
+
+
+@pytest.mark.parametrize("gib", [12, 16, 20])
+def test_the_chosen_tree_and_pool_are_near_the_best_of_a_grid(gib: int):
+    """By the planner's own cost, which it does not compute for every size of the pool and of the trees."""
+    file = read_machine("laptop-none-avx2-16gb")
+    rates, spec = rates_of(file.hardware, file.machine, file.measured), known_spec(MOE, "int4")
+    machine = replace(file.machine, ram_available_bytes=(gib + 4) * GIB, total_bytes=(gib + 8) * GIB)
+    draft = known_spec("Qwen/Qwen3-0.6B")
+    inputs = PlanInputs(machine, rates, rates, lambda _: spec, draft)
+    request = plan_request(
+        ModelSource(MOE, Path()), ModelSource(draft.name, Path()), vram_bytes=gib * GIB, quant="int4"
+    )
+    best = Candidates(request, inputs, spec).best
+    assert best is not None
+    tier = best.sizes.experts
+    assert tier is not None
+    speeds = []
+    for quota in range(0, tier.quota + 1, max(tier.quota // 8, 1)):
+        for looks_ahead in (False, True):
+            sizes = replace(best.sizes, experts=replace(tier, quota=quota, looks_ahead=looks_ahead))
+            speeds += [best.model.tok_per_s(sizes, nodes, adaptive=False) for nodes in (0, *range(1, 33), 64, 128)]
+    assert best.tok_per_s >= 0.9 * max(speeds)
+    assert best.tok_per_s > 1.2 * min(speeds), "a grid of equal speeds shows nothing"
+
+
+def test_a_context_is_shortened_where_whole_layers_would_be_much_slower():
+    from support.golden import golden_plans
+
+    plan = golden_plans("laptop-none-avx2-16gb")["google/gemma-4-26B-A4B-it"]["plan"]
+    assert "ctx 4096" in plan and "experts" in plan
+    file = read_machine("laptop-none-avx2-16gb")
+    rates = rates_of(file.hardware, file.machine, file.measured)
+    asked = asking(ANYTHING, ctx=8192)
+    asked_plan = recommend(known_models()["google/gemma-4-26B-A4B-it"], asked, file.machine, rates, rates).plan
+    assert asked_plan.work.ctx == 8192 and asked_plan.experts is None, "unless the user asked for it"
 
 
 @pytest.mark.parametrize("quant", ["none", "int4", "int8"])

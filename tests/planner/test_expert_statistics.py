@@ -11,6 +11,7 @@ from support.fake_engine import PLAN
 
 from specchat.planner.expert_statistics import load_experts, record_experts
 from specchat.planner.experts import NOTHING_LEARNT, ExpertTier
+from specchat.planner.learning import Learning, PassSteps
 from specchat.planner.statistics import record
 from specchat.records.generation import Step
 from specchat.records.plan import ExpertSlots, Plan
@@ -58,6 +59,18 @@ def test_prompts_and_interrupted_passes_and_unknown_rows_teach_nothing(tmp_path:
     record_experts(tmp_path, planned(), passes)
     record_experts(tmp_path, replace(planned(), experts=None), [[some]])
     assert load_experts(tmp_path, PLAN.target) is NOTHING_LEARNT
+
+
+def test_a_server_learns_from_passes_that_answers_share(tmp_path: Path):
+    """The steps of a pass arrive one after the other, and are saved when the server ends."""
+    shared = [step([[0], [1], [], []], 1, num_sharing=2), step([[0], [1], [], []], 1, num_sharing=2)]
+    collected = PassSteps()
+    with Learning(tmp_path, planned()) as learning:
+        assert collected.add(shared[0], samples=False) is None
+        whole = collected.add(shared[1], samples=False)
+        assert whole is not None
+        learning.add(whole)
+    assert load_experts(tmp_path, PLAN.target).uses[:2] == ((1.0, *[0.0] * 15), (0.0, 1.0, *[0.0] * 14))
 
 
 def test_predictions_follow_enough_passes(tmp_path: Path):

@@ -6,7 +6,7 @@ Predicted speeds may differ by 20% from the files: a corrected rate does not mak
 from __future__ import annotations
 
 import pytest
-from support.golden import MODELS, golden_plans, read_golden
+from support.golden import KEYS, MODELS, golden_plans, read_golden
 from support.loading import asking
 from support.machines import MACHINES, read_machine
 
@@ -23,9 +23,7 @@ def test_plans_match_the_reviewed_ones(machine: str):
     assert list(found) == list(written)
     for model, plan in written.items():
         assert plan["why"], AGAIN
-        assert {key: plan.get(key) for key in ("plan", "bytes")} == {
-            key: found[model].get(key) for key in ("plan", "bytes")
-        }, AGAIN
+        assert {key: plan.get(key) for key in KEYS} == {key: found[model].get(key) for key in KEYS}, AGAIN
         speeds = [float(each.get("speed", "0").partition(" ")[0]) for each in (plan, found[model])]
         assert speeds[1] == pytest.approx(speeds[0], rel=0.2), AGAIN
 

@@ -26,11 +26,27 @@ MODELS = (
     "Qwen/Qwen3-32B-AWQ",
     "meta-llama/Llama-3.3-70B-Instruct",
 )
+# Mixtures of experts, on a few machines only: cards of 8 to 24 GB, which stream whole layers, and CPUs.
+MIXTURES = (
+    "Qwen/Qwen3.6-35B-A3B",
+    "unsloth/gpt-oss-20b-BF16",
+    "unsloth/gpt-oss-120b-BF16",
+    "google/gemma-4-26B-A4B-it",
+)
+MACHINES_FOR_MIXTURES = (
+    "desktop-8gb-pcie4x8-64gb",
+    "desktop-12gb-pcie4x16-32gb",
+    "desktop-16gb-pcie5x16-64gb",
+    "desktop-24gb-pcie4x16-64gb",
+    "laptop-none-avx2-16gb",
+)
+KEYS = ("plan", "experts", "bytes")
 
 
 def golden_plans(machine: str) -> dict[str, dict[str, str]]:
     """By model, the plan's essentials in words; predicted figures to two digits."""
-    return {model: _essentials(machine, model) for model in MODELS}
+    models = (*MODELS, *MIXTURES) if machine in MACHINES_FOR_MIXTURES else MODELS
+    return {model: _essentials(machine, model) for model in models}
 
 
 def read_golden(machine: str) -> dict[str, dict[str, str]]:
@@ -54,7 +70,7 @@ def _essentials(machine: str, model: str) -> dict[str, str]:
     slots = f", {plan.placement.slots} slots" if plan.placement.slots else ""
     if plan.experts is not None and plan.placement.experts is not None:
         slots = f" with {plan.placement.experts.quota} of {plan.experts.num_experts} experts"
-    return {
+    found = {
         "plan": f"{plan.quant} in {plan.work.dtype}, ctx {plan.work.ctx}, layers {' + '.join(counts)}{slots}, {draft}",
         "speed": f"{_two_digits(prediction.tok_per_s)} tok/s, {prediction.basis}: "
         f"{_two_digits(prediction.tokens_per_step)} tokens with {prediction.tree_nodes} nodes "
@@ -63,6 +79,14 @@ def _essentials(machine: str, model: str) -> dict[str, str]:
         "bytes": f"{plan.device_bytes / 2**30:.1f} GiB of {plan.vram_bytes / 2**30:.1f} on the device, "
         f"{plan.streamed_bytes_per_step / 2**30:.1f} streamed",
     }
+    if (experts := plan.experts) is not None and (kept := plan.placement.experts) is not None:
+        rows = "1 row" if experts.rows == 1 else f"{experts.rows} rows"
+        ahead = ", some read ahead" if kept.looks_ahead else ""
+        found["experts"] = (
+            f"{experts.used:.0f} of {experts.num_experts} used by {rows}, {experts.hit_rate:.0%} in memory: "
+            f"{experts.missed_bytes / 1e9:.2f} GB of {experts.all_bytes / 1e9:.1f} read{ahead}"
+        )
+    return found
 
 
 def _two_digits(value: float) -> str:

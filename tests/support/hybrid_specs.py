@@ -75,12 +75,11 @@ def _runs(items: list[Any]) -> list[Any]:
 def _active_params(folder: Path) -> int:
     """The number of weights that a token uses: of the experts, those that its router chooses."""
     config = load_config(folder)
+    per_token = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", 0)
     active = 0
     for name, parameter in build_skeleton(config, torch.bfloat16).model.named_parameters():
         is_stack = ".experts." in name
-        active += (
-            parameter.numel() * config.num_experts_per_tok // parameter.shape[0] if is_stack else parameter.numel()
-        )
+        active += parameter.numel() * per_token // parameter.shape[0] if is_stack else parameter.numel()
     return active
 
 

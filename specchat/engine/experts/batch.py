@@ -23,11 +23,29 @@ class ReadBatch:
 
     def __init__(self, num_tasks: int) -> None:
         self._unread = num_tasks
+        self._has_begun = self._is_withdrawn = False
         self._error: BaseException | None = None
         self._counting = threading.Lock()
         self._over = threading.Lock()  # held until the last task has ended
         if num_tasks:
             self._over.acquire()
+
+    def start_task(self) -> bool:
+        """Return whether the next task may run: not after the batch was withdrawn."""
+        with self._counting:
+            self._has_begun = not self._is_withdrawn
+            return self._has_begun
+
+    def withdraw(self) -> bool:
+        """Take all tasks back unless one has begun, and return whether none will run."""
+        with self._counting:
+            self._is_withdrawn = not self._has_begun
+            return self._is_withdrawn
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all tasks have ended, or will never run."""
+        return not self._unread or self._is_withdrawn
 
     def end_task(self, error: BaseException | None = None) -> None:
         """Count a task that has ended, with the error that it failed with."""
@@ -38,11 +56,15 @@ class ReadBatch:
             if not self._unread:
                 self._over.release()
 
-    def wait(self) -> None:
-        """Wait until all tasks have ended, and raise the error of one of them."""
+    def wait_until_over(self) -> None:
+        """Wait until all tasks have ended, whatever they failed with."""
         while not self._over.acquire(timeout=_LOOK_S):  # a thread that runs out of memory may fail to notify
             pass
         self._over.release()
+
+    def wait(self) -> None:
+        """Wait until all tasks have ended, and raise the error of one of them."""
+        self.wait_until_over()
         if self._error is not None:
             raise self._error
 
@@ -65,10 +87,11 @@ class ReadThreads:
             raise
 
     def begin(self, tasks: Sequence[ReadTask]) -> ReadBatch:
-        """Queue tasks, and return their batch at once."""
+        """Queue tasks behind those of earlier batches, and return their batch at once."""
         batch = ReadBatch(len(tasks))
+        put = self._queue.put
         for task in tasks:
-            self._queue.put((batch, task))
+            put((batch, task))
         return batch
 
     def drain(self) -> None:
@@ -89,7 +112,8 @@ class ReadThreads:
             batch, task = entry
             error: BaseException | None = None
             try:
-                task()
+                if batch.start_task():
+                    task()
             except BaseException as caught:  # noqa: BLE001 - passed to the computing thread, which raises it
                 error = caught
             batch.end_task(error)

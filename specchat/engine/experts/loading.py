@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ from torch import Tensor
 from specchat.engine.experts.pool import ExpertPool
 from specchat.engine.experts.reader import ExpertReader, LayerExtents
 from specchat.engine.streaming.slots import page_aligned
-from specchat.models.hf.experts import LayerExperts, slot_lists, use_slots
+from specchat.models.hf.experts import Fetch, LayerExperts, slot_lists, use_slots
+from specchat.models.hf.routers import Routers
 from specchat.models.hf.skeleton import Skeleton
 from specchat.models.packs.verify import ChunkVerifier
 from specchat.models.weights.experts import ExpertLayout, expert_extents, pooled_experts, read_held
@@ -26,11 +28,13 @@ class PooledExperts:
     """The experts of a model that are read one by one.
 
     Attributes:
+        decoder_layers: all decoder layers of the model.
         layers: experts of each layer that takes part.
         layout: tensors of one expert.
         extents: byte ranges of the experts, by decoder layer.
     """
 
+    decoder_layers: Sequence[Any]
     layers: Sequence[LayerExperts]
     layout: ExpertLayout
     extents: Mapping[int, LayerExtents]
@@ -45,7 +49,7 @@ class PooledExperts:
             places = expert_extents(reader, each, layout)
             assert places is not None, f"the experts of layer {each.layer} must be converted"
             extents[each.layer] = places
-        return cls(layers, layout, extents)
+        return cls(skeleton.layers, layers, layout, extents)
 
     def names(self, layer: int) -> frozenset[str]:
         """Return the parameters of a layer that lie in the pool, by name within the layer."""
@@ -76,6 +80,7 @@ class PooledExperts:
         slab = page_aligned(num_slots * layout.nbytes)
         stacks = layout.stacks(slab)
         verify = None if verifier is None else verifier.verify_stored
+        routers = Routers(self.decoder_layers, self.layers) if slots.looks_ahead else None
         with ExitStack() as undo:
             expert_reader = ExpertReader(self.extents, slab, layout.nbytes, cached, verify)
             undo.callback(expert_reader.close)
@@ -88,14 +93,22 @@ class PooledExperts:
                 held,
                 {piece.name: stacks[piece.name] for piece in layout.held},
                 most_rows,
+                None if routers is None else routers.likely,
             )
             if slots.uses:
                 pool.fill(slots.uses)
             undo.pop_all()
         lists = slot_lists(self.layers[0], stacks, num_slots)
         for position, each in enumerate(self.layers):
-            use_slots(each, stacks, lists, partial(pool.fetch, position))
+            fetch = partial(pool.fetch, position)
+            use_slots(each, stacks, lists, fetch if routers is None else partial(_watched, routers, position, fetch))
         return pool
+
+
+def _watched(routers: Routers, position: int, fetch: Fetch, ids: Tensor) -> tuple[Tensor, Iterator[Sequence[int]]]:
+    """Show the ids of a layer's experts to what finds its router, and fetch the experts."""
+    routers.saw(position, ids)
+    return fetch(ids)
 
 
 def read_beside(

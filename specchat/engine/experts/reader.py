@@ -1,4 +1,7 @@
-"""Reads experts from the files of a model into slots: one batch per layer, neighbours in a file together.
+"""Reads experts from the files of a model into slots, in batches.
+
+The computing thread begins the reads in each layer, so whatever they need besides the slot is worked out once: the
+reads of each expert, with neighbours in a file together.
 
 O_DIRECT needs page-aligned reads, but experts start anywhere in a file. So read an aligned window and copy the experts
 out, as for layers of checkpoint shards. Reads through the page cache go directly into the slots.
@@ -15,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from specchat.engine.experts.batch import ReadBatch, ReadTask, ReadThreads
+from specchat.engine.experts.batch import ReadBatch, ReadThreads
 from specchat.engine.streaming.readers import OpenFiles, is_unbuffered, read_fully
 from specchat.engine.streaming.slots import page_aligned
 from specchat.models.packs.file_format import bytes_of
@@ -34,8 +37,14 @@ LayerExtents = Sequence[Sequence[Extent]]
 Verify = Callable[[int, int, int], None]
 # Number of the file, start in the file, start in the slot, and size: plain numbers sort fast.
 _Range = tuple[int, int, int, int]
-# Start in the file, start in the slab, and size.
+# Start in the file, start in the slot, and size.
 _Part = tuple[int, int, int]
+
+
+# Reads a part of an expert into the slot that begins at a byte of the slab.
+_ReadInto = Callable[[int], None]
+# By decoder layer and expert; empty before an expert is read for the first time.
+_Planned = Mapping[int, list[Sequence[_ReadInto]]]
 
 
 @dataclass
@@ -90,6 +99,9 @@ class ExpertReader:
         self._slot_bytes = slot_bytes
         self._cached = set(cached)
         self._verify = verify
+        # Reads of experts, worked out when they are first read: as few as possible, or enough for all threads.
+        self._whole: _Planned = {layer: [()] * len(experts) for layer, experts in extents.items()}
+        self._split: _Planned = {layer: [()] * len(experts) for layer, experts in extents.items()}
         self._opened: dict[tuple[int, bool], tuple[int, bool]] = {}  # descriptor, and whether it bypasses the cache
         self._windows = SimpleQueue[Tensor]()
         with ExitStack() as undo:
@@ -101,14 +113,22 @@ class ExpertReader:
             self._threads = ReadThreads(READ_THREADS)
             undo.pop_all()
 
-    def begin(self, layer: int, wanted: Sequence[tuple[int, int]]) -> ReadBatch:
+    def begin(self, layer: int, experts: Sequence[int], slots: Sequence[int], is_few: bool) -> ReadBatch:
         """Begin to read experts of a layer, and return at once.
 
         Args:
             layer: index of the decoder layer.
-            wanted: experts, each with its slot.
+            experts: experts to read.
+            slots: slot of each expert.
+            is_few: whether these are too few for one thread each, so that several threads read one expert.
         """
-        return self._threads.begin([self._task(layer, read) for read in self._reads(layer, wanted)])
+        planned = (self._split if is_few else self._whole)[layer]
+        tasks = [
+            partial(read, slot * self._slot_bytes)
+            for expert, slot in zip(experts, slots, strict=True)
+            for read in planned[expert] or self._plan(planned, layer, expert, is_few)
+        ]
+        return self._threads.begin(tasks)
 
     def drain(self) -> None:
         """Wait until all reads have ended, whatever they failed with."""
@@ -119,28 +139,23 @@ class ExpertReader:
         self._threads.close()
         self._files.close()
 
-    def _reads(self, layer: int, wanted: Sequence[tuple[int, int]]) -> list[_Read]:
-        """Return the reads of one batch, with neighbours merged, and cut so that all threads take part."""
-        ranges = [
-            (file, begin, slot * self._slot_bytes + target, nbytes)
-            for expert, slot in wanted
-            for file, begin, target, nbytes in self._ranges[layer][expert]
-        ]
+    def _plan(self, planned: list[Sequence[_ReadInto]], layer: int, expert: int, is_few: bool) -> Sequence[_ReadInto]:
+        """Work out the reads of an expert, and keep them."""
+        ranges = self._ranges[layer][expert]
         share = sum(nbytes for *_, nbytes in ranges) // READ_THREADS
-        longest = min(max(share, _LEAST_READ), EXPERT_WINDOW_BYTES)
-        reads: list[_Read] = []
-        last = _Read(-1, 0, 0)
-        for file, begin, target, nbytes in sorted(ranges):
-            for done in range(0, nbytes, longest):
-                first, part = begin + done, min(longest, nbytes - done)
-                if file != last.file or first - last.end > _LARGEST_GAP or first + part - last.begin > longest:
-                    last = _Read(file, first, first)
-                    reads.append(last)
-                last.parts.append((first, target + done, part))
-                last.end = first + part
-        return reads
+        longest = min(max(share, _LEAST_READ), EXPERT_WINDOW_BYTES) if is_few else EXPERT_WINDOW_BYTES
+        tasks: list[list[_ReadInto]] = []
+        size = 0
+        for read in _reads(ranges, longest):  # few tasks: each takes the computing thread a microsecond or two to queue
+            size += read.end - read.begin
+            if not tasks or size > longest:
+                tasks.append([])
+                size = read.end - read.begin
+            tasks[-1].append(self._read(layer, read))
+        planned[expert] = [task[0] if len(task) == 1 else partial(_read_all, task) for task in tasks]
+        return planned[expert]
 
-    def _task(self, layer: int, read: _Read) -> ReadTask:
+    def _read(self, layer: int, read: _Read) -> _ReadInto:
         key = read.file, layer in self._cached
         if key not in self._opened:
             file = self._files.open(self._paths[read.file], cached=key[1])
@@ -148,13 +163,16 @@ class ExpertReader:
         file, unbuffered = self._opened[key]
         return partial(self._read_window if unbuffered else self._read_parts, layer, file, read)
 
-    def _read_parts(self, layer: int, file: int, read: _Read) -> None:
+    def _read_parts(self, layer: int, file: int, read: _Read, slot: int) -> None:
+        """Read the parts of an expert directly into the slot that begins at byte `slot` of the slab."""
         if self._verify is not None:
             self._verify(layer, read.begin, read.end)
         for begin, target, nbytes in read.parts:
-            read_fully(self._paths[read.file], file, self._memory[target : target + nbytes], begin, nbytes, _DAMAGED)
+            memory = self._memory[slot + target : slot + target + nbytes]
+            read_fully(self._paths[read.file], file, memory, begin, nbytes, _DAMAGED)
 
-    def _read_window(self, layer: int, file: int, read: _Read) -> None:
+    def _read_window(self, layer: int, file: int, read: _Read, slot: int) -> None:
+        """Read a window of the file, and copy the parts of an expert to the slot at byte `slot` of the slab."""
         if self._verify is not None:
             self._verify(layer, read.begin, read.end)
         first = read.begin // _PAGE * _PAGE
@@ -164,9 +182,29 @@ class ExpertReader:
             read_fully(self._paths[read.file], file, memory, first, read.end - first, _DAMAGED)
             source: Any = window.numpy()
             for begin, target, nbytes in read.parts:  # numpy's copies release the GIL and run on one thread
-                self._slab[target : target + nbytes] = source[begin - first : begin - first + nbytes]
+                self._slab[slot + target : slot + target + nbytes] = source[begin - first : begin - first + nbytes]
         finally:
             self._windows.put(window)
+
+
+def _read_all(reads: Sequence[_ReadInto], slot: int) -> None:
+    for read in reads:
+        read(slot)
+
+
+def _reads(ranges: Sequence[_Range], longest: int) -> list[_Read]:
+    """Return reads of at most `longest` bytes, with neighbours merged."""
+    reads: list[_Read] = []
+    last = _Read(-1, 0, 0)
+    for file, begin, target, nbytes in ranges:
+        for done in range(0, nbytes, longest):
+            first, part = begin + done, min(longest, nbytes - done)
+            if file != last.file or first - last.end > _LARGEST_GAP or first + part - last.begin > longest:
+                last = _Read(file, first, first)
+                reads.append(last)
+            last.parts.append((first, target + done, part))
+            last.end = first + part
+    return reads
 
 
 def _merged(ranges: Iterable[_Range]) -> list[_Range]:

@@ -19,13 +19,17 @@ class StreamCounters:
         num_bytes: bytes of streamed layers that passes used, or of experts that passes read.
         wait_s: seconds that passes waited for them.
         expert_hits: experts that were in their slots when a layer used them.
-        expert_misses: experts that had to be read.
+        expert_misses: experts that had to be read, among them useful guesses.
+        useful_guesses: experts that were read before their router named them.
+        useless_guesses: experts that were read, but that no router named.
     """
 
     num_bytes: int
     wait_s: float
     expert_hits: int = 0
     expert_misses: int = 0
+    useful_guesses: int = 0
+    useless_guesses: int = 0
 
 
 class LayerStreamer(ABC):

@@ -32,7 +32,7 @@ def fill(weights: Unpacked, out: Tensor) -> bool:
     rows, cols = out.shape
     grid = rows, triton.cdiv(cols, FILL_BLOCK)
     sizes = cols, *(tensor.shape[1] for tensor in weights.tensors)
-    return _launched(_fill_kernel[grid], weights, (out, *sizes), {"block": FILL_BLOCK}, out.device)
+    return _launched(_fill_kernel[grid], weights, (out, *sizes), {"block": FILL_BLOCK}, out)
 
 
 def multiply(weights: Unpacked, x: Tensor, out: Tensor) -> bool:
