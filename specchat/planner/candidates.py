@@ -243,7 +243,7 @@ class Candidates:
         if self._request.draft_is_open:
             return (*given, *inputs.heads, None, *self._open_copies)
         # A user who fixes the size of the trees or the draft's precision wants a draft, and a head is one.
-        heads = () if self._request.head is None else inputs.heads
+        heads = inputs.heads if self._request.heads else ()
         return given or heads or (None,)
 
     def _tree_budgets(self, draft: ModelSpec | None) -> tuple[int, ...]:

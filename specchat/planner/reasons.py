@@ -125,7 +125,8 @@ def _draft_quant_choice(
     """Return the choice of the draft's precision; empty if there was nothing to choose."""
     if request.choices.draft_quant != "auto":
         return [Choice("draft-quant", draft.quant, "asked for", pinned=True)]
-    if not (inputs.heads[1:] if draft in inputs.heads else draft.is_copy or inputs.lower_drafts):
+    others = [head for head in inputs.heads if head.name == draft.name and head.quant != draft.quant]
+    if not (others if draft in inputs.heads else draft.is_copy or inputs.lower_drafts):
         return []
     if draft.is_copy and not best.num_streamed:
         return [Choice("draft-quant", draft.quant, "not used: no layer is streamed, so none is copied")]
