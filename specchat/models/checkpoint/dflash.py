@@ -10,11 +10,34 @@ from specchat.errors import CorruptCheckpointError, UnsupportedModelError
 from specchat.models.checkpoint.json_file import read_json
 from specchat.models.checkpoint.safetensors import Checkpoint, TensorInfo
 
-_CLASS = "DFlashDraftModel"
-# Classes of relatives with more parts, which would be left out.
-_RELATIVES = ("DFlash2DraftModel", "DSparkDraftModel")
-_OWN = ("fc.", "hidden_norm.")
+_CLASS, _SECOND = "DFlashDraftModel", "DFlash2DraftModel"
+# Class of a relative with more parts, which would be left out.
+_RELATIVE = "DSparkDraftModel"
+_OWN, _SELECTOR = ("fc.", "hidden_norm."), "candidate_selector."
 _REDOWNLOAD = "config.json and the weights do not match; download both again"
+
+
+@dataclass(frozen=True)
+class SecondConfig:
+    """What the files of a DFlash2 head say of its further parts.
+
+    Attributes:
+        taps: rows that a convolution reads: a row, and those before it in its block.
+        group_size: columns that share a coefficient of a convolution.
+        rank: width of the codebooks of predecessors and successors.
+        num_candidates: tokens of each level that may become nodes.
+        embedding_scale: factor of the embeddings of a block.
+        output_scale: factor of the target's scores.
+        softcap: bound of the scores; 0 for none.
+    """
+
+    taps: int
+    group_size: int
+    rank: int
+    num_candidates: int
+    embedding_scale: float
+    output_scale: float
+    softcap: float
 
 
 @dataclass(frozen=True)
@@ -28,6 +51,7 @@ class DFlashConfig:
         block_size: rows of a block: the last token of the text, and the places to guess.
         target_layers: number of layers of the target; None if config.json does not say.
         sliding_is_causal: whether a row of a block sees only earlier rows, in layers with sliding windows.
+        second: further parts of a DFlash2 head; None for DFlash.
     """
 
     layers: tuple[int, ...]
@@ -36,10 +60,11 @@ class DFlashConfig:
     block_size: int
     target_layers: int | None
     sliding_is_causal: bool
+    second: SecondConfig | None = None
 
 
 def is_dflash(folder: Path) -> bool:
-    """Return whether a folder's config.json is that of a DFlash head.
+    """Return whether a folder's config.json is that of a DFlash or a DFlash2 head.
 
     Raises:
         UnsupportedModelError: a relative of DFlash that is not read.
@@ -47,14 +72,16 @@ def is_dflash(folder: Path) -> bool:
     file = folder / "config.json"
     if not file.is_file():
         return False
-    config = read_json(file)
+    classes = _classes(read_json(file))
+    if _RELATIVE in classes:
+        name = _RELATIVE.removesuffix("DraftModel")
+        raise UnsupportedModelError(f"{folder} is a {name} head, but only DFlash and EAGLE-3 heads are supported")
+    return _CLASS in classes or _SECOND in classes
+
+
+def _classes(config: Mapping[str, Any]) -> list[Any]:
     found = config.get("architectures")
-    classes = found if isinstance(found, list) else []
-    for relative in _RELATIVES:
-        if relative in classes:
-            name = relative.removesuffix("DraftModel")
-            raise UnsupportedModelError(f"{folder} is a {name} head, but only DFlash and EAGLE-3 heads are supported")
-    return _CLASS in classes
+    return found if isinstance(found, list) else []
 
 
 def dflash_config(folder: Path) -> DFlashConfig:
@@ -76,7 +103,32 @@ def dflash_config(folder: Path) -> DFlashConfig:
         block_size=_count(folder, values, "block_size", 2),
         target_layers=target_layers if isinstance(target_layers, int) else None,
         sliding_is_causal=bool(values.get("causal", values.get("is_causal", True))),
+        second=_second(folder, values) if _SECOND in _classes(config) else None,
     )
+
+
+def _second(folder: Path, values: Mapping[str, Any]) -> SecondConfig:
+    group_size = _count(folder, values, "conv_group_size", 1)
+    if values["hidden_size"] % group_size:
+        raise _lacks(folder, "conv_group_size")
+    return SecondConfig(
+        taps=_count(folder, values, "conv_kernel_size", 1),
+        group_size=group_size,
+        rank=_count(folder, values, "selector_rank", 1),
+        num_candidates=_count(folder, values, "selector_top_k", 1),
+        embedding_scale=_number(folder, values, "input_embedding_scale", 1.0),
+        output_scale=_number(folder, values, "output_multiplier", 1.0),
+        softcap=_number(folder, values, "final_logit_softcapping", 0.0),
+    )
+
+
+def _number(folder: Path, values: Mapping[str, Any], name: str, default: float) -> float:
+    found = values.get(name)
+    if found is None:
+        return default
+    if not isinstance(found, int | float):
+        raise _lacks(folder, name)
+    return float(found)
 
 
 def _count(folder: Path, values: Mapping[str, Any], name: str, least: int) -> int:
@@ -108,7 +160,7 @@ def with_module_names(checkpoint: Checkpoint, layers: str, decoder: str) -> Chec
         name = key.removeprefix("model.")
         if name.startswith("layers."):
             full = f"{layers}.{name.removeprefix('layers.')}"
-        elif name.startswith((*_OWN, "norm.")):
+        elif name.startswith((*_OWN, "norm.", _SELECTOR)):
             full = f"{decoder}.{name}"
         else:
             continue  # copies of the target's embeddings and head

@@ -9,21 +9,13 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from support.dflash import BLOCK, Saved, load_pair, save_dflash
+from support.dflash import BLOCK, Reader, Saved, load_pair, save_dflash
 from support.engines import random_prompt
-from support.heads import CPU, CTX
 from support.tiny_models import VOCAB, make_config, random_model, save
 
-from specchat.engine.drafting.dflash import DFlashHead
 from specchat.engine.drafting.head_check import HeadCheck
-from specchat.engine.drafting.paths import Paths
-from specchat.engine.layout import PassLayout, linear_layout
-from specchat.engine.sampling import Sampler
-from specchat.engine.sequence import FinalStates, TokenSequence
-from specchat.engine.tree import ROOT
 from specchat.errors import CorruptCheckpointError, UnsupportedModelError
 from specchat.models.checkpoint.dflash import dflash_config, is_dflash
-from specchat.records.generation import Sampling
 from specchat.records.model import ModelSource
 
 TOLERANCE = 2e-5
@@ -38,39 +30,6 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ModelSource]:
 @pytest.fixture(scope="module", params=["full", "sliding"])
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Saved:
     return save_dflash(tmp_path_factory.mktemp("heads") / request.param, sliding=request.param == "sliding")
-
-
-class Reader:
-    """A target that reads tokens in sequence, and a head that is told of them."""
-
-    def __init__(self, head: DFlashHead) -> None:
-        self.head = head
-        self.tokens: list[int] = []
-
-    def read(self, tokens: list[int], following: int) -> None:
-        target, taps, first = self.head._target, self.head.taps, len(self.tokens)
-        assert taps is not None
-        hidden = target.forward(tokens, PassLayout.single(linear_layout(first, len(tokens), CPU)), taps=taps)
-        self.tokens += tokens
-        self.head.receive(0, FinalStates([*self.tokens, following], first, hidden, taps.take()))
-
-    def sequence(self, following: int) -> TokenSequence:
-        text = [*self.tokens, following]
-        return TokenSequence(0, 0, text, len(text) - 1, Sampler(Sampling(), VOCAB, CPU), frozenset(), CTX, "length")
-
-    def levels(self, following: int) -> torch.Tensor:
-        """Scores of all levels below the last token, [levels, V], asked node by node."""
-        first, rows = self.head.begin([self.sequence(following)], None)
-        assert rows == BLOCK
-        scores, paths = [first], Paths.empty()
-        for depth in range(BLOCK - 2):
-            parent = torch.tensor([ROOT if depth == 0 else depth - 1])
-            weight = torch.full((1, 1), -0.1, dtype=torch.float64)
-            paths = paths.with_children(torch.zeros(1, dtype=torch.int64), parent, weight, torch.tensor([[7]]), 64)
-            scores.append(self.head.expand(paths, torch.tensor([depth]), None))
-        self.head.end()
-        self.head.commit(0, [], [])
-        return torch.cat(scores)
 
 
 class Theirs:
@@ -178,6 +137,9 @@ def test_configurations_that_are_refused(tmp_path: Path):
         file.write_text(json.dumps(config | {name: value}))
         with pytest.raises(CorruptCheckpointError):
             dflash_config(folder)
-    file.write_text(json.dumps(config | {"architectures": ["DFlash2DraftModel"]}))
-    with pytest.raises(UnsupportedModelError, match="DFlash2"):
+    file.write_text(json.dumps(config | {"architectures": ["DSparkDraftModel"]}))
+    with pytest.raises(UnsupportedModelError, match="DSpark"):
         is_dflash(folder)
+    file.write_text(json.dumps(config | {"architectures": ["DFlash2DraftModel"]}))
+    with pytest.raises(CorruptCheckpointError, match="conv_group_size"):
+        dflash_config(folder)

@@ -32,6 +32,7 @@ EXAMPLES = {
     ("Qwen/Qwen3.5-122B-A10B",): [LAB.format("Qwen3.5-122B-A10B")],
     ("Qwen/Qwen3.6-27B",): [LAB.format("Qwen3.6-27B")],
     ("Qwen/Qwen3.6-35B-A3B",): [LAB.format("Qwen3.6-35B-A3B")],
+    ("Qwen/Qwen3.8-27B",): ["z-lab/Qwen3.8-27B-DFlash2"],
     ("someone/a-model-of-their-own",): [],
 }
 
