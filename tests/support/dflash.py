@@ -26,7 +26,7 @@ from specchat.records.generation import Sampling
 from specchat.records.model import ModelSource
 from support.heads import CPU, CTX, engine_beside, load_head_model
 from support.loading import load_model
-from support.tiny_models import VOCAB
+from support.tiny_models import BASE, VOCAB, randomize
 
 WIDTH, BLOCK, MASK = 64, 6, VOCAB - 1
 LAYERS = (0, 1, 2)  # transformers hands over the last layer with its norm
@@ -88,6 +88,28 @@ def save_dflash(folder: Path, *, sliding: bool = False, seed: int = 3) -> Saved:
     }
     (folder / "config.json").write_text(json.dumps(written))
     return Saved(ModelSource(f"./{folder.name}", folder, part="dflash"), module)
+
+
+def save_muse(folder: Path) -> Saved:
+    """The same head in the files that transformers writes of Muse's assistant."""
+    saved = save_dflash(folder)
+    saved.module.save_pretrained(folder)
+    return saved
+
+
+def random_muse() -> Any:
+    """A tiny Muse, whose embeddings have a norm."""
+    text = hf.MuseGlimmerTextConfig(
+        **BASE,
+        head_dim=16,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        layer_rope_theta=[10000.0, 0] * 2,
+        sliding_window=500,
+    )
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"patch_size": 4, "pos_emb_height": 4, "pos_emb_width": 4, "layer_types": ["full_attention"]}
+    config = hf.MuseGlimmerConfig(text_config=text.to_dict(), vision_config=vision)
+    return randomize(hf.AutoModelForMultimodalLM.from_config(config, dtype=torch.float32).eval())
 
 
 def load_dflash(source: ModelSource, **sizes: int) -> DFlashModel:

@@ -68,7 +68,7 @@ class DFlashModel(TreeModel):
             layout: positions of the rows; those of a block see each other.
             cancel: event that cancels the pass.
         """
-        self._rows = self.skeleton.embedded(target.embed(token_ids))
+        self._rows = self.skeleton.embedded(target.embed(token_ids, plain=self.skeleton.settings.plain_embeddings))
         try:
             return self.forward(token_ids, layout, cancel)
         finally:
