@@ -63,7 +63,7 @@ class DFlashSkeleton(Skeleton):
 
         Args:
             logits: the target's scores of the states of the nodes' next level, float32 [n, V]; may be overwritten.
-            states: these states [n, D].
+            states: states [n, D] behind these scores.
             parents: tokens of the nodes, int64 [n]; only a DFlash2 head reads them.
         """
         return logits
