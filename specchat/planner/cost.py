@@ -292,11 +292,8 @@ class CostModel:
         return 1 if self._draft is None or self._drafts_by_block else 1 + self._num_batches(nodes, tokens)
 
     def _num_batches(self, nodes: int, tokens: float) -> float:
-        """Return the expected batches for a tree: as many as on the demo, and one for each accepted level.
-
-        The first pass reaches the first level, and the target adds a token of its own. Without this bound, a draft that
-        is nearly always right would seem to win even if its passes cost as much as the target's.
-        """
+        """Return the expected batches for a tree: as on the demo, but one for each accepted level after the first."""
+        # Else a draft that is nearly always right would seem to win even if its passes cost as much as the target's.
         return max(draft_batches(nodes), tokens / self._seats - 2)
 
     def _draft_s(self, nodes: int, tokens: float, drafting: "_Drafting") -> float:
