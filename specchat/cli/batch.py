@@ -19,7 +19,8 @@ from specchat.cli.plan import print_plan
 from specchat.loading.batch import make_batch_plan
 from specchat.loading.engine import load_engine, stop_ids
 from specchat.loading.libraries import prepare_libraries
-from specchat.loading.locate import Models, Refs, locate_models, parse_models, sketch_models
+from specchat.loading.locate import locate_models, parse_models, sketch_models
+from specchat.loading.models import Models, Refs
 from specchat.loading.planning import Planned
 from specchat.loading.request import ModelRequest
 from specchat.models.checkpoint.safetensors import has_weights

@@ -20,7 +20,8 @@ from specchat.json_lines import to_json
 from specchat.loading import planning
 from specchat.loading.engine import make_packs, stop_ids
 from specchat.loading.libraries import prepare_libraries
-from specchat.loading.locate import Models, locate_models, parse_models
+from specchat.loading.locate import locate_models, parse_models
+from specchat.loading.models import Models
 from specchat.loading.request import ModelRequest, Reporter
 from specchat.paths import state_folder
 from specchat.records.model import ModelSource, own_quant

@@ -25,7 +25,8 @@ from specchat.json_lines import to_json
 from specchat.loading import planning
 from specchat.loading.engine import load_engine, stop_ids
 from specchat.loading.libraries import prepare_libraries
-from specchat.loading.locate import Models, locate_models, parse_models, sketch_models
+from specchat.loading.locate import locate_models, parse_models, sketch_models
+from specchat.loading.models import Models
 from specchat.loading.sampling import resolve_sampling
 from specchat.models.catalog.ref import DEMO, DEMO_PROMPTS
 from specchat.paths import state_folder

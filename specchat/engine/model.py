@@ -32,6 +32,9 @@ from specchat.models.hf.mixers import bind_mixers
 from specchat.models.hf.skeleton import Skeleton
 from specchat.models.quant.modules import quant_linears
 
+# Name of the norm that Muse's embeddings apply themselves.
+_EMBEDDING_NORM = "embed_norm"
+
 
 class PassCancelledError(Exception):
     """A pass was cancelled between two layers; internal to the engine, never shown to users."""
@@ -187,14 +190,25 @@ class TreeModel:
         return self.skeleton.head(hidden).float()
 
     @torch.inference_mode()
-    def embed(self, token_ids: Sequence[int]) -> Tensor:
-        """Return the input embeddings [n, hidden] of token ids, as the first layer is given them."""
+    def embed(self, token_ids: Sequence[int], *, plain: bool = False) -> Tensor:
+        """Return the input embeddings [n, hidden] of token ids.
+
+        Args:
+            token_ids: token ids.
+            plain: whether to leave out a norm of the embeddings, which the first layer is given.
+        """
         ids = self._token_ids = torch.tensor(token_ids, dtype=torch.int64)
+        embeddings = self.skeleton.model.get_input_embeddings()
+        norm = getattr(embeddings, _EMBEDDING_NORM, None) if plain else None
         try:
-            embeddings: Tensor = self.skeleton.model.get_input_embeddings()(ids.to(self.device)[None])[0]
+            if norm is not None:
+                setattr(embeddings, _EMBEDDING_NORM, torch.nn.Identity())
+            found: Tensor = embeddings(ids.to(self.device)[None])[0]
         finally:
             self._token_ids = None
-        return embeddings
+            if norm is not None:
+                setattr(embeddings, _EMBEDDING_NORM, norm)
+        return found
 
     def append(self, token_ids: Sequence[int], cancel: threading.Event | None = None, seat: int = 0) -> Tensor:
         """Run `forward` on committed tokens in sequence, after the rows of one seat in the cache."""

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from specchat.errors import DoesNotFitError
-from specchat.loading.locate import Models
+from specchat.loading.models import Models
 from specchat.loading.planning import Planned, make_plan
 from specchat.loading.request import ModelRequest, Reporter
 

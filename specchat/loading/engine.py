@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from specchat.errors import AllocationError
 from specchat.loading.checking import check_model
-from specchat.loading.locate import Models
+from specchat.loading.models import Models
 from specchat.loading.planning import make_smaller_plan
 from specchat.loading.request import ModelRequest, Reporter
 from specchat.models.checkpoint.generation_config import GenerationDefaults

@@ -1,17 +1,20 @@
 """Find a target and its draft: parse names, look up, download or write files, compare vocabularies."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Literal, NoReturn
 
 from specchat.errors import ModelError, UnsupportedModelError, UsageError
 from specchat.loading.checking import check_model
+from specchat.loading.choosing import sketch_heads, without_unused
+from specchat.loading.models import Found, Models, Refs
 from specchat.loading.request import MTP, RETRIEVAL, SELF, Ask, ModelRequest, Reporter
+from specchat.loading.sketches import refuse_by_configuration, sketch_draft, sketch_model
 from specchat.models import locate
 from specchat.models.catalog.families import known_families
+from specchat.models.catalog.known_heads import kind_of
 from specchat.models.catalog.ref import SHAPE_PREFIX, ModelRef, parse_model
 from specchat.models.catalog.shape import Shape
 from specchat.models.checkpoint.safetensors import has_weights, weight_files
@@ -22,6 +25,8 @@ from specchat.models.drafts import (
     copy_of,
     fits,
     head_in,
+    heads_in_cache,
+    known_heads_of,
     mtp_head,
     own_copy,
     relative_in_cache,
@@ -37,33 +42,6 @@ from specchat.units import format_bytes
 _MOST_SHOWN = 8
 # Smaller synthetic models are written without a question.
 _LARGE_BYTES = 2 << 30
-
-
-@dataclass(frozen=True)
-class Refs:
-    """Parsed MODEL arguments; `draft` is None for plain decoding and for "auto"."""
-
-    target: ModelRef
-    draft: ModelRef | None
-
-
-@dataclass(frozen=True)
-class Models:
-    """The models of an engine.
-
-    Attributes:
-        target: model that writes the text.
-        draft: model that drafts trees, or None.
-        draft_note: reason for plain decoding; empty with a draft.
-        head: head among the target's files that may draft instead of `draft`; None without one.
-        copy: the target's own low-bit copy that may draft instead of `draft`; None to leave it out.
-    """
-
-    target: ModelSource
-    draft: ModelSource | None
-    draft_note: str
-    head: ModelSource | None = None
-    copy: ModelSource | None = None
 
 
 def parse_models(request: ModelRequest) -> Refs:
@@ -99,7 +77,8 @@ def locate_models(request: ModelRequest, refs: Refs, reporter: Reporter, ask: As
         UsageError: the user did not confirm a download.
         UnsupportedModelError: the target is known not to run.
     """
-    models = _obtain_both(request, refs, _look_up(request, refs, reporter), reporter, ask)
+    found = without_unused(request, _look_up(request, refs, reporter), reporter, _tokenizer_folder(request))
+    models = _obtain_all(request, refs, found, reporter, ask)
     for model in (models.target, models.draft):
         if model is not None and not has_weights(model.path):
             if not model.part:
@@ -126,30 +105,18 @@ def sketch_models(request: ModelRequest, refs: Refs, reporter: Reporter, ask: As
         UnsupportedModelError: the target is known not to run.
     """
     found = _look_up(request, refs, reporter)
-    target = _sketch(found.target, folder, _tokenizer_folder(request))
-    draft = None if found.draft is None else _sketch_draft(found.draft, folder)
+    target = sketch_model(found.target, folder, _tokenizer_folder(request))
+    draft = None if found.draft is None else sketch_draft(found.draft, folder)
     if request.draft_model == MTP and not has_weights(target.path):
-        return _obtain_both(request, refs, found, reporter, ask)
+        return _obtain_all(request, refs, found, reporter, ask)
     here = [model for model in (target, draft) if model is not None]
     if found.are_here and all(has_weights(model.path) for model in here):
-        return _pair(request, refs, target, draft, found.draft_note, reporter)
+        return _pair(request, refs, target, draft, found, reporter)
     if request.draft_model == SELF:
         return Models(target, own_copy(target), "")
-    return Models(target, draft, found.draft_note)  # the vocabularies are not available yet
-
-
-@dataclass(frozen=True)
-class _Found:
-    """Both models, each with its files or its missing parts; `draft_note` is the reason for having no draft."""
-
-    target: ModelSource | Missing
-    draft: ModelSource | Missing | None
-    draft_note: str
-
-    @property
-    def are_here(self) -> bool:
-        """Whether the files of both models exist."""
-        return isinstance(self.target, ModelSource) and (self.draft is None or isinstance(self.draft, ModelSource))
+    missing = [head for head in found.heads if isinstance(head, Download)]
+    heads = tuple(head for head in sketch_heads(missing, folder) if fits(target, head))
+    return Models(target, draft, found.draft_note, heads)  # the vocabularies are not available yet
 
 
 def names_here() -> list[str]:
@@ -176,7 +143,7 @@ def _stored(ref: ModelRef, quant: Literal["auto"] | Quant) -> ModelRef:
     return ref if ref.shape is None or quant == "auto" else replace(ref, shape=replace(ref.shape, quant=quant))
 
 
-def _look_up(request: ModelRequest, refs: Refs, reporter: Reporter) -> _Found:
+def _look_up(request: ModelRequest, refs: Refs, reporter: Reporter) -> Found:
     """Refuse an unsupported target, find it and choose a draft, all without downloading weights."""
     why = known_families().why_unsupported(refs.target.text)
     if why is not None:
@@ -185,7 +152,13 @@ def _look_up(request: ModelRequest, refs: Refs, reporter: Reporter) -> _Found:
         refs.target, offline=request.offline, warn=reporter.warn, tokenizer=_tokenizer_folder(request)
     )
     choice = _choose_draft(request, refs, reporter)
-    return _Found(target, choice.found, choice.note)
+    if request.draft_model != "auto":
+        return Found(target, choice.found, choice.note)
+    # A draft in the cache comes before one that must be downloaded.
+    draft_is_here = isinstance(choice.found, ModelSource)
+    heads = known_heads_of(refs.target, target, offline=is_offline(request) or draft_is_here)
+    are_here = any(isinstance(head, ModelSource) for head in heads)
+    return Found(target, None if are_here and not draft_is_here else choice.found, choice.note, tuple(heads))
 
 
 def _tokenizer_folder(request: ModelRequest) -> Path | None:
@@ -204,13 +177,20 @@ def _choose_draft(request: ModelRequest, refs: Refs, reporter: Reporter) -> Draf
     return choose_draft(refs.target, offline=request.offline, warn=reporter.warn)
 
 
-def _obtain_both(request: ModelRequest, refs: Refs, found: _Found, reporter: Reporter, ask: Ask) -> Models:
-    """Download or write both models' files, after one question for all downloads.
+def is_offline(request: ModelRequest) -> bool:
+    """Return whether the network must not be used, by the request or by HF_HUB_OFFLINE."""
+    from huggingface_hub import constants
+
+    return request.offline or constants.HF_HUB_OFFLINE
+
+
+def _obtain_all(request: ModelRequest, refs: Refs, found: Found, reporter: Reporter, ask: Ask) -> Models:
+    """Download or write the files of all models, after one question for all downloads.
 
     Raises:
         UnsupportedModelError: a model's configuration is not supported; no weights are downloaded.
     """
-    downloads = [each for each in (found.target, found.draft) if isinstance(each, Download)]
+    downloads = [each for each in (found.target, found.draft, *found.heads) if isinstance(each, Download)]
     for each in downloads:
         refuse_by_configuration(each, _tokenizer_folder(request) if each is found.target else None)
     agree(downloads, lambda missing: ask(_download_question(missing, found.target)))
@@ -219,7 +199,8 @@ def _obtain_both(request: ModelRequest, refs: Refs, found: _Found, reporter: Rep
             _agree_to_write(shape, ask)
     target = _obtain(found.target, reporter, _tokenizer_folder(request))
     draft = None if found.draft is None else as_draft(_obtain(found.draft, reporter))
-    return _pair(request, refs, target, draft, found.draft_note, reporter)
+    found = replace(found, heads=tuple(as_draft(_obtain(head, reporter)) for head in found.heads))
+    return _pair(request, refs, target, draft, found, reporter)
 
 
 def _agree_to_write(shape: Shape, ask: Ask) -> None:
@@ -239,34 +220,12 @@ def _agree_to_write(shape: Shape, ask: Ask) -> None:
         raise UsageError(f"writing {what} was not confirmed", hint="add --yes to write it without a question")
 
 
-def refuse_by_configuration(model: Download, tokenizer: Path | None = None) -> None:
-    """Refuse an unsupported model by its configuration or its GGUF header, before its weights are downloaded.
-
-    Args:
-        model: model to download.
-        tokenizer: folder of the tokenizer that replaces the one in a GGUF file.
-
-    Raises:
-        UnsupportedModelError: the architecture, the quantization or the tokenizer is not supported.
-    """
-    from specchat.models.weights.choose_recipe import is_prequantized  # imports torch
-
-    with TemporaryDirectory(prefix="specchat-") as folder:
-        if model.files:
-            sketched = locate.sketch_weights(model, Path(folder), tokenizer)
-        else:
-            sketched = locate.sketch(model, Path(folder))
-        if not as_draft(sketched).part:
-            check_model(sketched)
-        is_prequantized(sketched)
-
-
 def _pair(
     request: ModelRequest,
     refs: Refs,
     target: ModelSource,
     draft: ModelSource | None,
-    draft_note: str,
+    found: Found,
     reporter: Reporter,
 ) -> Models:
     """Pair a target with its draft.
@@ -284,8 +243,8 @@ def _pair(
     if request.draft_model != "auto":
         if draft is not None:
             check_pair(target, draft)
-        return Models(target, draft, draft_note if draft is None else "")
-    note = draft_note if draft is None else ""
+        return Models(target, draft, found.draft_note if draft is None else "")
+    note = found.draft_note if draft is None else ""
     if draft is not None and not fits(target, draft):
         note = f"plain decoding: {draft.name} has another vocabulary"
         draft = None
@@ -293,38 +252,23 @@ def _pair(
         draft = relative_in_cache(target)
     if target.is_toy:  # the toy has a draft model of its own
         return Models(target, draft, note)
-    return Models(target, draft, note, _head_if_readable(target, reporter), copy_of(target))
+    return Models(target, draft, note, _heads_of(target, found.heads, reporter), copy_of(target))
 
 
-def _head_if_readable(target: ModelSource, reporter: Reporter) -> ModelSource | None:
-    """Return the head among a target's files; a damaged one must not keep the target from running."""
+def _heads_of(
+    target: ModelSource, known: Sequence[ModelSource | Missing], reporter: Reporter
+) -> tuple[ModelSource, ...]:
+    """Return the heads that may draft; a damaged one must not keep the target from running."""
+    heads = list[ModelSource]()
     try:
-        return mtp_head(target)
+        own = mtp_head(target)
+        heads += [own] if own is not None else []
     except ModelError as error:
         reporter.warn(f"the MTP layer of {target.name} is not used: {error.message}")
-        return None
-
-
-def _sketch(found: ModelSource | Missing, folder: Path, tokenizer: Path | None = None) -> ModelSource:
-    """Return a source that a plan can be made from."""
-    if isinstance(found, ModelSource):
-        return found
-    if isinstance(found, Download) and found.files:
-        return locate.sketch_weights(found, folder, tokenizer)
-    from specchat.models.weights.choose_recipe import is_prequantized  # imports torch
-
-    sketched = locate.sketch(found, folder)
-    if isinstance(found, Download) and is_prequantized(sketched):
-        return locate.sketch_weights(found, folder)
-    return sketched
-
-
-def _sketch_draft(found: ModelSource | Missing, folder: Path) -> ModelSource:
-    """Return a draft that a plan can be made from; the sizes of a head follow from the headers of its files."""
-    draft = as_draft(_sketch(found, folder))
-    if draft.part and isinstance(found, Download):
-        return as_draft(locate.sketch_weights(found, folder))
-    return draft
+    here = [each for each in known if isinstance(each, ModelSource) and each.is_head and fits(target, each)]
+    known_paths = {each.path for each in here}
+    heads += [*here, *(each for each in heads_in_cache(target) if each.path not in known_paths)]
+    return tuple(heads)
 
 
 def _obtain(found: ModelSource | Missing, reporter: Reporter, tokenizer: Path | None = None) -> ModelSource:
@@ -336,7 +280,8 @@ def _obtain(found: ModelSource | Missing, reporter: Reporter, tokenizer: Path | 
 
 
 def _download_question(downloads: Sequence[Download], target: ModelSource | Missing) -> str:
-    what = " and ".join(f"{each.name} ({format_bytes(each.missing_bytes)})" for each in downloads)
+    kinds = {each.name: f", {kind}" if (kind := kind_of(each.name)) else "" for each in downloads}
+    what = " and ".join(f"{each.name} ({format_bytes(each.missing_bytes)}{kinds[each.name]})" for each in downloads)
     question = f"download {what} to {downloads[0].folder} ({format_bytes(downloads[0].free_disk_bytes)} free)?"
     if downloads[0] is target:  # the target may be stored a second time, in a form that streams
         question += f"\nstreaming may also need a copy of up to {format_bytes(downloads[0].num_bytes)}"

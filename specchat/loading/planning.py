@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from specchat.loading.checking import assumptions_about, check_model, check_tokenizer
-from specchat.loading.locate import Models
+from specchat.loading.models import Models
 from specchat.loading.request import RETRIEVAL, ModelRequest, Reporter
 from specchat.loading.sampling import SamplingChoices, resolve_sampling
 from specchat.models.checkpoint.generation_config import load_generation_defaults
@@ -64,8 +64,8 @@ def make_plan(
         choices = replace(asked.choices, draft_quant=given)
         asked = replace(asked, choices=choices, draft_is_open=False, lowers_for_speed=False)
     chosen = choose_plan(asked, find_inputs(asked, reporter.warn))
-    if models.head is not None and chosen.plan.draft == models.head.name:
-        models = replace(models, draft=models.head)
+    if (head := next((each for each in models.heads if each.name == chosen.plan.draft), None)) is not None:
+        models = replace(models, draft=head)
     if models.copy is not None and chosen.plan.draft == models.copy.name:
         models = replace(models, draft=models.copy)
     sources = [models.target] if models.draft is None or chosen.plan.draft is None else [models.target, models.draft]
@@ -120,7 +120,7 @@ def plan_request(request: ModelRequest, models: Models, temperature: float | Non
         # A user who sets a tree budget or a draft precision wants a draft.
         draft_is_open=request.draft_model == "auto" and choices.tree_budget is None and choices.draft_quant == "auto",
         retrieval=request.retrieval,
-        head=models.head,
+        heads=models.heads,
         copy=models.copy,
         samples=not resolve_sampling(SamplingChoices(temperature=temperature), defaults, 0).greedy,
     )

@@ -1,10 +1,11 @@
-"""The automatic choice of a draft: one from the catalog, or a small related model in the cache."""
+"""Drafts that are found without being named: small models and heads, from the catalog or in the cache."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from specchat.errors import ModelError, UsageError
+from specchat.models.catalog.known_heads import heads_for
 from specchat.models.catalog.ref import ModelRef, draft_candidates, known_draft, parse_model
 from specchat.models.checkpoint.dflash import is_dflash
 from specchat.models.checkpoint.eagle3 import is_eagle3
@@ -14,6 +15,8 @@ from specchat.models.checkpoint.mtp import find_mtp
 from specchat.models.checkpoint.safetensors import has_weights, weight_files
 from specchat.models.hf.pairing import check_pair
 from specchat.models.hub.cache import cached_models
+from specchat.models.hub.download import Download
+from specchat.models.hub.model_card import written_bases
 from specchat.models.locate import Missing, look_up
 from specchat.records.model import ModelSource
 
@@ -70,6 +73,43 @@ def relative_in_cache(target: ModelSource) -> ModelSource | None:
     largest_bytes = _LARGEST_SHARE * _num_bytes(target)
     small = [source for source in _cached_like(target) if _num_bytes(source) <= largest_bytes]
     return next((source for source in sorted(small, key=_num_bytes) if fits(target, source)), None)
+
+
+def known_heads_of(ref: ModelRef, target: ModelSource | Missing, *, offline: bool) -> list[ModelSource | Missing]:
+    """Return the catalog's heads for a target or one of its base models: those in the cache, else those on the hub.
+
+    Args:
+        ref: parsed name of the target.
+        target: the target, present or missing.
+        offline: whether the network must not be used.
+    """
+    if ref.kind not in ("hub", "folder"):
+        return []
+    bases = written_bases(target.path) if isinstance(target, ModelSource) else ()
+    bases = target.bases if isinstance(target, Download) else bases
+    heads = [parse_model(head.id) for head in heads_for((str(ref.path or ref.text), *bases))]
+    cached = _looked_up(heads, offline=True)
+    return cached or (_looked_up(heads, offline=False) if not offline else [])
+
+
+def _looked_up(refs: Sequence[ModelRef], *, offline: bool) -> list[ModelSource | Missing]:
+    found = list[ModelSource | Missing]()
+    for ref in refs:
+        with suppress(ModelError):  # not in the cache, or not on the hub
+            found.append(look_up(ref, offline=offline))
+    return found
+
+
+def heads_in_cache(target: ModelSource) -> list[ModelSource]:
+    """Return the cached EAGLE-3 and DFlash heads whose sizes are those of heads for a target."""
+    found = list[ModelSource]()
+    for name in cached_models():
+        with suppress(UsageError, ModelError):
+            source = look_up(parse_model(name), offline=True)
+            head = as_draft(source) if isinstance(source, ModelSource) else None
+            if head is not None and head.is_head and fits(target, head):
+                found.append(head)
+    return found
 
 
 def as_draft(source: ModelSource) -> ModelSource:

@@ -193,11 +193,14 @@ class Candidates:
         """Preferred candidate; None if nothing fits.
 
         Drafts are skipped that would lose even with every layer resident. Quantizing a draft saves memory, not compute
-        time. So a quantized draft cannot win once everything fits.
+        time. So a quantized draft cannot win once everything fits. A copy that was asked for gives way to other drafts
+        only if no layer is streamed: then nothing is copied, and each draft pass costs as much as the target's.
         """
         best: Candidate | None = None
         best_preference: tuple[float, ...] = (0.0,)
         for draft in self._drafts:
+            if draft is None and best is not None and best.streams and self._asks_for_copy:
+                continue
             if best is not None and _rounded(self._most_tok_per_s(draft)) < _rounded(best.tok_per_s):
                 continue
             for candidate in self._with_draft(draft):
@@ -219,7 +222,8 @@ class Candidates:
 
     def refusal(self) -> DoesNotFitError:
         """Build the error for a budget that is too small; the hint names the longest context that fits."""
-        draft, ctx = (None if None in self._drafts else self._drafts[-1]), self._contexts[-1]
+        drafts = [None] if None in self._drafts and not self._asks_for_copy else self._drafts
+        draft, ctx = next((each for each in reversed(drafts) if each is not None), None), self._contexts[-1]
         fits, too_long = 0, ctx
         while too_long - fits > 1:
             middle = (fits + too_long) // 2
@@ -236,16 +240,22 @@ class Candidates:
             hint=f"use --ctx {fits} or less, or {advice}" if fits else advice,
         )
 
+    @property
+    def _asks_for_copy(self) -> bool:
+        return self._inputs.draft is not None and self._inputs.draft.is_copy and not self._request.draft_is_open
+
     @cached_property
     def _drafts(self) -> tuple[ModelSpec | None, ...]:
         inputs = self._inputs
         given = () if inputs.draft is None else (inputs.draft, *inputs.lower_drafts)
         if inputs.draft is not None and inputs.draft.is_copy:
             given = smaller_copies(self._target, given)
+            if not self._request.draft_is_open:
+                return (*given, None)
         if self._request.draft_is_open:
             return (*given, *inputs.heads, None, *self._open_copies)
         # A user who fixes the size of the trees or the draft's precision wants a draft, and a head is one.
-        heads = () if self._request.head is None else inputs.heads
+        heads = inputs.heads if self._request.heads else ()
         return given or heads or (None,)
 
     def _tree_budgets(self, draft: ModelSpec | None) -> tuple[int, ...]:

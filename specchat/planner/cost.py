@@ -142,7 +142,7 @@ class CostModel:
             pass_s=tuple((self._seats + step.tree_nodes, step.pass_s - step.draft_s) for step in steps),
             draft_s=tuple((rows, self._batch_s(rows, drafting)) for rows in _sizes_up_to(width)),
             tree_nodes=best.tree_nodes,
-            draft_passes=self._draft_passes(best.tree_nodes),
+            draft_passes=self._draft_passes(best.tree_nodes, best.tokens_per_step),
             tokens_per_step=best.tokens_per_step,
             num_sequences=self._seats,
         )
@@ -281,12 +281,17 @@ class CostModel:
         beside_s = kinds.num_streamed * (streamed_s - fastest_s) + num_plain * (resident_s - fastest_s)
         return fastest_s + beside_s / self._num_layers
 
-    def _draft_passes(self, nodes: int) -> float:
+    def _draft_passes(self, nodes: int, tokens: float) -> float:
         """Return the expected passes of the draft for a tree: one for the new tokens, then one per level.
 
         A head that guesses in blocks needs the first one only.
         """
-        return 1 if self._draft is None or self._drafts_by_block else 1 + draft_batches(nodes)
+        return 1 if self._draft is None or self._drafts_by_block else 1 + self._num_batches(nodes, tokens)
+
+    def _num_batches(self, nodes: int, tokens: float) -> float:
+        """Return the expected batches for a tree: as on the demo, but one for each accepted level after the first."""
+        # Else a draft that is nearly always right would seem to win even if its passes cost as much as the target's.
+        return max(draft_batches(nodes), tokens / self._seats - 2)
 
     def _draft_s(self, nodes: int, tokens: float, drafting: "_Drafting") -> float:
         """Return the seconds of drafting: one pass over the last step's tokens, then one batch per tree level.
@@ -297,10 +302,10 @@ class CostModel:
             return 0.0
         if self._draft is None:
             return _LOOKUP_S * nodes
-        num_batches = draft_batches(nodes)
         if self._drafts_by_block:
             block_s = self._draft_pass_s(self._draft, self._seats * MOST_BLOCK_ROWS, drafting)
-            return block_s + num_batches * self._beside_s(drafting)
+            return block_s + draft_batches(nodes) * self._beside_s(drafting)
+        num_batches = self._num_batches(nodes, tokens)
         rows = max(round(_READ_PER_NODE * nodes / num_batches), 1)
         new = self._seats if self._drafts_by_copy else math.ceil(tokens)
         return self._draft_pass_s(self._draft, new, drafting) + num_batches * self._batch_s(rows, drafting)

@@ -64,9 +64,12 @@ def _described_drafts(source: ModelSource | None, request: PlanRequest) -> list[
 
 
 def _described_heads(request: PlanRequest, warn: Callable[[str], None]) -> tuple[ModelSpec, ...]:
-    """Return the head in its precisions; none if it cannot be read, which must not keep the target from running."""
-    try:
-        return tuple(each for each in _described_drafts(request.head, request) if each is not None)
-    except ModelError as error:
-        warn(f"the MTP layer of {request.target.name} is not used: {error.message}")
-        return ()
+    """Return the heads in their precisions; one that cannot be read must not keep the target from running."""
+    found = list[ModelSpec]()
+    for head in request.heads:
+        try:
+            found += [each for each in _described_drafts(head, request) if each is not None]
+        except ModelError as error:
+            which = f"the MTP layer of {request.target.name}" if head.part == "mtp" else f"the head {head.name}"
+            warn(f"{which} is not used: {error.message}")
+    return tuple(found)

@@ -384,7 +384,7 @@ def _drafting_bytes(draft: ModelSpec, work: Workload, *, reading: int) -> int:
 
 
 def _block_drafting_bytes(draft: ModelSpec, work: Workload, reading: int) -> int:
-    """Return the peak bytes of a head that guesses in blocks: keys and values of new rows; blocks, and their scores."""
+    """Return the peak bytes of a head that guesses in blocks: keys and values of new rows; blocks and their scores."""
     element, seats = DTYPE_BYTES[work.dtype], work.seats
     chunk, width = min(reading, work.chunk_rows), draft_width(work.tree_budget, work.seats)
     most_numbers = max(shape.numbers_per_row for shape in draft.kv_shapes)
@@ -392,7 +392,7 @@ def _block_drafting_bytes(draft: ModelSpec, work: Workload, reading: int) -> int
     stored = reading * draft.hidden_size * element + chunk * in_chunk
     rows = seats * min(MOST_BLOCK_ROWS, work.draft_rows)
     guessed = _pass(draft, work, rows, work.ctx + work.draft_rows).total + rows * draft.hidden_size * element
-    levels = rows * draft.vocab_size * _FLOAT_BYTES
+    levels = rows * (draft.vocab_size * _FLOAT_BYTES + draft.hidden_size * element)  # scores and states
     paths = PATH_BYTES * (2 * work.tree_budget + width * DRAFT_BRANCH)
     scored = max(_head_bytes(draft, work, rows), _scoring_bytes(draft, work, max(width, seats)))
     return max(stored, guessed, levels + scored + paths)

@@ -113,6 +113,8 @@ def _draft_kind(candidate: Candidate) -> tuple[bool, bool]:
 def _draft_choice(request: PlanRequest, inputs: PlanInputs, best: Candidate, other: Alternative | None) -> Choice:
     if inputs.draft is None and not request.retrieval:
         return Choice("draft", "none", "no draft known or requested")
+    if best.draft is None and inputs.draft is not None and inputs.draft.is_copy:
+        return Choice("draft", _draft_name(best), "no layer is streamed, so none is copied", alternative=other)
     if not request.draft_is_open:
         return Choice("draft", _draft_name(best), "asked for", pinned=True, alternative=other)
     why = _why_draft(best.prediction) if best.work.tree_budget else "plain decoding is faster here"
@@ -125,7 +127,8 @@ def _draft_quant_choice(
     """Return the choice of the draft's precision; empty if there was nothing to choose."""
     if request.choices.draft_quant != "auto":
         return [Choice("draft-quant", draft.quant, "asked for", pinned=True)]
-    if not (inputs.heads[1:] if draft in inputs.heads else draft.is_copy or inputs.lower_drafts):
+    others = [head for head in inputs.heads if head.name == draft.name and head.quant != draft.quant]
+    if not (others if draft in inputs.heads else draft.is_copy or inputs.lower_drafts):
         return []
     if draft.is_copy and not best.num_streamed:
         return [Choice("draft-quant", draft.quant, "not used: no layer is streamed, so none is copied")]

@@ -34,7 +34,7 @@ class PlanRequest:
         lowers_for_speed: whether "auto" may lower the precision of a target that fits, to gain speed.
         samples: whether answers are sampled rather than greedy; the accepted length depends on this.
         retrieval: whether draft nodes may come from the text itself, with a draft model or without.
-        head: head among the target's files that may draft instead of `draft`; None without one.
+        heads: heads of the target that may draft instead of `draft`.
         copy: the target's own low-bit copy that may draft instead of `draft`; None to leave it out.
     """
 
@@ -45,7 +45,7 @@ class PlanRequest:
     lowers_for_speed: bool = True
     samples: bool = False
     retrieval: bool = False
-    head: ModelSource | None = None
+    heads: tuple[ModelSource, ...] = ()
     copy: ModelSource | None = None
 
 
@@ -63,7 +63,7 @@ class PlanInputs:
         statistics: results of earlier chats.
         experts: uses of the target's experts in earlier chats.
         lower_drafts: sizes of the draft in lower precisions that the planner may choose.
-        heads: sizes of the head that may draft instead, in the precisions that the planner may choose.
+        heads: sizes of the heads that may draft instead, in the precisions that the planner may choose.
         free_disk_bytes: free bytes on the disk of packs.
     """
 

@@ -11,7 +11,7 @@ from support.tiny_models import make_config, random_model, save
 
 from specchat.cli.bench import _shared
 from specchat.loading import planning
-from specchat.loading.locate import Models
+from specchat.loading.models import Models
 from specchat.loading.request import ModelRequest
 from specchat.records.plan import Plan
 

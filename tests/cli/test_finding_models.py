@@ -12,7 +12,8 @@ from support.loading import Quiet, model_request, yes
 from support.tiny_models import make_config, random_model, save
 
 from specchat.errors import UnsupportedModelError, UsageError
-from specchat.loading.locate import Models, locate_models, parse_models, sketch_models
+from specchat.loading.locate import locate_models, parse_models, sketch_models
+from specchat.loading.models import Models
 from specchat.loading.request import ModelRequest
 
 NO_DRAFT = "plain decoding: no draft known for this model"

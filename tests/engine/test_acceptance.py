@@ -6,21 +6,29 @@ steps depend only on the seed, so thresholds here do not depend on timing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 from support.acceptance import (
     CTX,
     Acceptance,
     copy_drafter,
+    copy_source,
     load_demo,
     measure,
     model_drafter,
     mtp_drafter,
+    mtp_source,
     prompts,
 )
 from support.growths import Eagle2Drafter, FixedBeamDrafter
+from support.source_growths import SourceGrowth
 from support.specexec import SpecExecDrafter
 
-from specchat.engine.drafting.drafter import free_sources
+from specchat.engine.drafting.drafter import TreeDrafter, free_sources
+from specchat.engine.drafting.sources import ScoringSource
+from specchat.engine.model import TreeModel
 from specchat.records.generation import Sampling
 
 GREEDY = Sampling()
@@ -73,6 +81,32 @@ def test_never_below_other_growths(token_lists: list[list[int]], other: str, sam
     mine, theirs = ours(sampling, budget, token_lists), other_growth(other, sampling, budget, token_lists)
     print(f"\n{other}, budget {budget}: {mine.tokens_per_step:.2f} against {theirs.tokens_per_step:.2f}")
     assert mine.tokens_per_step >= theirs.tokens_per_step
+
+
+SOURCES: dict[str, Callable[[TreeModel, int], ScoringSource]] = {
+    "mtp": mtp_source,
+    "self": lambda target, rows: copy_source(target, rows, "int4"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "t0.7"])
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_source_is_never_below_other_growths(token_lists: list[list[int]], name: str, sampling: Sampling):
+    """At 16 nodes: the slow growths compute one node at a time."""
+    budget, rows, few, make = 16, 512, token_lists[::3], SOURCES[name]
+    mine = measure(lambda target: TreeDrafter(make(target, rows)), budget, sampling, few, rows=rows)
+    for other, growth in OTHERS.items():
+        theirs = measure(partial(_grown_by, growth, make, rows), budget, sampling, few, rows=rows)
+        print(f"\n{name}, {other}: {mine.tokens_per_step:.2f} against {theirs.tokens_per_step:.2f}")
+        assert mine.tokens_per_step >= theirs.tokens_per_step
+        assert theirs.tokens_per_step > 1.5, "the slow growth drafts"
+
+
+def _grown_by(
+    growth: type[SpecExecDrafter], make: Callable[[TreeModel, int], ScoringSource], rows: int, target: TreeModel
+) -> SourceGrowth:
+    return SourceGrowth(make(target, rows), growth)
 
 
 @pytest.mark.slow

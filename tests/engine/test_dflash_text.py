@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.dflash import engine_with_dflash, save_dflash
+from support.dflash2 import save_dflash2
 from support.engines import make_plan, random_prompt, write
 from support.loading import load_engine
 from support.targets import (
@@ -35,7 +36,8 @@ class World:
 
     def head(self, kind: str) -> ModelSource:
         if kind not in self.heads:
-            self.heads[kind] = save_dflash(self.root / kind, sliding=kind == "sliding").source
+            make = save_dflash2 if kind == "second" else save_dflash
+            self.heads[kind] = make(self.root / kind, sliding=kind == "sliding").source
         return self.heads[kind]
 
 
@@ -69,11 +71,12 @@ def check(world: World, case: Case) -> None:
 FEW: list[Case] = [
     ("qwen3", "full", "all", 16, "greedy", False),
     ("gemma3", "sliding", "half", 64, "t0.8", True),
+    ("qwen3", "second", "half", 16, "t0.8", True),
 ]
 CROSS: list[Case] = list(
     itertools.product(
         ("qwen3", "deepseek_v3", "gpt_oss"),
-        ("full", "sliding"),
+        ("full", "sliding", "second"),
         ("all", "half", "none"),
         (1, 16, 64),
         SAMPLINGS,
@@ -83,7 +86,7 @@ CROSS: list[Case] = list(
 
 
 @pytest.mark.parametrize(
-    "case", [FEW[1], pytest.param(FEW[0], marks=pytest.mark.slow)], ids=lambda case: "-".join(map(str, case))
+    "case", [*FEW[1:], pytest.param(FEW[0], marks=pytest.mark.slow)], ids=lambda case: "-".join(map(str, case))
 )
 def test_text_is_the_targets_own(world: World, case: Case):
     check(world, case)
@@ -96,8 +99,9 @@ def test_text_is_the_targets_own_full_cross(world: World, case: Case):
 
 
 @pytest.mark.slow
-def test_a_batch_of_three_with_a_prompt_that_joins(world: World):
-    source, head = world.targets.source("qwen3"), world.head("full")
+@pytest.mark.parametrize("kind", ["full", "second"])
+def test_a_batch_of_three_with_a_prompt_that_joins(world: World, kind: str):
+    source, head = world.targets.source("qwen3"), world.head(kind)
     with engine_with_dflash(source, head, NUM_LAYERS, budget=32, seats=3, resident=(), chunk_rows=24) as engine:
         check_batch(engine, world.targets, "qwen3")
 

@@ -6,12 +6,15 @@ import json
 import subprocess
 import sys
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.dflash import save_dflash
+from support.dflash2 import save_dflash2
 from support.eagle3 import KINDS, save_eagle3
 from support.engines import NOTHING, make_plan, random_prompt
 from support.heads import LAYOUTS, head_of, random_target, save_with_mtp
@@ -182,11 +185,14 @@ def test_ledger_and_memory_of_an_eagle3_head(case: Case, tmp_path: Path, monkeyp
 @pytest.mark.parametrize(
     "case", OTHER_CASES[:1], ids=lambda case: f"{case.architecture}-{case.dtype}-{case.tree_budget}"
 )
-def test_ledger_and_memory_of_a_dflash_head(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("save_head", [save_dflash, save_dflash2])
+def test_ledger_and_memory_of_a_dflash_head(
+    case: Case, save_head: Callable[[Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """The scores of all levels are held while a tree grows; small trees, because no tree grows beside a prompt."""
     monkeypatch.setattr(HeadCheck, "count", lambda *_: None)
     target = save(random_model(make_config(case.architecture)), tmp_path / "target")
-    check_ledger(case, target, save_dflash(tmp_path / "head").source)
+    check_ledger(case, target, save_head(tmp_path / "head").source)
 
 
 # Small trees: the ledger counts a tree beside the longest prompt, which retrieval may grow, but a copy does not.
@@ -335,6 +341,7 @@ def test_engine_with_another_tree_budget(tmp_path: Path):
 MEMORY_OF_A_PROCESS = """
 import ctypes, gc, json, sys
 from pathlib import Path
+from typing import Any
 from support.loading import Quiet, load_engine, model_request, yes
 from specchat.loading.engine import make_packs
 from specchat.loading.locate import locate_models, parse_models

@@ -56,11 +56,18 @@ def test_a_copy_takes_memory_from_resident_layers_and_none_outside_the_layers():
     assert smaller.device_bytes < plan.device_bytes and smaller.draft == "self"
 
 
-def test_a_copy_of_a_target_that_does_not_stream_is_said_to_be_unused():
-    found = choose_plan(plan_request(TARGET, COPY, quant="none", vram_bytes=100 * GIB), inputs())
-    assert not found.plan.placement.streamed and found.plan.draft == "self"
-    (choice,) = (each for each in found.choices if each.option == "draft-quant")
-    assert choice.why == "not used: no layer is streamed, so none is copied"
+@pytest.mark.parametrize("retrieval", [False, True])
+def test_a_target_that_does_not_stream_has_no_copy(retrieval: bool):
+    """Each draft pass would cost as much as a pass of the target, so the copy cannot be faster."""
+    request = plan_request(TARGET, COPY, quant="none", vram_bytes=100 * GIB, retrieval=retrieval)
+    found = choose_plan(request, inputs())
+    assert not found.plan.placement.streamed and found.plan.draft is None
+    assert found.plan.retrieval == retrieval
+    (choice,) = (each for each in found.choices if each.option == "draft")
+    assert choice.value == ("retrieval" if retrieval else "none") and choice.alternative is not None
+    assert (choice.why, choice.pinned) == ("no layer is streamed, so none is copied", False)
+    assert choice.alternative.value == ("self+retrieval" if retrieval else "self")
+    assert choice.alternative.tok_per_s < found.prediction.tok_per_s
 
 
 def test_trees_of_a_copy_take_rows_of_the_targets_cache():

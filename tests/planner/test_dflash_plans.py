@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 from support.dflash import save_dflash
+from support.dflash2 import save_dflash2
 from support.loading import Quiet, plan_request, yes
 from support.planning import UNKNOWN_RATES
 from support.tiny_models import make_config, random_model, save
 
 from specchat.errors import UnsupportedModelError, UsageError
 from specchat.loading.engine import load_engine
-from specchat.loading.locate import Models, locate_models, parse_models
+from specchat.loading.locate import locate_models, parse_models
+from specchat.loading.models import Models
 from specchat.loading.planning import make_plan
 from specchat.loading.request import ModelRequest
 from specchat.models.sizes.describe import describe
@@ -54,6 +56,17 @@ def test_a_heads_folder_is_a_draft(target: ModelSource, head: Path):
         assert engine.plan.sources == f"{head}+retrieval"
 
 
+def test_a_dflash2_heads_folder_is_a_draft(target: ModelSource, tmp_path: Path):
+    saved = save_dflash2(tmp_path / "second")
+    request, models = located(target, str(saved.source.path))
+    assert models.draft is not None and models.draft.part == "dflash"
+    spec = describe(models.draft)
+    assert spec.is_block and spec.num_params == sum(value.numel() for value in saved.tensors.values())
+    planned = make_plan(request, models, Quiet(), as_given=True)
+    with load_engine(request, planned.models, planned.plan, Quiet()) as engine:
+        assert engine.plan.draft == str(saved.source.path)
+
+
 def test_a_tree_is_one_pass(target: ModelSource, head: Path):
     source = ModelSource("head", head, part="dflash")
     asked = plan_request(target, source, "cpu", ctx=128, dtype="fp32", draft_quant="none")
@@ -74,6 +87,6 @@ def test_heads_for_other_targets_are_refused(target: ModelSource, head: Path):
         (head / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(UsageError, match=words):
             located(target, str(head))
-    (head / "config.json").write_text(json.dumps(config | {"architectures": ["DFlash2DraftModel"]}))
-    with pytest.raises(UnsupportedModelError, match="DFlash2"):
+    (head / "config.json").write_text(json.dumps(config | {"architectures": ["DSparkDraftModel"]}))
+    with pytest.raises(UnsupportedModelError, match="DSpark"):
         located(target, str(head))

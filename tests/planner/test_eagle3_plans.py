@@ -14,7 +14,8 @@ from support.tiny_models import VOCAB, make_config, random_model, save
 
 from specchat.errors import PickledCheckpointError, UnsupportedModelError, UsageError
 from specchat.loading.engine import load_engine
-from specchat.loading.locate import Models, locate_models, parse_models, sketch_models
+from specchat.loading.locate import locate_models, parse_models, sketch_models
+from specchat.loading.models import Models
 from specchat.loading.planning import make_plan
 from specchat.loading.request import ModelRequest
 from specchat.models.sizes.describe import describe

@@ -14,7 +14,8 @@ from support.planning import UNKNOWN_RATES
 from specchat.bench.setup import check_baselines
 from specchat.errors import UsageError
 from specchat.hardware.machine import Machine, MatmulRate
-from specchat.loading.locate import Models, locate_models, parse_models
+from specchat.loading.locate import locate_models, parse_models
+from specchat.loading.models import Models
 from specchat.loading.planning import make_plan
 from specchat.loading.request import ModelRequest
 from specchat.models.catalog.ref import demo_source
@@ -23,6 +24,8 @@ from specchat.models.sizes.geometry import layer_sizes
 from specchat.models.sizes.known_specs import known_spec
 from specchat.planner.request import PlanInputs, PlanRequest
 from specchat.planner.search import choose_plan, smaller_plan
+from specchat.planner.statistics import load, record
+from specchat.records.generation import Step
 from specchat.records.limits import UNREAD_STATES
 from specchat.records.model import HEAD_SUFFIXES, ModelSource, ModelSpec, ParamSize
 from specchat.units import GIB
@@ -56,7 +59,7 @@ def inputs(*, draft: ModelSpec | None = None) -> PlanInputs:
 
 
 def open_request(draft: ModelSource | None = None) -> PlanRequest:
-    return plan_request(TARGET, draft, quant="none", retrieval=True, draft_is_open=True, head=head_of(TARGET))
+    return plan_request(TARGET, draft, quant="none", retrieval=True, draft_is_open=True, heads=(head_of(TARGET),))
 
 
 def test_a_head_drafts_where_there_is_no_draft_model():
@@ -82,10 +85,10 @@ def test_the_faster_of_a_draft_model_and_a_head_is_chosen():
 
 
 def test_a_head_drafts_trees_of_a_fixed_size():
-    fixed = plan_request(TARGET, None, quant="none", retrieval=True, tree_budget=16, head=head_of(TARGET))
+    fixed = plan_request(TARGET, None, quant="none", retrieval=True, tree_budget=16, heads=(head_of(TARGET),))
     plan = choose_plan(fixed, inputs()).plan
     assert (plan.draft, plan.work.tree_budget) == ("mtp", 16)
-    without = choose_plan(replace(fixed, head=None), inputs()).plan
+    without = choose_plan(replace(fixed, heads=()), inputs()).plan
     assert without.draft is None
     assert smaller_plan(fixed, inputs(), without).draft is None
 
@@ -95,6 +98,18 @@ def test_the_precision_of_a_head_is_explained():
     heads = (head_like(target), replace(head_like(target), quant="int8"))
     choices = choose_plan(open_request(), replace(inputs(), heads=heads)).choices
     assert "draft-quant" in {choice.option for choice in choices}
+
+
+def test_measured_acceptance_decides_between_heads(tmp_path: Path):
+    layer = head_like(known_spec(TARGET.name))
+    blocks = replace(layer, name="blocks", architecture=layer.architecture + HEAD_SUFFIXES["dflash"])
+    request = replace(open_request(), heads=(head_of(TARGET), ModelSource("blocks", TARGET.path, part="dflash")))
+    known = replace(inputs(), heads=(layer, blocks))
+    plan = choose_plan(request, known).plan
+    assert plan.draft == "blocks"  # by the typical acceptance of its kind
+    poor = Step((1,), None, 1, 100, 63, 0, 9, 0.5, 0.1, 0.4, 0.0, 0.0, 0)
+    record(tmp_path, plan, 0.0, [poor] * 40)
+    assert choose_plan(request, replace(known, statistics=load(tmp_path))).plan.draft == "mtp"
 
 
 # --- from files ------------------------------------------------------------------------------------------------------
@@ -137,10 +152,10 @@ def test_assisted_generation_cannot_use_a_head(target: ModelSource):
 
 def test_auto_finds_the_head(target: ModelSource):
     request, models = located(target, "auto")
-    assert (models.draft, models.head) == (None, head_of(models.target))
+    assert (models.draft, models.heads) == (None, (head_of(models.target),))
     planned = make_plan(request, models, Quiet())
-    assert planned.models.draft == (models.head if planned.plan.draft == "mtp" else None)
-    assert located(target, "none")[1].head is None
+    assert planned.models.draft == (models.heads[0] if planned.plan.draft == "mtp" else None)
+    assert located(target, "none")[1].heads == ()
 
 
 def test_a_target_without_a_head_says_so(tmp_path: Path, target: ModelSource):

@@ -71,22 +71,28 @@ def model_drafter(budget: int, **kwargs: object) -> ModelDrafter:
     return ModelDrafter(model, max_rows=rows, max_context=CTX, **kwargs)  # type: ignore[arg-type]
 
 
-def mtp_drafter(target: TreeModel, budget: int, proposers: Sequence[ProposingSource] = ()) -> TreeDrafter:
+def mtp_source(target: TreeModel, rows: int) -> MtpHead:
     """The demo's own head, under its check."""
-    rows = 2 * budget
-    head = load_head(demo_source("target"), cache_rows=CTX + rows)
-    return TreeDrafter(MtpHead(head, target, max_rows=rows, check=HeadCheck()), proposers)
+    return MtpHead(load_head(demo_source("target"), cache_rows=CTX + rows), target, max_rows=rows, check=HeadCheck())
 
 
-def copy_drafter(
-    target: TreeModel, budget: int, quant: Quant, proposers: Sequence[ProposingSource] = ()
-) -> TreeDrafter:
+def mtp_drafter(target: TreeModel, budget: int, proposers: Sequence[ProposingSource] = ()) -> TreeDrafter:
+    return TreeDrafter(mtp_source(target, 2 * budget), proposers)
+
+
+def copy_source(target: TreeModel, rows: int, quant: Quant) -> OwnCopy:
     """The demo's own copy in low precision, of all layers."""
     weights = open_weights(demo_source("target"), "fp32", quant, tree_attention)
     layers = load_layers(weights, range(8), target.device, None)
     for layer, own in zip(layers, target.skeleton.layers, strict=True):
         share_buffers(layer, own)
-    return TreeDrafter(OwnCopy(CopyModel(target, dict(enumerate(layers))), max_rows=2 * budget), proposers)
+    return OwnCopy(CopyModel(target, dict(enumerate(layers))), max_rows=rows)
+
+
+def copy_drafter(
+    target: TreeModel, budget: int, quant: Quant, proposers: Sequence[ProposingSource] = ()
+) -> TreeDrafter:
+    return TreeDrafter(copy_source(target, 2 * budget, quant), proposers)
 
 
 def prompts() -> list[list[int]]:
@@ -101,14 +107,15 @@ def measure(
     sampling: Sampling,
     token_lists: list[list[int]],
     max_tokens: int = 64,
+    rows: int | None = None,
 ) -> Acceptance:
     """Total tokens and steps of answers of at most `max_tokens`; prompts beyond the context are skipped.
 
-    A drafter that reads the target's states is given as a function of the target.
+    A drafter that reads the target's states is given as a function of the target. A copy may take `rows` of its cache.
     """
     target, draft = demo_source("target"), demo_source("draft")
     plan = make_plan(target, draft, num_layers=8, ctx=CTX, tree_budget=budget)
-    model = load_demo("target", CTX + 2 * budget)  # a copy drafts in the target's cache
+    model = load_demo("target", CTX + (2 * budget if rows is None else rows))  # a copy drafts in the target's cache
     engine = Engine(plan, model, drafter(model) if callable(drafter) else drafter)
     tokens = steps = skipped = later_tokens = later_steps = 0
     for ids in token_lists:

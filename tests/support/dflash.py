@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,11 +16,17 @@ from safetensors.torch import save_file
 
 from specchat.engine.drafting.dflash import DFlashHead, DFlashModel
 from specchat.engine.drafting.head_check import HeadCheck
+from specchat.engine.drafting.paths import Paths
 from specchat.engine.engine import Engine
+from specchat.engine.layout import PassLayout, linear_layout
+from specchat.engine.sampling import Sampler
+from specchat.engine.sequence import FinalStates, TokenSequence
+from specchat.engine.tree import ROOT
+from specchat.records.generation import Sampling
 from specchat.records.model import ModelSource
-from support.heads import CTX, engine_beside, load_head_model
+from support.heads import CPU, CTX, engine_beside, load_head_model
 from support.loading import load_model
-from support.tiny_models import VOCAB
+from support.tiny_models import BASE, VOCAB, randomize
 
 WIDTH, BLOCK, MASK = 64, 6, VOCAB - 1
 LAYERS = (0, 1, 2)  # transformers hands over the last layer with its norm
@@ -83,6 +90,28 @@ def save_dflash(folder: Path, *, sliding: bool = False, seed: int = 3) -> Saved:
     return Saved(ModelSource(f"./{folder.name}", folder, part="dflash"), module)
 
 
+def save_muse(folder: Path) -> Saved:
+    """The same head in the files that transformers writes of Muse's assistant."""
+    saved = save_dflash(folder)
+    saved.module.save_pretrained(folder)
+    return saved
+
+
+def random_muse() -> Any:
+    """A tiny Muse, whose embeddings have a norm."""
+    text = hf.MuseGlimmerTextConfig(
+        **BASE,
+        head_dim=16,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        layer_rope_theta=[10000.0, 0] * 2,
+        sliding_window=500,
+    )
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"patch_size": 4, "pos_emb_height": 4, "pos_emb_width": 4, "layer_types": ["full_attention"]}
+    config = hf.MuseGlimmerConfig(text_config=text.to_dict(), vision_config=vision)
+    return randomize(hf.AutoModelForMultimodalLM.from_config(config, dtype=torch.float32).eval())
+
+
 def load_dflash(source: ModelSource, **sizes: int) -> DFlashModel:
     """The modules of a head, resident in float32."""
     return load_head_model(source, DFlashModel, 2, **sizes)
@@ -99,3 +128,36 @@ def load_pair(
     """A head beside a resident target."""
     model = load_model(target, cache_rows=CTX, chunk_rows=chunk_rows)
     return DFlashHead(load_dflash(head, cache_rows=CTX, chunk_rows=chunk_rows), model, max_rows=CTX - 64, check=check)
+
+
+class Reader:
+    """A target that reads tokens in sequence, and a head that is told of them."""
+
+    def __init__(self, head: DFlashHead) -> None:
+        self.head = head
+        self.tokens: list[int] = []
+
+    def read(self, tokens: list[int], following: int) -> None:
+        target, taps, first = self.head._target, self.head.taps, len(self.tokens)
+        assert taps is not None
+        hidden = target.forward(tokens, PassLayout.single(linear_layout(first, len(tokens), CPU)), taps=taps)
+        self.tokens += tokens
+        self.head.receive(0, FinalStates([*self.tokens, following], first, hidden, taps.take()))
+
+    def sequence(self, following: int) -> TokenSequence:
+        text = [*self.tokens, following]
+        return TokenSequence(0, 0, text, len(text) - 1, Sampler(Sampling(), VOCAB, CPU), frozenset(), CTX, "length")
+
+    def levels(self, following: int, chain: Sequence[int] = (7,) * (BLOCK - 2)) -> torch.Tensor:
+        """Scores of all levels below the last token, [levels, V], asked along a chain of nodes."""
+        first, rows = self.head.begin([self.sequence(following)], None)
+        assert rows == BLOCK
+        scores, paths = [first], Paths.empty()
+        for depth, token in enumerate(chain):
+            parent = torch.tensor([ROOT if depth == 0 else depth - 1])
+            weight = torch.full((1, 1), -0.1, dtype=torch.float64)
+            paths = paths.with_children(torch.zeros(1, dtype=torch.int64), parent, weight, torch.tensor([[token]]), 64)
+            scores.append(self.head.expand(paths, torch.tensor([depth]), None))
+        self.head.end()
+        self.head.commit(0, [], [])
+        return torch.cat(scores)

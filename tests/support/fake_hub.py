@@ -23,6 +23,7 @@ class FakeHub:
     url: str = ""
     repos: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)  # id -> commit -> files
     refs: dict[tuple[str, str], str] = field(default_factory=dict)  # (id, branch) -> commit
+    tags: dict[str, list[str]] = field(default_factory=dict)  # of models, by id
     gated: set[str] = field(default_factory=set)
     private: set[str] = field(default_factory=set)
     status: int | None = None  # every answer fails with it
@@ -115,6 +116,7 @@ class Handler(BaseHTTPRequestHandler):
             ]
         else:  # public even for gated repositories, as on the hub
             answer = {"id": repo_id, "sha": commit, "siblings": [{"rfilename": name} for name in files]}
+            answer["tags"] = self.hub.tags.get(repo_id, [])
         self.reply(200, json.dumps(answer).encode(), Content_Type="application/json")
 
     def serve_file(self, repo_id: str, revision: str, name: str) -> None:

@@ -3,7 +3,8 @@
 The head's cache holds keys and values of the text's joined states, one row for each token that the target has read.
 They depend on nothing else, so they are stored as soon as the states are known, and a rejected tree costs nothing. A
 block's rows are dropped after its pass. The guesses of a level do not depend on the nodes above it: a tree is the best
-product of them, found by the same best-first loop as for other sources (DDTree, arXiv 2604.12989).
+product of them, found by the same best-first loop as for other sources (DDTree, arXiv 2604.12989). A DFlash2 head adds
+scores of pairs, so its guesses depend on the parent's token; they still need no further pass.
 
 A head may come to a text late; then the text begins with the first state that it is given. Positions count from there.
 """
@@ -67,7 +68,7 @@ class DFlashModel(TreeModel):
             layout: positions of the rows; those of a block see each other.
             cancel: event that cancels the pass.
         """
-        self._rows = target.embed(token_ids)
+        self._rows = self.skeleton.embedded(target.embed(token_ids, plain=self.skeleton.settings.plain_embeddings))
         try:
             return self.forward(token_ids, layout, cancel)
         finally:
@@ -122,11 +123,14 @@ class DFlashHead:
         self._model = model
         self._target = target
         self._masks = [settings.mask_token] * (min(settings.block_size, max_rows, MOST_BLOCK_ROWS) - 1)
+        model.skeleton.use_blocks(1 + len(self._masks))
         self._max_rows = max_rows
         self._check = check
         self._held = [_Seat() for _ in range(model.cache.seats)]
-        # For each tree, the scores of each level, float32 [levels, V], and the number of nodes that were expanded.
+        # For each tree, the target's scores of each level, float32 [levels, V], the states behind them [levels, D], and
+        # the number of nodes that were expanded.
         self._levels: list[Tensor] = []
+        self._states: list[Tensor] = []
         self._num_expanded: list[int] = []
         self._compared: tuple[list[int], list[int]] = [], []
 
@@ -170,13 +174,28 @@ class DFlashHead:
         hidden = self._model.read(self._target, ids, PassLayout(parts), cancel)
         for seat, layout in parts:
             self._model.cache.truncate(seat, layout.prefix)
-        self._levels = [self._target.logits(block[1:]) for block in hidden.split(size)]
+        self._states = [block[1:] for block in hidden.split(size)]
+        self._levels = [self._target.logits(states) for states in self._states]
         self._num_expanded = [0] * len(sequences)
         if self._check is not None and not self._check.is_done:
-            for sequence, levels in zip(sequences, self._levels, strict=True):
+            for tree, sequence in enumerate(sequences):
                 held = self._held[sequence.seat]
-                held.guesses, held.text = levels[:_CHECKED_LEVELS].argmax(-1).tolist(), list(sequence.tokens)
-        return torch.stack([levels[0] for levels in self._levels]), len(ids)
+                held.guesses, held.text = self._best_chain(tree, sequence.tokens[-1]), list(sequence.tokens)
+        first = [self._scores(tree, torch.tensor([0]), [each.tokens[-1]]) for tree, each in enumerate(sequences)]
+        return torch.cat(first), len(ids)
+
+    def _scores(self, tree: int, levels: Tensor, parents: Sequence[int]) -> Tensor:
+        """Return the scores, float32 [n, V], of levels of a tree [n] below nodes with given tokens."""
+        levels = levels.to(self._model.device)
+        above = torch.tensor(parents, device=self._model.device)
+        return self._model.skeleton.scores(self._levels[tree][levels], self._states[tree][levels], above)
+
+    def _best_chain(self, tree: int, last: int) -> list[int]:
+        """Return the head's first choices of the levels that the check compares."""
+        chain = [last]
+        for level in range(min(_CHECKED_LEVELS, len(self._masks))):
+            chain.append(int(self._scores(tree, torch.tensor([level]), chain[-1:]).argmax()))
+        return chain[1:]
 
     @property
     def num_free_rows(self) -> int:
@@ -190,12 +209,12 @@ class DFlashHead:
             own, first = nodes[of_tree], self._num_expanded[tree]
             paths.row[own] = torch.arange(first, first + len(own))
             self._num_expanded[tree] += len(own)
-            scores.append(self._levels[tree][paths.depth[own].to(self._model.device)])
+            scores.append(self._scores(tree, paths.depth[own], paths.token[own].tolist()))
         return torch.cat(scores)
 
     def end(self) -> None:
         """Free the scores."""
-        self._levels = []
+        self._levels, self._states = [], []
 
     def commit(self, seat: int, rows: Sequence[int], tokens: Sequence[int]) -> None:
         """Do nothing: the block's rows were dropped, and `receive` stores the accepted tokens' states."""

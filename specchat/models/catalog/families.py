@@ -47,11 +47,11 @@ class Families:
 
     def family_of(self, model: str) -> Family | None:
         """Return the family of a target by its name: org/name, a folder, or the name alone."""
-        return next((family for family in self.families if _matches(family.targets, model)), None)
+        return next((family for family in self.families if matches(family.targets, model)), None)
 
     def why_unsupported(self, model: str) -> str | None:
         """Return the reason why a model cannot run; None if none is known."""
-        return next((each.why for each in self.unsupported if _matches(each.models, model)), None)
+        return next((each.why for each in self.unsupported if matches(each.models, model)), None)
 
 
 @cache
@@ -59,15 +59,17 @@ def known_families() -> Families:
     """Load the families that are shipped with specchat."""
     table: dict[str, Any] = tomllib.loads(_FILE.read_text(encoding="utf-8"))
     return Families(
-        tuple(Family(each["name"], _patterns(each["targets"]), tuple(each["drafts"])) for each in table["family"]),
-        tuple(Unsupported(_patterns(each["models"]), each["why"]) for each in table["unsupported"]),
+        tuple(Family(each["name"], patterns_of(each["targets"]), tuple(each["drafts"])) for each in table["family"]),
+        tuple(Unsupported(patterns_of(each["models"]), each["why"]) for each in table["unsupported"]),
     )
 
 
-def _patterns(texts: list[str]) -> tuple[re.Pattern[str], ...]:
+def patterns_of(texts: list[str]) -> tuple[re.Pattern[str], ...]:
+    """Compile patterns that ignore case."""
     return tuple(re.compile(text, re.IGNORECASE) for text in texts)
 
 
-def _matches(patterns: tuple[re.Pattern[str], ...], model: str) -> bool:
+def matches(patterns: tuple[re.Pattern[str], ...], model: str) -> bool:
+    """Return whether a pattern matches the last part of a model's name: org/name, a folder, or the name alone."""
     name = model.rstrip("/").rpartition("/")[2].partition("@")[0]
     return any(pattern.fullmatch(name) for pattern in patterns)

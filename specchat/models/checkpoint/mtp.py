@@ -59,16 +59,19 @@ def find_mtp(folder: Path) -> MtpPart | None:
     if own.is_file():
         checkpoint, num_layers = open_single(own), 0
     else:
-        config = read_json(folder / "config.json")
-        if listed_files(folder) is not None or not _announces(config):
+        if not announces_mtp(folder):
             return None
+        config = read_json(folder / "config.json")
         checkpoint, num_layers = open_checkpoint(folder, with_head=True), _num_layers(config)
     names = layer_names(checkpoint.tensors, num_layers)
     return None if names is None else MtpPart(checkpoint, names)
 
 
-def _announces(config: Mapping[str, Any]) -> bool:
-    """Return whether config.json speaks of MTP layers; only the tensors tell whether they are here."""
+def announces_mtp(folder: Path) -> bool:
+    """Return whether config.json speaks of MTP layers that are read; only the tensors tell whether they are here."""
+    if listed_files(folder) is not None:
+        return False
+    config = read_json(folder / "config.json")
     counts = [part[key] for part in _parts(config) for key in _COUNTS if part.get(key) is not None]
     if not counts:
         return any(part.get("model_type") in _UNCOUNTED for part in _parts(config))

@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from specchat.errors import UnsupportedModelError
-from specchat.models.checkpoint.dflash import DFlashConfig
+from specchat.models.checkpoint.dflash import DFlashConfig, SecondConfig
+from specchat.models.hf.dflash2 import add_second_parts
+from specchat.models.hf.eagle3 import BELOW
 from specchat.models.hf.mtp import last_norm, without_shared
 from specchat.models.hf.skeleton import Skeleton, norm_like, path_of
 
@@ -56,6 +58,23 @@ class DFlashSkeleton(Skeleton):
             turn = sys.modules[type(attention).__module__].apply_rotary_pos_emb
             yield turn(keys, keys, cos, sin)[1], values.transpose(1, 2)
 
+    def scores(self, logits: Tensor, states: Tensor, parents: Tensor) -> Tensor:
+        """Return the scores of the tokens below nodes, float32 [n, V].
+
+        Args:
+            logits: the target's scores of the states of the nodes' next level, float32 [n, V]; may be overwritten.
+            states: states [n, D] behind these scores.
+            parents: tokens of the nodes, int64 [n]; only a DFlash2 head reads them.
+        """
+        return logits
+
+    def embedded(self, embeddings: Tensor) -> Tensor:
+        """Return the rows of blocks from the embeddings of their tokens, both [S, D]."""
+        return embeddings
+
+    def use_blocks(self, num_rows: int) -> None:
+        """Prepare for passes over blocks of `num_rows` rows each."""
+
     def hidden_of(self, rows: Tensor, positions: Tensor, cache: Any) -> Tensor:
         """Compute the normed states [S, D] of a block's rows [S, D] at positions [S]; append to the cache."""
         out = self.decoder(
@@ -69,6 +88,36 @@ class DFlashSkeleton(Skeleton):
         zero, far = torch.zeros(1, dtype=torch.int64), torch.full((1,), 1 << 40)
         slides = not bool(rule(zero, zero, far, zero))
         return rule if slides and self.settings.sliding_is_causal else _in_both_directions(rule)
+
+
+@dataclass(frozen=True)
+class DFlash2Skeleton(DFlashSkeleton):
+    """A DFlash2 head: its layers mix neighbouring rows, and its scores depend on the parent's token."""
+
+    @property
+    def _second(self) -> SecondConfig:
+        assert self.settings.second is not None
+        return self.settings.second
+
+    def scores(self, logits: Tensor, states: Tensor, parents: Tensor) -> Tensor:
+        """Return the scores of the tokens below nodes, as `DFlashSkeleton.scores`; those of no candidates come last."""
+        second = self._second
+        selected, candidates = logits.topk(min(second.num_candidates, logits.shape[-1]), dim=-1)
+        selected = selected * second.output_scale
+        if second.softcap > 0:
+            selected = second.softcap * torch.tanh(selected / second.softcap)
+        selected = selected + self.decoder.candidate_selector(states, parents, candidates)
+        logits.copy_((selected.amin(-1, keepdim=True) - BELOW).expand_as(logits))
+        return logits.scatter_(-1, candidates, selected)
+
+    def embedded(self, embeddings: Tensor) -> Tensor:
+        """Return the rows of blocks from the embeddings of their tokens, both [S, D]."""
+        return embeddings * self._second.embedding_scale
+
+    def use_blocks(self, num_rows: int) -> None:
+        """Prepare for passes over blocks of `num_rows` rows each."""
+        for layer in self.layers:
+            layer.attention_conv.block_rows = layer.mlp_conv.block_rows = num_rows
 
 
 def _in_both_directions(rule: MaskRule) -> MaskRule:
@@ -97,6 +146,9 @@ def as_dflash(skeleton: Skeleton, settings: DFlashConfig) -> DFlashSkeleton:
     dtype = norm.weight.dtype
     decoder.fc = torch.nn.Linear(columns, config.hidden_size, bias=False, device="meta", dtype=dtype)
     decoder.hidden_norm = norm_like(norm, config.hidden_size)
+    if settings.second is not None:
+        add_second_parts(skeleton, settings.second, dtype)
     skeleton.model.requires_grad_(requires_grad=False).eval()
     bare = without_shared(skeleton)
-    return DFlashSkeleton(config, bare.model, bare.decoder, bare.layers, bare.layers_name, settings=settings)
+    kind = DFlashSkeleton if settings.second is None else DFlash2Skeleton
+    return kind(config, bare.model, bare.decoder, bare.layers, bare.layers_name, settings=settings)

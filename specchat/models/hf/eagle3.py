@@ -24,9 +24,9 @@ from specchat.models.hf.attention import AttentionFunction
 from specchat.models.hf.mtp import MtpSkeleton, last_norm, one_layer
 from specchat.models.hf.skeleton import Skeleton, build_skeleton, norm_like, path_of
 
-# Scores of tokens that the head does not know lie this far below its lowest score, so that they come last. They are
+# Scores of tokens that a head does not score lie this far below its lowest score, so that they come last. They are
 # finite, because other sources add to them.
-_BELOW = 10.0
+BELOW = 10.0
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Eagle3Skeleton(MtpSkeleton):
         own = self.model.get_output_embeddings()(
             outputs if self.settings.norm_output else self._normed(outputs)
         ).float()
-        scores = (own.amin(-1, keepdim=True) - _BELOW).repeat(1, self.config.vocab_size)
+        scores = (own.amin(-1, keepdim=True) - BELOW).repeat(1, self.config.vocab_size)
         scores[:, self._token_ids()] = own
         return scores
 

@@ -26,6 +26,7 @@ from specchat.models.checkpoint.text_parts import shards_beside_text
 from specchat.models.hub.cache import ALLOW, IGNORE, find_snapshot, matches, snapshot_source
 from specchat.models.hub.errors import hub_errors, not_a_hub
 from specchat.models.hub.gguf_files import GGUF_PATTERNS, choose_files, means_gguf
+from specchat.models.hub.model_card import CARD, tagged_bases
 from specchat.records.model import ModelSource
 from specchat.units import format_bytes
 
@@ -49,6 +50,7 @@ class Download:
         skipped: shards that hold nothing that text needs.
         files: GGUF files to download; empty for a model in safetensors.
         weights: files of the weights to download, for a model in safetensors.
+        bases: names of the models that the model was made from.
     """
 
     ref: ModelRef
@@ -61,6 +63,7 @@ class Download:
     skipped: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     weights: tuple[str, ...] = ()
+    bases: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -114,12 +117,11 @@ def look_up_online(ref: ModelRef, warn: Callable[[str], None]) -> ModelSource | 
     if snapshot is not None and snapshot.name == ref.revision:  # a commit never changes
         return snapshot_source(ref, snapshot)
     try:
-        commit, is_gguf = _resolve(ref)
-        if snapshot is not None and snapshot.name == commit:
+        found = _resolve(ref)
+        if snapshot is not None and snapshot.name == found.commit:
             return snapshot_source(ref, snapshot)
-        if is_gguf:
-            return _measure_gguf(ref, commit, has_older=snapshot is not None)
-        return _measure(ref, commit, has_older=snapshot is not None)
+        measure = _measure_gguf if found.is_gguf else _measure
+        return replace(measure(ref, found.commit, has_older=snapshot is not None), bases=found.bases)
     except ModelError as exc:
         if snapshot is None:
             raise
@@ -127,8 +129,17 @@ def look_up_online(ref: ModelRef, warn: Callable[[str], None]) -> ModelSource | 
         return snapshot_source(ref, snapshot)
 
 
-def _resolve(ref: ModelRef) -> tuple[str, bool]:
-    """Return the hub's commit for `ref`, and whether it means GGUF files, after checking that files can be read."""
+@dataclass(frozen=True)
+class _Resolved:
+    """What the hub says of a model: its commit, whether GGUF files are meant, and the models it was made from."""
+
+    commit: str
+    is_gguf: bool
+    bases: tuple[str, ...]
+
+
+def _resolve(ref: ModelRef) -> _Resolved:
+    """Return what the hub says of `ref`, after checking that files can be read."""
     from huggingface_hub import HfApi, constants
 
     assert ref.repo_id is not None
@@ -139,10 +150,10 @@ def _resolve(ref: ModelRef) -> tuple[str, bool]:
     names = [sibling.rfilename for sibling in info.siblings]
     if not all(isinstance(name, str) for name in names):
         raise not_a_hub(None)
-    if means_gguf(ref, names):
-        return info.sha, True
-    _check_files(ref, names)
-    return info.sha, False
+    is_gguf = means_gguf(ref, names)
+    if not is_gguf:
+        _check_files(ref, names)
+    return _Resolved(info.sha, is_gguf, tagged_bases(info.tags or ()))
 
 
 def _check_files(ref: ModelRef, names: list[str]) -> None:
@@ -248,7 +259,7 @@ def fetch(download: Download, progress: Callable[[int, int], None] | None) -> Pa
         return snapshot_download(
             repo_id,
             revision=download.revision,
-            allow_patterns=list(download.files) or ALLOW,
+            allow_patterns=[*(download.files or ALLOW), CARD],
             ignore_patterns=None if download.files else [*IGNORE, *download.skipped],
             tqdm_class=_bar_class(report, stop),
         )

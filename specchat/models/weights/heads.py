@@ -67,7 +67,10 @@ def open_head(source: ModelSource, dtype: torch.dtype, attention: AttentionFunct
 def _open_dflash(source: ModelSource, dtype: torch.dtype, attention: AttentionFunction | None) -> OpenHead:
     settings = dflash.dflash_config(source.path)
     file = source.path / "config.json"
-    config = without_quantization(make_config(file, read_json(file)))
+    given = make_config(file, read_json(file))
+    values = dflash.layer_values(source.path, given.to_dict())
+    config = given if values["model_type"] == given.model_type else make_config(file, values)
+    config = without_quantization(config)
     config.tie_word_embeddings = False
     with refusing(config.model_type, why_not_built(config)):
         whole = build_skeleton(config, dtype, attention)

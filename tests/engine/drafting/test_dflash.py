@@ -9,21 +9,13 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from support.dflash import BLOCK, Saved, load_pair, save_dflash
+from support.dflash import BLOCK, Reader, Saved, load_pair, random_muse, save_dflash, save_muse
 from support.engines import random_prompt
-from support.heads import CPU, CTX
 from support.tiny_models import VOCAB, make_config, random_model, save
 
-from specchat.engine.drafting.dflash import DFlashHead
 from specchat.engine.drafting.head_check import HeadCheck
-from specchat.engine.drafting.paths import Paths
-from specchat.engine.layout import PassLayout, linear_layout
-from specchat.engine.sampling import Sampler
-from specchat.engine.sequence import FinalStates, TokenSequence
-from specchat.engine.tree import ROOT
 from specchat.errors import CorruptCheckpointError, UnsupportedModelError
 from specchat.models.checkpoint.dflash import dflash_config, is_dflash
-from specchat.records.generation import Sampling
 from specchat.records.model import ModelSource
 
 TOLERANCE = 2e-5
@@ -40,39 +32,6 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return save_dflash(tmp_path_factory.mktemp("heads") / request.param, sliding=request.param == "sliding")
 
 
-class Reader:
-    """A target that reads tokens in sequence, and a head that is told of them."""
-
-    def __init__(self, head: DFlashHead) -> None:
-        self.head = head
-        self.tokens: list[int] = []
-
-    def read(self, tokens: list[int], following: int) -> None:
-        target, taps, first = self.head._target, self.head.taps, len(self.tokens)
-        assert taps is not None
-        hidden = target.forward(tokens, PassLayout.single(linear_layout(first, len(tokens), CPU)), taps=taps)
-        self.tokens += tokens
-        self.head.receive(0, FinalStates([*self.tokens, following], first, hidden, taps.take()))
-
-    def sequence(self, following: int) -> TokenSequence:
-        text = [*self.tokens, following]
-        return TokenSequence(0, 0, text, len(text) - 1, Sampler(Sampling(), VOCAB, CPU), frozenset(), CTX, "length")
-
-    def levels(self, following: int) -> torch.Tensor:
-        """Scores of all levels below the last token, [levels, V], asked node by node."""
-        first, rows = self.head.begin([self.sequence(following)], None)
-        assert rows == BLOCK
-        scores, paths = [first], Paths.empty()
-        for depth in range(BLOCK - 2):
-            parent = torch.tensor([ROOT if depth == 0 else depth - 1])
-            weight = torch.full((1, 1), -0.1, dtype=torch.float64)
-            paths = paths.with_children(torch.zeros(1, dtype=torch.int64), parent, weight, torch.tensor([[7]]), 64)
-            scores.append(self.head.expand(paths, torch.tensor([depth]), None))
-        self.head.end()
-        self.head.commit(0, [], [])
-        return torch.cat(scores)
-
-
 class Theirs:
     """transformers' generator for the same target and head."""
 
@@ -80,14 +39,18 @@ class Theirs:
         module = pytest.importorskip("transformers.generation.candidate_generator")
         self.model = model
         self.generator = module.DFlashTokenCandidateGenerator(
-            saved.module, model.model.embed_tokens, model.lm_head, hf.GenerationConfig(do_sample=False, max_length=200)
+            saved.module,
+            model.get_input_embeddings(),
+            model.lm_head,
+            hf.GenerationConfig(do_sample=False, max_length=200),
         )
 
     @torch.no_grad()
     def levels(self, text: list[int], num_new: int) -> torch.Tensor:
         """Scores after a text whose last pass has read `num_new` tokens."""
         ids = torch.tensor([text])
-        states = self.model.model(ids[:, :-1], output_hidden_states=True).hidden_states
+        decoder = getattr(self.model.model, "language_model", self.model.model)
+        states = decoder(ids[:, :-1], output_hidden_states=True).hidden_states
         first = len(text) - 1 - num_new
         outputs = type("Outputs", (), {"hidden_states": [each[:, first:] for each in states]})()
         named = {"position_ids": torch.arange(len(text))[None], "attention_mask": torch.ones_like(ids)}
@@ -109,6 +72,28 @@ def test_scores_equal_transformers_generator(target: tuple[Any, ModelSource], sa
     check_close(reader.levels(text[20]), theirs.levels(text[:21], 20))
     reader.read(text[20:23], text[23])
     check_close(reader.levels(text[23]), theirs.levels(text[:24], 3))
+
+
+@pytest.mark.slow
+def test_muses_assistant_reads_muse(tmp_path: Path):
+    """The files of transformers' class are read as a DFlash head, and its blocks have plain embeddings."""
+    saved, model, text = save_muse(tmp_path / "assistant"), random_muse(), random_prompt(30, VOCAB)
+    assert is_dflash(saved.source.path) and dflash_config(saved.source.path).plain_embeddings
+    reader = Reader(load_pair(save(model, tmp_path / "muse"), saved.source))
+    theirs = Theirs(model, saved)
+    reader.read(text[:20], text[20])
+    ours = reader.levels(text[20])
+    scale, cap = model.config.text_config.output_multiplier, model.config.text_config.final_logit_softcapping
+    expected = cap * torch.tanh(theirs.levels(text[:21], 20) * scale / cap)  # their generator leaves these out
+    check_close(ours, expected)
+
+
+@pytest.mark.slow
+def test_muses_assistant_is_read_like_a_dflash_head(target: tuple[Any, ModelSource], tmp_path: Path):
+    (model, source), text, saved = target, random_prompt(30, VOCAB), save_muse(tmp_path / "assistant")
+    reader = Reader(load_pair(source, saved.source))
+    reader.read(text[:20], text[20])
+    check_close(reader.levels(text[20]), Theirs(model, saved).levels(text[:21], 20))
 
 
 def fresh(target: ModelSource, saved: Saved, text: list[int]) -> torch.Tensor:
@@ -178,6 +163,10 @@ def test_configurations_that_are_refused(tmp_path: Path):
         file.write_text(json.dumps(config | {name: value}))
         with pytest.raises(CorruptCheckpointError):
             dflash_config(folder)
+    for other, words in (("DSparkDraftModel", "DSpark"), ("Gemma4AssistantForCausalLM", "Gemma 4's assistant")):
+        file.write_text(json.dumps(config | {"architectures": [other]}))
+        with pytest.raises(UnsupportedModelError, match=words):
+            is_dflash(folder)
     file.write_text(json.dumps(config | {"architectures": ["DFlash2DraftModel"]}))
-    with pytest.raises(UnsupportedModelError, match="DFlash2"):
-        is_dflash(folder)
+    with pytest.raises(CorruptCheckpointError, match="conv_group_size"):
+        dflash_config(folder)

@@ -19,7 +19,7 @@ from specchat.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from specchat.loading.locate import refuse_by_configuration
+from specchat.loading.sketches import refuse_by_configuration
 from specchat.models.catalog.ref import demo_source, parse_model
 from specchat.models.checkpoint.gguf import listed_files
 from specchat.models.gguf.folder import model_folder

@@ -48,7 +48,7 @@ MODEL = {
     "chat_template.jinja": b"hello",
     "model.safetensors": shard(5000),
     "pytorch_model.bin": b"never fetched",
-    "README.md": b"never fetched",
+    "README.md": b"---\nbase_model: org/base\n---\nwords",
     "notes.txt": b"never fetched",
     "original/consolidated.00.pth": b"never fetched",
     "onnx/config.json": b"never fetched",
@@ -56,6 +56,7 @@ MODEL = {
 }
 WANTED = {"config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "model.safetensors"}
 WANTED_BYTES = sum(len(MODEL[name]) for name in WANTED)
+FETCHED = WANTED | {"README.md"}  # the card is not counted
 
 
 @pytest.fixture
@@ -132,7 +133,7 @@ def test_only_needed_files_are_downloaded(hub, tmp_path):
 
     source = ask("org/name", confirm=confirm, progress=lambda done, total: told.append((done, total)))
     assert (source.name, source.revision, source.is_toy) == ("org/name", commit, False)
-    assert files_in(source.path) == WANTED
+    assert files_in(source.path) == FETCHED
     assert set(open_checkpoint(source.path).tensors) == {"w"}
     (download,) = asked
     assert (download.name, download.revision, download.folder) == ("org/name", commit, tmp_path / "hub")
@@ -515,7 +516,7 @@ def test_a_plan_downloads_one_small_file(hub):
     # what was fetched for a plan does not pass for a model
     with pytest.raises(ModelNotCachedError):
         look_up(parse_model("org/name"), offline=True)
-    assert files_in(ask("org/name").path) == WANTED
+    assert files_in(ask("org/name").path) == FETCHED
 
 
 def test_a_shape_is_planned_from_figures(tmp_path):
