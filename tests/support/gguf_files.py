@@ -36,6 +36,7 @@ ARCHES = {
     "qwen3_5_moe_text": "qwen35moe",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
+    "gemma3n_text": "gemma3n",
     "gemma4_text": "gemma4",
     "gpt_oss": "gpt-oss",
     "phi3": "phi3",
@@ -47,6 +48,8 @@ ARCHES = {
     "granite": "granite",
     "granitemoe": "granitemoe",
     "granitemoehybrid": "granitehybrid",
+    "falcon_h1": "falcon-h1",
+    "nemotron_h": "nemotron_h",
     "minimax_m2": "minimax-m2",
     "ministral3": "mistral3",
     "smollm3": "smollm3",
@@ -60,7 +63,8 @@ ARCHES = {
     "ernie4_5": "ernie4_5",
     "hunyuan_v1_dense": "hunyuan-dense",
 }
-_INTERLEAVED = {"llama", "granite", "granitemoe", "granitehybrid", "mistral3", "smollm3"}
+_NEMOTRON = {"nemotron_h", "nemotron_h_moe"}
+_INTERLEAVED = {"llama", "granite", "granitemoe", "granitehybrid", "mistral3", "smollm3", *_NEMOTRON}
 _PLUS_ONE = {"gemma2", "gemma3", "qwen3next", "qwen35", "qwen35moe"}
 # Names that the package's map does not know, by their ends.
 _UNMAPPED = {
@@ -74,6 +78,13 @@ _UNMAPPED = {
     "mamba.dt_bias": "ssm_dt.bias",
     "mamba.A_log": "ssm_a",
     "mamba.D": "ssm_d",
+    "mixer.dt_bias": "ssm_dt.bias",
+    "mixer.A_log": "ssm_a",
+    "mixer.D": "ssm_d",
+    "pre_ff_layernorm.weight": "ffn_norm",
+    "correct_output_scale": "altup_correct_scale.weight",
+    "mixer.experts.up_proj": "ffn_up_exps.weight",
+    "mixer.gate.weight": "ffn_gate_inp.weight",
 }
 _SPM = ["<unk>", "<s>", "</s>"]
 
@@ -100,7 +111,7 @@ def save_gguf(
         metadata: further keys, with "__" for dots, after the architecture's name.
     """
     config = model.config
-    arch = arch or ARCHES[config.model_type]
+    arch = arch or arch_of(config)
     writer = gguf.GGUFWriter(file, arch)
     more = {key.replace("__", "."): value for key, value in metadata.items()}
     for key, value in {**metadata_of(config, arch, splits_kv=splits_kv), **more}.items():
@@ -111,7 +122,7 @@ def save_gguf(
     for name, values in tensors(model, arch, splits_kv=splits_kv):
         is_matrix = (
             values.ndim >= 2
-            and not re.search("gate_inp|ssm_(conv1d|a|d|norm)|shortconv.conv", name)
+            and not re.search("gate_inp|ssm_(conv1d|a|d|norm)|shortconv.conv|altup|laurel", name)
             and not name.endswith("bias")
         )
         _add_tensor(writer, name, values, chosen(name) if is_matrix else "F32")
@@ -120,6 +131,12 @@ def save_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return find(file)
+
+
+def arch_of(config: Any) -> str:
+    """llama.cpp's architecture of a configuration."""
+    has_experts = "moe" in (getattr(config, "layers_block_type", None) or ())
+    return "nemotron_h_moe" if config.model_type == "nemotron_h" and has_experts else ARCHES[config.model_type]
 
 
 def find(path: Path) -> ModelSource:
@@ -137,6 +154,13 @@ def tensors(model: Any, arch: str, *, splits_kv: bool = True) -> Iterator[tuple[
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         values = tensor.detach().float().numpy()
+        if arch == "falcon-h1":
+            values = _multiplied(name, values, config)
+        if arch in _NEMOTRON:
+            name = name.replace("model.", "backbone.", 1)
+        if "altup_" in name:
+            yield from _stacked_projections(model, name)
+            continue
         layer = re.search(r"layers\.(\d+)\.", name)
         block = f"blk.{layer[1]}." if layer else ""
         if arch == "gpt-oss" and ".experts." in name:
@@ -159,8 +183,9 @@ def tensors(model: Any, arch: str, *, splits_kv: bool = True) -> Iterator[tuple[
             gate, up = np.split(values, 2)
             yield from ((f"{block}ffn_gate{end}", gate), (f"{block}ffn_up{end}", up))
             continue
-        if arch == "granitehybrid" and "mamba." in name and name.endswith(("A_log", ".D", "norm.weight")):
-            values = values.reshape(config.mamba_n_groups if "norm" in name else len(values), -1)
+        if ("mamba." in name or "mixer." in name) and name.endswith(("A_log", ".D", "norm.weight")):
+            groups = config.n_groups if arch in _NEMOTRON else config.mamba_n_groups
+            values = values.reshape(groups if "norm" in name else len(values), -1)
         if name.endswith("in_proj_qkvz.weight"):
             yield from _split_projection(block, values, config)
             continue
@@ -199,6 +224,37 @@ def tensors(model: Any, arch: str, *, splits_kv: bool = True) -> Iterator[tuple[
     if scaling.get("rope_type") == "longrope":
         for which in ("long", "short"):
             yield f"rope_factors_{which}.weight", np.array(scaling[f"{which}_factor"], dtype=np.float32)
+
+
+def _multiplied(name: str, values: np.ndarray, config: Any) -> np.ndarray:
+    """A tensor of Falcon-H1 with the multipliers that the converter makes part of it."""
+    attention, up, down = config.attention_in_multiplier, *config.mlp_multipliers
+    factors = {
+        "embed_tokens": config.embedding_multiplier,
+        "lm_head": config.lm_head_multiplier,
+        "gate_proj": up,
+        "down_proj": down,
+        "q_proj": attention,
+        "k_proj": attention * config.key_multiplier,
+        "v_proj": attention,
+        "self_attn.o_proj": config.attention_out_multiplier,
+        "mamba.out_proj": config.ssm_out_multiplier,
+        "mamba.in_proj": config.ssm_in_multiplier,
+    }
+    values = values * np.float32(next((factor for part, factor in factors.items() if part in name), 1.0))
+    if "mamba.in_proj" in name:
+        states = config.mamba_n_groups * config.mamba_d_state
+        sizes = [config.mamba_d_ssm, config.mamba_d_ssm, states, states, config.mamba_n_heads]
+        values = values * np.repeat(np.float32(config.ssm_multipliers), sizes)[:, None]
+    return values
+
+
+def _stacked_projections(model: Any, name: str) -> Iterator[tuple[str, np.ndarray]]:
+    """All projections of Gemma 3n's kind, where the first of them is."""
+    path, _, index = name.removesuffix(".weight").rpartition(".")
+    if index == "0":
+        stem = "altup_unembd_proj" if "unembed" in path else "altup_proj"
+        yield f"{stem}.weight", np.stack([each.weight.detach().numpy() for each in model.get_submodule(path)])
 
 
 def _tiled(name: str, values: np.ndarray, config: Any) -> np.ndarray:
@@ -326,7 +382,7 @@ def _matrix(module: torch.nn.Module) -> torch.Tensor:
 
 def dequantized(model: Any, kind: str | Kind) -> Any:
     """Round a model's matrices in place as GGUF stores them, and return the model."""
-    arch = ARCHES[model.config.model_type]
+    arch = arch_of(model.config)
     chosen = kind if callable(kind) else lambda _: kind
     names = gguf.get_tensor_name_map(
         {v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[arch], model.config.num_hidden_layers
