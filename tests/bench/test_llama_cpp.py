@@ -15,10 +15,14 @@ from specchat.bench.llama_process import LlamaModel
 from specchat.bench.llama_python import PACKAGE, LlamaPython
 from specchat.bench.records import Request
 from specchat.bench.setup import check_baselines
+from specchat.cli.bench import _avoids_page_cache
+from specchat.cli.bench_options import BenchOptions
 from specchat.errors import ModelError, NotAvailableError, UsageError
+from specchat.loading.request import ModelRequest
 from specchat.models.checkpoint.gguf import FILE_LIST
 from specchat.records.generation import Sampling
 from specchat.records.model import ModelSource
+from specchat.records.plan import PlanChoices
 
 STAND_IN = """#!{python}
 import json, sys, time
@@ -215,3 +219,20 @@ def test_baselines_are_checked_before_anything_is_loaded(tmp_path, monkeypatch, 
     monkeypatch.setattr("specchat.bench.llama_cpp.has_package", lambda: False)
     with pytest.raises(NotAvailableError, match="not on PATH, or llama-cpp-python, which is not installed"):
         check_baselines(["llama.cpp"], blocks, None)
+
+
+@pytest.mark.parametrize(
+    ("baselines", "limit", "ram", "avoids"),
+    [
+        (("llama.cpp",), 2**30, None, True),
+        (("plain", "llama.cpp-draft"), 2**30, None, True),
+        (("llama.cpp",), 2**30, 2**20, False),
+        (("llama.cpp",), None, None, False),
+        (("plain",), 2**30, None, False),
+    ],
+)
+def test_a_limit_is_not_extended_by_pages_of_the_other(baselines, limit, ram, avoids):
+    """llama.cpp maps the file that specchat reads, so specchat then keeps none of its pages."""
+    models = ModelRequest("x.gguf", choices=PlanChoices(ram_bytes=ram))
+    options = BenchOptions(models, baselines=baselines, limit_memory=limit)
+    assert _avoids_page_cache(options) == avoids
