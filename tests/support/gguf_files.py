@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gguf
@@ -82,6 +83,11 @@ _UNMAPPED = {
     "mixer.A_log": "ssm_a",
     "mixer.D": "ssm_d",
     "pre_ff_layernorm.weight": "ffn_norm",
+    ".eh_proj.weight": "nextn.eh_proj.weight",
+    ".enorm.weight": "nextn.enorm.weight",
+    ".hnorm.weight": "nextn.hnorm.weight",
+    "shared_head.norm.weight": "nextn.shared_head_norm.weight",
+    "shared_head.head.weight": "nextn.shared_head_head.weight",
     "correct_output_scale": "altup_correct_scale.weight",
     "mixer.experts.up_proj": "ffn_up_exps.weight",
     "mixer.gate.weight": "ffn_gate_inp.weight",
@@ -98,6 +104,7 @@ def save_gguf(
     *,
     splits_kv: bool = True,
     arch: str | None = None,
+    head: Mapping[str, torch.Tensor] | None = None,
     **metadata: Any,
 ) -> ModelSource:
     """Write a model and a small tokenizer as a GGUF file, and return it as specchat finds it.
@@ -108,18 +115,21 @@ def save_gguf(
         kind: block type of the matrices, or a function from GGUF's name of a matrix to its type.
         splits_kv: whether latent attention is stored as newer converters do.
         arch: llama.cpp's architecture, where a model type has several.
+        head: tensors of an MTP layer behind the last layer, or None.
         metadata: further keys, with "__" for dots, after the architecture's name.
     """
     config = model.config
     arch = arch or arch_of(config)
     writer = gguf.GGUFWriter(file, arch)
     more = {key.replace("__", "."): value for key, value in metadata.items()}
+    if head is not None:
+        more |= {"block_count": config.num_hidden_layers + 1, "nextn_predict_layers": 1}
     for key, value in {**metadata_of(config, arch, splits_kv=splits_kv), **more}.items():
         full = f"{arch}.{key}"
         writer.add_array(full, value) if isinstance(value, list) else _add(writer, full, value)
     _add_tokenizer(writer, config.vocab_size)
     chosen = kind if callable(kind) else lambda _: kind
-    for name, values in tensors(model, arch, splits_kv=splits_kv):
+    for name, values in tensors(model, arch, splits_kv=splits_kv, head=head or {}):
         is_matrix = (
             values.ndim >= 2
             and not re.search("gate_inp|ssm_(conv1d|a|d|norm)|shortconv.conv|altup|laurel", name)
@@ -146,11 +156,15 @@ def find(path: Path) -> ModelSource:
     return found
 
 
-def tensors(model: Any, arch: str, *, splits_kv: bool = True) -> Iterator[tuple[str, np.ndarray]]:
+def tensors(
+    model: Any, arch: str, *, splits_kv: bool = True, head: Mapping[str, torch.Tensor] = MappingProxyType({})
+) -> Iterator[tuple[str, np.ndarray]]:
     """Names and values as llama.cpp's converter writes them."""
     config = model.config
-    names = gguf.get_tensor_name_map({v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[arch], config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
+    names = gguf.get_tensor_name_map(
+        {v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[arch], config.num_hidden_layers + 1
+    )
+    for name, tensor in {**model.state_dict(), **head}.items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         values = tensor.detach().float().numpy()
@@ -193,6 +207,7 @@ def tensors(model: Any, arch: str, *, splits_kv: bool = True) -> Iterator[tuple[
             values = _tiled(name, values, config)
         found = next((f"{block}{short}" for end, short in _UNMAPPED.items() if name.endswith(end)), None)
         if found is not None:
+            values = values + 1 if arch in _PLUS_ONE and "nextn" in found and "norm" in found else values
             yield found, -np.exp(values) if name.endswith("A_log") else values
             continue
         if name.endswith("kv_b_proj.weight") and splits_kv:
@@ -212,7 +227,7 @@ def tensors(model: Any, arch: str, *, splits_kv: bool = True) -> Iterator[tuple[
         if arch == "granitehybrid" and not config.num_local_experts:
             found = found.replace("_shexp", "")
         yield found, values[0] if found.endswith("ffn_gate_inp_shexp.weight") else values
-    if arch in PREDICTS_FURTHER:
+    if arch in PREDICTS_FURTHER and not head:
         yield f"blk.{config.num_hidden_layers}.nextn.enorm.weight", np.ones(config.hidden_size, dtype=np.float32)
     scaling = config.rope_parameters if arch in ("llama", "phi3") else {}
     if scaling.get("rope_type") == "llama3":

@@ -244,6 +244,15 @@ _GPT_OSS: Mapping[str, str] = {
     "ffn_down_exps.weight": "mlp.experts.down_proj.*.weight",
     "ffn_down_exps.bias": "mlp.experts.down_proj_bias",
 }
+# Within a layer that predicts a further token, of any architecture.
+_NEXT_TOKEN: Mapping[str, str] = {
+    "nextn.eh_proj": "eh_proj",
+    "nextn.enorm": "enorm",
+    "nextn.hnorm": "hnorm",
+    "nextn.embed_tokens": "embed_tokens",
+    "nextn.shared_head_norm": "shared_head.norm",
+    "nextn.shared_head_head": "shared_head.head",
+}
 # Outside the layers.
 _REST: Mapping[str, str] = {
     "token_embd": "model.embed_tokens",
@@ -304,7 +313,7 @@ class Architecture:
         is_in_layer = name.startswith("blk.")
         index, _, rest = name.removeprefix("blk.").partition(".") if is_in_layer else ("", "", name)
         stem, _, leaf = rest.rpartition(".")
-        names = self.names if is_in_layer else {**_REST, **self.rest}
+        names = {**_NEXT_TOKEN, **self.names} if is_in_layer else {**_REST, **self.rest}
         if (is_in_layer and not index.isdecimal()) or (leaf not in ("weight", "bias") and rest not in names):
             return None
         full = names[rest] if rest in names else f"{names[stem]}.{leaf}" if stem in names else None

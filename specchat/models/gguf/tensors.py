@@ -55,22 +55,30 @@ _FLAT = ("A_log", "mamba.D", "mamba.norm.weight", "mixer.D", "mixer.norm.weight"
 _TILED = ("in_proj_a.weight", "in_proj_b.weight", "conv1d.weight", "dt_bias", "A_log")
 
 
-def open_tensors(folder: Path) -> Checkpoint:
+def open_tensors(folder: Path, *, with_head: bool = False) -> Checkpoint:
     """Open the tensors of a model's folder: those of the GGUF files that it stands for, or its safetensors files.
+
+    Args:
+        folder: folder of the model.
+        with_head: whether GGUF files are asked for the layers that predict further tokens, too.
 
     Raises:
         CorruptCheckpointError: an invalid header.
         UnsupportedModelError: a tensor that specchat does not know.
     """
     files = listed_files(folder)
-    return unstack_experts(open_checkpoint(folder)) if files is None else _open(folder, open_gguf(files[0]))
+    if files is None:
+        return unstack_experts(open_checkpoint(folder))
+    file = open_gguf(files[0])
+    return _open(folder, file, None if with_head else num_layers(Metadata(file)))
 
 
-def _open(folder: Path, file: GgufFile) -> Checkpoint:
-    architecture, layers = architecture_of(file), num_layers(Metadata(file))
+def _open(folder: Path, file: GgufFile, layers: int | None) -> Checkpoint:
+    """Open the tensors outside the layers, and those of the first `layers` layers, or of all."""
+    architecture = architecture_of(file)
     tensors: dict[str, TensorInfo] = {}
     for tensor in sorted(file.tensors.values(), key=lambda each: (each.file, each.offset)):
-        if is_in_config(tensor.name) or _is_after(tensor.name, layers):
+        if is_in_config(tensor.name) or (layers is not None and _is_after(tensor.name, layers)):
             continue
         found = architecture.rename(tensor.name)
         if found is None:

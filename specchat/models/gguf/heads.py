@@ -1,0 +1,32 @@
+"""The MTP layer of a model in safetensors or GGUF files, where its number is the one after the decoder's last layer."""
+
+from pathlib import Path
+
+from specchat.models.checkpoint.gguf import listed_files, open_gguf
+from specchat.models.checkpoint.mtp import MtpPart, find_mtp, layer_names
+from specchat.models.gguf.config import num_layers
+from specchat.models.gguf.metadata import Metadata
+
+
+def find_head(folder: Path) -> MtpPart | None:
+    """Return the MTP layer of a model; None without one.
+
+    Only config.json and headers are read.
+
+    Args:
+        folder: folder of the model, or the one that stands for its GGUF files.
+
+    Raises:
+        CorruptCheckpointError, UnsupportedModelError: faults of headers.
+    """
+    files = listed_files(folder)
+    if files is None:
+        return find_mtp(folder)
+    metadata = Metadata(open_gguf(files[0]))
+    if not metadata.integer("nextn_predict_layers", 0):
+        return None
+    from specchat.models.gguf.tensors import open_tensors  # imports torch
+
+    checkpoint = open_tensors(folder, with_head=True)
+    names = layer_names(checkpoint.tensors, num_layers(metadata))
+    return None if names is None else MtpPart(checkpoint, names)
