@@ -152,6 +152,12 @@ MORE_CASES = [
     Case("granite_hybrid", "granitemoehybrid"),
     Case("granite_hybrid_dense", "granitemoehybrid", {"num_local_experts": 0}),
     *(Case(name, name) for name in ("gemma4", "gemma4_shared", "gemma4_moe", "gemma4_k_eq_v")),
+    Case(
+        "ernie4_5_moe",
+        "Ernie4_5_MoeConfig",
+        {"head_dim": 16, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_layer_start_index": 1},
+    ),
+    Case("hunyuan_moe", "HunYuanMoEV1Config", {"head_dim": 16, "num_experts": 4, "moe_topk": 2}),
     Case("gemma3n", "gemma3n"),
     Case("falcon_h1", "falcon_h1"),
     Case("falcon_h1_groups", "falcon_h1", {"mamba_n_groups": 2}),

@@ -62,6 +62,8 @@ ARCHES = {
     "exaone4": "exaone4",
     "seed_oss": "seed_oss",
     "ernie4_5": "ernie4_5",
+    "ernie4_5_moe": "ernie4_5-moe",
+    "hunyuan_v1_moe": "hunyuan-moe",
     "hunyuan_v1_dense": "hunyuan-dense",
 }
 _NEMOTRON = {"nemotron_h", "nemotron_h_moe"}
@@ -91,6 +93,10 @@ _UNMAPPED = {
     "correct_output_scale": "altup_correct_scale.weight",
     "mixer.experts.up_proj": "ffn_up_exps.weight",
     "mixer.gate.weight": "ffn_gate_inp.weight",
+    "mlp.gate.wg.weight": "ffn_gate_inp.weight",
+    "mlp.shared_mlp.gate_proj.weight": "ffn_gate_shexp.weight",
+    "mlp.shared_mlp.up_proj.weight": "ffn_up_shexp.weight",
+    "mlp.shared_mlp.down_proj.weight": "ffn_down_shexp.weight",
 }
 _SPM = ["<unk>", "<s>", "</s>"]
 

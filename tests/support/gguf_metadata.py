@@ -73,6 +73,16 @@ def metadata_of(config: Any, arch: str, *, splits_kv: bool) -> dict[str, Any]:
             "ssm.inner_size": config.mamba_n_heads * config.mamba_d_head,
             "ssm.time_step_rank": config.mamba_n_heads,
         }
+    if arch == "ernie4_5-moe":
+        values |= {
+            "expert_count": config.moe_num_experts,
+            "expert_used_count": config.moe_k,
+            "expert_shared_count": config.moe_num_shared_experts,
+            "leading_dense_block_count": config.moe_layer_start_index,
+            "interleave_moe_layer_step": config.moe_layer_interval,
+        }
+    if arch == "hunyuan-moe":
+        values["expert_used_count"] = config.moe_topk
     values |= _gemma3n(config) if arch == "gemma3n" else {}
     values |= _falcon_h1(config) if arch == "falcon-h1" else {}
     values |= _nemotron_h(config) if arch.startswith("nemotron_h") else {}

@@ -181,6 +181,19 @@ _HUNYUAN: Mapping[str, str] = {
     "attn_q_norm": "self_attn.query_layernorm",
     "attn_k_norm": "self_attn.key_layernorm",
 }
+_HUNYUAN_MOE: Mapping[str, str] = {
+    **_HUNYUAN,
+    **_EXPERTS,
+    "ffn_gate_inp": "mlp.gate.wg",
+    "ffn_gate_shexp": "mlp.shared_mlp.gate_proj",
+    "ffn_up_shexp": "mlp.shared_mlp.up_proj",
+    "ffn_down_shexp": "mlp.shared_mlp.down_proj",
+}
+_ERNIE_MOE: Mapping[str, str] = {
+    **_LLAMA,
+    **_SHARED,
+    "exp_probs_b.bias": "mlp.gate.moe_statics.e_score_correction_bias",
+}
 _DELTA_NET: Mapping[str, str] = {
     **{stem: name for stem, name in _LLAMA.items() if stem != "ffn_norm"},
     "post_attention_norm": "post_attention_layernorm",
@@ -401,5 +414,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "exaone4": Architecture("exaone4", _NORMS_AFTER, extra=extras.exaone4),
     "seed_oss": Architecture("seed_oss", _SEED, extra=extras.seed_oss),
     "ernie4_5": Architecture("ernie4_5", extra=extras.ernie4_5),
+    "ernie4_5-moe": Architecture("ernie4_5_moe", _ERNIE_MOE, extra=extras.ernie4_5_moe),
+    "hunyuan-moe": Architecture("hunyuan_v1_moe", _HUNYUAN_MOE, extra=extras.hunyuan_moe),
     "hunyuan-dense": Architecture("hunyuan_v1_dense", _HUNYUAN, extra=extras.attention_bias),
 }

@@ -324,6 +324,27 @@ def ernie4_5(metadata: Metadata) -> dict[str, Any]:
     return {"use_bias": "blk.0.attn_q.bias" in metadata.file.tensors}
 
 
+def ernie4_5_moe(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of ERNIE 4.5 with experts."""
+    return ernie4_5(metadata) | {
+        "moe_num_experts": metadata.integer("expert_count"),
+        "moe_k": metadata.integer("expert_used_count"),
+        "moe_intermediate_size": metadata.integer("expert_feed_forward_length"),
+        "moe_num_shared_experts": metadata.integer("expert_shared_count", 0),
+        "moe_layer_start_index": metadata.integer("leading_dense_block_count"),
+        "moe_layer_interval": metadata.integer("interleave_moe_layer_step", 1) or 1,
+        "moe_layer_end_index": metadata.integer("block_count") - 1,
+    }
+
+
+def hunyuan_moe(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of Hunyuan with experts, each of which has the width of the shared one."""
+    return attention_bias(metadata) | {
+        "num_experts": metadata.integer("expert_count"),
+        "moe_topk": metadata.integer("expert_used_count"),
+    }
+
+
 def _head_dim(metadata: Metadata) -> int:
     size = metadata.integer("attention.key_length", _width_per_head(metadata))
     return size or metadata.fail("attention.key_length", size, "the width of a head")

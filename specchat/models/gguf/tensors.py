@@ -33,6 +33,7 @@ _PLAIN = (
     "per_layer_model_projection.weight",
     "router.proj.weight",
     "mlp.gate.weight",
+    "mlp.gate.wg.weight",
     "mixer.gate.weight",
     "correction_coefs.weight",
     "prediction_coefs.weight",
@@ -110,7 +111,7 @@ def _infos(file: GgufFile, architecture: Architecture, tensor: GgufTensor, name:
     if len(tensor.shape) == 2 and not name.endswith((*_PLAIN, *_FLAT)):
         return {name: _packed(tensor, name, tensor.shape, tensor.offset)}
     shape = tensor.shape
-    if name.endswith("shared_expert_gate.weight") and len(shape) == 1:
+    if name.endswith(("shared_expert_gate.weight", "moe_statics.e_score_correction_bias")) and len(shape) == 1:
         shape = (1, *shape)
     if name.endswith(("conv1d.weight", "conv.conv.weight")) and len(shape) == 2:
         shape = (shape[0], 1, shape[1])
