@@ -62,6 +62,7 @@ HOMES = {
     "torch": ("engine/", "models/", "hardware/", "bench/baselines.py", "demo/"),
     # The baselines are what the engine is measured against: transformers used as anyone would, nothing of ours in it.
     "transformers": ("models/hf/", "bench/baselines.py", "demo/"),
+    "llama_cpp": ("bench/llama_worker.py",),
     "starlette": ("serve/",),
     "uvicorn": ("serve/",),
     "triton": ("models/quant/kernels/triton_",),

@@ -1,6 +1,6 @@
-"""The llama.cpp baseline: its own server on the same GGUF file, asked for tokens by token ids.
+"""The llama.cpp baseline: its own server, or llama-cpp-python, on the same GGUF file, asked for tokens by token ids.
 
-The server is a process of its own: it maps the file, and gets the same context and number of threads, and if memory is
+llama.cpp is a process of its own: it maps the file, and gets the same context and number of threads, and if memory is
 limited a control group of the same size. Its activations are 8-bit numbers for most types of blocks, so greedy texts
 may differ at near-ties.
 """
@@ -12,71 +12,67 @@ import json
 import select
 import shutil
 import socket
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
 from threading import Event
 from typing import Any
 
+from specchat.bench.llama_process import POLL_S, START_S, LlamaModel, LlamaProcess
+from specchat.bench.llama_python import PACKAGE, LlamaPython, has_package
 from specchat.bench.records import AnswerRecord, Request
-from specchat.closing import Closeable
 from specchat.errors import ModelError, NotAvailableError
-from specchat.hardware.memory_group import MemoryGroup
 
 PROGRAM = "llama-server"
+PLAIN, WITH_DRAFT = "llama.cpp", "llama.cpp-draft"
 # Baselines by name, with the options of the server that make it speculate.
 LLAMA_CPP: Mapping[str, tuple[str, ...]] = {
-    "llama.cpp": (),
+    PLAIN: (),
     "llama.cpp-ngram": ("--spec-type", "ngram-cache"),
-    "llama.cpp-draft": ("--spec-type", "draft-simple"),
+    WITH_DRAFT: ("--spec-type", "draft-simple"),
 }
-WITH_DRAFT = "llama.cpp-draft"
-_START_S = 600.0
-_POLL_S = 0.1
-_LOG_LINES = 3
 
 
-@dataclass(frozen=True)
-class LlamaModel:
-    """What the server runs.
+def find_llama(names: Sequence[str]) -> str:
+    """Return what runs the baselines of llama.cpp: its server on PATH, else llama-cpp-python.
 
-    Attributes:
-        file: GGUF file, the first of a split set.
-        ctx: context in tokens.
-        threads: number of threads that compute.
-        on_cpu: whether no layer may be computed by a GPU.
-        draft: GGUF file of a draft model, or None.
-        limit_bytes: limit of memory and page cache, or None.
-    """
+    `llama-cli` takes no token ids and is not used.
 
-    file: Path
-    ctx: int
-    threads: int
-    on_cpu: bool = True
-    draft: Path | None = None
-    limit_bytes: int | None = None
-
-
-def find_server() -> str:
-    """Return the path of llama.cpp's server.
+    Args:
+        names: names of the baselines, at least one.
 
     Raises:
-        NotAvailableError: no such program on PATH.
+        NotAvailableError: neither one installed, or llama-cpp-python alone, which has no speculation of llama.cpp's.
     """
-    found = shutil.which(PROGRAM)
-    if found is None:
-        raise NotAvailableError(
-            f"the baseline 'llama.cpp' needs {PROGRAM}, which is not on PATH",
-            hint="build or install llama.cpp, and add the folder of its programs to PATH",
-        )
-    return found
+    if shutil.which(PROGRAM) is not None:
+        return PROGRAM
+    speculating = [name for name in names if name != PLAIN]
+    if has_package() and not speculating:
+        return PACKAGE
+    raise NotAvailableError(
+        f"the baseline '{(speculating or [PLAIN])[0]}' needs {PROGRAM}, which is not on PATH"
+        + ("" if speculating else f", or {PACKAGE}, which is not installed"),
+        hint="build or install llama.cpp, and add the folder of its programs to PATH"
+        + ("" if speculating else f"; or 'pip install {PACKAGE}'"),
+    )
 
 
-class LlamaServer(Closeable):
+def start_llama(name: str, model: LlamaModel, cancel: Event) -> LlamaProcess:
+    """Load a model for a baseline.
+
+    Args:
+        name: name of the baseline.
+        model: model, context, threads and limit.
+        cancel: stops waiting for the model once set.
+
+    Raises:
+        NotAvailableError: a missing program, one that ended early, or memory that cannot be limited.
+    """
+    if find_llama([name]) == PACKAGE:
+        return LlamaPython(model, cancel)
+    return LlamaServer(model, LLAMA_CPP[name], cancel)
+
+
+class LlamaServer(LlamaProcess):
     """A running server of llama.cpp.
 
     Args:
@@ -85,31 +81,17 @@ class LlamaServer(Closeable):
         cancel: stops waiting for the server once set; the server may not be ready then, and is asked nothing.
 
     Raises:
-        NotAvailableError: a missing program, one that ended early, or memory that cannot be limited.
+        NotAvailableError: a program that ended early, or memory that cannot be limited.
     """
 
     def __init__(self, model: LlamaModel, options: Sequence[str], cancel: Event) -> None:
-        program = find_server()
-        with ExitStack() as undo:
-            self._log = undo.enter_context(tempfile.TemporaryFile())
-            self._port = _free_port()
-            command = [program, *_arguments(model, self._port), *options]
-            if model.limit_bytes is not None:
-                command = undo.enter_context(MemoryGroup(model.limit_bytes)).command(command)
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=self._log,
-                process_group=0,  # a terminal sends Ctrl-C to the whole group of the foreground
-            )
-            undo.callback(self._stop)
+        self._port = _free_port()
+        super().__init__(PROGRAM, [PROGRAM, *_arguments(model, self._port), *options], model.limit_bytes)
+        try:
             self._wait_until_ready(cancel)
-            self._undo = undo.pop_all()
-
-    def close(self) -> None:
-        """End the server."""
-        self._undo.close()
+        except BaseException:
+            self.close()
+            raise
 
     def complete(self, body: Mapping[str, Any], cancel: Event) -> dict[str, Any] | None:
         """Return the server's answer to a request for a completion; None if `cancel` interrupted it.
@@ -120,13 +102,13 @@ class LlamaServer(Closeable):
         connection = http.client.HTTPConnection("127.0.0.1", self._port)
         try:
             connection.request("POST", "/completion", json.dumps(body), {"Content-Type": "application/json"})
-            while not select.select([connection.sock], [], [], _POLL_S)[0]:
+            while not select.select([connection.sock], [], [], POLL_S)[0]:
                 if cancel.is_set():  # the server stops when the connection closes
                     return None
             response = connection.getresponse()
             text = response.read()
         except (OSError, http.client.HTTPException) as error:
-            raise ModelError(f"{PROGRAM} ended: {self._why() or error}") from error
+            raise ModelError(f"{PROGRAM} ended: {self.why() or error}") from error
         finally:
             connection.close()
         if response.status != http.client.OK:
@@ -135,14 +117,11 @@ class LlamaServer(Closeable):
         return found
 
     def _wait_until_ready(self, cancel: Event) -> None:
-        deadline = time.monotonic() + _START_S
+        deadline = time.monotonic() + START_S
         while not cancel.is_set() and not self._is_ready():
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                raise NotAvailableError(
-                    f"{PROGRAM} did not start: {self._why() or 'it took too long'}",
-                    hint="leave the baseline out, or update llama.cpp",
-                )
-            time.sleep(_POLL_S)
+            if self.has_ended() or time.monotonic() > deadline:
+                raise self.fail_to_start()
+            time.sleep(POLL_S)
 
     def _is_ready(self) -> bool:
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=5)
@@ -154,28 +133,13 @@ class LlamaServer(Closeable):
         finally:
             connection.close()
 
-    def _why(self) -> str:
-        """Return the last lines of the server's log that are errors, or of all."""
-        self._log.seek(0)
-        lines = [line.strip() for line in self._log.read().decode(errors="replace").splitlines() if line.strip()]
-        errors = [line for line in lines if "error" in line.lower()]
-        return "; ".join((errors or lines)[-_LOG_LINES:])
-
-    def _stop(self) -> None:
-        self._process.terminate()
-        try:
-            self._process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
 
 class LlamaSystem:
-    """The system of llama.cpp's server.
+    """The system of llama.cpp.
 
     Args:
         name: name in the report.
-        server: running server.
+        server: running llama.cpp.
         before_answer: function called before every answer; its time is not counted.
         clock: clock in seconds.
     """
@@ -185,7 +149,7 @@ class LlamaSystem:
     def __init__(
         self,
         name: str,
-        server: LlamaServer,
+        server: LlamaProcess,
         before_answer: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -200,7 +164,7 @@ class LlamaSystem:
         self._keeps = False
 
     def answer(self, request: Request, cancel: Event) -> AnswerRecord | None:
-        """Return the server's answer."""
+        """Return the answer of llama.cpp."""
         self._before_answer()
         begin = self._clock()
         found = self._server.complete(_body(request, keeps=self._keeps), cancel)
@@ -256,7 +220,7 @@ def _record(found: Mapping[str, Any], request: Request, spent_s: float) -> Answe
     """
     tokens, timings = [int(token) for token in found.get("tokens") or ()], found.get("timings") or {}
     if not tokens:
-        raise ModelError(f"{PROGRAM} returned no tokens", hint="update llama.cpp: it must support return_tokens")
+        raise ModelError("llama.cpp returned no tokens", hint="update llama.cpp: it must support return_tokens")
     decode_s = min(float(timings.get("predicted_ms", 0.0)) / 1e3, spent_s)
     num_passes = max(len(tokens) - int(timings.get("draft_n_accepted") or 0), 1)
     end = next((i + 1 for i, token in enumerate(tokens) if token in request.stop_ids), None)

@@ -98,11 +98,15 @@ def measure(job: Job, cancel: Event, report: Callable[[Progress], None]) -> Coun
             report=report,
         )
 
+    is_limited = job.settings.limit_memory_bytes is not None
+
     def warm_up(system: System) -> None:
         make_runner([system]).warm_up(job.questions[0])
+        if is_limited:  # pages left from loading would be free memory for the baselines
+            _evict(job.files.every)
 
     evicts = partial(_evict, job.files.every) if job.cold else None
-    if job.settings.limit_memory_bytes is not None:  # a page is charged to the group that reads it first
+    if is_limited:  # a page is charged to the group that reads it first
         _evict(job.files.every)
     with setup.load(
         job.plan,

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from specchat.bench.cold import RESIDENT, TimePass
 from specchat.bench.identity import MarginFunction
-from specchat.bench.llama_cpp import LLAMA_CPP, WITH_DRAFT, LlamaModel, LlamaServer, LlamaSystem, find_server
+from specchat.bench.llama_cpp import LLAMA_CPP, WITH_DRAFT, LlamaSystem, find_llama, start_llama
+from specchat.bench.llama_process import LlamaModel
 from specchat.bench.records import LAYERS, OWN
 from specchat.bench.systems import EngineSystem, OffloadedSystem, System
 from specchat.errors import UsageError
@@ -122,7 +123,7 @@ def check_baselines(names: Sequence[str], target: ModelSource, draft: ModelSourc
             raise UsageError(
                 f"the baseline '{WITH_DRAFT}' needs a draft that is a GGUF file", hint="use --draft x.gguf"
             )
-        find_server()
+        find_llama(chosen)
     if "assisted" in names and (draft is None or draft.part):
         raise UsageError("the baseline 'assisted' needs a draft model", hint="name one with --draft")
 
@@ -199,9 +200,9 @@ def load(
         baselines: names of the baselines: plain, layers, accelerate, assisted, and those of `LLAMA_CPP`.
         warm_up: warms specchat up before any baseline is loaded, so that its memory can be read alone.
         evict: evicts the weights from the page cache before every pass of every system; None for no eviction.
-        limit_bytes: limit of memory and page cache of llama.cpp's server; None for no limit.
+        limit_bytes: limit of memory and page cache of llama.cpp; None for no limit.
         layers: plan and packs of the baseline of whole layers; None without this baseline.
-        cancel: stops waiting for llama.cpp's server once set.
+        cancel: stops waiting for llama.cpp once set.
         say: receives a line for each model that is loaded.
         warn: receives one-line warnings.
     """
@@ -219,17 +220,19 @@ def load(
             if name == "plain":
                 systems.append(_own_system(name, engine, evict))
                 continue
-            say(f"loading {target.name} for {name}")
             if name == LAYERS:
                 assert layers is not None
+                say(f"loading {target.name} for {name}")
                 whole = stack.enter_context(open_engine(target, layers.draft, layers.plan, layers.packs, warn))
                 systems.append(_own_system(name, whole, evict))
                 continue
             if name in LLAMA_CPP:
+                say(f"loading {target.name} for {name} ({find_llama([name])})")
                 model = _llama_model(plan, target, draft if name == WITH_DRAFT else None, limit_bytes)
-                server = stack.enter_context(LlamaServer(model, LLAMA_CPP[name], cancel or Event()))
+                server = stack.enter_context(start_llama(name, model, cancel or Event()))
                 systems.append(LlamaSystem(name, server))
                 continue
+            say(f"loading {target.name} for {name}")
             offloaded[name] = stack.enter_context(_offloaded(plan, target, draft if name == "assisted" else None))
             systems.append(OffloadedSystem(name, offloaded[name], evict))
 

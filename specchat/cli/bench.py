@@ -13,7 +13,7 @@ from specchat.bench.records import LAYERS, OFFLOADED
 from specchat.chat.settings import whole
 from specchat.cli import options as parse
 from specchat.cli.ask import asker
-from specchat.cli.bench_options import BenchOptions, trees
+from specchat.cli.bench_options import LLAMA_BASELINES, BenchOptions, trees
 from specchat.cli.output import print_line
 from specchat.errors import DoesNotFitError, UsageError
 from specchat.json_lines import to_json
@@ -166,7 +166,7 @@ def _points(options: BenchOptions, say: "Talk") -> list[_Point]:
     """Return the points to measure, with their models located."""
     if options.sweep is None:
         # Without RAM in the plan, no layer is planned to stay in the page cache, so all streamed layers come from disk.
-        chosen = _choosing(options.models, ram_bytes=0) if options.cold else options.models
+        chosen = _choosing(options.models, ram_bytes=0) if _avoids_page_cache(options) else options.models
         return [_located("", chosen, options, say)]
     name, values = options.sweep
     if name == "memory":
@@ -174,6 +174,16 @@ def _points(options: BenchOptions, say: "Talk") -> list[_Point]:
         checked = [(value, trees(value)) for value in values]
         return [replace(_located(value, largest, options, say), trees=each) for value, each in checked]
     return [_located(value, _with(options.models, name, value), options, say) for value in values]
+
+
+def _avoids_page_cache(options: BenchOptions) -> bool:
+    """Return whether specchat keeps no layers in the page cache.
+
+    llama.cpp maps the same file. Pages that specchat keeps in its control group would extend llama.cpp's limit.
+    """
+    beside_llama = any(name in LLAMA_BASELINES for name in options.baselines or ())
+    is_shared = options.limit_memory is not None and beside_llama and options.models.choices.ram_bytes is None
+    return options.cold or is_shared
 
 
 def _located(value: str, request: ModelRequest, options: BenchOptions, say: "Talk") -> _Point:

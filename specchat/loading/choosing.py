@@ -11,8 +11,8 @@ from specchat.loading.planning import make_plan
 from specchat.loading.request import ModelRequest, Reporter
 from specchat.loading.sketches import sketch_draft, sketch_model
 from specchat.models import locate
-from specchat.models.checkpoint.mtp import announces_mtp
 from specchat.models.drafts import fits, mtp_head
+from specchat.models.gguf.heads import announces_head
 from specchat.models.hub.download import Download
 from specchat.models.locate import Missing
 from specchat.records.model import ModelSource
@@ -65,8 +65,8 @@ def sketch_heads(heads: list[Download], folder: Path) -> list[ModelSource]:
 
 
 def _own_head(found: ModelSource | Missing, target: ModelSource, folder: Path) -> ModelSource | None:
-    """Return the MTP head among a target's files, of which the headers are downloaded if config.json announces one."""
-    if not announces_mtp(target.path):
+    """Return the MTP head among a target's files, of which the headers are downloaded if there may be one."""
+    if not announces_head(target.path):
         return None
     with suppress(ModelError):
         if isinstance(found, Download) and not target.headers_only:

@@ -9,10 +9,9 @@ from specchat.models.catalog.known_heads import heads_for
 from specchat.models.catalog.ref import ModelRef, draft_candidates, known_draft, parse_model
 from specchat.models.checkpoint.dflash import is_dflash
 from specchat.models.checkpoint.eagle3 import is_eagle3
-from specchat.models.checkpoint.gguf import listed_files
 from specchat.models.checkpoint.json_file import read_json
-from specchat.models.checkpoint.mtp import find_mtp
 from specchat.models.checkpoint.safetensors import has_weights, weight_files
+from specchat.models.gguf.heads import find_head
 from specchat.models.hf.pairing import check_pair
 from specchat.models.hub.cache import cached_models
 from specchat.models.hub.download import Download
@@ -127,7 +126,7 @@ def as_draft(source: ModelSource) -> ModelSource:
 
 def mtp_head(target: ModelSource) -> ModelSource | None:
     """Return the MTP head among a target's files; None without one."""
-    return None if find_mtp(target.path) is None else replace(target, name="mtp", part="mtp")
+    return None if find_head(target.path) is None else replace(target, name="mtp", part="mtp")
 
 
 def head_in(target: ModelSource) -> ModelSource:
@@ -139,9 +138,8 @@ def head_in(target: ModelSource) -> ModelSource:
     head = mtp_head(target)
     if head is not None:
         return head
-    is_gguf = listed_files(target.path) is not None
     raise UsageError(
-        f"{target.name} has no MTP layer" + (" that specchat reads: it is a GGUF file" if is_gguf else " in its files"),
+        f"{target.name} has no MTP layer in its files",
         hint="use --draft auto, MODEL or retrieval; quantized copies of a model often leave the layer out",
     )
 

@@ -441,14 +441,8 @@ class Candidates:
             acceptance = inputs.acceptance(target, draft, samples=self._request.samples)
             device = inputs.machine.device
             seats = self._choices.seats
+            retrieval = self._request.retrieval
             self._models[draft] = CostModel(
-                target,
-                draft,
-                self._dtype,
-                device,
-                inputs.rates,
-                acceptance,
-                seats,
-                retrieval=self._request.retrieval,
+                target, draft, self._dtype, device, inputs.rates, acceptance, seats, retrieval=retrieval
             )
         return self._models[draft]

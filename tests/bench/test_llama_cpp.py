@@ -1,4 +1,4 @@
-"""The llama.cpp baseline against a small stand-in that speaks the server's protocol."""
+"""The llama.cpp baseline against small stand-ins that speak the server's protocol, or that of llama-cpp-python."""
 
 from __future__ import annotations
 
@@ -10,13 +10,19 @@ from threading import Event, Timer
 
 import pytest
 
-from specchat.bench.llama_cpp import LLAMA_CPP, PROGRAM, WITH_DRAFT, LlamaModel, LlamaServer, LlamaSystem
+from specchat.bench.llama_cpp import LLAMA_CPP, PROGRAM, WITH_DRAFT, LlamaServer, LlamaSystem, find_llama, start_llama
+from specchat.bench.llama_process import LlamaModel
+from specchat.bench.llama_python import PACKAGE, LlamaPython
 from specchat.bench.records import Request
 from specchat.bench.setup import check_baselines
+from specchat.cli.bench import _avoids_page_cache
+from specchat.cli.bench_options import BenchOptions
 from specchat.errors import ModelError, NotAvailableError, UsageError
+from specchat.loading.request import ModelRequest
 from specchat.models.checkpoint.gguf import FILE_LIST
 from specchat.records.generation import Sampling
 from specchat.records.model import ModelSource
+from specchat.records.plan import PlanChoices
 
 STAND_IN = """#!{python}
 import json, sys, time
@@ -53,6 +59,46 @@ class Handler(BaseHTTPRequestHandler):
 
 HTTPServer((arguments["--host"], int(arguments["--port"])), Handler).serve_forever()
 """
+# The part of llama-cpp-python that is used; it counts up from the last token, and keeps what it has read.
+PACKAGE_STAND_IN = """
+import sys, time
+import numpy as np
+
+class Llama:
+    metadata = {"tokenizer.ggml.eot_token_id": "30"}
+
+    def __init__(self, **settings):
+        print("noise on stdout", flush=True)
+        if "broken" in settings["model_path"]:
+            sys.exit("error: unknown model architecture")
+        assert settings["n_threads"] == settings["n_threads_batch"] == 2 and settings["n_gpu_layers"] == 0
+        self.input_ids, self.n_tokens, self.size = np.zeros(settings["n_ctx"], dtype=int), 0, settings["n_ctx"]
+
+    def n_ctx(self):
+        return self.size
+
+    def reset(self):
+        self.n_tokens = 0
+
+    def set_seed(self, seed):
+        assert seed == 3
+
+    def token_eos(self):
+        return 20
+
+    def generate(self, tokens, *, top_k, top_p, min_p, temp, repeat_penalty):
+        assert (top_k, temp) == (5, 0.7)
+        if tokens == [1]:
+            time.sleep(60)
+        if tokens == [0]:
+            raise ValueError("bad prompt")
+        self.n_tokens = len(tokens)
+        self.input_ids[: self.n_tokens] = tokens
+        while True:
+            yield int(self.input_ids[self.n_tokens - 1]) + 1
+            self.input_ids[self.n_tokens] = self.input_ids[self.n_tokens - 1] + 1
+            self.n_tokens += 1
+"""
 MODEL = LlamaModel(Path("x.gguf"), ctx=512, threads=2)
 
 
@@ -62,6 +108,15 @@ def stand_in(tmp_path, monkeypatch):
     program.write_text(STAND_IN.format(python=sys.executable))
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+
+
+@pytest.fixture
+def package_stand_in(tmp_path, monkeypatch):
+    """A llama-cpp-python without a server on PATH."""
+    (tmp_path / "llama_cpp.py").write_text(PACKAGE_STAND_IN)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    monkeypatch.syspath_prepend(tmp_path)
 
 
 def request(*prompt_ids: int, stop_ids: frozenset[int] = frozenset()) -> Request:
@@ -95,6 +150,50 @@ def test_a_server_that_does_not_start_says_why(stand_in):
         LlamaServer(LlamaModel(Path("broken.gguf"), 512, 2), (), Event())
 
 
+def test_the_package_answers_by_token_ids(package_stand_in):
+    with start_llama("llama.cpp", MODEL, Event()) as process:
+        assert isinstance(process, LlamaPython)
+        system = LlamaSystem("llama.cpp", process)
+        system.begin()
+        first = system.answer(request(4, 5, 6), Event())
+        second = system.answer(request(4, 5, 6, 7, 8, 3), Event())
+        system.begin()
+        third = system.answer(request(4, 5, 6, 7, 17), Event())
+        at_eot = system.answer(request(28), Event())
+        with pytest.raises(ModelError, match="refused a prompt: bad prompt"):
+            system.answer(request(0), Event())
+        with pytest.raises(ModelError, match="512 tokens does not fit"):
+            system.answer(request(*range(512)), Event())
+        cancel = Event()
+        Timer(0.2, cancel.set).start()
+        assert system.answer(request(1), cancel) is None
+    assert (first.token_ids, first.finish_reason, first.num_passes) == ((7, 8, 9, 10, 11), "length", 5)
+    assert first.cached_tokens == 0 and first.ttft_s > 0 and first.decode_s > 0
+    assert second.cached_tokens == 5 and second.token_ids == (4, 5, 6, 7, 8)
+    assert third.cached_tokens == 0 and third.token_ids == (18, 19, 20)
+    assert at_eot.token_ids == (29, 30)
+
+
+def test_the_package_says_why_it_does_not_start(package_stand_in):
+    with pytest.raises(NotAvailableError, match=f"{PACKAGE} did not start: error: unknown model architecture"):
+        start_llama("llama.cpp", LlamaModel(Path("broken.gguf"), 512, 2), Event())
+
+
+def test_a_package_that_ends_says_why(package_stand_in):
+    with start_llama("llama.cpp", MODEL, Event()) as process:
+        process._process.kill()
+        with pytest.raises(ModelError, match=f"{PACKAGE} ended"):
+            process.complete({"prompt": [1]}, Event())
+
+
+def test_speculation_of_llama_cpp_needs_its_server(package_stand_in, stand_in, monkeypatch, tmp_path):
+    assert find_llama([*LLAMA_CPP]) == PROGRAM
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    assert find_llama(["llama.cpp"]) == PACKAGE
+    with pytest.raises(NotAvailableError, match=r"'llama.cpp-ngram' needs llama-server, which is not on PATH$"):
+        find_llama(["llama.cpp", "llama.cpp-ngram"])
+
+
 def test_ctrl_c_ends_the_wait_for_a_server(stand_in):
     """The server itself gets no Ctrl-C from the terminal, and is ended like any other."""
     cancel = Event()
@@ -117,5 +216,23 @@ def test_baselines_are_checked_before_anything_is_loaded(tmp_path, monkeypatch, 
         with pytest.raises(UsageError, match="needs a draft that is a GGUF file"):
             check_baselines([WITH_DRAFT], blocks, draft)
     monkeypatch.setenv("PATH", str(folder))
-    with pytest.raises(NotAvailableError, match="not on PATH"):
+    monkeypatch.setattr("specchat.bench.llama_cpp.has_package", lambda: False)
+    with pytest.raises(NotAvailableError, match="not on PATH, or llama-cpp-python, which is not installed"):
         check_baselines(["llama.cpp"], blocks, None)
+
+
+@pytest.mark.parametrize(
+    ("baselines", "limit", "ram", "avoids"),
+    [
+        (("llama.cpp",), 2**30, None, True),
+        (("plain", "llama.cpp-draft"), 2**30, None, True),
+        (("llama.cpp",), 2**30, 2**20, False),
+        (("llama.cpp",), None, None, False),
+        (("plain",), 2**30, None, False),
+    ],
+)
+def test_a_limit_is_not_extended_by_pages_of_the_other(baselines, limit, ram, avoids):
+    """llama.cpp maps the file that specchat reads, so specchat then keeps none of its pages."""
+    models = ModelRequest("x.gguf", choices=PlanChoices(ram_bytes=ram))
+    options = BenchOptions(models, baselines=baselines, limit_memory=limit)
+    assert _avoids_page_cache(options) == avoids

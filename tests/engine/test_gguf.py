@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,14 @@ CASES = [
     Case("ernie4_5", "Ernie4_5Config", {"head_dim": 16}),
     Case("hunyuan", "HunYuanDenseV1Config", {"head_dim": 16}),
 ]
+NEMOTRON_EXPERTS = {
+    "layers_block_type": ["moe", "linear_attention", "full_attention", "linear_attention", "moe"],
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "moe_shared_expert_intermediate_size": 64,
+    "routed_scaling_factor": 1.5,
+}
 # Their texts are compared among the slow tests.
 MORE_CASES = [
     Case("glm4_moe", "Glm4MoeConfig", {**ROUTED, "use_qk_norm": True, "routed_scaling_factor": 1.5}),
@@ -143,6 +152,18 @@ MORE_CASES = [
     Case("granite_hybrid", "granitemoehybrid"),
     Case("granite_hybrid_dense", "granitemoehybrid", {"num_local_experts": 0}),
     *(Case(name, name) for name in ("gemma4", "gemma4_shared", "gemma4_moe", "gemma4_k_eq_v")),
+    Case(
+        "ernie4_5_moe",
+        "Ernie4_5_MoeConfig",
+        {"head_dim": 16, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_layer_start_index": 1},
+    ),
+    Case("hunyuan_moe", "HunYuanMoEV1Config", {"head_dim": 16, "num_experts": 4, "moe_topk": 2}),
+    Case("gemma3n", "gemma3n"),
+    Case("falcon_h1", "falcon_h1"),
+    Case("falcon_h1_groups", "falcon_h1", {"mamba_n_groups": 2}),
+    Case("nemotron_h", "nemotron_h"),
+    Case("nemotron_h_moe", "nemotron_h", NEMOTRON_EXPERTS),
+    Case("nemotron_h_latent", "nemotron_h", {**NEMOTRON_EXPERTS, "moe_latent_size": 48}),
     Case("qwen3_next", "qwen3_next"),
     Case("lfm2", "lfm2"),
     Case("lfm2_moe", "lfm2_moe"),
@@ -251,6 +272,26 @@ def test_mistral_models_before_ministral_3_are_read_as_llama(tmp_path: Path):
     torch.testing.assert_close(logits(loaded, prompt), expected, rtol=1e-4, atol=2e-4 * float(expected.std()))
 
 
+def test_multipliers_of_falcon_are_part_of_its_matrices(tmp_path: Path):
+    names = ("attention_in", "attention_out", "embedding", "key", "lm_head", "ssm_in", "ssm_out")
+    factors = {f"{name}_multiplier": 0.6 + 0.2 * index for index, name in enumerate(names)}
+    lists = {"mlp_multipliers": [0.7, 1.3], "ssm_multipliers": [0.9, 1.1, 0.8, 1.2, 0.7], "num_hidden_layers": 2}
+    model = Case("x", "falcon_h1", factors | lists).model()
+    loaded = load(save_gguf(model, tmp_path / "x.gguf"), None)
+    prompt = random_prompt(20, VOCAB)
+    expected = plain_logits(model, prompt)
+    torch.testing.assert_close(logits(loaded, prompt), expected, rtol=1e-4, atol=2e-4 * float(expected.std()))
+
+
+def test_older_files_of_gemma_3n_drop_as_many_activations_as_llama_cpp(tmp_path: Path):
+    model = Case("x", "gemma3n").model()
+    scales = [1.6448534727096558, float("-inf")] * 3
+    newer = save_gguf(model, tmp_path / "newer.gguf", activation_sparsity_scale=scales)
+    assert json.loads((newer.path / "config.json").read_text())["activation_sparsity_pattern"] == [0.95, 0.0] * 3
+    older = save_gguf(model, tmp_path / "older.gguf", activation_sparsity_scale=[])
+    assert json.loads((older.path / "config.json").read_text())["activation_sparsity_pattern"] == [0.95] * 6
+
+
 @pytest.mark.parametrize(
     ("values", "why"),
     [
@@ -349,5 +390,7 @@ def test_unknown_tensors_and_architectures_are_refused_by_name(tmp_path: Path):
     with pytest.raises(UnsupportedModelError, match="scales its positions by 'magic'") as caught:
         save_gguf(model, tmp_path / "a.gguf", rope__scaling__type="magic", rope__scaling__factor=2.0)
     assert caught.value.hint
+    with pytest.raises(UnsupportedModelError, match=r"'llama4', whose experts transformers computes all at once"):
+        save_gguf(model, tmp_path / "c.gguf", arch="llama4")
     with pytest.raises(CorruptCheckpointError, match="head_count"):
         save_gguf(model, tmp_path / "b.gguf", attention__head_count="many")

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gguf
@@ -36,6 +37,7 @@ ARCHES = {
     "qwen3_5_moe_text": "qwen35moe",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
+    "gemma3n_text": "gemma3n",
     "gemma4_text": "gemma4",
     "gpt_oss": "gpt-oss",
     "phi3": "phi3",
@@ -47,6 +49,8 @@ ARCHES = {
     "granite": "granite",
     "granitemoe": "granitemoe",
     "granitemoehybrid": "granitehybrid",
+    "falcon_h1": "falcon-h1",
+    "nemotron_h": "nemotron_h",
     "minimax_m2": "minimax-m2",
     "ministral3": "mistral3",
     "smollm3": "smollm3",
@@ -58,9 +62,12 @@ ARCHES = {
     "exaone4": "exaone4",
     "seed_oss": "seed_oss",
     "ernie4_5": "ernie4_5",
+    "ernie4_5_moe": "ernie4_5-moe",
+    "hunyuan_v1_moe": "hunyuan-moe",
     "hunyuan_v1_dense": "hunyuan-dense",
 }
-_INTERLEAVED = {"llama", "granite", "granitemoe", "granitehybrid", "mistral3", "smollm3"}
+_NEMOTRON = {"nemotron_h", "nemotron_h_moe"}
+_INTERLEAVED = {"llama", "granite", "granitemoe", "granitehybrid", "mistral3", "smollm3", *_NEMOTRON}
 _PLUS_ONE = {"gemma2", "gemma3", "qwen3next", "qwen35", "qwen35moe"}
 # Names that the package's map does not know, by their ends.
 _UNMAPPED = {
@@ -74,6 +81,22 @@ _UNMAPPED = {
     "mamba.dt_bias": "ssm_dt.bias",
     "mamba.A_log": "ssm_a",
     "mamba.D": "ssm_d",
+    "mixer.dt_bias": "ssm_dt.bias",
+    "mixer.A_log": "ssm_a",
+    "mixer.D": "ssm_d",
+    "pre_ff_layernorm.weight": "ffn_norm",
+    ".eh_proj.weight": "nextn.eh_proj.weight",
+    ".enorm.weight": "nextn.enorm.weight",
+    ".hnorm.weight": "nextn.hnorm.weight",
+    "shared_head.norm.weight": "nextn.shared_head_norm.weight",
+    "shared_head.head.weight": "nextn.shared_head_head.weight",
+    "correct_output_scale": "altup_correct_scale.weight",
+    "mixer.experts.up_proj": "ffn_up_exps.weight",
+    "mixer.gate.weight": "ffn_gate_inp.weight",
+    "mlp.gate.wg.weight": "ffn_gate_inp.weight",
+    "mlp.shared_mlp.gate_proj.weight": "ffn_gate_shexp.weight",
+    "mlp.shared_mlp.up_proj.weight": "ffn_up_shexp.weight",
+    "mlp.shared_mlp.down_proj.weight": "ffn_down_shexp.weight",
 }
 _SPM = ["<unk>", "<s>", "</s>"]
 
@@ -87,6 +110,7 @@ def save_gguf(
     *,
     splits_kv: bool = True,
     arch: str | None = None,
+    head: Mapping[str, torch.Tensor] | None = None,
     **metadata: Any,
 ) -> ModelSource:
     """Write a model and a small tokenizer as a GGUF file, and return it as specchat finds it.
@@ -97,21 +121,24 @@ def save_gguf(
         kind: block type of the matrices, or a function from GGUF's name of a matrix to its type.
         splits_kv: whether latent attention is stored as newer converters do.
         arch: llama.cpp's architecture, where a model type has several.
+        head: tensors of an MTP layer behind the last layer, or None.
         metadata: further keys, with "__" for dots, after the architecture's name.
     """
     config = model.config
-    arch = arch or ARCHES[config.model_type]
+    arch = arch or arch_of(config)
     writer = gguf.GGUFWriter(file, arch)
     more = {key.replace("__", "."): value for key, value in metadata.items()}
+    if head is not None:
+        more |= {"block_count": config.num_hidden_layers + 1, "nextn_predict_layers": 1}
     for key, value in {**metadata_of(config, arch, splits_kv=splits_kv), **more}.items():
         full = f"{arch}.{key}"
         writer.add_array(full, value) if isinstance(value, list) else _add(writer, full, value)
     _add_tokenizer(writer, config.vocab_size)
     chosen = kind if callable(kind) else lambda _: kind
-    for name, values in tensors(model, arch, splits_kv=splits_kv):
+    for name, values in tensors(model, arch, splits_kv=splits_kv, head=head or {}):
         is_matrix = (
             values.ndim >= 2
-            and not re.search("gate_inp|ssm_(conv1d|a|d|norm)|shortconv.conv", name)
+            and not re.search("gate_inp|ssm_(conv1d|a|d|norm)|shortconv.conv|altup|laurel", name)
             and not name.endswith("bias")
         )
         _add_tensor(writer, name, values, chosen(name) if is_matrix else "F32")
@@ -122,6 +149,12 @@ def save_gguf(
     return find(file)
 
 
+def arch_of(config: Any) -> str:
+    """llama.cpp's architecture of a configuration."""
+    has_experts = "moe" in (getattr(config, "layers_block_type", None) or ())
+    return "nemotron_h_moe" if config.model_type == "nemotron_h" and has_experts else ARCHES[config.model_type]
+
+
 def find(path: Path) -> ModelSource:
     """The model at a path, as the command line finds it."""
     found = look_up(parse_model(str(path)), offline=True)
@@ -129,14 +162,25 @@ def find(path: Path) -> ModelSource:
     return found
 
 
-def tensors(model: Any, arch: str, *, splits_kv: bool = True) -> Iterator[tuple[str, np.ndarray]]:
+def tensors(
+    model: Any, arch: str, *, splits_kv: bool = True, head: Mapping[str, torch.Tensor] = MappingProxyType({})
+) -> Iterator[tuple[str, np.ndarray]]:
     """Names and values as llama.cpp's converter writes them."""
     config = model.config
-    names = gguf.get_tensor_name_map({v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[arch], config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
+    names = gguf.get_tensor_name_map(
+        {v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[arch], config.num_hidden_layers + 1
+    )
+    for name, tensor in {**model.state_dict(), **head}.items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         values = tensor.detach().float().numpy()
+        if arch == "falcon-h1":
+            values = _multiplied(name, values, config)
+        if arch in _NEMOTRON:
+            name = name.replace("model.", "backbone.", 1)
+        if "altup_" in name:
+            yield from _stacked_projections(model, name)
+            continue
         layer = re.search(r"layers\.(\d+)\.", name)
         block = f"blk.{layer[1]}." if layer else ""
         if arch == "gpt-oss" and ".experts." in name:
@@ -159,8 +203,9 @@ def tensors(model: Any, arch: str, *, splits_kv: bool = True) -> Iterator[tuple[
             gate, up = np.split(values, 2)
             yield from ((f"{block}ffn_gate{end}", gate), (f"{block}ffn_up{end}", up))
             continue
-        if arch == "granitehybrid" and "mamba." in name and name.endswith(("A_log", ".D", "norm.weight")):
-            values = values.reshape(config.mamba_n_groups if "norm" in name else len(values), -1)
+        if ("mamba." in name or "mixer." in name) and name.endswith(("A_log", ".D", "norm.weight")):
+            groups = config.n_groups if arch in _NEMOTRON else config.mamba_n_groups
+            values = values.reshape(groups if "norm" in name else len(values), -1)
         if name.endswith("in_proj_qkvz.weight"):
             yield from _split_projection(block, values, config)
             continue
@@ -168,6 +213,7 @@ def tensors(model: Any, arch: str, *, splits_kv: bool = True) -> Iterator[tuple[
             values = _tiled(name, values, config)
         found = next((f"{block}{short}" for end, short in _UNMAPPED.items() if name.endswith(end)), None)
         if found is not None:
+            values = values + 1 if arch in _PLUS_ONE and "nextn" in found and "norm" in found else values
             yield found, -np.exp(values) if name.endswith("A_log") else values
             continue
         if name.endswith("kv_b_proj.weight") and splits_kv:
@@ -187,7 +233,7 @@ def tensors(model: Any, arch: str, *, splits_kv: bool = True) -> Iterator[tuple[
         if arch == "granitehybrid" and not config.num_local_experts:
             found = found.replace("_shexp", "")
         yield found, values[0] if found.endswith("ffn_gate_inp_shexp.weight") else values
-    if arch in PREDICTS_FURTHER:
+    if arch in PREDICTS_FURTHER and not head:
         yield f"blk.{config.num_hidden_layers}.nextn.enorm.weight", np.ones(config.hidden_size, dtype=np.float32)
     scaling = config.rope_parameters if arch in ("llama", "phi3") else {}
     if scaling.get("rope_type") == "llama3":
@@ -199,6 +245,37 @@ def tensors(model: Any, arch: str, *, splits_kv: bool = True) -> Iterator[tuple[
     if scaling.get("rope_type") == "longrope":
         for which in ("long", "short"):
             yield f"rope_factors_{which}.weight", np.array(scaling[f"{which}_factor"], dtype=np.float32)
+
+
+def _multiplied(name: str, values: np.ndarray, config: Any) -> np.ndarray:
+    """A tensor of Falcon-H1 with the multipliers that the converter makes part of it."""
+    attention, up, down = config.attention_in_multiplier, *config.mlp_multipliers
+    factors = {
+        "embed_tokens": config.embedding_multiplier,
+        "lm_head": config.lm_head_multiplier,
+        "gate_proj": up,
+        "down_proj": down,
+        "q_proj": attention,
+        "k_proj": attention * config.key_multiplier,
+        "v_proj": attention,
+        "self_attn.o_proj": config.attention_out_multiplier,
+        "mamba.out_proj": config.ssm_out_multiplier,
+        "mamba.in_proj": config.ssm_in_multiplier,
+    }
+    values = values * np.float32(next((factor for part, factor in factors.items() if part in name), 1.0))
+    if "mamba.in_proj" in name:
+        states = config.mamba_n_groups * config.mamba_d_state
+        sizes = [config.mamba_d_ssm, config.mamba_d_ssm, states, states, config.mamba_n_heads]
+        values = values * np.repeat(np.float32(config.ssm_multipliers), sizes)[:, None]
+    return values
+
+
+def _stacked_projections(model: Any, name: str) -> Iterator[tuple[str, np.ndarray]]:
+    """All projections of Gemma 3n's kind, where the first of them is."""
+    path, _, index = name.removesuffix(".weight").rpartition(".")
+    if index == "0":
+        stem = "altup_unembd_proj" if "unembed" in path else "altup_proj"
+        yield f"{stem}.weight", np.stack([each.weight.detach().numpy() for each in model.get_submodule(path)])
 
 
 def _tiled(name: str, values: np.ndarray, config: Any) -> np.ndarray:
@@ -326,7 +403,7 @@ def _matrix(module: torch.nn.Module) -> torch.Tensor:
 
 def dequantized(model: Any, kind: str | Kind) -> Any:
     """Round a model's matrices in place as GGUF stores them, and return the model."""
-    arch = ARCHES[model.config.model_type]
+    arch = arch_of(model.config)
     chosen = kind if callable(kind) else lambda _: kind
     names = gguf.get_tensor_name_map(
         {v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[arch], model.config.num_hidden_layers

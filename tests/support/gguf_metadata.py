@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 PREDICTS_FURTHER = {"glm4moe"}  # a layer after the others that predicts a further token
 _SIGMOID = {"glm4_moe", "deepseek_v3", "glm4_moe_lite", "minimax_m2", "lfm2_moe"}
 _LOCAL_EXPERTS = {"llama", "gpt-oss", "granitemoe", "granitehybrid", "minimax-m2"}
-_EPS = ("layer_norm_eps", "rms_norm_eps", "norm_eps")
+_EPS = ("layer_norm_eps", "rms_norm_eps", "norm_eps", "layer_norm_epsilon")
+_PLAIN_EPS = {"cohere2", "nemotron_h", "nemotron_h_moe"}
 TILED = {"qwen35", "qwen35moe"}
 
 
@@ -15,7 +18,7 @@ def metadata_of(config: Any, arch: str, *, splits_kv: bool) -> dict[str, Any]:
     if arch == "gemma4":
         return _gemma4(config)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    rope = config.rope_parameters
+    rope = getattr(config, "rope_parameters", None) or {"rope_theta": 10000.0}
     full = rope.get("full_attention", rope)
     values: dict[str, Any] = {
         "block_count": config.num_hidden_layers,
@@ -29,7 +32,7 @@ def metadata_of(config: Any, arch: str, *, splits_kv: bool) -> dict[str, Any]:
         "rope.freq_base": float(full["rope_theta"]),
         "rope.dimension_count": int(head_dim * full.get("partial_rotary_factor", 1.0)),
     }
-    eps = "layer_norm_epsilon" if arch == "cohere2" else "layer_norm_rms_epsilon"
+    eps = "layer_norm_epsilon" if arch in _PLAIN_EPS else "layer_norm_rms_epsilon"
     values[f"attention.{eps}"] = float(next(getattr(config, name) for name in _EPS if hasattr(config, name)))
     optional = {
         "attention.sliding_window": "sliding_window",
@@ -44,7 +47,7 @@ def metadata_of(config: Any, arch: str, *, splits_kv: bool) -> dict[str, Any]:
         "attention.scale": "attention_multiplier",
         "logit_scale": "logits_scaling" if arch in ("granite", "granitemoe", "granitehybrid") else "logit_scale",
     }
-    if hasattr(config, "n_routed_experts"):
+    if hasattr(config, "n_routed_experts") and arch != "nemotron_h":
         optional |= {
             "expert_count": "n_routed_experts",
             "expert_shared_count": "n_shared_experts",
@@ -70,6 +73,19 @@ def metadata_of(config: Any, arch: str, *, splits_kv: bool) -> dict[str, Any]:
             "ssm.inner_size": config.mamba_n_heads * config.mamba_d_head,
             "ssm.time_step_rank": config.mamba_n_heads,
         }
+    if arch == "ernie4_5-moe":
+        values |= {
+            "expert_count": config.moe_num_experts,
+            "expert_used_count": config.moe_k,
+            "expert_shared_count": config.moe_num_shared_experts,
+            "leading_dense_block_count": config.moe_layer_start_index,
+            "interleave_moe_layer_step": config.moe_layer_interval,
+        }
+    if arch == "hunyuan-moe":
+        values["expert_used_count"] = config.moe_topk
+    values |= _gemma3n(config) if arch == "gemma3n" else {}
+    values |= _falcon_h1(config) if arch == "falcon-h1" else {}
+    values |= _nemotron_h(config) if arch.startswith("nemotron_h") else {}
     if arch in ("lfm2", "lfm2moe"):
         heads = [config.num_key_value_heads * (kind == "full_attention") for kind in config.layer_types]
         values |= {"attention.head_count_kv": heads, "shortconv.l_cache": config.conv_L_cache}
@@ -112,6 +128,48 @@ def metadata_of(config: Any, arch: str, *, splits_kv: bool) -> dict[str, Any]:
         values |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(full["factor"])}
     if full.get("rope_type") == "longrope":
         values["rope.scaling.original_context_length"] = full["original_max_position_embeddings"]
+    return values
+
+
+def _gemma3n(config: Any) -> dict[str, Any]:
+    """What Gemma 3n has beside the values of the others."""
+    sparsity = torch.tensor(config.activation_sparsity_pattern)
+    return {
+        "altup.active_idx": config.altup_active_idx,
+        "altup.num_inputs": config.altup_num_inputs,
+        "embedding_length_per_layer_input": config.hidden_size_per_layer_input,
+        "attention.shared_kv_layers": config.num_kv_shared_layers,
+        "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in config.layer_types],
+        "activation_sparsity_scale": torch.distributions.Normal(0, 1).icdf(sparsity).tolist(),
+    }
+
+
+def _falcon_h1(config: Any) -> dict[str, Any]:
+    return {
+        "ssm.conv_kernel": config.mamba_d_conv,
+        "ssm.state_size": config.mamba_d_state,
+        "ssm.group_count": config.mamba_n_groups,
+        "ssm.inner_size": config.mamba_d_ssm,
+        "ssm.time_step_rank": config.mamba_n_heads,
+    }
+
+
+def _nemotron_h(config: Any) -> dict[str, Any]:
+    """The sizes of Nemotron-H, and which layer is of which kind."""
+    kinds, has_experts = config.layers_block_type, "moe" in config.layers_block_type
+    width = config.moe_intermediate_size if has_experts else config.intermediate_size
+    values = {
+        "attention.head_count_kv": [config.num_key_value_heads * (kind == "full_attention") for kind in kinds],
+        "feed_forward_length": [width * (kind in ("mlp", "moe")) for kind in kinds],
+        "ssm.conv_kernel": config.conv_kernel,
+        "ssm.state_size": config.ssm_state_size,
+        "ssm.group_count": config.n_groups,
+        "ssm.inner_size": config.mamba_num_heads * config.mamba_head_dim,
+        "ssm.time_step_rank": config.mamba_num_heads,
+    }
+    if has_experts:
+        values["expert_shared_feed_forward_length"] = config.moe_shared_expert_intermediate_size
+        values |= {"moe_latent_size": config.moe_latent_size} if config.moe_latent_size else {}
     return values
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from specchat.models.checkpoint.gguf import listed_files
 from specchat.models.checkpoint.json_file import read_json
 from specchat.models.checkpoint.safetensors import MTP_FILE, Checkpoint, TensorInfo, open_checkpoint, open_single
 
@@ -49,8 +48,8 @@ class MtpPart:
 def find_mtp(folder: Path) -> MtpPart | None:
     """Return the MTP layer of a model: one in a file of its own, else one that config.json announces; None without.
 
-    Only config.json and headers are read, and headers only if config.json announces the layer. Heads in GGUF files are
-    not found: their names and formats are others.
+    Only config.json and headers are read, and headers only if config.json announces the layer. The layer of a GGUF file
+    is found by `models.gguf.heads`.
 
     Raises:
         CorruptCheckpointError, UnsupportedModelError: faults of headers.
@@ -69,8 +68,6 @@ def find_mtp(folder: Path) -> MtpPart | None:
 
 def announces_mtp(folder: Path) -> bool:
     """Return whether config.json speaks of MTP layers that are read; only the tensors tell whether they are here."""
-    if listed_files(folder) is not None:
-        return False
     config = read_json(folder / "config.json")
     counts = [part[key] for part in _parts(config) for key in _COUNTS if part.get(key) is not None]
     if not counts:

@@ -9,7 +9,7 @@ from typing import Any
 
 from specchat.errors import UnsupportedModelError
 from specchat.models.checkpoint.gguf import GgufFile
-from specchat.models.gguf import extras
+from specchat.models.gguf import extras, recurrent_extras
 from specchat.models.gguf.metadata import Metadata
 
 # Stands for `kv_b_proj` where a file holds it in two halves, of which this is the first.
@@ -66,8 +66,7 @@ _GRANITE_MOE: Mapping[str, str] = {
     "ffn_up_exps": "block_sparse_moe.experts.gate_up_proj.*.up",
     "ffn_down_exps": "block_sparse_moe.experts.down_proj.*",
 }
-_GRANITE_HYBRID: Mapping[str, str] = {
-    **_GRANITE_MOE,
+_MAMBA: Mapping[str, str] = {
     "ssm_in": "mamba.in_proj",
     "ssm_conv1d": "mamba.conv1d",
     "ssm_dt.bias": "mamba.dt_bias",
@@ -75,6 +74,29 @@ _GRANITE_HYBRID: Mapping[str, str] = {
     "ssm_d": "mamba.D",
     "ssm_norm": "mamba.norm",
     "ssm_out": "mamba.out_proj",
+}
+_FALCON_H1: Mapping[str, str] = {
+    **{stem: name.replace("mlp.", "feed_forward.") for stem, name in _LLAMA.items() if stem != "ffn_norm"},
+    **_MAMBA,
+    **dict.fromkeys(("ffn_norm", "ffn_norm.weight"), "pre_ff_layernorm.weight"),
+}
+# One module of each layer has the name `mixer`, whatever its kind.
+_NEMOTRON_H: Mapping[str, str] = {
+    **{stem: name.replace("self_attn.", "mixer.").replace("mlp.", "mixer.") for stem, name in _LLAMA.items()},
+    **{stem: name.replace("mamba.", "mixer.") for stem, name in _MAMBA.items()},
+    "attn_norm": "norm",
+    "ffn_gate_inp": "mixer.gate",
+    "exp_probs_b.bias": "mixer.gate.e_score_correction_bias",
+    "ffn_up_exps": "mixer.experts.up_proj.*",
+    "ffn_down_exps": "mixer.experts.down_proj.*",
+    "ffn_up_shexp": "mixer.shared_experts.up_proj",
+    "ffn_down_shexp": "mixer.shared_experts.down_proj",
+    "ffn_latent_down": "mixer.fc1_latent_proj",
+    "ffn_latent_up": "mixer.fc2_latent_proj",
+}
+_GRANITE_HYBRID: Mapping[str, str] = {
+    **_GRANITE_MOE,
+    **_MAMBA,
     "ffn_gate_shexp.weight": "shared_mlp.input_linear.weight_top",
     "ffn_up_shexp.weight": "shared_mlp.input_linear.weight_bottom",
     "ffn_down_shexp": "shared_mlp.output_linear",
@@ -105,6 +127,20 @@ _GEMMA4: Mapping[str, str] = {
     "ffn_up_exps": "experts.gate_up_proj.*.up",
     "ffn_down_exps": "experts.down_proj.*",
     "ffn_down_exps.scale": "router.per_expert_scale",
+}
+_GEMMA3N: Mapping[str, str] = {
+    **_FOUR_NORMS,
+    "inp_gate": "per_layer_input_gate",
+    "proj": "per_layer_projection",
+    "post_norm": "post_per_layer_input_norm",
+    "altup_correct_coef": "altup.correction_coefs",
+    "altup_correct_scale.weight": "altup.correct_output_scale",
+    "altup_predict_coef": "altup.prediction_coefs",
+    "altup_router": "altup.modality_router",
+    "altup_router_norm": "altup.router_norm",
+    "laurel_l": "laurel.linear_left",
+    "laurel_r": "laurel.linear_right",
+    "laurel_post_norm": "laurel.post_laurel_norm",
 }
 _NORMS_AFTER: Mapping[str, str] = {
     **{stem: name for stem, name in _LLAMA.items() if stem not in {"attn_norm", "ffn_norm"}},
@@ -144,6 +180,19 @@ _HUNYUAN: Mapping[str, str] = {
     **_LLAMA,
     "attn_q_norm": "self_attn.query_layernorm",
     "attn_k_norm": "self_attn.key_layernorm",
+}
+_HUNYUAN_MOE: Mapping[str, str] = {
+    **_HUNYUAN,
+    **_EXPERTS,
+    "ffn_gate_inp": "mlp.gate.wg",
+    "ffn_gate_shexp": "mlp.shared_mlp.gate_proj",
+    "ffn_up_shexp": "mlp.shared_mlp.up_proj",
+    "ffn_down_shexp": "mlp.shared_mlp.down_proj",
+}
+_ERNIE_MOE: Mapping[str, str] = {
+    **_LLAMA,
+    **_SHARED,
+    "exp_probs_b.bias": "mlp.gate.moe_statics.e_score_correction_bias",
 }
 _DELTA_NET: Mapping[str, str] = {
     **{stem: name for stem, name in _LLAMA.items() if stem != "ffn_norm"},
@@ -208,6 +257,15 @@ _GPT_OSS: Mapping[str, str] = {
     "ffn_down_exps.weight": "mlp.experts.down_proj.*.weight",
     "ffn_down_exps.bias": "mlp.experts.down_proj_bias",
 }
+# Within a layer that predicts a further token, of any architecture.
+_NEXT_TOKEN: Mapping[str, str] = {
+    "nextn.eh_proj": "eh_proj",
+    "nextn.enorm": "enorm",
+    "nextn.hnorm": "hnorm",
+    "nextn.embed_tokens": "embed_tokens",
+    "nextn.shared_head_norm": "shared_head.norm",
+    "nextn.shared_head_head": "shared_head.head",
+}
 # Outside the layers.
 _REST: Mapping[str, str] = {
     "token_embd": "model.embed_tokens",
@@ -216,10 +274,19 @@ _REST: Mapping[str, str] = {
     "per_layer_token_embd": "model.embed_tokens_per_layer",
     "per_layer_model_proj": "model.per_layer_model_projection",
     "per_layer_proj_norm": "model.per_layer_projection_norm",
+    "altup_proj": "model.altup_projections.*",
+    "altup_unembd_proj": "model.altup_unembed_projections.*",
     "output": "lm_head",
 }
+_NEMOTRON_REST = {"token_embd": "model.embeddings", "output_norm": "model.norm_f"}
 # Tensors that the configuration is made from.
 _IN_CONFIG = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
+
+# Architectures that are not read, with the reason.
+_REFUSED = {
+    "llama4": "whose experts transformers computes all at once, from weights that are not packed",
+}
+_UNKNOWN = "which specchat does not read from GGUF files"
 
 Extra = Callable[[Metadata], dict[str, Any]]
 
@@ -237,6 +304,7 @@ class Architecture:
         varies: whether layers may have different sizes, which `extra` describes.
         fixed: values of the configuration that no file states.
         extra: further values of the configuration.
+        rest: modules outside the layers that have other names than elsewhere.
     """
 
     model_type: str
@@ -247,6 +315,7 @@ class Architecture:
     varies: bool = False
     fixed: Mapping[str, Any] = field(default_factory=dict)
     extra: Extra = lambda _: {}
+    rest: Mapping[str, str] = field(default_factory=dict)
 
     def rename(self, name: str) -> tuple[int | None, str] | None:
         """Return the layer of a tensor, None outside the layers, and its name in checkpoints; None if it is unknown.
@@ -257,7 +326,7 @@ class Architecture:
         is_in_layer = name.startswith("blk.")
         index, _, rest = name.removeprefix("blk.").partition(".") if is_in_layer else ("", "", name)
         stem, _, leaf = rest.rpartition(".")
-        names = self.names if is_in_layer else _REST
+        names = {**_NEXT_TOKEN, **self.names} if is_in_layer else {**_REST, **self.rest}
         if (is_in_layer and not index.isdecimal()) or (leaf not in ("weight", "bias") and rest not in names):
             return None
         full = names[rest] if rest in names else f"{names[stem]}.{leaf}" if stem in names else None
@@ -282,7 +351,7 @@ def architecture_of(file: GgufFile) -> Architecture:
         return _OLMO3
     if name not in ARCHITECTURES:
         raise UnsupportedModelError(
-            f"{file.files[0]} has the architecture '{name}', which specchat does not read from GGUF files",
+            f"{file.files[0]} has the architecture '{name}', {_REFUSED.get(name, _UNKNOWN)}",
             hint=f"use the model in safetensors, or one of: {', '.join(sorted(ARCHITECTURES))}",
         )
     return ARCHITECTURES[name]
@@ -290,6 +359,9 @@ def architecture_of(file: GgufFile) -> Architecture:
 
 _MIXTRAL_ARCHITECTURE = Architecture("mixtral", {**_LLAMA, **_MIXTRAL}, interleaves=True, extra=extras.mixtral)
 _OLMO3 = Architecture("olmo3", _NORMS_AFTER, extra=extras.olmo3)
+_NEMOTRON = Architecture(
+    "nemotron_h", _NEMOTRON_H, interleaves=True, extra=recurrent_extras.nemotron_h, rest=_NEMOTRON_REST
+)
 _GELU = {"hidden_activation": "gelu_pytorch_tanh"}
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture("llama", interleaves=True, extra=extras.attention_bias),
@@ -300,18 +372,19 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
     "qwen3moe": Architecture("qwen3_moe", {**_LLAMA, **_EXPERTS}, fixed={"norm_topk_prob": True}, extra=extras.experts),
     "qwen3next": Architecture(
-        "qwen3_next", _QWEN3_NEXT, adds_one=True, fixed={"norm_topk_prob": True}, extra=extras.qwen35_moe
+        "qwen3_next", _QWEN3_NEXT, adds_one=True, fixed={"norm_topk_prob": True}, extra=recurrent_extras.qwen35_moe
     ),
-    "qwen35": Architecture("qwen3_5_text", _DELTA_NET, adds_one=True, tiles_values=True, extra=extras.qwen35),
+    "qwen35": Architecture("qwen3_5_text", _DELTA_NET, adds_one=True, tiles_values=True, extra=recurrent_extras.qwen35),
     "qwen35moe": Architecture(
         "qwen3_5_moe_text",
         {**_DELTA_NET, **_STACKED_EXPERTS},
         adds_one=True,
         tiles_values=True,
-        extra=extras.qwen35_moe,
+        extra=recurrent_extras.qwen35_moe,
     ),
     "gemma2": Architecture("gemma2", _FOUR_NORMS, adds_one=True, fixed=_GELU, extra=extras.gemma2),
     "gemma3": Architecture("gemma3_text", _FOUR_NORMS, adds_one=True, fixed=_GELU, extra=extras.gemma3),
+    "gemma3n": Architecture("gemma3n_text", _GEMMA3N, fixed=_GELU, extra=extras.gemma3n),
     "gemma4": Architecture("gemma4_text", _GEMMA4, varies=True, fixed=_GELU, extra=extras.gemma4),
     "gpt-oss": Architecture("gpt_oss", _GPT_OSS, extra=extras.gpt_oss),
     "phi3": Architecture("phi3", _PHI3, extra=extras.phi3),
@@ -320,16 +393,28 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "deepseek2": Architecture("deepseek_v3", _DEEPSEEK2, extra=extras.deepseek2),
     "granite": Architecture("granite", interleaves=True, extra=extras.granite),
     "granitemoe": Architecture("granitemoe", _GRANITE_MOE, interleaves=True, extra=extras.granite_moe),
-    "granitehybrid": Architecture("granitemoehybrid", _GRANITE_HYBRID, interleaves=True, extra=extras.granite_hybrid),
+    "granitehybrid": Architecture(
+        "granitemoehybrid", _GRANITE_HYBRID, interleaves=True, extra=recurrent_extras.granite_hybrid
+    ),
+    "falcon-h1": Architecture(
+        "falcon_h1",
+        _FALCON_H1,
+        extra=recurrent_extras.falcon_h1,
+        rest={"output_norm": "model.final_layernorm"},
+    ),
+    "nemotron_h": _NEMOTRON,
+    "nemotron_h_moe": _NEMOTRON,
     "minimax-m2": Architecture("minimax_m2", _MINIMAX, extra=extras.minimax_m2),
     "mistral3": Architecture("ministral3", interleaves=True, extra=extras.mistral3),
     "smollm3": Architecture("smollm3", interleaves=True, extra=extras.attention_bias),
-    "lfm2": Architecture("lfm2", _LFM2, extra=extras.lfm2),
-    "lfm2moe": Architecture("lfm2_moe", _LFM2_MOE, extra=extras.lfm2_moe),
+    "lfm2": Architecture("lfm2", _LFM2, extra=recurrent_extras.lfm2),
+    "lfm2moe": Architecture("lfm2_moe", _LFM2_MOE, extra=recurrent_extras.lfm2_moe),
     "olmo2": Architecture("olmo2", _NORMS_AFTER, extra=extras.attention_bias),
     "cohere2": Architecture("cohere2", extra=extras.cohere2),
     "exaone4": Architecture("exaone4", _NORMS_AFTER, extra=extras.exaone4),
     "seed_oss": Architecture("seed_oss", _SEED, extra=extras.seed_oss),
     "ernie4_5": Architecture("ernie4_5", extra=extras.ernie4_5),
+    "ernie4_5-moe": Architecture("ernie4_5_moe", _ERNIE_MOE, extra=extras.ernie4_5_moe),
+    "hunyuan-moe": Architecture("hunyuan_v1_moe", _HUNYUAN_MOE, extra=extras.hunyuan_moe),
     "hunyuan-dense": Architecture("hunyuan_v1_dense", _HUNYUAN, extra=extras.attention_bias),
 }

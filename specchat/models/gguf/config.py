@@ -171,7 +171,7 @@ def _rope(metadata: Metadata, values: dict[str, Any]) -> dict[str, Any]:
         "qwen3_5"
     ):  # of images, whose positions have three parts
         full |= {"mrope_section": sections[:3], "mrope_interleaved": True}
-    if metadata.file.architecture == "gemma3":
+    if metadata.file.architecture in ("gemma3", "gemma3n"):
         local = metadata.number("rope.freq_base_swa", 10000.0)
     elif values["model_type"] == "olmo3":  # only its layers with full attention are scaled
         local = theta

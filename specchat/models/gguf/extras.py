@@ -1,5 +1,6 @@
 """Values of the configuration that only some architectures have, made from the metadata of a GGUF file."""
 
+from statistics import NormalDist
 from typing import Any
 
 from specchat.models.gguf.metadata import Metadata
@@ -9,6 +10,9 @@ _SOFTMAX, _SIGMOID = 1, 2
 # From this number of experts on, DeepSeek's models choose among groups of them.
 _DEEPSEEK_GROUPED = 160
 _GLM_VOCABULARY = 154880
+# Layers of Gemma 3n with keys and values of their own, and number of its first ones that drop most activations.
+_GEMMA3N_OWN_LAYERS = 20
+_GEMMA3N_SPARSE = 10
 
 
 def attention_bias(metadata: Metadata) -> dict[str, Any]:
@@ -30,69 +34,6 @@ def shared_expert(metadata: Metadata) -> dict[str, Any]:
     shared = metadata.integer("expert_shared_feed_forward_length", 0)
     stored = metadata.file.tensors.get("blk.0.ffn_up_shexp.weight")
     return experts(metadata) | {"shared_expert_intermediate_size": shared or (0 if stored is None else stored.shape[0])}
-
-
-def qwen35(metadata: Metadata) -> dict[str, Any]:
-    """Return the values of Qwen 3.5 and later ones: gated delta nets, with attention in every fourth layer or so."""
-    keys, values = metadata.integer("ssm.group_count"), metadata.integer("ssm.time_step_rank")
-    if not keys or not values or values % keys:
-        metadata.fail("ssm.group_count", keys, "a number of key heads")
-    return partial_rotary(metadata) | {
-        "linear_conv_kernel_dim": metadata.integer("ssm.conv_kernel"),
-        "linear_key_head_dim": metadata.integer("ssm.state_size"),
-        "linear_value_head_dim": metadata.integer("ssm.inner_size") // values,
-        "linear_num_key_heads": keys,
-        "linear_num_value_heads": values,
-        "layer_types": _recurrent_types(metadata),
-    }
-
-
-def qwen35_moe(metadata: Metadata) -> dict[str, Any]:
-    """Return the values of Qwen 3.5 and Qwen3-Next with experts."""
-    return qwen35(metadata) | shared_expert(metadata)
-
-
-def _recurrent_types(metadata: Metadata) -> list[str]:
-    """Return the kind of each layer; without a list in the file, the last layer of each period has attention."""
-    count = metadata.integer("block_count") - metadata.integer("nextn_predict_layers", 0)
-    is_recurrent = metadata.flags("attention.recurrent_layers")
-    if is_recurrent is None:
-        period = metadata.integer("full_attention_interval", 4) or 1
-        is_recurrent = [(layer + 1) % period != 0 for layer in range(count)]
-    return ["linear_attention" if each else "full_attention" for each in is_recurrent[:count]]
-
-
-def lfm2(metadata: Metadata) -> dict[str, Any]:
-    """Return the values of LFM2; layers without heads of keys and values are short convolutions."""
-    heads = metadata.integers("attention.head_count_kv")
-    if heads is None or len(heads) != metadata.integer("block_count"):
-        metadata.fail("attention.head_count_kv", heads, "a number of heads for each layer")
-    return {
-        "norm_eps": metadata.number("attention.layer_norm_rms_epsilon"),
-        "conv_L_cache": metadata.integer("shortconv.l_cache"),
-        "conv_bias": any(name.endswith("shortconv.conv.bias") for name in metadata.file.tensors),
-        "block_auto_adjust_ff_dim": False,  # the file has the adjusted size
-        "layer_types": ["full_attention" if each else "conv" for each in heads],
-    }
-
-
-def lfm2_moe(metadata: Metadata) -> dict[str, Any]:
-    """Return the values of LFM2 with experts, which are weighed as llama.cpp does where the file says nothing.
-
-    Raises:
-        UnsupportedModelError: experts are weighed by another function than a sigmoid.
-    """
-    _check_sigmoid(metadata)
-    return (
-        lfm2(metadata)
-        | experts(metadata)
-        | {
-            "num_dense_layers": metadata.integer("leading_dense_block_count"),
-            "use_expert_bias": any(name.endswith("exp_probs_b.bias") for name in metadata.file.tensors),
-            "norm_topk_prob": True,
-            "routed_scaling_factor": metadata.number("expert_weights_scale", 1.0) or 1.0,
-        }
-    )
 
 
 def mixtral(metadata: Metadata) -> dict[str, Any]:
@@ -134,6 +75,30 @@ def gemma3(metadata: Metadata) -> dict[str, Any]:
         "final_logit_softcapping": metadata.number("final_logit_softcapping")
         if metadata.has("final_logit_softcapping")
         else None,
+    }
+
+
+def gemma3n(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of Gemma 3n; those that older files leave out are the ones that llama.cpp has in its code."""
+    count, tensors = metadata.integer("block_count"), metadata.file.tensors
+    lookup, laurel = tensors.get("per_layer_token_embd.weight"), tensors.get("blk.0.laurel_l.weight")
+    if lookup is None or laurel is None:
+        metadata.fail("embedding_length_per_layer_input", None, "the width of inputs that the file has")
+    scales = metadata.numbers("activation_sparsity_scale")
+    sparsity = (
+        [round(NormalDist().cdf(scale), 6) for scale in scales] if scales else [0.95] * _GEMMA3N_SPARSE + [0.0] * count
+    )
+    return {
+        "layer_types": _layer_types(metadata, 5),
+        "num_kv_shared_layers": metadata.integer("attention.shared_kv_layers", max(count - _GEMMA3N_OWN_LAYERS, 0)),
+        "sliding_window": metadata.integer("attention.sliding_window"),
+        "final_logit_softcapping": metadata.number("final_logit_softcapping", 30.0),
+        "hidden_size_per_layer_input": metadata.integer("embedding_length_per_layer_input"),
+        "vocab_size_per_layer_input": lookup.shape[0],
+        "laurel_rank": laurel.shape[0],
+        "altup_num_inputs": metadata.integer("altup.num_inputs"),
+        "altup_active_idx": metadata.integer("altup.active_idx"),
+        "activation_sparsity_pattern": sparsity[:count],
     }
 
 
@@ -229,43 +194,13 @@ def granite_moe(metadata: Metadata) -> dict[str, Any]:
     return granite(metadata) | mixtral(metadata)
 
 
-def granite_hybrid(metadata: Metadata) -> dict[str, Any]:
-    """Return the values of Granite 4 H; layers without heads of keys and values are Mamba 2.
-
-    Raises:
-        UnsupportedModelError: attention with rotated positions.
-    """
-    if metadata.has("rope.scaling.finetuned") and metadata.flag("rope.scaling.finetuned"):
-        metadata.refuse("has Granite's recurrent layers beside rotated positions")
-    kv_heads = metadata.each("attention.head_count_kv", metadata.integer("block_count"))
-    hidden, inner = metadata.integer("embedding_length"), metadata.integer("ssm.inner_size")
-    heads, count = metadata.integer("ssm.time_step_rank"), metadata.integer("expert_count", 0)
-    if not heads or inner % heads or not hidden or inner % hidden:
-        metadata.fail("ssm.inner_size", inner, "a multiple of the width")
-    shared = "expert_shared_feed_forward_length" if count else "feed_forward_length"
-    return granite(metadata) | {
-        "layer_types": ["attention" if each else "mamba" for each in kv_heads],
-        "position_embedding_type": "nope",
-        "num_local_experts": count,
-        "num_experts_per_tok": metadata.integer("expert_used_count", 0),
-        "shared_intermediate_size": metadata.integer(shared),
-        "mamba_n_heads": heads,
-        "mamba_d_head": inner // heads,
-        "mamba_expand": inner // hidden,
-        "mamba_n_groups": metadata.integer("ssm.group_count"),
-        "mamba_d_state": metadata.integer("ssm.state_size"),
-        "mamba_d_conv": metadata.integer("ssm.conv_kernel"),
-        "mamba_conv_bias": any(name.endswith("ssm_conv1d.bias") for name in metadata.file.tensors),
-    }
-
-
 def minimax_m2(metadata: Metadata) -> dict[str, Any]:
     """Return the values of MiniMax M2.
 
     Raises:
         UnsupportedModelError: experts are weighed by another function than a sigmoid.
     """
-    _check_sigmoid(metadata)
+    check_sigmoid(metadata)
     size = {"intermediate_size": metadata.integer("expert_feed_forward_length")}
     return mixtral(metadata) | partial_rotary(metadata) | size
 
@@ -293,8 +228,10 @@ def glm4_moe(metadata: Metadata) -> dict[str, Any]:
     Raises:
         UnsupportedModelError: experts are weighed by another function than a sigmoid.
     """
-    _check_sigmoid(metadata)
-    return glm4(metadata) | _routed(metadata) | {"use_qk_norm": "blk.0.attn_q_norm.weight" in metadata.file.tensors}
+    check_sigmoid(metadata)
+    return (
+        glm4(metadata) | routed_experts(metadata) | {"use_qk_norm": "blk.0.attn_q_norm.weight" in metadata.file.tensors}
+    )
 
 
 def deepseek2(metadata: Metadata) -> dict[str, Any]:
@@ -329,7 +266,7 @@ def _deepseek_experts(metadata: Metadata) -> dict[str, Any]:
         metadata.refuse("has the layers of DeepSeek without experts")
     if metadata.integer("expert_count") >= _DEEPSEEK_GROUPED and not metadata.has("expert_group_count"):
         metadata.refuse("comes from an older converter, which did not store the groups of its experts")
-    routed, function = _routed(metadata), metadata.integer("expert_gating_func", 0)
+    routed, function = routed_experts(metadata), metadata.integer("expert_gating_func", 0)
     if not function:  # as in llama.cpp, files without a value are version 2 or GLM-4.7-Flash
         function = _SIGMOID if metadata.file.tensors["token_embd.weight"].shape[0] == _GLM_VOCABULARY else _SOFTMAX
     if function == _SIGMOID:
@@ -341,12 +278,17 @@ def _deepseek_experts(metadata: Metadata) -> dict[str, Any]:
     return routed | {"model_type": "deepseek_v2", "topk_method": method}
 
 
-def _check_sigmoid(metadata: Metadata) -> None:
+def check_sigmoid(metadata: Metadata) -> None:
+    """Refuse experts that are weighed by another function than a sigmoid.
+
+    Raises:
+        UnsupportedModelError: another function.
+    """
     if (metadata.integer("expert_gating_func", 0) or _SIGMOID) != _SIGMOID:
         metadata.refuse("weighs its experts by another function than a sigmoid")
 
 
-def _routed(metadata: Metadata) -> dict[str, Any]:
+def routed_experts(metadata: Metadata) -> dict[str, Any]:
     """Return the sizes and the choice of routed experts, as DeepSeek names them."""
     return {
         "n_routed_experts": metadata.integer("expert_count"),
@@ -380,6 +322,27 @@ def seed_oss(metadata: Metadata) -> dict[str, Any]:
 def ernie4_5(metadata: Metadata) -> dict[str, Any]:
     """Return the values of ERNIE 4.5."""
     return {"use_bias": "blk.0.attn_q.bias" in metadata.file.tensors}
+
+
+def ernie4_5_moe(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of ERNIE 4.5 with experts."""
+    return ernie4_5(metadata) | {
+        "moe_num_experts": metadata.integer("expert_count"),
+        "moe_k": metadata.integer("expert_used_count"),
+        "moe_intermediate_size": metadata.integer("expert_feed_forward_length"),
+        "moe_num_shared_experts": metadata.integer("expert_shared_count", 0),
+        "moe_layer_start_index": metadata.integer("leading_dense_block_count"),
+        "moe_layer_interval": metadata.integer("interleave_moe_layer_step", 1) or 1,
+        "moe_layer_end_index": metadata.integer("block_count") - 1,
+    }
+
+
+def hunyuan_moe(metadata: Metadata) -> dict[str, Any]:
+    """Return the values of Hunyuan with experts, each of which has the width of the shared one."""
+    return attention_bias(metadata) | {
+        "num_experts": metadata.integer("expert_count"),
+        "moe_topk": metadata.integer("expert_used_count"),
+    }
 
 
 def _head_dim(metadata: Metadata) -> int:

@@ -17,7 +17,7 @@ from specchat.models.gguf.config import config_values, generation_values
 from specchat.models.gguf.tokenizer import tokenizer_files
 from specchat.paths import cache_folder
 
-_VERSION = 2  # of the content; raise it when the tables change
+_VERSION = 4  # of the content; raise it when the tables change
 _MOST_FOLDERS = 64
 # The files of a tokenizer that replaces the one in the metadata.
 TOKENIZER_FILES = (

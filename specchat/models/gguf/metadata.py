@@ -84,6 +84,13 @@ class Metadata:
             self.fail(key, value, "a list of whole numbers")
         return value
 
+    def numbers(self, key: str) -> list[float] | None:
+        """Return a list of numbers, which may be infinite; None if the key is missing."""
+        value = self.values.get(self._full(key))
+        if value is not None and (not isinstance(value, list) or any(type(each) is not float for each in value)):
+            self.fail(key, value, "a list of numbers")
+        return value
+
     def text(self, key: str) -> str | None:
         """Return a text; None if it is missing."""
         value = self.values.get(self._full(key))

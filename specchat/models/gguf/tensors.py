@@ -6,7 +6,7 @@ it is read.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -28,10 +28,16 @@ from specchat.models.quant.formats.ggml import TiledHeads, decode, stored_rows
 # Matrices whose values the model needs plain: lookups, and routers, whose rounding would change the experts.
 _PLAIN = (
     "embed_tokens.weight",
+    "model.embeddings.weight",
     "embed_tokens_per_layer.weight",
     "per_layer_model_projection.weight",
     "router.proj.weight",
     "mlp.gate.weight",
+    "mlp.gate.wg.weight",
+    "mixer.gate.weight",
+    "correction_coefs.weight",
+    "prediction_coefs.weight",
+    "modality_router.weight",
     "mlp.router.weight",
     "block_sparse_moe.gate.weight",
     "block_sparse_moe.router.layer.weight",
@@ -45,27 +51,35 @@ _PLAIN = (
     "_bias",
 )
 # Vectors that files hold as matrices.
-_FLAT = ("A_log", "mamba.D", "mamba.norm.weight")
+_FLAT = ("A_log", "mamba.D", "mamba.norm.weight", "mixer.D", "mixer.norm.weight")
 # Small tensors that follow the order of the value heads.
 _TILED = ("in_proj_a.weight", "in_proj_b.weight", "conv1d.weight", "dt_bias", "A_log")
 
 
-def open_tensors(folder: Path) -> Checkpoint:
+def open_tensors(folder: Path, *, with_head: bool = False) -> Checkpoint:
     """Open the tensors of a model's folder: those of the GGUF files that it stands for, or its safetensors files.
+
+    Args:
+        folder: folder of the model.
+        with_head: whether GGUF files are asked for the layers that predict further tokens, too.
 
     Raises:
         CorruptCheckpointError: an invalid header.
         UnsupportedModelError: a tensor that specchat does not know.
     """
     files = listed_files(folder)
-    return unstack_experts(open_checkpoint(folder)) if files is None else _open(folder, open_gguf(files[0]))
+    if files is None:
+        return unstack_experts(open_checkpoint(folder))
+    file = open_gguf(files[0])
+    return _open(folder, file, None if with_head else num_layers(Metadata(file)))
 
 
-def _open(folder: Path, file: GgufFile) -> Checkpoint:
-    architecture, layers = architecture_of(file), num_layers(Metadata(file))
+def _open(folder: Path, file: GgufFile, layers: int | None) -> Checkpoint:
+    """Open the tensors outside the layers, and those of the first `layers` layers, or of all."""
+    architecture = architecture_of(file)
     tensors: dict[str, TensorInfo] = {}
     for tensor in sorted(file.tensors.values(), key=lambda each: (each.file, each.offset)):
-        if is_in_config(tensor.name) or _is_after(tensor.name, layers):
+        if is_in_config(tensor.name) or (layers is not None and _is_after(tensor.name, layers)):
             continue
         found = architecture.rename(tensor.name)
         if found is None:
@@ -91,13 +105,13 @@ def _is_after(name: str, layers: int) -> bool:
 
 def _infos(file: GgufFile, architecture: Architecture, tensor: GgufTensor, name: str) -> dict[str, TensorInfo]:
     if "*" in name:
-        return dict(_experts(tensor, name))
+        return dict(_experts(tensor, name, is_plain=".layers." not in name))
     if KEY_HALF in name:
         return _joined_halves(file, tensor, name.replace(KEY_HALF, KEY_HALF.rpartition(".")[0]))
     if len(tensor.shape) == 2 and not name.endswith((*_PLAIN, *_FLAT)):
         return {name: _packed(tensor, name, tensor.shape, tensor.offset)}
     shape = tensor.shape
-    if name.endswith("shared_expert_gate.weight") and len(shape) == 1:
+    if name.endswith(("shared_expert_gate.weight", "moe_statics.e_score_correction_bias")) and len(shape) == 1:
         shape = (1, *shape)
     if name.endswith(("conv1d.weight", "conv.conv.weight")) and len(shape) == 2:
         shape = (shape[0], 1, shape[1])
@@ -153,15 +167,17 @@ def _joined_halves(file: GgufFile, keys: GgufTensor, name: str) -> dict[str, Ten
     return {name: TensorInfo(name, keys.type.name, shape, keys.file, keys.offset, keys.nbytes, restore)}
 
 
-def _experts(tensor: GgufTensor, name: str) -> Iterator[tuple[str, TensorInfo]]:
-    """Yield one matrix per expert of a stack [experts, rows, cols]."""
+def _experts(tensor: GgufTensor, name: str, *, is_plain: bool) -> Iterator[tuple[str, TensorInfo]]:
+    """Yield one matrix per expert of a stack [experts, rows, cols], in blocks or with plain values."""
     if len(tensor.shape) != 3:
         raise CorruptCheckpointError(f"tensor '{tensor.name}' in {tensor.file} is no stack of experts", hint=REDOWNLOAD)
     num_experts, *shape = tensor.shape
     nbytes = tensor.nbytes // max(num_experts, 1)
     for expert in range(num_experts):
         key = name.replace("*", str(expert))
-        yield key, _packed(tensor, key, tuple(shape), tensor.offset + expert * nbytes)
+        own = _packed(tensor, key, tuple(shape), tensor.offset + expert * nbytes)
+        restore = Restore(tensor.type.name, tuple(shape))
+        yield key, replace(own, shape=tuple(shape), restore=restore) if is_plain else own
 
 
 def _packed(tensor: GgufTensor, key: str, shape: tuple[int, ...], offset: int) -> TensorInfo:

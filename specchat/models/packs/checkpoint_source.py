@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from specchat.closing import Closeable
-from specchat.models.checkpoint.dtypes import stored_torch_dtype
+from specchat.models.checkpoint.dtypes import stored_torch_dtype, torch_dtype
 from specchat.models.checkpoint.reader import TensorReader
 from specchat.models.checkpoint.safetensors import TensorInfo
 from specchat.models.weights.layout import LayerLayout
@@ -27,8 +27,10 @@ class CheckpointLayers(Closeable):
         self._skeleton = weights.skeleton
         self._weights = weights.reader
         self._tensors = TensorReader(weights.checkpoint)
-        keys = (*self._weights.rest_keys(), *self._weights.buffer_keys())
-        self._rest = {key: weights.checkpoint.tensors[key] for key in keys}
+        # Tensors that must be restored have the dtype that they are loaded in: buffers stay in float32.
+        dtypes = dict.fromkeys(self._weights.rest_keys(), torch_dtype(weights.dtype))
+        dtypes |= dict.fromkeys(self._weights.buffer_keys(), torch.float32)
+        self._rest = {key: _Saved(weights.checkpoint.tensors[key], dtype) for key, dtype in dtypes.items()}
         self._blob = torch.empty(0, dtype=torch.uint8)
 
     def close(self) -> None:
@@ -69,22 +71,33 @@ class CheckpointLayers(Closeable):
 
         Quantized matrices are represented by their segments, by the model's names.
         """
-        saved = {key: _meta(info) for key, info in self._rest.items()}
-        return saved | self._weights.segments_meta()
+        return {key: saved.meta() for key, saved in self._rest.items()} | self._weights.segments_meta()
 
     def rest(self) -> Mapping[str, Tensor]:
         """Return the tensors of `rest_meta`, each read on access: together they may be larger than two layers."""
-        return _LazyTensors(self._tensors, tuple(self._rest), self._weights)
+        return _LazyTensors(self._tensors, self._rest, self._weights)
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """A tensor outside the layers; `dtype` is that of a tensor that must be restored."""
+
+    info: TensorInfo
+    dtype: torch.dtype
+
+    def meta(self) -> Tensor:
+        dtype = stored_torch_dtype(self.info.dtype) if self.info.restore is None else self.dtype
+        return torch.empty(self.info.shape, dtype=dtype, device="meta")
 
 
 @dataclass(frozen=True)
 class _LazyTensors(Mapping[str, Tensor]):
     reader: TensorReader
-    saved: tuple[str, ...]
+    saved: Mapping[str, _Saved]
     weights: WeightReader
 
     def __getitem__(self, key: str) -> Tensor:
-        return self.reader.read(key) if key in self.saved else self._segments[key]
+        return self.reader.read(key, self.saved[key].dtype) if key in self.saved else self._segments[key]
 
     def __iter__(self) -> Iterator[str]:
         return iter((*self.saved, *self.weights.segments_meta()))
@@ -95,7 +108,3 @@ class _LazyTensors(Mapping[str, Tensor]):
     @cached_property
     def _segments(self) -> Mapping[str, Tensor]:
         return self.weights.read_segments()
-
-
-def _meta(info: TensorInfo) -> Tensor:
-    return torch.empty(info.shape, dtype=stored_torch_dtype(info.dtype), device="meta")

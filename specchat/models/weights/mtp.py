@@ -3,8 +3,9 @@
 import torch
 
 from specchat.errors import UsageError
-from specchat.models.checkpoint.mtp import find_mtp, with_names
+from specchat.models.checkpoint.mtp import with_names
 from specchat.models.checkpoint.safetensors import Checkpoint
+from specchat.models.gguf.heads import find_head
 from specchat.models.hf.attention import AttentionFunction
 from specchat.models.hf.config import load_config
 from specchat.models.hf.config_values import why_not_built
@@ -26,9 +27,9 @@ def open_mtp(
 
     Raises:
         UsageError: the model has no MTP layer.
-        CorruptCheckpointError, UnsupportedModelError: faults that `load_config` and `find_mtp` report.
+        CorruptCheckpointError, UnsupportedModelError: faults that `load_config` and `find_head` report.
     """
-    config, part = load_config(source.path), find_mtp(source.path)
+    config, part = load_config(source.path), find_head(source.path)
     if part is None:
         raise UsageError(f"{source.path} has no MTP layer", hint="use --draft MODEL or --draft retrieval")
     with refusing(config.model_type, why_not_built(config)):

@@ -69,3 +69,16 @@ def test_quantized_experts_share_slots(tmp_path: Path, kind: str, architecture: 
         layers = pooled_experts(weights.skeleton)
         is_packed = expert_extents(weights.reader, layers[0], ExpertLayout.of(layers[0])) is None
         check(pair.quantized, is_packed=is_packed)
+
+
+def test_a_pack_of_a_gguf_holds_what_the_file_holds(tmp_path: Path):
+    """Rows of gate and up alternate in gpt-oss, so its experts are packed; its embeddings are in blocks."""
+    source = save_gguf(random_model(make_moe_config("gpt_oss")), tmp_path / "model.gguf", "Q8_0")
+    settings = {"cache_rows": 64, "chunk_rows": 16}
+    with tiny_packs(tmp_path):
+        pack = prepare(source, "fp32", progress=silent, warn=silent, by_experts=True)
+        assert pack is not None
+        with closing(load_model(source, **settings)) as model:
+            expected = list(passes(model, (8,)))
+        with closing(load_model(source, **settings, pack=pack, experts=SLOTS)) as model:
+            assert all(map(torch.equal, expected, passes(model, (8,))))
