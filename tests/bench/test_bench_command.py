@@ -233,7 +233,7 @@ def test_passes_from_the_page_cache(specchat):
         (["demo", "--sweep", "memory=8", "--draft", "none"], "there is no draft"),
         (["demo", "-o", "yaml"], "--output must be"),
         (["demo", "-o", "md", "--json"], "cannot be combined"),
-        (["demo", "--sweep", "quant=int8,int3"], "--sweep quant must be"),
+        (["demo", "--sweep", "quant=int8,int2"], "--sweep quant must be"),
         (["demo", "--sweep", "ctx="], "--sweep cannot vary"),
         (["demo", "--sweep", "vram=12"], "'12' is not a size"),
         (["demo", "--sweep", "ctx=256", "--cold"], "cannot be combined"),
