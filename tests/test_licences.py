@@ -32,6 +32,8 @@ def needed(name: str, extras: frozenset[str], seen: set[str]) -> Iterator[Distri
 
 def licence(package: Distribution) -> str:
     """What a package says of its licence, in whichever field."""
+    if package.name == "cuda-toolkit":  # names NVIDIA's libraries, and says nothing of itself
+        return "nvidia"
     values = package.metadata
     classifiers = [each for each in values.get_all("Classifier") or () if each.startswith("License")]
     return " ".join([values.get("License-Expression") or "", (values.get("License") or "")[:200], *classifiers])

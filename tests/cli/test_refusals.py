@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from support.versions import newest_only
 
 import specchat as public
 
@@ -50,7 +51,10 @@ REASONS = {
 EXCEPTIONS = {name for home in (builtins, torch) for name in dir(home) if name.endswith("Error")} | {"StopIteration"}
 
 
-@pytest.mark.parametrize("kind", REASONS)
+_MUSICGEN = pytest.param("musicgen", marks=newest_only("older ones refuse its configuration alone"))
+
+
+@pytest.mark.parametrize("kind", [_MUSICGEN if kind == "musicgen" else kind for kind in REASONS])
 def test_refusals_say_why(specchat, tmp_path, kind):
     values, reason = REASONS[kind]
     config = {"model_type": kind} if kind == "musicgen" else hf.CONFIG_MAPPING[kind](**values).to_dict()

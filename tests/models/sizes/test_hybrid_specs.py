@@ -6,11 +6,14 @@ import json
 
 import pytest
 from support import hybrid_specs
+from support.versions import newest_only
 
 from specchat.models.catalog.known_models import KnownModel
 from specchat.models.sizes.hybrid_specs import FILE, active_hybrid_params, hybrid_spec
 from specchat.models.sizes.known_specs import known_spec
 from specchat.records.model import QUANTS
+
+pytestmark = newest_only("the sizes of its modules are recorded")
 
 MODELS = hybrid_specs.known_hybrids()
 HINT = "write the file again: PYTHONPATH=.:tests python -m support.hybrid_specs"

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from triton.errors import TritonError
 
-# Errors of a compiler that is missing, too old or failing.
-_FAILURES = (TritonError, RuntimeError, NotImplementedError, OSError, subprocess.SubprocessError)
+# Errors of a compiler that is missing, too old or failing. Triton asserts that it finds the driver's library.
+_FAILURES = (TritonError, RuntimeError, NotImplementedError, AssertionError, OSError, subprocess.SubprocessError)
 
 _refused: set[tuple[torch.device, str]] = set()
 
