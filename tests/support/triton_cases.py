@@ -10,8 +10,10 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from specchat.models.checkpoint.ggml_types import BLOCK_TYPES
@@ -331,7 +333,8 @@ if __name__ == "__main__":
     cases = list(small_cases())
     for each in cases:
         check(each, CPU)
-    for form, cols in EXPERT_FORMS:
+    # The interpreter of Triton 3.6 cannot loop up to a number that was loaded, with numpy's newest versions.
+    for form, cols in EXPERT_FORMS if Version(version("triton")) >= Version("3.7") else ():
         for dtype in (torch.float32, torch.float16):
             check_experts(form, cols, dtype, CPU)
     check_products()
