@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from specchat.models.quant.autotune import autotuner
 from specchat.models.quant.kernels.matmul import (
     has_own_row_kernel,
+    is_by_onednn,
     is_faster_by_onednn,
     product,
     product_of_one_row,
@@ -23,7 +24,7 @@ _CPU = torch.device("cpu")
 
 
 def use_fast_matmuls(model: nn.Module) -> None:
-    """Switch the model's large linear layers to the fastest matmul with their matrix as it is stored.
+    """Switch the model's linear layers to the fastest matmul with their matrix as it is stored.
 
     Args:
         model: model on a CPU or still on meta; only modules of exactly `nn.Linear` change, and not packed ones.
@@ -31,7 +32,7 @@ def use_fast_matmuls(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.Linear and not isinstance(module.forward, partial):
             weight = module.weight
-            if is_faster_by_onednn(weight) or (not weight.is_cuda and has_own_row_kernel(weight)):
+            if is_faster_by_onednn(weight) or is_by_onednn(weight):
                 module.forward = partial(_forward, module)  # type: ignore[method-assign]
 
 

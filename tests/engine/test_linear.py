@@ -9,8 +9,8 @@ from specchat.models.quant.kernels import matmul
 
 
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch without MKL computes otherwise anyway")
-@pytest.mark.parametrize(("intel", "changed"), [(False, ["large", "inner.large"]), (True, [])])
-def test_only_large_float32_layers_use_onednn_where_mkl_is_slow(monkeypatch, intel, changed):
+@pytest.mark.parametrize(("intel", "changed"), [(False, ["large", "half", "inner.large"]), (True, ["half"])])
+def test_large_float32_layers_use_onednn_where_mkl_is_slow_and_16_bits_always(monkeypatch, intel, changed):
     monkeypatch.setattr(matmul, "is_intel", lambda: intel)
     model = nn.Module()
     with torch.device("meta"):

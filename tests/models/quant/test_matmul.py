@@ -37,6 +37,30 @@ def test_onednn_is_exact_to_float32(num_rows, width, height, has_bias):
     torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
 
 
+@given(st.integers(0, 5000))
+def test_few_counts_of_rows_are_computed(num_rows):
+    count = matmul.padded_count(num_rows)
+    assert num_rows <= count <= 1.25 * num_rows and matmul.padded_count(count) == count
+
+
+def test_there_are_few_counts():
+    assert len({matmul.padded_count(num_rows) for num_rows in range(1, 513)}) == 32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_onednn_is_asked_for_few_counts(dtype, monkeypatch):
+    """Its code for a count is never freed, so a chat of many lengths would grow by gigabytes."""
+    asked, weight = set(), torch.randn(70, 40).to(dtype)
+    linear, explicit = F.linear, matmul._onednn
+    monkeypatch.setattr(matmul.F, "linear", lambda x, *others: asked.add(len(x)) or linear(x, *others))
+    monkeypatch.setattr(matmul, "_onednn", lambda x, *others: asked.add(len(x)) or explicit(x, *others))
+    monkeypatch.setattr(matmul, "_is_turning_faster", lambda: False)
+    for num_rows in range(1, 131):
+        x = torch.randn(num_rows, 40).to(dtype)
+        torch.testing.assert_close(matmul.product(x, weight), linear(x, weight), rtol=2e-2, atol=2e-2)
+    assert len(asked) <= 25
+
+
 def test_weights_may_change_in_place():
     memory = torch.zeros(64 * 32 * 4, dtype=torch.uint8)
     weight = memory.view(torch.float32).view(64, 32)

@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from specchat.models.quant.kernels.matmul import MIN_NUMBERS
+from specchat.models.quant.kernels.matmul import MIN_NUMBERS, padded, padded_count
 
 # Packed matrices of these dimensions take the bytes of plain ones; oneDNN pads others.
 _BLOCK = 64
@@ -48,8 +47,7 @@ class PackedMatrix:
         """Compute x W^T + bias: [..., cols] -> [..., rows], in the dtype of the matrix."""
         rows = x.reshape(-1, self._cols)
         num_rows = rows.shape[0]
-        if num_rows < _LEAST_ROWS:
-            rows = F.pad(rows, (0, 0, 0, _LEAST_ROWS - num_rows))
+        rows = padded(rows, max(padded_count(num_rows), _LEAST_ROWS))
         out: Tensor = _operators()._linear_pointwise(rows, self._packed, bias, "none", [], "")
         return out[:num_rows].view(*x.shape[:-1], self._rows)
 
