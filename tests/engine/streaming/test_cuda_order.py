@@ -164,13 +164,15 @@ class Passes:
                 streamer.release(index)
 
     def _queue(self, index: int, end: Callable[[], None]) -> None:
-        for run in (partial(self._check, index), partial(self._check, index), end):
+        # A kernel reads the memory that its parameters had when it was queued.
+        check = partial(self._check, index, dict(self._layers[index].named_parameters()))
+        for run in (check, check, end):
             self._device.current.work.append(Work(run))
             self._device.go_on()
 
-    def _check(self, index: int) -> None:
+    def _check(self, index: int, parameters: dict[str, Tensor]) -> None:
         views = self._model.layouts[index].views(self._model.blobs[index])
-        for name, parameter in self._layers[index].named_parameters():
+        for name, parameter in parameters.items():
             assert torch.equal(parameter, views[name]), f"layer {index} computed on something else"
 
 
