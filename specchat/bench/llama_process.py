@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import tempfile
 from abc import abstractmethod
@@ -46,6 +47,8 @@ class LlamaModel:
 class LlamaProcess(Closeable):
     """A process that has loaded or is loading a model.
 
+    It ends when the thread that started it ends, however that happens, if the system has util-linux's setpriv.
+
     Args:
         name: name for messages.
         command: program with its arguments.
@@ -59,6 +62,9 @@ class LlamaProcess(Closeable):
             self._log = undo.enter_context(tempfile.TemporaryFile())
             if limit_bytes is not None:
                 command = undo.enter_context(MemoryGroup(limit_bytes)).command(command)
+            setpriv = shutil.which("setpriv")
+            if setpriv is not None:
+                command = [setpriv, "--pdeathsig", "KILL", *command]
             stream = subprocess.PIPE if with_pipes else subprocess.DEVNULL
             self._process = subprocess.Popen(
                 command,

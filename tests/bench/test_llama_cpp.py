@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from threading import Event, Timer
 
+import psutil
 import pytest
 
 from specchat.bench.llama_cpp import LLAMA_CPP, PROGRAM, WITH_DRAFT, LlamaServer, LlamaSystem, find_llama, start_llama
@@ -202,6 +205,30 @@ def test_ctrl_c_ends_the_wait_for_a_server(stand_in):
         assert cancel.is_set() and server._process.poll() is None
         assert os.getpgid(server._process.pid) != os.getpgrp()
     assert server._process.poll() is not None
+
+
+PARENT = """
+import sys, time
+from pathlib import Path
+from threading import Event
+from specchat.bench.llama_cpp import LlamaServer
+from specchat.bench.llama_process import LlamaModel
+
+server = LlamaServer(LlamaModel(Path("x.gguf"), 512, 2), (), Event())
+print(server._process.pid, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs util-linux's setpriv")
+def test_a_killed_bench_leaves_no_server(stand_in):
+    bench = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
+    with bench:
+        assert bench.stdout is not None
+        server = psutil.Process(int(bench.stdout.readline()))
+        bench.kill()
+    psutil.wait_procs([server], timeout=10)
+    assert not server.is_running() or server.status() == psutil.STATUS_ZOMBIE
 
 
 def test_baselines_are_checked_before_anything_is_loaded(tmp_path, monkeypatch, stand_in):
