@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal, NoReturn
 
 from specchat.errors import ModelError, UnsupportedModelError, UsageError
@@ -17,6 +17,7 @@ from specchat.models.catalog.families import known_families
 from specchat.models.catalog.known_heads import kind_of
 from specchat.models.catalog.ref import SHAPE_PREFIX, ModelRef, parse_model
 from specchat.models.catalog.shape import Shape
+from specchat.models.checkpoint.gguf import is_mtp_alone
 from specchat.models.checkpoint.safetensors import has_weights, weight_files
 from specchat.models.drafts import (
     DraftChoice,
@@ -25,12 +26,14 @@ from specchat.models.drafts import (
     copy_of,
     fits,
     head_in,
+    head_on_hub,
     heads_in_cache,
     known_heads_of,
     mtp_head,
     own_copy,
     relative_in_cache,
 )
+from specchat.models.gguf.heads import is_head_alone
 from specchat.models.hf.pairing import check_pair
 from specchat.models.hub.cache import cached_gguf, cached_models
 from specchat.models.hub.download import Download, agree
@@ -151,14 +154,32 @@ def _look_up(request: ModelRequest, refs: Refs, reporter: Reporter) -> Found:
     target = locate.look_up(
         refs.target, offline=request.offline, warn=reporter.warn, tokenizer=_tokenizer_folder(request)
     )
+    _refuse_head_alone(refs.target.text, target)
     choice = _choose_draft(request, refs, reporter)
     if request.draft_model != "auto":
         return Found(target, choice.found, choice.note)
     # A draft in the cache comes before one that must be downloaded.
     draft_is_here = isinstance(choice.found, ModelSource)
     heads = known_heads_of(refs.target, target, offline=is_offline(request) or draft_is_here)
+    heads += head_on_hub(target)
     are_here = any(isinstance(head, ModelSource) for head in heads)
     return Found(target, None if are_here and not draft_is_here else choice.found, choice.note, tuple(heads))
+
+
+def _refuse_head_alone(name: str, target: ModelSource | Missing) -> None:
+    """Refuse a file that only drafts for a model.
+
+    Raises:
+        UnsupportedModelError: the target is an MTP layer without the model that it is for.
+    """
+    if isinstance(target, ModelSource):
+        is_alone = is_head_alone(target.path)
+    else:
+        is_alone = isinstance(target, Download) and _holds_head_alone(target)
+    if is_alone:
+        raise UnsupportedModelError(
+            f"{name} holds the MTP layer of a model, and not the model", hint=f"use it as a draft: --draft {name}"
+        )
 
 
 def _tokenizer_folder(request: ModelRequest) -> Path | None:
@@ -265,7 +286,8 @@ def _heads_of(
         heads += [own] if own is not None else []
     except ModelError as error:
         reporter.warn(f"the MTP layer of {target.name} is not used: {error.message}")
-    here = [each for each in known if isinstance(each, ModelSource) and each.is_head and fits(target, each)]
+    others = [each for each in known if isinstance(each, ModelSource) and each.is_head]
+    here = [each for each in others if all(each.path != head.path for head in heads) and fits(target, each)]
     known_paths = {each.path for each in here}
     heads += [*here, *(each for each in heads_in_cache(target) if each.path not in known_paths)]
     return tuple(heads)
@@ -279,9 +301,18 @@ def _obtain(found: ModelSource | Missing, reporter: Reporter, tokenizer: Path | 
         return locate.obtain(found, progress=update, warn=reporter.warn, tokenizer=tokenizer)
 
 
+def _kind(download: Download) -> str:
+    """Return what a head is, for the question; nothing for a model."""
+    kind = "an MTP layer" if _holds_head_alone(download) else kind_of(download.name)
+    return f", {kind}" if kind else ""
+
+
+def _holds_head_alone(download: Download) -> bool:
+    return any(is_mtp_alone(PurePath(file).name) for file in download.files)
+
+
 def _download_question(downloads: Sequence[Download], target: ModelSource | Missing) -> str:
-    kinds = {each.name: f", {kind}" if (kind := kind_of(each.name)) else "" for each in downloads}
-    what = " and ".join(f"{each.name} ({format_bytes(each.missing_bytes)}{kinds[each.name]})" for each in downloads)
+    what = " and ".join(f"{each.name} ({format_bytes(each.missing_bytes)}{_kind(each)})" for each in downloads)
     question = f"download {what} to {downloads[0].folder} ({format_bytes(downloads[0].free_disk_bytes)} free)?"
     if downloads[0] is target:  # the target may be stored a second time, in a form that streams
         question += f"\nstreaming may also need a copy of up to {format_bytes(downloads[0].num_bytes)}"

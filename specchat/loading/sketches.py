@@ -28,7 +28,7 @@ def sketch_model(found: ModelSource | Missing, folder: Path, tokenizer: Path | N
 def sketch_draft(found: ModelSource | Missing, folder: Path) -> ModelSource:
     """Return a draft that a plan can be made from; the sizes of a head follow from the headers of its files."""
     draft = as_draft(sketch_model(found, folder))
-    if draft.part and isinstance(found, Download):
+    if draft.part and isinstance(found, Download) and not draft.headers_only:
         return as_draft(locate.sketch_weights(found, folder))
     return draft
 

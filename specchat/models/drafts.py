@@ -11,7 +11,8 @@ from specchat.models.checkpoint.dflash import is_dflash
 from specchat.models.checkpoint.eagle3 import is_eagle3
 from specchat.models.checkpoint.json_file import read_json
 from specchat.models.checkpoint.safetensors import has_weights, weight_files
-from specchat.models.gguf.heads import find_head
+from specchat.models.gguf.folder import model_folder
+from specchat.models.gguf.heads import find_head, heads_beside, is_head_alone
 from specchat.models.hf.pairing import check_pair
 from specchat.models.hub.cache import cached_models
 from specchat.models.hub.download import Download
@@ -91,6 +92,14 @@ def known_heads_of(ref: ModelRef, target: ModelSource | Missing, *, offline: boo
     return cached or (_looked_up(heads, offline=False) if not offline else [])
 
 
+def head_on_hub(target: ModelSource | Missing) -> list[ModelSource | Missing]:
+    """Return the MTP layer in a GGUF file beside those of a target that must be downloaded; nothing without one."""
+    if not isinstance(target, Download) or target.head is None:
+        return []
+    revision = f"@{target.ref.revision}" if target.ref.revision else ""
+    return _looked_up([parse_model(f"{target.ref.repo_id}:{target.head}{revision}")], offline=False)
+
+
 def _looked_up(refs: Sequence[ModelRef], *, offline: bool) -> list[ModelSource | Missing]:
     found = list[ModelSource | Missing]()
     for ref in refs:
@@ -112,25 +121,33 @@ def heads_in_cache(target: ModelSource) -> list[ModelSource]:
 
 
 def as_draft(source: ModelSource) -> ModelSource:
-    """Return a draft's source, which says so if the files are an EAGLE-3 or a DFlash head.
+    """Return a draft's source, which says so if the files are an EAGLE-3 or a DFlash head, or an MTP layer alone.
 
     Raises:
         UnsupportedModelError: a kind of head that is not read.
     """
     if source.part:
         return source
+    if is_head_alone(source.path):
+        return replace(source, part="mtp")
     if is_dflash(source.path):
         return replace(source, part="dflash")
     return replace(source, part="eagle3") if is_eagle3(source.path) else source
 
 
 def mtp_head(target: ModelSource) -> ModelSource | None:
-    """Return the MTP head among a target's files; None without one."""
-    return None if find_head(target.path) is None else replace(target, name="mtp", part="mtp")
+    """Return the MTP head among a target's files or in a GGUF file beside them; None without one."""
+    if find_head(target.path) is not None:
+        return replace(target, name="mtp", part="mtp")
+    for file in heads_beside(target.path):
+        head = ModelSource("mtp", model_folder(file), part="mtp")
+        if fits(target, head):
+            return head
+    return None
 
 
 def head_in(target: ModelSource) -> ModelSource:
-    """Return the MTP head among a target's files.
+    """Return the MTP head among a target's files or beside them.
 
     Raises:
         UsageError: there is none.

@@ -111,6 +111,7 @@ def save_gguf(
     splits_kv: bool = True,
     arch: str | None = None,
     head: Mapping[str, torch.Tensor] | None = None,
+    is_alone: bool = False,
     **metadata: Any,
 ) -> ModelSource:
     """Write a model and a small tokenizer as a GGUF file, and return it as specchat finds it.
@@ -122,6 +123,7 @@ def save_gguf(
         splits_kv: whether latent attention is stored as newer converters do.
         arch: llama.cpp's architecture, where a model type has several.
         head: tensors of an MTP layer behind the last layer, or None.
+        is_alone: whether the MTP layer is written without the other layers.
         metadata: further keys, with "__" for dots, after the architecture's name.
     """
     config = model.config
@@ -136,6 +138,8 @@ def save_gguf(
     _add_tokenizer(writer, config.vocab_size)
     chosen = kind if callable(kind) else lambda _: kind
     for name, values in tensors(model, arch, splits_kv=splits_kv, head=head or {}):
+        if is_alone and name.startswith("blk.") and not name.startswith(f"blk.{config.num_hidden_layers}."):
+            continue
         is_matrix = (
             values.ndim >= 2
             and not re.search("gate_inp|ssm_(conv1d|a|d|norm)|shortconv.conv|altup|laurel", name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
@@ -39,6 +40,14 @@ CTX = 96
 CPU = torch.device("cpu")
 # Layout of the tensors, by architecture.
 LAYOUTS = {"deepseek_v3": "layer", "glm4_moe": "layer", "qwen3_5_text": "mtp", "qwen3_next": "mtp", "qwen3": "mtp"}
+# Names of Qwen's layout that llama.cpp's converter replaces.
+_QWEN = {
+    "mtp.fc.": "eh_proj.",
+    "mtp.pre_fc_norm_embedding.": "enorm.",
+    "mtp.pre_fc_norm_hidden.": "hnorm.",
+    "mtp.norm.": "shared_head.norm.",
+    "mtp.layers.0.": "",
+}
 _COUNTS = {"layer": "num_nextn_predict_layers", "mtp": "mtp_num_hidden_layers"}
 _GLM: dict[str, Any] = {
     **BASE,
@@ -88,6 +97,26 @@ def save_with_mtp(model: Any, folder: Path, layout: str, seed: int = 5) -> Model
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, _COUNTS[layout]: 1}))
     return source
+
+
+def head_tensors(source: ModelSource, num_layers: int) -> dict[str, torch.Tensor]:
+    """The tensors of a saved MTP layer, numbered behind the last layer, with experts in stacks."""
+    own, prefix = {}, f"model.layers.{num_layers}."
+    for key, value in load_file(source.path / "model.safetensors").items():
+        place = next((place for place in _QWEN if key.startswith(place)), None)
+        if place is not None:
+            own[_QWEN[place] + key.removeprefix(place)] = value
+        elif key.startswith(prefix):
+            own[key.removeprefix(prefix)] = value
+    experts = sorted({int(match[1]) for name in own if (match := re.match(r"mlp\.experts\.(\d+)\.", name))})
+
+    def stacked(name: str) -> torch.Tensor:
+        return torch.stack([own.pop(f"mlp.experts.{expert}.{name}.weight") for expert in experts])
+
+    if experts:
+        gates, ups = stacked("gate_proj"), stacked("up_proj")
+        own |= {"mlp.experts.gate_up_proj": torch.cat([gates, ups], 1), "mlp.experts.down_proj": stacked("down_proj")}
+    return {prefix + name: value for name, value in own.items()}
 
 
 def _like(value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

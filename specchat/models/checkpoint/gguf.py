@@ -30,12 +30,27 @@ _LEAST_TENSOR_BYTES = 8 + 4 + 4 + 8  # length of the name, dimensions, type, off
 _MOST_DIMENSIONS = 4  # ggml's own limit
 _MOST_LEVELS = 4  # arrays in arrays; no known file has more than one
 _MOST_ALIGNMENT = 1 << 20
-# Kinds of files that are no models of their own, by `general.type`.
+# Kinds of files that are no models of their own, by `general.type`, or by architecture.
 _NOT_MODELS = {
     "adapter": "a LoRA adapter, not a model",
     "mmproj": "the image or audio part of a multimodal model, not its language model",
     "imatrix": "an importance matrix, not a model",
 }
+_PARTS = {
+    "clip": (_NOT_MODELS["mmproj"], "give the GGUF file of the language model"),
+    "eagle3": (
+        "an EAGLE-3 head as GGUF, which specchat does not read",
+        "use the head in safetensors: --draft org/name",
+    ),
+    "dflash": ("a DFlash head as GGUF, which specchat does not read", "use the head in safetensors: --draft org/name"),
+}
+# Names of files that lie beside a model and are none: its image part, importances, and heads that draft for it. A name
+# with MTP in it is mostly that of a whole model that has kept its MTP layer, so only two forms of it are such heads.
+_BESIDE = re.compile(
+    r"mmproj|imatrix|^mtp[-_]|[-_.]mtp[-_]only(?![a-z])|(?:^|[-_.])(?:eagle-?3(?:\.1)?|dflash2?|dspark)[-_.]",
+    re.IGNORECASE,
+)
+_MTP_ALONE = re.compile(r"^mtp[-_]|[-_.]mtp[-_]only(?![a-z])", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -91,7 +106,17 @@ def split_files(file: Path) -> list[Path]:
 def gguf_files(folder: Path) -> list[Path]:
     """Return the GGUF files in a folder that are models or first files of one, sorted by name."""
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".gguf" and path.is_file())
-    return [path for path in files if split_files(path)[0].name == path.name and not path.name.startswith("mmproj")]
+    return [path for path in files if split_files(path)[0].name == path.name and not lies_beside(path.name)]
+
+
+def lies_beside(name: str) -> bool:
+    """Return whether a file is not a model but lies beside one, by its name without folders."""
+    return _BESIDE.search(name) is not None
+
+
+def is_mtp_alone(name: str) -> bool:
+    """Return whether a file holds the MTP layer of a model without the model, by its name without folders."""
+    return _MTP_ALONE.search(name) is not None
 
 
 def total_bytes(file: Path) -> int:
@@ -191,9 +216,11 @@ class _Header:
 def _check_kind(file: Path, metadata: Mapping[str, Any]) -> None:
     """Refuse files that are no models of their own."""
     architecture, kind = metadata.get("general.architecture"), metadata.get("general.type")
-    kind = "mmproj" if architecture == "clip" else kind
     if isinstance(kind, str) and kind in _NOT_MODELS:
         raise UnsupportedModelError(f"{file} is {_NOT_MODELS[kind]}", hint="give the GGUF file of the language model")
+    if isinstance(architecture, str) and architecture in _PARTS:
+        what, hint = _PARTS[architecture]
+        raise UnsupportedModelError(f"{file} is {what}", hint=hint)
     if not isinstance(architecture, str):
         _fail(file, "it names no architecture")
 

@@ -52,6 +52,7 @@ _COMPUTED = {"F32": "float32", "F16": "float16"}
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _NEARLY = 1e-5
 _NEVER = 1e29  # a factor that stands for no rotation
+_MOST_LAYERS = 1024  # of the model that an MTP layer in a file of its own is for; no known model has an eighth of them
 
 
 def config_values(file: GgufFile) -> dict[str, Any]:
@@ -65,7 +66,8 @@ def config_values(file: GgufFile) -> dict[str, Any]:
     hidden, heads = metadata.integer("embedding_length"), metadata.integer("attention.head_count")
     if not heads or not hidden or "token_embd.weight" not in file.tensors:
         metadata.fail("attention.head_count", heads, "the number of heads of a language model")
-    if not 0 < num_layers(metadata) <= len(file.tensors):
+    most = _MOST_LAYERS if metadata.is_head_alone else len(file.tensors)
+    if not 0 < metadata.num_layers <= most:
         metadata.fail("block_count", metadata.integer("block_count"), "the number of layers in the file")
 
     def size(key: str, default: int) -> int:
@@ -77,7 +79,7 @@ def config_values(file: GgufFile) -> dict[str, Any]:
         "model_type": architecture.model_type,
         "hidden_size": hidden,
         "intermediate_size": size("feed_forward_length", 0),
-        "num_hidden_layers": num_layers(metadata),
+        "num_hidden_layers": metadata.num_layers,
         "num_attention_heads": heads,
         "num_key_value_heads": size("attention.head_count_kv", heads),
         "head_dim": metadata.integer("attention.key_length", hidden // heads),
@@ -102,11 +104,6 @@ def generation_values(file: GgufFile) -> dict[str, Any]:
     metadata = Metadata(file)
     found = [metadata.token_id(name) for name in ("eos", "eot", "eom")]
     return {"eos_token_id": sorted({each for each in found if each is not None})}
-
-
-def num_layers(metadata: Metadata) -> int:
-    """Return the number of decoder layers; layers that only predict further tokens come after them."""
-    return metadata.integer("block_count") - metadata.integer("nextn_predict_layers", 0)
 
 
 def _dtype(file: GgufFile) -> str:

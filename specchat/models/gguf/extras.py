@@ -17,7 +17,7 @@ _GEMMA3N_SPARSE = 10
 
 def attention_bias(metadata: Metadata) -> dict[str, Any]:
     """Return whether q, k and v have a bias."""
-    return {"attention_bias": "blk.0.attn_q.bias" in metadata.file.tensors}
+    return {"attention_bias": metadata.in_first_layer("attn_q.bias") is not None}
 
 
 def experts(metadata: Metadata) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def experts(metadata: Metadata) -> dict[str, Any]:
 def shared_expert(metadata: Metadata) -> dict[str, Any]:
     """Return the sizes of the experts and of the one that all tokens share."""
     shared = metadata.integer("expert_shared_feed_forward_length", 0)
-    stored = metadata.file.tensors.get("blk.0.ffn_up_shexp.weight")
+    stored = metadata.in_first_layer("ffn_up_shexp.weight")
     return experts(metadata) | {"shared_expert_intermediate_size": shared or (0 if stored is None else stored.shape[0])}
 
 
@@ -230,7 +230,9 @@ def glm4_moe(metadata: Metadata) -> dict[str, Any]:
     """
     check_sigmoid(metadata)
     return (
-        glm4(metadata) | routed_experts(metadata) | {"use_qk_norm": "blk.0.attn_q_norm.weight" in metadata.file.tensors}
+        glm4(metadata)
+        | routed_experts(metadata)
+        | {"use_qk_norm": metadata.in_first_layer("attn_q_norm.weight") is not None}
     )
 
 
@@ -240,7 +242,7 @@ def deepseek2(metadata: Metadata) -> dict[str, Any]:
     Raises:
         UnsupportedModelError: experts are chosen in a way that the file does not state or transformers does not know.
     """
-    tensors, heads = metadata.file.tensors, metadata.integer("attention.head_count")
+    heads = metadata.integer("attention.head_count")
     is_split = metadata.has("attention.key_length_mla")
     head_dim = metadata.integer("attention.key_length_mla" if is_split else "attention.key_length")
     rotated = metadata.integer("rope.dimension_count")
@@ -250,7 +252,9 @@ def deepseek2(metadata: Metadata) -> dict[str, Any]:
         metadata.refuse("scales its attention by the position")
     return _deepseek_experts(metadata) | {
         "num_key_value_heads": heads,
-        "q_lora_rank": metadata.integer("attention.q_lora_rank") if "blk.0.attn_q_a.weight" in tensors else None,
+        "q_lora_rank": metadata.integer("attention.q_lora_rank")
+        if metadata.in_first_layer("attn_q_a.weight") is not None
+        else None,
         "kv_lora_rank": metadata.integer("attention.kv_lora_rank"),
         "head_dim": rotated,  # what transformers computes the frequencies of
         "qk_rope_head_dim": rotated,
@@ -316,12 +320,12 @@ def phi3(metadata: Metadata) -> dict[str, Any]:
 
 def seed_oss(metadata: Metadata) -> dict[str, Any]:
     """Return the values of Seed-OSS."""
-    return attention_bias(metadata) | {"attention_out_bias": "blk.0.attn_output.bias" in metadata.file.tensors}
+    return attention_bias(metadata) | {"attention_out_bias": metadata.in_first_layer("attn_output.bias") is not None}
 
 
 def ernie4_5(metadata: Metadata) -> dict[str, Any]:
     """Return the values of ERNIE 4.5."""
-    return {"use_bias": "blk.0.attn_q.bias" in metadata.file.tensors}
+    return {"use_bias": metadata.in_first_layer("attn_q.bias") is not None}
 
 
 def ernie4_5_moe(metadata: Metadata) -> dict[str, Any]:

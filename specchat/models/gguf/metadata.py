@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from specchat.errors import CorruptCheckpointError, UnsupportedModelError
-from specchat.models.checkpoint.gguf import GgufFile
+from specchat.models.checkpoint.gguf import GgufFile, GgufTensor
 from specchat.models.checkpoint.json_file import REDOWNLOAD
 
 _LARGEST = 3.4e38  # of float32
@@ -26,6 +26,23 @@ class Metadata:
     def values(self) -> Mapping[str, Any]:
         """All values by full key."""
         return self.file.metadata
+
+    @property
+    def is_head_alone(self) -> bool:
+        """Whether the file holds an MTP layer without the decoder's layers."""
+        return bool(self.integer("nextn_predict_layers", 0)) and not any(
+            name.startswith("blk.0.") for name in self.file.tensors
+        )
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers; layers that only predict further tokens come after them."""
+        return self.integer("block_count") - self.integer("nextn_predict_layers", 0)
+
+    def in_first_layer(self, name: str) -> GgufTensor | None:
+        """Return a tensor of the first layer in the file, by its name in the layer; None if the layer has none."""
+        first = self.num_layers if self.is_head_alone else 0
+        return self.file.tensors.get(f"blk.{first}.{name}")
 
     def has(self, key: str) -> bool:
         """Return whether the architecture has a value."""

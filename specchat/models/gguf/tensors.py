@@ -21,7 +21,6 @@ from specchat.models.checkpoint.json_file import REDOWNLOAD
 from specchat.models.checkpoint.safetensors import Checkpoint, TensorInfo, open_checkpoint
 from specchat.models.checkpoint.stacks import unstack_experts
 from specchat.models.gguf.architectures import KEY_HALF, Architecture, architecture_of, is_in_config
-from specchat.models.gguf.config import num_layers
 from specchat.models.gguf.metadata import Metadata
 from specchat.models.quant.formats.ggml import TiledHeads, decode, stored_rows
 
@@ -71,7 +70,7 @@ def open_tensors(folder: Path, *, with_head: bool = False) -> Checkpoint:
     if files is None:
         return unstack_experts(open_checkpoint(folder))
     file = open_gguf(files[0])
-    return _open(folder, file, None if with_head else num_layers(Metadata(file)))
+    return _open(folder, file, None if with_head else Metadata(file).num_layers)
 
 
 def _open(folder: Path, file: GgufFile, layers: int | None) -> Checkpoint:

@@ -27,7 +27,7 @@ def check_pair(target: ModelSource, draft: ModelSource) -> None:
         VocabularyMismatchError: too many tokens differ.
         UsageError: the head is one for another target.
     """
-    if draft.part in ("eagle3", "dflash"):
+    if draft.is_head and target.path != draft.path:
         _check_head(target, draft)
         return
     if target.path == draft.path or same_tokenizer_file(target.path, draft.path):
@@ -50,11 +50,14 @@ def _check_head(target: ModelSource, head: ModelSource) -> None:
     from specchat.models.hf.config import load_config
 
     ours = load_config(target.path)
-    wanted = _dflash_facts(head.path) if head.part == "dflash" else _eagle3_facts(head.path)
+    facts = {"dflash": _dflash_facts, "eagle3": _eagle3_facts, "mtp": _mtp_facts}
+    wanted = facts[head.part](head.path)
     found = {_WIDTH: ours.hidden_size, _VOCABULARY: ours.vocab_size, _LAYERS: ours.num_hidden_layers}
     for what, number in wanted.items():
         if number is not None and number != found[what]:
             raise _other_target(head, target, f"{what} {number:,}, not {found[what]:,}")
+    if head.part == "mtp":
+        return
     num_layers = ours.num_hidden_layers
     if head.part == "eagle3":
         read: tuple[int, ...] = chosen_layers(head.path) or (num_layers - LEAST_LAYERS,)
@@ -79,6 +82,14 @@ def _dflash_facts(folder: Path) -> dict[str, int | None]:
     settings = dflash_config(folder)
     vocab_size = read_json(folder / "config.json").get("vocab_size")
     return {_WIDTH: settings.target_size, _VOCABULARY: vocab_size, _LAYERS: settings.target_layers}
+
+
+def _mtp_facts(folder: Path) -> dict[str, int | None]:
+    """Return what the configuration of an MTP layer says of its target, which has the same."""
+    from specchat.models.hf.config import load_config
+
+    config = load_config(folder)
+    return {_WIDTH: config.hidden_size, _VOCABULARY: config.vocab_size, _LAYERS: config.num_hidden_layers}
 
 
 def _other_target(head: ModelSource, target: ModelSource, reads: str) -> UsageError:

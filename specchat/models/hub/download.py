@@ -25,7 +25,7 @@ from specchat.models.checkpoint.safetensors import INDEX_FILE, PICKLE_SUFFIXES, 
 from specchat.models.checkpoint.text_parts import shards_beside_text
 from specchat.models.hub.cache import ALLOW, IGNORE, find_snapshot, matches, snapshot_source
 from specchat.models.hub.errors import hub_errors, not_a_hub
-from specchat.models.hub.gguf_files import GGUF_PATTERNS, choose_files, means_gguf
+from specchat.models.hub.gguf_files import GGUF_PATTERNS, choose_files, means_gguf, smallest_head
 from specchat.models.hub.model_card import CARD, tagged_bases
 from specchat.records.model import ModelSource
 from specchat.units import format_bytes
@@ -51,6 +51,7 @@ class Download:
         files: GGUF files to download; empty for a model in safetensors.
         weights: files of the weights to download, for a model in safetensors.
         bases: names of the models that the model was made from.
+        head: name of the GGUF file beside the model that holds its MTP layer; None without one.
     """
 
     ref: ModelRef
@@ -64,6 +65,7 @@ class Download:
     files: tuple[str, ...] = ()
     weights: tuple[str, ...] = ()
     bases: tuple[str, ...] = ()
+    head: str | None = None
 
     @property
     def name(self) -> str:
@@ -191,9 +193,11 @@ def _measure_gguf(ref: ModelRef, commit: str, *, has_older: bool) -> Download:
     """Return the sizes of the GGUF files that `ref` names."""
     with hub_errors(ref):
         files = _list_files(ref, commit, GGUF_PATTERNS, None)
-    chosen = choose_files(ref, {file.filename: file.file_size or 0 for file in files})
+    sizes = {file.filename: file.file_size or 0 for file in files}
+    chosen = choose_files(ref, sizes)
     files = [file for file in files if file.filename in chosen]
-    return replace(_download_of(ref, commit, files, has_older=has_older), files=chosen)
+    download = _download_of(ref, commit, files, has_older=has_older)
+    return replace(download, files=chosen, head=smallest_head(sizes))
 
 
 def _list_files(ref: ModelRef, commit: str, patterns: list[str], ignored: list[str] | None) -> list[Any]:

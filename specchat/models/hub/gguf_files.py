@@ -1,12 +1,16 @@
-"""The GGUF files of a repository: one model in several quantizations, each one file or a set of split ones."""
+"""The GGUF files of a repository: one model in several quantizations, each one file or a set of split ones.
+
+Beside them may lie MTP layers in files of their own, which draft for the model. Only their whole names name them.
+"""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 from specchat.errors import ModelNotFoundError
 from specchat.models.catalog.ref import ModelRef
-from specchat.models.checkpoint.gguf import split_files
+from specchat.models.checkpoint.gguf import is_mtp_alone, lies_beside, split_files
 from specchat.units import format_bytes
 
 GGUF_PATTERNS = ["*.gguf"]
@@ -16,7 +20,7 @@ _VARIANT = re.compile(
     r"(?:-\d{5}-of-\d{5})?\.gguf$",
     re.IGNORECASE,
 )
-_NOT_MODELS = ("mmproj", "imatrix")
+_NUMBER = re.compile(r"-\d{5}-of-\d{5}$")
 
 
 def means_gguf(ref: ModelRef, names: Iterable[str]) -> bool:
@@ -41,29 +45,37 @@ def choose_files(ref: ModelRef, sizes: Mapping[str, int]) -> tuple[str, ...]:
         raise ModelNotFoundError(
             f"{ref.repo_id} has no GGUF files", hint=f"name the model without a quantization: {ref.repo_id}"
         )
-    wanted = None if ref.variant is None else ref.variant.lower()
-    if wanted is None and len(sets) == 1:
-        return next(iter(sets.values()))
-    for name, files in sets.items():
-        if name.lower() == wanted:
-            return files
+    found = _named(sizes, ref.variant)
+    if len(found) == 1:
+        return found[0]
     by_size = {name: sum(sizes[file] for file in files) for name, files in sets.items()}
     names = sorted(by_size, key=by_size.__getitem__)
     listed = ", ".join(f"{name} ({format_bytes(by_size[name])})" for name in names)
-    problem = "has several quantizations" if wanted is None else f"has no quantization '{ref.variant}'; it has"
+    problem = "has several quantizations" if ref.variant is None else f"has no quantization '{ref.variant}'; it has"
     example = "Q4_K_M" if "Q4_K_M" in sets else names[0]
     raise ModelNotFoundError(f"{ref.repo_id} {problem}: {listed}", hint=f"choose one: {ref.repo_id}:{example}")
 
 
+def smallest_head(sizes: Mapping[str, int]) -> str | None:
+    """Return the name of the smallest file that holds an MTP layer alone; None without one.
+
+    Args:
+        sizes: bytes of each file in the repository.
+    """
+    heads = [file for (file,) in _heads(sizes)]
+    return _own_name(min(heads, key=sizes.__getitem__)) if heads else None
+
+
 def find_file(folder: Path, variant: str | None) -> Path | None:
     """Return the first GGUF file of a quantization below a folder; None if it is missing, incomplete or ambiguous."""
-    found = [file for name, file in _first_files(folder) if variant is None or name.lower() == variant.lower()]
+    found = [folder / files[0] for files in _named(_names(folder), variant)]
     return found[0] if len(found) == 1 and is_whole(found[0]) else None
 
 
 def variants(folder: Path) -> dict[str, Path]:
     """Return the first GGUF file of each complete quantization below a folder, by the quantization's name."""
-    return {name: file for name, file in _first_files(folder) if is_whole(file)}
+    found = {name: folder / files[0] for name, files in _sets(_names(folder)).items()}
+    return {name: file for name, file in found.items() if is_whole(file)}
 
 
 def is_whole(file: Path) -> bool:
@@ -71,17 +83,43 @@ def is_whole(file: Path) -> bool:
     return all(each.is_file() for each in split_files(file))
 
 
-def _first_files(folder: Path) -> Iterator[tuple[str, Path]]:
-    names = [str(path.relative_to(folder)) for path in folder.rglob("*.gguf")]
-    return ((name, folder / files[0]) for name, files in _sets(names).items())
+def _names(folder: Path) -> list[str]:
+    return [str(path.relative_to(folder)) for path in folder.rglob("*.gguf")]
+
+
+def _named(names: Iterable[str], variant: str | None) -> list[tuple[str, ...]]:
+    """Return the files of the models or heads of a name; of all models without one."""
+    names = list(names)
+    sets = _sets(names)
+    if variant is None:
+        return list(sets.values())
+    wanted = variant.lower()
+    if found := [files for name, files in sets.items() if name.lower() == wanted]:
+        return found
+    return [files for files in (*sets.values(), *_heads(names)) if _own_name(files[0]).lower() == wanted]
 
 
 def _sets(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Return the files of each quantization, sorted; a file without a known one counts under its own name."""
-    sets: dict[str, list[str]] = {}
+    """Return the files of each model by its quantization; by its own name if that is not known, or not the only one."""
+    by_stem: dict[tuple[str, str], list[str]] = {}
     for name in sorted(names):
         file = PurePosixPath(name)
-        if file.suffix.lower() == ".gguf" and not any(word in file.name.lower() for word in _NOT_MODELS):
+        if file.suffix.lower() == ".gguf" and not lies_beside(file.name):
             match = _VARIANT.search(file.name)
-            sets.setdefault(match["name"] if match else file.stem, []).append(name)
-    return {variant: tuple(files) for variant, files in sets.items()}
+            key = (file.name[: match.start()], match["name"]) if match else (file.stem, "")
+            by_stem.setdefault(key, []).append(name)
+    variants = Counter(variant.lower() for _, variant in by_stem)
+    return {
+        variant if variant and variants[variant.lower()] == 1 else _own_name(files[0]): tuple(files)
+        for (_, variant), files in by_stem.items()
+    }
+
+
+def _heads(names: Iterable[str]) -> list[tuple[str]]:
+    """Return the files that hold MTP layers alone."""
+    return [(name,) for name in sorted(names) if is_mtp_alone(PurePosixPath(name).name)]
+
+
+def _own_name(name: str) -> str:
+    """Return the name of a file or of the first of a split set, without its number and suffix."""
+    return _NUMBER.sub("", PurePosixPath(name).stem)

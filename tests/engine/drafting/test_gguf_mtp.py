@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,26 +11,19 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 from support import reference
 from support.engines import make_plan, random_prompt, write
-from support.gguf_files import differing, save_gguf
-from support.heads import LAYOUTS, head_of, load_head_model, random_target, save_with_mtp
+from support.gguf_files import differing, find, save_gguf
+from support.heads import LAYOUTS, head_of, head_tensors, load_head_model, random_target, save_with_mtp
 from support.loading import load_engine
-from support.tiny_models import VOCAB
+from support.tiny_models import VOCAB, random_model
 
 from specchat.engine.drafting.mtp import MtpModel
 from specchat.errors import UsageError
-from specchat.models.drafts import head_in, mtp_head
+from specchat.models.drafts import as_draft, head_in, mtp_head
+from specchat.models.hf.pairing import check_pair
 from specchat.records.generation import Sampling
 from specchat.records.model import ModelSource
 
 NUM_TOKENS = 20
-# Names of Qwen's layout that llama.cpp's converter replaces.
-_QWEN = {
-    "mtp.fc.": "eh_proj.",
-    "mtp.pre_fc_norm_embedding.": "enorm.",
-    "mtp.pre_fc_norm_hidden.": "hnorm.",
-    "mtp.norm.": "shared_head.norm.",
-    "mtp.layers.0.": "",
-}
 ARCHITECTURES = ["deepseek_v3", "glm4_moe", "qwen3_5_text", "qwen3_next"]
 
 
@@ -40,26 +33,6 @@ def with_short_norms(source: ModelSource) -> ModelSource:
     tensors = {key: (value * 256).round() / 256 if "norm" in key else value for key, value in load_file(file).items()}
     save_file(tensors, file, {"format": "pt"})
     return source
-
-
-def head_tensors(source: ModelSource, num_layers: int) -> dict[str, torch.Tensor]:
-    """The tensors of a saved MTP layer, numbered behind the last layer, with experts in stacks."""
-    own, prefix = {}, f"model.layers.{num_layers}."
-    for key, value in load_file(source.path / "model.safetensors").items():
-        place = next((place for place in _QWEN if key.startswith(place)), None)
-        if place is not None:
-            own[_QWEN[place] + key.removeprefix(place)] = value
-        elif key.startswith(prefix):
-            own[key.removeprefix(prefix)] = value
-    experts = sorted({int(match[1]) for name in own if (match := re.match(r"mlp\.experts\.(\d+)\.", name))})
-
-    def stacked(name: str) -> torch.Tensor:
-        return torch.stack([own.pop(f"mlp.experts.{expert}.{name}.weight") for expert in experts])
-
-    if experts:
-        gates, ups = stacked("gate_proj"), stacked("up_proj")
-        own |= {"mlp.experts.gate_up_proj": torch.cat([gates, ups], 1), "mlp.experts.down_proj": stacked("down_proj")}
-    return {prefix + name: value for name, value in own.items()}
 
 
 @pytest.mark.parametrize(
@@ -85,6 +58,49 @@ def test_heads_in_gguf_files_are_those_of_the_checkpoint(architecture: str, tmp_
         steps_of[name] = len(steps)
     assert steps_of["gguf"] == steps_of["safetensors"]
     assert steps_of["gguf"] < NUM_TOKENS or architecture == "deepseek_v3"  # its random head never agrees
+
+
+def save_apart(folder: Path, model: Any) -> tuple[ModelSource, Path]:
+    """Save a model with an MTP layer, and in a folder of GGUF files the layer beside the model without it."""
+    saved = with_short_norms(save_with_mtp(model, folder / "saved", LAYOUTS["glm4_moe"]))
+    model = hf.AutoModelForCausalLM.from_pretrained(saved.path, dtype=torch.float32).eval()
+    files = folder / "files"
+    files.mkdir()
+    save_gguf(model, files / "tiny-F32.gguf")
+    head = head_tensors(saved, model.config.num_hidden_layers)
+    save_gguf(model, files / "mtp-tiny.gguf", head=head, is_alone=True)
+    return saved, files
+
+
+def test_a_head_in_a_file_of_its_own_drafts_for_the_model_beside_it(tmp_path: Path):
+    saved, folder = save_apart(tmp_path, random_target("glm4_moe"))
+    source = find(folder)
+    head = mtp_head(source)
+    assert head is not None and head.path != source.path
+    ours, theirs = (load_head_model(each, MtpModel, cache_rows=64) for each in (head, head_of(saved)))
+    assert not differing(ours.skeleton.model, theirs.skeleton.model)
+
+    prompt, written = random_prompt(20, VOCAB), []
+    for target, each in ((source, as_draft(find(folder / "mtp-tiny.gguf"))), (saved, head_of(saved))):
+        assert each.part == "mtp"
+        check_pair(target, each)
+        with load_engine(make_plan(target, each, num_layers=4, resident=()), target, each) as engine:
+            text, steps = write(engine, prompt, Sampling(), NUM_TOKENS)
+        written.append((text, len(steps)))
+    assert written[0] == written[1]
+    assert written[0][1] < NUM_TOKENS
+
+
+def test_a_head_for_another_model_is_not_used(tmp_path: Path):
+    _, folder = save_apart(tmp_path, random_target("glm4_moe"))
+    (tmp_path / "other").mkdir()
+    config = random_target("glm4_moe").config
+    config.num_hidden_layers -= 1
+    _, other = save_apart(tmp_path / "other", random_model(config))
+    (other / "mtp-tiny.gguf").replace(folder / "mtp-tiny.gguf")
+    assert mtp_head(find(folder)) is None
+    with pytest.raises(UsageError, match="a number of layers of 3, not 4"):
+        check_pair(find(folder), as_draft(find(folder / "mtp-tiny.gguf")))
 
 
 def test_gguf_files_without_the_layer_have_no_head(tmp_path: Path):
