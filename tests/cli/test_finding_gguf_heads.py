@@ -122,3 +122,20 @@ def test_files_of_one_quantization_are_not_mixed():
         choose_files(parse_model("org/a:Q4_0"), two)
     assert HEAD_NAME not in caught.value.message
     assert choose_files(parse_model("org/a:a-it-q4_0"), two) == tuple(one)[:2]
+
+
+@pytest.mark.parametrize(
+    ("file", "variant"),
+    [
+        ("Qwen3.8-27B-UD-Q4_K_XL.gguf", "UD-Q4_K_XL"),
+        ("Qwen3.8-27B-UD-Q4_K_XL.gguf", "q4_k_xl"),
+        ("Qwen3.6-27B-Q5_K_M-mtp.gguf", "Q5_K_M"),
+        ("Qwen3.6-27B-NVFP4-Q4_K_M-mtp.gguf", "Q4_K_M"),
+        ("Qwen3.6-27B-MTP-IMAT-IQ4_XS-Q8nextn.gguf", "IQ4_XS"),
+        ("gpt-oss-20b-mxfp4.gguf", "MXFP4"),
+        ("BF16/x-BF16-00001-of-00001.gguf", "BF16"),
+        ("tiny.gguf", "tiny"),
+    ],
+)
+def test_quantizations_are_known_by_the_last_word_of_a_name(file: str, variant: str):
+    assert choose_files(parse_model(f"org/a:{variant}"), {file: 1, "other-Q2_K.gguf": 1}) == (file,)

@@ -14,10 +14,11 @@ from specchat.models.checkpoint.gguf import is_mtp_alone, lies_beside, split_fil
 from specchat.units import format_bytes
 
 GGUF_PATTERNS = ["*.gguf"]
-# The quantization is the last such word in the name: Qwen3-8B-UD-Q4_K_XL.gguf, x.IQ3_M-00001-of-00002.gguf.
+# The quantization is the last such word in the name: Qwen3-8B-UD-Q4_K_XL.gguf, x.IQ3_M-00001-of-00002.gguf,
+# x-Q8_0-mtp.gguf.
 _VARIANT = re.compile(
-    r"(?:^|[-._])(?P<name>(?:UD-)?(?:I?Q\d\w*|TQ\d_\d|BF16|F16|FP16|F32|MXFP4\w*|NVFP4\w*))"
-    r"(?:-\d{5}-of-\d{5})?\.gguf$",
+    r"(?:(?<=[-._/])|^)(?:UD-)?"
+    r"(?:I?Q\d(?:_[0-9A-Z]+)*|TQ\d_\d|BF16|F16|FP16|F32|MXFP4\w*|NVFP4\w*)(?=[-.])",
     re.IGNORECASE,
 )
 _NUMBER = re.compile(r"-\d{5}-of-\d{5}$")
@@ -96,7 +97,9 @@ def _named(names: Iterable[str], variant: str | None) -> list[tuple[str, ...]]:
     wanted = variant.lower()
     if found := [files for name, files in sets.items() if name.lower() == wanted]:
         return found
-    return [files for files in (*sets.values(), *_heads(names)) if _own_name(files[0]).lower() == wanted]
+    if found := [files for files in (*sets.values(), *_heads(names)) if _own_name(files[0]).lower() == wanted]:
+        return found
+    return [files for name, files in sets.items() if name.lower() == f"ud-{wanted}"]
 
 
 def _sets(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
@@ -105,8 +108,9 @@ def _sets(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     for name in sorted(names):
         file = PurePosixPath(name)
         if file.suffix.lower() == ".gguf" and not lies_beside(file.name):
-            match = _VARIANT.search(file.name)
-            key = (file.name[: match.start()], match["name"]) if match else (file.stem, "")
+            words = list(_VARIANT.finditer(file.name))
+            variant = words[-1][0] if words else ""
+            key = _own_name(name).replace(variant, "", 1) if variant else file.stem, variant
             by_stem.setdefault(key, []).append(name)
     variants = Counter(variant.lower() for _, variant in by_stem)
     return {
