@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specchat.engine.streaming.base import LayerStreamer, StreamCounters
+from specchat.engine.streaming.base import LayerStreamer, StreamCounters, total
 from specchat.engine.streaming.readers import LayerReader
 from specchat.engine.streaming.slots import SlotQueue, is_small, page_aligned
 from specchat.models.checkpoint.mapped_file import MappedFile
@@ -178,8 +178,7 @@ class MixedStreamer(LayerStreamer):
 
     def counters(self) -> StreamCounters:
         """Return the totals of all streamers, and of those before them."""
-        totals = [self._past, *(streamer.counters() for streamer in self._streamers)]
-        return StreamCounters(sum(each.num_bytes for each in totals), sum(each.wait_s for each in totals))
+        return total([self._past, *(streamer.counters() for streamer in self._streamers)])
 
     def close(self) -> None:
         """Close all streamers."""
