@@ -74,6 +74,16 @@ def find_machine(device: str) -> Machine:
     )
 
 
+def gpus_beside(machine: Machine) -> list[str]:
+    """Return the names of the CUDA devices besides that of a machine; empty if it computes on the CPU."""
+    if machine.device == "cpu":
+        return []
+    import torch
+
+    names = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    return [name for name in names if name != machine.device]
+
+
 def _unusable(device: str) -> DeviceUnusableError:
     survey = survey_gpus()
     trouble = why_no_cuda(survey, read_torch())

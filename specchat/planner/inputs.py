@@ -1,19 +1,22 @@
 """Find the inputs of a plan: machine, rates, sizes of the models, statistics of earlier chats."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
+from pathlib import Path
 
 from specchat.errors import ModelError
-from specchat.hardware.probe import find_hardware, find_machine, remembered
+from specchat.hardware.machine import Hardware, Machine
+from specchat.hardware.probe import find_hardware, find_machine, gpus_beside, remembered
 from specchat.models.sizes.describe import describe
 from specchat.paths import cache_folder, state_folder
 from specchat.planner.acceptance import DEMO_ACCEPTANCE, TYPICAL_ACCEPTANCE
 from specchat.planner.expert_statistics import load_experts
 from specchat.planner.precision import lower_quants
 from specchat.planner.rates import rates_of
-from specchat.planner.request import PlanInputs, PlanRequest
+from specchat.planner.request import DeviceInputs, PlanInputs, PlanRequest
 from specchat.planner.statistics import load
 from specchat.records.model import AUTO_QUANTS, ModelSource, ModelSpec, Quant
+from specchat.records.plan import DeviceChoice
 
 
 def find_inputs(request: PlanRequest, warn: Callable[[str], None] = lambda _: None) -> PlanInputs:
@@ -26,10 +29,12 @@ def find_inputs(request: PlanRequest, warn: Callable[[str], None] = lambda _: No
     Raises:
         DeviceUnusableError: the device asked for by name cannot be used.
     """
-    machine = find_machine(request.choices.device)
+    named = request.choices.devices
+    first = named[0].device if named and named != "auto" else request.choices.device
+    machine = find_machine(first)
     folder = cache_folder()
     hardware = find_hardware(folder)
-    measured = remembered(folder, hardware, machine, request.choices.device)
+    measured = remembered(folder, hardware, machine, first)
     draft, *lower_drafts = _described_drafts(request.draft, request)
     return PlanInputs(
         machine=machine,
@@ -43,7 +48,22 @@ def find_inputs(request: PlanRequest, warn: Callable[[str], None] = lambda _: No
         experts=load_experts(state_folder(), request.target.name, warn),
         heads=_described_heads(request, warn),
         free_disk_bytes=hardware.disk.free_bytes,
+        others=tuple(_others(request, machine, hardware, folder)),
     )
+
+
+def _others(request: PlanRequest, first: Machine, hardware: Hardware, folder: Path) -> Iterator[DeviceInputs]:
+    """Yield the devices besides the first one that layers may be dealt to.
+
+    Raises:
+        DeviceUnusableError: a device that was asked for by name cannot be used.
+    """
+    named = request.choices.devices
+    choices = named[1:] if named != "auto" else [DeviceChoice(name) for name in gpus_beside(first)]
+    for choice in choices:
+        machine = find_machine(choice.device)
+        measured = remembered(folder, hardware, machine, choice.device)
+        yield DeviceInputs(machine, rates_of(hardware, machine, measured), choice.vram_bytes)
 
 
 def _describing(source: ModelSource) -> Callable[[Quant], ModelSpec]:
