@@ -394,6 +394,31 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class DeviceUse:
+    """Measured use of one of several devices, since loading.
+
+    Attributes:
+        device: name of the device.
+        device_budget_bytes: memory budget.
+        device_peak_bytes: most memory that was in use; on a CPU the sum of its ledger.
+        predicted_device_bytes: sum of the device's ledger.
+        streamed_bytes: bytes that passes used of its streamed layers.
+        wait_s: seconds that passes waited for its streamed layers.
+        link_busy: share of the passes' time in which its link was busy; a link also fills slots between passes.
+        compute_busy: share of the passes' time in which it computed layers.
+    """
+
+    device: str
+    device_budget_bytes: int
+    device_peak_bytes: int
+    predicted_device_bytes: int
+    streamed_bytes: int
+    wait_s: float
+    link_busy: float
+    compute_busy: float
+
+
+@dataclass(frozen=True)
 class MemoryReport:
     """Measured memory of the engine next to the ledger's prediction, in bytes.
 
@@ -404,6 +429,7 @@ class MemoryReport:
         expert_misses: experts that had to be read, among them useful guesses.
         useful_guesses: experts that were read before their router named them, and then used.
         useless_guesses: experts that were read, but that no router named.
+        devices: use of each device if there are several; the other figures are those of the first one.
     """
 
     device_budget_bytes: int
@@ -420,6 +446,7 @@ class MemoryReport:
     expert_misses: int = 0
     useful_guesses: int = 0
     useless_guesses: int = 0
+    devices: tuple[DeviceUse, ...] = ()
 
     @property
     def expert_hit_rate(self) -> float | None:

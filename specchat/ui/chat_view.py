@@ -16,6 +16,7 @@ from specchat.records.model import ModelSource
 from specchat.records.plan import LedgerItem, Plan
 from specchat.ui.answer_view import AnswerView
 from specchat.ui.console import AnswerStream, Talk
+from specchat.ui.devices_view import use_lines
 from specchat.ui.live import LiveRegion, can_redraw
 from specchat.ui.loading import BackgroundLoad
 from specchat.ui.markdown import tail_rows
@@ -315,6 +316,7 @@ def totals_lines(turns: Sequence[Turn], plan: Plan) -> list[str]:
         *_source_lines(turns, num_steps),
         *given_back_lines(turns[-1].memory),
         *expert_lines(turns[-1].memory, plan),
+        *use_lines(turns[-1].memory),
         f"last answer: {stats_line(turns[-1], plan)}",
     ]
 

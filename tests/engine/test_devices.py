@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from specchat.planner.dealing import deal
 from specchat.planner.placement import Share
 from specchat.records.generation import Request, Sampling
 from specchat.records.model import ModelSource
-from specchat.records.plan import Plan
+from specchat.records.plan import DevicePlan, Plan
 
 GREEDY = Sampling()
 TWO = ("cuda:0", "cuda:1")
@@ -245,3 +246,17 @@ def test_unequal_links_end_together(deep: Any):
 @pytest.mark.slow
 def test_one_link_takes_the_time_of_its_layers(deep: Any):
     assert pass_s(deep, [1.0], [0] * NUM_LAYERS) == pytest.approx(NUM_LAYERS * LOAD_S, rel=0.1)
+
+
+def test_busy_links_and_devices_are_measured(deep: Any):
+    """A link that loads without a pause is busy nearly all the time; the devices compute for a small part of it."""
+    target, _, num_layers = deep
+    plan = dealt(make_plan(target, None, num_layers=num_layers), ["cpu", "cpu"], [0, 0, 0, 1] * 5)
+    devices = tuple(DevicePlan("cpu", 0, 10, (), 5, 0, 1.0, 0.0, 0.0) for _ in range(2))
+    with links([LOAD_S / 2] * 2), load_engine(replace(plan, devices=devices), target, None) as engine:
+        write(engine, random_prompt(5, VOCAB), GREEDY, 3)
+        first, second = engine.memory().devices
+    assert first.link_busy > 0.8 and 0.2 < second.link_busy < 0.6
+    assert 0 < second.compute_busy < first.compute_busy < 0.5
+    assert first.streamed_bytes == 3 * second.streamed_bytes > 0
+    assert first.wait_s > second.wait_s >= 0

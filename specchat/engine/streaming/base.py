@@ -72,6 +72,9 @@ class LayerStreamer(ABC):
     def restart(self) -> None:
         """Start again with the first streamed layer, after a pass that stopped early."""
 
+    def passed(self, seconds: float) -> None:  # noqa: B027 - most streamers need not know
+        """Take note of the wall time of a whole step, after its pass."""
+
     @abstractmethod
     def counters(self) -> StreamCounters:
         """Return the totals so far."""

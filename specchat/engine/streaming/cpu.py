@@ -69,8 +69,8 @@ class ThreadStreamer(LayerStreamer):
         self._queue.restart()
 
     def counters(self) -> StreamCounters:
-        """Return the bytes that passes used and the seconds that `acquire` waited."""
-        return StreamCounters(self._num_bytes, self._queue.wait_s)
+        """Return the bytes that passes used, and the seconds that `acquire` waited and that reads took."""
+        return StreamCounters(self._num_bytes, self._queue.wait_s, link_s=self._queue.busy_s)
 
     def stop(self) -> None:
         """Stop reading; the layer reader stays open."""
