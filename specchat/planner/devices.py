@@ -272,7 +272,7 @@ class DeviceCandidates:
         self._inputs = inputs
         self._target = target
         self._single = single
-        first = DeviceInputs(inputs.machine, inputs.rates, request.choices.vram_bytes)
+        first = DeviceInputs(inputs.machine, inputs.rates_at_once or inputs.rates, request.choices.vram_bytes)
         self._devices = (first, *inputs.others)
         machines = [each.machine for each in self._devices]
         budgets = [

@@ -81,6 +81,7 @@ class PlanInputs:
         heads: sizes of the heads that may draft instead, in the precisions that the planner may choose.
         free_disk_bytes: free bytes on the disk of packs.
         others: devices besides the machine's that layers may be dealt to.
+        rates_at_once: speeds of the machine's device while the links of all devices are in use; None for `rates`.
     """
 
     machine: Machine
@@ -95,6 +96,7 @@ class PlanInputs:
     heads: tuple[ModelSpec, ...] = ()
     free_disk_bytes: int = 0
     others: tuple[DeviceInputs, ...] = ()
+    rates_at_once: Rates | None = None
 
     def acceptance(self, target: ModelSpec, draft: ModelSpec | None, *, samples: bool) -> Acceptance:
         """Return the acceptance of a pair: measured in earlier chats if they had enough steps, else typical.

@@ -8,14 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.loading import plan_request
+from support.machines import MEASURED
 from support.planning import UNKNOWN_RATES, specs
 
 from specchat.errors import DoesNotFitError, UnsupportedModelError
-from specchat.hardware.machine import Machine, MatmulRate
+from specchat.hardware.machine import LinkRate, Machine, MatmulRate
 from specchat.models.catalog.ref import demo_source
 from specchat.models.sizes.geometry import layer_sizes
 from specchat.models.sizes.known_specs import known_spec
 from specchat.planner.explain import ExplainedPlan
+from specchat.planner.inputs import _at_once
 from specchat.planner.memory import kv_bytes
 from specchat.planner.rates import Rate, Rates
 from specchat.planner.request import DeviceInputs, PlanInputs
@@ -117,6 +119,21 @@ def test_auto_takes_several_only_where_they_are_faster():
     assert not one.plan.devices and one.plan.placement.devices == ()
     assert [choice.option for choice in one.choices[:2]] == ["device", "devices"]
     assert one.prediction == chosen(devices=()).prediction
+
+
+def test_links_count_as_fast_as_they_are_together():
+    """Rates of the probe for all GPUs at once come first; a CPU has no such link."""
+    measured = replace(MEASURED, at_once=(LinkRate("cuda:0", 9e9), LinkRate("cuda:1", 5e9)))
+    others = [DeviceInputs(SECOND, over(12.5), GIB), DeviceInputs(CPU, UNKNOWN_RATES)]
+    first, (second, cpu) = _at_once(FIRST, over(12.5), others, measured)
+    assert first is not None and (first.host.per_s, second.rates.host.per_s) == (9e9, 5e9)
+    assert second.vram_bytes == GIB and cpu == others[1]
+    assert _at_once(FIRST, over(12.5), others[1:], measured) == (None, others[1:])
+    inputs = PlanInputs(FIRST, over(12.5), over(12.5), lambda _: known_spec(TARGET.name, "int4"), others=(second,))
+    request = replace(plan_request(TARGET, None, quant="int4", devices=BOTH), lowers_for_speed=False)
+    plan = choose_plan(request, replace(inputs, rates_at_once=first)).plan
+    assert [each.link_bytes_per_s for each in plan.devices] == [9e9, 5e9]
+    assert plan.devices[0].streamed > plan.devices[1].streamed
 
 
 def test_a_small_model_stays_on_one_card():
