@@ -264,7 +264,10 @@ def allocating(plan: Plan) -> Iterator[None]:
     else:
         return
     # Raise outside the handler: the caught error's frames keep earlier allocations alive.
+    where, num_bytes = plan.work.device, plan.device_bytes
+    if plan.devices:
+        where, num_bytes = ", ".join(each.device for each in plan.devices), sum(each.num_bytes for each in plan.devices)
     raise AllocationError(
-        f"cannot allocate {format_bytes(plan.device_bytes)} on {plan.work.device}",
+        f"cannot allocate {format_bytes(num_bytes)} on {where}",
         hint="close other programs, or set a smaller --vram or --ctx",
     )

@@ -24,7 +24,7 @@ class Room:
 
     Attributes:
         num_bytes: bytes for resident layers, slots and caches.
-        slots: staging buffers that streaming takes, each as large as a layer.
+        slots: most staging buffers that streaming takes, each as large as a layer.
         layer_bytes: bytes of a layer.
         cache_bytes: bytes of a layer's caches, which lie on the device whether the layer stays there or streams.
         streams: whether the device may stream layers.
@@ -40,7 +40,7 @@ class Room:
         """Return whether a share fits."""
         if share.num_streamed and not self.streams:
             return False
-        held = share.num_resident + (self.slots if share.num_streamed else 0)
+        held = share.num_resident + min(self.slots, share.num_streamed)
         return held * self.layer_bytes + share.num_layers * self.cache_bytes <= self.num_bytes
 
 

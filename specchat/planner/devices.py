@@ -1,10 +1,6 @@
 """Plans for several devices of one machine: each holds some layers with their caches, and streams others.
 
-The first device also has embeddings, head and draft. Layers are dealt so that all links end together (dealing.py). Then
-a pass takes as long as the slowest link, or as computing all layers one after the other, whichever is longer:
-
-    pass = max(max over devices (streamed bytes / link rate), sum over devices (layers x time of one) + hops)
-
+The first device also has embeddings, head and draft. Layers are dealt so that all links end together (dealing.py).
 Shared blocks are needed by layers on every device, and a copy of the target by the first one alone, so such targets and
 drafts run on one device. Experts are not read one by one, and chats have no stages.
 """
@@ -16,12 +12,10 @@ from functools import cached_property
 from specchat.errors import DoesNotFitError, SpecchatError, UnsupportedModelError
 from specchat.hardware.machine import Machine
 from specchat.models.sizes.geometry import dequantize_bytes, layer_sizes
-from specchat.planner.acceptance import Acceptance
 from specchat.planner.candidate import Candidate, preference
 from specchat.planner.candidates import Candidates
-from specchat.planner.compute import compute_times
-from specchat.planner.cost import CostModel, LinkQueue, Prediction, StepCosts
 from specchat.planner.dealing import Deal, Room, best_shares, deal
+from specchat.planner.device_cost import DevicesCost
 from specchat.planner.memory import (
     ancestors_bytes,
     build_host_ledger,
@@ -34,104 +28,17 @@ from specchat.planner.memory import (
     target_passes,
 )
 from specchat.planner.placement import SLOTS, Share, TierSizes, keep_in_ram
-from specchat.planner.rates import Rates
 from specchat.planner.request import DeviceInputs, PlanInputs, PlanRequest
 from specchat.planner.states import restore_items, state_items, state_memory
 from specchat.planner.workload import CUDA_RESERVE_BYTES, default_budget, layer_host_bytes
-from specchat.records.model import DTYPE_BYTES, LOWER_QUANTS, Dtype, ModelSpec
+from specchat.records.model import LOWER_QUANTS, ModelSpec
 from specchat.records.plan import DevicePlan, LedgerItem, Placement, Plan, PlanChoices, Workload
 from specchat.units import format_bytes
 
-# Fixed time of a hop: a copy between GPUs, and the other device's stream that waits for it. Not measured on GPUs yet.
-_HOP_S = 50e-6
 # Nodes of the tree for which adaptive plans deal their layers.
 _USUAL_NODES = 64
 # Attempts to deal layers whose exact ledger exceeds a budget, because layers are not all alike.
 _MOST_ATTEMPTS = 4
-
-
-class DevicesCost(CostModel):
-    """Prediction of steps whose layers are dealt to several devices.
-
-    Args:
-        target: sizes of the target.
-        draft: sizes of the draft, or None.
-        dtype: dtype of weights and activations.
-        devices: names of the devices.
-        rates: rates of each device.
-        acceptance: acceptance of the pair.
-        seats: number of sequences of every pass.
-        retrieval: whether draft nodes may come from the text itself.
-    """
-
-    def __init__(
-        self,
-        target: ModelSpec,
-        draft: ModelSpec | None,
-        dtype: Dtype,
-        devices: Sequence[str],
-        rates: Sequence[Rates],
-        acceptance: Acceptance,
-        seats: int,
-        *,
-        retrieval: bool,
-    ) -> None:
-        super().__init__(target, draft, dtype, devices[0], rates[0], acceptance, seats, retrieval=retrieval)
-        named = zip(devices, rates, strict=True)
-        self._of_devices = [compute_times(target, dtype, each, on_cpu=name == "cpu") for name, each in named]
-        self.links = [
-            each.disk.per_s if name == "cpu" else each.host.per_s for name, each in zip(devices, rates, strict=True)
-        ]
-        self._row_bytes = target.hidden_size * DTYPE_BYTES[dtype]
-
-    def compute_s(self, number: int, share: Share, rows: int) -> float:
-        """Return the seconds that a device computes its layers in a pass."""
-        layer_s = self._of_devices[number].layer_s
-        kept_s, passed_s = layer_s(rows, resident=True), layer_s(rows, resident=False)
-        return share.num_resident * kept_s + share.num_streamed * passed_s
-
-    def dealt_s(self, placement: TierSizes, nodes: int) -> float:
-        """Return the seconds of a step with these shares and a tree of some nodes."""
-        return self._pass_s(placement, self._queue(placement), self._costs(placement, nodes))
-
-    def _pass_s(self, placement: TierSizes, queue: LinkQueue, costs: StepCosts) -> float:
-        del queue  # each device has its own
-        _, linked_s, computed_s = self._sides(placement, costs)
-        return costs.outside_s + max(computed_s, linked_s)
-
-    def _sides(self, placement: TierSizes, costs: StepCosts) -> tuple[float, float, float]:
-        """Return seconds of a step: the slowest link alone, until its last layer is computed, and computing all."""
-        layer_bytes = (placement.ram_bytes + placement.disk_bytes) / max(placement.num_streamed, 1)
-        busy_s, linked_s, computed_s = 0.0, 0.0, placement.num_hops * self._hop_s(costs.rows)
-        for number, share in enumerate(placement.shares):
-            own_s = self.compute_s(number, share, costs.rows)
-            computed_s += own_s
-            if share.num_streamed:
-                arrival_s = layer_bytes / self.links[number]
-                each = LinkQueue(share.num_layers, share.num_streamed, arrival_s, placement.slots)
-                busy_s = max(busy_s, share.num_streamed * arrival_s)
-                linked_s = max(linked_s, each.linked_s(own_s / share.num_layers, costs.outside_s))
-        disk_s = placement.disk_bytes / self._rates.disk.per_s  # all devices read from one disk
-        return max(busy_s, disk_s), max(linked_s, disk_s), computed_s
-
-    def _hop_s(self, rows: int) -> float:
-        return _HOP_S + rows * self._row_bytes / min(self.links)
-
-    def _step(self, placement: TierSizes, nodes: int) -> Prediction:
-        costs = self._costs(placement, nodes)
-        busy_s, linked_s, computed_s = self._sides(placement, costs)
-        pass_s = costs.outside_s + max(computed_s, linked_s)
-        return Prediction(
-            pass_s=pass_s,
-            link_s=busy_s,
-            compute_s=computed_s,
-            draft_s=costs.draft_s,
-            tokens_per_step=costs.tokens,
-            tree_nodes=nodes,
-            tok_per_s=costs.tokens / pass_s,
-            bound="link" if linked_s > computed_s else "draft" if costs.draft_s > computed_s else "compute",
-            basis=self._basis(placement, nodes),
-        )
 
 
 @dataclass(frozen=True)
@@ -174,6 +81,7 @@ class DevicesCandidate(Candidate):
         devices = tuple(self._devices(work, streamed))
         slots = self.slots * sum(each.streamed > 0 for each in devices)
         host_bytes = layer_host_bytes(streamed, self.in_ram, slots) + host_embedding_bytes(target, work)
+        on_cpu = sum(each.num_bytes for each in devices if each.device == "cpu")
         return Plan(
             target=target.name,
             draft=None if draft is None else draft.name,
@@ -182,7 +90,7 @@ class DevicesCandidate(Candidate):
             placement=placement,
             ledger=devices[0].ledger,
             vram_bytes=self.budgets[0],
-            host_bytes=host_bytes + sum(item.bytes for item in points),
+            host_bytes=host_bytes + on_cpu + sum(item.bytes for item in points),
             streamed_bytes_per_step=sum(streamed.values()),
             adaptive=self.adaptive,
             draft_quant="none" if draft is None else draft.quant,
@@ -232,7 +140,7 @@ def device_ledger(
     owned = [index for index, owner in enumerate(dealt.owner) if owner == number]
     kept = set(dealt.resident)
     resident = tuple(place for place, index in enumerate(owned) if index in kept)
-    local = Placement(len(owned), resident, slots=slots if len(resident) < len(owned) else 0)
+    local = Placement(len(owned), resident, slots=min(slots, len(owned) - len(resident)))
     part = replace(
         target,
         num_layers=len(owned),
@@ -384,7 +292,14 @@ class DeviceCandidates:
     ) -> Candidate:
         sizes, stays = layer_sizes(self._target, work.dtype), set(dealt.resident)
         streamed = {index: size for index, size in enumerate(sizes) if index not in stays}
-        in_ram = keep_in_ram(streamed, self._single.host_budget(work, 0)) if streamed else ()
+        on_cpu = sum(
+            item.bytes
+            for number, each in enumerate(self._machines)
+            if each.device == "cpu"
+            for item in device_ledger(self._target, draft, work, dealt, number, "cpu", slots)
+        )
+        points = sum(item.bytes for item in restore_items(self._target, draft, work))
+        in_ram = keep_in_ram(streamed, max(self._single.host_budget(work, 0) - on_cpu - points, 0)) if streamed else ()
         ram_bytes = sum(streamed[index] for index in in_ram)
         tiers = TierSizes(
             num_layers=len(sizes),

@@ -29,6 +29,17 @@ def links_text(devices: Sequence[DevicePlan]) -> str:
     return f"{' + '.join(rates)} GB/s at once" if rates else ""
 
 
+def devices_line(plan: Plan) -> str:
+    """Return the memory and the layers of each device in one line."""
+    parts = [
+        f"{each.device} {format_bytes(each.num_bytes)} of {format_bytes(each.vram_bytes)} "
+        f"({each.resident} layers stay, {each.streamed} streamed)"
+        for each in plan.devices
+    ]
+    streamed = f"streamed {format_bytes(plan.streamed_bytes_per_step)}/pass" if plan.placement.streams else ""
+    return " · ".join([*parts, streamed or "nothing streamed"])
+
+
 def use_lines(memory: MemoryReport) -> list[str]:
     """Return one line for each of several devices: the share of time that its link and the device itself were busy."""
     return [

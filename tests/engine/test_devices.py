@@ -17,7 +17,9 @@ from typing import Any
 
 import pytest
 import torch
-from engine.test_pretended_gpu import PROCESSED, SAMPLED, model_of, pair_of
+from engine.test_pretended_gpu import PROCESSED, SAMPLED, model_of, pair_of, with_head
+from support.eagle3 import KINDS as EAGLE3_KINDS
+from support.eagle3 import save_eagle3
 from support.engines import NOTHING, make_plan, random_prompt, write
 from support.hybrids import HYBRIDS
 from support.loading import load_engine
@@ -30,7 +32,9 @@ from torch import Tensor
 from specchat.engine.engine import Engine
 from specchat.engine.streaming import slots
 from specchat.engine.streaming.readers import LayerReader, SharedReader
-from specchat.planner.dealing import deal
+from specchat.models.sizes.describe import describe
+from specchat.planner.dealing import Deal, deal
+from specchat.planner.devices import device_ledger
 from specchat.planner.placement import Share
 from specchat.records.generation import Request, Sampling
 from specchat.records.model import ModelSource
@@ -99,6 +103,53 @@ def test_two_gpus_stream_quantized_layers_and_from_disk(options: dict[str, Any],
     plan = changed(dealt(plan, TWO, [0, 1, 1, 0]), **options)
     with PretendedGpu(num_devices=2), load_engine(plan, target, draft) as engine:
         assert text_of(engine, SAMPLED) == expected
+
+
+def test_a_gpu_and_a_cpu_write_the_text_of_a_cpu(llama: Any):
+    target, draft, num_layers = llama
+    plan = make_plan(target, draft, num_layers=num_layers)
+    with load_engine(plan, target, draft) as engine:
+        expected = text_of(engine, PROCESSED)
+    plan = dealt(plan, ("cuda:0", "cpu"), [0, 1, 0, 1], resident=(1, 2))
+    with PretendedGpu(), load_engine(changed(plan, in_ram=(0,)), target, draft) as engine:
+        places = [next(layer.parameters()).device.type for layer in engine.target.skeleton.layers]
+        assert places == ["cuda", "cpu", "cuda", "cpu"]
+        assert text_of(engine, PROCESSED) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3-mtp", "qwen3_next-mtp", "eagle3"])
+def test_heads_read_the_states_of_layers_on_other_devices(name: str, tmp_path: Path):
+    if name == "eagle3":
+        target, _, num_layers = pair_of(model_of("llama"), tmp_path)
+        head = save_eagle3(64, tmp_path / "head", EAGLE3_KINDS["3.1"]).source
+    else:
+        target, head, num_layers = with_head(name.removesuffix("-mtp"))(tmp_path)
+    plan = make_plan(target, head, num_layers=num_layers)
+    with load_engine(plan, target, head) as engine:
+        expected = text_of(engine, SAMPLED)
+    owner = [index % 2 for index in range(num_layers)]
+    with PretendedGpu(num_devices=2), load_engine(dealt(plan, TWO, owner, resident=(1,)), target, head) as engine:
+        text, steps = write(engine, random_prompt(20, VOCAB), SAMPLED, 8)
+        assert any(step.tree_nodes for step in steps)
+    assert text == expected
+
+
+def test_ledgers_of_devices_count_what_they_hold(llama: Any):
+    """Weights, slots and caches are exact, and together they are all that the engine holds."""
+    target, _, num_layers = llama
+    plan = dealt(make_plan(target, None, num_layers=num_layers), ["cpu", "cpu"], [0, 1, 1, 0], resident=(1,))
+    spec, found = describe(target), Deal(plan.owner, plan.placement.resident)
+    items = [
+        item
+        for number in range(2)
+        for item in device_ledger(spec, None, plan.work, found, number, "cpu", slots=2)
+        if item.item in ("resident layers", "slots", "embeddings and head", "KV cache")
+    ]
+    with load_engine(plan, target, None) as engine:
+        held = [engine.target.cache.layers[index].nbytes for index in range(num_layers)]
+        assert sum(held) == sum(item.bytes for item in items if item.item == "KV cache")
+        assert engine.target.nbytes == sum(item.bytes for item in items)
 
 
 def test_answers_that_share_passes_are_those_of_one_device(llama: Any):

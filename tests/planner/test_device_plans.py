@@ -180,3 +180,15 @@ def test_plans_of_any_model_stay_within_all_budgets(spec: ModelSpec, free: tuple
     except DoesNotFitError:
         return
     check(found.plan, spec)
+
+
+def test_a_plan_may_keep_layers_in_a_cpus_memory_beside_pinned_ones():
+    """What the CPU computes with counts as host memory, which is not pinned for others then."""
+    machine = replace(CPU, device_free_bytes=12 * GIB, ram_available_bytes=12 * GIB)
+    first = replace(FIRST, ram_available_bytes=12 * GIB)
+    devices = (DeviceChoice("cuda:0"), DeviceChoice("cpu", 6 * GIB))
+    plan = chosen(DeviceInputs(machine, UNKNOWN_RATES, 6 * GIB), first=first, devices=devices).plan
+    assert plan.host_bytes >= plan.devices[1].num_bytes + sum(
+        item.bytes for item in plan.host_ledger if item.item == "pinned layers"
+    )
+    assert plan.host_bytes <= 12 * GIB

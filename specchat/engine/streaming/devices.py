@@ -104,14 +104,13 @@ def _open_device(
     if not streamed:
         return NoStreamer(), NothingKept()
     with ExitStack() as undo:
-        reader = open_reader(())
+        reader, slots = open_reader(()), min(placement.slots, len(later))
         undo.callback(reader.close)
-        pin = pinner(device, files.warn)
-        host = HostLayers(layers, later, in_ram, placement.slots, files.read_layer, reader, pin)
+        host = HostLayers(layers, later, in_ram, slots, files.read_layer, reader, pinner(device, files.warn))
         undo.callback(host.close)
         if len(streamed) < len(later):
             host.select(streamed)
-        streamer = CudaStreamer(layers, streamed, placement.slots, host, device)
+        streamer = CudaStreamer(layers, streamed, slots, host, device)
         undo.pop_all()
     return streamer, PinnedLayers(streamer)
 
