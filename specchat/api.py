@@ -13,6 +13,7 @@ from specchat.chat.text import Detokenizer, StopStrings
 from specchat.closing import Closeable
 from specchat.engine.engine import Engine
 from specchat.errors import EmptyPromptError, UsageError
+from specchat.loading.devices import on_named_devices, parse_devices
 from specchat.loading.engine import load_engine, stop_ids
 from specchat.loading.libraries import prepare_libraries
 from specchat.loading.locate import locate_models, parse_models
@@ -56,6 +57,7 @@ def load(
     *,
     draft: str = "auto",
     device: str = "auto",
+    devices: str = "",
     vram: int | str | None = None,
     ram: int | str | None = None,
     ctx: int | None = None,
@@ -74,6 +76,7 @@ def load(
         model: MODEL as on the command line: demo, a folder, a GGUF file, org/name, or a shape.
         draft: model that drafts trees, or auto, or none.
         device: auto, cpu, cuda or cuda:N.
+        devices: devices that share the layers, as for `--devices`; empty for one device.
         vram: device memory budget, in bytes or as text such as "8GiB"; None uses the free memory.
         ram: cap on host memory, in bytes or as text; None uses the free memory.
         ctx: maximum number of tokens of prompt and answer together; None uses the default.
@@ -89,8 +92,11 @@ def load(
     Raises:
         SpecchatError: the model cannot be found, planned or loaded; see `specchat.errors`.
     """
+    if devices and device != "auto":
+        raise UsageError("device and devices cannot be combined", hint="leave one of them out")
     choices = PlanChoices(
         device=device,
+        devices=parse_devices("devices", devices) if devices else (),
         dtype=dtype,
         vram_bytes=_bytes("vram", vram),
         ram_bytes=_bytes("ram", ram),
@@ -99,7 +105,7 @@ def load(
         quant=quant,
         draft_quant=draft_quant,
     )
-    request = ModelRequest(model, draft, choices, offline, tokenizer=tokenizer)
+    request = ModelRequest(model, draft, on_named_devices(choices), offline, tokenizer=tokenizer)
     prepare_libraries()
     reporter = _Warnings()
     models = locate_models(request, parse_models(request), reporter, confirm)

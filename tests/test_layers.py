@@ -46,8 +46,9 @@ FOLDERS = {
         {"experts"},
     ],
     "engine": [
-        {"device", "layout", "linear", "sampling", "streaming", "taps", "tree"},
-        {"attention", "experts", "recurrent", "requests", "sequence"},
+        {"device", "layout", "linear", "sampling", "taps", "tree"},
+        {"streaming"},
+        {"attention", "experts", "hops", "recurrent", "requests", "sequence"},
         {"kv_cache"},
         {"model"},
         {"drafting", "loading", "relief", "selfcheck", "walk"},

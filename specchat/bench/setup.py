@@ -128,12 +128,18 @@ def check_baselines(names: Sequence[str], target: ModelSource, draft: ModelSourc
         raise UsageError("the baseline 'assisted' needs a draft model", hint="name one with --draft")
 
 
+_ON_ONE_DEVICE = "it runs on one device; use --baseline plain or --device"
+
+
 def left_out(names: Sequence[str], plan: Plan) -> dict[str, str]:
     """Return the baselines that would show nothing, with the reason for each.
 
     Whole layers are compared with single experts only. transformers ignores `--quant` and loads full-precision
-    weights. It cannot offload a pre-quantized checkpoint, or dequantizes it by other formulas than specchat.
+    weights. It cannot offload a pre-quantized checkpoint, or dequantizes it by other formulas than specchat. Other
+    programs run on one device.
     """
+    if plan.devices:
+        return {name: _ON_ONE_DEVICE for name in names if name != "plain"}
     reasons = {
         LAYERS: None if plan.experts is not None else "the plan reads no single experts",
         "accelerate": _why_not("target", plan.quant, "--quant"),

@@ -10,7 +10,7 @@ from specchat.chat.answer import Delta, Speculation, Turn
 from specchat.planner.explain import ExplainedPlan
 from specchat.planner.recommendations import Recommendation, Recommendations
 from specchat.records.model import ModelSource
-from specchat.records.plan import ExpertForecast, Plan, StateMemory
+from specchat.records.plan import DevicePlan, ExpertForecast, Plan, StateMemory
 
 SCHEMA_VERSION = 1
 
@@ -39,7 +39,7 @@ def run_object(turn: Turn, *, target: ModelSource, plan: Plan, seed: int) -> dic
         "usage": asdict(turn.usage),
         "timings": asdict(turn.timings),
         "speculation": _speculation_object(turn.speculation),
-        "memory": asdict(turn.memory),
+        "memory": {**asdict(turn.memory), "devices": [asdict(each) for each in turn.memory.devices]},
     }
 
 
@@ -90,6 +90,7 @@ def plan_object(plan: Plan) -> dict[str, Any]:
         "host_bytes": plan.host_bytes,
         "host_ledger": [asdict(item) for item in plan.host_ledger],
         "streamed_bytes_per_step": plan.streamed_bytes_per_step,
+        "devices": [_device_object(each) for each in plan.devices],
         "experts": None if plan.experts is None else _experts_object(plan, plan.experts),
         "recurrent": None if plan.states is None else _states_object(plan.states),
         "predicted_pass_s": None,
@@ -97,6 +98,21 @@ def plan_object(plan: Plan) -> dict[str, Any]:
         "predicted_tok_per_s": None,
         "basis": "none",
         "alternatives": [],
+    }
+
+
+def _device_object(device: DevicePlan) -> dict[str, Any]:
+    return {
+        "device": device.device,
+        "resident_layers": device.resident,
+        "streamed_layers": device.streamed,
+        "ledger": [asdict(item) for item in device.ledger],
+        "device_bytes": device.num_bytes,
+        "device_budget_bytes": device.vram_bytes,
+        "streamed_bytes_per_step": device.streamed_bytes,
+        "link_bytes_per_s": device.link_bytes_per_s,
+        "predicted_link_s": device.link_s,
+        "predicted_compute_s": device.compute_s,
     }
 
 

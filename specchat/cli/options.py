@@ -1,7 +1,7 @@
 """Options of the commands. Every value is checked before slow work begins."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -9,12 +9,14 @@ from specchat.chat.files import read_text
 from specchat.chat.settings import MAX_SEED, whole
 from specchat.errors import InvalidSizeError, UsageError
 from specchat.files import read_given
+from specchat.loading.devices import is_device, on_named_devices, parse_devices
 from specchat.loading.request import ModelRequest
 from specchat.loading.sampling import SamplingChoices
 from specchat.paths import user_path
 from specchat.records.chat import Overflow
 from specchat.records.generation import Sampling
 from specchat.records.model import DTYPE_BYTES, QUANTS, Dtype, Quant
+from specchat.records.plan import DeviceChoice, PlanChoices
 from specchat.units import parse_size
 
 if TYPE_CHECKING:
@@ -184,10 +186,14 @@ def quant(name: str, text: str) -> Literal["auto"] | Quant:
 
 def device(name: str, text: str) -> str:
     """Check the form of a device's name; whether the device exists is checked later."""
-    kind, colon, index = text.partition(":")
-    if text in ("auto", "cpu", "cuda") or (kind == "cuda" and colon and index.isdecimal() and index.isascii()):
+    if text == "auto" or is_device(text):
         return text
     raise UsageError(f"{name} must be auto, cpu, cuda or cuda:N, not '{text}'")
+
+
+def devices(name: str, text: str) -> Literal["auto"] | tuple[DeviceChoice, ...]:
+    """Parse a list of devices with memory budgets."""
+    return parse_devices(name, text)
 
 
 def system_prompt(name: str, text: str) -> str:
@@ -221,6 +227,22 @@ def _utf8(name: str, text: str) -> str:
     except UnicodeEncodeError as error:
         raise UsageError(f"{name} is not UTF-8 text") from error
     return text
+
+
+def on_devices(choices: PlanChoices, sources: Mapping[str, str]) -> PlanChoices:
+    """Return choices whose device and budget are those of the first device of the list; a list of one is no list.
+
+    Args:
+        choices: choices with a device, a budget and a list of devices.
+        sources: origin of each setting, by key.
+
+    Raises:
+        UsageError: a device and a list of devices were asked for by flags.
+    """
+    by_flag = [sources.get(key, "").startswith("--") for key in ("device", "devices")]
+    if all(by_flag):
+        raise UsageError("--device and --devices cannot be combined", hint="leave --device or --devices out")
+    return on_named_devices(replace(choices, devices=()) if by_flag[0] else choices)
 
 
 # --- effective settings ------------------------------------------------------------------------------------------

@@ -39,6 +39,14 @@ Device = Annotated[
         help="Compute device: auto, cpu, cuda or cuda:N. [default: auto]",
     ),
 ]
+Devices = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LIST",
+        autocompletion=completion.words("auto"),
+        help="Devices that share the layers, as in cuda:0,cuda:1=6GiB,cpu; auto for all GPUs. [default: one device]",
+    ),
+]
 Vram = Annotated[
     str | None,
     typer.Option(

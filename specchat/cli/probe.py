@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from specchat.cli.ask import asker, can_ask
 from specchat.cli.offer import is_accepted
@@ -18,6 +18,7 @@ from specchat.loading.planning import make_plan
 from specchat.loading.recommending import best_to_start, recommend_models
 from specchat.loading.request import ModelRequest
 from specchat.paths import cache_folder
+from specchat.records.plan import DeviceChoice
 from specchat.units import size_text
 
 if TYPE_CHECKING:
@@ -108,11 +109,20 @@ def probe(options: ProbeOptions, start: Callable[[Sequence[str]], int]) -> int:
 # --- flags ------------------------------------------------------------------------------------------------------
 
 
+def _devices_text(devices: Literal["auto"] | tuple[DeviceChoice, ...]) -> str | None:
+    """Return a list of devices as it is typed; None for an empty one."""
+    if devices == "auto":
+        return "auto"
+    texts = (each.device + ("" if each.vram_bytes is None else f"={size_text(each.vram_bytes)}") for each in devices)
+    return ",".join(texts) or None
+
+
 def _flags(request: ModelRequest) -> str:
     """Return the flags that affect plans, as they are typed."""
     choices = request.choices
     asked = {
         "--device": choices.device if choices.device != "auto" else None,
+        "--devices": _devices_text(choices.devices),
         "--dtype": choices.dtype if choices.dtype != "auto" else None,
         "--vram": None if choices.vram_bytes is None else size_text(choices.vram_bytes),
         "--ram": None if choices.ram_bytes is None else size_text(choices.ram_bytes),

@@ -124,6 +124,7 @@ SHARED_KEYS = (
     _key("draft", _as_it_is),
     _key("tokenizer", _as_it_is),
     _key("device", options.device),
+    _key("devices", options.devices),
     _key("vram", options.size),
     _key("ram", options.size),
     _key("ctx", options.context),

@@ -27,7 +27,8 @@ MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 class RowMask:
     """The mask of one kind of layer (full, sliding, chunked) for one part of a pass.
 
-    The additive tensor is built on first use and kept for the chunk, because all layers of one kind share it.
+    The additive tensor is built on first use and kept for the chunk, because all layers of one kind share it. It is
+    built where the layout is, and moved once to each other device that has such layers.
     """
 
     def __init__(self, layout: RowLayout, mask_function: MaskFunction) -> None:
@@ -35,14 +36,20 @@ class RowMask:
         self._function = mask_function
         self._key: tuple[Any, ...] | None = None
         self._tensor: Tensor | None = None
+        self._elsewhere: dict[torch.device, Tensor] = {}
 
-    def additive(self, kv_length: int, dtype: torch.dtype) -> Tensor:
+    def additive(self, kv_length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return the additive mask [1, 1, rows, kv_length]: 0 for visible rows, -inf for all others."""
         key = (*self._layout.chunk, kv_length, dtype)
         if self._tensor is None or key != self._key:
             self._tensor = None  # free the last chunk's mask first
+            self._elsewhere.clear()
             self._key, self._tensor = key, self._build(kv_length, dtype)
-        return self._tensor
+        if self._tensor.device == device:
+            return self._tensor
+        if device not in self._elsewhere:
+            self._elsewhere[device] = self._tensor.to(device)
+        return self._elsewhere[device]
 
     def _build(self, kv_length: int, dtype: torch.dtype) -> Tensor:
         layout = self._layout
@@ -145,7 +152,7 @@ def _attend(
     num_heads, num_kv_heads = query.shape[0], key.shape[0]
     # Treat H_kv as the batch and the query group as the heads: K and V are expanded by stride and never copied.
     q = query.unflatten(0, (num_kv_heads, num_heads // num_kv_heads))  # [H_kv, G, rows, D]
-    mask = row_mask.additive(key.shape[1], query.dtype)
+    mask = row_mask.additive(key.shape[1], query.dtype, query.device)
     if softcap is None and sinks is None:
         k = key[:, None].expand(-1, q.shape[1], -1, -1)
         v = value[:, None].expand(-1, q.shape[1], -1, -1)

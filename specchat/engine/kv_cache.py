@@ -146,6 +146,7 @@ class TreeCache:
         tree_rows: most rows of a tree, which recurrent layers stash.
         grows: whether trees grow over several passes, as a draft's trees do.
         num_points: most restore points of recurrent layers.
+        devices: device of each layer's buffers; None for `device` alone.
 
     Attributes:
         recurrent: states of the recurrent layers; None without any.
@@ -163,18 +164,29 @@ class TreeCache:
         tree_rows: int = 0,
         grows: bool = False,
         num_points: int = 0,
+        devices: Sequence[torch.device] | None = None,
     ) -> None:
         self.capacity = padded_rows(capacity)
         self.seats = seats
         self.device = device
-        self.layers = [LayerKv(shape, seats, self.capacity, dtype, device) for shape in shapes]
+        self._devices = [device] * len(shapes) if devices is None else list(devices)
+        self.layers = [
+            LayerKv(shape, seats, self.capacity, dtype, there)
+            for shape, there in zip(shapes, self._devices, strict=True)
+        ]
         self.recurrent: RecurrentCache | None = None
         self.max_tree_rows = self.capacity
         states = [shape.state for shape in shapes]
         if any(states):
             self.max_tree_rows = tree_rows
             self.recurrent = RecurrentCache(
-                states, tree_rows, seats=seats, grows=grows, num_points=num_points, dtype=dtype, device=device
+                states,
+                tree_rows,
+                seats=seats,
+                grows=grows,
+                num_points=num_points,
+                dtype=dtype,
+                devices=self._devices,
             )
         with_rows = [layer for layer, shape in zip(self.layers, shapes, strict=True) if shape.heads]
         self._measure: LayerKv | RecurrentCache = with_rows[0] if with_rows else self.recurrent or self.layers[0]
@@ -229,12 +241,12 @@ class TreeCache:
         """Keep a seat's first `base` rows and then the given rows, in order; drop all others."""
         if self.recurrent is not None:
             self.recurrent.keep(seat, base, rows)
-        index = None
+        index: dict[torch.device, Tensor] = {}
         if list(rows) != list(range(base, base + len(rows))):  # else already in place, as for a tree without branches
-            offset = seat * self.capacity
-            index = torch.tensor([offset + row for row in rows], dtype=torch.int64, device=self.device)
-        for layer in self.layers:
-            layer.keep(seat, base, rows, index)
+            places = [seat * self.capacity + row for row in rows]
+            index = {each: torch.tensor(places, dtype=torch.int64, device=each) for each in set(self._devices)}
+        for layer, device in zip(self.layers, self._devices, strict=True):
+            layer.keep(seat, base, rows, index.get(device))
 
     def wipe(self, seat: int, length: int) -> None:
         """Forget a seat's rows from `length` on and zero them, after a pass that stored NaN or infinity."""

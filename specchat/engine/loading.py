@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from specchat.engine.experts.loading import PooledExperts, read_beside
+from specchat.engine.hops import Hops
 from specchat.engine.kv_cache import TreeCache
 from specchat.engine.linear import settle, use_fast_matmuls
 from specchat.engine.model import TreeModel
-from specchat.engine.streaming.base import LayerStreamer, NoStreamer
-from specchat.engine.streaming.cuda import CudaStreamer
-from specchat.engine.streaming.host_layers import HostLayers, pinner
-from specchat.engine.streaming.kept import CpuTiers, KeptLayers, NothingKept, PinnedLayers
-from specchat.engine.streaming.readers import layer_reader_for
+from specchat.engine.streaming.base import LayerStreamer
+from specchat.engine.streaming.devices import LayerFiles, open_streamers
+from specchat.engine.streaming.kept import KeptLayers, NothingKept
 from specchat.engine.streaming.slots import page_aligned
 from specchat.errors import AllocationError, is_lack_of_memory
 from specchat.hardware.pressure import MemoryWatch
@@ -28,6 +27,7 @@ from specchat.models.hf.skeleton import lookup_embeddings
 from specchat.models.packs.file_format import bytes_of
 from specchat.models.packs.pack import Pack
 from specchat.models.packs.verify import ChunkVerifier
+from specchat.models.quant.modules import Scratch, quant_linears
 from specchat.models.weights.layout import LayerLayout, bind
 from specchat.models.weights.open import ModelWeights
 from specchat.models.weights.reader import WeightReader
@@ -65,6 +65,8 @@ def load_model(
     """
     skeleton, device, dtype = weights.skeleton, torch.device(work.device), torch_dtype(work.dtype)
     layers, later = skeleton.layers, placement.streamed
+    devices = [torch.device(name) for name in placement.devices or (work.device,)]
+    assert devices[0] == device, "embeddings, head and draft are on the first device"
     resident = placement.resident if resident is None else resident
     streamed = [index for index in later if index not in set(resident)]
     assert not later or streamed, "a layer that will be streamed is streamed at first, too"
@@ -77,15 +79,20 @@ def load_model(
             undo.enter_context(mapped)
         verifier = None if pack is None else ChunkVerifier(pack)
         read_layer = partial(_read_layer, reader, verifier)
-        pooled = None if placement.experts is None else PooledExperts.of(skeleton, reader)
-        if pooled is None:
-            bound = _read_resident(layers, resident, read_layer, device)
-        else:
-            bound = _read_beside_experts(layers, resident, pooled, reader, verifier)
         settle_layer = partial(_settle, layers, dtype, placement.expanded)
-        for index in bound:
-            if device.type == "cpu" and pooled is None:
-                settle_layer(index)
+        pooled = None if placement.experts is None else PooledExperts.of(skeleton, reader)
+        for number, there in enumerate(devices):
+            owned = placement.owned(number)
+            stays = [index for index in owned if index in set(resident)]
+            if pooled is None:
+                bound = _read_resident(layers, stays, read_layer, there)
+            else:
+                bound = _read_beside_experts(layers, stays, pooled, reader, verifier)
+            for index in bound:
+                if there.type == "cpu" and pooled is None:
+                    settle_layer(index)
+            if number:
+                _move_in(layers, owned, there)
         cache = TreeCache(
             weights.kv_shapes,
             cache_rows,
@@ -95,34 +102,40 @@ def load_model(
             tree_rows=cache_rows - work.ctx if tree_rows is None else tree_rows,
             grows=grows,
             num_points=work.restore_points,
+            devices=[devices[owner] for owner in placement.owner] or None,
         )
         if device.type == "cpu":
             use_fast_matmuls(skeleton.model)
-        streamer: LayerStreamer = NoStreamer()
+        streamer: LayerStreamer
         kept: KeptLayers = NothingKept()
         if pooled is not None:
             assert placement.experts is not None and device.type == "cpu" and not streamed
             tree_passes = work.seats + work.tree_budget
             streamer = pooled.make_pool(placement.experts, reader, verifier, placement.in_ram, tree_passes)
             undo.callback(streamer.close)
-        elif device.type == "cpu":
-            open_reader = partial(layer_reader_for, layers, reader, pack, placement.in_ram)
-            kept = tiers = CpuTiers(layers, placement, resident, open_reader, pack, reader.close, settle_layer)
-            streamer = tiers.streamer
-        elif streamed:
-            slots, in_ram = placement.slots, placement.in_ram
-            layer_reader = layer_reader_for(layers, reader, pack, cached=())
-            undo.callback(layer_reader.close)
-            host = HostLayers(layers, later, in_ram, slots, read_layer, layer_reader, pinner(device, warn))
-            undo.callback(host.close)
-            if len(streamed) < len(later):
-                host.select(streamed)
-            streamer = CudaStreamer(layers, streamed, slots, host, device)
-            kept = PinnedLayers(streamer)
+        else:
+            files = LayerFiles(layers, reader, pack, read_layer, settle_layer, warn)
+            streamer, kept = open_streamers(files, placement, resident, devices)
         undo.pop_all()
-    if pack is not None or pooled is not None or (device.type != "cpu" and not streamed):
+    reads_checkpoint = pack is None and pooled is None and (bool(streamed) or "cpu" in {each.type for each in devices})
+    if not reads_checkpoint:
         reader.close()
-    return model_class(skeleton, cache, streamer, streamed, work.chunk_rows, device, embeddings, mapped, kept)
+    hops = Hops(placement.owner, devices) if len(devices) > 1 else None
+    return model_class(skeleton, cache, streamer, streamed, work.chunk_rows, device, embeddings, mapped, kept, hops)
+
+
+def _move_in(layers: Sequence[Any], owned: Sequence[int], device: torch.device) -> None:
+    """Give layers of another device than the first what they need there besides parameters."""
+    scratch = Scratch()
+    for index in owned:
+        for module in layers[index].modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(device)
+        for _, linear in quant_linears(layers[index]):
+            linear.scratch = scratch
+        if device.type == "cpu":
+            use_fast_matmuls(layers[index])
 
 
 def load_target(plan: Plan, weights: ModelWeights, pack: Pack | None, warn: Callable[[str], None]) -> TreeModel:
@@ -251,7 +264,10 @@ def allocating(plan: Plan) -> Iterator[None]:
     else:
         return
     # Raise outside the handler: the caught error's frames keep earlier allocations alive.
+    where, num_bytes = plan.work.device, plan.device_bytes
+    if plan.devices:
+        where, num_bytes = ", ".join(each.device for each in plan.devices), sum(each.num_bytes for each in plan.devices)
     raise AllocationError(
-        f"cannot allocate {format_bytes(plan.device_bytes)} on {plan.work.device}",
+        f"cannot allocate {format_bytes(num_bytes)} on {where}",
         hint="close other programs, or set a smaller --vram or --ctx",
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence, Set
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from specchat.engine.attention import MaskFunction, PassMask
 from specchat.engine.device import copied_together
+from specchat.engine.hops import Hops
 from specchat.engine.kv_cache import TreeCache
 from specchat.engine.layout import PassLayout, linear_layout
 from specchat.engine.linear import held_bytes, unsettle
@@ -53,11 +55,13 @@ class TreeModel:
         host_embeddings: module of the input embeddings if it stays in host memory, else None.
         mapped: file that these embeddings are mapped from, closed together with this object; None if they are not.
         kept: layers in host memory that can be given back, closed together with this object; None if there are none.
+        hops: owners of the layers if there are several devices, the first of them `device`; None for `device` alone.
 
     Attributes:
         chunk_rows: rows that one layer computes at a time.
         host_embeddings: module of the input embeddings if it stays in host memory, else None.
         mapped: file that these embeddings are mapped from, or None.
+        hops: owners of the layers if there are several devices, else None.
         layers_done: number of layers that the current or last pass has computed; readable from other threads.
     """
 
@@ -72,6 +76,7 @@ class TreeModel:
         host_embeddings: Any = None,
         mapped: MappedFile | None = None,
         kept: KeptLayers | None = None,
+        hops: Hops | None = None,
     ) -> None:
         self.skeleton = skeleton
         self.cache = cache
@@ -91,6 +96,7 @@ class TreeModel:
         if host_embeddings is not None:
             host_embeddings.forward = partial(self._look_up, host_embeddings.forward)
         self.kept = kept or NothingKept()
+        self.hops = hops
         self._streamed = set(streamed)
         for index, layer in enumerate(skeleton.layers):
             layer.forward = partial(self._run_layer, index, layer.forward)
@@ -171,6 +177,8 @@ class TreeModel:
             raise
         finally:
             self._layout = self._cancel = self._token_ids = self._taps = None
+            if self.hops is not None:
+                self.hops.begin()
 
     def _on_device(self, ids: Tensor, layout: PassLayout) -> tuple[Tensor, PassLayout]:
         """Return token ids and layout on the device; what is in host memory crosses the link in one copy."""
@@ -280,16 +288,28 @@ class TreeModel:
         if self._cancel is not None and self._cancel.is_set():
             raise PassCancelledError
         if self._taps is not None:
-            self._taps.enter(index, hidden)
+            self._tap(index, hidden)
+        hops, is_last = self.hops, index + 1 == len(self.skeleton.layers)
+        if hops is not None:
+            hidden, args, kwargs = hops.arrive(index, hidden, args, kwargs)
         is_streamed = index in self._streamed
         if is_streamed:
             self.streamer.acquire(index)
-        out = self._run_chunks(forward, hidden, args, kwargs)
-        if is_streamed:
-            self.streamer.release(index)
-        if self._taps is not None and index + 1 == len(self.skeleton.layers):
-            self._taps.enter(index + 1, out[0] if isinstance(out, tuple) else out)
+        with nullcontext() if hops is None else hops.computing(index):
+            out = self._run_chunks(forward, hidden, args, kwargs)
+            if is_streamed:
+                self.streamer.release(index)
+        if is_last and hops is not None:
+            out = hops.home(out)
+        if is_last and self._taps is not None:
+            self._tap(index + 1, out[0] if isinstance(out, tuple) else out)
         return out
+
+    def _tap(self, index: int, hidden: Tensor) -> None:
+        """Let a head read the states that enter a layer, on the device of the head."""
+        assert self._taps is not None
+        if index in self._taps.layers:
+            self._taps.enter(index, hidden if self.hops is None else self.hops.home(hidden))
 
     def _run_chunks(
         self, forward: Callable[..., Any], hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]

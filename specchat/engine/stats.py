@@ -16,10 +16,11 @@ from specchat.engine.device import wait_for
 from specchat.engine.model import TreeModel
 from specchat.engine.relief import MemoryRelief
 from specchat.engine.streaming.base import LayerStreamer
+from specchat.engine.streaming.devices import DeviceStreamers
 from specchat.engine.tree import TokenTree
 from specchat.errors import SpecchatError
 from specchat.records.generation import DraftTree, FinishReason, SourceWork, Step
-from specchat.records.plan import MemoryReport, Plan
+from specchat.records.plan import DeviceUse, MemoryReport, Plan
 
 
 def resident_set_bytes() -> int:
@@ -84,6 +85,7 @@ class StepClock:
         self._at_end = self._streamer.counters()
         self._experts_used = self._streamer.experts_used()
         self._pass_s = time.perf_counter() - self._begin
+        self._streamer.passed(self._pass_s)
 
     def step(
         self,
@@ -179,4 +181,29 @@ class MemoryMeter:
             expert_misses=streamed.expert_misses,
             useful_guesses=streamed.useful_guesses,
             useless_guesses=streamed.useless_guesses,
+            devices=_uses(self._models[0], plan),
         )
+
+
+def _uses(model: TreeModel, plan: Plan) -> tuple[DeviceUse, ...]:
+    """Return the measured use of each device; empty if a model runs on one."""
+    streamer = model.streamer
+    if model.hops is None or not isinstance(streamer, DeviceStreamers):
+        return ()
+    steps_s = max(streamer.steps_s, 1e-9)
+    counted = zip(plan.devices, streamer.counters().by_device, model.hops.busy_s(), strict=True)
+    return tuple(
+        DeviceUse(
+            device=device.device,
+            device_budget_bytes=device.vram_bytes,
+            device_peak_bytes=device.num_bytes
+            if device.device == "cpu"
+            else torch.cuda.max_memory_allocated(device.device),
+            predicted_device_bytes=device.num_bytes,
+            streamed_bytes=counters.num_bytes,
+            wait_s=counters.wait_s,
+            link_busy=min(counters.link_s / steps_s, 1.0),
+            compute_busy=min(busy_s / steps_s, 1.0),
+        )
+        for device, counters, busy_s in counted
+    )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
-from contextlib import closing, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,8 @@ from specchat.units import MIB
 
 _BYTES = 512 * MIB
 _WARM_UPS, _COPIES, _SERIES = 4, 16, 3
+# Copies to all GPUs at the same time: together 3 GiB for each.
+_PIECE_BYTES, _PIECES = 64 * MIB, 48
 _FREE_SHARE = 4  # the buffer takes at most 1/4 of the free device memory
 
 
@@ -54,6 +56,46 @@ def measure_cuda_links(index: int) -> CudaLinks:
         slow, _ = _rate(on_device, pageable, True, None)
     assert slow is not None
     return CudaLinks(uuid, pinned, slow, back, pcie)
+
+
+def measure_links_at_once() -> tuple[float | None, ...]:
+    """Measure pinned copies to all GPUs at the same time: links may share host memory, and lanes on some boards.
+
+    Returns:
+        Bytes per second of each GPU; None where host memory could not be pinned.
+    """
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    with ExitStack() as undo:
+        pairs, marks = list[tuple[Tensor, Tensor]](), list[list[torch.cuda.Event]]()
+        for device in devices:
+            with torch.cuda.device(device):
+                copy = undo.enter_context(closing(_PinnedCopy(torch.zeros(_PIECE_BYTES, dtype=torch.uint8), device)))
+                if not copy.is_pinned:
+                    return (None,) * len(devices)
+                pairs.append((torch.empty(_PIECE_BYTES, dtype=torch.uint8, device=device), copy.memory))
+        for device, (to, source) in zip(devices, pairs, strict=True):
+            stream = torch.cuda.current_stream(device)
+            marks.append([torch.cuda.Event(enable_timing=True) for _ in range(_PIECES + 1)])
+            for mark in marks[-1]:
+                mark.record(stream)
+                to.copy_(source, non_blocking=True)
+        for device in devices:
+            torch.cuda.current_stream(device).synchronize()
+        return rates_at_once(
+            [[first.elapsed_time(each) / 1e3 for each in rest] for first, *rest in marks], _PIECE_BYTES
+        )
+
+
+def rates_at_once(ends: Sequence[Sequence[float]], piece_bytes: int) -> tuple[float, ...]:
+    """Return the rate of each link in bytes per second, until the first of them had copied everything.
+
+    Args:
+        ends: seconds from the begin to the end of each copy, ascending, for each link.
+        piece_bytes: bytes of a copy.
+    """
+    until = min(each[-1] for each in ends)
+    counts = [max(sum(end <= until for end in each), 1) for each in ends]
+    return tuple(count * piece_bytes / each[count - 1] for count, each in zip(counts, ends, strict=True))
 
 
 def gpu_uuid(index: int) -> str:

@@ -197,6 +197,19 @@ class Links:
 
 
 @dataclass(frozen=True)
+class LinkRate:
+    """Rate of pinned copies to one GPU while all others are copied to as well.
+
+    Attributes:
+        device: name of the GPU, "cuda:N".
+        bytes_per_s: rate in bytes per second.
+    """
+
+    device: str
+    bytes_per_s: float
+
+
+@dataclass(frozen=True)
 class MatmulRate:
     """Rate of a matmul with a matrix of a layer's size.
 
@@ -225,6 +238,7 @@ class Measured:
         pinning_works: whether host memory could be pinned for the copies; None where none were made.
         gpu_trouble: error that stopped the measurements on the GPU, or None.
         measured_at: time in ISO 8601, UTC.
+        at_once: rates of the links of all GPUs at the same time; empty with less than two.
     """
 
     device: str
@@ -238,3 +252,4 @@ class Measured:
     pinning_works: bool | None
     gpu_trouble: str | None
     measured_at: str
+    at_once: tuple[LinkRate, ...] = ()

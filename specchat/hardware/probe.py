@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from specchat.errors import DeviceUnusableError, UsageError
 from specchat.hardware import links, store
-from specchat.hardware.machine import Hardware, Links, Machine, Measured
+from specchat.hardware.machine import Hardware, LinkRate, Links, Machine, Measured
 from specchat.hardware.nvml import survey_gpus
 from specchat.hardware.system import (
     available_ram_bytes,
@@ -72,6 +72,16 @@ def find_machine(device: str) -> Machine:
         device_total_bytes=int(total),
         gpu_uuid=gpu_uuid(index),
     )
+
+
+def gpus_beside(machine: Machine) -> list[str]:
+    """Return the names of the CUDA devices besides that of a machine; empty if it computes on the CPU."""
+    if machine.device == "cpu":
+        return []
+    import torch
+
+    names = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    return [name for name in names if name != machine.device]
 
 
 def _unusable(device: str) -> DeviceUnusableError:
@@ -189,7 +199,21 @@ def _measure(hardware: Hardware, device: str, progress: Progress) -> Measured:
         pinning_works=None if copies is None else copies.h2d_pinned_bytes_per_s is not None,
         gpu_trouble=on_device.trouble,
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        at_once=() if on_device.trouble is not None else _links_at_once(machine),
     )
+
+
+def _links_at_once(machine: Machine) -> tuple[LinkRate, ...]:
+    """Return the rates of all GPUs' links at the same time; empty with less than two, or if that cannot be measured."""
+    if not gpus_beside(machine):
+        return ()
+    from specchat.hardware.cuda import measure_links_at_once
+
+    try:
+        rates = measure_links_at_once()
+    except RuntimeError:  # another GPU is full or lost, which does not concern this one
+        return ()
+    return tuple(LinkRate(f"cuda:{index}", rate) for index, rate in enumerate(rates) if rate is not None)
 
 
 @dataclass(frozen=True)

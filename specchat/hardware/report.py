@@ -50,6 +50,9 @@ def report_object(report: Report, verdicts: Sequence[Verdict], plan: dict[str, A
         "schema_version": SCHEMA_VERSION,
         "machine": machine_object(report.hardware, measured),
         "links": asdict(measured.links),
+        "links_at_once": [
+            {"device": each.device, "h2d_pinned_bytes_per_s": each.bytes_per_s} for each in measured.at_once
+        ],
         "compute": {
             "device": measured.device,
             "dtype": measured.matmul_dtype,

@@ -6,9 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from specchat.files import atomic_write_text, read_regular
-from specchat.hardware.machine import Hardware, Links, MatmulRate, Measured
+from specchat.hardware.machine import Hardware, LinkRate, Links, MatmulRate, Measured
 
-_VERSION = 3  # raise when measurements change
+_VERSION = 4  # raise when measurements change
 
 
 def key_of(hardware: Hardware, device: str) -> str:
@@ -35,6 +35,7 @@ def load(folder: Path, key: str) -> Measured | None:
             "links": Links(**values["links"]),
             "matmul": tuple(MatmulRate(**rate) for rate in values["matmul"]),
             "packed": tuple(MatmulRate(**rate) for rate in values["packed"]),
+            "at_once": tuple(LinkRate(**rate) for rate in values["at_once"]),
             "pcie_under_load": None if pcie is None else (int(pcie[0]), int(pcie[1])),
         }
         return Measured(**values)

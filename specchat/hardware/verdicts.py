@@ -234,6 +234,9 @@ def _rates(measured: Measured, hardware: Hardware) -> Iterator[Verdict]:
     ):
         if rate is not None:
             yield Verdict(level, topic, format_rate(rate), hint)
+    if measured.at_once:
+        rates = ", ".join(f"{each.device} {format_rate(each.bytes_per_s)}" for each in measured.at_once)
+        yield Verdict("ok", "GPUs at once", rates)
     if links.disk_read_bytes_per_s is None:
         hint = "set SPECCHAT_CACHE_DIR to a writable folder"
         yield Verdict("warn", "disk read", f"not measured: cannot write to {from_home(hardware.disk.path)}", hint)

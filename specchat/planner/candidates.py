@@ -5,159 +5,48 @@ does not fit. Settings that the user has fixed are not varied.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 
 from specchat.errors import DoesNotFitError
-from specchat.hardware.machine import Machine
 from specchat.models.sizes.geometry import expanded_sizes, layer_sizes
+from specchat.planner.candidate import Candidate, preference, rounded
 from specchat.planner.copies import COPY_IF_FASTER_BY, open_copies, smaller_copies
-from specchat.planner.cost import CostModel, Prediction
-from specchat.planner.experts import expert_options, with_experts
+from specchat.planner.cost import CostModel
+from specchat.planner.experts import expert_options
 from specchat.planner.memory import (
-    build_host_ledger,
-    build_ledger,
     bytes_beside_layers,
-    expert_host_items,
     host_embedding_bytes,
-    host_embeddings,
-    kv_bytes,
     lookup_bytes,
-    retrieval_items,
 )
 from specchat.planner.placement import (
     PlacementOptions,
     TierSizes,
-    among,
-    interleaved,
     num_expanded,
     placement_options,
     usable_ram,
 )
 from specchat.planner.request import PlanInputs, PlanRequest
-from specchat.planner.states import num_points, point_bytes, restore_items, state_memory
+from specchat.planner.states import num_points, point_bytes
 from specchat.planner.workload import (
     contexts,
     default_budget,
     default_tree_budgets,
     dtype_for,
-    layer_host_bytes,
     usual_ctx,
     with_host_embeddings,
     with_points,
     workload,
 )
 from specchat.records.limits import LEAST_RESTORE_POINTS
-from specchat.records.model import LOWER_QUANTS, ModelSpec
-from specchat.records.plan import Placement, Plan, PlanChoices, Workload
+from specchat.records.model import ModelSpec
+from specchat.records.plan import Workload
 from specchat.units import format_bytes
 
 # Tree budgets to try without a draft model, whose guesses run out earlier.
 RETRIEVAL_BUDGETS = (64, 32, 16)
 # A plan with a shorter context must be this many times as fast.
 SHORTER_IF_FASTER_BY = 2.0
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A configuration that fits, with its predicted speed.
-
-    Attributes:
-        target, draft: sizes of the models; draft is None without a draft model.
-        work: device, dtype, context and trees.
-        sizes: layers and bytes in each tier.
-        vram_bytes: device memory budget in bytes.
-        tok_per_s: predicted speed.
-        adaptive: whether trees may be smaller than the tree budget.
-        model: cost model of the pair.
-        retrieval: whether draft nodes also come from the text itself.
-    """
-
-    target: ModelSpec
-    draft: ModelSpec | None
-    work: Workload
-    sizes: TierSizes
-    vram_bytes: int
-    tok_per_s: float
-    adaptive: bool
-    model: CostModel
-    retrieval: bool = False
-
-    @cached_property
-    def prediction(self) -> Prediction:
-        """Full prediction for this configuration."""
-        return self.model.predict(self.sizes, self.work.tree_budget, adaptive=self.adaptive)
-
-    @property
-    def slots(self) -> int:
-        """Staging buffers for streamed layers."""
-        return self.sizes.slots
-
-    @property
-    def num_streamed(self) -> int:
-        """Number of streamed layers."""
-        return self.sizes.num_streamed
-
-    @property
-    def streams(self) -> bool:
-        """Whether passes read layers or experts."""
-        return self.num_streamed > 0 or self.sizes.experts is not None
-
-    def plan(self, choices: PlanChoices, machine: Machine) -> Plan:
-        """Build the plan, with placement and ledgers."""
-        target, draft, work = self.target, self.draft, self.work
-        if draft is None:
-            work = replace(work, draft_rows=0)
-        resident = interleaved(target.num_layers - self.num_streamed, target.num_layers)
-        kept, all_sizes = set(resident), layer_sizes(target, work.dtype)
-        sizes = {i: size for i, size in enumerate(all_sizes) if i not in kept}
-        in_ram = among(sizes, self.sizes.num_in_ram)
-        expanded = interleaved(self.sizes.num_expanded, target.num_layers)
-        larger = expanded_sizes(target, work.dtype, has_row_kernel=machine.has_row_kernel) if expanded else all_sizes
-        more = sum(larger[i] - all_sizes[i] for i in expanded)
-        tier = self.sizes.experts
-        placement = Placement(target.num_layers, resident, in_ram, self.slots, expanded=expanded, expanded_bytes=more)
-        if tier is not None:
-            placement = with_experts(placement, target, work.dtype, tier)
-        forecast = None if tier is None else tier.forecast(work.seats + self.prediction.tree_nodes)
-        points = restore_items(target, draft, work)
-        host_bytes = layer_host_bytes(sizes, in_ram, self.slots) + host_embedding_bytes(target, work)
-        host_bytes += sum(item.bytes for item in points)
-        found_by_lookup = retrieval_items(work, used=self.retrieval)
-        beside_layers = (*host_embeddings(target, work), *points, *found_by_lookup, *expert_host_items(tier))
-        return Plan(
-            target=target.name,
-            draft=None if draft is None else draft.name,
-            quant=target.quant,
-            work=work,
-            placement=placement,
-            ledger=build_ledger(target, draft, work, placement),
-            vram_bytes=self.vram_bytes,
-            host_bytes=0 if machine.device == "cpu" else host_bytes,
-            streamed_bytes_per_step=sum(sizes.values()) if forecast is None else forecast.missed_bytes,
-            adaptive=self.adaptive,
-            draft_quant="none" if draft is None else draft.quant,
-            text_only=target.text_only,
-            retrieval=self.retrieval,
-            lowered_from=target.dtype if choices.quant == "auto" and target.quant in LOWER_QUANTS else None,
-            host_ledger=build_host_ledger(sizes, in_ram, self.slots, machine.device, beside_layers),
-            expected=self.model.expectation(self.sizes, work.tree_budget) if self.adaptive else None,
-            states=state_memory(target, draft, work, kv_bytes(target, work, work.tree_rows)),
-            experts=forecast,
-        )
-
-
-def preference(candidate: Candidate) -> tuple[float, ...]:
-    """Return a sort key, larger is better: speed, then an unquantized draft, the default tree budget, fewer slots."""
-    budgets, budget = default_tree_budgets(candidate.work.device), candidate.work.tree_budget
-    rank = budgets.index(budget) if budget in budgets else 0
-    is_lower = candidate.draft is not None and candidate.draft.quant in LOWER_QUANTS
-    return _rounded(candidate.tok_per_s), -is_lower, -rank, -candidate.slots
-
-
-def _rounded(tok_per_s: float) -> float:
-    """Round a speed, because sums in another order differ in their last bits."""
-    return round(tok_per_s, 6)
 
 
 class Candidates:
@@ -168,6 +57,12 @@ class Candidates:
         inputs: machine, rates, sizes and statistics.
         target: sizes of the target in one precision.
 
+    Attributes:
+        dtype: dtype of weights, activations and caches.
+        vram_bytes: memory budget of the device in bytes.
+        contexts: contexts to try, longest first.
+        usable_ram: bytes of host memory that may be used.
+
     Raises:
         UsageError: the context is longer than the model allows.
     """
@@ -177,14 +72,14 @@ class Candidates:
         self._choices = request.choices
         self._inputs = inputs
         self._target = target
-        self._dtype = dtype_for(request, inputs.machine, target)
+        self.dtype = dtype_for(request, inputs.machine, target)
         whole_layers = inputs.machine.device != "cpu" or request.choices.slots is not None
-        self._expert_options = None if whole_layers else expert_options(target, self._dtype, inputs.experts)
-        self._vram_bytes = (
+        self._expert_options = None if whole_layers else expert_options(target, self.dtype, inputs.experts)
+        self.vram_bytes = (
             request.choices.vram_bytes if request.choices.vram_bytes is not None else default_budget(inputs.machine)
         )
-        self._contexts = contexts(usual_ctx(request, target), is_open=request.choices.ctx is None)
-        self._usable_ram = usable_ram(inputs.machine.ram_available_bytes)
+        self.contexts = contexts(usual_ctx(request, target), is_open=request.choices.ctx is None)
+        self.usable_ram = usable_ram(inputs.machine.ram_available_bytes)
         self._models: dict[ModelSpec | None, CostModel] = {}
         self._found: dict[ModelSpec | None, list[Candidate]] = {}
 
@@ -198,10 +93,10 @@ class Candidates:
         """
         best: Candidate | None = None
         best_preference: tuple[float, ...] = (0.0,)
-        for draft in self._drafts:
+        for draft in self.drafts:
             if draft is None and best is not None and best.streams and self._asks_for_copy:
                 continue
-            if best is not None and _rounded(self._most_tok_per_s(draft)) < _rounded(best.tok_per_s):
+            if best is not None and rounded(self._most_tok_per_s(draft)) < rounded(best.tok_per_s):
                 continue
             for candidate in self._with_draft(draft):
                 if (found := preference(candidate)) > best_preference and self._is_worth_it(candidate, best):
@@ -218,17 +113,17 @@ class Candidates:
     @property
     def all(self) -> list[Candidate]:
         """All candidates, with every draft and without."""
-        return [candidate for draft in self._drafts for candidate in self._with_draft(draft)]
+        return [candidate for draft in self.drafts for candidate in self._with_draft(draft)]
 
     def refusal(self) -> DoesNotFitError:
         """Build the error for a budget that is too small; the hint names the longest context that fits."""
-        drafts = [None] if None in self._drafts and not self._asks_for_copy else self._drafts
-        draft, ctx = next((each for each in reversed(drafts) if each is not None), None), self._contexts[-1]
+        drafts = [None] if None in self.drafts and not self._asks_for_copy else self.drafts
+        draft, ctx = next((each for each in reversed(drafts) if each is not None), None), self.contexts[-1]
         fits, too_long = 0, ctx
         while too_long - fits > 1:
             middle = (fits + too_long) // 2
             fits, too_long = (
-                (middle, too_long) if self._least_bytes(draft, middle) <= self._vram_bytes else (fits, middle)
+                (middle, too_long) if self._least_bytes(draft, middle) <= self.vram_bytes else (fits, middle)
             )
         lowered = ["--tree-budget"] * (draft is not None) + ["the number of answers at once"] * (
             self._choices.seats > 1
@@ -236,7 +131,7 @@ class Candidates:
         advice = f"raise --vram or lower {' or '.join(lowered)}" if lowered else "raise --vram"
         return DoesNotFitError(
             f"{self._target.name} needs at least {format_bytes(self._least_bytes(draft, ctx))} with --ctx {ctx:,}, "
-            f"but the budget is {format_bytes(self._vram_bytes)}",
+            f"but the budget is {format_bytes(self.vram_bytes)}",
             hint=f"use --ctx {fits} or less, or {advice}" if fits else advice,
         )
 
@@ -245,7 +140,8 @@ class Candidates:
         return self._inputs.draft is not None and self._inputs.draft.is_copy and not self._request.draft_is_open
 
     @cached_property
-    def _drafts(self) -> tuple[ModelSpec | None, ...]:
+    def drafts(self) -> tuple[ModelSpec | None, ...]:
+        """Drafts to try, None for none."""
         inputs = self._inputs
         given = () if inputs.draft is None else (inputs.draft, *inputs.lower_drafts)
         if inputs.draft is not None and inputs.draft.is_copy:
@@ -258,7 +154,7 @@ class Candidates:
         heads = inputs.heads if self._request.heads else ()
         return given or heads or (None,)
 
-    def _tree_budgets(self, draft: ModelSpec | None) -> tuple[int, ...]:
+    def tree_budgets(self, draft: ModelSpec | None) -> tuple[int, ...]:
         """Return the tree budgets to try."""
         if draft is None:
             return self._budgets_without_draft
@@ -267,7 +163,7 @@ class Candidates:
 
     @cached_property
     def _open_copies(self) -> tuple[ModelSpec, ...]:
-        return open_copies(self._request, self._inputs, self._target, self._dtype, self._vram_bytes)
+        return open_copies(self._request, self._inputs, self._target, self.dtype, self.vram_bytes)
 
     @cached_property
     def _budgets_without_draft(self) -> tuple[int, ...]:
@@ -289,10 +185,10 @@ class Candidates:
 
         Memory never shrinks with a longer context or a larger tree, so the smallest tree decides.
         """
-        if self._least_bytes(draft, self._contexts[-1]) > self._vram_bytes:
+        if self._least_bytes(draft, self.contexts[-1]) > self.vram_bytes:
             return []
-        ctx = next(ctx for ctx in self._contexts if self._least_bytes(draft, ctx) <= self._vram_bytes)
-        works = [self._workload(draft, ctx, tree_budget) for tree_budget in self._tree_budgets(draft)]
+        ctx = next(ctx for ctx in self.contexts if self._least_bytes(draft, ctx) <= self.vram_bytes)
+        works = [self.workload_for(draft, ctx, tree_budget) for tree_budget in self.tree_budgets(draft)]
         found = [candidate for work in works for candidate in self._with_workload(draft, work)]
         return found + self._with_shorter_context(draft, found)
 
@@ -305,8 +201,8 @@ class Candidates:
         best = max((candidate.tok_per_s for candidate in found), default=0.0)
         if not found or any(candidate.sizes.experts or not candidate.streams for candidate in found):
             return []
-        for ctx in self._contexts[self._contexts.index(found[0].work.ctx) + 1 :]:
-            works = [self._workload(draft, ctx, tree_budget) for tree_budget in self._tree_budgets(draft)]
+        for ctx in self.contexts[self.contexts.index(found[0].work.ctx) + 1 :]:
+            works = [self.workload_for(draft, ctx, tree_budget) for tree_budget in self.tree_budgets(draft)]
             shorter = [candidate for work in works for candidate in self._with_experts(draft, work)]
             if shorter:
                 return [each for each in shorter if each.tok_per_s >= SHORTER_IF_FASTER_BY * best]
@@ -314,13 +210,13 @@ class Candidates:
 
     def _with_workload(self, draft: ModelSpec | None, work: Workload) -> Iterator[Candidate]:
         """Yield the candidates with most resident layers, per slot count, with embeddings on the device or the host."""
-        variants = self._workload_variants(draft, work)
+        variants = self.workload_variants(draft, work)
         one_point = point_bytes(self._target, draft, work) if self._choices.seats == 1 else 0
         options = self._options(draft)
         rooms = [self._room(other_bytes, one_point, options.least_bytes) for _, other_bytes in variants]
         for index, split in options.split(rooms):
             variant, other_bytes = variants[index]
-            host_bytes = self._host_budget(variant, other_bytes + split.num_bytes)
+            host_bytes = self.host_budget(variant, other_bytes + split.num_bytes)
             if one_point:
                 points = num_points(one_point, host_bytes, options.streamed_bytes(split))
                 variant, host_bytes = with_points(variant, points), host_bytes - points * one_point
@@ -347,7 +243,7 @@ class Candidates:
         tier = options.fit(self._room(other_bytes, one_point, options.least_bytes))
         if tier is None:
             return
-        host_bytes = self._host_budget(work, other_bytes + options.nbytes(tier.quota))
+        host_bytes = self.host_budget(work, other_bytes + options.nbytes(tier.quota))
         if one_point:
             points = num_points(one_point, host_bytes, tier.all_bytes)
             work, host_bytes = with_points(work, points), host_bytes - points * one_point
@@ -359,9 +255,9 @@ class Candidates:
         model, adaptive = self._model(draft), self._choices.tree_budget is None
         per_s = model.tok_per_s(sizes, work.tree_budget, adaptive=adaptive)
         retrieval = self._request.retrieval and work.tree_budget > 0
-        return Candidate(self._target, draft, work, sizes, self._vram_bytes, per_s, adaptive, model, retrieval)
+        return Candidate(self._target, draft, work, sizes, self.vram_bytes, per_s, adaptive, model, retrieval)
 
-    def _workload_variants(self, draft: ModelSpec | None, work: Workload) -> list[tuple[Workload, int]]:
+    def workload_variants(self, draft: ModelSpec | None, work: Workload) -> list[tuple[Workload, int]]:
         """Return workloads with embeddings on the device and, if possible, on the host; each with its other bytes.
 
         Other bytes are device memory besides layers and slots. Copying embedding rows from the host has no cost here:
@@ -372,7 +268,7 @@ class Candidates:
             return [(work, other_bytes)]
         return [
             (work, other_bytes),
-            (with_host_embeddings(work), other_bytes - lookup_bytes(self._target, self._dtype)),
+            (with_host_embeddings(work), other_bytes - lookup_bytes(self._target, self.dtype)),
         ]
 
     @cached_property
@@ -381,57 +277,58 @@ class Candidates:
         if self._inputs.machine.device == "cpu" or not self._target.lookup_params:
             return False
         return (
-            host_embedding_bytes(self._target, with_host_embeddings(self._workload(None, self._contexts[-1], 0)))
-            <= self._usable_ram
+            host_embedding_bytes(self._target, with_host_embeddings(self.workload_for(None, self.contexts[-1], 0)))
+            <= self.usable_ram
         )
 
     def _num_expanded(self, room: int) -> int:
         """Return the number of layers that may take `room` more bytes to be faster; only on a CPU."""
-        if self._inputs.machine.device != "cpu" or not self._target.layer_quant or self._dtype == "fp16":
+        if self._inputs.machine.device != "cpu" or not self._target.layer_quant or self.dtype == "fp16":
             return 0
         has_kernel = self._inputs.machine.has_row_kernel
-        expanded = expanded_sizes(self._target, self._dtype, has_row_kernel=has_kernel)
-        return num_expanded(layer_sizes(self._target, self._dtype), expanded, room)
+        expanded = expanded_sizes(self._target, self.dtype, has_row_kernel=has_kernel)
+        return num_expanded(layer_sizes(self._target, self.dtype), expanded, room)
 
     def _least_bytes(self, draft: ModelSpec | None, ctx: int) -> int:
         """Return the least device memory that any configuration at this context needs."""
-        variants = self._workload_variants(draft, self._workload(draft, ctx, min(self._tree_budgets(draft))))
+        variants = self.workload_variants(draft, self.workload_for(draft, ctx, min(self.tree_budgets(draft))))
         ways = [each.least_bytes for each in (self._options(draft), self._expert_options) if each is not None]
         return min(other_bytes for _, other_bytes in variants) + min(ways)
 
     def _options(self, draft: ModelSpec | None) -> PlacementOptions:
         copy = draft if draft is not None and draft.is_copy else None
-        return placement_options(self._target, self._dtype, self._choices.slots, copy)
+        return placement_options(self._target, self.dtype, self._choices.slots, copy)
 
-    def _workload(self, draft: ModelSpec | None, ctx: int, tree_budget: int) -> Workload:
+    def workload_for(self, draft: ModelSpec | None, ctx: int, tree_budget: int) -> Workload:
+        """Return the workload of a draft, a context and a tree budget."""
         device, seats = self._inputs.machine.device, self._choices.seats
         is_copy = draft is not None and draft.is_copy
         tapped = 0 if draft is None else draft.tapped_width
-        return workload(self._dtype, ctx, tree_budget, device, seats, shares_cache=is_copy, tapped_width=tapped)
+        return workload(self.dtype, ctx, tree_budget, device, seats, shares_cache=is_copy, tapped_width=tapped)
 
     def _room(self, other_bytes: int, one_point: int, least_bytes: int) -> int:
         """Return the device memory left for layers and slots.
 
         On a CPU, restore points lie in the same memory, so room for the least of them stays free if layers can stream.
         """
-        room = self._vram_bytes - other_bytes
+        room = self.vram_bytes - other_bytes
         if not one_point or self._inputs.machine.device != "cpu":
             return room
-        beside_points = self._usable_ram - LEAST_RESTORE_POINTS * one_point - other_bytes
+        beside_points = self.usable_ram - LEAST_RESTORE_POINTS * one_point - other_bytes
         return min(room, max(beside_points, least_bytes))
 
-    def _host_budget(self, work: Workload, device_bytes: int) -> int:
+    def host_budget(self, work: Workload, device_bytes: int) -> int:
         """Return the host memory left for restore points and streamed layers.
 
         Host embeddings are taken first and, on a CPU, all other memory.
         """
         on_cpu = self._inputs.machine.device == "cpu"
         taken = device_bytes if on_cpu else host_embedding_bytes(self._target, work)
-        available = max(self._usable_ram - taken, 0)
+        available = max(self.usable_ram - taken, 0)
         return available if self._choices.ram_bytes is None else min(available, self._choices.ram_bytes)
 
     def _most_tok_per_s(self, draft: ModelSpec | None) -> float:
-        adaptive, budgets = self._choices.tree_budget is None, self._tree_budgets(draft)
+        adaptive, budgets = self._choices.tree_budget is None, self.tree_budgets(draft)
         model = self._model(draft)
         return max(model.most_tok_per_s(budget, adaptive=adaptive) for budget in {min(budgets), max(budgets)})
 
@@ -443,6 +340,6 @@ class Candidates:
             seats = self._choices.seats
             retrieval = self._request.retrieval
             self._models[draft] = CostModel(
-                target, draft, self._dtype, device, inputs.rates, acceptance, seats, retrieval=retrieval
+                target, draft, self.dtype, device, inputs.rates, acceptance, seats, retrieval=retrieval
             )
         return self._models[draft]

@@ -115,7 +115,7 @@ class CostModel:
         self._rates = rates
         self._acceptance = acceptance
         self._seats = seats
-        self._timed: dict[tuple[int, _Drafting, _LayerKinds], _StepCosts] = {}
+        self._timed: dict[tuple[int, _Drafting, _LayerKinds], StepCosts] = {}
         self._speeds: dict[TierSizes, dict[int, float]] = {}
 
     def predict(self, placement: TierSizes, tree_budget: int, *, adaptive: bool) -> Prediction:
@@ -200,7 +200,7 @@ class CostModel:
             basis=self._basis(placement, nodes),
         )
 
-    def _pass_s(self, placement: TierSizes, queue: "LinkQueue", costs: "_StepCosts") -> float:
+    def _pass_s(self, placement: TierSizes, queue: "LinkQueue", costs: "StepCosts") -> float:
         """Return the seconds of a whole step: drafting and scoring, then the later end of link and compute.
 
         Experts that are missing are read while others are computed, but not before their router has been computed.
@@ -216,7 +216,7 @@ class CostModel:
         """Return the seconds by which reads slow down a CPU that computes beside them."""
         return self._rates.reading_s * placement.disk_bytes if self._on_cpu else 0.0
 
-    def _missing_s(self, placement: TierSizes, costs: "_StepCosts") -> float:
+    def _missing_s(self, placement: TierSizes, costs: "StepCosts") -> float:
         """Return the seconds that a pass waits for missing experts."""
         experts = placement.experts
         assert experts is not None and self._on_cpu
@@ -225,7 +225,7 @@ class CostModel:
         from_cache_s = cached * missed / (_CACHED_SHARE * self._rates.ram.per_s)
         return from_disk_s + from_cache_s
 
-    def _linked_s(self, queue: "LinkQueue", costs: "_StepCosts") -> float:
+    def _linked_s(self, queue: "LinkQueue", costs: "StepCosts") -> float:
         stalled_s = queue.num_linked * min(queue.arrival_s, costs.layer_s) * self._stall(queue.slots)
         return queue.linked_s(costs.layer_s, costs.outside_s) + stalled_s
 
@@ -254,11 +254,11 @@ class CostModel:
         reads = self._on_cpu and (placement.num_on_disk > 0 or reads_experts)
         return _Drafting(reads, placement.num_streamed if self._drafts_by_copy else 0)
 
-    def _costs(self, placement: TierSizes, nodes: int) -> "_StepCosts":
+    def _costs(self, placement: TierSizes, nodes: int) -> "StepCosts":
         kinds = _LayerKinds(placement.num_streamed, placement.num_expanded)
         return self._step_costs(nodes, self._drafting(placement), kinds)
 
-    def _step_costs(self, nodes: int, drafting: "_Drafting", kinds: "_LayerKinds") -> "_StepCosts":
+    def _step_costs(self, nodes: int, drafting: "_Drafting", kinds: "_LayerKinds") -> "StepCosts":
         """Return the costs that depend only on the tree size, the conditions of drafting, and the layers' kinds."""
         key = nodes, drafting, kinds
         if key not in self._timed:
@@ -266,7 +266,7 @@ class CostModel:
             draft_s, head_s = self._draft_s(nodes, tokens, drafting), self._target.head_s(tokens)
             rows = self._seats + nodes
             layer_s, experts_s = self._mean_layer_s(rows, kinds), self._target.experts_s(rows)
-            self._timed[key] = _StepCosts(rows, layer_s, experts_s, draft_s, draft_s + head_s, tokens)
+            self._timed[key] = StepCosts(rows, layer_s, experts_s, draft_s, draft_s + head_s, tokens)
         return self._timed[key]
 
     def _mean_layer_s(self, rows: int, kinds: "_LayerKinds") -> float:
@@ -404,7 +404,7 @@ class _LayerKinds:
 
 
 @dataclass(frozen=True)
-class _StepCosts:
+class StepCosts:
     """Costs of a step by tree size.
 
     Attributes:

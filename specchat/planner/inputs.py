@@ -1,19 +1,23 @@
 """Find the inputs of a plan: machine, rates, sizes of the models, statistics of earlier chats."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 
 from specchat.errors import ModelError
-from specchat.hardware.probe import find_hardware, find_machine, remembered
+from specchat.hardware.machine import Hardware, Machine, Measured
+from specchat.hardware.probe import find_hardware, find_machine, gpus_beside, remembered
 from specchat.models.sizes.describe import describe
 from specchat.paths import cache_folder, state_folder
 from specchat.planner.acceptance import DEMO_ACCEPTANCE, TYPICAL_ACCEPTANCE
 from specchat.planner.expert_statistics import load_experts
 from specchat.planner.precision import lower_quants
-from specchat.planner.rates import rates_of
-from specchat.planner.request import PlanInputs, PlanRequest
+from specchat.planner.rates import Rates, at_once, rates_of
+from specchat.planner.request import DeviceInputs, PlanInputs, PlanRequest
 from specchat.planner.statistics import load
 from specchat.records.model import AUTO_QUANTS, ModelSource, ModelSpec, Quant
+from specchat.records.plan import DeviceChoice
 
 
 def find_inputs(request: PlanRequest, warn: Callable[[str], None] = lambda _: None) -> PlanInputs:
@@ -26,14 +30,19 @@ def find_inputs(request: PlanRequest, warn: Callable[[str], None] = lambda _: No
     Raises:
         DeviceUnusableError: the device asked for by name cannot be used.
     """
-    machine = find_machine(request.choices.device)
+    named = request.choices.devices
+    first = named[0].device if named and named != "auto" else request.choices.device
+    machine = find_machine(first)
     folder = cache_folder()
     hardware = find_hardware(folder)
-    measured = remembered(folder, hardware, machine, request.choices.device)
+    measured = remembered(folder, hardware, machine, first)
+    rates = rates_of(hardware, machine, measured)
+    others = list(_others(request, machine, hardware, folder))
+    rates_here, others = _at_once(machine, rates, others, measured)
     draft, *lower_drafts = _described_drafts(request.draft, request)
     return PlanInputs(
         machine=machine,
-        rates=rates_of(hardware, machine, measured),
+        rates=rates,
         typical=rates_of(hardware, machine),
         target=_describing(request.target),
         draft=draft,
@@ -43,7 +52,37 @@ def find_inputs(request: PlanRequest, warn: Callable[[str], None] = lambda _: No
         experts=load_experts(state_folder(), request.target.name, warn),
         heads=_described_heads(request, warn),
         free_disk_bytes=hardware.disk.free_bytes,
+        others=tuple(others),
+        rates_at_once=rates_here,
     )
+
+
+def _at_once(
+    machine: Machine, rates: Rates, others: list[DeviceInputs], measured: Measured | None
+) -> tuple[Rates | None, list[DeviceInputs]]:
+    """Return the rates of the first device, and the other devices, while the links of all of them are in use."""
+    known = {} if measured is None else {each.device: each.bytes_per_s for each in measured.at_once}
+    gpus = [each for each in others if each.machine.device != "cpu"]
+    if not gpus:
+        return None, others
+    names = [machine.device, *(each.machine.device for each in gpus)]
+    first, *found = at_once([rates, *(each.rates for each in gpus)], [known.get(name) for name in names])
+    shared = iter(found)
+    return first, [each if each.machine.device == "cpu" else replace(each, rates=next(shared)) for each in others]
+
+
+def _others(request: PlanRequest, first: Machine, hardware: Hardware, folder: Path) -> Iterator[DeviceInputs]:
+    """Yield the devices besides the first one that layers may be dealt to.
+
+    Raises:
+        DeviceUnusableError: a device that was asked for by name cannot be used.
+    """
+    named = request.choices.devices
+    choices = named[1:] if named != "auto" else [DeviceChoice(name) for name in gpus_beside(first)]
+    for choice in choices:
+        machine = find_machine(choice.device)
+        measured = remembered(folder, hardware, machine, choice.device)
+        yield DeviceInputs(machine, rates_of(hardware, machine, measured), choice.vram_bytes)
 
 
 def _describing(source: ModelSource) -> Callable[[Quant], ModelSpec]:

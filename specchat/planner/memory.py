@@ -67,7 +67,7 @@ def build_ledger(
         conversation of `ctx` tokens.
     """
     items = [
-        *_layer_items(target, work.dtype, placement),
+        *layer_items(target, work.dtype, placement),
         *_outside_layers(target, work),
         LedgerItem("KV cache", kv_bytes(target, work, work.tree_rows)),
         *state_items(target, work),
@@ -89,7 +89,7 @@ def build_ledger(
     return tuple(items)
 
 
-def _layer_items(target: ModelSpec, dtype: Dtype, placement: Placement) -> list[LedgerItem]:
+def layer_items(target: ModelSpec, dtype: Dtype, placement: Placement) -> list[LedgerItem]:
     """Return the items of layers and experts."""
     sizes, experts = layer_sizes(target, dtype), placement.experts
     if experts is None:
@@ -134,8 +134,8 @@ def _target_needs(target: ModelSpec, work: Workload) -> tuple[int, int, int]:
     """Return permanent bytes, and peak workspace bytes of the longest first step and of later steps."""
     kept = kv_bytes(target, work, work.tree_rows)
     kept += sum(item.bytes for item in (*_outside_layers(target, work), *state_items(target, work)))
-    first, later = _target_passes(target, work)
-    ancestors = _ancestors_bytes(work)
+    first, later = target_passes(target, work)
+    ancestors = ancestors_bytes(work)
     walk_bytes = _walking_bytes(target, work)
     return (
         kept + dequantize_bytes(target, work.dtype, work.device),
@@ -286,7 +286,7 @@ def _other_bytes(spec: ModelSpec, dtype: Dtype) -> int:
 
 
 @dataclass(frozen=True)
-class _Pass:
+class PassBytes:
     """Peak bytes of one pass: `hidden` outlives the pass, `masks` last for the pass, `rest` is the peak of all else."""
 
     hidden: int
@@ -295,12 +295,13 @@ class _Pass:
 
     @property
     def total(self) -> int:
+        """Sum of all parts."""
         return self.hidden + self.masks + self.rest
 
 
 def _workspaces(target: ModelSpec, draft: ModelSpec | None, work: Workload) -> list[LedgerItem]:
-    first, later = _target_passes(target, work)
-    ancestors = _ancestors_bytes(work)
+    first, later = target_passes(target, work)
+    ancestors = ancestors_bytes(work)
     walk_bytes = _walking_bytes(target, work) + ancestors
     pass_bytes = first.total + ancestors
     drafting, later_drafting = (0, 0) if draft is None else _draft_needs(draft, work)[1:]
@@ -317,14 +318,14 @@ def _workspaces(target: ModelSpec, draft: ModelSpec | None, work: Workload) -> l
     ]
 
 
-def _target_passes(target: ModelSpec, work: Workload) -> tuple[_Pass, _Pass]:
+def target_passes(target: ModelSpec, work: Workload) -> tuple[PassBytes, PassBytes]:
     """Return the bytes of the largest pass, which reads as many prompts as it may, and of later passes."""
     keys = work.ctx + work.tree_budget
     largest = _pass(target, work, work.prompt_rows + work.seats - 1 + work.tree_budget, keys, work.tapped_width)
     return largest, _pass(target, work, work.seats + work.tree_budget, keys, work.tapped_width)
 
 
-def _pass(spec: ModelSpec, work: Workload, rows: int, keys: int, tapped_width: int = 0) -> _Pass:
+def _pass(spec: ModelSpec, work: Workload, rows: int, keys: int, tapped_width: int = 0) -> PassBytes:
     """Return the bytes of a pass over `rows` new rows, with `keys` keys in a seat at its end; taps keep their width."""
     element, costs = DTYPE_BYTES[work.dtype], _activations(spec, work.dtype)
     chunk, keys = min(rows, work.chunk_rows), padded_rows(keys)
@@ -337,10 +338,10 @@ def _pass(spec: ModelSpec, work: Workload, rows: int, keys: int, tapped_width: i
         in_layer += hidden  # the layer's output collects all chunks
     outside = _max_bytes(costs.outside, rows, keys, every_key)
     tapped = rows * tapped_width * element
-    return _Pass(hidden + tapped, masks, max(max(in_layer, outside) + indices - hidden, 0))
+    return PassBytes(hidden + tapped, masks, max(max(in_layer, outside) + indices - hidden, 0))
 
 
-def _ancestors_bytes(work: Workload) -> int:
+def ancestors_bytes(work: Workload) -> int:
     """Return the bytes of the ancestor matrices of all trees, one byte an entry, and of their device copies."""
     return 2 * work.tree_budget**2
 
@@ -434,7 +435,7 @@ def _activations(spec: ModelSpec, dtype: Dtype) -> Activations:
 
 def _estimated_activations(spec: ModelSpec, element: int) -> Activations:
     """Estimate activation sizes: attention that keeps all scores, and no operation in place."""
-    attention = spec.num_heads * max(shape.key_dim for shape in spec.kv_shapes)
+    attention = spec.num_heads * max((shape.key_dim for shape in spec.kv_shapes), default=0)
     rows = 4 * spec.hidden_size + 6 * attention + 4 * spec.mlp_size
     scores = spec.num_heads * (2 * element + _FLOAT_BYTES)
     head = spec.vocab_size * (3 * element + _FLOAT_BYTES)

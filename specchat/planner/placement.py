@@ -21,6 +21,19 @@ _LEAST_EXPANDED = 0.5  # share of the layers
 
 
 @dataclass(frozen=True)
+class Share:
+    """Numbers of layers of one device that stay in its memory, and that it streams."""
+
+    num_resident: int = 0
+    num_streamed: int = 0
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers of the device."""
+        return self.num_resident + self.num_streamed
+
+
+@dataclass(frozen=True)
 class TierSizes:
     """Layers and bytes in each tier between passes: the part of a placement that determines pass times.
 
@@ -31,6 +44,8 @@ class TierSizes:
         slots: number of staging buffers.
         experts: experts that are read one by one, while everything else is resident; None if whole layers stream.
         num_expanded: number of resident layers whose quantized matrices take more memory to be faster.
+        shares: numbers of layers of each device; empty for one device.
+        num_hops: number of times that rows change the device in a pass.
     """
 
     num_layers: int
@@ -41,6 +56,8 @@ class TierSizes:
     slots: int = 0
     experts: ExpertTier | None = None
     num_expanded: int = 0
+    shares: tuple[Share, ...] = ()
+    num_hops: int = 0
 
     @property
     def num_streamed(self) -> int:

@@ -4,8 +4,8 @@ Nothing is measured here. Typical figures come from data sheets and from our own
 For an unknown kind of machine they are guesses on the slow side. Every rate names its basis.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from specchat.hardware.machine import Gpu, Hardware, Machine, MatmulRate, Measured
@@ -22,6 +22,7 @@ _GEN3_LANE_BYTES_PER_S = 0.8e9
 _UNKNOWN_PCIE = (3, 16)  # at least half of the cards in use have this or more
 # The driver copies pageable memory through its own buffers: one more copy, on one processor core.
 _PAGEABLE_SHARE, _PAGEABLE_MOST = 0.5, 6e9
+_READS_PER_COPY = 2  # bytes that host memory delivers in the time of a copied byte, which is read and written
 _NVME_BYTES_PER_S = 2.5e9  # PCIe 3 x4 drives in large chunks
 _REMOTE_BYTES_PER_S = 2e8
 
@@ -160,6 +161,30 @@ def _with_measured(typical: Rates, measured: Measured) -> Rates:
         has_row_kernel=typical.has_row_kernel,
         packed=_by_rows(measured.packed),
     )
+
+
+def at_once(rates: Sequence[Rates], measured: Sequence[float | None]) -> list[Rates]:
+    """Return the rates of several devices while the links of all of them are in use.
+
+    Links that were not measured at the same time share what host memory can be read with: about twice the rate of
+    copies within it, which read and write each byte.
+
+    Args:
+        rates: rates of each device alone.
+        measured: measured rate of each device's link while all are in use; None where that is unknown.
+    """
+    pairs = zip(rates, measured, strict=True)
+    found = [each if rate is None else replace(each, pinned=Rate(rate, "measured")) for each, rate in pairs]
+    if all(rate is not None for rate in measured):
+        return found
+    total = sum(each.host.per_s for each in found)
+    share = min(1.0, _READS_PER_COPY * max(each.ram.per_s for each in found) / total)
+    return [_with_links(each, share) for each in found]
+
+
+def _with_links(rates: Rates, share: float) -> Rates:
+    pinned = None if rates.pinned is None else replace(rates.pinned, per_s=share * rates.pinned.per_s)
+    return replace(rates, pinned=pinned, pageable=replace(rates.pageable, per_s=share * rates.pageable.per_s))
 
 
 def _by_rows(rates: tuple[MatmulRate, ...]) -> tuple[MatmulRate, ...]:

@@ -1,8 +1,10 @@
 """Explain a plan: every choice with its reason, and the best plan with another value."""
 
 from collections.abc import Callable
+from typing import Protocol
 
-from specchat.planner.candidates import Candidate, Candidates, preference
+from specchat.planner.candidate import Candidate, preference
+from specchat.planner.candidates import Candidates
 from specchat.planner.cost import Prediction
 from specchat.planner.explain import Alternative, Choice
 from specchat.planner.precision import Precision
@@ -11,11 +13,20 @@ from specchat.planner.workload import usual_ctx
 from specchat.records.model import DTYPE_BYTES, LOWER_QUANTS, ModelSpec
 from specchat.units import format_bytes
 
+
+class Found(Protocol):
+    """Candidates that a plan was chosen among."""
+
+    @property
+    def all(self) -> list[Candidate]:
+        """All candidates that fit."""
+
+
 _FindAlternative = Callable[[Callable[[Candidate], bool], Callable[[Candidate], str]], Alternative | None]
 
 
 def explain_choices(
-    request: PlanRequest, inputs: PlanInputs, quant: Precision, best: Candidate, among: Candidates
+    request: PlanRequest, inputs: PlanInputs, quant: Precision, best: Candidate, among: Found
 ) -> tuple[Choice, ...]:
     """Return every choice with its reason, and the speed of the best plan with another value."""
 
@@ -25,7 +36,7 @@ def explain_choices(
 
     work, device = best.work, inputs.machine.device
     found = [
-        Choice("device", device, _why_device(request, device), request.choices.device != "auto"),
+        *_device_choices(request, inputs, best),
         Choice("dtype", work.dtype, _why_dtype(request, best), request.choices.dtype != "auto"),
         Choice(
             "quant", best.target.quant, quant.why, request.choices.quant != "auto", _other_quant(request, inputs, quant)
@@ -47,12 +58,13 @@ def explain_choices(
             else f"maximum; about {nodes} nodes are worth their time"
         )
         found.append(Choice("tree-budget", str(work.tree_budget), why, request.choices.tree_budget is not None, trees))
-    found.append(Choice("vram", format_bytes(best.vram_bytes), _why_budget(request, device), _is_set(request)))
+    if not best.devices:
+        found.append(Choice("vram", format_bytes(best.vram_bytes), _why_budget(request, device), _is_set(request)))
     if (experts := best.sizes.experts) is not None:
         layers = best_other(lambda c: c.sizes.experts is None, lambda _: "whole layers")
         kept = f"{experts.quota} of {experts.num_experts}"
         found.append(Choice("experts", kept, "of each layer stay in memory, others are read when used", False, layers))
-    elif best.num_streamed and best.target.experts is not None:
+    elif best.num_streamed and best.target.experts is not None and not best.devices:
         found.append(Choice("experts", "whole layers", _why_whole_layers(request, device)))
     if best.num_streamed:
         slots = best_other(lambda c: c.slots not in (0, best.slots), lambda c: str(c.slots))
@@ -69,6 +81,18 @@ def _why_whole_layers(request: PlanRequest, device: str) -> str:
 
 def _is_set(request: PlanRequest) -> bool:
     return request.choices.vram_bytes is not None
+
+
+def _device_choices(request: PlanRequest, inputs: PlanInputs, best: Candidate) -> list[Choice]:
+    """Return the choice of the device, or of several; without a choice between one and several, there is one line."""
+    device, asked = inputs.machine.device, request.choices.devices
+    if best.devices:
+        why = "asked for" if asked != "auto" else "faster together than the first one alone"
+        return [Choice("devices", ", ".join(best.devices), why, asked != "auto")]
+    choice = Choice("device", device, _why_device(request, device), request.choices.device != "auto")
+    if asked != "auto" or not inputs.others:
+        return [choice]
+    return [choice, Choice("devices", device, "one device is faster than several, or several cannot share this model")]
 
 
 def _why_device(request: PlanRequest, device: str) -> str:

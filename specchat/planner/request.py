@@ -50,6 +50,21 @@ class PlanRequest:
 
 
 @dataclass(frozen=True)
+class DeviceInputs:
+    """Facts about a further device that layers may be dealt to.
+
+    Attributes:
+        machine: device and memory sizes, total and free.
+        rates: speeds of the device.
+        vram_bytes: memory budget of the user in bytes; None for the default.
+    """
+
+    machine: Machine
+    rates: Rates
+    vram_bytes: int | None = None
+
+
+@dataclass(frozen=True)
 class PlanInputs:
     """Facts that a plan is based on besides the request.
 
@@ -65,6 +80,8 @@ class PlanInputs:
         lower_drafts: sizes of the draft in lower precisions that the planner may choose.
         heads: sizes of the heads that may draft instead, in the precisions that the planner may choose.
         free_disk_bytes: free bytes on the disk of packs.
+        others: devices besides the machine's that layers may be dealt to.
+        rates_at_once: speeds of the machine's device while the links of all devices are in use; None for `rates`.
     """
 
     machine: Machine
@@ -78,6 +95,8 @@ class PlanInputs:
     lower_drafts: tuple[ModelSpec, ...] = ()
     heads: tuple[ModelSpec, ...] = ()
     free_disk_bytes: int = 0
+    others: tuple[DeviceInputs, ...] = ()
+    rates_at_once: Rates | None = None
 
     def acceptance(self, target: ModelSpec, draft: ModelSpec | None, *, samples: bool) -> Acceptance:
         """Return the acceptance of a pair: measured in earlier chats if they had enough steps, else typical.

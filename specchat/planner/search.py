@@ -4,15 +4,17 @@ from dataclasses import replace
 from typing import Literal
 
 from specchat.errors import DoesNotFitError
-from specchat.planner.candidates import Candidate, Candidates
+from specchat.planner.candidate import Candidate
+from specchat.planner.candidates import Candidates
 from specchat.planner.cost import Prediction
+from specchat.planner.devices import DeviceCandidates
 from specchat.planner.explain import ExplainedPlan
 from specchat.planner.precision import choose_quant
-from specchat.planner.reasons import explain_choices
+from specchat.planner.reasons import Found, explain_choices
 from specchat.planner.request import PlanInputs, PlanRequest
 from specchat.planner.stages import with_stages
-from specchat.records.model import QUANTS, Quant
-from specchat.records.plan import Plan
+from specchat.records.model import QUANTS, ModelSpec, Quant
+from specchat.records.plan import DeviceChoice, Plan
 from specchat.units import format_bytes
 
 
@@ -28,8 +30,7 @@ def choose_plan(request: PlanRequest, inputs: PlanInputs) -> ExplainedPlan:
         UsageError: the context is longer than the model allows.
     """
     quant = choose_quant(request, inputs)
-    found = Candidates(request, inputs, quant.spec)
-    best = _best_of(found)
+    found, best = _best(request, inputs, quant.spec)
     plan, prediction = _planned(request, inputs, best)
     plan = with_stages(plan, best.target, best.draft)
     pace = prediction.tok_per_s / best.tok_per_s  # scale alternatives by the measured speed
@@ -39,19 +40,34 @@ def choose_plan(request: PlanRequest, inputs: PlanInputs) -> ExplainedPlan:
 
 def choose_quickly(request: PlanRequest, inputs: PlanInputs) -> tuple[Plan, Prediction]:
     """Return the plan of `choose_plan` without reasons; fast enough to rank every known model."""
-    return _planned(request, inputs, _best_of(Candidates(request, inputs, choose_quant(request, inputs).spec)))
+    return _planned(request, inputs, _best(request, inputs, choose_quant(request, inputs).spec)[1])
 
 
 def _with_stages(request: PlanRequest, inputs: PlanInputs) -> Plan:
     """Return the plan of `choose_plan` without reasons and prediction."""
-    best = _best_of(Candidates(request, inputs, choose_quant(request, inputs).spec))
+    _, best = _best(request, inputs, choose_quant(request, inputs).spec)
     return with_stages(_planned(request, inputs, best)[0], best.target, best.draft)
 
 
-def _best_of(found: Candidates) -> Candidate:
-    if found.best is None:
-        raise found.refusal()
-    return found.best
+def _best(request: PlanRequest, inputs: PlanInputs, target: ModelSpec) -> tuple[Found, Candidate]:
+    """Return all candidates and the best: on several devices if they were named, or are predicted to be faster.
+
+    Raises:
+        DoesNotFitError: no plan stays within the budgets.
+        UnsupportedModelError: the layers of this target cannot be dealt to the devices that were named.
+    """
+    single = Candidates(request, inputs, target)
+    if inputs.others:
+        several = DeviceCandidates(request, inputs, target, single)
+        if request.choices.devices != "auto":
+            if several.best is None:
+                raise several.refusal()
+            return several, several.best
+        if several.best is not None and (single.best is None or several.best.tok_per_s > single.best.tok_per_s):
+            return several, several.best
+    if single.best is None:
+        raise single.refusal()
+    return single, single.best
 
 
 def _planned(request: PlanRequest, inputs: PlanInputs, best: Candidate) -> tuple[Plan, Prediction]:
@@ -70,12 +86,15 @@ def smaller_plan(request: PlanRequest, inputs: PlanInputs, plan: Plan) -> Plan:
     most = plan.device_bytes - 1
     choices = replace(
         request.choices,
+        devices=tuple(DeviceChoice(each.device, each.num_bytes - 1) for each in plan.devices),
         vram_bytes=min(most, inputs.machine.ram_available_bytes) if inputs.machine.device == "cpu" else most,
         ctx=plan.work.ctx,
         tree_budget=plan.work.tree_budget or None,
         quant=_as_planned(plan.quant, request.choices.quant),
         draft_quant=_as_planned(plan.draft_quant, request.choices.draft_quant),
     )
+    pairs = zip(inputs.others, plan.devices[1:], strict=False)  # none for a plan with one device
+    inputs = replace(inputs, others=tuple(replace(each, vram_bytes=past.num_bytes - 1) for each, past in pairs))
     draft = request.draft if plan.draft is not None else None
     smaller_request = replace(request, choices=choices, draft=draft, heads=(), copy=None, draft_is_open=False)
     try:

@@ -25,14 +25,14 @@ def with_stages(plan: Plan, target: ModelSpec, draft: ModelSpec | None) -> Plan:
     """Return the plan with stages, for chats of models whose layers stream; other plans unchanged.
 
     A copy of the target has layers for those that stream in the last stage, and shares the target's caches. So plans
-    with a copy stay as they are, and those with layers that take more memory to be faster.
+    with a copy stay as they are, and those with layers that take more memory to be faster, or on several devices.
 
     Args:
         plan: plan without stages.
         target: sizes of the target.
         draft: sizes of the draft, or None.
     """
-    fixed = plan.placement.expanded or (draft is not None and draft.is_copy)
+    fixed = plan.devices or plan.placement.expanded or (draft is not None and draft.is_copy)
     if not plan.placement.streamed or plan.work.seats > 1 or fixed:
         return plan
     stages, resident = list[Stage](), plan.placement.resident

@@ -117,6 +117,7 @@ def plan_key(plan: Plan, *, samples: bool) -> str:
     """Return a key of everything that the speed of a plan depends on, temperature class included."""
     facts = [
         *(plan.target, plan.draft, plan.quant, plan.draft_quant, plan.work.device, plan.work.dtype),
+        *([list(plan.placement.devices), list(plan.placement.owner)] if plan.placement.devices else []),
         *(
             plan.work.tree_budget,
             plan.adaptive,

@@ -45,11 +45,25 @@ class Expectation:
 
 
 @dataclass(frozen=True)
+class DeviceChoice:
+    """One of several devices that the user has named.
+
+    Attributes:
+        device: "cpu", "cuda" or "cuda:N".
+        vram_bytes: memory budget of the device in bytes; None leaves it to the planner.
+    """
+
+    device: str
+    vram_bytes: int | None = None
+
+
+@dataclass(frozen=True)
 class PlanChoices:
     """The user's choices for a plan; None and "auto" leave a choice to the planner.
 
     Attributes:
         device: "auto", "cpu", "cuda" or "cuda:N".
+        devices: devices that layers are dealt to; "auto" for all GPUs if that is faster, empty for `device` alone.
         dtype: dtype of weights, activations and caches.
         vram_bytes: device memory budget in bytes; a host memory budget on the CPU.
         ram_bytes: cap on host memory in bytes.
@@ -62,6 +76,7 @@ class PlanChoices:
     """
 
     device: str = "auto"
+    devices: Literal["auto"] | tuple[DeviceChoice, ...] = ()
     dtype: Literal["auto"] | Dtype = "auto"
     vram_bytes: int | None = None
     ram_bytes: int | None = None
@@ -157,6 +172,9 @@ class Placement:
         expanded: indices of the resident layers whose quantized matrices take more memory to be faster: dequantized, or
             with a copy in another order. Only on a CPU.
         expanded_bytes: most bytes that these layers take beyond their stored size.
+        devices: devices that layers are dealt to; the first one also has embeddings, head and draft. Empty if the
+            device of the workload has all layers.
+        owner: number of the device of each layer; empty for one device. `slots` counts for each device.
     """
 
     num_layers: int
@@ -166,6 +184,14 @@ class Placement:
     experts: ExpertSlots | None = None
     expanded: tuple[int, ...] = ()
     expanded_bytes: int = 0
+    devices: tuple[str, ...] = ()
+    owner: tuple[int, ...] = ()
+
+    def owned(self, number: int) -> tuple[int, ...]:
+        """Return the indices of the layers of one device, ascending."""
+        if not self.owner:
+            return tuple(range(self.num_layers))
+        return tuple(index for index, owner in enumerate(self.owner) if owner == number)
 
     @property
     def streamed(self) -> tuple[int, ...]:
@@ -261,6 +287,38 @@ class ExpertForecast:
 
 
 @dataclass(frozen=True)
+class DevicePlan:
+    """What one of several devices holds and does in a pass.
+
+    Attributes:
+        device: name of the device.
+        resident: number of layers that stay in its memory.
+        streamed: number of layers that it streams.
+        ledger: device memory, item by item.
+        vram_bytes: memory budget in bytes that the ledger stays within.
+        streamed_bytes: bytes over its link for one pass.
+        link_bytes_per_s: expected rate of its link while the links of all devices are in use.
+        link_s: expected seconds that its link is busy in a pass.
+        compute_s: expected seconds that it computes in a pass.
+    """
+
+    device: str
+    resident: int
+    streamed: int
+    ledger: tuple[LedgerItem, ...]
+    vram_bytes: int
+    streamed_bytes: int
+    link_bytes_per_s: float
+    link_s: float
+    compute_s: float
+
+    @property
+    def num_bytes(self) -> int:
+        """Sum of the ledger in bytes."""
+        return sum(item.bytes for item in self.ledger)
+
+
+@dataclass(frozen=True)
 class Plan:
     """All decisions that the engine needs before loading: the whole contract between planner and engine.
 
@@ -284,6 +342,8 @@ class Plan:
         experts: experts that are read one by one; None if whole layers stream, or nothing does.
         stages: stages of a chat, by ascending context; `work` and `placement` follow the last one. No stage takes more
             memory than the ledger.
+        devices: all devices if layers are dealt to several, the first of them with the plan's own ledger and budget;
+            empty for one device.
     """
 
     target: str
@@ -305,6 +365,12 @@ class Plan:
     states: StateMemory | None = None
     experts: ExpertForecast | None = None
     stages: tuple[Stage, ...] = ()
+    devices: tuple[DevicePlan, ...] = ()
+
+    @property
+    def owner(self) -> tuple[int, ...]:
+        """Number of the device of each layer."""
+        return self.placement.owner or (0,) * self.placement.num_layers
 
     @property
     def first_stage(self) -> Stage:
@@ -328,6 +394,31 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class DeviceUse:
+    """Measured use of one of several devices, since loading.
+
+    Attributes:
+        device: name of the device.
+        device_budget_bytes: memory budget.
+        device_peak_bytes: most memory that was in use; on a CPU the sum of its ledger.
+        predicted_device_bytes: sum of the device's ledger.
+        streamed_bytes: bytes that passes used of its streamed layers.
+        wait_s: seconds that passes waited for its streamed layers.
+        link_busy: share of the passes' time in which its link was busy; a link also fills slots between passes.
+        compute_busy: share of the passes' time in which it computed layers.
+    """
+
+    device: str
+    device_budget_bytes: int
+    device_peak_bytes: int
+    predicted_device_bytes: int
+    streamed_bytes: int
+    wait_s: float
+    link_busy: float
+    compute_busy: float
+
+
+@dataclass(frozen=True)
 class MemoryReport:
     """Measured memory of the engine next to the ledger's prediction, in bytes.
 
@@ -338,6 +429,7 @@ class MemoryReport:
         expert_misses: experts that had to be read, among them useful guesses.
         useful_guesses: experts that were read before their router named them, and then used.
         useless_guesses: experts that were read, but that no router named.
+        devices: use of each device if there are several; the other figures are those of the first one.
     """
 
     device_budget_bytes: int
@@ -354,6 +446,7 @@ class MemoryReport:
     expert_misses: int = 0
     useful_guesses: int = 0
     useless_guesses: int = 0
+    devices: tuple[DeviceUse, ...] = ()
 
     @property
     def expert_hit_rate(self) -> float | None:

@@ -16,6 +16,7 @@ from specchat.records.model import ModelSource
 from specchat.records.plan import LedgerItem, Plan
 from specchat.ui.answer_view import AnswerView
 from specchat.ui.console import AnswerStream, Talk
+from specchat.ui.devices_view import devices_line, use_lines
 from specchat.ui.live import LiveRegion, can_redraw
 from specchat.ui.loading import BackgroundLoad
 from specchat.ui.markdown import tail_rows
@@ -268,6 +269,8 @@ def plan_lines(plan: Plan, width: int) -> list[str]:
 
 def plan_line(plan: Plan) -> str:
     """Return the memory use and the streaming of a plan in one line."""
+    if plan.devices:
+        return devices_line(plan)
     unit = _unit(plan.device_bytes)
     shares = ", ".join(f"{name} {_scaled(size, unit)}{note}" for name, size, note in _shares(plan))
     total = f"{_scaled(plan.device_bytes, unit)} {_unit_name(unit)} of {format_bytes(plan.vram_bytes)}"
@@ -315,6 +318,7 @@ def totals_lines(turns: Sequence[Turn], plan: Plan) -> list[str]:
         *_source_lines(turns, num_steps),
         *given_back_lines(turns[-1].memory),
         *expert_lines(turns[-1].memory, plan),
+        *use_lines(turns[-1].memory),
         f"last answer: {stats_line(turns[-1], plan)}",
     ]
 

@@ -83,6 +83,9 @@ def places_of(plan: Plan, memory: str) -> str:
         memory: name of the device memory.
     """
     placement, size = plan.placement, format_bytes(plan.device_bytes)
+    if plan.devices:
+        memory = " and ".join(device.device for device in plan.devices)
+        size = format_bytes(sum(device.num_bytes for device in plan.devices))
     streamed = f"{format_bytes(plan.streamed_bytes_per_step)} streamed per pass"
     if plan.experts is not None:
         return f"{kept_experts(plan)} in {memory} ({size}) · {streamed}"

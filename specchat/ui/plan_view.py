@@ -13,8 +13,9 @@ from specchat.planner.explain import Choice, ExplainedPlan
 from specchat.planner.rates import Basis
 from specchat.records.limits import MOST_RESTORE_POINTS
 from specchat.records.model import ModelSource
-from specchat.records.plan import Plan
+from specchat.records.plan import DevicePlan, Plan
 from specchat.ui.console import neutral
+from specchat.ui.devices_view import device_table, links_text
 from specchat.ui.placement_view import expert_facts
 from specchat.units import format_bytes
 
@@ -47,20 +48,35 @@ def plan_text(target: ModelSource, chosen: ExplainedPlan, draft_note: str, width
         facts += expert_facts(plan, plan.experts)
     elif plan.placement.streamed:
         facts.append(("streamed", f"{format_bytes(plan.streamed_bytes_per_step)} per pass, from {_places(plan)}"))
-    ledger = [(item.item, format_bytes(item.bytes)) for item in plan.ledger]
-    ledger.append(("sum", f"{format_bytes(plan.device_bytes)} of {format_bytes(plan.vram_bytes)}"))
-    ledger.append(("without weights", f"{format_bytes(plan.generation_bytes)} (caches and workspaces)"))
-    memory = "RAM" if plan.work.device == "cpu" else "VRAM"
+    if links := links_text(plan.devices):
+        facts.append(("links", links))
     choices = _stacked(chosen.choices, width) if width < _NARROW else _side_by_side(chosen.choices, width)
-    account = [f"{memory}:", *_facts(ledger, width, indent="  "), *_host_account(plan, width)]
-    account += _state_account(plan, width)
-    return "\n".join([*_facts(facts, width), "", *choices, "", *account])
+    devices = ["", *device_table(plan, width)] if plan.devices else []
+    account = [*_device_account(plan, width), *_host_account(plan, width), *_state_account(plan, width)]
+    return "\n".join([*_facts(facts, width), *devices, "", *choices, "", *account])
 
 
 def model_name(target: ModelSource, plan: Plan) -> str:
     """Return the name of the target, with a note that every output must show."""
     note = target.label or ("text only" if plan.text_only else "")
     return f"{target.name} ({note})" if note else target.name
+
+
+def _device_account(plan: Plan, width: int) -> list[str]:
+    """Return the lines of the device memory ledger; one ledger after the other if there are several devices."""
+    if plan.devices:
+        return [line for each in plan.devices for line in _other_device(each, width)][:-1]
+    ledger = [(item.item, format_bytes(item.bytes)) for item in plan.ledger]
+    ledger.append(("sum", f"{format_bytes(plan.device_bytes)} of {format_bytes(plan.vram_bytes)}"))
+    ledger.append(("without weights", f"{format_bytes(plan.generation_bytes)} (caches and workspaces)"))
+    return ["RAM:" if plan.work.device == "cpu" else "VRAM:", *_facts(ledger, width, indent="  ")]
+
+
+def _other_device(device: DevicePlan, width: int) -> list[str]:
+    """Return the lines of one device's ledger, and an empty line."""
+    ledger = [(item.item, format_bytes(item.bytes)) for item in device.ledger]
+    ledger.append(("sum", f"{format_bytes(device.num_bytes)} of {format_bytes(device.vram_bytes)}"))
+    return [f"memory of {device.device}:", *_facts(ledger, width, indent="  "), ""]
 
 
 def _host_account(plan: Plan, width: int) -> list[str]:

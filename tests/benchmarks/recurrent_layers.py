@@ -61,7 +61,7 @@ def measure(name: str, layer: torch.nn.Module, shape: StateShape, num_rows: int)
     found = []
     for linear in (1, num_rows):
         parents = random_parents(num_rows - linear, random.Random(1))
-        cache = RecurrentCache([shape], num_rows, grows=False, num_points=0, dtype=torch.float32, device=CPU)
+        cache = RecurrentCache([shape], num_rows, grows=False, num_points=0, dtype=torch.float32, devices=[CPU])
         bind_mixers([layer], cache.layers)
         layout = layout_of(0, linear, parents)
         layout.select(0, num_rows)

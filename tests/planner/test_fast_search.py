@@ -14,7 +14,8 @@ from specchat.hardware.machine import Machine, MatmulRate
 from specchat.models.catalog.ref import demo_source
 from specchat.models.sizes.geometry import layer_sizes
 from specchat.planner.acceptance import Acceptance
-from specchat.planner.candidates import Candidate, Candidates
+from specchat.planner.candidate import Candidate
+from specchat.planner.candidates import Candidates
 from specchat.planner.cost import CostModel, Prediction
 from specchat.planner.memory import build_ledger, bytes_beside_layers, host_embedding_bytes
 from specchat.planner.placement import TierSizes, interleaved, usable_ram

@@ -72,7 +72,8 @@ class Event:
     """Something that happened.
 
     Attributes:
-        kind: "kernel", "view", "h2d", "d2h", or "wait" of the host; a copy that the host waits for is two events.
+        kind: "kernel", "view", "h2d", "d2h", "hop" from one GPU to another, or "wait" of the host; a copy that the host
+            waits for is two events.
         name: operation.
         nbytes: bytes of a copy.
         phase: "drafting", "verifying", "sampling", or "rest" outside of these.
@@ -319,7 +320,8 @@ class _Functions(TorchFunctionMode):
             out = tensor.detach().to(dtype or tensor.dtype, copy=True)
         move_in(out, device)
         to_device = device.type == "cuda"
-        self._gpu.note("h2d" if to_device else "d2h", "to", tensor.nbytes)
+        kind = "d2h" if not to_device else "h2d" if here is None else "hop"
+        self._gpu.note(kind, "to" if kind != "hop" else f"to {device}", tensor.nbytes)
         if not to_device and waits:
             self._gpu.note("wait", "to")
         if out.dtype != tensor.dtype:
@@ -383,6 +385,9 @@ class _Kernels(TorchDispatchMode):
 
     def _count(self, func: Any, name: str, args: Any, homes: Sequence[torch.device | None]) -> None:
         note = self._gpu.note
+        if name in ("copy_", "_copy_from") and len(homes) == 2 and None not in homes and homes[0] != homes[1]:
+            note("hop", name, args[0].nbytes)
+            return
         if name in ("copy_", "_copy_from") and None in homes[:2]:
             if homes[0] is None:
                 note("d2h", name, args[0].nbytes)

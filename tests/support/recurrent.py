@@ -180,5 +180,11 @@ def make_cache(
 ) -> RecurrentCache:
     shapes = [SHAPES[kind] for kind in kinds]
     return RecurrentCache(
-        shapes, tree_rows, seats=seats, grows=grows, num_points=num_points, dtype=torch.float32, device=CPU
+        shapes,
+        tree_rows,
+        seats=seats,
+        grows=grows,
+        num_points=num_points,
+        dtype=torch.float32,
+        devices=[CPU] * len(kinds),
     )

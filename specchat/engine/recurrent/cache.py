@@ -56,6 +56,7 @@ class SequenceStates:
     def __init__(self, states: Sequence[LayerState], points: RestorePoints) -> None:
         self.states = states
         self.points = points
+        self._devices = {state.device for state in states}
         self._wanted: tuple[int, ...] = ()
 
     @property
@@ -69,13 +70,13 @@ class SequenceStates:
 
     def begin(self, layout: RowLayout) -> None:
         """Begin a pass over the rows of a layout."""
-        rows = PassRows(layout)
-        begin, end = rows.prefix, rows.prefix + rows.num_linear
+        rows = {device: PassRows(layout, device) for device in self._devices}
+        begin, end = layout.prefix, layout.prefix + layout.num_linear
         marks = self.points.reserve(mark for mark in self._wanted if begin < mark <= end)
-        if rows.num_linear:
+        if layout.num_linear:
             self._wanted = ()
         for index, state in enumerate(self.states):
-            state.begin(rows, {mark: copies[index] for mark, copies in marks.items()})
+            state.begin(rows[state.device], {mark: copies[index] for mark, copies in marks.items()})
 
     def save(self) -> None:
         """Save a restore point at the current length."""
@@ -84,10 +85,11 @@ class SequenceStates:
                 state.save(copy)
         self.points.commit()
 
-    def keep(self, base: int, rows: Tensor) -> None:
-        """Fold a path of tree rows (int64 [n], cache rows from `base` on) into the states, and drop all others."""
+    def keep(self, base: int, rows: Sequence[int]) -> None:
+        """Fold a path of tree rows (cache rows from `base` on) into the states, and drop all others."""
+        path = {device: torch.tensor(rows, dtype=torch.int64, device=device) for device in self._devices}
         for state in self.states:
-            state.keep(base, rows)
+            state.keep(base, path[state.device])
 
     def truncate(self, length: int) -> int:
         """Drop rows from `length` on, including rows of a pass that stopped between layers.
@@ -126,7 +128,7 @@ class RecurrentCache:
         grows: whether trees grow over several passes, as a draft's trees do.
         num_points: most restore points of a seat.
         dtype: dtype of the model.
-        device: device of states and stashes.
+        devices: device of each layer's states and stashes.
 
     Attributes:
         layers: states of each layer; None for layers without a state.
@@ -142,18 +144,19 @@ class RecurrentCache:
         grows: bool,
         num_points: int,
         dtype: torch.dtype,
-        device: torch.device,
+        devices: Sequence[torch.device],
     ) -> None:
-        found = [shape for shape in shapes if shape is not None]
+        placed = [(shape, there) for shape, there in zip(shapes, devices, strict=True) if shape is not None]
+        found = [shape for shape, _ in placed]
         # Trees that one pass computes whole can share a workspace: a layer ends before the next one begins, and the
         # parts of a pass follow one after another.
-        shared = {} if grows else {shape: TreeUpdates(shape, tree_rows, device) for shape in set(found)}
+        shared = {} if grows else {each: TreeUpdates(each[0], tree_rows, each[1]) for each in dict.fromkeys(placed)}
         self._updates = list(shared.values())
         self.seats = []
         for _ in range(seats):
             states = []
-            for shape in found:
-                updates = shared.get(shape) or TreeUpdates(shape, tree_rows, device)
+            for shape, device in placed:
+                updates = shared.get((shape, device)) or TreeUpdates(shape, tree_rows, device)
                 if grows:
                     self._updates.append(updates)
                 states.append(LayerState(shape, tree_rows, updates, dtype, device))
@@ -200,8 +203,7 @@ class RecurrentCache:
 
     def keep(self, seat: int, base: int, rows: Sequence[int]) -> None:
         """Fold a path of a seat's tree rows (cache rows from `base` on) into its states, and drop all others."""
-        states = self.seats[seat]
-        states.keep(base, torch.tensor(rows, dtype=torch.int64, device=states.states[0].device))
+        self.seats[seat].keep(base, rows)
 
     def truncate(self, seat: int, length: int) -> int:
         """Drop a seat's rows from `length` on; see `SequenceStates.truncate`."""

@@ -14,10 +14,12 @@ class PassRows:
 
     Args:
         layout: layout of the pass; its chunk changes while a layer runs.
+        device: device of the layers; None for that of the layout.
     """
 
-    def __init__(self, layout: RowLayout) -> None:
+    def __init__(self, layout: RowLayout, device: torch.device | None = None) -> None:
         self._layout = layout
+        self._ancestors = layout.ancestors if device is None else layout.ancestors.to(device)
         self._taps: dict[int, Tensor] = {}
 
     @property
@@ -56,7 +58,7 @@ class PassRows:
     def ancestors(self, first: int, last: int) -> Tensor:
         """Return the tree rows that tree rows first..last see, themselves included: bool [last - first, last]."""
         earlier = self._layout.num_earlier
-        return self._layout.ancestors[first - earlier : last - earlier, :last]
+        return self._ancestors[first - earlier : last - earlier, :last]
 
     @property
     def parents(self) -> list[int]:
@@ -71,7 +73,7 @@ class PassRows:
             Columns of [the last `size - 1` rows before the tree, all tree rows], int64 [n, size].
         """
         if size not in self._taps:
-            self._taps[size] = _nearest(self._layout.ancestors, size)
+            self._taps[size] = _nearest(self._ancestors, size)
         first, last = (row - self._layout.num_earlier for row in self.tree)
         return self._taps[size][first:last]
 

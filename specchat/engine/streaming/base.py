@@ -8,6 +8,7 @@ machines without a GPU are in cpu.py, the streamer for CUDA is in cuda.py.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -22,6 +23,8 @@ class StreamCounters:
         expert_misses: experts that had to be read, among them useful guesses.
         useful_guesses: experts that were read before their router named them.
         useless_guesses: experts that were read, but that no router named.
+        link_s: seconds in which at least one layer was being read or copied; 0 where that is not measured.
+        by_device: totals of each device if there are several, else empty.
     """
 
     num_bytes: int
@@ -30,6 +33,17 @@ class StreamCounters:
     expert_misses: int = 0
     useful_guesses: int = 0
     useless_guesses: int = 0
+    link_s: float = 0.0
+    by_device: tuple[StreamCounters, ...] = ()
+
+
+def total(counters: Sequence[StreamCounters]) -> StreamCounters:
+    """Return the totals of several streamers of whole layers."""
+    return StreamCounters(
+        num_bytes=sum(each.num_bytes for each in counters),
+        wait_s=sum(each.wait_s for each in counters),
+        link_s=sum(each.link_s for each in counters),
+    )
 
 
 class LayerStreamer(ABC):
@@ -57,6 +71,9 @@ class LayerStreamer(ABC):
     @abstractmethod
     def restart(self) -> None:
         """Start again with the first streamed layer, after a pass that stopped early."""
+
+    def passed(self, seconds: float) -> None:  # noqa: B027 - most streamers need not know
+        """Take note of the wall time of a whole step, after its pass."""
 
     @abstractmethod
     def counters(self) -> StreamCounters:

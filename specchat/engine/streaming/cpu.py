@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specchat.engine.streaming.base import LayerStreamer, StreamCounters
+from specchat.engine.streaming.base import LayerStreamer, StreamCounters, total
 from specchat.engine.streaming.readers import LayerReader
 from specchat.engine.streaming.slots import SlotQueue, is_small, page_aligned
 from specchat.models.checkpoint.mapped_file import MappedFile
@@ -69,8 +69,8 @@ class ThreadStreamer(LayerStreamer):
         self._queue.restart()
 
     def counters(self) -> StreamCounters:
-        """Return the bytes that passes used and the seconds that `acquire` waited."""
-        return StreamCounters(self._num_bytes, self._queue.wait_s)
+        """Return the bytes that passes used, and the seconds that `acquire` waited and that reads took."""
+        return StreamCounters(self._num_bytes, self._queue.wait_s, link_s=self._queue.busy_s)
 
     def stop(self) -> None:
         """Stop reading; the layer reader stays open."""
@@ -178,8 +178,7 @@ class MixedStreamer(LayerStreamer):
 
     def counters(self) -> StreamCounters:
         """Return the totals of all streamers, and of those before them."""
-        totals = [self._past, *(streamer.counters() for streamer in self._streamers)]
-        return StreamCounters(sum(each.num_bytes for each in totals), sum(each.wait_s for each in totals))
+        return total([self._past, *(streamer.counters() for streamer in self._streamers)])
 
     def close(self) -> None:
         """Close all streamers."""

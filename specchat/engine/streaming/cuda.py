@@ -33,7 +33,8 @@ class CudaStreamer(LayerStreamer):
         self._copies = torch.cuda.Stream(device)
         self._slots = _new_slots(num_slots, host.largest_bytes, device)
         self._num_bytes = 0
-        self._wait_s = 0.0
+        self._wait_s = self._link_s = 0.0
+        self._copied: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._begin(streamed)
 
     def _begin(self, streamed: Sequence[int]) -> None:
@@ -120,7 +121,7 @@ class CudaStreamer(LayerStreamer):
         self._begin(streamed)
 
     def counters(self) -> StreamCounters:
-        """Return the bytes copied, and the seconds that the device waited for copies and the host for the disk.
+        """Return bytes copied, and seconds that copies took, the device waited for them, and the host for the disk.
 
         Waits for the passes queued so far.
         """
@@ -128,7 +129,10 @@ class CudaStreamer(LayerStreamer):
             after.synchronize()
             self._wait_s += before.elapsed_time(after) / 1e3
         self._waits.clear()
-        return StreamCounters(self._num_bytes, self._wait_s + self._host.wait_s)
+        while self._copied and self._copied[0][1].query():  # copies for the next pass may be in progress
+            before, after = self._copied.pop(0)
+            self._link_s += before.elapsed_time(after) / 1e3
+        return StreamCounters(self._num_bytes, self._wait_s + self._host.wait_s, link_s=self._link_s)
 
     def close(self) -> None:
         """Wait for queued copies and release the host memory."""
@@ -161,8 +165,12 @@ class CudaStreamer(LayerStreamer):
         slot, blob = j % len(self._slots), self._host.take(j)
         self._copies.wait_event(self._used[slot])
         with torch.cuda.stream(self._copies):
+            before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            before.record(self._copies)
             _copy_async(self._slots[slot][: self._nbytes[j]], blob)
             self._filled[j].record(self._copies)
+            after.record(self._copies)
+        self._copied.append((before, after))
         self._host.give_back(j, self._filled[j].synchronize)
 
 

@@ -96,6 +96,7 @@ class CpuTiers:
         pack: pack of the weights; None reads the checkpoint.
         close_files: closes the checkpoint, whose files stay open for layers that are given back later.
         settle: prepares a resident layer whose parameters are bound.
+        owned: indices of the layers of this device.
 
     Attributes:
         streamer: streamer of the passes; `restream` replaces it.
@@ -110,8 +111,10 @@ class CpuTiers:
         pack: Pack | None,
         close_files: Callable[[], None],
         settle: Callable[[int], None],
+        owned: Sequence[int],
     ) -> None:
         self._layers = layers
+        self._owned = owned
         self._settle = settle
         self._sizes = [LayerLayout.of(layer).nbytes for layer in layers]
         self._more = [placement.more_bytes(index) for index in range(len(layers))]
@@ -197,7 +200,7 @@ class CpuTiers:
     def _through_slots(self, given: Collection[int] = ()) -> list[int]:
         """Return the layers that are read into slots, now or in a later stage, if some more are given back."""
         stays = (self._stays | self._in_ram) - set(given)
-        return [index for index in range(len(self._layers)) if index not in stays]
+        return [index for index in self._owned if index not in stays]
 
     def _make_slots(self) -> list[Tensor]:
         """Return slots for the layers of all stages; present ones stay if they suffice."""
@@ -266,6 +269,25 @@ class PinnedLayers:
 
     def close(self) -> None:
         """Do nothing: the streamer owns its files."""
+
+
+class KeptOnDevices(NothingKept):
+    """The layers of several devices: none can be given back, but their files are closed.
+
+    Args:
+        parts: layers of each device.
+        close_files: closes the checkpoint.
+    """
+
+    def __init__(self, parts: Sequence[KeptLayers], close_files: Callable[[], None]) -> None:
+        self._parts = parts
+        self._close_files = close_files
+
+    def close(self) -> None:
+        """Close the files that the streamers do not own, and the checkpoint."""
+        for part in self._parts:
+            part.close()
+        self._close_files()
 
 
 def _drop_pages(layer: PackedLayer) -> None:

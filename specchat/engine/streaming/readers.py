@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -59,10 +60,15 @@ class CheckpointLayerReader:
     def __init__(self, reader: WeightReader, layouts: Mapping[int, LayerLayout]) -> None:
         self._reader = reader
         self._layouts = layouts
+        self._reading = threading.Lock()  # the slots of several devices have a thread each
 
     def chunks(self, index: int, slot: Tensor) -> Sequence[Callable[[], None]]:
         """Return one read task for the whole layer."""
-        return [partial(self._reader.read_layer, index, self._layouts[index].views(slot))]
+        return [partial(self._read, index, self._layouts[index].views(slot))]
+
+    def _read(self, index: int, views: Mapping[str, Tensor]) -> None:
+        with self._reading:
+            self._reader.read_layer(index, views)
 
     def close(self) -> None:
         """Close the shards."""
@@ -169,6 +175,43 @@ class ShardLayerReader:
                 target[extent.target : extent.target + extent.nbytes] = source[skip : skip + extent.nbytes]
         finally:
             self._windows.put(window)
+
+
+class SharedReader:
+    """One reader of layers for several devices, opened for the first of them and closed by the last one.
+
+    Args:
+        open_reader: opens the reader.
+        num_parts: number of devices that may ask for it.
+    """
+
+    def __init__(self, open_reader: Callable[[], LayerReader], num_parts: int) -> None:
+        self._open = open_reader
+        self._reader: LayerReader | None = None
+        self._using: set[int] = set()
+        self._num_parts = num_parts
+
+    def part(self, number: int, _cached: Collection[int] = ()) -> LayerReader:
+        """Return the reader for one device."""
+        assert 0 <= number < self._num_parts
+        if self._reader is None:
+            self._reader = self._open()
+        self._using.add(number)
+        return _PartOfReader(self._reader, partial(self._close, number))
+
+    def _close(self, number: int) -> None:
+        self._using.discard(number)
+        if not self._using and self._reader is not None:
+            self._reader.close()
+
+
+class _PartOfReader:
+    """One device's part of a shared reader; a second `close` does nothing."""
+
+    def __init__(self, reader: LayerReader, close: Callable[[], None]) -> None:
+        self.num_workers = reader.num_workers
+        self.chunks = reader.chunks
+        self.close = close
 
 
 def layer_reader_for(

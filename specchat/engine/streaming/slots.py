@@ -40,6 +40,10 @@ class SlotQueue:
         small: whether the thread that takes a layer also reads it, for each streamed layer.
         num_slots: number of slots, N.
         num_workers: number of threads; none is started if all layers are small.
+
+    Attributes:
+        wait_s: seconds that `take` waited.
+        busy_s: seconds in which at least one read task ran.
     """
 
     def __init__(
@@ -50,6 +54,8 @@ class SlotQueue:
         self._queue: SimpleQueue[tuple[int, int, Callable[[], None]] | None] = SimpleQueue()  # (epoch, j, task)
         self._changed = threading.Condition()
         self.wait_s = 0.0
+        self.busy_s = 0.0
+        self._busy_since = 0.0
         # `_holds[s]` is the streamed layer in slot s, None while the slot is free or being filled. It is read without
         # a lock, so taking a filled layer costs the computing thread nothing. The condition guards the other fields.
         self._holds: list[int | None] = [None] * num_slots
@@ -138,6 +144,8 @@ class SlotQueue:
         with self._changed:
             if epoch != self._epoch or self._error is not None:
                 return
+            if self._num_running == 0:
+                self._busy_since = time.perf_counter()
             self._num_running += 1
         try:
             task()
@@ -148,6 +156,8 @@ class SlotQueue:
     def _end(self, epoch: int, j: int) -> None:
         with self._changed:
             self._num_running -= 1
+            if self._num_running == 0:
+                self.busy_s += time.perf_counter() - self._busy_since
             if epoch == self._epoch and self._error is None:  # a failed task must not complete its layer
                 self._unread[j] -= 1
                 if self._unread[j] > 0:

@@ -50,6 +50,9 @@ class Event:
     def synchronize(self) -> None:
         self._device.run_until(lambda: self.reached >= self.recorded)
 
+    def query(self) -> bool:
+        return self.reached >= self.recorded
+
     def elapsed_time(self, other: Event) -> float:
         assert self.reached == self.recorded and other.reached == other.recorded, "asked before it has happened"
         return 0.0

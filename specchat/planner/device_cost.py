@@ -1,0 +1,102 @@
+"""Predict the time of a step whose layers are dealt to several devices.
+
+A pass takes as long as the slowest link, or as computing all layers one after the other, whichever is longer:
+
+    pass = max(max over devices (streamed bytes / link rate), sum over devices (layers x time of one) + hops)
+"""
+
+from collections.abc import Sequence
+
+from specchat.planner.acceptance import Acceptance
+from specchat.planner.compute import compute_times
+from specchat.planner.cost import CostModel, LinkQueue, Prediction, StepCosts
+from specchat.planner.placement import Share, TierSizes
+from specchat.planner.rates import Rates
+from specchat.records.model import DTYPE_BYTES, Dtype, ModelSpec
+
+# Fixed time of a hop: a copy between GPUs, and the other device's stream that waits for it. Not measured on GPUs yet.
+_HOP_S = 50e-6
+
+
+class DevicesCost(CostModel):
+    """Prediction of steps whose layers are dealt to several devices.
+
+    Args:
+        target: sizes of the target.
+        draft: sizes of the draft, or None.
+        dtype: dtype of weights and activations.
+        devices: names of the devices.
+        rates: rates of each device.
+        acceptance: acceptance of the pair.
+        seats: number of sequences of every pass.
+        retrieval: whether draft nodes may come from the text itself.
+    """
+
+    def __init__(
+        self,
+        target: ModelSpec,
+        draft: ModelSpec | None,
+        dtype: Dtype,
+        devices: Sequence[str],
+        rates: Sequence[Rates],
+        acceptance: Acceptance,
+        seats: int,
+        *,
+        retrieval: bool,
+    ) -> None:
+        super().__init__(target, draft, dtype, devices[0], rates[0], acceptance, seats, retrieval=retrieval)
+        named = zip(devices, rates, strict=True)
+        self._of_devices = [compute_times(target, dtype, each, on_cpu=name == "cpu") for name, each in named]
+        self.links = [
+            each.disk.per_s if name == "cpu" else each.host.per_s for name, each in zip(devices, rates, strict=True)
+        ]
+        self._row_bytes = target.hidden_size * DTYPE_BYTES[dtype]
+
+    def compute_s(self, number: int, share: Share, rows: int) -> float:
+        """Return the seconds that a device computes its layers in a pass."""
+        layer_s = self._of_devices[number].layer_s
+        kept_s, passed_s = layer_s(rows, resident=True), layer_s(rows, resident=False)
+        return share.num_resident * kept_s + share.num_streamed * passed_s
+
+    def dealt_s(self, placement: TierSizes, nodes: int) -> float:
+        """Return the seconds of a step with these shares and a tree of some nodes."""
+        return self._pass_s(placement, self._queue(placement), self._costs(placement, nodes))
+
+    def _pass_s(self, placement: TierSizes, queue: LinkQueue, costs: StepCosts) -> float:
+        del queue  # each device has its own
+        _, linked_s, computed_s = self._sides(placement, costs)
+        return costs.outside_s + max(computed_s, linked_s)
+
+    def _sides(self, placement: TierSizes, costs: StepCosts) -> tuple[float, float, float]:
+        """Return seconds of a step: the slowest link alone, until its last layer is computed, and computing all."""
+        layer_bytes = (placement.ram_bytes + placement.disk_bytes) / max(placement.num_streamed, 1)
+        busy_s, linked_s, computed_s = 0.0, 0.0, placement.num_hops * self._hop_s(costs.rows)
+        for number, share in enumerate(placement.shares):
+            own_s = self.compute_s(number, share, costs.rows)
+            computed_s += own_s
+            if share.num_streamed:
+                arrival_s = layer_bytes / self.links[number]
+                each = LinkQueue(share.num_layers, share.num_streamed, arrival_s, placement.slots)
+                busy_s = max(busy_s, share.num_streamed * arrival_s)
+                linked_s = max(linked_s, each.linked_s(own_s / share.num_layers, costs.outside_s))
+        disk_s = placement.disk_bytes / self._rates.disk.per_s  # all devices read from one disk
+        return max(busy_s, disk_s), max(linked_s, disk_s), computed_s
+
+    def _hop_s(self, rows: int) -> float:
+        return _HOP_S + rows * self._row_bytes / min(self.links)
+
+    def _step(self, placement: TierSizes, nodes: int) -> Prediction:
+        costs = self._costs(placement, nodes)
+        busy_s, linked_s, computed_s = self._sides(placement, costs)
+        pass_s = costs.outside_s + max(computed_s, linked_s)
+        return Prediction(
+            pass_s=pass_s,
+            link_s=busy_s,
+            compute_s=computed_s,
+            draft_s=costs.draft_s,
+            tokens_per_step=costs.tokens,
+            tree_nodes=nodes,
+            tok_per_s=costs.tokens / pass_s,
+            bound="link" if linked_s > computed_s else "draft" if costs.draft_s > computed_s else "compute",
+            basis=self._basis(placement, nodes),
+        )
