@@ -108,7 +108,7 @@ def test_budgets_of_a_step(quant: str, kernels: int, pair: Pair):
         rest = each.of("rest")
         # Keeping the path: its rows' places in both caches; the streamer's events have happened by then.
         assert rest["h2d"] <= 2 and rest["d2h"] == 0
-        assert rest["kernel"] <= 2 * (NUM_LAYERS + NUM_LAYERS) + 4
+        assert rest["kernel"] <= 4  # two for each cache, whatever the number of layers
 
 
 MANY = [pytest.param(*each, marks=pytest.mark.slow) for each in (("int4", 128), ("int8", 128))]
