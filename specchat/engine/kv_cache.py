@@ -17,6 +17,8 @@ running state instead of rows, or beside them; `RecurrentCache` holds the states
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -261,15 +263,24 @@ class TreeCache:
 
     def keep(self, seat: int, base: int, rows: Sequence[int]) -> None:
         """Keep a seat's first `base` rows and then the given rows, in order; drop all others."""
+        keep_together([Kept(self, seat, base, rows)])
+
+    def commit(self, kept: Kept, index: Tensor) -> None:
+        """Keep rows of a seat; see `keep_together`.
+
+        Args:
+            kept: rows that stay.
+            index: places of the rows that have to move, int64 [n]; empty if they are in place.
+        """
         if self.recurrent is not None:
-            self.recurrent.keep(seat, base, rows)
-        offset, end = seat * self.capacity, base + len(rows)
-        if list(rows) != list(range(base, end)):  # else already in place, as for a tree without branches
-            index = torch.tensor([offset + row for row in rows], dtype=torch.int64, device=self.device)
+            self.recurrent.keep(kept.seat, kept.base, kept.rows)
+        end = kept.base + len(kept.rows)
+        if len(index):
+            offset = kept.seat * self.capacity
             for slab in self._slabs:
-                slab.move(index, slice(offset + base, offset + end))
+                slab.move(index, slice(offset + kept.base, offset + end))
         for layer in self.layers:
-            layer.keep(seat, end)
+            layer.keep(kept.seat, end)
 
     def wipe(self, seat: int, length: int) -> None:
         """Forget a seat's rows from `length` on and zero them, after a pass that stored NaN or infinity."""
@@ -291,3 +302,38 @@ class TreeCache:
         while (reached := min(layer.truncate(seat, length) for layer in self.layers)) < length:
             length = reached
         return length
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Rows of a seat that stay after a pass: the first `base` ones, and then the given ones, in order.
+
+    Attributes:
+        cache: cache that holds the rows.
+        seat: region of the sequence.
+        base: number of rows that stay where they are.
+        rows: rows to keep behind them, all >= base.
+    """
+
+    cache: TreeCache
+    seat: int
+    base: int
+    rows: Sequence[int]
+
+    @property
+    def places(self) -> list[int]:
+        """Places of the rows in the buffers; empty if they are in place already, as for a tree without branches."""
+        if list(self.rows) == list(range(self.base, self.base + len(self.rows))):
+            return []
+        offset = self.seat * self.cache.capacity
+        return [offset + row for row in self.rows]
+
+
+def keep_together(keeps: Sequence[Kept]) -> None:
+    """Keep rows in caches of one device, and drop all others of their seats; places cross the link in one copy."""
+    places = [kept.places for kept in keeps]
+    moved = list(chain.from_iterable(places))
+    device = keeps[0].cache.device if moved else torch.device("cpu")
+    index = torch.tensor(moved, dtype=torch.int64, device=device)
+    for kept, own in zip(keeps, index.split([len(each) for each in places]), strict=True):
+        kept.cache.commit(kept, own)
