@@ -128,6 +128,7 @@ class CudaStreamer(LayerStreamer):
             after.synchronize()
             self._wait_s += before.elapsed_time(after) / 1e3
         self._waits.clear()
+        self._host.reuse_slot()  # else the last layer's slot would wait for the next pass, while the draft runs
         return StreamCounters(self._num_bytes, self._wait_s + self._host.wait_s)
 
     def close(self) -> None:
