@@ -24,6 +24,7 @@ from specchat.engine.drafters import complete_drafter, load_draft
 from specchat.engine.drafting.drafter import Drafter
 from specchat.engine.drafting.head_check import HeadDisagreesError
 from specchat.engine.drafting.policy import AdaptivePolicy, DraftPolicy, Roots, fixed_policy
+from specchat.engine.kv_cache import Kept, keep_together
 from specchat.engine.layout import PassLayout, RowLayout
 from specchat.engine.loading import allocating, check_room, load_target
 from specchat.engine.model import PassCancelledError, TreeModel
@@ -352,8 +353,11 @@ class Engine(Closeable):
             clock.stop()
             return [clock.step((), "interrupt", 0, rows, TokenTree(), ()) for rows in cached]
         tapped = None if self._drafter.taps is None else self._drafter.taps.take()
-        for sequence, tree, walk in zip(live, trees, walks, strict=True):
-            self._commit(sequence, tree, walk, hidden, tapped)
+        keep_together([kept for each in zip(live, trees, walks, strict=True) for kept in self._commit(*each)])
+        if self._drafter.wants_states:
+            for sequence, walk, before in zip(live, walks, cached, strict=True):
+                if not walk.is_broken:
+                    self._drafter.receive(sequence.seat, walk.final_states(before, hidden, tapped))
         clock.stop()
         steps = [
             clock.step(
@@ -427,20 +431,16 @@ class Engine(Closeable):
                 self._target.cache.wipe(sequence.seat, sequence.num_cached)
         return self._verify(live, [TokenTree() for _ in live], clock, cancel) if repeats else (trees, walks, hidden)
 
-    def _commit(
-        self, sequence: TokenSequence, tree: TokenTree, walk: Walk, hidden: Tensor, tapped: Tensor | None
-    ) -> None:
-        """Keep the rows of the accepted path, and append the drawn tokens; keep nothing of a broken walk."""
-        before = sequence.num_cached
+    def _commit(self, sequence: TokenSequence, tree: TokenTree, walk: Walk) -> list[Kept]:
+        """Append the drawn tokens, and return the rows of the accepted path; nothing stays of a broken walk."""
+        keeps = list[Kept]()
         if not walk.is_broken:
             first = len(sequence.tokens)
-            self._target.cache.keep(sequence.seat, first, [first + node for node in walk.path])
+            keeps.append(Kept(self._target.cache, sequence.seat, first, [first + node for node in walk.path]))
             self._held[sequence.seat] = sequence.tokens + [tree.tokens[node] for node in walk.path]
             sequence.num_cached = len(self._held[sequence.seat])
             sequence.tokens += walk.tokens
-        self._drafter.commit(sequence.seat, walk.path, walk.tokens)
-        if self._drafter.wants_states and not walk.is_broken:
-            self._drafter.receive(sequence.seat, walk.final_states(before, hidden, tapped))
+        return [*keeps, *self._drafter.commit(sequence.seat, walk.path, walk.tokens)]
 
     def _rows_for(self, sequence: TokenSequence, tree: TokenTree) -> RowLayout:
         """Return the layout of a part: pending tokens in sequence, of which the last is the root, then the tree."""

@@ -1,76 +1,123 @@
 """The KV cache, in buffers allocated once: a pass appends rows of several sequences, and accepted rows are kept.
 
-Each sequence has a seat: a region of every layer's buffer. A layer's cache is asked seat by seat, so layers that keep
-something else than rows can take the place of `LayerKv`:
+Each sequence has a seat: a region of every layer's rows. Layers of one shape share buffers, so that the rows of all of
+them move at once. A layer's cache is asked seat by seat, so layers that keep something else than rows can take the
+place of `LayerKv`:
 
 - `append(layout, keys, values)` stores the rows of `layout.current`, each part's rows in its own seat.
-- `keep(seat, base, rows, index)` commits `base` rows and then the given ones, the accepted path of a tree.
+- `keep(seat, length)` commits `length` rows, after the accepted path of a tree was moved behind the rows before it.
 - `truncate(seat, length)` drops all rows from `length` on, and returns the length that it reached. Rows since the last
   `keep` or `truncate` can always be dropped. A layer may reach less than a `length` before that; then all layers go
   back to the smallest length, so nobody may assume that a committed prefix can be cut anywhere for free.
-- `wipe(seat, length)` also removes every trace of NaN in the rows dropped.
 
 The buffers are plain tensors; `models.hf.attention` presents them to transformers as its cache. Recurrent layers keep a
 running state instead of rows, or beside them; `RecurrentCache` holds the states of all of them.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from specchat.engine.layout import PassLayout
 from specchat.engine.recurrent.cache import LayerStates, RecurrentCache
+from specchat.records.kv_slabs import slabs_of
 from specchat.records.limits import padded_rows
 from specchat.records.model import KvShape
 
 
-class LayerKv:
-    """One layer's keys and values of all seats, in one buffer.
+class _Slab:
+    """Keys and values of all seats for several layers of one shape, so that one kernel moves the rows of all.
 
     Args:
         shape: number of heads, and sizes of keys and values.
-        seats: number of sequences.
+        layers: layers, which take the new buffers; the rows that they hold are copied.
         capacity: number of rows of a seat, a multiple of the alignment.
         dtype: dtype of keys and values.
         device: device of the buffers.
     """
 
-    def __init__(self, shape: KvShape, seats: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
-        rows = seats * capacity
-        # One buffer for both where they have one shape: accepted rows then move in two kernels instead of four.
+    def __init__(
+        self, shape: KvShape, layers: Sequence[LayerKv], capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.device = device
+        # One buffer for keys and values where they have one shape: accepted rows then move in two kernels, not four.
         sizes = [(2, shape.key_dim)] if shape.key_dim == shape.value_dim else [(1, shape.key_dim), (1, shape.value_dim)]
+        rows = len(layers[0].lengths) * capacity
         # Zeros, not empty: padding rows have attention weight 0, and 0 x NaN would be NaN.
-        self._buffers = [torch.zeros(n, shape.heads, rows, size, dtype=dtype, device=device) for n, size in sizes]
-        self.capacity = capacity
-        self.lengths = [0] * seats
+        self._buffers = [
+            torch.zeros(len(layers), count, shape.heads, rows, size, dtype=dtype, device=device)
+            for count, size in sizes
+        ]
+        self._layers = layers
+        for place, layer in enumerate(layers):
+            layer.take(self, self._buffers[0][place, :1], self._buffers[-1][place, -1:], capacity)
 
     @property
-    def keys(self) -> Tensor:
-        """Keys of all seats [1, H_kv, rows, D]."""
-        return self._buffers[0][:1]
-
-    @property
-    def values(self) -> Tensor:
-        """Values of all seats [1, H_kv, rows, D_v]."""
-        return self._buffers[-1][-1:]
-
-    def resize(self, capacity: int) -> None:
-        """Give each seat another number of rows, and keep all rows held; the old buffers are freed one by one."""
-        assert self.length <= capacity
-        for place, rows in enumerate(self._buffers):
-            self._buffers[place] = _resized(rows, len(self.lengths), capacity)
-        self.capacity = capacity
-
-    @property
-    def length(self) -> int:
-        """Number of rows of the longest sequence."""
-        return max(self.lengths)
+    def is_used(self) -> bool:
+        """Whether a layer's rows are in these buffers."""
+        return any(layer.slab is self for layer in self._layers)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers."""
         return sum(rows.nbytes for rows in self._buffers)
+
+    def move(self, index: Tensor, to: slice) -> None:
+        """Move rows of all layers.
+
+        Args:
+            index: places of the rows, int64 [n].
+            to: places that they are moved to.
+        """
+        for rows in self._buffers:
+            if rows.numel():
+                rows[..., to, :] = rows.index_select(3, index)
+
+    def zero(self, places: slice) -> None:
+        """Zero rows of all layers."""
+        for rows in self._buffers:
+            rows[..., places, :] = 0
+
+
+class LayerKv:
+    """One layer's keys and values of all seats.
+
+    Args:
+        seats: number of sequences.
+
+    Attributes:
+        slab: owner of the buffers.
+        keys: keys of all seats [1, H_kv, seats * capacity, D].
+        values: values of all seats [1, H_kv, seats * capacity, D_v].
+        capacity: number of rows of a seat, a multiple of the alignment.
+        lengths: number of rows held in each seat.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, seats: int) -> None:
+        self.slab: _Slab | None = None
+        self.capacity = 0
+        self.lengths = [0] * seats
+
+    def take(self, slab: _Slab, keys: Tensor, values: Tensor, capacity: int) -> None:
+        """Take empty buffers, and copy the rows that are held to them; see the attributes."""
+        assert self.length <= capacity
+        if self.slab is not None:
+            _copy_rows(self.keys, keys, len(self.lengths))
+            _copy_rows(self.values, values, len(self.lengths))
+        self.slab, self.keys, self.values, self.capacity = slab, keys, values, capacity
+
+    @property
+    def length(self) -> int:
+        """Number of rows of the longest sequence."""
+        return max(self.lengths)
 
     def append(self, layout: PassLayout, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store the chunk's rows in their seats, and return the buffer from the pass's lowest to its highest seat.
@@ -97,41 +144,21 @@ class LayerKv:
         end = last * self.capacity + padded_rows(self.lengths[last])
         return self.keys[:, :, begin:end], self.values[:, :, begin:end]
 
-    def keep(self, seat: int, base: int, rows: Sequence[int], index: Tensor | None) -> None:
-        """Move the given rows of a seat to `base`, in order, and drop all rows after them.
-
-        Args:
-            seat: region of the sequence.
-            base: number of rows that stay where they are.
-            rows: rows to keep, all >= base.
-            index: places of `rows` in the buffer, int64 [n]; None if the rows are at `base` already.
-        """
-        end = base + len(rows)
-        if index is not None:
-            to = slice(seat * self.capacity + base, seat * self.capacity + end)
-            for buffer in self._buffers:
-                buffer[:, :, to] = buffer.index_select(2, index)
-        self.lengths[seat] = end
+    def keep(self, seat: int, length: int) -> None:
+        """Take over the length of a seat whose kept rows were moved into place."""
+        self.lengths[seat] = length
 
     def truncate(self, seat: int, length: int) -> int:
         """Drop a seat's rows from `length` on, and return the length reached: always `length`."""
         self.lengths[seat] = length
         return length
 
-    def wipe(self, seat: int, length: int) -> None:
-        """Drop a seat's rows from `length` on, and zero them."""
-        self.truncate(seat, length)
-        rows = slice(seat * self.capacity + length, (seat + 1) * self.capacity)
-        for buffer in self._buffers:
-            buffer[:, :, rows] = 0
 
-
-def _resized(rows: Tensor, seats: int, capacity: int) -> Tensor:
-    """Return a copy of a buffer [n, H, rows, D] whose seats have `capacity` rows each."""
-    held = rows.unflatten(2, (seats, -1))[:, :, :, :capacity]
-    resized = rows.new_zeros(*rows.shape[:2], seats * capacity, rows.shape[3])
-    resized.unflatten(2, (seats, capacity))[:, :, :, : held.shape[3]] = held
-    return resized
+def _copy_rows(held: Tensor, to: Tensor, seats: int) -> None:
+    """Copy the rows of all seats to a buffer whose seats have more rows, or fewer; both are [..., rows, D]."""
+    old, new = held.unflatten(-2, (seats, -1)), to.unflatten(-2, (seats, -1))
+    num_rows = min(old.shape[-2], new.shape[-2])
+    new[..., :num_rows, :] = old[..., :num_rows, :]
 
 
 class TreeCache:
@@ -169,11 +196,12 @@ class TreeCache:
         self.capacity = padded_rows(capacity)
         self.seats = seats
         self.device = device
+        self.layers = [LayerKv(seats) for _ in shapes]
+        self._shapes = tuple(shapes)
         self._devices = [device] * len(shapes) if devices is None else list(devices)
-        self.layers = [
-            LayerKv(shape, seats, self.capacity, dtype, there)
-            for shape, there in zip(shapes, self._devices, strict=True)
-        ]
+        self._dtype = dtype
+        self._slabs = list[_Slab]()
+        self._allocate(self.capacity)
         self.recurrent: RecurrentCache | None = None
         self.max_tree_rows = self.capacity
         states = [shape.state for shape in shapes]
@@ -204,18 +232,27 @@ class TreeCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers, without restore points, which lie in host memory."""
-        rows = sum(layer.nbytes for layer in self.layers)
+        rows = sum(slab.nbytes for slab in self._slabs)
         return rows + (0 if self.recurrent is None else self.recurrent.nbytes)
 
     def resize(self, capacity: int) -> None:
         """Give each seat room for more rows, or fewer, rounded up to the alignment; only between passes."""
         capacity = padded_rows(capacity)
         if capacity != self.capacity:
-            for layer in self.layers:
-                layer.resize(capacity)
+            self._allocate(capacity)
             if self.recurrent is None:
                 self.max_tree_rows = capacity
             self.capacity = capacity
+
+    def _allocate(self, capacity: int) -> None:
+        """Let all layers take new buffers; each old one is freed as soon as its layers have left it."""
+        for device in dict.fromkeys(self._devices):
+            there = [index for index, each in enumerate(self._devices) if each == device]
+            shapes = [self._shapes[index] for index in there]
+            for places in slabs_of(shapes, self.seats * capacity, self._dtype.itemsize, device.type):
+                layers = [self.layers[there[place]] for place in places]
+                slab = _Slab(shapes[places[0]], layers, capacity, self._dtype, device)
+                self._slabs = [*(each for each in self._slabs if each.is_used), slab]
 
     def begin(self, layout: PassLayout) -> None:
         """Begin a pass over the rows of a layout."""
@@ -239,21 +276,34 @@ class TreeCache:
 
     def keep(self, seat: int, base: int, rows: Sequence[int]) -> None:
         """Keep a seat's first `base` rows and then the given rows, in order; drop all others."""
+        keep_together([Kept(self, seat, base, rows)])
+
+    def commit(self, kept: Kept, index: Tensor) -> None:
+        """Keep rows of a seat; see `keep_together`.
+
+        Args:
+            kept: rows that stay.
+            index: places of the rows that have to move, int64 [n]; empty if they are in place.
+        """
         if self.recurrent is not None:
-            self.recurrent.keep(seat, base, rows)
-        index: dict[torch.device, Tensor] = {}
-        if list(rows) != list(range(base, base + len(rows))):  # else already in place, as for a tree without branches
-            places = [seat * self.capacity + row for row in rows]
-            index = {each: torch.tensor(places, dtype=torch.int64, device=each) for each in set(self._devices)}
-        for layer, device in zip(self.layers, self._devices, strict=True):
-            layer.keep(seat, base, rows, index.get(device))
+            self.recurrent.keep(kept.seat, kept.base, kept.rows)
+        end = kept.base + len(kept.rows)
+        if len(index):
+            offset = kept.seat * self.capacity
+            there = {device: index.to(device) for device in set(self._devices)}
+            for slab in self._slabs:
+                slab.move(there[slab.device], slice(offset + kept.base, offset + end))
+        for layer in self.layers:
+            layer.keep(kept.seat, end)
 
     def wipe(self, seat: int, length: int) -> None:
         """Forget a seat's rows from `length` on and zero them, after a pass that stored NaN or infinity."""
         if self.recurrent is not None:
             self.recurrent.truncate(seat, length)
+        for slab in self._slabs:
+            slab.zero(slice(seat * self.capacity + length, (seat + 1) * self.capacity))
         for layer in self.layers:
-            layer.wipe(seat, length)
+            layer.truncate(seat, length)
 
     def truncate(self, seat: int, length: int) -> int:
         """Drop a seat's rows from `length` on, including rows of a pass that stopped between layers.
@@ -266,3 +316,38 @@ class TreeCache:
         while (reached := min(layer.truncate(seat, length) for layer in self.layers)) < length:
             length = reached
         return length
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Rows of a seat that stay after a pass: the first `base` ones, and then the given ones, in order.
+
+    Attributes:
+        cache: cache that holds the rows.
+        seat: region of the sequence.
+        base: number of rows that stay where they are.
+        rows: rows to keep behind them, all >= base.
+    """
+
+    cache: TreeCache
+    seat: int
+    base: int
+    rows: Sequence[int]
+
+    @property
+    def places(self) -> list[int]:
+        """Places of the rows in the buffers; empty if they are in place already, as for a tree without branches."""
+        if list(self.rows) == list(range(self.base, self.base + len(self.rows))):
+            return []
+        offset = self.seat * self.cache.capacity
+        return [offset + row for row in self.rows]
+
+
+def keep_together(keeps: Sequence[Kept]) -> None:
+    """Keep rows in caches of one device, and drop all others of their seats; places cross the link in one copy."""
+    places = [kept.places for kept in keeps]
+    moved = list(chain.from_iterable(places))
+    device = keeps[0].cache.device if moved else torch.device("cpu")
+    index = torch.tensor(moved, dtype=torch.int64, device=device)
+    for kept, own in zip(keeps, index.split([len(each) for each in places]), strict=True):
+        kept.cache.commit(kept, own)

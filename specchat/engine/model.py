@@ -134,7 +134,7 @@ class TreeModel:
     @torch.inference_mode()
     def forward(
         self,
-        token_ids: Sequence[int],
+        token_ids: Sequence[int] | Tensor,
         layout: PassLayout,
         cancel: threading.Event | None = None,
         taps: LayerTaps | None = None,
@@ -142,7 +142,8 @@ class TreeModel:
         """Compute the final hidden states of new rows, and append the rows to the cache.
 
         Args:
-            token_ids: token id of each new row, one sequence after another.
+            token_ids: token id of each new row, one sequence after another; on the device only for models whose
+                embeddings are there, too.
             layout: position and visibility of the rows, sequence by sequence; in host memory or on the device.
             cancel: event that cancels the pass before the next layer.
             taps: receives the states between layers; None if nobody reads them.
@@ -155,7 +156,7 @@ class TreeModel:
         """
         assert len(token_ids) == layout.num_rows
         lengths = self.cache.lengths
-        self._token_ids = torch.tensor(token_ids, dtype=torch.int64)
+        self._token_ids = torch.as_tensor(token_ids, dtype=torch.int64)
         ids, layout = self._on_device(self._token_ids, layout)
         self._layout, self._cancel, self.layers_done = layout, cancel, 0
         self._taps = taps

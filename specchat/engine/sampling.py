@@ -8,7 +8,6 @@ in any batch, and the drafter can use the target's noise.
 
 import math
 from collections.abc import Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,9 +15,6 @@ from torch import Tensor
 from specchat.models.hf.processors import logits_processors
 from specchat.records.generation import Sampling
 from specchat.records.limits import NOISE_ROWS
-
-# Tokens in host memory, or on the device.
-Known = TypeVar("Known", Sequence[int], Tensor)
 
 _MASK64 = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
@@ -114,7 +110,7 @@ class Sampler:
 
     def scores(self, logits: Tensor, context: Sequence[int]) -> Tensor:
         """Return the scores [V] that `draw` maximizes: processed logits if greedy, else `log p - log e + const`."""
-        ids = torch.tensor([self.known_of(context)], device=logits.device)
+        ids = torch.tensor([self.known_of(context)], dtype=torch.int64, device=logits.device)
         return self._scores(logits, ids, len(context))
 
     def best_tokens(self, logits: Tensor, contexts: Sequence[Tensor], positions: Sequence[int]) -> Tensor:
@@ -130,9 +126,9 @@ class Sampler:
         rows = zip(logits, contexts, positions, strict=True)
         return torch.stack([_best(self._scores(row, ids[None], position)) for row, ids, position in rows])
 
-    def known_of(self, context: Known) -> Known:
-        """Return the tokens of a context that the processors read: all, or the last one."""
-        return context if self._needs_context else context[-1:]
+    def known_of(self, context: Sequence[int]) -> Sequence[int]:
+        """Return the tokens of a context that the processors read: all, or none."""
+        return context if self._needs_context else context[:0]
 
     def _scores(self, logits: Tensor, ids: Tensor, position: int) -> Tensor:
         processed: Tensor = self._processors(ids, logits[None].float())[0]

@@ -34,8 +34,8 @@ class Stages:
         """Begin the stage of the longest text, if it is another one than the present one.
 
         To a later stage, layers are streamed before the caches grow. Back to an earlier one, the caches shrink before
-        layers are read once more. So no more is held at any time than in one of the two stages, except for the old
-        buffer of one layer's keys.
+        layers are read once more. So no more is held at any time than in one of the two stages, except for one old
+        buffer of keys and values. It takes the place of a pass's workspaces.
 
         Args:
             num_tokens: tokens of the longest text that a seat holds.

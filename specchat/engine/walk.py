@@ -7,6 +7,7 @@ each walk's node with its likeliest descendants, so a pass over many sequences t
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 
@@ -161,15 +162,22 @@ def _advance(target: TreeModel, walks: Sequence[Walk], hidden: Tensor, num_rows:
     tails = [walk.tail_of(node) for walk, block in zip(walks, blocks, strict=True) for node in block]
     rows = [walk.row_of(node) for walk, block in zip(walks, blocks, strict=True) for node in block]
     on_cpu = target.device.type == "cpu"
-    contexts = [] if on_cpu else [_contexts(walk, block) for walk, block in zip(walks, blocks, strict=True)]
-    ids = torch.tensor([*rows, *chain.from_iterable(chain(*contexts))], device=hidden.device)
-    scores = target.logits(hidden[ids[: len(rows)]])
+    contexts = [] if on_cpu else [_Contexts.of(walk, block) for walk, block in zip(walks, blocks, strict=True)]
+    known = list(chain.from_iterable(chain.from_iterable(each.known for each in contexts)))
+    runs = [(walk.row_of(block[0]), len(block)) for walk, block in zip(walks, blocks, strict=True)]
+    if rows == [first + place for first, count in runs for place in range(count)]:  # the first blocks are runs of rows
+        found = [hidden.narrow(0, *run) for run in runs]
+        states, ids = found[0] if len(found) == 1 else torch.cat(found), _index(known, hidden.device)
+    else:
+        ids = _index([*rows, *known], hidden.device)
+        states, ids = hidden[ids[: len(rows)]], ids[len(rows) :]
+    scores = target.logits(states)
     observe(tails, scores)
     parts = scores.split([len(block) for block in blocks])
     if on_cpu:
         draws = [_draw_one_by_one(walk, block, each) for walk, block, each in zip(walks, blocks, parts, strict=True)]
     else:
-        draws = _draw_at_once(walks, blocks, parts, contexts, ids[len(rows) :])
+        draws = _draw_at_once(walks, blocks, parts, contexts, ids)
     for walk, block, draw in zip(walks, blocks, draws, strict=True):
         walk.advance(draw, block)
 
@@ -180,16 +188,38 @@ def _draw_one_by_one(walk: Walk, block: Sequence[int], scores: Tensor) -> Draw:
     return lambda node: walk.sampler.draw(of_node[node], walk.text)
 
 
-def _contexts(walk: Walk, block: Sequence[int]) -> list[Sequence[int]]:
-    """Return the tokens that processors read up to the current node, then those from there down to each node."""
-    return [walk.sampler.known_of(walk.text), *(walk.tokens_to(node) for node in block)]
+def _index(values: Sequence[int], device: torch.device) -> Tensor:
+    """Return integers on a device, int64 [n]; none of them cross no link."""
+    if not values:
+        return torch.empty(0, dtype=torch.int64, device=device)
+    return torch.tensor(values, dtype=torch.int64, device=device)
+
+
+@dataclass(frozen=True)
+class _Contexts:
+    """What comes before the nodes of a block.
+
+    Attributes:
+        known: tokens that processors read up to the current node, then those from there down to each node.
+        positions: absolute position of the token after each node.
+    """
+
+    known: list[Sequence[int]]
+    positions: list[int]
+
+    @classmethod
+    def of(cls, walk: Walk, block: Sequence[int]) -> _Contexts:
+        """Return the contexts of a block's nodes."""
+        known_of, paths = walk.sampler.known_of, [walk.tokens_to(node) for node in block]
+        positions = [len(walk.text) + len(path) for path in paths]
+        return cls([known_of(walk.text), *map(known_of, paths)], positions)
 
 
 def _draw_at_once(
     walks: Sequence[Walk],
     blocks: Sequence[Sequence[int]],
     scores: Sequence[Tensor],
-    contexts: Sequence[Sequence[Sequence[int]]],
+    contexts: Sequence[_Contexts],
     ids: Tensor,
 ) -> list[Draw]:
     """Draw after all nodes of all blocks, and return functions that tell the results; the host waits once.
@@ -198,15 +228,15 @@ def _draw_at_once(
         walks: walks of a pass.
         blocks: nodes of each walk.
         scores: scores of each block, float32 [n, V].
-        contexts: results of `_contexts`, by walk.
+        contexts: contexts of the nodes, by walk.
         ids: all tokens of the contexts on the device, int64.
     """
-    pieces = iter(ids.split([len(tokens) for of_walk in contexts for tokens in of_walk]))
+    pieces = iter(ids.split([len(tokens) for of_walk in contexts for tokens in of_walk.known]))
     best = list[Tensor]()
     for walk, of_walk, each in zip(walks, contexts, scores, strict=True):
-        text, *paths = (next(pieces) for _ in of_walk)
-        known = [walk.sampler.known_of(torch.cat([text, path])) if len(path) else text for path in paths]
-        best.append(walk.sampler.best_tokens(each, known, [len(walk.text) + len(path) for path in paths]))
+        text, *paths = (next(pieces) for _ in of_walk.known)
+        known = [torch.cat([text, path]) if len(path) else text for path in paths]
+        best.append(walk.sampler.best_tokens(each, known, of_walk.positions))
     drawn = iter(torch.cat(best).tolist())
     found = [{node: next(drawn) for node in block} for block in blocks]
     return [partial(_told, of_walk) for of_walk in found]

@@ -15,6 +15,7 @@ from functools import lru_cache
 from specchat.models.sizes.geometry import dequantize_bytes, held_bytes, layer_sizes, sizes_beside_experts, slot_bytes
 from specchat.planner.experts import ExpertTier
 from specchat.planner.states import draft_state_bytes, state_items
+from specchat.records.kv_slabs import allocated_bytes
 from specchat.records.limits import (
     COPY_PROMPT_ROWS,
     DRAFT_BRANCH,
@@ -192,7 +193,7 @@ def build_host_ledger(
 def kv_bytes(spec: ModelSpec, work: Workload, tree_rows: int) -> int:
     """Return the bytes of a cache whose seats hold a context and rows of trees."""
     rows = work.seats * padded_rows(work.ctx + tree_rows)
-    return rows * spec.kv_numbers_per_row * DTYPE_BYTES[work.dtype]
+    return allocated_bytes(spec.kv_shapes, rows, DTYPE_BYTES[work.dtype], work.device.partition(":")[0])
 
 
 def _draft_kv_bytes(draft: ModelSpec, work: Workload) -> int:

@@ -19,8 +19,9 @@ _LEAST_CTX = 512
 # rows while a layer is loaded; on two CPU cores, computing 128 rows takes longer than reading the layer from disk.
 TREE_BUDGETS = {"cpu": (128, 64, 32, 16), "cuda": (256, 512, 128, 64, 32)}
 CHUNK_ROWS = 512
-# Memory for the workspaces of cuBLAS and for rounding in the CUDA allocator; not measured on a GPU yet.
-CUDA_RESERVE_BYTES = 96 * MIB
+# Memory for the workspaces of cuBLAS, 8 to 32 MiB, and for rounding of small blocks in the CUDA allocator; not measured
+# on a GPU yet. The ledger counts what is rounded of the caches.
+CUDA_RESERVE_BYTES = 64 * MIB
 # Expanded nodes may be cut from the tree again, so the draft needs more rows than the tree has nodes.
 DRAFT_ROWS_PER_NODE = 2
 

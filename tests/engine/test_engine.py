@@ -19,6 +19,7 @@ from support.tiny_models import REFUSED, VOCAB, make_config, perturbed, random_m
 
 from specchat.engine.drafting.drafter import ModelDrafter
 from specchat.engine.engine import Engine
+from specchat.engine.kv_cache import Kept
 from specchat.engine.tree import ROOT, TokenTree
 from specchat.errors import (
     CorruptCheckpointError,
@@ -220,10 +221,10 @@ class WatchedDrafter(ModelDrafter):
         (self.tree,) = super().grow(*args)
         return [self.tree]
 
-    def commit(self, seat: int, path: Sequence[int], tokens: Sequence[int]) -> None:
+    def commit(self, seat: int, path: Sequence[int], tokens: Sequence[int]) -> Sequence[Kept]:
         end = path[-1] if path else ROOT
         self.ended_at_leaf.append(end not in self.tree.parents)
-        super().commit(seat, path, tokens)
+        return super().commit(seat, path, tokens)
 
 
 def watched(models: Models, draft: ModelSource, budget: int, branch: int) -> tuple[Engine, WatchedDrafter]:

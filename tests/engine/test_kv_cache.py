@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from contextlib import AbstractContextManager
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,11 +19,15 @@ from specchat.engine.kv_cache import LayerKv, TreeCache
 from specchat.engine.layout import PassLayout, RowLayout, linear_layout
 from specchat.engine.model import TreeModel
 from specchat.engine.tree import ROOT, TokenTree
+from specchat.records import kv_slabs
+from specchat.records.kv_slabs import allocated_bytes, slabs_of
 from specchat.records.limits import padded_rows
 from specchat.records.model import KvShape, ModelSource
+from specchat.units import MIB
 
 CPU = torch.device("cpu")
-SHAPES = (KvShape(2, 3, 5), KvShape(1, 4, 1))  # layers may differ, keys from values too
+# Layers may differ, keys from values too.
+SHAPES = (KvShape(2, 3, 5), KvShape(1, 4, 1), KvShape(2, 3, 5), KvShape(1, 4, 4), KvShape(1, 4, 4), KvShape(2, 3, 5))
 CAPACITY = 40
 
 
@@ -52,16 +58,27 @@ def check_rows(cache: TreeCache, seats: list[list[int]]) -> None:
         assert torch.isfinite(kv.keys).all() and torch.isfinite(kv.values).all()
 
 
+def shared_up_to(num_bytes: int) -> AbstractContextManager[Any]:
+    """A scope in which layers share buffers of a CPU up to a size, as those of a GPU do."""
+    return mock.patch.dict(kv_slabs._MOST_SHARED_BYTES, cpu=num_bytes)
+
+
 @given(
     data=st.data(),
     num_seats=st.integers(1, 3),
-    operations=st.lists(st.sampled_from(["append", "path", "rows", "truncate", "wipe"]), max_size=25),
+    operations=st.lists(st.sampled_from(["append", "path", "rows", "truncate", "wipe", "resize"]), max_size=25),
+    shared_bytes=st.sampled_from([0, 16000, 1 << 20]),
 )
 @settings(deadline=None, max_examples=100)
-def test_each_seat_is_a_list_of_rows(data: st.DataObject, num_seats: int, operations: list[str]):
-    cache = TreeCache(SHAPES, CAPACITY, torch.float32, CPU, num_seats)
+def test_each_seat_is_a_list_of_rows(data: st.DataObject, num_seats: int, operations: list[str], shared_bytes: int):
+    with shared_up_to(shared_bytes):
+        cache = TreeCache(SHAPES, CAPACITY, torch.float32, CPU, num_seats)
+    num_buffers = len({kv.keys.untyped_storage().data_ptr() for kv in cache.layers})
+    assert shared_bytes or num_buffers == len(SHAPES)
+    assert shared_bytes < 1 << 20 or num_buffers == 3
     buffers = [kv.keys.data_ptr() for kv in cache.layers]
     nbytes, seats, num_made = cache.nbytes, [list[int]() for _ in range(num_seats)], 0
+    grows = "resize" in operations
     for operation in operations:
         seat = data.draw(st.integers(0, num_seats - 1))
         held = seats[seat]
@@ -80,6 +97,11 @@ def test_each_seat_is_a_list_of_rows(data: st.DataObject, num_seats: int, operat
             if operation == "wipe":
                 rows = slice(seat * cache.capacity + len(held), (seat + 1) * cache.capacity)
                 assert not any(each[:, :, rows].any() for kv in cache.layers for each in (kv.keys, kv.values))
+        elif operation == "resize":
+            capacity = data.draw(st.integers(max(map(len, seats)), 2 * CAPACITY))
+            with shared_up_to(shared_bytes):
+                cache.resize(capacity)
+            assert cache.nbytes * padded_rows(CAPACITY) == nbytes * padded_rows(capacity)
         else:
             base = data.draw(st.integers(0, len(held)))
             behind = list(range(base, len(held)))
@@ -89,7 +111,7 @@ def test_each_seat_is_a_list_of_rows(data: st.DataObject, num_seats: int, operat
             cache.keep(seat, base, rows)
             seats[seat] = held[:base] + [held[row] for row in rows]
         check_rows(cache, seats)
-    assert cache.nbytes == nbytes and buffers == [kv.keys.data_ptr() for kv in cache.layers]
+    assert grows or (cache.nbytes == nbytes and buffers == [kv.keys.data_ptr() for kv in cache.layers])
 
 
 def append(cache: TreeCache, new: dict[int, list[int]], chunk_rows: int = 50) -> None:
@@ -121,6 +143,19 @@ def test_cache_bytes_are_the_sum_of_padded_rows():
             append(cache, {0: list(range(33))})
 
 
+def test_buffers_of_a_gpu_are_shared_and_rounded():
+    shapes = (*(KvShape(8, 128, 128),) * 40, KvShape(0, 128, 128), *(KvShape(1, 576, 512),) * 3)
+    rows, layer_bytes = 8208, 8208 * 8 * 256 * 2  # 32.1 MiB, so three of them in a buffer
+    slabs = slabs_of(shapes, rows, 2, "cuda")
+    assert sorted(index for slab in slabs for index in slab) == list(range(len(shapes)))
+    assert [len(slab) for slab in slabs] == [*[3] * 13, 1, 1, 3]
+    assert slabs_of(shapes, rows, 2, "cpu") == [[index] for index in range(len(shapes))]
+    rest = 3 * rows * (576 + 512) * 2
+    assert allocated_bytes(shapes, rows, 2, "cpu") == 40 * layer_bytes + rest
+    rounded = allocated_bytes(shapes, rows, 2, "cuda")
+    assert rounded == (13 * 98 + 34 + 28 + 26) * MIB and rounded > 40 * layer_bytes + rest
+
+
 def test_truncate_drops_rows_of_a_cancelled_pass():
     """A cancelled pass leaves more rows in the first layers than in the others."""
     cache = TreeCache(SHAPES, CAPACITY, torch.float32, CPU, 2)
@@ -146,7 +181,7 @@ class Snapshots(LayerKv):
     """A layer's cache that only goes back to some lengths."""
 
     def __init__(self, *lengths: int) -> None:
-        super().__init__(SHAPES[0], 2, CAPACITY, torch.float32, CPU)
+        super().__init__(2)
         self._reachable = lengths
 
     def truncate(self, seat: int, length: int) -> int:

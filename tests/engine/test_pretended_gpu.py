@@ -294,6 +294,7 @@ def test_the_second_gpu_leaves_the_first_alone(llama: Any, monkeypatch: pytest.M
         with PretendedGpu(num_devices=2) as gpu:
             with loaded(case, llama, "cuda:1") as engine:
                 write(engine, prompt, GREEDY, 4)
+                assert engine.target.streamer._host._lent is None  # the disk reads on while the draft runs
             assert gpu.runtime.implied == {1} and set(gpu.runtime.timed) == {torch.device("cuda:1")}
             assert not gpu.runtime.pinned
             waits = {event.name for event in gpu.events if event.kind == "wait" and event.phase == "verifying"}

@@ -20,6 +20,7 @@ from specchat.engine.drafting.drafter import ModelDrafter
 from specchat.engine.drafting.paths import Paths
 from specchat.engine.drafting.policy import FixedPolicy
 from specchat.engine.drafting.sources import SMALL_DRAFT
+from specchat.engine.kv_cache import keep_together
 from specchat.engine.model import TreeModel
 from specchat.engine.sampling import Noise, Sampler
 from specchat.engine.tree import ROOT, TokenTree, common_prefix
@@ -251,7 +252,7 @@ def test_growth_continues_from_the_accepted_path(draft: Draft, data: st.DataObje
         expected = grow(fresh, context, FixedPolicy(16), 20, sampler, None)
         assert set(named(tree)) == set(named(expected))
         path = path_to(tree, data.draw(st.integers(ROOT, len(tree) - 1)))
-        drafter.commit(0, path, [])
+        keep_together(drafter.commit(0, path, []))
         context = [*context, *(tree.tokens[node] for node in path), data.draw(st.integers(3, VOCAB - 1))]
         if data.draw(st.booleans()):  # the text goes back, as after /undo or a shorter answer
             context = context[: data.draw(st.integers(1, len(context)))]
@@ -279,7 +280,7 @@ def test_tree_ends_where_the_drafts_positions_end(draft: Draft, left: int):
     drafter = ModelDrafter(load(draft, 60), max_rows=32, max_context=len(context) + left, branch=1)
     tree = grow(drafter, context, FixedPolicy(16), 50, Sampler(GREEDY, VOCAB, CPU), None)
     assert tree.depths == tuple(range(1, left + 1))  # a chain, as nodes have one child here
-    drafter.commit(0, path_to(tree, len(tree) - 1), [])
+    keep_together(drafter.commit(0, path_to(tree, len(tree) - 1), []))
     assert len(grow(drafter, [*context, *[4] * 60], FixedPolicy(16), 50, Sampler(GREEDY, VOCAB, CPU), None)) == 0
 
 
@@ -287,7 +288,7 @@ def test_no_depth_or_budget_gives_an_empty_tree(draft: Draft):
     drafter = ModelDrafter(load(draft, 60), max_rows=32, max_context=512)
     for budget, max_depth in ((0, 5), (5, 0)):
         assert len(grow(drafter, [3, 4], FixedPolicy(budget), max_depth, Sampler(GREEDY, VOCAB, CPU), None)) == 0
-        drafter.commit(0, [], [])
+        keep_together(drafter.commit(0, [], []))
     assert len(grow(drafter, [3, 4], FixedPolicy(5), 5, Sampler(GREEDY, VOCAB, CPU), None)) == 5
 
 

@@ -20,7 +20,7 @@ from specchat.planner.request import PlanInputs
 from specchat.planner.search import choose_plan, smaller_plan
 from specchat.records.model import ModelSource
 from specchat.records.plan import Plan
-from specchat.units import GIB
+from specchat.units import GIB, MIB
 
 GPU = Machine("cuda:0", 14 * GIB, 32 * GIB, fast_bf16=True)
 FAST = replace(UNKNOWN_RATES, matmul=(MatmulRate(1, 3e11), MatmulRate(512, 3e13)), matmul_dtype="bf16")
@@ -75,7 +75,7 @@ def test_trees_of_a_copy_take_rows_of_the_targets_cache():
     work, spec = plan.work, known_spec(TARGET.name)
     assert work.tree_rows == work.draft_rows == 128
     kv = next(item.bytes for item in plan.ledger if item.item == "KV cache")
-    assert kv == (work.ctx + 128) * spec.kv_numbers_per_row * 2
+    assert 0 <= kv - (work.ctx + 128) * spec.kv_numbers_per_row * 2 < 2 * MIB * spec.num_layers  # blocks of 2 MiB
 
 
 def test_splits_count_copies_of_streamed_layers():

@@ -433,7 +433,7 @@ def test_more_answers_bring_more_while_layers_stream():
     speeds = [each.prediction.tok_per_s for each in found]
     assert speeds == sorted(speeds) and speeds[2] > 2 * speeds[0]
     caches = [next(item.bytes for item in each.plan.ledger if item.item == "KV cache") for each in found]
-    assert caches == [caches[0], 4 * caches[0], 10 * caches[0]]
+    assert caches == pytest.approx([caches[0], 4 * caches[0], 10 * caches[0]], rel=0.01)  # blocks are rounded up
     resident = [len(each.plan.placement.resident) for each in found]
     assert resident == sorted(resident, reverse=True)
     assert [each.plan.work.seats for each in found] == [1, 4, 10]

@@ -11,6 +11,7 @@ from torch import Tensor
 from specchat.engine.drafting.paths import Paths
 from specchat.engine.drafting.policy import DraftPolicy
 from specchat.engine.drafting.sources import ScoringSource
+from specchat.engine.kv_cache import Kept
 from specchat.engine.model import TreeModel
 from specchat.engine.sequence import FinalStates, TokenSequence
 from specchat.engine.tree import ROOT, TokenTree
@@ -88,9 +89,8 @@ class SourceGrowth:
     def observe(self, tails: Sequence[Sequence[int]], scores: Tensor) -> None:
         pass
 
-    def commit(self, seat: int, path: Sequence[int], tokens: Sequence[int]) -> None:
-        if self._grown:
-            self._source.commit(seat, [], [])
+    def commit(self, seat: int, path: Sequence[int], tokens: Sequence[int]) -> Sequence[Kept]:
+        return self._source.commit(seat, [], []) if self._grown else ()
 
     def receive(self, seat: int, states: FinalStates) -> None:
         self._source.receive(seat, states)

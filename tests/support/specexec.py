@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from specchat.engine.drafting.policy import DraftPolicy
+from specchat.engine.kv_cache import Kept
 from specchat.engine.model import TreeModel
 from specchat.engine.sequence import TokenSequence
 from specchat.engine.tree import ROOT, TokenTree
@@ -77,8 +78,8 @@ class SpecExecDrafter:
     wants_states = False
     taps = None
 
-    def commit(self, seat: int, path: Sequence[int], tokens: Sequence[int]) -> None:
-        pass
+    def commit(self, seat: int, path: Sequence[int], tokens: Sequence[int]) -> Sequence[Kept]:
+        return ()
 
     def close(self) -> None:
         pass

@@ -23,6 +23,7 @@ from specchat.engine.drafting.draft_model import runs
 from specchat.engine.drafting.head_check import HeadCheck, choices
 from specchat.engine.drafting.paths import Paths
 from specchat.engine.drafting.sources import SMALL_DRAFT
+from specchat.engine.kv_cache import Kept
 from specchat.engine.layout import PassLayout, RowLayout, linear_layout
 from specchat.engine.model import TreeModel
 from specchat.engine.sequence import FinalStates, TokenSequence
@@ -216,8 +217,9 @@ class DFlashHead:
         """Free the scores."""
         self._levels, self._states = [], []
 
-    def commit(self, seat: int, rows: Sequence[int], tokens: Sequence[int]) -> None:
-        """Do nothing: the block's rows were dropped, and `receive` stores the accepted tokens' states."""
+    def commit(self, seat: int, rows: Sequence[int], tokens: Sequence[int]) -> Sequence[Kept]:
+        """Return nothing: the block's rows were dropped, and `receive` stores the accepted tokens' states."""
+        return ()
 
     def reset(self) -> None:
         """Empty the cache, and forget all texts."""

@@ -17,6 +17,7 @@ ten sequences this brings 3 to 13% more tokens than equal shares (demo pair, 40 
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Sequence
@@ -25,20 +26,26 @@ from typing import Protocol
 
 from torch import Tensor
 
+from specchat.engine.drafting.device_growth import DeviceGrowth
 from specchat.engine.drafting.draft_model import DraftModel
 from specchat.engine.drafting.growth import Growth, Sources
+from specchat.engine.drafting.pass_times import FadingRatio
 from specchat.engine.drafting.paths import Paths
 from specchat.engine.drafting.policy import DraftPolicy, Roots
 from specchat.engine.drafting.proposers import Proposers
 from specchat.engine.drafting.recycling import Recycling
 from specchat.engine.drafting.retrieval import Retrieval
 from specchat.engine.drafting.sources import ProposingSource, ScoringSource
+from specchat.engine.kv_cache import Kept
 from specchat.engine.model import TreeModel
 from specchat.engine.sequence import FinalStates, TokenSequence
 from specchat.engine.taps import LayerTaps
 from specchat.engine.tree import ROOT, TokenTree
 from specchat.records.generation import SourceWork
-from specchat.records.limits import DRAFT_BRANCH
+from specchat.records.limits import DRAFT_BRANCH, draft_width
+
+# The next tree takes about as many passes as the last few ones: older ones fade by this factor.
+_KEEP_PASSES = 0.8
 
 
 class Drafter(Protocol):
@@ -78,13 +85,16 @@ class Drafter(Protocol):
             scores: the target's scores of each row, float32 [n, V].
         """
 
-    def commit(self, seat: int, path: Sequence[int], tokens: Sequence[int]) -> None:
+    def commit(self, seat: int, path: Sequence[int], tokens: Sequence[int]) -> Sequence[Kept]:
         """Commit the nodes of a seat's last tree that the target accepted.
 
         Args:
             seat: seat of the sequence.
             path: accepted nodes, root to leaf.
             tokens: tokens that the target drew: those of the path, and the one after it.
+
+        Returns:
+            Rows that stay in the drafter's caches, which the caller keeps before the next tree.
         """
 
     @property
@@ -125,8 +135,9 @@ class NoDrafter:
     def observe(self, tails: Sequence[Sequence[int]], scores: Tensor) -> None:
         """Do nothing: no source learns."""
 
-    def commit(self, seat: int, path: Sequence[int], tokens: Sequence[int]) -> None:
-        """Do nothing: nothing was drafted."""
+    def commit(self, seat: int, path: Sequence[int], tokens: Sequence[int]) -> Sequence[Kept]:
+        """Return nothing: nothing was drafted."""
+        return ()
 
     def receive(self, seat: int, states: FinalStates) -> None:
         """Do nothing: nothing is drafted."""
@@ -182,6 +193,7 @@ class TreeDrafter:
         self._sources = Sources(scorer, self._proposers, branch, shared_noise)
         self._names = (*scorers, *(source.name for source in proposers))
         self._grown: dict[int, _Grown] = {}  # last tree by seat
+        self._useful_passes = FadingRatio(keep=_KEEP_PASSES)  # of trees that grow on a device
 
     def grow(
         self, sequences: Sequence[TokenSequence], policy: DraftPolicy, cancel: threading.Event | None
@@ -202,14 +214,15 @@ class TreeDrafter:
         for source in self._proposers.sources:
             source.observe(tails, scores)
 
-    def commit(self, seat: int, path: Sequence[int], tokens: Sequence[int]) -> None:
+    def commit(self, seat: int, path: Sequence[int], tokens: Sequence[int]) -> Sequence[Kept]:
         """Hand the accepted nodes to the scoring source, and learn which proposals came true."""
         grown = self._grown.pop(seat, None)
         if grown is None:
-            return
+            return ()
+        kept: Sequence[Kept] = ()
         if self._sources.scorer is not None:
             known = [node for node in path if grown.rows[node] >= 0]
-            self._sources.scorer.commit(
+            kept = self._sources.scorer.commit(
                 seat, [grown.rows[node] for node in known], [grown.tree.tokens[node] for node in known]
             )
         for node in path:
@@ -217,6 +230,7 @@ class TreeDrafter:
         for node, token in zip((ROOT, *path), tokens, strict=False):  # a broken walk draws no last token
             if grown.asked[node + 1] >= 0:
                 self._proposers.learn(grown.asked[node + 1], token)
+        return kept
 
     @property
     def wants_states(self) -> bool:
@@ -269,13 +283,17 @@ class TreeDrafter:
             cancel: event that stops drafting.
         """
         begin = time.perf_counter()
-        growth = Growth(sources, sequences, policy, roots, cancel)
+        growth = self._growth(sources, sequences, policy, roots, cancel)
         try:
             paths = growth.run()
         finally:
             if sources.scorer is not None:
                 sources.scorer.end()
-        asked_roots = growth.asked_roots or [-1] * len(sequences)
+        asked_roots = [-1] * len(sequences)
+        if isinstance(growth, DeviceGrowth):
+            self._useful_passes.add(growth.useful_passes, 1)
+        elif growth.asked_roots:
+            asked_roots = growth.asked_roots
         for tree, sequence in enumerate(sequences):
             of_tree = paths.of_tree(tree) if len(sequences) > 1 else paths
             self._grown[sequence.seat] = self._finished(of_tree, asked_roots[tree])
@@ -283,6 +301,30 @@ class TreeDrafter:
         if sources.scorer is not None:
             seconds = time.perf_counter() - begin - sum(each.draft_s for each in self.work)
             self.work = (SourceWork(sources.scorer.name, seconds, growth.passes), *self.work)
+
+    def _growth(
+        self,
+        sources: Sources,
+        sequences: Sequence[TokenSequence],
+        policy: DraftPolicy,
+        roots: Roots,
+        cancel: threading.Event | None,
+    ) -> Growth | DeviceGrowth:
+        """Return the growth of trees: on the device where nothing needs the host between passes; see `_grow`."""
+        scorer = sources.scorer
+        is_alone = len(sequences) == 1 and not sources.proposers.sources
+        if not is_alone or not isinstance(scorer, DraftModel) or not scorer.grows_on_device:
+            return Growth(sources, sequences, policy, roots, cancel)
+        return DeviceGrowth(
+            scorer,
+            sequences[0],
+            policy,
+            roots,
+            branch=sources.branch,
+            shared_noise=sources.shared_noise,
+            num_passes=math.ceil(self._useful_passes.value(policy.tree_budget / draft_width(policy.tree_budget))),
+            cancel=cancel,
+        )
 
     def _finished(self, paths: Paths, asked_root: int) -> _Grown:
         """Return the tree of paths that all are in one tree."""

@@ -59,7 +59,7 @@ class Sources:
 
 
 @dataclass(frozen=True)
-class _Begin:
+class PassBegin:
     """The begin of a draft pass: the time, and how many kinds of matmuls were measured before.
 
     A pass that measures kernels says nothing about the passes after it, so its time is not recorded.
@@ -67,6 +67,11 @@ class _Begin:
 
     at: float = field(default_factory=time.perf_counter)
     measured: int = field(default_factory=lambda: autotuner().num_measured)
+
+    @property
+    def is_typical(self) -> bool:
+        """Whether no kernel was measured since the begin."""
+        return self.measured == autotuner().num_measured
 
 
 class Growth:
@@ -124,7 +129,7 @@ class Growth:
     def _expanded(self, paths: Paths, scorer: ScoringSource) -> Paths:
         """Expand nodes until another pass cannot change the trees or would not save time."""
         while True:
-            begin = _Begin()
+            begin = PassBegin()
             paths = self._with_likely_chains(paths, scorer)
             nodes = self._nodes_to_expand(paths, scorer)
             if not len(nodes):
@@ -134,16 +139,16 @@ class Growth:
             if not scorer.knows_all_levels:
                 self._count_pass(len(nodes), begin)
 
-    def _count_pass(self, rows: int, begin: _Begin) -> None:
+    def _count_pass(self, rows: int, begin: PassBegin) -> None:
         self.passes += 1
-        if begin.measured == autotuner().num_measured:
+        if begin.is_typical:
             self._policy.record_draft_pass(rows, time.perf_counter() - begin.at)
 
     def _first_children(self, paths: Paths) -> Paths:
         scorer = self._sources.scorer
         if scorer is None:
             return self._with_proposed(paths, [ROOT] * len(self._sequences), self.asked_roots)
-        begin = _Begin()
+        begin = PassBegin()
         logits, rows = scorer.begin(self._sequences, self._cancel)
         num_trees = len(self._sequences)
         paths = self._scored(paths, scorer, torch.arange(num_trees), torch.full((num_trees,), ROOT), logits)
@@ -258,7 +263,7 @@ class Growth:
             sequence = self._sequences[tree]
             positions = [len(sequence.tokens) + int(depth) for depth in depths[rows]]
             own = logits[rows, : sequence.sampler.vocab_size]  # padded vocabularies may differ in size
-            weights = self._weights(own, positions, sequence.sampler, scorer.temperatures)
+            weights = path_weights(own, sequence.sampler, scorer.temperatures, self._noise(sequence, positions))
             if self._sources.proposers.sources:
                 numbers = self._numbers(paths, tree, parents[rows])
                 merged = self._sources.proposers.beside(numbers, weights)
@@ -312,14 +317,26 @@ class Growth:
                 edges[node] = child.weight
         return exists, edges
 
-    def _weights(
-        self, logits: Tensor, positions: Sequence[int], sampler: Sampler, temperatures: Temperatures
-    ) -> Tensor:
-        """Return log weights [n, V]: the draft's estimate of how likely the target accepts each token."""
-        if sampler.noise is None:
-            return torch.log_softmax(logits / temperatures.greedy, dim=-1)
-        scores = logits / sampler.sampling.temperature
-        if not self._sources.shared_noise:
-            return torch.log_softmax(scores, dim=-1)
-        noise = torch.stack([sampler.noise.row(position) for position in positions])
-        return torch.log_softmax((scores + noise[:, : scores.shape[-1]]) / temperatures.noise, dim=-1)
+    def _noise(self, sequence: TokenSequence, positions: Sequence[int]) -> Tensor | None:
+        """Return the sampler's noise at positions [n, V]; None without noise, or if it is not shared."""
+        noise = sequence.sampler.noise
+        if noise is None or not self._sources.shared_noise:
+            return None
+        return torch.stack([noise.row(position) for position in positions])
+
+
+def path_weights(logits: Tensor, sampler: Sampler, temperatures: Temperatures, noise: Tensor | None) -> Tensor:
+    """Return log weights [n, V]: the draft's estimate of how likely the target accepts each token.
+
+    Args:
+        logits: the draft's scores [n, V].
+        sampler: sampler of the sequence.
+        temperatures: temperatures of the draft.
+        noise: the sampler's noise [n, >= V]; None if the answer is greedy or the noise is not shared.
+    """
+    if sampler.noise is None:
+        return torch.log_softmax(logits / temperatures.greedy, dim=-1)
+    scores = logits / sampler.sampling.temperature
+    if noise is None:
+        return torch.log_softmax(scores, dim=-1)
+    return torch.log_softmax((scores + noise[:, : scores.shape[-1]]) / temperatures.noise, dim=-1)

@@ -22,6 +22,7 @@ from specchat.engine.drafting.draft_model import runs
 from specchat.engine.drafting.head_check import HeadCheck
 from specchat.engine.drafting.paths import Paths, TreeRows
 from specchat.engine.drafting.sources import SMALL_DRAFT
+from specchat.engine.kv_cache import Kept
 from specchat.engine.layout import PassLayout, RowLayout, linear_layout
 from specchat.engine.model import TreeModel
 from specchat.engine.sequence import FinalStates, TokenSequence
@@ -236,9 +237,10 @@ class MtpHead:
     def end(self) -> None:
         """Do nothing: the rows are in the head's own cache."""
 
-    def commit(self, seat: int, rows: Sequence[int], tokens: Sequence[int]) -> None:
+    def commit(self, seat: int, rows: Sequence[int], tokens: Sequence[int]) -> Sequence[Kept]:
         """Drop the rows of the tree: they were computed from guessed states."""
         self._model.cache.truncate(seat, self._held[seat].num_read)
+        return ()
 
     def reset(self) -> None:
         """Empty the cache, and drop all states."""

@@ -9,17 +9,15 @@ dropped before the target's pass. That pass stores its own rows in their places.
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from specchat.engine.drafting.draft_model import DraftModel
-from specchat.engine.drafting.paths import TreeRows
 from specchat.engine.drafting.sources import Temperatures
-from specchat.engine.layout import PassLayout, RowLayout, linear_layout
+from specchat.engine.kv_cache import Kept
+from specchat.engine.layout import RowLayout, linear_layout
 from specchat.engine.model import TreeModel
 from specchat.engine.sequence import TokenSequence
 from specchat.engine.streaming.base import NoStreamer
@@ -90,8 +88,8 @@ class OwnCopy(DraftModel):
         """Return the most levels of a tree; 0 before a long prompt, which the target reads first."""
         return super().max_depth(sequence) if len(sequence.pending) <= self._most_new else 0
 
-    def begin(self, sequences: Sequence[TokenSequence], cancel: threading.Event | None) -> tuple[Tensor, int]:
-        """Compute the tokens that the target has not; return the scores after the last ones, and the rows."""
+    def _new_rows(self, sequences: Sequence[TokenSequence]) -> tuple[list[int], list[tuple[int, RowLayout]], list[int]]:
+        """Return the tokens that the target has not computed, their rows, and the place of each last token."""
         tokens, parts, last = list[int](), list[tuple[int, RowLayout]](), list[int]()
         self._committed = {sequence.seat: sequence.num_cached for sequence in sequences}
         for sequence in sequences:
@@ -99,10 +97,7 @@ class OwnCopy(DraftModel):
             parts.append((sequence.seat, linear_layout(sequence.num_cached, len(new), self._model.device)))
             tokens += new
             last.append(len(tokens) - 1)
-        hidden = self._model.forward(tokens, PassLayout(parts), cancel)
-        self._seats = [sequence.seat for sequence in sequences]
-        self._rows = [TreeRows(self._max_rows, len(each.tokens)) for each in sequences]
-        return self._model.logits(hidden[last]), len(tokens)
+        return tokens, parts, last
 
     def end(self) -> None:
         """Drop the rows of the roots and of the trees: the target computes its own."""
@@ -110,8 +105,9 @@ class OwnCopy(DraftModel):
             self._model.cache.truncate(seat, length)
         self._committed = {}
 
-    def commit(self, seat: int, rows: Sequence[int], tokens: Sequence[int]) -> None:
-        """Do nothing: the target has computed the accepted nodes."""
+    def commit(self, seat: int, rows: Sequence[int], tokens: Sequence[int]) -> Sequence[Kept]:
+        """Return nothing: the target has computed the accepted nodes."""
+        return ()
 
     def reset(self) -> None:
         """Remove every trace of NaN that the copy may have left behind the target's rows."""

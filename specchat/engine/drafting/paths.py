@@ -12,7 +12,7 @@ from specchat.engine.layout import RowLayout
 from specchat.engine.tree import ROOT
 
 # Scores stay strictly below the parent's, so that sorting never puts a child before its parent.
-_LEAST_LOSS = -1e-9
+LEAST_LOSS = -1e-9
 
 
 @dataclass
@@ -78,7 +78,7 @@ class Paths:
             depth = torch.where(is_root, 1, self.depth[parent.clamp(min=0)] + 1)
         else:
             base, depth = torch.zeros(parent.shape, dtype=torch.float64), torch.ones_like(parent)
-        edge = scores.flatten().clamp(max=_LEAST_LOSS)
+        edge = scores.flatten().clamp(max=LEAST_LOSS)
         unknown = torch.full_like(parent, -1)
         merged = Paths(
             torch.cat([self.score, base + edge]),
@@ -97,7 +97,7 @@ class Paths:
         """Return the paths, in the same order, with new log weights of some nodes below their parents."""
         edge = self.edge.tolist()
         for node, weight in edges.items():
-            edge[node] = min(weight, _LEAST_LOSS)
+            edge[node] = min(weight, LEAST_LOSS)
         score = list[float]()
         for weight, parent in zip(edge, self.parent.tolist(), strict=True):
             score.append(weight + (0.0 if parent == ROOT else score[parent]))

@@ -13,8 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain, pairwise
 from typing import Protocol
+
+import torch
+from torch import Tensor
 
 from specchat.engine.drafting.pass_times import PRIOR_WEIGHT, FadingRatio, PassTimes
 from specchat.engine.tree import ROOT, TokenTree
@@ -57,6 +60,34 @@ class Roots:
 ONE_ROOT = Roots()
 
 
+@dataclass(frozen=True)
+class ExpansionTables:
+    """What `DraftPolicy.num_to_expand` depends on, for a device that decides without the host.
+
+    Attributes:
+        node_costs: tokens that the time of one more row of the target's pass is worth, by number of better nodes.
+        pass_costs: tokens that the time of a draft pass is worth, for 1, 2, ... rows.
+        children: probability that a child of a node is accepted, by the bins of the node's log weight.
+        slopes: change of this probability towards the next bin.
+        bin_width: width of the bins; they begin at half of it.
+    """
+
+    node_costs: Sequence[float]
+    pass_costs: Sequence[float]
+    children: Sequence[float]
+    slopes: Sequence[float]
+    bin_width: float = _BIN_WIDTH
+
+    @property
+    def parts(self) -> tuple[Sequence[float], ...]:
+        """All tables."""
+        return self.node_costs, self.pass_costs, self.children, self.slopes
+
+    def packed(self) -> Tensor:
+        """Return the values of all tables, one after another, float64."""
+        return torch.tensor([*chain.from_iterable(self.parts)], dtype=torch.float64)
+
+
 class DraftPolicy(Protocol):
     """Decides how a drafter grows the trees of a pass."""
 
@@ -85,6 +116,14 @@ class DraftPolicy(Protocol):
         Args:
             ranks: number of better nodes in the trees for each open node, best first; no more nodes than fit one pass.
             weights: log weights of the open nodes.
+            roots: the target's pass without nodes.
+        """
+
+    def expansion_tables(self, width: int, roots: Roots = ONE_ROOT) -> ExpansionTables | None:
+        """Return what `num_to_expand` depends on; None if it always expands all open nodes.
+
+        Args:
+            width: most open nodes of a pass.
             roots: the target's pass without nodes.
         """
 
@@ -134,6 +173,10 @@ class FixedPolicy:
     def num_to_expand(self, ranks: Sequence[int], weights: Sequence[float], roots: Roots = ONE_ROOT) -> int:
         """Return the number of all open nodes."""
         return len(weights)
+
+    def expansion_tables(self, width: int, roots: Roots = ONE_ROOT) -> None:
+        """Return None: all open nodes are expanded."""
+        return
 
     def num_to_verify(self, weights: Sequence[float], roots: Roots = ONE_ROOT) -> int:
         """Return the number of all nodes."""
@@ -209,6 +252,18 @@ class AdaptivePolicy:
             if value > best_value:
                 best, best_value = count, value
         return best
+
+    def expansion_tables(self, width: int, roots: Roots = ONE_ROOT) -> ExpansionTables:
+        """Return the times of passes, in tokens, and what is known of accepted nodes."""
+        tokens_per_s, first = self._tokens_per_s(roots.num_sequences), self._known_rows(roots)
+        times = [self._target_times.at(first + rank) for rank in range(self.tree_budget + 1)]
+        children, slopes = self._acceptance.children_by_bin()
+        return ExpansionTables(
+            node_costs=[tokens_per_s * (after - before) for before, after in pairwise(times)],
+            pass_costs=[tokens_per_s * self._draft_times.at(rows) for rows in range(1, width + 1)],
+            children=children,
+            slopes=slopes,
+        )
 
     def num_to_verify(self, weights: Sequence[float], roots: Roots = ONE_ROOT) -> int:
         """Return the best number of nodes: expected tokens, minus the tokens that the time of the pass is worth."""
@@ -346,6 +401,13 @@ class _Acceptance:
     def of_children(self, weight: float) -> float:
         """Return the probability that a child of the node is accepted."""
         return self.of(weight) * self._expanded.value(0.0)
+
+    def children_by_bin(self) -> tuple[list[float], list[float]]:
+        """Return `of_children` at all bins but the last one, and what is added to it towards the next bin."""
+        expanded = self._expanded.value(0.0)
+        values = [ratio.value(0.0) for ratio in self._accepted]
+        slopes = [(min(lighter, heavier) - heavier) * expanded for heavier, lighter in pairwise(values)]
+        return [value * expanded for value in values[:-1]], slopes
 
     def add(self, tree: TokenTree, path: Sequence[int]) -> None:
         """Count the nodes of a verified tree, and which of them were accepted."""

@@ -10,6 +10,7 @@ from typing import Protocol
 from torch import Tensor
 
 from specchat.engine.drafting.paths import Paths
+from specchat.engine.kv_cache import Kept
 from specchat.engine.model import TreeModel
 from specchat.engine.sequence import FinalStates, TokenSequence
 from specchat.engine.taps import LayerTaps
@@ -96,8 +97,17 @@ class ScoringSource(Protocol):
     def end(self) -> None:
         """End the growth of the trees, also after an error: drop the rows that the target's pass must not find."""
 
-    def commit(self, seat: int, rows: Sequence[int], tokens: Sequence[int]) -> None:
-        """Keep rows of a seat's last tree: those of the accepted nodes that were expanded, with their tokens."""
+    def commit(self, seat: int, rows: Sequence[int], tokens: Sequence[int]) -> Sequence[Kept]:
+        """Commit the accepted nodes of a seat's last tree that were expanded.
+
+        Args:
+            seat: seat of the sequence.
+            rows: rows of the nodes.
+            tokens: tokens of the nodes.
+
+        Returns:
+            Rows that stay in the source's caches, which the caller keeps.
+        """
 
     def receive(self, seat: int, states: FinalStates) -> None:
         """Take the target's states of rows that became final, after `commit`; see `Drafter.receive`."""

@@ -132,6 +132,7 @@ class CudaStreamer(LayerStreamer):
         while self._copied and self._copied[0][1].query():  # copies for the next pass may be in progress
             before, after = self._copied.pop(0)
             self._link_s += before.elapsed_time(after) / 1e3
+        self._host.reuse_slot()  # else the last layer's slot would wait for the next pass, while the draft runs
         return StreamCounters(self._num_bytes, self._wait_s + self._host.wait_s, link_s=self._link_s)
 
     def close(self) -> None:

@@ -114,7 +114,7 @@ class HostLayers:
         if index in self._kept:
             return self._kept[index]
         assert self._queue is not None
-        self._reuse_slot()
+        self.reuse_slot()
         turn = self._turn[j]
         self._queue.take(turn)
         return self._slots[turn % len(self._slots)][: self._sizes[index]]
@@ -137,10 +137,19 @@ class HostLayers:
         if j in self._turn:
             self._lent = (self._turn[j], copied)
 
+    def reuse_slot(self) -> None:
+        """Wait for the current copy, and let the disk read the next layer into its slot."""
+        if self._lent is not None:
+            assert self._queue is not None
+            turn, copied = self._lent
+            copied()
+            self._queue.give_back(turn)
+            self._lent = None
+
     def restart(self) -> None:
         """Read the first layers again, after the current copy has ended."""
         if self._queue is not None:
-            self._reuse_slot()
+            self.reuse_slot()
             self._queue.restart()
 
     def slots_without(self, given: Collection[int]) -> tuple[int, int]:
@@ -165,14 +174,6 @@ class HostLayers:
                 self._pin.release(self._slots.pop())
             self._slots = [page_aligned(nbytes) for _ in range(num_slots)]
             self._pin(self._slots)
-
-    def _reuse_slot(self) -> None:
-        if self._lent is not None:
-            assert self._queue is not None
-            turn, copied = self._lent
-            copied()
-            self._queue.give_back(turn)
-            self._lent = None
 
 
 class Pinner:

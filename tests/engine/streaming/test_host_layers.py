@@ -5,6 +5,7 @@ The copies to a GPU are simulated (real ones: test_cuda.py); reads from disk to 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from support.streamed import NUM_LAYERS, PackedModel, Runtime
 from support.threads import FAILURES, at_most, watched_threads
 
+from specchat.engine.streaming import slots
 from specchat.engine.streaming.host_layers import HostLayers, Pinner
 from specchat.engine.streaming.readers import CheckpointLayerReader, PackLayerReader
 from specchat.engine.streaming.slots import page_aligned
@@ -93,6 +95,27 @@ def test_take_returns_the_right_layer(
     host.close()
     assert not runtime.pinned
     assert not threads.num_running
+
+
+def test_the_slot_of_the_last_layer_is_filled_before_the_next_pass(
+    packed_model: PackedModel, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(slots, "SMALL_LAYER_BYTES", 0)  # threads read all layers
+    pin = Pinner(Runtime(1 << 40), lambda: None, lambda _: None)
+    filler = PackLayerReader(packed_model.pack)
+    host = HostLayers(packed_model.skeleton.layers, range(NUM_LAYERS), [], 2, lambda *_: None, filler, pin)
+    copied = list[int]()
+    for j in range(NUM_LAYERS):
+        host.take(j)
+        host.give_back(j, lambda j=j: copied.append(j))
+    assert copied == list(range(NUM_LAYERS - 1))
+    host.reuse_slot()
+    assert copied == list(range(NUM_LAYERS))
+    begin = time.monotonic()
+    while host._queue._holds != [0, 1]:
+        assert time.monotonic() < begin + 10, "nobody reads the first layers of the next pass"
+        time.sleep(0.001)
+    host.close()
 
 
 @pytest.mark.parametrize("failure", FAILURES)
