@@ -37,6 +37,7 @@ def report_tables(report: Mapping[str, Any]) -> list[Table]:
         tables.append(_identity(report))
     tables += _passes(report["summary"])
     tables.append(_memory(report["summary"], report["plan"]))
+    tables += _devices(report["runs"])
     if report["disk_passes"]:
         tables.append(_disk_passes(report["disk_passes"]))
         if report["disk_passes"].get("page_cache"):
@@ -305,6 +306,25 @@ def _memory(summary: Mapping[str, Any], plan: Mapping[str, Any]) -> Table:
         rows.append(("link rate without other work", format_rate(stream["link_bytes_per_s"])))
     rows.append(("load time", f"{number(summary['load_s'])} s"))
     return Table("memory and link", ("what", "figure"), tuple(rows))
+
+
+def _devices(runs: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """Return the table of several devices, as they were used until the last answer; none for one device."""
+    used = runs[-1]["memory"].get("devices") if runs else None
+    if not used:
+        return []
+    rows = [
+        (
+            each["device"],
+            share(each["link_busy"]),
+            share(each["compute_busy"]),
+            format_bytes(each["streamed_bytes"]),
+            f"{format_bytes(each['device_peak_bytes'])} of {format_bytes(each['device_budget_bytes'])}",
+        )
+        for each in used
+    ]
+    header = ("device", "link busy", "computing", "streamed", "memory, peak")
+    return [Table("devices", header, tuple(rows), "Shares of the time of all passes since loading.")]
 
 
 def _disk_passes(passes: Mapping[str, Any]) -> Table:

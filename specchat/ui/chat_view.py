@@ -139,6 +139,8 @@ class ChatView:
         """Show the line under an answer, and its warnings."""
         self.out.end_line()
         self._say_figures(stopped_line(turn) if turn.finish_reason == "interrupt" else stats_line(turn, plan))
+        for line in use_lines(turn.memory) if self.verbose else ():
+            self._say_figures(line)
         if turn.unsaved is not None:
             self.talk.error(turn.unsaved, None)
         if turn.finish_reason == "context":

@@ -8,6 +8,7 @@ import pytest
 from support.pretended_gpu import PretendedGpu
 
 import specchat as package
+from specchat.cli.options import on_devices
 from specchat.errors import InvalidSizeError, UsageError
 from specchat.loading.devices import on_named_devices, parse_devices
 from specchat.records.plan import DeviceChoice, PlanChoices
@@ -62,21 +63,19 @@ def test_one_device_or_several(specchat, command: list[str]):
     assert "--device and --devices cannot be combined" in result.err and "hint: " in result.err
 
 
-def test_a_flag_comes_before_the_file(specchat, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("SPECCHAT_DEVICES", "cuda:0,cuda:1")
-    assert specchat("run", "demo", "--plan", "--device", "cpu").code == 0
+def test_a_flag_comes_before_the_file():
+    asked = PlanChoices(device="cpu", devices=(DeviceChoice("cuda:0"), DeviceChoice("cuda:1")))
+    sources = {"device": "--device", "devices": "SPECCHAT_DEVICES"}
+    assert on_devices(asked, sources) == PlanChoices(device="cpu")
+    assert on_devices(asked, {"device": "config.toml", "devices": "--devices"}).device == "cuda:0"
 
 
 def test_devices_that_are_not_there(specchat):
     with PretendedGpu(num_devices=2):
         result = specchat("run", "demo", "hi", "--devices", "cuda:0,cuda:2")
+        small = specchat("run", "demo", "hi", "--devices", "cuda:0=120MiB,cuda:1=20MiB")
     assert result.code == 5 and "cuda:2 does not exist" in result.err
-
-
-def test_devices_without_room(specchat):
-    with PretendedGpu(num_devices=2):
-        result = specchat("run", "demo", "hi", "--devices", "cuda:0=120MiB,cuda:1=20MiB")
-    assert result.code == 4 and "on cuda:1 with --ctx" in result.err and "--devices" in result.err
+    assert small.code == 4 and "on cuda:1 with --ctx" in small.err and "--devices" in small.err
 
 
 def test_the_plan_of_two_devices(specchat):
@@ -101,6 +100,7 @@ def test_auto_stays_on_one_device_without_gpus(specchat):
     assert plan["device"] == "cpu" and plan["devices"] == []
 
 
+@pytest.mark.slow
 def test_the_text_of_two_devices_is_that_of_one():
     texts, options = [], {"ctx": 256, "learn": False, "dtype": "fp32"}
     with package.load("demo", device="cpu", **options) as model:
