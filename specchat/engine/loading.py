@@ -18,7 +18,7 @@ from specchat.engine.streaming.base import LayerStreamer, NoStreamer
 from specchat.engine.streaming.cuda import CudaStreamer
 from specchat.engine.streaming.host_layers import HostLayers, pinner
 from specchat.engine.streaming.kept import CpuTiers, KeptLayers, NothingKept, PinnedLayers
-from specchat.engine.streaming.readers import layer_reader_for
+from specchat.engine.streaming.readers import LayerReader, layer_reader_for, read_layers
 from specchat.engine.streaming.slots import page_aligned
 from specchat.errors import AllocationError, is_lack_of_memory
 from specchat.hardware.pressure import MemoryWatch
@@ -76,8 +76,13 @@ def load_model(
         if mapped is not None:
             undo.enter_context(mapped)
         verifier = None if pack is None else ChunkVerifier(pack)
-        read_layer = partial(_read_layer, reader, verifier)
         pooled = None if placement.experts is None else PooledExperts.of(skeleton, reader)
+        layer_reader: LayerReader | None = None
+        read_layer = partial(_read_layer, reader, verifier)
+        if device.type != "cpu":
+            layer_reader = layer_reader_for(layers, reader, pack, cached=())
+            undo.callback(layer_reader.close)
+            read_layer = partial(_read_by_threads, layer_reader)
         if pooled is None:
             bound = _read_resident(layers, resident, read_layer, device)
         else:
@@ -109,20 +114,44 @@ def load_model(
             open_reader = partial(layer_reader_for, layers, reader, pack, placement.in_ram)
             kept = tiers = CpuTiers(layers, placement, resident, open_reader, pack, reader.close, settle_layer)
             streamer = tiers.streamer
-        elif streamed:
-            slots, in_ram = placement.slots, placement.in_ram
-            layer_reader = layer_reader_for(layers, reader, pack, cached=())
-            undo.callback(layer_reader.close)
-            host = HostLayers(layers, later, in_ram, slots, read_layer, layer_reader, pinner(device, warn))
-            undo.callback(host.close)
-            if len(streamed) < len(later):
-                host.select(streamed)
-            streamer = CudaStreamer(layers, streamed, slots, host, device)
+        elif layer_reader is not None and streamed:
+            streamer = _gpu_streamer(layers, placement, streamed, layer_reader, device, warn)
             kept = PinnedLayers(streamer)
         undo.pop_all()
-    if pack is not None or pooled is not None or (device.type != "cpu" and not streamed):
+    if layer_reader is not None and not streamed:
+        layer_reader.close()
+    if pack is not None or pooled is not None:
         reader.close()
     return model_class(skeleton, cache, streamer, streamed, work.chunk_rows, device, embeddings, mapped, kept)
+
+
+def _gpu_streamer(
+    layers: Sequence[Any],
+    placement: Placement,
+    streamed: Sequence[int],
+    reader: LayerReader,
+    device: torch.device,
+    warn: Callable[[str], None],
+) -> CudaStreamer:
+    """Read the layers that stay in host memory, and begin to stream.
+
+    Args:
+        layers: decoder layers.
+        placement: tiers of the layers, and the number of slots.
+        streamed: indices of the layers that are streamed at first.
+        reader: reader of the layers, closed together with the result.
+        device: device of the slots.
+        warn: receives one-line warnings about refused memory pinning and its cost.
+    """
+    later, slots = placement.streamed, placement.slots
+    host = HostLayers(layers, later, placement.in_ram, slots, reader, pinner(device, warn))
+    with ExitStack() as undo:
+        undo.callback(host.close)
+        if len(streamed) < len(later):
+            host.select(streamed)
+        streamer = CudaStreamer(layers, streamed, slots, host, device)
+        undo.pop_all()
+    return streamer
 
 
 def load_target(plan: Plan, weights: ModelWeights, pack: Pack | None, warn: Callable[[str], None]) -> TreeModel:
@@ -182,6 +211,11 @@ def _read_resident(
         bind(layers[index], layout.views(blob.to(device)))
         del blob  # the caller may replace the layer's parameters
         yield index
+
+
+def _read_by_threads(reader: LayerReader, index: int, layout: LayerLayout, blob: Tensor) -> None:
+    """Fill a blob with a layer past the page cache, which would hold another copy of what a GPU keeps."""
+    read_layers(reader, {index: blob})
 
 
 def _settle(layers: Sequence[Any], dtype: torch.dtype, expanded: Sequence[int], index: int) -> None:
