@@ -194,12 +194,12 @@ def test_the_rule_of_a_device_is_that_of_the_policy(
     policy, roots = learned(64, draft_s, row_s, seed), Roots(1, data.draw(st.integers(1, 40)))
     weights.sort(reverse=True)
     ranks = sorted(data.draw(st.sets(st.integers(0, 62), min_size=len(weights), max_size=len(weights))))
-    tree = _Tree(64, 8, 20, CPU)
-    tree.score[ranks] = torch.tensor(weights, dtype=torch.float64)
-    nodes = torch.tensor([*ranks, *[63] * (8 - len(ranks))])
-    chosen = _Chosen(nodes, torch.arange(8) < len(ranks))
+    missing = 8 - len(ranks)
+    nodes = torch.tensor([*ranks, *[63] * missing])
+    scores = torch.tensor([*weights, *[-math.inf] * missing], dtype=torch.float64)
+    chosen = _Chosen(nodes, torch.arange(8) < len(ranks), scores, torch.zeros(4, 8, dtype=torch.int64))
     tables = policy.expansion_tables(8, roots)
-    found = _Rule(tables, tables.packed()).worth_their_time(chosen, tree)
+    found = _Rule(tables, tables.packed()).worth_their_time(chosen)
     expected = policy.num_to_expand(ranks, weights, roots)
     assert found.are_chosen.tolist() == [place < expected for place in range(8)]
 
