@@ -18,6 +18,7 @@ from specchat.engine.model import TreeModel
 from specchat.engine.streaming.base import LayerStreamer
 from specchat.engine.streaming.devices import LayerFiles, open_streamers
 from specchat.engine.streaming.kept import KeptLayers, NothingKept
+from specchat.engine.streaming.readers import LayerReader, SharedReader, read_layers
 from specchat.engine.streaming.slots import page_aligned
 from specchat.errors import AllocationError, is_lack_of_memory
 from specchat.hardware.pressure import MemoryWatch
@@ -78,19 +79,24 @@ def load_model(
         if mapped is not None:
             undo.enter_context(mapped)
         verifier = None if pack is None else ChunkVerifier(pack)
-        read_layer = partial(_read_layer, reader, verifier)
         settle_layer = partial(_settle, layers, dtype, placement.expanded)
         pooled = None if placement.experts is None else PooledExperts.of(skeleton, reader)
+        files = LayerFiles(layers, reader, pack, settle_layer, warn)
+        shared = SharedReader(lambda: files.open(cached=()), len(devices) + 1)
+        by_threads: LayerReader | None = None
+        if pooled is None and any(each.type != "cpu" for each in devices):
+            by_threads = shared.part(len(devices))
+            undo.callback(by_threads.close)
         for number, there in enumerate(devices):
             owned = placement.owned(number)
             stays = [index for index in owned if index in set(resident)]
-            if pooled is None:
-                bound = _read_resident(layers, stays, read_layer, there)
-            else:
-                bound = _read_beside_experts(layers, stays, pooled, reader, verifier)
-            for index in bound:
-                if there.type == "cpu" and pooled is None:
+            if pooled is not None:
+                _read_beside_experts(layers, stays, pooled, reader, verifier, there)
+            elif there.type == "cpu":
+                for index in _read_resident(layers, stays, partial(_read_layer, reader, verifier), there):
                     settle_layer(index)
+            elif by_threads is not None:
+                list(_read_resident(layers, stays, partial(_read_by_threads, by_threads), there))
             if number:
                 _move_in(layers, owned, there)
         cache = TreeCache(
@@ -114,9 +120,10 @@ def load_model(
             streamer = pooled.make_pool(placement.experts, reader, verifier, placement.in_ram, tree_passes)
             undo.callback(streamer.close)
         else:
-            files = LayerFiles(layers, reader, pack, read_layer, settle_layer, warn)
-            streamer, kept = open_streamers(files, placement, resident, devices)
+            streamer, kept = open_streamers(files, placement, resident, devices, shared)
         undo.pop_all()
+    if by_threads is not None:
+        by_threads.close()
     reads_checkpoint = pack is None and pooled is None and (bool(streamed) or "cpu" in {each.type for each in devices})
     if not reads_checkpoint:
         reader.close()
@@ -197,6 +204,11 @@ def _read_resident(
         yield index
 
 
+def _read_by_threads(reader: LayerReader, index: int, layout: LayerLayout, blob: Tensor) -> None:
+    """Fill a blob with a layer past the page cache, which would hold another copy of what a GPU keeps."""
+    read_layers(reader, {index: blob})
+
+
 def _settle(layers: Sequence[Any], dtype: torch.dtype, expanded: Sequence[int], index: int) -> None:
     settle(layers[index], plain_linears(layers[index]), dtype, expands=index in expanded)
 
@@ -207,8 +219,9 @@ def _read_beside_experts(
     pooled: PooledExperts,
     reader: WeightReader,
     verifier: ChunkVerifier | None,
-) -> Iterator[int]:
-    """Read everything but the pooled experts of layers, each into a blob of its own, and yield the index of each."""
+    device: torch.device,
+) -> None:
+    """Read everything but the pooled experts of layers, each into a blob of its own."""
     for index in indices:
         layout = LayerLayout.of(layers[index], without=pooled.names(index))
         blob = page_aligned(layout.nbytes)
@@ -216,8 +229,7 @@ def _read_beside_experts(
             read_beside(reader, verifier, index, layout.views(blob))
         else:
             _read_layer(reader, verifier, index, layout, blob)
-        bind(layers[index], layout.views(blob))
-        yield index
+        bind(layers[index], layout.views(blob.to(device)))
 
 
 def _pack_reader(weights: ModelWeights, pack: Pack) -> WeightReader:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -119,10 +119,9 @@ class DeviceGrowth:
         """Expand the best open nodes in one pass."""
         chosen = tree.open_nodes(self._width, self._max_depth)
         if rule is not None:
-            chosen = rule.worth_their_time(chosen, tree)
-        logits = self._scorer.compute(tree.tokens[chosen.nodes], tree.next_rows(chosen, number), self._cancel)
-        depths = tree.depths[chosen.nodes]
-        tree.add(chosen, *self._best_children(logits, depths, deepest=number + 1))
+            chosen = rule.worth_their_time(chosen)
+        logits = self._scorer.compute(chosen.tokens, tree.next_rows(chosen, number), self._cancel)
+        tree.add(chosen, *self._best_children(logits, chosen.depths, deepest=number + 1))
 
     def _best_children(self, logits: Tensor, depths: Tensor | None, deepest: int = 0) -> tuple[Tensor, Tensor]:
         """Return log weights, float64, and tokens of the best children of nodes, [n, branch].
@@ -150,10 +149,24 @@ class _Chosen:
     Attributes:
         nodes: indices of the nodes [width], best first; those beyond the last chosen one are of no meaning.
         are_chosen: whether each of them is expanded, bool [width]: some, then none.
+        scores: sum of log weights along the path of each, float64 [width].
+        columns: tokens, parents, depths and rows of the nodes, int64 [4, width].
     """
 
     nodes: Tensor
     are_chosen: Tensor
+    scores: Tensor
+    columns: Tensor
+
+    @property
+    def tokens(self) -> Tensor:
+        """Token of each node."""
+        return self.columns[0]
+
+    @property
+    def depths(self) -> Tensor:
+        """Depth of each node."""
+        return self.columns[2]
 
 
 class _Tree:
@@ -177,41 +190,26 @@ class _Tree:
         self._seen = torch.eye(max_rows, dtype=torch.bool, device=device)
         self._positions = torch.zeros(max_rows, dtype=torch.int64, device=device)
 
-    @property
-    def score(self) -> Tensor:
-        """Sum of log weights along each path, float64 [budget]."""
-        return self._score
-
-    @property
-    def tokens(self) -> Tensor:
-        """Token of each node."""
-        return self._columns[0]
-
-    @property
-    def depths(self) -> Tensor:
-        """Depth of each node."""
-        return self._columns[2]
-
     def open_nodes(self, width: int, max_depth: int) -> _Chosen:
         """Return the best unexpanded nodes whose children could still enter the tree; see `Paths.frontier`."""
         _, _, depths, rows = self._columns
         # The last path is never open, so its place may be written to for all nodes that are not chosen.
         is_open = (rows < 0) & (depths < max_depth) & (self._score > self._score[-1])
         places = torch.where(is_open, self._places, self._budget).topk(width, largest=False).values
-        return _Chosen(places.clamp(max=self._budget - 1), places < self._budget)
+        nodes = places.clamp(max=self._budget - 1)
+        return _Chosen(nodes, places < self._budget, self._score[nodes], self._columns.index_select(1, nodes))
 
     def next_rows(self, chosen: _Chosen, number: int) -> RowLayout:
         """Return the layout of pass `number` over nodes, each in a row of its own; fill in the rows of the chosen."""
-        _, parents, depths, rows = self._columns
+        rows, (_, above, depths, unchanged) = self._columns[3], chosen.columns
         width = len(chosen.nodes)
         begin, end = number * width, (number + 1) * width
-        above = parents[chosen.nodes]
         parent_rows = torch.where(above == ROOT, -1, rows[above.clamp(min=0)])
         seen = self._seen[parent_rows.clamp(min=0)] & (parent_rows >= 0)[:, None]
         self._seen[begin:end] |= seen
-        self._positions[begin:end] = depths[chosen.nodes] + (self._prefix - 1)
+        self._positions[begin:end] = depths + (self._prefix - 1)
         new = torch.arange(begin, end, device=rows.device)
-        rows.scatter_(0, chosen.nodes, torch.where(chosen.are_chosen, new, rows[chosen.nodes]))
+        rows.scatter_(0, chosen.nodes, torch.where(chosen.are_chosen, new, unchanged))
         return RowLayout(self._prefix, 0, self._seen[begin:end, :end], self._positions[:end])
 
     def add(self, chosen: _Chosen | None, weights: Tensor, tokens: Tensor) -> None:
@@ -226,9 +224,9 @@ class _Tree:
         if chosen is None:
             scores, parents, depths = edges, torch.full_like(tokens, ROOT), torch.ones_like(tokens)
         else:
-            scores = torch.where(chosen.are_chosen[:, None], self._score[chosen.nodes][:, None] + edges, -torch.inf)
+            scores = torch.where(chosen.are_chosen[:, None], chosen.scores[:, None] + edges, -torch.inf)
             parents = chosen.nodes[:, None].expand_as(tokens)
-            depths = (self.depths[chosen.nodes] + 1)[:, None].expand_as(tokens)
+            depths = (chosen.depths + 1)[:, None].expand_as(tokens)
         children = torch.stack([tokens, parents, depths, torch.full_like(tokens, -1)]).flatten(1)
         scores = torch.cat([self._score, scores.flatten()])
         best = scores.argsort(descending=True, stable=True)[: self._budget]
@@ -265,13 +263,13 @@ class _Rule:
         self._bin_width = tables.bin_width
         self._numbers = torch.arange(1, len(tables.pass_costs) + 1, device=packed.device)
 
-    def worth_their_time(self, chosen: _Chosen, tree: _Tree) -> _Chosen:
+    def worth_their_time(self, chosen: _Chosen) -> _Chosen:
         """Return the nodes, of which fewer are chosen if the time of others is worth more than their children."""
-        scores = torch.where(chosen.are_chosen, tree.score[chosen.nodes], 0.0)
+        scores = torch.where(chosen.are_chosen, chosen.scores, 0.0)
         last = len(self._children)
         place = (-scores / self._bin_width - 0.5).clamp(0.0, float(last))
         left = place.long().clamp(max=last - 1)
         gains = self._children[left] + self._slopes[left] * (place - left) - self._node_costs[chosen.nodes]
         values = torch.where(chosen.are_chosen, gains, -torch.inf).cumsum(0) - self._pass_costs
         best, count = values.max(0)
-        return _Chosen(chosen.nodes, chosen.are_chosen & (self._numbers <= count + 1) & (best > 0))
+        return replace(chosen, are_chosen=chosen.are_chosen & (self._numbers <= count + 1) & (best > 0))

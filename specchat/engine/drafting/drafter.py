@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 from torch import Tensor
 
@@ -44,6 +44,9 @@ from specchat.engine.tree import ROOT, TokenTree
 from specchat.records.generation import SourceWork
 from specchat.records.limits import DRAFT_BRANCH, draft_width
 
+# Seconds by which a pass takes longer where sources are asked between passes, so that a tree cannot grow on the device:
+# the host waits for the scores, chooses nodes and lays out their rows (1.0 to 1.6 ms, 64 nodes, one core).
+_HOST_PASS_S = 1.5e-3
 # The next tree takes about as many passes as the last few ones: older ones fade by this factor.
 _KEEP_PASSES = 0.8
 
@@ -194,6 +197,7 @@ class TreeDrafter:
         self._names = (*scorers, *(source.name for source in proposers))
         self._grown: dict[int, _Grown] = {}  # last tree by seat
         self._useful_passes = FadingRatio(keep=_KEEP_PASSES)  # of trees that grow on a device
+        self._held_up_s = 0.0  # by which the last trees took longer than on the device
 
     def grow(
         self, sequences: Sequence[TokenSequence], policy: DraftPolicy, cancel: threading.Event | None
@@ -292,8 +296,10 @@ class TreeDrafter:
         asked_roots = [-1] * len(sequences)
         if isinstance(growth, DeviceGrowth):
             self._useful_passes.add(growth.useful_passes, 1)
-        elif growth.asked_roots:
-            asked_roots = growth.asked_roots
+        else:
+            asked_roots = growth.asked_roots or asked_roots
+            if grows_on_device(sources.scorer, sequences):
+                self._held_up_s = _HOST_PASS_S * growth.passes
         for tree, sequence in enumerate(sequences):
             of_tree = paths.of_tree(tree) if len(sequences) > 1 else paths
             self._grown[sequence.seat] = self._finished(of_tree, asked_roots[tree])
@@ -311,9 +317,10 @@ class TreeDrafter:
         cancel: threading.Event | None,
     ) -> Growth | DeviceGrowth:
         """Return the growth of trees: on the device where nothing needs the host between passes; see `_grow`."""
-        scorer = sources.scorer
-        is_alone = len(sequences) == 1 and not sources.proposers.sources
-        if not is_alone or not isinstance(scorer, DraftModel) or not scorer.grows_on_device:
+        scorer, proposers = sources.scorer, sources.proposers
+        proposers.begin(sequences, policy.tokens_per_s, alone=scorer is None, held_up_s=self._held_up_s)
+        self._held_up_s = 0.0
+        if proposers.are_asked or not grows_on_device(scorer, sequences):
             return Growth(sources, sequences, policy, roots, cancel)
         return DeviceGrowth(
             scorer,
@@ -359,6 +366,11 @@ class ModelDrafter(TreeDrafter):
     ) -> None:
         scorer = DraftModel(model, max_rows=max_rows, max_context=max_context)
         super().__init__(scorer, proposers, branch=branch, shared_noise=shared_noise)
+
+
+def grows_on_device(scorer: ScoringSource | None, sequences: Sequence[TokenSequence]) -> TypeGuard[DraftModel]:
+    """Return whether a source's trees can grow on its device: the tree of one sequence, by a draft model on a GPU."""
+    return isinstance(scorer, DraftModel) and scorer.grows_on_device and len(sequences) == 1
 
 
 def free_sources(seats: int) -> list[ProposingSource]:

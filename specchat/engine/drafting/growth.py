@@ -117,7 +117,6 @@ class Growth:
     def run(self) -> Paths:
         """Grow the trees and return the paths that the target verifies."""
         sources = self._sources
-        sources.proposers.begin(self._sequences, self._policy.tokens_per_s, alone=sources.scorer is None)
         if sources.proposers.sources:
             self.asked_roots = [sources.proposers.ask(each, each.tokens[-TAIL:]) for each in self._sequences]
         paths = self._first_children(Paths.empty())

@@ -71,17 +71,21 @@ class Proposers:
         self._are_alone = True  # whether no source scores the present trees
         self._records: list[_Record] = []
 
-    def begin(self, sequences: Sequence[TokenSequence], tokens_per_s: float = 0.0, *, alone: bool) -> None:
+    def begin(
+        self, sequences: Sequence[TokenSequence], tokens_per_s: float = 0.0, *, alone: bool, held_up_s: float = 0.0
+    ) -> None:
         """Choose the sources of the next trees, and let them read the sequences' new tokens.
 
         Args:
             sequences: sequences of the next trees; the records of earlier trees are dropped.
             tokens_per_s: tokens that a second is worth.
             alone: whether no source scores the next trees; then all sources are asked.
+            held_up_s: seconds that the last trees took longer because sources were asked.
         """
-        if self._records and not self._are_alone:
+        if not self._are_alone:
+            shared_s = held_up_s / max(sum(self._asked), 1)
             for worth, accepted, seconds in zip(self._worths, self._accepted, self._seconds, strict=True):
-                worth.record(accepted, seconds, tokens_per_s)
+                worth.record(accepted, seconds + shared_s, tokens_per_s)
         self._records, self._accepted = [], [0] * len(self.sources)
         self._are_alone, self._asked = alone, [alone or worth.is_asked for worth in self._worths]
         for number, source in enumerate(self.sources):
@@ -89,6 +93,11 @@ class Proposers:
             if self._asked[number]:
                 source.begin(sequences)
             self._seconds[number] = time.perf_counter() - begin
+
+    @property
+    def are_asked(self) -> bool:
+        """Whether any source is asked for the present trees."""
+        return any(self._asked)
 
     def reset(self) -> None:
         """Forget all texts; what was learned of the sources' worth stays."""

@@ -18,7 +18,7 @@ from specchat.engine.device import current
 from specchat.engine.streaming.base import LayerStreamer, NoStreamer, StreamCounters, total
 from specchat.engine.streaming.cpu import MixedStreamer
 from specchat.engine.streaming.cuda import CudaStreamer
-from specchat.engine.streaming.host_layers import HostLayers, ReadLayer, pinner
+from specchat.engine.streaming.host_layers import HostLayers, pinner
 from specchat.engine.streaming.kept import CpuTiers, KeptLayers, KeptOnDevices, NothingKept, PinnedLayers
 from specchat.engine.streaming.readers import LayerReader, SharedReader, layer_reader_for
 from specchat.models.packs.pack import Pack
@@ -34,7 +34,6 @@ class LayerFiles:
         layers: decoder layers.
         reader: weight reader of the checkpoint.
         pack: pack of the weights; None reads the checkpoint.
-        read_layer: fills a blob with one layer.
         settle: prepares a resident layer of a CPU whose parameters are bound.
         warn: receives one-line warnings about refused memory pinning and its cost.
     """
@@ -42,7 +41,6 @@ class LayerFiles:
     layers: Sequence[Any]
     reader: WeightReader
     pack: Pack | None
-    read_layer: ReadLayer
     settle: Callable[[int], None]
     warn: Callable[[str], None]
 
@@ -52,7 +50,11 @@ class LayerFiles:
 
 
 def open_streamers(
-    files: LayerFiles, placement: Placement, resident: Sequence[int], devices: Sequence[torch.device]
+    files: LayerFiles,
+    placement: Placement,
+    resident: Sequence[int],
+    devices: Sequence[torch.device],
+    shared: SharedReader,
 ) -> tuple[LayerStreamer, KeptLayers]:
     """Return the streamer of the layers that are not resident, and the layers in host memory.
 
@@ -61,11 +63,12 @@ def open_streamers(
         placement: tiers of the layers once all stages of a chat have ended, and the owner of each.
         resident: indices of the layers that are resident at first, among them those of the placement.
         devices: device of each owner.
+        shared: reader of layers that are read past the page cache, for all but a CPU alone.
     """
     if len(devices) == 1:
-        return _open_device(files, placement, resident, devices[0], placement.owned(0), files.open, files.reader.close)
+        open_reader = files.open if devices[0].type == "cpu" else partial(shared.part, 0)
+        return _open_device(files, placement, resident, devices[0], placement.owned(0), open_reader, files.reader.close)
     # Layers in the page cache are mapped where there is a pack, and a GPU keeps its own copies.
-    shared = SharedReader(lambda: files.open(cached=()), len(devices))
     parts = list[tuple[LayerStreamer, KeptLayers]]()
     with ExitStack() as undo:
         for number, device in enumerate(devices):
@@ -106,7 +109,7 @@ def _open_device(
     with ExitStack() as undo:
         reader, slots = open_reader(()), min(placement.slots, len(later))
         undo.callback(reader.close)
-        host = HostLayers(layers, later, in_ram, slots, files.read_layer, reader, pinner(device, files.warn))
+        host = HostLayers(layers, later, in_ram, slots, reader, pinner(device, files.warn))
         undo.callback(host.close)
         if len(streamed) < len(later):
             host.select(streamed)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specchat.engine.streaming.readers import LayerReader
+from specchat.engine.streaming.readers import LayerReader, read_layers
 from specchat.engine.streaming.slots import SlotQueue, is_small, page_aligned
 from specchat.hardware.cuda import forget_error
 from specchat.models.weights.layout import LayerLayout
@@ -18,8 +18,6 @@ from specchat.units import format_bytes
 
 # Size of a trial pinning: a system that refuses this size refuses every other.
 _PROBE_BYTES = 1 << 20
-
-ReadLayer = Callable[[int, LayerLayout, Tensor], None]
 
 
 class HostLayers:
@@ -32,8 +30,7 @@ class HostLayers:
         streamed: indices of all layers that may be streamed, ascending.
         in_ram: indices of the streamed layers that stay in host memory, ascending; read by the constructor.
         num_slots: number of slots for the other layers.
-        read_layer: fills a blob with one layer.
-        reader: reader of the other layers, closed together with this object.
+        reader: reader of all these layers, closed together with this object.
         pin: pins as many blobs and slots as the system allows.
     """
 
@@ -43,13 +40,11 @@ class HostLayers:
         streamed: Sequence[int],
         in_ram: Sequence[int],
         num_slots: int,
-        read_layer: ReadLayer,
         reader: LayerReader,
         pin: Pinner,
     ) -> None:
-        layouts = {index: LayerLayout.of(layers[index]) for index in streamed}
         kept = set(in_ram)
-        self._sizes = {index: layout.nbytes for index, layout in layouts.items()}
+        self._sizes = {index: LayerLayout.of(layers[index]).nbytes for index in streamed}
         self._num_slots = num_slots
         self._reader = reader
         self._pin = pin
@@ -63,8 +58,7 @@ class HostLayers:
             undo.callback(pin.close)
             # Pin slots first: many layers pass through a slot, but a blob holds one layer.
             pin([*self._slots, *self._kept.values()])
-            for index, blob in self._kept.items():
-                read_layer(index, layouts[index], blob)
+            read_layers(reader, self._kept)
             self.select(streamed)
             undo.pop_all()
 
@@ -128,8 +122,7 @@ class HostLayers:
         if index in self._kept:
             return self._kept[index]
         blob = page_aligned(self._sizes[index])
-        for read in self._reader.chunks(index, blob):
-            read()
+        read_layers(self._reader, {index: blob})
         return blob
 
     def give_back(self, j: int, copied: Callable[[], None]) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from specchat.engine.streaming.slots import is_small, page_aligned
+from specchat.engine.streaming.slots import SlotQueue, is_small, page_aligned
 from specchat.errors import CorruptCheckpointError
 from specchat.models.checkpoint.safetensors import TensorInfo
 from specchat.models.packs.file_format import bytes_of, disk_error, disk_errors
@@ -229,6 +229,22 @@ def layer_reader_for(
         return PackLayerReader(pack)
     layouts = {index: LayerLayout.of(layer) for index, layer in enumerate(layers)}
     return ShardLayerReader(reader, layouts, cached) if reader.is_streamable else CheckpointLayerReader(reader, layouts)
+
+
+def read_layers(reader: LayerReader, blobs: Mapping[int, Tensor]) -> None:
+    """Fill memory with layers, by the reader's threads.
+
+    Args:
+        reader: reader of the layers.
+        blobs: memory of each layer, uint8 [nbytes], by index.
+    """
+    tasks = [reader.chunks(index, blob) for index, blob in blobs.items()]
+    queue = SlotQueue(tasks, [is_small(blob.nbytes) for blob in blobs.values()], len(blobs), reader.num_workers)
+    try:
+        for j in range(len(blobs)):
+            queue.take(j)
+    finally:
+        queue.close()
 
 
 # --- files ---------------------------------------------------------------------------------------------------------

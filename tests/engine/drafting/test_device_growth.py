@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import random
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,10 +19,12 @@ from support.tiny_models import VOCAB, make_config, random_model, save
 from specchat.engine.drafting import device_growth
 from specchat.engine.drafting.device_growth import DeviceGrowth, _Chosen, _Rule, _Tree
 from specchat.engine.drafting.draft_model import DraftModel
+from specchat.engine.drafting.drafter import TreeDrafter, grows_on_device
 from specchat.engine.drafting.growth import Growth, Sources
 from specchat.engine.drafting.paths import Paths
 from specchat.engine.drafting.policy import AdaptivePolicy, DraftPolicy, FixedPolicy, Roots
 from specchat.engine.drafting.proposers import Proposers
+from specchat.engine.drafting.sources import Priors, Proposal
 from specchat.engine.kv_cache import keep_together
 from specchat.engine.model import PassCancelledError
 from specchat.engine.sampling import Sampler, ScoresNotFiniteError
@@ -189,19 +194,17 @@ def test_the_rule_of_a_device_is_that_of_the_policy(
     policy, roots = learned(64, draft_s, row_s, seed), Roots(1, data.draw(st.integers(1, 40)))
     weights.sort(reverse=True)
     ranks = sorted(data.draw(st.sets(st.integers(0, 62), min_size=len(weights), max_size=len(weights))))
-    tree = _Tree(64, 8, 20, CPU)
-    tree.score[ranks] = torch.tensor(weights, dtype=torch.float64)
-    nodes = torch.tensor([*ranks, *[63] * (8 - len(ranks))])
-    chosen = _Chosen(nodes, torch.arange(8) < len(ranks))
+    missing = 8 - len(ranks)
+    nodes = torch.tensor([*ranks, *[63] * missing])
+    scores = torch.tensor([*weights, *[-math.inf] * missing], dtype=torch.float64)
+    chosen = _Chosen(nodes, torch.arange(8) < len(ranks), scores, torch.zeros(4, 8, dtype=torch.int64))
     tables = policy.expansion_tables(8, roots)
-    found = _Rule(tables, tables.packed()).worth_their_time(chosen, tree)
+    found = _Rule(tables, tables.packed()).worth_their_time(chosen)
     expected = policy.num_to_expand(ranks, weights, roots)
     assert found.are_chosen.tolist() == [place < expected for place in range(8)]
 
 
 def test_a_cancelled_growth_stops(scorer: DraftModel):
-    import threading
-
     cancel = threading.Event()
     growth = DeviceGrowth(
         scorer,
@@ -216,3 +219,42 @@ def test_a_cancelled_growth_stops(scorer: DraftModel):
     cancel.set()
     with pytest.raises(PassCancelledError):
         growth.run()
+
+
+class Useless:
+    """A source whose proposals never come."""
+
+    name = "useless"
+    priors = Priors(alone=(0.0,), beside=(-3.0,), beside_sampled=(-3.0,))
+
+    def begin(self, sequences: Sequence[TokenSequence]) -> None:
+        pass
+
+    def propose(self, seat: int, tail: Sequence[int]) -> list[Proposal]:
+        return [Proposal(7, 0)]
+
+    def observe(self, tails: Sequence[Sequence[int]], scores: torch.Tensor) -> None:
+        pass
+
+    def reset(self) -> None:
+        pass
+
+
+def test_trees_grow_on_the_device_while_no_other_source_is_asked(scorer: DraftModel, monkeypatch: pytest.MonkeyPatch):
+    grown_there = list[bool]()
+    monkeypatch.setattr(DraftModel, "grows_on_device", True)
+    run = DeviceGrowth.run
+    monkeypatch.setattr(DeviceGrowth, "run", lambda growth: grown_there.append(True) or run(growth))
+    policy, sequence = FixedPolicy(8, tokens_per_s=5.0), sequence_of(20, GREEDY)
+    for proposers in ([], [Useless()]):
+        drafter = TreeDrafter(scorer, proposers)
+        found = []
+        for _ in range(40):
+            before = len(grown_there)
+            (tree,) = drafter.grow([sequence], policy, None)
+            found.append(len(grown_there) > before)
+            assert len(tree) == 8 and all(found) == (not proposers)
+            keep_together(drafter.commit(0, [], []))
+        assert found[-1]
+    two = [sequence, replace(sequence, seat=0)]
+    assert not grows_on_device(scorer, two) and grows_on_device(scorer, two[:1])

@@ -270,6 +270,20 @@ def test_useless_sources_rest_only_beside_a_draft_model():
     assert asks == [32, 32 + 90]
 
 
+@pytest.mark.parametrize(("held_up_s", "rests"), [(0.0, False), (0.02, True)])
+def test_sources_must_be_worth_the_time_by_which_they_hold_up_trees(held_up_s: float, rests: bool):
+    """A tenth of a node a step is worth 8 ms at 12 tokens per second."""
+    source = Fixed({})
+    proposers = Proposers([source], first=1)
+    asked = []
+    for step in range(60):
+        proposers.begin([sequence([1, 2, 3])], tokens_per_s=12.0, alone=False, held_up_s=held_up_s)
+        asked.append(proposers.are_asked)
+        if step % 10 == 0:
+            proposers.count_accepted(1)
+    assert asked[0] and all(asked) != rests
+
+
 class Fixed:
     """A source that proposes fixed tokens after the last one."""
 

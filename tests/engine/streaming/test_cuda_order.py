@@ -28,7 +28,6 @@ from specchat.engine.streaming.cuda import CudaStreamer
 from specchat.engine.streaming.host_layers import HostLayers, Pinner
 from specchat.engine.streaming.readers import PackLayerReader
 from specchat.models.hf.skeleton import build_skeleton
-from specchat.models.weights.layout import LayerLayout
 
 CPU = torch.device("cpu")
 
@@ -210,12 +209,9 @@ def test_layers_see_their_own_bytes_in_every_order_of_work(
     device, runtime = Device(random.Random(seed)), Runtime(1 << 40)
     layers = build_skeleton(packed_model.skeleton.config, torch.float32).layers
 
-    def read_layer(index: int, layout: LayerLayout, blob: Tensor) -> None:
-        blob.copy_(packed_model.blobs[index])
-
     pin = Pinner(runtime, lambda: None, lambda _: None)
     with watched_threads() as threads, fake_cuda(device):
-        host = HostLayers(layers, streamed, in_ram, num_slots, read_layer, PackLayerReader(packed_model.pack), pin)
+        host = HostLayers(layers, streamed, in_ram, num_slots, PackLayerReader(packed_model.pack), pin)
         first = streamed[num_late:] or streamed[-1:]
         host.select(first)
         streamer = CudaStreamer(layers, first, num_slots, host, CPU)

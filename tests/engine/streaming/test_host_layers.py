@@ -20,7 +20,6 @@ from specchat.engine.streaming.host_layers import HostLayers, Pinner
 from specchat.engine.streaming.readers import CheckpointLayerReader, PackLayerReader
 from specchat.engine.streaming.slots import page_aligned
 from specchat.errors import AllocationError
-from specchat.models.weights.layout import LayerLayout
 from specchat.records.limits import READ_THREADS
 
 
@@ -62,15 +61,11 @@ def test_take_returns_the_right_layer(
     in_ram = [i for i, tier in enumerate(tiers) if tier == "ram"]
     runtime = Runtime(1 << 40)
 
-    def read_layer(index: int, layout: LayerLayout, blob: torch.Tensor) -> None:
-        with packed_model.reader() as reader:
-            reader.read_layer(index, layout.views(blob))
-
     layouts = dict(enumerate(packed_model.layouts))
     filler = PackLayerReader(packed_model.pack) if packed else CheckpointLayerReader(packed_model.reader(), layouts)
     pin = Pinner(runtime, lambda: None, lambda _: None)
     with watched_threads() as threads:
-        host = HostLayers(packed_model.skeleton.layers, streamed, in_ram, slots, read_layer, filler, pin)
+        host = HostLayers(packed_model.skeleton.layers, streamed, in_ram, slots, filler, pin)
     assert len(runtime.pinned) == len(in_ram) + min(slots, len(streamed) - len(in_ram))
     under_way = list[
         Callable[[], None]
@@ -103,7 +98,7 @@ def test_the_slot_of_the_last_layer_is_filled_before_the_next_pass(
     monkeypatch.setattr(slots, "SMALL_LAYER_BYTES", 0)  # threads read all layers
     pin = Pinner(Runtime(1 << 40), lambda: None, lambda _: None)
     filler = PackLayerReader(packed_model.pack)
-    host = HostLayers(packed_model.skeleton.layers, range(NUM_LAYERS), [], 2, lambda *_: None, filler, pin)
+    host = HostLayers(packed_model.skeleton.layers, range(NUM_LAYERS), [], 2, filler, pin)
     copied = list[int]()
     for j in range(NUM_LAYERS):
         host.take(j)
@@ -124,6 +119,6 @@ def test_a_reader_thread_that_cannot_start_leaves_nothing_pinned(packed_model: P
     runtime, filler = Runtime(1 << 40), PackLayerReader(packed_model.pack)
     pin, layers = Pinner(runtime, lambda: None, lambda _: None), packed_model.skeleton.layers
     with at_most(60), watched_threads(failing, failure) as threads, pytest.raises(AllocationError):
-        HostLayers(layers, range(NUM_LAYERS), [1], 2, lambda *_: None, filler, pin)
+        HostLayers(layers, range(NUM_LAYERS), [1], 2, filler, pin)
     filler.close()
     assert threads.count == failing and not threads.num_running and not runtime.pinned
