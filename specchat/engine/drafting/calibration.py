@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from specchat.engine.drafting.pass_times import FadingRatio
@@ -49,9 +50,9 @@ class Calibration:
         self._weights = {setting: _first_weights(priors, setting) for setting in _SETTINGS}
         self._seen = {setting: [0.0] * len(weights) for setting, weights in self._weights.items()}
 
-    def weight(self, setting: Setting, kind: int) -> float | None:
-        """Return the log odds of a proposal; beside a draft, what the proposal adds to the draft's score, or None."""
-        return self._weights[setting][kind]
+    def weights(self, setting: Setting) -> Sequence[float | None]:
+        """Return the log odds of a proposal by kind; beside a draft, what it adds to the draft's score, or None."""
+        return self._weights[setting]
 
     def learn(self, setting: Setting, kind: int, expected: float, *, came: bool) -> None:
         """Learn whether a proposal came true, whose token was expected with a probability."""
