@@ -20,12 +20,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
 
 from specchat.engine.drafting.draft_model import DraftModel
+from specchat.engine.drafting.few_threads import are_tiny, one_thread
 from specchat.engine.drafting.growth import Growth, Sources
 from specchat.engine.drafting.paths import Paths
 from specchat.engine.drafting.policy import DraftPolicy, Roots
@@ -181,6 +183,7 @@ class TreeDrafter:
         self._proposers = Proposers(proposers, first=len(scorers))
         self._sources = Sources(scorer, self._proposers, branch, shared_noise)
         self._names = (*scorers, *(source.name for source in proposers))
+        self._is_tiny = are_tiny(self.models)
         self._grown: dict[int, _Grown] = {}  # last tree by seat
 
     def grow(
@@ -271,7 +274,8 @@ class TreeDrafter:
         begin = time.perf_counter()
         growth = Growth(sources, sequences, policy, roots, cancel)
         try:
-            paths = growth.run()
+            with one_thread() if self._is_tiny else nullcontext():
+                paths = growth.run()
         finally:
             if sources.scorer is not None:
                 sources.scorer.end()
