@@ -180,7 +180,8 @@ class TreeDrafter:
         self.work: Sequence[SourceWork] = ()
         self._scorer = scorer
         scorers = [] if scorer is None else [scorer.name]
-        self._proposers = Proposers(proposers, first=len(scorers))
+        share = 1.0 if scorer is None else scorer.proposal_share
+        self._proposers = Proposers(proposers, first=len(scorers), share=share)
         self._sources = Sources(scorer, self._proposers, branch, shared_noise)
         self._names = (*scorers, *(source.name for source in proposers))
         self._is_tiny = are_tiny(self.models)

@@ -61,12 +61,13 @@ class Proposers:
     Args:
         sources: sources, whose numbers begin at `first`.
         first: number of the first source: 1 after a scoring source, else 0.
+        share: share of the proposals' first weights that counts beside the scoring source.
     """
 
-    def __init__(self, sources: Sequence[ProposingSource], first: int) -> None:
+    def __init__(self, sources: Sequence[ProposingSource], first: int, share: float = 1.0) -> None:
         self.sources = tuple(sources)
         self._first = first
-        self._calibrations = [Calibration(source.priors) for source in sources]
+        self._calibrations = [Calibration(source.priors, share) for source in sources]
         self._seconds = [0.0] * len(sources)
         self._accepted = [0] * len(sources)
         self._worths = [Worth() for _ in sources]
