@@ -52,6 +52,11 @@ class RowMask:
         return self._elsewhere[device]
 
     def _build(self, kv_length: int, dtype: torch.dtype) -> Tensor:
+        allowed = self._allowed(kv_length)
+        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, float("-inf"))
+
+    def _allowed(self, kv_length: int) -> Tensor:
+        """Return which cache rows the chunk's rows see, bool [1, 1, rows, kv_length]."""
         layout = self._layout
         zero = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=layout.positions.device)
         allowed = self._function(
@@ -60,8 +65,7 @@ class RowMask:
             layout.query_positions()[None, None, :, None],
             layout.key_positions(kv_length)[None, None, None, :],
         )
-        allowed = allowed & layout.visible(kv_length)
-        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, float("-inf"))
+        return allowed & layout.visible(kv_length)
 
 
 class PassMask:
@@ -89,10 +93,12 @@ class PassMask:
         """Return, for each part of the current chunk, its rows, its region of the keys, and its mask."""
         if self._chunk != self._layout.chunk:  # masks of other chunks are freed here
             self._chunk = self._layout.chunk
-            self._current = [
-                (rows, self._region(part), RowMask(part.layout, self._function)) for part, rows in self._layout.current
-            ]
+            self._current = [(rows, self._region(part), self._mask(part.layout)) for part, rows in self._layout.current]
         return self._current
+
+    def _mask(self, layout: RowLayout) -> RowMask:
+        """Return the mask of one part."""
+        return RowMask(layout, self._function)
 
     def _region(self, part: Part) -> slice:
         """Return the part's rows among the keys, which begin with the lowest seat of the pass."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import replace
 
+from specchat.engine.drafting.assistant import Assistant, AssistantModel
 from specchat.engine.drafting.dflash import DFlashHead, DFlashModel
 from specchat.engine.drafting.drafter import Drafter, ModelDrafter, NoDrafter, TreeDrafter, free_sources
 from specchat.engine.drafting.eagle3 import Eagle3Head, Eagle3Model
 from specchat.engine.drafting.head_check import HeadCheck
 from specchat.engine.drafting.mtp import MtpHead, MtpModel
 from specchat.engine.drafting.own_copy import CopyModel, OwnCopy
+from specchat.engine.drafting.sources import ScoringSource
 from specchat.engine.loading import load_layers, load_model
 from specchat.engine.model import TreeModel
 from specchat.models.packs.pack import Pack
@@ -19,7 +21,12 @@ from specchat.models.weights.open import ModelWeights
 from specchat.records.plan import Placement, Plan
 
 # Class of the modules of each kind of head, by the part of its source.
-_HEADS: dict[str, type[TreeModel]] = {"mtp": MtpModel, "eagle3": Eagle3Model, "dflash": DFlashModel}
+_HEADS: dict[str, type[TreeModel]] = {
+    "mtp": MtpModel,
+    "eagle3": Eagle3Model,
+    "dflash": DFlashModel,
+    "assistant": AssistantModel,
+}
 
 
 def load_copy(plan: Plan, target: TreeModel, copy: ModelWeights, pack: Pack | None) -> CopyModel:
@@ -86,11 +93,21 @@ def _make_drafter(plan: Plan, target: TreeModel, small: TreeModel | None) -> Dra
         return TreeDrafter(None, proposers) if proposers else NoDrafter()
     if isinstance(small, CopyModel):
         return TreeDrafter(OwnCopy(small, max_rows=max_rows), proposers)
+    head = _head_of(target, small, max_rows)
+    if head is not None:
+        return TreeDrafter(head, proposers)
+    return ModelDrafter(small, max_rows=max_rows, max_context=small.max_positions, proposers=proposers)
+
+
+def _head_of(target: TreeModel, small: TreeModel, max_rows: int) -> ScoringSource | None:
+    """Return the head that `small` holds the modules of; None for a draft model."""
     if isinstance(small, Eagle3Model):
         small.skeleton.check_vocabulary()
-        return TreeDrafter(Eagle3Head(small, target, max_rows=max_rows, check=HeadCheck()), proposers)
+        return Eagle3Head(small, target, max_rows=max_rows, check=HeadCheck())
+    if isinstance(small, AssistantModel):
+        return Assistant(small, target, max_rows=max_rows, check=HeadCheck())
     if isinstance(small, DFlashModel):
-        return TreeDrafter(DFlashHead(small, target, max_rows=max_rows, check=HeadCheck()), proposers)
+        return DFlashHead(small, target, max_rows=max_rows, check=HeadCheck())
     if isinstance(small, MtpModel):
-        return TreeDrafter(MtpHead(small, target, max_rows=max_rows, check=HeadCheck()), proposers)
-    return ModelDrafter(small, max_rows=max_rows, max_context=small.max_positions, proposers=proposers)
+        return MtpHead(small, target, max_rows=max_rows, check=HeadCheck())
+    return None

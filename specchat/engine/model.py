@@ -29,13 +29,11 @@ from specchat.engine.taps import LayerTaps
 from specchat.models.checkpoint.mapped_file import MappedFile
 from specchat.models.hf.attention import cache_for, row_scope
 from specchat.models.hf.config import max_positions
+from specchat.models.hf.embeddings import without_norm
 from specchat.models.hf.hybrids import layer_kinds
 from specchat.models.hf.mixers import bind_mixers
 from specchat.models.hf.skeleton import Skeleton
 from specchat.models.quant.modules import quant_linears
-
-# Name of the norm that Muse's embeddings apply themselves.
-_EMBEDDING_NORM = "embed_norm"
 
 
 class PassCancelledError(Exception):
@@ -208,15 +206,11 @@ class TreeModel:
         """
         ids = self._token_ids = torch.tensor(token_ids, dtype=torch.int64)
         embeddings = self.skeleton.model.get_input_embeddings()
-        norm = getattr(embeddings, _EMBEDDING_NORM, None) if plain else None
         try:
-            if norm is not None:
-                setattr(embeddings, _EMBEDDING_NORM, torch.nn.Identity())
-            found: Tensor = embeddings(ids.to(self.device)[None])[0]
+            with without_norm(embeddings) if plain else nullcontext():
+                found: Tensor = embeddings(ids.to(self.device)[None])[0]
         finally:
             self._token_ids = None
-            if norm is not None:
-                setattr(embeddings, _EMBEDDING_NORM, norm)
         return found
 
     def append(self, token_ids: Sequence[int], cancel: threading.Event | None = None, seat: int = 0) -> Tensor:

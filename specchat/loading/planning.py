@@ -60,7 +60,9 @@ def make_plan(
     check_tokenizer(models.target)
     asked = plan_request(request, models, temperature)
     if as_given:
-        given = "none" if asked.choices.draft_quant == "auto" else asked.choices.draft_quant
+        is_copy = models.draft is not None and models.draft.is_copy  # a copy has no precision of its own
+        is_open = asked.choices.draft_quant == "auto" and not is_copy
+        given = "none" if is_open else asked.choices.draft_quant
         choices = replace(asked.choices, draft_quant=given)
         asked = replace(asked, choices=choices, draft_is_open=False, lowers_for_speed=False)
     chosen = choose_plan(asked, find_inputs(asked, reporter.warn))

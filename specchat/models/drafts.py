@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from specchat.errors import ModelError, UsageError
 from specchat.models.catalog.known_heads import heads_for
 from specchat.models.catalog.ref import ModelRef, draft_candidates, known_draft, parse_model
+from specchat.models.checkpoint.assistant import is_assistant
 from specchat.models.checkpoint.dflash import is_dflash
 from specchat.models.checkpoint.eagle3 import is_eagle3
 from specchat.models.checkpoint.json_file import read_json
@@ -109,7 +110,7 @@ def _looked_up(refs: Sequence[ModelRef], *, offline: bool) -> list[ModelSource |
 
 
 def heads_in_cache(target: ModelSource) -> list[ModelSource]:
-    """Return the cached EAGLE-3 and DFlash heads whose sizes are those of heads for a target."""
+    """Return the cached heads whose sizes are those of heads for a target."""
     found = list[ModelSource]()
     for name in cached_models():
         with suppress(UsageError, ModelError):
@@ -121,7 +122,7 @@ def heads_in_cache(target: ModelSource) -> list[ModelSource]:
 
 
 def as_draft(source: ModelSource) -> ModelSource:
-    """Return a draft's source, which says so if the files are an EAGLE-3 or a DFlash head, or an MTP layer alone.
+    """Return a draft's source, which says so if the files are a head, or an MTP layer alone.
 
     Raises:
         UnsupportedModelError: a kind of head that is not read.
@@ -132,6 +133,8 @@ def as_draft(source: ModelSource) -> ModelSource:
         return replace(source, part="mtp")
     if is_dflash(source.path):
         return replace(source, part="dflash")
+    if is_assistant(source.path):
+        return replace(source, part="assistant")
     return replace(source, part="eagle3") if is_eagle3(source.path) else source
 
 

@@ -23,6 +23,7 @@ from specchat.records.limits import (
     EXPERT_WINDOW_BYTES,
     HEAD_BLOCK_ROWS,
     MOST_BLOCK_ROWS,
+    MOST_CHECKED_ROWS,
     NUM_READERS,
     PATH_BYTES,
     PROCESSING_BYTES,
@@ -364,6 +365,8 @@ def _drafting_bytes(draft: ModelSpec, work: Workload, *, reading: int) -> int:
     """Return the peak bytes of drafting: reading new context rows, then growing trees in batches of nodes."""
     if draft.is_block:
         return _block_drafting_bytes(draft, work, reading)
+    if draft.is_assistant:
+        return _assistant_bytes(draft, work)
     width, seats = draft_width(work.tree_budget, work.seats), work.seats
     read = _pass(draft, work, reading, work.ctx).total + _head_bytes(draft, work, seats)
     scoring = _scoring_bytes(draft, work, width)
@@ -400,8 +403,23 @@ def _block_drafting_bytes(draft: ModelSpec, work: Workload, reading: int) -> int
     return max(stored, guessed, levels + scored + paths)
 
 
+def _assistant_bytes(draft: ModelSpec, work: Workload) -> int:
+    """Return the peak bytes of drafting with an assistant, which reads no prompts: growing trees, or the check."""
+    element, width = DTYPE_BYTES[work.dtype], max(draft_width(work.tree_budget, work.seats), work.seats)
+    rows = max(width, MOST_CHECKED_ROWS)
+    joined = rows * (4 * draft.target_size + draft.hidden_size) * element  # embeddings, states, both, and the input
+    outputs = work.seats * (1 + work.draft_rows) * draft.target_size * element
+    computed = _pass(draft, work, rows, work.ctx + work.draft_rows).total + joined
+    # Scores of an assistant with clusters are chosen from copies of the scores.
+    scored = _scoring_bytes(draft, work, width) + width * draft.vocab_size * _FLOAT_BYTES
+    paths = PATH_BYTES * (2 * work.tree_budget + width * DRAFT_BRANCH)
+    return outputs + paths + max(computed, scored)
+
+
 def _unread_bytes(draft: ModelSpec, work: Workload) -> int:
     """Return the bytes of the target's states that a head keeps unread; none for other drafts."""
+    if draft.is_assistant:
+        return work.seats * (MOST_CHECKED_ROWS + 1) * draft.target_size * DTYPE_BYTES[work.dtype]
     rows = work.seats * (UNREAD_STATES + 1) if draft.is_head and not draft.is_block else 0
     return rows * draft.hidden_size * DTYPE_BYTES[work.dtype]
 

@@ -49,6 +49,8 @@ MOST_RESTORE_POINTS, LEAST_RESTORE_POINTS = 12, 2
 
 # States of the target that a head keeps unread for each sequence; longer texts are read before the next pass.
 UNREAD_STATES = 64
+# Rows on which a head's first choices are compared with the target's, at most at a time.
+MOST_CHECKED_ROWS = 96
 
 # Rows of the largest block that a head guesses at once; published DFlash heads have blocks of 8 to 16 rows.
 MOST_BLOCK_ROWS = 16

@@ -43,8 +43,8 @@ class ModelSource:
         revision: hub commit; None for local folders.
         label: note that every output must show for models that are not real (the demo, shapes); "" for real models.
         part: part of the files that is meant: "mtp" for the layer that guesses further tokens; "self" for the layers
-            as a low-bit copy beside the model itself; "" for the model. "eagle3" and "dflash" for files that are
-            such a head.
+            as a low-bit copy beside the model itself; "" for the model. "eagle3", "dflash" and "assistant" for
+            files that are such a head.
         headers_only: whether files of weights hold their headers and zeros only, and there is no tokenizer.
     """
 
@@ -52,7 +52,7 @@ class ModelSource:
     path: Path
     revision: str | None = None
     label: str = ""
-    part: Literal["", "mtp", "self", "eagle3", "dflash"] = ""
+    part: Literal["", "mtp", "self", "eagle3", "dflash", "assistant"] = ""
     headers_only: bool = False
 
     @property
@@ -228,7 +228,7 @@ def is_held_piece(nbytes: int, expert_bytes: int) -> bool:
 
 
 # End of the architecture's name of a head, by the part of a source, and of a model's low-bit copy.
-HEAD_SUFFIXES = {"mtp": " MTP", "eagle3": " EAGLE-3", "dflash": " DFlash"}
+HEAD_SUFFIXES = {"mtp": " MTP", "eagle3": " EAGLE-3", "dflash": " DFlash", "assistant": " assistant"}
 COPY_SUFFIX = " copy"
 
 
@@ -261,6 +261,7 @@ class ModelSpec:
         shared_params: parameters of blocks that several layers share, which always stay in device memory.
         experts: experts that can be read one by one; None without any.
         layer_quant: number of weights of each layer in quantized matrices; empty without any.
+        target_size: width of the target's states that a head reads, if it is not the head's own; else 0.
     """
 
     name: str
@@ -287,6 +288,7 @@ class ModelSpec:
     shared_params: tuple[ParamSize, ...] = ()
     experts: RoutedExperts | None = None
     layer_quant: tuple[int, ...] = ()
+    target_size: int = 0
 
     def __hash__(self) -> int:  # hashing every field would cost more than the cached results save
         return hash((self.name, self.quant, self.num_params))
@@ -299,12 +301,18 @@ class ModelSpec:
     @property
     def tapped_width(self) -> int:
         """Numbers of each row that a head keeps of the states between the target's layers; 0 if it reads none."""
-        return self.hidden_size if self.is_head and not self.architecture.endswith(HEAD_SUFFIXES["mtp"]) else 0
+        reads_none = self.is_assistant or self.architecture.endswith(HEAD_SUFFIXES["mtp"])
+        return self.hidden_size if self.is_head and not reads_none else 0
 
     @property
     def is_block(self) -> bool:
         """Whether this is a head that guesses all levels of a tree in one pass."""
         return self.architecture.endswith(HEAD_SUFFIXES["dflash"])
+
+    @property
+    def is_assistant(self) -> bool:
+        """Whether this is a head that attends to the target's keys and values, and caches nothing."""
+        return self.architecture.endswith(HEAD_SUFFIXES["assistant"])
 
     @property
     def is_copy(self) -> bool:

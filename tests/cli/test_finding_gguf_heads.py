@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from huggingface_hub.utils import close_session
-from support.fake_hub import FakeHub, point_to, serving
+from support.fake_hub import FakeHub, serving_here
 from support.gguf_files import save_gguf
 from support.heads import LAYOUTS, head_tensors, random_target, save_with_mtp
 from support.loading import Quiet, model_request
@@ -29,10 +28,8 @@ LAYERS = 10  # drafts pay for a target of many layers
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    with serving() as served:
-        point_to(monkeypatch, served.url, tmp_path / "hub")
+    with serving_here(monkeypatch, tmp_path / "hub") as served:
         yield served
-    close_session()
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from huggingface_hub.utils import close_session
-from support.fake_hub import FakeHub, point_to, serving
+from support.fake_hub import FakeHub, serving_here
 from support.loading import Quiet, model_request, yes
 from support.tiny_models import make_config, random_model, save
 
@@ -22,10 +21,8 @@ LARGE, SMALL = "org/large", "org/small"
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    with serving() as served:
-        point_to(monkeypatch, served.url, tmp_path / "hub")
+    with serving_here(monkeypatch, tmp_path / "hub") as served:
         yield served
-    close_session()
 
 
 @pytest.fixture(scope="module")

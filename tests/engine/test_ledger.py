@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.assistants import save_assistant
 from support.dflash import save_dflash
 from support.dflash2 import save_dflash2
 from support.eagle3 import KINDS, save_eagle3
@@ -136,8 +137,11 @@ def test_ledger_and_memory(case: Case, tmp_path: Path):
 
 def check_ledger(
     case: Case, target: ModelSource, draft: ModelSource, quant: Quant = "none", draft_quant: Quant = "none"
-) -> None:
-    """Return the bytes that pre-quantized checkpoints need per read (6 MiB at most), planned on top of the peak."""
+) -> tuple[LedgerItem, ...]:
+    """Compare promised and measured bytes, and return the ledger.
+
+    Pre-quantized checkpoints need bytes per read (6 MiB at most), which are planned on top of the peak.
+    """
     plan, spec = planned(case, target, draft, quant, draft_quant), describe(target, quant)
     ours = dequantize_bytes(replace(spec, quant="int8"), case.dtype, "cpu")
     pieces = dequantize_bytes(spec, case.dtype, "cpu") - ours
@@ -155,6 +159,7 @@ def check_ledger(
     promised = total(plan.ledger, weights=False)
     print(f"{case}: measured {living.peak:,}, promised {promised:,}, {promised / living.peak:.3f}")
     assert living.peak <= promised <= 1.25 * living.peak + pieces
+    return plan.ledger
 
 
 HEAD_CASES = [Case("qwen3", 240, 16, "fp32"), Case("deepseek_v3", 224, 32, "fp32"), Case("qwen3", 240, 16, "bf16")]
@@ -193,6 +198,17 @@ def test_ledger_and_memory_of_a_dflash_head(
     monkeypatch.setattr(HeadCheck, "count", lambda *_: None)
     target = save(random_model(make_config(case.architecture)), tmp_path / "target")
     check_ledger(case, target, save_head(tmp_path / "head").source)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["gemma4_shared", "gemma4_k_eq_v"])
+def test_ledger_and_memory_of_an_assistant(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Nothing is cached, and no prompt is read."""
+    monkeypatch.setattr(HeadCheck, "count", lambda *_: None)
+    target = save(random_model(make_config(architecture)), tmp_path / "target")
+    case = Case(architecture, 240, 16, "fp32")
+    head = save_assistant(tmp_path / "head", architecture, clusters=VOCAB).source
+    assert all(item.item != "draft KV cache" for item in check_ledger(case, target, head))
 
 
 # Small trees: the ledger counts a tree beside the longest prompt, which retrieval may grow, but a copy does not.

@@ -143,7 +143,7 @@ def test_frontier_is_the_best_nodes_that_can_still_enter(data: st.DataObject, bu
     rows = [data.draw(st.integers(-1, 1)) for _ in range(n)]
     none, weights = [0] * n, torch.tensor(scores, dtype=torch.float64)
     ints = [torch.tensor(x, dtype=torch.int64) for x in (none, [ROOT] * n, depths, none, none, rows, none)]
-    candidates = Paths(weights, weights, *ints)
+    candidates = Paths(torch.stack([weights, weights]), torch.stack(ints))
     expected = [i for i in range(n) if rows[i] < 0 and depths[i] < max_depth and (n < budget or scores[i] > scores[-1])]
     assert candidates.frontier(width, budget, torch.tensor([max_depth])).tolist() == expected[:width]
 

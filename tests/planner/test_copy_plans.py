@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from support.loading import plan_request
+from support.loading import Quiet, plan_request
 from support.planning import UNKNOWN_RATES
 
 from specchat.errors import UsageError
 from specchat.hardware.machine import Machine, MatmulRate
+from specchat.loading.models import Models
+from specchat.loading.planning import make_plan
+from specchat.loading.request import ModelRequest
 from specchat.models.catalog.ref import demo_source
+from specchat.models.drafts import copy_of
 from specchat.models.sizes.describe import as_copy
 from specchat.models.sizes.geometry import layer_sizes
 from specchat.models.sizes.known_specs import known_spec
@@ -19,7 +23,7 @@ from specchat.planner.placement import PlacementOptions, interleaved
 from specchat.planner.request import PlanInputs
 from specchat.planner.search import choose_plan, smaller_plan
 from specchat.records.model import ModelSource
-from specchat.records.plan import Plan
+from specchat.records.plan import Plan, PlanChoices
 from specchat.units import GIB, MIB
 
 GPU = Machine("cuda:0", 14 * GIB, 32 * GIB, fast_bf16=True)
@@ -122,3 +126,12 @@ def test_a_copy_is_chosen_where_it_is_much_faster_and_the_disk_has_room():
     assert chosen(None, 100 * GIB) == "self"
     assert chosen(None, GIB) is None
     assert chosen("Qwen/Qwen3-0.6B", 100 * GIB) == "Qwen/Qwen3-0.6B"
+
+
+def test_a_measured_copy_has_a_lower_precision_without_a_word():
+    """A measurement keeps other drafts as they are stored; a copy is stored nowhere."""
+    target = demo_source("target")
+    copy = copy_of(target)
+    request = ModelRequest("demo", "self", PlanChoices(device="cpu", vram_bytes=30 * MIB, ctx=256, dtype="fp32"))
+    plan = make_plan(request, Models(target, copy, ""), Quiet(), as_given=True).plan
+    assert (plan.draft, plan.draft_quant) in {("self", "int4"), ("self", "int8")}

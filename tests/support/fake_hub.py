@@ -177,3 +177,12 @@ def point_to(monkeypatch, url: str, cache: Path) -> None:
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     close_session()
+
+
+@contextmanager
+def serving_here(monkeypatch, cache: Path) -> Iterator[FakeHub]:
+    """A hub that this process downloads from, into an empty cache."""
+    with serving() as hub:
+        point_to(monkeypatch, hub.url, cache)
+        yield hub
+    close_session()

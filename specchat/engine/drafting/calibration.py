@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from specchat.engine.drafting.pass_times import FadingRatio
@@ -43,15 +44,16 @@ class Calibration:
 
     Args:
         priors: weights before any proposal is tried.
+        share: share of these weights that counts beside a draft.
     """
 
-    def __init__(self, priors: Priors) -> None:
-        self._weights = {setting: _first_weights(priors, setting) for setting in _SETTINGS}
+    def __init__(self, priors: Priors, share: float = 1.0) -> None:
+        self._weights = {setting: _first_weights(priors, setting, share) for setting in _SETTINGS}
         self._seen = {setting: [0.0] * len(weights) for setting, weights in self._weights.items()}
 
-    def weight(self, setting: Setting, kind: int) -> float | None:
-        """Return the log odds of a proposal; beside a draft, what the proposal adds to the draft's score, or None."""
-        return self._weights[setting][kind]
+    def weights(self, setting: Setting) -> Sequence[float | None]:
+        """Return the log odds of a proposal by kind; beside a draft, what it adds to the draft's score, or None."""
+        return self._weights[setting]
 
     def learn(self, setting: Setting, kind: int, expected: float, *, came: bool) -> None:
         """Learn whether a proposal came true, whose token was expected with a probability."""
@@ -64,11 +66,12 @@ class Calibration:
         weights[kind] = min(max(weight + max(min(step, 1.0), -1.0), _LEAST), _MOST)
 
 
-def _first_weights(priors: Priors, setting: Setting) -> list[float | None]:
+def _first_weights(priors: Priors, setting: Setting, share: float) -> list[float | None]:
     """Return the weights before any proposal is tried."""
     if not setting.beside_draft:
         return list(priors.alone)
-    return list(priors.beside_sampled if setting.is_sampled else priors.beside)
+    weights = priors.beside_sampled if setting.is_sampled else priors.beside
+    return [None if weight is None else share * weight for weight in weights]
 
 
 class Worth:

@@ -114,6 +114,7 @@ class DFlashHead:
     knows_all_levels = True
     expands_chains = False
     temperatures = SMALL_DRAFT
+    proposal_share = 1.0
 
     def __init__(self, model: DFlashModel, target: TreeModel, *, max_rows: int, check: HeadCheck | None) -> None:
         self.models: Sequence[TreeModel] = (model,)

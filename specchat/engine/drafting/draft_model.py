@@ -42,6 +42,7 @@ class DraftModel:
     knows_all_levels = False
     expands_chains = True
     temperatures = SMALL_DRAFT
+    proposal_share = 1.0
 
     def __init__(self, model: TreeModel, *, max_rows: int, max_context: int) -> None:
         self.models: Sequence[TreeModel] = (model,)

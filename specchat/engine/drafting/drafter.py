@@ -21,6 +21,7 @@ import math
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeGuard
 
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from specchat.engine.drafting.device_growth import DeviceGrowth
 from specchat.engine.drafting.draft_model import DraftModel
+from specchat.engine.drafting.few_threads import are_tiny, one_thread
 from specchat.engine.drafting.growth import Growth, Sources
 from specchat.engine.drafting.pass_times import FadingRatio
 from specchat.engine.drafting.paths import Paths
@@ -192,9 +194,11 @@ class TreeDrafter:
         self.work: Sequence[SourceWork] = ()
         self._scorer = scorer
         scorers = [] if scorer is None else [scorer.name]
-        self._proposers = Proposers(proposers, first=len(scorers))
+        share = 1.0 if scorer is None else scorer.proposal_share
+        self._proposers = Proposers(proposers, first=len(scorers), share=share)
         self._sources = Sources(scorer, self._proposers, branch, shared_noise)
         self._names = (*scorers, *(source.name for source in proposers))
+        self._is_tiny = are_tiny(self.models)
         self._grown: dict[int, _Grown] = {}  # last tree by seat
         self._useful_passes = FadingRatio(keep=_KEEP_PASSES)  # of trees that grow on a device
         self._held_up_s = 0.0  # by which the last trees took longer than on the device
@@ -289,7 +293,8 @@ class TreeDrafter:
         begin = time.perf_counter()
         growth = self._growth(sources, sequences, policy, roots, cancel)
         try:
-            paths = growth.run()
+            with one_thread() if self._is_tiny else nullcontext():
+                paths = growth.run()
         finally:
             if sources.scorer is not None:
                 sources.scorer.end()

@@ -12,12 +12,13 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from specchat.engine.drafting.head_check import MOST_CHECKED_ROWS, HeadCheck, choices
+from specchat.engine.drafting.head_check import HeadCheck, choices
 from specchat.engine.drafting.mtp import MtpHead, MtpModel
 from specchat.engine.model import TreeModel
 from specchat.engine.sequence import FinalStates
 from specchat.engine.taps import LayerTaps
 from specchat.models.hf.eagle3 import Eagle3Skeleton
+from specchat.records.limits import MOST_CHECKED_ROWS
 
 
 class Eagle3Model(MtpModel):

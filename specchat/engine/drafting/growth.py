@@ -204,12 +204,10 @@ class Growth:
             least: log weight below its parent that a child must exceed.
         """
         parents, trees, children = list[int](), list[int](), list[Child]()
-        above = paths.score.tolist()
+        above, trees_of, depths = paths.score.tolist(), paths.tree.tolist(), paths.depth.tolist()
         worst = above[self._budget - 1] if len(paths) >= self._budget else -math.inf
         for place, (node, number) in enumerate(zip(nodes, numbers, strict=True)):
-            tree, depth, score = (
-                (place, 0, 0.0) if node == ROOT else (int(paths.tree[node]), int(paths.depth[node]), above[node])
-            )
+            tree, depth, score = (place, 0, 0.0) if node == ROOT else (trees_of[node], depths[node], above[node])
             found = [
                 child
                 for child in self._alone(number, tree, depth)
@@ -280,7 +278,8 @@ class Growth:
 
     def _numbers(self, paths: Paths, tree: int, parents: Tensor) -> list[int]:
         """Return the numbers of the records of proposals below expanded nodes of a tree."""
-        return [self.asked_roots[tree] if node == ROOT else int(paths.asked[node]) for node in parents.tolist()]
+        asked: list[int] = paths.asked.tolist()
+        return [self.asked_roots[tree] if node == ROOT else asked[node] for node in parents.tolist()]
 
     def _merged(
         self,
@@ -294,12 +293,18 @@ class Growth:
         """Add scored children, one for each token below a parent; children that exist already get a new weight."""
         exists, edges = self._existing(paths, parents, proposed)
         sources = torch.zeros_like(tokens)
-        for row, of_row in enumerate(tokens.tolist()):
-            for place, token in enumerate(of_row):
-                if (row, token) in exists:
-                    scores[row, place] = -torch.inf
-                elif (child := proposed.get((row, token))) is not None:
-                    sources[row, place] = child.source
+        rows, branch = tokens.tolist(), tokens.shape[1]
+        dropped, labels = list[int](), dict[int, int]()
+        for (row, token), child in proposed.items():
+            if token not in rows[row]:
+                continue
+            place = row * branch + rows[row].index(token)
+            if (row, token) in exists:
+                dropped.append(place)
+            elif child.source:
+                labels[place] = child.source
+        scores.view(-1)[dropped] = -torch.inf
+        sources.view(-1)[list(labels)] = torch.tensor(list(labels.values()), dtype=torch.int64)
         reweighted = paths.reweighted(edges) if edges else paths
         return reweighted.with_children(trees, parents, scores, tokens, self._most_paths, sources)
 
@@ -310,8 +315,10 @@ class Growth:
         row_of = {node: row for row, node in enumerate(parents.tolist())}
         exists, edges = set[tuple[int, int]](), dict[int, float]()
         for node, (parent, token) in enumerate(zip(paths.parent.tolist(), paths.token.tolist(), strict=True)):
-            row = row_of.get(parent)
-            if parent != ROOT and row is not None and (child := proposed.get((row, token))) is not None:
+            if parent == ROOT or parent not in row_of:
+                continue
+            row = row_of[parent]
+            if (child := proposed.get((row, token))) is not None:
                 exists.add((row, token))
                 edges[node] = child.weight
         return exists, edges

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from specchat.engine.model import TreeModel
-from specchat.records.limits import HEAD_BLOCK_ROWS
+from specchat.records.limits import HEAD_BLOCK_ROWS, MOST_CHECKED_ROWS
 
 # Rows to compare: few enough to cost nothing, enough to tell a head from chance. Published heads agree on half of the
 # rows and more; a head of shifted rows agrees on 2% (tenstorrent/vllm, pull request 442).
-_LEAST_ROWS, MOST_CHECKED_ROWS = 48, 96
+_LEAST_ROWS = 48
 # Least share of the rows on which chance would not agree.
 _LEAST_SKILL = 0.1
 

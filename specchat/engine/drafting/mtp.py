@@ -169,6 +169,7 @@ class MtpHead:
     knows_all_levels = False
     expands_chains = False
     temperatures = SMALL_DRAFT
+    proposal_share = 1.0
 
     def __init__(self, model: MtpModel, target: TreeModel, *, max_rows: int, check: HeadCheck | None) -> None:
         self.models: Sequence[TreeModel] = (model,)

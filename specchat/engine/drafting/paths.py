@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -15,29 +14,40 @@ from specchat.engine.tree import ROOT
 LEAST_LOSS = -1e-9
 
 
-@dataclass
+_NUM_FLOATS, _NUM_INTS = 2, 7
+
+
 class Paths:
     """The best paths of all trees so far, best first; all tensors [M] on the CPU.
 
-    `row` is the node's row among its tree's rows in the draft's cache, -1 until the node is expanded. `asked` is the
-    number of the node's record of proposals, -1 until the proposing sources were asked.
+    The columns are views of two tensors, which are cut and joined as a whole: a tree takes some 20 rounds, and each
+    operation on a tensor 5 us and more.
+
+    Args:
+        floats: score and edge, float64 [2, M].
+        ints: the other columns, in the order below, int64 [7, M].
+
+    Attributes:
+        score: sum of log weights along the path.
+        edge: log weight of the node below its parent.
+        token: token id of the node.
+        parent: index of the parent in these tensors, or ROOT.
+        depth: number of nodes on the path.
+        tree: number of the node's tree.
+        source: number of the source of the node.
+        row: row of the node among its tree's rows in the draft's cache, -1 until the node is expanded.
+        asked: number of the node's record of proposals, -1 until the proposing sources were asked.
     """
 
-    score: Tensor  # sum of log weights along the path, float64
-    edge: Tensor  # log weight of the node below its parent, float64
-    token: Tensor
-    parent: Tensor  # index into these tensors, or ROOT
-    depth: Tensor
-    tree: Tensor
-    source: Tensor  # number of the source of the node
-    row: Tensor
-    asked: Tensor
+    def __init__(self, floats: Tensor, ints: Tensor) -> None:
+        self._floats, self._ints = floats, ints
+        self.score, self.edge = floats.unbind()
+        self.token, self.parent, self.depth, self.tree, self.source, self.row, self.asked = ints.unbind()
 
     @classmethod
     def empty(cls) -> Paths:
         """Return an empty set of paths."""
-        ints, floats = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.float64)
-        return cls(floats, floats, ints, ints, ints, ints, ints, ints, ints)
+        return cls(torch.zeros(_NUM_FLOATS, 0, dtype=torch.float64), torch.zeros(_NUM_INTS, 0, dtype=torch.int64))
 
     def __len__(self) -> int:
         return self.score.shape[0]
@@ -80,16 +90,11 @@ class Paths:
             base, depth = torch.zeros(parent.shape, dtype=torch.float64), torch.ones_like(parent)
         edge = scores.flatten().clamp(max=LEAST_LOSS)
         unknown = torch.full_like(parent, -1)
+        from_source = torch.zeros_like(parent) if sources is None else sources.flatten()
+        columns = tokens.flatten(), parent, depth, trees.repeat_interleave(branch), from_source, unknown, unknown
         merged = Paths(
-            torch.cat([self.score, base + edge]),
-            torch.cat([self.edge, edge]),
-            torch.cat([self.token, tokens.flatten()]),
-            torch.cat([self.parent, parent]),
-            torch.cat([self.depth, depth]),
-            torch.cat([self.tree, trees.repeat_interleave(branch)]),
-            torch.cat([self.source, torch.zeros_like(parent) if sources is None else sources.flatten()]),
-            torch.cat([self.row, unknown]),
-            torch.cat([self.asked, unknown]),
+            torch.cat([self._floats, torch.stack([base + edge, edge])], dim=1),
+            torch.cat([self._ints, torch.stack(columns)], dim=1),
         )
         return merged._best(most)
 
@@ -101,12 +106,11 @@ class Paths:
         score = list[float]()
         for weight, parent in zip(edge, self.parent.tolist(), strict=True):
             score.append(weight + (0.0 if parent == ROOT else score[parent]))
-        columns = [getattr(self, field.name) for field in fields(self)][2:]
-        return Paths(torch.tensor(score, dtype=torch.float64), torch.tensor(edge, dtype=torch.float64), *columns)
+        return Paths(torch.tensor([score, edge], dtype=torch.float64), self._ints)
 
     def first(self, count: int) -> Paths:
         """Return the best `count` paths; every parent is included, because parents precede their children."""
-        return Paths(*(getattr(self, field.name)[:count] for field in fields(self)))
+        return Paths(self._floats[:, :count], self._ints[:, :count])
 
     def of_tree(self, tree: int) -> Paths:
         """Return the paths of one tree."""
@@ -124,8 +128,8 @@ class Paths:
         """Return the paths that end at the given nodes, in this order; the parents must be among the nodes."""
         new_index = torch.full((len(self) + 1,), ROOT, dtype=torch.int64)  # ROOT = -1 indexes the last entry
         new_index[nodes] = torch.arange(nodes.shape[0])
-        taken = Paths(*(getattr(self, field.name)[nodes] for field in fields(self)))
-        taken.parent = new_index[taken.parent]
+        taken = Paths(self._floats.index_select(1, nodes), self._ints.index_select(1, nodes))
+        taken.parent.copy_(new_index[taken.parent])
         return taken
 
 

@@ -17,6 +17,7 @@ from specchat.records.generation import SourceWork
 
 # Mean of the standard Gumbel distribution: the noise of a token that nothing is known of.
 _MEAN_NOISE = 0.5772
+_HALF = math.log(0.5)
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,13 @@ class _Record:
 
     Attributes:
         claims: proposals of all sources.
+        sources: number of the source that proposed each token first.
         setting: conditions of the last weighing.
         expected: probability of each proposed token.
     """
 
     claims: list[_Claim]
+    sources: dict[int, int]
     setting: Setting
     expected: dict[int, float] = field(default_factory=dict)
 
@@ -58,12 +61,13 @@ class Proposers:
     Args:
         sources: sources, whose numbers begin at `first`.
         first: number of the first source: 1 after a scoring source, else 0.
+        share: share of the proposals' first weights that counts beside the scoring source.
     """
 
-    def __init__(self, sources: Sequence[ProposingSource], first: int) -> None:
+    def __init__(self, sources: Sequence[ProposingSource], first: int, share: float = 1.0) -> None:
         self.sources = tuple(sources)
         self._first = first
-        self._calibrations = [Calibration(source.priors) for source in sources]
+        self._calibrations = [Calibration(source.priors, share) for source in sources]
         self._seconds = [0.0] * len(sources)
         self._accepted = [0] * len(sources)
         self._worths = [Worth() for _ in sources]
@@ -121,7 +125,8 @@ class Proposers:
             claims += (_Claim(each.token, each.kind, number) for each in source.propose(sequence.seat, tail))
             self._seconds[number] += time.perf_counter() - begin
         is_sampled = sequence.sampler.noise is not None
-        self._records.append(_Record(claims, Setting(beside_draft=False, is_sampled=is_sampled)))
+        sources = {claim.token: self._first + claim.source for claim in reversed(claims)}
+        self._records.append(_Record(claims, sources, Setting(beside_draft=False, is_sampled=is_sampled)))
         return len(self._records) - 1
 
     def alone(self, number: int, noise: Tensor | None) -> list[Child]:
@@ -132,6 +137,8 @@ class Proposers:
             noise: the sampler's noise at the children's position [V]; None if the answer is greedy.
         """
         record = self._records[number]
+        if not record.claims:
+            return []
         odds = self._sums(record)
         if noise is not None and odds:
             luck = noise[torch.tensor(list(odds), device=noise.device)].tolist()
@@ -139,8 +146,7 @@ class Proposers:
         most = max((0.0, *odds.values()))
         total = most + math.log(math.exp(-most) + sum(math.exp(each - most) for each in odds.values()))
         record.expected = {token: math.exp(each - total) for token, each in odds.items()}
-        sources = self._first_sources(record)
-        return [Child(token, each - total, sources[token]) for token, each in odds.items()]
+        return [Child(token, each - total, record.sources[token]) for token, each in odds.items()]
 
     def beside(self, numbers: Sequence[int], weights: Tensor) -> dict[tuple[int, int], Child]:
         """Add the proposals' weights to a draft's log weights.
@@ -197,14 +203,11 @@ class Proposers:
     def _sums(self, record: _Record) -> dict[int, float]:
         """Return the sums of the proposals' weights by token; a proposal that says nothing counts as 0."""
         sums: dict[int, float] = {}
+        weights = [calibration.weights(record.setting) for calibration in self._calibrations]
         for claim in record.claims:
-            weight = self._calibrations[claim.source].weight(record.setting, claim.kind)
-            sums[claim.token] = sums.get(claim.token, 0.0) + (weight or 0.0)
+            sums[claim.token] = sums.get(claim.token, 0.0) + (weights[claim.source][claim.kind] or 0.0)
         return sums
 
     def _label(self, record: _Record, token: int, own: float) -> int:
         """Return the source of a merged child: the draft, unless the proposals made the child likelier than not."""
-        return self._first_sources(record)[token] if own < math.log(0.5) + math.log(record.expected[token]) else 0
-
-    def _first_sources(self, record: _Record) -> dict[int, int]:
-        return {claim.token: self._first + claim.source for claim in reversed(record.claims)}
+        return record.sources[token] if own < _HALF + math.log(record.expected[token]) else 0

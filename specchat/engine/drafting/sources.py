@@ -67,6 +67,8 @@ class ScoringSource(Protocol):
         knows_all_levels: whether `begin` computes the scores of all levels, so that expanding nodes takes no pass.
         expands_chains: whether a pass can compute a node together with its descendants.
         temperatures: temperatures of path weights.
+        proposal_share: share of a proposal's first weight that counts beside this source. The closer the source is to
+            the target, the less a proposal tells.
     """
 
     name: str
@@ -76,6 +78,7 @@ class ScoringSource(Protocol):
     knows_all_levels: bool
     expands_chains: bool
     temperatures: Temperatures
+    proposal_share: float
 
     def max_depth(self, sequence: TokenSequence) -> int:
         """Return the most levels of a tree below the sequence's last token; 0 if the source cannot score the tree."""

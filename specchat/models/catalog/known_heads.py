@@ -12,7 +12,12 @@ from specchat.models.catalog.families import matches, patterns_of
 
 _FILE = Path(__file__).with_name("known_heads.toml")
 # Names of the kinds for users.
-_KINDS = {"eagle3": "an EAGLE-3 head", "dflash": "a DFlash head", "dflash2": "a DFlash2 head"}
+_KINDS = {
+    "eagle3": "an EAGLE-3 head",
+    "dflash": "a DFlash head",
+    "dflash2": "a DFlash2 head",
+    "assistant": "an assistant",
+}
 
 
 @dataclass(frozen=True)

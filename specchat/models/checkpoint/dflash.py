@@ -14,12 +14,8 @@ _CLASS, _SECOND = "DFlashDraftModel", "DFlash2DraftModel"
 # transformers' name of a DFlash head, whose files name two tensors differently.
 _ASSISTANT = "MuseGlimmerAssistantModel"
 _NAMES = {"encoder.fc.": "fc.", "encoder.output_norm_enc.": "hidden_norm."}
-# Other heads in files of their own, by class: a relative with more parts, and heads that read the target's KV cache.
-_OTHERS = {
-    "DSparkDraftModel": "a DSpark head",
-    "Gemma4AssistantForCausalLM": "Gemma 4's assistant",
-    "Gemma4UnifiedAssistantForCausalLM": "Gemma 4's assistant",
-}
+# Other heads in files of their own, by class: a relative with more parts.
+_OTHERS = {"DSparkDraftModel": "a DSpark head"}
 _OWN, _SELECTOR = ("fc.", "hidden_norm."), "candidate_selector."
 # Vocabularies are padded to multiples of this.
 _PADDING = 1024
@@ -86,7 +82,9 @@ def is_dflash(folder: Path) -> bool:
     classes = _classes(read_json(file))
     other = next((_OTHERS[each] for each in classes if each in _OTHERS), None)
     if other is not None:
-        raise UnsupportedModelError(f"{folder} is {other}, but only DFlash and EAGLE-3 heads are supported")
+        raise UnsupportedModelError(
+            f"{folder} is {other}, but only EAGLE-3 and DFlash heads and Gemma 4's assistants are supported"
+        )
     return not {_CLASS, _SECOND, _ASSISTANT}.isdisjoint(classes)
 
 

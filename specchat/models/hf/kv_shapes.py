@@ -43,6 +43,11 @@ def record_kv_shapes(skeleton: Skeleton) -> tuple[KvShape, ...]:
     return tuple(record.shape for record in records)
 
 
+def nothing_cached(skeleton: Skeleton) -> tuple[KvShape, ...]:
+    """Return the shapes of layers that cache nothing."""
+    return (_NOTHING,) * len(skeleton.layers)
+
+
 class _Record:
     """A layer's cache that holds nothing but the shapes of what it received.
 

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from specchat.errors import UsageError, VocabularyMismatchError
+from specchat.models.checkpoint.assistant import assistant_config
+from specchat.models.checkpoint.assistant import layer_values as assistant_values
 from specchat.models.checkpoint.dflash import dflash_config
 from specchat.models.checkpoint.eagle3 import LEAST_LAYERS, chosen_layers, layer_values, target_width
 from specchat.models.checkpoint.json_file import read_json
@@ -27,6 +29,9 @@ def check_pair(target: ModelSource, draft: ModelSource) -> None:
         VocabularyMismatchError: too many tokens differ.
         UsageError: the head is one for another target.
     """
+    if draft.part == "assistant":
+        _check_assistant(target, draft)
+        return
     if draft.is_head and target.path != draft.path:
         _check_head(target, draft)
         return
@@ -70,6 +75,32 @@ def _check_head(target: ModelSource, head: ModelSource) -> None:
             f"the states between the layers of {target.name} are several streams, which no head reads",
             hint="use --draft auto or retrieval",
         )
+
+
+def _check_assistant(target: ModelSource, head: ModelSource) -> None:
+    """Check that an assistant reads keys and values that the target has."""
+    from specchat.models.hf.assistant import shared_layers
+    from specchat.models.hf.config import load_config
+    from specchat.models.hf.config_values import make_config
+
+    ours, theirs = load_config(target.path), make_config(head.path / "config.json", assistant_values(head.path))
+    width = assistant_config(head.path).target_size
+    for what, wanted, found in (
+        (_WIDTH, width, ours.hidden_size),
+        (_VOCABULARY, theirs.vocab_size, ours.vocab_size),
+    ):
+        if wanted != found:
+            raise _other_target(head, target, f"{what} {wanted:,}, not {found:,}")
+    shared = shared_layers(ours)
+    for index, kind in enumerate(theirs.layer_types):
+        if kind not in shared:
+            raise _other_target(head, target, f"keys of a layer of {kind.replace('_', ' ')}, which the model lacks")
+        reads, has = theirs.per_layer_config[index], ours.per_layer_config[shared[kind]]
+        if reads.head_dim != has.head_dim:
+            raise _other_target(head, target, f"keys of width {reads.head_dim:,}, not {has.head_dim:,}")
+        num_heads, num_key_heads = reads.num_attention_heads, has.num_key_value_heads
+        if num_heads % num_key_heads:
+            raise _other_target(head, target, f"{num_key_heads} heads of keys with {num_heads} heads of its own")
 
 
 def _eagle3_facts(folder: Path) -> dict[str, int | None]:

@@ -11,7 +11,7 @@ from specchat.models.checkpoint.safetensors import Checkpoint, has_weights
 from specchat.models.gguf.tensors import open_tensors
 from specchat.models.hf.config import experts_per_row, load_config, max_positions, mlp_size, tiny_config
 from specchat.models.hf.config_values import why_not_built
-from specchat.models.hf.kv_shapes import record_kv_shapes
+from specchat.models.hf.kv_shapes import nothing_cached, record_kv_shapes
 from specchat.models.hf.refusals import CANNOT_SHRINK, refusing
 from specchat.models.hf.skeleton import Skeleton, build_skeleton, lookup_embeddings
 from specchat.models.hf.wrappers import wrapper_type
@@ -96,13 +96,16 @@ def _inspect_head(source: ModelSource, quant: Quant) -> ModelSpec:
     config = whole.config
     narrow = open_head(source, torch.bfloat16, activations.profiling_attention).whole
     narrowed_bytes = _outer_buffer_bytes(whole) - _outer_buffer_bytes(narrow)
+    held = {name: buffer.nbytes for name, buffer in whole.model.named_buffers()}  # profiling changes their dtype
     of_architecture = _measure(config, whole) | {"narrowed_bytes": narrowed_bytes}
-    profiled_bytes = _buffer_bytes(whole)  # profiling has changed their dtype
+    if not head.caches:
+        of_architecture["kv_shapes"] = nothing_cached(whole)
     skeleton = head.finish(whole)
     of_architecture["architecture"] += HEAD_SUFFIXES[source.part]
     of_architecture["num_params"] = sum(p.numel() for p in skeleton.model.parameters())
     of_architecture["num_layer_params"] = sum(map(_num_params, skeleton.layers))
-    of_architecture["buffer_bytes"] += _buffer_bytes(skeleton) - profiled_bytes
+    buffers = skeleton.model.named_buffers()
+    of_architecture["buffer_bytes"] = sum(held.get(name, buffer.nbytes) for name, buffer in buffers)
     recipe = choose_recipe(source, skeleton, quant, checkpoint)
     open_reader(skeleton, checkpoint, recipe).close()  # checks the tensors, and replaces the matrices
     outside = [p for name, p in skeleton.model.named_parameters() if not name.startswith(f"{skeleton.layers_name}.")]
@@ -112,6 +115,7 @@ def _inspect_head(source: ModelSource, quant: Quant) -> ModelSpec:
         dtype=_checkpoint_dtype(config, checkpoint),
         layer_params=tuple(_param_sizes(layer) for layer in skeleton.layers),
         other_params=tuple(_param_size(parameter, is_segment=False) for parameter in outside),
+        target_size=head.target_size,
         quant=quant if recipe is None else recipe.name,
         quant_shapes=tuple(sorted({linear.shape for _, linear in quant_linears(skeleton.model)})),
         layer_quant=_layer_quant(skeleton),

@@ -6,9 +6,10 @@ from functools import partial
 
 import torch
 
-from specchat.models.checkpoint import dflash, eagle3
+from specchat.models.checkpoint import assistant, dflash, eagle3
 from specchat.models.checkpoint.json_file import read_json
 from specchat.models.checkpoint.safetensors import Checkpoint, open_checkpoint
+from specchat.models.hf.assistant import as_assistant
 from specchat.models.hf.attention import AttentionFunction
 from specchat.models.hf.config import without_quantization
 from specchat.models.hf.config_values import make_config, why_not_built
@@ -29,11 +30,15 @@ class OpenHead:
         whole: causal LM with the head's layer, which can run alone, to be measured; `finish` changes it in place.
         checkpoint: tensors of the head under the names of the finished modules.
         finish: function that makes the head's modules of `whole`.
+        caches: whether the layers of the finished head cache keys and values as those of `whole` do; else nothing.
+        target_size: width of the target's states, if it is not that of the layers; else 0.
     """
 
     whole: Skeleton
     checkpoint: Checkpoint
     finish: Callable[[Skeleton], Skeleton]
+    caches: bool = True
+    target_size: int = 0
 
 
 def open_head(source: ModelSource, dtype: torch.dtype, attention: AttentionFunction | None) -> OpenHead:
@@ -52,6 +57,8 @@ def open_head(source: ModelSource, dtype: torch.dtype, attention: AttentionFunct
         return OpenHead(*open_mtp(source, dtype, attention), without_shared)
     if source.part == "dflash":
         return _open_dflash(source, dtype, attention)
+    if source.part == "assistant":
+        return _open_assistant(source, dtype, attention)
     checkpoint = open_checkpoint(source.path)
     tensors = eagle3.named_tensors(checkpoint)
     settings = eagle3.eagle3_config(source.path, tensors)
@@ -77,3 +84,15 @@ def _open_dflash(source: ModelSource, dtype: torch.dtype, attention: AttentionFu
     decoder = path_of(whole.model, whole.decoder)
     named = dflash.with_module_names(open_checkpoint(source.path), whole.layers_name, decoder)
     return OpenHead(whole, named, partial(as_dflash, settings=settings))
+
+
+def _open_assistant(source: ModelSource, dtype: torch.dtype, attention: AttentionFunction | None) -> OpenHead:
+    settings = assistant.assistant_config(source.path)
+    config = make_config(source.path / "config.json", assistant.layer_values(source.path))
+    config = without_quantization(config)
+    config.tie_word_embeddings = False
+    with refusing(config.model_type, why_not_built(config)):
+        whole = build_skeleton(config, dtype, attention)
+    named = assistant.with_module_names(open_checkpoint(source.path))
+    finish = partial(as_assistant, settings=settings)
+    return OpenHead(whole, named, finish, caches=False, target_size=settings.target_size)

@@ -12,7 +12,7 @@ from specchat.models.gguf.tensors import open_tensors
 from specchat.models.hf.attention import AttentionFunction
 from specchat.models.hf.config import load_config
 from specchat.models.hf.config_values import why_not_built
-from specchat.models.hf.kv_shapes import record_kv_shapes
+from specchat.models.hf.kv_shapes import nothing_cached, record_kv_shapes
 from specchat.models.hf.refusals import refusing
 from specchat.models.hf.skeleton import Skeleton, build_skeleton
 from specchat.models.weights.checkpoint_recipe import CheckpointRecipe
@@ -81,7 +81,9 @@ def open_weights(
     else:
         skeleton, checkpoint = _open_whole(source, torch_dtype(dtype), attention)
     if attention is not None and len(kv_shapes) != len(skeleton.layers):
-        kv_shapes = record_kv_shapes(skeleton)  # before modules are replaced
+        caches = head is None or head.caches
+        # before modules are replaced
+        kv_shapes = record_kv_shapes(skeleton) if caches else nothing_cached(skeleton)
     if head is not None:
         skeleton = head.finish(skeleton)
     recipe = choose_recipe(source, skeleton, quant, checkpoint)

@@ -224,10 +224,10 @@ def test_worth_approaches_the_share_that_comes_true(share: float):
     setting = Setting(beside_draft=False, is_sampled=False)
     draws = torch.rand(3000, generator=torch.Generator().manual_seed(1)).tolist()
     for draw in draws:
-        expected = probability(calibration.weight(setting, 0))
+        expected = probability(calibration.weights(setting)[0])
         calibration.learn(setting, 0, expected, came=draw < share)
-    assert abs(probability(calibration.weight(setting, 0)) - share) < 0.1
-    assert calibration.weight(Setting(beside_draft=True, is_sampled=False), 0) == 0.0
+    assert abs(probability(calibration.weights(setting)[0]) - share) < 0.1
+    assert calibration.weights(Setting(beside_draft=True, is_sampled=False))[0] == 0.0
 
 
 def test_a_source_that_costs_more_than_it_brings_rests():

@@ -33,6 +33,13 @@ EXAMPLES = {
     ("Qwen/Qwen3.6-27B",): [LAB.format("Qwen3.6-27B")],
     ("Qwen/Qwen3.6-35B-A3B",): [LAB.format("Qwen3.6-35B-A3B")],
     ("Qwen/Qwen3.8-27B",): ["z-lab/Qwen3.8-27B-DFlash2"],
+    ("google/gemma-4-E2B-it",): ["google/gemma-4-E2B-it-assistant"],
+    ("unsloth/gemma-4-E4B-it-bnb-4bit",): ["google/gemma-4-E4B-it-assistant"],
+    ("google/gemma-4-12B-it",): ["google/gemma-4-12B-it-assistant"],
+    ("google/gemma-4-26B-A4B-it",): ["google/gemma-4-26B-A4B-it-assistant"],
+    ("someone/tuned", "google/gemma-4-31B-it"): ["google/gemma-4-31B-it-assistant"],
+    ("google/gemma-4-31B",): [],
+    ("google/gemma-4-31B-it-assistant",): [],
     ("someone/a-model-of-their-own",): [],
 }
 

@@ -53,6 +53,15 @@ def test_both_layouts_have_the_same_names_inside(keys: tuple[str, ...], prefix: 
 
 
 @pytest.mark.parametrize(
+    ("keys", "first", "second"), [(QWEN, "layers.0", "layers.1"), (NUMBERED, "layers.4", "layers.5")]
+)
+def test_of_several_layers_the_first_is_found(keys: tuple[str, ...], first: str, second: str):
+    """Its outputs take the place of states at all depths, as with a single layer."""
+    more = [key.replace(first, second) for key in keys if first in key]
+    assert more and layer_names([*OTHERS, *more, *keys], 4) == layer_names([*OTHERS, *keys], 4)
+
+
+@pytest.mark.parametrize(
     "keys",
     [
         OTHERS,
