@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specchat.engine.experts.gpu_loading import make_gpu_pool
 from specchat.engine.experts.loading import PooledExperts, read_beside
+from specchat.engine.experts.pool import ExpertPool
 from specchat.engine.kv_cache import TreeCache
 from specchat.engine.linear import settle, use_fast_matmuls
 from specchat.engine.model import TreeModel
@@ -81,7 +83,7 @@ def load_model(
         if pooled is None:
             bound = _read_resident(layers, resident, read_layer, device)
         else:
-            bound = _read_beside_experts(layers, resident, pooled, reader, verifier)
+            bound = _read_beside_experts(layers, resident, pooled, reader, verifier, device)
         settle_layer = partial(_settle, layers, dtype, placement.expanded)
         for index in bound:
             if device.type == "cpu" and pooled is None:
@@ -101,9 +103,8 @@ def load_model(
         streamer: LayerStreamer = NoStreamer()
         kept: KeptLayers = NothingKept()
         if pooled is not None:
-            assert placement.experts is not None and device.type == "cpu" and not streamed
-            tree_passes = work.seats + work.tree_budget
-            streamer = pooled.make_pool(placement.experts, reader, verifier, placement.in_ram, tree_passes)
+            assert not streamed
+            streamer = _make_pool(pooled, work, placement, reader, verifier, warn)
             undo.callback(streamer.close)
         elif device.type == "cpu":
             open_reader = partial(layer_reader_for, layers, reader, pack, placement.in_ram)
@@ -194,6 +195,7 @@ def _read_beside_experts(
     pooled: PooledExperts,
     reader: WeightReader,
     verifier: ChunkVerifier | None,
+    device: torch.device,
 ) -> Iterator[int]:
     """Read everything but the pooled experts of layers, each into a blob of its own, and yield the index of each."""
     for index in indices:
@@ -203,8 +205,24 @@ def _read_beside_experts(
             read_beside(reader, verifier, index, layout.views(blob))
         else:
             _read_layer(reader, verifier, index, layout, blob)
-        bind(layers[index], layout.views(blob))
+        bind(layers[index], layout.views(blob.to(device)))
         yield index
+
+
+def _make_pool(
+    pooled: PooledExperts,
+    work: Workload,
+    placement: Placement,
+    reader: WeightReader,
+    verifier: ChunkVerifier | None,
+    warn: Callable[[str], None],
+) -> ExpertPool:
+    """Prepare the pool of expert slots on the device."""
+    assert placement.experts is not None
+    slots, tree_rows, device = placement.experts, work.seats + work.tree_budget, torch.device(work.device)
+    if device.type == "cpu":
+        return pooled.make_pool(slots, reader, verifier, placement.in_ram, tree_rows)
+    return make_gpu_pool(pooled, slots, reader, verifier, device, pinner(device, warn), warn, tree_rows)
 
 
 def _pack_reader(weights: ModelWeights, pack: Pack) -> WeightReader:
