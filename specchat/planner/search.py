@@ -77,7 +77,9 @@ def smaller_plan(request: PlanRequest, inputs: PlanInputs, plan: Plan) -> Plan:
         draft_quant=_as_planned(plan.draft_quant, request.choices.draft_quant),
     )
     draft = request.draft if plan.draft is not None else None
-    smaller_request = replace(request, choices=choices, draft=draft, heads=(), copy=None, draft_is_open=False)
+    smaller_request = replace(
+        request, choices=choices, draft=draft, heads=(), copy=None, draft_is_open=False, adapts=plan.adaptive
+    )
     try:
         smaller = _with_stages(smaller_request, inputs)
     except DoesNotFitError:

@@ -64,7 +64,7 @@ class ExpertTables:
         allocate: Callable[[int], Tensor],
     ) -> None:
         self._num_experts, self._stacks = experts.num_experts, stacks
-        self._names = "gate_up_proj" if experts.module.has_gate else "up_proj", "down_proj"
+        self._names = _matrix_names(experts)
         parts = [list(_parts(experts, name)) for name in self._names]
         pieces = [piece for own in parts for part in own for piece in part.pieces]
         self._begins: Any = np.array([[stacks[piece].data_ptr()] for piece in pieces], dtype=np.int64)
@@ -178,6 +178,15 @@ class _Template:
         for module, leaf, stack in self._places:
             module._parameters[leaf] = nn.Parameter(stack[slot], requires_grad=False)
         return self._module
+
+
+def has_tile_forms(experts: LayerExperts) -> bool:
+    """Return whether the kernel for many experts can read all matrices of a layer's experts."""
+    return all(part.form is not None for name in _matrix_names(experts) for part in _parts(experts, name))
+
+
+def _matrix_names(experts: LayerExperts) -> tuple[str, str]:
+    return "gate_up_proj" if experts.module.has_gate else "up_proj", "down_proj"
 
 
 def _parts(experts: LayerExperts, name: str) -> Iterator[_Part]:

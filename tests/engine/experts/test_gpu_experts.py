@@ -18,8 +18,9 @@ import torch
 from support.engines import make_plan, random_prompt, write
 from support.fp4 import mxfp4, nvfp4
 from support.interrupts import CancelAt
-from support.loading import load_engine, load_model, prepare
+from support.loading import asking, load_engine, load_model, plan_request, prepare
 from support.moe import ARCHITECTURES, NUM_EXPERTS, make_moe_config, passes
+from support.planning import UNKNOWN_RATES
 from support.pretended_gpu import PretendedGpu
 from support.pretended_runtime import PretendedRuntime
 from support.quantized import awq, block_fp8, gptq, save_quantized
@@ -28,14 +29,20 @@ from support.threads import watched_threads
 from support.tiny_models import VOCAB, perturbed, random_model, save
 
 from specchat.engine.model import PassCancelledError, TreeModel
+from specchat.hardware.machine import Machine
 from specchat.models.hf.expert_tables import ExpertTables
 from specchat.models.hf.routers import Routers
 from specchat.models.sizes.describe import describe
+from specchat.planner.candidates import Candidates
+from specchat.planner.experts import expert_options
 from specchat.planner.memory import build_ledger
+from specchat.planner.request import PlanInputs
+from specchat.planner.search import choose_plan
 from specchat.records.generation import Request, Sampling
 from specchat.records.limits import EXPERT_WINDOWS
 from specchat.records.model import ModelSource
 from specchat.records.plan import ExpertSlots, Plan
+from specchat.units import GIB
 
 GPU = torch.device("cuda:0")
 GIVEN: dict[str, Any] = {"cache_rows": 256, "chunk_rows": 16, "tree_budget": 64}
@@ -225,7 +232,7 @@ def planned(target: ModelSource, draft: ModelSource, device: str, slots: ExpertS
 
 
 _EXACT = {
-    *("resident layers", "expert pool", "expert slots", "small tensors of experts", "embeddings and head"),
+    *("resident layers", "expert pool", "expert slots", "small tensors of experts", "embeddings and head", "head"),
     *("KV cache", "draft", "draft KV cache"),
 }
 MOST = [
@@ -247,6 +254,37 @@ def test_text_and_memory_are_as_planned(models: Models, architecture: str, tmp_p
     assert text == expected
     assert sum(step.expert_misses for step in steps) and sum(step.expert_hits for step in steps)
     assert measured == sum(item.bytes for item in plan.ledger if item.item in _EXACT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss"])
+def test_a_plan_of_the_planner_is_loaded_as_it_says(architecture: str, tmp_path: Path):
+    """With half of the experts in VRAM, and a part of the others in RAM."""
+    model, prompt = random_model(make_moe_config(architecture)), random_prompt(30, VOCAB)
+    target, draft = save(model, tmp_path / "target"), save(perturbed(model, 0.03), tmp_path / "draft")
+    spec, draft_spec = describe(target), describe(draft)
+    machine = Machine("cuda:0", 2 * GIB, GIB, fast_bf16=True, total_bytes=4 * GIB, device_total_bytes=2 * GIB)
+    inputs = PlanInputs(machine, UNKNOWN_RATES, UNKNOWN_RATES, lambda _: spec, draft_spec)
+    request = plan_request(target, draft, "cuda:0", ctx=128, tree_budget=16, quant="none")
+    experts = expert_options(spec, "fp32", on_gpu=True)
+    assert experts is not None
+    one_each = len(experts.layers) * experts.slot_bytes
+    vram_bytes = choose_plan(request, inputs).plan.device_bytes - NUM_EXPERTS // 2 * one_each
+    request = asking(request, vram_bytes=vram_bytes, ram_bytes=10 * one_each)
+    found = [each for each in Candidates(request, inputs, spec).all if each.sizes.experts is not None]
+    plan = found[-1].plan(request.choices, machine)
+    slots = plan.placement.experts
+    assert slots is not None and slots.in_host == 10 and 0 < slots.quota < NUM_EXPERTS // 2
+    with load_engine(planned(target, draft, "cpu", None), target, draft) as engine:
+        expected, _ = write(engine, prompt, SAMPLED, 16)
+    with PretendedGpu() as gpu, load_engine(plan, target, draft) as engine:
+        pinned = sum(nbytes for nbytes in gpu.runtime.pinned.values())
+        text, _ = write(engine, prompt, SAMPLED, 16)
+        measured = sum(each.nbytes for each in engine._meter._models)
+    assert text == expected
+    assert measured == sum(item.bytes for item in plan.ledger if item.item in _EXACT)
+    counted = sum(item.bytes for item in plan.host_ledger if item.item.startswith("pinned"))
+    assert counted <= pinned <= counted + 2 * 2**20  # windows are a little longer than what they read, and one table
 
 
 @pytest.mark.slow
