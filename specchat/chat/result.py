@@ -127,6 +127,7 @@ def _experts_object(plan: Plan, experts: ExpertForecast) -> dict[str, Any]:
         "shared_slots": slots.shared,
         "looks_ahead": slots.looks_ahead,
         "cached_layers": len(plan.placement.in_ram),
+        "pinned_per_layer": slots.in_host,
         "predicted_rows": experts.rows,
         "predicted_used": experts.used,
         "predicted_hit_rate": experts.hit_rate,

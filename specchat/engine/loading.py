@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specchat.engine.experts.gpu_loading import make_gpu_pool
 from specchat.engine.experts.loading import PooledExperts, read_beside
+from specchat.engine.experts.pool import ExpertPool
 from specchat.engine.hops import Hops
 from specchat.engine.kv_cache import TreeCache
 from specchat.engine.linear import settle, use_fast_matmuls
 from specchat.engine.model import TreeModel
-from specchat.engine.streaming.base import LayerStreamer
 from specchat.engine.streaming.devices import LayerFiles, open_streamers
-from specchat.engine.streaming.kept import KeptLayers, NothingKept
+from specchat.engine.streaming.host_layers import pinner
+from specchat.engine.streaming.kept import NothingKept
 from specchat.engine.streaming.readers import LayerReader, SharedReader, read_layers
 from specchat.engine.streaming.slots import page_aligned
 from specchat.errors import AllocationError, is_lack_of_memory
@@ -90,13 +92,10 @@ def load_model(
         for number, there in enumerate(devices):
             owned = placement.owned(number)
             stays = [index for index in owned if index in set(resident)]
-            if pooled is not None:
+            if pooled is None:
+                _read_resident(files, stays, there, partial(_read_layer, reader, verifier), by_threads)
+            else:
                 _read_beside_experts(layers, stays, pooled, reader, verifier, there)
-            elif there.type == "cpu":
-                for index in _read_resident(layers, stays, partial(_read_layer, reader, verifier), there):
-                    settle_layer(index)
-            elif by_threads is not None:
-                list(_read_resident(layers, stays, partial(_read_by_threads, by_threads), there))
             if number:
                 _move_in(layers, owned, there)
         cache = TreeCache(
@@ -112,15 +111,11 @@ def load_model(
         )
         if device.type == "cpu":
             use_fast_matmuls(skeleton.model)
-        streamer: LayerStreamer
-        kept: KeptLayers = NothingKept()
-        if pooled is not None:
-            assert placement.experts is not None and device.type == "cpu" and not streamed
-            tree_passes = work.seats + work.tree_budget
-            streamer = pooled.make_pool(placement.experts, reader, verifier, placement.in_ram, tree_passes)
-            undo.callback(streamer.close)
-        else:
-            streamer, kept = open_streamers(files, placement, resident, devices, shared)
+        streamer, kept = (
+            open_streamers(files, placement, resident, devices, shared)
+            if pooled is None
+            else (_make_pool(pooled, work, placement, reader, verifier, warn), NothingKept())
+        )
         undo.pop_all()
     if by_threads is not None:
         by_threads.close()
@@ -182,13 +177,39 @@ def load_layers(weights: ModelWeights, indices: Sequence[int], device: torch.dev
     layers = weights.skeleton.layers
     with weights.reader if pack is None else _pack_reader(weights, pack) as reader:
         read_layer = partial(_read_layer, reader, None if pack is None else ChunkVerifier(pack))
-        for index in _read_resident(layers, indices, read_layer, device):
+        for index in _bind_each(layers, indices, read_layer, device):
             if device.type == "cpu":
                 use_fast_matmuls(layers[index])
     return layers
 
 
 def _read_resident(
+    files: LayerFiles,
+    indices: Sequence[int],
+    device: torch.device,
+    read_layer: Callable[[int, LayerLayout, Tensor], None],
+    by_threads: LayerReader | None,
+) -> None:
+    """Read layers into the memory of a device.
+
+    A GPU's are read past the page cache, which would hold another copy of them. A CPU's are settled.
+
+    Args:
+        files: layers and their files.
+        indices: indices of the layers.
+        device: destination.
+        read_layer: fills a blob with one layer.
+        by_threads: reader for the layers of GPUs.
+    """
+    if device.type == "cpu":
+        for index in _bind_each(files.layers, indices, read_layer, device):
+            files.settle(index)
+    elif by_threads is not None:
+        for _ in _bind_each(files.layers, indices, lambda i, _, blob: read_layers(by_threads, {i: blob}), device):
+            pass
+
+
+def _bind_each(
     layers: Sequence[Any],
     indices: Sequence[int],
     read_layer: Callable[[int, LayerLayout, Tensor], None],
@@ -202,11 +223,6 @@ def _read_resident(
         bind(layers[index], layout.views(blob.to(device)))
         del blob  # the caller may replace the layer's parameters
         yield index
-
-
-def _read_by_threads(reader: LayerReader, index: int, layout: LayerLayout, blob: Tensor) -> None:
-    """Fill a blob with a layer past the page cache, which would hold another copy of what a GPU keeps."""
-    read_layers(reader, {index: blob})
 
 
 def _settle(layers: Sequence[Any], dtype: torch.dtype, expanded: Sequence[int], index: int) -> None:
@@ -230,6 +246,22 @@ def _read_beside_experts(
         else:
             _read_layer(reader, verifier, index, layout, blob)
         bind(layers[index], layout.views(blob.to(device)))
+
+
+def _make_pool(
+    pooled: PooledExperts,
+    work: Workload,
+    placement: Placement,
+    reader: WeightReader,
+    verifier: ChunkVerifier | None,
+    warn: Callable[[str], None],
+) -> ExpertPool:
+    """Prepare the pool of expert slots on the device."""
+    assert placement.experts is not None
+    slots, tree_rows, device = placement.experts, work.seats + work.tree_budget, torch.device(work.device)
+    if device.type == "cpu":
+        return pooled.make_pool(slots, reader, verifier, placement.in_ram, tree_rows)
+    return make_gpu_pool(pooled, slots, reader, verifier, device, pinner(device, warn), warn, tree_rows)
 
 
 def _pack_reader(weights: ModelWeights, pack: Pack) -> WeightReader:

@@ -10,7 +10,6 @@ from specchat.planner.experts import with_experts
 from specchat.planner.memory import (
     build_host_ledger,
     build_ledger,
-    expert_host_items,
     host_embedding_bytes,
     host_embeddings,
     kv_bytes,
@@ -86,15 +85,16 @@ class Candidate:
         larger = expanded_sizes(target, work.dtype, has_row_kernel=machine.has_row_kernel) if expanded else all_sizes
         more = sum(larger[i] - all_sizes[i] for i in expanded)
         tier = self.sizes.experts
+        expert_items = () if tier is None else tier.host_items
         placement = Placement(target.num_layers, resident, in_ram, self.slots, expanded=expanded, expanded_bytes=more)
         if tier is not None:
             placement = with_experts(placement, target, work.dtype, tier)
         forecast = None if tier is None else tier.forecast(work.seats + self.prediction.tree_nodes)
         points = restore_items(target, draft, work)
         host_bytes = layer_host_bytes(sizes, in_ram, self.slots) + host_embedding_bytes(target, work)
-        host_bytes += sum(item.bytes for item in points)
+        host_bytes += sum(item.bytes for item in (*points, *expert_items))
         found_by_lookup = retrieval_items(work, used=self.retrieval)
-        beside_layers = (*host_embeddings(target, work), *points, *found_by_lookup, *expert_host_items(tier))
+        beside_layers = (*host_embeddings(target, work), *points, *found_by_lookup, *expert_items)
         return Plan(
             target=target.name,
             draft=None if draft is None else draft.name,

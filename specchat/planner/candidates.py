@@ -73,8 +73,9 @@ class Candidates:
         self._inputs = inputs
         self._target = target
         self.dtype = dtype_for(request, inputs.machine, target)
-        whole_layers = inputs.machine.device != "cpu" or request.choices.slots is not None
-        self._expert_options = None if whole_layers else expert_options(target, self.dtype, inputs.experts)
+        on_gpu, learnt = inputs.machine.device != "cpu", inputs.experts
+        asks_for_slots = request.choices.slots is not None
+        self._expert_options = None if asks_for_slots else expert_options(target, self.dtype, learnt, on_gpu=on_gpu)
         self.vram_bytes = (
             request.choices.vram_bytes if request.choices.vram_bytes is not None else default_budget(inputs.machine)
         )
@@ -232,27 +233,26 @@ class Candidates:
         """Yield the candidates that read experts one by one, with as many of them in memory as fit.
 
         One reads nothing ahead, the other likely experts of the next layer, which costs a call of its router.
-        Everything besides experts is resident. On a GPU, whole layers stream: the grouped product of quantized experts
-        is missing there.
+        Everything besides experts is resident.
         """
         options = self._expert_options
         if options is None:
             return
-        other_bytes = bytes_beside_layers(self._target, draft, work)
         one_point = point_bytes(self._target, draft, work) if self._choices.seats == 1 else 0
-        tier = options.fit(self._room(other_bytes, one_point, options.least_bytes))
-        if tier is None:
-            return
-        host_bytes = self.host_budget(work, other_bytes + options.nbytes(tier.quota))
-        if one_point:
-            points = num_points(one_point, host_bytes, tier.all_bytes)
-            work, host_bytes = with_points(work, points), host_bytes - points * one_point
-        for looks_ahead in (False, True):
-            experts = replace(tier.cached(host_bytes), looks_ahead=looks_ahead)
-            yield self._candidate(draft, work, TierSizes(self._target.num_layers, experts=experts))
+        for each, other_bytes in self.workload_variants(draft, work):
+            tier = options.fit(self._room(other_bytes, one_point, options.least_bytes))
+            if tier is None:
+                continue
+            variant, host_bytes = each, self.host_budget(each, other_bytes + options.nbytes(tier.quota))
+            if one_point:
+                points = num_points(one_point, host_bytes, tier.all_bytes)
+                variant, host_bytes = with_points(each, points), host_bytes - points * one_point
+            for looks_ahead in (False, True):
+                experts = replace(tier.kept(host_bytes), looks_ahead=looks_ahead)
+                yield self._candidate(draft, variant, TierSizes(self._target.num_layers, experts=experts))
 
     def _candidate(self, draft: ModelSpec | None, work: Workload, sizes: TierSizes) -> Candidate:
-        model, adaptive = self._model(draft), self._choices.tree_budget is None
+        model, adaptive = self._model(draft), self._request.is_adaptive
         per_s = model.tok_per_s(sizes, work.tree_budget, adaptive=adaptive)
         retrieval = self._request.retrieval and work.tree_budget > 0
         return Candidate(self._target, draft, work, sizes, self.vram_bytes, per_s, adaptive, model, retrieval)
@@ -328,7 +328,7 @@ class Candidates:
         return available if self._choices.ram_bytes is None else min(available, self._choices.ram_bytes)
 
     def _most_tok_per_s(self, draft: ModelSpec | None) -> float:
-        adaptive, budgets = self._choices.tree_budget is None, self.tree_budgets(draft)
+        adaptive, budgets = self._request.is_adaptive, self.tree_budgets(draft)
         model = self._model(draft)
         return max(model.most_tok_per_s(budget, adaptive=adaptive) for budget in {min(budgets), max(budgets)})
 

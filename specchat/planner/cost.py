@@ -208,7 +208,9 @@ class CostModel:
         if placement.experts is not None:
             computed_s, experts_s = placement.num_layers * costs.layer_s, placement.num_layers * costs.experts_s
             missing_s = self._missing_s(placement, costs)
-            return costs.outside_s + computed_s + placement.experts.waited_s(missing_s, computed_s, experts_s)
+            return (
+                costs.outside_s + computed_s + placement.experts.waited_s(costs.rows, missing_s, computed_s, experts_s)
+            )
         computed_s = queue.computed_s(costs.layer_s, costs.outside_s) + self._reading_s(placement)
         return costs.outside_s + max(computed_s, self._linked_s(queue, costs))
 
@@ -217,12 +219,14 @@ class CostModel:
         return self._rates.reading_s * placement.disk_bytes if self._on_cpu else 0.0
 
     def _missing_s(self, placement: TierSizes, costs: "StepCosts") -> float:
-        """Return the seconds that a pass waits for missing experts."""
+        """Return the seconds that reading the missing experts of a pass takes."""
         experts = placement.experts
-        assert experts is not None and self._on_cpu
-        missed, cached = experts.missed_bytes(costs.rows), experts.num_cached / experts.num_layers
-        from_disk_s = (1 - cached) * missed / (_DISK_SHARE * self._rates.disk.per_s)
-        from_cache_s = cached * missed / (_CACHED_SHARE * self._rates.ram.per_s)
+        assert experts is not None
+        missed, disk_share = experts.missed_bytes(costs.rows), experts.disk_share
+        if experts.on_gpu:
+            return max(missed / self._rates.host.per_s, disk_share * missed / self._rates.disk.per_s)
+        from_disk_s = disk_share * missed / (_DISK_SHARE * self._rates.disk.per_s)
+        from_cache_s = (1 - disk_share) * missed / (_CACHED_SHARE * self._rates.ram.per_s)
         return from_disk_s + from_cache_s
 
     def _linked_s(self, queue: "LinkQueue", costs: "StepCosts") -> float:
@@ -250,7 +254,7 @@ class CostModel:
     def _drafting(self, placement: TierSizes) -> "_Drafting":
         """Return whether disk readers occupy the cores that the draft runs on, and what a copy computes with."""
         experts = placement.experts
-        reads_experts = experts is not None and experts.num_cached < experts.num_layers
+        reads_experts = experts is not None and experts.reads_disk
         reads = self._on_cpu and (placement.num_on_disk > 0 or reads_experts)
         return _Drafting(reads, placement.num_streamed if self._drafts_by_copy else 0)
 
@@ -329,9 +333,10 @@ class CostModel:
 
     def _basis(self, placement: TierSizes, nodes: int) -> Basis:
         bases: list[Basis] = [self._rates.compute_basis]
-        if placement.disk_bytes or (placement.experts is not None and self._drafting(placement).reads):
+        experts = placement.experts
+        if placement.disk_bytes or (experts is not None and experts.reads_disk):
             bases.append(self._rates.disk.basis)
-        if placement.ram_bytes and not self._on_cpu:
+        if (placement.ram_bytes or experts is not None) and not self._on_cpu:
             bases.append(self._rates.host.basis)
         if nodes:
             bases.append(self._acceptance.basis)

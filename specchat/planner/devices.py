@@ -311,7 +311,7 @@ class DeviceCandidates:
             shares=shares,
             num_hops=dealt.num_hops,
         )
-        model, adaptive = self._model(draft), self._choices.tree_budget is None
+        model, adaptive = self._model(draft), self._request.is_adaptive
         return DevicesCandidate(
             target=self._target,
             draft=draft,

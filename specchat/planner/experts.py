@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from specchat.models.sizes.geometry import held_bytes, read_bytes, sizes_beside_experts, slot_bytes
+from specchat.records.limits import EXPERT_WINDOW_BYTES, EXPERT_WINDOWS, READ_THREADS
 from specchat.records.model import Dtype, ModelSpec
-from specchat.records.plan import ExpertForecast, ExpertSlots, Placement
+from specchat.records.plan import ExpertForecast, ExpertSlots, LedgerItem, Placement
 
 # Rows of one tree use fewer experts than independent rows would: as many as rows^a of these, with
 # a = _EXPONENT - _FALL log2(rows). Fitted to a synthetic router whose neighbouring tokens share experts as measured for
@@ -21,6 +22,13 @@ _FETCH_S = 500e-6
 # to compute norm and router once more and to begin the reads: an estimate, of which tests/benchmarks/expert_fetch.py
 # measured 60 to 100 us for the reads.
 _KNOWN_AHEAD, _LOOK_AHEAD_S = 0.75, 250e-6
+# Seconds of a layer on a GPU that no copy hides, because the host must know the experts of a layer before it queues
+# them: the copy of the ids, finding missing experts and a table of addresses, and queueing the kernels of a layer. The
+# first and the last are estimates: 20 us for a small copy, 0.9 ms for 700 calls of torch. The host's part in between
+# was measured without a GPU: 50 to 150 us for 1 to 64 rows of 128 to 512 experts. A copy takes the host 10 us.
+_IDS_S, _PLACE_S, _QUEUE_S, _COPY_S = 20e-6, 150e-6, 900e-6, 10e-6
+# Seconds of a layer on a GPU to queue norm and router once more; an estimate.
+_GPU_LOOK_AHEAD_S = 100e-6
 _MOST_ROWS = 8192  # beyond which the fit would fall; a pass uses all experts long before
 
 
@@ -105,6 +113,9 @@ class ExpertTier:
         num_cached: layers whose experts stay in the page cache.
         looks_ahead: whether likely experts of the next layer are read while a layer is computed.
         learnt: uses and ratios that earlier passes have shown.
+        on_gpu: whether the slots are in a GPU's memory.
+        num_in_host: experts of each layer that stay in pinned host memory, which a GPU's slots are filled from.
+        slot_bytes: bytes of a slot, and of an expert in pinned host memory.
     """
 
     num_layers: int
@@ -115,6 +126,28 @@ class ExpertTier:
     num_cached: int
     looks_ahead: bool = False
     learnt: LearntExperts = NOTHING_LEARNT
+    on_gpu: bool = False
+    num_in_host: int = 0
+    slot_bytes: int = 0
+
+    @property
+    def reads_disk(self) -> bool:
+        """Whether some experts stay in no host memory."""
+        return self.num_in_host < self.num_experts if self.on_gpu else self.num_cached < self.num_layers
+
+    @property
+    def disk_share(self) -> float:
+        """Expected share of missing experts that are read from the disk.
+
+        Host memory of a GPU keeps the most used experts beside those that fill the pool. Before anything was learned,
+        these are any experts.
+        """
+        if not self.on_gpu:
+            return 1 - self.num_cached / self.num_layers
+        if not self.learnt.uses:
+            return 1 - self.num_in_host / self.num_experts
+        beside = self.num_experts - self.quota
+        return max(beside - self.num_in_host, 0) / beside
 
     def used(self, rows: int) -> float:
         """Return the expected experts of a layer that a pass uses."""
@@ -135,25 +168,48 @@ class ExpertTier:
         """Return the expected bytes of experts that a pass reads."""
         return self.num_layers * self.read_bytes * self.missed(rows)
 
-    def waited_s(self, missing_s: float, computed_s: float, experts_s: float) -> float:
+    def waited_s(self, rows: int, missing_s: float, computed_s: float, experts_s: float) -> float:
         """Return the seconds of a pass in which nothing is computed: waits for experts, and their bookkeeping.
 
-        Experts that are known ahead are read while a whole layer is computed, others only beside other experts.
+        Experts that are known ahead are read while a whole layer is computed, others only beside other experts. A GPU
+        computes all experts of a layer together, so it waits for the others.
 
         Args:
+            rows: rows of the pass.
             missing_s: seconds of reading the missing experts.
             computed_s: seconds of computing all layers.
             experts_s: part of `computed_s` for the experts.
         """
+        if self.on_gpu:
+            host_s = self.num_layers * (_IDS_S + _PLACE_S + _QUEUE_S + _COPY_S * self.missed(rows))
+            if not self.looks_ahead:
+                return missing_s + host_s
+            host_s += self.num_layers * _GPU_LOOK_AHEAD_S
+            known_s = _KNOWN_AHEAD * missing_s
+            return missing_s - known_s + max(known_s - computed_s - host_s, 0.0) + host_s
         if not self.looks_ahead:
             return max(missing_s - experts_s, 0.0) + self.num_layers * _FETCH_S
         unknown_s = (1.0 - _KNOWN_AHEAD) * missing_s
         waited_s = max(unknown_s - experts_s, missing_s - computed_s, 0.0)
         return waited_s + self.num_layers * (_FETCH_S + _LOOK_AHEAD_S)
 
-    def cached(self, host_bytes: int) -> "ExpertTier":
-        """Return the tier with as many layers in the page cache as fit."""
+    def kept(self, host_bytes: int) -> "ExpertTier":
+        """Return the tier with as much in host memory as fits: layers in the page cache, or experts for a GPU."""
+        if self.on_gpu:
+            most = host_bytes // (self.num_layers * self.slot_bytes)
+            return replace(self, num_in_host=min(most, self.num_experts))
         return replace(self, num_cached=min(host_bytes // (self.num_experts * self.read_bytes), self.num_layers))
+
+    @property
+    def host_items(self) -> tuple[LedgerItem, ...]:
+        """Items of host memory: experts that stay, and windows to read the others into."""
+        if self.on_gpu:
+            kept = LedgerItem("pinned experts", self.num_layers * self.num_in_host * self.slot_bytes)
+            windows = LedgerItem("pinned windows", EXPERT_WINDOWS * EXPERT_WINDOW_BYTES)
+        else:
+            kept = LedgerItem("experts in the page cache", self.num_cached * self.num_experts * self.read_bytes)
+            windows = LedgerItem("reading", READ_THREADS * EXPERT_WINDOW_BYTES)
+        return (kept, windows) if self.reads_disk else (kept,)
 
     def forecast(self, rows: int) -> ExpertForecast:
         """Return what is expected of a pass."""
@@ -215,16 +271,38 @@ class ExpertOptions:
 
 
 @lru_cache(maxsize=512)
-def expert_options(target: ModelSpec, dtype: Dtype, learnt: LearntExperts = NOTHING_LEARNT) -> ExpertOptions | None:
-    """Return the bytes of a model whose experts are read one by one; None without such experts."""
+def expert_options(
+    target: ModelSpec, dtype: Dtype, learnt: LearntExperts = NOTHING_LEARNT, *, on_gpu: bool = False
+) -> ExpertOptions | None:
+    """Return the bytes of a model whose experts are read one by one.
+
+    Args:
+        target: sizes of the model.
+        dtype: dtype of weights and activations.
+        learnt: uses and ratios that earlier passes have shown.
+        on_gpu: whether the experts are computed on a GPU.
+
+    Returns:
+        Bytes; None without such experts, and on a GPU whose kernel for many experts cannot read them: one by one, they
+        would take the host longer than the link.
+    """
     experts = target.experts
-    if experts is None:
+    if experts is None or (on_gpu and not experts.has_kernel):
         return None
+    slot = slot_bytes(experts, dtype)
     tier = ExpertTier(
-        len(experts.layers), experts.num_experts, experts.per_row, read_bytes(experts, dtype), 0, 0, learnt=learnt
+        len(experts.layers),
+        experts.num_experts,
+        experts.per_row,
+        read_bytes(experts, dtype),
+        quota=0,
+        num_cached=0,
+        learnt=learnt,
+        on_gpu=on_gpu,
+        slot_bytes=slot,
     )
     beside = sum(sizes_beside_experts(target, dtype)) + held_bytes(experts, dtype)
-    return ExpertOptions(beside, slot_bytes(experts, dtype), experts.layers, tier)
+    return ExpertOptions(beside, slot, experts.layers, tier)
 
 
 def with_experts(placement: Placement, target: ModelSpec, dtype: Dtype, tier: ExpertTier) -> Placement:
@@ -232,5 +310,6 @@ def with_experts(placement: Placement, target: ModelSpec, dtype: Dtype, tier: Ex
     options = expert_options(target, dtype)
     assert options is not None
     is_known = [len(own) for own in tier.learnt.uses] == [tier.num_experts] * tier.num_layers
-    slots = ExpertSlots(tier.quota, options.num_shared, tier.learnt.uses if is_known else (), tier.looks_ahead)
+    uses = tier.learnt.uses if is_known else ()
+    slots = ExpertSlots(tier.quota, options.num_shared, uses, tier.looks_ahead, tier.num_in_host)
     return replace(placement, in_ram=options.layers[: tier.num_cached], experts=slots)

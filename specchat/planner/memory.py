@@ -13,21 +13,18 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from specchat.models.sizes.geometry import dequantize_bytes, held_bytes, layer_sizes, sizes_beside_experts, slot_bytes
-from specchat.planner.experts import ExpertTier
 from specchat.planner.states import draft_state_bytes, state_items
 from specchat.records.kv_slabs import allocated_bytes
 from specchat.records.limits import (
     COPY_PROMPT_ROWS,
     DRAFT_BRANCH,
     DRAWING_BYTES,
-    EXPERT_WINDOW_BYTES,
     HEAD_BLOCK_ROWS,
     MOST_BLOCK_ROWS,
     MOST_CHECKED_ROWS,
     NUM_READERS,
     PATH_BYTES,
     PROCESSING_BYTES,
-    READ_THREADS,
     READ_WINDOW_BYTES,
     RECYCLED_RUN_BYTES,
     RECYCLED_RUNS,
@@ -107,15 +104,6 @@ def layer_items(target: ModelSpec, dtype: Dtype, placement: Placement) -> list[L
         LedgerItem("expert slots", experts.shared * slot),
     ]
     return [*items, LedgerItem("small tensors of experts", held)] if held else items
-
-
-def expert_host_items(tier: ExpertTier | None) -> tuple[LedgerItem, ...]:
-    """Return the items of host memory for single experts: those in the page cache, and windows to read past it."""
-    if tier is None:
-        return ()
-    cached = LedgerItem("experts in the page cache", tier.num_cached * tier.num_experts * tier.read_bytes)
-    reads_past = tier.num_cached < tier.num_layers
-    return (cached, LedgerItem("reading", READ_THREADS * EXPERT_WINDOW_BYTES)) if reads_past else (cached,)
 
 
 def bytes_beside_layers(target: ModelSpec, draft: ModelSpec | None, work: Workload) -> int:

@@ -65,7 +65,7 @@ def explain_choices(
         kept = f"{experts.quota} of {experts.num_experts}"
         found.append(Choice("experts", kept, "of each layer stay in memory, others are read when used", False, layers))
     elif best.num_streamed and best.target.experts is not None and not best.devices:
-        found.append(Choice("experts", "whole layers", _why_whole_layers(request, device)))
+        found.append(Choice("experts", "whole layers", _why_whole_layers(request, best.target, device, among)))
     if best.num_streamed:
         slots = best_other(lambda c: c.slots not in (0, best.slots), lambda c: str(c.slots))
         why = "asked for" if request.choices.slots is not None else "layers loading while one is computed"
@@ -73,10 +73,13 @@ def explain_choices(
     return tuple(found)
 
 
-def _why_whole_layers(request: PlanRequest, device: str) -> str:
-    if device != "cpu":
-        return "on a GPU, experts are streamed with their layers"
-    return "slots were asked for" if request.choices.slots is not None else "faster here than single experts"
+def _why_whole_layers(request: PlanRequest, target: ModelSpec, device: str, among: Found) -> str:
+    if request.choices.slots is not None:
+        return "slots were asked for"
+    if device != "cpu" and target.experts is not None and not target.experts.has_kernel:
+        return f"no kernel for many experts in {target.quant}"
+    fits = any(each.sizes.experts is not None for each in among.all)
+    return "faster here than single experts" if fits else "single experts need all else in memory, which does not fit"
 
 
 def _is_set(request: PlanRequest) -> bool:

@@ -36,6 +36,7 @@ class PlanRequest:
         retrieval: whether draft nodes may come from the text itself, with a draft model or without.
         heads: heads of the target that may draft instead of `draft`.
         copy: the target's own low-bit copy that may draft instead of `draft`; None to leave it out.
+        adapts: whether trees may be smaller than a tree budget that `choices` fix; without one they always may.
     """
 
     target: ModelSource
@@ -47,6 +48,12 @@ class PlanRequest:
     retrieval: bool = False
     heads: tuple[ModelSource, ...] = ()
     copy: ModelSource | None = None
+    adapts: bool = False
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether trees may stay smaller where the last nodes would cost more time than they save."""
+        return self.adapts or self.choices.tree_budget is None
 
 
 @dataclass(frozen=True)

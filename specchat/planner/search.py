@@ -96,7 +96,9 @@ def smaller_plan(request: PlanRequest, inputs: PlanInputs, plan: Plan) -> Plan:
     pairs = zip(inputs.others, plan.devices[1:], strict=False)  # none for a plan with one device
     inputs = replace(inputs, others=tuple(replace(each, vram_bytes=past.num_bytes - 1) for each, past in pairs))
     draft = request.draft if plan.draft is not None else None
-    smaller_request = replace(request, choices=choices, draft=draft, heads=(), copy=None, draft_is_open=False)
+    smaller_request = replace(
+        request, choices=choices, draft=draft, heads=(), copy=None, draft_is_open=False, adapts=plan.adaptive
+    )
     try:
         smaller = _with_stages(smaller_request, inputs)
     except DoesNotFitError:

@@ -74,6 +74,8 @@ READ_WINDOW_BYTES = 8 * MIB
 
 # Most bytes of one read of experts, into a window of each of `READ_THREADS`.
 EXPERT_WINDOW_BYTES = 4 * MIB
+# Windows of a GPU's host: each thread reads into one while another is copied to the device.
+EXPERT_WINDOWS = 2 * READ_THREADS
 
 # Row counts of the matmuls that the probe measures; the planner interpolates between them. They span the tree sizes.
 MATMUL_ROWS = (1, 16, 64, 256, 512)

@@ -195,12 +195,14 @@ class RoutedExperts:
         num_experts: experts of each of these layers, N.
         per_row: experts that one row uses, k.
         params: parameters of one expert, in the order of a slot.
+        has_kernel: whether a GPU's kernel for many experts reads all their matrices.
     """
 
     layers: tuple[int, ...]
     num_experts: int
     per_row: int
     params: tuple[ParamSize, ...]
+    has_kernel: bool = True
 
     def beside(self, layer_params: tuple[ParamSize, ...]) -> tuple[ParamSize, ...]:
         """Return the parameters of a layer besides its experts, which are stacked or apart."""

@@ -148,12 +148,15 @@ class ExpertSlots:
         uses: share of earlier passes that used each expert, by layer with experts; the slots of each layer are filled
             with the most used ones at loading. Empty before anything was learned.
         looks_ahead: whether likely experts of the next layer are read while a layer is computed.
+        in_host: experts of each layer that stay in pinned host memory between passes, the most used ones beside those
+            that fill the pool; the others are read from the disk. 0 on a CPU.
     """
 
     quota: int
     shared: int
     uses: tuple[tuple[float, ...], ...] = ()
     looks_ahead: bool = True
+    in_host: int = 0
 
 
 @dataclass(frozen=True)

@@ -10,18 +10,19 @@ def expert_facts(plan: Plan, experts: ExpertForecast) -> list[tuple[str, str]]:
     slots = plan.placement.experts
     assert slots is not None
     kept = format_bytes(slots.quota * experts.num_layers * experts.expert_bytes)
+    memory = "memory" if plan.work.device == "cpu" else "VRAM"
     all_bytes = format_bytes(experts.all_bytes)
     rows = "1 row" if experts.rows == 1 else f"{experts.rows} rows"
     return [
         (
             "experts",
             f"{experts.num_experts} in each of {experts.num_layers} layers, {format_bytes(experts.expert_bytes)} each, "
-            f"{all_bytes}; {slots.quota} of each layer stay in memory ({kept}){_ahead(slots)}",
+            f"{all_bytes}; {slots.quota} of each layer stay in {memory} ({kept}){_ahead(slots)}",
         ),
         (
             "streamed",
             f"{format_bytes(experts.missed_bytes)} per pass of {rows}, from {_places(plan, experts)}: it "
-            f"uses about {experts.used:.0f} experts of a layer, of which {experts.hit_rate:.0%} are in memory (all "
+            f"uses about {experts.used:.0f} experts of a layer, of which {experts.hit_rate:.0%} are in {memory} (all "
             f"experts: {all_bytes})",
         ),
     ]
@@ -32,6 +33,12 @@ def _ahead(slots: ExpertSlots) -> str:
 
 
 def _places(plan: Plan, experts: ExpertForecast) -> str:
+    slots = plan.placement.experts
+    assert slots is not None
+    if plan.work.device != "cpu":
+        if slots.in_host == experts.num_experts:
+            return "pinned RAM"
+        return f"pinned RAM ({slots.in_host} experts of each layer) and disk" if slots.in_host else "disk"
     num_cached = len(plan.placement.in_ram)
     if num_cached == experts.num_layers:
         return "the page cache"

@@ -91,7 +91,8 @@ def _place(recommendation: Recommendation) -> str:
     """Return the places of the model's layers between passes."""
     plan = recommendation.plan
     if plan.experts is not None:
-        return f"in RAM with {kept_experts(plan)} ({expected_hits(plan.experts)})"
+        memory = "RAM" if plan.work.device == "cpu" else "VRAM"
+        return f"in {memory} with {kept_experts(plan)} ({expected_hits(plan.experts)})"
     tiers = plan.placement.tiers
     on_cpu = recommendation.plan.work.device == "cpu"
     counts = {

@@ -114,6 +114,7 @@ def test_only_other_programs_are_said_to_sample_with_their_own_numbers():
         ]
         return _identity({"baselines": baselines}).note
 
-    assert note("plain") == ""
+    assert note("plain") == note("plain", "layers") == ""
+    assert note("layers", "accelerate").startswith("accelerate samples with its own random numbers")
     assert note("plain", "accelerate").startswith("accelerate samples with its own random numbers")
     assert note("accelerate", "llama.cpp").startswith("accelerate and llama.cpp sample with their own random numbers")

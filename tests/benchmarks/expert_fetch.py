@@ -20,7 +20,7 @@ import torch
 from support.routing import COMMITTED, Router
 
 from specchat.engine.experts.pool import ExpertPool
-from specchat.engine.experts.reader import ExpertReader
+from specchat.engine.experts.reader import ExpertReader, HostSlots
 from specchat.engine.streaming.slots import page_aligned
 from specchat.models.weights.experts import Extent
 
@@ -37,7 +37,7 @@ def open_pool(path: Path, num_experts: int, ahead: bool, routed: list[torch.Tens
     ]
     quota = num_experts // 4
     slab = page_aligned((LAYERS * quota + num_experts) * 3 * PART)
-    reader = ExpertReader(dict.fromkeys(range(LAYERS), places), slab, 3 * PART, range(LAYERS))
+    reader = ExpertReader(dict.fromkeys(range(LAYERS), places), HostSlots(slab, 3 * PART), range(LAYERS))
     held: dict[int, dict[str, torch.Tensor]] = {layer: {} for layer in range(LAYERS)}
     rng = torch.Generator().manual_seed(1)
 

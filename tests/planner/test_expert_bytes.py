@@ -13,7 +13,7 @@ from support.fake_engine import PLAN
 from support.routing import COMMITTED, Router
 
 from specchat.engine.experts.pool import ExpertPool
-from specchat.engine.experts.reader import ExpertReader
+from specchat.engine.experts.reader import ExpertReader, HostSlots
 from specchat.engine.streaming.slots import page_aligned
 from specchat.models.weights.experts import Extent
 from specchat.planner.expert_statistics import load_experts
@@ -34,7 +34,7 @@ def open_pool(folder: Path, quota: int) -> ExpertPool:
         layer: [(Extent(path, (layer * EXPERTS + expert) * PART, 0, PART),) for expert in range(EXPERTS)]
         for layer in range(LAYERS)
     }
-    reader = ExpertReader(places, page_aligned((LAYERS * quota + EXPERTS) * PART), PART, range(LAYERS))
+    reader = ExpertReader(places, HostSlots(page_aligned((LAYERS * quota + EXPERTS) * PART), PART), range(LAYERS))
     held: dict[int, dict[str, torch.Tensor]] = {layer: {} for layer in range(LAYERS)}
     return ExpertPool(range(LAYERS), EXPERTS, quota, EXPERTS, reader, held, {}, 64)
 

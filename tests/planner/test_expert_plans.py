@@ -66,8 +66,8 @@ def test_reading_ahead_is_planned_where_passes_wait_for_experts():
     """It hides reads behind the layers that are computed, and costs a little time in every layer."""
     plain = ExpertTier(12, 128, 8, 1000, quota=32, num_cached=0)
     ahead = replace(plain, looks_ahead=True)
-    assert 0.4 - 0.3 <= ahead.waited_s(0.4, 0.3, 0.1) < plain.waited_s(0.4, 0.3, 0.1)
-    assert plain.waited_s(0.05, 0.3, 0.1) < ahead.waited_s(0.05, 0.3, 0.1), "where nothing waits, it only costs"
+    assert 0.4 - 0.3 <= ahead.waited_s(8, 0.4, 0.3, 0.1) < plain.waited_s(8, 0.4, 0.3, 0.1)
+    assert plain.waited_s(8, 0.05, 0.3, 0.1) < ahead.waited_s(8, 0.05, 0.3, 0.1), "where nothing waits, it only costs"
 
 
 @pytest.mark.parametrize("gib", [12, 16, 20])

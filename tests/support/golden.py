@@ -26,7 +26,7 @@ MODELS = (
     "Qwen/Qwen3-32B-AWQ",
     "meta-llama/Llama-3.3-70B-Instruct",
 )
-# Mixtures of experts, on a few machines only: cards of 8 to 24 GB, which stream whole layers, and CPUs.
+# Mixtures of experts, on a few machines only: cards of 8 to 24 GB, and a machine without one.
 MIXTURES = (
     "Qwen/Qwen3.6-35B-A3B",
     "unsloth/gpt-oss-20b-BF16",
@@ -69,7 +69,9 @@ def _essentials(machine: str, model: str) -> dict[str, str]:
     draft = f"draft {plan.draft}{stored}, tree {plan.work.tree_budget}" if plan.draft else "no draft"
     slots = f", {plan.placement.slots} slots" if plan.placement.slots else ""
     if plan.experts is not None and plan.placement.experts is not None:
-        slots = f" with {plan.placement.experts.quota} of {plan.experts.num_experts} experts"
+        kept = plan.placement.experts
+        in_ram = f", {kept.in_host} in RAM" if file.machine.device != "cpu" else ""
+        slots = f" with {kept.quota} of {plan.experts.num_experts} experts{in_ram}"
     found = {
         "plan": f"{plan.quant} in {plan.work.dtype}, ctx {plan.work.ctx}, layers {' + '.join(counts)}{slots}, {draft}",
         "speed": f"{_two_digits(prediction.tok_per_s)} tok/s, {prediction.basis}: "

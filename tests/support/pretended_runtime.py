@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -95,8 +96,17 @@ class PretendedRuntime:
         self.timed: list[torch.device] = []
         self.implied: set[int] = set()
         self._capability = capability
-        self._current = [Stream(note, "compute", torch.device("cuda", i)) for i in range(num_devices)]
+        self._default = [Stream(note, "compute", torch.device("cuda", i)) for i in range(num_devices)]
+        self._threads = threading.local()
         self._num_streams = 0
+
+    @property
+    def _current(self) -> list[Stream]:
+        """The current stream of each device, which each thread has for itself."""
+        if not hasattr(self._threads, "streams"):
+            self._threads.streams = list(self._default)
+        streams: list[Stream] = self._threads.streams
+        return streams
 
     @property
     def current(self) -> Stream:
@@ -110,7 +120,7 @@ class PretendedRuntime:
             "is_initialized": lambda: True,
             "init": lambda: None,
             "_lazy_init": lambda: None,
-            "device_count": lambda: len(self._current),
+            "device_count": lambda: len(self._default),
             "current_device": lambda: self.device,
             "set_device": self._set_device,
             "device": self._on_device,
@@ -130,7 +140,7 @@ class PretendedRuntime:
             "Event": lambda enable_timing=False, blocking=False: Event(self, blocking),
             "stream": self._using,
             "current_stream": self.current_stream,
-            "default_stream": lambda device=None: self._current[self._index(device)],
+            "default_stream": lambda device=None: self._default[self._index(device)],
         }
 
     def current_stream(self, device: Any = None) -> Stream:
@@ -139,7 +149,7 @@ class PretendedRuntime:
 
     def check(self, device: torch.device) -> None:
         """Refuse a device that does not exist, and report an error that an earlier call has left."""
-        if (device.index or 0) >= len(self._current):
+        if (device.index or 0) >= len(self._default):
             raise RuntimeError("CUDA error: invalid device ordinal")
         if self.last_error is not None:
             error, self.last_error = self.last_error, None

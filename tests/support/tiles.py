@@ -35,6 +35,9 @@ def multiply(
 def weights(addresses: list[int], values: Tensor, form: TileForm, shape: tuple[int, int]) -> Tensor:
     """The numbers of one matrix: float32 [rows, cols]."""
     rows, cols = shape
+    if form.kind.startswith("plain"):
+        numbers = _memory(addresses[0], rows * cols, form.scale_dtype).float()
+        return numbers.view(shape) if form.kind == "plain" else numbers.view(cols, rows).T
     if form.kind.startswith("nf4"):
         codes = _memory(addresses[0], rows * cols // 2, torch.uint8).int()
         steps = values[torch.stack([codes >> 4, codes & 15], 1).view(-1)]

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from typing import Any
 
 import torch
 from packaging.version import Version
@@ -18,15 +19,17 @@ from torch import Tensor
 
 from specchat.models.checkpoint.ggml_types import BLOCK_TYPES
 from specchat.models.quant.formats.affine import Affine
-from specchat.models.quant.formats.base import WeightFormat
+from specchat.models.quant.formats.base import Segment, WeightFormat
 from specchat.models.quant.formats.fp4 import MxFp4
 from specchat.models.quant.formats.fp8 import Fp8
 from specchat.models.quant.formats.ggml import Blocks
 from specchat.models.quant.formats.int3 import Int3
 from specchat.models.quant.formats.int8 import Int8
 from specchat.models.quant.formats.nf4 import Bnb4
+from specchat.models.quant.formats.plain import Plain
 from specchat.models.quant.kernels.chunked import Dequantize, scratch_bytes
 from specchat.models.quant.kernels.grouped import Grouping, multiply_grouped
+from specchat.models.quant.kernels.tiles import TileForm
 from specchat.models.quant.kernels.triton import dequantize_by_triton
 from specchat.models.quant.kernels.unpacked import INT3, KINDS
 
@@ -116,6 +119,20 @@ def check(case: Case, device: torch.device) -> None:
     assert memory[out.numel() :].eq(7).all(), case
 
 
+@dataclass(frozen=True)
+class Turned(Plain):
+    """Unquantized weights [cols, rows], as gpt-oss stores them."""
+
+    def segments(self, rows: int, cols: int) -> tuple[Segment, ...]:
+        return (Segment("weight", (cols, rows), self.dtype),)
+
+    def dequantize(self, segments: Any, begin: int, end: int, out: Tensor) -> Tensor:
+        return out.copy_(segments["weight"].T[begin:end])
+
+    def tile_form(self, shape: tuple[int, int]) -> TileForm:
+        return TileForm("plain transposed", scale_dtype=self.dtype)
+
+
 # Formats of experts, and the columns that their matrices have here: the last block of columns is not full.
 EXPERT_FORMS: list[tuple[WeightFormat, int]] = [
     (Int8(), 200),
@@ -129,6 +146,8 @@ EXPERT_FORMS: list[tuple[WeightFormat, int]] = [
     (Fp8(1, None, torch.bfloat16), 70),
     (Fp8(16, 32, torch.bfloat16), 70),
     (MxFp4(), 96),
+    *((Plain(dtype), 70) for dtype in FLOATS),
+    *((Turned(dtype), 70) for dtype in FLOATS),
 ]  # fmt: skip
 
 

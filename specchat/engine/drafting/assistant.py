@@ -19,6 +19,7 @@ from specchat.engine.drafting.draft_model import runs
 from specchat.engine.drafting.head_check import HeadCheck, choices
 from specchat.engine.drafting.paths import Paths
 from specchat.engine.drafting.sources import SMALL_DRAFT
+from specchat.engine.kv_cache import Kept
 from specchat.engine.layout import Part, PassLayout, RowLayout
 from specchat.engine.model import TreeModel
 from specchat.engine.sequence import FinalStates, TokenSequence
@@ -210,8 +211,9 @@ class Assistant:
         """Free the outputs."""
         self._outputs = []
 
-    def commit(self, seat: int, rows: Sequence[int], tokens: Sequence[int]) -> None:
-        """Do nothing: no rows are kept."""
+    def commit(self, seat: int, rows: Sequence[int], tokens: Sequence[int]) -> Sequence[Kept]:
+        """Return nothing: the assistant has no cache."""
+        return ()
 
     def reset(self) -> None:
         """Forget all texts."""

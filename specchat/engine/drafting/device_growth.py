@@ -246,7 +246,8 @@ class _Tree:
         token, parent, depth, row = (column[: len(score)].long() for column in columns)
         edge = torch.where(parent == ROOT, score, score - score[parent.clamp(min=0)]) if len(score) else score
         nothing = torch.zeros_like(token)
-        return Paths(score, edge, token, parent, depth, nothing, nothing, row, nothing - 1)
+        ints = token, parent, depth, nothing, nothing, row, nothing - 1
+        return Paths(torch.stack([score, edge]), torch.stack(ints))
 
 
 class _Rule:

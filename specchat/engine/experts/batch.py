@@ -86,9 +86,14 @@ class ReadThreads:
             self.close()
             raise
 
-    def begin(self, tasks: Sequence[ReadTask]) -> ReadBatch:
-        """Queue tasks behind those of earlier batches, and return their batch at once."""
-        batch = ReadBatch(len(tasks))
+    def begin(self, tasks: Sequence[ReadTask], batch: ReadBatch | None = None) -> ReadBatch:
+        """Queue tasks behind those of earlier batches, and return their batch at once.
+
+        Args:
+            tasks: read tasks.
+            batch: batch for as many tasks; None for a new one.
+        """
+        batch = batch or ReadBatch(len(tasks))
         put = self._queue.put
         for task in tasks:
             put((batch, task))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from specchat.engine.experts.pool import ExpertPool
-from specchat.engine.experts.reader import ExpertReader, LayerExtents
+from specchat.engine.experts.reader import ExpertReader, HostSlots, LayerExtents
 from specchat.engine.streaming.slots import page_aligned
 from specchat.models.hf.experts import Fetch, LayerExperts, slot_lists, use_slots
 from specchat.models.hf.routers import Routers
@@ -55,6 +55,19 @@ class PooledExperts:
         """Return the parameters of a layer that lie in the pool, by name within the layer."""
         return next((each.names for each in self.layers if each.layer == layer), frozenset())
 
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes that are read for one expert."""
+        return sum(extent.nbytes for extent in self.extents[self.layers[0].layer][0])
+
+    def read_held(self, reader: WeightReader, verifier: ChunkVerifier | None) -> dict[int, Mapping[str, Tensor]]:
+        """Read the small tensors of all experts [experts, ...], by decoder layer, and verify their checksums."""
+        held: dict[int, Mapping[str, Tensor]] = {}
+        for each in self.layers:
+            _verify(verifier, reader, each.layer, [each.name_of(piece.name) for piece in self.layout.held])
+            held[each.layer] = read_held(reader, each, self.layout)
+        return held
+
     def make_pool(
         self,
         slots: ExpertSlots,
@@ -73,16 +86,13 @@ class PooledExperts:
             most_rows: rows of the largest pass whose uses of experts are counted.
         """
         layout, num_slots = self.layout, len(self.layers) * slots.quota + slots.shared
-        held: dict[int, Mapping[str, Tensor]] = {}
-        for each in self.layers:
-            _verify(verifier, reader, each.layer, [each.name_of(piece.name) for piece in layout.held])
-            held[each.layer] = read_held(reader, each, layout)
+        held = self.read_held(reader, verifier)
         slab = page_aligned(num_slots * layout.nbytes)
         stacks = layout.stacks(slab)
         verify = None if verifier is None else verifier.verify_stored
         routers = Routers(self.decoder_layers, self.layers) if slots.looks_ahead else None
         with ExitStack() as undo:
-            expert_reader = ExpertReader(self.extents, slab, layout.nbytes, cached, verify)
+            expert_reader = ExpertReader(self.extents, HostSlots(slab, layout.nbytes), cached, verify)
             undo.callback(expert_reader.close)
             pool = ExpertPool(
                 [each.layer for each in self.layers],

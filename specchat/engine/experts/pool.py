@@ -15,9 +15,8 @@ for the present states, or all of them in passes over prompts.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,7 +24,6 @@ from torch import Tensor
 
 from specchat.engine.experts.batch import ReadBatch
 from specchat.engine.experts.guesses import Guess, Guesses
-from specchat.engine.experts.reader import ExpertReader
 from specchat.engine.streaming.base import LayerStreamer, StreamCounters
 from specchat.records.limits import READ_THREADS
 
@@ -49,6 +47,36 @@ _SURE_SHARE = 0.8
 Likely = Callable[[int], Tensor | None]
 
 
+class ExpertSource(Protocol):
+    """Fills slots with experts.
+
+    Attributes:
+        expert_bytes: bytes that are moved for one expert.
+        wait_s: seconds that passes waited for experts.
+    """
+
+    expert_bytes: int
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds that passes waited for experts."""
+
+    def free_slots(self) -> None:
+        """Let slots be filled that the layers before have used, after all work that is queued now."""
+
+    def begin(self, layer: int, experts: Sequence[int], slots: Sequence[int], is_few: bool) -> ReadBatch:
+        """Begin to fill slots with experts of a layer, and return at once."""
+
+    def wait_for(self, batch: ReadBatch) -> None:
+        """Wait until slots are filled, or make all work wait that is queued later; raise the error of a read."""
+
+    def drain(self) -> None:
+        """Wait until no read goes on, whatever they failed with."""
+
+    def close(self) -> None:
+        """Wait for all reads, and release files and memory."""
+
+
 class ExpertPool(LayerStreamer):
     """Slots for the experts of all layers.
 
@@ -61,11 +89,12 @@ class ExpertPool(LayerStreamer):
         num_experts: number of experts of each layer.
         quota: number of slots of each layer.
         num_shared: number of slots that all layers share, at least `num_experts`.
-        reader: reads experts into slots; closed together with the pool.
+        source: fills slots; closed together with the pool.
         held: small tensors of all experts of a layer [experts, ...], by decoder layer.
         stacks: the same tensors of all slots [slots, ...].
         most_rows: rows of the largest pass whose uses are counted; larger ones read prompts.
-        likely: names likely experts of the next layer; None reads nothing ahead.
+        likely: names likely experts of the next layer; `fetch` reads nothing ahead without.
+        on_close: releases what the source used.
     """
 
     def __init__(
@@ -74,19 +103,21 @@ class ExpertPool(LayerStreamer):
         num_experts: int,
         quota: int,
         num_shared: int,
-        reader: ExpertReader,
+        source: ExpertSource,
         held: Mapping[int, Mapping[str, Tensor]],
         stacks: Mapping[str, Tensor],
         most_rows: int,
         likely: Likely | None = None,
+        on_close: Callable[[], None] = lambda: None,
     ) -> None:
         assert num_shared >= num_experts, "the experts of a layer must fit together"
         self._layers = list(layers)
         self._num_experts = num_experts
         self._quota = quota
         self._first_shared = len(layers) * quota
-        self._reader = reader
+        self._source = source
         self._held, self._stacks = held, stacks
+        self._on_close = on_close
         self._most_rows, self._num_rows = most_rows, 0
         self._likely = likely
         num_slots = self._first_shared + num_shared
@@ -115,8 +146,8 @@ class ExpertPool(LayerStreamer):
         self._unfinished: Any = None  # slots that are being filled; None if all reads have ended
         self.kept_bytes = sum(stack.nbytes for stacks in held.values() for stack in stacks.values())
         self._hits = self._misses = 0
-        self._num_bytes, self._wait_s = 0, 0.0
-        self._expert_bytes = reader.expert_bytes
+        self._num_bytes = 0
+        self._expert_bytes = source.expert_bytes
 
     def fill(self, uses: Sequence[Sequence[float]]) -> None:
         """Fill the slots of each layer with the experts that earlier passes used most, before the first pass.
@@ -126,6 +157,7 @@ class ExpertPool(LayerStreamer):
         """
         self._uses[:] = _FILLED_USES * np.asarray(uses)
         reads = []
+        self._source.free_slots()
         for position, own in enumerate(self._uses):
             best = np.argsort(-own, kind="stable")[: self._quota]
             best = np.sort(best[own[best] > 0])
@@ -133,7 +165,7 @@ class ExpertPool(LayerStreamer):
             self._give_to(position, best, slots)
             reads += self._read_together(position, best, slots)
         for _, batch in reads:
-            batch.wait()
+            self._source.wait_for(batch)
 
     def begin(self, num_rows: int) -> None:
         """Begin a pass over some rows."""
@@ -149,13 +181,33 @@ class ExpertPool(LayerStreamer):
             ids: experts, int64 [rows, k]; the number of experts stands for none.
 
         Returns:
-            Slots of the experts, int64 [rows, k], where the number of slots stands for none. These slots in groups,
-            first those whose experts were there, then the others as they are read; an expert that cannot be read
-            raises a `ModelError` there.
+            Slots of the experts, int64 [rows, k], where the number of slots stands for none; and what `bring` returns.
+        """
+        arriving = self.bring(position, ids)
+        slots = self._slots_by_id[position][ids]
+        if self._likely is not None:
+            self.look_ahead(position, len(ids), self._likely)
+        return slots, arriving
+
+    def slots_of(self, position: int) -> Any:
+        """Return the slot of each expert of a layer, int64 [N]; negative without one."""
+        return self._slot_of[position, : self._num_experts]
+
+    def bring(self, position: int, ids: Tensor) -> Iterator[Sequence[int]]:
+        """Bring routed experts into slots.
+
+        Args:
+            position: position of the layer among those of the pool.
+            ids: experts in host memory, int64 [rows, k]; the number of experts stands for none.
+
+        Returns:
+            Slots of the experts in groups, first those whose experts were there, then the others as they are read; an
+            expert that cannot be read raises a `ModelError` there.
         """
         rows = self._rows_of(ids)
         wanted = rows.nonzero()[0]
         self._enter(position)
+        self._source.free_slots()
         self._count(position, wanted)
         slot_of = self._slot_of[position]
         held = slot_of[wanted]
@@ -172,9 +224,7 @@ class ExpertPool(LayerStreamer):
         if len(missing) or guesses:
             guessed = [self._owner[guess.slots] - position * self._width for guess in guesses]
             reads += self._begin_reads(position, missing, np.concatenate([missing, *guessed]), rows)
-        slots = self._slots_by_id[position][ids]
-        self._look_ahead(position, len(ids))
-        return slots, self._arriving(ready.tolist(), reads)
+        return self._arriving(ready.tolist(), reads)
 
     def _rows_of(self, ids: Tensor) -> Any:
         """Return the number of rows that use each expert."""
@@ -185,11 +235,7 @@ class ExpertPool(LayerStreamer):
         if ready:
             yield ready
         for slots, batch in reads:
-            if not batch.is_over:
-                begin = time.perf_counter()
-                batch.wait_until_over()
-                self._wait_s += time.perf_counter() - begin
-            batch.wait()
+            self._source.wait_for(batch)
             self._num_bytes += len(slots) * self._expert_bytes
             yield slots
         self._unfinished = None
@@ -250,7 +296,7 @@ class ExpertPool(LayerStreamer):
         wanted, places = experts.tolist(), slots.tolist()
         parts = [slice(first, first + _READ_TOGETHER) for first in range(0, len(wanted), _READ_TOGETHER)]
         is_few = len(wanted) < READ_THREADS
-        return [(places[part], self._reader.begin(layer, wanted[part], places[part], is_few)) for part in parts]
+        return [(places[part], self._source.begin(layer, wanted[part], places[part], is_few)) for part in parts]
 
     def _own_for(self, position: int, worth: Any) -> Any:
         """Return which of the layer's own slots go to new experts that were used more often than those there.
@@ -298,22 +344,32 @@ class ExpertPool(LayerStreamer):
         ring = self._ring[self._next_shared : self._next_shared + self._num_shared]
         return ring[~(self._is_busy[ring] | self._guesses.is_taken[ring])]
 
-    def _look_ahead(self, position: int, num_rows: int) -> None:
-        """Begin to read likely experts of the next layer into free shared slots, once for each layer.
+    def asks_router(self, position: int, num_rows: int) -> bool:
+        """Return whether `look_ahead` asks for likely experts of the next layer.
 
         Args:
             position: position of the layer in progress.
             num_rows: number of its rows that are computed now.
         """
+        return position + 1 < len(self._layers) and num_rows == self._num_rows and self._counts_uses
+
+    def look_ahead(self, position: int, num_rows: int, name_likely: Likely) -> None:
+        """Begin to read likely experts of the next layer into free shared slots, once for each layer.
+
+        Args:
+            position: position of the layer in progress.
+            num_rows: number of its rows that are computed now.
+            name_likely: names likely experts.
+        """
         following = position + 1
-        if self._guessed or self._likely is None or following == len(self._layers):
+        if self._guessed or following == len(self._layers):
             return
         self._guessed = True
-        if num_rows < self._num_rows or not self._counts_uses:
+        if not self.asks_router(position, num_rows):
             likely = self._all_of(following)
             room = self._num_room(position)
         else:
-            ids = self._likely(following)
+            ids = name_likely(following)
             if ids is None:
                 return
             rows = self._rows_of(ids)
@@ -364,18 +420,19 @@ class ExpertPool(LayerStreamer):
 
     def restart(self) -> None:
         """After a pass that stopped early, wait for its reads, and forget the experts that may be incomplete."""
-        self._reader.drain()
+        self._source.drain()
         self._empty(self._guesses.release())
         if self._unfinished is not None:
             self._empty(self._unfinished)
         self._unfinished = None
 
     def counters(self) -> StreamCounters:
-        """Return the bytes of experts that were read, and the seconds that passes waited for them."""
+        """Return the bytes of experts that were moved, and the seconds that passes waited for them."""
         useful, useless = self._guesses.useful, self._guesses.useless
         num_bytes = self._num_bytes + useless * self._expert_bytes
-        return StreamCounters(num_bytes, self._wait_s, self._hits, self._misses, useful, useless)
+        return StreamCounters(num_bytes, self._source.wait_s, self._hits, self._misses, useful, useless)
 
     def close(self) -> None:
-        """Wait for all reads and close the files."""
-        self._reader.close()
+        """Wait for all reads, and release files and memory."""
+        self._source.close()
+        self._on_close()

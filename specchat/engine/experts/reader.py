@@ -1,4 +1,4 @@
-"""Reads experts from the files of a model into slots, in batches.
+"""Reads experts from the files of a model into slots of any memory, in batches.
 
 The computing thread begins the reads in each layer, so whatever they need besides the slot is worked out once: the
 reads of each expert, with neighbours in a file together.
@@ -9,12 +9,13 @@ out, as for layers of checkpoint shards. Reads through the page cache go directl
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -29,6 +30,8 @@ _PAGE = 4096
 # Experts in one file that are no further apart are read together.
 _LARGEST_GAP = 64 * 1024
 _LEAST_READ = 256 * 1024
+# A window holds the longest read, wherever it begins and ends within pages.
+WINDOW_BYTES = EXPERT_WINDOW_BYTES + 2 * _PAGE
 _DAMAGED = "delete the file and download it again"
 
 # Byte ranges of a layer's experts: one tuple for each expert.
@@ -63,25 +66,90 @@ class _Read:
     parts: list[_Part] = field(default_factory=list)
 
 
+class SlotMemory(Protocol):
+    """Memory of slots, one after another.
+
+    Attributes:
+        slot_bytes: length of a slot.
+        is_readable: whether files can be read directly into the slots.
+        windows: memory in between, uint8, each for a read of `EXPERT_WINDOW_BYTES` that begins anywhere in a page.
+    """
+
+    slot_bytes: int
+    is_readable: bool
+
+    @property
+    def windows(self) -> Iterable[Tensor]:
+        """Memory in between, at least one window for each thread; asked for once."""
+
+    def view(self, begin: int, nbytes: int) -> memoryview:
+        """Return bytes of the slots, to read a file into them."""
+
+    def wait_for_window(self, window: Tensor) -> None:
+        """Wait until what was copied out of a window has ended."""
+
+    def copy(self, window: Tensor, parts: Sequence[tuple[int, int, int]]) -> None:
+        """Copy parts of a window, or begin to: start in the window, start in the slots, and size."""
+
+    def close(self) -> None:
+        """Release the memory, after the last copy."""
+
+
+class HostSlots:
+    """Slots in host memory.
+
+    Args:
+        slab: memory of the slots, uint8 [slots * slot_bytes].
+        slot_bytes: length of a slot.
+    """
+
+    is_readable = True
+
+    def __init__(self, slab: Tensor, slot_bytes: int) -> None:
+        self.slot_bytes = slot_bytes
+        self._slab: Any = slab.numpy()
+        self._bytes = bytes_of(slab)
+
+    @property
+    def windows(self) -> Iterable[Tensor]:
+        """One window for each thread."""
+        return [page_aligned(WINDOW_BYTES) for _ in range(READ_THREADS)]
+
+    def view(self, begin: int, nbytes: int) -> memoryview:
+        """Return bytes of the slots."""
+        return self._bytes[begin : begin + nbytes]
+
+    def wait_for_window(self, window: Tensor) -> None:
+        """Do nothing: copies have ended when `copy` returns."""
+
+    def copy(self, window: Tensor, parts: Sequence[tuple[int, int, int]]) -> None:
+        """Copy parts of a window; numpy's copies release the GIL and run on one thread."""
+        source: Any = window.numpy()
+        for begin, target, nbytes in parts:
+            self._slab[target : target + nbytes] = source[begin : begin + nbytes]
+
+    def close(self) -> None:
+        """Do nothing: the memory is freed with the last tensor."""
+
+
 class ExpertReader:
     """Reads experts into the slots of a slab, by threads.
 
     Args:
         extents: byte ranges of the experts, by decoder layer.
-        slab: memory of the slots, uint8 [slots * slot_bytes].
-        slot_bytes: length of a slot.
+        memory: memory of the slots; closed together with the reader.
         cached: layers that are read through the page cache; the others bypass it.
         verify: verifies bytes of a layer's file before they are first read; None if they have no checksums.
 
     Attributes:
         expert_bytes: bytes that are read for one expert.
+        wait_s: seconds that passes waited for experts.
     """
 
     def __init__(
         self,
         extents: Mapping[int, LayerExtents],
-        slab: Tensor,
-        slot_bytes: int,
+        memory: SlotMemory,
         cached: Collection[int] = (),
         verify: Verify | None = None,
     ) -> None:
@@ -94,9 +162,8 @@ class ExpertReader:
             for layer, experts in extents.items()
         }
         self.expert_bytes = sum(nbytes for *_, nbytes in next(iter(self._ranges.values()))[0])
-        self._slab: Any = slab.numpy()
-        self._memory = bytes_of(slab)
-        self._slot_bytes = slot_bytes
+        self._memory = memory
+        self.wait_s = 0.0
         self._cached = set(cached)
         self._verify = verify
         # Reads of experts, worked out when they are first read: as few as possible, or enough for all threads.
@@ -107,13 +174,23 @@ class ExpertReader:
         with ExitStack() as undo:
             self._files = OpenFiles()
             undo.callback(self._files.close)
-            if self._cached < extents.keys():
-                for _ in range(READ_THREADS):
-                    self._windows.put(page_aligned(EXPERT_WINDOW_BYTES + 2 * _PAGE))
+            if self._cached < extents.keys() or not memory.is_readable:
+                for window in memory.windows:
+                    self._windows.put(window)
             self._threads = ReadThreads(READ_THREADS)
             undo.pop_all()
 
-    def begin(self, layer: int, experts: Sequence[int], slots: Sequence[int], is_few: bool) -> ReadBatch:
+    def free_slots(self) -> None:
+        """Do nothing: what the host has computed has ended."""
+
+    def begin(
+        self,
+        layer: int,
+        experts: Sequence[int],
+        slots: Sequence[int],
+        is_few: bool,
+        new_batch: Callable[[int], ReadBatch] = ReadBatch,
+    ) -> ReadBatch:
         """Begin to read experts of a layer, and return at once.
 
         Args:
@@ -121,23 +198,33 @@ class ExpertReader:
             experts: experts to read.
             slots: slot of each expert.
             is_few: whether these are too few for one thread each, so that several threads read one expert.
+            new_batch: makes the batch for a number of tasks.
         """
         planned = (self._split if is_few else self._whole)[layer]
         tasks = [
-            partial(read, slot * self._slot_bytes)
+            partial(read, slot * self._memory.slot_bytes)
             for expert, slot in zip(experts, slots, strict=True)
             for read in planned[expert] or self._plan(planned, layer, expert, is_few)
         ]
-        return self._threads.begin(tasks)
+        return self._threads.begin(tasks, new_batch(len(tasks)))
+
+    def wait_for(self, batch: ReadBatch) -> None:
+        """Wait until the reads of a batch have ended, and raise the error of one of them."""
+        if not batch.is_over:
+            begin = time.perf_counter()
+            batch.wait_until_over()
+            self.wait_s += time.perf_counter() - begin
+        batch.wait()
 
     def drain(self) -> None:
         """Wait until all reads have ended, whatever they failed with."""
         self._threads.drain()
 
     def close(self) -> None:
-        """Wait for all reads, and close the files."""
+        """Wait for all reads, close the files, and release the memory."""
         self._threads.close()
         self._files.close()
+        self._memory.close()
 
     def _plan(self, planned: list[Sequence[_ReadInto]], layer: int, expert: int, is_few: bool) -> Sequence[_ReadInto]:
         """Work out the reads of an expert, and keep them."""
@@ -161,28 +248,29 @@ class ExpertReader:
             file = self._files.open(self._paths[read.file], cached=key[1])
             self._opened[key] = file, is_unbuffered(file)
         file, unbuffered = self._opened[key]
-        return partial(self._read_window if unbuffered else self._read_parts, layer, file, read)
+        directly = self._memory.is_readable and not unbuffered
+        return partial(self._read_parts if directly else self._read_window, layer, file, read)
 
     def _read_parts(self, layer: int, file: int, read: _Read, slot: int) -> None:
-        """Read the parts of an expert directly into the slot that begins at byte `slot` of the slab."""
+        """Read the parts of an expert directly into the slot that begins at byte `slot` of the memory."""
         if self._verify is not None:
             self._verify(layer, read.begin, read.end)
         for begin, target, nbytes in read.parts:
-            memory = self._memory[slot + target : slot + target + nbytes]
+            memory = self._memory.view(slot + target, nbytes)
             read_fully(self._paths[read.file], file, memory, begin, nbytes, _DAMAGED)
 
     def _read_window(self, layer: int, file: int, read: _Read, slot: int) -> None:
-        """Read a window of the file, and copy the parts of an expert to the slot at byte `slot` of the slab."""
+        """Read a window of the file, and copy the parts of an expert to the slot at byte `slot` of the memory."""
         if self._verify is not None:
             self._verify(layer, read.begin, read.end)
         first = read.begin // _PAGE * _PAGE
         window = self._windows.get()
         try:
+            self._memory.wait_for_window(window)
             memory = bytes_of(window)[: -(-(read.end - first) // _PAGE) * _PAGE]
             read_fully(self._paths[read.file], file, memory, first, read.end - first, _DAMAGED)
-            source: Any = window.numpy()
-            for begin, target, nbytes in read.parts:  # numpy's copies release the GIL and run on one thread
-                self._slab[slot + target : slot + target + nbytes] = source[begin - first : begin - first + nbytes]
+            parts = [(begin - first, slot + target, nbytes) for begin, target, nbytes in read.parts]
+            self._memory.copy(window, parts)
         finally:
             self._windows.put(window)
 

@@ -185,19 +185,21 @@ class Pinner:
         self._pinned: list[int] = []
 
     def __call__(self, blobs: Sequence[Tensor]) -> None:
-        """Pin blobs in the given order until one is refused, after a small trial."""
-        if not blobs:
-            return
-        num_pinned = 0
-        if self._register(page_aligned(_PROBE_BYTES)):
-            self._runtime.cudaHostUnregister(self._pinned.pop())
-            num_pinned = next((i for i, blob in enumerate(blobs) if not self._register(blob)), len(blobs))
+        """Pin blobs in the given order until one is refused, and warn about the others."""
+        num_pinned = self.pin(blobs)
         left, total = sum(blob.nbytes for blob in blobs[num_pinned:]), sum(blob.nbytes for blob in blobs)
         if left:
             self._warn(
                 f"cannot pin {format_bytes(left)} of {format_bytes(total)} for streamed layers: "
                 "these layers cross the link at about half its rate, and computation waits for them"
             )
+
+    def pin(self, blobs: Sequence[Tensor]) -> int:
+        """Pin blobs in the given order until one is refused, after a small trial; return how many are pinned."""
+        if not blobs or not self._register(page_aligned(_PROBE_BYTES)):
+            return 0
+        self._runtime.cudaHostUnregister(self._pinned.pop())
+        return next((i for i, blob in enumerate(blobs) if not self._register(blob)), len(blobs))
 
     def release(self, blob: Tensor) -> None:
         """Unpin one blob, if it is pinned; its memory may be freed afterwards."""

@@ -11,20 +11,25 @@ transformers' "eager" is never used: it adds the experts of a row in the order o
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from specchat.models.hf.skeleton import Skeleton
+from specchat.models.quant.experts import mixed
 from specchat.models.quant.modules import format_key, same_format
 
 # From routed experts, int64 [rows, k], to their slots, and these slots in groups as their experts arrive. The number of
 # experts stands for no expert, and becomes the number of slots.
 Fetch = Callable[[Tensor], tuple[Tensor, Iterator[Sequence[int]]]]
+# Computes the experts of a layer, as transformers calls it: module, hidden states [rows, width], ids and weights
+# [rows, k]; returns mixed outputs [rows, width].
+Compute = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 
 _NAME = "specchat_slots"
-_FETCH = "_specchat_fetch"
+_COMPUTE = "_specchat_compute"
 
 
 @dataclass(frozen=True)
@@ -133,23 +138,46 @@ def use_slots(
         lists: modules for the quantized matrices of all slots, as `slot_lists` returns them.
         fetch: brings the routed experts of a layer into slots.
     """
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
     module = experts.module
     for name in experts.stacks:
         module._parameters[name] = torch.nn.Parameter(stacks[name], requires_grad=False)
     module._modules.update(lists)
     module.num_experts = len(next(iter(stacks.values())))
-    object.__setattr__(module, _FETCH, fetch)
+    _use(module, partial(_compute_in_turn, fetch))
+
+
+def use_tables(experts: LayerExperts, compute: Compute) -> None:
+    """Compute a layer's experts from memory that the function knows; the module keeps no parameters of its experts."""
+    module = experts.module
+    for name in experts.stacks:
+        del module._parameters[name]
+    for name in experts.lists:
+        del module._modules[name]
+    _use(module, compute)
+
+
+def _use(module: Any, compute: Compute) -> None:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    object.__setattr__(module, _COMPUTE, compute)
     module.__dict__.pop("forward", None)  # the forward of quantized experts
     ALL_EXPERTS_FUNCTIONS.register(_NAME, _compute)
     module.config._experts_implementation = _NAME
 
 
 def _compute(module: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """Compute the experts of a module from slots, or by transformers' grouped product if the module has no pool.
+    """Compute the experts of a module from slots, or by transformers' grouped product if the module has no pool."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    compute: Compute = getattr(module, _COMPUTE, None) or ALL_EXPERTS_FUNCTIONS["grouped_mm"]
+    return compute(module, hidden, ids, weights)
+
+
+def _compute_in_turn(fetch: Fetch, module: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """Compute the experts of a module from slots as they arrive.
 
     Args:
+        fetch: brings the routed experts of the layer into slots.
         module: experts' module.
         hidden: hidden states [rows, width].
         ids: experts of each row, int64 [rows, k].
@@ -158,12 +186,6 @@ def _compute(module: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tenso
     Returns:
         Mixed outputs of the experts [rows, width].
     """
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    fetch: Fetch | None = getattr(module, _FETCH, None)
-    if fetch is None:
-        whole: Tensor = ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, hidden, ids, weights)
-        return whole
     slots, arriving = fetch(ids)
     num_rows, k = slots.shape
     ordered, order = slots.reshape(-1).sort(stable=True)  # pairs of row and expert, grouped by slot
@@ -178,8 +200,7 @@ def _compute(module: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tenso
             products[pairs] = _expert(module, slot, hidden[pairs // k])
     if getattr(module, "has_post_expert_norm", False):
         products = module.post_expert_norm(products)
-    weighted = products * weights.reshape(-1, 1)
-    return weighted.view(num_rows, k, -1).sum(dim=1).to(hidden.dtype)
+    return mixed(products, weights, hidden.dtype)
 
 
 def _expert(module: Any, slot: int, rows: Tensor) -> Tensor:

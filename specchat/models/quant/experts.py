@@ -63,12 +63,22 @@ def experts_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weig
     Returns:
         Mixed outputs of the experts [rows, width].
     """
-    num_rows, k = top_k_index.shape
     pairs = _at_once(module, hidden, top_k_index)
     if pairs is None:
         pairs = _in_turn(module, hidden, top_k_index)
-    weighted = pairs * top_k_weights.reshape(-1, 1)
-    return weighted.view(num_rows, k, -1).sum(1).to(hidden.dtype)
+    return mixed(pairs, top_k_weights, hidden.dtype)
+
+
+def mixed(pairs: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the weighted sums over the experts of each row: [rows, width] in `dtype`.
+
+    Args:
+        pairs: products of each row and expert [rows * k, width].
+        weights: weights of the experts [rows, k].
+        dtype: dtype of the result.
+    """
+    weighted = pairs * weights.reshape(-1, 1)
+    return weighted.view(*weights.shape, -1).sum(1).to(dtype)
 
 
 def _in_turn(module: Any, hidden: Tensor, top_k_index: Tensor) -> Tensor:
@@ -102,18 +112,38 @@ def _at_once(module: Any, hidden: Tensor, top_k_index: Tensor) -> Tensor | None:
     ups, downs = _tables(module, _ups(module)), _tables(module, module.down_proj)
     if ups is None or downs is None:
         return None
-    ids = top_k_index.reshape(-1)
-    grouping = Grouping.of(ids, module.num_experts)
-    up_biases, down_biases = _expert_biases(module)
-    known = ids.clamp(max=module.num_experts - 1) if module.has_bias else ids
-    inner = _product(hidden, ups, grouping, top_k_index.shape[1])
+    known = top_k_index.reshape(-1).clamp(max=module.num_experts - 1) if module.has_bias else None
+    biases = [None if bias is None else bias[known] for bias in _expert_biases(module)]
+    return pairs_at_once(module, hidden, top_k_index, module.num_experts, (ups, downs), biases)
+
+
+def pairs_at_once(
+    module: Any,
+    hidden: Tensor,
+    ids: Tensor,
+    num_experts: int,
+    matrices: tuple[Sequence[ExpertMatrices], Sequence[ExpertMatrices]],
+    biases: Sequence[Tensor | None],
+) -> Tensor | None:
+    """Return the products of all pairs [rows * k, width] by a kernel for all experts; None if it does not compile.
+
+    Args:
+        module: module with act_fn or _apply_gate, and has_gate.
+        hidden: hidden states [rows, width].
+        ids: experts of each row, int64 [rows, k]; `num_experts` stands for none.
+        num_experts: number of experts.
+        matrices: matrices into and out of the experts, part by part.
+        biases: biases of each pair after these matrices [rows * k, ...], or None.
+    """
+    grouping = Grouping.of(ids.reshape(-1), num_experts)
+    inner = _product(hidden, matrices[0], grouping, ids.shape[1])
     if inner is None:
         return None
-    if up_biases is not None:
-        inner = inner + up_biases[known]
+    if biases[0] is not None:
+        inner = inner + biases[0]
     inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-    outer = _product(inner, downs, grouping, 1)
-    return outer if outer is None or down_biases is None else outer + down_biases[known]
+    outer = _product(inner, matrices[1], grouping, 1)
+    return outer if outer is None or biases[1] is None else outer + biases[1]
 
 
 def _product(x: Tensor, parts: Sequence[ExpertMatrices], grouping: Grouping, per_row: int) -> Tensor | None:

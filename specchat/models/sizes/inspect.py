@@ -11,6 +11,7 @@ from specchat.models.checkpoint.safetensors import Checkpoint, has_weights
 from specchat.models.gguf.tensors import open_tensors
 from specchat.models.hf.config import experts_per_row, load_config, max_positions, mlp_size, tiny_config
 from specchat.models.hf.config_values import why_not_built
+from specchat.models.hf.expert_tables import has_tile_forms
 from specchat.models.hf.kv_shapes import nothing_cached, record_kv_shapes
 from specchat.models.hf.refusals import CANNOT_SHRINK, refusing
 from specchat.models.hf.skeleton import Skeleton, build_skeleton, lookup_embeddings
@@ -148,7 +149,7 @@ def _routed_experts(config: Any, skeleton: Skeleton) -> RoutedExperts | None:
     first = pooled[0]
     pieces = (_param_size(tensor, not first.is_stacked(name)) for name, tensor in first.pieces.items())
     layers = tuple(each.layer for each in pooled)
-    return RoutedExperts(layers, first.num_experts, experts_per_row(config), tuple(pieces))
+    return RoutedExperts(layers, first.num_experts, experts_per_row(config), tuple(pieces), has_tile_forms(first))
 
 
 def _layer_quant(skeleton: Skeleton) -> tuple[int, ...]:

@@ -186,7 +186,8 @@ def _routed_experts(config: Any, layer: tuple[_Weight, ...], stored: _Stored | N
     else:
         parts = [*biases, *matrices]
     params = tuple(size for part in parts for size in part)
-    return RoutedExperts(tuple(range(config.num_hidden_layers)), fused[0].experts, config.num_experts_per_tok, params)
+    layers, has_kernel = tuple(range(config.num_hidden_layers)), stored is not _int3
+    return RoutedExperts(layers, fused[0].experts, config.num_experts_per_tok, params, has_kernel)
 
 
 def _layer_params(

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from specchat.engine.experts.batch import ReadThreads
 from specchat.engine.experts.guesses import Guess, Guesses
 from specchat.engine.experts.pool import ExpertPool, Likely
-from specchat.engine.experts.reader import ExpertReader
+from specchat.engine.experts.reader import ExpertReader, HostSlots
 from specchat.engine.streaming.slots import page_aligned
 from specchat.errors import CorruptCheckpointError
 from specchat.models.weights.experts import Extent
@@ -45,7 +45,7 @@ def open_pool(
     path: Path, quota: int, cached: Sequence[int], likely: Likely | None = None
 ) -> tuple[ExpertPool, torch.Tensor]:
     slab = page_aligned((LAYERS * quota + EXPERTS) * SLOT)
-    reader = ExpertReader({layer: extents(path, layer) for layer in range(LAYERS)}, slab, SLOT, cached)
+    reader = ExpertReader({layer: extents(path, layer) for layer in range(LAYERS)}, HostSlots(slab, SLOT), cached)
     held = {layer: {"bias": torch.arange(EXPERTS) + 10 * layer} for layer in range(LAYERS)}
     stacks = {"bias": torch.full((LAYERS * quota + EXPERTS,), -1)}
     pool = ExpertPool(range(LAYERS), EXPERTS, quota, EXPERTS, reader, held, stacks, MOST_ROWS, likely)
@@ -134,7 +134,7 @@ def test_guesses_are_counted(file: Path):
     with closing(pool):
         pool.begin(1)
         visit(pool, 0, [5])
-        pool._reader.drain()
+        pool._source.drain()
         check(pool, slots, 1, torch.tensor([[2, 3, 5]]))
         visit(pool, 2, [0])
         counters = pool.counters()

@@ -1,25 +1,20 @@
 """The CUDA streamer queues work in a safe order, on a simulated device with only the guarantees of CUDA.
 
-A GPU runs each stream's work in order and different streams' work in any order that events allow. So does this device:
-whenever the host calls it, it runs some of what may run, chosen at random, copies in two halves. If anything that must
-wait could run too early, some order shows a layer computed on wrong bytes. The bytes and the reader threads are real;
-test_cuda.py checks a real GPU.
+If anything that must wait could run too early, some order shows a layer computed on wrong bytes. The bytes and the
+reader threads are real; test_cuda.py checks a real GPU.
 """
 
 from __future__ import annotations
 
 import random
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.cuda_order import Device, Work, fake_cuda
 from support.streamed import NUM_LAYERS, PackedModel, Runtime
 from support.threads import watched_threads
 from torch import Tensor
@@ -30,115 +25,6 @@ from specchat.engine.streaming.readers import PackLayerReader
 from specchat.models.hf.skeleton import build_skeleton
 
 CPU = torch.device("cpu")
-
-
-class Event:
-    """A CUDA event: a wait is for the last record before the wait, and for nothing if there was none."""
-
-    def __init__(self, device: Device) -> None:
-        self._device = device
-        self.recorded = 0
-        self.reached = 0
-
-    def record(self, stream: Stream) -> None:
-        self.recorded += 1
-        number = self.recorded
-        stream.work.append(Work(lambda: setattr(self, "reached", number)))
-        self._device.go_on()
-
-    def synchronize(self) -> None:
-        self._device.run_until(lambda: self.reached >= self.recorded)
-
-    def query(self) -> bool:
-        return self.reached >= self.recorded
-
-    def elapsed_time(self, other: Event) -> float:
-        assert self.reached == self.recorded and other.reached == other.recorded, "asked before it has happened"
-        return 0.0
-
-
-@dataclass
-class Work:
-    """Queued work; `ready` returns whether it may run once it is the first of its stream."""
-
-    run: Callable[[], None] = lambda: None
-    ready: Callable[[], bool] = lambda: True
-
-
-@dataclass
-class Stream:
-    """Work that runs in order."""
-
-    device: Device
-    work: deque[Work] = field(default_factory=deque)
-
-    def wait_event(self, event: Event) -> None:
-        number = event.recorded
-        self.work.append(Work(ready=lambda: event.reached >= number))
-        self.device.go_on()
-
-    def synchronize(self) -> None:
-        self.device.run_until(lambda: not self.work)
-
-
-class Device:
-    """Streams as the host sees them; the first stream computes."""
-
-    def __init__(self, rng: random.Random) -> None:
-        self._rng = rng
-        # A device that only works when it is waited for, one that keeps up, and those between.
-        self._pace = rng.choice(((0,), (0, 0, 1), (0, 0, 1, 3, 100), (100,)))
-        self.streams = [Stream(self)]
-        self.current = self.streams[0]
-
-    def new_stream(self, _: torch.device) -> Stream:
-        self.streams.append(Stream(self))
-        return self.streams[-1]
-
-    @contextmanager
-    def using(self, stream: Stream) -> Iterator[None]:
-        before, self.current = self.current, stream
-        yield
-        self.current = before
-
-    def go_on(self) -> None:
-        """Run none, some or all of the work that may run."""
-        for _ in range(self._rng.choice(self._pace)):
-            self._step()
-
-    def run_until(self, is_done: Callable[[], bool]) -> None:
-        while not is_done():
-            assert self._step(), "everything waits for something"
-
-    def _step(self) -> bool:
-        ready = [stream for stream in self.streams if stream.work and stream.work[0].ready()]
-        if ready:
-            self._rng.choice(ready).work.popleft().run()
-        return bool(ready)
-
-    def new_slots(self, num_slots: int, nbytes: int, _: torch.device) -> list[Tensor]:
-        """Return memory with old contents, and queue its zeroing."""
-        slots = [torch.full((nbytes,), 0xAA, dtype=torch.uint8) for _ in range(num_slots)]
-        self.current.work.extend(Work(slot.zero_) for slot in slots)
-        return slots
-
-    def copy_async(self, slot: Tensor, blob: Tensor) -> None:
-        half = len(slot) // 2
-        self.current.work.append(Work(lambda: slot[:half].copy_(blob[:half])))
-        self.current.work.append(Work(lambda: slot[half:].copy_(blob[half:])))
-        self.go_on()
-
-
-@contextmanager
-def fake_cuda(device: Device) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "Stream", device.new_stream)
-        patch.setattr(torch.cuda, "Event", lambda **_: Event(device))
-        patch.setattr(torch.cuda, "stream", device.using)
-        patch.setattr(torch.cuda, "current_stream", lambda _: device.current)
-        patch.setattr("specchat.engine.streaming.cuda._new_slots", device.new_slots)
-        patch.setattr("specchat.engine.streaming.cuda._copy_async", device.copy_async)
-        yield
 
 
 class Passes:

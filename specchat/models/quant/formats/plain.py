@@ -8,6 +8,7 @@ from torch import Tensor
 
 from specchat.models.quant.formats.base import Segment, WeightFormat
 from specchat.models.quant.kernels.chunked import Segments
+from specchat.models.quant.kernels.tiles import TileForm
 
 
 @dataclass(frozen=True)
@@ -32,3 +33,7 @@ class Plain(WeightFormat):
         """Return rows cast to the dtype of `out`; a view if no cast is needed."""
         rows = segments["weight"][begin:end]
         return rows if rows.dtype == out.dtype else out.copy_(rows)
+
+    def tile_form(self, shape: tuple[int, int]) -> TileForm:
+        """Return the format as the kernel for many experts reads it."""
+        return TileForm("plain", scale_dtype=self.dtype)

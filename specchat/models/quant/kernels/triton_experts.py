@@ -165,8 +165,11 @@ def _weights(
 ) -> tl.tensor:
     """Dequantize a block of an expert's matrix: float32 [rows, cols] of the block, the format's own values."""
     codes = tl.load(mine).to(tl.pointer_type(tl.uint8))
-    scales = tl.load(mine + num_experts)
     flat = row.to(tl.int64) * cols + col
+    if kind == "plain" or kind == "plain transposed":  # noqa: PLR1714  Triton has no sets
+        place = flat if kind == "plain" else col.to(tl.int64) * rows + row
+        return tl.load(codes.to(tl.pointer_type(scale_dtype)) + place, mask=inside, other=0).to(tl.float32)
+    scales = tl.load(mine + num_experts)
     if kind == "nf4" or kind == "nf4 nested":  # noqa: PLR1714  Triton has no sets
         byte = tl.load(codes + flat // 2, mask=inside, other=0).to(tl.int32)
         steps = tl.load(values + ((byte >> (4 * (1 - flat % 2))) & 15))
