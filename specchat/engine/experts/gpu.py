@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from specchat.engine.device import current
 from specchat.engine.experts.batch import ReadBatch
 from specchat.engine.experts.reader import ExpertReader
 
@@ -59,8 +60,9 @@ class GpuSlots:
         raise AssertionError(f"{nbytes} bytes from {begin} are read through a window")
 
     def wait_for_window(self, window: Tensor) -> None:
-        """Wait until the copies out of a window have ended."""
-        self._emptied[window.data_ptr()].synchronize()
+        """Wait until the copies out of a window have ended; the threads that read files call this."""
+        with current(self._device):
+            self._emptied[window.data_ptr()].synchronize()
 
     def copy(self, window: Tensor, parts: Sequence[tuple[int, int, int]]) -> None:
         """Queue copies of parts of a window; the threads that read files call this."""

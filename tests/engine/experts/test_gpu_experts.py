@@ -373,3 +373,29 @@ def test_a_second_copy_of_ids_exceeds_the_budget(models: Models, monkeypatch: py
     )
     found, num_layers = counted(models, "qwen3_moe", "int4")
     assert any(kinds["d2h", "compute"] > num_layers for kinds in found)
+
+
+# --- a real GPU -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("architecture", "quant"), [("qwen3_moe", "int8"), ("qwen3_moe", "int4"), ("gpt_oss", "none")])
+def test_every_pool_gives_the_same_bits_on_a_gpu(models: Models, architecture: str, quant: str):
+    """All experts in VRAM, and pools of any size from RAM and disk, with guesses and without."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    made, found = models.get(architecture, quant), list[list[torch.Tensor]]()
+    for slots in (
+        ExpertSlots(NUM_EXPERTS, NUM_EXPERTS, in_host=NUM_EXPERTS),
+        ExpertSlots(3, NUM_EXPERTS, in_host=NUM_EXPERTS),
+        ExpertSlots(0, NUM_EXPERTS, looks_ahead=False, in_host=5),
+        ExpertSlots(3, NUM_EXPERTS),
+    ):
+        with closing(load_model(made.source, **made.given, device=GPU, experts=slots)) as model:
+            found.append([states.cpu() for _ in range(5) for states in again(model)])
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+def again(model: TreeModel) -> Iterator[torch.Tensor]:
+    model.cache.truncate(0, 0)
+    yield from passes(model, TREES)

@@ -90,7 +90,7 @@ class Scenario:
                 self._passes(pool, slots.slab.view(-1, SLOT))
                 self.device.streams[0].synchronize()
                 pool.restart()
-                assert pool.counters().num_bytes == self.device.num_copied
+                assert pool.counters().num_bytes == self.device.num_copied, "bytes of layers"
             assert not any(stream.work for stream in self.device.streams[1:])
         assert not threads.num_running
 
@@ -136,7 +136,7 @@ class Scenario:
         for _ in arriving:
             pass
         used = [expert for expert in ids.unique().tolist() if expert < EXPERTS]
-        assert all(placed[used] >= 0)
+        assert all(placed[used] >= 0), f"experts of layer {layer} are in no slot"
         for _ in range(2):  # a kernel reads the slots that it was told, from its beginning to its end
             self.device.current.work.append(Work(partial(self._check, slots, layer, used, placed[used].tolist())))
             self.device.go_on()
