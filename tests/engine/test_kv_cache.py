@@ -27,7 +27,7 @@ from specchat.units import MIB
 
 CPU = torch.device("cpu")
 # Layers may differ, keys from values too.
-SHAPES = (KvShape(2, 3, 5), KvShape(1, 4, 1), KvShape(2, 3, 5), KvShape(1, 4, 4), KvShape(1, 4, 4), KvShape(2, 3, 5))
+SHAPES = (KvShape(2, 3, 5), KvShape(1, 4, 1), KvShape(2, 3, 5), KvShape(1, 4, 4), KvShape(1, 4, 4))
 CAPACITY = 40
 
 
