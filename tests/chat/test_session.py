@@ -171,12 +171,12 @@ RUN_KEYS = {
     "speculation": "steps prefill_passes tokens_per_step accepted_per_step mean_tree_nodes tree_budget by_source",
     "memory": "device_budget_bytes device_peak_bytes predicted_device_bytes host_peak_bytes runtime_bytes "
     "resident_layers streamed_layers streamed_bytes_per_step given_back_layers given_back_bytes "
-    "expert_hits expert_misses useful_guesses useless_guesses",
+    "expert_hits expert_misses useful_guesses useless_guesses devices",
 }
 PLAN_KEYS = (
     "target draft retrieval quant device dtype ctx tree_budget slots resident_layers expanded_layers "
     "streamed_layers disk_layers ledger device_bytes generation_bytes device_budget_bytes host_bytes host_ledger "
-    "streamed_bytes_per_step experts recurrent predicted_pass_s predicted_tokens_per_step predicted_tok_per_s "
+    "streamed_bytes_per_step devices experts recurrent predicted_pass_s predicted_tokens_per_step predicted_tok_per_s "
     "basis alternatives bound assumptions choices"
 )
 
