@@ -200,6 +200,6 @@ RARE = {"slots are given away before a read into them has ended"}
 )
 def test_planted_faults_are_seen(fault: str, file: Path, monkeypatch: pytest.MonkeyPatch):
     FAULTS[fault](monkeypatch)
-    with pytest.raises(AssertionError, match="of layer|num_copied"):
+    with pytest.raises(AssertionError, match=r"of layer|num_copied"):
         for seed in range(4000):
             Scenario(file, seed).run()
