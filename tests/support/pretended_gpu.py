@@ -20,6 +20,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import transformers.activations  # noqa: F401 - imports what looks at torch.cuda, which must be the real one
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
