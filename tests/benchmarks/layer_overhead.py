@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from support import loading
 from support.loading import load_model
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -51,7 +52,7 @@ def make_pack(folder: Path):
     os.environ["SPECCHAT_CACHE_DIR"] = str(folder / "cache")
     prepare.SMALL_BYTES = 0  # so that tiny models are packed, too
     source = save(random_model(make_config("llama")).to(torch.bfloat16), folder / "model")
-    return source, prepare.prepare(source, "fp32", progress=lambda _: None, warn=lambda _: None)
+    return source, loading.prepare(source, "fp32", progress=lambda _: None, warn=lambda _: None)
 
 
 def unwrapped(model: TreeModel) -> TreeModel:
