@@ -14,7 +14,8 @@ from specchat.chat.answer import Speculation, Timings, Turn, Usage
 from specchat.chat.result import SCHEMA_VERSION, plan_object, run_object
 from specchat.records.chat import Message
 from specchat.records.model import ModelSource
-from specchat.records.plan import MemoryReport, Plan
+from specchat.records.plan import Plan
+from specchat.records.usage import MemoryReport
 
 # Describes `summary.predict`.
 PREDICTION_BASIS = (

@@ -21,7 +21,8 @@ from specchat.loading.engine import open_engine
 from specchat.models.checkpoint.gguf import listed_files
 from specchat.records.generation import Sampling
 from specchat.records.model import LOWER_QUANTS, ModelSource
-from specchat.records.plan import MemoryReport, Plan
+from specchat.records.plan import Plan
+from specchat.records.usage import MemoryReport
 
 if TYPE_CHECKING:
     from specchat.bench.baselines import OffloadedModel

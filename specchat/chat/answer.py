@@ -11,7 +11,7 @@ from specchat.chat.reasoning import Parts, Piece
 from specchat.chat.text import Detokenizer, StopStrings
 from specchat.records.chat import Message, Part
 from specchat.records.generation import FinishReason, Guesses, Step, guesses_of
-from specchat.records.plan import MemoryReport
+from specchat.records.usage import MemoryReport
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from threading import Event
 from typing import Protocol
 
 from specchat.records.generation import Activity, Sampling, Step
-from specchat.records.plan import MemoryReport, Plan
+from specchat.records.plan import Plan
+from specchat.records.usage import MemoryReport
 
 
 class Generator(Protocol):

@@ -44,7 +44,8 @@ from specchat.models.quant.autotune import autotuner
 from specchat.models.weights.open import ModelWeights
 from specchat.records.generation import Activity, Phase, Request, Sampling, Step
 from specchat.records.limits import noise_rows
-from specchat.records.plan import MemoryReport, Plan
+from specchat.records.plan import Plan
+from specchat.records.usage import MemoryReport
 
 
 class Engine(Closeable):

@@ -20,7 +20,8 @@ from specchat.engine.streaming.devices import DeviceStreamers
 from specchat.engine.tree import TokenTree
 from specchat.errors import SpecchatError
 from specchat.records.generation import DraftTree, FinishReason, SourceWork, Step
-from specchat.records.plan import DeviceUse, MemoryReport, Plan
+from specchat.records.plan import Plan
+from specchat.records.usage import DeviceUse, MemoryReport
 
 
 def resident_set_bytes() -> int:

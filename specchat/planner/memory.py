@@ -7,12 +7,12 @@ With several seats, each has caches for a whole context. The largest pass reads 
 several that fill a chunk, besides the last token of each other sequence and all trees.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 
 from specchat.models.sizes.geometry import dequantize_bytes, held_bytes, layer_sizes, sizes_beside_experts, slot_bytes
+from specchat.planner.pass_memory import PassBytes, head_bytes, memory_of_pass
 from specchat.planner.states import draft_state_bytes, state_items
 from specchat.records.kv_slabs import allocated_bytes
 from specchat.records.limits import (
@@ -37,7 +37,7 @@ from specchat.records.limits import (
     noise_rows,
     padded_rows,
 )
-from specchat.records.model import DTYPE_BYTES, Activations, Dtype, ModelSpec, RowCost
+from specchat.records.model import DTYPE_BYTES, Dtype, ModelSpec
 from specchat.records.plan import LedgerItem, Placement, Plan, Workload
 
 # Memory of a process that has imported torch and transformers and checked a model; measured with CPU builds.
@@ -275,20 +275,6 @@ def _other_bytes(spec: ModelSpec, dtype: Dtype) -> int:
 # --- workspaces --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class PassBytes:
-    """Peak bytes of one pass: `hidden` outlives the pass, `masks` last for the pass, `rest` is the peak of all else."""
-
-    hidden: int
-    masks: int
-    rest: int
-
-    @property
-    def total(self) -> int:
-        """Sum of all parts."""
-        return self.hidden + self.masks + self.rest
-
-
 def _workspaces(target: ModelSpec, draft: ModelSpec | None, work: Workload) -> list[LedgerItem]:
     first, later = target_passes(target, work)
     ancestors = ancestors_bytes(work)
@@ -311,24 +297,10 @@ def _workspaces(target: ModelSpec, draft: ModelSpec | None, work: Workload) -> l
 def target_passes(target: ModelSpec, work: Workload) -> tuple[PassBytes, PassBytes]:
     """Return the bytes of the largest pass, which reads as many prompts as it may, and of later passes."""
     keys = work.ctx + work.tree_budget
-    largest = _pass(target, work, work.prompt_rows + work.seats - 1 + work.tree_budget, keys, work.tapped_width)
-    return largest, _pass(target, work, work.seats + work.tree_budget, keys, work.tapped_width)
-
-
-def _pass(spec: ModelSpec, work: Workload, rows: int, keys: int, tapped_width: int = 0) -> PassBytes:
-    """Return the bytes of a pass over `rows` new rows, with `keys` keys in a seat at its end; taps keep their width."""
-    element, costs = DTYPE_BYTES[work.dtype], _activations(spec, work.dtype)
-    chunk, keys = min(rows, work.chunk_rows), padded_rows(keys)
-    every_key = work.seats * keys  # models with latent attention expand the keys of all seats
-    hidden = rows * spec.hidden_size * element
-    masks = costs.num_masks * chunk * keys * element
-    indices = 2 * _INDEX_BYTES * rows
-    in_layer = _max_bytes(costs.entry, rows, keys, every_key) + _max_bytes(costs.layer, chunk, keys, every_key)
-    if rows > chunk:
-        in_layer += hidden  # the layer's output collects all chunks
-    outside = _max_bytes(costs.outside, rows, keys, every_key)
-    tapped = rows * tapped_width * element
-    return PassBytes(hidden + tapped, masks, max(max(in_layer, outside) + indices - hidden, 0))
+    largest = memory_of_pass(
+        target, work, work.prompt_rows + work.seats - 1 + work.tree_budget, keys, work.tapped_width
+    )
+    return largest, memory_of_pass(target, work, work.seats + work.tree_budget, keys, work.tapped_width)
 
 
 def ancestors_bytes(work: Workload) -> int:
@@ -336,17 +308,11 @@ def ancestors_bytes(work: Workload) -> int:
     return 2 * work.tree_budget**2
 
 
-def _head_bytes(spec: ModelSpec, work: Workload, rows: int) -> int:
-    """Return the bytes of float32 scores of `rows` rows, and of the workspace to compute them."""
-    hidden = rows * spec.hidden_size * DTYPE_BYTES[work.dtype]
-    return hidden + _max_bytes(_activations(spec, work.dtype).head, rows, 0, 0)
-
-
 def _walking_bytes(target: ModelSpec, work: Workload) -> int:
     """Return the bytes of one block of scores for each walk, and of one score row in the logits processors."""
     processing = PROCESSING_BYTES * target.vocab_size + 2 * _INDEX_BYTES * work.ctx
     rows = max(walks * head_block_rows(work.head_rows, walks) for walks in range(1, work.seats + 1))
-    return _head_bytes(target, work, rows) + processing
+    return head_bytes(target, work, rows) + processing
 
 
 def _drafting_bytes(draft: ModelSpec, work: Workload, *, reading: int) -> int:
@@ -356,9 +322,9 @@ def _drafting_bytes(draft: ModelSpec, work: Workload, *, reading: int) -> int:
     if draft.is_assistant:
         return _assistant_bytes(draft, work)
     width, seats = draft_width(work.tree_budget, work.seats), work.seats
-    read = _pass(draft, work, reading, work.ctx).total + _head_bytes(draft, work, seats)
+    read = memory_of_pass(draft, work, reading, work.ctx).total + head_bytes(draft, work, seats)
     scoring = _scoring_bytes(draft, work, width)
-    grown = max(_pass(draft, work, width, work.ctx + work.draft_rows).total, scoring)
+    grown = max(memory_of_pass(draft, work, width, work.ctx + work.draft_rows).total, scoring)
     if seats > 1:
         read = max(read, _scoring_bytes(draft, work, seats))
     paths = PATH_BYTES * (2 * work.tree_budget + width * DRAFT_BRANCH)
@@ -384,10 +350,10 @@ def _block_drafting_bytes(draft: ModelSpec, work: Workload, reading: int) -> int
     in_chunk = draft.hidden_size * (2 * element + 2 * _FLOAT_BYTES) + 3 * most_numbers * element
     stored = reading * draft.hidden_size * element + chunk * in_chunk
     rows = seats * min(MOST_BLOCK_ROWS, work.draft_rows)
-    guessed = _pass(draft, work, rows, work.ctx + work.draft_rows).total + rows * draft.hidden_size * element
+    guessed = memory_of_pass(draft, work, rows, work.ctx + work.draft_rows).total + rows * draft.hidden_size * element
     levels = rows * (draft.vocab_size * _FLOAT_BYTES + draft.hidden_size * element)  # scores and states
     paths = PATH_BYTES * (2 * work.tree_budget + width * DRAFT_BRANCH)
-    scored = max(_head_bytes(draft, work, rows), _scoring_bytes(draft, work, max(width, seats)))
+    scored = max(head_bytes(draft, work, rows), _scoring_bytes(draft, work, max(width, seats)))
     return max(stored, guessed, levels + scored + paths)
 
 
@@ -397,7 +363,7 @@ def _assistant_bytes(draft: ModelSpec, work: Workload) -> int:
     rows = max(width, MOST_CHECKED_ROWS)
     joined = rows * (4 * draft.target_size + draft.hidden_size) * element  # embeddings, states, both, and the input
     outputs = work.seats * (1 + work.draft_rows) * draft.target_size * element
-    computed = _pass(draft, work, rows, work.ctx + work.draft_rows).total + joined
+    computed = memory_of_pass(draft, work, rows, work.ctx + work.draft_rows).total + joined
     # Scores of an assistant with clusters are chosen from copies of the scores.
     scored = _scoring_bytes(draft, work, width) + width * draft.vocab_size * _FLOAT_BYTES
     paths = PATH_BYTES * (2 * work.tree_budget + width * DRAFT_BRANCH)
@@ -414,7 +380,7 @@ def _unread_bytes(draft: ModelSpec, work: Workload) -> int:
 
 def _scoring_bytes(draft: ModelSpec, work: Workload, rows: int) -> int:
     """Return the bytes of the draft's scores of `rows` nodes, and of the weights of their children."""
-    return _head_bytes(draft, work, rows) + WEIGHING_COPIES * rows * draft.vocab_size * _FLOAT_BYTES
+    return head_bytes(draft, work, rows) + WEIGHING_COPIES * rows * draft.vocab_size * _FLOAT_BYTES
 
 
 def _noise_needs(target: ModelSpec, work: Workload) -> tuple[int, int]:
@@ -428,29 +394,3 @@ def _noise_needs(target: ModelSpec, work: Workload) -> tuple[int, int]:
 
 def _noise_bytes(target: ModelSpec, rows: int) -> int:
     return target.vocab_size * (rows * _FLOAT_BYTES + _INDEX_BYTES + DRAWING_BYTES)
-
-
-def _max_bytes(costs: Iterable[RowCost], rows: int, keys: int, every_key: int) -> int:
-    """Return the largest cost of rows that see the keys of one seat; costs per key alone apply to all seats' keys."""
-    return max(cost.at(rows, keys) + math.ceil(cost.per_key * (every_key - keys)) for cost in costs)
-
-
-def _activations(spec: ModelSpec, dtype: Dtype) -> Activations:
-    """Return the profiled activation sizes, or a cautious estimate for a model without a profile."""
-    return spec.activations.get(DTYPE_BYTES[dtype]) or _estimated_activations(spec, DTYPE_BYTES[dtype])
-
-
-def _estimated_activations(spec: ModelSpec, element: int) -> Activations:
-    """Estimate activation sizes: attention that keeps all scores, and no operation in place."""
-    attention = spec.num_heads * max((shape.key_dim for shape in spec.kv_shapes), default=0)
-    rows = 4 * spec.hidden_size + 6 * attention + 4 * spec.mlp_size
-    scores = spec.num_heads * (2 * element + _FLOAT_BYTES)
-    head = spec.vocab_size * (3 * element + _FLOAT_BYTES)
-    norm = 3 * spec.hidden_size * _FLOAT_BYTES
-    return Activations(
-        outside=(RowCost(per_row=3 * spec.hidden_size * element + norm),),
-        entry=(RowCost(per_row=2 * spec.hidden_size * element + norm),),
-        layer=(RowCost(per_row=rows * element, per_row_key=scores),),
-        head=(RowCost(per_row=head),),
-        num_masks=2,
-    )

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from specchat.records.plan import DevicePlan, MemoryReport, Plan
+from specchat.records.plan import DevicePlan, Plan
+from specchat.records.usage import MemoryReport
 from specchat.units import format_bytes
 
 _COLUMNS = ("device", "stays", "streams", "link", "link busy", "computes", "memory")

@@ -1,7 +1,8 @@
 """Where layers and experts are, in words."""
 
 from specchat.records.generation import Step
-from specchat.records.plan import ExpertForecast, ExpertSlots, MemoryReport, Plan
+from specchat.records.plan import ExpertForecast, ExpertSlots, Plan
+from specchat.records.usage import MemoryReport
 from specchat.units import format_bytes
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from threading import Event
 
 from specchat.records.generation import Activity, Step
-from specchat.records.plan import MemoryReport, Plan
+from specchat.records.plan import Plan
+from specchat.records.usage import MemoryReport
 from specchat.units import GIB, format_bytes, format_rate
 
 _MEMORY_EVERY_S = 1.0

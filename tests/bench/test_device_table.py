@@ -3,7 +3,7 @@
 from dataclasses import asdict
 
 from specchat.bench.tables import _devices
-from specchat.records.plan import DeviceUse, MemoryReport
+from specchat.records.usage import DeviceUse, MemoryReport
 from specchat.ui.devices_view import use_lines
 from specchat.units import GIB
 

@@ -31,7 +31,8 @@ from specchat.planner.cost import Prediction
 from specchat.planner.explain import Alternative, Choice, ExplainedPlan
 from specchat.planner.recommendations import Recommendation, Recommendations
 from specchat.records.chat import Message
-from specchat.records.plan import DevicePlan, DeviceUse, ExpertForecast, ExpertSlots, LedgerItem, StateMemory
+from specchat.records.plan import DevicePlan, ExpertForecast, ExpertSlots, LedgerItem, StateMemory
+from specchat.records.usage import DeviceUse
 from specchat.ui.commands import COMMANDS
 
 MAN = Path(__file__).parents[2] / "man"

@@ -10,7 +10,8 @@ from specchat.errors import PromptTooLongError
 from specchat.planner.cost import Prediction
 from specchat.planner.explain import Alternative, Choice, ExplainedPlan
 from specchat.records.generation import Activity, DraftTree, Guesses, Step
-from specchat.records.plan import LedgerItem, MemoryReport, Placement, Plan, Workload
+from specchat.records.plan import LedgerItem, Placement, Plan, Workload
+from specchat.records.usage import MemoryReport
 
 EOS = 256
 PLAN = Plan(
