@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from specchat.models.sizes.geometry import dequantize_bytes, held_bytes, layer_sizes, sizes_beside_experts, slot_bytes
-from specchat.planner.pass_memory import PassBytes, head_bytes, memory_of_pass
+from specchat.planner.pass_memory import FLOAT_BYTES, INDEX_BYTES, PassBytes, head_bytes, memory_of_pass
 from specchat.planner.states import draft_state_bytes, state_items
 from specchat.records.kv_slabs import allocated_bytes
 from specchat.records.limits import (
@@ -46,8 +46,6 @@ RUNTIME_BYTES = 400 * 2**20
 _CHUNK_STEP = 64
 _RESERVE = "library reserve"
 MAPPED_EMBEDDINGS = "embeddings in the page cache"
-_INDEX_BYTES = 8  # token ids and positions are int64
-_FLOAT_BYTES = 4  # scores are float32 in every compute dtype
 
 
 def build_ledger(
@@ -310,7 +308,7 @@ def ancestors_bytes(work: Workload) -> int:
 
 def _walking_bytes(target: ModelSpec, work: Workload) -> int:
     """Return the bytes of one block of scores for each walk, and of one score row in the logits processors."""
-    processing = PROCESSING_BYTES * target.vocab_size + 2 * _INDEX_BYTES * work.ctx
+    processing = PROCESSING_BYTES * target.vocab_size + 2 * INDEX_BYTES * work.ctx
     rows = max(walks * head_block_rows(work.head_rows, walks) for walks in range(1, work.seats + 1))
     return head_bytes(target, work, rows) + processing
 
@@ -328,11 +326,11 @@ def _drafting_bytes(draft: ModelSpec, work: Workload, *, reading: int) -> int:
     if seats > 1:
         read = max(read, _scoring_bytes(draft, work, seats))
     paths = PATH_BYTES * (2 * work.tree_budget + width * DRAFT_BRANCH)
-    rows = work.draft_rows * (2 * width + seats * (work.draft_rows + 2 * _INDEX_BYTES))
+    rows = work.draft_rows * (2 * width + seats * (work.draft_rows + 2 * INDEX_BYTES))
     row_bytes = draft.hidden_size * DTYPE_BYTES[work.dtype]
     if draft.is_head:
         # While a chunk is joined: embeddings, their norms, both halves side by side, and a norm's float32 copies.
-        joining = min(reading, work.chunk_rows) * (4 * row_bytes + 2 * draft.hidden_size * _FLOAT_BYTES)
+        joining = min(reading, work.chunk_rows) * (4 * row_bytes + 2 * draft.hidden_size * FLOAT_BYTES)
         read = max(read, joining) + 2 * reading * row_bytes  # the target's states, and the layer's input
         rows += (seats * (1 + work.draft_rows) + 2 * width) * row_bytes  # outputs, which children read
     if draft.tapped_width:
@@ -347,11 +345,11 @@ def _block_drafting_bytes(draft: ModelSpec, work: Workload, reading: int) -> int
     element, seats = DTYPE_BYTES[work.dtype], work.seats
     chunk, width = min(reading, work.chunk_rows), draft_width(work.tree_budget, work.seats)
     most_numbers = max(shape.numbers_per_row for shape in draft.kv_shapes)
-    in_chunk = draft.hidden_size * (2 * element + 2 * _FLOAT_BYTES) + 3 * most_numbers * element
+    in_chunk = draft.hidden_size * (2 * element + 2 * FLOAT_BYTES) + 3 * most_numbers * element
     stored = reading * draft.hidden_size * element + chunk * in_chunk
     rows = seats * min(MOST_BLOCK_ROWS, work.draft_rows)
     guessed = memory_of_pass(draft, work, rows, work.ctx + work.draft_rows).total + rows * draft.hidden_size * element
-    levels = rows * (draft.vocab_size * _FLOAT_BYTES + draft.hidden_size * element)  # scores and states
+    levels = rows * (draft.vocab_size * FLOAT_BYTES + draft.hidden_size * element)  # scores and states
     paths = PATH_BYTES * (2 * work.tree_budget + width * DRAFT_BRANCH)
     scored = max(head_bytes(draft, work, rows), _scoring_bytes(draft, work, max(width, seats)))
     return max(stored, guessed, levels + scored + paths)
@@ -365,7 +363,7 @@ def _assistant_bytes(draft: ModelSpec, work: Workload) -> int:
     outputs = work.seats * (1 + work.draft_rows) * draft.target_size * element
     computed = memory_of_pass(draft, work, rows, work.ctx + work.draft_rows).total + joined
     # Scores of an assistant with clusters are chosen from copies of the scores.
-    scored = _scoring_bytes(draft, work, width) + width * draft.vocab_size * _FLOAT_BYTES
+    scored = _scoring_bytes(draft, work, width) + width * draft.vocab_size * FLOAT_BYTES
     paths = PATH_BYTES * (2 * work.tree_budget + width * DRAFT_BRANCH)
     return outputs + paths + max(computed, scored)
 
@@ -380,7 +378,7 @@ def _unread_bytes(draft: ModelSpec, work: Workload) -> int:
 
 def _scoring_bytes(draft: ModelSpec, work: Workload, rows: int) -> int:
     """Return the bytes of the draft's scores of `rows` nodes, and of the weights of their children."""
-    return head_bytes(draft, work, rows) + WEIGHING_COPIES * rows * draft.vocab_size * _FLOAT_BYTES
+    return head_bytes(draft, work, rows) + WEIGHING_COPIES * rows * draft.vocab_size * FLOAT_BYTES
 
 
 def _noise_needs(target: ModelSpec, work: Workload) -> tuple[int, int]:
@@ -393,4 +391,4 @@ def _noise_needs(target: ModelSpec, work: Workload) -> tuple[int, int]:
 
 
 def _noise_bytes(target: ModelSpec, rows: int) -> int:
-    return target.vocab_size * (rows * _FLOAT_BYTES + _INDEX_BYTES + DRAWING_BYTES)
+    return target.vocab_size * (rows * FLOAT_BYTES + INDEX_BYTES + DRAWING_BYTES)

@@ -8,8 +8,8 @@ from specchat.records.limits import padded_rows
 from specchat.records.model import DTYPE_BYTES, Activations, Dtype, ModelSpec, RowCost
 from specchat.records.plan import Workload
 
-_INDEX_BYTES = 8  # token ids and positions are int64
-_FLOAT_BYTES = 4  # scores are float32 in every compute dtype
+INDEX_BYTES = 8  # token ids and positions are int64
+FLOAT_BYTES = 4  # scores are float32 in every compute dtype
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def memory_of_pass(spec: ModelSpec, work: Workload, rows: int, keys: int, tapped
     every_key = work.seats * keys  # models with latent attention expand the keys of all seats
     hidden = rows * spec.hidden_size * element
     masks = costs.num_masks * chunk * keys * element
-    indices = 2 * _INDEX_BYTES * rows
+    indices = 2 * INDEX_BYTES * rows
     in_layer = _max_bytes(costs.entry, rows, keys, every_key) + _max_bytes(costs.layer, chunk, keys, every_key)
     if rows > chunk:
         in_layer += hidden  # the layer's output collects all chunks
@@ -62,9 +62,9 @@ def _estimated_activations(spec: ModelSpec, element: int) -> Activations:
     """Estimate activation sizes: attention that keeps all scores, and no operation in place."""
     attention = spec.num_heads * max((shape.key_dim for shape in spec.kv_shapes), default=0)
     rows = 4 * spec.hidden_size + 6 * attention + 4 * spec.mlp_size
-    scores = spec.num_heads * (2 * element + _FLOAT_BYTES)
-    head = spec.vocab_size * (3 * element + _FLOAT_BYTES)
-    norm = 3 * spec.hidden_size * _FLOAT_BYTES
+    scores = spec.num_heads * (2 * element + FLOAT_BYTES)
+    head = spec.vocab_size * (3 * element + FLOAT_BYTES)
+    norm = 3 * spec.hidden_size * FLOAT_BYTES
     return Activations(
         outside=(RowCost(per_row=3 * spec.hidden_size * element + norm),),
         entry=(RowCost(per_row=2 * spec.hidden_size * element + norm),),

@@ -46,10 +46,7 @@ _PARTS = {
 }
 # Names of files that lie beside a model and are none: its image part, importances, and heads that draft for it. A name
 # with MTP in it is mostly that of a whole model that has kept its MTP layer, so only two forms of it are such heads.
-_BESIDE = re.compile(
-    r"mmproj|imatrix|^mtp[-_]|[-_.]mtp[-_]only(?![a-z])|(?:^|[-_.])(?:eagle-?3(?:\.1)?|dflash2?|dspark)[-_.]",
-    re.IGNORECASE,
-)
+_BESIDE = re.compile(r"mmproj|imatrix|(?:^|[-_.])(?:eagle-?3(?:\.1)?|dflash2?|dspark)[-_.]", re.IGNORECASE)
 _MTP_ALONE = re.compile(r"^mtp[-_]|[-_.]mtp[-_]only(?![a-z])", re.IGNORECASE)
 
 
@@ -111,7 +108,7 @@ def gguf_files(folder: Path) -> list[Path]:
 
 def lies_beside(name: str) -> bool:
     """Return whether a file is not a model but lies beside one, by its name without folders."""
-    return _BESIDE.search(name) is not None
+    return is_mtp_alone(name) or _BESIDE.search(name) is not None
 
 
 def is_mtp_alone(name: str) -> bool:
