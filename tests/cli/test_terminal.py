@@ -201,13 +201,19 @@ def test_styles_on_a_terminal():
         assert STYLE.findall(terminal.raw)
 
 
+def _wait_at(point, terminal):
+    """Wait until the program is at a point of a chat whose model is loaded: only a loaded engine can be closed."""
+    terminal.send(("gated long" if point == "answer" else "one") + ENTER)
+    terminal.wait_for("word3" if point == "answer" else "You said: one")
+    if point == "prompt":
+        terminal.wait_for_prompt()
+
+
 @pytest.mark.parametrize("at", ["prompt", "answer", "end of the answer"])
 def test_a_closed_terminal_ends_the_program(at, tmp_path):
     told = tmp_path / "told"
     with chat(environment={"FAKE_WRITES_CLOSED": str(told)}) as terminal:
-        if at != "prompt":
-            terminal.send(("gated long" if at == "answer" else "one") + ENTER)
-            terminal.wait_for("word3" if at == "answer" else "You said: one")
+        _wait_at(at, terminal)
         assert terminal.hang_up() == 129
     assert told.read_text() == "engine closed"
 
@@ -216,10 +222,17 @@ def test_a_closed_terminal_ends_the_program(at, tmp_path):
 @pytest.mark.parametrize("at", ["prompt", "answer"])
 def test_signals_close_the_engine(number, at):
     with chat(environment={"FAKE_SAYS_CLOSED": "1"}) as terminal:
-        if at == "answer":
-            terminal.send("gated long" + ENTER)
-            terminal.wait_for("word3")
+        _wait_at(at, terminal)
         terminal.kill(number)
         assert terminal.exit_code() == 128 + number
         assert "engine closed" in terminal.screen
+        assert b"Traceback" not in terminal.raw
+
+
+def test_a_terminal_closed_while_the_model_loads_ends_the_program(tmp_path):
+    with chat(environment={"FAKE_LOAD_GATE": str(tmp_path / "never")}) as terminal:
+        assert terminal.hang_up() == 129
+    with chat(environment={"FAKE_LOAD_GATE": str(tmp_path / "never")}) as terminal:
+        terminal.kill(signal.SIGTERM)
+        assert terminal.exit_code() == 128 + signal.SIGTERM
         assert b"Traceback" not in terminal.raw
