@@ -31,7 +31,7 @@ KINDS = list({model.config["model_type"]: model for model in sorted(UNIFORM, key
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.id)
 def test_the_number_of_weights_is_the_published_one(model: KnownModel):
-    assert known_spec(model.id).num_params == pytest.approx(model.billions * 1e9, rel=0.02)
+    assert known_spec(model.id).num_params == pytest.approx(model.billions * 1e9, rel=0.01)
 
 
 def test_known_models_are_valid_and_supported():
