@@ -143,7 +143,7 @@ def check_speculation(architecture: str, quant: str, models: Any) -> None:
 
     def text(plan: Plan, sampling: Sampling) -> tuple[list[int], float]:
         with load_engine(plan, source, draft if plan.draft else None) as engine:
-            tokens, steps = write(engine, PROMPT, sampling, 24)
+            tokens, steps = write(engine, PROMPT, sampling, 40)
         return tokens, len(tokens) / len(steps)
 
     for sampling in (Sampling(), Sampling(temperature=0.8, top_p=0.9, seed=5)):
