@@ -22,7 +22,7 @@ from specchat.bench.setup import left_out
 from specchat.bench.tables import report_tables, share, share_lines
 from specchat.cli import bench
 from specchat.cli.app import run_command_line
-from specchat.cli.bench_options import BenchOptions
+from specchat.cli.bench_options import BASELINES, BenchOptions
 from specchat.errors import UsageError
 from specchat.loading.request import ModelRequest
 from specchat.records.plan import ExpertForecast, PlanChoices
@@ -69,6 +69,10 @@ def test_the_automatic_draft_may_be_a_head_in_the_targets_files(tmp_path):
     (point,) = bench._points(options, say)
     job = bench._job(options, point, (), 1, say)
     assert job.draft is not None and (job.draft.part, job.plan.draft) == ("mtp", "mtp")
+
+
+def test_the_schema_names_every_baseline():
+    assert tuple(SCHEMA["$defs"]["baseline"]["properties"]["name"]["enum"]) == BASELINES
 
 
 def test_demo_against_every_baseline(reports):
