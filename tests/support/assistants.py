@@ -88,7 +88,10 @@ def save_assistant(
 @contextmanager
 def _all_shared(config_class: type) -> Iterator[None]:
     """Let all layers read the keys of others: transformers 5.23 looks for the layer that has keys among them."""
-    found = config_class.kv_sharing_modes  # type: ignore[attr-defined]
+    found = getattr(config_class, "kv_sharing_modes", None)
+    if found is None:  # older versions do not look
+        yield
+        return
 
     def modes(config: Any) -> list[str | None]:
         is_assistant = config.num_kv_shared_layers == config.num_hidden_layers
