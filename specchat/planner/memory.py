@@ -30,6 +30,7 @@ from specchat.records.limits import (
     RECYCLED_RUNS,
     RETRIEVAL_PAST_TOKENS,
     RETRIEVAL_TOKEN_BYTES,
+    RUNTIME_BYTES,
     UNREAD_STATES,
     WEIGHING_COPIES,
     draft_width,
@@ -39,9 +40,6 @@ from specchat.records.limits import (
 )
 from specchat.records.model import DTYPE_BYTES, Dtype, ModelSpec
 from specchat.records.plan import LedgerItem, Placement, Plan, Workload
-
-# Memory of a process that has imported torch and transformers and checked a model; measured with CPU builds.
-RUNTIME_BYTES = 400 * 2**20
 
 _CHUNK_STEP = 64
 _RESERVE = "library reserve"

@@ -167,6 +167,11 @@ class CheckpointRecipe:
         out.copy_(stored.format.dequantize(segments, 0, stored.shape[0], torch.empty_like(out)))
 
     def _fill_part(self, reader: TensorReader, stored: _Stored, segments: Segments) -> None:
+        if stored.format is not None and stored.format.verbatim:  # without another copy of the bytes in memory
+            for segment, tensor in stored.format.verbatim.items():
+                info = stored.tensors[tensor]
+                reader.read_into(info.key, segments[segment].view(stored_torch_dtype(info.dtype)))
+            return
         tensors = {name: reader.read(info.key) for name, info in stored.tensors.items()}
         if stored.format is None:
             segments["weight"].copy_(tensors["weight"])
