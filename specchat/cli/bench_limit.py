@@ -23,7 +23,7 @@ def limited(limit_bytes: int, choices: PlanChoices, least_bytes: Callable[[], in
     Args:
         limit_bytes: most bytes of memory and page cache.
         choices: device and memory budget of the user.
-        least_bytes: returns the memory that the smallest plan needs on the device.
+        least_bytes: function that returns the memory of the smallest plan on the device.
 
     Raises:
         DoesNotFitError: the limit has no room for Python, its libraries and the smallest plan.

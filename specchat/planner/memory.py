@@ -188,7 +188,7 @@ def _draft_kv_bytes(draft: ModelSpec, work: Workload) -> int:
 
 def lookup_bytes(spec: ModelSpec, dtype: Dtype) -> int:
     """Return the bytes of an untied input embedding, which may live in host memory."""
-    return spec.lookup_params * DTYPE_BYTES[dtype]
+    return spec.lookup_params * (spec.lookup_item_bytes or DTYPE_BYTES[dtype])
 
 
 def host_embeddings(target: ModelSpec, work: Workload) -> tuple[LedgerItem, ...]:
@@ -199,7 +199,8 @@ def host_embeddings(target: ModelSpec, work: Workload) -> tuple[LedgerItem, ...]
     """
     if not work.host_embeddings:
         return ()
-    name = MAPPED_EMBEDDINGS if target.dtype == work.dtype else "input embeddings"
+    is_mapped = target.dtype == work.dtype and target.lookup_item_bytes is None
+    name = MAPPED_EMBEDDINGS if is_mapped else "input embeddings"
     rows_bytes = 2 * work.chunk_rows * target.hidden_size * DTYPE_BYTES[work.dtype]
     return LedgerItem(name, lookup_bytes(target, work.dtype)), LedgerItem("rows of embeddings", rows_bytes)
 

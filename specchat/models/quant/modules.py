@@ -158,6 +158,7 @@ class Matrix:
         transposed: whether a fused parameter holds [cols, rows] per expert.
         is_head: whether the matrix scores tokens.
         is_sensitive: whether the matrix is `limits.is_sensitive`.
+        is_lookup: whether the matrix is the table of the input embeddings.
     """
 
     path: str
@@ -167,6 +168,7 @@ class Matrix:
     transposed: bool = False
     is_head: bool = False
     is_sensitive: bool = False
+    is_lookup: bool = False
 
 
 @dataclass(frozen=True)
