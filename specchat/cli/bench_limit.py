@@ -57,7 +57,7 @@ def check_limit(limit_bytes: int | None, plans: list[Plan]) -> None:
         plans: plans that are loaded at the same time.
 
     Raises:
-        DoesNotFitError: they do not.
+        DoesNotFitError: plans that need more than the limit leaves.
     """
     if limit_bytes is None or plans[0].work.device != "cpu":
         return
