@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import cached_property
 
 from specchat.errors import BudgetError
-from specchat.models.sizes.geometry import expanded_sizes, layer_sizes
+from specchat.models.sizes.geometry import expanded_sizes, head_copy_bytes, layer_sizes
 from specchat.planner.candidate import Candidate, preference, rounded
 from specchat.planner.copies import COPY_IF_FASTER_BY, open_copies, smaller_copies
 from specchat.planner.cost import CostModel
@@ -289,6 +289,7 @@ class Candidates:
             return 0
         has_kernel = self._inputs.machine.has_row_kernel
         expanded = expanded_sizes(self._target, self.dtype, has_row_kernel=has_kernel)
+        room -= head_copy_bytes(self._target, self.dtype)
         return num_expanded(layer_sizes(self._target, self.dtype), expanded, room)
 
     def _least_bytes(self, draft: ModelSpec | None, ctx: int) -> int:

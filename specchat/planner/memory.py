@@ -64,6 +64,7 @@ def build_ledger(
     items = [
         *layer_items(target, work.dtype, placement),
         *_outside_layers(target, work),
+        *([LedgerItem("copy of the head", placement.head_copy_bytes)] if placement.head_copy_bytes else []),
         LedgerItem("KV cache", kv_bytes(target, work, work.tree_rows)),
         *state_items(target, work),
     ]

@@ -11,18 +11,23 @@ import transformers as hf
 from support import reference
 from support.engines import make_plan, random_prompt, write
 from support.gguf_files import dequantized, save_gguf
-from support.loading import load_engine, load_model
+from support.loading import load_engine, load_model, plan_request
+from support.planning import plan_for
+from support.plans import changed
 from support.tiny_models import BASE, VOCAB, perturbed, random_model
 
 from specchat.engine.model import TreeModel
+from specchat.hardware.machine import Machine
 from specchat.models.hf.skeleton import lookup_embeddings
 from specchat.models.quant.lookup import QuantEmbedding
 from specchat.models.quant.modules import QuantLinear
 from specchat.models.sizes.describe import describe
+from specchat.models.sizes.geometry import head_copy_bytes
 from specchat.planner.memory import host_embeddings
 from specchat.records.generation import Sampling
 from specchat.records.model import ModelSource
 from specchat.records.plan import Workload
+from specchat.units import GIB
 
 NUM_TOKENS = 24
 WIDE = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32, "num_hidden_layers": 3}
@@ -101,3 +106,37 @@ def test_tables_in_host_memory_give_the_same_bits(chunk_rows: int, tmp_path: Pat
     work = Workload("cuda:0", "fp32", 96, 16, 32, 32, host_embeddings=True)
     items = {item.item: item.bytes for item in host_embeddings(describe(source), work)}
     assert items["input embeddings"] == nbytes
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_copy_of_the_head_writes_the_same_text(tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("specchat.models.quant.kernels.packed.MIN_NUMBERS", 1)
+    model = random_model(
+        hf.LlamaConfig(**{**BASE, **WIDE, "vocab_size": 512, "hidden_size": 128, "tie_word_embeddings": tied})
+    )
+    source = save_gguf(model, tmp_path / "x.gguf", "Q8_0")
+    size = head_copy_bytes(describe(source), "fp32")
+    assert size == 4 * 512 * 128
+    texts, sizes = [], []
+    for copied in (0, size):
+        plan = changed(make_plan(source, None, num_layers=3), head_copy_bytes=copied)
+        with load_engine(plan, source, None) as engine:
+            head = engine.target.skeleton.model.get_output_embeddings()
+            assert isinstance(head, QuantLinear) and head.held_bytes == copied
+            texts.append(write(engine, PROMPT, Sampling(), NUM_TOKENS)[0])
+            sizes.append(engine.target.nbytes)
+    assert texts[0] == texts[1]
+    assert sizes[1] - sizes[0] <= size
+
+
+def test_plans_copy_the_head_where_layers_are_expanded(tmp_path: Path):
+    source = save_gguf(model_of("LlamaConfig", tied=True), tmp_path / "x.gguf", "Q8_0")
+    spec, machine = describe(source), Machine("cpu", 8 * GIB, 8 * GIB, fast_bf16=False)
+    rich = plan_for(plan_request(source, None, ctx=256), machine, spec, None)
+    assert rich.placement.head_copy_bytes == head_copy_bytes(spec, rich.work.dtype) > 0
+    assert {item.item: item.bytes for item in rich.ledger}["copy of the head"] == rich.placement.head_copy_bytes
+    for missing, copies in ((1, True), (rich.placement.expanded_bytes, False)):
+        request = plan_request(source, None, ctx=256, vram_bytes=rich.device_bytes - missing)
+        poor = plan_for(request, machine, spec, None)
+        assert (poor.placement.head_copy_bytes > 0) == bool(poor.placement.expanded) == copies
+        assert poor.device_bytes <= request.choices.vram_bytes
