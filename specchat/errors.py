@@ -82,6 +82,20 @@ class DoesNotFitError(SpecchatError):
     """A request that exceeds the memory, the disk or the context."""
 
 
+class BudgetError(DoesNotFitError):
+    """A budget below what the smallest plan needs.
+
+    Args:
+        message: message as in `SpecchatError`.
+        hint: hint as in `SpecchatError`.
+        needed_bytes: memory of the smallest plan.
+    """
+
+    def __init__(self, message: str, hint: str | None, needed_bytes: int) -> None:
+        self.needed_bytes = needed_bytes
+        super().__init__(message, hint)
+
+
 class AllocationError(DoesNotFitError):
     """Memory that a plan counted on but that could not be allocated."""
 

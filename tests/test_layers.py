@@ -43,7 +43,7 @@ FOLDERS = {
         {"formats"},
         {"autotune", "schemes"},
         {"modules", "packing"},
-        {"experts"},
+        {"experts", "lookup"},
     ],
     "engine": [
         {"device", "layout", "linear", "sampling", "taps", "tree"},

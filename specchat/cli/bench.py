@@ -15,7 +15,7 @@ from specchat.cli import options as parse
 from specchat.cli.ask import asker
 from specchat.cli.bench_options import LLAMA_BASELINES, BenchOptions, trees
 from specchat.cli.output import print_line
-from specchat.errors import DoesNotFitError, UsageError
+from specchat.errors import BudgetError, UsageError
 from specchat.json_lines import to_json
 from specchat.loading import planning
 from specchat.loading.engine import make_packs, stop_ids
@@ -58,18 +58,24 @@ def bench(options: BenchOptions) -> int:
         return _compare(options, *options.compare)
     if options.limit_memory is None:
         return _measure(options)
-    from specchat.hardware.memory_group import MemoryGroup
-    from specchat.planner.memory import RUNTIME_BYTES
+    from specchat.cli.bench_limit import limited
 
-    if options.limit_memory < RUNTIME_BYTES:  # the system would end the process without a word
-        raise DoesNotFitError(
-            f"--limit-memory {format_bytes(options.limit_memory)} is less than Python and its libraries take "
-            f"({format_bytes(RUNTIME_BYTES)})",
-            hint="set a limit that has room for them and for the plan, which `specchat run MODEL --plan` shows",
-        )
-    with MemoryGroup(options.limit_memory) as group:
-        group.enter()
+    with limited(options.limit_memory, options.models.choices, lambda: _least_bytes(options)):
         return _measure(options)
+
+
+def _least_bytes(options: BenchOptions) -> int:
+    """Return the device memory of the smallest plan."""
+    from specchat.ui.console import talk
+    from specchat.ui.progress import TalkReporter
+
+    say = talk(quiet=True)
+    point = _points(options, say)[0]
+    try:
+        planning.make_plan(_choosing(point.request, vram_bytes=1), point.models, TalkReporter(say), as_given=True)
+    except BudgetError as error:
+        return error.needed_bytes
+    return 0
 
 
 # --- comparing ---------------------------------------------------------------------------------------------------
@@ -220,6 +226,7 @@ def _job(
 ) -> "Job":
     from specchat.bench.measure import Job
     from specchat.bench.setup import check_baselines, left_out
+    from specchat.cli.bench_limit import check_limit
     from specchat.models.checkpoint.generation_config import load_generation_defaults
     from specchat.models.hf.tokenizer import load_tokenizer
     from specchat.ui.progress import TalkReporter
@@ -239,6 +246,8 @@ def _job(
         say.warn(f"the baseline '{name}' is left out: {why}")
     _check_cold(options, plan)
     names = tuple(name for name in baselines if name not in without)
+    whole = _whole_layers(point, plan, reporter) if LAYERS in names else None
+    check_limit(options.limit_memory, [plan] if whole is None else [plan, whole.plan])
     packs = make_packs(target, draft, plan, reporter)
     tokenizer = load_tokenizer(target.path)
     defaults = load_generation_defaults(target.path)
@@ -259,7 +268,7 @@ def _job(
         files=_files(target, plan, packs[0]),
         warn=say.warn,
         counts_memory=options.sweep is not None,
-        layers=_whole_layers(point, plan, reporter) if LAYERS in names else None,
+        layers=whole,
     )
 
 

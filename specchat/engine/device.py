@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -60,5 +61,15 @@ def copied_together(tensors: Sequence[Tensor], device: torch.device) -> list[Ten
 def release_memory() -> None:
     """Free the memory of closed engines, on the device too: modules and their buffers refer to each other."""
     gc.collect()
+    trim_heap()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+
+
+def trim_heap() -> None:
+    """Give memory that was freed back to the system, where the C library can; takes a millisecond.
+
+    After a model of 4 GB was loaded, glibc kept 80 MB that had been copies of tensors.
+    """
+    with suppress(OSError, AttributeError):  # other C libraries
+        ctypes.CDLL(None).malloc_trim(0)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from specchat.closing import Closeable
 from specchat.engine import stats
-from specchat.engine.device import current, prepare
+from specchat.engine.device import current, prepare, trim_heap
 from specchat.engine.drafters import complete_drafter, load_draft
 from specchat.engine.drafting.drafter import Drafter
 from specchat.engine.drafting.head_check import HeadDisagreesError
@@ -117,7 +117,7 @@ class Engine(Closeable):
             AllocationError: planned memory cannot be allocated.
         """
         begin = time.perf_counter()
-        runtime_bytes = stats.resident_set_bytes()
+        runtime_bytes = stats.runtime_bytes()
         if draft is not None:
             check_pair(target.source, draft.source)
         device = torch.device(plan.work.device)
@@ -128,6 +128,7 @@ class Engine(Closeable):
             small = None if draft is None or draft.source.is_copy else load_draft(plan, draft, draft_pack)
             model = load_target(plan, target, pack, warn)
             drafter = complete_drafter(plan, model, small, draft, draft_pack)
+        trim_heap()
         engine = cls(plan, model, drafter, runtime_bytes, watch)
         engine.load_s = time.perf_counter() - begin
         return engine

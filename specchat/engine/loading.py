@@ -30,7 +30,7 @@ from specchat.models.hf.skeleton import lookup_embeddings
 from specchat.models.packs.file_format import bytes_of
 from specchat.models.packs.pack import Pack
 from specchat.models.packs.verify import ChunkVerifier
-from specchat.models.quant.modules import Scratch, quant_linears
+from specchat.models.quant.modules import QuantLinear, Scratch, quant_linears
 from specchat.models.weights.layout import LayerLayout, bind
 from specchat.models.weights.open import ModelWeights
 from specchat.models.weights.reader import WeightReader
@@ -111,6 +111,9 @@ def load_model(
         )
         if device.type == "cpu":
             use_fast_matmuls(skeleton.model)
+            head = skeleton.model.get_output_embeddings()
+            if placement.head_copy_bytes and isinstance(head, QuantLinear):
+                head.hold(dtype, keeps_segments=True)
         streamer, kept = (
             open_streamers(files, placement, resident, devices, shared)
             if pooled is None

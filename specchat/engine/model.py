@@ -272,9 +272,10 @@ class TreeModel:
         chunks = self._token_ids.split(self.chunk_rows)
         if len(chunks) == 1:
             return look_up(chunks[0]).to(self.device)[None]
-        weight = self.host_embeddings.weight
-        out = torch.empty(len(self._token_ids), weight.shape[1], dtype=weight.dtype, device=self.device)
-        for rows, ids in zip(out.split(self.chunk_rows), chunks, strict=True):
+        first = look_up(chunks[0])
+        out = torch.empty(len(self._token_ids), first.shape[1], dtype=first.dtype, device=self.device)
+        out[: len(first)] = first
+        for rows, ids in zip(out.split(self.chunk_rows)[1:], chunks[1:], strict=True):
             rows.copy_(look_up(ids))
         return out[None]
 

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -19,14 +18,15 @@ from specchat.engine.streaming.base import LayerStreamer
 from specchat.engine.streaming.devices import DeviceStreamers
 from specchat.engine.tree import TokenTree
 from specchat.errors import SpecchatError
+from specchat.hardware.system import resident_set_bytes
 from specchat.records.generation import DraftTree, FinishReason, SourceWork, Step
 from specchat.records.plan import Plan
 from specchat.records.usage import DeviceUse, MemoryReport
 
 
-def resident_set_bytes() -> int:
-    """Return the bytes of memory that this process holds now."""
-    return int(psutil.Process().memory_info().rss)
+def runtime_bytes() -> int:
+    """Return the bytes of memory that this process holds before a model is loaded."""
+    return resident_set_bytes()
 
 
 def peak_resident_set_bytes() -> int:

@@ -13,12 +13,14 @@ class Machine:
     Attributes:
         device: "cpu" or "cuda:0".
         device_free_bytes: free memory of the device; on the CPU equal to ram_available_bytes.
-        ram_available_bytes: host memory that the system and the container still allow.
+        ram_available_bytes: host memory that the system and the container still allow, without what this process will
+            take for libraries.
         fast_bf16: whether the device multiplies bfloat16 faster than float32.
         total_bytes: memory of host and device together, used or free; constant for a machine.
         device_total_bytes: memory of the device, used or free; on the CPU equal to total_bytes.
         gpu_uuid: identifier of the GPU, as NVML writes it; None for the CPU, and where it is unknown.
         has_row_kernel: whether a CPU multiplies few rows of bfloat16 with 4-bit codes by a kernel of bitsandbytes.
+        is_confined: whether a control group leaves less host memory than the system does.
     """
 
     device: str
@@ -29,6 +31,7 @@ class Machine:
     device_total_bytes: int = 1 << 62
     gpu_uuid: str | None = None
     has_row_kernel: bool = False
+    is_confined: bool = False
 
 
 @dataclass(frozen=True)

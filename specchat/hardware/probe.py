@@ -14,15 +14,18 @@ from specchat.hardware.nvml import survey_gpus
 from specchat.hardware.system import (
     available_ram_bytes,
     cpu_flags,
+    is_confined,
     may_have_cuda,
     read_cpu,
     read_disk,
     read_platform,
     read_ram,
     read_torch,
+    resident_set_bytes,
     total_ram_bytes,
 )
 from specchat.hardware.verdicts import Verdict, judge, why_no_cuda
+from specchat.records.limits import RUNTIME_BYTES
 
 if TYPE_CHECKING:
     from specchat.hardware.cuda import CudaLinks
@@ -43,7 +46,7 @@ def find_machine(device: str) -> Machine:
     """
     if device not in ("auto", "cpu", "cuda") and not (device.startswith("cuda:") and device[5:].isdigit()):
         raise UsageError(f"'{device}' is not a device", hint="use auto, cpu, cuda or cuda:N")
-    ram = available_ram_bytes()
+    ram = _ram_beside_libraries()
     if device == "cpu" or (device == "auto" and not may_have_cuda(read_torch())):
         return _cpu(ram)
     import torch
@@ -71,7 +74,16 @@ def find_machine(device: str) -> Machine:
         total_bytes=all_bytes,
         device_total_bytes=int(total),
         gpu_uuid=gpu_uuid(index),
+        is_confined=is_confined(),
     )
+
+
+def _ram_beside_libraries() -> int:
+    """Return the available host memory without what this process will still take for Python and its libraries.
+
+    They are imported when they are needed, so a plan may be made before or after that.
+    """
+    return max(available_ram_bytes() - max(RUNTIME_BYTES - resident_set_bytes(), 0), 0)
 
 
 def gpus_beside(machine: Machine) -> list[str]:
@@ -96,7 +108,16 @@ def _cpu(ram: int) -> Machine:
     flags, total = cpu_flags(), total_ram_bytes()
     fast_bf16 = flags & {"avx512_bf16", "amx_bf16", "bf16"} != set()
     has_kernel = "avx512_bf16" in flags
-    return Machine("cpu", ram, ram, fast_bf16, total_bytes=total, device_total_bytes=total, has_row_kernel=has_kernel)
+    return Machine(
+        "cpu",
+        ram,
+        ram,
+        fast_bf16,
+        total_bytes=total,
+        device_total_bytes=total,
+        has_row_kernel=has_kernel,
+        is_confined=is_confined(),
+    )
 
 
 def find_hardware(folder: Path) -> Hardware:

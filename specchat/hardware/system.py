@@ -69,6 +69,22 @@ def available_ram_bytes() -> int:
     return available if limit is None else min(available, limit[1])
 
 
+def resident_set_bytes() -> int:
+    """Return the bytes of memory that this process holds now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def shared_bytes() -> int:
+    """Return the bytes of files, such as libraries, that this process has mapped and that are in memory."""
+    return int(getattr(psutil.Process().memory_info(), "shared", 0))
+
+
+def is_confined() -> bool:
+    """Return whether a control group leaves less memory than the system does."""
+    limit = cgroup_memory()
+    return limit is not None and limit[1] < int(psutil.virtual_memory().available)
+
+
 def total_ram_bytes() -> int:
     """Return the installed memory or the control group's limit, whichever is less."""
     total = int(psutil.virtual_memory().total)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from specchat.hardware.machine import Machine
-from specchat.models.sizes.geometry import expanded_sizes, layer_sizes
+from specchat.models.sizes.geometry import expanded_sizes, head_copy_bytes, layer_sizes
 from specchat.planner.cost import CostModel, Prediction
 from specchat.planner.experts import with_experts
 from specchat.planner.memory import (
@@ -84,9 +84,18 @@ class Candidate:
         expanded = interleaved(self.sizes.num_expanded, target.num_layers)
         larger = expanded_sizes(target, work.dtype, has_row_kernel=machine.has_row_kernel) if expanded else all_sizes
         more = sum(larger[i] - all_sizes[i] for i in expanded)
+        head = head_copy_bytes(target, work.dtype) if expanded else 0
         tier = self.sizes.experts
         expert_items = () if tier is None else tier.host_items
-        placement = Placement(target.num_layers, resident, in_ram, self.slots, expanded=expanded, expanded_bytes=more)
+        placement = Placement(
+            target.num_layers,
+            resident,
+            in_ram,
+            self.slots,
+            expanded=expanded,
+            expanded_bytes=more,
+            head_copy_bytes=head,
+        )
         if tier is not None:
             placement = with_experts(placement, target, work.dtype, tier)
         forecast = None if tier is None else tier.forecast(work.seats + self.prediction.tree_nodes)

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 
-from specchat.errors import DoesNotFitError
-from specchat.models.sizes.geometry import expanded_sizes, layer_sizes
+from specchat.errors import BudgetError
+from specchat.models.sizes.geometry import expanded_sizes, head_copy_bytes, layer_sizes
 from specchat.planner.candidate import Candidate, preference, rounded
 from specchat.planner.copies import COPY_IF_FASTER_BY, open_copies, smaller_copies
 from specchat.planner.cost import CostModel
@@ -80,7 +80,7 @@ class Candidates:
             request.choices.vram_bytes if request.choices.vram_bytes is not None else default_budget(inputs.machine)
         )
         self.contexts = contexts(usual_ctx(request, target), is_open=request.choices.ctx is None)
-        self.usable_ram = usable_ram(inputs.machine.ram_available_bytes)
+        self.usable_ram = usable_ram(inputs.machine.ram_available_bytes, is_confined=inputs.machine.is_confined)
         self._models: dict[ModelSpec | None, CostModel] = {}
         self._found: dict[ModelSpec | None, list[Candidate]] = {}
 
@@ -116,7 +116,7 @@ class Candidates:
         """All candidates, with every draft and without."""
         return [candidate for draft in self.drafts for candidate in self._with_draft(draft)]
 
-    def refusal(self) -> DoesNotFitError:
+    def refusal(self) -> BudgetError:
         """Build the error for a budget that is too small; the hint names the longest context that fits."""
         drafts = [None] if None in self.drafts and not self._asks_for_copy else self.drafts
         draft, ctx = next((each for each in reversed(drafts) if each is not None), None), self.contexts[-1]
@@ -130,10 +130,12 @@ class Candidates:
             self._choices.seats > 1
         )
         advice = f"raise --vram or lower {' or '.join(lowered)}" if lowered else "raise --vram"
-        return DoesNotFitError(
-            f"{self._target.name} needs at least {format_bytes(self._least_bytes(draft, ctx))} with --ctx {ctx:,}, "
+        needed = self._least_bytes(draft, ctx)
+        return BudgetError(
+            f"{self._target.name} needs at least {format_bytes(needed)} with --ctx {ctx:,}, "
             f"but the budget is {format_bytes(self.vram_bytes)}",
             hint=f"use --ctx {fits} or less, or {advice}" if fits else advice,
+            needed_bytes=needed,
         )
 
     @property
@@ -287,6 +289,7 @@ class Candidates:
             return 0
         has_kernel = self._inputs.machine.has_row_kernel
         expanded = expanded_sizes(self._target, self.dtype, has_row_kernel=has_kernel)
+        room -= head_copy_bytes(self._target, self.dtype)
         return num_expanded(layer_sizes(self._target, self.dtype), expanded, room)
 
     def _least_bytes(self, draft: ModelSpec | None, ctx: int) -> int:

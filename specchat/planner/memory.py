@@ -30,6 +30,7 @@ from specchat.records.limits import (
     RECYCLED_RUNS,
     RETRIEVAL_PAST_TOKENS,
     RETRIEVAL_TOKEN_BYTES,
+    RUNTIME_BYTES,
     UNREAD_STATES,
     WEIGHING_COPIES,
     draft_width,
@@ -39,9 +40,6 @@ from specchat.records.limits import (
 )
 from specchat.records.model import DTYPE_BYTES, Dtype, ModelSpec
 from specchat.records.plan import LedgerItem, Placement, Plan, Workload
-
-# Memory of a process that has imported torch and transformers and checked a model; measured with CPU builds.
-RUNTIME_BYTES = 400 * 2**20
 
 _CHUNK_STEP = 64
 _RESERVE = "library reserve"
@@ -66,6 +64,7 @@ def build_ledger(
     items = [
         *layer_items(target, work.dtype, placement),
         *_outside_layers(target, work),
+        *([LedgerItem("copy of the head", placement.head_copy_bytes)] if placement.head_copy_bytes else []),
         LedgerItem("KV cache", kv_bytes(target, work, work.tree_rows)),
         *state_items(target, work),
     ]
@@ -190,7 +189,7 @@ def _draft_kv_bytes(draft: ModelSpec, work: Workload) -> int:
 
 def lookup_bytes(spec: ModelSpec, dtype: Dtype) -> int:
     """Return the bytes of an untied input embedding, which may live in host memory."""
-    return spec.lookup_params * DTYPE_BYTES[dtype]
+    return spec.lookup_params * (spec.lookup_item_bytes or DTYPE_BYTES[dtype])
 
 
 def host_embeddings(target: ModelSpec, work: Workload) -> tuple[LedgerItem, ...]:
@@ -201,7 +200,8 @@ def host_embeddings(target: ModelSpec, work: Workload) -> tuple[LedgerItem, ...]
     """
     if not work.host_embeddings:
         return ()
-    name = MAPPED_EMBEDDINGS if target.dtype == work.dtype else "input embeddings"
+    is_mapped = target.dtype == work.dtype and target.lookup_item_bytes is None
+    name = MAPPED_EMBEDDINGS if is_mapped else "input embeddings"
     rows_bytes = 2 * work.chunk_rows * target.hidden_size * DTYPE_BYTES[work.dtype]
     return LedgerItem(name, lookup_bytes(target, work.dtype)), LedgerItem("rows of embeddings", rows_bytes)
 

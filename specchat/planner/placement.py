@@ -10,13 +10,13 @@ from operator import neg
 from specchat.models.sizes.geometry import layer_sizes
 from specchat.planner.experts import ExpertTier
 from specchat.records.model import Dtype, ModelSpec
-from specchat.units import GIB
+from specchat.units import GIB, MIB
 
 NUM_SLOTS = 2
 # A third slot takes the place of a resident layer. With it, reads continue while one layer is computed and the next one
 # waits. So if reading and computing take about equal times, a pass takes only the time of its reads.
 SLOTS = (NUM_SLOTS, 3)
-_LARGEST_RESERVE = 4 * GIB
+_LARGEST_RESERVE, _LEAST_CONFINED_RESERVE = 4 * GIB, 96 * MIB
 _LEAST_EXPANDED = 0.5  # share of the layers
 
 
@@ -217,13 +217,28 @@ def _split_bytes(sizes: Sequence[int], copies: Sequence[int], num_resident: int,
     return held + slots * max((sizes[i] for i in streamed), default=0)
 
 
-def usable_ram(available_bytes: int) -> int:
+def usable_ram(available_bytes: int, *, is_confined: bool = False) -> int:
     """Return the part of the available host memory that may be used or pinned.
 
-    A reserve of 25%, at most 4 GiB, stays for the rest of the system and for Python and its libraries. It shrinks with
-    the memory, so that small machines and containers can run models, too.
+    A reserve of 25%, at most 4 GiB, stays for the rest of the system. It shrinks with the memory, so that small
+    machines can run models, too. In a control group there is no rest of the system. Half of the reserve is left there
+    for windows of readers and for what allocators do not reuse, and at least what `pressure.MemoryWatch` keeps free.
+
+    Args:
+        available_bytes: available memory without what this process will take for libraries.
+        is_confined: whether a control group leaves less memory than the system does.
     """
-    return available_bytes - min(_LARGEST_RESERVE, available_bytes // 4)
+    if not is_confined:
+        return available_bytes - min(_LARGEST_RESERVE, available_bytes // 4)
+    reserve = min(_LARGEST_RESERVE, max(available_bytes // 8, _LEAST_CONFINED_RESERVE))
+    return max(available_bytes - reserve, 0)
+
+
+def needed_ram(used_bytes: int, *, is_confined: bool) -> int:
+    """Return the least available memory of which `usable_ram` leaves some bytes, or a few more."""
+    if not is_confined:
+        return used_bytes + min(_LARGEST_RESERVE, -(-used_bytes // 3))
+    return used_bytes + min(_LARGEST_RESERVE, max(-(-used_bytes // 7), _LEAST_CONFINED_RESERVE))
 
 
 def keep_in_ram(sizes: Mapping[int, int], budget: int) -> tuple[int, ...]:

@@ -104,7 +104,9 @@ def dtype_for(request: PlanRequest, machine: Machine, target: ModelSpec) -> Dtyp
 def default_budget(machine: Machine) -> int:
     """Return free device memory minus a reserve for other programs."""
     free = machine.device_free_bytes
-    return usable_ram(free) if machine.device == "cpu" else max(free - GIB, 0)
+    if machine.device != "cpu":
+        return max(free - GIB, 0)
+    return usable_ram(free, is_confined=machine.is_confined)
 
 
 def layer_host_bytes(sizes: Mapping[int, int], in_ram: Sequence[int], slots: int) -> int:

@@ -259,6 +259,7 @@ class ModelSpec:
         narrowed_bytes: bytes that buffers save in a 16-bit model.
         activations: memory of a pass by element size in bytes; sizes without a profile are absent.
         lookup_params: number of weights among other_params that are only looked up by token: untied input embeddings.
+        lookup_item_bytes: bytes of each of these weights; None for the dtype of passes. Packed ones count as bytes.
         text_only: whether this is the text half of a multimodal model.
         shared_params: parameters of blocks that several layers share, which always stay in device memory.
         experts: experts that can be read one by one; None without any.
@@ -286,6 +287,7 @@ class ModelSpec:
     narrowed_bytes: int = 0
     activations: Mapping[int, Activations] = field(default_factory=dict)
     lookup_params: int = 0
+    lookup_item_bytes: int | None = None
     text_only: bool = False
     shared_params: tuple[ParamSize, ...] = ()
     experts: RoutedExperts | None = None

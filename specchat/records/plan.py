@@ -175,6 +175,7 @@ class Placement:
         expanded: indices of the resident layers whose quantized matrices take more memory to be faster: dequantized, or
             with a copy in another order. Only on a CPU.
         expanded_bytes: most bytes that these layers take beyond their stored size.
+        head_copy_bytes: bytes of a dequantized copy of a packed head, which is faster; 0 without one. Only on a CPU.
         devices: devices that layers are dealt to; the first one also has embeddings, head and draft. Empty if the
             device of the workload has all layers.
         owner: number of the device of each layer; empty for one device. `slots` counts for each device.
@@ -187,6 +188,7 @@ class Placement:
     experts: ExpertSlots | None = None
     expanded: tuple[int, ...] = ()
     expanded_bytes: int = 0
+    head_copy_bytes: int = 0
     devices: tuple[str, ...] = ()
     owner: tuple[int, ...] = ()
 

@@ -270,7 +270,8 @@ def test_a_limit_below_the_libraries_is_refused(specchat):
     """The system would end the process without a word."""
     result = specchat("bench", "demo", *SMALL, "--limit-memory", "300MiB")
     assert result.code == 4 and result.out == ""
-    assert "--limit-memory 300 MiB is less than Python and its libraries take (400 MiB)" in result.err
+    assert "--limit-memory 300 MiB is less than Python and its libraries take (460 MiB)" in result.err
+    assert "hint: use --limit-memory " in result.err
 
 
 def test_compare_refuses_files_that_are_not_reports(specchat, tmp_path):

@@ -21,6 +21,7 @@ from support.tiny_models import ARCHITECTURES, BASE, SPECIAL, VOCAB, WINDOW, mak
 from specchat.engine.model import TreeModel
 from specchat.engine.streaming.readers import ShardLayerReader
 from specchat.errors import CorruptCheckpointError, UnsupportedModelError
+from specchat.models.checkpoint.reader import TensorReader
 from specchat.models.sizes.describe import describe
 from specchat.models.sizes.geometry import weight_bytes
 from specchat.models.weights.open import open_weights
@@ -394,3 +395,16 @@ def test_unknown_tensors_and_architectures_are_refused_by_name(tmp_path: Path):
         save_gguf(model, tmp_path / "c.gguf", arch="llama4")
     with pytest.raises(CorruptCheckpointError, match="head_count"):
         save_gguf(model, tmp_path / "b.gguf", attention__head_count="many")
+
+
+def test_packed_matrices_are_read_straight_into_their_layer(tmp_path: Path, monkeypatch):
+    """A copy of each matrix beside its layer would be a peak that no ledger counts."""
+    source = save_gguf(Case("x", "LlamaConfig", WIDE).model(), tmp_path / "x.gguf", mixed)
+    expected = load(source, None).skeleton.layers[0]
+    found: list[str] = []
+    read = TensorReader.read
+    monkeypatch.setattr(TensorReader, "read", lambda self, key, *rest: (found.append(key), read(self, key, *rest))[1])
+    layer = load(source, None).skeleton.layers[0]
+    assert not [key for key in found if "proj" in key]
+    for name, parameter in layer.named_parameters():
+        assert torch.equal(parameter, expected.get_parameter(name)), name

@@ -48,6 +48,7 @@ def record(model: KnownModel, quants: tuple[str, ...] = QUANTS) -> dict[str, Any
 
 
 def _compact(values: dict[str, Any]) -> dict[str, Any]:
+    assert values.pop("lookup_item_bytes") is None, "known models have plain embeddings, which the file leaves out"
     for name in BY_LAYER:
         entries = list({json.dumps(entry): entry for entry in values[name]}.values())
         values[name] = {"entries": entries, "layers": [entries.index(entry) for entry in values[name]]}

@@ -1,7 +1,6 @@
 """The tensors of a GGUF file as a checkpoint: names of transformers' checkpoints, and values as the model has them.
 
-Matrices of layers and of the head keep their blocks. Everything else is small or only looked up: it is dequantized when
-it is read.
+Matrices of layers, embeddings and head keep their blocks. Everything else is small: it is dequantized when it is read.
 """
 
 import math
@@ -24,6 +23,8 @@ from specchat.models.gguf.architectures import KEY_HALF, Architecture, architect
 from specchat.models.gguf.metadata import Metadata
 from specchat.models.quant.formats.ggml import TiledHeads, decode, stored_rows
 
+# Tables of embeddings, which keep their blocks unless they have plain values.
+_LOOKUPS = ("model.embed_tokens.weight", "model.embeddings.weight")
 # Matrices whose values the model needs plain: lookups, and routers, whose rounding would change the experts.
 _PLAIN = (
     "embed_tokens.weight",
@@ -107,7 +108,8 @@ def _infos(file: GgufFile, architecture: Architecture, tensor: GgufTensor, name:
         return dict(_experts(tensor, name, is_plain=".layers." not in name))
     if KEY_HALF in name:
         return _joined_halves(file, tensor, name.replace(KEY_HALF, KEY_HALF.rpartition(".")[0]))
-    if len(tensor.shape) == 2 and not name.endswith((*_PLAIN, *_FLAT)):
+    is_table = name in _LOOKUPS and tensor.type.name not in PLAIN_TYPES
+    if len(tensor.shape) == 2 and (is_table or not name.endswith((*_PLAIN, *_FLAT))):
         return {name: _packed(tensor, name, tensor.shape, tensor.offset)}
     shape = tensor.shape
     if name.endswith(("shared_expert_gate.weight", "moe_statics.e_score_correction_bias")) and len(shape) == 1:

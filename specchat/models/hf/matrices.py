@@ -38,6 +38,18 @@ def find_matrices(skeleton: Skeleton) -> list[Matrix]:
     return matrices
 
 
+def find_lookup(skeleton: Skeleton) -> Matrix | None:
+    """Return the table of the input embeddings; None for a model without, or with another way to look tokens up."""
+    try:
+        embeddings = skeleton.model.get_input_embeddings()
+    except NotImplementedError:  # an architecture that does not name its embeddings
+        return None
+    if not isinstance(embeddings, torch.nn.Embedding):
+        return None
+    shape = embeddings.num_embeddings, embeddings.embedding_dim
+    return Matrix(path_of(skeleton.model, embeddings), None, shape, is_lookup=True)
+
+
 def plain_linears(layer: Any) -> Iterator[Any]:
     """Yield the linear layers of a decoder layer whose weights only their own forward reads."""
     yield from (module for path, module in layer.named_modules() if _is_linear(path, module))

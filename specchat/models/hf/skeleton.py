@@ -156,7 +156,8 @@ def lookup_embeddings(skeleton: Skeleton) -> Any | None:
         module = skeleton.model.get_input_embeddings()
     except NotImplementedError:  # an architecture that does not name its embeddings
         return None
-    uses = [p for _, p in skeleton.model.named_parameters(remove_duplicate=False) if p is module.weight]
+    own = next(module.parameters(), None)
+    uses = [p for _, p in skeleton.model.named_parameters(remove_duplicate=False) if p is own]
     return module if len(uses) == 1 else None
 
 

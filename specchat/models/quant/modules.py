@@ -76,13 +76,14 @@ class QuantLinear(nn.Module):
         """Bytes of what `hold` has made."""
         return 0 if self._held is None else self._held.nbytes
 
-    def hold(self, dtype: torch.dtype) -> None:
+    def hold(self, dtype: torch.dtype, *, keeps_segments: bool = False) -> None:
         """Keep a copy of the matrix for few rows, or the matrix dequantized instead of its segments, if possible.
 
         The segments must stay as they are from now on.
 
         Args:
             dtype: dtype of the activations.
+            keeps_segments: whether the segments stay beside the dequantized matrix, to look up rows.
         """
         self._held = self.format.row_copy(self.segments, self.shape, dtype)
         if self._held is not None:
@@ -91,7 +92,7 @@ class QuantLinear(nn.Module):
             weight = torch.empty(self.shape, dtype=dtype)
             weight = self.format.dequantize(self.segments, 0, self.shape[0], weight)
             self._held = pack(weight)
-            if self._held is not None:
+            if self._held is not None and not keeps_segments:
                 for name in self._names:
                     drop(self, name)
 
@@ -158,6 +159,7 @@ class Matrix:
         transposed: whether a fused parameter holds [cols, rows] per expert.
         is_head: whether the matrix scores tokens.
         is_sensitive: whether the matrix is `limits.is_sensitive`.
+        is_lookup: whether the matrix is the table of the input embeddings.
     """
 
     path: str
@@ -167,6 +169,7 @@ class Matrix:
     transposed: bool = False
     is_head: bool = False
     is_sensitive: bool = False
+    is_lookup: bool = False
 
 
 @dataclass(frozen=True)

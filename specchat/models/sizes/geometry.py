@@ -73,6 +73,15 @@ def expanded_sizes(spec: ModelSpec, dtype: Dtype, *, has_row_kernel: bool) -> tu
     return tuple(max(rest + count * DTYPE_BYTES[dtype], size) for (rest, count), size in zip(dense, sizes, strict=True))
 
 
+def head_copy_bytes(spec: ModelSpec, dtype: Dtype) -> int:
+    """Return the bytes of a dequantized copy of a GGUF file's head on a CPU; 0 for heads that need none.
+
+    Heads that specchat quantizes have 8 bits, which are dequantized in a quarter of the time of 4 to 6 bits.
+    """
+    is_packed = spec.quant.startswith("gguf ") and (spec.vocab_size, spec.hidden_size) in spec.quant_shapes
+    return spec.vocab_size * spec.hidden_size * DTYPE_BYTES[dtype] if is_packed and dtype != "fp16" else 0
+
+
 def is_4bit_float(quant: str) -> bool:
     """Return whether matrices of a quantization are bitsandbytes' 4-bit codes."""
     return quant in ("int4", "bitsandbytes 4-bit")

@@ -65,6 +65,7 @@ def inspect_model(source: ModelSource, quant: Quant) -> ModelSpec:
         apply_recipe(skeleton, recipe)
     segments = segment_names(skeleton.model)
     within_layers = f"{skeleton.layers_name}.", *(f"{path}." for path in skeleton.shared_paths)
+    table = _lookup_size(skeleton)
     return ModelSpec(
         **of_architecture,
         name=source.name,
@@ -77,7 +78,8 @@ def inspect_model(source: ModelSource, quant: Quant) -> ModelSpec:
         ),
         quant=quant if recipe is None else recipe.name,
         quant_shapes=tuple(sorted({linear.shape for _, linear in quant_linears(skeleton.model)})),
-        lookup_params=_lookup_params(skeleton),
+        lookup_params=table.count,
+        lookup_item_bytes=table.item_bytes,
         text_only=wrapper_type(config) is not None,
         layer_quant=_layer_quant(skeleton),
         shared_params=tuple(size for block in _shared_blocks(skeleton) for size in _param_sizes(block)),
@@ -197,9 +199,10 @@ def _profiled(skeleton: Skeleton) -> dict[int, Activations]:
     return {itemsize: costs for itemsize, costs in found.items() if costs is not None}
 
 
-def _lookup_params(skeleton: Skeleton) -> int:
+def _lookup_size(skeleton: Skeleton) -> ParamSize:
+    """Return the size of untied input embeddings."""
     embeddings = lookup_embeddings(skeleton)
-    return 0 if embeddings is None else embeddings.weight.numel()
+    return ParamSize(0) if embeddings is None else _param_sizes(embeddings)[0]
 
 
 def _param_sizes(module: Any) -> tuple[ParamSize, ...]:

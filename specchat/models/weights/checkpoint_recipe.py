@@ -13,7 +13,7 @@ from specchat.models.checkpoint.dtypes import stored_torch_dtype
 from specchat.models.checkpoint.reader import TensorReader
 from specchat.models.checkpoint.safetensors import Checkpoint, TensorInfo
 from specchat.models.hf.conversion import ModulePlace, locate_modules
-from specchat.models.hf.matrices import find_matrices
+from specchat.models.hf.matrices import find_lookup, find_matrices
 from specchat.models.hf.skeleton import Skeleton
 from specchat.models.quant.formats.base import WeightFormat
 from specchat.models.quant.formats.plain import Plain
@@ -89,8 +89,10 @@ class CheckpointRecipe:
         self._quantized = {
             path for path, stored in self._stored.items() if any(each.format is not None for each in stored.values())
         }
+        lookup = find_lookup(skeleton)
+        looked_up = set() if lookup is None or not self._looks_up(lookup) else {lookup.path}
         # Modules that need plain weights although the checkpoint quantizes them: routers.
-        self._unpacked = sorted(self._quantized - matrices.keys())
+        self._unpacked = sorted(self._quantized - matrices.keys() - looked_up)
         self._check_unpacked(skeleton)
 
     @property
@@ -167,6 +169,11 @@ class CheckpointRecipe:
         out.copy_(stored.format.dequantize(segments, 0, stored.shape[0], torch.empty_like(out)))
 
     def _fill_part(self, reader: TensorReader, stored: _Stored, segments: Segments) -> None:
+        if stored.format is not None and stored.format.verbatim:  # without another copy of the bytes in memory
+            for segment, tensor in stored.format.verbatim.items():
+                info = stored.tensors[tensor]
+                reader.read_into(info.key, segments[segment].view(stored_torch_dtype(info.dtype)))
+            return
         tensors = {name: reader.read(info.key) for name, info in stored.tensors.items()}
         if stored.format is None:
             segments["weight"].copy_(tensors["weight"])
@@ -185,6 +192,11 @@ class CheckpointRecipe:
                     hint="the download may be incomplete; download the model again",
                 )
         return [stored[place] for place in places]
+
+    def _looks_up(self, matrix: Matrix) -> bool:
+        """Return whether a table of embeddings is stored in a format whose rows can be looked up."""
+        stored = self._stored.get(matrix.path, {}).values()
+        return all(each.format is not None and each.format.looks_up for each in stored)
 
     def _check_unpacked(self, skeleton: Skeleton) -> None:
         for path in self._unpacked:

@@ -8,6 +8,7 @@ from torch import Tensor
 from specchat.models.checkpoint.reader import TensorReader
 from specchat.models.checkpoint.safetensors import Checkpoint, TensorInfo
 from specchat.models.hf.skeleton import Skeleton
+from specchat.models.quant.lookup import TABLE
 from specchat.models.quant.modules import Matrix, segment_names
 from specchat.models.weights.checkpoint_recipe import CheckpointRecipe
 from specchat.models.weights.quantizing import by_layer, outside_layers
@@ -79,7 +80,8 @@ class PrequantizedFiller:
         """Return the segments of quantized matrices outside the layers by full name, as CPU tensors."""
         segments = {name: torch.empty_like(segment, device="cpu") for name, segment in reader.segments_meta().items()}
         for matrix in self._outside:
-            self._recipe.fill(self._tensors, matrix, matrix.path, segments)
+            name = f"{matrix.path}.{TABLE}" if matrix.is_lookup else matrix.path
+            self._recipe.fill(self._tensors, matrix, name, segments)
         return segments
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ from specchat.models.checkpoint.reader import TensorReader
 from specchat.models.checkpoint.safetensors import Checkpoint, TensorInfo
 from specchat.models.hf.conversion import LazyTensor, ModulePlace, load_converted, plan_weights
 from specchat.models.hf.skeleton import Skeleton, build_skeleton, path_of
+from specchat.models.quant.lookup import QuantEmbedding
 from specchat.models.quant.modules import QuantLinear, quant_linears, segment_names
 from specchat.models.weights.layout import bind
 
@@ -232,11 +233,12 @@ class WeightReader(Closeable):
     def segments_meta(self) -> dict[str, Tensor]:
         """Return the segments of quantized matrices outside the layers by full name, on meta or filled.
 
-        They belong to the head and to blocks that layers share.
+        They belong to embeddings, to the head and to blocks that layers share.
         """
         model = self._skeleton.model
         head = model.get_output_embeddings()
         parts = [(path, model.get_submodule(path)) for path in self._skeleton.shared_paths]
+        parts += [(path, part) for path, part in model.named_modules() if isinstance(part, QuantEmbedding)]
         parts += [] if head is None else [(path_of(model, head), head)]
         found = [linear for path, part in parts for linear in quant_linears(part, path)]
         return {f"{path}.{name}": segment for path, linear in found for name, segment in linear.segments.items()}

@@ -5,7 +5,7 @@ from typing import Protocol
 
 import torch
 
-from specchat.models.hf.matrices import find_matrices, use_quantized_experts
+from specchat.models.hf.matrices import find_lookup, find_matrices, use_quantized_experts
 from specchat.models.hf.skeleton import Skeleton
 from specchat.models.quant.experts import replace_experts
 from specchat.models.quant.formats.affine import Affine
@@ -13,6 +13,7 @@ from specchat.models.quant.formats.base import Quantizer
 from specchat.models.quant.formats.int3 import Int3Quantizer
 from specchat.models.quant.formats.int8 import Int8Quantizer
 from specchat.models.quant.formats.nf4 import Nf4Quantizer
+from specchat.models.quant.lookup import replace_embedding
 from specchat.models.quant.modules import Matrix, Part, Scratch, replace_linear
 from specchat.records.model import Quant, own_quant
 
@@ -72,8 +73,10 @@ class QuantizeRecipe:
             parts.append(f"sensitive {self.sensitive_quantizer.identity}")
         return "; ".join([*parts, f"head {HEAD_QUANTIZER.identity}"])
 
-    def parts(self, matrix: Matrix, expert: int) -> tuple[Part, ...]:
-        """Return one part that covers the whole matrix."""
+    def parts(self, matrix: Matrix, expert: int) -> tuple[Part, ...] | None:
+        """Return one part that covers the whole matrix; None for input embeddings."""
+        if matrix.is_lookup:
+            return None
         return (Part(matrix.shape[0], self.quantizer(matrix).format),)
 
 
@@ -90,8 +93,8 @@ class AssumedRecipe:
         self._format = Affine(4, 128, torch.float16, zeros=True) if self.bits == 4 else QUANTIZERS["int8"].format
 
     def parts(self, matrix: Matrix, expert: int) -> tuple[Part, ...] | None:
-        """Return one part that covers the whole matrix; None for the head."""
-        return None if matrix.is_head else (Part(matrix.shape[0], self._format),)
+        """Return one part that covers the whole matrix; None for embeddings and head."""
+        return None if matrix.is_head or matrix.is_lookup else (Part(matrix.shape[0], self._format),)
 
 
 def recipe_for(quant: str) -> QuantizeRecipe | None:
@@ -101,20 +104,23 @@ def recipe_for(quant: str) -> QuantizeRecipe | None:
 
 
 def apply_recipe(skeleton: Skeleton, recipe: Recipe) -> tuple[Matrix, ...]:
-    """Replace the quantized matrices of a skeleton in place; norms, routers and embeddings stay.
+    """Replace the quantized matrices of a skeleton in place; norms and routers stay.
 
     Returns:
         Replaced matrices.
     """
     scratch = Scratch()
-    replaced = []
-    for matrix in find_matrices(skeleton):
+    replaced, lookup = [], find_lookup(skeleton)
+    # The embeddings come last: only a head without a matrix of its own shares their weight then.
+    for matrix in [*find_matrices(skeleton), *([] if lookup is None else [lookup])]:
         experts = [recipe.parts(matrix, expert) for expert in range(max(matrix.num_experts, 1))]
         if any(parts is None for parts in experts):
             continue
         chosen = [parts for parts in experts if parts is not None]
         if matrix.num_experts:
             replace_experts(skeleton.model, matrix, chosen, scratch)
+        elif matrix.is_lookup:
+            replace_embedding(skeleton.model, matrix, chosen[0][0], scratch)
         else:
             replace_linear(skeleton.model, matrix, chosen[0][0], scratch)
         replaced.append(matrix)

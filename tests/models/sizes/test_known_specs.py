@@ -68,7 +68,7 @@ class StoredAs:
         }[stored]
 
     def parts(self, matrix: Matrix, expert: int):
-        return None if matrix.is_head else (Part(matrix.shape[0], self._format),)
+        return None if matrix.is_head or matrix.is_lookup else (Part(matrix.shape[0], self._format),)
 
 
 def built(model: KnownModel, quant: str, layers: int, folder: Path) -> ModelSpec:

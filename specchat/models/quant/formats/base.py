@@ -40,10 +40,12 @@ class WeightFormat(ABC):
         name: short name for users, such as "int8", "nf4" or "affine4".
         verbatim: segments that are the bytes of a tensor in a checkpoint, with the tensor's name after the module's
             path; empty if segments differ from what checkpoints store.
+        looks_up: whether `look_up` works, which input embeddings need.
     """
 
     name: ClassVar[str]
     verbatim: ClassVar[Mapping[str, str]] = {}
+    looks_up: ClassVar[bool] = False
 
     @abstractmethod
     def segments(self, rows: int, cols: int) -> tuple[Segment, ...]:
@@ -62,6 +64,19 @@ class WeightFormat(ABC):
         Returns:
             Rows [end - begin, cols] like `out`: `out` itself, or other memory where a kernel allocates its own.
         """
+
+    def look_up(self, segments: Segments, rows: Tensor, out: Tensor) -> Tensor:
+        """Dequantize some rows of W in any order; only formats that `looks_up`.
+
+        Args:
+            segments: segments of the whole matrix.
+            rows: indices of the rows, int64 [n].
+            out: contiguous memory [n, cols] of the wanted dtype and device.
+
+        Returns:
+            Rows like `out`: `out` itself, or other memory.
+        """
+        raise NotImplementedError
 
     def linear(
         self,

@@ -34,6 +34,7 @@ class Blocks(WeightFormat):
 
     name: ClassVar[str] = "ggml"
     verbatim: ClassVar[Mapping[str, str]] = {"blocks": "weight"}
+    looks_up: ClassVar[bool] = True
 
     kind: str
     heads: int = 0
@@ -51,6 +52,11 @@ class Blocks(WeightFormat):
             rows = blocks.view(stored_torch_dtype(self.kind))
             return rows if rows.dtype == out.dtype else out.copy_(rows)
         return decode(self.kind, blocks, out)
+
+    def look_up(self, segments: Segments, rows: Tensor, out: Tensor) -> Tensor:
+        """Dequantize some rows of W, of a matrix with rows in order."""
+        assert not self.heads
+        return self.dequantize({"blocks": segments["blocks"].index_select(0, rows)}, 0, len(rows), out)
 
     def kernels(
         self, shape: tuple[int, int], num_rows: int, dtype: torch.dtype, device: torch.device

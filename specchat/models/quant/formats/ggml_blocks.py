@@ -46,7 +46,8 @@ def _wide(codes: Tensor) -> Tensor:
 def _masked(codes: Tensor, shift: int, mask: int) -> Tensor:
     """Return (codes >> shift) & mask for contiguous bytes; a negative shift moves bits up."""
     words = _words(codes.reshape(-1))
-    words = words >> shift if shift >= 0 else words << -shift
+    if shift:
+        words = words >> shift if shift > 0 else words << -shift
     repeated = int.from_bytes(bytes([mask]) * 8, "little", signed=True)
     return (words & repeated).view(torch.uint8).view(codes.shape)
 
@@ -150,7 +151,9 @@ def _q3_k(blocks: Tensor, out: Tensor) -> None:
 
 
 def _q4_k(blocks: Tensor, out: Tensor) -> None:
-    _widen(_nibbles(blocks[:, 16:].unflatten(1, (4, 32))), out)
+    codes, groups = blocks[:, 16:].unflatten(1, (4, 32)).contiguous(), out.view(-1, 4, 2, 32)
+    for i in range(2):
+        groups[:, :, i].copy_(_masked(codes, 4 * i, 15))
     scale_groups(out, *_scales_and_minima(blocks))
 
 
@@ -165,10 +168,13 @@ def _q5_k(blocks: Tensor, out: Tensor) -> None:
 
 def _scales_and_minima(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Return eight scales and eight minima per block, 6 bits each in 12 bytes from byte 4 on: float32 [n, 8] twice."""
-    first, second, third = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
-    scales = torch.cat([first & 63, (third & 15) | (first >> 6 << 4)], 1)
-    minima = torch.cat([second & 63, (third >> 4) | (second >> 6 << 4)], 1)
-    return scales * half_at(blocks, 0), minima * half_at(blocks, 2)
+    words = blocks[:, 4:16].contiguous().view(torch.int32).t().contiguous()
+    own, shared = words[:2], words[2]
+    upper = (torch.stack([shared, shared >> 4]) & 0x0F0F0F0F) | (own >> 2 & 0x30303030)
+    values = torch.stack([own & 0x3F3F3F3F, upper], 2).view(torch.uint8).float()
+    # Contiguous results: `scale_groups` takes more than twice as long with others.
+    scales, minima = values.mul_(blocks[:, :4].contiguous().view(torch.float16).t().float().contiguous()[..., None])
+    return scales, minima
 
 
 def _q6_k(blocks: Tensor, out: Tensor) -> None:
