@@ -123,7 +123,11 @@ def write_header(model: KnownModel, config: Any, file: Path, *, dtype: str = "")
     values = metadata_of(config, arch, splits_kv=True)
     if model.like in _WITH_MTP:
         values |= {"block_count": config.num_hidden_layers + 1, "nextn_predict_layers": 1}
-    for key, value in {**values, **(_ALSO_ASKED.get(arch, {}) if dtype else {})}.items():
+    if dtype:
+        values |= _ALSO_ASKED.get(arch, {})
+        for key in {"attention.recurrent_layers"} & values.keys():
+            values[key] = [*values[key], *[False] * (values["block_count"] - config.num_hidden_layers)]
+    for key, value in values.items():
         full = f"{arch}.{key}"
         writer.add_array(full, value) if isinstance(value, list) else add_value(writer, full, value)
     if not dtype:
