@@ -170,10 +170,14 @@ def _refuse_head_alone(name: str, target: ModelSource | Missing) -> None:
     """Refuse a file that only drafts for a model.
 
     Raises:
-        UnsupportedModelError: the target is an MTP layer without the model that it is for.
+        UnsupportedModelError: the target is an MTP layer without the model that it is for, or another head.
     """
     if isinstance(target, ModelSource):
         is_alone = is_head_alone(target.path)
+        if not is_alone and as_draft(target).is_head:
+            raise UnsupportedModelError(
+                f"{name} is a head that drafts for a model, and not a model", hint=f"use it as a draft: --draft {name}"
+            )
     else:
         is_alone = isinstance(target, Download) and _holds_head_alone(target)
     if is_alone:

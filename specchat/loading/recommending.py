@@ -19,7 +19,7 @@ def recommend_models(request: ModelRequest, hardware: "Hardware", measured: "Mea
         measured: rates of this machine; None for typical ones.
     """
     from specchat.hardware.probe import find_machine
-    from specchat.models.hub.cache import cached_models
+    from specchat.models.hub.cache import cached_gguf, cached_models
     from specchat.planner.rates import rates_of
     from specchat.planner.recommendations import ANYTHING, find_recommendations
 
@@ -29,7 +29,7 @@ def recommend_models(request: ModelRequest, hardware: "Hardware", measured: "Mea
         machine,
         rates_of(hardware, machine, measured),
         rates_of(hardware, machine),
-        cached=cached_models(),
+        cached=(*cached_models(), *cached_gguf()),
         free_disk_bytes=hardware.disk.free_bytes,
     )
 

@@ -9,7 +9,7 @@ from specchat.errors import DoesNotFitError, UsageError
 from specchat.hardware.machine import Machine
 from specchat.models.catalog.known_models import KnownModel, known_model, known_models
 from specchat.models.catalog.ref import draft_candidates, parse_model
-from specchat.models.sizes.geometry import weight_bytes
+from specchat.models.sizes.geometry import layer_sizes, weight_bytes
 from specchat.models.sizes.known_specs import active_params, known_spec
 from specchat.planner.cost import Prediction
 from specchat.planner.precision import lower_quants
@@ -22,6 +22,8 @@ from specchat.records.plan import Plan
 ANYTHING = PlanRequest(ModelSource("", Path()), None, draft_is_open=True)
 # People read 4 to 6 words a second; slower text makes them wait.
 READING_TOK_PER_S = 5.0
+# Bits per weight from which quantized models count as fine.
+_FINE_BITS = 4.0
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,14 @@ class Recommendation:
     download_bytes: int
     disk_bytes: int
     capability: float
+
+    @property
+    def is_coarse(self) -> bool:
+        """Whether the weights take less than four bits each, which changes texts more than int4 does."""
+        if self.model.stored != "gguf":
+            return False
+        spec = known_spec(self.model.id)
+        return sum(layer_sizes(spec, spec.dtype)) * 8 < _FINE_BITS * spec.num_layer_params
 
     @property
     def reads_well(self) -> bool:
@@ -115,7 +125,9 @@ def find_recommendations(
 def _rank(recommendation: Recommendation) -> tuple[float, ...]:
     """Return a sort key; smaller is better."""
     speed = recommendation.prediction.tok_per_s
-    return (0, -recommendation.capability, -speed) if recommendation.reads_well else (1, -speed)
+    if not recommendation.reads_well:
+        return 1, -speed
+    return 0, -recommendation.capability, recommendation.is_coarse, -speed
 
 
 def recommend(
@@ -175,6 +187,8 @@ def _source(model: KnownModel) -> ModelSource:
 
 
 def _checkpoint_bytes(model: KnownModel) -> int:
+    if model.file_bytes:
+        return model.file_bytes
     spec = known_spec(model.id)
     return weight_bytes(spec, spec.dtype)
 
@@ -182,6 +196,11 @@ def _checkpoint_bytes(model: KnownModel) -> int:
 def _copy_bytes(model: KnownModel, plan: Plan) -> int:
     """Return the bytes of the pack that the plan needs; 0 for an unquantized, fully resident model."""
     quant = own_quant(plan.quant)
-    if quant == "none" and not plan.placement.streamed:
+    if _streams_in_place(model, plan) or (quant == "none" and not plan.placement.streamed):
         return 0
     return weight_bytes(known_spec(model.id, quant), plan.work.dtype)
+
+
+def _streams_in_place(model: KnownModel, plan: Plan) -> bool:
+    """Return whether layers stream from the downloaded file: a GGUF whose experts, if read one by one, lie apart."""
+    return model.stored == "gguf" and (plan.experts is None or model.config["model_type"] != "gpt_oss")

@@ -45,7 +45,12 @@ def recommendation_table(recommendations: Recommendations, flags: str) -> list[s
 
 def _shown(recommendations: Recommendations) -> tuple[list[Recommendation], list[Recommendation]]:
     """Return the fast and the slow models to show: the first of each size and storage format, and all cached ones."""
-    distinct = [each for each in recommendations.best if each.is_cached or each.model.stored or not each.model.like]
+    distinct, seen = list[Recommendation](), set[tuple[str, str]]()
+    for each in recommendations.best:
+        form = each.model.like, each.model.stored
+        if each.is_cached or not each.model.like or (each.model.stored and form not in seen):
+            distinct.append(each)
+            seen.add(form)
     fast = [each for each in distinct if each.reads_well]
     slow = [each for each in distinct if not each.reads_well]
     return _first(fast, _MOST_SHOWN), _first(slow, _MOST_SLOW_SHOWN)

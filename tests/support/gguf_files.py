@@ -134,8 +134,8 @@ def save_gguf(
         more |= {"block_count": config.num_hidden_layers + 1, "nextn_predict_layers": 1}
     for key, value in {**metadata_of(config, arch, splits_kv=splits_kv), **more}.items():
         full = f"{arch}.{key}"
-        writer.add_array(full, value) if isinstance(value, list) else _add(writer, full, value)
-    _add_tokenizer(writer, config.vocab_size)
+        writer.add_array(full, value) if isinstance(value, list) else add_value(writer, full, value)
+    add_tokenizer(writer, config.vocab_size)
     chosen = kind if callable(kind) else lambda _: kind
     for name, values in tensors(model, arch, splits_kv=splits_kv, head=head or {}):
         if is_alone and name.startswith("blk.") and not name.startswith(f"blk.{config.num_hidden_layers}."):
@@ -195,8 +195,8 @@ def tensors(
             continue
         if name.endswith("experts.gate_up_proj"):
             gate, up = np.split(values, 2, axis=1)
-            yield f"{block}ffn_gate_exps.weight", gate.copy()
-            yield f"{block}ffn_up_exps.weight", up.copy()
+            yield f"{block}ffn_gate_exps.weight", gate
+            yield f"{block}ffn_up_exps.weight", up
             continue
         if name.endswith("experts.down_proj"):
             yield f"{block}ffn_down_exps.weight", values
@@ -318,10 +318,10 @@ def _gpt_oss_experts(block: str, name: str, values: np.ndarray) -> Iterator[tupl
     leaf = "bias" if name.endswith("bias") else "weight"
     values = values if leaf == "bias" else values.swapaxes(1, 2)
     if "down_proj" in name:
-        yield f"{block}ffn_down_exps.{leaf}", values.copy()
+        yield f"{block}ffn_down_exps.{leaf}", values
     else:
-        yield f"{block}ffn_gate_exps.{leaf}", values[:, 0::2].copy()
-        yield f"{block}ffn_up_exps.{leaf}", values[:, 1::2].copy()
+        yield f"{block}ffn_gate_exps.{leaf}", values[:, 0::2]
+        yield f"{block}ffn_up_exps.{leaf}", values[:, 1::2]
 
 
 def _llama3(scaling: Mapping[str, Any], head_dim: int) -> np.ndarray:
@@ -340,7 +340,7 @@ def _llama3(scaling: Mapping[str, Any], head_dim: int) -> np.ndarray:
     return np.array(factors, dtype=np.float32)
 
 
-def _add(writer: gguf.GGUFWriter, key: str, value: object) -> None:
+def add_value(writer: gguf.GGUFWriter, key: str, value: object) -> None:
     match value:
         case bool():
             writer.add_bool(key, value)
@@ -352,7 +352,7 @@ def _add(writer: gguf.GGUFWriter, key: str, value: object) -> None:
             writer.add_string(key, str(value))
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, vocab_size: int) -> None:
+def add_tokenizer(writer: gguf.GGUFWriter, vocab_size: int) -> None:
     """A sentencepiece vocabulary of words w0, w1, ... of which no two merge."""
     words = [*_SPM, *(f"▁w{i}" for i in range(vocab_size - len(_SPM)))]
     writer.add_tokenizer_model("llama")

@@ -33,6 +33,8 @@ MIXTURES = (
     "unsloth/gpt-oss-120b-BF16",
     "google/gemma-4-26B-A4B-it",
 )
+# GGUF uploads, whose layers have types of their own, on the same machines.
+UPLOADS = ("lmstudio-community/Qwen3.8-27B-GGUF:Q4_K_M", "ggml-org/gpt-oss-20b-GGUF:MXFP4")
 MACHINES_FOR_MIXTURES = (
     "desktop-8gb-pcie4x8-64gb",
     "desktop-12gb-pcie4x16-32gb",
@@ -45,7 +47,7 @@ KEYS = ("plan", "experts", "bytes")
 
 def golden_plans(machine: str) -> dict[str, dict[str, str]]:
     """By model, the plan's essentials in words; predicted figures to two digits."""
-    models = (*MODELS, *MIXTURES) if machine in MACHINES_FOR_MIXTURES else MODELS
+    models = (*MODELS, *MIXTURES, *UPLOADS) if machine in MACHINES_FOR_MIXTURES else MODELS
     return {model: _essentials(machine, model) for model in models}
 
 

@@ -43,12 +43,13 @@ def record(model: KnownModel, quants: tuple[str, ...] = QUANTS) -> dict[str, Any
         folder = Path(name)
         (folder / "config.json").write_text(json.dumps(config_values(model)))
         source = ModelSource(model.id, folder)
-        found = {quant: _compact(json.loads(json.dumps(asdict(inspect_model(source, quant))))) for quant in quants}
+        found = {quant: compact(json.loads(json.dumps(asdict(inspect_model(source, quant))))) for quant in quants}
         return {"active_params": _active_params(folder), "quants": found}
 
 
-def _compact(values: dict[str, Any]) -> dict[str, Any]:
-    assert values.pop("lookup_item_bytes") is None, "known models have plain embeddings, which the file leaves out"
+def compact(values: dict[str, Any]) -> dict[str, Any]:
+    if values["lookup_item_bytes"] is None:  # plain embeddings, the default
+        del values["lookup_item_bytes"]
     for name in BY_LAYER:
         entries = list({json.dumps(entry): entry for entry in values[name]}.values())
         values[name] = {"entries": entries, "layers": [entries.index(entry) for entry in values[name]]}

@@ -19,9 +19,11 @@ class KnownModel:
         config: size-related values of config.json under their own keys.
         billions: number of weights as published, in billions.
         like: id of the entry that this one's figures come from, or "".
-        stored: quantization of the checkpoint's matrices: "awq", "bnb-4bit", or "" for 16 bits.
+        stored: quantization of the checkpoint's matrices: "awq", "bnb-4bit", "gguf" for the mix in the id, or "" for 16
+            bits.
         gated: whether the licence must be accepted first.
         shape: name of the synthetic model of this shape, or "".
+        file_bytes: size of an upload in GGUF as published, or 0 if it is not known.
         offered: whether it is suggested to users, not only known as a draft or a shape.
     """
 
@@ -32,6 +34,7 @@ class KnownModel:
     stored: str = ""
     gated: bool = False
     shape: str = ""
+    file_bytes: int = 0
     offered: bool = True
 
 

@@ -64,12 +64,16 @@ _UNREAD: Mapping[int, str] = {
     41: "Q1_0",
     42: "Q2_0",
 }
+# The one tensor of whole numbers: the target's tokens that a head scores.
+TOKEN_MAP, _IDS = "d2t", 27
 BLOCK_TYPES: Mapping[str, BlockType] = {each.name: each for each in _BY_NUMBER.values()}
 PLAIN_TYPES = frozenset({"F32", "F16", "BF16"})
 
 
-def block_type(number: int) -> BlockType | None:
-    """Return the type with a number; None if specchat does not read the type."""
+def block_type(number: int, tensor: str) -> BlockType | None:
+    """Return the type with a number; None if specchat does not read the type for a tensor of this name."""
+    if (number, tensor) == (_IDS, TOKEN_MAP):
+        return BlockType("I64", 1, 8)
     return _BY_NUMBER.get(number)
 
 

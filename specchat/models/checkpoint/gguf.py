@@ -38,15 +38,11 @@ _NOT_MODELS = {
 }
 _PARTS = {
     "clip": (_NOT_MODELS["mmproj"], "give the GGUF file of the language model"),
-    "eagle3": (
-        "an EAGLE-3 head as GGUF, which specchat does not read",
-        "use the head in safetensors: --draft org/name",
-    ),
-    "dflash": ("a DFlash head as GGUF, which specchat does not read", "use the head in safetensors: --draft org/name"),
 }
 # Names of files that lie beside a model and are none: its image part, importances, and heads that draft for it. A name
 # with MTP in it is mostly that of a whole model that has kept its MTP layer, so only two forms of it are such heads.
-_BESIDE = re.compile(r"mmproj|imatrix|(?:^|[-_.])(?:eagle-?3(?:\.1)?|dflash2?|dspark)[-_.]", re.IGNORECASE)
+_OTHERS = re.compile(r"mmproj|imatrix", re.IGNORECASE)
+_HEADS = re.compile(r"(?:^|[-_.])(?:eagle-?3(?:\.1)?|dflash2?|dspark)[-_.]", re.IGNORECASE)
 _MTP_ALONE = re.compile(r"^mtp[-_]|[-_.]mtp[-_]only(?![a-z])", re.IGNORECASE)
 
 
@@ -108,7 +104,12 @@ def gguf_files(folder: Path) -> list[Path]:
 
 def lies_beside(name: str) -> bool:
     """Return whether a file is not a model but lies beside one, by its name without folders."""
-    return is_mtp_alone(name) or _BESIDE.search(name) is not None
+    return drafts(name) or _OTHERS.search(name) is not None
+
+
+def drafts(name: str) -> bool:
+    """Return whether a file is a head that drafts for a model, by its name without folders."""
+    return is_mtp_alone(name) or _HEADS.search(name) is not None
 
 
 def is_mtp_alone(name: str) -> bool:
@@ -345,7 +346,7 @@ class _Cursor:
 
     def _placed(self, entry: tuple[str, tuple[int, ...], int, int], start_of_data: int) -> GgufTensor:
         name, shape, number, offset = entry
-        kind = block_type(number)
+        kind = block_type(number, name)
         if kind is None:
             raise UnsupportedModelError(
                 f"tensor {name!r} in {self._file} is stored as {type_name(number)}, which specchat does not read",

@@ -94,7 +94,7 @@ def config_values(file: GgufFile) -> dict[str, Any]:
         **architecture.fixed,
         **architecture.extra(metadata),
     }
-    values["rope_parameters"] = _rope(metadata, values)
+    values["rope_parameters"] = rope_values(metadata, values)
     values["quantization_config"] = _quantization(file, values, architecture)
     return values
 
@@ -156,7 +156,8 @@ def _commonest_type(file: GgufFile) -> str:
     return max(sizes, key=sizes.__getitem__)
 
 
-def _rope(metadata: Metadata, values: dict[str, Any]) -> dict[str, Any]:
+def rope_values(metadata: Metadata, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the rotary values; `values` are the other values of config.json."""
     theta = metadata.number("rope.freq_base", 10000.0)
     if metadata.file.architecture == "gemma4":
         return _gemma4_rope(metadata, theta)

@@ -14,6 +14,7 @@ from pathlib import Path
 from specchat.errors import ModelError
 from specchat.models.checkpoint.gguf import FILE_LIST, GgufFile, open_gguf
 from specchat.models.gguf.config import config_values, generation_values
+from specchat.models.gguf.draft_config import draft_values, is_draft_head
 from specchat.models.gguf.tokenizer import tokenizer_files
 from specchat.paths import cache_folder
 
@@ -62,11 +63,12 @@ def _key(files: Sequence[Path], tokenizer: Path | None) -> str:
 
 
 def _write(folder: Path, file: GgufFile, tokenizer: Path | None) -> None:
+    is_head = is_draft_head(file)  # whose tokenizer is the target's
     contents = {
-        "config.json": json.dumps(config_values(file), indent=1),
+        "config.json": json.dumps((draft_values if is_head else config_values)(file), indent=1),
         "generation_config.json": json.dumps(generation_values(file)),
         FILE_LIST: json.dumps({"files": [str(each) for each in file.files]}),
-        **(tokenizer_files(file) if tokenizer is None else {}),
+        **(tokenizer_files(file) if tokenizer is None and not is_head else {}),
     }
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

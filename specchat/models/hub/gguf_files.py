@@ -1,6 +1,6 @@
 """The GGUF files of a repository: one model in several quantizations, each one file or a set of split ones.
 
-Beside them may lie MTP layers in files of their own, which draft for the model. Only their whole names name them.
+Beside them may lie heads in files of their own, which draft for the model. Only their whole names name them.
 """
 
 import re
@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from specchat.errors import ModelNotFoundError
 from specchat.models.catalog.ref import ModelRef
-from specchat.models.checkpoint.gguf import is_mtp_alone, lies_beside, split_files
+from specchat.models.checkpoint.gguf import drafts, is_mtp_alone, lies_beside, split_files
 from specchat.units import format_bytes
 
 GGUF_PATTERNS = ["*.gguf"]
@@ -41,14 +41,14 @@ def choose_files(ref: ModelRef, sizes: Mapping[str, int]) -> tuple[str, ...]:
     Raises:
         ModelNotFoundError: no such quantization, or several and none is named; the message lists them with sizes.
     """
+    found = _named(sizes, ref.variant)
+    if len(found) == 1:
+        return found[0]
     sets = _sets(sizes)
     if not sets:
         raise ModelNotFoundError(
             f"{ref.repo_id} has no GGUF files", hint=f"name the model without a quantization: {ref.repo_id}"
         )
-    found = _named(sizes, ref.variant)
-    if len(found) == 1:
-        return found[0]
     by_size = {name: sum(sizes[file] for file in files) for name, files in sets.items()}
     names = sorted(by_size, key=by_size.__getitem__)
     listed = ", ".join(f"{name} ({format_bytes(by_size[name])})" for name in names)
@@ -63,7 +63,7 @@ def smallest_head(sizes: Mapping[str, int]) -> str | None:
     Args:
         sizes: bytes of each file in the repository.
     """
-    heads = [file for (file,) in _heads(sizes)]
+    heads = [name for name in sizes if is_mtp_alone(PurePosixPath(name).name)]
     return _own_name(min(heads, key=sizes.__getitem__)) if heads else None
 
 
@@ -120,8 +120,8 @@ def _sets(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 
 def _heads(names: Iterable[str]) -> list[tuple[str]]:
-    """Return the files that hold MTP layers alone."""
-    return [(name,) for name in sorted(names) if is_mtp_alone(PurePosixPath(name).name)]
+    """Return the files that only draft for a model."""
+    return [(name,) for name in sorted(names) if drafts(PurePosixPath(name).name)]
 
 
 def _own_name(name: str) -> str:

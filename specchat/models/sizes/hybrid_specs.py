@@ -21,10 +21,14 @@ BY_LAYER = ("layer_params", "kv_shapes")
 
 def hybrid_spec(model_id: str, quant: str) -> ModelSpec:
     """Return the recorded sizes of a known hybrid in one of `QUANTS`."""
-    values = _recorded()[model_id]["quants"][quant]
+    return unfolded(_recorded()[model_id]["quants"][quant])
+
+
+def unfolded(values: Mapping[str, Any]) -> ModelSpec:
+    """Return a description from its recorded form, which holds equal layers once."""
     layer_params = _by_layer(values["layer_params"], [_unrolled(runs) for runs in values["layer_params"]["entries"]])
     kv_shapes = _by_layer(values["kv_shapes"], values["kv_shapes"]["entries"])
-    return parsed(values | {"layer_params": layer_params, "kv_shapes": kv_shapes})
+    return parsed({**values, "layer_params": layer_params, "kv_shapes": kv_shapes})
 
 
 def active_hybrid_params(model_id: str) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 from specchat.models.catalog.known_models import KnownModel, known_models
 from specchat.models.checkpoint.dtypes import short_name
+from specchat.models.sizes.gguf_specs import gguf_spec
 from specchat.models.sizes.hybrid_specs import active_hybrid_params, hybrid_spec
 from specchat.records.limits import MASK_FLAG_BYTES, MASK_POSITION_BYTES, is_sensitive
 from specchat.records.model import (
@@ -140,6 +141,8 @@ def spec_of(model: KnownModel, quant: Quant = "none") -> ModelSpec:
         model: figures of the model.
         quant: requested quantization; a pre-quantized model ignores it.
     """
+    if model.stored == "gguf":
+        return gguf_spec(model.id)
     if is_hybrid(model):
         return hybrid_spec(model.id, quant)
     config = SimpleNamespace(**model.config)
@@ -214,12 +217,14 @@ def _layer_quant(layer: Sequence[_Weight], stored: _Stored | None, num_layers: i
 
 
 def is_hybrid(model: KnownModel) -> bool:
-    """Return whether a model's sizes are recorded, because its layers differ in kind."""
-    return model.config["model_type"] not in _ARCHITECTURES
+    """Return whether a model's sizes are recorded for every precision, because its layers differ in kind."""
+    return model.stored != "gguf" and model.config["model_type"] not in _ARCHITECTURES
 
 
 def active_params(model: KnownModel) -> int:
     """Return the number of weights that one token uses: all except those of inactive experts."""
+    if model.stored == "gguf":
+        return active_params(known_models()[model.like])
     if is_hybrid(model):
         return active_hybrid_params(model.id)
     config = SimpleNamespace(**model.config)

@@ -9,6 +9,7 @@ import torch
 from specchat.models.checkpoint import assistant, dflash, eagle3
 from specchat.models.checkpoint.json_file import read_json
 from specchat.models.checkpoint.safetensors import Checkpoint, open_checkpoint
+from specchat.models.gguf.draft_tensors import open_draft_tensors
 from specchat.models.hf.assistant import as_assistant
 from specchat.models.hf.attention import AttentionFunction
 from specchat.models.hf.config import without_quantization
@@ -59,7 +60,7 @@ def open_head(source: ModelSource, dtype: torch.dtype, attention: AttentionFunct
         return _open_dflash(source, dtype, attention)
     if source.part == "assistant":
         return _open_assistant(source, dtype, attention)
-    checkpoint = open_checkpoint(source.path)
+    checkpoint = open_draft_tensors(source.path)
     tensors = eagle3.named_tensors(checkpoint)
     settings = eagle3.eagle3_config(source.path, tensors)
     config = without_quantization(make_config(source.path / "config.json", eagle3.layer_values(source.path)))
@@ -82,7 +83,7 @@ def _open_dflash(source: ModelSource, dtype: torch.dtype, attention: AttentionFu
     with refusing(config.model_type, why_not_built(config)):
         whole = build_skeleton(config, dtype, attention)
     decoder = path_of(whole.model, whole.decoder)
-    named = dflash.with_module_names(open_checkpoint(source.path), whole.layers_name, decoder)
+    named = dflash.with_module_names(open_draft_tensors(source.path), whole.layers_name, decoder)
     return OpenHead(whole, named, partial(as_dflash, settings=settings))
 
 

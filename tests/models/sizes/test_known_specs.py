@@ -24,7 +24,7 @@ from specchat.models.sizes.known_specs import known_spec
 from specchat.records.model import DTYPE_BYTES, QUANTS, ModelSource, ModelSpec
 
 MODELS = list(known_models().values())
-UNIFORM = [model for model in MODELS if not known_specs.is_hybrid(model)]
+UNIFORM = [model for model in MODELS if not known_specs.is_hybrid(model) and model.stored != "gguf"]
 # The smallest model of each architecture; the others only differ in figures.
 KINDS = list({model.config["model_type"]: model for model in sorted(UNIFORM, key=lambda m: -m.billions)}.values())
 
@@ -37,7 +37,7 @@ def test_the_number_of_weights_is_the_published_one(model: KnownModel):
 def test_known_models_are_valid_and_supported():
     assert len(MODELS) >= 40
     assert all(parse_model(model.id).kind == "hub" for model in MODELS)
-    assert all(model.stored in ("", "awq", "bnb-4bit") for model in MODELS)
+    assert all(model.stored in ("", "awq", "bnb-4bit", "gguf") for model in MODELS)
     shapes = [model.shape for model in MODELS if model.shape]
     assert len(set(shapes)) == len(shapes) > 10
     unsupported = known_families().why_unsupported
