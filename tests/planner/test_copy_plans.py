@@ -21,7 +21,7 @@ from specchat.models.sizes.known_specs import known_spec
 from specchat.planner.explain import ExplainedPlan
 from specchat.planner.memory import build_ledger
 from specchat.planner.placement import PlacementOptions, interleaved
-from specchat.planner.rates import Rate, Rates
+from specchat.planner.rates import Rates
 from specchat.planner.request import PlanInputs
 from specchat.planner.search import choose_plan, smaller_plan
 from specchat.records.model import ModelSource
