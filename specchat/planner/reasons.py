@@ -141,7 +141,8 @@ def _draft_choice(request: PlanRequest, inputs: PlanInputs, best: Candidate, oth
     if inputs.draft is None and not request.retrieval:
         return Choice("draft", "none", "no draft known or requested")
     if best.draft is None and inputs.draft is not None and inputs.draft.is_copy:
-        return Choice("draft", _draft_name(best), "no layer is streamed, so none is copied", alternative=other)
+        why = "its copy does not fit beside it" if best.num_streamed else "no layer is streamed, so none is copied"
+        return Choice("draft", _draft_name(best), why, alternative=other)
     if not request.draft_is_open:
         return Choice("draft", _draft_name(best), "asked for", pinned=True, alternative=other)
     why = _why_draft(best.prediction) if best.work.tree_budget else "plain decoding is faster here"

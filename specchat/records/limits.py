@@ -41,6 +41,8 @@ PATH_BYTES = 216
 RETRIEVAL_PAST_TOKENS, RETRIEVAL_TOKEN_BYTES = 32768, 320
 # Runs of tokens (for each length of runs) after which the target's best tokens are kept, and bytes for each.
 RECYCLED_RUNS, RECYCLED_RUN_BYTES = 3 * 16384, 400
+# Tokens whose frequency is known, to draft the lucky ones of them.
+FREQUENT_TOKENS = 4096
 
 # Rows that one triangular solve of a recurrent layer covers; larger blocks waste more work above the diagonal. Where
 # every channel has its own decay, differences of decays are computed for a few rows at a time.

@@ -110,12 +110,11 @@ def _grown_by(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sampling", "least"), [(GREEDY, 4.3), (SAMPLED, 3.4)], ids=["greedy", "t0.7"])
+@pytest.mark.parametrize(("sampling", "least"), [(GREEDY, 5.2), (SAMPLED, 3.7)], ids=["greedy", "t0.7"])
 def test_the_head_of_the_demo(token_lists: list[list[int]], sampling: Sampling, least: float):
     """A head that was trained for a few minutes, beside the draft model that was trained with the target.
 
-    After the first step of each answer the draft model writes 3.85 and 3.32 tokens per step, the head 4.34 and 3.46.
-    Over the seeds 7 to 9, these are 3.67 and 3.56 at t=0.7.
+    After the first step of each answer the draft model writes 3.85 and 3.32 tokens per step, the head 5.43 and 3.79.
     """
     alone = measure(lambda target: mtp_drafter(target, 64), 64, sampling, token_lists)
     both = measure(lambda target: mtp_drafter(target, 64, free_sources(1)), 64, sampling, token_lists)

@@ -107,7 +107,7 @@ def copied(source: ModelSource, proposers: Sequence[ProposingSource], file: Path
 
 
 def test_the_own_copy_gains_by_retrieval_where_text_copies(source: ModelSource):
-    """On 4 of the 24 prompts, 4.57 tokens per step alone and 5.95 with retrieval."""
+    """On all 24 prompts, 4.58 tokens per step alone and 6.04 with retrieval; here every sixth is asked."""
     alone, both = (copied(source, proposers, PROMPTS, 6) for proposers in ((), free_sources(1)))
     print(f"\ncopy alone {alone:.2f}, with retrieval {both:.2f}")
     assert both >= 1.25 * alone
@@ -124,12 +124,9 @@ def _messages(lines: Sequence[dict[str, str]]) -> list[Message]:
     return [Message(**line) for line in lines]  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("sampling", "least"),
-    [(GREEDY, 3.5), pytest.param(SAMPLED, 2.2, marks=pytest.mark.xfail(reason="2.02 measured", strict=True))],
-    ids=["greedy", "t0.7"],
-)
+@pytest.mark.parametrize(("sampling", "least"), [(GREEDY, 4.4), (SAMPLED, 2.4)], ids=["greedy", "t0.7"])
 def test_retrieval_alone_copies(source: ModelSource, sampling: Sampling, least: float):
+    """4.65 and 2.59 tokens per step."""
     _, tokens_per_step = answers(source, TreeDrafter(None, free_sources(1)), sampling)
     print(f"\n{tokens_per_step:.2f} tokens per step")
     assert tokens_per_step >= least

@@ -18,8 +18,10 @@ from specchat.models.drafts import copy_of
 from specchat.models.sizes.describe import as_copy
 from specchat.models.sizes.geometry import layer_sizes
 from specchat.models.sizes.known_specs import known_spec
+from specchat.planner.explain import ExplainedPlan
 from specchat.planner.memory import build_ledger
 from specchat.planner.placement import PlacementOptions, interleaved
+from specchat.planner.rates import Rates
 from specchat.planner.request import PlanInputs
 from specchat.planner.search import choose_plan, smaller_plan
 from specchat.records.model import ModelSource
@@ -126,6 +128,36 @@ def test_a_copy_is_chosen_where_it_is_much_faster_and_the_disk_has_room():
     assert chosen(None, 100 * GIB) == "self"
     assert chosen(None, GIB) is None
     assert chosen("Qwen/Qwen3-0.6B", 100 * GIB) == "Qwen/Qwen3-0.6B"
+
+
+def explained(
+    machine: Machine, rates: Rates, copy: ModelSource | None, draft: ModelSource | None = None
+) -> ExplainedPlan:
+    given = as_copy(known_spec(TARGET.name, "int4"), "self") if draft is not None else None
+    facts = PlanInputs(
+        machine, rates, rates, lambda quant: known_spec(TARGET.name, quant), given, free_disk_bytes=100 * GIB
+    )
+    return choose_plan(
+        plan_request(TARGET, draft, quant="none", retrieval=True, draft_is_open=copy is not None, copy=copy), facts
+    )
+
+
+def test_a_gpu_over_a_slow_link_takes_the_copy_for_its_speed():
+    """A golden plan: 1.8 times as fast as with retrieval alone, and the reason is the tokens per pass."""
+    found = explained(GPU, FAST, COPY)
+    (choice,) = (each for each in found.choices if each.option == "draft")
+    assert (found.plan.draft, found.plan.draft_quant, choice.value) == ("self", "int4", "self+retrieval")
+    assert choice.why == "11.6 tokens per pass instead of 1" and not choice.pinned
+    assert choice.alternative is not None and choice.alternative.value == "retrieval"
+    assert found.prediction.tok_per_s == pytest.approx(1.8 * choice.alternative.tok_per_s, rel=0.02)
+
+
+def test_a_copy_that_does_not_fit_is_named_as_the_reason():
+    cpu = Machine("cpu", 14 * GIB, 14 * GIB, fast_bf16=False)
+    found = explained(cpu, UNKNOWN_RATES, None, draft=COPY)
+    (choice,) = (each for each in found.choices if each.option == "draft")
+    assert found.plan.draft is None and found.plan.placement.streamed
+    assert choice.why == "its copy does not fit beside it"
 
 
 def test_a_measured_copy_has_a_lower_precision_without_a_word():

@@ -38,12 +38,14 @@ class _Record:
         sources: number of the source that proposed each token first.
         setting: conditions of the last weighing.
         expected: probability of each proposed token.
+        weighed: proposals that decided about these probabilities, and learn from what comes.
     """
 
     claims: list[_Claim]
     sources: dict[int, int]
     setting: Setting
     expected: dict[int, float] = field(default_factory=dict)
+    weighed: Sequence[_Claim] = ()
 
 
 @dataclass(frozen=True)
@@ -115,14 +117,21 @@ class Proposers:
             SourceWork(source.name, seconds) for source, seconds in zip(self.sources, self._seconds, strict=True)
         )
 
-    def ask(self, sequence: TokenSequence, tail: Sequence[int]) -> int:
-        """Ask all sources what follows the tail, and return the number of the record."""
+    def ask(self, sequence: TokenSequence, tail: Sequence[int], luck: Tensor | None = None) -> int:
+        """Ask all sources what follows the tail, and return the number of the record.
+
+        Args:
+            sequence: sequence of the node.
+            tail: last tokens up to the node.
+            luck: the sampler's noise below the node [V]; None if it is unknown.
+        """
+        luck = luck if self._are_alone else None  # a scoring source knows better what is lucky
         claims = list[_Claim]()
         for number, source in enumerate(self.sources):
             if not self._asked[number]:
                 continue
             begin = time.perf_counter()
-            claims += (_Claim(each.token, each.kind, number) for each in source.propose(sequence.seat, tail))
+            claims += (_Claim(each.token, each.kind, number) for each in source.propose(sequence.seat, tail, luck))
             self._seconds[number] += time.perf_counter() - begin
         is_sampled = sequence.sampler.noise is not None
         sources = {claim.token: self._first + claim.source for claim in reversed(claims)}
@@ -139,7 +148,7 @@ class Proposers:
         record = self._records[number]
         if not record.claims:
             return []
-        odds = self._sums(record)
+        odds = self._strongest(record)
         if noise is not None and odds:
             luck = noise[torch.tensor(list(odds), device=noise.device)].tolist()
             odds = {token: each + value - _MEAN_NOISE for (token, each), value in zip(odds.items(), luck, strict=True)}
@@ -189,7 +198,7 @@ class Proposers:
     def learn(self, number: int, token: int) -> None:
         """Learn from the token that came after a node."""
         record = self._records[number]
-        for claim in record.claims:
+        for claim in record.weighed:
             if claim.token in record.expected:
                 calibration, came = self._calibrations[claim.source], claim.token == token
                 calibration.learn(record.setting, claim.kind, record.expected[claim.token], came=came)
@@ -197,8 +206,22 @@ class Proposers:
     def _extras(self, record: _Record) -> dict[int, float]:
         """Return what the proposals add to a draft's log weights, by token."""
         record.setting = Setting(beside_draft=True, is_sampled=record.setting.is_sampled)
-        record.expected = {}
+        record.expected, record.weighed = {}, record.claims
         return self._sums(record)
+
+    def _strongest(self, record: _Record) -> dict[int, float]:
+        """Return the log odds of each token where no draft scores it: those of the most certain proposal.
+
+        Proposals of the same token are hardly independent: repeats and recycled tokens come from the same places.
+        """
+        found: dict[int, tuple[float, _Claim]] = {}
+        weights = [calibration.weights(record.setting) for calibration in self._calibrations]
+        for claim in record.claims:
+            weight = weights[claim.source][claim.kind]
+            if weight is not None and (claim.token not in found or weight > found[claim.token][0]):
+                found[claim.token] = weight, claim
+        record.weighed = [claim for _, claim in found.values()]
+        return {token: weight for token, (weight, _) in found.items()}
 
     def _sums(self, record: _Record) -> dict[int, float]:
         """Return the sums of the proposals' weights by token; a proposal that says nothing counts as 0."""

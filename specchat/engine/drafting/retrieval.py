@@ -18,9 +18,9 @@ from specchat.engine.tree import common_prefix
 from specchat.records.limits import RETRIEVAL_PAST_TOKENS
 
 # Least lengths of the classes of repeats.
-_LENGTHS = (2, 3, 4, 5, 7, 9, 13, 16)
-# Continuations proposed for each node: the one behind the longest repeat, and another one.
-_WAYS = 2
+_LENGTHS = (1, 2, 3, 4, 5, 7, 9, 13, 16)
+# Continuations proposed for each node, and their ranks: the one behind the longest repeat, the second one, and others.
+_WAYS, _RANKS = 4, 3
 # Shorter texts are not worth keeping.
 _LEAST_TEXT = 8
 
@@ -36,12 +36,20 @@ class Retrieval:
     """
 
     name = "retrieval"
-    # Log odds by kind: classes of length for the best continuation, then for the second best. Beside a draft that ranks
-    # by the sampler's own noise, short repeats say nothing: they only cost time.
+    # Log odds by kind: classes of length for each rank. Beside a draft, a single token says nothing, and neither do
+    # further continuations; beside one that ranks by the sampler's own noise, short repeats do not either.
     priors = Priors(
-        alone=(-0.3, 0.4, 1.0, 1.2, 1.5, 2.4, 2.8, 3.4, -1.8, -1.6, -1.6, -1.4, -0.6, -0.6, -0.6, -0.6),
-        beside=(0.3, 0.3, 0.6, 0.6, 0.65, 0.9, 1.1, 1.5, 0.0, 0.2, 0.25, 0.25, 0.3, 0.5, 0.6, 0.6),
-        beside_sampled=(*[None] * 4, 0.65, 0.9, 1.1, 1.5, *[None] * 8),
+        alone=(
+            *(-1.0, 0.0, 0.7, 1.0, 1.2, 1.5, 2.4, 2.8, 3.4),
+            *(-1.5, -1.2, -1.6, -1.6, -1.4, -0.6, -0.6, -0.6, -0.6),
+            *(-2.5, -2.4, -2.2, -2.2, -2.0, -1.5, -1.5, -1.5, -1.5),
+        ),
+        beside=(
+            *(None, 0.3, 0.3, 0.6, 0.6, 0.65, 0.9, 1.1, 1.5),
+            *(None, 0.0, 0.2, 0.25, 0.25, 0.3, 0.5, 0.6, 0.6),
+            *[None] * 9,
+        ),
+        beside_sampled=(*[None] * 5, 0.65, 0.9, 1.1, 1.5, *[None] * 18),
     )
 
     def __init__(self, seats: int) -> None:
@@ -57,7 +65,7 @@ class Retrieval:
             text.truncate(shared)
             text.append(sequence.tokens[shared:])
 
-    def propose(self, seat: int, tail: Sequence[int]) -> list[Proposal]:
+    def propose(self, seat: int, tail: Sequence[int], luck: Tensor | None) -> list[Proposal]:
         """Return what followed the longest repeats of the tail."""
         longest: dict[int, int] = {}
         for index in (self._texts[seat], self._past):
@@ -66,7 +74,7 @@ class Retrieval:
                 longest[token] = max(longest.get(token, 0), length)
         best = sorted(longest.items(), key=lambda item: -item[1])[:_WAYS]
         return [
-            Proposal(token, rank * len(_LENGTHS) + bisect_right(_LENGTHS, length) - 1)
+            Proposal(token, min(rank, _RANKS - 1) * len(_LENGTHS) + bisect_right(_LENGTHS, length) - 1)
             for rank, (token, length) in enumerate(best)
         ]
 

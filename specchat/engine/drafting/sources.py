@@ -139,12 +139,14 @@ class ProposingSource(Protocol):
     def begin(self, sequences: Sequence[TokenSequence]) -> None:
         """Read the sequences' new tokens."""
 
-    def propose(self, seat: int, tail: Sequence[int]) -> Sequence[Proposal]:
+    def propose(self, seat: int, tail: Sequence[int], luck: Tensor | None) -> Sequence[Proposal]:
         """Return proposals for what follows the tail, at most one for a token.
 
         Args:
             seat: seat of the sequence.
             tail: last `TAIL` tokens up to a node; all tokens of a shorter text.
+            luck: the sampler's noise of the next token [V], which says what is worth a guess without other knowledge;
+                None if the answer is greedy, or if another source scores the tree.
         """
 
     def observe(self, tails: Sequence[Sequence[int]], scores: Tensor) -> None:

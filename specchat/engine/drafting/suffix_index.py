@@ -5,8 +5,8 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Sequence
 
-# Lengths of the repeats that are looked up, longest first. Repeats of a single token say too little.
-_ORDERS = (4, 2)
+# Lengths of the repeats that are looked up, longest first.
+_ORDERS = (4, 2, 1)
 # Places that are compared for each length, latest first.
 _MOST_PLACES = 12
 

@@ -230,7 +230,7 @@ class Useless:
     def begin(self, sequences: Sequence[TokenSequence]) -> None:
         pass
 
-    def propose(self, seat: int, tail: Sequence[int]) -> list[Proposal]:
+    def propose(self, seat: int, tail: Sequence[int], luck: torch.Tensor | None) -> list[Proposal]:
         return [Proposal(7, 0)]
 
     def observe(self, tails: Sequence[Sequence[int]], scores: torch.Tensor) -> None:

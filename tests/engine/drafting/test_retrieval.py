@@ -18,6 +18,7 @@ from support.tiny_models import VOCAB, make_config, perturbed, random_model, sav
 
 from specchat.engine.drafting.calibration import Calibration, Setting, Worth
 from specchat.engine.drafting.drafter import TreeDrafter, free_sources
+from specchat.engine.drafting.frequent import FrequentTokens
 from specchat.engine.drafting.policy import FixedPolicy
 from specchat.engine.drafting.proposers import Proposers
 from specchat.engine.drafting.recycling import Recycling
@@ -28,7 +29,7 @@ from specchat.engine.engine import Engine
 from specchat.engine.sampling import Sampler
 from specchat.engine.sequence import TokenSequence
 from specchat.records.generation import Request, Sampling
-from specchat.records.limits import RECYCLED_RUNS, RETRIEVAL_PAST_TOKENS
+from specchat.records.limits import FREQUENT_TOKENS, RECYCLED_RUNS, RETRIEVAL_PAST_TOKENS
 from specchat.records.model import ModelSource
 
 CPU = torch.device("cpu")
@@ -113,11 +114,11 @@ class _Stopping(Retrieval):
         super().__init__(1)
         self._cancel, self._left = cancel, asks
 
-    def propose(self, seat: int, tail: Sequence[int]) -> list[Proposal]:
+    def propose(self, seat: int, tail: Sequence[int], luck: torch.Tensor | None) -> list[Proposal]:
         self._left -= 1
         if self._left == 0:
             self._cancel.set()
-        return super().propose(seat, tail)
+        return super().propose(seat, tail, luck)
 
 
 @pytest.mark.parametrize("asks", [1, 5, 12])
@@ -162,7 +163,7 @@ def test_repeats_equal_brute_force(text: list[int], tail: list[int], cut: int, m
     tokens = [*text[:cut], *more]
     assert index.tokens == tokens
     lengths = {place: common_suffix(tokens[:place], tail) for place in range(1, len(tokens))}
-    order = next((order for order in (4, 2) if any(length >= order for length in lengths.values())), None)
+    order = next((order for order in (4, 2, 1) if any(length >= order for length in lengths.values())), None)
     places = [] if order is None else [place for place in lengths if lengths[place] >= order]
     found = list(index.matches(tail))
     # the end of the text itself takes one of the twelve places that are compared
@@ -177,11 +178,14 @@ def sequence(tokens: list[int], sampling: Sampling = SAMPLINGS["greedy"], seat: 
 def test_the_longest_repeat_comes_first_and_earlier_texts_count():
     retrieval = Retrieval(2)
     retrieval.begin([sequence([1, 2, 3, 4, 5, 9, 3, 4, 7, 1, 2, 3, 4])])
-    assert [each.token for each in retrieval.propose(0, [1, 2, 3, 4])] == [5]
-    assert [each.token for each in retrieval.propose(0, [6, 3, 4])] == [7, 5]  # as long, so the latest place is first
-    assert retrieval.propose(1, [1, 2, 3, 4]) == []
+    assert [each.token for each in retrieval.propose(0, [1, 2, 3, 4], None)] == [5]
+    assert [each.token for each in retrieval.propose(0, [6, 3, 4], None)] == [
+        7,
+        5,
+    ]  # as long, so the latest place is first
+    assert retrieval.propose(1, [1, 2, 3, 4], None) == []
     retrieval.begin([sequence([8, 8, 8])])  # the first text is now an earlier one, for all seats
-    assert retrieval.propose(1, [1, 2, 3, 4])[0].token == 5
+    assert retrieval.propose(1, [1, 2, 3, 4], None)[0].token == 5
 
 
 def test_earlier_texts_are_bounded():
@@ -196,18 +200,58 @@ def test_recycling_proposes_the_targets_best_tokens():
     scores = torch.full((2, VOCAB), -10.0)
     scores[0, 7], scores[0, 8], scores[1, 9] = 5.0, 4.0, 3.0
     recycling.observe([[1, 2, 3], [4]], scores)
-    assert [each.token for each in recycling.propose(0, [0, 1, 2, 3])][:2] == [7, 8]
-    assert recycling.propose(0, [5, 2, 3])[0].token == recycling.propose(0, [5, 5, 3])[0].token == 7
-    assert recycling.propose(0, [4])[0].token == 9
-    assert recycling.propose(0, [6]) == ()
-    assert recycling.propose(0, [1, 2, 3])[0].kind < recycling.propose(0, [5, 2, 3])[0].kind  # longer runs say more
+    assert [each.token for each in recycling.propose(0, [0, 1, 2, 3], None)][:2] == [7, 8]
+    assert recycling.propose(0, [5, 2, 3], None)[0].token == recycling.propose(0, [5, 5, 3], None)[0].token == 7
+    assert recycling.propose(0, [4], None)[0].token == 9
+    assert recycling.propose(0, [6], None) == ()
+    assert (
+        recycling.propose(0, [1, 2, 3], None)[0].kind < recycling.propose(0, [5, 2, 3], None)[0].kind
+    )  # longer runs say more
 
 
 def test_recycled_runs_are_bounded():
     recycling = Recycling()
     scores = torch.zeros(RECYCLED_RUNS // 3 + 10, 4)
     recycling.observe([[number] for number in range(len(scores))], scores)
-    assert recycling.propose(0, [3]) == () and len(recycling.propose(0, [len(scores) - 1])) == 4
+    assert recycling.propose(0, [3], None) == () and len(recycling.propose(0, [len(scores) - 1], None)) == 4
+
+
+def lucky_of_scores(luck: torch.Tensor) -> tuple[Recycling, list[Proposal]]:
+    """What a sampled answer is proposed after a token that nothing is known of."""
+    recycling = Recycling()
+    recycling.begin([sequence([1, 2, 2, 2, 3, 3])])
+    scores = torch.full((1, VOCAB), -50.0)
+    scores[0, 4], scores[0, 5] = math.log(0.75), math.log(0.25)
+    recycling.observe([[1, 2]], scores)
+    recycling.begin([sequence([1, 2, 2, 2, 3, 3, 9, 9, 9, 9])])
+    return recycling, list(recycling.propose(0, [77], luck))
+
+
+def test_lucky_frequent_tokens_equal_brute_force():
+    luck = Sampler(SAMPLINGS["sampled"], VOCAB, CPU).noise.row(40)  # type: ignore[union-attr]
+    recycling, found = lucky_of_scores(luck)
+    counts = {1: 1, 2: 3, 3: 2, 9: 4, 4: 0.75, 5: 0.25}
+    race = {token: math.log(count / 11) + float(luck[token]) for token, count in counts.items()}
+    # tokens whose scores are nearly nothing are known as well, but rare
+    assert [each.token for each in found if each.token in race] == sorted(race, key=race.__getitem__, reverse=True)
+    kinds = {each.token: each.kind for each in found}
+    assert kinds[9] == kinds[2] == kinds[4] > kinds[5]
+    assert recycling.propose(0, [77], None) == (), "no guesses without luck"
+    known = [each.token for each in recycling.propose(0, [1, 2], luck)]
+    assert known[:2] == [4, 5] and len(set(known)) == len(known)
+
+
+def test_frequent_tokens_are_bounded_and_skip_scores_that_are_none():
+    frequent = FrequentTokens(0)
+    frequent.count((token, 1.0 + token) for token in range(3 * FREQUENT_TOKENS))
+    frequent.count([(1, math.nan), (2, 0.0)])
+    frequent.begin([])
+    assert len(frequent._tokens) <= FREQUENT_TOKENS and frequent._logs.isfinite().all()
+    (best, *_) = frequent.lucky(torch.zeros(3 * FREQUENT_TOKENS))
+    assert best.token == 3 * FREQUENT_TOKENS - 1
+    frequent.reset()
+    frequent.begin([])
+    assert frequent.lucky(torch.zeros(4)) == []
 
 
 # --- worth -----------------------------------------------------------------------------------------------------------
@@ -253,7 +297,7 @@ class Slow(Retrieval):
 
     asks = 0
 
-    def propose(self, seat: int, tail: Sequence[int]) -> list[Proposal]:
+    def propose(self, seat: int, tail: Sequence[int], luck: torch.Tensor | None) -> list[Proposal]:
         self.asks += 1
         return []
 
@@ -296,7 +340,7 @@ class Fixed:
     def begin(self, sequences: Sequence[TokenSequence]) -> None:
         pass
 
-    def propose(self, seat: int, tail: Sequence[int]) -> list[Proposal]:
+    def propose(self, seat: int, tail: Sequence[int], luck: torch.Tensor | None) -> list[Proposal]:
         return self.after.get(tail[-1], [])
 
     def observe(self, tails: Sequence[Sequence[int]], scores: torch.Tensor) -> None:
@@ -338,6 +382,22 @@ def test_merged_weights_are_a_distribution_and_follow_what_comes():
     raised[9] -= 0.5
     assert told[0] == pytest.approx(float(raised.log_softmax(-1)[7]), abs=1e-5)  # the formula, before learning
     assert told[-1] > -0.5 > told[0]
+
+
+def test_the_most_certain_of_equal_proposals_decides_and_learns():
+    """Without a draft, two sources that propose a token are no surer of it than one: both read the same text."""
+    after = {4: [Proposal(7, 0)]}, {4: [Proposal(7, 1), Proposal(9, 1)]}
+    proposers, text = Proposers([Fixed(each) for each in after], first=0), sequence([3, 4])
+    proposers.begin([text], alone=True)
+    number = proposers.ask(text, [3, 4])
+    weights = {child.token: math.exp(child.weight) for child in proposers.alone(number, None)}
+    total = 1 + math.exp(0.5) + math.exp(-1.0)
+    assert weights == pytest.approx({7: math.exp(0.5) / total, 9: math.exp(-1.0) / total})
+    proposers.learn(number, 7)
+    setting = Setting(beside_draft=False, is_sampled=False)
+    first, second = (calibration.weights(setting) for calibration in proposers._calibrations)
+    assert first[0] is not None and first[0] > 0.5
+    assert second[1] is not None and second[1] < -1.0, "7 says nothing of this proposal, but 9 did not come"
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
