@@ -7,11 +7,13 @@ layers are streamed again, and for the next short text they are resident again.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence, Set
 from dataclasses import replace
 
 from specchat.models.sizes.geometry import layer_sizes
 from specchat.planner.memory import build_ledger
-from specchat.planner.placement import among
+from specchat.planner.placement import interleaved
 from specchat.records.model import ModelSpec
 from specchat.records.plan import Placement, Plan, Stage, Workload
 
@@ -63,10 +65,35 @@ def _resident(
     # With no more streamed layers than slots, each slot could as well hold a resident layer, without any streaming.
     most = min(len(streamed) - placement.slots - 1, spare // min(streamed.values()))
     for count in range(most, 0, -1):
-        resident = tuple(sorted((*later, *among(streamed, count))))
+        resident = _spread(later, count, placement.num_layers)
         if _bytes(target, draft, work, replace(placement, resident=resident), plan.placement) <= plan.device_bytes:
             return resident
     return later
+
+
+def _spread(later: Sequence[int], count: int, num_layers: int) -> tuple[int, ...]:
+    """Return the resident layers of later stages and `count` further ones, such that all are spread evenly.
+
+    Further ones that were spread among the streamed layers alone would lie beside earlier ones: ten resident layers in
+    a row of an 80-layer model, during which the slots are full and the link idles. The last layer stays streamed.
+    """
+    wanted = interleaved(len(later) + count, num_layers)
+    resident, held, passed = set(later), 0, 0
+    for index in range(num_layers - 1):
+        passed += index in wanted
+        if index not in resident and held < passed and len(resident) < len(wanted):
+            resident.add(index)
+        held += index in resident
+    while len(resident) < len(wanted):  # earlier layers lie denser than wanted somewhere
+        free = [index for index in range(num_layers - 1) if index not in resident]
+        resident.add(min(free, key=lambda index: _num_beside(resident, index)))
+    return tuple(sorted(resident))
+
+
+def _num_beside(resident: Set[int], index: int) -> int:
+    """Return the number of resident layers in a row beside a streamed one, on both sides."""
+    before = next(count for count in itertools.count() if index - count - 1 not in resident)
+    return before + next(count for count in itertools.count() if index + count + 1 not in resident)
 
 
 def _bytes(target: ModelSpec, draft: ModelSpec | None, work: Workload, placement: Placement, final: Placement) -> int:
