@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from specchat.models.sizes.geometry import layer_sizes
 from specchat.planner.memory import build_ledger
-from specchat.planner.placement import interleaved
+from specchat.planner.placement import TierSizes, interleaved
 from specchat.records.model import ModelSpec
 from specchat.records.plan import Placement, Plan, Stage, Workload
 
@@ -44,6 +44,26 @@ def with_stages(plan: Plan, target: ModelSpec, draft: ModelSpec | None) -> Plan:
             stages.append(Stage(ctx, resident))
     useful = [stage for stage in stages if len(stage.resident) > len(plan.placement.resident)]
     return replace(plan, stages=tuple(reversed(useful)))
+
+
+def first_sizes(plan: Plan, sizes: TierSizes, target: ModelSpec) -> TierSizes:
+    """Return the tier sizes of a plan's first stage.
+
+    Args:
+        plan: plan with stages.
+        sizes: tier sizes of the last stage.
+        target: sizes of the target.
+    """
+    layers, resident = layer_sizes(target, plan.work.dtype), set(plan.first_stage.resident)
+    in_ram = [layers[i] for i in plan.placement.in_ram if i not in resident]
+    on_disk = [layers[i] for i in plan.placement.streamed if i not in {*resident, *plan.placement.in_ram}]
+    return replace(
+        sizes,
+        num_in_ram=len(in_ram),
+        num_on_disk=len(on_disk),
+        ram_bytes=sum(in_ram),
+        disk_bytes=sum(on_disk),
+    )
 
 
 def _contexts(most: int) -> list[int]:

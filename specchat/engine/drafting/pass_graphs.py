@@ -145,5 +145,5 @@ class PassGraphs:
 
 
 def _keys_for(num_rows: int) -> int:
-    """Return the keys of a pass in a cache that holds so many rows at its end."""
+    """Return the keys of a pass after which a cache holds `num_rows` rows."""
     return max(_LEAST_KEYS, 1 << (num_rows - 1).bit_length())
