@@ -125,8 +125,9 @@ def test_models_whose_kernels_depend_on_values_are_computed_as_before(tmp_path: 
 
 
 def engine_of(pair: Pair, **changes: Any) -> Engine:
-    plan = make_plan(*pair, num_layers=4, resident=(), tree_budget=BUDGET)
-    return load_engine(changed(plan, **{"device": "cuda:0", "in_ram": range(4), **changes}), *pair)
+    num_layers = changes.pop("num_layers", 4)
+    plan = make_plan(*pair, num_layers=num_layers, resident=(), tree_budget=BUDGET)
+    return load_engine(changed(plan, **{"device": "cuda:0", "in_ram": range(num_layers), **changes}), *pair)
 
 
 def drawn(pair: Pair, num_tokens: int = 30, **changes: Any) -> tuple[list[int], list[Any], list[int], int]:
@@ -162,7 +163,8 @@ def test_graphs_grow_the_same_trees_in_fewer_launches(pair: Pair):
 def test_graphs_of_every_architecture(architecture: str, tmp_path: Path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_graphs(pair_of(architecture, tmp_path))
+        num_layers = make_config(architecture).num_hidden_layers
+        check_graphs(pair_of(architecture, tmp_path), num_layers=num_layers)
 
 
 @pytest.mark.slow
