@@ -37,13 +37,21 @@ def with_stages(plan: Plan, target: ModelSpec, draft: ModelSpec | None) -> Plan:
     fixed = plan.devices or plan.placement.expanded or (draft is not None and draft.is_copy)
     if not plan.placement.streamed or plan.work.seats > 1 or fixed:
         return plan
+    # The first layer stays streamed if the others lie as evenly then: the slots are full when a pass begins.
+    options = [_stages(plan, target, draft, delay) for delay in (1, 0)]
+    longest = [max((_longest_row(stage.resident) for stage in stages), default=0) for stages in options]
+    return replace(plan, stages=options[longest.index(min(longest))])
+
+
+def _stages(plan: Plan, target: ModelSpec, draft: ModelSpec | None, delay: int) -> tuple[Stage, ...]:
+    """Return the stages, by ascending context; see `_spread` for `delay`."""
     stages, resident = list[Stage](), plan.placement.resident
     for ctx in reversed(_contexts(plan.work.ctx)):
-        resident = _resident(plan, target, draft, replace(plan.work, ctx=ctx), resident)
+        resident = _resident(plan, target, draft, replace(plan.work, ctx=ctx), resident, delay)
         if not stages or len(resident) > len(stages[-1].resident):
             stages.append(Stage(ctx, resident))
     useful = [stage for stage in stages if len(stage.resident) > len(plan.placement.resident)]
-    return replace(plan, stages=tuple(reversed(useful)))
+    return tuple(reversed(useful))
 
 
 def first_sizes(plan: Plan, sizes: TierSizes, target: ModelSpec) -> TierSizes:
@@ -76,7 +84,7 @@ def _contexts(most: int) -> list[int]:
 
 
 def _resident(
-    plan: Plan, target: ModelSpec, draft: ModelSpec | None, work: Workload, later: tuple[int, ...]
+    plan: Plan, target: ModelSpec, draft: ModelSpec | None, work: Workload, later: tuple[int, ...], delay: int
 ) -> tuple[int, ...]:
     """Return the resident layers of a stage: those of later stages, and as many more as the plan's memory holds."""
     sizes, placement = layer_sizes(target, work.dtype), replace(plan.placement, resident=later)
@@ -85,22 +93,28 @@ def _resident(
     # With no more streamed layers than slots, each slot could as well hold a resident layer, without any streaming.
     most = min(len(streamed) - placement.slots - 1, spare // min(streamed.values()))
     for count in range(most, 0, -1):
-        resident = _spread(later, count, placement.num_layers)
+        resident = _spread(later, count, placement.num_layers, delay)
         if _bytes(target, draft, work, replace(placement, resident=resident), plan.placement) <= plan.device_bytes:
             return resident
     return later
 
 
-def _spread(later: Sequence[int], count: int, num_layers: int) -> tuple[int, ...]:
+def _spread(later: Sequence[int], count: int, num_layers: int, delay: int) -> tuple[int, ...]:
     """Return the resident layers of later stages and `count` further ones, such that all are spread evenly.
 
     Further ones that were spread among the streamed layers alone would lie beside earlier ones: ten resident layers in
     a row of an 80-layer model, during which the slots are full and the link idles. The last layer stays streamed.
+
+    Args:
+        later: resident layers of later stages.
+        count: number of further ones.
+        num_layers: number of decoder layers.
+        delay: number of layers by which further ones follow an even division; 1 keeps the first layer streamed.
     """
     wanted = interleaved(len(later) + count, num_layers)
-    resident, held, passed = set(later), 0, 0
+    resident, held = set(later), 0
     for index in range(num_layers - 1):
-        passed += index in wanted
+        passed = sum(each <= index - delay for each in wanted)
         if index not in resident and held < passed and len(resident) < len(wanted):
             resident.add(index)
         held += index in resident
@@ -108,6 +122,12 @@ def _spread(later: Sequence[int], count: int, num_layers: int) -> tuple[int, ...
         free = [index for index in range(num_layers - 1) if index not in resident]
         resident.add(min(free, key=lambda index: _num_beside(resident, index)))
     return tuple(sorted(resident))
+
+
+def _longest_row(resident: Sequence[int]) -> int:
+    """Return the number of resident layers in the longest row of them."""
+    rows = itertools.groupby(enumerate(resident), key=lambda item: item[1] - item[0])
+    return max((len(list(row)) for _, row in rows), default=0)
 
 
 def _num_beside(resident: Set[int], index: int) -> int:

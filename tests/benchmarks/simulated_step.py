@@ -5,7 +5,8 @@
 Kernels, small copies and waits are those of this code, counted on a pretended GPU with small models of the same
 architectures (`support.gpu_counts`). Layers, bytes, slots and trees are those that the planner chooses for known models
 on the machine, while the chat is short. Draft passes and head blocks of a step are counted on the demo pair, whose
-trees grow as on a GPU. Everything else is assumed and printed.
+trees grow as on a GPU, and end where another pass is not worth the time that the plan expects. Everything else is
+assumed and printed.
 
 Three things work at the same time: the host queues kernels one after another, the device computes them in order, and
 the link copies layers. They wait for each other as in `CudaStreamer`: a layer is computed when its copy has ended, a
@@ -382,7 +383,7 @@ def simulate_setting(setting: Setting) -> None:
         target = count_pass(setting.architecture, "int4", Path(folder))
         draft = count_pass(setting.architecture, "none", Path(folder))
         counts = count_step(setting.architecture, "int4", Path(folder))
-    demo = count_demo(found.plan.work.tree_budget)
+    demo = count_demo(found.plan)
     case = case_of(found, setting.card, target, draft, counts, demo)
     stage, prediction = found.plan.first_stage, found.prediction
     print(f"\n{setting.title}; {setting.card}")

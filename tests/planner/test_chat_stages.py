@@ -119,5 +119,5 @@ def test_any_number_of_further_layers_is_found(num_layers: int, data: st.DataObj
     held = data.draw(st.integers(0, num_layers - 2))
     count = data.draw(st.integers(1, num_layers - 1 - held))
     later = interleaved(held, num_layers)
-    found = _spread(later, count, num_layers)
+    found = _spread(later, count, num_layers, data.draw(st.integers(0, 1)))
     assert set(later) < set(found) and len(found) == held + count and num_layers - 1 not in found

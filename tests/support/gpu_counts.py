@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -14,13 +15,16 @@ from specchat.bench.prompts import BUILT_IN
 from specchat.engine.drafting.device_growth import DeviceGrowth
 from specchat.engine.drafting.draft_model import DraftModel
 from specchat.engine.drafting.pass_graphs import PassGraphs
+from specchat.engine.drafting.policy import AdaptivePolicy
 from specchat.engine.layout import PassLayout, RowLayout
+from specchat.engine.tree import TokenTree
 from specchat.models.catalog.ref import demo_source
 from specchat.models.checkpoint import layout
 from specchat.models.hf.tokenizer import load_tokenizer
 from specchat.records.chat import Message
 from specchat.records.generation import Sampling
 from specchat.records.model import ModelSource, Quant
+from specchat.records.plan import Plan
 from support.engines import NOTHING, make_plan, random_prompt
 from support.loading import load_engine, load_model
 from support.plans import changed
@@ -140,18 +144,24 @@ def count_step(architecture: str, quant: Quant, folder: Path) -> StepCounts:
     )
 
 
-def count_demo(tree_budget: int, questions: int = 3, tokens: int = 60) -> DemoCounts:
-    """Count the demo's steps, whose trees grow as on a GPU, at temperature 0.7."""
+def count_demo(plan: Plan, questions: int = 4, tokens: int = 60) -> DemoCounts:
+    """Count the demo's steps at temperature 0.7, whose trees grow as on a GPU.
+
+    They end where the policy of a plan finds that another pass is not worth its time, by the times that the plan
+    expects; which nodes are accepted is learned.
+    """
     target, draft = demo_source("target"), demo_source("draft")
     tokenizer = load_tokenizer(target.path)
-    num_layers = 8
-    plan = make_plan(target, draft, num_layers=num_layers, tree_budget=tree_budget)
+    own = make_plan(target, draft, num_layers=8, tree_budget=plan.work.tree_budget)
+    own = changed(own, head_rows=plan.work.head_rows, adaptive=plan.adaptive, expected=plan.expected)
     passes, blocks, num_tokens = list[int](), list[int](), 0
     run = DeviceGrowth.run
     with (
         mock.patch.object(DraftModel, "grows_on_device", new=True),
         mock.patch.object(DeviceGrowth, "run", lambda self: (run(self), passes.append(self.passes))[0]),
-        load_engine(changed(plan, head_rows=32), target, draft) as engine,
+        mock.patch.object(AdaptivePolicy, "record_draft_pass", lambda *_: None),
+        mock.patch.object(AdaptivePolicy, "record_pass", _learn_acceptance),
+        load_engine(own, target, draft) as engine,
     ):
         score = engine.target.logits
         with mock.patch.object(engine.target, "logits", lambda hidden: (score(hidden), blocks.append(1))[0]):
@@ -161,6 +171,14 @@ def count_demo(tree_budget: int, questions: int = 3, tokens: int = 60) -> DemoCo
                 for step in engine.generate(prompt, sampling, stop_ids=NOTHING, max_tokens=tokens):
                     num_tokens += len(step.token_ids)
     return DemoCounts(sum(passes) / len(passes), num_tokens / len(blocks))
+
+
+def _learn_acceptance(
+    policy: AdaptivePolicy, _: Any, trees: Sequence[TokenTree], paths: Sequence[Sequence[int]]
+) -> None:
+    """Learn which nodes are accepted, but no times, which are this machine's."""
+    for tree, path in zip(trees, paths, strict=True):
+        policy._acceptance.add(tree, path)
 
 
 def _config(architecture: str, num_layers: int) -> object:
