@@ -192,6 +192,7 @@ def test_a_draft_pass_is_one_launch(pair: Pair):
         assert counts[1] == counts[2] == counts[3] <= 15 and counts[0] > 150
 
 
+@pytest.mark.slow
 def test_what_cannot_be_recorded_is_computed_and_said_once(pair: Pair, monkeypatch: pytest.MonkeyPatch):
     score = TreeModel.score_fixed
 
