@@ -47,7 +47,7 @@ FOLDERS = {
     ],
     "engine": [
         {"device", "layout", "linear", "sampling", "taps", "tree"},
-        {"streaming"},
+        {"fixed_layout", "streaming"},
         {"attention", "experts", "hops", "recurrent", "requests", "sequence"},
         {"kv_cache"},
         {"model"},

@@ -23,6 +23,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from specchat.engine.fixed_layout import FixedLayout
 from specchat.engine.layout import PassLayout
 from specchat.engine.recurrent.cache import LayerStates, RecurrentCache
 from specchat.records.kv_slabs import slabs_of
@@ -66,6 +67,11 @@ class _Slab:
     def nbytes(self) -> int:
         """Bytes of the buffers."""
         return sum(rows.nbytes for rows in self._buffers)
+
+    @property
+    def address(self) -> int:
+        """Address of the first buffer."""
+        return self._buffers[0].data_ptr()
 
     def move(self, index: Tensor, to: slice) -> None:
         """Move rows of all layers.
@@ -132,6 +138,8 @@ class LayerKv:
         Returns:
             Keys and values of the seats; the last one is cut after its rows, padded to the alignment.
         """
+        if isinstance(layout, FixedLayout):
+            return self._append_fixed(layout, keys, values)
         for part, rows in layout.current:
             held = self.lengths[part.seat]
             length = held + rows.stop - rows.start
@@ -142,6 +150,14 @@ class LayerKv:
             self.lengths[part.seat] = length
         begin, last = layout.first_seat * self.capacity, layout.last_seat
         end = last * self.capacity + padded_rows(self.lengths[last])
+        return self.keys[:, :, begin:end], self.values[:, :, begin:end]
+
+    def _append_fixed(self, layout: FixedLayout, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store rows where the device says, and return the rows that may be seen; `TreeCache.advance` counts them."""
+        self.keys.index_copy_(2, layout.rows.places, keys)
+        self.values.index_copy_(2, layout.rows.places, values)
+        begin = layout.first_seat * self.capacity
+        end = begin + layout.rows.length
         return self.keys[:, :, begin:end], self.values[:, :, begin:end]
 
     def keep(self, seat: int, length: int) -> None:
@@ -253,6 +269,16 @@ class TreeCache:
                 layers = [self.layers[there[place]] for place in places]
                 slab = _Slab(shapes[places[0]], layers, capacity, self._dtype, device)
                 self._slabs = [*(each for each in self._slabs if each.is_used), slab]
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Addresses of the buffers, and the rows of a seat: what changes when the buffers do."""
+        return (self.capacity, *(slab.address for slab in self._slabs))
+
+    def advance(self, seat: int, num_rows: int) -> None:
+        """Count the rows that a pass over fixed rows has stored behind those of a seat."""
+        for layer in self.layers:
+            layer.keep(seat, layer.lengths[seat] + num_rows)
 
     def begin(self, layout: PassLayout) -> None:
         """Begin a pass over the rows of a layout."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from specchat.engine.attention import MaskFunction, PassMask
 from specchat.engine.device import copied_together
+from specchat.engine.fixed_layout import FixedLayout
 from specchat.engine.hops import Hops
 from specchat.engine.kv_cache import TreeCache
 from specchat.engine.layout import PassLayout, linear_layout
@@ -195,6 +196,20 @@ class TreeModel:
     def logits(self, hidden: Tensor) -> Tensor:
         """Return scores, float32 [n, V], of hidden states [n, hidden]."""
         return self.skeleton.head(hidden).float()
+
+    @torch.inference_mode()
+    def score_fixed(self, layout: FixedLayout) -> Tensor:
+        """Return scores, float32 [rows, V], of fixed rows, whose keys and values go to the cache.
+
+        The host decides nothing between the layers, so a graph can record the pass. The cache does not count the rows,
+        and nothing cancels the pass. All layers are resident and have no states; the embeddings are on the device.
+        """
+        self._layout = layout
+        try:
+            with row_scope(partial(self._mask_of, layout)):
+                return self.logits(self._decode(layout.rows.ids, layout.positions))
+        finally:
+            self._layout = None
 
     @torch.inference_mode()
     def embed(self, token_ids: Sequence[int], *, plain: bool = False) -> Tensor:

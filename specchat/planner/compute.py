@@ -7,8 +7,8 @@ from specchat.hardware.machine import MatmulRate
 from specchat.models.sizes.geometry import is_4bit_float
 from specchat.planner.experts import used_share
 from specchat.planner.rates import Rates
-from specchat.records.limits import HEAD_BLOCK_ROWS
-from specchat.records.model import DTYPE_BYTES, Dtype, ModelSpec
+from specchat.records.limits import CUDA_HEAD_BLOCK_ROWS, HEAD_BLOCK_ROWS
+from specchat.records.model import DTYPE_BYTES, Dtype, ModelSpec, own_quant
 
 # Keys that attention is priced for: a short chat. Longer chats are slower than predicted.
 _KEYS = 512
@@ -17,8 +17,10 @@ _SCORE_SWEEPS = 10
 # Layers whose non-attention weights are at most this multiple of the active MLP width count as dense, without experts.
 # The margin covers norms, biases and gates.
 _DENSE_SHARE = 1.5
-# Visited nodes per computed block of the head.
-_VISITS_PER_BLOCK = 2.5
+# Visited nodes per computed block of the head, counted on the demo pair with blocks of 8 rows, and of a GPU's 32.
+_VISITS_PER_BLOCK, _CUDA_VISITS_PER_BLOCK = 2.5, 3.75
+# Fixed seconds of a layer in a pass that a GPU repeats from a graph: 41 to 57 kernels of 1.5 us. Not measured.
+_GRAPH_LAYER_S = 75e-6
 # Time of a whole pass on a CPU, relative to its matmuls at the probe's rates. The rest is norms, activations and small
 # operations of attention. Measured with tests/benchmarks/predicted.py.
 _MATMUL_OVERHEAD = 1.12
@@ -40,14 +42,21 @@ class ComputeTimes:
         self._packed = _matmul_times(dtype, rates, rates.packed or rates.matmul, on_cpu=on_cpu)
         self._rates = rates
         self._on_cpu = on_cpu
-        self._pass_s: dict[int, float] = {}
+        self._pass_s: dict[tuple[int, bool], float] = {}
         self._layer_s: dict[tuple[int, bool, bool], float] = {}
 
-    def pass_s(self, rows: int) -> float:
-        """Return the seconds of a draft batch: all layers, resident, and the scores of every row."""
-        if rows not in self._pass_s:
-            self._pass_s[rows] = self._spec.num_layers * self.layer_s(rows, resident=True) + self.scoring_s(rows)
-        return self._pass_s[rows]
+    def pass_s(self, rows: int, *, by_graph: bool = False) -> float:
+        """Return the seconds of a draft batch: all layers, resident, and the scores of every row.
+
+        Args:
+            rows: rows of the batch.
+            by_graph: whether the host starts the pass with one launch.
+        """
+        if (rows, by_graph) not in self._pass_s:
+            saved_s = max(self._rates.layer_s - _GRAPH_LAYER_S, 0.0) if by_graph else 0.0
+            layers_s = self._spec.num_layers * (self.layer_s(rows, resident=True) - saved_s)
+            self._pass_s[rows, by_graph] = layers_s + self.scoring_s(rows)
+        return self._pass_s[rows, by_graph]
 
     def scoring_s(self, rows: int) -> float:
         """Return the seconds to score every row, and to turn the scores into children of nodes."""
@@ -56,10 +65,15 @@ class ComputeTimes:
 
     def head_s(self, tokens: float) -> float:
         """Return the seconds to score, in blocks, the nodes that a walk visits."""
-        blocks = max(tokens / _VISITS_PER_BLOCK, 1.0)
+        visits, rows = (
+            (_VISITS_PER_BLOCK, HEAD_BLOCK_ROWS) if self._on_cpu else (_CUDA_VISITS_PER_BLOCK, CUDA_HEAD_BLOCK_ROWS)
+        )
+        blocks = max(tokens / visits, 1.0)
         sweeps = _SCORE_SWEEPS * tokens * self._spec.vocab_size * 4 / self._rates.memory.per_s
-        matmul_s = blocks * self._head_weights * self._stored.weight_s(HEAD_BLOCK_ROWS)
-        return self._rates.layer_s * blocks + matmul_s + sweeps
+        weight_s = self._stored.weight_s(rows)
+        if not self._on_cpu and own_quant(self._spec.quant) != "none":  # a head in int8, dequantized for each block
+            weight_s += self._rates.dequantize_s["int8"]
+        return self._rates.layer_s * blocks + blocks * self._head_weights * weight_s + sweeps
 
     def layer_s(self, rows: int, *, resident: bool, expanded: bool = False) -> float:
         """Return the mean seconds of one layer whose weights are on the device.

@@ -18,6 +18,7 @@ from typing import Literal
 
 from specchat.planner.acceptance import Acceptance
 from specchat.planner.compute import ComputeTimes, compute_times
+from specchat.planner.link_queue import LinkQueue
 from specchat.planner.placement import TierSizes
 from specchat.planner.rates import Basis, Rates, least_sure
 from specchat.records.limits import MOST_BLOCK_ROWS, draft_width
@@ -33,9 +34,13 @@ _READ_PER_NODE = 1.4
 _DEPTH_GAIN, _DEPTH_KNEE = 6.5, 8.0
 # Time of a batch on a CPU besides the draft's layers and scores: choosing the best paths, laying out the rows. Measured
 # on two cores with the demo's draft: 1.6 to 2 ms a batch with everything resident, 4.5 ms while layers are read from
-# disk and readers occupy the cores and the interpreter. The draft's layers take 1.4 ms of both. Not measured with a
-# GPU.
+# disk and readers occupy the cores and the interpreter. The draft's layers take 1.4 ms of both.
 _CPU_BATCH_S, _CPU_BATCH_BESIDE_READS_S = 0.5e-3, 3e-3
+# The same on a GPU: 70 kernels where a tree grows on the device, else a wait and the host's choice of nodes, as in
+# engine/drafting. Not measured.
+_GPU_BATCH_S, _HOST_BATCH_S = 0.2e-3, 1.5e-3
+# A tree that grows on a device takes as many batches as the draft's cache has rows for: two for each node.
+_MOST_GPU_BATCHES = 16
 # Most rows of a pass to predict for adaptive trees.
 _MOST_PREDICTED = 512
 # Time to look up what may follow a node, without a draft model. Measured on the demo, with trees of 16 and 64 nodes.
@@ -110,6 +115,7 @@ class CostModel:
         self._target = compute_times(target, dtype, rates, on_cpu=self._on_cpu)
         self._draft = None if draft is None else compute_times(draft, dtype, rates, on_cpu=self._on_cpu)
         self._drafts_by_copy = draft is not None and draft.is_copy
+        self._drafts_by_head = draft is not None and draft.is_head
         self._drafts_by_block = draft is not None and draft.is_block
         self._drafts = draft is not None or retrieval
         self._rates = rates
@@ -200,7 +206,7 @@ class CostModel:
             basis=self._basis(placement, nodes),
         )
 
-    def _pass_s(self, placement: TierSizes, queue: "LinkQueue", costs: "StepCosts") -> float:
+    def _pass_s(self, placement: TierSizes, queue: LinkQueue, costs: "StepCosts") -> float:
         """Return the seconds of a whole step: drafting and scoring, then the later end of link and compute.
 
         Experts that are missing are read while others are computed, but not before their router has been computed.
@@ -229,11 +235,11 @@ class CostModel:
         from_cache_s = (1 - disk_share) * missed / (_CACHED_SHARE * self._rates.ram.per_s)
         return from_disk_s + from_cache_s
 
-    def _linked_s(self, queue: "LinkQueue", costs: "StepCosts") -> float:
+    def _linked_s(self, queue: LinkQueue, costs: "StepCosts") -> float:
         stalled_s = queue.num_linked * min(queue.arrival_s, costs.layer_s) * self._stall(queue.slots)
         return queue.linked_s(costs.layer_s, costs.outside_s) + stalled_s
 
-    def _queue(self, placement: TierSizes) -> "LinkQueue":
+    def _queue(self, placement: TierSizes) -> LinkQueue:
         link_s, num_linked = self._link_load(placement)
         arrival_s = link_s / num_linked if num_linked else 0.0
         return LinkQueue(placement.num_layers, num_linked, arrival_s, placement.slots)
@@ -295,7 +301,14 @@ class CostModel:
     def _num_batches(self, nodes: int, tokens: float) -> float:
         """Return the expected batches for a tree: as on the demo, but one for each accepted level after the first."""
         # Else a draft that is nearly always right would seem to win even if its passes cost as much as the target's.
-        return max(draft_batches(nodes), tokens / self._seats - 2)
+        batches = max(draft_batches(nodes), tokens / self._seats - 2)
+        return min(batches, _MOST_GPU_BATCHES) if self._grows_on_device else batches
+
+    @property
+    def _grows_on_device(self) -> bool:
+        """Whether a draft model on a GPU grows its tree without the host."""
+        has_model = self._draft is not None and not self._drafts_by_head and not self._drafts_by_copy
+        return not self._on_cpu and self._seats == 1 and has_model
 
     def _draft_s(self, nodes: int, tokens: float, drafting: "_Drafting") -> float:
         """Return the seconds of drafting: one pass over the last step's tokens, then one batch per tree level.
@@ -317,7 +330,7 @@ class CostModel:
     def _draft_pass_s(self, draft: ComputeTimes, rows: int, drafting: "_Drafting") -> float:
         """Return the seconds of a draft pass; a copy has the target's own layers beside those that are copied."""
         if not self._drafts_by_copy:
-            return draft.pass_s(rows)
+            return draft.pass_s(rows, by_graph=self._grows_on_device)
         resident_s = (self._num_layers - drafting.num_copied) * self._target.layer_s(rows, resident=True)
         return resident_s + drafting.num_copied * draft.layer_s(rows, resident=True) + self._target.scoring_s(rows)
 
@@ -329,7 +342,9 @@ class CostModel:
 
     def _beside_s(self, drafting: "_Drafting") -> float:
         """Return the seconds of a draft batch besides its pass."""
-        return 0.0 if not self._on_cpu else _CPU_BATCH_BESIDE_READS_S if drafting.reads else _CPU_BATCH_S
+        if not self._on_cpu:
+            return _GPU_BATCH_S if self._grows_on_device else _HOST_BATCH_S
+        return _CPU_BATCH_BESIDE_READS_S if drafting.reads else _CPU_BATCH_S
 
     def _basis(self, placement: TierSizes, nodes: int) -> Basis:
         bases: list[Basis] = [self._rates.compute_basis]
@@ -341,50 +356,6 @@ class CostModel:
         if nodes:
             bases.append(self._acceptance.basis)
         return least_sure(bases)
-
-
-@dataclass(frozen=True)
-class LinkQueue:
-    """Pass times when layers arrive over a link, as the average of many steps.
-
-    Attributes:
-        num_layers: number of the target's layers.
-        num_linked: number of layers that cross the link.
-        arrival_s: seconds of the link for one layer.
-        slots: number of staging buffers.
-    """
-
-    num_layers: int
-    num_linked: int
-    arrival_s: float
-    slots: int
-
-    def computed_s(self, layer_s: float, outside_s: float) -> float:
-        """Return the pass time if compute-bound: all layers plus the exposed wait for the first streamed one.
-
-        Resident layers come before streamed ones, so some are computed before the first streamed one is needed.
-
-        Args:
-            layer_s: seconds to compute one layer.
-            outside_s: seconds of a step without its pass; slots fill during this time.
-        """
-        if not self.num_linked:
-            return self.num_layers * layer_s
-        front_s = layer_s * max(self.num_layers / self.num_linked - 1, 0.0)
-        waiting_s = max(self.arrival_s - min(outside_s, self.arrival_s) - front_s, 0.0)
-        return self.num_layers * layer_s + waiting_s
-
-    def linked_s(self, layer_s: float, outside_s: float) -> float:
-        """Return the pass time if link-bound: all arrivals without a pause, then computing the last layer.
-
-        Args:
-            layer_s: seconds to compute one layer.
-            outside_s: seconds of a step without its pass; slots fill during this time.
-        """
-        if not self.num_linked:
-            return 0.0
-        ahead_s = min(outside_s, min(self.slots, self.num_linked) * self.arrival_s)
-        return self.num_linked * self.arrival_s - ahead_s + layer_s
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from specchat.planner.acceptance import Acceptance
 from specchat.planner.compute import compute_times
-from specchat.planner.cost import CostModel, LinkQueue, Prediction, StepCosts
+from specchat.planner.cost import CostModel, Prediction, StepCosts
+from specchat.planner.link_queue import LinkQueue
 from specchat.planner.placement import Share, TierSizes
 from specchat.planner.rates import Rates
 from specchat.records.model import DTYPE_BYTES, Dtype, ModelSpec

@@ -74,6 +74,8 @@ def build_ledger(
         items.append(LedgerItem("draft", held + _other_bytes(draft, work.dtype) + _shared_bytes(draft, work.dtype)))
         if kv := _draft_kv_bytes(draft, work):
             items.append(LedgerItem("draft KV cache", kv))
+        if graphs := _graph_bytes(draft, work):
+            items.append(LedgerItem("draft graphs", graphs))
         if states := draft_state_bytes(draft, work) + _unread_bytes(draft, work):
             items.append(LedgerItem("draft states", states))
     models = [target] if draft is None else [target, draft]
@@ -137,6 +139,7 @@ def _draft_needs(draft: ModelSpec, work: Workload) -> tuple[int, int, int]:
     layers = 0 if draft.is_copy else sum(layer_sizes(draft, work.dtype))  # copies count with the placement
     kept = layers + _other_bytes(draft, work.dtype) + _shared_bytes(draft, work.dtype)
     kept += _draft_kv_bytes(draft, work) + draft_state_bytes(draft, work) + _unread_bytes(draft, work)
+    kept += _graph_bytes(draft, work)
     first, later = work.prompt_rows + work.seats - 1, work.seats + work.tree_budget
     if draft.is_copy:
         first = min(work.seats * COPY_PROMPT_ROWS[work.device.partition(":")[0]], first)
@@ -185,6 +188,16 @@ def kv_bytes(spec: ModelSpec, work: Workload, tree_rows: int) -> int:
 def _draft_kv_bytes(draft: ModelSpec, work: Workload) -> int:
     """Return the bytes of the draft's own cache; a copy uses the target's."""
     return 0 if draft.is_copy else kv_bytes(draft, work, work.draft_rows)
+
+
+def _graph_bytes(draft: ModelSpec, work: Workload) -> int:
+    """Return the bytes that recorded passes of a draft model hold on a GPU: a pass's workspaces, masks, and scores."""
+    if work.device == "cpu" or work.seats > 1 or draft.is_head or draft.is_copy:
+        return 0
+    width, keys = draft_width(work.tree_budget), work.ctx + work.draft_rows
+    workspaces = memory_of_pass(draft, work, width, keys).total + head_bytes(draft, work, width)
+    # Sizes of keys double, so those of all sizes are twice the largest: masks and positions.
+    return workspaces + width * draft.vocab_size * FLOAT_BYTES + 2 * keys * (width + INDEX_BYTES)
 
 
 def lookup_bytes(spec: ModelSpec, dtype: Dtype) -> int:

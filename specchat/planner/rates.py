@@ -27,12 +27,13 @@ _NVME_BYTES_PER_S = 2.5e9  # PCIe 3 x4 drives in large chunks
 _REMOTE_BYTES_PER_S = 2e8
 
 # Rates by compute capability: bytes/s and flop/s (16 bits, float32 sums) per GiB of memory, from data sheets (RTX 2080;
-# 3060 and 3090; 4060 and 4090; 5070 and 5080; A100; H100). Larger cards are faster in both.
+# 3060 and 3090; 4060 and 4090; 5070 and 5080; A100; H100). Larger cards are faster in both. Cards of 8.9 have 5.5 to
+# 9.8 Tflop/s per GiB, a 4090 6.9.
 _GPU_PER_GIB: dict[str, tuple[float, float]] = {
     "7.5": (50e9, 5e12),
     "8.0": (39e9, 7.8e12),
     "8.6": (34e9, 2.5e12),
-    "8.9": (38e9, 5e12),
+    "8.9": (38e9, 7e12),
     "9.0": (40e9, 9e12),
     "12.0": (56e9, 6e12),
 }

@@ -12,7 +12,7 @@ from specchat.planner.explain import ExplainedPlan
 from specchat.planner.precision import choose_quant
 from specchat.planner.reasons import Found, explain_choices
 from specchat.planner.request import PlanInputs, PlanRequest
-from specchat.planner.stages import with_stages
+from specchat.planner.stages import first_sizes, with_stages
 from specchat.records.model import QUANTS, ModelSpec, Quant
 from specchat.records.plan import DeviceChoice, Plan
 from specchat.units import format_bytes
@@ -31,8 +31,7 @@ def choose_plan(request: PlanRequest, inputs: PlanInputs) -> ExplainedPlan:
     """
     quant = choose_quant(request, inputs)
     found, best = _best(request, inputs, quant.spec)
-    plan, prediction = _planned(request, inputs, best)
-    plan = with_stages(plan, best.target, best.draft)
+    plan, prediction = _while_short(request, inputs, best)
     pace = prediction.tok_per_s / best.tok_per_s  # scale alternatives by the measured speed
     reasons = explain_choices(request, inputs, quant, best, found)
     return ExplainedPlan(plan, prediction, tuple(choice.at_pace(pace) for choice in reasons))
@@ -73,6 +72,19 @@ def _best(request: PlanRequest, inputs: PlanInputs, target: ModelSpec) -> tuple[
 def _planned(request: PlanRequest, inputs: PlanInputs, best: Candidate) -> tuple[Plan, Prediction]:
     plan = best.plan(request.choices, inputs.machine)
     return plan, inputs.statistics.corrected(plan, best.prediction, samples=request.samples)
+
+
+def _while_short(request: PlanRequest, inputs: PlanInputs, best: Candidate) -> tuple[Plan, Prediction]:
+    """Return the plan with its stages, and the prediction for the first one: most chats are short."""
+    plan, prediction = _planned(request, inputs, best)
+    plan = with_stages(plan, best.target, best.draft)
+    if not plan.stages:
+        return plan, prediction
+    sizes, tree_budget = first_sizes(plan, best.sizes, best.target), plan.work.tree_budget
+    expected = best.model.expectation(sizes, tree_budget) if plan.expected is not None else None
+    prediction = best.model.predict(sizes, tree_budget, adaptive=best.adaptive)
+    plan = replace(plan, expected=expected)
+    return plan, inputs.statistics.corrected(plan, prediction, samples=request.samples)
 
 
 def smaller_plan(request: PlanRequest, inputs: PlanInputs, plan: Plan) -> Plan:

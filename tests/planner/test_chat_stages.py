@@ -15,9 +15,10 @@ from specchat.errors import DoesNotFitError
 from specchat.hardware.machine import Machine
 from specchat.models.catalog.ref import demo_source
 from specchat.planner.memory import build_ledger
+from specchat.planner.placement import interleaved
 from specchat.planner.request import PlanInputs
 from specchat.planner.search import choose_plan
-from specchat.planner.stages import with_stages
+from specchat.planner.stages import _spread, with_stages
 from specchat.records.model import KvShape, ModelSpec, ParamSize
 from specchat.records.plan import Plan
 from specchat.units import GIB, MIB
@@ -102,3 +103,21 @@ def test_no_stage_takes_more_than_the_plan(target: ModelSpec, budget: int, *, on
     except DoesNotFitError:
         return
     check(plan, target, None)
+
+
+def test_layers_of_a_short_chat_are_spread_evenly():
+    """Else the slots are full while resident layers are computed one after another, and the link idles."""
+    plan = plan_of(8192)
+    for stage in plan.stages:
+        rows = "".join("r" if index in stage.resident else "s" for index in range(80))
+        assert max(map(len, rows.split("s"))) <= 3 and max(map(len, rows.split("r"))) <= 3
+        assert rows[-1] == "s"
+
+
+@given(st.integers(2, 80), st.data())
+def test_any_number_of_further_layers_is_found(num_layers: int, data: st.DataObject):
+    held = data.draw(st.integers(0, num_layers - 2))
+    count = data.draw(st.integers(1, num_layers - 1 - held))
+    later = interleaved(held, num_layers)
+    found = _spread(later, count, num_layers, data.draw(st.integers(0, 1)))
+    assert set(later) < set(found) and len(found) == held + count and num_layers - 1 not in found

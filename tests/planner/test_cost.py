@@ -13,8 +13,9 @@ from support.machines import CUDA_TORCH, GIB, MEASURED, hardware, read_machine
 from specchat.hardware.machine import Gpu, GpuSurvey, Machine, PcieLink
 from specchat.models.catalog.ref import demo_source
 from specchat.planner.acceptance import TYPICAL_ACCEPTANCE, Acceptance
-from specchat.planner.cost import CostModel, LinkQueue, draft_batches
+from specchat.planner.cost import CostModel, draft_batches
 from specchat.planner.explain import ExplainedPlan
+from specchat.planner.link_queue import LinkQueue
 from specchat.planner.memory import build_ledger, bytes_beside_layers
 from specchat.planner.placement import TierSizes, interleaved
 from specchat.planner.rates import Rate, Rates, rates_of

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -32,6 +32,7 @@ from specchat.models.quant.formats import nf4
 from specchat.models.quant.kernels import grouped, triton
 from specchat.models.quant.kernels.bnb import bnb, dynamic_map
 from support import tiles
+from support.pretended_graphs import CaptureError, PretendedGraph, recording
 from support.pretended_runtime import PretendedRuntime
 
 CPU = torch.device("cpu")
@@ -122,12 +123,14 @@ class PretendedGpu:
         events: everything that happened so far; tests may clear it.
         runtime: streams, events and pinned memory.
         phase: phase of the step.
+        recording: graph that is being recorded; None at other times.
     """
 
     def __init__(self, capability: tuple[int, int] = (8, 9), num_devices: int = 1, kernel: str = "") -> None:
         self.events: list[Event] = []
         self.phase = "rest"
         self.is_silent = False
+        self.recording: PretendedGraph | None = None
         self.runtime = PretendedRuntime(self.note, capability, num_devices)
         self._kernel = kernel
         self._stack = ExitStack()
@@ -139,6 +142,9 @@ class PretendedGpu:
         enter = self._stack.enter_context
         for name, value in self.runtime.functions().items():
             enter(mock.patch.object(torch.cuda, name, value))
+        enter(mock.patch.object(torch.cuda, "CUDAGraph", lambda: PretendedGraph(self.note, self.silent)))
+        enter(mock.patch.object(torch.cuda, "graph", partial(recording, self)))
+        enter(mock.patch.object(torch.cuda, "graph_pool_handle", object))
         for name in ("drafting", "verifying", "sampling"):
             enter(mock.patch.object(StepClock, name, self._in_phase(name, getattr(StepClock, name))))
         enter(mock.patch.object(nf4, "fused_product", lambda: self._fused_product))
@@ -157,7 +163,9 @@ class PretendedGpu:
         self._stack.__exit__(*error)
 
     def note(self, kind: str, name: str, nbytes: int = 0, stream: str | None = None, count: int = 1) -> None:
-        if not self.is_silent:
+        if self.recording is not None and kind in ("h2d", "d2h", "hop", "wait"):
+            raise CaptureError(f"operation not permitted when stream is capturing: {name}")
+        if not self.is_silent and self.recording is None:
             event = Event(kind, name, nbytes, self.phase, stream or self.runtime.current.name)
             self.events.extend([event] * count)
 
@@ -335,10 +343,13 @@ class _Functions(TorchFunctionMode):
         if device.type != "cuda":
             return func(*args, **kwargs, device=device)
         self._gpu.runtime.check(device)
+        make = partial(func, *args, **kwargs, device="cpu")
         with self._gpu.silent():
-            out = func(*args, **kwargs, device="cpu")
+            out = make()
         for tensor in tensors_of(out):
             move_in(tensor, device)
+        if self._gpu.recording is not None:
+            self._gpu.recording.add_made(make, out)
         if name in _FROM_HOST or name == "new_tensor":
             self._gpu.note("h2d", name, sum(tensor.nbytes for tensor in tensors_of(out)))
         elif name in _FILLED or name.removeprefix("new_").removesuffix("_like") in _FILLED:
@@ -368,8 +379,13 @@ class _Kernels(TorchDispatchMode):
         there = next((each for each in homes if each is not None), None)
         if there is None:
             return func(*args, **kwargs)
+        recorded = self._gpu.recording
+        if recorded is not None:
+            recorded.keep(func, args, kwargs)
         if name == "dequantize_4bit" and func._overloadname == "out":
             self._gpu.dequantize_4bit(args, kwargs.get("out", args[-1]))
+            if recorded is not None:
+                recorded.add(func, args, kwargs, None)
             return None
         if name == "histc" and not args[0].is_floating_point():  # the CPU has no histogram of integers
             out = func(args[0].float(), *args[1:], **kwargs).to(args[0].dtype)
@@ -381,6 +397,8 @@ class _Kernels(TorchDispatchMode):
         for tensor in tensors_of(out):
             if tensor.layout is torch.strided and tensor.untyped_storage()._cdata not in known:
                 move_in(tensor, there)
+        if recorded is not None:
+            recorded.add(func, args, kwargs, out)
         self._count(func, name, args, homes)
         return out
 

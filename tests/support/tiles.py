@@ -7,6 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from specchat.models.quant.formats.ggml import decode
 from specchat.models.quant.kernels.tiles import TileForm
 
 
@@ -38,6 +39,10 @@ def weights(addresses: list[int], values: Tensor, form: TileForm, shape: tuple[i
     if form.kind.startswith("plain"):
         numbers = _memory(addresses[0], rows * cols, form.scale_dtype).float()
         return numbers.view(shape) if form.kind == "plain" else numbers.view(cols, rows).T
+    if form.kind == "blocks":
+        row_bytes = cols // form.block_numbers * form.block_bytes
+        blocks = _memory(addresses[0], rows * row_bytes, torch.uint8).view(rows, row_bytes)
+        return decode(form.block, blocks, torch.empty(shape))
     if form.kind.startswith("nf4"):
         codes = _memory(addresses[0], rows * cols // 2, torch.uint8).int()
         steps = values[torch.stack([codes >> 4, codes & 15], 1).view(-1)]

@@ -148,12 +148,15 @@ EXPERT_FORMS: list[tuple[WeightFormat, int]] = [
     (MxFp4(), 96),
     *((Plain(dtype), 70) for dtype in FLOATS),
     *((Turned(dtype), 70) for dtype in FLOATS),
+    *((Blocks(kind), BLOCK_TYPES[kind].numbers * (3 if BLOCK_TYPES[kind].numbers < 256 else 1)) for kind in KINDS),
 ]  # fmt: skip
 
 
 def expert_segments(form: WeightFormat, shape: tuple[int, int], seed: int) -> dict[str, Tensor]:
     """Any codes; scales around 1, powers of two if Triton's interpreter would cut them off."""
     generator = torch.Generator().manual_seed(seed)
+    if isinstance(form, Blocks):
+        return {"blocks": _expert_blocks(form.kind, form.segments(*shape)[0], generator)}
     segments = {}
     for each in form.segments(*shape):
         codes = torch.randint(0, 256, each.shape, dtype=torch.uint8, generator=generator)
@@ -167,6 +170,21 @@ def expert_segments(form: WeightFormat, shape: tuple[int, int], seed: int) -> di
         elif each.name == "zeros":
             segments[each.name] = codes.view(torch.int8) // 8
     return segments
+
+
+def _expert_blocks(kind: str, segment: Segment, generator: torch.Generator) -> Tensor:
+    """Any codes; scales so small that the products of rows stay finite in float16."""
+    found = torch.randint(0, 256, segment.shape, dtype=torch.uint8, generator=generator)
+    blocks = found.view(-1, BLOCK_TYPES[kind].nbytes)
+    if kind == "MXFP4":
+        blocks[:, 0] = blocks[:, 0] % 9 + 118
+    elif kind == "NVFP4":
+        blocks[:, :4] %= 64
+    else:
+        for at in {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}.get(kind, (0,)):
+            scales = 2.0 ** -torch.randint(8, 12, (len(blocks),), generator=generator).float()
+            blocks[:, at : at + 2] = scales.half().view(torch.uint8).view(-1, 2)
+    return found
 
 
 def check_experts(form: WeightFormat, cols: int, dtype: torch.dtype, device: torch.device) -> None:

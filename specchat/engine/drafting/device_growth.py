@@ -83,7 +83,7 @@ class DeviceGrowth:
         Raises:
             ScoresNotFiniteError: the draft computes NaN or infinity.
         """
-        begin = PassBegin()
+        begin, recorded = PassBegin(), self._scorer.num_recorded
         tables = self._policy.expansion_tables(self._width, self._roots)
         values = torch.empty(0, dtype=torch.float64) if tables is None else tables.packed()
         logits, rows, values = self._scorer.begin_beside(self._sequence, values, self._cancel)
@@ -100,7 +100,8 @@ class DeviceGrowth:
                 break
             queued, end = end, min(end + _MORE_PASSES, most)
         self.passes, self.useful_passes = 1 + end, int(paths.row.max()) // self._width + 1 if len(paths) else 0
-        self._record(begin, rows)
+        if recorded == self._scorer.num_recorded:
+            self._record(begin, rows)
         return paths.first(self._policy.num_to_verify(paths.score.tolist(), self._roots))
 
     def _is_growing(self, paths: Paths) -> bool:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from specchat.engine.device import copied_together
+from specchat.engine.drafting.pass_graphs import PassGraphs
 from specchat.engine.drafting.paths import Paths, TreeRows
 from specchat.engine.drafting.sources import SMALL_DRAFT
 from specchat.engine.kv_cache import Kept
 from specchat.engine.layout import PassLayout, RowLayout, linear_layout
-from specchat.engine.model import TreeModel
+from specchat.engine.model import PassCancelledError, TreeModel
 from specchat.engine.sequence import FinalStates, TokenSequence
 from specchat.engine.taps import LayerTaps
 from specchat.engine.tree import ROOT, common_prefix
@@ -49,6 +50,7 @@ class DraftModel:
         self._model = model
         self.max_rows = max_rows
         self._max_context = max_context
+        self._graphs = PassGraphs(model) if PassGraphs.serves(model) else None
         # For each seat, the tokens whose rows are in the draft's cache.
         self._held: list[list[int]] = [[] for _ in range(model.cache.seats)]
         self._seats: list[int] = []
@@ -131,9 +133,21 @@ class DraftModel:
         model = self._model
         return model.device.type == "cuda" and model.cache.recurrent is None and model.host_embeddings is None
 
+    @property
+    def num_recorded(self) -> int:
+        """Number of passes that were recorded as graphs, which takes longer than a pass."""
+        return 0 if self._graphs is None else self._graphs.num_recorded
+
     def compute(self, tokens: Tensor, layout: RowLayout, cancel: threading.Event | None) -> Tensor:
-        """Compute nodes of the only tree, whose tokens and layout are on the device; return the scores, [n, V]."""
+        """Compute nodes of the only tree, whose tokens and layout are on the device; return the scores, [n, V].
+
+        The next call may overwrite the scores.
+        """
         known = tokens.clamp(max=self._model.vocab_size - 1)
+        if self._graphs is not None and layout.num_rows <= self._model.chunk_rows:
+            if cancel is not None and cancel.is_set():
+                raise PassCancelledError
+            return self._graphs.compute(self._seats[0], known, layout)
         return self._model.logits(self._model.forward(known, PassLayout([(self._seats[0], layout)]), cancel))
 
     def end(self) -> None:

@@ -1,6 +1,7 @@
 """A model's configuration: reading, checking, and shrinking for the load-time self-check."""
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +94,23 @@ def max_positions(config: Any) -> int:
     if not longest:
         raise UnsupportedModelError(f"'{config.model_type}' names no longest context (max_position_embeddings)", HINT)
     longest = int(longest)
+    for rope in _dynamic_ropes(config):
+        original = rope.get("original_max_position_embeddings")
+        original = original or getattr(config, "original_max_position_embeddings", None) or longest
+        longest = min(longest, int(original))
+    return longest
+
+
+def has_dynamic_positions(config: Any) -> bool:
+    """Return whether the scaling of rotary positions depends on the length of the text."""
+    return bool(_dynamic_ropes(config))
+
+
+def _dynamic_ropes(config: Any) -> list[Mapping[str, Any]]:
+    """Return the rotary parameters whose scaling depends on the length of the text, of all kinds of layers."""
     scaling = getattr(config, "rope_parameters", None) or {}
     variants = scaling.values() if all(isinstance(v, dict) for v in scaling.values()) else [scaling]
-    for rope in variants:
-        if rope and rope.get("rope_type") in {"longrope", "dynamic"}:
-            original = rope.get("original_max_position_embeddings")
-            original = original or getattr(config, "original_max_position_embeddings", None) or longest
-            longest = min(longest, int(original))
-    return longest
+    return [rope for rope in variants if rope and rope.get("rope_type") in {"longrope", "dynamic"}]
 
 
 def kv_shapes(config: Any) -> tuple[KvShape, ...]:

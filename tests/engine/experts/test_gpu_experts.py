@@ -17,6 +17,7 @@ import pytest
 import torch
 from support.engines import make_plan, random_prompt, write
 from support.fp4 import mxfp4, nvfp4
+from support.gguf_files import save_gguf
 from support.interrupts import CancelAt
 from support.loading import asking, load_engine, load_model, plan_request, prepare
 from support.moe import ARCHITECTURES, NUM_EXPERTS, make_moe_config, passes
@@ -156,6 +157,16 @@ def test_experts_that_come_quantized_have_the_bits_of_the_cpu(kind: str, tmp_pat
         given["pack"] = prepare(source, "fp32", given["quant"], progress=silent, warn=silent, by_experts=True)
         with closing(load_model(source, **given)) as model:
             made = Made(source, given, list(passes(model, TREES)))
+        check(made, ExpertSlots(3, NUM_EXPERTS, in_host=5))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", ["Q4_0", "Q8_0", "F16"])
+def test_experts_of_gguf_files_have_the_bits_of_the_cpu(block: str, tmp_path: Path):
+    source = save_gguf(random_model(make_moe_config("qwen3_moe")), tmp_path / "model.gguf", block)
+    with tiny_packs(tmp_path):
+        with closing(load_model(source, **GIVEN)) as model:
+            made = Made(source, GIVEN, list(passes(model, TREES)))
         check(made, ExpertSlots(3, NUM_EXPERTS, in_host=5))
 
 

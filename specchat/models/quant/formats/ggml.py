@@ -13,8 +13,9 @@ from specchat.models.checkpoint.layout import PIECE_NUMBERS
 from specchat.models.quant.formats.base import Segment, WeightFormat
 from specchat.models.quant.formats.ggml_blocks import DECODERS
 from specchat.models.quant.formats.ggml_codebooks import CODEBOOK_DECODERS
-from specchat.models.quant.formats.ggml_kernels import unpacked_blocks
+from specchat.models.quant.formats.ggml_kernels import tile_of_blocks, unpacked_blocks
 from specchat.models.quant.kernels.chunked import Linear, Segments
+from specchat.models.quant.kernels.tiles import TileForm
 from specchat.models.quant.kernels.triton import unpacking_kernels
 from specchat.models.quant.kernels.unpacked import KINDS, Unpacked
 
@@ -66,6 +67,14 @@ class Blocks(WeightFormat):
         if self.kind not in KINDS:
             return ways
         return ways | unpacking_kernels(self.dequantize, self.unpack, self.order, num_rows, dtype, device)
+
+    def tile_form(self, shape: tuple[int, int]) -> TileForm | None:
+        """Return the form of types that the kernels can unpack, and of plain numbers."""
+        if self.heads:
+            return None
+        if self.kind in PLAIN_TYPES:
+            return TileForm("plain", scale_dtype=stored_torch_dtype(self.kind))
+        return tile_of_blocks(self.kind) if self.kind in KINDS else None
 
     def unpack(self, segments: Segments, begin: int, end: int) -> Unpacked:
         """Return rows in stored order for the Triton kernels."""

@@ -14,7 +14,7 @@ class TileForm:
 
     Attributes:
         kind: layout of codes and scales, which the kernel reads. "plain" numbers are not quantized; a "plain
-            transposed" matrix is stored as [cols, rows].
+            transposed" matrix is stored as [cols, rows]. "blocks" are ggml's.
         bits: bits of a code of kind "affine".
         group: columns per scale; 0 for all columns of a row. In NF4, numbers per scale.
         group_rows: rows per scale; 0 for all rows.
@@ -23,9 +23,10 @@ class TileForm:
         scale_dtype: dtype of the scales; of the numbers themselves if they are plain.
         rounds: whether scaled values are rounded to the dtype of the scales.
         values: values that codes stand for; empty if codes are numbers.
+        block, block_numbers, block_bytes: type of ggml's blocks, numbers of a block, and its bytes.
     """
 
-    kind: Literal["affine", "fp8", "mxfp4", "nf4", "nf4 nested", "plain", "plain transposed"]
+    kind: Literal["affine", "blocks", "fp8", "mxfp4", "nf4", "nf4 nested", "plain", "plain transposed"]
     bits: int = 8
     group: int = 0
     group_rows: int = 1
@@ -34,3 +35,6 @@ class TileForm:
     scale_dtype: torch.dtype = torch.float32
     rounds: bool = False
     values: tuple[float, ...] = ()
+    block: str = ""
+    block_numbers: int = 1
+    block_bytes: int = 0

@@ -207,7 +207,7 @@ def _of_int3(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _values(
+def unpacked_values(
     codes: tl.tensor,
     signs: tl.tensor,
     ninths: tl.tensor,
@@ -259,7 +259,7 @@ def _fill_kernel(
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * block + tl.arange(0, block)
     inside = column < cols
-    values = _values(
+    values = unpacked_values(
         codes + row * code_cols,
         signs + row * sign_cols,
         ninths + row * ninth_cols,
@@ -304,7 +304,7 @@ def _product_kernel(
     for step in range(steps):
         column = step * block + tl.arange(0, block)
         inside = column < cols
-        values = _values(
+        values = unpacked_values(
             codes + row * code_cols,
             signs + row * sign_cols,
             ninths + row * ninth_cols,

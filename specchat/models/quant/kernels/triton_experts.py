@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from specchat.models.quant.kernels.tiles import TileForm
+from specchat.models.quant.kernels.triton_blocks import unpacked_values
 from specchat.models.quant.kernels.triton_start import start
 
 _BLOCK_ROWS = 64
@@ -43,7 +44,7 @@ def multiply(
         order: pairs grouped by expert, int64 [pairs].
         starts: place in `order` of each expert's first pair, and after the last one's, int64 [experts + 1].
         addresses: addresses on the GPU of each segment of each expert's matrix, int64 [segments, experts].
-        values: values that codes stand for, float32 [16], and of a nested absmax [256]; empty where codes are numbers.
+        values: values that codes stand for, float32 [16], and of a nested absmax [256]; the table of ggml's blocks.
         out: products [pairs, width] in the dtype of x, contiguous.
         shape: (rows, cols) of W.
         first: first column of `out` to fill.
@@ -91,6 +92,9 @@ def constants_of(form: TileForm) -> dict[str, object]:
         "has_zeros": form.has_zeros,
         "scale_dtype": _TYPES[form.scale_dtype],
         "rounds": form.rounds,
+        "block": form.block,
+        "block_numbers": form.block_numbers,
+        "block_bytes": form.block_bytes,
     }
 
 
@@ -115,6 +119,9 @@ def _kernel(
     has_zeros: tl.constexpr,
     scale_dtype: tl.constexpr,
     rounds: tl.constexpr,
+    block: tl.constexpr,
+    block_numbers: tl.constexpr,
+    block_bytes: tl.constexpr,
     per_row: tl.constexpr,
     block_pairs: tl.constexpr,
     block_rows: tl.constexpr,
@@ -136,6 +143,7 @@ def _kernel(
             weight = _weights(
                 mine, num_experts, values, row[:, None], col[None, :], inside, rows, cols,
                 kind, bits, group, group_rows, middle, has_zeros, scale_dtype, rounds,
+                block, block_numbers, block_bytes,
             )  # fmt: skip
             is_number = is_pair[:, None] & (col[None, :] < cols)
             numbers = tl.load(x + (pair // per_row)[:, None] * cols + col[None, :], mask=is_number, other=0)
@@ -162,6 +170,9 @@ def _weights(
     has_zeros: tl.constexpr,
     scale_dtype: tl.constexpr,
     rounds: tl.constexpr,
+    block: tl.constexpr,
+    block_numbers: tl.constexpr,
+    block_bytes: tl.constexpr,
 ) -> tl.tensor:
     """Dequantize a block of an expert's matrix: float32 [rows, cols] of the block, the format's own values."""
     codes = tl.load(mine).to(tl.pointer_type(tl.uint8))
@@ -169,6 +180,11 @@ def _weights(
     if kind == "plain" or kind == "plain transposed":  # noqa: PLR1714  Triton has no sets
         place = flat if kind == "plain" else col.to(tl.int64) * rows + row
         return tl.load(codes.to(tl.pointer_type(scale_dtype)) + place, mask=inside, other=0).to(tl.float32)
+    if kind == "blocks":
+        of_row = codes + row.to(tl.int64) * (cols // block_numbers * block_bytes)
+        return unpacked_values(
+            of_row, of_row, of_row, of_row, values, col, inside, block, block_numbers, block_bytes
+        )  # fmt: skip
     scales = tl.load(mine + num_experts)
     if kind == "nf4" or kind == "nf4 nested":  # noqa: PLR1714  Triton has no sets
         byte = tl.load(codes + flat // 2, mask=inside, other=0).to(tl.int32)
