@@ -27,9 +27,9 @@ class PassSplit:
     """The parts of the time of a mean pass, in seconds; their sum is `pass_s`.
 
     Attributes:
-        link_wait_s: time in which the target waited for layers.
+        link_wait_s: time in which the target waited for layers, and in which the draft grew its tree meanwhile.
         compute_s: time in which the target computed.
-        draft_s: time of drafting, as far as it did not overlap with the target's pass.
+        draft_s: time of drafting that no reads of layers hid.
         head_s: time of the head, the logits processors and the walk down the tree.
         host_s: remaining time: caches and bookkeeping.
     """
@@ -138,7 +138,7 @@ def figures(runs: Iterable[Run]) -> Figures:
         tokens_per_step=spread(run.answer.tokens_per_step for run in counted),
         distinct_4gram=spread(run.distinct_4gram for run in every),
         pass_s=pass_s / len(steps) if steps else None,
-        draft_share=sum(step.draft_s for step in steps) / pass_s if steps else None,
+        draft_share=sum(step.exposed_draft_s for step in steps) / pass_s if steps else None,
         split=_split(steps),
         achieved_bytes_per_s=streamed / pass_s if streamed else None,
         accept_by_depth=_accept_by_depth(steps),
@@ -282,9 +282,9 @@ def _split(steps: Sequence[Step]) -> PassSplit | None:
         return None
     mean: Callable[[Callable[[Step], float]], float] = lambda part: statistics.fmean(map(part, steps))  # noqa: E731
     return PassSplit(
-        link_wait_s=mean(lambda step: step.stream_wait_s),
+        link_wait_s=mean(lambda step: step.stream_wait_s + step.draft_hidden_s),
         compute_s=mean(lambda step: step.verify_s - step.stream_wait_s),
-        draft_s=mean(lambda step: step.draft_s),
+        draft_s=mean(lambda step: step.exposed_draft_s),
         head_s=mean(lambda step: step.sample_s),
         host_s=mean(lambda step: step.pass_s - step.verify_s - step.draft_s - step.sample_s),
     )

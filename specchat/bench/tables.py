@@ -261,7 +261,7 @@ def _passes(summary: Mapping[str, Any]) -> Iterator[Table]:
         names = {
             "link_wait_s": "waiting for layers",
             "compute_s": "computing",
-            "draft_s": "drafting, not overlapped",
+            "draft_s": "drafting, not hidden",
             "head_s": "head and sampling",
             "host_s": "host",
         }

@@ -49,7 +49,7 @@ class Timings:
         load_s: time to load the model, before the first turn.
         ttft_s: time from submitting the prompt to the first token.
         decode_s: time from the first token to the last.
-        draft_s: drafting time that no target pass hid.
+        draft_s: drafting time that no reads of the next pass's layers hid.
         verify_s: time of all target passes.
         stream_wait_s: part of `verify_s` spent waiting for streamed layers.
         tok_per_s: tokens of the answer divided by (ttft_s + decode_s).
@@ -81,7 +81,7 @@ class Timings:
             load_s=load_s,
             ttft_s=ttft_s,
             decode_s=decode_s,
-            draft_s=sum(step.draft_s for step in steps),
+            draft_s=sum(step.exposed_draft_s for step in steps),
             verify_s=sum(step.verify_s for step in steps),
             stream_wait_s=sum(step.stream_wait_s for step in steps),
             tok_per_s=num_tokens / (ttft_s + decode_s),

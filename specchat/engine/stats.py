@@ -14,7 +14,7 @@ from torch import Tensor
 from specchat.engine.device import wait_for
 from specchat.engine.model import TreeModel
 from specchat.engine.relief import MemoryRelief
-from specchat.engine.streaming.base import LayerStreamer
+from specchat.engine.streaming.base import LayerStreamer, StreamCounters
 from specchat.engine.streaming.devices import DeviceStreamers
 from specchat.engine.tree import TokenTree
 from specchat.errors import SpecchatError
@@ -52,14 +52,16 @@ class StepClock:
         self._experts_used = b""
         self._begin = time.perf_counter()
         self._pass_s = self._draft_s = self._verify_s = self._sample_s = 0.0
+        self._beside_reads_s = 0.0  # of drafting
 
     @contextmanager
     def drafting(self) -> Iterator[None]:
-        """Time the drafting of the tree."""
-        begin = time.perf_counter()
+        """Time the drafting of the tree, and the reads of the pass's first layers meanwhile."""
+        begin, before = time.perf_counter(), self._streamer.counters()
         try:
             yield
         finally:
+            self._beside_reads_s += _link_s(before, self._streamer.counters())
             self._draft_s += time.perf_counter() - begin
 
     @contextmanager
@@ -111,6 +113,7 @@ class StepClock:
             error: reason of the finish reason "error".
             work: work of the sources of draft nodes.
         """
+        wait_s = self._at_end.wait_s - self._at_start.wait_s
         return Step(
             token_ids=tokens,
             finish_reason=reason,
@@ -121,9 +124,11 @@ class StepClock:
             depth=max(tree.depths, default=0),
             pass_s=self._pass_s,
             draft_s=self._draft_s,
+            # No more than the pass waited: a pass that never waits for layers could have begun earlier.
+            draft_hidden_s=min(self._beside_reads_s, self._draft_s, wait_s),
             verify_s=self._verify_s,
             sample_s=self._sample_s,
-            stream_wait_s=self._at_end.wait_s - self._at_start.wait_s,
+            stream_wait_s=wait_s,
             streamed_bytes=self._at_end.num_bytes - self._at_start.num_bytes,
             expert_hits=self._at_end.expert_hits - self._at_start.expert_hits,
             expert_misses=self._at_end.expert_misses - self._at_start.expert_misses,
@@ -135,6 +140,12 @@ class StepClock:
             num_sharing=self._num_sharing,
             error=error,
         )
+
+
+def _link_s(before: StreamCounters, after: StreamCounters) -> float:
+    """Return the seconds in which the busiest link was busy between two counts."""
+    links = zip(before.by_device or (before,), after.by_device or (after,), strict=True)
+    return max(later.link_s - earlier.link_s for earlier, later in links)
 
 
 class MemoryMeter:

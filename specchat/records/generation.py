@@ -168,7 +168,7 @@ class Step:
         accepted: draft nodes among `token_ids`.
         depth: depth of the verified tree.
         pass_s: wall time of the whole step in seconds.
-        draft_s: seconds of drafting that did not overlap with the pass.
+        draft_s: seconds of drafting.
         verify_s: seconds of the target pass.
         sample_s: seconds of head, processors and tree walk.
         stream_wait_s: seconds within verify_s spent waiting for streamed layers.
@@ -182,6 +182,8 @@ class Step:
         expert_misses: experts that the pass had to read, among them useful guesses.
         useful_guesses: experts that were read before their router named them.
         useless_guesses: experts that were read, but that no router named.
+        draft_hidden_s: seconds within draft_s in which layers were read that the pass waited for; without drafting, the
+            pass would have waited this much longer.
         experts_used: one bit for each layer with experts and each expert, set if the pass used the expert, packed as by
             numpy; empty for passes over prompts, and if no experts are read one by one.
     """
@@ -209,6 +211,12 @@ class Step:
     useful_guesses: int = 0
     useless_guesses: int = 0
     experts_used: bytes = b""
+    draft_hidden_s: float = 0.0
+
+    @property
+    def exposed_draft_s(self) -> float:
+        """Seconds by which drafting made the step longer."""
+        return self.draft_s - self.draft_hidden_s
 
     @classmethod
     def without_pass(cls, reason: FinishReason, error: SpecchatError | None = None) -> "Step":

@@ -1,6 +1,7 @@
 """Figures of fake systems with known times, which are known exactly."""
 
 import json
+from dataclasses import astuple, replace
 from importlib.resources import files
 from threading import Event
 
@@ -99,6 +100,18 @@ def test_figures_are_exact():
         summary.SourceShare("other", 4, 0, 0),
     )
     assert figures.distinct_4gram.mean == 1
+
+
+def test_hidden_drafting_is_waiting_for_layers():
+    """The link needs the same time with and without a draft, so the parts of a pass still add up to it."""
+    runs = []
+    for run in measured(questions=QUESTIONS[1:]).of("specchat"):
+        steps = tuple(replace(step, draft_hidden_s=0.08) for step in run.answer.steps)
+        runs.append(replace(run, answer=replace(run.answer, steps=steps)))
+    figures = summary.figures(runs)
+    assert figures.draft_share == pytest.approx(0.02 / 0.5)
+    assert figures.split == summary.PassSplit(*map(pytest.approx, (0.13, 0.25, 0.02, 0.1, 0.0)))
+    assert sum(astuple(figures.split)) == pytest.approx(figures.pass_s)
 
 
 def test_later_turns_compute_only_new_tokens():

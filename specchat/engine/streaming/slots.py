@@ -43,7 +43,6 @@ class SlotQueue:
 
     Attributes:
         wait_s: seconds that `take` waited.
-        busy_s: seconds in which at least one read task ran.
     """
 
     def __init__(
@@ -54,8 +53,7 @@ class SlotQueue:
         self._queue: SimpleQueue[tuple[int, int, Callable[[], None]] | None] = SimpleQueue()  # (epoch, j, task)
         self._changed = threading.Condition()
         self.wait_s = 0.0
-        self.busy_s = 0.0
-        self._busy_since = 0.0
+        self._busy_s = self._busy_since = 0.0
         # `_holds[s]` is the streamed layer in slot s, None while the slot is free or being filled. It is read without
         # a lock, so taking a filled layer costs the computing thread nothing. The condition guards the other fields.
         self._holds: list[int | None] = [None] * num_slots
@@ -71,6 +69,12 @@ class SlotQueue:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds in which at least one read task ran; reads that are under way count up to now."""
+        with self._changed:
+            return self._busy_s + (time.perf_counter() - self._busy_since if self._num_running else 0.0)
 
     def take(self, j: int) -> None:
         """Wait until layer j is in its slot, and raise errors of the workers."""
@@ -157,7 +161,7 @@ class SlotQueue:
         with self._changed:
             self._num_running -= 1
             if self._num_running == 0:
-                self.busy_s += time.perf_counter() - self._busy_since
+                self._busy_s += time.perf_counter() - self._busy_since
             if epoch == self._epoch and self._error is None:  # a failed task must not complete its layer
                 self._unread[j] -= 1
                 if self._unread[j] > 0:
