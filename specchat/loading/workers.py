@@ -2,9 +2,9 @@
 
 import os
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from specchat.errors import DifferentWeightsError
 from specchat.loading.request import WorkersChoice
@@ -15,8 +15,41 @@ from specchat.records.plan import Plan
 
 if TYPE_CHECKING:
     from specchat.engine.engine import Engine
+    from specchat.engine.workers.crew import Crew
     from specchat.models.packs.pack import Pack
     from specchat.models.weights.open import ModelWeights
+    from specchat.planner.request import DeviceInputs
+
+
+# Characters of a message that measures the rate of a link.
+_ECHO = 1 << 20
+
+
+@cache
+def worker_inputs(workers: WorkersChoice) -> "tuple[DeviceInputs, ...]":
+    """Return the memory and the speeds of all workers, and the way to them; asked once for all plans of a request.
+
+    Raises:
+        WorkerUnreachableError, WrongTokenError, VersionMismatchError: a worker cannot be used.
+    """
+    from specchat.engine.workers.crew import Crew
+    from specchat.engine.workers.wire import shown
+    from specchat.planner.peers import inputs_of
+    from specchat.planner.request import Peer
+
+    with Crew(workers.addresses, workers.token) as crew:
+        answers = crew.ask("figures", [{}] * len(workers.addresses))
+        short_s, long_s = ([_echo_s(crew, rank, count) for rank in range(1, crew.size)] for count in (1, _ECHO))
+    found = []
+    for address, answer, short, long in zip(workers.addresses, answers, short_s, long_s, strict=True):
+        peer = Peer(shown(*address), short / 2, _ECHO / max(long - short, 1e-6))
+        found.append(inputs_of(answer, peer))
+    return tuple(found)
+
+
+def _echo_s(crew: "Crew", rank: int, count: int) -> float:
+    """Return the least seconds of two messages of some length to a worker, and their answers."""
+    return min(crew.echo_s(rank, count) for _ in range(2))
 
 
 def load_with_workers(
@@ -58,7 +91,7 @@ def load_with_workers(
         raise
 
 
-def _compare_weights(crew: Any, plan: Plan, weights: "ModelWeights") -> None:
+def _compare_weights(crew: "Crew", plan: Plan, weights: "ModelWeights") -> None:
     """Let all workers open the model, and compare their weights with those of this machine."""
     shapes = [(each.heads, each.key_dim, each.value_dim) for each in weights.kv_shapes]
     model = _model_values(weights.source)

@@ -81,6 +81,13 @@ class Crew(Closeable):
         self.begin(what, requests)
         return self.answers()
 
+    def echo_s(self, rank: int, count: int) -> float:
+        """Return the seconds until a worker has answered a message of `count` characters."""
+        begin = time.perf_counter()
+        self._connections[rank - 1].send({"type": "echo", "text": "x" * count})
+        self._answers([rank])
+        return time.perf_counter() - begin
+
     def begin(self, what: str, requests: Sequence[Mapping[str, Any]]) -> None:
         """Ask every worker for something; see `ask`."""
         for connection, values in zip(self._connections, requests, strict=True):
@@ -88,8 +95,11 @@ class Crew(Closeable):
 
     def answers(self) -> list[Message]:
         """Wait for the answers of all workers; see `ask`."""
+        return self._answers([each.rank for each in self._connections])
+
+    def _answers(self, ranks: Sequence[int]) -> list[Message]:
         found: dict[int, Message] = {}
-        while len(found) < len(self._connections):
+        while found.keys() < set(ranks):
             item = self._mailbox.get()
             if isinstance(item, Arrived) and item.message["type"] == "done":
                 found[item.rank] = item.message

@@ -91,6 +91,8 @@ class Session:
             match message["type"]:
                 case "hello":
                     answer: Mapping[str, Any] = {"versions": versions()}
+                case "echo":
+                    answer = {}
                 case "figures":
                     answer = self._host.figures(message)
                 case "open":
