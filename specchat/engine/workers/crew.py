@@ -208,6 +208,8 @@ class Crew(Closeable):
             connection.send({"type": "entry", "key": key, "value": value})
 
     def _listen(self) -> Rows:
+        if self._lost is not None:
+            raise self._lost
         item = next_item(self._mailbox, self._look)
         if isinstance(item, Rows):
             return item
@@ -223,6 +225,8 @@ class Crew(Closeable):
         A worker that waits for rows of another one hears of its end, too, and may say so first. So wait for the
         connection to the other one to tell.
         """
+        if self._lost is not None:
+            return self._lost
         until = time.monotonic() + PATIENCE_S + 1
         suspect, reason = 0, ""
         while not reason:

@@ -119,3 +119,28 @@ def test_architectures_with_more_than_rows_are_refused(architecture: str, worker
     plan = make_plan(target, None, num_layers=num_layers)
     with pytest.raises(UnsupportedModelError, match="cannot be split over workers"):
         load_with(workers[:1], with_owners(plan, [i % 2 for i in range(num_layers)]), target, None)
+
+
+def peak_bytes(worker: Worker) -> int:
+    """The most memory that a worker has held."""
+    lines = Path(f"/proc/{worker.pid}/status").read_text().splitlines()
+    (line,) = (each for each in lines if each.startswith("VmHWM"))
+    return int(line.split()[1]) << 10
+
+
+@pytest.mark.slow
+def test_a_worker_holds_only_its_layers(tmp_path: Path):
+    config = make_config("llama")
+    config.hidden_size, config.intermediate_size, config.num_hidden_layers = 1024, 2816, 8
+    model = random_model(config)
+    layer_bytes = sum(4 * each.numel() for each in model.model.layers[0].parameters())
+    target = save(model, tmp_path / "target")
+    del model
+    plan = with_owners(make_plan(target, None, num_layers=8), [0, 1, 0, 0, 0, 0, 0, 1])
+    with crew(1, tmp_path) as (worker,):
+        before = peak_bytes(worker)
+        with load_with([worker], plan, target, None) as engine:
+            write(engine, random_prompt(9, VOCAB), GREEDY, 4)
+            grown = (peak_bytes(worker) - before) / layer_bytes
+    # A layer is held twice while it is packed, and libraries that the first pass imports take 70 MB.
+    assert 2 < grown < 5, "it has 2 of 8 layers"
