@@ -87,7 +87,8 @@ class DevicesCandidate(Candidate):
         slots = self.slots * sum(each.streamed > 0 for each in devices[: 1 if self.apart else None])
         owner = self.dealt.owner
         here = {index: size for index, size in streamed.items() if not self.apart or owner[index] == 0}
-        host_bytes = layer_host_bytes(here, self.in_ram, slots) + host_embedding_bytes(target, work)
+        in_ram = tuple(index for index in self.in_ram if index in here)
+        host_bytes = layer_host_bytes(here, in_ram, slots) + host_embedding_bytes(target, work)
         on_cpu = sum(each.num_bytes for each in devices if each.device == "cpu")
         return Plan(
             target=target.name,
@@ -104,7 +105,7 @@ class DevicesCandidate(Candidate):
             text_only=target.text_only,
             retrieval=self.retrieval,
             lowered_from=target.dtype if choices.quant == "auto" and target.quant in LOWER_QUANTS else None,
-            host_ledger=build_host_ledger(here, self.in_ram, slots, machine.device, beside),
+            host_ledger=build_host_ledger(here, in_ram, slots, machine.device, beside),
             expected=self.model.expectation(self.sizes, work.tree_budget) if self.adaptive else None,
             states=state_memory(target, draft, work, kv_bytes(target, work, work.tree_rows)),
             devices=devices,
