@@ -72,10 +72,8 @@ class Engine(Closeable):
         runtime_bytes: int = 0,
         watch: MemoryWatch | None = None,
     ) -> None:
-        self.plan = plan
-        self.load_s = 0.0
-        self._target = target
-        self._drafter = drafter
+        self.plan, self.load_s = plan, 0.0
+        self._target, self._drafter = target, drafter
         self._policy: DraftPolicy = fixed_policy(plan)
         if plan.adaptive and plan.expected is not None:
             self._policy = AdaptivePolicy(plan.work.tree_budget, plan.expected, plan.work.seats)
