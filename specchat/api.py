@@ -20,6 +20,7 @@ from specchat.loading.locate import locate_models, parse_models
 from specchat.loading.planning import make_plan
 from specchat.loading.request import Ask, ModelRequest
 from specchat.loading.sampling import SamplingChoices, resolve_sampling
+from specchat.loading.tokens import parse_workers, workers_choice
 from specchat.models.checkpoint.generation_config import GenerationDefaults, load_generation_defaults
 from specchat.models.hf.tokenizer import Tokenizer, load_tokenizer
 from specchat.paths import state_folder
@@ -58,6 +59,8 @@ def load(
     draft: str = "auto",
     device: str = "auto",
     devices: str = "",
+    workers: str = "",
+    token_file: str | None = None,
     vram: int | str | None = None,
     ram: int | str | None = None,
     ctx: int | None = None,
@@ -77,6 +80,8 @@ def load(
         draft: model that drafts trees, or auto, or none.
         device: auto, cpu, cuda or cuda:N.
         devices: devices that share the layers, as for `--devices`; empty for one device.
+        workers: other machines that compute layers, as for `--workers`; empty for none.
+        token_file: file with the token of the workers; None for the variable SPECCHAT_TOKEN.
         vram: device memory budget, in bytes or as text such as "8GiB"; None uses the free memory.
         ram: cap on host memory, in bytes or as text; None uses the free memory.
         ctx: maximum number of tokens of prompt and answer together; None uses the default.
@@ -94,6 +99,8 @@ def load(
     """
     if devices and device != "auto":
         raise UsageError("device and devices cannot be combined", hint="leave one of them out")
+    if devices and workers:
+        raise UsageError("devices and workers cannot be combined", hint="leave one of them out")
     choices = PlanChoices(
         device=device,
         devices=parse_devices("devices", devices) if devices else (),
@@ -105,7 +112,8 @@ def load(
         quant=quant,
         draft_quant=draft_quant,
     )
-    request = ModelRequest(model, draft, on_named_devices(choices), offline, tokenizer=tokenizer)
+    others = workers_choice(parse_workers("workers", workers), token_file) if workers else None
+    request = ModelRequest(model, draft, on_named_devices(choices), offline, tokenizer=tokenizer, workers=others)
     prepare_libraries()
     reporter = _Warnings()
     models = locate_models(request, parse_models(request), reporter, confirm)

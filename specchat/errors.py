@@ -50,6 +50,14 @@ class AddressUnusableError(UsageError):
     """An address on which a server cannot listen, for example because another program uses the port."""
 
 
+class WrongTokenError(UsageError):
+    """A token that is missing, too short, or another one than at the other end."""
+
+
+class VersionMismatchError(UsageError):
+    """A worker with other versions of specchat or of the libraries that compute."""
+
+
 class ModelError(SpecchatError):
     """A model that cannot be found, downloaded or read."""
 
@@ -68,6 +76,10 @@ class ModelNotCachedError(ModelError):
 
 class CorruptCheckpointError(ModelError):
     """A checkpoint whose header, index or shard is damaged or truncated."""
+
+
+class DifferentWeightsError(ModelError):
+    """A worker whose files of the model hold other weights."""
 
 
 class UnknownTokenError(ModelError):
@@ -114,6 +126,14 @@ class SessionError(SpecchatError):
 
 class DeviceUnusableError(SpecchatError):
     """A device that was requested by name but cannot be used."""
+
+
+class WorkerUnreachableError(DeviceUnusableError):
+    """A worker that does not answer at its address."""
+
+
+class LostWorkerError(SpecchatError):
+    """A worker that failed, ended, or stopped answering, so that no further pass can be computed."""
 
 
 def is_lack_of_memory(error: BaseException) -> bool:

@@ -6,7 +6,7 @@ import re
 MASK = "***"
 
 # Variables that hold a secret, whatever the secret looks like.
-_SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "SPECCHAT_API_KEY")
+_SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "SPECCHAT_API_KEY", "SPECCHAT_TOKEN")
 # Shorter values would be found inside ordinary words.
 _FEWEST_CHARACTERS = 4
 

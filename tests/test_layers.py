@@ -52,7 +52,7 @@ FOLDERS = {
         {"kv_cache"},
         {"model"},
         {"drafting", "loading", "relief", "selfcheck", "walk"},
-        {"stages", "stats"},
+        {"stages", "stats", "workers"},
         {"drafters"},
         {"engine"},
         {"measuring"},

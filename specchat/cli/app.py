@@ -13,7 +13,9 @@ from specchat.cli.exit_status import guarded, leave
 from specchat.cli.misspelt import ParserError, usage_error
 from specchat.cli.other_tools import refuse_command
 from specchat.cli.settings import Settings
+from specchat.errors import UsageError
 from specchat.loading.request import ModelRequest
+from specchat.loading.tokens import workers_choice
 from specchat.paths import user_path
 from specchat.records.plan import PlanChoices
 from specchat.version import __version__
@@ -45,6 +47,8 @@ def _flags(given: Mapping[str, Any], keys: Sequence[settings.Key]) -> settings.L
 
 
 def _model_request(chosen: Settings, model: str | None) -> ModelRequest:
+    if chosen.get("workers") and chosen.get("devices"):
+        raise UsageError("--workers and --devices cannot be combined", hint="leave --workers or --devices out")
     return ModelRequest(
         model=model if model is None else chosen.aliases.get(model, model),
         draft=chosen.model("draft") or "auto",
@@ -65,6 +69,7 @@ def _model_request(chosen: Settings, model: str | None) -> ModelRequest:
         ),
         offline=chosen.get("offline", False),
         aliases=tuple(chosen.aliases),
+        workers=workers_choice(chosen.get("workers", ()), chosen.get("token_file")),
     )
 
 
@@ -110,6 +115,8 @@ def _run(
     tokenizer: parameters.Tokenizer = None,
     device: parameters.Device = None,
     devices: parameters.Devices = None,
+    workers: parameters.Workers = None,
+    token_file: parameters.TokenFile = None,
     vram: parameters.Vram = None,
     ram: parameters.Ram = None,
     ctx: parameters.Ctx = None,
@@ -206,6 +213,8 @@ def _bench(
     tokenizer: parameters.Tokenizer = None,
     device: parameters.Device = None,
     devices: parameters.Devices = None,
+    workers: parameters.Workers = None,
+    token_file: parameters.TokenFile = None,
     vram: parameters.Vram = None,
     ram: parameters.Ram = None,
     ctx: parameters.Ctx = None,
@@ -270,6 +279,8 @@ def _probe(
     tokenizer: parameters.Tokenizer = None,
     device: parameters.Device = None,
     devices: parameters.Devices = None,
+    workers: parameters.Workers = None,
+    token_file: parameters.TokenFile = None,
     vram: parameters.Vram = None,
     ram: parameters.Ram = None,
     ctx: parameters.Ctx = None,
@@ -318,6 +329,8 @@ def _serve(
     tokenizer: parameters.Tokenizer = None,
     device: parameters.Device = None,
     devices: parameters.Devices = None,
+    workers: parameters.Workers = None,
+    token_file: parameters.TokenFile = None,
     vram: parameters.Vram = None,
     ram: parameters.Ram = None,
     ctx: parameters.Ctx = None,
@@ -347,6 +360,22 @@ def _serve(
     refuse_command(model, chosen.aliases)
     request = _model_request(chosen, chosen.model("model"))
     return partial(serve, serve_options(request, chosen, yes=yes, quiet=quiet))
+
+
+@app.command("worker")
+def _worker(
+    *,
+    model: parameters.WorkerModel = None,
+    listen: parameters.Listen = None,
+    token_file: parameters.TokenFile = None,
+    device: parameters.Device = None,
+    vram: parameters.Vram = None,
+    quiet: parameters.ServeQuiet = False,
+) -> _Action:
+    """Compute layers for a chat on another machine."""
+    from specchat.cli.worker import work, worker_options
+
+    return partial(work, worker_options(model, listen, token_file, device, vram, quiet=quiet))
 
 
 @app.command("models")

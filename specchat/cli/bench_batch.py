@@ -55,7 +55,7 @@ def bench_batches(options: BenchOptions, settings: "BenchSettings", say: "Talk")
     planned = planning.make_plan(request, models, reporter, as_given=True)
     _check_fits(asked, planned)
     cancel = Event()
-    with closing(load_planned(models.target, models.draft, planned.plan, reporter)) as engine:
+    with closing(load_planned(models.target, models.draft, planned.plan, reporter, request.workers)) as engine:
         with Interrupts().setting(cancel):
             runs = measure_batches(
                 engine,

@@ -70,6 +70,8 @@ def check_combination(options: BenchOptions) -> BenchOptions:
     Raises:
         UsageError: two flags contradict each other, or a flag has no effect.
     """
+    if options.models.workers is not None and options.batches is None:
+        raise UsageError("bench measures workers with --batch only", hint="add --batch 1, or leave --workers out")
     if options.compare is not None and options.output in ("jsonl", "csv"):
         raise UsageError(f"--compare cannot be printed as {options.output}", hint="use -o table, md or json")
     if options.compare is not None and options.models.model is not None:

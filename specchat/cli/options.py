@@ -12,6 +12,7 @@ from specchat.files import read_given
 from specchat.loading.devices import is_device, on_named_devices, parse_devices
 from specchat.loading.request import ModelRequest
 from specchat.loading.sampling import SamplingChoices
+from specchat.loading.tokens import parse_workers
 from specchat.paths import user_path
 from specchat.records.chat import Overflow
 from specchat.records.generation import Sampling
@@ -194,6 +195,11 @@ def device(name: str, text: str) -> str:
 def devices(name: str, text: str) -> Literal["auto"] | tuple[DeviceChoice, ...]:
     """Parse a list of devices with memory budgets."""
     return parse_devices(name, text)
+
+
+def workers(name: str, text: str) -> tuple[tuple[str, int], ...]:
+    """Parse a list of the addresses of workers."""
+    return parse_workers(name, text)
 
 
 def system_prompt(name: str, text: str) -> str:

@@ -47,6 +47,29 @@ Devices = Annotated[
         help="Devices that share the layers, as in cuda:0,cuda:1=6GiB,cpu; auto for all GPUs. [default: one device]",
     ),
 ]
+Workers = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LIST",
+        help="Other machines that compute layers, as in 10.0.0.2:7000,10.0.0.3:7000. [default: none]",
+    ),
+]
+TokenFile = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Token that all machines know. [default: the variable SPECCHAT_TOKEN]"),
+]
+Listen = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS:PORT", help="Address to listen on; port 0 takes a free one. [default: none]"),
+]
+WorkerModel = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        autocompletion=completion.models,
+        help="Files of the model on this machine. [default: the same name as there]",
+    ),
+]
 Vram = Annotated[
     str | None,
     typer.Option(

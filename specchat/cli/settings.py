@@ -26,7 +26,7 @@ Raw = str | bool | tuple[str, ...]
 
 ENVIRONMENT_PREFIX = "SPECCHAT_"
 # Variables that are not settings.
-_OTHER_VARIABLES = ("CONFIG", "CACHE_DIR", "STATE_DIR", "DEBUG")
+_OTHER_VARIABLES = ("CONFIG", "CACHE_DIR", "STATE_DIR", "DEBUG", "TOKEN")
 _WORDS_FOR_YES = ("1", "true", "yes", "on")
 _WORDS_FOR_NO = ("0", "false", "no", "off", "")
 _ALIAS = re.compile(r"\w[\w.-]*", re.ASCII)
@@ -125,6 +125,8 @@ SHARED_KEYS = (
     _key("tokenizer", _as_it_is),
     _key("device", options.device),
     _key("devices", options.devices),
+    _key("workers", options.workers),
+    _key("token_file", _as_it_is),
     _key("vram", options.size),
     _key("ram", options.size),
     _key("ctx", options.context),

@@ -72,10 +72,8 @@ class Engine(Closeable):
         runtime_bytes: int = 0,
         watch: MemoryWatch | None = None,
     ) -> None:
-        self.plan = plan
-        self.load_s = 0.0
-        self._target = target
-        self._drafter = drafter
+        self.plan, self.load_s = plan, 0.0
+        self._target, self._drafter = target, drafter
         self._policy: DraftPolicy = fixed_policy(plan)
         if plan.adaptive and plan.expected is not None:
             self._policy = AdaptivePolicy(plan.work.tree_budget, plan.expected, plan.work.seats)
@@ -99,6 +97,7 @@ class Engine(Closeable):
         draft_pack: Pack | None = None,
         warn: Callable[[str], None] = lambda _: None,
         watch: MemoryWatch | None = None,
+        load: Callable[..., TreeModel] = load_target,
     ) -> Engine:
         """Read both models into memory as planned; `loading.checking` has checked the architectures.
 
@@ -110,6 +109,7 @@ class Engine(Closeable):
             draft_pack: pack of the draft; None reads the checkpoint's own files.
             warn: receives one-line warnings about refused memory pinning and its cost.
             watch: tells when memory is short, so that layers are given back; None keeps all layers.
+            load: loads the target, as `load_target` does.
 
         Raises:
             VocabularyMismatchError: draft and target have different token ids.
@@ -126,7 +126,7 @@ class Engine(Closeable):
             prepare(device)
             # Load the draft first: it has no threads to clean up if the target fails to load.
             small = None if draft is None or draft.source.is_copy else load_draft(plan, draft, draft_pack)
-            model = load_target(plan, target, pack, warn)
+            model = load(plan, target, pack, warn)
             drafter = complete_drafter(plan, model, small, draft, draft_pack)
         trim_heap()
         engine = cls(plan, model, drafter, runtime_bytes, watch)

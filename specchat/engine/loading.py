@@ -34,7 +34,8 @@ from specchat.models.quant.modules import QuantLinear, Scratch, quant_linears
 from specchat.models.weights.layout import LayerLayout, bind
 from specchat.models.weights.open import ModelWeights
 from specchat.models.weights.reader import WeightReader
-from specchat.records.plan import Placement, Plan, Workload
+from specchat.records.model import KvShape
+from specchat.records.plan import ELSEWHERE, Placement, Plan, Workload
 from specchat.units import format_bytes
 
 
@@ -49,7 +50,9 @@ def load_model(
     grows: bool = False,
     pack: Pack | None = None,
     warn: Callable[[str], None] = lambda _: None,
-    model_class: type[TreeModel] = TreeModel,
+    model_class: Callable[..., TreeModel] = TreeModel,
+    cache_class: type[TreeCache] = TreeCache,
+    reads_rest: bool = True,
 ) -> TreeModel:
     """Load resident layers and all parameters outside the layers, and prepare streaming of the other layers.
 
@@ -65,6 +68,8 @@ def load_model(
         pack: pack to read layers from; None reads the checkpoint's own files.
         warn: receives one-line warnings about refused memory pinning and its cost.
         model_class: class of the result.
+        cache_class: class of its cache.
+        reads_rest: whether parameters outside the layers are read, too; only with owners of layers in the placement.
     """
     skeleton, device, dtype = weights.skeleton, torch.device(work.device), torch_dtype(work.dtype)
     layers, later = skeleton.layers, placement.streamed
@@ -77,7 +82,11 @@ def load_model(
         reader = undo.enter_context(weights.reader if pack is None else _pack_reader(weights, pack))
         embeddings = lookup_embeddings(skeleton) if work.host_embeddings else None
         assert not work.host_embeddings or embeddings is not None, "embeddings tied to the head stay with the head"
-        mapped = reader.read_rest(device, on_host=embeddings)
+        mapped = None
+        if reads_rest:
+            mapped = reader.read_rest(device, on_host=embeddings)
+        else:
+            reader.read_buffers(device)
         if mapped is not None:
             undo.enter_context(mapped)
         verifier = None if pack is None else ChunkVerifier(pack)
@@ -98,8 +107,8 @@ def load_model(
                 _read_beside_experts(layers, stays, pooled, reader, verifier, there)
             if number:
                 _move_in(layers, owned, there)
-        cache = TreeCache(
-            weights.kv_shapes,
+        cache = cache_class(
+            _kept_shapes(weights, placement),
             cache_rows,
             dtype,
             device,
@@ -110,9 +119,10 @@ def load_model(
             devices=[devices[owner] for owner in placement.owner] or None,
         )
         if device.type == "cpu":
-            use_fast_matmuls(skeleton.model)
+            for module in [skeleton.model] if reads_rest else [layers[index] for index in placement.owned(0)]:
+                use_fast_matmuls(module)
             head = skeleton.model.get_output_embeddings()
-            if placement.head_copy_bytes and isinstance(head, QuantLinear):
+            if reads_rest and placement.head_copy_bytes and isinstance(head, QuantLinear):
                 head.hold(dtype, keeps_segments=True)
         streamer, kept = (
             open_streamers(files, placement, resident, devices, shared)
@@ -127,6 +137,15 @@ def load_model(
         reader.close()
     hops = Hops(placement.owner, devices) if len(devices) > 1 else None
     return model_class(skeleton, cache, streamer, streamed, work.chunk_rows, device, embeddings, mapped, kept, hops)
+
+
+def _kept_shapes(weights: ModelWeights, placement: Placement) -> list[KvShape]:
+    """Return the shapes of what the layers of this machine cache; those of other machines cache nothing here."""
+    shapes = list(weights.kv_shapes)
+    for index, owner in enumerate(placement.owner):
+        if owner == ELSEWHERE:
+            shapes[index] = KvShape(0, 0, 0)
+    return shapes
 
 
 def _move_in(layers: Sequence[Any], owned: Sequence[int], device: torch.device) -> None:

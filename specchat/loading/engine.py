@@ -10,7 +10,7 @@ from specchat.errors import AllocationError
 from specchat.loading.checking import check_model
 from specchat.loading.models import Models
 from specchat.loading.planning import make_smaller_plan
-from specchat.loading.request import ModelRequest, Reporter
+from specchat.loading.request import ModelRequest, Reporter, WorkersChoice
 from specchat.models.checkpoint.generation_config import GenerationDefaults
 from specchat.records.model import LOWER_QUANTS, Dtype, ModelSource
 from specchat.records.plan import Plan
@@ -43,7 +43,7 @@ def load_engine(
 
     while True:
         try:
-            return load_planned(models.target, models.draft, plan, reporter)
+            return load_planned(models.target, models.draft, plan, reporter, request.workers)
         except AllocationError as error:
             gc.collect()  # the next plan depends on free memory
             plan = make_smaller_plan(request, models, reporter, plan, temperature)
@@ -51,8 +51,21 @@ def load_engine(
         release_memory()
 
 
-def load_planned(target: ModelSource, draft: ModelSource | None, plan: Plan, reporter: Reporter) -> "Engine":
+def load_planned(
+    target: ModelSource,
+    draft: ModelSource | None,
+    plan: Plan,
+    reporter: Reporter,
+    workers: WorkersChoice | None = None,
+) -> "Engine":
     """Open the weights of both models, write missing packs and load the engine.
+
+    Args:
+        target: model that writes the text.
+        draft: model that drafts trees, or None.
+        plan: plan to load.
+        reporter: receives progress and warnings.
+        workers: machines that a plan deals layers to.
 
     Raises:
         AllocationError: memory of the plan cannot be allocated.
@@ -62,6 +75,11 @@ def load_planned(target: ModelSource, draft: ModelSource | None, plan: Plan, rep
     from specchat.hardware.pressure import MemoryWatch
 
     with _opened(target, draft, plan) as (weights, draft_weights):
+        if workers is not None:
+            from specchat.loading.workers import load_with_workers
+
+            packs = _packs(weights, draft_weights, plan, reporter)
+            return load_with_workers(workers, plan, weights, draft_weights, packs, reporter.warn)
         packs = _packs(weights, draft_weights, plan, reporter)
         return Engine.load(plan, weights, draft_weights, *packs, warn=reporter.warn, watch=MemoryWatch())
 
@@ -133,12 +151,12 @@ def _packs(
 ) -> "tuple[Pack | None, Pack | None]":
     is_packed = plan.placement.streams or plan.quant in LOWER_QUANTS
     by_experts = plan.placement.experts is not None
-    pack = _packed(weights, plan.quant, reporter, by_experts=by_experts) if is_packed else None
+    pack = packed(weights, plan.quant, reporter, by_experts=by_experts) if is_packed else None
     if draft_weights is None or plan.draft_quant not in LOWER_QUANTS:
         return pack, None
     if draft_weights.source.is_copy and not plan.placement.streamed:
         return pack, None  # a copy has no layers of its own then
-    return pack, _packed(draft_weights, plan.draft_quant, reporter)
+    return pack, packed(draft_weights, plan.draft_quant, reporter)
 
 
 def stop_ids(defaults: GenerationDefaults, tokenizer: "Tokenizer") -> frozenset[int]:
@@ -150,7 +168,8 @@ def stop_ids(defaults: GenerationDefaults, tokenizer: "Tokenizer") -> frozenset[
     return defaults.stop_ids if eos is None else defaults.stop_ids | {eos}
 
 
-def _packed(weights: "ModelWeights", quant: str, reporter: Reporter, *, by_experts: bool = False) -> "Pack | None":
+def packed(weights: "ModelWeights", quant: str, reporter: Reporter, *, by_experts: bool = False) -> "Pack | None":
+    """Return the pack of a model, and write a missing one; None if the model's own files can be streamed."""
     from specchat.models.packs.prepare import prepare
 
     what = f"{'quantizing' if quant in LOWER_QUANTS else 'repacking'} {weights.source.name}"

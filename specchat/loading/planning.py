@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from specchat.errors import UsageError
 from specchat.loading.checking import assumptions_about, check_model, check_tokenizer
 from specchat.loading.models import Models
 from specchat.loading.request import RETRIEVAL, ModelRequest, Reporter
@@ -12,7 +13,7 @@ from specchat.records.plan import Plan
 
 if TYPE_CHECKING:
     from specchat.planner.explain import ExplainedPlan
-    from specchat.planner.request import PlanRequest
+    from specchat.planner.request import PlanInputs, PlanRequest
 
 _PLAIN = "plain decoding"
 
@@ -51,7 +52,6 @@ def make_plan(
         DoesNotFitError: no plan stays within the budget.
         UnsupportedModelError: draft trees do not work on a model's architecture.
     """
-    from specchat.planner.inputs import find_inputs
     from specchat.planner.search import choose_plan
 
     for source in (models.target, models.draft):
@@ -65,7 +65,7 @@ def make_plan(
         given = "none" if is_open else asked.choices.draft_quant
         choices = replace(asked.choices, draft_quant=given)
         asked = replace(asked, choices=choices, draft_is_open=False, lowers_for_speed=False)
-    chosen = choose_plan(asked, find_inputs(asked, reporter.warn))
+    chosen = choose_plan(asked, _inputs(request, asked, reporter))
     if (head := next((each for each in models.heads if each.name == chosen.plan.draft), None)) is not None:
         models = replace(models, draft=head)
     if models.copy is not None and chosen.plan.draft == models.copy.name:
@@ -96,11 +96,32 @@ def make_smaller_plan(
     Raises:
         DoesNotFitError: nothing smaller is left to try.
     """
-    from specchat.planner.inputs import find_inputs
     from specchat.planner.search import smaller_plan
 
     asked = plan_request(request, models, temperature)
-    return smaller_plan(asked, find_inputs(asked, reporter.warn), plan)
+    return smaller_plan(asked, _inputs(request, asked, reporter), plan)
+
+
+def _inputs(request: ModelRequest, asked: "PlanRequest", reporter: Reporter) -> "PlanInputs":
+    """Return the facts of a plan: of this machine, and of the workers if there are any.
+
+    Raises:
+        UsageError: a draft that reads what stays on other machines.
+        SpecchatError: a worker that cannot be used.
+    """
+    from specchat.planner.inputs import find_inputs
+
+    inputs = find_inputs(asked, reporter.warn)
+    if request.workers is None:
+        return inputs
+    from specchat.loading.workers import worker_inputs
+
+    if asked.draft is not None and asked.draft.part not in ("", "mtp"):
+        raise UsageError(
+            f"--draft {request.draft} cannot be used with workers: it reads what stays on their machines",
+            hint="use a draft model, mtp, retrieval or none",
+        )
+    return replace(inputs, others=worker_inputs(request.workers))
 
 
 def plan_request(request: ModelRequest, models: Models, temperature: float | None = None) -> "PlanRequest":
@@ -115,6 +136,7 @@ def plan_request(request: ModelRequest, models: Models, temperature: float | Non
 
     defaults = load_generation_defaults(models.target.path)
     choices = request.choices
+    heads = tuple(each for each in models.heads if request.workers is None or each.part == "mtp")
     return PlanRequest(
         target=models.target,
         draft=models.draft,
@@ -122,7 +144,7 @@ def plan_request(request: ModelRequest, models: Models, temperature: float | Non
         # A user who sets a tree budget or a draft precision wants a draft.
         draft_is_open=request.draft_model == "auto" and choices.tree_budget is None and choices.draft_quant == "auto",
         retrieval=request.retrieval,
-        heads=models.heads,
-        copy=models.copy,
+        heads=heads,
+        copy=models.copy if request.workers is None else None,
         samples=not resolve_sampling(SamplingChoices(temperature=temperature), defaults, 0).greedy,
     )

@@ -16,6 +16,19 @@ SELF = "self"
 
 
 @dataclass(frozen=True)
+class WorkersChoice:
+    """Machines that compute layers of the target beside this one.
+
+    Attributes:
+        addresses: host and port of each.
+        token: token that all machines know.
+    """
+
+    addresses: tuple[tuple[str, int], ...]
+    token: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
 class ModelRequest:
     """Request to load models with the user's choices.
 
@@ -26,6 +39,7 @@ class ModelRequest:
         offline: whether network access is forbidden.
         aliases: names that the user gave to models, for hints.
         tokenizer: MODEL argument whose tokenizer the target uses, for GGUF files; None for the file's own.
+        workers: other machines that compute layers; None for this one alone.
     """
 
     model: str | None = None
@@ -34,6 +48,7 @@ class ModelRequest:
     offline: bool = False
     aliases: tuple[str, ...] = ()
     tokenizer: str | None = None
+    workers: WorkersChoice | None = None
 
     @property
     def draft_model(self) -> str:

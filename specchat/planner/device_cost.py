@@ -13,6 +13,7 @@ from specchat.planner.cost import CostModel, Prediction, StepCosts
 from specchat.planner.link_queue import LinkQueue
 from specchat.planner.placement import Share, TierSizes
 from specchat.planner.rates import Rates
+from specchat.planner.request import Peer
 from specchat.records.model import DTYPE_BYTES, Dtype, ModelSpec
 
 # Fixed time of a hop: a copy between GPUs, and the other device's stream that waits for it. Not measured on GPUs yet.
@@ -31,6 +32,7 @@ class DevicesCost(CostModel):
         acceptance: acceptance of the pair.
         seats: number of sequences of every pass.
         retrieval: whether draft nodes may come from the text itself.
+        peers: ways to the machines of the devices; None for those of this machine.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class DevicesCost(CostModel):
         seats: int,
         *,
         retrieval: bool,
+        peers: Sequence[Peer | None] = (),
     ) -> None:
         super().__init__(target, draft, dtype, devices[0], rates[0], acceptance, seats, retrieval=retrieval)
         named = zip(devices, rates, strict=True)
@@ -52,6 +55,7 @@ class DevicesCost(CostModel):
             each.disk.per_s if name == "cpu" else each.host.per_s for name, each in zip(devices, rates, strict=True)
         ]
         self._row_bytes = target.hidden_size * DTYPE_BYTES[dtype]
+        self._peers = [peer for peer in peers if peer is not None]
 
     def compute_s(self, number: int, share: Share, rows: int) -> float:
         """Return the seconds that a device computes its layers in a pass."""
@@ -80,10 +84,13 @@ class DevicesCost(CostModel):
                 each = LinkQueue(share.num_layers, share.num_streamed, arrival_s, placement.slots)
                 busy_s = max(busy_s, share.num_streamed * arrival_s)
                 linked_s = max(linked_s, each.linked_s(own_s / share.num_layers, costs.outside_s))
-        disk_s = placement.disk_bytes / self._rates.disk.per_s  # all devices read from one disk
+        # All devices of one machine read from one disk.
+        disk_s = 0.0 if self._peers else placement.disk_bytes / self._rates.disk.per_s
         return max(busy_s, disk_s), max(linked_s, disk_s), computed_s
 
     def _hop_s(self, rows: int) -> float:
+        if self._peers:
+            return max(peer.hop_s + rows * self._row_bytes / peer.bytes_per_s for peer in self._peers)
         return _HOP_S + rows * self._row_bytes / min(self.links)
 
     def _step(self, placement: TierSizes, nodes: int) -> Prediction:

@@ -27,7 +27,7 @@ from specchat.planner.memory import (
     retrieval_items,
     target_passes,
 )
-from specchat.planner.placement import SLOTS, Share, TierSizes, keep_in_ram
+from specchat.planner.placement import SLOTS, Share, TierSizes, keep_in_ram, usable_ram
 from specchat.planner.request import DeviceInputs, PlanInputs, PlanRequest
 from specchat.planner.states import restore_items, state_items, state_memory
 from specchat.planner.workload import CUDA_RESERVE_BYTES, default_budget, layer_host_bytes
@@ -50,17 +50,21 @@ class DevicesCandidate(Candidate):
         machines: machine of each device.
         budgets: memory budget of each device in bytes.
         in_ram: indices of the streamed layers that stay in host memory.
+        names: names of the devices.
+        apart: whether each device belongs to another machine.
     """
 
     dealt: Deal = field(default_factory=lambda: Deal((), ()))
     machines: tuple[Machine, ...] = ()
     budgets: tuple[int, ...] = ()
     in_ram: tuple[int, ...] = ()
+    names: tuple[str, ...] = ()
+    apart: bool = False
 
     @property
     def devices(self) -> tuple[str, ...]:
         """Names of the devices."""
-        return tuple(machine.device for machine in self.machines)
+        return self.names
 
     def plan(self, choices: PlanChoices, machine: Machine) -> Plan:
         """Build the plan, with the placement and the ledgers of all devices."""
@@ -74,13 +78,17 @@ class DevicesCandidate(Candidate):
             self.slots,
             devices=self.devices,
             owner=self.dealt.owner,
+            apart=self.apart,
         )
         work = replace(work, draft_rows=0) if draft is None else work
         points = restore_items(target, draft, work)
         beside = (*host_embeddings(target, work), *points, *retrieval_items(work, used=self.retrieval))
         devices = tuple(self._devices(work, streamed))
-        slots = self.slots * sum(each.streamed > 0 for each in devices)
-        host_bytes = layer_host_bytes(streamed, self.in_ram, slots) + host_embedding_bytes(target, work)
+        slots = self.slots * sum(each.streamed > 0 for each in devices[: 1 if self.apart else None])
+        owner = self.dealt.owner
+        here = {index: size for index, size in streamed.items() if not self.apart or owner[index] == 0}
+        in_ram = tuple(index for index in self.in_ram if index in here)
+        host_bytes = layer_host_bytes(here, in_ram, slots) + host_embedding_bytes(target, work)
         on_cpu = sum(each.num_bytes for each in devices if each.device == "cpu")
         return Plan(
             target=target.name,
@@ -97,7 +105,7 @@ class DevicesCandidate(Candidate):
             text_only=target.text_only,
             retrieval=self.retrieval,
             lowered_from=target.dtype if choices.quant == "auto" and target.quant in LOWER_QUANTS else None,
-            host_ledger=build_host_ledger(streamed, self.in_ram, slots, machine.device, beside),
+            host_ledger=build_host_ledger(here, in_ram, slots, machine.device, beside),
             expected=self.model.expectation(self.sizes, work.tree_budget) if self.adaptive else None,
             states=state_memory(target, draft, work, kv_bytes(target, work, work.tree_rows)),
             devices=devices,
@@ -113,7 +121,7 @@ class DevicesCandidate(Candidate):
                 resident=share.num_resident,
                 streamed=share.num_streamed,
                 ledger=device_ledger(
-                    self.target, self.draft, work, self.dealt, number, self.devices[number], self.slots
+                    self.target, self.draft, work, self.dealt, number, self.machines[number].device, self.slots
                 ),
                 vram_bytes=self.budgets[number],
                 streamed_bytes=nbytes,
@@ -187,12 +195,15 @@ class DeviceCandidates:
             default_budget(each.machine) if each.vram_bytes is None else each.vram_bytes for each in self._devices
         ]
         self._machines, self._budgets = tuple(machines), tuple(budgets)
+        self._names = tuple(each.name for each in self._devices)
+        self._apart = any(each.peer is not None for each in self._devices)
         self._models: dict[ModelSpec | None, DevicesCost] = {}
 
     @property
     def can_deal(self) -> bool:
         """Whether the target's layers can be on several devices."""
-        return not self._target.shared_params
+        alone = any(shape.state is not None or not shape.heads for shape in self._target.kv_shapes)
+        return not self._target.shared_params and not (self._apart and alone)
 
     @cached_property
     def best(self) -> Candidate | None:
@@ -209,6 +220,11 @@ class DeviceCandidates:
 
     def refusal(self) -> SpecchatError:
         """Build the error for devices that were named: they are too small, or cannot share the layers."""
+        if not self.can_deal and self._apart:
+            return UnsupportedModelError(
+                f"{self._target.name} cannot be split over workers: its layers share more than rows",
+                hint="leave --workers out",
+            )
         if not self.can_deal:
             return UnsupportedModelError(
                 f"the layers of {self._target.name} share blocks, so they cannot be on several devices",
@@ -219,17 +235,17 @@ class DeviceCandidates:
         work = self._single.workload_for(draft, ctx, min(self._single.tree_budgets(draft)))
         least = [self._least_bytes(draft, work, number) for number in range(len(self._machines))]
         number = max(range(len(least)), key=lambda each: least[each] - self._budgets[each])
-        device, budget = self._machines[number].device, self._budgets[number]
+        device, budget = self._names[number], self._budgets[number]
         if least[number] <= budget:
             return DoesNotFitError(
-                f"the layers of {self._target.name} do not fit on {', '.join(each.device for each in self._machines)} "
-                f"with --ctx {ctx:,}",
-                hint="raise the budgets in --devices, or lower --ctx",
+                f"the layers of {self._target.name} do not fit on {', '.join(self._names)} with --ctx {ctx:,}",
+                hint=f"raise {'--vram here or on the workers' if self._apart else 'the budgets in --devices'}, "
+                "or lower --ctx",
             )
         return DoesNotFitError(
             f"{self._target.name} needs at least {format_bytes(least[number])} on {device} with --ctx {ctx:,}, "
             f"but its budget is {format_bytes(budget)}",
-            hint=f"raise {device} in --devices, leave it out, or lower --ctx",
+            hint=f"raise {'its --vram' if self._apart else f'{device} in --devices'}, leave it out, or lower --ctx",
         )
 
     def _least_bytes(self, draft: ModelSpec | None, work: Workload, number: int) -> int:
@@ -271,7 +287,13 @@ class DeviceCandidates:
 
         for _ in range(_MOST_ATTEMPTS):
             rooms = [
-                Room(budget - other, slots, layer_bytes, cached // len(sizes), streams=machine.device != "cpu")
+                Room(
+                    budget - other,
+                    slots,
+                    layer_bytes,
+                    cached // len(sizes),
+                    streams=self._apart or machine.device != "cpu",
+                )
                 for budget, other, machine in zip(budgets, beside, self._machines, strict=True)
             ]
             shares = best_shares(len(sizes), rooms, model.links, seconds)
@@ -294,12 +316,16 @@ class DeviceCandidates:
         streamed = {index: size for index, size in enumerate(sizes) if index not in stays}
         on_cpu = sum(
             item.bytes
-            for number, each in enumerate(self._machines)
+            for number, each in enumerate(self._machines[: 1 if self._apart else None])
             if each.device == "cpu"
             for item in device_ledger(self._target, draft, work, dealt, number, "cpu", slots)
         )
         points = sum(item.bytes for item in restore_items(self._target, draft, work))
-        in_ram = keep_in_ram(streamed, max(self._single.host_budget(work, 0) - on_cpu - points, 0)) if streamed else ()
+        host_bytes = max(self._single.host_budget(work, 0) - on_cpu - points, 0)
+        if self._apart:
+            in_ram = self._in_ram_apart(streamed, dealt, host_bytes)
+        else:
+            in_ram = keep_in_ram(streamed, host_bytes) if streamed else ()
         ram_bytes = sum(streamed[index] for index in in_ram)
         tiers = TierSizes(
             num_layers=len(sizes),
@@ -326,7 +352,18 @@ class DeviceCandidates:
             machines=self._machines,
             budgets=self._budgets,
             in_ram=in_ram,
+            names=self._names,
+            apart=self._apart,
         )
+
+    def _in_ram_apart(self, streamed: Mapping[int, int], dealt: Deal, host_bytes: int) -> tuple[int, ...]:
+        """Return the streamed layers of GPUs that stay in the host memory of their own machines."""
+        found = list[int]()
+        for number, machine in enumerate(self._machines):
+            own = {index: size for index, size in streamed.items() if dealt.owner[index] == number}
+            if own and machine.device != "cpu":
+                found += keep_in_ram(own, host_bytes if number == 0 else usable_ram(machine.ram_available_bytes))
+        return tuple(sorted(found))
 
     def _model(self, draft: ModelSpec | None) -> DevicesCost:
         if draft not in self._models:
@@ -342,6 +379,7 @@ class DeviceCandidates:
                 acceptance,
                 self._choices.seats,
                 retrieval=self._request.retrieval,
+                peers=[each.peer for each in self._devices],
             )
         return self._models[draft]
 

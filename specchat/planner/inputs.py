@@ -57,6 +57,13 @@ def find_inputs(request: PlanRequest, warn: Callable[[str], None] = lambda _: No
     )
 
 
+def figures_of(device: str) -> tuple[Machine, Rates]:
+    """Return the memory and the speeds of one device of this machine, without measuring anything."""
+    machine, folder = find_machine(device), cache_folder()
+    hardware = find_hardware(folder)
+    return machine, rates_of(hardware, machine, remembered(folder, hardware, machine, device))
+
+
 def _at_once(
     machine: Machine, rates: Rates, others: list[DeviceInputs], measured: Measured | None
 ) -> tuple[Rates | None, list[DeviceInputs]]:

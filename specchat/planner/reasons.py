@@ -90,6 +90,8 @@ def _device_choices(request: PlanRequest, inputs: PlanInputs, best: Candidate) -
     """Return the choice of the device, or of several; without a choice between one and several, there is one line."""
     device, asked = inputs.machine.device, request.choices.devices
     if best.devices:
+        if any(each.peer is not None for each in inputs.others):
+            return [Choice("workers", ", ".join(best.devices[1:]), "asked for", pinned=True)]
         why = "asked for" if asked != "auto" else "faster together than the first one alone"
         return [Choice("devices", ", ".join(best.devices), why, asked != "auto")]
     choice = Choice("device", device, _why_device(request, device), request.choices.device != "auto")

@@ -57,6 +57,21 @@ class PlanRequest:
 
 
 @dataclass(frozen=True)
+class Peer:
+    """The way to another machine.
+
+    Attributes:
+        address: host and port, as users write them.
+        hop_s: seconds of a message without content, one way.
+        bytes_per_s: rate of rows.
+    """
+
+    address: str
+    hop_s: float
+    bytes_per_s: float
+
+
+@dataclass(frozen=True)
 class DeviceInputs:
     """Facts about a further device that layers may be dealt to.
 
@@ -64,11 +79,18 @@ class DeviceInputs:
         machine: device and memory sizes, total and free.
         rates: speeds of the device.
         vram_bytes: memory budget of the user in bytes; None for the default.
+        peer: way to another machine that has the device; None for this machine.
     """
 
     machine: Machine
     rates: Rates
     vram_bytes: int | None = None
+    peer: Peer | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the device in plans."""
+        return self.machine.device if self.peer is None else f"{self.peer.address} {self.machine.device}"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The plan: the contract between planner and engine."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from specchat.records.limits import HEAD_BLOCK_ROWS, MOST_RESTORE_POINTS
@@ -13,6 +13,10 @@ WEIGHT_ITEMS = frozenset(
         *("expert pool", "expert slots", "small tensors of experts"),
     }
 )
+
+
+# Owner of a layer that another machine has, where a placement describes one machine.
+ELSEWHERE = -1
 
 
 @dataclass(frozen=True)
@@ -178,7 +182,9 @@ class Placement:
         head_copy_bytes: bytes of a dequantized copy of a packed head, which is faster; 0 without one. Only on a CPU.
         devices: devices that layers are dealt to; the first one also has embeddings, head and draft. Empty if the
             device of the workload has all layers.
-        owner: number of the device of each layer; empty for one device. `slots` counts for each device.
+        owner: number of the device of each layer; empty for one device. `slots` counts for each device. ELSEWHERE for
+            layers that another machine has.
+        apart: whether each device belongs to another machine, which reads and computes its own layers.
     """
 
     num_layers: int
@@ -191,6 +197,19 @@ class Placement:
     head_copy_bytes: int = 0
     devices: tuple[str, ...] = ()
     owner: tuple[int, ...] = ()
+    apart: bool = False
+
+    def part(self, number: int) -> "Placement":
+        """Return the placement of one device, as its own machine loads it."""
+        owned = set(self.owned(number))
+        return replace(
+            self,
+            resident=tuple(index for index in self.resident if index in owned),
+            in_ram=tuple(index for index in self.in_ram if index in owned),
+            devices=(),
+            owner=tuple(0 if index in owned else ELSEWHERE for index in range(self.num_layers)),
+            apart=False,
+        )
 
     def owned(self, number: int) -> tuple[int, ...]:
         """Return the indices of the layers of one device, ascending."""
@@ -201,7 +220,7 @@ class Placement:
     @property
     def streamed(self) -> tuple[int, ...]:
         """Indices of the layers that are streamed for every pass, ascending."""
-        resident = set(self.resident)
+        resident = {*self.resident, *(i for i, owner in enumerate(self.owner) if owner == ELSEWHERE)}
         return tuple(i for i in range(self.num_layers) if i not in resident)
 
     def more_bytes(self, index: int) -> int:

@@ -9,7 +9,7 @@ from typing import Literal
 from specchat.chat.answer import Delta, Turn
 from specchat.chat.session import ChatSession
 from specchat.chat.state import Dropped, state_of
-from specchat.errors import PromptTooLongError, SessionError, SpecchatError, UsageError
+from specchat.errors import LostWorkerError, PromptTooLongError, SessionError, SpecchatError, UsageError
 from specchat.ui import file_commands, info_commands
 from specchat.ui.chat_view import ChatView
 from specchat.ui.commands import BY_NAME, unknown
@@ -195,7 +195,7 @@ class Repl:
             self._talk.error(error.message, error.hint)
             return True
         except SpecchatError as error:
-            if self._chat.load.error is error:
+            if self._chat.load.error is error or isinstance(error, LostWorkerError):
                 raise
             self._view.out.end_line()
             self._talk.error(error.message, _FULL_HINT if isinstance(error, PromptTooLongError) else error.hint)

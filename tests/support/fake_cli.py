@@ -136,7 +136,7 @@ def install():
     device.release_memory = lambda: None  # and no torch
     sys.modules |= {each.__name__: each for each in (engine, compat, imports, device)}
     planning.make_plan = _plan
-    engine_loading.load_planned = lambda _target, _draft, _plan, _reporter: Echo.load()
+    engine_loading.load_planned = lambda _target, _draft, _plan, _reporter, _workers=None: Echo.load()
     stdin._SILENT_S = float(os.environ.get("FAKE_SILENT_S", stdin._SILENT_S))
     repl._SLOW_S = float(os.environ.get("FAKE_SLOW_S", repl._SLOW_S))
     interrupts._LEAVE_WITHIN_S = float(os.environ.get("FAKE_LEAVE_WITHIN_S", interrupts._LEAVE_WITHIN_S))

@@ -194,10 +194,7 @@ class WeightReader(Closeable):
         bind(model, self.read_segments())
         if not isinstance(model.get_output_embeddings(), QuantLinear):
             model.tie_weights()
-        for layer, names in zip(self._skeleton.layers, self._plan.direct, strict=True):
-            for name, buffer in layer.named_buffers():
-                if name in names:
-                    buffer.copy_(self._reader.read(names[name]))
+        self._read_layer_buffers()
         stays = set() if on_host is None else {id(t) for t in (*on_host.parameters(), *on_host.buffers())}
         layer_parameters = {id(p) for layer in self._skeleton.layers for p in layer.parameters()}
         for name, parameter in model.named_parameters():
@@ -208,11 +205,19 @@ class WeightReader(Closeable):
             place = torch.device("cpu") if id(parameter) in stays else device
             parameter.data = parameter.data.to(device=place, dtype=None if name in segments else self._dtype)
             parameter.requires_grad_(False)
-        for module in model.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None and id(buffer) not in stays:
-                    module._buffers[name] = buffer.to(device)
+        _move_buffers(model, device, stays)
         return file
+
+    def read_buffers(self, device: torch.device) -> None:
+        """Fill the buffers of the layers, and move all buffers to a device; no parameter is read."""
+        self._read_layer_buffers()
+        _move_buffers(self._skeleton.model, device, set())
+
+    def _read_layer_buffers(self) -> None:
+        for layer, names in zip(self._skeleton.layers, self._plan.direct, strict=True):
+            for name, buffer in layer.named_buffers():
+                if name in names:
+                    buffer.copy_(self._reader.read(names[name]))
 
     def _key_of(self, name: str) -> str | None:
         """Return the checkpoint key of a parameter outside the layers; None if it is missing."""
@@ -379,6 +384,14 @@ class WeightReader(Closeable):
                 names = set().union(*(direct[other].keys() & shape.keys() for other in alike))
                 expected = _complete(set().union(*(parts[other] for other in alike)))
                 self._check_complete(layer, (names - direct[layer].keys()) | (expected - parts[layer]))
+
+
+def _move_buffers(model: Any, device: torch.device, stays: Set[int]) -> None:
+    """Move all buffers to a device, but for those with these ids."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and id(buffer) not in stays:
+                module._buffers[name] = buffer.to(device)
 
 
 def _split(info: TensorInfo, num_parts: int) -> list[TensorInfo]:

@@ -1,0 +1,1 @@
+"""Layers on several machines: each computes its layers, and only rows travel between them."""
