@@ -26,7 +26,7 @@ from specchat.errors import AllocationError, is_lack_of_memory
 from specchat.hardware.pressure import MemoryWatch
 from specchat.models.checkpoint.dtypes import torch_dtype
 from specchat.models.hf.matrices import plain_linears
-from specchat.models.hf.skeleton import lookup_embeddings
+from specchat.models.hf.skeleton import Skeleton, lookup_embeddings
 from specchat.models.packs.file_format import bytes_of
 from specchat.models.packs.pack import Pack
 from specchat.models.packs.verify import ChunkVerifier
@@ -119,11 +119,7 @@ def load_model(
             devices=[devices[owner] for owner in placement.owner] or None,
         )
         if device.type == "cpu":
-            for module in [skeleton.model] if reads_rest else [layers[index] for index in placement.owned(0)]:
-                use_fast_matmuls(module)
-            head = skeleton.model.get_output_embeddings()
-            if reads_rest and placement.head_copy_bytes and isinstance(head, QuantLinear):
-                head.hold(dtype, keeps_segments=True)
+            _speed_up(skeleton, placement, dtype, reads_rest=reads_rest)
         streamer, kept = (
             open_streamers(files, placement, resident, devices, shared)
             if pooled is None
@@ -137,6 +133,18 @@ def load_model(
         reader.close()
     hops = Hops(placement.owner, devices) if len(devices) > 1 else None
     return model_class(skeleton, cache, streamer, streamed, work.chunk_rows, device, embeddings, mapped, kept, hops)
+
+
+def _speed_up(skeleton: Skeleton, placement: Placement, dtype: torch.dtype, *, reads_rest: bool) -> None:
+    """Use the CPU's fast products in what was read, and keep the copy of a packed head that the placement has."""
+    if not reads_rest:
+        for index in placement.owned(0):
+            use_fast_matmuls(skeleton.layers[index])
+        return
+    use_fast_matmuls(skeleton.model)
+    head = skeleton.model.get_output_embeddings()
+    if placement.head_copy_bytes and isinstance(head, QuantLinear):
+        head.hold(dtype, keeps_segments=True)
 
 
 def _kept_shapes(weights: ModelWeights, placement: Placement) -> list[KvShape]:

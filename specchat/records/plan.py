@@ -209,6 +209,7 @@ class Placement:
             devices=(),
             owner=tuple(0 if index in owned else ELSEWHERE for index in range(self.num_layers)),
             apart=False,
+            head_copy_bytes=0 if number else self.head_copy_bytes,
         )
 
     def owned(self, number: int) -> tuple[int, ...]:
