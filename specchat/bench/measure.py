@@ -22,6 +22,7 @@ from specchat.hardware.disk import evict, read_raw
 from specchat.hardware.machine import Measured
 from specchat.hardware.probe import find_hardware, find_machine, remembered
 from specchat.hardware.system import available_ram_bytes
+from specchat.loading.request import WorkersChoice
 from specchat.paths import cache_folder
 from specchat.records.model import ModelSource
 from specchat.records.plan import Plan
@@ -56,6 +57,8 @@ class Job:
         files: files that passes read.
         warn: receives one-line warnings.
         counts_memory: whether to count generation memory in one answer that is not timed.
+        layers: plan and packs of the baseline of whole layers; None without this baseline.
+        workers: machines that compute layers of the target beside this one.
     """
 
     plan: Plan
@@ -73,6 +76,7 @@ class Job:
     warn: Callable[[str], None]
     counts_memory: bool = False
     layers: setup.WholeLayers | None = None
+    workers: WorkersChoice | None = None
 
     @property
     def reads_past_cache(self) -> bool:
@@ -118,6 +122,7 @@ def measure(job: Job, cancel: Event, report: Callable[[Progress], None]) -> Coun
         evict=evicts,
         limit_bytes=job.settings.limit_memory_bytes,
         layers=job.layers,
+        workers=job.workers,
         cancel=cancel,
         say=say,
         warn=job.warn,

@@ -18,6 +18,7 @@ from specchat.bench.records import LAYERS, OWN
 from specchat.bench.systems import EngineSystem, OffloadedSystem, System
 from specchat.errors import UsageError
 from specchat.loading.engine import open_engine
+from specchat.loading.request import WorkersChoice
 from specchat.models.checkpoint.gguf import listed_files
 from specchat.records.generation import Sampling
 from specchat.records.model import LOWER_QUANTS, ModelSource
@@ -193,6 +194,7 @@ def load(
     evict: Callable[[], None] | None = None,
     limit_bytes: int | None = None,
     layers: WholeLayers | None = None,
+    workers: WorkersChoice | None = None,
     cancel: Event | None = None,
     say: Callable[[str], None] = lambda _: None,
     warn: Callable[[str], None] = lambda _: None,
@@ -209,6 +211,7 @@ def load(
         evict: evicts the weights from the page cache before every pass of every system; None for no eviction.
         limit_bytes: limit of memory and page cache of llama.cpp; None for no limit.
         layers: plan and packs of the baseline of whole layers; None without this baseline.
+        workers: machines that compute layers of the target beside this one.
         cancel: stops waiting for llama.cpp once set.
         say: receives a line for each model that is loaded.
         warn: receives one-line warnings.
@@ -217,7 +220,7 @@ def load(
 
     with ExitStack() as stack:
         say(f"loading {target.name}")
-        engine = stack.enter_context(open_engine(target, draft, plan, packs, warn))
+        engine = stack.enter_context(open_engine(target, draft, plan, packs, warn, workers=workers))
         own = _own_system(OWN, engine, evict)
         warm_up(own)
         memory_before = engine.memory()

@@ -13,6 +13,7 @@ from specchat.cli.exit_status import guarded, leave
 from specchat.cli.misspelt import ParserError, usage_error
 from specchat.cli.other_tools import refuse_command
 from specchat.cli.settings import Settings
+from specchat.cli.torchrun import on_all_ranks, refuse_torchrun
 from specchat.errors import UsageError
 from specchat.loading.request import ModelRequest
 from specchat.loading.tokens import workers_choice
@@ -202,7 +203,11 @@ def _run(
         batch=options.batch("--batch", batch),
         sources=chosen.sources,
     )
-    return partial(run, options.check_combination(checked))
+    checked = options.check_combination(checked)
+    if prompts is None:
+        refuse_torchrun("a chat")
+        return partial(run, checked)
+    return partial(on_all_ranks, checked, chosen.get("token_file"), run)
 
 
 @app.command("bench")
@@ -268,7 +273,10 @@ def _bench(
         output=bench_options.output(output, json=json),
         command=tuple(sys.argv[1:]),
     )
-    return partial(bench, bench_options.check_combination(checked))
+    checked = bench_options.check_combination(checked)
+    if compare is not None:
+        return partial(bench, checked)
+    return partial(on_all_ranks, checked, chosen.get("token_file"), bench)
 
 
 @app.command("probe")
@@ -359,6 +367,7 @@ def _serve(
     chosen = settings.resolve(settings.SERVE_KEYS, layers, aliases)
     refuse_command(model, chosen.aliases)
     request = _model_request(chosen, chosen.model("model"))
+    refuse_torchrun("a server")
     return partial(serve, serve_options(request, chosen, yes=yes, quiet=quiet))
 
 

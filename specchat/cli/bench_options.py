@@ -70,8 +70,7 @@ def check_combination(options: BenchOptions) -> BenchOptions:
     Raises:
         UsageError: two flags contradict each other, or a flag has no effect.
     """
-    if options.models.workers is not None and options.batches is None:
-        raise UsageError("bench measures workers with --batch only", hint="add --batch 1, or leave --workers out")
+    check_workers(options)
     if options.compare is not None and options.output in ("jsonl", "csv"):
         raise UsageError(f"--compare cannot be printed as {options.output}", hint="use -o table, md or json")
     if options.compare is not None and options.models.model is not None:
@@ -86,6 +85,19 @@ def check_combination(options: BenchOptions) -> BenchOptions:
     if options.plot is not None and options.sweep is None:
         raise UsageError("--plot draws a sweep", hint="add --sweep OPTION=A,B,C")
     return options
+
+
+def check_workers(options: BenchOptions) -> None:
+    """Refuse what cannot be measured with layers on other machines.
+
+    Raises:
+        UsageError: a flag that concerns this machine alone.
+    """
+    if options.models.workers is None:
+        return
+    for flag, given in (("--cold", options.cold), ("--limit-memory", options.limit_memory is not None)):
+        if given:
+            raise UsageError(f"{flag} does not reach workers", hint=f"leave {flag} out, or measure without workers")
 
 
 def _check_batches(options: BenchOptions) -> None:

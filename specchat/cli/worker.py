@@ -1,12 +1,17 @@
 """`specchat worker`: layers of a model whose terminal is on another machine."""
 
+import socket
 from contextlib import closing
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NoReturn
 
 from specchat.cli import options
 from specchat.errors import UsageError
 from specchat.loading.libraries import prepare_libraries
 from specchat.loading.tokens import find_token
+
+if TYPE_CHECKING:
+    from specchat.ui.console import Talk
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ def worker_options(
     )
 
 
-def work(chosen: WorkerOptions) -> int:
+def work(chosen: WorkerOptions) -> NoReturn:
     """Serve one machine after the other until a signal ends the worker.
 
     Raises:
@@ -60,23 +65,35 @@ def work(chosen: WorkerOptions) -> int:
         DeviceUnusableError: the device cannot be used.
         LostWorkerError: another machine of a chat was lost.
     """
+    from specchat.engine.workers.wire import listening_socket
+    from specchat.ui.console import talk
+
+    with closing(listening_socket(*chosen.address)) as listening:
+        serve_on(listening, chosen, talk(quiet=chosen.quiet))
+
+
+def serve_on(listening: socket.socket, chosen: WorkerOptions, say: "Talk") -> NoReturn:
+    """Serve machines at a socket that listens.
+
+    Raises:
+        DeviceUnusableError: the device cannot be used.
+        LostWorkerError: another machine of a chat was lost.
+        OSError: the socket does not listen any more.
+    """
     from specchat.engine.workers.session import serve_sessions
-    from specchat.engine.workers.wire import is_private, listening_socket, shown
+    from specchat.engine.workers.wire import is_private, shown
     from specchat.hardware.probe import find_machine
     from specchat.loading.worker import MachineHost
-    from specchat.ui.console import talk
     from specchat.ui.progress import TalkReporter
 
-    say = talk(quiet=chosen.quiet)
-    with closing(listening_socket(*chosen.address)) as listening:
-        host, port = listening.getsockname()[:2]
-        if not is_private(host):
-            say.warn(
-                f"{host} can be reached from outside: rows are neither encrypted nor authenticated; "
-                "use an address of your own network, or a tunnel"
-            )
-        prepare_libraries()
-        machine = find_machine(chosen.device)
-        layers = MachineHost(machine, chosen.vram_bytes, chosen.model, TalkReporter(say))
-        say.say(f"waiting at {shown(host, port)} with {machine.device} · Ctrl-C ends the worker")
-        serve_sessions(listening, chosen.token, layers, lambda line: say.say(line, "dim"), say.warn)
+    host, port = listening.getsockname()[:2]
+    if not is_private(host):
+        say.warn(
+            f"{host} can be reached from outside: rows are neither encrypted nor authenticated; "
+            "use an address of your own network, or a tunnel"
+        )
+    prepare_libraries()
+    machine = find_machine(chosen.device)
+    layers = MachineHost(machine, chosen.vram_bytes, chosen.model, TalkReporter(say))
+    say.say(f"waiting at {shown(host, port)} with {machine.device} · Ctrl-C ends the worker")
+    serve_sessions(listening, chosen.token, layers, lambda line: say.say(line, "dim"), say.warn)

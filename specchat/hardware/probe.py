@@ -90,10 +90,14 @@ def gpus_beside(machine: Machine) -> list[str]:
     """Return the names of the CUDA devices besides that of a machine; empty if it computes on the CPU."""
     if machine.device == "cpu":
         return []
+    return [name for name in gpu_names() if name != machine.device]
+
+
+def gpu_names() -> list[str]:
+    """Return the names of the CUDA devices."""
     import torch
 
-    names = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    return [name for name in names if name != machine.device]
+    return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
 
 
 def _unusable(device: str) -> DeviceUnusableError:

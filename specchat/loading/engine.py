@@ -71,17 +71,11 @@ def load_planned(
         AllocationError: memory of the plan cannot be allocated.
         ModelError: the files cannot be read.
     """
-    from specchat.engine.engine import Engine
     from specchat.hardware.pressure import MemoryWatch
 
     with _opened(target, draft, plan) as (weights, draft_weights):
-        if workers is not None:
-            from specchat.loading.workers import load_with_workers
-
-            packs = _packs(weights, draft_weights, plan, reporter)
-            return load_with_workers(workers, plan, weights, draft_weights, packs, reporter.warn)
         packs = _packs(weights, draft_weights, plan, reporter)
-        return Engine.load(plan, weights, draft_weights, *packs, warn=reporter.warn, watch=MemoryWatch())
+        return _load(plan, weights, draft_weights, packs, reporter.warn, MemoryWatch(), workers)
 
 
 def make_packs(
@@ -103,6 +97,7 @@ def open_engine(
     packs: "tuple[Pack | None, Pack | None]",
     warn: Callable[[str], None] = lambda _: None,
     watch: "MemoryWatch | None" = None,
+    workers: WorkersChoice | None = None,
 ) -> "Engine":
     """Load an engine whose packs exist.
 
@@ -113,11 +108,29 @@ def open_engine(
         packs: packs of target and draft, as `make_packs` returns them.
         warn: receives one-line warnings about requests that the system refused.
         watch: tells when memory is short, so that layers are given back; None keeps all layers, as measurements need.
+        workers: machines that a plan deals layers to; with them, all layers are kept.
     """
+    with _opened(target, draft, plan) as (weights, draft_weights):
+        return _load(plan, weights, draft_weights, packs, warn, watch, workers)
+
+
+def _load(
+    plan: Plan,
+    weights: "ModelWeights",
+    draft_weights: "ModelWeights | None",
+    packs: "tuple[Pack | None, Pack | None]",
+    warn: Callable[[str], None],
+    watch: "MemoryWatch | None",
+    workers: WorkersChoice | None,
+) -> "Engine":
+    """Load an engine from opened weights, on this machine or on several."""
     from specchat.engine.engine import Engine
 
-    with _opened(target, draft, plan) as (weights, draft_weights):
+    if workers is None:
         return Engine.load(plan, weights, draft_weights, *packs, warn=warn, watch=watch)
+    from specchat.loading.workers import load_with_workers
+
+    return load_with_workers(workers, plan, weights, draft_weights, packs, warn)
 
 
 @contextmanager
