@@ -85,7 +85,17 @@ class Job:
 
 
 def measure(job: Job, cancel: Event, report: Callable[[Progress], None]) -> CountedOutcome:
-    """Load the systems, ask all questions, compare the answers, time single passes, and unload."""
+    """Load the systems, ask all questions, compare the answers, time single passes, unload, and read the disk."""
+    from specchat.engine.device import release_memory
+
+    found = _measure_systems(job, cancel, report)
+    if found.disk_passes is not None:
+        return found
+    release_memory()  # the buffers of this read may need it
+    return replace(found, link_bytes_per_s=_link_rate(job))
+
+
+def _measure_systems(job: Job, cancel: Event, report: Callable[[Progress], None]) -> CountedOutcome:
 
     def say(what: str) -> None:
         report(Progress(0, 0, None, what))
@@ -150,7 +160,7 @@ def measure(job: Job, cancel: Event, report: Callable[[Progress], None]) -> Coun
             ),
             baselines=baselines,
             memory=loaded.memory(),
-            link_bytes_per_s=passes.raw.bytes_per_s if passes is not None else _link_rate(job),
+            link_bytes_per_s=passes.raw.bytes_per_s if passes is not None else None,
             disk_passes=passes,
             page_cache_passes=page_cache,
             generation_peak_bytes=generation_peak_bytes,

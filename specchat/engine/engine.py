@@ -262,6 +262,7 @@ class Engine(Closeable):
                 yield sequence.index, Step.without_pass("interrupt")
             yield from self._admit(queue, free, live)
             if not live:
+                trim_heap()  # of what the last pass needed, and the longest prompt
                 return
             self.relieve()
             try:
