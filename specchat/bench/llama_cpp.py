@@ -189,7 +189,9 @@ def _arguments(model: LlamaModel, port: int) -> list[str]:
         given["--n-gpu-layers"] = "0"
     if model.draft is not None:
         given["--model-draft"] = str(model.draft)
-    return [word for pair in given.items() for word in pair]
+    words = [word for pair in given.items() for word in pair]
+    # Repacked weights are a copy in memory, which a limit below the file's size has no room for.
+    return [*words, "--no-repack"] if model.limit_bytes is not None else words
 
 
 def _body(request: Request, *, keeps: bool) -> dict[str, Any]:

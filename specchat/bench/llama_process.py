@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 import tempfile
 from abc import abstractmethod
@@ -58,6 +59,7 @@ class LlamaProcess(Closeable):
 
     def __init__(self, name: str, command: Sequence[str], limit_bytes: int | None, *, with_pipes: bool = False) -> None:
         self.name = name
+        self._is_limited = limit_bytes is not None
         with ExitStack() as undo:
             self._log = undo.enter_context(tempfile.TemporaryFile())
             if limit_bytes is not None:
@@ -97,6 +99,10 @@ class LlamaProcess(Closeable):
 
     def fail_to_start(self) -> NotAvailableError:
         """Return the error for a process that has loaded no model."""
+        if self._is_limited and self._process.poll() in (-signal.SIGKILL, 128 + signal.SIGKILL):
+            return NotAvailableError(
+                f"{self.name} needs more memory than the limit to load this file", hint="use a larger --limit-memory"
+            )
         return NotAvailableError(
             f"{self.name} did not start: {self.why() or 'it took too long'}",
             hint="leave the baseline out, or update llama.cpp",

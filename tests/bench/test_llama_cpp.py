@@ -7,13 +7,26 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from threading import Event, Timer
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
-from specchat.bench.llama_cpp import LLAMA_CPP, PROGRAM, WITH_DRAFT, LlamaServer, LlamaSystem, find_llama, start_llama
+from specchat.bench import llama_process
+from specchat.bench.llama_cpp import (
+    LLAMA_CPP,
+    PROGRAM,
+    WITH_DRAFT,
+    LlamaServer,
+    LlamaSystem,
+    _arguments,
+    find_llama,
+    start_llama,
+)
 from specchat.bench.llama_process import LlamaModel
 from specchat.bench.llama_python import PACKAGE, LlamaPython
 from specchat.bench.records import Request
@@ -28,12 +41,15 @@ from specchat.records.model import ModelSource
 from specchat.records.plan import PlanChoices
 
 STAND_IN = """#!{python}
-import json, sys, time
+import json, os, signal, sys, time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 arguments = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 if "broken" in arguments["--model"]:
     sys.exit("error: unknown model architecture")
+
+if "killed" in arguments["--model"]:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 if "slow" in arguments["--model"]:
     time.sleep(60)
@@ -151,6 +167,18 @@ def test_answers_carry_tokens_and_times(stand_in):
 def test_a_server_that_does_not_start_says_why(stand_in):
     with pytest.raises(NotAvailableError, match="did not start: error: unknown model architecture"):
         LlamaServer(LlamaModel(Path("broken.gguf"), 512, 2), (), Event())
+
+
+def test_a_limited_server_keeps_weights_as_the_file_has_them():
+    assert "--no-repack" in _arguments(replace(MODEL, limit_bytes=1 << 30), 8000)
+    assert "--no-repack" not in _arguments(MODEL, 8000)
+
+
+def test_a_server_that_the_limit_ends_is_told_apart(stand_in, monkeypatch):
+    unlimited = SimpleNamespace(command=lambda command: command)
+    monkeypatch.setattr(llama_process, "MemoryGroup", lambda _: nullcontext(unlimited))
+    with pytest.raises(NotAvailableError, match="needs more memory than the limit"):
+        LlamaServer(LlamaModel(Path("killed.gguf"), 512, 2, limit_bytes=1 << 30), (), Event())
 
 
 def test_the_package_answers_by_token_ids(package_stand_in):
