@@ -134,7 +134,7 @@ def save_gguf(
         more |= {"block_count": config.num_hidden_layers + 1, "nextn_predict_layers": 1}
     for key, value in {**metadata_of(config, arch, splits_kv=splits_kv), **more}.items():
         full = f"{arch}.{key}"
-        writer.add_array(full, value) if isinstance(value, list) else add_value(writer, full, value)
+        add_value(writer, full, value)
     add_tokenizer(writer, config.vocab_size)
     chosen = kind if callable(kind) else lambda _: kind
     for name, values in tensors(model, arch, splits_kv=splits_kv, head=head or {}):
@@ -348,6 +348,8 @@ def add_value(writer: gguf.GGUFWriter, key: str, value: object) -> None:
             writer.add_uint32(key, value)
         case float():
             writer.add_float32(key, value)
+        case list():
+            writer.add_array(key, value)
         case _:
             writer.add_string(key, str(value))
 

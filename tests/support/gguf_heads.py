@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from specchat.models.checkpoint.ggml_types import BLOCK_TYPES
 from specchat.models.drafts import as_draft
 from specchat.records.model import ModelSource
-from support.gguf_files import find
+from support.gguf_files import add_value, find
 from support.tiny_models import VOCAB
 
 _LAYER = {
@@ -76,7 +76,7 @@ def write_head(
     }
     for key, value in values.items():
         if value is not None:
-            _add(writer, f"{saved.part}.{key}", value)
+            add_value(writer, f"{saved.part}.{key}", value)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([f"w{number}" for number in range(VOCAB)])
     if saved.part == "dflash":
@@ -109,18 +109,6 @@ def _dflash_values(config: dict[str, Any]) -> dict[str, Any]:
         "block_size": config["block_size"],
         **(window if any(slides) else {}),
     }
-
-
-def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
-    match value:
-        case bool():
-            writer.add_bool(key, value)
-        case int():
-            writer.add_uint32(key, value)
-        case float():
-            writer.add_float32(key, value)
-        case _:
-            writer.add_array(key, value)
 
 
 def _add_tensor(

@@ -129,7 +129,7 @@ def write_header(model: KnownModel, config: Any, file: Path, *, dtype: str = "")
             values[key] = [*values[key], *[False] * (values["block_count"] - config.num_hidden_layers)]
     for key, value in values.items():
         full = f"{arch}.{key}"
-        writer.add_array(full, value) if isinstance(value, list) else add_value(writer, full, value)
+        add_value(writer, full, value)
     if not dtype:
         writer.add_file_type(_FILE_TYPES[mix_of(model)])
     add_tokenizer(writer, config.vocab_size)
