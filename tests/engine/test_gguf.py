@@ -62,7 +62,7 @@ class Case:
         if self.config in HYBRIDS:
             return varied(random_hybrid(self.config, **self.values))
         if self.config in SPECIAL:
-            return varied(random_model(make_config(self.config)))
+            return varied(random_model(make_config(self.config, **self.values)))
         known = dict(reversed((ARCHITECTURES | SPECIAL).values())).get(self.config, {})  # the first of several
         return varied(random_model(getattr(hf, self.config)(**{**BASE, **known, **self.values})))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -79,10 +80,15 @@ def metadata_of(config: Any, arch: str, *, splits_kv: bool) -> dict[str, Any]:
             "expert_used_count": config.moe_k,
             "expert_shared_count": config.moe_num_shared_experts,
             "leading_dense_block_count": config.moe_layer_start_index,
+            "expert_shared_feed_forward_length": config.moe_intermediate_size * config.moe_num_shared_experts,
             "interleave_moe_layer_step": config.moe_layer_interval,
         }
     if arch == "hunyuan-moe":
-        values["expert_used_count"] = config.moe_topk
+        values |= {
+            "expert_used_count": config.moe_topk,
+            "expert_feed_forward_length": config.intermediate_size,
+            "expert_shared_feed_forward_length": config.intermediate_size,
+        }
     values |= _gemma3n(config) if arch == "gemma3n" else {}
     values |= _falcon_h1(config) if arch == "falcon-h1" else {}
     values |= _nemotron_h(config) if arch.startswith("nemotron_h") else {}
@@ -112,6 +118,8 @@ def metadata_of(config: Any, arch: str, *, splits_kv: bool) -> dict[str, Any]:
         value = getattr(config, name, None)
         if value is not None and key not in skipped:
             values[key] = value
+    if not values.get("expert_count"):
+        values.pop("expert_used_count", None)
     if full.get("rope_type") == "yarn":
         values |= {
             "rope.scaling.type": "yarn",
@@ -127,7 +135,11 @@ def metadata_of(config: Any, arch: str, *, splits_kv: bool) -> dict[str, Any]:
     if full.get("rope_type") == "linear":
         values |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(full["factor"])}
     if full.get("rope_type") == "longrope":
-        values["rope.scaling.original_context_length"] = full["original_max_position_embeddings"]
+        context, original = config.max_position_embeddings, full["original_max_position_embeddings"]
+        values |= {
+            "rope.scaling.original_context_length": original,
+            "rope.scaling.attn_factor": math.sqrt(1 + math.log(context / original) / math.log(original)),
+        }
     return values
 
 
@@ -193,7 +205,11 @@ def _gemma4(config: Any) -> dict[str, Any]:
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": [layer.num_key_value_heads for layer in layers],
         "attention.key_length": full.head_dim,
+        "attention.value_length": full.head_dim,
         "attention.key_length_swa": sliding.head_dim,
+        "attention.value_length_swa": sliding.head_dim,
+        "rope.dimension_count": full.head_dim,
+        "rope.dimension_count_swa": sliding.head_dim,
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         "attention.sliding_window": config.sliding_window,
         "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in kinds],

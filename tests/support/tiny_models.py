@@ -175,9 +175,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make_config(architecture: str) -> Any:
+def make_config(architecture: str, **changes: Any) -> Any:
     name, extra = (ARCHITECTURES | SPECIAL)[architecture]
-    values = {**BASE, **extra}
+    values = {**BASE, **extra, **changes}
     return getattr(hf, name)(**{key: value for key, value in values.items() if value is not None})
 
 
