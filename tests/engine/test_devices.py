@@ -293,6 +293,7 @@ def pass_s(models: Any, rates: Sequence[float], owner: Sequence[int], load_s: fl
     return min(taken[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "most"), [(2, 0.55), (4, 0.30)])
 def test_woven_layers_take_the_time_of_all_links_together(count: int, most: float, deep: Any):
     one = NUM_LAYERS * LOAD_S
@@ -309,6 +310,7 @@ def test_ranges_do_not(deep: Any):
     assert pass_s(deep, [1.0, 1.0], owner) > 0.7 * NUM_LAYERS * LOAD_S
 
 
+@pytest.mark.slow
 def test_unequal_links_end_together(deep: Any):
     """Links of 4 and 1 are as fast as one of 5."""
     load_s = 2.5 * LOAD_S

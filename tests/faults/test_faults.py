@@ -6,6 +6,7 @@ The default suite runs every sixth one of those that are refused before a model 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,5 +66,9 @@ def test_a_broken_promise_is_found(quick_server: Server, tmp_path: Path):
         "ends with 2, not (3,)",
         "does not say 'elephant'",
     ]
-    late = Fault("x", ("run", "demo", "Hi", "--vram=x"), codes=(2,), order={"timeout_s": 0})
+
+    def make_pipe(folder: Path) -> None:
+        os.mkfifo(folder / "pipe")  # nobody writes: opening it waits forever
+
+    late = Fault("x", ("run", "demo", "Hi"), make_pipe, codes=(2,), order={"timeout_s": 0.1, "stdin": "pipe"})
     assert late.broken_promises(quick_server, tmp_path / "late")[0].startswith("hangs")
