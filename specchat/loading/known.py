@@ -44,12 +44,12 @@ def plan_known(
     if known is None or not is_offline or request.draft_model not in _DRAFTS or request.workers is not None:
         raise why
     draft = draft_for(known, cached_models()) if request.draft_model == "auto" else None
-    sources = [None if each is None else ModelSource(each.id, Path()) for each in (known, draft)]
-    assert sources[0] is not None
+    target = ModelSource(known.id, Path())
+    source = None if draft is None else ModelSource(draft.id, Path())
     sampling = resolve_sampling(SamplingChoices(temperature=temperature), GenerationDefaults(), 0)
     asked = PlanRequest(
-        target=sources[0],
-        draft=sources[1],
+        target=target,
+        draft=source,
         choices=request.choices,
         draft_is_open=request.draft_model == "auto",
         retrieval=request.retrieval,
@@ -57,8 +57,8 @@ def plan_known(
     )
     chosen = choose_plan(asked, _inputs(asked, known, draft, reporter))
     told = f"the sizes that specchat ships of {known.id}, because {why.message}"
-    used = None if chosen.plan.draft is None else sources[1]
-    return Planned(replace(chosen, assumptions=(told,)), Models(sources[0], used, "" if used else "plain decoding"))
+    used = None if chosen.plan.draft is None else source
+    return Planned(replace(chosen, assumptions=(told,)), Models(target, used, "" if used else "plain decoding"))
 
 
 def _inputs(asked: PlanRequest, target: KnownModel, draft: KnownModel | None, reporter: Reporter) -> PlanInputs:
