@@ -27,6 +27,9 @@ def __getattr__(name: str) -> Any:
 
         return Delta
     if name in ("Model", "load"):
+        from specchat.loading.libraries import prepare_threads
+
+        prepare_threads()  # before the import of torch
         from specchat import api
 
         return getattr(api, name)

@@ -74,6 +74,10 @@ class ModelNotCachedError(ModelError):
     """A model that is not in the local cache while offline."""
 
 
+class HubUnreachableError(ModelError):
+    """A hub that does not answer, or that something else answers for."""
+
+
 class CorruptCheckpointError(ModelError):
     """A checkpoint whose header, index or shard is damaged or truncated."""
 

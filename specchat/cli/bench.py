@@ -49,6 +49,7 @@ _TIME_BOX_S = 110.0
 
 def bench(options: BenchOptions) -> int:
     """Run `specchat bench` and return the exit code."""
+    prepare_libraries()  # before anything imports torch
     check_workers(options)  # those of torchrun come after the other checks
     if options.batches is not None:
         from specchat.cli.bench_batch import bench_batches
@@ -197,7 +198,6 @@ def _located(value: str, request: ModelRequest, options: BenchOptions, say: "Tal
     from specchat.ui.progress import TalkReporter
 
     refs = parse_models(request)
-    prepare_libraries()
     return _Point(value, request, locate_models(request, refs, TalkReporter(say), asker(yes=options.yes)))
 
 

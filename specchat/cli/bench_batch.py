@@ -14,7 +14,6 @@ from specchat.errors import UsageError
 from specchat.json_lines import to_json
 from specchat.loading import planning
 from specchat.loading.engine import load_planned, stop_ids
-from specchat.loading.libraries import prepare_libraries
 from specchat.loading.locate import locate_models, parse_models
 from specchat.records.chat import Message
 from specchat.records.generation import Sampling
@@ -45,7 +44,6 @@ def bench_batches(options: BenchOptions, settings: "BenchSettings", say: "Talk")
     assert options.batches is not None
     questions = (BUILT_IN if options.prompts is None else read_questions(options.prompts))[: options.limit]
     refs = parse_models(options.models)
-    prepare_libraries()
     reporter = TalkReporter(say)
     models = locate_models(options.models, refs, reporter, asker(yes=options.yes))
     tokenizer = load_tokenizer(models.target.path)

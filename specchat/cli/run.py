@@ -20,7 +20,7 @@ from specchat.cli.plan import print_plan
 from specchat.cli.sessions import lasting, model_of, new_chat_note, path_for, resume_command, was_with
 from specchat.cli.stdin import read_stdin
 from specchat.cli.switching import switched
-from specchat.errors import EmptyPromptError, SpecchatError, UsageError
+from specchat.errors import EmptyPromptError, ModelError, SpecchatError, UsageError
 from specchat.json_lines import to_json
 from specchat.loading import planning
 from specchat.loading.engine import load_engine, stop_ids
@@ -58,6 +58,7 @@ def run(options: RunOptions) -> int:
 
         return run_prompts(options)
     from specchat.chat.templates import check_can_chat
+    from specchat.loading.known import plan_known
     from specchat.ui.console import talk
     from specchat.ui.progress import TalkReporter
 
@@ -71,9 +72,13 @@ def run(options: RunOptions) -> int:
     reporter, ask = TalkReporter(say), asker(yes=options.yes)
     if options.plan:
         with TemporaryDirectory(prefix="specchat-") as folder:
-            models = sketch_models(options.models, refs, reporter, ask, Path(folder))
-            planned = planning.make_plan(options.models, models, reporter, temperature=temperature)
-            check_can_chat(planned.models.target.path, base=options.base)
+            try:
+                models = sketch_models(options.models, refs, reporter, ask, Path(folder))
+            except ModelError as error:
+                planned = plan_known(options.models, refs, error, reporter, temperature)
+            else:
+                planned = planning.make_plan(options.models, models, reporter, temperature=temperature)
+                check_can_chat(planned.models.target.path, base=options.base)
             print_plan(planned, as_json=options.json)
         return 0
     models = locate_models(options.models, refs, reporter, ask)

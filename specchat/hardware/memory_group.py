@@ -96,6 +96,7 @@ def _made(folders: Sequence[Path], names: tuple[str, str], limit_bytes: int) -> 
     """
     why = "no control group is mounted"
     for parent in folders:
+        _remove_left(parent)
         folder = parent / f"{_PREFIX}{os.getpid()}-{time.monotonic_ns()}"
         try:
             folder.mkdir()
@@ -117,3 +118,12 @@ def _made(folders: Sequence[Path], names: tuple[str, str], limit_bytes: int) -> 
         f"memory cannot be limited to {format_bytes(limit_bytes)} here: {why}",
         hint="run as root, or in a container with a limit (docker run --memory) without --limit-memory",
     )
+
+
+def _remove_left(parent: Path) -> None:
+    """Remove the groups of processes that were killed; the kernel keeps a group that still has processes."""
+    for folder in parent.glob(f"{_PREFIX}*-*"):
+        pid = folder.name.removeprefix(_PREFIX).partition("-")[0]
+        if pid.isdecimal() and not Path("/proc", pid).exists():
+            with suppress(OSError):
+                folder.rmdir()

@@ -144,7 +144,7 @@ def recommend(
         DoesNotFitError: no plan stays within the budget.
         UsageError: the context is longer than the model allows.
     """
-    draft = _draft_for(model, cached) if asked.draft_is_open else None
+    draft = draft_for(model, cached) if asked.draft_is_open else None
     request = replace(asked, target=_source(model), draft=None if draft is None else _source(draft))
     draft_spec = None if draft is None else known_spec(draft.id)
     inputs = PlanInputs(
@@ -174,7 +174,7 @@ def _lower(draft: ModelSpec) -> tuple[ModelSpec, ...]:
     return tuple(known_spec(draft.name, quant) for quant in lower_quants(draft))
 
 
-def _draft_for(model: KnownModel, cached: Collection[str]) -> KnownModel | None:
+def draft_for(model: KnownModel, cached: Collection[str] = ()) -> KnownModel | None:
     """Return the first cached draft of the model's family, or else the first; None if the family has none."""
     ids = [ref.text for ref in draft_candidates(parse_model(model.id))]
     ids.sort(key=lambda draft: draft not in cached)

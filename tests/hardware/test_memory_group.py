@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,20 @@ def test_the_groups_above_are_tried(tmp_path, monkeypatch):
     monkeypatch.setattr(memory_group, "_REMOVING_S", 0.0)
     group.close()  # the files of the kernel vanish with a group; these do not
     assert (root / "a" / "b" / "cgroup.procs").exists()
+
+
+def test_groups_of_processes_that_were_killed_are_removed(tmp_path):
+    root, own = fake(tmp_path, "4:memory:/\n", "memory")
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    names = {f"specchat-{ended.pid}-1": False, f"specchat-{os.getpid()}-1": True, "specchat-test-1-1": True}
+    busy = f"specchat-{ended.pid}-2"  # the kernel refuses to remove a group with processes
+    for name in (*names, busy):
+        (root / "memory" / name).mkdir()
+    (root / "memory" / busy / "cgroup.procs").touch()
+    with pytest.raises(NotAvailableError):
+        MemoryGroup(LIMIT, root, own)
+    assert {name: (root / "memory" / name).exists() for name in (*names, busy)} == names | {busy: True}
 
 
 def test_a_child_has_the_limit():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from support.loading import asking, plan_request
 from support.machines import CUDA_TORCH, GIB, MEASURED, hardware, read_machine
 
-from specchat.hardware.machine import Gpu, GpuSurvey, Machine, PcieLink
+from specchat.hardware.machine import Gpu, GpuSurvey, Machine, MatmulRate, PcieLink
 from specchat.models.catalog.ref import demo_source
 from specchat.planner.acceptance import TYPICAL_ACCEPTANCE, Acceptance
 from specchat.planner.cost import CostModel, draft_batches
@@ -205,6 +205,13 @@ def test_a_cpu_adds_fixed_costs_per_layer_and_per_draft_batch():
         return cost.predict(placement, 64, adaptive=False).draft_s
 
     assert draft_s("cpu", 10) > draft_s("cpu", 0) > draft_s(gpu.device, 0) == draft_s(gpu.device, 10)
+
+
+def test_many_rows_are_never_slower_than_several_times_fewer_rows():
+    machine = Machine("cpu", 64 * GIB, 60 * GIB, 60 * GIB)
+    disturbed = (MatmulRate(256, 1e11), MatmulRate(1, 2e10), MatmulRate(64, 3e11), MatmulRate(512, 4e11))
+    rates = rates_of(hardware(GpuSurvey(())), machine, replace(MEASURED, device="cpu", matmul=disturbed))
+    assert [(each.rows, each.flop_per_s) for each in rates.matmul] == [(1, 2e10), (64, 3e11), (256, 3e11), (512, 4e11)]
 
 
 def test_only_resident_layers_are_predicted_at_the_rates_of_packed_matrices():

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from specchat.errors import (
     DoesNotFitError,
+    HubUnreachableError,
     ModelError,
     ModelGatedError,
     ModelNotFoundError,
@@ -92,7 +93,7 @@ def _translate_failure(ref: ModelRef, exc: BaseException | None) -> SpecchatErro
         return ModelError(
             f"cannot use {exc.filename}: {exc.strerror}", hint="check its permissions, or set HF_HOME to another folder"
         )
-    return ModelError(
+    return HubUnreachableError(
         f"cannot reach {constants.ENDPOINT}: {_first_line(exc)}",
         hint="check the connection and run again; cached models run with --offline",
     )
@@ -103,7 +104,7 @@ def not_a_hub(exc: BaseException | None) -> ModelError:
     from huggingface_hub import constants
 
     why = f": {_first_line(exc)}" if exc is not None else ""
-    return ModelError(
+    return HubUnreachableError(
         f"{constants.ENDPOINT} does not respond like a hub{why}", hint="check HF_ENDPOINT, and any proxy or login page"
     )
 

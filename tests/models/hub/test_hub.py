@@ -20,6 +20,7 @@ from support.locating import locate
 
 from specchat.errors import (
     DoesNotFitError,
+    HubUnreachableError,
     ModelError,
     ModelGatedError,
     ModelNotCachedError,
@@ -373,12 +374,12 @@ def test_http_errors_become_named_errors(hub, status, kind):
 @pytest.mark.parametrize("body", [b"<html>please log in</html>", b"{}"])
 def test_an_endpoint_that_is_no_hub_is_an_error(hub, body):
     hub.body = body
-    assert "does not respond like a hub" in error_of(ModelError)
+    assert "does not respond like a hub" in error_of(HubUnreachableError)
 
 
 def test_an_unreachable_hub_is_an_error(monkeypatch, dead_url, tmp_path):
     point_to(monkeypatch, dead_url, tmp_path)
-    assert f"cannot reach {dead_url}" in error_of(ModelError)
+    assert f"cannot reach {dead_url}" in error_of(HubUnreachableError)
 
 
 def test_an_unwritable_cache_is_an_error(hub, tmp_path):
