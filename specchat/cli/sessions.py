@@ -34,7 +34,10 @@ def resumed(session_id: str | None, *, continues: bool) -> Saved | None:
     if continues:
         last = transcript.last_session()
         if last is None:
-            raise UsageError("there is no saved chat to resume", hint="start one with specchat run MODEL")
+            raise UsageError(
+                "there is no saved chat to resume",
+                hint="start one with specchat run MODEL; an answer to a PROMPT is saved only with --session NAME",
+            )
         return transcript.read(last)
     if session_id is None:
         return None

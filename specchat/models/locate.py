@@ -7,7 +7,7 @@ from pathlib import Path
 from specchat.errors import ModelNotFoundError, UsageError
 from specchat.models.catalog.ref import SHAPE_PREFIX, ModelRef, demo_source
 from specchat.models.catalog.shape import Shape
-from specchat.models.catalog.suggest import FORMS, folder_hint, is_gguf
+from specchat.models.catalog.suggest import FORMS, folder_hint, is_gguf, no_such_path
 from specchat.models.checkpoint.gguf import gguf_files, total_bytes
 from specchat.models.gguf.folder import TOKENIZER_FILES, model_folder
 from specchat.models.hub.cache import look_up_cached, snapshot_source
@@ -177,7 +177,8 @@ def _look_up_folder(ref: ModelRef) -> ModelSource:
         hint = folder_hint(ref.path) if (ref.path.parent / "config.json").is_file() else FORMS
         raise ModelNotFoundError(f"{ref.path} is a file, not a model's folder", hint=hint)
     if not ref.path.is_dir():
-        raise ModelNotFoundError(f"folder {ref.path} does not exist", hint="a hub id has the form org/name, without ./")
+        message, hint = no_such_path(ref.path)
+        raise ModelNotFoundError(message, hint=hint)
     return ModelSource(name=ref.text, path=ref.path)
 
 

@@ -107,6 +107,7 @@ def test_invalid_config_file_is_reported(fake, config, text, words):
     ("name", "value", "words"),
     [
         ("SPECCHAT_TEMPRATURE", "1", ["SPECCHAT_TEMPRATURE", "did you mean SPECCHAT_TEMPERATURE?"]),
+        ("SPECCHAT_NONSENSE", "1", ["SPECCHAT_NONSENSE", "hint: a variable is named like its option"]),
         ("SPECCHAT_TEMPERATURE", "hot", ["SPECCHAT_TEMPERATURE", "hot"]),
         ("SPECCHAT_THINK", "perhaps", ["SPECCHAT_THINK"]),
         ("SPECCHAT_CONFIG", "/no/such/file", ["/no/such/file"]),

@@ -4,7 +4,8 @@ FAKE_PAUSE_S is the time of a step, FAKE_LEAVE_WITHIN_S that within which a seco
 after which a silent stdin is remarked on, FAKE_SLOW_S that of an answer which rings the bell. Loading ends when the
 file FAKE_LOAD_GATE exists, and fails with FAKE_LOAD_FAILS. The answer repeats the question, which may ask for something
 special (`TEXTS`). With "held" before it the first step lasts until the file FAKE_GATE exists, with "gated" one half
-way; with "stuck" the first lasts until the chat is left, with "frozen" for ever.
+way; with "stuck" the first lasts until the chat is left, with "frozen" for ever. With "ended" nothing follows a whole
+answer.
 """
 
 import itertools
@@ -77,10 +78,12 @@ class Echo(FakeEngine):
             Path(file).write_text("engine closed")
 
     def generate(self, prompt_ids, *arguments, **named):
-        question = TOKENIZER.decode(prompt_ids).split("[user]")[-1].split("\n[assistant]")[0]
+        question, _, so_far = TOKENIZER.decode(prompt_ids).split("[user]")[-1].partition("\n[assistant]")
         if question == "crash":
             raise RuntimeError("the first line\nthe second line")
         text = TEXTS.get(re.sub("^(held|gated|stuck|frozen) ", "", question), f"You said: {question}")
+        if question.startswith("ended") and so_far == text:
+            text = ""  # nothing is left to say
         self.answers = [[*TOKENIZER.encode(text), EOS]]
         steps = super().generate(prompt_ids, *arguments, **named)
         cancel = named["cancel"]
