@@ -226,7 +226,7 @@ def _disk(hardware: Hardware) -> Verdict:
 def _rates(measured: Measured, hardware: Hardware) -> Iterator[Verdict]:
     links = measured.links
     for topic, rate, level, hint in (
-        ("pinned to GPU", links.h2d_pinned_bytes_per_s, *_against_pcie(measured, hardware)),
+        ("pinned to GPU", links.h2d_pinned_bytes_per_s, *_against_pcie(measured)),
         ("pageable to GPU", links.h2d_pageable_bytes_per_s, "ok", None),
         ("GPU to pinned", links.d2h_bytes_per_s, "ok", None),
         ("RAM copy", links.ram_copy_bytes_per_s, "ok", None),
@@ -242,7 +242,7 @@ def _rates(measured: Measured, hardware: Hardware) -> Iterator[Verdict]:
         yield Verdict("warn", "disk read", f"not measured: cannot write to {from_home(hardware.disk.path)}", hint)
 
 
-def _against_pcie(measured: Measured, hardware: Hardware) -> tuple[Level, str | None]:
+def _against_pcie(measured: Measured) -> tuple[Level, str | None]:
     """Compare the rate of pinned copies with the maximum of the PCIe link."""
     rate, link = measured.links.h2d_pinned_bytes_per_s, measured.pcie_under_load
     if rate is None or link is None:
