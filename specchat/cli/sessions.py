@@ -93,7 +93,8 @@ def check_new(session_id: str | None, resumed: Saved | None, model: str | None) 
 
 def new_chat_note(session_id: str) -> str:
     """Return the note about a chat that begins under a name, with the saved chat that may have been meant."""
-    close = difflib.get_close_matches(session_id, _names(), n=1)
+    others = [name for name in _names() if name != session_id]  # its own file may exist, with nothing in it
+    close = difflib.get_close_matches(session_id, others, n=1)
     return f"session {session_id}: a new chat" + (f" (did you mean {close[0]}?)" if close else "")
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from specchat.hardware.machine import Gpu, GpuSurvey, Hardware, Links, Measured, TorchBuild, Trouble
+from specchat.paths import from_home
 from specchat.units import GIB, format_bytes, format_rate
 
 Level = Literal["ok", "warn", "error"]
@@ -278,9 +278,3 @@ def _matmul(measured: Measured) -> Iterator[Verdict]:
     rates = ", ".join(f"{rate.flop_per_s / (1e12 if tera else 1e9):.3g}" for rate in measured.matmul)
     unit = "TFLOP/s" if tera else "GFLOP/s"
     yield Verdict("ok", "matmul", f"{measured.matmul_dtype} on {measured.device}, {rows} rows: {rates} {unit}")
-
-
-def from_home(path: Path) -> str:
-    """Shorten a path with ~, so that pasted reports do not show a user's name."""
-    home = Path.home()
-    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) and path != home else str(path)

@@ -50,7 +50,7 @@ def _look_up(ref: ModelRef, *, offline: bool, warn: Callable[[str], None]) -> Mo
     if ref.kind == "demo":
         return demo_source("target")
     if ref.kind == "folder":
-        return _look_up_folder(ref)
+        return look_up_folder(ref)
     if ref.kind == "stored":
         stored = runnable_model(ref.text)
         return ModelSource(name=stored.name, path=stored.path)
@@ -169,7 +169,12 @@ def _gguf_of(ref: ModelRef, path: Path) -> Path | None:
     return None if (path / "config.json").is_file() else _only_gguf(path)
 
 
-def _look_up_folder(ref: ModelRef) -> ModelSource:
+def look_up_folder(ref: ModelRef) -> ModelSource:
+    """Return the folder or the GGUF file that a path names, without opening it.
+
+    Raises:
+        ModelNotFoundError: nothing has the path, or a file that is no GGUF file.
+    """
     assert ref.path is not None
     if ref.path.is_file() and is_gguf(ref.path):
         return ModelSource(name=ref.text, path=ref.path)

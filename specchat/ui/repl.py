@@ -23,6 +23,7 @@ Records = Iterator[Delta | Dropped | Turn]
 
 # Words that end other programs; here they may be a message.
 _LEAVING = ("exit", "quit", "bye", ":q")
+_ASKING_FOR_HELP = ("help", "?", ":h", "-h", "--help")
 # An answer that takes longer rings the bell, if the user wants that.
 _SLOW_S = 10.0
 _FULL_HINT = "free space with /clear or /drop N, or restart with a larger --ctx"
@@ -123,6 +124,10 @@ class Repl:
             return self._handle_command(text)
         elif text.lower() in _LEAVING and self._line.confirms(f"leave the chat? (no sends '{text}' to the model)"):
             return False
+        elif text.lower() in _ASKING_FOR_HELP and self._line.confirms(
+            f"list the commands? (no sends '{text}' to the model)"
+        ):
+            self._run_command("help", "")
         else:
             self._send(text, typed)
         return True

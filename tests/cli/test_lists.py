@@ -62,6 +62,7 @@ def test_a_damaged_session_is_listed_and_can_be_removed(fake, state):
         (["sessions", "list", "fox"], "search TEXT"),
         (["models", "nope"], "choose from list, rm"),
         (["models", "rm"], "usage: specchat models rm NAME"),
+        (["models", "rm", "demo"], "demo is a part of specchat and cannot be removed"),
         (["models", "rm", "org/nosuch"], "nothing on this disk is named 'org/nosuch'"),
     ],
 )

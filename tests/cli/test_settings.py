@@ -232,6 +232,9 @@ def test_a_new_session_says_so(fake):
     assert "session fox: a new chat\n" in fake("run", "demo", "hi", "--session", "fox").err
     assert "a new chat" not in fake("run", "demo", "hi", "--session", "fox").err
     assert "session foxy: a new chat (did you mean fox?)" in fake("run", "demo", "hi", "--session", "foxy").err
+    transcript.path_of("empty").touch()  # a full disk may leave that
+    assert "session empty: a new chat\n" in fake("run", "demo", "hi", "--session", "empty").err
+    transcript.path_of("empty").unlink()
     missing = fake("run", "--session", "nosuch", stdin=b"hi")
     assert (missing.code, missing.out) == (2, "")
     assert "error: there is no saved chat 'nosuch'" in missing.err and "the last ones are foxy, fox" in missing.err
