@@ -4,8 +4,7 @@ FAKE_PAUSE_S is the time of a step, FAKE_LEAVE_WITHIN_S that within which a seco
 after which a silent stdin is remarked on, FAKE_SLOW_S that of an answer which rings the bell. Loading ends when the
 file FAKE_LOAD_GATE exists, and fails with FAKE_LOAD_FAILS. The answer repeats the question, which may ask for something
 special (`TEXTS`). With "held" before it the first step lasts until the file FAKE_GATE exists, with "gated" one half
-way; with "stuck" the first lasts until the chat is left, with "frozen" for ever. With "ended" nothing follows a whole
-answer.
+way; with "stuck" the first lasts until the chat is left, with "frozen" for ever.
 """
 
 import itertools
@@ -83,7 +82,7 @@ class Echo(FakeEngine):
             raise RuntimeError("the first line\nthe second line")
         text = TEXTS.get(re.sub("^(held|gated|stuck|frozen) ", "", question), f"You said: {question}")
         if question.startswith("ended") and so_far == text:
-            text = ""  # nothing is left to say
+            text = ""  # nothing follows a whole answer to "ended ..."
         self.answers = [[*TOKENIZER.encode(text), EOS]]
         steps = super().generate(prompt_ids, *arguments, **named)
         cancel = named["cancel"]
