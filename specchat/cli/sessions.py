@@ -71,8 +71,8 @@ def _may_be_model(text: str) -> bool:
         parse_model(text)
     except ModelNotFoundError:
         return not looks_like_prompt(text) and any(character.isdigit() or character in "/:" for character in text)
-    except SpecchatError:
-        pass
+    except SpecchatError:  # a shape or a path with a fault in it is meant as a model
+        return True
     return True
 
 
