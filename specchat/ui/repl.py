@@ -250,9 +250,9 @@ class Repl:
 
     def continue_last(self) -> None:
         """Continue the last answer."""
-        before = [each.answer.content for each in self._desk.session().state.exchanges[-1:]]
+        before = [each.answer for each in self._desk.session().state.exchanges[-1:]]
         is_answered = self._answer(lambda session, cancel: session.continue_last(cancel))
-        if is_answered and [each.answer.content for each in self._desk.session().state.exchanges[-1:]] == before:
+        if is_answered and [each.answer for each in self._desk.session().state.exchanges[-1:]] == before:
             self._talk.tell("the model adds nothing: it ends its answer here")
 
     def undo(self) -> None:
