@@ -56,3 +56,12 @@ def user_path(text: str) -> Path:
         raise UsageError(
             f"'{text}' is not a home folder on this machine", hint="write the full path: /home/..."
         ) from error
+
+
+def from_home(path: Path) -> str:
+    """Shorten a path with ~, so that pasted reports do not show a user's name."""
+    try:
+        home = Path.home()
+    except RuntimeError:  # a user without a home folder
+        return str(path)
+    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) and path != home else str(path)

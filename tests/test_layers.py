@@ -51,7 +51,7 @@ FOLDERS = {
         {"attention", "experts", "hops", "recurrent", "requests", "sequence"},
         {"kv_cache"},
         {"model"},
-        {"drafting", "loading", "relief", "selfcheck", "walk"},
+        {"drafting", "loading", "relief", "seats", "selfcheck", "walk"},
         {"stages", "stats", "workers"},
         {"drafters"},
         {"engine"},

@@ -101,8 +101,15 @@ class Results(Closeable):
             raise
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file.
+
+        Raises:
+            SpecchatError: a result that could not be written before cannot be written now, either.
+        """
+        try:
+            self._file.close()
+        except OSError as error:
+            raise self._not_written(error) from error
 
     def add(self, line: PromptLine, values: Mapping[str, Any]) -> None:
         """Write one line, visible to others at once.
@@ -116,8 +123,12 @@ class Results(Closeable):
             self._file.write(f"{text}\n".encode())
             self._file.flush()
         except OSError as error:
-            raise SpecchatError(f"cannot write {self._path}: {error.strerror}") from error
+            raise self._not_written(error) from error
         self._count(line.number, values)
+
+    def _not_written(self, error: OSError) -> SpecchatError:
+        hint = "the same command goes on with the file, once it can be written"
+        return SpecchatError(f"cannot write {self._path}: {error.strerror}", hint=hint)
 
     def _count(self, number: int, values: Mapping[str, Any]) -> None:
         self.finished.add(number)
@@ -166,7 +177,7 @@ def first_settings(path: Path) -> str | None:
 
 
 def _open_locked(path: Path) -> BinaryIO:
-    """Open a file for reading and writing, unbuffered, and lock it against other processes.
+    """Open a file for reading and writing, and lock it against other processes.
 
     Raises:
         UsageError: another process writes the file.

@@ -112,7 +112,13 @@ def _sections(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _may_follow(who: str | None, name: str, model: str | None) -> bool:
-    """Return whether the heading of `name` begins the part after the one of `who`."""
+    """Return whether a heading begins the next part: the user first, then the model, in turn; anything else is text.
+
+    Args:
+        who: name in the heading of the part before; None at the beginning.
+        name: name in the heading.
+        model: name of the model, from its first answer; None before.
+    """
     if who is None:
         return name in (_SYSTEM, _USER)
     if who == _USER:

@@ -9,6 +9,7 @@ import typer
 
 from specchat.chat.settings import whole
 from specchat.cli import bench_options, completion, options, parameters, settings
+from specchat.cli.command_list import CommandList
 from specchat.cli.exit_status import guarded, leave
 from specchat.cli.misspelt import ParserError, usage_error
 from specchat.cli.other_tools import refuse_command
@@ -27,6 +28,7 @@ _Action = Callable[[], int]
 
 app = typer.Typer(
     name="specchat",
+    cls=CommandList,
     help="Chat with a language model that is larger than your GPU's memory.",
     add_completion=False,  # see completion.py
     pretty_exceptions_enable=False,

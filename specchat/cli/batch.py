@@ -128,10 +128,10 @@ def _answer(options: RunOptions, models: Models, lines: Sequence[PromptLine], re
     settings = _settings(options, planned)
     with Results(options.results, settings.digest, {line.number: line_digest(line) for line in lines}) as results:
         if len(results.finished) == len(lines):
-            say.say(f"all {len(lines):,} prompts are answered in {options.results}")
+            say.say(f"all {len(lines):,} prompts are done in {options.results}")
             return _code(results)
         if results.finished:
-            say.say(f"going on with {options.results}: {len(results.finished):,} of {len(lines):,} are answered", "dim")
+            say.say(f"going on with {options.results}: {len(results.finished):,} of {len(lines):,} are done", "dim")
         request = replace(request, choices=replace(request.choices, seats=planned.plan.work.seats))
         defaults = load_generation_defaults(planned.models.target.path)
         engine = load_engine(request, planned.models, planned.plan, reporter, options.sampling.temperature)

@@ -10,6 +10,7 @@ from specchat.cli.output import print_line
 from specchat.errors import UsageError
 from specchat.files import local_time
 from specchat.json_lines import to_json
+from specchat.models.catalog.ref import DEMO
 from specchat.units import format_bytes
 
 if TYPE_CHECKING:
@@ -70,6 +71,8 @@ def _remove(options: ModelsOptions) -> None:
     from specchat.models.packs.installed import installed_named, remove_installed
     from specchat.ui.console import talk
 
+    if DEMO in options.names:
+        raise UsageError(f"{DEMO} is a part of specchat and cannot be removed", hint="leave it out")
     entries = list(dict.fromkeys(each for name in options.names for each in installed_named(name)))
     what = ", ".join(f"the {each.kind} {each.name} ({format_bytes(each.nbytes)})" for each in entries)
     if not asker(yes=options.yes)(f"remove {what}?"):

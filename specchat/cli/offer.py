@@ -1,6 +1,7 @@
 """The offer to run the best model for this machine, for users who have named none."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from specchat.cli.ask import asker, can_ask
@@ -8,6 +9,7 @@ from specchat.cli.options import RunOptions
 from specchat.errors import UsageError
 from specchat.loading.locate import models_here
 from specchat.loading.recommending import best_to_start, recommend_quickly
+from specchat.paths import from_home
 from specchat.units import format_bytes
 
 if TYPE_CHECKING:
@@ -47,4 +49,4 @@ def _question(best: "Recommendation") -> str:
         return "run it now? it is on this disk"
     size, needed = format_bytes(best.download_bytes), best.disk_bytes - best.download_bytes
     copy = f", and {format_bytes(needed)} more for a copy that streams" if needed else ""
-    return f"download {size} to {constants.HF_HUB_CACHE}{copy}, and run it?"
+    return f"download {size} to {from_home(Path(constants.HF_HUB_CACHE))}{copy}, and run it?"

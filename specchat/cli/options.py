@@ -236,7 +236,7 @@ def _utf8(name: str, text: str) -> str:
 
 
 def on_devices(choices: PlanChoices, sources: Mapping[str, str]) -> PlanChoices:
-    """Return choices whose device and budget are those of the first device of the list; a list of one is no list.
+    """Return choices with the device and the budget of the first device in --devices; a list of one becomes --device.
 
     Args:
         choices: choices with a device, a budget and a list of devices.

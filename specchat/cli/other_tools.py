@@ -6,7 +6,7 @@ from collections.abc import Container
 from specchat.errors import UsageError
 from specchat.models.catalog.suggest import looks_like_prompt
 
-COMMANDS = ("run", "bench", "probe", "serve", "models", "sessions")
+COMMANDS = ("run", "bench", "probe", "serve", "worker", "models", "sessions")
 
 # Commands of similar tools, and what does the same here.
 _ELSEWHERE = {

@@ -199,7 +199,7 @@ Session = Annotated[
 ]
 Save = Annotated[bool | None, typer.Option("--save/--no-save", help="Save the chat, or do not. [default: save]")]
 Raw = Annotated[
-    bool | None, typer.Option("--raw/--no-raw", help="Show answers without Markdown layout. [default: no-raw]")
+    bool | None, typer.Option("--raw/--no-raw", help="Show answers without Markdown layout. [default: with it]")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the answer.")]
 JsonStream = Annotated[

@@ -138,8 +138,9 @@ def _flags(request: ModelRequest) -> str:
 
 def _found_packs() -> "tuple[Verdict, ...]":
     """Return a verdict on the disk space of all packs, and a warning for each unused pack."""
-    from specchat.hardware.verdicts import Verdict, from_home
+    from specchat.hardware.verdicts import Verdict
     from specchat.models.packs.inventory import find_packs, packs_folder
+    from specchat.paths import from_home
     from specchat.units import format_bytes
 
     packs = find_packs()

@@ -29,6 +29,7 @@ from specchat.loading.locate import locate_models, parse_models, sketch_models
 from specchat.loading.models import Models
 from specchat.loading.sampling import resolve_sampling
 from specchat.models.catalog.ref import DEMO, DEMO_PROMPTS
+from specchat.models.locate import look_up_folder
 from specchat.paths import state_folder
 from specchat.records.chat import Setting
 from specchat.records.generation import Sampling, Step
@@ -353,8 +354,10 @@ def _interactive(parts: _Parts, view: "ChatView") -> str | None:
 
 
 def _check_model(options: RunOptions, name: str) -> None:
-    """Refuse a name that cannot be a model."""
-    parse_models(replace(options.models, model=options.aliases.get(name, name), draft="none"))
+    """Refuse a name that cannot be a model, and a path with nothing there."""
+    target = parse_models(replace(options.models, model=options.aliases.get(name, name), draft="none")).target
+    if target.kind == "folder":
+        look_up_folder(target)
 
 
 def _say_how_to_resume(transcript: "Transcript", say: "Talk") -> None:

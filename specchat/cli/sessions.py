@@ -34,7 +34,10 @@ def resumed(session_id: str | None, *, continues: bool) -> Saved | None:
     if continues:
         last = transcript.last_session()
         if last is None:
-            raise UsageError("there is no saved chat to resume", hint="start one with specchat run MODEL")
+            raise UsageError(
+                "there is no saved chat to resume",
+                hint="start one with specchat run MODEL; an answer to a PROMPT is saved only with --session NAME",
+            )
         return transcript.read(last)
     if session_id is None:
         return None
@@ -68,8 +71,8 @@ def _may_be_model(text: str) -> bool:
         parse_model(text)
     except ModelNotFoundError:
         return not looks_like_prompt(text) and any(character.isdigit() or character in "/:" for character in text)
-    except SpecchatError:
-        pass
+    except SpecchatError:  # a shape or a path with a fault in it is meant as a model
+        return True
     return True
 
 
@@ -90,7 +93,8 @@ def check_new(session_id: str | None, resumed: Saved | None, model: str | None) 
 
 def new_chat_note(session_id: str) -> str:
     """Return the note about a chat that begins under a name, with the saved chat that may have been meant."""
-    close = difflib.get_close_matches(session_id, _names(), n=1)
+    others = [name for name in _names() if name != session_id]  # its own file may exist, with nothing in it
+    close = difflib.get_close_matches(session_id, others, n=1)
     return f"session {session_id}: a new chat" + (f" (did you mean {close[0]}?)" if close else "")
 
 

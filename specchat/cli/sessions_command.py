@@ -56,11 +56,13 @@ def manage_sessions(options: SessionsOptions) -> int:
         case "rm":
             _remove(options)
         case _:
-            _list(find_chats(" ".join(options.words)), as_json=options.json)
+            text = " ".join(options.words)
+            _list(find_chats(text), text, as_json=options.json)
     return 0
 
 
-def _list(chats: "list[SavedChat]", *, as_json: bool) -> None:
+def _list(chats: "list[SavedChat]", text: str, *, as_json: bool) -> None:
+    """Print the saved chats, or only those that contain a text."""
     from specchat.ui.console import talk
     from specchat.ui.lists_view import print_sessions
 
@@ -69,7 +71,7 @@ def _list(chats: "list[SavedChat]", *, as_json: bool) -> None:
     elif chats:
         print_sessions(chats)
     else:
-        talk().say("no saved chats")
+        talk().say("no saved chat contains that text" if text else "no saved chats")
 
 
 def _show(options: SessionsOptions) -> None:

@@ -5,6 +5,7 @@ Settings without a source come later from the model's generation_config.json or 
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import tomllib
@@ -26,6 +27,7 @@ Raw = str | bool | tuple[str, ...]
 
 ENVIRONMENT_PREFIX = "SPECCHAT_"
 # Variables that are not settings.
+_VARIABLES_HINT = "a variable is named like its option: SPECCHAT_VRAM for --vram"
 _OTHER_VARIABLES = ("CONFIG", "CACHE_DIR", "STATE_DIR", "DEBUG", "TOKEN")
 _WORDS_FOR_YES = ("1", "true", "yes", "on")
 _WORDS_FOR_NO = ("0", "false", "no", "off", "")
@@ -196,8 +198,9 @@ def environment() -> Layer:
         if name == variable or name in _OTHER_VARIABLES:
             continue
         if name.lower() not in _ALL_NAMES:
-            known = [ENVIRONMENT_PREFIX + each.upper() for each in _ALL_NAMES]
-            _refuse_unknown("unknown environment variable", variable, known)
+            close = difflib.get_close_matches(name.lower(), _ALL_NAMES, n=1)
+            meant = f"did you mean {ENVIRONMENT_PREFIX}{close[0].upper()}?" if close else _VARIABLES_HINT
+            raise UsageError(f"unknown environment variable {variable}", hint=meant)
         values[name.lower()] = text
     return Layer(values, lambda key: ENVIRONMENT_PREFIX + key.upper())
 

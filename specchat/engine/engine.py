@@ -30,11 +30,12 @@ from specchat.engine.loading import allocating, check_room, load_target
 from specchat.engine.model import PassCancelledError, TreeModel
 from specchat.engine.recurrent.restore import marks_of_prompt
 from specchat.engine.relief import MemoryRelief
-from specchat.engine.requests import RequestQueue, broken_scores, choose_seat, why_refused
+from specchat.engine.requests import RequestQueue, broken_scores, why_refused
 from specchat.engine.sampling import Sampler, ScoresNotFiniteError
+from specchat.engine.seats import Seats
 from specchat.engine.sequence import TokenSequence
 from specchat.engine.stages import Stages
-from specchat.engine.tree import TokenTree, common_prefix
+from specchat.engine.tree import TokenTree
 from specchat.engine.walk import Walk, walk_down
 from specchat.hardware.pressure import MemoryWatch
 from specchat.models.hf.pairing import check_pair
@@ -77,9 +78,7 @@ class Engine(Closeable):
         self._policy: DraftPolicy = fixed_policy(plan)
         if plan.adaptive and plan.expected is not None:
             self._policy = AdaptivePolicy(plan.work.tree_budget, plan.expected, plan.work.seats)
-        # For each seat, the tokens whose rows are in the target's KV cache.
-        self._held: list[list[int]] = [[] for _ in range(plan.work.seats)]
-        self._by_use = list(range(plan.work.seats))  # seats, the one that was used least recently first
+        self._seats = Seats(plan.work.seats, target)
         self._phase: Phase = "idle"
         self._draft_lost: str | None = None
         self._draft_news: str | None = None  # the same reason, until a step has told it
@@ -196,13 +195,11 @@ class Engine(Closeable):
 
     def truncate(self, length: int) -> None:
         """Drop the first seat's committed tokens beyond `length`; prompt and answer tokens count alike."""
-        self._truncate(0, length)
+        self._seats.truncate(0, length)
 
     def forget(self) -> None:
         """Empty all caches: target and drafter compute the next prompt from its first token."""
-        for seat in range(len(self._held)):
-            self._truncate(seat, 0)
-        self._by_use.sort()
+        self._seats.forget()
         self._drafter.reset()
 
     @property
@@ -294,10 +291,8 @@ class Engine(Closeable):
             if (error := why_refused(request, self.plan, self._target.vocab_size)) is not None:
                 yield index, Step.without_pass("error", error)
                 continue
-            seat = choose_seat([each for each in self._by_use if each in free], self._held, request.prompt_ids)
+            seat = self._seats.take(free, request.prompt_ids)
             free.remove(seat)
-            self._by_use.remove(seat)
-            self._by_use.append(seat)
             live.append(self._seated(index, request, seat))
             num_rows += length
 
@@ -305,14 +300,17 @@ class Engine(Closeable):
         """Return the sequence of a request, in a seat that keeps the rows that the prompt shares with it."""
         tokens = list(request.prompt_ids)
         assert tokens, "empty prompts are refused before"
-        self._reuse_prefix(seat, tokens, request.restore_at)
+        num_cached = self._seats.reuse(seat, tokens)
+        marks = marks_of_prompt(num_cached, len(tokens), request.restore_at)
+        for model in (self._target, *self._drafter.models):
+            model.cache.mark(seat, marks)
         ctx, num_seats = self.plan.work.ctx, self.plan.work.seats
         limit = len(tokens) + (request.max_tokens if request.max_tokens is not None else ctx)
         return TokenSequence(
             index=index,
             seat=seat,
             tokens=tokens,
-            num_cached=len(self._held[seat]),
+            num_cached=num_cached,
             sampler=Sampler(request.sampling, self._target.vocab_size, self._target.device, noise_rows(num_seats)),
             stop_ids=request.stop_ids,
             max_length=min(limit, ctx),
@@ -320,29 +318,9 @@ class Engine(Closeable):
             cancel=request.cancel,
         )
 
-    def _reuse_prefix(self, seat: int, tokens: Sequence[int], restore_at: Sequence[int]) -> None:
-        """Keep a seat's rows that the new prompt shares; recurrent layers can only return to restore points.
-
-        The prompt's last token is always computed again: its hidden state is not kept. A point is saved at the end of
-        the last answer if the new prompt continues it, and others while the new prompt is read.
-        """
-        held = self._held[seat]
-        shared = min(common_prefix(held, tokens), len(tokens) - 1)
-        if shared == len(held):
-            self._target.cache.save(seat)
-        self._truncate(seat, shared)
-        marks = marks_of_prompt(len(held), len(tokens), restore_at)
-        for model in (self._target, *self._drafter.models):
-            model.cache.mark(seat, marks)
-
-    def _truncate(self, seat: int, length: int) -> None:
-        """Drop a seat's tokens beyond `length`, and uncommitted rows of a failed pass."""
-        held = self._held[seat]
-        del held[self._target.cache.truncate(seat, min(length, len(held))) :]
-
     def _step(self, live: Sequence[TokenSequence], cancel: threading.Event | None) -> list[Step]:
         """Draft trees, verify them in one pass, commit the accepted paths; return empty steps on cancellation."""
-        self.stages.fit(max(map(len, [*self._held, *(each.tokens for each in live)])), self._relief.layers)
+        self.stages.fit(max(self._seats.longest, *(len(each.tokens) for each in live)), self._relief.layers)
         clock = stats.StepClock(self._target.streamer, len(live), self._target.device)
         cached, pending = zip(*((each.num_cached, len(each.pending)) for each in live), strict=True)
         measured = autotuner().num_measured
@@ -440,8 +418,9 @@ class Engine(Closeable):
         if not walk.is_broken:
             first = len(sequence.tokens)
             keeps.append(Kept(self._target.cache, sequence.seat, first, [first + node for node in walk.path]))
-            self._held[sequence.seat] = sequence.tokens + [tree.tokens[node] for node in walk.path]
-            sequence.num_cached = len(self._held[sequence.seat])
+            kept = sequence.tokens + [tree.tokens[node] for node in walk.path]
+            self._seats.commit(sequence.seat, kept)
+            sequence.num_cached = len(kept)
             sequence.tokens += walk.tokens
         return [*keeps, *self._drafter.commit(sequence.seat, walk.path, walk.tokens)]
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
-from specchat.engine.tree import common_prefix
 from specchat.errors import BrokenScoresError, PromptTooLongError, SpecchatError, UnknownTokenError
 from specchat.records.generation import Request
 from specchat.records.model import LOWER_QUANTS
@@ -36,23 +35,6 @@ class RequestQueue:
         taken, self._first = self._first, None
         self._num_taken += 1
         return self._num_taken - 1, taken
-
-
-def choose_seat(seats: Sequence[int], held: Sequence[Sequence[int]], tokens: Sequence[int]) -> int:
-    """Return the seat for a prompt: the one whose text it goes on with, else the one that waited longest.
-
-    A prompt that keeps less than half of a seat's rows belongs to another text, unless the seat holds all of it. The
-    seat's text may be continued later.
-
-    Args:
-        seats: free seats, the one that was used least recently first.
-        held: tokens whose rows each seat keeps.
-        tokens: tokens of the prompt.
-    """
-    prompt = list(tokens)
-    shared = {seat: common_prefix(held[seat], prompt) for seat in seats}
-    continued = [seat for seat in seats if held[seat] and 2 * shared[seat] >= min(len(held[seat]), 2 * len(prompt))]
-    return max(continued, key=shared.__getitem__) if continued else seats[0]
 
 
 def why_refused(request: Request, plan: Plan, num_known: int) -> SpecchatError | None:

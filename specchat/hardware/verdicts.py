@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from specchat.hardware.machine import Gpu, GpuSurvey, Hardware, Links, Measured, TorchBuild, Trouble
+from specchat.paths import from_home
 from specchat.units import GIB, format_bytes, format_rate
 
 Level = Literal["ok", "warn", "error"]
@@ -226,7 +226,7 @@ def _disk(hardware: Hardware) -> Verdict:
 def _rates(measured: Measured, hardware: Hardware) -> Iterator[Verdict]:
     links = measured.links
     for topic, rate, level, hint in (
-        ("pinned to GPU", links.h2d_pinned_bytes_per_s, *_against_pcie(measured, hardware)),
+        ("pinned to GPU", links.h2d_pinned_bytes_per_s, *_against_pcie(measured)),
         ("pageable to GPU", links.h2d_pageable_bytes_per_s, "ok", None),
         ("GPU to pinned", links.d2h_bytes_per_s, "ok", None),
         ("RAM copy", links.ram_copy_bytes_per_s, "ok", None),
@@ -242,7 +242,7 @@ def _rates(measured: Measured, hardware: Hardware) -> Iterator[Verdict]:
         yield Verdict("warn", "disk read", f"not measured: cannot write to {from_home(hardware.disk.path)}", hint)
 
 
-def _against_pcie(measured: Measured, hardware: Hardware) -> tuple[Level, str | None]:
+def _against_pcie(measured: Measured) -> tuple[Level, str | None]:
     """Compare the rate of pinned copies with the maximum of the PCIe link."""
     rate, link = measured.links.h2d_pinned_bytes_per_s, measured.pcie_under_load
     if rate is None or link is None:
@@ -278,9 +278,3 @@ def _matmul(measured: Measured) -> Iterator[Verdict]:
     rates = ", ".join(f"{rate.flop_per_s / (1e12 if tera else 1e9):.3g}" for rate in measured.matmul)
     unit = "TFLOP/s" if tera else "GFLOP/s"
     yield Verdict("ok", "matmul", f"{measured.matmul_dtype} on {measured.device}, {rows} rows: {rates} {unit}")
-
-
-def from_home(path: Path) -> str:
-    """Shorten a path with ~, so that pasted reports do not show a user's name."""
-    home = Path.home()
-    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) and path != home else str(path)

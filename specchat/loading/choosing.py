@@ -59,7 +59,7 @@ def sketch_heads(heads: list[Download], folder: Path) -> list[ModelSource]:
     """
     sketched = []
     for head in heads:
-        with suppress(ModelError):
+        with suppress(ModelError):  # a head that the hub no longer has must not keep the target from running
             sketched.append(sketch_draft(head, folder))
     return [head for head in sketched if head.is_head]
 
@@ -68,7 +68,7 @@ def _own_head(found: ModelSource | Missing, target: ModelSource, folder: Path) -
     """Return the MTP head among a target's files, of which the headers are downloaded if there may be one."""
     if not announces_head(target.path):
         return None
-    with suppress(ModelError):
+    with suppress(ModelError):  # other drafts are left
         if isinstance(found, Download) and not target.headers_only:
             target = locate.sketch_weights(found, folder)
         return mtp_head(target)

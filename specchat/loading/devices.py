@@ -41,7 +41,7 @@ def parse_devices(name: str, text: str) -> Literal["auto"] | tuple[DeviceChoice,
 
 
 def on_named_devices(choices: PlanChoices) -> PlanChoices:
-    """Return choices whose device and budget are those of the first device of their list; a list of one is no list."""
+    """Return choices with the device and the budget of the first device in their list; drop a list of one."""
     if choices.devices == "auto" or not choices.devices:
         return choices
     first, *others = choices.devices

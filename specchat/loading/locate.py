@@ -39,6 +39,7 @@ from specchat.models.hub.cache import cached_gguf, cached_models
 from specchat.models.hub.download import Download, agree
 from specchat.models.hub.stores import listed_name, runnable_names
 from specchat.models.locate import Missing
+from specchat.paths import from_home
 from specchat.records.model import ModelSource, Quant
 from specchat.units import format_bytes
 
@@ -317,7 +318,9 @@ def _holds_head_alone(download: Download) -> bool:
 
 def _download_question(downloads: Sequence[Download], target: ModelSource | Missing) -> str:
     what = " and ".join(f"{each.name} ({format_bytes(each.missing_bytes)}{_kind(each)})" for each in downloads)
-    question = f"download {what} to {downloads[0].folder} ({format_bytes(downloads[0].free_disk_bytes)} free)?"
+    question = (
+        f"download {what} to {from_home(downloads[0].folder)} ({format_bytes(downloads[0].free_disk_bytes)} free)?"
+    )
     if downloads[0] is target:  # the target may be stored a second time, in a form that streams
         question += f"\nstreaming may also need a copy of up to {format_bytes(downloads[0].num_bytes)}"
     return question

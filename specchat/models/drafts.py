@@ -110,7 +110,7 @@ def _looked_up(refs: Sequence[ModelRef], *, offline: bool) -> list[ModelSource |
 
 
 def heads_in_cache(target: ModelSource) -> list[ModelSource]:
-    """Return the cached heads whose sizes are those of heads for a target."""
+    """Return the cached heads whose sizes fit a target; heads with unreadable files are skipped."""
     found = list[ModelSource]()
     for name in cached_models():
         with suppress(UsageError, ModelError):

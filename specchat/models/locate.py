@@ -7,7 +7,7 @@ from pathlib import Path
 from specchat.errors import ModelNotFoundError, UsageError
 from specchat.models.catalog.ref import SHAPE_PREFIX, ModelRef, demo_source
 from specchat.models.catalog.shape import Shape
-from specchat.models.catalog.suggest import FORMS, folder_hint, is_gguf
+from specchat.models.catalog.suggest import FORMS, folder_hint, is_gguf, no_such_path
 from specchat.models.checkpoint.gguf import gguf_files, total_bytes
 from specchat.models.gguf.folder import TOKENIZER_FILES, model_folder
 from specchat.models.hub.cache import look_up_cached, snapshot_source
@@ -50,7 +50,7 @@ def _look_up(ref: ModelRef, *, offline: bool, warn: Callable[[str], None]) -> Mo
     if ref.kind == "demo":
         return demo_source("target")
     if ref.kind == "folder":
-        return _look_up_folder(ref)
+        return look_up_folder(ref)
     if ref.kind == "stored":
         stored = runnable_model(ref.text)
         return ModelSource(name=stored.name, path=stored.path)
@@ -169,7 +169,12 @@ def _gguf_of(ref: ModelRef, path: Path) -> Path | None:
     return None if (path / "config.json").is_file() else _only_gguf(path)
 
 
-def _look_up_folder(ref: ModelRef) -> ModelSource:
+def look_up_folder(ref: ModelRef) -> ModelSource:
+    """Return the folder or the GGUF file that a path names, without opening it.
+
+    Raises:
+        ModelNotFoundError: nothing has the path, or a file that is no GGUF file.
+    """
     assert ref.path is not None
     if ref.path.is_file() and is_gguf(ref.path):
         return ModelSource(name=ref.text, path=ref.path)
@@ -177,7 +182,8 @@ def _look_up_folder(ref: ModelRef) -> ModelSource:
         hint = folder_hint(ref.path) if (ref.path.parent / "config.json").is_file() else FORMS
         raise ModelNotFoundError(f"{ref.path} is a file, not a model's folder", hint=hint)
     if not ref.path.is_dir():
-        raise ModelNotFoundError(f"folder {ref.path} does not exist", hint="a hub id has the form org/name, without ./")
+        message, hint = no_such_path(ref.path)
+        raise ModelNotFoundError(message, hint=hint)
     return ModelSource(name=ref.text, path=ref.path)
 
 

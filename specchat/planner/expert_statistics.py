@@ -45,7 +45,7 @@ class ExpertStatistics:
     sums: Mapping[str, _Sums] = field(default_factory=dict)
 
     def learnt(self) -> LearntExperts:
-        """Return what the planner uses: shares of passes, and corrections from enough passes."""
+        """Return the share of passes that use each expert, and corrections where enough passes were counted."""
         factors = {}
         for passes, rows, used, expected_used, missed, expected_missed in self.sums.values():
             if passes >= _ENOUGH_PASSES:

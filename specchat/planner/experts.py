@@ -84,7 +84,7 @@ class LearntExperts:
     factors: Mapping[float, tuple[float, float]] = field(default_factory=dict)
 
     def factor(self, rows: int) -> tuple[float, float]:
-        """Return the factors for a number of rows, between those of its neighbours; 1 before anything was learned."""
+        """Return the factors for a number of rows, interpolated between learned ones; 1 if none were learned."""
         known = list(self.factors.items())
         if not known:
             return 1.0, 1.0

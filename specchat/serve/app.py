@@ -152,7 +152,8 @@ class Api:
     async def _no_such_endpoint(self, request: Request, error: HTTPException) -> Response:
         """Answer a path or a method that does not exist."""
         where = f"{request.method} {request.url.path}"
-        response = _error_response(ApiError(error.status_code, f"there is no {where}", "not_found"))
+        text = f"there is no {where}; the API is below /v1, as in POST /v1/chat/completions"
+        response = _error_response(ApiError(error.status_code, text, "not_found"))
         response.headers.update(error.headers or {})
         return response
 

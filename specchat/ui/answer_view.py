@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
-from specchat.ui.console import AnswerStream, Talk, wants_styles
+from specchat.ui.console import AnswerStream, Talk, is_same_file, wants_styles
 from specchat.ui.live import LiveRegion, Row, can_redraw
 from specchat.ui.markdown import MarkdownStream, PlainStream, TextStream, styled_row, tail_rows
 
@@ -105,7 +105,7 @@ class AnswerView:
         """Print something else after the text that is complete so far."""
         if self._region is not None:
             self._region.update([], [row.shown for row in self._text.finished(self._width())])
-        elif self._out.is_terminal:
+        elif self._out.is_terminal or is_same_file(self._out.stream, self._talk.stream):
             self._out.end_line()
         say()
         self._due_at = self._not_before

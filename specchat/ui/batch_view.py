@@ -29,7 +29,9 @@ def summary_text(progress: Progress) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a duration for people to read, such as `42 s`, `3 min 5 s` or `2 h 10 min`."""
+    """Return a duration for people to read, such as `0.4 s`, `42 s`, `3 min 5 s` or `2 h 10 min`."""
+    if 0.05 <= seconds < 1:
+        return f"{seconds:.1f} s"
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

@@ -45,6 +45,14 @@ def neutral(text: str) -> str:
     return text.translate(_CONTROLS)
 
 
+def is_same_file(one: TextIO, other: TextIO) -> bool:
+    """Return whether two streams write to one file or terminal, as after `2>&1`."""
+    try:
+        return os.path.samestat(os.fstat(one.fileno()), os.fstat(other.fileno()))
+    except (OSError, ValueError):  # a stream without a file, or a closed one
+        return False
+
+
 class AnswerStream:
     """Stdout: control characters are made visible on a terminal; other outputs get the exact bytes.
 

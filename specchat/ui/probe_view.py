@@ -1,6 +1,7 @@
 """The hardware report: with bars on a terminal, as plain text, and as Markdown for bug reports."""
 
 from collections.abc import Sequence
+from datetime import datetime
 from typing import TextIO
 
 from rich.console import RenderableType
@@ -53,7 +54,8 @@ class ProbeView:
             else:
                 self._side_by_side(verdicts)
             self._console.print()
-            self._console.print(Text(f"rates measured {report.measured.measured_at}; --refresh measures again", "dim"))
+            measured = f"rates measured {_when(report.measured.measured_at)}; --refresh measures again"
+            self._console.print(Text(measured, "dim"))
             if plan is not None:
                 self._console.print()
                 self._console.print(Text(neutral(plan)))
@@ -77,6 +79,14 @@ class ProbeView:
         for verdict in verdicts:
             self._console.print(Text.assemble(_level(verdict), " ", (neutral(verdict.topic), "bold")))
             self._console.print(Padding(_body(verdict), (0, 0, 0, 2)))
+
+
+def _when(measured_at: str) -> str:
+    """Return a time in ISO 8601 as people read it, in local time; another text, from a saved file, as it is."""
+    try:
+        return f"{datetime.fromisoformat(measured_at).astimezone():%Y-%m-%d %H:%M}"
+    except ValueError:
+        return measured_at
 
 
 def headline(report: Report) -> str:

@@ -27,7 +27,7 @@ def recommendation_lines(recommendations: Recommendations, flags: str) -> list[R
     for recommendation in fast:
         lines += _lines(recommendation, flags)
     if slow:
-        lines.append(Text(f"{'also' if fast else 'only'} slower than reading speed ({READING_TOK_PER_S:.0f} tok/s):"))
+        lines.append(Text(f"{'' if fast else 'only '}slower than reading speed ({READING_TOK_PER_S:.0f} tok/s):"))
         for recommendation in slow:
             lines += _lines(recommendation, flags)
     return [*lines, Text(_rest(recommendations, len(fast) + len(slow)), "dim")]

@@ -23,6 +23,7 @@ Records = Iterator[Delta | Dropped | Turn]
 
 # Words that end other programs; here they may be a message.
 _LEAVING = ("exit", "quit", "bye", ":q")
+_ASKING_FOR_HELP = ("help", "?", ":h", "-h", "--help")
 # An answer that takes longer rings the bell, if the user wants that.
 _SLOW_S = 10.0
 _FULL_HINT = "free space with /clear or /drop N, or restart with a larger --ctx"
@@ -123,6 +124,10 @@ class Repl:
             return self._handle_command(text)
         elif text.lower() in _LEAVING and self._line.confirms(f"leave the chat? (no sends '{text}' to the model)"):
             return False
+        elif text.lower() in _ASKING_FOR_HELP and self._line.confirms(
+            f"list the commands? (no sends '{text}' to the model)"
+        ):
+            self._run_command("help", "")
         else:
             self._send(text, typed)
         return True
@@ -245,7 +250,10 @@ class Repl:
 
     def continue_last(self) -> None:
         """Continue the last answer."""
-        self._answer(lambda session, cancel: session.continue_last(cancel))
+        before = [each.answer for each in self._desk.session().state.exchanges[-1:]]
+        is_answered = self._answer(lambda session, cancel: session.continue_last(cancel))
+        if is_answered and [each.answer for each in self._desk.session().state.exchanges[-1:]] == before:
+            self._talk.tell("the model adds nothing: it ends its answer here")
 
     def undo(self) -> None:
         """Remove the last message and its answer, and put the message back at the prompt."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import resource
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event
@@ -18,7 +20,7 @@ from specchat.batch.job import Job, Progress
 from specchat.batch.prompts import read_prompts
 from specchat.batch.results import JobSettings, Results, first_settings, line_digest
 from specchat.chat.settings import MAX_SEED
-from specchat.errors import UsageError
+from specchat.errors import SpecchatError, UsageError
 from specchat.loading.sampling import SamplingChoices
 from specchat.models.checkpoint.generation_config import GenerationDefaults
 from specchat.planner.statistics import SharedPass
@@ -213,6 +215,21 @@ def test_a_stopped_job_goes_on_with_what_is_missing(tmp_path: Path, most: int):
     assert sorted(each["line"] for each in there.results()) == list(range(1, 31))
     assert len(there.engine.requests) == 30 - before == progress[-1].num_answered
     assert there.run()[-1].num_answered == 0 and there.results() == there.results()
+
+
+def test_a_full_disk_is_named_with_the_file(tmp_path: Path):
+    """A limit on the size of files fails like a full disk, in the write and again when the file is closed."""
+    there = many(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(SpecchatError, match=re.escape(f"cannot write {there.out}: ")) as caught:
+            there.run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.hint is not None and "goes on" in caught.value.hint
+    there.run()
+    assert sorted(each["line"] for each in there.results()) == list(range(1, 31))
 
 
 def test_an_interrupted_job_keeps_what_is_done(tmp_path: Path):

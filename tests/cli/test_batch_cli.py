@@ -57,7 +57,7 @@ def test_each_line_is_what_a_single_run_says(specchat, tmp_path: Path, batch: st
     assert not load_statistics(state_folder()).plans, "--no-save"
     before = out.read_bytes()
     again = specchat(*job)
-    assert again.code == 1 and "all 5 prompts are answered" in again.err and out.read_bytes() == before
+    assert again.code == 1 and "all 5 prompts are done" in again.err and out.read_bytes() == before
     other = specchat(*job[:-2], "17", "--no-save")
     assert other.code == 2 and "other settings" in other.err and out.read_bytes() == before
 
@@ -125,7 +125,7 @@ def test_a_job_goes_on_only_with_what_its_answers_depend_on(specchat, tmp_path: 
     before = out.read_bytes()
     for flags in (["--batch", "7"], ["--draft", "none"], ["--ctx", "256"], ["--tree-budget", "3"], ["--dtype", "bf16"]):
         again = specchat(*job, *flags)
-        assert again.code == 0 and "all 1 prompts are answered" in again.err, (flags, again.err)
+        assert again.code == 0 and "all 1 prompts are done" in again.err, (flags, again.err)
     for flags in (["--temperature", "0.5"], ["--seed", "1"], ["--max-tokens", "9"], ["--dtype", "fp32"], ["--base"]):
         other = specchat(*job, *flags)
         assert other.code == 2 and "other settings" in other.err, (flags, other.err)

@@ -77,6 +77,15 @@ def test_summary_fits_on_a_terminal_of_80_columns(name):
     assert f"  {name:<8}  {summary}" in shown.splitlines()
 
 
+def test_summaries_are_whole_on_a_narrow_terminal():
+    environment = {"COLUMNS": "40"}
+    command = [sys.executable, "-m", "specchat", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    words = " ".join(shown.split())
+    assert all(f"{name} {command.help}" in words for name, command in COMMANDS.items())
+    assert max(map(len, shown.splitlines())) <= 50  # the least width of typer
+
+
 @pytest.mark.parametrize("option", OPTIONS)
 def test_option_states_its_default(option):
     is_switch = option.is_flag and not option.secondary_opts

@@ -35,6 +35,7 @@ def test_sessions_are_listed_searched_shown_and_removed(fake, state):
     assert len(table) == 3 and table[1].startswith("And bears?")
     assert [each["id"] for each in sessions(fake, "search", "LARGE", "foxes")] == ["fox"]
     assert sessions(fake, "search", "nothing") == []
+    assert fake("sessions", "search", "nothing").err == "no saved chat contains that text\n"
     assert fake("sessions", "show", "bear").out.startswith("**System**\n\nBe brief.\n\n**You**\n\nAnd bears?\n")
     shown = json.loads(fake("sessions", "show", "bear", "--json").out)
     assert [each["question"] for each in shown["turns"]] == ["And bears?", "more"]
@@ -61,6 +62,7 @@ def test_a_damaged_session_is_listed_and_can_be_removed(fake, state):
         (["sessions", "list", "fox"], "search TEXT"),
         (["models", "nope"], "choose from list, rm"),
         (["models", "rm"], "usage: specchat models rm NAME"),
+        (["models", "rm", "demo"], "demo is a part of specchat and cannot be removed"),
         (["models", "rm", "org/nosuch"], "nothing on this disk is named 'org/nosuch'"),
     ],
 )

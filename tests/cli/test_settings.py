@@ -107,6 +107,7 @@ def test_invalid_config_file_is_reported(fake, config, text, words):
     ("name", "value", "words"),
     [
         ("SPECCHAT_TEMPRATURE", "1", ["SPECCHAT_TEMPRATURE", "did you mean SPECCHAT_TEMPERATURE?"]),
+        ("SPECCHAT_NONSENSE", "1", ["SPECCHAT_NONSENSE", "hint: a variable is named like its option"]),
         ("SPECCHAT_TEMPERATURE", "hot", ["SPECCHAT_TEMPERATURE", "hot"]),
         ("SPECCHAT_THINK", "perhaps", ["SPECCHAT_THINK"]),
         ("SPECCHAT_CONFIG", "/no/such/file", ["/no/such/file"]),
@@ -231,6 +232,9 @@ def test_a_new_session_says_so(fake):
     assert "session fox: a new chat\n" in fake("run", "demo", "hi", "--session", "fox").err
     assert "a new chat" not in fake("run", "demo", "hi", "--session", "fox").err
     assert "session foxy: a new chat (did you mean fox?)" in fake("run", "demo", "hi", "--session", "foxy").err
+    transcript.path_of("empty").touch()  # a full disk may leave that
+    assert "session empty: a new chat\n" in fake("run", "demo", "hi", "--session", "empty").err
+    transcript.path_of("empty").unlink()
     missing = fake("run", "--session", "nosuch", stdin=b"hi")
     assert (missing.code, missing.out) == (2, "")
     assert "error: there is no saved chat 'nosuch'" in missing.err and "the last ones are foxy, fox" in missing.err

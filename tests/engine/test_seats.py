@@ -12,7 +12,7 @@ from support.loading import load_engine
 from support.tiny_models import VOCAB, make_config, random_model, save
 
 from specchat.engine.engine import Engine
-from specchat.engine.requests import choose_seat
+from specchat.engine.seats import choose_seat
 from specchat.records.generation import Request, Sampling, Step
 
 SEATS = 2

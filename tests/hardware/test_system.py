@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support.machines import MEASURED, hardware
 
-from specchat.hardware import verdicts
+from specchat import paths
 from specchat.hardware.machine import Disk, GpuSurvey, Platform, Ram, TorchBuild
 from specchat.hardware.system import (
     cgroup_memory,
@@ -114,9 +114,9 @@ def test_a_container_limit_counts_as_total_memory():
 
 def test_the_report_hides_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert verdicts.from_home(tmp_path / ".cache" / "specchat") == "~/.cache/specchat"
-    assert verdicts.from_home(tmp_path) == str(tmp_path)
-    assert verdicts.from_home(tmp_path.parent / "other") == str(tmp_path.parent / "other")
+    assert paths.from_home(tmp_path / ".cache" / "specchat") == "~/.cache/specchat"
+    assert paths.from_home(tmp_path) == str(tmp_path)
+    assert paths.from_home(tmp_path.parent / "other") == str(tmp_path.parent / "other")
 
 
 @pytest.mark.parametrize(

@@ -299,6 +299,7 @@ def test_paths_and_methods_that_do_not_exist(echo: Echoing):
     ):
         reply = echo.served.ask(method, path)
         assert reply.status == status and reply.error["code"] == "not_found"
+        assert "the API is below /v1" in reply.error["message"]
 
 
 # --- fuzz ------------------------------------------------------------------------------------------------------------

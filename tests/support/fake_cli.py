@@ -77,10 +77,12 @@ class Echo(FakeEngine):
             Path(file).write_text("engine closed")
 
     def generate(self, prompt_ids, *arguments, **named):
-        question = TOKENIZER.decode(prompt_ids).split("[user]")[-1].split("\n[assistant]")[0]
+        question, _, so_far = TOKENIZER.decode(prompt_ids).split("[user]")[-1].partition("\n[assistant]")
         if question == "crash":
             raise RuntimeError("the first line\nthe second line")
         text = TEXTS.get(re.sub("^(held|gated|stuck|frozen) ", "", question), f"You said: {question}")
+        if question.startswith("ended") and so_far == text:
+            text = ""  # nothing follows a whole answer to "ended ..."
         self.answers = [[*TOKENIZER.encode(text), EOS]]
         steps = super().generate(prompt_ids, *arguments, **named)
         cancel = named["cancel"]

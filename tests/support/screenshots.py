@@ -95,10 +95,10 @@ PICTURES = {
         ("bench", "demo", "--limit", "2", "-r", "1"),
         _until_the_end,
         columns=120,
-        rows=76,
+        rows=84,
     ),
-    "probe": Picture("specchat probe", ("probe",), _until_the_offer, columns=110, rows=46, leave="\r"),
-    "probe-40": Picture("specchat probe", ("probe",), _until_the_offer, columns=40, rows=96, leave="\r"),
+    "probe": Picture("specchat probe", ("probe",), _until_the_offer, columns=110, rows=64, leave="\r"),
+    "probe-40": Picture("specchat probe", ("probe",), _until_the_offer, columns=40, rows=130, leave="\r"),
     "plan-40": Picture("specchat", ("run", "demo", "--plan"), _until_the_end, columns=40, rows=70),
 }
 

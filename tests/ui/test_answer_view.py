@@ -140,3 +140,17 @@ def test_final_screen_does_not_depend_on_redraws(pieces):
     assert "the status" not in "\n".join(screen.lines)
     # only these sequences were sent: styles, cursor up and right, erase below, wrapping on and off, frames
     assert not re.sub(r"\x1b\[(?:[0-9;]*m|\d+[AC]|J|\?7[lh]|\?2026[hl])", "", screen.written).count("\x1b")
+
+
+def test_figures_of_passes_have_lines_of_their_own_in_a_log(tmp_path):
+    """After `2>&1`, answer and figures meet in one file; a file of the answer alone keeps its exact bytes."""
+    for both, expected in ((True, "Hel\nstep 1\nlo"), (False, "Hello")):
+        log, other = tmp_path / "log", tmp_path / "other"
+        with log.open("a") as out, (log if both else other).open("a") as err:
+            view = view_of(out, err, raw=True)
+            view.write("Hel")
+            view.interlude(lambda err=err: print("step 1", file=err, flush=True))
+            view.write("lo")
+            view.end()
+        assert log.read_text().rstrip("\n") == expected
+        log.unlink()

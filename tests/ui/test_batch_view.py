@@ -9,7 +9,8 @@ from specchat.ui.batch_view import duration, progress_text, summary_text
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0 s"), (42, "42 s"), (59.7, "1 min 0 s"), (185, "3 min 5 s"), (7800, "2 h 10 min")]
+    ("seconds", "text"),
+    [(0.0, "0 s"), (0.4, "0.4 s"), (42, "42 s"), (59.7, "1 min 0 s"), (185, "3 min 5 s"), (7800, "2 h 10 min")],
 )
 def test_durations(seconds: float, text: str):
     assert duration(seconds) == text

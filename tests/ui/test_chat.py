@@ -427,6 +427,12 @@ def test_stopped_answer_is_continued(tmp_path):
         terminal.wait_for(lambda t: "removed the last message" in t.screen and t.cursor_line == "> gated hello")
 
 
+def test_continuing_a_whole_answer_says_that_nothing_follows():
+    with chat() as terminal:
+        say(terminal, "ended here", "You said: ended here\n")
+        say(terminal, "/continue", "the model adds nothing: it ends its answer here")
+
+
 @pytest.mark.parametrize("word", ["/exit", "/bye", "/quit"])
 def test_exit_commands(word):
     with chat() as terminal:

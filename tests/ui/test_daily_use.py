@@ -69,7 +69,10 @@ def test_the_model_is_changed_and_the_chat_goes_on(tmp_path):
         assert "session fox: 1 turn so far" in terminal.screen
         say(terminal, "/info", r"max_tokens +200")
         say(terminal, "two", "You said: two")
-        say(terminal, "/model ./nosuch", r"error: folder .*nosuch does not exist\n(?s:.)*going on with")
+        say(terminal, "/model ./nosuch", r"error: folder nosuch does not exist\nhint: ")
+        assert "going on with" not in terminal.screen and terminal.screen.count("engine closed") == 1
+        (tmp_path / "empty").mkdir()
+        say(terminal, f"/model {tmp_path}/empty", r"error: .*empty has no config.json (?s:.)*going on with")
         say(terminal, "three", "You said: three")
         terminal.send(CTRL_D)
         assert terminal.exit_code() == 0
@@ -127,6 +130,21 @@ def test_a_file_of_the_command_line_goes_with_the_first_message(tmp_path):
         assert "notes.txt goes with the next message" in terminal.screen
         say(terminal, "what", r"You said: the notes\n\nwhat\n")
         say(terminal, "and", r"You said: and\n")
+
+
+def test_a_bare_help_asks():
+    with chat(rows=60) as terminal:
+        terminal.send("help" + ENTER)
+        terminal.wait_for("list the commands? (no sends 'help' to the model) [Y/n]")
+        terminal.send("n" + ENTER)
+        terminal.wait_for("You said: help")
+        terminal.wait_for_prompt()
+        terminal.send("?" + ENTER)
+        terminal.wait_for("list the commands? (no sends '?' to the model) [Y/n]")
+        terminal.send(ENTER)
+        terminal.wait_for("/help, /?")
+        terminal.wait_for_prompt()
+        assert "You said: ?" not in terminal.screen
 
 
 def test_a_bare_exit_asks():

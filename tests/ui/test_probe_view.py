@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import time
+from dataclasses import replace
 
 import pytest
 from support.machines import MEASURED, hardware
@@ -36,6 +38,19 @@ def test_report_fits_the_width_and_keeps_every_word(width, monkeypatch):
 )
 def test_bar_has_a_fixed_width(share, drawn):
     assert bar(share, 4) == drawn
+
+
+@pytest.mark.parametrize(
+    ("measured_at", "shown"),
+    [("2026-03-01T12:00:00+00:00", "measured 2026-03-01 12:00;"), ("long ago", "measured long ago;")],
+)
+def test_the_time_of_the_rates_is_local_and_short(measured_at, shown, monkeypatch):
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    stream = io.StringIO()
+    report = replace(REPORT, measured=replace(MEASURED, measured_at=measured_at))
+    ProbeView(stream).report(report, REPORT.verdicts, None)
+    assert shown in stream.getvalue()
 
 
 def test_control_characters_are_made_visible():

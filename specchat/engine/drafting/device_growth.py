@@ -201,7 +201,12 @@ class _Tree:
         return _Chosen(nodes, places < self._budget, self._score[nodes], self._columns.index_select(1, nodes))
 
     def next_rows(self, chosen: _Chosen, number: int) -> RowLayout:
-        """Return the layout of pass `number` over nodes, each in a row of its own; fill in the rows of the chosen."""
+        """Give each chosen node a row, and return the layout of the pass over these rows.
+
+        Args:
+            chosen: nodes to expand; the batch may have unused places.
+            number: number of the pass, from 0.
+        """
         rows, (_, above, depths, unchanged) = self._columns[3], chosen.columns
         width = len(chosen.nodes)
         begin, end = number * width, (number + 1) * width

@@ -205,7 +205,7 @@ class DFlashHead:
         return self._max_rows - sum(self._num_expanded)
 
     def expand(self, paths: Paths, nodes: Tensor, cancel: threading.Event | None) -> Tensor:
-        """Return the scores after nodes, sorted by tree, [n, V]: those of the next level."""
+        """Return the scores [n, V] of the level below each node; nodes are sorted by tree."""
         scores = []
         for tree, of_tree in runs(paths.tree[nodes]):
             own, first = nodes[of_tree], self._num_expanded[tree]

@@ -210,7 +210,7 @@ class Proposers:
         return self._sums(record)
 
     def _strongest(self, record: _Record) -> dict[int, float]:
-        """Return the log odds of each token where no draft scores it: those of the most certain proposal.
+        """Return the log odds of each proposed token where no draft scores it, from its most certain proposal.
 
         Proposals of the same token are hardly independent: repeats and recycled tokens come from the same places.
         """

@@ -57,7 +57,7 @@ class ReadBatch:
                 self._over.release()
 
     def wait_until_over(self) -> None:
-        """Wait until all tasks have ended, whatever they failed with."""
+        """Wait until all tasks have ended; a failed task counts as ended."""
         while not self._over.acquire(timeout=_LOOK_S):  # a thread that runs out of memory may fail to notify
             pass
         self._over.release()
@@ -100,7 +100,7 @@ class ReadThreads:
         return batch
 
     def drain(self) -> None:
-        """Wait until all queued tasks have ended, whatever they failed with."""
+        """Wait until all queued tasks have ended; a failed task counts as ended."""
         meeting = threading.Barrier(len(self._threads) + 1)
         self.begin([partial(_meet, meeting)] * len(self._threads))
         meeting.wait()

@@ -180,7 +180,7 @@ class GpuSource:
         self._waits.append(self._slots.wait(batch.copied))
 
     def drain(self) -> None:
-        """Wait until all reads have ended, whatever they failed with."""
+        """Wait until all reads have ended; a failed read counts as ended."""
         if self._reader is not None:
             self._reader.drain()
 

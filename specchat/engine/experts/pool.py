@@ -71,7 +71,7 @@ class ExpertSource(Protocol):
         """Wait until slots are filled, or make all work wait that is queued later; raise the error of a read."""
 
     def drain(self) -> None:
-        """Wait until no read goes on, whatever they failed with."""
+        """Wait until no read is in progress; a failed read counts as ended."""
 
     def close(self) -> None:
         """Wait for all reads, and release files and memory."""
@@ -241,7 +241,7 @@ class ExpertPool(LayerStreamer):
         self._unfinished = None
 
     def _enter(self, position: int) -> None:
-        """Begin with a layer, unless these are further rows of it: slots of the layer before are free again."""
+        """Free the slots of the layer before when a pass comes to a layer; further rows of a layer change nothing."""
         if position == self._visited:
             return
         self._visited = position
@@ -314,12 +314,12 @@ class ExpertPool(LayerStreamer):
         return own if better.all() else own[: int(better.argmin())]
 
     def _exchange(self, position: int, guessed: Any, own: Any) -> None:
-        """Let slots of guesses become the layer's own, and its own become shared, with the experts that are there.
+        """Swap slots of guesses for slots of the layer, without moving the experts in them.
 
         Args:
             position: position of the layer.
             guessed: shared slots.
-            own: numbers of the layer's own slots, as many.
+            own: numbers of the layer's own slots, one for each shared slot.
         """
         places = self._place[guessed]
         left = self._own[position, own]

@@ -181,7 +181,7 @@ class ExpertReader:
             undo.pop_all()
 
     def free_slots(self) -> None:
-        """Do nothing: what the host has computed has ended."""
+        """Do nothing: on a host, layers that used a slot have ended when their call returns."""
 
     def begin(
         self,
@@ -217,7 +217,7 @@ class ExpertReader:
         batch.wait()
 
     def drain(self) -> None:
-        """Wait until all reads have ended, whatever they failed with."""
+        """Wait until all reads have ended; a failed read counts as ended."""
         self._threads.drain()
 
     def close(self) -> None:

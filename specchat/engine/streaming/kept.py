@@ -139,7 +139,7 @@ class CpuTiers:
         return [resident, {index: self._sizes[index] for index in self._mapped()}]
 
     def num_slots(self, given: Collection[int]) -> int:
-        """Return the number of slots if these layers are given back, too; those of later stages are there already."""
+        """Return the number of slots that streaming needs once these layers are given back, in any later stage."""
         return min(self._most_slots, len(self._through_slots(given)))
 
     def slot_bytes(self, given: Collection[int]) -> int:

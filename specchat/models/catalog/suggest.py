@@ -16,6 +16,7 @@ _FILE_ENDINGS = (".json", ".safetensors", ".gguf", ".bin", ".pth", ".pt")
 _GGUF_MAGIC = b"GGUF"
 _MOST_SHOWN = 3
 _LONGEST_QUOTE = 48
+_DEMO = "demo"
 _LIKE = 0.75  # the least similarity of a misspelt name, from 0 to 1
 # Sizes such as 8b, 8x7b and 270m, version numbers such as 3.2, and words.
 _TOKEN = re.compile(r"(?:\d+x)?\d+(?:\.\d+)?[bkm](?![a-z])|\d+(?:\.\d+)?|[a-z]+")
@@ -39,11 +40,36 @@ def is_gguf(path: Path) -> bool:
         return False
 
 
+def no_such_path(path: Path) -> tuple[str, str]:
+    """Return what is wrong with the path of a model that is neither a folder nor a file, and a hint."""
+    if _exists(path, Path.exists):
+        return f"{path} is neither a folder nor a file", FORMS
+    what = "file" if path.name.lower().endswith(_FILE_ENDINGS) else "folder"
+    if not _exists(path.parent, Path.is_dir):
+        return f"{what} {path} does not exist", f"there is no folder {path.parent} either"
+    close = difflib.get_close_matches(path.name, _names_in(path.parent), n=1, cutoff=_LIKE)
+    if close:
+        return f"{what} {path} does not exist", f"did you mean {_as_path(path.parent / close[0])}?"
+    return f"{what} {path} does not exist", "check the path; a hub id has the form org/name, without ./"
+
+
+def _names_in(folder: Path) -> list[str]:
+    """List what a folder holds that may be a model: folders and files of weights; nothing if it cannot be read."""
+    try:
+        return [each.name for each in folder.iterdir() if each.suffix.lower() == ".gguf" or each.is_dir()]
+    except OSError:
+        return []
+
+
+def _as_path(path: Path) -> str:
+    """Return a path in a form that MODEL takes as one."""
+    shown = str(path)
+    return shown if path.is_absolute() or shown.startswith(".") else f"./{shown}"
+
+
 def folder_hint(path: Path) -> str:
     """Return the hint for a file that was given in place of its model's folder."""
-    folder = str(path.parent)
-    shown = folder if path.is_absolute() or folder.startswith(".") else f"./{folder}"
-    return f"did you mean its folder, {shown}?"
+    return f"did you mean its folder, {_as_path(path.parent)}?"
 
 
 def looks_like_prompt(text: str) -> bool:
@@ -65,11 +91,9 @@ def guess(text: str, names_here: Callable[[], Iterable[str]]) -> str:
         text: invalid MODEL.
         names_here: lists aliases and cached models; they come before models that must be downloaded.
     """
-    if text.strip().lower() == "demo":
-        return "did you mean demo?"
     if text and _exists(Path(text), Path.is_dir):
         return f"did you mean ./{text}?"
-    likely = likely_models(text, names_here())
+    likely = likely_models(text, [*names_here(), _DEMO])
     return f"did you mean {_listed(likely)}?" if likely else f"{FORMS}; demo always works"
 
 

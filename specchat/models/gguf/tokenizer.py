@@ -147,7 +147,7 @@ def _ends(values: _Values, *, adds_bos: bool) -> dict[str, Any]:
     }
 
 
-def _bpe(values: _Values, tokens: Sequence[str], merges: Sequence[Sequence[str]], **more: Any) -> dict[str, Any]:
+def _bpe(tokens: Sequence[str], merges: Sequence[Sequence[str]], **more: Any) -> dict[str, Any]:
     return {
         "type": "BPE",
         "dropout": None,
@@ -180,7 +180,7 @@ def _byte_level(values: _Values) -> dict[str, Any]:
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": split.steps},
         "post_processor": _ends(values, adds_bos=split.adds_bos),
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": _bpe(values, values.tokens, merges, ignore_merges=split.ignores_merges),
+        "model": _bpe(values.tokens, merges, ignore_merges=split.ignores_merges),
     }
 
 
@@ -205,7 +205,7 @@ def _sentencepiece(values: _Values, *, is_gemma: bool) -> dict[str, Any]:
         "pre_tokenizer": split if is_gemma else None,
         "post_processor": _ends(values, adds_bos=True),
         "decoder": {"type": "Sequence", "decoders": [spaces, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
-        "model": _bpe(values, tokens, merges, unk_token=values.token("unknown"), fuse_unk=True, byte_fallback=True),
+        "model": _bpe(tokens, merges, unk_token=values.token("unknown"), fuse_unk=True, byte_fallback=True),
     }
 
 

@@ -93,67 +93,13 @@ def cache_for(layers: Sequence[Any], layout: Callable[[], Any] = lambda: None, k
         layout: function that returns the layout of the current pass, which `append` receives.
         kinds: kind of each layer; empty if all layers keep rows.
     """
-    from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
+    from transformers.cache_utils import Cache
 
-    class Rows(CacheLayerMixin):
-        is_sliding = False
-
-        def __init__(self, kv: Any) -> None:
-            super().__init__()
-            self.kv = kv
-            self.is_initialized = True
-
-        def lazy_initialization(self, key_states: Any, value_states: Any) -> None:
-            raise AssertionError("buffers are allocated before the first pass")
-
-        def update(self, key_states: Any, value_states: Any, *_: Any, **__: Any) -> tuple[Any, Any]:
-            keys, values = self.kv.append(layout(), key_states, value_states)
-            return keys, values
-
-        def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-            return self.kv.length + query_length, 0
-
-        def get_seq_length(self) -> int:
-            return int(self.kv.length)
-
-        def get_max_length(self) -> int:
-            return int(self.kv.capacity)
-
-    class State(LinearAttentionCacheLayerMixin):
-        """A layer without a state, so that mixers take their branch for many rows; specchat's scans have the state."""
-
-        def lazy_initialization(self, *_: Any, **__: Any) -> None:
-            raise AssertionError("states are allocated before the first pass")
-
-        def update_conv_state(self, conv_states: Any, state_idx: int = 0, **_: Any) -> Any:
-            assert state_idx == 0, "a mixer has one convolution"
-            return conv_states
-
-        def update_recurrent_state(self, recurrent_states: Any, state_idx: int = 0, **_: Any) -> Any:
-            assert not recurrent_states.numel(), "a mixer has called a scan that is not specchat's"
-            return recurrent_states
-
-    class Both(State, Rows):
-        is_croppable = False
-
-        def __init__(self, kv: Any) -> None:
-            State.__init__(self)
-            Rows.__init__(self, kv)
-
-        get_max_length = Rows.get_max_length
-
-    class States(Cache):
-        """A cache without rows of keys, whose length transformers cannot ask of any layer."""
-
-        def get_seq_length(self, layer_idx: int = 0) -> int:
-            return 0  # positions are always given
-
-        def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-            return query_length, 0
+    from specchat.models.hf.layer_caches import Both, Rows, State, States
 
     make: dict[LayerKind, Callable[[Any], Any]] = {
-        "rows": Rows,
-        "both": Both,
+        "rows": lambda kv: Rows(kv, layout),
+        "both": lambda kv: Both(kv, layout),
         "state": lambda _: State(),
         "nothing": lambda _: State(),
     }

@@ -22,7 +22,7 @@ from specchat.models.checkpoint.dflash import DFlashConfig, SecondConfig
 from specchat.models.hf.dflash2 import add_second_parts
 from specchat.models.hf.eagle3 import BELOW
 from specchat.models.hf.mtp import last_norm, without_shared
-from specchat.models.hf.skeleton import Skeleton, norm_like, path_of
+from specchat.models.hf.skeleton import Skeleton, norm_like, path_of, states_of
 
 MaskRule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -77,11 +77,7 @@ class DFlashSkeleton(Skeleton):
 
     def hidden_of(self, rows: Tensor, positions: Tensor, cache: Any) -> Tensor:
         """Compute the normed states [S, D] of a block's rows [S, D] at positions [S]; append to the cache."""
-        out = self.decoder(
-            inputs_embeds=rows[None], position_ids=positions[None], past_key_values=cache, use_cache=True
-        )
-        hidden: Tensor = out.last_hidden_state[0]
-        return hidden
+        return states_of(self.decoder, rows, positions, cache)
 
     def rule_of(self, rule: MaskRule) -> MaskRule:
         """Return which rows a block's rows see, by the layers' own rule for rows in sequence."""

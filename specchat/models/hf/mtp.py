@@ -15,7 +15,7 @@ import torch
 
 from specchat.errors import UnsupportedModelError
 from specchat.models.hf.attention import AttentionFunction
-from specchat.models.hf.skeleton import Skeleton, build_skeleton, path_of
+from specchat.models.hf.skeleton import Skeleton, build_skeleton, path_of, states_of
 
 # Values that tell dense layers from mixtures of experts by their index; the head's layer has index 0.
 _SPARSE = {"first_k_dense_replace": 0, "decoder_sparse_step": 1, "mlp_only_layers": [], "num_dense_layers": 0}
@@ -34,11 +34,7 @@ class MtpSkeleton(Skeleton):
 
     def hidden_of(self, rows: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
         """Compute normed outputs [S, D] of input rows [S, D] at positions [S] (int64); append to the cache."""
-        out = self.decoder(
-            inputs_embeds=rows[None], position_ids=positions[None], past_key_values=cache, use_cache=True
-        )
-        hidden: torch.Tensor = out.last_hidden_state[0]
-        return hidden
+        return states_of(self.decoder, rows, positions, cache)
 
 
 def build_mtp(

@@ -68,6 +68,20 @@ class Skeleton:
         return hidden
 
 
+def states_of(decoder: Any, rows: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
+    """Compute the final states [S, D] of input rows [S, D] at positions [S] (int64); append to the cache.
+
+    Args:
+        decoder: decoder of a head, which embeds nothing.
+        rows: input rows, in place of embeddings of tokens.
+        positions: positions of the rows.
+        cache: cache of the head's layers.
+    """
+    out = decoder(inputs_embeds=rows[None], position_ids=positions[None], past_key_values=cache, use_cache=True)
+    hidden: torch.Tensor = out.last_hidden_state[0]
+    return hidden
+
+
 def build_skeleton(config: Any, dtype: torch.dtype, attention: AttentionFunction | None = None) -> Skeleton:
     """Build the modules of a configuration, with parameters on meta and real buffers.
 

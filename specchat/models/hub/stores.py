@@ -77,7 +77,7 @@ def _lm_studio() -> Iterator[StoredModel]:
 
 def _lm_studio_folders() -> Iterator[Path]:
     home = Path.home()
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError):  # most installations have no such file
         home_of_it = Path(read_regular(home / ".lmstudio-home-pointer").decode().strip())
         yield from _with_chosen_folder(home_of_it)
     yield from _with_chosen_folder(home / ".lmstudio")
@@ -85,7 +85,7 @@ def _lm_studio_folders() -> Iterator[Path]:
 
 
 def _with_chosen_folder(home: Path) -> Iterator[Path]:
-    with suppress(OSError, ModelError):
+    with suppress(OSError, ModelError):  # the usual folder remains
         file = home / "settings.json"
         chosen = parse_object(read_regular(file), str(file)).get("downloadsFolder")
         if isinstance(chosen, str) and chosen:

@@ -100,7 +100,7 @@ def _packs() -> Iterator[Installed]:
 def _stored() -> Iterator[Installed]:
     for each in stored_models():
         kind: Kind = "other" if each.problem else "model"
-        with suppress(OSError):
+        with suppress(OSError):  # the other program may remove it now
             used_at = each.path.stat().st_atime
             yield Installed(each.name, kind, each.path, each.nbytes, used_at, each.problem, each.origin, each.removal)
 

@@ -127,7 +127,7 @@ class Autotuner:
         file = self._file(device)
         choices = _read(file) | self._known[device]
         content = {"made_by": _makers(device), "choices": [asdict(choice) for choice in choices.values()]}
-        with suppress(OSError):
+        with suppress(OSError):  # a read-only folder only costs the next run the time to measure
             atomic_write_text(file, json.dumps(content, indent=1))
 
     def _file(self, device: torch.device) -> Path:

@@ -52,7 +52,7 @@ def profile_activations(skeleton: Skeleton, dtype: torch.dtype) -> Activations |
     skeleton.model.to(device="meta", dtype=dtype)
     try:
         with _few_layers(skeleton), torch.inference_mode():
-            logs = [_pass(skeleton, rows, keys, dtype) for rows, keys in _SIZES]
+            logs = [_pass(skeleton, rows, keys) for rows, keys in _SIZES]
             heads = [_head(skeleton, rows, dtype) for rows, _ in _SIZES]
     except Exception:  # noqa: BLE001  models fail in any way without values; the ledger then assumes
         return None
@@ -159,7 +159,7 @@ def _uncounted() -> Any:
     return _disable_current_modes()
 
 
-def _pass(skeleton: Skeleton, rows: int, keys: int, dtype: torch.dtype) -> _Log:
+def _pass(skeleton: Skeleton, rows: int, keys: int) -> _Log:
     """Log the allocations of a pass of `rows` new rows that ends with `keys` keys in the cache."""
     kinds = layer_kinds(skeleton.config)
     cache = cache_for([_Kv(rows, keys) for _ in kinds], kinds=kinds)

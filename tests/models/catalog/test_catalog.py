@@ -144,6 +144,7 @@ def hint_for(text, *names_here):
         ("gemma3:270m", "google/gemma-3-270m-it"),
         ("mistral-small3.1", "mistralai/Mistral-Small-24B-Instruct-2501"),  # the nearest release
         ("qwn3-8b", "Qwen/Qwen3-8B"),  # misspelt
+        ("dmeo", "demo"),
     ],
 )
 def test_short_names_are_answered_with_models(text, first):
@@ -162,6 +163,24 @@ def test_prompts_are_recognised():
         assert hint_for(text) == "usage: specchat run MODEL [PROMPT]"
     with pytest.raises(ModelNotFoundError, match="'Tell me a story' looks like a prompt"):
         parse_model("Tell me a story")
+
+
+def test_a_missing_path_is_named_for_what_it_would_be(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mistral.gguf").write_bytes(b"GGUF")
+    (tmp_path / "small-model").mkdir()
+    (tmp_path / "notes.txt").write_text("x")
+    for text, what, hint in (
+        ("./mistrall.gguf", "file mistrall.gguf does not exist", "did you mean ./mistral.gguf?"),
+        ("./smal-model", "folder smal-model does not exist", "did you mean ./small-model?"),
+        (f"{tmp_path}/smal-model", "folder .* does not exist", f"did you mean {tmp_path}/small-model?"),
+        ("./notes", "folder notes does not exist", "check the path; a hub id has the form org/name, without ./"),
+        ("./no/such/x.gguf", "file no/such/x.gguf does not exist", "there is no folder no/such either"),
+        ("/dev/null", "/dev/null is neither a folder nor a file", "MODEL is demo, "),
+    ):
+        with pytest.raises(ModelNotFoundError, match=what) as caught:
+            look_up(parse_model(text), offline=True)
+        assert caught.value.hint.startswith(hint)
 
 
 def test_a_file_names_its_folder(tmp_path, monkeypatch):
