@@ -3,8 +3,9 @@
 FAKE_PAUSE_S is the time of a step, FAKE_LEAVE_WITHIN_S that within which a second Ctrl-C leaves, FAKE_SILENT_S that
 after which a silent stdin is remarked on, FAKE_SLOW_S that of an answer which rings the bell. Loading ends when the
 file FAKE_LOAD_GATE exists, and fails with FAKE_LOAD_FAILS. The answer repeats the question, which may ask for something
-special (`TEXTS`). With "held" before it the first step lasts until the file FAKE_GATE exists, with "gated" one half
-way; with "stuck" the first lasts until the chat is left, with "frozen" for ever.
+special (`TEXTS`). A worker is lost when the file FAKE_LOST exists. With "held" before it the first step lasts until the
+file FAKE_GATE exists, with "gated" one half way; with "stuck" the first lasts until the chat is left, with "frozen" for
+ever.
 """
 
 import itertools
@@ -18,7 +19,7 @@ from types import ModuleType
 
 from specchat.cli import stdin
 from specchat.cli.app import main
-from specchat.errors import DoesNotFitError
+from specchat.errors import DoesNotFitError, LostWorkerError
 from specchat.loading import engine as engine_loading
 from specchat.loading import planning
 from specchat.models.checkpoint import generation_config
@@ -29,6 +30,7 @@ from support.plans import changed
 
 PAUSE_S = float(os.environ.get("FAKE_PAUSE_S", "0"))
 GATE = Path(os.environ.get("FAKE_GATE", "/nonexistent"))
+LOST = Path(os.environ.get("FAKE_LOST", "/nonexistent"))
 LOAD_GATE = Path(os.environ.get("FAKE_LOAD_GATE", "/"))
 WORDS = " ".join(f"word{i}" for i in range(60))
 MARKDOWN = """# A title
@@ -69,6 +71,10 @@ class Echo(FakeEngine):
         if os.environ.get("FAKE_LOAD_FAILS"):
             raise DoesNotFitError("the model is too large", hint="try --vram 8GiB")
         return cls()
+
+    def relieve(self):
+        if LOST.exists():
+            raise LostWorkerError("worker 1 (far:7000) is gone", hint="start the workers again")
 
     def close(self):
         if os.environ.get("FAKE_SAYS_CLOSED"):
