@@ -12,6 +12,9 @@ from torch import Tensor
 
 from specchat.engine.device import current
 
+# Most pairs of events to keep before their times are added up; those of many passes would fill memory.
+_MOST_TIMED = 4096
+
 
 class Hops:
     """Moves what a layer is given to the device that owns the layer, and times the devices.
@@ -38,6 +41,8 @@ class Hops:
     def begin(self) -> None:
         """Begin a pass, or end one: forget what the last pass has moved."""
         self._moved.clear()
+        if len(self._timed) > _MOST_TIMED:
+            self.busy_s()
 
     def arrive(
         self, layer: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -78,7 +78,8 @@ def _other_device(device: DevicePlan, width: int) -> list[str]:
     """Return the lines of one device's ledger, and an empty line."""
     ledger = [(item.item, format_bytes(item.bytes)) for item in device.ledger]
     ledger.append(("sum", f"{format_bytes(device.num_bytes)} of {format_bytes(device.vram_bytes)}"))
-    return [f"memory of {device.device}:", *_facts(ledger, width, indent="  "), ""]
+    title = textwrap.wrap(f"memory of {device.device}:", width, break_on_hyphens=False)
+    return [*title, *_facts(ledger, width, indent="  "), ""]
 
 
 def _host_account(plan: Plan, width: int) -> list[str]:

@@ -57,6 +57,7 @@ class RoutedModel(TreeModel):
     def _begin_pass(self, layout: PassLayout, count: int) -> None:
         """Prepare for a pass over the layers of all ranks in some microbatches."""
         self._count = count
+        self._clock.begin()
         self._route.begin([end - begin for begin, end in cuts_of(layout.num_rows, count)])
 
     def _pipeline_for(self, layout: PassLayout) -> Pipeline:
