@@ -44,6 +44,7 @@ def answer(specchat: Command, *flags: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_question_is_answered_as_on_one_machine(specchat: Command, workers: list[Worker]):
     expected = answer(specchat)
     found = answer(specchat, "--vram", SMALL, *at(workers))
@@ -110,7 +111,7 @@ def test_the_library_answers_with_workers(specchat: Command, workers: list[Worke
     texts = []
     for more in ({}, {"vram": SMALL, "workers": at(workers)[1]}):
         with library.load("demo", device="cpu", dtype="fp32", ctx=512, learn=False, **more) as model:
-            texts.append(model.generate(QUESTION, max_tokens=16, seed=3).read())
+            texts.append(model.chat([{"role": "user", "content": QUESTION}], max_tokens=16, seed=3).read())
     assert texts[0] == texts[1] and texts[0]
 
 

@@ -53,7 +53,7 @@ def test_two_turns_with_the_demo(known_demo):
 
 def test_a_worker_lost_at_the_prompt_is_told_above_it(tmp_path):
     lost, saved = tmp_path / "lost", tmp_path / "chat.json"
-    terminal = chat(columns=120, environment={"FAKE_LOST": str(lost)})
+    terminal = chat(columns=120, environment={"FAKE_LOST": str(lost), "FAKE_IDLE_S": "0.05"})
     with terminal:
         terminal.send("a question" + ENTER)
         terminal.wait_for("tok/s")

@@ -3,9 +3,9 @@
 FAKE_PAUSE_S is the time of a step, FAKE_LEAVE_WITHIN_S that within which a second Ctrl-C leaves, FAKE_SILENT_S that
 after which a silent stdin is remarked on, FAKE_SLOW_S that of an answer which rings the bell. Loading ends when the
 file FAKE_LOAD_GATE exists, and fails with FAKE_LOAD_FAILS. The answer repeats the question, which may ask for something
-special (`TEXTS`). A worker is lost when the file FAKE_LOST exists. With "held" before it the first step lasts until the
-file FAKE_GATE exists, with "gated" one half way; with "stuck" the first lasts until the chat is left, with "frozen" for
-ever.
+special (`TEXTS`). A worker is lost when the file FAKE_LOST exists, which is looked for every FAKE_IDLE_S. With "held"
+before it the first step lasts until the file FAKE_GATE exists, with "gated" one half way; with "stuck" the first lasts
+until the chat is left, with "frozen" for ever.
 """
 
 import itertools
@@ -24,7 +24,7 @@ from specchat.loading import engine as engine_loading
 from specchat.loading import planning
 from specchat.models.checkpoint import generation_config
 from specchat.models.checkpoint.generation_config import GenerationDefaults
-from specchat.ui import interrupts, repl
+from specchat.ui import idle, interrupts, repl
 from support.fake_engine import CHOSEN, EOS, PLAN, TOKENIZER, FakeEngine
 from support.plans import changed
 
@@ -145,6 +145,7 @@ def install():
     engine_loading.load_planned = lambda _target, _draft, _plan, _reporter, _workers=None: Echo.load()
     stdin._SILENT_S = float(os.environ.get("FAKE_SILENT_S", stdin._SILENT_S))
     repl._SLOW_S = float(os.environ.get("FAKE_SLOW_S", repl._SLOW_S))
+    idle._EVERY_S = float(os.environ.get("FAKE_IDLE_S", idle._EVERY_S))
     interrupts._LEAVE_WITHIN_S = float(os.environ.get("FAKE_LEAVE_WITHIN_S", interrupts._LEAVE_WITHIN_S))
 
 
