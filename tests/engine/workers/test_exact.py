@@ -149,6 +149,6 @@ def test_a_worker_holds_only_its_layers(tmp_path: Path):
         before = peak_bytes(worker)
         with load_with([worker], plan, target, None) as engine:
             write(engine, random_prompt(9, VOCAB), GREEDY, 4)
-            grown = (peak_bytes(worker) - before) / layer_bytes
-    # A layer is held twice while it is packed, and libraries that the first pass imports take 70 MB.
-    assert 2 < grown < 5, "it has 2 of 8 layers"
+            grown = peak_bytes(worker) - before
+    # It has two of eight layers. A layer is held twice while it is packed, and libraries take 45 MiB of pages.
+    assert 2 * layer_bytes < grown < 3 * layer_bytes + (64 << 20), f"{grown >> 20} MiB, a layer has {layer_bytes >> 20}"
