@@ -97,7 +97,7 @@ def test_two_processes_write_the_text_of_one(workers: list[Worker], tmp_path: Pa
 
 def test_four_processes_write_the_text_of_one(workers: list[Worker], tmp_path: Path):
     more = {"resident": (1, 2), "slots": 2, "microbatches": CUT, "chunk_rows": 16}
-    check(pair_of("gemma3", tmp_path), workers, [3, 1, 2, 2], 4, **more)
+    check(pair_of("gemma3", tmp_path), workers, [3, 1, 2, 2], 8, **more)
 
 
 OWNERS = {
