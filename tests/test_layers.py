@@ -46,7 +46,7 @@ FOLDERS = {
         {"experts", "lookup"},
     ],
     "engine": [
-        {"device", "layout", "linear", "sampling", "taps", "tree"},
+        {"device", "layout", "linear", "pipeline", "sampling", "taps", "tree"},
         {"fixed_layout", "streaming"},
         {"attention", "experts", "hops", "recurrent", "requests", "sequence"},
         {"kv_cache"},

@@ -322,11 +322,12 @@ def _devices(runs: Sequence[Mapping[str, Any]]) -> list[Table]:
             share(each["link_busy"]),
             share(each["compute_busy"]),
             format_bytes(each["streamed_bytes"]),
+            format_bytes(each["sent_bytes"]) if each["sent_bytes"] else "-",
             f"{format_bytes(each['device_peak_bytes'])} of {format_bytes(each['device_budget_bytes'])}",
         )
         for each in used
     ]
-    header = ("device", "link busy", "computing", "streamed", "memory, peak")
+    header = ("device", "link busy", "computing", "streamed", "rows sent", "memory, peak")
     return [Table("devices", header, tuple(rows), "Shares of the time of all passes since loading.")]
 
 

@@ -42,7 +42,7 @@ class Generator(Protocol):
         """Forget committed tokens beyond `length`."""
 
     def relieve(self) -> None:
-        """Give layers back to the system if memory is short; only while nothing is generated."""
+        """Give layers back to the system if memory is short, and notice lost workers; only between answers."""
 
     def memory(self) -> MemoryReport:
         """Return the memory in use, next to the plan's prediction."""

@@ -91,6 +91,7 @@ def plan_object(plan: Plan) -> dict[str, Any]:
         "host_ledger": [asdict(item) for item in plan.host_ledger],
         "streamed_bytes_per_step": plan.streamed_bytes_per_step,
         "devices": [_device_object(each) for each in plan.devices],
+        "microbatches": [{"rows": rows, "count": count} for rows, count in plan.placement.microbatches.counts],
         "experts": None if plan.experts is None else _experts_object(plan, plan.experts),
         "recurrent": None if plan.states is None else _states_object(plan.states),
         "predicted_pass_s": None,

@@ -13,7 +13,7 @@ from specchat.bench.records import LAYERS, OFFLOADED
 from specchat.chat.settings import whole
 from specchat.cli import options as parse
 from specchat.cli.ask import asker
-from specchat.cli.bench_options import LLAMA_BASELINES, BenchOptions, check_workers, trees
+from specchat.cli.bench_options import LLAMA_BASELINES, BenchOptions, trees
 from specchat.cli.output import print_line
 from specchat.errors import BudgetError, UsageError
 from specchat.json_lines import to_json
@@ -50,7 +50,6 @@ _TIME_BOX_S = 110.0
 def bench(options: BenchOptions) -> int:
     """Run `specchat bench` and return the exit code."""
     prepare_libraries()  # before anything imports torch
-    check_workers(options)  # those of torchrun come after the other checks
     if options.batches is not None:
         from specchat.cli.bench_batch import bench_batches
         from specchat.ui.console import talk

@@ -8,6 +8,7 @@ from specchat.chat.settings import whole
 from specchat.cli.options import tree_budget
 from specchat.errors import UsageError
 from specchat.loading.request import ModelRequest
+from specchat.loading.torchrun import find_ranks
 
 Format = Literal["table", "md", "json", "jsonl", "csv"]
 FORMATS: tuple[Format, ...] = ("table", "md", "json", "jsonl", "csv")
@@ -70,7 +71,7 @@ def check_combination(options: BenchOptions) -> BenchOptions:
     Raises:
         UsageError: two flags contradict each other, or a flag has no effect.
     """
-    check_workers(options)
+    _check_workers(options)
     if options.compare is not None and options.output in ("jsonl", "csv"):
         raise UsageError(f"--compare cannot be printed as {options.output}", hint="use -o table, md or json")
     if options.compare is not None and options.models.model is not None:
@@ -87,13 +88,13 @@ def check_combination(options: BenchOptions) -> BenchOptions:
     return options
 
 
-def check_workers(options: BenchOptions) -> None:
-    """Refuse what cannot be measured with layers on other machines.
+def _check_workers(options: BenchOptions) -> None:
+    """Refuse what cannot be measured with layers on other machines, whether they were named or torchrun starts them.
 
     Raises:
         UsageError: a flag that concerns this machine alone.
     """
-    if options.models.workers is None:
+    if options.models.workers is None and find_ranks() is None:
         return
     for flag, given in (("--cold", options.cold), ("--limit-memory", options.limit_memory is not None)):
         if given:

@@ -85,15 +85,22 @@ class PassMask:
         self._function = mask_function
         self._chunk: tuple[int, int] | None = None
         self._current: list[tuple[slice, slice, RowMask]] = []
+        self._kept: dict[tuple[int, int], list[tuple[slice, slice, RowMask]]] = {}
 
     def __getitem__(self, _: Any) -> PassMask:
         return self  # layers that reuse an earlier layer's keys cut masks to the number of keys
 
     def current(self) -> list[tuple[slice, slice, RowMask]]:
         """Return, for each part of the current chunk, its rows, its region of the keys, and its mask."""
-        if self._chunk != self._layout.chunk:  # masks of other chunks are freed here
-            self._chunk = self._layout.chunk
-            self._current = [(rows, self._region(part), self._mask(part.layout)) for part, rows in self._layout.current]
+        chunk = self._layout.chunk
+        if self._chunk != chunk:  # masks of other chunks are freed here, unless the chunks come again
+            self._chunk = chunk
+            if (found := self._kept.get(chunk)) is None:
+                current = self._layout.current
+                found = [(rows, self._region(part), self._mask(part.layout)) for part, rows in current]
+            if chunk in self._layout.kept:
+                self._kept[chunk] = found
+            self._current = found
         return self._current
 
     def _mask(self, layout: RowLayout) -> RowMask:

@@ -229,7 +229,12 @@ class Engine(Closeable):
         return self._draft_lost
 
     def relieve(self) -> None:
-        """Give kept layers back to the system if memory is short; between passes only. The next step warns."""
+        """Give kept layers back to the system if memory is short; between passes only. The next step warns.
+
+        Raises:
+            LostWorkerError: a worker was lost since the last pass.
+        """
+        self._target.check()
         resident = self.plan.placement.resident
         self.plan = self._relief.relieve(self.plan)
         is_copy = any(model.cache is self._target.cache for model in self._drafter.models)

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from specchat.engine.device import current
 
+# Most pairs of events to keep before their times are added up; those of many passes would fill memory.
+_MOST_TIMED = 4096
+
 
 class Hops:
     """Moves what a layer is given to the device that owns the layer, and times the devices.
@@ -22,10 +25,13 @@ class Hops:
     Args:
         owner: number of the device of each layer.
         devices: all devices; embeddings, head and draft are on the first one.
+
+    Attributes:
+        owner: number of the device of each layer.
     """
 
     def __init__(self, owner: Sequence[int], devices: Sequence[torch.device]) -> None:
-        self._owner = tuple(owner)
+        self.owner = tuple(owner)
         self._devices = tuple(devices)
         # The source is kept beside its copy, so that no other tensor takes its address during the pass.
         self._moved: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
@@ -35,14 +41,21 @@ class Hops:
     def begin(self) -> None:
         """Begin a pass, or end one: forget what the last pass has moved."""
         self._moved.clear()
+        if len(self._timed) > _MOST_TIMED:
+            self.busy_s()
 
     def arrive(
         self, layer: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
         """Return the hidden states and the other inputs of a layer on the layer's device."""
-        device = self._devices[self._owner[layer]]
+        device = self._devices[self.owner[layer]]
         moved = {name: self._shared(value, device) for name, value in kwargs.items()}
         return hidden.to(device), tuple(self._shared(value, device) for value in args), moved
+
+    def move_on(self, layer: int, hidden: Tensor) -> Tensor:
+        """Return hidden states that leave a layer on the device of the next one, or on the first after the last."""
+        following = layer + 1
+        return hidden.to(self._devices[self.owner[following] if following < len(self.owner) else 0])
 
     def home(self, out: Any) -> Any:
         """Return hidden states, or a layer's output that begins with them, on the first device."""
@@ -53,7 +66,7 @@ class Hops:
     @contextmanager
     def computing(self, layer: int) -> Iterator[None]:
         """Compute a layer inside the block: its device is CUDA's current one, and busy."""
-        number = self._owner[layer]
+        number = self.owner[layer]
         device = self._devices[number]
         with current(device):
             if device.type == "cuda":

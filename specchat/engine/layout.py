@@ -113,6 +113,7 @@ class PassLayout:
         first_seat, last_seat: lowest and highest seat of the pass.
         chunk: range [begin, end) of the pass's rows that are computed now.
         current: parts with rows in the chunk, each with the places of these rows within the chunk.
+        kept: chunks that are computed layer after layer, so that their masks are kept.
     """
 
     def __init__(self, rows: Iterable[tuple[int, RowLayout]]) -> None:
@@ -127,6 +128,7 @@ class PassLayout:
         self.first_seat, self.last_seat = min(seats), max(seats)
         self.chunk = (0, 0)
         self.current: tuple[tuple[Part, slice], ...] = ()
+        self.kept: frozenset[tuple[int, int]] = frozenset()
 
     @classmethod
     def single(cls, layout: RowLayout, seat: int = 0) -> PassLayout:

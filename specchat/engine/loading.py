@@ -132,7 +132,9 @@ def load_model(
     if not reads_checkpoint:
         reader.close()
     hops = Hops(placement.owner, devices) if len(devices) > 1 else None
-    return model_class(skeleton, cache, streamer, streamed, work.chunk_rows, device, embeddings, mapped, kept, hops)
+    model = model_class(skeleton, cache, streamer, streamed, work.chunk_rows, device, embeddings, mapped, kept, hops)
+    model.microbatches = placement.microbatches
+    return model
 
 
 def _speed_up(skeleton: Skeleton, placement: Placement, dtype: torch.dtype, *, reads_rest: bool) -> None:

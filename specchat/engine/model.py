@@ -24,17 +24,19 @@ from specchat.engine.hops import Hops
 from specchat.engine.kv_cache import TreeCache
 from specchat.engine.layout import PassLayout, linear_layout
 from specchat.engine.linear import held_bytes, unsettle
-from specchat.engine.streaming.base import LayerStreamer
+from specchat.engine.pipeline import WHOLE, Call, Pipeline, Turn
+from specchat.engine.streaming.base import DeviceCounters, LayerStreamer
 from specchat.engine.streaming.kept import KeptLayers, NothingKept
 from specchat.engine.taps import LayerTaps
 from specchat.models.checkpoint.mapped_file import MappedFile
 from specchat.models.hf.attention import cache_for, row_scope
 from specchat.models.hf.config import max_positions
 from specchat.models.hf.embeddings import without_norm
-from specchat.models.hf.hybrids import layer_kinds
+from specchat.models.hf.hybrids import layer_kinds, layer_output
 from specchat.models.hf.mixers import bind_mixers
 from specchat.models.hf.skeleton import Skeleton
 from specchat.models.quant.modules import quant_linears
+from specchat.records.microbatches import WHOLE_PASSES, Stretch, cuts_of, stretches_of
 
 
 class PassCancelledError(Exception):
@@ -61,6 +63,7 @@ class TreeModel:
         host_embeddings: module of the input embeddings if it stays in host memory, else None.
         mapped: file that these embeddings are mapped from, or None.
         hops: owners of the layers if there are several devices, else None.
+        microbatches: numbers of microbatches of passes; only with several devices, and none for passes with taps.
         layers_done: number of layers that the current or last pass has computed; readable from other threads.
     """
 
@@ -96,6 +99,8 @@ class TreeModel:
             host_embeddings.forward = partial(self._look_up, host_embeddings.forward)
         self.kept = kept or NothingKept()
         self.hops = hops
+        self.microbatches = WHOLE_PASSES
+        self._pipeline: Pipeline | None = None
         self._streamed = set(streamed)
         for index, layer in enumerate(skeleton.layers):
             layer.forward = partial(self._run_layer, index, layer.forward)
@@ -130,6 +135,13 @@ class TreeModel:
         scratches = {linear.scratch for _, linear in quant_linears(self.skeleton.model)}
         return self.cache.nbytes + sum(scratch.memory.nbytes for scratch in scratches)
 
+    def device_counters(self) -> tuple[DeviceCounters, ...]:
+        """Return the totals of each device; empty for one device."""
+        by_device = self.streamer.counters().by_device
+        if self.hops is None or not by_device:
+            return ()
+        return tuple(map(DeviceCounters, by_device, self.hops.busy_s()))
+
     @torch.inference_mode()
     def forward(
         self,
@@ -159,6 +171,7 @@ class TreeModel:
         ids, layout = self._on_device(self._token_ids, layout)
         self._layout, self._cancel, self.layers_done = layout, cancel, 0
         self._taps = taps
+        self._pipeline = self._pipeline_for(layout)
         if taps is not None:
             taps.begin()
         self.cache.begin(layout)
@@ -176,7 +189,7 @@ class TreeModel:
                 taps.begin()
             raise
         finally:
-            self._layout = self._cancel = self._token_ids = self._taps = None
+            self._layout = self._cancel = self._token_ids = self._taps = self._pipeline = None
             if self.hops is not None:
                 self.hops.begin()
 
@@ -256,6 +269,9 @@ class TreeModel:
         on_host = self.device.type == "cpu"  # resident layers of a GPU stay there, and only lose their host copy
         self.restream([index for index in given if on_host and index not in self._streamed], given)
 
+    def check(self) -> None:
+        """Check between passes that further passes are possible; they always are on one machine."""
+
     def close(self) -> None:
         """Stop streaming, and close the files."""
         self.streamer.close()
@@ -294,26 +310,70 @@ class TreeModel:
             rows.copy_(look_up(ids))
         return out[None]
 
+    def _pipeline_for(self, layout: PassLayout) -> Pipeline | None:
+        """Return the microbatches of a pass that begins; None for a pass in one piece."""
+        count = 1 if self._taps is not None else self.microbatches.count(layout.num_rows)
+        owner = (0,) * len(self.skeleton.layers) if self.hops is None else self.hops.owner
+        return self._cut(layout, owner, count) if count > 1 else None
+
+    def _cut(self, layout: PassLayout, owner: tuple[int, ...], count: int) -> Pipeline:
+        """Return the microbatches of a pass."""
+        cuts = cuts_of(layout.num_rows, count)
+        if layout.num_rows <= self.chunk_rows:  # their masks take as much memory as those of a pass in one piece
+            layout.kept = frozenset(cuts)
+        return Pipeline(stretches_of(owner, frozenset(self._streamed)), cuts, self)
+
     def _run_layer(self, index: int, forward: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        call = Call(index, forward, args, kwargs)
+        self._begin_layer(index)
+        if self._pipeline is not None:
+            return layer_output(self.skeleton.config, self._pipeline.take(call, hidden))
+        if self._taps is not None:
+            self._tap(index, hidden)
+        out = self._compute(call, hidden)
+        is_last = index + 1 == len(self.skeleton.layers)
+        if is_last and self.hops is not None:
+            out = self.hops.home(out)
+        if is_last and self._taps is not None:
+            self._tap(index + 1, out[0] if isinstance(out, tuple) else out)
+        return out
+
+    def _begin_layer(self, index: int) -> None:
+        """Note how far the pass is, and stop it if it was cancelled."""
         self.layers_done = index
         if self._cancel is not None and self._cancel.is_set():
             raise PassCancelledError
-        if self._taps is not None:
-            self._tap(index, hidden)
-        hops, is_last = self.hops, index + 1 == len(self.skeleton.layers)
+
+    def run_stretch(self, stretch: Stretch, calls: Sequence[Call], hidden: Tensor, turn: Turn) -> Tensor:
+        """Run a microbatch through a stretch of layers, and send it on to the device of the next one."""
+        hidden = self._compute_all(calls, hidden, turn)
+        return hidden if self.hops is None else self.hops.move_on(stretch.last, hidden)
+
+    def _compute_all(self, calls: Sequence[Call], hidden: Tensor, turn: Turn) -> Tensor:
+        for call in calls:
+            self._begin_layer(call.index)
+            out = self._compute(call, hidden, turn)
+            hidden = out[0] if isinstance(out, tuple) else out
+        return hidden
+
+    def _compute(self, call: Call, hidden: Tensor, turn: Turn = WHOLE) -> Any:
+        """Compute a layer on its device; return what the layer returns.
+
+        Args:
+            call: layer, and what the decoder has given it besides rows.
+            hidden: rows [1, n, hidden] of the pass or of a microbatch.
+            turn: microbatch of the rows.
+        """
+        index, hops, args, kwargs = call.index, self.hops, call.args, call.kwargs
         if hops is not None:
             hidden, args, kwargs = hops.arrive(index, hidden, args, kwargs)
         is_streamed = index in self._streamed
-        if is_streamed:
+        if is_streamed and turn.is_first:
             self.streamer.acquire(index)
         with nullcontext() if hops is None else hops.computing(index):
-            out = self._run_chunks(forward, hidden, args, kwargs)
-            if is_streamed:
+            out = self._run_chunks(call.forward, hidden, args, kwargs, turn.begin)
+            if is_streamed and turn.is_last:
                 self.streamer.release(index)
-        if is_last and hops is not None:
-            out = hops.home(out)
-        if is_last and self._taps is not None:
-            self._tap(index + 1, out[0] if isinstance(out, tuple) else out)
         return out
 
     def _tap(self, index: int, hidden: Tensor) -> None:
@@ -323,22 +383,29 @@ class TreeModel:
             self._taps.enter(index, hidden if self.hops is None else self.hops.home(hidden))
 
     def _run_chunks(
-        self, forward: Callable[..., Any], hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, forward: Callable[..., Any], hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], first: int = 0
     ) -> Any:
-        """Run one layer over all rows [..., S, hidden], chunk by chunk; each chunk attends to the chunks before it.
+        """Run one layer over rows [..., S, hidden], chunk by chunk; each chunk attends to the chunks before it.
 
         The result has the form that the layer returns: hidden states, or a tuple that begins with them.
+
+        Args:
+            forward: function of the layer.
+            hidden: rows of the pass, or of a microbatch.
+            args: further inputs of the layer, for all rows of the pass.
+            kwargs: further inputs of the layer, for all rows of the pass.
+            first: number of the pass's rows before these.
         """
         assert self._layout is not None
-        num_rows = hidden.shape[-2]
-        if num_rows <= self.chunk_rows:
+        num_rows, all_rows = hidden.shape[-2], self._layout.num_rows
+        if num_rows == all_rows <= self.chunk_rows:
             self._layout.select(0, num_rows)
             return forward(hidden, *args, **kwargs)
         out = torch.empty_like(hidden)
         for begin in range(0, num_rows, self.chunk_rows):
             end = min(begin + self.chunk_rows, num_rows)
-            self._layout.select(begin, end)
-            rows = partial(_rows, num_rows=num_rows, begin=begin, end=end)
+            self._layout.select(first + begin, first + end)
+            rows = partial(_rows, num_rows=all_rows, begin=first + begin, end=first + end)
             cut_kwargs = {name: rows(value) for name, value in kwargs.items()}
             given = forward(hidden[..., begin:end, :], *map(rows, args), **cut_kwargs)
             out[..., begin:end, :] = given[0] if isinstance(given, tuple) else given

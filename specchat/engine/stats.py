@@ -14,13 +14,12 @@ from torch import Tensor
 from specchat.engine.device import wait_for
 from specchat.engine.model import TreeModel
 from specchat.engine.relief import MemoryRelief
-from specchat.engine.streaming.base import LayerStreamer, StreamCounters
-from specchat.engine.streaming.devices import DeviceStreamers
+from specchat.engine.streaming.base import DeviceCounters, LayerStreamer, StreamCounters
 from specchat.engine.tree import TokenTree
 from specchat.errors import SpecchatError
 from specchat.hardware.system import resident_set_bytes
 from specchat.records.generation import DraftTree, FinishReason, SourceWork, Step
-from specchat.records.plan import Plan
+from specchat.records.plan import DevicePlan, Plan
 from specchat.records.usage import DeviceUse, MemoryReport
 
 
@@ -199,23 +198,26 @@ class MemoryMeter:
 
 def _uses(model: TreeModel, plan: Plan) -> tuple[DeviceUse, ...]:
     """Return the measured use of each device; empty if a model runs on one."""
-    streamer = model.streamer
-    if model.hops is None or not isinstance(streamer, DeviceStreamers):
-        return ()
-    steps_s = max(streamer.steps_s, 1e-9)
-    counted = zip(plan.devices, streamer.counters().by_device, model.hops.busy_s(), strict=True)
+    steps_s = max(model.streamer.steps_s, 1e-9)
     return tuple(
         DeviceUse(
             device=device.device,
             device_budget_bytes=device.vram_bytes,
-            device_peak_bytes=device.num_bytes
-            if device.device == "cpu"
-            else torch.cuda.max_memory_allocated(device.device),
+            device_peak_bytes=_peak_of(device, used),
             predicted_device_bytes=device.num_bytes,
-            streamed_bytes=counters.num_bytes,
-            wait_s=counters.wait_s,
-            link_busy=min(counters.link_s / steps_s, 1.0),
-            compute_busy=min(busy_s / steps_s, 1.0),
+            streamed_bytes=used.streamed.num_bytes,
+            wait_s=used.streamed.wait_s,
+            link_busy=min(used.streamed.link_s / steps_s, 1.0),
+            compute_busy=min(used.compute_s / steps_s, 1.0),
+            row_wait_s=used.row_wait_s,
+            sent_bytes=used.sent_bytes,
         )
-        for device, counters, busy_s in counted
+        for device, used in zip(plan.devices, model.device_counters(), strict=False)
     )
+
+
+def _peak_of(device: DevicePlan, used: DeviceCounters) -> int:
+    """Return the most memory in use; on a CPU, whose memory the system shares out, the sum of the ledger."""
+    if used.peak_bytes is not None:
+        return used.peak_bytes
+    return torch.cuda.max_memory_allocated(device.device) if device.device.startswith("cuda") else device.num_bytes

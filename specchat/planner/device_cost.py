@@ -3,21 +3,29 @@
 A pass takes as long as the slowest link, or as computing all layers one after the other, whichever is longer:
 
     pass = max(max over devices (streamed bytes / link rate), sum over devices (layers x time of one) + hops)
+
+With microbatches, devices compute at the same time, and the second term is that of pipelining.py.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from specchat.planner.acceptance import Acceptance
 from specchat.planner.compute import compute_times
 from specchat.planner.cost import CostModel, Prediction, StepCosts
 from specchat.planner.link_queue import LinkQueue
+from specchat.planner.pipelining import Hop, best_count, choose_microbatches, pipelined_s
 from specchat.planner.placement import Share, TierSizes
 from specchat.planner.rates import Rates
 from specchat.planner.request import Peer
+from specchat.records.microbatches import WHOLE_PASSES, Microbatches, Stretch
 from specchat.records.model import DTYPE_BYTES, Dtype, ModelSpec
 
 # Fixed time of a hop: a copy between GPUs, and the other device's stream that waits for it. Not measured on GPUs yet.
 _HOP_S = 50e-6
+# The same between machines, besides the network: threads that hand rows over, and a head before them. Measured between
+# two processes of one machine with tests/benchmarks/workers.py: 0.50 ms where the network alone takes 0.08 ms.
+_HANDING_OVER_S = 4e-4
 
 
 class DevicesCost(CostModel):
@@ -54,8 +62,13 @@ class DevicesCost(CostModel):
         self.links = [
             each.disk.per_s if name == "cpu" else each.host.per_s for name, each in zip(devices, rates, strict=True)
         ]
-        self._row_bytes = target.hidden_size * DTYPE_BYTES[dtype]
         self._peers = [peer for peer in peers if peer is not None]
+        row_bytes, fixed_s, rate = target.hidden_size * DTYPE_BYTES[dtype], _HOP_S, min(self.links)
+        if self._peers:
+            fixed_s = max(peer.hop_s for peer in self._peers) + _HANDING_OVER_S
+            rate = min(peer.bytes_per_s for peer in self._peers)
+        self._hop = Hop(fixed_s, row_bytes / rate)
+        self._pipelined: dict[tuple[tuple[Stretch, ...], int, int], float] = {}
 
     def compute_s(self, number: int, share: Share, rows: int) -> float:
         """Return the seconds that a device computes its layers in a pass."""
@@ -75,7 +88,7 @@ class DevicesCost(CostModel):
     def _sides(self, placement: TierSizes, costs: StepCosts) -> tuple[float, float, float]:
         """Return seconds of a step: the slowest link alone, until its last layer is computed, and computing all."""
         layer_bytes = (placement.ram_bytes + placement.disk_bytes) / max(placement.num_streamed, 1)
-        busy_s, linked_s, computed_s = 0.0, 0.0, placement.num_hops * self._hop_s(costs.rows)
+        busy_s, linked_s, computed_s = 0.0, 0.0, placement.num_hops * (self._hop.fixed_s + costs.rows * self._hop.row_s)
         for number, share in enumerate(placement.shares):
             own_s = self.compute_s(number, share, costs.rows)
             computed_s += own_s
@@ -86,12 +99,46 @@ class DevicesCost(CostModel):
                 linked_s = max(linked_s, each.linked_s(own_s / share.num_layers, costs.outside_s))
         # All devices of one machine read from one disk.
         disk_s = 0.0 if self._peers else placement.disk_bytes / self._rates.disk.per_s
-        return max(busy_s, disk_s), max(linked_s, disk_s), computed_s
+        linked_s = max(linked_s, disk_s)
+        if computed_s > linked_s and placement.stretches:
 
-    def _hop_s(self, rows: int) -> float:
-        if self._peers:
-            return max(peer.hop_s + rows * self._row_bytes / peer.bytes_per_s for peer in self._peers)
-        return _HOP_S + rows * self._row_bytes / min(self.links)
+            def seconds(count: int) -> float:
+                return max(linked_s, self._pipelined_s(placement, costs.rows, count) if count > 1 else computed_s)
+
+            computed_s = seconds(best_count(seconds, costs.rows))
+        return max(busy_s, disk_s), linked_s, computed_s
+
+    def microbatches(self, placement: TierSizes, tree_budget: int, most_rows: int) -> Microbatches:
+        """Return the numbers of microbatches with which passes take least time.
+
+        Args:
+            placement: tier sizes of the target's layers.
+            tree_budget: most nodes of a pass.
+            most_rows: most rows of a pass.
+        """
+        if not placement.stretches:
+            return WHOLE_PASSES
+        whole = replace(placement, stretches=())
+
+        def seconds(rows: int, count: int) -> float:
+            costs = replace(self._costs(whole, min(max(rows - self._seats, 0), tree_budget)), rows=rows)
+            _, linked_s, computed_s = self._sides(whole, costs)
+            return max(linked_s, self._pipelined_s(placement, rows, count) if count > 1 else computed_s)
+
+        return choose_microbatches(seconds, most_rows)
+
+    def _pipelined_s(self, placement: TierSizes, rows: int, count: int) -> float:
+        """Return the seconds of computing a pass in microbatches; cached, because plans differ little."""
+        key = placement.stretches, rows, count
+        if key not in self._pipelined:
+            found = pipelined_s(placement.stretches, self._stretch_s, self._hop, rows, count)
+            launched_s = 0.0 if self._peers else count * placement.num_layers * self._rates.layer_s
+            self._pipelined[key] = max(found, launched_s)  # one process launches the kernels of all devices
+        return self._pipelined[key]
+
+    def _stretch_s(self, stretch: Stretch, rows: int) -> float:
+        share = Share(stretch.num_layers - stretch.num_streamed, stretch.num_streamed)
+        return self.compute_s(stretch.device, share, rows)
 
     def _step(self, placement: TierSizes, nodes: int) -> Prediction:
         costs = self._costs(placement, nodes)

@@ -31,6 +31,7 @@ from specchat.planner.placement import SLOTS, Share, TierSizes, keep_in_ram, usa
 from specchat.planner.request import DeviceInputs, PlanInputs, PlanRequest
 from specchat.planner.states import restore_items, state_items, state_memory
 from specchat.planner.workload import CUDA_RESERVE_BYTES, default_budget, layer_host_bytes
+from specchat.records.microbatches import Microbatches, stretches_of
 from specchat.records.model import LOWER_QUANTS, ModelSpec
 from specchat.records.plan import DevicePlan, LedgerItem, Placement, Plan, PlanChoices, Workload
 from specchat.units import format_bytes
@@ -66,6 +67,12 @@ class DevicesCandidate(Candidate):
         """Names of the devices."""
         return self.names
 
+    @cached_property
+    def microbatches(self) -> Microbatches:
+        """Numbers of microbatches of passes."""
+        assert isinstance(self.model, DevicesCost)
+        return self.model.microbatches(self.sizes, self.work.tree_budget, self.work.prompt_rows)
+
     def plan(self, choices: PlanChoices, machine: Machine) -> Plan:
         """Build the plan, with the placement and the ledgers of all devices."""
         target, draft, work = self.target, self.draft, self.work
@@ -79,6 +86,7 @@ class DevicesCandidate(Candidate):
             devices=self.devices,
             owner=self.dealt.owner,
             apart=self.apart,
+            microbatches=self.microbatches,
         )
         work = replace(work, draft_rows=0) if draft is None else work
         points = restore_items(target, draft, work)
@@ -336,6 +344,7 @@ class DeviceCandidates:
             slots=slots if streamed else 0,
             shares=shares,
             num_hops=dealt.num_hops,
+            stretches=stretches_of(dealt.owner, frozenset(streamed)) if self._can_cut(work, shares) else (),
         )
         model, adaptive = self._model(draft), self._request.is_adaptive
         return DevicesCandidate(
@@ -355,6 +364,17 @@ class DeviceCandidates:
             names=self._names,
             apart=self._apart,
         )
+
+    def _can_cut(self, work: Workload, shares: Sequence[Share]) -> bool:
+        """Return whether passes may have microbatches, which several devices compute at the same time.
+
+        States of recurrent layers, layers that read other layers' keys, and heads that read between the layers need
+        all rows of a layer together. A CPU would keep the thread that also launches the kernels of this machine's GPUs.
+        """
+        alone = any(shape.state is not None or not shape.heads for shape in self._target.kv_shapes)
+        used = [machine for machine, share in zip(self._machines, shares, strict=True) if share.num_layers]
+        at_once = self._apart or all(machine.device != "cpu" for machine in used)
+        return len(used) > 1 and at_once and not alone and not work.tapped_width
 
     def _in_ram_apart(self, streamed: Mapping[int, int], dealt: Deal, host_bytes: int) -> tuple[int, ...]:
         """Return the streamed layers of GPUs that stay in the host memory of their own machines."""

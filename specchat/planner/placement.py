@@ -9,6 +9,7 @@ from operator import neg
 
 from specchat.models.sizes.geometry import layer_sizes
 from specchat.planner.experts import ExpertTier
+from specchat.records.microbatches import Stretch
 from specchat.records.model import Dtype, ModelSpec
 from specchat.units import GIB, MIB
 
@@ -46,6 +47,7 @@ class TierSizes:
         num_expanded: number of resident layers whose quantized matrices take more memory to be faster.
         shares: numbers of layers of each device; empty for one device.
         num_hops: number of times that rows change the device in a pass.
+        stretches: layers in sequence on one device, if passes over several devices may have microbatches.
     """
 
     num_layers: int
@@ -58,6 +60,7 @@ class TierSizes:
     num_expanded: int = 0
     shares: tuple[Share, ...] = ()
     num_hops: int = 0
+    stretches: tuple[Stretch, ...] = ()
 
     @property
     def num_streamed(self) -> int:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from specchat.records.limits import HEAD_BLOCK_ROWS, MOST_RESTORE_POINTS
+from specchat.records.microbatches import WHOLE_PASSES, Microbatches
 from specchat.records.model import Dtype, Quant, Tier
 
 # Ledger items that hold weights, resident or streamed.
@@ -185,6 +186,7 @@ class Placement:
         owner: number of the device of each layer; empty for one device. `slots` counts for each device. ELSEWHERE for
             layers that another machine has.
         apart: whether each device belongs to another machine, which reads and computes its own layers.
+        microbatches: numbers of microbatches of passes; with several devices.
     """
 
     num_layers: int
@@ -198,6 +200,7 @@ class Placement:
     devices: tuple[str, ...] = ()
     owner: tuple[int, ...] = ()
     apart: bool = False
+    microbatches: Microbatches = WHOLE_PASSES
 
     def part(self, number: int) -> "Placement":
         """Return the placement of one device, as its own machine loads it."""
@@ -209,6 +212,7 @@ class Placement:
             devices=(),
             owner=tuple(0 if index in owned else ELSEWHERE for index in range(self.num_layers)),
             apart=False,
+            microbatches=WHOLE_PASSES,
             head_copy_bytes=0 if number else self.head_copy_bytes,
         )
 

@@ -16,6 +16,8 @@ class DeviceUse:
         wait_s: seconds that passes waited for its streamed layers.
         link_busy: share of the passes' time in which its link was busy; a link also fills slots between passes.
         compute_busy: share of the passes' time in which it computed layers.
+        row_wait_s: seconds that it waited for rows of other machines; 0 for devices of one machine.
+        sent_bytes: bytes of rows that it sent to other machines.
     """
 
     device: str
@@ -26,6 +28,8 @@ class DeviceUse:
     wait_s: float
     link_busy: float
     compute_busy: float
+    row_wait_s: float = 0.0
+    sent_bytes: int = 0
 
 
 @dataclass(frozen=True)

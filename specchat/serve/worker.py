@@ -11,7 +11,7 @@ from typing import Protocol
 
 from specchat.chat.answer import Answer, Delta
 from specchat.closing import Closeable
-from specchat.errors import SpecchatError
+from specchat.errors import LostWorkerError, SpecchatError
 from specchat.planner.learning import PassSteps
 from specchat.planner.statistics import SharedPass
 from specchat.records.generation import Request, Step
@@ -28,7 +28,7 @@ class ManyGenerator(Protocol):
         """Answer many requests; see `Engine.generate_many`."""
 
     def relieve(self) -> None:
-        """Give layers back to the system if memory is short; only while nothing is generated."""
+        """Give layers back to the system if memory is short, and notice lost workers; only between answers."""
 
 
 # Seconds between two looks at the memory while nobody is answered: another program may need it.
@@ -104,6 +104,7 @@ class AnswerWorker(Closeable):
         self._waiting: SimpleQueue[Job | None] = SimpleQueue()
         self._live: dict[int, Job] = {}  # by number of the request
         self._stop = Event()
+        self._has_lost = False
         self._thread = Thread(self._run)
 
     def start(self) -> None:
@@ -160,6 +161,10 @@ class AnswerWorker(Closeable):
         """Give layers back if memory is short while nobody is answered."""
         try:
             self._engine.relieve()
+        except LostWorkerError as lost:
+            if not self._has_lost:
+                self._has_lost = True
+                self._warn(f"{lost.message}: no request can be answered until the server is started again")
         except Exception as caught:  # noqa: BLE001  the next answer says what is wrong
             self._warn(f"memory is short: {_described(caught)}")
 

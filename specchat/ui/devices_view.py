@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from specchat.records.plan import DevicePlan, Plan
-from specchat.records.usage import MemoryReport
+from specchat.records.usage import DeviceUse, MemoryReport
 from specchat.units import format_bytes
 
 _COLUMNS = ("device", "stays", "streams", "link", "link busy", "computes", "memory")
@@ -30,6 +30,17 @@ def links_text(devices: Sequence[DevicePlan]) -> str:
     return f"{' + '.join(rates)} GB/s at once" if rates else ""
 
 
+def passes_text(plan: Plan) -> str:
+    """Return the number of microbatches of passes, by their rows."""
+    counts = plan.placement.microbatches.counts
+    if not counts:
+        return "in one piece: microbatches would save no time"
+    (rows, count), *more = counts
+    largest = max(counts, key=lambda each: each[1])
+    upto = f", up to {largest[1]} from {largest[0]:,} rows" if more and largest[1] != count else ""
+    return f"in {count} microbatches from {rows:,} rows{upto}; devices compute them at the same time"
+
+
 def devices_line(plan: Plan) -> str:
     """Return the memory and the layers of each device in one line."""
     parts = [
@@ -45,10 +56,17 @@ def use_lines(memory: MemoryReport) -> list[str]:
     """Return one line for each of several devices: the share of time that its link and the device itself were busy."""
     return [
         f"{each.device}: link busy {each.link_busy:.0%} of the time, computing {each.compute_busy:.0%}, "
-        f"{format_bytes(each.streamed_bytes)} streamed, memory {format_bytes(each.device_peak_bytes)} of "
-        f"{format_bytes(each.device_budget_bytes)}"
+        f"{format_bytes(each.streamed_bytes)} streamed, {_exchanged(each)}memory "
+        f"{format_bytes(each.device_peak_bytes)} of {format_bytes(each.device_budget_bytes)}"
         for each in memory.devices
     ]
+
+
+def _exchanged(use: DeviceUse) -> str:
+    """Return what a machine sent to others, and how long it waited for them; empty for devices of one machine."""
+    if not use.sent_bytes:
+        return ""
+    return f"{format_bytes(use.sent_bytes)} of rows sent, {_seconds(use.row_wait_s)} waited for rows, "
 
 
 def _row(device: DevicePlan) -> tuple[str, ...]:

@@ -1,23 +1,30 @@
-"""Watching the memory while nobody is answered: another program may need it, and pinned memory cannot be swapped."""
+"""Watching memory and workers while nobody is answered.
+
+Another program may need the memory, and pinned memory cannot be swapped. A worker may be lost.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Event
 
 from specchat.chat.generator import Generator
+from specchat.errors import LostWorkerError
 from specchat.threads import Thread
 
 _EVERY_S = 2.0
 
 
 @contextmanager
-def watching_memory(engine: Generator | None) -> Iterator[None]:
-    """Let the engine give layers back inside the context, if memory becomes short; nothing is generated meanwhile.
+def watching(engine: Generator | None, tell: Callable[[LostWorkerError], None]) -> Iterator[None]:
+    """Let the engine look after itself inside the context; nothing is generated meanwhile.
+
+    It gives layers back if memory becomes short. A worker that is lost is told once, and then the watch is over.
 
     Args:
         engine: engine that waits; None while it is still loading.
+        tell: receives the error of a worker that is lost, in another thread.
 
     Raises:
         BaseException: giving layers back failed with this error; raised at the end of the context.
@@ -31,6 +38,8 @@ def watching_memory(engine: Generator | None) -> Iterator[None]:
         try:
             while not end.wait(_EVERY_S):
                 engine.relieve()
+        except LostWorkerError as error:
+            tell(error)
         except BaseException as error:  # noqa: BLE001  raised again where it is handled
             errors.append(error)
 

@@ -15,7 +15,7 @@ from specchat.records.limits import MOST_RESTORE_POINTS
 from specchat.records.model import ModelSource
 from specchat.records.plan import DevicePlan, Plan
 from specchat.ui.console import neutral
-from specchat.ui.devices_view import device_table, links_text
+from specchat.ui.devices_view import device_table, links_text, passes_text
 from specchat.ui.placement_view import expert_facts
 from specchat.units import format_bytes
 
@@ -50,6 +50,8 @@ def plan_text(target: ModelSource, chosen: ExplainedPlan, draft_note: str, width
         facts.append(("streamed", f"{format_bytes(plan.streamed_bytes_per_step)} per pass, from {_places(plan)}"))
     if links := links_text(plan.devices):
         facts.append(("links", links))
+    if plan.devices:
+        facts.append(("passes", passes_text(plan)))
     choices = _stacked(chosen.choices, width) if width < _NARROW else _side_by_side(chosen.choices, width)
     devices = ["", *device_table(plan, width)] if plan.devices else []
     account = [*_device_account(plan, width), *_host_account(plan, width), *_state_account(plan, width)]
@@ -76,7 +78,8 @@ def _other_device(device: DevicePlan, width: int) -> list[str]:
     """Return the lines of one device's ledger, and an empty line."""
     ledger = [(item.item, format_bytes(item.bytes)) for item in device.ledger]
     ledger.append(("sum", f"{format_bytes(device.num_bytes)} of {format_bytes(device.vram_bytes)}"))
-    return [f"memory of {device.device}:", *_facts(ledger, width, indent="  "), ""]
+    title = textwrap.wrap(f"memory of {device.device}:", width, break_on_hyphens=False)
+    return [*title, *_facts(ledger, width, indent="  "), ""]
 
 
 def _host_account(plan: Plan, width: int) -> list[str]:

@@ -10,7 +10,7 @@ from types import FrameType
 from typing import Protocol
 
 from prompt_toolkit import PromptSession
-from prompt_toolkit.application import get_app
+from prompt_toolkit.application import get_app, run_in_terminal
 from prompt_toolkit.buffer import Buffer
 from prompt_toolkit.completion import Completer
 from prompt_toolkit.filters import Condition, is_searching
@@ -105,6 +105,18 @@ class PromptLine:
                 default=restored,
                 pre_run=None if watch is None else lambda: self._begin_watching(watch),
             )
+
+    def show_above(self, show: Callable[[], None]) -> None:
+        """Print above the prompt while it is read by another thread; what was typed stays.
+
+        Args:
+            show: function that prints.
+        """
+        app = self._session.app
+        if app.is_running and app.loop is not None:
+            app.loop.call_soon_threadsafe(lambda: run_in_terminal(show))
+        else:
+            show()
 
     def confirms(self, question: str) -> bool:
         """Ask a yes-no question below the prompt; Enter and Ctrl-D mean yes, Ctrl-C means no."""

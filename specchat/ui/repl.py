@@ -16,7 +16,7 @@ from specchat.ui.commands import BY_NAME, unknown
 from specchat.ui.completion import CommandCompleter
 from specchat.ui.console import typing_ahead, wants_styles
 from specchat.ui.desk import Chat, Desk
-from specchat.ui.idle import watching_memory
+from specchat.ui.idle import watching
 from specchat.ui.prompt import PromptLine, unquoted
 
 Records = Iterator[Delta | Dropped | Turn]
@@ -66,6 +66,7 @@ class Repl:
         self._editing: Literal["question", "answer"] | None = None
         self._warned_of_context = False
         self._next_model: str | None = None
+        self._lost = False
 
     def run(self) -> str | None:
         """Run the chat until the user exits; return the model to go on with, or None.
@@ -99,7 +100,7 @@ class Repl:
         if load.is_done:
             load.result()  # raises if loading failed while a command ran
         try:
-            with watching_memory(load.result().engine if load.is_done else None):
+            with watching(load.result().engine if load.is_done else None, self._tell_loss):
                 text = self._line.read(restored, waiting=load, note=load.reporter.line)
         except EOFError:
             return False
@@ -110,6 +111,12 @@ class Repl:
         self._desk.interrupts.forget()
         self._desk.show_load_warnings()
         return self._handle(text)
+
+    def _tell_loss(self, error: LostWorkerError) -> None:
+        """Say above the prompt that no further question can be answered; commands that save the chat still can."""
+        if not self._lost:
+            self._lost = True
+            self._line.show_above(lambda: self._talk.error(error.message, error.hint))
 
     def _handle(self, typed: str) -> bool:
         """Answer a message or run a command; return False when the chat is over."""

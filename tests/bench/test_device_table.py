@@ -1,6 +1,6 @@
 """The table of several devices in a report, and their lines in a chat."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from specchat.bench.tables import _devices
 from specchat.records.usage import DeviceUse, MemoryReport
@@ -26,3 +26,6 @@ def test_chats_name_the_use_of_each_device():
     first, second = use_lines(MEMORY)
     assert first == "cuda:0: link busy 97% of the time, computing 41%, 3.0 GiB streamed, memory 7.0 GiB of 8.0 GiB"
     assert second.startswith("cuda:1: link busy 50%")
+    far = replace(USES[0], device="far:7000 cpu", row_wait_s=2.5, sent_bytes=3 * GIB)
+    (line,) = use_lines(replace(MEMORY, devices=(far,)))
+    assert "3.0 GiB streamed, 3.0 GiB of rows sent, 2.50 s waited for rows, memory" in line

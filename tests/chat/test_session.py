@@ -176,8 +176,8 @@ RUN_KEYS = {
 PLAN_KEYS = (
     "target draft retrieval quant device dtype ctx tree_budget slots resident_layers expanded_layers "
     "streamed_layers disk_layers ledger device_bytes generation_bytes device_budget_bytes host_bytes host_ledger "
-    "streamed_bytes_per_step devices experts recurrent predicted_pass_s predicted_tokens_per_step predicted_tok_per_s "
-    "basis alternatives bound assumptions choices"
+    "streamed_bytes_per_step devices microbatches experts recurrent predicted_pass_s predicted_tokens_per_step "
+    "predicted_tok_per_s basis alternatives bound assumptions choices"
 )
 
 

@@ -31,6 +31,7 @@ from specchat.planner.cost import Prediction
 from specchat.planner.explain import Alternative, Choice, ExplainedPlan
 from specchat.planner.recommendations import Recommendation, Recommendations
 from specchat.records.chat import Message
+from specchat.records.microbatches import Microbatches
 from specchat.records.plan import DevicePlan, ExpertForecast, ExpertSlots, LedgerItem, StateMemory
 from specchat.records.usage import DeviceUse
 from specchat.ui.commands import COMMANDS
@@ -71,7 +72,7 @@ def keys_of(record):
 
 
 def json_keys():
-    placement = replace(PLAN.placement, experts=ExpertSlots(1, 1))
+    placement = replace(PLAN.placement, experts=ExpertSlots(1, 1), microbatches=Microbatches(((2, 2),)))
     forecast = ExpertForecast(1, 1, 1, 1, 1, 1.0, 1.0, 1)
     device = DevicePlan("cuda:1", 1, 1, (), 0, 0, 1.0, 0.0, 0.0)
     states = StateMemory(1, 1, 0, 0, (), 1, 0, 0)
@@ -79,7 +80,7 @@ def json_keys():
     choices = (Choice("", "", "", False, Alternative("", None)),)
     made = chosen_object(ExplainedPlan(plan, Prediction(**{field.name: 0 for field in fields(Prediction)}), choices))
     nested = set(made["choices"][0]) | set(made["alternatives"][0]) | set(made["recurrent"])
-    nested |= set(made["experts"]) | set(made["devices"][0]) | keys_of(DeviceUse)
+    nested |= set(made["experts"]) | set(made["devices"][0]) | set(made["microbatches"][0]) | keys_of(DeviceUse)
     keys = keys_of(Turn) - {"unsaved"} | set(made) | nested | keys_of(LedgerItem) | set(done_object({}))
     return sorted(keys | set(delta_object(Delta("", ()))) | {"schema_version", "model", "revision", "seed"})
 

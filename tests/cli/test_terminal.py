@@ -51,6 +51,26 @@ def test_two_turns_with_the_demo(known_demo):
         assert b"Traceback" not in terminal.raw
 
 
+def test_a_worker_lost_at_the_prompt_is_told_above_it(tmp_path):
+    lost, saved = tmp_path / "lost", tmp_path / "chat.json"
+    terminal = chat(columns=120, environment={"FAKE_LOST": str(lost), "FAKE_IDLE_S": "0.05"})
+    with terminal:
+        terminal.send("a question" + ENTER)
+        terminal.wait_for("tok/s")
+        terminal.wait_for_prompt()
+        terminal.send(f"/save {saved}")
+        lost.touch()
+        terminal.wait_for("error: worker 1 (far:7000) is gone")
+        terminal.wait_for(f"> /save {saved}")
+        terminal.send(ENTER)
+        terminal.wait_for("saved")
+        terminal.wait_for_prompt()
+        terminal.send(CTRL_D)
+        assert terminal.exit_code() == 0
+        assert terminal.raw.count(b"is gone") == 1
+    assert "a question" in saved.read_text()
+
+
 def test_prompt_appears_before_torch_is_imported(known_demo, tmp_path):
     """Use a torch whose import takes ten minutes."""
     torch = tmp_path / "torch"

@@ -71,6 +71,14 @@ def test_the_ranks_are_the_workers(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert "torchrun's ranks are the workers" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_every_rank_refuses_what_reaches_one_machine_only(rank: str, monkeypatch: pytest.MonkeyPatch, capsys):
+    for name, text in {**ENVIRONMENT, "RANK": rank, "SPECCHAT_TOKEN": TOKEN}.items():
+        monkeypatch.setenv(name, text)
+    assert run_command_line(["bench", "demo", "--cold"]) == 2
+    assert "--cold does not reach workers" in capsys.readouterr().err
+
+
 @pytest.fixture
 def start(tmp_path: Path):
     """Start specchat on a number of ranks, and return what rank 0 printed."""

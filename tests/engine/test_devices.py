@@ -40,12 +40,14 @@ from specchat.planner.dealing import Deal, deal
 from specchat.planner.devices import device_ledger
 from specchat.planner.placement import Share
 from specchat.records.generation import Request, Sampling
+from specchat.records.microbatches import Microbatches
 from specchat.records.model import ModelSource
 from specchat.records.plan import DevicePlan, Plan
 
 GREEDY = Sampling()
 TWO = ("cuda:0", "cuda:1")
 # A block that all layers share is on one device only, so the planner does not deal such models.
+CUT = ("mixtral", "gemma2", "gemma3", "gpt_oss", "deepseek_v3", "granite")
 DEALT = [name for name in (*ARCHITECTURES, *SPECIAL, *HYBRIDS) if name != "zamba2"]
 
 
@@ -58,6 +60,18 @@ def dealt(plan: Plan, devices: Sequence[str], owner: Sequence[int], resident: Se
 
 def text_of(engine: Engine, sampling: Sampling, num_tokens: int = 8) -> list[int]:
     return write(engine, random_prompt(20, VOCAB), sampling, num_tokens)[0]
+
+
+def texts_of(engine: Engine) -> list[list[int]]:
+    """Texts of requests that share passes."""
+    asked = ((5, GREEDY), (33, SAMPLED), (17, PROCESSED), (9, SAMPLED))
+    requests = [
+        Request(tuple(random_prompt(length, VOCAB, seed=length)), sampling, max_tokens=10) for length, sampling in asked
+    ]
+    texts: list[list[int]] = [[] for _ in requests]
+    for index, step in engine.generate_many(requests):
+        texts[index] += step.token_ids
+    return texts
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +124,20 @@ def test_two_gpus_stream_quantized_layers_and_from_disk(options: dict[str, Any],
         assert text_of(engine, SAMPLED) == expected
         linears = [linear for _, linear in quant_linears(engine.target.skeleton.layers)]
         assert len({id(linear.scratch) for linear in linears}) == 2 * bool(linears), "scratch memory for each device"
+
+
+@pytest.mark.parametrize("architecture", ["llama", *(pytest.param(each, marks=pytest.mark.slow) for each in CUT)])
+def test_microbatches_write_the_text_of_a_cpu(architecture: str, tmp_path: Path):
+    """Two layers of a stretch are resident, so a microbatch passes both before the next one follows."""
+    target, draft, num_layers = pair_of(model_of(architecture), tmp_path)
+    plan = make_plan(target, draft, num_layers=num_layers, seats=3, chunk_rows=16)
+    with load_engine(plan, target, draft) as engine:
+        expected = texts_of(engine)
+    owner = [index // 2 % 2 for index in range(num_layers)]
+    cut = Microbatches(((2, 2), (5, 3)))
+    plan = dealt(plan, TWO, owner, resident=(0, 1), microbatches=cut)
+    with PretendedGpu(num_devices=2), load_engine(plan, target, draft) as engine:
+        assert texts_of(engine) == expected
 
 
 def test_masks_on_another_device_follow_the_chunk():
@@ -176,16 +204,10 @@ def test_ledgers_of_devices_count_what_they_hold(llama: Any):
 def test_answers_that_share_passes_are_those_of_one_device(llama: Any):
     target, draft, num_layers = llama
     one = make_plan(target, draft, num_layers=num_layers, seats=3, retrieval=True)
-    requests = [
-        Request(tuple(random_prompt(length, VOCAB, seed=length)), sampling, max_tokens=10)
-        for length, sampling in ((5, GREEDY), (33, SAMPLED), (17, PROCESSED), (9, SAMPLED))
-    ]
     texts = []
     for plan in (one, dealt(one, ["cpu", "cpu", "cpu"], [0, 2, 1, 0], resident=(2,))):
         with load_engine(plan, target, draft) as engine:
-            texts.append({index: list[int]() for index in range(len(requests))})
-            for index, step in engine.generate_many(requests):
-                texts[-1][index] += step.token_ids
+            texts.append(texts_of(engine))
     assert texts[0] == texts[1]
 
 

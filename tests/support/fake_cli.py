@@ -3,8 +3,9 @@
 FAKE_PAUSE_S is the time of a step, FAKE_LEAVE_WITHIN_S that within which a second Ctrl-C leaves, FAKE_SILENT_S that
 after which a silent stdin is remarked on, FAKE_SLOW_S that of an answer which rings the bell. Loading ends when the
 file FAKE_LOAD_GATE exists, and fails with FAKE_LOAD_FAILS. The answer repeats the question, which may ask for something
-special (`TEXTS`). With "held" before it the first step lasts until the file FAKE_GATE exists, with "gated" one half
-way; with "stuck" the first lasts until the chat is left, with "frozen" for ever.
+special (`TEXTS`). A worker is lost when the file FAKE_LOST exists, which is looked for every FAKE_IDLE_S. With "held"
+before it the first step lasts until the file FAKE_GATE exists, with "gated" one half way; with "stuck" the first lasts
+until the chat is left, with "frozen" for ever.
 """
 
 import itertools
@@ -18,17 +19,18 @@ from types import ModuleType
 
 from specchat.cli import stdin
 from specchat.cli.app import main
-from specchat.errors import DoesNotFitError
+from specchat.errors import DoesNotFitError, LostWorkerError
 from specchat.loading import engine as engine_loading
 from specchat.loading import planning
 from specchat.models.checkpoint import generation_config
 from specchat.models.checkpoint.generation_config import GenerationDefaults
-from specchat.ui import interrupts, repl
+from specchat.ui import idle, interrupts, repl
 from support.fake_engine import CHOSEN, EOS, PLAN, TOKENIZER, FakeEngine
 from support.plans import changed
 
 PAUSE_S = float(os.environ.get("FAKE_PAUSE_S", "0"))
 GATE = Path(os.environ.get("FAKE_GATE", "/nonexistent"))
+LOST = Path(os.environ.get("FAKE_LOST", "/nonexistent"))
 LOAD_GATE = Path(os.environ.get("FAKE_LOAD_GATE", "/"))
 WORDS = " ".join(f"word{i}" for i in range(60))
 MARKDOWN = """# A title
@@ -69,6 +71,10 @@ class Echo(FakeEngine):
         if os.environ.get("FAKE_LOAD_FAILS"):
             raise DoesNotFitError("the model is too large", hint="try --vram 8GiB")
         return cls()
+
+    def relieve(self):
+        if LOST.exists():
+            raise LostWorkerError("worker 1 (far:7000) is gone", hint="start the workers again")
 
     def close(self):
         if os.environ.get("FAKE_SAYS_CLOSED"):
@@ -141,6 +147,7 @@ def install():
     engine_loading.load_planned = lambda _target, _draft, _plan, _reporter, _workers=None: Echo.load()
     stdin._SILENT_S = float(os.environ.get("FAKE_SILENT_S", stdin._SILENT_S))
     repl._SLOW_S = float(os.environ.get("FAKE_SLOW_S", repl._SLOW_S))
+    idle._EVERY_S = float(os.environ.get("FAKE_IDLE_S", idle._EVERY_S))
     interrupts._LEAVE_WITHIN_S = float(os.environ.get("FAKE_LEAVE_WITHIN_S", interrupts._LEAVE_WITHIN_S))
 
 

@@ -37,6 +37,25 @@ class StreamCounters:
     by_device: tuple[StreamCounters, ...] = ()
 
 
+@dataclass(frozen=True)
+class DeviceCounters:
+    """Totals of one of several devices since loading.
+
+    Attributes:
+        streamed: totals of its streamed layers.
+        compute_s: seconds that it computed layers.
+        row_wait_s: seconds that passes waited on it for rows of other machines.
+        sent_bytes: bytes of rows that it sent to other machines.
+        peak_bytes: most memory that was in use, if the device itself knows; else None.
+    """
+
+    streamed: StreamCounters
+    compute_s: float
+    row_wait_s: float = 0.0
+    sent_bytes: int = 0
+    peak_bytes: int | None = None
+
+
 def total(counters: Sequence[StreamCounters]) -> StreamCounters:
     """Return the totals of several streamers of whole layers."""
     return StreamCounters(
@@ -51,11 +70,13 @@ class LayerStreamer(ABC):
 
     Attributes:
         kept_bytes: bytes of device memory besides the parameters.
+        steps_s: wall time of all steps so far.
 
     A pass acquires and releases every streamed layer once, ascending. Call `restart` after a pass that stopped early.
     """
 
     kept_bytes: int = 0
+    steps_s: float = 0.0
 
     def begin(self, num_rows: int) -> None:  # noqa: B027 - most streamers need not know
         """Begin a pass over some rows."""
@@ -72,8 +93,9 @@ class LayerStreamer(ABC):
     def restart(self) -> None:
         """Start again with the first streamed layer, after a pass that stopped early."""
 
-    def passed(self, seconds: float) -> None:  # noqa: B027 - most streamers need not know
-        """Take note of the wall time of a whole step, after its pass."""
+    def passed(self, seconds: float) -> None:
+        """Add up the wall time of whole steps, of which links and devices were busy for a part."""
+        self.steps_s += seconds
 
     @abstractmethod
     def counters(self) -> StreamCounters:

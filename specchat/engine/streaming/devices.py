@@ -124,19 +124,11 @@ class DeviceStreamers(MixedStreamer):
     Args:
         streamers: streamer of each device.
         placement: owners of the layers.
-
-    Attributes:
-        steps_s: wall time of all steps so far.
     """
 
     def __init__(self, streamers: Sequence[LayerStreamer], placement: Placement) -> None:
         super().__init__({index: streamers[placement.owner[index]] for index in placement.streamed})
         self._by_device = tuple(streamers)
-        self.steps_s = 0.0
-
-    def passed(self, seconds: float) -> None:
-        """Add up the wall time of steps, of which links and devices were busy for a part."""
-        self.steps_s += seconds
 
     def counters(self) -> StreamCounters:
         """Return the totals of all devices, and those of each."""

@@ -5,17 +5,21 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from queue import Empty
 from typing import Any
 
 from specchat.closing import Closeable
+from specchat.engine.streaming.base import DeviceCounters, StreamCounters
 from specchat.engine.workers.connection import PATIENCE_S, Arrived, Connection, Lost, Mailbox
+from specchat.engine.workers.messages import counters_of
 from specchat.engine.workers.rows import Broken, RowExchange, Rows, SharedStore, connect_group, next_item
 from specchat.engine.workers.wire import Channel, Message, connect, shown
 from specchat.errors import LostWorkerError, SpecchatError, UsageError, VersionMismatchError
 from specchat.version import __version__
 
+_UNUSED = DeviceCounters(StreamCounters(0, 0.0), 0.0)
 _LIBRARIES = ("torch", "transformers")
 _RESTART = "start the workers again; the chat is saved up to its last answer: specchat run -c"
 
@@ -48,10 +52,11 @@ class Crew(Closeable):
         self._is_stopped = True
         self._cancel: threading.Event | None = None
         self._lost: LostWorkerError | None = None
+        self._used: dict[int, DeviceCounters] = {}
         try:
             for rank, (host, port) in enumerate(addresses, 1):
                 channel = connect(host, port, token)
-                self._connections.append(Connection(channel, rank, self._mailbox, self._take))
+                self._connections.append(Connection(channel, rank, self._mailbox, partial(self._take, rank)))
             self._check_versions()
             self._check_addresses([each.channel for each in self._connections])
         except BaseException:
@@ -154,6 +159,10 @@ class Crew(Closeable):
             return
         raise self._verdict(item)
 
+    def counters(self) -> tuple[DeviceCounters, ...]:
+        """Return the totals of each worker, as it has told them with its last pass."""
+        return tuple(self._used.get(rank, _UNUSED) for rank in range(1, self.size))
+
     def close(self) -> None:
         """End the work of all workers, and close the connections."""
         for connection in self._connections:
@@ -196,7 +205,10 @@ class Crew(Closeable):
         kind = next((each for each in _kinds(SpecchatError) if each.__name__ == item.message["error"]), SpecchatError)
         return kind(f"{self.name(item.rank)}: {item.message['message']}", item.message["hint"])
 
-    def _take(self, message: Message) -> bool:
+    def _take(self, rank: int, message: Message) -> bool:
+        if message["type"] == "used":
+            self._used[rank] = counters_of(message["totals"])
+            return True
         if message["type"] != "entry":
             return False
         self._store.put(message["key"], message["value"])

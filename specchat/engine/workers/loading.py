@@ -18,6 +18,7 @@ from specchat.errors import UnsupportedModelError
 from specchat.models.hf.parts import why_not_apart
 from specchat.models.packs.pack import Pack
 from specchat.models.weights.open import ModelWeights
+from specchat.records.microbatches import WHOLE_PASSES
 from specchat.records.plan import Placement, Plan, Workload
 
 
@@ -72,6 +73,7 @@ def load_crew_target(
         model_class=partial(CrewModel, route=route, crew=crew),
         cache_class=RecordedCache,
     )
+    model.microbatches = placement.microbatches
     try:
         crew.answers()
     except BaseException:
@@ -110,6 +112,6 @@ def load_part(
 
 
 def _placement(values: dict[str, Any]) -> Placement:
-    """Return a placement from the values that JSON keeps."""
+    """Return a placement from the values that JSON keeps; each pass comes with its number of microbatches."""
     found: dict[str, Any] = {name: tuple(each) if isinstance(each, list) else each for name, each in values.items()}
-    return Placement(**found)
+    return Placement(**{**found, "microbatches": WHOLE_PASSES})

@@ -1,8 +1,9 @@
-"""The contents of messages: layouts of passes, and changes of caches between passes."""
+"""The contents of messages: layouts of passes, changes of caches between passes, and totals of a rank."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from specchat.engine.kv_cache import Kept, TreeCache
 from specchat.engine.layout import PassLayout, RowLayout
+from specchat.engine.streaming.base import DeviceCounters, StreamCounters
 
 # A method of `TreeCache` and its arguments.
 CacheChange = Sequence[Any]
@@ -51,6 +53,17 @@ def follow(cache: TreeCache, changes: Sequence[CacheChange]) -> None:
     for name, *arguments in changes:
         assert name in ("keep", "wipe", "truncate")
         getattr(cache, name)(*arguments)
+
+
+def counter_values(counters: DeviceCounters) -> dict[str, Any]:
+    """Return totals as plain values."""
+    return asdict(counters)
+
+
+def counters_of(values: Mapping[str, Any]) -> DeviceCounters:
+    """Return the totals of `counter_values`."""
+    streamed = StreamCounters(**{**values["streamed"], "by_device": ()})
+    return DeviceCounters(**{**values, "streamed": streamed})
 
 
 def layout_values(layout: PassLayout) -> list[Any]:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from specchat.engine.hops import Hops
 from specchat.engine.layout import PassLayout
 from specchat.engine.model import PassCancelledError, TreeModel
+from specchat.engine.pipeline import Call, Pipeline, Turn
+from specchat.engine.streaming.base import DeviceCounters
 from specchat.engine.taps import LayerTaps
 from specchat.engine.workers.messages import RecordedCache, layout_values
 from specchat.engine.workers.route import PassStoppedError, Route
-from specchat.models.hf.hybrids import asks_for_caches, layer_output
+from specchat.models.hf.hybrids import asks_for_caches
+from specchat.records.microbatches import Stretch, cuts_of
 
 
 class Announcer(Protocol):
@@ -25,6 +29,12 @@ class Announcer(Protocol):
 
     def stop_pass(self) -> None:
         """Stop the pass on all workers before their next layer."""
+
+    def check(self) -> None:
+        """Check that no worker was lost since the last pass."""
+
+    def counters(self) -> tuple[DeviceCounters, ...]:
+        """Return the totals of each worker, as it has told them with its last pass."""
 
     def close(self) -> None:
         """End the work of all workers."""
@@ -41,13 +51,42 @@ class RoutedModel(TreeModel):
     def __init__(self, *arguments: Any, route: Route) -> None:
         super().__init__(*arguments)
         self._route = route
+        self._count = 1
+        self._clock = Hops([0] * len(self.skeleton.layers), [self.device])
 
-    def _run_layer(self, index: int, forward: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        hidden = self._route.cross(index, hidden)
-        if self._route.owns(index):
-            return super()._run_layer(index, forward, hidden, *args, **kwargs)
-        self.layers_done = index
-        return layer_output(self.skeleton.config, hidden)
+    def _begin_pass(self, layout: PassLayout, count: int) -> None:
+        """Prepare for a pass over the layers of all ranks in some microbatches."""
+        self._count = count
+        self._clock.begin()
+        self._route.begin([end - begin for begin, end in cuts_of(layout.num_rows, count)])
+
+    def _pipeline_for(self, layout: PassLayout) -> Pipeline:
+        return self._cut(layout, self._route.owner, self._count)
+
+    def own_counters(self) -> DeviceCounters:
+        """Return the totals of this rank."""
+        on_gpu = self.device.type == "cuda"
+        return DeviceCounters(
+            streamed=self.streamer.counters(),
+            compute_s=self._clock.busy_s()[0],
+            row_wait_s=self._route.wait_s,
+            sent_bytes=self._route.sent_bytes,
+            peak_bytes=torch.cuda.max_memory_allocated(self.device) if on_gpu else None,
+        )
+
+    def _run_chunks(self, *arguments: Any) -> Any:
+        with self._clock.computing(0):
+            return super()._run_chunks(*arguments)
+
+    def run_stretch(self, stretch: Stretch, calls: Sequence[Call], hidden: Tensor, turn: Turn) -> Tensor:
+        """Run a microbatch through a stretch of this rank, and send it on to the next rank."""
+        hidden = self._route.cross(stretch.first, hidden)
+        is_own = self._route.owns(stretch.first)
+        if is_own:
+            hidden = self._compute_all(calls, hidden, turn)
+        if is_own or stretch.last + 1 == len(self.skeleton.layers):  # where rows come back to rank 0
+            hidden = self._route.cross(stretch.last + 1, hidden)
+        return hidden
 
 
 class CrewModel(RoutedModel):
@@ -74,25 +113,34 @@ class CrewModel(RoutedModel):
     ) -> Tensor:
         """Compute the final hidden states of new rows on all ranks; see `TreeModel.forward`."""
         assert taps is None, "states between layers do not travel"
-        self._crew.begin_pass({"layout": layout_values(layout), "changes": self._changes()}, cancel)
-        self._route.begin(layout.num_rows)
+        count = self.microbatches.count(layout.num_rows)
+        values = {"layout": layout_values(layout), "changes": self._changes(), "microbatches": count}
+        self._crew.begin_pass(values, cancel)
+        self._begin_pass(layout, count)
         try:
             return super().forward(token_ids, layout, cancel)
+        except PassStoppedError as error:
+            self._stop()
+            raise PassCancelledError from error
         except BaseException:
-            self._crew.stop_pass()
-            self._route.finish()
+            self._stop()
             raise
 
-    def _run_layer(self, index: int, forward: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        try:
-            out = super()._run_layer(index, forward, hidden, *args, **kwargs)
-            if index + 1 < len(self.skeleton.layers):
-                return out
-            if isinstance(out, tuple):
-                return (self._route.cross(index + 1, out[0]), *out[1:])
-            return self._route.cross(index + 1, out)
-        except PassStoppedError as error:
-            raise PassCancelledError from error
+    def _stop(self) -> None:
+        self._crew.stop_pass()
+        self._route.finish()
+
+    def device_counters(self) -> tuple[DeviceCounters, ...]:
+        """Return the totals of all ranks."""
+        return (self.own_counters(), *self._crew.counters())
+
+    def check(self) -> None:
+        """Check between passes that no worker was lost.
+
+        Raises:
+            LostWorkerError: a worker was lost.
+        """
+        self._crew.check()
 
     def close(self) -> None:
         """Stop streaming, close the files, and end the work of the workers."""
@@ -103,14 +151,15 @@ class CrewModel(RoutedModel):
 class PartModel(RoutedModel):
     """The layers of a worker: a pass ends with the last rows that leave it."""
 
-    def compute(self, layout: PassLayout, cancel: threading.Event) -> None:
+    def take_part(self, layout: PassLayout, count: int, cancel: threading.Event) -> None:
         """Take part in a pass, whether it is stopped or not.
 
         Args:
             layout: position and visibility of the rows.
+            count: number of microbatches.
             cancel: event that stops the pass before the next layer.
         """
-        self._route.begin(layout.num_rows)
+        self._begin_pass(layout, count)
         try:
             self.forward(torch.zeros(layout.num_rows, dtype=torch.int64), layout, cancel)
         except (PassCancelledError, PassStoppedError):
@@ -131,13 +180,12 @@ class PartModel(RoutedModel):
             return blank[0]
         raise AssertionError("a pass ends with the last rows that leave a worker")
 
-    def _run_layer(self, index: int, forward: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        out = super()._run_layer(index, forward, hidden, *args, **kwargs)
-        if self._route.owns(index):
-            self._route.cross(index + 1, out[0] if isinstance(out, tuple) else out)
+    def run_stretch(self, stretch: Stretch, calls: Sequence[Call], hidden: Tensor, turn: Turn) -> Tensor:
+        """Run a microbatch through a stretch; the pass ends with the last rows that leave this rank."""
+        hidden = super().run_stretch(stretch, calls, hidden, turn)
         if self._route.is_done:
             raise _PartDoneError
-        return out
+        return hidden
 
 
 class _PartDoneError(Exception):

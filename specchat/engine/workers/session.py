@@ -10,7 +10,7 @@ from typing import Any, NoReturn, Protocol
 
 from specchat.engine.workers.connection import PATIENCE_S, Arrived, Connection, Lost, Mailbox
 from specchat.engine.workers.crew import versions
-from specchat.engine.workers.messages import follow, layout_of
+from specchat.engine.workers.messages import counter_values, follow, layout_of
 from specchat.engine.workers.models import PartModel
 from specchat.engine.workers.route import Route
 from specchat.engine.workers.rows import Broken, RowExchange, Rows, SharedStore, connect_group, next_item
@@ -126,7 +126,8 @@ class Session:
                 self._passing[1].set()
         try:
             follow(self._model.cache, message["changes"])
-            self._model.compute(layout_of(message["layout"]), self._passing[1])
+            self._model.take_part(layout_of(message["layout"]), message["microbatches"], self._passing[1])
+            self._connection.send({"type": "used", "totals": counter_values(self._model.own_counters())})
         except LostWorkerError:
             raise
         except Exception as error:

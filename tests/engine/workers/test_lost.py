@@ -89,6 +89,19 @@ def test_a_lost_worker_ends_all_and_is_named(strike: int | None, words: str, lla
             assert "error: MemoryError: " in lost.errors.read_text()
 
 
+def test_a_worker_lost_between_answers_is_named_before_the_next(llama: ModelSource, tmp_path: Path):
+    plan = with_owners(make_plan(llama, None, num_layers=4), OWNER)
+    with crew(2, tmp_path) as (other, lost), load_with([other, lost], plan, llama, None) as engine:
+        engine.relieve()
+        lost.kill()
+        end = time.monotonic() + SOON_S
+        with pytest.raises(LostWorkerError, match=rf"worker 2 \(127.0.0.1:{lost.address[1]}\) is gone"):
+            while time.monotonic() < end:
+                engine.relieve()
+                time.sleep(0.01)
+        assert other.wait(SOON_S) == 1
+
+
 @pytest.mark.slow
 def test_workers_end_with_the_machine_that_has_the_terminal(llama: ModelSource, tmp_path: Path):
     plan = with_owners(make_plan(llama, None, num_layers=4), OWNER)
