@@ -67,6 +67,8 @@ HOMES = {
     "starlette": ("serve/",),
     "uvicorn": ("serve/",),
     "triton": ("models/quant/kernels/triton_",),
+    "numba": ("models/quant/kernels/numba_", "models/quant/kernels/compiled.py"),
+    "llvmlite": ("models/quant/kernels/numba_",),
     "rich": ("ui/",),
     "prompt_toolkit": ("ui/",),
     "typer": ("cli/",),

@@ -22,6 +22,7 @@ from specchat.engine.model import TreeModel
 from specchat.engine.streaming.readers import ShardLayerReader
 from specchat.errors import CorruptCheckpointError, UnsupportedModelError
 from specchat.models.checkpoint.reader import TensorReader
+from specchat.models.quant.kernels import compiled
 from specchat.models.sizes.describe import describe
 from specchat.models.sizes.geometry import weight_bytes
 from specchat.models.weights.open import open_weights
@@ -357,6 +358,27 @@ def test_files_are_streamed_as_they_lie(config: str, dtype: Any, tmp_path: Path)
         begins = sorted((info.offset, info.offset + info.nbytes) for info in places.values())
         assert begins[-1][1] - begins[0][0] < 1.05 * sum(info.nbytes for info in places.values()) + 4096  # one run
     weights.close()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_text_is_the_same_with_compiled_loops_and_by_torch(dtype: Any, tmp_path: Path, monkeypatch):
+    pytest.importorskip("numba")
+    target = save_gguf(random_model(hf.LlamaConfig(**BASE)), tmp_path / "model.gguf", "Q4_0")
+    plan, prompt = make_plan(target, None, (), tree_budget=1, dtype=dtype), random_prompt(9)
+    texts = []
+    for _ in range(2):
+        with load_engine(plan, silent) as engine:
+            texts.append(write(engine, prompt, Sampling(0.7), NUM_TOKENS))
+        monkeypatch.setattr(compiled, "fill", lambda kind, rows, out: False)
+    assert texts[0] == texts[1]
+
+
+def test_loops_are_compiled_while_a_model_is_loaded(tmp_path: Path, monkeypatch):
+    pytest.importorskip("numba")
+    monkeypatch.setattr(compiled, "_compiled", {})
+    source = save_gguf(random_model(hf.LlamaConfig(**BASE)), tmp_path / "model.gguf", "Q5_0")
+    with load(source, ()):
+        assert compiled._compiled[("Q5_0", torch.float32)] is not None
 
 
 def test_each_pass_reads_the_packed_bytes_of_streamed_layers(tmp_path: Path):
