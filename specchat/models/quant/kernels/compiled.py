@@ -121,7 +121,7 @@ def _numba() -> tuple[ModuleType, ModuleType, tuple[type[Exception], ...]] | Non
 
 @cache
 def _folder() -> Path:
-    """Return the folder of machine code that was compiled from the modules as they are; NUMBA_CACHE_DIR overrides it."""
+    """Return the folder of machine code from the modules as they are, within NUMBA_CACHE_DIR if that is set."""
     from numba import config
 
     sources = b"".join(Path(__file__).with_name(name).read_bytes() for name in _MODULES)
