@@ -22,7 +22,7 @@ from specchat.engine.model import TreeModel
 from specchat.engine.streaming.readers import ShardLayerReader
 from specchat.errors import CorruptCheckpointError, UnsupportedModelError
 from specchat.models.checkpoint.reader import TensorReader
-from specchat.models.quant.kernels import compiled
+from specchat.models.quant.formats import ggml_compiled
 from specchat.models.sizes.describe import describe
 from specchat.models.sizes.geometry import weight_bytes
 from specchat.models.weights.open import open_weights
@@ -369,16 +369,16 @@ def test_text_is_the_same_with_compiled_loops_and_by_torch(dtype: Any, tmp_path:
     for _ in range(2):
         with load_engine(plan, silent) as engine:
             texts.append(write(engine, prompt, Sampling(0.7), NUM_TOKENS))
-        monkeypatch.setattr(compiled, "fill", lambda kind, rows, out: False)
+        monkeypatch.setattr(ggml_compiled, "fill", lambda kind, rows, out: False)
     assert texts[0] == texts[1]
 
 
 def test_loops_are_compiled_while_a_model_is_loaded(tmp_path: Path, monkeypatch):
     pytest.importorskip("numba")
-    monkeypatch.setattr(compiled, "_compiled", {})
+    monkeypatch.setattr(ggml_compiled, "_compiled", {})
     source = save_gguf(random_model(hf.LlamaConfig(**BASE)), tmp_path / "model.gguf", "Q5_0")
     with load(source, ()):
-        assert compiled._compiled[("Q5_0", torch.float32)] is not None
+        assert ggml_compiled._compiled[("Q5_0", torch.float32)] is not None
 
 
 def test_each_pass_reads_the_packed_bytes_of_streamed_layers(tmp_path: Path):

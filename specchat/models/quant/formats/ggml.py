@@ -10,11 +10,11 @@ from torch import Tensor
 from specchat.models.checkpoint.dtypes import stored_torch_dtype
 from specchat.models.checkpoint.ggml_types import BLOCK_TYPES, PLAIN_TYPES
 from specchat.models.checkpoint.layout import PIECE_NUMBERS
+from specchat.models.quant.formats import ggml_compiled
 from specchat.models.quant.formats.base import Segment, WeightFormat
 from specchat.models.quant.formats.ggml_blocks import DECODERS
 from specchat.models.quant.formats.ggml_codebooks import CODEBOOK_DECODERS
 from specchat.models.quant.formats.ggml_kernels import tile_of_blocks, unpacked_blocks
-from specchat.models.quant.kernels import compiled
 from specchat.models.quant.kernels.chunked import Linear, Segments
 from specchat.models.quant.kernels.tiles import TileForm
 from specchat.models.quant.kernels.triton import unpacking_kernels
@@ -47,7 +47,7 @@ class Blocks(WeightFormat):
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Compile what dequantizes the blocks."""
-        compiled.prepare((self.kind,), dtype)
+        ggml_compiled.prepare((self.kind,), dtype)
 
     def dequantize(self, segments: Segments, begin: int, end: int, out: Tensor) -> Tensor:
         """Dequantize rows of W; plain rows of the wanted dtype are a view."""
@@ -143,7 +143,7 @@ class TiledBlocks(WeightFormat):
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Compile what dequantizes the blocks."""
-        compiled.prepare((self.kind,), dtype)
+        ggml_compiled.prepare((self.kind,), dtype)
 
     def dequantize(self, segments: Segments, begin: int, end: int, out: Tensor) -> Tensor:
         """Dequantize rows of W."""
@@ -192,7 +192,7 @@ class JoinedBlocks(WeightFormat):
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Compile what dequantizes the blocks."""
-        compiled.prepare((self.first_kind, self.second_kind), dtype)
+        ggml_compiled.prepare((self.first_kind, self.second_kind), dtype)
 
     def dequantize(self, segments: Segments, begin: int, end: int, out: Tensor) -> Tensor:
         """Dequantize rows of W, first those of the first matrix."""
@@ -238,7 +238,7 @@ class StackedBlocks(WeightFormat):
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Compile what dequantizes the blocks."""
-        compiled.prepare((self.top_kind, self.bottom_kind), dtype)
+        ggml_compiled.prepare((self.top_kind, self.bottom_kind), dtype)
 
     def dequantize(self, segments: Segments, begin: int, end: int, out: Tensor) -> Tensor:
         """Dequantize rows of W, first those of the top."""
@@ -275,7 +275,7 @@ class AlternatingBlocks(WeightFormat):
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Compile what dequantizes the blocks."""
-        compiled.prepare((self.even_kind, self.odd_kind), dtype)
+        ggml_compiled.prepare((self.even_kind, self.odd_kind), dtype)
 
     def dequantize(self, segments: Segments, begin: int, end: int, out: Tensor) -> Tensor:
         """Dequantize rows of W, first the even ones."""
@@ -315,7 +315,7 @@ def decode(kind: str, rows: Tensor, out: Tensor) -> Tensor:
     Returns:
         `out`, filled.
     """
-    if out.device.type == "cpu" and compiled.fill(kind, rows, out):
+    if out.device.type == "cpu" and ggml_compiled.fill(kind, rows, out):
         return out
     return decode_by_torch(kind, rows, out)
 

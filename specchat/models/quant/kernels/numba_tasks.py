@@ -1,6 +1,6 @@
 """Functions that dequantize blocks, compiled by numba: threads call them by address, without Python.
 
-This module imports numba, so only `compiled` imports it.
+This module imports numba, so only code that has found numba imports it.
 """
 
 from types import FunctionType

@@ -7,9 +7,11 @@ that of `formats.ggml_blocks`, so results have the same bits.
 from typing import Any
 
 import numpy as np
+import torch
 from numba import njit
 
 from specchat.models.quant.formats.ggml_blocks import E2M1_TWICE, IQ4_VALUES
+from specchat.models.quant.formats.ggml_codebooks import codebook
 from specchat.models.quant.kernels.numba_lanes import (
     as_float,
     bits_16,
@@ -18,9 +20,11 @@ from specchat.models.quant.kernels.numba_lanes import (
     codes_8,
     codes_16,
     codes_32,
+    entries,
     field,
     less,
     lookup,
+    negated,
     put,
     put_minus,
     put_plus,
@@ -224,6 +228,72 @@ def _nvfp4(blocks: int, out: Any, count: int) -> None:
             put(out, 64 * b + 16 * group, _of_e2m1(codes), _half_of_e4m3(np.int32(byte_at(at + group))))
 
 
+# --- entries of a codebook: four values at once, and signs ---------------------------------------------------------
+
+
+def _book(name: str) -> Any:
+    """Return the entries of a codebook as words of four bytes: int32 [entries]."""
+    return codebook(name, torch.device("cpu")).to(torch.int8).view(torch.int32).flatten().numpy()
+
+
+_BOOK_XXS, _BOOK_S = _book("IQ3_XXS"), _book("IQ3_S")
+
+
+@_loop
+def _iq3_xxs(blocks: int, out: Any, count: int) -> None:
+    for b in range(count):
+        at = blocks + 98 * b
+        scale = _half_at(at)
+        for group in range(8):
+            codes, word = at + 2 + 8 * group, word_at(at + 66 + 4 * group)
+            values = entries(
+                _BOOK_XXS[byte_at(codes)],
+                _BOOK_XXS[byte_at(codes + 1)],
+                _BOOK_XXS[byte_at(codes + 2)],
+                _BOOK_XXS[byte_at(codes + 3)],
+                _BOOK_XXS[byte_at(codes + 4)],
+                _BOOK_XXS[byte_at(codes + 5)],
+                _BOOK_XXS[byte_at(codes + 6)],
+                _BOOK_XXS[byte_at(codes + 7)],
+            )
+            signs = np.uint32(0)
+            for eight in range(4):
+                own = np.uint32(np.uint32(word >> np.uint32(7 * eight)) & np.uint32(127))
+                parity = own ^ own >> np.uint32(4)
+                parity ^= parity >> np.uint32(2)
+                parity = (parity ^ parity >> np.uint32(1)) & np.uint32(1)  # the number of minus signs is even
+                signs = np.uint32(signs | np.uint32(own | parity << np.uint32(7)) << np.uint32(8 * eight))
+            factor = scale * (np.float32(0.5) + np.float32(np.int32(word >> np.uint32(28)))) * np.float32(0.5)
+            put(out, 256 * b + 32 * group, negated(values, np.uint32(signs)), factor)
+
+
+@_loop
+def _of_nine_bits(codes: int, ninth: int, at: int) -> Any:
+    return _BOOK_S[np.int64(byte_at(codes + at)) | (ninth >> at & 1) << 8]
+
+
+@_loop
+def _iq3_s(blocks: int, out: Any, count: int) -> None:
+    for b in range(count):
+        at = blocks + 110 * b
+        scale = _half_at(at)
+        for group in range(8):
+            codes, ninth = at + 2 + 8 * group, np.int64(byte_at(at + 66 + group))
+            values = entries(
+                _of_nine_bits(codes, ninth, 0),
+                _of_nine_bits(codes, ninth, 1),
+                _of_nine_bits(codes, ninth, 2),
+                _of_nine_bits(codes, ninth, 3),
+                _of_nine_bits(codes, ninth, 4),
+                _of_nine_bits(codes, ninth, 5),
+                _of_nine_bits(codes, ninth, 6),
+                _of_nine_bits(codes, ninth, 7),
+            )
+            low = np.int32(byte_at(at + 106 + (group >> 1))) >> (4 * (group & 1)) & 15
+            signs = word_at(at + 74 + 4 * group)
+            put(out, 256 * b + 32 * group, negated(values, signs), scale * np.float32(1 + 2 * low))
+
+
 LOOPS = {
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,
@@ -237,6 +307,8 @@ LOOPS = {
     "Q6_K": _q6_k,
     "IQ4_NL": _iq4_nl,
     "IQ4_XS": _iq4_xs,
+    "IQ3_XXS": _iq3_xxs,
+    "IQ3_S": _iq3_s,
     "MXFP4": _mxfp4,
     "NVFP4": _nvfp4,
 }

@@ -10,6 +10,7 @@ Python took 110 to 190 us for what these do in 95 and one alone in 180, and comp
 
 import ctypes
 import hashlib
+import os
 import pickle
 import warnings
 from collections.abc import Callable, Iterable
@@ -26,7 +27,7 @@ from specchat.paths import cache_folder
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _PIECE_NUMBERS = 1 << 14  # values that a thread dequantizes at a time
-_MODULES = ("numba_blocks.py", "numba_lanes.py", "numba_tasks.py")
+_SOURCES = ("formats/ggml_numba.py", "kernels/numba_lanes.py", "kernels/numba_tasks.py")
 
 _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
@@ -92,7 +93,7 @@ def _compile(kind: str, dtype: torch.dtype) -> int | None:
     if kind not in blocks.LOOPS:
         return None
     block = BLOCK_TYPES[kind]
-    for folder in (str(_folder()), None):  # a folder may be damaged, or not writable
+    for folder in dict.fromkeys((_own_folder(), None)):  # what the folder holds may be damaged
         try:
             function = tasks.build(kind, blocks.LOOPS[kind], block.nbytes, block.numbers, _DTYPES[dtype], folder)
         except errors as error:
@@ -111,12 +112,24 @@ def _numba() -> tuple[ModuleType, ModuleType, tuple[type[Exception], ...]] | Non
         from numba import config
         from numba.core.errors import NumbaError
 
-        from specchat.models.quant.kernels import numba_blocks, numba_tasks
+        from specchat.models.quant.formats import ggml_numba
+        from specchat.models.quant.kernels import numba_tasks
     except ImportError:  # not installed, or not for this version of numpy
         return None
     if config.DISABLE_JIT:
         return None
-    return numba_blocks, numba_tasks, (NumbaError, RuntimeError, OSError, ValueError, EOFError, pickle.PickleError)
+    return ggml_numba, numba_tasks, (NumbaError, RuntimeError, OSError, ValueError, EOFError, pickle.PickleError)
+
+
+def _own_folder() -> str | None:
+    """Return `_folder` if it exists or can be made, and nobody else may write to it: what it holds is executed."""
+    folder = _folder()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+    except OSError:
+        return None
+    return str(folder) if found.st_uid == os.getuid() and not found.st_mode & 0o022 else None
 
 
 @cache
@@ -124,7 +137,7 @@ def _folder() -> Path:
     """Return the folder of machine code from the modules as they are, within NUMBA_CACHE_DIR if that is set."""
     from numba import config
 
-    sources = b"".join(Path(__file__).with_name(name).read_bytes() for name in _MODULES)
+    sources = b"".join((Path(__file__).parents[1] / name).read_bytes() for name in _SOURCES)
     folder = Path(config.CACHE_DIR) if config.CACHE_DIR else cache_folder() / "compiled"
     return folder / hashlib.sha256(sources).hexdigest()[:16]
 

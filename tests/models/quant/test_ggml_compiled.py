@@ -7,19 +7,19 @@ import pytest
 import torch
 
 from specchat.models.checkpoint.ggml_types import BLOCK_TYPES
+from specchat.models.quant.formats import ggml_compiled as compiled
 from specchat.models.quant.formats.base import Segments
 from specchat.models.quant.formats.ggml import Blocks, decode, decode_by_torch
-from specchat.models.quant.kernels import compiled
 
 pytest.importorskip("numba")
+from specchat.models.quant.formats.ggml_numba import LOOPS
 from specchat.models.quant.kernels import numba_tasks
-from specchat.models.quant.kernels.numba_blocks import LOOPS
 
 # float16: zeros, the smallest and the largest subnormal, 1, the largest, infinities, and NaN
 SCALES = (0, 0x8000, 1, 0x83FF, 0x3C00, 0x7BFF, 0x7C00, 0xFC00, 0x7E01, 0x7C01)
 # Where blocks have float16 values.
 SCALES_AT = {
-    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "IQ4_XS"), (0,)),
+    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "IQ4_XS", "IQ3_XXS", "IQ3_S"), (0,)),
     **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
     "Q2_K": (80, 82),
     "Q3_K": (108,),
@@ -147,6 +147,14 @@ def test_loops_that_do_not_compile_are_tried_once_with_a_warning(nothing_compile
         assert not compiled.fill("Q4_K", rows, torch.empty(5, 256))
     assert not compiled.fill("Q4_K", rows, torch.empty(5, 256))
     assert tries == [str(compiled._folder()), None]
+
+
+def test_a_folder_that_others_may_write_to_is_not_used(nothing_compiled, monkeypatch, tmp_path):
+    (tmp_path / "compiled").mkdir()
+    (tmp_path / "compiled").chmod(0o777)
+    monkeypatch.setattr(compiled, "_folder", lambda: tmp_path / "compiled")
+    assert compiled.fill("Q8_0", every_scale("Q8_0", 256, 5), torch.empty(5, 256))
+    assert not list((tmp_path / "compiled").iterdir())
 
 
 def test_a_folder_that_cannot_be_written_is_done_without(nothing_compiled, monkeypatch, tmp_path):
