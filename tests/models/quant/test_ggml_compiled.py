@@ -107,6 +107,11 @@ def test_products_of_several_threads_have_the_same_bits(monkeypatch):
     assert all(torch.equal(each, expected) for each in found)
 
 
+def test_memory_with_gaps_is_left_to_torch():
+    rows, out = every_scale("Q4_K", 256, 6), torch.empty(12, 256)[::2]
+    assert not compiled.fill("Q4_K", rows, out)
+
+
 @pytest.fixture
 def nothing_compiled(monkeypatch):
     monkeypatch.setattr(compiled, "_compiled", {})
@@ -116,7 +121,6 @@ def test_without_numba_torch_dequantizes(nothing_compiled, monkeypatch):
     monkeypatch.setattr(compiled, "_numba", lambda: None)
     rows = every_scale("Q4_K", 256, 5)
     assert not compiled.fill("Q4_K", rows, torch.empty(5, 256))
-    assert compiled.numba_version() is None
     decode("Q4_K", rows, out := torch.empty(5, 256))
     assert torch.equal(bits(out), bits(decode_by_torch("Q4_K", rows, torch.empty(5, 256))))
 

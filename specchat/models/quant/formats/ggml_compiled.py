@@ -42,9 +42,9 @@ def fill(kind: str, rows: Tensor, out: Tensor) -> bool:
     Args:
         kind: ggml's name of the type.
         rows: rows of blocks, uint8 [n, bytes per row], in host memory.
-        out: contiguous memory [n, cols].
+        out: memory [n, cols] in the host; loops fill only contiguous memory.
     """
-    address = _address_of(kind, out.dtype)
+    address = _address_of(kind, out.dtype) if out.is_contiguous() else None
     if address is None:
         return False
     threads = torch.get_num_threads()
@@ -65,15 +65,6 @@ def prepare(kinds: Iterable[str], dtype: torch.dtype) -> None:
     """Compile the functions for some types, or read them from the cache, before they are needed."""
     for kind in kinds:
         _address_of(kind, dtype)
-
-
-def numba_version() -> str | None:
-    """Return the version of numba if blocks are dequantized by it; None without it."""
-    if _numba() is None:
-        return None
-    import numba
-
-    return str(numba.__version__)
 
 
 def _address_of(kind: str, dtype: torch.dtype) -> int | None:
