@@ -27,6 +27,8 @@ for variable in [name for name in os.environ if name.startswith("SPECCHAT_") and
 _HOME = tempfile.mkdtemp(prefix="specchat-tests-")
 os.environ |= {"XDG_STATE_HOME": f"{_HOME}/state", "XDG_CONFIG_HOME": f"{_HOME}/config"}
 os.environ.setdefault("SPECCHAT_CACHE_DIR", f"{_HOME}/cache")
+# Compiled loops are kept for the next run: all of them take some seconds to compile.
+os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled"))
 os.environ |= {"OLLAMA_MODELS": f"{_HOME}/ollama", "LLAMA_CACHE": f"{_HOME}/llama.cpp"}
 
 # Whoever starts the suite may ignore hang-ups (nohup does), and the programs under test would inherit that.

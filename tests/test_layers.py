@@ -67,6 +67,12 @@ HOMES = {
     "starlette": ("serve/",),
     "uvicorn": ("serve/",),
     "triton": ("models/quant/kernels/triton_",),
+    "numba": (
+        "models/quant/kernels/numba_",
+        "models/quant/formats/ggml_numba.py",
+        "models/quant/formats/ggml_compiled.py",
+    ),
+    "llvmlite": ("models/quant/kernels/numba_",),
     "rich": ("ui/",),
     "prompt_toolkit": ("ui/",),
     "typer": ("cli/",),

@@ -95,7 +95,7 @@ def probe(options: ProbeOptions, start: Callable[[Sequence[str]], int]) -> int:
         planned = None if found is None else make_plan(options.models, found, reporter)
     recommendations = recommend_models(options.models, report.hardware, report.measured) if refs is None else None
     packs = (*_found_packs(), *(_verify(say) if options.verify else ()))
-    _print(options, report, (*report.verdicts, *packs), planned, recommendations)
+    _print(options, report, (*report.verdicts, _compiler(), *packs), planned, recommendations)
     if any(verdict.level == "error" for verdict in packs):
         return _DAMAGED
     if recommendations is not None and can_ask() and not (options.json or options.markdown or options.quiet):
@@ -131,6 +131,17 @@ def _flags(request: ModelRequest) -> str:
         "--draft": request.draft if request.draft_model == "none" else None,
     }
     return "".join(f" {flag} {value}" for flag, value in asked.items() if value is not None)
+
+
+def _compiler() -> "Verdict":
+    """Return what dequantizes the blocks of GGUF files on a CPU."""
+    from specchat.hardware.system import has_compiler
+    from specchat.hardware.verdicts import Verdict
+
+    if has_compiler():
+        return Verdict("ok", "GGUF", "numba compiles the loops that dequantize blocks on the CPU")
+    hint = "pip install 'specchat[cpu]': loops that numba compiles are several times as fast"
+    return Verdict("ok", "GGUF", "torch dequantizes blocks on the CPU", hint)
 
 
 # --- packs -------------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from specchat.models.weights.open import ModelWeights
 from specchat.models.weights.reader import WeightReader
 from specchat.records.model import KvShape
 from specchat.records.plan import ELSEWHERE, Placement, Plan, Workload
+from specchat.threads import Thread
 from specchat.units import format_bytes
 
 
@@ -78,6 +79,7 @@ def load_model(
     resident = placement.resident if resident is None else resident
     streamed = [index for index in later if index not in set(resident)]
     assert not later or streamed, "a layer that will be streamed is streamed at first, too"
+    preparing = _prepare_formats(skeleton, dtype) if "cpu" in {each.type for each in devices} else None
     with ExitStack() as undo:  # after an error, free the memory of files and threads for a retry with a smaller plan
         reader = undo.enter_context(weights.reader if pack is None else _pack_reader(weights, pack))
         embeddings = lookup_embeddings(skeleton) if work.host_embeddings else None
@@ -126,6 +128,8 @@ def load_model(
             else (_make_pool(pooled, work, placement, reader, verifier, warn), NothingKept())
         )
         undo.pop_all()
+    if preparing is not None:
+        preparing.join()
     if by_threads is not None:
         by_threads.close()
     reads_checkpoint = pack is None and pooled is None and (bool(streamed) or "cpu" in {each.type for each in devices})
@@ -135,6 +139,19 @@ def load_model(
     model = model_class(skeleton, cache, streamer, streamed, work.chunk_rows, device, embeddings, mapped, kept, hops)
     model.microbatches = placement.microbatches
     return model
+
+
+def _prepare_formats(skeleton: Skeleton, dtype: torch.dtype) -> Thread:
+    """Start to make ready what the formats need on a CPU, while layers are read: functions may have to be compiled."""
+    formats = {linear.format for _, linear in quant_linears(skeleton.model)}
+
+    def prepare() -> None:
+        for each in formats:
+            each.prepare(dtype)
+
+    thread = Thread(prepare)
+    thread.start()
+    return thread
 
 
 def _speed_up(skeleton: Skeleton, placement: Placement, dtype: torch.dtype, *, reads_rest: bool) -> None:

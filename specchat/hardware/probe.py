@@ -14,6 +14,7 @@ from specchat.hardware.nvml import survey_gpus
 from specchat.hardware.system import (
     available_ram_bytes,
     cpu_flags,
+    has_compiler,
     is_confined,
     may_have_cuda,
     read_cpu,
@@ -25,7 +26,7 @@ from specchat.hardware.system import (
     total_ram_bytes,
 )
 from specchat.hardware.verdicts import Verdict, judge, why_no_cuda
-from specchat.records.limits import RUNTIME_BYTES
+from specchat.records.limits import COMPILER_BYTES, RUNTIME_BYTES
 
 if TYPE_CHECKING:
     from specchat.hardware.cuda import CudaLinks
@@ -83,7 +84,8 @@ def _ram_beside_libraries() -> int:
 
     They are imported when they are needed, so a plan may be made before or after that.
     """
-    return max(available_ram_bytes() - max(RUNTIME_BYTES - resident_set_bytes(), 0), 0)
+    needed = RUNTIME_BYTES + (COMPILER_BYTES if has_compiler() else 0)
+    return max(available_ram_bytes() - max(needed - resident_set_bytes(), 0), 0)
 
 
 def gpus_beside(machine: Machine) -> list[str]:

@@ -6,6 +6,7 @@ import platform
 import resource
 import shutil
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -209,6 +210,11 @@ def may_have_cuda(torch: TorchBuild | None, driver: str = "libcuda.so.1") -> boo
     except OSError:
         return False
     return True
+
+
+def has_compiler() -> bool:
+    """Return whether numba is installed, which compiles the loops for blocks of GGUF files."""
+    return find_spec("numba") is not None
 
 
 def _text(path: Path) -> str | None:

@@ -5,6 +5,8 @@ from specchat.units import MIB
 # Memory of a process that has imported torch and transformers, loaded a model and computed passes, besides the items of
 # ledgers: 410 to 445 MiB with CPU builds (torch 2.13), of which 125 MiB are pages of the libraries' files.
 RUNTIME_BYTES = 460 * MIB
+# What numba adds when it compiles the loops for blocks of GGUF files: 55 MiB, besides pages of its library's file.
+COMPILER_BYTES = 60 * MIB
 
 # Rows that the head scores at a time, a workspace that the ledger counts. The walk visits few nodes. Scoring a node
 # together with its likeliest descendants reads the head's weights only once.

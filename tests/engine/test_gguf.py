@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from specchat.engine.model import TreeModel
 from specchat.engine.streaming.readers import ShardLayerReader
 from specchat.errors import CorruptCheckpointError, UnsupportedModelError
 from specchat.models.checkpoint.reader import TensorReader
+from specchat.models.quant.formats import ggml_compiled
 from specchat.models.sizes.describe import describe
 from specchat.models.sizes.geometry import weight_bytes
 from specchat.models.weights.open import open_weights
@@ -357,6 +358,30 @@ def test_files_are_streamed_as_they_lie(config: str, dtype: Any, tmp_path: Path)
         begins = sorted((info.offset, info.offset + info.nbytes) for info in places.values())
         assert begins[-1][1] - begins[0][0] < 1.05 * sum(info.nbytes for info in places.values()) + 4096  # one run
     weights.close()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_text_is_the_same_with_compiled_loops_and_by_torch(dtype: Any, tmp_path: Path, monkeypatch):
+    pytest.importorskip("numba")
+    model = Case("x", "LlamaConfig", WIDE).model()
+    source = save_gguf(model, tmp_path / "x.gguf", "Q4_0")
+    draft = save_gguf(perturbed(model, 0.02), tmp_path / "draft.gguf", "Q8_0")
+    plan = make_plan(source, draft, num_layers=model.config.num_hidden_layers, resident=())
+    plan = replace(plan, work=replace(plan.work, dtype=dtype))
+    texts = []
+    for _ in range(2):
+        with load_engine(plan, source, draft) as engine:
+            texts.append(write(engine, random_prompt(20, VOCAB), Sampling(), NUM_TOKENS)[0])
+        monkeypatch.setattr(ggml_compiled, "fill", lambda kind, rows, out: False)
+    assert texts[0] == texts[1]
+
+
+def test_loops_are_compiled_while_a_model_is_loaded(tmp_path: Path, monkeypatch):
+    pytest.importorskip("numba")
+    monkeypatch.setattr(ggml_compiled, "_compiled", {})
+    model = load(save_gguf(Case("x", "LlamaConfig", WIDE).model(), tmp_path / "x.gguf", "Q5_0"), ())
+    assert ggml_compiled._compiled["Q5_0", torch.float32] is not None
+    model.close()
 
 
 def test_each_pass_reads_the_packed_bytes_of_streamed_layers(tmp_path: Path):

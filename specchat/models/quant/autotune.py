@@ -28,7 +28,7 @@ from specchat.models.quant.kernels.matmul import processor
 from specchat.paths import cache_folder
 
 _VERSION = 3  # raise when measurements or specchat's kernels change
-_LIBRARIES = ("torch", "bitsandbytes", "triton")
+_LIBRARIES = ("torch", "bitsandbytes", "triton", "numba")
 # Measuring all kinds of a model takes a few tenths of a second: within a round, kernel launches overlap.
 _ROUNDS = 2
 # With more rows, a copy for few rows is slower than dequantizing.

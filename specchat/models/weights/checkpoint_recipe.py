@@ -19,7 +19,7 @@ from specchat.models.quant.formats.base import WeightFormat
 from specchat.models.quant.formats.plain import Plain
 from specchat.models.quant.kernels.chunked import Segments
 from specchat.models.quant.modules import Matrix, Part
-from specchat.models.quant.schemes.base import CheckpointScheme
+from specchat.models.quant.schemes.base import CheckpointScheme, TranscodingScheme
 
 _VERSION = 1  # of the transcoded bytes
 # A module's path, and the names of the tensors that quantizers store for its matrix. A norm has a "weight" too.
@@ -178,6 +178,7 @@ class CheckpointRecipe:
         if stored.format is None:
             segments["weight"].copy_(tensors["weight"])
         else:
+            assert isinstance(self.scheme, TranscodingScheme), "other schemes have verbatim formats only"
             self.scheme.transcode(stored.module, stored.shape, tensors, segments)
 
     def _parts_of(self, path: str, expert: int) -> list[_Stored]:

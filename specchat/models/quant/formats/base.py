@@ -65,6 +65,9 @@ class WeightFormat(ABC):
             Rows [end - begin, cols] like `out`: `out` itself, or other memory where a kernel allocates its own.
         """
 
+    def prepare(self, dtype: torch.dtype) -> None:  # noqa: B027  # most formats need nothing
+        """Make ready what `dequantize` needs for results of a dtype in host memory, such as compiled functions."""
+
     def look_up(self, segments: Segments, rows: Tensor, out: Tensor) -> Tensor:
         """Dequantize some rows of W in any order; only formats that `looks_up`.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from specchat.models.checkpoint.dtypes import stored_torch_dtype
 from specchat.models.checkpoint.ggml_types import BLOCK_TYPES, PLAIN_TYPES
 from specchat.models.checkpoint.layout import PIECE_NUMBERS
+from specchat.models.quant.formats import ggml_compiled
 from specchat.models.quant.formats.base import Segment, WeightFormat
 from specchat.models.quant.formats.ggml_blocks import DECODERS
 from specchat.models.quant.formats.ggml_codebooks import CODEBOOK_DECODERS
@@ -43,6 +44,10 @@ class Blocks(WeightFormat):
     def segments(self, rows: int, cols: int) -> tuple[Segment, ...]:
         """Return the segment that the class describes."""
         return (Segment("blocks", (rows, BLOCK_TYPES[self.kind].row_bytes(cols)), torch.uint8),)
+
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Compile what dequantizes the blocks."""
+        ggml_compiled.prepare((self.kind,), dtype)
 
     def dequantize(self, segments: Segments, begin: int, end: int, out: Tensor) -> Tensor:
         """Dequantize rows of W; plain rows of the wanted dtype are a view."""
@@ -136,6 +141,10 @@ class TiledBlocks(WeightFormat):
         """Return the segment that the class describes."""
         return Blocks(self.kind).segments(rows, cols)
 
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Compile what dequantizes the blocks."""
+        ggml_compiled.prepare((self.kind,), dtype)
+
     def dequantize(self, segments: Segments, begin: int, end: int, out: Tensor) -> Tensor:
         """Dequantize rows of W."""
         blocks, plain = segments["blocks"], Blocks(self.kind)
@@ -181,6 +190,10 @@ class JoinedBlocks(WeightFormat):
         parts = (("first", self.first_kind, self.first_rows), ("second", self.second_kind, rows - self.first_rows))
         return tuple(Segment(name, (own, BLOCK_TYPES[kind].row_bytes(cols)), torch.uint8) for name, kind, own in parts)
 
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Compile what dequantizes the blocks."""
+        ggml_compiled.prepare((self.first_kind, self.second_kind), dtype)
+
     def dequantize(self, segments: Segments, begin: int, end: int, out: Tensor) -> Tensor:
         """Dequantize rows of W, first those of the first matrix."""
         stored = self._stored(out.device)[begin:end]
@@ -223,6 +236,10 @@ class StackedBlocks(WeightFormat):
         """Return the segments that the class describes."""
         return _halves({"top": self.top_kind, "bottom": self.bottom_kind}, rows, cols)
 
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Compile what dequantizes the blocks."""
+        ggml_compiled.prepare((self.top_kind, self.bottom_kind), dtype)
+
     def dequantize(self, segments: Segments, begin: int, end: int, out: Tensor) -> Tensor:
         """Dequantize rows of W, first those of the top."""
         half = segments["top"].shape[0]
@@ -256,6 +273,10 @@ class AlternatingBlocks(WeightFormat):
         """Return the segments that the class describes."""
         return _halves({"even": self.even_kind, "odd": self.odd_kind}, rows, cols)
 
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Compile what dequantizes the blocks."""
+        ggml_compiled.prepare((self.even_kind, self.odd_kind), dtype)
+
     def dequantize(self, segments: Segments, begin: int, end: int, out: Tensor) -> Tensor:
         """Dequantize rows of W, first the even ones."""
         for first, name, kind in ((0, "even", self.even_kind), (1, "odd", self.odd_kind)):
@@ -284,7 +305,7 @@ def stored_rows(num_rows: int, heads: int, begin: int, end: int, device: torch.d
 
 
 def decode(kind: str, rows: Tensor, out: Tensor) -> Tensor:
-    """Dequantize rows of blocks in pieces that a CPU's cache holds.
+    """Dequantize rows of blocks: by compiled functions, or by torch in pieces that a CPU's cache holds.
 
     Args:
         kind: ggml's name of the type; not a plain one.
@@ -294,6 +315,13 @@ def decode(kind: str, rows: Tensor, out: Tensor) -> Tensor:
     Returns:
         `out`, filled.
     """
+    if out.device.type == "cpu" and ggml_compiled.fill(kind, rows, out):
+        return out
+    return decode_by_torch(kind, rows, out)
+
+
+def decode_by_torch(kind: str, rows: Tensor, out: Tensor) -> Tensor:
+    """Dequantize rows of blocks as `decode`, by operators of torch."""
     block, decoder, cols = BLOCK_TYPES[kind], _DECODERS[kind], out.shape[1]
     step = max(PIECE_NUMBERS[out.device.type] // 2 // cols, 1)
     is_wide = out.dtype == torch.float32

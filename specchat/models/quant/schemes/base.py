@@ -1,7 +1,7 @@
 """The interface of a scheme of pre-quantized checkpoints."""
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -29,6 +29,11 @@ class CheckpointScheme(Protocol):
             CorruptCheckpointError: tensors are missing or have wrong shapes; the message names the tensor.
             UnsupportedModelError: specchat does not read this variant.
         """
+
+
+@runtime_checkable
+class TranscodingScheme(CheckpointScheme, Protocol):
+    """A scheme with formats whose segments are not all bytes of the checkpoint's tensors (`WeightFormat.verbatim`)."""
 
     def transcode(self, module: str, shape: tuple[int, int], tensors: Mapping[str, Tensor], segments: Segments) -> None:
         """Fill the segments of `format_of` (CPU) from the checkpoint's tensors (CPU, as saved).

@@ -3,9 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-
 from specchat.models.checkpoint.ggml_types import BLOCK_TYPES, PLAIN_TYPES
 from specchat.models.checkpoint.safetensors import TensorInfo
 from specchat.models.quant.formats.base import WeightFormat
@@ -17,7 +14,6 @@ from specchat.models.quant.formats.ggml import (
     TiledBlocks,
     TiledHeads,
 )
-from specchat.models.quant.kernels.chunked import Segments
 from specchat.models.quant.schemes.settings import SchemeSettings, expect
 
 # Values of the description: key heads, value heads per key head, width of a value head, rows of queries and keys.
@@ -87,17 +83,6 @@ class GgufScheme:
             skip = self.tiled.skip if leaf == "in_proj_qkv" else 0
             return TiledBlocks(kind, replace(self.tiled, skip=skip), leaf == "out_proj")
         return Blocks(kind, self._heads(module))
-
-    def transcode(self, module: str, shape: tuple[int, int], tensors: Mapping[str, Tensor], segments: Segments) -> None:
-        """Fill the segments of one matrix; see `CheckpointScheme`."""
-        stored: Mapping[str, type[WeightFormat]] = {
-            "weight_even": AlternatingBlocks,
-            "weight_first": JoinedBlocks,
-            "weight_top": StackedBlocks,
-        }
-        names = next((each.verbatim for name, each in stored.items() if name in tensors), Blocks.verbatim)
-        for segment, name in names.items():
-            segments[segment].copy_(tensors[name].view(torch.uint8))
 
     def _joined(self, module: str, shape: tuple[int, int], tensors: Mapping[str, TensorInfo]) -> JoinedBlocks:
         (rows, cols), (keys, key_width, value_width) = shape, self.joined
