@@ -1,4 +1,8 @@
-"""Whether Triton can build its launcher, a small C module for this Python."""
+"""Whether Triton can build its launcher, a small C module for this Python.
+
+torch's own compiler of kernels (`torch.cuda._compile_kernel`, torch 2.13) is no way around: it asks for setuptools and
+for CUDA's toolkit, which machines without a C compiler rarely have.
+"""
 
 import os
 import shutil

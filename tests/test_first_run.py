@@ -15,12 +15,12 @@ from support.pretended_gpu import PretendedGpu
 
 @pytest.mark.slow
 def test_facts_are_measured(tmp_path: Path):
-    """What needs a real GPU fails, is named, and stops nothing; every fact is written at once."""
+    """Nothing fails on a pretended GPU, and every fact is written at once."""
     file = tmp_path / "facts.json"
     with PretendedGpu():
         found = facts.measure(facts.Scale(divisor=64, calls=2), file)
-    failed = {name for name, fact in found.items() if isinstance(fact, str)}
-    assert failed == {"graph"} and set(found) == {fact.__name__ for fact in facts.FACTS}
+    assert not {name for name, fact in found.items() if isinstance(fact, str)}
+    assert set(found) == {fact.__name__ for fact in facts.FACTS}
     assert json.loads(file.read_text()) == found
     few = found["few_rows"]
     assert isinstance(few, dict)

@@ -16,6 +16,7 @@ from specchat.engine.drafting.sources import ScoringSource
 from specchat.engine.loading import load_layers, load_model
 from specchat.engine.model import TreeModel
 from specchat.engine.warming import warm_up
+from specchat.models.hf.norms import fuse_norms
 from specchat.models.packs.pack import Pack
 from specchat.models.weights.layout import share_buffers
 from specchat.models.weights.open import ModelWeights
@@ -64,6 +65,8 @@ def load_draft(plan: Plan, draft: ModelWeights, pack: Pack | None) -> TreeModel:
         grows=True,
         model_class=model_class,
     )
+    if work.device != "cpu" and not draft.source.part:
+        fuse_norms(model.skeleton.model)
     warm_up(model.skeleton, (work.seats, draft_width(work.tree_budget, work.seats)), work)
     return model
 

@@ -309,7 +309,7 @@ class _Functions(TorchFunctionMode):
                 return func(*args, **kwargs)
         if name == "new_tensor":
             return self._made(func, name, args, {**kwargs, "device": there})
-        if name in ("scaled_dot_product_attention", "linear"):
+        if name in ("scaled_dot_product_attention", "linear", "rms_norm"):
             return self._gpu.one_kernel(name, tensors_of((args, kwargs)), lambda: func(*args, **kwargs))
         return func(*args, **kwargs)
 

@@ -241,7 +241,7 @@ def check_tokenizer(folder: Path) -> None:
     """Check that a tokenizer loads; the next `load_tokenizer` of this folder returns the tokenizer that was read.
 
     Raises:
-        ModelError, NotAvailableError: as `load_tokenizer`.
+        ModelError, NotAvailableError: the errors of `load_tokenizer`.
     """
     tokenizer = load_tokenizer(folder)
     _checked.clear()
