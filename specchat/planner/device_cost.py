@@ -65,7 +65,7 @@ class DevicesCost(CostModel):
 
     def dealt_s(self, placement: TierSizes, nodes: int) -> float:
         """Return the seconds of a step with these shares and a tree of some nodes."""
-        return self._pass_s(placement, self._queue(placement), self._costs(placement, nodes))
+        return self._pass_s(placement, self._queue(placement), self._costs(placement, nodes, nodes))
 
     def _pass_s(self, placement: TierSizes, queue: LinkQueue, costs: StepCosts) -> float:
         del queue  # each device has its own
@@ -93,8 +93,8 @@ class DevicesCost(CostModel):
             return max(peer.hop_s + rows * self._row_bytes / peer.bytes_per_s for peer in self._peers)
         return _HOP_S + rows * self._row_bytes / min(self.links)
 
-    def _step(self, placement: TierSizes, nodes: int) -> Prediction:
-        costs = self._costs(placement, nodes)
+    def _step(self, placement: TierSizes, nodes: int, tree_budget: int) -> Prediction:
+        costs = self._costs(placement, nodes, tree_budget)
         busy_s, linked_s, computed_s = self._sides(placement, costs)
         pass_s = costs.outside_s + max(computed_s, linked_s)
         return Prediction(

@@ -16,7 +16,7 @@ from pathlib import Path
 PACKAGES = (
     *("platformdirs", "prompt_toolkit", "wcwidth", "bitsandbytes", "accelerate", "psutil", "nvidia-ml-py", "filelock"),
     *("typer", "click", "rich", "markdown-it-py", "mdurl", "pygments", "shellingham"),
-    *("pytest", "pluggy", "iniconfig", "packaging", "hypothesis", "sortedcontainers"),
+    *("pytest", "pytest-xdist", "execnet", "pluggy", "iniconfig", "packaging", "hypothesis", "sortedcontainers"),
 )
 _LIBRARIES = ("libbitsandbytes_cpu.so", "libbitsandbytes_cuda130.so")
 _APPEND = """import sys
