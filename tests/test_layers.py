@@ -15,7 +15,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__ma
 FLOORS = [
     {"version", "masking"},
     {"errors"},
-    {"units", "closing", "files", "terminal", "threads", "json_lines", "paths"},
+    {"units", "closing", "compiler", "files", "terminal", "threads", "json_lines", "paths"},
     {"records"},
     {"hardware", "models"},
     {"planner", "engine"},
@@ -46,7 +46,7 @@ FOLDERS = {
         {"experts", "lookup"},
     ],
     "engine": [
-        {"device", "layout", "linear", "pipeline", "sampling", "taps", "tree"},
+        {"device", "layout", "linear", "pipeline", "sampling", "taps", "tree", "warming"},
         {"fixed_layout", "streaming"},
         {"attention", "experts", "hops", "recurrent", "requests", "sequence"},
         {"kv_cache"},

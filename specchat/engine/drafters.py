@@ -15,9 +15,12 @@ from specchat.engine.drafting.own_copy import CopyModel, OwnCopy
 from specchat.engine.drafting.sources import ScoringSource
 from specchat.engine.loading import load_layers, load_model
 from specchat.engine.model import TreeModel
+from specchat.engine.warming import warm_up
+from specchat.models.hf.norms import fuse_norms
 from specchat.models.packs.pack import Pack
 from specchat.models.weights.layout import share_buffers
 from specchat.models.weights.open import ModelWeights
+from specchat.records.limits import draft_width
 from specchat.records.plan import Placement, Plan
 
 # Class of the modules of each kind of head, by the part of its source.
@@ -52,7 +55,7 @@ def load_draft(plan: Plan, draft: ModelWeights, pack: Pack | None) -> TreeModel:
     num_layers = len(draft.skeleton.layers)
     placement = Placement(num_layers, tuple(range(num_layers)))
     model_class = _HEADS.get(draft.source.part, TreeModel)
-    return load_model(
+    model = load_model(
         draft,
         work,
         placement,
@@ -62,6 +65,10 @@ def load_draft(plan: Plan, draft: ModelWeights, pack: Pack | None) -> TreeModel:
         grows=True,
         model_class=model_class,
     )
+    if work.device != "cpu" and not draft.source.part:
+        fuse_norms(model.skeleton.model)
+    warm_up(model.skeleton, (work.seats, draft_width(work.tree_budget, work.seats)), work)
+    return model
 
 
 def complete_drafter(

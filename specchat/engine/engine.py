@@ -358,7 +358,8 @@ class Engine(Closeable):
             )
             for sequence, tree, walk, new_rows, cached_rows in zip(live, trees, walks, pending, cached, strict=True)
         ]
-        news = [self._relief.take_news(), self._draft_news]
+        models = (self._target, *self._drafter.models)
+        news = [self._relief.take_news(), self._draft_news, *(each for model in models for each in model.take_news())]
         self._draft_news = None
         steps[0] = replace(steps[0], warning="; ".join(filter(None, news)) or None)
         if measured == autotuner().num_measured:  # else the pass has measured kernels, and others will be faster

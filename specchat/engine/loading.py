@@ -22,6 +22,7 @@ from specchat.engine.streaming.host_layers import pinner
 from specchat.engine.streaming.kept import NothingKept
 from specchat.engine.streaming.readers import LayerReader, SharedReader, read_layers
 from specchat.engine.streaming.slots import page_aligned
+from specchat.engine.warming import warm_up
 from specchat.errors import AllocationError, is_lack_of_memory
 from specchat.hardware.pressure import MemoryWatch
 from specchat.models.checkpoint.dtypes import torch_dtype
@@ -199,7 +200,7 @@ def load_target(plan: Plan, weights: ModelWeights, pack: Pack | None, warn: Call
         warn: receives one-line warnings about refused memory pinning and its cost.
     """
     stage, tree_rows = plan.first_stage, plan.work.tree_rows
-    return load_model(
+    model = load_model(
         weights,
         plan.work,
         plan.placement,
@@ -209,6 +210,8 @@ def load_target(plan: Plan, weights: ModelWeights, pack: Pack | None, warn: Call
         pack=pack,
         warn=warn,
     )
+    warm_up(model.skeleton, (plan.work.seats, plan.work.seats + plan.work.tree_budget), plan.work)
+    return model
 
 
 def load_layers(weights: ModelWeights, indices: Sequence[int], device: torch.device, pack: Pack | None) -> Any:

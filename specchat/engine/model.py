@@ -35,6 +35,7 @@ from specchat.models.hf.embeddings import without_norm
 from specchat.models.hf.hybrids import layer_kinds, layer_output
 from specchat.models.hf.mixers import bind_mixers
 from specchat.models.hf.skeleton import Skeleton
+from specchat.models.quant.kernels.refusals import take_refusals
 from specchat.models.quant.modules import quant_linears
 from specchat.records.microbatches import WHOLE_PASSES, Stretch, cuts_of, stretches_of
 
@@ -65,6 +66,7 @@ class TreeModel:
         hops: owners of the layers if there are several devices, else None.
         microbatches: numbers of microbatches of passes; only with several devices, and none for passes with taps.
         layers_done: number of layers that the current or last pass has computed; readable from other threads.
+        news: one-line warnings about slower ways to compute, until `take_news`.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class TreeModel:
         self._cancel: threading.Event | None = None
         self._taps: LayerTaps | None = None
         self.layers_done = 0
+        self.news: list[str] = []
         self.host_embeddings = host_embeddings
         self.mapped = mapped
         if host_embeddings is not None:
@@ -114,6 +117,11 @@ class TreeModel:
     def max_positions(self) -> int:
         """Longest context that the model's position encoding supports."""
         return max_positions(self.skeleton.config)
+
+    def take_news(self) -> list[str]:
+        """Return warnings for the user, each once: what this model, or a device, cannot compute as planned."""
+        news, self.news = [*self.news, *take_refusals()], []
+        return news
 
     @property
     def nbytes(self) -> int:

@@ -21,6 +21,7 @@ class Machine:
         gpu_uuid: identifier of the GPU, as NVML writes it; None for the CPU, and where it is unknown.
         has_row_kernel: whether a CPU multiplies few rows of bfloat16 with 4-bit codes by a kernel of bitsandbytes.
         is_confined: whether a control group leaves less host memory than the system does.
+        fused: precisions of matrices that a GPU multiplies with few rows as they are stored.
     """
 
     device: str
@@ -32,6 +33,7 @@ class Machine:
     gpu_uuid: str | None = None
     has_row_kernel: bool = False
     is_confined: bool = False
+    fused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

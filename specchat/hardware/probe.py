@@ -4,9 +4,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from specchat.compiler import can_build_modules
 from specchat.errors import DeviceUnusableError, UsageError
 from specchat.hardware import links, store
 from specchat.hardware.machine import Hardware, LinkRate, Links, Machine, Measured
@@ -76,7 +78,14 @@ def find_machine(device: str) -> Machine:
         device_total_bytes=int(total),
         gpu_uuid=gpu_uuid(index),
         is_confined=is_confined(),
+        fused=_fused(major),
     )
+
+
+def _fused(major: int) -> tuple[str, ...]:
+    """Return `Machine.fused`: bitsandbytes has a kernel for int4, and Triton compiles ours for int8 from version 8."""
+    has_triton = major >= 8 and can_build_modules() and find_spec("triton") is not None
+    return ("int8", "int4") if has_triton else ("int4",)
 
 
 def _ram_beside_libraries() -> int:
@@ -173,7 +182,8 @@ def probe(
         if measured.gpu_trouble is None:  # do not save a failure, which may be temporary
             _keep(folder, key, measured)
         hardware = find_hardware(folder)  # free memory and disk space may have changed
-    return Report(hardware, measured, judge(hardware, measured))
+    verdicts = judge(hardware, measured, has_compiler=can_build_modules())
+    return Report(hardware, measured, verdicts)
 
 
 def remembered(folder: Path, hardware: Hardware, machine: Machine, device: str) -> Measured | None:

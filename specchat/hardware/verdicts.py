@@ -42,10 +42,29 @@ class Verdict:
     share: float | None = None
 
 
-def judge(hardware: Hardware, measured: Measured, environment: Mapping[str, str] = os.environ) -> tuple[Verdict, ...]:
-    """Return verdicts in the order of a report: devices, memory, disk, rates."""
+_WITHOUT_TRITON = Verdict(
+    "warn",
+    "Triton",
+    "no C compiler or no headers of Python: int8, GPTQ, AWQ and GGUF weights are slower, and drafts are not in int8",
+    "install gcc and the headers, for example `apt install gcc python3-dev`",
+)
+
+
+def judge(
+    hardware: Hardware, measured: Measured, environment: Mapping[str, str] = os.environ, *, has_compiler: bool = True
+) -> tuple[Verdict, ...]:
+    """Return verdicts in the order of a report: devices, memory, disk, rates.
+
+    Args:
+        hardware: everything that needs no measuring.
+        measured: measured rates.
+        environment: environment variables.
+        has_compiler: whether Triton can build its launcher.
+    """
+    without_triton = not has_compiler and measured.device.startswith("cuda")
     return (
         *_gpus(hardware, measured, environment),
+        *([_WITHOUT_TRITON] if without_triton else []),
         _cpu(hardware),
         *_memory(hardware, measured),
         _disk(hardware),

@@ -39,9 +39,9 @@ def check_tokenizer(source: ModelSource) -> None:
     key = cache.tokenizer_key(source)
     if cache.is_checked(key):
         return
-    from specchat.models.hf.tokenizer import load_tokenizer  # imports transformers
+    from specchat.models.hf import tokenizer  # imports transformers
 
-    load_tokenizer(source.path)
+    tokenizer.check_tokenizer(source.path)
     cache.save_check(key)
 
 

@@ -1,6 +1,5 @@
 """Load the engine of a plan; if memory is no longer free, load a smaller plan."""
 
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -45,10 +44,10 @@ def load_engine(
         try:
             return load_planned(models.target, models.draft, plan, reporter, request.workers)
         except AllocationError as error:
-            gc.collect()  # the next plan depends on free memory
-            plan = make_smaller_plan(request, models, reporter, plan, temperature)
-            reporter.warn(f"{error.message}; trying again with {_size_of(plan)}")
-        release_memory()
+            refused = error.message
+        release_memory()  # the next plan depends on free memory; the error has held the objects of the last one
+        plan = make_smaller_plan(request, models, reporter, plan, temperature)
+        reporter.warn(f"{refused}; trying again with {_size_of(plan)}")
 
 
 def load_planned(

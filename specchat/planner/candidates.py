@@ -23,8 +23,8 @@ from specchat.planner.placement import (
     PlacementOptions,
     TierSizes,
     num_expanded,
+    pinnable_ram,
     placement_options,
-    usable_ram,
 )
 from specchat.planner.request import PlanInputs, PlanRequest
 from specchat.planner.states import num_points, point_bytes
@@ -80,7 +80,7 @@ class Candidates:
             request.choices.vram_bytes if request.choices.vram_bytes is not None else default_budget(inputs.machine)
         )
         self.contexts = contexts(usual_ctx(request, target), is_open=request.choices.ctx is None)
-        self.usable_ram = usable_ram(inputs.machine.ram_available_bytes, is_confined=inputs.machine.is_confined)
+        self.usable_ram = pinnable_ram(inputs.machine)
         self._models: dict[ModelSpec | None, CostModel] = {}
         self._found: dict[ModelSpec | None, list[Candidate]] = {}
 
@@ -88,9 +88,8 @@ class Candidates:
     def best(self) -> Candidate | None:
         """Preferred candidate; None if nothing fits.
 
-        Drafts are skipped that would lose even with every layer resident. Quantizing a draft saves memory, not compute
-        time. So a quantized draft cannot win once everything fits. A copy that was asked for gives way to other drafts
-        only if no layer is streamed: then nothing is copied, and each draft pass costs as much as the target's.
+        Drafts are skipped that would lose even with every layer resident. A copy that was asked for gives way to other
+        drafts only if no layer is streamed: then nothing is copied, and each draft pass costs as much as the target's.
         """
         best: Candidate | None = None
         best_preference: tuple[float, ...] = (0.0,)

@@ -25,6 +25,9 @@ _GRAPH_LAYER_S = 75e-6
 # operations of attention. Measured with tests/benchmarks/predicted.py.
 _MATMUL_OVERHEAD = 1.12
 _COPY_ROWS = 32  # with more rows, copies of 4-bit codes are not used
+# A GPU's kernels that scale codes while they multiply: most rows, the rows that they compute at a time, and the time of
+# their arithmetic relative to that of large matmuls. The last is not measured.
+_FUSED_ROWS, _FUSED_TILE, _FUSED_ARITHMETIC = 64, 16, 2.0
 
 
 @lru_cache(maxsize=512)
@@ -61,7 +64,7 @@ class ComputeTimes:
     def scoring_s(self, rows: int) -> float:
         """Return the seconds to score every row, and to turn the scores into children of nodes."""
         scoring = _SCORE_SWEEPS * rows * self._spec.vocab_size * 4 / self._rates.memory.per_s
-        return self._head_weights * self._stored.weight_s(rows) + scoring
+        return self._head_weights * self._head_weight_s(rows) + scoring
 
     def head_s(self, tokens: float) -> float:
         """Return the seconds to score, in blocks, the nodes that a walk visits."""
@@ -70,10 +73,14 @@ class ComputeTimes:
         )
         blocks = max(tokens / visits, 1.0)
         sweeps = _SCORE_SWEEPS * tokens * self._spec.vocab_size * 4 / self._rates.memory.per_s
+        return self._rates.layer_s * blocks + blocks * self._head_weights * self._head_weight_s(rows) + sweeps
+
+    def _head_weight_s(self, rows: int) -> float:
+        """Return the seconds per weight of the head; one in int8 is dequantized on a GPU, if that is not fused."""
         weight_s = self._stored.weight_s(rows)
-        if not self._on_cpu and own_quant(self._spec.quant) != "none":  # a head in int8, dequantized for each block
-            weight_s += self._rates.dequantize_s["int8"]
-        return self._rates.layer_s * blocks + blocks * self._head_weights * weight_s + sweeps
+        if self._on_cpu or own_quant(self._spec.quant) == "none":
+            return weight_s
+        return min(weight_s + self._rates.dequantize_s["int8"], self._fused_s("int8", rows))
 
     def layer_s(self, rows: int, *, resident: bool, expanded: bool = False) -> float:
         """Return the mean seconds of one layer whose weights are on the device.
@@ -94,8 +101,17 @@ class ComputeTimes:
             if expanded and self._has_copies and rows_each <= _COPY_ROWS:
                 fixed_s, row_s = self._rates.copy_s
                 plain_s = min(plain_s, (shared + used * self._expert_weights) * (fixed_s + row_s * rows_each))
+            if not self._expert_weights:
+                fused_s = self._shared_weights * self._fused_s(self._spec.quant, rows)
+                plain_s = min(plain_s, self._attention_weights * weight_s(rows) + fused_s)
             self._layer_s[rows, resident, expanded] = self._rates.layer_s + plain_s
         return self._layer_s[rows, resident, expanded]
+
+    def _fused_s(self, quant: str, rows: int) -> float:
+        """Return the seconds per weight of a product with codes; infinite without a kernel for it."""
+        stored_s = self._rates.fused_s.get(quant, math.inf)
+        tiled = -(-rows // _FUSED_TILE) * _FUSED_TILE
+        return max(stored_s, _FUSED_ARITHMETIC * self._stored.arithmetic_s(tiled)) if rows <= _FUSED_ROWS else math.inf
 
     def experts_s(self, rows: int) -> float:
         """Return the mean seconds of the experts of one layer, a part of `layer_s`."""
@@ -191,6 +207,10 @@ class _MatmulTimes:
         if rows not in self._weight_s:  # a search needs the same value a hundred times
             self._weight_s[rows] = self._interpolated(rows) * self._dtype_factor(rows)
         return self._weight_s[rows]
+
+    def arithmetic_s(self, rows: int) -> float:
+        """Return the seconds per weight of the arithmetic alone, at the rate of the largest matmul."""
+        return 2 * rows / self._rates[-1].flop_per_s
 
     def _interpolated(self, rows: float) -> float:
         rates = self._rates

@@ -122,7 +122,7 @@ class CostModel:
         self._acceptance = acceptance
         self._seats = seats
         self._timed: dict[tuple[int, _Drafting, _LayerKinds], StepCosts] = {}
-        self._speeds: dict[TierSizes, dict[int, float]] = {}
+        self._speeds: dict[tuple[TierSizes, int], dict[int, float]] = {}
 
     def predict(self, placement: TierSizes, tree_budget: int, *, adaptive: bool) -> Prediction:
         """Predict a step with this placement.
@@ -132,7 +132,7 @@ class CostModel:
             tree_budget: maximum number of nodes of a tree; 0 without a draft.
             adaptive: whether trees may be smaller where that is faster.
         """
-        return self._step(placement, self._best_size(placement, tree_budget, adaptive)[1])
+        return self._step(placement, self._best_size(placement, tree_budget, adaptive)[1], tree_budget)
 
     def expectation(self, placement: TierSizes, tree_budget: int) -> Expectation | None:
         """Return the predictions that adaptive trees start from; None for plain decoding.
@@ -141,8 +141,9 @@ class CostModel:
         """
         if not self._drafts or tree_budget == 0:
             return None
-        steps = [self._step(placement, nodes) for nodes in (0, *_sizes_up_to(max(tree_budget, _MOST_PREDICTED)))]
-        best, drafting = self.predict(placement, tree_budget, adaptive=True), self._drafting(placement)
+        sizes = (0, *_sizes_up_to(max(tree_budget, _MOST_PREDICTED)))
+        steps = [self._step(placement, nodes, tree_budget) for nodes in sizes]
+        best, drafting = self.predict(placement, tree_budget, adaptive=True), self._drafting(placement, tree_budget)
         width = draft_width(tree_budget, self._seats)
         return Expectation(
             pass_s=tuple((self._seats + step.tree_nodes, step.pass_s - step.draft_s) for step in steps),
@@ -159,7 +160,8 @@ class CostModel:
 
     def most_tok_per_s(self, tree_budget: int, *, adaptive: bool) -> float:
         """Return an upper bound of `tok_per_s` over all placements: the speed with every layer resident."""
-        sizes, drafting = self._sizes(tree_budget, adaptive), _Drafting(reads=False, num_copied=0)
+        drafting = _Drafting(reads=False, num_copied=0, width=self._fixed_width(tree_budget))
+        sizes = self._sizes(tree_budget, adaptive)
         fastest = _LayerKinds(num_streamed=0, num_expanded=self._num_layers if self._on_cpu else 0)
         costs = (self._step_costs(nodes, drafting, fastest) for nodes in sizes)
         return max(each.most_tok_per_s(self._num_layers) for each in costs)
@@ -175,21 +177,21 @@ class CostModel:
 
         Speeds are cached by placement, because larger tree budgets often lead to the same placement.
         """
-        speeds = self._speeds.setdefault(placement, {})
+        speeds = self._speeds.setdefault((placement, self._fixed_width(tree_budget)), {})
         queue: LinkQueue | None = None
         best_per_s, best = 0.0, 0
         for nodes in self._sizes(tree_budget, adaptive):
             per_s = speeds.get(nodes)
             if per_s is None:
                 queue = queue or self._queue(placement)
-                costs = self._costs(placement, nodes)
+                costs = self._costs(placement, nodes, tree_budget)
                 per_s = speeds[nodes] = costs.tokens / self._pass_s(placement, queue, costs)
             if per_s > best_per_s:
                 best_per_s, best = per_s, nodes
         return best_per_s, best
 
-    def _step(self, placement: TierSizes, nodes: int) -> Prediction:
-        costs, queue = self._costs(placement, nodes), self._queue(placement)
+    def _step(self, placement: TierSizes, nodes: int, tree_budget: int) -> Prediction:
+        costs, queue = self._costs(placement, nodes, tree_budget), self._queue(placement)
         pass_s = self._pass_s(placement, queue, costs)
         compute_s = placement.num_layers * costs.layer_s
         linked_s = self._linked_s(queue, costs) if placement.experts is None else self._missing_s(placement, costs)
@@ -257,16 +259,21 @@ class CostModel:
     def _stall(self, slots: int) -> float:
         return _STALLS.get(slots, _STALL_OF_MANY) if self._on_cpu else 0.0
 
-    def _drafting(self, placement: TierSizes) -> "_Drafting":
+    def _drafting(self, placement: TierSizes, tree_budget: int) -> "_Drafting":
         """Return whether disk readers occupy the cores that the draft runs on, and what a copy computes with."""
         experts = placement.experts
         reads_experts = experts is not None and experts.reads_disk
         reads = self._on_cpu and (placement.num_on_disk > 0 or reads_experts)
-        return _Drafting(reads, placement.num_streamed if self._drafts_by_copy else 0)
+        num_copied = placement.num_streamed if self._drafts_by_copy else 0
+        return _Drafting(reads, num_copied, self._fixed_width(tree_budget))
 
-    def _costs(self, placement: TierSizes, nodes: int) -> "StepCosts":
+    def _fixed_width(self, tree_budget: int) -> int:
+        """Return the rows of each draft pass where trees grow on the device, in passes of a fixed size; else 0."""
+        return min(draft_width(tree_budget), tree_budget) if self._grows_on_device else 0
+
+    def _costs(self, placement: TierSizes, nodes: int, tree_budget: int) -> "StepCosts":
         kinds = _LayerKinds(placement.num_streamed, placement.num_expanded)
-        return self._step_costs(nodes, self._drafting(placement), kinds)
+        return self._step_costs(nodes, self._drafting(placement, tree_budget), kinds)
 
     def _step_costs(self, nodes: int, drafting: "_Drafting", kinds: "_LayerKinds") -> "StepCosts":
         """Return the costs that depend only on the tree size, the conditions of drafting, and the layers' kinds."""
@@ -323,7 +330,7 @@ class CostModel:
             block_s = self._draft_pass_s(self._draft, self._seats * MOST_BLOCK_ROWS, drafting)
             return block_s + draft_batches(nodes) * self._beside_s(drafting)
         num_batches = self._num_batches(nodes, tokens)
-        rows = max(round(_READ_PER_NODE * nodes / num_batches), 1)
+        rows = drafting.width or max(round(_READ_PER_NODE * nodes / num_batches), 1)
         new = self._seats if self._drafts_by_copy else math.ceil(tokens)
         return self._draft_pass_s(self._draft, new, drafting) + num_batches * self._batch_s(rows, drafting)
 
@@ -365,10 +372,12 @@ class _Drafting:
     Attributes:
         reads: whether disk readers occupy the cores that the draft runs on.
         num_copied: number of layers that the target's own copy has in low precision; 0 for other drafts.
+        width: rows of each pass over nodes if they are fixed, else 0.
     """
 
     reads: bool
     num_copied: int
+    width: int = 0
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ class DevicesCost(CostModel):
 
     def dealt_s(self, placement: TierSizes, nodes: int) -> float:
         """Return the seconds of a step with these shares and a tree of some nodes."""
-        return self._pass_s(placement, self._queue(placement), self._costs(placement, nodes))
+        return self._pass_s(placement, self._queue(placement), self._costs(placement, nodes, nodes))
 
     def _pass_s(self, placement: TierSizes, queue: LinkQueue, costs: StepCosts) -> float:
         del queue  # each device has its own
@@ -140,8 +140,8 @@ class DevicesCost(CostModel):
         share = Share(stretch.num_layers - stretch.num_streamed, stretch.num_streamed)
         return self.compute_s(stretch.device, share, rows)
 
-    def _step(self, placement: TierSizes, nodes: int) -> Prediction:
-        costs = self._costs(placement, nodes)
+    def _step(self, placement: TierSizes, nodes: int, tree_budget: int) -> Prediction:
+        costs = self._costs(placement, nodes, tree_budget)
         busy_s, linked_s, computed_s = self._sides(placement, costs)
         pass_s = costs.outside_s + max(computed_s, linked_s)
         return Prediction(

@@ -27,7 +27,7 @@ from specchat.planner.memory import (
     retrieval_items,
     target_passes,
 )
-from specchat.planner.placement import SLOTS, Share, TierSizes, keep_in_ram, usable_ram
+from specchat.planner.placement import SLOTS, Share, TierSizes, keep_in_ram, pinnable_ram
 from specchat.planner.request import DeviceInputs, PlanInputs, PlanRequest
 from specchat.planner.states import restore_items, state_items, state_memory
 from specchat.planner.workload import CUDA_RESERVE_BYTES, default_budget, layer_host_bytes
@@ -382,7 +382,7 @@ class DeviceCandidates:
         for number, machine in enumerate(self._machines):
             own = {index: size for index, size in streamed.items() if dealt.owner[index] == number}
             if own and machine.device != "cpu":
-                found += keep_in_ram(own, host_bytes if number == 0 else usable_ram(machine.ram_available_bytes))
+                found += keep_in_ram(own, host_bytes if number == 0 else pinnable_ram(machine))
         return tuple(sorted(found))
 
     def _model(self, draft: ModelSpec | None) -> DevicesCost:

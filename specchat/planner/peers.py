@@ -15,7 +15,8 @@ def inputs_of(values: Mapping[str, Any], peer: Peer) -> DeviceInputs:
         values: machine, rates and budget, as JSON keeps them.
         peer: way to the machine.
     """
-    return DeviceInputs(Machine(**values["machine"]), _rates(values["rates"]), values["vram_bytes"], peer)
+    machine = Machine(**{**values["machine"], "fused": tuple(values["machine"]["fused"])})
+    return DeviceInputs(machine, _rates(values["rates"]), values["vram_bytes"], peer)
 
 
 def _rates(values: Mapping[str, Any]) -> Rates:

@@ -7,6 +7,7 @@ from functools import cache, lru_cache
 from itertools import accumulate
 from operator import neg
 
+from specchat.hardware.machine import Machine
 from specchat.models.sizes.geometry import layer_sizes
 from specchat.planner.experts import ExpertTier
 from specchat.records.microbatches import Stretch
@@ -17,6 +18,8 @@ NUM_SLOTS = 2
 # A third slot takes the place of a resident layer. With it, reads continue while one layer is computed and the next one
 # waits. So if reading and computing take about equal times, a pass takes only the time of its reads.
 SLOTS = (NUM_SLOTS, 3)
+# Host memory that is never pinned for a GPU.
+_UNPINNED_BYTES = 8 * GIB
 _LARGEST_RESERVE, _LEAST_CONFINED_RESERVE = 4 * GIB, 96 * MIB
 _LEAST_EXPANDED = 0.5  # share of the layers
 
@@ -218,6 +221,19 @@ def _split_bytes(sizes: Sequence[int], copies: Sequence[int], num_resident: int,
     streamed = [i for i in range(len(sizes)) if i not in resident]
     held = sum(size for i, size in enumerate(sizes) if i in resident) + sum(copies[i] for i in streamed)
     return held + slots * max((sizes[i] for i in streamed), default=0)
+
+
+def pinnable_ram(machine: Machine) -> int:
+    """Return the host memory that a plan may use on a machine.
+
+    What a GPU's layers take is pinned, so the system cannot swap it out or drop it, and a desktop without the rest
+    stalls. 8 GiB stay for that, or a quarter of the memory on machines with less than 32 GiB.
+    """
+    usable = usable_ram(machine.ram_available_bytes, is_confined=machine.is_confined)
+    total = machine.total_bytes - machine.device_total_bytes
+    if machine.device == "cpu" or machine.is_confined or total <= 0:
+        return usable
+    return min(usable, total - min(_UNPINNED_BYTES, total // 4))
 
 
 def usable_ram(available_bytes: int, *, is_confined: bool = False) -> int:

@@ -54,7 +54,8 @@ def choose_quant(request: PlanRequest, inputs: PlanInputs) -> Precision:
 
 def _full_or_int8(request: PlanRequest, inputs: PlanInputs, full: ModelSpec) -> Precision:
     """Return the original weights if they fit the device or int8 would be less than 1.3 times as fast, else int8."""
-    idle = replace(inputs, machine=_idle(inputs.machine), rates=inputs.typical, statistics=Statistics())
+    typical = replace(inputs.typical, fused_s={})  # which kernels there are depends on installed packages
+    idle = replace(inputs, machine=_idle(inputs.machine), rates=typical, statistics=Statistics())
     request = replace(request, copy=None)  # a copy depends on the free space of the disk
     plain = Candidates(request, idle, full).best
     if plain is not None and not plain.streams:

@@ -5,7 +5,7 @@ For an unknown kind of machine they are guesses on the slow side. Every rate nam
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Literal
 
@@ -62,6 +62,9 @@ _CPU_LAYER_S = 650e-6
 _DEQUANTIZE_CORE_S = {"int8": 3.1e-10, "int4": 1.2e-10, "int3": 5.8e-10}
 # Bytes of a stored weight, by precision.
 _STORED_BYTES = {"int8": 1.0, "int4": 0.5, "int3": 0.41}
+# Share of the memory rate that a GPU's kernels reach that scale codes while they multiply. Not measured: those of large
+# matmuls reach `_MEMORY_SHARE` of the data sheet's rate.
+_FUSED_SHARE = 0.75
 # Core seconds for a weight, and for a weight and a row, of bitsandbytes' kernel for few rows with 4-bit codes; measured
 # on one core (Zen 4, a 7168 x 2048 matrix: 0.52 ms at 1 row, 0.92 at 4, 3.3 at 16).
 _COPY_CORE_S = (2.4e-11, 1.3e-11)
@@ -98,6 +101,8 @@ class Rates:
         reading_s: typical seconds that a CPU loses to each byte of the disk that it reads beside computing.
         has_row_kernel: whether the CPU has this kernel.
         packed: matmul rates with matrices that a CPU's resident layers keep packed; empty where they are as stored.
+        fused_s: seconds per weight, by stored precision, in which a GPU multiplies few rows with codes; empty where it
+            dequantizes.
     """
 
     disk: Rate
@@ -114,6 +119,7 @@ class Rates:
     reading_s: float = _READING_CORE_S
     has_row_kernel: bool = False
     packed: tuple[MatmulRate, ...] = ()
+    fused_s: dict[str, float] = field(default_factory=dict)
 
     def __hash__(self) -> int:  # key of caches during a search
         return hash((self.disk.per_s, self.memory.per_s, self.host.per_s, self.layer_s))
@@ -162,7 +168,16 @@ def _with_measured(typical: Rates, measured: Measured) -> Rates:
         reading_s=typical.reading_s,
         has_row_kernel=typical.has_row_kernel,
         packed=_by_rows(measured.packed),
+        fused_s=_measured_fused_s(typical, matmul, dtype) if is_measured else typical.fused_s,
     )
+
+
+def _measured_fused_s(typical: Rates, matmul: tuple[MatmulRate, ...], dtype: Dtype) -> dict[str, float]:
+    """Return `Rates.fused_s` by the rate at which the device read a plain matrix for a single row."""
+    if matmul[0].rows > 1:
+        return typical.fused_s
+    per_s = matmul[0].flop_per_s / 2 * DTYPE_BYTES[dtype]
+    return {quant: seconds * typical.memory.per_s / per_s for quant, seconds in typical.fused_s.items()}
 
 
 def at_once(rates: Sequence[Rates], measured: Sequence[float | None]) -> list[Rates]:
@@ -253,6 +268,7 @@ def _gpu(hardware: Hardware, machine: Machine) -> Rates:
         compute_basis=basis,
         # Dequantizing reads stored weights and writes them at full width; the matmul reads them as unquantized ones.
         dequantize_s={quant: (stored + DTYPE_BYTES[dtype]) / memory for quant, stored in _STORED_BYTES.items()},
+        fused_s={quant: _STORED_BYTES[quant] / (_FUSED_SHARE * memory) for quant in machine.fused},
     )
 
 

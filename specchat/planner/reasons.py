@@ -162,7 +162,8 @@ def _draft_quant_choice(
         return []
     if draft.is_copy and not best.num_streamed:
         return [Choice("draft-quant", draft.quant, "not used: no layer is streamed, so none is copied")]
-    why = "same text, more layers resident" if draft.quant in LOWER_QUANTS else "not faster if quantized"
+    saves = "more layers resident" if best.num_streamed else "fewer bytes to read"
+    why = f"same text, {saves}" if draft.quant in LOWER_QUANTS else "not faster if quantized"
     other = best_other(
         lambda c: c.draft is not None and c.draft.name == draft.name and c.draft.quant != draft.quant,
         lambda c: c.draft.quant if c.draft else "",

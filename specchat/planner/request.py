@@ -8,6 +8,7 @@ from specchat.planner.acceptance import (
     BLOCK_ACCEPTANCE,
     COPY_GAIN,
     HEAD_ACCEPTANCE,
+    INT4_GAIN,
     RETRIEVAL_ACCEPTANCE,
     TYPICAL_ACCEPTANCE,
     Acceptance,
@@ -140,4 +141,7 @@ class PlanInputs:
         of_copy = replace(self.prior, gain=COPY_GAIN * self.prior.gain)
         of_head = BLOCK_ACCEPTANCE if draft.is_block else HEAD_ACCEPTANCE
         prior = of_copy if draft.is_copy else of_head if draft.is_head else self.prior
-        return self.statistics.acceptance(target.name, draft.name, prior, samples=samples)
+        found = self.statistics.acceptance(target.name, draft.name, prior, samples=samples)
+        # On a CPU, a draft is quantized for its memory: 4 bits may leave room for twice the context.
+        is_coarse = draft.quant == "int4" and not draft.is_copy and self.machine.device != "cpu"
+        return replace(found, gain=INT4_GAIN * found.gain) if is_coarse else found

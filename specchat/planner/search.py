@@ -1,5 +1,6 @@
 """Choose the plan with the highest predicted speed among all plans that fit."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
@@ -12,7 +13,7 @@ from specchat.planner.explain import ExplainedPlan
 from specchat.planner.precision import choose_quant
 from specchat.planner.reasons import Found, explain_choices
 from specchat.planner.request import PlanInputs, PlanRequest
-from specchat.planner.stages import first_sizes, with_stages
+from specchat.planner.stages import first_sizes, with_first_stage, with_stages
 from specchat.records.model import QUANTS, ModelSpec, Quant
 from specchat.records.plan import DeviceChoice, Plan
 from specchat.units import format_bytes
@@ -38,8 +39,9 @@ def choose_plan(request: PlanRequest, inputs: PlanInputs) -> ExplainedPlan:
 
 
 def choose_quickly(request: PlanRequest, inputs: PlanInputs) -> tuple[Plan, Prediction]:
-    """Return the plan of `choose_plan` without reasons; fast enough to rank every known model."""
-    return _planned(request, inputs, _best(request, inputs, choose_quant(request, inputs).spec)[1])
+    """Return the plan of `choose_plan` without reasons and later stages; fast enough to rank every known model."""
+    best = _best(request, inputs, choose_quant(request, inputs).spec)[1]
+    return _while_short(request, inputs, best, with_first_stage)
 
 
 def _with_stages(request: PlanRequest, inputs: PlanInputs) -> Plan:
@@ -74,10 +76,15 @@ def _planned(request: PlanRequest, inputs: PlanInputs, best: Candidate) -> tuple
     return plan, inputs.statistics.corrected(plan, best.prediction, samples=request.samples)
 
 
-def _while_short(request: PlanRequest, inputs: PlanInputs, best: Candidate) -> tuple[Plan, Prediction]:
+def _while_short(
+    request: PlanRequest,
+    inputs: PlanInputs,
+    best: Candidate,
+    add_stages: Callable[[Plan, ModelSpec, ModelSpec | None], Plan] = with_stages,
+) -> tuple[Plan, Prediction]:
     """Return the plan with its stages, and the prediction for the first one: most chats are short."""
     plan, prediction = _planned(request, inputs, best)
-    plan = with_stages(plan, best.target, best.draft)
+    plan = add_stages(plan, best.target, best.draft)
     if not plan.stages:
         return plan, prediction
     sizes, tree_budget = first_sizes(plan, best.sizes, best.target), plan.work.tree_budget

@@ -34,13 +34,26 @@ def with_stages(plan: Plan, target: ModelSpec, draft: ModelSpec | None) -> Plan:
         target: sizes of the target.
         draft: sizes of the draft, or None.
     """
-    fixed = plan.devices or plan.placement.expanded or (draft is not None and draft.is_copy)
-    if not plan.placement.streamed or plan.work.seats > 1 or fixed:
+    if not _has_stages(plan, draft):
         return plan
     # The first layer stays streamed if the others lie as evenly then: the slots are full when a pass begins.
     options = [_stages(plan, target, draft, delay) for delay in (1, 0)]
     longest = [max((_longest_row(stage.resident) for stage in stages), default=0) for stages in options]
     return replace(plan, stages=options[longest.index(min(longest))])
+
+
+def with_first_stage(plan: Plan, target: ModelSpec, draft: ModelSpec | None) -> Plan:
+    """Return the plan with the first stage of `with_stages` alone, which has as many resident layers."""
+    if not _has_stages(plan, draft):
+        return plan
+    work = replace(plan.work, ctx=min(_FIRST_CTX, plan.work.ctx))
+    resident = _resident(plan, target, draft, work, plan.placement.resident, 1)
+    return plan if resident == plan.placement.resident else replace(plan, stages=(Stage(work.ctx, resident),))
+
+
+def _has_stages(plan: Plan, draft: ModelSpec | None) -> bool:
+    fixed = plan.devices or plan.placement.expanded or (draft is not None and draft.is_copy)
+    return bool(plan.placement.streamed) and plan.work.seats == 1 and not fixed
 
 
 def _stages(plan: Plan, target: ModelSpec, draft: ModelSpec | None, delay: int) -> tuple[Stage, ...]:

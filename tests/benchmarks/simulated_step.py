@@ -21,7 +21,9 @@ Assumptions, with their sources:
 - RTX 4090: 1,008 GB/s, 165 Tflop/s with float32 sums (NVIDIA, Ada whitepaper). RTX 3060: 360 GB/s, 25.5 Tflop/s
   (NVIDIA, GA102 whitepaper, by number of units). Kernels reach 80% and 70%.
 - The link brings 25 GB/s with 16 lanes of PCIe 4, 12.5 GB/s with 8 (of 31.5 and 15.8 GB/s; pinned copies reach 80%).
-- Quantized matrices are read, written in 16 bits, and read again by the product.
+- Quantized matrices are read, written in 16 bits, and read again by the product. With few rows, ours of int8 and
+  bitsandbytes' of 4 bits are read once by a fused product, which reaches 3/4 of the memory rate and half of the
+  arithmetic of large products. It reads a matrix once for all tiles of 16 rows.
 - A small copy takes 10 us, and a wait 15 us of the host. Both variants are shown of what nobody has measured: a small
   copy may have to wait for copies of layers that were queued before (NVIDIA/cudf issue 15620, pytorch/torchrec 4303).
 - Between the passes, the host takes 2 ms for Python's part of a step: lists of the tree, its ancestors, records.
@@ -36,7 +38,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.gpu_counts import DemoCounts, PassCounts, StepCounts, count_demo, count_pass, count_step, num_pieces
+from support.gpu_counts import (
+    DRAFT_ROWS,
+    DemoCounts,
+    PassCounts,
+    StepCounts,
+    count_demo,
+    count_pass,
+    count_step,
+    num_pieces,
+)
 from support.loading import asking
 from support.machines import MachineFile, read_machine
 
@@ -49,10 +60,13 @@ from specchat.planner.rates import rates_of
 from specchat.planner.recommendations import ANYTHING
 from specchat.planner.request import PlanInputs
 from specchat.planner.search import choose_plan
-from specchat.records.model import ModelSource, ModelSpec
+from specchat.records.model import AUTO_QUANTS, ModelSource, ModelSpec
 from specchat.records.plan import Plan
 
-HALF, NF4 = 2.0, 0.5  # bytes of a weight
+HALF = 2.0  # bytes of a weight
+STORED = {"int8": 1.0, "int4": 0.5}
+FUSED_ROWS, FUSED_TILE = 64, 16
+FUSED_MEMORY, FUSED_FLOPS = 0.75, 0.5  # shares of what large products reach
 SCORE_SWEEPS = 10  # reads and writes of a row of scores until its best tokens are known
 NUM_STEPS = 6  # after as many that fill the slots
 
@@ -309,7 +323,7 @@ def planned(setting: Setting) -> Planned:
     file, config = setting.machine, known_models()[setting.model].config
     assert config
     draft_id = {"llama": "meta-llama/Llama-3.2-1B-Instruct", "qwen3": "Qwen/Qwen3-0.6B"}[setting.architecture]
-    draft = known_spec(draft_id)
+    drafts = {quant: known_spec(draft_id, quant) for quant in ("none", *AUTO_QUANTS)}
     measured = replace(file.measured, links=replace(file.measured.links, h2d_pinned_bytes_per_s=setting.card.link))
     rates, typical = (rates_of(file.hardware, file.machine, each) for each in (measured, None))
     request = replace(
@@ -322,11 +336,12 @@ def planned(setting: Setting) -> Planned:
         rates=rates,
         typical=typical,
         target=lambda quant: known_spec(setting.model, quant),
-        draft=draft,
+        draft=drafts["none"],
+        lower_drafts=tuple(drafts[quant] for quant in AUTO_QUANTS),
     )
     found = choose_plan(request, inputs)
     assert found.plan.draft == draft_id
-    return Planned(found.plan, known_spec(setting.model, "int4"), draft, found.prediction)
+    return Planned(found.plan, known_spec(setting.model, "int4"), drafts[found.plan.draft_quant], found.prediction)
 
 
 def case_of(
@@ -336,13 +351,14 @@ def case_of(
     plan, spec, small = found.plan, found.target, found.draft
     resident, rows = set(plan.first_stage.resident), 1 + found.prediction.tree_nodes
     numbers = spec.num_layer_params / spec.num_layers
-    layer_s = max(2 * numbers * rows / card.flops, HALF * numbers / card.memory)
-    layer_s += (NF4 + HALF) * numbers / card.memory
+    layer_s = product_s(numbers, rows, card, "int4")
     scored = plan.work.head_rows * spec.vocab_size
-    head, int8 = spec.vocab_size * spec.hidden_size, 1.0
-    head_s = ((int8 + 2 * HALF) * head + 4 * SCORE_SWEEPS * scored) / card.memory
-    width = max(8, plan.work.tree_budget // 8)
-    draft_s, grow_s = HALF * small.num_params / card.memory, 4 * SCORE_SWEEPS * width * small.vocab_size / card.memory
+    head_s = product_s(spec.vocab_size * spec.hidden_size, plan.work.head_rows, card, "int8")
+    head_s += 4 * SCORE_SWEEPS * scored / card.memory
+    width, head = max(8, plan.work.tree_budget // 8), small.vocab_size * small.hidden_size
+    head_quant = "none" if small.quant == "none" else "int8"
+    draft_s = product_s(small.num_layer_params, width, card, small.quant) + product_s(head, width, card, head_quant)
+    grow_s = 4 * SCORE_SWEEPS * width * small.vocab_size / card.memory
     pieces = sum(num_pieces(*shape) - 1 for shape in _matrices(spec))
     sizes = layer_sizes(spec, plan.work.dtype)
     return Case(
@@ -359,6 +375,18 @@ def case_of(
         blocks=found.prediction.tokens_per_step / demo.visits,
         counts=counts,
     )
+
+
+def product_s(numbers: float, rows: int, card: Card, quant: str) -> float:
+    """Seconds of a GPU's products of rows with matrices of so many weights."""
+    plain_s = max(2 * numbers * rows / card.flops, HALF * numbers / card.memory)
+    if quant == "none":
+        return plain_s
+    expanded_s = plain_s + (STORED[quant] + HALF) * numbers / card.memory
+    tiled = -(-rows // FUSED_TILE) * FUSED_TILE
+    stored_s = STORED[quant] * numbers / (FUSED_MEMORY * card.memory)
+    fused_s = max(stored_s, 2 * tiled * numbers / (FUSED_FLOPS * card.flops))
+    return min(expanded_s, fused_s) if rows <= FUSED_ROWS else expanded_s
 
 
 def _matrices(spec: ModelSpec) -> list[tuple[int, int]]:
@@ -381,7 +409,7 @@ def simulate_setting(setting: Setting) -> None:
     found = planned(setting)
     with tempfile.TemporaryDirectory() as folder:
         target = count_pass(setting.architecture, "int4", Path(folder))
-        draft = count_pass(setting.architecture, "none", Path(folder))
+        draft = count_pass(setting.architecture, found.draft.quant, Path(folder), DRAFT_ROWS)
         counts = count_step(setting.architecture, "int4", Path(folder))
     demo = count_demo(found.plan)
     case = case_of(found, setting.card, target, draft, counts, demo)
@@ -390,9 +418,8 @@ def simulate_setting(setting: Setting) -> None:
     print(
         f"  planned: {len(stage.resident)} of {len(case.streams)} layers resident up to {stage.ctx:,} tokens,", end=" "
     )
-    print(
-        f"{case.slots} slots, trees of {prediction.tree_nodes} of at most {found.plan.work.tree_budget} nodes,", end=" "
-    )
+    trees = f"trees of {prediction.tree_nodes} of at most {found.plan.work.tree_budget} nodes"
+    print(f"{case.slots} slots, draft in {found.draft.quant}, {trees},", end=" ")
     print(f"{prediction.tokens_per_step:.1f} tokens a step; {case.layer_s * 1e3:.1f} ms of the link a layer")
     print(f"  counted: {target}, draft: {draft}, {counts}, {demo}")
     blocks = f"{case.blocks:.1f} blocks of {_shown(case.block)}"

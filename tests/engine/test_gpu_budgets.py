@@ -65,7 +65,7 @@ class StepCounts:
 
 def counted(pair: Pair, sampling: Sampling = SAMPLED, num_tokens: int = 24, **changes: Any) -> list[StepCounts]:
     """All steps of an answer but the first one, which reads the prompt, and the last one, whose tree may be small."""
-    with PretendedGpu(kernel="triton") as gpu, engine_of(pair, **changes) as engine:
+    with PretendedGpu(kernels=("triton",)) as gpu, engine_of(pair, **changes) as engine:
         found = list[StepCounts]()
         prompt = random_prompt(30, VOCAB)
         for step in engine.generate(prompt, sampling, stop_ids=NOTHING, max_tokens=num_tokens):
@@ -176,8 +176,8 @@ def buffers_on_cpu(load: Callable[..., TreeModel]) -> Callable[..., TreeModel]:
     return left
 
 
-def caches_on_cpu(*args: Any, **kwargs: Any) -> TreeCache:
-    return TreeCache(args[0], args[1], args[2], CPU, *args[4:], **kwargs)
+def caches_on_cpu(init: Callable[..., None]) -> Callable[..., None]:
+    return lambda self, *args, **kwargs: init(self, *args[:3], CPU, *args[4:], **kwargs)
 
 
 def looking(append: Callable[..., Any]) -> Callable[..., Any]:
@@ -203,7 +203,7 @@ FAULTS: dict[str, tuple[Plant, dict[str, Any]]] = {
         plant(loading, "bind", lambda bind: lambda layer, views: (bind(layer, views), _to_cpu(layer))[0]),
         {"resident": (1,), "in_ram": (0, 2, 3)},
     ),
-    "caches are made on the CPU": (plant(loading, "TreeCache", lambda _: caches_on_cpu), {}),
+    "caches are made on the CPU": (plant(TreeCache, "__init__", caches_on_cpu), {}),
     "noise is drawn on the CPU": (plant(Noise, "_draw", on_cpu), {}),
     "scratch memory is taken on the CPU": (plant(Scratch, "of", on_cpu), {"quant": "int8"}),
     "a table of codes stays on the CPU": (plant(nf4, "dynamic_map", on_cpu), {"quant": "int4"}),

@@ -323,3 +323,11 @@ def test_passes_that_measure_kernels_are_not_learned_from(llama: Any, monkeypatc
         monkeypatch.setattr(FixedPolicy, "record_pass", lambda _, steps, *__: recorded.append(len(steps)))
         _, steps = write(engine, random_prompt(20, VOCAB), GREEDY, 12)
     assert 0 < len(recorded) < len(steps)  # the prompt has more rows than a tree, and both were new
+
+
+def test_kernels_are_chosen_before_the_first_answer(llama: Any):
+    case = Case("warm", plain("llama"), options={"quant": "int4", "dtype": "bf16", "tree_budget": 16})
+    with PretendedGpu(kernels=("fused", "triton")), loaded(case, llama, "cuda:0"):
+        chosen = [product.rsplit(" bfloat16 ")[-1] for known in autotuner()._known.values() for product in known]
+    rows = {product.split()[-2] for product in chosen}
+    assert rows == {"1", "32"} | {"8"}  # of plain decoding, of the tree, and of the draft or of the head's blocks

@@ -12,73 +12,15 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from gpu.kernels import draft, experts, few_rows, formats, gguf
+from gpu.timing import DEVICE, Fact, Scale, device_ms, host_us
 from torch.nn import functional as F
 
-from specchat.engine.attention import tree_attention
-from specchat.engine.kv_cache import TreeCache
-from specchat.engine.layout import PassLayout, RowLayout
-from specchat.engine.model import TreeModel
-from specchat.engine.sampling import Noise
-from specchat.engine.streaming.base import NoStreamer
 from specchat.engine.streaming.slots import page_aligned
-from specchat.models.hf.skeleton import build_random
-from specchat.models.quant.formats.affine import Affine
-from specchat.models.quant.formats.int8 import Int8
-from specchat.models.quant.formats.nf4 import Bnb4
-from specchat.models.quant.kernels.chunked import scratch_bytes
-from specchat.records.model import KvShape
 from specchat.units import MIB
-
-DEVICE = torch.device("cuda:0")
-Fact = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How much is measured.
-
-    Attributes:
-        divisor: what sizes are divided by; a rehearsal without a GPU has a large one.
-        calls: number of timed calls.
-    """
-
-    divisor: int = 1
-    calls: int = 20
-
-    def of(self, size: int) -> int:
-        return max(size // self.divisor, 64)
-
-
-def device_ms(call: Callable[[], Any], calls: int, warm_ups: int = 2) -> float:
-    """Milliseconds of a call on the device."""
-    for _ in range(warm_ups):
-        call()
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize(DEVICE)
-    begin.record()
-    for _ in range(calls):
-        call()
-    end.record()
-    end.synchronize()
-    return round(begin.elapsed_time(end) / calls, 4)
-
-
-def host_us(call: Callable[[], Any], calls: int) -> float:
-    """Microseconds that the host takes to queue a call."""
-    call()
-    torch.cuda.synchronize(DEVICE)
-    begin = time.perf_counter()
-    for _ in range(calls):
-        call()
-    spent_s = time.perf_counter() - begin
-    torch.cuda.synchronize(DEVICE)
-    return round(spent_s / calls * 1e6, 2)
 
 
 def machine(_: Scale) -> Fact:
@@ -128,13 +70,18 @@ def small_copies(scale: Scale) -> Fact:
                     number.add_(1)
 
     found: Fact = {}
+    calls = {
+        "to the device": lambda: there.copy_(little),
+        "to the host": there.cpu,
+        "a list": lambda: torch.tensor([5], device=DEVICE),
+    }
+    if (read := _reader(found)) is not None:
+        pinned = little.pin_memory()
+        calls["read by a kernel"] = lambda: read(pinned, there)
+        calls["read by a kernel"]()  # compiles
     kinds = {"idle": None, "one copy": (len(blob), False), "32 MiB and kernels": (32 * MIB, True)}
     for name, trunks in kinds.items():
-        for what, call in (
-            ("to the device", lambda: there.copy_(little)),
-            ("to the host", there.cpu),
-            ("a list", lambda: torch.tensor([5], device=DEVICE)),
-        ):
+        for what, call in calls.items():
             torch.cuda.synchronize(DEVICE)
             if trunks is not None:
                 queue(min(trunks[0], len(blob)), kernels=trunks[1])
@@ -145,6 +92,18 @@ def small_copies(scale: Scale) -> Fact:
     torch.cuda.synchronize(DEVICE)
     torch.cuda.cudart().cudaHostUnregister(blob.data_ptr())
     return found
+
+
+def _reader(found: Fact) -> Callable[[torch.Tensor, torch.Tensor], None] | None:
+    """A kernel that reads pinned memory, if Triton can be used."""
+    try:
+        from gpu.pinned_read import read
+
+        read(torch.zeros(16, dtype=torch.uint8).pin_memory(), torch.zeros(16, dtype=torch.uint8, device=DEVICE))
+    except Exception as error:  # noqa: BLE001  the other copies are worth having
+        found["read by a kernel"] = f"failed: {str(error).strip()[:120]}"
+        return None
+    return read
 
 
 def overheads(scale: Scale) -> Fact:
@@ -201,65 +160,16 @@ def matmuls(scale: Scale) -> Fact:
     return found
 
 
-def formats(scale: Scale) -> Fact:
-    """Milliseconds of a quantized matmul of 28,672 x 8,192, by format, kernel and rows of x."""
-    shape, found = (scale.of(28672), scale.of(8192)), {}
-    for quantized in (Bnb4(), Int8(), Affine(4, 128, torch.float16, zeros=True)):
-        segments = {
-            each.name: torch.ones(each.shape, device=DEVICE, dtype=each.dtype) for each in quantized.segments(*shape)
-        }
-        scratch = torch.empty(scratch_bytes(shape, torch.bfloat16, DEVICE), dtype=torch.uint8, device=DEVICE)
-        for rows in (1, 16, 64, 256):
-            x = torch.randn(1, rows, shape[1], device=DEVICE, dtype=torch.bfloat16)
-            for name, kernel in quantized.kernels(shape, rows, x.dtype, x.device).items():
-                ms = device_ms(partial(kernel, x, segments, shape, scratch, None), 5)
-                found[f"{quantized.name} {name} {rows}"] = ms
-    return found
+FACTS = (machine, link, small_copies, overheads, graph, few_rows, draft, formats, attention, experts, gguf, matmuls)
 
 
-def draft(scale: Scale) -> Fact:
-    """A draft model of 1.2 billion weights: milliseconds of host and device for a pass, and of weighing its scores."""
-    import transformers as hf
+def measure(scale: Scale, file: Path | None = None) -> dict[str, Fact | str]:
+    """Measure all facts; a fact that fails is the text of its error.
 
-    vocab = scale.of(128256)
-    config = hf.LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=scale.of(2048),
-        intermediate_size=scale.of(8192),
-        num_hidden_layers=max(16 // scale.divisor, 2),
-        num_attention_heads=max(32 // scale.divisor, 2),
-        num_key_value_heads=max(8 // scale.divisor, 1),
-        tie_word_embeddings=True,
-        max_position_embeddings=8192,
-    )
-    skeleton, _ = build_random(config, torch.Generator(), tree_attention)
-    skeleton.model.to(DEVICE, torch.bfloat16)
-    size = config.hidden_size // config.num_attention_heads
-    shapes = (KvShape(config.num_key_value_heads, size, size),) * config.num_hidden_layers
-    cache = TreeCache(shapes, 1024, torch.bfloat16, DEVICE)
-    model, found = TreeModel(skeleton, cache, NoStreamer(), (), 512, DEVICE), Fact()
-    model.append([5] * 500)
-    for rows in (1, 8, 32):
-        layout = RowLayout(500, 0, torch.eye(rows, dtype=torch.bool), torch.full((rows,), 501))
-
-        def run(rows: int = rows, layout: RowLayout = layout) -> None:
-            cache.truncate(0, 500)
-            model.logits(model.forward([7] * rows, PassLayout.single(layout)))
-
-        found[f"host ms, {rows} rows"] = round(host_us(run, scale.calls) / 1e3, 3)
-        found[f"device ms, {rows} rows"] = device_ms(run, scale.calls)
-        scores = torch.randn(rows, vocab, device=DEVICE)
-        found[f"weighing ms, {rows} rows"] = device_ms(lambda s=scores: torch.log_softmax(s, -1).topk(16), scale.calls)
-    noise, positions = Noise(1, vocab, DEVICE), iter(range(10**9))
-    found["noise row ms"] = device_ms(lambda: noise.row(next(positions)), scale.calls)
-    return found
-
-
-FACTS = (machine, link, small_copies, overheads, graph, attention, matmuls, formats, draft)
-
-
-def measure(scale: Scale) -> dict[str, Fact | str]:
-    """Measure all facts; a fact that fails is the text of its error."""
+    Args:
+        scale: how much is measured.
+        file: file that is written after every fact, so that a stop loses none.
+    """
     found: dict[str, Fact | str] = {}
     for fact in FACTS:
         begin = time.perf_counter()
@@ -270,8 +180,10 @@ def measure(scale: Scale) -> dict[str, Fact | str]:
             found[fact.__name__] = f"failed: {type(error).__name__}: {str(error).strip()[:200]}"
         seconds = time.perf_counter() - begin
         print(f"{fact.__name__} ({seconds:.1f} s): {json.dumps(found[fact.__name__])}", flush=True)
+        if file is not None:
+            file.write_text(json.dumps(found, indent=1))
     return found
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(json.dumps(measure(Scale()), indent=1))
+    measure(Scale(), Path(sys.argv[1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sysconfig
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from support import fake_nvml
 from support.fake_nvml import GIB, Card, Driver
 from support.machines import CUDA_TORCH, MEASURED, hardware
 
-from specchat.hardware.machine import Gpu, Links, PcieLink, Platform, TorchBuild
+from specchat.compiler import can_build_modules
+from specchat.hardware.machine import Gpu, GpuSurvey, Links, PcieLink, Platform, TorchBuild
 from specchat.hardware.nvml import read_pcie, survey_gpus
 from specchat.hardware.report import machine_object
 from specchat.hardware.verdicts import judge, why_no_cuda
@@ -154,3 +156,30 @@ def test_a_card_that_fails_during_measurement_is_an_error(monkeypatch):
 def test_memory_that_cannot_be_pinned_is_a_warning(monkeypatch):
     verdict = only(verdicts(monkeypatch, Driver([Card()]), replace(MEASURED, pinning_works=False)), "pinning")
     assert verdict.level == "warn" and "ulimit" in verdict.hint
+
+
+def test_a_missing_compiler_is_named_where_a_gpu_computes():
+    machine = hardware(GpuSurvey())
+    (verdict,) = [each for each in judge(machine, MEASURED, {}, has_compiler=False) if each.topic == "Triton"]
+    assert verdict.level == "warn" and "gcc" in str(verdict.hint)
+    on_cpu = replace(MEASURED, device="cpu")
+    for measured, has_compiler in ((MEASURED, True), (on_cpu, False)):
+        found = judge(machine, measured, {}, has_compiler=has_compiler)
+        assert all(each.topic != "Triton" for each in found)
+
+
+def test_modules_can_be_built_with_a_compiler_and_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(sysconfig, "get_paths", lambda _: {"include": str(tmp_path)})
+    (tmp_path / "gcc").touch(mode=0o755)
+    for headers, path, expected in (
+        (False, tmp_path, False),
+        (True, tmp_path / "empty", False),
+        (True, tmp_path, True),
+    ):
+        monkeypatch.setenv("PATH", str(path))
+        if headers:
+            (tmp_path / "Python.h").touch()
+        can_build_modules.cache_clear()
+        assert can_build_modules() == expected
+    can_build_modules.cache_clear()

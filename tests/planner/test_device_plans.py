@@ -69,7 +69,8 @@ def check(plan: Plan, target: ModelSpec) -> None:
         assert device.streamed_bytes == sum(sizes[index] for index in owned if index not in resident)
         assert bool(items.get("slots")) == (device.streamed > 0)
     caches = sum(item.bytes for each in plan.devices for item in each.ledger if item.item == "KV cache")
-    assert caches == kv_bytes(target, plan.work, plan.work.tree_rows)
+    rounding = 2 * MIB * len(plan.devices)  # of each device's buffers
+    assert abs(caches - kv_bytes(target, plan.work, plan.work.tree_rows)) <= rounding
     assert plan.ledger == plan.devices[0].ledger and plan.vram_bytes == plan.devices[0].vram_bytes
     assert plan.streamed_bytes_per_step == sum(each.streamed_bytes for each in plan.devices)
     assert not plan.stages

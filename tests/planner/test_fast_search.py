@@ -170,7 +170,7 @@ def predicted(
     model = CostModel(
         target, draft, work.dtype, work.device, inputs.rates, inputs.acceptance(target, draft, samples=False)
     )
-    return model.predict(placement, nodes, adaptive=False)
+    return model._step(placement, nodes, work.tree_budget)  # the budget decides how wide draft passes are
 
 
 def best_of(found: Sequence[Configuration]) -> Configuration | None:

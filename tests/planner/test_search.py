@@ -26,7 +26,7 @@ from specchat.models.sizes.describe import describe
 from specchat.models.sizes.geometry import layer_bytes
 from specchat.planner.inputs import find_inputs
 from specchat.planner.memory import RUNTIME_BYTES, build_ledger
-from specchat.planner.placement import NUM_SLOTS, interleaved, usable_ram
+from specchat.planner.placement import NUM_SLOTS, interleaved, pinnable_ram, usable_ram
 from specchat.planner.rates import Rate
 from specchat.planner.request import EXACT_BYTES, PlanInputs, PlanRequest
 from specchat.planner.search import choose_plan, smaller_plan
@@ -344,6 +344,16 @@ def test_host_memory_leaves_room_for_the_rest_of_the_machine():
             None,
         )
         assert len(plan.placement.in_ram) == 3
+
+
+@pytest.mark.parametrize("total, free, pinnable", [(16, 15, 11.25), (16, 16, 12), (64, 63, 56), (64, 40, 36)])
+def test_some_host_memory_is_never_pinned(total: int, free: int, pinnable: float):
+    """8 GiB, or a quarter of a smaller memory; what computes on the CPU, or in a control group, pins nothing."""
+    gpu = Machine("cuda:0", 8 * GIB, free * GIB, True, total_bytes=(total + 8) * GIB, device_total_bytes=8 * GIB)
+    assert pinnable_ram(gpu) == pinnable * GIB
+    confined = replace(gpu, is_confined=True)
+    assert pinnable_ram(confined) == usable_ram(free * GIB, is_confined=True)
+    assert pinnable_ram(replace(gpu, device="cpu")) == usable_ram(free * GIB)
 
 
 def test_a_third_slot_is_used_when_reading_and_computing_take_equal_time():

@@ -20,6 +20,7 @@ from specchat.engine.layout import PassLayout, RowLayout
 from specchat.engine.tree import TokenTree
 from specchat.models.catalog.ref import demo_source
 from specchat.models.checkpoint import layout
+from specchat.models.hf.norms import fuse_norms
 from specchat.models.hf.tokenizer import load_tokenizer
 from specchat.records.chat import Message
 from specchat.records.generation import Sampling
@@ -34,7 +35,10 @@ from support.tiny_models import ARCHITECTURES, BASE, VOCAB, hf, perturbed, rando
 GPU = torch.device("cuda:0")
 SAMPLED = Sampling(temperature=0.7, seed=5)
 NUM_LAYERS = 4
-_ROWS, _PREFIX = 32, 20  # of the pass that is counted; its kernels do not depend on them
+_PREFIX = 20  # of the pass that is counted; its kernels do not depend on it
+# Rows of passes and of head blocks: a target's matrices are dequantized, a draft's are multiplied as they are stored.
+TARGET_ROWS, DRAFT_ROWS, HEAD_ROWS = 80, 32, 32
+KERNELS = ("fused", "triton")  # taken for the fastest
 
 
 @dataclass(frozen=True)
@@ -92,13 +96,13 @@ class DemoCounts:
     visits: float
 
 
-def count_pass(architecture: str, quant: Quant, folder: Path) -> PassCounts:
+def count_pass(architecture: str, quant: Quant, folder: Path, rows: int = TARGET_ROWS) -> PassCounts:
     """Count the kernels of a pass of an architecture."""
-    few = _kernels_of_pass(architecture, quant, folder / "few", num_layers=2)
-    many = _kernels_of_pass(architecture, quant, folder / "many", num_layers=4)
+    few = _kernels_of_pass(architecture, quant, folder / "few", rows, num_layers=2)
+    many = _kernels_of_pass(architecture, quant, folder / "many", rows, num_layers=4)
     layer = (many[0] - few[0]) / 2
     with _small_pieces():
-        cut = _kernels_of_pass(architecture, quant, folder / "cut", num_layers=2)
+        cut = _kernels_of_pass(architecture, quant, folder / "cut", rows, num_layers=2)
     added = cut[2] - few[2]
     return PassCounts(layer, 0.0 if quant == "none" else (cut[0] - few[0]) / added, few[0] - 2 * layer, few[1])
 
@@ -111,7 +115,7 @@ def count_step(architecture: str, quant: Quant, folder: Path) -> StepCounts:
     plan = changed(plan, device="cuda:0", dtype="bf16", quant=quant, in_ram=range(NUM_LAYERS), head_rows=32)
     run, grown = DeviceGrowth.run, list[int]()
     without_graphs = mock.patch.object(PassGraphs, "serves", staticmethod(lambda _: False))
-    with PretendedGpu(kernel="triton") as gpu, without_graphs, load_engine(plan, *pair) as engine:
+    with PretendedGpu(kernels=KERNELS) as gpu, without_graphs, load_engine(plan, *pair) as engine:
         score, blocks = engine.target.logits, list[int]()
         with (
             mock.patch.object(DeviceGrowth, "run", lambda self: (run(self), grown.append(self.passes))[0]),
@@ -129,7 +133,8 @@ def count_step(architecture: str, quant: Quant, folder: Path) -> StepCounts:
         small = [each for each in events if each.kind == kind and (kind != "h2d" or each.stream == "compute")]
         return sum(each.phase == phase for each in small)
 
-    draft, target = count_pass(architecture, "none", folder), count_pass(architecture, quant, folder)
+    draft = count_pass(architecture, "none", folder, DRAFT_ROWS)
+    target = count_pass(architecture, quant, folder)
     return StepCounts(
         growing=total("kernel", "drafting") / passes - draft.of(NUM_LAYERS) - draft.head,
         filling=_kernels_of_filling(pair[1]),
@@ -186,21 +191,25 @@ def _config(architecture: str, num_layers: int) -> object:
     return getattr(hf, name)(**{**BASE, **extra, "num_hidden_layers": num_layers})
 
 
-def _kernels_of_pass(architecture: str, quant: Quant, folder: Path, *, num_layers: int) -> tuple[int, int, int]:
+def _kernels_of_pass(
+    architecture: str, quant: Quant, folder: Path, num_rows: int, *, num_layers: int
+) -> tuple[int, int, int]:
     """Return the kernels of a pass without its head, those of the head, and the pieces of the layers' matrices."""
     source = save(random_model(_config(architecture, num_layers)), folder)
-    seen = torch.eye(_ROWS, dtype=torch.bool)
-    with PretendedGpu() as gpu:
+    seen = torch.eye(num_rows, dtype=torch.bool)
+    with PretendedGpu(kernels=KERNELS) as gpu:
         model = load_model(source, cache_rows=128, dtype=torch.bfloat16, device=GPU, quant=quant)
+        if num_rows == DRAFT_ROWS:
+            fuse_norms(model.skeleton.model)  # as drafts have them
         model.append(random_prompt(_PREFIX, VOCAB))
         for _ in range(2):  # what the first pass allocates and chooses is not counted
             model.cache.truncate(0, _PREFIX)
-            rows = RowLayout(_PREFIX, 0, seen.to(GPU), torch.full((_ROWS,), _PREFIX, device=GPU))
-            ids = torch.arange(_ROWS, device=GPU)
+            rows = RowLayout(_PREFIX, 0, seen.to(GPU), torch.full((num_rows,), _PREFIX, device=GPU))
+            ids = torch.arange(num_rows, device=GPU)
             gpu.events.clear()
             hidden = model.forward(ids, PassLayout.single(rows))
             kernels = gpu.counts()["kernel"]
-            model.logits(hidden)
+            model.logits(hidden[:HEAD_ROWS])
         linears = [each for each in model.skeleton.layers.modules() if hasattr(each, "out_features")]
         pieces = sum(num_pieces(each.out_features, each.in_features) for each in linears)
         scored = gpu.counts()["kernel"] - kernels
@@ -213,8 +222,9 @@ def _kernels_of_filling(source: ModelSource) -> int:
         model = load_model(source, cache_rows=128, dtype=torch.bfloat16, device=GPU)
         graphs = PassGraphs(model)
         model.append(random_prompt(_PREFIX, VOCAB))
-        rows = RowLayout(_PREFIX, 0, torch.eye(_ROWS, dtype=torch.bool).to(GPU), torch.full((_ROWS,), 0, device=GPU))
-        ids = torch.arange(_ROWS, device=GPU)
+        seen = torch.eye(DRAFT_ROWS, dtype=torch.bool).to(GPU)
+        rows = RowLayout(_PREFIX, 0, seen, torch.full((DRAFT_ROWS,), 0, device=GPU))
+        ids = torch.arange(DRAFT_ROWS, device=GPU)
         for _ in range(3):  # the first is computed, the second is recorded
             model.cache.truncate(0, _PREFIX)
             gpu.events.clear()

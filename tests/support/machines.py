@@ -85,6 +85,7 @@ def read_machine(name: str) -> MachineFile:
         total_bytes=total + (0 if gpu is None else gpu.vram_total_bytes),
         device_total_bytes=total if gpu is None else gpu.vram_total_bytes,
         has_row_kernel=gpu is None and "avx512_bf16" in found.cpu.isa,
+        fused=() if gpu is None else ("int4",) if gpu.compute_capability in _SLOW_BF16 else ("int8", "int4"),
     )
     rates = {f"{key}_bytes_per_s": value and value * 1e9 for key, value in file["gb_per_s"].items()}
     measured = replace(

@@ -117,7 +117,7 @@ class PretendedGpu:
     Args:
         capability: compute capability.
         num_devices: number of GPUs.
-        kernel: name of the quantized kernel that is fastest, where a format offers it; else the first is.
+        kernels: names of quantized kernels, the fastest first; where a format offers none of them, its first is.
 
     Attributes:
         events: everything that happened so far; tests may clear it.
@@ -126,13 +126,13 @@ class PretendedGpu:
         recording: graph that is being recorded; None at other times.
     """
 
-    def __init__(self, capability: tuple[int, int] = (8, 9), num_devices: int = 1, kernel: str = "") -> None:
+    def __init__(self, capability: tuple[int, int] = (8, 9), num_devices: int = 1, kernels: Sequence[str] = ()) -> None:
         self.events: list[Event] = []
         self.phase = "rest"
         self.is_silent = False
         self.recording: PretendedGraph | None = None
         self.runtime = PretendedRuntime(self.note, capability, num_devices)
-        self._kernel = kernel
+        self._kernels = kernels
         self._stack = ExitStack()
 
     def __enter__(self) -> PretendedGpu:
@@ -151,10 +151,15 @@ class PretendedGpu:
         enter(mock.patch.object(triton, "_kernels", SimpleNamespace))
         enter(mock.patch.object(triton, "_block_kernels", lambda: None))
         enter(mock.patch.object(triton, "dequantize_by_triton", self._dequantize))
+        enter(mock.patch.object(triton, "multiply_by_triton", self._multiply))
         experts = SimpleNamespace(multiply=self._multiply_experts)
         enter(mock.patch.object(grouped, "_kernels", lambda: experts))
         enter(mock.patch.object(grouped, "_values", cache(grouped._values.__wrapped__)))  # of this device only
         enter(mock.patch.object(autotune, "_measured", self._chosen))
+        # Choices of this block alone, neither read from files nor written to any.
+        enter(mock.patch.object(autotune.autotuner(), "_known", {}))
+        enter(mock.patch.object(autotune.Autotuner, "_known_on", lambda own, device: own._known.setdefault(device, {})))
+        enter(mock.patch.object(autotune.Autotuner, "_save", lambda *_: None))
         enter(_Functions(self))
         enter(_Kernels(self))
         return self
@@ -236,6 +241,16 @@ class PretendedGpu:
         given = [*segments.values(), out]
         return self.one_kernel("triton_affine", given, lambda: eager(segments, begin, end, out))
 
+    def _multiply(self, eager: Any, *given: Any) -> Tensor:
+        x, segments, shape, _, bias = given[-5:]
+
+        def compute() -> Tensor:
+            memory = torch.empty(shape, dtype=x.dtype, device=x.device)
+            return torch.nn.functional.linear(x, eager(segments, 0, shape[0], memory))
+
+        out = self.one_kernel("triton_product", [x, *segments.values()], compute)
+        return out if bias is None else out.add_(bias)
+
     def _multiply_experts(self, *given: Any) -> bool:
         def compute() -> Tensor:
             assert tiles.multiply(*given)
@@ -256,7 +271,7 @@ class PretendedGpu:
 
     def _chosen(self, product: str, calls: dict[str, Any], device: torch.device) -> autotune.KernelChoice:
         """Choose a kernel by name instead of measuring."""
-        name = self._kernel if self._kernel in calls else next(iter(calls))
+        name = next(each for each in (*self._kernels, *calls) if each in calls)
         return autotune.KernelChoice(product, name, dict.fromkeys(calls, 0.0))
 
 
@@ -294,7 +309,7 @@ class _Functions(TorchFunctionMode):
                 return func(*args, **kwargs)
         if name == "new_tensor":
             return self._made(func, name, args, {**kwargs, "device": there})
-        if name in ("scaled_dot_product_attention", "linear"):
+        if name in ("scaled_dot_product_attention", "linear", "rms_norm"):
             return self._gpu.one_kernel(name, tensors_of((args, kwargs)), lambda: func(*args, **kwargs))
         return func(*args, **kwargs)
 

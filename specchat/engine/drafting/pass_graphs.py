@@ -12,7 +12,6 @@ Not measured on a GPU.
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,11 +126,8 @@ class PassGraphs:
                 self._scores[recording.layout.num_rows].copy_(self._model.score_fixed(recording.layout))
         except RuntimeError as error:
             self._records = False
-            warnings.warn(
-                f"draft passes cannot be recorded as CUDA graphs, so they are slower: {error}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            reason = str(error).strip().partition("\n")[0]
+            self._model.news.append(f"draft passes cannot be recorded as CUDA graphs, so they are slower: {reason}")
         else:
             recording.graph = graph
 

@@ -233,6 +233,21 @@ def _up_to_mark(text: str) -> str:
     return begin
 
 
+# The tokenizer of the last check, until it is loaded: reading one of 128,000 tokens takes half a second.
+_checked: dict[Path, Tokenizer] = {}
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Check that a tokenizer loads; the next `load_tokenizer` of this folder returns the tokenizer that was read.
+
+    Raises:
+        ModelError, NotAvailableError: the errors of `load_tokenizer`.
+    """
+    tokenizer = load_tokenizer(folder)
+    _checked.clear()
+    _checked[folder] = tokenizer
+
+
 def load_tokenizer(folder: Path) -> Tokenizer:
     """Load the tokenizer from a model's folder, without remote code and without the network.
 
@@ -241,4 +256,4 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         CorruptCheckpointError: invalid files.
         NotAvailableError: the tokenizer needs a package that is not installed, or a newer one.
     """
-    return Tokenizer(read_tokenizer(folder))
+    return _checked.pop(folder, None) or Tokenizer(read_tokenizer(folder))

@@ -103,12 +103,15 @@ class Affine(WeightFormat):
     def kernels(
         self, shape: tuple[int, int], num_rows: int, dtype: torch.dtype, device: torch.device
     ) -> dict[str, Linear]:
-        """Return the kernels of `WeightFormat.kernels` and the Triton kernel."""
+        """Return the kernels of `WeightFormat.kernels` and the Triton kernels."""
         if self.reordered:
             in_order = replace(self, reordered=False).kernels(shape, num_rows, dtype, device)
             return {name: partial(_in_order, way) for name, way in in_order.items()}
-        ways = super().kernels(shape, num_rows, dtype, device)
-        return ways | triton_kernels(self.dequantize, self.bits, self.group, rounds=True, device=device)
+        bits, group = self.bits, self.group
+        own = triton_kernels(
+            self.dequantize, bits, group, rounds=True, shape=shape, num_rows=num_rows, dtype=dtype, device=device
+        )
+        return super().kernels(shape, num_rows, dtype, device) | own
 
     def tile_form(self, shape: tuple[int, int]) -> TileForm | None:
         """Return the format as the kernel for many experts reads it; None if columns are reordered."""

@@ -49,9 +49,11 @@ class Int8(WeightFormat):
     def kernels(
         self, shape: tuple[int, int], num_rows: int, dtype: torch.dtype, device: torch.device
     ) -> dict[str, Linear]:
-        """Return the kernels of `WeightFormat.kernels` and the Triton kernel."""
-        ways = super().kernels(shape, num_rows, dtype, device)
-        return ways | triton_kernels(self.dequantize, 8, self.group, rounds=False, device=device)
+        """Return the kernels of `WeightFormat.kernels` and the Triton kernels."""
+        own = triton_kernels(
+            self.dequantize, 8, self.group, rounds=False, shape=shape, num_rows=num_rows, dtype=dtype, device=device
+        )
+        return super().kernels(shape, num_rows, dtype, device) | own
 
     def tile_form(self, shape: tuple[int, int]) -> TileForm:
         """Return the format as the kernel for many experts reads it."""

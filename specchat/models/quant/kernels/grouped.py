@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specchat.compiler import can_build_modules
 from specchat.models.quant.kernels.tiles import TileForm
 from specchat.models.quant.kernels.triton import CAPABILITY
 
@@ -83,7 +84,9 @@ def _values(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 @cache
 def _kernels() -> Any:
-    """Import the module with the kernel; None without Triton. The import is slow."""
+    """Import the module with the kernel; None where Triton cannot be used. The import is slow."""
+    if not can_build_modules():
+        return None
     try:
         from specchat.models.quant.kernels import triton_experts
     except ImportError:

@@ -6,28 +6,84 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specchat.compiler import can_build_modules
 from specchat.models.quant.kernels.chunked import Dequantize, Linear, Segments, matmul_in_chunks
 from specchat.models.quant.kernels.unpacked import Order, Unpack
 
 CAPABILITY = (8, 0)  # the lowest compute capability that Triton supports
 _FUSED_ROWS = 16  # more partial sums do not fit into the registers
+# Rows of x up to which integers are multiplied as they are stored. Then each of four programs scales the same codes.
+PRODUCT_ROWS = 64
+# Columns of W that a program of this product multiplies at a time, all with one scale.
+_PRODUCT_COLS = (128, 64, 32)
 
 
 def triton_kernels(
-    eager: Dequantize, bits: int, group: int | None, *, rounds: bool, device: torch.device
+    eager: Dequantize,
+    bits: int,
+    group: int | None,
+    *,
+    rounds: bool,
+    shape: tuple[int, int],
+    num_rows: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> dict[str, Linear]:
-    """Return the Triton kernel for a format with `codes`, `scales` and perhaps `zeros`, by name; empty without Triton.
+    """Return the Triton kernels for a format with `codes`, `scales` and perhaps `zeros`, by name; empty without Triton.
+
+    The fused kernel multiplies by the same values as the other one and sums in another order, which can tip a near-tie
+    between one row and many. So float32 does not use it.
 
     Args:
-        eager: fallback with the same values, in case the kernel does not compile.
+        eager: fallback with the same values, in case a kernel does not compile.
         bits: bits of a code, as in `triton_affine.fill`.
         group: columns per scale, as in `triton_affine.fill`.
         rounds: whether to round to the dtype of the scales, as in `triton_affine.fill`.
+        shape: (rows, cols) of W.
+        num_rows: maximum rows of x.
+        dtype: dtype of x.
         device: device of the matmul.
     """
     if device.type != "cuda" or _kernels() is None or torch.cuda.get_device_capability(device) < CAPABILITY:
         return {}
-    return {"triton": partial(matmul_in_chunks, partial(dequantize_by_triton, eager, bits, group, rounds))}
+    ways: dict[str, Linear] = {
+        "triton": partial(matmul_in_chunks, partial(dequantize_by_triton, eager, bits, group, rounds)),
+    }
+    width = _product_cols(shape[1], group)
+    if dtype != torch.float32 and num_rows <= PRODUCT_ROWS and width is not None:
+        ways["fused"] = partial(multiply_by_triton, eager, bits, group, rounds, width)
+    return ways
+
+
+def _product_cols(cols: int, group: int | None) -> int | None:
+    """Return the columns that the fused kernel multiplies at a time; None where groups are too small for it."""
+    if group is None or group >= cols:
+        return _PRODUCT_COLS[0]
+    return next((size for size in _PRODUCT_COLS if group % size == 0), None)
+
+
+def multiply_by_triton(
+    eager: Dequantize,
+    bits: int,
+    group: int | None,
+    rounds: bool,
+    width: int,
+    x: Tensor,
+    segments: Segments,
+    shape: tuple[int, int],
+    scratch: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """Compute `WeightFormat.linear`; the first arguments are those of `triton_kernels` and `_product_cols`."""
+    rows, cols = shape
+    given = x.reshape(-1, cols).contiguous()
+    y = x.new_empty(len(given), rows)
+    codes, scales, zeros = segments["codes"], segments["scales"], segments.get("zeros")
+    if not _product_kernel().multiply(given, codes, scales, zeros, bits, group, rounds, width, y):
+        return matmul_in_chunks(eager, x, segments, shape, scratch, bias)
+    if bias is not None:
+        y += bias
+    return y.view(*x.shape[:-1], rows)
 
 
 def dequantize_by_triton(
@@ -119,7 +175,9 @@ def multiply_unpacked(
 
 @cache
 def _kernels() -> Any:
-    """Import the module with the kernel; None without Triton. The import is slow."""
+    """Import the module with the kernel; None where Triton cannot be used. The import is slow."""
+    if not can_build_modules():
+        return None
     try:
         from specchat.models.quant.kernels import triton_affine
     except ImportError:
@@ -129,9 +187,19 @@ def _kernels() -> Any:
 
 @cache
 def _block_kernels() -> Any:
-    """Import the module with the kernels of blocks and int3; None without Triton."""
+    """Import the module with the kernels of blocks and int3; None where Triton cannot be used."""
+    if not can_build_modules():
+        return None
     try:
         from specchat.models.quant.kernels import triton_blocks
     except ImportError:
         return None
     return triton_blocks
+
+
+@cache
+def _product_kernel() -> Any:
+    """Import the module with the fused kernel of scaled integers; only where `_kernels` found Triton."""
+    from specchat.models.quant.kernels import triton_product
+
+    return triton_product
