@@ -19,6 +19,8 @@ from specchat.records.limits import (
     COPY_PROMPT_ROWS,
     DRAFT_BRANCH,
     DRAWING_BYTES,
+    FREQUENT_TOKEN_BYTES,
+    FREQUENT_TOKENS,
     HEAD_BLOCK_ROWS,
     MOST_BLOCK_ROWS,
     MOST_CHECKED_ROWS,
@@ -225,12 +227,13 @@ def host_embedding_bytes(target: ModelSpec, work: Workload) -> int:
 
 
 def retrieval_items(work: Workload, *, used: bool) -> tuple[LedgerItem, ...]:
-    """Return the item of texts and scores that drafts are looked up in, as large as it may become."""
+    """Return the items of texts, scores and counts that drafts are looked up in, as large as they may become."""
     if not used:
         return ()
     num_tokens = work.seats * work.ctx + RETRIEVAL_PAST_TOKENS
     size = RETRIEVAL_TOKEN_BYTES * num_tokens + RECYCLED_RUN_BYTES * RECYCLED_RUNS
-    return (LedgerItem("text to draft from", size),)
+    frequent = LedgerItem("frequent tokens to draft", FREQUENT_TOKEN_BYTES * FREQUENT_TOKENS)
+    return LedgerItem("text to draft from", size), frequent
 
 
 def with_trees(
