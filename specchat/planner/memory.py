@@ -348,7 +348,11 @@ def _drafting_bytes(draft: ModelSpec, work: Workload, *, reading: int) -> int:
         # While a chunk is joined: embeddings, their norms, both halves side by side, and a norm's float32 copies.
         joining = min(reading, work.chunk_rows) * (4 * row_bytes + 2 * draft.hidden_size * FLOAT_BYTES)
         read = max(read, joining) + 2 * reading * row_bytes  # the target's states, and the layer's input
-        rows += (seats * (1 + work.draft_rows) + 2 * width) * row_bytes  # outputs, which children read
+        # Outputs, which children read: of each layer of several. Those of a text are handed on from layer to layer.
+        rows += draft.num_layers * (seats * (1 + work.draft_rows) + 2 * width) * row_bytes
+        if draft.num_layers > 1:
+            read += 3 * reading * row_bytes
+            rows += 2 * width * row_bytes
     if draft.tapped_width:
         # Rows of the layer hold embeddings, too: the input, the output, and the norms of both.
         read += (2 * reading + min(reading, work.chunk_rows)) * row_bytes
