@@ -304,14 +304,10 @@ class MtpHead:
         layout: PassLayout,
         cancel: threading.Event | None,
     ) -> tuple[Tensor, Tensor]:
-        """Compute nodes; return what their children read, and the outputs [n, hidden] that guess the children.
+        """Compute nodes below what they read of their parents, which lie on levels `depths` of their trees.
 
-        Args:
-            tokens: tokens of the nodes.
-            parents: what the nodes read of their parents.
-            depths: levels of the nodes, int64 [n].
-            layout: positions and visibility of the nodes.
-            cancel: event that cancels the pass.
+        Returns:
+            What children of the nodes read, and the outputs [n, hidden] that guess the children.
         """
         outputs = self._model.read(self._target, tokens, parents, layout, cancel)
         return outputs, outputs

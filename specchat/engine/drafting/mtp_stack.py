@@ -59,7 +59,11 @@ class MtpStackModel(MtpModel):
         Raises:
             PassCancelledError: `cancel` was set; the cache is unchanged.
         """
-        self._embed = lambda begin, end: self.embedded(target, token_ids[begin:end])
+
+        def embed(begin: int, end: int) -> Tensor:
+            return self.embedded(target, token_ids[begin:end])
+
+        self._embed = embed
         self._inputs, self._receive = inputs, receive
         try:
             return self.forward(token_ids, layout, cancel)

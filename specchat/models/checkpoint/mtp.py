@@ -37,7 +37,7 @@ class MtpPart:
 
     Attributes:
         checkpoint: checkpoint that has the layers.
-        layers: for each layer, the names of its tensors, or "norm.weight" for its last norm, by key in the checkpoint.
+        layers: names of each layer's tensors, "norm.weight" for its last norm, by key in the checkpoint.
     """
 
     checkpoint: Checkpoint
