@@ -304,11 +304,7 @@ class MtpHead:
         layout: PassLayout,
         cancel: threading.Event | None,
     ) -> tuple[Tensor, Tensor]:
-        """Compute nodes below what they read of their parents, which lie on levels `depths` of their trees.
-
-        Returns:
-            What children of the nodes read, and the outputs [n, hidden] that guess the children.
-        """
+        """Compute nodes; return what their children read, and the outputs [n, hidden] that guess the children."""
         outputs = self._model.read(self._target, tokens, parents, layout, cancel)
         return outputs, outputs
 
