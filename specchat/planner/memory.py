@@ -351,7 +351,7 @@ def _drafting_bytes(draft: ModelSpec, work: Workload, *, reading: int) -> int:
         # Outputs, which children read: of each layer of several. Those of a text are handed on from layer to layer.
         rows += draft.num_layers * (seats * (1 + work.draft_rows) + 2 * width) * row_bytes
         if draft.num_layers > 1:
-            read += 3 * reading * row_bytes
+            read += 2 * reading * row_bytes
             rows += 2 * width * row_bytes
     if draft.tapped_width:
         # Rows of the layer hold embeddings, too: the input, the output, and the norms of both.
