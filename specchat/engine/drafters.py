@@ -11,6 +11,7 @@ from specchat.engine.drafting.drafter import Drafter, ModelDrafter, NoDrafter, T
 from specchat.engine.drafting.eagle3 import Eagle3Head, Eagle3Model
 from specchat.engine.drafting.head_check import HeadCheck
 from specchat.engine.drafting.mtp import MtpHead, MtpModel
+from specchat.engine.drafting.mtp_stack import MtpStackHead, MtpStackModel
 from specchat.engine.drafting.own_copy import CopyModel, OwnCopy
 from specchat.engine.drafting.sources import ScoringSource
 from specchat.engine.loading import load_layers, load_model
@@ -55,6 +56,8 @@ def load_draft(plan: Plan, draft: ModelWeights, pack: Pack | None) -> TreeModel:
     num_layers = len(draft.skeleton.layers)
     placement = Placement(num_layers, tuple(range(num_layers)))
     model_class = _HEADS.get(draft.source.part, TreeModel)
+    if model_class is MtpModel and num_layers > 1:
+        model_class = MtpStackModel
     model = load_model(
         draft,
         work,
@@ -115,6 +118,8 @@ def _head_of(target: TreeModel, small: TreeModel, max_rows: int) -> ScoringSourc
         return Assistant(small, target, max_rows=max_rows, check=HeadCheck())
     if isinstance(small, DFlashModel):
         return DFlashHead(small, target, max_rows=max_rows, check=HeadCheck())
+    if isinstance(small, MtpStackModel):
+        return MtpStackHead(small, target, max_rows=max_rows, check=HeadCheck())
     if isinstance(small, MtpModel):
         return MtpHead(small, target, max_rows=max_rows, check=HeadCheck())
     return None

@@ -19,6 +19,8 @@ from specchat.records.limits import (
     COPY_PROMPT_ROWS,
     DRAFT_BRANCH,
     DRAWING_BYTES,
+    FREQUENT_TOKEN_BYTES,
+    FREQUENT_TOKENS,
     HEAD_BLOCK_ROWS,
     MOST_BLOCK_ROWS,
     MOST_CHECKED_ROWS,
@@ -225,12 +227,13 @@ def host_embedding_bytes(target: ModelSpec, work: Workload) -> int:
 
 
 def retrieval_items(work: Workload, *, used: bool) -> tuple[LedgerItem, ...]:
-    """Return the item of texts and scores that drafts are looked up in, as large as it may become."""
+    """Return the items of texts, scores and counts that drafts are looked up in, as large as they may become."""
     if not used:
         return ()
     num_tokens = work.seats * work.ctx + RETRIEVAL_PAST_TOKENS
     size = RETRIEVAL_TOKEN_BYTES * num_tokens + RECYCLED_RUN_BYTES * RECYCLED_RUNS
-    return (LedgerItem("text to draft from", size),)
+    frequent = LedgerItem("frequent tokens to draft", FREQUENT_TOKEN_BYTES * FREQUENT_TOKENS)
+    return LedgerItem("text to draft from", size), frequent
 
 
 def with_trees(
@@ -345,7 +348,11 @@ def _drafting_bytes(draft: ModelSpec, work: Workload, *, reading: int) -> int:
         # While a chunk is joined: embeddings, their norms, both halves side by side, and a norm's float32 copies.
         joining = min(reading, work.chunk_rows) * (4 * row_bytes + 2 * draft.hidden_size * FLOAT_BYTES)
         read = max(read, joining) + 2 * reading * row_bytes  # the target's states, and the layer's input
-        rows += (seats * (1 + work.draft_rows) + 2 * width) * row_bytes  # outputs, which children read
+        # Outputs, which children read: of each layer of several. Those of a text are handed on from layer to layer.
+        rows += draft.num_layers * (seats * (1 + work.draft_rows) + 2 * width) * row_bytes
+        if draft.num_layers > 1:
+            read += 2 * reading * row_bytes
+            rows += 2 * width * row_bytes
     if draft.tapped_width:
         # Rows of the layer hold embeddings, too: the input, the output, and the norms of both.
         read += (2 * reading + min(reading, work.chunk_rows)) * row_bytes

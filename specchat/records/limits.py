@@ -43,8 +43,9 @@ PATH_BYTES = 216
 RETRIEVAL_PAST_TOKENS, RETRIEVAL_TOKEN_BYTES = 32768, 320
 # Runs of tokens (for each length of runs) after which the target's best tokens are kept, and bytes for each.
 RECYCLED_RUNS, RECYCLED_RUN_BYTES = 3 * 16384, 400
-# Tokens whose frequency is known, to draft the lucky ones of them.
-FREQUENT_TOKENS = 4096
+# Tokens whose frequency is known, to draft the lucky ones of them, and bytes of host memory for each: the count, and a
+# sorted copy of all counts while the rarer half is dropped.
+FREQUENT_TOKENS, FREQUENT_TOKEN_BYTES = 4096, 280
 
 # Rows that one triangular solve of a recurrent layer covers; larger blocks waste more work above the diagonal. Where
 # every channel has its own decay, differences of decays are computed for a few rows at a time.

@@ -166,11 +166,13 @@ HEAD_CASES = [Case("qwen3", 240, 16, "fp32"), Case("deepseek_v3", 224, 32, "fp32
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("num_heads", [1, 3])
 @pytest.mark.parametrize("case", HEAD_CASES, ids=lambda case: f"{case.architecture}-{case.dtype}-{case.tree_budget}")
-def test_ledger_and_memory_of_a_head(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A head reads the states of a whole prompt before its first tree."""
+def test_ledger_and_memory_of_a_head(case: Case, num_heads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A head reads the states of a whole prompt before its first tree, and hands the outputs of a layer to the next."""
     monkeypatch.setattr(HeadCheck, "compare", lambda *_: None)  # a random head would be given up
-    target = save_with_mtp(random_target(case.architecture), tmp_path / "target", LAYOUTS[case.architecture])
+    model, layout = random_target(case.architecture), LAYOUTS[case.architecture]
+    target = save_with_mtp(model, tmp_path / "target", layout, num_layers=num_heads)
     check_ledger(case, target, head_of(target))
 
 

@@ -21,7 +21,7 @@ from specchat.models.sizes.known_specs import known_spec
 from specchat.planner.explain import ExplainedPlan
 from specchat.planner.memory import build_ledger
 from specchat.planner.placement import PlacementOptions, interleaved
-from specchat.planner.rates import Rates
+from specchat.planner.rates import Rate, Rates
 from specchat.planner.request import PlanInputs
 from specchat.planner.search import choose_plan, smaller_plan
 from specchat.records.model import ModelSource
@@ -167,3 +167,36 @@ def test_a_measured_copy_has_a_lower_precision_without_a_word():
     request = ModelRequest("demo", "self", PlanChoices(device="cpu", vram_bytes=30 * MIB, ctx=256, dtype="fp32"))
     plan = make_plan(request, Models(target, copy, ""), Quiet(), as_given=True).plan
     assert (plan.draft, plan.draft_quant) in {("self", "int4"), ("self", "int8")}
+
+
+# Two cores with bf16: a copy's matrices take as long to multiply as the target's, and some time to dequantize.
+CPU = Machine("cpu", 24 * GIB, 24 * GIB, fast_bf16=True)
+CORES = replace(
+    UNKNOWN_RATES,
+    matmul=(MatmulRate(1, 2.4e10), MatmulRate(16, 3.8e11), MatmulRate(512, 4e11)),
+    matmul_dtype="bf16",
+    dequantize_s={"int8": 1.55e-10, "int4": 6e-11, "int3": 2.9e-10},
+    layer_s=650e-6,
+)
+
+
+@pytest.mark.parametrize(("disk", "draft", "ratio"), [(1e9, "self", 2.36), (2.5e9, "self", 1.44), (7e9, None, 1.06)])
+def test_a_cpu_takes_the_copy_only_where_passes_wait_for_the_disk(disk: float, draft: str | None, ratio: float):
+    """Golden plans: passes of the copy cost as much as the target's, so a fast disk leaves nothing to win."""
+    found = explained(CPU, replace(CORES, disk=Rate(disk, "measured")), COPY)
+    (choice,) = (each for each in found.choices if each.option == "draft")
+    assert found.plan.draft == draft and found.plan.placement.streamed
+    assert choice.alternative is not None
+    assert found.prediction.tok_per_s == pytest.approx(ratio * choice.alternative.tok_per_s, rel=0.05)
+
+
+def test_drafting_by_a_copy_is_charged_pass_by_pass():
+    """Every level of the tree dequantizes and multiplies all copied layers, and multiplies the resident ones."""
+    found = explained(CPU, replace(CORES, disk=Rate(1e9, "measured")), COPY)
+    spec, plan = known_spec(TARGET.name), found.plan
+    weights = spec.num_layer_params + spec.vocab_size * spec.hidden_size
+    copied = len(plan.placement.streamed) * spec.num_layer_params / spec.num_layers
+    one_pass = weights * 2 / 2.4e10 + copied * 6e-11
+    passes = found.prediction.tokens_per_step - 1  # a chain that is nearly always right: each accepted node is a level
+    assert found.prediction.draft_s >= passes * one_pass
+    assert found.prediction.draft_s <= 1.5 * (passes + 1) * one_pass

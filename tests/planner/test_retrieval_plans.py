@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import random
+import tracemalloc
 from dataclasses import replace
 
 import pytest
 from support.loading import plan_request
 from support.planning import UNKNOWN_RATES
 
+from specchat.engine.drafting.frequent import FrequentTokens
+from specchat.engine.drafting.suffix_index import SuffixIndex
 from specchat.hardware.machine import Machine, MatmulRate
 from specchat.loading.request import ModelRequest
 from specchat.models.catalog.ref import demo_source
@@ -17,6 +21,7 @@ from specchat.planner.explain import ExplainedPlan
 from specchat.planner.memory import build_ledger
 from specchat.planner.request import PlanInputs
 from specchat.planner.search import choose_plan, smaller_plan
+from specchat.records.limits import FREQUENT_TOKEN_BYTES, FREQUENT_TOKENS, RETRIEVAL_TOKEN_BYTES
 from specchat.records.model import ModelSource, ModelSpec
 from specchat.units import GIB, MIB
 
@@ -58,6 +63,26 @@ def test_the_ledger_counts_the_trees_and_the_text():
     assert cache > names["KV cache"]
     text = next(item.bytes for item in plan.host_ledger if item.item == "text to draft from")
     assert 10 * MIB < text < 64 * MIB
+    assert any(item.item == "frequent tokens to draft" for item in plan.host_ledger)
+
+
+def test_texts_and_counts_take_no_more_memory_than_the_ledger_says():
+    """Of texts whose runs are all different, at their most: while tables grow, and while rare tokens are dropped."""
+    rng = random.Random(1)
+    tokens = [rng.randrange(1000, 200_000) for _ in range(12_000)]
+    index, frequent = SuffixIndex(), FrequentTokens(0)
+    tracemalloc.start()
+    index.append(tokens)
+    text = tracemalloc.get_traced_memory()[1]
+    tracemalloc.reset_peak()
+    begin = tracemalloc.get_traced_memory()[0]
+    for token in tokens:
+        frequent.count([(token, 1.0)])
+    frequent.begin([])
+    counts = tracemalloc.get_traced_memory()[1] - begin
+    tracemalloc.stop()
+    assert text <= RETRIEVAL_TOKEN_BYTES * len(tokens)
+    assert 0.5 * FREQUENT_TOKENS * FREQUENT_TOKEN_BYTES <= counts <= FREQUENT_TOKENS * FREQUENT_TOKEN_BYTES
 
 
 def test_retrieval_asked_for_is_kept_even_if_plain_decoding_is_predicted_to_be_faster():

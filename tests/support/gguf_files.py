@@ -122,7 +122,7 @@ def save_gguf(
         kind: block type of the matrices, or a function from GGUF's name of a matrix to its type.
         splits_kv: whether latent attention is stored as newer converters do.
         arch: llama.cpp's architecture, where a model type has several.
-        head: tensors of an MTP layer behind the last layer, or None.
+        head: tensors of MTP layers behind the last layer, or None.
         is_alone: whether the MTP layer is written without the other layers.
         metadata: further keys, with "__" for dots, after the architecture's name.
     """
@@ -131,7 +131,8 @@ def save_gguf(
     writer = gguf.GGUFWriter(file, arch)
     more = {key.replace("__", "."): value for key, value in metadata.items()}
     if head is not None:
-        more |= {"block_count": config.num_hidden_layers + 1, "nextn_predict_layers": 1}
+        count = sum(name.endswith(".enorm.weight") for name in head)
+        more |= {"block_count": config.num_hidden_layers + count, "nextn_predict_layers": count}
     for key, value in {**metadata_of(config, arch, splits_kv=splits_kv), **more}.items():
         full = f"{arch}.{key}"
         add_value(writer, full, value)
@@ -172,7 +173,7 @@ def tensors(
     """Names and values as llama.cpp's converter writes them."""
     config = model.config
     names = gguf.get_tensor_name_map(
-        {v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[arch], config.num_hidden_layers + 1
+        {v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[arch], config.num_hidden_layers + 4
     )
     for name, tensor in {**model.state_dict(), **head}.items():
         if name == "lm_head.weight" and config.tie_word_embeddings:

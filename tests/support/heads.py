@@ -19,6 +19,7 @@ from specchat.engine.attention import tree_attention
 from specchat.engine.drafting.drafter import TreeDrafter, free_sources
 from specchat.engine.drafting.head_check import HeadCheck
 from specchat.engine.drafting.mtp import MtpHead, MtpModel
+from specchat.engine.drafting.mtp_stack import MtpStackHead, MtpStackModel
 from specchat.engine.drafting.paths import Paths
 from specchat.engine.engine import Engine
 from specchat.engine.model import TreeModel
@@ -71,43 +72,53 @@ def random_target(architecture: str, seed: int = 0) -> Any:
     return random_model(make_config(architecture), seed)
 
 
-def save_with_mtp(model: Any, folder: Path, layout: str, seed: int = 5) -> ModelSource:
-    """A checkpoint with one MTP layer that is like the model's last layer with attention, and random elsewhere."""
+def save_with_mtp(model: Any, folder: Path, layout: str, seed: int = 5, num_layers: int = 1) -> ModelSource:
+    """A checkpoint with MTP layers that are like the model's last layer with attention, and random elsewhere."""
     source = save(model, folder)
     file = folder / "model.safetensors"
     tensors = load_file(file)
-    num_layers, width = model.config.num_hidden_layers, model.config.hidden_size
+    last, width = model.config.num_hidden_layers, model.config.hidden_size
     generator = torch.Generator().manual_seed(seed)
-    layers = [n for n in range(num_layers) if any(f"model.layers.{n}.self_attn." in key for key in tensors)]
+    layers = [n for n in range(last) if any(f"model.layers.{n}.self_attn." in key for key in tensors)]
     prefix = f"model.layers.{layers[-1]}."
     own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-    layer = {name: _like(value, generator) for name, value in own.items()}
-    norms = [0.1 * torch.randn(width, generator=generator) + (layout != "mtp") for _ in range(3)]
-    join = torch.randn(width, 2 * width, generator=generator) * 0.1
-    if layout == "mtp":
-        outer = {"fc.weight": join, "pre_fc_norm_embedding.weight": norms[0], "pre_fc_norm_hidden.weight": norms[1]}
-        head = {f"layers.0.{name}": value for name, value in layer.items()} | outer | {"norm.weight": norms[2]}
-        head = {f"mtp.{name}": value for name, value in head.items()}
-    else:
-        outer = {"eh_proj.weight": join, "enorm.weight": norms[0], "hnorm.weight": norms[1]}
-        outer["shared_head.norm.weight"] = norms[2]
-        outer["shared_head.head.weight"] = tensors["lm_head.weight"].clone()
-        head = {f"model.layers.{num_layers}.{name}": value for name, value in (layer | outer).items()}
+    head = dict[str, torch.Tensor]()
+    for number in range(num_layers):
+        layer = {name: _like(value, generator) for name, value in own.items()}
+        norms = [0.1 * torch.randn(width, generator=generator) + (layout != "mtp") for _ in range(3)]
+        join = torch.randn(width, 2 * width, generator=generator) * 0.1
+        if layout == "mtp":
+            outer = {"fc.weight": join, "pre_fc_norm_embedding.weight": norms[0], "pre_fc_norm_hidden.weight": norms[1]}
+            head |= {f"mtp.layers.{number}.{name}": value for name, value in layer.items()}
+            head |= {f"mtp.{name}": value for name, value in (outer | {"norm.weight": norms[2]}).items()}
+        else:
+            outer = {"eh_proj.weight": join, "enorm.weight": norms[0], "hnorm.weight": norms[1]}
+            outer["shared_head.norm.weight"] = norms[2]
+            outer["shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+            head |= {f"model.layers.{last + number}.{name}": value for name, value in (layer | outer).items()}
     save_file({**tensors, **{key: value.contiguous() for key, value in head.items()}}, file, {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, _COUNTS[layout]: 1}))
+    (folder / "config.json").write_text(json.dumps({**config, _COUNTS[layout]: num_layers}))
     return source
 
 
-def head_tensors(source: ModelSource, num_layers: int) -> dict[str, torch.Tensor]:
-    """The tensors of a saved MTP layer, numbered behind the last layer, with experts in stacks."""
-    own, prefix = {}, f"model.layers.{num_layers}."
-    for key, value in load_file(source.path / "model.safetensors").items():
-        place = next((place for place in _QWEN if key.startswith(place)), None)
-        if place is not None:
-            own[_QWEN[place] + key.removeprefix(place)] = value
-        elif key.startswith(prefix):
-            own[key.removeprefix(prefix)] = value
+def head_tensors(source: ModelSource, num_layers: int, num_heads: int = 1) -> dict[str, torch.Tensor]:
+    """The tensors of saved MTP layers, numbered behind the last layer, with experts in stacks."""
+    stored, found = load_file(source.path / "model.safetensors"), dict[str, torch.Tensor]()
+    for number in range(num_heads):
+        own, prefix = dict[str, torch.Tensor](), f"model.layers.{num_layers + number}."
+        for key, value in stored.items():
+            place = next((place for place in _QWEN if key.startswith(place)), None)
+            if place is not None:
+                own[_QWEN[place] + key.removeprefix(place)] = value
+            elif key.startswith(prefix):
+                own[key.removeprefix(prefix)] = value
+        found |= {prefix + name: value for name, value in _with_stacks(own).items()}
+    return found
+
+
+def _with_stacks(own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a layer, with experts in stacks."""
     experts = sorted({int(match[1]) for name in own if (match := re.match(r"mlp\.experts\.(\d+)\.", name))})
 
     def stacked(name: str) -> torch.Tensor:
@@ -116,7 +127,7 @@ def head_tensors(source: ModelSource, num_layers: int) -> dict[str, torch.Tensor
     if experts:
         gates, ups = stacked("gate_proj"), stacked("up_proj")
         own |= {"mlp.experts.gate_up_proj": torch.cat([gates, ups], 1), "mlp.experts.down_proj": stacked("down_proj")}
-    return {prefix + name: value for name, value in own.items()}
+    return own
 
 
 def _like(value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -150,6 +161,11 @@ def load_head_model(
 def load_head(target: ModelSource, **sizes: int) -> MtpModel:
     """The modules of the MTP head in a target's files."""
     return load_head_model(head_of(target), MtpModel, **sizes)
+
+
+def load_stack(target: ModelSource, num_layers: int, **sizes: int) -> MtpStackModel:
+    """The modules of several MTP layers in a target's files."""
+    return load_head_model(head_of(target), MtpStackModel, num_layers, **sizes)
 
 
 def engine_beside(
@@ -201,14 +217,26 @@ def engine_with_head(target: ModelSource, num_layers: int, **settings: Any) -> E
     return engine_beside(target, head_of(target), num_layers, partial(load_head, target), MtpHead, **settings)
 
 
+def engine_with_stack(target: ModelSource, num_layers: int, num_heads: int, **settings: Any) -> Engine:
+    """An engine with several MTP layers in the target's files."""
+    load = partial(load_stack, target, num_heads)
+    return engine_beside(target, head_of(target), num_layers, load, MtpStackHead, **settings)
+
+
 class Follower:
     """A target that reads tokens in sequence, and a head that is told of them."""
 
-    def __init__(self, source: ModelSource, chunk_rows: int = 512) -> None:
+    def __init__(self, source: ModelSource, chunk_rows: int = 512, num_layers: int = 1) -> None:
         self.source = source
         self.target: TreeModel = load_model(source, cache_rows=CTX, chunk_rows=chunk_rows)
-        self.model = load_head(source, cache_rows=CTX, chunk_rows=chunk_rows)
-        self.head = MtpHead(self.model, self.target, max_rows=32, check=None)
+        self.head: MtpHead
+        self.model: MtpModel
+        if num_layers > 1:
+            stack = load_stack(source, num_layers, cache_rows=CTX, chunk_rows=chunk_rows)
+            self.model, self.head = stack, MtpStackHead(stack, self.target, max_rows=32, check=None)
+        else:
+            self.model = load_head(source, cache_rows=CTX, chunk_rows=chunk_rows)
+            self.head = MtpHead(self.model, self.target, max_rows=32, check=None)
         self.tokens: list[int] = []
 
     def read(self, tokens: list[int], following: int) -> None:

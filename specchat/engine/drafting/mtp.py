@@ -202,13 +202,14 @@ class MtpHead:
         """Compute the rows that are not cached; return the scores after each sequence's last token, and the rows."""
         texts = [(each.seat, self._held[each.seat].known(each.tokens)) for each in sequences]
         outputs = self._read(texts, cancel)
-        last = torch.stack([each[-1] for each in outputs])
         self._seats = [seat for seat, _ in texts]
         self._rows = [TreeRows(self._max_rows, len(text) - 1) for _, text in texts]
-        self._outputs = [last.new_empty(1 + self._max_rows, last.shape[-1]) for _ in sequences]
+        last = self._last_outputs(outputs)
+        self._outputs = [each.new_empty(1 + self._max_rows, *each.shape) for each in last]
         for kept, each in zip(self._outputs, last, strict=True):
             kept[0] = each
-        return self._model.scores(self._target, last), sum(map(len, outputs))
+        scores = self._model.scores(self._target, torch.stack([each[-1] for each in outputs]))
+        return scores, sum(map(len, outputs))
 
     @property
     def num_free_rows(self) -> int:
@@ -228,12 +229,11 @@ class MtpHead:
             parts.append((self._seats[tree], rows.layout(len(own))))
             states.append(self._outputs[tree][(above + 1).to(self._model.device)])
             places.append((tree, of_tree, (new + 1).to(self._model.device)))
-        outputs = self._model.read(
-            self._target, paths.token[nodes].tolist(), torch.cat(states), PassLayout(parts), cancel
-        )
+        tokens, depths = paths.token[nodes].tolist(), paths.depth[nodes]
+        outputs, guessing = self._read_nodes(tokens, torch.cat(states), depths, PassLayout(parts), cancel)
         for tree, of_tree, new in places:
             self._outputs[tree][new] = outputs[of_tree]
-        return self._model.scores(self._target, outputs)
+        return self._model.scores(self._target, guessing)
 
     def end(self) -> None:
         """Do nothing: the rows are in the head's own cache."""
@@ -276,7 +276,7 @@ class MtpHead:
             tokens += text[begin + 1 :]
             states.append(held.states[begin - held.first :])
             parts.append((seat, linear_layout(begin, len(text) - 1 - begin, self._model.device)))
-        read = self._model.read(self._target, tokens, torch.cat(states), PassLayout(parts), cancel)
+        read = self._read_rows(tokens, torch.cat(states), PassLayout(parts), cancel)
         outputs = list(read.split([len(each) for each in states]))
         for (seat, text), each, own in zip(texts, states, outputs, strict=True):
             held = self._held[seat]
@@ -285,6 +285,28 @@ class MtpHead:
             # A text that goes on differently needs the last state again.
             held.first, held.states = len(text) - 2, each[-1:].clone()
         return outputs
+
+    def _read_rows(
+        self, tokens: Sequence[int], states: Tensor, layout: PassLayout, cancel: threading.Event | None
+    ) -> Tensor:
+        """Compute the outputs [rows, hidden] of committed rows that guess the next token; see `MtpModel.read`."""
+        return self._model.read(self._target, tokens, states, layout, cancel)
+
+    def _last_outputs(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """Return what children of each text's last row read in place of states, from the outputs of `_read`."""
+        return [each[-1] for each in outputs]
+
+    def _read_nodes(
+        self,
+        tokens: Sequence[int],
+        parents: Tensor,
+        depths: Tensor,
+        layout: PassLayout,
+        cancel: threading.Event | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Compute nodes; return what their children read, and the outputs [n, hidden] that guess the children."""
+        outputs = self._model.read(self._target, tokens, parents, layout, cancel)
+        return outputs, outputs
 
     def _compare(self, seat: int, first: int, outputs: Tensor, states: Tensor) -> None:
         """Compare outputs [rows, hidden] of new rows and the states that the head read, while the check lasts."""

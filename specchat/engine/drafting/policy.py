@@ -40,6 +40,8 @@ _PROBE_STEPS = 3
 _PROBED_SIZE = 1 / 3
 # Bins for log weights, by width and number; the last bin also holds all lower weights.
 _BIN_WIDTH, _NUM_BINS = 0.5, 20
+# What share of drafting is exposed changes with the sizes of trees: older steps fade by this factor.
+_KEEP_EXPOSED = 0.9
 # Passes of up to this many rows have an expected time of their own: trees, and short prompts beside them.
 _MOST_ROWS = 512
 
@@ -209,6 +211,7 @@ class AdaptivePolicy:
         self._most_rows = max(2 * max(tree_budget, expected.tree_nodes) + max_sequences, _MOST_ROWS)
         self._target_times = PassTimes(expected.pass_s, self._most_rows)
         self._draft_times = PassTimes(expected.draft_s, self._most_rows)
+        self._exposed = FadingRatio(keep=_KEEP_EXPOSED)  # share of drafting that makes steps longer
         self._acceptance = _Acceptance()
         # Speeds are measured at any number of sequences and compared by what was predicted for these numbers.
         alone = self._predicted_per_s(1)
@@ -248,7 +251,7 @@ class AdaptivePolicy:
             rows = first + rank
             node_s = self._target_times.at(rows + 1) - self._target_times.at(rows)
             gained += self._acceptance.of_children(weight) - tokens_per_s * node_s
-            value = gained - tokens_per_s * self._draft_times.at(count)
+            value = gained - tokens_per_s * self._exposed_s(count)
             if value > best_value:
                 best, best_value = count, value
         return best
@@ -260,7 +263,7 @@ class AdaptivePolicy:
         children, slopes = self._acceptance.children_by_bin()
         return ExpansionTables(
             node_costs=[tokens_per_s * (after - before) for before, after in pairwise(times)],
-            pass_costs=[tokens_per_s * self._draft_times.at(rows) for rows in range(1, width + 1)],
+            pass_costs=[tokens_per_s * self._exposed_s(rows) for rows in range(1, width + 1)],
             children=children,
             slopes=slopes,
         )
@@ -286,8 +289,10 @@ class AdaptivePolicy:
             return  # only prompts, or interrupted
         rows = sum(step.new_rows + step.tree_nodes for step in steps)
         if rows <= self._most_rows:
-            self._target_times.add(rows, steps[0].pass_s - steps[0].draft_s)
+            self._target_times.add(rows, steps[0].pass_s - steps[0].exposed_draft_s)
         if self._drafts:
+            if steps[0].draft_s > 0:
+                self._exposed.add(steps[0].exposed_draft_s, steps[0].draft_s)
             if rows <= self._most_rows:
                 self._record_drafted(steps, trees, rows)
             for tree, path in zip(trees, paths, strict=True):
@@ -343,6 +348,10 @@ class AdaptivePolicy:
         self._catches_up = draft and not self._drafts
         self._drafts, self._steps_left = draft, steps + self._catches_up
 
+    def _exposed_s(self, rows: int) -> float:
+        """Return the time by which a draft pass makes the step longer: none of it while layers are read anyway."""
+        return self._exposed.value(1.0) * self._draft_times.at(rows)
+
     def _rows_s(self, before: int, rows: int) -> float:
         """Return the time that further rows add to a pass of `before` rows."""
         return self._pass_s(before + rows) - self._pass_s(before)
@@ -375,7 +384,7 @@ class AdaptivePolicy:
         expected, nodes = self._expected, max(self._expected.tree_nodes, 1)
         rows = max(round(nodes / expected.draft_passes), 1)
         pass_s = self._target_times.at(num_sequences + nodes)
-        step_s = pass_s + expected.draft_passes * self._draft_times.at(rows)
+        step_s = pass_s + expected.draft_passes * self._exposed_s(rows)
         accepted = expected.tokens_per_step - expected.num_sequences
         shares = [num * math.log1p(nodes / num) for num in (num_sequences, expected.num_sequences)]
         return (num_sequences + accepted * shares[0] / shares[1]) / step_s

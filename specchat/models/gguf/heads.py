@@ -1,4 +1,4 @@
-"""The MTP layer of a model in safetensors or GGUF files, where its number is the one after the decoder's last layer.
+"""The MTP layers of a model in safetensors or GGUF files, whose numbers are those after the decoder's last layer.
 
 A GGUF file of its own may hold the layer without the model.
 """
@@ -69,5 +69,5 @@ def find_head(folder: Path) -> MtpPart | None:
     from specchat.models.gguf.tensors import open_tensors  # imports torch
 
     checkpoint = open_tensors(folder, with_head=True)
-    names = layer_names(checkpoint.tensors, metadata.num_layers)
-    return None if names is None else MtpPart(checkpoint, names)
+    layers = layer_names(checkpoint.tensors, metadata.num_layers)
+    return MtpPart(checkpoint, layers) if layers else None

@@ -82,6 +82,23 @@ def test_scores_equal_transformers_generator(target: Target, saved: Saved):
 
 
 @beside_transformers
+@pytest.mark.skipif(
+    not hasattr(hf, "Gemma4UnifiedConfig"), reason="this transformers does not know the unified Gemma 4"
+)
+def test_the_assistant_of_the_unified_gemma_4_scores_like_transformers(tmp_path: Path):
+    """The kind of the 12B, whose target reads images and sound without encoders."""
+    config = make_config("gemma4_shared")
+    values = {key: value for key, value in config.to_diff_dict().items() if key not in ("model_type", "dtype")}
+    model = random_model(hf.Gemma4UnifiedTextConfig(**values))
+    source = save(model, tmp_path / "target")
+    saved, text = save_assistant(tmp_path / "assistant", unified=True), random_prompt(30, VOCAB)
+    assert is_assistant(saved.source.path) and model.config.model_type == "gemma4_unified_text"
+    reader = Reader(source, saved.source, chunk_rows=8)
+    reader.read(text[:20], text[20])
+    check(reader, model, saved, text[:21])
+
+
+@beside_transformers
 @torch.no_grad()
 def test_scores_of_clusters_equal_transformers_generator(target: Target, tmp_path: Path):
     (model, source), text = target, random_prompt(30, VOCAB)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from support import reference
 from support.engines import make_plan, random_prompt, write
 from support.gguf_files import differing, find, save_gguf
-from support.heads import LAYOUTS, head_of, head_tensors, load_head_model, random_target, save_with_mtp
+from support.heads import LAYOUTS, head_of, head_tensors, load_head_model, load_stack, random_target, save_with_mtp
 from support.loading import load_engine
 from support.tiny_models import VOCAB, random_model
 
@@ -58,6 +58,15 @@ def test_heads_in_gguf_files_are_those_of_the_checkpoint(architecture: str, tmp_
         steps_of[name] = len(steps)
     assert steps_of["gguf"] == steps_of["safetensors"]
     assert steps_of["gguf"] < NUM_TOKENS or architecture == "deepseek_v3"  # its random head never agrees
+
+
+def test_several_layers_in_gguf_files_are_those_of_the_checkpoint(tmp_path: Path):
+    saved = save_with_mtp(random_target("glm4_moe"), tmp_path / "model", LAYOUTS["glm4_moe"], num_layers=2)
+    saved = with_short_norms(saved)
+    model = hf.AutoModelForCausalLM.from_pretrained(saved.path, dtype=torch.float32).eval()
+    source = save_gguf(model, tmp_path / "x.gguf", head=head_tensors(saved, model.config.num_hidden_layers, 2))
+    ours, theirs = (load_stack(each, 2, cache_rows=64) for each in (source, saved))
+    assert not differing(ours.skeleton.model, theirs.skeleton.model)
 
 
 def save_apart(folder: Path, model: Any) -> tuple[ModelSource, Path]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 import pytest
 from hypothesis import given
@@ -48,11 +49,14 @@ class Machine:
     draft_s: float
     hit: float
     rng: random.Random
+    hides_s: float = 0.0  # drafting in which layers are read that the pass waits for
 
-    def time_of(self, rows: int) -> tuple[float, float]:
-        """A pass, and the part of it that waits."""
+    def time_of(self, rows: int, draft_s: float = 0.0) -> tuple[float, float, float]:
+        """A pass, the part of it that waits, and drafting before it that the pass is shorter by."""
         computing = self.pass_s + self.row_s * rows if rows > 1 else self.pass_s
-        return max(computing, self.link_s), max(self.link_s - computing, 0.0)
+        hidden_s = min(draft_s, self.hides_s, max(self.link_s - computing, 0.0))
+        waiting_s = max(self.link_s - computing, 0.0) - hidden_s
+        return max(computing, self.link_s) - hidden_s, waiting_s, hidden_s
 
     def step(self, policy: DraftPolicy) -> Step:
         weights: list[float] = []
@@ -69,7 +73,7 @@ class Machine:
         accepted = 0
         while accepted < len(weights) and self.rng.random() < self.hit:
             accepted += 1
-        verify_s, wait_s = self.time_of(1 + len(weights))
+        verify_s, wait_s, hidden_s = self.time_of(1 + len(weights), draft_s)
         tree = TokenTree(tuple(range(len(weights))), tuple(range(-1, len(weights) - 1)), weights=tuple(weights))
         step = replace(
             EMPTY,
@@ -80,6 +84,7 @@ class Machine:
             draft_s=draft_s,
             verify_s=verify_s,
             stream_wait_s=wait_s,
+            draft_hidden_s=hidden_s,
         )
         policy.record_pass([step], [tree], [range(accepted)])
         return step
@@ -95,7 +100,8 @@ class Machine:
     def tok_per_s(self, nodes: int) -> float:
         """What chains of a fixed length come to."""
         tokens = sum(self.hit**depth for depth in range(nodes + 1))
-        return tokens / (self.time_of(1 + nodes)[0] + nodes * self.draft_s)
+        draft_s = nodes * self.draft_s
+        return tokens / (self.time_of(1 + nodes, draft_s)[0] + draft_s)
 
 
 MACHINES = {
@@ -105,6 +111,8 @@ MACHINES = {
     "computing takes over from the link": Machine(0.1, 0.05, 0.5, 0.002, 0.95, random.Random(4)),
     "a draft as slow as the target": Machine(0.01, 0.0, 0.0, 0.01, 0.6, random.Random(5)),
     "a useless draft": Machine(0.02, 0.001, 0.0, 0.01, 0.02, random.Random(6)),
+    "reads hide all drafting": Machine(0.1, 0.0, 1.0, 0.02, 0.85, random.Random(7), hides_s=10.0),
+    "reads hide some drafting": Machine(0.1, 0.0, 1.0, 0.05, 0.9, random.Random(8), hides_s=0.3),
 }
 
 # Where the slope changes tenfold at a size that the prediction misses, chains stay twice as long as pays best.
@@ -192,6 +200,20 @@ def test_it_drafts_again_once_the_text_gets_easy():
     policy = AdaptivePolicy(64, hard.expectation())
     assert sum(modes_of(policy, hard, 200)[-100:]) <= 4
     assert sum(modes_of(policy, replace(hard, hit=0.95), 1500)[-100:]) > 90
+
+
+def test_trees_grow_as_far_as_reads_hide_their_drafting():
+    """Drafting that the next reads hide costs nothing, so all the nodes pay that their hits pay for."""
+    exposed = Machine(0.1, 0.0005, 1.0, 0.03, 0.85, random.Random(1))
+    sizes = []
+    for hides_s in (0.0, 10.0):
+        machine = replace(exposed, hides_s=hides_s, rng=random.Random(1))
+        policy = AdaptivePolicy(32, machine.expectation())
+        steps = [machine.step(policy) for _ in range(1500)][500:]
+        best = max(range(33), key=machine.tok_per_s)
+        sizes.append(median(step.tree_nodes for step in steps if step.tree_nodes))
+        assert tok_per_s(steps) >= 0.95 * machine.tok_per_s(best)
+    assert sizes[1] >= 1.4 * sizes[0], sizes
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,18 +48,29 @@ DSPARK = ("mtp.0.attn.q_proj.weight", "mtp.2.markov_head.markov_w1.weight", "mtp
 @pytest.mark.parametrize("prefix", ["", "model.language_model."])
 @pytest.mark.parametrize("keys", [QWEN, NUMBERED], ids=["qwen", "numbered"])
 def test_both_layouts_have_the_same_names_inside(keys: tuple[str, ...], prefix: str):
-    found = layer_names([*OTHERS, *(prefix + key for key in keys)], 4)
-    assert found is not None and set(found.values()) == INNER
+    (found,) = layer_names([*OTHERS, *(prefix + key for key in keys)], 4)
+    assert set(found.values()) == INNER
     assert not any("shared_head.head" in key or key in OTHERS for key in found)
 
 
 @pytest.mark.parametrize(
     ("keys", "first", "second"), [(QWEN, "layers.0", "layers.1"), (NUMBERED, "layers.4", "layers.5")]
 )
-def test_of_several_layers_the_first_is_found(keys: tuple[str, ...], first: str, second: str):
-    """Its outputs take the place of states at all depths, as with a single layer."""
+def test_several_layers_are_found_in_order(keys: tuple[str, ...], first: str, second: str):
+    """As far as they are complete and alike; Qwen's share what is outside the layers."""
     more = [key.replace(first, second) for key in keys if first in key]
-    assert more and layer_names([*OTHERS, *more, *keys], 4) == layer_names([*OTHERS, *keys], 4)
+    alone, both = (layer_names([*OTHERS, *each, *keys], 4) for each in ((), more))
+    assert [set(names.values()) for names in both] == [INNER, INNER] and both[:1] == alone
+    assert all((second in key) != (first in key) or key in alone[0] for names in both for key in names)
+    assert layer_names([*OTHERS, *more[1:], *keys], 4) == alone
+    assert layer_names([*OTHERS, *more, f"{more[0]}_scale", *keys], 4) == alone
+
+
+def test_a_layer_within_a_block_of_its_own_is_found():
+    """As in Step 3.7."""
+    keys = [re.sub(r"(self_attn|input_layernorm)", r"transformer_block.\1", key) for key in NUMBERED]
+    (found,) = layer_names([*OTHERS, *keys], 4)
+    assert set(found.values()) == INNER
 
 
 @pytest.mark.parametrize(
@@ -73,12 +85,12 @@ def test_of_several_layers_the_first_is_found(keys: tuple[str, ...], first: str,
     ids=["none", "DSpark", "no projection", "no norm", "another layer"],
 )
 def test_other_tensors_are_no_head(keys: tuple[str, ...]):
-    assert layer_names(keys, 4) is None
+    assert layer_names(keys, 4) == ()
 
 
 def test_the_written_layout_is_read_back():
-    found = layer_names([qwen_name(name) for name in INNER], 0)
-    assert found is not None and {qwen_name(name): name for name in INNER} == dict(found)
+    (found,) = layer_names([qwen_name(name) for name in INNER], 0)
+    assert {qwen_name(name): name for name in INNER} == dict(found)
 
 
 def model_folder(
