@@ -26,6 +26,7 @@ from specchat.engine.warming import warm_up
 from specchat.errors import AllocationError, is_lack_of_memory
 from specchat.hardware.pressure import MemoryWatch
 from specchat.models.checkpoint.dtypes import torch_dtype
+from specchat.models.checkpoint.mapped_file import MappedFile
 from specchat.models.hf.matrices import plain_linears
 from specchat.models.hf.skeleton import Skeleton, lookup_embeddings
 from specchat.models.packs.file_format import bytes_of
@@ -85,13 +86,7 @@ def load_model(
         reader = undo.enter_context(weights.reader if pack is None else _pack_reader(weights, pack))
         embeddings = lookup_embeddings(skeleton) if work.host_embeddings else None
         assert not work.host_embeddings or embeddings is not None, "embeddings tied to the head stay with the head"
-        mapped = None
-        if reads_rest:
-            mapped = reader.read_rest(device, on_host=embeddings)
-        else:
-            reader.read_buffers(device)
-        if mapped is not None:
-            undo.enter_context(mapped)
+        mapped = _read_beside_layers(reader, device, embeddings, undo, reads_rest=reads_rest)
         verifier = None if pack is None else ChunkVerifier(pack)
         settle_layer = partial(_settle, layers, dtype, placement.expanded)
         pooled = None if placement.experts is None else PooledExperts.of(skeleton, reader)
@@ -140,6 +135,25 @@ def load_model(
     model = model_class(skeleton, cache, streamer, streamed, work.chunk_rows, device, embeddings, mapped, kept, hops)
     model.microbatches = placement.microbatches
     return model
+
+
+def _read_beside_layers(
+    reader: WeightReader, device: torch.device, embeddings: torch.nn.Module | None, undo: ExitStack, *, reads_rest: bool
+) -> MappedFile | None:
+    """Read what is no layer's parameter, and return the mapped file of embeddings in host memory, which `undo` closes.
+
+    Args:
+        reader: files of the model.
+        device: destination.
+        embeddings: module whose matrix stays in host memory; None for none.
+        undo: stack that closes the result after an error.
+        reads_rest: whether more than buffers are read.
+    """
+    if not reads_rest:
+        reader.read_buffers(device)
+        return None
+    mapped = reader.read_rest(device, on_host=embeddings)
+    return None if mapped is None else undo.enter_context(mapped)
 
 
 def _prepare_formats(skeleton: Skeleton, dtype: torch.dtype) -> Thread:

@@ -121,7 +121,8 @@ class DevicesCost(CostModel):
         whole = replace(placement, stretches=())
 
         def seconds(rows: int, count: int) -> float:
-            costs = replace(self._costs(whole, min(max(rows - self._seats, 0), tree_budget)), rows=rows)
+            nodes = min(max(rows - self._seats, 0), tree_budget)
+            costs = replace(self._costs(whole, nodes, tree_budget), rows=rows)
             _, linked_s, computed_s = self._sides(whole, costs)
             return max(linked_s, self._pipelined_s(placement, rows, count) if count > 1 else computed_s)
 
