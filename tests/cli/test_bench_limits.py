@@ -12,7 +12,7 @@ from specchat.cli.bench_limit import check_limit, limited
 from specchat.errors import BudgetError, DoesNotFitError
 from specchat.hardware import probe
 from specchat.planner.placement import needed_ram, usable_ram
-from specchat.records.limits import RUNTIME_BYTES
+from specchat.records.limits import COMPILER_BYTES, RUNTIME_BYTES
 from specchat.records.plan import PlanChoices
 from specchat.units import GIB, MIB, parse_size
 
@@ -112,15 +112,18 @@ def test_the_needed_memory_leaves_what_is_used(is_confined):
         assert usable_ram(needed - 2, is_confined=is_confined) < used or not used
 
 
-def test_memory_that_libraries_will_take_is_not_available(monkeypatch):
-    """A plan may be made before torch is imported or afterwards."""
+@pytest.mark.parametrize("compiles", [False, True])
+def test_memory_that_libraries_will_take_is_not_available(compiles, monkeypatch):
+    """A plan may be made before torch is imported or afterwards; numba takes memory where it is installed."""
+    monkeypatch.setattr(probe, "has_compiler", lambda: compiles)
+    needed = RUNTIME_BYTES + COMPILER_BYTES * compiles
     found = set()
-    for taken in (50 * MIB, 300 * MIB, RUNTIME_BYTES):
+    for taken in (50 * MIB, 300 * MIB, needed):
         monkeypatch.setattr(probe, "resident_set_bytes", lambda taken=taken: taken)
         monkeypatch.setattr(probe, "available_ram_bytes", lambda taken=taken: GIB - taken)
         found.add(probe.find_machine("cpu").ram_available_bytes)
-    assert found == {GIB - RUNTIME_BYTES}
-    monkeypatch.setattr(probe, "resident_set_bytes", lambda: 2 * RUNTIME_BYTES)
-    assert probe.find_machine("cpu").ram_available_bytes == GIB - RUNTIME_BYTES
+    assert found == {GIB - needed}
+    monkeypatch.setattr(probe, "resident_set_bytes", lambda: 2 * needed)
+    assert probe.find_machine("cpu").ram_available_bytes == GIB - needed
     monkeypatch.setattr(probe, "available_ram_bytes", lambda: 0)
     assert probe.find_machine("cpu").ram_available_bytes == 0

@@ -2,13 +2,14 @@
 
 import re
 import signal
+import subprocess
+import sys
 
 import pytest
 from support.terminal import TESTS, Terminal
 
 from specchat.loading.checking import check_model
 from specchat.models.catalog.ref import demo_source
-from specchat.models.sizes.describe import describe
 
 CTRL_C, CTRL_D, CTRL_J, ENTER = "\x03", "\x04", "\n", "\r"
 # Escapes for colours, dim and bold, but not those that move the cursor.
@@ -21,11 +22,14 @@ def chat(*arguments, **settings):
     return terminal
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def known_demo():
-    """Describe the demo's sizes and check it, so that the prompt appears before the libraries are imported."""
+    """Describe all that a plan of the demo weighs, and check it, so that the prompt appears before torch is imported.
+
+    A process of its own, because this one may remember what its cache folder no longer has.
+    """
+    subprocess.run([sys.executable, "-m", "specchat", "run", "demo", "--plan"], check=True, capture_output=True)
     for name in ("target", "draft"):
-        describe(demo_source(name))
         check_model(demo_source(name))
 
 
