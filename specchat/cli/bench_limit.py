@@ -5,10 +5,9 @@ from contextlib import contextmanager
 
 from specchat.errors import BudgetError, DoesNotFitError
 from specchat.hardware.memory_group import MemoryGroup
-from specchat.hardware.probe import find_machine
+from specchat.hardware.probe import find_machine, libraries_bytes
 from specchat.hardware.system import shared_bytes
 from specchat.planner.placement import needed_ram, usable_ram
-from specchat.records.limits import RUNTIME_BYTES
 from specchat.records.plan import Plan, PlanChoices
 from specchat.units import MIB, format_bytes, size_text
 
@@ -32,11 +31,12 @@ def limited(limit_bytes: int, choices: PlanChoices, least_bytes: Callable[[], in
     if limit_bytes < _PLANNING_BYTES:  # the system would end the process without a word
         on_host = least_bytes() if find_machine(choices.device).device == "cpu" else 0
         # Pages of the libraries' files that are in memory already are not charged to the group.
-        smallest = RUNTIME_BYTES - shared_bytes() + needed_ram(on_host, is_confined=True)
+        libraries = libraries_bytes()
+        smallest = libraries - shared_bytes() + needed_ram(on_host, is_confined=True)
         raise DoesNotFitError(
             f"--limit-memory {format_bytes(limit_bytes)} is less than Python and its libraries take "
-            f"({format_bytes(RUNTIME_BYTES)})",
-            hint=_use(max(smallest, RUNTIME_BYTES)),
+            f"({format_bytes(libraries)})",
+            hint=_use(max(smallest, libraries)),
         )
     with MemoryGroup(limit_bytes) as group:
         group.enter()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -81,8 +81,10 @@ def load_model(
     resident = placement.resident if resident is None else resident
     streamed = [index for index in later if index not in set(resident)]
     assert not later or streamed, "a layer that will be streamed is streamed at first, too"
-    preparing = _prepare_formats(skeleton, dtype) if "cpu" in {each.type for each in devices} else None
     with ExitStack() as undo:  # after an error, free the memory of files and threads for a retry with a smaller plan
+        preparing = _prepare_formats(skeleton, dtype) if "cpu" in {each.type for each in devices} else None
+        if preparing is not None:
+            undo.callback(preparing.join)
         reader = undo.enter_context(weights.reader if pack is None else _pack_reader(weights, pack))
         embeddings = lookup_embeddings(skeleton) if work.host_embeddings else None
         assert not work.host_embeddings or embeddings is not None, "embeddings tied to the head stay with the head"
@@ -157,12 +159,16 @@ def _read_beside_layers(
 
 
 def _prepare_formats(skeleton: Skeleton, dtype: torch.dtype) -> Thread:
-    """Start to make ready what the formats need on a CPU, while layers are read: functions may have to be compiled."""
+    """Start to make ready what the formats need on a CPU, while layers are read: functions may have to be compiled.
+
+    What fails here is tried again where it is needed first, and fails there for all to see.
+    """
     formats = {linear.format for _, linear in quant_linears(skeleton.model)}
 
     def prepare() -> None:
-        for each in formats:
-            each.prepare(dtype)
+        with suppress(Exception):
+            for each in formats:
+                each.prepare(dtype)
 
     thread = Thread(prepare)
     thread.start()

@@ -198,6 +198,9 @@ class MemoryMeter:
 
 def _uses(model: TreeModel, plan: Plan) -> tuple[DeviceUse, ...]:
     """Return the measured use of each device; empty if a model runs on one."""
+    counters = model.device_counters()
+    if not counters:
+        return ()
     steps_s = max(model.streamer.steps_s, 1e-9)
     return tuple(
         DeviceUse(
@@ -212,7 +215,7 @@ def _uses(model: TreeModel, plan: Plan) -> tuple[DeviceUse, ...]:
             row_wait_s=used.row_wait_s,
             sent_bytes=used.sent_bytes,
         )
-        for device, used in zip(plan.devices, model.device_counters(), strict=False)
+        for device, used in zip(plan.devices, counters, strict=True)
     )
 
 

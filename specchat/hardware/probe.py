@@ -93,8 +93,12 @@ def _ram_beside_libraries() -> int:
 
     They are imported when they are needed, so a plan may be made before or after that.
     """
-    needed = RUNTIME_BYTES + (COMPILER_BYTES if has_compiler() else 0)
-    return max(available_ram_bytes() - max(needed - resident_set_bytes(), 0), 0)
+    return max(available_ram_bytes() - max(libraries_bytes() - resident_set_bytes(), 0), 0)
+
+
+def libraries_bytes() -> int:
+    """Return the memory of Python and its libraries, numba's among them where it is installed."""
+    return RUNTIME_BYTES + (COMPILER_BYTES if has_compiler() else 0)
 
 
 def gpus_beside(machine: Machine) -> list[str]:

@@ -34,7 +34,7 @@ def passes_text(plan: Plan) -> str:
     """Return the number of microbatches of passes, by their rows."""
     counts = plan.placement.microbatches.counts
     if not counts:
-        return "in one piece: microbatches would save no time"
+        return "in one piece"
     (rows, count), *more = counts
     largest = max(counts, key=lambda each: each[1])
     upto = f", up to {largest[1]} from {largest[0]:,} rows" if more and largest[1] != count else ""

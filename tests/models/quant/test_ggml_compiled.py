@@ -1,5 +1,6 @@
 """Blocks that numba's loops dequantize have the bits of those that torch dequantizes."""
 
+import pickle
 import threading
 from pathlib import Path
 
@@ -174,5 +175,9 @@ def test_machine_code_is_kept_and_damage_to_it_is_done_without(nothing_compiled,
     assert {path.suffix for path in kept} == {".nbi", ".nbc"}
     for path in kept:
         path.write_bytes(b"damaged")
+    compiled._compiled.clear()
+    assert compiled.fill("Q8_0", every_scale("Q8_0", 256, 5), torch.empty(5, 256))
+    for path in kept:  # names a module that there is not
+        path.write_bytes(pickle.dumps(str).replace(b"builtins", b"builtinz"))
     compiled._compiled.clear()
     assert compiled.fill("Q8_0", every_scale("Q8_0", 256, 5), torch.empty(5, 256))

@@ -27,7 +27,14 @@ from specchat.paths import cache_folder
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _PIECE_NUMBERS = 1 << 14  # values that a thread dequantizes at a time
-_SOURCES = ("formats/ggml_numba.py", "kernels/numba_lanes.py", "kernels/numba_tasks.py")
+_SOURCES = (
+    "formats/ggml_numba.py",
+    "formats/ggml_blocks.py",
+    "formats/ggml_codebooks.py",
+    "kernels/numba_lanes.py",
+    "kernels/numba_tasks.py",
+    "../checkpoint/ggml_types.py",
+)
 
 _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
@@ -90,6 +97,9 @@ def _compile(kind: str, dtype: torch.dtype) -> int | None:
         except errors as error:
             if folder is None:
                 warnings.warn(f"numba fails, so torch dequantizes {kind}: {error}", RuntimeWarning, stacklevel=2)
+        except Exception:  # damaged files of the folder may raise anything when they are read
+            if folder is None:
+                raise
         else:
             _kept.append(function)
             return int(function.address)
