@@ -1,4 +1,4 @@
-"""Optimizers: Muon for the matrices of the blocks, AdamW for the embedding and the norms."""
+"""Optimizers: Muon for the matrices of the blocks, AdamW for embeddings, codebooks and all that is no matrix."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -34,9 +34,10 @@ class Optimizers:
 
     def __init__(self, model: nn.Module, lr: float, muon_lr: float) -> None:
         self._weights: dict[str, Tensor] = dict(model.named_parameters())
-        embeddings = [weight for name, weight in self._weights.items() if "embed" in name]
-        norms = [weight for weight in self._weights.values() if weight.dim() < 2]
-        matrices = [weight for name, weight in self._weights.items() if weight.dim() == 2 and "embed" not in name]
+        tables = {name for name in self._weights if "embed" in name or "codebook" in name}
+        embeddings = [weight for name, weight in self._weights.items() if name in tables]
+        norms = [weight for weight in self._weights.values() if weight.dim() != 2]
+        matrices = [weight for name, weight in self._weights.items() if weight.dim() == 2 and name not in tables]
         decayed = {"params": embeddings, "weight_decay": EMBEDDING_DECAY}
         plain = {"params": norms, "weight_decay": 0.0}
         self._clipped = embeddings + norms  # Muon's update does not depend on the size of the gradient
