@@ -24,9 +24,11 @@ from specchat.cli import bench
 from specchat.cli.app import run_command_line
 from specchat.cli.bench_options import BASELINES, BenchOptions
 from specchat.errors import UsageError
+from specchat.hardware.probe import libraries_bytes
 from specchat.loading.request import ModelRequest
 from specchat.records.plan import ExpertForecast, PlanChoices
 from specchat.ui.console import talk
+from specchat.units import format_bytes
 
 SCHEMA = json.loads(files("specchat.bench").joinpath("schema.json").read_text())
 ROOT = Path(__file__).parents[2]
@@ -270,7 +272,7 @@ def test_a_limit_below_the_libraries_is_refused(specchat):
     """The system would end the process without a word."""
     result = specchat("bench", "demo", *SMALL, "--limit-memory", "300MiB")
     assert result.code == 4 and result.out == ""
-    assert "--limit-memory 300 MiB is less than Python and its libraries take (460 MiB)" in result.err
+    assert f"300 MiB is less than Python and its libraries take ({format_bytes(libraries_bytes())})" in result.err
     assert "hint: use --limit-memory " in result.err
 
 
