@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -241,28 +243,36 @@ def check_products() -> None:
         assert torch.equal(found, expected), form
 
 
+@contextmanager
+def refusing(module: ModuleType) -> Iterator[None]:
+    """A module whose kernel does not compile; checks that it was tried once, and that this is told once."""
+    calls = 0
+
+    class Failing:
+        def __getitem__(self, grid: object) -> None:
+            nonlocal calls
+            calls += 1
+            raise RuntimeError("no compiler")
+
+    kernel, module._kernel = module._kernel, Failing()
+    yield
+    said = take_refusals()
+    assert calls == len(said) == 1 and said[0].endswith("no compiler")
+    module._kernel = kernel
+    forget_refusals()
+
+
 def check_failure() -> None:
     """A kernel that does not compile is tried once; the numbers come from torch."""
     from specchat.models.quant.kernels import triton_affine
 
-    class Failing:
-        calls = 0
-
-        def __getitem__(self, grid: object) -> None:
-            Failing.calls += 1
-            raise RuntimeError("no compiler")
-
-    kernel, triton_affine._kernel = triton_affine._kernel, Failing()
     form, shape = Affine(4, 32, torch.float16, zeros=True), (5, 70)
     segments = random_segments(form, shape)
     expected = form.dequantize(segments, 1, 5, torch.empty(4, 70))
-    for _ in range(3):
-        found = by_triton(form, form.dequantize)(segments, 1, 5, torch.empty(4, 70))
-        assert torch.equal(found, expected)
-    said = take_refusals()
-    assert Failing.calls == len(said) == 1 and said[0].endswith("no compiler")
-    triton_affine._kernel = kernel
-    forget_refusals()
+    with refusing(triton_affine):
+        for _ in range(3):
+            found = by_triton(form, form.dequantize)(segments, 1, 5, torch.empty(4, 70))
+            assert torch.equal(found, expected)
 
 
 def form_of(kind: str) -> Blocks | Int3:

@@ -15,8 +15,7 @@ from torch import Tensor
 from specchat.models.quant.formats.affine import Affine
 from specchat.models.quant.formats.int8 import Int8
 from specchat.models.quant.kernels.chunked import scratch_bytes
-from specchat.models.quant.kernels.refusals import forget_refusals, take_refusals
-from support.triton_cases import CPU, random_segments
+from support.triton_cases import CPU, random_segments, refusing
 
 CUDA = torch.device("cuda")
 
@@ -117,23 +116,12 @@ def check_failure() -> None:
     """A kernel that does not compile is tried once; the numbers come from torch."""
     from specchat.models.quant.kernels import triton_product
 
-    class Failing:
-        calls = 0
-
-        def __getitem__(self, grid: object) -> None:
-            Failing.calls += 1
-            raise RuntimeError("no compiler")
-
-    kernel, triton_product._kernel = triton_product._kernel, Failing()
     form, shape, x = Int8(), (5, 128), torch.randn(2, 128).half()
     segments, scratch = _segments(form, shape), torch.empty(5 * 128 * 2, dtype=torch.uint8)
-    for _ in range(3):
-        found = form.kernels(shape, 2, x.dtype, CUDA)["fused"](x, segments, shape, scratch, None)
-        assert torch.equal(found, form.linear(x, segments, shape, scratch))
-    said = take_refusals()
-    assert Failing.calls == len(said) == 1 and said[0].endswith("no compiler")
-    triton_product._kernel = kernel
-    forget_refusals()
+    with refusing(triton_product):
+        for _ in range(3):
+            found = form.kernels(shape, 2, x.dtype, CUDA)["fused"](x, segments, shape, scratch, None)
+            assert torch.equal(found, form.linear(x, segments, shape, scratch))
 
 
 if __name__ == "__main__":
